@@ -1,0 +1,1 @@
+"""Engines: one port (`base`), its implementations, and the table that names them (`registry`)."""

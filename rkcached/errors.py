@@ -1,0 +1,184 @@
+"""Every error this program raises on purpose, in one tree.
+
+Each error says what happened in its message and the next thing to do in its hint, so that any edge (command line,
+HTTP, log) can show it to a person without knowing what it is.
+
+    RkcachedError
+    ├── UsageError               the command line was wrong                                   exit 64
+    ├── ManifestError            the manifest has problems: a list, each with file:line       exit 78
+    ├── SourceError              an input file is missing or unusable                         exit 66
+    ├── TemplateError            a chat template cannot render this                           exit 65
+    ├── StoreError               the store cannot be read or written                          exit 73
+    │   ├── StoreLocked          another daemon owns the cache directory                      exit 75
+    │   └── BudgetExceeded       the artifact does not fit into cache.max_bytes
+    ├── SocketError              the socket path is unusable or taken                         exit 73
+    ├── DaemonUnreachable        nobody answers on the socket                                 exit 69
+    ├── EngineError              the engine refused or failed; the worker lives on            exit 70
+    │   ├── ModelLoadError       the model file cannot be loaded                              exit 66
+    │   ├── ArtifactLoadError    a prompt cache cannot be loaded; the KV state is cleared
+    │   ├── ContextExceeded      the prompt is longer than the context: both numbers
+    │   ├── PromptTooShort       below cache.min_tokens: both numbers
+    │   ├── Uncacheable          the model cannot save its state with this runtime
+    │   ├── VerifyFailed         a built prompt cache did not prove itself
+    │   └── Aborted              the run was stopped on request
+    ├── WorkerError              the worker process failed                                    exit 70
+    │   ├── WorkerDied           signal or exit code
+    │   ├── WorkerTimeout        a deadline passed; the worker was killed
+    │   └── WorkerUnavailable    in backoff after failures, or shutting down
+    └── RequestError             a client's request cannot be served: HTTP status, code, param
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import ClassVar
+
+
+class RkcachedError(Exception):
+    """Base of all expected errors: `message` says what happened, `hint` the next thing to do (may be empty)."""
+
+    exit_code: ClassVar[int] = os.EX_SOFTWARE
+
+    def __init__(self, message: str, *, hint: str = "") -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+
+class UsageError(RkcachedError):
+    exit_code = os.EX_USAGE
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Problem:
+    """One thing wrong in a file, with the place (1-based line) and the next thing to do."""
+
+    file: str
+    line: int
+    message: str
+    hint: str = ""
+
+    def __str__(self) -> str:
+        place = f"{self.file}:{self.line}" if self.line else self.file
+        return f"{place}: {self.message}" + (f" ({self.hint})" if self.hint else "")
+
+
+class ManifestError(RkcachedError):
+    """The manifest cannot be used; `problems` holds every reason, in file order."""
+
+    exit_code = os.EX_CONFIG
+
+    def __init__(self, problems: tuple[Problem, ...]) -> None:
+        count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
+        super().__init__(f"{count} in the manifest: {problems[0]}", hint="run `rkcached check` to see all of them")
+        self.problems = problems
+
+
+class SourceError(RkcachedError):
+    exit_code = os.EX_NOINPUT
+
+
+class TemplateError(RkcachedError):
+    exit_code = os.EX_DATAERR
+
+
+class StoreError(RkcachedError):
+    exit_code = os.EX_CANTCREAT
+
+
+class StoreLocked(StoreError):
+    exit_code = os.EX_TEMPFAIL
+
+
+class BudgetExceeded(StoreError):
+    """`needed_bytes` more do not fit beside the other artifacts within cache.max_bytes."""
+
+    def __init__(self, message: str, *, needed_bytes: int, hint: str = "") -> None:
+        super().__init__(message, hint=hint)
+        self.needed_bytes = needed_bytes
+
+
+class SocketError(RkcachedError):
+    exit_code = os.EX_CANTCREAT
+
+
+class DaemonUnreachable(RkcachedError):
+    exit_code = os.EX_UNAVAILABLE
+
+
+class EngineError(RkcachedError):
+    """The engine refused or failed. The worker that hosts it lives on."""
+
+
+class ModelLoadError(EngineError):
+    exit_code = os.EX_NOINPUT
+
+
+class ArtifactLoadError(EngineError):
+    """A prompt cache cannot be loaded. Whoever raises this has cleared the KV state."""
+
+
+class ContextExceeded(EngineError):
+    """A prompt of `tokens` does not fit the model's context of `limit` tokens."""
+
+    def __init__(self, tokens: int, limit: int) -> None:
+        super().__init__(
+            f"the prompt has {tokens} tokens, the context holds {limit}",
+            hint="shorten the prompt or raise params.max_context_len of the model",
+        )
+        self.tokens = tokens
+        self.limit = limit
+
+
+class PromptTooShort(EngineError):
+    """A prompt of `tokens` is below cache.min_tokens (`limit`)."""
+
+    def __init__(self, tokens: int, limit: int) -> None:
+        super().__init__(
+            f"the prompt has {tokens} tokens, cache.min_tokens is {limit}",
+            hint="requests are answered without a cache; lower cache.min_tokens to cache it",
+        )
+        self.tokens = tokens
+        self.limit = limit
+
+
+class Uncacheable(EngineError):
+    """The model cannot save its state with this runtime: a lasting fact, not worth a retry."""
+
+
+class VerifyFailed(EngineError):
+    """A freshly built prompt cache did not prove itself, so it must not be published."""
+
+
+class Aborted(EngineError):
+    """The run was stopped on request; no result."""
+
+
+class WorkerError(RkcachedError):
+    """The worker process failed; it will be restarted."""
+
+
+class WorkerDied(WorkerError):
+    """The worker process ended by a signal or an exit code."""
+
+
+class WorkerTimeout(WorkerError):
+    """A deadline passed while waiting for the worker, which was killed."""
+
+
+class WorkerUnavailable(WorkerError):
+    """The worker is in backoff after failures, or shutting down."""
+
+
+class RequestError(RkcachedError):
+    """A client's request cannot be served; the fields follow OpenAI's error envelope."""
+
+    def __init__(
+        self, status: int, message: str, *, code: str, param: str | None = None, hint: str = "", retry_after_s: int = 0
+    ) -> None:
+        super().__init__(message, hint=hint)
+        self.status = status
+        self.code = code
+        self.param = param
+        self.retry_after_s = retry_after_s
