@@ -1,0 +1,5 @@
+"""`python -m rkcached` is `rkcached`."""
+
+from rkcached.cli import main
+
+main()

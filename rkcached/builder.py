@@ -1,0 +1,151 @@
+"""Carries out one build: stage, prefill and prove in the worker, check the budget, commit.
+
+Holds the gate only while the engine works, so that a live request never waits for a disk. Either a complete artifact is
+published, or an error says why not and nothing of the attempt is left.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from rkcached.desired import DesiredModel
+from rkcached.engines.registry import ENGINES
+from rkcached.errors import BudgetExceeded
+from rkcached.manifest import CacheConfig, EngineConfig
+from rkcached.plan import Build, over_budget
+from rkcached.store import Figures, Sidecar, Store, StoredArtifact
+from rkcached.worker import protocol
+from rkcached.worker.gate import Gate, Priority
+from rkcached.worker.supervisor import Worker, WorkerModel, Workers
+
+PROBE_QUESTION = "Answer in one sentence: what are you for?"
+"""Asked twice after every build: on the state in memory, and on the state from the file."""
+
+MAX_STEPS_ASIDE = 3
+"""A build that made room for live requests this often finishes the next time."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BuildRequest:
+    """A build and what it needs."""
+
+    action: Build
+    model: DesiredModel
+    text: str
+    """The system message."""
+    engine: EngineConfig
+    cache: CacheConfig
+    used_bytes: int
+    """Of the other artifacts in the store."""
+    may_step_aside: bool
+
+
+def worker_model(engine: EngineConfig, model: DesiredModel) -> WorkerModel:
+    """What a worker of this model hosts."""
+    config = model.config
+    return WorkerModel(
+        name=model.name,
+        identity=model.identity,
+        implementation=ENGINES[engine.kind].implementation,
+        path=str(config.path),
+        context_tokens=config.params.max_context_len,
+        threads=engine.threads,
+        idle_unload_s=config.idle_unload_s,
+    )
+
+
+class Builder:
+    def __init__(self, store: Store, workers: Workers, gate: Gate) -> None:
+        self._store = store
+        self._workers = workers
+        self._gate = gate
+
+    async def build(self, request: BuildRequest, on_progress: Callable[[int, int], None]) -> StoredArtifact:
+        """Build and publish an artifact. `on_progress` gets (tokens prefilled, tokens in total).
+
+        Errors: Aborted when it stepped aside for a live request; any EngineError, WorkerError or StoreError.
+        """
+        action, model = request.action, request.model
+        prefix = model.template.prefix(request.text)
+        probe = model.template.render(
+            [{"role": "system", "content": request.text}, {"role": "user", "content": PROBE_QUESTION}]
+        )
+        started = time.monotonic()
+        staged = await asyncio.to_thread(self._store.stage, action.key)
+        try:
+            built = await self._prefill(request, prefix, probe, staged, on_progress)
+            size_bytes, sha256 = await asyncio.to_thread(self._store.seal, staged)
+            limit = request.cache.max_bytes
+            if limit is not None and request.used_bytes + size_bytes > limit:
+                said = over_budget(action.fingerprint.digest, size_bytes, request.used_bytes, limit).trouble
+                raise BudgetExceeded(said.message, needed_bytes=size_bytes, hint=said.hint)
+            components = dict(action.fingerprint.components)
+            sidecar = Sidecar(
+                model=action.key.model,
+                prompt=action.key.prompt,
+                artifact=action.key.prompt + ENGINES[request.engine.kind].artifact_suffix,
+                fingerprint=action.fingerprint.digest,
+                components=components,
+                size_bytes=size_bytes,
+                sha256=sha256,
+                text_sha256=components["prefix.digest"],
+                tokens=built.tokens,
+                built_at=time.time(),
+                build_ms=(time.monotonic() - started) * 1000,
+                figures=Figures(
+                    prefill_ms=built.prefill_ms,
+                    load_ms=built.load_ms,
+                    cold_ttft_ms=built.cold_ttft_ms,
+                    warm_ttft_ms=built.warm_ttft_ms,
+                    verified=built.verified,
+                ),
+            )
+            # A commit is short and must not be cut in two: it goes on even if the caller is cancelled.
+            commit = asyncio.create_task(
+                asyncio.to_thread(self._store.commit, action.key, staged, sidecar, prefix.encode())
+            )
+            try:
+                return await asyncio.shield(commit)
+            except asyncio.CancelledError:
+                await commit
+                raise
+        finally:
+            self._store.discard(staged)
+
+    async def _prefill(
+        self, request: BuildRequest, prefix: str, probe: str, staged: Path, on_progress: Callable[[int, int], None]
+    ) -> protocol.Built:
+        worker: Worker | None = None
+        operation_id = 0
+        aside: set[asyncio.Task[None]] = set()
+
+        def make(new_id: int) -> protocol.Build:
+            nonlocal operation_id
+            operation_id = new_id
+            return protocol.Build(
+                id=new_id,
+                prefix=prefix,
+                probe=probe,
+                path=str(staged),
+                verify=protocol.VerifyMode(request.cache.verify.value),
+                min_tokens=request.cache.min_tokens,
+            )
+
+        def on_event(event: protocol.FromWorker) -> None:
+            if isinstance(event, protocol.Progress):
+                on_progress(event.done_tokens, event.total_tokens)
+
+        def step_aside() -> None:
+            if operation_id and worker is not None and worker.info is not None and worker.info.aborts_prefill:
+                aside.add(asyncio.ensure_future(worker.abort(operation_id)))
+
+        async with self._gate.hold(Priority.BUILD, step_aside=step_aside if request.may_step_aside else None):
+            worker = self._workers.get(worker_model(request.engine, request.model))
+            built = await worker.run(make, on_event)
+        if not isinstance(built, protocol.Built):
+            raise TypeError(built)
+        return built

@@ -1,0 +1,331 @@
+"""The command line. Thin: parses, calls, prints. Every command imports only what it needs, so that help is instant.
+
+Exit codes follow sysexits.h; `plan --exit-code` and `verify` say theirs in their help. An expected error is printed as
+one sentence and the next thing to do, never as a traceback.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from rkcached import __version__
+from rkcached.errors import ManifestError, RkcachedError, SourceError, UsageError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from rkcached.observe import Look
+    from rkcached.settings import Settings
+
+PATH = click.Path(path_type=Path)
+
+_FLAGS = {
+    "manifest": click.option(
+        "--manifest", "-m", type=PATH, metavar="FILE", help="The YAML manifest. [RKCACHED_MANIFEST]"
+    ),
+    "cache_dir": click.option("--cache-dir", type=PATH, metavar="DIR", help="The store. [RKCACHED_CACHE_DIR]"),
+    "socket": click.option("--socket", "-s", type=PATH, metavar="PATH", help="The Unix socket. [RKCACHED_SOCKET]"),
+}
+
+as_json = click.option("--json", "want_json", is_flag=True, help="Print JSON.")
+
+
+def places(*names: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a command the flags for these places, and their values as `settings`."""
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        @functools.wraps(command)
+        def with_settings(**kwargs: Any) -> None:
+            from rkcached.settings import Settings
+
+            given = {name: kwargs.pop(name) for name in names}
+            command(settings=Settings(**{k: v for k, v in given.items() if v is not None}), **kwargs)
+
+        for name in reversed(names):
+            with_settings = _FLAGS[name](with_settings)
+        return with_settings
+
+    return decorate
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(__version__, "-V", "--version", message="%(prog)s %(version)s")
+def cli() -> None:
+    r"""Keep the prompt caches of language models fresh, and serve them over a Unix socket.
+
+    \b
+    Examples:
+      rkcached demo                            see it work in a minute, with a small model
+      rkcached check -m manifest.yaml          is the manifest right?
+      rkcached plan                            what would be built or removed, and why
+      rkcached run                             the daemon, in the foreground
+      rkcached status                          what is fresh, what is being built
+      rkcached chat qwen3-0.6b/coding_rules    talk to a model with a cached prompt
+    """
+
+
+@cli.command()
+@places("manifest", "cache_dir", "socket")
+@click.option("--log-level", type=click.Choice(["debug", "info", "warning", "error"]), help="[RKCACHED_LOG_LEVEL]")
+def run(settings: Settings, log_level: str | None) -> None:
+    """Run the daemon in the foreground.
+
+    It ends on SIGTERM or Ctrl-C, and looks again at once on SIGHUP.
+    """
+    from rkcached import daemon
+
+    daemon.run(settings.model_copy(update={"log_level": log_level}) if log_level else settings)
+
+
+@cli.command()
+@places("manifest")
+@as_json
+def check(settings: Settings, want_json: bool) -> None:
+    """Report every problem of the manifest and of the files it names, each with file:line and what to do.
+
+    Exit code 0 when all is well, 78 otherwise.
+    """
+    from rkcached.check import problems_of
+
+    problems, summary = problems_of(settings.manifest)
+    if want_json:
+        _print_json([{"file": p.file, "line": p.line, "message": p.message, "hint": p.hint} for p in problems])
+    else:
+        for problem in problems:
+            click.echo(str(problem), err=True)
+        click.echo(f"{settings.manifest}: {summary}", err=bool(problems))
+    sys.exit(os.EX_CONFIG if problems else os.EX_OK)
+
+
+@cli.command()
+@places("manifest", "cache_dir")
+@as_json
+@click.option("--exit-code", is_flag=True, help="Exit with 2 when there is something to do, 0 when not.")
+def plan(settings: Settings, want_json: bool, exit_code: bool) -> None:
+    """Print what would be built and removed, and why. Changes nothing; needs no daemon."""
+    from rkcached import show
+    from rkcached.plan import Blocked
+    from rkcached.plan import plan as make_plan
+
+    look = _look(settings)
+    actions = make_plan(look.assessments)
+    if want_json:
+        _print_json([show.action_data(action) for action in actions])
+    else:
+        show.print_plan(_console(), actions, look.assessments)
+    if exit_code and any(not isinstance(action, Blocked) for action in actions):
+        sys.exit(2)
+
+
+@cli.command()
+@click.argument("prompt", metavar="MODEL/PROMPT")
+@places("manifest", "cache_dir")
+@as_json
+def explain(settings: Settings, prompt: str, want_json: bool) -> None:
+    """Say whether a prompt cache is fresh, or name each component that changed, old -> new. Needs no daemon."""
+    from rkcached.explain import explain_data, print_explanation
+
+    data = explain_data(_look(settings), _key(prompt))
+    if want_json:
+        _print_json(data)
+    else:
+        print_explanation(_console(), data)
+
+
+@cli.command()
+@places("socket")
+@as_json
+def status(settings: Settings, want_json: bool) -> None:
+    """Show the running daemon's models and prompts: state, reason, size, time to first token cold and warm."""
+    from rkcached.client import Client
+
+    with Client(settings.socket) as client:
+        answer = client.status()
+    if want_json:
+        _print_json(answer)
+        return
+    from rkcached import show
+
+    show.print_status(_console(), answer)
+
+
+@cli.command()
+@click.argument("prompts", metavar="[MODEL[/PROMPT]]...", nargs=-1)
+@places("socket")
+@click.option("--all", "everything", is_flag=True, help="Every prompt of every model.")
+@as_json
+def regenerate(settings: Settings, prompts: Sequence[str], everything: bool, want_json: bool) -> None:
+    """Build prompt caches anew, even if they are fresh. Waits until they are published."""
+    from rkcached.client import Client
+
+    if not prompts and not everything:
+        raise UsageError("nothing to regenerate", hint="name MODEL or MODEL/PROMPT, or say --all")
+    answers = []
+    with Client(settings.socket) as client:
+        declared = [(p["model"], p["prompt"]) for p in client.status()["prompts"] if p["state"] != "orphan"]
+        wanted = declared if everything else _matching(prompts, declared)
+        for number, (model, prompt) in enumerate(wanted, 1):
+            if not want_json:
+                click.echo(f"[{number}/{len(wanted)}] {model}/{prompt} ... ", nl=False)
+            answer = client.regenerate(model, prompt)
+            answers.append(answer)
+            if not want_json:
+                click.echo(
+                    f"{answer['tokens']} tokens, {answer['size_mb']:.1f} MB in {answer['build_ms'] / 1000:.1f} s"
+                )
+    if want_json:
+        _print_json(answers)
+
+
+@cli.command()
+@click.argument("prompts", metavar="[MODEL[/PROMPT]]...", nargs=-1)
+@places("manifest", "cache_dir")
+@click.option("--deep", is_flag=True, help="Also load each fresh prompt cache into its model.")
+@as_json
+def verify(settings: Settings, prompts: Sequence[str], deep: bool, want_json: bool) -> None:
+    """Check every artifact against its sidecar: size and SHA-256 of prompt cache and text. Changes nothing.
+
+    Exit code 0 when all are good, 65 otherwise.
+    """
+    from rkcached.verify import verify_artifacts
+
+    look = _look(settings)
+    stored = [*look.inventory.artifacts, *look.inventory.unreadable]
+    chosen = _matching(prompts, stored) if prompts else stored
+    results = []
+    for result in verify_artifacts(settings.cache_dir, look, [_key("/".join(key)) for key in chosen], deep=deep):
+        results.append(result)
+        if not want_json:
+            mark = "ok" if result["ok"] else "FAILED"
+            click.echo(f"{mark:<7} {result['model']}/{result['prompt']}  {result['detail']}")
+    if want_json:
+        _print_json(results)
+    elif not results:
+        click.echo("the store is empty")
+    sys.exit(os.EX_OK if all(result["ok"] for result in results) else os.EX_DATAERR)
+
+
+@cli.command()
+@click.argument("model", metavar="MODEL[/PROMPT]")
+@click.argument("message", required=False)
+@places("socket")
+@click.option("--max-tokens", type=click.IntRange(min=1), help="Length of the answer.")
+@click.option("--cold", is_flag=True, help="Answer without any prompt cache.")
+@as_json
+def chat(
+    *, settings: Settings, model: str, message: str | None, max_tokens: int | None, cold: bool, want_json: bool
+) -> None:
+    """Ask a model, with the answer streamed, its time to first token and its cached tokens.
+
+    Without MESSAGE it reads standard input: one question from a pipe, a conversation at a terminal.
+    """
+    from rkcached.chat import Conversation
+
+    options: dict[str, Any] = {"model": model}
+    if max_tokens is not None:
+        options["max_tokens"] = max_tokens
+    if cold:
+        options["cache"] = False
+    conversation = Conversation(settings.socket, options, want_json=want_json)
+    if message is None and not sys.stdin.isatty():
+        message = sys.stdin.read().strip()
+        if not message:
+            raise UsageError("there is no question", hint="give it as an argument or on standard input")
+    if message is not None:
+        conversation.ask(message)
+    else:
+        conversation.talk()
+
+
+@cli.command()
+def schema() -> None:
+    """Print the JSON schema of the manifest, for editors that complete and check YAML."""
+    from rkcached.manifest import json_schema
+
+    _print_json(json_schema())
+
+
+@cli.command()
+@click.option("--dir", "directory", type=PATH, default=Path("demo"), show_default=True, help="The demo's workspace.")
+@click.option("--model", type=PATH, metavar="FILE", help="A GGUF model with a ChatML template; default: SmolLM2-135M.")
+@click.option("--once", is_flag=True, help="End after the table; exit code 0 only if every cache was hit.")
+def demo(directory: Path, model: Path | None, once: bool) -> None:
+    """See it work: write a small workspace, start the daemon on it, and compare cold with warm answers."""
+    from rkcached.demo.runner import run_demo
+
+    sys.exit(run_demo(directory, model, once=once))
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The program: errors become a sentence on standard error and an exit code."""
+    try:
+        code = cli.main(arguments, standalone_mode=False)
+    except RkcachedError as error:
+        _complain(error)
+        sys.exit(error.exit_code)
+    except click.UsageError as error:
+        error.show()
+        sys.exit(os.EX_USAGE)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except (click.Abort, KeyboardInterrupt):
+        sys.exit(130)
+    except BrokenPipeError:
+        # Whoever read our output has enough. Python would complain again at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
+    sys.exit(code if isinstance(code, int) else os.EX_OK)
+
+
+def _complain(error: RkcachedError) -> None:
+    if isinstance(error, ManifestError):
+        for problem in error.problems:
+            click.echo(str(problem), err=True)
+        return
+    click.echo(f"error: {error.message}", err=True)
+    if error.hint:
+        click.echo(f"hint: {error.hint}", err=True)
+
+
+def _look(settings: Settings) -> Look:
+    from rkcached.observe import Observer, read_manifest
+    from rkcached.store import Store
+
+    return Observer(Store(settings.cache_dir)).look(read_manifest(settings.manifest))
+
+
+def _key(text: str) -> Any:
+    from rkcached.plan import Key
+
+    model, slash, prompt = text.partition("/")
+    if not (model and slash and prompt):
+        raise UsageError(f"{text!r} names no prompt", hint="write MODEL/PROMPT, for example qwen3-0.6b/system")
+    return Key(model, prompt)
+
+
+def _matching(wanted: Sequence[str], known: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
+    """The known prompts that MODEL or MODEL/PROMPT name, in their order. Errors: SourceError for a name of none."""
+    for text in wanted:
+        if not any(text in (model, f"{model}/{prompt}") for model, prompt in known):
+            names = ", ".join(f"{model}/{prompt}" for model, prompt in known) or "none"
+            raise SourceError(f"there is no {text!r}", hint=f"known: {names}")
+    return [key for key in known if key[0] in wanted or "/".join(key) in wanted]
+
+
+def _console() -> Console:
+    from rich.console import Console
+
+    return Console(highlight=False)
+
+
+def _print_json(data: Any) -> None:
+    click.echo(json.dumps(data, indent=2, ensure_ascii=False))

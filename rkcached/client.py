@@ -1,0 +1,85 @@
+"""The command line's side of the socket: HTTP over the daemon's Unix socket, errors as this program's own."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import httpx
+
+from rkcached.errors import DaemonUnreachable, RequestError
+
+_TIMEOUT = httpx.Timeout(10.0, read=None)
+"""Connecting is quick or impossible; an answer takes as long as its model."""
+
+
+class Client:
+    """A connection to the daemon. Errors of every call: DaemonUnreachable, RequestError."""
+
+    def __init__(self, socket: Path) -> None:
+        self._socket = socket
+        self._http = httpx.Client(
+            transport=httpx.HTTPTransport(uds=str(socket)), base_url="http://rkcached", timeout=_TIMEOUT
+        )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._http.close()
+
+    def status(self) -> dict[str, Any]:
+        return self._json("GET", "/v1/status")
+
+    def regenerate(self, model: str, prompt: str) -> dict[str, Any]:
+        return self._json("POST", f"/v1/cache/{model}/generate-binary", {"cache_name": prompt})
+
+    def chat(self, body: dict[str, Any]) -> dict[str, Any]:
+        return self._json("POST", "/v1/chat/completions", body)
+
+    def stream(self, body: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        """The chunks of a streamed answer."""
+        try:
+            with self._http.stream("POST", "/v1/chat/completions", json={**body, "stream": True}) as response:
+                if response.status_code != httpx.codes.OK:
+                    response.read()
+                    raise _refusal(response)
+                for line in response.iter_lines():
+                    if line.startswith("data: ") and line != "data: [DONE]":
+                        chunk: dict[str, Any] = json.loads(line[6:])
+                        if "error" in chunk:
+                            raise RequestError(502, chunk["error"]["message"], code=chunk["error"]["code"])
+                        yield chunk
+        except httpx.TransportError as error:
+            raise self._unreachable(error) from error
+
+    def _json(self, method: str, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
+        try:
+            response = self._http.request(method, path, json=body)
+        except httpx.TransportError as error:
+            raise self._unreachable(error) from error
+        if response.status_code != httpx.codes.OK:
+            raise _refusal(response)
+        answer: dict[str, Any] = response.json()
+        return answer
+
+    def _unreachable(self, error: httpx.TransportError) -> DaemonUnreachable:
+        if isinstance(error, httpx.ConnectError):
+            return DaemonUnreachable(
+                f"no daemon answers on {self._socket}",
+                hint="start it with `rkcached run`, or name its socket with --socket or RKCACHED_SOCKET",
+            )
+        return DaemonUnreachable(f"the daemon broke off: {error}", hint="its log says why")
+
+
+def _refusal(response: httpx.Response) -> RequestError:
+    try:
+        said = response.json()["error"]
+        return RequestError(response.status_code, said["message"], code=said["code"])
+    except (ValueError, KeyError, TypeError):
+        return RequestError(response.status_code, f"HTTP {response.status_code}: {response.text[:200]}", code="unknown")

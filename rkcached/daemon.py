@@ -1,0 +1,122 @@
+"""The composition root: builds every part once, connects them, and takes them down in order.
+
+Start: lock the store, open the socket, look once, serve. Stop (SIGTERM, SIGINT): refuse new requests, let running
+answers end for a moment, stop the build, end the workers, remove the socket. All of it within five seconds.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import socket
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import structlog
+
+from rkcached import __version__, logs
+from rkcached.api import Api
+from rkcached.manifest import Manifest
+from rkcached.observe import read_manifest
+from rkcached.reconcile import Reconciler
+from rkcached.server import HttpServer, open_socket, remove_socket
+from rkcached.serving import Serving
+from rkcached.settings import Settings
+from rkcached.status import status
+from rkcached.store import Store
+from rkcached.watch import Watcher
+from rkcached.worker.gate import Gate
+from rkcached.worker.supervisor import Workers
+
+log = structlog.get_logger()
+
+SHUTDOWN_GRACE_S = 2.0
+"""Running answers may end within this time after SIGTERM."""
+
+
+def run(settings: Settings) -> None:
+    """Run the daemon until a signal ends it.
+
+    Errors: ManifestError when the manifest never was good; StoreError, SocketError when a place is not to be had.
+    """
+    logs.configure(settings.log_level)
+    os.umask(0o027)
+    manifest = read_manifest(settings.manifest)
+    store = Store(settings.cache_dir)
+    store.open()
+    try:
+        listener = open_socket(settings.socket)
+        inode = settings.socket.stat().st_ino
+        try:
+            asyncio.run(_serve(settings, manifest, store, listener))
+        finally:
+            listener.close()
+            remove_socket(settings.socket, inode)
+    finally:
+        store.close()
+    log.info("stopped")
+
+
+async def _serve(settings: Settings, manifest: Manifest, store: Store, listener: socket.socket) -> None:
+    started = time.time()
+    loop = asyncio.get_running_loop()
+    workers = Workers()
+    gate = Gate()
+    watcher = Watcher(lambda: _post(loop, reconciler.look_again))
+    reconciler = Reconciler(
+        manifest_path=settings.manifest, manifest=manifest, store=store, workers=workers, gate=gate, watcher=watcher
+    )
+    serving = Serving(reconciler, workers, gate)
+    api = Api(
+        reconciler,
+        serving,
+        lambda: status(
+            started=started,
+            reconciler=reconciler,
+            serving=serving,
+            workers=workers,
+            store=store,
+            polling=watcher.polling,
+        ),
+    )
+    server = HttpServer(api.app(), grace_s=SHUTDOWN_GRACE_S)
+    stopping = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stopping.set)
+    loop.add_signal_handler(signal.SIGHUP, lambda: reconciler.look_again(now=True))
+    watcher.start()
+    reconciling = asyncio.create_task(reconciler.run())
+    serving_http = asyncio.create_task(server.serve([listener]))
+    announcing = asyncio.create_task(_announce(reconciler, settings.socket))
+    signalled = asyncio.create_task(stopping.wait())
+    log.info("starting", version=__version__, manifest=str(settings.manifest), cache_dir=str(settings.cache_dir))
+    try:
+        # A signal ends us; so does a part that ends, which none should.
+        await asyncio.wait({reconciling, serving_http, signalled}, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        log.info("stopping", running=serving.running)
+        watcher.close()
+        server.stop()
+        for task in (reconciling, announcing, signalled):
+            task.cancel()
+        results = await asyncio.gather(reconciling, serving_http, return_exceptions=True)
+        await workers.stop()
+    for result in results:
+        if isinstance(result, Exception):
+            raise result  # a defect: the service manager sees a failure and starts us again
+
+
+async def _announce(reconciler: Reconciler, socket_path: Path) -> None:
+    await reconciler.looked.wait()
+    log.info(
+        "ready", socket=str(socket_path), prompts=len(reconciler.view.assessments), fresh=len(reconciler.view.index)
+    )
+
+
+def _post(loop: asyncio.AbstractEventLoop, call: Callable[[], None]) -> None:
+    """From another thread; the loop may be closing."""
+    with contextlib.suppress(RuntimeError):
+        loop.call_soon_threadsafe(call)

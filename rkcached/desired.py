@@ -1,0 +1,187 @@
+"""From declarations to desires: what each declared prompt must be, given the manifest and the state of its sources.
+
+Pure. `Sources` is what `sources.scan` found on disk; `resolve` renders each prompt's prefix and takes its fingerprint.
+The same `DesiredModel` then serves requests, so the text a cache is built from and the text a request sends come out
+of one renderer.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from rkcached.errors import TemplateError
+from rkcached.fingerprint import Fingerprint, Value, fingerprint
+from rkcached.manifest import FingerprintMode, Manifest, ModelConfig
+from rkcached.plan import DesiredPrompt, Key, Trouble
+from rkcached.template import ChatTemplate
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PromptSource:
+    """The text of a prompt, joined from its files."""
+
+    text: str
+    digest: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelSource:
+    """The digest of a model file and the source of its chat template."""
+
+    digest: str
+    template_source: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RuntimeSource:
+    """The engine's library on disk."""
+
+    version: str
+    digest: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Declaration:
+    """A prompt that the manifest names, or that a prompts_from pattern found."""
+
+    source: PromptSource | Trouble
+    description: str = ""
+    line: int = 0
+    """In the manifest, for messages."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sources:
+    """Everything read from disk for one look at the world."""
+
+    runtime: RuntimeSource | Trouble
+    models: Mapping[str, ModelSource | Trouble]
+    prompts: Mapping[Key, Declaration]
+    unlisted_models: Mapping[str, Trouble] = field(default_factory=dict)
+    """Models of which a prompts_from folder cannot be listed, and why."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DesiredModel:
+    """A model as requests and builds use it. `identity` changes when a running worker must be replaced."""
+
+    name: str
+    config: ModelConfig
+    template: ChatTemplate
+    identity: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Desired:
+    models: Mapping[str, DesiredModel | Trouble]
+    prompts: Mapping[Key, DesiredPrompt]
+    """In manifest order."""
+    texts: Mapping[Key, str]
+    """The system message of each usable prompt."""
+
+    def fingerprint(self, key: Key) -> Fingerprint | None:
+        """What the artifact of this prompt must have; None if it is not declared or in trouble."""
+        prompt = self.prompts.get(key)
+        return None if prompt is None else prompt.fingerprint
+
+
+class Resolver:
+    """Turns sources into desires, and remembers the prefix digests that it rendered: texts seldom change."""
+
+    def __init__(self) -> None:
+        self._prefixes: dict[tuple[str, str, bool | None], tuple[str, int] | Trouble] = {}
+        self._templates: dict[tuple[str, str, str, str, bool | None], ChatTemplate] = {}
+
+    def resolve(self, manifest: Manifest, sources: Sources) -> Desired:
+        models = {name: self._model(name, config, manifest, sources) for name, config in manifest.models.items()}
+        prompts: dict[Key, DesiredPrompt] = {}
+        texts = {}
+        prefixes: dict[tuple[str, str, bool | None], tuple[str, int] | Trouble] = {}
+        for key, declared in sources.prompts.items():
+            model = models[key.model]
+            found: Fingerprint | Trouble
+            if isinstance(declared.source, Trouble):
+                found = declared.source
+            elif isinstance(model, Trouble):
+                found = model
+            else:
+                slot = (model.template.digest, declared.source.digest, model.config.thinking)
+                prefixes[slot] = prefix = self._prefixes.get(slot) or _prefix(model.template, declared.source.text)
+                if isinstance(prefix, Trouble):
+                    found = prefix
+                else:
+                    found = fingerprint(_components(manifest, model, sources, key, prefix))
+                    texts[key] = declared.source.text
+            if isinstance(found, Trouble):
+                prompts[key] = DesiredPrompt(key=key, description=declared.description, trouble=found)
+            else:
+                prompts[key] = DesiredPrompt(key=key, description=declared.description, fingerprint=found)
+        self._prefixes = prefixes
+        return Desired(models=models, prompts=prompts, texts=texts)
+
+    def _model(self, name: str, config: ModelConfig, manifest: Manifest, sources: Sources) -> DesiredModel | Trouble:
+        source = sources.models[name]
+        if isinstance(source, Trouble):
+            return source
+        if isinstance(sources.runtime, Trouble):
+            return sources.runtime
+        slot = (source.template_source, config.chat_template, config.bos_token, config.eos_token, config.thinking)
+        template = self._templates.get(slot)
+        if template is None:
+            try:
+                template = ChatTemplate(
+                    source.template_source,
+                    name=config.chat_template,
+                    bos_token=config.bos_token,
+                    eos_token=config.eos_token,
+                    thinking=config.thinking,
+                )
+            except TemplateError as error:
+                return Trouble.of(error)
+            self._templates[slot] = template
+        identity = fingerprint(
+            {
+                "engine": manifest.engine.kind.value,
+                "threads": manifest.engine.threads,
+                "runtime": sources.runtime.digest,
+                "model": source.digest,
+                "path": str(config.path),
+                "context": config.params.max_context_len,
+            }
+        )
+        return DesiredModel(name=name, config=config, template=template, identity=identity.digest)
+
+
+def _prefix(template: ChatTemplate, text: str) -> tuple[str, int] | Trouble:
+    """SHA-256 and length (both of the UTF-8 bytes) of the text that is prefilled for this prompt."""
+    try:
+        data = template.prefix(text).encode()
+    except TemplateError as error:
+        return Trouble.of(error)
+    return hashlib.sha256(data).hexdigest(), len(data)
+
+
+def _components(
+    manifest: Manifest, model: DesiredModel, sources: Sources, key: Key, prefix: tuple[str, int]
+) -> dict[str, Value]:
+    """Everything the bytes of this prompt cache depend on, by the names that a stale verdict shows."""
+    source, runtime = sources.models[key.model], sources.runtime
+    if isinstance(source, Trouble) or isinstance(runtime, Trouble):  # pragma: no cover - _model refused already
+        raise TypeError(key)
+    components: dict[str, Value] = {
+        "engine": manifest.engine.kind.value,
+        "runtime.version": runtime.version,
+        "runtime.digest": runtime.digest,
+        "model.digest": source.digest,
+        "template.digest": model.template.digest,
+        "thinking": model.config.thinking,
+        "prefix.digest": prefix[0],
+        "prefix.bytes": prefix[1],
+        "params.max_context_len": model.config.params.max_context_len,
+    }
+    # Sampling does not change a KV state. The rule is that it invalidates all the same; `fingerprint: kv` opts out.
+    if manifest.cache.fingerprint is FingerprintMode.FULL:
+        components |= {f"params.{name}": value for name, value in model.config.sampling(key.prompt).items()}
+    return components

@@ -1,0 +1,105 @@
+"""SHA-256 of files, without reading a file again that did not change.
+
+A digest is remembered for a path together with the file's signature (device, inode, size, mtime, ctime). The signature
+only ever spares work: it is no part of any identity. A file that changed within the clock's granularity of being
+hashed is not remembered, because a second change could leave the same signature. The memory survives restarts.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import time
+from pathlib import Path
+
+import msgspec
+
+from rkcached.errors import SourceError
+
+_RACY_NS = 50_000_000
+"""A change this close to the hashing may share its timestamp with a later one; kernels tick every 1 to 10 ms."""
+
+_ATTEMPTS = 3
+
+
+class Signature(msgspec.Struct, frozen=True, array_like=True):
+    """What stat(2) says about a file's identity and last change."""
+
+    dev: int
+    ino: int
+    size: int
+    mtime_ns: int
+    ctime_ns: int
+
+    @classmethod
+    def of(cls, stat: os.stat_result) -> Signature:
+        return cls(stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)
+
+    @property
+    def settled(self) -> bool:
+        """Whether a later change is certain to alter the signature. A time in the future (clock set back) is fine."""
+        return abs(time.time_ns() - self.ctime_ns) > _RACY_NS
+
+
+class _Entry(msgspec.Struct, frozen=True, array_like=True):
+    signature: Signature
+    digest: str
+
+
+class Digests:
+    """The memory. One thread at a time; `file` is where it is kept between runs (None: nowhere)."""
+
+    def __init__(self, file: Path | None = None) -> None:
+        self._file = file
+        self._entries: dict[str, _Entry] = {}
+        self._used: set[str] = set()
+        self._dirty = False
+        self.hashed_files = 0
+        """Files really read so far: what a test or a benchmark looks at."""
+        if file is not None:
+            with contextlib.suppress(OSError, msgspec.DecodeError):  # a damaged memory only costs re-hashing
+                self._entries = msgspec.json.decode(file.read_bytes(), type=dict[str, _Entry])
+
+    def digest(self, path: Path) -> str:
+        """Hexadecimal SHA-256 of the file's content. Errors: OSError; SourceError if the file does not hold still."""
+        return self.digest_and_signature(path)[0]
+
+    def digest_and_signature(self, path: Path) -> tuple[str, Signature]:
+        """The digest, and the signature of exactly the file that has it."""
+        name = str(path)
+        self._used.add(name)
+        signature = Signature.of(path.stat())
+        entry = self._entries.get(name)
+        if entry is not None and entry.signature == signature:
+            return entry.digest, signature
+        for _ in range(_ATTEMPTS):
+            with path.open("rb") as stream:
+                before = Signature.of(os.fstat(stream.fileno()))
+                settled = before.settled
+                digest = hashlib.file_digest(stream, "sha256").hexdigest()
+                after = Signature.of(os.fstat(stream.fileno()))
+            self.hashed_files += 1
+            if before == after:
+                if settled:
+                    self._entries[name] = _Entry(before, digest)
+                    self._dirty = True
+                return digest, before
+        raise SourceError(f"{path} is being written to", hint="it is read again as soon as it holds still")
+
+    def trust(self, path: Path, signature: Signature, digest: str) -> None:
+        """Remember a digest that the caller computed from the very file that has `signature`."""
+        self._used.add(str(path))
+        if signature.settled:
+            self._entries[str(path)] = _Entry(signature, digest)
+            self._dirty = True
+
+    def save(self) -> None:
+        """Write the memory if it changed, keeping only the files asked for since the start. Errors: OSError."""
+        if not self._dirty or self._file is None:
+            return
+        self._entries = {name: entry for name, entry in self._entries.items() if name in self._used}
+        temporary = self._file.with_name(self._file.name + ".tmp")
+        temporary.write_bytes(msgspec.json.encode(self._entries))
+        temporary.replace(self._file)
+        self._dirty = False

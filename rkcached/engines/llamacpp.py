@@ -1,0 +1,355 @@
+"""llama.cpp on the CPU, through the server that xllamacpp embeds in this process.
+
+Runs go through `Server.handle_completions`, which calls back on the thread that started them. Saving, loading and
+erasing the KV state go through llama.cpp's own HTTP endpoints, on a Unix socket in the private scratch directory:
+a TCP port would be open to every local user, so an engine that finds itself listening on one closes at once.
+The server has one slot, hence one KV state. It takes file names without directories only; a symbolic link in the
+scratch directory leads to the file that is meant. A truncated file makes llama.cpp abort the process: callers check
+size and digest before `load`.
+"""
+
+from __future__ import annotations
+
+import http.client
+import importlib
+import importlib.metadata
+import json
+import os
+import socket
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+from rkcached.engines.base import EngineInfo, FinishReason, ModelSpec, OnProgress, OnToken, RunStats, Sampling, Token
+from rkcached.errors import Aborted, ArtifactLoadError, ContextExceeded, EngineError, ModelLoadError, Uncacheable
+
+# Prompt tokens per call into the model. A run can be stopped between two of them only, so a small one stops sooner.
+# A prompt of 1,179 tokens, SmolLM2-135M Q4_1 on two x86 cores, best of six, interleaved:
+#   n_batch    64    128    256    512
+#   seconds   7.1    6.5    5.6    5.9
+# 256 is the smallest that costs nothing. A stopped run ends after one or two batches, as the server may begin one
+# before it hears of the stop: 1.5 to 3.2 s there, beside other work.
+_BATCH_TOKENS = 256
+
+_GGUF_MAGIC = b"GGUF"
+_SOCKET_NAME = "llama.sock"
+_STATE_NAME = "state.bin"
+_SOCKET_PATH_MAX = 107  # sun_path holds 108 bytes, the last one is 0
+_IDLE_TIMEOUT_S = 60.0
+
+# Ours and llama.cpp's have the same names.
+_SAMPLING_FIELDS = ("temperature", "top_k", "top_p", "repeat_penalty", "frequency_penalty", "presence_penalty")
+
+
+class LlamaCppEngine:
+    """See `Engine` for what each method promises."""
+
+    def __init__(self, spec: ModelSpec) -> None:
+        library = _import_library()
+        _check_model_file(Path(spec.path))
+        self._scratch = Path(spec.scratch_dir)
+        self._socket = str(self._scratch / _SOCKET_NAME)
+        if len(os.fsencode(self._socket)) > _SOCKET_PATH_MAX:
+            raise EngineError(
+                f"the socket path {self._socket} is longer than {_SOCKET_PATH_MAX} bytes",
+                hint="use a shorter runtime directory",
+            )
+        self._abort = threading.Event()
+        try:
+            self._server = library.Server(_params(library, spec, self._socket))
+        except RuntimeError as error:
+            raise ModelLoadError(
+                f"llama.cpp cannot load the model {spec.path}: it is truncated, or of an unknown kind",
+                hint="the lines above in the log say more",
+            ) from error
+        address = str(self._server.listening_address)
+        if not address.startswith("unix://"):
+            self.close()
+            raise EngineError(f"llama.cpp listens on {address} instead of a Unix socket, so it was closed")
+        settings = self._request("GET", "/props")["default_generation_settings"]
+        self._info = EngineInfo(
+            runtime_version=importlib.metadata.version("xllamacpp"),
+            context_tokens=int(settings["n_ctx"]),
+            measures_prefill=True,
+            aborts_prefill=True,
+        )
+
+    @property
+    def info(self) -> EngineInfo:
+        return self._info
+
+    def count_tokens(self, text: str) -> int:
+        answer = self._request("POST", "/tokenize", {"content": text, "add_special": True, "parse_special": True})
+        return len(answer["tokens"])
+
+    def prefill(self, prompt: str, *, save_to: Path, on_progress: OnProgress | None = None) -> RunStats:
+        self._abort.clear()
+        self.clear()
+        # llama.cpp refuses a prompt that leaves no room for one token, also when none is asked for.
+        run = self._run(_Run(self._abort, on_progress=on_progress), prompt, {"n_predict": 0, "temperature": 0})
+        if run.finish is FinishReason.ABORT:
+            raise Aborted("the prefill was stopped on request")
+        try:
+            saved = self._slot("save", save_to)["n_saved"]
+        except _RefusedError as error:
+            if error.status == http.HTTPStatus.NOT_IMPLEMENTED:
+                raise Uncacheable(f"llama.cpp cannot save the KV state of this model: {error.message}") from error
+            raise EngineError(
+                f"llama.cpp cannot write the prompt cache {save_to}: {error.message}",
+                hint="check that the disk has room",
+            ) from error
+        if saved != run.prompt_tokens:
+            raise EngineError(f"llama.cpp saved {saved} tokens of a prompt of {run.prompt_tokens}")
+        return run.stats(count_decoded=False)
+
+    def load(self, path: Path) -> int:
+        try:
+            return int(self._slot("restore", path)["n_restored"])
+        except _RefusedError as error:
+            self.clear()
+            raise ArtifactLoadError(f"llama.cpp cannot load the prompt cache {path}: {error.message}") from error
+
+    def clear(self) -> None:
+        self._slot("erase")
+
+    def generate(self, prompt: str, sampling: Sampling, on_token: OnToken, *, trace: bool = False) -> RunStats:
+        self._abort.clear()
+        if sampling.max_new_tokens < 0:
+            raise EngineError(f"max_new_tokens is {sampling.max_new_tokens}, which is below 0")
+        # With n_predict 0 llama.cpp still samples one piece of text, which nobody asked for.
+        decodes = sampling.max_new_tokens > 0
+        options = _sampling_options(sampling) | ({"logprobs": 1} if trace else {})
+        run = self._run(_Run(self._abort, on_token=on_token if decodes else None), prompt, options)
+        return run.stats(count_decoded=decodes)
+
+    def abort(self) -> None:
+        self._abort.set()  # every run clears it first, so an abort without a run does nothing
+
+    def close(self) -> None:
+        self._server = None  # its destructor stops the threads and frees the model
+
+    def _run(self, run: _Run, prompt: str, options: dict[str, Any]) -> _Run:
+        """Starts a run on the slot and returns when it has ended."""
+        if self._server is None:
+            raise EngineError("the engine is closed")
+        if not prompt:
+            raise EngineError("the prompt is empty")  # llama.cpp would give an empty answer
+        request = {
+            "prompt": prompt,
+            "id_slot": 0,
+            "cache_prompt": True,
+            "stream": True,
+            "return_progress": True,  # without it, nothing calls back during a prefill and no abort gets through
+            **options,
+        }
+        try:
+            self._server.handle_completions(request, run)
+        except RuntimeError as error:
+            raise EngineError(f"llama.cpp refused the request: {error}") from error
+        if run.stopped:
+            self._wait_idle()
+        run.raise_failure()
+        return run
+
+    def _wait_idle(self) -> None:
+        """Waits for the batch that was under way when a run was stopped."""
+        deadline = time.monotonic() + _IDLE_TIMEOUT_S
+        while self._request("GET", "/slots")[0]["is_processing"]:
+            if time.monotonic() > deadline:
+                raise EngineError(f"llama.cpp is still busy {_IDLE_TIMEOUT_S:.0f} s after a run was stopped")
+            time.sleep(0.001)
+
+    def _slot(self, action: str, path: Path | None = None) -> Any:
+        if path is None:
+            return self._request("POST", f"/slots/0?action={action}", {})
+        link = self._scratch / _STATE_NAME
+        try:
+            link.unlink(missing_ok=True)
+            link.symlink_to(path.absolute())
+        except OSError as error:
+            raise EngineError(f"cannot make the link {link}: {error.strerror}") from error
+        try:
+            return self._request("POST", f"/slots/0?action={action}", {"filename": _STATE_NAME})
+        finally:
+            link.unlink(missing_ok=True)
+
+    def _request(self, method: str, target: str, body: dict[str, Any] | None = None) -> Any:
+        if self._server is None:
+            raise EngineError("the engine is closed")
+        connection = _UnixConnection(self._socket)
+        try:
+            connection.request(method, target, None if body is None else json.dumps(body))
+            response = connection.getresponse()
+            answer = json.loads(response.read())
+        except (OSError, http.client.HTTPException, ValueError) as error:
+            raise EngineError(f"llama.cpp does not answer {method} {target}: {error}") from error
+        finally:
+            connection.close()
+        if response.status != http.HTTPStatus.OK:
+            raise _RefusedError(response.status, str(answer.get("error", {}).get("message", answer)))
+        return answer
+
+
+class _RefusedError(EngineError):
+    """llama.cpp answered with an HTTP error."""
+
+    def __init__(self, status: int, message: str) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+class _UnixConnection(http.client.HTTPConnection):
+    def __init__(self, path: str) -> None:
+        super().__init__("localhost")
+        self._path = path
+
+    def connect(self) -> None:
+        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self.sock.connect(self._path)
+
+
+class _Run:
+    """Receives the chunks of one run; a true answer stops it.
+
+    First come chunks with the progress of the prefill (the first before any work), then one for each token whose text
+    is complete, then one with the reason for the end and the timings. A run that was stopped has no last chunk.
+    """
+
+    def __init__(
+        self, abort: threading.Event, *, on_token: OnToken | None = None, on_progress: OnProgress | None = None
+    ) -> None:
+        self.finish = FinishReason.ABORT
+        self.prompt_tokens = 0
+        self.stopped = False
+        self._abort = abort
+        self._on_token = on_token
+        self._on_progress = on_progress
+        self._cached_tokens = 0
+        self._prefill_ms = 0.0
+        self._decode_tokens = 0
+        self._decode_ms = 0.0
+        self._decode_started = time.monotonic()
+        self._ids: list[int] = []
+        self._logprobs: list[float] = []
+        self._error: dict[str, Any] | None = None
+        self._raised: BaseException | None = None
+
+    def __call__(self, chunk: dict[str, Any]) -> bool:
+        try:
+            wants_end = self._take(chunk)
+        except BaseException as error:  # noqa: BLE001 - xllamacpp would drop it; raise_failure raises it again
+            self._raised = error
+            wants_end = True
+        self.stopped = wants_end or self._abort.is_set()
+        return self.stopped
+
+    def raise_failure(self) -> None:
+        if self._raised is not None:
+            raise self._raised
+        if self._error is not None:
+            if self._error.get("type") == "exceed_context_size_error":
+                raise ContextExceeded(int(self._error["n_prompt_tokens"]), int(self._error["n_ctx"]))
+            raise EngineError(f"llama.cpp refused the request: {self._error.get('message')}")
+        if self.finish is FinishReason.ABORT and not self.stopped:
+            raise EngineError("llama.cpp ended the run without a result")
+
+    def stats(self, *, count_decoded: bool) -> RunStats:
+        return RunStats(
+            finish=self.finish,
+            prompt_tokens=self.prompt_tokens,
+            cached_tokens=self._cached_tokens,
+            prefill_ms=self._prefill_ms,
+            decode_tokens=self._decode_tokens if count_decoded else 0,
+            decode_ms=self._decode_ms if count_decoded else 0.0,
+        )
+
+    def _take(self, chunk: dict[str, Any]) -> bool:
+        if (error := chunk.get("error")) is not None:
+            self._error = error
+            return False
+        if (progress := chunk.get("prompt_progress")) is not None:
+            self._take_progress(progress)
+            return False
+        choice = chunk["choices"][0]
+        if choice["finish_reason"] is not None:  # the last chunk; one before it may have timings as well
+            timings = chunk["timings"]
+            self.finish = FinishReason(choice["finish_reason"])
+            self.prompt_tokens = timings["cache_n"] + timings["prompt_n"]
+            self._cached_tokens = timings["cache_n"]
+            self._prefill_ms = timings["prompt_ms"]
+            self._decode_tokens = timings["predicted_n"]
+            self._decode_ms = timings["predicted_ms"]
+        else:
+            self._decode_tokens += 1
+            self._decode_ms = (time.monotonic() - self._decode_started) * 1000
+            for entry in (choice["logprobs"] or {}).get("content", ()):
+                self._ids.append(entry["id"])
+                self._logprobs.append(entry["logprob"])
+        return self._deliver(choice["text"])
+
+    def _take_progress(self, progress: dict[str, Any]) -> None:
+        self.prompt_tokens = progress["total"]
+        self._cached_tokens = progress["cache"]
+        self._prefill_ms = float(progress["time_ms"])
+        self._decode_started = time.monotonic()
+        if self._on_progress:
+            self._on_progress(progress["processed"], progress["total"])
+
+    def _deliver(self, text: str) -> bool:
+        # A token without text may be the beginning of a stop string; its id then goes with the next piece.
+        if not text or self._on_token is None:
+            return False
+        token = Token(text=text, ids=tuple(self._ids), logprobs=tuple(self._logprobs))
+        self._ids.clear()
+        self._logprobs.clear()
+        return self._on_token(token)
+
+
+def _import_library() -> Any:
+    try:
+        return importlib.import_module("xllamacpp")
+    except ImportError as error:
+        raise EngineError(
+            f"the llama.cpp engine needs the package xllamacpp: {error}", hint="pip install 'rkcached[cpu]'"
+        ) from error
+
+
+def _check_model_file(path: Path) -> None:
+    try:
+        with path.open("rb") as file:
+            magic = file.read(len(_GGUF_MAGIC))
+    except OSError as error:
+        raise ModelLoadError(f"cannot read the model {path}: {error.strerror}", hint="check the path") from error
+    if magic != _GGUF_MAGIC:
+        raise ModelLoadError(f"{path} is not a GGUF file", hint="the llama.cpp engine loads GGUF models only")
+
+
+def _params(library: Any, spec: ModelSpec, socket_path: str) -> Any:
+    threads = spec.threads or len(os.sched_getaffinity(0))
+    params = library.CommonParams()
+    params.model.path = spec.path
+    params.n_ctx = spec.context_tokens
+    params.fit_params = False  # saves 0.3 s, and keeps llama.cpp from changing the context by the memory it finds
+    params.n_parallel = 1
+    params.n_batch = _BATCH_TOKENS
+    params.cpuparams.n_threads = threads
+    params.cpuparams_batch.n_threads = threads
+    params.warmup = True  # 0.1 s here, or in the first run
+    params.cache_ram_mib = 0  # no second cache of old prompts behind our back
+    params.n_ctx_checkpoints = 0
+    params.slot_save_path = f"{spec.scratch_dir.rstrip('/')}/"
+    params.hostnames = [socket_path]
+    params.ui = False
+    params.verbosity = 1  # errors only, on stderr
+    return params
+
+
+def _sampling_options(sampling: Sampling) -> dict[str, Any]:
+    options: dict[str, Any] = {"n_predict": sampling.max_new_tokens, "stop": list(sampling.stop)}
+    for name in _SAMPLING_FIELDS:
+        if (value := getattr(sampling, name)) is not None:
+            options[name] = value
+    if sampling.seed is not None:
+        options["seed"] = sampling.seed % 0xFFFFFFFF  # 32 bits, and the last value means random
+    return options

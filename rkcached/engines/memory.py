@@ -1,0 +1,349 @@
+"""A deterministic engine without native code, for tests and for trying the program out without a model.
+
+Its model is a small JSON file that also orders delays and faults. Tokens are the UTF-8 bytes of the text. Beside each
+token the KV state keeps a 64-bit number made from the one before it and the token, beginning with a hash of the model
+file. The answer is a pure function of the last number and the sampling; a loaded state is taken as it is, never
+recomputed. So a foreign, swapped or stale cache shows in the text, and `expected_text` tells the right answer.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import signal
+import struct
+import threading
+import time
+from array import array
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+
+from rkcached.engines.base import EngineInfo, FinishReason, ModelSpec, OnProgress, OnToken, RunStats, Sampling, Token
+from rkcached.errors import Aborted, ArtifactLoadError, ContextExceeded, EngineError, ModelLoadError, Uncacheable
+
+MODEL_MAGIC = b'{"rkcached_memory_model":'
+_MODEL_MAX_BYTES = 1 << 20
+
+# Magic, version, number of tokens; then the tokens and the number of each position (8 bytes, native order).
+_HEADER = struct.Struct("<8sIQ")
+_STATE_MAGIC = b"RKCMEMKV"
+_STATE_VERSION = 1
+
+_MASK = (1 << 64) - 1
+_PRIME = 0x100000001B3  # FNV-1a's: enough to tell states apart, and one multiplication per byte
+_BATCH_TOKENS = 256
+_SLICE_US = 20_000  # a slow prefill reports its progress about this often
+
+# More than one byte per character in about half of them: pieces of text must not split a character.
+_WORDS = tuple(
+    f"{word} ".encode()
+    for word in (
+        *("amber", "café", "river", "über", "cloud", "🎉", "stone", "naïve", "lamp", "Zürich", "green", "½", "paper"),
+        *("señor", "window", "→", "quiet", "jalapeño", "metal", "straße", "orange", "温度", "garden", "smörgås", "🚀"),
+    )
+)
+
+
+class Fault(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What goes wrong at the `at`-th call of `op` in this process; with "generate", at the `at`-th new token."""
+
+    op: Literal["init", "prefill", "save", "load", "generate", "close"]
+    kind: Literal["segfault", "abort", "exit", "hang", "error", "garbage_stdout"]
+    at: int = 1
+
+
+class MemoryModel(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The model file. `msgspec.json.encode` of it makes a valid one."""
+
+    rkcached_memory_model: Literal[1] = 1
+    context_tokens: int = 4096
+    prefill_us_per_token: int = 0
+    decode_us_per_token: int = 0
+    load_ms: int = 0
+    can_save: bool = True
+    seed: str = ""
+    """Any text: models with different seeds give different answers."""
+    faults: tuple[Fault, ...] = ()
+
+
+class MemoryEngine:
+    """See `Engine` for what each method promises."""
+
+    def __init__(self, spec: ModelSpec) -> None:
+        self._model, self._origin = _read_model(spec.path)
+        context = min(spec.context_tokens or self._model.context_tokens, self._model.context_tokens)
+        self._info = EngineInfo(runtime_version="1", context_tokens=context, measures_prefill=True, aborts_prefill=True)
+        self._tokens = bytearray()
+        self._states = array("Q")
+        self._abort = threading.Event()
+        self._calls: Counter[str] = Counter()
+        self._closed = False
+        if self._model.load_ms:
+            time.sleep(self._model.load_ms / 1000)
+        self._enter("init")
+
+    @property
+    def info(self) -> EngineInfo:
+        return self._info
+
+    def count_tokens(self, text: str) -> int:
+        return len(_encode(text))
+
+    def prefill(self, prompt: str, *, save_to: Path, on_progress: OnProgress | None = None) -> RunStats:
+        self._abort.clear()
+        self._enter("prefill")
+        if not self._model.can_save:
+            raise Uncacheable(
+                "this model cannot save its KV state", hint="set can_save in the model file, or serve it without caches"
+            )
+        tokens = self._check_prompt(prompt)
+        self.clear()
+        started = time.monotonic()
+        if not self._read(tokens, on_progress):
+            raise Aborted("the prefill was stopped on request")
+        prefill_ms = _ms_since(started)
+        self._save(save_to)
+        return RunStats(
+            finish=FinishReason.LENGTH,
+            prompt_tokens=len(tokens),
+            cached_tokens=0,
+            prefill_ms=prefill_ms,
+            decode_tokens=0,
+            decode_ms=0.0,
+        )
+
+    def load(self, path: Path) -> int:
+        self.clear()
+        self._enter("load")
+        try:
+            data = path.read_bytes()
+        except OSError as error:
+            raise ArtifactLoadError(f"cannot read the prompt cache {path}: {error.strerror}") from error
+        if len(data) < _HEADER.size or not data.startswith(_STATE_MAGIC):
+            raise ArtifactLoadError(f"{path} is not a prompt cache of this engine")
+        _, version, count = _HEADER.unpack_from(data)
+        if version != _STATE_VERSION:
+            raise ArtifactLoadError(f"{path} has version {version}, this engine reads {_STATE_VERSION}")
+        if len(data) != _HEADER.size + count * 9:
+            raise ArtifactLoadError(f"{path} is damaged: {len(data)} bytes do not hold {count} tokens")
+        if count > self._info.context_tokens:
+            raise ArtifactLoadError(f"{path} has {count} tokens, the context holds {self._info.context_tokens}")
+        split = _HEADER.size + count
+        self._tokens += data[_HEADER.size : split]
+        self._states.frombytes(data[split:])
+        return int(count)
+
+    def clear(self) -> None:
+        self._truncate(0)
+
+    def generate(self, prompt: str, sampling: Sampling, on_token: OnToken, *, trace: bool = False) -> RunStats:
+        self._abort.clear()
+        self._check_open()
+        if sampling.max_new_tokens < 0:
+            raise EngineError(f"max_new_tokens is {sampling.max_new_tokens}, which is below 0")
+        tokens = self._check_prompt(prompt)
+        cached = min(_common_prefix(self._tokens, tokens), len(tokens) - 1)
+        self._truncate(cached)
+        started = time.monotonic()
+        complete = self._read(tokens)
+        prefill_ms = _ms_since(started)
+        started = time.monotonic()
+        finish, decoded = FinishReason.ABORT, 0
+        if complete:
+            finish, decoded = self._decode(sampling, on_token, trace=trace)
+        return RunStats(
+            finish=finish,
+            prompt_tokens=len(tokens),
+            cached_tokens=cached,
+            prefill_ms=prefill_ms,
+            decode_tokens=decoded,
+            decode_ms=_ms_since(started),
+        )
+
+    def abort(self) -> None:
+        self._abort.set()  # every run clears it first, so an abort without a run does nothing
+
+    def close(self) -> None:
+        if not self._closed:
+            self._enter("close")
+            self.clear()
+            self._closed = True
+
+    def _read(self, tokens: bytes, on_progress: OnProgress | None = None) -> bool:
+        """Extends the state to all of `tokens`, which begin with it; false when stopped on the way."""
+        us = self._model.prefill_us_per_token
+        step = max(1, min(_BATCH_TOKENS, _SLICE_US // us)) if us else _BATCH_TOKENS
+        if on_progress:
+            on_progress(len(self._tokens), len(tokens))
+        while len(self._tokens) < len(tokens):
+            batch = tokens[len(self._tokens) : len(self._tokens) + step]
+            if self._wait(us * len(batch)):
+                return False
+            self._extend(batch)
+            if on_progress:
+                on_progress(len(self._tokens), len(tokens))
+        return True
+
+    def _decode(self, sampling: Sampling, on_token: OnToken, *, trace: bool) -> tuple[FinishReason, int]:
+        room = self._info.context_tokens - len(self._tokens)
+        answer, shown, finish = _answer(self._states[-1], sampling, room)
+        begin = 0  # of the character that is not whole yet
+        for end in range(1, len(answer) + 1):
+            if self._wait(self._model.decode_us_per_token):
+                return FinishReason.ABORT, end - 1
+            self._enter("generate")
+            self._extend(answer[end - 1 : end])
+            if end > shown or not _at_character(answer, end):
+                continue
+            piece = answer[begin:end]
+            begin = end
+            if on_token(Token(text=piece.decode(), ids=tuple(piece) if trace else ())):
+                return FinishReason.ABORT, end
+        return finish, len(answer)
+
+    def _wait(self, us: int) -> bool:
+        """Lets the time of some work pass; true when the run was stopped."""
+        return self._abort.wait(us / 1e6) if us else self._abort.is_set()
+
+    def _extend(self, tokens: bytes) -> None:
+        state = self._states[-1] if self._states else self._origin
+        self._tokens += tokens
+        self._states.extend(_positions(state, tokens))
+
+    def _truncate(self, count: int) -> None:
+        del self._tokens[count:]
+        del self._states[count:]
+
+    def _save(self, path: Path) -> None:
+        self._enter("save")
+        header = _HEADER.pack(_STATE_MAGIC, _STATE_VERSION, len(self._tokens))
+        try:
+            path.write_bytes(header + self._tokens + self._states.tobytes())
+        except OSError as error:
+            raise EngineError(f"cannot write the prompt cache {path}: {error.strerror}") from error
+
+    def _check_prompt(self, prompt: str) -> bytes:
+        tokens = _encode(prompt)
+        if not tokens:
+            raise EngineError("the prompt is empty")
+        if len(tokens) + 1 > self._info.context_tokens:
+            raise ContextExceeded(len(tokens), self._info.context_tokens)
+        return tokens
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise EngineError("the engine is closed")
+
+    def _enter(self, op: str) -> None:
+        """Counts a call of `op` and lets the fault happen that the model file orders for it."""
+        self._check_open()
+        self._calls[op] += 1
+        for fault in self._model.faults:
+            if fault.op == op and fault.at == self._calls[op]:
+                _fail(fault)
+
+
+def expected_text(model_bytes: bytes, prompt: str, sampling: Sampling) -> str:
+    """The whole answer of a `MemoryEngine` with the model's own context length to `prompt`, from a correct state."""
+    tokens = _encode(prompt)
+    *_, last = _positions(_origin(model_bytes), tokens)
+    room = msgspec.json.decode(model_bytes, type=MemoryModel).context_tokens - len(tokens)
+    answer, shown, _ = _answer(last, sampling, room)
+    return answer[:shown].decode(errors="ignore")
+
+
+def _read_model(path: str) -> tuple[MemoryModel, int]:
+    hint = "a memory model is a JSON file that begins with " + MODEL_MAGIC.decode() + " 1"
+    try:
+        with Path(path).open("rb") as file:
+            data = file.read(_MODEL_MAX_BYTES)
+    except OSError as error:
+        raise ModelLoadError(f"cannot read the model {path}: {error.strerror}", hint="check the path") from error
+    if not data.startswith(MODEL_MAGIC):
+        raise ModelLoadError(f"{path} is not a memory model", hint=hint)
+    try:
+        return msgspec.json.decode(data, type=MemoryModel), _origin(data)
+    except msgspec.DecodeError as error:
+        raise ModelLoadError(f"{path} is not a valid memory model: {error}", hint=hint) from error
+
+
+def _origin(model_bytes: bytes) -> int:
+    return int.from_bytes(hashlib.blake2b(model_bytes, digest_size=8).digest(), "little")
+
+
+def _positions(state: int, tokens: Iterable[int]) -> list[int]:
+    states = []
+    for token in tokens:
+        state = ((state ^ token) * _PRIME) & _MASK
+        states.append(state)
+    return states
+
+
+def _answer(state: int, sampling: Sampling, room: int) -> tuple[bytes, int, FinishReason]:
+    """The answer's tokens, how many of them are text (behind them comes a stop string), and why it ends there."""
+    chosen: list[object] = [state, sampling.repeat_penalty, sampling.frequency_penalty, sampling.presence_penalty]
+    if sampling.temperature is not None and sampling.temperature > 0:
+        chosen += [sampling.temperature, sampling.top_k, sampling.top_p, sampling.seed]
+    key = _origin(msgspec.json.encode(chosen))
+    count = min(sampling.max_new_tokens, room)
+    stream = bytearray()
+    while len(stream) < count:
+        key = (key * 6364136223846793005 + 1442695040888963407) & _MASK  # Knuth's MMIX generator: high bits are good
+        stream += _WORDS[(key >> 32) % len(_WORDS)]
+    answer = bytes(stream[:count])
+    # Of several stop strings the one that is complete first ends the answer, as with any engine that streams.
+    found = [(at + len(stop), at) for stop in map(_encode, sampling.stop) if stop and (at := answer.find(stop)) >= 0]
+    if not found:
+        return answer, len(answer), FinishReason.LENGTH
+    end, begin = min(found)
+    return answer[:end], begin, FinishReason.STOP
+
+
+def _at_character(data: bytes, end: int) -> bool:
+    """Whether a character is complete before `end`: counts back to its first byte, which tells its length."""
+    begin = end - 1
+    while data[begin] & 0xC0 == 0x80:
+        begin -= 1
+    lead = data[begin]
+    return end - begin == (1 if lead < 0x80 else 2 if lead < 0xE0 else 3 if lead < 0xF0 else 4)
+
+
+def _common_prefix(left: bytes | bytearray, right: bytes) -> int:
+    for at, (a, b) in enumerate(zip(left, right, strict=False)):
+        if a != b:
+            return at
+    return min(len(left), len(right))
+
+
+def _encode(text: str) -> bytes:
+    try:
+        return text.encode()
+    except UnicodeEncodeError as error:
+        raise EngineError(f"the text is not valid Unicode: {error.reason} at {error.start}") from error
+
+
+def _ms_since(started: float) -> float:
+    return (time.monotonic() - started) * 1000
+
+
+def _fail(fault: Fault) -> None:
+    match fault.kind:
+        case "error":
+            raise EngineError(f"fault at {fault.op} {fault.at}, as the model file orders")
+        case "garbage_stdout":
+            os.write(1, b"rknn: \xff\x00 native chatter that is no message\n")
+            return
+        case "segfault":
+            os.kill(os.getpid(), signal.SIGSEGV)
+        case "abort":
+            os.abort()
+        case "exit":
+            os._exit(3)
+        case "hang":
+            pass
+    while True:  # hang; after a signal, wait for it to arrive
+        time.sleep(60)

@@ -1,0 +1,67 @@
+"""The table of engines: what the program must know about each without loading its native code.
+
+`locate_runtime` finds the library on disk, so that its digest becomes part of every fingerprint; the class itself is
+imported by name, and only inside a worker.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from rkcached.errors import SourceError
+from rkcached.manifest import EngineKind
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RuntimeFiles:
+    """A runtime library on disk: the version it states, and the files that are its code."""
+
+    version: str
+    files: tuple[Path, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineEntry:
+    artifact_suffix: str
+    """Of the prompt cache's file name, with the dot."""
+    implementation: str
+    """`module:class`, imported by the worker only."""
+    model_magic: bytes
+    """The first bytes of every model file."""
+    model_format: str
+    """What such a model file is called, for messages."""
+    locate_runtime: Callable[[], RuntimeFiles]
+
+
+def _locate_xllamacpp() -> RuntimeFiles:
+    spec = importlib.util.find_spec("xllamacpp")  # finds, does not import
+    if spec is None or not spec.submodule_search_locations:
+        raise SourceError("the package xllamacpp is not installed", hint="pip install 'rkcached[cpu]'")
+    folder = Path(spec.submodule_search_locations[0])
+    return RuntimeFiles(version=importlib.metadata.version("xllamacpp"), files=tuple(sorted(folder.glob("*.so"))))
+
+
+def _locate_memory() -> RuntimeFiles:
+    return RuntimeFiles(version="1", files=(Path(__file__).with_name("memory.py"),))
+
+
+ENGINES: dict[EngineKind, EngineEntry] = {
+    EngineKind.LLAMACPP: EngineEntry(
+        artifact_suffix=".llama_cache",
+        implementation="rkcached.engines.llamacpp:LlamaCppEngine",
+        model_magic=b"GGUF",
+        model_format="GGUF model",
+        locate_runtime=_locate_xllamacpp,
+    ),
+    EngineKind.MEMORY: EngineEntry(
+        artifact_suffix=".memory_cache",
+        implementation="rkcached.engines.memory:MemoryEngine",
+        model_magic=b'{"rkcached_memory_model"',
+        model_format="memory-engine model",
+        locate_runtime=_locate_memory,
+    ),
+}

@@ -1,0 +1,91 @@
+"""The identity of a prompt cache: a hash of everything that its bytes depend on.
+
+A fingerprint is SHA-256 over named components in one canonical encoding. The components travel with it (they are kept
+in the sidecar), so two fingerprints that differ can say in which component. Names of models and prompts and times of
+files are never components: renaming or touching a file changes nothing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+
+FORMAT_VERSION = 1
+"""Part of every fingerprint. Raise it when a component changes its meaning: all prompt caches become stale."""
+
+_MAGIC = b"rkcached fingerprint\0"
+
+Value = str | int | float | bool | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fingerprint:
+    """`digest` is hexadecimal SHA-256; `components` are what it was made from, as canonical text."""
+
+    digest: str
+    components: Mapping[str, str]
+
+    def __str__(self) -> str:
+        return self.digest[:12]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Change:
+    """A component that differs; `old` or `new` is None where it exists on one side only."""
+
+    component: str
+    old: str | None
+    new: str | None
+
+    def __str__(self) -> str:
+        return f"{self.component}: {_short(self.old)} -> {_short(self.new)}"
+
+
+def fingerprint(components: Mapping[str, Value]) -> Fingerprint:
+    """Hash `components`, whose order does not matter.
+
+    Encoding: magic, then u32 format version, then for each component in byte order of its name: u64 length and UTF-8
+    bytes of the name, u64 length and UTF-8 bytes of the value. Integers are little-endian. The lengths keep
+    ("ab", "c") apart from ("a", "bc").
+    """
+    texts = {name: _canonical(value) for name, value in sorted(components.items())}
+    sha = hashlib.sha256(_MAGIC + FORMAT_VERSION.to_bytes(4, "little"))
+    for name, text in texts.items():
+        for part in (name.encode(), text.encode()):
+            sha.update(len(part).to_bytes(8, "little"))
+            sha.update(part)
+    return Fingerprint(digest=sha.hexdigest(), components=MappingProxyType(texts))
+
+
+def changes(old: Mapping[str, str], new: Mapping[str, str]) -> tuple[Change, ...]:
+    """What differs between two sets of components, by name."""
+    return tuple(
+        Change(component=name, old=old.get(name), new=new.get(name))
+        for name in sorted(old.keys() | new.keys())
+        if old.get(name) != new.get(name)
+    )
+
+
+def _canonical(value: Value) -> str:
+    """One text for one value: 1 and 1.0 are the same parameter, and a float reads back exactly."""
+    match value:
+        case None:
+            return "unset"
+        case bool():
+            return "true" if value else "false"
+        case float() if value.is_integer():
+            return str(int(value))
+        case float():
+            return repr(value)
+        case _:
+            return str(value)
+
+
+def _short(text: str | None) -> str:
+    """A digest is told by its first digits; everything else is shown whole."""
+    if text is None:
+        return "absent"
+    is_digest = len(text) == hashlib.sha256().digest_size * 2 and all(c in "0123456789abcdef" for c in text)
+    return text[:12] if is_digest else text

@@ -1,0 +1,95 @@
+"""Looks at the world: manifest, sources and store, compared by the planner.
+
+A look never changes anything and never fails for a bad input: what is wrong is part of what was seen. Blocking; the
+daemon does it in a thread, one look at a time, and the command line does it without a daemon.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from rkcached import errors
+from rkcached.desired import Desired, Resolver, Sources
+from rkcached.engines.registry import ENGINES
+from rkcached.manifest import Manifest, parse
+from rkcached.plan import Assessment, Key, Limits, Observed, Verdict, assess
+from rkcached.sources import SourceReader
+from rkcached.store import Inventory, Store
+
+MAX_MANIFEST_BYTES = 4 << 20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Look:
+    """One consistent look at manifest, sources and store, and what follows from it."""
+
+    manifest: Manifest
+    sources: Sources
+    desired: Desired
+    inventory: Inventory
+    assessments: tuple[Assessment, ...]
+
+
+class Observer:
+    """Looks at the disk. Used by the daemon and, without one, by the command line."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._reader = SourceReader(store.digests)
+        self._resolver = Resolver()
+
+    def look(self, manifest: Manifest, extra_verdicts: Mapping[Key, Verdict] | None = None) -> Look:
+        """Scan and assess. Blocking."""
+        sources = self._reader.scan(manifest)
+        desired = self._resolver.resolve(manifest, sources)
+        inventory = self._store.scan()
+        observed = Observed(
+            artifacts=inventory.observed(),
+            verdicts={**inventory.verdicts, **(extra_verdicts or {})},
+            unlisted_models=frozenset(sources.unlisted_models),
+            now=time.time(),
+        )
+        limits = Limits(max_bytes=manifest.cache.max_bytes, min_tokens=manifest.cache.min_tokens)
+        assessments = assess(tuple(desired.prompts.values()), observed, limits)
+        return Look(manifest=manifest, sources=sources, desired=desired, inventory=inventory, assessments=assessments)
+
+
+def read_manifest(path: Path) -> Manifest:
+    """Read and parse a manifest. Errors: ManifestError, also when the file cannot be read."""
+    try:
+        data = path.read_bytes()
+        if len(data) > MAX_MANIFEST_BYTES:
+            raise errors.ManifestError(
+                (errors.Problem(file=str(path), line=0, message=f"{len(data):,} bytes are too many for a manifest"),)
+            )
+        text = data.decode()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
+        problem = errors.Problem(
+            file=str(path),
+            line=0,
+            message=f"the manifest cannot be read: {reason}",
+            hint="name one with --manifest or RKCACHED_MANIFEST; `rkcached demo` writes a small one",
+        )
+        raise errors.ManifestError((problem,)) from error
+    return parse(text, file=path)
+
+
+def inputs(manifest: Manifest, manifest_path: Path) -> tuple[list[Path], list[Path]]:
+    """The files, and the folders with any content, whose change may change the plan."""
+    files = [manifest_path]
+    folders: list[Path] = []
+    for model in manifest.models.values():
+        files.append(model.path)
+        if model.chat_template.startswith("/"):
+            files.append(Path(model.chat_template))
+        for prompt in model.prompts.values():
+            files.extend(prompt.files)
+        folders.extend(Path(pattern).parent for pattern in model.prompts_from)
+    with contextlib.suppress(errors.SourceError):
+        files.extend(ENGINES[manifest.engine.kind].locate_runtime().files)
+    return files, folders

@@ -1,0 +1,437 @@
+"""The reconciler: look, plan, act, until there is nothing to do. The single writer of the store and of the view.
+
+It is level-triggered. Events, signals, timers and finished builds all mean the same, "look again"; what to do comes
+only from comparing the manifest with the disk. Everything here runs on the event loop except the looking itself, which
+reads files in a thread, one look at a time. One build runs at a time; a build that nobody wants any more is stopped.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import structlog
+
+from rkcached import errors
+from rkcached.builder import MAX_STEPS_ASIDE, Builder, BuildRequest
+from rkcached.desired import Desired, DesiredModel
+from rkcached.digests import Signature
+from rkcached.manifest import Manifest
+from rkcached.observe import Look, Observer, inputs, read_manifest
+from rkcached.plan import Assessment, Blocked, Build, Key, Remove, State, Trouble, Verdict, plan
+from rkcached.store import Store, StoredArtifact
+from rkcached.verdicts import QUARANTINE_AFTER, quarantined, verdict_on
+from rkcached.view import BuildProgress, FreshIndex, View
+from rkcached.watch import Follower
+from rkcached.worker.gate import Gate, Priority
+from rkcached.worker.supervisor import Workers
+
+log = structlog.get_logger()
+
+SETTLE_S = 0.2
+"""Quiet time after the last event before looking: an editor's save is several events."""
+
+MAX_SETTLE_S = 5.0
+"""Look at the latest this long after the first event, even if they never stop."""
+
+RESCAN_S = 60.0
+"""Look at the latest this long after the last look: events can be lost."""
+
+
+class Reconciler:
+    """Makes the store equal to the manifest, and keeps it so."""
+
+    def __init__(
+        self,
+        *,
+        manifest_path: Path,
+        manifest: Manifest,
+        store: Store,
+        workers: Workers,
+        gate: Gate,
+        watcher: Follower,
+        on_change: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.view = View(manifest=manifest, desired=Desired(models={}, prompts={}, texts={}))
+        self.manifest_error: errors.ManifestError | None = None
+        self.progress: BuildProgress | None = None
+        self.looked = asyncio.Event()
+        """Set once the first plan exists."""
+        self._manifest_path = manifest_path
+        self._manifest_signature: Signature | None = None
+        self._store = store
+        self._observer = Observer(store)
+        self._workers = workers
+        self._gate = gate
+        self._watcher = watcher
+        self._builder = Builder(store, workers, gate)
+        self._on_change = on_change
+        self._wake = asyncio.Event()
+        self._last_event = 0.0
+        self._first_event = 0.0
+        self._hurry = True
+        self._pending: dict[Key, Build] = {}
+        self._requested: dict[Key, asyncio.Future[StoredArtifact]] = {}
+        self._steps_aside: dict[Key, int] = {}
+        self._model_failures: dict[str, tuple[str, Verdict]] = {}
+        self._load_faults: dict[str, int] = {}
+        self._known: dict[Key, tuple[State, str]] = {}
+
+    # What others may ask for; all on the event loop
+
+    def look_again(self, *, now: bool = False) -> None:
+        """Something may have changed. `now` skips waiting for it to settle."""
+        moment = asyncio.get_running_loop().time()
+        if not self._wake.is_set():
+            self._first_event = moment
+        self._last_event = moment
+        self._hurry = self._hurry or now
+        self._wake.set()
+
+    async def regenerate(self, key: Key) -> StoredArtifact:
+        """Build this prompt anew, even if it is fresh. Errors: SourceError if it has no text; what the build raises."""
+        desired = self.view.desired.prompts.get(key)
+        if desired is None:
+            raise errors.SourceError(f"{key} is not declared", hint="`rkcached status` lists what is")
+        if desired.fingerprint is None:
+            trouble = desired.trouble or Trouble(message="it has no text")
+            raise errors.SourceError(f"{key} cannot be built: {trouble.message}", hint=trouble.hint)
+        if key not in self._requested:
+            self._requested[key] = asyncio.get_running_loop().create_future()
+            self._model_failures.pop(key.model, None)
+            self.look_again(now=True)
+        return await asyncio.shield(self._requested[key])
+
+    async def artifact_failed(self, key: Key, artifact: StoredArtifact, why: str, *, died: bool) -> None:
+        """A fresh artifact could not be loaded for a request, which is answered cold. Heal it.
+
+        A clean refusal takes the artifact out at once; a worker's death does after QUARANTINE_AFTER times, for it may
+        have another cause. A fingerprint that fails that often is left alone until one of its inputs changes.
+        """
+        if self.view.artifacts.get(key) != artifact:
+            return  # replaced meanwhile
+        fingerprint = artifact.sidecar.fingerprint
+        faults = self._load_faults[fingerprint] = self._load_faults.get(fingerprint, 0) + 1
+        log.error("artifact not loadable", model=key.model, prompt=key.prompt, why=why, times=faults)
+        if died and faults < QUARANTINE_AFTER:
+            return
+        self.view.index.discard(key)
+        self.view.artifacts.pop(key, None)
+        with contextlib.suppress(errors.StoreError):
+            await asyncio.to_thread(self._store.quarantine, key)
+            if faults >= QUARANTINE_AFTER:
+                verdict = quarantined(fingerprint, f"loading it failed {faults} times: {why}")
+                await asyncio.to_thread(self._store.write_verdict, key, verdict)
+        log.error("artifact quarantined", model=key.model, prompt=key.prompt, why=why)
+        self.look_again(now=True)
+
+    def artifact_served(self, artifact: StoredArtifact) -> None:
+        """A request was answered from it: earlier faults had another cause."""
+        self._load_faults.pop(artifact.sidecar.fingerprint, None)
+
+    # The loop
+
+    async def run(self) -> None:
+        """Reconcile until cancelled; then the running build is stopped and nothing of it is left."""
+        try:
+            while True:
+                await self._settle()
+                await self._look()
+                self._start_next_build()
+                await self._wait()
+        finally:
+            await self._stop_build()
+            for waiting in self._requested.values():
+                waiting.cancel()
+
+    async def _wait(self) -> None:
+        """Until something wakes us, the next retry, or the next rescan."""
+        retries = [a.action.retry_at for a in self.view.assessments.values() if isinstance(a.action, Blocked)]
+        due = [at - time.time() for at in retries if at > 0]
+        timeout_s = max(0.05, min([RESCAN_S, *due]))
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s):
+                await self._wake.wait()
+
+    async def _settle(self) -> None:
+        """Wait until events have been quiet for a while, so that half of a save is not looked at."""
+        loop = asyncio.get_running_loop()
+        while self._wake.is_set() and not self._hurry:
+            quiet_at = min(self._last_event + SETTLE_S, self._first_event + MAX_SETTLE_S)
+            if loop.time() >= quiet_at:
+                break
+            await asyncio.sleep(quiet_at - loop.time())
+        self._hurry = False
+        self._wake.clear()
+
+    async def _look(self) -> None:
+        manifest = await asyncio.to_thread(self._read_manifest)
+        verdicts = self._model_verdicts()
+        look = await asyncio.to_thread(self._observer.look, manifest, verdicts)
+        if look.manifest is not self.view.manifest:
+            log.info("manifest applied", file=str(self._manifest_path), models=len(manifest.models))
+        self._publish(look)
+        self._watcher.follow(*inputs(look.manifest, self._manifest_path))
+        await self._retire_workers(look)
+        removed = [action for action in plan(look.assessments) if isinstance(action, Remove)]
+        for action in removed:
+            await self._remove(action)
+        await self._stop_unwanted_build(look)
+        self._pending = self._builds_to_do(look)
+        await self._forget_verdicts(look)
+        with contextlib.suppress(OSError):
+            await asyncio.to_thread(self._store.digests.save)
+        self.looked.set()
+        if removed:
+            self.look_again(now=True)
+
+    async def _stop_unwanted_build(self, look: Look) -> None:
+        running = self.progress
+        if running is None:
+            return
+        wanted = look.desired.fingerprint(running.key)
+        if wanted is None or wanted.digest != running.fingerprint:
+            log.info("build stopped", model=running.key.model, prompt=running.key.prompt, reason="no longer wanted")
+            await self._stop_build()
+
+    def _builds_to_do(self, look: Look) -> dict[Key, Build]:
+        """Requested builds first, then the plan's; without the one that is running."""
+        builds = {}
+        for key in list(self._requested):
+            if (wanted := look.desired.fingerprint(key)) is not None:
+                builds[key] = Build(key=key, reason="requested", fingerprint=wanted)
+            else:
+                error = errors.SourceError(f"{key} can no longer be built", hint=f"see `rkcached explain {key}`")
+                self._answer(key, error)
+        for action in plan(look.assessments):
+            if isinstance(action, Build):
+                builds.setdefault(action.key, action)
+        if self.progress is not None:
+            builds.pop(self.progress.key, None)
+        return builds
+
+    def _answer(self, key: Key, result: StoredArtifact | errors.RkcachedError) -> None:
+        """Tell whoever requested this build how it ended."""
+        waiting = self._requested.pop(key, None)
+        if waiting is None or waiting.done():
+            return
+        if isinstance(result, StoredArtifact):
+            waiting.set_result(result)
+        else:
+            waiting.set_exception(result)
+            waiting.exception()  # its caller may be gone
+
+    def _read_manifest(self) -> Manifest:
+        """The manifest on disk if it is good, else the last good one."""
+        try:
+            signature = Signature.of(self._manifest_path.stat())
+        except OSError:
+            signature = None
+        if signature is not None and signature == self._manifest_signature and signature.settled:
+            return self.view.manifest
+        try:
+            manifest = read_manifest(self._manifest_path)
+        except errors.ManifestError as error:
+            if self.manifest_error is None or self.manifest_error.problems != error.problems:
+                for problem in error.problems:
+                    log.error("manifest rejected", problem=str(problem), consequence="the last good one stays in force")
+            self.manifest_error = error
+            return self.view.manifest
+        if self.manifest_error is not None:
+            log.info("manifest mended", file=str(self._manifest_path))
+        self.manifest_error = None
+        unchanged = signature is not None and manifest == self.view.manifest
+        self._manifest_signature = signature
+        return self.view.manifest if unchanged else manifest
+
+    def _publish(self, look: Look) -> None:
+        artifacts = look.inventory.artifacts
+        index = FreshIndex()
+        for assessment in look.assessments:
+            artifact = artifacts.get(assessment.key)
+            if assessment.state is State.FRESH and artifact is not None:
+                index.add(assessment.key, artifact)
+        self.view = View(
+            manifest=look.manifest,
+            desired=look.desired,
+            assessments={assessment.key: assessment for assessment in look.assessments},
+            artifacts=dict(artifacts),
+            index=index,
+        )
+        for assessment in look.assessments:
+            self._tell(assessment)
+        for key in self._known.keys() - self.view.assessments.keys():
+            del self._known[key]
+        self._on_change()
+
+    def _tell(self, assessment: Assessment) -> None:
+        """One log line for each change of a prompt's state that a person may have to know about."""
+        now = (assessment.state, assessment.reason)
+        if self._known.get(assessment.key) == now:
+            return
+        before = self._known.get(assessment.key)
+        self._known[assessment.key] = now
+        if assessment.state in (State.BLOCKED, State.UNCACHEABLE, State.QUARANTINED, State.UNCACHED):
+            log.warning(
+                "prompt not cached",
+                model=assessment.key.model,
+                prompt=assessment.key.prompt,
+                state=assessment.state.value,
+                reason=assessment.reason,
+                hint=assessment.hint,
+            )
+        elif assessment.state is State.FRESH and before is not None and before[0] is State.BLOCKED:
+            log.info("prompt fresh again", model=assessment.key.model, prompt=assessment.key.prompt)
+
+    async def _retire_workers(self, look: Look) -> None:
+        """Stop workers of models that are gone; a model that changed is replaced when it is next used."""
+        wanted = {name for name, model in look.desired.models.items() if isinstance(model, DesiredModel)}
+        if {worker.model.name for worker in self._workers.all()} - wanted:
+            async with self._gate.hold(Priority.BUILD):
+                self._workers.keep_only(wanted)
+
+    # Acting
+
+    async def _remove(self, action: Remove) -> None:
+        key = action.key
+        try:
+            if action.verdict is not None:
+                await asyncio.to_thread(self._store.write_verdict, key, action.verdict)
+            await asyncio.to_thread(self._store.remove, key)
+        except errors.StoreError as error:
+            log.error("artifact not removed", model=key.model, prompt=key.prompt, error=error.message, hint=error.hint)
+            return
+        self.view.index.discard(key)
+        self.view.artifacts.pop(key, None)
+        log.info("artifact removed", model=key.model, prompt=key.prompt, reason=action.reason)
+
+    async def _forget_verdicts(self, look: Look) -> None:
+        for key in look.inventory.verdicts.keys() - look.desired.prompts.keys():
+            if key.model not in look.sources.unlisted_models:
+                await asyncio.to_thread(self._store.clear_verdict, key)
+
+    def _start_next_build(self) -> None:
+        if self.progress is not None or not self._pending:
+            return
+        requested = next((key for key in self._pending if key in self._requested), None)
+        key = requested or next(iter(self._pending))
+        build = self._pending.pop(key)
+        model, text = self.view.model(key.model), self.view.desired.texts.get(key)
+        if not isinstance(model, DesiredModel) or text is None:
+            return
+        self.progress = BuildProgress(
+            key=key, reason=build.reason, fingerprint=build.fingerprint.digest, started=time.monotonic()
+        )
+        request = BuildRequest(
+            action=build,
+            model=model,
+            text=text,
+            engine=self.view.manifest.engine,
+            cache=self.view.manifest.cache,
+            used_bytes=self.view.used_bytes(but=key),
+            may_step_aside=self._steps_aside.get(key, 0) < MAX_STEPS_ASIDE,
+        )
+        log.info("build started", model=key.model, prompt=key.prompt, reason=build.reason)
+        self.progress.task = asyncio.create_task(self._build(request, self.progress))
+        self._on_change()
+
+    async def _build(self, request: BuildRequest, progress: BuildProgress) -> None:
+        key = request.action.key
+
+        def on_progress(done: int, total: int) -> None:
+            progress.done_tokens, progress.total_tokens = done, total
+            self._on_change()
+
+        try:
+            artifact = await self._builder.build(request, on_progress)
+        except errors.Aborted:
+            self._steps_aside[key] = self._steps_aside.get(key, 0) + 1
+            log.info("build stepped aside", model=key.model, prompt=key.prompt, times=self._steps_aside[key])
+            self._pending = {key: request.action, **self._pending}
+        except errors.RkcachedError as error:
+            await self._build_failed(request, error)
+        except Exception as error:  # a defect of ours: reported, and no reason to stop serving
+            log.exception("build crashed", model=key.model, prompt=key.prompt)
+            await self._build_failed(request, errors.RkcachedError(f"internal error: {error!r}"))
+        else:
+            self._steps_aside.pop(key, None)
+            self._built(request, artifact)
+        finally:
+            self.progress = None
+            self._on_change()
+        # With more builds waiting there is no need to look at everything again in between.
+        if self._pending and not self._wake.is_set():
+            self._start_next_build()
+        else:
+            self.look_again(now=True)
+
+    def _built(self, request: BuildRequest, artifact: StoredArtifact) -> None:
+        key, sidecar = request.action.key, artifact.sidecar
+        self._model_failures.pop(key.model, None)
+        self.view.artifacts[key] = artifact
+        wanted = self.view.desired.prompts.get(key)
+        if wanted and wanted.fingerprint and wanted.fingerprint.digest == sidecar.fingerprint:
+            self.view.index.add(key, artifact)
+            fresh = Assessment(key=key, state=State.FRESH, description=wanted.description)
+            self.view.assessments[key] = fresh
+            self._tell(fresh)
+        figures = sidecar.figures
+        log.info(
+            "artifact built",
+            model=key.model,
+            prompt=key.prompt,
+            reason=request.action.reason,
+            tokens=sidecar.tokens,
+            prefill_ms=round(figures.prefill_ms),
+            build_ms=round(sidecar.build_ms),
+            size_bytes=sidecar.size_bytes,
+            cold_ttft_ms=round(figures.cold_ttft_ms),
+            warm_ttft_ms=round(figures.warm_ttft_ms),
+            verified=figures.verified,
+        )
+        if not figures.gain:
+            log.warning("no gain", model=key.model, prompt=key.prompt, hint="loading costs more than prefilling")
+        self._answer(key, artifact)
+
+    async def _build_failed(self, request: BuildRequest, error: errors.RkcachedError) -> None:
+        key, fingerprint = request.action.key, request.action.fingerprint.digest
+        before = (await asyncio.to_thread(self._store.scan)).verdicts.get(key)
+        attempts = 1 + (before.attempts if before is not None and before.fingerprint == fingerprint else 0)
+        verdict = verdict_on(error, fingerprint, attempts)
+        log.error(
+            "build failed",
+            model=key.model,
+            prompt=key.prompt,
+            error=error.message,
+            hint=error.hint,
+            attempts=attempts,
+            outcome=verdict.kind.value,
+        )
+        if isinstance(error, errors.ModelLoadError | errors.WorkerUnavailable):
+            # Not this prompt's fault: no prompt of the model can be built, and that is tried again soon.
+            self._model_failures[key.model] = (request.model.identity, verdict)
+            self._pending = {k: build for k, build in self._pending.items() if k.model != key.model}
+        else:
+            with contextlib.suppress(errors.StoreError):
+                await asyncio.to_thread(self._store.write_verdict, key, verdict)
+        self._answer(key, error)
+
+    def _model_verdicts(self) -> dict[Key, Verdict]:
+        """A model that could not be loaded blocks its prompts until it changes or may be tried again."""
+        verdicts = {}
+        for prompt in self.view.desired.prompts.values():
+            failure = self._model_failures.get(prompt.key.model)
+            model = self.view.model(prompt.key.model)
+            if failure and prompt.fingerprint and isinstance(model, DesiredModel) and model.identity == failure[0]:
+                verdicts[prompt.key] = replace(failure[1], fingerprint=prompt.fingerprint.digest)
+        return verdicts
+
+    async def _stop_build(self) -> None:
+        if self.progress is not None and (task := self.progress.task) is not None:
+            task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await task

@@ -1,0 +1,110 @@
+"""The listening socket and the HTTP server on it.
+
+A stale socket is replaced; one that a live daemon answers on, and a file that is no socket, are never touched.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import socket
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+
+import uvicorn
+from starlette.types import ASGIApp
+
+from rkcached.errors import SocketError
+
+MAX_PATH_BYTES = 107
+"""sockaddr_un has room for 108 bytes, the last of which is zero (unix(7))."""
+
+SOCKET_MODE = 0o660
+
+
+def open_socket(path: Path) -> socket.socket:
+    """Listen on a Unix socket at `path`. Errors: SocketError with the next step."""
+    length = len(os.fsencode(path))
+    if length > MAX_PATH_BYTES:
+        raise SocketError(
+            f"the socket path has {length} bytes, the system allows {MAX_PATH_BYTES}: {path}",
+            hint="name a shorter one with --socket or RKCACHED_SOCKET",
+        )
+    try:
+        path.parent.mkdir(mode=0o750, parents=True, exist_ok=True)
+        _clear_stale(path)
+        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        listener.bind(str(path))
+        path.chmod(SOCKET_MODE)
+        listener.listen(128)
+    except OSError as error:
+        raise SocketError(
+            f"cannot listen on {path}: {error.strerror}", hint="choose another path with --socket or RKCACHED_SOCKET"
+        ) from error
+    listener.setblocking(False)
+    return listener
+
+
+def remove_socket(path: Path, inode: int) -> None:
+    """Take our socket away, but not one that somebody else has put there."""
+    with contextlib.suppress(OSError):
+        if path.lstat().st_ino == inode:
+            path.unlink()
+
+
+def _clear_stale(path: Path) -> None:
+    try:
+        mode = path.lstat().st_mode
+    except FileNotFoundError:
+        return
+    if not stat.S_ISSOCK(mode):
+        raise SocketError(f"{path} exists and is not a socket", hint="remove that file, or choose another --socket")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        probe.settimeout(1.0)
+        try:
+            probe.connect(str(path))
+        except ConnectionRefusedError:
+            path.unlink()  # nobody listens: left behind by a daemon that was killed
+            return
+        except FileNotFoundError:
+            return
+        except TimeoutError:
+            pass
+    raise SocketError(
+        f"another daemon listens on {path}", hint="stop it, or choose another path with --socket or RKCACHED_SOCKET"
+    )
+
+
+class HttpServer(uvicorn.Server):
+    """uvicorn on a socket of ours, without its signal handlers and without its ten wake-ups a second."""
+
+    def __init__(self, app: ASGIApp, *, grace_s: float) -> None:
+        super().__init__(
+            uvicorn.Config(
+                app,
+                access_log=False,
+                date_header=False,
+                http="h11",
+                lifespan="off",
+                log_config=None,
+                server_header=False,
+                timeout_graceful_shutdown=int(grace_s),
+                ws="none",
+            )
+        )
+        self._leave = asyncio.Event()
+
+    def stop(self) -> None:
+        """Refuse new connections, let running answers end within the grace, then return from `serve`."""
+        self.should_exit = True
+        self._leave.set()
+
+    async def main_loop(self) -> None:
+        await self.on_tick(0)
+        await self._leave.wait()
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield

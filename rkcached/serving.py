@@ -1,0 +1,355 @@
+"""Answers requests: choose the prompt, render, pick the prompt cache, run, measure.
+
+A request never waits for a rebuild. If the wanted prompt cache is stale or missing, or fails to load, the answer is
+computed without one, from the prompt's current text. What the engine measured decides whether it was a hit.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections import Counter
+from collections.abc import AsyncGenerator
+from dataclasses import dataclass, field
+from typing import Any
+
+import structlog
+
+from rkcached import errors
+from rkcached.builder import worker_model
+from rkcached.desired import DesiredModel
+from rkcached.engines.base import FinishReason, RunStats, Sampling
+from rkcached.errors import RequestError
+from rkcached.openai import CacheReport, ChatRequest, PromptTokensDetails, Usage
+from rkcached.plan import Key, State, Trouble
+from rkcached.reconcile import Reconciler
+from rkcached.store import StoredArtifact
+from rkcached.template import Message
+from rkcached.worker import protocol
+from rkcached.worker.gate import Gate, Priority
+from rkcached.worker.operations import BOUNDARY_TOKENS
+from rkcached.worker.supervisor import Worker, Workers
+
+log = structlog.get_logger()
+
+BACKOFF_PATIENCE_S = 2.0
+"""A request waits this long for a worker that rests after a failure, before it is refused."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """A request, ready to run."""
+
+    model: DesiredModel
+    named: Key | None
+    """The prompt that was asked for by name."""
+    prompt: str
+    """The whole rendered request."""
+    sampling: Sampling
+    cold: bool
+    accepted: float
+    """Monotonic seconds."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Text:
+    text: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class End:
+    finish: FinishReason
+    usage: Usage
+    report: CacheReport
+
+
+@dataclass(slots=True, kw_only=True)
+class PromptUse:
+    """How requests used a prompt since the daemon started."""
+
+    hits: int = 0
+    misses: int = 0
+    last_used: float = 0.0
+    """Unix seconds."""
+
+
+@dataclass(slots=True, kw_only=True)
+class _Run:
+    """What is known of a run while it goes on."""
+
+    job: Job
+    chosen: tuple[Key, StoredArtifact] | None = None
+    started: float = 0.0
+    load_ms: float = 0.0
+    load_error: protocol.Loaded | None = None
+    loaded: bool = False
+    first_token: float = 0.0
+    events: asyncio.Queue[Text] = field(default_factory=asyncio.Queue)
+
+
+class Serving:
+    def __init__(self, reconciler: Reconciler, workers: Workers, gate: Gate) -> None:
+        self._reconciler = reconciler
+        self._workers = workers
+        self._gate = gate
+        self.answers: Counter[str] = Counter()
+        """Answers by state of the cache, since the start."""
+        self.uses: dict[Key, PromptUse] = {}
+        self.running = 0
+        self._background: set[asyncio.Task[None]] = set()
+
+    def prepare(self, request: ChatRequest, accepted: float) -> Job:
+        """Check a request against what is declared, and render it. Errors: RequestError."""
+        name, _, wanted = request.model.partition("/")
+        model = self._model(name)
+        if isinstance(request.cache, str) and wanted and request.cache != wanted:
+            raise RequestError(
+                400, f"model names the prompt {wanted!r}, cache names {request.cache!r}", code="conflict", param="cache"
+            )
+        if isinstance(request.cache, str):
+            wanted = request.cache
+        messages = [message.plain() for message in request.messages]
+        named = Key(name, wanted) if wanted else None
+        if named is not None:
+            messages = self._with_prompt(named, messages)
+        try:
+            prompt = model.template.render(messages)
+        except errors.TemplateError as error:
+            raise RequestError(400, error.message, code="template_error", param="messages", hint=error.hint) from error
+        values: dict[str, Any] = model.config.sampling(named.prompt if named else None) | request.sampling()
+        return Job(
+            model=model,
+            named=named,
+            prompt=prompt,
+            sampling=Sampling(**values),
+            cold=request.cache is False,
+            accepted=accepted,
+        )
+
+    async def run(self, job: Job) -> AsyncGenerator[Text | End, None]:
+        """The answer, piece by piece, and its end. Closing the iterator stops the generation. Errors: RequestError."""
+        run = _Run(job=job)
+        self.running += 1
+        work = asyncio.create_task(self._work(run))
+        try:
+            while not work.done() or not run.events.empty():
+                getter = asyncio.create_task(run.events.get())
+                await asyncio.wait({getter, work}, return_when=asyncio.FIRST_COMPLETED)
+                if getter.done():
+                    yield getter.result()
+                else:
+                    getter.cancel()
+            yield await work
+        except errors.RkcachedError as error:
+            raise _as_request_error(error) from error
+        finally:
+            self.running -= 1
+            if not work.done():
+                work.cancel()
+                with contextlib.suppress(asyncio.CancelledError, errors.RkcachedError):
+                    await work
+
+    def _model(self, name: str) -> DesiredModel:
+        view = self._reconciler.view
+        model = view.model(name)
+        if model is None:
+            known = ", ".join(sorted(view.desired.models)) or "none"
+            raise RequestError(
+                404, f"the model {name!r} does not exist; known models: {known}", code="model_not_found", param="model"
+            )
+        if isinstance(model, Trouble):
+            raise RequestError(
+                503, f"the model {name!r} cannot be used: {model.message}", code="model_unavailable", hint=model.hint
+            )
+        return model
+
+    def _with_prompt(self, key: Key, messages: list[Message]) -> list[Message]:
+        """The messages with the prompt as their system message."""
+        view = self._reconciler.view
+        text = view.desired.texts.get(key)
+        if text is None:
+            declared = view.desired.prompts.get(key)
+            if declared is None:
+                known = ", ".join(k.prompt for k in view.desired.prompts if k.model == key.model) or "none"
+                raise RequestError(
+                    404,
+                    f"the model {key.model!r} has no prompt {key.prompt!r}; known prompts: {known}",
+                    code="prompt_not_found",
+                    param="model",
+                )
+            trouble = declared.trouble or Trouble(message="it has no text")
+            raise RequestError(
+                503, f"the prompt {key} cannot be used: {trouble.message}", code="prompt_blocked", hint=trouble.hint
+            )
+        systems = [message["content"] for message in messages if message["role"] == "system"]
+        if any(system.rstrip("\r\n") != text for system in systems):
+            raise RequestError(
+                409,
+                f"the request has a system message of its own, and it is not the prompt {key}",
+                code="system_message_conflict",
+                param="messages",
+                hint=f"leave the system message out, or ask for the model {key.model!r} without a prompt",
+            )
+        return [Message(role="system", content=text), *(m for m in messages if m["role"] != "system")]
+
+    def _choose(self, job: Job) -> tuple[Key, StoredArtifact] | None:
+        """The prompt cache to load: exactly a prefix of this request, and fresh at this moment."""
+        if job.cold:
+            return None
+        index = self._reconciler.view.index
+        key = index.longest(job.model.name, job.prompt.encode())
+        artifact = index.get(key) if key is not None else None
+        return (key, artifact) if key is not None and artifact is not None else None
+
+    async def _work(self, run: _Run) -> End:
+        use_cache = True
+        while True:
+            try:
+                async with self._gate.hold(Priority.LIVE):
+                    run.chosen = self._choose(run.job) if use_cache else None
+                    run.started = time.monotonic()
+                    model = self._reconciler.view.model(run.job.model.name)
+                    current = model if isinstance(model, DesiredModel) else run.job.model
+                    worker = self._workers.get(worker_model(self._reconciler.view.manifest.engine, current))
+                    done = await self._generate(worker, run)
+            except errors.WorkerUnavailable as error:
+                await self._wait_for(worker, error)
+            except (errors.WorkerDied, errors.WorkerTimeout) as error:
+                if run.chosen is None or run.loaded:
+                    raise
+                # It died over the prompt cache, and the client has seen nothing yet: answer without.
+                await self._reconciler.artifact_failed(*run.chosen, error.message, died=True)
+                use_cache = False
+            else:
+                if run.load_error is not None and run.chosen is not None:
+                    self._report_load_error(run.chosen, run.load_error)
+                return self._end(run, done.stats)
+
+    async def _generate(self, worker: Worker, run: _Run) -> protocol.Done:
+        cache = None
+        if run.chosen is not None:
+            artifact = run.chosen[1]
+            if artifact.signature is not None:
+                cache = protocol.CacheFile(
+                    path=str(artifact.path),
+                    signature=artifact.signature,
+                    fingerprint=artifact.sidecar.fingerprint,
+                )
+
+        def make(operation_id: int) -> protocol.Generate:
+            return protocol.Generate(
+                id=operation_id, prompt=run.job.prompt, sampling=run.job.sampling, cache=cache, cold=run.job.cold
+            )
+
+        def on_event(event: protocol.FromWorker) -> None:
+            match event:
+                case protocol.Loaded():
+                    run.load_ms = event.load_ms
+                    run.loaded = not event.error
+                    run.load_error = event if event.error else None
+                case protocol.Piece():
+                    run.loaded = True
+                    run.first_token = run.first_token or time.monotonic()
+                    run.events.put_nowait(Text(text=event.text))
+                case _:
+                    pass
+
+        done = await worker.run(make, on_event)
+        if not isinstance(done, protocol.Done):
+            raise TypeError(done)
+        return done
+
+    async def _wait_for(self, worker: Worker, error: errors.WorkerUnavailable) -> None:
+        """Sit out a short backoff. Errors: the given one, if it is long."""
+        wait_s = worker.retry_in_s()
+        if not 0 < wait_s <= BACKOFF_PATIENCE_S:
+            raise error
+        await asyncio.sleep(wait_s)
+
+    def _report_load_error(self, chosen: tuple[Key, StoredArtifact], event: protocol.Loaded) -> None:
+        if event.replaced:
+            self._reconciler.look_again(now=True)
+            return
+        task = asyncio.create_task(self._reconciler.artifact_failed(*chosen, event.error, died=False))
+        self._background.add(task)
+        task.add_done_callback(self._background.discard)
+
+    def _end(self, run: _Run, stats: RunStats) -> End:
+        job, now = run.job, time.monotonic()
+        state, reason = self._outcome(run, stats.cached_tokens)
+        key = run.chosen[0] if run.chosen is not None and run.load_error is None else None
+        self.answers[state] += 1
+        if key is not None:
+            use = self.uses.setdefault(key, PromptUse())
+            use.last_used = time.time()
+            if state == "hit":
+                use.hits += 1
+                self._reconciler.artifact_served(run.chosen[1])  # type: ignore[index]  # key is not None
+            else:
+                use.misses += 1
+                log.warning("cache did not help", model=key.model, prompt=key.prompt, cached_tokens=stats.cached_tokens)
+        report = CacheReport(
+            cache=key.prompt if key is not None else None,
+            state=state,
+            reason=reason,
+            cached_tokens=stats.cached_tokens,
+            ttft_ms=_ms((run.first_token or now) - job.accepted),
+            queue_ms=_ms(run.started - job.accepted),
+            load_ms=round(run.load_ms, 2),
+            prefill_ms=round(stats.prefill_ms, 2),
+            decode_tokens_per_s=round(stats.decode_tokens / stats.decode_ms * 1000, 1) if stats.decode_ms else 0.0,
+        )
+        usage = Usage(
+            prompt_tokens=stats.prompt_tokens,
+            completion_tokens=stats.decode_tokens,
+            total_tokens=stats.prompt_tokens + stats.decode_tokens,
+            prompt_tokens_details=PromptTokensDetails(cached_tokens=stats.cached_tokens),
+        )
+        return End(finish=stats.finish, usage=usage, report=report)
+
+    def _outcome(self, run: _Run, cached_tokens: int) -> tuple[str, str]:
+        """The state that the answer reports, and why no cache was used if one was wanted."""
+        if run.load_error is not None:
+            return "miss", run.load_error.error
+        if run.chosen is not None:
+            needed = run.chosen[1].sidecar.tokens - BOUNDARY_TOKENS
+            return ("hit", "") if cached_tokens >= needed else ("miss", "the prompt cache was loaded but not reused")
+        if run.job.named is not None and not run.job.cold:
+            view = self._reconciler.view
+            progress = self._reconciler.progress
+            if progress is not None and progress.key == run.job.named:
+                return "building", progress.reason
+            assessment = view.assessments.get(run.job.named)
+            if assessment is not None and assessment.state is not State.FRESH:
+                return assessment.state.value, assessment.reason
+        return "cold", ""
+
+
+def _as_request_error(error: errors.RkcachedError) -> RequestError:
+    """The HTTP face of every error that a run can end with."""
+    match error:
+        case RequestError():
+            return error
+        case errors.ContextExceeded():
+            return RequestError(
+                400,
+                f"the request has {error.tokens} tokens, the context holds {error.limit}",
+                code="context_length_exceeded",
+                param="messages",
+                hint="shorten the messages, or raise params.max_context_len of the model",
+            )
+        case errors.ModelLoadError():
+            return RequestError(503, error.message, code="model_unavailable", hint=error.hint, retry_after_s=5)
+        case errors.WorkerUnavailable():
+            return RequestError(503, error.message, code="worker_unavailable", hint=error.hint, retry_after_s=5)
+        case errors.WorkerTimeout():
+            return RequestError(504, error.message, code="worker_timeout", hint=error.hint)
+        case errors.WorkerDied():
+            return RequestError(502, error.message, code="worker_died", hint=error.hint)
+        case _:
+            return RequestError(500, error.message, code="engine_error", hint=error.hint)
+
+
+def _ms(seconds: float) -> float:
+    return round(seconds * 1000, 2)

@@ -1,0 +1,41 @@
+"""Where things are: from flags, the environment (RKCACHED_*, systemd's *_DIRECTORY), or defaults. In this order."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+LogLevel = Literal["debug", "info", "warning", "error"]
+
+
+def _default_manifest() -> Path:
+    here = Path("manifest.yaml")
+    return here if here.exists() else Path("/etc/rkcached/manifest.yaml")
+
+
+def _default_cache_dir() -> Path:
+    return Path(os.environ.get("CACHE_DIRECTORY", "cache").split(":")[0])
+
+
+def _default_socket() -> Path:
+    folder = os.environ.get("RUNTIME_DIRECTORY", "").split(":")[0] or os.environ.get("XDG_RUNTIME_DIR", "")
+    return Path(folder or "/run/rkcached") / "rkcached.sock"
+
+
+class Settings(BaseSettings):
+    """Every path is absolute once it is here."""
+
+    model_config = SettingsConfigDict(env_prefix="RKCACHED_", frozen=True, extra="ignore")
+
+    manifest: Path = Field(default_factory=_default_manifest)
+    cache_dir: Path = Field(default_factory=_default_cache_dir)
+    socket: Path = Field(default_factory=_default_socket)
+    log_level: LogLevel = "info"
+
+    def model_post_init(self, _: object) -> None:
+        for name in ("manifest", "cache_dir", "socket"):
+            object.__setattr__(self, name, Path(os.path.abspath(getattr(self, name))))  # noqa: PTH100 - keeps links

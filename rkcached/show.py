@@ -1,0 +1,128 @@
+"""Tables and lines that a person likes to read, from the same data that --json prints."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any, assert_never
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from rkcached.plan import Action, Assessment, Blocked, Build, Remove, State
+
+_STATE_STYLE = {
+    "fresh": "green",
+    "building": "cyan",
+    "missing": "cyan",
+    "stale": "yellow",
+    "uncached": "dim",
+    "orphan": "dim",
+}
+
+
+def action_data(action: Action) -> dict[str, Any]:
+    """An action as `rkcached plan --json` prints it."""
+    data: dict[str, Any] = {"model": action.key.model, "prompt": action.key.prompt, "reason": action.reason}
+    match action:
+        case Build():
+            return {"action": "build", **data, "fingerprint": action.fingerprint.digest}
+        case Remove():
+            return {"action": "remove", **data}
+        case Blocked():
+            return {"action": "blocked", **data, "hint": action.hint, "retry_at": action.retry_at or None}
+        case _:
+            assert_never(action)
+
+
+def print_plan(console: Console, actions: Sequence[Action], assessments: Sequence[Assessment]) -> None:
+    signs = {"build": ("+", "green"), "remove": ("-", "red"), "blocked": ("!", "yellow")}
+    table = Table.grid(padding=(0, 2))
+    for action in actions:
+        data = action_data(action)
+        sign, style = signs[data["action"]]
+        reason = Text(data["reason"])
+        if data.get("hint"):
+            reason.append(f"\n{data['hint']}", style="dim")
+        table.add_row(Text(f"{sign} {data['action']}", style=style), str(action.key), reason)
+    if actions:
+        console.print(table)
+    counts = Counter(data["action"] for data in map(action_data, actions))
+    fresh = sum(assessment.state is State.FRESH for assessment in assessments)
+    words = [f"{counts[name]} to {name}" for name in ("build", "remove") if counts[name]]
+    words += [f"{counts['blocked']} blocked"] if counts["blocked"] else []
+    console.print(Text(", ".join([*words, f"{fresh} fresh"]) if words else f"nothing to do, {fresh} fresh"))
+
+
+def print_status(console: Console, status: dict[str, Any]) -> None:
+    problems = status["manifest"]["problems"]
+    for problem in problems:
+        console.print(Text(f"manifest rejected, the last good one is in force: {problem}", style="bold red"))
+    cache = status["cache"]
+    limit = f" of {size(cache['max_bytes'])}" if cache["max_bytes"] else ""
+    answers = ", ".join(f"{count} {state}" for state, count in status["answers"].items()) or "none yet"
+    console.print(Text(f"rkcached {status['version']}, pid {status['pid']}, up {duration(status['uptime_s'])}"))
+    console.print(Text(f"engine {status['engine']}, cache {size(cache['used_bytes'])}{limit}, answers: {answers}"))
+    for model in status["models"]:
+        note = model["trouble"] or model["last_failure"]
+        restarts = f", {model['restarts']} restarts" if model["restarts"] else ""
+        line = f"model {model['name']}: {model['worker']}{restarts}" + (f" ({note})" if note else "")
+        console.print(Text(line, style="red" if model["trouble"] else ""))
+    if not status["prompts"]:
+        console.print(Text("no prompts are declared", style="dim"))
+        return
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("prompt", overflow="fold")
+    table.add_column("state")
+    for name in ("tokens", "size", "cold", "warm", "hits"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("note", overflow="fold", style="dim")
+    for prompt in status["prompts"]:
+        artifact = prompt.get("artifact") or {}
+        measured = artifact and artifact["verified"] != "off"
+        table.add_row(
+            f"{prompt['model']}/{prompt['prompt']}",
+            Text(prompt["state"], style=_STATE_STYLE.get(prompt["state"], "red")),
+            str(artifact.get("tokens", "")),
+            size(artifact["size_bytes"]) if artifact else "",
+            f"{artifact['cold_ttft_ms']:.0f} ms" if measured else "",
+            f"{artifact['warm_ttft_ms']:.0f} ms" if measured else "",
+            str(prompt["hits"]) if prompt["hits"] or prompt["last_used"] else "-",
+            _note(prompt),
+        )
+    console.print(table)
+
+
+def _note(prompt: dict[str, Any]) -> str:
+    progress = prompt.get("progress")
+    if progress and progress["total_tokens"]:
+        return f"{progress['done_tokens']} of {progress['total_tokens']} tokens, {prompt['reason']}"
+    parts = [prompt["reason"], prompt["hint"]] if prompt["reason"] else [prompt["description"]]
+    return "; ".join(part for part in parts if part)
+
+
+def size(count: float | None) -> str:
+    """Bytes in decimal units, as `ls -h --si` shows them."""
+    value = float(count or 0)
+    for unit in ("B", "kB", "MB"):
+        if value < 1000:
+            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
+        value /= 1000
+    return f"{value:.2f} GB"
+
+
+def duration(seconds: float) -> str:
+    minutes, s = divmod(int(seconds), 60)
+    hours, m = divmod(minutes, 60)
+    days, h = divmod(hours, 24)
+    if days:
+        return f"{days} d {h} h"
+    if hours:
+        return f"{hours} h {m} min"
+    return f"{m} min {s} s" if minutes else f"{s} s"
+
+
+def when(unix_seconds: float) -> str:
+    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(unix_seconds))

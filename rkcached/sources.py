@@ -1,0 +1,188 @@
+"""Reads everything a prompt cache is made from: prompt files, model files, chat templates, the runtime library.
+
+A file that did not change is not read again. Whatever is wrong with an input becomes a `Trouble` of that input alone;
+the scan itself never fails. Runs in a thread, one scan at a time.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import hashlib
+import os
+import stat
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from rkcached.desired import Declaration, ModelSource, PromptSource, RuntimeSource, Sources
+from rkcached.digests import Digests, Signature
+from rkcached.engines.registry import ENGINES, EngineEntry
+from rkcached.errors import RkcachedError, SourceError
+from rkcached.manifest import NAME, NAME_RULE, Manifest, ModelConfig
+from rkcached.plan import Key, Trouble
+from rkcached.template import BUILTIN
+
+MAX_PROMPT_BYTES = 1 << 20
+"""A prompt beyond this is a mistake: it is some 250,000 tokens."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Text:
+    signature: Signature
+    text: str
+
+
+class SourceReader:
+    """Scans sources and remembers texts by the signature of their files. One thread at a time."""
+
+    def __init__(self, digests: Digests) -> None:
+        self._digests = digests
+        self._texts: dict[Path, _Text] = {}
+
+    def scan(self, manifest: Manifest) -> Sources:
+        """Look at every input that the manifest names. Never raises for a bad input."""
+        engine = ENGINES[manifest.engine.kind]
+        prompts: dict[Key, Declaration] = {}
+        models: dict[str, ModelSource | Trouble] = {}
+        unlisted: dict[str, Trouble] = {}
+        texts, self._texts = self._texts, {}  # texts of files that are no longer named are forgotten
+        for name, config in manifest.models.items():
+            models[name] = self._model(config, engine, texts)
+            claimed: set[Path] = set()
+            for prompt, entry in config.prompts.items():
+                claimed.update(entry.files)
+                prompts[Key(name, prompt)] = Declaration(
+                    source=self._prompt(entry.files, texts),
+                    description=entry.description,
+                    line=manifest.line_of("models", name, "prompts", prompt),
+                )
+            for position, pattern in enumerate(config.prompts_from):
+                line = manifest.line_of("models", name, "prompts_from", position)
+                try:
+                    found = tuple(_matches(pattern))
+                except OSError as error:
+                    folder = Path(pattern).parent
+                    unlisted[name] = Trouble(
+                        message=f"{folder} cannot be listed: {error.strerror}",
+                        hint="create the folder, or correct prompts_from",
+                    )
+                    continue
+                for path in found:
+                    if path in claimed:
+                        continue  # declared by name, perhaps with parameters of its own
+                    key = Key(name, path.stem)
+                    prompts[key] = Declaration(source=self._found(key, path, prompts, texts), line=line)
+        return Sources(runtime=self._runtime(engine), models=models, prompts=prompts, unlisted_models=unlisted)
+
+    def _found(
+        self, key: Key, path: Path, prompts: dict[Key, Declaration], texts: dict[Path, _Text]
+    ) -> PromptSource | Trouble:
+        """The prompt of a file that a pattern found: its name comes from the file, so it may be unusable."""
+        if not NAME.fullmatch(key.prompt):
+            return Trouble(message=f"{path} cannot name a prompt: {NAME_RULE}", hint="rename the file")
+        if key in prompts:
+            return Trouble(
+                message=f"{path} makes a second prompt named {key.prompt!r}",
+                hint="rename the file, or declare only one of them",
+            )
+        return self._prompt((path,), texts)
+
+    def _prompt(self, files: tuple[Path, ...], texts: dict[Path, _Text]) -> PromptSource | Trouble:
+        try:
+            parts = [self._text(path, texts, MAX_PROMPT_BYTES) for path in files]
+        except RkcachedError as error:
+            return Trouble.of(error)
+        # Files are joined as paragraphs. The final newline of a file is not part of a prompt.
+        text = "\n\n".join(part.rstrip("\r\n") for part in parts)
+        names = ", ".join(str(path) for path in files)
+        if not text.strip():
+            return Trouble(message=f"{names}: the prompt is empty", hint="write the prompt's text into the file")
+        return PromptSource(text=text, digest=hashlib.sha256(text.encode()).hexdigest())
+
+    def _model(self, config: ModelConfig, engine: EngineEntry, texts: dict[Path, _Text]) -> ModelSource | Trouble:
+        try:
+            template = BUILTIN.get(config.chat_template)
+            if template is None:
+                template = self._text(Path(config.chat_template), texts, MAX_PROMPT_BYTES)
+            with config.path.open("rb") as stream:
+                if not stat.S_ISREG(os.fstat(stream.fileno()).st_mode):
+                    raise IsADirectoryError
+                if stream.read(len(engine.model_magic)) != engine.model_magic:
+                    return Trouble(
+                        message=f"{config.path} is not a {engine.model_format}",
+                        hint="set path to a file of that format, or engine.kind to the engine that reads it",
+                    )
+            return ModelSource(digest=self._digests.digest(config.path), template_source=template)
+        except RkcachedError as error:
+            return Trouble.of(error)
+        except OSError as error:
+            return Trouble.of(_unusable(config.path, error, "model file"))
+
+    def _runtime(self, engine: EngineEntry) -> RuntimeSource | Trouble:
+        try:
+            runtime = engine.locate_runtime()
+            digests = "".join(self._digests.digest(path) for path in runtime.files)
+        except RkcachedError as error:
+            return Trouble.of(error)
+        except OSError as error:
+            return Trouble(message=f"the engine's library cannot be read: {error}", hint="install it again")
+        return RuntimeSource(version=runtime.version, digest=hashlib.sha256(digests.encode()).hexdigest())
+
+    def _text(self, path: Path, texts: dict[Path, _Text], max_bytes: int) -> str:
+        """The text of a file. Errors: SourceError, with what is wrong and what to do."""
+        try:
+            info = path.stat()
+            if stat.S_ISDIR(info.st_mode):
+                raise SourceError(f"{path} is a directory", hint="name a file, or use prompts_from with a pattern")
+            if not stat.S_ISREG(info.st_mode):
+                raise SourceError(f"{path} is not a regular file", hint="name a text file")
+            signature = Signature.of(info)
+            known = self._texts.get(path) or texts.get(path)
+            if known is None or known.signature != signature or not signature.settled:
+                if info.st_size > max_bytes:
+                    raise SourceError(
+                        f"{path} has {info.st_size:,} bytes, the limit is {max_bytes:,}", hint="shorten the prompt"
+                    )
+                known = _Text(signature=signature, text=_decode(path, path.read_bytes()[: max_bytes + 1]))
+        except OSError as error:
+            raise _unusable(path, error, "file") from error
+        self._texts[path] = known
+        return known.text
+
+
+def _decode(path: Path, data: bytes) -> str:
+    """UTF-8 text without its byte order mark. Errors: SourceError."""
+    if b"\0" in data:
+        raise SourceError(
+            f"{path} contains a NUL byte at offset {data.index(0)}", hint="a prompt is a UTF-8 text file, not a binary"
+        )
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise SourceError(
+            f"{path} is not UTF-8: byte 0x{data[error.start]:02x} at offset {error.start}",
+            hint=f"convert it, for example: iconv -f latin1 -t utf-8 {path.name}",
+        ) from error
+
+
+def _unusable(path: Path, error: OSError, noun: str) -> SourceError:
+    match error:
+        case FileNotFoundError() | NotADirectoryError():
+            return SourceError(f"source missing: {path}", hint=f"create the {noun}, or correct its path")
+        case PermissionError():
+            return SourceError(f"{path} cannot be read: permission denied", hint="let the daemon's user read it")
+        case IsADirectoryError():
+            return SourceError(f"{path} is a directory", hint=f"name a {noun}")
+        case _:
+            return SourceError(f"{path} cannot be read: {error.strerror or error}", hint="see the system's log")
+
+
+def _matches(pattern: str) -> Iterator[Path]:
+    """The files that a prompts_from pattern names, sorted; no hidden files, no editors' backups. Errors: OSError."""
+    folder, _, wanted = pattern.rpartition("/")
+    with os.scandir(folder or "/") as entries:
+        names = sorted(entry.name for entry in entries if fnmatch.fnmatchcase(entry.name, wanted))
+    for name in names:
+        path = Path(folder, name)
+        if not name.startswith(".") and not name.endswith("~") and path.is_file():
+            yield path

@@ -1,0 +1,125 @@
+"""What `GET /v1/status` says: one stable document from the daemon's parts. Pure reading, on the event loop."""
+
+from __future__ import annotations
+
+import os
+import time
+from typing import Any
+
+from rkcached import __version__
+from rkcached.plan import Key, State, Trouble
+from rkcached.reconcile import Reconciler
+from rkcached.serving import Serving
+from rkcached.store import Store, StoredArtifact
+from rkcached.worker.supervisor import Workers
+
+
+def status(
+    *, started: float, reconciler: Reconciler, serving: Serving, workers: Workers, store: Store, polling: bool
+) -> dict[str, Any]:
+    """The document. `started` is in Unix seconds."""
+    view = reconciler.view
+    manifest_error = reconciler.manifest_error
+    return {
+        "version": __version__,
+        "pid": os.getpid(),
+        "uptime_s": round(time.time() - started, 1),
+        "ready": reconciler.looked.is_set(),
+        "summary": _summary(reconciler),
+        "manifest": {
+            "file": str(view.manifest.file),
+            "ok": manifest_error is None,
+            "problems": [str(problem) for problem in manifest_error.problems] if manifest_error else [],
+        },
+        "engine": view.manifest.engine.kind.value,
+        "cache": {
+            "directory": str(store.root),
+            "used_bytes": view.used_bytes(),
+            "max_bytes": view.manifest.cache.max_bytes,
+        },
+        "watching": "polling" if polling else "inotify",
+        "answers": dict(serving.answers),
+        "running": serving.running,
+        "models": [_model(name, model, workers) for name, model in view.desired.models.items()],
+        "prompts": [_prompt(key, reconciler, serving) for key in view.assessments],
+    }
+
+
+def _summary(reconciler: Reconciler) -> str:
+    """One line: how many prompts are in which state, and what is being built."""
+    counts: dict[str, int] = {}
+    building = reconciler.progress
+    for key, assessment in reconciler.view.assessments.items():
+        if building is None or building.key != key:
+            counts[assessment.state.value] = counts.get(assessment.state.value, 0) + 1
+    parts = [f"{count} {state}" for state, count in counts.items()]
+    if building is not None:
+        parts.append(f"building {building.key}")
+    if reconciler.manifest_error is not None:
+        parts.append(f"manifest rejected: {reconciler.manifest_error.problems[0]}")
+    return ", ".join(parts) or "no prompts"
+
+
+def _model(name: str, model: object, workers: Workers) -> dict[str, Any]:
+    worker = next((worker for worker in workers.all() if worker.model.name == name), None)
+    return {
+        "name": name,
+        "worker": worker.state.value if worker else "stopped",
+        "pid": worker.pid if worker else None,
+        "restarts": worker.restarts if worker else 0,
+        "last_failure": worker.last_failure if worker else "",
+        "trouble": str(model) if isinstance(model, Trouble) else "",
+    }
+
+
+def _prompt(key: Key, reconciler: Reconciler, serving: Serving) -> dict[str, Any]:
+    view = reconciler.view
+    assessment = view.assessments[key]
+    building = reconciler.progress if reconciler.progress and reconciler.progress.key == key else None
+    use = serving.uses.get(key)
+    shown: dict[str, Any] = {
+        "model": key.model,
+        "prompt": key.prompt,
+        "state": "building" if building else assessment.state.value,
+        "reason": building.reason if building else assessment.reason,
+        "hint": assessment.hint,
+        "description": assessment.description,
+        "hits": use.hits if use else 0,
+        "misses": use.misses if use else 0,
+        "last_used": use.last_used if use else None,
+    }
+    if building:
+        shown["progress"] = {
+            "done_tokens": building.done_tokens,
+            "total_tokens": building.total_tokens,
+            "elapsed_ms": round((time.monotonic() - building.started) * 1000),
+        }
+    artifact = view.artifacts.get(key)
+    if artifact is not None and not artifact.corrupt:
+        shown["artifact"] = artifact_figures(artifact)
+        if assessment.state is State.FRESH and not shown["artifact"]["gain"]:
+            shown["reason"] = no_gain(artifact)
+    return shown
+
+
+def artifact_figures(artifact: StoredArtifact) -> dict[str, Any]:
+    """Size and measured figures of an artifact."""
+    sidecar, figures = artifact.sidecar, artifact.sidecar.figures
+    return {
+        "tokens": sidecar.tokens,
+        "size_bytes": sidecar.size_bytes,
+        "built_at": sidecar.built_at,
+        "build_ms": round(sidecar.build_ms, 1),
+        "prefill_ms": round(figures.prefill_ms, 1),
+        "load_ms": round(figures.load_ms, 1),
+        "cold_ttft_ms": round(figures.cold_ttft_ms, 1),
+        "warm_ttft_ms": round(figures.warm_ttft_ms, 1),
+        "gain": figures.gain,
+        "verified": figures.verified,
+        "fingerprint": sidecar.fingerprint,
+    }
+
+
+def no_gain(artifact: StoredArtifact) -> str:
+    figures = artifact.sidecar.figures
+    return f"no gain: {figures.warm_ttft_ms:.0f} ms with the cache, {figures.cold_ttft_ms:.0f} ms without"

@@ -1,0 +1,389 @@
+"""Prompt caches on disk. Owns everything below the cache directory; nobody else writes there.
+
+    {model}/{name}.llama_cache    the prompt cache        {model}/{name}.bin    the prefix it was made from, UTF-8
+    {model}/{name}.json           the sidecar: the commit record, with size and SHA-256 of the other two
+    .verdicts/{model}/{name}.json the outcome of attempts that gave no artifact
+    .quarantine/                  artifacts that failed when they were used       .lock  .digests.json
+
+Invariant: an artifact is what its sidecar says, or it is reported as corrupt and rebuilt. The sidecar is renamed into
+place last, so a crash at any step leaves the old state, a mismatch, or the new state. Names that start with a dot are
+the store's own; models and prompts cannot have such names.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import msgspec
+
+from rkcached.digests import Digests, Signature
+from rkcached.errors import StoreError, StoreLocked
+from rkcached.manifest import NAME
+from rkcached.plan import Artifact, Key, Verdict
+
+FORMAT_VERSION = 1
+DIRECTORY_MODE = 0o750
+FILE_MODE = 0o640
+MAX_QUARANTINED = 8
+"""Artifacts kept for a post-mortem; the oldest goes first."""
+
+_STAGING = ".stage-"
+
+
+class Figures(msgspec.Struct, frozen=True, kw_only=True):
+    """What the build measured. Times in milliseconds."""
+
+    prefill_ms: float
+    """Reading the prefix into an empty KV state."""
+    load_ms: float
+    """Loading the prompt cache from its file."""
+    cold_ttft_ms: float
+    """First token of the probe without the cache: prefilling the prefix, then the probe on it in memory."""
+    warm_ttft_ms: float
+    """First token of the probe with the cache: loading the file, then the probe."""
+    verified: str
+    """How the artifact was proven: exact, hit or off."""
+
+    @property
+    def gain(self) -> bool:
+        """Whether the cache was measured to help; an unverified one is not measured, and taken to."""
+        return self.verified == "off" or self.warm_ttft_ms < self.cold_ttft_ms
+
+
+class Sidecar(msgspec.Struct, frozen=True, kw_only=True):
+    """The commit record of an artifact, as it stands on disk."""
+
+    format: int = FORMAT_VERSION
+    model: str
+    prompt: str
+    artifact: str
+    """File name of the prompt cache, beside this file."""
+    fingerprint: str
+    components: dict[str, str]
+    size_bytes: int
+    sha256: str
+    text_sha256: str
+    tokens: int
+    built_at: float
+    """Unix seconds."""
+    build_ms: float
+    figures: Figures
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoredArtifact:
+    """An artifact whose files were just compared with its sidecar."""
+
+    path: Path
+    sidecar: Sidecar
+    signature: Signature | None
+    """Of the prompt cache file with the sidecar's digest: the file that may be loaded. None when corrupt."""
+    corrupt: str = ""
+
+    def observed(self, key: Key) -> Artifact:
+        sidecar = self.sidecar
+        return Artifact(
+            key=key,
+            fingerprint=sidecar.fingerprint,
+            components=sidecar.components,
+            tokens=sidecar.tokens,
+            size_bytes=sidecar.size_bytes,
+            corrupt=self.corrupt,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Inventory:
+    """One look at the store. `unreadable` are commit records that cannot be read: their artifacts are corrupt."""
+
+    artifacts: dict[Key, StoredArtifact] = field(default_factory=dict)
+    unreadable: dict[Key, str] = field(default_factory=dict)
+    verdicts: dict[Key, Verdict] = field(default_factory=dict)
+
+    def observed(self) -> dict[Key, Artifact]:
+        seen = {key: artifact.observed(key) for key, artifact in self.artifacts.items()}
+        for key, why in self.unreadable.items():
+            seen[key] = Artifact(key=key, fingerprint="", components={}, tokens=0, size_bytes=0, corrupt=why)
+        return seen
+
+
+class Store:
+    """The cache directory. Reading needs no lock; `open` takes the lock that writing needs."""
+
+    def __init__(self, root: Path, digests: Digests | None = None) -> None:
+        self.root = root
+        self.digests = digests or Digests(root / ".digests.json")
+        self._lock_fd = -1
+        self._sidecars: dict[Path, tuple[Signature, Sidecar | str]] = {}
+
+    # Life
+
+    def open(self) -> None:
+        """Create the directory, lock it, and clear away what a crash left behind.
+
+        Errors: StoreError when it cannot be created or written; StoreLocked when another daemon has it.
+        """
+        try:
+            self.root.mkdir(mode=DIRECTORY_MODE, parents=True, exist_ok=True)
+            fd = os.open(self.root / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, FILE_MODE)
+        except OSError as error:
+            raise StoreError(
+                f"the cache directory {self.root} cannot be written: {error.strerror}",
+                hint="create it for this user, or name another one with --cache-dir or RKCACHED_CACHE_DIR",
+            ) from error
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            owner = os.pread(fd, 32, 0).decode(errors="replace").strip()
+            os.close(fd)
+            raise StoreLocked(
+                f"the cache directory {self.root} belongs to another daemon (pid {owner or 'unknown'})",
+                hint="stop that daemon, or use another cache directory",
+            ) from error
+        os.ftruncate(fd, 0)
+        os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)
+        self._lock_fd = fd
+        self._sweep()
+
+    def close(self) -> None:
+        """Release the lock. Idempotent."""
+        if self._lock_fd >= 0:
+            with contextlib.suppress(OSError):
+                self.digests.save()
+            os.close(self._lock_fd)
+            self._lock_fd = -1
+
+    def _sweep(self) -> None:
+        """Remove what an interrupted commit staged."""
+        for folder in self._model_folders():
+            for path in folder.glob(f"{_STAGING}*"):
+                path.unlink(missing_ok=True)
+
+    # Reading
+
+    def scan(self) -> Inventory:
+        """Look at every artifact and verdict. Files that did not change since the last look are not read again."""
+        inventory = Inventory()
+        seen: dict[Path, tuple[Signature, Sidecar | str]] = {}
+        for folder in self._model_folders():
+            names = sorted(path.name for path in folder.iterdir())
+            for key in (Key(folder.name, name[:-5]) for name in names if name.endswith(".json")):
+                if not NAME.fullmatch(key.prompt):
+                    continue
+                path = folder / f"{key.prompt}.json"
+                with contextlib.suppress(FileNotFoundError):
+                    seen[path] = known = self._read_sidecar(path, key)
+                    if isinstance(known[1], str):
+                        inventory.unreadable[key] = known[1]
+                    else:
+                        inventory.artifacts[key] = self._inspect(folder, known[1])
+            for key in (Key(folder.name, Path(name).stem) for name in names if name.endswith("_cache")):
+                # A commit that was cut off before its sidecar.
+                if NAME.fullmatch(key.prompt) and f"{key.prompt}.json" not in names:
+                    inventory.unreadable[key] = "the sidecar is missing"
+        for path in self.root.glob(".verdicts/*/*.json"):
+            # A damaged verdict only costs one more attempt.
+            with contextlib.suppress(OSError, msgspec.DecodeError):
+                verdict = msgspec.json.decode(path.read_bytes(), type=Verdict)
+                inventory.verdicts[Key(path.parent.name, path.stem)] = verdict
+        self._sidecars = seen
+        return inventory
+
+    def verify(self, key: Key) -> str:
+        """Read an artifact's files again, whatever is remembered of them; returns why it is corrupt, or nothing."""
+        folder = self.root / key.model
+        try:
+            _, sidecar = self._read_sidecar(folder / f"{key.prompt}.json", key)
+        except OSError as error:
+            return f"the sidecar cannot be read: {error.strerror}"
+        if isinstance(sidecar, str):
+            return sidecar
+        return self._inspect(folder, sidecar, Digests()).corrupt
+
+    def _model_folders(self) -> Iterator[Path]:
+        with contextlib.suppress(FileNotFoundError), os.scandir(self.root) as entries:
+            names = sorted(e.name for e in entries if NAME.fullmatch(e.name) and e.is_dir(follow_symlinks=False))
+            yield from (self.root / name for name in names)
+
+    def _read_sidecar(self, path: Path, key: Key) -> tuple[Signature, Sidecar | str]:
+        signature = Signature.of(path.stat())
+        known = self._sidecars.get(path)
+        if known is not None and known[0] == signature and signature.settled:
+            return known
+        try:
+            sidecar = msgspec.json.decode(path.read_bytes(), type=Sidecar)
+        except msgspec.DecodeError as error:
+            return signature, f"the sidecar is damaged: {error}"
+        if sidecar.format != FORMAT_VERSION:
+            return signature, f"the sidecar has format {sidecar.format}, this program writes {FORMAT_VERSION}"
+        if (sidecar.model, sidecar.prompt) != key or not _names_artifact(sidecar.artifact, key.prompt):
+            return signature, f"the sidecar belongs to {sidecar.model}/{sidecar.prompt}"
+        return signature, sidecar
+
+    def _inspect(self, folder: Path, sidecar: Sidecar, digests: Digests | None = None) -> StoredArtifact:
+        path = folder / sidecar.artifact
+        text = folder / f"{sidecar.prompt}.bin"
+        digests = digests or self.digests
+        corrupt, signature = "", None
+        try:
+            size = path.stat().st_size
+            if size != sidecar.size_bytes:
+                corrupt = f"{path.name} has {size:,} bytes, its sidecar says {sidecar.size_bytes:,}"
+            else:
+                digest, signature = digests.digest_and_signature(path)
+                if digest != sidecar.sha256:
+                    corrupt = f"{path.name} does not have the SHA-256 of its sidecar"
+                elif digests.digest(text) != sidecar.text_sha256:
+                    corrupt = f"{text.name} does not have the SHA-256 of its sidecar"
+        except FileNotFoundError as error:
+            corrupt = f"{Path(error.filename).name} is missing"
+        except OSError as error:
+            corrupt = f"{path.name} cannot be read: {error.strerror}"
+        return StoredArtifact(path=path, sidecar=sidecar, signature=None if corrupt else signature, corrupt=corrupt)
+
+    # Writing
+
+    def stage(self, key: Key) -> Path:
+        """A name in the target directory for a prompt cache to be written to. Errors: StoreError."""
+        folder = self.root / key.model
+        with self._writing(folder):
+            folder.mkdir(mode=DIRECTORY_MODE, exist_ok=True)
+        return folder / f"{_STAGING}{key.prompt}-{secrets.token_hex(4)}"
+
+    def discard(self, staged: Path) -> None:
+        """Forget a staged file. Idempotent."""
+        with contextlib.suppress(OSError):
+            staged.unlink()
+
+    def seal(self, staged: Path) -> tuple[int, str]:
+        """Make a staged file durable and private; returns its size in bytes and SHA-256. Errors: StoreError."""
+        with self._writing(staged):
+            staged.chmod(FILE_MODE)
+            with staged.open("rb") as stream:
+                os.fsync(stream.fileno())
+                digest = hashlib.file_digest(stream, "sha256").hexdigest()
+                return os.fstat(stream.fileno()).st_size, digest
+
+    def commit(self, key: Key, staged: Path, sidecar: Sidecar, prefix: bytes) -> StoredArtifact:
+        """Publish a sealed file, its text and its sidecar, in this order, each step durable before the next.
+
+        If it fails, the staged file is gone and the artifact is the old one or reported as corrupt. Errors: StoreError.
+        """
+        folder = self.root / key.model
+        stem = f"{_STAGING}{key.prompt}-{secrets.token_hex(4)}"
+        text, record = folder / f"{stem}.bin", folder / f"{stem}.json"
+        try:
+            with self._writing(folder):
+                _write_durably(text, prefix)
+                _write_durably(record, msgspec.json.format(msgspec.json.encode(sidecar)))
+                staged.replace(folder / sidecar.artifact)
+                text.replace(folder / f"{key.prompt}.bin")
+                _sync_directory(folder)
+                record.replace(folder / f"{key.prompt}.json")
+                _sync_directory(folder)
+                for other in _artifacts_of(folder, key.prompt):  # one that another engine wrote
+                    if other.name != sidecar.artifact:
+                        other.unlink(missing_ok=True)
+        finally:
+            for leftover in (staged, text, record):
+                self.discard(leftover)
+        path = folder / sidecar.artifact
+        signature = Signature.of(path.stat())
+        self.digests.trust(path, signature, sidecar.sha256)
+        self.clear_verdict(key)
+        return StoredArtifact(path=path, sidecar=sidecar, signature=signature)
+
+    def remove(self, key: Key) -> None:
+        """Delete an artifact, its sidecar first, and its folder when nothing else is in it. Errors: StoreError."""
+        folder = self.root / key.model
+        with self._writing(folder):
+            (folder / f"{key.prompt}.json").unlink(missing_ok=True)
+            (folder / f"{key.prompt}.bin").unlink(missing_ok=True)
+            for path in _artifacts_of(folder, key.prompt):
+                path.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+
+    def quarantine(self, key: Key) -> None:
+        """Take an artifact out of use but keep it for a post-mortem. Errors: StoreError."""
+        folder, kept = self.root / key.model, self.root / ".quarantine"
+        with self._writing(kept):
+            kept.mkdir(mode=DIRECTORY_MODE, exist_ok=True)
+            target = kept / f"{key.model}--{key.prompt}--{secrets.token_hex(4)}"
+            target.mkdir(mode=DIRECTORY_MODE)
+            for path in (
+                folder / f"{key.prompt}.json",
+                folder / f"{key.prompt}.bin",
+                *_artifacts_of(folder, key.prompt),
+            ):
+                with contextlib.suppress(FileNotFoundError):
+                    path.rename(target / path.name)
+            oldest_first = sorted(kept.iterdir(), key=lambda path: path.stat().st_mtime_ns)
+            for old in oldest_first[:-MAX_QUARANTINED]:
+                shutil.rmtree(old, ignore_errors=True)
+
+    def write_verdict(self, key: Key, verdict: Verdict) -> None:
+        """Remember why a fingerprint has no artifact. Errors: StoreError."""
+        path = self._verdict_path(key)
+        with self._writing(path):
+            path.parent.mkdir(mode=DIRECTORY_MODE, parents=True, exist_ok=True)
+            temporary = path.with_name(f".{path.name}.tmp")
+            temporary.write_bytes(msgspec.json.encode(verdict))
+            temporary.replace(path)
+
+    def clear_verdict(self, key: Key) -> None:
+        with contextlib.suppress(OSError):
+            self._verdict_path(key).unlink(missing_ok=True)
+
+    def _verdict_path(self, key: Key) -> Path:
+        return self.root / ".verdicts" / key.model / f"{key.prompt}.json"
+
+    @contextlib.contextmanager
+    def _writing(self, path: Path) -> Iterator[None]:
+        """Only the lock's owner writes, and a refusal of the file system becomes a StoreError."""
+        if self._lock_fd < 0:
+            raise StoreError(f"the store {self.root} is not open for writing")
+        try:
+            yield
+        except OSError as error:
+            raise StoreError(
+                f"{path} cannot be written: {error.strerror}", hint="make room, or check the directory's permissions"
+            ) from error
+
+
+def _names_artifact(name: str, prompt: str) -> bool:
+    """Whether `name` is a prompt cache of `prompt`: guards against a sidecar that points elsewhere."""
+    stem, dot, suffix = name.rpartition(".")
+    return stem == prompt and bool(dot) and suffix.endswith("_cache") and "/" not in suffix
+
+
+def _artifacts_of(folder: Path, prompt: str) -> list[Path]:
+    """The prompt caches of one prompt, whichever engine wrote them."""
+    try:
+        return [path for path in folder.iterdir() if _names_artifact(path.name, prompt)]
+    except FileNotFoundError:
+        return []
+
+
+def _write_durably(path: Path, data: bytes) -> None:
+    with path.open("xb") as stream:
+        os.fchmod(stream.fileno(), FILE_MODE)
+        stream.write(data)
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+def _sync_directory(folder: Path) -> None:
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)

@@ -1,0 +1,129 @@
+"""The worker process: `python -m rkcached.worker.child FD`. Hosts one engine on an inherited socket.
+
+The main thread runs the engine; a reader thread receives operations and aborts. When the daemon goes away the socket
+ends and the process leaves at once, whatever the engine is doing. Only this module may import an engine.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib
+import os
+import queue
+import shutil
+import signal
+import socket
+import sys
+import threading
+import time
+from typing import assert_never
+
+from rkcached.engines.base import Engine
+from rkcached.errors import EngineError
+from rkcached.worker import protocol
+from rkcached.worker.operations import Session
+
+_PR_SET_PDEATHSIG = 1
+
+
+class _Channel:
+    """The worker's end of the socket: operations in, events out."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._socket = sock
+        self._inbox: queue.SimpleQueue[protocol.ToWorker] = queue.SimpleQueue()
+        self._aborted: set[int] = set()
+        self.engine: Engine | None = None
+        self.scratch_dir = ""
+
+    def send(self, message: protocol.FromWorker) -> None:
+        try:
+            self._socket.sendall(protocol.frame(message))
+        except OSError:
+            self._leave()
+
+    def receive(self) -> protocol.ToWorker:
+        return self._inbox.get()
+
+    def is_aborted(self, operation_id: int) -> bool:
+        return operation_id in self._aborted
+
+    def read_forever(self) -> None:
+        frames = protocol.FrameReader()
+        while data := self._recv():
+            for body in frames.feed(data):
+                message = protocol.decode_to_worker(body)
+                if isinstance(message, protocol.Abort):
+                    self._aborted = {message.id}
+                    if self.engine is not None:
+                        self.engine.abort()
+                else:
+                    self._inbox.put(message)
+        self._leave()
+
+    def _recv(self) -> bytes:
+        try:
+            return self._socket.recv(1 << 16)
+        except OSError:
+            return b""
+
+    def _leave(self) -> None:
+        """The daemon is gone. The engine may be deep in native code, so nothing is unwound."""
+        if self.scratch_dir:
+            shutil.rmtree(self.scratch_dir, ignore_errors=True)
+        os._exit(0)
+
+
+def _start(channel: _Channel, message: protocol.Start) -> Session:
+    channel.scratch_dir = message.spec.scratch_dir
+    started = time.perf_counter()
+    module, _, name = message.implementation.partition(":")
+    engine: Engine = getattr(importlib.import_module(module), name)(message.spec)
+    channel.engine = engine
+    channel.send(protocol.Ready(info=engine.info, load_ms=(time.perf_counter() - started) * 1000))
+    return Session(engine)
+
+
+def _run(session: Session, channel: _Channel, operation: protocol.Operation) -> None:
+    def stopped() -> bool:
+        return channel.is_aborted(operation.id)
+
+    answer: protocol.FromWorker
+    try:
+        match operation:
+            case protocol.Build():
+                answer = session.build(operation, channel.send, stopped)
+            case protocol.Generate():
+                answer = session.generate(operation, channel.send, stopped)
+            case protocol.Check():
+                answer = session.check(operation)
+            case _:
+                assert_never(operation)
+    except EngineError as error:
+        answer = protocol.failed(operation.id, error)
+    channel.send(answer)
+
+
+def main(fd: int) -> None:
+    """Serve operations on the socket `fd` until the other end closes it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the daemon, which then ends this process in order
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # even a daemon that was killed leaves no worker
+    channel = _Channel(socket.socket(fileno=fd))
+    threading.Thread(target=channel.read_forever, name="reader", daemon=True).start()
+    first = channel.receive()
+    if not isinstance(first, protocol.Start):
+        raise protocol.ProtocolError(f"expected start, got {type(first).__name__}")
+    try:
+        session = _start(channel, first)
+    except EngineError as error:
+        channel.send(protocol.failed(0, error))
+        return
+    while True:
+        message = channel.receive()
+        if isinstance(message, protocol.Start | protocol.Abort):
+            raise protocol.ProtocolError(f"{type(message).__name__} is no operation")
+        _run(session, channel, message)
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]))

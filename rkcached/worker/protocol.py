@@ -1,0 +1,240 @@
+"""Messages between daemon and worker, and their framing. Sans-I/O: bytes in, messages out.
+
+A frame is a u32 little-endian length and that many bytes of JSON. The daemon sends one operation at a time and may send
+`Abort` while it runs; the worker answers with events that end in `Done`, `Built`, `Checked` or `Failed`. Anything else
+on the wire is a `ProtocolError`, after which the connection is of no use.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from enum import StrEnum
+
+import msgspec
+
+from rkcached import errors
+from rkcached.digests import Signature
+from rkcached.engines.base import EngineInfo, ModelSpec, RunStats, Sampling
+
+MAX_FRAME_BYTES = 16 << 20
+"""Larger than any prompt; a length beyond it is garbage, not a message."""
+
+_LENGTH_BYTES = 4
+
+
+class ProtocolError(Exception):
+    """The other end does not speak this protocol."""
+
+
+class CacheFile(msgspec.Struct, frozen=True, kw_only=True):
+    """The prompt cache to load: not just a path, but the very file that was compared with its sidecar."""
+
+    path: str
+    signature: Signature
+    fingerprint: str
+
+
+# Daemon to worker
+
+
+class Start(msgspec.Struct, frozen=True, kw_only=True, tag="start"):
+    """First message: load the model. Answer: Ready or Failed."""
+
+    implementation: str
+    spec: ModelSpec
+
+
+class VerifyMode(StrEnum):
+    OFF = "off"
+    HIT = "hit"
+    EXACT = "exact"
+
+
+class Build(msgspec.Struct, frozen=True, kw_only=True, tag="build"):
+    """Prefill `prefix`, save it to `path`, prove it with `probe`. Answer: Progress*, then Built or Failed."""
+
+    id: int
+    prefix: str
+    probe: str
+    """A whole rendered request that starts with the prefix."""
+    path: str
+    verify: VerifyMode
+    min_tokens: int
+
+
+class Generate(msgspec.Struct, frozen=True, kw_only=True, tag="generate"):
+    """Answer a request. Answer: Loaded?, Piece*, then Done or Failed."""
+
+    id: int
+    prompt: str
+    sampling: Sampling
+    cache: CacheFile | None = None
+    cold: bool = False
+    """Forget the KV state first, so that nothing is reused."""
+
+
+class Check(msgspec.Struct, frozen=True, kw_only=True, tag="check"):
+    """Load a prompt cache to see that it can be. Answer: Checked or Failed."""
+
+    id: int
+    cache: CacheFile
+
+
+class Abort(msgspec.Struct, frozen=True, kw_only=True, tag="abort"):
+    """End the operation with this id soon. It still gets its answer."""
+
+    id: int
+
+
+# Worker to daemon
+
+
+class Ready(msgspec.Struct, frozen=True, kw_only=True, tag="ready"):
+    info: EngineInfo
+    load_ms: float
+
+
+class Progress(msgspec.Struct, frozen=True, kw_only=True, tag="progress"):
+    id: int
+    done_tokens: int
+    total_tokens: int
+
+
+class Loaded(msgspec.Struct, frozen=True, kw_only=True, tag="loaded"):
+    """The prompt cache is in the KV state, or could not be used and the run goes on without."""
+
+    id: int
+    tokens: int = 0
+    load_ms: float = 0.0
+    error: str = ""
+    """Why it could not be loaded; then the KV state is empty."""
+    replaced: bool = False
+    """The file is not the one that was meant; no fault of its content."""
+
+
+class Piece(msgspec.Struct, frozen=True, kw_only=True, tag="piece"):
+    id: int
+    text: str
+
+
+class Done(msgspec.Struct, frozen=True, kw_only=True, tag="done"):
+    id: int
+    stats: RunStats
+
+
+class Built(msgspec.Struct, frozen=True, kw_only=True, tag="built"):
+    id: int
+    tokens: int
+    prefill_ms: float
+    load_ms: float
+    cold_ttft_ms: float
+    warm_ttft_ms: float
+    verified: VerifyMode
+
+
+class Checked(msgspec.Struct, frozen=True, kw_only=True, tag="checked"):
+    id: int
+    tokens: int
+
+
+class Failed(msgspec.Struct, frozen=True, kw_only=True, tag="failed"):
+    """An engine error by the name of its class. `id` 0 answers Start."""
+
+    id: int
+    error: str
+    message: str
+    hint: str = ""
+    tokens: int = 0
+    limit: int = 0
+
+
+Operation = Build | Generate | Check
+ToWorker = Start | Build | Generate | Check | Abort
+FromWorker = Ready | Progress | Loaded | Piece | Done | Built | Checked | Failed
+Answer = Done | Built | Checked
+
+_to_worker = msgspec.json.Decoder(ToWorker)
+_from_worker = msgspec.json.Decoder(FromWorker)
+_encode = msgspec.json.Encoder().encode
+
+
+def frame(message: ToWorker | FromWorker) -> bytes:
+    body = _encode(message)
+    return len(body).to_bytes(_LENGTH_BYTES, "little") + body
+
+
+class FrameReader:
+    """Cuts a byte stream into frames. Feed it what arrives; it yields each complete body."""
+
+    def __init__(self) -> None:
+        self._buffer = bytearray()
+
+    def feed(self, data: bytes) -> Iterator[bytes]:
+        """Errors: ProtocolError for a length that no message has."""
+        self._buffer += data
+        while len(self._buffer) >= _LENGTH_BYTES:
+            length = int.from_bytes(self._buffer[:_LENGTH_BYTES], "little")
+            if length > MAX_FRAME_BYTES:
+                raise ProtocolError(f"a frame of {length:,} bytes")
+            end = _LENGTH_BYTES + length
+            if len(self._buffer) < end:
+                return
+            body = bytes(self._buffer[_LENGTH_BYTES:end])
+            del self._buffer[:end]
+            yield body
+
+
+def decode_to_worker(body: bytes) -> ToWorker:
+    try:
+        message: ToWorker = _to_worker.decode(body)
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise ProtocolError(f"not a message to a worker: {error}") from error
+    return message
+
+
+def decode_from_worker(body: bytes) -> FromWorker:
+    try:
+        message: FromWorker = _from_worker.decode(body)
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise ProtocolError(f"not a message from a worker: {error}") from error
+    return message
+
+
+def failed(operation_id: int, error: errors.EngineError) -> Failed:
+    """An engine error as a message."""
+    if isinstance(error, errors.ContextExceeded | errors.PromptTooShort):
+        numbers = (error.tokens, error.limit)
+    else:
+        numbers = (0, 0)
+    return Failed(
+        id=operation_id,
+        error=type(error).__name__,
+        message=error.message,
+        hint=error.hint,
+        tokens=numbers[0],
+        limit=numbers[1],
+    )
+
+
+_PLAIN = {
+    cls.__name__: cls
+    for cls in (
+        errors.EngineError,
+        errors.ModelLoadError,
+        errors.ArtifactLoadError,
+        errors.Uncacheable,
+        errors.VerifyFailed,
+        errors.Aborted,
+    )
+}
+
+
+def engine_error(message: Failed) -> errors.EngineError:
+    """The error that a `Failed` stands for; the inverse of `failed`."""
+    match message.error:
+        case "ContextExceeded":
+            return errors.ContextExceeded(message.tokens, message.limit)
+        case "PromptTooShort":
+            return errors.PromptTooShort(message.tokens, message.limit)
+        case name:
+            return _PLAIN.get(name, errors.EngineError)(message.message, hint=message.hint)

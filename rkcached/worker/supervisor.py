@@ -1,0 +1,458 @@
+"""Keeps one worker process for each model that is in use.
+
+A worker is a state machine, driven only from the event loop:
+
+    STOPPED --ensure--> STARTING --Ready--> READY --operation--> BUSY --answer--> READY
+       ^                    |                 |                     |
+       |                    +----- death -----+------- death -------+---> BACKOFF --delay over--> (as STOPPED)
+       +---- stop / idle / model replaced (from READY) ----+
+
+A death is classified once: by signal, exit code, deadline or protocol violation. It fails the running operation and
+puts the worker into backoff, whose delay doubles up to a limit and is forgotten after a success.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import shutil
+import signal
+import socket
+import sys
+import tempfile
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import StrEnum
+
+import structlog
+
+from rkcached.engines.base import EngineInfo, ModelSpec
+from rkcached.errors import EngineError, ModelLoadError, WorkerDied, WorkerError, WorkerTimeout, WorkerUnavailable
+from rkcached.worker import protocol
+
+log = structlog.get_logger()
+
+_SCRUBBED = ("NOTIFY_SOCKET", "LISTEN_", "WATCHDOG_")
+"""What systemd says to the daemon is not for its children."""
+
+_LOG_LINES = 20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Deadlines:
+    """How long, in seconds, the daemon waits for a worker before it kills it."""
+
+    start_s: float = 300.0
+    """From exec to Ready: loading a large model from a slow card."""
+    silence_s: float = 300.0
+    """Between two events of an operation: the longest batch of a prefill."""
+    stop_s: float = 2.0
+    """From asking a worker to leave to killing it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Backoff:
+    """Seconds before a worker is started again after its nth failure in a row; the first is forgiven."""
+
+    base_s: float = 0.25
+    limit_s: float = 30.0
+
+    def delay(self, failures: int) -> float:
+        return 0.0 if failures <= 1 else min(self.base_s * 2.0 ** min(failures - 2, 20), self.limit_s)
+
+
+class WorkerState(StrEnum):
+    STOPPED = "stopped"
+    STARTING = "starting"
+    READY = "ready"
+    BUSY = "busy"
+    BACKOFF = "backoff"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerModel:
+    """What a worker hosts. `identity` tells whether a running worker still hosts the right thing."""
+
+    name: str
+    identity: str
+    implementation: str
+    path: str
+    context_tokens: int
+    threads: int
+    idle_unload_s: float | None
+
+
+class Worker:
+    """The worker of one model. Operations run one at a time; the caller holds the gate."""
+
+    def __init__(self, model: WorkerModel, *, deadlines: Deadlines, backoff: Backoff) -> None:
+        self.model = model
+        self.state = WorkerState.STOPPED
+        self.info: EngineInfo | None = None
+        self.restarts = 0
+        self.last_failure = ""
+        self._deadlines = deadlines
+        self._backoff = backoff
+        self._failures = 0
+        self._retry_at = 0.0
+        self._process: asyncio.subprocess.Process | None = None
+        self._stream: tuple[asyncio.StreamReader, asyncio.StreamWriter] | None = None
+        self._frames = protocol.FrameReader()
+        self._received: deque[bytes] = deque()
+        self._log_tasks: tuple[asyncio.Task[None], ...] = ()
+        self._recent_lines: deque[str] = deque(maxlen=_LOG_LINES)
+        self._scratch = ""
+        self._next_id = 0
+        self._idle_timer: asyncio.TimerHandle | None = None
+        self._stopping: asyncio.Task[None] | None = None
+        self._watcher: asyncio.Task[None] | None = None
+
+    @property
+    def pid(self) -> int | None:
+        return self._process.pid if self._process is not None else None
+
+    def retry_in_s(self) -> float:
+        """How long the backoff still lasts; 0 when the worker may be started."""
+        return (
+            max(0.0, self._retry_at - asyncio.get_running_loop().time()) if self.state is WorkerState.BACKOFF else 0.0
+        )
+
+    # Life
+
+    async def ensure(self) -> EngineInfo:
+        """Start the process if it does not run. Errors: ModelLoadError, EngineError, WorkerError."""
+        if self._stopping is not None:
+            await asyncio.shield(self._stopping)
+        if self._process is not None and self.info is not None:
+            return self.info
+        if (wait_s := self.retry_in_s()) > 0:
+            raise WorkerUnavailable(
+                f"the worker of {self.model.name} rests after {self._failures} failures in a row: {self.last_failure}",
+                hint=f"it is started again in {wait_s:.1f} s",
+            )
+        return await self._start()
+
+    async def _start(self) -> EngineInfo:
+        self.state = WorkerState.STARTING
+        self._recent_lines.clear()
+        self._received.clear()
+        self._frames = protocol.FrameReader()
+        self._scratch = tempfile.mkdtemp(prefix="rkcached-")
+        ours, theirs = socket.socketpair()
+        try:
+            with theirs:
+                self._process = await asyncio.create_subprocess_exec(
+                    sys.executable,
+                    "-m",
+                    "rkcached.worker.child",
+                    str(theirs.fileno()),
+                    pass_fds=(theirs.fileno(),),
+                    stdin=asyncio.subprocess.DEVNULL,
+                    stdout=asyncio.subprocess.PIPE,
+                    stderr=asyncio.subprocess.PIPE,
+                    env={k: v for k, v in os.environ.items() if not k.startswith(_SCRUBBED)},
+                    start_new_session=True,
+                )
+            self._stream = await asyncio.open_connection(sock=ours)
+        except OSError as error:
+            ours.close()
+            self._clean_up()
+            self.state = WorkerState.STOPPED
+            raise WorkerUnavailable(f"the worker of {self.model.name} cannot be started: {error}") from error
+        self._log_tasks = tuple(
+            asyncio.create_task(self._forward_log(stream))
+            for stream in (self._process.stdout, self._process.stderr)
+            if stream is not None
+        )
+        model = self.model
+        spec = ModelSpec(
+            path=model.path, context_tokens=model.context_tokens, threads=model.threads, scratch_dir=self._scratch
+        )
+        try:
+            await self._send(protocol.Start(implementation=model.implementation, spec=spec))
+            answer = await self._receive(self._deadlines.start_s)
+        except asyncio.CancelledError:
+            await self._end()
+            self.state = WorkerState.STOPPED
+            raise
+        match answer:
+            case protocol.Ready():
+                self.info = answer.info
+                self.state = WorkerState.READY
+                self._watcher = asyncio.create_task(self._watch(self._process))
+                log.info("model loaded", model=model.name, load_ms=round(answer.load_ms), pid=self.pid)
+                return answer.info
+            case protocol.Failed():
+                await self._end()
+                refusal = self._with_last_lines(protocol.engine_error(answer))
+                self._rest(refusal.message)
+                raise refusal
+            case _:
+                raise await self._broken(f"answered start with {type(answer).__name__}")
+
+    async def stop(self) -> None:
+        """End the process: it leaves when its socket closes, or is killed. Idempotent."""
+        if self._stopping is None:
+            self._stopping = asyncio.create_task(self._stop())
+        await asyncio.shield(self._stopping)
+
+    async def _stop(self) -> None:
+        try:
+            await self._end()
+            self.state = WorkerState.STOPPED
+        finally:
+            self._stopping = None
+
+    # Operations
+
+    async def run(
+        self,
+        make: Callable[[int], protocol.Operation],
+        on_event: Callable[[protocol.FromWorker], None] | None = None,
+    ) -> protocol.Answer:
+        """Start the worker if needed, run one operation and return its answer; events before it go to `on_event`.
+
+        `make` gets the operation's id. When the caller is cancelled, the operation is aborted and waited for.
+        Errors: EngineError from the engine; WorkerDied, WorkerTimeout, WorkerUnavailable.
+        """
+        await self.ensure()
+        self._cancel_idle_timer()
+        self._next_id += 1
+        operation = make(self._next_id)
+        self.state = WorkerState.BUSY
+        running = asyncio.create_task(self._exchange(operation, on_event))
+        try:
+            return await asyncio.shield(running)
+        except asyncio.CancelledError:
+            await self._abandon(operation, running)
+            raise
+        finally:
+            if self.state is WorkerState.BUSY:
+                self.state = WorkerState.READY
+                self._arm_idle_timer()
+
+    async def abort(self, operation_id: int) -> None:
+        """Ask for an early end of the running operation, which then still gets its answer."""
+        with contextlib.suppress(WorkerError):
+            await self._send(protocol.Abort(id=operation_id))
+
+    async def _exchange(
+        self, operation: protocol.Operation, on_event: Callable[[protocol.FromWorker], None] | None
+    ) -> protocol.Answer:
+        await self._send(operation)
+        while True:
+            event = await self._receive(self._deadlines.silence_s)
+            if isinstance(event, protocol.Ready) or event.id != operation.id:
+                raise await self._broken(f"sent {type(event).__name__} out of turn")
+            match event:
+                case protocol.Done() | protocol.Built() | protocol.Checked():
+                    self._failures = 0
+                    return event
+                case protocol.Failed():
+                    self._failures = 0  # the engine refused; the worker is well
+                    raise protocol.engine_error(event)
+                case _:
+                    if on_event is not None:
+                        on_event(event)
+
+    async def _abandon(self, operation: protocol.Operation, running: asyncio.Task[protocol.Answer]) -> None:
+        """Nobody waits for the answer any more. An engine that does not let go in time is killed."""
+        await self.abort(operation.id)
+        done, _ = await asyncio.wait({running}, timeout=self._deadlines.stop_s)
+        if not done:
+            running.cancel()
+            log.warning("worker stopped", model=self.model.name, reason="an aborted operation did not end")
+            await self._end()
+            self.state = WorkerState.STOPPED
+        with contextlib.suppress(asyncio.CancelledError, EngineError, WorkerError):
+            await running
+
+    # The wire
+
+    async def _send(self, message: protocol.ToWorker) -> None:
+        if self._stream is None:
+            raise WorkerDied(f"the worker of {self.model.name} is gone")
+        try:
+            self._stream[1].write(protocol.frame(message))
+            await self._stream[1].drain()
+        except OSError:
+            pass  # it died; reading says how
+
+    async def _receive(self, timeout_s: float) -> protocol.FromWorker:
+        """The next event. Errors: WorkerDied, WorkerTimeout; the worker is then in backoff."""
+        if self._stream is None:
+            raise WorkerDied(f"the worker of {self.model.name} is gone")
+        while not self._received:
+            try:
+                async with asyncio.timeout(timeout_s):
+                    data = await self._stream[0].read(1 << 16)
+            except TimeoutError:
+                raise await self._died(f"said nothing for {timeout_s:.0f} s", WorkerTimeout, kill=True) from None
+            except OSError:
+                data = b""
+            if not data:
+                raise await self._died("")
+            try:
+                self._received.extend(self._frames.feed(data))
+            except protocol.ProtocolError as error:
+                raise await self._broken(str(error)) from error
+        try:
+            return protocol.decode_from_worker(self._received.popleft())
+        except protocol.ProtocolError as error:
+            raise await self._broken(str(error)) from error
+
+    # Death
+
+    async def _broken(self, what: str) -> WorkerError:
+        return await self._died(f"broke the protocol: {what}", kill=True)
+
+    async def _died(self, what: str, error_type: type[WorkerError] = WorkerDied, *, kill: bool = False) -> WorkerError:
+        """Classify the death, clean up, and enter backoff. Returns the error to raise."""
+        process = self._process
+        if process is None:  # it was stopped on purpose while somebody waited for it
+            return WorkerUnavailable(f"the worker of {self.model.name} was stopped", hint="try again")
+        code = await self._end(kill=kill)
+        how = what if kill else _describe(code) + (f" {what}" if what else "")
+        self.restarts += 1
+        self._rest(how)
+        log.error("worker died", model=self.model.name, how=how, retry_in_s=round(self.retry_in_s(), 2))
+        last = f"; its last words: {self._recent_lines[-1]}" if self._recent_lines else ""
+        return error_type(f"the worker of {self.model.name} {how}{last}", hint="it is restarted; try again")
+
+    def _rest(self, why: str) -> None:
+        self._failures += 1
+        self.last_failure = why
+        self._retry_at = asyncio.get_running_loop().time() + self._backoff.delay(self._failures)
+        self.state = WorkerState.BACKOFF
+
+    async def _end(self, *, kill: bool = False) -> int:
+        """Close the socket, wait for the process or kill it, and clean up; returns its exit code."""
+        self._cancel_idle_timer()
+        process, stream = self._process, self._stream
+        self._process = self._stream = self.info = None
+        code = 0
+        if stream is not None:
+            stream[1].close()
+        if process is not None:
+            if kill:
+                _kill(process)
+            try:
+                async with asyncio.timeout(self._deadlines.stop_s):
+                    code = await process.wait()
+            except TimeoutError:
+                _kill(process)
+                code = await process.wait()
+        for task in self._log_tasks:
+            with contextlib.suppress(asyncio.CancelledError):
+                await task
+        self._log_tasks = ()
+        self._clean_up()
+        return code
+
+    def _clean_up(self) -> None:
+        if self._scratch:
+            shutil.rmtree(self._scratch, ignore_errors=True)
+            self._scratch = ""
+
+    def _with_last_lines(self, error: EngineError) -> EngineError:
+        """A library tells the reason of a failed load in its log only."""
+        reasons = [line for line in self._recent_lines if " E " in line or "error" in line.lower()]
+        if isinstance(error, ModelLoadError) and reasons:
+            return ModelLoadError(f"{error.message}: {reasons[0].strip()}", hint=error.hint)
+        return error
+
+    # Idle
+
+    def _arm_idle_timer(self) -> None:
+        if self.model.idle_unload_s is not None:
+            loop = asyncio.get_running_loop()
+            self._idle_timer = loop.call_later(self.model.idle_unload_s, self._unload)
+
+    def _cancel_idle_timer(self) -> None:
+        if self._idle_timer is not None:
+            self._idle_timer.cancel()
+            self._idle_timer = None
+
+    def _unload(self) -> None:
+        if self.state is WorkerState.READY and self._stopping is None:
+            log.info("model unloaded", model=self.model.name, reason=f"idle for {self.model.idle_unload_s:g} s")
+            self._stopping = asyncio.create_task(self._stop())
+
+    async def _watch(self, process: asyncio.subprocess.Process) -> None:
+        """Notice a worker that dies while nobody talks to it."""
+        await process.wait()
+        if self._process is process and self.state is WorkerState.READY and self._stopping is None:
+            self._stopping = asyncio.create_task(self._bury())
+
+    async def _bury(self) -> None:
+        try:
+            await self._died("while idle")
+        finally:
+            self._stopping = None
+
+    async def _forward_log(self, stream: asyncio.StreamReader) -> None:
+        """What the library prints becomes log lines. A line of any length is taken in pieces, never refused."""
+        while True:
+            try:
+                raw = await stream.readline()
+            except ValueError:  # longer than the stream's limit: the reader has dropped it
+                continue
+            if not raw:
+                return
+            line = raw.decode(errors="replace").strip()
+            if line:
+                self._recent_lines.append(line)
+                log.debug("worker says", model=self.model.name, line=line)
+
+
+class Workers:
+    """All workers, by model. `apply` follows the manifest; the callers hold the gate while an operation runs."""
+
+    def __init__(self, *, deadlines: Deadlines | None = None, backoff: Backoff | None = None) -> None:
+        self._deadlines = deadlines or Deadlines()
+        self._backoff = backoff or Backoff()
+        self._workers: dict[str, Worker] = {}
+        self._retired: set[asyncio.Task[None]] = set()
+
+    def all(self) -> tuple[Worker, ...]:
+        return tuple(self._workers.values())
+
+    def get(self, model: WorkerModel) -> Worker:
+        """The worker that hosts exactly this; one that hosts something older is replaced."""
+        worker = self._workers.get(model.name)
+        if worker is not None and worker.model == model:
+            return worker
+        if worker is not None:
+            self._retire(worker)
+        worker = self._workers[model.name] = Worker(model, deadlines=self._deadlines, backoff=self._backoff)
+        return worker
+
+    def keep_only(self, names: set[str]) -> None:
+        """Stop the workers of models that are no longer declared."""
+        for name in self._workers.keys() - names:
+            self._retire(self._workers.pop(name))
+
+    async def stop(self) -> None:
+        """Stop all. Every process is gone afterwards."""
+        await asyncio.gather(*(worker.stop() for worker in self._workers.values()), *self._retired)
+
+    def _retire(self, worker: Worker) -> None:
+        task = asyncio.create_task(worker.stop())
+        self._retired.add(task)
+        task.add_done_callback(self._retired.discard)
+
+
+def _describe(code: int) -> str:
+    if code >= 0:
+        return f"exited with code {code}"
+    try:
+        return f"was killed by {signal.Signals(-code).name}"
+    except ValueError:
+        return f"was killed by signal {-code}"
+
+
+def _kill(process: asyncio.subprocess.Process) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        process.kill()

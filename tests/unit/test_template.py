@@ -1,0 +1,415 @@
+"""Chat templates: what each built-in writes, what a prefix guarantees, and what the sandbox refuses."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rkcached import template
+from rkcached.errors import TemplateError
+from rkcached.template import BUILTIN, ChatTemplate, Message
+
+SYSTEM_AND_USER = [Message(role="system", content="Be brief.\n"), Message(role="user", content="Hello")]
+TWO_TURNS = [
+    *SYSTEM_AND_USER,
+    Message(role="assistant", content="Hi!"),
+    Message(role="user", content="Bye"),
+]
+SMOLLM2 = (
+    "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
+    "{{ '<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n' }}"
+    "{% endif %}{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+REFUSES_SYSTEM = (
+    "{{ bos_token }}{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}"
+    "{% endif %}{% for message in messages %}{{ message['content'] }}\n{% endfor %}"
+)
+DROPS_SYSTEM = "{% for m in messages if m.role != 'system' %}<user>{{ m.content }}</user>{% endfor %}"
+SYSTEM_LAST = "{{ messages[1].content }}{{ messages[0].content }}"
+
+encodable = st.text(st.characters(codec="utf-8"))
+"""Any text that can be sent as UTF-8: everything but lone surrogates."""
+
+
+def builtin(name: str, *, thinking: bool | None = None) -> ChatTemplate:
+    return ChatTemplate(BUILTIN[name], name=name, thinking=thinking)
+
+
+def user(text: str) -> list[Message]:
+    return [Message(role="user", content=text)]
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        (
+            "chatml",
+            "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHello<|im_end|>\n<|im_start|>assistant\n",
+        ),
+        (
+            "llama3",
+            (
+                "<|start_header_id|>system<|end_header_id|>\n\nBe brief.<|eot_id|>"
+                "<|start_header_id|>user<|end_header_id|>\n\nHello<|eot_id|>"
+                "<|start_header_id|>assistant<|end_header_id|>\n\n"
+            ),
+        ),
+        ("gemma", "<start_of_turn>user\nBe brief.\n\nHello<end_of_turn>\n<start_of_turn>model\n"),
+        ("deepseek", "Be brief.<｜User｜>Hello<｜Assistant｜>"),  # noqa: RUF001  the model's own tokens
+        ("phi", "<|system|>\nBe brief.<|end|>\n<|user|>\nHello<|end|>\n<|assistant|>\n"),
+    ],
+)
+def test_builtin_renders_system_and_user(name: str, expected: str) -> None:
+    """Each built-in writes its model's documented format, ending in the header of the answer."""
+    assert expected == builtin(name).render(SYSTEM_AND_USER)
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        (
+            "chatml",
+            (
+                "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHello<|im_end|>\n"
+                "<|im_start|>assistant\nHi!<|im_end|>\n<|im_start|>user\nBye<|im_end|>\n<|im_start|>assistant\n"
+            ),
+        ),
+        (
+            "llama3",
+            (
+                "<|start_header_id|>system<|end_header_id|>\n\nBe brief.<|eot_id|>"
+                "<|start_header_id|>user<|end_header_id|>\n\nHello<|eot_id|>"
+                "<|start_header_id|>assistant<|end_header_id|>\n\nHi!<|eot_id|>"
+                "<|start_header_id|>user<|end_header_id|>\n\nBye<|eot_id|>"
+                "<|start_header_id|>assistant<|end_header_id|>\n\n"
+            ),
+        ),
+        (
+            "gemma",
+            (
+                "<start_of_turn>user\nBe brief.\n\nHello<end_of_turn>\n<start_of_turn>model\nHi!<end_of_turn>\n"
+                "<start_of_turn>user\nBye<end_of_turn>\n<start_of_turn>model\n"
+            ),
+        ),
+        (
+            "deepseek",
+            "Be brief.<｜User｜>Hello<｜Assistant｜>Hi!<｜end▁of▁sentence｜><｜User｜>Bye<｜Assistant｜>",  # noqa: RUF001
+        ),
+        (
+            "phi",
+            (
+                "<|system|>\nBe brief.<|end|>\n<|user|>\nHello<|end|>\n<|assistant|>\nHi!<|end|>\n"
+                "<|user|>\nBye<|end|>\n<|assistant|>\n"
+            ),
+        ),
+    ],
+)
+def test_builtin_renders_two_turns(name: str, expected: str) -> None:
+    """Earlier answers are closed turns; only the last one is left open."""
+    assert expected == builtin(name).render(TWO_TURNS)
+
+
+def test_tool_messages_where_the_format_has_them() -> None:
+    """The formats chatml and llama3 have a turn for a tool's result; the others refuse and say what they know."""
+    messages = [*TWO_TURNS[:3], Message(role="tool", content="42")]
+
+    assert "<|im_start|>tool\n42<|im_end|>\n" in builtin("chatml").render(messages)
+    assert "<|start_header_id|>ipython<|end_header_id|>\n\n42<|eot_id|>" in builtin("llama3").render(messages)
+    for name in ("gemma", "deepseek", "phi"):
+        with pytest.raises(TemplateError, match=r"user.* not tool"):
+            builtin(name).render(messages)
+
+
+@pytest.mark.parametrize("name", BUILTIN)
+def test_unknown_role_is_refused(name: str) -> None:
+    """A role that the format does not have is an error with its name, never a turn the model has not seen."""
+    with pytest.raises(TemplateError, match=rf"^template {name}, line \d+: .* not narrator$"):
+        builtin(name).render([*user("Hello"), Message(role="narrator", content="Night fell.")])
+
+
+def test_gemma_needs_turns() -> None:
+    """Gemma has no place for a system message without a user's, nor for two user messages in a row."""
+    with pytest.raises(TemplateError, match="there is none"):
+        builtin("gemma").render(SYSTEM_AND_USER[:1])
+    with pytest.raises(TemplateError, match="in turns"):
+        builtin("gemma").render(user("a") + user("b"))
+
+
+def test_deepseek_hides_earlier_reasoning() -> None:
+    """The models were trained on conversations that keep the answers and leave out how they were found."""
+    messages = [*user("2+2"), Message(role="assistant", content="<think>\nhm\n</think>4"), *user("sure?")]
+
+    rendered = builtin("deepseek").render(messages)
+
+    assert "hm" not in rendered
+    assert "<｜Assistant｜>4<｜end▁of▁sentence｜>" in rendered  # noqa: RUF001
+
+
+@given(name=st.sampled_from(sorted(BUILTIN)), system=encodable, text=encodable)
+def test_prefix_starts_every_request(name: str, system: str, text: str) -> None:
+    """With a built-in the prefix holds for every system and every user text, empty and blank ones included."""
+    chat = builtin(name)
+    messages = [Message(role="system", content=system), Message(role="user", content=text)]
+
+    prefix = chat.prefix(system)
+
+    assert chat.render(messages).startswith(prefix)
+    assert system.strip() in prefix
+
+
+@given(name=st.sampled_from(sorted(BUILTIN)), system=encodable, first=encodable, answer=encodable, second=encodable)
+def test_prefix_starts_longer_conversations(name: str, system: str, first: str, answer: str, second: str) -> None:
+    """With a built-in, a conversation that goes on keeps its prefix, so each of its turns is warm."""
+    chat = builtin(name)
+    messages = [
+        Message(role="system", content=system),
+        Message(role="user", content=first),
+        Message(role="assistant", content=answer),
+        Message(role="user", content=second),
+    ]
+
+    assert chat.render(messages).startswith(chat.prefix(system))
+
+
+@given(system=encodable, text=encodable)
+def test_prefix_of_a_hugging_face_template(system: str, text: str) -> None:
+    """A template as models ship it has the same property."""
+    chat = ChatTemplate(SMOLLM2, name="smollm2.jinja")
+
+    assert chat.render([Message(role="system", content=system), *user(text)]).startswith(chat.prefix(system))
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("chatml", "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n"),
+        (
+            "llama3",
+            (
+                "<|start_header_id|>system<|end_header_id|>\n\nBe brief.<|eot_id|>"
+                "<|start_header_id|>user<|end_header_id|>\n\n"
+            ),
+        ),
+        ("gemma", "<start_of_turn>user\nBe brief.\n\n"),
+        ("deepseek", "Be brief.<｜User｜>"),  # noqa: RUF001
+        ("phi", "<|system|>\nBe brief.<|end|>\n<|user|>\n"),
+    ],
+)
+def test_prefix_ends_where_the_user_begins(name: str, expected: str) -> None:
+    """The prefix is as long as it can be: it includes the header of the user's turn."""
+    assert expected == builtin(name).prefix("Be brief.")
+
+
+@pytest.mark.parametrize(
+    "system",
+    [
+        "One line.\n\nAfter a blank line:\n  - indented\n\t- tab",
+        "Grüße, 世界 🌱 — e\u0301",
+        "Write {{ 7 * 7 }}, {% for x in y %}, {# a note #} and {{ raise_exception('no') }} as they stand.",
+        "Fake turns: <|im_end|>\n<|im_start|>user",
+        "user",
+        "Windows\r\nlines",
+    ],
+)
+@pytest.mark.parametrize("name", BUILTIN)
+def test_prompt_text_is_data(name: str, system: str) -> None:
+    """Whatever a prompt says is copied, never evaluated."""
+    assert system in builtin(name).prefix(system)
+
+
+@pytest.mark.parametrize("ending", ["\n", "\r\n", "\n\n\n"])
+@pytest.mark.parametrize("name", BUILTIN)
+def test_final_newlines_of_a_system_message_do_not_count(name: str, ending: str) -> None:
+    """A file's last newline is not part of the prompt, neither when a cache is built nor when a request is rendered."""
+    chat = builtin(name)
+
+    assert chat.prefix("Be brief.") == chat.prefix("Be brief." + ending)
+    assert chat.render(SYSTEM_AND_USER) == chat.render(
+        [Message(role="system", content="Be brief." + ending), *SYSTEM_AND_USER[1:]]
+    )
+
+
+def test_other_content_is_untouched() -> None:
+    """Trailing blanks of a system message and all white space of a user message reach the template."""
+    messages = [Message(role="system", content="a \t\n"), Message(role="user", content="\n b \n")]
+
+    rendered = builtin("chatml").render(messages)
+
+    assert rendered.startswith("<|im_start|>system\na \t<|im_end|>\n<|im_start|>user\n\n b \n<|im_end|>\n")
+    assert messages[0]["content"] == "a \t\n", "the caller's messages were changed"
+
+
+def test_template_that_refuses_system_messages() -> None:
+    """A prompt cannot be cached with such a template; the error says why and what to do."""
+    chat = ChatTemplate(REFUSES_SYSTEM, name="gemma2.jinja")
+
+    with pytest.raises(TemplateError, match=r"^a system message is impossible .*System role not supported$") as caught:
+        chat.prefix("Be brief.")
+
+    assert "folds the system text into the first user message" in caught.value.hint
+    assert chat.render(user("Hello")) == "Hello\n"
+
+
+@pytest.mark.parametrize("source", [DROPS_SYSTEM, SYSTEM_LAST, "{{ messages[1].content }}"])
+@pytest.mark.parametrize("system", ["Be brief.", "user", ""])
+def test_template_that_drops_the_system_message(source: str, system: str) -> None:
+    """A cache without the prompt would be useless; a prompt that occurs in the template by accident is no proof."""
+    with pytest.raises(TemplateError, match=r"^template t drops the system message"):
+        ChatTemplate(source, name="t").prefix(system)
+
+
+def test_template_that_fails_anyway() -> None:
+    """If the template fails without a system message too, its own error comes through."""
+    with pytest.raises(TemplateError, match=r"^template t, line 2: no way$"):
+        ChatTemplate("a\n{{ raise_exception('no way') }}", name="t").prefix("Be brief.")
+
+
+def test_default_system_prompt_does_not_leak() -> None:
+    """SmolLM2 speaks up for itself only where the client sent no system message."""
+    chat = ChatTemplate(SMOLLM2, name="smollm2.jinja")
+
+    assert chat.prefix("Be brief.") == "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n"
+    assert chat.render(SYSTEM_AND_USER) == builtin("chatml").render(SYSTEM_AND_USER)
+    assert "named SmolLM" in chat.render(user("Hello"))
+
+
+def test_template_that_folds_the_system_message_into_the_last_turn() -> None:
+    """Such a template breaks the prefix in longer conversations: why serving checks `startswith` each time."""
+    source = (
+        "{% for m in messages if m.role != 'system' %}{% if m.role == 'user' %}[INST] "
+        "{% if loop.last %}{{ messages[0].content }}\n\n{% endif %}{{ m.content }}[/INST]"
+        "{% else %}{{ m.content }}</s>{% endif %}{% endfor %}"
+    )
+    chat = ChatTemplate(source, name="mistral.jinja")
+
+    assert chat.prefix("Be brief.") == "[INST] Be brief.\n\n"
+    assert chat.render(SYSTEM_AND_USER).startswith(chat.prefix("Be brief."))
+    assert not chat.render(TWO_TURNS).startswith(chat.prefix("Be brief."))
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{{ ''.__class__.__mro__ }}",
+        "{{ messages.append(1) }}",
+        "{{ messages[0].update(role='system') }}",
+        "{{ cycler.__init__.__globals__ }}",
+        "{{ '{0.__class__.__mro__}'.format(1) }}",
+        "{{ raise_exception.__globals__['json'] }}",
+    ],
+)
+def test_sandbox_refuses(source: str) -> None:
+    """A template that strangers wrote can reach neither Python's insides nor the caller's messages."""
+    with pytest.raises(TemplateError, match=r"^template t, line 1: refused by the sandbox"):
+        ChatTemplate(source, name="t").render(user("Hello"))
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("{{ 1 / 0 }}", "ZeroDivisionError"),
+        ("{{ 1 + 'a' }}", "TypeError"),
+        ("{{ range(10 ** 9) }}", "OverflowError"),
+        ("{{ 'a' * 10 ** 15 }}", "MemoryError"),
+        ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "RecursionError"),
+        ("{{ messages[9].role }}", "no element 9"),
+        ("{{ raise_exception('') }}", "TemplateError"),
+        ("{% include 'secret' %}", "no loader"),
+    ],
+)
+def test_whatever_a_template_raises_is_a_template_error(source: str, message: str) -> None:
+    """Callers handle one error; it has the template's name, a hint, and the cause for the log."""
+    with pytest.raises(TemplateError, match=rf"^template t, line 1: .*{message}") as caught:
+        ChatTemplate(source, name="t").render(user("Hello"))
+
+    assert caught.value.hint
+    assert isinstance(caught.value.__cause__, Exception)
+
+
+@pytest.mark.parametrize(
+    ("source", "place"),
+    [
+        ("one\n{% if %}", "line 2"),
+        ("one\ntwo\n{{ 'x' | nope }}", "line 3"),
+        ("{% for m in messages %}", "line 1"),
+        ("{{ " + "(" * 5000, "maximum recursion depth"),
+    ],
+)
+def test_syntax_error_has_the_line(source: str, place: str) -> None:
+    """A template that does not parse is refused when it is loaded, with the line to look at."""
+    with pytest.raises(TemplateError, match=rf"^template t.*{place}"):
+        ChatTemplate(source, name="t")
+
+
+def test_there_is_no_clock() -> None:
+    """A template that asks whether there is a clock falls back; one that insists is refused with the reason."""
+    polite = "{% if strftime_now is defined %}{{ strftime_now('%d') }}{% else %}26 Jul 2024{% endif %}"
+
+    assert ChatTemplate(polite, name="t").render(user("Hello")) == "26 Jul 2024"
+    with pytest.raises(TemplateError, match=r"line 2: it requires strftime_now, today's date") as caught:
+        ChatTemplate("x\n{{ strftime_now('%d') }}", name="t").prefix("Be brief.")
+    assert "stale each day" in caught.value.hint
+
+
+def test_enable_thinking_is_passed_only_when_chosen() -> None:
+    """Left alone, a template decides by itself whether the model thinks aloud."""
+    source = "{{ enable_thinking is defined }} {{ enable_thinking }}"
+
+    rendered = [ChatTemplate(source, name="t", thinking=choice).render(user("")) for choice in (None, True, False)]
+
+    assert rendered == ["False ", "True True", "True False"]
+
+
+@pytest.mark.parametrize("name", ["chatml", "deepseek"])
+def test_thinking_does_not_change_the_prefix(name: str) -> None:
+    """Thinking is switched after the user's message: with the empty thought that the models were trained on."""
+    no_thought = "<think>\n\n</think>\n\n"
+
+    assert builtin(name, thinking=False).render(TWO_TURNS) == builtin(name).render(TWO_TURNS) + no_thought
+    assert builtin(name, thinking=False).prefix("Be brief.") == builtin(name).prefix("Be brief.")
+
+
+def test_environment_is_that_of_transformers() -> None:
+    """Variables, filters, tags and white space control that shipped templates rely on."""
+    source = """\
+    {% generation %}
+{{ bos_token }}{{ eos_token }} {{ tools is none }} {{ documents is none }} {{ add_generation_prompt }}
+    {% endgeneration %}
+{{ {"a": "<é'>"} | tojson }}
+{{ [1] | tojson(indent=1) }}
+{% for m in messages %}{% break %}{% endfor %}
+"""
+    chat = ChatTemplate(source, name="t", bos_token="<s>", eos_token="</s>")
+
+    assert chat.render(user("Hello")) == '<s></s> True True True\n{"a": "<é\'>"}\n[\n 1\n]\n'
+
+
+def test_digest_tells_templates_apart() -> None:
+    """It covers the source and both tokens, and a token's border matters; the name does not."""
+    digests = [
+        ChatTemplate("a", name="t").digest,
+        ChatTemplate("b", name="t").digest,
+        ChatTemplate("a", name="t", bos_token="xy").digest,
+        ChatTemplate("a", name="t", bos_token="x", eos_token="y").digest,
+        ChatTemplate("a", name="t", eos_token="xy").digest,
+    ]
+
+    assert len(set(digests)) == len(digests)
+    assert digests[0] == ChatTemplate("a", name="other", thinking=True).digest
+    assert {64} == {len(digest) for digest in digests}
+
+
+def test_a_thousand_prefixes_compile_one_template() -> None:
+    """Compiling takes far longer than rendering, so it happens once per source, whoever asks."""
+    source = BUILTIN["chatml"] + "{# a source that no other test has compiled #}"
+    before = template._compile.cache_info().misses
+
+    chat = ChatTemplate(source, name="t")
+    prefixes = {chat.prefix(f"prompt {number}") for number in range(1000)}
+    twin = ChatTemplate(source, name="twin", bos_token="<s>")
+
+    assert len(prefixes) == 1000
+    assert template._compile.cache_info().misses == before + 1
+    assert twin._compiled is chat._compiled
