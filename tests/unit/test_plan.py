@@ -1,0 +1,436 @@
+"""The planner: one state and at most one action for each prompt, each with its reason in words."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rkcached.fingerprint import Fingerprint, fingerprint
+from rkcached.plan import (
+    Action,
+    Artifact,
+    Assessment,
+    Blocked,
+    Build,
+    DesiredPrompt,
+    Key,
+    Limits,
+    Observed,
+    Remove,
+    State,
+    Trouble,
+    Verdict,
+    VerdictKind,
+    assess,
+    over_budget,
+    plan,
+    too_short,
+)
+
+KEY = Key("m", "p")
+NO_LIMITS = Limits()
+TROUBLE = Trouble(message="it did not work", hint="do something")
+
+
+def made_of(text: str, **more: str) -> Fingerprint:
+    return fingerprint({"prefix": text, **more})
+
+
+WANTED = made_of("text")
+
+
+def desired(key: Key = KEY, wanted: Fingerprint = WANTED) -> DesiredPrompt:
+    return DesiredPrompt(key=key, fingerprint=wanted)
+
+
+def artifact(
+    key: Key = KEY, made: Fingerprint = WANTED, *, tokens: int = 100, size_bytes: int = 1000, corrupt: str = ""
+) -> Artifact:
+    return Artifact(
+        key=key,
+        fingerprint=made.digest,
+        components=made.components,
+        tokens=tokens,
+        size_bytes=size_bytes,
+        corrupt=corrupt,
+    )
+
+
+def verdict(kind: VerdictKind, **more: float) -> Verdict:
+    return replace(Verdict(fingerprint=WANTED.digest, kind=kind, trouble=TROUBLE), **more)
+
+
+def world(*artifacts: Artifact, verdicts: Mapping[Key, Verdict] | None = None, now: float = 0.0) -> Observed:
+    return Observed(artifacts={a.key: a for a in artifacts}, verdicts=verdicts or {}, now=now)
+
+
+def only(prompt: DesiredPrompt, observed: Observed, limits: Limits = NO_LIMITS) -> Assessment:
+    (assessment,) = assess([prompt], observed, limits)
+    return assessment
+
+
+# --- without verdicts ---
+
+
+def test_an_artifact_of_the_wanted_fingerprint_is_fresh() -> None:
+    """There is nothing to do and nothing to say."""
+    found = only(replace(desired(), description="rules"), world(artifact()))
+    assert Assessment(key=KEY, state=State.FRESH, description="rules") == found
+
+
+def test_a_prompt_without_an_artifact_is_missing_and_built() -> None:
+    """The plainest case."""
+    found = only(desired(), world())
+    assert State.MISSING is found.state
+    assert Build(key=KEY, reason="missing", fingerprint=WANTED) == found.action
+
+
+def test_a_stale_artifact_is_built_anew_and_the_reason_names_each_change() -> None:
+    """Old and new value, in the order of the components' names."""
+    old = made_of("text", temperature="0.8", gone="1")
+    new = made_of("text", temperature="0.7", top_k="40")
+    found = only(desired(wanted=new), world(artifact(made=old)))
+    assert State.STALE is found.state
+    assert "gone: 1 -> absent, temperature: 0.8 -> 0.7, top_k: absent -> 40" == found.reason
+    assert Build(key=KEY, reason=found.reason, fingerprint=new) == found.action
+    assert ["gone", "temperature", "top_k"] == [change.component for change in found.changes]
+
+
+def test_a_corrupt_artifact_is_built_anew_even_with_the_right_fingerprint() -> None:
+    """What it claims to be counts for nothing."""
+    found = only(desired(), world(artifact(corrupt="p.bin is missing")))
+    assert (State.CORRUPT, "p.bin is missing") == (found.state, found.reason)
+    assert Build(key=KEY, reason="corrupt: p.bin is missing", fingerprint=WANTED) == found.action
+
+
+def test_a_prompt_in_trouble_is_blocked_and_its_artifact_is_kept() -> None:
+    """The same text may come back, and then the artifact is good again."""
+    found = only(DesiredPrompt(key=KEY, trouble=TROUBLE), world(artifact()))
+    assert State.BLOCKED is found.state
+    assert Blocked(key=KEY, reason="it did not work", hint="do something") == found.action
+
+
+def test_a_prompt_with_neither_fingerprint_nor_trouble_is_blocked_all_the_same() -> None:
+    """It never counts as fresh."""
+    found = only(DesiredPrompt(key=KEY), world(artifact()))
+    assert (State.BLOCKED, "the prompt has no text") == (found.state, found.reason)
+
+
+def test_an_artifact_that_nobody_declares_is_removed() -> None:
+    """It follows the declared ones, in the order of the names."""
+    others = [Key("z", "a"), Key("a", "b"), Key("a", "a")]
+    found = assess([desired()], world(artifact(), *(artifact(key) for key in others)), NO_LIMITS)
+    assert [KEY, Key("a", "a"), Key("a", "b"), Key("z", "a")] == [one.key for one in found]
+    expected = tuple(Remove(key=key, reason="not in the manifest") for key in sorted(others))
+    assert expected == plan(found)
+
+
+def test_orphans_of_a_model_whose_folder_cannot_be_listed_are_kept() -> None:
+    """What it declares is not known: an unmounted folder must not cost its prompt caches."""
+    observed = replace(world(artifact(Key("m", "x")), artifact(Key("n", "x"))), unlisted_models=frozenset({"m"}))
+    kept, removed = assess([], observed, NO_LIMITS)
+    assert (State.ORPHAN, None) == (kept.state, kept.action)
+    assert "kept" in kept.reason
+    assert Remove(key=Key("n", "x"), reason="not in the manifest") == removed.action
+
+
+# --- verdicts ---
+
+
+@pytest.mark.parametrize(
+    ("kind", "state"),
+    [
+        (VerdictKind.UNCACHEABLE, State.UNCACHEABLE),
+        (VerdictKind.QUARANTINED, State.QUARANTINED),
+        (VerdictKind.TOO_LONG, State.BLOCKED),
+    ],
+)
+@pytest.mark.parametrize("observed", [world(), world(artifact(corrupt="damaged")), world(artifact(made=made_of("x")))])
+def test_a_lasting_verdict_blocks_whatever_else_there_is(kind: VerdictKind, state: State, observed: Observed) -> None:
+    """Missing, corrupt or stale: an attempt would end as the last one did, now and later."""
+    found = only(desired(), replace(observed, verdicts={KEY: verdict(kind)}, now=1e12))
+    assert state is found.state
+    assert Blocked(key=KEY, reason="it did not work", hint="do something") == found.action
+
+
+@pytest.mark.parametrize("kind", VerdictKind)
+def test_a_verdict_on_another_fingerprint_says_nothing(kind: VerdictKind) -> None:
+    """The prompt was edited since: everything is possible again."""
+    elsewhere = replace(verdict(kind, retry_at=1e12), fingerprint=made_of("other").digest)
+    limits = Limits(max_bytes=1, min_tokens=10**6)
+    assert State.MISSING is only(desired(), world(verdicts={KEY: elsewhere}), limits).state
+
+
+@pytest.mark.parametrize("kind", VerdictKind)
+def test_a_fresh_artifact_outweighs_any_verdict(kind: VerdictKind) -> None:
+    """What is there and good is used."""
+    assert State.FRESH is only(desired(), world(artifact(), verdicts={KEY: verdict(kind, retry_at=1e12)})).state
+
+
+def test_a_failed_attempt_is_repeated_when_its_time_has_come() -> None:
+    """Until then it is blocked, and says until when; at that very second it is due."""
+    failed = {KEY: verdict(VerdictKind.FAILED, retry_at=50.0)}
+    early = only(desired(), world(verdicts=failed, now=49.9))
+    assert Blocked(key=KEY, reason="it did not work", hint="do something", retry_at=50.0) == early.action
+    assert State.MISSING is only(desired(), world(verdicts=failed, now=50.0)).state
+
+
+def test_a_failed_attempt_on_a_stale_artifact_stays_stale_when_it_is_due() -> None:
+    """The reason is the change again, not the failure."""
+    failed = {KEY: verdict(VerdictKind.FAILED, retry_at=50.0)}
+    found = only(desired(), world(artifact(made=made_of("old")), verdicts=failed, now=60.0))
+    assert State.STALE is found.state
+
+
+# --- limits ---
+
+
+def test_a_prompt_below_min_tokens_is_uncached_until_the_limit_is_lowered() -> None:
+    """No action while it is too short: it is what the owner asked for. Lowered to its length, it is built."""
+    short = {KEY: too_short(WANTED.digest, 9, 10)}
+    found = only(desired(), world(verdicts=short), Limits(min_tokens=10))
+    assert (State.UNCACHED, None) == (found.state, found.action)
+    assert "the prompt has 9 tokens, cache.min_tokens is 10" == found.reason
+    assert State.MISSING is only(desired(), world(verdicts=short), Limits(min_tokens=9)).state
+
+
+def test_the_reason_of_a_short_prompt_tells_the_present_limit() -> None:
+    """Not the one at the time of the attempt."""
+    short = {KEY: too_short(WANTED.digest, 9, 10)}
+    assert "cache.min_tokens is 99" in only(desired(), world(verdicts=short), Limits(min_tokens=99)).reason
+
+
+def test_an_artifact_goes_when_min_tokens_is_raised_above_it() -> None:
+    """The verdict that it leaves behind keeps it from being built again."""
+    found = only(desired(), world(artifact(tokens=9)), Limits(min_tokens=10))
+    assert State.UNCACHED is found.state
+    assert isinstance(found.action, Remove)
+    assert too_short(WANTED.digest, 9, 10) == found.action.verdict
+    assert State.FRESH is only(desired(), world(artifact(tokens=10)), Limits(min_tokens=10)).state
+
+
+def test_the_budget_is_spent_in_manifest_order() -> None:
+    """The first two fit exactly; the third goes, the fourth, which is smaller than what is left of nothing, too."""
+    keys = [Key("m", name) for name in "dbca"]
+    sizes = [600, 400, 1, 1]
+    observed = world(*(artifact(key, size_bytes=size) for key, size in zip(keys, sizes, strict=True)))
+    found = assess([desired(key) for key in keys], observed, Limits(max_bytes=1000))
+    assert [State.FRESH, State.FRESH, State.BLOCKED, State.BLOCKED] == [one.state for one in found]
+    assert [keys[2], keys[3]] == [action.key for action in plan(found)]
+
+
+def test_a_smaller_artifact_may_follow_one_that_does_not_fit() -> None:
+    """What is left over is used."""
+    keys = [Key("m", name) for name in "abc"]
+    observed = world(*(artifact(key, size_bytes=size) for key, size in zip(keys, [600, 500, 400], strict=True)))
+    found = assess([desired(key) for key in keys], observed, Limits(max_bytes=1000))
+    assert [State.FRESH, State.BLOCKED, State.FRESH] == [one.state for one in found]
+
+
+def test_over_budget_tells_what_is_needed_and_what_is_left() -> None:
+    """With the advice that helps."""
+    found = only(desired(), world(artifact(size_bytes=1500)), Limits(max_bytes=1000))
+    assert "needs 1,500 bytes, 1,000 of cache.max_bytes 1,000 are left" == found.reason
+    assert "cache.max_bytes" in found.hint
+
+
+def test_an_artifact_over_budget_is_built_when_there_is_room() -> None:
+    """By raising the limit, by taking the limit away, or because what came before it became smaller."""
+    first, second = Key("m", "first"), Key("m", "second")
+    prompts = [desired(first), desired(second)]
+    verdicts = {second: over_budget(WANTED.digest, 500, 600, 1000)}
+
+    def state(size_bytes: int, max_bytes: int | None) -> tuple[State, str]:
+        observed = world(artifact(first, size_bytes=size_bytes), verdicts=verdicts)
+        _, found = assess(prompts, observed, Limits(max_bytes=max_bytes))
+        return found.state, found.reason
+
+    assert (State.BLOCKED, "needs 500 bytes, 400 of cache.max_bytes 1,000 are left") == state(600, 1000)
+    assert (State.BLOCKED, "needs 500 bytes, 300 of cache.max_bytes 900 are left") == state(600, 900)
+    assert [State.MISSING] * 3 == [state(600, 1100)[0], state(600, None)[0], state(500, 1000)[0]]
+
+
+def test_a_build_that_is_due_gets_its_room_from_later_prompts() -> None:
+    """Regression: the plan said build, the store said full, and the same build was repeated without end."""
+    first, second = Key("m", "first"), Key("m", "second")
+    verdicts = {first: over_budget(WANTED.digest, 400, 800, 1000)}
+    found = assess(
+        [desired(first), desired(second)],
+        world(artifact(second, size_bytes=800), verdicts=verdicts),
+        Limits(max_bytes=1000),
+    )
+    remove, build = plan(found)
+    assert isinstance(remove, Remove)
+    assert over_budget(WANTED.digest, 800, 400, 1000) == remove.verdict
+    assert Build(key=first, reason="missing", fingerprint=WANTED) == build
+
+
+@pytest.mark.parametrize(
+    ("prompt", "state"),
+    [
+        (DesiredPrompt(key=Key("m", "idle"), trouble=TROUBLE), State.BLOCKED),
+        (desired(Key("m", "idle"), made_of("new")), State.STALE),
+        (None, State.ORPHAN),
+    ],
+    ids=["trouble", "stale", "kept-orphan"],
+)
+def test_an_artifact_that_serves_nobody_makes_room_where_the_budget_is_short(
+    prompt: DesiredPrompt | None, state: State
+) -> None:
+    """With room for both it stays; otherwise it goes, and leaves no verdict behind."""
+    idle = Key("m", "idle")
+    prompts = [desired(), *([prompt] if prompt else [])]
+    observed = replace(
+        world(artifact(size_bytes=600), artifact(idle, size_bytes=400)), unlisted_models=frozenset({"m"})
+    )
+    fits = assess(prompts, observed, Limits(max_bytes=1000))[1]
+    short = assess(prompts, observed, Limits(max_bytes=999))[1]
+    assert [state, state] == [fits.state, short.state]
+    assert not isinstance(fits.action, Remove)
+    assert Remove(key=idle, reason=f"makes room: it is {state}, and cache.max_bytes 999 is short") == short.action
+
+
+# --- the plan ---
+
+
+def test_removals_come_first_then_builds_in_manifest_order_then_what_is_blocked() -> None:
+    """Removals make room; fresh prompts are not in the plan."""
+    prompts = [
+        DesiredPrompt(key=Key("m", "troubled"), trouble=TROUBLE),
+        desired(Key("m", "z")),
+        desired(Key("m", "fresh")),
+        desired(Key("m", "a")),
+    ]
+    actions = plan(assess(prompts, world(artifact(Key("m", "fresh")), artifact(Key("m", "orphan"))), NO_LIMITS))
+    expected: list[tuple[type[Action], str]] = [
+        (Remove, "orphan"),
+        (Build, "z"),
+        (Build, "a"),
+        (Blocked, "troubled"),
+    ]
+    assert expected == [(type(action), action.key.prompt) for action in actions]
+
+
+KEYS = [Key(model, prompt) for model in "mn" for prompt in "abc"]
+FINGERPRINTS = [made_of(text) for text in ("one", "two")]
+SIZES = st.sampled_from([1, 400, 600])
+ARTIFACTS = st.builds(
+    lambda made, tokens, size_bytes, corrupt: artifact(
+        made=made, tokens=tokens, size_bytes=size_bytes, corrupt=corrupt
+    ),
+    st.sampled_from(FINGERPRINTS),
+    st.integers(1, 30),
+    SIZES,
+    st.sampled_from(["", "", "damaged"]),
+)
+VERDICTS = st.builds(
+    lambda made, kind, retry_at, tokens, needed_bytes: Verdict(
+        fingerprint=made.digest,
+        kind=kind,
+        trouble=TROUBLE,
+        retry_at=retry_at,
+        tokens=tokens,
+        needed_bytes=needed_bytes,
+    ),
+    st.sampled_from(FINGERPRINTS),
+    st.sampled_from(VerdictKind),
+    st.sampled_from([0.0, 100.0]),
+    st.integers(1, 30),
+    SIZES,
+)
+WORLDS = st.builds(
+    lambda artifacts, verdicts, unlisted: Observed(
+        artifacts={key: replace(found, key=key) for key, found in artifacts.items()},
+        verdicts=verdicts,
+        unlisted_models=frozenset(unlisted),
+        now=50.0,
+    ),
+    st.dictionaries(st.sampled_from(KEYS), ARTIFACTS),
+    st.dictionaries(st.sampled_from(KEYS), VERDICTS),
+    st.sets(st.sampled_from("mn")),
+)
+LIMITS = st.builds(
+    lambda max_bytes, min_tokens: Limits(max_bytes=max_bytes, min_tokens=min_tokens),
+    st.none() | st.sampled_from([500, 1000, 5000]),
+    st.sampled_from([0, 10, 20]),
+)
+WISHES = st.lists(
+    st.builds(
+        lambda key, wanted: DesiredPrompt(key=key, fingerprint=wanted, trouble=None if wanted else TROUBLE),
+        st.sampled_from(KEYS),
+        st.none() | st.sampled_from(FINGERPRINTS),
+    ),
+    unique_by=lambda prompt: prompt.key,
+)
+
+
+@given(WISHES.map(lambda prompts: [p for p in prompts if p.fingerprint]))
+def test_the_plan_of_a_fully_fresh_world_is_empty(prompts: list[DesiredPrompt]) -> None:
+    """Nothing to build, to remove or to complain about."""
+    observed = world(*(artifact(p.key, p.fingerprint) for p in prompts if p.fingerprint))
+    assert () == plan(assess(prompts, observed, NO_LIMITS))
+
+
+@given(WISHES, WORLDS, LIMITS)
+def test_each_prompt_has_one_state_and_at_most_one_action(
+    prompts: list[DesiredPrompt], observed: Observed, limits: Limits
+) -> None:
+    """Declared or not; the action is about this very prompt, and the same look gives the same plan."""
+    found = assess(prompts, observed, limits)
+    assert {p.key for p in prompts} | set(observed.artifacts) == {one.key for one in found}
+    assert len({one.key for one in found}) == len(found)
+    assert all(one.action is None or one.action.key == one.key for one in found)
+    assert all(one.reason for one in found if one.state is not State.FRESH)
+    assert found == assess(prompts, observed, limits)
+
+
+@given(WISHES, WORLDS, LIMITS)
+def test_what_is_fresh_keeps_to_the_limits(prompts: list[DesiredPrompt], observed: Observed, limits: Limits) -> None:
+    """Together they fit into the budget, and none is too short."""
+    fresh = [observed.artifacts[one.key] for one in assess(prompts, observed, limits) if one.state is State.FRESH]
+    assert limits.max_bytes is None or sum(one.size_bytes for one in fresh) <= limits.max_bytes
+    assert all(one.tokens >= limits.min_tokens for one in fresh)
+
+
+@given(WISHES, WORLDS, LIMITS, st.dictionaries(st.sampled_from(KEYS), st.tuples(st.integers(1, 30), SIZES)))
+def test_carrying_out_the_plan_leaves_nothing_to_do(
+    prompts: list[DesiredPrompt], observed: Observed, limits: Limits, real: Mapping[Key, tuple[int, int]]
+) -> None:
+    """Whatever tokens and bytes the builds turn out to have, looking again gives no Build and no Remove, in time."""
+    for _ in range(len(KEYS) + 2):
+        actions = [a for a in plan(assess(prompts, observed, limits)) if not isinstance(a, Blocked)]
+        if not actions:
+            return
+        observed = carry_out(actions, observed, limits, real)
+    pytest.fail(f"the plan does not come to rest: {actions}")
+
+
+def carry_out(
+    actions: list[Action], observed: Observed, limits: Limits, real: Mapping[Key, tuple[int, int]]
+) -> Observed:
+    """A simulated executor: what removal and build would do to the disk."""
+    artifacts, verdicts = dict(observed.artifacts), dict(observed.verdicts)
+    for action in actions:
+        match action:
+            case Remove():
+                del artifacts[action.key]
+                if action.verdict:
+                    verdicts[action.key] = action.verdict
+            case Build():
+                tokens, size_bytes = real.get(action.key, (15, 400))
+                digest = action.fingerprint.digest
+                used = sum(other.size_bytes for key, other in artifacts.items() if key != action.key)
+                if tokens < limits.min_tokens:
+                    verdicts[action.key] = too_short(digest, tokens, limits.min_tokens)
+                elif limits.max_bytes is not None and used + size_bytes > limits.max_bytes:
+                    verdicts[action.key] = over_budget(digest, size_bytes, used, limits.max_bytes)
+                else:
+                    verdicts.pop(action.key, None)
+                    artifacts[action.key] = artifact(
+                        action.key, action.fingerprint, tokens=tokens, size_bytes=size_bytes
+                    )
+    return replace(observed, artifacts=artifacts, verdicts=verdicts)
