@@ -82,7 +82,7 @@ async def _serve(settings: Settings, manifest: Manifest, store: Store, listener:
             polling=watcher.polling,
         ),
     )
-    server = HttpServer(api.app(), grace_s=SHUTDOWN_GRACE_S)
+    server = HttpServer(api.app(), grace_s=1)
     stopping = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stopping.set)
@@ -99,9 +99,10 @@ async def _serve(settings: Settings, manifest: Manifest, store: Store, listener:
     finally:
         log.info("stopping", running=serving.running)
         watcher.close()
-        server.stop()
         for task in (reconciling, announcing, signalled):
             task.cancel()
+        await serving.close(SHUTDOWN_GRACE_S)
+        server.stop()
         results = await asyncio.gather(reconciling, serving_http, return_exceptions=True)
         await workers.stop()
     for result in results:

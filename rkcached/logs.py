@@ -16,6 +16,7 @@ Event = MutableMapping[str, Any]
 def configure(level: str) -> None:
     """Route this program's events and the libraries' log records to standard error, in one form."""
     logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="%(levelname)-7s %(name)s: %(message)s")
+    logging.getLogger("watchdog").setLevel(logging.CRITICAL)  # it logs errors about its own shutdown
     structlog.configure(
         processors=[
             structlog.processors.add_log_level,

@@ -35,16 +35,6 @@ class ChatMessage(_Body):
     content: str | list[TextPart]
     name: str | None = None
 
-    @field_validator("content")
-    @classmethod
-    def _encodable(cls, value: str | list[TextPart]) -> str | list[TextPart]:
-        for text in [value] if isinstance(value, str) else [part.text for part in value]:
-            try:
-                text.encode()
-            except UnicodeEncodeError as error:
-                raise ValueError("the text has half of a surrogate pair, which is no character") from error
-        return value
-
     def plain(self) -> Message:
         """As templates know it: `developer` is another word for `system`, and text parts are one text."""
         text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)

@@ -80,7 +80,7 @@ def _clear_stale(path: Path) -> None:
 class HttpServer(uvicorn.Server):
     """uvicorn on a socket of ours, without its signal handlers and without its ten wake-ups a second."""
 
-    def __init__(self, app: ASGIApp, *, grace_s: float) -> None:
+    def __init__(self, app: ASGIApp, *, grace_s: int) -> None:
         super().__init__(
             uvicorn.Config(
                 app,
@@ -90,7 +90,7 @@ class HttpServer(uvicorn.Server):
                 lifespan="off",
                 log_config=None,
                 server_header=False,
-                timeout_graceful_shutdown=int(grace_s),
+                timeout_graceful_shutdown=grace_s,
                 ws="none",
             )
         )

@@ -37,6 +37,9 @@ BACKOFF_PATIENCE_S = 2.0
 """A request waits this long for a worker that rests after a failure, before it is refused."""
 
 
+_STOPPING = RequestError(503, "the daemon is stopping", code="shutting_down", hint="try again", retry_after_s=2)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Job:
     """A request, ready to run."""
@@ -96,8 +99,22 @@ class Serving:
         self.answers: Counter[str] = Counter()
         """Answers by state of the cache, since the start."""
         self.uses: dict[Key, PromptUse] = {}
-        self.running = 0
+        self._works: set[asyncio.Task[End]] = set()
+        self._closing = False
         self._background: set[asyncio.Task[None]] = set()
+
+    @property
+    def running(self) -> int:
+        """Requests that are being answered or wait for their turn."""
+        return len(self._works)
+
+    async def close(self, grace_s: float) -> None:
+        """Refuse new requests, give running answers this many seconds to end, then tell their clients."""
+        self._closing = True
+        if self._works:
+            await asyncio.wait(self._works, timeout=grace_s)
+        for work in self._works:
+            work.cancel()
 
     def prepare(self, request: ChatRequest, accepted: float) -> Job:
         """Check a request against what is declared, and render it. Errors: RequestError."""
@@ -129,9 +146,12 @@ class Serving:
 
     async def run(self, job: Job) -> AsyncGenerator[Text | End, None]:
         """The answer, piece by piece, and its end. Closing the iterator stops the generation. Errors: RequestError."""
+        if self._closing:
+            raise _STOPPING
         run = _Run(job=job)
-        self.running += 1
         work = asyncio.create_task(self._work(run))
+        self._works.add(work)
+        work.add_done_callback(self._works.discard)
         try:
             while not work.done() or not run.events.empty():
                 getter = asyncio.create_task(run.events.get())
@@ -140,11 +160,12 @@ class Serving:
                     yield getter.result()
                 else:
                     getter.cancel()
-            yield await work
+            if work.cancelled():
+                raise _STOPPING
+            yield work.result()
         except errors.RkcachedError as error:
             raise _as_request_error(error) from error
         finally:
-            self.running -= 1
             if not work.done():
                 work.cancel()
                 with contextlib.suppress(asyncio.CancelledError, errors.RkcachedError):

@@ -63,10 +63,10 @@ class Gate:
         try:
             await waiter.turn
         except asyncio.CancelledError:
-            if waiter.turn.done() and not waiter.turn.cancelled():
+            if not waiter.turn.cancelled():
                 self._held = False
                 self._pass_on()  # the turn came together with the cancellation: somebody else takes it
-            else:
+            elif waiter in self._queues[priority]:
                 self._queues[priority].remove(waiter)
             raise
 
@@ -78,6 +78,9 @@ class Gate:
     def _pass_on(self) -> None:
         """Wake the next waiter. The gate counts as held from now on, so that nobody slips in before it runs."""
         live, builds = self._queues[Priority.LIVE], self._queues[Priority.BUILD]
+        for queue in (live, builds):
+            while queue and queue[0].turn.cancelled():  # it will not run any more, but does not know it yet
+                queue.popleft()
         now = asyncio.get_running_loop().time()
         queue = builds if builds and (not live or now - builds[0].since > BUILD_PATIENCE_S) else live
         if queue:

@@ -167,7 +167,7 @@ def test_reverted_before_it_settles(two_prompts: Workspace) -> None:
 
 
 def test_deleted_and_back(two_prompts: Workspace) -> None:
-    """A deleted prompt is blocked, its artifact is kept but not served by name, and the same text makes it fresh again."""
+    """A deleted prompt is blocked; its artifact is kept, not served by name, and fresh when the same text returns."""
     before = len(two_prompts.built())
     path = two_prompts.root / "prompts/a.md"
     text = path.read_text()
