@@ -60,6 +60,11 @@ class Answer:
     report: dict[str, Any]
     """The daemon's own figures."""
 
+    @property
+    def around_ms(self) -> float:
+        """Of the time to first token, all but loading the file and the prefill, as the worker measured them."""
+        return self.ttft_ms - float(self.report["load_ms"]) - float(self.report["prefill_ms"])
+
 
 class Daemon:
     """`rkcached run` on a workspace, from `with` to its end."""
@@ -139,7 +144,8 @@ class Daemon:
         if cold:
             body["cache"] = False
         data = json.dumps(body).encode()
-        first, prompt_tokens, report = 0.0, 0, {}
+        first, prompt_tokens = 0.0, 0
+        report: dict[str, Any] = {}
         connection = _Connection(self.workspace.socket)
         started = time.perf_counter()
         try:

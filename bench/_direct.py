@@ -42,7 +42,13 @@ class Ask:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Told:
     ttft_ms: float
+    load_ms: float
     stats: RunStats
+
+    @property
+    def around_ms(self) -> float:
+        """Of the time to first token, all but loading the file and the prefill."""
+        return self.ttft_ms - self.load_ms - self.stats.prefill_ms
 
 
 class DirectEngine:
@@ -111,5 +117,6 @@ def _run(engine: Engine, ask: Ask) -> Told:
     started = time.perf_counter()
     if ask.load is not None:
         engine.load(ask.load)
+    loaded = time.perf_counter()
     stats = engine.generate(ask.prompt, ask.sampling, on_token)
-    return Told(ttft_ms=(first - started) * 1000, stats=stats)
+    return Told(ttft_ms=(first - started) * 1000, load_ms=(loaded - started) * 1000, stats=stats)

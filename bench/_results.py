@@ -5,7 +5,7 @@ A figure keeps its raw samples; what is printed is computed from them here and n
 
 from __future__ import annotations
 
-import datetime
+import datetime as dt
 import importlib.metadata
 import math
 import os
@@ -83,16 +83,14 @@ def spread(samples: Sequence[float]) -> str:
     half = 1.96 * math.sqrt(count) / 2
     low, high = ordered[max(0, math.floor(count / 2 - half))], ordered[min(count - 1, math.ceil(count / 2 + half))]
     first, _, third = statistics.quantiles(ordered, n=4, method="inclusive")
-    return (
-        f"quartiles {_number(first)} to {_number(third)}, 95 % CI {_number(low)} to {_number(high)}, n={count}"
-    )
+    return f"quartiles {_number(first)} to {_number(third)}, 95 % CI {_number(low)} to {_number(high)}, n={count}"
 
 
 def machine() -> dict[str, Any]:
     """What the figures depend on and the code does not say. Taken before anything is started."""
     load = os.getloadavg()
     return {
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "date": dt.datetime.now(dt.UTC).isoformat(timespec="seconds"),
         "cpu": _cpu_model(),
         "cores": len(os.sched_getaffinity(0)),
         "memory_bytes": psutil.virtual_memory().total,
@@ -145,7 +143,7 @@ def print_table(console: Console, facts: dict[str, Any], figures: Sequence[Figur
 
 def _number(value: float) -> str:
     digits = 0 if abs(value) >= 1000 else 1 if abs(value) >= 10 else 2
-    return f"{value:,.{digits}f}"
+    return f"{value:z,.{digits}f}"
 
 
 def _cpu_model() -> str:

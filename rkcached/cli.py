@@ -267,7 +267,7 @@ def demo(directory: Path, model: Path | None, once: bool) -> None:
 def main(arguments: Sequence[str] | None = None) -> None:
     """The program: errors become a sentence on standard error and an exit code."""
     try:
-        code = cli.main(arguments, standalone_mode=False)
+        code = cli.main(arguments, prog_name="rkcached", standalone_mode=False)
     except RkcachedError as error:
         _complain(error)
         sys.exit(error.exit_code)

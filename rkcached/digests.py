@@ -58,7 +58,7 @@ class Digests:
         self.hashed_files = 0
         """Files really read so far: what a test or a benchmark looks at."""
         if file is not None:
-            with contextlib.suppress(OSError, msgspec.DecodeError):  # a damaged memory only costs re-hashing
+            with contextlib.suppress(OSError, ValueError, RecursionError):  # a damaged memory only costs re-hashing
                 self._entries = msgspec.json.decode(file.read_bytes(), type=dict[str, _Entry])
 
     def digest(self, path: Path) -> str:
@@ -100,6 +100,7 @@ class Digests:
             return
         self._entries = {name: entry for name, entry in self._entries.items() if name in self._used}
         temporary = self._file.with_name(self._file.name + ".tmp")
+        temporary.touch(mode=0o640)
         temporary.write_bytes(msgspec.json.encode(self._entries))
         temporary.replace(self._file)
         self._dirty = False

@@ -37,9 +37,6 @@ BACKOFF_PATIENCE_S = 2.0
 """A request waits this long for a worker that rests after a failure, before it is refused."""
 
 
-_STOPPING = RequestError(503, "the daemon is stopping", code="shutting_down", hint="try again", retry_after_s=2)
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Job:
     """A request, ready to run."""
@@ -83,6 +80,8 @@ class _Run:
 
     job: Job
     chosen: tuple[Key, StoredArtifact] | None = None
+    unchosen: tuple[str, str] = ("cold", "")
+    """State and reason to report if no prompt cache was chosen."""
     started: float = 0.0
     load_ms: float = 0.0
     load_error: protocol.Loaded | None = None
@@ -147,7 +146,7 @@ class Serving:
     async def run(self, job: Job) -> AsyncGenerator[Text | End, None]:
         """The answer, piece by piece, and its end. Closing the iterator stops the generation. Errors: RequestError."""
         if self._closing:
-            raise _STOPPING
+            raise _stopping()
         run = _Run(job=job)
         work = asyncio.create_task(self._work(run))
         self._works.add(work)
@@ -161,7 +160,7 @@ class Serving:
                 else:
                     getter.cancel()
             if work.cancelled():
-                raise _STOPPING
+                raise _stopping()
             yield work.result()
         except errors.RkcachedError as error:
             raise _as_request_error(error) from error
@@ -229,6 +228,7 @@ class Serving:
             try:
                 async with self._gate.hold(Priority.LIVE):
                     run.chosen = self._choose(run.job) if use_cache else None
+                    run.unchosen = self._why_not(run.job)
                     run.started = time.monotonic()
                     model = self._reconciler.view.model(run.job.model.name)
                     current = model if isinstance(model, DesiredModel) else run.job.model
@@ -336,12 +336,15 @@ class Serving:
         if run.chosen is not None:
             needed = run.chosen[1].sidecar.tokens - BOUNDARY_TOKENS
             return ("hit", "") if cached_tokens >= needed else ("miss", "the prompt cache was loaded but not reused")
-        if run.job.named is not None and not run.job.cold:
-            view = self._reconciler.view
+        return run.unchosen
+
+    def _why_not(self, job: Job) -> tuple[str, str]:
+        """State of the prompt that was asked for by name, if its cache cannot be used now, and the reason."""
+        if job.named is not None and not job.cold:
             progress = self._reconciler.progress
-            if progress is not None and progress.key == run.job.named:
+            if progress is not None and progress.key == job.named:
                 return "building", progress.reason
-            assessment = view.assessments.get(run.job.named)
+            assessment = self._reconciler.view.assessments.get(job.named)
             if assessment is not None and assessment.state is not State.FRESH:
                 return assessment.state.value, assessment.reason
         return "cold", ""
@@ -370,6 +373,10 @@ def _as_request_error(error: errors.RkcachedError) -> RequestError:
             return RequestError(502, error.message, code="worker_died", hint=error.hint)
         case _:
             return RequestError(500, error.message, code="engine_error", hint=error.hint)
+
+
+def _stopping() -> RequestError:
+    return RequestError(503, "the daemon is stopping", code="shutting_down", hint="try again", retry_after_s=2)
 
 
 def _ms(seconds: float) -> float:

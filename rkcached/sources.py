@@ -70,7 +70,7 @@ class SourceReader:
                 for path in found:
                     if path in claimed:
                         continue  # declared by name, perhaps with parameters of its own
-                    key = Key(name, path.stem)
+                    key = Key(name, _printable(path.stem))
                     prompts[key] = Declaration(source=self._found(key, path, prompts, texts), line=line)
         return Sources(runtime=self._runtime(engine), models=models, prompts=prompts, unlisted_models=unlisted)
 
@@ -79,7 +79,7 @@ class SourceReader:
     ) -> PromptSource | Trouble:
         """The prompt of a file that a pattern found: its name comes from the file, so it may be unusable."""
         if not NAME.fullmatch(key.prompt):
-            return Trouble(message=f"{path} cannot name a prompt: {NAME_RULE}", hint="rename the file")
+            return Trouble(message=f"{_printable(str(path))} cannot name a prompt: {NAME_RULE}", hint="rename the file")
         if key in prompts:
             return Trouble(
                 message=f"{path} makes a second prompt named {key.prompt!r}",
@@ -104,9 +104,10 @@ class SourceReader:
             template = BUILTIN.get(config.chat_template)
             if template is None:
                 template = self._text(Path(config.chat_template), texts, MAX_PROMPT_BYTES)
+            if not stat.S_ISREG(mode := config.path.stat().st_mode):  # opening a FIFO would wait for its writer
+                kind = "a directory" if stat.S_ISDIR(mode) else "not a regular file"
+                return Trouble(message=f"{config.path} is {kind}", hint="name a model file")
             with config.path.open("rb") as stream:
-                if not stat.S_ISREG(os.fstat(stream.fileno()).st_mode):
-                    raise IsADirectoryError
                 if stream.read(len(engine.model_magic)) != engine.model_magic:
                     return Trouble(
                         message=f"{config.path} is not a {engine.model_format}",
@@ -137,8 +138,9 @@ class SourceReader:
             if not stat.S_ISREG(info.st_mode):
                 raise SourceError(f"{path} is not a regular file", hint="name a text file")
             signature = Signature.of(info)
+            settled = signature.settled
             known = self._texts.get(path) or texts.get(path)
-            if known is None or known.signature != signature or not signature.settled:
+            if known is None or known.signature != signature:
                 if info.st_size > max_bytes:
                     raise SourceError(
                         f"{path} has {info.st_size:,} bytes, the limit is {max_bytes:,}", hint="shorten the prompt"
@@ -146,7 +148,8 @@ class SourceReader:
                 known = _Text(signature=signature, text=_decode(path, path.read_bytes()[: max_bytes + 1]))
         except OSError as error:
             raise _unusable(path, error, "file") from error
-        self._texts[path] = known
+        if settled:  # else a second change may leave the same signature
+            self._texts[path] = known
         return known.text
 
 
@@ -157,7 +160,7 @@ def _decode(path: Path, data: bytes) -> str:
             f"{path} contains a NUL byte at offset {data.index(0)}", hint="a prompt is a UTF-8 text file, not a binary"
         )
     try:
-        return data.decode("utf-8-sig")
+        return data.decode().removeprefix("\ufeff")
     except UnicodeDecodeError as error:
         raise SourceError(
             f"{path} is not UTF-8: byte 0x{data[error.start]:02x} at offset {error.start}",
@@ -171,10 +174,13 @@ def _unusable(path: Path, error: OSError, noun: str) -> SourceError:
             return SourceError(f"source missing: {path}", hint=f"create the {noun}, or correct its path")
         case PermissionError():
             return SourceError(f"{path} cannot be read: permission denied", hint="let the daemon's user read it")
-        case IsADirectoryError():
-            return SourceError(f"{path} is a directory", hint=f"name a {noun}")
         case _:
             return SourceError(f"{path} cannot be read: {error.strerror or error}", hint="see the system's log")
+
+
+def _printable(text: str) -> str:
+    """A file name as text that can be printed and sent: bytes that are not UTF-8 are shown escaped."""
+    return text.encode(errors="backslashreplace").decode()
 
 
 def _matches(pattern: str) -> Iterator[Path]:

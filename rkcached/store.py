@@ -25,7 +25,8 @@ from pathlib import Path
 import msgspec
 
 from rkcached.digests import Digests, Signature
-from rkcached.errors import StoreError, StoreLocked
+from rkcached.errors import SourceError, StoreError, StoreLocked
+from rkcached.fingerprint import fingerprint
 from rkcached.manifest import NAME
 from rkcached.plan import Artifact, Key, Verdict
 
@@ -148,10 +149,11 @@ class Store:
                 f"the cache directory {self.root} belongs to another daemon (pid {owner or 'unknown'})",
                 hint="stop that daemon, or use another cache directory",
             ) from error
-        os.ftruncate(fd, 0)
-        os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)
         self._lock_fd = fd
-        self._sweep()
+        with self._writing(self.root):
+            os.ftruncate(fd, 0)
+            os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)
+            self._sweep()
 
     def close(self) -> None:
         """Release the lock. Idempotent."""
@@ -170,28 +172,49 @@ class Store:
     # Reading
 
     def scan(self) -> Inventory:
-        """Look at every artifact and verdict. Files that did not change since the last look are not read again."""
+        """Look at every artifact and verdict. Files that did not change since the last look are not read again.
+
+        Errors: StoreError when a directory cannot be listed; whatever is wrong with a file is part of the inventory.
+        """
+        try:
+            return self._scan()
+        except OSError as error:
+            raise StoreError(
+                f"the store {self.root} cannot be read: {error.strerror}", hint="check the directory's permissions"
+            ) from error
+
+    def _scan(self) -> Inventory:
         inventory = Inventory()
         seen: dict[Path, tuple[Signature, Sidecar | str]] = {}
         for folder in self._model_folders():
-            names = sorted(path.name for path in folder.iterdir())
+            try:
+                names = sorted(os.listdir(folder))
+            except FileNotFoundError:
+                continue  # a reader without the lock may see the owner remove it
             for key in (Key(folder.name, name[:-5]) for name in names if name.endswith(".json")):
                 if not NAME.fullmatch(key.prompt):
                     continue
                 path = folder / f"{key.prompt}.json"
-                with contextlib.suppress(FileNotFoundError):
-                    seen[path] = known = self._read_sidecar(path, key)
-                    if isinstance(known[1], str):
-                        inventory.unreadable[key] = known[1]
-                    else:
-                        inventory.artifacts[key] = self._inspect(folder, known[1])
+                try:
+                    signature, sidecar = self._read_sidecar(path, key)
+                except FileNotFoundError:
+                    continue
+                except OSError as error:
+                    inventory.unreadable[key] = f"the sidecar cannot be read: {error.strerror}"
+                    continue
+                if signature is not None:
+                    seen[path] = (signature, sidecar)
+                if isinstance(sidecar, str):
+                    inventory.unreadable[key] = sidecar
+                else:
+                    inventory.artifacts[key] = self._inspect(folder, sidecar)
             for key in (Key(folder.name, Path(name).stem) for name in names if name.endswith("_cache")):
                 # A commit that was cut off before its sidecar.
                 if NAME.fullmatch(key.prompt) and f"{key.prompt}.json" not in names:
                     inventory.unreadable[key] = "the sidecar is missing"
         for path in self.root.glob(".verdicts/*/*.json"):
             # A damaged verdict only costs one more attempt.
-            with contextlib.suppress(OSError, msgspec.DecodeError):
+            with contextlib.suppress(OSError, ValueError, RecursionError):
                 verdict = msgspec.json.decode(path.read_bytes(), type=Verdict)
                 inventory.verdicts[Key(path.parent.name, path.stem)] = verdict
         self._sidecars = seen
@@ -213,19 +236,23 @@ class Store:
             names = sorted(e.name for e in entries if NAME.fullmatch(e.name) and e.is_dir(follow_symlinks=False))
             yield from (self.root / name for name in names)
 
-    def _read_sidecar(self, path: Path, key: Key) -> tuple[Signature, Sidecar | str]:
-        signature = Signature.of(path.stat())
+    def _read_sidecar(self, path: Path, key: Key) -> tuple[Signature | None, Sidecar | str]:
+        """The sidecar, or why it is none; with its signature if that will tell the next change. Errors: OSError."""
+        before = Signature.of(path.stat())
         known = self._sidecars.get(path)
-        if known is not None and known[0] == signature and signature.settled:
+        if known is not None and known[0] == before:
             return known
+        signature = before if before.settled else None
         try:
             sidecar = msgspec.json.decode(path.read_bytes(), type=Sidecar)
-        except msgspec.DecodeError as error:
+        except (ValueError, RecursionError) as error:  # not JSON, not UTF-8, or not a sidecar
             return signature, f"the sidecar is damaged: {error}"
         if sidecar.format != FORMAT_VERSION:
             return signature, f"the sidecar has format {sidecar.format}, this program writes {FORMAT_VERSION}"
         if (sidecar.model, sidecar.prompt) != key or not _names_artifact(sidecar.artifact, key.prompt):
             return signature, f"the sidecar belongs to {sidecar.model}/{sidecar.prompt}"
+        if fingerprint(sidecar.components).digest != sidecar.fingerprint:
+            return signature, "the sidecar is damaged: its components do not have its fingerprint"
         return signature, sidecar
 
     def _inspect(self, folder: Path, sidecar: Sidecar, digests: Digests | None = None) -> StoredArtifact:
@@ -247,6 +274,8 @@ class Store:
             corrupt = f"{Path(error.filename).name} is missing"
         except OSError as error:
             corrupt = f"{path.name} cannot be read: {error.strerror}"
+        except SourceError as error:
+            corrupt = error.message
         return StoredArtifact(path=path, sidecar=sidecar, signature=None if corrupt else signature, corrupt=corrupt)
 
     # Writing
@@ -334,9 +363,11 @@ class Store:
         """Remember why a fingerprint has no artifact. Errors: StoreError."""
         path = self._verdict_path(key)
         with self._writing(path):
-            path.parent.mkdir(mode=DIRECTORY_MODE, parents=True, exist_ok=True)
+            for folder in (path.parent.parent, path.parent):
+                folder.mkdir(mode=DIRECTORY_MODE, exist_ok=True)
             temporary = path.with_name(f".{path.name}.tmp")
-            temporary.write_bytes(msgspec.json.encode(verdict))
+            temporary.unlink(missing_ok=True)
+            _write_durably(temporary, msgspec.json.encode(verdict))
             temporary.replace(path)
 
     def clear_verdict(self, key: Key) -> None:

@@ -156,6 +156,7 @@ Answer = Done | Built | Checked
 _to_worker = msgspec.json.Decoder(ToWorker)
 _from_worker = msgspec.json.Decoder(FromWorker)
 _encode = msgspec.json.Encoder().encode
+_UNREADABLE = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
 
 
 def frame(message: ToWorker | FromWorker) -> bytes:
@@ -187,7 +188,7 @@ class FrameReader:
 def decode_to_worker(body: bytes) -> ToWorker:
     try:
         message: ToWorker = _to_worker.decode(body)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except _UNREADABLE as error:
         raise ProtocolError(f"not a message to a worker: {error}") from error
     return message
 
@@ -195,7 +196,7 @@ def decode_to_worker(body: bytes) -> ToWorker:
 def decode_from_worker(body: bytes) -> FromWorker:
     try:
         message: FromWorker = _from_worker.decode(body)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except _UNREADABLE as error:
         raise ProtocolError(f"not a message from a worker: {error}") from error
     return message
 

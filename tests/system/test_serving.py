@@ -350,7 +350,7 @@ def test_sigterm(workspace: Workspace, phase: str) -> None:
         body = json.dumps({"model": "m", "messages": [{"role": "user", "content": "x"}], "max_tokens": 500})
         url = "http://d/v1/chat/completions"
         command = ["curl", "-sS", "--unix-socket", str(workspace.socket), url, "-d", body]
-        client = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        client = subprocess.Popen(command, stdout=subprocess.PIPE)
         wait_until(lambda: workspace.status()["running"] == 1, "the reply runs")
     children = workspace.children()
     assert children
@@ -358,7 +358,8 @@ def test_sigterm(workspace: Workspace, phase: str) -> None:
     assert workspace.stop() == 0
     assert time.monotonic() - started < 5
     if client is not None:
-        client.wait(5)
+        told, _ = client.communicate(timeout=5)
+        assert json.loads(told)["error"]["code"] == "shutting_down"
     assert psutil.wait_procs(children, timeout=1)[1] == []
     assert list(workspace.cache.rglob("*stage*")) == []
     assert not workspace.socket.exists()

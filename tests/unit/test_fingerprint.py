@@ -41,12 +41,12 @@ def digest(**components: Value) -> str:
 
 def test_no_components_have_a_frozen_digest() -> None:
     """A change of magic or version makes every prompt cache stale, so it must not happen unnoticed."""
-    assert "1f3ff4c0bb6a2b96ed5775c583f74da7c620de7a877a2b6823931d00988071e0" == digest()
+    assert digest() == "1f3ff4c0bb6a2b96ed5775c583f74da7c620de7a877a2b6823931d00988071e0"
 
 
 def test_a_full_set_has_a_frozen_digest() -> None:
     """Names, numbers, text beyond ASCII, and a value that is not set."""
-    assert "026ccb09ebbe2100dd154b992fc75bd10b41eae59ec96a16b5217e95edffea80" == fingerprint(FULL).digest
+    assert fingerprint(FULL).digest == "026ccb09ebbe2100dd154b992fc75bd10b41eae59ec96a16b5217e95edffea80"
 
 
 def test_the_encoding_is_the_documented_one() -> None:
@@ -142,16 +142,16 @@ def test_changes_name_what_differs_in_order() -> None:
         Change(component="c", old=None, new="y"),
     )
     assert expected == changes(old, new)
-    assert ["a: x -> absent", "b: 1 -> 2", "c: absent -> y"] == [str(change) for change in expected]
+    assert [str(change) for change in expected] == ["a: x -> absent", "b: 1 -> 2", "c: absent -> y"]
 
 
 def test_equal_components_have_no_changes() -> None:
     """Nothing differs, nothing is said."""
-    assert () == changes({"a": "1"}, {"a": "1"})
+    assert changes({"a": "1"}, {"a": "1"}) == ()
 
 
 def test_digests_are_shortened_and_nothing_else_is() -> None:
     """64 hexadecimal digits are a digest; a long text or 63 digits are not."""
     change = Change(component="x", old="0123456789abcdef" * 4, new="0123456789ABCDEF" * 4)
-    assert "x: 0123456789ab -> " + "0123456789ABCDEF" * 4 == str(change)
+    assert str(change) == "x: 0123456789ab -> " + "0123456789ABCDEF" * 4
     assert f"x: {'a' * 63} -> absent" == str(Change(component="x", old="a" * 63, new=None))

@@ -95,15 +95,15 @@ def test_a_stale_artifact_is_built_anew_and_the_reason_names_each_change() -> No
     new = made_of("text", temperature="0.7", top_k="40")
     found = only(desired(wanted=new), world(artifact(made=old)))
     assert State.STALE is found.state
-    assert "gone: 1 -> absent, temperature: 0.8 -> 0.7, top_k: absent -> 40" == found.reason
+    assert found.reason == "gone: 1 -> absent, temperature: 0.8 -> 0.7, top_k: absent -> 40"
     assert Build(key=KEY, reason=found.reason, fingerprint=new) == found.action
-    assert ["gone", "temperature", "top_k"] == [change.component for change in found.changes]
+    assert [change.component for change in found.changes] == ["gone", "temperature", "top_k"]
 
 
 def test_a_corrupt_artifact_is_built_anew_even_with_the_right_fingerprint() -> None:
     """What it claims to be counts for nothing."""
     found = only(desired(), world(artifact(corrupt="p.bin is missing")))
-    assert (State.CORRUPT, "p.bin is missing") == (found.state, found.reason)
+    assert (found.state, found.reason) == (State.CORRUPT, "p.bin is missing")
     assert Build(key=KEY, reason="corrupt: p.bin is missing", fingerprint=WANTED) == found.action
 
 
@@ -117,7 +117,7 @@ def test_a_prompt_in_trouble_is_blocked_and_its_artifact_is_kept() -> None:
 def test_a_prompt_with_neither_fingerprint_nor_trouble_is_blocked_all_the_same() -> None:
     """It never counts as fresh."""
     found = only(DesiredPrompt(key=KEY), world(artifact()))
-    assert (State.BLOCKED, "the prompt has no text") == (found.state, found.reason)
+    assert (found.state, found.reason) == (State.BLOCKED, "the prompt has no text")
 
 
 def test_an_artifact_that_nobody_declares_is_removed() -> None:
@@ -133,7 +133,7 @@ def test_orphans_of_a_model_whose_folder_cannot_be_listed_are_kept() -> None:
     """What it declares is not known: an unmounted folder must not cost its prompt caches."""
     observed = replace(world(artifact(Key("m", "x")), artifact(Key("n", "x"))), unlisted_models=frozenset({"m"}))
     kept, removed = assess([], observed, NO_LIMITS)
-    assert (State.ORPHAN, None) == (kept.state, kept.action)
+    assert (kept.state, kept.action) == (State.ORPHAN, None)
     assert "kept" in kept.reason
     assert Remove(key=Key("n", "x"), reason="not in the manifest") == removed.action
 
@@ -193,8 +193,8 @@ def test_a_prompt_below_min_tokens_is_uncached_until_the_limit_is_lowered() -> N
     """No action while it is too short: it is what the owner asked for. Lowered to its length, it is built."""
     short = {KEY: too_short(WANTED.digest, 9, 10)}
     found = only(desired(), world(verdicts=short), Limits(min_tokens=10))
-    assert (State.UNCACHED, None) == (found.state, found.action)
-    assert "the prompt has 9 tokens, cache.min_tokens is 10" == found.reason
+    assert (found.state, found.action) == (State.UNCACHED, None)
+    assert found.reason == "the prompt has 9 tokens, cache.min_tokens is 10"
     assert State.MISSING is only(desired(), world(verdicts=short), Limits(min_tokens=9)).state
 
 
@@ -219,7 +219,7 @@ def test_the_budget_is_spent_in_manifest_order() -> None:
     sizes = [600, 400, 1, 1]
     observed = world(*(artifact(key, size_bytes=size) for key, size in zip(keys, sizes, strict=True)))
     found = assess([desired(key) for key in keys], observed, Limits(max_bytes=1000))
-    assert [State.FRESH, State.FRESH, State.BLOCKED, State.BLOCKED] == [one.state for one in found]
+    assert [one.state for one in found] == [State.FRESH, State.FRESH, State.BLOCKED, State.BLOCKED]
     assert [keys[2], keys[3]] == [action.key for action in plan(found)]
 
 
@@ -228,13 +228,13 @@ def test_a_smaller_artifact_may_follow_one_that_does_not_fit() -> None:
     keys = [Key("m", name) for name in "abc"]
     observed = world(*(artifact(key, size_bytes=size) for key, size in zip(keys, [600, 500, 400], strict=True)))
     found = assess([desired(key) for key in keys], observed, Limits(max_bytes=1000))
-    assert [State.FRESH, State.BLOCKED, State.FRESH] == [one.state for one in found]
+    assert [one.state for one in found] == [State.FRESH, State.BLOCKED, State.FRESH]
 
 
 def test_over_budget_tells_what_is_needed_and_what_is_left() -> None:
     """With the advice that helps."""
     found = only(desired(), world(artifact(size_bytes=1500)), Limits(max_bytes=1000))
-    assert "needs 1,500 bytes, 1,000 of cache.max_bytes 1,000 are left" == found.reason
+    assert found.reason == "needs 1,500 bytes, 1,000 of cache.max_bytes 1,000 are left"
     assert "cache.max_bytes" in found.hint
 
 
@@ -249,9 +249,9 @@ def test_an_artifact_over_budget_is_built_when_there_is_room() -> None:
         _, found = assess(prompts, observed, Limits(max_bytes=max_bytes))
         return found.state, found.reason
 
-    assert (State.BLOCKED, "needs 500 bytes, 400 of cache.max_bytes 1,000 are left") == state(600, 1000)
-    assert (State.BLOCKED, "needs 500 bytes, 300 of cache.max_bytes 900 are left") == state(600, 900)
-    assert [State.MISSING] * 3 == [state(600, 1100)[0], state(600, None)[0], state(500, 1000)[0]]
+    assert state(600, 1000) == (State.BLOCKED, "needs 500 bytes, 400 of cache.max_bytes 1,000 are left")
+    assert state(600, 900) == (State.BLOCKED, "needs 500 bytes, 300 of cache.max_bytes 900 are left")
+    assert [state(600, 1100)[0], state(600, None)[0], state(500, 1000)[0]] == [State.MISSING] * 3
 
 
 def test_a_build_that_is_due_gets_its_room_from_later_prompts() -> None:
@@ -372,7 +372,7 @@ WISHES = st.lists(
 def test_the_plan_of_a_fully_fresh_world_is_empty(prompts: list[DesiredPrompt]) -> None:
     """Nothing to build, to remove or to complain about."""
     observed = world(*(artifact(p.key, p.fingerprint) for p in prompts if p.fingerprint))
-    assert () == plan(assess(prompts, observed, NO_LIMITS))
+    assert plan(assess(prompts, observed, NO_LIMITS)) == ()
 
 
 @given(WISHES, WORLDS, LIMITS)

@@ -1,0 +1,194 @@
+"""What the daemon does on its own: follow an edit, look at a thousand prompts, and rest.
+
+Its work is watched from outside (files of the store, CPU time, memory), so that watching adds none.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+from _daemon import BenchError, Daemon, busy_ns
+from _results import Figure, Target, of_median
+from _workspaces import PROMPTS, SCALE_PROMPTS, Bench, llama, scale
+
+from rkcached.demo.runner import MODEL
+from rkcached.observe import Observer, read_manifest
+from rkcached.plan import Key, plan
+from rkcached.store import Store
+
+EDIT_TIMEOUT_S = 120
+BUILD_ALL_TIMEOUT_S = 900
+IDLE_SETTLE_S = 3.0
+QUIET_S = 0.25
+"""A daemon that used no CPU for this long has finished what it was asked to do."""
+
+
+# From an edit to the published artifact
+
+
+def measure_edit(bench: Bench) -> list[Figure]:
+    """A saved prompt file, until the status shows its new artifact, minus the build itself."""
+    workspace = bench.workspace(llama)
+    source = workspace.root / "prompts" / f"{PROMPTS[0]}.md"
+    original = source.read_text()
+    totals, builds, rest = [], [], []
+    with Daemon(workspace) as daemon:
+        daemon.wait_fresh()
+        _edit(daemon, source, f"{original}\nEdition 0.\n")  # this one starts the worker too
+        for run in range(bench.runs):
+            total_ms, build_ms = _edit(daemon, source, f"{original}\nEdition {run % 9 + 1}.\n")
+            totals.append(total_ms)
+            builds.append(build_ms)
+            rest.append(total_ms - build_ms)
+        _edit(daemon, source, original)
+    return [
+        of_median("edit", "edit to published", totals, "ms"),
+        of_median("edit", "of that, the build", builds, "ms"),
+        of_median("edit", "  the rest", rest, "ms", target=Target(limit=500), note=f"at most {max(rest):.0f}"),
+    ]
+
+
+def _edit(daemon: Daemon, source: Path, text: str) -> tuple[float, float]:
+    """Milliseconds to the status that shows it, and of the build.
+
+    The sidecar's rename is waited for on the disk, so that nothing is asked of the daemon while it builds.
+    """
+    key = Key(MODEL, source.stem)
+    sidecar = daemon.workspace.store / key.model / f"{key.prompt}.json"
+    before = sidecar.stat().st_ino, sidecar.stat().st_mtime_ns
+    started = time.perf_counter()
+    source.write_text(text)
+    while (sidecar.stat().st_ino, sidecar.stat().st_mtime_ns) == before:
+        daemon.check_alive()
+        if time.perf_counter() - started > EDIT_TIMEOUT_S:
+            raise BenchError(f"an edit was not published within {EDIT_TIMEOUT_S} s")
+        time.sleep(0.005)
+    written = json.loads(sidecar.read_bytes())
+    while not _shows(daemon.status(), key, written["built_at"]):
+        time.sleep(0.001)
+    return (time.perf_counter() - started) * 1000, float(written["build_ms"])
+
+
+def _shows(status: dict[str, Any], key: Key, built_at: float) -> bool:
+    return any(
+        (shown["model"], shown["prompt"], shown["state"]) == (*key, "fresh")
+        and shown["artifact"]["built_at"] == built_at
+        for shown in status["prompts"]
+    )
+
+
+# A thousand prompts
+
+
+def measure_scale(bench: Bench) -> list[Figure]:
+    """The first build of all, then passes with nothing to do: in this process, and in the daemon after SIGHUP."""
+    workspace = bench.workspace(scale)
+    with Daemon(workspace) as daemon:
+        while sum(1 for _ in workspace.store.glob("*/*.json")) < SCALE_PROMPTS:
+            daemon.check_alive()
+            if time.perf_counter() - daemon.started > BUILD_ALL_TIMEOUT_S:
+                raise BenchError(f"not all built after {BUILD_ALL_TIMEOUT_S} s")
+            time.sleep(0.2)
+        daemon.wait_fresh()
+        build_all_s = time.perf_counter() - daemon.started
+        _wait_quiet(daemon.pid)
+        passes = [_hang_up(daemon) for _ in range(bench.runs)]
+        asked = [_timed(daemon.status) for _ in range(bench.runs)]
+    observer = Observer(Store(workspace.store))
+    manifest = read_manifest(workspace.manifest)
+    first = _timed(lambda: observer.look(manifest))
+    looks = [_timed(lambda: plan(observer.look(manifest).assessments)) for _ in range(bench.runs)]
+    with Daemon(workspace) as daemon:
+        daemon.wait_fresh(every_s=0.02)
+        restart_s = time.perf_counter() - daemon.started
+    target = Target(limit=300)
+    return [
+        Figure(part="scale", name=f"{SCALE_PROMPTS:,} prompts, build of all", value=build_all_s, unit="s"),
+        Figure(part="scale", name="start on the filled store, to fresh", value=restart_s, unit="s"),
+        Figure(part="scale", name="look, new process", value=first, unit="ms"),
+        of_median("scale", "look and plan, nothing to do", looks, "ms", target=target, note="in this process"),
+        of_median(
+            "scale", "daemon: SIGHUP to quiet", [wall for wall, _ in passes], "ms", target=target, note="last CPU use"
+        ),
+        of_median("scale", "daemon: CPU of such a pass", [cpu for _, cpu in passes], "ms", note="all threads"),
+        of_median("scale", "GET /v1/status", asked, "ms"),
+    ]
+
+
+def _hang_up(daemon: Daemon) -> tuple[float, float]:
+    """Milliseconds from SIGHUP until the daemon rests again, and its CPU time in between.
+
+    A pass without work writes no log line, so its end is read off the CPU time of the process.
+    """
+    before = busy_ns(daemon.pid)
+    started = time.perf_counter()
+    daemon.hang_up()
+    last, ended = _wait_quiet(daemon.pid)
+    return (ended - started) * 1000, (last - before) / 1e6
+
+
+def _wait_quiet(pid: int) -> tuple[int, float]:
+    """Wait until the process used no CPU for QUIET_S; its CPU time in ns, and the moment of its last use."""
+    seen, moment = busy_ns(pid), time.perf_counter()
+    while (now := time.perf_counter()) - moment < QUIET_S:
+        if (busy := busy_ns(pid)) != seen:
+            seen, moment = busy, now
+        time.sleep(0.001)
+    return seen, moment
+
+
+def _timed(work: Callable[[], object]) -> float:
+    started = time.perf_counter()
+    work()
+    return (time.perf_counter() - started) * 1000
+
+
+# Doing nothing
+
+
+def measure_idle(bench: Bench) -> list[Figure]:
+    """A daemon started on a filled store, all fresh, no model loaded."""
+    with Daemon(bench.workspace(llama)) as daemon:  # fills the store if no other part did
+        daemon.wait_fresh()
+    with Daemon(bench.workspace(llama)) as daemon:
+        status = daemon.wait_fresh()
+        process = psutil.Process(daemon.pid)
+        if process.children() or any(model["pid"] for model in status["models"]):
+            raise BenchError("a model is loaded though nothing was to build")
+        time.sleep(IDLE_SETTLE_S)
+        before, started = process.cpu_times(), time.perf_counter()
+        switches = _switches(process)
+        time.sleep(bench.idle_s)
+        after, seconds = process.cpu_times(), time.perf_counter() - started
+        wakes = (_switches(process) - switches) / seconds
+        full = process.memory_full_info()
+    own = after.user + after.system - before.user - before.system
+    children = after.children_user + after.children_system - before.children_user - before.children_system
+    note = f"{own:z.2f} s in {seconds:.0f} s, children {children:z.2f} s; {wakes:.1f} wake-ups a second"
+    return [
+        Figure(
+            part="idle",
+            name="CPU of one core",
+            value=own / seconds * 100,
+            unit="%",
+            target=Target(limit=0.5),
+            note=note,
+        ),
+        Figure(part="idle", name="resident memory (RSS)", value=full.rss / 1e6, unit="MB", target=Target(limit=80)),
+        Figure(part="idle", name="proportional memory (PSS)", value=full.pss / 1e6, unit="MB", note="no worker"),
+    ]
+
+
+def _switches(process: psutil.Process) -> int:
+    """Voluntary context switches of all threads: how often the process was woken."""
+    total = 0
+    for task in Path(f"/proc/{process.pid}/task").iterdir():
+        for line in (task / "status").read_text().splitlines():
+            if line.startswith("voluntary_ctxt_switches"):
+                total += int(line.split()[1])
+    return total

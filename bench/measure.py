@@ -1,0 +1,83 @@
+"""Measures the real daemon against its targets: `python bench/measure.py [--only PART ...] [--runs N] [--json FILE]`.
+
+Every part starts daemons of its own in a temporary workspace, which is removed at the end, also after Ctrl-C. A part
+checks that it measured what it says (a hit was a hit, a loaded file was loaded) and gives no figure otherwise.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NoReturn
+
+from _answers import measure_share, measure_ttft
+from _daemon import BenchError
+from _results import Figure, document, machine, print_table
+from _upkeep import measure_edit, measure_idle, measure_scale
+from _workspaces import Bench
+from rich.console import Console
+
+from rkcached.errors import RkcachedError
+
+FILE_COLUMNS = 160
+
+_say = Console(stderr=True, highlight=False).print
+
+PARTS: dict[str, Callable[[Bench], list[Figure]]] = {
+    "idle": measure_idle,
+    "ttft": measure_ttft,
+    "share": measure_share,
+    "edit": measure_edit,
+    "scale": measure_scale,
+}
+
+
+def main() -> int:
+    """Exit code 0 when every target was met, 1 when one was missed, 2 when a part could not be measured."""
+    parser = argparse.ArgumentParser(description="Measure the real daemon against its targets.")
+    parser.add_argument("--only", nargs="+", choices=PARTS, metavar="PART", help=f"of: {', '.join(PARTS)}")
+    parser.add_argument("--runs", type=int, default=10, metavar="N", help="samples of each figure (share: 6 N pairs)")
+    parser.add_argument("--idle-seconds", type=float, default=60.0, metavar="S", help="length of the idle part")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write every sample to FILE")
+    options = parser.parse_args()
+    if options.runs < 1:
+        parser.error("--runs is at least 1")
+    signal.signal(signal.SIGTERM, _leave)
+    facts = machine()
+    if not facts["quiet_at_start"]:
+        _say(f"load average {facts['load_average_at_start'][0]:.2f}: others use this machine, do not trust the figures")
+    figures: list[Figure] = []
+    failed = False
+    with tempfile.TemporaryDirectory(prefix="rkcached-bench-") as root:
+        bench = Bench(root=Path(root), runs=options.runs, idle_s=options.idle_seconds)
+        for name in [part for part in PARTS if part in (options.only or PARTS)]:
+            _say(f"{time.strftime('%H:%M:%S')} {name} ...")
+            try:
+                figures += PARTS[name](bench)
+            except (BenchError, RkcachedError) as error:
+                _say(f"{name}: {error}", style="red", markup=False)
+                failed = True
+    if options.json is not None:
+        options.json.write_text(json.dumps(document(facts, figures), indent=1) + "\n")
+    print_table(Console(highlight=False, width=None if sys.stdout.isatty() else FILE_COLUMNS), facts, figures)
+    if failed:
+        return 2
+    return 1 if any(figure.met is False for figure in figures) else 0
+
+
+def _leave(_number: int, _frame: object) -> NoReturn:
+    """SIGTERM unwinds as Ctrl-C does, so that daemons and workspaces go."""
+    raise KeyboardInterrupt
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -1,0 +1,358 @@
+"""Reading inputs from disk: whatever is wrong with one is said in words, and is the trouble of that input alone."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from rkcached.desired import ModelSource, PromptSource, RuntimeSource, Sources
+from rkcached.digests import Digests, Signature
+from rkcached.manifest import parse
+from rkcached.plan import Key, Trouble
+from rkcached.sources import MAX_PROMPT_BYTES, SourceReader
+from rkcached.template import BUILTIN
+from tests.integration.test_digests import settle
+
+MODEL = b'{"rkcached_memory_model": 1}'
+P = Key("m", "p")
+
+
+class Folder:
+    """A directory with a model, a prompt and a manifest over them."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.model = root / "m.json"
+        self.model.write_bytes(MODEL)
+        self.prompt = root / "p.md"
+        self.prompt.write_text("Be brief.\n")
+        self.reader = SourceReader(Digests())
+
+    def scan(self, prompts: str = "{p: p.md}", *, more: str = "") -> Sources:
+        text = (
+            "version: 1\nengine: {kind: memory}\nmodels:\n  m:\n    path: m.json\n"
+            f"    prompts: {prompts}\n" + "".join(f"    {line}\n" for line in more.splitlines())
+        )
+        return self.reader.scan(parse(text, file=self.root / "manifest.yaml"))
+
+    def text(self, prompts: str = "{p: p.md}") -> str:
+        source = self.scan(prompts).prompts[P].source
+        assert isinstance(source, PromptSource), source
+        return source.text
+
+    def trouble(self, prompts: str = "{p: p.md}") -> Trouble:
+        source = self.scan(prompts).prompts[P].source
+        assert isinstance(source, Trouble), source
+        return source
+
+    def found(self, pattern: str = "extra/*.md", prompts: str = "{}") -> dict[str, str]:
+        """Name to text, or to what is wrong."""
+        declared = self.scan(prompts, more=f"prompts_from: '{pattern}'").prompts
+        return {
+            key.prompt: d.source.text if isinstance(d.source, PromptSource) else d.source.message
+            for key, d in declared.items()
+        }
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Folder:
+    return Folder(tmp_path)
+
+
+# --- prompts ---
+
+
+@pytest.mark.parametrize(
+    ("content", "text"),
+    [
+        (b"Be brief.", "Be brief."),
+        (b"Be brief.\n", "Be brief."),
+        (b"Be brief.\r\n\r\n", "Be brief."),
+        (b"\xef\xbb\xbfBe brief.\n", "Be brief."),
+        (b"  Be\n\nbrief. \n", "  Be\n\nbrief. "),
+        ("Zürich 🎉".encode(), "Zürich 🎉"),
+    ],
+    ids=["bare", "newline", "windows", "byte-order-mark", "inner-space", "unicode"],
+)
+def test_the_text_of_a_prompt(folder: Folder, content: bytes, text: str) -> None:
+    """The bytes of the file, without its byte order mark and its last newlines."""
+    folder.prompt.write_bytes(content)
+    assert text == folder.text()
+
+
+def test_files_are_joined_as_paragraphs(folder: Folder) -> None:
+    """In the manifest's order, each without its byte order mark; one file may be named twice."""
+    (folder.root / "q.md").write_bytes(b"\xef\xbb\xbfBe kind.\n\n")
+    assert folder.text("{p: {files: [q.md, p.md, q.md]}}") == "Be kind.\n\nBe brief.\n\nBe kind."
+
+
+def test_one_bad_file_of_several_is_told_by_its_name(folder: Folder) -> None:
+    """The others are not blamed."""
+    assert str(folder.root / "q.md") in folder.trouble("{p: {files: [p.md, q.md]}}").message
+
+
+def test_one_blank_file_of_several_is_no_trouble(folder: Folder) -> None:
+    """Together they have a text."""
+    (folder.root / "q.md").write_text("\n")
+    assert folder.text("{p: {files: [q.md, p.md]}}") == "\n\nBe brief."
+
+
+def write(content: bytes) -> Callable[[Path], None]:
+    return lambda path: path.write_bytes(content) and None
+
+
+def become_directory(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
+def become_fifo(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
+
+
+def become_dangling_link(path: Path) -> None:
+    path.unlink()
+    path.symlink_to("nowhere")
+
+
+def become_loop(path: Path) -> None:
+    path.unlink()
+    path.symlink_to(path)
+
+
+BAD_INPUTS = {
+    "empty": (write(b""), "the prompt is empty"),
+    "blank": (write(b" \n\t\n"), "the prompt is empty"),
+    "only-byte-order-mark": (write(b"\xef\xbb\xbf"), "the prompt is empty"),
+    "latin1": (write(b"caf\xe9"), "is not UTF-8: byte 0xe9 at offset 3"),
+    "latin1-after-byte-order-mark": (write(b"\xef\xbb\xbfcaf\xe9"), "is not UTF-8: byte 0xe9 at offset 6"),
+    "utf16": (write("Be brief.".encode("utf-16")), "contains a NUL byte at offset 3"),
+    "nul": (write(b"ab\0c"), "contains a NUL byte at offset 2"),
+    "too-large": (write(b"x" * (MAX_PROMPT_BYTES + 1)), "has 1,048,577 bytes, the limit is 1,048,576"),
+    "missing": (Path.unlink, "source missing"),
+    "dangling-link": (become_dangling_link, "source missing"),
+    "link-to-itself": (become_loop, "cannot be read: "),
+    "directory": (become_directory, "is a directory"),
+    "fifo": (become_fifo, "is not a regular file"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_INPUTS)
+def test_what_is_wrong_with_a_prompt_file_is_said_in_words(folder: Folder, case: str) -> None:
+    """With its path and a hint; nothing is raised, and nothing is waited for."""
+    spoil, words = BAD_INPUTS[case]
+    spoil(folder.prompt)
+    trouble = folder.trouble()
+    assert words in trouble.message
+    assert str(folder.prompt) in trouble.message
+    assert trouble.hint
+
+
+def test_a_prompt_of_exactly_the_limit_is_good(folder: Folder) -> None:
+    """The limit is the largest allowed."""
+    folder.prompt.write_bytes(b"x" * MAX_PROMPT_BYTES)
+    assert len(folder.text()) == MAX_PROMPT_BYTES
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root can read everything")
+def test_an_unreadable_prompt_is_said_in_words(folder: Folder) -> None:
+    """With whom to allow it."""
+    folder.prompt.chmod(0)
+    assert "permission denied" in folder.trouble().message
+
+
+def test_trouble_is_of_one_prompt_alone_and_passes(folder: Folder) -> None:
+    """Its neighbour has its text; when the file is good again, so is the prompt."""
+    folder.prompt.write_bytes(b"\xff")
+    (folder.root / "q.md").write_text("Be kind.")
+    prompts = folder.scan("{p: p.md, q: q.md}").prompts
+    assert isinstance(prompts[P].source, Trouble)
+    assert isinstance(prompts[Key("m", "q")].source, PromptSource)
+    folder.prompt.write_text("Be good.")
+    assert folder.text() == "Be good."
+
+
+def test_a_declaration_knows_its_line_and_description(folder: Folder) -> None:
+    """For messages and listings."""
+    declared = folder.scan("{p: {files: p.md, description: rules}}").prompts[P]
+    assert (declared.line, declared.description) == (6, "rules")
+
+
+# --- what changed ---
+
+
+def test_an_unchanged_prompt_is_not_read_again(folder: Folder) -> None:
+    """What is remembered stays the same object."""
+    settle(folder.prompt)
+    assert folder.text() == "Be brief."
+    remembered = folder.reader._texts[folder.prompt]
+    assert folder.text() == "Be brief."
+    assert folder.reader._texts[folder.prompt] is remembered
+
+
+def test_every_rewrite_is_noticed(folder: Folder) -> None:
+    """Also with the same size and mtime."""
+    settle(folder.prompt)
+    folder.text()
+    stat = folder.prompt.stat()
+    folder.prompt.write_text("Be bribe.\n")
+    os.utime(folder.prompt, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert folder.text() == "Be bribe."
+
+
+def test_a_second_change_within_one_tick_of_the_clock_is_noticed(folder: Folder) -> None:
+    """Regression: the text of the first was remembered, and taken for that of the second once the file had settled."""
+    for number in range(50):
+        folder.prompt.write_text(f"first  {number:04}")
+        assert folder.text() == f"first  {number:04}"
+        before = Signature.of(folder.prompt.stat())
+        folder.prompt.write_text(f"second {number:04}")
+        if before == Signature.of(folder.prompt.stat()):
+            break
+    settle(folder.prompt)
+    assert folder.text() == f"second {number:04}"
+
+
+# --- prompts_from ---
+
+
+@pytest.fixture
+def extra(folder: Folder) -> Path:
+    path = folder.root / "extra"
+    path.mkdir()
+    return path
+
+
+def test_each_file_of_a_folder_is_a_prompt(folder: Folder, extra: Path) -> None:
+    """Sorted by name, after the declared ones."""
+    for name in ("c", "a", "b"):
+        (extra / f"{name}.md").write_text(f"I am {name}.")
+    found = folder.found(prompts="{p: p.md}")
+    assert list(found.items()) == [("p", "Be brief."), ("a", "I am a."), ("b", "I am b."), ("c", "I am c.")]
+
+
+def test_hidden_files_backups_and_folders_are_left_out(folder: Folder, extra: Path) -> None:
+    """What editors leave behind is no prompt, even if the pattern matches it."""
+    for name in (".hidden.md", "a.md~", ".a.md.swp", "a.txt", "a.md"):
+        (extra / name).write_text("x")
+    (extra / "folder.md").mkdir()
+    (extra / "dangling.md").symlink_to("nowhere")
+    os.mkfifo(extra / "fifo.md")
+    assert set(folder.found("extra/*.md*")) == {"a"}
+    assert set(folder.found()) == {"a"}
+
+
+def test_a_file_whose_name_cannot_be_a_prompts_is_told(folder: Folder, extra: Path) -> None:
+    """The others are found."""
+    for name in ("Big Name.md", "good.md"):
+        (extra / name).write_text("x")
+    found = folder.found()
+    assert found["good"] == "x"
+    assert "Big Name.md cannot name a prompt: a name has 1 to 64" in found["Big Name"]
+
+
+def test_a_file_name_that_is_not_utf8_can_be_told(folder: Folder, extra: Path) -> None:
+    """Regression: its bytes could not be sent to a client or written to a log."""
+    Path(os.fsdecode(bytes(extra) + b"/caf\xe9.md")).write_text("x")
+    ((name, message),) = folder.found().items()
+    assert (name + message).encode()
+    assert "caf\\udce9.md cannot name a prompt" in message
+
+
+def test_a_second_prompt_of_one_name_is_told(folder: Folder, extra: Path) -> None:
+    """Whether by two endings, or by a declared prompt of that name: the manifest's is not replaced silently."""
+    (extra / "a.md").write_text("one")
+    (extra / "a.txt").write_text("two")
+    assert "makes a second prompt named 'a'" in folder.found("extra/a.*")["a"]
+    (extra / "p.md").write_text("other")
+    assert "makes a second prompt named 'p'" in folder.found("extra/p.*", "{p: p.md}")["p"]
+
+
+def test_a_declared_file_is_not_found_a_second_time(folder: Folder, extra: Path) -> None:
+    """It has its name and parameters from the manifest."""
+    for name in ("a", "b"):
+        (extra / f"{name}.md").write_text(name)
+    assert folder.found(prompts="{special: extra/a.md}") == {"special": "a", "b": "b"}
+
+
+def test_a_folder_that_cannot_be_listed_makes_its_model_unlisted(folder: Folder) -> None:
+    """Nothing is found, and nothing is taken for gone; the declared prompts are there."""
+    sources = folder.scan(more="prompts_from: 'nowhere/*.md'")
+    assert set(sources.prompts) == {P}
+    assert "nowhere cannot be listed: No such file or directory" in sources.unlisted_models["m"].message
+    assert folder.scan(more="prompts_from: 'p.md/*.md'").unlisted_models
+
+
+def test_an_empty_folder_is_listed(folder: Folder, extra: Path) -> None:
+    """There it is known that nothing is declared."""
+    assert (folder.scan(more="prompts_from: 'extra/*.md'").unlisted_models, list(extra.iterdir())) == ({}, [])
+
+
+# --- models and the runtime ---
+
+
+def test_a_model_has_the_digest_of_its_file_and_a_template(folder: Folder) -> None:
+    """A built-in one, or the text of a file; the file is read again when it changes."""
+    first = folder.scan().models["m"]
+    assert isinstance(first, ModelSource)
+    assert first.template_source == BUILTIN["chatml"]
+    (folder.root / "t.jinja").write_text("{{ 1 }}")
+    second = folder.scan(more="chat_template: t.jinja").models["m"]
+    assert second == ModelSource(digest=first.digest, template_source="{{ 1 }}")
+    folder.model.write_bytes(MODEL + b" ")
+    third = folder.scan().models["m"]
+    assert isinstance(third, ModelSource)
+    assert first.digest != third.digest
+
+
+BAD_MODELS = {
+    "missing": (Path.unlink, "source missing"),
+    "other-format": (write(b"GGUF" + bytes(100)), "is not a memory-engine model"),
+    "empty": (write(b""), "is not a memory-engine model"),
+    "directory": (become_directory, "is a directory"),
+    "fifo": (become_fifo, "is not a regular file"),
+    "dangling-link": (become_dangling_link, "source missing"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_MODELS)
+def test_what_is_wrong_with_a_model_file_is_said_in_words(folder: Folder, case: str) -> None:
+    """Regression for the FIFO: opening it waited for a writer, and the daemon with it."""
+    spoil, words = BAD_MODELS[case]
+    spoil(folder.model)
+    sources = folder.scan()
+    model = sources.models["m"]
+    assert isinstance(model, Trouble)
+    assert words in model.message
+    assert str(folder.model) in model.message
+    assert model.hint
+    assert isinstance(sources.prompts[P].source, PromptSource)
+
+
+def test_what_is_wrong_with_a_template_file_is_its_models_trouble(folder: Folder) -> None:
+    """As with a prompt file."""
+    model = folder.scan(more="chat_template: nowhere.jinja").models["m"]
+    assert isinstance(model, Trouble)
+    assert "source missing" in model.message
+
+
+def test_a_gguf_model_is_told_by_its_first_bytes(folder: Folder) -> None:
+    """The engine of the manifest says what a model file looks like."""
+    folder.model.write_bytes(b"GGUF" + bytes(20))
+    text = "version: 1\nmodels: {m: {path: m.json}, n: {path: n.gguf}}\n"
+    (folder.root / "n.gguf").write_bytes(b"GGUX")
+    models = folder.reader.scan(parse(text, file=folder.root / "manifest.yaml")).models
+    assert isinstance(models["m"], ModelSource)
+    assert isinstance(models["n"], Trouble)
+    assert "is not a GGUF model" in models["n"].message
+
+
+def test_the_runtime_is_known_by_its_files(folder: Folder) -> None:
+    """Version and digest."""
+    runtime = folder.scan().runtime
+    assert isinstance(runtime, RuntimeSource)
+    assert (runtime.version, len(runtime.digest)) == ("1", 64)

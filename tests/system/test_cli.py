@@ -1,0 +1,399 @@
+"""The command line as a person uses it: output, exit codes, and what it says about bad input."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import Workspace, wait_until
+
+from rkcached import __version__
+
+
+def test_version_and_help(workspace: Workspace) -> None:
+    """--version and --help of every command work; help shows examples."""
+    assert workspace.cli("--version").stdout == f"rkcached {__version__}\n"
+    text = workspace.cli("--help").stdout
+    assert "rkcached demo" in text
+    for command in ("run", "check", "plan", "explain", "status", "regenerate", "verify", "chat", "schema", "demo"):
+        assert command in text
+        assert "Usage:" in workspace.cli(command, "--help").stdout
+
+
+def test_help_imports_little(workspace: Workspace) -> None:
+    """Help does not import what only the daemon needs."""
+    code = "import sys; from rkcached.cli import cli; print(sorted(m for m in sys.modules if '.' not in m))"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    for heavy in ("starlette", "uvicorn", "httpx", "pydantic", "rich", "watchdog", "jinja2", "asyncio"):
+        assert f"'{heavy}'" not in loaded
+    assert workspace.cli("nonsense", code=os.EX_USAGE).stderr
+
+
+def test_without_a_daemon(workspace: Workspace) -> None:
+    """Commands that need the daemon say so, and how to start it."""
+    for command in (["status"], ["chat", "m", "hello"], ["regenerate", "--all"]):
+        done = workspace.cli(*command, code=os.EX_UNAVAILABLE)
+        assert str(workspace.socket) in done.stderr
+        assert "rkcached run" in done.stderr
+
+
+def test_without_a_manifest(workspace: Workspace) -> None:
+    """Without a manifest every command that reads it says how to name one; the daemon exits with 78."""
+    for command in ("check", "plan", "run"):
+        done = workspace.cli(command, code=os.EX_CONFIG)
+        assert "manifest.yaml" in done.stderr
+        assert "RKCACHED_MANIFEST" in done.stderr
+
+
+def test_check_reports_everything_at_once(workspace: Workspace) -> None:
+    """Every problem with file:line, the offending value and a hint; all in one run."""
+    workspace.write(
+        "manifest.yaml",
+        "version: 1\nengine: {kind: lamacpp}\nmodels:\n  m:\n    path: m.model\n"
+        "    params: {temprature: 0.7, top_p: 1.5}\n"
+        "    chat_template: chatlm\n    prompts:\n      Bad Name: x.md\n      a: a.md\n      a: b.md\n",
+    )
+    done = workspace.cli("check", code=os.EX_CONFIG)
+    for line, words in [
+        (2, ("lamacpp", "llamacpp")),
+        (6, ("temprature", "temperature")),
+        (6, ("top_p", "1.5")),
+        (7, ("chatlm", "chatml")),
+        (9, ("Bad Name",)),
+        (11, ("'a'",)),
+    ]:
+        found = [text for text in done.stderr.splitlines() if f"manifest.yaml:{line}: " in text]
+        assert any(all(word in text for word in words) for text in found), (line, words, done.stderr)
+    problems = json.loads(workspace.cli("check", "--json", code=os.EX_CONFIG).stdout)
+    assert {2, 6, 7, 9, 11} <= {problem["line"] for problem in problems}
+
+
+def test_check_reads_the_files(workspace: Workspace) -> None:
+    """Problems of prompt and model files carry the line that names the file."""
+    workspace.write("empty.md", " \n\n")
+    workspace.write("latin.md", b"caf\xe9")
+    workspace.write("nul.md", b"a\0b")
+    workspace.write("big.md", "x" * (1024 * 1024 + 1))
+    (workspace.root / "dir.md").mkdir()
+    workspace.declare(
+        "\n      empty: empty.md\n      latin: latin.md\n      nul: nul.md\n      big: big.md\n"
+        "      dir: dir.md\n      gone: gone.md\n"
+    )
+    done = workspace.cli("check", code=os.EX_CONFIG)
+    first = next(n for n, text in enumerate(workspace.manifest.read_text().splitlines(), 1) if "empty:" in text)
+    said = ["is empty", "not UTF-8", "NUL byte", "1,048,577 bytes", "is a directory", "source missing"]
+    workspace.memory_model()
+    done = workspace.cli("check", code=os.EX_CONFIG)
+    for number, words in enumerate(said):
+        assert any(f"manifest.yaml:{first + number}: " in x and words in x for x in done.stderr.splitlines()), words
+    assert "6 problems" in done.stderr
+    for name in ("empty", "latin", "nul", "big", "gone"):
+        workspace.write(f"{name}.md", "fine")
+    workspace.declare("{empty: empty.md}")
+    assert "ok, 1 models, 1 prompts" in workspace.cli("check").stdout
+
+
+def test_bad_prompts_block_only_themselves(workspace: Workspace) -> None:
+    """A bad prompt is blocked with its reason and hint, and the good one is built and served."""
+    workspace.memory_model(context_tokens=300)
+    workspace.write("good.md", "Fine.")
+    workspace.write("blank.md", "\n")
+    workspace.write("long.md", "x" * 400)
+    workspace.declare(
+        "{blank: blank.md, long: long.md, good: good.md}", params="{max_context_len: 300, max_new_tokens: 9}"
+    )
+    workspace.start()
+    workspace.wait_settled()
+    assert workspace.prompt("good")["state"] == "fresh"
+    assert "is empty" in workspace.prompt("blank")["reason"]
+    too_long = workspace.prompt("long")
+    assert too_long["state"] == "blocked"
+    assert "the context holds 300" in too_long["reason"]
+    assert "max_context_len" in too_long["hint"]
+    assert workspace.ask("m/good", max_tokens=5)["rkcached"]["state"] == "hit"
+    workspace.hang_up()
+    assert workspace.built() == ["good"]
+    table = workspace.cli("status").stdout
+    assert "the context holds 300" in table
+
+
+def test_plan_and_explain_without_a_daemon(two_prompts: Workspace) -> None:
+    """Plan and explain see the same with and without a daemon; --exit-code tells drift; --json is the plan."""
+    assert "nothing to do, 2 fresh" in two_prompts.cli("plan", "--exit-code").stdout
+    assert json.loads(two_prompts.cli("plan", "--json").stdout) == []
+    assert two_prompts.stop() == 0
+    assert "nothing to do, 2 fresh" in two_prompts.cli("plan", "--exit-code").stdout
+    assert "m/a: fresh" in two_prompts.cli("explain", "m/a").stdout
+    two_prompts.write("prompts/c.md", "C.")
+    two_prompts.declare("{a: {files: prompts/a.md, params: {temperature: 0.2}}, c: prompts/c.md, d: d.md}")
+    done = two_prompts.cli("plan", "--exit-code", code=2)
+    for words in ("+ build", "params.temperature: 0.8 -> 0.2", "- remove", "! blocked", "source missing"):
+        assert words in done.stdout
+    assert "2 to build, 1 to remove, 1 blocked, 0 fresh" in done.stdout
+    actions = json.loads(two_prompts.cli("plan", "--json").stdout)
+    assert [(x["action"], x["prompt"]) for x in actions] == [
+        ("remove", "b"),
+        ("build", "a"),
+        ("build", "c"),
+        ("blocked", "d"),
+    ]
+    explained = two_prompts.cli("explain", "m/a").stdout
+    assert "m/a: stale" in explained
+    assert "params.temperature: 0.8 -> 0.2" in explained
+    data = json.loads(two_prompts.cli("explain", "m/a", "--json").stdout)
+    assert data["changes"] == [{"component": "params.temperature", "old": "0.8", "new": "0.2"}]
+    assert "known: " in two_prompts.cli("explain", "m/zzz", code=os.EX_NOINPUT).stderr
+    assert "MODEL/PROMPT" in two_prompts.cli("explain", "m", code=os.EX_USAGE).stderr
+
+
+def test_status(workspace: Workspace) -> None:
+    """Status is a table for people and JSON for programs; descriptions are shown."""
+    workspace.memory_model()
+    workspace.write("p.md", "Text.")
+    workspace.declare("{p: {files: p.md, description: the house rules}}")
+    workspace.start()
+    workspace.wait_settled()
+    workspace.ask("m/p")
+    table = workspace.cli("status").stdout
+    for words in ("m/p", "fresh", "the house rules", "model m: ready", "1 hit"):
+        assert words in table
+    data = json.loads(workspace.cli("status", "--json").stdout)
+    assert data["prompts"][0]["description"] == "the house rules"
+    assert data["prompts"][0]["hits"] == 1
+    assert data["version"] == __version__
+
+
+def test_min_tokens(workspace: Workspace) -> None:
+    """A prompt below cache.min_tokens is left uncached and says so; lowering the limit builds it, raising drops it."""
+    workspace.memory_model()
+    workspace.write("p.md", "Text.")
+    workspace.declare("{p: p.md}", top="cache: {min_tokens: 1000}")
+    workspace.start()
+    shown = workspace.wait_state("p", "uncached")
+    assert "cache.min_tokens is 1000" in shown["reason"]
+    assert workspace.ask("m/p")["rkcached"]["state"] == "uncached"
+    workspace.declare("{p: p.md}", top="cache: {min_tokens: 10}")
+    workspace.wait_state("p", "fresh")
+    workspace.declare("{p: p.md}", top="cache: {min_tokens: 2000}")
+    workspace.wait_state("p", "uncached")
+    wait_until(lambda: not list((workspace.cache / "m").glob("p.*")), "the artifact left the disk")
+
+
+def test_no_gain(workspace: Workspace) -> None:
+    """A prompt whose cache was measured not to help is shown as no gain, with both figures."""
+    workspace.memory_model(load_ms=0)
+    workspace.write("p.md", "Text.")
+    workspace.declare("{p: p.md}")
+    workspace.start()
+    workspace.wait_settled()
+    sidecar = workspace.cache / "m/p.json"
+    workspace.stop()
+    data = json.loads(sidecar.read_text())
+    data["figures"] |= {"cold_ttft_ms": 5.0, "warm_ttft_ms": 7.0}
+    sidecar.write_text(json.dumps(data))
+    workspace.start()
+    assert workspace.prompt("p")["reason"] == "no gain: 7 ms with the cache, 5 ms without"
+    assert "no gain" in workspace.cli("status").stdout
+
+
+def test_regenerate(two_prompts: Workspace) -> None:
+    """Regenerate builds fresh prompts anew and waits; unknown names are refused; M7's answer with --json."""
+    before = len(two_prompts.built())
+    assert "m/a ... 64 tokens" in two_prompts.cli("regenerate", "m/a").stdout
+    assert two_prompts.built()[before:] == ["a"]
+    answers = json.loads(two_prompts.cli("regenerate", "--all", "--json").stdout)
+    assert [(x["object"], x["cache_name"]) for x in answers] == [
+        ("binary_cache.created", "a"),
+        ("binary_cache.created", "b"),
+    ]
+    assert answers[0]["message"].startswith("Binary cache generated successfully (")
+    assert "known: m/a, m/b" in two_prompts.cli("regenerate", "m/zzz", code=os.EX_NOINPUT).stderr
+    assert "--all" in two_prompts.cli("regenerate", code=os.EX_USAGE).stderr
+
+
+def test_verify(two_prompts: Workspace) -> None:
+    """Verify re-reads every artifact; --deep loads it; damage of any file is found and named; exit code 65."""
+    done = two_prompts.cli("verify", "--deep")
+    assert done.stdout.count("matches its sidecar; loads, 64 tokens") == 2
+    two_prompts.stop()
+    path = two_prompts.cache / "m/a.memory_cache"
+    data = bytearray(path.read_bytes())
+    info = path.stat()
+    data[-1] ^= 1
+    path.write_bytes(data)
+    os.utime(path, ns=(info.st_atime_ns, info.st_mtime_ns))
+    (two_prompts.cache / "m/b.bin").write_text("not the text")
+    done = two_prompts.cli("verify", code=os.EX_DATAERR)
+    assert "FAILED  m/a  a.memory_cache does not have the SHA-256 of its sidecar" in done.stdout
+    assert "FAILED  m/b  b.bin does not have the SHA-256 of its sidecar" in done.stdout
+    two_prompts.start()
+    two_prompts.wait_settled()
+    assert two_prompts.cli("verify", "m/a").stdout.startswith("ok")
+
+
+def test_chat(two_prompts: Workspace) -> None:
+    """Chat streams an answer and says what was measured; it reads a pipe; --cold and --json work."""
+    done = two_prompts.cli("chat", "m/a", "hello", "--max-tokens", "12")
+    assert done.stdout.strip()
+    assert "hit on a: first token after" in done.stderr
+    assert "64 of " in done.stderr
+    piped = two_prompts.cli("chat", "m/a", "--max-tokens", "12", stdin="hello\n")
+    assert piped.stdout == done.stdout
+    assert "[cold: " in two_prompts.cli("chat", "m/a", "hello", "--cold").stderr
+    answer = json.loads(two_prompts.cli("chat", "m/a", "hello", "--json").stdout)
+    assert answer["rkcached"]["state"] == "hit"
+    assert "known models: m" in two_prompts.cli("chat", "nope", "hello", code=os.EX_SOFTWARE).stderr
+    assert "no question" in two_prompts.cli("chat", "m/a", stdin="", code=os.EX_USAGE).stderr
+
+
+def test_schema(workspace: Workspace) -> None:
+    """Schema prints the manifest's JSON schema."""
+    schema = json.loads(workspace.cli("schema").stdout)
+    assert schema["$schema"] == "https://json-schema.org/draft/2020-12/schema"
+    assert set(schema["properties"]) >= {"version", "engine", "cache", "models"}
+
+
+def test_layout_and_modes(two_prompts: Workspace) -> None:
+    """The store's layout is {model}/{name}.memory_cache, .bin (the prefix), .json; private modes."""
+    folder = two_prompts.cache / "m"
+    assert sorted(p.name for p in folder.iterdir()) == [
+        f"{name}.{suffix}" for name in "ab" for suffix in ("bin", "json", "memory_cache")
+    ]
+    assert (folder / "a.bin").read_text() == "<|im_start|>system\nYou are prompt A.<|im_end|>\n<|im_start|>user\n"
+    sidecar = json.loads((folder / "a.json").read_text())
+    assert sidecar["size_bytes"] == (folder / "a.memory_cache").stat().st_size
+    assert sidecar["components"]["params.temperature"] == "0.8"
+    for path in folder.iterdir():
+        assert stat.S_IMODE(path.stat().st_mode) == 0o640
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o750
+    assert stat.S_IMODE(two_prompts.socket.stat().st_mode) == 0o660
+    assert "You are prompt A" not in two_prompts.log_text()
+
+
+def test_socket_path_too_long(workspace: Workspace) -> None:
+    """A path that no socket can have is refused with both lengths."""
+    workspace.memory_model()
+    workspace.declare("{}")
+    done = workspace.cli("run", "--socket", str(workspace.root / ("x" * 120)), code=os.EX_CANTCREAT)
+    assert "107" in done.stderr
+    assert "--socket" in done.stderr
+
+
+def test_socket_taken(two_prompts: Workspace) -> None:
+    """A live daemon's socket is not taken over; its owner goes on."""
+    done = two_prompts.cli("run", "--cache-dir", str(two_prompts.root / "other"), code=os.EX_CANTCREAT)
+    assert "another daemon listens" in done.stderr
+    assert two_prompts.ask("m/a")["rkcached"]["state"] == "hit"
+
+
+def test_socket_stale_or_no_socket(workspace: Workspace) -> None:
+    """A socket that nobody listens on is replaced; a file that is no socket is never touched."""
+    workspace.memory_model()
+    workspace.declare("{}")
+    with socket.socket(socket.AF_UNIX) as dead:
+        dead.bind(str(workspace.socket))
+    workspace.start()
+    assert workspace.stop() == 0
+    workspace.socket.write_text("precious")
+    done = workspace.cli("run", code=os.EX_CANTCREAT)
+    assert "not a socket" in done.stderr
+    assert workspace.socket.read_text() == "precious"
+
+
+def test_cache_directory_locked(two_prompts: Workspace) -> None:
+    """A second daemon on one store is refused and told the pid of the first; plan still works."""
+    assert two_prompts.process is not None
+    done = two_prompts.cli("run", "--socket", str(two_prompts.root / "t.sock"), code=os.EX_TEMPFAIL)
+    assert f"pid {two_prompts.process.pid}" in done.stderr
+    assert "nothing to do" in two_prompts.cli("plan").stdout
+
+
+def test_cache_directory_not_writable(workspace: Workspace) -> None:
+    """A cache directory that cannot be made is a sentence with the next step."""
+    workspace.memory_model()
+    workspace.declare("{}")
+    workspace.write("file", "x")
+    done = workspace.cli("run", "--cache-dir", str(workspace.root / "file/cache"), code=os.EX_CANTCREAT)
+    assert "--cache-dir" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [(b"hello, I am no model", "is not a memory-engine model"), (b'{"rkcached_memory_model": ', "m")],
+)
+def test_model_file_unusable(workspace: Workspace, content: bytes, words: str) -> None:
+    """A model that is none, or truncated, blocks its prompts and refuses requests with the reason; then it heals."""
+    workspace.write("m.model", content)
+    workspace.write("p.md", "Text.")
+    workspace.declare("{p: p.md}")
+    workspace.start()
+    shown = workspace.wait_state("p", "blocked")
+    assert words in shown["reason"]
+    error = workspace.ask("m/p", status=503)["error"]
+    assert error["code"] == "model_unavailable"
+    workspace.memory_model()
+    workspace.wait_state("p", "fresh")
+    assert workspace.ask("m/p")["rkcached"]["state"] == "hit"
+
+
+def test_model_missing(workspace: Workspace) -> None:
+    """A missing model is said by check with the line of its path, and by the daemon, until it appears."""
+    workspace.write("p.md", "Text.")
+    workspace.declare("{p: p.md}")
+    assert "manifest.yaml:6: source missing" in workspace.cli("check", code=os.EX_CONFIG).stderr
+    workspace.start()
+    assert "m.model" in workspace.wait_state("p", "blocked")["reason"]
+    workspace.memory_model()
+    workspace.wait_state("p", "fresh", 5)
+
+
+def test_system_message_impossible(workspace: Workspace) -> None:
+    """A template without system messages blocks the prompt with a hint, and requests without one work."""
+    workspace.memory_model()
+    template = (
+        "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
+        "{{ m.content }}{% endfor %}"
+    )
+    workspace.write("t.jinja", template)
+    workspace.write("p.md", "Text.")
+    workspace.declare("{p: p.md}", model="    chat_template: t.jinja\n")
+    workspace.start()
+    shown = workspace.wait_state("p", "blocked")
+    assert "no system role" in shown["reason"] + shown["hint"] or "system message is impossible" in shown["reason"]
+    assert workspace.ask("m")["rkcached"]["state"] == "cold"
+    workspace.ask("m/p", status=503)
+
+
+def test_budget(workspace: Workspace) -> None:
+    """What does not fit into cache.max_bytes is blocked with the numbers, in manifest order, until there is room."""
+    workspace.memory_model()
+    for name in ("a", "b", "c"):
+        workspace.write(f"{name}.md", name * 60_000)
+    params = "{max_context_len: 100000}"
+    prompts = "{a: a.md, b: b.md, c: c.md}"
+    workspace.memory_model(context_tokens=100_000)
+    workspace.declare(prompts, params=params, top="cache: {max_bytes: 1MiB}")
+    workspace.start()
+    workspace.wait_settled()
+    assert [workspace.prompt(name)["state"] for name in "abc"] == ["fresh", "blocked", "blocked"]
+    assert "1,048,576" in workspace.prompt("b")["reason"]
+    workspace.declare(prompts, params=params, top="cache: {max_bytes: 1200KiB}")
+    workspace.wait_state("b", "fresh")
+    workspace.wait_settled()
+    assert workspace.prompt("c")["state"] == "blocked"
+
+
+def test_example_manifest_is_the_documentation(workspace: Workspace) -> None:
+    """The shipped example names every key of the schema, and check understands it."""
+    example = Path(__file__).parents[2] / "etc/rkcached/manifest.example.yaml"
+    assert yaml.safe_load(example.read_text())["version"] == 1
+    done = workspace.cli("check", "--manifest", str(example), code=os.EX_CONFIG)
+    assert "source missing" in done.stderr
+    assert "unknown" not in done.stderr

@@ -1,0 +1,153 @@
+"""The whole program on a real model: SmolLM2-135M through llama.cpp, real KV caches, and the demo."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+from conftest import Workspace, wait_until
+
+pytestmark = pytest.mark.model
+
+SYSTEM = "You are a ship's cook. You answer in one short sentence, and you never forget the salt. " * 6
+
+
+@pytest.fixture
+def ship(workspace: Workspace, small_model: Path) -> Iterator[Workspace]:
+    """A daemon with one prompt of about 120 tokens on the real model."""
+    workspace.write("cook.md", SYSTEM)
+    workspace.write(
+        "manifest.yaml",
+        f"version: 1\nengine: {{kind: llamacpp}}\nmodels:\n  m:\n    path: {small_model}\n"
+        "    params: {max_context_len: 1024, max_new_tokens: 32, temperature: 0}\n    prompts: {cook: cook.md}\n",
+    )
+    workspace.start()
+    workspace.wait_state("cook", "fresh", 60)
+    return workspace
+
+
+def test_edit_rebuild_serve_restart(ship: Workspace) -> None:
+    """The main job: build, hit, edit, rebuild, hit, restart, hit; the files are llama.cpp's."""
+    tokens = ship.prompt("cook")["artifact"]["tokens"]
+    cold = ship.ask("m/cook", "What is for dinner?", cache=False)
+    assert cold["usage"]["prompt_tokens_details"]["cached_tokens"] == 0
+    warm = ship.ask("m/cook", "What is for dinner?")
+    assert warm["rkcached"]["state"] == "hit"
+    assert warm["usage"]["prompt_tokens_details"]["cached_tokens"] == tokens
+    assert warm["usage"]["prompt_tokens"] > tokens
+    assert warm["choices"][0]["message"]["content"].strip()
+    path = ship.cache / "m/cook.llama_cache"
+    assert path.read_bytes()[:4] == b"qsgg"  # llama.cpp's magic for the state of a sequence, "ggsq" in little-endian
+    before = path.stat().st_ino
+    ship.write("cook.md", SYSTEM.replace("cook", "carpenter"))
+    wait_until(lambda: len(ship.built()) == 2, "the edited prompt was built", 60)
+    ship.wait_settled()
+    assert path.stat().st_ino != before
+    assert ship.ask("m/cook")["rkcached"]["state"] == "hit"
+    assert ship.stop() == 0
+    ship.start()
+    report = ship.ask("m/cook")["rkcached"]
+    assert (report["state"], report["cached_tokens"]) == ("hit", ship.prompt("cook")["artifact"]["tokens"])
+    assert ship.built() == ["cook", "cook"]
+
+
+def test_verify_deep(ship: Workspace) -> None:
+    """Verify --deep loads the prompt cache into the model."""
+    tokens = ship.prompt("cook")["artifact"]["tokens"]
+    assert f"loads, {tokens} tokens" in ship.cli("verify", "--deep").stdout
+
+
+def test_no_tcp_port(ship: Workspace) -> None:
+    """The embedded server listens on a private Unix socket, never on a port."""
+    family = [psutil.Process(ship.process.pid), *ship.children()] if ship.process else []
+    assert len(family) == 2
+    assert [c for process in family for c in process.net_connections("inet")] == []
+    sockets = [c.laddr for process in family for c in process.net_connections("unix") if c.laddr]
+    private = [Path(path) for path in sockets if "rkcached-" in path]
+    assert private
+    assert all(path.parent.stat().st_mode & 0o077 == 0 for path in private)
+
+
+def test_truncated_model(workspace: Workspace, small_model: Path) -> None:
+    """A truncated GGUF file blocks its prompts with llama.cpp's own reason; a file that is none is told from it."""
+    workspace.write("m.gguf", small_model.read_bytes()[:5_000_000])
+    workspace.write("p.md", "Text.")
+    workspace.write(
+        "manifest.yaml",
+        "version: 1\nmodels:\n  m: {path: m.gguf, prompts: {p: p.md}}\n  n: {path: p.md, prompts: {p: p.md}}\n",
+    )
+    assert "p.md is not a GGUF model" in workspace.cli("check", code=os.EX_CONFIG).stderr
+    workspace.start()
+    reason = workspace.wait_state("p", "blocked", 60)["reason"]
+    assert "m.gguf" in reason
+    assert "truncated" in reason or "corrupted or incomplete" in reason
+    assert workspace.prompt("p", "n")["state"] == "blocked"
+
+
+def test_damaged_cache_is_never_loaded(ship: Workspace) -> None:
+    """A truncated prompt cache, over which llama.cpp would abort, is noticed, answered cold, and rebuilt."""
+    assert ship.stop() == 0
+    path = ship.cache / "m/cook.llama_cache"
+    path.write_bytes(path.read_bytes()[:-1000])
+    ship.start()
+    assert ship.ask("m/cook")["rkcached"]["state"] in ("corrupt", "building")
+    wait_until(lambda: len(ship.built()) == 2, "the damaged cache was rebuilt", 60)
+    ship.wait_settled()
+    assert ship.ask("m/cook")["rkcached"]["state"] == "hit"
+    assert ship.status()["models"][0]["restarts"] == 0
+
+
+def test_demo(tmp_path: Path, small_model: Path) -> None:
+    """The demo stays up after its table, says what to try, and Ctrl-C ends it cleanly with its daemon."""
+    prompts = tmp_path / "demo/prompts"
+    prompts.mkdir(parents=True)
+    for name in ("reviewer", "greenhouse"):  # short ones, as a visitor may have written
+        (prompts / f"{name}.md").write_text(f"You are the {name}. " + SYSTEM)
+    output = tmp_path / "output"
+    with output.open("wb") as out:
+        demo = subprocess.Popen(
+            [sys.executable, "-m", "rkcached", "demo", "--model", str(small_model)],
+            cwd=tmp_path,
+            stdout=out,
+            stderr=out,
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+    try:
+        wait_until(lambda: "Ctrl-C ends the demo" in output.read_text() or demo.poll() is not None, "it is up", 90)
+        text = output.read_text()
+        assert "smollm2-135m/greenhouse" in text
+        assert "cached tokens" in text
+        assert "curl -s --unix-socket" in text
+        family = psutil.Process(demo.pid).children(recursive=True)
+        demo.send_signal(signal.SIGINT)
+        assert demo.wait(10) == 0
+        assert psutil.wait_procs(family, timeout=1)[1] == []
+        assert "Traceback" not in output.read_text()
+    finally:
+        if demo.poll() is None:
+            demo.terminate()
+            demo.wait(10)
+
+
+def test_demo_once_again(tmp_path: Path, small_model: Path) -> None:
+    """The second run of the demo rebuilds nothing and starts within a few seconds."""
+    (tmp_path / "demo/prompts").mkdir(parents=True)
+    for name in ("reviewer", "greenhouse"):
+        (tmp_path / f"demo/prompts/{name}.md").write_text(f"You are the {name}. " + SYSTEM)
+    command = [sys.executable, "-m", "rkcached", "demo", "--once", "--model", str(small_model)]
+    first = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=120)
+    assert first.returncode == 0, first.stdout + first.stderr
+    assert first.stderr.count("artifact built") == 2
+    started = time.monotonic()
+    second = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=120)
+    assert second.returncode == 0, second.stdout + second.stderr
+    assert "build started" not in second.stderr
+    assert time.monotonic() - started < 20

@@ -1,0 +1,314 @@
+"""What a change of manifest or sources does to the fingerprint of which prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import pytest
+import yaml
+
+from rkcached.desired import (
+    Declaration,
+    Desired,
+    DesiredModel,
+    ModelSource,
+    PromptSource,
+    Resolver,
+    RuntimeSource,
+    Sources,
+)
+from rkcached.fingerprint import changes
+from rkcached.manifest import Manifest, parse
+from rkcached.plan import Key, Trouble
+from rkcached.template import BUILTIN
+
+RULES, PLAIN, OTHER = Key("m", "rules"), Key("m", "plain"), Key("n", "rules")
+TROUBLE = Trouble(message="the file is gone", hint="bring it back")
+NO_SYSTEM = "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system') }}{% endif %}{% endfor %}"
+PICKY = (
+    "{% for m in messages %}{% if m.content == 'Be rude.' %}{{ raise_exception('not that') }}{% endif %}"
+    "{{ m.role }}: {{ m.content }}\n{% endfor %}"
+)
+
+
+@dataclass
+class World:
+    """A manifest and its sources, to be changed one thing at a time."""
+
+    manifest: dict[str, object] = field(default_factory=dict)
+    models: dict[str, dict[str, object]] = field(
+        default_factory=lambda: {
+            "m": {"path": "m.gguf", "params": {"temperature": 0.5}, "prompts": {"rules": "r.md", "plain": "p.md"}},
+            "n": {"path": "n.gguf", "prompts": {"rules": "r.md"}},
+        }
+    )
+    texts: dict[Key, str | Trouble] = field(
+        default_factory=lambda: {RULES: "Be brief.", PLAIN: "Be kind.", OTHER: "Be brief."}
+    )
+    digests: dict[str, str | Trouble] = field(default_factory=lambda: {"m": "11" * 32, "n": "22" * 32})
+    templates: dict[str, str] = field(default_factory=lambda: {"m": BUILTIN["chatml"], "n": BUILTIN["chatml"]})
+    runtime: RuntimeSource | Trouble = field(default_factory=lambda: RuntimeSource(version="1", digest="aa" * 32))
+
+    def parsed(self) -> Manifest:
+        document = {"version": 1, **self.manifest, "models": self.models}
+        return parse(yaml.safe_dump(document), file=Path("/etc/manifest.yaml"))
+
+    def sources(self) -> Sources:
+        return Sources(
+            runtime=self.runtime,
+            models={
+                name: digest
+                if isinstance(digest, Trouble)
+                else ModelSource(digest=digest, template_source=self.templates[name])
+                for name, digest in self.digests.items()
+            },
+            prompts={key: Declaration(source=source(text), description=str(key)) for key, text in self.texts.items()},
+        )
+
+    def resolve(self, resolver: Resolver | None = None) -> Desired:
+        return (resolver or Resolver()).resolve(self.parsed(), self.sources())
+
+
+def source(text: str | Trouble) -> PromptSource | Trouble:
+    return text if isinstance(text, Trouble) else PromptSource(text=text, digest=f"digest of {text}")
+
+
+def differing(before: World, after: World) -> dict[Key, list[str]]:
+    """The prompts whose fingerprint changed, and the components that did."""
+    old, new = before.resolve(), after.resolve()
+    found = {}
+    for key in old.prompts:
+        was, now = old.fingerprint(key), new.fingerprint(key)
+        assert was is not None
+        assert now is not None
+        assert (was.digest == now.digest) == (was.components == now.components)
+        if was.digest != now.digest:
+            found[key] = [change.component for change in changes(was.components, now.components)]
+    return found
+
+
+def with_model(name: str, **more: object) -> World:
+    world = World()
+    world.models[name] |= more
+    return world
+
+
+def test_the_same_world_gives_the_same_fingerprints() -> None:
+    """Also from a resolver that has seen it before."""
+    resolver = Resolver()
+    assert World().resolve(resolver).prompts == World().resolve(resolver).prompts == World().resolve().prompts
+    assert differing(World(), World()) == {}
+
+
+def test_a_parameter_of_a_model_changes_its_prompts_alone() -> None:
+    """Those of other models stay as they are."""
+    after = with_model("m", params={"temperature": 0.6})
+    assert differing(World(), after) == {key: ["params.temperature"] for key in (RULES, PLAIN)}
+
+
+def test_a_parameter_of_a_prompt_changes_that_prompt_alone() -> None:
+    """Its neighbour in the same model keeps its cache."""
+    after = with_model("m", prompts={"rules": {"files": "r.md", "params": {"temperature": 0.6}}, "plain": "p.md"})
+    assert differing(World(), after) == {RULES: ["params.temperature"]}
+
+
+def test_a_prompt_that_overrides_a_parameter_does_not_see_the_models() -> None:
+    """What is effective counts, not where it is written."""
+    override = {"rules": {"files": "r.md", "params": {"temperature": 0.2}}, "plain": "p.md"}
+    before, after = with_model("m", prompts=override), with_model("m", prompts=override, params={"temperature": 0.6})
+    assert differing(before, after) == {PLAIN: ["params.temperature"]}
+
+
+def test_writing_a_default_out_changes_nothing() -> None:
+    """Nor does 1 instead of 1.0."""
+    assert differing(World(), with_model("n", params={"temperature": 0.8, "repeat_penalty": 1.1})) == {}
+    one = with_model("n", params={"top_p": 1})
+    assert differing(one, with_model("n", params={"top_p": 1.0})) == {}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"max_new_tokens": 9},
+        {"temperature": 0.1},
+        {"top_k": 1},
+        {"top_p": 0.1},
+        {"repeat_penalty": 2.0},
+        {"frequency_penalty": 1.0},
+        {"presence_penalty": 1.0},
+    ],
+    ids=lambda change: next(iter(change)),
+)
+def test_sampling_counts_unless_the_fingerprint_is_kv(change: dict[str, float]) -> None:
+    """`full` follows the project's rule, `kv` what a KV state really depends on."""
+    before, after = World(), with_model("n", params=change)
+    assert differing(before, after) == {OTHER: [f"params.{name}" for name in change]}
+    for world in (before, after):
+        world.manifest["cache"] = {"fingerprint": "kv"}
+    assert differing(before, after) == {}
+
+
+@pytest.mark.parametrize("mode", ["full", "kv"])
+def test_the_context_length_always_counts(mode: str) -> None:
+    """It shapes the KV state itself."""
+    before, after = World(), with_model("n", params={"max_context_len": 2048})
+    for world in (before, after):
+        world.manifest["cache"] = {"fingerprint": mode}
+    assert differing(before, after) == {OTHER: ["params.max_context_len"]}
+
+
+def test_another_model_file_changes_the_prompts_of_that_model() -> None:
+    """By its content; its path is no component."""
+    after = World()
+    after.digests["n"] = "33" * 32
+    assert differing(World(), after) == {OTHER: ["model.digest"]}
+    assert differing(World(), with_model("n", path="elsewhere.gguf")) == {}
+
+
+def test_another_runtime_changes_every_prompt() -> None:
+    """By its content and by its version."""
+    everything = (RULES, PLAIN, OTHER)
+    rebuilt = replace(World(), runtime=RuntimeSource(version="1", digest="bb" * 32))
+    renumbered = replace(World(), runtime=RuntimeSource(version="2", digest="aa" * 32))
+    assert differing(World(), rebuilt) == dict.fromkeys(everything, ["runtime.digest"])
+    assert differing(World(), renumbered) == dict.fromkeys(everything, ["runtime.version"])
+
+
+def test_another_engine_changes_every_prompt() -> None:
+    """A prompt cache of one engine is of no use to another."""
+    after = replace(World(), manifest={"engine": {"kind": "memory"}})
+    assert set(differing(World(), after)) == {RULES, PLAIN, OTHER}
+
+
+def test_threads_change_no_fingerprint_but_the_worker() -> None:
+    """More threads give the same state, in another process."""
+    after = replace(World(), manifest={"engine": {"threads": 2}})
+    assert differing(World(), after) == {}
+    was, now = World().resolve().models["n"], after.resolve().models["n"]
+    assert isinstance(was, DesiredModel)
+    assert isinstance(now, DesiredModel)
+    assert was.identity != now.identity
+
+
+def test_another_template_changes_the_prompts_of_that_model() -> None:
+    """Its digest, and what it renders."""
+    after = World()
+    after.templates["n"] = BUILTIN["phi"]
+    assert set(differing(World(), after)) == {OTHER}
+    assert "template.digest" in differing(World(), after)[OTHER]
+
+
+def test_a_template_that_renders_the_same_prefix_still_counts() -> None:
+    """It may render the request otherwise, and then its prompt cache would not be the request's beginning."""
+    after = World()
+    after.templates["n"] = BUILTIN["chatml"] + "{# a comment #}"
+    assert differing(World(), after) == {OTHER: ["template.digest"]}
+
+
+def test_thinking_counts_even_where_the_template_ignores_it() -> None:
+    """Unset, on and off are three different things."""
+    worlds = [World(), with_model("n", thinking=True), with_model("n", thinking=False)]
+    prints = [world.resolve().fingerprint(OTHER) for world in worlds]
+    assert len({made.digest for made in prints if made}) == 3
+
+
+def test_another_text_changes_that_prompt_alone() -> None:
+    """By the digest of what is prefilled, and its length."""
+    after = World()
+    after.texts[PLAIN] = "Be very kind."
+    assert differing(World(), after) == {PLAIN: ["prefix.bytes", "prefix.digest"]}
+
+
+def test_a_renamed_prompt_keeps_its_fingerprint() -> None:
+    """A name is never a component: neither the prompt's nor the model's."""
+    desired = World().resolve()
+    renamed = World(
+        models={"x": World().models["n"] | {"prompts": {"house": "r.md"}}},
+        texts={Key("x", "house"): "Be brief."},
+        digests={"x": "22" * 32},
+        templates={"x": BUILTIN["chatml"]},
+    ).resolve()
+    assert desired.fingerprint(OTHER) == renamed.fingerprint(Key("x", "house"))
+
+
+def test_prompts_keep_their_order_and_description() -> None:
+    """Manifest order decides about the budget."""
+    desired = World().resolve()
+    assert list(desired.prompts) == [RULES, PLAIN, OTHER]
+    assert [prompt.description for prompt in desired.prompts.values()] == ["m/rules", "m/plain", "n/rules"]
+
+
+def troubles(desired: Desired) -> Mapping[Key, str]:
+    return {key: prompt.trouble.message for key, prompt in desired.prompts.items() if prompt.trouble}
+
+
+def test_trouble_with_a_file_is_that_prompts_alone() -> None:
+    """It has no fingerprint and no text; the others have theirs."""
+    world = World()
+    world.texts[PLAIN] = TROUBLE
+    desired = world.resolve()
+    assert troubles(desired) == {PLAIN: "the file is gone"}
+    assert desired.fingerprint(PLAIN) is None
+    assert set(desired.texts) == {RULES, OTHER}
+
+
+def test_trouble_with_a_model_is_that_of_its_prompts() -> None:
+    """And the model itself says so to a request."""
+    world = World()
+    world.digests["n"] = TROUBLE
+    desired = world.resolve()
+    assert troubles(desired) == {OTHER: "the file is gone"}
+    assert desired.models["n"] == TROUBLE
+
+
+def test_a_prompts_own_trouble_is_told_before_its_models() -> None:
+    """The nearest cause is the one that a person can act upon."""
+    world = World()
+    world.digests["n"] = Trouble(message="no model")
+    world.texts[OTHER] = TROUBLE
+    assert troubles(world.resolve()) == {OTHER: "the file is gone"}
+
+
+def test_trouble_with_the_runtime_is_everybodys() -> None:
+    """Nothing can be built or answered."""
+    desired = replace(World(), runtime=TROUBLE).resolve()
+    assert troubles(desired) == dict.fromkeys((RULES, PLAIN, OTHER), "the file is gone")
+    assert set(desired.models.values()) == {TROUBLE}
+
+
+def test_a_template_that_does_not_parse_is_its_models_trouble() -> None:
+    """With the template's line."""
+    world = World()
+    world.templates["n"] = "\n{% if"
+    model = world.resolve().models["n"]
+    assert isinstance(model, Trouble)
+    assert "line 2" in model.message
+    assert set(troubles(world.resolve())) == {OTHER}
+
+
+def test_a_template_that_refuses_system_messages_still_answers_requests() -> None:
+    """The prompts are in trouble; the model is not."""
+    world = World()
+    world.templates["n"] = NO_SYSTEM + "{{ messages[-1].content }}"
+    desired = world.resolve()
+    assert set(troubles(desired)) == {OTHER}
+    assert "a system message is impossible with this template" in troubles(desired)[OTHER]
+    assert isinstance(desired.models["n"], DesiredModel)
+
+
+def test_a_template_that_refuses_one_text_is_trouble_of_that_prompt_only() -> None:
+    """Its neighbour renders; and when the text is changed, the trouble is over."""
+    world, resolver = World(), Resolver()
+    world.templates["m"] = PICKY
+    world.texts[RULES] = "Be rude."
+    assert set(troubles(world.resolve(resolver))) == {RULES}
+    assert set(troubles(world.resolve(resolver))) == {RULES}
+    world.texts[RULES] = "Be polite."
+    assert troubles(world.resolve(resolver)) == {}
+
+
+def test_an_undeclared_prompt_has_no_fingerprint() -> None:
+    """Asking is not an error."""
+    assert World().resolve().fingerprint(Key("m", "nobody")) is None

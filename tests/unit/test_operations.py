@@ -1,0 +1,352 @@
+"""What a worker does with its engine: a build must prove itself, and an answer is right with or without its cache."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TypeVar
+
+import msgspec
+import pytest
+
+from rkcached.digests import Signature
+from rkcached.engines.base import FinishReason, ModelSpec, OnProgress, RunStats, Sampling
+from rkcached.engines.memory import MemoryEngine, MemoryModel, expected_text
+from rkcached.errors import Aborted, ArtifactLoadError, ContextExceeded, PromptTooShort, Uncacheable, VerifyFailed
+from rkcached.worker import protocol
+from rkcached.worker.operations import Session
+from rkcached.worker.protocol import VerifyMode
+
+PREFIX = "You keep a café in Zürich. "
+PROBE = PREFIX + "What are you for?"
+REQUEST = PREFIX + "Was gibt es heute?"
+TOKENS = len(PREFIX.encode())
+REQUEST_TOKENS = len(REQUEST.encode())
+SAMPLING = Sampling(max_new_tokens=40, temperature=0.0)
+
+EngineType = TypeVar("EngineType", bound=MemoryEngine)
+
+
+class Counting(MemoryEngine):
+    """Counts how often a prompt cache is loaded."""
+
+    loads = 0
+
+    def load(self, path: Path) -> int:
+        self.loads += 1
+        return super().load(path)
+
+
+class Forgetful(MemoryEngine):
+    """Reports a successful prefill and writes no file, as a runtime does for a model that cannot save."""
+
+    def prefill(self, prompt: str, *, save_to: Path, on_progress: OnProgress | None = None) -> RunStats:
+        stats = super().prefill(prompt, save_to=save_to, on_progress=on_progress)
+        save_to.unlink()
+        return stats
+
+
+class Empty(MemoryEngine):
+    """Writes an empty file."""
+
+    def prefill(self, prompt: str, *, save_to: Path, on_progress: OnProgress | None = None) -> RunStats:
+        stats = super().prefill(prompt, save_to=save_to, on_progress=on_progress)
+        save_to.write_bytes(b"")
+        return stats
+
+
+class Wrong(MemoryEngine):
+    """Saves the right tokens with a wrong state, which only the answer shows."""
+
+    def prefill(self, prompt: str, *, save_to: Path, on_progress: OnProgress | None = None) -> RunStats:
+        stats = super().prefill(prompt, save_to=save_to, on_progress=on_progress)
+        data = bytearray(save_to.read_bytes())
+        data[-1] ^= 1
+        save_to.write_bytes(data)
+        return stats
+
+
+class Useless(MemoryEngine):
+    """Loads without complaint and then has nothing."""
+
+    def load(self, path: Path) -> int:
+        tokens = super().load(path)
+        self.clear()
+        return tokens
+
+
+class Bench:
+    """A session over a memory engine, what it emitted, and a way to stop it."""
+
+    def __init__(self, tmp_path: Path) -> None:
+        self.path = tmp_path / "staged"
+        self.model = tmp_path / "model.json"
+        self.events: list[protocol.FromWorker] = []
+        self.stop = False
+        self.next_id = 0
+
+    def session(self, cls: type[EngineType], model: MemoryModel | None = None) -> tuple[Session, EngineType]:
+        self.model.write_bytes(msgspec.json.encode(model or MemoryModel()))
+        engine = cls(ModelSpec(path=str(self.model), context_tokens=0, scratch_dir=str(self.model.parent)))
+        return Session(engine), engine
+
+    def emit(self, event: protocol.FromWorker) -> None:
+        self.events.append(event)
+
+    def build(
+        self, session: Session, *, verify: VerifyMode = VerifyMode.EXACT, prefix: str = PREFIX, min_tokens: int = 0
+    ) -> protocol.Built:
+        self.next_id += 1
+        operation = protocol.Build(
+            id=self.next_id, prefix=prefix, probe=PROBE, path=str(self.path), verify=verify, min_tokens=min_tokens
+        )
+        return session.build(operation, self.emit, lambda: self.stop)
+
+    def built_cache(self, name: str = "a", prefix: str = PREFIX) -> protocol.CacheFile:
+        """A good prompt cache from another session."""
+        path = self.model.parent / f"{name}.cache"
+        _, engine = self.session(MemoryEngine)
+        engine.prefill(prefix, save_to=path)
+        return protocol.CacheFile(path=str(path), signature=Signature.of(path.stat()), fingerprint=name)
+
+    def generate(
+        self, session: Session, cache: protocol.CacheFile | None = None, *, prompt: str = REQUEST, cold: bool = False
+    ) -> tuple[str, RunStats]:
+        self.next_id += 1
+        self.events.clear()
+        operation = protocol.Generate(id=self.next_id, prompt=prompt, sampling=SAMPLING, cache=cache, cold=cold)
+        done = session.generate(operation, self.emit, lambda: self.stop)
+        assert done.id == self.next_id
+        assert {event.id for event in self.events if not isinstance(event, protocol.Ready)} <= {self.next_id}
+        return "".join(event.text for event in self.events if isinstance(event, protocol.Piece)), done.stats
+
+    @property
+    def loaded(self) -> list[protocol.Loaded]:
+        return [event for event in self.events if isinstance(event, protocol.Loaded)]
+
+    def right_answer(self, prompt: str = REQUEST) -> str:
+        return expected_text(self.model.read_bytes(), prompt, SAMPLING)
+
+
+@pytest.fixture
+def bench(tmp_path: Path) -> Bench:
+    return Bench(tmp_path)
+
+
+# --- build ---
+
+
+@pytest.mark.parametrize("verify", VerifyMode)
+def test_a_build_leaves_a_file_that_helps_and_reports_what_it_cost(bench: Bench, verify: VerifyMode) -> None:
+    """Its figures are those of the proof that was asked for; progress ends with all tokens."""
+    session, engine = bench.session(Counting, MemoryModel(prefill_us_per_token=20))
+    built = bench.build(session, verify=verify)
+    assert (built.tokens, built.verified) == (TOKENS, verify)
+    assert built.prefill_ms > 0
+    measured = [built.load_ms > 0, built.cold_ttft_ms > built.prefill_ms, built.warm_ttft_ms > 0]
+    assert measured == [verify is not VerifyMode.OFF] * 3
+    assert engine.loads == (verify is not VerifyMode.OFF)
+    assert bench.events[-1] == protocol.Progress(id=1, done_tokens=TOKENS, total_tokens=TOKENS)
+    assert MemoryEngine.load(engine, bench.path) == TOKENS
+
+
+def test_a_wrong_state_is_not_published(bench: Bench) -> None:
+    """Its tokens match and it is a hit; the probe's answer gives it away."""
+    session, _ = bench.session(Wrong)
+    with pytest.raises(VerifyFailed, match="differs"):
+        bench.build(session)
+    assert bench.build(session, verify=VerifyMode.HIT).tokens == TOKENS
+
+
+@pytest.mark.parametrize("verify", [VerifyMode.HIT, VerifyMode.EXACT])
+def test_a_file_that_loads_and_does_not_help_is_not_published(bench: Bench, verify: VerifyMode) -> None:
+    """No success code is believed."""
+    session, _ = bench.session(Useless)
+    with pytest.raises(VerifyFailed, match=f"0 of {TOKENS} tokens"):
+        bench.build(session, verify=verify)
+
+
+@pytest.mark.parametrize("cls", [Forgetful, Empty])
+def test_success_without_a_file_is_uncacheable(bench: Bench, cls: type[MemoryEngine]) -> None:
+    """Also when the file is empty, and even without verification."""
+    session, _ = bench.session(cls)
+    with pytest.raises(Uncacheable):
+        bench.build(session, verify=VerifyMode.OFF)
+
+
+def test_a_prompt_below_min_tokens_is_not_prefilled(bench: Bench) -> None:
+    """Both numbers are told; at the limit it is built."""
+    session, _ = bench.session(MemoryEngine)
+    with pytest.raises(PromptTooShort) as caught:
+        bench.build(session, min_tokens=TOKENS + 1)
+    assert (caught.value.tokens, caught.value.limit) == (TOKENS, TOKENS + 1)
+    assert not bench.path.exists()
+    assert bench.build(session, min_tokens=TOKENS).tokens == TOKENS
+
+
+@pytest.mark.parametrize("context_tokens", [TOKENS - 1, TOKENS])
+def test_a_prompt_that_leaves_no_room_for_an_answer_is_too_long(bench: Bench, context_tokens: int) -> None:
+    """Both numbers are told."""
+    session, _ = bench.session(MemoryEngine, MemoryModel(context_tokens=context_tokens))
+    with pytest.raises(ContextExceeded) as caught:
+        bench.build(session)
+    assert (caught.value.tokens, caught.value.limit) == (TOKENS, context_tokens)
+
+
+def test_a_build_that_is_stopped_is_aborted(bench: Bench) -> None:
+    """Before its probe at the latest."""
+    session, _ = bench.session(MemoryEngine)
+    bench.stop = True
+    with pytest.raises(Aborted):
+        bench.build(session)
+    bench.stop = False
+    assert bench.build(session).tokens == TOKENS
+
+
+def test_a_model_that_cannot_save_is_uncacheable(bench: Bench) -> None:
+    """The engine says so itself."""
+    session, _ = bench.session(MemoryEngine, MemoryModel(can_save=False))
+    with pytest.raises(Uncacheable):
+        bench.build(session)
+
+
+# --- generate ---
+
+
+def test_an_answer_from_a_cache_prefills_only_the_question(bench: Bench) -> None:
+    """And it is the right one."""
+    cache = bench.built_cache()
+    session, _ = bench.session(MemoryEngine)
+    text, stats = bench.generate(session, cache)
+    assert text == bench.right_answer()
+    assert (stats.cached_tokens, stats.prefill_tokens) == (TOKENS, REQUEST_TOKENS - TOKENS)
+    assert [(loaded.tokens, loaded.error) for loaded in bench.loaded] == [(TOKENS, "")]
+
+
+def test_a_cache_that_is_in_memory_is_not_loaded_again(bench: Bench) -> None:
+    """The second request finds it, also when its question is another; a change of cache loads."""
+    cache, other = bench.built_cache(), bench.built_cache("b", "You are ")
+    session, engine = bench.session(Counting)
+    bench.generate(session, cache)
+    text, stats = bench.generate(session, cache, prompt=PREFIX + "And tomorrow?")
+    assert text == bench.right_answer(PREFIX + "And tomorrow?")
+    assert (engine.loads, bench.loaded, stats.cached_tokens >= TOKENS) == (1, [], True)
+    bench.generate(session, other, prompt="You are kind.")
+    bench.generate(session, cache)
+    assert engine.loads == 3
+
+
+@pytest.mark.parametrize("between", ["build", "no-cache", "check"])
+def test_whatever_replaces_the_state_makes_the_next_request_load(bench: Bench, between: str) -> None:
+    """A build, a request without a cache or a check leave another state in memory."""
+    cache = bench.built_cache()
+    session, engine = bench.session(Counting)
+    bench.generate(session, cache)
+    match between:
+        case "build":
+            bench.build(session, verify=VerifyMode.OFF)
+        case "no-cache":
+            bench.generate(session, None, prompt="Another talk altogether")
+        case "check":
+            session.check(protocol.Check(id=9, cache=bench.built_cache("b", "You are ")))
+    loads = engine.loads
+    text, stats = bench.generate(session, cache)
+    assert (text, engine.loads) == (bench.right_answer(), loads + 1)
+    assert stats.cached_tokens == TOKENS
+
+
+def test_without_a_cache_the_answer_is_right(bench: Bench) -> None:
+    """Nothing is loaded; what memory happens to share is used."""
+    session, _ = bench.session(MemoryEngine)
+    text, stats = bench.generate(session)
+    assert (text, stats.cached_tokens, bench.loaded) == (bench.right_answer(), 0, [])
+
+
+def test_a_cold_request_prefills_everything(bench: Bench) -> None:
+    """Though the state in memory begins with the very same prompt."""
+    session, _ = bench.session(MemoryEngine)
+    bench.generate(session)
+    assert bench.generate(session)[1].cached_tokens > 0
+    text, stats = bench.generate(session, cold=True)
+    assert (text, stats.prefill_tokens) == (bench.right_answer(), REQUEST_TOKENS)
+
+
+def test_a_replaced_file_is_not_loaded(bench: Bench) -> None:
+    """It is not the one that was verified. The answer is cold and right, and the file is not blamed."""
+    cache = bench.built_cache()
+    session, engine = bench.session(Counting)
+    os.utime(cache.path, ns=(1, 1))
+    text, stats = bench.generate(session, cache)
+    assert [(loaded.replaced, bool(loaded.error)) for loaded in bench.loaded] == [(True, True)]
+    assert (text, stats.cached_tokens, engine.loads) == (bench.right_answer(), 0, 0)
+
+
+def test_a_file_that_is_gone_counts_as_replaced(bench: Bench) -> None:
+    """It was evicted between the decision and the load."""
+    cache = bench.built_cache()
+    session, _ = bench.session(MemoryEngine)
+    Path(cache.path).unlink()
+    text, _ = bench.generate(session, cache)
+    assert (text, bench.loaded[0].replaced) == (bench.right_answer(), True)
+
+
+def test_a_file_replaced_while_it_is_loaded_is_forgotten_again(bench: Bench) -> None:
+    """What was read may be of both files."""
+    cache = bench.built_cache()
+
+    class Raced(MemoryEngine):
+        def load(self, path: Path) -> int:
+            tokens = super().load(path)
+            os.utime(path, ns=(1, 1))
+            return tokens
+
+    session, _ = bench.session(Raced)
+    text, stats = bench.generate(session, cache)
+    assert (text, stats.cached_tokens, bench.loaded[0].replaced) == (bench.right_answer(), 0, True)
+
+
+def test_a_damaged_file_is_reported_and_the_answer_is_cold_and_right(bench: Bench) -> None:
+    """The next request tries again: the daemon decides what becomes of the file."""
+    cache = bench.built_cache()
+    path = Path(cache.path)
+    path.write_bytes(path.read_bytes()[:-1])
+    damaged = msgspec.structs.replace(cache, signature=Signature.of(path.stat()))
+    session, engine = bench.session(Counting)
+    for attempt in (1, 2):
+        text, stats = bench.generate(session, damaged, cold=True)
+        assert (text, stats.cached_tokens) == (bench.right_answer(), 0)
+        assert "damaged" in bench.loaded[0].error
+        assert not bench.loaded[0].replaced
+        assert engine.loads == attempt
+
+
+def test_a_request_that_is_stopped_ends_with_an_abort(bench: Bench) -> None:
+    """After its first piece, with the figures so far."""
+    session, _ = bench.session(MemoryEngine)
+    bench.stop = True
+    text, stats = bench.generate(session)
+    assert stats.finish is FinishReason.ABORT
+    assert text
+    assert bench.right_answer().startswith(text)
+
+
+# --- check ---
+
+
+def test_a_check_tells_the_tokens_of_a_good_file(bench: Bench) -> None:
+    """It loads it for real."""
+    cache = bench.built_cache()
+    session, _ = bench.session(MemoryEngine)
+    assert protocol.Checked(id=4, tokens=TOKENS) == session.check(protocol.Check(id=4, cache=cache))
+
+
+def test_a_check_refuses_a_damaged_or_replaced_file(bench: Bench) -> None:
+    """With the reason."""
+    cache = bench.built_cache()
+    session, _ = bench.session(MemoryEngine)
+    Path(cache.path).write_bytes(b"x")
+    with pytest.raises(ArtifactLoadError, match="replaced"):
+        session.check(protocol.Check(id=4, cache=cache))
+    damaged = msgspec.structs.replace(cache, signature=Signature.of(Path(cache.path).stat()))
+    with pytest.raises(ArtifactLoadError, match="not a prompt cache"):
+        session.check(protocol.Check(id=4, cache=damaged))

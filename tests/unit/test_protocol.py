@@ -1,0 +1,198 @@
+"""The wire between daemon and worker: every message survives it, and nothing else gets through."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rkcached import errors
+from rkcached.digests import Signature
+from rkcached.engines.base import EngineInfo, FinishReason, ModelSpec, RunStats, Sampling
+from rkcached.worker import protocol
+from rkcached.worker.protocol import FrameReader, FromWorker, ProtocolError, ToWorker, VerifyMode, frame
+
+TEXT = st.text(st.characters(codec="utf-8"), max_size=20)
+COUNT = st.integers(0, 2**40)
+MS = st.floats(0, 1e9)
+ID = st.integers(0, 2**31)
+SIGNATURES = st.builds(Signature, *[st.integers(0, 2**62)] * 5)
+CACHES = st.builds(protocol.CacheFile, path=TEXT, signature=SIGNATURES, fingerprint=TEXT)
+SAMPLINGS = st.builds(
+    Sampling,
+    max_new_tokens=COUNT,
+    temperature=st.none() | MS,
+    top_k=st.none() | COUNT,
+    seed=st.none() | COUNT,
+    stop=st.lists(TEXT, max_size=3).map(tuple),
+)
+STATS = st.builds(
+    RunStats,
+    finish=st.sampled_from(FinishReason),
+    prompt_tokens=COUNT,
+    cached_tokens=COUNT,
+    prefill_ms=MS,
+    decode_tokens=COUNT,
+    decode_ms=MS,
+)
+MODES = st.sampled_from(VerifyMode)
+SPECS = st.builds(
+    ModelSpec, path=TEXT, context_tokens=COUNT, threads=st.integers(0, 256), library=TEXT, scratch_dir=TEXT
+)
+INFOS = st.builds(
+    EngineInfo, runtime_version=TEXT, context_tokens=COUNT, measures_prefill=st.booleans(), aborts_prefill=st.booleans()
+)
+
+TO_WORKER: dict[type, st.SearchStrategy[ToWorker]] = {
+    protocol.Start: st.builds(protocol.Start, implementation=TEXT, spec=SPECS),
+    protocol.Build: st.builds(
+        protocol.Build, id=ID, prefix=TEXT, probe=TEXT, path=TEXT, verify=MODES, min_tokens=COUNT
+    ),
+    protocol.Generate: st.builds(
+        protocol.Generate, id=ID, prompt=TEXT, sampling=SAMPLINGS, cache=st.none() | CACHES, cold=st.booleans()
+    ),
+    protocol.Check: st.builds(protocol.Check, id=ID, cache=CACHES),
+    protocol.Abort: st.builds(protocol.Abort, id=ID),
+}
+FROM_WORKER: dict[type, st.SearchStrategy[FromWorker]] = {
+    protocol.Ready: st.builds(protocol.Ready, info=INFOS, load_ms=MS),
+    protocol.Progress: st.builds(protocol.Progress, id=ID, done_tokens=COUNT, total_tokens=COUNT),
+    protocol.Loaded: st.builds(
+        protocol.Loaded, id=ID, tokens=COUNT, load_ms=MS, error=TEXT, replaced=st.booleans()
+    ),
+    protocol.Piece: st.builds(protocol.Piece, id=ID, text=TEXT),
+    protocol.Done: st.builds(protocol.Done, id=ID, stats=STATS),
+    protocol.Built: st.builds(
+        protocol.Built,
+        id=ID,
+        tokens=COUNT,
+        prefill_ms=MS,
+        load_ms=MS,
+        cold_ttft_ms=MS,
+        warm_ttft_ms=MS,
+        verified=MODES,
+    ),
+    protocol.Checked: st.builds(protocol.Checked, id=ID, tokens=COUNT),
+    protocol.Failed: st.builds(
+        protocol.Failed, id=ID, error=TEXT, message=TEXT, hint=TEXT, tokens=COUNT, limit=COUNT
+    ),
+}
+
+
+def chunks(data: bytes, cuts: list[int]) -> Iterator[bytes]:
+    places = sorted({0, len(data), *(cut % (len(data) + 1) for cut in cuts)})
+    yield from (data[begin:end] for begin, end in zip(places, places[1:], strict=False))
+
+
+def read(data: bytes, cuts: list[int]) -> list[bytes]:
+    reader = FrameReader()
+    return [body for chunk in chunks(data, cuts) for body in reader.feed(chunk)]
+
+
+def test_every_message_is_tested() -> None:
+    """A new message must be added to the tables above."""
+    assert set(ToWorker.__args__) == set(TO_WORKER)
+    assert set(FromWorker.__args__) == set(FROM_WORKER)
+
+
+@given(st.lists(st.one_of(*TO_WORKER.values()), max_size=5), st.lists(st.integers(0, 9999), max_size=12))
+def test_operations_survive_any_chunking(messages: list[ToWorker], cuts: list[int]) -> None:
+    """What arrives is what was sent, in order, however the stream is cut."""
+    bodies = read(b"".join(map(frame, messages)), cuts)
+    assert messages == [protocol.decode_to_worker(body) for body in bodies]
+
+
+@given(st.lists(st.one_of(*FROM_WORKER.values()), max_size=5), st.lists(st.integers(0, 9999), max_size=12))
+def test_events_survive_any_chunking(messages: list[FromWorker], cuts: list[int]) -> None:
+    """Byte by byte as well as all at once."""
+    data = b"".join(map(frame, messages))
+    assert messages == [protocol.decode_from_worker(body) for body in read(data, cuts)]
+    assert messages == [protocol.decode_from_worker(body) for body in read(data, list(range(len(data))))]
+
+
+@given(st.binary(max_size=60))
+def test_garbage_is_a_protocol_error_and_nothing_else(body: bytes) -> None:
+    """Neither end falls over what the other one, or a library that got hold of the descriptor, writes."""
+    for decode in (protocol.decode_to_worker, protocol.decode_from_worker):
+        with pytest.raises(ProtocolError):
+            decode(body)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b"{}",
+        b"null",
+        b"[]",
+        b'{"type":"nonsense"}',
+        b'{"type":"done"}',
+        b'{"type":"piece","id":1,"text":3}',
+        b'{"type":"piece","id":1,"text":"\xff"}',
+        b'{"type":"piece","id":' + b"9" * 5000 + b"}",
+        b'{"type":"piece","id":1,"text":"","more":' + b"[" * 100_000 + b"]" * 100_000 + b"}",
+    ],
+    ids=["empty", "no-tag", "null", "list", "unknown", "incomplete", "wrong-type", "not-utf8", "huge-int", "deep"],
+)
+def test_a_body_that_is_no_message_is_a_protocol_error(body: bytes) -> None:
+    """Valid JSON is not enough."""
+    with pytest.raises(ProtocolError):
+        protocol.decode_from_worker(body)
+    with pytest.raises(ProtocolError):
+        protocol.decode_to_worker(body)
+
+
+@given(st.binary(max_size=200), st.lists(st.integers(0, 300), max_size=8))
+def test_any_stream_gives_frames_or_a_protocol_error(data: bytes, cuts: list[int]) -> None:
+    """Nothing else is ever raised."""
+    try:
+        read(data, cuts)
+    except ProtocolError:
+        pass
+
+
+def test_a_length_beyond_the_limit_is_refused_before_its_body() -> None:
+    """Four bytes of garbage must not make the daemon wait for gigabytes."""
+    largest = protocol.MAX_FRAME_BYTES.to_bytes(4, "little")
+    assert list(FrameReader().feed(largest)) == []
+    too_large = (protocol.MAX_FRAME_BYTES + 1).to_bytes(4, "little")
+    with pytest.raises(ProtocolError, match="16,777,217 bytes"):
+        list(FrameReader().feed(too_large))
+
+
+def test_frames_before_a_bad_length_are_delivered() -> None:
+    """A worker's last words count even when it ends in garbage."""
+    reader = FrameReader()
+    frames = reader.feed(frame(protocol.Abort(id=7)) + b"\xff\xff\xff\xff")
+    assert protocol.Abort(id=7) == protocol.decode_to_worker(next(frames))
+    with pytest.raises(ProtocolError):
+        next(frames)
+
+
+def family(cls: type[errors.EngineError]) -> Iterator[type[errors.EngineError]]:
+    yield cls
+    for child in cls.__subclasses__():
+        yield from family(child)
+
+
+@pytest.mark.parametrize("cls", list(family(errors.EngineError)))
+def test_every_engine_error_crosses_the_wire(cls: type[errors.EngineError]) -> None:
+    """Class, message, hint and numbers are those that the engine raised."""
+    numbered = issubclass(cls, errors.ContextExceeded | errors.PromptTooShort)
+    error = cls(12, 7) if numbered else cls("what happened", hint="what to do")  # type: ignore[arg-type,call-arg]
+    (body,) = read(frame(protocol.failed(3, error)), [])
+    message = protocol.decode_from_worker(body)
+    assert isinstance(message, protocol.Failed)
+    assert message.id == 3
+    arrived = protocol.engine_error(message)
+    assert cls is type(arrived)
+    assert vars(error) == vars(arrived)
+    assert str(error) == str(arrived)
+
+
+def test_an_engine_error_of_unknown_name_is_a_plain_one() -> None:
+    """A worker of another version does not confuse the daemon."""
+    arrived = protocol.engine_error(protocol.Failed(id=1, error="NewError", message="m", hint="h"))
+    assert (type(arrived), arrived.message, arrived.hint) == (errors.EngineError, "m", "h")
