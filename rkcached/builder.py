@@ -7,6 +7,7 @@ published, or an error says why not and nothing of the attempt is left.
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from pathlib import Path
 
 from rkcached.desired import DesiredModel
 from rkcached.engines.registry import ENGINES
-from rkcached.errors import BudgetExceeded
+from rkcached.errors import BudgetExceeded, SourceError
 from rkcached.manifest import CacheConfig, EngineConfig
 from rkcached.plan import Build, over_budget
 from rkcached.store import Figures, Sidecar, Store, StoredArtifact
@@ -71,6 +72,9 @@ class Builder:
         """
         action, model = request.action, request.model
         prefix = model.template.prefix(request.text)
+        components = dict(action.fingerprint.components)
+        if hashlib.sha256(prefix.encode()).hexdigest() != components["prefix.digest"]:
+            raise SourceError(f"{action.key} changed since the build was planned", hint="it is planned again")
         probe = model.template.render(
             [{"role": "system", "content": request.text}, {"role": "user", "content": PROBE_QUESTION}]
         )
@@ -83,7 +87,6 @@ class Builder:
             if limit is not None and request.used_bytes + size_bytes > limit:
                 said = over_budget(action.fingerprint.digest, size_bytes, request.used_bytes, limit).trouble
                 raise BudgetExceeded(said.message, needed_bytes=size_bytes, hint=said.hint)
-            components = dict(action.fingerprint.components)
             sidecar = Sidecar(
                 model=action.key.model,
                 prompt=action.key.prompt,

@@ -12,13 +12,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import structlog
+
 from rkcached import errors
 from rkcached.desired import Desired, Resolver, Sources
+from rkcached.digests import Signature
 from rkcached.engines.registry import ENGINES
 from rkcached.manifest import Manifest, parse
 from rkcached.plan import Assessment, Key, Limits, Observed, Verdict, assess
 from rkcached.sources import SourceReader
 from rkcached.store import Inventory, Store
+
+log = structlog.get_logger()
 
 MAX_MANIFEST_BYTES = 4 << 20
 
@@ -56,6 +61,42 @@ class Observer:
         limits = Limits(max_bytes=manifest.cache.max_bytes, min_tokens=manifest.cache.min_tokens)
         assessments = assess(tuple(desired.prompts.values()), observed, limits)
         return Look(manifest=manifest, sources=sources, desired=desired, inventory=inventory, assessments=assessments)
+
+
+class ManifestFile:
+    """The manifest on disk: the last good one, and what is wrong with the present one."""
+
+    def __init__(self, path: Path, manifest: Manifest) -> None:
+        self.path = path
+        self.last_good = manifest
+        self.error: errors.ManifestError | None = None
+        self._signature: Signature | None = None
+
+    def read(self) -> Manifest:
+        """The last good manifest, which is the same object as before if nothing in it changed. Blocking."""
+        try:
+            signature = Signature.of(self.path.stat())
+        except OSError:
+            signature = None
+        if signature is not None and signature == self._signature and signature.settled:
+            return self.last_good
+        try:
+            manifest = read_manifest(self.path)
+        except errors.ManifestError as error:
+            if self.error is None or self.error.problems != error.problems:
+                for problem in error.problems:
+                    log.error("manifest rejected", problem=str(problem), consequence="the last good one stays in force")
+            self.error = error
+            self._signature = None
+            return self.last_good
+        if self.error is not None:
+            log.info("manifest mended", file=str(self.path))
+            self.error = None
+        self._signature = signature
+        if manifest != self.last_good:
+            log.info("manifest applied", file=str(self.path), models=len(manifest.models))
+            self.last_good = manifest
+        return self.last_good
 
 
 def read_manifest(path: Path) -> Manifest:

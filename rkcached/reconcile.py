@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,9 +18,8 @@ import structlog
 from rkcached import errors
 from rkcached.builder import MAX_STEPS_ASIDE, Builder, BuildRequest
 from rkcached.desired import Desired, DesiredModel
-from rkcached.digests import Signature
 from rkcached.manifest import Manifest
-from rkcached.observe import Look, Observer, inputs, read_manifest
+from rkcached.observe import Look, ManifestFile, Observer, inputs
 from rkcached.plan import Assessment, Blocked, Build, Key, Remove, State, Trouble, Verdict, plan
 from rkcached.store import Store, StoredArtifact
 from rkcached.verdicts import QUARANTINE_AFTER, quarantined, verdict_on
@@ -54,10 +52,9 @@ class Reconciler:
         workers: Workers,
         gate: Gate,
         watcher: Follower,
-        on_change: Callable[[], None] = lambda: None,
     ) -> None:
         self.view = View(manifest=manifest, desired=Desired(models={}, prompts={}, texts={}))
-        self.manifest_error: errors.ManifestError | None = None
+        self.manifest_file = ManifestFile(manifest_path, manifest)
         self.progress: BuildProgress | None = None
         self.looked = asyncio.Event()
         """Set once the first plan exists."""
@@ -65,21 +62,21 @@ class Reconciler:
         self.last_look_ms = 0.0
         self.builds = 0
         """Artifacts published since the start."""
-        self._manifest_path = manifest_path
-        self._manifest_signature: Signature | None = None
         self._store = store
         self._observer = Observer(store)
         self._workers = workers
         self._gate = gate
         self._watcher = watcher
         self._builder = Builder(store, workers, gate)
-        self._on_change = on_change
         self._wake = asyncio.Event()
         self._last_event = 0.0
         self._first_event = 0.0
         self._hurry = True
         self._pending: dict[Key, Build] = {}
         self._requested: dict[Key, asyncio.Future[StoredArtifact]] = {}
+        self._looking = False
+        self._generation = 0
+        """Counts changes of the store that were made outside of a look."""
         self._steps_aside: dict[Key, int] = {}
         self._model_failures: dict[str, tuple[str, Verdict]] = {}
         self._load_faults: dict[str, int] = {}
@@ -125,6 +122,7 @@ class Reconciler:
             return
         self.view.index.discard(key)
         self.view.artifacts.pop(key, None)
+        self._generation += 1
         with contextlib.suppress(errors.StoreError):
             await asyncio.to_thread(self._store.quarantine, key)
             if faults >= QUARANTINE_AFTER:
@@ -174,28 +172,37 @@ class Reconciler:
 
     async def _look(self) -> None:
         started = time.perf_counter()
-        manifest = await asyncio.to_thread(self._read_manifest)
-        verdicts = self._model_verdicts()
-        look = await asyncio.to_thread(self._observer.look, manifest, verdicts)
-        if look.manifest is not self.view.manifest:
-            log.info("manifest applied", file=str(self._manifest_path), models=len(manifest.models))
-        self._publish(look)
-        self._watcher.follow(*inputs(look.manifest, self._manifest_path))
-        await self._retire_workers(look)
-        removed = [action for action in plan(look.assessments) if isinstance(action, Remove)]
-        for action in removed:
-            await self._remove(action)
-        await self._stop_unwanted_build(look)
-        self._pending = self._builds_to_do(look)
-        await self._forget_verdicts(look)
+        self._looking = True  # a build may end while we look, but no other starts
+        try:
+            look = await self._observe()
+            self._publish(look)
+            self._watcher.follow(*inputs(look.manifest, self.manifest_file.path))
+            await self._retire_workers(look)
+            removes = [action for action in plan(look.assessments) if isinstance(action, Remove)]
+            for action in removes:
+                await self._remove(action)
+            await self._stop_unwanted_build(look)
+            self._pending = self._builds_to_do(look)
+            await self._forget_verdicts(look)
+        finally:
+            self._looking = False
         with contextlib.suppress(OSError):
             await asyncio.to_thread(self._store.digests.save)
         self.looks += 1
         self.last_look_ms = (time.perf_counter() - started) * 1000
-        log.debug("looked", took_ms=round(self.last_look_ms, 1), builds=len(self._pending), removed=len(removed))
+        log.debug("looked", took_ms=round(self.last_look_ms, 1), builds=len(self._pending), removed=len(removes))
         self.looked.set()
-        if removed:
+        if removes:
             self.look_again(now=True)
+
+    async def _observe(self) -> Look:
+        """A look during which the store did not change. As no build starts meanwhile, two looks are the most."""
+        while True:
+            generation = self._generation
+            manifest = await asyncio.to_thread(self.manifest_file.read)
+            look = await asyncio.to_thread(self._observer.look, manifest, self._model_verdicts())
+            if generation == self._generation:
+                return look
 
     async def _stop_unwanted_build(self, look: Look) -> None:
         running = self.progress
@@ -233,29 +240,6 @@ class Reconciler:
             waiting.set_exception(result)
             waiting.exception()  # its caller may be gone
 
-    def _read_manifest(self) -> Manifest:
-        """The manifest on disk if it is good, else the last good one."""
-        try:
-            signature = Signature.of(self._manifest_path.stat())
-        except OSError:
-            signature = None
-        if signature is not None and signature == self._manifest_signature and signature.settled:
-            return self.view.manifest
-        try:
-            manifest = read_manifest(self._manifest_path)
-        except errors.ManifestError as error:
-            if self.manifest_error is None or self.manifest_error.problems != error.problems:
-                for problem in error.problems:
-                    log.error("manifest rejected", problem=str(problem), consequence="the last good one stays in force")
-            self.manifest_error = error
-            return self.view.manifest
-        if self.manifest_error is not None:
-            log.info("manifest mended", file=str(self._manifest_path))
-        self.manifest_error = None
-        unchanged = signature is not None and manifest == self.view.manifest
-        self._manifest_signature = signature
-        return self.view.manifest if unchanged else manifest
-
     def _publish(self, look: Look) -> None:
         artifacts = look.inventory.artifacts
         index = FreshIndex()
@@ -274,7 +258,6 @@ class Reconciler:
             self._tell(assessment)
         for key in self._known.keys() - self.view.assessments.keys():
             del self._known[key]
-        self._on_change()
 
     def _tell(self, assessment: Assessment) -> None:
         """One log line for each change of a prompt's state that a person may have to know about."""
@@ -323,36 +306,38 @@ class Reconciler:
                 await asyncio.to_thread(self._store.clear_verdict, key)
 
     def _start_next_build(self) -> None:
-        if self.progress is not None or not self._pending:
-            return
-        requested = next((key for key in self._pending if key in self._requested), None)
-        key = requested or next(iter(self._pending))
-        build = self._pending.pop(key)
-        model, text = self.view.model(key.model), self.view.desired.texts.get(key)
-        if not isinstance(model, DesiredModel) or text is None:
-            return
-        self.progress = BuildProgress(
-            key=key, reason=build.reason, fingerprint=build.fingerprint.digest, started=time.monotonic()
-        )
-        request = BuildRequest(
+        while self.progress is None and self._pending:
+            build = self._pending.pop(next(iter(self._pending)))
+            request = self._build_request(build)
+            if request is not None:
+                key, fingerprint = build.key, build.fingerprint.digest
+                log.info("build started", model=key.model, prompt=key.prompt, reason=build.reason)
+                self.progress = BuildProgress(
+                    key=key, reason=build.reason, fingerprint=fingerprint, started=time.monotonic()
+                )
+                self.progress.task = asyncio.create_task(self._build(request, self.progress))
+
+    def _build_request(self, build: Build) -> BuildRequest | None:
+        """What the build needs; None if it is no longer what is wanted, which the next look takes care of."""
+        key, view = build.key, self.view
+        model, wanted = view.model(key.model), view.desired.fingerprint(key)
+        if not isinstance(model, DesiredModel) or wanted is None or wanted.digest != build.fingerprint.digest:
+            return None
+        return BuildRequest(
             action=build,
             model=model,
-            text=text,
-            engine=self.view.manifest.engine,
-            cache=self.view.manifest.cache,
-            used_bytes=self.view.used_bytes(but=key),
+            text=view.desired.texts[key],
+            engine=view.manifest.engine,
+            cache=view.manifest.cache,
+            used_bytes=view.used_bytes(but=key),
             may_step_aside=self._steps_aside.get(key, 0) < MAX_STEPS_ASIDE,
         )
-        log.info("build started", model=key.model, prompt=key.prompt, reason=build.reason)
-        self.progress.task = asyncio.create_task(self._build(request, self.progress))
-        self._on_change()
 
     async def _build(self, request: BuildRequest, progress: BuildProgress) -> None:
         key = request.action.key
 
         def on_progress(done: int, total: int) -> None:
             progress.done_tokens, progress.total_tokens = done, total
-            self._on_change()
 
         try:
             artifact = await self._builder.build(request, on_progress)
@@ -370,9 +355,9 @@ class Reconciler:
             self._built(request, artifact)
         finally:
             self.progress = None
-            self._on_change()
+            self._generation += 1
         # With more builds waiting there is no need to look at everything again in between.
-        if self._pending and not self._wake.is_set():
+        if self._pending and not self._looking and not self._wake.is_set():
             self._start_next_build()
         else:
             self.look_again(now=True)
@@ -408,8 +393,13 @@ class Reconciler:
 
     async def _build_failed(self, request: BuildRequest, error: errors.RkcachedError) -> None:
         key, fingerprint = request.action.key, request.action.fingerprint.digest
-        before = (await asyncio.to_thread(self._store.scan)).verdicts.get(key)
-        attempts = 1 + (before.attempts if before is not None and before.fingerprint == fingerprint else 0)
+        whole_model = isinstance(error, errors.ModelLoadError | errors.WorkerUnavailable)
+        if whole_model:
+            identity, before = self._model_failures.get(key.model, ("", None))
+            attempts = 1 + (before.attempts if before is not None and identity == request.model.identity else 0)
+        else:
+            before = await asyncio.to_thread(self._store.read_verdict, key)
+            attempts = 1 + (before.attempts if before is not None and before.fingerprint == fingerprint else 0)
         verdict = verdict_on(error, fingerprint, attempts)
         log.error(
             "build failed",
@@ -420,7 +410,7 @@ class Reconciler:
             attempts=attempts,
             outcome=verdict.kind.value,
         )
-        if isinstance(error, errors.ModelLoadError | errors.WorkerUnavailable):
+        if whole_model:
             # Not this prompt's fault: no prompt of the model can be built, and that is tried again soon.
             self._model_failures[key.model] = (request.model.identity, verdict)
             self._pending = {k: build for k, build in self._pending.items() if k.model != key.model}

@@ -19,7 +19,7 @@ def status(
 ) -> dict[str, Any]:
     """The document. `started` is in Unix seconds."""
     view = reconciler.view
-    manifest_error = reconciler.manifest_error
+    manifest_error = reconciler.manifest_file.error
     return {
         "version": __version__,
         "pid": os.getpid(),
@@ -60,8 +60,8 @@ def _summary(reconciler: Reconciler) -> str:
     parts = [f"{count} {state}" for state, count in counts.items()]
     if building is not None:
         parts.append(f"building {building.key}")
-    if reconciler.manifest_error is not None:
-        parts.append(f"manifest rejected: {reconciler.manifest_error.problems[0]}")
+    if reconciler.manifest_file.error is not None:
+        parts.append(f"manifest rejected: {reconciler.manifest_file.error.problems[0]}")
     return ", ".join(parts) or "no prompts"
 
 

@@ -187,36 +187,29 @@ class Store:
         inventory = Inventory()
         seen: dict[Path, tuple[Signature, Sidecar | str]] = {}
         for folder in self._model_folders():
-            try:
-                names = sorted(os.listdir(folder))
-            except FileNotFoundError:
-                continue  # a reader without the lock may see the owner remove it
+            names: list[str] = []
+            with contextlib.suppress(FileNotFoundError):  # a reader without the lock may see the owner remove it
+                names = sorted(path.name for path in folder.iterdir())
             for key in (Key(folder.name, name[:-5]) for name in names if name.endswith(".json")):
                 if not NAME.fullmatch(key.prompt):
                     continue
                 path = folder / f"{key.prompt}.json"
-                try:
+                with contextlib.suppress(FileNotFoundError):
                     signature, sidecar = self._read_sidecar(path, key)
-                except FileNotFoundError:
-                    continue
-                except OSError as error:
-                    inventory.unreadable[key] = f"the sidecar cannot be read: {error.strerror}"
-                    continue
-                if signature is not None:
-                    seen[path] = (signature, sidecar)
-                if isinstance(sidecar, str):
-                    inventory.unreadable[key] = sidecar
-                else:
-                    inventory.artifacts[key] = self._inspect(folder, sidecar)
+                    if signature is not None:
+                        seen[path] = (signature, sidecar)
+                    if isinstance(sidecar, str):
+                        inventory.unreadable[key] = sidecar
+                    else:
+                        inventory.artifacts[key] = self._inspect(folder, sidecar)
             for key in (Key(folder.name, Path(name).stem) for name in names if name.endswith("_cache")):
                 # A commit that was cut off before its sidecar.
                 if NAME.fullmatch(key.prompt) and f"{key.prompt}.json" not in names:
                     inventory.unreadable[key] = "the sidecar is missing"
         for path in self.root.glob(".verdicts/*/*.json"):
-            # A damaged verdict only costs one more attempt.
-            with contextlib.suppress(OSError, ValueError, RecursionError):
-                verdict = msgspec.json.decode(path.read_bytes(), type=Verdict)
-                inventory.verdicts[Key(path.parent.name, path.stem)] = verdict
+            key = Key(path.parent.name, path.stem)
+            if (verdict := self.read_verdict(key)) is not None:
+                inventory.verdicts[key] = verdict
         self._sidecars = seen
         return inventory
 
@@ -237,7 +230,10 @@ class Store:
             yield from (self.root / name for name in names)
 
     def _read_sidecar(self, path: Path, key: Key) -> tuple[Signature | None, Sidecar | str]:
-        """The sidecar, or why it is none; with its signature if that will tell the next change. Errors: OSError."""
+        """The sidecar, or why it is none; with its signature if that will tell the next change.
+
+        Errors: FileNotFoundError.
+        """
         before = Signature.of(path.stat())
         known = self._sidecars.get(path)
         if known is not None and known[0] == before:
@@ -245,6 +241,10 @@ class Store:
         signature = before if before.settled else None
         try:
             sidecar = msgspec.json.decode(path.read_bytes(), type=Sidecar)
+        except FileNotFoundError:
+            raise
+        except OSError as error:
+            return None, f"the sidecar cannot be read: {error.strerror}"
         except (ValueError, RecursionError) as error:  # not JSON, not UTF-8, or not a sidecar
             return signature, f"the sidecar is damaged: {error}"
         if sidecar.format != FORMAT_VERSION:
@@ -369,6 +369,13 @@ class Store:
             temporary.unlink(missing_ok=True)
             _write_durably(temporary, msgspec.json.encode(verdict))
             temporary.replace(path)
+
+    def read_verdict(self, key: Key) -> Verdict | None:
+        """The verdict on a prompt. A damaged one only costs one more attempt."""
+        try:
+            return msgspec.json.decode(self._verdict_path(key).read_bytes(), type=Verdict)
+        except (OSError, msgspec.DecodeError):
+            return None
 
     def clear_verdict(self, key: Key) -> None:
         with contextlib.suppress(OSError):

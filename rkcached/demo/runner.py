@@ -102,6 +102,7 @@ def _daemon(workspace: Path, socket: Path) -> Iterator[subprocess.Popen[bytes]]:
     """The daemon in a session of its own, so that Ctrl-C reaches it through us, once. Ended on the way out."""
     command = [sys.executable, "-m", "rkcached", "run", "--manifest", str(workspace / "manifest.yaml")]
     command += ["--cache-dir", str(workspace / "cache"), "--socket", str(socket)]
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends the demo as Ctrl-C does, daemon included
     daemon = subprocess.Popen(command, start_new_session=True)
     try:
         yield daemon

@@ -48,6 +48,8 @@ class Session:
 
         def on_progress(done: int, total: int) -> None:
             emit(protocol.Progress(id=operation.id, done_tokens=done, total_tokens=total))
+            if stopped():
+                engine.abort()  # again: the first may have come just before this prefill began
 
         started = time.perf_counter()
         prefill = engine.prefill(operation.prefix, save_to=path, on_progress=on_progress)

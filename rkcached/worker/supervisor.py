@@ -22,9 +22,10 @@ import socket
 import sys
 import tempfile
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Any
 
 import structlog
 
@@ -139,11 +140,44 @@ class Worker:
         self._recent_lines.clear()
         self._received.clear()
         self._frames = protocol.FrameReader()
-        self._scratch = tempfile.mkdtemp(prefix="rkcached-")
+        model = self.model
+        try:
+            self._scratch = tempfile.mkdtemp(prefix="rkcached-")
+            process = await self._spawn()
+            spec = ModelSpec(
+                path=model.path, context_tokens=model.context_tokens, threads=model.threads, scratch_dir=self._scratch
+            )
+            await self._send(protocol.Start(implementation=model.implementation, spec=spec))
+            answer = await self._receive(self._deadlines.start_s)
+        except OSError as error:
+            await self._end(kill=True)
+            self.state = WorkerState.STOPPED
+            raise WorkerUnavailable(f"the worker of {self.model.name} cannot be started: {error}") from error
+        except asyncio.CancelledError:
+            await _to_the_end(self._end())
+            self.state = WorkerState.STOPPED
+            raise
+        match answer:
+            case protocol.Ready():
+                self.info = answer.info
+                self.state = WorkerState.READY
+                self._watcher = asyncio.create_task(self._watch(process))
+                log.info("model loaded", model=model.name, load_ms=round(answer.load_ms), pid=self.pid)
+                return answer.info
+            case protocol.Failed():
+                await self._end()
+                refusal = self._with_last_lines(protocol.engine_error(answer))
+                self._rest(refusal.message)
+                raise refusal
+            case _:
+                raise await self._broken(f"answered start with {type(answer).__name__}")
+
+    async def _spawn(self) -> asyncio.subprocess.Process:
+        """Start the process, connect its socket and read what it prints. Errors: OSError, WorkerUnavailable."""
         ours, theirs = socket.socketpair()
         try:
             with theirs:
-                self._process = await asyncio.create_subprocess_exec(
+                process = self._process = await asyncio.create_subprocess_exec(
                     sys.executable,
                     "-m",
                     "rkcached.worker.child",
@@ -155,42 +189,19 @@ class Worker:
                     env={k: v for k, v in os.environ.items() if not k.startswith(_SCRUBBED)},
                     start_new_session=True,
                 )
+            self._log_tasks = tuple(
+                asyncio.create_task(self._forward_log(stream))
+                for stream in (process.stdout, process.stderr)
+                if stream is not None
+            )
             self._stream = await asyncio.open_connection(sock=ours)
-        except OSError as error:
+        except BaseException:
             ours.close()
-            self._clean_up()
-            self.state = WorkerState.STOPPED
-            raise WorkerUnavailable(f"the worker of {self.model.name} cannot be started: {error}") from error
-        self._log_tasks = tuple(
-            asyncio.create_task(self._forward_log(stream))
-            for stream in (self._process.stdout, self._process.stderr)
-            if stream is not None
-        )
-        model = self.model
-        spec = ModelSpec(
-            path=model.path, context_tokens=model.context_tokens, threads=model.threads, scratch_dir=self._scratch
-        )
-        try:
-            await self._send(protocol.Start(implementation=model.implementation, spec=spec))
-            answer = await self._receive(self._deadlines.start_s)
-        except asyncio.CancelledError:
-            await self._end()
-            self.state = WorkerState.STOPPED
             raise
-        match answer:
-            case protocol.Ready():
-                self.info = answer.info
-                self.state = WorkerState.READY
-                self._watcher = asyncio.create_task(self._watch(self._process))
-                log.info("model loaded", model=model.name, load_ms=round(answer.load_ms), pid=self.pid)
-                return answer.info
-            case protocol.Failed():
-                await self._end()
-                refusal = self._with_last_lines(protocol.engine_error(answer))
-                self._rest(refusal.message)
-                raise refusal
-            case _:
-                raise await self._broken(f"answered start with {type(answer).__name__}")
+        if self.state is not WorkerState.STARTING:
+            await self._end(kill=True)
+            raise WorkerUnavailable(f"the worker of {self.model.name} was stopped", hint="try again")
+        return process
 
     async def stop(self) -> None:
         """End the process: it leaves when its socket closes, or is killed. Idempotent."""
@@ -226,7 +237,7 @@ class Worker:
         try:
             return await asyncio.shield(running)
         except asyncio.CancelledError:
-            await self._abandon(operation, running)
+            await _to_the_end(self._abandon(operation, running))
             raise
         finally:
             if self.state is WorkerState.BUSY:
@@ -344,10 +355,12 @@ class Worker:
             except TimeoutError:
                 _kill(process)
                 code = await process.wait()
-        for task in self._log_tasks:
-            with contextlib.suppress(asyncio.CancelledError):
-                await task
-        self._log_tasks = ()
+        if self._log_tasks:
+            # They end with the pipes, unless the library left a child of its own that keeps them open.
+            _, open_pipes = await asyncio.wait(self._log_tasks, timeout=self._deadlines.stop_s)
+            for task in open_pipes:
+                task.cancel()
+            self._log_tasks = ()
         self._clean_up()
         return code
 
@@ -442,6 +455,14 @@ class Workers:
         task = asyncio.create_task(worker.stop())
         self._retired.add(task)
         task.add_done_callback(self._retired.discard)
+
+
+async def _to_the_end(work: Coroutine[Any, Any, object]) -> None:
+    """Do what a cancelled caller has to leave in order, even if it is cancelled once more."""
+    task: asyncio.Task[Any] = asyncio.create_task(work)
+    while not task.done():
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.shield(task)
 
 
 def _describe(code: int) -> str:

@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -138,7 +137,7 @@ def test_demo(tmp_path: Path, small_model: Path) -> None:
 
 
 def test_demo_once_again(tmp_path: Path, small_model: Path) -> None:
-    """The second run of the demo rebuilds nothing and starts within a few seconds."""
+    """The second run of the demo rebuilds nothing."""
     (tmp_path / "demo/prompts").mkdir(parents=True)
     for name in ("reviewer", "greenhouse"):
         (tmp_path / f"demo/prompts/{name}.md").write_text(f"You are the {name}. " + SYSTEM)
@@ -146,8 +145,6 @@ def test_demo_once_again(tmp_path: Path, small_model: Path) -> None:
     first = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=120)
     assert first.returncode == 0, first.stdout + first.stderr
     assert first.stderr.count("artifact built") == 2
-    started = time.monotonic()
     second = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=120)
     assert second.returncode == 0, second.stdout + second.stderr
     assert "build started" not in second.stderr
-    assert time.monotonic() - started < 20

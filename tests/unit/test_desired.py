@@ -26,7 +26,9 @@ from rkcached.template import BUILTIN
 
 RULES, PLAIN, OTHER = Key("m", "rules"), Key("m", "plain"), Key("n", "rules")
 TROUBLE = Trouble(message="the file is gone", hint="bring it back")
-NO_SYSTEM = "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system') }}{% endif %}{% endfor %}"
+NO_SYSTEM = (
+    "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system') }}{% endif %}{% endfor %}"
+)
 PICKY = (
     "{% for m in messages %}{% if m.content == 'Be rude.' %}{{ raise_exception('not that') }}{% endif %}"
     "{{ m.role }}: {{ m.content }}\n{% endfor %}"
@@ -172,8 +174,8 @@ def test_another_runtime_changes_every_prompt() -> None:
     everything = (RULES, PLAIN, OTHER)
     rebuilt = replace(World(), runtime=RuntimeSource(version="1", digest="bb" * 32))
     renumbered = replace(World(), runtime=RuntimeSource(version="2", digest="aa" * 32))
-    assert differing(World(), rebuilt) == dict.fromkeys(everything, ["runtime.digest"])
-    assert differing(World(), renumbered) == dict.fromkeys(everything, ["runtime.version"])
+    assert differing(World(), rebuilt) == {key: ["runtime.digest"] for key in everything}
+    assert differing(World(), renumbered) == {key: ["runtime.version"] for key in everything}
 
 
 def test_another_engine_changes_every_prompt() -> None:

@@ -65,7 +65,12 @@ async def test_one_holder_at_a_time_live_before_build() -> None:
     """Builds wait for every live request that came in the meantime, each kind in the order of coming."""
     crew = Crew()
     await crew.come("first", Priority.BUILD)
-    for name, priority in [("b1", Priority.BUILD), ("l1", Priority.LIVE), ("b2", Priority.BUILD), ("l2", Priority.LIVE)]:
+    for name, priority in [
+        ("b1", Priority.BUILD),
+        ("l1", Priority.LIVE),
+        ("b2", Priority.BUILD),
+        ("l2", Priority.LIVE),
+    ]:
         await crew.come(name, priority)
     assert crew.entered == ["first"]
     await crew.finish()
@@ -134,7 +139,7 @@ async def test_a_waiter_cancelled_just_after_it_got_its_turn_passes_it_on() -> N
     await crew.come("l2", Priority.LIVE)
     await crew.come("l3", Priority.LIVE)
     crew.let_go("l1")
-    while crew.gate.waiting_live == 2:
+    while crew.gate.waiting_live == 2:  # noqa: ASYNC110  the very turn of the loop matters
         await asyncio.sleep(0)
     crew.tasks["l2"].cancel()
     await crew.settle()

@@ -1,0 +1,109 @@
+"""Engines that do what no engine should, to be hosted by a real worker process."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+
+from rkcached.engines.base import EngineInfo, ModelSpec, OnToken, RunStats, Sampling
+from rkcached.engines.memory import MemoryEngine
+from rkcached.worker import protocol
+
+
+class _Misbehaving(MemoryEngine):
+    """Misbehaves at each request, then answers it, if it still can."""
+
+    def misbehave(self) -> None:
+        raise NotImplementedError
+
+    def generate(self, prompt: str, sampling: Sampling, on_token: OnToken, *, trace: bool = False) -> RunStats:
+        self.misbehave()
+        return super().generate(prompt, sampling, on_token, trace=trace)
+
+
+def _write_to_socket(data: bytes) -> None:
+    os.write(int(sys.argv[1]), data)
+
+
+class Garbage(_Misbehaving):
+    """A library that got hold of the wrong descriptor."""
+
+    def misbehave(self) -> None:
+        _write_to_socket(b"\xff\xff\xff\xff garbage")
+
+
+class NotJson(_Misbehaving):
+    """A frame of the right length with nonsense in it."""
+
+    def misbehave(self) -> None:
+        _write_to_socket(b"\x04\0\0\0oops")
+
+
+class OutOfTurn(_Misbehaving):
+    """An answer to an operation that nobody asked for."""
+
+    def misbehave(self) -> None:
+        _write_to_socket(protocol.frame(protocol.Checked(id=999, tokens=1)))
+
+
+class SecondReady(_Misbehaving):
+    """Says hello twice."""
+
+    def misbehave(self) -> None:
+        _write_to_socket(protocol.frame(protocol.Ready(info=self.info, load_ms=0.0)))
+
+
+class Chatty(_Misbehaving):
+    """Prints more than a pipe holds, without a newline, and what is no text."""
+
+    def misbehave(self) -> None:
+        for fd in (1, 2):
+            os.write(fd, b"\xff\0" * 300_000)
+            os.write(fd, b"\nlast words\n")
+
+
+class Raises(_Misbehaving):
+    """A defect of ours in an engine."""
+
+    def misbehave(self) -> None:
+        raise ZeroDivisionError("a defect")
+
+
+class LeavesAChild(_Misbehaving):
+    """Starts a process that keeps stdout open, and dies."""
+
+    def misbehave(self) -> None:
+        sleeper = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(30)"])
+        print(f"sleeper {sleeper.pid}", flush=True)
+        time.sleep(0.05)
+        os._exit(5)
+
+
+class ShowsEnvironment(MemoryEngine):
+    """Tells its environment, session and arguments as its version."""
+
+    @property
+    def info(self) -> EngineInfo:
+        facts = {"environment": dict(os.environ), "session": os.getsid(0), "pid": os.getpid()}
+        return EngineInfo(
+            runtime_version=json.dumps(facts), context_tokens=64, measures_prefill=True, aborts_prefill=True
+        )
+
+
+class Stubborn(_Misbehaving):
+    """Deep in native code: neither an abort nor the end of the socket is looked at for a while."""
+
+    def misbehave(self) -> None:
+        time.sleep(30)
+
+
+class FailsToLoad(MemoryEngine):
+    """Dies before it is ready, with its reason in the log only."""
+
+    def __init__(self, spec: ModelSpec) -> None:
+        super().__init__(spec)
+        print("rknn: out of memory", file=sys.stderr, flush=True)
+        os._exit(4)

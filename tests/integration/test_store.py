@@ -1,0 +1,527 @@
+"""The store on a real file system: an artifact is what its sidecar says, or it is reported and rebuilt."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from rkcached.digests import Digests
+from rkcached.errors import StoreError, StoreLocked
+from rkcached.fingerprint import fingerprint
+from rkcached.plan import Key, Trouble, Verdict, VerdictKind
+from rkcached.store import MAX_QUARANTINED, Figures, Sidecar, Store, StoredArtifact
+from tests.integration.test_digests import settle
+
+P, Q = Key("m", "p"), Key("m", "q")
+FIGURES = Figures(prefill_ms=2.0, load_ms=1.0, cold_ttft_ms=3.0, warm_ttft_ms=1.5, verified="exact")
+VERDICT = Verdict(
+    fingerprint="aa" * 32,
+    kind=VerdictKind.FAILED,
+    trouble=Trouble(message="no room: 🎉", hint="make some"),
+    attempts=2,
+    retry_at=12.5,
+)
+
+
+def make_sidecar(key: Key, data: bytes, prefix: bytes, artifact: str = "") -> Sidecar:
+    made = fingerprint({"prefix.digest": hashlib.sha256(prefix).hexdigest(), "prefix.bytes": len(prefix)})
+    return Sidecar(
+        model=key.model,
+        prompt=key.prompt,
+        artifact=artifact or f"{key.prompt}.memory_cache",
+        fingerprint=made.digest,
+        components=dict(made.components),
+        size_bytes=len(data),
+        sha256=hashlib.sha256(data).hexdigest(),
+        text_sha256=hashlib.sha256(prefix).hexdigest(),
+        tokens=len(prefix),
+        built_at=1.0,
+        build_ms=2.0,
+        figures=FIGURES,
+    )
+
+
+def contents(content: str) -> tuple[bytes, bytes]:
+    """A prompt cache and its text; of one length for contents of one length, as parameters alone change."""
+    return f"state of {content}".encode() * 50, f"You are {content}.".encode()
+
+
+def publish(store: Store, key: Key, content: str = "one", artifact: str = "") -> StoredArtifact:
+    data, prefix = contents(content)
+    staged = store.stage(key)
+    staged.write_bytes(data)
+    size_bytes, sha256 = store.seal(staged)
+    sidecar = make_sidecar(key, data, prefix, artifact)
+    assert (sidecar.size_bytes, sidecar.sha256) == (size_bytes, sha256)
+    return store.commit(key, staged, sidecar, prefix)
+
+
+def corrupt(store: Store, key: Key = P) -> str:
+    """Why the artifact is corrupt, to the scan, to a scan that remembers nothing, and to a full check alike."""
+    said = {inventory.observed()[key].corrupt for inventory in (store.scan(), Store(store.root, Digests()).scan())}
+    assert len(said) == 1
+    (why,) = said
+    assert bool(store.verify(key)) == bool(why)
+    return why
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Iterator[Store]:
+    store = Store(tmp_path / "cache")
+    store.open()
+    yield store
+    store.close()
+
+
+@pytest.fixture
+def folder(store: Store) -> Path:
+    """Of the model `m`, with one artifact."""
+    publish(store, P)
+    return store.root / "m"
+
+
+def names(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+# --- publishing ---
+
+
+def test_a_published_artifact_is_found_as_its_sidecar_says(store: Store) -> None:
+    """The same by the committer, by a later look, and by a reader without the lock."""
+    committed = publish(store, P)
+    for reader in (store, Store(store.root)):
+        found = reader.scan().artifacts[P]
+        assert committed == found
+        assert found.observed(P).corrupt == ""
+    assert store.verify(P) == ""
+    assert committed.path.read_bytes() == contents("one")[0]
+    assert (store.root / "m/p.bin").read_bytes() == contents("one")[1]
+
+
+def test_publishing_again_replaces_the_artifact(store: Store) -> None:
+    """One set of files, the new one."""
+    publish(store, P, "one")
+    committed = publish(store, P, "two")
+    assert committed == store.scan().artifacts[P]
+    assert names(store.root / "m") == {"p.memory_cache", "p.bin", "p.json"}
+
+
+def test_publishing_for_another_engine_removes_the_other_engines_file(store: Store) -> None:
+    """Nobody would ever count it or delete it; a neighbour with a longer name keeps its own."""
+    publish(store, P)
+    publish(store, Key("m", "p.memory"))
+    publish(store, P, artifact="p.llama_cache")
+    assert {name for name in names(store.root / "m") if name.endswith("_cache")} == {
+        "p.llama_cache",
+        "p.memory.memory_cache",
+    }
+    assert corrupt(store) == ""
+
+
+def test_names_with_dots_do_not_meet(store: Store) -> None:
+    """Prompts may be named like each other's files."""
+    keys = [Key("m", name) for name in ("a", "a.json", "a.bin", "a.memory_cache", "a.b", "json")]
+    for key in keys:
+        publish(store, key, key.prompt)
+    assert set(keys) == set(store.scan().artifacts)
+    assert {corrupt(store, key) for key in keys} == {""}
+    store.remove(keys[0])
+    assert set(keys[1:]) == set(store.scan().observed())
+    assert {corrupt(store, key) for key in keys[1:]} == {""}
+
+
+def test_files_are_private(store: Store) -> None:
+    """A KV state is as good as the prompt's text: 0640 in 0750, whatever the umask allows and the engine left."""
+    before = os.umask(0)
+    try:
+        publish(store, P)
+        publish(store, Q)
+        store.quarantine(Q)
+        store.write_verdict(Q, VERDICT)
+        settle(store.root / "m/p.memory_cache")
+        store.scan()
+        store.close()
+    finally:
+        os.umask(before)
+    modes = {path: path.stat().st_mode & 0o777 for path in store.root.rglob("*")}
+    assert set(modes.values()) == {0o640, 0o750}
+    assert {path for path, mode in modes.items() if mode == 0o750} == {path for path in modes if path.is_dir()}
+
+
+def test_a_commit_clears_the_verdict_on_earlier_attempts(store: Store) -> None:
+    """It succeeded."""
+    store.write_verdict(P, VERDICT)
+    publish(store, P)
+    assert store.scan().verdicts == {}
+
+
+def test_a_commit_that_fails_leaves_the_old_artifact_and_no_rubbish(store: Store) -> None:
+    """The staged file vanished: the store says so in words."""
+    old = publish(store, P)
+    staged = store.stage(P)
+    data, prefix = contents("two")
+    with pytest.raises(StoreError, match="cannot be written: No such file"):
+        store.commit(P, staged, make_sidecar(P, data, prefix), prefix)
+    assert old == store.scan().artifacts[P]
+    assert names(store.root / "m") == {"p.memory_cache", "p.bin", "p.json"}
+
+
+def test_a_discarded_stage_is_gone(store: Store) -> None:
+    """Also if it was never written, and twice."""
+    staged = store.stage(P)
+    store.discard(staged)
+    staged.write_bytes(b"x")
+    for _ in range(2):
+        store.discard(staged)
+    assert names(store.root / "m") == set()
+
+
+def test_sealing_a_file_that_is_not_there_is_a_store_error(store: Store) -> None:
+    """Never a bare OSError."""
+    with pytest.raises(StoreError):
+        store.seal(store.stage(P))
+
+
+# --- what can be wrong with an artifact ---
+
+
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def as_directory(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
+DAMAGES: dict[str, tuple[str, Callable[[Path], object], str]] = {
+    "truncated": ("p.memory_cache", lambda path: path.write_bytes(path.read_bytes()[:-1]), "its sidecar says 600"),
+    "longer": ("p.memory_cache", lambda path: path.write_bytes(path.read_bytes() + b"x"), "its sidecar says 600"),
+    "flipped-bit": ("p.memory_cache", flip, "p.memory_cache does not have the SHA-256 of its sidecar"),
+    "missing": ("p.memory_cache", Path.unlink, "p.memory_cache is missing"),
+    "directory": ("p.memory_cache", as_directory, "p.memory_cache"),
+    "text-flipped": ("p.bin", flip, "p.bin does not have the SHA-256 of its sidecar"),
+    "text-missing": ("p.bin", Path.unlink, "p.bin is missing"),
+    "sidecar-missing": ("p.json", Path.unlink, "the sidecar is missing"),
+    "sidecar-empty": ("p.json", lambda path: path.write_bytes(b""), "the sidecar is damaged"),
+    "sidecar-cut": ("p.json", lambda path: path.write_bytes(path.read_bytes()[:-9]), "the sidecar is damaged"),
+    "sidecar-no-json": ("p.json", lambda path: path.write_bytes(b"\0\1\2"), "the sidecar is damaged"),
+    "sidecar-not-utf8": (
+        "p.json",
+        lambda path: path.write_bytes(path.read_bytes().replace(b"exact", b"ex\xffct")),
+        "the sidecar is damaged",
+    ),
+    "sidecar-deep": ("p.json", lambda path: path.write_bytes(b'{"x":' + b"[" * 100_000), "the sidecar is damaged"),
+    "sidecar-directory": ("p.json", as_directory, "the sidecar cannot be read: Is a directory"),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGES)
+def test_a_damaged_artifact_is_reported_and_can_be_replaced(store: Store, folder: Path, case: str) -> None:
+    """In words; publishing again makes it good, unless something that is no file of ours is in the way."""
+    name, spoil, words = DAMAGES[case]
+    store.scan()
+    spoil(folder / name)
+    assert words in corrupt(store)
+    if "directory" not in case:
+        publish(store, P, "two")
+        assert corrupt(store) == ""
+
+
+@pytest.mark.parametrize("offset", range(0, 1100, 37))
+def test_a_flipped_bit_in_a_sidecar_is_never_served_as_something_else(store: Store, folder: Path, offset: int) -> None:
+    """It is reported, or it touched nothing that tells what the artifact is."""
+    path = folder / "p.json"
+    data = bytearray(path.read_bytes())
+    before = store.scan().artifacts[P].sidecar
+    data[offset % len(data)] ^= 0x40
+    path.write_bytes(data)
+    found = store.scan()
+    assert set(found.observed()) == {P}
+    if P in found.artifacts and not found.artifacts[P].corrupt:
+        sidecar = found.artifacts[P].sidecar
+        assert (sidecar.fingerprint, sidecar.components) == (before.fingerprint, before.components)
+        assert (sidecar.sha256, sidecar.artifact, sidecar.text_sha256) == (
+            before.sha256,
+            before.artifact,
+            before.text_sha256,
+        )
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"prompt": "q"}, "the sidecar belongs to m/q"),
+        ({"model": "n"}, "the sidecar belongs to n/p"),
+        ({"artifact": "../x"}, "the sidecar belongs to"),
+        ({"artifact": "../n/p.memory_cache"}, "the sidecar belongs to"),
+        ({"artifact": "p./../../../x_cache"}, "the sidecar belongs to"),
+        ({"artifact": "/etc/passwd"}, "the sidecar belongs to"),
+        ({"artifact": "q.memory_cache"}, "the sidecar belongs to"),
+        ({"artifact": "p.json"}, "the sidecar belongs to"),
+        ({"format": 2}, "the sidecar has format 2, this program writes 1"),
+        ({"components": {}}, "its components do not have its fingerprint"),
+        ({"fingerprint": "bb" * 32}, "its components do not have its fingerprint"),
+    ],
+    ids=lambda value: str(value) if isinstance(value, dict) else "",
+)
+def test_a_sidecar_that_is_not_this_artifacts_is_reported(
+    store: Store, folder: Path, change: dict[str, object], words: str
+) -> None:
+    """Copied from elsewhere, pointing elsewhere, or of another version of the program: no path is followed."""
+    path = folder / "p.json"
+    document = msgspec.json.decode(path.read_bytes()) | change
+    path.write_bytes(msgspec.json.encode(document))
+    assert words in corrupt(store)
+
+
+def test_a_change_of_the_same_size_and_mtime_is_noticed(store: Store, folder: Path) -> None:
+    """A look that remembers is as good as one that reads."""
+    path = folder / "p.memory_cache"
+    settle(path)
+    assert corrupt(store) == ""
+    stat = path.stat()
+    flip(path)
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert "SHA-256" in corrupt(store)
+
+
+def test_unchanged_artifacts_are_read_once(store: Store, folder: Path) -> None:
+    """The text and the prompt cache, once they have settled."""
+    settle(*folder.iterdir())
+    store.scan()
+    before = store.digests.hashed_files
+    for _ in range(3):
+        store.scan()
+    assert before == store.digests.hashed_files
+
+
+def test_strange_files_are_no_artifacts(store: Store, folder: Path) -> None:
+    """Names that no prompt can have, texts alone, files beside the models' folders."""
+    for name in ("Big.json", ".hidden.json", "notes.txt", "alone.bin", "Big.memory_cache", "_cache"):
+        (folder / name).write_bytes(b"x")
+    (store.root / "file.json").write_bytes(b"x")
+    (store.root / "Big").mkdir()
+    (store.root / "Big/p.json").write_bytes(b"x")
+    (store.root / "link").symlink_to(folder)
+    assert set(store.scan().observed()) == {P}
+
+
+def test_an_empty_or_missing_store_is_an_empty_inventory(tmp_path: Path) -> None:
+    """The command line may look before the daemon ever ran."""
+    assert Store(tmp_path / "nothing").scan().observed() == {}
+
+
+def test_a_store_that_cannot_be_listed_is_a_store_error(tmp_path: Path) -> None:
+    """In words."""
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(StoreError, match="cannot be read: Not a directory"):
+        Store(tmp_path / "file").scan()
+
+
+def test_a_reader_sees_a_folder_vanish_without_harm(store: Store) -> None:
+    """Regression: a look without the lock failed while the owner removed the last artifact of a model."""
+    done = threading.Event()
+
+    def churn() -> None:
+        while not done.is_set():
+            publish(store, P)
+            store.remove(P)
+
+    thread = threading.Thread(target=churn)
+    thread.start()
+    try:
+        for _ in range(300):
+            assert set(Store(store.root).scan().observed()) <= {P}
+    finally:
+        done.set()
+        thread.join()
+
+
+# --- removing and quarantine ---
+
+
+def test_removing_takes_all_files_and_an_empty_folder(store: Store) -> None:
+    """The neighbour's stay."""
+    publish(store, P)
+    publish(store, Q)
+    store.remove(P)
+    assert set(store.scan().observed()) == {Q}
+    assert names(store.root / "m") == {"q.memory_cache", "q.bin", "q.json"}
+    store.remove(Q)
+    assert not (store.root / "m").exists()
+    store.remove(Q)
+
+
+def test_what_a_crash_left_can_be_removed(store: Store, folder: Path) -> None:
+    """An artifact without its sidecar."""
+    (folder / "p.json").unlink()
+    store.remove(P)
+    assert store.scan().observed() == {}
+
+
+def test_a_quarantined_artifact_is_out_of_use_but_kept(store: Store) -> None:
+    """With all three files, for a post-mortem."""
+    publish(store, P)
+    store.quarantine(P)
+    assert store.scan().observed() == {}
+    (kept,) = (store.root / ".quarantine").iterdir()
+    assert names(kept) == {"p.memory_cache", "p.bin", "p.json"}
+
+
+def test_the_quarantine_is_bounded_and_the_oldest_goes_first(store: Store) -> None:
+    """A disk is not filled by a fault that repeats."""
+    for number in range(MAX_QUARANTINED + 3):
+        publish(store, P, f"{number:02}")
+        store.quarantine(P)
+    kept = sorted((path / "p.bin").read_text() for path in (store.root / ".quarantine").iterdir())
+    assert kept == [f"You are {number:02}." for number in range(3, MAX_QUARANTINED + 3)]
+
+
+# --- verdicts ---
+
+
+def test_a_verdict_comes_back_as_it_was_written(store: Store) -> None:
+    """Also to a store that was opened later; it can be overwritten and cleared."""
+    other = Verdict(fingerprint="b", kind=VerdictKind.OVER_BUDGET, trouble=VERDICT.trouble, needed_bytes=5, tokens=7)
+    store.write_verdict(P, other)
+    store.write_verdict(P, VERDICT)
+    store.write_verdict(Q, other)
+    assert Store(store.root).scan().verdicts == {P: VERDICT, Q: other}
+    store.clear_verdict(P)
+    store.clear_verdict(P)
+    assert store.scan().verdicts == {Q: other}
+
+
+@pytest.mark.parametrize("content", [b"", b"{}", b'{"fingerprint":"\xff"}', b"[" * 9999])
+def test_a_damaged_verdict_is_none(store: Store, content: bytes) -> None:
+    """It costs one more attempt, no more."""
+    store.write_verdict(P, VERDICT)
+    (store.root / ".verdicts/m/p.json").write_bytes(content)
+    assert store.scan().verdicts == {}
+
+
+# --- one owner ---
+
+
+def test_a_second_owner_is_refused_and_told_who_the_first_is(store: Store) -> None:
+    """When the first has closed, the second may."""
+    second = Store(store.root)
+    with pytest.raises(StoreLocked, match=f"another daemon \\(pid {os.getpid()}\\)"):
+        second.open()
+    store.close()
+    store.close()
+    second.open()
+    second.close()
+
+
+def test_the_lock_goes_with_its_process(store: Store) -> None:
+    """A crashed daemon does not lock out the next one."""
+    store.close()
+    code = "import os, sys, pathlib, rkcached.store as s; s.Store(pathlib.Path(sys.argv[1])).open(); os._exit(1)"
+    assert (
+        subprocess.run(
+            [sys.executable, "-c", code, str(store.root)], check=False, cwd=Path(__file__).parents[2]
+        ).returncode
+        == 1
+    )
+    store.open()
+
+
+def test_without_the_lock_nothing_is_written(tmp_path: Path) -> None:
+    """A reader cannot harm the owner's store."""
+    store = Store(tmp_path)
+    for write in (
+        lambda: store.stage(P),
+        lambda: store.remove(P),
+        lambda: store.quarantine(P),
+        lambda: store.write_verdict(P, VERDICT),
+    ):
+        with pytest.raises(StoreError, match="not open for writing"):
+            write()
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("place", ["file/cache", "file"])
+def test_a_directory_that_cannot_be_made_is_said_in_words(tmp_path: Path, place: str) -> None:
+    """With what to do."""
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(StoreError, match="cannot be written") as caught:
+        Store(tmp_path / place).open()
+    assert "--cache-dir" in caught.value.hint
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root can write everywhere")
+def test_a_read_only_directory_is_said_in_words(tmp_path: Path) -> None:
+    """With what to do."""
+    tmp_path.chmod(0o500)
+    with pytest.raises(StoreError, match="cannot be written: Permission denied"):
+        Store(tmp_path).open()
+
+
+# --- crashes ---
+
+
+def test_leftovers_of_a_crash_are_swept_when_the_store_is_opened(store: Store, folder: Path) -> None:
+    """What was staged; nothing else."""
+    (folder / ".stage-p-0123").write_bytes(b"half")
+    (folder / ".stage-p-0123.json").write_bytes(b"half")
+    before = corrupt(store)
+    store.close()
+    store.open()
+    assert names(folder) == {"p.memory_cache", "p.bin", "p.json"}
+    assert corrupt(store) == before == ""
+
+
+STEPS = 40
+"""More than a commit has."""
+
+
+@pytest.mark.parametrize("earlier", [None, "one"], ids=["first", "replacement"])
+def test_a_crash_at_any_step_of_a_commit_leaves_no_wrong_artifact(tmp_path: Path, earlier: str | None) -> None:
+    """The old artifact, the new one, or one that is reported: never a fresh verdict on bytes that do not match."""
+    for nth in range(1, STEPS + 1):
+        store = Store(tmp_path / str(nth))
+        store.open()
+        if earlier:
+            publish(store, P, earlier)
+        store.close()
+    command = [sys.executable, "-m", "tests.integration.commit_script", str(tmp_path), "two"]
+    crashes = subprocess.run(command, capture_output=True, text=True, check=False, cwd=Path(__file__).parents[2])
+    assert (crashes.returncode, crashes.stderr) == (0, "")
+    steps = int(crashes.stdout)
+    assert 8 < steps < STEPS
+    seen = {outcome(tmp_path / str(nth)) for nth in range(1, steps + 2)}
+    assert seen == {earlier or "nothing", "corrupt", "two"}
+
+
+def outcome(root: Path) -> str:
+    """Opens the store after a crash; which artifact it holds, after comparing every byte of it."""
+    store = Store(root)
+    store.open()
+    try:
+        assert [str(path) for path in root.rglob(".stage-*")] == []
+        found = store.scan().observed().get(P)
+        if found is None:
+            return "nothing"
+        if found.corrupt:
+            assert publish(store, P, "two") == store.scan().artifacts[P]
+            return "corrupt"
+        (content,) = [c for c in ("one", "two") if (root / "m/p.memory_cache").read_bytes() == contents(c)[0]]
+        data, prefix = contents(content)
+        assert (root / "m/p.bin").read_bytes() == prefix
+        assert make_sidecar(P, data, prefix) == store.scan().artifacts[P].sidecar
+        return content
+    finally:
+        store.close()

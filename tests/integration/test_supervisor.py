@@ -1,0 +1,579 @@
+"""Workers as real processes: whatever they do, the daemon knows how they ended and nothing of them stays behind."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+
+import msgspec
+import psutil
+import pytest
+
+from rkcached.engines.base import FinishReason, ModelSpec, Sampling
+from rkcached.engines.memory import Fault, MemoryModel, expected_text
+from rkcached.errors import (
+    EngineError,
+    ModelLoadError,
+    WorkerDied,
+    WorkerError,
+    WorkerTimeout,
+    WorkerUnavailable,
+)
+from rkcached.worker import protocol
+from rkcached.worker.supervisor import Backoff, Deadlines, Worker, WorkerModel, Workers, WorkerState
+
+ROOT = Path(__file__).parents[2]
+MEMORY = "rkcached.engines.memory:MemoryEngine"
+PROMPT = "You keep a café. Was gibt es heute?"
+SAMPLING = Sampling(max_new_tokens=20, temperature=0.0)
+SLOW = MemoryModel(decode_us_per_token=20_000)
+ENDLESS = Sampling(max_new_tokens=4000, temperature=0.0)
+PATIENT = Deadlines(start_s=20.0, silence_s=20.0, stop_s=5.0)
+HASTY = Deadlines(start_s=20.0, silence_s=0.3, stop_s=0.3)
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < deadline
+        await asyncio.sleep(0.01)
+
+
+def is_gone(pid: int | None) -> bool:
+    try:
+        return pid is None or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
+
+
+class Site:
+    """Where workers live: their model file and scratch directories, and every process they had."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.scratch = root / "scratch"
+        self.scratch.mkdir()
+        self.pids: set[int] = set()
+        self.workers: list[Worker] = []
+        self.model = root / "model.json"
+
+    def worker(
+        self,
+        model: MemoryModel | None = None,
+        *,
+        implementation: str = MEMORY,
+        deadlines: Deadlines = PATIENT,
+        backoff: Backoff | None = None,
+        idle_unload_s: float | None = None,
+    ) -> Worker:
+        spec = self.spec(model, implementation=implementation, idle_unload_s=idle_unload_s)
+        worker = Worker(spec, deadlines=deadlines, backoff=backoff or Backoff())
+        self.workers.append(worker)
+        return worker
+
+    def spec(
+        self,
+        model: MemoryModel | None = None,
+        *,
+        implementation: str = MEMORY,
+        idle_unload_s: float | None = None,
+        identity: str = "1",
+        name: str = "m",
+    ) -> WorkerModel:
+        self.model.write_bytes(msgspec.json.encode(model or MemoryModel()))
+        return WorkerModel(
+            name=name,
+            identity=identity,
+            implementation=implementation,
+            path=str(self.model),
+            context_tokens=4096,
+            threads=0,
+            idle_unload_s=idle_unload_s,
+        )
+
+    def misbehaving(self, name: str, *, deadlines: Deadlines = PATIENT) -> Worker:
+        return self.worker(implementation=f"tests.integration.misbehaving:{name}", deadlines=deadlines)
+
+    async def ask(self, worker: Worker, sampling: Sampling = SAMPLING) -> tuple[str, protocol.Done]:
+        await worker.ensure()
+        self.note(worker)
+        pieces: list[str] = []
+
+        def on_event(event: protocol.FromWorker) -> None:
+            if isinstance(event, protocol.Piece):
+                pieces.append(event.text)
+
+        done = await worker.run(lambda n: protocol.Generate(id=n, prompt=PROMPT, sampling=sampling), on_event)
+        assert isinstance(done, protocol.Done)
+        return "".join(pieces), done
+
+    async def answers(self, worker: Worker) -> bool:
+        """Whether it gives the right answer now."""
+        text, _ = await self.ask(worker)
+        return text == expected_text(self.model.read_bytes(), PROMPT, SAMPLING)
+
+    def note(self, worker: Worker) -> int:
+        pid = worker.pid
+        assert pid is not None
+        self.pids.add(pid)
+        return pid
+
+    def is_clean(self) -> bool:
+        return all(map(is_gone, self.pids)) and not list(self.scratch.iterdir())
+
+
+@pytest.fixture
+async def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Site]:
+    site = Site(tmp_path)
+    monkeypatch.setattr(tempfile, "tempdir", str(site.scratch))
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    yield site
+    for worker in site.workers:
+        await worker.stop()
+        assert worker.pid is None
+    assert site.is_clean()
+
+
+# --- a good life ---
+
+
+async def test_a_worker_starts_answers_and_stops(site: Site) -> None:
+    """Its process and its scratch directory live as long as it does; stopping twice is one."""
+    worker = site.worker()
+    assert (worker.state, worker.pid) == (WorkerState.STOPPED, None)
+    info = await worker.ensure()
+    assert (info.context_tokens, worker.state) == (4096, WorkerState.READY)
+    assert len(list(site.scratch.iterdir())) == 1
+    pid = site.note(worker)
+    assert await site.answers(worker)
+    assert await site.answers(worker)
+    assert (worker.pid, worker.state) == (pid, WorkerState.READY)
+    await worker.stop()
+    await worker.stop()
+    assert (worker.state, worker.pid, worker.info, site.is_clean()) == (WorkerState.STOPPED, None, None, True)
+    assert await site.answers(worker)
+
+
+async def test_a_build_reports_progress_and_proves_itself(site: Site) -> None:
+    """Through the wire as in a test of the session alone."""
+    worker, events = site.worker(), list[protocol.FromWorker]()
+    built = await worker.run(
+        lambda n: protocol.Build(
+            id=n,
+            prefix="You keep",
+            probe=PROMPT,
+            path=str(site.root / "built"),
+            verify=protocol.VerifyMode.EXACT,
+            min_tokens=0,
+        ),
+        events.append,
+    )
+    site.note(worker)
+    assert isinstance(built, protocol.Built)
+    assert built.tokens == 8
+    assert events[-1] == protocol.Progress(id=1, done_tokens=8, total_tokens=8)
+
+
+async def test_an_engines_refusal_leaves_the_worker_running(site: Site) -> None:
+    """It is the request that was wrong."""
+    worker = site.worker(MemoryModel(faults=(Fault(op="generate", kind="error", at=3),)))
+    with pytest.raises(EngineError, match="fault at generate 3"):
+        await site.ask(worker)
+    pid = worker.pid
+    assert await site.answers(worker)
+    assert (worker.pid, worker.restarts, worker.retry_in_s()) == (pid, 0, 0.0)
+
+
+async def test_what_a_library_prints_disturbs_nobody(site: Site) -> None:
+    """Garbage, endless lines, more than a pipe holds."""
+    worker = site.worker(MemoryModel(faults=(Fault(op="generate", kind="garbage_stdout", at=2),)))
+    assert await site.answers(worker)
+    assert await site.answers(site.misbehaving("Chatty"))
+
+
+async def test_the_environment_is_scrubbed_and_the_session_its_own(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What systemd tells the daemon is not for its children, and Ctrl-C at the terminal neither."""
+    for name in ("NOTIFY_SOCKET", "LISTEN_FDS", "LISTEN_PID", "LISTEN_FDNAMES", "WATCHDOG_USEC", "WATCHDOG_PID"):
+        monkeypatch.setenv(name, "1")
+    monkeypatch.setenv("KEPT", "yes")
+    worker = site.misbehaving("ShowsEnvironment")
+    facts = json.loads((await worker.ensure()).runtime_version)
+    assert facts["pid"] == facts["session"] == site.note(worker)
+    assert facts["environment"]["KEPT"] == "yes"
+    assert not [name for name in facts["environment"] if name.startswith(("NOTIFY_", "LISTEN_", "WATCHDOG_"))]
+
+
+# --- deaths ---
+
+ENDINGS = {"segfault": "was killed by SIGSEGV", "abort": "was killed by SIGABRT", "exit": "exited with code 3"}
+
+
+@pytest.mark.parametrize("kind", ENDINGS)
+async def test_a_crash_while_answering_is_told_and_the_next_request_works(site: Site, kind: str) -> None:
+    """The running request fails with the cause; the first failure costs no delay."""
+    worker = site.worker(MemoryModel(faults=(msgspec.convert({"op": "generate", "kind": kind, "at": 30}, Fault),)))
+    assert await site.answers(worker)
+    with pytest.raises(WorkerDied, match=ENDINGS[kind]):
+        await site.ask(worker)
+    assert (worker.state, worker.pid, worker.restarts) == (WorkerState.BACKOFF, None, 1)
+    assert ENDINGS[kind] in worker.last_failure
+    assert await site.answers(worker)
+
+
+@pytest.mark.parametrize("kind", ENDINGS)
+async def test_a_crash_at_start_is_told(site: Site, kind: str) -> None:
+    """As a death, not as an endless wait."""
+    worker = site.worker(MemoryModel(faults=(msgspec.convert({"op": "init", "kind": kind}, Fault),)))
+    with pytest.raises(WorkerDied, match=ENDINGS[kind]):
+        await worker.ensure()
+    assert (worker.state, worker.pid) == (WorkerState.BACKOFF, None)
+
+
+async def test_a_crash_while_building_is_told(site: Site) -> None:
+    """During the prefill."""
+    worker = site.worker(MemoryModel(faults=(Fault(op="prefill", kind="segfault"),)))
+    with pytest.raises(WorkerDied, match="SIGSEGV"):
+        await worker.run(
+            lambda n: protocol.Build(
+                id=n, prefix="a", probe="ab", path="/dev/null", verify=protocol.VerifyMode.OFF, min_tokens=0
+            )
+        )
+
+
+async def test_a_death_tells_the_last_words(site: Site) -> None:
+    """A native library gives its reason in the log only."""
+    with pytest.raises(WorkerDied, match=r"exited with code 4; its last words: rknn: out of memory"):
+        await site.misbehaving("FailsToLoad").ensure()
+
+
+async def test_a_defect_in_an_engine_is_a_death_with_its_traceback(site: Site) -> None:
+    """The last line names the exception."""
+    with pytest.raises(WorkerDied, match="ZeroDivisionError: a defect"):
+        await site.ask(site.misbehaving("Raises"))
+
+
+async def test_a_model_that_cannot_be_loaded_is_a_refusal_and_rests(site: Site) -> None:
+    """The engine's own error comes through; trying again at once would be of no use."""
+    worker = site.worker(backoff=Backoff(base_s=60.0))
+    site.model.write_bytes(b"{}")
+    for _ in range(2):
+        with pytest.raises(ModelLoadError, match="is not a memory model"):
+            await worker.ensure()
+    with pytest.raises(WorkerUnavailable, match="rests after 2 failures in a row"):
+        await worker.ensure()
+    assert worker.state is WorkerState.BACKOFF
+
+
+@pytest.mark.parametrize("op", ["init", "generate"])
+async def test_a_hang_is_killed_at_its_deadline(site: Site, op: str) -> None:
+    """Loading and answering have their own."""
+    model = MemoryModel(faults=(msgspec.convert({"op": op, "kind": "hang", "at": 1}, Fault),))
+    start_s = 1.0 if op == "init" else 20.0
+    worker = site.worker(model, deadlines=Deadlines(start_s=start_s, silence_s=0.3, stop_s=0.3))
+    started = time.monotonic()
+    with pytest.raises(WorkerTimeout, match="said nothing for"):
+        await site.ask(worker)
+    assert time.monotonic() - started < 8
+    assert (worker.state, worker.pid) == (WorkerState.BACKOFF, None)
+
+
+async def test_a_slow_answer_that_keeps_coming_is_not_a_hang(site: Site) -> None:
+    """The deadline is for silence, not for the whole."""
+    worker = site.worker(MemoryModel(decode_us_per_token=40_000), deadlines=HASTY)
+    _, done = await site.ask(worker)
+    assert done.stats.decode_ms > HASTY.silence_s * 1000
+
+
+@pytest.mark.parametrize("name", ["Garbage", "NotJson", "OutOfTurn", "SecondReady"])
+async def test_what_breaks_the_protocol_is_killed(site: Site, name: str) -> None:
+    """After garbage on the wire nothing that comes from it can be believed."""
+    worker = site.misbehaving(name)
+    with pytest.raises(WorkerDied, match="broke the protocol"):
+        await site.ask(worker)
+    assert (worker.state, worker.pid) == (WorkerState.BACKOFF, None)
+
+
+async def test_a_process_that_a_library_left_behind_holds_nobody_up(site: Site) -> None:
+    """Regression: it keeps the worker's output open, and the supervisor waited for its end."""
+    worker = site.misbehaving("LeavesAChild", deadlines=Deadlines(start_s=20.0, silence_s=20.0, stop_s=0.3))
+    descriptors = psutil.Process().num_fds()
+    async with asyncio.timeout(10):
+        with pytest.raises(WorkerDied, match="exited with code 5; its last words: sleeper") as caught:
+            await site.ask(worker)
+    os.kill(int(caught.value.message.split()[-1]), signal.SIGKILL)
+    await until(lambda: psutil.Process().num_fds() <= descriptors)
+
+
+async def test_a_death_while_idle_is_noticed(site: Site) -> None:
+    """Nobody has to ask; the next request starts another one."""
+    worker = site.worker()
+    await worker.ensure()
+    os.kill(site.note(worker), signal.SIGKILL)
+    await until(lambda: worker.state is WorkerState.BACKOFF)
+    assert worker.last_failure == "was killed by SIGKILL while idle"
+    assert await site.answers(worker)
+
+
+# --- backoff ---
+
+
+def test_the_backoff_doubles_up_to_a_limit() -> None:
+    """The first failure is forgiven; no number of failures overflows."""
+    backoff = Backoff(base_s=0.25, limit_s=30.0)
+    assert [backoff.delay(n) for n in (0, 1, 2, 3, 4, 8, 9, 10, 10_000)] == [0, 0, 0.25, 0.5, 1, 16, 30, 30, 30]
+
+
+async def test_failures_in_a_row_make_the_worker_rest_and_a_success_is_a_fresh_start(site: Site) -> None:
+    """While it rests it says for how long; after the rest it is started by whoever asks."""
+    crash = MemoryModel(faults=(Fault(op="generate", kind="exit", at=30),))
+    worker = site.worker(crash, backoff=Backoff(base_s=0.2, limit_s=60.0))
+    for _ in range(2):
+        assert await site.answers(worker)
+        with pytest.raises(WorkerDied):
+            await site.ask(worker)
+        assert worker.retry_in_s() == 0.0  # a success came before: each failure is the first again
+    site.worker(MemoryModel(faults=(Fault(op="generate", kind="exit"),)))  # rewrites the model file
+    with pytest.raises(WorkerDied):
+        await site.ask(worker)
+    assert 0.0 < worker.retry_in_s() <= 0.2
+    with pytest.raises(WorkerUnavailable, match="rests after 2 failures in a row: exited with code 3"):
+        await worker.ensure()
+    await until(lambda: worker.retry_in_s() == 0.0)
+    with pytest.raises(WorkerDied):
+        await site.ask(worker)
+    assert 0.2 < worker.retry_in_s() <= 0.4
+    assert worker.restarts == 4
+    site.worker()
+    await until(lambda: worker.retry_in_s() == 0.0)
+    assert await site.answers(worker)
+
+
+# --- idle ---
+
+
+async def test_an_idle_worker_is_unloaded_and_comes_back(site: Site) -> None:
+    """The time counts from the end of the last request."""
+    worker = site.worker(idle_unload_s=0.2)
+    assert await site.answers(worker)
+    assert await site.answers(worker)
+    assert len(site.pids) == 1
+    await until(lambda: worker.state is WorkerState.STOPPED)
+    assert site.is_clean()
+    assert await site.answers(worker)
+    assert len(site.pids) == 2
+
+
+async def test_a_busy_worker_is_not_unloaded(site: Site) -> None:
+    """However long the request takes."""
+    worker = site.worker(SLOW, idle_unload_s=0.1)
+    await site.ask(worker)
+    assert worker.restarts == 0
+
+
+# --- cancelling ---
+
+
+async def test_cancelling_a_request_aborts_it_and_keeps_the_worker(site: Site) -> None:
+    """The engine stops within a token; the next request finds the same process."""
+    worker = site.worker(SLOW)
+    await worker.ensure()
+    pid = site.note(worker)
+    asking = asyncio.create_task(site.ask(worker, ENDLESS))
+    await until(lambda: worker.state is WorkerState.BUSY)
+    asking.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await asking
+    assert (worker.state, worker.pid) == (WorkerState.READY, pid)
+    assert await site.answers(worker)
+
+
+async def test_a_request_that_is_cancelled_twice_still_ends_in_order(site: Site) -> None:
+    """Regression: the second cancellation left the answer unread, and the next request met it."""
+    worker = site.worker(SLOW)
+    await worker.ensure()
+    site.note(worker)
+    asking = asyncio.create_task(site.ask(worker, ENDLESS))
+    await until(lambda: worker.state is WorkerState.BUSY)
+    for _ in range(3):
+        asking.cancel()
+        await asyncio.sleep(0)
+    with pytest.raises(asyncio.CancelledError):
+        await asking
+    assert await site.answers(worker)
+    assert worker.restarts == 0
+
+
+async def test_an_abort_ends_the_request_with_what_it_has(site: Site) -> None:
+    """It still gets its answer, marked as aborted."""
+    worker = site.worker(SLOW)
+    await worker.ensure()
+    asking = asyncio.create_task(site.ask(worker, ENDLESS))
+    await until(lambda: worker.state is WorkerState.BUSY)
+    await worker.abort(1)
+    text, done = await asking
+    assert done.stats.finish is FinishReason.ABORT
+    assert expected_text(site.model.read_bytes(), PROMPT, ENDLESS).startswith(text)
+
+
+async def test_an_engine_that_ignores_an_abort_is_killed(site: Site) -> None:
+    """Within the time for stopping; the next request starts another one without delay."""
+    worker = site.misbehaving("Stubborn", deadlines=Deadlines(start_s=20.0, silence_s=20.0, stop_s=0.3))
+    asking = asyncio.create_task(site.ask(worker))
+    await until(lambda: worker.state is WorkerState.BUSY)
+    started = time.monotonic()
+    asking.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await asking
+    assert time.monotonic() - started < 5
+    assert (worker.state, worker.pid, site.is_clean()) == (WorkerState.STOPPED, None, True)
+
+
+@pytest.mark.parametrize("turns", [1, 2, 5, 20])
+async def test_cancelling_a_start_leaves_nothing_behind(site: Site, turns: int) -> None:
+    """At whatever point of it."""
+    worker = site.worker(MemoryModel(load_ms=2000))
+    starting = asyncio.create_task(worker.ensure())
+    for _ in range(turns):
+        await asyncio.sleep(0)
+    pid = worker.pid
+    starting.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await starting
+    assert (worker.state, worker.pid, is_gone(pid), list(site.scratch.iterdir())) == (
+        WorkerState.STOPPED,
+        None,
+        True,
+        [],
+    )
+
+
+@pytest.mark.parametrize("turns", [1, 2, 5, 20])
+async def test_stopping_during_a_start_leaves_nothing_behind(site: Site, turns: int) -> None:
+    """Whoever waited for it is told."""
+    worker = site.worker(MemoryModel(load_ms=2000))
+    starting = asyncio.create_task(worker.ensure())
+    for _ in range(turns):
+        await asyncio.sleep(0)
+    await worker.stop()
+    with pytest.raises(WorkerUnavailable, match="was stopped"):
+        await starting
+    assert (worker.state, worker.pid, list(site.scratch.iterdir())) == (WorkerState.STOPPED, None, [])
+    assert not psutil.Process().children()
+
+
+async def test_stopping_ends_a_running_request_with_an_error(site: Site) -> None:
+    """At a shutdown nobody waits for an answer that will not come."""
+    worker = site.worker(SLOW, idle_unload_s=60.0)
+    asking = asyncio.create_task(site.ask(worker, ENDLESS))
+    await until(lambda: worker.state is WorkerState.BUSY)
+    await worker.stop()
+    with pytest.raises(WorkerError):
+        await asking
+    assert (worker.state, site.is_clean()) == (WorkerState.STOPPED, True)
+
+
+# --- all workers ---
+
+
+async def test_workers_are_replaced_when_their_model_changes(site: Site) -> None:
+    """The same model has the same worker; another identity has another process, and the old one goes."""
+    workers = Workers(deadlines=PATIENT)
+    first = workers.get(site.spec())
+    assert workers.get(site.spec()) is first
+    await first.ensure()
+    old = site.note(first)
+    second = workers.get(site.spec(identity="2"))
+    await second.ensure()
+    site.note(second)
+    assert second is not first
+    await until(lambda: is_gone(old))
+    assert workers.all() == (second,)
+    await workers.stop()
+    assert site.is_clean()
+
+
+async def test_workers_of_models_that_are_gone_are_stopped(site: Site) -> None:
+    """The others keep running."""
+    workers = Workers(deadlines=PATIENT)
+    a, b = workers.get(site.spec(name="a")), workers.get(site.spec(name="b"))
+    for worker in (a, b):
+        await worker.ensure()
+    gone = site.note(a)
+    site.note(b)
+    workers.keep_only({"b"})
+    await until(lambda: is_gone(gone))
+    assert (workers.all(), b.state) == ((b,), WorkerState.READY)
+    await workers.stop()
+    assert site.is_clean()
+
+
+# --- the child on its own ---
+
+
+@pytest.mark.parametrize("busy", [False, True], ids=["idle", "busy"])
+def test_a_child_leaves_when_the_daemons_end_closes(tmp_path: Path, busy: bool) -> None:
+    """At once and with code 0, also in the middle of an answer; its scratch directory goes with it."""
+    model, scratch = tmp_path / "m.json", tmp_path / "scratch"
+    model.write_bytes(msgspec.json.encode(MemoryModel(decode_us_per_token=50_000)))
+    scratch.mkdir()
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        child = subprocess.Popen(
+            [sys.executable, "-m", "rkcached.worker.child", str(theirs.fileno())],
+            pass_fds=(theirs.fileno(),),
+            cwd=ROOT,
+        )
+        theirs.close()
+        spec = ModelSpec(path=str(model), context_tokens=0, scratch_dir=str(scratch))
+        ours.sendall(protocol.frame(protocol.Start(implementation=MEMORY, spec=spec)))
+        (ready,) = protocol.FrameReader().feed(ours.recv(9999))
+        assert isinstance(protocol.decode_from_worker(ready), protocol.Ready)
+        if busy:
+            ours.sendall(protocol.frame(protocol.Generate(id=1, prompt=PROMPT, sampling=ENDLESS)))
+            assert ours.recv(9999)
+    assert child.wait(timeout=10) == 0
+    assert not scratch.exists()
+
+
+DAEMON = """
+import asyncio, sys, time
+from rkcached.worker.supervisor import Backoff, Deadlines, Worker, WorkerModel
+async def main():
+    model = WorkerModel(name="m", identity="", implementation=sys.argv[2], path=sys.argv[1], context_tokens=64,
+                        threads=0, idle_unload_s=None)
+    worker = Worker(model, deadlines=Deadlines(), backoff=Backoff())
+    await worker.ensure()
+    print(worker.pid, flush=True)
+    time.sleep(60)
+asyncio.run(main())
+"""
+
+
+def test_a_child_goes_with_a_daemon_that_is_killed(tmp_path: Path) -> None:
+    """Nobody is left to stop it."""
+    model = tmp_path / "m.json"
+    model.write_bytes(msgspec.json.encode(MemoryModel()))
+    with subprocess.Popen(
+        [sys.executable, "-c", DAEMON, str(model), MEMORY],
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+        env=os.environ | {"TMPDIR": str(tmp_path)},
+    ) as daemon:
+        assert daemon.stdout is not None
+        pid = int(next(line for line in daemon.stdout if line.strip().isdigit()))
+        assert not is_gone(pid)
+        daemon.kill()
+    deadline = time.monotonic() + 10
+    while not is_gone(pid):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
