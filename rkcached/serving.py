@@ -87,7 +87,8 @@ class _Run:
     load_error: protocol.Loaded | None = None
     loaded: bool = False
     first_token: float = 0.0
-    events: asyncio.Queue[Text] = field(default_factory=asyncio.Queue)
+    events: asyncio.Queue[Text | None] = field(default_factory=asyncio.Queue)
+    """Pieces of the answer; None when the work has ended."""
 
 
 class Serving:
@@ -151,14 +152,10 @@ class Serving:
         work = asyncio.create_task(self._work(run))
         self._works.add(work)
         work.add_done_callback(self._works.discard)
+        work.add_done_callback(lambda _: run.events.put_nowait(None))
         try:
-            while not work.done() or not run.events.empty():
-                getter = asyncio.create_task(run.events.get())
-                await asyncio.wait({getter, work}, return_when=asyncio.FIRST_COMPLETED)
-                if getter.done():
-                    yield getter.result()
-                else:
-                    getter.cancel()
+            while (text := await run.events.get()) is not None:
+                yield text
             if work.cancelled():
                 raise _stopping()
             yield work.result()

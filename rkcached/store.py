@@ -374,7 +374,7 @@ class Store:
         """The verdict on a prompt. A damaged one only costs one more attempt."""
         try:
             return msgspec.json.decode(self._verdict_path(key).read_bytes(), type=Verdict)
-        except (OSError, msgspec.DecodeError):
+        except (OSError, ValueError, RecursionError):
             return None
 
     def clear_verdict(self, key: Key) -> None:

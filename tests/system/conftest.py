@@ -19,7 +19,8 @@ import httpx
 import psutil
 import pytest
 
-DEADLINE_S = 30.0
+DEADLINE_S = 120.0
+"""Long, because disks of test machines stall; a test that passes never waits for it."""
 
 
 def wait_until(condition: Callable[[], Any], what: str, deadline_s: float = DEADLINE_S) -> Any:
@@ -84,7 +85,7 @@ class Workspace:
             stdin=subprocess.DEVNULL if stdin is None else None,
             capture_output=True,
             text=True,
-            timeout=60,
+            timeout=DEADLINE_S,
             cwd=self.root,
             check=False,
         )
@@ -144,7 +145,9 @@ class Workspace:
     # The socket
 
     def http(self) -> httpx.Client:
-        return httpx.Client(transport=httpx.HTTPTransport(uds=str(self.socket)), base_url="http://d", timeout=60)
+        return httpx.Client(
+            transport=httpx.HTTPTransport(uds=str(self.socket)), base_url="http://d", timeout=DEADLINE_S
+        )
 
     def status(self) -> dict[str, Any]:
         with self.http() as client:

@@ -268,6 +268,62 @@ def test_worker_dies_in_an_answer(workspace: Workspace) -> None:
     assert workspace.ask("m/p", max_tokens=8)["rkcached"]["state"] == "hit"
 
 
+def test_worker_dies_over_a_cache(workspace: Workspace) -> None:
+    """A crash while a cache is loaded is answered without it, rightly; the cache itself is not blamed for one crash."""
+    workspace.memory_model(faults=[{"op": "load", "kind": "segfault", "at": 2}])  # the first is the build's own proof
+    workspace.write("p.md", "You are prompt P.")
+    workspace.declare("{p: p.md}")
+    workspace.start()
+    workspace.wait_settled()
+    answer = workspace.ask("m/p")
+    assert right_answer(workspace, "You are prompt P.") == content(answer)
+    assert answer["rkcached"]["cached_tokens"] == 0
+    answer = workspace.ask("m/p")  # by the restarted worker
+    assert right_answer(workspace, "You are prompt P.") == content(answer)
+    assert answer["rkcached"]["state"] == "hit"
+    assert workspace.built() == ["p"]
+
+
+def test_build_that_crashes_is_quarantined(workspace: Workspace) -> None:
+    """After three crashes a prompt is left alone, served cold, with the reason; another model file brings it back."""
+    workspace.memory_model(faults=[{"op": "save", "kind": "segfault", "at": 1}])
+    workspace.write("p.md", "You are prompt P.")
+    workspace.write("q.md", "You are prompt Q.")
+    workspace.declare("{p: p.md}")
+    workspace.start()
+    shown = workspace.wait_state("p", "quarantined")
+    assert "failed 3 times" in shown["reason"]
+    assert "SIGSEGV" in shown["reason"]
+    answer = workspace.ask("m/p")
+    assert right_answer(workspace, "You are prompt P.") == content(answer)
+    assert answer["rkcached"]["state"] == "quarantined"
+    assert workspace.stop() == 0
+    workspace.start()
+    assert workspace.prompt("p")["state"] == "quarantined"  # a restart is no reason to crash again
+    workspace.memory_model()
+    workspace.wait_state("p", "fresh")
+    assert workspace.ask("m/p")["rkcached"]["state"] == "hit"
+
+
+def test_build_that_hangs_or_fails_does_not_stop_the_others(workspace: Workspace) -> None:
+    """A model that cannot save makes its prompts uncacheable, lastingly; the other model's are built."""
+    workspace.memory_model("m.model", can_save=False)
+    workspace.memory_model("n.model")
+    workspace.write("p.md", "Text.")
+    workspace.write(
+        "manifest.yaml",
+        "version: 1\nengine: {kind: memory}\nmodels:\n"
+        "  m: {path: m.model, prompts: {p: p.md}}\n  n: {path: n.model, prompts: {p: p.md}}\n",
+    )
+    workspace.start()
+    workspace.wait_settled()
+    assert workspace.prompt("p", "m")["state"] == "uncacheable"
+    assert workspace.prompt("p", "n")["state"] == "fresh"
+    assert workspace.ask("m/p")["rkcached"]["state"] == "uncacheable"
+    workspace.hang_up()
+    assert workspace.log_text().count("build started model=m") == 1
+
+
 def test_artifact_damaged_under_the_daemon(two_prompts: Workspace) -> None:
     """A prompt cache that was damaged on disk is never used: the answer is right, and the cache is rebuilt."""
     path = two_prompts.cache / "m/a.memory_cache"
