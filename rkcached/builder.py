@@ -15,13 +15,15 @@ from pathlib import Path
 
 from rkcached.desired import DesiredModel
 from rkcached.engines.registry import ENGINES
-from rkcached.errors import BudgetExceeded, SourceError
+from rkcached.errors import Aborted, BudgetExceeded, SourceError
 from rkcached.manifest import CacheConfig, EngineConfig
 from rkcached.plan import Build, over_budget
-from rkcached.store import Figures, Sidecar, Store, StoredArtifact
+from rkcached.sidecar import Figures, Sidecar, StoredArtifact
+from rkcached.store import Store
 from rkcached.worker import protocol
 from rkcached.worker.gate import Gate, Priority
-from rkcached.worker.supervisor import Worker, WorkerModel, Workers
+from rkcached.worker.pool import Workers
+from rkcached.worker.supervisor import Worker, WorkerModel
 
 PROBE_QUESTION = "Answer in one sentence: what are you for?"
 """Asked twice after every build: on the state in memory, and on the state from the file."""
@@ -124,6 +126,7 @@ class Builder:
     ) -> protocol.Built:
         worker: Worker | None = None
         operation_id = 0
+        wanted_aside = False
         aside: set[asyncio.Task[None]] = set()
 
         def make(new_id: int) -> protocol.Build:
@@ -143,11 +146,16 @@ class Builder:
                 on_progress(event.done_tokens, event.total_tokens)
 
         def step_aside() -> None:
+            nonlocal wanted_aside
+            wanted_aside = True
             if operation_id and worker is not None and worker.info is not None and worker.info.aborts_prefill:
                 aside.add(asyncio.ensure_future(worker.abort(operation_id)))
 
         async with self._gate.hold(Priority.BUILD, step_aside=step_aside if request.may_step_aside else None):
             worker = self._workers.get(worker_model(request.engine, request.model))
+            await worker.ensure()
+            if wanted_aside:  # a request came while the model was loaded
+                raise Aborted("made room for a live request")
             built = await worker.run(make, on_event)
         if not isinstance(built, protocol.Built):
             raise TypeError(built)

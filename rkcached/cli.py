@@ -164,23 +164,13 @@ def status(settings: Settings, want_json: bool) -> None:
 @as_json
 def regenerate(settings: Settings, prompts: Sequence[str], everything: bool, want_json: bool) -> None:
     """Build prompt caches anew, even if they are fresh. Waits until they are published."""
-    from rkcached.client import Client
+    from rkcached import regenerate as command
 
     if not prompts and not everything:
         raise UsageError("nothing to regenerate", hint="name MODEL or MODEL/PROMPT, or say --all")
-    answers = []
-    with Client(settings.socket) as client:
-        declared = [(p["model"], p["prompt"]) for p in client.status()["prompts"] if p["state"] != "orphan"]
-        wanted = declared if everything else _matching(prompts, declared)
-        for number, (model, prompt) in enumerate(wanted, 1):
-            if not want_json:
-                click.echo(f"[{number}/{len(wanted)}] {model}/{prompt} ... ", nl=False)
-            answer = client.regenerate(model, prompt)
-            answers.append(answer)
-            if not want_json:
-                click.echo(
-                    f"{answer['tokens']} tokens, {answer['size_mb']:.1f} MB in {answer['build_ms'] / 1000:.1f} s"
-                )
+    declared = command.declared_prompts(settings.socket)
+    wanted = declared if everything else _matching(prompts, declared)
+    answers = list(command.regenerate(settings.socket, wanted, _console(quiet=want_json)))
     if want_json:
         _print_json(answers)
 
@@ -321,10 +311,10 @@ def _matching(wanted: Sequence[str], known: Sequence[tuple[str, str]]) -> list[t
     return [key for key in known if key[0] in wanted or "/".join(key) in wanted]
 
 
-def _console() -> Console:
+def _console(*, quiet: bool = False) -> Console:
     from rich.console import Console
 
-    return Console(highlight=False)
+    return Console(highlight=False, quiet=quiet)
 
 
 def _print_json(data: Any) -> None:

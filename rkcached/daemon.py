@@ -29,7 +29,7 @@ from rkcached.status import status
 from rkcached.store import Store
 from rkcached.watch import Watcher
 from rkcached.worker.gate import Gate
-from rkcached.worker.supervisor import Workers
+from rkcached.worker.pool import Workers, sweep_scratch
 
 log = structlog.get_logger()
 
@@ -51,6 +51,7 @@ def run(settings: Settings) -> None:
     manifest = read_manifest(settings.manifest)
     store = Store(settings.cache_dir)
     store.open()
+    sweep_scratch()
     try:
         listener = open_socket(settings.socket)
         inode = settings.socket.stat().st_ino

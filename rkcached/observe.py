@@ -20,8 +20,9 @@ from rkcached.digests import Signature
 from rkcached.engines.registry import ENGINES
 from rkcached.manifest import Manifest, parse
 from rkcached.plan import Assessment, Key, Limits, Observed, Verdict, assess
+from rkcached.sidecar import Inventory
 from rkcached.sources import SourceReader
-from rkcached.store import Inventory, Store
+from rkcached.store import Store
 
 log = structlog.get_logger()
 
@@ -78,8 +79,9 @@ class ManifestFile:
             signature = Signature.of(self.path.stat())
         except OSError:
             signature = None
-        if signature is not None and signature == self._signature and signature.settled:
+        if signature is not None and signature == self._signature:
             return self.last_good
+        settled = signature is not None and signature.settled
         try:
             manifest = read_manifest(self.path)
         except errors.ManifestError as error:
@@ -92,7 +94,7 @@ class ManifestFile:
         if self.error is not None:
             log.info("manifest mended", file=str(self.path))
             self.error = None
-        self._signature = signature
+        self._signature = signature if settled else None
         if manifest != self.last_good:
             log.info("manifest applied", file=str(self.path), models=len(manifest.models))
             self.last_good = manifest

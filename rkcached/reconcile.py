@@ -21,12 +21,13 @@ from rkcached.desired import Desired, DesiredModel
 from rkcached.manifest import Manifest
 from rkcached.observe import Look, ManifestFile, Observer, inputs
 from rkcached.plan import Assessment, Blocked, Build, Key, Remove, State, Trouble, Verdict, plan
-from rkcached.store import Store, StoredArtifact
+from rkcached.sidecar import StoredArtifact
+from rkcached.store import Store
 from rkcached.verdicts import QUARANTINE_AFTER, quarantined, verdict_on
 from rkcached.view import BuildProgress, FreshIndex, View
 from rkcached.watch import Follower
 from rkcached.worker.gate import Gate, Priority
-from rkcached.worker.supervisor import Workers
+from rkcached.worker.pool import Workers
 
 log = structlog.get_logger()
 

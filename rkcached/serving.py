@@ -24,12 +24,13 @@ from rkcached.errors import RequestError
 from rkcached.openai import CacheReport, ChatRequest, PromptTokensDetails, Usage
 from rkcached.plan import Key, State, Trouble
 from rkcached.reconcile import Reconciler
-from rkcached.store import StoredArtifact
+from rkcached.sidecar import StoredArtifact
 from rkcached.template import Message
 from rkcached.worker import protocol
 from rkcached.worker.gate import Gate, Priority
 from rkcached.worker.operations import BOUNDARY_TOKENS
-from rkcached.worker.supervisor import Worker, Workers
+from rkcached.worker.pool import Workers
+from rkcached.worker.supervisor import Worker
 
 log = structlog.get_logger()
 

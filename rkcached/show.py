@@ -13,6 +13,9 @@ from rich.text import Text
 
 from rkcached.plan import Action, Assessment, Blocked, Build, Remove, State
 
+_WIDE = 110
+"""Columns from which the table has room for notes; on a narrower terminal they follow it."""
+
 _STATE_STYLE = {
     "fresh": "green",
     "building": "cyan",
@@ -73,12 +76,14 @@ def print_status(console: Console, status: dict[str, Any]) -> None:
     if not status["prompts"]:
         console.print(Text("no prompts are declared", style="dim"))
         return
+    wide = console.width >= _WIDE
     table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("prompt", overflow="fold")
-    table.add_column("state")
+    table.add_column("prompt", no_wrap=True)
+    table.add_column("state", no_wrap=True)
     for name in ("tokens", "size", "cold", "warm", "hits"):
         table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("note", overflow="fold", style="dim")
+    if wide:
+        table.add_column("note", overflow="fold", style="dim")
     for prompt in status["prompts"]:
         artifact = prompt.get("artifact") or {}
         measured = artifact and artifact["verified"] != "off"
@@ -89,10 +94,14 @@ def print_status(console: Console, status: dict[str, Any]) -> None:
             size(artifact["size_bytes"]) if artifact else "",
             f"{artifact['cold_ttft_ms']:.0f} ms" if measured else "",
             f"{artifact['warm_ttft_ms']:.0f} ms" if measured else "",
-            str(prompt["hits"]) if prompt["hits"] or prompt["last_used"] else "-",
-            _note(prompt),
+            str(prompt["hits"]) if prompt["last_used"] else "-",
+            *([_note(prompt)] if wide else []),
         )
     console.print(table)
+    if not wide:
+        for prompt in status["prompts"]:
+            if note := _note(prompt):
+                console.print(Text(f"{prompt['model']}/{prompt['prompt']}: {note}", style="dim"))
 
 
 def _note(prompt: dict[str, Any]) -> str:

@@ -10,8 +10,9 @@ from rkcached import __version__
 from rkcached.plan import Key, State, Trouble
 from rkcached.reconcile import Reconciler
 from rkcached.serving import Serving
-from rkcached.store import Store, StoredArtifact
-from rkcached.worker.supervisor import Workers
+from rkcached.sidecar import StoredArtifact
+from rkcached.store import Store
+from rkcached.worker.pool import Workers
 
 
 def status(

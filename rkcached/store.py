@@ -19,101 +19,22 @@ import os
 import secrets
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import msgspec
 
 from rkcached.digests import Digests, Signature
 from rkcached.errors import SourceError, StoreError, StoreLocked
-from rkcached.fingerprint import fingerprint
 from rkcached.manifest import NAME
-from rkcached.plan import Artifact, Key, Verdict
+from rkcached.plan import Key, Verdict
+from rkcached.sidecar import Inventory, Sidecar, StoredArtifact, names_artifact, parse_sidecar
 
-FORMAT_VERSION = 1
 DIRECTORY_MODE = 0o750
 FILE_MODE = 0o640
 MAX_QUARANTINED = 8
 """Artifacts kept for a post-mortem; the oldest goes first."""
 
 _STAGING = ".stage-"
-
-
-class Figures(msgspec.Struct, frozen=True, kw_only=True):
-    """What the build measured. Times in milliseconds."""
-
-    prefill_ms: float
-    """Reading the prefix into an empty KV state."""
-    load_ms: float
-    """Loading the prompt cache from its file."""
-    cold_ttft_ms: float
-    """First token of the probe without the cache: prefilling the prefix, then the probe on it in memory."""
-    warm_ttft_ms: float
-    """First token of the probe with the cache: loading the file, then the probe."""
-    verified: str
-    """How the artifact was proven: exact, hit or off."""
-
-    @property
-    def gain(self) -> bool:
-        """Whether the cache was measured to help; an unverified one is not measured, and taken to."""
-        return self.verified == "off" or self.warm_ttft_ms < self.cold_ttft_ms
-
-
-class Sidecar(msgspec.Struct, frozen=True, kw_only=True):
-    """The commit record of an artifact, as it stands on disk."""
-
-    format: int = FORMAT_VERSION
-    model: str
-    prompt: str
-    artifact: str
-    """File name of the prompt cache, beside this file."""
-    fingerprint: str
-    components: dict[str, str]
-    size_bytes: int
-    sha256: str
-    text_sha256: str
-    tokens: int
-    built_at: float
-    """Unix seconds."""
-    build_ms: float
-    figures: Figures
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StoredArtifact:
-    """An artifact whose files were just compared with its sidecar."""
-
-    path: Path
-    sidecar: Sidecar
-    signature: Signature | None
-    """Of the prompt cache file with the sidecar's digest: the file that may be loaded. None when corrupt."""
-    corrupt: str = ""
-
-    def observed(self, key: Key) -> Artifact:
-        sidecar = self.sidecar
-        return Artifact(
-            key=key,
-            fingerprint=sidecar.fingerprint,
-            components=sidecar.components,
-            tokens=sidecar.tokens,
-            size_bytes=sidecar.size_bytes,
-            corrupt=self.corrupt,
-        )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Inventory:
-    """One look at the store. `unreadable` are commit records that cannot be read: their artifacts are corrupt."""
-
-    artifacts: dict[Key, StoredArtifact] = field(default_factory=dict)
-    unreadable: dict[Key, str] = field(default_factory=dict)
-    verdicts: dict[Key, Verdict] = field(default_factory=dict)
-
-    def observed(self) -> dict[Key, Artifact]:
-        seen = {key: artifact.observed(key) for key, artifact in self.artifacts.items()}
-        for key, why in self.unreadable.items():
-            seen[key] = Artifact(key=key, fingerprint="", components={}, tokens=0, size_bytes=0, corrupt=why)
-        return seen
 
 
 class Store:
@@ -240,20 +161,11 @@ class Store:
             return known
         signature = before if before.settled else None
         try:
-            sidecar = msgspec.json.decode(path.read_bytes(), type=Sidecar)
+            return signature, parse_sidecar(path.read_bytes(), key)
         except FileNotFoundError:
             raise
         except OSError as error:
             return None, f"the sidecar cannot be read: {error.strerror}"
-        except (ValueError, RecursionError) as error:  # not JSON, not UTF-8, or not a sidecar
-            return signature, f"the sidecar is damaged: {error}"
-        if sidecar.format != FORMAT_VERSION:
-            return signature, f"the sidecar has format {sidecar.format}, this program writes {FORMAT_VERSION}"
-        if (sidecar.model, sidecar.prompt) != key or not _names_artifact(sidecar.artifact, key.prompt):
-            return signature, f"the sidecar belongs to {sidecar.model}/{sidecar.prompt}"
-        if fingerprint(sidecar.components).digest != sidecar.fingerprint:
-            return signature, "the sidecar is damaged: its components do not have its fingerprint"
-        return signature, sidecar
 
     def _inspect(self, folder: Path, sidecar: Sidecar, digests: Digests | None = None) -> StoredArtifact:
         path = folder / sidecar.artifact
@@ -397,16 +309,10 @@ class Store:
             ) from error
 
 
-def _names_artifact(name: str, prompt: str) -> bool:
-    """Whether `name` is a prompt cache of `prompt`: guards against a sidecar that points elsewhere."""
-    stem, dot, suffix = name.rpartition(".")
-    return stem == prompt and bool(dot) and suffix.endswith("_cache") and "/" not in suffix
-
-
 def _artifacts_of(folder: Path, prompt: str) -> list[Path]:
     """The prompt caches of one prompt, whichever engine wrote them."""
     try:
-        return [path for path in folder.iterdir() if _names_artifact(path.name, prompt)]
+        return [path for path in folder.iterdir() if names_artifact(path.name, prompt)]
     except FileNotFoundError:
         return []
 

@@ -12,9 +12,10 @@ from rkcached.desired import DesiredModel
 from rkcached.errors import RkcachedError
 from rkcached.observe import Look
 from rkcached.plan import Key, State
-from rkcached.store import Store, StoredArtifact
+from rkcached.sidecar import StoredArtifact
+from rkcached.store import Store
 from rkcached.worker import protocol
-from rkcached.worker.supervisor import Workers
+from rkcached.worker.pool import Workers
 
 
 def verify_artifacts(cache_dir: Path, look: Look, keys: Sequence[Key], *, deep: bool) -> Iterator[dict[str, Any]]:

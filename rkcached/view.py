@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from rkcached.desired import Desired, DesiredModel
 from rkcached.manifest import Manifest
 from rkcached.plan import Assessment, Key, Trouble
-from rkcached.store import StoredArtifact
+from rkcached.sidecar import StoredArtifact
 
 
 class FreshIndex:

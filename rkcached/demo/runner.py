@@ -181,7 +181,7 @@ def _compare(socket: Path, prompt: dict[str, Any]) -> dict[str, Any]:
 
 def _table(rows: list[dict[str, Any]]) -> Table:
     table = Table(title="time to first token, one question", title_justify="left", pad_edge=False, box=None)
-    for name in ("prompt", "tokens", "cold", "warm", "reduction", "cached tokens", "file"):
+    for name in ("prompt", "tokens", "cold\nTTFT", "warm\nTTFT", "reduction", "cached\ntokens", "file\nsize"):
         table.add_column(name, justify="left" if name == "prompt" else "right", no_wrap=True)
     for row in rows:
         table.add_row(

@@ -50,16 +50,21 @@ class _Channel:
 
     def read_forever(self) -> None:
         frames = protocol.FrameReader()
-        while data := self._recv():
-            for body in frames.feed(data):
-                message = protocol.decode_to_worker(body)
-                if isinstance(message, protocol.Abort):
-                    self._aborted = {message.id}
-                    if self.engine is not None:
-                        self.engine.abort()
-                else:
-                    self._inbox.put(message)
+        try:
+            while data := self._recv():
+                for body in frames.feed(data):
+                    self._take(protocol.decode_to_worker(body))
+        except protocol.ProtocolError as error:
+            print(f"E rkcached: the daemon sent {error}", file=sys.stderr, flush=True)  # noqa: T201 - becomes a log line
         self._leave()
+
+    def _take(self, message: protocol.ToWorker) -> None:
+        if not isinstance(message, protocol.Abort):
+            self._inbox.put(message)
+            return
+        self._aborted = {message.id}
+        if self.engine is not None:
+            self.engine.abort()
 
     def _recv(self) -> bytes:
         try:

@@ -40,6 +40,9 @@ _SCRUBBED = ("NOTIFY_SOCKET", "LISTEN_", "WATCHDOG_")
 
 _LOG_LINES = 20
 
+SCRATCH_PREFIX = "rkcached-"
+"""Of scratch directories; the daemon's pid follows."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Deadlines:
@@ -142,7 +145,7 @@ class Worker:
         self._frames = protocol.FrameReader()
         model = self.model
         try:
-            self._scratch = tempfile.mkdtemp(prefix="rkcached-")
+            self._scratch = tempfile.mkdtemp(prefix=f"{SCRATCH_PREFIX}{os.getpid()}-")
             process = await self._spawn()
             spec = ModelSpec(
                 path=model.path, context_tokens=model.context_tokens, threads=model.threads, scratch_dir=self._scratch
@@ -418,43 +421,6 @@ class Worker:
             if line:
                 self._recent_lines.append(line)
                 log.debug("worker says", model=self.model.name, line=line)
-
-
-class Workers:
-    """All workers, by model. `apply` follows the manifest; the callers hold the gate while an operation runs."""
-
-    def __init__(self, *, deadlines: Deadlines | None = None, backoff: Backoff | None = None) -> None:
-        self._deadlines = deadlines or Deadlines()
-        self._backoff = backoff or Backoff()
-        self._workers: dict[str, Worker] = {}
-        self._retired: set[asyncio.Task[None]] = set()
-
-    def all(self) -> tuple[Worker, ...]:
-        return tuple(self._workers.values())
-
-    def get(self, model: WorkerModel) -> Worker:
-        """The worker that hosts exactly this; one that hosts something older is replaced."""
-        worker = self._workers.get(model.name)
-        if worker is not None and worker.model == model:
-            return worker
-        if worker is not None:
-            self._retire(worker)
-        worker = self._workers[model.name] = Worker(model, deadlines=self._deadlines, backoff=self._backoff)
-        return worker
-
-    def keep_only(self, names: set[str]) -> None:
-        """Stop the workers of models that are no longer declared."""
-        for name in self._workers.keys() - names:
-            self._retire(self._workers.pop(name))
-
-    async def stop(self) -> None:
-        """Stop all. Every process is gone afterwards."""
-        await asyncio.gather(*(worker.stop() for worker in self._workers.values()), *self._retired)
-
-    def _retire(self, worker: Worker) -> None:
-        task = asyncio.create_task(worker.stop())
-        self._retired.add(task)
-        task.add_done_callback(self._retired.discard)
 
 
 async def _to_the_end(work: Coroutine[Any, Any, object]) -> None:

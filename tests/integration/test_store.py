@@ -17,7 +17,8 @@ from rkcached.digests import Digests
 from rkcached.errors import StoreError, StoreLocked
 from rkcached.fingerprint import fingerprint
 from rkcached.plan import Key, Trouble, Verdict, VerdictKind
-from rkcached.store import MAX_QUARANTINED, Figures, Sidecar, Store, StoredArtifact
+from rkcached.sidecar import Figures, Sidecar, StoredArtifact
+from rkcached.store import MAX_QUARANTINED, Store
 from tests.integration.test_digests import settle
 
 P, Q = Key("m", "p"), Key("m", "q")

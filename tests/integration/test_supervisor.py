@@ -29,7 +29,8 @@ from rkcached.errors import (
     WorkerUnavailable,
 )
 from rkcached.worker import protocol
-from rkcached.worker.supervisor import Backoff, Deadlines, Worker, WorkerModel, Workers, WorkerState
+from rkcached.worker.pool import Workers
+from rkcached.worker.supervisor import Backoff, Deadlines, Worker, WorkerModel, WorkerState
 
 ROOT = Path(__file__).parents[2]
 MEMORY = "rkcached.engines.memory:MemoryEngine"

@@ -206,7 +206,7 @@ def test_no_gain(workspace: Workspace) -> None:
 def test_regenerate(two_prompts: Workspace) -> None:
     """Regenerate builds fresh prompts anew and waits; unknown names are refused; M7's answer with --json."""
     before = len(two_prompts.built())
-    assert "m/a ... 64 tokens" in two_prompts.cli("regenerate", "m/a").stdout
+    assert "[1/1] m/a 64 tokens" in two_prompts.cli("regenerate", "m/a").stdout
     assert two_prompts.built()[before:] == ["a"]
     answers = json.loads(two_prompts.cli("regenerate", "--all", "--json").stdout)
     assert [(x["object"], x["cache_name"]) for x in answers] == [

@@ -123,7 +123,8 @@ def test_demo(tmp_path: Path, small_model: Path) -> None:
         wait_until(lambda: "Ctrl-C ends the demo" in output.read_text() or demo.poll() is not None, "it is up", 90)
         text = output.read_text()
         assert "smollm2-135m/greenhouse" in text
-        assert "cached tokens" in text
+        assert "reduction" in text
+        assert "TTFT" in text
         assert "curl -s --unix-socket" in text
         family = psutil.Process(demo.pid).children(recursive=True)
         demo.send_signal(signal.SIGINT)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from rkcached.plan import Key
-from rkcached.store import Figures, Sidecar, StoredArtifact
+from rkcached.sidecar import Figures, Sidecar, StoredArtifact
 from rkcached.view import FreshIndex
 
 FIGURES = Figures(prefill_ms=2.0, load_ms=1.0, cold_ttft_ms=3.0, warm_ttft_ms=1.5, verified="exact")

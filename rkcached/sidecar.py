@@ -1,0 +1,115 @@
+"""The commit record of an artifact: its form on disk, and what is known of an artifact that was compared with it. Pure.
+
+A sidecar is believed only if it belongs to its place, names a file beside it, and its components give its fingerprint.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import msgspec
+
+from rkcached.digests import Signature
+from rkcached.fingerprint import fingerprint
+from rkcached.plan import Artifact, Key, Verdict
+
+FORMAT_VERSION = 1
+
+
+class Figures(msgspec.Struct, frozen=True, kw_only=True):
+    """What the build measured. Times in milliseconds."""
+
+    prefill_ms: float
+    """Reading the prefix into an empty KV state."""
+    load_ms: float
+    """Loading the prompt cache from its file."""
+    cold_ttft_ms: float
+    """First token of the probe without the cache: prefilling the prefix, then the probe on it in memory."""
+    warm_ttft_ms: float
+    """First token of the probe with the cache: loading the file, then the probe."""
+    verified: str
+    """How the artifact was proven: exact, hit or off."""
+
+    @property
+    def gain(self) -> bool:
+        """Whether the cache was measured to help; an unverified one is not measured, and taken to."""
+        return self.verified == "off" or self.warm_ttft_ms < self.cold_ttft_ms
+
+
+class Sidecar(msgspec.Struct, frozen=True, kw_only=True):
+    """The commit record of an artifact, as it stands on disk."""
+
+    format: int = FORMAT_VERSION
+    model: str
+    prompt: str
+    artifact: str
+    """File name of the prompt cache, beside this file."""
+    fingerprint: str
+    components: dict[str, str]
+    size_bytes: int
+    sha256: str
+    text_sha256: str
+    tokens: int
+    built_at: float
+    """Unix seconds."""
+    build_ms: float
+    figures: Figures
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoredArtifact:
+    """An artifact whose files were just compared with its sidecar."""
+
+    path: Path
+    sidecar: Sidecar
+    signature: Signature | None
+    """Of the prompt cache file with the sidecar's digest: the file that may be loaded. None when corrupt."""
+    corrupt: str = ""
+
+    def observed(self, key: Key) -> Artifact:
+        sidecar = self.sidecar
+        return Artifact(
+            key=key,
+            fingerprint=sidecar.fingerprint,
+            components=sidecar.components,
+            tokens=sidecar.tokens,
+            size_bytes=sidecar.size_bytes,
+            corrupt=self.corrupt,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Inventory:
+    """One look at the store. `unreadable` are commit records that cannot be read: their artifacts are corrupt."""
+
+    artifacts: dict[Key, StoredArtifact] = field(default_factory=dict)
+    unreadable: dict[Key, str] = field(default_factory=dict)
+    verdicts: dict[Key, Verdict] = field(default_factory=dict)
+
+    def observed(self) -> dict[Key, Artifact]:
+        seen = {key: artifact.observed(key) for key, artifact in self.artifacts.items()}
+        for key, why in self.unreadable.items():
+            seen[key] = Artifact(key=key, fingerprint="", components={}, tokens=0, size_bytes=0, corrupt=why)
+        return seen
+
+
+def parse_sidecar(data: bytes, key: Key) -> Sidecar | str:
+    """The sidecar of `key`, or why it is none."""
+    try:
+        sidecar = msgspec.json.decode(data, type=Sidecar)
+    except (ValueError, RecursionError) as error:  # not JSON, not UTF-8, or not a sidecar
+        return f"the sidecar is damaged: {error}"
+    if sidecar.format != FORMAT_VERSION:
+        return f"the sidecar has format {sidecar.format}, this program writes {FORMAT_VERSION}"
+    if (sidecar.model, sidecar.prompt) != key or not names_artifact(sidecar.artifact, key.prompt):
+        return f"the sidecar belongs to {sidecar.model}/{sidecar.prompt}"
+    if fingerprint(sidecar.components).digest != sidecar.fingerprint:
+        return "the sidecar is damaged: its components do not have its fingerprint"
+    return sidecar
+
+
+def names_artifact(name: str, prompt: str) -> bool:
+    """Whether `name` is a prompt cache of `prompt`: guards against a sidecar that points elsewhere."""
+    stem, dot, suffix = name.rpartition(".")
+    return stem == prompt and bool(dot) and suffix.endswith("_cache") and "/" not in suffix

@@ -1,0 +1,62 @@
+"""All workers of the daemon: one for each model in use, replaced when what it must host has changed."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+from rkcached.worker.supervisor import SCRATCH_PREFIX, Backoff, Deadlines, Worker, WorkerModel
+
+
+class Workers:
+    """All workers, by model. Who runs an operation, replaces or removes a worker holds the gate."""
+
+    def __init__(self, *, deadlines: Deadlines | None = None, backoff: Backoff | None = None) -> None:
+        self._deadlines = deadlines or Deadlines()
+        self._backoff = backoff or Backoff()
+        self._workers: dict[str, Worker] = {}
+        self._retired: set[asyncio.Task[None]] = set()
+
+    def all(self) -> tuple[Worker, ...]:
+        return tuple(self._workers.values())
+
+    def get(self, model: WorkerModel) -> Worker:
+        """The worker that hosts exactly this; one that hosts something older is replaced."""
+        worker = self._workers.get(model.name)
+        if worker is not None and worker.model == model:
+            return worker
+        if worker is not None:
+            self._retire(worker)
+        worker = self._workers[model.name] = Worker(model, deadlines=self._deadlines, backoff=self._backoff)
+        return worker
+
+    def keep_only(self, names: set[str]) -> None:
+        """Stop the workers of models that are no longer declared."""
+        for name in self._workers.keys() - names:
+            self._retire(self._workers.pop(name))
+
+    async def stop(self) -> None:
+        """Stop all. Every process is gone afterwards."""
+        await asyncio.gather(*(worker.stop() for worker in self._workers.values()), *self._retired)
+
+    def _retire(self, worker: Worker) -> None:
+        task = asyncio.create_task(worker.stop())
+        self._retired.add(task)
+        task.add_done_callback(self._retired.discard)
+
+
+def sweep_scratch() -> None:
+    """Remove the scratch directories of daemons that were killed: those whose name has the pid of no process."""
+    for path in Path(tempfile.gettempdir()).glob(f"{SCRATCH_PREFIX}*-*"):
+        pid = path.name.removeprefix(SCRATCH_PREFIX).partition("-")[0]
+        if not pid.isdigit():
+            continue
+        try:
+            os.kill(int(pid), 0)
+        except ProcessLookupError:
+            shutil.rmtree(path, ignore_errors=True)
+        except OSError:
+            continue  # somebody else's
