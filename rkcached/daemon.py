@@ -16,6 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import structlog
+import uvloop
 
 from rkcached import __version__, logs
 from rkcached.api import Api
@@ -56,7 +57,7 @@ def run(settings: Settings) -> None:
         listener = open_socket(settings.socket)
         inode = settings.socket.stat().st_ino
         try:
-            asyncio.run(_serve(settings, manifest, store, listener))
+            uvloop.run(_serve(settings, manifest, store, listener))
         finally:
             listener.close()
             remove_socket(settings.socket, inode)

@@ -28,8 +28,8 @@ from rkcached.errors import Aborted, ArtifactLoadError, ContextExceeded, EngineE
 # A prompt of 1,179 tokens, SmolLM2-135M Q4_1 on two x86 cores, best of six, interleaved:
 #   n_batch    64    128    256    512
 #   seconds   7.1    6.5    5.6    5.9
-# A stopped run ends after one or two batches, as the server may begin one before it hears of the stop. 128 costs 16 % of
-# the best prefill, and halves the time that a request waits for a build to step aside (1.5 to 3.2 s with 256).
+# A stopped run ends after one or two batches, as the server may begin one before it hears of the stop. 128 costs 16 %
+# of the best prefill, and halves the time that a request waits for a build to step aside (1.5 to 3.2 s with 256).
 _BATCH_TOKENS = 128
 
 _GGUF_MAGIC = b"GGUF"
