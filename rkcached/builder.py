@@ -28,9 +28,6 @@ from rkcached.worker.supervisor import Worker, WorkerModel
 PROBE_QUESTION = "Answer in one sentence: what are you for?"
 """Asked twice after every build: on the state in memory, and on the state from the file."""
 
-MAX_STEPS_ASIDE = 3
-"""A build that made room for live requests this often finishes the next time."""
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BuildRequest:
@@ -44,7 +41,8 @@ class BuildRequest:
     cache: CacheConfig
     used_bytes: int
     """Of the other artifacts in the store."""
-    may_step_aside: bool
+    first_try: float
+    """The loop's time when this build was first started; it may have stepped aside since."""
 
 
 def worker_model(engine: EngineConfig, model: DesiredModel) -> WorkerModel:
@@ -151,7 +149,7 @@ class Builder:
             if operation_id and worker is not None and worker.info is not None and worker.info.aborts_prefill:
                 aside.add(asyncio.ensure_future(worker.abort(operation_id)))
 
-        async with self._gate.hold(Priority.BUILD, step_aside=step_aside if request.may_step_aside else None):
+        async with self._gate.hold(Priority.BUILD, step_aside=step_aside, since=request.first_try):
             worker = self._workers.get(worker_model(request.engine, request.model))
             await worker.ensure()
             if wanted_aside:  # a request came while the model was loaded

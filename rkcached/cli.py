@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from rkcached import __version__
-from rkcached.errors import ManifestError, RkcachedError, SourceError, UsageError
+from rkcached.errors import ManifestError, RequestError, RkcachedError, SourceError, UsageError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -59,7 +59,7 @@ def places(*names: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(__version__, "-V", "--version", message="%(prog)s %(version)s")
 def cli() -> None:
-    r"""Keep the prompt caches of language models fresh, and serve them over a Unix socket.
+    """Keep the prompt caches of language models fresh, and serve them over a Unix socket.
 
     \b
     Examples:
@@ -69,7 +69,7 @@ def cli() -> None:
       rkcached run                             the daemon, in the foreground
       rkcached status                          what is fresh, what is being built
       rkcached chat qwen3-0.6b/coding_rules    talk to a model with a cached prompt
-    """
+    """  # noqa: D301 - click knows a paragraph not to wrap by the backspace character
 
 
 @cli.command()
@@ -170,9 +170,13 @@ def regenerate(settings: Settings, prompts: Sequence[str], everything: bool, wan
         raise UsageError("nothing to regenerate", hint="name MODEL or MODEL/PROMPT, or say --all")
     declared = command.declared_prompts(settings.socket)
     wanted = declared if everything else _matching(prompts, declared)
-    answers = list(command.regenerate(settings.socket, wanted, _console(quiet=want_json)))
+    answers, refusals = command.regenerate(settings.socket, wanted, _console(quiet=want_json))
     if want_json:
         _print_json(answers)
+    for refusal in refusals:
+        _complain(refusal)
+    if refusals:
+        sys.exit(_exit_code(refusals[0]))
 
 
 @cli.command()
@@ -185,8 +189,10 @@ def verify(settings: Settings, prompts: Sequence[str], deep: bool, want_json: bo
 
     Exit code 0 when all are good, 65 otherwise.
     """
+    from rkcached import logs
     from rkcached.verify import verify_artifacts
 
+    logs.configure("error")
     look = _look(settings)
     stored = [*look.inventory.artifacts, *look.inventory.unreadable]
     chosen = _matching(prompts, stored) if prompts else stored
@@ -260,7 +266,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         code = cli.main(arguments, prog_name="rkcached", standalone_mode=False)
     except RkcachedError as error:
         _complain(error)
-        sys.exit(error.exit_code)
+        sys.exit(_exit_code(error))
     except click.UsageError as error:
         error.show()
         sys.exit(os.EX_USAGE)
@@ -274,6 +280,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
     sys.exit(code if isinstance(code, int) else os.EX_OK)
+
+
+def _exit_code(error: RkcachedError) -> int:
+    """What the daemon refused is the command's input, unless the daemon itself is in trouble."""
+    if not isinstance(error, RequestError):
+        return error.exit_code
+    by_status = {404: os.EX_NOINPUT, 502: os.EX_SOFTWARE, 503: os.EX_UNAVAILABLE, 504: os.EX_UNAVAILABLE}
+    return by_status.get(error.status, os.EX_DATAERR if error.status < 500 else os.EX_SOFTWARE)
 
 
 def _complain(error: RkcachedError) -> None:

@@ -7,6 +7,8 @@ daemon does it in a thread, one look at a time, and the command line does it wit
 from __future__ import annotations
 
 import contextlib
+import errno
+import stat
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -104,12 +106,12 @@ class ManifestFile:
 def read_manifest(path: Path) -> Manifest:
     """Read and parse a manifest. Errors: ManifestError, also when the file cannot be read."""
     try:
-        data = path.read_bytes()
-        if len(data) > MAX_MANIFEST_BYTES:
-            raise errors.ManifestError(
-                (errors.Problem(file=str(path), line=0, message=f"{len(data):,} bytes are too many for a manifest"),)
-            )
-        text = data.decode()
+        info = path.stat()
+        if stat.S_ISREG(info.st_mode) and info.st_size > MAX_MANIFEST_BYTES:
+            raise OSError(errno.EFBIG, f"{info.st_size:,} bytes are too many")  # noqa: TRY301 - said below
+        if not stat.S_ISREG(info.st_mode):  # reading a pipe would wait for its writer
+            raise OSError(errno.EINVAL, "it is not a regular file")  # noqa: TRY301
+        text = path.read_bytes().decode()
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
         problem = errors.Problem(

@@ -16,7 +16,7 @@ from pathlib import Path
 import structlog
 
 from rkcached import errors
-from rkcached.builder import MAX_STEPS_ASIDE, Builder, BuildRequest
+from rkcached.builder import Builder, BuildRequest
 from rkcached.desired import Desired, DesiredModel
 from rkcached.manifest import Manifest
 from rkcached.observe import Look, ManifestFile, Observer, inputs
@@ -40,6 +40,9 @@ MAX_SETTLE_S = 5.0
 RESCAN_S = 60.0
 """Look at the latest this long after the last look: events can be lost."""
 
+STORE_RETRY_S = 5.0
+"""Look again after a look at a store that cannot be read."""
+
 
 class Reconciler:
     """Makes the store equal to the manifest, and keeps it so."""
@@ -56,6 +59,7 @@ class Reconciler:
     ) -> None:
         self.view = View(manifest=manifest, desired=Desired(models={}, prompts={}, texts={}))
         self.manifest_file = ManifestFile(manifest_path, manifest)
+        self.store_trouble: errors.StoreError | None = None
         self.progress: BuildProgress | None = None
         self.looked = asyncio.Event()
         """Set once the first plan exists."""
@@ -78,7 +82,10 @@ class Reconciler:
         self._looking = False
         self._generation = 0
         """Counts changes of the store that were made outside of a look."""
-        self._steps_aside: dict[Key, int] = {}
+        self._first_tries: dict[str, float] = {}
+        """When each unfinished build was first started, by fingerprint."""
+        self._failures: dict[Key, Verdict] = {}
+        """Verdicts since the start: a full disk may not take them, and must not make us try without pause."""
         self._model_failures: dict[str, tuple[str, Verdict]] = {}
         self._load_faults: dict[str, int] = {}
         self._known: dict[Key, tuple[State, str]] = {}
@@ -143,7 +150,7 @@ class Reconciler:
         try:
             while True:
                 await self._settle()
-                await self._look()
+                await self._look_safely()
                 self._start_next_build()
                 await self._wait()
         finally:
@@ -155,7 +162,8 @@ class Reconciler:
         """Until something wakes us, the next retry, or the next rescan."""
         retries = [a.action.retry_at for a in self.view.assessments.values() if isinstance(a.action, Blocked)]
         due = [at - time.time() for at in retries if at > 0]
-        timeout_s = max(0.05, min([RESCAN_S, *due]))
+        rescan_s = RESCAN_S if self.store_trouble is None else STORE_RETRY_S
+        timeout_s = max(0.05, min([rescan_s, *due]))
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(timeout_s):
                 await self._wake.wait()
@@ -170,6 +178,18 @@ class Reconciler:
             await asyncio.sleep(quiet_at - loop.time())
         self._hurry = False
         self._wake.clear()
+
+    async def _look_safely(self) -> None:
+        """Look; a store that cannot be read leaves the last view in force, and is looked at again soon."""
+        try:
+            await self._look()
+        except errors.StoreError as error:
+            if self.store_trouble is None or self.store_trouble.message != error.message:
+                log.error("store not readable", error=error.message, hint=error.hint)
+            self.store_trouble = error
+            self.looks += 1
+        else:
+            self.store_trouble = None
 
     async def _look(self) -> None:
         started = time.perf_counter()
@@ -201,7 +221,7 @@ class Reconciler:
         while True:
             generation = self._generation
             manifest = await asyncio.to_thread(self.manifest_file.read)
-            look = await asyncio.to_thread(self._observer.look, manifest, self._model_verdicts())
+            look = await asyncio.to_thread(self._observer.look, manifest, self._verdicts())
             if generation == self._generation:
                 return look
 
@@ -331,7 +351,7 @@ class Reconciler:
             engine=view.manifest.engine,
             cache=view.manifest.cache,
             used_bytes=view.used_bytes(but=key),
-            may_step_aside=self._steps_aside.get(key, 0) < MAX_STEPS_ASIDE,
+            first_try=self._first_tries.setdefault(build.fingerprint.digest, asyncio.get_running_loop().time()),
         )
 
     async def _build(self, request: BuildRequest, progress: BuildProgress) -> None:
@@ -343,8 +363,7 @@ class Reconciler:
         try:
             artifact = await self._builder.build(request, on_progress)
         except errors.Aborted:
-            self._steps_aside[key] = self._steps_aside.get(key, 0) + 1
-            log.info("build stepped aside", model=key.model, prompt=key.prompt, times=self._steps_aside[key])
+            log.info("build stepped aside", model=key.model, prompt=key.prompt)
             self._pending = {key: request.action, **self._pending}
         except errors.RkcachedError as error:
             await self._build_failed(request, error)
@@ -352,7 +371,7 @@ class Reconciler:
             log.exception("build crashed", model=key.model, prompt=key.prompt)
             await self._build_failed(request, errors.RkcachedError(f"internal error: {error!r}"))
         else:
-            self._steps_aside.pop(key, None)
+            self._first_tries.clear()  # this load lets builds end; the others are as patient as new ones
             self._built(request, artifact)
         finally:
             self.progress = None
@@ -367,6 +386,7 @@ class Reconciler:
         key, sidecar = request.action.key, artifact.sidecar
         self.builds += 1
         self._model_failures.pop(key.model, None)
+        self._failures.pop(key, None)
         self.view.artifacts[key] = artifact
         wanted = self.view.desired.prompts.get(key)
         if wanted and wanted.fingerprint and wanted.fingerprint.digest == sidecar.fingerprint:
@@ -399,7 +419,7 @@ class Reconciler:
             identity, before = self._model_failures.get(key.model, ("", None))
             attempts = 1 + (before.attempts if before is not None and identity == request.model.identity else 0)
         else:
-            before = await asyncio.to_thread(self._store.read_verdict, key)
+            before = self._failures.get(key) or await asyncio.to_thread(self._store.read_verdict, key)
             attempts = 1 + (before.attempts if before is not None and before.fingerprint == fingerprint else 0)
         verdict = verdict_on(error, fingerprint, attempts)
         log.error(
@@ -416,13 +436,17 @@ class Reconciler:
             self._model_failures[key.model] = (request.model.identity, verdict)
             self._pending = {k: build for k, build in self._pending.items() if k.model != key.model}
         else:
+            self._failures[key] = verdict
             with contextlib.suppress(errors.StoreError):
                 await asyncio.to_thread(self._store.write_verdict, key, verdict)
         self._answer(key, error)
 
-    def _model_verdicts(self) -> dict[Key, Verdict]:
-        """A model that could not be loaded blocks its prompts until it changes or may be tried again."""
-        verdicts = {}
+    def _verdicts(self) -> dict[Key, Verdict]:
+        """What is remembered beside the store's verdicts.
+
+        A model that could not be loaded blocks its prompts until it changes or may be tried again.
+        """
+        verdicts = dict(self._failures)
         for prompt in self.view.desired.prompts.values():
             failure = self._model_failures.get(prompt.key.model)
             model = self.view.model(prompt.key.model)

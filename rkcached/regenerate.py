@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from rich.status import Status
 
 from rkcached import show
 from rkcached.client import Client
+from rkcached.errors import RequestError
 
 _REFRESH_S = 0.25
 
@@ -22,8 +23,14 @@ def declared_prompts(socket: Path) -> list[tuple[str, str]]:
         return [(p["model"], p["prompt"]) for p in client.status()["prompts"] if p["state"] != "orphan"]
 
 
-def regenerate(socket: Path, wanted: Sequence[tuple[str, str]], console: Console) -> Iterator[dict[str, Any]]:
-    """Build each and yield the daemon's answers. Errors: DaemonUnreachable, RequestError."""
+def regenerate(
+    socket: Path, wanted: Sequence[tuple[str, str]], console: Console
+) -> tuple[list[dict[str, Any]], list[RequestError]]:
+    """Build each; returns the daemon's answers and its refusals, which do not stop the others.
+
+    Errors: DaemonUnreachable.
+    """
+    answers, refusals = [], []
     with ThreadPoolExecutor(1) as pool:
         for number, (model, prompt) in enumerate(wanted, 1):
             name = f"[{number}/{len(wanted)}] {model}/{prompt}"
@@ -31,11 +38,17 @@ def regenerate(socket: Path, wanted: Sequence[tuple[str, str]], console: Console
             if console.is_terminal:
                 with console.status(_escaped(name)) as line:
                     _follow(socket, future, line, name, (model, prompt))
-            answer = future.result()
+            try:
+                answer = future.result()
+            except RequestError as error:
+                console.print(f"{name} failed", markup=False)
+                refusals.append(error)
+                continue
             seconds = answer["build_ms"] / 1000
             size = show.size(answer["size_mb"] * 1e6)
             console.print(f"{name} {answer['tokens']} tokens, {size} in {seconds:.1f} s", markup=False)
-            yield answer
+            answers.append(answer)
+    return answers, refusals
 
 
 def _one(socket: Path, model: str, prompt: str) -> dict[str, Any]:

@@ -317,7 +317,7 @@ class Serving:
             queue_ms=_ms(run.started - job.accepted),
             load_ms=round(run.load_ms, 2),
             prefill_ms=round(stats.prefill_ms, 2),
-            decode_tokens_per_s=round(stats.decode_tokens / stats.decode_ms * 1000, 1) if stats.decode_ms else 0.0,
+            decode_tokens_per_s=round(stats.decode_tokens / stats.decode_ms * 1000, 1) if stats.decode_ms >= 1 else 0.0,
         )
         usage = Usage(
             prompt_tokens=stats.prompt_tokens,

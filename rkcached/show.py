@@ -60,19 +60,7 @@ def print_plan(console: Console, actions: Sequence[Action], assessments: Sequenc
 
 
 def print_status(console: Console, status: dict[str, Any]) -> None:
-    problems = status["manifest"]["problems"]
-    for problem in problems:
-        console.print(Text(f"manifest rejected, the last good one is in force: {problem}", style="bold red"))
-    cache = status["cache"]
-    limit = f" of {size(cache['max_bytes'])}" if cache["max_bytes"] else ""
-    answers = ", ".join(f"{count} {state}" for state, count in status["answers"].items()) or "none yet"
-    console.print(Text(f"rkcached {status['version']}, pid {status['pid']}, up {duration(status['uptime_s'])}"))
-    console.print(Text(f"engine {status['engine']}, cache {size(cache['used_bytes'])}{limit}, answers: {answers}"))
-    for model in status["models"]:
-        note = model["trouble"] or model["last_failure"]
-        restarts = f", {model['restarts']} restarts" if model["restarts"] else ""
-        line = f"model {model['name']}: {model['worker']}{restarts}" + (f" ({note})" if note else "")
-        console.print(Text(line, style="red" if model["trouble"] else ""))
+    _print_heading(console, status)
     if not status["prompts"]:
         console.print(Text("no prompts are declared", style="dim"))
         return
@@ -102,6 +90,24 @@ def print_status(console: Console, status: dict[str, Any]) -> None:
         for prompt in status["prompts"]:
             if note := _note(prompt):
                 console.print(Text(f"{prompt['model']}/{prompt['prompt']}: {note}", style="dim"))
+
+
+def _print_heading(console: Console, status: dict[str, Any]) -> None:
+    for problem in status["manifest"]["problems"]:
+        console.print(Text(f"manifest rejected, the last good one is in force: {problem}", style="bold red"))
+    cache = status["cache"]
+    if cache["trouble"]:
+        console.print(Text(f"the store cannot be read: {cache['trouble']}", style="bold red"))
+    limit = f" of {size(cache['max_bytes'])}" if cache["max_bytes"] else ""
+    answers = ", ".join(f"{count} {state}" for state, count in status["answers"].items()) or "none yet"
+    console.print(Text(f"rkcached {status['version']}, pid {status['pid']}, up {duration(status['uptime_s'])}"))
+    console.print(Text(status["summary"], style="bold"))
+    console.print(Text(f"engine {status['engine']}, cache {size(cache['used_bytes'])}{limit}, answers: {answers}"))
+    for model in status["models"]:
+        note = model["trouble"] or model["last_failure"]
+        restarts = f", {model['restarts']} restarts" if model["restarts"] else ""
+        line = f"model {model['name']}: {model['worker']}{restarts}" + (f" ({note})" if note else "")
+        console.print(Text(line, style="red" if model["trouble"] else ""))
 
 
 def _note(prompt: dict[str, Any]) -> str:

@@ -35,6 +35,7 @@ def status(
         "engine": view.manifest.engine.kind.value,
         "cache": {
             "directory": str(store.root),
+            "trouble": reconciler.store_trouble.message if reconciler.store_trouble else "",
             "used_bytes": view.used_bytes(),
             "max_bytes": view.manifest.cache.max_bytes,
         },

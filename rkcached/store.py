@@ -84,8 +84,17 @@ class Store:
             os.close(self._lock_fd)
             self._lock_fd = -1
 
+    def _has_lock_file(self) -> bool:
+        """Whether the file that we hold the lock on is still the one in the directory."""
+        try:
+            return os.path.samestat(os.fstat(self._lock_fd), (self.root / ".lock").stat())
+        except OSError:
+            return False
+
     def _sweep(self) -> None:
         """Remove what an interrupted commit staged."""
+        for path in (*self.root.glob(".verdicts/*/.*.tmp"), *self.root.glob(".digests.json.tmp")):
+            path.unlink(missing_ok=True)
         for folder in self._model_folders():
             for path in folder.glob(f"{_STAGING}*"):
                 path.unlink(missing_ok=True)
@@ -195,6 +204,9 @@ class Store:
     def stage(self, key: Key) -> Path:
         """A name in the target directory for a prompt cache to be written to. Errors: StoreError."""
         folder = self.root / key.model
+        if self._lock_fd >= 0 and not self._has_lock_file():
+            self.close()  # the directory was deleted or replaced under us: start anew in what is there now
+            self.open()
         with self._writing(folder):
             folder.mkdir(mode=DIRECTORY_MODE, exist_ok=True)
         return folder / f"{_STAGING}{key.prompt}-{secrets.token_hex(4)}"

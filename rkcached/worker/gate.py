@@ -2,7 +2,7 @@
 
 Concurrent clients of an NPU are reported to panic some kernels, and on CPU cores they only slow each other. So whoever
 wants an engine to work holds the gate. A live request that has to wait behind a build asks it to step aside; a build
-that has stepped aside, or waited, long enough gets its turn all the same. Used from the event loop only.
+that was kept waiting long enough gets its turn all the same. Used from the event loop only.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from collections.abc import AsyncIterator, Callable
 from enum import IntEnum
 from typing import NamedTuple
 
-BUILD_PATIENCE_S = 30.0
-"""A build that waited this long goes before live requests: steady load must not starve it."""
+BUILD_PATIENCE_S = 60.0
+"""A build that was kept waiting this long goes before live requests, once, to its end: load must not starve it."""
 
 
 class Priority(IntEnum):
@@ -39,12 +39,19 @@ class Gate:
         return len(self._queues[Priority.LIVE])
 
     @contextlib.asynccontextmanager
-    async def hold(self, priority: Priority, *, step_aside: Callable[[], None] | None = None) -> AsyncIterator[None]:
-        """Hold the gate. `step_aside` is called at most once, when a live request comes to wait behind this holder."""
+    async def hold(
+        self, priority: Priority, *, step_aside: Callable[[], None] | None = None, since: float | None = None
+    ) -> AsyncIterator[None]:
+        """Hold the gate. `step_aside` is called at most once, when a live request comes to wait behind this holder.
+
+        `since` (the loop's time) is when a build first tried: once its patience is over, it goes first and stays.
+        """
+        first_try = asyncio.get_running_loop().time() if since is None else since
         if self._held:
-            await self._wait(priority)
+            await self._wait(priority, first_try)
         self._held = True
-        self._yield_to_live = step_aside
+        patient = asyncio.get_running_loop().time() - first_try <= BUILD_PATIENCE_S
+        self._yield_to_live = step_aside if patient else None
         try:
             if self.waiting_live:
                 self._ask_to_step_aside()
@@ -54,9 +61,8 @@ class Gate:
             self._yield_to_live = None
             self._pass_on()
 
-    async def _wait(self, priority: Priority) -> None:
-        loop = asyncio.get_running_loop()
-        waiter = _Waiter(loop.create_future(), loop.time())
+    async def _wait(self, priority: Priority, since: float) -> None:
+        waiter = _Waiter(asyncio.get_running_loop().create_future(), since)
         self._queues[priority].append(waiter)
         if priority is Priority.LIVE:
             self._ask_to_step_aside()

@@ -16,6 +16,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import re
 import shutil
 import signal
 import socket
@@ -39,6 +40,9 @@ _SCRUBBED = ("NOTIFY_SOCKET", "LISTEN_", "WATCHDOG_")
 """What systemd says to the daemon is not for its children."""
 
 _LOG_LINES = 20
+
+_LINE_STAMP = re.compile(r"^\d+(\.\d+){3} ")
+"""llama.cpp's time since its start, which would make every message another one."""
 
 SCRATCH_PREFIX = "rkcached-"
 """Of scratch directories; the daemon's pid follows."""
@@ -235,6 +239,7 @@ class Worker:
         self._cancel_idle_timer()
         self._next_id += 1
         operation = make(self._next_id)
+        self._recent_lines.clear()  # last words belong to the operation in which they were said
         self.state = WorkerState.BUSY
         running = asyncio.create_task(self._exchange(operation, on_event))
         try:
@@ -374,7 +379,7 @@ class Worker:
 
     def _with_last_lines(self, error: EngineError) -> EngineError:
         """A library tells the reason of a failed load in its log only."""
-        reasons = [line for line in self._recent_lines if " E " in line or "error" in line.lower()]
+        reasons = [line for line in self._recent_lines if line.startswith("E ") or "error" in line.lower()]
         if isinstance(error, ModelLoadError) and reasons:
             return ModelLoadError(f"{error.message}: {reasons[0].strip()}", hint=error.hint)
         return error
@@ -419,8 +424,10 @@ class Worker:
                 return
             line = raw.decode(errors="replace").strip()
             if line:
+                line = _LINE_STAMP.sub("", line)
                 self._recent_lines.append(line)
-                log.debug("worker says", model=self.model.name, line=line)
+                say = log.warning if line.startswith("E ") else log.debug
+                say("worker says", model=self.model.name, line=line)
 
 
 async def _to_the_end(work: Coroutine[Any, Any, object]) -> None:

@@ -21,7 +21,7 @@ def test_version_and_help(workspace: Workspace) -> None:
     """--version and --help of every command work; help shows examples."""
     assert workspace.cli("--version").stdout == f"rkcached {__version__}\n"
     text = workspace.cli("--help").stdout
-    assert "rkcached demo" in text
+    assert "\n    rkcached demo    " in text
     for command in ("run", "check", "plan", "explain", "status", "regenerate", "verify", "chat", "schema", "demo"):
         assert command in text
         assert "Usage:" in workspace.cli(command, "--help").stdout
@@ -222,6 +222,7 @@ def test_verify(two_prompts: Workspace) -> None:
     """Verify re-reads every artifact; --deep loads it; damage of any file is found and named; exit code 65."""
     done = two_prompts.cli("verify", "--deep")
     assert done.stdout.count("matches its sidecar; loads, 64 tokens") == 2
+    assert [r["ok"] for r in json.loads(two_prompts.cli("verify", "--deep", "--json").stdout)] == [True, True]
     two_prompts.stop()
     path = two_prompts.cache / "m/a.memory_cache"
     data = bytearray(path.read_bytes())
@@ -249,7 +250,7 @@ def test_chat(two_prompts: Workspace) -> None:
     assert "[cold: " in two_prompts.cli("chat", "m/a", "hello", "--cold").stderr
     answer = json.loads(two_prompts.cli("chat", "m/a", "hello", "--json").stdout)
     assert answer["rkcached"]["state"] == "hit"
-    assert "known models: m" in two_prompts.cli("chat", "nope", "hello", code=os.EX_SOFTWARE).stderr
+    assert "known models: m" in two_prompts.cli("chat", "nope", "hello", code=os.EX_NOINPUT).stderr
     assert "no question" in two_prompts.cli("chat", "m/a", stdin="", code=os.EX_USAGE).stderr
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import socket
 import subprocess
@@ -337,6 +338,38 @@ def test_artifact_damaged_under_the_daemon(two_prompts: Workspace) -> None:
     two_prompts.wait_settled()
     answer = two_prompts.ask("m/a")
     assert (right, "hit") == (content(answer), answer["rkcached"]["state"])
+
+
+def test_store_deleted_under_the_daemon(two_prompts: Workspace) -> None:
+    """A store that is deleted is answered without, made again with its lock, and filled."""
+    shutil.rmtree(two_prompts.cache)
+    answer = two_prompts.ask("m/b")
+    answer = two_prompts.ask("m/a")
+    assert right_answer(two_prompts, "You are prompt A.") == content(answer)
+    two_prompts.hang_up()
+    wait_until(lambda: sorted(two_prompts.built()) == ["a", "a", "b", "b"], "both were built again")
+    two_prompts.wait_settled()
+    assert two_prompts.ask("m/a")["rkcached"]["state"] == "hit"
+    assert two_prompts.log_text().count("build failed") == 0
+    second = two_prompts.cli("run", "--socket", str(two_prompts.root / "t.sock"), code=None)
+    assert "belongs to another daemon" in second.stderr
+
+
+def test_store_that_cannot_be_written(two_prompts: Workspace) -> None:
+    """A file in place of the store is shown, requests are answered, nothing storms, and it heals when the file goes."""
+    shutil.rmtree(two_prompts.cache)
+    two_prompts.cache.write_text("in the way")
+    two_prompts.hang_up()
+    assert "cannot be read" in two_prompts.status()["cache"]["trouble"]
+    assert "the store cannot be read" in two_prompts.cli("status").stdout
+    assert right_answer(two_prompts, "You are prompt A.") == content(two_prompts.ask("m/a"))
+    two_prompts.hang_up()
+    two_prompts.hang_up()
+    assert two_prompts.log_text().count("build failed") <= 4
+    two_prompts.cache.unlink()
+    wait_until(lambda: sorted(two_prompts.built()) == ["a", "a", "b", "b"], "both were built again")
+    two_prompts.wait_settled()
+    assert two_prompts.ask("m/a")["rkcached"]["state"] == "hit"
 
 
 def test_swapped_artifacts(two_prompts: Workspace) -> None:

@@ -322,6 +322,20 @@ def test_manifest_deleted(two_prompts: Workspace) -> None:
     assert two_prompts.built() == ["a", "b"]
 
 
+def test_manifest_becomes_a_pipe(two_prompts: Workspace) -> None:
+    """A manifest that is no regular file is a problem that is said, not a read that never ends."""
+    text = two_prompts.manifest.read_text()
+    two_prompts.manifest.unlink()
+    os.mkfifo(two_prompts.manifest)
+    (problem,) = wait_until(lambda: two_prompts.status()["manifest"]["problems"], "the pipe is refused")
+    assert "not a regular file" in problem
+    assert "not a regular file" in two_prompts.cli("check", code=os.EX_CONFIG).stderr
+    two_prompts.manifest.unlink()
+    two_prompts.manifest.write_text(text)
+    wait_until(lambda: two_prompts.status()["manifest"]["ok"], "the manifest is good again")
+    edit_other(two_prompts)
+
+
 def test_sighup(two_prompts: Workspace) -> None:
     """SIGHUP means: look again now."""
     looks = two_prompts.status()["reconcile"]["looks"]
