@@ -16,7 +16,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import structlog
-import uvloop
 
 from rkcached import __version__, logs
 from rkcached.api import Api
@@ -34,9 +33,6 @@ from rkcached.worker.pool import Workers, sweep_scratch
 
 log = structlog.get_logger()
 
-PRIORITY = -10
-"""Nice value of the daemon, if it may choose."""
-
 SHUTDOWN_GRACE_S = 2.0
 """Running answers may end within this time after SIGTERM."""
 
@@ -48,7 +44,6 @@ def run(settings: Settings) -> None:
     """
     logs.configure(settings.log_level)
     os.umask(0o027)
-    _hurry()
     manifest = read_manifest(settings.manifest)
     store = Store(settings.cache_dir)
     store.open()
@@ -57,23 +52,13 @@ def run(settings: Settings) -> None:
         listener = open_socket(settings.socket)
         inode = settings.socket.stat().st_ino
         try:
-            uvloop.run(_serve(settings, manifest, store, listener))
+            asyncio.run(_serve(settings, manifest, store, listener))
         finally:
             listener.close()
             remove_socket(settings.socket, inode)
     finally:
         store.close()
     log.info("stopped")
-
-
-def _hurry() -> None:
-    """Take precedence over the workers, where that is allowed (root, or Nice= of a unit).
-
-    An engine keeps every core busy, so a daemon of equal priority waits for the next tick of the scheduler, 4 ms at
-    250 Hz, before it can pass a token on. It does little work itself. Workers put themselves back.
-    """
-    with contextlib.suppress(OSError):
-        os.setpriority(os.PRIO_PROCESS, 0, PRIORITY)
 
 
 async def _serve(settings: Settings, manifest: Manifest, store: Store, listener: socket.socket) -> None:

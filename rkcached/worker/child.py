@@ -113,8 +113,6 @@ def main(fd: int) -> None:
     """Serve operations on the socket `fd` until the other end closes it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the daemon, which then ends this process in order
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # even a daemon that was killed leaves no worker
-    if os.getpriority(os.PRIO_PROCESS, 0) < 0:
-        os.setpriority(os.PRIO_PROCESS, 0, 0)  # the daemon's precedence is not for the engine
     channel = _Channel(socket.socket(fileno=fd))
     threading.Thread(target=channel.read_forever, name="reader", daemon=True).start()
     first = channel.receive()
