@@ -297,14 +297,16 @@ class Serving:
     def _end(self, run: _Run, stats: RunStats) -> End:
         job, now = run.job, time.monotonic()
         state, reason = self._outcome(run, stats.cached_tokens)
-        key = run.chosen[0] if run.chosen is not None and run.load_error is None else None
+        loaded = run.chosen if run.load_error is None else None
+        key = loaded[0] if loaded is not None else None
         self.answers[state] += 1
-        if key is not None:
+        if loaded is not None:
+            key, artifact = loaded
             use = self.uses.setdefault(key, PromptUse())
             use.last_used = time.time()
             if state == "hit":
                 use.hits += 1
-                self._reconciler.artifact_served(run.chosen[1])  # type: ignore[index]  # key is not None
+                self._reconciler.artifact_served(artifact)
             else:
                 use.misses += 1
                 log.warning("cache did not help", model=key.model, prompt=key.prompt, cached_tokens=stats.cached_tokens)

@@ -372,6 +372,18 @@ def test_store_that_cannot_be_written(two_prompts: Workspace) -> None:
     assert two_prompts.ask("m/a")["rkcached"]["state"] == "hit"
 
 
+def test_failures_are_remembered_without_a_disk(workspace: Workspace) -> None:
+    """Where a verdict cannot be written, as on a full disk, the pause between attempts grows all the same."""
+    workspace.memory_model(faults=[{"op": "save", "kind": "error", "at": number} for number in (1, 2)])
+    workspace.write("p.md", "Text.")
+    workspace.declare("{p: p.md}")
+    workspace.write("cache/.verdicts", "in the way")
+    workspace.start()
+    workspace.wait_state("p", "fresh")
+    assert "attempts=2" in workspace.log_text()
+    assert workspace.log_text().count("build failed") == 2
+
+
 def test_swapped_artifacts(two_prompts: Workspace) -> None:
     """Two prompt caches of one size that are swapped on disk are noticed by content and rebuilt."""
     a, b = (two_prompts.cache / f"m/{name}.memory_cache" for name in "ab")
