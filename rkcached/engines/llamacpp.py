@@ -187,16 +187,16 @@ class LlamaCppEngine:
         finally:
             connection.close()
         if response.status != http.HTTPStatus.OK:
-            raise _RefusedError(response.status, str(answer.get("error", {}).get("message", answer)))
+            refused = _RefusedError(str(answer.get("error", {}).get("message", answer)))
+            refused.status = response.status
+            raise refused
         return answer
 
 
 class _RefusedError(EngineError):
     """llama.cpp answered with an HTTP error."""
 
-    def __init__(self, status: int, message: str) -> None:
-        super().__init__(message)
-        self.status = status
+    status = 0
 
 
 class _UnixConnection(http.client.HTTPConnection):
