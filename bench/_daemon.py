@@ -9,6 +9,7 @@ from __future__ import annotations
 import http.client
 import json
 import os
+import select
 import signal
 import socket
 import subprocess
@@ -53,7 +54,7 @@ class Workspace:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Answer:
-    """A streamed answer. `ttft_ms` runs from before connecting to the first event with content, here at the client."""
+    """A streamed answer. `ttft_ms` runs from before the request to the first event with content, here at the client."""
 
     ttft_ms: float
     prompt_tokens: int
@@ -75,6 +76,7 @@ class Daemon:
         command += ["--cache-dir", str(workspace.store), "--socket", str(workspace.socket)]
         environment = {name: value for name, value in os.environ.items() if not name.startswith("RKCACHED_")}
         self.started = time.perf_counter()
+        self._asking = _Connection(workspace.socket)
         with workspace.log.open("ab") as log:
             self._process = subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment, start_new_session=True
@@ -86,6 +88,7 @@ class Daemon:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._asking.close()
         self._process.send_signal(signal.SIGTERM)
         try:
             self._process.wait(STOP_S)
@@ -146,11 +149,10 @@ class Daemon:
         data = json.dumps(body).encode()
         first, prompt_tokens = 0.0, 0
         report: dict[str, Any] = {}
-        connection = _Connection(self.workspace.socket)
+        connection = self._asking.ready()
         started = time.perf_counter()
-        try:
-            connection.request("POST", "/v1/chat/completions", data, {"Content-Type": "application/json"})
-            response = connection.getresponse()
+        connection.request("POST", "/v1/chat/completions", data, {"Content-Type": "application/json"})
+        with connection.getresponse() as response:
             if response.status != http.HTTPStatus.OK:
                 raise BenchError(f"HTTP {response.status}: {response.read()[:300]!r}{self._last_words()}")
             for line in iter(response.readline, b""):
@@ -160,8 +162,6 @@ class Daemon:
                     chunk = json.loads(line[6:])
                     report = chunk.get("rkcached", report)
                     prompt_tokens = (chunk.get("usage") or {}).get("prompt_tokens", prompt_tokens)
-        finally:
-            connection.close()
         if not (first and prompt_tokens and report):
             raise BenchError(f"an answer without content, usage or report{self._last_words()}")
         return Answer(ttft_ms=(first - started) * 1000, prompt_tokens=prompt_tokens, report=report)
@@ -172,7 +172,7 @@ class Daemon:
 
 
 class _Connection(http.client.HTTPConnection):
-    """One request over the daemon's socket."""
+    """A connection to the daemon's socket, kept between requests as client libraries do."""
 
     def __init__(self, path: Path) -> None:
         super().__init__("rkcached", timeout=120)
@@ -182,6 +182,14 @@ class _Connection(http.client.HTTPConnection):
         self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self.sock.settimeout(self.timeout)
         self.sock.connect(self._path)
+
+    def ready(self) -> Self:
+        """Connected: a connection that was idle for some seconds was closed by the daemon."""
+        if self.sock is not None and select.select([self.sock], [], [], 0)[0]:
+            self.close()
+        if self.sock is None:
+            self.connect()
+        return self
 
 
 def busy_ns(pid: int) -> int:
