@@ -62,9 +62,14 @@ class Answer:
     """The daemon's own figures."""
 
     @property
-    def around_ms(self) -> float:
-        """Of the time to first token, all but loading the file and the prefill, as the worker measured them."""
-        return self.ttft_ms - float(self.report["load_ms"]) - float(self.report["prefill_ms"])
+    def inside_ms(self) -> float:
+        """The same by the daemon's clock: from the request's arrival to the first token written."""
+        return float(self.report["ttft_ms"])
+
+    @property
+    def work_ms(self) -> float:
+        """Of either, loading the file and the prefill, as the worker measured them."""
+        return float(self.report["load_ms"]) + float(self.report["prefill_ms"])
 
 
 class Daemon:

@@ -120,7 +120,7 @@ class CacheReport(_Body):
     reason: str = ""
     cached_tokens: int
     ttft_ms: float
-    """Request accepted to first token ready to be written."""
+    """Request accepted to first token written."""
     queue_ms: float
     load_ms: float
     prefill_ms: float

@@ -87,7 +87,8 @@ class _Run:
     load_ms: float = 0.0
     load_error: protocol.Loaded | None = None
     loaded: bool = False
-    first_token: float = 0.0
+    first_written: float = 0.0
+    """When the first piece had been taken, which for a stream means: sent."""
     events: asyncio.Queue[Text | None] = field(default_factory=asyncio.Queue)
     """Pieces of the answer; None when the work has ended."""
 
@@ -100,7 +101,7 @@ class Serving:
         self.answers: Counter[str] = Counter()
         """Answers by state of the cache, since the start."""
         self.uses: dict[Key, PromptUse] = {}
-        self._works: set[asyncio.Task[End]] = set()
+        self._works: set[asyncio.Task[RunStats]] = set()
         self._closing = False
         self._background: set[asyncio.Task[None]] = set()
 
@@ -157,9 +158,10 @@ class Serving:
         try:
             while (text := await run.events.get()) is not None:
                 yield text
+                run.first_written = run.first_written or time.monotonic()
             if work.cancelled():
                 raise _stopping()
-            yield work.result()
+            yield self._end(run, work.result())
         except errors.RkcachedError as error:
             raise _as_request_error(error) from error
         finally:
@@ -220,7 +222,7 @@ class Serving:
         artifact = index.get(key) if key is not None else None
         return (key, artifact) if key is not None and artifact is not None else None
 
-    async def _work(self, run: _Run) -> End:
+    async def _work(self, run: _Run) -> RunStats:
         use_cache = True
         while True:
             try:
@@ -243,7 +245,7 @@ class Serving:
             else:
                 if run.load_error is not None and run.chosen is not None:
                     self._report_load_error(run.chosen, run.load_error)
-                return self._end(run, done.stats)
+                return done.stats
 
     async def _generate(self, worker: Worker, run: _Run) -> protocol.Done:
         cache = None
@@ -269,7 +271,6 @@ class Serving:
                     run.load_error = event if event.error else None
                 case protocol.Piece():
                     run.loaded = True
-                    run.first_token = run.first_token or time.monotonic()
                     run.events.put_nowait(Text(text=event.text))
                 case _:
                     pass
@@ -315,7 +316,7 @@ class Serving:
             state=state,
             reason=reason,
             cached_tokens=stats.cached_tokens,
-            ttft_ms=_ms((run.first_token or now) - job.accepted),
+            ttft_ms=_ms((run.first_written or now) - job.accepted),
             queue_ms=_ms(run.started - job.accepted),
             load_ms=round(run.load_ms, 2),
             prefill_ms=round(stats.prefill_ms, 2),
