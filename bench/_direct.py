@@ -20,6 +20,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+import msgspec
 from _daemon import BenchError
 
 from rkcached.builder import worker_model
@@ -57,12 +58,7 @@ class DirectEngine:
     def __init__(self, engine: EngineConfig, model: DesiredModel) -> None:
         hosted = worker_model(engine, model)
         self._scratch = tempfile.mkdtemp(prefix="rkcached-")
-        spec = ModelSpec(
-            path=hosted.path,
-            context_tokens=hosted.context_tokens,
-            threads=hosted.threads,
-            scratch_dir=self._scratch,
-        )
+        spec = msgspec.structs.replace(hosted.spec, scratch_dir=self._scratch)
         context = multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()
         self._process = context.Process(target=_serve, args=(theirs, hosted.implementation, spec), daemon=True)

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rkcached.desired import DesiredModel
+from rkcached.engines.base import ModelSpec, NpuOptions, Sampling
 from rkcached.engines.registry import ENGINES
 from rkcached.errors import Aborted, BudgetExceeded, SourceError
 from rkcached.manifest import CacheConfig, EngineConfig
@@ -21,7 +22,7 @@ from rkcached.plan import Build, over_budget
 from rkcached.sidecar import Figures, Sidecar, StoredArtifact
 from rkcached.store import Store
 from rkcached.worker import protocol
-from rkcached.worker.gate import Gate, Priority
+from rkcached.worker.gate import Gates, Priority
 from rkcached.worker.pool import Workers
 from rkcached.worker.supervisor import Worker, WorkerModel
 
@@ -52,18 +53,28 @@ def worker_model(engine: EngineConfig, model: DesiredModel) -> WorkerModel:
         name=model.name,
         identity=model.identity,
         implementation=ENGINES[engine.kind].implementation,
-        path=str(config.path),
-        context_tokens=config.params.max_context_len,
-        threads=engine.threads,
+        spec=ModelSpec(
+            path=str(config.path),
+            context_tokens=config.params.max_context_len,
+            threads=engine.threads,
+            library=str(engine.library),
+            abi=engine.abi or "",
+            sampling=Sampling(**config.sampling(None)),  # type: ignore[arg-type]  # by name, from the manifest
+            tokenizer=str(config.tokenizer or ""),
+            lora=str(config.lora or ""),
+            lora_scale=config.lora_scale,
+            thinking=bool(config.thinking),
+            npu=NpuOptions(**config.npu.model_dump()),
+        ),
         idle_unload_s=config.idle_unload_s,
     )
 
 
 class Builder:
-    def __init__(self, store: Store, workers: Workers, gate: Gate) -> None:
+    def __init__(self, store: Store, workers: Workers, gates: Gates) -> None:
         self._store = store
         self._workers = workers
-        self._gate = gate
+        self._gates = gates
 
     async def build(self, request: BuildRequest, on_progress: Callable[[int, int], None]) -> StoredArtifact:
         """Build and publish an artifact. `on_progress` gets (tokens prefilled, tokens in total).
@@ -149,7 +160,13 @@ class Builder:
             if operation_id and worker is not None and worker.info is not None and worker.info.aborts_prefill:
                 aside.add(asyncio.ensure_future(worker.abort(operation_id)))
 
-        async with self._gate.hold(Priority.BUILD, step_aside=step_aside, since=request.first_try):
+        async with self._gates.hold(
+            request.model.name,
+            Priority.BUILD,
+            concurrent=request.engine.concurrent,
+            step_aside=step_aside,
+            since=request.first_try,
+        ):
             worker = self._workers.get(worker_model(request.engine, request.model))
             await worker.ensure()
             if wanted_aside:  # a request came while the model was loaded

@@ -61,8 +61,9 @@ class Conversation:
 def _measured(report: dict[str, Any], usage: dict[str, Any]) -> str:
     cache = f"{report['state']} on {report['cache']}" if report["cache"] else report["state"]
     reason = f" ({report['reason']})" if report["reason"] else ""
+    cached = "unmeasured" if report["cached_tokens"] is None else report["cached_tokens"]
     return (
         f"[{cache}{reason}: first token after {report['ttft_ms']:.0f} ms, "
-        f"{report['cached_tokens']} of {usage['prompt_tokens']} prompt tokens from the cache, "
+        f"{cached} of {usage['prompt_tokens']} prompt tokens from the cache, "
         f"{report['decode_tokens_per_s']:.0f} tokens/s]"
     )

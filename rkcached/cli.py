@@ -209,6 +209,45 @@ def verify(settings: Settings, prompts: Sequence[str], deep: bool, want_json: bo
     sys.exit(os.EX_OK if all(result["ok"] for result in results) else os.EX_DATAERR)
 
 
+@cli.command("inspect")
+@click.argument("file", type=PATH)
+@as_json
+def inspect_(file: Path, want_json: bool) -> None:
+    """Say what a prompt cache file is: engine, tokens, size, and whether the sidecar beside it matches.
+
+    FILE may come from anywhere; it may also be the sidecar or the text of an artifact. Exit code 0 when all is well,
+    65 for a file that is no prompt cache, is damaged or does not match its sidecar, 66 when it cannot be read.
+    """
+    from rkcached.inspect_file import inspect, print_inspection
+
+    data = inspect(file)
+    if want_json:
+        _print_json(data)
+    else:
+        print_inspection(_console(), data)
+    sys.exit(os.EX_DATAERR if data["problem"] else os.EX_OK)
+
+
+@cli.command()
+@places("manifest", "cache_dir")
+@as_json
+def doctor(settings: Settings, want_json: bool) -> None:
+    """Is this board ready? NPU, runtime library, driver, clocks, and what the manifest needs of memory and disk.
+
+    Works without a manifest, too. Exit code 1 when something failed, 0 otherwise; a warning is no failure.
+    """
+    from rkcached import doctor as command
+
+    # Where none was named, one that is not there is no mistake.
+    named = "manifest" in settings.model_fields_set or os.path.lexists(settings.manifest)
+    report = command.examine(settings.manifest if named else None, settings.cache_dir)
+    if want_json:
+        _print_json(command.report_data(report))
+    else:
+        command.print_report(_console(), report)
+    sys.exit(1 if report.failed else os.EX_OK)
+
+
 @cli.command()
 @click.argument("model", metavar="MODEL[/PROMPT]")
 @click.argument("message", required=False)

@@ -28,7 +28,7 @@ from rkcached.settings import Settings
 from rkcached.status import status
 from rkcached.store import Store
 from rkcached.watch import Watcher
-from rkcached.worker.gate import Gate
+from rkcached.worker.gate import Gates
 from rkcached.worker.pool import Workers, sweep_scratch
 
 log = structlog.get_logger()
@@ -65,12 +65,12 @@ async def _serve(settings: Settings, manifest: Manifest, store: Store, listener:
     started = time.time()
     loop = asyncio.get_running_loop()
     workers = Workers()
-    gate = Gate()
+    gates = Gates()
     watcher = Watcher(lambda: _post(loop, reconciler.look_again))
     reconciler = Reconciler(
-        manifest_path=settings.manifest, manifest=manifest, store=store, workers=workers, gate=gate, watcher=watcher
+        manifest_path=settings.manifest, manifest=manifest, store=store, workers=workers, gates=gates, watcher=watcher
     )
-    serving = Serving(reconciler, workers, gate)
+    serving = Serving(reconciler, workers, gates)
     api = Api(
         reconciler,
         serving,

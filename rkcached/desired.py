@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 from rkcached.errors import TemplateError
 from rkcached.fingerprint import Fingerprint, Value, fingerprint
-from rkcached.manifest import FingerprintMode, Manifest, ModelConfig
+from rkcached.manifest import EngineKind, FingerprintMode, Manifest, ModelConfig
 from rkcached.plan import DesiredPrompt, Key, Trouble
 from rkcached.template import ChatTemplate
 
@@ -32,6 +32,8 @@ class ModelSource:
 
     digest: str
     template_source: str
+    tokenizer_digest: str = ""
+    lora_digest: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -150,8 +152,37 @@ class Resolver:
                 "path": str(config.path),
                 "context": config.params.max_context_len,
             }
+            | (_rkllm_identity(manifest, config, source) if manifest.engine.kind is EngineKind.RKLLM else {})
         )
         return DesiredModel(name=name, config=config, template=template, identity=identity.digest)
+
+
+def _rkllm_identity(manifest: Manifest, config: ModelConfig, source: ModelSource) -> dict[str, Value]:
+    """What an RKLLM model is loaded with; the runtime fixes sampling then, too."""
+    return {
+        "library": str(manifest.engine.library),
+        "abi": manifest.engine.abi,
+        "concurrent": manifest.engine.concurrent,
+        "tokenizer": source.tokenizer_digest,
+        "lora.path": str(config.lora or ""),
+        "thinking": config.thinking,
+        **_rkllm_components(config, source),
+        **{f"params.{name}": value for name, value in config.sampling(None).items()},
+    }
+
+
+def _rkllm_components(config: ModelConfig, source: ModelSource) -> dict[str, Value]:
+    """What only RKLLM's prompt caches depend on. Whether a LoRA adapter or the NPU's options matter, nobody says."""
+    return {
+        "tokenizer.digest": source.tokenizer_digest,
+        "lora.digest": source.lora_digest,
+        "lora.scale": config.lora_scale if config.lora is not None else None,
+        "npu.enabled_cpus": ",".join(map(str, config.npu.enabled_cpus)),
+        "npu.embed_flash": config.npu.embed_flash,
+        "npu.base_domain_id": config.npu.base_domain_id,
+        "npu.n_keep": config.npu.n_keep,
+        "npu.ignore_eos": config.npu.ignore_eos,
+    }
 
 
 def _prefix(template: ChatTemplate, text: str) -> tuple[str, int] | Trouble:
@@ -181,6 +212,8 @@ def _components(
         "prefix.bytes": prefix[1],
         "params.max_context_len": model.config.params.max_context_len,
     }
+    if manifest.engine.kind is EngineKind.RKLLM:
+        components |= _rkllm_components(model.config, source) | {"engine.abi": manifest.engine.abi}
     # Sampling does not change a KV state. The rule is that it invalidates all the same; `fingerprint: kv` opts out.
     if manifest.cache.fingerprint is FingerprintMode.FULL:
         components |= {f"params.{name}": value for name, value in model.config.sampling(key.prompt).items()}

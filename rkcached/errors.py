@@ -8,6 +8,7 @@ HTTP, log) can show it to a person without knowing what it is.
     ├── ManifestError            the manifest has problems: a list, each with file:line       exit 78
     ├── SourceError              an input file is missing or unusable                         exit 66
     ├── TemplateError            a chat template cannot render this                           exit 65
+    ├── FormatError              a file is not a prompt cache, or a damaged one               exit 65
     ├── StoreError               the store cannot be read or written                          exit 73
     │   ├── StoreLocked          another daemon owns the cache directory                      exit 75
     │   └── BudgetExceeded       the artifact does not fit into cache.max_bytes
@@ -15,8 +16,10 @@ HTTP, log) can show it to a person without knowing what it is.
     ├── DaemonUnreachable        nobody answers on the socket                                 exit 69
     ├── EngineError              the engine refused or failed; the worker lives on            exit 70
     │   ├── ModelLoadError       the model file cannot be loaded                              exit 66
+    │   ├── RuntimeLibraryError  the engine's shared library is missing, damaged or unknown   exit 66
     │   ├── ArtifactLoadError    a prompt cache cannot be loaded; the KV state is cleared
     │   ├── ContextExceeded      the prompt is longer than the context: both numbers
+    │   ├── SamplingFixed        a run asks for sampling that the engine cannot change
     │   ├── PromptTooShort       below cache.min_tokens: both numbers
     │   ├── Uncacheable          the model cannot save its state with this runtime
     │   ├── VerifyFailed         a built prompt cache did not prove itself
@@ -83,6 +86,10 @@ class TemplateError(RkcachedError):
     exit_code = os.EX_DATAERR
 
 
+class FormatError(RkcachedError):
+    exit_code = os.EX_DATAERR
+
+
 class StoreError(RkcachedError):
     exit_code = os.EX_CANTCREAT
 
@@ -115,6 +122,12 @@ class ModelLoadError(EngineError):
     exit_code = os.EX_NOINPUT
 
 
+class RuntimeLibraryError(EngineError):
+    """The engine's shared library cannot be used: missing, no such library, damaged, or of an unknown version."""
+
+    exit_code = os.EX_NOINPUT
+
+
 class ArtifactLoadError(EngineError):
     """A prompt cache cannot be loaded. Whoever raises this has cleared the KV state."""
 
@@ -129,6 +142,10 @@ class ContextExceeded(EngineError):
         )
         self.tokens = tokens
         self.limit = limit
+
+
+class SamplingFixed(EngineError):
+    """The run asks for a sampling value that this engine fixes when it loads the model, or does not have."""
 
 
 class PromptTooShort(EngineError):

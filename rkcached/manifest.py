@@ -40,6 +40,7 @@ __all__ = [
     "BUILTIN_TEMPLATES",
     "NAME",
     "NAME_RULE",
+    "RKLLM_ABIS",
     "CacheConfig",
     "EngineConfig",
     "EngineKind",
@@ -47,6 +48,7 @@ __all__ = [
     "Manifest",
     "ModelConfig",
     "ModelParams",
+    "NpuConfig",
     "PromptConfig",
     "SamplingParams",
     "Verify",
@@ -57,7 +59,14 @@ __all__ = [
 BUILTIN_TEMPLATES: Final = ("chatml", "llama3", "gemma", "deepseek", "phi")
 
 
+RKLLM_ABIS: Final = ("1.1.0", "1.2.0", "1.2.1b1", "1.2.1", "1.3.0")
+"""The first version of each binary interface of RKLLM that the binding speaks."""
+
+RKLLM_MAX_CONTEXT: Final = 16_384
+
+
 class EngineKind(StrEnum):
+    RKLLM = "rkllm"
     LLAMACPP = "llamacpp"
     MEMORY = "memory"
 
@@ -117,6 +126,12 @@ def _template(value: str, info: ValidationInfo) -> str:
     raise wrong(message, nearest(value, BUILTIN_TEMPLATES))
 
 
+def _abi(value: str | None) -> str | None:
+    if value is None or value in RKLLM_ABIS:
+        return value
+    raise wrong(f"abi: {show(value)} is no known binary interface", f"one of {', '.join(RKLLM_ABIS)}")
+
+
 def _size(value: object) -> object:
     if isinstance(value, str) and re.fullmatch(r"\s*\d{1,18}(\.\d{1,9})?\s*[A-Za-z]*\s*", value):
         return value
@@ -126,6 +141,7 @@ def _size(value: object) -> object:
 
 
 _SIZE_SCHEMA = {"anyOf": [{"type": "integer", "minimum": 1 << 20, "maximum": 1 << 60}, {"type": "string"}]}
+_ABI_SCHEMA: dict[str, Any] = {"anyOf": [{"type": "string", "enum": list(RKLLM_ABIS)}, {"type": "null"}]}
 _PATHS_SCHEMA = {"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}, "maxItems": 64}]}
 
 Name = Annotated[str, Field(pattern=f"^{NAME.pattern}$")]
@@ -153,17 +169,18 @@ class EngineConfig(_Section):
     """The inference engine."""
 
     kind: EngineKind = Field(
-        default=EngineKind.LLAMACPP, description="Inference library: llamacpp, or memory for tests."
+        default=EngineKind.LLAMACPP, description="Inference library: rkllm, llamacpp, or memory for tests."
     )
-    threads: int = _whole(default=0, ge=0, le=256, description="CPU threads of a worker; 0 is one per core.")
-
-    @field_validator("kind", mode="before")
-    @classmethod
-    def _not_yet(cls, value: object) -> object:
-        if value == "rkllm":
-            hint = "use llamacpp; the RKLLM binding is the next milestone"
-            raise wrong("engine kind 'rkllm' is not in this version yet", hint)
-        return value
+    threads: int = _whole(default=0, ge=0, le=256, description="CPU threads of a llamacpp worker; 0 is one per core.")
+    library: FilePath = Field(
+        default=Path("/usr/lib/librkllmrt.so"), description="RKLLM's runtime library.", validate_default=True
+    )
+    abi: Annotated[str | None, AfterValidator(_abi)] = Field(
+        default=None,
+        description="RKLLM's binary interface, by version; None finds it.",
+        json_schema_extra=_ABI_SCHEMA,
+    )
+    concurrent: bool = Field(default=False, strict=True, description="Let several models use the NPU at the same time.")
 
 
 class CacheConfig(_Section):
@@ -238,6 +255,22 @@ class PromptConfig(_Section):
         return {"anyOf": [{"type": "string"}, handler(core_schema)]}
 
 
+class NpuConfig(_Section):
+    """How RKLLM uses the board for a model."""
+
+    enabled_cpus: tuple[Annotated[int, Field(strict=True, ge=0, le=31)], ...] = Field(
+        default=(), max_length=32, description="CPU numbers that help the NPU; empty leaves it to the runtime."
+    )
+    embed_flash: bool | None = Field(
+        default=None, strict=True, description="Read the embedding table from flash, not from memory."
+    )
+    base_domain_id: int = _whole(default=0, ge=0, le=15, description="NPU address domain.")
+    n_keep: int | None = _whole(
+        default=None, ge=-1, le=RKLLM_MAX_CONTEXT, description="KV positions to keep when the context is full."
+    )
+    ignore_eos: bool = Field(default=False, strict=True, description="Go on after an end-of-sequence token.")
+
+
 class ModelConfig(_Section):
     """A model and the prompts that are kept ready for it."""
 
@@ -248,6 +281,10 @@ class ModelConfig(_Section):
     bos_token: str = Field(default="", max_length=64, description="What a .jinja template gets as bos_token.")
     eos_token: str = Field(default="", max_length=64, description="What a .jinja template gets as eos_token.")
     thinking: bool | None = Field(default=None, strict=True, description="enable_thinking, for templates that know it.")
+    tokenizer: FilePath | None = Field(default=None, description="tokenizer.json: RKLLM then gets tokens, not text.")
+    lora: FilePath | None = Field(default=None, description="A LoRA adapter for RKLLM, converted for the model.")
+    lora_scale: float = _number(default=1.0, ge=0, le=10, description="Strength of the LoRA adapter.")
+    npu: NpuConfig = Field(default_factory=NpuConfig, description="How RKLLM uses the board for this model.")
     params: ModelParams = Field(default_factory=ModelParams, description="Context and sampling parameters.")
     prompts: dict[Name, PromptConfig] = Field(
         default_factory=dict, description="Prompts by name.", json_schema_extra={"additionalProperties": False}
@@ -302,6 +339,28 @@ class Manifest(_Section):
             raise wrong(f"version: expected 1, got {show(value)}", "write `version: 1`, without quotes")
         return value
 
+    @field_validator("models")
+    @classmethod
+    def _suits_the_engine(cls, models: dict[str, ModelConfig], info: ValidationInfo) -> dict[str, ModelConfig]:
+        engine: EngineConfig | None = info.data.get("engine")
+        if engine is None:
+            return models
+        found: list[tuple[Steps, str, str]] = []
+        for name, model in models.items():
+            if engine.kind is EngineKind.RKLLM:
+                tokens = model.params.max_context_len
+                if tokens % 32 or tokens > RKLLM_MAX_CONTEXT:
+                    message = f"max_context_len: RKLLM takes multiples of 32 up to {RKLLM_MAX_CONTEXT}, got {tokens}"
+                    found.append(((name, "params", "max_context_len"), message, "4096 suits most models"))
+                continue
+            for key in ("tokenizer", "lora", "lora_scale", "npu"):
+                if key in model.model_fields_set:
+                    hint = "remove it, or set engine.kind to rkllm"
+                    found.append(((name, key), f"{key} is for the rkllm engine only", hint))
+        if found:
+            raise all_wrong(found)
+        return models
+
     @property
     def file(self) -> Path:
         """The manifest's own path, as it was given to `parse`."""
@@ -323,6 +382,7 @@ _SECTIONS: Final[Sections] = {
     "engine": EngineConfig,
     "cache": CacheConfig,
     "models.*": ModelConfig,
+    "models.*.npu": NpuConfig,
     "models.*.params": ModelParams,
     "models.*.prompts.*": PromptConfig,
     "models.*.prompts.*.params": SamplingParams,

@@ -11,17 +11,17 @@ import errno
 import stat
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import structlog
 
 from rkcached import errors
-from rkcached.desired import Desired, Resolver, Sources
+from rkcached.desired import Desired, DesiredModel, Resolver, Sources
 from rkcached.digests import Signature
 from rkcached.engines.registry import ENGINES
 from rkcached.manifest import Manifest, parse
-from rkcached.plan import Assessment, Key, Limits, Observed, Verdict, assess
+from rkcached.plan import Assessment, Key, Limits, Observed, Verdict, VerdictKind, assess
 from rkcached.sidecar import Inventory
 from rkcached.sources import SourceReader
 from rkcached.store import Store
@@ -57,13 +57,24 @@ class Observer:
         inventory = self._store.scan()
         observed = Observed(
             artifacts=inventory.observed(),
-            verdicts={**inventory.verdicts, **(extra_verdicts or {})},
+            verdicts=_spread({**inventory.verdicts, **(extra_verdicts or {})}, desired),
             unlisted_models=frozenset(sources.unlisted_models),
             now=time.time(),
         )
         limits = Limits(max_bytes=manifest.cache.max_bytes, min_tokens=manifest.cache.min_tokens)
         assessments = assess(tuple(desired.prompts.values()), observed, limits)
         return Look(manifest=manifest, sources=sources, desired=desired, inventory=inventory, assessments=assessments)
+
+
+def _spread(verdicts: dict[Key, Verdict], desired: Desired) -> dict[Key, Verdict]:
+    """A model that cannot be cached is so for all its prompts, until its file, the runtime or its parameters change."""
+    uncacheable = {v.model: v for v in verdicts.values() if v.kind is VerdictKind.UNCACHEABLE and v.model}
+    for key, prompt in desired.prompts.items() if uncacheable else ():
+        model = desired.models.get(key.model)
+        found = uncacheable.get(model.identity) if isinstance(model, DesiredModel) else None
+        if found is not None and prompt.fingerprint is not None:
+            verdicts[key] = replace(found, fingerprint=prompt.fingerprint.digest)
+    return verdicts
 
 
 class ManifestFile:
@@ -130,11 +141,12 @@ def inputs(manifest: Manifest, manifest_path: Path) -> tuple[list[Path], list[Pa
     folders: list[Path] = []
     for model in manifest.models.values():
         files.append(model.path)
+        files.extend(path for path in (model.tokenizer, model.lora) if path is not None)
         if model.chat_template.startswith("/"):
             files.append(Path(model.chat_template))
         for prompt in model.prompts.values():
             files.extend(prompt.files)
         folders.extend(Path(pattern).parent for pattern in model.prompts_from)
-    with contextlib.suppress(errors.SourceError):
-        files.extend(ENGINES[manifest.engine.kind].locate_runtime().files)
+    with contextlib.suppress(errors.RkcachedError):
+        files.extend(ENGINES[manifest.engine.kind].locate_runtime(manifest.engine).files)
     return files, folders

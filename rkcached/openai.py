@@ -107,7 +107,8 @@ class Usage(_Body):
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
-    prompt_tokens_details: PromptTokensDetails
+    prompt_tokens_details: PromptTokensDetails | None
+    """None where the runtime does not measure it."""
 
 
 class CacheReport(_Body):
@@ -116,9 +117,10 @@ class CacheReport(_Body):
     cache: str | None
     """The prompt whose cache was loaded."""
     state: str
-    """hit, miss (loaded but did not help), cold (no cache was asked for or fits), or why the wanted one is not used."""
+    """hit, loaded (nobody measured more), miss (loaded, did not help), cold, or why the wanted one is not used."""
     reason: str = ""
-    cached_tokens: int
+    cached_tokens: int | None
+    """None where the runtime does not measure it."""
     ttft_ms: float
     """Request accepted to first token written."""
     queue_ms: float

@@ -70,13 +70,13 @@ class VerdictKind(StrEnum):
     TOO_LONG = "too_long"  # lasting
     TOO_SHORT = "too_short"  # until cache.min_tokens is lowered
     OVER_BUDGET = "over_budget"  # until there is room in cache.max_bytes
-    UNCACHEABLE = "uncacheable"  # lasting
+    UNCACHEABLE = "uncacheable"  # lasting, and true for every prompt of the model
     QUARANTINED = "quarantined"  # lasting
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Verdict:
-    """The outcome of earlier attempts at one fingerprint. It says nothing about any other."""
+    """The outcome of earlier attempts at one fingerprint. Only UNCACHEABLE says something about others."""
 
     fingerprint: str
     kind: VerdictKind
@@ -86,6 +86,8 @@ class Verdict:
     """Unix seconds; for FAILED."""
     tokens: int = 0
     needed_bytes: int = 0
+    model: str = ""
+    """Identity of the model (file, runtime, parameters) that UNCACHEABLE was found for."""
 
 
 class State(StrEnum):

@@ -26,7 +26,7 @@ from rkcached.store import Store
 from rkcached.verdicts import QUARANTINE_AFTER, quarantined, verdict_on
 from rkcached.view import BuildProgress, FreshIndex, View
 from rkcached.watch import Follower
-from rkcached.worker.gate import Gate, Priority
+from rkcached.worker.gate import Gates, Priority
 from rkcached.worker.pool import Workers
 
 log = structlog.get_logger()
@@ -54,7 +54,7 @@ class Reconciler:
         manifest: Manifest,
         store: Store,
         workers: Workers,
-        gate: Gate,
+        gates: Gates,
         watcher: Follower,
     ) -> None:
         self.view = View(manifest=manifest, desired=Desired(models={}, prompts={}, texts={}))
@@ -70,9 +70,9 @@ class Reconciler:
         self._store = store
         self._observer = Observer(store)
         self._workers = workers
-        self._gate = gate
+        self._gates = gates
         self._watcher = watcher
-        self._builder = Builder(store, workers, gate)
+        self._builder = Builder(store, workers, gates)
         self._wake = asyncio.Event()
         self._last_event = 0.0
         self._first_event = 0.0
@@ -302,9 +302,9 @@ class Reconciler:
     async def _retire_workers(self, look: Look) -> None:
         """Stop workers of models that are gone; a model that changed is replaced when it is next used."""
         wanted = {name for name, model in look.desired.models.items() if isinstance(model, DesiredModel)}
-        if {worker.model.name for worker in self._workers.all()} - wanted:
-            async with self._gate.hold(Priority.BUILD):
-                self._workers.keep_only(wanted)
+        for name in {worker.model.name for worker in self._workers.all()} - wanted:
+            async with self._gates.hold(name, Priority.BUILD):
+                self._workers.drop(name)
 
     # Acting
 
@@ -414,14 +414,14 @@ class Reconciler:
 
     async def _build_failed(self, request: BuildRequest, error: errors.RkcachedError) -> None:
         key, fingerprint = request.action.key, request.action.fingerprint.digest
-        whole_model = isinstance(error, errors.ModelLoadError | errors.WorkerUnavailable)
+        whole_model = isinstance(error, errors.ModelLoadError | errors.RuntimeLibraryError | errors.WorkerUnavailable)
         if whole_model:
             identity, before = self._model_failures.get(key.model, ("", None))
             attempts = 1 + (before.attempts if before is not None and identity == request.model.identity else 0)
         else:
             before = self._failures.get(key) or await asyncio.to_thread(self._store.read_verdict, key)
             attempts = 1 + (before.attempts if before is not None and before.fingerprint == fingerprint else 0)
-        verdict = verdict_on(error, fingerprint, attempts)
+        verdict = verdict_on(error, fingerprint, attempts, model=request.model.identity)
         log.error(
             "build failed",
             model=key.model,

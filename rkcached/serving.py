@@ -27,12 +27,14 @@ from rkcached.reconcile import Reconciler
 from rkcached.sidecar import StoredArtifact
 from rkcached.template import Message
 from rkcached.worker import protocol
-from rkcached.worker.gate import Gate, Priority
+from rkcached.worker.gate import Gates, Priority
 from rkcached.worker.operations import BOUNDARY_TOKENS
 from rkcached.worker.pool import Workers
 from rkcached.worker.supervisor import Worker
 
 log = structlog.get_logger()
+
+NOT_MEASURED = "reuse is not measured by this runtime"
 
 BACKOFF_PATIENCE_S = 2.0
 """A request waits this long for a worker that rests after a failure, before it is refused."""
@@ -94,10 +96,10 @@ class _Run:
 
 
 class Serving:
-    def __init__(self, reconciler: Reconciler, workers: Workers, gate: Gate) -> None:
+    def __init__(self, reconciler: Reconciler, workers: Workers, gates: Gates) -> None:
         self._reconciler = reconciler
         self._workers = workers
-        self._gate = gate
+        self._gates = gates
         self.answers: Counter[str] = Counter()
         """Answers by state of the cache, since the start."""
         self.uses: dict[Key, PromptUse] = {}
@@ -226,7 +228,8 @@ class Serving:
         use_cache = True
         while True:
             try:
-                async with self._gate.hold(Priority.LIVE):
+                concurrent = self._reconciler.view.manifest.engine.concurrent
+                async with self._gates.hold(run.job.model.name, Priority.LIVE, concurrent=concurrent):
                     run.chosen = self._choose(run.job) if use_cache else None
                     run.unchosen = self._why_not(run.job)
                     run.started = time.monotonic()
@@ -305,7 +308,7 @@ class Serving:
             key, artifact = loaded
             use = self.uses.setdefault(key, PromptUse())
             use.last_used = time.time()
-            if state == "hit":
+            if state in ("hit", "loaded"):
                 use.hits += 1
                 self._reconciler.artifact_served(artifact)
             else:
@@ -326,17 +329,23 @@ class Serving:
             prompt_tokens=stats.prompt_tokens,
             completion_tokens=stats.decode_tokens,
             total_tokens=stats.prompt_tokens + stats.decode_tokens,
-            prompt_tokens_details=PromptTokensDetails(cached_tokens=stats.cached_tokens),
+            prompt_tokens_details=_details(stats.cached_tokens),
         )
         return End(finish=stats.finish, usage=usage, report=report)
 
-    def _outcome(self, run: _Run, cached_tokens: int) -> tuple[str, str]:
+    def _outcome(self, run: _Run, cached_tokens: int | None) -> tuple[str, str]:
         """The state that the answer reports, and why no cache was used if one was wanted."""
         if run.load_error is not None:
             return "miss", run.load_error.error
+        if run.chosen is not None and cached_tokens is None:
+            return "loaded", NOT_MEASURED
         if run.chosen is not None:
             needed = run.chosen[1].sidecar.tokens - BOUNDARY_TOKENS
-            return ("hit", "") if cached_tokens >= needed else ("miss", "the prompt cache was loaded but not reused")
+            return (
+                ("hit", "")
+                if (cached_tokens or 0) >= needed
+                else ("miss", "the prompt cache was loaded but not reused")
+            )
         return run.unchosen
 
     def _why_not(self, job: Job) -> tuple[str, str]:
@@ -364,7 +373,9 @@ def _as_request_error(error: errors.RkcachedError) -> RequestError:
                 param="messages",
                 hint="shorten the messages, or raise params.max_context_len of the model",
             )
-        case errors.ModelLoadError():
+        case errors.SamplingFixed():
+            return RequestError(400, error.message, code="unsupported_parameter", hint=error.hint)
+        case errors.ModelLoadError() | errors.RuntimeLibraryError():
             return RequestError(503, error.message, code="model_unavailable", hint=error.hint, retry_after_s=5)
         case errors.WorkerUnavailable():
             return RequestError(503, error.message, code="worker_unavailable", hint=error.hint, retry_after_s=5)
@@ -374,6 +385,10 @@ def _as_request_error(error: errors.RkcachedError) -> RequestError:
             return RequestError(502, error.message, code="worker_died", hint=error.hint)
         case _:
             return RequestError(500, error.message, code="engine_error", hint=error.hint)
+
+
+def _details(cached_tokens: int | None) -> PromptTokensDetails | None:
+    return None if cached_tokens is None else PromptTokensDetails(cached_tokens=cached_tokens)
 
 
 def _stopping() -> RequestError:

@@ -18,7 +18,7 @@ from rkcached.desired import Declaration, ModelSource, PromptSource, RuntimeSour
 from rkcached.digests import Digests, Signature
 from rkcached.engines.registry import ENGINES, EngineEntry
 from rkcached.errors import RkcachedError, SourceError
-from rkcached.manifest import NAME, NAME_RULE, Manifest, ModelConfig
+from rkcached.manifest import NAME, NAME_RULE, EngineConfig, Manifest, ModelConfig
 from rkcached.plan import Key, Trouble
 from rkcached.template import BUILTIN
 
@@ -72,7 +72,7 @@ class SourceReader:
                         continue  # declared by name, perhaps with parameters of its own
                     key = Key(name, _printable(path.stem))
                     prompts[key] = Declaration(source=self._found(key, path, prompts, texts), line=line)
-        return Sources(runtime=self._runtime(engine), models=models, prompts=prompts, unlisted_models=unlisted)
+        return Sources(runtime=self._runtime(manifest.engine), models=models, prompts=prompts, unlisted_models=unlisted)
 
     def _found(
         self, key: Key, path: Path, prompts: dict[Key, Declaration], texts: dict[Path, _Text]
@@ -113,15 +113,31 @@ class SourceReader:
                         message=f"{config.path} is not a {engine.model_format}",
                         hint="set path to a file of that format, or engine.kind to the engine that reads it",
                     )
-            return ModelSource(digest=self._digests.digest(config.path), template_source=template)
+            return ModelSource(
+                digest=self._digests.digest(config.path),
+                template_source=template,
+                tokenizer_digest=self._optional(config.tokenizer, "tokenizer"),
+                lora_digest=self._optional(config.lora, "LoRA adapter"),
+            )
         except RkcachedError as error:
             return Trouble.of(error)
         except OSError as error:
             return Trouble.of(_unusable(config.path, error, "model file"))
 
-    def _runtime(self, engine: EngineEntry) -> RuntimeSource | Trouble:
+    def _optional(self, path: Path | None, noun: str) -> str:
+        """The digest of a file that a model may have. Errors: SourceError."""
+        if path is None:
+            return ""
         try:
-            runtime = engine.locate_runtime()
+            if not path.is_file():
+                raise FileNotFoundError(path)
+            return self._digests.digest(path)
+        except OSError as error:
+            raise _unusable(path, error, noun) from error
+
+    def _runtime(self, engine: EngineConfig) -> RuntimeSource | Trouble:
+        try:
+            runtime = ENGINES[engine.kind].locate_runtime(engine)
             digests = "".join(self._digests.digest(path) for path in runtime.files)
         except RkcachedError as error:
             return Trouble.of(error)

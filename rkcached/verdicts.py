@@ -13,8 +13,8 @@ QUARANTINE_AFTER = 3
 MAX_RETRY_S = 60.0
 
 
-def verdict_on(error: errors.RkcachedError, fingerprint: str, attempts: int) -> Verdict:
-    """What a failed build means for the next attempt at the same fingerprint."""
+def verdict_on(error: errors.RkcachedError, fingerprint: str, attempts: int, *, model: str = "") -> Verdict:
+    """What a failed build means for the next attempt at the same fingerprint; `model` is the identity of its model."""
     trouble = Trouble.of(error)
     match error:
         case errors.ContextExceeded():
@@ -29,7 +29,7 @@ def verdict_on(error: errors.RkcachedError, fingerprint: str, attempts: int) -> 
                 needed_bytes=error.needed_bytes,
             )
         case errors.Uncacheable():
-            return Verdict(fingerprint=fingerprint, kind=VerdictKind.UNCACHEABLE, trouble=trouble)
+            return Verdict(fingerprint=fingerprint, kind=VerdictKind.UNCACHEABLE, trouble=trouble, model=model)
         case errors.WorkerDied() | errors.WorkerTimeout() | errors.VerifyFailed() if attempts >= QUARANTINE_AFTER:
             return quarantined(fingerprint, f"building it failed {attempts} times: {error.message}")
         case _:

@@ -16,30 +16,8 @@ from typing import Protocol
 
 import msgspec
 
-
-class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
-    """What an engine needs to load a model."""
-
-    path: str
-    context_tokens: int
-    """KV positions to allocate; 0 takes what the model was trained for."""
-    threads: int = 0
-    """CPU threads; 0 takes one per core that this process may use."""
-    library: str = ""
-    """The runtime's shared library, for engines that load one."""
-    scratch_dir: str
-    """A private directory (mode 0700) for sockets and links; removed by the owner of the worker."""
-
-
-class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
-    """Facts that hold while the model stays loaded."""
-
-    runtime_version: str
-    context_tokens: int
-    measures_prefill: bool
-    """`RunStats.cached_tokens` comes from the library's own count."""
-    aborts_prefill: bool
-    """`abort` ends a run within about a second even during prefill, and the engine stays usable."""
+SAMPLING_FIELDS = ("temperature", "top_k", "top_p", "repeat_penalty", "frequency_penalty", "presence_penalty", "seed")
+"""Of `Sampling`, what decides about the next token."""
 
 
 class Sampling(msgspec.Struct, frozen=True, kw_only=True):
@@ -56,6 +34,62 @@ class Sampling(msgspec.Struct, frozen=True, kw_only=True):
     seed: int | None = None
     stop: tuple[str, ...] = ()
     """Generation ends before the first of these strings; it is not part of the text."""
+
+
+class NpuOptions(msgspec.Struct, frozen=True, kw_only=True):
+    """How RKLLM uses the board. None leaves the runtime's own default."""
+
+    enabled_cpus: tuple[int, ...] = ()
+    """CPU numbers, 0 to 31."""
+    embed_flash: bool | None = None
+    """Read the embedding table from flash instead of keeping it in memory."""
+    base_domain_id: int = 0
+    """NPU address domain, 0 to 15."""
+    n_keep: int | None = None
+    """KV positions to keep when the context is full."""
+    ignore_eos: bool = False
+    """Go on after an end-of-sequence token."""
+
+
+class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
+    """What an engine needs to load a model."""
+
+    path: str
+    context_tokens: int
+    """KV positions to allocate; 0 takes what the model was trained for."""
+    threads: int = 0
+    """CPU threads; 0 takes one per core that this process may use."""
+    scratch_dir: str = ""
+    """A private directory (mode 0700) for sockets and links; removed by the owner of the worker."""
+    library: str = ""
+    """The runtime's shared library, for engines that load one."""
+    abi: str = ""
+    """The library's ABI by the name of a version; empty finds it."""
+    sampling: Sampling | None = None
+    """What runs use that say nothing else; for engines that fix it when the model is loaded, all that they can do."""
+    tokenizer: str = ""
+    """A `tokenizer.json`, for engines that take tokens instead of text."""
+    lora: str = ""
+    lora_scale: float = 1.0
+    thinking: bool = False
+    npu: NpuOptions = NpuOptions()
+
+
+class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
+    """Facts that hold while the model stays loaded."""
+
+    runtime_version: str
+    context_tokens: int
+    measures_prefill: bool
+    """`RunStats.cached_tokens` comes from the library's own count."""
+    aborts_prefill: bool
+    """`abort` ends a prefill that is to be saved within about a second, and the engine stays usable."""
+    keeps_state: bool = True
+    """The KV state outlives a run; else a prompt cache serves the one run after its load."""
+    run_sampling: tuple[str, ...] = SAMPLING_FIELDS
+    """Fields of `Sampling` that a run may set; the others stay as they were when the model was loaded."""
+    greedy: bool = True
+    """A run can be made to repeat itself exactly: temperature 0, per run or since the model was loaded."""
 
 
 class FinishReason(StrEnum):
@@ -82,15 +116,16 @@ class RunStats(msgspec.Struct, frozen=True, kw_only=True):
 
     finish: FinishReason
     prompt_tokens: int
-    cached_tokens: int
-    """Of `prompt_tokens`, those that were taken from the KV state; the others were prefilled."""
+    """0 where neither the library nor a tokenizer can tell."""
+    cached_tokens: int | None
+    """Of `prompt_tokens`, those that were taken from the KV state; None where the library does not measure it."""
     prefill_ms: float
     decode_tokens: int
     decode_ms: float
 
     @property
-    def prefill_tokens(self) -> int:
-        return self.prompt_tokens - self.cached_tokens
+    def prefill_tokens(self) -> int | None:
+        return None if self.cached_tokens is None else self.prompt_tokens - self.cached_tokens
 
 
 OnToken = Callable[[Token], bool]
@@ -106,13 +141,13 @@ class Engine(Protocol):
     @property
     def info(self) -> EngineInfo: ...
 
-    def count_tokens(self, text: str) -> int:
-        """How many KV positions a prompt occupies, a BOS token that the model adds included."""
+    def count_tokens(self, text: str) -> int | None:
+        """How many KV positions a prompt occupies, an added BOS token included; None if nobody can tell."""
 
     def prefill(self, prompt: str, *, save_to: Path, on_progress: OnProgress | None = None) -> RunStats:
         """Read `prompt` into a cleared KV state and write that state to `save_to` (created or replaced).
 
-        Nothing is sampled into the state: it holds exactly the prompt's tokens, and stays in memory afterwards.
+        The file's state begins with exactly the prompt's tokens, and stays in memory if the engine keeps its state.
         Errors: ContextExceeded; Uncacheable when the library cannot save; Aborted, then no file is promised.
         """
 
@@ -129,7 +164,7 @@ class Engine(Protocol):
         """Prefill what `prompt` has beyond the KV state, then decode; the state afterwards begins with the prompt.
 
         At least one token of the prompt is always prefilled. With `trace`, tokens carry their ids.
-        Errors: ContextExceeded; EngineError for sampling values the engine cannot honour.
+        Errors: ContextExceeded; SamplingFixed for a value that this engine cannot change in a run; EngineError.
         """
 
     def abort(self) -> None:

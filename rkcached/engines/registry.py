@@ -6,14 +6,17 @@ imported by name, and only inside a worker.
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from rkcached.digests import Signature
+from rkcached.engines.rkllm.identify import choose_abi, identify
 from rkcached.errors import SourceError
-from rkcached.manifest import EngineKind
+from rkcached.manifest import EngineConfig, EngineKind
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,10 +37,27 @@ class EngineEntry:
     """The first bytes of every model file."""
     model_format: str
     """What such a model file is called, for messages."""
-    locate_runtime: Callable[[], RuntimeFiles]
+    locate_runtime: Callable[[EngineConfig], RuntimeFiles]
 
 
-def _locate_xllamacpp() -> RuntimeFiles:
+def _locate_rkllm(engine: EngineConfig) -> RuntimeFiles:
+    try:
+        signature = Signature.of(engine.library.stat())
+    except OSError:
+        signature = None  # identify says what is wrong
+    version = _rkllm_version(engine.library, signature, engine.abi)
+    return RuntimeFiles(version=version, files=(engine.library,))
+
+
+@functools.lru_cache(maxsize=4)
+def _rkllm_version(library: Path, _: Signature | None, abi: str | None) -> str:
+    """Reads the file once for each signature. Errors: RuntimeLibraryError."""
+    facts = identify(library)
+    chosen = choose_abi(facts, abi)
+    return facts.version or chosen.name
+
+
+def _locate_xllamacpp(_: EngineConfig) -> RuntimeFiles:
     spec = importlib.util.find_spec("xllamacpp")  # finds, does not import
     if spec is None or not spec.submodule_search_locations:
         raise SourceError("the package xllamacpp is not installed", hint="pip install 'rkcached[cpu]'")
@@ -45,11 +65,18 @@ def _locate_xllamacpp() -> RuntimeFiles:
     return RuntimeFiles(version=importlib.metadata.version("xllamacpp"), files=tuple(sorted(folder.glob("*.so"))))
 
 
-def _locate_memory() -> RuntimeFiles:
+def _locate_memory(_: EngineConfig) -> RuntimeFiles:
     return RuntimeFiles(version="1", files=(Path(__file__).with_name("memory.py"),))
 
 
 ENGINES: dict[EngineKind, EngineEntry] = {
+    EngineKind.RKLLM: EngineEntry(
+        artifact_suffix=".rkllm_cache",
+        implementation="rkcached.engines.rkllm.engine:RkllmEngine",
+        model_magic=b"",  # undocumented
+        model_format="RKLLM model",
+        locate_runtime=_locate_rkllm,
+    ),
     EngineKind.LLAMACPP: EngineEntry(
         artifact_suffix=".llama_cache",
         implementation="rkcached.engines.llamacpp:LlamaCppEngine",

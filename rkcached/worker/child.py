@@ -31,10 +31,12 @@ class _Channel:
 
     def __init__(self, sock: socket.socket) -> None:
         self._socket = sock
-        self._inbox: queue.SimpleQueue[protocol.ToWorker] = queue.SimpleQueue()
+        self._inbox: queue.SimpleQueue[protocol.ToWorker | None] = queue.SimpleQueue()
         self._aborted: set[int] = set()
         self.engine: Engine | None = None
         self.scratch_dir = ""
+        self.idle = False
+        """The main thread waits for a message."""
 
     def send(self, message: protocol.FromWorker) -> None:
         try:
@@ -42,8 +44,12 @@ class _Channel:
         except OSError:
             self._leave()
 
-    def receive(self) -> protocol.ToWorker:
-        return self._inbox.get()
+    def receive(self) -> protocol.ToWorker | None:
+        """The next message; None when the daemon wants us gone."""
+        self.idle = True
+        message = self._inbox.get()
+        self.idle = False
+        return message
 
     def is_aborted(self, operation_id: int) -> bool:
         return operation_id in self._aborted
@@ -73,7 +79,10 @@ class _Channel:
             return b""
 
     def _leave(self) -> None:
-        """The daemon is gone. The engine may be deep in native code, so nothing is unwound."""
+        """The daemon wants us gone, or is gone. An idle engine is closed; a busy one may be deep in native code."""
+        if self.idle:
+            self._inbox.put(None)
+            return
         if self.scratch_dir:
             shutil.rmtree(self.scratch_dir, ignore_errors=True)
         os._exit(0)
@@ -116,6 +125,8 @@ def main(fd: int) -> None:
     channel = _Channel(socket.socket(fileno=fd))
     threading.Thread(target=channel.read_forever, name="reader", daemon=True).start()
     first = channel.receive()
+    if first is None:
+        return
     if not isinstance(first, protocol.Start):
         raise protocol.ProtocolError(f"expected start, got {type(first).__name__}")
     try:
@@ -123,11 +134,12 @@ def main(fd: int) -> None:
     except EngineError as error:
         channel.send(protocol.failed(0, error))
         return
-    while True:
-        message = channel.receive()
+    while (message := channel.receive()) is not None:
         if isinstance(message, protocol.Start | protocol.Abort):
             raise protocol.ProtocolError(f"{type(message).__name__} is no operation")
         _run(session, channel, message)
+    session.engine.close()
+    shutil.rmtree(channel.scratch_dir, ignore_errors=True)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """One operation at a time over all models, live requests before builds.
 
 Concurrent clients of an NPU are reported to panic some kernels, and on CPU cores they only slow each other. So whoever
-wants an engine to work holds the gate. A live request that has to wait behind a build asks it to step aside; a build
+wants an engine to work holds the gate (`Gates` has one more for each model, for manifests that say
+`engine.concurrent`). A live request that has to wait behind a build asks it to step aside; a build
 that was kept waiting long enough gets its turn all the same. Used from the event loop only.
 """
 
@@ -92,3 +93,32 @@ class Gate:
         if queue:
             self._held = True
             queue.popleft().turn.set_result(None)
+
+
+class Gates:
+    """One gate for all models, and one for each: who may run concurrently holds only the latter.
+
+    A model's own gate is always held, so its operations exclude each other also while the manifest changes its mind.
+    """
+
+    def __init__(self) -> None:
+        self._shared = Gate()
+        self._own: dict[str, Gate] = {}
+
+    @contextlib.asynccontextmanager
+    async def hold(
+        self,
+        model: str,
+        priority: Priority,
+        *,
+        concurrent: bool = False,
+        step_aside: Callable[[], None] | None = None,
+        since: float | None = None,
+    ) -> AsyncIterator[None]:
+        """As `Gate.hold`, for one model."""
+        own = self._own.setdefault(model, Gate())
+        async with contextlib.AsyncExitStack() as held:
+            if not concurrent:
+                await held.enter_async_context(self._shared.hold(priority, step_aside=step_aside, since=since))
+            await held.enter_async_context(own.hold(priority, step_aside=step_aside, since=since))
+            yield

@@ -6,18 +6,32 @@ engine is believed without its effect.
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
 
+import msgspec
+
 from rkcached.digests import Signature
 from rkcached.engines.base import Engine, RunStats, Sampling, Token
-from rkcached.errors import Aborted, ArtifactLoadError, ContextExceeded, PromptTooShort, Uncacheable, VerifyFailed
+from rkcached.errors import (
+    Aborted,
+    ArtifactLoadError,
+    ContextExceeded,
+    EngineError,
+    PromptTooShort,
+    Uncacheable,
+    VerifyFailed,
+)
 from rkcached.worker import protocol
 from rkcached.worker.protocol import VerifyMode
 
 PROBE_TOKENS = 8
 """Tokens of the probe's answer: enough that a wrong state shows, few enough to cost little."""
+
+_MIN_FREE_BYTES = 64 << 20
+"""A prompt cache of a small prompt fits into this: with less free, a missing file says nothing about the model."""
 
 BOUNDARY_TOKENS = 4
 """A prefix may end inside a token of the longer text, so a hit may lack a few of the prefix's last tokens."""
@@ -41,10 +55,7 @@ class Session:
         engine, path = self.engine, Path(operation.path)
         self._resident = ""
         tokens = engine.count_tokens(operation.prefix)
-        if tokens < operation.min_tokens:
-            raise PromptTooShort(tokens, operation.min_tokens)
-        if tokens >= engine.info.context_tokens:
-            raise ContextExceeded(tokens, engine.info.context_tokens)
+        self._check_length(operation, tokens)
 
         def on_progress(done: int, total: int) -> None:
             emit(protocol.Progress(id=operation.id, done_tokens=done, total_tokens=total))
@@ -55,46 +66,54 @@ class Session:
         prefill = engine.prefill(operation.prefix, save_to=path, on_progress=on_progress)
         prefill_ms = prefill.prefill_ms or _since(started)
         if not path.is_file() or path.stat().st_size == 0:
-            raise Uncacheable(
-                "the runtime reported success but wrote no prompt cache",
-                hint="this model cannot save its state with this runtime; requests are answered without a cache",
-            )
+            raise _nothing_written(path)
+        if tokens is None:
+            self._check_length(operation, prefill.prompt_tokens)
+        built = protocol.Built(id=operation.id, tokens=prefill.prompt_tokens, prefill_ms=prefill_ms)
         if operation.verify is VerifyMode.OFF:
-            return protocol.Built(
-                id=operation.id,
-                tokens=prefill.prompt_tokens,
-                prefill_ms=prefill_ms,
-                load_ms=0.0,
-                cold_ttft_ms=0.0,
-                warm_ttft_ms=0.0,
-                verified=operation.verify,
-            )
-        in_memory, memory_tokens, memory_ttft_ms = self._probe(operation.probe, stopped)
-        engine.clear()
+            return built
+        return self._prove(operation, built, stopped)
+
+    def _check_length(self, operation: protocol.Build, tokens: int | None) -> None:
+        """Errors: PromptTooShort, ContextExceeded."""
+        limit = self.engine.info.context_tokens
+        if tokens is not None and tokens < operation.min_tokens:
+            raise PromptTooShort(tokens, operation.min_tokens)
+        if tokens is not None and tokens >= limit:
+            raise ContextExceeded(tokens, limit)
+
+    def _prove(self, operation: protocol.Build, built: protocol.Built, stopped: Callable[[], bool]) -> protocol.Built:
+        """Ask the probe on the state in memory (or cold, where none is kept), and again on the loaded file."""
+        info, path = self.engine.info, Path(operation.path)
+        before, expected, before_ms = self._probe(operation.probe, stopped)
+        self.engine.clear()
         started = time.perf_counter()
-        engine.load(path)
+        self.engine.load(path)
         load_ms = _since(started)
-        restored, restored_tokens, restored_ttft_ms = self._probe(operation.probe, stopped)
-        if restored.cached_tokens < prefill.prompt_tokens - BOUNDARY_TOKENS:
+        after, answer, after_ms = self._probe(operation.probe, stopped)
+        warm_ms, cold_ms = load_ms + after_ms, before_ms + (built.prefill_ms if info.keeps_state else 0.0)
+        if after.cached_tokens is None:
+            if warm_ms >= cold_ms:
+                raise VerifyFailed(
+                    f"the first token took {warm_ms:.0f} ms with the prompt cache and {cold_ms:.0f} ms without",
+                    hint="this runtime measures nothing else; the prompt cache is not published",
+                )
+            proved = VerifyMode.TIME
+        elif after.cached_tokens < built.tokens - BOUNDARY_TOKENS:
             raise VerifyFailed(
-                f"after loading, {restored.cached_tokens} of {prefill.prompt_tokens} tokens were reused",
+                f"after loading, {after.cached_tokens} of {built.tokens} tokens were reused",
                 hint="the prompt cache does not help; it is not published",
             )
-        if operation.verify is VerifyMode.EXACT and (
-            memory_tokens != restored_tokens or in_memory.prefill_tokens != restored.prefill_tokens
-        ):
+        else:
+            proved = operation.verify if info.greedy else VerifyMode.HIT
+        same_work = before.prefill_tokens == after.prefill_tokens or not info.keeps_state
+        if operation.verify is VerifyMode.EXACT and info.greedy and not (expected == answer and same_work):
             raise VerifyFailed(
                 "the probe's answer on the loaded cache differs from the answer on the state in memory",
                 hint="the prompt cache is not what was prefilled; it is not published",
             )
-        return protocol.Built(
-            id=operation.id,
-            tokens=prefill.prompt_tokens,
-            prefill_ms=prefill_ms,
-            load_ms=load_ms,
-            cold_ttft_ms=prefill_ms + memory_ttft_ms,
-            warm_ttft_ms=load_ms + restored_ttft_ms,
-            verified=operation.verify,
+        return msgspec.structs.replace(
+            built, load_ms=load_ms, cold_ttft_ms=cold_ms, warm_ttft_ms=warm_ms, verified=proved
         )
 
     def generate(self, operation: protocol.Generate, emit: Emit, stopped: Callable[[], bool]) -> protocol.Done:
@@ -103,7 +122,7 @@ class Session:
             self.engine.clear()
         if operation.cache is None:
             self._resident = ""
-        elif operation.cache.fingerprint != self._resident:
+        elif operation.cache.fingerprint != self._resident or not self.engine.info.keeps_state:
             emit(self._load(operation.id, operation.cache))
 
         def on_token(token: Token) -> bool:
@@ -154,11 +173,26 @@ class Session:
             tokens.append(token)
             return stopped()
 
-        sampling = Sampling(max_new_tokens=PROBE_TOKENS, temperature=0.0, seed=0)
+        fields = self.engine.info.run_sampling
+        sampling = Sampling(
+            max_new_tokens=PROBE_TOKENS,
+            temperature=0.0 if "temperature" in fields else None,
+            seed=0 if "seed" in fields else None,
+        )
         stats = self.engine.generate(prompt, sampling, on_token, trace=True)
         if stopped():
             raise Aborted("the build was stopped")
         return stats, tokens, first_ms[0] if first_ms else _since(started)
+
+
+def _nothing_written(path: Path) -> EngineError:
+    """Nothing came of a save that reported success: for want of room, or because this model has no such state."""
+    if shutil.disk_usage(path.parent).free < _MIN_FREE_BYTES:
+        return EngineError("the prompt cache could not be written: the disk is full", hint="free some space")
+    return Uncacheable(
+        "the runtime reported success but wrote no prompt cache",
+        hint="this model cannot save its state with this runtime; requests are answered without a cache",
+    )
 
 
 def _is_file(path: Path, signature: Signature) -> bool:

@@ -33,10 +33,10 @@ class Workers:
         worker = self._workers[model.name] = Worker(model, deadlines=self._deadlines, backoff=self._backoff)
         return worker
 
-    def keep_only(self, names: set[str]) -> None:
-        """Stop the workers of models that are no longer declared."""
-        for name in self._workers.keys() - names:
-            self._retire(self._workers.pop(name))
+    def drop(self, name: str) -> None:
+        """Stop the worker of a model that is no longer declared."""
+        if (worker := self._workers.pop(name, None)) is not None:
+            self._retire(worker)
 
     async def stop(self) -> None:
         """Stop all. Every process is gone afterwards."""

@@ -45,9 +45,15 @@ class Start(msgspec.Struct, frozen=True, kw_only=True, tag="start"):
 
 
 class VerifyMode(StrEnum):
+    """What a build is asked to prove, and what it has proved."""
+
     OFF = "off"
+    TIME = "time"
+    """Never asked for: the most that can be proved where the library measures nothing. Loading it is faster."""
     HIT = "hit"
+    """After loading it, only the probe was prefilled."""
     EXACT = "exact"
+    """And the probe's answer has the same tokens."""
 
 
 class Build(msgspec.Struct, frozen=True, kw_only=True, tag="build"):
@@ -126,10 +132,10 @@ class Built(msgspec.Struct, frozen=True, kw_only=True, tag="built"):
     id: int
     tokens: int
     prefill_ms: float
-    load_ms: float
-    cold_ttft_ms: float
-    warm_ttft_ms: float
-    verified: VerifyMode
+    load_ms: float = 0.0
+    cold_ttft_ms: float = 0.0
+    warm_ttft_ms: float = 0.0
+    verified: VerifyMode = VerifyMode.OFF
 
 
 class Checked(msgspec.Struct, frozen=True, kw_only=True, tag="checked"):
@@ -202,14 +208,14 @@ def decode_from_worker(body: bytes) -> FromWorker:
 
 
 def failed(operation_id: int, error: errors.EngineError) -> Failed:
-    """An engine error as a message."""
+    """An engine error as a message. An engine's own subclass goes as the error of this program that it is."""
     if isinstance(error, errors.ContextExceeded | errors.PromptTooShort):
         numbers = (error.tokens, error.limit)
     else:
         numbers = (0, 0)
     return Failed(
         id=operation_id,
-        error=type(error).__name__,
+        error=next(cls.__name__ for cls in type(error).__mro__ if cls.__module__ == errors.__name__),
         message=error.message,
         hint=error.hint,
         tokens=numbers[0],
@@ -222,8 +228,10 @@ _PLAIN = {
     for cls in (
         errors.EngineError,
         errors.ModelLoadError,
+        errors.RuntimeLibraryError,
         errors.ArtifactLoadError,
         errors.Uncacheable,
+        errors.SamplingFixed,
         errors.VerifyFailed,
         errors.Aborted,
     )

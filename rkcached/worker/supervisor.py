@@ -28,10 +28,19 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
+import msgspec
 import structlog
 
 from rkcached.engines.base import EngineInfo, ModelSpec
-from rkcached.errors import EngineError, ModelLoadError, WorkerDied, WorkerError, WorkerTimeout, WorkerUnavailable
+from rkcached.errors import (
+    EngineError,
+    ModelLoadError,
+    Uncacheable,
+    WorkerDied,
+    WorkerError,
+    WorkerTimeout,
+    WorkerUnavailable,
+)
 from rkcached.worker import protocol
 
 log = structlog.get_logger()
@@ -43,6 +52,11 @@ _LOG_LINES = 20
 
 _LINE_STAMP = re.compile(r"^\d+(\.\d+){3} ")
 """llama.cpp's time since its start, which would make every message another one."""
+
+_LIBRARY_LINE = re.compile(r"[IWED] ")
+"""How lines of RKLLM, its kernel driver's library and llama.cpp begin: 'W rkllm: ...', 'E RKNN: ...'."""
+
+_LEVELS = {"E": "error", "W": "warning", "I": "info", "D": "debug"}
 
 SCRATCH_PREFIX = "rkcached-"
 """Of scratch directories; the daemon's pid follows."""
@@ -86,9 +100,8 @@ class WorkerModel:
     name: str
     identity: str
     implementation: str
-    path: str
-    context_tokens: int
-    threads: int
+    spec: ModelSpec
+    """Without a scratch directory: each process gets its own."""
     idle_unload_s: float | None
 
 
@@ -151,9 +164,7 @@ class Worker:
         try:
             self._scratch = tempfile.mkdtemp(prefix=f"{SCRATCH_PREFIX}{os.getpid()}-")
             process = await self._spawn()
-            spec = ModelSpec(
-                path=model.path, context_tokens=model.context_tokens, threads=model.threads, scratch_dir=self._scratch
-            )
+            spec = msgspec.structs.replace(model.spec, scratch_dir=self._scratch)
             await self._send(protocol.Start(implementation=model.implementation, spec=spec))
             answer = await self._receive(self._deadlines.start_s)
         except OSError as error:
@@ -218,8 +229,11 @@ class Worker:
 
     async def _stop(self) -> None:
         try:
-            await self._end()
+            code = await self._end()
             self.state = WorkerState.STOPPED
+            if code:
+                self.last_failure = f"{_describe(code)} while it was stopped"
+                log.warning("worker ended badly", model=self.model.name, how=self.last_failure)
         finally:
             self._stopping = None
 
@@ -271,10 +285,16 @@ class Worker:
                     return event
                 case protocol.Failed():
                     self._failures = 0  # the engine refused; the worker is well
-                    raise protocol.engine_error(event)
+                    await self._catch_up_with_the_log()
+                    raise self._with_last_lines(protocol.engine_error(event))
                 case _:
                     if on_event is not None:
                         on_event(event)
+
+    async def _catch_up_with_the_log(self) -> None:
+        """Let lines be read that were printed before the answer: they are in the pipe, but its turn may come later."""
+        for _ in range(4):
+            await asyncio.sleep(0)
 
     async def _abandon(self, operation: protocol.Operation, running: asyncio.Task[protocol.Answer]) -> None:
         """Nobody waits for the answer any more. An engine that does not let go in time is killed."""
@@ -378,11 +398,15 @@ class Worker:
             self._scratch = ""
 
     def _with_last_lines(self, error: EngineError) -> EngineError:
-        """A library tells the reason of a failed load in its log only."""
-        reasons = [line for line in self._recent_lines if line.startswith("E ") or "error" in line.lower()]
-        if isinstance(error, ModelLoadError) and reasons:
-            return ModelLoadError(f"{error.message}: {reasons[0].strip()}", hint=error.hint)
-        return error
+        """A library tells the reason of a failed load, or of a save that saved nothing, in its log only."""
+        match error:
+            case ModelLoadError():
+                reasons = [line for line in self._recent_lines if line.startswith("E ") or "error" in line.lower()]
+            case Uncacheable():
+                reasons = [line for line in self._recent_lines if line.startswith(("W ", "E "))]
+            case _:
+                return error
+        return type(error)(f"{error.message}: {reasons[0].strip()}", hint=error.hint) if reasons else error
 
     # Idle
 
@@ -426,8 +450,8 @@ class Worker:
             if line:
                 line = _LINE_STAMP.sub("", line)
                 self._recent_lines.append(line)
-                say = log.warning if line.startswith("E ") else log.debug
-                say("worker says", model=self.model.name, line=line)
+                level = _LEVELS.get(line[0], "debug") if _LIBRARY_LINE.match(line) else "debug"
+                getattr(log, level)("worker says", model=self.model.name, line=line)
 
 
 async def _to_the_end(work: Coroutine[Any, Any, object]) -> None:
@@ -441,6 +465,8 @@ async def _to_the_end(work: Coroutine[Any, Any, object]) -> None:
 def _describe(code: int) -> str:
     if code >= 0:
         return f"exited with code {code}"
+    if -code == signal.SIGILL:
+        return "was killed by SIGILL: the library uses an instruction that this CPU does not have"
     try:
         return f"was killed by {signal.Signals(-code).name}"
     except ValueError:

@@ -95,9 +95,7 @@ class Site:
             name=name,
             identity=identity,
             implementation=implementation,
-            path=str(self.model),
-            context_tokens=4096,
-            threads=0,
+            spec=ModelSpec(path=str(self.model), context_tokens=4096),
             idle_unload_s=idle_unload_s,
         )
 
@@ -510,7 +508,7 @@ async def test_workers_of_models_that_are_gone_are_stopped(site: Site) -> None:
         await worker.ensure()
     gone = site.note(a)
     site.note(b)
-    workers.keep_only({"b"})
+    workers.drop("a")
     await until(lambda: is_gone(gone))
     assert (workers.all(), b.state) == ((b,), WorkerState.READY)
     await workers.stop()
@@ -547,10 +545,11 @@ def test_a_child_leaves_when_the_daemons_end_closes(tmp_path: Path, busy: bool) 
 
 DAEMON = """
 import asyncio, sys, time
+from rkcached.engines.base import ModelSpec
 from rkcached.worker.supervisor import Backoff, Deadlines, Worker, WorkerModel
 async def main():
-    model = WorkerModel(name="m", identity="", implementation=sys.argv[2], path=sys.argv[1], context_tokens=64,
-                        threads=0, idle_unload_s=None)
+    model = WorkerModel(name="m", identity="", implementation=sys.argv[2],
+                        spec=ModelSpec(path=sys.argv[1], context_tokens=64), idle_unload_s=None)
     worker = Worker(model, deadlines=Deadlines(), backoff=Backoff())
     await worker.ensure()
     print(worker.pid, flush=True)

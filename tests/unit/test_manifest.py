@@ -16,6 +16,7 @@ from rkcached.errors import ManifestError, Problem
 from rkcached.manifest import (
     BUILTIN_TEMPLATES,
     NAME,
+    RKLLM_ABIS,
     EngineKind,
     FingerprintMode,
     Manifest,
@@ -250,7 +251,7 @@ def test_all_problems_at_once() -> None:
     """Every problem is reported, in file order, each with the file, its line and a hint."""
     text = """\
 version: 2
-engine: {kind: rkllm}
+engine: {kind: rkllm, abi: "1.4"}
 cache:
   verify: exakt
 models:
@@ -270,7 +271,7 @@ models:
     assert all(item.hint for item in found)
     assert [(item.line, item.message) for item in found] == [
         (1, "version: expected 1, got 2"),
-        (2, "engine kind 'rkllm' is not in this version yet"),
+        (2, "abi: '1.4' is no known binary interface"),
         (4, "verify: unknown value 'exakt'"),
         (6, "'Big Model' cannot be a name"),
         (8, "missing key 'path'"),
@@ -313,7 +314,7 @@ def test_unknown_keys(text: str, line: int, key: str, hint: str) -> None:
     ("section", "message", "hint"),
     [
         ("engine: {kind: llamacp}", "kind: unknown value 'llamacp'", "did you mean 'llamacpp'?"),
-        ("engine: {kind: 5}", "kind: unknown value 5", "known are llamacpp, memory"),
+        ("engine: {kind: 5}", "kind: unknown value 5", "known are rkllm, llamacpp, memory"),
         ("cache: {verify: true}", "verify: unknown value true", "known are off, hit, exact"),
         ("cache: {verify: }", "verify: unknown value nothing", "known are off, hit, exact"),
         ("cache: {fingerprint: Full}", "fingerprint: unknown value 'Full'", "did you mean 'full'?"),
@@ -325,11 +326,41 @@ def test_unknown_values(section: str, message: str, hint: str) -> None:
     assert (item.line, item.message, item.hint) == (5, message, hint)
 
 
-def test_rkllm_is_the_next_milestone() -> None:
-    """The engine that is not there yet says so and what to use instead."""
-    item = problem(f"{MINIMAL}engine: {{kind: rkllm}}\n")
-    assert item.message == "engine kind 'rkllm' is not in this version yet"
-    assert item.hint == "use llamacpp; the RKLLM binding is the next milestone"
+def rkllm(*lines: str) -> str:
+    return model(*lines) + "\nengine: {kind: rkllm}\n"
+
+
+def test_an_rkllm_manifest() -> None:
+    """What only RKLLM has: the library, its interface, tokens, an adapter, the board's options."""
+    text = rkllm("tokenizer: t.json", "lora: l.rkllm", "lora_scale: 0.5", "npu: {enabled_cpus: [4, 5], n_keep: -1}")
+    manifest = good(text)
+    config = manifest.models["m"]
+    assert manifest.engine.library == Path("/usr/lib/librkllmrt.so")
+    assert (manifest.engine.abi, manifest.engine.concurrent) == (None, False)
+    assert (config.tokenizer, config.lora) == (FILE.parent / "t.json", FILE.parent / "l.rkllm")
+    assert (config.lora_scale, config.npu.enabled_cpus, config.npu.n_keep) == (0.5, (4, 5), -1)
+
+
+def test_the_interfaces_are_those_of_the_binding() -> None:
+    """The manifest, which loads no engine, has the names that the binding has."""
+    from rkcached.engines.rkllm.abi import ABIS
+
+    assert tuple(abi.name for abi in ABIS) == RKLLM_ABIS
+
+
+@pytest.mark.parametrize("key", ["tokenizer: t.json", "lora: l.rkllm", "lora_scale: 2", "npu: {n_keep: 4}"])
+def test_what_only_rkllm_has_is_refused_elsewhere(key: str) -> None:
+    """It would be ignored in silence."""
+    item = problem(model(key))
+    assert item.message == f"{key.partition(':')[0]} is for the rkllm engine only"
+    assert item.line == 5
+
+
+@pytest.mark.parametrize("tokens", [1000, 32768])
+def test_rkllms_contexts_are_multiples_of_32_up_to_16384(tokens: int) -> None:
+    """The runtime refuses others when the model is loaded, minutes later."""
+    item = problem(rkllm(f"params: {{max_context_len: {tokens}}}"))
+    assert item.message == f"max_context_len: RKLLM takes multiples of 32 up to 16384, got {tokens}"
 
 
 @pytest.mark.parametrize(

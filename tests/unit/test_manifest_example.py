@@ -37,7 +37,8 @@ def bounds(key: str, schema: dict[str, Any]) -> str:
         case {"object": _}:
             return "mapping"
         case {"array": option}:
-            return f"{schema.get('minItems', 0)}..{option['maxItems']} paths"
+            noun = "numbers" if option["items"]["type"] == "integer" else "paths"
+            return f"{schema.get('minItems', 0)}..{option['maxItems']} {noun}"
         case {"integer": option} | {"number": option}:
             return span(key, option)
         case {"boolean": _}:
@@ -73,6 +74,8 @@ def default(steps: tuple[str, ...], schema: dict[str, Any], *, required: bool) -
             return "default empty"
         case None:
             return "default the model's" if "prompts" in steps else "default none"
+        case bool() as value:
+            return f"default {json.dumps(value)}"
         case int() | float() as number:
             return f"default {number:g}"
         case str(word) if "$ref" in schema:

@@ -1,0 +1,330 @@
+"""The RKLLM runtime behind the engine port: one model on the NPU, in a worker process.
+
+The library is closed, so nothing is taken on trust: the ABI is checked (`library`), a cache is proved by its effect,
+and every string, array and callback outlives the call that got it. One object owns the handle and destroys it once,
+after the last run has returned (`handle`). The callback may come on any thread; it copies what it needs, never raises
+into C and never calls back into the library: a thread of our own does the aborting.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import time
+from collections.abc import Sequence
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rkcached.engines.base import EngineInfo, ModelSpec, OnProgress, OnToken, RunStats, Sampling
+from rkcached.engines.rkllm import cache_file
+from rkcached.engines.rkllm.abi import Abi, InferMode, InputType, LoraAdapter, LoraParam, PromptCacheParam, TokenInput
+from rkcached.engines.rkllm.handle import Current, OwnedHandle, Stopper
+from rkcached.engines.rkllm.library import CallError, Library
+from rkcached.engines.rkllm.params import PER_RUN, is_greedy, merged, model_param, sampling_param
+from rkcached.engines.rkllm.run import Run
+from rkcached.errors import ArtifactLoadError, ContextExceeded, EngineError, ModelLoadError, SamplingFixed
+
+if TYPE_CHECKING:
+    import numpy as np
+
+_FINISH_TIMEOUT_S = 2.0
+"""rkllm_run returns after FINISH; if another thread brings the callback, it may be a moment late."""
+
+_LORA_NAME = b"rkcached"
+_MAX_BATCH = 8
+
+
+class Pooling(StrEnum):
+    """How the hidden states of all tokens become one vector."""
+
+    MEAN = "mean"
+    LAST = "last"
+    NONE = "none"
+
+
+class RkllmEngine:
+    """See `Engine` for what each method promises."""
+
+    def __init__(self, spec: ModelSpec) -> None:
+        _check_model_file(Path(spec.path))
+        self._spec = spec
+        self._tokenizer = _load_tokenizer(spec.tokenizer)
+        self._library = Library(Path(spec.library), spec.abi)
+        abi = self._library.abi
+        self._fixed = spec.sampling or Sampling()
+        """What the model is loaded with."""
+        self._current = Current()
+        param = model_param(self._library, spec, self._fixed)
+        try:
+            self._handle = OwnedHandle(self._library, param, self._current)
+        except CallError as error:
+            raise ModelLoadError(
+                f"RKLLM {self._library.version} cannot load the model {spec.path}",
+                hint="the model must be converted for this board, by a toolkit that is not newer than the runtime",
+            ) from error
+        self._loaded = False
+        """A prompt cache is loaded and was not released."""
+        self._empty = True
+        """The KV state is known to be empty."""
+        self._kv_surplus = 0
+        """rkllm_get_kv_cache_size less the tokens read and generated, as the last cold run showed it."""
+        self._stopper = Stopper(self._library, self._handle, self._current)
+        try:
+            if self._library.has("rkllm_set_chat_template"):
+                # Prompts come rendered; since 1.2.0 the runtime would wrap them once more.
+                self._call("rkllm_set_chat_template", b"", b"", b"")
+            if spec.lora:
+                adapter = LoraAdapter(os.fsencode(spec.lora), _LORA_NAME, spec.lora_scale)
+                self._call("rkllm_load_lora", ctypes.byref(adapter))
+        except CallError as error:
+            self.close()
+            what = f"the LoRA adapter {spec.lora}" if spec.lora else "a raw chat template"
+            raise ModelLoadError(f"RKLLM {self._library.version} refused {what}: {error.message}") from error
+        self._info = EngineInfo(
+            runtime_version=self._library.version,
+            context_tokens=int(param.max_context_len),
+            measures_prefill=abi.measures,
+            aborts_prefill=False,  # load or run after an aborted save-run is reported to crash
+            keeps_state=abi.keeps_state,
+            run_sampling=PER_RUN if abi.samples_per_run else (),
+            greedy=abi.samples_per_run or is_greedy(self._fixed),
+        )
+
+    @property
+    def info(self) -> EngineInfo:
+        return self._info
+
+    @property
+    def abi(self) -> Abi:
+        return self._library.abi
+
+    def count_tokens(self, text: str) -> int | None:
+        return len(self._tokens(text)) if self._tokenizer is not None else None
+
+    def prefill(self, prompt: str, *, save_to: Path, on_progress: OnProgress | None = None) -> RunStats:
+        """A run that saves. Until 1.2.3 it also generates a whole answer, as nothing but an abort would end it."""
+        del on_progress  # the runtime tells nothing during a prefill
+        if not save_to.parent.is_dir():
+            raise EngineError(f"cannot write the prompt cache {save_to}: its directory is missing")
+        self.clear()
+        run = Run(Sampling(max_new_tokens=1), saves=True)
+        self._run(run, prompt, save_to=save_to)
+        tokens = run.prompt_ids or run.prefill_tokens
+        if not self.abi.measures and not tokens:
+            header = cache_file.read_header(save_to)
+            tokens = header.n_tokens if header is not None else 0
+        return RunStats(
+            finish=run.finish(self._info.context_tokens),
+            prompt_tokens=tokens,
+            cached_tokens=0,
+            prefill_ms=run.prefill_ms,
+            decode_tokens=0,
+            decode_ms=0.0,
+        )
+
+    def load(self, path: Path) -> int:
+        self.clear()
+        header = cache_file.read_header(path)
+        if header is None:
+            raise ArtifactLoadError(f"{path} is missing, empty or too short to be a prompt cache")
+        try:
+            self._call("rkllm_load_prompt_cache", os.fsencode(path))
+        except CallError as error:
+            self.clear()
+            raise ArtifactLoadError(f"RKLLM cannot load the prompt cache {path}: {error.message}") from error
+        self._loaded, self._empty = True, False
+        return header.n_tokens
+
+    def clear(self) -> None:
+        if self._loaded:
+            self._loaded = False
+            self._call("rkllm_release_prompt_cache")
+        if self.abi.group in ("D", "E"):
+            self._call("rkllm_clear_kv_cache", 0, None, None)
+        elif self.abi.group == "C":
+            self._call("rkllm_clear_kv_cache", 0)
+        self._empty = True
+
+    def generate(self, prompt: str, sampling: Sampling, on_token: OnToken, *, trace: bool = False) -> RunStats:
+        if sampling.max_new_tokens < 0:
+            raise EngineError(f"max_new_tokens is {sampling.max_new_tokens}, which is below 0")
+        self._refuse_fixed(sampling)
+        was_empty = self._empty
+        run = Run(sampling, on_token=on_token, trace=trace)
+        self._run(run, prompt)
+        run.deliver_rest()
+        prompt_tokens, cached = self._count(run, was_empty=was_empty)
+        return RunStats(
+            finish=run.finish(self._info.context_tokens, prompt_tokens),
+            prompt_tokens=prompt_tokens,
+            cached_tokens=cached,
+            prefill_ms=run.prefill_ms,
+            decode_tokens=run.wanted_tokens,
+            decode_ms=run.decode_ms,
+        )
+
+    def last_hidden_layer(self, prompt: str, pooling: Pooling = Pooling.MEAN) -> np.ndarray[Any, Any]:
+        """The last layer's hidden states: (n_tokens, embd_size) float32, or (embd_size,) when pooled."""
+        run = Run(Sampling(max_new_tokens=1), wants_hidden=True)
+        self.clear()
+        self._run(run, prompt, mode=InferMode.GET_LAST_HIDDEN_LAYER)
+        hidden = run.hidden
+        if hidden is None:
+            raise EngineError("the runtime gave no hidden layer for this model", hint="is it an embedding model?")
+        match pooling:
+            case Pooling.MEAN:
+                return hidden.mean(axis=0)  # type: ignore[no-any-return]
+            case Pooling.LAST:
+                return hidden[-1]  # type: ignore[no-any-return]
+            case Pooling.NONE:
+                return hidden
+
+    def abort(self) -> None:
+        run = self._current.run
+        if run is not None and not run.saves:
+            run.aborted = True
+            self._stopper.stop(run)
+
+    def close(self) -> None:
+        self._stopper.close()
+        self._handle.destroy()
+
+    def _call(self, name: str, *arguments: Any) -> Any:
+        return self._library.call(name, self._handle.value, *arguments)
+
+    def _tokens(self, text: str) -> Sequence[int]:
+        ids: list[int] = self._tokenizer.encode(text).ids
+        return ids
+
+    def _run(self, run: Run, prompt: str, *, save_to: Path | None = None, mode: InferMode = InferMode.GENERATE) -> None:
+        """Run and wait for the end. Whatever the library gets a pointer to lives in this frame until it returns."""
+        if self._handle.destroyed:
+            raise EngineError("the engine is closed")
+        data = _encode(prompt)
+        abi = self.abi
+        run_input = abi.input()
+        if abi.group in ("D", "E"):
+            run_input.role = b"user"
+            run_input.enable_thinking = self._spec.thinking
+        if self._tokenizer is not None:
+            ids = self._tokens(prompt)
+            run.prompt_ids = len(ids)
+            if len(ids) >= self._info.context_tokens:
+                raise ContextExceeded(len(ids), self._info.context_tokens)
+            array = (ctypes.c_int32 * len(ids))(*ids)
+            run_input.input_type = InputType.TOKEN
+            run_input.token_input = TokenInput(ctypes.cast(array, ctypes.POINTER(ctypes.c_int32)), len(ids))
+        else:
+            run_input.input_type = InputType.PROMPT
+            run_input.prompt_input = data
+        infer = abi.infer_param()
+        infer.mode = mode
+        cache = PromptCacheParam(1, os.fsencode(save_to) if save_to is not None else None)
+        if save_to is not None:
+            infer.prompt_cache_params = ctypes.pointer(cache)
+        lora = LoraParam(_LORA_NAME)
+        if self._spec.lora:
+            infer.lora_params = ctypes.pointer(lora)
+        sampler = sampling_param(merged(self._fixed, run.sampling))
+        if abi.samples_per_run:
+            infer.sampling_params = ctypes.pointer(sampler)
+            infer.max_new_tokens = max(1, run.sampling.max_new_tokens)  # 0 would mean the model's own
+        self._empty = False
+        run.started = time.perf_counter()
+        self._current.begin(run, self._stopper)
+        try:
+            self._call("rkllm_run", ctypes.byref(run_input), ctypes.byref(infer), None)
+            run.finished.wait(_FINISH_TIMEOUT_S)
+        except CallError as error:
+            run.raise_failure()
+            raise EngineError(f"RKLLM refused the run: {error.message}", hint=error.hint) from error
+        finally:
+            self._current.end()
+            if not abi.keeps_state:
+                self._empty = True
+        run.raise_failure()
+
+    def _refuse_fixed(self, sampling: Sampling) -> None:
+        """Errors: SamplingFixed for what this runtime cannot do in a run."""
+        if sampling.seed is not None:
+            raise SamplingFixed("RKLLM takes no seed", hint="leave seed out")
+        if self.abi.samples_per_run:
+            return
+        for name in PER_RUN:
+            wanted, fixed = getattr(sampling, name), getattr(self._fixed, name)
+            if wanted is None or wanted == fixed or (name == "temperature" and wanted == 0 and self._info.greedy):
+                continue
+            raise SamplingFixed(
+                f"RKLLM {self._library.version} fixes {name} when the model is loaded: "
+                f"it is {_shown(fixed)}, this run asks for {wanted:g}",
+                hint=f"leave {name} out, set it in the model's params, or use runtime 1.3.0 or newer",
+            )
+
+    def _count(self, run: Run, *, was_empty: bool) -> tuple[int, int | None]:
+        """Tokens of the prompt, and how many of them came from the KV state."""
+        if not self.abi.measures:
+            return run.prompt_ids, 0 if was_empty else None
+        prefilled = run.prefill_tokens
+        if run.prompt_ids:
+            return run.prompt_ids, max(0, run.prompt_ids - prefilled)
+        positions = self._kv_positions()
+        if was_empty:
+            if positions is not None:
+                self._kv_surplus = positions - prefilled - run.new_tokens
+            return prefilled, 0
+        if positions is None:
+            return prefilled, None
+        prompt_tokens = max(prefilled, positions - run.new_tokens - self._kv_surplus)
+        return prompt_tokens, prompt_tokens - prefilled
+
+    def _kv_positions(self) -> int | None:
+        sizes = (ctypes.c_int * _MAX_BATCH)()
+        with contextlib.suppress(CallError):
+            self._call("rkllm_get_kv_cache_size", sizes)
+            return int(sizes[0])
+        return None
+
+
+def _shown(value: float | None) -> str:
+    return "the runtime's default" if value is None else f"{value:g}"
+
+
+def _encode(prompt: str) -> bytes:
+    """Errors: EngineError for text that a C string cannot hold."""
+    if not prompt:
+        raise EngineError("the prompt is empty")
+    try:
+        data = prompt.encode()
+    except UnicodeEncodeError as error:
+        raise EngineError(f"the text is not valid Unicode: {error.reason} at {error.start}") from error
+    if b"\0" in data:
+        raise EngineError(f"the text has a NUL byte at {data.index(0)}", hint="the runtime would stop reading there")
+    return data
+
+
+def _check_model_file(path: Path) -> None:
+    try:
+        with path.open("rb") as file:
+            first = file.read(1)
+    except OSError as error:
+        raise ModelLoadError(f"cannot read the model {path}: {error.strerror}", hint="check the path") from error
+    if not first:
+        raise ModelLoadError(f"the model {path} is empty", hint="copy it again")
+
+
+def _load_tokenizer(path: str) -> Any:
+    """The tokenizer of `path`; None without one. Errors: ModelLoadError."""
+    if not path:
+        return None
+    try:
+        import tokenizers  # noqa: PLC0415 - 50 ms that only models with a tokenizer need
+    except ImportError as error:
+        raise ModelLoadError(
+            f"the tokenizer {path} needs the package tokenizers", hint="pip install 'rkcached[rkllm]'"
+        ) from error
+    try:
+        return tokenizers.Tokenizer.from_file(path)
+    except Exception as error:
+        raise ModelLoadError(f"cannot read the tokenizer {path}: {error}", hint="check the path") from error

@@ -1,0 +1,335 @@
+"""What a runtime library file is, without loading it.
+
+Owns the reading of shared libraries (ELF64, by the generic ABI's tables) and the choice of the binary interface that
+goes with one. Only reads, with bounds on everything: whatever the file, the outcome is facts or a RuntimeLibraryError.
+It reads in pieces and maps nothing, because a file that shrinks while mapped kills the process. Used by the daemon
+(fingerprint), by `doctor`, and by the binding before it loads anything.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import stat
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final, NoReturn
+
+from rkcached.engines.rkllm.abi import ABIS, Abi
+from rkcached.errors import RuntimeLibraryError
+
+SYMBOL_PREFIX: Final = "rkllm_"
+LOAD_PROMPT_CACHE: Final = "rkllm_load_prompt_cache"
+
+_SINCE: Final = {"rkllm_set_chat_template": "1.2.0", "rkllm_get_kv_cache_size": "1.2.1"}
+"""Functions that tell versions apart, and the first ABI that has each (vendor headers)."""
+
+_VERSION: Final = re.compile(rb"RKLLM SDK \(version: ([0-9][0-9A-Za-z.]{0,31})")
+_OLDER: Final = re.compile(r"(0|1\.0)\.")
+
+_HEADER: Final = struct.Struct("<16sHHIQQQIHHHHHH")
+_PROGRAM_HEADER: Final = struct.Struct("<IIQQQQQQ")
+_DYNAMIC: Final = struct.Struct("<qQ")
+_SYMBOL: Final = struct.Struct("<IBBHQQ")
+_GNU_HASH: Final = struct.Struct("<IIII")
+
+_PT_LOAD, _PT_DYNAMIC = 1, 2
+_DT_NULL, _DT_NEEDED, _DT_HASH, _DT_STRTAB, _DT_SYMTAB, _DT_STRSZ, _DT_GNU_HASH = 0, 1, 4, 5, 6, 10, 0x6FFFFEF5
+_MACHINES: Final = {62: "x86_64", 183: "aarch64"}
+_FILE_TYPES: Final = {1: "an object file (.o)", 2: "a program", 4: "a core dump"}
+
+_PIECE: Final = 1 << 20
+_MAX_READ: Final = 16 << 20
+"""No table of a real library comes near; a damaged size must not become a huge read."""
+_MAX_SCAN: Final = 512 << 20
+_MAX_CHAIN: Final = 1 << 16
+_MAX_NAME: Final = 1024
+
+_GET_ONE = "install librkllmrt.so for aarch64 Linux from Rockchip's rknn-llm, or name it with `engine.library`"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LibraryFacts:
+    """What a file says about itself."""
+
+    path: Path
+    version: str | None
+    """As it stands in the file, letters included (1.2.1b1); None where it does not say."""
+    symbols: frozenset[str]
+    """The functions it exports whose names begin with `rkllm_`."""
+    machine: str
+    """As platform.machine() names it."""
+    needed: tuple[str, ...]
+    """The libraries it must be loaded with (DT_NEEDED)."""
+
+
+def identify(path: Path) -> LibraryFacts:
+    """What the library at `path` is. Blocking; reads the file once.
+
+    Errors: RuntimeLibraryError, for whatever it is instead of an RKLLM runtime for this machine.
+    """
+    try:
+        return _identify(path)
+    except FileNotFoundError as error:
+        raise RuntimeLibraryError(f"there is no runtime library at {path}", hint=_GET_ONE) from error
+    except OSError as error:
+        hint = "check its permissions, and those of the directories above it"
+        raise RuntimeLibraryError(f"the runtime library {path} cannot be read: {error.strerror}", hint=hint) from error
+    except ValueError as error:  # a path with a NUL
+        raise RuntimeLibraryError(f"no file can be called {str(path)!r}", hint=_GET_ONE) from error
+
+
+def choose_abi(facts: LibraryFacts, override: str | None = None) -> Abi:
+    """The binary interface of a library: by its version, cross-checked by its functions; or the one it is told to take.
+
+    `override` is the manifest's engine.abi, any known version; it is taken as long as the functions it needs are there.
+    Errors: RuntimeLibraryError, when version and functions do not add up. A wrong guess would be a crash at run time.
+    """
+    if LOAD_PROMPT_CACHE not in facts.symbols:
+        _refuse_old(facts, f"{facts.path} has no function {LOAD_PROMPT_CACHE}")
+    known = {version: abi for abi in ABIS for version in abi.versions}
+    if override is not None:
+        if override not in known:
+            raise RuntimeLibraryError(
+                f"engine.abi is {override!r}, which is no known RKLLM version", hint=f"known are {', '.join(known)}"
+            )
+        abi = known[override]
+        if missing := abi.functions.keys() - facts.symbols:
+            raise RuntimeLibraryError(
+                f"{facts.path} cannot be used with engine.abi {override}: it lacks {', '.join(sorted(missing))}",
+                hint=f"it says it is version {facts.version or 'unknown'}; its functions suggest {_suggested(facts)}",
+            )
+        return abi
+    names = ", ".join(abi.name for abi in ABIS)
+    name_it = f"known are {', '.join(known)}; if you know its ABI, set `engine.abi` in the manifest to one of {names}"
+    if facts.version is None:
+        raise RuntimeLibraryError(
+            f"{facts.path} does not say which RKLLM version it is; its functions suggest {_suggested(facts)}",
+            hint=name_it,
+        )
+    if _OLDER.match(f"{facts.version}."):
+        _refuse_old(facts, f"{facts.path} is RKLLM {facts.version}")
+    if facts.version not in known:
+        raise RuntimeLibraryError(
+            f"{facts.path} is RKLLM {facts.version}, a version that this program does not know", hint=name_it
+        )
+    abi = known[facts.version]
+    order = [each.name for each in ABIS]
+    newer = [name for name, since in _SINCE.items() if order.index(abi.name) < order.index(since)]
+    contradictions = [f"it does not have {name}" for name in sorted(abi.functions.keys() - facts.symbols)]
+    contradictions += [f"it has {name}, which came with {_SINCE[name]}" for name in newer if name in facts.symbols]
+    if contradictions:
+        raise RuntimeLibraryError(
+            f"{facts.path} says it is RKLLM {facts.version}, but {'; '.join(contradictions)}", hint=name_it
+        )
+    return abi
+
+
+def _refuse_old(facts: LibraryFacts, found: str) -> NoReturn:
+    said = f" (it says {facts.version})" if facts.version and facts.version not in found else ""
+    raise RuntimeLibraryError(
+        f"{found}{said}: RKLLM 1.0.x cannot save prompt caches", hint="install RKLLM 1.1.0 or newer"
+    )
+
+
+def _suggested(facts: LibraryFacts) -> str:
+    """What the functions tell. They cannot tell 1.2.1 from 1.3.0, whose layouts differ."""
+    for name, words in (
+        ("rkllm_get_kv_cache_size", "1.2.1 or newer"),
+        ("rkllm_set_chat_template", "1.2.0 or 1.2.1b1"),
+        (LOAD_PROMPT_CACHE, "1.1.x"),
+    ):
+        if name in facts.symbols:
+            return words
+    return "1.0.x"
+
+
+def _identify(path: Path) -> LibraryFacts:
+    kind = path.stat().st_mode
+    if not stat.S_ISREG(kind):  # opening a pipe would wait for its writer
+        what = "a directory" if stat.S_ISDIR(kind) else "not a regular file"
+        raise RuntimeLibraryError(f"{path} is {what}, not a runtime library", hint=_GET_ONE)
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    try:
+        image = _Image(path, fd, os.fstat(fd).st_size)
+        machine = image.machine
+        strings, tags = image.dynamic()
+        symbols = frozenset(image.exported(strings, tags))
+        if not symbols:
+            raise RuntimeLibraryError(
+                f"{path} is not an RKLLM runtime: it exports no function whose name begins with {SYMBOL_PREFIX}",
+                hint="librkllmrt.so is meant; librknnrt.so, for example, is Rockchip's library for other networks",
+            )
+        needed = tuple(image.name(strings, offset) for tag, offset in tags if tag == _DT_NEEDED)
+        return LibraryFacts(path=path, version=image.version(), symbols=symbols, machine=machine, needed=needed)
+    finally:
+        os.close(fd)
+
+
+class _Image:
+    """A shared library being read. Every read is checked against the file's size; addresses go through PT_LOAD."""
+
+    def __init__(self, path: Path, fd: int, size: int) -> None:
+        self._path, self._fd, self._size = path, fd, size
+        self.machine = ""
+        self._segments: list[tuple[int, int, int, int, int]] = []
+        head = os.pread(fd, 512, 0)
+        if not head:
+            raise RuntimeLibraryError(f"{path} is empty", hint=_GET_ONE)
+        if not head.startswith(b"\x7fELF"):
+            raise RuntimeLibraryError(f"{path} is {_looks_like(head)}, not a shared library", hint=_GET_ONE)
+        self._read_header(head)
+
+    def _read_header(self, head: bytes) -> None:
+        if len(head) > 4 and head[4] == 1:
+            raise RuntimeLibraryError(f"{self._path} is a 32-bit library; RKLLM needs a 64-bit one", hint=_GET_ONE)
+        if len(head) < _HEADER.size:
+            self.damaged("it ends within the ELF header")
+        ident, kind, machine, _, _, at, _, _, _, entry_size, count, *_ = _HEADER.unpack_from(head)
+        if ident[4] != 2 or ident[5] not in {1, 2}:
+            self.damaged("its ELF header makes no sense")
+        if ident[5] == 2:
+            raise RuntimeLibraryError(f"{self._path} is a library for a big-endian machine", hint=_GET_ONE)
+        self.machine = _MACHINES.get(machine, f"ELF machine {machine}")
+        if self.machine != platform.machine():
+            raise RuntimeLibraryError(
+                f"{self._path} is a library for {self.machine}, this machine is {platform.machine()}",
+                hint="RKLLM runs on boards with a Rockchip NPU; elsewhere use `engine: {kind: llamacpp}`"
+                if self.machine == "aarch64"
+                else _GET_ONE,
+            )
+        if kind != 3:
+            what = _FILE_TYPES.get(kind, f"of ELF type {kind}")
+            raise RuntimeLibraryError(f"{self._path} is {what}, not a shared library", hint=_GET_ONE)
+        if entry_size != _PROGRAM_HEADER.size:
+            self.damaged(f"its program headers have {entry_size} bytes each")
+        table = self.read(at, count * entry_size)
+        for segment, _, offset, address, _, file_size, memory_size, _ in _PROGRAM_HEADER.iter_unpack(table):
+            if segment in {_PT_LOAD, _PT_DYNAMIC}:
+                self._segments.append((segment, offset, address, file_size, memory_size))
+
+    def damaged(self, why: str) -> NoReturn:
+        raise RuntimeLibraryError(
+            f"{self._path} is truncated or damaged: {why}", hint="copy it again, and compare its size with the original"
+        )
+
+    def read(self, offset: int, length: int) -> bytes:
+        if offset + length > self._size:
+            self.damaged(f"it has {self._size:,} bytes, but refers to byte {offset + length:,}")
+        if length > _MAX_READ:
+            self.damaged(f"a table of {length:,} bytes is not believed")
+        data = b""
+        while len(data) < length:  # a read may stop short; at nothing, the file shrank under us
+            piece = os.pread(self._fd, length - len(data), offset + len(data))
+            if not piece:
+                self.damaged("it ended while it was read")
+            data += piece
+        return data
+
+    def offset_of(self, address: int) -> tuple[int, int]:
+        """Where an address is in the file, and how many bytes of its segment follow."""
+        for segment, offset, start, file_size, _ in self._segments:
+            if segment == _PT_LOAD and start <= address < start + file_size:
+                return offset + address - start, file_size - (address - start)
+        return self.damaged(f"the address {address:#x} is in no segment")
+
+    def at_address(self, address: int, length: int) -> bytes:
+        offset, room = self.offset_of(address)
+        if length > room:
+            self.damaged(f"a table at {address:#x} leaves its segment")
+        return self.read(offset, length)
+
+    def dynamic(self) -> tuple[bytes, list[tuple[int, int]]]:
+        """The dynamic string table, and the entries of the dynamic section."""
+        where = next(((offset, size) for kind, offset, _, size, _ in self._segments if kind == _PT_DYNAMIC), None)
+        if where is None:
+            self.damaged("it has no dynamic section")
+        offset, size = where
+        tags: list[tuple[int, int]] = []
+        for tag, value in _DYNAMIC.iter_unpack(self.read(offset, size - size % _DYNAMIC.size)):
+            if tag == _DT_NULL:
+                break
+            tags.append((tag, value))
+        entries = dict(tags)
+        if not {_DT_STRTAB, _DT_STRSZ, _DT_SYMTAB} <= entries.keys():
+            self.damaged("its dynamic section names no strings or symbols")
+        return self.at_address(entries[_DT_STRTAB], entries[_DT_STRSZ]), tags
+
+    def name(self, strings: bytes, offset: int) -> str:
+        end = strings.find(b"\0", offset, offset + _MAX_NAME)
+        if end < 0:
+            self.damaged("a name leaves the string table")
+        return strings[offset:end].decode(errors="replace")
+
+    def exported(self, strings: bytes, tags: list[tuple[int, int]]) -> Iterator[str]:
+        """The rkllm_* names that dlsym would find: those of defined symbols, not those that the library asks for."""
+        entries = dict(tags)
+        count = self._count_symbols(entries)
+        for at, info, _, section, *_ in _SYMBOL.iter_unpack(
+            self.at_address(entries[_DT_SYMTAB], count * _SYMBOL.size) if count else b""
+        ):
+            if section and info >> 4 and strings.startswith(SYMBOL_PREFIX.encode(), at):
+                yield self.name(strings, at)
+
+    def _count_symbols(self, entries: dict[int, int]) -> int:
+        """Nothing states the length of the symbol table; the hash tables tell the last one that can be found."""
+        if (address := entries.get(_DT_HASH)) is not None:
+            (_, chains) = struct.unpack("<II", self.at_address(address, 8))
+            return int(chains)
+        if (address := entries.get(_DT_GNU_HASH)) is None:
+            return 0
+        buckets, first, filters, _ = _GNU_HASH.unpack(self.at_address(address, _GNU_HASH.size))
+        address += _GNU_HASH.size + 8 * filters
+        last = max((index for (index,) in struct.iter_unpack("<I", self.at_address(address, 4 * buckets))), default=0)
+        if last < first:
+            return int(first)
+        address += 4 * buckets + 4 * (last - first)
+        _, room = self.offset_of(address)
+        chain = self.at_address(address, min(room - room % 4, 4 * _MAX_CHAIN))
+        for index, (value,) in enumerate(struct.iter_unpack("<I", chain), start=last):
+            if value & 1:  # ends the chain of the last bucket
+                return int(index) + 1
+        return self.damaged("its table of names has no end")
+
+    def version(self) -> str | None:
+        """What the library will print when it starts (reported for 1.2.0 to 1.3.1)."""
+        tail = b""
+        for offset in range(0, min(self._size, _MAX_SCAN), _PIECE):
+            data = tail + os.pread(self._fd, _PIECE, offset)
+            # A match at the very end may go on in the next piece, which begins with this tail.
+            found = _VERSION.search(data)
+            if found and (found.end() < len(data) or offset + _PIECE >= self._size):
+                return found[1].decode().rstrip(".")
+            tail = data[-128:]
+        return None
+
+
+def _looks_like(head: bytes) -> str:
+    """What a file that is no ELF file seems to be, by its first bytes."""
+    for magic, what in (
+        (b"version https://git-lfs", "a git-lfs pointer (a few lines that stand for the file: run `git lfs pull`)"),
+        (b"!<arch>", "a static library (.a)"),
+        (b"\x1f\x8b", "a gzip archive"),
+        (b"PK\x03\x04", "a zip archive"),
+        (b"GGUF", "a model file"),
+    ):
+        if head.startswith(magic):
+            return what
+    text = head.lstrip().lower()
+    if text.startswith((b"<!doctype", b"<html")):
+        return "a web page (the download went wrong)"
+    if b"gnu ld script" in text or re.search(rb"\b(?:input|group)\s*\(", text):
+        return "a GNU ld script"
+    printable = all((byte >= 32 and byte != 127) or byte in b"\t\n\f\r" for byte in head)
+    return "a text file" if printable and _is_utf8(head) else "a file of another kind"
+
+
+def _is_utf8(head: bytes) -> bool:
+    try:
+        head.decode()
+    except UnicodeDecodeError as error:
+        return error.end >= len(head) and error.reason == "unexpected end of data"  # cut within a character
+    return True

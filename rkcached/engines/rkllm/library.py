@@ -1,0 +1,119 @@
+"""A loaded librkllmrt.so: found to be what it claims, its signatures set, its errors raised.
+
+Three witnesses must agree before a structure is handed to it: the version in the file, the symbols it exports, and
+where a default parameter has its values. Loads native code: for worker processes only.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from rkcached.engines.rkllm.abi import ABIS, Abi, ErrorRule
+from rkcached.engines.rkllm.identify import choose_abi, identify
+from rkcached.errors import EngineError, RuntimeLibraryError
+
+_PROBE_BYTES = 512
+"""More than any version's RKLLMParam. A result type that is too small would be a stack overwrite."""
+
+_EMBED_FLASH, _ENABLED_CPUS = 1, 4
+"""Defaults of rkllm_createDefaultParam, the same in 1.2.0 to 1.3.0 (decompiled 1.2.1b1)."""
+
+
+class Library:
+    """The functions of one library, as attributes-by-name: `library.call("rkllm_run", ...)`.
+
+    Errors of the constructor: RuntimeLibraryError, with what was found and what to do.
+    """
+
+    def __init__(self, path: Path, override: str = "") -> None:
+        facts = identify(path)
+        self.path = path
+        self.abi = choose_abi(facts, override or None)
+        self.version = facts.version or self.abi.name
+        try:
+            self._cdll = ctypes.CDLL(str(path))
+        except OSError as error:
+            raise _not_loaded(path, str(error)) from error
+        if not override:
+            self._check_layout()
+        self._functions: dict[str, Any] = {}
+        for name, signature in self.abi.functions.items():
+            function = self._cdll[name]  # a function object of our own, unlike the attribute
+            function.restype, function.argtypes = signature.result, signature.arguments
+            if self.abi.error_rules[name] is ErrorRule.STATUS:
+                function.errcheck = _checker(name)  # type: ignore[assignment]  # an int, as restype says
+            self._functions[name] = function
+
+    def call(self, name: str, *arguments: Any) -> Any:
+        """Errors: CallError where the function reports failure. The GIL is released meanwhile."""
+        return self._functions[name](*arguments)
+
+    def has(self, name: str) -> bool:
+        return name in self._functions
+
+    def _check_layout(self) -> None:
+        """Compare where the defaults are with where this ABI has them."""
+        if not self.abi.probe_offset:
+            return
+        offsets = sorted({abi.probe_offset for abi in ABIS if abi.probe_offset})
+        found = [offset for offset in offsets if _has_defaults(self._default_bytes(), offset)]
+        if found == [self.abi.probe_offset]:
+            return
+        seen = " and ".join(map(str, found)) or "neither"
+        raise RuntimeLibraryError(
+            f"{self.path} says it is RKLLM {self.version}, but its default parameters are not laid out so: "
+            f"expected at offset {self.abi.probe_offset} of {offsets}, found at {seen}",
+            hint="it may be a newer or patched runtime; name the ABI it really has as engine.abi in the manifest",
+        )
+
+    def _default_bytes(self) -> bytes:
+        class Oversized(ctypes.Structure):
+            _fields_ = (("data", ctypes.c_uint8 * _PROBE_BYTES),)
+
+        create = self._cdll["rkllm_createDefaultParam"]
+        create.restype, create.argtypes = Oversized, ()
+        return bytes(create().data)
+
+
+class CallError(EngineError):
+    """A function of the library reported failure; the reason is in its log."""
+
+
+def zeroed_reserved(abi: Abi, param: Any) -> None:
+    """rkllm_createDefaultParam leaves the reserved bytes as they happen to be (decompiled 1.2.1b1)."""
+    reserved = param.extend_param.reserved
+    ctypes.memset(reserved, 0, ctypes.sizeof(reserved))
+    if abi.group in ("D", "E"):
+        param.extend_param.n_batch = 1  # more than 1 asserts on 1.2.1 and 1.2.2
+        param.extend_param.use_cross_attn = 0
+
+
+def _has_defaults(data: bytes, offset: int) -> bool:
+    """Base domain 0 (4 bytes before), embed_flash, number of CPUs."""
+    domain, flash, cpus = data[offset - 4 : offset], data[offset], data[offset + 1]
+    return domain == bytes(4) and (flash, cpus) == (_EMBED_FLASH, _ENABLED_CPUS)
+
+
+def _checker(name: str) -> Callable[[int, Any, Any], int]:
+    def check(result: int, _function: Any, _arguments: Any) -> int:
+        if result != 0:
+            raise CallError(f"{name} failed with {result}", hint="the runtime's own lines in the log say why")
+        return result
+
+    return check
+
+
+def _not_loaded(path: Path, reason: str) -> RuntimeLibraryError:
+    """The dynamic linker's reason, with the package that has what is missing."""
+    packages = {"libgomp.so.1": "libgomp1", "libomp.so": "libomp5", "libomp.so.5": "libomp5"}
+    missing = reason.partition(":")[0]
+    if "cannot open shared object file" in reason and missing != str(path):
+        package = packages.get(missing)
+        hint = f"apt install {package}" if package else f"install the package that has {missing}"
+        return RuntimeLibraryError(f"{path} needs {missing}, which is not installed", hint=hint)
+    return RuntimeLibraryError(
+        f"{path} cannot be loaded: {reason}", hint="take librkllmrt.so for Linux aarch64 from the vendor's release"
+    )

@@ -1,0 +1,78 @@
+"""What a model is loaded with and what a run is given, as the runtime's structures."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import msgspec
+
+from rkcached.engines.base import ModelSpec, Sampling
+from rkcached.engines.rkllm.abi import SamplingParam
+from rkcached.engines.rkllm.library import Library, zeroed_reserved
+
+PER_RUN = ("temperature", "top_k", "top_p", "repeat_penalty", "frequency_penalty", "presence_penalty")
+"""Sampling parameters that RKLLM has, by their names there and here."""
+
+
+def model_param(library: Library, spec: ModelSpec, sampling: Sampling) -> Any:
+    """The runtime's defaults, with what the manifest says. Reserved bytes are zero."""
+    param = library.call("rkllm_createDefaultParam")
+    zeroed_reserved(library.abi, param)
+    param.model_path = os.fsencode(spec.path)
+    if spec.context_tokens:
+        param.max_context_len = spec.context_tokens
+    param.max_new_tokens = sampling.max_new_tokens
+    sampler = sampling_param(sampling)
+    for name in PER_RUN:
+        if getattr(sampling, name) is not None or name in ("top_k", "top_p", "temperature"):
+            setattr(param, name, getattr(sampler, name))
+    param.is_async = False
+    extend, npu = param.extend_param, spec.npu
+    extend.base_domain_id = npu.base_domain_id
+    if library.abi.group == "B":
+        return param
+    if npu.n_keep is not None:
+        param.n_keep = npu.n_keep
+    if npu.embed_flash is not None:
+        extend.embed_flash = npu.embed_flash
+    if npu.enabled_cpus:
+        extend.enabled_cpus_num = len(npu.enabled_cpus)
+        extend.enabled_cpus_mask = sum(1 << cpu for cpu in npu.enabled_cpus)
+    elif extend.enabled_cpus_mask.bit_count() != extend.enabled_cpus_num:
+        # Left unset on some boards: the last ones are the fast ones.
+        count, cpus = extend.enabled_cpus_num, os.cpu_count() or 1
+        extend.enabled_cpus_mask = sum(1 << cpu for cpu in range(max(0, cpus - count), cpus))
+        extend.enabled_cpus_num = min(count, cpus)
+    if library.abi.group == "E":
+        param.ignore_eos_token = npu.ignore_eos
+    return param
+
+
+def merged(fixed: Sampling, wanted: Sampling) -> Sampling:
+    given = {name: value for name in PER_RUN if (value := getattr(wanted, name)) is not None}
+    return msgspec.structs.replace(fixed, **given)
+
+
+def sampling_param(sampling: Sampling) -> SamplingParam:
+    """RKLLM's own defaults where nothing is given. What temperature 0 does is unknown; one candidate is greedy."""
+    greedy = is_greedy(sampling)
+
+    def given(value: float | None, default: float) -> float:
+        return default if value is None else value
+
+    return SamplingParam(
+        top_k=1 if greedy else int(given(sampling.top_k, 40)),
+        top_p=1.0 if greedy else given(sampling.top_p, 0.9),
+        temperature=1.0 if greedy else given(sampling.temperature, 0.8),
+        repeat_penalty=given(sampling.repeat_penalty, 1.1),
+        frequency_penalty=given(sampling.frequency_penalty, 0.0),
+        presence_penalty=given(sampling.presence_penalty, 0.0),
+        mirostat=0,
+        mirostat_tau=5.0,
+        mirostat_eta=0.1,
+    )
+
+
+def is_greedy(sampling: Sampling) -> bool:
+    return sampling.temperature == 0 or sampling.top_k == 1

@@ -1,0 +1,394 @@
+"""Is the board ready? Boards made of files: a /sys, /proc, /dev and /usr/lib below a directory of the test."""
+
+from __future__ import annotations
+
+import contextlib
+import grp
+import io
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from rkcached.doctor import NO_NPU, Check, Outcome, Report, examine, print_report, report_data
+from rkcached.engines.rkllm.abi import ABIS
+
+NPU, GPU = "fdab0000.npu", "fb000000.gpu"
+
+
+class FakeBoard:
+    """A machine as its kernel shows it, and a manifest for it."""
+
+    def __init__(self, root: Path, compiled: Path) -> None:
+        self.root = root / "board"
+        self.manifest = root / "manifest.yaml"
+        self.cache = root / "cache"
+        self.model = root / "q.rkllm"
+        self._compiled = compiled
+        self.root.mkdir()
+        self.model.write_bytes(b"x" * 1000 + b"rkllm-toolkit version: 1.2.3\0")
+        self.declare("{kind: rkllm}")
+
+    def write(self, name: str, text: str | bytes) -> Path:
+        path = self.root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(text.encode() if isinstance(text, str) else text)
+        return path
+
+    def declare(self, engine: str, *, cache: str = "{}", more: str = "") -> None:
+        self.manifest.write_text(
+            f"version: 1\nengine: {engine}\ncache: {cache}\nmodels:\n  q:\n    path: {self.model}\n"
+            f"    prompts: {{a: a.md, b: b.md}}\n{more}"
+        )
+
+    def rock5(self) -> None:
+        """A Rock 5B on the vendor's kernel, with everything as it should be."""
+        self.write("proc/device-tree/model", "Radxa ROCK 5B\0")
+        self.write("proc/device-tree/compatible", "radxa,rock-5b\0rockchip,rk3588\0")
+        self.write("proc/meminfo", "MemTotal:       16253000 kB\nMemAvailable:   12000000 kB\n")
+        for number, device in ((0, GPU), (1, NPU)):
+            for node in (f"card{number}", f"renderD{128 + number}"):
+                self.write(f"dev/dri/{node}", "").chmod(0o660)
+                folder = self.root / "sys/class/drm" / node
+                folder.mkdir(parents=True)
+                (folder / "device").symlink_to(f"../../../devices/platform/{device}")
+        self.write("sys/module/rknpu/version", "0.9.8\n")
+        for name, top in (("dmc", 2112), (NPU, 1000)):
+            self.write(f"sys/class/devfreq/{name}/governor", "performance\n")
+            self.write(f"sys/class/devfreq/{name}/cur_freq", f"{top}000000\n")
+            self.write(f"sys/class/devfreq/{name}/max_freq", f"{top}000000\n")
+        for policy, top in ((0, 1800), (4, 2400), (6, 2400)):
+            self.write(f"sys/devices/system/cpu/cpufreq/policy{policy}/scaling_governor", "performance\n")
+            self.write(f"sys/devices/system/cpu/cpufreq/policy{policy}/scaling_cur_freq", f"{top}000\n")
+            self.write(f"sys/devices/system/cpu/cpufreq/policy{policy}/scaling_max_freq", f"{top}000\n")
+        self.write("usr/lib/librkllmrt.so", self._compiled.read_bytes())
+
+    def examine(self, *, manifest: bool = True) -> Report:
+        return examine(self.manifest if manifest else None, self.cache, root=self.root)
+
+    def check(self, name: str, *, manifest: bool = True) -> Check:
+        return next(check for check in self.examine(manifest=manifest).checks if check.name == name)
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A library with the version and the functions of RKLLM 1.2.3, for this machine."""
+    compiler = shutil.which("cc")
+    if compiler is None:
+        pytest.fail("this test compiles a small library and found no C compiler: apt-get install gcc")
+    folder = tmp_path_factory.mktemp("library")
+    names = next(abi.functions for abi in ABIS if "1.2.3" in abi.versions)
+    functions = "".join(f"int {name}(void) {{ return 0; }}\n" for name in names)
+    (folder / "l.c").write_text(f'{functions}const char banner[] = "RKLLM SDK (version: 1.2.3 | target: linux)";\n')
+    command = [compiler, "-shared", "-fPIC", "-o", str(folder / "l.so"), str(folder / "l.c")]
+    subprocess.run(command, check=True, capture_output=True)
+    return folder / "l.so"
+
+
+@pytest.fixture
+def board(compiled: Path) -> Iterator[FakeBoard]:
+    """An empty machine, in a directory that every user may enter."""
+    folder = Path(tempfile.mkdtemp())
+    folder.chmod(0o755)
+    yield FakeBoard(folder, compiled)
+    shutil.rmtree(folder)
+
+
+@pytest.fixture
+def rock5(board: FakeBoard) -> FakeBoard:
+    board.rock5()
+    return board
+
+
+@contextlib.contextmanager
+def nobody() -> Iterator[None]:
+    """Without root's rights, who may open everything."""
+    if os.geteuid() != 0:
+        yield
+        return
+    groups = os.getgroups()
+    os.setgroups([])
+    os.setegid(65534)
+    os.seteuid(65534)
+    try:
+        yield
+    finally:
+        os.seteuid(0)
+        os.setegid(0)
+        os.setgroups(groups)
+
+
+def outcomes(report: Report) -> dict[str, str]:
+    return {check.name: check.outcome.value for check in report.checks}
+
+
+def printed(report: Report) -> str:
+    stream = io.StringIO()
+    print_report(Console(file=stream, width=250), report)
+    return stream.getvalue()
+
+
+def test_everything_right(rock5: FakeBoard) -> None:
+    """A board with everything right: all is ok, with the facts that a person wants to see."""
+    report = rock5.examine()
+    assert set(outcomes(report).values()) == {"ok"}, printed(report)
+    assert (report.failed, report.npu) == (False, True)
+    text = printed(report)
+    for words in (
+        "Radxa ROCK 5B, RK3588",
+        "RKLLM 1.2.3, ABI 1.2.1 (group D)",
+        "/dev/dri/renderD129, /dev/dri/card1 can be opened",
+        "version 0.9.8",
+        "performance (1000 of 1000 MHz)",
+        "performance (2112 of 2112 MHz)",
+        "performance (1800 of 1800 MHz), performance (2400 of 2400 MHz)",
+        "made by rkllm-toolkit 1.2.3 for runtime 1.2.3",
+        "12.29 GB available; q, the largest model, needs about",
+        "200.0 MB roughly needed by 2 prompts",
+        "11 ok",
+    ):
+        assert words in text, words
+    assert NO_NPU not in text
+    assert "renderD128" not in text
+
+
+def test_no_manifest(rock5: FakeBoard) -> None:
+    """Without a manifest the board alone is examined; a broken one is a failure beside the board's checks."""
+    report = rock5.examine(manifest=False)
+    assert not report.failed
+    assert outcomes(report)["manifest"] == "skip"
+    assert not {"model q", "memory", "disk"} & outcomes(report).keys()
+    rock5.manifest.write_text("version: 2\n")
+    report = rock5.examine()
+    assert report.failed
+    assert "rkcached check" in report.checks[0].next_step
+    assert outcomes(report)["board"] == "ok"
+
+
+def test_governors(rock5: FakeBoard) -> None:
+    """A governor that changes the clock is a warning, with the command that sets it; held at the top is fine."""
+    rock5.write(f"sys/class/devfreq/{NPU}/governor", "rknpu_ondemand\n")
+    rock5.write(f"sys/class/devfreq/{NPU}/cur_freq", "300000000\n")
+    rock5.write("sys/class/devfreq/dmc/governor", "dmc_ondemand\n")
+    rock5.write("sys/devices/system/cpu/cpufreq/policy4/scaling_governor", "ondemand\n")
+    report = rock5.examine()
+    assert not report.failed
+    npu, ddr, cpu = (rock5.check(f"{name} clock") for name in ("NPU", "DDR", "CPU"))
+    assert {npu.outcome, ddr.outcome, cpu.outcome} == {Outcome.WARN}
+    assert "rknpu_ondemand (300 of 1000 MHz)" in npu.finding
+    assert npu.next_step == f"echo performance | sudo tee /sys/class/devfreq/{NPU}/governor"
+    assert ddr.next_step == "echo performance | sudo tee /sys/class/devfreq/dmc/governor"
+    assert cpu.next_step.endswith("cpufreq/policy*/scaling_governor")
+    rock5.write("sys/class/devfreq/dmc/governor", "userspace\n")
+    assert rock5.check("DDR clock").outcome is Outcome.OK
+    rock5.write("sys/class/devfreq/dmc/cur_freq", "528000000\n")
+    assert rock5.check("DDR clock").outcome is Outcome.WARN
+    rock5.write("sys/class/devfreq/dmc/cur_freq", "garbage\n")
+    assert rock5.check("DDR clock").outcome is Outcome.WARN
+    shutil.rmtree(rock5.root / "sys/class/devfreq/dmc")
+    assert rock5.check("DDR clock").outcome is Outcome.SKIP
+
+
+def test_no_permission(rock5: FakeBoard) -> None:
+    """Device nodes that this user may not open are a failure, with the group to join or the rule that is missing."""
+    nodes = [rock5.root / "dev/dri" / name for name in ("card1", "renderD129")]
+    for node in nodes:
+        node.chmod(0)
+    with nobody():
+        check = rock5.check("NPU devices")
+    assert check.outcome is Outcome.FAIL
+    assert "/dev/dri/renderD129, /dev/dri/card1 cannot be opened" in check.finding
+    assert "udev" in check.next_step
+    nodes[0].chmod(0o666)
+    with nobody():
+        assert rock5.check("NPU devices").outcome is Outcome.WARN
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root may give a file to a group")
+def test_group_to_join(rock5: FakeBoard) -> None:
+    """The group that has the device nodes is named."""
+    group = next(entry for entry in grp.getgrall() if entry.gr_gid not in {0, 65534})
+    for name in ("card1", "renderD129"):
+        os.chown(rock5.root / "dev/dri" / name, 0, group.gr_gid)
+    with nobody():
+        check = rock5.check("NPU devices")
+    assert check.outcome is Outcome.FAIL
+    assert check.next_step == f"sudo usermod -aG {group.gr_name} $USER, and log in again"
+
+
+def test_device_nodes(rock5: FakeBoard) -> None:
+    """The NPU's nodes are found by uevent too, or are /dev/rknpu with the DMA heaps; without any it is a failure."""
+    for node in ("card1", "renderD129"):
+        (rock5.root / "sys/class/drm" / node / "device").unlink()
+    check = rock5.check("NPU devices")
+    assert check.outcome is Outcome.FAIL
+    assert "vendor's kernel" in check.next_step
+    rock5.write("sys/class/drm/renderD129/device/uevent", f"DRIVER=RKNPU\nOF_NAME=npu\nOF_FULLNAME=/npu@{NPU[:8]}\n")
+    assert rock5.check("NPU devices").finding == "/dev/dri/renderD129 can be opened by this user"
+    shutil.rmtree(rock5.root / "dev/dri")
+    rock5.write("dev/rknpu", "")
+    rock5.write("dev/dma_heap/system", "")
+    assert rock5.check("NPU devices").finding == "/dev/rknpu, /dev/dma_heap/system can be opened by this user"
+
+
+def test_driver(rock5: FakeBoard) -> None:
+    """An old driver is a warning; one that cannot be read is skipped; the place in debugfs will do."""
+    rock5.write("sys/module/rknpu/version", "0.9.6\n")
+    check = rock5.check("NPU driver")
+    assert check.outcome is Outcome.WARN
+    assert "0.9.6 is older than 0.9.8" in check.finding
+    (rock5.root / "sys/module/rknpu/version").unlink()
+    with nobody():
+        check = rock5.check("NPU driver")
+    assert check.outcome is Outcome.SKIP
+    assert "as root: sudo cat /sys/kernel/debug/rknpu/version" in check.next_step
+    rock5.write("sys/kernel/debug/rknpu/version", "RKNPU driver: v0.10.1\n")
+    assert (rock5.check("NPU driver").outcome, rock5.check("NPU driver").finding) == (Outcome.OK, "version 0.10.1")
+
+
+def test_library(rock5: FakeBoard) -> None:
+    """A missing or wrong library is a failure with what was found; the manifest's engine.library is the one meant."""
+    library = rock5.root / "usr/lib/librkllmrt.so"
+    elsewhere = rock5.root.parent / "elsewhere.so"
+    library.rename(elsewhere)
+    check = rock5.check("runtime library")
+    assert check.outcome is Outcome.FAIL
+    assert "there is no runtime library" in check.finding
+    assert rock5.check("runtime library", manifest=False).outcome is Outcome.FAIL
+    rock5.declare(f"{{kind: rkllm, library: {elsewhere}}}")
+    assert rock5.check("runtime library").outcome is Outcome.OK
+    rock5.declare(f"{{kind: rkllm, library: {elsewhere}, abi: 1.3.0}}")
+    assert "ABI 1.3.0 (group E), as engine.abi says" in rock5.check("runtime library").finding
+    elsewhere.write_bytes(elsewhere.read_bytes().replace(b"version: 1.2.3", b"version: 9.9.9"))
+    rock5.declare(f"{{kind: rkllm, library: {elsewhere}}}")
+    assert "does not know" in rock5.check("runtime library").finding
+
+
+@pytest.mark.parametrize(
+    ("tail", "outcome", "words"),
+    [
+        (b"rkllm-toolkit version: 1.2.2\0", Outcome.OK, "toolkit 1.2.2 for runtime 1.2.3"),
+        (b"rkllm-toolkit version: 1.2.3b1\n", Outcome.OK, "toolkit 1.2.3b1"),
+        (b"rkllm-toolkit version: 1.3.0", Outcome.FAIL, "toolkit 1.3.0, which is newer than the runtime, 1.2.3"),
+        (b"rkllm-toolkit version: 1.10.0", Outcome.FAIL, "newer"),
+        (b"", Outcome.WARN, "not an RKLLM model?"),
+        (b"rkllm-toolkit version: 1.3.0" + bytes(70_000), Outcome.WARN, "not an RKLLM model?"),
+    ],
+)
+def test_toolkit(rock5: FakeBoard, tail: bytes, outcome: Outcome, words: str) -> None:
+    """A model made by a newer toolkit than the runtime is a failure; one that does not say is a warning."""
+    rock5.model.write_bytes(b"x" * 100_000 + tail)
+    check = rock5.check("model q")
+    assert (check.outcome, words in check.finding) == (outcome, True), check.finding
+
+
+def test_model_files(rock5: FakeBoard) -> None:
+    """A missing model is a failure; without a runtime the toolkit is only shown; a pipe is not waited for."""
+    (rock5.root / "usr/lib/librkllmrt.so").unlink()
+    assert "no runtime to compare" in rock5.check("model q").finding
+    rock5.model.unlink()
+    assert (rock5.check("model q").outcome, "is missing" in rock5.check("model q").finding) == (Outcome.FAIL, True)
+    assert rock5.check("memory").outcome is Outcome.SKIP
+    os.mkfifo(rock5.model)
+    assert "is not a file" in rock5.check("model q").finding
+
+
+def test_memory_and_disk(rock5: FakeBoard) -> None:
+    """Too little memory or disk is a warning that names the figures; the store's own files count as room."""
+    with rock5.model.open("ab") as file:
+        file.truncate(10_000_000_000)
+    check = rock5.check("memory")
+    assert check.outcome is Outcome.WARN
+    assert "12.29 GB available; q, the largest model, needs about 12.50 GB" in check.finding
+    rock5.write("proc/meminfo", "nonsense")
+    assert rock5.check("memory").outcome is Outcome.SKIP
+    rock5.declare("{kind: rkllm}", cache="{max_bytes: 900TB}")
+    check = rock5.check("disk")
+    assert check.outcome is Outcome.WARN
+    assert "allowed by cache.max_bytes" in check.finding
+    rock5.declare("{kind: rkllm}", cache="{max_bytes: 2MiB}")
+    assert rock5.check("disk").outcome is Outcome.OK
+    (rock5.cache / "q").mkdir(parents=True)
+    (rock5.cache / "q/a.rkllm_cache").write_bytes(b"x" * 5000)
+    assert "5.0 kB in the store" in rock5.check("disk").finding
+    for name in "bcd":
+        (rock5.root.parent / f"{name}.txt").touch()
+    rock5.declare("{kind: rkllm}", more=f"    prompts_from: {rock5.root.parent}/*.txt\n")
+    assert "400.0 MB roughly needed by 4 prompts" in rock5.check("disk").finding
+
+
+def test_no_npu(board: FakeBoard) -> None:
+    """A machine without an NPU says so first; that is a failure only where the manifest wants RKLLM."""
+    names = ("board", "runtime library", "NPU devices", "NPU driver", "NPU clock")
+    report = board.examine()
+    assert printed(report).startswith(NO_NPU)
+    assert {outcomes(report)[name] for name in names} == {"fail"}
+    board.declare("{kind: llamacpp}")
+    for report in (board.examine(), board.examine(manifest=False)):
+        assert printed(report).startswith(NO_NPU)
+        assert {outcomes(report)[name] for name in names} == {"skip"}
+        assert not report.failed
+        assert not report.npu
+
+
+def test_other_engine_on_a_board(rock5: FakeBoard) -> None:
+    """Where the manifest uses another engine, what RKLLM lacks is a warning, and its models are not RKLLM's."""
+    (rock5.root / "usr/lib/librkllmrt.so").unlink()
+    rock5.model.write_bytes(b"GGUF")
+    rock5.declare("{kind: llamacpp}")
+    report = rock5.examine()
+    assert not report.failed
+    assert (outcomes(report)["runtime library"], outcomes(report)["model q"]) == ("warn", "ok")
+
+
+def test_other_boards(rock5: FakeBoard) -> None:
+    """Variants of the supported chips are known; a board with another chip is not."""
+    for name in ("rk3588s", "rk3576", "rk3562", "rv1126b"):
+        rock5.write("proc/device-tree/compatible", f"rockchip,{name}-evb\0rockchip,{name}\0")
+        assert rock5.check("board").finding == f"Radxa ROCK 5B, {name.upper()}"
+    rock5.write("proc/device-tree/compatible", "rockchip,rk3568\0")
+    check = rock5.check("board")
+    assert check.outcome is Outcome.FAIL
+    assert "RK3588" in check.finding
+
+
+def test_report_data(rock5: FakeBoard) -> None:
+    """The JSON has every check with its next step."""
+    data = json.loads(json.dumps(report_data(rock5.examine())))
+    assert (data["ready"], data["npu"]) == (True, True)
+    assert {"name", "outcome", "finding", "next_step"} == set(data["checks"][0])
+
+
+def test_this_machine(tmp_path: Path) -> None:
+    """The installed program on this machine: an exit code that tells, a table or JSON, never a traceback."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RKCACHED_")}
+
+    def doctor(*arguments: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "rkcached", "doctor", *arguments]
+        done = subprocess.run(
+            command, capture_output=True, text=True, check=False, timeout=60, cwd=tmp_path, env=environment
+        )
+        assert done.stderr == ""
+        return done
+
+    done = doctor("--json")
+    data = json.loads(done.stdout)
+    assert done.returncode == (0 if data["ready"] else 1)
+    (tmp_path / "m.model").write_text("{}")
+    manifest = tmp_path / "manifest.yaml"
+    manifest.write_text("version: 1\nengine: {kind: memory}\nmodels: {m: {path: m.model}}\n")
+    done = doctor()
+    assert done.returncode == 0
+    assert "engine memory, 1 model" in done.stdout
+    manifest.write_text("version: 1\nengine: {kind: rkllm, library: none.so}\nmodels: {m: {path: m.model}}\n")
+    done = doctor()
+    assert done.returncode == 1
+    assert "there is no runtime library" in done.stdout
+    assert doctor("--manifest", "gone.yaml").returncode == 1
