@@ -1,0 +1,309 @@
+"""The RKLLM binding beyond what every engine promises, on the stand-in of the closed library.
+
+The stand-in is strict: it ends the process when a handle is destroyed twice or during a run, refuses parameters whose
+reserved bytes are not zero, and overwrites every buffer of a callback once that returns.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rkcached.engines.base import FinishReason, ModelSpec, NpuOptions, RunStats, Sampling, Token
+from rkcached.engines.rkllm.engine import Pooling, RkllmEngine
+from rkcached.engines.rkllm.library import Library
+from rkcached.errors import EngineError, ModelLoadError, RuntimeLibraryError, SamplingFixed
+from tests.rkllm_standin import standin
+
+GROUPS = ["B", "C", "C1", "D", "E"]
+QUESTION = "Which lamp is on?"
+GREEDY = Sampling(max_new_tokens=60)
+
+each_group = pytest.mark.parametrize("group", GROUPS)
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("runtime")
+
+
+@pytest.fixture
+def make(built: Path, tmp_path: Path) -> Any:
+    """Load an engine of a group; keywords of the model file, and a dict of what else the spec says."""
+    engines: list[RkllmEngine] = []
+
+    def load(group: str, spec: dict[str, Any] | None = None, **keys: object) -> RkllmEngine:
+        engine = RkllmEngine(
+            ModelSpec(
+                **{
+                    "path": str(standin.write_model(tmp_path / f"{len(engines)}.rkllm", **keys)),
+                    "context_tokens": 1024,
+                    "library": str(standin.build(group, built)),
+                    "abi": "1.1.0" if group == "B" else "",
+                    "sampling": Sampling(max_new_tokens=100, temperature=0.0),
+                    **(spec or {}),
+                }
+            )
+        )
+        engines.append(engine)
+        return engine
+
+    yield load
+    for engine in engines:
+        engine.close()
+
+
+def ask(engine: RkllmEngine, sampling: Sampling = GREEDY, prompt: str = QUESTION) -> tuple[str, RunStats]:
+    pieces: list[str] = []
+
+    def take(token: Token) -> bool:
+        pieces.append(token.text)
+        return False
+
+    stats = engine.generate(prompt, sampling, take)
+    return "".join(pieces), stats
+
+
+# The library
+
+
+@each_group
+def test_the_version_decides_the_abi(group: str, built: Path) -> None:
+    """String, symbols and layout agree; 1.1 says no version, so the manifest has to."""
+    library = Library(standin.build(group, built), "1.1.0" if group == "B" else "")
+    assert (standin.ABIS[group] in library.abi.versions, library.abi.group) == (True, group[0])
+
+
+@pytest.mark.parametrize(("group", "says"), [("D", "1.3.0"), ("E", "1.2.3")])
+def test_a_library_that_says_another_version_is_refused(group: str, says: str, built: Path) -> None:
+    """Symbols cannot tell D from E: only the place of the default parameters gives the lie away."""
+    path = standin.build(group, built, version=says)
+    with pytest.raises(RuntimeLibraryError, match=f"says it is RKLLM {says}, but its default parameters") as caught:
+        Library(path)
+    assert "engine.abi" in caught.value.hint
+
+
+@pytest.mark.parametrize(("group", "abi"), [("D", "1.2.1"), ("E", "1.3.0")])
+def test_engine_abi_speaks_to_a_library_of_unknown_version(group: str, abi: str, built: Path) -> None:
+    """Refused when nothing is said, used deliberately when the manifest names the ABI."""
+    path = standin.build(group, built, version="1.9.0")
+    with pytest.raises(RuntimeLibraryError, match=r"1\.9\.0") as caught:
+        Library(path)
+    assert "engine.abi" in caught.value.hint
+    assert Library(path, abi).abi.name == abi
+
+
+def test_a_missing_dependency_is_named(tmp_path: Path) -> None:
+    """With the package that has it."""
+    dependency = tmp_path / "libgomp.so.1"
+    subprocess.run(
+        ["cc", "-shared", "-Wl,-soname,libgomp-absent.so.1", "-o", dependency, "-x", "c", "/dev/null"], check=True
+    )
+    command = ["cc", "-std=c11", "-DABI=121", "-fPIC", "-shared", "-pthread", "-Wl,--no-as-needed"]
+    broken = tmp_path / "librkllmrt.so"
+    subprocess.run([*command, "-o", broken, standin.HERE / "standin.c", dependency], check=True)
+    dependency.unlink()
+    with pytest.raises(RuntimeLibraryError, match=r"needs libgomp-absent\.so\.1, which is not installed"):
+        Library(broken)
+
+
+# What the callback brings
+
+
+@each_group
+@pytest.mark.parametrize("thread", ["caller", "own"])
+@pytest.mark.parametrize("waiting", ["empty", "bytes"])
+def test_the_text_is_the_same_however_it_is_called_back(make: Any, group: str, thread: str, waiting: str) -> None:
+    """On whichever thread, and whatever comes with a character that is not complete."""
+    expected, _ = ask(make(group))
+    text, _ = ask(make(group, callback_thread=thread, waiting=waiting))
+    assert expected == text
+    assert not text.isascii()
+
+
+def test_tokens_without_text_are_counted_and_not_shown(make: Any) -> None:
+    """NULL is the text of special tokens."""
+    text, stats = ask(make("D", null_text="yes"))
+    assert stats.decode_tokens == 60
+    assert len(text.encode()) < 60
+
+
+def test_an_error_in_the_middle_of_a_reply_is_an_error(make: Any, tmp_path: Path) -> None:
+    """The run says 0 and calls back ERROR; afterwards the engine works."""
+    fault = tmp_path / "fault"
+    fault.touch()
+    engine = make("D", fault="token3:error", fault_file=fault)
+    with pytest.raises(EngineError, match="reported an error after 3 tokens"):
+        ask(engine)
+    fault.unlink()
+    assert ask(engine)[1].decode_tokens == 60
+
+
+# Prompts
+
+
+@each_group
+def test_prompts_are_raw(make: Any, group: str) -> None:
+    """Since 1.2.0 the runtime would wrap them in a template of its own: only BOS is added."""
+    engine = make(group)
+    path = Path(engine._spec.path).with_suffix(".cache")
+    assert engine.prefill(QUESTION, save_to=path).prompt_tokens == len(QUESTION) + 1
+
+
+def test_a_nul_byte_is_refused(make: Any) -> None:
+    """C would end the prompt there, and a prompt cut short is a wrong answer."""
+    with pytest.raises(EngineError, match="NUL byte at 3"):
+        ask(make("E"), prompt="and\0on")
+
+
+# Sampling
+
+
+@pytest.mark.parametrize("group", ["B", "C", "C1", "D"])
+def test_sampling_is_fixed_before_1_3(make: Any, group: str) -> None:
+    """The error has both values; what equals the model's is served."""
+    engine = make(group, {"sampling": Sampling(max_new_tokens=20, temperature=0.7, top_k=20)})
+    with pytest.raises(SamplingFixed, match=r"fixes temperature .* it is 0\.7, this run asks for 0\.2"):
+        ask(engine, Sampling(temperature=0.2))
+    assert ask(engine, Sampling(max_new_tokens=5, temperature=0.7, top_k=20))[1].decode_tokens == 5
+    assert not engine.info.greedy
+
+
+def test_sampling_is_per_run_since_1_3(make: Any) -> None:
+    """Greedy runs repeat themselves on a model that was loaded to sample; sampled ones do not."""
+    engine = make("E", {"sampling": Sampling(max_new_tokens=20, temperature=0.9)})
+    greedy = {ask(engine, Sampling(max_new_tokens=30, temperature=0.0))[0] for _ in range(3)}
+    sampled = {ask(engine, Sampling(max_new_tokens=30, temperature=1.5, top_k=50))[0] for _ in range(3)}
+    assert (len(greedy), len(sampled) > 1) == (1, True)
+
+
+@each_group
+def test_an_answer_may_be_shorter_than_the_models(make: Any, group: str) -> None:
+    """Natively on 1.3, before it by counting and an abort, after which the engine works."""
+    engine = make(group, decode_tps=2000)
+    whole, _ = ask(engine)
+    text, stats = ask(engine, Sampling(max_new_tokens=7))
+    assert (stats.decode_tokens, stats.finish) == (7, FinishReason.LENGTH)
+    assert whole.startswith(text)
+    assert whole == ask(engine)[0]
+
+
+def test_the_end_of_the_answer_is_a_stop(make: Any) -> None:
+    """End of sequence before the limit."""
+    assert ask(make("D", eos_after=9))[1].finish is FinishReason.STOP
+
+
+# Adapter, hidden layers, hardware
+
+
+@pytest.mark.parametrize("group", ["B", "D", "E"])
+def test_a_lora_adapter_changes_the_answer(make: Any, group: str, tmp_path: Path) -> None:
+    """By its scale, too; one that is missing is an error of loading."""
+    adapter = tmp_path / "style.lora"
+    adapter.write_text("adapter")
+    plain = ask(make(group))[0]
+    strong, weak = (ask(make(group, {"lora": str(adapter), "lora_scale": scale}))[0] for scale in (1.0, 0.5))
+    assert len({plain, strong, weak}) == 3
+    with pytest.raises(ModelLoadError, match="LoRA adapter"):
+        make(group, {"lora": str(tmp_path / "absent")})
+
+
+@each_group
+def test_the_last_hidden_layer_is_an_array(make: Any, group: str) -> None:
+    """n_tokens x embd_size in float32, copied before the library reuses its buffer; or pooled."""
+    engine = make(group, embd_size=24)
+    hidden = engine.last_hidden_layer(QUESTION, Pooling.NONE)
+    assert (hidden.shape, hidden.dtype.name) == ((len(QUESTION) + 1, 24), "float32")
+    assert hidden.tolist() == engine.last_hidden_layer(QUESTION, Pooling.NONE).tolist()
+    assert hidden.mean(axis=0).tolist() == engine.last_hidden_layer(QUESTION).tolist()
+    assert hidden[-1].tolist() == engine.last_hidden_layer(QUESTION, Pooling.LAST).tolist()
+    assert hidden[-1].tolist() != engine.last_hidden_layer("Another text.", Pooling.LAST).tolist()
+    assert ask(engine)[0]
+
+
+@each_group
+def test_the_boards_options_are_taken(make: Any, group: str) -> None:
+    """The stand-in refuses a domain out of range, so it does read them."""
+    npu = NpuOptions(enabled_cpus=(0, 1), embed_flash=False, base_domain_id=3, n_keep=16, ignore_eos=True)
+    assert ask(make(group, {"npu": npu}))[0]
+    with pytest.raises(ModelLoadError):
+        make(group, {"npu": NpuOptions(base_domain_id=99)})
+
+
+# Ownership
+
+
+@each_group
+def test_a_slow_abort_is_waited_for(make: Any, group: str) -> None:
+    """The next run begins only when the aborted one has ended."""
+    engine = make(group, decode_tps=200, abort_ms=150)
+    ended = threading.Event()
+
+    def abort_soon(_: Token) -> bool:
+        threading.Thread(target=lambda: (engine.abort(), ended.set())).start()
+        return False
+
+    stats = engine.generate(QUESTION, Sampling(max_new_tokens=90), abort_soon)
+    assert (ended.wait(5), stats.finish) == (True, FinishReason.ABORT)
+    assert ask(engine, Sampling(max_new_tokens=5))[1].decode_tokens == 5
+
+
+LIVES = """
+import gc, sys, threading, time
+from pathlib import Path
+from rkcached.engines.base import ModelSpec, Sampling
+from rkcached.engines.rkllm.engine import RkllmEngine
+def load():
+    return RkllmEngine(ModelSpec(path=sys.argv[1], context_tokens=1024, library=sys.argv[2], abi=sys.argv[3],
+                                 sampling=Sampling(max_new_tokens=40, temperature=0.0)))
+"""
+
+
+@each_group
+@pytest.mark.parametrize(
+    "life",
+    [
+        "e = load(); e.close(); e.close(); del e; gc.collect()",
+        "e = load(); e.generate('a', Sampling(max_new_tokens=3), lambda t: False); del e; gc.collect()",
+        "e = load(); e.generate('a', Sampling(max_new_tokens=3), lambda t: True); e.abort(); e.close(); e.abort()",
+        "a, b = load(), load(); a.close(); b.generate('a', Sampling(max_new_tokens=3), lambda t: False); b.close()",
+        "e = load(); e.clear(); e.clear(); sys.exit(0)",
+    ],
+    ids=["closed twice", "forgotten", "aborted around its end", "two handles", "never closed"],
+)
+def test_a_handle_is_destroyed_once(group: str, life: str, built: Path, tmp_path: Path) -> None:
+    """The stand-in ends the process with SIGABRT if it is destroyed again, used afterwards, or destroyed in a run."""
+    model = standin.write_model(tmp_path / "m.rkllm")
+    arguments = [model, standin.build(group, built), "1.1.0" if group == "B" else ""]
+    done = subprocess.run(
+        [sys.executable, "-c", LIVES + life, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_a_run_frees_the_interpreter(make: Any) -> None:
+    """While the library works, other threads do: an abort would never come through otherwise."""
+    engine = make("D", prefill_tps=200)
+    beats = []
+    over = threading.Event()
+
+    def beat() -> None:
+        while not over.wait(0.002):
+            beats.append(time.monotonic())
+
+    thread = threading.Thread(target=beat)
+    thread.start()
+    ask(engine, Sampling(max_new_tokens=1), "a" * 60)
+    over.set()
+    thread.join()
+    assert len(beats) > 20
