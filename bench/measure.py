@@ -19,6 +19,7 @@ from typing import NoReturn
 from _answers import measure_share, measure_ttft
 from _daemon import BenchError
 from _results import Figure, document, machine, print_table
+from _rkllm import measure_rkllm
 from _upkeep import measure_edit, measure_idle, measure_scale
 from _workspaces import Bench
 from rich.console import Console
@@ -35,6 +36,7 @@ PARTS: dict[str, Callable[[Bench], list[Figure]]] = {
     "share": measure_share,
     "edit": measure_edit,
     "scale": measure_scale,
+    "rkllm": measure_rkllm,
 }
 
 

@@ -99,8 +99,9 @@ def test_engine_abi_speaks_to_a_library_of_unknown_version(group: str, abi: str,
     assert Library(path, abi).abi.name == abi
 
 
-def test_a_missing_dependency_is_named(tmp_path: Path) -> None:
+def test_a_missing_dependency_is_named(built: Path, tmp_path: Path) -> None:
     """With the package that has it."""
+    assert standin.build("D", built)  # there is a compiler
     dependency = tmp_path / "libgomp.so.1"
     subprocess.run(
         ["cc", "-shared", "-Wl,-soname,libgomp-absent.so.1", "-o", dependency, "-x", "c", "/dev/null"], check=True

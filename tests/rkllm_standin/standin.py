@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 import subprocess
 import tempfile
+import unittest
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -46,7 +48,9 @@ def write_model(path: Path, *, toolkit: str = "1.1.4", **keys: object) -> Path:
 
 
 def _compile(source: Path, arguments: list[str], libraries: list[str], directory: Path, name: str) -> Path:
-    """Run cc once for each content: the target's folder is named after the sources and the arguments."""
+    """Run cc once for each content: the target's folder is named after it. Without a compiler, the test is skipped."""
+    if shutil.which("cc") is None:
+        raise unittest.SkipTest("the stand-in of the RKLLM runtime needs a C compiler (apt install gcc libc6-dev)")
     content = hashlib.sha256(repr((arguments, libraries)).encode())
     for file in (source, *sorted(HERE.glob("*.h"))):
         content.update(file.read_bytes())

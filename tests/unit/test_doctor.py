@@ -82,7 +82,7 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A library with the version and the functions of RKLLM 1.2.3, for this machine."""
     compiler = shutil.which("cc")
     if compiler is None:
-        pytest.fail("this test compiles a small library and found no C compiler: apt-get install gcc")
+        pytest.skip("this test compiles a small library and found no C compiler: apt-get install gcc")
     folder = tmp_path_factory.mktemp("library")
     names = next(abi.functions for abi in ABIS if "1.2.3" in abi.versions)
     functions = "".join(f"int {name}(void) {{ return 0; }}\n" for name in names)

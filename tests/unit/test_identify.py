@@ -27,7 +27,7 @@ def compile_library(tmp_path_factory: pytest.TempPathFactory) -> Compile:
     """Makes a shared library that exports `names` and has `text` among its data."""
     compiler = shutil.which("cc")
     if compiler is None:
-        pytest.fail("this test compiles small libraries and found no C compiler: apt-get install gcc")
+        pytest.skip("this test compiles small libraries and found no C compiler: apt-get install gcc")
     folder = tmp_path_factory.mktemp("libraries")
 
     def build(name: str, names: frozenset[str] | set[str], text: str = "", *flags: str, more: str = "") -> Path:
