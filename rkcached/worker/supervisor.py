@@ -16,7 +16,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-import re
 import shutil
 import signal
 import socket
@@ -34,29 +33,18 @@ import structlog
 from rkcached.engines.base import EngineInfo, ModelSpec
 from rkcached.errors import (
     EngineError,
-    ModelLoadError,
-    Uncacheable,
     WorkerDied,
     WorkerError,
     WorkerTimeout,
     WorkerUnavailable,
 )
 from rkcached.worker import protocol
+from rkcached.worker.lines import LibraryLines
 
 log = structlog.get_logger()
 
 _SCRUBBED = ("NOTIFY_SOCKET", "LISTEN_", "WATCHDOG_")
 """What systemd says to the daemon is not for its children."""
-
-_LOG_LINES = 20
-
-_LINE_STAMP = re.compile(r"^\d+(\.\d+){3} ")
-"""llama.cpp's time since its start, which would make every message another one."""
-
-_LIBRARY_LINE = re.compile(r"[IWED] ")
-"""How lines of RKLLM, its kernel driver's library and llama.cpp begin: 'W rkllm: ...', 'E RKNN: ...'."""
-
-_LEVELS = {"E": "error", "W": "warning", "I": "info", "D": "debug"}
 
 SCRATCH_PREFIX = "rkcached-"
 """Of scratch directories; the daemon's pid follows."""
@@ -122,8 +110,7 @@ class Worker:
         self._stream: tuple[asyncio.StreamReader, asyncio.StreamWriter] | None = None
         self._frames = protocol.FrameReader()
         self._received: deque[bytes] = deque()
-        self._log_tasks: tuple[asyncio.Task[None], ...] = ()
-        self._recent_lines: deque[str] = deque(maxlen=_LOG_LINES)
+        self._lines = LibraryLines(model.name)
         self._scratch = ""
         self._next_id = 0
         self._idle_timer: asyncio.TimerHandle | None = None
@@ -157,7 +144,7 @@ class Worker:
 
     async def _start(self) -> EngineInfo:
         self.state = WorkerState.STARTING
-        self._recent_lines.clear()
+        self._lines.forget()
         self._received.clear()
         self._frames = protocol.FrameReader()
         model = self.model
@@ -184,7 +171,7 @@ class Worker:
                 return answer.info
             case protocol.Failed():
                 await self._end()
-                refusal = self._with_last_lines(protocol.engine_error(answer))
+                refusal = self._lines.explain(protocol.engine_error(answer))
                 self._rest(refusal.message)
                 raise refusal
             case _:
@@ -207,11 +194,7 @@ class Worker:
                     env={k: v for k, v in os.environ.items() if not k.startswith(_SCRUBBED)},
                     start_new_session=True,
                 )
-            self._log_tasks = tuple(
-                asyncio.create_task(self._forward_log(stream))
-                for stream in (process.stdout, process.stderr)
-                if stream is not None
-            )
+            self._lines.follow(process)
             self._stream = await asyncio.open_connection(sock=ours)
         except BaseException:
             ours.close()
@@ -253,7 +236,7 @@ class Worker:
         self._cancel_idle_timer()
         self._next_id += 1
         operation = make(self._next_id)
-        self._recent_lines.clear()  # last words belong to the operation in which they were said
+        self._lines.forget()
         self.state = WorkerState.BUSY
         running = asyncio.create_task(self._exchange(operation, on_event))
         try:
@@ -285,16 +268,11 @@ class Worker:
                     return event
                 case protocol.Failed():
                     self._failures = 0  # the engine refused; the worker is well
-                    await self._catch_up_with_the_log()
-                    raise self._with_last_lines(protocol.engine_error(event))
+                    await self._lines.catch_up()
+                    raise self._lines.explain(protocol.engine_error(event))
                 case _:
                     if on_event is not None:
                         on_event(event)
-
-    async def _catch_up_with_the_log(self) -> None:
-        """Let lines be read that were printed before the answer: they are in the pipe, but its turn may come later."""
-        for _ in range(4):
-            await asyncio.sleep(0)
 
     async def _abandon(self, operation: protocol.Operation, running: asyncio.Task[protocol.Answer]) -> None:
         """Nobody waits for the answer any more. An engine that does not let go in time is killed."""
@@ -357,7 +335,7 @@ class Worker:
         self.restarts += 1
         self._rest(how)
         log.error("worker died", model=self.model.name, how=how, retry_in_s=round(self.retry_in_s(), 2))
-        last = f"; its last words: {self._recent_lines[-1]}" if self._recent_lines else ""
+        last = f"; its last words: {self._lines.last}" if self._lines.last else ""
         return error_type(f"the worker of {self.model.name} {how}{last}", hint="it is restarted; try again")
 
     def _rest(self, why: str) -> None:
@@ -383,12 +361,7 @@ class Worker:
             except TimeoutError:
                 _kill(process)
                 code = await process.wait()
-        if self._log_tasks:
-            # They end with the pipes, unless the library left a child of its own that keeps them open.
-            _, open_pipes = await asyncio.wait(self._log_tasks, timeout=self._deadlines.stop_s)
-            for task in open_pipes:
-                task.cancel()
-            self._log_tasks = ()
+        await self._lines.end(self._deadlines.stop_s)
         self._clean_up()
         return code
 
@@ -396,17 +369,6 @@ class Worker:
         if self._scratch:
             shutil.rmtree(self._scratch, ignore_errors=True)
             self._scratch = ""
-
-    def _with_last_lines(self, error: EngineError) -> EngineError:
-        """A library tells the reason of a failed load, or of a save that saved nothing, in its log only."""
-        match error:
-            case ModelLoadError():
-                reasons = [line for line in self._recent_lines if line.startswith("E ") or "error" in line.lower()]
-            case Uncacheable():
-                reasons = [line for line in self._recent_lines if line.startswith(("W ", "E "))]
-            case _:
-                return error
-        return type(error)(f"{error.message}: {reasons[0].strip()}", hint=error.hint) if reasons else error
 
     # Idle
 
@@ -436,22 +398,6 @@ class Worker:
             await self._died("while idle")
         finally:
             self._stopping = None
-
-    async def _forward_log(self, stream: asyncio.StreamReader) -> None:
-        """What the library prints becomes log lines. A line of any length is taken in pieces, never refused."""
-        while True:
-            try:
-                raw = await stream.readline()
-            except ValueError:  # longer than the stream's limit: the reader has dropped it
-                continue
-            if not raw:
-                return
-            line = raw.decode(errors="replace").strip()
-            if line:
-                line = _LINE_STAMP.sub("", line)
-                self._recent_lines.append(line)
-                level = _LEVELS.get(line[0], "debug") if _LIBRARY_LINE.match(line) else "debug"
-                getattr(log, level)("worker says", model=self.model.name, line=line)
 
 
 async def _to_the_end(work: Coroutine[Any, Any, object]) -> None:
