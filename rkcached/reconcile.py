@@ -10,20 +10,20 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import structlog
 
 from rkcached import errors
+from rkcached.attempts import Attempts, blames_model
 from rkcached.builder import Builder, BuildRequest
 from rkcached.desired import Desired, DesiredModel
 from rkcached.manifest import Manifest
 from rkcached.observe import Look, ManifestFile, Observer, inputs
-from rkcached.plan import Assessment, Blocked, Build, Key, Remove, State, Trouble, Verdict, plan
+from rkcached.plan import Assessment, Blocked, Build, Key, Remove, State, Trouble, plan
 from rkcached.sidecar import StoredArtifact
 from rkcached.store import Store
-from rkcached.verdicts import QUARANTINE_AFTER, quarantined, verdict_on
+from rkcached.verdicts import QUARANTINE_AFTER, quarantined
 from rkcached.view import BuildProgress, FreshIndex, View
 from rkcached.watch import Follower
 from rkcached.worker.gate import Gates, Priority
@@ -82,12 +82,7 @@ class Reconciler:
         self._looking = False
         self._generation = 0
         """Counts changes of the store that were made outside of a look."""
-        self._first_tries: dict[str, float] = {}
-        """When each unfinished build was first started, by fingerprint."""
-        self._failures: dict[Key, Verdict] = {}
-        """Verdicts since the start: a full disk may not take them, and must not make us try without pause."""
-        self._model_failures: dict[str, tuple[str, Verdict]] = {}
-        self._load_faults: dict[str, int] = {}
+        self._attempts = Attempts()
         self._known: dict[Key, tuple[State, str]] = {}
 
     # What others may ask for; all on the event loop
@@ -111,7 +106,7 @@ class Reconciler:
             raise errors.SourceError(f"{key} cannot be built: {trouble.message}", hint=trouble.hint)
         if key not in self._requested:
             self._requested[key] = asyncio.get_running_loop().create_future()
-            self._model_failures.pop(key.model, None)
+            self._attempts.forgive_model(key.model)
             self.look_again(now=True)
         return await asyncio.shield(self._requested[key])
 
@@ -124,7 +119,7 @@ class Reconciler:
         if self.view.artifacts.get(key) != artifact:
             return  # replaced meanwhile
         fingerprint = artifact.sidecar.fingerprint
-        faults = self._load_faults[fingerprint] = self._load_faults.get(fingerprint, 0) + 1
+        faults = self._attempts.load_fault(fingerprint)
         log.error("artifact not loadable", model=key.model, prompt=key.prompt, why=why, times=faults)
         if died and faults < QUARANTINE_AFTER:
             return
@@ -140,8 +135,8 @@ class Reconciler:
         self.look_again(now=True)
 
     def artifact_served(self, artifact: StoredArtifact) -> None:
-        """A request was answered from it: earlier faults had another cause."""
-        self._load_faults.pop(artifact.sidecar.fingerprint, None)
+        """A request was answered from it."""
+        self._attempts.served(artifact.sidecar.fingerprint)
 
     # The loop
 
@@ -221,7 +216,7 @@ class Reconciler:
         while True:
             generation = self._generation
             manifest = await asyncio.to_thread(self.manifest_file.read)
-            look = await asyncio.to_thread(self._observer.look, manifest, self._verdicts())
+            look = await asyncio.to_thread(self._observer.look, manifest, self._attempts.verdicts(self.view))
             if generation == self._generation:
                 return look
 
@@ -351,7 +346,7 @@ class Reconciler:
             engine=view.manifest.engine,
             cache=view.manifest.cache,
             used_bytes=view.used_bytes(but=key),
-            first_try=self._first_tries.setdefault(build.fingerprint.digest, asyncio.get_running_loop().time()),
+            first_try=self._attempts.first_try(build.fingerprint.digest, asyncio.get_running_loop().time()),
         )
 
     async def _build(self, request: BuildRequest, progress: BuildProgress) -> None:
@@ -371,7 +366,6 @@ class Reconciler:
             log.exception("build crashed", model=key.model, prompt=key.prompt)
             await self._build_failed(request, errors.RkcachedError(f"internal error: {error!r}"))
         else:
-            self._first_tries.clear()  # this load lets builds end; the others are as patient as new ones
             self._built(request, artifact)
         finally:
             self.progress = None
@@ -385,8 +379,7 @@ class Reconciler:
     def _built(self, request: BuildRequest, artifact: StoredArtifact) -> None:
         key, sidecar = request.action.key, artifact.sidecar
         self.builds += 1
-        self._model_failures.pop(key.model, None)
-        self._failures.pop(key, None)
+        self._attempts.built(key)
         self.view.artifacts[key] = artifact
         wanted = self.view.desired.prompts.get(key)
         if wanted and wanted.fingerprint and wanted.fingerprint.digest == sidecar.fingerprint:
@@ -414,45 +407,23 @@ class Reconciler:
 
     async def _build_failed(self, request: BuildRequest, error: errors.RkcachedError) -> None:
         key, fingerprint = request.action.key, request.action.fingerprint.digest
-        whole_model = isinstance(error, errors.ModelLoadError | errors.RuntimeLibraryError | errors.WorkerUnavailable)
-        if whole_model:
-            identity, before = self._model_failures.get(key.model, ("", None))
-            attempts = 1 + (before.attempts if before is not None and identity == request.model.identity else 0)
-        else:
-            before = self._failures.get(key) or await asyncio.to_thread(self._store.read_verdict, key)
-            attempts = 1 + (before.attempts if before is not None and before.fingerprint == fingerprint else 0)
-        verdict = verdict_on(error, fingerprint, attempts, model=request.model.identity)
+        stored = await asyncio.to_thread(self._store.read_verdict, key)
+        verdict = self._attempts.failed(key, request.model, fingerprint, error, stored)
         log.error(
             "build failed",
             model=key.model,
             prompt=key.prompt,
             error=error.message,
             hint=error.hint,
-            attempts=attempts,
+            attempts=verdict.attempts,
             outcome=verdict.kind.value,
         )
-        if whole_model:
-            # Not this prompt's fault: no prompt of the model can be built, and that is tried again soon.
-            self._model_failures[key.model] = (request.model.identity, verdict)
+        if blames_model(error):
             self._pending = {k: build for k, build in self._pending.items() if k.model != key.model}
         else:
-            self._failures[key] = verdict
             with contextlib.suppress(errors.StoreError):
                 await asyncio.to_thread(self._store.write_verdict, key, verdict)
         self._answer(key, error)
-
-    def _verdicts(self) -> dict[Key, Verdict]:
-        """What is remembered beside the store's verdicts.
-
-        A model that could not be loaded blocks its prompts until it changes or may be tried again.
-        """
-        verdicts = dict(self._failures)
-        for prompt in self.view.desired.prompts.values():
-            failure = self._model_failures.get(prompt.key.model)
-            model = self.view.model(prompt.key.model)
-            if failure and prompt.fingerprint and isinstance(model, DesiredModel) and model.identity == failure[0]:
-                verdicts[prompt.key] = replace(failure[1], fingerprint=prompt.fingerprint.digest)
-        return verdicts
 
     async def _stop_build(self) -> None:
         if self.progress is not None and (task := self.progress.task) is not None:

@@ -138,6 +138,8 @@ class RkllmEngine:
         return header.n_tokens
 
     def clear(self) -> None:
+        if self._empty and not self._loaded:
+            return  # nobody says what the runtime answers when there is nothing to clear
         if self._loaded:
             self._loaded = False
             self._call("rkllm_release_prompt_cache")
