@@ -61,9 +61,9 @@ class Conversation:
 def _measured(report: dict[str, Any], usage: dict[str, Any]) -> str:
     cache = f"{report['state']} on {report['cache']}" if report["cache"] else report["state"]
     reason = f" ({report['reason']})" if report["reason"] else ""
-    cached = "unmeasured" if report["cached_tokens"] is None else report["cached_tokens"]
+    cached, total = report["cached_tokens"], usage["prompt_tokens"]
+    reuse = "" if cached is None else f"{cached} of {total} prompt tokens from the cache, "
     return (
-        f"[{cache}{reason}: first token after {report['ttft_ms']:.0f} ms, "
-        f"{cached} of {usage['prompt_tokens']} prompt tokens from the cache, "
+        f"[{cache}{reason}: first token after {report['ttft_ms']:.0f} ms, {reuse}"
         f"{report['decode_tokens_per_s']:.0f} tokens/s]"
     )

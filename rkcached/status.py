@@ -9,10 +9,11 @@ from typing import Any
 from rkcached import __version__
 from rkcached.plan import Key, State, Trouble
 from rkcached.reconcile import Reconciler
-from rkcached.serving import Serving
+from rkcached.serving import NOT_MEASURED, Serving
 from rkcached.sidecar import StoredArtifact
 from rkcached.store import Store
 from rkcached.worker.pool import Workers
+from rkcached.worker.protocol import VerifyMode
 
 
 def status(
@@ -72,6 +73,8 @@ def _model(name: str, model: object, workers: Workers) -> dict[str, Any]:
     return {
         "name": name,
         "worker": worker.state.value if worker else "stopped",
+        "runtime": worker.info.runtime_version if worker and worker.info else None,
+        "measures_reuse": worker.info.measures_prefill if worker and worker.info else None,
         "pid": worker.pid if worker else None,
         "restarts": worker.restarts if worker else 0,
         "last_failure": worker.last_failure if worker else "",
@@ -106,6 +109,8 @@ def _prompt(key: Key, reconciler: Reconciler, serving: Serving) -> dict[str, Any
         shown["artifact"] = artifact_figures(artifact)
         if assessment.state is State.FRESH and not shown["artifact"]["gain"]:
             shown["reason"] = no_gain(artifact)
+        elif assessment.state is State.FRESH and artifact.sidecar.figures.verified == VerifyMode.TIME:
+            shown["reason"] = f"fresh; {NOT_MEASURED}, so its proof is the time that it saves"
     return shown
 
 
