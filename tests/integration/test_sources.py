@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Callable
+import pwd
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -18,6 +21,18 @@ from tests.integration.test_digests import settle
 
 MODEL = b'{"rkcached_memory_model": 1}'
 P = Key("m", "p")
+
+
+@contextlib.contextmanager
+def not_root() -> Iterator[None]:
+    """As the user nobody, if the tests run as root, who may read everything."""
+    user = os.geteuid()
+    if user == 0:
+        os.seteuid(pwd.getpwnam("nobody").pw_uid)
+    try:
+        yield
+    finally:
+        os.seteuid(user)
 
 
 class Folder:
@@ -158,11 +173,16 @@ def test_a_prompt_of_exactly_the_limit_is_good(folder: Folder) -> None:
     assert len(folder.text()) == MAX_PROMPT_BYTES
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root can read everything")
-def test_an_unreadable_prompt_is_said_in_words(folder: Folder) -> None:
-    """With whom to allow it."""
-    folder.prompt.chmod(0)
-    assert "permission denied" in folder.trouble().message
+def test_an_unreadable_prompt_is_said_in_words() -> None:
+    """With whom to allow it; the model beside it is read."""
+    with tempfile.TemporaryDirectory() as place:
+        Path(place).chmod(0o755)
+        folder = Folder(Path(place))
+        folder.prompt.chmod(0)
+        with not_root():
+            trouble, model = folder.trouble(), folder.scan().models["m"]
+    assert "permission denied" in trouble.message
+    assert not isinstance(model, Trouble)
 
 
 def test_trouble_is_of_one_prompt_alone_and_passes(folder: Folder) -> None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import os
+import pwd
 import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -463,12 +465,18 @@ def test_a_directory_that_cannot_be_made_is_said_in_words(tmp_path: Path, place:
     assert "--cache-dir" in caught.value.hint
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root can write everywhere")
-def test_a_read_only_directory_is_said_in_words(tmp_path: Path) -> None:
-    """With what to do."""
-    tmp_path.chmod(0o500)
-    with pytest.raises(StoreError, match="cannot be written: Permission denied"):
-        Store(tmp_path).open()
+def test_a_read_only_directory_is_said_in_words() -> None:
+    """With what to do. Root may write everywhere, so the tests take another user for it."""
+    user = os.geteuid()
+    with tempfile.TemporaryDirectory() as place:
+        Path(place).chmod(0o555)
+        if user == 0:
+            os.seteuid(pwd.getpwnam("nobody").pw_uid)
+        try:
+            with pytest.raises(StoreError, match="cannot be written: Permission denied"):
+                Store(Path(place)).open()
+        finally:
+            os.seteuid(user)
 
 
 # --- crashes ---

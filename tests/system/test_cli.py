@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import pty
+import re
 import socket
 import stat
 import subprocess
@@ -216,6 +219,28 @@ def test_regenerate(two_prompts: Workspace) -> None:
     assert answers[0]["message"].startswith("Binary cache generated successfully (")
     assert "known: m/a, m/b" in two_prompts.cli("regenerate", "m/zzz", code=os.EX_NOINPUT).stderr
     assert "--all" in two_prompts.cli("regenerate", code=os.EX_USAGE).stderr
+
+
+def test_regenerate_shows_how_far_it_is(workspace: Workspace) -> None:
+    """At a terminal, a line that is rewritten: tokens done of tokens in total."""
+    workspace.memory_model(prefill_us_per_token=10_000)
+    workspace.write("a.md", "a" * 100)
+    workspace.declare("{a: a.md}")
+    workspace.start()
+    workspace.wait_state("a", "fresh")
+    ours, theirs = pty.openpty()
+    command = workspace.command("regenerate", "m/a")
+    environment = {**workspace.environment, "TERM": "xterm"}
+    with subprocess.Popen(command, env=environment, stdin=theirs, stdout=theirs, stderr=theirs) as process:
+        os.close(theirs)
+        shown = b""
+        with contextlib.suppress(OSError):  # EIO: the other end is closed
+            while data := os.read(ours, 4096):
+                shown += data
+        os.close(ours)
+        assert process.wait(30) == 0
+    assert re.search(rb"\[1/1\] m/a \d+ of 1\d\d tokens", shown)
+    assert re.search(rb"\[1/1\] m/a 1\d\d tokens, .* in \d", shown)
 
 
 def test_verify(two_prompts: Workspace) -> None:

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import psutil
@@ -55,6 +56,19 @@ def test_edit_rebuild_serve_restart(ship: Workspace) -> None:
     report = ship.ask("m/cook")["rkcached"]
     assert (report["state"], report["cached_tokens"]) == ("hit", ship.prompt("cook")["artifact"]["tokens"])
     assert ship.built() == ["cook", "cook"]
+
+
+def test_requests_go_before_a_build(ship: Workspace) -> None:
+    """Several that come during a build are all answered before it ends; then it is built, once."""
+    ship.write("long.md", SYSTEM * 6)
+    ship.write("manifest.yaml", ship.manifest.read_text().replace("{cook: cook.md}", "{cook: cook.md, long: long.md}"))
+    wait_until(lambda: ship.prompt("long").get("progress", {}).get("done_tokens"), "the build is under way", 60)
+    with ThreadPoolExecutor(4) as pool:
+        answers = list(pool.map(lambda n: ship.ask("m/cook", f"What is for dinner on day {n}?"), range(4)))
+    assert [answer["rkcached"]["state"] for answer in answers] == ["hit"] * 4
+    assert ship.built() == ["cook"]
+    wait_until(lambda: ship.built() == ["cook", "long"], "the build came to its end", 60)
+    assert "build stepped aside" in ship.log_text()
 
 
 def test_verify_deep(ship: Workspace) -> None:
