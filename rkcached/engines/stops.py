@@ -15,6 +15,8 @@ class StopStrings:
         """The text that can be shown now; after `found`, nothing more."""
         if self.found:
             return ""
+        if not self._stops:
+            return text
         text = self._held + text
         # The one that is complete first ends the answer.
         ends = [(at + len(stop), at) for stop in self._stops if (at := text.find(stop)) >= 0]

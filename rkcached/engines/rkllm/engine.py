@@ -154,7 +154,9 @@ class RkllmEngine:
             raise EngineError(f"max_new_tokens is {sampling.max_new_tokens}, which is below 0")
         self._refuse_fixed(sampling)
         was_empty = self._empty
-        run = Run(sampling, on_token=on_token, trace=trace)
+        limit = sampling.max_new_tokens
+        ends_itself = limit > 0 and (self.abi.samples_per_run or limit >= self._fixed.max_new_tokens)
+        run = Run(sampling, on_token=on_token, trace=trace, ends_itself=ends_itself)
         self._run(run, prompt)
         run.deliver_rest()
         prompt_tokens, cached = self._count(run, was_empty=was_empty)

@@ -27,6 +27,7 @@ class Run:
         trace: bool = False,
         saves: bool = False,
         wants_hidden: bool = False,
+        ends_itself: bool = False,
     ) -> None:
         self.sampling = sampling
         self.saves = saves
@@ -42,6 +43,8 @@ class Run:
         self.wanted_tokens = 0
         self.hidden: np.ndarray[Any, Any] | None = None
         self._wants_hidden = wants_hidden
+        self._ends_itself = ends_itself
+        """The library ends the run at `max_new_tokens`; an abort would race with that and could hit the next run."""
         self._on_token = on_token
         self._trace = trace
         self._limit = sampling.max_new_tokens
@@ -132,9 +135,9 @@ class Run:
             self._held += text or b""
         elif text:
             self._deliver(self._stops.feed(self._whole(text)))
-        if self._stops.found or self.wanted_tokens >= self._limit or self.aborted:
-            self._over = True
-        return self._over
+        full = self.wanted_tokens >= self._limit
+        self._over = self._stops.found or self.aborted or full
+        return self._over and not (full and self._ends_itself)
 
     def _whole(self, text: bytes) -> str:
         """A character that was waited for comes whole, or as its last bytes; nobody documents which."""
