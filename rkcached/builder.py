@@ -16,7 +16,7 @@ from pathlib import Path
 from rkcached.desired import DesiredModel
 from rkcached.engines.base import ModelSpec, NpuOptions, Sampling
 from rkcached.engines.registry import ENGINES
-from rkcached.errors import Aborted, BudgetExceeded, SourceError
+from rkcached.errors import Aborted, BudgetExceeded, ModelLoadError, SourceError, WorkerDied, WorkerTimeout
 from rkcached.manifest import CacheConfig, EngineConfig
 from rkcached.plan import Build, over_budget
 from rkcached.sidecar import Figures, Sidecar, StoredArtifact
@@ -168,7 +168,10 @@ class Builder:
             since=request.first_try,
         ):
             worker = self._workers.get(worker_model(request.engine, request.model))
-            await worker.ensure()
+            try:
+                await worker.ensure()
+            except (WorkerDied, WorkerTimeout) as error:  # no prompt was touched yet
+                raise ModelLoadError(f"the model cannot be loaded: {error.message}", hint=error.hint) from error
             if wanted_aside:  # a request came while the model was loaded
                 raise Aborted("made room for a live request")
             built = await worker.run(make, on_event)

@@ -20,7 +20,7 @@ from rkcached import errors
 from rkcached.desired import Desired, DesiredModel, Resolver, Sources
 from rkcached.digests import Signature
 from rkcached.engines.registry import ENGINES
-from rkcached.manifest import Manifest, parse
+from rkcached.manifest import EngineKind, Manifest, parse
 from rkcached.plan import Assessment, Key, Limits, Observed, Verdict, VerdictKind, assess
 from rkcached.sidecar import Inventory
 from rkcached.sources import SourceReader
@@ -147,6 +147,8 @@ def inputs(manifest: Manifest, manifest_path: Path) -> tuple[list[Path], list[Pa
         for prompt in model.prompts.values():
             files.extend(prompt.files)
         folders.extend(Path(pattern).parent for pattern in model.prompts_from)
+    if manifest.engine.kind is EngineKind.RKLLM:
+        files.append(manifest.engine.library)  # also while it is missing or no library
     with contextlib.suppress(errors.RkcachedError):
         files.extend(ENGINES[manifest.engine.kind].locate_runtime(manifest.engine).files)
     return files, folders

@@ -418,9 +418,9 @@ class Reconciler:
             attempts=verdict.attempts,
             outcome=verdict.kind.value,
         )
-        if blames_model(error):
+        if blames_model(error) or isinstance(error, errors.Uncacheable):
             self._pending = {k: build for k, build in self._pending.items() if k.model != key.model}
-        else:
+        if not blames_model(error):
             with contextlib.suppress(errors.StoreError):
                 await asyncio.to_thread(self._store.write_verdict, key, verdict)
         self._answer(key, error)

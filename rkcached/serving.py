@@ -103,7 +103,7 @@ class Serving:
         self.answers: Counter[str] = Counter()
         """Answers by state of the cache, since the start."""
         self.uses: dict[Key, PromptUse] = {}
-        self._works: set[asyncio.Task[RunStats]] = set()
+        self._works: dict[asyncio.Task[RunStats], _Run] = {}
         self._closing = False
         self._background: set[asyncio.Task[None]] = set()
 
@@ -117,8 +117,9 @@ class Serving:
         self._closing = True
         if self._works:
             await asyncio.wait(self._works, timeout=grace_s)
-        for work in self._works:
+        for work, run in self._works.items():
             work.cancel()
+            run.events.put_nowait(None)  # tell its client now: a library that hangs would let it wait
 
     def prepare(self, request: ChatRequest, accepted: float) -> Job:
         """Check a request against what is declared, and render it. Errors: RequestError."""
@@ -154,20 +155,20 @@ class Serving:
             raise _stopping()
         run = _Run(job=job)
         work = asyncio.create_task(self._work(run))
-        self._works.add(work)
-        work.add_done_callback(self._works.discard)
+        self._works[work] = run
+        work.add_done_callback(self._works.pop)
         work.add_done_callback(lambda _: run.events.put_nowait(None))
         try:
             while (text := await run.events.get()) is not None:
                 yield text
                 run.first_written = run.first_written or time.monotonic()
-            if work.cancelled():
+            if not work.done() or work.cancelled():
                 raise _stopping()
             yield self._end(run, work.result())
         except errors.RkcachedError as error:
             raise _as_request_error(error) from error
         finally:
-            if not work.done():
+            if not work.done() and not self._closing:
                 work.cancel()
                 with contextlib.suppress(asyncio.CancelledError, errors.RkcachedError):
                     await work

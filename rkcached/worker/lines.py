@@ -57,12 +57,14 @@ class LibraryLines:
             self._readers = ()
 
     def explain(self, error: EngineError) -> EngineError:
-        """A library tells the reason of a failed load, or of a save that saved nothing, in its log only."""
+        """A library tells the reason of a failed load or run, or of a save that saved nothing, in its log only."""
         match error:
             case ModelLoadError():
                 reasons = [line for line in self._recent if line.startswith("E ") or "error" in line.lower()]
             case Uncacheable():
                 reasons = [line for line in self._recent if line.startswith(("W ", "E "))]
+            case _ if type(error) is EngineError:
+                reasons = [line for line in self._recent if line.startswith("E ")]
             case _:
                 return error
         return type(error)(f"{error.message}: {reasons[0].strip()}", hint=error.hint) if reasons else error

@@ -192,6 +192,15 @@ class Workspace:
         answer: dict[str, Any] = response.json()
         return answer
 
+    def stream(self, model: str, question: str = "hello", **body: Any) -> tuple[list[str], dict[str, Any]]:
+        """The pieces of a streamed answer, and its last event, which may be an error."""
+        messages = [{"role": "user", "content": question}]
+        body = {"model": model, "messages": messages, "max_tokens": 24, "stream": True, **body}
+        with self.http() as client, client.stream("POST", "/v1/chat/completions", json=body) as response:
+            events = [json.loads(line[6:]) for line in response.iter_lines() if line.startswith("data: {")]
+        deltas = [choice["delta"] for event in events for choice in event.get("choices", ())]
+        return [delta["content"] for delta in deltas if "content" in delta], events[-1]
+
 
 @pytest.fixture
 def workspace(tmp_path: Path) -> Iterator[Workspace]:

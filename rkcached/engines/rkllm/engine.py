@@ -109,7 +109,7 @@ class RkllmEngine:
         if not save_to.parent.is_dir():
             raise EngineError(f"cannot write the prompt cache {save_to}: its directory is missing")
         self.clear()
-        run = Run(Sampling(max_new_tokens=1), saves=True)
+        run = Run(Sampling(max_new_tokens=1), limit=1, saves=True)
         self._run(run, prompt, save_to=save_to)
         tokens = run.prompt_ids or run.prefill_tokens
         if not self.abi.measures and not tokens:
@@ -154,9 +154,11 @@ class RkllmEngine:
             raise EngineError(f"max_new_tokens is {sampling.max_new_tokens}, which is below 0")
         self._refuse_fixed(sampling)
         was_empty = self._empty
-        limit = sampling.max_new_tokens
-        ends_itself = limit > 0 and (self.abi.samples_per_run or limit >= self._fixed.max_new_tokens)
-        run = Run(sampling, on_token=on_token, trace=trace, ends_itself=ends_itself)
+        limit, natural = sampling.max_new_tokens, True
+        if not self.abi.samples_per_run:
+            natural = limit >= self._fixed.max_new_tokens
+            limit = min(limit, self._fixed.max_new_tokens)
+        run = Run(sampling, limit=limit, on_token=on_token, trace=trace, ends_itself=natural and limit > 0)
         self._run(run, prompt)
         run.deliver_rest()
         prompt_tokens, cached = self._count(run, was_empty=was_empty)
@@ -171,7 +173,7 @@ class RkllmEngine:
 
     def last_hidden_layer(self, prompt: str, pooling: Pooling = Pooling.MEAN) -> np.ndarray[Any, Any]:
         """The last layer's hidden states: (n_tokens, embd_size) float32, or (embd_size,) when pooled."""
-        run = Run(Sampling(max_new_tokens=1), wants_hidden=True)
+        run = Run(Sampling(max_new_tokens=1), limit=1, wants_hidden=True)
         self.clear()
         self._run(run, prompt, mode=InferMode.GET_LAST_HIDDEN_LAYER)
         hidden = run.hidden

@@ -23,6 +23,7 @@ class Run:
         self,
         sampling: Sampling,
         *,
+        limit: int,
         on_token: OnToken | None = None,
         trace: bool = False,
         saves: bool = False,
@@ -47,7 +48,7 @@ class Run:
         """The library ends the run at `max_new_tokens`; an abort would race with that and could hit the next run."""
         self._on_token = on_token
         self._trace = trace
-        self._limit = sampling.max_new_tokens
+        self._limit = limit
         self._stops = StopStrings(sampling.stop)
         self._held = b""
         """Bytes of a character that is not complete."""

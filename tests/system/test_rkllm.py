@@ -1,0 +1,512 @@
+"""The daemon on RKLLM, over the stand-in for librkllmrt.so: the story, and every way a library can misbehave."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import socket
+import subprocess
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import Workspace, wait_until
+
+from tests.rkllm_standin.standin import build, write_model
+
+pytestmark = pytest.mark.skipif(shutil.which("cc") is None, reason="needs a C compiler")
+
+Library = Callable[..., Path]
+
+BOTH = "{a: prompts/a.md, b: prompts/b.md}"
+HELLO = [{"role": "user", "content": "hello"}]
+NO_SAVE = "W rkllm: this model does not support saving prompt cache"
+
+
+@pytest.fixture(scope="session")
+def library(tmp_path_factory: pytest.TempPathFactory) -> Library:
+    """`library(group, ...)` is the path of the stand-in built so, compiled once."""
+    folder = tmp_path_factory.mktemp("standin")
+    return lambda group, **how: build(group, folder, **how)
+
+
+@pytest.fixture
+def d(workspace: Workspace, library: Library) -> Workspace:
+    """A workspace with runtime 1.2.3, and the texts of two prompts."""
+    return prepared(workspace, library("D"))
+
+
+@pytest.fixture(params=["D", "E"])
+def board(request: pytest.FixtureRequest, workspace: Workspace, library: Library) -> Workspace:
+    """A running daemon with the fresh prompts `a` and `b`, on a runtime that measures."""
+    return run(prepared(workspace, library(request.param)))
+
+
+def prepared(space: Workspace, runtime: Path) -> Workspace:
+    install(space, runtime.read_bytes())
+    space.write("prompts/a.md", "You are prompt A.\n")
+    space.write("prompts/b.md", "You are prompt B.\n")
+    return space
+
+
+def run(
+    space: Workspace, prompts: str = BOTH, *, settled: bool = True, models: str = "m", engine: str = "", **keys: Any
+) -> Workspace:
+    """Start the daemon on `models` with these keys and prompts; `engine` adds to the manifest's engine."""
+    text = f"version: 1\nengine: {{kind: rkllm, library: librkllmrt.so{engine}}}\nmodels:\n"
+    for name in models:
+        put_model(space, name, **keys)
+        params = "{max_context_len: 4096, max_new_tokens: 32, temperature: 0}"
+        text += f"  {name}:\n    path: {name}.rkllm\n    params: {params}\n    prompts: {prompts}\n"
+    space.write("manifest.yaml", text)
+    space.start()
+    if settled:
+        space.wait_settled()
+    return space
+
+
+def install(space: Workspace, library: bytes) -> None:
+    """Put a runtime library in place, as package managers do."""
+    space.write("library.new", library).rename(space.root / "librkllmrt.so")
+
+
+def put_model(space: Workspace, name: str = "m", **keys: Any) -> None:
+    """A model file; its fault fires while the file `fault` exists."""
+    keys |= {"fault_file": space.root / "fault"} if "fault" in keys else {}
+    write_model(space.root / f"{name}.new", **keys).rename(space.root / f"{name}.rkllm")
+
+
+def switch(space: Workspace, *, on: bool) -> None:
+    space.write("fault", "") if on else (space.root / "fault").unlink()
+
+
+def content(answer: dict[str, Any]) -> str:
+    text: str = answer["choices"][0]["message"]["content"]
+    return text
+
+
+def cold(space: Workspace, model: str = "m/a", **body: Any) -> str:
+    """What the model says without any cache."""
+    answer = space.ask(model, cache=False, **body)
+    assert answer["rkcached"]["state"] == "cold"
+    return content(answer)
+
+
+def hit(space: Workspace, model: str = "m/a", **body: Any) -> str:
+    """What the model says from the prompt's cache, which must be a measured hit."""
+    answer = space.ask(model, **body)
+    assert answer["rkcached"]["state"] == "hit"
+    cached = answer["usage"]["prompt_tokens_details"]["cached_tokens"]
+    assert space.prompt(model[2:])["artifact"]["tokens"] <= cached < answer["usage"]["prompt_tokens"]
+    return content(answer)
+
+
+def refused(space: Workspace, status: int, code: str, cause: str, model: str = "m", **body: Any) -> None:
+    """The request gets an error that names the cause, and the daemon lives on."""
+    error = space.ask(model, status=status, **body)["error"]
+    assert error["code"] == code
+    assert cause in error["message"]
+    assert space.status()["ready"]
+    with space.http() as client:
+        assert client.get("/healthz").json() == {"status": "ok"}
+
+
+def model_status(space: Workspace) -> dict[str, Any]:
+    model: dict[str, Any] = space.status()["models"][0]
+    return model
+
+
+def wait_built(space: Workspace, before: int, names: list[str]) -> None:
+    """Wait for the builds since `before`; they must be exactly these."""
+    wait_until(lambda: len(space.built()) >= before + len(names), f"{names} were built", 10)
+    space.wait_settled()
+    assert sorted(space.built()[before:]) == names
+
+
+# The story
+
+
+def test_built_and_hit(board: Workspace) -> None:
+    """Each prompt is built and proved; an answer from its cache is a measured hit and says what a cold one says."""
+    names = {path.name for path in (board.cache / "m").iterdir()}
+    assert {f"{name}{suffix}" for name in "ab" for suffix in (".rkllm_cache", ".bin", ".json")} <= names
+    assert board.prompt("a")["artifact"]["verified"] == "exact"
+    right = {name: cold(board, f"m/{name}") for name in "ab"}
+    assert right["a"] != right["b"]
+    for name in "abba":
+        assert right[name] == hit(board, f"m/{name}")
+    messages = [{"role": "system", "content": "You are prompt B."}, *HELLO]
+    assert hit(board, "m/b") == hit(board, "m/b", messages=messages)
+
+
+def test_changes_of_the_prompts(board: Workspace) -> None:
+    """An edit rebuilds that prompt alone, and the next answer is from it; `touch` and a restart build nothing."""
+    old = cold(board)
+    board.write("prompts/a.md", "You are prompt A, edited.\n")
+    wait_built(board, 2, ["a"])
+    new = hit(board)
+    assert new == cold(board)
+    assert new != old
+    subprocess.run(["touch", str(board.root / "prompts/a.md")], check=True)
+    board.write("prompts/b.md", "You are prompt B, edited.\n")  # what `touch` caused would have been built by then
+    wait_built(board, 3, ["b"])
+    assert board.stop() == 0
+    board.start()
+    assert board.children() == []
+    assert new == hit(board)
+    assert board.status()["reconcile"]["builds"] == 0
+
+
+def test_runtime_and_model_replaced(board: Workspace, library: Library) -> None:
+    """Another build of the library, and another model file, rebuild everything, and the next answer is theirs."""
+    old = hit(board)
+    if "runtime version: 1.2.3" in board.log_text():
+        install(board, library("D", version="1.2.2").read_bytes())
+        reason = "runtime.version: 1.2.3 -> 1.2.2"
+    else:
+        install(board, (board.root / "librkllmrt.so").read_bytes() + b"\0")
+        reason = "runtime.digest: "
+    wait_built(board, 2, ["a", "b"])
+    started = [line for line in board.log_text().splitlines() if " build started " in line]
+    assert [reason in line for line in started] == [False, False, True, True]
+    assert old == hit(board)
+    put_model(board, arch="llama")
+    wait_built(board, 4, ["a", "b"])
+    new = hit(board)
+    assert new == cold(board)
+    assert new != old
+
+
+@pytest.mark.parametrize(("group", "engine"), [("B", ", abi: 1.1.0"), ("C", "")])
+def test_runtime_that_measures_nothing(workspace: Workspace, library: Library, group: str, engine: str) -> None:
+    """Before 1.2.1 a cache is proved by time alone, and answers say that reuse is not measured; the text is right."""
+    run(prepared(workspace, library(group)), engine=engine, prefill_tps=1000)
+    assert [workspace.prompt(name)["state"] for name in "ab"] == ["fresh", "fresh"]
+    assert workspace.prompt("a")["artifact"]["verified"] == "time"
+    right = {name: cold(workspace, f"m/{name}") for name in "ab"}
+    for name in "aabba":
+        answer = workspace.ask(f"m/{name}")
+        assert right[name] == content(answer)
+        report = answer["rkcached"]
+        assert (report["cache"], report["state"], report["cached_tokens"]) == (name, "loaded", None)
+        assert "not measured" in report["reason"]
+        assert answer["usage"]["prompt_tokens_details"] is None
+    assert "m/a" in workspace.cli("status").stdout
+
+
+# Requests
+
+
+def test_streams_whole_characters(d: Workspace) -> None:
+    """Pieces are whole characters, however the library cuts its bytes and on whichever thread it calls back."""
+    run(d, waiting="bytes", callback_thread="own", null_text="yes")
+    pieces, last = d.stream("m/a", max_tokens=32)
+    text = "".join(pieces)
+    assert cold(d, max_tokens=32) == text
+    assert len(pieces) > 10
+    assert not text.isascii()
+    assert "\N{REPLACEMENT CHARACTER}" not in text
+    assert last["rkcached"]["state"] == "hit"
+
+
+def test_ends_of_answers(d: Workspace) -> None:
+    """Stop strings and max_tokens end an answer where they say, streamed or not; so does the model's own limit."""
+    run(d)
+    full = cold(d, max_tokens=32)
+    stop = full[9:12]
+    for body, expected, reason in (
+        ({"stop": [stop]}, full[: full.index(stop)], "stop"),
+        ({"max_tokens": 5}, cold(d, max_tokens=5), "length"),
+        ({"max_tokens": 100}, full, "length"),  # more than the 32 that the runtime was told when it loaded the model
+    ):
+        answer = d.ask("m/a", **{"max_tokens": 32, **body})
+        assert (expected, reason) == (content(answer), answer["choices"][0]["finish_reason"])
+        assert expected == "".join(d.stream("m/a", **{"max_tokens": 32, **body})[0])
+    assert d.ask("m/a", max_tokens=5)["usage"]["completion_tokens"] == 5
+
+
+def send(space: Workspace, *, streaming: bool, until: Callable[[], bool]) -> None:
+    """Send a request and go away when `until` says so."""
+    data = json.dumps({"model": "m", "messages": HELLO, "max_tokens": 32, "stream": streaming}).encode()
+    with socket.socket(socket.AF_UNIX) as client:
+        client.connect(str(space.socket))
+        client.sendall(f"POST /v1/chat/completions HTTP/1.1\r\nHost: d\r\nContent-Length: {len(data)}\r\n\r\n".encode())
+        client.sendall(data)
+        wait_until(until, "the request got that far", 10)
+
+
+@pytest.mark.parametrize("streaming", [True, False])
+def test_client_gone_stops_generation(d: Workspace, streaming: bool) -> None:
+    """When the client goes away, the generation is aborted and the next request is served by the same worker."""
+    run(d, "{}", decode_tps=2)
+    d.ask("m", max_tokens=1)
+    (worker,) = d.children()
+    send(d, streaming=streaming, until=lambda: d.status()["running"] == 1)
+    wait_until(lambda: d.status()["running"] == 0, "the generation stopped", 5)
+    started = time.monotonic()
+    assert d.ask("m", max_tokens=1)["usage"]["completion_tokens"] == 1
+    assert time.monotonic() - started < 5
+    assert d.children() == [worker]
+
+
+def test_sampling_of_a_request(board: Workspace) -> None:
+    """Before 1.3.0 a request cannot change the temperature: it is told both values. Since then it can."""
+    if "runtime version: 1.3.0" in board.log_text():
+        assert board.ask("m/a", temperature=0.5)["rkcached"]["state"] == "hit"
+    else:
+        cause = "temperature when the model is loaded: it is 0, this run asks for 0.5"
+        refused(board, 400, "unsupported_parameter", cause, "m/a", temperature=0.5)
+    assert hit(board) == hit(board, temperature=0)
+
+
+def test_model_that_cannot_save(board: Workspace) -> None:
+    """One attempt makes all prompts of such a model uncacheable, for good, in the runtime's words; another heals."""
+    put_model(board, saves="no")
+    for name in "ab":
+        assert NO_SAVE in board.wait_state(name, "uncacheable")["reason"]
+        assert NO_SAVE in board.cli("explain", f"m/{name}").stdout
+        answer = board.ask(f"m/{name}")
+        assert cold(board, f"m/{name}") == content(answer)
+        assert answer["rkcached"]["state"] == "uncacheable"
+        assert NO_SAVE in answer["rkcached"]["reason"]
+    assert NO_SAVE in board.cli("status").stdout
+    assert board.log_text().count(" build started ") == 2 + 1
+    board.write("prompts/b.md", "You are prompt B, edited.\n")
+    board.hang_up()
+    assert board.prompt("b")["state"] == "uncacheable"
+    assert board.stop() == 0
+    board.start()
+    assert [board.prompt(name)["state"] for name in "ab"] == ["uncacheable", "uncacheable"]
+    assert board.log_text().count(" build started ") == 2 + 1
+    put_model(board, arch="llama")
+    wait_built(board, 2, ["a", "b"])
+    assert hit(board, "m/b") == cold(board, "m/b")
+
+
+def test_lines_of_the_library(d: Workspace) -> None:
+    """What the library prints is logged with the model's name, at the level that the line begins with."""
+    run(d, saves="no", fault="token3:error")
+    switch(d, on=True)
+    d.ask("m", status=500)
+    said = re.findall(r"^\S+ (\w+) +worker says model=m line='(\w) \w+: (.{9})", d.log_text(), re.MULTILINE)
+    assert {("info", "I", "rkllm-run"), ("warning", "W", "this mode"), ("error", "E", "token3 fa")} <= set(said)
+    assert {("info", "I"), ("warning", "W"), ("error", "E")} == {(level, letter) for level, letter, _ in said}
+
+
+# Faults
+
+
+@pytest.mark.parametrize(
+    ("planned", "status", "code", "cause"),
+    [
+        ("init:segv", 502, "worker_died", "SIGSEGV"),
+        ("init:abort", 502, "worker_died", "SIGABRT"),
+        ("init:ill", 502, "worker_died", "SIGILL: the library uses an instruction that this CPU does not have"),
+        ("init:oom", 503, "model_unavailable", "E RKNN: failed to allocate memory"),
+        ("init:platform", 503, "model_unavailable", "target platform RK3576 does not match RK3588"),
+    ],
+)
+def test_model_not_loaded(d: Workspace, planned: str, status: int, code: str, cause: str) -> None:
+    """A library that fails to load the model is an error that names the cause, and is tried again by itself."""
+    switch(d, on=True)
+    run(d, "{}", fault=planned)
+    refused(d, status, code, cause)
+    assert cause in model_status(d)["last_failure"]
+    switch(d, on=False)
+    d.ask("m")
+
+
+def test_build_without_a_model(d: Workspace) -> None:
+    """While the model cannot be loaded its prompts wait and say why; they are built soon after it can be."""
+    switch(d, on=True)
+    run(d, settled=False, fault="init:oom")
+    for name in "ab":
+        assert "failed to allocate memory" in d.wait_state(name, "blocked")["reason"]
+    assert "failed to allocate memory" in d.cli("status").stdout
+    switch(d, on=False)
+    wait_built(d, 0, ["a", "b"])
+    assert hit(d) == cold(d)
+
+
+def test_crash_of_loading_is_no_prompts_fault(d: Workspace) -> None:
+    """However often the library dies while it loads the model, no prompt is given up for it."""
+    switch(d, on=True)
+    run(d, "{a: prompts/a.md}", settled=False, fault="init:segv", fault_count_file=d.root / "count")
+    wait_until(lambda: (d.root / "count").exists() and (d.root / "count").stat().st_size >= 3, "three crashes", 20)
+    wait_until(lambda: d.prompt("a")["state"] not in ("building", "missing"), "the third was noticed", 5)
+    assert d.prompt("a")["state"] == "blocked"
+    assert "SIGSEGV" in d.prompt("a")["reason"]
+    switch(d, on=False)
+    d.cli("regenerate", "m/a")
+    assert hit(d) == cold(d)
+
+
+def test_model_of_a_newer_toolkit(d: Workspace) -> None:
+    """A model that the runtime refuses blocks its prompts with the runtime's reason, until another file comes."""
+    run(d, settled=False, toolkit="9.9.9")
+    reason = "rkllm-toolkit 9.9.9, newer than this runtime 1.2.3"
+    for name in "ab":
+        assert reason in d.wait_state(name, "blocked")["reason"]
+    refused(d, 503, "model_unavailable", reason, "m/a")
+    put_model(d)
+    wait_built(d, 0, ["a", "b"])
+    assert hit(d) == cold(d)
+
+
+@pytest.mark.parametrize(
+    ("planned", "status", "code", "cause"),
+    [
+        ("token3:segv", 502, "worker_died", "SIGSEGV"),
+        ("token3:abort", 502, "worker_died", "SIGABRT"),
+        ("token3:error", 500, "engine_error", "E rkllm: token3 failed"),
+    ],
+)
+def test_failure_in_an_answer(d: Workspace, planned: str, status: int, code: str, cause: str) -> None:
+    """A crash or an error in the middle is an HTTP error, or an error event; the next answer is a hit."""
+    run(d, fault=planned)
+    right = hit(d)
+    switch(d, on=True)
+    refused(d, status, code, cause, "m/a")
+    pieces, last = d.stream("m/a")
+    assert pieces
+    assert right.startswith("".join(pieces))
+    assert last["error"]["code"] == code
+    assert cause in last["error"]["message"]
+    if code == "worker_died":
+        assert cause in model_status(d)["last_failure"]
+    switch(d, on=False)
+    assert right == hit(d)
+    assert d.built() == ["a", "b"]
+
+
+def test_request_longer_than_the_context(d: Workspace) -> None:
+    """Without a tokenizer only the runtime can count: what it says of a refused run is in the error."""
+    run(d, "{}")
+    refused(d, 500, "engine_error", "prompt is too long: 50", messages=[{"role": "user", "content": "x" * 5000}])
+    d.ask("m")
+
+
+def test_crash_over_a_cache(d: Workspace) -> None:
+    """A crash while a cache is loaded is answered without it; after three the cache is quarantined, with the reason."""
+    run(d, fault="load:segv")
+    right = cold(d)
+    switch(d, on=True)
+    for _ in range(3):
+        answer = d.ask("m/a")
+        assert (right, "cold") == (content(answer), answer["rkcached"]["state"])
+    shown = d.wait_state("a", "quarantined")
+    assert "loading it failed 3 times" in shown["reason"]
+    assert "SIGSEGV" in shown["reason"]
+    assert d.prompt("b")["state"] == "fresh"
+    switch(d, on=False)
+    assert d.ask("m/a")["rkcached"]["state"] == "quarantined"
+    assert hit(d, "m/b") == cold(d, "m/b")
+
+
+def test_crash_in_a_build(d: Workspace) -> None:
+    """A prompt whose build crashed three times is left alone and answered cold, with the reason."""
+    switch(d, on=True)
+    run(d, "{a: prompts/a.md}", settled=False, fault="save:segv")
+    shown = d.wait_state("a", "quarantined")
+    assert "failed 3 times" in shown["reason"]
+    assert "SIGSEGV" in shown["reason"]
+    answer = d.ask("m/a")
+    assert (cold(d), "quarantined") == (content(answer), answer["rkcached"]["state"])
+    assert model_status(d)["restarts"] == 3
+    assert d.log_text().count(" build started ") == 3
+    put_model(d)
+    wait_built(d, 0, ["a"])
+    assert hit(d) == cold(d)
+
+
+def test_crash_while_unloading(d: Workspace) -> None:
+    """A model that crashes when it is unloaded is logged and loaded again when needed; the daemon stops in order."""
+    switch(d, on=True)
+    run(d, BOTH + "\n    idle_unload_s: 1", fault="destroy:segv")
+    wait_until(lambda: not d.children(), "the model was unloaded", 10)
+    wait_until(lambda: "SIGSEGV while it was stopped" in model_status(d)["last_failure"], "its crash is shown", 5)
+    assert hit(d) == cold(d)
+    assert d.stop() == 0
+
+
+def test_client_of_a_hung_library_goes(d: Workspace) -> None:
+    """A library that never returns is killed when its client goes, and the next request is served."""
+    run(d, fault="run:hang")
+    switch(d, on=True)
+    send(d, streaming=True, until=lambda: model_status(d)["worker"] == "busy")
+    wait_until(lambda: d.status()["running"] == 0, "the hung worker was killed", 10)
+    switch(d, on=False)
+    assert hit(d) == cold(d)
+
+
+def test_stop_while_the_library_hangs(d: Workspace) -> None:
+    """SIGTERM while the library hangs ends the daemon within 5 s, and its client is told."""
+    run(d, fault="run:hang")
+    switch(d, on=True)
+    with ThreadPoolExecutor() as pool:
+        client = pool.submit(d.ask, "m/a", status=503)
+        wait_until(lambda: model_status(d)["worker"] == "busy", "it hangs", 10)
+        started = time.monotonic()
+        assert d.stop() == 0
+        assert time.monotonic() - started < 5
+        assert client.result(5)["error"]["code"] == "shutting_down"
+
+
+def of_another_machine(runtime: bytes) -> bytes:
+    """An ELF file whose e_machine is 8 (MIPS)."""
+    return runtime[:18] + b"\x08\x00" + runtime[20:]
+
+
+@pytest.mark.parametrize(
+    ("spoil", "cause"),
+    [
+        (lambda _: b"not a library\n", "is a text file, not a shared library"),
+        (lambda _: b"", "is empty"),
+        (of_another_machine, "is a library for ELF machine 8, this machine is"),
+        (None, "there is no runtime library at"),
+    ],
+    ids=["text", "empty", "machine", "missing"],
+)
+def test_library_unusable(d: Workspace, spoil: Callable[[bytes], bytes] | None, cause: str) -> None:
+    """What is no runtime for this machine is told everywhere and loaded nowhere, until the right file comes."""
+    path = d.root / "librkllmrt.so"
+    good = path.read_bytes()
+    path.unlink() if spoil is None else install(d, spoil(good))
+    run(d)
+    assert cause in d.prompt("a")["reason"]
+    refused(d, 503, "model_unavailable", cause, "m/a")
+    assert cause in model_status(d)["trouble"]
+    assert d.children() == []
+    install(d, good)
+    wait_built(d, 0, ["a", "b"])
+    assert hit(d) == cold(d)
+
+
+# Two models
+
+
+@pytest.mark.parametrize("concurrent", [False, True])
+def test_two_models(d: Workspace, concurrent: bool) -> None:
+    """Two models never use the NPU at the same time; with `engine: {concurrent: true}` they do."""
+    run(d, "{}", models="mn", engine=f", concurrent: {concurrent}".lower(), decode_tps=30)
+
+    def waited_ms(name: str) -> float:
+        queue_ms: float = d.ask(name, max_tokens=32)["rkcached"]["queue_ms"]
+        return queue_ms
+
+    for name in "mn":
+        d.ask(name, max_tokens=1)  # loads it
+    started = time.monotonic()
+    with ThreadPoolExecutor() as pool:
+        waited = max(pool.map(waited_ms, "mn"))
+    took = time.monotonic() - started
+    alone = 32 / 30
+    if concurrent:
+        assert took < 1.6 * alone
+    else:
+        assert took > 2 * alone
+        assert waited > 700 * alone
