@@ -32,6 +32,12 @@ _FLAGS = {
         "--manifest", "-m", type=PATH, metavar="FILE", help="The YAML manifest. [RKCACHED_MANIFEST]"
     ),
     "cache_dir": click.option("--cache-dir", type=PATH, metavar="DIR", help="The store. [RKCACHED_CACHE_DIR]"),
+    "state_dir": click.option(
+        "--state-dir",
+        type=PATH,
+        metavar="DIR",
+        help="Stored texts; default: state, beside the store. [RKCACHED_STATE_DIR]",
+    ),
     "socket": click.option("--socket", "-s", type=PATH, metavar="PATH", help="The Unix socket. [RKCACHED_SOCKET]"),
 }
 
@@ -73,7 +79,7 @@ def cli() -> None:
 
 
 @cli.command()
-@places("manifest", "cache_dir", "socket")
+@places("manifest", "cache_dir", "state_dir", "socket")
 @click.option("--log-level", type=click.Choice(["debug", "info", "warning", "error"]), help="[RKCACHED_LOG_LEVEL]")
 def run(settings: Settings, log_level: str | None) -> None:
     """Run the daemon in the foreground.
@@ -106,7 +112,7 @@ def check(settings: Settings, want_json: bool) -> None:
 
 
 @cli.command()
-@places("manifest", "cache_dir")
+@places("manifest", "cache_dir", "state_dir")
 @as_json
 @click.option("--exit-code", is_flag=True, help="Exit with 2 when there is something to do, 0 when not.")
 def plan(settings: Settings, want_json: bool, exit_code: bool) -> None:
@@ -127,7 +133,7 @@ def plan(settings: Settings, want_json: bool, exit_code: bool) -> None:
 
 @cli.command()
 @click.argument("prompt", metavar="MODEL/PROMPT")
-@places("manifest", "cache_dir")
+@places("manifest", "cache_dir", "state_dir")
 @as_json
 def explain(settings: Settings, prompt: str, want_json: bool) -> None:
     """Say whether a prompt cache is fresh, or name each component that changed, old -> new. Needs no daemon."""
@@ -181,7 +187,7 @@ def regenerate(settings: Settings, prompts: Sequence[str], everything: bool, wan
 
 @cli.command()
 @click.argument("prompts", metavar="[MODEL[/PROMPT]]...", nargs=-1)
-@places("manifest", "cache_dir")
+@places("manifest", "cache_dir", "state_dir")
 @click.option("--deep", is_flag=True, help="Also load each fresh prompt cache into its model.")
 @as_json
 def verify(settings: Settings, prompts: Sequence[str], deep: bool, want_json: bool) -> None:
@@ -342,8 +348,9 @@ def _complain(error: RkcachedError) -> None:
 def _look(settings: Settings) -> Look:
     from rkcached.observe import Observer, read_manifest
     from rkcached.store import Store
+    from rkcached.stored import StoredTexts
 
-    return Observer(Store(settings.cache_dir)).look(read_manifest(settings.manifest))
+    return Observer(Store(settings.cache_dir), StoredTexts(settings.state_dir)).look(read_manifest(settings.manifest))
 
 
 def _key(text: str) -> Any:

@@ -19,6 +19,7 @@ import structlog
 
 from rkcached import __version__, logs
 from rkcached.api import Api
+from rkcached.cache_api import CacheApi
 from rkcached.manifest import Manifest
 from rkcached.observe import read_manifest
 from rkcached.reconcile import Reconciler
@@ -27,6 +28,7 @@ from rkcached.serving import Serving
 from rkcached.settings import Settings
 from rkcached.status import status
 from rkcached.store import Store
+from rkcached.stored import StoredTexts
 from rkcached.watch import Watcher
 from rkcached.worker.gate import Gates
 from rkcached.worker.pool import Workers, sweep_scratch
@@ -46,13 +48,14 @@ def run(settings: Settings) -> None:
     os.umask(0o027)
     manifest = read_manifest(settings.manifest)
     store = Store(settings.cache_dir)
+    stored = StoredTexts(settings.state_dir)
     store.open()
     sweep_scratch()
     try:
         listener = open_socket(settings.socket)
         inode = settings.socket.stat().st_ino
         try:
-            asyncio.run(_serve(settings, manifest, store, listener))
+            asyncio.run(_serve(settings, manifest, store, stored, listener))
         finally:
             listener.close()
             remove_socket(settings.socket, inode)
@@ -61,19 +64,28 @@ def run(settings: Settings) -> None:
     log.info("stopped")
 
 
-async def _serve(settings: Settings, manifest: Manifest, store: Store, listener: socket.socket) -> None:
+async def _serve(
+    settings: Settings, manifest: Manifest, store: Store, stored: StoredTexts, listener: socket.socket
+) -> None:
     started = time.time()
     loop = asyncio.get_running_loop()
     workers = Workers()
     gates = Gates()
     watcher = Watcher(lambda: _post(loop, reconciler.look_again))
     reconciler = Reconciler(
-        manifest_path=settings.manifest, manifest=manifest, store=store, workers=workers, gates=gates, watcher=watcher
+        manifest_path=settings.manifest,
+        manifest=manifest,
+        store=store,
+        stored=stored,
+        workers=workers,
+        gates=gates,
+        watcher=watcher,
     )
     serving = Serving(reconciler, workers, gates)
     api = Api(
         reconciler,
         serving,
+        CacheApi(reconciler, serving, workers, stored),
         lambda: status(
             started=started,
             reconciler=reconciler,

@@ -52,6 +52,8 @@ class Declaration:
     description: str = ""
     line: int = 0
     """In the manifest, for messages."""
+    stored: bool = False
+    """A client stored the text; the manifest says nothing of it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,6 +84,8 @@ class Desired:
     """In manifest order."""
     texts: Mapping[Key, str]
     """The system message of each usable prompt."""
+    stored: frozenset[Key] = frozenset()
+    """Prompts that clients stored, and may delete."""
 
     def fingerprint(self, key: Key) -> Fingerprint | None:
         """What the artifact of this prompt must have; None if it is not declared or in trouble."""
@@ -121,7 +125,8 @@ class Resolver:
             else:
                 prompts[key] = DesiredPrompt(key=key, description=declared.description, fingerprint=found)
         self._prefixes = prefixes
-        return Desired(models=models, prompts=prompts, texts=texts)
+        stored = frozenset(key for key, declared in sources.prompts.items() if declared.stored)
+        return Desired(models=models, prompts=prompts, texts=texts, stored=stored)
 
     def _model(self, name: str, config: ModelConfig, manifest: Manifest, sources: Sources) -> DesiredModel | Trouble:
         source = sources.models[name]

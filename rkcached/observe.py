@@ -25,6 +25,7 @@ from rkcached.plan import Assessment, Key, Limits, Observed, Verdict, VerdictKin
 from rkcached.sidecar import Inventory
 from rkcached.sources import SourceReader
 from rkcached.store import Store
+from rkcached.stored import StoredTexts
 
 log = structlog.get_logger()
 
@@ -45,9 +46,9 @@ class Look:
 class Observer:
     """Looks at the disk. Used by the daemon and, without one, by the command line."""
 
-    def __init__(self, store: Store) -> None:
+    def __init__(self, store: Store, stored: StoredTexts | None = None) -> None:
         self._store = store
-        self._reader = SourceReader(store.digests)
+        self._reader = SourceReader(store.digests, stored)
         self._resolver = Resolver()
 
     def look(self, manifest: Manifest, extra_verdicts: Mapping[Key, Verdict] | None = None) -> Look:
@@ -135,11 +136,12 @@ def read_manifest(path: Path) -> Manifest:
     return parse(text, file=path)
 
 
-def inputs(manifest: Manifest, manifest_path: Path) -> tuple[list[Path], list[Path]]:
+def inputs(manifest: Manifest, manifest_path: Path, stored: StoredTexts) -> tuple[list[Path], list[Path]]:
     """The files, and the folders with any content, whose change may change the plan."""
     files = [manifest_path]
     folders: list[Path] = []
-    for model in manifest.models.values():
+    for name, model in manifest.models.items():
+        folders.append(stored.folder(name))
         files.append(model.path)
         files.extend(path for path in (model.tokenizer, model.lora) if path is not None)
         if model.chat_template.startswith("/"):

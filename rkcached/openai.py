@@ -45,11 +45,10 @@ class StreamOptions(_Body):
     include_usage: bool = False
 
 
-class ChatRequest(_Body):
-    """`POST /v1/chat/completions`."""
+class GenerationRequest(_Body):
+    """What chat and plain completions share."""
 
     model: str = Field(description="A model, or `model/prompt`.")
-    messages: list[ChatMessage] = Field(min_length=1)
     cache: str | bool | None = Field(
         default=None, description="A prompt of the model; false: answer without any cache; nothing: the best that fits."
     )
@@ -70,7 +69,17 @@ class ChatRequest(_Body):
     @model_validator(mode="before")
     @classmethod
     def _without_ignored(cls, data: Any) -> Any:
-        return {k: v for k, v in data.items() if k not in _IGNORED} if isinstance(data, dict) else data
+        if not isinstance(data, dict):
+            return data
+        data = {k: v for k, v in data.items() if k not in _IGNORED}
+        if "use_cache" in data:  # another word for it
+            data.setdefault("cache", data.pop("use_cache"))
+        return data
+
+    @field_validator("cache")
+    @classmethod
+    def _true_is_the_best(cls, value: str | bool | None) -> str | bool | None:
+        return None if value is True else value
 
     @field_validator("stop", mode="before")
     @classmethod
@@ -93,10 +102,42 @@ class ChatRequest(_Body):
         return {name: value for name, value in wanted.items() if value is not None}
 
 
-class RegenerateRequest(_Body):
+class ChatRequest(GenerationRequest):
+    """`POST /v1/chat/completions`."""
+
+    messages: list[ChatMessage] = Field(min_length=1)
+
+
+class CompletionRequest(GenerationRequest):
+    """`POST /v1/completions`: the text as it is, without a template."""
+
+    prompt: str = Field(min_length=1, description="One text. It is not put into the model's chat template.")
+
+    @field_validator("prompt", mode="before")
+    @classmethod
+    def _one_prompt(cls, value: object) -> object:
+        return value[0] if isinstance(value, list) and len(value) == 1 else value
+
+
+class StoreRequest(_Body):
+    """`POST /v1/cache/{model}`."""
+
+    cache_name: str
+    content: str
+    wait: bool = Field(default=True, description="Answer when the prompt cache is built; else at once, with 202.")
+
+
+class GenerateBinaryRequest(_Body):
     """`POST /v1/cache/{model}/generate-binary`."""
 
     cache_name: str
+    prompt: str | None = Field(default=None, description="A new text to store; without it, the stored text is used.")
+
+
+class ModelRequest(_Body):
+    """`POST /v1/models/load` and `/unload`."""
+
+    model: str
 
 
 class PromptTokensDetails(_Body):

@@ -21,8 +21,10 @@ from rkcached.desired import Desired, DesiredModel
 from rkcached.manifest import Manifest
 from rkcached.observe import Look, ManifestFile, Observer, inputs
 from rkcached.plan import Assessment, Blocked, Build, Key, Remove, State, Trouble, plan
+from rkcached.requests import BuildRequests
 from rkcached.sidecar import StoredArtifact
 from rkcached.store import Store
+from rkcached.stored import StoredTexts
 from rkcached.verdicts import QUARANTINE_AFTER, quarantined
 from rkcached.view import BuildProgress, FreshIndex, View
 from rkcached.watch import Follower
@@ -53,6 +55,7 @@ class Reconciler:
         manifest_path: Path,
         manifest: Manifest,
         store: Store,
+        stored: StoredTexts,
         workers: Workers,
         gates: Gates,
         watcher: Follower,
@@ -68,7 +71,9 @@ class Reconciler:
         self.builds = 0
         """Artifacts published since the start."""
         self._store = store
-        self._observer = Observer(store)
+        self._observer = Observer(store, stored)
+        self._stored = stored
+        self._curious: list[asyncio.Event] = []
         self._workers = workers
         self._gates = gates
         self._watcher = watcher
@@ -78,7 +83,7 @@ class Reconciler:
         self._first_event = 0.0
         self._hurry = True
         self._pending: dict[Key, Build] = {}
-        self._requested: dict[Key, asyncio.Future[StoredArtifact]] = {}
+        self._requests = BuildRequests()
         self._looking = False
         self._generation = 0
         """Counts changes of the store that were made outside of a look."""
@@ -104,11 +109,23 @@ class Reconciler:
         if desired.fingerprint is None:
             trouble = desired.trouble or Trouble(message="it has no text")
             raise errors.SourceError(f"{key} cannot be built: {trouble.message}", hint=trouble.hint)
-        if key not in self._requested:
-            self._requested[key] = asyncio.get_running_loop().create_future()
-            self._attempts.forgive_model(key.model)
-            self.look_again(now=True)
-        return await asyncio.shield(self._requested[key])
+        self._attempts.forgive_model(key.model)
+        future = self._requests.ask(key, anew=True)
+        self.look_again(now=True)
+        return await asyncio.shield(future)
+
+    async def freshen(self, key: Key) -> StoredArtifact:
+        """The artifact of a prompt whose text was just written. Errors: as regenerate."""
+        future = self._requests.ask(key, anew=False)
+        self.look_again(now=True)
+        return await asyncio.shield(future)
+
+    async def next_look(self) -> None:
+        """Return when a look that begins after this call has ended."""
+        event = asyncio.Event()
+        self._curious.append(event)
+        self.look_again(now=True)
+        await event.wait()
 
     async def artifact_failed(self, key: Key, artifact: StoredArtifact, why: str, *, died: bool) -> None:
         """A fresh artifact could not be loaded for a request, which is answered cold. Heal it.
@@ -150,8 +167,7 @@ class Reconciler:
                 await self._wait()
         finally:
             await self._stop_build()
-            for waiting in self._requested.values():
-                waiting.cancel()
+            self._requests.cancel()
 
     async def _wait(self) -> None:
         """Until something wakes us, the next retry, or the next rescan."""
@@ -188,20 +204,28 @@ class Reconciler:
 
     async def _look(self) -> None:
         started = time.perf_counter()
+        opened, curious = self._requests.open(), self._curious
+        self._curious = []
         self._looking = True  # a build may end while we look, but no other starts
         try:
             look = await self._observe()
             self._publish(look)
-            self._watcher.follow(*inputs(look.manifest, self.manifest_file.path))
+            self._watcher.follow(*inputs(look.manifest, self.manifest_file.path, self._stored))
             await self._retire_workers(look)
             removes = [action for action in plan(look.assessments) if isinstance(action, Remove)]
             for action in removes:
                 await self._remove(action)
             await self._stop_unwanted_build(look)
-            self._pending = self._builds_to_do(look)
+            anew = self._requests.looked(opened, self.view.assessments, self.view.artifacts)
+            self._pending = self._builds_to_do(look, anew)
             await self._forget_verdicts(look)
+        except errors.StoreError:
+            self._curious += curious
+            raise
         finally:
             self._looking = False
+        for event in curious:
+            event.set()
         with contextlib.suppress(OSError):
             await asyncio.to_thread(self._store.digests.save)
         self.looks += 1
@@ -229,32 +253,21 @@ class Reconciler:
             log.info("build stopped", model=running.key.model, prompt=running.key.prompt, reason="no longer wanted")
             await self._stop_build()
 
-    def _builds_to_do(self, look: Look) -> dict[Key, Build]:
+    def _builds_to_do(self, look: Look, requested: list[Key]) -> dict[Key, Build]:
         """Requested builds first, then the plan's; without the one that is running."""
         builds = {}
-        for key in list(self._requested):
+        for key in requested:
             if (wanted := look.desired.fingerprint(key)) is not None:
                 builds[key] = Build(key=key, reason="requested", fingerprint=wanted)
             else:
                 error = errors.SourceError(f"{key} can no longer be built", hint=f"see `rkcached explain {key}`")
-                self._answer(key, error)
+                self._requests.answer(key, error)
         for action in plan(look.assessments):
             if isinstance(action, Build):
                 builds.setdefault(action.key, action)
         if self.progress is not None:
             builds.pop(self.progress.key, None)
         return builds
-
-    def _answer(self, key: Key, result: StoredArtifact | errors.RkcachedError) -> None:
-        """Tell whoever requested this build how it ended."""
-        waiting = self._requested.pop(key, None)
-        if waiting is None or waiting.done():
-            return
-        if isinstance(result, StoredArtifact):
-            waiting.set_result(result)
-        else:
-            waiting.set_exception(result)
-            waiting.exception()  # its caller may be gone
 
     def _publish(self, look: Look) -> None:
         artifacts = look.inventory.artifacts
@@ -403,7 +416,7 @@ class Reconciler:
         )
         if not figures.gain:
             log.warning("no gain", model=key.model, prompt=key.prompt, hint="loading costs more than prefilling")
-        self._answer(key, artifact)
+        self._requests.answer(key, artifact)
 
     async def _build_failed(self, request: BuildRequest, error: errors.RkcachedError) -> None:
         key, fingerprint = request.action.key, request.action.fingerprint.digest
@@ -423,7 +436,7 @@ class Reconciler:
         if not blames_model(error):
             with contextlib.suppress(errors.StoreError):
                 await asyncio.to_thread(self._store.write_verdict, key, verdict)
-        self._answer(key, error)
+        self._requests.answer(key, error)
 
     async def _stop_build(self) -> None:
         if self.progress is not None and (task := self.progress.task) is not None:

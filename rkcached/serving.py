@@ -21,7 +21,7 @@ from rkcached.builder import worker_model
 from rkcached.desired import DesiredModel
 from rkcached.engines.base import FinishReason, RunStats, Sampling
 from rkcached.errors import RequestError
-from rkcached.openai import CacheReport, ChatRequest, PromptTokensDetails, Usage
+from rkcached.openai import CacheReport, ChatRequest, CompletionRequest, PromptTokensDetails, Usage
 from rkcached.plan import Key, State, Trouble
 from rkcached.reconcile import Reconciler
 from rkcached.sidecar import StoredArtifact
@@ -124,7 +124,7 @@ class Serving:
     def prepare(self, request: ChatRequest, accepted: float) -> Job:
         """Check a request against what is declared, and render it. Errors: RequestError."""
         name, _, wanted = request.model.partition("/")
-        model = self._model(name)
+        model = self.model(name)
         if isinstance(request.cache, str) and wanted and request.cache != wanted:
             raise RequestError(
                 400, f"model names the prompt {wanted!r}, cache names {request.cache!r}", code="conflict", param="cache"
@@ -148,6 +148,47 @@ class Serving:
             cold=request.cache is False,
             accepted=accepted,
         )
+
+    def prepare_raw(self, request: CompletionRequest, accepted: float) -> Job:
+        """Check a request whose text goes to the model as it is. Errors: RequestError."""
+        name, _, prompt = request.model.partition("/")
+        if prompt or isinstance(request.cache, str):
+            raise RequestError(
+                400,
+                "a plain completion has no system message, so no prompt can be chosen by name",
+                code="unsupported_parameter",
+                param="model" if prompt else "cache",
+                hint=f"ask for the model {name!r}, or use /v1/chat/completions",
+            )
+        model = self.model(name)
+        values: dict[str, Any] = model.config.sampling(None) | request.sampling()
+        return Job(
+            model=model,
+            named=None,
+            prompt=request.prompt,
+            sampling=Sampling(**values),
+            cold=request.cache is False,
+            accepted=accepted,
+        )
+
+    async def load(self, name: str) -> None:
+        """Load a model now. Errors: RequestError."""
+        model = self.model(name)
+        engine = self._reconciler.view.manifest.engine
+        try:
+            async with self._gates.hold(name, Priority.LIVE, concurrent=engine.concurrent):
+                await self._workers.get(worker_model(engine, model)).ensure()
+        except errors.RkcachedError as error:
+            raise _as_request_error(error) from error
+
+    async def unload(self, name: str) -> None:
+        """Unload a model, after what it is doing. It is loaded again when it is needed. Errors: RequestError."""
+        self.model(name)
+        concurrent = self._reconciler.view.manifest.engine.concurrent
+        async with self._gates.hold(name, Priority.LIVE, concurrent=concurrent):
+            for worker in self._workers.all():
+                if worker.model.name == name:
+                    await worker.stop()
 
     async def run(self, job: Job) -> AsyncGenerator[Text | End, None]:
         """The answer, piece by piece, and its end. Closing the iterator stops the generation. Errors: RequestError."""
@@ -173,7 +214,7 @@ class Serving:
                 with contextlib.suppress(asyncio.CancelledError, errors.RkcachedError):
                     await work
 
-    def _model(self, name: str) -> DesiredModel:
+    def model(self, name: str) -> DesiredModel:
         view = self._reconciler.view
         model = view.model(name)
         if model is None:

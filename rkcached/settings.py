@@ -21,6 +21,10 @@ def _default_cache_dir() -> Path:
     return Path(os.environ.get("CACHE_DIRECTORY", "cache").split(":")[0])
 
 
+def _default_state_dir() -> Path:
+    return Path(os.environ.get("STATE_DIRECTORY", "state").split(":")[0])
+
+
 def _default_socket() -> Path:
     folder = os.environ.get("RUNTIME_DIRECTORY", "").split(":")[0] or os.environ.get("XDG_RUNTIME_DIR", "")
     return Path(folder or "/run/rkcached") / "rkcached.sock"
@@ -33,9 +37,12 @@ class Settings(BaseSettings):
 
     manifest: Path = Field(default_factory=_default_manifest)
     cache_dir: Path = Field(default_factory=_default_cache_dir)
+    state_dir: Path = Field(default_factory=_default_state_dir)
     socket: Path = Field(default_factory=_default_socket)
     log_level: LogLevel = "info"
 
     def model_post_init(self, _: object) -> None:
-        for name in ("manifest", "cache_dir", "socket"):
+        if "state_dir" not in self.model_fields_set and "STATE_DIRECTORY" not in os.environ:
+            object.__setattr__(self, "state_dir", self.cache_dir.parent / "state")
+        for name in ("manifest", "cache_dir", "state_dir", "socket"):
             object.__setattr__(self, name, Path(os.path.abspath(getattr(self, name))))  # noqa: PTH100 - keeps links

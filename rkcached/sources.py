@@ -20,6 +20,7 @@ from rkcached.engines.registry import ENGINES, EngineEntry
 from rkcached.errors import RkcachedError, SourceError
 from rkcached.manifest import NAME, NAME_RULE, EngineConfig, Manifest, ModelConfig
 from rkcached.plan import Key, Trouble
+from rkcached.stored import StoredTexts
 from rkcached.template import BUILTIN
 
 MAX_PROMPT_BYTES = 1 << 20
@@ -35,8 +36,9 @@ class _Text:
 class SourceReader:
     """Scans sources and remembers texts by the signature of their files. One thread at a time."""
 
-    def __init__(self, digests: Digests) -> None:
+    def __init__(self, digests: Digests, stored: StoredTexts | None = None) -> None:
         self._digests = digests
+        self._stored = stored
         self._texts: dict[Path, _Text] = {}
 
     def scan(self, manifest: Manifest) -> Sources:
@@ -72,7 +74,23 @@ class SourceReader:
                         continue  # declared by name, perhaps with parameters of its own
                     key = Key(name, _printable(path.stem))
                     prompts[key] = Declaration(source=self._found(key, path, prompts, texts), line=line)
+            if self._stored is not None:
+                unlisted |= self._add_stored(name, self._stored, prompts, texts)
         return Sources(runtime=self._runtime(manifest.engine), models=models, prompts=prompts, unlisted_models=unlisted)
+
+    def _add_stored(
+        self, model: str, stored: StoredTexts, prompts: dict[Key, Declaration], texts: dict[Path, _Text]
+    ) -> dict[str, Trouble]:
+        """The texts that clients stored; returns why they cannot be listed, if so."""
+        try:
+            keys = stored.keys(model)
+        except OSError as error:
+            folder = stored.folder(model)
+            return {model: Trouble(message=f"{folder} cannot be listed: {error.strerror}", hint="check its owner")}
+        for key in keys:
+            if key not in prompts and NAME.fullmatch(key.prompt):
+                prompts[key] = Declaration(source=self._prompt((stored.path(key),), texts), stored=True)
+        return {}
 
     def _found(
         self, key: Key, path: Path, prompts: dict[Key, Declaration], texts: dict[Path, _Text]

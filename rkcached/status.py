@@ -48,8 +48,8 @@ def status(
         },
         "answers": dict(serving.answers),
         "running": serving.running,
-        "models": [_model(name, model, workers) for name, model in view.desired.models.items()],
-        "prompts": [_prompt(key, reconciler, serving) for key in view.assessments],
+        "models": [model_status(name, model, workers) for name, model in view.desired.models.items()],
+        "prompts": [prompt_status(key, reconciler, serving) for key in view.assessments],
     }
 
 
@@ -68,7 +68,7 @@ def _summary(reconciler: Reconciler) -> str:
     return ", ".join(parts) or "no prompts"
 
 
-def _model(name: str, model: object, workers: Workers) -> dict[str, Any]:
+def model_status(name: str, model: object, workers: Workers) -> dict[str, Any]:
     worker = next((worker for worker in workers.all() if worker.model.name == name), None)
     return {
         "name": name,
@@ -82,7 +82,7 @@ def _model(name: str, model: object, workers: Workers) -> dict[str, Any]:
     }
 
 
-def _prompt(key: Key, reconciler: Reconciler, serving: Serving) -> dict[str, Any]:
+def prompt_status(key: Key, reconciler: Reconciler, serving: Serving) -> dict[str, Any]:
     view = reconciler.view
     assessment = view.assessments[key]
     building = reconciler.progress if reconciler.progress and reconciler.progress.key == key else None

@@ -23,6 +23,7 @@ from pathlib import Path
 
 import msgspec
 
+from rkcached import durable
 from rkcached.digests import Digests, Signature
 from rkcached.errors import SourceError, StoreError, StoreLocked
 from rkcached.manifest import NAME
@@ -30,7 +31,6 @@ from rkcached.plan import Key, Verdict
 from rkcached.sidecar import Inventory, Sidecar, StoredArtifact, names_artifact, parse_sidecar
 
 DIRECTORY_MODE = 0o750
-FILE_MODE = 0o640
 MAX_QUARANTINED = 8
 """Artifacts kept for a post-mortem; the oldest goes first."""
 
@@ -55,7 +55,7 @@ class Store:
         """
         try:
             self.root.mkdir(mode=DIRECTORY_MODE, parents=True, exist_ok=True)
-            fd = os.open(self.root / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, FILE_MODE)
+            fd = os.open(self.root / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, durable.FILE_MODE)
         except OSError as error:
             raise StoreError(
                 f"the cache directory {self.root} cannot be written: {error.strerror}",
@@ -219,7 +219,7 @@ class Store:
     def seal(self, staged: Path) -> tuple[int, str]:
         """Make a staged file durable and private; returns its size in bytes and SHA-256. Errors: StoreError."""
         with self._writing(staged):
-            staged.chmod(FILE_MODE)
+            staged.chmod(durable.FILE_MODE)
             with staged.open("rb") as stream:
                 os.fsync(stream.fileno())
                 digest = hashlib.file_digest(stream, "sha256").hexdigest()
@@ -235,13 +235,13 @@ class Store:
         text, record = folder / f"{stem}.bin", folder / f"{stem}.json"
         try:
             with self._writing(folder):
-                _write_durably(text, prefix)
-                _write_durably(record, msgspec.json.format(msgspec.json.encode(sidecar)))
+                durable.write_new(text, prefix)
+                durable.write_new(record, msgspec.json.format(msgspec.json.encode(sidecar)))
                 staged.replace(folder / sidecar.artifact)
                 text.replace(folder / f"{key.prompt}.bin")
-                _sync_directory(folder)
+                durable.sync_directory(folder)
                 record.replace(folder / f"{key.prompt}.json")
-                _sync_directory(folder)
+                durable.sync_directory(folder)
                 for other in _artifacts_of(folder, key.prompt):  # one that another engine wrote
                     if other.name != sidecar.artifact:
                         other.unlink(missing_ok=True)
@@ -291,7 +291,7 @@ class Store:
                 folder.mkdir(mode=DIRECTORY_MODE, exist_ok=True)
             temporary = path.with_name(f".{path.name}.tmp")
             temporary.unlink(missing_ok=True)
-            _write_durably(temporary, msgspec.json.encode(verdict))
+            durable.write_new(temporary, msgspec.json.encode(verdict))
             temporary.replace(path)
 
     def read_verdict(self, key: Key) -> Verdict | None:
@@ -327,19 +327,3 @@ def _artifacts_of(folder: Path, prompt: str) -> list[Path]:
         return [path for path in folder.iterdir() if names_artifact(path.name, prompt)]
     except FileNotFoundError:
         return []
-
-
-def _write_durably(path: Path, data: bytes) -> None:
-    with path.open("xb") as stream:
-        os.fchmod(stream.fileno(), FILE_MODE)
-        stream.write(data)
-        stream.flush()
-        os.fsync(stream.fileno())
-
-
-def _sync_directory(folder: Path) -> None:
-    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
