@@ -42,6 +42,7 @@ class RuntimeSource:
 
     version: str
     digest: str
+    samples_per_run: bool = True
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,6 +113,8 @@ class Resolver:
                 found = declared.source
             elif isinstance(model, Trouble):
                 found = model
+            elif (fixed := _fixed_sampling(model.config, key.prompt, sources.runtime)) is not None:
+                found = fixed
             else:
                 slot = (model.template.digest, declared.source.digest, model.config.thinking)
                 prefixes[slot] = prefix = self._prefixes.get(slot) or _prefix(model.template, declared.source.text)
@@ -188,6 +191,20 @@ def _rkllm_components(config: ModelConfig, source: ModelSource) -> dict[str, Val
         "npu.n_keep": config.npu.n_keep,
         "npu.ignore_eos": config.npu.ignore_eos,
     }
+
+
+def _fixed_sampling(config: ModelConfig, prompt: str, runtime: RuntimeSource | Trouble) -> Trouble | None:
+    """What keeps a prompt with sampling of its own from being asked, if the runtime cannot change it in a run."""
+    if isinstance(runtime, Trouble) or runtime.samples_per_run:
+        return None
+    of_model, of_prompt = config.sampling(None), config.sampling(prompt)
+    own = [name for name in of_prompt if name != "max_new_tokens" and of_prompt[name] != of_model[name]]
+    if not own:
+        return None
+    return Trouble(
+        message=f"RKLLM {runtime.version} fixes {', '.join(own)} when the model is loaded; no prompt can have its own",
+        hint="remove it from the prompt's params, set it in the model's, or use runtime 1.3.0 or newer",
+    )
 
 
 def _prefix(template: ChatTemplate, text: str) -> tuple[str, int] | Trouble:

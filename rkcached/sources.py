@@ -161,7 +161,8 @@ class SourceReader:
             return Trouble.of(error)
         except OSError as error:
             return Trouble(message=f"the engine's library cannot be read: {error}", hint="install it again")
-        return RuntimeSource(version=runtime.version, digest=hashlib.sha256(digests.encode()).hexdigest())
+        digest = hashlib.sha256(digests.encode()).hexdigest()
+        return RuntimeSource(version=runtime.version, digest=digest, samples_per_run=runtime.samples_per_run)
 
     def _text(self, path: Path, texts: dict[Path, _Text], max_bytes: int) -> str:
         """The text of a file. Errors: SourceError, with what is wrong and what to do."""

@@ -25,6 +25,8 @@ class RuntimeFiles:
 
     version: str
     files: tuple[Path, ...]
+    samples_per_run: bool = True
+    """Sampling can differ from run to run; else it is fixed when a model is loaded."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,16 +47,16 @@ def _locate_rkllm(engine: EngineConfig) -> RuntimeFiles:
         signature = Signature.of(engine.library.stat())
     except OSError:
         signature = None  # identify says what is wrong
-    version = _rkllm_version(engine.library, signature, engine.abi)
-    return RuntimeFiles(version=version, files=(engine.library,))
+    version, samples_per_run = _rkllm_facts(engine.library, signature, engine.abi)
+    return RuntimeFiles(version=version, files=(engine.library,), samples_per_run=samples_per_run)
 
 
 @functools.lru_cache(maxsize=4)
-def _rkllm_version(library: Path, _: Signature | None, abi: str | None) -> str:
+def _rkllm_facts(library: Path, _: Signature | None, abi: str | None) -> tuple[str, bool]:
     """Reads the file once for each signature. Errors: RuntimeLibraryError."""
     facts = identify(library)
     chosen = choose_abi(facts, abi)
-    return facts.version or chosen.name
+    return facts.version or chosen.name, chosen.samples_per_run
 
 
 def _locate_xllamacpp(_: EngineConfig) -> RuntimeFiles:

@@ -314,3 +314,19 @@ def test_a_template_that_refuses_one_text_is_trouble_of_that_prompt_only() -> No
 def test_an_undeclared_prompt_has_no_fingerprint() -> None:
     """Asking is not an error."""
     assert World().resolve().fingerprint(Key("m", "nobody")) is None
+
+
+def test_a_prompts_own_sampling_needs_a_runtime_that_can_change_it() -> None:
+    """Where sampling is fixed when the model is loaded, the prompt is in trouble; what equals the model's is fine."""
+    world = World()
+    world.models["m"]["prompts"] = {
+        "rules": {"files": "r.md", "params": {"temperature": 0.2}},
+        "plain": {"files": "p.md", "params": {"temperature": 0.5, "max_new_tokens": 9}},
+    }
+    assert world.resolve().prompts[RULES].fingerprint is not None
+    world.runtime = RuntimeSource(version="1.2.3", digest="aa" * 32, samples_per_run=False)
+    prompts = world.resolve().prompts
+    trouble = prompts[RULES].trouble
+    assert trouble is not None
+    assert trouble.message.startswith("RKLLM 1.2.3 fixes temperature when the model is loaded")
+    assert prompts[PLAIN].fingerprint is not None
