@@ -23,13 +23,18 @@ from starlette.types import ASGIApp
 
 from rkcached.cache_api import CacheApi
 from rkcached.errors import RequestError
+from rkcached.events import Events
 from rkcached.exchange import RequestIds, defect, error_response, no_route, read_body
+from rkcached.metrics import CONTENT_TYPE, Metrics
 from rkcached.openai import ChatRequest, CompletionRequest, GenerationRequest, error_body, parse_body
 from rkcached.plan import Key
 from rkcached.reconcile import Reconciler
 from rkcached.serving import End, Job, Serving, Text
 
 log = structlog.get_logger()
+
+HEARTBEAT_S = 15.0
+"""A client of the event stream that went away is noticed at the latest after this."""
 
 Result = TypeVar("Result")
 
@@ -38,9 +43,18 @@ class Api:
     """The routes over one daemon's parts."""
 
     def __init__(
-        self, reconciler: Reconciler, serving: Serving, caches: CacheApi, make_status: Callable[[], dict[str, Any]]
+        self,
+        *,
+        reconciler: Reconciler,
+        serving: Serving,
+        caches: CacheApi,
+        events: Events,
+        metrics: Metrics,
+        make_status: Callable[[], dict[str, Any]],
     ) -> None:
         self._caches = caches
+        self._events = events
+        self._metrics = metrics
         self._reconciler = reconciler
         self._serving = serving
         self._status = make_status
@@ -50,6 +64,8 @@ class Api:
             Route("/healthz", self._healthz),
             Route("/v1/status", self._get_status),
             Route("/readyz", self._readyz),
+            Route("/metrics", self._get_metrics),
+            Route("/v1/events", self._get_events),
             Route("/v1/models", self._models),
             Route("/v1/chat/completions", self._chat, methods=["POST"]),
             Route("/v1/completions", self._complete, methods=["POST"]),
@@ -70,6 +86,12 @@ class Api:
     async def _readyz(self, _: Request) -> Response:
         ready = self._reconciler.looked.is_set()
         return JSONResponse({"status": "ready" if ready else "starting"}, status_code=200 if ready else 503)
+
+    async def _get_metrics(self, _: Request) -> Response:
+        return Response(self._metrics.text(), media_type=CONTENT_TYPE)
+
+    async def _get_events(self, _: Request) -> Response:
+        return StreamingResponse(_event_stream(self._events), media_type="text/event-stream")
 
     async def _get_status(self, _: Request) -> Response:
         return JSONResponse(self._status())
@@ -207,6 +229,16 @@ async def _stream(
     finally:
         with contextlib.suppress(RequestError):
             await rest.aclose()
+
+
+async def _event_stream(events: Events) -> AsyncIterator[bytes]:
+    """Server-sent events; a comment first, so that the client knows that it is heard, and after each silence."""
+    yield b": listening\n\n"
+    async for event in events.stream(HEARTBEAT_S):
+        if event is None:
+            yield b": still here\n\n"
+        else:
+            yield f"event: {event.kind}\n".encode() + _sse({"time": round(event.time, 3), **event.fields})
 
 
 def _sse(data: dict[str, Any]) -> bytes:

@@ -20,7 +20,9 @@ import structlog
 from rkcached import __version__, logs
 from rkcached.api import Api
 from rkcached.cache_api import CacheApi
+from rkcached.events import Events
 from rkcached.manifest import Manifest
+from rkcached.metrics import Metrics
 from rkcached.observe import read_manifest
 from rkcached.reconcile import Reconciler
 from rkcached.server import HttpServer, open_socket, remove_socket
@@ -32,6 +34,7 @@ from rkcached.stored import StoredTexts
 from rkcached.watch import Watcher
 from rkcached.worker.gate import Gates
 from rkcached.worker.pool import Workers, sweep_scratch
+from rkcached.worker.supervisor import Worker
 
 log = structlog.get_logger()
 
@@ -69,7 +72,8 @@ async def _serve(
 ) -> None:
     started = time.time()
     loop = asyncio.get_running_loop()
-    workers = Workers()
+    events = Events()
+    workers = Workers(on_state=lambda worker: _tell_worker(events, worker))
     gates = Gates()
     watcher = Watcher(lambda: _post(loop, reconciler.look_again))
     reconciler = Reconciler(
@@ -80,13 +84,16 @@ async def _serve(
         workers=workers,
         gates=gates,
         watcher=watcher,
+        events=events,
     )
-    serving = Serving(reconciler, workers, gates)
+    serving = Serving(reconciler, workers, gates, events)
     api = Api(
-        reconciler,
-        serving,
-        CacheApi(reconciler, serving, workers, stored),
-        lambda: status(
+        reconciler=reconciler,
+        serving=serving,
+        caches=CacheApi(reconciler, serving, workers, stored),
+        events=events,
+        metrics=Metrics(events, reconciler),
+        make_status=lambda: status(
             started=started,
             reconciler=reconciler,
             serving=serving,
@@ -114,6 +121,7 @@ async def _serve(
         watcher.close()
         for task in (reconciling, announcing, signalled):
             task.cancel()
+        events.close()
         await serving.close(SHUTDOWN_GRACE_S)
         server.stop()
         results = await asyncio.gather(reconciling, serving_http, return_exceptions=True)
@@ -121,6 +129,10 @@ async def _serve(
     for result in results:
         if isinstance(result, Exception):
             raise result  # a defect: the service manager sees a failure and starts us again
+
+
+def _tell_worker(events: Events, worker: Worker) -> None:
+    events.publish("worker", model=worker.model.name, state=worker.state.value, pid=worker.pid, why=worker.last_failure)
 
 
 async def _announce(reconciler: Reconciler, socket_path: Path) -> None:

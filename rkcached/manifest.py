@@ -51,6 +51,7 @@ __all__ = [
     "NpuConfig",
     "PromptConfig",
     "SamplingParams",
+    "ServingConfig",
     "Verify",
     "json_schema",
     "parse",
@@ -197,6 +198,15 @@ class CacheConfig(_Section):
     min_tokens: int = _whole(default=0, ge=0, le=1_048_576, description="Shorter prompts are not cached.")
 
 
+class ServingConfig(_Section):
+    """How requests are treated."""
+
+    queue: int = _whole(default=32, ge=1, le=10_000, description="Requests that may wait for a model; more get 503.")
+    request_timeout_s: float | None = _number(
+        default=None, gt=0, le=86_400, description="Stop a request that takes longer. None is no limit."
+    )
+
+
 class SamplingParams(_Section):
     """What one prompt changes of its model's parameters."""
 
@@ -325,6 +335,7 @@ class Manifest(_Section):
     version: Literal[1] = Field(description="Version of the manifest's format.")
     engine: EngineConfig = Field(default_factory=EngineConfig, description="The inference engine.")
     cache: CacheConfig = Field(default_factory=CacheConfig, description="The store of prompt caches.")
+    serving: ServingConfig = Field(default_factory=ServingConfig, description="How requests are treated.")
     models: dict[Name, ModelConfig] = Field(
         min_length=1, description="Models by name.", json_schema_extra={"additionalProperties": False}
     )
@@ -381,6 +392,7 @@ _SECTIONS: Final[Sections] = {
     "": Manifest,
     "engine": EngineConfig,
     "cache": CacheConfig,
+    "serving": ServingConfig,
     "models.*": ModelConfig,
     "models.*.npu": NpuConfig,
     "models.*.params": ModelParams,

@@ -18,6 +18,7 @@ from rkcached import errors
 from rkcached.attempts import Attempts, blames_model
 from rkcached.builder import Builder, BuildRequest
 from rkcached.desired import Desired, DesiredModel
+from rkcached.events import Events
 from rkcached.manifest import Manifest
 from rkcached.observe import Look, ManifestFile, Observer, inputs
 from rkcached.plan import Assessment, Blocked, Build, Key, Remove, State, Trouble, plan
@@ -59,7 +60,9 @@ class Reconciler:
         workers: Workers,
         gates: Gates,
         watcher: Follower,
+        events: Events,
     ) -> None:
+        self._events = events
         self.view = View(manifest=manifest, desired=Desired(models={}, prompts={}, texts={}))
         self.manifest_file = ManifestFile(manifest_path, manifest)
         self.store_trouble: errors.StoreError | None = None
@@ -295,6 +298,10 @@ class Reconciler:
             return
         before = self._known.get(assessment.key)
         self._known[assessment.key] = now
+        key = assessment.key
+        self._events.publish(
+            "artifact", model=key.model, prompt=key.prompt, state=assessment.state.value, reason=assessment.reason
+        )
         if assessment.state in (State.BLOCKED, State.UNCACHEABLE, State.QUARANTINED, State.UNCACHED):
             log.warning(
                 "prompt not cached",
@@ -343,6 +350,9 @@ class Reconciler:
                 log.info("build started", model=key.model, prompt=key.prompt, reason=build.reason)
                 self.progress = BuildProgress(
                     key=key, reason=build.reason, fingerprint=fingerprint, started=time.monotonic()
+                )
+                self._events.publish(
+                    "artifact", model=key.model, prompt=key.prompt, state="building", reason=build.reason
                 )
                 self.progress.task = asyncio.create_task(self._build(request, self.progress))
 
@@ -393,6 +403,7 @@ class Reconciler:
         key, sidecar = request.action.key, artifact.sidecar
         self.builds += 1
         self._attempts.built(key)
+        self._publish_build(request, "built", sidecar.build_ms)
         self.view.artifacts[key] = artifact
         wanted = self.view.desired.prompts.get(key)
         if wanted and wanted.fingerprint and wanted.fingerprint.digest == sidecar.fingerprint:
@@ -422,6 +433,7 @@ class Reconciler:
         key, fingerprint = request.action.key, request.action.fingerprint.digest
         stored = await asyncio.to_thread(self._store.read_verdict, key)
         verdict = self._attempts.failed(key, request.model, fingerprint, error, stored)
+        self._publish_build(request, verdict.kind.value)
         log.error(
             "build failed",
             model=key.model,
@@ -437,6 +449,12 @@ class Reconciler:
             with contextlib.suppress(errors.StoreError):
                 await asyncio.to_thread(self._store.write_verdict, key, verdict)
         self._requests.answer(key, error)
+
+    def _publish_build(self, request: BuildRequest, result: str, build_ms: float = 0.0) -> None:
+        key, reason = request.action.key, request.action.reason
+        self._events.publish(
+            "build", model=key.model, prompt=key.prompt, reason=reason, result=result, build_ms=round(build_ms, 1)
+        )
 
     async def _stop_build(self) -> None:
         if self.progress is not None and (task := self.progress.task) is not None:

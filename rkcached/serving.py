@@ -21,6 +21,7 @@ from rkcached.builder import worker_model
 from rkcached.desired import DesiredModel
 from rkcached.engines.base import FinishReason, RunStats, Sampling
 from rkcached.errors import RequestError
+from rkcached.events import Events
 from rkcached.openai import CacheReport, ChatRequest, CompletionRequest, PromptTokensDetails, Usage
 from rkcached.plan import Key, State, Trouble
 from rkcached.reconcile import Reconciler
@@ -96,7 +97,8 @@ class _Run:
 
 
 class Serving:
-    def __init__(self, reconciler: Reconciler, workers: Workers, gates: Gates) -> None:
+    def __init__(self, reconciler: Reconciler, workers: Workers, gates: Gates, events: Events) -> None:
+        self._events = events
         self._reconciler = reconciler
         self._workers = workers
         self._gates = gates
@@ -194,13 +196,14 @@ class Serving:
         """The answer, piece by piece, and its end. Closing the iterator stops the generation. Errors: RequestError."""
         if self._closing:
             raise _stopping()
+        self._refuse_beyond_the_queue(job.model)
         run = _Run(job=job)
         work = asyncio.create_task(self._work(run))
         self._works[work] = run
         work.add_done_callback(self._works.pop)
         work.add_done_callback(lambda _: run.events.put_nowait(None))
         try:
-            while (text := await run.events.get()) is not None:
+            while (text := await self._next(run)) is not None:
                 yield text
                 run.first_written = run.first_written or time.monotonic()
             if not work.done() or work.cancelled():
@@ -213,6 +216,35 @@ class Serving:
                 work.cancel()
                 with contextlib.suppress(asyncio.CancelledError, errors.RkcachedError):
                     await work
+
+    def _refuse_beyond_the_queue(self, model: DesiredModel) -> None:
+        limit = self._reconciler.view.manifest.serving.queue
+        waiting = sum(1 for run in self._works.values() if run.job.model.name == model.name and not run.started)
+        if waiting >= limit:
+            raise RequestError(
+                503,
+                f"{waiting} requests wait for the model {model.name!r} already",
+                code="queue_full",
+                hint="try again in a moment; serving.queue in the manifest is the limit",
+                retry_after_s=1,
+            )
+
+    async def _next(self, run: _Run) -> Text | None:
+        """The next piece. Errors: RequestError when the request took too long."""
+        limit_s = self._reconciler.view.manifest.serving.request_timeout_s
+        if limit_s is None or not run.events.empty():
+            return await run.events.get()
+        left_s = run.job.accepted + limit_s - time.monotonic()
+        try:
+            async with asyncio.timeout(max(0.0, left_s)):
+                return await run.events.get()
+        except TimeoutError:
+            raise RequestError(
+                504,
+                f"the request was not answered within {limit_s:g} s",
+                code="request_timeout",
+                hint="serving.request_timeout_s in the manifest is the limit",
+            ) from None
 
     def model(self, name: str) -> DesiredModel:
         view = self._reconciler.view
@@ -366,6 +398,16 @@ class Serving:
             load_ms=round(run.load_ms, 2),
             prefill_ms=round(stats.prefill_ms, 2),
             decode_tokens_per_s=round(stats.decode_tokens / stats.decode_ms * 1000, 1) if stats.decode_ms >= 1 else 0.0,
+        )
+        self._events.publish(
+            "answer",
+            model=job.model.name,
+            prompt=report.cache,
+            state=state,
+            ttft_ms=report.ttft_ms,
+            queue_ms=report.queue_ms,
+            cached_tokens=stats.cached_tokens,
+            prefill_tokens=stats.prefill_tokens,
         )
         usage = Usage(
             prompt_tokens=stats.prompt_tokens,

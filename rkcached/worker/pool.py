@@ -6,6 +6,7 @@ import asyncio
 import os
 import shutil
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 from rkcached.worker.supervisor import SCRATCH_PREFIX, Backoff, Deadlines, Worker, WorkerModel
@@ -14,7 +15,14 @@ from rkcached.worker.supervisor import SCRATCH_PREFIX, Backoff, Deadlines, Worke
 class Workers:
     """All workers, by model. Who runs an operation, replaces or removes a worker holds the gate."""
 
-    def __init__(self, *, deadlines: Deadlines | None = None, backoff: Backoff | None = None) -> None:
+    def __init__(
+        self,
+        *,
+        deadlines: Deadlines | None = None,
+        backoff: Backoff | None = None,
+        on_state: Callable[[Worker], None] = lambda _: None,
+    ) -> None:
+        self._on_state = on_state
         self._deadlines = deadlines or Deadlines()
         self._backoff = backoff or Backoff()
         self._workers: dict[str, Worker] = {}
@@ -30,7 +38,9 @@ class Workers:
             return worker
         if worker is not None:
             self._retire(worker)
-        worker = self._workers[model.name] = Worker(model, deadlines=self._deadlines, backoff=self._backoff)
+        worker = self._workers[model.name] = Worker(
+            model, deadlines=self._deadlines, backoff=self._backoff, on_state=self._on_state
+        )
         return worker
 
     def drop(self, name: str) -> None:

@@ -96,9 +96,17 @@ class WorkerModel:
 class Worker:
     """The worker of one model. Operations run one at a time; the caller holds the gate."""
 
-    def __init__(self, model: WorkerModel, *, deadlines: Deadlines, backoff: Backoff) -> None:
+    def __init__(
+        self,
+        model: WorkerModel,
+        *,
+        deadlines: Deadlines,
+        backoff: Backoff,
+        on_state: Callable[[Worker], None] = lambda _: None,
+    ) -> None:
         self.model = model
-        self.state = WorkerState.STOPPED
+        self._on_state = on_state
+        self._state = WorkerState.STOPPED
         self.info: EngineInfo | None = None
         self.restarts = 0
         self.last_failure = ""
@@ -116,6 +124,16 @@ class Worker:
         self._idle_timer: asyncio.TimerHandle | None = None
         self._stopping: asyncio.Task[None] | None = None
         self._watcher: asyncio.Task[None] | None = None
+
+    @property
+    def state(self) -> WorkerState:
+        return self._state
+
+    @state.setter
+    def state(self, state: WorkerState) -> None:
+        if state is not self._state:
+            self._state = state
+            self._on_state(self)
 
     @property
     def pid(self) -> int | None:

@@ -175,7 +175,7 @@ def test_a_prompt_of_exactly_the_limit_is_good(folder: Folder) -> None:
 
 def test_an_unreadable_prompt_is_said_in_words() -> None:
     """With whom to allow it; the model beside it is read."""
-    with tempfile.TemporaryDirectory() as place:
+    with tempfile.TemporaryDirectory(dir="/tmp") as place:
         Path(place).chmod(0o755)
         folder = Folder(Path(place))
         folder.prompt.chmod(0)

@@ -468,7 +468,7 @@ def test_a_directory_that_cannot_be_made_is_said_in_words(tmp_path: Path, place:
 def test_a_read_only_directory_is_said_in_words() -> None:
     """With what to do. Root may write everywhere, so the tests take another user for it."""
     user = os.geteuid()
-    with tempfile.TemporaryDirectory() as place:
+    with tempfile.TemporaryDirectory(dir="/tmp") as place:
         Path(place).chmod(0o555)
         if user == 0:
             os.seteuid(pwd.getpwnam("nobody").pw_uid)

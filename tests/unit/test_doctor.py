@@ -95,7 +95,7 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def board(compiled: Path) -> Iterator[FakeBoard]:
     """An empty machine, in a directory that every user may enter."""
-    folder = Path(tempfile.mkdtemp())
+    folder = Path(tempfile.mkdtemp(dir="/tmp"))  # where another user can get, whatever TMPDIR is
     folder.chmod(0o755)
     yield FakeBoard(folder, compiled)
     shutil.rmtree(folder)

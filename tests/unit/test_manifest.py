@@ -300,7 +300,7 @@ def test_the_error_as_text() -> None:
         (model("params: {topk: 1}"), 5, "topk", "did you mean 'top_k'?"),
         (model("prompts:", "  a: {file: a.md, files: b.md}"), 6, "file", "did you mean 'files'?"),
         (model("prompts:", "  a: {files: b.md, params: {temp: 1}}"), 6, "temp", "did you mean 'temperature'?"),
-        (MINIMAL + "file: x", 5, "file", "known are version, engine, cache, models"),
+        (MINIMAL + "file: x", 5, "file", "known are version, engine, cache, serving, models"),
         (MINIMAL + "cache: {x: 1}", 5, "x", "known are max_bytes, verify, fingerprint, min_tokens"),
     ],
 )
@@ -704,7 +704,7 @@ def test_schema() -> None:
     """The schema is draft 2020-12, closed everywhere, and has no key that is not one of the manifest's."""
     schema = json_schema()
     assert schema["$schema"] == "https://json-schema.org/draft/2020-12/schema"
-    assert list(schema["properties"]) == ["version", "engine", "cache", "models"]
+    assert list(schema["properties"]) == ["version", "engine", "cache", "serving", "models"]
     found = sections(schema)
     assert {"Manifest", "EngineConfig", "CacheConfig", "ModelConfig", "ModelParams", "SamplingParams"} <= {
         section["title"] for section in found
