@@ -228,13 +228,38 @@ def test_the_last_hidden_layer_is_an_array(make: Any, group: str) -> None:
     assert ask(engine)[0]
 
 
-@each_group
-def test_the_boards_options_are_taken(make: Any, group: str) -> None:
-    """The stand-in refuses a domain out of range, so it does read them."""
-    npu = NpuOptions(enabled_cpus=(0, 1), embed_flash=False, base_domain_id=3, n_keep=16, ignore_eos=True)
-    assert ask(make(group, {"npu": npu}))[0]
+def said(capfd: pytest.CaptureFixture[str], start: str) -> list[str]:
+    """Lines that the library printed."""
+    return [line for line in capfd.readouterr().out.splitlines() if line.startswith(start)]
+
+
+@pytest.mark.parametrize("group", ["C", "C1", "D", "E"])
+def test_the_boards_options_reach_the_library(make: Any, group: str, capfd: pytest.CaptureFixture[str]) -> None:
+    """Each in its field; what is not given stays as the runtime has it."""
+    npu = NpuOptions(enabled_cpus=(4, 5, 7), embed_flash=False, base_domain_id=3, n_keep=16)
+    make(group, {"npu": npu})
+    make(group)
+    assert said(capfd, "D rkllm: n_keep") == [
+        "D rkllm: n_keep 16, embed_flash 0, base_domain_id 3, 3 cpus, mask 0xb0",
+        "D rkllm: n_keep -1, embed_flash 1, base_domain_id 0, 4 cpus, mask 0xf",
+    ]
     with pytest.raises(ModelLoadError):
         make(group, {"npu": NpuOptions(base_domain_id=99)})
+
+
+def test_the_end_of_sequence_can_be_ignored(make: Any) -> None:
+    """Since 1.3."""
+    assert ask(make("E", eos_after=9))[1].decode_tokens == 9
+    assert ask(make("E", {"npu": NpuOptions(ignore_eos=True)}, eos_after=9))[1].decode_tokens == 60
+
+
+@pytest.mark.parametrize("group", ["D", "E"])
+def test_the_thinking_flag_reaches_the_library(make: Any, group: str, capfd: pytest.CaptureFixture[str]) -> None:
+    """With every run of a model that declares it."""
+    ask(make(group))
+    assert said(capfd, "D rkllm: thinking") == []
+    ask(make(group, {"thinking": True}))
+    assert said(capfd, "D rkllm: thinking") == ["D rkllm: thinking"]
 
 
 # Ownership

@@ -317,6 +317,10 @@ static void finish(Run *run)
     run->finished = now_us();
     double prefill_ms = (double)(run->prefilled - run->start) / 1e3;
     double generate_ms = (double)(run->finished - run->prefilled) / 1e3;
+#if GROUP >= 'D'
+    if (run->h->model.noisy && run->input.enable_thinking)
+        say("D rkllm: thinking");
+#endif
     if (run->h->model.noisy)
         say("I rkllm: prefill %d tokens in %.2f ms, generate %d tokens in %.2f ms", run->n_prefilled, prefill_ms,
             run->n_generated, generate_ms);
@@ -426,7 +430,11 @@ static bool generate(Run *run, int limit, bool greedy)
     char begun[8] = "";    /* bytes of it that have come */
     while (!aborted(h) && h->n_kv < h->param.max_context_len) {
         int made = run->n_generated;
-        if ((limit > 0 && made >= limit) || (h->model.eos_after > 0 && made >= h->model.eos_after))
+        bool eos = h->model.eos_after > 0 && made >= h->model.eos_after;
+#if GROUP >= 'E'
+        eos = eos && !h->param.ignore_eos_token;
+#endif
+        if ((limit > 0 && made >= limit) || eos)
             break;
         if (h->model.decode_tps > 0)
             wait_until(h, run->prefilled + (made + 1) * 1000000LL / h->model.decode_tps);
@@ -659,6 +667,12 @@ static int initialize(LLMHandle *handle, RKLLMParam *param, LLMResultCallback ca
     if (h->model.noisy)
         say("I rkllm: rkllm-runtime version: %s, rknpu driver version: 0.9.8, platform: %s", RUNTIME_VERSION,
             h->model.platform);
+#if GROUP >= 'C'
+    if (h->model.noisy) /* what a test can see of the hardware options: they change no text */
+        say("D rkllm: n_keep %d, embed_flash %d, base_domain_id %d, %d cpus, mask 0x%x", param->n_keep,
+            param->extend_param.embed_flash, param->extend_param.base_domain_id,
+            param->extend_param.enabled_cpus_num, param->extend_param.enabled_cpus_mask);
+#endif
     wait_until(h, now_us() + h->model.load_ms * 1000LL);
     pthread_mutex_init(&h->lock, NULL);
     h->alive = true;
