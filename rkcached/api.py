@@ -12,6 +12,7 @@ import time
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 
 import structlog
@@ -59,7 +60,8 @@ class Api:
         self._serving = serving
         self._status = make_status
 
-    def app(self) -> ASGIApp:
+    def app(self, *, admin_socket: Path | None = None) -> ASGIApp:
+        """All routes; with `admin_socket`, those that change something are refused and referred to it."""
         routes = [
             Route("/healthz", self._healthz),
             Route("/v1/status", self._get_status),
@@ -69,7 +71,7 @@ class Api:
             Route("/v1/models", self._models),
             Route("/v1/chat/completions", self._chat, methods=["POST"]),
             Route("/v1/completions", self._complete, methods=["POST"]),
-            *self._caches.routes(),
+            *self._caches.routes(admin_socket=admin_socket),
             Route("/v1/models/{name:path}", self._model),
         ]
         handlers: dict[Any, Callable[[Request, Any], Response]] = {

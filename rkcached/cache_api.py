@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from pathlib import Path
 from typing import Any
 
 from starlette.requests import Request
@@ -35,8 +36,9 @@ class CacheApi:
         self._workers = workers
         self._stored = stored
 
-    def routes(self) -> list[Route]:
-        return [
+    def routes(self, *, admin_socket: Path | None) -> list[Route]:
+        """With `admin_socket`, changes are refused and referred to it."""
+        routes = [
             Route("/v1/models/available", self._available),
             Route("/v1/models/loaded", self._loaded),
             Route("/v1/models/load", self._load, methods=["POST"]),
@@ -46,6 +48,21 @@ class CacheApi:
             Route("/v1/cache/{model}/generate-binary", self._generate_binary, methods=["POST"]),
             Route("/v1/cache/{model}/{name}", self._get, methods=["GET"]),
             Route("/v1/cache/{model}/{name}", self._delete, methods=["DELETE"]),
+        ]
+        if admin_socket is None:
+            return routes
+
+        async def refused(_: Request) -> Response:
+            raise RequestError(
+                403, f"changes are made on {admin_socket} only", code="admin_only", hint=f"ask on {admin_socket}"
+            )
+
+        changes = {"POST", "DELETE"}
+        return [
+            Route(route.path, refused, methods=list(route.methods or ()))
+            if changes & (route.methods or set())
+            else route
+            for route in routes
         ]
 
     # Models

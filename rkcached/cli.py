@@ -38,6 +38,12 @@ _FLAGS = {
         metavar="DIR",
         help="Stored texts; default: state, beside the store. [RKCACHED_STATE_DIR]",
     ),
+    "admin_socket": click.option(
+        "--admin-socket",
+        type=PATH,
+        metavar="PATH",
+        help="The socket for changes; default: admin.sock beside the other. [RKCACHED_ADMIN_SOCKET]",
+    ),
     "socket": click.option("--socket", "-s", type=PATH, metavar="PATH", help="The Unix socket. [RKCACHED_SOCKET]"),
 }
 
@@ -79,7 +85,7 @@ def cli() -> None:
 
 
 @cli.command()
-@places("manifest", "cache_dir", "state_dir", "socket")
+@places("manifest", "cache_dir", "state_dir", "socket", "admin_socket")
 @click.option("--log-level", type=click.Choice(["debug", "info", "warning", "error"]), help="[RKCACHED_LOG_LEVEL]")
 def run(settings: Settings, log_level: str | None) -> None:
     """Run the daemon in the foreground.
@@ -165,7 +171,7 @@ def status(settings: Settings, want_json: bool) -> None:
 
 @cli.command()
 @click.argument("prompts", metavar="[MODEL[/PROMPT]]...", nargs=-1)
-@places("socket")
+@places("socket", "admin_socket")
 @click.option("--all", "everything", is_flag=True, help="Every prompt of every model.")
 @as_json
 def regenerate(settings: Settings, prompts: Sequence[str], everything: bool, want_json: bool) -> None:
@@ -176,7 +182,7 @@ def regenerate(settings: Settings, prompts: Sequence[str], everything: bool, wan
         raise UsageError("nothing to regenerate", hint="name MODEL or MODEL/PROMPT, or say --all")
     declared = command.declared_prompts(settings.socket)
     wanted = declared if everything else _matching(prompts, declared)
-    answers, refusals = command.regenerate(settings.socket, wanted, _console(quiet=want_json))
+    answers, refusals = command.regenerate(settings.socket, settings.admin_socket, wanted, _console(quiet=want_json))
     if want_json:
         _print_json(answers)
     for refusal in refusals:

@@ -12,7 +12,7 @@ import os
 import signal
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import structlog
@@ -25,7 +25,7 @@ from rkcached.manifest import Manifest
 from rkcached.metrics import Metrics
 from rkcached.observe import read_manifest
 from rkcached.reconcile import Reconciler
-from rkcached.server import HttpServer, open_socket, remove_socket
+from rkcached.server import ADMIN_MODE, SOCKET_MODE, HttpServer, open_socket, remove_socket
 from rkcached.serving import Serving
 from rkcached.settings import Settings
 from rkcached.status import status
@@ -55,20 +55,33 @@ def run(settings: Settings) -> None:
     store.open()
     sweep_scratch()
     try:
-        listener = open_socket(settings.socket)
-        inode = settings.socket.stat().st_ino
-        try:
-            asyncio.run(_serve(settings, manifest, store, stored, listener))
-        finally:
-            listener.close()
-            remove_socket(settings.socket, inode)
+        with (
+            _listening(settings.socket, SOCKET_MODE) as everyone,
+            _listening(settings.admin_socket, ADMIN_MODE) as admin,
+        ):
+            asyncio.run(_serve(settings, manifest, store, stored, (everyone, admin)))
     finally:
         store.close()
     log.info("stopped")
 
 
+@contextlib.contextmanager
+def _listening(path: Path, mode: int) -> Iterator[socket.socket]:
+    listener = open_socket(path, mode)
+    inode = path.stat().st_ino
+    try:
+        yield listener
+    finally:
+        listener.close()
+        remove_socket(path, inode)
+
+
 async def _serve(
-    settings: Settings, manifest: Manifest, store: Store, stored: StoredTexts, listener: socket.socket
+    settings: Settings,
+    manifest: Manifest,
+    store: Store,
+    stored: StoredTexts,
+    listeners: tuple[socket.socket, socket.socket],
 ) -> None:
     started = time.time()
     loop = asyncio.get_running_loop()
@@ -102,14 +115,15 @@ async def _serve(
             polling=watcher.polling,
         ),
     )
-    server = HttpServer(api.app(), grace_s=1)
+    everyone = HttpServer(api.app(admin_socket=settings.admin_socket), grace_s=1)
+    admin = HttpServer(api.app(), grace_s=1)
     stopping = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stopping.set)
     loop.add_signal_handler(signal.SIGHUP, lambda: reconciler.look_again(now=True))
     watcher.start()
     reconciling = asyncio.create_task(reconciler.run())
-    serving_http = asyncio.create_task(server.serve([listener]))
+    serving_http = asyncio.create_task(_serve_both((everyone, admin), listeners))
     announcing = asyncio.create_task(_announce(reconciler, settings.socket))
     signalled = asyncio.create_task(stopping.wait())
     log.info("starting", version=__version__, manifest=str(settings.manifest), cache_dir=str(settings.cache_dir))
@@ -123,12 +137,17 @@ async def _serve(
             task.cancel()
         events.close()
         await serving.close(SHUTDOWN_GRACE_S)
-        server.stop()
+        everyone.stop()
+        admin.stop()
         results = await asyncio.gather(reconciling, serving_http, return_exceptions=True)
         await workers.stop()
     for result in results:
         if isinstance(result, Exception):
             raise result  # a defect: the service manager sees a failure and starts us again
+
+
+async def _serve_both(servers: tuple[HttpServer, HttpServer], listeners: tuple[socket.socket, socket.socket]) -> None:
+    await asyncio.gather(*(server.serve([listener]) for server, listener in zip(servers, listeners, strict=True)))
 
 
 def _tell_worker(events: Events, worker: Worker) -> None:

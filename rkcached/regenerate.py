@@ -24,7 +24,7 @@ def declared_prompts(socket: Path) -> list[tuple[str, str]]:
 
 
 def regenerate(
-    socket: Path, wanted: Sequence[tuple[str, str]], console: Console
+    socket: Path, admin_socket: Path, wanted: Sequence[tuple[str, str]], console: Console
 ) -> tuple[list[dict[str, Any]], list[RequestError]]:
     """Build each; returns the daemon's answers and its refusals, which do not stop the others.
 
@@ -34,7 +34,7 @@ def regenerate(
     with ThreadPoolExecutor(1) as pool:
         for number, (model, prompt) in enumerate(wanted, 1):
             name = f"[{number}/{len(wanted)}] {model}/{prompt}"
-            future = pool.submit(_one, socket, model, prompt)
+            future = pool.submit(_one, admin_socket, model, prompt)
             if console.is_terminal:
                 with console.status(_escaped(name)) as line:
                     _follow(socket, future, line, name, (model, prompt))

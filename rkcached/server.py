@@ -22,9 +22,10 @@ MAX_PATH_BYTES = 107
 """sockaddr_un has room for 108 bytes, the last of which is zero (unix(7))."""
 
 SOCKET_MODE = 0o660
+ADMIN_MODE = 0o600
 
 
-def open_socket(path: Path) -> socket.socket:
+def open_socket(path: Path, mode: int = SOCKET_MODE) -> socket.socket:
     """Listen on a Unix socket at `path`. Errors: SocketError with the next step."""
     length = len(os.fsencode(path))
     if length > MAX_PATH_BYTES:
@@ -37,7 +38,7 @@ def open_socket(path: Path) -> socket.socket:
         _clear_stale(path)
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         listener.bind(str(path))
-        path.chmod(SOCKET_MODE)
+        path.chmod(mode)
         listener.listen(128)
     except OSError as error:
         raise SocketError(

@@ -39,10 +39,14 @@ class Settings(BaseSettings):
     cache_dir: Path = Field(default_factory=_default_cache_dir)
     state_dir: Path = Field(default_factory=_default_state_dir)
     socket: Path = Field(default_factory=_default_socket)
+    admin_socket: Path = Path()
+    """For changes; by default beside the other one."""
     log_level: LogLevel = "info"
 
     def model_post_init(self, _: object) -> None:
         if "state_dir" not in self.model_fields_set and "STATE_DIRECTORY" not in os.environ:
             object.__setattr__(self, "state_dir", self.cache_dir.parent / "state")
-        for name in ("manifest", "cache_dir", "state_dir", "socket"):
+        if "admin_socket" not in self.model_fields_set:
+            object.__setattr__(self, "admin_socket", self.socket.parent / "admin.sock")
+        for name in ("manifest", "cache_dir", "state_dir", "socket", "admin_socket"):
             object.__setattr__(self, name, Path(os.path.abspath(getattr(self, name))))  # noqa: PTH100 - keeps links

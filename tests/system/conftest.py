@@ -144,8 +144,9 @@ class Workspace:
 
     # The socket
 
-    def http(self) -> httpx.Client:
-        transport = httpx.HTTPTransport(uds=str(self.socket), verify=False)  # else it reads certificates, for 30 ms
+    def http(self, *, admin: bool = False) -> httpx.Client:
+        path = self.root / "admin.sock" if admin else self.socket
+        transport = httpx.HTTPTransport(uds=str(path), verify=False)  # else it reads certificates, for 30 ms
         return httpx.Client(transport=transport, base_url="http://d", timeout=DEADLINE_S)
 
     def status(self) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import stat
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ STORE = {"cache_name": "keeper", "content": TEXT}
 
 
 def call(space: Workspace, method: str, path: str, body: Any = None, *, status: int = 200) -> dict[str, Any]:
-    with space.http() as client:
+    with space.http(admin=True) as client:
         response = client.request(method, path, json=body)
     assert response.status_code == status, response.text
     answer: dict[str, Any] = response.json()
@@ -180,6 +181,26 @@ def test_plain_completions(two_prompts: Workspace) -> None:
     assert "".join(chunk["choices"][0]["text"] for chunk in chunks) == whole["choices"][0]["text"]
     refusal = call(two_prompts, "POST", "/v1/completions", {**body, "model": "m/a"}, status=400)
     assert (code(refusal), refusal["error"]["param"]) == ("unsupported_parameter", "model")
+
+
+def test_changes_are_the_administrators(two_prompts: Workspace) -> None:
+    """On the socket for everyone they get 403 that names the other one, which only its owner may open."""
+    admin = two_prompts.root / "admin.sock"
+    assert stat.S_IMODE(admin.stat().st_mode) == 0o600
+    with two_prompts.http() as client:
+        for method, path in (
+            ("POST", "/v1/cache/m"),
+            ("POST", "/v1/cache/m/generate-binary"),
+            ("DELETE", "/v1/cache/m/a"),
+            ("POST", "/v1/models/load"),
+            ("POST", "/v1/models/unload"),
+        ):
+            refused = client.request(method, path, json=STORE)
+            assert (refused.status_code, code(refused.json())) == (403, "admin_only")
+            assert str(admin) in refused.json()["error"]["message"]
+        assert client.get("/v1/cache/m").status_code == 200
+    assert two_prompts.stop() == 0
+    assert not admin.exists()
 
 
 def test_use_cache_is_another_word(two_prompts: Workspace) -> None:
