@@ -30,6 +30,13 @@ PROBE_QUESTION = "Answer in one sentence: what are you for?"
 """Asked twice after every build: on the state in memory, and on the state from the file."""
 
 
+REQUESTED = "requested"
+"""Reason of a build that somebody asked for and waits for."""
+
+REQUESTED_PATIENCE_S = 2.0
+"""Such a build sits out a worker's rest of this length; others are planned again."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BuildRequest:
     """A build and what it needs."""
@@ -168,6 +175,8 @@ class Builder:
             since=request.first_try,
         ):
             worker = self._workers.get(worker_model(request.engine, request.model))
+            if request.action.reason == REQUESTED and worker.retry_in_s() <= REQUESTED_PATIENCE_S:
+                await asyncio.sleep(worker.retry_in_s())
             try:
                 await worker.ensure()
             except (WorkerDied, WorkerTimeout) as error:  # no prompt was touched yet

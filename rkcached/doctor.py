@@ -25,6 +25,7 @@ from rich.table import Table
 from rich.text import Text
 
 from rkcached import show
+from rkcached.engines.rkllm.abi import ABIS
 from rkcached.engines.rkllm.identify import choose_abi, identify
 from rkcached.errors import ManifestError, RuntimeLibraryError
 from rkcached.manifest import EngineConfig, EngineKind, Manifest
@@ -225,6 +226,13 @@ class Board:
         self.runtime_version = facts.version or abi.name
         said = f"RKLLM {facts.version or '(version unknown)'}, ABI {abi.name} (group {abi.group})"
         said += ", as engine.abi says" if told else ""
+        if (
+            facts.version is not None
+            and facts.version not in abi.versions
+            and any(facts.version in known.versions for known in ABIS)
+        ):
+            step = "remove engine.abi from the manifest: a wrong one crashes the worker"
+            return Check(name=name, outcome=Outcome.WARN, finding=f"{path}: {said}, which contradicts", next_step=step)
         return Check(name=name, outcome=Outcome.OK, finding=f"{path}: {said}")
 
     def devices(self) -> Check:

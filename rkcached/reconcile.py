@@ -16,7 +16,7 @@ import structlog
 
 from rkcached import errors
 from rkcached.attempts import Attempts, blames_model
-from rkcached.builder import Builder, BuildRequest
+from rkcached.builder import REQUESTED, Builder, BuildRequest
 from rkcached.desired import Desired, DesiredModel
 from rkcached.events import Events
 from rkcached.manifest import Manifest
@@ -261,7 +261,7 @@ class Reconciler:
         builds = {}
         for key in requested:
             if (wanted := look.desired.fingerprint(key)) is not None:
-                builds[key] = Build(key=key, reason="requested", fingerprint=wanted)
+                builds[key] = Build(key=key, reason=REQUESTED, fingerprint=wanted)
             else:
                 error = errors.SourceError(f"{key} can no longer be built", hint=f"see `rkcached explain {key}`")
                 self._requests.answer(key, error)

@@ -137,6 +137,8 @@ class Serving:
         named = Key(name, wanted) if wanted else None
         if named is not None:
             messages = self._with_prompt(named, messages)
+        if any("\0" in message["content"] for message in messages):
+            raise _nul("messages")
         try:
             prompt = model.template.render(messages)
         except errors.TemplateError as error:
@@ -162,6 +164,8 @@ class Serving:
                 param="model" if prompt else "cache",
                 hint=f"ask for the model {name!r}, or use /v1/chat/completions",
             )
+        if "\0" in request.prompt:
+            raise _nul("prompt")
         model = self.model(name)
         values: dict[str, Any] = model.config.sampling(None) | request.sampling()
         return Job(
@@ -299,13 +303,13 @@ class Serving:
         return (key, artifact) if key is not None and artifact is not None else None
 
     async def _work(self, run: _Run) -> RunStats:
-        use_cache = True
+        died = ""
         while True:
             try:
                 concurrent = self._reconciler.view.manifest.engine.concurrent
                 async with self._gates.hold(run.job.model.name, Priority.LIVE, concurrent=concurrent):
-                    run.chosen = self._choose(run.job) if use_cache else None
-                    run.unchosen = self._why_not(run.job)
+                    run.chosen = None if died else self._choose(run.job)
+                    run.unchosen = ("miss", died) if died else self._why_not(run.job)
                     run.started = time.monotonic()
                     model = self._reconciler.view.model(run.job.model.name)
                     current = model if isinstance(model, DesiredModel) else run.job.model
@@ -318,7 +322,7 @@ class Serving:
                     raise
                 # It died over the prompt cache, and the client has seen nothing yet: answer without.
                 await self._reconciler.artifact_failed(*run.chosen, error.message, died=True)
-                use_cache = False
+                died = error.message
             else:
                 if run.load_error is not None and run.chosen is not None:
                     self._report_load_error(run.chosen, run.load_error)
@@ -469,6 +473,12 @@ def _as_request_error(error: errors.RkcachedError) -> RequestError:
             return RequestError(502, error.message, code="worker_died", hint=error.hint)
         case _:
             return RequestError(500, error.message, code="engine_error", hint=error.hint)
+
+
+def _nul(param: str) -> RequestError:
+    return RequestError(
+        400, "the text has a NUL character", code="invalid_value", param=param, hint="many runtimes stop reading there"
+    )
 
 
 def _details(cached_tokens: int | None) -> PromptTokensDetails | None:

@@ -6,6 +6,7 @@ ends and the process leaves at once, whatever the engine is doing. Only this mod
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import importlib
 import os
@@ -24,6 +25,7 @@ from rkcached.worker import protocol
 from rkcached.worker.operations import Session
 
 _PR_SET_PDEATHSIG = 1
+_IOLBF = 1
 
 
 class _Channel:
@@ -118,10 +120,18 @@ def _run(session: Session, channel: _Channel, operation: protocol.Operation) -> 
     channel.send(answer)
 
 
+def _print_at_once(libc: ctypes.CDLL) -> None:
+    """C's stdout is a pipe here, so what a library prints would wait for 4 kB, and be lost in a crash."""
+    with contextlib.suppress(ValueError):  # a C library that names it otherwise
+        libc.setvbuf(ctypes.c_void_p.in_dll(libc, "stdout"), None, _IOLBF, ctypes.c_size_t(0))
+
+
 def main(fd: int) -> None:
     """Serve operations on the socket `fd` until the other end closes it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the daemon, which then ends this process in order
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # even a daemon that was killed leaves no worker
+    libc = ctypes.CDLL(None)
+    libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # even a daemon that was killed leaves no worker
+    _print_at_once(libc)
     channel = _Channel(socket.socket(fileno=fd))
     threading.Thread(target=channel.read_forever, name="reader", daemon=True).start()
     first = channel.receive()

@@ -17,7 +17,6 @@ from typing import Self
 import msgspec
 import psutil
 import pytest
-import tokenizers
 
 from rkcached.engines.base import SAMPLING_FIELDS, Engine, FinishReason, ModelSpec, RunStats, Sampling, Token
 from rkcached.engines.llamacpp import LlamaCppEngine
@@ -25,6 +24,7 @@ from rkcached.engines.memory import MemoryEngine, MemoryModel
 from rkcached.engines.rkllm.engine import RkllmEngine
 from rkcached.errors import Aborted, ArtifactLoadError, ContextExceeded, EngineError, ModelLoadError, SamplingFixed
 from tests.rkllm_standin import standin
+from tests.rkllm_standin.tokens import byte_tokenizer
 
 HOME = "You are the assistant of a small house. Answer in one short sentence. Never invent a lamp or a room. " * 4
 CHESS = "You are a strict teacher of chess. Count slowly: 1, 2, 3, 4, 5. Every answer names one square only. " * 4
@@ -125,20 +125,6 @@ def rkllm_case(directory: Path, group: str, **keys: object) -> Case:
         counts=bool(tokens),
         shows_progress=False,
     )
-
-
-def byte_tokenizer(path: Path) -> Path:
-    """A tokenizer.json with the stand-in's tokens: each byte is one, its value plus 3."""
-    letters = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]  # GPT-2's table: the others follow from 256 on
-    others = [byte for byte in range(256) if byte not in printable]
-    of_byte = {byte: chr(byte) for byte in printable} | {byte: chr(256 + at) for at, byte in enumerate(others)}
-    assert sorted(of_byte.values()) == letters
-    vocabulary = {letter: byte + 3 for byte, letter in of_byte.items()} | {"<unk>": 0, "<s>": 1, "</s>": 2}
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocabulary, merges=[], unk_token="<unk>"))
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.save(str(path))
-    return path
 
 
 RKLLM_CASES = ["B", "C", "C1", "D", "E", "D-tokens", "E-tokens", "B-tokens"]

@@ -10,16 +10,19 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import tokenizers
 
 from rkcached.engines.base import FinishReason, ModelSpec, NpuOptions, RunStats, Sampling, Token
 from rkcached.engines.rkllm.engine import Pooling, RkllmEngine
 from rkcached.engines.rkllm.library import Library
-from rkcached.errors import EngineError, ModelLoadError, RuntimeLibraryError, SamplingFixed
+from rkcached.errors import ContextExceeded, EngineError, ModelLoadError, RuntimeLibraryError, SamplingFixed
 from tests.rkllm_standin import standin
+from tests.rkllm_standin.tokens import byte_tokenizer
 
 GROUPS = ["B", "C", "C1", "D", "E"]
 QUESTION = "Which lamp is on?"
@@ -99,6 +102,13 @@ def test_engine_abi_speaks_to_a_library_of_unknown_version(group: str, abi: str,
     assert Library(path, abi).abi.name == abi
 
 
+def test_a_wrong_override_is_named(make: Any) -> None:
+    """When the model cannot be loaded, the override that contradicts the library is the next thing to mend."""
+    with pytest.raises(ModelLoadError) as caught:
+        make("D", {"abi": "1.3.0"})
+    assert caught.value.hint == "the library says it is 1.2.3: remove engine.abi 1.3.0 from the manifest"
+
+
 def test_a_missing_dependency_is_named(built: Path, tmp_path: Path) -> None:
     """With the package that has it."""
     assert standin.build("D", built)  # there is a compiler
@@ -161,6 +171,46 @@ def test_a_nul_byte_is_refused(make: Any) -> None:
     """C would end the prompt there, and a prompt cut short is a wrong answer."""
     with pytest.raises(EngineError, match="NUL byte at 3"):
         ask(make("E"), prompt="and\0on")
+
+
+def tokenizer_file(path: Path, spoil: Callable[[Any], None]) -> Path:
+    """The stand-in's tokens, and what training scripts leave behind in such files."""
+    tokenizer = tokenizers.Tokenizer.from_file(str(byte_tokenizer(path)))
+    spoil(tokenizer)
+    tokenizer.save(str(path))
+    return path
+
+
+def ends_texts(tokenizer: Any) -> None:
+    around = tokenizers.processors.TemplateProcessing(single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)])
+    tokenizer.post_processor = around
+
+
+@pytest.mark.parametrize(
+    ("spoil", "added"),
+    [
+        (lambda tokenizer: tokenizer.enable_truncation(16), 0),
+        (lambda tokenizer: tokenizer.enable_padding(length=100), 0),
+        (ends_texts, 1),
+    ],
+    ids=["cuts", "fills", "ends"],
+)
+def test_a_tokenizer_gives_the_whole_prompt_and_no_more(make: Any, tmp_path: Path, spoil: Any, added: int) -> None:
+    """Whatever the file orders: nothing is cut, filled or ended; what it puts before a text, BOS, is kept."""
+    engine = make("D", {"tokenizer": str(tokenizer_file(tmp_path / "tokenizer.json", spoil))})
+    prompt = "Which lamp is on, and which is not? " * 4
+    _, stats = ask(engine, prompt=prompt)
+    assert stats.prompt_tokens == engine.count_tokens(prompt) == len(prompt) + added
+    with pytest.raises(ContextExceeded):
+        ask(engine, prompt=prompt * 10)
+
+
+def test_a_file_that_is_no_tokenizer_is_said_to_be_none(make: Any, tmp_path: Path) -> None:
+    """With its path, and where to get one."""
+    path = tmp_path / "tokenizer.json"
+    path.write_text("{bad")
+    with pytest.raises(ModelLoadError, match=r"tokenizer\.json is not a tokenizer"):
+        make("D", {"tokenizer": str(path)})
 
 
 # Sampling
@@ -236,7 +286,7 @@ def said(capfd: pytest.CaptureFixture[str], start: str) -> list[str]:
 @pytest.mark.parametrize("group", ["C", "C1", "D", "E"])
 def test_the_boards_options_reach_the_library(make: Any, group: str, capfd: pytest.CaptureFixture[str]) -> None:
     """Each in its field; what is not given stays as the runtime has it."""
-    npu = NpuOptions(enabled_cpus=(4, 5, 7), embed_flash=False, base_domain_id=3, n_keep=16)
+    npu = NpuOptions(enabled_cpus=(4, 5, 5, 7), embed_flash=False, base_domain_id=3, n_keep=16)
     make(group, {"npu": npu})
     make(group)
     assert said(capfd, "D rkllm: n_keep") == [
@@ -278,6 +328,33 @@ def test_a_slow_abort_is_waited_for(make: Any, group: str) -> None:
     stats = engine.generate(QUESTION, Sampling(max_new_tokens=90), abort_soon)
     assert (ended.wait(5), stats.finish) == (True, FinishReason.ABORT)
     assert ask(engine, Sampling(max_new_tokens=5))[1].decode_tokens == 5
+
+
+@pytest.mark.parametrize("group", ["B", "D", "E"])
+def test_no_abort_is_lost(make: Any, group: str) -> None:
+    """Also one that comes when the run is ours already and the library's not yet: it forgets that."""
+    engine = make(group, decode_tps=300)
+    for _ in range(20):
+        over = threading.Event()
+
+        def abort_at_once(over: threading.Event = over) -> None:
+            while engine._current.run is None and not over.is_set():
+                pass
+            engine.abort()
+
+        thread = threading.Thread(target=abort_at_once)
+        thread.start()
+        stats = engine.generate(QUESTION, Sampling(max_new_tokens=90), lambda _: False)
+        over.set()
+        thread.join()
+        assert (stats.finish, stats.decode_tokens < 60) == (FinishReason.ABORT, True)
+
+
+def test_more_than_32_bits_is_more_than_fits(make: Any) -> None:
+    """The answer ends where the context does, instead of at what is left of the number."""
+    stats = ask(make("E"), Sampling(max_new_tokens=2**32 + 3))[1]
+    assert stats.finish is FinishReason.LENGTH
+    assert stats.prompt_tokens + stats.decode_tokens == 1024
 
 
 LIVES = """

@@ -293,7 +293,17 @@ def test_lines_of_the_library(d: Workspace) -> None:
     d.ask("m", status=500)
     said = re.findall(r"^\S+ (\w+) +worker says model=m line='(\w) \w+: (.{9})", d.log_text(), re.MULTILINE)
     assert {("info", "I", "rkllm-run"), ("warning", "W", "this mode"), ("error", "E", "token3 fa")} <= set(said)
-    assert {("info", "I"), ("warning", "W"), ("error", "E")} == {(level, letter) for level, letter, _ in said}
+    assert {("debug", "D"), ("info", "I"), ("warning", "W"), ("error", "E")} == {(level, letter) for level, letter, _ in said}
+
+
+def test_lines_that_the_library_does_not_flush(d: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    """C keeps what is printed into a pipe until 4 kB are full; the reason of a failure must not wait for that."""
+    monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)
+    install(d, build("D", d.root, defines={"NO_FLUSH": "1"}).read_bytes())
+    run(d, saves="no", fault="token3:error")
+    assert NO_SAVE in d.wait_state("a", "uncacheable")["reason"]
+    switch(d, on=True)
+    refused(d, 500, "engine_error", "E rkllm: token3 failed")
 
 
 # Faults
@@ -396,7 +406,8 @@ def test_crash_over_a_cache(d: Workspace) -> None:
     switch(d, on=True)
     for _ in range(3):
         answer = d.ask("m/a")
-        assert (right, "cold") == (content(answer), answer["rkcached"]["state"])
+        assert (right, "miss") == (content(answer), answer["rkcached"]["state"])
+        assert "SIGSEGV" in answer["rkcached"]["reason"]
     shown = d.wait_state("a", "quarantined")
     assert "loading it failed 3 times" in shown["reason"]
     assert "SIGSEGV" in shown["reason"]

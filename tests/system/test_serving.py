@@ -216,7 +216,7 @@ def test_stale_is_answered_cold_and_current(workspace: Workspace) -> None:
     assert right_answer(workspace, new) == content(answer)
     assert answer["rkcached"]["state"] == "building"
     assert answer["rkcached"]["cache"] is None
-    assert "build stepped aside" in workspace.log_text()
+    wait_until(lambda: "build stepped aside" in workspace.log_text(), "that is logged", 5)
     workspace.wait_settled()
     assert workspace.ask("m/p")["rkcached"]["state"] == "hit"
 

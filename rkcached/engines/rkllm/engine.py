@@ -12,7 +12,6 @@ import contextlib
 import ctypes
 import os
 import time
-from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,6 +23,7 @@ from rkcached.engines.rkllm.handle import Current, OwnedHandle, Stopper
 from rkcached.engines.rkllm.library import CallError, Library
 from rkcached.engines.rkllm.params import PER_RUN, is_greedy, merged, model_param, sampling_param
 from rkcached.engines.rkllm.run import Run
+from rkcached.engines.rkllm.tokenizer import load_tokenizer
 from rkcached.errors import ArtifactLoadError, ContextExceeded, EngineError, ModelLoadError, SamplingFixed
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ class RkllmEngine:
     def __init__(self, spec: ModelSpec) -> None:
         _check_model_file(Path(spec.path))
         self._spec = spec
-        self._tokenizer = _load_tokenizer(spec.tokenizer)
+        self._tokenizer = load_tokenizer(spec.tokenizer)
         self._library = Library(Path(spec.library), spec.abi)
         abi = self._library.abi
         self._fixed = spec.sampling or Sampling()
@@ -60,9 +60,11 @@ class RkllmEngine:
         try:
             self._handle = OwnedHandle(self._library, param, self._current)
         except CallError as error:
+            hint = "the model must be converted for this board, by a toolkit that is not newer than the runtime"
+            if spec.abi and not self._library.fits:
+                hint = f"the library says it is {self._library.version}: remove engine.abi {spec.abi} from the manifest"
             raise ModelLoadError(
-                f"RKLLM {self._library.version} cannot load the model {spec.path}",
-                hint="the model must be converted for this board, by a toolkit that is not newer than the runtime",
+                f"RKLLM {self._library.version} cannot load the model {spec.path}", hint=hint
             ) from error
         self._loaded = False
         """A prompt cache is loaded and was not released."""
@@ -101,7 +103,7 @@ class RkllmEngine:
         return self._library.abi
 
     def count_tokens(self, text: str) -> int | None:
-        return len(self._tokens(text)) if self._tokenizer is not None else None
+        return len(self._tokenizer(text)) if self._tokenizer is not None else None
 
     def prefill(self, prompt: str, *, save_to: Path, on_progress: OnProgress | None = None) -> RunStats:
         """A run that saves. Until 1.2.3 it also generates a whole answer, as nothing but an abort would end it."""
@@ -158,6 +160,7 @@ class RkllmEngine:
         if not self.abi.samples_per_run:
             natural = limit >= self._fixed.max_new_tokens
             limit = min(limit, self._fixed.max_new_tokens)
+        limit = min(limit, self._info.context_tokens)  # more never fits, and C takes 32 bits
         run = Run(sampling, limit=limit, on_token=on_token, trace=trace, ends_itself=natural and limit > 0)
         self._run(run, prompt)
         run.deliver_rest()
@@ -200,10 +203,6 @@ class RkllmEngine:
     def _call(self, name: str, *arguments: Any) -> Any:
         return self._library.call(name, self._handle.value, *arguments)
 
-    def _tokens(self, text: str) -> Sequence[int]:
-        ids: list[int] = self._tokenizer.encode(text).ids
-        return ids
-
     def _run(self, run: Run, prompt: str, *, save_to: Path | None = None, mode: InferMode = InferMode.GENERATE) -> None:
         """Run and wait for the end. Whatever the library gets a pointer to lives in this frame until it returns."""
         if self._handle.destroyed:
@@ -215,7 +214,7 @@ class RkllmEngine:
             run_input.role = b"user"
             run_input.enable_thinking = self._spec.thinking
         if self._tokenizer is not None:
-            ids = self._tokens(prompt)
+            ids = self._tokenizer(prompt)
             run.prompt_ids = len(ids)
             if len(ids) >= self._info.context_tokens:
                 raise ContextExceeded(len(ids), self._info.context_tokens)
@@ -236,7 +235,7 @@ class RkllmEngine:
         sampler = sampling_param(merged(self._fixed, run.sampling))
         if abi.samples_per_run:
             infer.sampling_params = ctypes.pointer(sampler)
-            infer.max_new_tokens = max(1, run.sampling.max_new_tokens)  # 0 would mean the model's own
+            infer.max_new_tokens = max(1, run.limit)  # 0 would mean the model's own
         self._empty = False
         run.started = time.perf_counter()
         self._current.begin(run, self._stopper)
@@ -318,19 +317,3 @@ def _check_model_file(path: Path) -> None:
         raise ModelLoadError(f"cannot read the model {path}: {error.strerror}", hint="check the path") from error
     if not first:
         raise ModelLoadError(f"the model {path} is empty", hint="copy it again")
-
-
-def _load_tokenizer(path: str) -> Any:
-    """The tokenizer of `path`; None without one. Errors: ModelLoadError."""
-    if not path:
-        return None
-    try:
-        import tokenizers  # noqa: PLC0415 - 50 ms that only models with a tokenizer need
-    except ImportError as error:
-        raise ModelLoadError(
-            f"the tokenizer {path} needs the package tokenizers", hint="pip install 'rkcached[rkllm]'"
-        ) from error
-    try:
-        return tokenizers.Tokenizer.from_file(path)
-    except Exception as error:
-        raise ModelLoadError(f"cannot read the tokenizer {path}: {error}", hint="check the path") from error

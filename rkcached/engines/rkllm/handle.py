@@ -13,6 +13,8 @@ from rkcached.engines.rkllm.abi import Handle
 from rkcached.engines.rkllm.library import CallError, Library
 from rkcached.engines.rkllm.run import Run
 
+_ABORT_AGAIN_S = 0.1
+
 
 class Current:
     """The run that goes on, and what the library calls back."""
@@ -69,9 +71,17 @@ class Stopper:
 
     def _work(self) -> None:
         while (run := self._queue.get()) is not None:
-            with self._current.ended, contextlib.suppress(CallError):
-                if self._current.run is run and not run.finished.is_set():
-                    self._library.call("rkllm_abort", self._handle.value)
+            # Again until it works: the library forgets an abort that comes before its run has really begun.
+            while self._abort(run) and not run.finished.wait(_ABORT_AGAIN_S):
+                pass
+
+    def _abort(self, run: Run) -> bool:
+        """Whether the run still goes on."""
+        with self._current.ended, contextlib.suppress(CallError):
+            if self._current.run is not run or run.finished.is_set():
+                return False
+            self._library.call("rkllm_abort", self._handle.value)
+        return True
 
 
 class OwnedHandle:

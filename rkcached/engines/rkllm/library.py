@@ -33,6 +33,8 @@ class Library:
         self.path = path
         self.abi = choose_abi(facts, override or None)
         self.version = facts.version or self.abi.name
+        self.fits = facts.version is None or self.version in self.abi.versions
+        """The ABI is the one of the version that the library states; an override may say otherwise."""
         try:
             self._cdll = ctypes.CDLL(str(path))
         except OSError as error:

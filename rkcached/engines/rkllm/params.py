@@ -37,13 +37,14 @@ def model_param(library: Library, spec: ModelSpec, sampling: Sampling) -> Any:
     if npu.embed_flash is not None:
         extend.embed_flash = npu.embed_flash
     if npu.enabled_cpus:
-        extend.enabled_cpus_num = len(npu.enabled_cpus)
-        extend.enabled_cpus_mask = sum(1 << cpu for cpu in npu.enabled_cpus)
+        cpus = set(npu.enabled_cpus)
+        extend.enabled_cpus_num = len(cpus)
+        extend.enabled_cpus_mask = sum(1 << cpu for cpu in cpus)
     elif extend.enabled_cpus_mask.bit_count() != extend.enabled_cpus_num:
         # Left unset on some boards: the last ones are the fast ones.
-        count, cpus = extend.enabled_cpus_num, os.cpu_count() or 1
-        extend.enabled_cpus_mask = sum(1 << cpu for cpu in range(max(0, cpus - count), cpus))
-        extend.enabled_cpus_num = min(count, cpus)
+        count, last = extend.enabled_cpus_num, os.cpu_count() or 1
+        extend.enabled_cpus_mask = sum(1 << cpu for cpu in range(max(0, last - count), last))
+        extend.enabled_cpus_num = min(count, last)
     if library.abi.group == "E":
         param.ignore_eos_token = npu.ignore_eos
     return param

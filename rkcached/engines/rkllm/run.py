@@ -48,7 +48,7 @@ class Run:
         """The library ends the run at `max_new_tokens`; an abort would race with that and could hit the next run."""
         self._on_token = on_token
         self._trace = trace
-        self._limit = limit
+        self.limit = limit
         self._stops = StopStrings(sampling.stop)
         self._held = b""
         """Bytes of a character that is not complete."""
@@ -74,7 +74,7 @@ class Run:
             return FinishReason.STOP
         if self.aborted:
             return FinishReason.ABORT
-        full = self.wanted_tokens >= self._limit or prompt_tokens + self.new_tokens >= context_tokens
+        full = self.wanted_tokens >= self.limit or prompt_tokens + self.new_tokens >= context_tokens
         return FinishReason.LENGTH if full else FinishReason.STOP
 
     def take(self, result: Any, state: int) -> bool:
@@ -126,7 +126,7 @@ class Run:
         self.new_tokens += 1
         if self._over or self._on_token is None:
             return False
-        if self._limit == 0:
+        if self.limit == 0:
             self._over = True
             return True
         self.wanted_tokens += 1
@@ -136,7 +136,7 @@ class Run:
             self._held += text or b""
         elif text:
             self._deliver(self._stops.feed(self._whole(text)))
-        full = self.wanted_tokens >= self._limit
+        full = self.wanted_tokens >= self.limit
         self._over = self._stops.found or self.aborted or full
         return self._over and not (full and self._ends_itself)
 

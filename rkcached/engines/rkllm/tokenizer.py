@@ -1,0 +1,47 @@
+"""A model's `tokenizer.json`: the whole text as tokens, with what the model expects before it and nothing behind it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from rkcached.errors import ModelLoadError
+
+Tokenize = Callable[[str], list[int]]
+
+
+def load_tokenizer(path: str) -> Tokenize | None:
+    """None without a path. Errors: ModelLoadError.
+
+    Files that training scripts saved may order to cut or to fill every text; a prompt must be neither. They may also
+    put a token behind each text, which would end the prompt in the middle of the conversation: only BOS is kept.
+    """
+    if not path:
+        return None
+    try:
+        import tokenizers  # noqa: PLC0415 - 50 ms that only models with a tokenizer need
+    except ImportError as error:
+        raise ModelLoadError(
+            f"the tokenizer {path} needs the package tokenizers", hint="pip install 'rkcached[rkllm]'"
+        ) from error
+    try:
+        tokenizer = tokenizers.Tokenizer.from_file(path)
+    except Exception as error:  # the library has no class of its own for it
+        raise ModelLoadError(
+            f"{path} is not a tokenizer: {error}", hint="name the tokenizer.json that the model came with"
+        ) from error
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    before = _before(tokenizer.encode("a").ids, tokenizer.encode("a", add_special_tokens=False).ids)
+
+    def tokenize(text: str) -> list[int]:
+        return [*before, *tokenizer.encode(text, add_special_tokens=False).ids]
+
+    return tokenize
+
+
+def _before(dressed: list[int], plain: list[int]) -> list[int]:
+    """What the tokenizer puts before a text."""
+    for at in range(len(dressed) - len(plain) + 1):
+        if dressed[at : at + len(plain)] == plain:
+            return dressed[:at]
+    return []
