@@ -74,6 +74,7 @@ def worker_model(engine: EngineConfig, model: DesiredModel) -> WorkerModel:
             npu=NpuOptions(**config.npu.model_dump()),
         ),
         idle_unload_s=config.idle_unload_s,
+        timeout_s=engine.timeout_s,
     )
 
 

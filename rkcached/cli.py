@@ -344,11 +344,16 @@ def _exit_code(error: RkcachedError) -> int:
 def _complain(error: RkcachedError) -> None:
     if isinstance(error, ManifestError):
         for problem in error.problems:
-            click.echo(str(problem), err=True)
+            click.echo(_printable(str(problem)), err=True)
         return
-    click.echo(f"error: {error.message}", err=True)
+    click.echo(_printable(f"error: {error.message}"), err=True)
     if error.hint:
-        click.echo(f"hint: {error.hint}", err=True)
+        click.echo(_printable(f"hint: {error.hint}"), err=True)
+
+
+def _printable(text: str) -> str:
+    """A file's name may hold what would command the terminal."""
+    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
 
 
 def _look(settings: Settings) -> Look:

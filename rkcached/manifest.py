@@ -181,6 +181,9 @@ class EngineConfig(_Section):
         description="RKLLM's binary interface, by version; None finds it.",
         json_schema_extra=_ABI_SCHEMA,
     )
+    timeout_s: float = _number(
+        default=300.0, ge=5, le=3600, description="Kill a worker whose library says nothing for so long."
+    )
     concurrent: bool = Field(default=False, strict=True, description="Let several models use the NPU at the same time.")
 
 

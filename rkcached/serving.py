@@ -221,9 +221,12 @@ class Serving:
                 with contextlib.suppress(asyncio.CancelledError, errors.RkcachedError):
                     await work
 
+    def waiting(self, model: str) -> int:
+        """Requests that wait for their turn."""
+        return sum(1 for run in self._works.values() if run.job.model.name == model and not run.started)
+
     def _refuse_beyond_the_queue(self, model: DesiredModel) -> None:
-        limit = self._reconciler.view.manifest.serving.queue
-        waiting = sum(1 for run in self._works.values() if run.job.model.name == model.name and not run.started)
+        limit, waiting = self._reconciler.view.manifest.serving.queue, self.waiting(model.name)
         if waiting >= limit:
             raise RequestError(
                 503,

@@ -16,6 +16,9 @@ from rkcached.plan import Action, Assessment, Blocked, Build, Remove, State
 _WIDE = 110
 """Columns from which the table has room for notes; on a narrower terminal they follow it."""
 
+_LONG_S = 2.0
+"""From here on it is said how long a worker has been at it."""
+
 _STATE_STYLE = {
     "fresh": "green",
     "building": "cyan",
@@ -106,7 +109,10 @@ def _print_heading(console: Console, status: dict[str, Any]) -> None:
     for model in status["models"]:
         note = model["trouble"] or model["last_failure"]
         restarts = f", {model['restarts']} restarts" if model["restarts"] else ""
-        line = f"model {model['name']}: {model['worker']}{restarts}" + (f" ({note})" if note else "")
+        working = model["worker"] in ("busy", "starting") and model["state_s"] >= _LONG_S
+        since = f" for {duration(model['state_s'])}" if working else ""
+        waiting = f", {model['waiting']} waiting" if model["waiting"] else ""
+        line = f"model {model['name']}: {model['worker']}{since}{waiting}{restarts}" + (f" ({note})" if note else "")
         console.print(Text(line, style="red" if model["trouble"] else ""))
 
 

@@ -48,7 +48,10 @@ def status(
         },
         "answers": dict(serving.answers),
         "running": serving.running,
-        "models": [model_status(name, model, workers) for name, model in view.desired.models.items()],
+        "models": [
+            {**model_status(name, model, workers), "waiting": serving.waiting(name)}
+            for name, model in view.desired.models.items()
+        ],
         "prompts": [prompt_status(key, reconciler, serving) for key in view.assessments],
     }
 
@@ -75,6 +78,7 @@ def model_status(name: str, model: object, workers: Workers) -> dict[str, Any]:
         "worker": worker.state.value if worker else "stopped",
         "runtime": worker.info.runtime_version if worker and worker.info else None,
         "measures_reuse": worker.info.measures_prefill if worker and worker.info else None,
+        "state_s": round(time.monotonic() - worker.since, 1) if worker else None,
         "pid": worker.pid if worker else None,
         "restarts": worker.restarts if worker else 0,
         "last_failure": worker.last_failure if worker else "",

@@ -21,6 +21,7 @@ import signal
 import socket
 import sys
 import tempfile
+import time
 from collections import deque
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
@@ -91,6 +92,8 @@ class WorkerModel:
     spec: ModelSpec
     """Without a scratch directory: each process gets its own."""
     idle_unload_s: float | None
+    timeout_s: float | None = None
+    """Replaces the deadlines for loading and for silence."""
 
 
 class Worker:
@@ -107,6 +110,8 @@ class Worker:
         self.model = model
         self._on_state = on_state
         self._state = WorkerState.STOPPED
+        self.since = time.monotonic()
+        """When it came into its state; monotonic seconds."""
         self.info: EngineInfo | None = None
         self.restarts = 0
         self.last_failure = ""
@@ -133,6 +138,7 @@ class Worker:
     def state(self, state: WorkerState) -> None:
         if state is not self._state:
             self._state = state
+            self.since = time.monotonic()
             self._on_state(self)
 
     @property
@@ -171,7 +177,7 @@ class Worker:
             process = await self._spawn()
             spec = msgspec.structs.replace(model.spec, scratch_dir=self._scratch)
             await self._send(protocol.Start(implementation=model.implementation, spec=spec))
-            answer = await self._receive(self._deadlines.start_s)
+            answer = await self._receive(model.timeout_s or self._deadlines.start_s)
         except OSError as error:
             await self._end(kill=True)
             self.state = WorkerState.STOPPED
@@ -277,7 +283,7 @@ class Worker:
     ) -> protocol.Answer:
         await self._send(operation)
         while True:
-            event = await self._receive(self._deadlines.silence_s)
+            event = await self._receive(self.model.timeout_s or self._deadlines.silence_s)
             if isinstance(event, protocol.Ready) or event.id != operation.id:
                 raise await self._broken(f"sent {type(event).__name__} out of turn")
             match event:

@@ -454,6 +454,25 @@ def test_client_of_a_hung_library_goes(d: Workspace) -> None:
     assert hit(d) == cold(d)
 
 
+def test_a_hung_library_is_killed_in_time(d: Workspace) -> None:
+    """After engine.timeout_s its request is told, and the next one is served; status says who waits how long."""
+    run(d, engine=", timeout_s: 5", fault="run:hang")
+    right = cold(d)
+    switch(d, on=True)
+    with ThreadPoolExecutor() as pool:
+        hung = pool.submit(d.ask, "m/a", status=504)
+        wait_until(lambda: model_status(d)["worker"] == "busy", "it hangs", 10)
+        waiting = pool.submit(d.ask, "m/b")
+        wait_until(lambda: model_status(d)["waiting"] == 1, "another waits", 10)
+        wait_until(lambda: model_status(d)["state_s"] >= 2.5, "it takes long", 10)
+        shown = d.cli("status").stdout
+        switch(d, on=False)
+        assert hung.result(15)["error"]["code"] == "worker_timeout"
+        assert content(waiting.result(15))
+    assert re.search(r"model m: busy for 0 min \d s, 1 waiting", shown)
+    assert right == content(d.ask("m/a"))
+
+
 def test_stop_while_the_library_hangs(d: Workspace) -> None:
     """SIGTERM while the library hangs ends the daemon within 5 s, and its client is told."""
     run(d, fault="run:hang")
