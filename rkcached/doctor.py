@@ -8,7 +8,6 @@ manifest asks for it or says nothing, and no more than a warning where it asks f
 
 from __future__ import annotations
 
-import glob
 import grp
 import os
 import re
@@ -432,7 +431,7 @@ def _order(version: str) -> tuple[int, int, int, float]:
 
 def _disk(manifest: Manifest, cache_dir: Path) -> Check:
     free = _free_bytes(cache_dir)
-    used = sum(_size_of(Path(path)) or 0 for path in glob.glob(f"{glob.escape(str(cache_dir))}/*/*_cache"))  # noqa: PTH207
+    used = sum(_size_of(path) or 0 for path in cache_dir.glob("*/*_cache"))
     if manifest.cache.max_bytes:
         wanted, why = int(manifest.cache.max_bytes), "allowed by cache.max_bytes"
     else:
@@ -462,6 +461,6 @@ def _count_prompts(manifest: Manifest) -> int:
     """Prompts declared, and those that the patterns find."""
     count = 0
     for model in manifest.models.values():
-        found = {Path(path).stem for pattern in model.prompts_from for path in glob.glob(pattern)}  # noqa: PTH207
+        found = {path.stem for pattern in map(Path, model.prompts_from) for path in pattern.parent.glob(pattern.name)}
         count += len(found | model.prompts.keys())
     return count

@@ -204,7 +204,8 @@ class Worker:
     async def _spawn(self) -> asyncio.subprocess.Process:
         """Start the process, connect its socket and read what it prints. Errors: OSError, WorkerUnavailable."""
         ours, theirs = socket.socketpair()
-        try:
+        with contextlib.ExitStack() as unless_connected:
+            unless_connected.callback(ours.close)
             with theirs:
                 process = self._process = await asyncio.create_subprocess_exec(
                     sys.executable,
@@ -220,9 +221,7 @@ class Worker:
                 )
             self._lines.follow(process)
             self._stream = await asyncio.open_connection(sock=ours)
-        except BaseException:
-            ours.close()
-            raise
+            unless_connected.pop_all()
         if self.state is not WorkerState.STARTING:
             await self._end(kill=True)
             raise WorkerUnavailable(f"the worker of {self.model.name} was stopped", hint="try again")

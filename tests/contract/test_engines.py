@@ -253,13 +253,14 @@ def test_prefill_reports_progress_from_none_to_all(case: Case, home: Saved) -> N
 
 
 def test_prefill_leaves_the_prompt_in_memory(case: Case, engine: Engine) -> None:
-    """The run after a prefill reuses all of it without a load, where a state outlives a run."""
-    if not engine.info.keeps_state:
-        pytest.skip("this engine's state ends with each run")
+    """The run after a prefill reuses all of it without a load; where a state ends with its run, nothing of it."""
     prompt = "A short prompt that stays. "
     count = build(engine, prompt, case.directory / "short.bin").stats.prompt_tokens
     cached = ask(engine, prompt + QUESTION).stats.cached_tokens
-    assert cached in ((count, count - 1) if engine.info.measures_prefill else (None,))  # the last may join the next
+    if not engine.info.keeps_state:
+        assert cached == 0
+    else:
+        assert cached in ((count, count - 1) if engine.info.measures_prefill else (None,))  # the last may join the next
 
 
 def test_a_loaded_cache_answers_like_the_same_prefix_in_memory(case: Case, engine: Engine, other: Engine) -> None:
@@ -279,23 +280,29 @@ def test_a_loaded_cache_answers_like_the_same_prefix_in_memory(case: Case, engin
 
 
 def test_the_state_begins_with_the_prompt_after_a_run(engine: Engine, home: Saved) -> None:
-    """The same prompt again is in the state but for the one token that is always prefilled."""
-    if not engine.info.measures_prefill:
-        pytest.skip("this engine measures no reuse")
+    """The same prompt again is in the state but for the one token that is always prefilled. Nobody guesses, though."""
     first = ask_loaded(engine, home).stats
     again = ask(engine, HOME + QUESTION).stats
+    if not engine.info.measures_prefill:
+        assert (first.cached_tokens, again.cached_tokens) == (None, None if engine.info.keeps_state else 0)
+        return
     assert (first.prompt_tokens, first.prompt_tokens - 1) == (again.prompt_tokens, again.cached_tokens)
 
 
 def test_a_prompt_that_parts_from_the_state_reuses_the_common_beginning(
     case: Case, engine: Engine, home: Saved
 ) -> None:
-    """Half of the cached prompt with another ending takes about that half."""
-    if not engine.info.measures_prefill:
-        pytest.skip("this engine measures no reuse")
+    """Half of the cached prompt with another ending takes about that half, and answers as it does cold."""
     half = HOME[: len(HOME) // 2]
+    engine.clear()
+    cold = ask(engine, half + "#### Something else.")
     engine.load(home.path)
-    cached = ask(engine, half + "#### Something else.").stats.cached_tokens
+    warm = ask(engine, half + "#### Something else.")
+    assert cold.text == warm.text
+    cached = warm.stats.cached_tokens
+    if not engine.info.measures_prefill:
+        assert cached is None
+        return
     count = engine.count_tokens(half) if case.counts else len(half) + case.added
     assert count - 2 <= cached <= count
 
@@ -458,21 +465,25 @@ def test_a_seed_decides_the_answer(engine: Engine, home: Saved) -> None:
 
 
 def test_penalties_and_large_seeds_are_accepted(engine: Engine, home: Saved) -> None:
-    """Every field of Sampling that a run may set has a place; a seed may have 64 bits."""
-    if "seed" not in engine.info.run_sampling:
-        pytest.skip("this engine has no seeds")
-    sampling = Sampling(
-        max_new_tokens=4,
-        temperature=0.7,
-        top_k=20,
-        top_p=0.9,
-        repeat_penalty=1.1,
-        frequency_penalty=0.1,
-        presence_penalty=0.1,
-        seed=2**63,
-        stop=("\n\n",),
-    )
-    assert ask_loaded(engine, home, sampling).ids == ask_loaded(engine, home, sampling).ids
+    """Every field of Sampling that a run may set has a place; a seed may have 64 bits. Others are refused by name."""
+    values: dict[str, float | int] = {
+        "temperature": 0.7,
+        "top_k": 20,
+        "top_p": 0.9,
+        "repeat_penalty": 1.2,
+        "frequency_penalty": 0.1,
+        "presence_penalty": 0.1,
+        "seed": 2**63,
+    }
+    taken = {name: value for name, value in values.items() if name in engine.info.run_sampling}
+    sampling = msgspec.convert({"max_new_tokens": 4, "stop": ("\n\n",), **taken}, Sampling)
+    first, again = ask_loaded(engine, home, sampling), ask_loaded(engine, home, sampling)
+    assert first.stats.decode_tokens == again.stats.decode_tokens > 0
+    if "seed" in taken:
+        assert first.ids == again.ids
+    for name in values.keys() - taken.keys():
+        with pytest.raises(SamplingFixed, match=name):
+            ask(engine, QUESTION, msgspec.convert({name: values[name]}, Sampling))
 
 
 def test_pieces_are_whole_characters(engine: Engine) -> None:

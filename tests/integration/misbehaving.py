@@ -78,7 +78,6 @@ class LeavesAChild(_Misbehaving):
     def misbehave(self) -> None:
         sleeper = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(30)"])
         print(f"sleeper {sleeper.pid}", flush=True)
-        time.sleep(0.05)
         os._exit(5)
 
 

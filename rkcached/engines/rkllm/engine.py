@@ -184,9 +184,9 @@ class RkllmEngine:
             raise EngineError("the runtime gave no hidden layer for this model", hint="is it an embedding model?")
         match pooling:
             case Pooling.MEAN:
-                return hidden.mean(axis=0)  # type: ignore[no-any-return]
+                return hidden.mean(axis=0)  # type: ignore[no-any-return]  # numpy leaves the result of a reduction open
             case Pooling.LAST:
-                return hidden[-1]  # type: ignore[no-any-return]
+                return hidden[-1]  # type: ignore[no-any-return]  # and that of an index
             case Pooling.NONE:
                 return hidden
 
