@@ -103,8 +103,12 @@ def print_inspection(console: Console, data: dict[str, Any]) -> None:
     count = f"{tokens['count']:,} tokens" if tokens else "an unknown number of tokens"
     console.print(Text(f"  {count}, {show.size(data['size_bytes'])} ({data['size_bytes']:,} bytes)"))
     if tokens:
-        first, last = (" ".join(map(str, tokens[name])) for name in ("first", "last"))
-        ids = first if tokens["count"] <= _SHOWN_IDS else f"{first} ... {last}"
+        rest = tokens["count"] - len(tokens["first"])
+        last = (
+            tokens["last"] if rest > _SHOWN_IDS else tokens["last"][_SHOWN_IDS - rest :]
+        )  # in short ones they overlap
+        between = ["..."] if rest > _SHOWN_IDS else []
+        ids = " ".join(map(str, [*tokens["first"], *between, *last]))
         console.print(Text(f"  token ids {ids}", style="dim"))
     if sidecar:
         built = show.when(sidecar["built_at"])

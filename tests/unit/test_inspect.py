@@ -339,3 +339,23 @@ def test_the_command(publish: Publish, tmp_path: Path, memory_cache: bytes) -> N
         assert done.returncode == code
         assert done.stderr.startswith("error: ")
         assert stat.S_ISREG(cache.stat().st_mode)
+
+
+@pytest.mark.parametrize(
+    ("count", "shown"),
+    [
+        (3, "1 2 3"),
+        (8, "1 2 3 4 5 6 7 8"),
+        (12, "1 2 3 4 5 6 7 8 9 10 11 12"),
+        (16, "1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16"),
+        (17, "1 2 3 4 5 6 7 8 ... 10 11 12 13 14 15 16 17"),
+    ],
+)
+def test_no_token_is_shown_twice(tmp_path: Path, count: int, shown: str) -> None:
+    """The first and the last ids, or all of them where they would overlap."""
+    path = tmp_path / "p.rkllm_cache"
+    ids = range(1, count + 1)
+    path.write_bytes(struct.pack(f"<III{count}i", 7, 8, count, *ids) + bytes(64))
+    console = Console(width=200, record=True, file=io.StringIO())
+    print_inspection(console, inspect(path))
+    assert f"token ids {shown}\n" in console.export_text()
