@@ -29,8 +29,9 @@ from rkcached.exchange import RequestIds, defect, error_response, no_route, read
 from rkcached.metrics import CONTENT_TYPE, Metrics
 from rkcached.openai import ChatRequest, CompletionRequest, GenerationRequest, error_body, parse_body
 from rkcached.plan import Key
+from rkcached.preparation import Job
 from rkcached.reconcile import Reconciler
-from rkcached.serving import End, Job, Serving, Text
+from rkcached.serving import End, Serving, Text
 
 log = structlog.get_logger()
 
@@ -105,7 +106,7 @@ class Api:
 
     async def _model(self, request: Request) -> Response:
         name, _, prompt = request.path_params["name"].partition("/")
-        self._serving.model(name)
+        self._serving.preparation.model(name)
         if prompt and Key(name, prompt) not in self._reconciler.view.desired.prompts:
             raise RequestError(
                 404, f"the model {name!r} has no prompt {prompt!r}", code="prompt_not_found", param="model"
@@ -115,12 +116,12 @@ class Api:
     async def _chat(self, request: Request) -> Response:
         accepted = time.monotonic()
         body = parse_body(ChatRequest, await read_body(request))
-        return await self._answer(request, body, self._serving.prepare(body, accepted), _CHAT)
+        return await self._answer(request, body, self._serving.preparation.chat(body, accepted), _CHAT)
 
     async def _complete(self, request: Request) -> Response:
         accepted = time.monotonic()
         body = parse_body(CompletionRequest, await read_body(request))
-        return await self._answer(request, body, self._serving.prepare_raw(body, accepted), _COMPLETION)
+        return await self._answer(request, body, self._serving.preparation.completion(body, accepted), _COMPLETION)
 
     async def _answer(self, request: Request, body: GenerationRequest, job: Job, shape: _Shape) -> Response:
         answer = self._serving.run(job)

@@ -199,7 +199,7 @@ class CacheApi:
         """Also one that is in trouble: it may be well again. Errors: RequestError 404."""
         name: str = request.path_params["model"]
         if name not in self._reconciler.view.desired.models:
-            self._serving.model(name)
+            self._serving.preparation.model(name)
         return name
 
     def _key(self, request: Request, prompt: str) -> Key:

@@ -12,21 +12,20 @@ import time
 from collections import Counter
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field
-from typing import Any
 
 import structlog
 
 from rkcached import errors
 from rkcached.builder import worker_model
 from rkcached.desired import DesiredModel
-from rkcached.engines.base import FinishReason, RunStats, Sampling
+from rkcached.engines.base import FinishReason, RunStats
 from rkcached.errors import RequestError
 from rkcached.events import Events
-from rkcached.openai import CacheReport, ChatRequest, CompletionRequest, PromptTokensDetails, Usage
-from rkcached.plan import Key, State, Trouble
+from rkcached.openai import CacheReport, PromptTokensDetails, Usage
+from rkcached.plan import Key, State
+from rkcached.preparation import Job, Preparation, as_request_error
 from rkcached.reconcile import Reconciler
 from rkcached.sidecar import StoredArtifact
-from rkcached.template import Message
 from rkcached.worker import protocol
 from rkcached.worker.gate import Gates, Priority
 from rkcached.worker.operations import BOUNDARY_TOKENS
@@ -39,21 +38,6 @@ NOT_MEASURED = "reuse is not measured by this runtime"
 
 BACKOFF_PATIENCE_S = 2.0
 """A request waits this long for a worker that rests after a failure, before it is refused."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Job:
-    """A request, ready to run."""
-
-    model: DesiredModel
-    named: Key | None
-    """The prompt that was asked for by name."""
-    prompt: str
-    """The whole rendered request."""
-    sampling: Sampling
-    cold: bool
-    accepted: float
-    """Monotonic seconds."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,6 +84,7 @@ class Serving:
     def __init__(self, reconciler: Reconciler, workers: Workers, gates: Gates, events: Events) -> None:
         self._events = events
         self._reconciler = reconciler
+        self.preparation = Preparation(lambda: reconciler.view)
         self._workers = workers
         self._gates = gates
         self.answers: Counter[str] = Counter()
@@ -123,73 +108,19 @@ class Serving:
             work.cancel()
             run.events.put_nowait(None)  # tell its client now: a library that hangs would let it wait
 
-    def prepare(self, request: ChatRequest, accepted: float) -> Job:
-        """Check a request against what is declared, and render it. Errors: RequestError."""
-        name, _, wanted = request.model.partition("/")
-        model = self.model(name)
-        if isinstance(request.cache, str) and wanted and request.cache != wanted:
-            raise RequestError(
-                400, f"model names the prompt {wanted!r}, cache names {request.cache!r}", code="conflict", param="cache"
-            )
-        if isinstance(request.cache, str):
-            wanted = request.cache
-        messages = [message.plain() for message in request.messages]
-        named = Key(name, wanted) if wanted else None
-        if named is not None:
-            messages = self._with_prompt(named, messages)
-        if any("\0" in message["content"] for message in messages):
-            raise _nul("messages")
-        try:
-            prompt = model.template.render(messages)
-        except errors.TemplateError as error:
-            raise RequestError(400, error.message, code="template_error", param="messages", hint=error.hint) from error
-        values: dict[str, Any] = model.config.sampling(named.prompt if named else None) | request.sampling()
-        return Job(
-            model=model,
-            named=named,
-            prompt=prompt,
-            sampling=Sampling(**values),
-            cold=request.cache is False,
-            accepted=accepted,
-        )
-
-    def prepare_raw(self, request: CompletionRequest, accepted: float) -> Job:
-        """Check a request whose text goes to the model as it is. Errors: RequestError."""
-        name, _, prompt = request.model.partition("/")
-        if prompt or isinstance(request.cache, str):
-            raise RequestError(
-                400,
-                "a plain completion has no system message, so no prompt can be chosen by name",
-                code="unsupported_parameter",
-                param="model" if prompt else "cache",
-                hint=f"ask for the model {name!r}, or use /v1/chat/completions",
-            )
-        if "\0" in request.prompt:
-            raise _nul("prompt")
-        model = self.model(name)
-        values: dict[str, Any] = model.config.sampling(None) | request.sampling()
-        return Job(
-            model=model,
-            named=None,
-            prompt=request.prompt,
-            sampling=Sampling(**values),
-            cold=request.cache is False,
-            accepted=accepted,
-        )
-
     async def load(self, name: str) -> None:
         """Load a model now. Errors: RequestError."""
-        model = self.model(name)
+        model = self.preparation.model(name)
         engine = self._reconciler.view.manifest.engine
         try:
             async with self._gates.hold(name, Priority.LIVE, concurrent=engine.concurrent):
                 await self._workers.get(worker_model(engine, model)).ensure()
         except errors.RkcachedError as error:
-            raise _as_request_error(error) from error
+            raise as_request_error(error) from error
 
     async def unload(self, name: str) -> None:
         """Unload a model, after what it is doing. It is loaded again when it is needed. Errors: RequestError."""
-        self.model(name)
+        self.preparation.model(name)
         concurrent = self._reconciler.view.manifest.engine.concurrent
         async with self._gates.hold(name, Priority.LIVE, concurrent=concurrent):
             for worker in self._workers.all():
@@ -214,7 +145,7 @@ class Serving:
                 raise _stopping()
             yield self._end(run, work.result())
         except errors.RkcachedError as error:
-            raise _as_request_error(error) from error
+            raise as_request_error(error) from error
         finally:
             if not work.done() and not self._closing:
                 work.cancel()
@@ -252,49 +183,6 @@ class Serving:
                 code="request_timeout",
                 hint="serving.request_timeout_s in the manifest is the limit",
             ) from None
-
-    def model(self, name: str) -> DesiredModel:
-        view = self._reconciler.view
-        model = view.model(name)
-        if model is None:
-            known = ", ".join(sorted(view.desired.models)) or "none"
-            raise RequestError(
-                404, f"the model {name!r} does not exist; known models: {known}", code="model_not_found", param="model"
-            )
-        if isinstance(model, Trouble):
-            raise RequestError(
-                503, f"the model {name!r} cannot be used: {model.message}", code="model_unavailable", hint=model.hint
-            )
-        return model
-
-    def _with_prompt(self, key: Key, messages: list[Message]) -> list[Message]:
-        """The messages with the prompt as their system message."""
-        view = self._reconciler.view
-        text = view.desired.texts.get(key)
-        if text is None:
-            declared = view.desired.prompts.get(key)
-            if declared is None:
-                known = ", ".join(k.prompt for k in view.desired.prompts if k.model == key.model) or "none"
-                raise RequestError(
-                    404,
-                    f"the model {key.model!r} has no prompt {key.prompt!r}; known prompts: {known}",
-                    code="prompt_not_found",
-                    param="model",
-                )
-            trouble = declared.trouble or Trouble(message="it has no text")
-            raise RequestError(
-                503, f"the prompt {key} cannot be used: {trouble.message}", code="prompt_blocked", hint=trouble.hint
-            )
-        systems = [message["content"] for message in messages if message["role"] == "system"]
-        if any(system.rstrip("\r\n") != text for system in systems):
-            raise RequestError(
-                409,
-                f"the request has a system message of its own, and it is not the prompt {key}",
-                code="system_message_conflict",
-                param="messages",
-                hint=f"leave the system message out, or ask for the model {key.model!r} without a prompt",
-            )
-        return [Message(role="system", content=text), *(m for m in messages if m["role"] != "system")]
 
     def _choose(self, job: Job) -> tuple[Key, StoredArtifact] | None:
         """The prompt cache to load: exactly a prefix of this request, and fresh at this moment."""
@@ -449,39 +337,6 @@ class Serving:
             if assessment is not None and assessment.state is not State.FRESH:
                 return assessment.state.value, assessment.reason
         return "cold", ""
-
-
-def _as_request_error(error: errors.RkcachedError) -> RequestError:
-    """The HTTP face of every error that a run can end with."""
-    match error:
-        case RequestError():
-            return error
-        case errors.ContextExceeded():
-            return RequestError(
-                400,
-                f"the request has {error.tokens} tokens, the context holds {error.limit}",
-                code="context_length_exceeded",
-                param="messages",
-                hint="shorten the messages, or raise params.max_context_len of the model",
-            )
-        case errors.SamplingFixed():
-            return RequestError(400, error.message, code="unsupported_parameter", hint=error.hint)
-        case errors.ModelLoadError() | errors.RuntimeLibraryError():
-            return RequestError(503, error.message, code="model_unavailable", hint=error.hint, retry_after_s=5)
-        case errors.WorkerUnavailable():
-            return RequestError(503, error.message, code="worker_unavailable", hint=error.hint, retry_after_s=5)
-        case errors.WorkerTimeout():
-            return RequestError(504, error.message, code="worker_timeout", hint=error.hint)
-        case errors.WorkerDied():
-            return RequestError(502, error.message, code="worker_died", hint=error.hint)
-        case _:
-            return RequestError(500, error.message, code="engine_error", hint=error.hint)
-
-
-def _nul(param: str) -> RequestError:
-    return RequestError(
-        400, "the text has a NUL character", code="invalid_value", param=param, hint="many runtimes stop reading there"
-    )
 
 
 def _details(cached_tokens: int | None) -> PromptTokensDetails | None:
