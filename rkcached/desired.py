@@ -75,6 +75,8 @@ class DesiredModel:
     name: str
     config: ModelConfig
     template: ChatTemplate
+    source: ModelSource
+    runtime: RuntimeSource
     identity: str
 
 
@@ -121,7 +123,7 @@ class Resolver:
                 if isinstance(prefix, Trouble):
                     found = prefix
                 else:
-                    found = fingerprint(_components(manifest, model, sources, key, prefix))
+                    found = fingerprint(_components(manifest, model, key, prefix))
                     texts[key] = declared.source.text
             if isinstance(found, Trouble):
                 prompts[key] = DesiredPrompt(key=key, description=declared.description, trouble=found)
@@ -162,7 +164,14 @@ class Resolver:
             }
             | (_rkllm_identity(manifest, config, source) if manifest.engine.kind is EngineKind.RKLLM else {})
         )
-        return DesiredModel(name=name, config=config, template=template, identity=identity.digest)
+        return DesiredModel(
+            name=name,
+            config=config,
+            template=template,
+            source=source,
+            runtime=sources.runtime,
+            identity=identity.digest,
+        )
 
 
 def _rkllm_identity(manifest: Manifest, config: ModelConfig, source: ModelSource) -> dict[str, Value]:
@@ -216,13 +225,9 @@ def _prefix(template: ChatTemplate, text: str) -> tuple[str, int] | Trouble:
     return hashlib.sha256(data).hexdigest(), len(data)
 
 
-def _components(
-    manifest: Manifest, model: DesiredModel, sources: Sources, key: Key, prefix: tuple[str, int]
-) -> dict[str, Value]:
+def _components(manifest: Manifest, model: DesiredModel, key: Key, prefix: tuple[str, int]) -> dict[str, Value]:
     """Everything the bytes of this prompt cache depend on, by the names that a stale verdict shows."""
-    source, runtime = sources.models[key.model], sources.runtime
-    if isinstance(source, Trouble) or isinstance(runtime, Trouble):  # pragma: no cover - _model refused already
-        raise TypeError(key)
+    source, runtime = model.source, model.runtime
     components: dict[str, Value] = {
         "engine": manifest.engine.kind.value,
         "runtime.version": runtime.version,

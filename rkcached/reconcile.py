@@ -15,6 +15,7 @@ from pathlib import Path
 import structlog
 
 from rkcached import errors
+from rkcached.announcer import Announcer
 from rkcached.attempts import Attempts, blames_model
 from rkcached.builder import REQUESTED, Builder, BuildRequest
 from rkcached.desired import Desired, DesiredModel
@@ -62,7 +63,7 @@ class Reconciler:
         watcher: Follower,
         events: Events,
     ) -> None:
-        self._events = events
+        self._announcer = Announcer(events)
         self.view = View(manifest=manifest, desired=Desired(models={}, prompts={}, texts={}))
         self.manifest_file = ManifestFile(manifest_path, manifest)
         self.store_trouble: errors.StoreError | None = None
@@ -91,7 +92,6 @@ class Reconciler:
         self._generation = 0
         """Counts changes of the store that were made outside of a look."""
         self._attempts = Attempts()
-        self._known: dict[Key, tuple[State, str]] = {}
 
     # What others may ask for; all on the event loop
 
@@ -287,32 +287,8 @@ class Reconciler:
             index=index,
         )
         for assessment in look.assessments:
-            self._tell(assessment)
-        for key in self._known.keys() - self.view.assessments.keys():
-            del self._known[key]
-
-    def _tell(self, assessment: Assessment) -> None:
-        """One log line for each change of a prompt's state that a person may have to know about."""
-        now = (assessment.state, assessment.reason)
-        if self._known.get(assessment.key) == now:
-            return
-        before = self._known.get(assessment.key)
-        self._known[assessment.key] = now
-        key = assessment.key
-        self._events.publish(
-            "artifact", model=key.model, prompt=key.prompt, state=assessment.state.value, reason=assessment.reason
-        )
-        if assessment.state in (State.BLOCKED, State.UNCACHEABLE, State.QUARANTINED, State.UNCACHED):
-            log.warning(
-                "prompt not cached",
-                model=assessment.key.model,
-                prompt=assessment.key.prompt,
-                state=assessment.state.value,
-                reason=assessment.reason,
-                hint=assessment.hint,
-            )
-        elif assessment.state is State.FRESH and before is not None and before[0] is State.BLOCKED:
-            log.info("prompt fresh again", model=assessment.key.model, prompt=assessment.key.prompt)
+            self._announcer.state(assessment)
+        self._announcer.forget_all_but(set(self.view.assessments))
 
     async def _retire_workers(self, look: Look) -> None:
         """Stop workers of models that are gone; a model that changed is replaced when it is next used."""
@@ -347,13 +323,10 @@ class Reconciler:
             request = self._build_request(build)
             if request is not None:
                 key, fingerprint = build.key, build.fingerprint.digest
-                log.info("build started", model=key.model, prompt=key.prompt, reason=build.reason)
                 self.progress = BuildProgress(
                     key=key, reason=build.reason, fingerprint=fingerprint, started=time.monotonic()
                 )
-                self._events.publish(
-                    "artifact", model=key.model, prompt=key.prompt, state="building", reason=build.reason
-                )
+                self._announcer.build_started(build)
                 self.progress.task = asyncio.create_task(self._build(request, self.progress))
 
     def _build_request(self, build: Build) -> BuildRequest | None:
@@ -379,7 +352,10 @@ class Reconciler:
             progress.done_tokens, progress.total_tokens = done, total
 
         try:
-            artifact = await self._builder.build(request, on_progress)
+            try:
+                artifact = await self._builder.build(request, on_progress)
+            finally:
+                self._announcer.build_ended()
         except errors.Aborted:
             log.info("build stepped aside", model=key.model, prompt=key.prompt)
             self._pending = {key: request.action, **self._pending}
@@ -403,58 +379,27 @@ class Reconciler:
         key, sidecar = request.action.key, artifact.sidecar
         self.builds += 1
         self._attempts.built(key)
-        self._publish_build(request, "built", sidecar.build_ms)
+        self._announcer.built(request, artifact)
         self.view.artifacts[key] = artifact
         wanted = self.view.desired.prompts.get(key)
         if wanted and wanted.fingerprint and wanted.fingerprint.digest == sidecar.fingerprint:
             self.view.index.add(key, artifact)
             fresh = Assessment(key=key, state=State.FRESH, description=wanted.description)
             self.view.assessments[key] = fresh
-            self._tell(fresh)
-        figures = sidecar.figures
-        log.info(
-            "artifact built",
-            model=key.model,
-            prompt=key.prompt,
-            reason=request.action.reason,
-            tokens=sidecar.tokens,
-            prefill_ms=round(figures.prefill_ms),
-            build_ms=round(sidecar.build_ms),
-            size_bytes=sidecar.size_bytes,
-            cold_ttft_ms=round(figures.cold_ttft_ms),
-            warm_ttft_ms=round(figures.warm_ttft_ms),
-            verified=figures.verified,
-        )
-        if not figures.gain:
-            log.warning("no gain", model=key.model, prompt=key.prompt, hint="loading costs more than prefilling")
+            self._announcer.state(fresh)
         self._requests.answer(key, artifact)
 
     async def _build_failed(self, request: BuildRequest, error: errors.RkcachedError) -> None:
         key, fingerprint = request.action.key, request.action.fingerprint.digest
         stored = await asyncio.to_thread(self._store.read_verdict, key)
         verdict = self._attempts.failed(key, request.model, fingerprint, error, stored)
-        self._publish_build(request, verdict.kind.value)
-        log.error(
-            "build failed",
-            model=key.model,
-            prompt=key.prompt,
-            error=error.message,
-            hint=error.hint,
-            attempts=verdict.attempts,
-            outcome=verdict.kind.value,
-        )
+        self._announcer.build_failed(request, error, verdict)
         if blames_model(error) or isinstance(error, errors.Uncacheable):
             self._pending = {k: build for k, build in self._pending.items() if k.model != key.model}
         if not blames_model(error):
             with contextlib.suppress(errors.StoreError):
                 await asyncio.to_thread(self._store.write_verdict, key, verdict)
         self._requests.answer(key, error)
-
-    def _publish_build(self, request: BuildRequest, result: str, build_ms: float = 0.0) -> None:
-        key, reason = request.action.key, request.action.reason
-        self._events.publish(
-            "build", model=key.model, prompt=key.prompt, reason=reason, result=result, build_ms=round(build_ms, 1)
-        )
 
     async def _stop_build(self) -> None:
         if self.progress is not None and (task := self.progress.task) is not None:

@@ -93,6 +93,8 @@ def test_events_tell_every_change(two_prompts: Workspace, listener: Listener) ->
     wait_until(lambda: listener.states("artifact", "a")[-1:] == ["fresh"], "the edited prompt is fresh", 10)
     assert listener.states("artifact", "a") == ["stale", "building", "fresh"]
     assert [event["result"] for kind, event in listener.heard if kind == "build"] == ["built"]
+    two_prompts.cli("regenerate", "m/b")
+    wait_until(lambda: listener.states("artifact", "b") == ["building", "fresh"], "a fresh one is told again, too", 10)
     two_prompts.ask("m/a")
     wait_until(lambda: listener.states("answer") == ["hit"], "the answer is told", 10)
     assert listener.states("worker")[-2:] == ["busy", "ready"]

@@ -259,7 +259,7 @@ def test_prompt_added_removed_renamed(two_prompts: Workspace) -> None:
     two_prompts.wait_state("c", "fresh")
     two_prompts.declare("{a: prompts/a.md, c: prompts/c.md}")
     wait_until(lambda: not list((two_prompts.cache / "m").glob("b.*")), "b left the disk")
-    assert two_prompts.prompt("b") == {}
+    wait_until(lambda: two_prompts.prompt("b") == {}, "b left the status, with the look after its removal")
     two_prompts.declare("{renamed: prompts/a.md, c: prompts/c.md}")
     two_prompts.wait_state("renamed", "fresh")
     wait_until(lambda: not list((two_prompts.cache / "m").glob("a.*")), "a left the disk")
