@@ -71,6 +71,7 @@ def worker_model(engine: EngineConfig, model: DesiredModel) -> WorkerModel:
             lora=str(config.lora or ""),
             lora_scale=config.lora_scale,
             thinking=bool(config.thinking),
+            pooling=config.pooling.value if config.embedding else "",
             npu=NpuOptions(**config.npu.model_dump()),
         ),
         idle_unload_s=config.idle_unload_s,

@@ -1,7 +1,7 @@
 """The composition root: builds every part once, connects them, and takes them down in order.
 
 Start: lock the store, open the socket, look once, serve. Stop (SIGTERM, SIGINT): refuse new requests, let running
-answers end for a moment, stop the build, end the workers, remove the socket. All of it within five seconds.
+answers end within `serving.shutdown_grace_s`, stop the build, end the workers, remove the socket.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from rkcached import __version__, logs
 from rkcached.api import Api
 from rkcached.cache_api import CacheApi
 from rkcached.events import Events
-from rkcached.manifest import Manifest
+from rkcached.manifest import EngineKind, Manifest
 from rkcached.metrics import Metrics
 from rkcached.observe import read_manifest
 from rkcached.reconcile import Reconciler
@@ -33,13 +33,10 @@ from rkcached.store import Store
 from rkcached.stored import StoredTexts
 from rkcached.watch import Watcher
 from rkcached.worker.gate import Gates
-from rkcached.worker.pool import Workers, sweep_scratch
+from rkcached.worker.pool import Room, Workers, room_in_memory, sweep_scratch
 from rkcached.worker.supervisor import Worker
 
 log = structlog.get_logger()
-
-SHUTDOWN_GRACE_S = 2.0
-"""Running answers may end within this time after SIGTERM."""
 
 
 def run(settings: Settings) -> None:
@@ -86,7 +83,9 @@ async def _serve(
     started = time.time()
     loop = asyncio.get_running_loop()
     events = Events()
-    workers = Workers(on_state=lambda worker: _tell_worker(events, worker))
+    workers = Workers(
+        on_state=lambda worker: _tell_worker(events, worker), room=lambda: _room(reconciler.view.manifest)
+    )
     gates = Gates()
     watcher = Watcher(lambda: _post(loop, reconciler.look_again))
     reconciler = Reconciler(
@@ -136,7 +135,7 @@ async def _serve(
         for task in (reconciling, announcing, signalled):
             task.cancel()
         events.close()
-        await serving.close(SHUTDOWN_GRACE_S)
+        await serving.close(reconciler.view.manifest.serving.shutdown_grace_s)
         everyone.stop()
         admin.stop()
         results = await asyncio.gather(reconciling, serving_http, return_exceptions=True)
@@ -148,6 +147,12 @@ async def _serve(
 
 async def _serve_both(servers: tuple[HttpServer, HttpServer], listeners: tuple[socket.socket, socket.socket]) -> None:
     await asyncio.gather(*(server.serve([listener]) for server, listener in zip(servers, listeners, strict=True)))
+
+
+def _room(manifest: Manifest) -> Room:
+    """An NPU has little memory of its own to share: one model, unless the manifest says otherwise."""
+    engine = manifest.engine
+    return room_in_memory(1 if engine.max_loaded is None and engine.kind is EngineKind.RKLLM else engine.max_loaded)
 
 
 def _tell_worker(events: Events, worker: Worker) -> None:

@@ -161,6 +161,7 @@ class Resolver:
                 "model": source.digest,
                 "path": str(config.path),
                 "context": config.params.max_context_len,
+                "pooling": config.pooling.value if config.embedding else None,
             }
             | (_rkllm_identity(manifest, config, source) if manifest.engine.kind is EngineKind.RKLLM else {})
         )

@@ -19,7 +19,10 @@ HTTP, log) can show it to a person without knowing what it is.
     │   ├── RuntimeLibraryError  the engine's shared library is missing, damaged or unknown   exit 66
     │   ├── ArtifactLoadError    a prompt cache cannot be loaded; the KV state is cleared
     │   ├── ContextExceeded      the prompt is longer than the context: both numbers
-    │   ├── SamplingFixed        a run asks for sampling that the engine cannot change
+    │   ├── SamplingFixed        a run asks for sampling that the engine cannot change, or does not have
+    │   ├── InputInvalid         tokens that the model does not have
+    │   ├── SchemaInvalid        what an answer shall look like is no JSON schema
+    │   ├── SchemaMismatch       the answer is not what the request's schema asks for
     │   ├── PromptTooShort       below cache.min_tokens: both numbers
     │   ├── Uncacheable          the model cannot save its state with this runtime
     │   ├── VerifyFailed         a built prompt cache did not prove itself
@@ -145,7 +148,27 @@ class ContextExceeded(EngineError):
 
 
 class SamplingFixed(EngineError):
-    """The run asks for a sampling value that this engine fixes when it loads the model, or does not have."""
+    """The run asks for a sampling value (`param`) that this engine fixes when it loads the model, or does not have."""
+
+    def __init__(self, message: str, *, param: str = "", hint: str = "") -> None:
+        super().__init__(message, hint=hint)
+        self.param = param
+
+
+class InputInvalid(EngineError):
+    """The model cannot read this: tokens that it does not have, or no text at all."""
+
+
+class SchemaInvalid(EngineError):
+    """What the request wants its answer to look like is no JSON schema, or one that cannot be checked."""
+
+
+class SchemaMismatch(EngineError):
+    """The answer (`text`) is not JSON that fits the request's schema."""
+
+    def __init__(self, message: str, *, text: str = "", hint: str = "") -> None:
+        super().__init__(message, hint=hint)
+        self.text = text
 
 
 class PromptTooShort(EngineError):

@@ -49,6 +49,7 @@ __all__ = [
     "ModelConfig",
     "ModelParams",
     "NpuConfig",
+    "Pooling",
     "PromptConfig",
     "SamplingParams",
     "ServingConfig",
@@ -78,6 +79,13 @@ class Verify(StrEnum):
     OFF = "off"
     HIT = "hit"
     EXACT = "exact"
+
+
+class Pooling(StrEnum):
+    """How an embedding model's states of all tokens become one vector."""
+
+    MEAN = "mean"
+    LAST = "last"
 
 
 class FingerprintMode(StrEnum):
@@ -185,6 +193,9 @@ class EngineConfig(_Section):
         default=300.0, ge=5, le=3600, description="Kill a worker whose library says nothing for so long."
     )
     concurrent: bool = Field(default=False, strict=True, description="Let several models use the NPU at the same time.")
+    max_loaded: int | None = _whole(
+        default=None, ge=1, le=64, description="Models in memory at once. None: 1 with rkllm, else what fits in memory."
+    )
 
 
 class CacheConfig(_Section):
@@ -207,6 +218,9 @@ class ServingConfig(_Section):
     queue: int = _whole(default=32, ge=1, le=10_000, description="Requests that may wait for a model; more get 503.")
     request_timeout_s: float | None = _number(
         default=None, gt=0, le=86_400, description="Stop a request that takes longer. None is no limit."
+    )
+    shutdown_grace_s: float = _number(
+        default=5.0, ge=0, le=3600, description="Running answers may end for so long when the daemon is stopped."
     )
 
 
@@ -298,6 +312,8 @@ class ModelConfig(_Section):
     lora: FilePath | None = Field(default=None, description="A LoRA adapter for RKLLM, converted for the model.")
     lora_scale: float = _number(default=1.0, ge=0, le=10, description="Strength of the LoRA adapter.")
     npu: NpuConfig = Field(default_factory=NpuConfig, description="How RKLLM uses the board for this model.")
+    embedding: bool = Field(default=False, strict=True, description="A model for /v1/embeddings; it has no prompts.")
+    pooling: Pooling = Field(default=Pooling.LAST, description="last or mean: which states make an embedding.")
     params: ModelParams = Field(default_factory=ModelParams, description="Context and sampling parameters.")
     prompts: dict[Name, PromptConfig] = Field(
         default_factory=dict, description="Prompts by name.", json_schema_extra={"additionalProperties": False}
@@ -320,6 +336,14 @@ class ModelConfig(_Section):
             if long := {name: tokens for name, tokens in wanted.items() if tokens >= limit}:
                 raise all_wrong([((n, "params", "max_new_tokens"), *_too_long(t, limit)) for n, t in long.items()])
         return prompts
+
+    @model_validator(mode="after")
+    def _embeds_or_answers(self) -> ModelConfig:
+        if self.embedding and (self.prompts or self.prompts_from):
+            raise wrong("an embedding model has no prompts", "remove them, or `embedding: true`")
+        if "pooling" in self.model_fields_set and not self.embedding:
+            raise wrong("pooling is for embedding models only", "remove it, or add `embedding: true`")
+        return self
 
     def sampling(self, prompt: str | None) -> dict[str, int | float]:
         """The effective sampling parameters: the model's, changed by the prompt's; sorted, without max_context_len.

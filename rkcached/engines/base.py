@@ -34,6 +34,10 @@ class Sampling(msgspec.Struct, frozen=True, kw_only=True):
     seed: int | None = None
     stop: tuple[str, ...] = ()
     """Generation ends before the first of these strings; it is not part of the text."""
+    json_schema: str = ""
+    """A JSON schema as text: only such JSON may be generated. For engines whose info says `constrains_json`."""
+    logprobs: int | None = None
+    """Give each token's log-probability, and those of so many likeliest ones, where info says `gives_logprobs`."""
 
 
 class NpuOptions(msgspec.Struct, frozen=True, kw_only=True):
@@ -72,6 +76,8 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
     lora: str = ""
     lora_scale: float = 1.0
     thinking: bool = False
+    pooling: str = ""
+    """Not empty for an embedding model: `mean` or `last`, how the states of all tokens become one vector."""
     npu: NpuOptions = NpuOptions()
 
 
@@ -90,6 +96,10 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     """Fields of `Sampling` that a run may set; the others stay as they were when the model was loaded."""
     greedy: bool = True
     """A run can be made to repeat itself exactly: temperature 0, per run or since the model was loaded."""
+    constrains_json: bool = False
+    """`Sampling.json_schema` works."""
+    gives_logprobs: bool = False
+    """`Sampling.logprobs` works."""
 
 
 class FinishReason(StrEnum):
@@ -101,6 +111,17 @@ class FinishReason(StrEnum):
     """`abort` was called, or the receiver asked for it."""
 
 
+class TokenLogprob(msgspec.Struct, frozen=True, kw_only=True):
+    """A token and its natural log-probability, before temperature and the like."""
+
+    text: str
+    logprob: float
+    data: tuple[int, ...] = ()
+    """Its bytes: a token may be a part of a character."""
+    likeliest: tuple[TokenLogprob, ...] = ()
+    """As many of the likeliest tokens at this place as the run asked for."""
+
+
 class Token(msgspec.Struct, frozen=True, kw_only=True):
     """A piece of generated text. Always whole UTF-8 characters: a piece may stand for several tokens."""
 
@@ -109,6 +130,8 @@ class Token(msgspec.Struct, frozen=True, kw_only=True):
     """Token ids, only where the run was asked for them (`trace=True`)."""
     logprobs: tuple[float, ...] = ()
     """Natural log-probabilities beside `ids`, where the engine has them."""
+    details: tuple[TokenLogprob, ...] = ()
+    """Only where `Sampling.logprobs` asked for them."""
 
 
 class RunStats(msgspec.Struct, frozen=True, kw_only=True):
@@ -126,6 +149,15 @@ class RunStats(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def prefill_tokens(self) -> int | None:
         return None if self.cached_tokens is None else self.prompt_tokens - self.cached_tokens
+
+
+class Embedding(msgspec.Struct, frozen=True, kw_only=True):
+    """What an embedding model makes of a text."""
+
+    vector: tuple[float, ...]
+    """As long as the model's hidden layer is wide; not normalised."""
+    tokens: int
+    """0 where nobody can tell."""
 
 
 OnToken = Callable[[Token], bool]
@@ -165,6 +197,12 @@ class Engine(Protocol):
 
         At least one token of the prompt is always prefilled. With `trace`, tokens carry their ids.
         Errors: ContextExceeded; SamplingFixed for a value that this engine cannot change in a run; EngineError.
+        """
+
+    def embed(self, content: str | tuple[int, ...]) -> Embedding:
+        """The vector of a text, or of its tokens. The KV state is undefined afterwards.
+
+        Errors: ContextExceeded; EngineError, also for a model that was not loaded with `pooling`.
         """
 
     def abort(self) -> None:

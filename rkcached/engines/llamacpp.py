@@ -21,8 +21,27 @@ import time
 from pathlib import Path
 from typing import Any
 
-from rkcached.engines.base import EngineInfo, FinishReason, ModelSpec, OnProgress, OnToken, RunStats, Sampling, Token
-from rkcached.errors import Aborted, ArtifactLoadError, ContextExceeded, EngineError, ModelLoadError, Uncacheable
+from rkcached.engines.base import (
+    Embedding,
+    EngineInfo,
+    FinishReason,
+    ModelSpec,
+    OnProgress,
+    OnToken,
+    RunStats,
+    Sampling,
+    Token,
+    TokenLogprob,
+)
+from rkcached.errors import (
+    Aborted,
+    ArtifactLoadError,
+    ContextExceeded,
+    EngineError,
+    InputInvalid,
+    ModelLoadError,
+    Uncacheable,
+)
 
 # Prompt tokens per call into the model. A run can be stopped between two of them only, so a small one stops sooner.
 # A prompt of 1,179 tokens, SmolLM2-135M Q4_1 on two x86 cores, best of six, interleaved:
@@ -73,6 +92,8 @@ class LlamaCppEngine:
             context_tokens=int(settings["n_ctx"]),
             measures_prefill=True,
             aborts_prefill=True,
+            constrains_json=True,
+            gives_logprobs=True,
         )
 
     @property
@@ -120,8 +141,20 @@ class LlamaCppEngine:
         # With n_predict 0 llama.cpp still samples one piece of text, which nobody asked for.
         decodes = sampling.max_new_tokens > 0
         options = _sampling_options(sampling) | ({"logprobs": 1} if trace else {})
-        run = self._run(_Run(self._abort, on_token=on_token if decodes else None), prompt, options)
+        take = on_token if decodes else None
+        run = self._run(_Run(self._abort, on_token=take, likeliest=sampling.logprobs), prompt, options)
         return run.stats(count_decoded=decodes)
+
+    def embed(self, content: str | tuple[int, ...]) -> Embedding:
+        if self._server is None:
+            raise EngineError("the engine is closed")
+        answer = self._server.handle_embeddings({"input": content if isinstance(content, str) else [list(content)]})
+        if (error := answer.get("error")) is not None:
+            if error.get("type") == "exceed_context_size_error":
+                raise ContextExceeded(int(error["n_prompt_tokens"]), int(error["n_ctx"]))
+            kind = InputInvalid if error.get("code") == http.HTTPStatus.BAD_REQUEST else EngineError
+            raise kind(f"llama.cpp refused the text: {error.get('message')}")
+        return Embedding(vector=tuple(answer["data"][0]["embedding"]), tokens=answer["usage"]["prompt_tokens"])
 
     def abort(self) -> None:
         self._abort.set()  # every run clears it first, so an abort without a run does nothing
@@ -218,7 +251,12 @@ class _Run:
     """
 
     def __init__(
-        self, abort: threading.Event, *, on_token: OnToken | None = None, on_progress: OnProgress | None = None
+        self,
+        abort: threading.Event,
+        *,
+        on_token: OnToken | None = None,
+        on_progress: OnProgress | None = None,
+        likeliest: int | None = None,
     ) -> None:
         self.finish = FinishReason.ABORT
         self.prompt_tokens = 0
@@ -233,6 +271,8 @@ class _Run:
         self._decode_started = time.monotonic()
         self._ids: list[int] = []
         self._logprobs: list[float] = []
+        self._likeliest = likeliest
+        self._details: list[TokenLogprob] = []
         self._error: dict[str, Any] | None = None
         self._raised: BaseException | None = None
 
@@ -287,6 +327,8 @@ class _Run:
             for entry in (choice["logprobs"] or {}).get("content", ()):
                 self._ids.append(entry["id"])
                 self._logprobs.append(entry["logprob"])
+                if self._likeliest is not None:
+                    self._details.append(_detail(entry, self._likeliest))
         return self._deliver(choice["text"])
 
     def _take_progress(self, progress: dict[str, Any]) -> None:
@@ -301,10 +343,20 @@ class _Run:
         # A token without text may be the beginning of a stop string; its id then goes with the next piece.
         if not text or self._on_token is None:
             return False
-        token = Token(text=text, ids=tuple(self._ids), logprobs=tuple(self._logprobs))
+        token = Token(text=text, ids=tuple(self._ids), logprobs=tuple(self._logprobs), details=tuple(self._details))
         self._ids.clear()
         self._logprobs.clear()
+        self._details.clear()
         return self._on_token(token)
+
+
+def _detail(entry: dict[str, Any], likeliest: int) -> TokenLogprob:
+    return TokenLogprob(
+        text=entry["token"],
+        logprob=entry["logprob"],
+        data=tuple(entry["bytes"]),
+        likeliest=tuple(_detail(other, 0) for other in entry.get("top_logprobs", ())[:likeliest]),
+    )
 
 
 def _follow(pid: int) -> None:
@@ -348,6 +400,10 @@ def _params(library: Any, spec: ModelSpec, socket_path: str) -> Any:
     params.fit_params = False  # saves 0.3 s, and keeps llama.cpp from changing the context by the memory it finds
     params.n_parallel = 1
     params.n_batch = _BATCH_TOKENS
+    if spec.pooling:
+        params.embedding = True
+        params.pooling_type = getattr(library.llama_pooling_type, f"LLAMA_POOLING_TYPE_{spec.pooling.upper()}")
+        params.n_batch = params.n_ubatch = spec.context_tokens  # a text is read in one batch
     params.cpuparams.n_threads = threads
     params.cpuparams_batch.n_threads = threads
     params.warmup = True  # 0.1 s here, or in the first run
@@ -365,6 +421,10 @@ def _sampling_options(sampling: Sampling) -> dict[str, Any]:
     for name in _SAMPLING_FIELDS:
         if (value := getattr(sampling, name)) is not None:
             options[name] = value
+    if sampling.json_schema:
+        options["json_schema"] = json.loads(sampling.json_schema)
+    if sampling.logprobs is not None:
+        options["logprobs"] = max(1, sampling.logprobs)
     if sampling.seed is not None:
         options["seed"] = sampling.seed % 0xFFFFFFFF  # 32 bits, and the last value means random
     return options

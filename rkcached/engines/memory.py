@@ -22,8 +22,26 @@ from typing import Literal
 
 import msgspec
 
-from rkcached.engines.base import EngineInfo, FinishReason, ModelSpec, OnProgress, OnToken, RunStats, Sampling, Token
-from rkcached.errors import Aborted, ArtifactLoadError, ContextExceeded, EngineError, ModelLoadError, Uncacheable
+from rkcached.engines.base import (
+    Embedding,
+    EngineInfo,
+    FinishReason,
+    ModelSpec,
+    OnProgress,
+    OnToken,
+    RunStats,
+    Sampling,
+    Token,
+)
+from rkcached.errors import (
+    Aborted,
+    ArtifactLoadError,
+    ContextExceeded,
+    EngineError,
+    InputInvalid,
+    ModelLoadError,
+    Uncacheable,
+)
 
 MODEL_MAGIC = b'{"rkcached_memory_model":'
 _MODEL_MAX_BYTES = 1 << 20
@@ -67,6 +85,8 @@ class MemoryModel(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     can_save: bool = True
     seed: str = ""
     """Any text: models with different seeds give different answers."""
+    script: dict[str, str] = {}
+    """Text in a prompt to the answer that it gets; of several, the last one that the prompt has decides."""
     faults: tuple[Fault, ...] = ()
 
 
@@ -154,7 +174,8 @@ class MemoryEngine:
         started = time.monotonic()
         finish, decoded = FinishReason.ABORT, 0
         if complete:
-            finish, decoded = self._decode(sampling, on_token, trace=trace)
+            scripted = [said for marker, said in self._model.script.items() if marker in prompt]
+            finish, decoded = self._decode(sampling, on_token, trace=trace, scripted=scripted[-1:])
         return RunStats(
             finish=finish,
             prompt_tokens=len(tokens),
@@ -163,6 +184,14 @@ class MemoryEngine:
             decode_tokens=decoded,
             decode_ms=_ms_since(started),
         )
+
+    def embed(self, content: str | tuple[int, ...]) -> Embedding:
+        if not isinstance(content, str) and any(token not in range(256) for token in content):
+            raise InputInvalid("a token is not in the vocabulary: tokens are bytes")
+        tokens = self._check_tokens(_encode(content) if isinstance(content, str) else bytes(content))
+        last = _positions(self._origin, tokens)[-1]
+        vector = tuple(((last >> shift) & 0xFF) - 127.5 for shift in range(0, 64, 8))
+        return Embedding(vector=vector, tokens=len(tokens))
 
     def abort(self) -> None:
         self._abort.set()  # every run clears it first, so an abort without a run does nothing
@@ -188,9 +217,17 @@ class MemoryEngine:
                 on_progress(len(self._tokens), len(tokens))
         return True
 
-    def _decode(self, sampling: Sampling, on_token: OnToken, *, trace: bool) -> tuple[FinishReason, int]:
+    def _decode(
+        self, sampling: Sampling, on_token: OnToken, *, trace: bool, scripted: list[str]
+    ) -> tuple[FinishReason, int]:
         room = self._info.context_tokens - len(self._tokens)
-        answer, shown, finish = _answer(self._states[-1], sampling, room)
+        if scripted:
+            answer = _encode(scripted[0])
+            finish = FinishReason.STOP if len(answer) <= min(sampling.max_new_tokens, room) else FinishReason.LENGTH
+            answer = answer[: min(sampling.max_new_tokens, room)]
+            shown = len(answer)
+        else:
+            answer, shown, finish = _answer(self._states[-1], sampling, room)
         begin = 0  # of the character that is not whole yet
         for end in range(1, len(answer) + 1):
             if self._wait(self._model.decode_us_per_token):
@@ -227,7 +264,9 @@ class MemoryEngine:
             raise EngineError(f"cannot write the prompt cache {path}: {error.strerror}") from error
 
     def _check_prompt(self, prompt: str) -> bytes:
-        tokens = _encode(prompt)
+        return self._check_tokens(_encode(prompt))
+
+    def _check_tokens(self, tokens: bytes) -> bytes:
         if not tokens:
             raise EngineError("the prompt is empty")
         if len(tokens) + 1 > self._info.context_tokens:

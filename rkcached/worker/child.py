@@ -113,6 +113,8 @@ def _run(session: Session, channel: _Channel, operation: protocol.Operation) -> 
                 answer = session.generate(operation, channel.send, stopped)
             case protocol.Check():
                 answer = session.check(operation)
+            case protocol.Embed():
+                answer = session.embed(operation)
             case _:
                 assert_never(operation)
     except EngineError as error:

@@ -6,26 +6,33 @@ engine is believed without its effect.
 
 from __future__ import annotations
 
+import math
 import shutil
+import struct
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import msgspec
 
 from rkcached.digests import Signature
-from rkcached.engines.base import Engine, RunStats, Sampling, Token
+from rkcached.engines.base import Engine, FinishReason, RunStats, Sampling, Token
 from rkcached.errors import (
     Aborted,
     ArtifactLoadError,
     ContextExceeded,
     EngineError,
     PromptTooShort,
+    SamplingFixed,
     Uncacheable,
     VerifyFailed,
 )
 from rkcached.worker import protocol
 from rkcached.worker.protocol import VerifyMode
+
+if TYPE_CHECKING:
+    from rkcached.worker.json_answer import JsonAnswer
 
 PROBE_TOKENS = 8
 """Tokens of the probe's answer: enough that a wrong state shows, few enough to cost little."""
@@ -116,7 +123,37 @@ class Session:
         )
 
     def generate(self, operation: protocol.Generate, emit: Emit, stopped: Callable[[], bool]) -> protocol.Done:
-        """Answer a request, from its prompt cache where that can be loaded. Errors: EngineError."""
+        """Answer a request, from its prompt cache where that can be loaded.
+
+        An engine that cannot keep to a JSON schema is checked afterwards, so its answer comes in one piece.
+        Errors: EngineError, among them SamplingFixed, SchemaInvalid and SchemaMismatch.
+        """
+        info, sampling = self.engine.info, operation.sampling
+        if sampling.logprobs is not None and not info.gives_logprobs:
+            raise SamplingFixed("this engine gives no log-probabilities", param="logprobs", hint="leave logprobs out")
+        answer = _json_answer(sampling.json_schema) if sampling.json_schema else None
+        withheld = answer is not None and not info.constrains_json
+        if withheld:
+            sampling = msgspec.structs.replace(sampling, json_schema="")
+        text: list[str] = []
+        self._bring_state(operation, emit)
+
+        def on_token(token: Token) -> bool:
+            if answer is not None:
+                text.append(token.text)
+            if token.text and not withheld:
+                emit(protocol.Piece(id=operation.id, text=token.text, logprobs=token.details))
+            return stopped()
+
+        stats = self.engine.generate(operation.prompt, sampling, on_token)
+        if answer is not None and (withheld or stats.finish is FinishReason.STOP) and not stopped():
+            fitting = answer.check("".join(text))
+            if withheld:
+                emit(protocol.Piece(id=operation.id, text=fitting))
+        return protocol.Done(id=operation.id, stats=stats)
+
+    def _bring_state(self, operation: protocol.Generate, emit: Emit) -> None:
+        """Load the prompt cache of the request, unless the KV state begins with it already."""
         if operation.cold:
             self.engine.clear()
         if operation.cache is None:
@@ -124,14 +161,16 @@ class Session:
         elif operation.cache.fingerprint != self._resident or not self.engine.info.keeps_state:
             emit(self._load(operation.id, operation.cache))
 
-        def on_token(token: Token) -> bool:
-            if token.text:
-                emit(protocol.Piece(id=operation.id, text=token.text))
-            return stopped()
-
-        return protocol.Done(
-            id=operation.id, stats=self.engine.generate(operation.prompt, operation.sampling, on_token)
-        )
+    def embed(self, operation: protocol.Embed) -> protocol.Embedded:
+        """The vector of a text or of tokens, of length 1. Errors: EngineError."""
+        self._resident = ""
+        embedding = self.engine.embed(operation.tokens or operation.text)
+        length = math.hypot(*embedding.vector)
+        if not length or not math.isfinite(length):
+            raise EngineError("the model made no usable vector", hint="is it an embedding model?")
+        vector = [value / length for value in embedding.vector]
+        packed = struct.pack(f"<{len(vector)}f", *vector)
+        return protocol.Embedded(id=operation.id, vector=packed, tokens=embedding.tokens)
 
     def check(self, operation: protocol.Check) -> protocol.Checked:
         """Load a prompt cache. Errors: ArtifactLoadError."""
@@ -182,6 +221,12 @@ class Session:
         if stopped():
             raise Aborted("the build was stopped")
         return stats, tokens, first_ms[0] if first_ms else _since(started)
+
+
+def _json_answer(schema: str) -> JsonAnswer:
+    from rkcached.worker.json_answer import JsonAnswer  # noqa: PLC0415 - its library is read by those who need it
+
+    return JsonAnswer(schema)
 
 
 def _nothing_written(path: Path) -> EngineError:

@@ -1,4 +1,8 @@
-"""All workers of the daemon: one for each model in use, replaced when what it must host has changed."""
+"""All workers of the daemon: one for each model in use, replaced when what it must host has changed.
+
+Memory holds only so many models: who wants to load one more waits until there is room. The model that was idle for the
+longest is unloaded for it, never one that is at work.
+"""
 
 from __future__ import annotations
 
@@ -7,9 +11,40 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
-from rkcached.worker.supervisor import SCRATCH_PREFIX, Backoff, Deadlines, Worker, WorkerModel
+import structlog
+
+from rkcached.worker.supervisor import (
+    SCRATCH_PREFIX,
+    Backoff,
+    Deadlines,
+    Worker,
+    WorkerModel,
+    WorkerState,
+)
+
+log = structlog.get_logger()
+
+MEMORY_SHARE = 0.75
+"""Of the machine's memory, what model files may take together where no number of models is set."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Room:
+    """How much may be loaded at once. None is no limit. One model may always be loaded."""
+
+    models: int | None = None
+    file_bytes: int | None = None
+
+
+def room_in_memory(max_loaded: int | None) -> Room:
+    """So many models; without a number, as many as the machine's memory seems to hold."""
+    if max_loaded is not None:
+        return Room(models=max_loaded)
+    physical = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return Room(file_bytes=int(physical * MEMORY_SHARE))
 
 
 class Workers:
@@ -21,8 +56,12 @@ class Workers:
         deadlines: Deadlines | None = None,
         backoff: Backoff | None = None,
         on_state: Callable[[Worker], None] = lambda _: None,
+        room: Callable[[], Room] = Room,
     ) -> None:
-        self._on_state = on_state
+        self._tell_state = on_state
+        self._room = room
+        self._admitting = asyncio.Lock()
+        self._changed = asyncio.Event()
         self._deadlines = deadlines or Deadlines()
         self._backoff = backoff or Backoff()
         self._workers: dict[str, Worker] = {}
@@ -39,7 +78,7 @@ class Workers:
         if worker is not None:
             self._retire(worker)
         worker = self._workers[model.name] = Worker(
-            model, deadlines=self._deadlines, backoff=self._backoff, on_state=self._on_state
+            model, deadlines=self._deadlines, backoff=self._backoff, on_state=self._on_state, admit=self._admit
         )
         return worker
 
@@ -52,10 +91,46 @@ class Workers:
         """Stop all. Every process is gone afterwards."""
         await asyncio.gather(*(worker.stop() for worker in self._workers.values()), *self._retired)
 
+    def _on_state(self, worker: Worker) -> None:
+        self._changed.set()
+        self._tell_state(worker)
+
+    async def _admit(self, newcomer: Worker) -> None:
+        """Wait for room, and make it where a model is idle."""
+        async with self._admitting:
+            if self._retired:
+                await asyncio.wait(self._retired)
+            while not self._fits(newcomer):
+                idle = [w for w in self._workers.values() if w.admitted and w.state is WorkerState.READY]
+                if idle:
+                    victim = min(idle, key=lambda worker: worker.since)
+                    log.info("model unloaded", model=victim.model.name, reason=f"room for {newcomer.model.name}")
+                    await victim.stop()
+                    continue
+                self._changed.clear()
+                await self._changed.wait()
+            newcomer.admitted = True
+
+    def _fits(self, newcomer: Worker) -> bool:
+        room, loaded = self._room(), [worker for worker in self._workers.values() if worker.admitted]
+        if not loaded:
+            return True
+        if room.models is not None and len(loaded) >= room.models:
+            return False
+        wanted = sum(_file_bytes(worker) for worker in (*loaded, newcomer))
+        return room.file_bytes is None or wanted <= room.file_bytes
+
     def _retire(self, worker: Worker) -> None:
         task = asyncio.create_task(worker.stop())
         self._retired.add(task)
         task.add_done_callback(self._retired.discard)
+
+
+def _file_bytes(worker: Worker) -> int:
+    try:
+        return Path(worker.model.spec.path).stat().st_size
+    except OSError:
+        return 0  # loading it says what is wrong
 
 
 def sweep_scratch() -> None:

@@ -1,8 +1,8 @@
 """Messages between daemon and worker, and their framing. Sans-I/O: bytes in, messages out.
 
 A frame is a u32 little-endian length and that many bytes of JSON. The daemon sends one operation at a time and may send
-`Abort` while it runs; the worker answers with events that end in `Done`, `Built`, `Checked` or `Failed`. Anything else
-on the wire is a `ProtocolError`, after which the connection is of no use.
+`Abort` while it runs; the worker answers with events that end in `Done`, `Built`, `Checked`, `Embedded` or `Failed`.
+Anything else on the wire is a `ProtocolError`, after which the connection is of no use.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import msgspec
 
 from rkcached import errors
 from rkcached.digests import Signature
-from rkcached.engines.base import EngineInfo, ModelSpec, RunStats, Sampling
+from rkcached.engines.base import EngineInfo, ModelSpec, RunStats, Sampling, TokenLogprob
 
 MAX_FRAME_BYTES = 16 << 20
 """Larger than any prompt; a length beyond it is garbage, not a message."""
@@ -86,6 +86,15 @@ class Check(msgspec.Struct, frozen=True, kw_only=True, tag="check"):
     cache: CacheFile
 
 
+class Embed(msgspec.Struct, frozen=True, kw_only=True, tag="embed"):
+    """Make a vector of a text, or of tokens. Answer: Embedded or Failed."""
+
+    id: int
+    text: str = ""
+    tokens: tuple[int, ...] = ()
+    """Instead of `text`."""
+
+
 class Abort(msgspec.Struct, frozen=True, kw_only=True, tag="abort"):
     """End the operation with this id soon. It still gets its answer."""
 
@@ -121,6 +130,7 @@ class Loaded(msgspec.Struct, frozen=True, kw_only=True, tag="loaded"):
 class Piece(msgspec.Struct, frozen=True, kw_only=True, tag="piece"):
     id: int
     text: str
+    logprobs: tuple[TokenLogprob, ...] = ()
 
 
 class Done(msgspec.Struct, frozen=True, kw_only=True, tag="done"):
@@ -143,6 +153,13 @@ class Checked(msgspec.Struct, frozen=True, kw_only=True, tag="checked"):
     tokens: int
 
 
+class Embedded(msgspec.Struct, frozen=True, kw_only=True, tag="embedded"):
+    id: int
+    vector: bytes
+    """Little-endian float32, of length 1."""
+    tokens: int
+
+
 class Failed(msgspec.Struct, frozen=True, kw_only=True, tag="failed"):
     """An engine error by the name of its class. `id` 0 answers Start."""
 
@@ -152,12 +169,14 @@ class Failed(msgspec.Struct, frozen=True, kw_only=True, tag="failed"):
     hint: str = ""
     tokens: int = 0
     limit: int = 0
+    param: str = ""
+    text: str = ""
 
 
-Operation = Build | Generate | Check
-ToWorker = Start | Build | Generate | Check | Abort
-FromWorker = Ready | Progress | Loaded | Piece | Done | Built | Checked | Failed
-Answer = Done | Built | Checked
+Operation = Build | Generate | Check | Embed
+ToWorker = Start | Build | Generate | Check | Embed | Abort
+FromWorker = Ready | Progress | Loaded | Piece | Done | Built | Checked | Embedded | Failed
+Answer = Done | Built | Checked | Embedded
 
 _to_worker = msgspec.json.Decoder(ToWorker)
 _from_worker = msgspec.json.Decoder(FromWorker)
@@ -220,6 +239,8 @@ def failed(operation_id: int, error: errors.EngineError) -> Failed:
         hint=error.hint,
         tokens=numbers[0],
         limit=numbers[1],
+        param=error.param if isinstance(error, errors.SamplingFixed) else "",
+        text=error.text if isinstance(error, errors.SchemaMismatch) else "",
     )
 
 
@@ -231,7 +252,8 @@ _PLAIN = {
         errors.RuntimeLibraryError,
         errors.ArtifactLoadError,
         errors.Uncacheable,
-        errors.SamplingFixed,
+        errors.InputInvalid,
+        errors.SchemaInvalid,
         errors.VerifyFailed,
         errors.Aborted,
     )
@@ -245,5 +267,9 @@ def engine_error(message: Failed) -> errors.EngineError:
             return errors.ContextExceeded(message.tokens, message.limit)
         case "PromptTooShort":
             return errors.PromptTooShort(message.tokens, message.limit)
+        case "SamplingFixed":
+            return errors.SamplingFixed(message.message, param=message.param, hint=message.hint)
+        case "SchemaMismatch":
+            return errors.SchemaMismatch(message.message, text=message.text, hint=message.hint)
         case name:
             return _PLAIN.get(name, errors.EngineError)(message.message, hint=message.hint)

@@ -23,7 +23,7 @@ import sys
 import tempfile
 import time
 from collections import deque
-from collections.abc import Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
@@ -96,6 +96,14 @@ class WorkerModel:
     """Replaces the deadlines for loading and for silence."""
 
 
+AdmitWorker = Callable[["Worker"], Awaitable[None]]
+"""Waits until there is room for one more loaded model."""
+
+
+async def _admit_all(_: Worker) -> None:
+    pass
+
+
 class Worker:
     """The worker of one model. Operations run one at a time; the caller holds the gate."""
 
@@ -106,8 +114,12 @@ class Worker:
         deadlines: Deadlines,
         backoff: Backoff,
         on_state: Callable[[Worker], None] = lambda _: None,
+        admit: AdmitWorker = _admit_all,
     ) -> None:
         self.model = model
+        self._admit = admit
+        self.admitted = False
+        """It may hold a model in memory: from the admission until its process is gone."""
         self._on_state = on_state
         self._state = WorkerState.STOPPED
         self.since = time.monotonic()
@@ -173,6 +185,7 @@ class Worker:
         self._frames = protocol.FrameReader()
         model = self.model
         try:
+            await self._admit(self)
             self._scratch = tempfile.mkdtemp(prefix=f"{SCRATCH_PREFIX}{os.getpid()}-")
             process = await self._spawn()
             spec = msgspec.structs.replace(model.spec, scratch_dir=self._scratch)
@@ -286,7 +299,7 @@ class Worker:
             if isinstance(event, protocol.Ready) or event.id != operation.id:
                 raise await self._broken(f"sent {type(event).__name__} out of turn")
             match event:
-                case protocol.Done() | protocol.Built() | protocol.Checked():
+                case protocol.Done() | protocol.Built() | protocol.Checked() | protocol.Embedded():
                     self._failures = 0
                     return event
                 case protocol.Failed():
@@ -384,6 +397,7 @@ class Worker:
             except TimeoutError:
                 _kill(process)
                 code = await process.wait()
+        self.admitted = False
         await self._lines.end(self._deadlines.stop_s)
         self._clean_up()
         return code

@@ -20,6 +20,10 @@ EXAMPLE = Path(__file__).parents[2] / "etc" / "rkcached" / "manifest.example.yam
 TEXT = EXAMPLE.read_text(encoding="utf-8")
 SCHEMA = json_schema()
 INSTANCES = {"models": "qwen3-0.6b", "prompts": "coding_rules"}  # where the example shows every key of a named thing
+ELSEWHERE = {
+    "embedding": "qwen3-embedding-0.6b",
+    "pooling": "qwen3-embedding-0.6b",
+}  # keys that a model of prompts lacks
 
 
 def alternatives(schema: dict[str, Any]) -> list[dict[str, Any]]:
@@ -88,7 +92,9 @@ def documented(schema: dict[str, Any], steps: tuple[str, ...] = ()) -> Iterator[
     """Every key that the schema knows, as the way to it in the example, and the line that must stand above it."""
     for option in alternatives(schema):
         for key, child in option.get("properties", {}).items():
-            here = (*steps, key)
+            here = (
+                (*steps[:-1], ELSEWHERE[key], key) if steps[:1] == ("models",) and key in ELSEWHERE else (*steps, key)
+            )
             line = f"# {key}: {bounds(key, child)}, {default(here, child, required=key in option.get('required', []))}"
             yield here, line
             yield from documented(child, here)
@@ -106,7 +112,7 @@ def example() -> Manifest:
 
 def test_the_example_parses(example: Manifest) -> None:
     """The shipped example is a manifest without problems."""
-    assert list(example.models) == ["qwen3-0.6b", "smollm2-135m"]
+    assert list(example.models) == ["qwen3-0.6b", "qwen3-embedding-0.6b", "smollm2-135m"]
     assert example.models["qwen3-0.6b"].prompts["system"].files[0] == EXAMPLE.parent / "prompts" / "system.md"
 
 

@@ -266,7 +266,7 @@ def test_garbage_on_stdout_goes_to_the_descriptor(open_engine: OpenEngine, capfd
 )
 def test_a_crash_really_ends_or_hangs_the_process(tmp_path: Path, kind: str, code: int | None) -> None:
     """After the first pieces of an answer, as a native library would do it."""
-    fault = msgspec.convert({"op": "generate", "kind": kind, "at": 4}, Fault)
+    fault = msgspec.convert({"op": "generate", "kind": kind, "at": 6}, Fault)
     model = write_model(tmp_path, MemoryModel(faults=(fault,)))
     command = [sys.executable, "-c", CRASH_SCRIPT, str(model), str(tmp_path)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as child:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from rkcached import errors
 from rkcached.digests import Signature
-from rkcached.engines.base import EngineInfo, FinishReason, ModelSpec, RunStats, Sampling
+from rkcached.engines.base import EngineInfo, FinishReason, ModelSpec, RunStats, Sampling, TokenLogprob
 from rkcached.worker import protocol
 from rkcached.worker.protocol import FrameReader, FromWorker, ProtocolError, ToWorker, VerifyMode, frame
 
@@ -29,7 +29,13 @@ SAMPLINGS = st.builds(
     top_k=st.none() | COUNT,
     seed=st.none() | COUNT,
     stop=st.lists(TEXT, max_size=3).map(tuple),
+    json_schema=TEXT,
+    logprobs=st.none() | COUNT,
 )
+LOGPROBS = st.lists(
+    st.builds(TokenLogprob, text=TEXT, logprob=MS, data=st.lists(st.integers(0, 255), max_size=3).map(tuple)),
+    max_size=2,
+).map(tuple)
 STATS = st.builds(
     RunStats,
     finish=st.sampled_from(FinishReason),
@@ -56,13 +62,14 @@ TO_WORKER: dict[type, st.SearchStrategy[ToWorker]] = {
         protocol.Generate, id=ID, prompt=TEXT, sampling=SAMPLINGS, cache=st.none() | CACHES, cold=st.booleans()
     ),
     protocol.Check: st.builds(protocol.Check, id=ID, cache=CACHES),
+    protocol.Embed: st.builds(protocol.Embed, id=ID, text=TEXT, tokens=st.lists(COUNT, max_size=4).map(tuple)),
     protocol.Abort: st.builds(protocol.Abort, id=ID),
 }
 FROM_WORKER: dict[type, st.SearchStrategy[FromWorker]] = {
     protocol.Ready: st.builds(protocol.Ready, info=INFOS, load_ms=MS),
     protocol.Progress: st.builds(protocol.Progress, id=ID, done_tokens=COUNT, total_tokens=COUNT),
     protocol.Loaded: st.builds(protocol.Loaded, id=ID, tokens=COUNT, load_ms=MS, error=TEXT, replaced=st.booleans()),
-    protocol.Piece: st.builds(protocol.Piece, id=ID, text=TEXT),
+    protocol.Piece: st.builds(protocol.Piece, id=ID, text=TEXT, logprobs=LOGPROBS),
     protocol.Done: st.builds(protocol.Done, id=ID, stats=STATS),
     protocol.Built: st.builds(
         protocol.Built,
@@ -75,7 +82,10 @@ FROM_WORKER: dict[type, st.SearchStrategy[FromWorker]] = {
         verified=MODES,
     ),
     protocol.Checked: st.builds(protocol.Checked, id=ID, tokens=COUNT),
-    protocol.Failed: st.builds(protocol.Failed, id=ID, error=TEXT, message=TEXT, hint=TEXT, tokens=COUNT, limit=COUNT),
+    protocol.Embedded: st.builds(protocol.Embedded, id=ID, vector=st.binary(max_size=64), tokens=COUNT),
+    protocol.Failed: st.builds(
+        protocol.Failed, id=ID, error=TEXT, message=TEXT, hint=TEXT, tokens=COUNT, limit=COUNT, param=TEXT, text=TEXT
+    ),
 }
 
 

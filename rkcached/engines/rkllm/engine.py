@@ -16,7 +16,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rkcached.engines.base import EngineInfo, ModelSpec, OnProgress, OnToken, RunStats, Sampling
+from rkcached.engines.base import Embedding, EngineInfo, ModelSpec, OnProgress, OnToken, RunStats, Sampling
 from rkcached.engines.rkllm import cache_file
 from rkcached.engines.rkllm.abi import Abi, InferMode, InputType, LoraAdapter, LoraParam, PromptCacheParam, TokenInput
 from rkcached.engines.rkllm.handle import Current, OwnedHandle, Stopper
@@ -174,7 +174,14 @@ class RkllmEngine:
             decode_ms=run.decode_ms,
         )
 
-    def last_hidden_layer(self, prompt: str, pooling: Pooling = Pooling.MEAN) -> np.ndarray[Any, Any]:
+    def embed(self, content: str | tuple[int, ...]) -> Embedding:
+        if not self._spec.pooling:
+            raise EngineError("the model was not loaded for embeddings", hint="set embedding: true in the manifest")
+        vector = self.last_hidden_layer(content, Pooling(self._spec.pooling))
+        tokens = len(content) if isinstance(content, tuple) else self.count_tokens(content) or 0
+        return Embedding(vector=tuple(vector.tolist()), tokens=tokens)
+
+    def last_hidden_layer(self, prompt: str | tuple[int, ...], pooling: Pooling = Pooling.MEAN) -> np.ndarray[Any, Any]:
         """The last layer's hidden states: (n_tokens, embd_size) float32, or (embd_size,) when pooled."""
         run = Run(Sampling(max_new_tokens=1), limit=1, wants_hidden=True)
         self.clear()
@@ -203,18 +210,25 @@ class RkllmEngine:
     def _call(self, name: str, *arguments: Any) -> Any:
         return self._library.call(name, self._handle.value, *arguments)
 
-    def _run(self, run: Run, prompt: str, *, save_to: Path | None = None, mode: InferMode = InferMode.GENERATE) -> None:
+    def _run(
+        self,
+        run: Run,
+        prompt: str | tuple[int, ...],
+        *,
+        save_to: Path | None = None,
+        mode: InferMode = InferMode.GENERATE,
+    ) -> None:
         """Run and wait for the end. Whatever the library gets a pointer to lives in this frame until it returns."""
         if self._handle.destroyed:
             raise EngineError("the engine is closed")
-        data = _encode(prompt)
+        data = _encode(prompt) if isinstance(prompt, str) else b""
         abi = self.abi
         run_input = abi.input()
         if abi.group in ("D", "E"):
             run_input.role = b"user"
             run_input.enable_thinking = self._spec.thinking
-        if self._tokenizer is not None:
-            ids = self._tokenizer(prompt)
+        if self._tokenizer is not None or not isinstance(prompt, str):
+            ids = list(prompt) if not isinstance(prompt, str) else self._tokenizer(prompt) if self._tokenizer else []
             run.prompt_ids = len(ids)
             if len(ids) >= self._info.context_tokens:
                 raise ContextExceeded(len(ids), self._info.context_tokens)
@@ -254,7 +268,7 @@ class RkllmEngine:
     def _refuse_fixed(self, sampling: Sampling) -> None:
         """Errors: SamplingFixed for what this runtime cannot do in a run."""
         if sampling.seed is not None:
-            raise SamplingFixed("RKLLM takes no seed", hint="leave seed out")
+            raise SamplingFixed("RKLLM takes no seed", param="seed", hint="leave seed out")
         if self.abi.samples_per_run:
             return
         for name in PER_RUN:
@@ -264,6 +278,7 @@ class RkllmEngine:
             raise SamplingFixed(
                 f"RKLLM {self._library.version} fixes {name} when the model is loaded: "
                 f"it is {_shown(fixed)}, this run asks for {wanted:g}",
+                param=name,
                 hint=f"leave {name} out, set it in the model's params, or use runtime 1.3.0 or newer",
             )
 
