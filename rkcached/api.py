@@ -5,40 +5,56 @@ Every expected failure becomes OpenAI's error envelope. A client that goes away 
 
 from __future__ import annotations
 
-import asyncio
+import base64
 import contextlib
 import json
+import struct
 import time
-import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
-from dataclasses import dataclass
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-import structlog
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
-from starlette.routing import Route
 from starlette.types import ASGIApp
 
+from rkcached.answers import (
+    ApiDescription,
+    ChatCompletion,
+    EmbeddingList,
+    EmbeddingUsage,
+    Health,
+    ModelCard,
+    ModelList,
+    OneEmbedding,
+    Readiness,
+    Status,
+    TextCompletion,
+)
 from rkcached.cache_api import CacheApi
+from rkcached.embeddings import Embeddings
+from rkcached.endpoints import EVENT_STREAM, Endpoint, describe, routes
 from rkcached.errors import RequestError
 from rkcached.events import Events
-from rkcached.exchange import RequestIds, defect, error_response, no_route, read_body
+from rkcached.exchange import Exchanges, answer, defect, error_response, no_route, read_body, unless_gone
 from rkcached.metrics import CONTENT_TYPE, Metrics
-from rkcached.openai import ChatRequest, CompletionRequest, GenerationRequest, error_body, parse_body
+from rkcached.openai import (
+    ChatRequest,
+    CompletionRequest,
+    EmbeddingRequest,
+    GenerationRequest,
+    error_body,
+    parse_body,
+)
 from rkcached.plan import Key
 from rkcached.preparation import Job
 from rkcached.reconcile import Reconciler
 from rkcached.serving import End, Serving, Text
-
-log = structlog.get_logger()
+from rkcached.writing import ChatWriter, CompletionWriter, Writer
 
 HEARTBEAT_S = 15.0
 """A client of the event stream that went away is noticed at the latest after this."""
-
-Result = TypeVar("Result")
 
 
 class Api:
@@ -50,10 +66,12 @@ class Api:
         reconciler: Reconciler,
         serving: Serving,
         caches: CacheApi,
+        embeddings: Embeddings,
         events: Events,
         metrics: Metrics,
-        make_status: Callable[[], dict[str, Any]],
+        make_status: Callable[[], Status],
     ) -> None:
+        self._embeddings = embeddings
         self._caches = caches
         self._events = events
         self._metrics = metrics
@@ -62,47 +80,135 @@ class Api:
         self._status = make_status
 
     def app(self, *, admin_socket: Path | None = None) -> ASGIApp:
-        """All routes; with `admin_socket`, those that change something are refused and referred to it."""
-        routes = [
-            Route("/healthz", self._healthz),
-            Route("/v1/status", self._get_status),
-            Route("/readyz", self._readyz),
-            Route("/metrics", self._get_metrics),
-            Route("/v1/events", self._get_events),
-            Route("/v1/models", self._models),
-            Route("/v1/chat/completions", self._chat, methods=["POST"]),
-            Route("/v1/completions", self._complete, methods=["POST"]),
-            *self._caches.routes(admin_socket=admin_socket),
-            Route("/v1/models/{name:path}", self._model),
-        ]
+        """All endpoints; with `admin_socket`, those that change something are refused and referred to it."""
+        endpoints = self._endpoints()
+        description = describe(endpoints, everyone=admin_socket is not None)
+
+        async def openapi(_: Request) -> Response:
+            return JSONResponse(description)
+
+        summary = "This description."
+        itself = Endpoint(
+            method="GET", path="/openapi.json", handler=openapi, summary=summary, answers={200: ApiDescription}
+        )
         handlers: dict[Any, Callable[[Request, Any], Response]] = {
             RequestError: lambda _, error: error_response(error),
-            404: lambda request, _: error_response(no_route(request, 404)),
-            405: lambda request, _: error_response(no_route(request, 405)),
+            404: no_route,
+            405: no_route,
             Exception: defect,
         }
-        return RequestIds(Starlette(routes=routes, exception_handlers=handlers))
+        return Exchanges(
+            Starlette(routes=routes([itself, *endpoints], admin_socket=admin_socket), exception_handlers=handlers)
+        )
+
+    def _endpoints(self) -> list[Endpoint]:
+        refusals = (404, 409, 422, 502, 503, 504)
+        """Of requests that a model answers."""
+        return [
+            Endpoint(
+                method="POST",
+                path="/v1/chat/completions",
+                handler=self._chat,
+                summary="Answer a conversation.",
+                body=ChatRequest,
+                answers={200: ChatCompletion},
+                media=(EVENT_STREAM,),
+                errors=refusals,
+            ),
+            Endpoint(
+                method="POST",
+                path="/v1/completions",
+                handler=self._complete,
+                summary="Go on with a text.",
+                body=CompletionRequest,
+                answers={200: TextCompletion},
+                media=(EVENT_STREAM,),
+                errors=refusals,
+            ),
+            Endpoint(
+                method="POST",
+                path="/v1/embeddings",
+                handler=self._embed,
+                summary="Make vectors of texts.",
+                body=EmbeddingRequest,
+                answers={200: EmbeddingList},
+                errors=refusals,
+            ),
+            Endpoint(
+                method="GET",
+                path="/v1/models",
+                handler=self._models,
+                summary="Models, and their prompts as `model/prompt`.",
+                answers={200: ModelList},
+            ),
+            *self._caches.endpoints(),
+            Endpoint(
+                method="GET",
+                path="/v1/models/{name:path}",
+                handler=self._model,
+                summary="One of them.",
+                answers={200: ModelCard},
+                errors=(404, 503),
+            ),
+            Endpoint(
+                method="GET",
+                path="/v1/status",
+                handler=self._get_status,
+                summary="What the daemon is and does.",
+                answers={200: Status},
+            ),
+            Endpoint(
+                method="GET",
+                path="/v1/events",
+                handler=self._get_events,
+                summary="Every change of a prompt, a build or a worker, as it happens.",
+                answers={200: None},
+                media=(EVENT_STREAM,),
+            ),
+            Endpoint(
+                method="GET",
+                path="/metrics",
+                handler=self._get_metrics,
+                summary="For Prometheus.",
+                answers={200: None},
+                media=("text/plain",),
+            ),
+            Endpoint(
+                method="GET",
+                path="/healthz",
+                handler=self._healthz,
+                summary="Is the daemon alive?",
+                answers={200: Health},
+            ),
+            Endpoint(
+                method="GET",
+                path="/readyz",
+                handler=self._readyz,
+                summary="Does the first plan exist?",
+                answers={200: Readiness, 503: Readiness},
+            ),
+        ]
 
     async def _healthz(self, _: Request) -> Response:
-        return JSONResponse({"status": "ok"})
+        return answer(Health())
 
     async def _readyz(self, _: Request) -> Response:
         ready = self._reconciler.looked.is_set()
-        return JSONResponse({"status": "ready" if ready else "starting"}, status_code=200 if ready else 503)
+        return answer(Readiness(status="ready" if ready else "starting"), status=200 if ready else 503)
 
     async def _get_metrics(self, _: Request) -> Response:
         return Response(self._metrics.text(), media_type=CONTENT_TYPE)
 
     async def _get_events(self, _: Request) -> Response:
-        return StreamingResponse(_event_stream(self._events), media_type="text/event-stream")
+        return StreamingResponse(_event_stream(self._events), media_type=EVENT_STREAM)
 
     async def _get_status(self, _: Request) -> Response:
-        return JSONResponse(self._status())
+        return answer(self._status())
 
     async def _models(self, _: Request) -> Response:
         view = self._reconciler.view
         names = [*view.desired.models, *(str(key) for key in view.desired.prompts)]
-        return JSONResponse({"object": "list", "data": [_model_record(name) for name in names]})
+        return answer(ModelList(data=[ModelCard(id=name) for name in names]))
 
     async def _model(self, request: Request) -> Response:
         name, _, prompt = request.path_params["name"].partition("/")
@@ -111,127 +217,83 @@ class Api:
             raise RequestError(
                 404, f"the model {name!r} has no prompt {prompt!r}", code="prompt_not_found", param="model"
             )
-        return JSONResponse(_model_record(request.path_params["name"]))
+        return answer(ModelCard(id=request.path_params["name"]))
 
     async def _chat(self, request: Request) -> Response:
         accepted = time.monotonic()
         body = parse_body(ChatRequest, await read_body(request))
-        return await self._answer(request, body, self._serving.preparation.chat(body, accepted), _CHAT)
+        job, reply = self._serving.preparation.chat(body, accepted)
+        writer = ChatWriter(body.model, reply, one_call=body.parallel_tool_calls is False)
+        return await self._answer(request, body, job, writer)
 
     async def _complete(self, request: Request) -> Response:
         accepted = time.monotonic()
         body = parse_body(CompletionRequest, await read_body(request))
-        return await self._answer(request, body, self._serving.preparation.completion(body, accepted), _COMPLETION)
+        job = self._serving.preparation.completion(body, accepted)
+        return await self._answer(request, body, job, CompletionWriter(body.model))
 
-    async def _answer(self, request: Request, body: GenerationRequest, job: Job, shape: _Shape) -> Response:
-        answer = self._serving.run(job)
-        head = {"id": f"{shape.prefix}-{uuid.uuid4().hex}", "created": int(time.time()), "model": body.model}
+    async def _embed(self, request: Request) -> Response:
+        body = parse_body(EmbeddingRequest, await read_body(request))
+        made = await unless_gone(request, self._embeddings.make(body))
+        if isinstance(made, Response):
+            return made
+        vectors, tokens = made
+        plain = body.encoding_format == "float"
+        data = [
+            OneEmbedding(index=at, embedding=_floats(vector) if plain else base64.b64encode(vector).decode())
+            for at, vector in enumerate(vectors)
+        ]
+        usage = EmbeddingUsage(prompt_tokens=tokens, total_tokens=tokens)
+        return answer(EmbeddingList(data=data, model=body.model, usage=usage))
+
+    async def _answer(self, request: Request, body: GenerationRequest, job: Job, writer: Writer) -> Response:
+        events = self._serving.run(job)
         if not body.stream:
-            return await _unless_gone(request, _whole(answer, head, shape))
+            return await unless_gone(request, _whole(events, writer))
         # The first event decides between an error status and a stream.
-        first = await _unless_gone(request, anext(answer))
+        first = await unless_gone(request, anext(events))
         if isinstance(first, Response):
-            await answer.aclose()
+            await events.aclose()
             return first
         with_usage = body.stream_options is not None and body.stream_options.include_usage
-        return StreamingResponse(
-            _stream(first, answer, head, shape, with_usage=with_usage), media_type="text/event-stream"
-        )
+        return StreamingResponse(_stream(first, events, writer, with_usage=with_usage), media_type=EVENT_STREAM)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Shape:
-    """How an endpoint words its answers."""
-
-    prefix: str
-    whole: str
-    chunk: str
-    text: Callable[[str], dict[str, Any]]
-    """Of a whole answer's choice."""
-    delta: Callable[[str, bool], dict[str, Any]]
-    """Of a chunk's choice: the piece, and whether it is the first."""
-
-
-def _delta(text: str, first: bool) -> dict[str, Any]:
-    return {"delta": ({"role": "assistant"} if first else {}) | ({"content": text} if text else {})}
-
-
-_CHAT = _Shape(
-    prefix="chatcmpl",
-    whole="chat.completion",
-    chunk="chat.completion.chunk",
-    text=lambda text: {"message": {"role": "assistant", "content": text}},
-    delta=_delta,
-)
-_COMPLETION = _Shape(
-    prefix="cmpl",
-    whole="text_completion",
-    chunk="text_completion",
-    text=lambda text: {"text": text},
-    delta=lambda text, _: {"text": text},
-)
-
-
-def _model_record(name: str) -> dict[str, Any]:
-    return {"id": name, "object": "model", "created": 0, "owned_by": "rkcached"}
-
-
-async def _whole(answer: AsyncIterator[Text | End], head: dict[str, Any], shape: _Shape) -> Response:
-    pieces = []
-    async for event in answer:
-        if isinstance(event, Text):
-            pieces.append(event.text)
-        else:
-            return JSONResponse(
-                {
-                    **head,
-                    "object": shape.whole,
-                    "choices": [
-                        {
-                            "index": 0,
-                            **shape.text("".join(pieces)),
-                            "logprobs": None,
-                            "finish_reason": event.finish.value,
-                        }
-                    ],
-                    "usage": event.usage.model_dump(),
-                    "rkcached": event.report.model_dump(),
-                }
-            )
+async def _whole(events: AsyncIterator[Text | End], writer: Writer) -> Response:
+    pieces: list[Text] = []
+    async for event in events:
+        if isinstance(event, End):
+            return answer(writer.whole(pieces, event))
+        pieces.append(event)
     raise RuntimeError("an answer without an end")
 
 
 async def _stream(
-    first: Text | End, rest: AsyncGenerator[Text | End, None], head: dict[str, Any], shape: _Shape, *, with_usage: bool
+    first: Text | End, rest: AsyncGenerator[Text | End, None], writer: Writer, *, with_usage: bool
 ) -> AsyncIterator[bytes]:
     """Server-sent events. Left early (the client went away), it closes `rest`, which stops the generation."""
-
-    def chunk(text: str, finish: str | None = None, **more: Any) -> bytes:
-        choices = [{"index": 0, **shape.delta(text, lead), "logprobs": None, "finish_reason": finish}]
-        return _sse({**head, "object": shape.chunk, "choices": choices, **more})
 
     async def events() -> AsyncIterator[Text | End]:
         yield first
         async for event in rest:
             yield event
 
-    lead = True
     try:
         async for event in events():
-            if isinstance(event, Text):
-                yield chunk(event.text)
-                lead = False
-            else:
-                yield chunk("", event.finish.value, rkcached=event.report.model_dump())
-                if with_usage:
-                    usage = event.usage.model_dump()
-                    yield _sse({**head, "object": shape.chunk, "choices": [], "usage": usage})
+            for chunk in writer.chunks(event) if isinstance(event, Text) else writer.last(event):
+                yield _sse(chunk)
+            if isinstance(event, End) and with_usage:
+                yield _sse(writer.usage(event))
         yield b"data: [DONE]\n\n"
     except RequestError as error:
         yield _sse(error_body(error))
     finally:
         with contextlib.suppress(RequestError):
             await rest.aclose()
+
+
+def _floats(vector: bytes) -> list[float]:
+    return [value for (value,) in struct.iter_unpack("<f", vector)]
 
 
 async def _event_stream(events: Events) -> AsyncIterator[bytes]:
@@ -246,26 +308,3 @@ async def _event_stream(events: Events) -> AsyncIterator[bytes]:
 
 def _sse(data: dict[str, Any]) -> bytes:
     return b"data: " + json.dumps(data, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
-
-
-async def _unless_gone(request: Request, work: Awaitable[Result]) -> Result | Response:
-    """Wait for `work`, but stop it when the client goes away. Nobody reads the answer then."""
-    task = asyncio.ensure_future(work)
-    gone = asyncio.create_task(_disconnected(request))
-    try:
-        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
-        if task.done():
-            return task.result()
-        log.info("client went away", path=request.url.path)
-        return Response(status_code=499)
-    finally:
-        for pending in (task, gone):
-            if not pending.done():
-                pending.cancel()
-                with contextlib.suppress(asyncio.CancelledError, RequestError):
-                    await pending
-
-
-async def _disconnected(request: Request) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
-        pass

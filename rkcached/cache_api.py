@@ -7,16 +7,26 @@ from __future__ import annotations
 
 import asyncio
 import time
-from pathlib import Path
 from typing import Any
 
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
-from starlette.routing import Route
+from starlette.responses import Response
 
 from rkcached import errors
+from rkcached.answers import (
+    BinaryCacheCreated,
+    CacheAccepted,
+    CacheCreated,
+    CacheDeleted,
+    CacheEntry,
+    CacheList,
+    ModelAction,
+    ModelStatusList,
+)
+from rkcached.desired import DesiredModel
+from rkcached.endpoints import Endpoint
 from rkcached.errors import RequestError
-from rkcached.exchange import read_body
+from rkcached.exchange import answer, read_body
 from rkcached.manifest import NAME, NAME_RULE
 from rkcached.openai import GenerateBinaryRequest, ModelRequest, StoreRequest, parse_body
 from rkcached.plan import Key
@@ -36,45 +46,100 @@ class CacheApi:
         self._workers = workers
         self._stored = stored
 
-    def routes(self, *, admin_socket: Path | None) -> list[Route]:
-        """With `admin_socket`, changes are refused and referred to it."""
-        routes = [
-            Route("/v1/models/available", self._available),
-            Route("/v1/models/loaded", self._loaded),
-            Route("/v1/models/load", self._load, methods=["POST"]),
-            Route("/v1/models/unload", self._unload, methods=["POST"]),
-            Route("/v1/cache/{model}", self._list, methods=["GET"]),
-            Route("/v1/cache/{model}", self._store, methods=["POST"]),
-            Route("/v1/cache/{model}/generate-binary", self._generate_binary, methods=["POST"]),
-            Route("/v1/cache/{model}/{name}", self._get, methods=["GET"]),
-            Route("/v1/cache/{model}/{name}", self._delete, methods=["DELETE"]),
-        ]
-        if admin_socket is None:
-            return routes
-
-        async def refused(_: Request) -> Response:
-            raise RequestError(
-                403, f"changes are made on {admin_socket} only", code="admin_only", hint=f"ask on {admin_socket}"
-            )
-
-        changes = {"POST", "DELETE"}
+    def endpoints(self) -> list[Endpoint]:
         return [
-            Route(route.path, refused, methods=list(route.methods or ()))
-            if changes & (route.methods or set())
-            else route
-            for route in routes
+            Endpoint(
+                method="GET",
+                path="/v1/models/available",
+                handler=self._available,
+                summary="Every model, and its worker.",
+                answers={200: ModelStatusList},
+            ),
+            Endpoint(
+                method="GET",
+                path="/v1/models/loaded",
+                handler=self._loaded,
+                summary="Those that are loaded.",
+                answers={200: ModelStatusList},
+            ),
+            Endpoint(
+                method="POST",
+                path="/v1/models/load",
+                handler=self._load,
+                summary="Load a model now.",
+                body=ModelRequest,
+                answers={200: ModelAction},
+                errors=(404, 502, 503, 504),
+                changes=True,
+            ),
+            Endpoint(
+                method="POST",
+                path="/v1/models/unload",
+                handler=self._unload,
+                summary="Unload a model. It is loaded again when it is needed.",
+                body=ModelRequest,
+                answers={200: ModelAction},
+                errors=(404, 503),
+                changes=True,
+            ),
+            Endpoint(
+                method="GET",
+                path="/v1/cache/{model}",
+                handler=self._list,
+                summary="The prompts of a model and their caches.",
+                answers={200: CacheList},
+                errors=(404, 503),
+            ),
+            Endpoint(
+                method="POST",
+                path="/v1/cache/{model}",
+                handler=self._store,
+                summary="Store a text, and build its prompt cache.",
+                body=StoreRequest,
+                answers={200: CacheCreated, 202: CacheAccepted},
+                errors=(404, 409, 503),
+                changes=True,
+            ),
+            Endpoint(
+                method="POST",
+                path="/v1/cache/{model}/generate-binary",
+                handler=self._generate_binary,
+                summary="Build a prompt cache anew, of its text or of a new one.",
+                body=GenerateBinaryRequest,
+                answers={200: BinaryCacheCreated},
+                errors=(404, 409, 503),
+                changes=True,
+            ),
+            Endpoint(
+                method="GET",
+                path="/v1/cache/{model}/{name}",
+                handler=self._get,
+                summary="One prompt and its cache.",
+                answers={200: CacheEntry},
+                errors=(400, 404, 503),
+            ),
+            Endpoint(
+                method="DELETE",
+                path="/v1/cache/{model}/{name}",
+                handler=self._delete,
+                summary="Delete a stored text and its cache.",
+                answers={200: CacheDeleted},
+                errors=(400, 404, 409, 503),
+                changes=True,
+            ),
         ]
 
     # Models
 
     async def _available(self, _: Request) -> Response:
         models = self._reconciler.view.desired.models
-        return _list([model_status(name, model, self._workers) for name, model in models.items()])
+        shown = [model_status(name, model, self._workers) for name, model in models.items()]
+        return answer(ModelStatusList.model_validate({"data": shown}))
 
     async def _loaded(self, _: Request) -> Response:
         models = self._reconciler.view.desired.models
         shown = [model_status(name, model, self._workers) for name, model in models.items()]
-        return _list([model for model in shown if model["pid"] is not None])
+        return answer(ModelStatusList.model_validate({"data": [one for one in shown if one["pid"] is not None]}))
 
     async def _load(self, request: Request) -> Response:
         body = parse_body(ModelRequest, await read_body(request))
@@ -89,24 +154,23 @@ class CacheApi:
         return self._model_answer("model.unloaded", body.model, started)
 
     def _model_answer(self, kind: str, name: str, started: float) -> Response:
-        model = self._reconciler.view.desired.models.get(name)
+        model = self._serving.preparation.model(name)
         took_ms = round((time.monotonic() - started) * 1000, 1)
-        return JSONResponse(
-            {"object": kind, "model": name, "took_ms": took_ms, **model_status(name, model, self._workers)}
-        )
+        shown = model_status(name, model, self._workers)
+        return answer(ModelAction.model_validate({"object": kind, "model": name, "took_ms": took_ms, **shown}))
 
     # Caches
 
     async def _list(self, request: Request) -> Response:
         model = self._known_model(request)
         keys = [key for key in self._reconciler.view.assessments if key.model == model]
-        return _list([self._describe(key) for key in keys])
+        return answer(CacheList.model_validate({"data": [self._describe(key) for key in keys]}))
 
     async def _get(self, request: Request) -> Response:
         key = self._key(request, request.path_params["name"])
         if key not in self._reconciler.view.assessments:
             raise _no_cache(key)
-        return JSONResponse(self._describe(key))
+        return answer(CacheEntry.model_validate(self._describe(key)))
 
     async def _store(self, request: Request) -> Response:
         body = parse_body(StoreRequest, await read_body(request))
@@ -115,10 +179,10 @@ class CacheApi:
         if not body.wait:
             self._reconciler.look_again(now=True)
             location = f"/v1/cache/{key.model}/{key.prompt}"
-            answer = {"object": "cache.accepted", "model": key.model, "cache_name": key.prompt, "location": location}
-            return JSONResponse(answer, status_code=202, headers={"Location": location})
+            accepted = CacheAccepted(model=key.model, cache_name=key.prompt, location=location)
+            return answer(accepted, status=202, headers={"Location": location})
         await self._built(key, anew=False)
-        return JSONResponse({"object": "cache.created", **self._describe(key)})
+        return answer(CacheCreated.model_validate(self._describe(key)))
 
     async def _generate_binary(self, request: Request) -> Response:
         body = parse_body(GenerateBinaryRequest, await read_body(request))
@@ -127,20 +191,19 @@ class CacheApi:
             await self._write(key, body.prompt)
         artifact = await self._built(key, anew=body.prompt is None)
         size_mb = artifact.sidecar.size_bytes / 1_000_000
-        return JSONResponse(
-            {
-                "object": "binary_cache.created",
-                "model": key.model,
-                "cache_name": key.prompt,
-                "size_mb": round(size_mb, 2),
-                "ttft_ms": round(artifact.sidecar.figures.warm_ttft_ms, 1),
-                "timestamp": int(artifact.sidecar.built_at),
-                "message": f"Binary cache generated successfully ({size_mb:.2f} MB)",
-                "tokens": artifact.sidecar.tokens,
-                "prefill_ms": round(artifact.sidecar.figures.prefill_ms, 1),
-                "cold_ttft_ms": round(artifact.sidecar.figures.cold_ttft_ms, 1),
-                "build_ms": round(artifact.sidecar.build_ms, 1),
-            }
+        return answer(
+            BinaryCacheCreated(
+                model=key.model,
+                cache_name=key.prompt,
+                size_mb=round(size_mb, 2),
+                ttft_ms=round(artifact.sidecar.figures.warm_ttft_ms, 1),
+                timestamp=int(artifact.sidecar.built_at),
+                message=f"Binary cache generated successfully ({size_mb:.2f} MB)",
+                tokens=artifact.sidecar.tokens,
+                prefill_ms=round(artifact.sidecar.figures.prefill_ms, 1),
+                cold_ttft_ms=round(artifact.sidecar.figures.cold_ttft_ms, 1),
+                build_ms=round(artifact.sidecar.build_ms, 1),
+            )
         )
 
     async def _delete(self, request: Request) -> Response:
@@ -155,10 +218,14 @@ class CacheApi:
         if not deleted:
             raise _no_cache(key)
         await self._reconciler.next_look()
-        return JSONResponse({"object": "cache.deleted", "model": key.model, "cache_name": key.prompt, "deleted": True})
+        return answer(CacheDeleted(model=key.model, cache_name=key.prompt))
 
     async def _write(self, key: Key, text: str) -> None:
         """Store a client's text. Errors: RequestError."""
+        model = self._reconciler.view.desired.models.get(key.model)
+        if isinstance(model, DesiredModel) and model.config.embedding:
+            said = f"the model {key.model!r} makes embeddings only, so it has no prompts"
+            raise RequestError(400, said, code="model_is_embedding", hint="store it for a model that answers")
         if not text.strip():
             raise RequestError(400, "the prompt is empty", code="empty_prompt", param="content", hint="send its text")
         size = len(text.encode(errors="surrogatepass"))
@@ -210,10 +277,6 @@ class CacheApi:
                 400, f"{prompt!r} cannot name a prompt", code="invalid_name", param="cache_name", hint=NAME_RULE
             )
         return Key(model, prompt)
-
-
-def _list(data: list[dict[str, Any]]) -> Response:
-    return JSONResponse({"object": "list", "data": data})
 
 
 def _no_cache(key: Key) -> RequestError:

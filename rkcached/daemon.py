@@ -20,6 +20,7 @@ import structlog
 from rkcached import __version__, logs
 from rkcached.api import Api
 from rkcached.cache_api import CacheApi
+from rkcached.embeddings import Embeddings
 from rkcached.events import Events
 from rkcached.manifest import EngineKind, Manifest
 from rkcached.metrics import Metrics
@@ -103,6 +104,7 @@ async def _serve(
         reconciler=reconciler,
         serving=serving,
         caches=CacheApi(reconciler, serving, workers, stored),
+        embeddings=Embeddings(reconciler, serving.preparation, workers, gates),
         events=events,
         metrics=Metrics(events, reconciler),
         make_status=lambda: status(

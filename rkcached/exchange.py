@@ -2,22 +2,36 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import re
+import time
 import uuid
+from collections.abc import Awaitable
+from typing import TypeVar
 
 import structlog
 from starlette.datastructures import MutableHeaders
+from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from rkcached.answers import Answer
 from rkcached.errors import RequestError
 from rkcached.openai import error_body
 
 log = structlog.get_logger()
 
+Result = TypeVar("Result")
+
 MAX_BODY_BYTES = 8 << 20
+
+PEER = "peer"
+"""Under this name the connection's state has the uid and pid of who opened it."""
+
+_PROBES = frozenset({"/healthz", "/readyz", "/metrics", "/v1/status"})
+"""Asked so often that only a debug log shows it."""
 
 _REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
 """What a client may name its request; anything else gets a name from us."""
@@ -39,14 +53,24 @@ async def read_body(request: Request) -> bytes:
     return bytes(data)
 
 
+def answer(record: Answer, *, status: int = 200, headers: dict[str, str] | None = None) -> Response:
+    return Response(record.model_dump_json(), status_code=status, headers=headers, media_type="application/json")
+
+
 def error_response(error: RequestError) -> Response:
     headers = {"Retry-After": str(error.retry_after_s)} if error.retry_after_s else None
     return JSONResponse(error_body(error), status_code=error.status, headers=headers)
 
 
-def no_route(request: Request, status_code: int) -> RequestError:
-    what = "does not exist" if status_code == 404 else f"does not take {request.method}"
-    return RequestError(status_code, f"{request.url.path} {what}", code="unknown_url", hint="see GET /v1/status")
+def no_route(request: Request, refusal: HTTPException) -> Response:
+    what = "does not exist" if refusal.status_code == 404 else f"does not take {request.method}"
+    response = error_response(
+        RequestError(
+            refusal.status_code, f"{request.url.path} {what}", code="unknown_url", hint="see GET /openapi.json"
+        )
+    )
+    response.headers.update(refusal.headers or {})
+    return response
 
 
 def defect(request: Request, error: Exception) -> Response:
@@ -54,8 +78,34 @@ def defect(request: Request, error: Exception) -> Response:
     return error_response(RequestError(500, "internal error; the daemon's log says more", code="internal_error"))
 
 
-class RequestIds:
-    """ASGI: every answer carries X-Request-Id, the client's own where it sent a usable one."""
+async def unless_gone(request: Request, work: Awaitable[Result]) -> Result | Response:
+    """Wait for `work`, but stop it when the client goes away. Nobody reads the answer then."""
+    task = asyncio.ensure_future(work)
+    gone = asyncio.create_task(_disconnected(request))
+    try:
+        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if task.done():
+            return task.result()
+        log.info("client went away", path=request.url.path)
+        return Response(status_code=499)
+    finally:
+        for pending in (task, gone):
+            if not pending.done():
+                pending.cancel()
+                with contextlib.suppress(asyncio.CancelledError, RequestError):
+                    await pending
+
+
+async def _disconnected(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+class Exchanges:
+    """ASGI: every answer carries X-Request-Id, the client's own where it sent a usable one; each exchange is logged.
+
+    The log has who asked (uid and pid, as the kernel tells them), never what was said.
+    """
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -66,10 +116,25 @@ class RequestIds:
             return
         given = next((value.decode("latin-1") for name, value in scope["headers"] if name == b"x-request-id"), "")
         request_id = given if _REQUEST_ID.fullmatch(given) else f"req-{uuid.uuid4().hex}"
+        started, status = time.monotonic(), 0
 
         async def send_with_id(message: Message) -> None:
+            nonlocal status
             if message["type"] == "http.response.start":
+                status = message["status"]
                 MutableHeaders(scope=message)["X-Request-Id"] = request_id
             await send(message)
 
-        await self._app(scope, receive, send_with_id)
+        try:
+            await self._app(scope, receive, send_with_id)
+        finally:
+            say = log.debug if scope["path"] in _PROBES else log.info
+            say(
+                "request",
+                method=scope["method"],
+                path=scope["path"],
+                status=status or None,
+                took_ms=round((time.monotonic() - started) * 1000, 1),
+                request_id=request_id,
+                **scope.get("state", {}).get(PEER, {}),
+            )

@@ -220,7 +220,7 @@ class ServingConfig(_Section):
         default=None, gt=0, le=86_400, description="Stop a request that takes longer. None is no limit."
     )
     shutdown_grace_s: float = _number(
-        default=5.0, ge=0, le=3600, description="Running answers may end for so long when the daemon is stopped."
+        default=3.0, ge=0, le=3600, description="Running answers may end for so long when the daemon is stopped."
     )
 
 

@@ -1,14 +1,24 @@
-"""Records of the HTTP API: what a client may send, and what it gets. Pure.
+"""Records of the HTTP API: what a client may send. Pure. What it gets is in `answers`.
 
-The shapes are OpenAI's, with three additions: `cache` in a request chooses a prompt, `top_k` and `repeat_penalty` are
-accepted, and `rkcached` in an answer says what happened. A parameter that is not supported is refused by name.
+The shapes are OpenAI's, with additions: `cache` in a request chooses a prompt, `top_k` and `repeat_penalty` are
+accepted. A parameter that is not supported is refused by name.
 """
 
 from __future__ import annotations
 
-from typing import Any, Literal, TypeVar
+import json
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from rkcached.errors import RequestError
 from rkcached.template import Message
@@ -18,49 +28,196 @@ _IGNORED = {"user", "metadata", "store", "service_tier", "safety_identifier", "p
 
 Body = TypeVar("Body", bound=BaseModel)
 
-Role = Literal["system", "developer", "user", "assistant"]
+_INT32 = 2**31
 
 
-class _Body(BaseModel):
+class Record(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class TextPart(_Body):
+class TextPart(Record):
     type: Literal["text"]
     text: str
 
 
-class ChatMessage(_Body):
-    role: Role
-    content: str | list[TextPart]
+class FunctionCall(Record):
+    name: str
+    arguments: str = Field(description="A JSON object as text.")
+
+    def parsed(self) -> dict[str, Any]:
+        """Errors: ValueError."""
+        value = json.loads(self.arguments or "{}")
+        if not isinstance(value, dict):
+            raise ValueError("arguments are not a JSON object")  # noqa: TRY004 - pydantic and callers take ValueError
+        return value
+
+
+class ToolCallRecord(Record):
+    id: str
+    type: Literal["function"] = "function"
+    function: FunctionCall
+
+    @field_validator("function")
+    @classmethod
+    def _has_arguments(cls, function: FunctionCall) -> FunctionCall:
+        try:
+            function.parsed()
+        except RecursionError as error:
+            raise ValueError("arguments are nested too deeply") from error
+        return function
+
+
+Content = str | Annotated[list[TextPart], Field(min_length=1)]
+
+
+def _text(content: Content | None) -> str:
+    return content if isinstance(content, str) else "".join(part.text for part in content or ())
+
+
+class _Said(Record):
+    content: Content
     name: str | None = None
 
     def plain(self) -> Message:
-        """As templates know it: `developer` is another word for `system`, and text parts are one text."""
-        text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
-        return Message(role="system" if self.role == "developer" else self.role, content=text)
+        """As templates know it: text parts are one text."""
+        return Message(role=self.role, content=_text(self.content))  # type: ignore[attr-defined]
 
 
-class StreamOptions(_Body):
+class SystemMessage(_Said):
+    role: Literal["system", "developer"]
+
+    def plain(self) -> Message:
+        """`developer` is another word for `system`."""
+        return Message(role="system", content=_text(self.content))
+
+
+class UserMessage(_Said):
+    role: Literal["user"]
+
+
+class ToolMessage(_Said):
+    role: Literal["tool"]
+    tool_call_id: str
+
+
+class AssistantMessage(Record):
+    """What an earlier answer said; it may be sent back as it came."""
+
+    role: Literal["assistant"]
+    content: Content | None = None
+    tool_calls: list[ToolCallRecord] | None = None
+    reasoning_content: str | None = None
+    name: str | None = None
+    refusal: None = None
+    audio: None = None
+    function_call: None = None
+    annotations: list[Any] | None = None
+
+    @model_validator(mode="after")
+    def _says_something(self) -> Self:
+        if self.content is None and not self.tool_calls:
+            raise ValueError("an assistant message has content or tool_calls")
+        return self
+
+    def plain(self) -> Message:
+        message = Message(role="assistant", content=_text(self.content))
+        if self.tool_calls:
+            message["tool_calls"] = [
+                {"type": "function", "function": {"name": call.function.name, "arguments": call.function.parsed()}}
+                for call in self.tool_calls
+            ]
+        if self.reasoning_content:
+            message["reasoning_content"] = self.reasoning_content
+        return message
+
+
+ChatMessage = Annotated[SystemMessage | UserMessage | AssistantMessage | ToolMessage, Field(discriminator="role")]
+
+
+class FunctionDefinition(Record):
+    name: str = Field(pattern=r"^[a-zA-Z0-9_.-]{1,64}$")
+    description: str | None = None
+    parameters: dict[str, Any] | None = Field(default=None, description="JSON schema of the arguments.")
+    strict: bool | None = None
+
+
+class Tool(Record):
+    type: Literal["function"]
+    function: FunctionDefinition
+
+    def plain(self) -> dict[str, Any]:
+        """As templates know it."""
+        return {"type": "function", "function": self.function.model_dump(exclude_none=True, exclude={"strict"})}
+
+    def call_schema(self) -> dict[str, Any]:
+        """JSON schema of a call."""
+        return {
+            "type": "object",
+            "properties": {
+                "name": {"const": self.function.name},
+                "arguments": self.function.parameters or {"type": "object"},
+            },
+            "required": ["name", "arguments"],
+            "additionalProperties": False,
+        }
+
+
+class NamedFunction(Record):
+    name: str
+
+
+class NamedTool(Record):
+    type: Literal["function"]
+    function: NamedFunction
+
+
+class PlainText(Record):
+    type: Literal["text"]
+
+
+class JsonObject(Record):
+    type: Literal["json_object"]
+
+
+class NamedSchema(Record):
+    name: str
+    description: str | None = None
+    schema_: dict[str, Any] = Field(alias="schema")
+    strict: bool | None = Field(default=None, description="Schemas are always kept to.")
+
+
+class JsonSchema(Record):
+    type: Literal["json_schema"]
+    json_schema: NamedSchema
+
+
+ResponseFormat = Annotated[PlainText | JsonObject | JsonSchema, Field(discriminator="type")]
+
+
+class StreamOptions(Record):
     include_usage: bool = False
 
 
-class GenerationRequest(_Body):
+def _one(value: object) -> object:
+    return [value] if isinstance(value, str) else value
+
+
+class GenerationRequest(Record):
     """What chat and plain completions share."""
 
     model: str = Field(description="A model, or `model/prompt`.")
     cache: str | bool | None = Field(
         default=None, description="A prompt of the model; false: answer without any cache; nothing: the best that fits."
     )
+    use_cache: str | bool | None = Field(default=None, description="Another word for cache.")
     stream: bool = False
     stream_options: StreamOptions | None = None
-    max_tokens: int | None = Field(default=None, ge=1, lt=2**31)
-    max_completion_tokens: int | None = Field(default=None, ge=1, lt=2**31)
+    max_tokens: int | None = Field(default=None, ge=1, lt=_INT32)
     temperature: float | None = Field(default=None, ge=0, le=5)
     top_p: float | None = Field(default=None, gt=0, le=1)
     top_k: int | None = Field(default=None, ge=0, le=100_000)
     seed: int | None = Field(default=None, ge=0, lt=2**32)
-    stop: list[str] | None = Field(default=None, max_length=4)
+    stop: Annotated[str | Annotated[list[str], Field(max_length=4)] | None, BeforeValidator(_one)] = None
     presence_penalty: float | None = Field(default=None, ge=-2, le=2)
     frequency_penalty: float | None = Field(default=None, ge=-2, le=2)
     repeat_penalty: float | None = Field(default=None, gt=0, le=10)
@@ -72,8 +229,8 @@ class GenerationRequest(_Body):
         if not isinstance(data, dict):
             return data
         data = {k: v for k, v in data.items() if k not in _IGNORED}
-        if "use_cache" in data:  # another word for it
-            data.setdefault("cache", data.pop("use_cache"))
+        if data.get("cache") is None and "use_cache" in data:
+            data["cache"] = data["use_cache"]
         return data
 
     @field_validator("cache")
@@ -81,15 +238,10 @@ class GenerationRequest(_Body):
     def _true_is_the_best(cls, value: str | bool | None) -> str | bool | None:
         return None if value is True else value
 
-    @field_validator("stop", mode="before")
-    @classmethod
-    def _one_stop(cls, value: object) -> object:
-        return [value] if isinstance(value, str) else value
-
     def sampling(self) -> dict[str, Any]:
         """The sampling parameters that the request names."""
         wanted = {
-            "max_new_tokens": self.max_completion_tokens or self.max_tokens,
+            "max_new_tokens": self.max_tokens,
             "temperature": self.temperature,
             "top_p": self.top_p,
             "top_k": self.top_k,
@@ -106,20 +258,67 @@ class ChatRequest(GenerationRequest):
     """`POST /v1/chat/completions`."""
 
     messages: list[ChatMessage] = Field(min_length=1)
+    max_completion_tokens: int | None = Field(default=None, ge=1, lt=_INT32)
+    logprobs: bool | None = None
+    top_logprobs: int | None = Field(default=None, ge=0, le=20)
+    response_format: ResponseFormat | None = None
+    tools: list[Tool] | None = Field(default=None, max_length=128)
+    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
+    parallel_tool_calls: bool | None = None
+
+    def sampling(self) -> dict[str, Any]:
+        wanted = super().sampling()
+        if self.max_completion_tokens is not None:
+            wanted["max_new_tokens"] = self.max_completion_tokens
+        if self.logprobs:
+            wanted["logprobs"] = self.top_logprobs or 0
+        return wanted
 
 
 class CompletionRequest(GenerationRequest):
     """`POST /v1/completions`: the text as it is, without a template."""
 
-    prompt: str = Field(min_length=1, description="One text. It is not put into the model's chat template.")
+    prompt: str | Annotated[list[str], Field(min_length=1, max_length=1)] = Field(
+        min_length=1, description="One text. It is not put into the model's chat template."
+    )
+    logprobs: int | None = Field(default=None, ge=0, le=5)
 
-    @field_validator("prompt", mode="before")
+    @property
+    def text(self) -> str:
+        return self.prompt if isinstance(self.prompt, str) else self.prompt[0]
+
+    def sampling(self) -> dict[str, Any]:
+        return super().sampling() | ({"logprobs": self.logprobs} if self.logprobs is not None else {})
+
+
+TokenIds = Annotated[list[Annotated[int, Field(ge=0, lt=_INT32)]], Field(min_length=1, max_length=1 << 20)]
+EmbeddingInput = Annotated[str, Field(min_length=1)] | TokenIds
+
+
+class EmbeddingRequest(Record):
+    """`POST /v1/embeddings`: a text, or tokens, or a list of these."""
+
+    model: str
+    input: EmbeddingInput | Annotated[list[EmbeddingInput], Field(min_length=1, max_length=2048)]
+    encoding_format: Literal["float", "base64"] = "float"
+
+    @model_validator(mode="before")
     @classmethod
-    def _one_prompt(cls, value: object) -> object:
-        return value[0] if isinstance(value, list) and len(value) == 1 else value
+    def _without_ignored(cls, data: Any) -> Any:
+        return {k: v for k, v in data.items() if k not in _IGNORED} if isinstance(data, dict) else data
+
+    def each(self) -> Iterator[str | tuple[int, ...]]:
+        """The texts, or their tokens."""
+        if isinstance(self.input, str):
+            yield self.input
+        elif isinstance(self.input[0], int):
+            yield tuple(self.input)  # then all of them are numbers
+        else:
+            for one in self.input:
+                yield one if isinstance(one, str) else tuple(one)
 
 
-class StoreRequest(_Body):
+class StoreRequest(Record):
     """`POST /v1/cache/{model}`."""
 
     cache_name: str
@@ -127,47 +326,17 @@ class StoreRequest(_Body):
     wait: bool = Field(default=True, description="Answer when the prompt cache is built; else at once, with 202.")
 
 
-class GenerateBinaryRequest(_Body):
+class GenerateBinaryRequest(Record):
     """`POST /v1/cache/{model}/generate-binary`."""
 
     cache_name: str
     prompt: str | None = Field(default=None, description="A new text to store; without it, the stored text is used.")
 
 
-class ModelRequest(_Body):
+class ModelRequest(Record):
     """`POST /v1/models/load` and `/unload`."""
 
     model: str
-
-
-class PromptTokensDetails(_Body):
-    cached_tokens: int
-
-
-class Usage(_Body):
-    prompt_tokens: int
-    completion_tokens: int
-    total_tokens: int
-    prompt_tokens_details: PromptTokensDetails | None
-    """None where the runtime does not measure it."""
-
-
-class CacheReport(_Body):
-    """What rkcached did for this answer. All of it was measured."""
-
-    cache: str | None
-    """The prompt whose cache was loaded."""
-    state: str
-    """hit, loaded (nobody measured more), miss (loaded, did not help), cold, or why the wanted one is not used."""
-    reason: str = ""
-    cached_tokens: int | None
-    """None where the runtime does not measure it."""
-    ttft_ms: float
-    """Request accepted to first token written."""
-    queue_ms: float
-    load_ms: float
-    prefill_ms: float
-    decode_tokens_per_s: float
 
 
 def parse_body(record: type[Body], data: bytes) -> Body:
@@ -176,8 +345,7 @@ def parse_body(record: type[Body], data: bytes) -> Body:
         return record.model_validate_json(data)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        where = [str(part) for part in first["loc"] if part not in ("str", "list[TextPart]", "bool")]
-        param = ".".join(where) or None
+        param = _parameter(data, first["loc"], missing=first["type"] == "missing")
         match first["type"]:
             case "json_invalid":
                 raise RequestError(
@@ -193,6 +361,22 @@ def parse_body(record: type[Body], data: bytes) -> Body:
                 raise RequestError(
                     400, f"{param or 'the body'}: {first['msg']}", code="invalid_value", param=param
                 ) from error
+
+
+def _parameter(data: bytes, steps: tuple[str | int, ...], *, missing: bool) -> str | None:
+    """The place in the body. Between its steps pydantic names the alternatives of unions, which are left out."""
+    try:
+        here = json.loads(data)
+    except ValueError:
+        return None
+    found = []
+    for at, step in enumerate(steps):
+        inside = (isinstance(here, dict) and step in here) or (isinstance(here, list) and isinstance(step, int))
+        if inside:
+            here = here[step]
+        if inside or (missing and at == len(steps) - 1):
+            found.append(str(step))
+    return ".".join(found) or None
 
 
 def error_body(error: RequestError) -> dict[str, Any]:

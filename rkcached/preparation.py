@@ -5,6 +5,7 @@ Every refusal is a RequestError with its HTTP status, OpenAI's code and the next
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -13,8 +14,9 @@ from rkcached import errors
 from rkcached.desired import DesiredModel
 from rkcached.engines.base import Sampling
 from rkcached.errors import RequestError
-from rkcached.openai import ChatRequest, CompletionRequest
+from rkcached.openai import ChatRequest, CompletionRequest, JsonObject, JsonSchema, NamedTool, Tool
 from rkcached.plan import Key, Trouble
+from rkcached.reply import Reply
 from rkcached.template import Message
 from rkcached.view import View
 
@@ -32,16 +34,31 @@ class Job:
     cold: bool
     accepted: float
     """Monotonic seconds."""
+    correct: Callable[[str, str], str] | None = None
+    """From an answer that does not fit its schema, and why, the request to try once more with."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Demand:
+    """What a request wants its answer to be."""
+
+    tools: tuple[Tool, ...] = ()
+    """Those that the model is shown."""
+    schema: dict[str, Any] | None = None
+    """Of the JSON that the whole answer must be."""
+    is_call: bool = False
+    """The schema is that of a tool call."""
 
 
 class Preparation:
     def __init__(self, view: Callable[[], View]) -> None:
         self._view = view
 
-    def chat(self, request: ChatRequest, accepted: float) -> Job:
+    def chat(self, request: ChatRequest, accepted: float) -> tuple[Job, Reply]:
         """Check a request against what is declared, and render it. Errors: RequestError."""
         name, _, wanted = request.model.partition("/")
-        model = self.model(name)
+        model = self._answering(name)
+        demand = _demand(request, model)
         if isinstance(request.cache, str) and wanted and request.cache != wanted:
             raise RequestError(
                 400, f"model names the prompt {wanted!r}, cache names {request.cache!r}", code="conflict", param="cache"
@@ -54,19 +71,36 @@ class Preparation:
             messages = self._with_prompt(named, messages)
         if any("\0" in message["content"] for message in messages):
             raise _nul("messages")
+        tools = [tool.plain() for tool in demand.tools]
         try:
-            prompt = model.template.render(messages)
+            prompt = model.template.render(messages, tools)
         except errors.TemplateError as error:
             raise RequestError(400, error.message, code="template_error", param="messages", hint=error.hint) from error
         values: dict[str, Any] = model.config.sampling(named.prompt if named else None) | request.sampling()
-        return Job(
+
+        def correct(answer: str, why: str) -> str:
+            wanted = f"{why}. Answer with nothing but JSON that fits this JSON schema: {values['json_schema']}"
+            said = [Message(role="assistant", content=answer), Message(role="user", content=wanted)]
+            return model.template.render([*messages, *said], tools)
+
+        if demand.schema is not None:
+            values["json_schema"] = json.dumps(demand.schema)
+        job = Job(
             model=model,
             named=named,
             prompt=prompt,
             sampling=Sampling(**values),
             cold=request.cache is False,
             accepted=accepted,
+            correct=correct if demand.schema is not None else None,
         )
+        reply = Reply(
+            style=model.template.tools if demand.tools else None,
+            tools=frozenset(tool.function.name for tool in demand.tools),
+            forced=demand.is_call,
+            reasons=prompt.rstrip().endswith("<think>") and demand.schema is None,
+        )
+        return job, reply
 
     def completion(self, request: CompletionRequest, accepted: float) -> Job:
         """Check a request whose text goes to the model as it is. Errors: RequestError."""
@@ -79,18 +113,45 @@ class Preparation:
                 param="model" if prompt else "cache",
                 hint=f"ask for the model {name!r}, or use /v1/chat/completions",
             )
-        if "\0" in request.prompt:
+        if not request.text:
+            raise RequestError(400, "the prompt is empty", code="invalid_value", param="prompt", hint="send its text")
+        if "\0" in request.text:
             raise _nul("prompt")
-        model = self.model(name)
+        model = self._answering(name)
         values: dict[str, Any] = model.config.sampling(None) | request.sampling()
         return Job(
             model=model,
             named=None,
-            prompt=request.prompt,
+            prompt=request.text,
             sampling=Sampling(**values),
             cold=request.cache is False,
             accepted=accepted,
         )
+
+    def embedding(self, name: str) -> DesiredModel:
+        """A model that makes vectors. Errors: RequestError."""
+        model = self.model(name)
+        if not model.config.embedding:
+            raise RequestError(
+                400,
+                f"the model {name!r} makes no embeddings",
+                code="model_not_embedding",
+                param="model",
+                hint="ask a model that the manifest declares with embedding: true",
+            )
+        return model
+
+    def _answering(self, name: str) -> DesiredModel:
+        model = self.model(name)
+        if model.config.embedding:
+            raise RequestError(
+                400,
+                f"the model {name!r} makes embeddings only",
+                code="model_is_embedding",
+                param="model",
+                hint="use /v1/embeddings",
+            )
+        return model
 
     def model(self, name: str) -> DesiredModel:
         view = self._view()
@@ -136,6 +197,57 @@ class Preparation:
         return [Message(role="system", content=text), *(m for m in messages if m["role"] != "system")]
 
 
+def _demand(request: ChatRequest, model: DesiredModel) -> _Demand:
+    """Tools and format of the answer. Errors: RequestError for what cannot be had."""
+    choice = request.tool_choice
+    tools = () if choice == "none" else tuple(request.tools or ())
+    wanted = request.response_format
+    if not tools and (isinstance(choice, NamedTool) or choice == "required"):
+        raise RequestError(400, "there are no tools to choose from", code="invalid_value", param="tool_choice")
+    if tools and model.template.tools is None:
+        raise RequestError(
+            400,
+            f"the chat template of {model.name!r} cannot show tools",
+            code="unsupported_parameter",
+            param="tools",
+            hint="leave tools out, or name a chat_template that knows them, such as chatml or llama3",
+        )
+    if isinstance(choice, NamedTool):
+        known = {tool.function.name: tool for tool in tools}
+        if choice.function.name not in known:
+            said = f"there is no tool {choice.function.name!r}"
+            raise RequestError(400, said, code="invalid_value", param="tool_choice", hint=f"one of {', '.join(known)}")
+        return _Demand(tools=tools, schema=known[choice.function.name].call_schema(), is_call=True)
+    if choice == "required":
+        return _Demand(tools=tools, schema={"anyOf": [tool.call_schema() for tool in tools]}, is_call=True)
+    if isinstance(wanted, JsonObject | JsonSchema) and tools:
+        raise RequestError(
+            400,
+            "an answer cannot be free to call tools and bound to a format",
+            code="unsupported_parameter",
+            param="response_format",
+            hint="leave one of tools and response_format out",
+        )
+    if isinstance(wanted, JsonObject):
+        return _Demand(schema={"type": "object"})
+    if isinstance(wanted, JsonSchema):
+        return _Demand(schema=wanted.json_schema.schema_)
+    return _Demand(tools=tools)
+
+
+_FACES: dict[type[errors.RkcachedError], tuple[int, str, str | None, int]] = {
+    errors.InputInvalid: (400, "invalid_value", "input", 0),
+    errors.SchemaInvalid: (400, "invalid_schema", "response_format", 0),
+    errors.SchemaMismatch: (422, "answer_does_not_fit", None, 0),
+    errors.ModelLoadError: (503, "model_unavailable", None, 5),
+    errors.RuntimeLibraryError: (503, "model_unavailable", None, 5),
+    errors.WorkerUnavailable: (503, "worker_unavailable", None, 5),
+    errors.WorkerTimeout: (504, "worker_timeout", None, 0),
+    errors.WorkerDied: (502, "worker_died", None, 0),
+}
+"""Status, code, param and seconds until a retry makes sense."""
+
+
 def as_request_error(error: errors.RkcachedError) -> RequestError:
     """The HTTP face of every error that a run can end with."""
     match error:
@@ -150,17 +262,13 @@ def as_request_error(error: errors.RkcachedError) -> RequestError:
                 hint="shorten the messages, or raise params.max_context_len of the model",
             )
         case errors.SamplingFixed():
-            return RequestError(400, error.message, code="unsupported_parameter", hint=error.hint)
-        case errors.ModelLoadError() | errors.RuntimeLibraryError():
-            return RequestError(503, error.message, code="model_unavailable", hint=error.hint, retry_after_s=5)
-        case errors.WorkerUnavailable():
-            return RequestError(503, error.message, code="worker_unavailable", hint=error.hint, retry_after_s=5)
-        case errors.WorkerTimeout():
-            return RequestError(504, error.message, code="worker_timeout", hint=error.hint)
-        case errors.WorkerDied():
-            return RequestError(502, error.message, code="worker_died", hint=error.hint)
+            param = error.param or None
+            return RequestError(400, error.message, code="unsupported_parameter", param=param, hint=error.hint)
         case _:
-            return RequestError(500, error.message, code="engine_error", hint=error.hint)
+            status, code, param, retry_after_s = _FACES.get(type(error), (500, "engine_error", None, 0))
+            return RequestError(
+                status, error.message, code=code, param=param, hint=error.hint, retry_after_s=retry_after_s
+            )
 
 
 def _nul(param: str) -> RequestError:

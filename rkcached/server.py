@@ -10,13 +10,16 @@ import contextlib
 import os
 import socket
 import stat
+import struct
 from collections.abc import Iterator
 from pathlib import Path
 
 import uvicorn
 from starlette.types import ASGIApp
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from rkcached.errors import SocketError
+from rkcached.exchange import PEER
 
 MAX_PATH_BYTES = 107
 """sockaddr_un has room for 108 bytes, the last of which is zero (unix(7))."""
@@ -78,6 +81,17 @@ def _clear_stale(path: Path) -> None:
     )
 
 
+class _Connection(H11Protocol):
+    """Knows who is at the other end, as the kernel saw it when the connection was made (unix(7), SO_PEERCRED)."""
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        peer = transport.get_extra_info("socket")
+        with contextlib.suppress(OSError):
+            pid, uid, _ = struct.unpack("3i", peer.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+            self.app_state = {**self.app_state, PEER: {"uid": uid, "pid": pid}}
+
+
 class HttpServer(uvicorn.Server):
     """uvicorn on a socket of ours, without its signal handlers and without its ten wake-ups a second."""
 
@@ -87,7 +101,7 @@ class HttpServer(uvicorn.Server):
                 app,
                 access_log=False,
                 date_header=False,
-                http="h11",
+                http=_Connection,
                 lifespan="off",
                 log_config=None,
                 server_header=False,

@@ -11,17 +11,17 @@ import contextlib
 import time
 from collections import Counter
 from collections.abc import AsyncGenerator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import structlog
 
 from rkcached import errors
+from rkcached.answers import CacheReport, PromptTokensDetails, Usage
 from rkcached.builder import worker_model
 from rkcached.desired import DesiredModel
-from rkcached.engines.base import FinishReason, RunStats
+from rkcached.engines.base import FinishReason, RunStats, TokenLogprob
 from rkcached.errors import RequestError
 from rkcached.events import Events
-from rkcached.openai import CacheReport, PromptTokensDetails, Usage
 from rkcached.plan import Key, State
 from rkcached.preparation import Job, Preparation, as_request_error
 from rkcached.reconcile import Reconciler
@@ -43,6 +43,7 @@ BACKOFF_PATIENCE_S = 2.0
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Text:
     text: str
+    logprobs: tuple[TokenLogprob, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,6 +75,8 @@ class _Run:
     load_ms: float = 0.0
     load_error: protocol.Loaded | None = None
     loaded: bool = False
+    answering: bool = False
+    """The client may have seen a piece."""
     first_written: float = 0.0
     """When the first piece had been taken, which for a stream means: sent."""
     events: asyncio.Queue[Text | None] = field(default_factory=asyncio.Queue)
@@ -201,7 +204,7 @@ class Serving:
                 async with self._gates.hold(run.job.model.name, Priority.LIVE, concurrent=concurrent):
                     run.chosen = None if died else self._choose(run.job)
                     run.unchosen = ("miss", died) if died else self._why_not(run.job)
-                    run.started = time.monotonic()
+                    run.started = run.started or time.monotonic()
                     model = self._reconciler.view.model(run.job.model.name)
                     current = model if isinstance(model, DesiredModel) else run.job.model
                     worker = self._workers.get(worker_model(self._reconciler.view.manifest.engine, current))
@@ -214,6 +217,12 @@ class Serving:
                 # It died over the prompt cache, and the client has seen nothing yet: answer without.
                 await self._reconciler.artifact_failed(*run.chosen, error.message, died=True)
                 died = error.message
+            except errors.SchemaMismatch as error:
+                if run.job.correct is None or run.answering:
+                    raise
+                # Only engines that cannot be held to a schema come here. They get one more chance, and are told why.
+                log.info("asked again", model=run.job.model.name, reason=error.message.partition(":")[0])
+                run.job = replace(run.job, prompt=run.job.correct(error.text, error.message), correct=None)
             else:
                 if run.load_error is not None and run.chosen is not None:
                     self._report_load_error(run.chosen, run.load_error)
@@ -242,8 +251,8 @@ class Serving:
                     run.loaded = not event.error
                     run.load_error = event if event.error else None
                 case protocol.Piece():
-                    run.loaded = True
-                    run.events.put_nowait(Text(text=event.text))
+                    run.loaded = run.answering = True
+                    run.events.put_nowait(Text(text=event.text, logprobs=event.logprobs))
                 case _:
                     pass
 

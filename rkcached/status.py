@@ -7,6 +7,8 @@ import time
 from typing import Any
 
 from rkcached import __version__
+from rkcached.answers import Status
+from rkcached.desired import DesiredModel
 from rkcached.plan import Key, State, Trouble
 from rkcached.reconcile import Reconciler
 from rkcached.serving import NOT_MEASURED, Serving
@@ -18,11 +20,11 @@ from rkcached.worker.protocol import VerifyMode
 
 def status(
     *, started: float, reconciler: Reconciler, serving: Serving, workers: Workers, store: Store, polling: bool
-) -> dict[str, Any]:
+) -> Status:
     """The document. `started` is in Unix seconds."""
     view = reconciler.view
     manifest_error = reconciler.manifest_file.error
-    return {
+    document = {
         "version": __version__,
         "pid": os.getpid(),
         "uptime_s": round(time.time() - started, 1),
@@ -54,6 +56,7 @@ def status(
         ],
         "prompts": [prompt_status(key, reconciler, serving) for key in view.assessments],
     }
+    return Status.model_validate(document)
 
 
 def _summary(reconciler: Reconciler) -> str:
@@ -71,10 +74,12 @@ def _summary(reconciler: Reconciler) -> str:
     return ", ".join(parts) or "no prompts"
 
 
-def model_status(name: str, model: object, workers: Workers) -> dict[str, Any]:
+def model_status(name: str, model: DesiredModel | Trouble, workers: Workers) -> dict[str, Any]:
+    embedding = isinstance(model, DesiredModel) and model.config.embedding
     worker = next((worker for worker in workers.all() if worker.model.name == name), None)
     return {
         "name": name,
+        "embedding": embedding,
         "worker": worker.state.value if worker else "stopped",
         "runtime": worker.info.runtime_version if worker and worker.info else None,
         "measures_reuse": worker.info.measures_prefill if worker and worker.info else None,

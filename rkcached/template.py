@@ -11,10 +11,11 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from enum import StrEnum
 from functools import cached_property, lru_cache
 from traceback import walk_tb
 from types import MappingProxyType
-from typing import Any, Final, NoReturn, TypedDict
+from typing import Any, Final, NoReturn, NotRequired, TypedDict
 
 import jinja2
 from jinja2 import nodes
@@ -25,13 +26,59 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from rkcached.errors import TemplateError
 
 # Lines that end in a block tag lose their newline (trim_blocks), lines that end in text or a value keep it.
+# Tools, calls and results are written as Hermes and Qwen models were trained on them: JSON between tags.
 _CHATML: Final = """\
+{% macro tool_list() %}
+# Tools
+
+You may call one or more functions to assist with the user query.
+
+You are provided with function signatures within <tools></tools> XML tags:
+<tools>
+{% for tool in tools %}
+{{ tool | tojson }}
+{% endfor %}
+</tools>
+
+For each function call, return a json object with function name and arguments within <tool_call></tool_call> XML tags:
+<tool_call>
+{"name": <function-name>, "arguments": <args-json-object>}
+</tool_call>
+{%- endmacro %}
+{% if tools and (not messages or messages[0].role != 'system') %}
+<|im_start|>system
+{{ tool_list() }}<|im_end|>
+{% endif %}
 {% for message in messages %}
-{% if message.role not in ['system', 'user', 'assistant', 'tool'] %}
+{% if message.role == 'tool' %}
+{% if loop.first or loop.previtem.role != 'tool' %}
+<|im_start|>user
+{% endif %}
+<tool_response>
+{{ message.content }}
+</tool_response>
+{%- if loop.last or loop.nextitem.role != 'tool' %}
+<|im_end|>
+{% else %}
+
+{% endif %}
+{% elif message.role in ['system', 'user', 'assistant'] %}
+<|im_start|>{{ message.role }}
+{{ message.content }}
+{%- if tools and loop.first and message.role == 'system' %}
+
+
+{{ tool_list() }}
+{%- endif %}
+{%- for call in message.tool_calls or [] %}
+{{ '\\n' if message.content or not loop.first }}<tool_call>
+{"name": {{ call.function.name | tojson }}, "arguments": {{ call.function.arguments | tojson }}}
+</tool_call>
+{%- endfor %}
+<|im_end|>
+{% else %}
 {{ raise_exception('chatml knows the roles system, user, assistant and tool, not ' ~ message.role) }}
 {% endif %}
-<|im_start|>{{ message.role }}
-{{ message.content }}<|im_end|>
 {% endfor %}
 {% if add_generation_prompt %}
 <|im_start|>assistant
@@ -44,14 +91,39 @@ _CHATML: Final = """\
 {% endif %}
 """
 
+# Llama 3.1 and later: the tools stand in the first user message, so a prompt's prefix is the same with them.
 _LLAMA3: Final = """\
+{% set seen = namespace(user=false) %}
 {% for message in messages %}
 {% if message.role not in ['system', 'user', 'assistant', 'tool'] %}
 {{ raise_exception('llama3 knows the roles system, user, assistant and tool, not ' ~ message.role) }}
 {% endif %}
 <|start_header_id|>{{ 'ipython' if message.role == 'tool' else message.role }}<|end_header_id|>
 
-{{ message.content | trim }}<|eot_id|>{% endfor %}
+{% if tools and message.role == 'user' and not seen.user %}
+Given the following functions, please respond with a JSON for a function call with its proper arguments that best \
+answers the given prompt.
+
+Respond in the format {"name": function name, "parameters": dictionary of argument name and its value}. \
+Do not use variables.
+
+{% for tool in tools %}
+{{ tool | tojson(indent=4) }}
+
+{% endfor %}
+{% endif %}
+{% if message.role == 'user' %}{% set seen.user = true %}{% endif %}
+{% if message.tool_calls %}
+{{ message.content | trim }}
+{%- for call in message.tool_calls %}
+{{ '; ' if not loop.first }}{"name": {{ call.function.name | tojson }}, \
+"parameters": {{ call.function.arguments | tojson }}}
+{%- endfor %}
+<|eot_id|>
+{%- else %}
+{{ message.content | trim }}<|eot_id|>
+{%- endif %}
+{% endfor %}
 {% if add_generation_prompt %}
 <|start_header_id|>assistant<|end_header_id|>
 
@@ -124,8 +196,21 @@ _SYSTEM_PROBE: Final = "Zq4-probe-of-the-system-message"
 
 
 class Message(TypedDict):
+    """As chat templates know it. A call's `function` has a name and its arguments as an object."""
+
     role: str
     content: str
+    tool_calls: NotRequired[list[dict[str, Any]]]
+    reasoning_content: NotRequired[str]
+
+
+class ToolStyle(StrEnum):
+    """How a model writes a tool call, as its template shows it."""
+
+    HERMES = "hermes"
+    """`<tool_call>` around `{"name": ..., "arguments": ...}`: Hermes, Qwen."""
+    LLAMA3 = "llama3"
+    """The answer is `{"name": ..., "parameters": ...}`: Llama 3.1 and later."""
 
 
 class ChatTemplate:
@@ -140,6 +225,8 @@ class ChatTemplate:
     ) -> None:
         self.name = name
         self.digest = _digest(source, bos_token, eos_token)
+        self.tools = _tool_style(source)
+        """None: this template cannot show tools to the model."""
         self._variables: dict[str, Any] = {
             "bos_token": bos_token,
             "eos_token": eos_token,
@@ -154,8 +241,8 @@ class ChatTemplate:
         except Exception as error:
             raise self._translate(error) from error
 
-    def render(self, messages: Sequence[Message]) -> str:
-        """The text of a request, up to and including the header of the answer.
+    def render(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] = ()) -> str:
+        """The text of a request, up to and including the header of the answer. Tools are as OpenAI describes them.
 
         Newlines at the end of a system message are dropped: those of a prompt file are not part of the prompt.
         """
@@ -164,7 +251,7 @@ class ChatTemplate:
             for message in messages
         ]
         try:
-            return self._compiled.render(self._variables, messages=copies)
+            return self._compiled.render(self._variables | {"tools": list(tools) or None}, messages=copies)
         except Exception as error:
             raise self._translate(error) from error
 
@@ -240,6 +327,14 @@ class _Generation(Extension):
     def parse(self, parser: Parser) -> nodes.Node:
         line = next(parser.stream).lineno
         return nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=line)
+
+
+def _tool_style(source: str) -> ToolStyle | None:
+    if "tools" not in source:
+        return None
+    if "<tool_call>" in source:
+        return ToolStyle.HERMES
+    return ToolStyle.LLAMA3 if '"parameters"' in source and "ipython" in source else None
 
 
 def _raise_exception(message: str) -> NoReturn:

@@ -115,7 +115,7 @@ def test_tool_messages_where_the_format_has_them() -> None:
     """The formats chatml and llama3 have a turn for a tool's result; the others refuse and say what they know."""
     messages = [*TWO_TURNS[:3], Message(role="tool", content="42")]
 
-    assert "<|im_start|>tool\n42<|im_end|>\n" in builtin("chatml").render(messages)
+    assert "<|im_start|>user\n<tool_response>\n42\n</tool_response><|im_end|>\n" in builtin("chatml").render(messages)
     assert "<|start_header_id|>ipython<|end_header_id|>\n\n42<|eot_id|>" in builtin("llama3").render(messages)
     for name in ("gemma", "deepseek", "phi"):
         with pytest.raises(TemplateError, match=r"user.* not tool"):

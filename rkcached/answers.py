@@ -1,0 +1,335 @@
+"""Records of the HTTP API: what a client gets. Pure. They are what /openapi.json promises, so answers are made of them.
+
+The shapes are OpenAI's; `rkcached` in an answer says what happened. Figures in milliseconds were measured.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+def _is_none(value: object) -> bool:
+    return value is None
+
+
+class Answer(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ErrorDetail(Answer):
+    message: str
+    type: str
+    param: str | None
+    code: str
+
+
+class ErrorAnswer(Answer):
+    """OpenAI's error envelope."""
+
+    error: ErrorDetail
+
+
+class PromptTokensDetails(Answer):
+    cached_tokens: int
+
+
+class Usage(Answer):
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    prompt_tokens_details: PromptTokensDetails | None = Field(description="null where the runtime measures nothing.")
+
+
+class CacheReport(Answer):
+    """What rkcached did for this answer. All of it was measured."""
+
+    cache: str | None = Field(description="The prompt whose cache was loaded.")
+    state: str = Field(
+        description="hit, loaded (nobody measured more), miss (loaded, did not help), cold, or why the wanted one was "
+        "not used: stale, missing, building, uncacheable, blocked, quarantined, corrupt."
+    )
+    reason: str = ""
+    cached_tokens: int | None = Field(description="null where the runtime measures nothing.")
+    ttft_ms: float = Field(description="Request accepted to first token written.")
+    queue_ms: float
+    load_ms: float
+    prefill_ms: float
+    decode_tokens_per_s: float
+
+
+class LikelyToken(Answer):
+    token: str
+    logprob: float
+    bytes: list[int]
+
+
+class ChosenToken(LikelyToken):
+    top_logprobs: list[LikelyToken]
+
+
+class ChatLogprobs(Answer):
+    content: list[ChosenToken]
+    refusal: None = None
+
+
+class CalledFunction(Answer):
+    name: str
+    arguments: str
+
+
+class Call(Answer):
+    id: str
+    type: Literal["function"] = "function"
+    function: CalledFunction
+
+
+class AnswerMessage(Answer):
+    role: Literal["assistant"] = "assistant"
+    content: str | None
+    reasoning_content: str | None = Field(default=None, exclude_if=_is_none)
+    tool_calls: list[Call] | None = Field(default=None, exclude_if=_is_none)
+
+
+FinishReason = Literal["stop", "length", "tool_calls", "abort"]
+
+
+class ChatChoice(Answer):
+    index: int
+    message: AnswerMessage
+    logprobs: ChatLogprobs | None
+    finish_reason: FinishReason
+
+
+class ChatCompletion(Answer):
+    """The answer of `POST /v1/chat/completions`."""
+
+    id: str
+    object: Literal["chat.completion"] = "chat.completion"
+    created: int
+    model: str
+    choices: list[ChatChoice]
+    usage: Usage
+    rkcached: CacheReport
+
+
+class TextLogprobs(Answer):
+    tokens: list[str]
+    token_logprobs: list[float]
+    top_logprobs: list[dict[str, float]]
+    text_offset: list[int]
+
+
+class TextChoice(Answer):
+    index: int
+    text: str
+    logprobs: TextLogprobs | None
+    finish_reason: FinishReason
+
+
+class TextCompletion(Answer):
+    """The answer of `POST /v1/completions`."""
+
+    id: str
+    object: Literal["text_completion"] = "text_completion"
+    created: int
+    model: str
+    choices: list[TextChoice]
+    usage: Usage
+    rkcached: CacheReport
+
+
+class OneEmbedding(Answer):
+    object: Literal["embedding"] = "embedding"
+    index: int
+    embedding: list[float] | str = Field(description="Of length 1; as text, the base64 of little-endian float32.")
+
+
+class EmbeddingUsage(Answer):
+    prompt_tokens: int
+    total_tokens: int
+
+
+class EmbeddingList(Answer):
+    """The answer of `POST /v1/embeddings`."""
+
+    object: Literal["list"] = "list"
+    data: list[OneEmbedding]
+    model: str
+    usage: EmbeddingUsage
+
+
+class ModelCard(Answer):
+    id: str
+    object: Literal["model"] = "model"
+    created: int = 0
+    owned_by: str = "rkcached"
+
+
+class ModelList(Answer):
+    object: Literal["list"] = "list"
+    data: list[ModelCard]
+
+
+class Health(Answer):
+    status: Literal["ok"] = "ok"
+
+
+class Readiness(Answer):
+    status: Literal["ready", "starting"]
+
+
+class ModelStatus(Answer):
+    """A model and its worker."""
+
+    name: str
+    embedding: bool
+    worker: str
+    runtime: str | None
+    measures_reuse: bool | None
+    state_s: float | None = Field(description="Seconds in this state.")
+    pid: int | None
+    restarts: int
+    last_failure: str
+    trouble: str
+
+
+class WaitedModel(ModelStatus):
+    waiting: int = Field(description="Requests that wait for their turn.")
+
+
+class ModelAction(ModelStatus):
+    object: Literal["model.loaded", "model.unloaded"]
+    model: str
+    took_ms: float
+
+
+class ModelStatusList(Answer):
+    object: Literal["list"] = "list"
+    data: list[ModelStatus]
+
+
+class BuildProgress(Answer):
+    done_tokens: int
+    total_tokens: int
+    elapsed_ms: float
+
+
+class ArtifactFigures(Answer):
+    tokens: int
+    size_bytes: int
+    built_at: float = Field(description="Unix seconds.")
+    build_ms: float
+    prefill_ms: float
+    load_ms: float
+    cold_ttft_ms: float
+    warm_ttft_ms: float
+    gain: bool
+    verified: str
+    fingerprint: str
+
+
+class PromptStatus(Answer):
+    model: str
+    prompt: str
+    state: str
+    reason: str
+    hint: str
+    description: str
+    hits: int
+    misses: int
+    last_used: float | None = Field(description="Unix seconds.")
+    progress: BuildProgress | None = Field(default=None, exclude_if=_is_none)
+    artifact: ArtifactFigures | None = Field(default=None, exclude_if=_is_none)
+
+
+class CacheEntry(PromptStatus):
+    """A prompt and its cache."""
+
+    cache_name: str
+    stored: bool = Field(description="A client stored the text, and may delete it.")
+
+
+class CacheCreated(CacheEntry):
+    object: Literal["cache.created"] = "cache.created"
+
+
+class CacheList(Answer):
+    object: Literal["list"] = "list"
+    data: list[CacheEntry]
+
+
+class CacheAccepted(Answer):
+    object: Literal["cache.accepted"] = "cache.accepted"
+    model: str
+    cache_name: str
+    location: str
+
+
+class CacheDeleted(Answer):
+    object: Literal["cache.deleted"] = "cache.deleted"
+    model: str
+    cache_name: str
+    deleted: Literal[True] = True
+
+
+class BinaryCacheCreated(Answer):
+    object: Literal["binary_cache.created"] = "binary_cache.created"
+    model: str
+    cache_name: str
+    size_mb: float
+    ttft_ms: float
+    timestamp: int = Field(description="Unix seconds.")
+    message: str
+    tokens: int
+    prefill_ms: float
+    cold_ttft_ms: float
+    build_ms: float
+
+
+class ManifestStatus(Answer):
+    file: str
+    ok: bool
+    problems: list[str]
+
+
+class StoreStatus(Answer):
+    directory: str
+    trouble: str
+    used_bytes: int
+    max_bytes: int | None
+
+
+class ReconcileStatus(Answer):
+    looks: int
+    last_look_ms: float
+    builds: int
+
+
+class Status(Answer):
+    """What the daemon is and does, as `rkcached status --json` prints it."""
+
+    version: str
+    pid: int
+    uptime_s: float
+    ready: bool
+    summary: str
+    manifest: ManifestStatus
+    engine: str
+    cache: StoreStatus
+    watching: Literal["polling", "inotify"]
+    reconcile: ReconcileStatus
+    answers: dict[str, int]
+    running: int
+    models: list[WaitedModel]
+    prompts: list[PromptStatus]
+
+
+class ApiDescription(BaseModel):
+    """An OpenAPI document."""
+
+    model_config = ConfigDict(extra="allow")
+
+    openapi: str
+    paths: dict[str, Any]
