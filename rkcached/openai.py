@@ -19,6 +19,7 @@ from pydantic import (
     field_validator,
     model_validator,
 )
+from pydantic_core import ErrorDetails
 
 from rkcached.errors import RequestError
 from rkcached.template import Message
@@ -344,8 +345,7 @@ def parse_body(record: type[Body], data: bytes) -> Body:
     try:
         return record.model_validate_json(data)
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        param = _parameter(data, first["loc"], missing=first["type"] == "missing")
+        param, first = _most_telling(data, error)
         match first["type"]:
             case "json_invalid":
                 raise RequestError(
@@ -361,6 +361,14 @@ def parse_body(record: type[Body], data: bytes) -> Body:
                 raise RequestError(
                     400, f"{param or 'the body'}: {first['msg']}", code="invalid_value", param=param
                 ) from error
+
+
+def _most_telling(data: bytes, error: ValidationError) -> tuple[str | None, ErrorDetails]:
+    """The first problem and its place. Of a union's alternatives, the one that came furthest."""
+    found = [(_parameter(data, e["loc"], missing=e["type"] == "missing"), e) for e in error.errors(include_url=False)]
+    place = found[0][0] or ""
+    same = [(param, e) for param, e in found if f"{param}.".startswith(f"{place}.")]
+    return max(same, key=lambda one: ((one[0] or "").count("."), not one[1]["type"].endswith("_type")))
 
 
 def _parameter(data: bytes, steps: tuple[str | int, ...], *, missing: bool) -> str | None:

@@ -34,6 +34,7 @@ class Job:
     cold: bool
     accepted: float
     """Monotonic seconds."""
+    with_tools: bool = False
     correct: Callable[[str, str], str] | None = None
     """From an answer that does not fit its schema, and why, the request to try once more with."""
 
@@ -92,6 +93,7 @@ class Preparation:
             sampling=Sampling(**values),
             cold=request.cache is False,
             accepted=accepted,
+            with_tools=bool(demand.tools),
             correct=correct if demand.schema is not None else None,
         )
         reply = Reply(

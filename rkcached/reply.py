@@ -79,6 +79,8 @@ class Reply:
 
     def end(self) -> Iterator[Delta]:
         """What was held back."""
+        if self._mode is _Mode.START:
+            self._drop_newlines()
         held, self._held = self._held, ""
         match self._mode:
             case _Mode.REASONING:
@@ -137,10 +139,15 @@ class Reply:
             self._held, self._mode, self._may_reason = text.removeprefix(_CALL), _Mode.CALL, False
         elif self._style is ToolStyle.LLAMA3 and text.startswith((_PYTHON_TAG, "{")):
             self._held, self._mode = text.removeprefix(_PYTHON_TAG), _Mode.BARE_CALL
-        elif text or not tags:
-            if not self._may_reason:  # the newlines between a tag and the content are not content
-                self._held = self._held.lstrip("\n")
-            self._mode, self._may_reason = _Mode.CONTENT, False
+        else:
+            self._drop_newlines()
+            if self._held:
+                self._mode, self._may_reason = _Mode.CONTENT, False
+
+    def _drop_newlines(self) -> None:
+        """Those between a tag and the content are not content."""
+        if not self._may_reason:
+            self._held = self._held.lstrip("\n")
 
     def _all(self) -> tuple[str, str]:
         text, self._held = self._held, ""

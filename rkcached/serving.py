@@ -345,6 +345,8 @@ class Serving:
             assessment = self._reconciler.view.assessments.get(job.named)
             if assessment is not None and assessment.state is not State.FRESH:
                 return assessment.state.value, assessment.reason
+            if assessment is not None and job.with_tools:
+                return "cold", "the tools stand inside the prompt's text"
         return "cold", ""
 
 

@@ -1,0 +1,216 @@
+"""What an answer may contain beside text, on a model of the memory engine that says what it is told to."""
+
+from __future__ import annotations
+
+import base64
+import json
+import struct
+from typing import Any
+
+import pytest
+from conftest import Workspace
+
+HELLO = [{"role": "user", "content": "hello"}]
+WEATHER = {
+    "type": "function",
+    "function": {
+        "name": "weather",
+        "description": "The weather somewhere.",
+        "parameters": {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]},
+    },
+}
+CALL = '{"name": "weather", "arguments": {"city": "Oslo"}}'
+FORMAT = {"type": "json_schema", "json_schema": {"name": "n", "schema": {"type": "object", "required": ["n"]}}}
+
+
+def says(space: Workspace, script: dict[str, str], *, template: str = "chatml", **more: Any) -> Workspace:
+    """A daemon whose model `m` answers what the script says."""
+    space.memory_model(script=script)
+    space.declare("{}", model=f"    chat_template: {template}", **more)
+    space.start()
+    return space
+
+
+def choice(answer: dict[str, Any]) -> dict[str, Any]:
+    found: dict[str, Any] = answer["choices"][0]
+    return found
+
+
+def deltas(space: Workspace, **body: Any) -> tuple[list[dict[str, Any]], str]:
+    """What a stream adds to the message, piece by piece, and why it ended."""
+    body = {"model": "m", "messages": HELLO, "max_tokens": 200, "stream": True, **body}
+    with space.http() as client, client.stream("POST", "/v1/chat/completions", json=body) as response:
+        events = [json.loads(line[6:]) for line in response.iter_lines() if line.startswith("data: {")]
+    assert all("error" not in event for event in events), events
+    return [choice(event)["delta"] for event in events], choice(events[-1])["finish_reason"]
+
+
+def test_reasoning_is_not_content(workspace: Workspace) -> None:
+    """What a model thinks goes into reasoning_content, whole and streamed."""
+    space = says(workspace, {"hello": "<think>\nthey greet</think>\n\nGood day"})
+    message = choice(space.ask("m", max_tokens=200))["message"]
+    assert message == {"role": "assistant", "content": "Good day", "reasoning_content": "they greet"}
+    pieces, finish = deltas(space)
+    assert "".join(piece.get("reasoning_content", "") for piece in pieces) == "they greet"
+    assert "".join(piece.get("content", "") for piece in pieces) == "Good day"
+    assert (pieces[0]["role"], finish) == ("assistant", "stop")
+
+
+@pytest.mark.parametrize(
+    ("template", "said"),
+    [
+        ("chatml", f"I look it up.<tool_call>\n{CALL}\n</tool_call>"),
+        ("llama3", CALL.replace("arguments", "parameters")),
+    ],
+)
+def test_tool_calls(workspace: Workspace, template: str, said: str) -> None:
+    """Both styles become tool_calls, whole and streamed; the tool's result goes back to the model."""
+    space = says(workspace, {"hello": said, "-5 C": "Cold."}, template=template)
+    answer = choice(space.ask("m", max_tokens=200, tools=[WEATHER]))
+    assert answer["finish_reason"] == "tool_calls"
+    (call,) = answer["message"]["tool_calls"]
+    assert (call["type"], call["function"]["name"]) == ("function", "weather")
+    assert json.loads(call["function"]["arguments"]) == {"city": "Oslo"}
+    assert answer["message"]["content"] == ("I look it up." if template == "chatml" else None)
+    pieces, finish = deltas(space, tools=[WEATHER])
+    (streamed,) = [call for piece in pieces for call in piece.get("tool_calls", ())]
+    assert (streamed["index"], streamed["function"], finish) == (0, call["function"], "tool_calls")
+    result = {"role": "tool", "tool_call_id": call["id"], "content": "-5 C"}
+    messages = [*HELLO, answer["message"], result]
+    assert choice(space.ask("m", messages=messages, tools=[WEATHER]))["message"]["content"] == "Cold."
+
+
+def test_without_tools_a_call_is_text(workspace: Workspace) -> None:
+    """tool_choice none, or no tools at all: nothing is parsed; one call is what parallel_tool_calls false gives."""
+    said = f"<tool_call>{CALL}</tool_call>"
+    space = says(workspace, {"hello": said + said})
+    for body in ({}, {"tools": [WEATHER], "tool_choice": "none"}):
+        assert choice(space.ask("m", max_tokens=200, **body))["message"]["content"] == said + said
+    both = choice(space.ask("m", max_tokens=200, tools=[WEATHER]))["message"]["tool_calls"]
+    one = choice(space.ask("m", max_tokens=200, tools=[WEATHER], parallel_tool_calls=False))["message"]["tool_calls"]
+    assert (len(both), len(one)) == (2, 1)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_engine_that_cannot_be_bound_is_asked_once_more(workspace: Workspace, *, stream: bool) -> None:
+    """The first answer does not fit; the model is told why and what is wanted; the second one does. Nothing leaks."""
+    space = says(workspace, {"hello": "sure, here it is", "JSON schema": '```json\n{"n": 1}\n```'})
+    if stream:
+        pieces, _ = deltas(space, response_format=FORMAT)
+        text = "".join(piece.get("content", "") for piece in pieces)
+    else:
+        text = choice(space.ask("m", max_tokens=200, response_format=FORMAT))["message"]["content"]
+    assert json.loads(text) == {"n": 1}
+    assert "asked again" in space.log_text()
+    assert "sure, here it is" not in space.log_text()
+
+
+@pytest.mark.parametrize("said", ["never JSON", '{"m": 1}', '{"n": '])
+def test_an_answer_that_never_fits_is_an_error(workspace: Workspace, said: str) -> None:
+    """422 that says what is wrong with it, before anything was streamed; the next request works."""
+    space = says(workspace, {"hello": said})
+    for stream in (False, True):
+        error = space.ask("m", status=422, max_tokens=200, response_format=FORMAT, stream=stream)["error"]
+        assert error["code"] == "answer_does_not_fit"
+        assert "JSON" in error["message"] or "'n' is a required property" in error["message"]
+    assert choice(space.ask("m", max_tokens=200))["message"]["content"] == said
+
+
+def test_a_tool_can_be_demanded(workspace: Workspace) -> None:
+    """By `required`, or by its name."""
+    space = says(workspace, {"hello": CALL})
+    for wanted in ("required", {"type": "function", "function": {"name": "weather"}}):
+        answer = choice(space.ask("m", max_tokens=200, tools=[WEATHER], tool_choice=wanted))
+        assert answer["message"]["tool_calls"][0]["function"] == {"name": "weather", "arguments": '{"city": "Oslo"}'}
+        assert answer["message"]["content"] is None
+
+
+@pytest.mark.parametrize(
+    ("body", "param", "code"),
+    [
+        ({"tools": [WEATHER], "response_format": FORMAT}, "response_format", "unsupported_parameter"),
+        ({"tool_choice": "required"}, "tool_choice", "invalid_value"),
+        (
+            {"tools": [WEATHER], "tool_choice": {"type": "function", "function": {"name": "x"}}},
+            "tool_choice",
+            "invalid_value",
+        ),
+        ({"logprobs": True}, "logprobs", "unsupported_parameter"),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"name": "n", "schema": {"type": "no"}}}},
+            "response_format",
+            "invalid_schema",
+        ),
+        ({"response_format": {"type": "json_schema"}}, "response_format.json_schema", "missing_parameter"),
+        ({"response_format": {"type": "xml"}}, "response_format", "invalid_value"),
+        ({"messages": [{"role": "assistant"}]}, "messages.0", "invalid_value"),
+        ({"messages": [{"role": "tool", "content": "x"}]}, "messages.0.tool_call_id", "missing_parameter"),
+        ({"messages": [{"role": "pirate", "content": "x"}]}, "messages.0", "invalid_value"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}]},
+            "messages.0.content.0.type",
+            "invalid_value",
+        ),
+        ({"top_logprobs": 21}, "top_logprobs", "invalid_value"),
+        ({"audio": {}}, "audio", "unsupported_parameter"),
+        ({"stop": ["a", "b", "c", "d", "e"]}, "stop", "invalid_value"),
+        ({"max_tokens": "many"}, "max_tokens", "invalid_value"),
+    ],
+)
+def test_refusals_name_the_parameter(two_prompts: Workspace, body: dict[str, Any], param: str, code: str) -> None:
+    """400 with OpenAI's param and code."""
+    error = two_prompts.ask("m", status=400, **body)["error"]
+    assert (error["param"], error["code"]) == (param, code), error
+
+
+def test_a_template_that_cannot_show_tools_refuses_them(workspace: Workspace) -> None:
+    """Never silence: the model would not have seen them."""
+    space = says(workspace, {}, template="phi")
+    error = space.ask("m", status=400, tools=[WEATHER])["error"]
+    assert (error["param"], error["code"]) == ("tools", "unsupported_parameter")
+
+
+def test_tools_and_the_prompt_cache(workspace: Workspace) -> None:
+    """Where the template shows tools after the prompt, the prompt cache serves; where before its end, it is cold."""
+    workspace.memory_model()
+    workspace.memory_model("n.model")
+    workspace.write("a.md", "You are prompt A.\n")
+    workspace.declare("{a: a.md}", model="    chat_template: llama3\n  n: {path: n.model, prompts: {a: a.md}}")
+    workspace.start()
+    workspace.wait_settled()
+    assert workspace.ask("m/a", tools=[WEATHER])["rkcached"]["state"] == "hit"
+    report = workspace.ask("n/a", tools=[WEATHER])["rkcached"]
+    assert (report["state"], report["reason"]) == ("cold", "the tools stand inside the prompt's text")
+
+
+def test_embeddings(workspace: Workspace) -> None:
+    """A text, tokens, lists of both; as numbers or base64; of length 1; the same text gives the same vector."""
+    workspace.memory_model()
+    workspace.declare("{}", model="  v: {path: m.model, embedding: true}")
+    workspace.start()
+
+    def embed(status: int = 200, **body: Any) -> dict[str, Any]:
+        with workspace.http() as client:
+            response = client.post("/v1/embeddings", json={"model": "v", **body})
+        assert response.status_code == status, response.text
+        answer: dict[str, Any] = response.json()
+        return answer
+
+    one = embed(input="hello")
+    vector = one["data"][0]["embedding"]
+    assert sum(value * value for value in vector) == pytest.approx(1)
+    assert one["usage"] == {"prompt_tokens": 5, "total_tokens": 5}
+    several = embed(input=["hello", "other"], encoding_format="base64")
+    assert [item["index"] for item in several["data"]] == [0, 1]
+    data = base64.b64decode(several["data"][0]["embedding"])
+    assert struct.unpack(f"<{len(data) // 4}f", data) == pytest.approx(vector)
+    assert several["data"][0]["embedding"] != several["data"][1]["embedding"]
+    assert embed(input=list(b"hello"))["data"][0]["embedding"] == pytest.approx(vector)
+    assert embed(input=[list(b"hello"), list(b"x")])["usage"]["prompt_tokens"] == 6
+    for wrong, param in (({"input": ""}, "input"), ({"input": []}, "input"), ({"input": [999]}, "input")):
+        assert embed(400, **wrong)["error"]["param"] == param
+    assert embed(400, input="x", dimensions=3)["error"]["param"] == "dimensions"
+    assert embed(400, input="x", model="m")["error"]["code"] == "model_not_embedding"
+    assert embed(404, input="x", model="zzz")["error"]["code"] == "model_not_found"
+    assert embed(400, input="x" * 5000)["error"]["code"] == "context_length_exceeded"
+    assert workspace.ask("v", status=400)["error"]["code"] == "model_is_embedding"
