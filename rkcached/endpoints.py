@@ -25,6 +25,8 @@ from rkcached.errors import RequestError
 Handler = Callable[[Request], Awaitable[Response]]
 
 EVENT_STREAM = "text/event-stream"
+_EVENT = {"type": "object", "properties": {"data": {"type": "string"}, "event": {"type": "string"}}}
+_TEXT = {"type": "string"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -118,7 +120,7 @@ def _operation(endpoint: Endpoint, names: Mapping[Any, Any], *, refused: bool) -
 
 
 def _answer(status: int, schema: Mapping[str, Any] | None, media: tuple[str, ...]) -> dict[str, Any]:
-    content: dict[str, Any] = {kind: {"schema": {"type": "string"}} for kind in media}
+    content: dict[str, Any] = {kind: {"schema": _EVENT if kind == EVENT_STREAM else _TEXT} for kind in media}
     if schema is not None:
         content["application/json"] = {"schema": schema}
     request_id = {"schema": {"type": "string"}, "description": "Names this exchange, also in the daemon's log."}

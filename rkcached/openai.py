@@ -33,7 +33,7 @@ _INT32 = 2**31
 
 
 class Record(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)  # strict: true is not 1, "16" is not 16
 
 
 class TextPart(Record):
@@ -366,17 +366,21 @@ def parse_body(record: type[Body], data: bytes) -> Body:
 def _most_telling(data: bytes, error: ValidationError) -> tuple[str | None, ErrorDetails]:
     """The first problem and its place. Of a union's alternatives, the one that came furthest."""
     found = [(_parameter(data, e["loc"], missing=e["type"] == "missing"), e) for e in error.errors(include_url=False)]
-    place = found[0][0] or ""
+    place = found[0][0]
     same = [(param, e) for param, e in found if f"{param}.".startswith(f"{place}.")]
-    return max(same, key=lambda one: ((one[0] or "").count("."), not one[1]["type"].endswith("_type")))
+    param, telling = max(same, key=lambda one: (one[0].count("."), not one[1]["type"].endswith("_type")))
+    return param or None, telling
 
 
-def _parameter(data: bytes, steps: tuple[str | int, ...], *, missing: bool) -> str | None:
-    """The place in the body. Between its steps pydantic names the alternatives of unions, which are left out."""
+def _parameter(data: bytes, steps: tuple[str | int, ...], *, missing: bool) -> str:
+    """The place in the body; empty for the body itself.
+
+    Between its steps pydantic names the alternatives of unions, which are left out.
+    """
     try:
         here = json.loads(data)
-    except ValueError:
-        return None
+    except (ValueError, RecursionError):
+        return ""
     found = []
     for at, step in enumerate(steps):
         inside = (isinstance(here, dict) and step in here) or (isinstance(here, list) and isinstance(step, int))
@@ -384,7 +388,7 @@ def _parameter(data: bytes, steps: tuple[str | int, ...], *, missing: bool) -> s
             here = here[step]
         if inside or (missing and at == len(steps) - 1):
             found.append(str(step))
-    return ".".join(found) or None
+    return ".".join(found)
 
 
 def error_body(error: RequestError) -> dict[str, Any]:

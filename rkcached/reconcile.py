@@ -310,6 +310,8 @@ class Reconciler:
             return
         self.view.index.discard(key)
         self.view.artifacts.pop(key, None)
+        if key not in self.view.desired.prompts:
+            self.view.assessments.pop(key, None)  # who asked for the removal must not see it any more
         log.info("artifact removed", model=key.model, prompt=key.prompt, reason=action.reason)
 
     async def _forget_verdicts(self, look: Look) -> None:

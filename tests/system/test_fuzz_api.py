@@ -1,0 +1,109 @@
+"""schemathesis, which we did not write, on the API's own description: valid and invalid requests to each operation.
+
+It holds every answer to the description: its status, its type, its fields; and no request may be a server error.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+import hypothesis
+import pytest
+import requests
+import schemathesis
+from conftest import Workspace
+from schemathesis import GenerationMode
+from schemathesis.checks import not_a_server_error
+from schemathesis.specs.openapi.checks import (
+    content_type_conformance,
+    negative_data_rejection,
+    response_headers_conformance,
+    response_schema_conformance,
+    status_code_conformance,
+    unsupported_method,
+)
+
+CHECKS = [
+    not_a_server_error,
+    status_code_conformance,
+    content_type_conformance,
+    response_headers_conformance,
+    response_schema_conformance,
+    negative_data_rejection,
+    unsupported_method,
+]
+KNOWN = ["m", "m/a", "v", "nobody"]
+
+
+@pytest.fixture(scope="module")
+def fuzzed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workspace]:
+    space = Workspace(tmp_path_factory.mktemp("fuzzed"))
+    space.memory_model()
+    space.write("a.md", "You are prompt A.\n")
+    space.declare("{a: a.md}", model="  v: {path: m.model, embedding: true}")
+    space.start()
+    space.wait_settled()
+    yield space
+    assert space.ask("m/a")["rkcached"]["state"] == "hit"
+    assert space.stop() == 0
+    assert "Traceback" not in space.log_text()
+    assert "request crashed" not in space.log_text()
+
+
+def described(space: Workspace, *, admin: bool) -> Any:
+    """What the socket says of itself. Model names are narrowed to a few, else nearly all requests were 404."""
+    with space.http(admin=admin) as client:
+        description = client.get("/openapi.json").json()
+    for schema in description["components"]["schemas"].values():
+        model = schema.get("properties", {}).get("model")
+        if model and model.get("type") == "string" and schema.get("title", "").endswith("Request"):
+            model["enum"] = KNOWN
+    for path, operations in description["paths"].items():
+        for operation in operations.values():
+            for parameter in operation.get("parameters", ()):
+                if path.startswith("/v1/cache/{model}") and parameter["name"] == "model":
+                    parameter["schema"]["enum"] = ["m", "v", "nobody"]
+    del description["paths"]["/v1/events"]  # an answer that never ends
+    return schemathesis.openapi.from_dict(description)
+
+
+def check(case: Any, space: Workspace, *, admin: bool) -> None:
+    prepared = requests.Request(**case.as_transport_kwargs(base_url="http://d")).prepare()
+    with space.http(admin=admin) as client:
+        request = httpx.Request(
+            prepared.method or "", prepared.url or "", headers=dict(prepared.headers), content=prepared.body
+        )
+        case.validate_response(client.send(request), checks=CHECKS)
+
+
+EXAMPLES = int(os.environ.get("RKCACHED_FUZZ_EXAMPLES", "50"))
+SETTINGS = hypothesis.settings(
+    max_examples=EXAMPLES,
+    deadline=None,
+    derandomize=True,
+    database=None,
+    suppress_health_check=list(hypothesis.HealthCheck),
+)
+
+
+@pytest.mark.parametrize("mode", GenerationMode)
+@pytest.mark.parametrize("admin", [False, True], ids=["everyone", "admin"])
+def test_every_operation_keeps_its_word(fuzzed: Workspace, mode: GenerationMode, *, admin: bool) -> None:
+    """Many requests that fit its description, and as many that do not, where that is possible."""
+    tried = 0
+    for found in described(fuzzed, admin=admin).get_all_operations():
+        operation = found.ok()
+        if mode is GenerationMode.NEGATIVE and not operation.body:
+            continue  # nothing in it can be wrong
+
+        @SETTINGS
+        @hypothesis.given(operation.as_strategy(generation_mode=mode))
+        def ask(case: Any) -> None:
+            check(case, fuzzed, admin=admin)
+
+        ask()
+        tried += 1
+    assert tried == (7 if mode is GenerationMode.NEGATIVE else 18)

@@ -1,0 +1,89 @@
+"""The commands of docs/http-api.md, run as they stand but for the sockets: they are what people copy."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import Workspace, need
+
+TEXT = (Path(__file__).parents[2] / "docs" / "http-api.md").read_text()
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", TEXT, re.DOTALL)
+
+
+@pytest.fixture
+def board(workspace: Workspace) -> Workspace:
+    """What the guide's reader has, on the memory engine."""
+    workspace.memory_model()
+    workspace.write("system.md", "You are a helpful assistant.\n")
+    workspace.write(
+        "manifest.yaml",
+        "version: 1\nengine: {kind: memory}\nmodels:\n"
+        "  qwen3-0.6b: {path: m.model, prompts: {system: system.md}}\n"
+        "  qwen3-embedding-0.6b: {path: m.model, embedding: true}\n",
+    )
+    workspace.start()
+    workspace.wait_settled()
+    return workspace
+
+
+def here(text: str, space: Workspace) -> str:
+    return text.replace("/run/rkcached/rkcached.sock", str(space.socket)).replace(
+        "/run/rkcached/admin.sock", str(space.root / "admin.sock")
+    )
+
+
+def test_every_curl_command(board: Workspace) -> None:
+    """Each succeeds, in the order of the page, and answers what the page says."""
+    need("curl")
+    answers: dict[str, Any] = {}
+    commands = [line for block in blocks("sh") for line in block.replace("\\\n", " ").splitlines()]
+    assert len(commands) >= 18
+    for command in commands:
+        done = subprocess.run(
+            here(command, board) + " -w '\\n%{http_code}'", shell=True, capture_output=True, text=True, check=True
+        )
+        body, _, status = done.stdout.rpartition("\n")
+        assert status == "200", (command, body)
+        answers[re.sub(r".*http://localhost(\S+).*", r"\1", command)] = body
+    created = json.loads(answers["/v1/cache/qwen3-0.6b/generate-binary"])
+    (shown,) = [json.loads(block) for block in blocks("json") if "binary_cache" in block]
+    assert list(created) == list(shown)
+    assert created["object"] == "binary_cache.created"
+    assert created["message"] == f"Binary cache generated successfully ({created['size_mb']:.2f} MB)"
+    assert json.loads(answers["/v1/chat/completions"])["rkcached"]["cache"] == "lighthouse"
+    assert [one["name"] for one in json.loads(answers["/v1/models/loaded"])["data"]] == [
+        "qwen3-0.6b",
+        "qwen3-embedding-0.6b",
+    ]
+    assert 'rkcached_requests_total{model="qwen3-0.6b",state="hit"}' in answers["/metrics"]
+
+
+def test_the_python_example(board: Workspace) -> None:
+    """Copied and run."""
+    (code,) = blocks("python")
+    code = here(code, board).replace("HTTPTransport(", "HTTPTransport(verify=False, ")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.rstrip().endswith("hit")
+
+
+def test_the_error_table_has_every_code() -> None:
+    """A code that the program uses and the page does not tell fails here."""
+    source = Path(__file__).parents[2] / "rkcached"
+    used = {
+        code
+        for file in source.glob("*.py")
+        if file.name != "client.py"
+        for code in re.findall(r'(?:code=|\d{3}, )"([a-z_]+)"', file.read_text())
+        if code not in ("utf", "engine_error", "internal_error")
+    }
+    table = TEXT[TEXT.index("## Errors") :]
+    assert {code for code in used if f"`{code}`" not in table} == set()
