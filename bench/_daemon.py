@@ -81,7 +81,7 @@ class Daemon:
         command += ["--cache-dir", str(workspace.store), "--socket", str(workspace.socket)]
         environment = {name: value for name, value in os.environ.items() if not name.startswith("RKCACHED_")}
         self.started = time.perf_counter()
-        self._asking = _Connection(workspace.socket)
+        self._asking = Client(self)
         with workspace.log.open("ab") as log:
             self._process = subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment, start_new_session=True
@@ -123,13 +123,13 @@ class Daemon:
             if status["ready"] and states == {"fresh"}:
                 return status
             if not states <= set(_MENDING):
-                raise BenchError(f"not every prompt can be cached: {status['summary']}{self._last_words()}")
+                raise BenchError(f"not every prompt can be cached: {status['summary']}{self.last_words()}")
             time.sleep(every_s)
-        raise BenchError(f"not all fresh after {timeout_s:.0f} s{self._last_words()}")
+        raise BenchError(f"not all fresh after {timeout_s:.0f} s{self.last_words()}")
 
     def check_alive(self) -> None:
         if self._process.poll() is not None:
-            raise BenchError(f"the daemon ended with code {self._process.returncode}{self._last_words()}")
+            raise BenchError(f"the daemon ended with code {self._process.returncode}{self.last_words()}")
 
     def status(self) -> dict[str, Any]:
         connection = _Connection(self.workspace.socket)
@@ -139,6 +139,29 @@ class Daemon:
             return document
         finally:
             connection.close()
+
+    def client(self) -> Client:
+        """One more client, with a connection of its own."""
+        return Client(self)
+
+    def ask(self, model: str, question: str, *, max_tokens: int, cold: bool = False) -> Answer:
+        """Stream one answer. Errors: BenchError unless it is a whole, good one."""
+        return self._asking.ask(model, question, max_tokens=max_tokens, cold=cold)
+
+    def last_words(self) -> str:
+        lines = self.workspace.log.read_text(errors="replace").splitlines()[-15:]
+        return "\n  " + "\n  ".join(lines)
+
+
+class Client:
+    """One connection to the daemon, kept as client libraries keep theirs."""
+
+    def __init__(self, daemon: Daemon) -> None:
+        self._daemon = daemon
+        self.connection = _Connection(daemon.workspace.socket)
+
+    def close(self) -> None:
+        self.connection.close()
 
     def ask(self, model: str, question: str, *, max_tokens: int, cold: bool = False) -> Answer:
         """Stream one answer. Errors: BenchError unless it is a whole, good one."""
@@ -154,12 +177,12 @@ class Daemon:
         data = json.dumps(body).encode()
         first, prompt_tokens = 0.0, 0
         report: dict[str, Any] = {}
-        connection = self._asking.ready()
+        connection = self.connection.ready()
         started = time.perf_counter()
         connection.request("POST", "/v1/chat/completions", data, {"Content-Type": "application/json"})
         with connection.getresponse() as response:
             if response.status != http.HTTPStatus.OK:
-                raise BenchError(f"HTTP {response.status}: {response.read()[:300]!r}{self._last_words()}")
+                raise BenchError(f"HTTP {response.status}: {response.read()[:300]!r}{self._daemon.last_words()}")
             for line in iter(response.readline, b""):
                 if not first and b'"content"' in line:
                     first = time.perf_counter()
@@ -168,12 +191,17 @@ class Daemon:
                     report = chunk.get("rkcached", report)
                     prompt_tokens = (chunk.get("usage") or {}).get("prompt_tokens", prompt_tokens)
         if not (first and prompt_tokens and report):
-            raise BenchError(f"an answer without content, usage or report{self._last_words()}")
+            raise BenchError(f"an answer without content, usage or report{self._daemon.last_words()}")
         return Answer(ttft_ms=(first - started) * 1000, prompt_tokens=prompt_tokens, report=report)
 
-    def _last_words(self) -> str:
-        lines = self.workspace.log.read_text(errors="replace").splitlines()[-15:]
-        return "\n  " + "\n  ".join(lines)
+    def drain(self, model: str, question: str, *, max_tokens: int) -> None:
+        """Stream an answer and drop it. Errors: BenchError unless it has all of its tokens."""
+        body = {"model": model, "messages": [{"role": "user", "content": question}], "max_tokens": max_tokens}
+        connection = self.connection.ready()
+        connection.request("POST", "/v1/chat/completions", json.dumps(body | {"stream": True}))
+        with connection.getresponse() as response:
+            if b'"finish_reason": "length"' not in response.read().replace(b'":"', b'": "'):
+                raise BenchError(f"the answer ended early{self._daemon.last_words()}")
 
 
 class _Connection(http.client.HTTPConnection):

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from _answers import measure_share, measure_ttft
+from _clients import measure_clients
 from _daemon import BenchError
 from _results import Figure, document, machine, print_table
 from _rkllm import measure_rkllm
@@ -34,6 +35,7 @@ PARTS: dict[str, Callable[[Bench], list[Figure]]] = {
     "idle": measure_idle,
     "ttft": measure_ttft,
     "share": measure_share,
+    "clients": measure_clients,
     "edit": measure_edit,
     "scale": measure_scale,
     "rkllm": measure_rkllm,

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import functools
 import json
 import struct
 import time
@@ -82,10 +83,13 @@ class Api:
     def app(self, *, admin_socket: Path | None = None) -> ASGIApp:
         """All endpoints; with `admin_socket`, those that change something are refused and referred to it."""
         endpoints = self._endpoints()
-        description = describe(endpoints, everyone=admin_socket is not None)
+
+        @functools.cache
+        def description() -> dict[str, Any]:  # takes 50 ms, and few ask
+            return describe(endpoints, everyone=admin_socket is not None)
 
         async def openapi(_: Request) -> Response:
-            return JSONResponse(description)
+            return JSONResponse(description())
 
         summary = "This description."
         itself = Endpoint(
@@ -279,12 +283,14 @@ async def _stream(
             yield event
 
     try:
-        async for event in events():
-            for chunk in writer.chunks(event) if isinstance(event, Text) else writer.last(event):
-                yield _sse(chunk)
-            if isinstance(event, End) and with_usage:
-                yield _sse(writer.usage(event))
-        yield b"data: [DONE]\n\n"
+        async for event in events():  # each event is one write: it wakes the client once
+            if isinstance(event, Text):
+                chunks = [_sse(chunk) for chunk in writer.chunks(event)]
+            else:
+                usage = [writer.usage(event)] if with_usage else []
+                chunks = [*map(_sse, [*writer.last(event), *usage]), b"data: [DONE]\n\n"]
+            if chunks:
+                yield b"".join(chunks)
     except RequestError as error:
         yield _sse(error_body(error))
     finally:

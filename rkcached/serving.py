@@ -142,7 +142,7 @@ class Serving:
         work.add_done_callback(lambda _: run.events.put_nowait(None))
         try:
             while (text := await self._next(run)) is not None:
-                yield text
+                yield _with_waiting(text, run.events)
                 run.first_written = run.first_written or time.monotonic()
             if not work.done() or work.cancelled():
                 raise _stopping()
@@ -348,6 +348,21 @@ class Serving:
             if assessment is not None and job.with_tools:
                 return "cold", "the tools stand inside the prompt's text"
         return "cold", ""
+
+
+def _with_waiting(text: Text, events: asyncio.Queue[Text | None]) -> Text:
+    """A piece, and those that came while the one before it was written: one write for all of them."""
+    if events.empty():
+        return text
+    pieces = [text]
+    while not events.empty():
+        piece = events.get_nowait()
+        if piece is None:
+            events.put_nowait(None)
+            break
+        pieces.append(piece)
+    logprobs = tuple(token for piece in pieces for token in piece.logprobs)
+    return Text(text="".join(piece.text for piece in pieces), logprobs=logprobs)
 
 
 def _details(cached_tokens: int | None) -> PromptTokensDetails | None:
