@@ -95,6 +95,7 @@ class MemoryEngine:
 
     def __init__(self, spec: ModelSpec) -> None:
         self._model, self._origin = _read_model(spec.path)
+        self._embeds = bool(spec.pooling)
         context = min(spec.context_tokens or self._model.context_tokens, self._model.context_tokens)
         self._info = EngineInfo(runtime_version="1", context_tokens=context, measures_prefill=True, aborts_prefill=True)
         self._tokens = bytearray()
@@ -186,6 +187,8 @@ class MemoryEngine:
         )
 
     def embed(self, content: str | tuple[int, ...]) -> Embedding:
+        if not self._embeds:
+            raise EngineError("the model was not loaded for embeddings", hint="set embedding: true in the manifest")
         if not isinstance(content, str) and any(token not in range(256) for token in content):
             raise InputInvalid("a token is not in the vocabulary: tokens are bytes")
         tokens = self._check_tokens(_encode(content) if isinstance(content, str) else bytes(content))

@@ -8,6 +8,7 @@ puts the KV state that it needs in place itself, by `load` or `clear`. Where eng
 from __future__ import annotations
 
 import importlib.util
+import json
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -584,6 +585,67 @@ def test_a_file_that_is_no_model_is_an_error_with_a_hint(case: Case, content: by
     with pytest.raises(ModelLoadError, match=r"bad\.model") as caught:
         case.open(case.spec(model=path))
     assert caught.value.hint
+
+
+@pytest.fixture(scope="module")
+def embedder(case: Case) -> Engine:
+    """The same model, loaded for embeddings."""
+    engine = case.open(msgspec.structs.replace(case.spec(), pooling="mean"))
+    case.loaded.append(engine)
+    return engine
+
+
+def test_an_embedding_depends_on_the_text_alone(embedder: Engine) -> None:
+    """The same vector for the same text, whatever came between; another one for another text, of the same length."""
+    first = embedder.embed(HOME)
+    other = embedder.embed(CHESS)
+    assert embedder.embed(HOME).vector == pytest.approx(first.vector, abs=1e-5)
+    assert other.vector != pytest.approx(first.vector, abs=1e-3)
+    assert len(other.vector) == len(first.vector) > 4
+    tokens = embedder.embed((1, 2, 3))
+    assert (len(tokens.vector), tokens.tokens) == (len(first.vector), 3)
+
+
+def test_a_text_too_long_to_embed_is_refused(case: Case, embedder: Engine) -> None:
+    """And the next one is embedded."""
+    with pytest.raises(EngineError):
+        embedder.embed(case.unit * (case.context_tokens + 10))
+    assert embedder.embed(QUESTION).vector
+
+
+def test_a_model_that_answers_makes_no_embeddings(engine: Engine) -> None:
+    """It was not loaded for them."""
+    with pytest.raises(EngineError):
+        engine.embed(QUESTION)
+
+
+def test_details_of_tokens_come_only_where_they_are_asked_for_and_known(engine: Engine, home: Saved) -> None:
+    """With the likeliest ones beside each, of which greedy decoding took the first."""
+    tokens: list[Token] = []
+    engine.load(home.path)
+    sampling = msgspec.structs.replace(GREEDY, logprobs=2 if engine.info.gives_logprobs else None)
+    engine.generate(HOME + QUESTION, sampling, lambda token: bool(tokens.append(token)))
+    details = [one for token in tokens for one in token.details]
+    if not engine.info.gives_logprobs:
+        assert details == []
+        return
+    assert "".join(one.text for one in details) == "".join(token.text for token in tokens)
+    for one in details:
+        assert [one.logprob] == [likely.logprob for likely in one.likeliest[:1]]
+        assert len(one.likeliest) == 2
+
+
+def test_json_is_all_that_a_bound_engine_writes(engine: Engine) -> None:
+    """Where an engine can be held to a schema; where not, its info says so and the session checks."""
+    if not engine.info.constrains_json:
+        return
+    tokens: list[Token] = []
+    schema = (
+        '{"type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"], "additionalProperties": false}'
+    )
+    sampling = msgspec.structs.replace(GREEDY, max_new_tokens=40, json_schema=schema)
+    engine.generate(QUESTION, sampling, lambda token: bool(tokens.append(token)))
+    assert list(json.loads("".join(token.text for token in tokens))) == ["n"]
 
 
 def test_close_is_idempotent_and_final(case: Case) -> None:
