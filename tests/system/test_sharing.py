@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import socket
 import subprocess
 import threading
 import time
@@ -125,6 +126,71 @@ def test_stopping_lets_replies_end_in_their_grace(workspace: Workspace, grace_s:
         assert last["choices"][0]["finish_reason"] == "length"
     else:
         assert last["error"]["code"] == "shutting_down"
+
+
+def test_a_slow_reader_stops_nobody(workspace: Workspace) -> None:
+    """Somebody who does not read a long stream keeps neither the model nor the daemon; what he reads later is whole."""
+    workspace.memory_model(context_tokens=100_000)
+    workspace.declare("{}", params="{max_context_len: 100000}")
+    workspace.start()
+    body = {"model": "m", "messages": [{"role": "user", "content": "x"}], "max_tokens": 60_000, "stream": True}
+    with workspace.http() as client, client.stream("POST", "/v1/chat/completions", json=body) as slow:
+        for _ in range(5):
+            assert workspace.ask("m")["rkcached"]["queue_ms"] < 5000
+        assert workspace.status()["running"] <= 1
+        *_, last, end = (line for line in slow.iter_lines() if line)
+    assert end == "data: [DONE]"
+    assert json.loads(last[6:])["choices"][0]["finish_reason"] == "length"
+
+
+@pytest.mark.parametrize("waits", [False, True], ids=["in prefill", "in the queue"])
+def test_a_client_that_goes_away_frees_its_place(workspace: Workspace, *, waits: bool) -> None:
+    """Its prefill is stopped at once, or it is no longer waited for; the next request has its turn."""
+    workspace.memory_model(prefill_us_per_token=20_000)
+    workspace.declare("{}")
+    workspace.start()
+
+    def hang(path: str, text: str) -> socket.socket:
+        body = json.dumps({"model": "m", "prompt": text, "max_tokens": 1})
+        client = socket.socket(socket.AF_UNIX)
+        client.connect(str(workspace.socket))
+        client.sendall(f"POST {path} HTTP/1.1\r\nHost: d\r\nContent-Length: {len(body)}\r\n\r\n{body}".encode())
+        return client
+
+    first = hang("/v1/completions", "y" * 1000)  # 20 s
+    wait_until(lambda: workspace.status()["models"][0]["worker"] == "busy", "it is read")
+    if waits:
+        second = hang("/v1/completions", "z" * 1000)
+        wait_until(lambda: workspace.status()["models"][0]["waiting"] == 1, "the other one waits")
+        second.close()
+        wait_until(lambda: workspace.status()["models"][0]["waiting"] == 0, "it waits no more", 5)
+    first.close()
+    started = time.monotonic()
+    assert workspace.ask("m", "q", max_tokens=1)["choices"]
+    assert time.monotonic() - started < 8
+    assert workspace.status()["models"][0]["restarts"] == 0
+
+
+def test_a_prefix_in_memory_is_not_read_again(workspace: Workspace) -> None:
+    """The second request to one prompt takes nothing from the disk; the other prompt's next one does."""
+    workspace.memory_model()
+    for name in "ab":
+        workspace.write(f"{name}.md", f"You are prompt {name}. " * 100)
+    workspace.declare("{a: a.md, b: b.md}")
+    workspace.start()
+    workspace.wait_settled()
+    workspace.ask("m/b")
+    size = (workspace.cache / "m/a.memory_cache").stat().st_size
+
+    def read_by_worker(prompt: str) -> int:
+        (worker,) = workspace.children()
+        before = worker.io_counters().read_chars
+        assert workspace.ask(f"m/{prompt}")["rkcached"]["state"] == "hit"
+        return int(worker.io_counters().read_chars) - before
+
+    assert read_by_worker("a") >= size
+    assert read_by_worker("a") < size / 2
+    assert read_by_worker("b") >= size / 2
 
 
 def test_two_prompts_in_turn(two_prompts: Workspace) -> None:
