@@ -1,0 +1,180 @@
+"""Collects the wheels that a package carries: rkcached's own, and what it requires, for several Pythons at once.
+
+pip downloads for another Python and machine, but reads the conditions of requirements (`; python_version < "3.13"`) as
+if for its own. So what came is walked here as the target would see it, and what is missing is asked for once more.
+"""
+
+from __future__ import annotations
+
+import email
+import hashlib
+import json
+import subprocess
+import sys
+import zipfile
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from packaging.markers import default_environment
+from packaging.requirements import Requirement
+from packaging.tags import Tag, compatible_tags, cpython_tags
+from packaging.utils import canonicalize_name, parse_wheel_filename
+from packaging.version import Version
+
+GLIBC_MINORS = range(36, 16, -1)
+"""Debian 12 has glibc 2.36, and wheels for 2.17 or newer run on it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Target:
+    """What a wheel must run on."""
+
+    machine: str
+    python: str
+
+    @property
+    def platforms(self) -> list[str]:
+        names = [f"manylinux_2_{minor}_{self.machine}" for minor in GLIBC_MINORS]
+        return [*names, f"manylinux2014_{self.machine}"]
+
+    @cached_property
+    def tags(self) -> frozenset[Tag]:
+        major, minor = map(int, self.python.split("."))
+        interpreter = f"cp{major}{minor}"
+        return frozenset(
+            [
+                *cpython_tags((major, minor), platforms=self.platforms),
+                *compatible_tags((major, minor), interpreter, self.platforms),
+            ]
+        )
+
+    def environment(self, extra: str) -> dict[str, str]:
+        return {
+            **{key: str(value) for key, value in default_environment().items()},
+            "python_version": self.python,
+            "python_full_version": f"{self.python}.0",
+            "implementation_version": f"{self.python}.0",
+            "platform_machine": self.machine,
+            "sys_platform": "linux",
+            "extra": extra,
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wheel:
+    file: Path
+    name: str
+    version: Version
+    tags: frozenset[Tag]
+
+    @classmethod
+    def read(cls, file: Path) -> Wheel:
+        name, version, _, tags = parse_wheel_filename(file.name)
+        return cls(file=file, name=name, version=version, tags=tags)
+
+    @cached_property
+    def metadata(self) -> email.message.Message:
+        with zipfile.ZipFile(self.file) as archive:
+            member = next(name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
+            return email.message_from_bytes(archive.read(member))
+
+    @property
+    def licence(self) -> str:
+        """As its metadata states it, in one line."""
+        stated = self.metadata["License-Expression"] or ""
+        classified = [
+            line.rpartition(" :: ")[2]
+            for line in self.metadata.get_all("Classifier", [])
+            if line.startswith("License :: ") and not line.endswith(":: OSI Approved")
+        ]
+        return stated or ", ".join(classified) or (self.metadata["License"] or "see the wheel").splitlines()[0]
+
+    def requires(self, extras: frozenset[str], target: Target) -> Iterator[Requirement]:
+        for line in self.metadata.get_all("Requires-Dist", []):
+            requirement = Requirement(line)
+            marker = requirement.marker
+            if marker is None or any(marker.evaluate(target.environment(extra)) for extra in (*extras, "")):
+                yield requirement
+
+
+def needed(root: Requirement, wheels: list[Wheel], target: Target) -> tuple[set[Wheel], set[str]]:
+    """The wheels that an installation of `root` on the target takes, and the requirements that none of them meets."""
+    taken: set[Wheel] = set()
+    missing: set[str] = set()
+    seen: set[tuple[str, frozenset[str]]] = set()
+    waiting = [root]
+    while waiting:
+        requirement = waiting.pop()
+        name, extras = canonicalize_name(requirement.name), frozenset(requirement.extras)
+        fitting = [
+            wheel
+            for wheel in wheels
+            if wheel.name == name and wheel.tags & target.tags and wheel.version in requirement.specifier
+        ]
+        if not fitting:
+            wanted = f"[{','.join(sorted(extras))}]" if extras else ""
+            missing.add(f"{requirement.name}{wanted}{requirement.specifier}")
+            continue
+        best = max(fitting, key=lambda wheel: wheel.version)
+        taken.add(best)
+        if (name, extras) not in seen:
+            seen.add((name, extras))
+            waiting += best.requires(extras, target)
+    return taken, missing
+
+
+def collect(root: Requirement, own: Wheel, target: Target, cache: Path) -> set[Wheel]:
+    """The wheels of everything that `root` needs on the target; kept in `cache` for the next time."""
+    wanted = {f"{r.name}{r.specifier}" for r in own.requires(frozenset(root.extras), target)}
+    folder = cache / f"{target.machine}-{target.python}"
+    folder.mkdir(parents=True, exist_ok=True)
+    stamp = folder / "requirements.json"
+    said = json.dumps(sorted(wanted))
+    if not stamp.exists() or stamp.read_text() != said:
+        stamp.unlink(missing_ok=True)
+        _download(wanted, target, folder)
+    for _ in range(5):
+        taken, missing = needed(root, [own, *map(Wheel.read, sorted(folder.glob("*.whl")))], target)
+        if not missing:
+            stamp.write_text(said)
+            return taken
+        _download(wanted | missing, target, folder)
+    raise SystemExit(f"no wheels for Python {target.python} on {target.machine}: {', '.join(sorted(missing))}")
+
+
+def collect_all(root: Requirement, own: Wheel, targets: list[Target], cache: Path) -> dict[Target, set[Wheel]]:
+    with ThreadPoolExecutor(3) as pool:
+        return dict(zip(targets, pool.map(lambda t: collect(root, own, t, cache), targets), strict=True))
+
+
+def build_own(source: Path, folder: Path) -> Wheel:
+    """The project's wheel, made from `source`."""
+    for old in folder.glob("*.whl"):
+        old.unlink()
+    folder.mkdir(parents=True, exist_ok=True)
+    _pip("wheel", "--no-deps", "--wheel-dir", str(folder), str(source))
+    (file,) = folder.glob("*.whl")
+    return Wheel.read(file)
+
+
+def sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _download(wanted: set[str], target: Target, folder: Path) -> None:
+    interpreter = f"cp{target.python.replace('.', '')}"
+    tags = ["--implementation", "cp", *(f"--abi={abi}" for abi in (interpreter, "abi3", "none"))]
+    platforms = [f"--platform={platform}" for platform in target.platforms]
+    where = ["--python-version", target.python, *tags, *platforms]
+    _pip("download", "--only-binary=:all:", *where, "--dest", str(folder), *sorted(wanted))
+
+
+def _pip(*arguments: str) -> None:
+    command = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(f"{' '.join(command)}\n{done.stderr}")
