@@ -117,9 +117,9 @@ def fill_main(package: Package, wheels: set[Wheel]) -> None:
     package.install(DEB / "triggers", "DEBIAN/triggers")
 
     package.install(ROOT / "etc/default/rkcached", "etc/default/rkcached")
-    package.install(ROOT / "etc/rkcached/manifest.yaml", "etc/rkcached/manifest.yaml")
-    for prompt in sorted((ROOT / "etc/rkcached/prompts").glob("*.md")):
-        package.install(prompt, f"etc/rkcached/prompts/{prompt.name}")
+    # No conffiles, as every administrator changes them: dpkg would ask at each upgrade. postinst copies them once.
+    for file in ("manifest.yaml", *(f"prompts/{prompt.name}" for prompt in (ROOT / "etc/rkcached/prompts").iterdir())):
+        package.install(ROOT / "etc/rkcached" / file, f"usr/share/rkcached/{file}")
     documents = Path("usr/share/doc/rkcached")
     package.install(ROOT / "etc/rkcached/manifest.example.yaml", documents / "examples/manifest.example.yaml")
     package.install(ROOT / "README.md", documents / "README.md")

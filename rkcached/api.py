@@ -11,7 +11,7 @@ import json
 import time
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -22,8 +22,8 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import ASGIApp
 
-from rkcached.cache_api import CacheApi
-from rkcached.errors import RequestError
+from rkcached.cache_api import CacheApi, admin_only
+from rkcached.errors import ManifestError, RequestError
 from rkcached.events import Events
 from rkcached.exchange import RequestIds, defect, error_response, no_route, read_body
 from rkcached.metrics import CONTENT_TYPE, Metrics
@@ -53,6 +53,7 @@ class Api:
         events: Events,
         metrics: Metrics,
         make_status: Callable[[], dict[str, Any]],
+        reload: Callable[[], Awaitable[None]],
     ) -> None:
         self._caches = caches
         self._events = events
@@ -60,6 +61,7 @@ class Api:
         self._reconciler = reconciler
         self._serving = serving
         self._status = make_status
+        self._reload = reload
 
     def app(self, *, admin_socket: Path | None = None) -> ASGIApp:
         """All routes; with `admin_socket`, those that change something are refused and referred to it."""
@@ -72,6 +74,9 @@ class Api:
             Route("/v1/models", self._models),
             Route("/v1/chat/completions", self._chat, methods=["POST"]),
             Route("/v1/completions", self._complete, methods=["POST"]),
+            Route(
+                "/v1/reload", self._post_reload if admin_socket is None else admin_only(admin_socket), methods=["POST"]
+            ),
             *self._caches.routes(admin_socket=admin_socket),
             Route("/v1/models/{name:path}", self._model),
         ]
@@ -98,6 +103,16 @@ class Api:
 
     async def _get_status(self, _: Request) -> Response:
         return JSONResponse(self._status())
+
+    async def _post_reload(self, _: Request) -> Response:
+        try:
+            await self._reload()
+        except ManifestError as error:
+            refusal = RequestError(422, error.message, code="manifest_rejected", hint=error.hint)
+            said = error_body(refusal)
+            said["error"]["problems"] = [asdict(problem) for problem in error.problems]
+            return JSONResponse(said, status_code=422)
+        return JSONResponse({"object": "manifest.reloaded", "summary": self._status()["summary"]})
 
     async def _models(self, _: Request) -> Response:
         view = self._reconciler.view

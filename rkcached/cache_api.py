@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
@@ -51,12 +52,7 @@ class CacheApi:
         ]
         if admin_socket is None:
             return routes
-
-        async def refused(_: Request) -> Response:
-            raise RequestError(
-                403, f"changes are made on {admin_socket} only", code="admin_only", hint=f"ask on {admin_socket}"
-            )
-
+        refused = admin_only(admin_socket)
         changes = {"POST", "DELETE"}
         return [
             Route(route.path, refused, methods=list(route.methods or ()))
@@ -210,6 +206,17 @@ class CacheApi:
                 400, f"{prompt!r} cannot name a prompt", code="invalid_name", param="cache_name", hint=NAME_RULE
             )
         return Key(model, prompt)
+
+
+def admin_only(admin_socket: Path) -> Callable[[Request], Awaitable[Response]]:
+    """An endpoint that refuses and refers to the other socket."""
+
+    async def refused(_: Request) -> Response:
+        raise RequestError(
+            403, f"changes are made on {admin_socket} only", code="admin_only", hint=f"ask on {admin_socket}"
+        )
+
+    return refused
 
 
 def _list(data: list[dict[str, Any]]) -> Response:

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import uvicorn
-from starlette.types import ASGIApp
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from rkcached.errors import SocketError
 
@@ -78,6 +78,24 @@ def _clear_stale(path: Path) -> None:
     )
 
 
+class OnceLooked:
+    """ASGI: lets requests that concern models wait for the first look.
+
+    A daemon that was started by this very request knows of no model yet.
+    """
+
+    _AT_ONCE = frozenset({"/healthz", "/readyz", "/metrics", "/v1/status", "/v1/events"})
+
+    def __init__(self, app: ASGIApp, looked: asyncio.Event) -> None:
+        self._app = app
+        self._looked = looked
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if not self._looked.is_set() and scope["type"] == "http" and scope["path"] not in self._AT_ONCE:
+            await self._looked.wait()
+        await self._app(scope, receive, send)
+
+
 class HttpServer(uvicorn.Server):
     """uvicorn on a socket of ours, without its signal handlers and without its ten wake-ups a second."""
 
@@ -96,6 +114,12 @@ class HttpServer(uvicorn.Server):
             )
         )
         self._leave = asyncio.Event()
+        self.answering = asyncio.Event()
+
+    def stop_accepting(self) -> None:
+        """Connections that come from now on wait in the socket: for the next daemon, where systemd holds it."""
+        for server in self.servers:
+            server.close()
 
     def stop(self) -> None:
         """Refuse new connections, let running answers end within the grace, then return from `serve`."""
@@ -103,6 +127,7 @@ class HttpServer(uvicorn.Server):
         self._leave.set()
 
     async def main_loop(self) -> None:
+        self.answering.set()
         await self.on_tick(0)
         await self._leave.wait()
 

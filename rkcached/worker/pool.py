@@ -6,10 +6,14 @@ import asyncio
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 from rkcached.worker.supervisor import SCRATCH_PREFIX, Backoff, Deadlines, Worker, WorkerModel
+
+_OVERDUE_S = 30.0
+"""What a build does besides waiting for its worker takes less: hashing, writing and syncing one file."""
 
 
 class Workers:
@@ -30,6 +34,15 @@ class Workers:
 
     def all(self) -> tuple[Worker, ...]:
         return tuple(self._workers.values())
+
+    def overdue(self, since: float) -> bool:
+        """Whether nothing was heard of any worker, nor happened `since` (monotonic seconds), for longer than may be.
+
+        Then our own deadlines failed to end something.
+        """
+        heard = max((worker.heard for worker in self.all()), default=since)
+        patience_s = max((worker.patience_s for worker in self.all()), default=self._deadlines.start_s)
+        return time.monotonic() - max(heard, since) > patience_s + _OVERDUE_S
 
     def get(self, model: WorkerModel) -> Worker:
         """The worker that hosts exactly this; one that hosts something older is replaced."""
