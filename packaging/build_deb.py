@@ -150,6 +150,7 @@ def fill_cpu(package: Package, wheels: set[Wheel]) -> None:
 
 def build(architectures: Iterable[str], work: Path, out: Path) -> list[Path]:
     own = build_own(ROOT, work / "own")
+    version = next(wheel.version for wheel in own if wheel.name == "rkcached")
     targets = [Target(machine=MACHINES[name], python=python) for name in architectures for python in PYTHONS]
     collected = collect_all(EVERYTHING, own, targets, work / "wheels")
     maintainer = f"{os.environ.get('DEBFULLNAME', 'The rkcached developers')} "
@@ -170,7 +171,7 @@ def build(architectures: Iterable[str], work: Path, out: Path) -> list[Path]:
             shutil.rmtree(tree, ignore_errors=True)
             package = Package(
                 name=name,
-                version=f"{own.version}-1",
+                version=f"{version}-1",
                 architecture=architecture,
                 maintainer=maintainer,
                 date=float(os.environ.get("SOURCE_DATE_EPOCH") or time.time()),

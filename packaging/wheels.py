@@ -27,6 +27,9 @@ from packaging.version import Version
 GLIBC_MINORS = range(36, 16, -1)
 """Debian 12 has glibc 2.36, and wheels for 2.17 or newer run on it."""
 
+WITHOUT_WHEELS = frozenset({"sdnotify"})
+"""Published as source only. Nothing in them is compiled, so one wheel made here serves every target."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Target:
@@ -126,9 +129,11 @@ def needed(root: Requirement, wheels: list[Wheel], target: Target) -> tuple[set[
     return taken, missing
 
 
-def collect(root: Requirement, own: Wheel, target: Target, cache: Path) -> set[Wheel]:
-    """The wheels of everything that `root` needs on the target; kept in `cache` for the next time."""
-    wanted = {f"{r.name}{r.specifier}" for r in own.requires(frozenset(root.extras), target)}
+def collect(root: Requirement, own: list[Wheel], target: Target, cache: Path) -> set[Wheel]:
+    """The wheels of everything that `root` needs on the target; what is not among our `own` is kept in `cache`."""
+    made_here = {wheel.name for wheel in own}
+    requirements = next(w for w in own if w.name == root.name).requires(frozenset(root.extras), target)
+    wanted = {f"{r.name}{r.specifier}" for r in requirements if canonicalize_name(r.name) not in made_here}
     folder = cache / f"{target.machine}-{target.python}"
     folder.mkdir(parents=True, exist_ok=True)
     stamp = folder / "requirements.json"
@@ -137,7 +142,7 @@ def collect(root: Requirement, own: Wheel, target: Target, cache: Path) -> set[W
         stamp.unlink(missing_ok=True)
         _download(wanted, target, folder)
     for _ in range(5):
-        taken, missing = needed(root, [own, *map(Wheel.read, sorted(folder.glob("*.whl")))], target)
+        taken, missing = needed(root, [*own, *map(Wheel.read, sorted(folder.glob("*.whl")))], target)
         if not missing:
             stamp.write_text(said)
             return taken
@@ -145,19 +150,21 @@ def collect(root: Requirement, own: Wheel, target: Target, cache: Path) -> set[W
     raise SystemExit(f"no wheels for Python {target.python} on {target.machine}: {', '.join(sorted(missing))}")
 
 
-def collect_all(root: Requirement, own: Wheel, targets: list[Target], cache: Path) -> dict[Target, set[Wheel]]:
+def collect_all(root: Requirement, own: list[Wheel], targets: list[Target], cache: Path) -> dict[Target, set[Wheel]]:
     with ThreadPoolExecutor(3) as pool:
         return dict(zip(targets, pool.map(lambda t: collect(root, own, t, cache), targets), strict=True))
 
 
-def build_own(source: Path, folder: Path) -> Wheel:
-    """The project's wheel, made from `source`."""
+def build_own(source: Path, folder: Path) -> list[Wheel]:
+    """The project's wheel, made from `source`, and those that nobody publishes."""
     for old in folder.glob("*.whl"):
         old.unlink()
     folder.mkdir(parents=True, exist_ok=True)
-    _pip("wheel", "--no-deps", "--wheel-dir", str(folder), str(source))
-    (file,) = folder.glob("*.whl")
-    return Wheel.read(file)
+    _pip("wheel", "--no-deps", "--wheel-dir", str(folder), str(source), *sorted(WITHOUT_WHEELS))
+    made = [Wheel.read(file) for file in folder.glob("*.whl")]
+    for wheel in made:
+        assert any(tag.abi == "none" and tag.platform == "any" for tag in wheel.tags), f"{wheel.file} is not pure"
+    return made
 
 
 def sha256(file: Path) -> str:
