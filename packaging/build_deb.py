@@ -29,9 +29,10 @@ DEB = ROOT / "packaging" / "deb"
 PYTHONS = ("3.11", "3.12", "3.13")
 MACHINES = {"amd64": "x86_64", "arm64": "aarch64"}
 HOME = Path("usr/lib/rkcached")
-EVERYTHING = Requirement("rkcached[rkllm,cpu]")
-MAIN = Requirement("rkcached[rkllm]")
-"""numpy and tokenizers are what a board needs; llama.cpp, a third of all bytes, is for machines without an NPU."""
+MAIN = [Requirement("rkcached[rkllm]"), Requirement("pip")]
+EVERYTHING = [Requirement("rkcached[rkllm,cpu]"), Requirement("pip")]
+"""numpy and tokenizers are what a board needs; llama.cpp, a third of all bytes, is for machines without an NPU.
+With a pip of its own, the package asks for Python alone, and what installs the wheels is what was tested."""
 
 
 @dataclass(frozen=True, kw_only=True)

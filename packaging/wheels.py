@@ -103,12 +103,12 @@ class Wheel:
                 yield requirement
 
 
-def needed(root: Requirement, wheels: list[Wheel], target: Target) -> tuple[set[Wheel], set[str]]:
-    """The wheels that an installation of `root` on the target takes, and the requirements that none of them meets."""
+def needed(roots: list[Requirement], wheels: list[Wheel], target: Target) -> tuple[set[Wheel], set[str]]:
+    """The wheels that an installation of `roots` on the target takes, and the requirements that none of them meets."""
     taken: set[Wheel] = set()
     missing: set[str] = set()
     seen: set[tuple[str, frozenset[str]]] = set()
-    waiting = [root]
+    waiting = list(roots)
     while waiting:
         requirement = waiting.pop()
         name, extras = canonicalize_name(requirement.name), frozenset(requirement.extras)
@@ -129,11 +129,14 @@ def needed(root: Requirement, wheels: list[Wheel], target: Target) -> tuple[set[
     return taken, missing
 
 
-def collect(root: Requirement, own: list[Wheel], target: Target, cache: Path) -> set[Wheel]:
-    """The wheels of everything that `root` needs on the target; what is not among our `own` is kept in `cache`."""
-    made_here = {wheel.name for wheel in own}
-    requirements = next(w for w in own if w.name == root.name).requires(frozenset(root.extras), target)
-    wanted = {f"{r.name}{r.specifier}" for r in requirements if canonicalize_name(r.name) not in made_here}
+def collect(roots: list[Requirement], own: list[Wheel], target: Target, cache: Path) -> set[Wheel]:
+    """The wheels of everything that `roots` need on the target; what is not among our `own` is kept in `cache`."""
+    made_here = {wheel.name: wheel for wheel in own}
+    wanted = set()
+    for root in roots:
+        ours = made_here.get(root.name)
+        requirements = ours.requires(frozenset(root.extras), target) if ours else [root]
+        wanted |= {f"{r.name}{r.specifier}" for r in requirements if canonicalize_name(r.name) not in made_here}
     folder = cache / f"{target.machine}-{target.python}"
     folder.mkdir(parents=True, exist_ok=True)
     stamp = folder / "requirements.json"
@@ -142,7 +145,7 @@ def collect(root: Requirement, own: list[Wheel], target: Target, cache: Path) ->
         stamp.unlink(missing_ok=True)
         _download(wanted, target, folder)
     for _ in range(5):
-        taken, missing = needed(root, [*own, *map(Wheel.read, sorted(folder.glob("*.whl")))], target)
+        taken, missing = needed(roots, [*own, *map(Wheel.read, sorted(folder.glob("*.whl")))], target)
         if not missing:
             stamp.write_text(said)
             return taken
@@ -150,9 +153,11 @@ def collect(root: Requirement, own: list[Wheel], target: Target, cache: Path) ->
     raise SystemExit(f"no wheels for Python {target.python} on {target.machine}: {', '.join(sorted(missing))}")
 
 
-def collect_all(root: Requirement, own: list[Wheel], targets: list[Target], cache: Path) -> dict[Target, set[Wheel]]:
+def collect_all(
+    roots: list[Requirement], own: list[Wheel], targets: list[Target], cache: Path
+) -> dict[Target, set[Wheel]]:
     with ThreadPoolExecutor(3) as pool:
-        return dict(zip(targets, pool.map(lambda t: collect(root, own, t, cache), targets), strict=True))
+        return dict(zip(targets, pool.map(lambda t: collect(roots, own, t, cache), targets), strict=True))
 
 
 def build_own(source: Path, folder: Path) -> list[Wheel]:
