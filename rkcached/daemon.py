@@ -203,6 +203,7 @@ async def _reload(reconciler: Reconciler, service: Service) -> None:
     try:
         await reconciler.next_look()
     finally:
+        service.status(summary(reconciler))
         service.ready()
     if reconciler.manifest_file.error is not None:
         raise ManifestError(reconciler.manifest_file.error.problems)
