@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import faulthandler
+import gc
 import os
 import signal
 import socket
@@ -53,6 +54,8 @@ def run(settings: Settings) -> None:
     """
     logs.configure(settings.log_level)
     os.umask(0o027)
+    gc.freeze()  # the modules; cli.py put the collector off while it imported them
+    gc.enable()
     service = Service()
     if service.notified:
         faulthandler.enable()  # whom the watchdog aborts says where it was stuck
@@ -203,6 +206,7 @@ async def _reload(reconciler: Reconciler, service: Service) -> None:
     try:
         await reconciler.next_look()
     finally:
+        service.status(summary(reconciler))
         service.ready()
     if reconciler.manifest_file.error is not None:
         raise ManifestError(reconciler.manifest_file.error.problems)
