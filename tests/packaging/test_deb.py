@@ -18,9 +18,10 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+from machine import Machine, wait_until
 
 from rkcached import __version__
-from tests.systemd import conftest as systemd
+from tests.systemd.conftest import _lack
 
 ROOT = Path(__file__).parents[2]
 NEXT_VERSION = f"{__version__}.1"
@@ -167,7 +168,7 @@ def test_every_file_has_its_place(packages: dict[str, Path]) -> None:
 class Debian:
     """A booted machine to which the packages are installed."""
 
-    def __init__(self, machine: systemd.Machine) -> None:
+    def __init__(self, machine: Machine) -> None:
         self.machine = machine
 
     def dpkg(self, *arguments: str) -> str:
@@ -191,16 +192,14 @@ class Debian:
         return dict(line.split() for line in lines.splitlines())
 
     def wait_fresh(self) -> None:
-        systemd.wait_until(
-            lambda: self.machine.states() == {"a": "fresh", "b": "fresh"}, lambda: str(self.machine.status())
-        )
+        wait_until(lambda: self.machine.states() == {"a": "fresh", "b": "fresh"}, lambda: str(self.machine.status()))
 
 
 @pytest.fixture(scope="module")
 def debian(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Debian]:
-    if lack := systemd._lack():
+    if lack := _lack():
         missing(lack)
-    machine = systemd.Machine(tmp_path_factory.mktemp("machine"), {folder: "/debs"})
+    machine = Machine(tmp_path_factory.mktemp("machine"), {folder: "/debs"})
     try:
         machine.mount()
         (machine.root / "debs").mkdir()
