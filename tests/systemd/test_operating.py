@@ -118,7 +118,7 @@ def test_who_asks_a_daemon_that_cannot_start_is_told_why(machine: Machine) -> No
     machine.write("/etc/rkcached/manifest.yaml", "version: 1\nmodles: {}\n")
     status, answer = machine.curl("/v1/models")
     assert status == 503
-    assert "/etc/rkcached/manifest.yaml:2" in answer["error"]["message"]
+    assert "/etc/rkcached/manifest.yaml:1" in answer["error"]["message"]
     assert machine.show("ActiveState", "rkcached.socket") == "active"
     machine.write("/etc/rkcached/manifest.yaml", good)
     assert machine.ask("m/a")
