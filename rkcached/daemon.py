@@ -29,7 +29,7 @@ from rkcached.manifest import Manifest
 from rkcached.metrics import Metrics
 from rkcached.observe import read_manifest
 from rkcached.reconcile import Reconciler
-from rkcached.server import ADMIN_MODE, SOCKET_MODE, HttpServer, OnceLooked, open_socket, remove_socket
+from rkcached.server import ADMIN_MODE, SOCKET_MODE, HttpServer, OnceLooked, open_socket, refuse_waiting, remove_socket
 from rkcached.serving import Serving
 from rkcached.settings import Settings
 from rkcached.status import status, summary
@@ -64,6 +64,8 @@ def run(settings: Settings) -> None:
         manifest = read_manifest(settings.manifest)
     except ManifestError as error:
         service.status(f"manifest rejected: {error.problems[0]}")
+        for listener in passed.values():
+            refuse_waiting(listener, error.message)
         raise
     store = Store(settings.cache_dir)
     stored = StoredTexts(settings.state_dir)

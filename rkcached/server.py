@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import os
 import socket
 import stat
@@ -53,6 +54,21 @@ def remove_socket(path: Path, inode: int) -> None:
     with contextlib.suppress(OSError):
         if path.lstat().st_ino == inode:
             path.unlink()
+
+
+def refuse_waiting(listener: socket.socket, why: str) -> None:
+    """Tell every client that waits in this socket why it is not answered: else it would start us again at once."""
+    body = json.dumps(
+        {"error": {"message": why, "type": "server_error", "param": None, "code": "not_started"}}
+    ).encode()
+    head = f"HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            connection, _ = listener.accept()
+            with connection, contextlib.suppress(OSError):
+                connection.settimeout(0.2)
+                connection.recv(1 << 16)
+                connection.sendall(head.encode() + b"\r\nConnection: close\r\n\r\n" + body)
 
 
 def _clear_stale(path: Path) -> None:

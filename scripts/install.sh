@@ -43,6 +43,8 @@ mv -f "$DESTDIR$PREFIX/bin/rkcached.new" "$DESTDIR$PREFIX/bin/rkcached"
 for unit in rkcached.service rkcached.socket rkcached-admin.socket; do
     put 644 "systemd/$unit" "$units/$unit"
 done
+version=$(systemctl --version 2>/dev/null | sed -n '1s/[^0-9]*\([0-9]*\).*/\1/p')
+[ "${version:-0}" -lt 254 ] || put 644 systemd/backoff.conf "$units/rkcached.service.d/backoff.conf"
 put 644 systemd/rkcached.sysusers "$sysusers/rkcached.conf"
 put 644 systemd/rkcached.tmpfiles "$tmpfiles/rkcached.conf"
 for rule in etc/udev/rules.d/*.rules; do

@@ -10,6 +10,8 @@ fi
 for unit in rkcached.service rkcached.socket rkcached-admin.socket; do
     rm -f "$DESTDIR$units/$unit"
 done
+rm -f "$DESTDIR$units/rkcached.service.d/backoff.conf"
+rmdir "$DESTDIR$units/rkcached.service.d" 2>/dev/null || true
 rm -rf "$DESTDIR$PREFIX/lib/rkcached" "$DESTDIR$PREFIX/lib/rkcached.new" "$DESTDIR$PREFIX/lib/rkcached.old"
 rm -f "$DESTDIR$PREFIX/bin/rkcached" "$DESTDIR$sysusers/rkcached.conf" "$DESTDIR$tmpfiles/rkcached.conf" \
     "$DESTDIR$PREFIX"/share/man/man[1-8]/rkcached*.[1-8] "$DESTDIR$PREFIX/share/bash-completion/completions/rkcached" \
@@ -17,7 +19,7 @@ rm -f "$DESTDIR$PREFIX/bin/rkcached" "$DESTDIR$sysusers/rkcached.conf" "$DESTDIR
     "$DESTDIR"/etc/udev/rules.d/*rkcached*.rules
 if [ "$PURGE" = 1 ]; then
     rm -rf "$DESTDIR/etc/rkcached" "$DESTDIR/etc/default/rkcached" "$DESTDIR/var/lib/rkcached" "$DESTDIR/var/cache/rkcached" \
-        "$DESTDIR/etc/systemd/system/rkcached.service.d"
+        "$DESTDIR$units/rkcached.service.d"
     [ -n "$DESTDIR" ] || rm -rf /run/rkcached
     # The user stays, as Debian's policy has it: files elsewhere may still be its own.
 fi

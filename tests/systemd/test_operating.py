@@ -112,6 +112,18 @@ def test_a_manifest_that_never_was_good_is_not_tried_again(machine: Machine) -> 
     machine.wait_line("2 fresh")
 
 
+def test_who_asks_a_daemon_that_cannot_start_is_told_why(machine: Machine) -> None:
+    """The connection that starts it gets 503 with file and line, and does not start it over and over."""
+    good = machine.read("/etc/rkcached/manifest.yaml")
+    machine.write("/etc/rkcached/manifest.yaml", "version: 1\nmodles: {}\n")
+    status, answer = machine.curl("/v1/models")
+    assert status == 503
+    assert "/etc/rkcached/manifest.yaml:1" in answer["error"]["message"]
+    assert machine.show("ActiveState", "rkcached.socket") == "active"
+    machine.write("/etc/rkcached/manifest.yaml", good)
+    assert machine.ask("m/a")
+
+
 def test_the_journal_is_searchable_by_field(running: Machine) -> None:
     """One event an entry, with its priority; no text of a prompt anywhere."""
     built = [entry for entry in running.journal("MODEL=m", "PROMPT=a") if entry["EVENT"] == "artifact built"]
