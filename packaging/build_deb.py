@@ -123,7 +123,8 @@ def fill_main(package: Package, wheels: set[Wheel]) -> None:
         package.install(ROOT / "etc/rkcached" / file, f"usr/share/rkcached/{file}")
     documents = Path("usr/share/doc/rkcached")
     package.install(ROOT / "etc/rkcached/manifest.example.yaml", documents / "examples/manifest.example.yaml")
-    package.install(ROOT / "README.md", documents / "README.md")
+    for document in ("README.md", "docs/systemd.md"):
+        package.install(ROOT / document, documents / document)
 
     for rule in (ROOT / "etc/udev/rules.d").glob("*.rules"):
         package.install(rule, f"usr/lib/udev/rules.d/{rule.name}")
@@ -139,6 +140,7 @@ def fill_main(package: Package, wheels: set[Wheel]) -> None:
     for unit in [*(ROOT / "systemd").glob("*.service"), *(ROOT / "systemd").glob("*.socket")]:
         text = unit.read_text(encoding="utf-8").replace("@BIN@", "/usr/bin")
         package.write(f"usr/lib/systemd/system/{unit.name}", text)
+    package.install(ROOT / "systemd/backoff.conf", "usr/share/rkcached/backoff.conf")
     package.install(ROOT / "systemd/rkcached.sysusers", "usr/lib/sysusers.d/rkcached.conf")
     package.install(ROOT / "systemd/rkcached.tmpfiles", "usr/lib/tmpfiles.d/rkcached.conf")
 

@@ -25,7 +25,7 @@ from tests.systemd.conftest import _lack
 
 ROOT = Path(__file__).parents[2]
 NEXT_VERSION = f"{__version__}.1"
-SOURCES = ("rkcached", "etc", "systemd", "man", "completions", "packaging", "pyproject.toml")
+SOURCES = ("rkcached", "etc", "systemd", "man", "completions", "packaging", "docs", "pyproject.toml")
 SOURCES += ("README.md", "CHANGELOG.md", "LICENSE")
 MACHINES = {"amd64": "x86_64", "arm64": "aarch64"}
 TEXTS = {name: f"You are prompt {name}.\n" * 20 for name in ("a", "b")}
