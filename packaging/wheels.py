@@ -9,6 +9,7 @@ from __future__ import annotations
 import email
 import hashlib
 import json
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -129,8 +130,13 @@ def needed(roots: list[Requirement], wheels: list[Wheel], target: Target) -> tup
     return taken, missing
 
 
-def collect(roots: list[Requirement], own: list[Wheel], target: Target, cache: Path) -> set[Wheel]:
-    """The wheels of everything that `roots` need on the target; what is not among our `own` is kept in `cache`."""
+def collect(
+    roots: list[Requirement], own: list[Wheel], target: Target, cache: Path, like: frozenset[Wheel] = frozenset()
+) -> set[Wheel]:
+    """The wheels of everything that `roots` need on the target; what is not among our `own` is kept in `cache`.
+
+    What another target got (`like`) is taken as it is where it fits, and in the same version where it does not.
+    """
     made_here = {wheel.name: wheel for wheel in own}
     wanted = set()
     for root in roots:
@@ -138,26 +144,36 @@ def collect(roots: list[Requirement], own: list[Wheel], target: Target, cache: P
         requirements = ours.requires(frozenset(root.extras), target) if ours else [root]
         wanted |= {f"{r.name}{r.specifier}" for r in requirements if canonicalize_name(r.name) not in made_here}
     folder = cache / f"{target.machine}-{target.python}"
-    folder.mkdir(parents=True, exist_ok=True)
     stamp = folder / "requirements.json"
     said = json.dumps(sorted(wanted))
     if not stamp.exists() or stamp.read_text() != said:
-        stamp.unlink(missing_ok=True)
-        _download(wanted, target, folder)
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        others = [wheel for wheel in like if wheel.name not in made_here]
+        for wheel in others:
+            if wheel.tags & target.tags:
+                shutil.copyfile(wheel.file, folder / wheel.file.name)
+        if pinned := {f"{wheel.name}=={wheel.version}" for wheel in others if not wheel.tags & target.tags}:
+            _download(pinned, target, folder, "--no-deps")
+        else:
+            _download(wanted, target, folder)
     for _ in range(5):
         taken, missing = needed(roots, [*own, *map(Wheel.read, sorted(folder.glob("*.whl")))], target)
         if not missing:
             stamp.write_text(said)
             return taken
-        _download(wanted | missing, target, folder)
+        _download(missing, target, folder)
     raise SystemExit(f"no wheels for Python {target.python} on {target.machine}: {', '.join(sorted(missing))}")
 
 
 def collect_all(
     roots: list[Requirement], own: list[Wheel], targets: list[Target], cache: Path
 ) -> dict[Target, set[Wheel]]:
+    """For each target, in the same versions: those of the first target, which must be the oldest Python."""
+    first = collect(roots, own, targets[0], cache)
     with ThreadPoolExecutor(3) as pool:
-        return dict(zip(targets, pool.map(lambda t: collect(roots, own, t, cache), targets), strict=True))
+        rest = pool.map(lambda target: collect(roots, own, target, cache, frozenset(first)), targets[1:])
+        return {targets[0]: first, **dict(zip(targets[1:], rest, strict=True))}
 
 
 def build_own(source: Path, folder: Path) -> list[Wheel]:
@@ -177,12 +193,12 @@ def sha256(file: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def _download(wanted: set[str], target: Target, folder: Path) -> None:
+def _download(wanted: set[str], target: Target, folder: Path, *options: str) -> None:
     interpreter = f"cp{target.python.replace('.', '')}"
     tags = ["--implementation", "cp", *(f"--abi={abi}" for abi in (interpreter, "abi3", "none"))]
     platforms = [f"--platform={platform}" for platform in target.platforms]
     where = ["--python-version", target.python, *tags, *platforms]
-    _pip("download", "--only-binary=:all:", *where, "--dest", str(folder), *sorted(wanted))
+    _pip("download", "--only-binary=:all:", *options, *where, "--dest", str(folder), *sorted(wanted))
 
 
 def _pip(*arguments: str) -> None:
