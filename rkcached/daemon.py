@@ -46,6 +46,9 @@ log = structlog.get_logger()
 SHUTDOWN_GRACE_S = 2.0
 """Running answers may end within this time after SIGTERM."""
 
+LINGER_S = 0.05
+"""Who was accepted just before has sent its request by then, and gets an answer instead of a closed connection."""
+
 
 def run(settings: Settings) -> None:
     """Run the daemon until a signal ends it.
@@ -152,6 +155,7 @@ async def _serve(
     if service.notified:
         status_line = _Soon(lambda: service.status(summary(reconciler)))
         events.listen(lambda event: status_line.call() if event.kind in ("artifact", "build") else None)
+    service.status("starting: looking at every file")
     watcher.start()
     reconciling = asyncio.create_task(reconciler.run())
     serving_http = asyncio.create_task(_serve_both((everyone, admin), listeners))
@@ -164,8 +168,10 @@ async def _serve(
     finally:
         log.info("stopping", running=serving.running)
         service.stopping()
+        service.status("stopping")
         everyone.stop_accepting()
         admin.stop_accepting()
+        await asyncio.sleep(LINGER_S)
         watcher.close()
         for task in (reconciling, announcing, signalled, *reloads):
             task.cancel()

@@ -129,6 +129,7 @@ class HttpServer(uvicorn.Server):
                 ws="none",
             )
         )
+        self.servers = []  # until it has started, uvicorn has no such attribute
         self._leave = asyncio.Event()
         self.answering = asyncio.Event()
 

@@ -60,7 +60,14 @@ done
 # What the administrator may have edited is never replaced.
 manifest=etc/rkcached/manifest.yaml
 [ -e "$manifest" ] || manifest=etc/rkcached/manifest.example.yaml
-[ -e "$DESTDIR/etc/rkcached/manifest.yaml" ] || put 640 "$manifest" /etc/rkcached/manifest.yaml
+first=
+if [ ! -e "$DESTDIR/etc/rkcached/manifest.yaml" ]; then
+    first=1
+    put 640 "$manifest" /etc/rkcached/manifest.yaml
+    for prompt in etc/rkcached/prompts/*; do
+        [ ! -e "$prompt" ] || [ -e "$DESTDIR/$prompt" ] || put 640 "$prompt" "/$prompt"
+    done
+fi
 for defaults in etc/default/rkcached; do
     [ ! -e "$defaults" ] || [ -e "$DESTDIR/$defaults" ] || put 644 "$defaults" "/$defaults"
 done
@@ -70,12 +77,15 @@ mkdir -p "$DESTDIR/etc/rkcached/prompts"
 systemd-sysusers "$sysusers/rkcached.conf"
 systemd-tmpfiles --create "$tmpfiles/rkcached.conf"
 # Written by root, readable by the daemon alone: a prompt is nobody else's business.
-chown root:rkcached /etc/rkcached /etc/rkcached/prompts /etc/rkcached/manifest.yaml
+chown root:rkcached /etc/rkcached /etc/rkcached/prompts
+[ -z "$first" ] || chown -R root:rkcached /etc/rkcached
 chmod 750 /etc/rkcached /etc/rkcached/prompts
 if [ -d /run/systemd/system ]; then
     systemctl daemon-reload
     systemctl try-restart rkcached.service
-    if command -v udevadm >/dev/null; then udevadm control --reload || true; fi
+    if command -v udevadm >/dev/null && udevadm control --reload 2>/dev/null; then
+        udevadm trigger --subsystem-match=drm --subsystem-match=misc --subsystem-match=dma_heap || true
+    fi
 fi
 cat <<END
 installed: $PREFIX/bin/rkcached

@@ -34,12 +34,10 @@ def test_nothing_is_lost_while_the_daemon_restarts(machine: Machine) -> None:
     """Requests that come during a restart wait in the socket for the next daemon."""
     machine.ask("m/a")
     before = machine.main_pid
-    asking = (
-        "for i in $(seq 40); do curl -sS --max-time 50 --unix-socket {} -o /dev/null -w '%{{http_code}}\n' {}; done"
-    )
-    script = asking.format(SOCKET, "http://localhost/v1/models") + " & systemctl restart rkcached; wait"
-    codes = machine.run("sh", "-c", script).stdout.split()
-    assert codes == ["200"] * 40
+    curl = f"curl -sS --max-time 50 --unix-socket {SOCKET} -o /dev/null -w '%{{http_code}}\\n' http://d/v1/models"
+    asking = f"for i in $(seq 30); do {curl}; done & "
+    codes = machine.run("sh", "-c", f"{asking * 4} systemctl restart {UNIT}; systemctl restart {UNIT}; wait").stdout
+    assert codes.split() == ["200"] * 120
     assert machine.main_pid not in (0, before)
 
 

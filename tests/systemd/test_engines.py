@@ -33,6 +33,14 @@ def warm_chat(machine: Machine, engine: str, model: str) -> None:
     assert answer["choices"][0]["message"]["content"]
 
 
+def test_the_npu_is_reachable_in_the_sandbox(machine: Machine) -> None:
+    """Its node belongs to the group render, as udev makes it; here another character device stands in for it."""
+    machine.run("sh", "-c", "mknod /dev/rknpu c 1 5 && chgrp render /dev/rknpu && chmod 660 /dev/rknpu")
+    machine.drop_in("probe", "[Service]\nExecStartPre=/bin/sh -c 'head -c 4 </dev/rknpu >/var/lib/rkcached/npu'\n")
+    machine.systemctl("start", UNIT)
+    assert machine.run("stat", "-c", "%s %U", "/var/lib/rkcached/npu").stdout == "4 rkcached\n"
+
+
 @pytest.mark.model
 def test_llama_cpp_under_the_sandbox(machine: Machine) -> None:
     """Its threads, its memory maps and its compiled kernels live with no network and no writable code."""

@@ -82,7 +82,22 @@ def test_restart_rebuilds_nothing(running: Machine) -> None:
     assert running.status()["reconcile"]["builds"] == 0
 
 
-def test_stop_ends_soon_during_a_build_and_tells_running_requests(machine: Machine) -> None:
+@pytest.mark.parametrize(("tokens", "end"), [(50, '"completion_tokens":50'), (3000, '"error"')])
+def test_stop_lets_a_reply_end_or_tells_it(running: Machine, tokens: int, end: str) -> None:
+    """One that takes another second is finished; one that takes a minute gets an error, and the stop does not wait."""
+    running.declare({"a": "You are A.\n", "b": "You are B.\n"}, decode_us_per_token=20_000)
+    running.systemctl("reload", UNIT)
+    running.wait_line("2 fresh")
+    body = f'{{"model": "m/a", "max_tokens": {tokens}, "messages": [{{"role": "user", "content": "hello"}}]}}'
+    asking = f"curl -sS --unix-socket /run/rkcached/rkcached.sock -d '{body}' http://localhost/v1/chat/completions"
+    started = time.monotonic()
+    answer = running.run("sh", "-c", f"{asking} & sleep 0.5; systemctl stop {UNIT}; wait").stdout
+    assert end in answer
+    assert time.monotonic() - started < 10
+    assert running.show("Result") == "success"
+
+
+def test_stop_ends_soon_during_a_build(machine: Machine) -> None:
     """Within 10 s, cleanly, with no half file; the next start builds what is missing."""
     machine.declare({"a": "You are prompt A.\n" * 100}, prefill_us_per_token=5000)
     machine.systemctl("start", UNIT)
