@@ -76,7 +76,7 @@ mkdir -p "$DESTDIR/etc/rkcached/prompts"
 [ -z "$DESTDIR" ] || exit 0
 systemd-sysusers "$sysusers/rkcached.conf"
 systemd-tmpfiles --create "$tmpfiles/rkcached.conf"
-# Written by root, readable by the daemon alone: a prompt is nobody else's business.
+# Written by root, readable by the daemon and its group: a prompt is nobody else's business.
 chown root:rkcached /etc/rkcached /etc/rkcached/prompts
 [ -z "$first" ] || chown -R root:rkcached /etc/rkcached
 chmod 750 /etc/rkcached /etc/rkcached/prompts
