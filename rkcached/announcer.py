@@ -45,7 +45,7 @@ class Announcer:
                 hint=assessment.hint,
             )
         elif assessment.state is State.FRESH and before is not None and before[0] is State.BLOCKED:
-            log.info("prompt fresh again", model=key.model, prompt=key.prompt)
+            log.info("prompt fresh again", model=key.model, prompt=key.prompt, state=State.FRESH.value)
 
     def forget_all_but(self, keys: set[Key]) -> None:
         for key in self._known.keys() - keys:
@@ -55,7 +55,7 @@ class Announcer:
         key = build.key
         self._building = key
         self._unsettled.add(key)
-        log.info("build started", model=key.model, prompt=key.prompt, reason=build.reason)
+        log.info("build started", model=key.model, prompt=key.prompt, state="building", reason=build.reason)
         self._events.publish("artifact", model=key.model, prompt=key.prompt, state="building", reason=build.reason)
 
     def build_ended(self) -> None:
@@ -69,6 +69,7 @@ class Announcer:
             "artifact built",
             model=key.model,
             prompt=key.prompt,
+            state=State.FRESH.value,
             reason=request.action.reason,
             tokens=sidecar.tokens,
             prefill_ms=round(figures.prefill_ms),

@@ -18,11 +18,19 @@ class Answer(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
+class ManifestProblem(Answer):
+    file: str
+    line: int
+    message: str
+    hint: str
+
+
 class ErrorDetail(Answer):
     message: str
     type: str
     param: str | None
     code: str
+    problems: list[ManifestProblem] | None = Field(default=None, exclude_if=_is_none)
 
 
 class ErrorAnswer(Answer):
@@ -286,6 +294,11 @@ class BinaryCacheCreated(Answer):
     prefill_ms: float
     cold_ttft_ms: float
     build_ms: float
+
+
+class ManifestReloaded(Answer):
+    object: Literal["manifest.reloaded"] = "manifest.reloaded"
+    summary: str
 
 
 class ManifestStatus(Answer):

@@ -11,7 +11,8 @@ import functools
 import json
 import struct
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from rkcached.answers import (
     EmbeddingList,
     EmbeddingUsage,
     Health,
+    ManifestReloaded,
     ModelCard,
     ModelList,
     OneEmbedding,
@@ -36,7 +38,7 @@ from rkcached.answers import (
 from rkcached.cache_api import CacheApi
 from rkcached.embeddings import Embeddings
 from rkcached.endpoints import EVENT_STREAM, Endpoint, describe, routes
-from rkcached.errors import RequestError
+from rkcached.errors import ManifestError, RequestError
 from rkcached.events import Events
 from rkcached.exchange import Exchanges, answer, defect, error_response, no_route, read_body, unless_gone
 from rkcached.metrics import CONTENT_TYPE, Metrics
@@ -71,6 +73,7 @@ class Api:
         events: Events,
         metrics: Metrics,
         make_status: Callable[[], Status],
+        reload: Callable[[], Awaitable[None]],
     ) -> None:
         self._embeddings = embeddings
         self._caches = caches
@@ -79,6 +82,7 @@ class Api:
         self._reconciler = reconciler
         self._serving = serving
         self._status = make_status
+        self._reload = reload
 
     def app(self, *, admin_socket: Path | None = None) -> ASGIApp:
         """All endpoints; with `admin_socket`, those that change something are refused and referred to it."""
@@ -147,6 +151,15 @@ class Api:
             ),
             *self._caches.endpoints(),
             Endpoint(
+                method="POST",
+                path="/v1/reload",
+                handler=self._post_reload,
+                summary="Read the manifest and look at everything again.",
+                answers={200: ManifestReloaded},
+                errors=(422,),
+                changes=True,
+            ),
+            Endpoint(
                 method="GET",
                 path="/v1/models/{name:path}",
                 handler=self._model,
@@ -208,6 +221,16 @@ class Api:
 
     async def _get_status(self, _: Request) -> Response:
         return answer(self._status())
+
+    async def _post_reload(self, _: Request) -> Response:
+        try:
+            await self._reload()
+        except ManifestError as error:
+            refusal = RequestError(422, error.message, code="manifest_rejected", hint=error.hint)
+            said = error_body(refusal)
+            said["error"]["problems"] = [asdict(problem) for problem in error.problems]
+            return JSONResponse(said, status_code=422)
+        return answer(ManifestReloaded(summary=self._status().summary))
 
     async def _models(self, _: Request) -> Response:
         view = self._reconciler.view

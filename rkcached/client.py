@@ -10,7 +10,7 @@ from typing import Any, Self
 
 import httpx
 
-from rkcached.errors import DaemonUnreachable, RequestError
+from rkcached.errors import DaemonUnreachable, NotAllowed, RequestError
 
 _TIMEOUT = httpx.Timeout(10.0, read=None)
 """Connecting is quick or impossible; an answer takes as long as its model."""
@@ -70,6 +70,8 @@ class Client:
 
     def _unreachable(self, error: httpx.TransportError) -> DaemonUnreachable:
         if isinstance(error, httpx.ConnectError):
+            if "Permission denied" in str(error):
+                return NotAllowed(str(self._socket))
             return DaemonUnreachable(
                 f"no daemon answers on {self._socket}",
                 hint="start it with `rkcached run`, or name its socket with --socket or RKCACHED_SOCKET",

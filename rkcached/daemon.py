@@ -1,13 +1,15 @@
 """The composition root: builds every part once, connects them, and takes them down in order.
 
-Start: lock the store, open the socket, look once, serve. Stop (SIGTERM, SIGINT): refuse new requests, let running
-answers end within `serving.shutdown_grace_s`, stop the build, end the workers, remove the socket.
+Start: lock the store, open the sockets or take systemd's, look once, serve, be ready. Stop (SIGTERM, SIGINT): accept no
+more, let running answers end within `serving.shutdown_grace_s`, stop the build, end the workers, remove our sockets.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import faulthandler
+import gc
 import os
 import signal
 import socket
@@ -21,23 +23,28 @@ from rkcached import __version__, logs
 from rkcached.api import Api
 from rkcached.cache_api import CacheApi
 from rkcached.embeddings import Embeddings
+from rkcached.errors import ManifestError
 from rkcached.events import Events
 from rkcached.manifest import EngineKind, Manifest
 from rkcached.metrics import Metrics
 from rkcached.observe import read_manifest
 from rkcached.reconcile import Reconciler
-from rkcached.server import ADMIN_MODE, SOCKET_MODE, HttpServer, open_socket, remove_socket
+from rkcached.server import ADMIN_MODE, SOCKET_MODE, HttpServer, OnceLooked, open_socket, refuse_waiting, remove_socket
 from rkcached.serving import Serving
 from rkcached.settings import Settings
-from rkcached.status import status
+from rkcached.status import status, summary
 from rkcached.store import Store
 from rkcached.stored import StoredTexts
+from rkcached.systemd import Service, listen_fds
 from rkcached.watch import Watcher
 from rkcached.worker.gate import Gates
 from rkcached.worker.pool import Room, Workers, room_in_memory, sweep_scratch
 from rkcached.worker.supervisor import Worker
 
 log = structlog.get_logger()
+
+LINGER_S = 0.05
+"""Who was accepted just before has sent its request by then, and gets an answer instead of a closed connection."""
 
 
 def run(settings: Settings) -> None:
@@ -47,24 +54,41 @@ def run(settings: Settings) -> None:
     """
     logs.configure(settings.log_level)
     os.umask(0o027)
-    manifest = read_manifest(settings.manifest)
+    gc.freeze()  # the modules; cli.py put the collector off while it imported them
+    gc.enable()
+    service = Service()
+    if service.notified:
+        faulthandler.enable()  # whom the watchdog aborts says where it was stuck
+    passed = listen_fds()
+    try:
+        manifest = read_manifest(settings.manifest)
+    except ManifestError as error:
+        service.status(f"manifest rejected: {error.problems[0]}")
+        for listener in passed.values():
+            refuse_waiting(listener, error.message)
+        raise
     store = Store(settings.cache_dir)
     stored = StoredTexts(settings.state_dir)
     store.open()
     sweep_scratch()
     try:
         with (
-            _listening(settings.socket, SOCKET_MODE) as everyone,
-            _listening(settings.admin_socket, ADMIN_MODE) as admin,
+            _listening(passed.get("rkcached"), settings.socket, SOCKET_MODE) as everyone,
+            _listening(passed.get("admin"), settings.admin_socket, ADMIN_MODE) as admin,
         ):
-            asyncio.run(_serve(settings, manifest, store, stored, (everyone, admin)))
+            asyncio.run(_serve(settings, manifest, store, stored, (everyone, admin), service=service))
     finally:
         store.close()
     log.info("stopped")
 
 
 @contextlib.contextmanager
-def _listening(path: Path, mode: int) -> Iterator[socket.socket]:
+def _listening(passed: socket.socket | None, path: Path, mode: int) -> Iterator[socket.socket]:
+    """The socket that systemd opened and keeps, or one of our own."""
+    if passed is not None:
+        with passed:
+            yield passed
+        return
     listener = open_socket(path, mode)
     inode = path.stat().st_ino
     try:
@@ -80,6 +104,8 @@ async def _serve(
     store: Store,
     stored: StoredTexts,
     listeners: tuple[socket.socket, socket.socket],
+    *,
+    service: Service,
 ) -> None:
     started = time.time()
     loop = asyncio.get_running_loop()
@@ -98,6 +124,8 @@ async def _serve(
         gates=gates,
         watcher=watcher,
         events=events,
+        service=service,
+        on_turn=lambda: service.status(summary(reconciler)),
     )
     serving = Serving(reconciler, workers, gates, events)
     api = Api(
@@ -115,17 +143,23 @@ async def _serve(
             store=store,
             polling=watcher.polling,
         ),
+        reload=lambda: _reload(reconciler, service),
     )
-    everyone = HttpServer(api.app(admin_socket=settings.admin_socket), grace_s=1)
-    admin = HttpServer(api.app(), grace_s=1)
+    everyone = HttpServer(OnceLooked(api.app(admin_socket=settings.admin_socket), reconciler.tried), grace_s=1)
+    admin = HttpServer(OnceLooked(api.app(), reconciler.tried), grace_s=1)
     stopping = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stopping.set)
-    loop.add_signal_handler(signal.SIGHUP, lambda: reconciler.look_again(now=True))
+    reloads: set[asyncio.Task[None]] = set()
+    loop.add_signal_handler(signal.SIGHUP, lambda: _hang_up(reloads, reconciler, service))
+    if service.notified:
+        status_line = _Soon(lambda: service.status(summary(reconciler)))
+        events.listen(lambda event: status_line.call() if event.kind in ("artifact", "build") else None)
+    service.status("starting: looking at every file")
     watcher.start()
     reconciling = asyncio.create_task(reconciler.run())
     serving_http = asyncio.create_task(_serve_both((everyone, admin), listeners))
-    announcing = asyncio.create_task(_announce(reconciler, settings.socket))
+    announcing = asyncio.create_task(_announce(reconciler, (everyone, admin), settings.socket, service))
     signalled = asyncio.create_task(stopping.wait())
     log.info("starting", version=__version__, manifest=str(settings.manifest), cache_dir=str(settings.cache_dir))
     try:
@@ -133,11 +167,17 @@ async def _serve(
         await asyncio.wait({reconciling, serving_http, signalled}, return_when=asyncio.FIRST_COMPLETED)
     finally:
         log.info("stopping", running=serving.running)
+        grace_s = reconciler.view.manifest.serving.shutdown_grace_s
+        service.stopping(grace_s=grace_s)
+        service.status("stopping")
+        everyone.stop_accepting()
+        admin.stop_accepting()
+        await asyncio.sleep(LINGER_S)
         watcher.close()
-        for task in (reconciling, announcing, signalled):
+        for task in (reconciling, announcing, signalled, *reloads):
             task.cancel()
         events.close()
-        await serving.close(reconciler.view.manifest.serving.shutdown_grace_s)
+        await serving.close(grace_s)
         everyone.stop()
         admin.stop()
         results = await asyncio.gather(reconciling, serving_http, return_exceptions=True)
@@ -161,11 +201,57 @@ def _tell_worker(events: Events, worker: Worker) -> None:
     events.publish("worker", model=worker.model.name, state=worker.state.value, pid=worker.pid, why=worker.last_failure)
 
 
-async def _announce(reconciler: Reconciler, socket_path: Path) -> None:
+async def _announce(
+    reconciler: Reconciler, servers: tuple[HttpServer, HttpServer], socket_path: Path, service: Service
+) -> None:
+    """Ready is who answers on both sockets and has a plan; what the plan asks for is built afterwards."""
+    for server in servers:
+        await server.answering.wait()
+    await reconciler.tried.wait()
+    service.ready()
     await reconciler.looked.wait()
     log.info(
         "ready", socket=str(socket_path), prompts=len(reconciler.view.assessments), fresh=len(reconciler.view.index)
     )
+
+
+async def _reload(reconciler: Reconciler, service: Service) -> None:
+    """Look at the manifest and everything else now. Errors: ManifestError; the last good one then stays in force."""
+    service.reloading()
+    try:
+        await reconciler.next_look()
+    finally:
+        service.status(summary(reconciler))
+        service.ready()
+    if reconciler.manifest_file.error is not None:
+        raise ManifestError(reconciler.manifest_file.error.problems)
+
+
+def _hang_up(reloads: set[asyncio.Task[None]], reconciler: Reconciler, service: Service) -> None:
+    async def reload() -> None:
+        with contextlib.suppress(ManifestError):  # the log has it
+            await _reload(reconciler, service)
+
+    task = asyncio.create_task(reload())
+    reloads.add(task)
+    task.add_done_callback(reloads.discard)
+
+
+class _Soon:
+    """Calls once after any number of wishes, when the present step of the loop is over."""
+
+    def __init__(self, action: Callable[[], None]) -> None:
+        self._action = action
+        self._scheduled = False
+
+    def call(self) -> None:
+        if not self._scheduled:
+            self._scheduled = True
+            asyncio.get_running_loop().call_soon(self._now)
+
+    def _now(self) -> None:
+        self._scheduled = False
+        self._action()
 
 
 def _post(loop: asyncio.AbstractEventLoop, call: Callable[[], None]) -> None:

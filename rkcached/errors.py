@@ -14,6 +14,7 @@ HTTP, log) can show it to a person without knowing what it is.
     │   └── BudgetExceeded       the artifact does not fit into cache.max_bytes
     ├── SocketError              the socket path is unusable or taken                         exit 73
     ├── DaemonUnreachable        nobody answers on the socket                                 exit 69
+    │   └── NotAllowed           its permissions keep us out                                  exit 77
     ├── EngineError              the engine refused or failed; the worker lives on            exit 70
     │   ├── ModelLoadError       the model file cannot be loaded                              exit 66
     │   ├── RuntimeLibraryError  the engine's shared library is missing, damaged or unknown   exit 66
@@ -115,6 +116,19 @@ class SocketError(RkcachedError):
 
 class DaemonUnreachable(RkcachedError):
     exit_code = os.EX_UNAVAILABLE
+
+
+class NotAllowed(DaemonUnreachable):
+    """The socket's permissions keep us out."""
+
+    exit_code = os.EX_NOPERM
+
+    def __init__(self, socket: str) -> None:
+        super().__init__(
+            f"permission denied on {socket}",
+            hint="members of the group rkcached may ask (`sudo adduser NAME rkcached`, then log in again); "
+            "changes are for root: sudo",
+        )
 
 
 class EngineError(RkcachedError):

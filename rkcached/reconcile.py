@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
+from collections.abc import Callable, Coroutine
 from pathlib import Path
 
 import structlog
@@ -27,6 +28,7 @@ from rkcached.requests import BuildRequests
 from rkcached.sidecar import StoredArtifact
 from rkcached.store import Store
 from rkcached.stored import StoredTexts
+from rkcached.systemd import Service
 from rkcached.verdicts import QUARANTINE_AFTER, quarantined
 from rkcached.view import BuildProgress, FreshIndex, View
 from rkcached.watch import Follower
@@ -62,7 +64,12 @@ class Reconciler:
         gates: Gates,
         watcher: Follower,
         events: Events,
+        service: Service | None = None,
+        on_turn: Callable[[], None] = lambda: None,
     ) -> None:
+        """`service` is told that the loop is alive; `on_turn` is called after each look."""
+        self._service = service or Service()
+        self._on_turn = on_turn
         self._announcer = Announcer(events)
         self.view = View(manifest=manifest, desired=Desired(models={}, prompts={}, texts={}))
         self.manifest_file = ManifestFile(manifest_path, manifest)
@@ -70,6 +77,8 @@ class Reconciler:
         self.progress: BuildProgress | None = None
         self.looked = asyncio.Event()
         """Set once the first plan exists."""
+        self.tried = asyncio.Event()
+        """Set once the first look is over, also when it found a store that cannot be read."""
         self.looks = 0
         self.last_look_ms = 0.0
         self.builds = 0
@@ -89,6 +98,7 @@ class Reconciler:
         self._pending: dict[Key, Build] = {}
         self._requests = BuildRequests()
         self._looking = False
+        self._retiring: set[asyncio.Task[None]] = set()
         self._generation = 0
         """Counts changes of the store that were made outside of a look."""
         self._attempts = Attempts()
@@ -165,11 +175,15 @@ class Reconciler:
         try:
             while True:
                 await self._settle()
-                await self._look_safely()
+                await self._watched(self._look_safely())
+                self.tried.set()
                 self._start_next_build()
+                self._on_turn()
                 await self._wait()
         finally:
             await self._stop_build()
+            for task in self._retiring:
+                task.cancel()
             self._requests.cancel()
 
     async def _wait(self) -> None:
@@ -177,10 +191,32 @@ class Reconciler:
         retries = [a.action.retry_at for a in self.view.assessments.values() if isinstance(a.action, Blocked)]
         due = [at - time.time() for at in retries if at > 0]
         rescan_s = RESCAN_S if self.store_trouble is None else STORE_RETRY_S
-        timeout_s = max(0.05, min([rescan_s, *due]))
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(timeout_s):
-                await self._wake.wait()
+        loop = asyncio.get_running_loop()
+        end = loop.time() + max(0.05, min([rescan_s, *due]))
+        while True:
+            if self.progress is None or not self._workers.overdue(self.progress.started):
+                self._service.beat()
+            left_s = end - loop.time()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(min(left_s, self._service.pulse_s or left_s)):
+                    await self._wake.wait()
+                    return
+            if loop.time() >= end:
+                return
+
+    async def _watched(self, look: Coroutine[None, None, None]) -> None:
+        """Wait for a look, which may read large files for minutes; alive is one that gets on with it."""
+        task, steps = asyncio.create_task(look), self._store.digests.steps
+        try:
+            while not (await asyncio.wait({task}, timeout=self._service.pulse_s))[0]:
+                if steps != (steps := self._store.digests.steps):
+                    self._service.beat()
+        except asyncio.CancelledError:
+            task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await task
+            raise
+        task.result()
 
     async def _settle(self) -> None:
         """Wait until events have been quiet for a while, so that half of a save is not looked at."""
@@ -214,7 +250,7 @@ class Reconciler:
             look = await self._observe()
             self._publish(look)
             self._watcher.follow(*inputs(look.manifest, self.manifest_file.path, self._stored))
-            await self._retire_workers(look)
+            self._retire_workers(look)
             removes = [action for action in plan(look.assessments) if isinstance(action, Remove)]
             for action in removes:
                 await self._remove(action)
@@ -290,11 +326,18 @@ class Reconciler:
             self._announcer.state(assessment)
         self._announcer.forget_all_but(set(self.view.assessments))
 
-    async def _retire_workers(self, look: Look) -> None:
+    def _retire_workers(self, look: Look) -> None:
         """Stop workers of models that are gone; a model that changed is replaced when it is next used."""
         wanted = {name for name, model in look.desired.models.items() if isinstance(model, DesiredModel)}
         for name in {worker.model.name for worker in self._workers.all()} - wanted:
-            async with self._gates.hold(name, Priority.BUILD):
+            task = asyncio.create_task(self._retire(name))
+            self._retiring.add(task)
+            task.add_done_callback(self._retiring.discard)
+
+    async def _retire(self, name: str) -> None:
+        """Apart from the look, which need not wait for the answers that are running."""
+        async with self._gates.hold(name, Priority.BUILD):
+            if not isinstance(self.view.desired.models.get(name), DesiredModel):
                 self._workers.drop(name)
 
     # Acting

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import os
 import socket
 import stat
@@ -15,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import uvicorn
-from starlette.types import ASGIApp
+from starlette.types import ASGIApp, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from rkcached.errors import SocketError
@@ -58,6 +59,21 @@ def remove_socket(path: Path, inode: int) -> None:
             path.unlink()
 
 
+def refuse_waiting(listener: socket.socket, why: str) -> None:
+    """Tell every client that waits in this socket why it is not answered: else it would start us again at once."""
+    body = json.dumps(
+        {"error": {"message": why, "type": "server_error", "param": None, "code": "not_started"}}
+    ).encode()
+    head = f"HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            connection, _ = listener.accept()
+            with connection, contextlib.suppress(OSError):
+                connection.settimeout(0.2)
+                connection.recv(1 << 16)
+                connection.sendall(head.encode() + b"\r\nConnection: close\r\n\r\n" + body)
+
+
 def _clear_stale(path: Path) -> None:
     try:
         mode = path.lstat().st_mode
@@ -92,6 +108,24 @@ class _Connection(H11Protocol):
             self.app_state = {**self.app_state, PEER: {"uid": uid, "pid": pid}}
 
 
+class OnceLooked:
+    """ASGI: lets requests that concern models wait for the first look.
+
+    A daemon that was started by this very request knows of no model yet.
+    """
+
+    _AT_ONCE = frozenset({"/healthz", "/readyz", "/metrics", "/v1/status", "/v1/events"})
+
+    def __init__(self, app: ASGIApp, looked: asyncio.Event) -> None:
+        self._app = app
+        self._looked = looked
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if not self._looked.is_set() and scope["type"] == "http" and scope["path"] not in self._AT_ONCE:
+            await self._looked.wait()
+        await self._app(scope, receive, send)
+
+
 class HttpServer(uvicorn.Server):
     """uvicorn on a socket of ours, without its signal handlers and without its ten wake-ups a second."""
 
@@ -109,7 +143,14 @@ class HttpServer(uvicorn.Server):
                 ws="none",
             )
         )
+        self.servers = []  # until it has started, uvicorn has no such attribute
         self._leave = asyncio.Event()
+        self.answering = asyncio.Event()
+
+    def stop_accepting(self) -> None:
+        """Connections that come from now on wait in the socket: for the next daemon, where systemd holds it."""
+        for server in self.servers:
+            server.close()
 
     def stop(self) -> None:
         """Refuse new connections, let running answers end within the grace, then return from `serve`."""
@@ -117,6 +158,7 @@ class HttpServer(uvicorn.Server):
         self._leave.set()
 
     async def main_loop(self) -> None:
+        self.answering.set()
         await self.on_tick(0)
         await self._leave.wait()
 

@@ -4,30 +4,14 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Self
 
 from pydantic import Field
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from rkcached import defaults
+
 LogLevel = Literal["debug", "info", "warning", "error"]
-
-
-def _default_manifest() -> Path:
-    here = Path("manifest.yaml")
-    return here if here.exists() else Path("/etc/rkcached/manifest.yaml")
-
-
-def _default_cache_dir() -> Path:
-    return Path(os.environ.get("CACHE_DIRECTORY", "cache").split(":")[0])
-
-
-def _default_state_dir() -> Path:
-    return Path(os.environ.get("STATE_DIRECTORY", "state").split(":")[0])
-
-
-def _default_socket() -> Path:
-    folder = os.environ.get("RUNTIME_DIRECTORY", "").split(":")[0] or os.environ.get("XDG_RUNTIME_DIR", "")
-    return Path(folder or "/run/rkcached") / "rkcached.sock"
 
 
 class Settings(BaseSettings):
@@ -35,18 +19,28 @@ class Settings(BaseSettings):
 
     model_config = SettingsConfigDict(env_prefix="RKCACHED_", frozen=True, extra="ignore")
 
-    manifest: Path = Field(default_factory=_default_manifest)
-    cache_dir: Path = Field(default_factory=_default_cache_dir)
-    state_dir: Path = Field(default_factory=_default_state_dir)
-    socket: Path = Field(default_factory=_default_socket)
+    manifest: Path = Field(default_factory=defaults.manifest)
+    cache_dir: Path = Path()
+    state_dir: Path = Path()
+    socket: Path = Field(default_factory=defaults.socket_to_open)
     admin_socket: Path = Path()
     """For changes; by default beside the other one."""
     log_level: LogLevel = "info"
 
     def model_post_init(self, _: object) -> None:
-        if "state_dir" not in self.model_fields_set and "STATE_DIRECTORY" not in os.environ:
-            object.__setattr__(self, "state_dir", self.cache_dir.parent / "state")
+        if "cache_dir" not in self.model_fields_set:
+            object.__setattr__(self, "cache_dir", defaults.cache_dir(self.manifest))
+        if "state_dir" not in self.model_fields_set:
+            object.__setattr__(self, "state_dir", defaults.state_dir(self.cache_dir))
         if "admin_socket" not in self.model_fields_set:
-            object.__setattr__(self, "admin_socket", self.socket.parent / "admin.sock")
+            object.__setattr__(self, "admin_socket", self.socket.parent / defaults.ADMIN_NAME)
         for name in ("manifest", "cache_dir", "state_dir", "socket", "admin_socket"):
             object.__setattr__(self, name, Path(os.path.abspath(getattr(self, name))))  # noqa: PTH100 - keeps links
+
+    def of_client(self) -> Self:
+        """For who asks a daemon instead of being one: where one is to be found, unless somebody said where."""
+        if "socket" in self.model_fields_set:
+            return self
+        socket = defaults.socket_to_ask()
+        admin = self.admin_socket if "admin_socket" in self.model_fields_set else socket.parent / defaults.ADMIN_NAME
+        return self.model_copy(update={"socket": socket, "admin_socket": admin})

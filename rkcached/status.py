@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections import Counter
 from typing import Any
 
 from rkcached import __version__
@@ -29,7 +30,7 @@ def status(
         "pid": os.getpid(),
         "uptime_s": round(time.time() - started, 1),
         "ready": reconciler.looked.is_set(),
-        "summary": _summary(reconciler),
+        "summary": summary(reconciler),
         "manifest": {
             "file": str(view.manifest.file),
             "ok": manifest_error is None,
@@ -59,19 +60,23 @@ def status(
     return Status.model_validate(document)
 
 
-def _summary(reconciler: Reconciler) -> str:
-    """One line: how many prompts are in which state, and what is being built."""
-    counts: dict[str, int] = {}
+def summary(reconciler: Reconciler) -> str:
+    """One line: "12 fresh, 1 building qwen3-0.6b/system, 0 blocked", and what is wrong with manifest or store."""
     building = reconciler.progress
-    for key, assessment in reconciler.view.assessments.items():
-        if building is None or building.key != key:
-            counts[assessment.state.value] = counts.get(assessment.state.value, 0) + 1
-    parts = [f"{count} {state}" for state, count in counts.items()]
-    if building is not None:
-        parts.append(f"building {building.key}")
+    assessments = reconciler.view.assessments
+    counts = Counter(a.state for key, a in assessments.items() if building is None or building.key != key)
+    others = [f"{count} {state}" for state, count in counts.items() if state not in (State.FRESH, State.BLOCKED)]
+    parts = [
+        f"{counts[State.FRESH]} fresh",
+        *([f"1 building {building.key}"] if building is not None else []),
+        *others,
+        f"{counts[State.BLOCKED]} blocked",
+    ]
+    if reconciler.store_trouble is not None:
+        parts.append(f"store not readable: {reconciler.store_trouble.message}")
     if reconciler.manifest_file.error is not None:
         parts.append(f"manifest rejected: {reconciler.manifest_file.error.problems[0]}")
-    return ", ".join(parts) or "no prompts"
+    return ", ".join(parts)
 
 
 def model_status(name: str, model: DesiredModel | Trouble, workers: Workers) -> dict[str, Any]:

@@ -17,6 +17,7 @@ import socket
 import sys
 import threading
 import time
+from pathlib import Path
 from typing import assert_never
 
 from rkcached.engines.base import Engine
@@ -26,6 +27,7 @@ from rkcached.worker.operations import Session
 
 _PR_SET_PDEATHSIG = 1
 _IOLBF = 1
+_OOM_SCORE_ADJ = "800"
 
 
 class _Channel:
@@ -134,6 +136,8 @@ def main(fd: int) -> None:
     libc = ctypes.CDLL(None)
     libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # even a daemon that was killed leaves no worker
     _print_at_once(libc)
+    with contextlib.suppress(OSError):  # where memory runs out, the kernel takes this process and not the daemon
+        Path("/proc/self/oom_score_adj").write_text(_OOM_SCORE_ADJ)
     channel = _Channel(socket.socket(fileno=fd))
     threading.Thread(target=channel.read_forever, name="reader", daemon=True).start()
     first = channel.receive()

@@ -10,6 +10,7 @@ import asyncio
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,6 +48,10 @@ def room_in_memory(max_loaded: int | None) -> Room:
     return Room(file_bytes=int(physical * MEMORY_SHARE))
 
 
+_OVERDUE_S = 30.0
+"""What a build does besides waiting for its worker takes less: hashing, writing and syncing one file."""
+
+
 class Workers:
     """All workers, by model. Who runs an operation, replaces or removes a worker holds the gate."""
 
@@ -69,6 +74,15 @@ class Workers:
 
     def all(self) -> tuple[Worker, ...]:
         return tuple(self._workers.values())
+
+    def overdue(self, since: float) -> bool:
+        """Whether nothing was heard of any worker, nor happened `since` (monotonic seconds), for longer than may be.
+
+        Then our own deadlines failed to end something.
+        """
+        heard = max((worker.heard for worker in self.all()), default=since)
+        patience_s = max((worker.patience_s for worker in self.all()), default=self._deadlines.start_s)
+        return time.monotonic() - max(heard, since) > patience_s + _OVERDUE_S
 
     def get(self, model: WorkerModel) -> Worker:
         """The worker that hosts exactly this; one that hosts something older is replaced."""

@@ -124,6 +124,8 @@ class Worker:
         self._state = WorkerState.STOPPED
         self.since = time.monotonic()
         """When it came into its state; monotonic seconds."""
+        self.heard = self.since
+        """When it last said something or changed its state; monotonic seconds."""
         self.info: EngineInfo | None = None
         self.restarts = 0
         self.last_failure = ""
@@ -150,7 +152,7 @@ class Worker:
     def state(self, state: WorkerState) -> None:
         if state is not self._state:
             self._state = state
-            self.since = time.monotonic()
+            self.since = self.heard = time.monotonic()
             self._on_state(self)
 
     @property
@@ -162,6 +164,11 @@ class Worker:
         return (
             max(0.0, self._retry_at - asyncio.get_running_loop().time()) if self.state is WorkerState.BACKOFF else 0.0
         )
+
+    @property
+    def patience_s(self) -> float:
+        """A silence that is longer than this ends the worker."""
+        return self.model.timeout_s or max(self._deadlines.start_s, self._deadlines.silence_s)
 
     # Life
 
@@ -347,6 +354,7 @@ class Worker:
                 data = b""
             if not data:
                 raise await self._died("")
+            self.heard = time.monotonic()
             try:
                 self._received.extend(self._frames.feed(data))
             except protocol.ProtocolError as error:

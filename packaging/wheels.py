@@ -1,0 +1,208 @@
+"""Collects the wheels that a package carries: rkcached's own, and what it requires, for several Pythons at once.
+
+pip downloads for another Python and machine, but reads the conditions of requirements (`; python_version < "3.13"`) as
+if for its own. So what came is walked here as the target would see it, and what is missing is asked for once more.
+"""
+
+from __future__ import annotations
+
+import email
+import hashlib
+import json
+import shutil
+import subprocess
+import sys
+import zipfile
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from packaging.markers import default_environment
+from packaging.requirements import Requirement
+from packaging.tags import Tag, compatible_tags, cpython_tags
+from packaging.utils import canonicalize_name, parse_wheel_filename
+from packaging.version import Version
+
+GLIBC_MINORS = range(36, 16, -1)
+"""Debian 12 has glibc 2.36, and wheels for 2.17 or newer run on it."""
+
+WITHOUT_WHEELS = frozenset({"sdnotify"})
+"""Published as source only. Nothing in them is compiled, so one wheel made here serves every target."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Target:
+    """What a wheel must run on."""
+
+    machine: str
+    python: str
+
+    @property
+    def platforms(self) -> list[str]:
+        names = [f"manylinux_2_{minor}_{self.machine}" for minor in GLIBC_MINORS]
+        return [*names, f"manylinux2014_{self.machine}"]
+
+    @cached_property
+    def tags(self) -> frozenset[Tag]:
+        major, minor = map(int, self.python.split("."))
+        interpreter = f"cp{major}{minor}"
+        return frozenset(
+            [
+                *cpython_tags((major, minor), platforms=self.platforms),
+                *compatible_tags((major, minor), interpreter, self.platforms),
+            ]
+        )
+
+    def environment(self, extra: str) -> dict[str, str]:
+        return {
+            **{key: str(value) for key, value in default_environment().items()},
+            "python_version": self.python,
+            "python_full_version": f"{self.python}.0",
+            "implementation_version": f"{self.python}.0",
+            "platform_machine": self.machine,
+            "sys_platform": "linux",
+            "extra": extra,
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wheel:
+    file: Path
+    name: str
+    version: Version
+    tags: frozenset[Tag]
+
+    @classmethod
+    def read(cls, file: Path) -> Wheel:
+        name, version, _, tags = parse_wheel_filename(file.name)
+        return cls(file=file, name=name, version=version, tags=tags)
+
+    @cached_property
+    def metadata(self) -> email.message.Message:
+        with zipfile.ZipFile(self.file) as archive:
+            member = next(name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
+            return email.message_from_bytes(archive.read(member))
+
+    @property
+    def licence(self) -> str:
+        """As its metadata states it, in one line."""
+        stated = self.metadata["License-Expression"] or ""
+        classified = [
+            line.rpartition(" :: ")[2]
+            for line in self.metadata.get_all("Classifier", [])
+            if line.startswith("License :: ") and not line.endswith(":: OSI Approved")
+        ]
+        return stated or ", ".join(classified) or (self.metadata["License"] or "see the wheel").splitlines()[0]
+
+    def requires(self, extras: frozenset[str], target: Target) -> Iterator[Requirement]:
+        for line in self.metadata.get_all("Requires-Dist", []):
+            requirement = Requirement(line)
+            marker = requirement.marker
+            if marker is None or any(marker.evaluate(target.environment(extra)) for extra in (*extras, "")):
+                yield requirement
+
+
+def needed(roots: list[Requirement], wheels: list[Wheel], target: Target) -> tuple[set[Wheel], set[str]]:
+    """The wheels that an installation of `roots` on the target takes, and the requirements that none of them meets."""
+    taken: set[Wheel] = set()
+    missing: set[str] = set()
+    seen: set[tuple[str, frozenset[str]]] = set()
+    waiting = list(roots)
+    while waiting:
+        requirement = waiting.pop()
+        name, extras = canonicalize_name(requirement.name), frozenset(requirement.extras)
+        fitting = [
+            wheel
+            for wheel in wheels
+            if wheel.name == name and wheel.tags & target.tags and wheel.version in requirement.specifier
+        ]
+        if not fitting:
+            wanted = f"[{','.join(sorted(extras))}]" if extras else ""
+            missing.add(f"{requirement.name}{wanted}{requirement.specifier}")
+            continue
+        best = max(fitting, key=lambda wheel: wheel.version)
+        taken.add(best)
+        if (name, extras) not in seen:
+            seen.add((name, extras))
+            waiting += best.requires(extras, target)
+    return taken, missing
+
+
+def collect(
+    roots: list[Requirement], own: list[Wheel], target: Target, cache: Path, like: frozenset[Wheel] = frozenset()
+) -> set[Wheel]:
+    """The wheels of everything that `roots` need on the target; what is not among our `own` is kept in `cache`.
+
+    What another target got (`like`) is taken as it is where it fits, and in the same version where it does not.
+    """
+    made_here = {wheel.name: wheel for wheel in own}
+    wanted = set()
+    for root in roots:
+        ours = made_here.get(root.name)
+        requirements = ours.requires(frozenset(root.extras), target) if ours else [root]
+        wanted |= {f"{r.name}{r.specifier}" for r in requirements if canonicalize_name(r.name) not in made_here}
+    folder = cache / f"{target.machine}-{target.python}"
+    stamp = folder / "requirements.json"
+    said = json.dumps(sorted(wanted))
+    if not stamp.exists() or stamp.read_text() != said:
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        others = [wheel for wheel in like if wheel.name not in made_here]
+        for wheel in others:
+            if wheel.tags & target.tags:
+                shutil.copyfile(wheel.file, folder / wheel.file.name)
+        if pinned := {f"{wheel.name}=={wheel.version}" for wheel in others if not wheel.tags & target.tags}:
+            _download(pinned, target, folder, "--no-deps")
+        else:
+            _download(wanted, target, folder)
+    for _ in range(5):
+        taken, missing = needed(roots, [*own, *map(Wheel.read, sorted(folder.glob("*.whl")))], target)
+        if not missing:
+            stamp.write_text(said)
+            return taken
+        _download(missing, target, folder)
+    raise SystemExit(f"no wheels for Python {target.python} on {target.machine}: {', '.join(sorted(missing))}")
+
+
+def collect_all(
+    roots: list[Requirement], own: list[Wheel], targets: list[Target], cache: Path
+) -> dict[Target, set[Wheel]]:
+    """For each target, in the same versions: those of the first target, which must be the oldest Python."""
+    first = collect(roots, own, targets[0], cache)
+    with ThreadPoolExecutor(3) as pool:
+        rest = pool.map(lambda target: collect(roots, own, target, cache, frozenset(first)), targets[1:])
+        return {targets[0]: first, **dict(zip(targets[1:], rest, strict=True))}
+
+
+def build_own(source: Path, folder: Path) -> list[Wheel]:
+    """The project's wheel, made from `source`, and those that nobody publishes."""
+    for old in folder.glob("*.whl"):
+        old.unlink()
+    folder.mkdir(parents=True, exist_ok=True)
+    _pip("wheel", "--no-deps", "--wheel-dir", str(folder), str(source), *sorted(WITHOUT_WHEELS))
+    made = [Wheel.read(file) for file in folder.glob("*.whl")]
+    for wheel in made:
+        assert any(tag.abi == "none" and tag.platform == "any" for tag in wheel.tags), f"{wheel.file} is not pure"
+    return made
+
+
+def sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _download(wanted: set[str], target: Target, folder: Path, *options: str) -> None:
+    interpreter = f"cp{target.python.replace('.', '')}"
+    tags = ["--implementation", "cp", *(f"--abi={abi}" for abi in (interpreter, "abi3", "none"))]
+    platforms = [f"--platform={platform}" for platform in target.platforms]
+    where = ["--python-version", target.python, *tags, *platforms]
+    _pip("download", "--only-binary=:all:", *options, *where, "--dest", str(folder), *sorted(wanted))
+
+
+def _pip(*arguments: str) -> None:
+    command = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(f"{' '.join(command)}\n{done.stderr}")

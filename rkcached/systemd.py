@@ -1,0 +1,112 @@
+"""What systemd and the daemon tell each other: readiness, status and watchdog out, sockets in.
+
+Started by anybody else, everything here does nothing. Facts: sd_notify(3), sd_listen_fds(3), sd_watchdog_enabled(3).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import stat
+import time
+
+from sdnotify import SystemdNotifier
+
+_FIRST_FD = 3
+"""SD_LISTEN_FDS_START."""
+
+_EXTENSION_S = 60.0
+"""How much time each sign of life asks for while systemd waits for us: far more than until the next one."""
+
+_STOP_S = 6.0
+"""To stop a build and to end every worker, also one that hangs."""
+
+_UNWATCHED_PULSE_S = 10.0
+"""Signs of life during a start or a reload when the unit has no watchdog."""
+
+
+class Service:
+    """Our side of the notification socket, and the watchdog behind it."""
+
+    def __init__(self) -> None:
+        self._notified = bool(os.environ.get("NOTIFY_SOCKET"))
+        self._notifier = SystemdNotifier() if self._notified else None
+        self._watchdog_s = _watchdog_s() if self._notified else None
+        self._status = ""
+        self._awaited = True
+        """systemd waits for us to become ready, with a time limit."""
+
+    @property
+    def notified(self) -> bool:
+        return self._notified
+
+    @property
+    def pulse_s(self) -> float | None:
+        """How often `beat` is wanted, in seconds; None for never."""
+        if self._watchdog_s is not None:
+            return self._watchdog_s / 2
+        return _UNWATCHED_PULSE_S if self._notified and self._awaited else None
+
+    def beat(self) -> None:
+        """The caller is alive and gets on with its work. To be called by the reconcile loop alone."""
+        said = ["WATCHDOG=1"] if self._watchdog_s is not None else []
+        if self._awaited:
+            said.append(f"EXTEND_TIMEOUT_USEC={int(_EXTENSION_S * 1e6)}")
+        self._tell(*said)
+
+    def ready(self) -> None:
+        self._awaited = False
+        self._tell("READY=1")
+
+    def reloading(self) -> None:
+        """To be followed by `ready`."""
+        self._awaited = True
+        self._tell("RELOADING=1", f"MONOTONIC_USEC={time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1000}")
+
+    def stopping(self, *, grace_s: float) -> None:
+        """The end takes a moment longer than `grace_s`: running answers may end within it."""
+        self._tell("STOPPING=1", f"EXTEND_TIMEOUT_USEC={int((grace_s + _STOP_S) * 1e6)}")
+
+    def status(self, text: str) -> None:
+        """The line that `systemctl status` shows. Sent if it changed."""
+        line = " ".join(text.split())
+        if line != self._status:
+            self._status = line
+            self._tell(f"STATUS={line}")
+
+    def _tell(self, *assignments: str) -> None:
+        if self._notifier is not None and assignments:
+            # The package encodes as Latin-1, systemd reads UTF-8: give it the letters that become our bytes.
+            self._notifier.notify("\n".join(assignments).encode(errors="replace").decode("latin-1"))
+
+
+def listen_fds() -> dict[str, socket.socket]:
+    """The listening sockets that systemd opened for this process, by FileDescriptorName. To be called once."""
+    if os.environ.get("LISTEN_PID") != str(os.getpid()):
+        return {}
+    count = int(os.environ.get("LISTEN_FDS", "0"))
+    names = os.environ.get("LISTEN_FDNAMES", "").split(":")
+    sockets = {}
+    for fd, name in zip(range(_FIRST_FD, _FIRST_FD + count), names, strict=False):
+        os.set_inheritable(fd, False)
+        if stat.S_ISSOCK(os.fstat(fd).st_mode):
+            sockets[name] = socket.socket(fileno=fd)
+            sockets[name].setblocking(False)
+    return sockets
+
+
+def is_journal(fd: int) -> bool:
+    """Whether this descriptor is the stream to the journal that systemd opened for us (JOURNAL_STREAM)."""
+    with contextlib.suppress(OSError):
+        info = os.fstat(fd)
+        return os.environ.get("JOURNAL_STREAM") == f"{info.st_dev}:{info.st_ino}"
+    return False
+
+
+def _watchdog_s() -> float | None:
+    if os.environ.get("WATCHDOG_PID") not in (None, str(os.getpid())):
+        return None
+    with contextlib.suppress(ValueError):
+        return int(os.environ.get("WATCHDOG_USEC", "")) / 1e6
+    return None

@@ -1,0 +1,94 @@
+#!/bin/sh
+# Installs rkcached below PREFIX with a Python environment of its own, its units, and its configuration; `make install`
+# calls it. Run again, it upgrades in place: manifest, prompts and caches stay, a running daemon is restarted.
+#
+#   PREFIX   where the program goes (/usr/local)          DESTDIR  a staging directory in front of every path
+#   PYTHON   which Python 3.11 or newer to use (python3)  EXTRAS   engines to install for (cpu,rkllm)
+set -eu
+cd "$(dirname "$0")/.."
+PREFIX=${PREFIX:-/usr/local} DESTDIR=${DESTDIR:-} PYTHON=${PYTHON:-python3} EXTRAS=${EXTRAS-cpu,rkllm}
+units=${UNITDIR:-/etc/systemd/system} sysusers=${SYSUSERSDIR:-/usr/lib/sysusers.d} tmpfiles=${TMPFILESDIR:-/usr/lib/tmpfiles.d}
+home=$PREFIX/lib/rkcached
+
+# `put MODE FILE TARGET` installs a file with its @PLACES@ filled in, for whoever may read it.
+put() {
+    mkdir -p "$(dirname "$DESTDIR$3")"
+    sed "s|@BIN@|$PREFIX/bin|g" "$2" >"$DESTDIR$3.new"
+    chmod "$1" "$DESTDIR$3.new"
+    mv -f "$DESTDIR$3.new" "$DESTDIR$3"
+}
+
+umask 022
+mkdir -p "$DESTDIR$PREFIX/lib" "$DESTDIR$PREFIX/bin"
+
+# The new environment is complete before it takes the old one's place. Started by -m, it does not know its own path.
+rm -rf "$DESTDIR$home.new"
+trap 'rm -rf "$DESTDIR$home.new"' EXIT
+"$PYTHON" -m venv "$DESTDIR$home.new"
+"$DESTDIR$home.new/bin/python" -m pip install --quiet --disable-pip-version-check ".${EXTRAS:+[$EXTRAS]}"
+"$DESTDIR$home.new/bin/python" -m pip uninstall --quiet --yes --disable-pip-version-check setuptools pip
+find "$DESTDIR$home.new/bin" -type f -delete
+rm -rf "$DESTDIR$home.old"
+[ ! -e "$DESTDIR$home" ] || mv "$DESTDIR$home" "$DESTDIR$home.old"
+mv "$DESTDIR$home.new" "$DESTDIR$home"
+rm -rf "$DESTDIR$home.old"
+
+cat >"$DESTDIR$PREFIX/bin/rkcached.new" <<END
+#!/bin/sh
+exec $home/bin/python -Im rkcached "\$@"
+END
+chmod 755 "$DESTDIR$PREFIX/bin/rkcached.new"
+mv -f "$DESTDIR$PREFIX/bin/rkcached.new" "$DESTDIR$PREFIX/bin/rkcached"
+
+for unit in rkcached.service rkcached.socket rkcached-admin.socket; do
+    put 644 "systemd/$unit" "$units/$unit"
+done
+version=$(systemctl --version 2>/dev/null | sed -n '1s/[^0-9]*\([0-9]*\).*/\1/p')
+[ "${version:-0}" -lt 254 ] || put 644 systemd/backoff.conf "$units/rkcached.service.d/backoff.conf"
+put 644 systemd/rkcached.sysusers "$sysusers/rkcached.conf"
+put 644 systemd/rkcached.tmpfiles "$tmpfiles/rkcached.conf"
+for rule in etc/udev/rules.d/*.rules; do
+    [ ! -e "$rule" ] || put 644 "$rule" "/etc/udev/rules.d/${rule##*/}"
+done
+for page in man/*.[1-8]; do
+    [ ! -e "$page" ] || put 644 "$page" "$PREFIX/share/man/man${page##*.}/${page##*/}"
+done
+[ ! -e completions/rkcached.bash ] || put 644 completions/rkcached.bash "$PREFIX/share/bash-completion/completions/rkcached"
+[ ! -e completions/_rkcached ] || put 644 completions/_rkcached "$PREFIX/share/zsh/site-functions/_rkcached"
+[ ! -e completions/rkcached.fish ] || put 644 completions/rkcached.fish "$PREFIX/share/fish/vendor_completions.d/rkcached.fish"
+
+# What the administrator may have edited is never replaced.
+manifest=etc/rkcached/manifest.yaml
+[ -e "$manifest" ] || manifest=etc/rkcached/manifest.example.yaml
+first=
+if [ ! -e "$DESTDIR/etc/rkcached/manifest.yaml" ]; then
+    first=1
+    put 640 "$manifest" /etc/rkcached/manifest.yaml
+    for prompt in etc/rkcached/prompts/*; do
+        [ ! -e "$prompt" ] || [ -e "$DESTDIR/$prompt" ] || put 640 "$prompt" "/$prompt"
+    done
+fi
+for defaults in etc/default/rkcached; do
+    [ ! -e "$defaults" ] || [ -e "$DESTDIR/$defaults" ] || put 644 "$defaults" "/$defaults"
+done
+mkdir -p "$DESTDIR/etc/rkcached/prompts"
+
+[ -z "$DESTDIR" ] || exit 0
+systemd-sysusers "$sysusers/rkcached.conf"
+systemd-tmpfiles --create "$tmpfiles/rkcached.conf"
+# Written by root, readable by the daemon and its group: a prompt is nobody else's business.
+chown root:rkcached /etc/rkcached /etc/rkcached/prompts
+[ -z "$first" ] || chown -R root:rkcached /etc/rkcached
+chmod 750 /etc/rkcached /etc/rkcached/prompts
+if [ -d /run/systemd/system ]; then
+    systemctl daemon-reload
+    systemctl try-restart rkcached.service
+    if command -v udevadm >/dev/null && udevadm control --reload 2>/dev/null; then
+        udevadm trigger --subsystem-match=drm --subsystem-match=misc --subsystem-match=dma_heap || true
+    fi
+fi
+cat <<END
+installed: $PREFIX/bin/rkcached
+next: set a model's path in /etc/rkcached/manifest.yaml, see \`sudo rkcached check\`, then
+      sudo systemctl enable --now rkcached
+END

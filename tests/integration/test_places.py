@@ -1,0 +1,70 @@
+"""Where things are when nobody says: for a user of this machine, for its root, and for the daemon under systemd."""
+
+from __future__ import annotations
+
+import socket
+from pathlib import Path
+
+import pytest
+
+from rkcached import defaults
+from rkcached.settings import Settings
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A user in an empty directory on a machine with the system's manifest and its daemon's directory."""
+    for name in ("MANIFEST", "CACHE_DIR", "STATE_DIR", "SOCKET", "ADMIN_SOCKET"):
+        monkeypatch.delenv(f"RKCACHED_{name}", raising=False)
+    for name in ("CACHE", "STATE", "RUNTIME"):
+        monkeypatch.delenv(f"{name}_DIRECTORY", raising=False)
+        monkeypatch.setattr(defaults, f"SYSTEM_{name}", tmp_path / "system" / name.lower())
+    monkeypatch.setattr(defaults, "SYSTEM_MANIFEST", tmp_path / "system" / "manifest.yaml")
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path / "user"))
+    for folder in ("home", "user", "system/runtime"):
+        (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / "system" / "manifest.yaml").touch()
+    monkeypatch.chdir(tmp_path / "home")
+    return tmp_path
+
+
+def test_who_asks_finds_the_system_s_daemon(home: Path) -> None:
+    """Unless this user has one, or somebody said where it is."""
+    assert Settings().of_client().socket == home / "system/runtime/rkcached.sock"
+    assert Settings().of_client().admin_socket == home / "system/runtime/admin.sock"
+    assert defaults.admin_socket_to_ask() == home / "system/runtime/admin.sock"
+    assert Settings(socket=Path("/elsewhere/x")).of_client().admin_socket == Path("/elsewhere/admin.sock")
+    with socket.socket(socket.AF_UNIX) as own:
+        own.bind(str(home / "user/rkcached.sock"))
+        assert Settings().of_client().socket == home / "user/rkcached.sock"
+
+
+def test_a_daemon_never_takes_the_system_s_socket_by_itself(home: Path) -> None:
+    """A user's `rkcached run` listens in the user's directory."""
+    assert Settings().socket == home / "user/rkcached.sock"
+
+
+def test_without_a_system_s_daemon_the_user_s_socket_is_named(home: Path) -> None:
+    """The message then says what a person would start."""
+    (home / "system/runtime").rmdir()
+    assert Settings().of_client().socket == home / "user/rkcached.sock"
+
+
+def test_the_system_s_store_belongs_to_the_system_s_manifest(home: Path) -> None:
+    """A daemon on another manifest would remove from it what it does not declare."""
+    assert (Settings().cache_dir, Settings().state_dir) == (home / "system/cache", home / "system/state")
+    other = Settings(manifest=Path("other.yaml"))
+    assert (other.cache_dir, other.state_dir) == (home / "home/cache", home / "home/state")
+    (home / "home/manifest.yaml").touch()
+    assert Settings().cache_dir == home / "home/cache"
+
+
+@pytest.mark.usefixtures("home")
+def test_systemd_s_directories_come_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of several in one variable, ours is the first."""
+    for name in ("CACHE", "STATE", "RUNTIME"):
+        monkeypatch.setenv(f"{name}_DIRECTORY", f"/{name.lower()}/rkcached:/other")
+    settings = Settings()
+    assert settings.cache_dir == Path("/cache/rkcached")
+    assert settings.state_dir == Path("/state/rkcached")
+    assert settings.socket == Path("/runtime/rkcached/rkcached.sock")

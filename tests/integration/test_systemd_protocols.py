@@ -1,0 +1,304 @@
+"""What goes to systemd and to the journal, over real sockets, and who feeds the watchdog."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import socket
+import stat
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+
+import pytest
+from conftest import Workspace, wait_until
+
+from rkcached.events import Events
+from rkcached.journal import Journal
+from rkcached.observe import read_manifest
+from rkcached.plan import Key
+from rkcached.reconcile import Reconciler
+from rkcached.sidecar import Inventory
+from rkcached.store import Store
+from rkcached.stored import StoredTexts
+from rkcached.systemd import Service, listen_fds
+from rkcached.view import BuildProgress
+from rkcached.worker.gate import Gates
+from rkcached.worker.pool import Workers
+from rkcached.worker.supervisor import Deadlines
+
+
+class Listener:
+    """The other end of a datagram socket: systemd's, or the journal's."""
+
+    def __init__(self, path: Path) -> None:
+        self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self.socket.bind(str(path))
+        self.socket.settimeout(5)
+
+    def next(self) -> bytes:
+        return self.socket.recv(1 << 20)
+
+    def silent_for(self, seconds: float) -> bool:
+        self.socket.settimeout(seconds)
+        try:
+            self.socket.recv(1 << 20)
+        except TimeoutError:
+            return True
+        else:
+            return False
+        finally:
+            self.socket.settimeout(5)
+
+    def drain(self) -> None:
+        while not self.silent_for(0.01):
+            pass
+
+
+@pytest.fixture
+def manager(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Listener]:
+    """A notification socket, in the environment as a unit with a watchdog of 0.2 s has it."""
+    listener = Listener(tmp_path / "notify")
+    monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "notify"))
+    monkeypatch.setenv("WATCHDOG_USEC", "200000")
+    monkeypatch.setenv("WATCHDOG_PID", str(os.getpid()))
+    with listener.socket:
+        yield listener
+
+
+def close(service: Service) -> None:
+    assert service._notifier is not None
+    service._notifier.socket.close()
+
+
+def test_a_start_asks_for_time_until_it_is_ready(manager: Listener) -> None:
+    """Signs of life extend the time limit only while systemd waits; the watchdog is fed all along."""
+    service = Service()
+    assert service.pulse_s == 0.1
+    service.beat()
+    assert manager.next() == b"WATCHDOG=1\nEXTEND_TIMEOUT_USEC=60000000"
+    service.ready()
+    assert manager.next() == b"READY=1"
+    service.beat()
+    assert manager.next() == b"WATCHDOG=1"
+    before = time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1000
+    service.reloading()
+    first, second = manager.next().decode().split("\n")
+    assert first == "RELOADING=1"
+    assert before <= int(second.removeprefix("MONOTONIC_USEC=")) <= before + 1_000_000
+    service.beat()
+    assert b"EXTEND_TIMEOUT_USEC" in manager.next()
+    service.stopping(grace_s=1)
+    assert manager.next() == b"STOPPING=1\nEXTEND_TIMEOUT_USEC=7000000"
+    close(service)
+
+
+def test_the_status_is_one_line_sent_when_it_changed(manager: Listener) -> None:
+    """Names may have any letters; what looks like another assignment is none."""
+    service = Service()
+    service.status("1 fresh, manifest rejected: /etc/ü/→.yaml:3: bad\nREADY=1")
+    assert manager.next().decode() == "STATUS=1 fresh, manifest rejected: /etc/ü/→.yaml:3: bad READY=1"
+    service.status("1 fresh, manifest rejected: /etc/ü/→.yaml:3: bad READY=1")
+    assert manager.silent_for(0.05)
+    close(service)
+
+
+def test_without_systemd_nothing_happens(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody is told, nothing is awaited, no socket is taken."""
+    for name in ("NOTIFY_SOCKET", "LISTEN_PID", "WATCHDOG_USEC"):
+        monkeypatch.delenv(name, raising=False)
+    service = Service()
+    service.beat()
+    service.ready()
+    service.status("1 fresh")
+    assert (service.notified, service.pulse_s, listen_fds()) == (False, None, {})
+
+
+def test_what_is_meant_for_another_process_is_left_alone(manager: Listener, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A child that inherited the environment is neither watched nor given sockets."""
+    monkeypatch.setenv("WATCHDOG_PID", "1")
+    monkeypatch.setenv("LISTEN_PID", "1")
+    monkeypatch.setenv("LISTEN_FDS", "2")
+    service = Service()
+    service.ready()
+    assert manager.next() == b"READY=1"
+    assert (service.pulse_s, listen_fds()) == (None, {})
+    close(service)
+
+
+def test_passed_sockets_are_used_and_stay(tmp_path: Path) -> None:
+    """As systemd starts us: the daemon answers on both, and neither changes their modes nor removes them."""
+    space = Workspace(tmp_path)
+    space.memory_model()
+    space.write("prompts/a.md", "You are prompt A.\n")
+    space.declare("{a: prompts/a.md}")
+    paths = {"rkcached": tmp_path / "s.sock", "admin": tmp_path / "admin.sock"}
+    listeners = [socket.socket(socket.AF_UNIX) for _ in paths]
+    for listener, path in zip(listeners, paths.values(), strict=True):
+        listener.bind(str(path))
+        path.chmod(0o777)
+        listener.listen()
+    # The other way round than they are asked for: the names count.
+    order = "4<&{} 3<&{}".format(*(listener.fileno() for listener in listeners))
+    script = f"LISTEN_PID=$$ LISTEN_FDS=2 LISTEN_FDNAMES=admin:rkcached exec '{sys.executable}' -m rkcached run {order}"
+    with space.log.open("ab") as log:
+        space.process = subprocess.Popen(
+            ["bash", "-c", script],
+            env=space.environment,
+            stdout=log,
+            stderr=log,
+            pass_fds=[listener.fileno() for listener in listeners],
+            cwd=tmp_path,
+        )
+    for listener in listeners:
+        listener.close()
+    wait_until(lambda: space.status()["ready"], "the daemon is ready")
+    with space.http(admin=True) as client:
+        assert client.post("/v1/reload").status_code == 200
+    with space.http() as client:
+        assert client.post("/v1/reload").status_code == 403
+    assert space.stop(signal.SIGTERM) == 0
+    for path in paths.values():
+        assert stat.S_IMODE(path.stat().st_mode) == 0o777
+
+
+# The journal
+
+
+@pytest.fixture
+def journald(tmp_path: Path) -> Iterator[tuple[Journal, Listener]]:
+    listener = Listener(tmp_path / "journal")
+    journal = Journal(str(tmp_path / "journal"))
+    with listener.socket, journal._socket:
+        yield journal, listener
+
+
+def fields(datagram: bytes) -> dict[str, str]:
+    """Parse an entry as journald does."""
+    found = {}
+    while datagram:
+        line, _, rest = datagram.partition(b"\n")
+        name, equals, value = line.partition(b"=")
+        if not equals:
+            size = int.from_bytes(rest[:8], "little")
+            value, rest = rest[8 : 8 + size], rest[8 + size + 1 :]
+        found[name.decode()] = value.decode()
+        datagram = rest
+    return found
+
+
+def test_an_event_is_an_entry_with_fields(journald: tuple[Journal, Listener]) -> None:
+    """The words are the event's, in capitals; the state has a name that is ours."""
+    journal, listener = journald
+    journal.send(level="warning", message="said", event="prompt not cached", fields={"model": "m", "state": "blocked"})
+    assert fields(listener.next()) == {
+        "MESSAGE": "said",
+        "PRIORITY": "4",
+        "SYSLOG_IDENTIFIER": "rkcached",
+        "EVENT": "prompt not cached",
+        "MODEL": "m",
+        "ARTIFACT_STATE": "blocked",
+    }
+
+
+def test_a_value_cannot_forge_a_field(journald: tuple[Journal, Listener]) -> None:
+    """Line breaks are data; our own fields, and names that the journal does not take, are not overwritten."""
+    journal, listener = journald
+    bad = {"reason": "a\nPRIORITY=0", "priority": "0", "message": "x", "_uid": "0", "1st": "x", "ümlaut": "x"}
+    journal.send(level="error", message="first\nsecond", event="e", fields=bad)
+    entry = fields(listener.next())
+    assert (entry["MESSAGE"], entry["PRIORITY"], entry["REASON"]) == ("first\nsecond", "3", "a\nPRIORITY=0")
+    assert entry.keys() == {"MESSAGE", "PRIORITY", "SYSLOG_IDENTIFIER", "EVENT", "REASON"}
+
+
+def test_an_entry_fits_a_datagram(journald: tuple[Journal, Listener]) -> None:
+    """However long its values are."""
+    journal, listener = journald
+    journal.send(level="info", message="→" * 1_000_000, fields={"error": "\ud800" * 10})
+    assert len(fields(listener.next())["MESSAGE"]) == 16 << 10
+
+
+# The watchdog
+
+
+class SlowDisk(Store):
+    """A store whose scan takes until it is let go."""
+
+    def __init__(self, root: Path) -> None:
+        super().__init__(root)
+        self.scanning = threading.Event()
+        self.go_on = threading.Event()
+
+    def scan(self) -> Inventory:
+        self.scanning.set()
+        self.go_on.wait(30)
+        return super().scan()
+
+
+class NoWatcher:
+    def follow(self, files: object, folders: object) -> None:
+        pass
+
+
+@contextlib.asynccontextmanager
+async def reconciling(space: Workspace, store: Store, service: Service) -> AsyncIterator[Reconciler]:
+    space.memory_model()
+    space.declare("{}")
+    reconciler = Reconciler(
+        manifest_path=space.manifest,
+        manifest=read_manifest(space.manifest),
+        store=store,
+        stored=StoredTexts(space.root / "state"),
+        workers=Workers(),
+        gates=Gates(),
+        watcher=NoWatcher(),
+        events=Events(),
+        service=service,
+    )
+    store.open()
+    task = asyncio.create_task(reconciler.run())
+    try:
+        yield reconciler
+    finally:
+        task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await task
+        store.close()
+        close(service)
+
+
+async def test_a_stuck_look_starves_the_watchdog(manager: Listener, tmp_path: Path) -> None:
+    """The event loop runs, but the reconcile loop waits for a disk: no sign of life, unless the reading gets on."""
+    store = SlowDisk(tmp_path / "cache")
+    async with reconciling(Workspace(tmp_path), store, Service()):
+        await asyncio.to_thread(store.scanning.wait, 5)
+        await asyncio.to_thread(manager.silent_for, 0.3)  # what was read before counts once
+        assert await asyncio.to_thread(manager.silent_for, 0.5)
+        store.digests.steps += 1
+        assert b"WATCHDOG=1" in await asyncio.to_thread(manager.next)
+        assert await asyncio.to_thread(manager.silent_for, 0.5)
+        store.go_on.set()
+        for _ in range(3):
+            assert b"WATCHDOG=1" in await asyncio.to_thread(manager.next)
+
+
+async def test_a_build_past_every_deadline_starves_the_watchdog(manager: Listener, tmp_path: Path) -> None:
+    """A build may take minutes; one that no deadline ended is stuck."""
+    async with reconciling(Workspace(tmp_path), Store(tmp_path / "cache"), Service()) as reconciler:
+        await reconciler.looked.wait()
+        limit_s = Deadlines().start_s + 30
+        young, old = time.monotonic() - limit_s + 20, time.monotonic() - limit_s - 1
+        reconciler.progress = BuildProgress(key=Key("m", "a"), reason="", fingerprint="", started=young)
+        manager.drain()
+        assert b"WATCHDOG=1" in await asyncio.to_thread(manager.next)
+        reconciler.progress.started = old
+        await asyncio.sleep(0)
+        manager.drain()
+        assert await asyncio.to_thread(manager.silent_for, 0.5)
+        reconciler.progress = None
+        assert b"WATCHDOG=1" in await asyncio.to_thread(manager.next)

