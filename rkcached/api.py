@@ -18,7 +18,7 @@ from typing import Any
 
 from starlette.applications import Starlette
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp
 
 from rkcached.answers import (
@@ -40,7 +40,7 @@ from rkcached.embeddings import Embeddings
 from rkcached.endpoints import EVENT_STREAM, Endpoint, describe, routes
 from rkcached.errors import ManifestError, RequestError
 from rkcached.events import Events
-from rkcached.exchange import Exchanges, answer, defect, error_response, no_route, read_body, unless_gone
+from rkcached.exchange import EventStream, Exchanges, answer, defect, error_response, no_route, read_body, unless_gone
 from rkcached.metrics import CONTENT_TYPE, Metrics
 from rkcached.openai import (
     ChatRequest,
@@ -217,7 +217,7 @@ class Api:
         return Response(self._metrics.text(), media_type=CONTENT_TYPE)
 
     async def _get_events(self, _: Request) -> Response:
-        return StreamingResponse(_event_stream(self._events), media_type=EVENT_STREAM)
+        return EventStream(_event_stream(self._events))
 
     async def _get_status(self, _: Request) -> Response:
         return answer(self._status())
@@ -283,7 +283,7 @@ class Api:
             await events.aclose()
             return first
         with_usage = body.stream_options is not None and body.stream_options.include_usage
-        return StreamingResponse(_stream(first, events, writer, with_usage=with_usage), media_type=EVENT_STREAM)
+        return EventStream(_stream(first, events, writer, with_usage=with_usage))
 
 
 async def _whole(events: AsyncIterator[Text | End], writer: Writer) -> Response:
@@ -297,7 +297,7 @@ async def _whole(events: AsyncIterator[Text | End], writer: Writer) -> Response:
 
 async def _stream(
     first: Text | End, rest: AsyncGenerator[Text | End, None], writer: Writer, *, with_usage: bool
-) -> AsyncIterator[bytes]:
+) -> AsyncGenerator[bytes, None]:
     """Server-sent events. Left early (the client went away), it closes `rest`, which stops the generation."""
 
     async def events() -> AsyncIterator[Text | End]:
@@ -325,7 +325,7 @@ def _floats(vector: bytes) -> list[float]:
     return [value for (value,) in struct.iter_unpack("<f", vector)]
 
 
-async def _event_stream(events: Events) -> AsyncIterator[bytes]:
+async def _event_stream(events: Events) -> AsyncGenerator[bytes, None]:
     """Server-sent events; a comment first, so that the client knows that it is heard, and after each silence."""
     yield b": listening\n\n"
     async for event in events.stream(HEARTBEAT_S):

@@ -7,7 +7,7 @@ import contextlib
 import re
 import time
 import uuid
-from collections.abc import Awaitable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable
 from typing import TypeVar
 
 import structlog
@@ -80,25 +80,67 @@ def defect(request: Request, error: Exception) -> Response:
 
 async def unless_gone(request: Request, work: Awaitable[Result]) -> Result | Response:
     """Wait for `work`, but stop it when the client goes away. Nobody reads the answer then."""
-    task = asyncio.ensure_future(work)
-    gone = asyncio.create_task(_disconnected(request))
     try:
-        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
-        if task.done():
-            return task.result()
+        async with _while_listened_to(request.receive):
+            return await work
+    except _GoneError:
         log.info("client went away", path=request.url.path)
         return Response(status_code=499)
+
+
+class EventStream(Response):
+    """Server-sent events. Left early, the chunks' generator is closed, which stops what makes them."""
+
+    media_type = "text/event-stream"
+
+    def __init__(self, chunks: AsyncGenerator[bytes, None]) -> None:
+        super().__init__()
+        del self.headers["content-length"]
+        self._chunks = chunks
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        with contextlib.suppress(_GoneError):
+            async with _while_listened_to(receive), contextlib.aclosing(self._chunks):
+                if scope["method"] != "HEAD":
+                    async for chunk in self._chunks:
+                        await send({"type": "http.response.body", "body": chunk, "more_body": True})
+                await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+class _GoneError(Exception):
+    """The client went away."""
+
+
+@contextlib.asynccontextmanager
+async def _while_listened_to(receive: Receive) -> AsyncIterator[None]:
+    """Cancel the body when the client goes away; it then ends with _GoneError.
+
+    The body runs in its caller's task: a task of its own would wake up one turn of the loop later, each time.
+    """
+    task, left = asyncio.current_task(), False
+
+    async def disconnected() -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+
+    def leave(watcher: asyncio.Task[None]) -> None:
+        nonlocal left
+        if task is not None and not watcher.cancelled():
+            left = True
+            task.cancel()
+
+    watcher = asyncio.create_task(disconnected())
+    watcher.add_done_callback(leave)
+    try:
+        yield
+    except asyncio.CancelledError:
+        if task is None or not left or task.uncancel() > 0:
+            raise
+        raise _GoneError from None
     finally:
-        for pending in (task, gone):
-            if not pending.done():
-                pending.cancel()
-                with contextlib.suppress(asyncio.CancelledError, RequestError):
-                    await pending
-
-
-async def _disconnected(request: Request) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
+        watcher.remove_done_callback(leave)
+        watcher.cancel()
 
 
 class Exchanges:

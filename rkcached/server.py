@@ -138,6 +138,7 @@ class HttpServer(uvicorn.Server):
                 http=_Connection,
                 lifespan="off",
                 log_config=None,
+                proxy_headers=False,
                 server_header=False,
                 timeout_graceful_shutdown=grace_s,
                 ws="none",
