@@ -40,7 +40,7 @@ from rkcached.embeddings import Embeddings
 from rkcached.endpoints import EVENT_STREAM, Endpoint, describe, routes
 from rkcached.errors import ManifestError, RequestError
 from rkcached.events import Events
-from rkcached.exchange import EventStream, Exchanges, answer, defect, error_response, no_route, read_body, unless_gone
+from rkcached.exchange import DEFECT, EventStream, Exchanges, answer, error_response, no_route, read_body, unless_gone
 from rkcached.metrics import CONTENT_TYPE, Metrics
 from rkcached.openai import (
     ChatRequest,
@@ -86,7 +86,6 @@ class Api:
 
     def app(self, *, admin_socket: Path | None = None) -> ASGIApp:
         """All endpoints; with `admin_socket`, those that change something are refused and referred to it."""
-        endpoints = self._endpoints()
 
         @functools.cache
         def description() -> dict[str, Any]:  # takes 50 ms, and few ask
@@ -99,15 +98,16 @@ class Api:
         itself = Endpoint(
             method="GET", path="/openapi.json", handler=openapi, summary=summary, answers={200: ApiDescription}
         )
+        endpoints = [*self._endpoints(), itself]
         handlers: dict[Any, Callable[[Request, Any], Response]] = {
             RequestError: lambda _, error: error_response(error),
             404: no_route,
             405: no_route,
-            Exception: defect,
+            Exception: lambda _, __: error_response(DEFECT),
         }
-        return Exchanges(
-            Starlette(routes=routes([itself, *endpoints], admin_socket=admin_socket), exception_handlers=handlers)
-        )
+        app = Starlette(routes=routes(endpoints, admin_socket=admin_socket), exception_handlers=handlers)
+        app.router.redirect_slashes = False
+        return Exchanges(app)
 
     def _endpoints(self) -> list[Endpoint]:
         refusals = (404, 409, 422, 502, 503, 504)
@@ -265,7 +265,7 @@ class Api:
         if isinstance(made, Response):
             return made
         vectors, tokens = made
-        plain = body.encoding_format == "float"
+        plain = body.encoding_format != "base64"
         data = [
             OneEmbedding(index=at, embedding=_floats(vector) if plain else base64.b64encode(vector).decode())
             for at, vector in enumerate(vectors)

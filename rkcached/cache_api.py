@@ -27,7 +27,7 @@ from rkcached.desired import DesiredModel
 from rkcached.endpoints import Endpoint
 from rkcached.errors import RequestError
 from rkcached.exchange import answer, read_body
-from rkcached.manifest import NAME, NAME_RULE
+from rkcached.manifest import NAME, NAME_RULE, RESERVED_PROMPT
 from rkcached.openai import GenerateBinaryRequest, ModelRequest, StoreRequest, parse_body
 from rkcached.plan import Key
 from rkcached.reconcile import Reconciler
@@ -175,9 +175,9 @@ class CacheApi:
     async def _store(self, request: Request) -> Response:
         body = parse_body(StoreRequest, await read_body(request))
         key = self._key(request, body.cache_name)
-        await self._write(key, body.content)
+        await self._write(key, body.content, "content")
         if not body.wait:
-            self._reconciler.look_again(now=True)
+            await self._reconciler.next_look()  # then the place to look is there
             location = f"/v1/cache/{key.model}/{key.prompt}"
             accepted = CacheAccepted(model=key.model, cache_name=key.prompt, location=location)
             return answer(accepted, status=202, headers={"Location": location})
@@ -188,7 +188,7 @@ class CacheApi:
         body = parse_body(GenerateBinaryRequest, await read_body(request))
         key = self._key(request, body.cache_name)
         if body.prompt is not None:
-            await self._write(key, body.prompt)
+            await self._write(key, body.prompt, "prompt")
         artifact = await self._built(key, anew=body.prompt is None)
         size_mb = artifact.sidecar.size_bytes / 1_000_000
         return answer(
@@ -220,21 +220,21 @@ class CacheApi:
         await self._reconciler.next_look()
         return answer(CacheDeleted(model=key.model, cache_name=key.prompt))
 
-    async def _write(self, key: Key, text: str) -> None:
+    async def _write(self, key: Key, text: str, param: str) -> None:
         """Store a client's text. Errors: RequestError."""
         model = self._reconciler.view.desired.models.get(key.model)
         if isinstance(model, DesiredModel) and model.config.embedding:
             said = f"the model {key.model!r} makes embeddings only, so it has no prompts"
             raise RequestError(400, said, code="model_is_embedding", hint="store it for a model that answers")
         if not text.strip():
-            raise RequestError(400, "the prompt is empty", code="empty_prompt", param="content", hint="send its text")
+            raise RequestError(400, "the prompt is empty", code="empty_prompt", param=param, hint="send its text")
         size = len(text.encode(errors="surrogatepass"))
         if size > MAX_PROMPT_BYTES:
             said = f"the prompt has {size:,} bytes, the limit is {MAX_PROMPT_BYTES:,}"
-            raise RequestError(413, said, code="prompt_too_large", param="content", hint="shorten it")
+            raise RequestError(413, said, code="prompt_too_large", param=param, hint="shorten it")
         if "\0" in text or any("\ud800" <= letter <= "\udfff" for letter in text):
             said = "the prompt has a NUL or half a surrogate pair"
-            raise RequestError(400, said, code="invalid_value", param="content", hint="send text")
+            raise RequestError(400, said, code="invalid_value", param=param, hint="send text")
         desired = self._reconciler.view.desired
         if key in desired.prompts and key not in desired.stored:
             raise _declared(key, "change its file, or store this text under another name")
@@ -255,6 +255,8 @@ class CacheApi:
                 code="prompt_not_found" if missing else "prompt_blocked",
                 hint=error.hint,
             ) from error
+        except (errors.ContextExceeded, errors.PromptTooShort, errors.Uncacheable, errors.BudgetExceeded) as error:
+            raise RequestError(409, error.message, code="prompt_blocked", hint=error.hint) from error
         except errors.RkcachedError as error:
             raise RequestError(503, error.message, code="build_failed", hint=error.hint) from error
 
@@ -272,7 +274,7 @@ class CacheApi:
     def _key(self, request: Request, prompt: str) -> Key:
         """Errors: RequestError for an unknown model, or a name that no prompt can have."""
         model = self._known_model(request)
-        if not NAME.fullmatch(prompt):
+        if not NAME.fullmatch(prompt) or prompt == RESERVED_PROMPT:
             raise RequestError(
                 400, f"{prompt!r} cannot name a prompt", code="invalid_name", param="cache_name", hint=NAME_RULE
             )

@@ -28,6 +28,9 @@ class Embeddings:
         """A vector (little-endian float32, of length 1) for each input, and the tokens of all. Errors: RequestError."""
         serving = self._reconciler.view.manifest.serving
         name = self._preparation.embedding(request.model).name
+        if any(isinstance(content, str) and "\0" in content for content in request.each()):
+            said = "the text has a NUL character"
+            raise RequestError(400, said, code="invalid_value", param="input", hint="many runtimes stop reading there")
         if self._requests[name] > serving.queue:
             raise RequestError(
                 503,
@@ -45,7 +48,7 @@ class Embeddings:
             said = f"the request was not answered within {limit_s:g} s"
             raise RequestError(504, said, code="request_timeout", hint="send fewer texts at once") from None
         except errors.RkcachedError as error:
-            raise as_request_error(error) from error
+            raise as_request_error(error, text="input") from error
         finally:
             self._requests[name] -= 1
         return [one.vector for one in embedded], sum(one.tokens for one in embedded)

@@ -109,7 +109,7 @@ def _operation(endpoint: Endpoint, names: Mapping[Any, Any], *, refused: bool) -
         },
     }
     error = names[ErrorAnswer, "serialization"]
-    failures = {*endpoint.errors, *((400, 413) if endpoint.body else ()), *((403,) if refused else ()), 500}
+    failures = {*endpoint.errors, *((400, 413, 415) if endpoint.body else ()), *((403,) if refused else ()), 500}
     operation["responses"] |= {str(status): _answer(status, error, ()) for status in sorted(failures)}
     if parameters:
         operation["parameters"] = parameters

@@ -6,14 +6,16 @@ import asyncio
 import contextlib
 import re
 import time
+import traceback
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable
+from pathlib import Path
 from typing import TypeVar
 
 import structlog
 from starlette.datastructures import MutableHeaders
 from starlette.exceptions import HTTPException
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -45,11 +47,18 @@ async def read_body(request: Request) -> bytes:
     with contextlib.suppress(ValueError):
         if int(request.headers.get("content-length", "0")) > MAX_BODY_BYTES:
             raise too_large
+    if request.headers.get("content-encoding", "identity") != "identity":
+        raise RequestError(
+            415, "bodies are taken uncompressed only", code="unsupported_encoding", hint="send plain JSON"
+        )
     data = bytearray()
-    async for part in request.stream():
-        data += part
-        if len(data) > MAX_BODY_BYTES:
-            raise too_large
+    try:
+        async for part in request.stream():
+            data += part
+            if len(data) > MAX_BODY_BYTES:
+                raise too_large
+    except ClientDisconnect as error:
+        raise RequestError(499, "the client went away", code="client_gone") from error
     return bytes(data)
 
 
@@ -73,9 +82,7 @@ def no_route(request: Request, refusal: HTTPException) -> Response:
     return response
 
 
-def defect(request: Request, error: Exception) -> Response:
-    log.error("request crashed", path=request.url.path, error=repr(error))
-    return error_response(RequestError(500, "internal error; the daemon's log says more", code="internal_error"))
+DEFECT = RequestError(500, "internal error; the daemon's log says more", code="internal_error")
 
 
 async def unless_gone(request: Request, work: Awaitable[Result]) -> Result | Response:
@@ -86,6 +93,12 @@ async def unless_gone(request: Request, work: Awaitable[Result]) -> Result | Res
     except _GoneError:
         log.info("client went away", path=request.url.path)
         return Response(status_code=499)
+
+
+def _place(error: BaseException) -> str:
+    """Where it was raised, from the inside out. Not what it says: that may quote a prompt."""
+    frames = traceback.extract_tb(error.__traceback__)[:-6:-1]
+    return " < ".join(f"{Path(frame.filename).name}:{frame.lineno}" for frame in frames)
 
 
 class EventStream(Response):
@@ -169,6 +182,8 @@ class Exchanges:
 
         try:
             await self._app(scope, receive, send_with_id)
+        except Exception as error:  # noqa: BLE001 - a defect; the client has been told
+            log.error("request crashed", error=type(error).__name__, at=_place(error), request_id=request_id)
         finally:
             say = log.debug if scope["path"] in _PROBES else log.info
             say(

@@ -64,6 +64,10 @@ BUILTIN_TEMPLATES: Final = ("chatml", "llama3", "gemma", "deepseek", "phi")
 RKLLM_ABIS: Final = ("1.1.0", "1.2.0", "1.2.1b1", "1.2.1", "1.3.0")
 """The first version of each binary interface of RKLLM that the binding speaks."""
 
+RESERVED_MODELS: Final = ("available", "load", "loaded", "unload")
+RESERVED_PROMPT: Final = "generate-binary"
+"""The HTTP API has another meaning for these."""
+
 RKLLM_MAX_CONTEXT: Final = 16_384
 
 
@@ -329,6 +333,16 @@ class ModelConfig(_Section):
 
     @field_validator("prompts")
     @classmethod
+    def _no_endpoint(cls, prompts: dict[str, PromptConfig]) -> dict[str, PromptConfig]:
+        if RESERVED_PROMPT in prompts:
+            said = (
+                f"a prompt cannot be named {RESERVED_PROMPT!r}: /v1/cache/MODEL/{RESERVED_PROMPT} means something else"
+            )
+            raise wrong(said, "choose another name")
+        return prompts
+
+    @field_validator("prompts")
+    @classmethod
     def _answers_fit(cls, prompts: dict[str, PromptConfig], info: ValidationInfo) -> dict[str, PromptConfig]:
         if params := info.data.get("params"):
             limit = params.max_context_len
@@ -385,6 +399,8 @@ class Manifest(_Section):
             return models
         found: list[tuple[Steps, str, str]] = []
         for name, model in models.items():
+            if name in RESERVED_MODELS:
+                found.append(((name,), f"a model cannot be named {name!r}: /v1/models/{name} means something else", ""))
             if engine.kind is EngineKind.RKLLM:
                 tokens = model.params.max_context_len
                 if tokens % 32 or tokens > RKLLM_MAX_CONTEXT:

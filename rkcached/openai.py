@@ -7,7 +7,7 @@ accepted. A parameter that is not supported is refused by name.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import (
@@ -22,14 +22,12 @@ from pydantic import (
 from pydantic_core import ErrorDetails
 
 from rkcached.errors import RequestError
-from rkcached.template import Message
-
-_IGNORED = {"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"}
-"""OpenAI's parameters that are about their service, not about the answer."""
+from rkcached.template import Message, ToolStyle
 
 Body = TypeVar("Body", bound=BaseModel)
 
 _INT32 = 2**31
+_INT63 = 2**63
 
 
 class Record(BaseModel):
@@ -41,15 +39,21 @@ class TextPart(Record):
     text: str
 
 
+def _no_constant(name: str) -> None:
+    raise ValueError(f"{name} is not JSON")
+
+
 class FunctionCall(Record):
     name: str
     arguments: str = Field(description="A JSON object as text.")
+    parsed_arguments: Any = Field(default=None, description="What OpenAI's clients add; ignored.")
 
     def parsed(self) -> dict[str, Any]:
         """Errors: ValueError."""
-        value = json.loads(self.arguments or "{}")
+        value = json.loads(self.arguments or "{}", parse_constant=_no_constant)
         if not isinstance(value, dict):
             raise ValueError("arguments are not a JSON object")  # noqa: TRY004 - pydantic and callers take ValueError
+        json.dumps(value, ensure_ascii=False).encode()  # half a surrogate pair is no text
         return value
 
 
@@ -57,6 +61,7 @@ class ToolCallRecord(Record):
     id: str
     type: Literal["function"] = "function"
     function: FunctionCall
+    index: int | None = None
 
     @field_validator("function")
     @classmethod
@@ -68,11 +73,21 @@ class ToolCallRecord(Record):
         return function
 
 
+class RefusalPart(Record):
+    """Of an earlier answer of somebody else's."""
+
+    type: Literal["refusal"]
+    refusal: str
+
+
 Content = str | Annotated[list[TextPart], Field(min_length=1)]
+AnswerPart = Annotated[TextPart | RefusalPart, Field(discriminator="type")]
 
 
-def _text(content: Content | None) -> str:
-    return content if isinstance(content, str) else "".join(part.text for part in content or ())
+def _text(content: str | Sequence[TextPart | RefusalPart] | None) -> str:
+    if isinstance(content, str):
+        return content
+    return "".join(part.text if isinstance(part, TextPart) else part.refusal for part in content or ())
 
 
 class _Said(Record):
@@ -105,7 +120,7 @@ class AssistantMessage(Record):
     """What an earlier answer said; it may be sent back as it came."""
 
     role: Literal["assistant"]
-    content: Content | None = None
+    content: str | Annotated[list[AnswerPart], Field(min_length=1)] | None = None
     tool_calls: list[ToolCallRecord] | None = None
     reasoning_content: str | None = None
     name: str | None = None
@@ -113,6 +128,7 @@ class AssistantMessage(Record):
     audio: None = None
     function_call: None = None
     annotations: list[Any] | None = None
+    parsed: Any = Field(default=None, description="What OpenAI's clients add; ignored.")
 
     @model_validator(mode="after")
     def _says_something(self) -> Self:
@@ -150,15 +166,16 @@ class Tool(Record):
         """As templates know it."""
         return {"type": "function", "function": self.function.model_dump(exclude_none=True, exclude={"strict"})}
 
-    def call_schema(self) -> dict[str, Any]:
-        """JSON schema of a call."""
+    def call_schema(self, style: ToolStyle) -> dict[str, Any]:
+        """JSON schema of a call, as a model of this style writes it."""
+        arguments = "parameters" if style is ToolStyle.LLAMA3 else "arguments"
         return {
             "type": "object",
             "properties": {
                 "name": {"const": self.function.name},
-                "arguments": self.function.parameters or {"type": "object"},
+                arguments: self.function.parameters or {"type": "object"},
             },
-            "required": ["name", "arguments"],
+            "required": ["name", arguments],
             "additionalProperties": False,
         }
 
@@ -203,41 +220,51 @@ def _one(value: object) -> object:
     return [value] if isinstance(value, str) else value
 
 
-class GenerationRequest(Record):
+class _AboutTheService(Record):
+    """OpenAI's parameters that are about their service, not about the answer. They are accepted, and change nothing."""
+
+    user: Any = None
+    metadata: Any = None
+    store: Any = None
+    service_tier: Any = None
+    safety_identifier: Any = None
+    prompt_cache_key: Any = None
+
+
+class GenerationRequest(_AboutTheService):
     """What chat and plain completions share."""
 
     model: str = Field(description="A model, or `model/prompt`.")
-    cache: str | bool | None = Field(
+    cache: Annotated[str, Field(min_length=1)] | bool | None = Field(
         default=None, description="A prompt of the model; false: answer without any cache; nothing: the best that fits."
     )
-    use_cache: str | bool | None = Field(default=None, description="Another word for cache.")
-    stream: bool = False
+    use_cache: Annotated[str, Field(min_length=1)] | bool | None = Field(
+        default=None, description="Another word for cache."
+    )
+    stream: bool | None = None
     stream_options: StreamOptions | None = None
     max_tokens: int | None = Field(default=None, ge=1, lt=_INT32)
     temperature: float | None = Field(default=None, ge=0, le=5)
     top_p: float | None = Field(default=None, gt=0, le=1)
     top_k: int | None = Field(default=None, ge=0, le=100_000)
-    seed: int | None = Field(default=None, ge=0, lt=2**32)
+    seed: int | None = Field(default=None, ge=-_INT63, lt=_INT63)
     stop: Annotated[str | Annotated[list[str], Field(max_length=4)] | None, BeforeValidator(_one)] = None
     presence_penalty: float | None = Field(default=None, ge=-2, le=2)
     frequency_penalty: float | None = Field(default=None, ge=-2, le=2)
     repeat_penalty: float | None = Field(default=None, gt=0, le=10)
-    n: Literal[1] | None = None
+    n: int | None = Field(default=None, ge=1, le=1)
 
-    @model_validator(mode="before")
-    @classmethod
-    def _without_ignored(cls, data: Any) -> Any:
-        if not isinstance(data, dict):
-            return data
-        data = {k: v for k, v in data.items() if k not in _IGNORED}
-        if data.get("cache") is None and "use_cache" in data:
-            data["cache"] = data["use_cache"]
-        return data
+    @model_validator(mode="after")
+    def _one_cache(self) -> Self:
+        if self.cache is not None and self.use_cache is not None and self.cache != self.use_cache:
+            raise ValueError("cache and use_cache are two words for one thing, and name two")
+        return self
 
-    @field_validator("cache")
-    @classmethod
-    def _true_is_the_best(cls, value: str | bool | None) -> str | bool | None:
-        return None if value is True else value
+    @property
+    def wanted_cache(self) -> str | bool | None:
+        """A prompt; False for none; None for the best that fits."""
+        wanted = self.cache if self.cache is not None else self.use_cache
+        return None if wanted is True else wanted
 
     def sampling(self) -> dict[str, Any]:
         """The sampling parameters that the request names."""
@@ -266,6 +293,14 @@ class ChatRequest(GenerationRequest):
     tools: list[Tool] | None = Field(default=None, max_length=128)
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
     parallel_tool_calls: bool | None = None
+
+    @model_validator(mode="after")
+    def _goes_together(self) -> Self:
+        if self.top_logprobs is not None and not self.logprobs:
+            raise ValueError("top_logprobs needs logprobs: true")
+        if self.max_tokens is not None and self.max_completion_tokens not in (None, self.max_tokens):
+            raise ValueError("max_tokens and max_completion_tokens are two words for one thing, and differ")
+        return self
 
     def sampling(self) -> dict[str, Any]:
         wanted = super().sampling()
@@ -296,17 +331,12 @@ TokenIds = Annotated[list[Annotated[int, Field(ge=0, lt=_INT32)]], Field(min_len
 EmbeddingInput = Annotated[str, Field(min_length=1)] | TokenIds
 
 
-class EmbeddingRequest(Record):
+class EmbeddingRequest(_AboutTheService):
     """`POST /v1/embeddings`: a text, or tokens, or a list of these."""
 
     model: str
     input: EmbeddingInput | Annotated[list[EmbeddingInput], Field(min_length=1, max_length=2048)]
-    encoding_format: Literal["float", "base64"] = "float"
-
-    @model_validator(mode="before")
-    @classmethod
-    def _without_ignored(cls, data: Any) -> Any:
-        return {k: v for k, v in data.items() if k not in _IGNORED} if isinstance(data, dict) else data
+    encoding_format: Literal["float", "base64"] | None = None
 
     def each(self) -> Iterator[str | tuple[int, ...]]:
         """The texts, or their tokens."""

@@ -17,7 +17,7 @@ from rkcached.errors import RequestError
 from rkcached.openai import ChatRequest, CompletionRequest, JsonObject, JsonSchema, NamedTool, Tool
 from rkcached.plan import Key, Trouble
 from rkcached.reply import Reply
-from rkcached.template import Message
+from rkcached.template import Message, ToolStyle
 from rkcached.view import View
 
 
@@ -35,6 +35,10 @@ class Job:
     accepted: float
     """Monotonic seconds."""
     with_tools: bool = False
+    text: str = "messages"
+    """The parameter that has the text."""
+    binds: str = ""
+    """The parameter that says what the answer must look like."""
     correct: Callable[[str, str], str] | None = None
     """From an answer that does not fit its schema, and why, the request to try once more with."""
 
@@ -57,19 +61,20 @@ class Preparation:
 
     def chat(self, request: ChatRequest, accepted: float) -> tuple[Job, Reply]:
         """Check a request against what is declared, and render it. Errors: RequestError."""
-        name, _, wanted = request.model.partition("/")
+        name, slash, wanted = request.model.partition("/")
         model = self._answering(name)
         demand = _demand(request, model)
-        if isinstance(request.cache, str) and wanted and request.cache != wanted:
+        param, cache = "model", request.wanted_cache
+        if isinstance(cache, str) and wanted and cache != wanted:
             raise RequestError(
-                400, f"model names the prompt {wanted!r}, cache names {request.cache!r}", code="conflict", param="cache"
+                400, f"model names the prompt {wanted!r}, cache names {cache!r}", code="conflict", param="cache"
             )
-        if isinstance(request.cache, str):
-            wanted = request.cache
+        if isinstance(cache, str):
+            param, wanted = "cache" if request.cache is not None else "use_cache", cache
         messages = [message.plain() for message in request.messages]
-        named = Key(name, wanted) if wanted else None
+        named = Key(name, wanted) if wanted or slash else None
         if named is not None:
-            messages = self._with_prompt(named, messages)
+            messages = self._with_prompt(named, messages, param)
         if any("\0" in message["content"] for message in messages):
             raise _nul("messages")
         tools = [tool.plain() for tool in demand.tools]
@@ -91,9 +96,10 @@ class Preparation:
             named=named,
             prompt=prompt,
             sampling=Sampling(**values),
-            cold=request.cache is False,
+            cold=request.wanted_cache is False,
             accepted=accepted,
             with_tools=bool(demand.tools),
+            binds="tools" if demand.is_call else "response_format",
             correct=correct if demand.schema is not None else None,
         )
         reply = Reply(
@@ -107,7 +113,7 @@ class Preparation:
     def completion(self, request: CompletionRequest, accepted: float) -> Job:
         """Check a request whose text goes to the model as it is. Errors: RequestError."""
         name, _, prompt = request.model.partition("/")
-        if prompt or isinstance(request.cache, str):
+        if prompt or isinstance(request.wanted_cache, str):
             raise RequestError(
                 400,
                 "a plain completion has no system message, so no prompt can be chosen by name",
@@ -125,8 +131,9 @@ class Preparation:
             model=model,
             named=None,
             prompt=request.text,
+            text="prompt",
             sampling=Sampling(**values),
-            cold=request.cache is False,
+            cold=request.wanted_cache is False,
             accepted=accepted,
         )
 
@@ -169,7 +176,7 @@ class Preparation:
             )
         return model
 
-    def _with_prompt(self, key: Key, messages: list[Message]) -> list[Message]:
+    def _with_prompt(self, key: Key, messages: list[Message], param: str) -> list[Message]:
         """The messages with the prompt as their system message."""
         view = self._view()
         text = view.desired.texts.get(key)
@@ -181,7 +188,7 @@ class Preparation:
                     404,
                     f"the model {key.model!r} has no prompt {key.prompt!r}; known prompts: {known}",
                     code="prompt_not_found",
-                    param="model",
+                    param=param,
                 )
             trouble = declared.trouble or Trouble(message="it has no text")
             raise RequestError(
@@ -214,14 +221,15 @@ def _demand(request: ChatRequest, model: DesiredModel) -> _Demand:
             param="tools",
             hint="leave tools out, or name a chat_template that knows them, such as chatml or llama3",
         )
+    style = model.template.tools or ToolStyle.HERMES
     if isinstance(choice, NamedTool):
         known = {tool.function.name: tool for tool in tools}
         if choice.function.name not in known:
             said = f"there is no tool {choice.function.name!r}"
             raise RequestError(400, said, code="invalid_value", param="tool_choice", hint=f"one of {', '.join(known)}")
-        return _Demand(tools=tools, schema=known[choice.function.name].call_schema(), is_call=True)
+        return _Demand(tools=tools, schema=known[choice.function.name].call_schema(style), is_call=True)
     if choice == "required":
-        return _Demand(tools=tools, schema={"anyOf": [tool.call_schema() for tool in tools]}, is_call=True)
+        return _Demand(tools=tools, schema={"anyOf": [tool.call_schema(style) for tool in tools]}, is_call=True)
     if isinstance(wanted, JsonObject | JsonSchema) and tools:
         raise RequestError(
             400,
@@ -239,7 +247,6 @@ def _demand(request: ChatRequest, model: DesiredModel) -> _Demand:
 
 _FACES: dict[type[errors.RkcachedError], tuple[int, str, str | None, int]] = {
     errors.InputInvalid: (400, "invalid_value", "input", 0),
-    errors.SchemaInvalid: (400, "invalid_schema", "response_format", 0),
     errors.SchemaMismatch: (422, "answer_does_not_fit", None, 0),
     errors.ModelLoadError: (503, "model_unavailable", None, 5),
     errors.RuntimeLibraryError: (503, "model_unavailable", None, 5),
@@ -250,8 +257,10 @@ _FACES: dict[type[errors.RkcachedError], tuple[int, str, str | None, int]] = {
 """Status, code, param and seconds until a retry makes sense."""
 
 
-def as_request_error(error: errors.RkcachedError) -> RequestError:
-    """The HTTP face of every error that a run can end with."""
+def as_request_error(
+    error: errors.RkcachedError, *, text: str = "messages", binds: str = "response_format"
+) -> RequestError:
+    """The HTTP face of every error that a run can end with; `text` and `binds` are the parameters that it is about."""
     match error:
         case RequestError():
             return error
@@ -260,12 +269,14 @@ def as_request_error(error: errors.RkcachedError) -> RequestError:
                 400,
                 f"the request has {error.tokens} tokens, the context holds {error.limit}",
                 code="context_length_exceeded",
-                param="messages",
-                hint="shorten the messages, or raise params.max_context_len of the model",
+                param=text,
+                hint=f"shorten {text}, or raise params.max_context_len of the model",
             )
         case errors.SamplingFixed():
             param = error.param or None
             return RequestError(400, error.message, code="unsupported_parameter", param=param, hint=error.hint)
+        case errors.SchemaInvalid():
+            return RequestError(400, error.message, code="invalid_schema", param=binds, hint=error.hint)
         case _:
             status, code, param, retry_after_s = _FACES.get(type(error), (500, "engine_error", None, 0))
             return RequestError(

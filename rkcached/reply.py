@@ -106,13 +106,23 @@ class Reply:
                 if tag:
                     self._mode = _Mode.CALL
             case _Mode.CALL:
-                body, tag, rest = self._held.partition(_CALL_END)
-                if tag:
+                body = self._called()
+                if body is not None:
                     call = _call(body)
-                    self._held, self._mode = rest, _Mode.START
+                    self._held, self._mode = self._held[len(body) + len(_CALL_END) :], _Mode.START
                     yield Delta(call=call) if call else Delta(content=_CALL + body + _CALL_END)
             case _Mode.BARE_CALL:
                 pass
+
+    def _called(self) -> str | None:
+        """What stands before the closing tag; None as long as that may be a part of a string in the call."""
+        end = self._held.find(_CALL_END)
+        while end >= 0:
+            body = self._held[:end]
+            if not _ends_in_a_string(body):
+                return body
+            end = self._held.find(_CALL_END, end + 1)
+        return None
 
     def _reason(self) -> Iterator[Delta]:
         if self._at_line_start:
@@ -171,15 +181,25 @@ class Reply:
         while at < len(text):
             try:
                 value, at = decoder.raw_decode(text, at)
+                call = _of_value(value)
             except (ValueError, RecursionError):
                 return []
-            call = _of_value(value)
             if call is None or call.name not in self._tools:
                 return []
             calls.append(call)
             while at < len(text) and text[at] in "; \r\n\t":
                 at += 1
         return calls
+
+
+def _ends_in_a_string(text: str) -> bool:
+    try:
+        json.loads(text)
+    except json.JSONDecodeError as error:
+        return error.msg.startswith("Unterminated string")
+    except (ValueError, RecursionError):
+        return False
+    return False
 
 
 def _call(text: str) -> ToolCall | None:
@@ -190,17 +210,27 @@ def _call(text: str) -> ToolCall | None:
 
 
 def _of_value(value: Any) -> ToolCall | None:
-    if not isinstance(value, dict) or not isinstance(value.get("name"), str):
+    """Errors: ValueError, RecursionError."""
+    if not isinstance(value, dict) or not isinstance(value.get("name"), str) or not value["name"]:
         return None
     arguments = value.get("arguments", value.get("parameters", {}))
     if isinstance(arguments, str):  # some models write the object as text
-        try:
-            arguments = json.loads(arguments)
-        except (ValueError, RecursionError):
-            return None
+        arguments = json.loads(arguments)
     if not isinstance(arguments, dict):
         return None
-    return ToolCall(name=value["name"], arguments=json.dumps(arguments, ensure_ascii=False))
+    value["name"].encode()
+    written = json.dumps(arguments, ensure_ascii=False, allow_nan=False)
+    if not _is_text(written):
+        written = json.dumps(arguments)  # half a surrogate pair can only be written as an escape
+    return ToolCall(name=value["name"], arguments=written)
+
+
+def _is_text(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _some(delta: Delta) -> list[Delta]:

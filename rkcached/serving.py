@@ -149,7 +149,7 @@ class Serving:
                 raise _stopping()
             yield self._end(run, work.result())
         except errors.RkcachedError as error:
-            raise as_request_error(error) from error
+            raise as_request_error(error, text=job.text, binds=job.binds) from error
         finally:
             if not work.done() and not self._closing:
                 work.cancel()
@@ -161,7 +161,10 @@ class Serving:
         return sum(1 for run in self._works.values() if run.job.model.name == model and not run.started)
 
     def _refuse_beyond_the_queue(self, model: DesiredModel) -> None:
-        limit, waiting = self._reconciler.view.manifest.serving.queue, self.waiting(model.name)
+        manifest = self._reconciler.view.manifest
+        limit, waiting = manifest.serving.queue, self.waiting(model.name)
+        if waiting and self._gates.free(model.name, concurrent=manifest.engine.concurrent):
+            waiting -= 1  # it has its turn, but did not take it yet
         if waiting >= limit:
             raise RequestError(
                 503,

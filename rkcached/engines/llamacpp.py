@@ -10,6 +10,7 @@ size and digest before `load`.
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import importlib
 import importlib.metadata
@@ -18,8 +19,9 @@ import os
 import socket
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from rkcached.engines.base import (
     Embedding,
@@ -40,6 +42,7 @@ from rkcached.errors import (
     EngineError,
     InputInvalid,
     ModelLoadError,
+    SchemaInvalid,
     Uncacheable,
 )
 
@@ -54,6 +57,7 @@ _BATCH_TOKENS = 128
 _GGUF_MAGIC = b"GGUF"
 _SOCKET_NAME = "llama.sock"
 _STATE_NAME = "state.bin"
+_UNCOMPILED = b"failed to compile JSON schema"
 _SOCKET_PATH_MAX = 107  # sun_path holds 108 bytes, the last one is 0
 _IDLE_TIMEOUT_S = 60.0
 
@@ -142,7 +146,11 @@ class LlamaCppEngine:
         decodes = sampling.max_new_tokens > 0
         options = _sampling_options(sampling) | ({"logprobs": 1} if trace else {})
         take = on_token if decodes else None
-        run = self._run(_Run(self._abort, on_token=take, likeliest=sampling.logprobs), prompt, options)
+        run = _Run(self._abort, on_token=take, likeliest=sampling.logprobs)
+        with _Grammar() if sampling.json_schema else contextlib.nullcontext() as grammar:
+            if grammar is not None:
+                run.before_first = grammar.check
+            self._run(run, prompt, options)
         return run.stats(count_decoded=decodes)
 
     def embed(self, content: str | tuple[int, ...]) -> Embedding:
@@ -273,6 +281,8 @@ class _Run:
         self._logprobs: list[float] = []
         self._likeliest = likeliest
         self._details: list[TokenLogprob] = []
+        self.before_first: Callable[[], None] | None = None
+        """Called before the first token is delivered; what it raises ends the run."""
         self._error: dict[str, Any] | None = None
         self._raised: BaseException | None = None
 
@@ -322,6 +332,9 @@ class _Run:
             self._decode_tokens = timings["predicted_n"]
             self._decode_ms = timings["predicted_ms"]
         else:
+            if self.before_first is not None:
+                self.before_first()
+                self.before_first = None
             self._decode_tokens += 1
             self._decode_ms = (time.monotonic() - self._decode_started) * 1000
             for entry in (choice["logprobs"] or {}).get("content", ()):
@@ -348,6 +361,43 @@ class _Run:
         self._logprobs.clear()
         self._details.clear()
         return self._on_token(token)
+
+
+class _Grammar:
+    """Notices a JSON schema that llama.cpp cannot keep to: it then generates freely, and says so on stderr only.
+
+    Until the first token stderr goes to memory. What llama.cpp said otherwise is passed on; the schema is a client's,
+    and stays out of the log.
+    """
+
+    def __enter__(self) -> Self:
+        self._kept = os.memfd_create("stderr")
+        self._stderr = os.dup(2)
+        os.dup2(self._kept, 2)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._release()
+
+    def check(self) -> None:
+        """To be called before the first token counts. Errors: SchemaInvalid."""
+        _, found, why = self._release().partition(_UNCOMPILED)
+        if found:
+            reason = why.partition(b"\n")[0].decode(errors="replace").strip(": ")
+            raise SchemaInvalid(f"llama.cpp cannot keep to this schema: {reason}", hint="leave that out of the schema")
+
+    def _release(self) -> bytes:
+        """Give stderr back; returns what went to memory."""
+        if self._stderr < 0:
+            return b""
+        os.dup2(self._stderr, 2)
+        said = os.pread(self._kept, 1 << 16, 0)
+        if said and _UNCOMPILED not in said:
+            os.write(2, said)
+        os.close(self._stderr)
+        os.close(self._kept)
+        self._stderr = -1
+        return said
 
 
 def _detail(entry: dict[str, Any], likeliest: int) -> TokenLogprob:

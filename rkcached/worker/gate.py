@@ -36,6 +36,10 @@ class Gate:
         self._yield_to_live: Callable[[], None] | None = None
 
     @property
+    def free(self) -> bool:
+        return not self._held
+
+    @property
     def waiting_live(self) -> int:
         return len(self._queues[Priority.LIVE])
 
@@ -104,6 +108,11 @@ class Gates:
     def __init__(self) -> None:
         self._shared = Gate()
         self._own: dict[str, Gate] = {}
+
+    def free(self, model: str, *, concurrent: bool) -> bool:
+        """Whether who comes now need not wait."""
+        own = self._own.get(model)
+        return (own is None or own.free) and (concurrent or self._shared.free)
 
     @contextlib.asynccontextmanager
     async def hold(

@@ -1,14 +1,18 @@
 """Whether an answer is the JSON that its request asked for.
 
-Runs in the worker: a schema is a client's, and some take for ever to check. A worker that does is killed by its
-deadline; the daemon never evaluates a schema itself. Nothing is fetched: a `$ref` leads inside the schema or nowhere.
+Runs in the worker: a schema is a client's, and some take for ever to check. There is a limit to that, and the daemon
+never evaluates a schema itself. Nothing is fetched: a `$ref` leads inside the schema or nowhere.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
-from typing import Any
+import signal
+import threading
+from collections.abc import Iterator
+from typing import Any, NoReturn
 
 import jsonschema
 import referencing
@@ -18,7 +22,15 @@ from rkcached.errors import SchemaInvalid, SchemaMismatch
 
 MAX_SCHEMA_BYTES = 64 << 10
 
-_FENCED = re.compile(r"\s*```(?:json)?\s*\n(.*)\n\s*```\s*", re.DOTALL)
+CHECK_LIMIT_S = 5.0
+"""Patterns and alternatives can make a check take for ever."""
+
+_DRESSED = (
+    re.compile(r"```(?:json)?\s*\n(.*)\n\s*```", re.DOTALL),
+    re.compile(r"<tool_call>(.*)</tool_call>", re.DOTALL),
+    re.compile(r"<\|python_tag\|>(.*)", re.DOTALL),
+)
+"""What models put around JSON."""
 
 
 class JsonAnswer:
@@ -30,15 +42,25 @@ class JsonAnswer:
         self._validator = _validator(schema)
 
     def check(self, text: str) -> str:
-        """The JSON in `text`, without the code fence that models like to put around it. Errors: SchemaMismatch."""
-        fenced = _FENCED.fullmatch(text)
-        said = fenced[1] if fenced else text.strip()
+        """The JSON in `text`, without its reasoning, and without the tags or the fence that models put around it.
+
+        Errors: SchemaMismatch; SchemaInvalid if it takes too long to tell.
+        """
+        said = text.rpartition("</think>")[2].strip()
+        for dress in _DRESSED:
+            if dressed := dress.fullmatch(said):
+                said = dressed[1].strip()
         try:
             value = json.loads(said, parse_constant=_no_constant)
         except (ValueError, RecursionError) as error:
             raise SchemaMismatch(f"the answer is not JSON: {error}", text=text, hint=_HINT) from error
         try:
-            problem = next(iter(self._validator.iter_errors(value)), None)
+            with _limited():
+                problem = next(iter(self._validator.iter_errors(value)), None)
+        except _TooLongError as error:
+            raise SchemaInvalid(
+                f"the answer cannot be checked within {CHECK_LIMIT_S:g} s", hint="use simpler patterns and alternatives"
+            ) from error
         except (referencing.exceptions.Unresolvable, re.error, RecursionError) as error:
             raise SchemaInvalid(f"the schema cannot be checked: {type(error).__name__}: {error}") from error
         if problem is not None:
@@ -47,6 +69,29 @@ class JsonAnswer:
 
 
 _HINT = "ask again, allow more tokens, or say in the messages what the JSON shall contain"
+
+
+class _TooLongError(Exception):
+    pass
+
+
+@contextlib.contextmanager
+def _limited() -> Iterator[None]:
+    """Interrupts its body, also a regular expression, where signals can do that: in a process's main thread."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def late(_number: int, _frame: object) -> NoReturn:
+        raise _TooLongError
+
+    before = signal.signal(signal.SIGALRM, late)
+    signal.setitimer(signal.ITIMER_REAL, CHECK_LIMIT_S)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def _validator(schema: str) -> Validator:

@@ -163,6 +163,61 @@ def test_refusals_name_the_parameter(two_prompts: Workspace, body: dict[str, Any
     assert (error["param"], error["code"]) == (param, code), error
 
 
+HALF = '{"a": "\\ud800"}'
+
+
+def test_half_a_character_in_arguments(workspace: Workspace) -> None:
+    """From a client it is a 400; from a model it comes as the escape that it was. Neither is a crash, or in the log."""
+    space = says(workspace, {"hello": f'<tool_call>{{"name": "weather", "arguments": {HALF}}}</tool_call>'})
+    call = {"id": "1", "type": "function", "function": {"name": "g", "arguments": HALF}}
+    messages = [
+        *HELLO,
+        {"role": "assistant", "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": "1", "content": ""},
+    ]
+    error = space.ask("m", status=400, messages=messages)["error"]
+    assert error["param"] == "messages.1.tool_calls.0.function"
+    (said,) = choice(space.ask("m", max_tokens=200, tools=[WEATHER]))["message"]["tool_calls"]
+    assert said["function"]["arguments"] == HALF
+    pieces, _ = deltas(space, tools=[WEATHER])
+    assert [c["function"]["arguments"] for piece in pieces for c in piece.get("tool_calls", ())] == [HALF]
+    assert "ud800" not in space.log_text()
+
+
+def test_an_engine_that_cannot_be_bound_may_think_and_call_as_it_learned(workspace: Workspace) -> None:
+    """Its answer is looked at without the reasoning, and without the tags that its template asks for."""
+    script = {"think": '<think>\nhm\n</think>\n\n{"n": 1}', "call": f"<tool_call>\n{CALL}\n</tool_call>"}
+    space = says(workspace, script)
+    think = choice(space.ask("m", "think", max_tokens=200, response_format={"type": "json_object"}))
+    assert json.loads(think["message"]["content"]) == {"n": 1}
+    call = choice(space.ask("m", "call", max_tokens=200, tools=[WEATHER], tool_choice="required"))
+    assert call["message"]["tool_calls"][0]["function"]["name"] == "weather"
+
+
+def test_a_demanded_call_in_the_words_of_llama(workspace: Workspace) -> None:
+    """It says parameters, not arguments."""
+    space = says(workspace, {"hello": CALL.replace("arguments", "parameters")}, template="llama3")
+    call = choice(space.ask("m", max_tokens=200, tools=[WEATHER], tool_choice="required"))
+    assert call["message"]["tool_calls"][0]["function"] == {"name": "weather", "arguments": '{"city": "Oslo"}'}
+
+
+def test_what_contradicts_itself_is_refused(two_prompts: Workspace) -> None:
+    """Two words for one thing that say different things, and a body that is compressed."""
+    for body in (
+        {"cache": "a", "use_cache": "b"},
+        {"cache": False, "use_cache": "b"},
+        {"top_logprobs": 2},
+        {"max_tokens": 3, "max_completion_tokens": 4},
+    ):
+        assert two_prompts.ask("m", status=400, **body)["error"]["code"] == "invalid_value"
+    assert two_prompts.ask("m/", status=404)["error"]["code"] == "prompt_not_found"
+    assert two_prompts.ask("m", status=404, use_cache="zzz")["error"]["param"] == "use_cache"
+    with two_prompts.http() as client:
+        refused = client.post("/v1/completions", content=b"x", headers={"Content-Encoding": "gzip"})
+        assert (refused.status_code, refused.json()["error"]["code"]) == (415, "unsupported_encoding")
+        assert client.post("/v1/chat/completions/", content=b"x").status_code == 404
+
+
 def test_a_template_that_cannot_show_tools_refuses_them(workspace: Workspace) -> None:
     """Never silence: the model would not have seen them."""
     space = says(workspace, {}, template="phi")

@@ -100,15 +100,28 @@ def test_json_object(client: openai.OpenAI) -> None:
     assert (choice.message.content or "").lstrip().startswith("{")
 
 
-def test_a_schema_that_no_answer_fits(client: openai.OpenAI) -> None:
-    """A schema that the engine silently ignores is noticed, since the answer is checked all the same."""
-    impossible = {"type": "object", "properties": {"a": {"type": "string", "pattern": "^(?=x)y$"}}, "required": ["a"]}
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_schema_that_the_engine_cannot_keep_to(client: openai.OpenAI, register: Workspace, *, stream: bool) -> None:
+    """llama.cpp would silently ignore it; it is refused before a word is said, and is not in the log."""
+    impossible = {"type": "array", "items": {"type": "string", "const": "my-own-word"}, "uniqueItems": True}
     response_format: Any = {"type": "json_schema", "json_schema": {"name": "n", "schema": impossible}}
-    with pytest.raises((openai.UnprocessableEntityError, openai.BadRequestError)) as refused:
+    with pytest.raises(openai.BadRequestError) as refused:
         client.chat.completions.create(
-            model="m", messages=user("Say hello."), response_format=response_format, max_tokens=60
+            model="m", messages=user("Say hello."), response_format=response_format, max_tokens=20, stream=stream
         )
-    assert refused.value.code in ("answer_does_not_fit", "invalid_schema")
+    assert (refused.value.code, refused.value.param) == ("invalid_schema", "response_format")
+    assert "uniqueItems" in refused.value.message
+    assert "my-own-word" not in register.log_text()
+    assert client.chat.completions.create(model="m", messages=user("Say hello."), max_tokens=4).choices
+
+
+@pytest.mark.filterwarnings("ignore:Pydantic serializer warnings")  # the client's own
+def test_what_parse_returned_goes_back(client: openai.OpenAI) -> None:
+    """The client's own objects are messages again."""
+    messages = user("Name one person and an age, as JSON.")
+    first = client.chat.completions.parse(model="m", messages=messages, response_format=Person, max_tokens=120)
+    messages = [*messages, first.choices[0].message, *user("Thanks.")]
+    assert client.chat.completions.create(model="m", messages=messages, max_tokens=4).choices[0].message.content
 
 
 def test_tools(client: openai.OpenAI) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -121,6 +122,31 @@ def test_a_full_queue_refuses(workspace: Workspace) -> None:
         assert refused.headers["retry-after"] == "1"
         assert time.monotonic() - started < 0.5
         assert [future.result()["usage"]["completion_tokens"] for future in running] == [50, 2, 2]
+
+
+def test_a_burst_fills_the_queue_exactly(workspace: Workspace) -> None:
+    """Of four at once, one runs, two wait, and one too many is refused."""
+    workspace.memory_model(decode_us_per_token=20_000)
+    workspace.declare("{}", top="serving: {queue: 2}")
+    workspace.start()
+    workspace.ask("m", max_tokens=1)
+
+    def one(_: int) -> int:
+        with workspace.http() as client:
+            return client.post("/v1/completions", json={"model": "m", "prompt": "x", "max_tokens": 20}).status_code
+
+    with ThreadPoolExecutor(4) as pool:
+        assert sorted(pool.map(one, range(4))) == [200, 200, 200, 503]
+
+
+def test_a_client_that_leaves_while_it_sends(two_prompts: Workspace) -> None:
+    """One line in the log, no error."""
+    with socket.socket(socket.AF_UNIX) as client:
+        client.connect(str(two_prompts.socket))
+        client.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: d\r\nContent-Length: 50\r\n\r\n")
+        wait_until(two_prompts.status, "the request is being read")
+    wait_until(lambda: "path=/v1/completions status=499" in two_prompts.log_text(), "it is logged")
+    assert " error " not in two_prompts.log_text()
 
 
 @pytest.mark.parametrize("streaming", [False, True])

@@ -19,6 +19,7 @@ import psutil
 import pytest
 
 DEADLINE_S = 60.0
+BOOT_DEADLINE_S = 180.0
 SOCKET = "/run/rkcached/rkcached.sock"
 ADMIN_SOCKET = "/run/rkcached/admin.sock"
 STORE = "/var/cache/rkcached"
@@ -80,6 +81,7 @@ class Machine:
         wait_until(
             lambda: self.run("systemctl", "is-system-running", code=None).stdout.strip() in up,
             lambda: f"systemd is up; its console:\n{(self._base / 'console').read_text(errors='replace')}",
+            BOOT_DEADLINE_S,
         )
 
     def cut_power(self) -> None:

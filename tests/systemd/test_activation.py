@@ -58,6 +58,10 @@ def test_who_may_do_what(machine: Machine) -> None:
     assert "3 fresh" in machine.run("rkcached", "status", user="member").stdout
     said = machine.run("rkcached", "reload", user="member", code=77).stderr
     assert f"permission denied on {ADMIN_SOCKET}" in said
+    # The sandbox leaves the daemon's view of others alone: the journal tells who asked.
+    uid = machine.run("id", "-u", "member").stdout.strip()
+    asked = [entry for entry in machine.journal("EVENT=request") if entry["UID"] == uid]
+    assert {("/v1/chat/completions", "200"), ("/v1/cache/m", "403")} <= {(e["PATH"], e["STATUS"]) for e in asked}
 
 
 def test_modes_and_owners(machine: Machine) -> None:

@@ -17,6 +17,38 @@ def check(text: str, schema: Any = PERSON) -> str:
     return JsonAnswer(json.dumps(schema)).check(text)
 
 
+@pytest.mark.parametrize("text", ['<think>\nhm {"age": 2}\n</think>\n\n{"age": 1}', 'hm</think>\n{"age": 1}'])
+def test_reasoning_is_not_the_answer(text: str) -> None:
+    """Also where the prompt ended inside the tag."""
+    assert check(text) == '{"age": 1}'
+
+
+@pytest.mark.parametrize("text", ['<tool_call>\n{"age": 1}\n</tool_call>', '<|python_tag|>{"age": 1}'])
+def test_a_call_may_come_in_its_tags(text: str) -> None:
+    """As the template asks for it."""
+    assert check(text) == '{"age": 1}'
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"type": "string", "pattern": "^(a+)+$"},
+        {
+            "$ref": "#/$defs/d0",
+            "$defs": {
+                **{f"d{n}": {"allOf": [{"$ref": f"#/$defs/d{n + 1}"}] * 2} for n in range(40)},
+                "d40": {"type": "string"},
+            },
+        },
+    ],
+)
+def test_a_check_has_a_limit(schema: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pattern or alternatives that would take years."""
+    monkeypatch.setattr("rkcached.worker.json_answer.CHECK_LIMIT_S", 0.2)
+    with pytest.raises(SchemaInvalid, match="within"):
+        check(json.dumps("a" * 40 + "b"), schema)
+
+
 @pytest.mark.parametrize(
     "text", ['{"age": 1}', ' \n{"age": 1}\n', '```json\n{"age": 1}\n```', '```\n{"age": 1}\n```\n']
 )

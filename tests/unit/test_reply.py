@@ -54,13 +54,29 @@ CASES = [
     ('{"just": "json"}', LLAMA3, ('{"just": "json"}', "", [])),
     ("I call " + F_LLAMA3, LLAMA3, ("I call " + F_LLAMA3, "", [])),
     ('{"name": "f", "arguments": {"a": 1}}', HERMES | {"forced": True}, ("", "", [F])),
+    (
+        '<tool_call>{"name": "f", "arguments": {"a": "</tool_call>"}}</tool_call>',
+        HERMES,
+        ("", "", [ToolCall(name="f", arguments='{"a": "</tool_call>"}')]),
+    ),
+    (
+        '<tool_call>{"name": "f", "arguments": {"a": "\\ud800é"}}</tool_call>',
+        HERMES,
+        ("", "", [ToolCall(name="f", arguments='{"a": "\\ud800\\u00e9"}')]),
+    ),
+    ('<tool_call>{"name": "f", "arguments": {"a": NaN}}</tool_call>', HERMES, (..., "", [])),
+    ('<tool_call>{"name": "", "arguments": {}}</tool_call>', HERMES, (..., "", [])),
+    ('<tool_call>{"name": "\\ud800", "arguments": {}}</tool_call>', HERMES, (..., "", [])),
+    ('{"name": "f", "parameters": {"a": ' + "[" * 980 + "]" * 980 + "}}", LLAMA3, (..., "", [])),
     ('{"name": "f", "argum', HERMES | {"forced": True}, ('{"name": "f", "argum', "", [])),
 ]
 
 
 @pytest.mark.parametrize(("text", "how", "expected"), CASES)
 def test_reply(text: str, how: dict[str, object], expected: tuple[str, str, list[ToolCall]]) -> None:
-    """Whole, and letter by letter."""
+    """Whole, and letter by letter. Content of `...` is the text as it came."""
+    if expected[0] is ...:
+        expected = (text, *expected[1:])
     assert expected == taken_apart([text], **how)
     assert expected == taken_apart(list(text), **how)
 
