@@ -19,7 +19,7 @@ demo: $(VENV)/.demo
 	$(BIN)/rkcached demo $(if $(ONCE),--once)
 
 test: lint
-	$(BIN)/pytest $(PYTEST_ARGS)
+	$(BIN)/pytest -n 2 --dist loadfile $(PYTEST_ARGS)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

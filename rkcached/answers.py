@@ -294,6 +294,7 @@ class BinaryCacheCreated(Answer):
     prefill_ms: float
     cold_ttft_ms: float
     build_ms: float
+    size_bytes: int
 
 
 class ManifestReloaded(Answer):

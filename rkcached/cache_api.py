@@ -203,6 +203,7 @@ class CacheApi:
                 prefill_ms=round(artifact.sidecar.figures.prefill_ms, 1),
                 cold_ttft_ms=round(artifact.sidecar.figures.cold_ttft_ms, 1),
                 build_ms=round(artifact.sidecar.build_ms, 1),
+                size_bytes=artifact.sidecar.size_bytes,
             )
         )
 

@@ -45,7 +45,7 @@ def regenerate(
                 refusals.append(error)
                 continue
             seconds = answer["build_ms"] / 1000
-            size = show.size(answer["size_mb"] * 1e6)
+            size = show.size(answer["size_bytes"])
             console.print(f"{name} {answer['tokens']} tokens, {size} in {seconds:.1f} s", markup=False)
             answers.append(answer)
     return answers, refusals

@@ -203,7 +203,7 @@ def test_runtime_that_measures_nothing(workspace: Workspace, library: Library, g
 
 def test_streams_whole_characters(d: Workspace) -> None:
     """Pieces are whole characters, however the library cuts its bytes and on whichever thread it calls back."""
-    run(d, waiting="bytes", callback_thread="own", null_text="yes")
+    run(d, waiting="bytes", callback_thread="own", null_text="yes", decode_tps=50)
     pieces, last = d.stream("m/a", max_tokens=32)
     text = "".join(pieces)
     assert cold(d, max_tokens=32) == text
@@ -524,7 +524,7 @@ def test_library_unusable(d: Workspace, spoil: Callable[[bytes], bytes] | None, 
 @pytest.mark.parametrize("concurrent", [False, True])
 def test_two_models(d: Workspace, concurrent: bool) -> None:
     """Two models never use the NPU at the same time; with `engine: {concurrent: true}` they do."""
-    run(d, "{}", models="mn", engine=f", concurrent: {concurrent}".lower(), decode_tps=30)
+    run(d, "{}", models="mn", engine=f", concurrent: {concurrent}".lower(), decode_tps=12)
 
     def waited_ms(name: str) -> float:
         queue_ms: float = d.ask(name, max_tokens=32)["rkcached"]["queue_ms"]
@@ -536,7 +536,7 @@ def test_two_models(d: Workspace, concurrent: bool) -> None:
     with ThreadPoolExecutor() as pool:
         waited = max(pool.map(waited_ms, "mn"))
     took = time.monotonic() - started
-    alone = 32 / 30
+    alone = 32 / 12
     if concurrent:
         assert took < 1.6 * alone
     else:
