@@ -192,9 +192,10 @@ async def _serve_both(servers: tuple[HttpServer, HttpServer], listeners: tuple[s
 
 
 def _room(manifest: Manifest) -> Room:
-    """An NPU has little memory of its own to share: one model, unless the manifest says otherwise."""
+    """An NPU runs one model at a time: one is loaded, unless the manifest says otherwise."""
     engine = manifest.engine
-    return room_in_memory(1 if engine.max_loaded is None and engine.kind is EngineKind.RKLLM else engine.max_loaded)
+    one = engine.kind is EngineKind.RKLLM and not engine.concurrent
+    return room_in_memory(1 if engine.max_loaded is None and one else engine.max_loaded)
 
 
 def _tell_worker(events: Events, worker: Worker) -> None:

@@ -198,7 +198,10 @@ class EngineConfig(_Section):
     )
     concurrent: bool = Field(default=False, strict=True, description="Let several models use the NPU at the same time.")
     max_loaded: int | None = _whole(
-        default=None, ge=1, le=64, description="Models in memory at once. None: 1 with rkllm, else what fits in memory."
+        default=None,
+        ge=1,
+        le=64,
+        description="Models in memory at once. None: 1 with rkllm (unless concurrent), else what fits in memory.",
     )
 
 
