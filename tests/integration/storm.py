@@ -572,7 +572,11 @@ class Storm(RuleBasedStateMachine):
         self.kills = 0 if not quarantined else self.kills
 
     def _check_files(self, kept: set[Key]) -> None:
-        allowed = {Path(".lock"), Path(".digests.json")}
+        allowed = {
+            Path(".lock"),
+            Path(".digests.json"),
+            Path(".digests.json.tmp"),
+        }  # the last: a look may just be ending
         allowed |= {
             Path(key.model, key.prompt + suffix) for key in kept for suffix in (".memory_cache", ".bin", ".json")
         }

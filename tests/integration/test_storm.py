@@ -32,3 +32,21 @@ def test_after_any_storm_every_prompt_is_fresh_and_no_answer_was_wrong() -> None
     )
     assert storm.steps - before >= STEPS
     print(f"{storm.steps - before} steps")
+
+
+def test_a_model_that_was_loaded_between_two_replacements_is_not_taken_for_the_one_that_came_back() -> None:
+    """The worker loaded the file that was there for a moment, and a build of it got the fingerprint of the other."""
+    one = storm.Storm()
+    one.begin()
+    try:
+        one.calm()
+        one.drop_events(muted=True)
+        one.replace_model(model="m", seed="y")
+        one.kill_worker(model="m")
+        one.breathe(turns=20)
+        for _ in range(2):
+            one.ask(key=storm.Key("m", "a"), question="hello")
+        one.replace_model(model="m", seed="x")
+        one.edit(name="a.md", text="You are two.\n", how="write")
+    finally:
+        one.teardown()
