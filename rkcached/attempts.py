@@ -17,7 +17,10 @@ from rkcached.view import View
 
 def blames_model(error: errors.RkcachedError) -> bool:
     """No prompt of this model can be built now, but perhaps later."""
-    return isinstance(error, errors.ModelLoadError | errors.RuntimeLibraryError | errors.WorkerUnavailable)
+    return isinstance(
+        error,
+        errors.ModelLoadError | errors.RuntimeLibraryError | errors.WorkerUnavailable | errors.ModelReplaced,
+    )
 
 
 class Attempts:

@@ -76,6 +76,7 @@ def worker_model(engine: EngineConfig, model: DesiredModel) -> WorkerModel:
         ),
         idle_unload_s=config.idle_unload_s,
         timeout_s=engine.timeout_s,
+        signatures=model.source.signatures,
     )
 
 

@@ -11,6 +11,7 @@ import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from rkcached.digests import Signature
 from rkcached.errors import TemplateError
 from rkcached.fingerprint import Fingerprint, Value, fingerprint
 from rkcached.manifest import EngineKind, FingerprintMode, Manifest, ModelConfig
@@ -34,6 +35,8 @@ class ModelSource:
     template_source: str
     tokenizer_digest: str = ""
     lora_digest: str = ""
+    signatures: tuple[tuple[str, Signature], ...] = field(default=(), compare=False)
+    """Path and signature of each file that has one of these digests: no part of what the model is."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

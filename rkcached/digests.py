@@ -113,7 +113,11 @@ class Digests:
             return
         self._entries = {name: entry for name, entry in self._entries.items() if name in self._used}
         temporary = self._file.with_name(self._file.name + ".tmp")
-        temporary.touch(mode=0o640)
-        temporary.write_bytes(msgspec.json.encode(self._entries))
-        temporary.replace(self._file)
+        try:
+            temporary.touch(mode=0o640)
+            temporary.write_bytes(msgspec.json.encode(self._entries))
+            temporary.replace(self._file)
+        finally:  # of a full disk, half a file would take what is left
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
         self._dirty = False

@@ -31,7 +31,8 @@ HTTP, log) can show it to a person without knowing what it is.
     ├── WorkerError              the worker process failed                                    exit 70
     │   ├── WorkerDied           signal or exit code
     │   ├── WorkerTimeout        a deadline passed; the worker was killed
-    │   └── WorkerUnavailable    in backoff after failures, or shutting down
+    │   ├── WorkerUnavailable    in backoff after failures, or shutting down
+    │   └── ModelReplaced        the model's files are no longer those that were looked at
     └── RequestError             a client's request cannot be served: HTTP status, code, param
 """
 
@@ -223,6 +224,10 @@ class WorkerTimeout(WorkerError):
 
 class WorkerUnavailable(WorkerError):
     """The worker is in backoff after failures, or shutting down."""
+
+
+class ModelReplaced(WorkerError):
+    """What was loaded is not what the last look found: another look tells what it is."""
 
 
 class RequestError(RkcachedError):

@@ -251,6 +251,7 @@ _FACES: dict[type[errors.RkcachedError], tuple[int, str, str | None, int]] = {
     errors.ModelLoadError: (503, "model_unavailable", None, 5),
     errors.RuntimeLibraryError: (503, "model_unavailable", None, 5),
     errors.WorkerUnavailable: (503, "worker_unavailable", None, 5),
+    errors.ModelReplaced: (503, "model_unavailable", None, 1),
     errors.WorkerTimeout: (504, "worker_timeout", None, 0),
     errors.WorkerDied: (502, "worker_died", None, 0),
 }

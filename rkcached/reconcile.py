@@ -252,8 +252,7 @@ class Reconciler:
             self._watcher.follow(*inputs(look.manifest, self.manifest_file.path, self._stored))
             self._retire_workers(look)
             removes = [action for action in plan(look.assessments) if isinstance(action, Remove)]
-            for action in removes:
-                await self._remove(action)
+            removed = [action for action in removes if await self._remove(action)]
             await self._stop_unwanted_build(look)
             anew = self._requests.looked(opened, self.view.assessments, self.view.artifacts)
             self._pending = self._builds_to_do(look, anew)
@@ -269,9 +268,9 @@ class Reconciler:
             await asyncio.to_thread(self._store.digests.save)
         self.looks += 1
         self.last_look_ms = (time.perf_counter() - started) * 1000
-        log.debug("looked", took_ms=round(self.last_look_ms, 1), builds=len(self._pending), removed=len(removes))
+        log.debug("looked", took_ms=round(self.last_look_ms, 1), builds=len(self._pending), removed=len(removed))
         self.looked.set()
-        if removes:
+        if removed:  # what cannot be removed is tried again at the next look, not at once
             self.look_again(now=True)
 
     async def _observe(self) -> Look:
@@ -342,7 +341,8 @@ class Reconciler:
 
     # Acting
 
-    async def _remove(self, action: Remove) -> None:
+    async def _remove(self, action: Remove) -> bool:
+        """Whether it could be."""
         key = action.key
         try:
             if action.verdict is not None:
@@ -350,12 +350,13 @@ class Reconciler:
             await asyncio.to_thread(self._store.remove, key)
         except errors.StoreError as error:
             log.error("artifact not removed", model=key.model, prompt=key.prompt, error=error.message, hint=error.hint)
-            return
+            return False
         self.view.index.discard(key)
         self.view.artifacts.pop(key, None)
         if key not in self.view.desired.prompts:
             self.view.assessments.pop(key, None)  # who asked for the removal must not see it any more
         log.info("artifact removed", model=key.model, prompt=key.prompt, reason=action.reason)
+        return True
 
     async def _forget_verdicts(self, look: Look) -> None:
         for key in look.inventory.verdicts.keys() - look.desired.prompts.keys():

@@ -75,6 +75,8 @@ class _Run:
     load_ms: float = 0.0
     load_error: protocol.Loaded | None = None
     loaded: bool = False
+    looked: bool = False
+    """Its model had changed, and was looked at again."""
     answering: bool = False
     """The client may have seen a piece."""
     first_written: float = 0.0
@@ -221,6 +223,8 @@ class Serving:
                 # It died over the prompt cache, and the client has seen nothing yet: answer without.
                 await self._reconciler.artifact_failed(*run.chosen, error.message, died=True)
                 died = error.message
+            except errors.ModelReplaced as error:
+                await self._look_again(run, error)
             except errors.SchemaMismatch as error:
                 if run.job.correct is None or run.answering:
                     raise
@@ -271,6 +275,13 @@ class Serving:
         if not 0 < wait_s <= BACKOFF_PATIENCE_S:
             raise error
         await asyncio.sleep(wait_s)
+
+    async def _look_again(self, run: _Run, error: errors.ModelReplaced) -> None:
+        """Have the model looked at anew, once for each request. Errors: the given one, the second time."""
+        if run.looked:
+            raise error
+        run.looked = True
+        await self._reconciler.next_look()
 
     def _report_load_error(self, chosen: tuple[Key, StoredArtifact], event: protocol.Loaded) -> None:
         if event.replaced:

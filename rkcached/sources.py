@@ -131,25 +131,29 @@ class SourceReader:
                         message=f"{config.path} is not a {engine.model_format}",
                         hint="set path to a file of that format, or engine.kind to the engine that reads it",
                     )
+            signatures: dict[str, Signature] = {}
+            digest, signatures[str(config.path)] = self._digests.digest_and_signature(config.path)
             return ModelSource(
-                digest=self._digests.digest(config.path),
+                digest=digest,
                 template_source=template,
-                tokenizer_digest=self._optional(config.tokenizer, "tokenizer"),
-                lora_digest=self._optional(config.lora, "LoRA adapter"),
+                tokenizer_digest=self._optional(config.tokenizer, "tokenizer", signatures),
+                lora_digest=self._optional(config.lora, "LoRA adapter", signatures),
+                signatures=tuple(signatures.items()),
             )
         except RkcachedError as error:
             return Trouble.of(error)
         except OSError as error:
             return Trouble.of(_unusable(config.path, error, "model file"))
 
-    def _optional(self, path: Path | None, noun: str) -> str:
-        """The digest of a file that a model may have. Errors: SourceError."""
+    def _optional(self, path: Path | None, noun: str, signatures: dict[str, Signature]) -> str:
+        """The digest of a file that a model may have; adds its signature. Errors: SourceError."""
         if path is None:
             return ""
         try:
             if not path.is_file():
                 raise FileNotFoundError(path)
-            return self._digests.digest(path)
+            digest, signatures[str(path)] = self._digests.digest_and_signature(path)
+            return digest
         except OSError as error:
             raise _unusable(path, error, noun) from error
 

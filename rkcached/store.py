@@ -18,7 +18,7 @@ import hashlib
 import os
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import msgspec
@@ -194,7 +194,7 @@ class Store:
         except FileNotFoundError as error:
             corrupt = f"{Path(error.filename).name} is missing"
         except OSError as error:
-            corrupt = f"{path.name} cannot be read: {error.strerror}"
+            corrupt = f"{Path(error.filename or path).name} cannot be read: {error.strerror}"
         except SourceError as error:
             corrupt = error.message
         return StoredArtifact(path=path, sidecar=sidecar, signature=None if corrupt else signature, corrupt=corrupt)
@@ -237,6 +237,7 @@ class Store:
             with self._writing(folder):
                 durable.write_new(text, prefix)
                 durable.write_new(record, msgspec.json.format(msgspec.json.encode(sidecar)))
+                self._make_way(key, sidecar.artifact)
                 staged.replace(folder / sidecar.artifact)
                 text.replace(folder / f"{key.prompt}.bin")
                 durable.sync_directory(folder)
@@ -258,6 +259,7 @@ class Store:
         """Delete an artifact, its sidecar first, and its folder when nothing else is in it. Errors: StoreError."""
         folder = self.root / key.model
         with self._writing(folder):
+            self._make_way(key)
             (folder / f"{key.prompt}.json").unlink(missing_ok=True)
             (folder / f"{key.prompt}.bin").unlink(missing_ok=True)
             for path in _artifacts_of(folder, key.prompt):
@@ -267,16 +269,27 @@ class Store:
 
     def quarantine(self, key: Key) -> None:
         """Take an artifact out of use but keep it for a post-mortem. Errors: StoreError."""
-        folder, kept = self.root / key.model, self.root / ".quarantine"
+        folder = self.root / key.model
+        self._keep(
+            key, (folder / f"{key.prompt}.json", folder / f"{key.prompt}.bin", *_artifacts_of(folder, key.prompt))
+        )
+
+    def _make_way(self, key: Key, artifact: str = "") -> None:
+        """Nobody but us puts anything where our files go: a directory there is moved away. Errors: StoreError."""
+        folder = self.root / key.model
+        names = {f"{key.prompt}.json", f"{key.prompt}.bin", artifact or f"{key.prompt}.json"}
+        places = {folder / name for name in names} | set(_artifacts_of(folder, key.prompt))
+        if in_the_way := sorted(path for path in places if path.is_dir() and not path.is_symlink()):
+            self._keep(key, in_the_way)
+
+    def _keep(self, key: Key, paths: Iterable[Path]) -> None:
+        """Move these into a new folder of the quarantine, where the oldest make room. Errors: StoreError."""
+        kept = self.root / ".quarantine"
         with self._writing(kept):
             kept.mkdir(mode=DIRECTORY_MODE, exist_ok=True)
             target = kept / f"{key.model}--{key.prompt}--{secrets.token_hex(4)}"
             target.mkdir(mode=DIRECTORY_MODE)
-            for path in (
-                folder / f"{key.prompt}.json",
-                folder / f"{key.prompt}.bin",
-                *_artifacts_of(folder, key.prompt),
-            ):
+            for path in paths:
                 with contextlib.suppress(FileNotFoundError):
                     path.rename(target / path.name)
             oldest_first = sorted(kept.iterdir(), key=lambda path: path.stat().st_mtime_ns)

@@ -88,6 +88,7 @@ class Workers:
         """The worker that hosts exactly this; one that hosts something older is replaced."""
         worker = self._workers.get(model.name)
         if worker is not None and worker.model == model:
+            worker.model = model  # the files may have been touched since
             return worker
         if worker is not None:
             self._retire(worker)

@@ -24,16 +24,18 @@ import tempfile
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
 import msgspec
 import structlog
 
+from rkcached.digests import Signature
 from rkcached.engines.base import EngineInfo, ModelSpec
 from rkcached.errors import (
     EngineError,
+    ModelReplaced,
     WorkerDied,
     WorkerError,
     WorkerTimeout,
@@ -94,6 +96,8 @@ class WorkerModel:
     idle_unload_s: float | None
     timeout_s: float | None = None
     """Replaces the deadlines for loading and for silence."""
+    signatures: tuple[tuple[str, Signature], ...] = field(default=(), compare=False)
+    """Path and signature of each file that `identity` was made of. A loaded model stays what it is when they change."""
 
 
 AdmitWorker = Callable[["Worker"], Awaitable[None]]
@@ -173,7 +177,7 @@ class Worker:
     # Life
 
     async def ensure(self) -> EngineInfo:
-        """Start the process if it does not run. Errors: ModelLoadError, EngineError, WorkerError."""
+        """Start the process if it does not run. Errors: ModelLoadError, EngineError, WorkerError (ModelReplaced)."""
         if self._stopping is not None:
             await asyncio.shield(self._stopping)
         if self._process is not None and self.info is not None:
@@ -208,6 +212,13 @@ class Worker:
             raise
         match answer:
             case protocol.Ready():
+                if replaced := _replaced(model):
+                    await self._end()
+                    self.state = WorkerState.STOPPED
+                    raise ModelReplaced(
+                        f"{replaced} changed while {model.name} was loaded, or since it was looked at",
+                        hint="it is looked at again; try again",
+                    )
                 self.info = answer.info
                 self.state = WorkerState.READY
                 self._watcher = asyncio.create_task(self._watch(process))
@@ -443,6 +454,18 @@ class Worker:
             await self._died("while idle")
         finally:
             self._stopping = None
+
+
+def _replaced(model: WorkerModel) -> str:
+    """A file that is not the one which gave the model its identity, if any."""
+    for path, signature in model.signatures:
+        try:
+            if Signature.of(os.stat(path)) == signature:  # noqa: PTH116 - paths are text in a specification
+                continue
+        except OSError:
+            pass
+        return path
+    return ""
 
 
 async def _to_the_end(work: Coroutine[Any, Any, object]) -> None:

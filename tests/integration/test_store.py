@@ -215,6 +215,7 @@ DAMAGES: dict[str, tuple[str, Callable[[Path], object], str]] = {
     "missing": ("p.memory_cache", Path.unlink, "p.memory_cache is missing"),
     "directory": ("p.memory_cache", as_directory, "p.memory_cache"),
     "text-flipped": ("p.bin", flip, "p.bin does not have the SHA-256 of its sidecar"),
+    "text-directory": ("p.bin", as_directory, "p.bin"),
     "text-missing": ("p.bin", Path.unlink, "p.bin is missing"),
     "sidecar-missing": ("p.json", Path.unlink, "the sidecar is missing"),
     "sidecar-empty": ("p.json", lambda path: path.write_bytes(b""), "the sidecar is damaged"),
@@ -232,14 +233,24 @@ DAMAGES: dict[str, tuple[str, Callable[[Path], object], str]] = {
 
 @pytest.mark.parametrize("case", DAMAGES)
 def test_a_damaged_artifact_is_reported_and_can_be_replaced(store: Store, folder: Path, case: str) -> None:
-    """In words; publishing again makes it good, unless something that is no file of ours is in the way."""
+    """In words; publishing again makes it good, also where a directory is in the way."""
     name, spoil, words = DAMAGES[case]
     store.scan()
     spoil(folder / name)
     assert words in corrupt(store)
-    if "directory" not in case:
-        publish(store, P, "two")
-        assert corrupt(store) == ""
+    publish(store, P, "two")
+    assert corrupt(store) == ""
+
+
+@pytest.mark.parametrize("name", ["p.memory_cache", "p.bin", "p.json"])
+def test_a_directory_in_the_place_of_a_file_does_not_keep_an_artifact_from_being_removed(
+    store: Store, folder: Path, name: str
+) -> None:
+    """It was refused for ever, and the reconciler tried it again without a pause. The directory is kept."""
+    as_directory(folder / name)
+    store.remove(P)
+    assert not folder.exists()
+    assert [path.name for path in store.root.glob(".quarantine/*/*")] == [name]
 
 
 @pytest.mark.parametrize("offset", range(0, 1100, 37))
