@@ -4,13 +4,16 @@ Owns the Jinja2 sandbox, set up as Hugging Face transformers does, and five buil
 cache is built from (`prefix`) and the text that a request sends (`render`) come out of the same code, so they cannot
 drift apart. Prompt text is data: only the template is ever evaluated. There is no clock: a date in the prefix would
 make every prompt cache stale each day. Pure: no I/O; whatever Jinja2 raises leaves as a TemplateError.
+
+A template that is not built in may loop for ever or fill the memory, which nothing in this process can bound: who
+holds one gives `ChatTemplate` another `compile`, that of `rendering`, which works in a process that can be killed.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from enum import StrEnum
 from functools import cached_property, lru_cache
 from traceback import walk_tb
@@ -23,7 +26,7 @@ from jinja2.ext import Extension
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from rkcached.errors import TemplateError
+from rkcached.errors import TemplateError, TemplateExhausted
 
 # Lines that end in a block tag lose their newline (trim_blocks), lines that end in text or a value keep it.
 # Tools, calls and results are written as Hermes and Qwen models were trained on them: JSON between tags.
@@ -213,6 +216,29 @@ class ToolStyle(StrEnum):
     """The answer is `{"name": ..., "parameters": ...}`: Llama 3.1 and later."""
 
 
+Write = Callable[[Mapping[str, Any], Sequence[Message]], str]
+"""Renders variables and messages. Errors: TemplateError."""
+
+Compile = Callable[[str, str], Write]
+"""From a template's source and name. Errors: TemplateError, with the line in the template, if it does not parse."""
+
+
+def compile_here(source: str, name: str) -> Write:
+    """Compile a template in this process: for those that are trusted to end."""
+    try:
+        compiled = _compile(source)
+    except Exception as error:
+        raise _translate(name, error) from error
+
+    def write(variables: Mapping[str, Any], messages: Sequence[Message]) -> str:
+        try:
+            return compiled.render(variables, messages=messages)
+        except Exception as error:
+            raise _translate(name, error) from error
+
+    return write
+
+
 class ChatTemplate:
     """One chat template, compiled. Raises TemplateError, with the line in the template, if it does not parse.
 
@@ -221,7 +247,14 @@ class ChatTemplate:
     """
 
     def __init__(
-        self, source: str, *, name: str, bos_token: str = "", eos_token: str = "", thinking: bool | None = None
+        self,
+        source: str,
+        *,
+        name: str,
+        bos_token: str = "",
+        eos_token: str = "",
+        thinking: bool | None = None,
+        compile_elsewhere: Compile | None = None,
     ) -> None:
         self.name = name
         self.digest = _digest(source, bos_token, eos_token)
@@ -236,24 +269,20 @@ class ChatTemplate:
         }
         if thinking is not None:
             self._variables["enable_thinking"] = thinking
-        try:
-            self._compiled = _compile(source)
-        except Exception as error:
-            raise self._translate(error) from error
+        self.may_wait = compile_elsewhere is not None and source not in BUILTIN.values()
+        """Rendering waits for another process: not in the event loop."""
+        self._write = (compile_elsewhere if compile_elsewhere and self.may_wait else compile_here)(source, name)
 
     def render(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] = ()) -> str:
         """The text of a request, up to and including the header of the answer. Tools are as OpenAI describes them.
 
         Newlines at the end of a system message are dropped: those of a prompt file are not part of the prompt.
         """
-        copies = [
+        copies: list[Any] = [
             {**message, "content": message["content"].rstrip("\r\n")} if message["role"] == "system" else {**message}
             for message in messages
         ]
-        try:
-            return self._compiled.render(self._variables | {"tools": list(tools) or None}, messages=copies)
-        except Exception as error:
-            raise self._translate(error) from error
+        return self._write(self._variables | {"tools": list(tools) or None}, copies)
 
     def prefix(self, system: str) -> str:
         """The text that every request with this system message and one user message starts with.
@@ -297,26 +326,6 @@ class ChatTemplate:
             hint="choose another chat_template, or write a .jinja file that folds the system text into the first user "
             "message, as the built-in gemma does",
         ) from error
-
-    def _translate(self, error: Exception) -> TemplateError:
-        line = _line(error)
-        place = f"template {self.name}, line {line}" if line else f"template {self.name}"
-        kind = type(error).__name__
-        said = str(error) or kind
-        match error:
-            case jinja2.UndefinedError() if "strftime_now" in said:
-                message = "it requires strftime_now, today's date, which prompts do not get"
-                hint = "a date makes a prompt cache stale each day: remove it, or ask `strftime_now is defined` first"
-            case jinja2.TemplateSyntaxError():
-                message, hint = f"syntax error: {said}", "chat templates are Jinja2; correct the line"
-            case jinja2.exceptions.SecurityError():
-                message, hint = f"refused by the sandbox: {said}", "a chat template may only read its variables"
-            case jinja2.TemplateError():
-                message, hint = said, "change the messages, or choose another chat_template"
-            case _:
-                message = said if said == kind else f"{kind}: {said}"
-                hint = "the template cannot handle these messages; choose another chat_template"
-        return TemplateError(f"{place}: {message}", hint=hint)
 
 
 class _Generation(Extension):
@@ -367,6 +376,29 @@ _ENVIRONMENT: Final = _environment()
 @lru_cache(maxsize=64)
 def _compile(source: str) -> jinja2.Template:
     return _ENVIRONMENT.from_string(source)
+
+
+def _translate(name: str, error: Exception) -> TemplateError:
+    line = _line(error)
+    place = f"template {name}, line {line}" if line else f"template {name}"
+    kind = type(error).__name__
+    said = str(error) or kind
+    match error:
+        case MemoryError():
+            return TemplateExhausted(f"{place}: it needs more memory than a render may have", hint="correct the line")
+        case jinja2.UndefinedError() if "strftime_now" in said:
+            message = "it requires strftime_now, today's date, which prompts do not get"
+            hint = "a date makes a prompt cache stale each day: remove it, or ask `strftime_now is defined` first"
+        case jinja2.TemplateSyntaxError():
+            message, hint = f"syntax error: {said}", "chat templates are Jinja2; correct the line"
+        case jinja2.exceptions.SecurityError():
+            message, hint = f"refused by the sandbox: {said}", "a chat template may only read its variables"
+        case jinja2.TemplateError():
+            message, hint = said, "change the messages, or choose another chat_template"
+        case _:
+            message = said if said == kind else f"{kind}: {said}"
+            hint = "the template cannot handle these messages; choose another chat_template"
+    return TemplateError(f"{place}: {message}", hint=hint)
 
 
 def _line(error: Exception) -> int:

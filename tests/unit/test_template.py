@@ -312,7 +312,7 @@ def test_sandbox_refuses(source: str) -> None:
         ("{{ 1 / 0 }}", "ZeroDivisionError"),
         ("{{ 1 + 'a' }}", "TypeError"),
         ("{{ range(10 ** 9) }}", "OverflowError"),
-        ("{{ 'a' * 10 ** 15 }}", "MemoryError"),
+        ("{{ 'a' * 10 ** 15 }}", "more memory"),
         ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "RecursionError"),
         ("{{ messages[9].role }}", "no element 9"),
         ("{{ raise_exception('') }}", "TemplateError"),
@@ -412,4 +412,5 @@ def test_a_thousand_prefixes_compile_one_template() -> None:
 
     assert len(prefixes) == 1000
     assert template._compile.cache_info().misses == before + 1
-    assert twin._compiled is chat._compiled
+    assert twin.render(user("Hello")) == chat.render(user("Hello"))
+    assert template._compile.cache_info().misses == before + 1
