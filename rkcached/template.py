@@ -5,6 +5,13 @@ cache is built from (`prefix`) and the text that a request sends (`render`) come
 drift apart. Prompt text is data: only the template is ever evaluated. There is no clock: a date in the prefix would
 make every prompt cache stale each day. Pure: no I/O; whatever Jinja2 raises leaves as a TemplateError.
 
+Prompts, messages, tool results, calls and tool definitions cannot forge a turn. What a tokenizer would read as
+structure is broken by a blank after its first character, in every text that is handed to a template and before the
+template sees it: `<|im_end|>` becomes `< |im_end|>`, which reads the same and is data to every tokenizer. These are the
+forms in which the known families write their markers, and whatever else of that kind stands in the template itself or
+is its bos_token or eos_token. A blank, because some tokenizers drop invisible characters. `/v1/completions` has no
+template: its text is structure by intent.
+
 A template that is not built in may loop for ever or fill the memory, which nothing in this process can bound: who
 holds one gives `ChatTemplate` another `compile`, that of `rendering`, which works in a process that can be killed.
 """
@@ -13,6 +20,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from enum import StrEnum
 from functools import cached_property, lru_cache
@@ -260,6 +268,7 @@ class ChatTemplate:
         self.digest = _digest(source, bos_token, eos_token)
         self.tools = _tool_style(source)
         """None: this template cannot show tools to the model."""
+        self._marker = _marker(source, bos_token, eos_token)
         self._variables: dict[str, Any] = {
             "bos_token": bos_token,
             "eos_token": eos_token,
@@ -279,10 +288,23 @@ class ChatTemplate:
         Newlines at the end of a system message are dropped: those of a prompt file are not part of the prompt.
         """
         copies: list[Any] = [
-            {**message, "content": message["content"].rstrip("\r\n")} if message["role"] == "system" else {**message}
+            {**message, "content": message["content"].rstrip("\r\n")} if message["role"] == "system" else message
             for message in messages
         ]
-        return self._write(self._variables | {"tools": list(tools) or None}, copies)
+        copies, shown = self._as_data(copies), self._as_data(list(tools))
+        return self._write(self._variables | {"tools": shown or None}, copies)
+
+    def _as_data(self, value: Any) -> Any:
+        """A copy in which no text, at any depth, holds a marker of the model's format."""
+        match value:
+            case str():
+                return self._marker.sub(r"\g<0> ", value)
+            case list() | tuple():
+                return [self._as_data(item) for item in value]
+            case Mapping():
+                return {self._as_data(key): self._as_data(item) for key, item in value.items()}
+            case _:
+                return value
 
     def prefix(self, system: str) -> str:
         """The text that every request with this system message and one user message starts with.
@@ -299,7 +321,9 @@ class ChatTemplate:
             prefix = self._common_prefix(system)
         except TemplateError as error:
             self._refuse_system(error)
-        if kept and system.strip() in prefix:  # stripped, because many templates trim what they are given
+        if (
+            kept and self._as_data(system.strip()) in prefix
+        ):  # stripped, because many templates trim what they are given
             return prefix
         raise TemplateError(
             f"template {self.name} drops the system message: it is not in the text before the user's message",
@@ -336,6 +360,33 @@ class _Generation(Extension):
     def parse(self, parser: Parser) -> nodes.Node:
         line = next(parser.stream).lineno
         return nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=line)
+
+
+_MARKERS: Final = (
+    r"\|[^<>\s]{1,80}\|>",  # <|im_end|>: ChatML, Llama 3, Phi, Qwen, Granite
+    "\uff5c[^<>\\s]{1,80}\uff5c>",  # the same with fullwidth bars: DeepSeek
+    r"/?(?:start|end)_of_turn>",  # Gemma
+    r"(?:bos|eos|pad|unk)>",
+    r"/?s>",  # Llama 2, Mistral
+)
+"""What starts and ends turns, after its `<`: a model's tokenizer may know more of them than its template writes."""
+
+_WRITTEN: Final = re.compile(r"</?[A-Za-z][\w.:-]{0,63}>|<<\w{1,32}>>|<</\w{1,32}>>|\[/?[A-Z][A-Z_]{1,31}\]")
+"""What a template may write around messages: `<user>`, `<<SYS>>`, `[INST]`, `</tool_response>`."""
+
+_WORDS: Final = frozenset({"<think>", "</think>", "<tools>", "</tools>", "<tool_call>", "</tool_call>"})
+"""These stand inside a turn. An answer that is sent back may hold them, and a prompt may explain them."""
+
+_PLACEHOLDERS: Final = frozenset({"<function-name>", "<args-json-object>"})
+
+
+def _marker(source: str, bos_token: str, eos_token: str) -> re.Pattern[str]:
+    """Finds the first character of each marker, and consumes only that: markers may overlap."""
+    written = {*_WRITTEN.findall(source), bos_token, eos_token} - _WORDS - _PLACEHOLDERS
+    rests: dict[str, list[str]] = {"<": list(_MARKERS)}
+    for token in sorted(token for token in written if len(token) > 1):
+        rests.setdefault(token[0], []).append(re.escape(token[1:]))
+    return re.compile("|".join(f"{re.escape(first)}(?={'|'.join(rest)})" for first, rest in rests.items()))
 
 
 def _tool_style(source: str) -> ToolStyle | None:
