@@ -13,7 +13,7 @@ from typing import TypeVar
 import structlog
 from starlette.datastructures import MutableHeaders
 from starlette.exceptions import HTTPException
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -38,7 +38,7 @@ _REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
 
 
 async def read_body(request: Request) -> bytes:
-    """The body, of at most MAX_BODY_BYTES. Errors: RequestError 413."""
+    """The body, of at most MAX_BODY_BYTES. Errors: RequestError 413, or 499 when the client goes away."""
     too_large = RequestError(
         413, f"the body is larger than {MAX_BODY_BYTES:,} bytes", code="body_too_large", hint="send less text"
     )
@@ -46,10 +46,13 @@ async def read_body(request: Request) -> bytes:
         if int(request.headers.get("content-length", "0")) > MAX_BODY_BYTES:
             raise too_large
     data = bytearray()
-    async for part in request.stream():
-        data += part
-        if len(data) > MAX_BODY_BYTES:
-            raise too_large
+    try:
+        async for part in request.stream():
+            data += part
+            if len(data) > MAX_BODY_BYTES:
+                raise too_large
+    except ClientDisconnect:
+        raise RequestError(499, "the client went away", code="client_gone") from None
     return bytes(data)
 
 
