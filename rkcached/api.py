@@ -249,7 +249,7 @@ class Api:
     async def _chat(self, request: Request) -> Response:
         accepted = time.monotonic()
         body = parse_body(ChatRequest, await read_body(request))
-        job, reply = self._serving.preparation.chat(body, accepted)
+        job, reply = await self._serving.preparation.chat(body, accepted)
         writer = ChatWriter(body.model, reply, one_call=body.parallel_tool_calls is False)
         return await self._answer(request, body, job, writer)
 

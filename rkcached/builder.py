@@ -21,6 +21,7 @@ from rkcached.manifest import CacheConfig, EngineConfig
 from rkcached.plan import Build, over_budget
 from rkcached.sidecar import Figures, Sidecar, StoredArtifact
 from rkcached.store import Store
+from rkcached.template import ChatTemplate, Message
 from rkcached.worker import protocol
 from rkcached.worker.gate import Gates, Priority
 from rkcached.worker.pool import Workers
@@ -92,13 +93,10 @@ class Builder:
         Errors: Aborted when it stepped aside for a live request; any EngineError, WorkerError or StoreError.
         """
         action, model = request.action, request.model
-        prefix = model.template.prefix(request.text)
+        prefix, probe = await asyncio.to_thread(_texts, model.template, request.text)
         components = dict(action.fingerprint.components)
         if hashlib.sha256(prefix.encode()).hexdigest() != components["prefix.digest"]:
             raise SourceError(f"{action.key} changed since the build was planned", hint="it is planned again")
-        probe = model.template.render(
-            [{"role": "system", "content": request.text}, {"role": "user", "content": PROBE_QUESTION}]
-        )
         started = time.monotonic()
         staged = await asyncio.to_thread(self._store.stage, action.key)
         try:
@@ -190,3 +188,9 @@ class Builder:
         if not isinstance(built, protocol.Built):
             raise TypeError(built)
         return built
+
+
+def _texts(template: ChatTemplate, text: str) -> tuple[str, str]:
+    """The prefix of a prompt and a whole request that starts with it. Errors: TemplateError."""
+    probe = [Message(role="system", content=text), Message(role="user", content=PROBE_QUESTION)]
+    return template.prefix(text), template.render(probe)

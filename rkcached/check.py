@@ -9,6 +9,7 @@ from rkcached.digests import Digests
 from rkcached.errors import ManifestError, Problem
 from rkcached.observe import read_manifest
 from rkcached.plan import Trouble
+from rkcached.rendering import Renderer
 from rkcached.sources import SourceReader
 
 
@@ -19,7 +20,7 @@ def problems_of(manifest_file: Path) -> tuple[list[Problem], str]:
     except ManifestError as error:
         return list(error.problems), f"{len(error.problems)} problems" if len(error.problems) != 1 else "1 problem"
     sources = SourceReader(Digests()).scan(manifest)
-    desired = Resolver().resolve(manifest, sources)
+    desired = Resolver(Renderer().compile).resolve(manifest, sources)
     troubles: list[tuple[int, Trouble]] = []
     for name, model in desired.models.items():
         if isinstance(model, Trouble):

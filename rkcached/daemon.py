@@ -29,7 +29,7 @@ from rkcached.manifest import EngineKind, Manifest
 from rkcached.metrics import Metrics
 from rkcached.observe import read_manifest
 from rkcached.reconcile import Reconciler
-from rkcached.server import ADMIN_MODE, SOCKET_MODE, HttpServer, OnceLooked, open_socket, refuse_waiting, remove_socket
+from rkcached.server import ADMIN_MODE, SOCKET_MODE, HttpServer, OnceLooked, OwnSocket, refuse_waiting
 from rkcached.serving import Serving
 from rkcached.settings import Settings
 from rkcached.status import status, summary
@@ -83,19 +83,17 @@ def run(settings: Settings) -> None:
 
 
 @contextlib.contextmanager
-def _listening(passed: socket.socket | None, path: Path, mode: int) -> Iterator[socket.socket]:
+def _listening(passed: socket.socket | None, path: Path, mode: int) -> Iterator[OwnSocket | socket.socket]:
     """The socket that systemd opened and keeps, or one of our own."""
     if passed is not None:
         with passed:
             yield passed
         return
-    listener = open_socket(path, mode)
-    inode = path.stat().st_ino
+    own = OwnSocket(path, mode)
     try:
-        yield listener
+        yield own
     finally:
-        listener.close()
-        remove_socket(path, inode)
+        own.close()
 
 
 async def _serve(
@@ -103,7 +101,7 @@ async def _serve(
     manifest: Manifest,
     store: Store,
     stored: StoredTexts,
-    listeners: tuple[socket.socket, socket.socket],
+    listeners: tuple[OwnSocket | socket.socket, OwnSocket | socket.socket],
     *,
     service: Service,
 ) -> None:
@@ -160,6 +158,7 @@ async def _serve(
     reconciling = asyncio.create_task(reconciler.run())
     serving_http = asyncio.create_task(_serve_both((everyone, admin), listeners))
     announcing = asyncio.create_task(_announce(reconciler, (everyone, admin), settings.socket, service))
+    keeping = asyncio.create_task(_keep_sockets((everyone, admin), listeners))
     signalled = asyncio.create_task(stopping.wait())
     log.info("starting", version=__version__, manifest=str(settings.manifest), cache_dir=str(settings.cache_dir))
     try:
@@ -170,6 +169,7 @@ async def _serve(
         grace_s = reconciler.view.manifest.serving.shutdown_grace_s
         service.stopping(grace_s=grace_s)
         service.status("stopping")
+        keeping.cancel()
         everyone.stop_accepting()
         admin.stop_accepting()
         await asyncio.sleep(LINGER_S)
@@ -187,8 +187,20 @@ async def _serve(
             raise result  # a defect: the service manager sees a failure and starts us again
 
 
-async def _serve_both(servers: tuple[HttpServer, HttpServer], listeners: tuple[socket.socket, socket.socket]) -> None:
-    await asyncio.gather(*(server.serve([listener]) for server, listener in zip(servers, listeners, strict=True)))
+async def _serve_both(
+    servers: tuple[HttpServer, HttpServer], listeners: tuple[OwnSocket | socket.socket, OwnSocket | socket.socket]
+) -> None:
+    sockets = [one.listener if isinstance(one, OwnSocket) else one for one in listeners]
+    await asyncio.gather(*(server.serve([listener]) for server, listener in zip(servers, sockets, strict=True)))
+
+
+async def _keep_sockets(
+    servers: tuple[HttpServer, HttpServer], listeners: tuple[OwnSocket | socket.socket, OwnSocket | socket.socket]
+) -> None:
+    pairs = [(own, server) for own, server in zip(listeners, servers, strict=True) if isinstance(own, OwnSocket)]
+    for _, server in pairs:
+        await server.answering.wait()
+    await asyncio.gather(*(own.keep(server) for own, server in pairs))
 
 
 def _room(manifest: Manifest) -> Room:

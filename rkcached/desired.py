@@ -12,11 +12,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from rkcached.digests import Signature
-from rkcached.errors import TemplateError
+from rkcached.errors import TemplateError, TemplateExhausted
 from rkcached.fingerprint import Fingerprint, Value, fingerprint
 from rkcached.manifest import EngineKind, FingerprintMode, Manifest, ModelConfig
 from rkcached.plan import DesiredPrompt, Key, Trouble
-from rkcached.template import ChatTemplate
+from rkcached.template import ChatTemplate, Compile
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,9 +100,13 @@ class Desired:
 
 
 class Resolver:
-    """Turns sources into desires, and remembers the prefix digests that it rendered: texts seldom change."""
+    """Turns sources into desires, and remembers the prefix digests that it rendered: texts seldom change.
 
-    def __init__(self) -> None:
+    `compile_elsewhere` is for templates that are not built in.
+    """
+
+    def __init__(self, compile_elsewhere: Compile | None = None) -> None:
+        self._compile_elsewhere = compile_elsewhere
         self._prefixes: dict[tuple[str, str, bool | None], tuple[str, int] | Trouble] = {}
         self._templates: dict[tuple[str, str, str, str, bool | None], ChatTemplate] = {}
 
@@ -122,7 +126,10 @@ class Resolver:
                 found = fixed
             else:
                 slot = (model.template.digest, declared.source.digest, model.config.thinking)
-                prefixes[slot] = prefix = self._prefixes.get(slot) or _prefix(model.template, declared.source.text)
+                try:
+                    prefixes[slot] = prefix = self._prefixes.get(slot) or _prefix(model.template, declared.source.text)
+                except TemplateExhausted as error:  # perhaps the machine was busy: not remembered
+                    prefix = Trouble.of(error)
                 if isinstance(prefix, Trouble):
                     found = prefix
                 else:
@@ -152,6 +159,7 @@ class Resolver:
                     bos_token=config.bos_token,
                     eos_token=config.eos_token,
                     thinking=config.thinking,
+                    compile_elsewhere=self._compile_elsewhere,
                 )
             except TemplateError as error:
                 return Trouble.of(error)
@@ -221,9 +229,14 @@ def _fixed_sampling(config: ModelConfig, prompt: str, runtime: RuntimeSource | T
 
 
 def _prefix(template: ChatTemplate, text: str) -> tuple[str, int] | Trouble:
-    """SHA-256 and length (both of the UTF-8 bytes) of the text that is prefilled for this prompt."""
+    """SHA-256 and length (both of the UTF-8 bytes) of the text that is prefilled for this prompt.
+
+    Errors: TemplateExhausted.
+    """
     try:
         data = template.prefix(text).encode()
+    except TemplateExhausted:
+        raise
     except TemplateError as error:
         return Trouble.of(error)
     return hashlib.sha256(data).hexdigest(), len(data)

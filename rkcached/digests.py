@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import stat
 import time
 from io import BufferedReader
 from pathlib import Path
@@ -36,8 +37,8 @@ class Signature(msgspec.Struct, frozen=True, array_like=True):
     ctime_ns: int
 
     @classmethod
-    def of(cls, stat: os.stat_result) -> Signature:
-        return cls(stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)
+    def of(cls, info: os.stat_result) -> Signature:
+        return cls(info.st_dev, info.st_ino, info.st_size, info.st_mtime_ns, info.st_ctime_ns)
 
     @property
     def settled(self) -> bool:
@@ -75,7 +76,10 @@ class Digests:
         name = str(path)
         self._used.add(name)
         self.steps += 1
-        signature = Signature.of(path.stat())
+        info = path.stat()
+        if not stat.S_ISREG(info.st_mode):  # opening a FIFO would wait for its writer
+            raise SourceError(f"{path} is not a regular file", hint="put a regular file there")
+        signature = Signature.of(info)
         entry = self._entries.get(name)
         if entry is not None and entry.signature == signature:
             return entry.digest, signature

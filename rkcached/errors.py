@@ -8,6 +8,7 @@ HTTP, log) can show it to a person without knowing what it is.
     ├── ManifestError            the manifest has problems: a list, each with file:line       exit 78
     ├── SourceError              an input file is missing or unusable                         exit 66
     ├── TemplateError            a chat template cannot render this                           exit 65
+    │   └── TemplateExhausted    it takes too much time or memory for that
     ├── FormatError              a file is not a prompt cache, or a damaged one               exit 65
     ├── StoreError               the store cannot be read or written                          exit 73
     │   ├── StoreLocked          another daemon owns the cache directory                      exit 75
@@ -89,6 +90,10 @@ class SourceError(RkcachedError):
 
 class TemplateError(RkcachedError):
     exit_code = os.EX_DATAERR
+
+
+class TemplateExhausted(TemplateError):
+    """A chat template did not end in time, or needs more memory than a render may have."""
 
 
 class FormatError(RkcachedError):

@@ -40,7 +40,7 @@ _REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
 
 
 async def read_body(request: Request) -> bytes:
-    """The body, of at most MAX_BODY_BYTES. Errors: RequestError 413."""
+    """The body, of at most MAX_BODY_BYTES. Errors: RequestError 413, or 499 when the client goes away."""
     too_large = RequestError(
         413, f"the body is larger than {MAX_BODY_BYTES:,} bytes", code="body_too_large", hint="send less text"
     )

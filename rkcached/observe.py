@@ -22,6 +22,7 @@ from rkcached.digests import Signature
 from rkcached.engines.registry import ENGINES
 from rkcached.manifest import EngineKind, Manifest, parse
 from rkcached.plan import Assessment, Key, Limits, Observed, Verdict, VerdictKind, assess
+from rkcached.rendering import Renderer
 from rkcached.sidecar import Inventory
 from rkcached.sources import SourceReader
 from rkcached.store import Store
@@ -49,7 +50,7 @@ class Observer:
     def __init__(self, store: Store, stored: StoredTexts | None = None) -> None:
         self._store = store
         self._reader = SourceReader(store.digests, stored)
-        self._resolver = Resolver()
+        self._resolver = Resolver(Renderer().compile)
 
     def look(self, manifest: Manifest, extra_verdicts: Mapping[Key, Verdict] | None = None) -> Look:
         """Scan and assess. Blocking."""

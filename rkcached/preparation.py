@@ -5,8 +5,10 @@ Every refusal is a RequestError with its HTTP status, OpenAI's code and the next
 
 from __future__ import annotations
 
+import asyncio
 import json
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +19,7 @@ from rkcached.errors import RequestError
 from rkcached.openai import ChatRequest, CompletionRequest, JsonObject, JsonSchema, NamedTool, Tool
 from rkcached.plan import Key, Trouble
 from rkcached.reply import Reply
-from rkcached.template import Message, ToolStyle
+from rkcached.template import ChatTemplate, Message, ToolStyle
 from rkcached.view import View
 
 
@@ -39,7 +41,7 @@ class Job:
     """The parameter that has the text."""
     binds: str = ""
     """The parameter that says what the answer must look like."""
-    correct: Callable[[str, str], str] | None = None
+    correct: Callable[[str, str], Awaitable[str]] | None = None
     """From an answer that does not fit its schema, and why, the request to try once more with."""
 
 
@@ -58,8 +60,10 @@ class _Demand:
 class Preparation:
     def __init__(self, view: Callable[[], View]) -> None:
         self._view = view
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="render")
+        """For templates that may wait: they are rendered one by one, and a slow one keeps no other thread."""
 
-    def chat(self, request: ChatRequest, accepted: float) -> tuple[Job, Reply]:
+    async def chat(self, request: ChatRequest, accepted: float) -> tuple[Job, Reply]:
         """Check a request against what is declared, and render it. Errors: RequestError."""
         name, slash, wanted = request.model.partition("/")
         model = self._answering(name)
@@ -78,16 +82,13 @@ class Preparation:
         if any("\0" in message["content"] for message in messages):
             raise _nul("messages")
         tools = [tool.plain() for tool in demand.tools]
-        try:
-            prompt = model.template.render(messages, tools)
-        except errors.TemplateError as error:
-            raise RequestError(400, error.message, code="template_error", param="messages", hint=error.hint) from error
+        prompt = await self._render(model.template, messages, tools)
         values: dict[str, Any] = model.config.sampling(named.prompt if named else None) | request.sampling()
 
-        def correct(answer: str, why: str) -> str:
+        async def correct(answer: str, why: str) -> str:
             wanted = f"{why}. Answer with nothing but JSON that fits this JSON schema: {values['json_schema']}"
             said = [Message(role="assistant", content=answer), Message(role="user", content=wanted)]
-            return model.template.render([*messages, *said], tools)
+            return await self._render(model.template, [*messages, *said], tools)
 
         if demand.schema is not None:
             values["json_schema"] = json.dumps(demand.schema)
@@ -109,6 +110,20 @@ class Preparation:
             reasons=prompt.rstrip().endswith("<think>") and demand.schema is None,
         )
         return job, reply
+
+    async def _render(
+        self, template: ChatTemplate, messages: Sequence[Message], tools: Sequence[dict[str, Any]]
+    ) -> str:
+        """Errors: RequestError."""
+        try:
+            if not template.may_wait:
+                return template.render(messages, tools)
+            loop = asyncio.get_running_loop()
+            return await loop.run_in_executor(self._thread, template.render, messages, tools)
+        except errors.TemplateExhausted as error:
+            raise RequestError(503, error.message, code="template_exhausted", hint=error.hint) from error
+        except errors.TemplateError as error:
+            raise RequestError(400, error.message, code="template_error", param="messages", hint=error.hint) from error
 
     def completion(self, request: CompletionRequest, accepted: float) -> Job:
         """Check a request whose text goes to the model as it is. Errors: RequestError."""

@@ -1,6 +1,7 @@
 """The listening socket and the HTTP server on it.
 
-A stale socket is replaced; one that a live daemon answers on, and a file that is no socket, are never touched.
+A stale socket is replaced; one that a live daemon answers on, and a file that is no socket, are never touched. Clients
+are not trusted: who does not get on with a request, and who comes when too many are connected, is told so and closed.
 """
 
 from __future__ import annotations
@@ -9,12 +10,15 @@ import asyncio
 import contextlib
 import json
 import os
+import resource
 import socket
 import stat
 import struct
 from collections.abc import Iterator
 from pathlib import Path
 
+import h11
+import structlog
 import uvicorn
 from starlette.types import ASGIApp, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
@@ -22,8 +26,22 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from rkcached.errors import SocketError
 from rkcached.exchange import PEER
 
+log = structlog.get_logger()
+
 MAX_PATH_BYTES = 107
 """sockaddr_un has room for 108 bytes, the last of which is zero (unix(7))."""
+
+HEAD_TIMEOUT_S = 10.0
+"""From the connection, or the first byte of a later request, to the end of its headers."""
+
+BODY_SILENCE_S = 30.0
+"""A body may be slow, but not silent for so long."""
+
+MAX_CONNECTIONS = 400
+"""At each socket; fewer where the process may open few files."""
+
+SOCKET_CHECK_S = 5.0
+"""How long a socket that somebody deleted stays away."""
 
 SOCKET_MODE = 0o660
 ADMIN_MODE = 0o600
@@ -59,19 +77,64 @@ def remove_socket(path: Path, inode: int) -> None:
             path.unlink()
 
 
+class OwnSocket:
+    """A socket of ours in the file system, which others may delete. Errors: SocketError."""
+
+    def __init__(self, path: Path, mode: int) -> None:
+        self._path = path
+        self._mode = mode
+        self._said = ""
+        self._open()
+
+    def _open(self) -> None:
+        self.listener = open_socket(self._path, self._mode)
+        self._inode = self._path.lstat().st_ino
+
+    def close(self) -> None:
+        self.listener.close()
+        remove_socket(self._path, self._inode)
+
+    async def keep(self, server: HttpServer) -> None:
+        """Open it anew whenever it is gone: a daemon that runs and cannot be reached would be of no use."""
+        while True:
+            await asyncio.sleep(SOCKET_CHECK_S)
+            try:
+                if self._path.lstat().st_ino == self._inode:
+                    continue
+            except FileNotFoundError:
+                pass
+            except OSError:
+                continue
+            try:
+                self._open()
+            except SocketError as error:  # somebody else's, or no directory: said once, tried again
+                if error.message != self._said:
+                    log.error("socket lost", socket=str(self._path), error=error.message)
+                self._said = error.message
+                continue
+            self._said = ""
+            log.warning("socket made again", socket=str(self._path), reason="it was deleted")
+            await server.listen(self.listener)
+
+
 def refuse_waiting(listener: socket.socket, why: str) -> None:
     """Tell every client that waits in this socket why it is not answered: else it would start us again at once."""
-    body = json.dumps(
-        {"error": {"message": why, "type": "server_error", "param": None, "code": "not_started"}}
-    ).encode()
-    head = f"HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
+    refusal = _refusal("503 Service Unavailable", why, "not_started")
     with contextlib.suppress(BlockingIOError):
         while True:
             connection, _ = listener.accept()
             with connection, contextlib.suppress(OSError):
                 connection.settimeout(0.2)
                 connection.recv(1 << 16)
-                connection.sendall(head.encode() + b"\r\nConnection: close\r\n\r\n" + body)
+                connection.sendall(refusal)
+
+
+def _refusal(status: str, why: str, code: str) -> bytes:
+    """A whole answer for a client whose request nobody reads."""
+    kind = "server_error" if status.startswith("5") else "invalid_request_error"
+    body = json.dumps({"error": {"message": why, "type": kind, "param": None, "code": code}}).encode()
+    head = f"HTTP/1.1 {status}\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\nConnection: close"
+    return head.encode() + b"\r\n\r\n" + body
 
 
 def _clear_stale(path: Path) -> None:
@@ -98,14 +161,72 @@ def _clear_stale(path: Path) -> None:
 
 
 class _Connection(H11Protocol):
-    """Knows who is at the other end, as the kernel saw it when the connection was made (unix(7), SO_PEERCRED)."""
+    """Knows who is at the other end, as the kernel saw it when the connection was made (unix(7), SO_PEERCRED).
+
+    uvicorn waits without end for the rest of a request. Here it has a deadline: a thousand clients that each send
+    half of one would otherwise keep everybody else out.
+    """
+
+    _deadline: asyncio.TimerHandle | None = None
+    _in_head = False
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
+        if len(self.connections) > _max_connections():
+            transport.write(
+                _refusal("503 Service Unavailable", "too many connections; try again", "too_many_connections")
+            )
+            transport.close()
+            return
         peer = transport.get_extra_info("socket")
         with contextlib.suppress(OSError):
             pid, uid, _ = struct.unpack("3i", peer.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
             self.app_state = {**self.app_state, PEER: {"uid": uid, "pid": pid}}
+        self._await_more()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._clear_deadline()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        self._await_more()
+
+    def _await_more(self) -> None:
+        """Set the deadline for what the client has to send now. In its headers it stays where it was."""
+        state = self.conn.their_state
+        in_head = state is h11.IDLE
+        if in_head and self._in_head:
+            return
+        self._clear_deadline()
+        if not self.transport.is_closing() and (in_head or state is h11.SEND_BODY):
+            self._in_head = in_head
+            self._deadline = self.loop.call_later(HEAD_TIMEOUT_S if in_head else BODY_SILENCE_S, self._too_late)
+
+    def _clear_deadline(self) -> None:
+        self._in_head = False
+        if self._deadline is not None:
+            self._deadline.cancel()
+            self._deadline = None
+
+    def _too_late(self) -> None:
+        in_head = self._in_head
+        self._clear_deadline()
+        if self.flow.read_paused:  # we do not read: no fault of the client
+            self._await_more()
+            return
+        if in_head or (self.cycle is not None and not self.cycle.response_started):
+            said = "headers did not end" if in_head else "body did not go on"
+            after_s = HEAD_TIMEOUT_S if in_head else BODY_SILENCE_S
+            why = f"the request's {said} within {after_s:g} s"
+            self.transport.write(_refusal("408 Request Timeout", why, "request_incomplete"))
+        self.transport.close()
+
+
+def _max_connections() -> int:
+    """Two sockets, and as many files again for everything else."""
+    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return MAX_CONNECTIONS if limit == resource.RLIM_INFINITY else max(16, min(MAX_CONNECTIONS, limit * 2 // 5))
 
 
 class OnceLooked:
@@ -147,6 +268,16 @@ class HttpServer(uvicorn.Server):
         self.servers = []  # until it has started, uvicorn has no such attribute
         self._leave = asyncio.Event()
         self.answering = asyncio.Event()
+
+    async def listen(self, listener: socket.socket) -> None:
+        """Go on with this socket instead of the one before."""
+
+        def connection() -> asyncio.Protocol:
+            return _Connection(config=self.config, server_state=self.server_state, app_state=self.lifespan.state)
+
+        self.stop_accepting()
+        server = await asyncio.get_running_loop().create_server(connection, sock=listener, backlog=128)
+        self.servers = [server]
 
     def stop_accepting(self) -> None:
         """Connections that come from now on wait in the socket: for the next daemon, where systemd holds it."""

@@ -230,7 +230,8 @@ class Serving:
                     raise
                 # Only engines that cannot be held to a schema come here. They get one more chance, and are told why.
                 log.info("asked again", model=run.job.model.name, reason=error.message.partition(":")[0])
-                run.job = replace(run.job, prompt=run.job.correct(error.text, error.message), correct=None)
+                prompt = await run.job.correct(error.text, error.message)
+                run.job = replace(run.job, prompt=prompt, correct=None)
             else:
                 if run.load_error is not None and run.chosen is not None:
                     self._report_load_error(run.chosen, run.load_error)

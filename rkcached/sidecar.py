@@ -5,6 +5,7 @@ A sidecar is believed only if it belongs to its place, names a file beside it, a
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,6 +16,9 @@ from rkcached.fingerprint import fingerprint
 from rkcached.plan import Artifact, Key, Verdict
 
 FORMAT_VERSION = 1
+
+
+_SUFFIX = re.compile(r"[a-z0-9]+_cache")
 
 
 class Figures(msgspec.Struct, frozen=True, kw_only=True):
@@ -111,5 +115,5 @@ def parse_sidecar(data: bytes, key: Key) -> Sidecar | str:
 
 def names_artifact(name: str, prompt: str) -> bool:
     """Whether `name` is a prompt cache of `prompt`: guards against a sidecar that points elsewhere."""
-    stem, dot, suffix = name.rpartition(".")
-    return stem == prompt and bool(dot) and suffix.endswith("_cache") and "/" not in suffix
+    stem, _, suffix = name.rpartition(".")
+    return stem == prompt and _SUFFIX.fullmatch(suffix) is not None

@@ -18,6 +18,7 @@ import hashlib
 import os
 import secrets
 import shutil
+import stat
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -33,6 +34,9 @@ from rkcached.sidecar import Inventory, Sidecar, StoredArtifact, names_artifact,
 DIRECTORY_MODE = 0o750
 MAX_QUARANTINED = 8
 """Artifacts kept for a post-mortem; the oldest goes first."""
+
+MAX_RECORD_BYTES = 1 << 20
+"""A sidecar has some 2,000 bytes, a verdict fewer."""
 
 _STAGING = ".stage-"
 
@@ -164,11 +168,14 @@ class Store:
 
         Errors: FileNotFoundError.
         """
-        before = Signature.of(path.stat())
+        info = path.stat()
+        before = Signature.of(info)
         known = self._sidecars.get(path)
         if known is not None and known[0] == before:
             return known
         signature = before if before.settled else None
+        if stat.S_ISFIFO(info.st_mode) or info.st_size > MAX_RECORD_BYTES:
+            return signature, "the sidecar is damaged: it is no file of that kind"
         try:
             return signature, parse_sidecar(path.read_bytes(), key)
         except FileNotFoundError:
@@ -309,8 +316,12 @@ class Store:
 
     def read_verdict(self, key: Key) -> Verdict | None:
         """The verdict on a prompt. A damaged one only costs one more attempt."""
+        path = self._verdict_path(key)
         try:
-            return msgspec.json.decode(self._verdict_path(key).read_bytes(), type=Verdict)
+            info = path.stat()
+            if not stat.S_ISREG(info.st_mode) or info.st_size > MAX_RECORD_BYTES:
+                return None
+            return msgspec.json.decode(path.read_bytes(), type=Verdict)
         except (OSError, ValueError, RecursionError):
             return None
 

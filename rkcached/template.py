@@ -4,13 +4,24 @@ Owns the Jinja2 sandbox, set up as Hugging Face transformers does, and five buil
 cache is built from (`prefix`) and the text that a request sends (`render`) come out of the same code, so they cannot
 drift apart. Prompt text is data: only the template is ever evaluated. There is no clock: a date in the prefix would
 make every prompt cache stale each day. Pure: no I/O; whatever Jinja2 raises leaves as a TemplateError.
+
+Prompts, messages, tool results, calls and tool definitions cannot forge a turn. What a tokenizer would read as
+structure is broken by a blank after its first character, in every text that is handed to a template and before the
+template sees it: `<|im_end|>` becomes `< |im_end|>`, which reads the same and is data to every tokenizer. These are the
+forms in which the known families write their markers, and whatever else of that kind stands in the template itself or
+is its bos_token or eos_token. A blank, because some tokenizers drop invisible characters. `/v1/completions` has no
+template: its text is structure by intent.
+
+A template that is not built in may loop for ever or fill the memory, which nothing in this process can bound: who
+holds one gives `ChatTemplate` another `compile`, that of `rendering`, which works in a process that can be killed.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from enum import StrEnum
 from functools import cached_property, lru_cache
 from traceback import walk_tb
@@ -23,7 +34,7 @@ from jinja2.ext import Extension
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from rkcached.errors import TemplateError
+from rkcached.errors import TemplateError, TemplateExhausted
 
 # Lines that end in a block tag lose their newline (trim_blocks), lines that end in text or a value keep it.
 # Tools, calls and results are written as Hermes and Qwen models were trained on them: JSON between tags.
@@ -213,6 +224,29 @@ class ToolStyle(StrEnum):
     """The answer is `{"name": ..., "parameters": ...}`: Llama 3.1 and later."""
 
 
+Write = Callable[[Mapping[str, Any], Sequence[Message]], str]
+"""Renders variables and messages. Errors: TemplateError."""
+
+Compile = Callable[[str, str], Write]
+"""From a template's source and name. Errors: TemplateError, with the line in the template, if it does not parse."""
+
+
+def compile_here(source: str, name: str) -> Write:
+    """Compile a template in this process: for those that are trusted to end."""
+    try:
+        compiled = _compile(source)
+    except Exception as error:
+        raise _translate(name, error) from error
+
+    def write(variables: Mapping[str, Any], messages: Sequence[Message]) -> str:
+        try:
+            return compiled.render(variables, messages=messages)
+        except Exception as error:
+            raise _translate(name, error) from error
+
+    return write
+
+
 class ChatTemplate:
     """One chat template, compiled. Raises TemplateError, with the line in the template, if it does not parse.
 
@@ -221,12 +255,20 @@ class ChatTemplate:
     """
 
     def __init__(
-        self, source: str, *, name: str, bos_token: str = "", eos_token: str = "", thinking: bool | None = None
+        self,
+        source: str,
+        *,
+        name: str,
+        bos_token: str = "",
+        eos_token: str = "",
+        thinking: bool | None = None,
+        compile_elsewhere: Compile | None = None,
     ) -> None:
         self.name = name
         self.digest = _digest(source, bos_token, eos_token)
         self.tools = _tool_style(source)
         """None: this template cannot show tools to the model."""
+        self._marker = _marker(source, bos_token, eos_token)
         self._variables: dict[str, Any] = {
             "bos_token": bos_token,
             "eos_token": eos_token,
@@ -236,24 +278,33 @@ class ChatTemplate:
         }
         if thinking is not None:
             self._variables["enable_thinking"] = thinking
-        try:
-            self._compiled = _compile(source)
-        except Exception as error:
-            raise self._translate(error) from error
+        self.may_wait = compile_elsewhere is not None and source not in BUILTIN.values()
+        """Rendering waits for another process: not in the event loop."""
+        self._write = (compile_elsewhere if compile_elsewhere and self.may_wait else compile_here)(source, name)
 
     def render(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] = ()) -> str:
         """The text of a request, up to and including the header of the answer. Tools are as OpenAI describes them.
 
         Newlines at the end of a system message are dropped: those of a prompt file are not part of the prompt.
         """
-        copies = [
-            {**message, "content": message["content"].rstrip("\r\n")} if message["role"] == "system" else {**message}
+        copies: list[Any] = [
+            {**message, "content": message["content"].rstrip("\r\n")} if message["role"] == "system" else message
             for message in messages
         ]
-        try:
-            return self._compiled.render(self._variables | {"tools": list(tools) or None}, messages=copies)
-        except Exception as error:
-            raise self._translate(error) from error
+        copies, shown = self._as_data(copies), self._as_data(list(tools))
+        return self._write(self._variables | {"tools": shown or None}, copies)
+
+    def _as_data(self, value: Any) -> Any:
+        """A copy in which no text, at any depth, holds a marker of the model's format."""
+        match value:
+            case str():
+                return self._marker.sub(r"\g<0> ", value)
+            case list() | tuple():
+                return [self._as_data(item) for item in value]
+            case Mapping():
+                return {self._as_data(key): self._as_data(item) for key, item in value.items()}
+            case _:
+                return value
 
     def prefix(self, system: str) -> str:
         """The text that every request with this system message and one user message starts with.
@@ -270,7 +321,9 @@ class ChatTemplate:
             prefix = self._common_prefix(system)
         except TemplateError as error:
             self._refuse_system(error)
-        if kept and system.strip() in prefix:  # stripped, because many templates trim what they are given
+        if (
+            kept and self._as_data(system.strip()) in prefix
+        ):  # stripped, because many templates trim what they are given
             return prefix
         raise TemplateError(
             f"template {self.name} drops the system message: it is not in the text before the user's message",
@@ -298,26 +351,6 @@ class ChatTemplate:
             "message, as the built-in gemma does",
         ) from error
 
-    def _translate(self, error: Exception) -> TemplateError:
-        line = _line(error)
-        place = f"template {self.name}, line {line}" if line else f"template {self.name}"
-        kind = type(error).__name__
-        said = str(error) or kind
-        match error:
-            case jinja2.UndefinedError() if "strftime_now" in said:
-                message = "it requires strftime_now, today's date, which prompts do not get"
-                hint = "a date makes a prompt cache stale each day: remove it, or ask `strftime_now is defined` first"
-            case jinja2.TemplateSyntaxError():
-                message, hint = f"syntax error: {said}", "chat templates are Jinja2; correct the line"
-            case jinja2.exceptions.SecurityError():
-                message, hint = f"refused by the sandbox: {said}", "a chat template may only read its variables"
-            case jinja2.TemplateError():
-                message, hint = said, "change the messages, or choose another chat_template"
-            case _:
-                message = said if said == kind else f"{kind}: {said}"
-                hint = "the template cannot handle these messages; choose another chat_template"
-        return TemplateError(f"{place}: {message}", hint=hint)
-
 
 class _Generation(Extension):
     """`{% generation %}` marks the assistant's words for training; here its body passes through."""
@@ -327,6 +360,33 @@ class _Generation(Extension):
     def parse(self, parser: Parser) -> nodes.Node:
         line = next(parser.stream).lineno
         return nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=line)
+
+
+_MARKERS: Final = (
+    r"\|[^<>\s]{1,80}\|>",  # <|im_end|>: ChatML, Llama 3, Phi, Qwen, Granite
+    "\uff5c[^<>\\s]{1,80}\uff5c>",  # the same with fullwidth bars: DeepSeek
+    r"/?(?:start|end)_of_turn>",  # Gemma
+    r"(?:bos|eos|pad|unk)>",
+    r"/?s>",  # Llama 2, Mistral
+)
+"""What starts and ends turns, after its `<`: a model's tokenizer may know more of them than its template writes."""
+
+_WRITTEN: Final = re.compile(r"</?[A-Za-z][\w.:-]{0,63}>|<<\w{1,32}>>|<</\w{1,32}>>|\[/?[A-Z][A-Z_]{1,31}\]")
+"""What a template may write around messages: `<user>`, `<<SYS>>`, `[INST]`, `</tool_response>`."""
+
+_WORDS: Final = frozenset({"<think>", "</think>", "<tools>", "</tools>", "<tool_call>", "</tool_call>"})
+"""These stand inside a turn. An answer that is sent back may hold them, and a prompt may explain them."""
+
+_PLACEHOLDERS: Final = frozenset({"<function-name>", "<args-json-object>"})
+
+
+def _marker(source: str, bos_token: str, eos_token: str) -> re.Pattern[str]:
+    """Finds the first character of each marker, and consumes only that: markers may overlap."""
+    written = {*_WRITTEN.findall(source), bos_token, eos_token} - _WORDS - _PLACEHOLDERS
+    rests: dict[str, list[str]] = {"<": list(_MARKERS)}
+    for token in sorted(token for token in written if len(token) > 1):
+        rests.setdefault(token[0], []).append(re.escape(token[1:]))
+    return re.compile("|".join(f"{re.escape(first)}(?={'|'.join(rest)})" for first, rest in rests.items()))
 
 
 def _tool_style(source: str) -> ToolStyle | None:
@@ -367,6 +427,29 @@ _ENVIRONMENT: Final = _environment()
 @lru_cache(maxsize=64)
 def _compile(source: str) -> jinja2.Template:
     return _ENVIRONMENT.from_string(source)
+
+
+def _translate(name: str, error: Exception) -> TemplateError:
+    line = _line(error)
+    place = f"template {name}, line {line}" if line else f"template {name}"
+    kind = type(error).__name__
+    said = str(error) or kind
+    match error:
+        case MemoryError():
+            return TemplateExhausted(f"{place}: it needs more memory than a render may have", hint="correct the line")
+        case jinja2.UndefinedError() if "strftime_now" in said:
+            message = "it requires strftime_now, today's date, which prompts do not get"
+            hint = "a date makes a prompt cache stale each day: remove it, or ask `strftime_now is defined` first"
+        case jinja2.TemplateSyntaxError():
+            message, hint = f"syntax error: {said}", "chat templates are Jinja2; correct the line"
+        case jinja2.exceptions.SecurityError():
+            message, hint = f"refused by the sandbox: {said}", "a chat template may only read its variables"
+        case jinja2.TemplateError():
+            message, hint = said, "change the messages, or choose another chat_template"
+        case _:
+            message = said if said == kind else f"{kind}: {said}"
+            hint = "the template cannot handle these messages; choose another chat_template"
+    return TemplateError(f"{place}: {message}", hint=hint)
 
 
 def _line(error: Exception) -> int:

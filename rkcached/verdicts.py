@@ -33,7 +33,7 @@ def verdict_on(error: errors.RkcachedError, fingerprint: str, attempts: int, *, 
         case errors.WorkerDied() | errors.WorkerTimeout() | errors.VerifyFailed() if attempts >= QUARANTINE_AFTER:
             return quarantined(fingerprint, f"building it failed {attempts} times: {error.message}")
         case _:
-            retry_at = time.time() + min(2.0**attempts, MAX_RETRY_S)
+            retry_at = time.time() + min(2.0 ** min(attempts, 10), MAX_RETRY_S)  # 2.0**1024 is too large for a float
             return Verdict(
                 fingerprint=fingerprint, kind=VerdictKind.FAILED, trouble=trouble, attempts=attempts, retry_at=retry_at
             )

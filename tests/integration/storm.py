@@ -437,7 +437,7 @@ class Storm(RuleBasedStateMachine):
             }
         )
         try:
-            job, _ = self.serving.preparation.chat(request, time.monotonic())
+            job, _ = await self.serving.preparation.chat(request, time.monotonic())
             parts = [part async for part in self.serving.run(job)]
         except RequestError:
             return None

@@ -1,0 +1,202 @@
+"""Two daemons in one place, sockets that go away, and clients that are slow, wrong or many."""
+
+from __future__ import annotations
+
+import resource
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import psutil
+import pytest
+from conftest import Workspace, wait_until
+
+BODY = b'{"model": "m/a", "max_tokens": 4, "messages": [{"role": "user", "content": "x"}]}'
+HEAD = b"POST /v1/chat/completions HTTP/1.1\r\nHost: d\r\nContent-Length: %d\r\n" % len(BODY)
+
+
+def connected(space: Workspace) -> socket.socket:
+    client = socket.socket(socket.AF_UNIX)
+    client.settimeout(60)
+    client.connect(str(space.socket))
+    return client
+
+
+def answer(client: socket.socket) -> bytes:
+    """Everything until the other end closes."""
+    data = b""
+    try:
+        while part := client.recv(1 << 16):
+            data += part
+    except ConnectionError:
+        pass
+    return data
+
+
+def fds(space: Workspace) -> int:
+    assert space.process is not None
+    return psutil.Process(space.process.pid).num_fds()
+
+
+@pytest.fixture
+def settled(two_prompts: Workspace) -> Iterator[Workspace]:
+    """A daemon that must be as well afterwards as before: answering from its cache, with no descriptor lost."""
+    two_prompts.ask("m/a")
+    before = fds(two_prompts)
+    yield two_prompts
+    assert two_prompts.ask("m/a")["rkcached"]["state"] == "hit"
+    wait_until(lambda: fds(two_prompts) <= before + 1, "no descriptor is lost", 20)
+    assert "request crashed" not in two_prompts.log_text()
+
+
+def test_second_daemon_is_refused(settled: Workspace) -> None:
+    """On the same cache, and on the same socket with another cache: it says why; the first does not notice."""
+    on_cache = settled.cli("run", "--socket", str(settled.root / "other.sock"), code=75)
+    on_socket = settled.cli("run", "--cache-dir", str(settled.root / "other"), code=73)
+
+    assert "belongs to another daemon" in on_cache.stderr
+    assert "another daemon listens" in on_socket.stderr
+
+
+def test_stale_lock_and_sockets(two_prompts: Workspace) -> None:
+    """What a killed daemon leaves, its pid in the lock file included, keeps nobody out."""
+    assert two_prompts.stop(9) == -9
+    assert two_prompts.socket.exists()
+    assert (two_prompts.cache / ".lock").read_text().strip()
+    two_prompts.start()
+    assert two_prompts.ask("m/a")["rkcached"]["state"] == "hit"
+
+
+@pytest.mark.parametrize("name", ["s.sock", "admin.sock"])
+def test_deleted_socket_comes_back(settled: Workspace, name: str) -> None:
+    """A daemon that cannot be reached is of no use: the socket is made again, with its mode, and goes at the end."""
+    path = settled.root / name
+    mode = path.stat().st_mode
+    for _ in range(2):
+        path.unlink()
+        wait_until(path.exists, "the socket is back", 20)
+        with settled.http(admin=name == "admin.sock") as client:
+            assert client.get("/healthz").status_code == 200
+        assert path.stat().st_mode == mode
+    assert "socket made again" in settled.log_text()
+
+
+def test_socket_taken_by_another_is_left_alone(two_prompts: Workspace) -> None:
+    """A file in the place of the deleted socket is not ours to remove; when it goes, the socket comes back."""
+    two_prompts.socket.unlink()
+    two_prompts.socket.write_text("mine")
+    wait_until(lambda: "socket lost" in two_prompts.log_text(), "it says so", 20)
+    assert two_prompts.socket.read_text() == "mine"
+    two_prompts.socket.unlink()
+    wait_until(two_prompts.socket.exists, "the socket is back", 20)
+    assert two_prompts.ask("m/a")["rkcached"]["state"] == "hit"
+
+
+def test_hundred_clients_that_dribble(settled: Workspace) -> None:
+    """Each sends a byte of its headers now and then; others are answered at once, and after 10 s they are closed."""
+    with ExitStack() as stack:
+        slow = [stack.enter_context(connected(settled)) for _ in range(100)]
+        started = time.monotonic()
+        slowest_s, sent, closed = 0.0, 0, False
+        while not closed and time.monotonic() - started < 40:
+            for client in slow:
+                try:
+                    client.send(HEAD[sent : sent + 1])
+                except OSError:
+                    closed = True
+            sent += 1
+            asked = time.monotonic()
+            assert settled.ask("m/a")["rkcached"]["state"] == "hit"
+            slowest_s = max(slowest_s, time.monotonic() - asked)
+            wait_until(lambda at=asked: time.monotonic() - at > 1, "a second is over")  # type: ignore[misc]
+        assert closed
+        assert time.monotonic() - started > 9
+        assert slowest_s < 2
+        assert all(answer(client).startswith(b"HTTP/1.1 408 ") for client in slow)
+
+
+def test_slow_body_that_makes_progress(settled: Workspace) -> None:
+    """Longer than the headers' deadline in all, in pieces: it is read to its end and answered."""
+    with connected(settled) as client:
+        client.sendall(HEAD + b"Connection: close\r\n\r\n")
+        for at in range(0, len(BODY), 7):
+            client.sendall(BODY[at : at + 7])
+            end = time.monotonic() + 1
+            wait_until(lambda end=end: time.monotonic() > end, "a second is over")  # type: ignore[misc]
+        assert answer(client).startswith(b"HTTP/1.1 200 ")
+
+
+@pytest.mark.parametrize("cut", [5, len(HEAD), len(HEAD) + 2, len(HEAD) + 20, len(HEAD) + len(BODY)])
+def test_half_requests(settled: Workspace, cut: int) -> None:
+    """Clients that go away in the middle of a request, at each part of it, are no error of ours."""
+    for _ in range(20):
+        with connected(settled) as client:
+            client.sendall((HEAD + b"\r\n" + BODY)[:cut])
+
+
+@pytest.mark.parametrize(
+    "junk",
+    [
+        HEAD + b"X-Giant: " + b"a" * 1_000_000 + b"\r\n\r\n",
+        HEAD + b"".join(b"X-%d: y\r\n" % n for n in range(50_000)) + b"\r\n",
+        b"GET /" + b"a" * 200_000 + b" HTTP/1.1\r\nHost: d\r\n\r\n",
+        b"\x16\x03\x01\x02\x00" * 100,
+        b"\r\n" * 10_000 + b"NONSENSE\r\n\r\n",
+        b"GET / HTTP/1.1\r\nHost: d\r\nContent-Length: -1\r\n\r\n",
+        b"POST / HTTP/1.1\r\nHost: d\r\nTransfer-Encoding: chunked\r\n\r\nffffffffffffffffffff\r\n",
+        b"GET / HTTP/1.1\r\nHost: d\r\nContent-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
+    ],
+)
+def test_giant_and_wrong_headers(settled: Workspace, junk: bytes) -> None:
+    """A refusal and a closed connection; the memory does not grow with what is sent."""
+    with connected(settled) as client:
+        try:
+            client.sendall(junk)
+            client.shutdown(socket.SHUT_WR)
+        except OSError:
+            pass
+        said = answer(client)
+    assert said == b"" or said.startswith((b"HTTP/1.1 400 ", b"HTTP/1.1 404 ", b"HTTP/1.1 431 "))
+
+
+def test_pipelined_requests(settled: Workspace) -> None:
+    """Five hundred requests in one write are answered in order."""
+    request = b"GET /v1/models/m HTTP/1.1\r\nHost: d\r\n\r\n"
+    last = b"GET /healthz HTTP/1.1\r\nHost: d\r\nConnection: close\r\n\r\n"
+    with connected(settled) as client:
+        client.sendall(request * 500 + last)
+        said = answer(client)
+    assert said.count(b"HTTP/1.1 200 OK") == 501
+    assert said.rstrip().endswith(b"}")
+    assert b'"ok"' in said[-200:]
+
+
+def test_thousand_connections(settled: Workspace) -> None:
+    """Beyond the limit each is told so at once; the daemon has files left for its work, and all is well afterwards."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, 4096), hard))
+    try:
+        with ExitStack() as stack:
+            clients = [stack.enter_context(connected(settled)) for _ in range(1000)]
+            assert answer(clients[-1]).startswith(b"HTTP/1.1 503 ")
+            assert fds(settled) < 600
+            Path(settled.root / "prompts/a.md").write_text("You are prompt A, edited.\n")
+            wait_until(lambda: settled.built().count("a") == 2, "a build goes on meanwhile", 30)
+            kept = sum(1 for client in clients if not _refused(client))
+            assert 16 <= kept <= 400
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    wait_until(lambda: fds(settled) < 100, "they are gone", 20)
+
+
+def _refused(client: socket.socket) -> bool:
+    client.settimeout(0.001)
+    try:
+        client.recv(1)
+    except TimeoutError:
+        return False
+    except OSError:
+        pass
+    return True
