@@ -238,6 +238,41 @@ def verify(settings: Settings, prompts: Sequence[str], deep: bool, want_json: bo
     sys.exit(os.EX_OK if all(result["ok"] for result in results) else os.EX_DATAERR)
 
 
+@cli.command("gc")
+@places("manifest", "cache_dir", "state_dir")
+@click.option("--dry-run", is_flag=True, help="Only say what would be removed; also beside a running daemon.")
+@as_json
+def gc_(settings: Settings, *, dry_run: bool, want_json: bool) -> None:
+    """Remove orphans, quarantined artifacts and files that are not the store's, and say how much it was.
+
+    A running daemon owns the store, and removes orphans itself: stop it before, or name --dry-run. Exit code 75
+    while it runs.
+    """
+    from rkcached import collect
+    from rkcached.show import size
+    from rkcached.store import Store
+
+    store = Store(settings.cache_dir)
+    if not (settings.cache_dir / ".lock").exists():
+        raise SourceError(f"{settings.cache_dir} is no store", hint="name the daemon's cache directory")
+    if not dry_run:
+        store.open()
+    try:
+        rubbish = collect.find_rubbish(store, _look(settings))
+        if not dry_run:
+            collect.remove_rubbish(store, rubbish)
+    finally:
+        store.close()
+    if want_json:
+        items = [{"path": str(one.path), "size_bytes": one.size_bytes, "reason": one.why} for one in rubbish]
+        _print_json({"removed": not dry_run, "size_bytes": sum(one.size_bytes for one in rubbish), "items": items})
+        return
+    for one in rubbish:
+        click.echo(_printable(f"{size(one.size_bytes):>9}  {one.path}  {one.why}"))
+    total = size(sum(one.size_bytes for one in rubbish))
+    click.echo(f"{'would remove' if dry_run else 'removed'} {len(rubbish)}, {total}")
+
+
 @cli.command("inspect")
 @click.argument("file", type=PATH)
 @as_json

@@ -14,6 +14,9 @@ from typing import NamedTuple, assert_never
 from rkcached.errors import PromptTooShort, RkcachedError
 from rkcached.fingerprint import Change, Fingerprint, changes
 
+MAX_RETRY_S = 60.0
+"""No failed attempt waits longer for the next one; a time further ahead was written by a clock that was wrong."""
+
 
 class Key(NamedTuple):
     """A prompt of a model; written `model/prompt`."""
@@ -261,10 +264,10 @@ def _by_verdict(
             # Said anew, because the other artifacts may have grown or shrunk since.
             said = over_budget(verdict.fingerprint, verdict.needed_bytes, claimed_bytes, limits.max_bytes).trouble
             return _blocked(base, State.BLOCKED, said)
-        case VerdictKind.FAILED if observed.now < verdict.retry_at:
+        case VerdictKind.FAILED if observed.now < verdict.retry_at <= observed.now + MAX_RETRY_S:
             return _blocked(base, State.BLOCKED, verdict.trouble, verdict.retry_at)
         case VerdictKind.TOO_SHORT | VerdictKind.OVER_BUDGET | VerdictKind.FAILED:
-            return None  # the limit was raised, or the time has come
+            return None  # the limit was raised, the time has come, or the clock was set back
         case _:
             assert_never(verdict.kind)
 

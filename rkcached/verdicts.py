@@ -5,12 +5,10 @@ from __future__ import annotations
 import time
 
 from rkcached import errors
-from rkcached.plan import Trouble, Verdict, VerdictKind
+from rkcached.plan import MAX_RETRY_S, Trouble, Verdict, VerdictKind
 
 QUARANTINE_AFTER = 3
 """Worker deaths or failed proofs on one fingerprint before it is left alone."""
-
-MAX_RETRY_S = 60.0
 
 
 def verdict_on(error: errors.RkcachedError, fingerprint: str, attempts: int, *, model: str = "") -> Verdict:

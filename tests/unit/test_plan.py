@@ -189,6 +189,12 @@ def test_a_failed_attempt_on_a_stale_artifact_stays_stale_when_it_is_due() -> No
 # --- limits ---
 
 
+def test_a_retry_that_a_wrong_clock_put_far_ahead_is_due() -> None:
+    """A board without a battery had a later time before; its prompts would wait until then."""
+    failed = {KEY: verdict(VerdictKind.FAILED, retry_at=86_400.0)}
+    assert isinstance(only(desired(), world(verdicts=failed, now=10.0)).action, Build)
+
+
 def test_a_prompt_below_min_tokens_is_uncached_until_the_limit_is_lowered() -> None:
     """No action while it is too short: it is what the owner asked for. Lowered to its length, it is built."""
     short = {KEY: too_short(WANTED.digest, 9, 10)}
