@@ -2,31 +2,44 @@
 
 from __future__ import annotations
 
+import os
 import re
+import statistics
 import time
 
 from machine import UNIT, Machine
 
+RUNS = int(os.environ.get("RKCACHED_FIGURE_RUNS", "3"))
+IDLE_S = float(os.environ.get("RKCACHED_IDLE_S", "5"))
+
 
 def test_start_memory_and_idle_wakeups_with_200_fresh_prompts(machine: Machine) -> None:
-    """READY soon, less than 70 MB without a model, and at rest only the watchdog and the rescan."""
+    """READY soon, less than 70 MB without a model, and at rest only the watchdog and the rescan. `-s` shows them."""
     machine.declare({f"p{number:03}": f"You are prompt {number}.\n" * 20 for number in range(200)})
     machine.systemctl("start", UNIT)
     machine.wait_line("200 fresh")
-    machine.systemctl("restart", UNIT)
-    assert machine.show("StatusText") == "200 fresh, 0 blocked"
-    ready_us, started_us = (
-        int(machine.show(name)) for name in ("ActiveEnterTimestampMonotonic", "ExecMainStartTimestampMonotonic")
-    )
-    assert (ready_us - started_us) / 1e6 < 2.0
-    started = time.monotonic()
-    machine.systemctl("reload", UNIT)
-    assert time.monotonic() - started < 1.0
+    ready_s, reload_s = [], []
+    for _ in range(RUNS):
+        machine.systemctl("restart", UNIT)
+        assert machine.show("StatusText") == "200 fresh, 0 blocked"
+        ready_us, started_us = (
+            int(machine.show(name)) for name in ("ActiveEnterTimestampMonotonic", "ExecMainStartTimestampMonotonic")
+        )
+        ready_s.append((ready_us - started_us) / 1e6)
+        started = time.monotonic()
+        machine.systemctl("reload", UNIT)
+        reload_s.append(time.monotonic() - started)
+    assert statistics.median(ready_s) < 2.0
+    assert statistics.median(reload_s) < 1.0
     [resident_kb] = re.findall(r"VmRSS:\s+(\d+) kB", machine.read(f"/proc/{machine.main_pid}/status"))
     assert int(resident_kb) / 1000 <= 70
     before = wakeups(machine)
-    time.sleep(5)  # this is what is measured
-    assert wakeups(machine) - before <= 15
+    time.sleep(IDLE_S)  # this is what is measured
+    woke = wakeups(machine) - before
+    assert woke <= 15 * IDLE_S / 5
+    print(
+        f"\nexec to READY {ready_s} s; reload {reload_s} s; resident {int(resident_kb) / 1000} MB; {woke} in {IDLE_S} s"
+    )
 
 
 def wakeups(machine: Machine) -> int:
