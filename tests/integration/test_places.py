@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import socket
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -12,20 +14,27 @@ from rkcached.settings import Settings
 
 
 @pytest.fixture
-def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def short_path() -> Iterator[Path]:
+    """A temporary directory whose path leaves room for the name of a socket."""
+    with tempfile.TemporaryDirectory() as path:
+        yield Path(path).resolve()
+
+
+@pytest.fixture
+def home(short_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A user in an empty directory on a machine with the system's manifest and its daemon's directory."""
     for name in ("MANIFEST", "CACHE_DIR", "STATE_DIR", "SOCKET", "ADMIN_SOCKET"):
         monkeypatch.delenv(f"RKCACHED_{name}", raising=False)
     for name in ("CACHE", "STATE", "RUNTIME"):
         monkeypatch.delenv(f"{name}_DIRECTORY", raising=False)
-        monkeypatch.setattr(defaults, f"SYSTEM_{name}", tmp_path / "system" / name.lower())
-    monkeypatch.setattr(defaults, "SYSTEM_MANIFEST", tmp_path / "system" / "manifest.yaml")
-    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path / "user"))
+        monkeypatch.setattr(defaults, f"SYSTEM_{name}", short_path / "system" / name.lower())
+    monkeypatch.setattr(defaults, "SYSTEM_MANIFEST", short_path / "system" / "manifest.yaml")
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(short_path / "user"))
     for folder in ("home", "user", "system/runtime"):
-        (tmp_path / folder).mkdir(parents=True)
-    (tmp_path / "system" / "manifest.yaml").touch()
-    monkeypatch.chdir(tmp_path / "home")
-    return tmp_path
+        (short_path / folder).mkdir(parents=True)
+    (short_path / "system" / "manifest.yaml").touch()
+    monkeypatch.chdir(short_path / "home")
+    return short_path
 
 
 def test_who_asks_finds_the_system_s_daemon(home: Path) -> None:

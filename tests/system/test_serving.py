@@ -222,7 +222,7 @@ def test_stale_is_answered_cold_and_current(workspace: Workspace) -> None:
     workspace.wait_state("p", "building")
     answer = workspace.ask("m/p")
     assert right_answer(workspace, new) == content(answer)
-    assert answer["rkcached"]["state"] == "building"
+    assert answer["rkcached"]["state"] in ("building", "stale")  # stale once the build has stepped aside
     assert answer["rkcached"]["cache"] is None
     wait_until(lambda: "build stepped aside" in workspace.log_text(), "that is logged", 5)
     workspace.wait_settled()
