@@ -15,7 +15,7 @@ def _is_none(value: object) -> bool:
 
 
 class Answer(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, defer_build=True)
 
 
 class ManifestProblem(Answer):

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from rkcached import __version__
-from rkcached.errors import ManifestError, RequestError, RkcachedError, SourceError, UsageError
+from rkcached.errors import ManifestError, RequestError, RkcachedError, SettingsError, SourceError, UsageError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -51,6 +51,16 @@ _FLAGS = {
 as_json = click.option("--json", "want_json", is_flag=True, help="Print JSON.")
 
 
+def _bad_setting(error: ValueError) -> SettingsError:
+    """The validation library's first complaint, as one sentence."""
+    details: list[Any] = getattr(error, "errors", list)()
+    first = details[0] if details else {"loc": ("setting",), "msg": str(error)}
+    name = str(first["loc"][0])
+    return SettingsError(
+        f"{name.replace('_', '-')}: {first['msg']}", hint=f"correct RKCACHED_{name.upper()}, or the flag of that name"
+    )
+
+
 def places(*names: str, listens: bool = False) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Give a command the flags for these places, and their values as `settings`."""
 
@@ -62,7 +72,10 @@ def places(*names: str, listens: bool = False) -> Callable[[Callable[..., None]]
             from rkcached.settings import Settings
 
             given = {name: kwargs.pop(name) for name in names}
-            settings = Settings(**{k: v for k, v in given.items() if v is not None})
+            try:
+                settings = Settings(**{k: v for k, v in given.items() if v is not None})
+            except ValueError as error:
+                raise _bad_setting(error) from None
             command(settings=settings if listens else settings.of_client(), **kwargs)
 
         for name in reversed(names):

@@ -74,7 +74,7 @@ class Client:
                 return NotAllowed(str(self._socket))
             return DaemonUnreachable(
                 f"no daemon answers on {self._socket}",
-                hint="start it with `rkcached run`, or name its socket with --socket or RKCACHED_SOCKET",
+                hint="start it with `systemctl start rkcached` or `rkcached run`, or name its socket with --socket",
             )
         return DaemonUnreachable(f"the daemon broke off: {error}", hint="its log says why")
 

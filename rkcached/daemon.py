@@ -20,6 +20,7 @@ from pathlib import Path
 import structlog
 
 from rkcached import __version__, logs
+from rkcached.answers import ChatCompletion
 from rkcached.api import Api
 from rkcached.cache_api import CacheApi
 from rkcached.embeddings import Embeddings
@@ -28,6 +29,7 @@ from rkcached.events import Events
 from rkcached.manifest import EngineKind, Manifest
 from rkcached.metrics import Metrics
 from rkcached.observe import read_manifest
+from rkcached.openai import ChatRequest
 from rkcached.reconcile import Reconciler
 from rkcached.server import ADMIN_MODE, SOCKET_MODE, HttpServer, OnceLooked, OwnSocket, refuse_waiting
 from rkcached.serving import Serving
@@ -64,6 +66,9 @@ def run(settings: Settings) -> None:
         manifest = read_manifest(settings.manifest)
     except ManifestError as error:
         service.status(f"manifest rejected: {error.problems[0]}")
+        if service.notified:  # at a terminal the command says it itself
+            for problem in error.problems:
+                log.error("manifest rejected", file=problem.file, line=problem.line, error=problem.message)
         for listener in passed.values():
             refuse_waiting(listener, error.message)
         raise
@@ -222,6 +227,8 @@ async def _announce(
         await server.answering.wait()
     await reconciler.tried.wait()
     service.ready()
+    ChatRequest.model_rebuild()  # put off while we started; the first request need not pay for it
+    ChatCompletion.model_rebuild()
     await reconciler.looked.wait()
     log.info(
         "ready", socket=str(socket_path), prompts=len(reconciler.view.assessments), fresh=len(reconciler.view.index)

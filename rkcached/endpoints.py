@@ -51,9 +51,7 @@ def routes(endpoints: Iterable[Endpoint], *, admin_socket: Path | None) -> list[
     """One route for each path; with `admin_socket`, changes are refused and referred to it."""
 
     async def refused(_: Request) -> Response:
-        raise RequestError(
-            403, f"changes are made on {admin_socket} only", code="admin_only", hint=f"ask on {admin_socket}"
-        )
+        raise RequestError(403, f"changes are made on {admin_socket} only", code="admin_only", hint="ask there")
 
     by_path: dict[str, dict[str, Handler]] = defaultdict(dict)
     for endpoint in endpoints:

@@ -6,6 +6,7 @@ HTTP, log) can show it to a person without knowing what it is.
     RkcachedError
     ├── UsageError               the command line was wrong                                   exit 64
     ├── ManifestError            the manifest has problems: a list, each with file:line       exit 78
+    ├── SettingsError            a flag or variable has an impossible value                   exit 78
     ├── SourceError              an input file is missing or unusable                         exit 66
     ├── TemplateError            a chat template cannot render this                           exit 65
     │   └── TemplateExhausted    it takes too much time or memory for that
@@ -82,6 +83,12 @@ class ManifestError(RkcachedError):
         count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
         super().__init__(f"{count} in the manifest: {problems[0]}", hint="run `rkcached check` to see all of them")
         self.problems = problems
+
+
+class SettingsError(RkcachedError):
+    """A flag or an environment variable has a value that it cannot have."""
+
+    exit_code = os.EX_CONFIG
 
 
 class SourceError(RkcachedError):

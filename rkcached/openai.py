@@ -31,7 +31,8 @@ _INT63 = 2**63
 
 
 class Record(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)  # strict: true is not 1, "16" is not 16
+    # strict: true is not 1, "16" is not 16; built when first needed: a start does not wait for what nobody asks
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, defer_build=True)
 
 
 class TextPart(Record):

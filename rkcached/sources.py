@@ -229,5 +229,13 @@ def _matches(pattern: str) -> Iterator[Path]:
         names = sorted(entry.name for entry in entries if fnmatch.fnmatchcase(entry.name, wanted))
     for name in names:
         path = Path(folder, name)
-        if not name.startswith(".") and not name.endswith("~") and path.is_file():
+        if not name.startswith(".") and not name.endswith("~") and _may_be_read(path):
             yield path
+
+
+def _may_be_read(path: Path) -> bool:
+    """Whether it is a file; also one that we may not look at, for reading it tells why."""
+    try:
+        return path.is_file()
+    except OSError:  # such as a link into a closed directory: only this prompt is in trouble
+        return True

@@ -376,3 +376,17 @@ def test_the_runtime_is_known_by_its_files(folder: Folder) -> None:
     runtime = folder.scan().runtime
     assert isinstance(runtime, RuntimeSource)
     assert (runtime.version, len(runtime.digest)) == ("1", 64)
+
+
+def test_a_link_that_cannot_be_followed_blocks_its_own_prompt_only(folder: Folder) -> None:
+    """Found by an administrator: a link into a closed directory took away every prompt of the folder."""
+    extra = folder.root / "extra"
+    extra.mkdir()
+    (extra / "link.md").symlink_to("x" * 300)  # no file system takes that name, also from root
+    (extra / "open.md").write_text("Open.")
+    sources = folder.scan("{}", more="prompts_from: 'extra/*.md'")
+    found = {key.prompt: declared.source for key, declared in sources.prompts.items()}
+    assert isinstance(found["link"], Trouble)
+    assert "cannot be read" in found["link"].message
+    assert isinstance(found["open"], PromptSource)
+    assert not sources.unlisted_models

@@ -423,3 +423,16 @@ def test_example_manifest_is_the_documentation(workspace: Workspace) -> None:
     done = workspace.cli("check", "--manifest", str(example), code=os.EX_CONFIG)
     assert "source missing" in done.stderr
     assert "unknown" not in done.stderr
+
+
+def test_an_impossible_setting_is_one_sentence(workspace: Workspace) -> None:
+    """From the environment, as a service reads it: no traceback, and a code that is not tried again."""
+    workspace.memory_model()
+    workspace.declare("{}")
+    command = [sys.executable, "-m", "rkcached", "run"]
+    environment = {**workspace.environment, "RKCACHED_LOG_LEVEL": "loud"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, cwd=workspace.root)
+    assert done.returncode == 78
+    assert done.stderr.startswith("error: log-level: ")
+    assert "RKCACHED_LOG_LEVEL" in done.stderr
+    assert "Traceback" not in done.stderr
