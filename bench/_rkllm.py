@@ -41,8 +41,9 @@ from rkcached.engines.rkllm.library import Library
 from rkcached.engines.rkllm.params import model_param
 from rkcached.manifest import EngineKind
 from rkcached.worker import protocol
+from rkcached.worker.model import Backoff, Deadlines, WorkerModel
 from rkcached.worker.operations import BOUNDARY_TOKENS
-from rkcached.worker.supervisor import Backoff, Deadlines, Worker, WorkerModel
+from rkcached.worker.supervisor import Worker
 
 GROUPS = {"D": "1.2", "E": "1.3"}
 """ABI groups, and the runtime's versions as the figures name them."""

@@ -35,6 +35,7 @@ from rkcached.answers import (
     Status,
     TextCompletion,
 )
+from rkcached.bodies import error_body, parse_body
 from rkcached.cache_api import CacheApi
 from rkcached.embeddings import Embeddings
 from rkcached.endpoints import EVENT_STREAM, Endpoint, describe, routes
@@ -47,8 +48,6 @@ from rkcached.openai import (
     CompletionRequest,
     EmbeddingRequest,
     GenerationRequest,
-    error_body,
-    parse_body,
 )
 from rkcached.plan import Key
 from rkcached.preparation import Job

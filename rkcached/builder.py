@@ -24,8 +24,9 @@ from rkcached.store import Store
 from rkcached.template import ChatTemplate, Message
 from rkcached.worker import protocol
 from rkcached.worker.gate import Gates, Priority
+from rkcached.worker.model import WorkerModel
 from rkcached.worker.pool import Workers
-from rkcached.worker.supervisor import Worker, WorkerModel
+from rkcached.worker.supervisor import Worker
 
 PROBE_QUESTION = "Answer in one sentence: what are you for?"
 """Asked twice after every build: on the state in memory, and on the state from the file."""

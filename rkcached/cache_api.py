@@ -23,12 +23,13 @@ from rkcached.answers import (
     ModelAction,
     ModelStatusList,
 )
+from rkcached.bodies import parse_body
 from rkcached.desired import DesiredModel
 from rkcached.endpoints import Endpoint
 from rkcached.errors import RequestError
 from rkcached.exchange import answer, read_body
 from rkcached.manifest import NAME, NAME_RULE, RESERVED_PROMPT
-from rkcached.openai import GenerateBinaryRequest, ModelRequest, StoreRequest, parse_body
+from rkcached.openai import GenerateBinaryRequest, ModelRequest, StoreRequest
 from rkcached.plan import Key
 from rkcached.reconcile import Reconciler
 from rkcached.serving import Serving

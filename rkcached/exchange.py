@@ -20,8 +20,8 @@ from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from rkcached.answers import Answer
+from rkcached.bodies import error_body
 from rkcached.errors import RequestError
-from rkcached.openai import error_body
 
 log = structlog.get_logger()
 

@@ -9,35 +9,31 @@ that `verify: off` means what it says; `problems` has the words. The same models
 from __future__ import annotations
 
 import os
-import re
 from enum import StrEnum
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 
 from pydantic import (
-    AfterValidator,
     BaseModel,
-    BeforeValidator,
-    ByteSize,
     ConfigDict,
     Field,
     GetJsonSchemaHandler,
     PrivateAttr,
     ValidationError,
     ValidationInfo,
-    WithJsonSchema,
     field_validator,
     model_validator,
 )
 from pydantic_core import CoreSchema
 
+from rkcached import manifest_values as values
+from rkcached.builtin_templates import BUILTIN
 from rkcached.errors import ManifestError
-from rkcached.problems import NAME, NAME_RULE, Sections, all_wrong, explain, nearest, wrong
+from rkcached.manifest_values import RKLLM_ABIS, Abi, FilePath, Name, Paths, Patterns, Size, Template
+from rkcached.problems import NAME, NAME_RULE, Sections, all_wrong, explain, wrong
 from rkcached.yamlmap import Steps, YamlReader, nearest_line, show
 
 __all__ = [
-    "BUILTIN_TEMPLATES",
     "NAME",
     "NAME_RULE",
     "RKLLM_ABIS",
@@ -57,12 +53,6 @@ __all__ = [
     "json_schema",
     "parse",
 ]
-
-BUILTIN_TEMPLATES: Final = ("chatml", "llama3", "gemma", "deepseek", "phi")
-
-
-RKLLM_ABIS: Final = ("1.1.0", "1.2.0", "1.2.1b1", "1.2.1", "1.3.0")
-"""The first version of each binary interface of RKLLM that the binding speaks."""
 
 RESERVED_MODELS: Final = ("available", "load", "loaded", "unload")
 RESERVED_PROMPT: Final = "generate-binary"
@@ -99,81 +89,6 @@ class FingerprintMode(StrEnum):
     KV = "kv"
 
 
-def _listed(value: object) -> object:
-    return [value] if isinstance(value, str) else value
-
-
-def _absolute(path: Path | str, info: ValidationInfo) -> str:
-    """Join to the manifest's directory by the letters alone; links are not followed, `~` and variables not expanded."""
-    text = str(path)
-    if re.search("[\0\ud800-\udfff]", text):
-        raise wrong(f"{info.field_name}: {show(text)} holds a character that no path can have")
-    if text.startswith("~"):
-        raise wrong(f"{info.field_name}: '~' is not expanded in {show(text)}", "write the absolute path")
-    base = (info.context or {}).get("base")
-    return os.path.abspath(os.path.join(base, text)) if base else text  # noqa: PTH100, PTH118 -- resolve() reads links
-
-
-def _path(value: object, info: ValidationInfo) -> object:
-    if value == "":
-        raise wrong(f"{info.field_name}: the path is empty", "name a file")
-    return Path(_absolute(value, info)) if isinstance(value, str | Path) else value
-
-
-def _pattern(value: str, info: ValidationInfo) -> str:
-    head, _, last = value.rpartition("/")
-    if not last or last in {".", ".."}:
-        raise wrong(f"prompts_from: {show(value)} names a directory", "say which files, for example 'prompts/*.md'")
-    if re.search(r"[*?\[]", head) or "**" in last:
-        hint = "use one '*' for the file name, and one pattern for each directory"
-        raise wrong(f"prompts_from: wildcards work only in the last part of a path, got {show(value)}", hint)
-    return _absolute(value, info)
-
-
-def _template(value: str, info: ValidationInfo) -> str:
-    if value in BUILTIN_TEMPLATES:
-        return value
-    if value.endswith((".jinja", ".jinja2")):
-        return _absolute(value, info)
-    message = f"chat_template: {show(value)} is neither a built-in template nor a .jinja file"
-    raise wrong(message, nearest(value, BUILTIN_TEMPLATES))
-
-
-def _abi(value: str | None) -> str | None:
-    if value is None or value in RKLLM_ABIS:
-        return value
-    raise wrong(f"abi: {show(value)} is no known binary interface", f"one of {', '.join(RKLLM_ABIS)}")
-
-
-def _size(value: object) -> object:
-    if isinstance(value, str) and re.fullmatch(r"\s*\d{1,18}(\.\d{1,9})?\s*[A-Za-z]*\s*", value):
-        return value
-    if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
-        return value
-    raise wrong(f"max_bytes: expected a size, got {show(value)}", "write bytes, or a unit: 2GiB, 500 MB")
-
-
-_SIZE_SCHEMA = {"anyOf": [{"type": "integer", "minimum": 1 << 20, "maximum": 1 << 60}, {"type": "string"}]}
-_ABI_SCHEMA: dict[str, Any] = {"anyOf": [{"type": "string", "enum": list(RKLLM_ABIS)}, {"type": "null"}]}
-_PATHS_SCHEMA = {"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}, "maxItems": 64}]}
-
-Name = Annotated[str, Field(pattern=f"^{NAME.pattern}$")]
-FilePath = Annotated[Path, BeforeValidator(_path)]
-Pattern = Annotated[str, AfterValidator(_pattern)]
-Size = Annotated[ByteSize, BeforeValidator(_size), Field(ge=1 << 20, le=1 << 60), WithJsonSchema(_SIZE_SCHEMA)]
-
-# The bounds of each parameter, written once: a model has defaults, a prompt only what it changes.
-_number = partial(Field, strict=True, allow_inf_nan=False)
-_whole = partial(Field, strict=True)
-_max_new_tokens = partial(_whole, ge=1, le=131_072, description="Most tokens an answer may have.")
-_temperature = partial(_number, ge=0, le=5, description="Spread of the sampling; 0 always takes the likeliest token.")
-_top_k = partial(_whole, ge=0, le=100_000, description="Sample among this many likeliest tokens; 0 means all.")
-_top_p = partial(_number, gt=0, le=1, description="Sample among the likeliest tokens that sum to this probability.")
-_repeat_penalty = partial(_number, gt=0, le=10, description="Makes recent tokens less likely; 1 is off.")
-_frequency_penalty = partial(_number, ge=-2, le=2, description="Penalty that grows with each use of a token.")
-_presence_penalty = partial(_number, ge=-2, le=2, description="Penalty for a token that was used at all.")
-
-
 class _Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -184,20 +99,16 @@ class EngineConfig(_Section):
     kind: EngineKind = Field(
         default=EngineKind.LLAMACPP, description="Inference library: rkllm, llamacpp, or memory for tests."
     )
-    threads: int = _whole(default=0, ge=0, le=256, description="CPU threads of a llamacpp worker; 0 is one per core.")
+    threads: int = values.whole(default=0, ge=0, le=256, description="CPU threads of llamacpp; 0 is one per core.")
     library: FilePath = Field(
         default=Path("/usr/lib/librkllmrt.so"), description="RKLLM's runtime library.", validate_default=True
     )
-    abi: Annotated[str | None, AfterValidator(_abi)] = Field(
-        default=None,
-        description="RKLLM's binary interface, by version; None finds it.",
-        json_schema_extra=_ABI_SCHEMA,
-    )
-    timeout_s: float = _number(
+    abi: Abi = Field(default=None, description="RKLLM's binary interface, by version; None finds it.")
+    timeout_s: float = values.number(
         default=300.0, ge=5, le=3600, description="Kill a worker whose library says nothing for so long."
     )
     concurrent: bool = Field(default=False, strict=True, description="Let several models use the NPU at the same time.")
-    max_loaded: int | None = _whole(
+    max_loaded: int | None = values.whole(
         default=None,
         ge=1,
         le=64,
@@ -216,17 +127,19 @@ class CacheConfig(_Section):
         default=FingerprintMode.FULL,
         description="full: sampling parameters invalidate a prompt cache too; kv: they do not.",
     )
-    min_tokens: int = _whole(default=0, ge=0, le=1_048_576, description="Shorter prompts are not cached.")
+    min_tokens: int = values.whole(default=0, ge=0, le=1_048_576, description="Shorter prompts are not cached.")
 
 
 class ServingConfig(_Section):
     """How requests are treated."""
 
-    queue: int = _whole(default=32, ge=1, le=10_000, description="Requests that may wait for a model; more get 503.")
-    request_timeout_s: float | None = _number(
+    queue: int = values.whole(
+        default=32, ge=1, le=10_000, description="Requests that may wait for a model; others get 503."
+    )
+    request_timeout_s: float | None = values.number(
         default=None, gt=0, le=86_400, description="Stop a request that takes longer. None is no limit."
     )
-    shutdown_grace_s: float = _number(
+    shutdown_grace_s: float = values.number(
         default=3.0, ge=0, le=3600, description="Running answers may end for so long when the daemon is stopped."
     )
 
@@ -234,28 +147,28 @@ class ServingConfig(_Section):
 class SamplingParams(_Section):
     """What one prompt changes of its model's parameters."""
 
-    max_new_tokens: int | None = _max_new_tokens(default=None)
-    temperature: float | None = _temperature(default=None)
-    top_k: int | None = _top_k(default=None)
-    top_p: float | None = _top_p(default=None)
-    repeat_penalty: float | None = _repeat_penalty(default=None)
-    frequency_penalty: float | None = _frequency_penalty(default=None)
-    presence_penalty: float | None = _presence_penalty(default=None)
+    max_new_tokens: int | None = values.max_new_tokens(default=None)
+    temperature: float | None = values.temperature(default=None)
+    top_k: int | None = values.top_k(default=None)
+    top_p: float | None = values.top_p(default=None)
+    repeat_penalty: float | None = values.repeat_penalty(default=None)
+    frequency_penalty: float | None = values.frequency_penalty(default=None)
+    presence_penalty: float | None = values.presence_penalty(default=None)
 
 
 class ModelParams(_Section):
     """Context and sampling of a model."""
 
-    max_context_len: int = _whole(
+    max_context_len: int = values.whole(
         default=4096, ge=32, le=1_048_576, description="Tokens the context holds: prompt and answer together."
     )
-    max_new_tokens: int = _max_new_tokens(default=512, validate_default=True)
-    temperature: float = _temperature(default=0.8)
-    top_k: int = _top_k(default=40)
-    top_p: float = _top_p(default=0.9)
-    repeat_penalty: float = _repeat_penalty(default=1.1)
-    frequency_penalty: float = _frequency_penalty(default=0.0)
-    presence_penalty: float = _presence_penalty(default=0.0)
+    max_new_tokens: int = values.max_new_tokens(default=512, validate_default=True)
+    temperature: float = values.temperature(default=0.8)
+    top_k: int = values.top_k(default=40)
+    top_p: float = values.top_p(default=0.9)
+    repeat_penalty: float = values.repeat_penalty(default=1.1)
+    frequency_penalty: float = values.frequency_penalty(default=0.0)
+    presence_penalty: float = values.presence_penalty(default=0.0)
 
     @field_validator("max_new_tokens")
     @classmethod
@@ -273,9 +186,7 @@ def _too_long(value: int, limit: int) -> tuple[str, str]:
 class PromptConfig(_Section):
     """A prompt that is kept as a prompt cache: its files, joined. A path alone is the short form."""
 
-    files: Annotated[
-        tuple[FilePath, ...], BeforeValidator(_listed), WithJsonSchema(_PATHS_SCHEMA | {"minItems": 1})
-    ] = Field(min_length=1, max_length=64, description="The prompt's files, joined in this order.")
+    files: Paths = Field(min_length=1, max_length=64, description="The prompt's files, joined in this order.")
     params: SamplingParams = Field(default_factory=SamplingParams, description="Changes to the model's parameters.")
     description: str = Field(default="", max_length=1000, description="Shown wherever caches are listed.")
 
@@ -298,8 +209,8 @@ class NpuConfig(_Section):
     embed_flash: bool | None = Field(
         default=None, strict=True, description="Read the embedding table from flash, not from memory."
     )
-    base_domain_id: int = _whole(default=0, ge=0, le=15, description="NPU address domain.")
-    n_keep: int | None = _whole(
+    base_domain_id: int = values.whole(default=0, ge=0, le=15, description="NPU address domain.")
+    n_keep: int | None = values.whole(
         default=None, ge=-1, le=RKLLM_MAX_CONTEXT, description="KV positions to keep when the context is full."
     )
     ignore_eos: bool = Field(default=False, strict=True, description="Go on after an end-of-sequence token.")
@@ -309,15 +220,13 @@ class ModelConfig(_Section):
     """A model and the prompts that are kept ready for it."""
 
     path: FilePath = Field(description="The model file.")
-    chat_template: Annotated[str, AfterValidator(_template)] = Field(
-        default="chatml", description=f"{', '.join(BUILTIN_TEMPLATES)}, or a .jinja file."
-    )
+    chat_template: Template = Field(default="chatml", description=f"{', '.join(BUILTIN)}, or a .jinja file.")
     bos_token: str = Field(default="", max_length=64, description="What a .jinja template gets as bos_token.")
     eos_token: str = Field(default="", max_length=64, description="What a .jinja template gets as eos_token.")
     thinking: bool | None = Field(default=None, strict=True, description="enable_thinking, for templates that know it.")
     tokenizer: FilePath | None = Field(default=None, description="tokenizer.json: RKLLM then gets tokens, not text.")
     lora: FilePath | None = Field(default=None, description="A LoRA adapter for RKLLM, converted for the model.")
-    lora_scale: float = _number(default=1.0, ge=0, le=10, description="Strength of the LoRA adapter.")
+    lora_scale: float = values.number(default=1.0, ge=0, le=10, description="Strength of the LoRA adapter.")
     npu: NpuConfig = Field(default_factory=NpuConfig, description="How RKLLM uses the board for this model.")
     embedding: bool = Field(default=False, strict=True, description="A model for /v1/embeddings; it has no prompts.")
     pooling: Pooling = Field(default=Pooling.LAST, description="last or mean: which states make an embedding.")
@@ -325,12 +234,10 @@ class ModelConfig(_Section):
     prompts: dict[Name, PromptConfig] = Field(
         default_factory=dict, description="Prompts by name.", json_schema_extra={"additionalProperties": False}
     )
-    prompts_from: Annotated[
-        tuple[Pattern, ...], BeforeValidator(_listed), WithJsonSchema(_PATHS_SCHEMA | {"default": []})
-    ] = Field(
+    prompts_from: Patterns = Field(
         default=(), max_length=64, description="Patterns such as prompts/*.md; each file is a prompt named by its stem."
     )
-    idle_unload_s: float | None = _number(
+    idle_unload_s: float | None = values.number(
         default=None, ge=1, le=31_536_000, description="Unload the model after so many idle seconds. None is never."
     )
 

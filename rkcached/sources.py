@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from rkcached.builtin_templates import BUILTIN
 from rkcached.desired import Declaration, ModelSource, PromptSource, RuntimeSource, Sources
 from rkcached.digests import Digests, Signature
 from rkcached.engines.registry import ENGINES, EngineEntry
@@ -21,7 +22,6 @@ from rkcached.errors import RkcachedError, SourceError
 from rkcached.manifest import NAME, NAME_RULE, EngineConfig, Manifest, ModelConfig
 from rkcached.plan import Key, Trouble
 from rkcached.stored import StoredTexts
-from rkcached.template import BUILTIN
 
 MAX_PROMPT_BYTES = 1 << 20
 """A prompt beyond this is a mistake: it is some 250,000 tokens."""

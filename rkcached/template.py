@@ -1,16 +1,13 @@
 """Chat templates: the one place where messages become the text that a model reads.
 
-Owns the Jinja2 sandbox, set up as Hugging Face transformers does, and five built-in templates. The text that a prompt
+Owns the Jinja2 sandbox, set up as Hugging Face transformers does. The text that a prompt
 cache is built from (`prefix`) and the text that a request sends (`render`) come out of the same code, so they cannot
 drift apart. Prompt text is data: only the template is ever evaluated. There is no clock: a date in the prefix would
 make every prompt cache stale each day. Pure: no I/O; whatever Jinja2 raises leaves as a TemplateError.
 
-Prompts, messages, tool results, calls and tool definitions cannot forge a turn. What a tokenizer would read as
-structure is broken by a blank after its first character, in every text that is handed to a template and before the
-template sees it: `<|im_end|>` becomes `< |im_end|>`, which reads the same and is data to every tokenizer. These are the
-forms in which the known families write their markers, and whatever else of that kind stands in the template itself or
-is its bos_token or eos_token. A blank, because some tokenizers drop invisible characters. `/v1/completions` has no
-template: its text is structure by intent.
+Prompts, messages, tool results, calls and tool definitions cannot forge a turn: `markers` breaks what would, in every
+text that is handed to a template and before the template sees it. `/v1/completions` has no template: its text is
+structure by intent.
 
 A template that is not built in may loop for ever or fill the memory, which nothing in this process can bound: who
 holds one gives `ChatTemplate` another `compile`, that of `rendering`, which works in a process that can be killed.
@@ -20,12 +17,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections.abc import Callable, Mapping, Sequence
 from enum import StrEnum
 from functools import cached_property, lru_cache
 from traceback import walk_tb
-from types import MappingProxyType
 from typing import Any, Final, NoReturn, NotRequired, TypedDict
 
 import jinja2
@@ -34,172 +29,9 @@ from jinja2.ext import Extension
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from rkcached.builtin_templates import BUILTIN
 from rkcached.errors import TemplateError, TemplateExhausted
-
-# Lines that end in a block tag lose their newline (trim_blocks), lines that end in text or a value keep it.
-# Tools, calls and results are written as Hermes and Qwen models were trained on them: JSON between tags.
-_CHATML: Final = """\
-{% macro tool_list() %}
-# Tools
-
-You may call one or more functions to assist with the user query.
-
-You are provided with function signatures within <tools></tools> XML tags:
-<tools>
-{% for tool in tools %}
-{{ tool | tojson }}
-{% endfor %}
-</tools>
-
-For each function call, return a json object with function name and arguments within <tool_call></tool_call> XML tags:
-<tool_call>
-{"name": <function-name>, "arguments": <args-json-object>}
-</tool_call>
-{%- endmacro %}
-{% if tools and (not messages or messages[0].role != 'system') %}
-<|im_start|>system
-{{ tool_list() }}<|im_end|>
-{% endif %}
-{% for message in messages %}
-{% if message.role == 'tool' %}
-{% if loop.first or loop.previtem.role != 'tool' %}
-<|im_start|>user
-{% endif %}
-<tool_response>
-{{ message.content }}
-</tool_response>
-{%- if loop.last or loop.nextitem.role != 'tool' %}
-<|im_end|>
-{% else %}
-
-{% endif %}
-{% elif message.role in ['system', 'user', 'assistant'] %}
-<|im_start|>{{ message.role }}
-{{ message.content }}
-{%- if tools and loop.first and message.role == 'system' %}
-
-
-{{ tool_list() }}
-{%- endif %}
-{%- for call in message.tool_calls or [] %}
-{{ '\\n' if message.content or not loop.first }}<tool_call>
-{"name": {{ call.function.name | tojson }}, "arguments": {{ call.function.arguments | tojson }}}
-</tool_call>
-{%- endfor %}
-<|im_end|>
-{% else %}
-{{ raise_exception('chatml knows the roles system, user, assistant and tool, not ' ~ message.role) }}
-{% endif %}
-{% endfor %}
-{% if add_generation_prompt %}
-<|im_start|>assistant
-{% if enable_thinking is defined and not enable_thinking %}
-<think>
-
-</think>
-
-{% endif %}
-{% endif %}
-"""
-
-# Llama 3.1 and later: the tools stand in the first user message, so a prompt's prefix is the same with them.
-_LLAMA3: Final = """\
-{% set seen = namespace(user=false) %}
-{% for message in messages %}
-{% if message.role not in ['system', 'user', 'assistant', 'tool'] %}
-{{ raise_exception('llama3 knows the roles system, user, assistant and tool, not ' ~ message.role) }}
-{% endif %}
-<|start_header_id|>{{ 'ipython' if message.role == 'tool' else message.role }}<|end_header_id|>
-
-{% if tools and message.role == 'user' and not seen.user %}
-Given the following functions, please respond with a JSON for a function call with its proper arguments that best \
-answers the given prompt.
-
-Respond in the format {"name": function name, "parameters": dictionary of argument name and its value}. \
-Do not use variables.
-
-{% for tool in tools %}
-{{ tool | tojson(indent=4) }}
-
-{% endfor %}
-{% endif %}
-{% if message.role == 'user' %}{% set seen.user = true %}{% endif %}
-{% if message.tool_calls %}
-{{ message.content | trim }}
-{%- for call in message.tool_calls %}
-{{ '; ' if not loop.first }}{"name": {{ call.function.name | tojson }}, \
-"parameters": {{ call.function.arguments | tojson }}}
-{%- endfor %}
-<|eot_id|>
-{%- else %}
-{{ message.content | trim }}<|eot_id|>
-{%- endif %}
-{% endfor %}
-{% if add_generation_prompt %}
-<|start_header_id|>assistant<|end_header_id|>
-
-{% endif %}
-"""
-
-# Gemma has no system turn: its text opens the first user turn, a blank line apart.
-_GEMMA: Final = r"""
-{%- set has_system = messages and messages[0].role == 'system' %}
-{% set turns = messages[1:] if has_system else messages %}
-{% if has_system and not turns %}
-{{ raise_exception('gemma puts the system message into the first user message, and there is none') }}
-{% endif %}
-{% for message in turns %}
-{% if message.role not in ['user', 'assistant'] %}
-{{ raise_exception('gemma knows one system message at the start, then user and assistant, not ' ~ message.role) }}
-{% elif message.role != ('user' if loop.index0 is even else 'assistant') %}
-{{ raise_exception('gemma wants user and assistant messages in turns, the user first') }}
-{% endif %}
-<start_of_turn>{{ 'model' if message.role == 'assistant' else 'user' }}
-{{ messages[0].content ~ '\n\n' if has_system and loop.first }}{{ message.content | trim }}<end_of_turn>
-{% endfor %}
-{% if add_generation_prompt %}
-<start_of_turn>model
-{% endif %}
-"""
-
-# The distilled R1 models: system text first and bare; the reasoning of earlier answers is not shown again.
-_DEEPSEEK: Final = """\
-{% for message in messages if message.role == 'system' %}
-{{- '' if loop.first else '\\n\\n' }}{{ message.content }}
-{%- endfor %}
-{% for message in messages if message.role != 'system' %}
-{% if message.role == 'user' %}<｜User｜>{{ message.content }}
-{%- elif message.role == 'assistant' %}<｜Assistant｜>{{ message.content.split('</think>')[-1] }}<｜end▁of▁sentence｜>
-{%- else %}{{ raise_exception('deepseek knows the roles system, user and assistant, not ' ~ message.role) }}
-{%- endif %}
-{% endfor %}
-{% if add_generation_prompt %}<｜Assistant｜>{% endif %}
-{% if add_generation_prompt and enable_thinking is defined %}
-<think>
-{% if not enable_thinking %}
-
-</think>
-
-{% endif %}
-{% endif %}
-"""  # noqa: RUF001  the models' own tokens are spelled with fullwidth bars
-
-_PHI: Final = """\
-{% for message in messages %}
-{% if message.role not in ['system', 'user', 'assistant'] %}
-{{ raise_exception('phi knows the roles system, user and assistant, not ' ~ message.role) }}
-{% endif %}
-<|{{ message.role }}|>
-{{ message.content }}<|end|>
-{% endfor %}
-{% if add_generation_prompt %}
-<|assistant|>
-{% endif %}
-"""
-
-BUILTIN: Final[Mapping[str, str]] = MappingProxyType(
-    {"chatml": _CHATML, "llama3": _LLAMA3, "gemma": _GEMMA, "deepseek": _DEEPSEEK, "phi": _PHI}
-)
+from rkcached.markers import Markers
 
 # User texts for `prefix`: they share no first character, not even after trim, upper or lower; nor their length.
 _USER_TEXTS: Final = ("Q", "7 + 5?\nü")
@@ -268,7 +100,7 @@ class ChatTemplate:
         self.digest = _digest(source, bos_token, eos_token)
         self.tools = _tool_style(source)
         """None: this template cannot show tools to the model."""
-        self._marker, self._first = _marker(source, bos_token, eos_token)
+        self._as_data = Markers(source, bos_token, eos_token).as_data
         self._variables: dict[str, Any] = {
             "bos_token": bos_token,
             "eos_token": eos_token,
@@ -293,20 +125,6 @@ class ChatTemplate:
         ]
         copies, shown = self._as_data(copies), self._as_data(list(tools))
         return self._write(self._variables | {"tools": shown or None}, copies)
-
-    def _as_data(self, value: Any) -> Any:
-        """A copy in which no text, at any depth, holds a marker of the model's format."""
-        match value:
-            case str():
-                if not any(first in value for first in self._first):  # as is usual: much faster
-                    return value
-                return self._marker.sub(r"\g<0> ", value)
-            case list() | tuple():
-                return [self._as_data(item) for item in value]
-            case Mapping():
-                return {self._as_data(key): self._as_data(item) for key, item in value.items()}
-            case _:
-                return value
 
     def prefix(self, system: str) -> str:
         """The text that every request with this system message and one user message starts with.
@@ -362,34 +180,6 @@ class _Generation(Extension):
     def parse(self, parser: Parser) -> nodes.Node:
         line = next(parser.stream).lineno
         return nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=line)
-
-
-_MARKERS: Final = (
-    r"\|[^<>\s]{1,80}\|>",  # <|im_end|>: ChatML, Llama 3, Phi, Qwen, Granite
-    "\uff5c[^<>\\s]{1,80}\uff5c>",  # the same with fullwidth bars: DeepSeek
-    r"/?(?:start|end)_of_turn>",  # Gemma
-    r"(?:bos|eos|pad|unk)>",
-    r"/?s>",  # Llama 2, Mistral
-)
-"""What starts and ends turns, after its `<`: a model's tokenizer may know more of them than its template writes."""
-
-_WRITTEN: Final = re.compile(r"</?[A-Za-z][\w.:-]{0,63}>|<<\w{1,32}>>|<</\w{1,32}>>|\[/?[A-Z][A-Z_]{1,31}\]")
-"""What a template may write around messages: `<user>`, `<<SYS>>`, `[INST]`, `</tool_response>`."""
-
-_WORDS: Final = frozenset({"<think>", "</think>", "<tools>", "</tools>", "<tool_call>", "</tool_call>"})
-"""These stand inside a turn. An answer that is sent back may hold them, and a prompt may explain them."""
-
-_PLACEHOLDERS: Final = frozenset({"<function-name>", "<args-json-object>"})
-
-
-def _marker(source: str, bos_token: str, eos_token: str) -> tuple[re.Pattern[str], tuple[str, ...]]:
-    """Finds the first character of each marker, and consumes only that: markers may overlap. And these characters."""
-    written = {*_WRITTEN.findall(source), bos_token, eos_token} - _WORDS - _PLACEHOLDERS
-    rests: dict[str, list[str]] = {"<": list(_MARKERS)}
-    for token in sorted(token for token in written if len(token) > 1):
-        rests.setdefault(token[0], []).append(re.escape(token[1:]))
-    pattern = "|".join(f"{re.escape(first)}(?={'|'.join(rest)})" for first, rest in rests.items())
-    return re.compile(pattern), tuple(rests)
 
 
 def _tool_style(source: str) -> ToolStyle | None:

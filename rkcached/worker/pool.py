@@ -17,14 +17,8 @@ from pathlib import Path
 
 import structlog
 
-from rkcached.worker.supervisor import (
-    SCRATCH_PREFIX,
-    Backoff,
-    Deadlines,
-    Worker,
-    WorkerModel,
-    WorkerState,
-)
+from rkcached.worker.model import Backoff, Deadlines, WorkerModel
+from rkcached.worker.supervisor import SCRATCH_PREFIX, Worker, WorkerState
 
 log = structlog.get_logger()
 

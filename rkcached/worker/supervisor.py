@@ -24,15 +24,13 @@ import tempfile
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine
-from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
 import msgspec
 import structlog
 
-from rkcached.digests import Signature
-from rkcached.engines.base import EngineInfo, ModelSpec
+from rkcached.engines.base import EngineInfo
 from rkcached.errors import (
     EngineError,
     ModelReplaced,
@@ -43,6 +41,7 @@ from rkcached.errors import (
 )
 from rkcached.worker import protocol
 from rkcached.worker.lines import LibraryLines
+from rkcached.worker.model import Backoff, Deadlines, WorkerModel
 
 log = structlog.get_logger()
 
@@ -53,51 +52,12 @@ SCRATCH_PREFIX = "rkcached-"
 """Of scratch directories; the daemon's pid follows."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Deadlines:
-    """How long, in seconds, the daemon waits for a worker before it kills it."""
-
-    start_s: float = 300.0
-    """From exec to Ready: loading a large model from a slow card."""
-    silence_s: float = 300.0
-    """Between two events of an operation: the longest batch of a prefill."""
-    stop_s: float = 2.0
-    """From asking a worker to leave to killing it."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Backoff:
-    """Seconds before a worker is started again after its nth failure in a row; the first is forgiven."""
-
-    base_s: float = 0.25
-    limit_s: float = 30.0
-
-    def delay(self, failures: int) -> float:
-        return 0.0 if failures <= 1 else min(self.base_s * 2.0 ** min(failures - 2, 20), self.limit_s)
-
-
 class WorkerState(StrEnum):
     STOPPED = "stopped"
     STARTING = "starting"
     READY = "ready"
     BUSY = "busy"
     BACKOFF = "backoff"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class WorkerModel:
-    """What a worker hosts. `identity` tells whether a running worker still hosts the right thing."""
-
-    name: str
-    identity: str
-    implementation: str
-    spec: ModelSpec
-    """Without a scratch directory: each process gets its own."""
-    idle_unload_s: float | None
-    timeout_s: float | None = None
-    """Replaces the deadlines for loading and for silence."""
-    signatures: tuple[tuple[str, Signature], ...] = field(default=(), compare=False)
-    """Path and signature of each file that `identity` was made of. A loaded model stays what it is when they change."""
 
 
 AdmitWorker = Callable[["Worker"], Awaitable[None]]
@@ -212,7 +172,7 @@ class Worker:
             raise
         match answer:
             case protocol.Ready():
-                if replaced := _replaced(model):
+                if replaced := model.replaced_file():
                     await self._end()
                     self.state = WorkerState.STOPPED
                     raise ModelReplaced(
@@ -454,18 +414,6 @@ class Worker:
             await self._died("while idle")
         finally:
             self._stopping = None
-
-
-def _replaced(model: WorkerModel) -> str:
-    """A file that is not the one which gave the model its identity, if any."""
-    for path, signature in model.signatures:
-        try:
-            if Signature.of(os.stat(path)) == signature:  # noqa: PTH116 - paths are text in a specification
-                continue
-        except OSError:
-            pass
-        return path
-    return ""
 
 
 async def _to_the_end(work: Coroutine[Any, Any, object]) -> None:

@@ -38,8 +38,8 @@ from rkcached.stored import StoredTexts
 from rkcached.watch import Watcher
 from rkcached.worker import pool
 from rkcached.worker.gate import Gates
+from rkcached.worker.model import Backoff
 from rkcached.worker.pool import Workers
-from rkcached.worker.supervisor import Backoff
 from tests.integration.threaded_worker import ThreadedWorker
 
 CALM_S = 20.0

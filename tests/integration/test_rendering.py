@@ -9,9 +9,10 @@ from collections.abc import Iterator
 import psutil
 import pytest
 
+from rkcached.builtin_templates import BUILTIN
 from rkcached.errors import TemplateError, TemplateExhausted
 from rkcached.rendering import Renderer
-from rkcached.template import BUILTIN, ChatTemplate, Message
+from rkcached.template import ChatTemplate, Message
 
 MESSAGES = [Message(role="system", content="Be brief."), Message(role="user", content="Hello ü")]
 GOOD = "{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}"

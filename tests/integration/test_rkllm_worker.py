@@ -11,7 +11,8 @@ import pytest
 from rkcached.engines.base import ModelSpec, Sampling
 from rkcached.errors import WorkerTimeout
 from rkcached.worker import protocol
-from rkcached.worker.supervisor import Backoff, Deadlines, Worker, WorkerModel, WorkerState
+from rkcached.worker.model import Backoff, Deadlines, WorkerModel
+from rkcached.worker.supervisor import Worker, WorkerState
 from tests.rkllm_standin.standin import build, write_model
 
 pytestmark = pytest.mark.skipif(shutil.which("cc") is None, reason="needs a C compiler")

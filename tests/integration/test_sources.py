@@ -11,12 +11,12 @@ from pathlib import Path
 
 import pytest
 
+from rkcached.builtin_templates import BUILTIN
 from rkcached.desired import ModelSource, PromptSource, RuntimeSource, Sources
 from rkcached.digests import Digests, Signature
 from rkcached.manifest import parse
 from rkcached.plan import Key, Trouble
 from rkcached.sources import MAX_PROMPT_BYTES, SourceReader
-from rkcached.template import BUILTIN
 from tests.integration.test_digests import settle
 
 MODEL = b'{"rkcached_memory_model": 1}'

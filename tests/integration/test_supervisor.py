@@ -29,8 +29,9 @@ from rkcached.errors import (
     WorkerUnavailable,
 )
 from rkcached.worker import protocol
+from rkcached.worker.model import Backoff, Deadlines, WorkerModel
 from rkcached.worker.pool import Workers
-from rkcached.worker.supervisor import Backoff, Deadlines, Worker, WorkerModel, WorkerState
+from rkcached.worker.supervisor import Worker, WorkerState
 
 ROOT = Path(__file__).parents[2]
 MEMORY = "rkcached.engines.memory:MemoryEngine"
@@ -546,7 +547,8 @@ def test_a_child_leaves_when_the_daemons_end_closes(tmp_path: Path, busy: bool) 
 DAEMON = """
 import asyncio, sys, time
 from rkcached.engines.base import ModelSpec
-from rkcached.worker.supervisor import Backoff, Deadlines, Worker, WorkerModel
+from rkcached.worker.model import Backoff, Deadlines, WorkerModel
+from rkcached.worker.supervisor import Worker
 async def main():
     model = WorkerModel(name="m", identity="", implementation=sys.argv[2],
                         spec=ModelSpec(path=sys.argv[1], context_tokens=64), idle_unload_s=None)

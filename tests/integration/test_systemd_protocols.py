@@ -29,8 +29,8 @@ from rkcached.stored import StoredTexts
 from rkcached.systemd import Service, listen_fds
 from rkcached.view import BuildProgress
 from rkcached.worker.gate import Gates
+from rkcached.worker.model import Deadlines
 from rkcached.worker.pool import Workers
-from rkcached.worker.supervisor import Deadlines
 
 
 class Listener:

@@ -15,9 +15,10 @@ import psutil
 import pytest
 from conftest import Workspace, wait_until
 
+from rkcached.builtin_templates import BUILTIN
 from rkcached.engines.base import Sampling
 from rkcached.engines.memory import expected_text
-from rkcached.template import BUILTIN, ChatTemplate, Message
+from rkcached.template import ChatTemplate, Message
 
 SAMPLING = Sampling(
     max_new_tokens=24,

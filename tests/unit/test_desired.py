@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from rkcached.builtin_templates import BUILTIN
 from rkcached.desired import (
     Declaration,
     Desired,
@@ -22,7 +23,6 @@ from rkcached.desired import (
 from rkcached.fingerprint import changes
 from rkcached.manifest import Manifest, parse
 from rkcached.plan import Key, Trouble
-from rkcached.template import BUILTIN
 
 RULES, PLAIN, OTHER = Key("m", "rules"), Key("m", "plain"), Key("n", "rules")
 TROUBLE = Trouble(message="the file is gone", hint="bring it back")

@@ -11,10 +11,9 @@ import yaml
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from rkcached import template
+from rkcached.builtin_templates import BUILTIN
 from rkcached.errors import ManifestError, Problem
 from rkcached.manifest import (
-    BUILTIN_TEMPLATES,
     NAME,
     RKLLM_ABIS,
     EngineKind,
@@ -175,15 +174,10 @@ def test_prompts_from_accepts_one_pattern() -> None:
     assert good(model("prompts_from: p/*.md")).models["m"].prompts_from == ("/etc/rkcached/p/*.md",)
 
 
-@pytest.mark.parametrize("name", BUILTIN_TEMPLATES)
+@pytest.mark.parametrize("name", BUILTIN)
 def test_builtin_templates(name: str) -> None:
     """Each built-in template is accepted by its name."""
     assert name == good(model(f"chat_template: {name}")).models["m"].chat_template
-
-
-def test_builtin_templates_are_those_there_are() -> None:
-    """The names accepted here are the templates that the program has."""
-    assert set(template.BUILTIN) == set(BUILTIN_TEMPLATES)
 
 
 def test_off_is_a_word() -> None:

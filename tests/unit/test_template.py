@@ -10,8 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rkcached import template
+from rkcached.builtin_templates import BUILTIN
 from rkcached.errors import TemplateError
-from rkcached.template import BUILTIN, ChatTemplate, Message
+from rkcached.template import ChatTemplate, Message
 
 SYSTEM_AND_USER = [Message(role="system", content="Be brief.\n"), Message(role="user", content="Hello")]
 TWO_TURNS = [

@@ -1,0 +1,71 @@
+"""Options of the command line that several commands share, and how the places they name become settings."""
+
+from __future__ import annotations
+
+import functools
+import gc
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from rkcached.errors import SettingsError
+
+PATH = click.Path(path_type=Path)
+
+FLAGS = {
+    "manifest": click.option(
+        "--manifest", "-m", type=PATH, metavar="FILE", help="The YAML manifest. [RKCACHED_MANIFEST]"
+    ),
+    "cache_dir": click.option("--cache-dir", type=PATH, metavar="DIR", help="The store. [RKCACHED_CACHE_DIR]"),
+    "state_dir": click.option(
+        "--state-dir",
+        type=PATH,
+        metavar="DIR",
+        help="Stored texts; default: state, beside the store. [RKCACHED_STATE_DIR]",
+    ),
+    "admin_socket": click.option(
+        "--admin-socket",
+        type=PATH,
+        metavar="PATH",
+        help="The socket for changes; default: admin.sock beside the other. [RKCACHED_ADMIN_SOCKET]",
+    ),
+    "socket": click.option("--socket", "-s", type=PATH, metavar="PATH", help="The Unix socket. [RKCACHED_SOCKET]"),
+}
+
+as_json = click.option("--json", "want_json", is_flag=True, help="Print JSON.")
+
+
+def _bad_setting(error: ValueError) -> SettingsError:
+    """The validation library's first complaint, as one sentence."""
+    details: list[Any] = getattr(error, "errors", list)()
+    first = details[0] if details else {"loc": ("setting",), "msg": str(error)}
+    name = str(first["loc"][0])
+    return SettingsError(
+        f"{name.replace('_', '-')}: {first['msg']}", hint=f"correct RKCACHED_{name.upper()}, or the flag of that name"
+    )
+
+
+def places(*names: str, listens: bool = False) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a command the flags for these places, and their values as `settings`."""
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        @functools.wraps(command)
+        def with_settings(**kwargs: Any) -> None:
+            if listens:  # all that a daemon imports stays: looking for garbage in it takes a tenth of its start
+                gc.disable()
+            from rkcached.settings import Settings
+
+            given = {name: kwargs.pop(name) for name in names}
+            try:
+                settings = Settings(**{k: v for k, v in given.items() if v is not None})
+            except ValueError as error:
+                raise _bad_setting(error) from None
+            command(settings=settings if listens else settings.of_client(), **kwargs)
+
+        for name in reversed(names):
+            with_settings = FLAGS[name](with_settings)
+        return with_settings
+
+    return decorate
