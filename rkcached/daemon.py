@@ -117,7 +117,7 @@ async def _serve(
         on_state=lambda worker: _tell_worker(events, worker), room=lambda: _room(reconciler.view.manifest)
     )
     gates = Gates()
-    watcher = Watcher(lambda: _post(loop, reconciler.look_again))
+    watcher = Watcher(lambda: reconciler.look_again())  # noqa: PLW0108 - which is made below
     reconciler = Reconciler(
         manifest_path=settings.manifest,
         manifest=manifest,
@@ -159,7 +159,6 @@ async def _serve(
         status_line = _Soon(lambda: service.status(summary(reconciler)))
         events.listen(lambda event: status_line.call() if event.kind in ("artifact", "build") else None)
     service.status("starting: looking at every file")
-    watcher.start()
     reconciling = asyncio.create_task(reconciler.run())
     serving_http = asyncio.create_task(_serve_both((everyone, admin), listeners))
     announcing = asyncio.create_task(_announce(reconciler, (everyone, admin), settings.socket, service))
@@ -272,9 +271,3 @@ class _Soon:
     def _now(self) -> None:
         self._scheduled = False
         self._action()
-
-
-def _post(loop: asyncio.AbstractEventLoop, call: Callable[[], None]) -> None:
-    """From another thread; the loop may be closing."""
-    with contextlib.suppress(RuntimeError):
-        loop.call_soon_threadsafe(call)

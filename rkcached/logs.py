@@ -26,7 +26,6 @@ def configure(level: str) -> None:
         logging.basicConfig(level=logging.WARNING, handlers=[JournalHandler(journal)])
     else:
         logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="%(levelname)-7s %(name)s: %(message)s")
-    logging.getLogger("watchdog").setLevel(logging.CRITICAL)  # it logs errors about its own shutdown
     structlog.configure(
         processors=[
             structlog.processors.add_log_level,

@@ -31,7 +31,7 @@ from rkcached.stored import StoredTexts
 from rkcached.systemd import Service
 from rkcached.verdicts import QUARANTINE_AFTER, quarantined
 from rkcached.view import BuildProgress, FreshIndex, View
-from rkcached.watch import Follower
+from rkcached.watch import Follower, places
 from rkcached.worker.gate import Gates, Priority
 from rkcached.worker.pool import Workers
 
@@ -48,6 +48,10 @@ RESCAN_S = 60.0
 
 STORE_RETRY_S = 5.0
 """Look again after a look at a store that cannot be read."""
+
+POLL_S = 1.0
+"""Look again so soon while something cannot be watched, but not more often than takes this share of the time."""
+POLL_SHARE = 0.1
 
 
 class Reconciler:
@@ -191,6 +195,8 @@ class Reconciler:
         retries = [a.action.retry_at for a in self.view.assessments.values() if isinstance(a.action, Blocked)]
         due = [at - time.time() for at in retries if at > 0]
         rescan_s = RESCAN_S if self.store_trouble is None else STORE_RETRY_S
+        if self._watcher.polling:
+            rescan_s = min(rescan_s, max(POLL_S, self.last_look_ms / 1000 / POLL_SHARE))
         loop = asyncio.get_running_loop()
         end = loop.time() + max(0.05, min([rescan_s, *due]))
         while True:
@@ -249,7 +255,8 @@ class Reconciler:
         try:
             look = await self._observe()
             self._publish(look)
-            self._watcher.follow(*inputs(look.manifest, self.manifest_file.path, self._stored))
+            files, folders = inputs(look.manifest, self.manifest_file.path, self._stored)
+            self._watcher.follow(await asyncio.to_thread(places, files, folders))
             self._retire_workers(look)
             removes = [action for action in plan(look.assessments) if isinstance(action, Remove)]
             removed = [action for action in removes if await self._remove(action)]

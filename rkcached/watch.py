@@ -1,152 +1,207 @@
 """Turns file system events into "look again". Carries no decision and no file name: the next scan finds out.
 
 Watches folders, not files, because editors replace files; of each path it watches every folder in which a link on the
-way lies, so that a retargeted link or a swapped `..data` folder is noticed; and the folder's own parent, so that a
-replaced folder is. A folder that does not exist yet is awaited in its nearest existing ancestor. Events may be lost
-(kernel queue, network file systems), so the reconciler also looks again every minute.
+way lies, so that a retargeted link or a swapped `..data` folder is noticed; and each folder on the way for being moved
+or deleted itself. A folder that does not exist yet is awaited in its nearest existing ancestor. Events may be lost
+(network file systems have none), so the reconciler also looks again every minute, and every second or so while a
+folder cannot be watched at all. The kernel says when it lost events of its own: that is an event like any other.
 """
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
+import errno
 import os
-import threading
-from collections.abc import Callable, Iterable
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 import structlog
-from watchdog.events import (
-    DirAttribEvent,
-    DirCreatedEvent,
-    DirDeletedEvent,
-    DirMovedEvent,
-    FileAttribEvent,
-    FileClosedEvent,
-    FileCreatedEvent,
-    FileDeletedEvent,
-    FileModifiedEvent,
-    FileMovedEvent,
-    FileSystemEvent,
-    FileSystemEventHandler,
-)
-from watchdog.observers import Observer
-from watchdog.observers.api import BaseObserver, ObservedWatch
-from watchdog.observers.polling import PollingObserver
+from inotify_simple import INotify, flags, parse_events
 
 log = structlog.get_logger()
 
-_EVENTS: list[type[FileSystemEvent]] = [
+_ITSELF = flags.DELETE_SELF | flags.MOVE_SELF | flags.ONLYDIR | flags.MASK_ADD
+_CONTENT = (
     # Without the events of opening and reading, or the scan's own reads would be events.
-    FileCreatedEvent, FileModifiedEvent, FileClosedEvent, FileMovedEvent, FileDeletedEvent, FileAttribEvent,
-    DirCreatedEvent, DirMovedEvent, DirDeletedEvent, DirAttribEvent,
-]  # fmt: skip
+    _ITSELF
+    | flags.CREATE
+    | flags.MODIFY
+    | flags.CLOSE_WRITE
+    | flags.ATTRIB
+    | flags.MOVED_FROM
+    | flags.MOVED_TO
+    | flags.DELETE
+)
 
 _MAX_LINKS = 40
 """As the kernel's own limit for links on one path."""
 
-_POLL_INTERVAL_S = 1.0
+_READ_BYTES = 1 << 14
+"""Events taken in one turn of the event loop, some hundreds: a burst of them does not hold up the others."""
 
-Wanted = dict[str, set[str] | None]
-"""Folder to the names in it that matter; None: all of them."""
+_ANY = "any"
+"""Stands for a file of a folder, whatever its name."""
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """What matters of a folder."""
+
+    names: set[str] | None
+    """None: everything in it; empty: only the folder itself."""
+    identity: tuple[int, int] | None
+    """Device and inode, to tell a folder from the one that replaces it. None: it is not there."""
+
+    @property
+    def events(self) -> int:
+        return int(_ITSELF if self.names is not None and not self.names else _CONTENT)
 
 
 class Follower(Protocol):
     """What the reconciler needs of a watcher."""
 
-    def follow(self, files: Iterable[Path], folders: Iterable[Path]) -> None: ...
+    polling: bool
+    """Something is not watched: look again often."""
+
+    def follow(self, wanted: Mapping[str, Place]) -> None: ...
 
 
-class Watcher(FileSystemEventHandler):
-    """Calls `look_again` from a thread of its own whenever something that is followed may have changed."""
+class Watcher:
+    """Calls `look_again` in the event loop whenever something that is followed may have changed."""
 
     def __init__(self, look_again: Callable[[], None]) -> None:
         self._look_again = look_again
-        self._observer: BaseObserver = Observer()
-        self._watches: dict[str, tuple[ObservedWatch, tuple[int, int]]] = {}
-        self._wanted: Wanted = {}
-        self._lock = threading.Lock()
+        self._inotify: INotify | None = None
+        self._closed = False
+        self._wanted: Mapping[str, Place] = {}
+        self._watches: dict[str, tuple[int, Place]] = {}
+        """Of each watched folder: watch descriptor, and what was wanted of it then."""
         self.polling = False
-
-    def start(self) -> None:
-        try:
-            self._observer.start()
-        except OSError as error:  # out of inotify instances
-            self._poll_instead(error)
 
     def close(self) -> None:
         """Stop watching; no call of `look_again` after it returned. Idempotent."""
-        if self._observer.is_alive():
-            self._observer.stop()
-            self._observer.join()
+        self._closed = True
+        if self._inotify is not None:
+            asyncio.get_running_loop().remove_reader(self._inotify.fd)
+            self._inotify.close()
+            self._inotify = None
+        self._watches.clear()
 
-    def follow(self, files: Iterable[Path], folders: Iterable[Path]) -> None:
-        """Watch exactly these files and the content of these folders; they need not exist. Cheap without a change."""
-        wanted: Wanted = {}
-        for path in files:
-            for folder, name in trail(path):
-                names = wanted.setdefault(folder, set())
-                if names is not None:
-                    names.add(name)
-        for path in folders:
-            for folder, name in trail(path / "any"):
-                if name == "any":
-                    wanted[folder] = None
-                elif (names := wanted.setdefault(folder, set())) is not None:
-                    names.add(name)
-        with self._lock:
-            self._wanted = wanted
-        self._rearm(wanted)
+    def follow(self, wanted: Mapping[str, Place]) -> None:
+        """Watch exactly these places. What cannot be watched is tried again by the next call."""
+        if self._closed:
+            return
+        self._wanted = wanted
+        trouble: OSError | None
+        try:
+            trouble = self._rearm(self._open())
+        except OSError as error:  # out of inotify instances, or of descriptors
+            trouble = error
+        if trouble is not None and not self.polling:
+            log.warning("polling instead of inotify", error=trouble.strerror, hint=_hint(trouble))
+        elif trouble is None and self.polling:
+            log.info("inotify instead of polling")
+        self.polling = trouble is not None
 
-    def dispatch(self, event: FileSystemEvent) -> None:
-        """Called by watchdog in its thread."""
-        with self._lock:
-            wanted = self._wanted
-        for raw in (event.src_path, event.dest_path):
-            path = os.fsdecode(raw)
-            folder, name = os.path.split(path)
-            names = wanted.get(folder, ())
-            if path in wanted or names is None or name in names:
-                self._look_again()
-                return
+    def _open(self) -> INotify:
+        if self._inotify is None:
+            self._inotify = INotify(nonblocking=True)
+            asyncio.get_running_loop().add_reader(self._inotify.fd, self._read, self._inotify)
+        return self._inotify
 
-    def _rearm(self, wanted: Wanted) -> None:
-        """Make the watches equal to `wanted`. A folder that was replaced has another inode: watch the new one."""
-        identities = {folder: _identity(folder) for folder in wanted}
-        for folder, (watch, watched) in list(self._watches.items()):
-            if identities.get(folder) != watched:
-                del self._watches[folder]
-                self._observer.unschedule(watch)
-        for folder, identity in identities.items():
-            if identity is None or folder in self._watches:
+    def _rearm(self, inotify: INotify) -> OSError | None:
+        """Make the watches equal to what is wanted; returns why that is not possible, if so.
+
+        What changed before a folder was watched was perhaps looked at before: another look follows a new watch.
+        """
+        wanted, trouble, added = self._wanted, None, False
+        for folder, (_, before) in list(self._watches.items()):
+            now = wanted.get(folder)
+            if now is None or (now.identity, now.events) != (before.identity, before.events):
+                self._drop(folder, inotify)
+        for folder, place in wanted.items():
+            if place.identity is None or folder in self._watches:
                 continue
             try:
-                watch = self._observer.schedule(self, folder, event_filter=_EVENTS)
-            except FileNotFoundError:
-                continue  # gone in between: its parent's event, or the next rescan, tells
+                watch = inotify.add_watch(folder, place.events)
+            except (FileNotFoundError, NotADirectoryError):
+                added = True  # it went after it was looked at
             except OSError as error:
-                if self.polling:
-                    log.warning("folder not watched", folder=folder, error=str(error))
-                    continue
-                self._poll_instead(error)
-                return self._rearm(wanted)
-            self._watches[folder] = (watch, identity)
-        return None
+                if error.errno != errno.EACCES or place.events == _CONTENT:  # that a way is moved, a rescan may tell
+                    trouble = error
+            else:
+                # Its identity is of before: had it been replaced in between, the next look would see that.
+                self._watches[folder] = (watch, place)
+                added = True
+        if added:
+            self._look_again()
+        return trouble
 
-    def _poll_instead(self, error: OSError) -> None:
-        """Out of inotify watches or instances: look at the folders every second."""
-        log.warning("polling instead of inotify", error=str(error), hint="raise fs.inotify.max_user_watches")
-        self.close()
-        self.polling = True
-        self._watches.clear()
-        self._observer = PollingObserver(timeout=_POLL_INTERVAL_S)
-        self._observer.start()
+    def _drop(self, folder: str, inotify: INotify) -> None:
+        watch, _ = self._watches.pop(folder)
+        if not any(other == watch for other, _ in self._watches.values()):  # the same folder, mounted at two places
+            with contextlib.suppress(OSError):  # the folder is gone, and its watch with it
+                inotify.rm_watch(watch)
+
+    def _read(self, inotify: INotify) -> None:
+        try:
+            events = parse_events(os.read(inotify.fd, _READ_BYTES))
+        except BlockingIOError:
+            return
+        folders = defaultdict(list)
+        for folder, (watch, _) in self._watches.items():
+            folders[watch].append(folder)
+        matters = False
+        for watch, mask, _, name in events:
+            if mask & flags.Q_OVERFLOW:
+                log.warning("file events lost", hint="there were too many at once; everything is looked at")
+                matters = True
+            for folder in folders[watch]:
+                if mask & flags.IGNORED:  # the watch has ended with its folder
+                    self._watches.pop(folder, None)
+                names = self._wanted[folder].names
+                matters = matters or not name or names is None or name in names
+        if matters:
+            self._look_again()
+
+
+def places(files: Iterable[Path], folders: Iterable[Path]) -> dict[str, Place]:
+    """Where these files and the content of these folders may change; they need not exist. Reads links: may block."""
+    found: dict[str, set[str] | None] = {}
+
+    def add(folder: str, name: str) -> None:
+        if (names := found.setdefault(folder, set())) is not None and name:
+            names.add(name)
+
+    by_folder: dict[Path, list[str]] = defaultdict(list)
+    for path in files:
+        by_folder[path.parent].append(path.name)
+    everything = set(folders)
+    for parent in by_folder.keys() | everything:
+        *way, (folder, last) = trail(parent / _ANY)
+        for place in way:
+            add(*place)
+        add(folder, last)
+        if last != _ANY:  # the folder does not exist
+            continue
+        if parent in everything:
+            found[folder] = None
+        for name in by_folder.get(parent, ()):
+            linked = os.path.islink(os.path.join(folder, name))  # noqa: PTH114, PTH118 - strings, as events carry them
+            for place in trail(parent / name) if linked else [(folder, name)]:
+                add(*place)
+    return {folder: Place(names, _identity(folder)) for folder, names in found.items()}
 
 
 def trail(path: Path) -> list[tuple[str, str]]:
     """The places (folder, name) whose change may change what `path` is, ending with the file's real folder.
 
-    Every link on the way is a place; so is the file's folder in its parent. If something on the way does not exist,
-    the last place is where it would appear.
+    Every link on the way is a place; so is each folder, without a name. If something on the way does not exist, the
+    last place is where it would appear.
     """
     places: list[tuple[str, str]] = []
     folder, rest = "/", [part for part in Path(os.path.abspath(path)).parts if part != "/"]  # noqa: PTH100 - lexical
@@ -160,9 +215,8 @@ def trail(path: Path) -> list[tuple[str, str]]:
             target = os.path.normpath(os.path.join(folder, os.readlink(here)))  # noqa: PTH115, PTH118
             folder, rest = "/", [part for part in target.split("/") if part] + rest
         elif rest and os.path.isdir(here):  # noqa: PTH112
-            if len(rest) == 1:
-                places.append((folder, name))
             folder = here
+            places.append((folder, ""))
         else:
             places.append((folder, name))
             break
@@ -175,3 +229,13 @@ def _identity(folder: str) -> tuple[int, int] | None:
     except OSError:
         return None
     return info.st_dev, info.st_ino
+
+
+def _hint(error: OSError) -> str:
+    match error.errno:
+        case errno.ENOSPC:
+            return "raise fs.inotify.max_user_watches"
+        case errno.EMFILE:
+            return "raise fs.inotify.max_user_instances"
+        case _:
+            return "let the daemon's user read the folders"

@@ -127,7 +127,6 @@ class Storm(RuleBasedStateMachine):
         return self.runner.run(work)
 
     async def start(self) -> None:
-        loop = asyncio.get_running_loop()
         self.store = Store(self.cache)
         self.store.open()
         self.events = Events()
@@ -139,8 +138,7 @@ class Storm(RuleBasedStateMachine):
             if self.muted:
                 self.unseen = True
                 return
-            with contextlib.suppress(RuntimeError):
-                loop.call_soon_threadsafe(self.reconciler.look_again)
+            self.reconciler.look_again()
 
         self.watcher = Watcher(look_again)
         stored = StoredTexts(self.root / "state")
@@ -156,7 +154,6 @@ class Storm(RuleBasedStateMachine):
         )
         self.serving = Serving(self.reconciler, self.workers, gates, self.events)
         self.observer = Observer(Store(self.cache), stored)
-        self.watcher.start()
         self.running = asyncio.create_task(self.reconciler.run())
         await asyncio.wait(
             {asyncio.create_task(self.reconciler.tried.wait()), self.running}, return_when="FIRST_COMPLETED"

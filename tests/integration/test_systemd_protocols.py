@@ -241,7 +241,9 @@ class SlowDisk(Store):
 
 
 class NoWatcher:
-    def follow(self, files: object, folders: object) -> None:
+    polling = False
+
+    def follow(self, wanted: object) -> None:
         pass
 
 
