@@ -18,7 +18,7 @@ def problems_of(manifest_file: Path) -> tuple[list[Problem], str]:
     try:
         manifest = read_manifest(manifest_file)
     except ManifestError as error:
-        return list(error.problems), f"{len(error.problems)} problems" if len(error.problems) != 1 else "1 problem"
+        return list(error.problems), _counted(len(error.problems), "problem")
     sources = SourceReader(Digests()).scan(manifest)
     desired = Resolver(Renderer().compile).resolve(manifest, sources)
     troubles: list[tuple[int, Trouble]] = []
@@ -38,5 +38,9 @@ def problems_of(manifest_file: Path) -> tuple[list[Problem], str]:
         for line, trouble in sorted(troubles, key=lambda found: found[0])
     ]
     if problems:
-        return problems, "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
-    return [], f"ok, {len(manifest.models)} models, {len(desired.prompts)} prompts"
+        return problems, _counted(len(problems), "problem")
+    return [], f"ok, {_counted(len(manifest.models), 'model')}, {_counted(len(desired.prompts), 'prompt')}"
+
+
+def _counted(number: int, noun: str) -> str:
+    return f"{number} {noun}" + ("" if number == 1 else "s")

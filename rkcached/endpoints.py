@@ -73,6 +73,7 @@ def describe(endpoints: Iterable[Endpoint], *, everyone: bool) -> dict[str, Any]
     bodies = {(e.body, "validation") for e in endpoints if e.body is not None}
     answers = {(record, "serialization") for e in endpoints for record in e.answers.values() if record is not None}
     wanted = sorted(bodies | answers | {(ErrorAnswer, "serialization")}, key=lambda pair: (pair[0].__name__, pair[1]))
+    # mypy takes the pairs for tuple[..., str]: a literal is lost in sorted()
     names, schemas = models_json_schema(wanted, ref_template="#/components/schemas/{model}")  # type: ignore[arg-type]
     paths: dict[str, dict[str, Any]] = defaultdict(dict)
     for endpoint in endpoints:

@@ -176,7 +176,7 @@ def _start() -> _Process:
     process = _Process(popen, ours)
     try:
         ready = _receive(ours, START_TIMEOUT_S)
-    except BaseException:
+    except BaseException:  # whatever ends us here, Ctrl-C too: nobody else knows the process yet
         process.end()
         raise
     if ready is None:

@@ -100,7 +100,7 @@ def test_check_reads_the_files(workspace: Workspace) -> None:
     for name in ("empty", "latin", "nul", "big", "gone"):
         workspace.write(f"{name}.md", "fine")
     workspace.declare("{empty: empty.md}")
-    assert "ok, 1 models, 1 prompts" in workspace.cli("check").stdout
+    assert "ok, 1 model, 1 prompt" in workspace.cli("check").stdout
 
 
 def test_bad_prompts_block_only_themselves(workspace: Workspace) -> None:
