@@ -24,7 +24,7 @@ from rkcached.manifest import EngineKind, Manifest, parse
 from rkcached.plan import Assessment, Key, Limits, Observed, Verdict, VerdictKind, assess
 from rkcached.rendering import Renderer
 from rkcached.sidecar import Inventory
-from rkcached.sources import SourceReader
+from rkcached.sources import SourceReader, links
 from rkcached.store import Store
 from rkcached.stored import StoredTexts
 
@@ -149,7 +149,10 @@ def inputs(manifest: Manifest, manifest_path: Path, stored: StoredTexts) -> tupl
             files.append(Path(model.chat_template))
         for prompt in model.prompts.values():
             files.extend(prompt.files)
-        folders.extend(Path(pattern).parent for pattern in model.prompts_from)
+        for pattern in model.prompts_from:
+            folders.append(Path(pattern).parent)
+            with contextlib.suppress(OSError):  # the look says so
+                files.extend(links(pattern))
     if manifest.engine.kind is EngineKind.RKLLM:
         files.append(manifest.engine.library)  # also while it is missing or no library
     with contextlib.suppress(errors.RkcachedError):

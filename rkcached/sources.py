@@ -9,6 +9,7 @@ from __future__ import annotations
 import fnmatch
 import hashlib
 import os
+import re
 import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -222,20 +223,30 @@ def _printable(text: str) -> str:
     return text.encode(errors="backslashreplace").decode()
 
 
+def links(pattern: str) -> list[Path]:
+    """The links among the files that a prompts_from pattern names. Errors: OSError."""
+    return [Path(entry.path) for entry in _matching(pattern) if entry.is_symlink()]
+
+
 def _matches(pattern: str) -> Iterator[Path]:
-    """The files that a prompts_from pattern names, sorted; no hidden files, no editors' backups. Errors: OSError."""
+    """The files that a prompts_from pattern names, sorted; and the links that cannot be followed. Errors: OSError."""
+    for entry in _matching(pattern):
+        if entry.is_file(follow_symlinks=False) or (entry.is_symlink() and _may_be_read(entry.path)):
+            yield Path(entry.path)
+
+
+def _matching(pattern: str) -> list[os.DirEntry[str]]:
+    """What a prompts_from pattern names, sorted; no hidden files, no editors' backups. Errors: OSError."""
     folder, _, wanted = pattern.rpartition("/")
+    matches = re.compile(fnmatch.translate(wanted)).match
     with os.scandir(folder or "/") as entries:
-        names = sorted(entry.name for entry in entries if fnmatch.fnmatchcase(entry.name, wanted))
-    for name in names:
-        path = Path(folder, name)
-        if not name.startswith(".") and not name.endswith("~") and _may_be_read(path):
-            yield path
+        found = [entry for entry in entries if entry.name[0] != "." and entry.name[-1] != "~" and matches(entry.name)]
+    return sorted(found, key=lambda entry: entry.name)
 
 
-def _may_be_read(path: Path) -> bool:
-    """Whether it is a file; also one that we may not look at, for reading it tells why."""
+def _may_be_read(link: str) -> bool:
+    """Whether it leads to a file. One that leads nowhere is a prompt in trouble: what was made of it is kept."""
     try:
-        return path.is_file()
-    except OSError:  # such as a link into a closed directory: only this prompt is in trouble
+        return stat.S_ISREG(os.stat(link).st_mode)  # noqa: PTH116
+    except OSError:
         return True

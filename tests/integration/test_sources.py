@@ -260,7 +260,8 @@ def test_hidden_files_backups_and_folders_are_left_out(folder: Folder, extra: Pa
     for name in (".hidden.md", "a.md~", ".a.md.swp", "a.txt", "a.md"):
         (extra / name).write_text("x")
     (extra / "folder.md").mkdir()
-    (extra / "dangling.md").symlink_to("nowhere")
+    (extra / ".#a.md").symlink_to("somebody@somewhere")  # how Emacs locks a file
+    (extra / "link.md").symlink_to("folder.md")
     os.mkfifo(extra / "fifo.md")
     assert set(folder.found("extra/*.md*")) == {"a"}
     assert set(folder.found()) == {"a"}
@@ -378,15 +379,27 @@ def test_the_runtime_is_known_by_its_files(folder: Folder) -> None:
     assert (runtime.version, len(runtime.digest)) == ("1", 64)
 
 
-def test_a_link_that_cannot_be_followed_blocks_its_own_prompt_only(folder: Folder) -> None:
-    """Found by an administrator: a link into a closed directory took away every prompt of the folder."""
+@pytest.mark.parametrize(
+    ("target", "trouble"),
+    [
+        ("x" * 300, "cannot be read"),  # no file system takes that name, also from root
+        ("link.md", "cannot be read"),
+        ("nowhere", "source missing"),
+    ],
+    ids=["impossible", "loop", "dangling"],
+)
+def test_a_link_that_cannot_be_followed_blocks_its_own_prompt_only(folder: Folder, target: str, trouble: str) -> None:
+    """Found by an administrator: a link into a closed directory took away every prompt of the folder.
+
+    One that leads nowhere was no prompt, so that what it had been made into was removed as nobody's.
+    """
     extra = folder.root / "extra"
     extra.mkdir()
-    (extra / "link.md").symlink_to("x" * 300)  # no file system takes that name, also from root
+    (extra / "link.md").symlink_to(target)
     (extra / "open.md").write_text("Open.")
     sources = folder.scan("{}", more="prompts_from: 'extra/*.md'")
     found = {key.prompt: declared.source for key, declared in sources.prompts.items()}
     assert isinstance(found["link"], Trouble)
-    assert "cannot be read" in found["link"].message
+    assert trouble in found["link"].message
     assert isinstance(found["open"], PromptSource)
     assert not sources.unlisted_models
