@@ -253,7 +253,7 @@ class Reconciler:
         self._curious = []
         self._looking = True  # a build may end while we look, but no other starts
         try:
-            look = await self._observe()
+            look, generation = await self._observe()
             self._publish(look)
             files, folders = inputs(look.manifest, self.manifest_file.path, self._stored)
             self._watcher.follow(await asyncio.to_thread(places, files, folders))
@@ -277,17 +277,18 @@ class Reconciler:
         self.last_look_ms = (time.perf_counter() - started) * 1000
         log.debug("looked", took_ms=round(self.last_look_ms, 1), builds=len(self._pending), removed=len(removed))
         self.looked.set()
-        if removed:  # what cannot be removed is tried again at the next look, not at once
+        # What cannot be removed is tried again at the next look, not at once.
+        if removed or generation != self._generation:
             self.look_again(now=True)
 
-    async def _observe(self) -> Look:
+    async def _observe(self) -> tuple[Look, int]:
         """A look during which the store did not change. As no build starts meanwhile, two looks are the most."""
         while True:
             generation = self._generation
             manifest = await asyncio.to_thread(self.manifest_file.read)
             look = await asyncio.to_thread(self._observer.look, manifest, self._attempts.verdicts(self.view))
             if generation == self._generation:
-                return look
+                return look, generation
 
     async def _stop_unwanted_build(self, look: Look) -> None:
         running = self.progress
@@ -422,8 +423,11 @@ class Reconciler:
         finally:
             self.progress = None
             self._generation += 1
-        # With more builds waiting there is no need to look at everything again in between.
-        if self._pending and not self._looking and not self._wake.is_set():
+        # With more builds waiting there is no need to look at everything again in between; and a look that goes on
+        # takes notice by itself, for if each build asked for another one, there would be no more than one to a look.
+        if self._looking:
+            return
+        if self._pending and not self._wake.is_set():
             self._start_next_build()
         else:
             self.look_again(now=True)
