@@ -7,6 +7,7 @@ files are never components: renaming or touching a file changes nothing.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -51,12 +52,9 @@ def fingerprint(components: Mapping[str, Value]) -> Fingerprint:
     ("ab", "c") apart from ("a", "bc").
     """
     texts = {name: _canonical(value) for name, value in sorted(components.items())}
-    sha = hashlib.sha256(_MAGIC + FORMAT_VERSION.to_bytes(4, "little"))
-    for name, text in texts.items():
-        for part in (name.encode(), text.encode()):
-            sha.update(len(part).to_bytes(8, "little"))
-            sha.update(part)
-    return Fingerprint(digest=sha.hexdigest(), components=MappingProxyType(texts))
+    parts = [_part(text) for item in texts.items() for text in item]
+    data = b"".join((_MAGIC, FORMAT_VERSION.to_bytes(4, "little"), *parts))
+    return Fingerprint(digest=hashlib.sha256(data).hexdigest(), components=MappingProxyType(texts))
 
 
 def changes(old: Mapping[str, str], new: Mapping[str, str]) -> tuple[Change, ...]:
@@ -68,6 +66,13 @@ def changes(old: Mapping[str, str], new: Mapping[str, str]) -> tuple[Change, ...
     )
 
 
+@functools.lru_cache(maxsize=1024)  # most components are the same for all prompts of a model
+def _part(text: str) -> bytes:
+    data = text.encode()
+    return len(data).to_bytes(8, "little") + data
+
+
+@functools.lru_cache(maxsize=1024, typed=True)
 def _canonical(value: Value) -> str:
     """One text for one value: 1 and 1.0 are the same parameter, and a float reads back exactly."""
     match value:

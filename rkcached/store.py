@@ -136,9 +136,10 @@ class Store:
                         inventory.unreadable[key] = sidecar
                     else:
                         inventory.artifacts[key] = self._inspect(folder, sidecar)
+            there = set(names)
             for key in (Key(folder.name, Path(name).stem) for name in names if name.endswith("_cache")):
                 # A commit that was cut off before its sidecar.
-                if NAME.fullmatch(key.prompt) and f"{key.prompt}.json" not in names:
+                if NAME.fullmatch(key.prompt) and f"{key.prompt}.json" not in there:
                     inventory.unreadable[key] = "the sidecar is missing"
         for path in self.root.glob(".verdicts/*/*.json"):
             key = Key(path.parent.name, path.stem)
