@@ -45,6 +45,8 @@ class Workspace:
         self.socket = root / "s.sock"
         self.log = root / "daemon.log"
         self.process: subprocess.Popen[bytes] | None = None
+        self.launcher = self.command()
+        """What the daemon is started by."""
 
     # Files
 
@@ -97,7 +99,7 @@ class Workspace:
     def start(self, *arguments: str, ready: bool = True) -> None:
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
-                self.command("run", "--log-level", "debug", *arguments),
+                [*self.launcher, "run", "--log-level", "debug", *arguments],
                 env=self.environment,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
