@@ -106,6 +106,8 @@ def _print_heading(console: Console, status: dict[str, Any]) -> None:
     console.print(Text(f"rkcached {status['version']}, pid {status['pid']}, up {duration(status['uptime_s'])}"))
     console.print(Text(status["summary"], style="bold"))
     console.print(Text(f"engine {status['engine']}, cache {size(cache['used_bytes'])}{limit}, answers: {answers}"))
+    if status["watching"] == "polling":
+        console.print(Text("polling: not everything can be watched, the log says why", style="yellow"))
     for model in status["models"]:
         note = model["trouble"] or model["last_failure"]
         restarts = f", {model['restarts']} restarts" if model["restarts"] else ""
