@@ -75,6 +75,20 @@ def test_the_python_example(board: Workspace) -> None:
     assert done.stdout.rstrip().endswith("hit")
 
 
+def test_the_javascript_example(board: Workspace) -> None:
+    """Copied and run, with the official client from the registry."""
+    folder = board.root / "js"
+    folder.mkdir()
+    (code,) = blocks("js")
+    (folder / "example.mjs").write_text(here(code, board))
+    install = [need("npm"), "install", "--no-audit", "--no-fund", "--silent", "openai@6", "undici@7"]
+    subprocess.run([*install, "--prefix", str(folder)], cwd=folder, check=True, capture_output=True, timeout=120)
+    node = [need("node"), "example.mjs"]
+    done = subprocess.run(node, cwd=folder, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip()
+
+
 def test_the_error_table_has_every_code() -> None:
     """A code that the program uses and the page does not tell fails here."""
     source = Path(__file__).parents[2] / "rkcached"
