@@ -297,6 +297,21 @@ class BinaryCacheCreated(Answer):
     size_bytes: int
 
 
+class Collectable(Answer):
+    path: str
+    size_bytes: int
+    reason: str
+
+
+class Collected(Answer):
+    """What served nobody."""
+
+    object: Literal["cache.collected"] = "cache.collected"
+    removed: bool = Field(description="false: it was only asked for.")
+    size_bytes: int
+    items: list[Collectable]
+
+
 class ManifestReloaded(Answer):
     object: Literal["manifest.reloaded"] = "manifest.reloaded"
     summary: str
@@ -311,8 +326,11 @@ class ManifestStatus(Answer):
 class StoreStatus(Answer):
     directory: str
     trouble: str
-    used_bytes: int
+    used_bytes: int = Field(description="What counts against max_bytes: all artifacts and foreign files.")
     max_bytes: int | None
+    orphan_bytes: int = Field(description="Of used_bytes: artifacts that the manifest does not declare.")
+    foreign_bytes: int = Field(description="Of used_bytes: files that are not the store's.")
+    quarantine_bytes: int = Field(description="Beside used_bytes: kept for a post-mortem where max_bytes leaves room.")
 
 
 class ReconcileStatus(Answer):

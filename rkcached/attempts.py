@@ -50,6 +50,11 @@ class Attempts:
         verdict = self._failures[key] = verdict_on(error, fingerprint, attempts, model=model.identity)
         return verdict
 
+    def needed_bytes(self, key: Key, fingerprint: str) -> int:
+        """What the artifact takes at the least, as far as earlier attempts tell."""
+        verdict = self._failures.get(key)
+        return verdict.needed_bytes if verdict is not None and verdict.fingerprint == fingerprint else 0
+
     def built(self, key: Key) -> None:
         self._first_tries.clear()  # this load lets builds end; the others are as patient as new ones
         self._model_failures.pop(key.model, None)

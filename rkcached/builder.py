@@ -7,16 +7,31 @@ published, or an error says why not and nothing of the attempt is left.
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import errno
 import hashlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from rkcached import disk
 from rkcached.desired import DesiredModel
 from rkcached.engines.base import ModelSpec, NpuOptions, Sampling
 from rkcached.engines.registry import ENGINES
-from rkcached.errors import Aborted, BudgetExceeded, ModelLoadError, SourceError, WorkerDied, WorkerTimeout
+from rkcached.errors import (
+    Aborted,
+    ArtifactLoadError,
+    BudgetExceeded,
+    EngineError,
+    ModelLoadError,
+    NoRoom,
+    SourceError,
+    StoreError,
+    VerifyFailed,
+    WorkerDied,
+    WorkerTimeout,
+)
 from rkcached.manifest import CacheConfig, EngineConfig
 from rkcached.plan import Build, over_budget
 from rkcached.sidecar import Figures, Sidecar, StoredArtifact
@@ -39,6 +54,16 @@ REQUESTED_PATIENCE_S = 2.0
 """Such a build sits out a worker's rest of this length; others are planned again."""
 
 
+FILES = 3
+"""Of an artifact: the prompt cache, its text, its sidecar."""
+
+FULL_BYTES = 1 << 16
+"""Less is left free on a disk that was filled up: the last piece did not fit."""
+
+_SAME_SIZE = ("engine", "runtime.digest", "model.digest", "params.max_context_len", "prefix.digest")
+"""Prompt caches that agree in these have one size."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BuildRequest:
     """A build and what it needs."""
@@ -50,7 +75,11 @@ class BuildRequest:
     engine: EngineConfig
     cache: CacheConfig
     used_bytes: int
-    """Of the other artifacts in the store."""
+    """Of the other artifacts in the store, and of files that are not the store's."""
+    foreign_bytes: int
+    """Of the latter."""
+    needed_bytes: int
+    """What the prompt cache takes at the least, if that is known; else 0."""
     first_try: float
     """The loop's time when this build was first started; it may have stepped aside since."""
 
@@ -101,11 +130,18 @@ class Builder:
         started = time.monotonic()
         staged = await asyncio.to_thread(self._store.stage, action.key)
         try:
-            built = await self._prefill(request, prefix, probe, staged, on_progress)
+            await asyncio.to_thread(_check_room, staged.parent, request.needed_bytes, len(prefix.encode()))
+            try:
+                built = await self._prefill(request, prefix, probe, staged, on_progress)
+            except (EngineError, WorkerDied) as error:
+                await asyncio.to_thread(_blame_disk, staged, error)
+                raise
             size_bytes, sha256 = await asyncio.to_thread(self._store.seal, staged)
             limit = request.cache.max_bytes
             if limit is not None and request.used_bytes + size_bytes > limit:
-                said = over_budget(action.fingerprint.digest, size_bytes, request.used_bytes, limit).trouble
+                said = over_budget(
+                    action.fingerprint.digest, size_bytes, request.used_bytes, limit, request.foreign_bytes
+                ).trouble
                 raise BudgetExceeded(said.message, needed_bytes=size_bytes, hint=said.hint)
             sidecar = Sidecar(
                 model=action.key.model,
@@ -135,6 +171,10 @@ class Builder:
                 return await asyncio.shield(commit)
             except asyncio.CancelledError:
                 await commit
+                raise
+            except StoreError as error:
+                if _is_full(error):  # the next attempt need not prefill to find that out
+                    raise NoRoom(error.message, needed_bytes=size_bytes, hint=error.hint) from error
                 raise
         finally:
             self._store.discard(staged)
@@ -189,6 +229,46 @@ class Builder:
         if not isinstance(built, protocol.Built):
             raise TypeError(built)
         return built
+
+
+def size_if_same(artifact: StoredArtifact | None, components: Mapping[str, str]) -> int:
+    """The size of a prompt cache with these components, if that of the artifact tells; else 0."""
+    if artifact is None or any(artifact.sidecar.components.get(name) != components.get(name) for name in _SAME_SIZE):
+        return 0
+    return artifact.sidecar.size_bytes
+
+
+def _check_room(folder: Path, cache_bytes: int, text_bytes: int) -> None:
+    """Errors: NoRoom when an artifact does not fit for certain. The one that it replaces stays until it is there."""
+    with contextlib.suppress(OSError):
+        found = disk.free(folder)
+        if found.inodes is not None and found.inodes < FILES:
+            message, hint = disk.no_inodes(found)
+            raise NoRoom(message, needed_bytes=0, hint=hint)
+        needed_bytes = cache_bytes + text_bytes + (FILES * disk.BLOCK_BYTES if cache_bytes else 0)
+        if found.free_bytes < needed_bytes:
+            message = f"needs {needed_bytes:,} bytes, {found.free_bytes:,} are free on {found.mount}"
+            raise NoRoom(message, needed_bytes=cache_bytes, hint=disk.ROOM)
+
+
+def _blame_disk(staged: Path, error: EngineError | WorkerDied) -> None:
+    """What an engine says of a full disk differs, and one that does not notice leaves a file that it cannot load.
+
+    Errors: NoRoom when it failed on a full disk; what it wrote until then tells how much it needs at the least.
+    """
+    if type(error) is not EngineError and not isinstance(error, ArtifactLoadError | VerifyFailed | WorkerDied):
+        return
+    with contextlib.suppress(OSError):
+        found = disk.free(staged.parent)
+        if found.free_bytes < FULL_BYTES:
+            written = staged.stat().st_size if staged.exists() else 0
+            had = written + found.free_bytes
+            message = f"needs more than the {had:,} bytes that were free on {found.mount}: {error.message}"
+            raise NoRoom(message, needed_bytes=had + 1, hint=disk.ROOM) from error
+
+
+def _is_full(error: StoreError) -> bool:
+    return isinstance(error.__cause__, OSError) and error.__cause__.errno == errno.ENOSPC
 
 
 def _texts(template: ChatTemplate, text: str) -> tuple[str, str]:

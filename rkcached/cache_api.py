@@ -6,6 +6,7 @@ A text that a client stores is a file, a source like any other; the reconciler d
 from __future__ import annotations
 
 import asyncio
+import os
 import time
 from typing import Any
 
@@ -20,6 +21,8 @@ from rkcached.answers import (
     CacheDeleted,
     CacheEntry,
     CacheList,
+    Collectable,
+    Collected,
     ModelAction,
     ModelStatusList,
 )
@@ -29,7 +32,7 @@ from rkcached.endpoints import Endpoint
 from rkcached.errors import RequestError
 from rkcached.exchange import answer, read_body
 from rkcached.manifest import NAME, NAME_RULE, RESERVED_PROMPT
-from rkcached.openai import GenerateBinaryRequest, ModelRequest, StoreRequest
+from rkcached.openai import CollectRequest, GenerateBinaryRequest, ModelRequest, StoreRequest
 from rkcached.plan import Key
 from rkcached.reconcile import Reconciler
 from rkcached.serving import Serving
@@ -128,6 +131,16 @@ class CacheApi:
                 errors=(400, 404, 409, 503),
                 changes=True,
             ),
+            Endpoint(
+                method="POST",
+                path="/v1/gc",
+                handler=self._collect,
+                summary="Remove orphans, the quarantine and files that are not the store's.",
+                body=CollectRequest,
+                answers={200: Collected},
+                errors=(503,),
+                changes=True,
+            ),
         ]
 
     # Models
@@ -221,6 +234,21 @@ class CacheApi:
             raise _no_cache(key)
         await self._reconciler.next_look()
         return answer(CacheDeleted(model=key.model, cache_name=key.prompt))
+
+    async def _collect(self, request: Request) -> Response:
+        body = parse_body(CollectRequest, await read_body(request))
+        try:
+            rubbish = await self._reconciler.collect(dry_run=body.dry_run)
+        except errors.StoreError as error:
+            raise RequestError(503, error.message, code="store_not_writable", hint=error.hint) from error
+        items = [
+            Collectable(
+                path=os.fsencode(one.path).decode(errors="backslashreplace"), size_bytes=one.size_bytes, reason=one.why
+            )
+            for one in rubbish
+        ]
+        total = sum(one.size_bytes for one in rubbish)
+        return answer(Collected(removed=not body.dry_run, size_bytes=total, items=items))
 
     async def _write(self, key: Key, text: str, param: str) -> None:
         """Store a client's text. Errors: RequestError."""

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from rkcached import __version__
-from rkcached.errors import ManifestError, RequestError, RkcachedError, SourceError, UsageError
+from rkcached.errors import ManifestError, RequestError, RkcachedError, SourceError, StoreLocked, UsageError
 from rkcached.options import FLAGS, PATH, as_json, places
 
 if TYPE_CHECKING:
@@ -193,38 +193,45 @@ def verify(settings: Settings, prompts: Sequence[str], deep: bool, want_json: bo
 
 
 @cli.command("gc")
-@places("manifest", "cache_dir", "state_dir")
-@click.option("--dry-run", is_flag=True, help="Only say what would be removed; also beside a running daemon.")
+@places("manifest", "cache_dir", "state_dir", "socket", "admin_socket")
+@click.option("--dry-run", is_flag=True, help="Only say what would be removed.")
 @as_json
 def gc_(settings: Settings, *, dry_run: bool, want_json: bool) -> None:
     """Remove orphans, quarantined artifacts and files that are not the store's, and say how much it was.
 
-    A running daemon owns the store, and removes orphans itself: stop it before, or name --dry-run. Exit code 75
-    while it runs.
+    A running daemon owns the store, so it is the one that removes them: asked over its socket for changes.
     """
     from rkcached import collect
+    from rkcached.client import Client
     from rkcached.show import size
     from rkcached.store import Store
 
     store = Store(settings.cache_dir)
     if not (settings.cache_dir / ".lock").exists():
         raise SourceError(f"{settings.cache_dir} is no store", hint="name the daemon's cache directory")
-    if not dry_run:
-        store.open()
     try:
+        if not dry_run:
+            store.open()
         rubbish = collect.find_rubbish(store, _look(settings))
         if not dry_run:
             collect.remove_rubbish(store, rubbish)
+        items: list[dict[str, Any]] = [
+            {"path": str(one.path), "size_bytes": one.size_bytes, "reason": one.why} for one in rubbish
+        ]
+    except StoreLocked:
+        with Client(settings.admin_socket) as client:
+            if Path(client.status()["cache"]["directory"]) != settings.cache_dir:
+                raise
+            items = client.collect()["items"]
     finally:
         store.close()
+    total = sum(item["size_bytes"] for item in items)
     if want_json:
-        items = [{"path": str(one.path), "size_bytes": one.size_bytes, "reason": one.why} for one in rubbish]
-        _print_json({"removed": not dry_run, "size_bytes": sum(one.size_bytes for one in rubbish), "items": items})
+        _print_json({"removed": not dry_run, "size_bytes": total, "items": items})
         return
-    for one in rubbish:
-        click.echo(_printable(f"{size(one.size_bytes):>9}  {one.path}  {one.why}"))
-    total = size(sum(one.size_bytes for one in rubbish))
-    click.echo(f"{'would remove' if dry_run else 'removed'} {len(rubbish)}, {total}")
+    for item in items:
+        click.echo(_printable(f"{size(item['size_bytes']):>9}  {item['path']}  {item['reason']}"))
+    click.echo(f"{'would remove' if dry_run else 'removed'} {len(items)}, {size(total)}")
 
 
 @cli.command("inspect")
@@ -367,7 +374,10 @@ def _look(settings: Settings) -> Look:
     from rkcached.store import Store
     from rkcached.stored import StoredTexts
 
-    return Observer(Store(settings.cache_dir), StoredTexts(settings.state_dir)).look(read_manifest(settings.manifest))
+    look = Observer(Store(settings.cache_dir), StoredTexts(settings.state_dir)).look(read_manifest(settings.manifest))
+    if look.store_trouble is not None:
+        raise look.store_trouble
+    return look
 
 
 def _key(text: str) -> Any:

@@ -39,6 +39,9 @@ class Client:
     def regenerate(self, model: str, prompt: str) -> dict[str, Any]:
         return self._json("POST", f"/v1/cache/{model}/generate-binary", {"cache_name": prompt})
 
+    def collect(self) -> dict[str, Any]:
+        return self._json("POST", "/v1/gc", {"dry_run": False})
+
     def chat(self, body: dict[str, Any]) -> dict[str, Any]:
         return self._json("POST", "/v1/chat/completions", body)
 

@@ -1,25 +1,22 @@
-"""`rkcached gc`: takes out of the store what serves nobody: orphans, the quarantine, files that are not the store's.
+"""What serves nobody and may leave the store: orphans, the quarantine, files that are not the store's.
 
 Only what lies where the store puts files is looked at, and nothing is followed: links are removed as links, and folders
-that others made stay. Removing needs the store's lock, so nothing is taken from under a daemon; looking does not.
+that others made stay. Removing needs the store's lock: the reconciler does it for `POST /v1/gc`, and `rkcached gc`
+where no daemon runs.
 """
 
 from __future__ import annotations
 
+import asyncio
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from rkcached.errors import StoreError
-from rkcached.manifest import NAME
+from rkcached.errors import RkcachedError, StoreError
 from rkcached.observe import Look
 from rkcached.plan import Key, Remove, plan
-from rkcached.store import Store
-
-_OWN = (".lock", ".digests.json", ".digests.json.tmp")
-_STAGED = (".stage-", ".tmp")
-"""A daemon may be writing these; the store sweeps what a crash left of them when it is opened."""
+from rkcached.store import Store, prompt_of, size_of
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,14 +29,59 @@ class Rubbish:
     key: Key | None = None
 
 
-def find_rubbish(store: Store, look: Look) -> list[Rubbish]:
-    """What may go. Changes nothing. Errors: StoreError when a directory cannot be read."""
+@dataclass(slots=True, kw_only=True)
+class Collection:
+    """Somebody waits for what a look that began after the question finds. On the event loop, beside the reconciler."""
+
+    dry_run: bool
+    future: asyncio.Future[list[Rubbish]]
+    rubbish: list[Rubbish]
+
+    async def find(self, store: Store, look: Look, building: Key | None) -> None:
+        """Before anything is removed: orphans go by themselves."""
+        try:
+            if look.store_trouble is not None:
+                raise look.store_trouble
+            self.rubbish = await asyncio.to_thread(find_rubbish, store, look, building)
+        except RkcachedError as error:
+            self._fail(error)
+
+    async def finish(self, store: Store, removed: set[Key]) -> None:
+        """Remove the rest, and say what went, or what may go. `removed` are the orphans that are gone."""
+        if not self.dry_run:
+            self.rubbish = [one for one in self.rubbish if one.key is None or one.key in removed]
+            try:
+                await asyncio.to_thread(remove_rubbish, store, [one for one in self.rubbish if one.key is None])
+            except RkcachedError as error:
+                self._fail(error)
+        if not self.future.done():  # who asked may have gone meanwhile
+            self.future.set_result(self.rubbish)
+
+    def _fail(self, error: RkcachedError) -> None:
+        if not self.future.done():
+            self.future.set_exception(error)
+            self.future.exception()  # its caller may be gone
+
+
+def find_rubbish(store: Store, look: Look, building: Key | None = None) -> list[Rubbish]:
+    """What may go, but for what may just become a file of `building`. Changes nothing. Errors: StoreError."""
     try:
-        return [*_orphans(store, look), *_quarantined(store), *_foreign(store)]
+        orphans = list(_orphans(store, look))
     except OSError as error:
         raise StoreError(
             f"the store {store.root} cannot be read: {error.strerror}", hint="check the directory's permissions"
         ) from error
+    inventory = look.inventory
+    quarantined = [
+        Rubbish(path=path, size_bytes=size_bytes, why="quarantined")
+        for path, size_bytes in inventory.quarantined.items()
+    ]
+    foreign = [
+        Rubbish(path=path, size_bytes=size_bytes, why="not a file of the store")
+        for path, size_bytes in inventory.foreign.items()
+        if building is None or (path.parent.name, prompt_of(path.name)) != building
+    ]
+    return [*orphans, *quarantined, *foreign]
 
 
 def remove_rubbish(store: Store, rubbish: list[Rubbish]) -> None:
@@ -63,37 +105,8 @@ def _orphans(store: Store, look: Look) -> Iterator[Rubbish]:
     for action in plan(look.assessments):
         if isinstance(action, Remove) and action.verdict is None:
             folder = store.root / action.key.model
-            files = [path for path in folder.iterdir() if _prompt_of(path.name) == action.key.prompt]
-            size_bytes = sum(path.lstat().st_size for path in files)
+            files = [path for path in folder.iterdir() if prompt_of(path.name) == action.key.prompt]
+            size_bytes = sum(map(size_of, files))
             yield Rubbish(
                 path=folder / f"{action.key.prompt}.json", size_bytes=size_bytes, why=action.reason, key=action.key
             )
-
-
-def _quarantined(store: Store) -> Iterator[Rubbish]:
-    kept = store.root / ".quarantine"
-    for path in sorted(kept.iterdir()) if kept.is_dir() else ():
-        size_bytes = sum(inner.lstat().st_size for inner in path.rglob("*") if not inner.is_dir())
-        yield Rubbish(path=path, size_bytes=size_bytes, why="quarantined")
-
-
-def _foreign(store: Store) -> Iterator[Rubbish]:
-    if not store.root.is_dir():
-        return
-    for path in sorted(store.root.iterdir()):
-        if path.is_dir() and not path.is_symlink():
-            inside = sorted(path.iterdir()) if NAME.fullmatch(path.name) else []
-            prompts = {inner.name[:-5] for inner in inside if inner.name.endswith(".json")}
-            prompts |= {_prompt_of(inner.name) for inner in inside if inner.name.endswith("_cache")}
-            for inner in inside:
-                ours = _prompt_of(inner.name) in prompts or inner.name.startswith(_STAGED[0])
-                if not ours and (inner.is_symlink() or not inner.is_dir()):
-                    yield Rubbish(path=inner, size_bytes=inner.lstat().st_size, why="not a file of the store")
-        elif path.name not in _OWN and not path.name.endswith(_STAGED[1]):
-            yield Rubbish(path=path, size_bytes=path.lstat().st_size, why="not a file of the store")
-
-
-def _prompt_of(name: str) -> str:
-    """The prompt that a file with this name would belong to; nothing if the store has no such names."""
-    stem, _, suffix = name.rpartition(".")
-    return stem if NAME.fullmatch(stem) and (suffix in ("json", "bin") or suffix.endswith("_cache")) else ""

@@ -148,8 +148,8 @@ async def _serve(
         ),
         reload=lambda: _reload(reconciler, service),
     )
-    everyone = HttpServer(OnceLooked(api.app(admin_socket=settings.admin_socket), reconciler.tried), grace_s=1)
-    admin = HttpServer(OnceLooked(api.app(), reconciler.tried), grace_s=1)
+    everyone = HttpServer(OnceLooked(api.app(admin_socket=settings.admin_socket), reconciler.looked), grace_s=1)
+    admin = HttpServer(OnceLooked(api.app(), reconciler.looked), grace_s=1)
     stopping = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stopping.set)
@@ -224,11 +224,10 @@ async def _announce(
     """Ready is who answers on both sockets and has a plan; what the plan asks for is built afterwards."""
     for server in servers:
         await server.answering.wait()
-    await reconciler.tried.wait()
+    await reconciler.looked.wait()
     service.ready()
     ChatRequest.model_rebuild()  # put off while we started; the first request need not pay for it
     ChatCompletion.model_rebuild()
-    await reconciler.looked.wait()
     log.info(
         "ready", socket=str(socket_path), prompts=len(reconciler.view.assessments), fresh=len(reconciler.view.index)
     )

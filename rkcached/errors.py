@@ -13,7 +13,8 @@ HTTP, log) can show it to a person without knowing what it is.
     ├── FormatError              a file is not a prompt cache, or a damaged one               exit 65
     ├── StoreError               the store cannot be read or written                          exit 73
     │   ├── StoreLocked          another daemon owns the cache directory                      exit 75
-    │   └── BudgetExceeded       the artifact does not fit into cache.max_bytes
+    │   ├── BudgetExceeded       the artifact does not fit into cache.max_bytes
+    │   └── NoRoom               the artifact does not fit on the disk: needed and free bytes
     ├── SocketError              the socket path is unusable or taken                         exit 73
     ├── DaemonUnreachable        nobody answers on the socket                                 exit 69
     │   └── NotAllowed           its permissions keep us out                                  exit 77
@@ -117,6 +118,14 @@ class StoreLocked(StoreError):
 
 class BudgetExceeded(StoreError):
     """`needed_bytes` more do not fit beside the other artifacts within cache.max_bytes."""
+
+    def __init__(self, message: str, *, needed_bytes: int, hint: str = "") -> None:
+        super().__init__(message, hint=hint)
+        self.needed_bytes = needed_bytes
+
+
+class NoRoom(StoreError):
+    """`needed_bytes`, at the least, do not fit on the disk."""
 
     def __init__(self, message: str, *, needed_bytes: int, hint: str = "") -> None:
         super().__init__(message, hint=hint)

@@ -93,6 +93,6 @@ class _Now(Collector):
         for (model, state), count in sorted(states.items()):
             artifacts.add_metric((model, state), count)
         yield artifacts
-        yield GaugeMetricFamily("rkcached_cache_bytes", "Size of all artifacts.", value=view.used_bytes())
+        yield GaugeMetricFamily("rkcached_cache_bytes", "What counts against cache.max_bytes.", value=view.used_bytes())
         good = self._reconciler.manifest_file.error is None
         yield GaugeMetricFamily("rkcached_manifest_good", "1 if the manifest on disk is in force.", value=float(good))

@@ -21,7 +21,7 @@ from rkcached.desired import Desired, DesiredModel, Resolver, Sources
 from rkcached.digests import Signature
 from rkcached.engines.registry import ENGINES
 from rkcached.manifest import EngineKind, Manifest, parse
-from rkcached.plan import Assessment, Key, Limits, Observed, Verdict, VerdictKind, assess
+from rkcached.plan import Assessment, Key, Limits, Observed, Trouble, Verdict, VerdictKind, assess
 from rkcached.rendering import Renderer
 from rkcached.sidecar import Inventory
 from rkcached.sources import SourceReader, links
@@ -42,6 +42,8 @@ class Look:
     desired: Desired
     inventory: Inventory
     assessments: tuple[Assessment, ...]
+    store_trouble: errors.StoreError | None = None
+    """Why the store cannot be read. The look goes on without it: no artifact is known, and none can be built."""
 
 
 class Observer:
@@ -56,16 +58,30 @@ class Observer:
         """Scan and assess. Blocking."""
         sources = self._reader.scan(manifest)
         desired = self._resolver.resolve(manifest, sources)
-        inventory = self._store.scan()
+        trouble: errors.StoreError | None = None
+        try:
+            inventory = self._store.scan()
+        except errors.StoreError as error:
+            inventory, trouble = Inventory(), error
         observed = Observed(
             artifacts=inventory.observed(),
             verdicts=_spread({**inventory.verdicts, **(extra_verdicts or {})}, desired),
             unlisted_models=frozenset(sources.unlisted_models),
+            foreign_bytes=sum(inventory.foreign.values()),
             now=time.time(),
         )
         limits = Limits(max_bytes=manifest.cache.max_bytes, min_tokens=manifest.cache.min_tokens)
-        assessments = assess(tuple(desired.prompts.values()), observed, limits)
-        return Look(manifest=manifest, sources=sources, desired=desired, inventory=inventory, assessments=assessments)
+        prompts = tuple(desired.prompts.values())
+        if trouble is not None:
+            prompts = tuple(replace(p, fingerprint=None, trouble=p.trouble or Trouble.of(trouble)) for p in prompts)
+        return Look(
+            manifest=manifest,
+            sources=sources,
+            desired=desired,
+            inventory=inventory,
+            assessments=assess(prompts, observed, limits),
+            store_trouble=trouble,
+        )
 
 
 def _spread(verdicts: dict[Key, Verdict], desired: Desired) -> dict[Key, Verdict]:

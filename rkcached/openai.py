@@ -364,3 +364,9 @@ class ModelRequest(Record):
     """`POST /v1/models/load` and `/unload`."""
 
     model: str
+
+
+class CollectRequest(Record):
+    """`POST /v1/gc`."""
+
+    dry_run: bool = Field(default=False, description="Only say what would be removed.")

@@ -165,6 +165,8 @@ class Observed:
     verdicts: Mapping[Key, Verdict] = field(default_factory=dict)
     unlisted_models: frozenset[str] = frozenset()
     """Models whose prompts_from folder cannot be listed: what they declare is not known, so nothing is an orphan."""
+    foreign_bytes: int = 0
+    """Of files in the store's place that are none of its: the budget is smaller by them."""
     now: float = 0.0
 
 
@@ -174,7 +176,7 @@ def assess(desired: Sequence[DesiredPrompt], observed: Observed, limits: Limits)
     The budget goes to what is served, or will be, in manifest order. What is left goes to artifacts that serve nobody
     now, so that whatever stays on disk fits, and a build that is due finds the room that was counted for it.
     """
-    claimed_bytes = 0
+    claimed_bytes = observed.foreign_bytes
     assessments = []
     for prompt in desired:
         artifact = observed.artifacts.get(prompt.key)
@@ -222,7 +224,9 @@ def _assess_one(
         if artifact.tokens < limits.min_tokens:
             return _dropped(fresh, State.UNCACHED, too_short(wanted.digest, artifact.tokens, limits.min_tokens))
         if limits.max_bytes is not None and claimed_bytes + artifact.size_bytes > limits.max_bytes:
-            unfit = over_budget(wanted.digest, artifact.size_bytes, claimed_bytes, limits.max_bytes)
+            unfit = over_budget(
+                wanted.digest, artifact.size_bytes, claimed_bytes, limits.max_bytes, observed.foreign_bytes
+            )
             return _dropped(fresh, State.BLOCKED, unfit)
         return fresh
 
@@ -262,7 +266,9 @@ def _by_verdict(
             limits.max_bytes is not None and claimed_bytes + verdict.needed_bytes > limits.max_bytes
         ):
             # Said anew, because the other artifacts may have grown or shrunk since.
-            said = over_budget(verdict.fingerprint, verdict.needed_bytes, claimed_bytes, limits.max_bytes).trouble
+            said = over_budget(
+                verdict.fingerprint, verdict.needed_bytes, claimed_bytes, limits.max_bytes, observed.foreign_bytes
+            ).trouble
             return _blocked(base, State.BLOCKED, said)
         case VerdictKind.FAILED if observed.now < verdict.retry_at <= observed.now + MAX_RETRY_S:
             return _blocked(base, State.BLOCKED, verdict.trouble, verdict.retry_at)
@@ -325,14 +331,19 @@ def too_short(fingerprint: str, tokens: int, min_tokens: int) -> Verdict:
     return Verdict(fingerprint=fingerprint, kind=VerdictKind.TOO_SHORT, trouble=trouble, tokens=tokens)
 
 
-def over_budget(fingerprint: str, needed_bytes: int, kept_bytes: int, max_bytes: int) -> Verdict:
+def over_budget(
+    fingerprint: str, needed_bytes: int, kept_bytes: int, max_bytes: int, foreign_bytes: int = 0
+) -> Verdict:
     """The verdict on an artifact of `needed_bytes` for which `kept_bytes` of `max_bytes` leave no room."""
     message = (
         f"needs {needed_bytes:,} bytes, {max(0, max_bytes - kept_bytes):,} of cache.max_bytes {max_bytes:,} are left"
     )
+    hint = "raise cache.max_bytes, or move the prompt up in the manifest"
+    if foreign_bytes:
+        hint += f"; {foreign_bytes:,} bytes are taken by files that are not the store's: `rkcached gc`"
     return Verdict(
         fingerprint=fingerprint,
         kind=VerdictKind.OVER_BUDGET,
-        trouble=Trouble(message=message, hint="raise cache.max_bytes, or move the prompt up in the manifest"),
+        trouble=Trouble(message=message, hint=hint),
         needed_bytes=needed_bytes,
     )

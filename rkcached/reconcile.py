@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import time
 from collections.abc import Callable, Coroutine
 from pathlib import Path
@@ -18,7 +19,8 @@ import structlog
 from rkcached import errors
 from rkcached.announcer import Announcer
 from rkcached.attempts import Attempts, blames_model
-from rkcached.builder import REQUESTED, Builder, BuildRequest
+from rkcached.builder import REQUESTED, Builder, BuildRequest, size_if_same
+from rkcached.collect import Collection, Rubbish
 from rkcached.desired import Desired, DesiredModel
 from rkcached.events import Events
 from rkcached.manifest import Manifest
@@ -80,9 +82,7 @@ class Reconciler:
         self.store_trouble: errors.StoreError | None = None
         self.progress: BuildProgress | None = None
         self.looked = asyncio.Event()
-        """Set once the first plan exists."""
-        self.tried = asyncio.Event()
-        """Set once the first look is over, also when it found a store that cannot be read."""
+        """Set once the first look is over and a plan exists."""
         self.looks = 0
         self.last_look_ms = 0.0
         self.builds = 0
@@ -91,6 +91,7 @@ class Reconciler:
         self._observer = Observer(store, stored)
         self._stored = stored
         self._curious: list[asyncio.Event] = []
+        self._collections: list[Collection] = []
         self._workers = workers
         self._gates = gates
         self._watcher = watcher
@@ -144,6 +145,16 @@ class Reconciler:
         self.look_again(now=True)
         await event.wait()
 
+    async def collect(self, *, dry_run: bool) -> list[Rubbish]:
+        """Take out of the store what serves nobody; `dry_run`: only say what could go. Errors: StoreError."""
+        collection = Collection(dry_run=dry_run, future=asyncio.get_running_loop().create_future(), rubbish=[])
+        self._collections.append(collection)
+        self.look_again(now=True)
+        rubbish = await collection.future
+        if not dry_run:
+            await self.next_look()  # what did not fit may fit now
+        return rubbish
+
     async def artifact_failed(self, key: Key, artifact: StoredArtifact, why: str, *, died: bool) -> None:
         """A fresh artifact could not be loaded for a request, which is answered cold. Heal it.
 
@@ -179,8 +190,7 @@ class Reconciler:
         try:
             while True:
                 await self._settle()
-                await self._watched(self._look_safely())
-                self.tried.set()
+                await self._watched(self._look())
                 self._start_next_build()
                 self._on_turn()
                 await self._wait()
@@ -189,6 +199,8 @@ class Reconciler:
             for task in self._retiring:
                 task.cancel()
             self._requests.cancel()
+            for collection in self._collections:
+                collection.future.cancel()
 
     async def _wait(self) -> None:
         """Until something wakes us, the next retry, or the next rescan."""
@@ -235,38 +247,30 @@ class Reconciler:
         self._hurry = False
         self._wake.clear()
 
-    async def _look_safely(self) -> None:
-        """Look; a store that cannot be read leaves the last view in force, and is looked at again soon."""
-        try:
-            await self._look()
-        except errors.StoreError as error:
-            if self.store_trouble is None or self.store_trouble.message != error.message:
-                log.error("store not readable", error=error.message, hint=error.hint)
-            self.store_trouble = error
-            self.looks += 1
-        else:
-            self.store_trouble = None
-
     async def _look(self) -> None:
         started = time.perf_counter()
-        opened, curious = self._requests.open(), self._curious
-        self._curious = []
+        opened, curious, collections = self._requests.open(), self._curious, self._collections
+        self._curious, self._collections = [], []
         self._looking = True  # a build may end while we look, but no other starts
         try:
             look, generation = await self._observe()
+            building = self.progress.key if self.progress is not None else None
+            self._note_store(look)
             self._publish(look)
             files, folders = inputs(look.manifest, self.manifest_file.path, self._stored)
             self._watcher.follow(await asyncio.to_thread(places, files, folders))
             self._retire_workers(look)
+            for collection in collections:
+                await collection.find(self._store, look, building)
             removes = [action for action in plan(look.assessments) if isinstance(action, Remove)]
-            removed = [action for action in removes if await self._remove(action)]
+            removed = {action.key for action in removes if await self._remove(action)}
+            for collection in collections:
+                await collection.finish(self._store, removed)
+            await self._tidy(look)
             await self._stop_unwanted_build(look)
             anew = self._requests.looked(opened, self.view.assessments, self.view.artifacts)
             self._pending = self._builds_to_do(look, anew)
             await self._forget_verdicts(look)
-        except errors.StoreError:
-            self._curious += curious
-            raise
         finally:
             self._looking = False
         for event in curious:
@@ -280,6 +284,19 @@ class Reconciler:
         # What cannot be removed is tried again at the next look, not at once.
         if removed or generation != self._generation:
             self.look_again(now=True)
+
+    async def _tidy(self, look: Look) -> None:
+        """The quarantine keeps what the budget leaves it."""
+        limit = look.manifest.cache.max_bytes
+        room = math.inf if limit is None else max(0, limit - self.view.used_bytes())
+        with contextlib.suppress(errors.StoreError):
+            await asyncio.to_thread(self._store.tidy, look.inventory, room)
+
+    def _note_store(self, look: Look) -> None:
+        error, before = look.store_trouble, self.store_trouble
+        if error is not None and (before is None or before.message != error.message):
+            log.error("store not readable", error=error.message, hint=error.hint)
+        self.store_trouble = error
 
     async def _observe(self) -> tuple[Look, int]:
         """A look during which the store did not change. As no build starts meanwhile, two looks are the most."""
@@ -328,6 +345,9 @@ class Reconciler:
             assessments={assessment.key: assessment for assessment in look.assessments},
             artifacts=dict(artifacts),
             index=index,
+            unreadable_bytes={key: found.size_bytes for key, found in look.inventory.unreadable.items()},
+            foreign_bytes=sum(look.inventory.foreign.values()),
+            quarantine_bytes=sum(look.inventory.quarantined.values()),
         )
         for assessment in look.assessments:
             self._announcer.state(assessment)
@@ -361,6 +381,7 @@ class Reconciler:
             return False
         self.view.index.discard(key)
         self.view.artifacts.pop(key, None)
+        self.view.unreadable_bytes.pop(key, None)
         if key not in self.view.desired.prompts:
             self.view.assessments.pop(key, None)  # who asked for the removal must not see it any more
         log.info("artifact removed", model=key.model, prompt=key.prompt, reason=action.reason)
@@ -396,6 +417,9 @@ class Reconciler:
             engine=view.manifest.engine,
             cache=view.manifest.cache,
             used_bytes=view.used_bytes(but=key),
+            foreign_bytes=view.foreign_bytes,
+            needed_bytes=self._attempts.needed_bytes(key, wanted.digest)
+            or size_if_same(view.artifacts.get(key), dict(wanted.components)),
             first_try=self._attempts.first_try(build.fingerprint.digest, asyncio.get_running_loop().time()),
         )
 
@@ -438,6 +462,7 @@ class Reconciler:
         self._attempts.built(key)
         self._announcer.built(request, artifact)
         self.view.artifacts[key] = artifact
+        self.view.unreadable_bytes.pop(key, None)
         wanted = self.view.desired.prompts.get(key)
         if wanted and wanted.fingerprint and wanted.fingerprint.digest == sidecar.fingerprint:
             self.view.index.add(key, artifact)

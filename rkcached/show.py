@@ -105,7 +105,10 @@ def _print_heading(console: Console, status: dict[str, Any]) -> None:
     answers = ", ".join(f"{count} {state}" for state, count in status["answers"].items()) or "none yet"
     console.print(Text(f"rkcached {status['version']}, pid {status['pid']}, up {duration(status['uptime_s'])}"))
     console.print(Text(status["summary"], style="bold"))
-    console.print(Text(f"engine {status['engine']}, cache {size(cache['used_bytes'])}{limit}, answers: {answers}"))
+    kinds = [(name, cache[f"{name}_bytes"]) for name in ("orphan", "foreign", "quarantine")]
+    shares = ", ".join(f"{size(size_bytes)} {name}" for name, size_bytes in kinds if size_bytes)
+    used = f"{size(cache['used_bytes'])}{limit}" + (f" ({shares})" if shares else "")
+    console.print(Text(f"engine {status['engine']}, cache {used}, answers: {answers}"))
     if status["watching"] == "polling":
         console.print(Text("polling: not everything can be watched, the log says why", style="yellow"))
     for model in status["models"]:

@@ -84,17 +84,33 @@ class StoredArtifact:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Corrupt:
+    """An artifact without a usable sidecar: why, and what its prompt cache takes all the same."""
+
+    why: str
+    size_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Inventory:
     """One look at the store. `unreadable` are commit records that cannot be read: their artifacts are corrupt."""
 
     artifacts: dict[Key, StoredArtifact] = field(default_factory=dict)
-    unreadable: dict[Key, str] = field(default_factory=dict)
+    unreadable: dict[Key, Corrupt] = field(default_factory=dict)
     verdicts: dict[Key, Verdict] = field(default_factory=dict)
+    staged: list[Path] = field(default_factory=list)
+    """Files of builds that run, or that left them."""
+    quarantined: dict[Path, int] = field(default_factory=dict)
+    """What is kept in the quarantine, with its bytes; the oldest first."""
+    foreign: dict[Path, int] = field(default_factory=dict)
+    """Files where the store puts its own, with their bytes, that are none of its."""
 
     def observed(self) -> dict[Key, Artifact]:
         seen = {key: artifact.observed(key) for key, artifact in self.artifacts.items()}
-        for key, why in self.unreadable.items():
-            seen[key] = Artifact(key=key, fingerprint="", components={}, tokens=0, size_bytes=0, corrupt=why)
+        for key, found in self.unreadable.items():
+            seen[key] = Artifact(
+                key=key, fingerprint="", components={}, tokens=0, size_bytes=found.size_bytes, corrupt=found.why
+            )
         return seen
 
 

@@ -42,6 +42,9 @@ def status(
             "trouble": reconciler.store_trouble.message if reconciler.store_trouble else "",
             "used_bytes": view.used_bytes(),
             "max_bytes": view.manifest.cache.max_bytes,
+            "orphan_bytes": view.orphan_bytes(),
+            "foreign_bytes": view.foreign_bytes,
+            "quarantine_bytes": view.quarantine_bytes,
         },
         "watching": "polling" if polling else "inotify",
         "reconcile": {

@@ -19,17 +19,18 @@ import os
 import secrets
 import shutil
 import stat
-from collections.abc import Iterable, Iterator
+import threading
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import msgspec
 
-from rkcached import durable
+from rkcached import disk, durable
 from rkcached.digests import Digests, Signature
 from rkcached.errors import SourceError, StoreError, StoreLocked
 from rkcached.manifest import NAME
 from rkcached.plan import Key, Verdict
-from rkcached.sidecar import Inventory, Sidecar, StoredArtifact, names_artifact, parse_sidecar
+from rkcached.sidecar import Corrupt, Inventory, Sidecar, StoredArtifact, names_artifact, parse_sidecar
 
 DIRECTORY_MODE = 0o750
 MAX_QUARANTINED = 8
@@ -38,7 +39,9 @@ MAX_QUARANTINED = 8
 MAX_RECORD_BYTES = 1 << 20
 """A sidecar has some 2,000 bytes, a verdict fewer."""
 
+_OWN = (".lock", ".digests.json", ".digests.json.tmp")
 _STAGING = ".stage-"
+_HALF = ".tmp"
 
 
 class Store:
@@ -47,7 +50,11 @@ class Store:
     def __init__(self, root: Path, digests: Digests | None = None) -> None:
         self.root = root
         self.digests = digests or Digests(root / ".digests.json")
+        self._opened = False
         self._lock_fd = -1
+        self._taking = threading.Lock()
+        self._staged: set[str] = set()
+        """Names of what is being built now; whatever else is staged was left behind."""
         self._sidecars: dict[Path, tuple[Signature, Sidecar | str]] = {}
 
     # Life
@@ -57,14 +64,21 @@ class Store:
 
         Errors: StoreError when it cannot be created or written; StoreLocked when another daemon has it.
         """
+        self._take()
+        self._opened = True
+        with self._writing(self.root):
+            self._sweep()
+
+    def _take(self) -> None:
+        """Create and lock the directory. The descriptor only reads, so that its disk can be remounted read-only."""
         try:
             self.root.mkdir(mode=DIRECTORY_MODE, parents=True, exist_ok=True)
-            fd = os.open(self.root / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, durable.FILE_MODE)
+            fd = os.open(self.root / ".lock", os.O_RDONLY | os.O_CREAT | os.O_CLOEXEC, durable.FILE_MODE)
         except OSError as error:
-            raise StoreError(
-                f"the cache directory {self.root} cannot be written: {error.strerror}",
-                hint="create it for this user, or name another one with --cache-dir or RKCACHED_CACHE_DIR",
-            ) from error
+            why, hint = disk.refusal(error, self.root)
+            if isinstance(error, FileExistsError | NotADirectoryError | PermissionError):
+                hint = "create it for this user, or name another one with --cache-dir or RKCACHED_CACHE_DIR"
+            raise StoreError(f"the cache directory {self.root} cannot be written: {why}", hint=hint) from error
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
@@ -74,19 +88,24 @@ class Store:
                 f"the cache directory {self.root} belongs to another daemon (pid {owner or 'unknown'})",
                 hint="stop that daemon, or use another cache directory",
             ) from error
+        self._release()
         self._lock_fd = fd
-        with self._writing(self.root):
-            os.ftruncate(fd, 0)
-            os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)
-            self._sweep()
+        with contextlib.suppress(OSError):  # who owns it is said to whom it is refused; a full disk may not take it
+            (self.root / ".lock").write_text(f"{os.getpid()}\n")
+
+    def _release(self) -> None:
+        if self._lock_fd >= 0:
+            fcntl.flock(self._lock_fd, fcntl.LOCK_UN)  # a child that is just being forked still has the descriptor
+            os.close(self._lock_fd)
+            self._lock_fd = -1
 
     def close(self) -> None:
         """Release the lock. Idempotent."""
-        if self._lock_fd >= 0:
+        if self._opened:
             with contextlib.suppress(OSError):
                 self.digests.save()
-            os.close(self._lock_fd)
-            self._lock_fd = -1
+        self._opened = False
+        self._release()
 
     def _has_lock_file(self) -> bool:
         """Whether the file that we hold the lock on is still the one in the directory."""
@@ -119,40 +138,53 @@ class Store:
 
     def _scan(self) -> Inventory:
         inventory = Inventory()
-        seen: dict[Path, tuple[Signature, Sidecar | str]] = {}
+        known, self._sidecars = self._sidecars, {}
         for folder in self._model_folders():
-            names: list[str] = []
-            with contextlib.suppress(FileNotFoundError):  # a reader without the lock may see the owner remove it
-                names = sorted(path.name for path in folder.iterdir())
-            for key in (Key(folder.name, name[:-5]) for name in names if name.endswith(".json")):
-                if not NAME.fullmatch(key.prompt):
-                    continue
-                path = folder / f"{key.prompt}.json"
-                with contextlib.suppress(FileNotFoundError):
-                    signature, sidecar = self._read_sidecar(path, key)
-                    if signature is not None:
-                        seen[path] = (signature, sidecar)
-                    if isinstance(sidecar, str):
-                        inventory.unreadable[key] = sidecar
-                    else:
-                        inventory.artifacts[key] = self._inspect(folder, sidecar)
-            there = set(names)
-            for key in (Key(folder.name, Path(name).stem) for name in names if name.endswith("_cache")):
-                # A commit that was cut off before its sidecar.
-                if NAME.fullmatch(key.prompt) and f"{key.prompt}.json" not in there:
-                    inventory.unreadable[key] = "the sidecar is missing"
+            self._scan_folder(folder, inventory, known)
+        with contextlib.suppress(FileNotFoundError), os.scandir(self.root) as entries:
+            others = {entry.name: entry for entry in entries if entry.name not in _OWN and entry.name[-4:] != _HALF}
+            inventory.foreign.update(sorted(_foreign(others, own=False)))
+        inventory.quarantined.update((path, size_of(path)) for path in self._kept())
         for path in self.root.glob(".verdicts/*/*.json"):
             key = Key(path.parent.name, path.stem)
             if (verdict := self.read_verdict(key)) is not None:
                 inventory.verdicts[key] = verdict
-        self._sidecars = seen
         return inventory
+
+    def _scan_folder(
+        self, folder: Path, inventory: Inventory, known: Mapping[Path, tuple[Signature, Sidecar | str]]
+    ) -> None:
+        files: dict[str, os.DirEntry[str]] = {}
+        with contextlib.suppress(FileNotFoundError):  # a reader without the lock may see the owner remove it
+            files = {entry.name: entry for entry in sorted(os.scandir(folder), key=lambda entry: entry.name)}
+        caches: dict[str, list[os.DirEntry[str]]] = {}
+        for entry in files.values():
+            if entry.name.endswith("_cache") and (prompt := prompt_of(entry.name)):
+                caches.setdefault(prompt, []).append(entry)
+        for key in (Key(folder.name, name[:-5]) for name in files if name.endswith(".json")):
+            if not NAME.fullmatch(key.prompt):
+                continue
+            path = folder / f"{key.prompt}.json"
+            with contextlib.suppress(FileNotFoundError):
+                signature, sidecar = self._read_sidecar(path, key, known.get(path))
+                if signature is not None:
+                    self._sidecars[path] = (signature, sidecar)
+                if isinstance(sidecar, str):
+                    inventory.unreadable[key] = Corrupt(why=sidecar, size_bytes=_bytes(caches.get(key.prompt, ())))
+                else:
+                    inventory.artifacts[key] = self._inspect(folder, sidecar)
+        for prompt, entries in caches.items():  # of a commit that was cut off before its sidecar
+            if f"{prompt}.json" not in files:
+                found = Corrupt(why="the sidecar is missing", size_bytes=_bytes(entries))
+                inventory.unreadable[Key(folder.name, prompt)] = found
+        inventory.staged.extend(folder / name for name in files if name.startswith(_STAGING))
+        inventory.foreign.update(_foreign(files))
 
     def verify(self, key: Key) -> str:
         """Read an artifact's files again, whatever is remembered of them; returns why it is corrupt, or nothing."""
         folder = self.root / key.model
         try:
-            _, sidecar = self._read_sidecar(folder / f"{key.prompt}.json", key)
+            _, sidecar = self._read_sidecar(folder / f"{key.prompt}.json", key, None)
         except OSError as error:
             return f"the sidecar cannot be read: {error.strerror}"
         if isinstance(sidecar, str):
@@ -164,14 +196,15 @@ class Store:
             names = sorted(e.name for e in entries if NAME.fullmatch(e.name) and e.is_dir(follow_symlinks=False))
             yield from (self.root / name for name in names)
 
-    def _read_sidecar(self, path: Path, key: Key) -> tuple[Signature | None, Sidecar | str]:
+    def _read_sidecar(
+        self, path: Path, key: Key, known: tuple[Signature, Sidecar | str] | None
+    ) -> tuple[Signature | None, Sidecar | str]:
         """The sidecar, or why it is none; with its signature if that will tell the next change.
 
         Errors: FileNotFoundError.
         """
         info = path.stat()
         before = Signature.of(info)
-        known = self._sidecars.get(path)
         if known is not None and known[0] == before:
             return known
         signature = before if before.settled else None
@@ -212,17 +245,35 @@ class Store:
     def stage(self, key: Key) -> Path:
         """A name in the target directory for a prompt cache to be written to. Errors: StoreError."""
         folder = self.root / key.model
-        if self._lock_fd >= 0 and not self._has_lock_file():
-            self.close()  # the directory was deleted or replaced under us: start anew in what is there now
-            self.open()
+        staged = folder / f"{_STAGING}{key.prompt}-{secrets.token_hex(4)}"
         with self._writing(folder):
             folder.mkdir(mode=DIRECTORY_MODE, exist_ok=True)
-        return folder / f"{_STAGING}{key.prompt}-{secrets.token_hex(4)}"
+            staged.touch(mode=durable.FILE_MODE)  # a folder that takes no file says so before the prefill
+            staged.unlink()
+        self._staged.add(staged.name)
+        return staged
 
     def discard(self, staged: Path) -> None:
         """Forget a staged file. Idempotent."""
+        self._staged.discard(staged.name)
         with contextlib.suppress(OSError):
             staged.unlink()
+
+    def tidy(self, inventory: Inventory, quarantine_bytes: float) -> None:
+        """Remove what builds left that could not clear up after themselves, and what the quarantine has beyond that.
+
+        Errors: StoreError.
+        """
+        for path in inventory.staged:
+            if not any(path.name.startswith(name) for name in tuple(self._staged)):
+                with self._writing(path):
+                    path.unlink(missing_ok=True)
+        excess = sum(inventory.quarantined.values()) - quarantine_bytes
+        for path, size_bytes in inventory.quarantined.items():
+            if excess > 0:
+                with self._writing(path):
+                    shutil.rmtree(path, ignore_errors=True)
+                excess -= size_bytes
 
     def seal(self, staged: Path) -> tuple[int, str]:
         """Make a staged file durable and private; returns its size in bytes and SHA-256. Errors: StoreError."""
@@ -239,8 +290,7 @@ class Store:
         If it fails, the staged file is gone and the artifact is the old one or reported as corrupt. Errors: StoreError.
         """
         folder = self.root / key.model
-        stem = f"{_STAGING}{key.prompt}-{secrets.token_hex(4)}"
-        text, record = folder / f"{stem}.bin", folder / f"{stem}.json"
+        text, record = folder / f"{staged.name}.bin", folder / f"{staged.name}.json"
         try:
             with self._writing(folder):
                 durable.write_new(text, prefix)
@@ -255,7 +305,7 @@ class Store:
                     if other.name != sidecar.artifact:
                         other.unlink(missing_ok=True)
         finally:
-            for leftover in (staged, text, record):
+            for leftover in (text, record, staged):
                 self.discard(leftover)
         path = folder / sidecar.artifact
         signature = Signature.of(path.stat())
@@ -300,9 +350,15 @@ class Store:
             for path in paths:
                 with contextlib.suppress(FileNotFoundError):
                     path.rename(target / path.name)
-            oldest_first = sorted(kept.iterdir(), key=lambda path: path.stat().st_mtime_ns)
-            for old in oldest_first[:-MAX_QUARANTINED]:
+            for old in self._kept()[:-MAX_QUARANTINED]:
                 shutil.rmtree(old, ignore_errors=True)
+
+    def _kept(self) -> list[Path]:
+        """What is in the quarantine, the oldest first."""
+        try:
+            return sorted((self.root / ".quarantine").iterdir(), key=lambda path: path.lstat().st_mtime_ns)
+        except FileNotFoundError:
+            return []
 
     def write_verdict(self, key: Key, verdict: Verdict) -> None:
         """Remember why a fingerprint has no artifact. Errors: StoreError."""
@@ -336,14 +392,51 @@ class Store:
     @contextlib.contextmanager
     def _writing(self, path: Path) -> Iterator[None]:
         """Only the lock's owner writes, and a refusal of the file system becomes a StoreError."""
-        if self._lock_fd < 0:
+        if not self._opened:
             raise StoreError(f"the store {self.root} is not open for writing")
+        with self._taking:
+            if not self._has_lock_file():  # the directory was deleted or replaced under us: start anew in what is there
+                self._take()
         try:
             yield
         except OSError as error:
-            raise StoreError(
-                f"{path} cannot be written: {error.strerror}", hint="make room, or check the directory's permissions"
-            ) from error
+            why, hint = disk.refusal(error, path)
+            raise StoreError(f"{path} cannot be written: {why}", hint=hint) from error
+
+
+def prompt_of(name: str) -> str:
+    """The prompt that a file with this name would belong to; nothing if the store has no such names."""
+    stem, _, suffix = name.rpartition(".")
+    return stem if NAME.fullmatch(stem) and (suffix in ("json", "bin") or suffix.endswith("_cache")) else ""
+
+
+def size_of(path: Path) -> int:
+    """Bytes of a file, or of all files in a folder; nothing is followed."""
+    inside = [path, *path.rglob("*")] if path.is_dir() and not path.is_symlink() else [path]
+    size_bytes = 0
+    for one in inside:
+        with contextlib.suppress(FileNotFoundError):
+            info = one.lstat()
+            size_bytes += 0 if stat.S_ISDIR(info.st_mode) else info.st_size
+    return size_bytes
+
+
+def _foreign(files: Mapping[str, os.DirEntry[str]], *, own: bool = True) -> Iterator[tuple[Path, int]]:
+    """Which of these, that lie where the store may have its `own` artifacts, are not the store's. Folders stay out."""
+    prompts = {prompt_of(name) for name in files if name.endswith((".json", "_cache"))} - {""} if own else set()
+    for name, entry in files.items():
+        ours = prompt_of(name) in prompts or (own and name.startswith(_STAGING))
+        if not ours and not entry.is_dir(follow_symlinks=False):
+            yield Path(entry.path), _bytes((entry,))
+
+
+def _bytes(files: Iterable[os.DirEntry[str]]) -> int:
+    """What these take; nothing, if they are gone by now."""
+    size_bytes = 0
+    for entry in files:
+        with contextlib.suppress(FileNotFoundError):
+            size_bytes += entry.stat(follow_symlinks=False).st_size
+    return size_bytes
 
 
 def _artifacts_of(folder: Path, prompt: str) -> list[Path]:

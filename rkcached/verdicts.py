@@ -33,7 +33,12 @@ def verdict_on(error: errors.RkcachedError, fingerprint: str, attempts: int, *, 
         case _:
             retry_at = time.time() + min(2.0 ** min(attempts, 10), MAX_RETRY_S)  # 2.0**1024 is too large for a float
             return Verdict(
-                fingerprint=fingerprint, kind=VerdictKind.FAILED, trouble=trouble, attempts=attempts, retry_at=retry_at
+                fingerprint=fingerprint,
+                kind=VerdictKind.FAILED,
+                trouble=trouble,
+                attempts=attempts,
+                retry_at=retry_at,
+                needed_bytes=error.needed_bytes if isinstance(error, errors.NoRoom) else 0,
             )
 
 

@@ -96,12 +96,22 @@ class View:
     assessments: dict[Key, Assessment] = field(default_factory=dict)
     artifacts: dict[Key, StoredArtifact] = field(default_factory=dict)
     index: FreshIndex = field(default_factory=FreshIndex)
+    unreadable_bytes: dict[Key, int] = field(default_factory=dict)
+    """Of artifacts without a usable sidecar."""
+    foreign_bytes: int = 0
+    quarantine_bytes: int = 0
 
     def model(self, name: str) -> DesiredModel | Trouble | None:
         return self.desired.models.get(name)
 
     def used_bytes(self, but: Key | None = None) -> int:
-        return sum(a.sidecar.size_bytes for key, a in self.artifacts.items() if key != but)
+        """What counts against cache.max_bytes, but for one artifact. The quarantine does not: it yields."""
+        sizes = self.unreadable_bytes | {key: a.sidecar.size_bytes for key, a in self.artifacts.items()}
+        return self.foreign_bytes + sum(size_bytes for key, size_bytes in sizes.items() if key != but)
+
+    def orphan_bytes(self) -> int:
+        sizes = self.unreadable_bytes | {key: a.sidecar.size_bytes for key, a in self.artifacts.items()}
+        return sum(size_bytes for key, size_bytes in sizes.items() if key not in self.desired.prompts)
 
 
 def _prefix(artifact: StoredArtifact) -> tuple[int, str]:

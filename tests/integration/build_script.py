@@ -7,6 +7,7 @@ from pathlib import Path
 
 from rkcached.engines.base import ModelSpec
 from rkcached.engines.memory import MemoryEngine
+from rkcached.errors import StoreError
 from rkcached.plan import Key
 from rkcached.store import Store
 from rkcached.worker import protocol
@@ -24,7 +25,11 @@ def build(root: Path, text: str) -> None:
         id=1, prefix=text, probe=text + " Well?", path=str(staged), verify=protocol.VerifyMode.EXACT, min_tokens=0
     )
     session.build(operation, lambda _: None, lambda: False)
-    store.seal(staged)
+    try:
+        store.seal(staged)
+    except StoreError:
+        store.discard(staged)
+        raise
     store.commit(key, staged, make_sidecar(key, staged.read_bytes(), text.encode()), text.encode())
     store.close()
 

@@ -156,7 +156,7 @@ class Storm(RuleBasedStateMachine):
         self.observer = Observer(Store(self.cache), stored)
         self.running = asyncio.create_task(self.reconciler.run())
         await asyncio.wait(
-            {asyncio.create_task(self.reconciler.tried.wait()), self.running}, return_when="FIRST_COMPLETED"
+            {asyncio.create_task(self.reconciler.looked.wait()), self.running}, return_when="FIRST_COMPLETED"
         )
 
     async def stop(self) -> None:

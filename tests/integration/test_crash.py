@@ -105,3 +105,42 @@ def test_a_build_killed_at_any_system_call_leaves_a_whole_artifact_or_one_that_i
     print(f"{seen.total()} calls, {dict(seen)}")
     assert seen.total() > 20
     assert seen.keys() == {"corrupt", "new", "old" if earlier else "nothing"}
+
+
+@pytest.mark.parametrize(("call", "error"), [("fsync", "EIO"), ("rename", "ENOSPC"), ("fchmod", "EROFS")])
+def test_a_build_whose_nth_call_fails_leaves_a_whole_artifact_or_one_that_is_rebuilt(
+    tmp_path: Path, call: str, error: str
+) -> None:
+    """An error from the disk at each step of a commit is a StoreError; nothing staged is left, also without a sweep."""
+    if shutil.which("strace") is None and "RKCACHED_REQUIRE_STRACE" not in os.environ:
+        pytest.skip("strace is not installed")
+    seen: Counter[str] = Counter()
+    nth = 0
+    while True:
+        nth += 1
+        root = tmp_path / str(nth)
+        root.mkdir()
+        (root / "m.model").write_text(MODEL)
+        build_script.build(root, OLD)
+        strace = ["strace", "-f", "-qqq", "-o", os.devnull, "-e", f"trace={call}", "-e"]
+        command = [*strace, f"inject={call}:error={error}:when={nth}", sys.executable, "-m"]
+        done = subprocess.run(
+            [*command, "tests.integration.build_script", str(root), NEW],
+            cwd=Path(__file__).parents[2],
+            env={**os.environ, "PYTHONDONTWRITEBYTECODE": "1"},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        left = [path.name for path in (root / "cache").rglob(".stage-*")]
+        if done.returncode == 0:
+            break
+        assert "StoreError: " in done.stderr.splitlines()[-1], done.stderr
+        assert left == []
+        seen[outcome(root)] += 1
+        build_script.build(root, NEW)
+        assert outcome(root) == "new"
+    print(f"{seen.total()} errors of {call}, {dict(seen)}")
+    assert outcome(root) == "new"
+    assert seen.total() > 1
+    assert seen.keys() <= {"old", "corrupt", "new"}

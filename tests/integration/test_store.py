@@ -490,6 +490,57 @@ def test_a_read_only_directory_is_said_in_words() -> None:
             os.seteuid(user)
 
 
+# --- what is not the store's, and what was left ---
+
+
+def test_what_a_build_could_not_clear_away_goes_at_the_next_look(store: Store, folder: Path) -> None:
+    """Its folder was elsewhere when it ended. What is being built now stays."""
+    left, running = store.stage(P), store.stage(Q)
+    away = folder.rename(folder.with_name("away"))
+    store.discard(left)
+    away.rename(folder)
+    for path in (left, running, running.with_name(running.name + ".bin")):
+        path.write_bytes(b"half")
+    store.tidy(store.scan(), 0)
+    assert names(folder) - {"p.memory_cache", "p.bin", "p.json"} == {running.name, running.name + ".bin"}
+
+
+def test_the_quarantine_keeps_what_there_is_room_for(store: Store) -> None:
+    """The oldest goes first."""
+    for content in ("one", "two"):
+        publish(store, P, content)
+        store.quarantine(P)
+    sizes = store.scan().quarantined
+    assert len(sizes) == 2
+    newest = list(sizes)[-1]
+    store.tidy(store.scan(), sizes[newest])
+    assert list(store.scan().quarantined) == [newest]
+
+
+def test_what_is_not_the_stores_is_counted_once(store: Store, folder: Path) -> None:
+    """Files beside artifacts, and in the root; neither what is the store's own, nor folders, nor what links lead to."""
+    (folder / "notes.txt").write_bytes(b"x" * 10)
+    (folder / "lost.bin").write_bytes(b"x" * 20)
+    (folder / "inner").mkdir()
+    (folder / "inner/file").write_bytes(b"x" * 40)
+    (store.root / "stray").symlink_to("/dev/zero")
+    store.write_verdict(Q, VERDICT)
+    (folder / "q.memory_cache").write_bytes(b"x" * 80)
+    found = store.scan()
+    assert found.foreign == {folder / "notes.txt": 10, folder / "lost.bin": 20, store.root / "stray": 9}
+    assert found.observed()[Q].size_bytes == 80
+
+
+def test_a_disk_may_be_remounted_read_only_under_an_open_store(store: Store) -> None:
+    """For that, no file of it may be open for writing."""
+    links = [path for path in Path("/proc/self/fd").iterdir() if path.is_symlink()]
+    opened = [path for path in links if str(store.root) in str(path.readlink())]
+    assert opened
+    for path in opened:
+        flags = int(Path("/proc/self/fdinfo", path.name).read_text().partition("flags:")[2].split()[0], 8)
+        assert flags & os.O_ACCMODE == os.O_RDONLY
+
+
 # --- crashes ---
 
 

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 from conftest import Workspace
 
+from rkcached.store import Store
+
 
 @pytest.fixture
 def littered(two_prompts: Workspace) -> Workspace:
@@ -51,12 +53,85 @@ def test_it_removes_what_serves_nobody_and_says_how_much(littered: Workspace) ->
     assert littered.cli("gc").stdout == "removed 0, 0 B\n"
 
 
-def test_beside_a_daemon_it_only_says_what_could_go(two_prompts: Workspace) -> None:
-    """The daemon is the single writer of its store."""
-    two_prompts.write("cache/m/notes.txt", "x")
+def test_a_running_daemon_does_it(two_prompts: Workspace) -> None:
+    """It is the single writer of its store. The command prints the same as without it, and what is fresh stays."""
+    two_prompts.write("cache/m/notes.txt", "x" * 100)
+    two_prompts.write("cache/.quarantine/m--a--0011/a.memory_cache", "x" * 1000)
     assert "notes.txt" in two_prompts.cli("gc", "--dry-run").stdout
-    assert "belongs to another daemon" in two_prompts.cli("gc", code=75).stderr
-    assert (two_prompts.cache / "m/notes.txt").exists()
+    removed = json.loads(two_prompts.cli("gc", "--json").stdout)
+    assert (removed["removed"], removed["size_bytes"]) == (True, 1100)
+    assert [one["reason"] for one in removed["items"]] == ["quarantined", "not a file of the store"]
+    assert files(two_prompts) == KEPT | {"m/b.bin", "m/b.json", "m/b.memory_cache"}
+    assert two_prompts.cli("gc").stdout == "removed 0, 0 B\n"
+    assert [two_prompts.ask(f"m/{name}")["rkcached"]["state"] for name in "ab"] == ["hit", "hit"]
+    assert two_prompts.built() == ["a", "b"]
+
+
+def test_asked_over_http(two_prompts: Workspace) -> None:
+    """On the admin socket only; a dry run changes nothing; the status tells what there is to gain."""
+    two_prompts.write("cache/m/notes.txt", "x" * 100)
+    two_prompts.write("cache/.quarantine/m--a--0011/a.memory_cache", "x" * 1000)
+    with two_prompts.http() as client:
+        assert client.post("/v1/gc", json={}).status_code == 403
+    with two_prompts.http(admin=True) as client:
+        dry = client.post("/v1/gc", json={"dry_run": True}).json()
+        shown = two_prompts.status()["cache"]
+        assert (shown["foreign_bytes"], shown["quarantine_bytes"], shown["orphan_bytes"]) == (100, 1000, 0)
+        assert "100 B foreign, 1.0 kB quarantine" in two_prompts.cli("status").stdout
+        assert (dry["object"], dry["removed"], dry["size_bytes"]) == ("cache.collected", False, 1100)
+        assert (two_prompts.cache / "m/notes.txt").exists()
+        wet = client.post("/v1/gc", json={"dry_run": False}).json()
+        assert wet == {**dry, "removed": True}
+    assert not (two_prompts.cache / "m/notes.txt").exists()
+    shown = two_prompts.status()["cache"]
+    assert (shown["max_bytes"], shown["used_bytes"]) == (None, sum(p.stat().st_size for p in caches(two_prompts)))
+
+
+def caches(space: Workspace) -> list[Path]:
+    return list((space.cache / "m").glob("*.memory_cache"))
+
+
+def test_another_store_than_the_daemons_is_not_its_business(two_prompts: Workspace) -> None:
+    """A store that another process has is refused as before, whatever daemon answers."""
+    other = Store(two_prompts.root / "other")
+    other.open()
+    try:
+        refused = two_prompts.cli("gc", "--cache-dir", str(other.root), code=75)
+        assert "belongs to another daemon" in refused.stderr
+    finally:
+        other.close()
+
+
+def test_foreign_files_count_and_gc_gives_their_room_back(workspace: Workspace) -> None:
+    """What does not fit beside them is blocked with both numbers, in manifest order, and fresh when they are gone.
+
+    The quarantine never keeps a prompt from its room: it yields.
+    """
+    text = "You are a prompt of some length. " * 1000
+    for name in "ab":
+        workspace.write(f"prompts/{name}.md", name + text)
+    workspace.memory_model(context_tokens=100_000)
+    workspace.write("cache/.quarantine/m--a--0011/a.memory_cache", "x" * 900_000)
+    workspace.declare(
+        "{a: prompts/a.md, b: prompts/b.md}", params="{max_context_len: 100000}", top="cache: {max_bytes: 1 MiB}"
+    )
+    workspace.start()
+    workspace.wait_settled()
+    assert [workspace.prompt(name)["state"] for name in "ab"] == ["fresh", "fresh"]
+    size_bytes = workspace.prompt("b")["artifact"]["size_bytes"]
+    workspace.hang_up()
+    assert workspace.status()["cache"]["quarantine_bytes"] == 0
+    foreign = workspace.write("cache/m/notes.txt", "x" * 500_000)
+    workspace.hang_up()
+    assert workspace.prompt("a")["state"] == "fresh"
+    blocked = workspace.wait_state("b", "blocked")
+    left = (1 << 20) - size_bytes - 500_000
+    assert blocked["reason"] == f"needs {size_bytes:,} bytes, {left:,} of cache.max_bytes 1,048,576 are left"
+    assert "500,000 bytes are taken by files that are not the store's: `rkcached gc`" in blocked["hint"]
+    assert workspace.status()["cache"]["used_bytes"] == size_bytes + 500_000
+    workspace.cli("gc")
+    assert not foreign.exists()
+    workspace.wait_state("b", "fresh", 20)
 
 
 def test_a_directory_that_is_no_store_is_left_alone(workspace: Workspace) -> None:

@@ -237,6 +237,15 @@ def test_a_smaller_artifact_may_follow_one_that_does_not_fit() -> None:
     assert [one.state for one in found] == [State.FRESH, State.BLOCKED, State.FRESH]
 
 
+def test_foreign_files_make_the_budget_smaller() -> None:
+    """What they take is nobody else's, and the hint says how to get it back."""
+    observed = replace(world(artifact(size_bytes=600)), foreign_bytes=500)
+    found = only(desired(), observed, Limits(max_bytes=1000))
+    assert found.reason == "needs 600 bytes, 500 of cache.max_bytes 1,000 are left"
+    assert "500 bytes are taken by files that are not the store's: `rkcached gc`" in found.hint
+    assert only(desired(), observed, Limits(max_bytes=1100)).state is State.FRESH
+
+
 def test_over_budget_tells_what_is_needed_and_what_is_left() -> None:
     """With the advice that helps."""
     found = only(desired(), world(artifact(size_bytes=1500)), Limits(max_bytes=1000))

@@ -1,0 +1,75 @@
+"""What the disk under a folder has left, and what its refusals mean in words: numbers, and the next thing to do."""
+
+from __future__ import annotations
+
+import errno
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOM = "make room there; it is tried again without a hand"
+
+BLOCK_BYTES = 4096
+"""File systems give room in such pieces."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Free:
+    """What a user without privileges may still take. A file system that counts no inodes has `inodes` None."""
+
+    mount: Path
+    size_bytes: int
+    free_bytes: int
+    inodes: int | None
+
+
+def free(place: Path) -> Free:
+    """Of the disk that `place` is on, or will be on once it is made. Errors: OSError."""
+    while not place.exists() and place != place.parent:
+        place = place.parent
+    found = os.statvfs(place)
+    mount = place
+    while not mount.is_mount():
+        mount = mount.parent
+    return Free(
+        mount=mount,
+        size_bytes=found.f_blocks * found.f_frsize,
+        free_bytes=found.f_bavail * found.f_frsize,
+        inodes=found.f_favail if found.f_files else None,
+    )
+
+
+def refusal(error: OSError, place: Path) -> tuple[str, str]:
+    """Why `place` cannot be written, and what to do about it."""
+    why = error.strerror or str(error)
+    try:
+        disk = free(place)
+    except OSError:
+        return why, "check the directory's permissions"
+    match error.errno:
+        case errno.ENOSPC if disk.inodes == 0:
+            return no_inodes(disk)
+        case errno.ENOSPC:
+            return (
+                f"no space left: {disk.free_bytes:,} of {disk.size_bytes:,} bytes are free on {disk.mount}",
+                ROOM,
+            )
+        case errno.EDQUOT:
+            return f"{why}: {disk.free_bytes:,} bytes are free on {disk.mount}", "raise the quota of the daemon's user"
+        case errno.EROFS:
+            return (
+                f"{disk.mount} is mounted read-only",
+                f"mount -o remount,rw {disk.mount}; `journalctl -k` may say why",
+            )
+        case errno.EIO:
+            return why, f"the disk of {disk.mount} may be failing: see `journalctl -k`"
+        case _:
+            return why, "check the directory's permissions"
+
+
+def no_inodes(disk: Free) -> tuple[str, str]:
+    """The disk takes no more files, however small."""
+    return (
+        f"no inodes are left on {disk.mount}, though {disk.free_bytes:,} bytes are free",
+        f"delete files there: `df -i {disk.mount}`; it is tried again without a hand",
+    )
