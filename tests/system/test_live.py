@@ -170,7 +170,7 @@ def test_more_prompts_than_lines(workspace: Workspace) -> None:
     workspace.start()
     workspace.wait_settled()
     with at_a_terminal(workspace) as terminal:
-        text = terminal.wait_for("more, all fresh", "30 fresh", "m/zz: ")
+        text = terminal.wait_for("more, all fresh", "30 fresh", "m/zz:")
         lines = text.splitlines()
         assert len(lines) <= 24
         first = next(at for at, line in enumerate(lines) if line.startswith("prompt ")) + 1
