@@ -139,7 +139,7 @@ async def _serve(
         caches=CacheApi(reconciler, serving, workers, stored),
         embeddings=Embeddings(reconciler, serving.preparation, workers, gates),
         events=events,
-        metrics=Metrics(events, reconciler),
+        metrics=Metrics(events, reconciler, serving, workers),
         make_status=lambda: status(
             started=started,
             reconciler=reconciler,
