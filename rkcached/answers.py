@@ -339,6 +339,14 @@ class ReconcileStatus(Answer):
     builds: int
 
 
+class RecentAnswer(Answer):
+    time: float = Field(description="Unix seconds.")
+    model: str
+    prompt: str | None
+    state: str
+    ttft_ms: float
+
+
 class Status(Answer):
     """What the daemon is and does, as `rkcached status --json` prints it."""
 
@@ -352,7 +360,8 @@ class Status(Answer):
     cache: StoreStatus
     watching: Literal["polling", "inotify"]
     reconcile: ReconcileStatus
-    answers: dict[str, int]
+    answers: dict[str, int] = Field(description="By state of the cache, since the start.")
+    recent: list[RecentAnswer] = Field(description="The last 40 answers, oldest first.")
     running: int
     models: list[WaitedModel]
     prompts: list[PromptStatus]

@@ -49,6 +49,7 @@ from rkcached.openai import (
     EmbeddingRequest,
     GenerationRequest,
 )
+from rkcached.page import page
 from rkcached.plan import Key
 from rkcached.preparation import Job
 from rkcached.reconcile import Reconciler
@@ -175,9 +176,17 @@ class Api:
             ),
             Endpoint(
                 method="GET",
+                path="/",
+                handler=self._page,
+                summary="The same as a page for a browser, which follows the events.",
+                answers={200: None},
+                media=("text/html",),
+            ),
+            Endpoint(
+                method="GET",
                 path="/v1/events",
                 handler=self._get_events,
-                summary="Every change of a prompt, a build or a worker, as it happens.",
+                summary="Every change of a prompt, a build, a worker or the summary, and every answer, as it happens.",
                 answers={200: None},
                 media=(EVENT_STREAM,),
             ),
@@ -220,6 +229,9 @@ class Api:
 
     async def _get_status(self, _: Request) -> Response:
         return answer(self._status())
+
+    async def _page(self, _: Request) -> Response:
+        return page(self._status())
 
     async def _post_reload(self, _: Request) -> Response:
         try:

@@ -113,10 +113,19 @@ def explain(settings: Settings, prompt: str, want_json: bool) -> None:
 @cli.command()
 @places("socket")
 @as_json
-def status(settings: Settings, want_json: bool) -> None:
-    """Show the running daemon's models and prompts: state, reason, size, time to first token cold and warm."""
+@click.option("--watch", "-w", is_flag=True, help="Stay, and show every change as it happens; q or Ctrl-C ends it.")
+def status(settings: Settings, want_json: bool, watch: bool) -> None:
+    """Show the running daemon's models and prompts: state, reason, size, time to first token cold and warm.
+
+    With --watch and no terminal it prints one block for each change, or with --json one line.
+    """
     from rkcached.client import Client
 
+    if watch:
+        from rkcached import live
+
+        live.watch(settings.socket, _console(), want_json=want_json)
+        return
     with Client(settings.socket) as client:
         answer = client.status()
     if want_json:

@@ -12,18 +12,21 @@ import httpx
 
 from rkcached.errors import DaemonUnreachable, NotAllowed, RequestError
 
-_TIMEOUT = httpx.Timeout(10.0, read=None)
+_CONNECT_S = 10.0
 """Connecting is quick or impossible; an answer takes as long as its model."""
 
 
 class Client:
     """A connection to the daemon. Errors of every call: DaemonUnreachable, RequestError."""
 
-    def __init__(self, socket: Path) -> None:
+    def __init__(self, socket: Path, *, patience_s: float | None = None) -> None:
+        """`patience_s`: a daemon that is silent for longer is given up; None waits for it."""
         self._socket = socket
         # There is no TLS on a Unix socket, and reading certificates takes 30 ms.
         transport = httpx.HTTPTransport(verify=False, uds=str(socket))
-        self._http = httpx.Client(transport=transport, base_url="http://rkcached", timeout=_TIMEOUT)
+        self._http = httpx.Client(
+            transport=transport, base_url="http://rkcached", timeout=httpx.Timeout(_CONNECT_S, read=patience_s)
+        )
 
     def __enter__(self) -> Self:
         return self
@@ -58,6 +61,19 @@ class Client:
                         if "error" in chunk:
                             raise RequestError(502, chunk["error"]["message"], code=chunk["error"]["code"])
                         yield chunk
+        except httpx.TransportError as error:
+            raise self._unreachable(error) from error
+
+    def events(self) -> Iterator[None]:
+        """Once when the daemon listens, and then for each event and each sign of life. Ends with the daemon."""
+        try:
+            with self._http.stream("GET", "/v1/events") as response:
+                if response.status_code != httpx.codes.OK:
+                    response.read()
+                    raise _refusal(response)
+                for line in response.iter_lines():
+                    if not line:  # ends an event
+                        yield
         except httpx.TransportError as error:
             raise self._unreachable(error) from error
 

@@ -34,7 +34,7 @@ from rkcached.reconcile import Reconciler
 from rkcached.server import ADMIN_MODE, SOCKET_MODE, HttpServer, OnceLooked, OwnSocket, refuse_waiting
 from rkcached.serving import Serving
 from rkcached.settings import Settings
-from rkcached.status import status, summary
+from rkcached.status import Recent, status, summary
 from rkcached.store import Store
 from rkcached.stored import StoredTexts
 from rkcached.systemd import Service, listen_fds
@@ -118,6 +118,7 @@ async def _serve(
     )
     gates = Gates()
     watcher = Watcher(lambda: reconciler.look_again())  # noqa: PLW0108 - which is made below
+    headline = _Headline(events, service)
     reconciler = Reconciler(
         manifest_path=settings.manifest,
         manifest=manifest,
@@ -128,22 +129,24 @@ async def _serve(
         watcher=watcher,
         events=events,
         service=service,
-        on_turn=lambda: service.status(summary(reconciler)),
+        on_turn=lambda: headline.tell(summary(reconciler)),
     )
     serving = Serving(reconciler, workers, gates, events)
+    recent = Recent(events)
     api = Api(
         reconciler=reconciler,
         serving=serving,
         caches=CacheApi(reconciler, serving, workers, stored),
         embeddings=Embeddings(reconciler, serving.preparation, workers, gates),
         events=events,
-        metrics=Metrics(events, reconciler),
+        metrics=Metrics(events, reconciler, serving, workers),
         make_status=lambda: status(
             started=started,
             reconciler=reconciler,
             serving=serving,
             workers=workers,
             store=store,
+            recent=recent,
             polling=watcher.polling,
         ),
         reload=lambda: _reload(reconciler, service),
@@ -253,6 +256,21 @@ def _hang_up(reloads: set[asyncio.Task[None]], reconciler: Reconciler, service: 
     task = asyncio.create_task(reload())
     reloads.add(task)
     task.add_done_callback(reloads.discard)
+
+
+class _Headline:
+    """Tells systemd and the listeners what the daemon says of itself in one line, when that changed."""
+
+    def __init__(self, events: Events, service: Service) -> None:
+        self._events = events
+        self._service = service
+        self._told = ""
+
+    def tell(self, line: str) -> None:
+        self._service.status(line)
+        if line != self._told:
+            self._told = line
+            self._events.publish("summary", summary=line)
 
 
 class _Soon:

@@ -16,7 +16,8 @@ _BACKLOG = 1000
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Event:
     kind: str
-    """artifact, worker: its state changed. build: one ended. answer: a request was answered."""
+    """artifact, worker: its state changed. build: one ended. answer: a request was answered.
+    summary: what the daemon says of itself in one line changed; a rejected manifest is in it."""
     fields: dict[str, Any]
     time: float = field(default_factory=time.time)
     """Unix seconds."""

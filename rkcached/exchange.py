@@ -32,7 +32,7 @@ MAX_BODY_BYTES = 8 << 20
 PEER = "peer"
 """Under this name the connection's state has the uid and pid of who opened it."""
 
-_PROBES = frozenset({"/healthz", "/readyz", "/metrics", "/v1/status"})
+_PROBES = frozenset({"/", "/healthz", "/readyz", "/metrics", "/v1/status"})
 """Asked so often that only a debug log shows it."""
 
 _REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")

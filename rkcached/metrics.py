@@ -5,15 +5,19 @@ Names are part of the interface. Labels have few values: models, states, kinds o
 
 from __future__ import annotations
 
+import os
 from collections import Counter as Counts
 from collections.abc import Iterator
+from pathlib import Path
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessCollector, generate_latest
 from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from rkcached.events import Event, Events
 from rkcached.reconcile import Reconciler
+from rkcached.serving import Serving
+from rkcached.worker.pool import Workers
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
@@ -21,7 +25,7 @@ _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1.0, 1.5, 2.5, 5
 
 
 class Metrics:
-    def __init__(self, events: Events, reconciler: Reconciler) -> None:
+    def __init__(self, events: Events, reconciler: Reconciler, serving: Serving, workers: Workers) -> None:
         self._registry = CollectorRegistry()
         model_state = ("model", "state")
         self._requests = Counter("rkcached_requests", "Answered requests.", model_state, registry=self._registry)
@@ -49,7 +53,8 @@ class Metrics:
             "rkcached_builds", "Ended builds.", ("model", "reason", "result"), registry=self._registry
         )
         self._deaths = Counter("rkcached_worker_deaths", "Workers that died.", ("model",), registry=self._registry)
-        self._registry.register(_Now(reconciler))
+        self._registry.register(_Now(reconciler, serving, workers))
+        ProcessCollector(registry=self._registry)
         events.listen(self._take)
 
     def text(self) -> bytes:
@@ -80,11 +85,22 @@ def _kind_of(reason: str) -> str:
     return first if first in ("missing", "requested", "corrupt") else "stale"
 
 
+def resident_bytes(pid: int) -> int | None:
+    """None: it has just ended."""
+    try:
+        pages = Path(f"/proc/{pid}/statm").read_text(encoding="ascii").split()[1]
+    except (OSError, IndexError):
+        return None
+    return int(pages) * os.sysconf("SC_PAGE_SIZE")
+
+
 class _Now(Collector):
     """What is looked up when somebody asks."""
 
-    def __init__(self, reconciler: Reconciler) -> None:
+    def __init__(self, reconciler: Reconciler, serving: Serving, workers: Workers) -> None:
         self._reconciler = reconciler
+        self._serving = serving
+        self._workers = workers
 
     def collect(self) -> Iterator[Metric]:
         view = self._reconciler.view
@@ -94,5 +110,16 @@ class _Now(Collector):
             artifacts.add_metric((model, state), count)
         yield artifacts
         yield GaugeMetricFamily("rkcached_cache_bytes", "What counts against cache.max_bytes.", value=view.used_bytes())
+        if (budget := view.manifest.cache.max_bytes) is not None:
+            yield GaugeMetricFamily("rkcached_cache_max_bytes", "What they may take.", value=budget)
+        waiting = GaugeMetricFamily("rkcached_requests_waiting", "Requests that wait for their turn.", labels=["model"])
+        for model in view.desired.models:
+            waiting.add_metric([model], self._serving.waiting(model))
+        yield waiting
+        memory = GaugeMetricFamily("rkcached_worker_resident_bytes", "Memory of a worker.", labels=["model"])
+        for worker in self._workers.all():
+            if worker.pid is not None and (size := resident_bytes(worker.pid)) is not None:
+                memory.add_metric([worker.model.name], size)
+        yield memory
         good = self._reconciler.manifest_file.error is None
         yield GaugeMetricFamily("rkcached_manifest_good", "1 if the manifest on disk is in force.", value=float(good))

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import time
-from collections import Counter
+from collections import Counter, deque
 from typing import Any
 
 from rkcached import __version__
-from rkcached.answers import Status
+from rkcached.answers import RecentAnswer, Status
 from rkcached.desired import DesiredModel
+from rkcached.events import Event, Events
 from rkcached.plan import Key, State, Trouble
 from rkcached.reconcile import Reconciler
 from rkcached.serving import NOT_MEASURED, Serving
@@ -19,8 +20,28 @@ from rkcached.worker.pool import Workers
 from rkcached.worker.protocol import VerifyMode
 
 
+class Recent:
+    """The last answers, oldest first."""
+
+    def __init__(self, events: Events) -> None:
+        self.answers: deque[RecentAnswer] = deque(maxlen=40)
+        events.listen(self._take)
+
+    def _take(self, event: Event) -> None:
+        if event.kind == "answer":
+            shown = {name: event.fields[name] for name in ("model", "prompt", "state", "ttft_ms")}
+            self.answers.append(RecentAnswer(time=round(event.time, 3), **shown))
+
+
 def status(
-    *, started: float, reconciler: Reconciler, serving: Serving, workers: Workers, store: Store, polling: bool
+    *,
+    started: float,
+    reconciler: Reconciler,
+    serving: Serving,
+    workers: Workers,
+    store: Store,
+    recent: Recent,
+    polling: bool,
 ) -> Status:
     """The document. `started` is in Unix seconds."""
     view = reconciler.view
@@ -53,6 +74,7 @@ def status(
             "builds": reconciler.builds,
         },
         "answers": dict(serving.answers),
+        "recent": list(recent.answers),
         "running": serving.running,
         "models": [
             {**model_status(name, model, workers), "waiting": serving.waiting(name)}

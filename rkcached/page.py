@@ -1,0 +1,77 @@
+"""`GET /`: the daemon's status as one HTML page, for a browser that reaches the socket.
+
+All of it is made here, from the document of `GET /v1/status`; the page's script hears the event stream, asks for the
+page again and takes over what changed. So there is one template, which escapes every value, and nothing else to load.
+"""
+
+from __future__ import annotations
+
+import base64
+import functools
+import hashlib
+from importlib import resources
+from typing import Any
+
+import jinja2
+from starlette.responses import HTMLResponse
+
+from rkcached import show
+from rkcached.answers import Status
+
+_POLICY = (
+    "default-src 'none'; script-src 'sha256-{script}'; style-src 'sha256-{style}'; connect-src 'self'; img-src data:; "
+    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
+"""Only the page's own script and style count, and only the daemon is asked, whatever a text in the page says."""
+
+
+def page(status: Status) -> HTMLResponse:
+    headers = {
+        "Content-Security-Policy": _policy(),
+        "X-Content-Type-Options": "nosniff",
+        "Referrer-Policy": "no-referrer",
+        "Cache-Control": "no-store",
+    }
+    return HTMLResponse(_template().render(**_shown(status.model_dump())), headers=headers)
+
+
+@functools.cache
+def _template() -> jinja2.Template:
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
+    environment.filters |= {
+        "size": show.size,
+        "duration": show.duration,
+        "note": show.note_of,
+        "hits": show.hits_of,
+        "worker": show.worker_of,
+    }
+    return environment.from_string(_source())
+
+
+@functools.cache
+def _source() -> str:
+    return resources.files("rkcached").joinpath("page.html.jinja").read_text(encoding="utf-8")
+
+
+@functools.cache
+def _policy() -> str:
+    def digest(tag: str) -> str:
+        text = _source().partition(f"<{tag}>")[2].partition(f"</{tag}>")[0]
+        return base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+
+    return _POLICY.format(script=digest("script"), style=digest("style"))
+
+
+def _shown(status: dict[str, Any]) -> dict[str, Any]:
+    waiting = sum(model["waiting"] for model in status["models"])
+    times = [answer["ttft_ms"] for answer in status["recent"]]
+    top = max(times, default=0.0) or 1.0
+    return {
+        "status": status,
+        "waiting": waiting,
+        "running": status["running"] - waiting,
+        "builds": [prompt for prompt in status["prompts"] if prompt.get("progress")],
+        "bars": [max(1.0, time / top * 40) for time in times],
+        "fastest": min(times, default=0.0),
+        "slowest": max(times, default=0.0),
+    }

@@ -1,0 +1,108 @@
+"""`GET /`: the page as any client gets it, and in a real browser through a port."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+from browser import Browser, Port
+from conftest import Workspace, need
+
+ROOT = Path(__file__).parents[2]
+HOSTILE = "<script>document.title = 'taken'</script><img src=http://example.invalid/x>"
+
+
+@pytest.fixture
+def described(workspace: Workspace) -> Workspace:
+    """A running daemon with the prompts `a` and `b`; the description of `b` is markup."""
+    workspace.memory_model()
+    workspace.write("prompts/a.md", "You are prompt A.\n")
+    workspace.write("prompts/b.md", "You are prompt B.\n")
+    workspace.declare(f"{{a: prompts/a.md, b: {{files: prompts/b.md, description: {json.dumps(HOSTILE)}}}}}")
+    workspace.start()
+    workspace.wait_settled()
+    return workspace
+
+
+def test_the_page_on_both_sockets(described: Workspace) -> None:
+    """It has what the status has, is bound to itself by its policy, and escapes what it shows."""
+    for admin in (False, True):
+        with described.http(admin=admin) as client:
+            answer = client.get("/")
+            assert client.head("/").status_code == 200
+        policy = answer.headers["content-security-policy"]
+        assert policy.startswith("default-src 'none'; script-src 'sha256-")
+        assert "connect-src 'self'" in policy
+        assert not {"http:", "https:", "*", "'unsafe-inline'", "'unsafe-eval'"} & set(policy.replace(";", " ").split())
+        assert answer.headers["content-type"] == "text/html; charset=utf-8"
+        assert "m/a" in answer.text
+        assert "2 fresh" in answer.text
+        assert HOSTILE not in answer.text
+        assert "&lt;script&gt;document" in answer.text
+        assert answer.text.count("<script") == 1
+
+
+def test_the_page_in_a_browser(described: Workspace, tmp_path: Path) -> None:
+    """It shows the prompts, follows an edit and an answer without being loaded again, and a restart of the daemon.
+
+    It asks nobody but the daemon and has no complaints; a phone's width and a dark scheme are fine.
+    """
+    with Port(described.socket) as port, Browser(tmp_path / "profile") as browser:
+        browser.open(port.url)
+        assert browser.run("document.querySelectorAll('#prompts tr').length") == 2
+        assert "m/a" in browser.text("#prompts")
+        assert HOSTILE in browser.text("#prompts")
+        browser.run("globalThis.stays = 1")
+        described.write("prompts/a.md", "")
+        browser.wait_for("document.querySelector('#prompts .blocked') !== null")
+        assert "the prompt is empty" in browser.text("#prompts")
+        described.write("prompts/a.md", "Another text.\n")
+        browser.wait_for("document.querySelectorAll('#prompts .fresh').length === 2")
+        described.ask("m/a")
+        browser.wait_for("document.querySelectorAll('#figures rect.warm').length === 1")
+        assert "1 hit" in browser.text("#figures")
+        described.write("manifest.yaml", described.manifest.read_text() + "nonsense: 1\n")
+        browser.wait_for("document.querySelector('#head .bad') !== null")
+        assert browser.run("globalThis.stays") == 1
+        assert browser.run("document.title").endswith("rkcached")
+        assert browser.complaints == []
+        assert [url for url in browser.requests if not url.startswith((port.url, "data:,", "about:"))] == []
+
+        light = browser.run("getComputedStyle(document.body).backgroundColor")
+        browser.call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": "dark"}])
+        assert browser.run("getComputedStyle(document.body).backgroundColor") != light
+        browser.call("Emulation.setDeviceMetricsOverride", width=360, height=740, deviceScaleFactor=1, mobile=True)
+        assert browser.run("document.scrollingElement.scrollWidth") <= 360
+        told = "document.addEventListener('securitypolicyviolation', (event) => done(event.effectiveDirective))"
+        asked = f"new Promise((done) => {{ {told}; fetch('http://127.0.0.1:1/').catch(() => 0) }})"
+        assert browser.run(asked) == "connect-src"
+
+        described.write("manifest.yaml", described.manifest.read_text().replace("nonsense: 1\n", ""))
+        assert described.stop() == 0
+        browser.wait_for("!document.getElementById('gone').hidden")
+        described.start()
+        browser.wait_for(f"document.getElementById('head').innerText.includes('pid {described.status()['pid']},')")
+        browser.wait_for("document.getElementById('gone').hidden")
+        assert browser.run("globalThis.stays") == 1
+
+
+def test_the_units_of_the_guide(tmp_path: Path) -> None:
+    """The port's two units are right, says systemd, and they agree with ours on the socket."""
+    guide = (ROOT / "docs/page.md").read_text()
+    blocks = re.findall(r"`/etc/systemd/system/(rkcached-port\.\w+)`:\n\n```ini\n(.*?)```", guide, re.DOTALL)
+    assert [name for name, _ in blocks] == ["rkcached-port.socket", "rkcached-port.service"]
+    ours = {
+        file.name: file.read_text().replace("@BIN@/rkcached", "/bin/true") for file in (ROOT / "systemd").glob("rk*.*t")
+    }
+    for name, text in [*blocks, *ours.items(), ("rkcached.service", "[Service]\nExecStart=/bin/true\n")]:
+        (tmp_path / name).write_text(text)
+    command = [need("systemd-analyze"), "verify", "--man=no", "--recursive-errors=one"]
+    done = subprocess.run(
+        [*command, *(tmp_path / name for name, _ in blocks)], capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    listens = f"ListenStream={re.search(r'socket-proxyd (.*)', blocks[1][1])[1]}"  # type: ignore[index]
+    assert listens in ours["rkcached.socket"].splitlines()
