@@ -178,6 +178,8 @@ class Results(msgspec.Struct, frozen=True, kw_only=True):
     """Time that the hypervisor gave to others while it was measured."""
     warnings: tuple[str, ...] = ()
     """Why the figures are not to be trusted."""
+    refused: tuple[str, ...] = ()
+    """Lengths of a sweep that could not be stored, and why."""
 
 
 def to_json(data: msgspec.Struct) -> str:

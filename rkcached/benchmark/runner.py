@@ -109,7 +109,8 @@ def run(settings: Settings, wanted: Sequence[str], options: Options, console: Co
         prompts=tuple(prompts),
         direct="; ".join(dict.fromkeys(filter(None, why_not_direct))),
         steal_percent=stolen,
-        warnings=(*trust.warnings(facts, stolen, options.runs, prompts), *(f"not measured: {one}" for one in refused)),
+        warnings=tuple(trust.warnings(facts, stolen, options.runs, prompts)),
+        refused=tuple(refused),
     )
 
 

@@ -1,6 +1,6 @@
 """Prompts of chosen lengths, stored in the running daemon for as long as they are measured.
 
-No tokenizer is needed: two answers tell how many tokens a text of words has. What is reported is the length that the
+No tokenizer is needed: three answers tell how many tokens a text of words has. What is reported is the length that the
 prompt cache really has.
 """
 
@@ -68,7 +68,7 @@ def lengths(context_tokens: int | None, head: int) -> list[int]:
     """Those of LENGTHS that leave room for question and answer; the first that does not is cut to the room there is."""
     if not context_tokens:
         return list(LENGTHS)
-    room = context_tokens - head - ANSWER_TOKENS - len(QUESTION) // 2
+    room = context_tokens - head - ANSWER_TOKENS - 2 * len(QUESTION)
     fitting = [tokens for tokens in LENGTHS if tokens <= room]
     largest = fitting[-1] if fitting else 0
     if largest < LENGTHS[-1] and room > largest * 1.25:
@@ -82,18 +82,20 @@ def text(number: int, words: int) -> str:
 
 
 def _measure(client: Client, model: str) -> tuple[int, float]:
-    """Tokens of a request without its words, and of each word."""
-    counts = []
-    for words in _SAMPLES:
-        message = {"role": "system", "content": text(words, words)}
-        body = {"model": model, "messages": [message, {"role": "user", "content": "?"}], "max_tokens": 1}
-        counts.append(int(client.chat({**body, "cache": False})["usage"]["prompt_tokens"]))
-    per_word = (counts[1] - counts[0]) / (_SAMPLES[1] - _SAMPLES[0])
+    """Tokens of a system message without its words, and of each word. A turn more tells what is not the message's."""
+    user, assistant = {"role": "user", "content": "?"}, {"role": "assistant", "content": "?"}
+
+    def count(words: int, *turns: dict[str, str]) -> int:
+        messages = [{"role": "system", "content": text(words, words)}, *turns]
+        answer = client.chat({"model": model, "messages": messages, "max_tokens": 1, "cache": False})
+        return int(answer["usage"]["prompt_tokens"])
+
+    few, many = _SAMPLES
+    short, long, longer = count(few, user), count(many, user), count(many, user, assistant, user)
+    per_word = (long - short) / (many - few)
     if per_word <= 0:
-        raise SourceError(
-            f"{model} does not say how many tokens a request has", hint="measure declared prompts instead"
-        )
-    return max(0, round(counts[0] - per_word * _SAMPLES[0])), per_word
+        raise SourceError(f"{model} does not say how many tokens a request has", hint="measure declared prompts")
+    return max(0, round(short - per_word * few - (longer - long))), per_word
 
 
 def _remove(admin_socket: Path, keys: Sequence[Key]) -> None:

@@ -44,12 +44,14 @@ def print_results(console: Console, results: Results) -> None:
         console.print()
         _print_prompt(console, prompt)
     console.print()
-    legend = "first: first token decoded and written; engine: ttft without the daemon; own: what the daemon adds"
+    legend = "first: first token decoded and written; engine: ttft without the daemon; own: what daemon and socket add"
     console.print(Text(legend, style="dim"))
     if results.direct:
         console.print(Text(f"the engine was not measured alone: {results.direct}"))
     for warning in results.warnings:
         console.print(Text(f"not to be trusted: {warning}", style="yellow"))
+    for refusal in results.refused:
+        console.print(Text(f"not measured: {refusal}", style="yellow"))
 
 
 def _print_prompt(console: Console, prompt: PromptResult) -> None:
@@ -65,7 +67,7 @@ def _print_prompt(console: Console, prompt: PromptResult) -> None:
             table.add_row(state, *(_cell(prompt, state, figure) for figure in _COLUMNS))
     console.print(table)
     for state, measured in prompt.states.items():
-        if measured.missing and not (state is State.FILE and prompt.no_gain):
+        if measured.missing and not prompt.no_gain:
             console.print(Text(f"{state}: not measured: {measured.missing}", style="dim"))
     saved = [f"{share * 100:.0f} % {_FROM[state]}" for state, share in prompt.reduction.items() if share > 0]
     if prompt.no_gain:
