@@ -212,7 +212,7 @@ def test_real_model(workspace: Workspace, small_model: Path) -> None:
     workspace.write(
         "manifest.yaml",
         f"version: 1\nengine: {{kind: llamacpp, threads: 1}}\nmodels:\n  m:\n    path: {small_model}\n"
-        "    params: {max_context_len: 512, temperature: 0}\n    prompts: {cook: cook.md}\n",
+        "    params: {max_context_len: 512, max_new_tokens: 32, temperature: 0}\n    prompts: {cook: cook.md}\n",
     )
     workspace.start()
     workspace.wait_state("cook", "fresh", 60)
