@@ -10,10 +10,11 @@ import time
 from typing import Any
 
 from _daemon import Answer, BenchError, Daemon, Workspace
-from _direct import Ask, DirectEngine, Told
-from _results import Figure, Target, of_median, spread
+from _results import Figure, Target, of_median
 from _workspaces import PROMPTS, Bench, llama, memory
 
+from rkcached.benchmark.direct import Ask, DirectEngine, Told
+from rkcached.benchmark.samples import spread
 from rkcached.demo.runner import MODEL
 from rkcached.desired import DesiredModel
 from rkcached.engines.base import Sampling

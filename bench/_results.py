@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import datetime as dt
 import importlib.metadata
-import math
 import os
 import platform
 import statistics
@@ -17,14 +16,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
 from rich.console import Console
 from rich.table import Table
 
 from rkcached import __version__
-
-QUIET_LOAD = 0.5
-"""Load average (1 min) above which the figures are not to be trusted."""
+from rkcached.benchmark.machine import QUIET_LOAD
+from rkcached.benchmark.machine import machine as measured_machine
+from rkcached.benchmark.samples import number, p95
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,7 +56,7 @@ def of_median(
     part: str, name: str, samples: Sequence[float], unit: str, *, target: Target | None = None, note: str = ""
 ) -> Figure:
     """The median of `samples`, with p95 and their number in the note."""
-    said = f"p95 {_number(p95(samples))}, n={len(samples)}" + (f"; {note}" if note else "")
+    said = f"p95 {number(p95(samples))}, n={len(samples)}" + (f"; {note}" if note else "")
     return Figure(
         part=part,
         name=name,
@@ -70,31 +68,16 @@ def of_median(
     )
 
 
-def p95(samples: Sequence[float]) -> float:
-    """Interpolated between order statistics; of few samples it is nearly their maximum."""
-    return statistics.quantiles(samples, n=20, method="inclusive")[-1] if len(samples) > 1 else samples[0]
-
-
-def spread(samples: Sequence[float]) -> str:
-    """Quartiles, and the 95 % confidence interval of the median from order statistics: no shape is assumed."""
-    ordered, count = sorted(samples), len(samples)
-    if count < 6:  # fewer have no such interval
-        return f"from {_number(ordered[0])} to {_number(ordered[-1])}, n={count}"
-    half = 1.96 * math.sqrt(count) / 2
-    low, high = ordered[max(0, math.floor(count / 2 - half))], ordered[min(count - 1, math.ceil(count / 2 + half))]
-    first, _, third = statistics.quantiles(ordered, n=4, method="inclusive")
-    return f"quartiles {_number(first)} to {_number(third)}, 95 % CI {_number(low)} to {_number(high)}, n={count}"
-
-
 def machine() -> dict[str, Any]:
     """What the figures depend on and the code does not say. Taken before anything is started."""
     load = os.getloadavg()
+    facts = measured_machine()
     return {
         "date": dt.datetime.now(dt.UTC).isoformat(timespec="seconds"),
-        "cpu": _cpu_model(),
-        "cores": len(os.sched_getaffinity(0)),
-        "memory_bytes": psutil.virtual_memory().total,
-        "kernel": f"{platform.system()} {platform.release()} {platform.machine()}",
+        "cpu": facts.cpu,
+        "cores": facts.cores,
+        "memory_bytes": facts.memory_bytes,
+        "kernel": facts.kernel,
         "load_average_at_start": load,
         "quiet_at_start": load[0] <= QUIET_LOAD,
         "python": platform.python_version(),
@@ -130,7 +113,7 @@ def print_table(console: Console, facts: dict[str, Any], figures: Sequence[Figur
         table.add_row(
             figure.part if figure.part != previous else "",
             figure.name,
-            f"{_number(figure.value)} {figure.unit}",
+            f"{number(figure.value)} {figure.unit}",
             f"{'>=' if target.at_least else '<='} {target.limit:g} {figure.unit}" if target else "",
             {True: "yes", False: "[bold red]NO[/]", None: ""}[figure.met],
             figure.note,
@@ -139,20 +122,6 @@ def print_table(console: Console, facts: dict[str, Any], figures: Sequence[Figur
     console.print(table)
     if not facts["quiet_at_start"]:
         console.print(f"The load average was above {QUIET_LOAD} at the start: do not trust these figures.", style="red")
-
-
-def _number(value: float) -> str:
-    digits = 0 if abs(value) >= 1000 else 1 if abs(value) >= 10 else 2
-    return f"{value:z,.{digits}f}"
-
-
-def _cpu_model() -> str:
-    """The name from /proc/cpuinfo; ARM kernels give none there, but the device tree names the board."""
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    board = Path("/proc/device-tree/model")
-    return board.read_text().strip("\0\n") if board.exists() else platform.machine()
 
 
 def _version(package: str) -> str:

@@ -38,6 +38,7 @@ def cli() -> None:
       rkcached plan                            what would be built or removed, and why
       rkcached run                             the daemon, in the foreground
       rkcached status                          what is fresh, what is being built
+      rkcached bench --plot gain.svg           what the caches gain on this machine
       rkcached chat qwen3-0.6b/coding_rules    talk to a model with a cached prompt
     """  # noqa: D301 - click knows a paragraph not to wrap by the backspace character
 
@@ -312,6 +313,73 @@ def chat(
         conversation.ask(message)
     else:
         conversation.talk()
+
+
+@cli.command()
+@click.argument("names", metavar="[MODEL[/PROMPT]]...", nargs=-1)
+@places("manifest", "cache_dir", "state_dir", "socket", "admin_socket")
+@click.option("--runs", type=click.IntRange(min=1, max=10_000), default=5, show_default=True, help="Runs of each.")
+@click.option("--sweep", is_flag=True, help="Measure prompts of 128 to 4,096 tokens, stored for as long as it takes.")
+@click.option("--direct/--no-direct", default=True, help="Measure the engine without the daemon, too.")
+@click.option("--output", "-o", type=PATH, metavar="FILE", help="Keep the JSON, for `rkcached compare`.")
+@click.option(
+    "--plot", "plot_file", type=PATH, metavar="FILE", help="Draw it: FILE.svg or FILE.png (needs matplotlib)."
+)
+@as_json
+def bench(
+    *,
+    settings: Settings,
+    names: Sequence[str],
+    runs: int,
+    sweep: bool,
+    direct: bool,
+    output: Path | None,
+    plot_file: Path | None,
+    want_json: bool,
+) -> None:
+    """Measure what the prompt caches gain, on the running daemon: time to first token cold, from file, in memory.
+
+    Says what of it is queue, load, prefill and first decode, and what the daemon adds to its engine, which is loaded
+    a second time for that. Says so where the figures are not to be trusted, and why a cache does not help.
+    """
+    from rich.console import Console
+
+    from rkcached.benchmark import plots, results, runner, table
+
+    for file in filter(None, (output, plot_file)):
+        results.check_writable(file)
+    if plot_file is not None:
+        plots.check(plot_file)
+    options = runner.Options(runs=runs, sweep=sweep, direct=direct)
+    found = runner.run(settings, names, options, Console(stderr=True, highlight=False))
+    if output is not None:
+        results.write(found, output)
+    if want_json:
+        click.echo(results.to_json(found))
+    else:
+        table.print_results(_console(), found)
+    if plot_file is not None:
+        plots.plot(found, plot_file)
+
+
+@cli.command()
+@click.argument("before", metavar="A.json", type=PATH)
+@click.argument("after", metavar="B.json", type=PATH)
+@as_json
+def compare(before: Path, after: Path, want_json: bool) -> None:
+    """Compare two results of `rkcached bench`, as before and after an upgrade, prompt by prompt.
+
+    First what differs of machine, versions, models and parameters; then medians, their ratio, and whether it is
+    beyond the noise of the runs. Exit code 65 for a file that is no result.
+    """
+    from rkcached.benchmark import compare as command
+    from rkcached.benchmark import results, table
+
+    comparison = command.compare(results.read(before), results.read(after))
+    if want_json:
+        click.echo(results.to_json(comparison))
+    else:
+        table.print_comparison(_console(), comparison)
 
 
 @cli.command()

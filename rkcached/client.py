@@ -45,6 +45,14 @@ class Client:
     def collect(self) -> dict[str, Any]:
         return self._json("POST", "/v1/gc", {"dry_run": False})
 
+    def store(self, model: str, prompt: str, text: str) -> None:
+        """Store a text as a prompt, and wait until its cache is built. On the admin socket."""
+        self._json("POST", f"/v1/cache/{model}", {"cache_name": prompt, "content": text})
+
+    def delete(self, model: str, prompt: str) -> None:
+        """Delete a stored text and its cache. On the admin socket."""
+        self._json("DELETE", f"/v1/cache/{model}/{prompt}")
+
     def chat(self, body: dict[str, Any]) -> dict[str, Any]:
         return self._json("POST", "/v1/chat/completions", body)
 

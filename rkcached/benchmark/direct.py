@@ -1,7 +1,7 @@
 """An engine without the daemon: the worker's own class and settings, in a child that is asked over a pipe.
 
 The child takes the times itself, so the pipe costs nothing. It idles while it is not asked, so the daemon's worker and
-this engine take turns on the cores.
+this engine take turns on the cores. It leaves when its pipe ends, however its parent did.
 """
 
 from __future__ import annotations
@@ -21,12 +21,15 @@ from types import TracebackType
 from typing import Self
 
 import msgspec
-from _daemon import BenchError
 
 from rkcached.builder import worker_model
 from rkcached.desired import DesiredModel
 from rkcached.engines.base import Engine, ModelSpec, RunStats, Sampling, Token
+from rkcached.errors import EngineError, RkcachedError, WorkerDied, WorkerTimeout
 from rkcached.manifest import EngineConfig
+
+SILENCE_S = 600.0
+"""Loading a model and a long prefill both take less."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,6 +41,8 @@ class Ask:
     prompt: str
     """The whole rendered request."""
     sampling: Sampling
+    cold: bool = False
+    """Forget the KV state first."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,7 +58,10 @@ class Told:
 
 
 class DirectEngine:
-    """The engine that a worker of `model` would host, from `with` to its end."""
+    """The engine that a worker of `model` would host, from `with` to its end.
+
+    Errors: EngineError where the model cannot be loaded, as where the daemon's worker has the NPU for itself.
+    """
 
     def __init__(self, engine: EngineConfig, model: DesiredModel) -> None:
         hosted = worker_model(engine, model)
@@ -66,11 +74,19 @@ class DirectEngine:
         theirs.close()
 
     def __enter__(self) -> Self:
+        try:
+            self._receive()
+        except BaseException:
+            self.close()
+            raise
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self.close()
+
+    def close(self) -> None:
         self._pipe.close()  # it leaves when its pipe ends
         self._process.join(5)
         if self._process.is_alive():
@@ -79,26 +95,54 @@ class DirectEngine:
         shutil.rmtree(self._scratch, ignore_errors=True)
 
     def ask(self, ask: Ask) -> Told:
-        """Run it. Errors: BenchError when the child is gone."""
+        """Run it. Errors: EngineError; WorkerDied, WorkerTimeout."""
         try:
             self._pipe.send(ask)
-            told: Told = self._pipe.recv()
-        except (OSError, EOFError) as error:
-            raise BenchError(f"the direct engine is gone: {error!r}") from error
+        except OSError as error:
+            raise self._died() from error
+        told = self._receive()
+        if told is None:
+            raise TypeError(told)
         return told
+
+    def _receive(self) -> Told | None:
+        """The next answer; None when the engine is ready."""
+        try:
+            if not self._pipe.poll(SILENCE_S):
+                raise WorkerTimeout(f"the engine said nothing for {SILENCE_S:.0f} s")
+            answer: Told | str | None = self._pipe.recv()
+        except (OSError, EOFError) as error:
+            raise self._died() from error
+        if isinstance(answer, str):
+            raise EngineError(answer)
+        return answer
+
+    def _died(self) -> WorkerDied:
+        self._process.join(5)
+        return WorkerDied(f"the engine's process ended with code {self._process.exitcode}")
 
 
 def _serve(pipe: Connection, implementation: str, spec: ModelSpec) -> None:
     """The child."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, whose end of the pipe then closes
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     with open(os.devnull, "wb") as nowhere:  # noqa: PTH123 - a device, not a path
         for stream in (1, 2):
             os.dup2(nowhere.fileno(), stream)
-    module, _, name = implementation.partition(":")
-    engine: Engine = getattr(importlib.import_module(module), name)(spec)
     with contextlib.suppress(EOFError, OSError):
+        try:
+            module, _, name = implementation.partition(":")
+            engine: Engine = getattr(importlib.import_module(module), name)(spec)
+        except (RkcachedError, ImportError) as error:
+            pipe.send(str(error))
+            return
+        pipe.send(None)
         while True:
-            pipe.send(_run(engine, pipe.recv()))
+            ask = pipe.recv()
+            try:
+                pipe.send(_run(engine, ask))
+            except RkcachedError as error:
+                pipe.send(error.message)
     engine.close()
 
 
@@ -110,6 +154,8 @@ def _run(engine: Engine, ask: Ask) -> Told:
         first = first or (time.perf_counter() if token.text else 0.0)
         return False
 
+    if ask.cold:
+        engine.clear()
     started = time.perf_counter()
     if ask.load is not None:
         engine.load(ask.load)

@@ -1,0 +1,113 @@
+"""The tables of `rkcached bench` and `rkcached compare`, for 80 columns."""
+
+from __future__ import annotations
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from rkcached.benchmark.compare import Comparison
+from rkcached.benchmark.results import MachineFacts, PromptResult, Results, State
+from rkcached.benchmark.samples import number
+from rkcached.show import size
+
+_COLUMNS = {
+    "ttft_ms": "ttft",
+    "p95": "p95",
+    "queue_ms": "queue",
+    "load_ms": "load",
+    "prefill_ms": "prefill",
+    "first_decode_ms": "first",
+    "direct_ttft_ms": "engine",
+    "daemon_share_ms": "own",
+    "cached_tokens": "cached",
+    "decode_tokens_per_s": "tok/s",
+}
+
+
+def machine_line(machine: MachineFacts) -> str:
+    board = f"{machine.board}, " if machine.board and machine.board != machine.cpu else ""
+    return f"{board}{machine.cpu}, {machine.cores} cores, {size(machine.memory_bytes)}, {machine.kernel}"
+
+
+def print_results(console: Console, results: Results) -> None:
+    versions = results.versions
+    console.print(Text(f"{results.date}  {machine_line(results.machine)}"))
+    console.print(
+        Text(f"rkcached {versions.daemon}, python {versions.python}, load {results.machine.load_average:.2f}")
+    )
+    for name, model in results.models.items():
+        digest = f", {model.file}, sha256 {model.digest[:12]}" if model.digest else ""
+        console.print(Text(f"{name}: {model.engine} {model.runtime or 'of an unknown version'}{digest}"))
+    console.print(Text(f"median of {results.parameters.runs} runs, milliseconds", style="dim"))
+    for prompt in results.prompts:
+        console.print()
+        _print_prompt(console, prompt)
+    console.print()
+    legend = "first: first token decoded and written; engine: ttft without the daemon; own: what daemon and socket add"
+    console.print(Text(legend, style="dim"))
+    if results.direct:
+        console.print(Text(f"the engine was not measured alone: {results.direct}"))
+    for warning in results.warnings:
+        console.print(Text(f"not to be trusted: {warning}", style="yellow"))
+    for refusal in results.refused:
+        console.print(Text(f"not measured: {refusal}", style="yellow"))
+
+
+def _print_prompt(console: Console, prompt: PromptResult) -> None:
+    built = f"{prompt.tokens:,} tokens, {size(prompt.size_bytes)}" if prompt.tokens is not None else "no cache"
+    seconds = f", built in {prompt.build_ms / 1000:.1f} s" if prompt.build_ms is not None else ""
+    console.print(Text(f"{prompt.name}  {built}{seconds}", style="bold"))
+    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="dim")
+    table.add_column("", no_wrap=True)
+    for title in _COLUMNS.values():
+        table.add_column(title, justify="right", no_wrap=True)
+    for state, measured in prompt.states.items():
+        if not measured.missing:
+            table.add_row(state, *(_cell(prompt, state, figure) for figure in _COLUMNS))
+    console.print(table)
+    for state, measured in prompt.states.items():
+        if measured.missing and not prompt.no_gain:
+            console.print(Text(f"{state}: not measured: {measured.missing}", style="dim"))
+    saved = [f"{share * 100:.0f} % {_FROM[state]}" for state, share in prompt.reduction.items() if share > 0]
+    if prompt.no_gain:
+        console.print(Text(f"no gain: {prompt.no_gain}", style="yellow"))
+    elif saved:
+        console.print(Text(f"saves {', '.join(saved)}", style="green"))
+
+
+_FROM = {State.FILE: "from the file", State.MEMORY: "in memory"}
+
+
+def _cell(prompt: PromptResult, state: State, figure: str) -> str:
+    summary = prompt.states[state].summary
+    if figure == "p95":
+        return number(summary["ttft_ms"].p95)
+    if figure not in summary:
+        return "-"
+    value = summary[figure].median
+    return f"{value:,.0f}" if figure == "cached_tokens" else number(value)
+
+
+def print_comparison(console: Console, comparison: Comparison) -> None:
+    for difference in comparison.differences:
+        console.print(Text(f"{difference.what}: {difference.before} -> {difference.after}"))
+    if not comparison.differences:
+        console.print(Text("machine, versions, model files and parameters are the same"))
+    for warning in comparison.warnings:
+        console.print(Text(f"not to be trusted: {warning}", style="yellow"))
+    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold")
+    table.add_column("", no_wrap=True)
+    for title in ("A", "B", "B/A"):
+        table.add_column(title, justify="right", no_wrap=True)
+    table.add_column("verdict")
+    style = {"faster": "green", "slower": "red"}
+    name = ""
+    for row in comparison.rows:
+        if row.prompt != name:
+            name = row.prompt
+            table.add_row(Text(name, style="bold"))
+        ratio = f"{row.ratio:.2f}" if row.ratio is not None else ""
+        cells = [number(value) if value is not None else "-" for value in (row.before, row.after)]
+        table.add_row(f"  {row.what}", *cells, ratio, Text(row.verdict, style=style.get(row.verdict, "")))
+    console.print(table)

@@ -1,0 +1,227 @@
+"""`rkcached bench` and `rkcached compare`: real runs through the real daemon, and what is said of them."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import xml.etree.ElementTree as ET
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import DEADLINE_S, Workspace, wait_until
+
+TEXT = "You are the keeper of a lighthouse. You answer in one sentence, and you know every ship. " * 4
+
+
+@pytest.fixture
+def slow(workspace: Workspace) -> Workspace:
+    """A running daemon whose engine reads at 5,000 tokens/s, with a prompt of some 360 tokens."""
+    workspace.memory_model(prefill_us_per_token=200, decode_us_per_token=100)
+    workspace.write("long.md", TEXT)
+    workspace.write("tiny.md", "Hi.")
+    workspace.declare("{long: long.md, tiny: tiny.md}", top="cache: {min_tokens: 100}")
+    workspace.start()
+    workspace.wait_state("long", "fresh")
+    workspace.wait_state("tiny", "uncached")
+    return workspace
+
+
+def measured(space: Workspace, *arguments: str) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(space.cli("bench", "--json", *arguments).stdout)
+    return found
+
+
+def test_each_state_is_what_it_says(slow: Workspace) -> None:
+    """Cold takes nothing from a cache, file loads it, memory has it; the parts are the whole; so on the engine."""
+    found = measured(slow, "m/long", "--runs", "5")
+    (prompt,) = found["prompts"]
+    tokens = slow.prompt("long")["artifact"]["tokens"]
+    cold, file, memory = (prompt["states"][state]["runs"] for state in ("cold", "file", "memory"))
+    assert [len(runs) for runs in (cold, file, memory)] == [5, 5, 5]
+    assert {(run["cached_tokens"], run["load_ms"]) for run in cold} == {(0, 0.0)}
+    assert all(run["cached_tokens"] >= tokens and run["load_ms"] > 0 for run in file)
+    assert all(run["cached_tokens"] >= tokens and run["load_ms"] == 0 for run in memory)
+    for run in (*cold, *file, *memory):
+        parts = ("queue_ms", "load_ms", "prefill_ms", "first_decode_ms", "socket_ms")
+        assert sum(run[part] for part in parts) == pytest.approx(run["ttft_ms"], abs=0.1)
+        assert run["decode_tokens_per_s"] > 0
+    assert min(run["prefill_ms"] for run in cold) >= tokens * 0.2
+    assert prompt["reduction"]["file"] > 0.5
+    assert prompt["no_gain"] == found["direct"] == ""
+    for state in ("cold", "file", "memory"):
+        direct = prompt["states"][state]["direct"]
+        assert [run["cached_tokens"] == 0 for run in direct] == [state == "cold"] * 5
+        assert {"median", "p95"} == prompt["states"][state]["summary"]["daemon_share_ms"].keys()
+
+
+def test_it_says_enough_to_repeat_it(slow: Workspace) -> None:
+    """Machine, versions, the model's file and digest, parameters; -o keeps the same, and the table fits 80 columns."""
+    kept = slow.root / "a.json"
+    done = subprocess.run(
+        slow.command("bench", "--runs", "2", "--no-direct", "-o", str(kept)),
+        env={**slow.environment, "COLUMNS": "80"},
+        capture_output=True,
+        text=True,
+        timeout=DEADLINE_S,
+        check=True,
+    )
+    assert done.stderr == ""  # no progress where nobody watches
+    assert max(map(len, done.stdout.splitlines())) <= 80
+    found = json.loads(kept.read_text())
+    assert (found["program"], found["schema"]) == ("rkcached bench", 1)
+    assert found["machine"].keys() >= {"board", "cpu", "cores", "memory_bytes", "kernel", "clocks", "clocks_fixed"}
+    assert found["versions"].keys() == {"rkcached", "daemon", "python"}
+    model = found["models"]["m"]
+    assert (model["engine"], model["runtime"], model["file"]) == ("memory", "1", str(slow.root / "m.model"))
+    assert len(model["digest"]) == 64
+    assert model["params"]["max_context_len"] == 4096
+    assert found["parameters"]["runs"] == 2
+    assert found["direct"] == "not asked for"
+    assert "2 runs are few" in " ".join(found["warnings"])
+    assert "m/long" in done.stdout
+    assert "saves" in done.stdout
+    tiny = next(prompt for prompt in found["prompts"] if prompt["prompt"] == "tiny")
+    assert "cache.min_tokens is 100" in tiny["no_gain"]
+    assert len(tiny["states"]["cold"]["runs"]) == 2
+    assert tiny["states"]["file"]["runs"] == tiny["states"]["memory"]["runs"] == []
+
+
+def test_sweep_leaves_nothing(slow: Workspace) -> None:
+    """Prompts near 128 to 2,048 tokens, and one cut to the context; drawn with their labels; all removed at the end."""
+    svg, png = slow.root / "a.svg", slow.root / "a.png"
+    found = measured(slow, "--sweep", "--runs", "1", "--plot", str(svg))
+    lengths = [prompt["tokens"] for prompt in found["prompts"]]
+    assert lengths[:5] == pytest.approx([128, 256, 512, 1024, 2048], abs=40)
+    assert 3500 < lengths[5] < 4096
+    colds = [prompt["states"]["cold"]["summary"]["ttft_ms"]["median"] for prompt in found["prompts"]]
+    assert colds == sorted(colds)
+    assert all(prompt["states"]["file"]["runs"][0]["cached_tokens"] >= prompt["tokens"] for prompt in found["prompts"])
+    assert all(prompt["states"]["file"]["direct"] for prompt in found["prompts"])
+    texts = " ".join(ET.parse(svg).getroot().itertext())
+    for label in ("prompt length (tokens)", "time to first token (ms)", "cold", "from file", "prefill", "first decode"):
+        assert label in texts
+    assert {prompt["prompt"] for prompt in slow.status()["prompts"]} == {"long", "tiny"}
+    wait_until(lambda: sorted(path.stem for path in slow.cache.glob("m/*.memory_cache")) == ["long"], "files are gone")
+    slow.cli("bench", "m/long", "--runs", "1", "--no-direct", "--plot", str(png))
+    assert png.read_bytes().startswith(b"\x89PNG\r\n")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interrupted_sweep_leaves_nothing(slow: Workspace, number: signal.Signals) -> None:
+    """Ctrl-C: no stored prompt, no engine of its own, no traceback."""
+    process = subprocess.Popen(
+        slow.command("bench", "--sweep", "--runs", "1000"),
+        env=slow.environment,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    wait_until(lambda: sum(prompt["state"] == "fresh" for prompt in slow.status()["prompts"]) > 2, "a prompt is stored")
+    process.send_signal(number)
+    _, said = process.communicate(timeout=DEADLINE_S)
+    assert process.returncode == 130
+    assert "Traceback" not in said
+    assert {prompt["prompt"] for prompt in slow.status()["prompts"]} == {"long", "tiny"}
+    wait_until(lambda: _of_session(process.pid) == [], "its processes are gone")
+
+
+def _of_session(session: int) -> list[int]:
+    found = []
+    for entry in Path("/proc").iterdir():
+        try:
+            if entry.name.isdecimal() and os.getsid(int(entry.name)) == session:
+                found.append(int(entry.name))
+        except OSError:
+            continue
+    return found
+
+
+def test_no_gain_is_explained(workspace: Workspace) -> None:
+    """A model whose state cannot be saved: the cold runs are there, and why there are no others."""
+    workspace.memory_model(can_save=False)
+    workspace.write("a.md", TEXT)
+    workspace.declare("{a: a.md}")
+    workspace.start()
+    workspace.wait_settled()
+    (prompt,) = measured(workspace, "--runs", "1")["prompts"]
+    assert len(prompt["states"]["cold"]["runs"]) == len(prompt["states"]["cold"]["direct"]) == 1
+    assert "cannot save its KV state" in prompt["no_gain"]
+    assert "cannot save its KV state" in " ".join(workspace.cli("bench", "--runs", "1", "--no-direct").stdout.split())
+
+
+def test_engine_that_cannot_be_loaded_twice(slow: Workspace) -> None:
+    """As where the daemon's worker has the NPU for itself: the socket is measured, and it is said why not more."""
+    other = slow.write("other.yaml", slow.manifest.read_text().replace("m.model", "none.model"))
+    found = measured(slow, "m/long", "--runs", "1", "-m", str(other))
+    assert "none.model" in found["direct"]
+    assert found["prompts"][0]["states"]["file"]["runs"]
+    assert found["prompts"][0]["states"]["file"]["direct"] == []
+
+
+def test_errors(workspace: Workspace) -> None:
+    """Each is a sentence, the next step, and a code of sysexits."""
+    assert "no daemon answers" in workspace.cli("bench", code=69).stderr
+    assert "neither SVG nor PNG" in workspace.cli("bench", "--plot", "a.gif", code=64).stderr
+    assert "cannot write none/a.json" in workspace.cli("bench", "-o", "none/a.json", code=73).stderr
+    workspace.write("a.json", '{"program": "another"}')
+    workspace.write("b.json", '{"program": "rkcached bench", "schema": 99}')
+    workspace.write("c.json", '{"program": "rkcached bench", "schema": 1}')
+    assert "a.json is not a result of rkcached bench" in workspace.cli("compare", "a.json", "b.json", code=65).stderr
+    assert "has schema 99" in workspace.cli("compare", "b.json", "a.json", code=65).stderr
+    assert "damaged result" in workspace.cli("compare", "c.json", "a.json", code=65).stderr
+    assert "cannot read none.json" in workspace.cli("compare", "none.json", "a.json", code=66).stderr
+
+
+def test_unknown_names(slow: Workspace) -> None:
+    """What there is, is named."""
+    said = slow.cli("bench", "m/none", code=66).stderr
+    assert "there is no prompt of 'm/none'" in said
+    assert "known: m/long, m/tiny" in said
+    assert "no model 'none'" in slow.cli("bench", "none", "--sweep", code=66).stderr
+
+
+def test_compare_before_and_after(slow: Workspace) -> None:
+    """The same engine is within the noise of a bound; one that reads half as fast is slower where it reads."""
+    before, after = slow.root / "a.json", slow.root / "b.json"
+    slow.cli("bench", "m/long", "--runs", "6", "--no-direct", "-o", str(before))
+    slow.stop()
+    slow.memory_model(prefill_us_per_token=800, decode_us_per_token=100)
+    slow.start()
+    slow.wait_state("long", "fresh")
+    slow.cli("bench", "m/long", "--runs", "6", "--no-direct", "-o", str(after))
+    found = json.loads(slow.cli("compare", str(before), str(after), "--json").stdout)
+    assert "models.m.digest" in {difference["what"] for difference in found["differences"]}
+    cold = next(row for row in found["rows"] if row["what"] == "cold, ms")
+    assert (cold["verdict"], cold["ratio"] > 2) == ("slower", True)
+    same = json.loads(slow.cli("compare", str(before), str(before), "--json").stdout)
+    assert same["differences"] == []
+    assert {row["verdict"] for row in same["rows"]} == {"within the noise", "one sample"}
+    shown = slow.cli("compare", str(before), str(after)).stdout
+    assert shown.index("models.m.digest") < shown.index("slower")
+
+
+@pytest.mark.model
+def test_real_model(workspace: Workspace, small_model: Path) -> None:
+    """llama.cpp: the cold run is cold by the library's own count, and the file holds every token of the prompt."""
+    workspace.write("cook.md", TEXT)
+    workspace.write(
+        "manifest.yaml",
+        f"version: 1\nengine: {{kind: llamacpp, threads: 1}}\nmodels:\n  m:\n    path: {small_model}\n"
+        "    params: {max_context_len: 512, max_new_tokens: 32, temperature: 0}\n    prompts: {cook: cook.md}\n",
+    )
+    workspace.start()
+    workspace.wait_state("cook", "fresh", 60)
+    found = measured(workspace, "--runs", "1")
+    (prompt,) = found["prompts"]
+    runs = {state: one["runs"][0] for state, one in prompt["states"].items()}
+    assert runs["cold"]["cached_tokens"] == 0
+    assert runs["file"]["cached_tokens"] >= prompt["tokens"] > 60
+    assert runs["file"]["load_ms"] > 0 == runs["memory"]["load_ms"]
+    assert found["direct"] == ""
+    assert prompt["states"]["cold"]["direct"][0]["cached_tokens"] == 0
+    assert prompt["states"]["file"]["direct"][0]["cached_tokens"] >= prompt["tokens"]
