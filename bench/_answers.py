@@ -105,7 +105,7 @@ def measure_share(bench: Bench) -> list[Figure]:
     for make, what in ((memory, "memory engine"), (llama, "llama.cpp")):
         with Daemon(bench.workspace(make)) as daemon:
             daemon.wait_fresh()
-            look = _look_at(bench.workspace(make))
+            look = look_at(bench.workspace(make))
             model = look.desired.models[MODEL]
             if not isinstance(model, DesiredModel):
                 raise BenchError(f"the model cannot be used: {model}")
@@ -186,5 +186,5 @@ def _difference(name: str, samples: list[float]) -> Figure:
     )
 
 
-def _look_at(workspace: Workspace) -> Look:
+def look_at(workspace: Workspace) -> Look:
     return Observer(Store(workspace.store)).look(read_manifest(workspace.manifest))

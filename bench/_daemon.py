@@ -83,6 +83,8 @@ class Daemon:
         self.started = time.perf_counter()
         self._asking = Client(self)
         with workspace.log.open("ab") as log:
+            self.log_start = log.tell()
+            """Where this daemon's lines begin."""
             self._process = subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment, start_new_session=True
             )
@@ -132,7 +134,7 @@ class Daemon:
             raise BenchError(f"the daemon ended with code {self._process.returncode}{self.last_words()}")
 
     def status(self) -> dict[str, Any]:
-        connection = _Connection(self.workspace.socket)
+        connection = UnixConnection(self.workspace.socket)
         try:
             connection.request("GET", "/v1/status")
             document: dict[str, Any] = json.loads(connection.getresponse().read())
@@ -158,7 +160,7 @@ class Client:
 
     def __init__(self, daemon: Daemon) -> None:
         self._daemon = daemon
-        self.connection = _Connection(daemon.workspace.socket)
+        self.connection = UnixConnection(daemon.workspace.socket)
 
     def close(self) -> None:
         self.connection.close()
@@ -204,7 +206,7 @@ class Client:
                 raise BenchError(f"the answer ended early{self._daemon.last_words()}")
 
 
-class _Connection(http.client.HTTPConnection):
+class UnixConnection(http.client.HTTPConnection):
     """A connection to the daemon's socket, kept between requests as client libraries do."""
 
     def __init__(self, path: Path) -> None:

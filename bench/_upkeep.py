@@ -1,4 +1,4 @@
-"""What the daemon does on its own: follow an edit, look at a thousand prompts, and rest.
+"""What the daemon does on its own: follow an edit, and rest.
 
 Its work is watched from outside (files of the store, CPU time, memory), so that watching adds none.
 """
@@ -7,25 +7,19 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import psutil
-from _daemon import BenchError, Daemon, busy_ns
+from _daemon import BenchError, Daemon
 from _results import Figure, Target, of_median
-from _workspaces import PROMPTS, SCALE_PROMPTS, Bench, llama, scale
+from _workspaces import PROMPTS, Bench, llama
 
 from rkcached.demo.runner import MODEL
-from rkcached.observe import Observer, read_manifest
-from rkcached.plan import Key, plan
-from rkcached.store import Store
+from rkcached.plan import Key
 
 EDIT_TIMEOUT_S = 120
-BUILD_ALL_TIMEOUT_S = 900
 IDLE_SETTLE_S = 3.0
-QUIET_S = 0.25
-"""A daemon that used no CPU for this long has finished what it was asked to do."""
 
 
 # From an edit to the published artifact
@@ -80,72 +74,6 @@ def _shows(status: dict[str, Any], key: Key, built_at: float) -> bool:
         and shown["artifact"]["built_at"] == built_at
         for shown in status["prompts"]
     )
-
-
-# A thousand prompts
-
-
-def measure_scale(bench: Bench) -> list[Figure]:
-    """The first build of all, then passes with nothing to do: in this process, and in the daemon after SIGHUP."""
-    workspace = bench.workspace(scale)
-    with Daemon(workspace) as daemon:
-        while sum(1 for _ in workspace.store.glob("*/*.json")) < SCALE_PROMPTS:
-            daemon.check_alive()
-            if time.perf_counter() - daemon.started > BUILD_ALL_TIMEOUT_S:
-                raise BenchError(f"not all built after {BUILD_ALL_TIMEOUT_S} s")
-            time.sleep(0.2)
-        daemon.wait_fresh()
-        build_all_s = time.perf_counter() - daemon.started
-        _wait_quiet(daemon.pid)
-        passes = [_hang_up(daemon) for _ in range(bench.runs)]
-        asked = [_timed(daemon.status) for _ in range(bench.runs)]
-    observer = Observer(Store(workspace.store))
-    manifest = read_manifest(workspace.manifest)
-    first = _timed(lambda: observer.look(manifest))
-    looks = [_timed(lambda: plan(observer.look(manifest).assessments)) for _ in range(bench.runs)]
-    with Daemon(workspace) as daemon:
-        daemon.wait_fresh(every_s=0.02)
-        restart_s = time.perf_counter() - daemon.started
-    target = Target(limit=300)
-    return [
-        Figure(part="scale", name=f"{SCALE_PROMPTS:,} prompts, build of all", value=build_all_s, unit="s"),
-        Figure(part="scale", name="start on the filled store, to fresh", value=restart_s, unit="s"),
-        Figure(part="scale", name="look, new process", value=first, unit="ms"),
-        of_median("scale", "look and plan, nothing to do", looks, "ms", target=target, note="in this process"),
-        of_median(
-            "scale", "daemon: SIGHUP to quiet", [wall for wall, _ in passes], "ms", target=target, note="last CPU use"
-        ),
-        of_median("scale", "daemon: CPU of such a pass", [cpu for _, cpu in passes], "ms", note="all threads"),
-        of_median("scale", "GET /v1/status", asked, "ms"),
-    ]
-
-
-def _hang_up(daemon: Daemon) -> tuple[float, float]:
-    """Milliseconds from SIGHUP until the daemon rests again, and its CPU time in between.
-
-    A pass without work writes no log line, so its end is read off the CPU time of the process.
-    """
-    before = busy_ns(daemon.pid)
-    started = time.perf_counter()
-    daemon.hang_up()
-    last, ended = _wait_quiet(daemon.pid)
-    return (ended - started) * 1000, (last - before) / 1e6
-
-
-def _wait_quiet(pid: int) -> tuple[int, float]:
-    """Wait until the process used no CPU for QUIET_S; its CPU time in ns, and the moment of its last use."""
-    seen, moment = busy_ns(pid), time.perf_counter()
-    while (now := time.perf_counter()) - moment < QUIET_S:
-        if (busy := busy_ns(pid)) != seen:
-            seen, moment = busy, now
-        time.sleep(0.001)
-    return seen, moment
-
-
-def _timed(work: Callable[[], object]) -> float:
-    started = time.perf_counter()
-    work()
-    return (time.perf_counter() - started) * 1000
 
 
 # Doing nothing

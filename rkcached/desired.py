@@ -100,7 +100,7 @@ class Desired:
 
 
 class Resolver:
-    """Turns sources into desires, and remembers the prefix digests that it rendered: texts seldom change.
+    """Turns sources into desires, and remembers prefix digests and fingerprints: texts seldom change.
 
     `compile_elsewhere` is for templates that are not built in.
     """
@@ -108,6 +108,7 @@ class Resolver:
     def __init__(self, compile_elsewhere: Compile | None = None) -> None:
         self._compile_elsewhere = compile_elsewhere
         self._prefixes: dict[tuple[str, str, bool | None], tuple[str, int] | Trouble] = {}
+        self._fingerprints: dict[Key, tuple[dict[str, Value], Fingerprint]] = {}
         self._templates: dict[tuple[str, str, str, str, bool | None], ChatTemplate] = {}
 
     def resolve(self, manifest: Manifest, sources: Sources) -> Desired:
@@ -133,15 +134,24 @@ class Resolver:
                 if isinstance(prefix, Trouble):
                     found = prefix
                 else:
-                    found = fingerprint(_components(manifest, model, key, prefix))
+                    found = self._fingerprint(key, _components(manifest, model, key, prefix))
                     texts[key] = declared.source.text
             if isinstance(found, Trouble):
                 prompts[key] = DesiredPrompt(key=key, description=declared.description, trouble=found)
             else:
                 prompts[key] = DesiredPrompt(key=key, description=declared.description, fingerprint=found)
         self._prefixes = prefixes
+        for gone in self._fingerprints.keys() - prompts.keys():
+            del self._fingerprints[gone]
         stored = frozenset(key for key, declared in sources.prompts.items() if declared.stored)
         return Desired(models=models, prompts=prompts, texts=texts, stored=stored)
+
+    def _fingerprint(self, key: Key, components: dict[str, Value]) -> Fingerprint:
+        """Of one component all values are of one type, so equal ones have one text."""
+        known = self._fingerprints.get(key)
+        if known is None or known[0] != components:
+            self._fingerprints[key] = known = (components, fingerprint(components))
+        return known[1]
 
     def _model(self, name: str, config: ModelConfig, manifest: Manifest, sources: Sources) -> DesiredModel | Trouble:
         source = sources.models[name]

@@ -27,10 +27,11 @@ import msgspec
 
 from rkcached import disk, durable
 from rkcached.digests import Digests, Signature
+from rkcached.engines.registry import ENGINES
 from rkcached.errors import SourceError, StoreError, StoreLocked
 from rkcached.manifest import NAME
 from rkcached.plan import Key, Verdict
-from rkcached.sidecar import Corrupt, Inventory, Sidecar, StoredArtifact, names_artifact, parse_sidecar
+from rkcached.sidecar import Corrupt, Inventory, Sidecar, StoredArtifact, parse_sidecar
 
 DIRECTORY_MODE = 0o750
 MAX_QUARANTINED = 8
@@ -440,8 +441,6 @@ def _bytes(files: Iterable[os.DirEntry[str]]) -> int:
 
 
 def _artifacts_of(folder: Path, prompt: str) -> list[Path]:
-    """The prompt caches of one prompt, whichever engine wrote them."""
-    try:
-        return [path for path in folder.iterdir() if names_artifact(path.name, prompt)]
-    except FileNotFoundError:
-        return []
+    """The prompt caches of one prompt, whichever engine wrote them. Lists no folder, which may hold thousands."""
+    names = (prompt + engine.artifact_suffix for engine in ENGINES.values())
+    return [path for path in (folder / name for name in names) if os.path.lexists(path)]

@@ -1,0 +1,349 @@
+"""llama.cpp's own server beside the daemon: the same model file, prompts, threads, batch and context, in turns.
+
+One question goes to both before the next one does, the first of them changing from turn to turn. A second server keeps
+llama.cpp's own defaults. After the figures, what a user has to do and what is noticed: each row was tried here.
+"""
+
+from __future__ import annotations
+
+import http.client
+import shutil
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from _answers import look_at
+from _daemon import BenchError, Daemon, UnixConnection, Workspace, busy_ns
+from _peer import Peer, Streamed, stream
+from _results import Figure, Target, of_median, spread
+from _workspaces import PEER_CONTEXT, PEER_TOKENS, Bench, peers, small_model
+
+from rkcached.desired import DesiredModel
+from rkcached.plan import Key
+from rkcached.worker.operations import BOUNDARY_TOKENS
+
+MODEL = "small"
+ANSWER_TOKENS = 32
+MAX_COLD_RUNS = 3
+"""Each costs some twenty seconds at the longest prompt."""
+
+PAUSE_S = 0.05
+"""Between two answers: an engine's threads may spin for a moment after their work."""
+
+SHARE, FLOOR_MS = 0.05, 2.0
+"""The daemon may be this much slower than the bare server, whichever is larger."""
+
+NOTICE_S = 600.0
+BUILD_TIMEOUT_S = 1200.0
+
+
+@dataclass(slots=True, kw_only=True)
+class _Samples:
+    ttft: list[float] = field(default_factory=list)
+    per_token: list[float] = field(default_factory=list)
+    cpu: list[float] = field(default_factory=list)
+
+    def add(self, answer: Streamed, cpu_ns: int) -> None:
+        self.ttft.append(answer.ttft_ms)
+        self.per_token.append(answer.per_token_ms)
+        self.cpu.append(cpu_ns / 1e6 / ANSWER_TOKENS)
+
+
+class _Side:
+    """One of the servers: what it is called, and how it answers each kind of request."""
+
+    def __init__(self, name: str, ask: Callable[[str, str, str], Streamed], pids: Callable[[], list[int]]) -> None:
+        self.name = name
+        self.samples: dict[tuple[str, str], _Samples] = {}
+        self._ask = ask
+        self._pids = pids
+
+    def run(self, prompt: str, question: str, how: str) -> None:
+        pids = self._pids()
+        before = sum(map(busy_ns, pids))
+        answer = self._ask(prompt, question, how)
+        cpu = sum(map(busy_ns, pids)) - before
+        self.samples.setdefault((prompt, how), _Samples()).add(answer, cpu)
+        time.sleep(PAUSE_S)
+
+
+def measure_peers(bench: Bench) -> list[Figure]:
+    """The figures, then the table of what a user has to do."""
+    workspace = bench.workspace(peers)
+    slots = workspace.root / "slots"
+    slots.mkdir()
+    with Daemon(workspace) as daemon:
+        daemon.wait_fresh(timeout_s=BUILD_TIMEOUT_S)
+        texts = _Texts(workspace)
+        with (
+            Peer(small_model(), PEER_CONTEXT, slots, tuned=True) as same,
+            Peer(small_model(), PEER_CONTEXT, slots, tuned=False) as plain,
+        ):
+            for server, kind in ((same, "same"), (plain, "plain")):
+                for prompt in PEER_TOKENS:
+                    server.save(texts.prefix(prompt), f"{prompt}-{kind}.bin")
+            sides = [
+                _Side("rkcached", _through_daemon(daemon), lambda: _pids_of(daemon)),
+                _Side("llama.cpp, same settings", _through_peer(same, texts, "same"), lambda: [same.pid]),
+                _Side("llama.cpp, its defaults", _through_peer(plain, texts, "plain"), lambda: [plain.pid]),
+            ]
+            _measure_in_turns(bench, sides)
+    return [*_figures(sides, texts), *_facts(workspace, texts)]
+
+
+class _Texts:
+    """The rendered prompts, from the same function that the daemon renders with."""
+
+    def __init__(self, workspace: Workspace) -> None:
+        self._look = look_at(workspace)
+        model = self._look.desired.models[MODEL]
+        if not isinstance(model, DesiredModel):
+            raise BenchError(f"the model cannot be used: {model}")
+        self._model = model
+        self.tokens = {key.prompt: a.sidecar.tokens for key, a in self._look.inventory.artifacts.items()}
+
+    def prefix(self, prompt: str) -> str:
+        return self._model.template.prefix(self.system(prompt))
+
+    def system(self, prompt: str) -> str:
+        return self._look.desired.texts[Key(MODEL, prompt)]
+
+    def request(self, prompt: str, question: str, *, system: str = "") -> str:
+        system = system or self.system(prompt)
+        return self._model.template.render(
+            [{"role": "system", "content": system}, {"role": "user", "content": question}]
+        )
+
+
+# Time to first token, and the tokens after it
+
+
+def _measure_in_turns(bench: Bench, sides: list[_Side]) -> None:
+    count = 0
+
+    def turn(prompt: str, how: str) -> None:
+        nonlocal count
+        count += 1
+        at = count % len(sides)
+        for side in (*sides[at:], *sides[:at]):
+            side.run(prompt, f"{count:03d}: In one sentence, what is your most important rule?", how)
+
+    for _ in range(min(bench.runs, MAX_COLD_RUNS)):
+        for prompt in PEER_TOKENS:
+            turn(prompt, "cold")
+    for prompt in PEER_TOKENS:
+        turn(prompt, "first")
+    for _ in range(bench.runs):
+        for prompt in PEER_TOKENS:
+            turn(prompt, "restored")
+            turn(prompt, "in memory")
+
+
+def _through_daemon(daemon: Daemon) -> Callable[[str, str, str], Streamed]:
+    connection = UnixConnection(daemon.workspace.socket)
+
+    def ask(prompt: str, question: str, how: str) -> Streamed:
+        answer = ask_daemon(connection, f"{MODEL}/{prompt}", question, cold=how == "cold")
+        report = answer.report
+        if report["state"] != ("cold" if how == "cold" else "hit"):
+            raise BenchError(f"{how}: {report}{daemon.last_words()}")
+        if how in ("restored", "in memory") and (report["load_ms"] > 0) != (how == "restored"):
+            raise BenchError(f"not {how}: {report}")
+        return answer
+
+    return ask
+
+
+def ask_daemon(
+    connection: UnixConnection, model: str, question: str, *, cold: bool = False, system: str = ""
+) -> Streamed:
+    """Stream an answer. With `system`, the client sends the system message itself and names the model only."""
+    messages = [{"role": "user", "content": question}]
+    if system:
+        messages.insert(0, {"role": "system", "content": system})
+    body: dict[str, Any] = {"model": model, "messages": messages, "max_tokens": ANSWER_TOKENS, "stream": True}
+    if cold:
+        body["cache"] = False
+    ready = connection.ready()
+    return stream(ready, "/v1/chat/completions", body, time.perf_counter())
+
+
+def _through_peer(peer: Peer, texts: _Texts, kind: str) -> Callable[[str, str, str], Streamed]:
+    def ask(prompt: str, question: str, how: str) -> Streamed:
+        restore = f"{prompt}-{kind}.bin" if how in ("restored", "first") else ""
+        answer = peer.ask(texts.request(prompt, question), ANSWER_TOKENS, restore=restore, cold=how == "cold")
+        reused = answer.timings["cache_n"]
+        if reused if how == "cold" else reused < texts.tokens[prompt] - BOUNDARY_TOKENS:
+            raise BenchError(f"{how}: llama.cpp's server reused {reused} tokens")
+        return answer
+
+    return ask
+
+
+def _pids_of(daemon: Daemon) -> list[int]:
+    return [daemon.pid, *(model["pid"] for model in daemon.status()["models"] if model["pid"])]
+
+
+def _figures(sides: list[_Side], texts: _Texts) -> Iterator[Figure]:
+    ours, same, _ = sides
+    for prompt in PEER_TOKENS:
+        for how in ("cold", "restored", "in memory"):
+            name = f"{texts.tokens[prompt]:,} tokens, {how}"
+            for side in sides:
+                yield of_median("peers", f"{name}: {side.name}", side.samples[prompt, how].ttft, "ms")
+            yield _difference(ours.samples[prompt, how].ttft, same.samples[prompt, how].ttft, aims=how != "cold")
+    for prompt in PEER_TOKENS:
+        name = f"a token more, after {texts.tokens[prompt]:,}"
+        for side in sides:
+            samples = side.samples[prompt, "in memory"]
+            cpu = f"CPU of the whole answer {statistics.median(samples.cpu):.1f} ms a token"
+            yield of_median("peers", f"{name}: {side.name}", samples.per_token, "ms", note=cpu)
+
+
+def _difference(ours: list[float], theirs: list[float], *, aims: bool) -> Figure:
+    samples = tuple(a - b for a, b in zip(ours, theirs, strict=True))
+    return Figure(
+        part="peers",
+        name="  rkcached less same settings, by pairs",
+        value=statistics.median(samples),
+        unit="ms",
+        target=Target(limit=round(max(FLOOR_MS, SHARE * statistics.median(theirs)), 1)) if aims else None,
+        note=spread(samples),
+        samples=samples,
+    )
+
+
+# What a user has to do, and what is noticed
+
+
+def _facts(workspace: Workspace, texts: _Texts) -> Iterator[Figure]:
+    """Each is a number that was seen, and what it means. The model is a copy, because it is swapped."""
+    prompt, question = list(PEER_TOKENS)[1], "What is your most important rule?"
+    system, tokens = texts.system(prompt), texts.tokens[prompt]
+    edited = f"Edited. {system}"
+    yield from _facts_of_peer(workspace, texts, prompt, question, edited)
+    connection = UnixConnection(workspace.socket)
+    ours = "rkcached"
+    with Daemon(workspace) as daemon:
+        daemon.wait_fresh()
+        answer = ask_daemon(connection, f"{MODEL}/{prompt}", question)
+        yield _fact(f"first answer after a restart, reused of {tokens}", ours, answer.report["cached_tokens"], "1 call")
+        answer = ask_daemon(connection, MODEL, question, system=system)
+        yield _fact(
+            "  the client sends the text, names no cache", ours, answer.report["cached_tokens"], "found by text"
+        )
+
+        source = workspace.root / "prompts" / f"{prompt}.md"
+        seconds = _noticed(daemon, lambda: source.write_text(edited))
+        answer = ask_daemon(connection, f"{MODEL}/{prompt}", question)
+        said = f"tokens reused; built anew without a command, {seconds:.1f} s after the save"
+        yield _fact("after an edit of the prompt", ours, answer.report["cached_tokens"], said)
+        _noticed(daemon, lambda: source.write_text(system))
+
+        for name, damage in (("cut in half", _cut), ("one byte changed", _change_byte)):
+            other = next(p for p in PEER_TOKENS if p != prompt)
+            ask_daemon(connection, f"{MODEL}/{other}", question)  # so that the file is needed
+            damage(workspace.store / MODEL / f"{prompt}.llama_cache")
+            answer = ask_daemon(connection, f"{MODEL}/{prompt}", question)
+            state = answer.report["state"]
+            daemon.hang_up()
+            daemon.wait_fresh()
+            healed = ask_daemon(connection, f"{MODEL}/{prompt}", question).report["cached_tokens"]
+            said = f"tokens reused, answer {state}; built anew, then {healed:,}"
+            yield _fact(f"the file {name}", ours, answer.report["cached_tokens"], said)
+
+        model = workspace.root / "model.gguf"
+        seconds = _noticed(daemon, lambda: _change_weights(model))
+        answer = ask_daemon(connection, f"{MODEL}/{prompt}", question)
+        said = f"tokens reused, of a cache that was built with the new model; {seconds:.1f} s after the change"
+        yield _fact("after other weights in the model file", ours, answer.report["cached_tokens"], said)
+    connection.close()
+
+
+def _facts_of_peer(workspace: Workspace, texts: _Texts, prompt: str, question: str, edited: str) -> Iterator[Figure]:
+    theirs, slots, tokens = "llama.cpp", workspace.root / "slots", texts.tokens[prompt]
+    model = workspace.root / "swapped.gguf"
+    shutil.copyfile(small_model(), model)
+    request = texts.request(prompt, question)
+
+    def serve() -> Peer:
+        return Peer(model, PEER_CONTEXT, slots, tuned=True)
+
+    with serve() as peer:
+        peer.save(texts.prefix(prompt), "kept.bin")
+        yield _fact("calls to make one cache", theirs, peer.calls, "prefill, save; its file's name is the user's")
+        yield _fact("calls to make one cache", "rkcached", 0, "the prompt's file in the manifest")
+        first = peer.calls
+        peer.ask(request, 1, restore="kept.bin")
+        yield _fact("calls for a warm answer", theirs, peer.calls - first, "restore a named file, ask")
+        yield _fact("calls for a warm answer", "rkcached", 1, "names the prompt, or just sends its text")
+        peer.restore("kept.bin")
+        answer = peer.ask(texts.request(prompt, question, system=edited), 1)
+        said = f"of {tokens:,} tokens reused: slow, and nothing says so; save again by hand"
+        yield _fact("after an edit of the prompt", theirs, answer.timings["cache_n"], said)
+    with serve() as peer:
+        answer = peer.ask(request, 1)
+        yield _fact(
+            f"first answer after a restart, reused of {tokens}", theirs, answer.timings["cache_n"], "no restore"
+        )
+        answer = peer.ask(request, 1, restore="kept.bin")
+        yield _fact("  restored by hand", theirs, answer.timings["cache_n"], "2 calls")
+
+    good = (slots / "kept.bin").read_bytes()
+    for name, damage in (("cut in half", _cut), ("one byte changed", _change_byte)):
+        (slots / "damaged.bin").write_bytes(good)
+        damage(slots / "damaged.bin")
+        with serve() as peer:
+            try:
+                answer = peer.ask(request, 1, restore="damaged.bin")
+            except (OSError, http.client.HTTPException) as error:
+                yield _fact(f"the file {name}", theirs, 0, f"the server {peer.death() or repr(error)}")
+            except BenchError as error:
+                yield _fact(f"the file {name}", theirs, 0, f"refused: {str(error)[:80]}")
+            else:
+                yield _fact(f"the file {name}", theirs, answer.timings["cache_n"], "tokens reused, nothing is said")
+    _change_weights(model)
+    with serve() as peer:
+        answer = peer.ask(request, 1, restore="kept.bin")
+        said = "tokens reused: the old model's state under the new one, and nothing is said"
+        yield _fact("after other weights in the model file", theirs, answer.timings["cache_n"], said)
+    model.unlink()
+
+
+def _fact(name: str, who: str, value: float, said: str) -> Figure:
+    return Figure(part="peers", name=f"{name}: {who}", value=value, unit="", note=said)
+
+
+def _noticed(daemon: Daemon, change: Callable[[], object]) -> float:
+    """Seconds until every cache that the change made stale was built anew."""
+    before = [prompt["artifact"]["fingerprint"] for prompt in daemon.status()["prompts"]]
+    started = time.perf_counter()
+    change()
+    while time.perf_counter() - started < NOTICE_S:
+        status = daemon.status()
+        now = [prompt.get("artifact", {}).get("fingerprint") for prompt in status["prompts"]]
+        if now != before and {prompt["state"] for prompt in status["prompts"]} == {"fresh"}:
+            return time.perf_counter() - started
+        time.sleep(0.05)
+    raise BenchError(f"a change was not noticed within {NOTICE_S:.0f} s{daemon.last_words()}")
+
+
+def _cut(path: Path) -> None:
+    data = path.read_bytes()
+    path.write_bytes(data[: len(data) // 2])
+
+
+def _change_byte(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 0xFF
+    path.write_bytes(data)
+
+
+def _change_weights(path: Path) -> None:
+    """Some bytes of a tensor near the file's end: a model of the same shape that answers otherwise."""
+    with path.open("r+b") as stream:
+        stream.seek(-(1 << 20), 2)
+        stream.write(bytes(range(256)) * 64)
