@@ -107,9 +107,9 @@ def test_every_change_is_seen(two_prompts: Workspace) -> None:
         two_prompts.ask("m/a", cache=False)
         terminal.wait_for("1 hit, 1 cold", "TTFT", "cached", "cold")
         two_prompts.write("prompts/a.md", "")
-        terminal.wait_for("blocked", "m/a: ", "1 fresh")
+        terminal.wait_for("blocked", "m/a:", "1 fresh")
         two_prompts.write("prompts/a.md", "Another text.\n")
-        terminal.wait_for("2 fresh", without="m/a: ")
+        terminal.wait_for("2 fresh", without="m/a:")
         good = two_prompts.manifest.read_text()
         two_prompts.write("manifest.yaml", "version: 2\n")
         terminal.wait_for("manifest rejected")
@@ -192,7 +192,7 @@ def test_a_daemon_that_comes_back(two_prompts: Workspace) -> None:
         second = two_prompts.status()["pid"]
         terminal.wait_for(f"pid {second}", "m/a", without="daemon gone")
         two_prompts.write("prompts/a.md", "")
-        terminal.wait_for("blocked", "m/a: ")
+        terminal.wait_for("blocked", "m/a:")
         terminal.type(b"q")
         assert terminal.end() == 0
 
