@@ -3,8 +3,8 @@
 An answer is right if it is one that a correct engine gives to a text that the prompt had when it was asked for, or up
 to STALE_S before, which is how long an edit may go unnoticed. For the memory engine that answer is computed here, from
 a rendering of our own; for a real model it is what the daemon answered cold and greedily before anything was disturbed.
-A prefill in other batches gives a real model slightly other numbers, so that two likeliest tokens may change places:
-after a token that the cold answer had within TIE of its own, an answer may go on as it likes.
+A prefill in other batches gives a real model slightly other numbers, so its answers are compared token by token, with
+the log-probabilities of the five likeliest: these move by less than SHIFT, and only near ones may change places.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import http.client
 import json
+import math
 import os
 import random
 import threading
@@ -34,9 +35,9 @@ STALE_S = 10.0
 PAUSE_S = 0.1
 """Of a client that was refused: one that asks at once would only count refusals."""
 
-TIE = 0.3
-"""Natural log-probability. SmolLM2-135M Q4_1: prefilled in one, two or three pieces, the first twelve tokens of an
-answer move by 0.1, and at a distance of 0.07 one changed places."""
+SHIFT = 0.5
+"""Natural log-probability. SmolLM2-135M Q4_1: a prefix that was read in a batch of more than 64 tokens moves those of
+the answer by up to 0.28, and two that are 0.67 apart changed places."""
 
 KEPT_REFERENCES = 500
 
@@ -62,31 +63,31 @@ class WrongAnswerError(Exception):
     """An answer that no text of its prompt gives, or a failure that says nothing."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Right:
-    """A right answer; for a real model with its tokens, each with those that might have taken its place."""
-
-    text: str
-    tokens: tuple[tuple[str, tuple[str, ...]], ...] = ()
-
-    def allows(self, said: str, *, whole: bool) -> bool:
-        if said == self.text or (not whole and self.text.startswith(said)):
-            return True
-        for token, others in self.tokens:
-            if not said.startswith(token):
-                return any(said.startswith(other) for other in others)
-            said = said.removeprefix(token)
-        return False
+Tokens = tuple[tuple[str, dict[str, float]], ...]
+"""Each token with the likeliest ones at its place."""
 
 
 @dataclass(slots=True, kw_only=True)
 class Reply:
-    """What a client got: the text, whole or up to the failure."""
+    """What a client got, whole or up to the failure."""
 
     text: str
-    state: str = ""
+    tokens: Tokens = ()
+    """Of a real model."""
+    report: dict[str, Any] = field(default_factory=dict)
+    """What the daemon says of it; empty after a failure."""
     failure: str = ""
-    tokens: tuple[tuple[str, tuple[str, ...]], ...] = ()
+
+    def is_right(self, right: Reply) -> bool:
+        """Whether it is what `right`, which is whole, is."""
+        if not right.tokens:
+            return self.text == right.text if not self.failure else right.text.startswith(self.text)
+        for (token, top), (right_token, right_top) in zip(self.tokens, right.tokens, strict=False):
+            if any(abs(right_top[known] - top[known]) > SHIFT for known in top.keys() & right_top.keys()):
+                return False
+            if token != right_token:
+                return right_top[right_token] - right_top.get(token, -math.inf) <= 2 * SHIFT
+        return bool(self.tokens) or bool(self.failure)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -110,7 +111,7 @@ class Site:
     failures: Counter[str] = field(default_factory=Counter)
     wrong: list[str] = field(default_factory=list)
     _texts: dict[str, list[tuple[float, str]]] = field(default_factory=dict)
-    _references: dict[tuple[str, str, str], Right] = field(default_factory=dict)
+    _references: dict[tuple[str, str, str], Reply] = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
     _edits: int = 0
 
@@ -171,29 +172,40 @@ class Site:
         reply = self._send(*self._request(kind, prompt, question, text, stream=stream, cold=cold))
         texts = [text] if text is not None else self._possible(prompt, asked)
         self.counts["requests"] += 1
-        self.counts[reply.state or "clean failures"] += 1
+        self.counts["clean failures" if reply.failure else reply.report["state"]] += 1
         if reply.failure:
             self.failures[reply.failure] += 1
             time.sleep(PAUSE_S)
-        right = [self.reference(kind, candidate, question) for candidate in reversed(texts)]
-        if not any(answer.allows(reply.text, whole=not reply.failure) for answer in right):
-            where = f"{kind} {self.model}/{prompt}, state {reply.state!r}, failure {reply.failure!r}"
-            raise WrongAnswerError(f"{where}: {reply.text!r} is none of {[answer.text for answer in right]!r}")
+        known = [self.reference(kind, candidate, question) for candidate in reversed(texts)]
+        if not any(reply.is_right(right) for right in known):
+            how = reply.failure or {key: reply.report[key] for key in ("cache", "state", "reason", "cached_tokens")}
+            where = f"{kind} {prompt}, {question!r}, stream {stream}, cold {cold}, {how}"
+            raise WrongAnswerError(f"{where}: {reply.text!r} is none of {[right.text for right in known]!r}")
 
-    def reference(self, kind: str, text: str, question: str) -> Right:
+    def reference(self, kind: str, text: str, question: str) -> Reply:
         """The right answer."""
         if self.memory_model and kind != "tools":
-            return Right(text=expected_text(self.memory_model, rendered(text, question), _SAMPLING))
+            return Reply(text=expected_text(self.memory_model, rendered(text, question), _SAMPLING))
         key = (kind, text, question)
         while key not in self._references:
             target, body = self._request(kind, "", question, text, stream=False, cold=True)
-            wanted: dict[str, Any] = {"logprobs": 5} if kind == "completion" else {"logprobs": True, "top_logprobs": 5}
-            reply = self._send(target, body if self.memory_model else body | wanted)
+            reply = self._send(target, body)
             if not reply.failure:
-                self._references[key] = Right(text=reply.text, tokens=reply.tokens)
+                self._references[key] = reply
             if len(self._references) > KEPT_REFERENCES:  # the memory engine's texts never end
                 self._references.pop(next(iter(self._references)))
         return self._references[key]
+
+    def power(self) -> float:
+        """Of the wrong answers that the learned right ones would be to each other, the share that would be noticed."""
+        known = list(self._references.items())
+        noticed = [
+            not other.is_right(right)
+            for (kind, text, question), right in known
+            for (other_kind, other_text, other_question), other in known
+            if kind == other_kind and question == other_question and text != other_text
+        ]
+        return sum(noticed) / len(noticed)
 
     def _possible(self, prompt: str, asked: float) -> list[str]:
         """The texts that a request of this moment may be answered from, the newest last."""
@@ -211,6 +223,8 @@ class Site:
         body: dict[str, Any] = {**GREEDY, "stream": stream}
         if cold:
             body["cache"] = False
+        if not self.memory_model:
+            body |= {"logprobs": 5} if kind == "completion" else {"logprobs": True, "top_logprobs": 5}
         if kind == "completion":
             assert text is not None
             return "/v1/completions", {**body, "model": self.model, "prompt": rendered(text, question)}
@@ -309,20 +323,14 @@ _SAMPLING = Sampling(
 def _read_whole(answer: dict[str, Any]) -> Reply:
     choice = answer["choices"][0]
     text = choice["text"] if "text" in choice else _message(choice["message"])
-    return Reply(text=text, state=answer["rkcached"]["state"], tokens=_tokens(choice.get("logprobs") or {}))
+    return Reply(text=text, report=answer["rkcached"], tokens=_tokens(choice.get("logprobs") or {}))
 
 
-def _tokens(logprobs: dict[str, Any]) -> tuple[tuple[str, tuple[str, ...]], ...]:
-    """Each token with those within TIE of it; chat and completions say them differently."""
+def _tokens(logprobs: dict[str, Any]) -> Tokens:
+    """Chat and completions say them differently."""
     if "content" in logprobs:
-        chat = logprobs["content"]
-        said = [(t["token"], t["logprob"], {o["token"]: o["logprob"] for o in t["top_logprobs"]}) for t in chat]
-    else:
-        keys = ("tokens", "token_logprobs", "top_logprobs")
-        said = list(zip(*(logprobs.get(key, ()) for key in keys), strict=True))
-    return tuple(
-        (token, tuple(o for o, value in top.items() if o != token and value > own - TIE)) for token, own, top in said
-    )
+        return tuple((t["token"], {o["token"]: o["logprob"] for o in t["top_logprobs"]}) for t in logprobs["content"])
+    return tuple(zip(logprobs.get("tokens", ()), logprobs.get("top_logprobs", ()), strict=True))
 
 
 def _message(message: dict[str, Any]) -> str:
@@ -332,13 +340,16 @@ def _message(message: dict[str, Any]) -> str:
 
 def _read_stream(data: bytes) -> Reply:
     events = [line[6:] for line in data.splitlines() if line.startswith(b"data: ")]
-    parts, state, failure = [], "", ""
+    parts, failure = [], ""
+    tokens: Tokens = ()
+    report: dict[str, Any] = {}
     calls: dict[int, list[str]] = {}
     for event in (json.loads(event) for event in events if event != b"[DONE]"):
         if "error" in event:
             failure = _failure(event, 200)
-        state = event.get("rkcached", {}).get("state", state)
+        report = event.get("rkcached", report)
         for choice in event.get("choices", ()):
+            tokens += _tokens(choice.get("logprobs") or {})
             parts.append(choice["text"] if "text" in choice else choice["delta"].get("content") or "")
             for call in choice.get("delta", {}).get("tool_calls") or ():
                 said = call["function"]
@@ -348,7 +359,7 @@ def _read_stream(data: bytes) -> Reply:
     if not failure and (not events or events[-1] != b"[DONE]"):
         raise WrongAnswerError(f"a stream ended without an end: {data[-200:]!r}")
     text = "".join(parts) + "".join(f"{name}({arguments})" for name, arguments in calls.values())
-    return Reply(text=text, state="" if failure else state, failure=failure)
+    return Reply(text=text, tokens=tokens, report=report, failure=failure)
 
 
 def _failure(answer: dict[str, Any], status: int) -> str:

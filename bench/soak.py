@@ -177,6 +177,7 @@ def _warm_up(sites: list[Site], seed: int) -> None:
             for question in QUESTIONS:
                 for kind in ("chat", "tools", "completion"):
                     real.reference(kind, real.text(prompt, number), question)
+    _console.print(f"an answer from another text would be noticed in {real.power():.0%} of cases", style="dim")
     chance = random.Random(f"{seed}/warm-up")
     for site, times in ((real, WARM_UP // 10), (memory, WARM_UP)):
         for _ in range(times):
