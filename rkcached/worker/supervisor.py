@@ -171,7 +171,7 @@ class Worker:
             await self._end(kill=True)
             self.state = WorkerState.STOPPED
             raise WorkerUnavailable(f"the worker of {self.model.name} cannot be started: {error}") from error
-        except asyncio.CancelledError:
+        except BaseException:  # cancelled, or a defect of ours: either way no process may stay
             await _to_the_end(self._end())
             self.state = WorkerState.STOPPED
             raise
@@ -193,7 +193,7 @@ class Worker:
                 await self._end()
                 refusal = self._lines.explain(protocol.engine_error(answer))
                 if want := memory.refused((refusal.message, *self._lines.recent), model.max_memory_bytes):
-                    refusal = ModelLoadError(f"{refusal.message}: {want}", hint=refusal.hint)
+                    refusal = ModelLoadError(f"{model.name} cannot be loaded: {want}", hint="the log has its own words")
                 self._rest(refusal.message)
                 raise refusal
             case _:
