@@ -114,6 +114,9 @@ class EngineConfig(_Section):
         le=64,
         description="Models in memory at once. None: 1 with rkllm (unless concurrent), else what fits in memory.",
     )
+    max_memory_bytes: Size | None = Field(
+        default=None, description="What a worker may take, besides mapped model files and NPU buffers. None: no limit."
+    )
 
 
 class CacheConfig(_Section):

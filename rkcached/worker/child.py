@@ -22,7 +22,7 @@ from typing import assert_never
 
 from rkcached.engines.base import Engine
 from rkcached.errors import EngineError
-from rkcached.worker import protocol
+from rkcached.worker import memory, protocol
 from rkcached.worker.operations import Session
 
 _PR_SET_PDEATHSIG = 1
@@ -95,6 +95,11 @@ class _Channel:
 def _start(channel: _Channel, message: protocol.Start) -> Session:
     channel.scratch_dir = message.spec.scratch_dir
     started = time.perf_counter()
+    if message.max_memory_bytes is not None:
+        try:
+            memory.limit(message.max_memory_bytes)
+        except (OSError, ValueError) as error:
+            raise EngineError(f"engine.max_memory_bytes cannot be kept: {error}", hint="remove it") from error
     module, _, name = message.implementation.partition(":")
     engine: Engine = getattr(importlib.import_module(module), name)(message.spec)
     channel.engine = engine

@@ -32,6 +32,10 @@ class LibraryLines:
         self._readers: tuple[asyncio.Task[None], ...] = ()
 
     @property
+    def recent(self) -> tuple[str, ...]:
+        return tuple(self._recent)
+
+    @property
     def last(self) -> str:
         return self._recent[-1] if self._recent else ""
 

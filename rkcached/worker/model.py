@@ -21,6 +21,8 @@ class WorkerModel:
     idle_unload_s: float | None
     timeout_s: float | None = None
     """Replaces the deadlines for loading and for silence."""
+    max_memory_bytes: int | None = None
+    """What its process may take for itself."""
     signatures: tuple[tuple[str, Signature], ...] = field(default=(), compare=False)
     """Path and signature of each file that `identity` was made of. A loaded model stays what it is when they change."""
 

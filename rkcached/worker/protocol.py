@@ -42,6 +42,7 @@ class Start(msgspec.Struct, frozen=True, kw_only=True, tag="start"):
 
     implementation: str
     spec: ModelSpec
+    max_memory_bytes: int | None = None
 
 
 class VerifyMode(StrEnum):

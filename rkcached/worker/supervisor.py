@@ -33,13 +33,14 @@ import structlog
 from rkcached.engines.base import EngineInfo
 from rkcached.errors import (
     EngineError,
+    ModelLoadError,
     ModelReplaced,
     WorkerDied,
     WorkerError,
     WorkerTimeout,
     WorkerUnavailable,
 )
-from rkcached.worker import protocol
+from rkcached.worker import memory, protocol
 from rkcached.worker.lines import LibraryLines
 from rkcached.worker.model import Backoff, Deadlines, WorkerModel
 
@@ -97,6 +98,8 @@ class Worker:
         self._backoff = backoff
         self._failures = 0
         self._retry_at = 0.0
+        self._kernel_kills = 0
+        """Of our cgroup, when the process was started."""
         self._process: asyncio.subprocess.Process | None = None
         self._stream: tuple[asyncio.StreamReader, asyncio.StreamWriter] | None = None
         self._frames = protocol.FrameReader()
@@ -160,13 +163,15 @@ class Worker:
             self._scratch = tempfile.mkdtemp(prefix=f"{SCRATCH_PREFIX}{os.getpid()}-")
             process = await self._spawn()
             spec = msgspec.structs.replace(model.spec, scratch_dir=self._scratch)
-            await self._send(protocol.Start(implementation=model.implementation, spec=spec))
+            await self._send(
+                protocol.Start(implementation=model.implementation, spec=spec, max_memory_bytes=model.max_memory_bytes)
+            )
             answer = await self._receive(model.timeout_s or self._deadlines.start_s)
         except OSError as error:
             await self._end(kill=True)
             self.state = WorkerState.STOPPED
             raise WorkerUnavailable(f"the worker of {self.model.name} cannot be started: {error}") from error
-        except asyncio.CancelledError:
+        except BaseException:  # cancelled, or a defect of ours: either way no process may stay
             await _to_the_end(self._end())
             self.state = WorkerState.STOPPED
             raise
@@ -187,6 +192,8 @@ class Worker:
             case protocol.Failed():
                 await self._end()
                 refusal = self._lines.explain(protocol.engine_error(answer))
+                if want := memory.refused((refusal.message, *self._lines.recent), model.max_memory_bytes):
+                    refusal = ModelLoadError(f"{model.name} cannot be loaded: {want}", hint="the log has its own words")
                 self._rest(refusal.message)
                 raise refusal
             case _:
@@ -197,6 +204,7 @@ class Worker:
         ours, theirs = socket.socketpair()
         with contextlib.ExitStack() as unless_connected:
             unless_connected.callback(ours.close)
+            self._kernel_kills = memory.kernel_kills()
             with theirs:
                 process = self._process = await asyncio.create_subprocess_exec(
                     sys.executable,
@@ -347,6 +355,9 @@ class Worker:
             return WorkerUnavailable(f"the worker of {self.model.name} was stopped", hint="try again")
         code = await self._end(kill=kill)
         how = what if kill else _describe(code) + (f" {what}" if what else "")
+        want = memory.refused(self._lines.recent, self.model.max_memory_bytes)
+        if want := want or memory.killed(code, self._kernel_kills):
+            how = f"{how}: {want}"
         self.restarts += 1
         self._rest(how)
         log.error("worker died", model=self.model.name, how=how, retry_in_s=round(self.retry_in_s(), 2))

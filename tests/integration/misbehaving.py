@@ -10,6 +10,7 @@ import time
 
 from rkcached.engines.base import EngineInfo, ModelSpec, OnToken, RunStats, Sampling
 from rkcached.engines.memory import MemoryEngine
+from rkcached.errors import ModelLoadError
 from rkcached.worker import protocol
 
 
@@ -90,6 +91,25 @@ class ShowsEnvironment(MemoryEngine):
         return EngineInfo(
             runtime_version=json.dumps(facts), context_tokens=64, measures_prefill=True, aborts_prefill=True
         )
+
+
+class EatsMemory(_Misbehaving):
+    """Takes a gigabyte for itself, and uses it."""
+
+    def misbehave(self) -> None:
+        self._eaten = b"x" * (1 << 30)
+
+
+class EatsMemoryAtLoad(MemoryEngine):
+    """Wants a gigabyte before it is ready, as a context that is too long does, and says in its log what failed."""
+
+    def __init__(self, spec: ModelSpec) -> None:
+        super().__init__(spec)
+        try:
+            b"x" * (1 << 30)
+        except MemoryError as error:
+            print("E llama: failed to allocate a buffer of 1073741824 bytes", file=sys.stderr, flush=True)
+            raise ModelLoadError("the model cannot be loaded") from error
 
 
 class Stubborn(_Misbehaving):

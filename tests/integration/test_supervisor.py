@@ -12,6 +12,7 @@ import sys
 import tempfile
 import time
 from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
 from pathlib import Path
 
 import msgspec
@@ -28,7 +29,7 @@ from rkcached.errors import (
     WorkerTimeout,
     WorkerUnavailable,
 )
-from rkcached.worker import protocol
+from rkcached.worker import memory, protocol
 from rkcached.worker.model import Backoff, Deadlines, WorkerModel
 from rkcached.worker.pool import Workers
 from rkcached.worker.supervisor import Worker, WorkerState
@@ -100,8 +101,10 @@ class Site:
             idle_unload_s=idle_unload_s,
         )
 
-    def misbehaving(self, name: str, *, deadlines: Deadlines = PATIENT) -> Worker:
-        return self.worker(implementation=f"tests.integration.misbehaving:{name}", deadlines=deadlines)
+    def misbehaving(self, name: str, *, deadlines: Deadlines = PATIENT, max_memory_bytes: int | None = None) -> Worker:
+        worker = self.worker(implementation=f"tests.integration.misbehaving:{name}", deadlines=deadlines)
+        worker.model = replace(worker.model, max_memory_bytes=max_memory_bytes)
+        return worker
 
     async def ask(self, worker: Worker, sampling: Sampling = SAMPLING) -> tuple[str, protocol.Done]:
         await worker.ensure()
@@ -321,6 +324,77 @@ async def test_a_death_while_idle_is_noticed(site: Site) -> None:
     await until(lambda: worker.state is WorkerState.BACKOFF)
     assert worker.last_failure == "was killed by SIGKILL while idle"
     assert await site.answers(worker)
+
+
+async def test_a_defect_of_ours_in_a_start_leaves_no_process(site: Site) -> None:
+    """Regression: a setting that could not be sent left a process that nobody knew, and the next try left another."""
+    worker = site.worker()
+    worker.model = replace(worker.model, max_memory_bytes=object())  # type: ignore[arg-type]
+    with pytest.raises(TypeError):
+        await worker.ensure()
+    assert (worker.state, worker.pid, list(site.scratch.iterdir())) == (WorkerState.STOPPED, None, [])
+    assert not psutil.Process().children()
+
+
+# --- memory ---
+
+LIMIT = 256 << 20
+REFUSED = "it wanted more than engine.max_memory_bytes (268,435,456 bytes); raise that in the manifest"
+
+
+async def test_a_worker_that_eats_memory_dies_of_its_limit_and_says_so(site: Site) -> None:
+    """The request fails, with the next step; the machine's memory is not used up, and the next worker starts."""
+    worker = site.misbehaving("EatsMemory", max_memory_bytes=LIMIT)
+    with pytest.raises(WorkerDied) as caught:
+        await site.ask(worker)
+    assert REFUSED in caught.value.message
+    assert REFUSED in worker.last_failure
+    assert worker.state is WorkerState.BACKOFF
+    await worker.ensure()
+
+
+async def test_a_model_that_does_not_fit_into_the_limit_is_a_refusal_that_says_so(site: Site) -> None:
+    """A library that notices its failed allocation refuses the model; the process did not crash."""
+    worker = site.misbehaving("EatsMemoryAtLoad", max_memory_bytes=LIMIT)
+    with pytest.raises(ModelLoadError) as caught:
+        await worker.ensure()
+    assert caught.value.message.startswith(f"m cannot be loaded: {REFUSED}")
+
+
+async def test_without_a_limit_a_worker_takes_what_it_needs(site: Site) -> None:
+    """The default is the machine's own limit."""
+    await site.misbehaving("EatsMemoryAtLoad").ensure()
+
+
+def test_a_mapped_model_file_is_not_counted(tmp_path: Path) -> None:
+    """A file four times the limit may be mapped and read, as llama.cpp does: its pages are the kernel's to take."""
+    weights = tmp_path / "weights"
+    with weights.open("wb") as file:
+        file.truncate(4 * LIMIT)
+    code = (
+        "import mmap, sys; from rkcached.worker import memory; memory.limit(int(sys.argv[2]));"
+        "file = open(sys.argv[1], 'rb'); mapped = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ);"
+        "print(len(mapped[::4096])); bytearray(int(sys.argv[2]))"
+    )
+    command = [sys.executable, "-c", code, str(weights), str(LIMIT)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
+    assert done.stdout == f"{4 * LIMIT // 4096}\n", done.stderr
+    assert done.stderr.endswith("MemoryError\n")
+
+
+def test_a_worker_that_the_kernel_killed_for_memory_is_told_from_another_kill(tmp_path: Path) -> None:
+    """By the count of the daemon's own cgroup; where there is none, SIGKILL is all that is known."""
+    own, group = tmp_path / "cgroup", tmp_path / "system.slice/rkcached.service"
+    assert memory.kernel_kills(own, tmp_path) == 0
+    own.write_text("4:memory:/x\n0::/system.slice/rkcached.service\n")
+    assert memory.kernel_kills(own, tmp_path) == 0
+    group.mkdir(parents=True)
+    (group / "memory.events").write_text("low 0\nhigh 7\nmax 3\noom 2\noom_kill 5\n")
+    assert memory.kernel_kills(own, tmp_path) == 5
+    now = memory.kernel_kills()
+    assert memory.killed(-signal.SIGKILL, now) == ""
+    assert memory.killed(-signal.SIGSEGV, now - 1) == ""
+    assert "as memory ran out" in memory.killed(-signal.SIGKILL, now - 1)
 
 
 # --- backoff ---

@@ -163,3 +163,22 @@ def test_demo_once_again(tmp_path: Path, small_model: Path) -> None:
     second = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=120)
     assert second.returncode == 0, second.stdout + second.stderr
     assert "build started" not in second.stderr
+
+
+def test_memory_limit(workspace: Workspace, small_model: Path) -> None:
+    """A limit that the model does not fit into is told as what it is; a larger one serves it."""
+    workspace.write("cook.md", SYSTEM)
+    manifest = (
+        f"version: 1\nengine: {{kind: llamacpp, threads: 1, max_memory_bytes: LIMIT}}\nmodels:\n  m:\n"
+        f"    path: {small_model}\n    params: {{max_context_len: 8192}}\n    prompts: {{cook: cook.md}}\n"
+    )
+    workspace.write("manifest.yaml", manifest.replace("LIMIT", "128MiB"))
+    workspace.start()
+    wait_until(lambda: workspace.status()["models"][0]["last_failure"], "the model could not be loaded", 60)
+    wanted = "it wanted more than engine.max_memory_bytes (134,217,728 bytes); raise that in the manifest"
+    assert wanted in workspace.status()["models"][0]["last_failure"]
+    assert wanted in workspace.wait_state("cook", "blocked", 60)["reason"]
+    assert wanted in workspace.log_text()
+    workspace.write("manifest.yaml", manifest.replace("LIMIT", "1GiB"))
+    workspace.wait_state("cook", "fresh", 60)
+    assert workspace.ask("m/cook")["rkcached"]["state"] == "hit"

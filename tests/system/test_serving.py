@@ -315,6 +315,33 @@ def test_build_that_crashes_is_quarantined(workspace: Workspace) -> None:
     assert workspace.ask("m/p")["rkcached"]["state"] == "hit"
 
 
+def test_cache_that_crashes_the_worker_is_quarantined(workspace: Workspace) -> None:
+    """After three crashes over one prompt cache it is left alone, also after a restart; another text brings it back."""
+    workspace.memory_model(faults=[{"op": "load", "kind": "segfault", "at": 1}])
+    workspace.write("p.md", "You are prompt P.")
+    workspace.write("q.md", "You are prompt Q.")
+    workspace.declare("{p: p.md, q: q.md}", top="cache: {verify: off}")  # else the build's own proof would crash
+    workspace.start()
+    workspace.wait_settled()
+    for _ in range(3):
+        assert right_answer(workspace, "You are prompt P.") == content(workspace.ask("m/p"))
+    shown = workspace.wait_state("p", "quarantined")
+    assert "loading it failed 3 times" in shown["reason"]
+    assert "SIGSEGV" in shown["reason"]
+    assert workspace.prompt("q")["state"] == "fresh"
+    answer = workspace.ask("m/p")
+    assert right_answer(workspace, "You are prompt P.") == content(answer)
+    assert answer["rkcached"]["state"] == "quarantined"
+    assert workspace.status()["models"][0]["restarts"] == 3
+    assert workspace.stop() == 0
+    workspace.start()
+    assert workspace.prompt("p")["state"] == "quarantined"
+    workspace.write("p.md", "You are another prompt P.")
+    workspace.wait_state("p", "fresh")
+    assert workspace.built() == ["p", "q", "p"]
+    assert right_answer(workspace, "You are another prompt P.") == content(workspace.ask("m/p"))
+
+
 def test_build_that_hangs_or_fails_does_not_stop_the_others(workspace: Workspace) -> None:
     """A model that cannot save makes its prompts uncacheable, lastingly; the other model's are built."""
     workspace.memory_model("m.model", can_save=False)
