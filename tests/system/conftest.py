@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import random
 import shutil
 import signal
 import socket
@@ -202,6 +203,26 @@ class Workspace:
             events = [json.loads(line[6:]) for line in response.iter_lines() if line.startswith("data: {")]
         deltas = [choice["delta"] for event in events for choice in event.get("choices", ())]
         return [delta["content"] for delta in deltas if "content" in delta], events[-1]
+
+
+def damage(space: Workspace, path: Path) -> None:
+    """Put something else in the place of the fresh prompt cache of m/a, twelve times, and ask: each answer is right."""
+    chance = random.Random(7)
+    expected = space.ask("m/a")["choices"][0]["message"]["content"]
+    for round_ in range(12):
+        good = path.read_bytes()
+        data = chance.randbytes(len(good)) if round_ % 2 else good[: chance.randrange(len(good))]
+        if round_ % 3:
+            path.write_bytes(data)  # in place
+        else:
+            space.write("cache/m/other", data).replace(path)
+        answer = space.ask("m/a")  # a hit if the worker still has the state in memory
+        assert answer["choices"][0]["message"]["content"] == expected
+        space.hang_up()
+        space.wait_state("a", "fresh")
+        assert path.read_bytes() == good
+    assert space.ask("m/a")["rkcached"]["state"] == "hit"
+    assert space.status()["models"][0]["restarts"] == 0
 
 
 @pytest.fixture

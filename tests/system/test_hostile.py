@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-import random
 import stat
 import threading
 import time
 from collections.abc import Callable
 from typing import Any
 
-from conftest import Workspace
+from conftest import Workspace, damage
 
 ENDLESS = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
 ON_DEMAND = (
@@ -203,20 +202,4 @@ def test_no_prompt_text_in_log_or_errors(workspace: Workspace) -> None:
 
 def test_damaged_artifacts_are_never_loaded(two_prompts: Workspace) -> None:
     """Random bytes put in the place of a prompt cache, of the same size and not: rebuilt, and never used."""
-    space, chance = two_prompts, random.Random(7)
-    path = space.cache / "m/a.memory_cache"
-    expected = space.ask("m/a")["choices"][0]["message"]["content"]
-    for round_ in range(12):
-        good = path.read_bytes()
-        data = chance.randbytes(len(good)) if round_ % 2 else good[: chance.randrange(len(good))]
-        if round_ % 3:
-            path.write_bytes(data)  # in place
-        else:
-            space.write("cache/m/other", data).replace(path)
-        answer = space.ask("m/a")  # a hit if the worker still has the state in memory
-        assert answer["choices"][0]["message"]["content"] == expected
-        space.hang_up()
-        space.wait_state("a", "fresh")
-        assert path.read_bytes() == good
-    assert space.ask("m/a")["rkcached"]["state"] == "hit"
-    assert space.status()["models"][0]["restarts"] == 0
+    damage(two_prompts, two_prompts.cache / "m/a.memory_cache")

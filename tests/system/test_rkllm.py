@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Workspace, wait_until
+from conftest import Workspace, damage, wait_until
 
 from tests.rkllm_standin.standin import build, write_model
 
@@ -542,3 +542,8 @@ def test_two_models(d: Workspace, concurrent: bool) -> None:
     else:
         assert took > 2 * alone
         assert waited > 700 * alone
+
+
+def test_damaged_artifacts_are_never_loaded(board: Workspace) -> None:
+    """Bytes that nobody built never reach the runtime's loader, of which nobody knows what it does with them."""
+    damage(board, board.cache / "m/a.rkllm_cache")
