@@ -35,9 +35,9 @@ STALE_S = 10.0
 PAUSE_S = 0.1
 """Of a client that was refused: one that asks at once would only count refusals."""
 
-SHIFT = 0.5
-"""Natural log-probability. SmolLM2-135M Q4_1: a prefix that was read in a batch of more than 64 tokens moves those of
-the answer by up to 0.28, and two that are 0.67 apart changed places."""
+SHIFT = 1.0
+"""Natural log-probability. SmolLM2-135M Q4_1, states read in different batches, 112 pairs of runs: those of the five
+likeliest tokens moved by up to 0.58, and two tokens that were 0.67 apart changed places."""
 
 KEPT_REFERENCES = 500
 
@@ -86,7 +86,7 @@ class Reply:
             if any(abs(right_top[known] - top[known]) > SHIFT for known in top.keys() & right_top.keys()):
                 return False
             if token != right_token:
-                return right_top[right_token] - right_top.get(token, -math.inf) <= 2 * SHIFT
+                return right_top[right_token] - right_top.get(token, -math.inf) <= SHIFT
         return bool(self.tokens) or bool(self.failure)
 
 

@@ -171,6 +171,8 @@ class Worker:
             await self._end(kill=True)
             self.state = WorkerState.STOPPED
             raise WorkerUnavailable(f"the worker of {self.model.name} cannot be started: {error}") from error
+        except WorkerError:
+            raise  # it died, and was cleaned up
         except BaseException:  # cancelled, or a defect of ours: either way no process may stay
             await _to_the_end(self._end())
             self.state = WorkerState.STOPPED
