@@ -124,7 +124,7 @@ def status_heading(status: dict[str, Any]) -> Iterator[Text]:
     used = f"{size(cache['used_bytes'])}{limit}" + (f" ({shares})" if shares else "")
     yield Text(f"engine {status['engine']}, cache {used}, answers: {answers}")
     if status["watching"] == "polling":
-        yield Text("polling: not everything can be watched, the log says why", style="yellow")
+        yield Text("polling instead of inotify: not everything can be watched, the log says why", style="yellow")
     for model in status["models"]:
         yield Text(f"model {model['name']}: {worker_of(model)}", style="red" if model["trouble"] else "")
 

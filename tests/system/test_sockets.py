@@ -151,7 +151,7 @@ def test_half_requests(settled: Workspace, cut: int) -> None:
         b"\r\n" * 10_000 + b"NONSENSE\r\n\r\n",
         b"GET / HTTP/1.1\r\nHost: d\r\nContent-Length: -1\r\n\r\n",
         b"POST / HTTP/1.1\r\nHost: d\r\nTransfer-Encoding: chunked\r\n\r\nffffffffffffffffffff\r\n",
-        b"GET / HTTP/1.1\r\nHost: d\r\nContent-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
+        b"GET /nowhere HTTP/1.1\r\nHost: d\r\nContent-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
     ],
 )
 def test_giant_and_wrong_headers(settled: Workspace, junk: bytes) -> None:
