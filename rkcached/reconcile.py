@@ -267,9 +267,10 @@ class Reconciler:
             for collection in collections:
                 await collection.finish(self._store, removed)
             await self._tidy(look)
-            await self._stop_unwanted_build(look)
+            if await self._stop_unwanted_build(look):
+                building = None
             anew = self._requests.looked(opened, self.view.assessments, self.view.artifacts)
-            self._pending = self._builds_to_do(look, anew)
+            self._pending = self._builds_to_do(look, anew, building)
             await self._forget_verdicts(look)
         finally:
             self._looking = False
@@ -307,17 +308,23 @@ class Reconciler:
             if generation == self._generation:
                 return look, generation
 
-    async def _stop_unwanted_build(self, look: Look) -> None:
+    async def _stop_unwanted_build(self, look: Look) -> bool:
+        """Whether there was one."""
         running = self.progress
         if running is None:
-            return
+            return False
         wanted = look.desired.fingerprint(running.key)
-        if wanted is None or wanted.digest != running.fingerprint:
-            log.info("build stopped", model=running.key.model, prompt=running.key.prompt, reason="no longer wanted")
-            await self._stop_build()
+        if wanted is not None and wanted.digest == running.fingerprint:
+            return False
+        log.info("build stopped", model=running.key.model, prompt=running.key.prompt, reason="no longer wanted")
+        await self._stop_build()
+        return True
 
-    def _builds_to_do(self, look: Look, requested: list[Key]) -> dict[Key, Build]:
-        """Requested builds first, then the plan's; without the one that is running."""
+    def _builds_to_do(self, look: Look, requested: list[Key], building: Key | None) -> dict[Key, Build]:
+        """Requested builds first, then the plan's; without the one that ran when the look saw the store.
+
+        That one may have ended since: what the look saw of it is then out of date, and the next look comes at once.
+        """
         builds = {}
         for key in requested:
             if (wanted := look.desired.fingerprint(key)) is not None:
@@ -328,8 +335,8 @@ class Reconciler:
         for action in plan(look.assessments):
             if isinstance(action, Build):
                 builds.setdefault(action.key, action)
-        if self.progress is not None:
-            builds.pop(self.progress.key, None)
+        if building is not None:
+            builds.pop(building, None)
         return builds
 
     def _publish(self, look: Look) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import os
 import signal
 import socket
@@ -12,25 +11,21 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import Workspace, wait_until
+from conftest import Workspace
 
-from rkcached.events import Events
 from rkcached.journal import Journal
-from rkcached.observe import read_manifest
 from rkcached.plan import Key
-from rkcached.reconcile import Reconciler
 from rkcached.sidecar import Inventory
 from rkcached.store import Store
-from rkcached.stored import StoredTexts
 from rkcached.systemd import Service, listen_fds
 from rkcached.view import BuildProgress
-from rkcached.worker.gate import Gates
 from rkcached.worker.model import Deadlines
-from rkcached.worker.pool import Workers
+from tests.integration.reconciling import reconciling
+from tests.waiting import wait_until
 
 
 class Listener:
@@ -240,44 +235,25 @@ class SlowDisk(Store):
         return super().scan()
 
 
-class NoWatcher:
-    polling = False
-
-    def follow(self, wanted: object) -> None:
-        pass
-
-
-@contextlib.asynccontextmanager
-async def reconciling(space: Workspace, store: Store, service: Service) -> AsyncIterator[Reconciler]:
+@pytest.fixture
+def nothing(tmp_path: Path) -> Workspace:
+    space = Workspace(tmp_path)
     space.memory_model()
     space.declare("{}")
-    reconciler = Reconciler(
-        manifest_path=space.manifest,
-        manifest=read_manifest(space.manifest),
-        store=store,
-        stored=StoredTexts(space.root / "state"),
-        workers=Workers(),
-        gates=Gates(),
-        watcher=NoWatcher(),
-        events=Events(),
-        service=service,
-    )
-    store.open()
-    task = asyncio.create_task(reconciler.run())
-    try:
-        yield reconciler
-    finally:
-        task.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await task
-        store.close()
-        close(service)
+    return space
 
 
-async def test_a_stuck_look_starves_the_watchdog(manager: Listener, tmp_path: Path) -> None:
+@pytest.fixture
+def service() -> Iterator[Service]:
+    service = Service()
+    yield service
+    close(service)
+
+
+async def test_a_stuck_look_starves_the_watchdog(manager: Listener, nothing: Workspace, service: Service) -> None:
     """The event loop runs, but the reconcile loop waits for a disk: no sign of life, unless the reading gets on."""
-    store = SlowDisk(tmp_path / "cache")
-    async with reconciling(Workspace(tmp_path), store, Service()):
+    store = SlowDisk(nothing.cache)
+    async with reconciling(nothing, store, service):
         await asyncio.to_thread(store.scanning.wait, 5)
         await asyncio.to_thread(manager.silent_for, 0.3)  # what was read before counts once
         assert await asyncio.to_thread(manager.silent_for, 0.5)
@@ -289,9 +265,11 @@ async def test_a_stuck_look_starves_the_watchdog(manager: Listener, tmp_path: Pa
             assert b"WATCHDOG=1" in await asyncio.to_thread(manager.next)
 
 
-async def test_a_build_past_every_deadline_starves_the_watchdog(manager: Listener, tmp_path: Path) -> None:
+async def test_a_build_past_every_deadline_starves_the_watchdog(
+    manager: Listener, nothing: Workspace, service: Service
+) -> None:
     """A build may take minutes; one that no deadline ended is stuck."""
-    async with reconciling(Workspace(tmp_path), Store(tmp_path / "cache"), Service()) as reconciler:
+    async with reconciling(nothing, Store(nothing.cache), service) as reconciler:
         await reconciler.looked.wait()
         limit_s = Deadlines().start_s + 30
         young, old = time.monotonic() - limit_s + 20, time.monotonic() - limit_s - 1

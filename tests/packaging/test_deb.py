@@ -18,10 +18,11 @@ from types import ModuleType
 from typing import Any
 
 import pytest
-from machine import Machine, wait_until
+from machine import Machine
 
 from rkcached import __version__
 from tests.systemd.conftest import _lack
+from tests.waiting import wait_until
 
 ROOT = Path(__file__).parents[2]
 NEXT_VERSION = f"{__version__}.1"

@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any, Self
 
 import pytest
-from conftest import wait_until
 from websockets.sync.client import connect
+
+from tests.waiting import wait_until
 
 PROXY = Path("/lib/systemd/systemd-socket-proxyd")
 

@@ -11,8 +11,7 @@ import signal
 import socket
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,20 +19,7 @@ import httpx
 import psutil
 import pytest
 
-DEADLINE_S = 120.0
-"""Long, because disks of test machines stall; a test that passes never waits for it."""
-
-
-def wait_until(condition: Callable[[], Any], what: str, deadline_s: float = DEADLINE_S) -> Any:
-    """Poll until `condition` is truthy and return its value."""
-    end = time.monotonic() + deadline_s
-    while True:
-        value = condition()
-        if value:
-            return value
-        if time.monotonic() > end:
-            pytest.fail(f"after {deadline_s} s still not: {what}")
-        time.sleep(0.01)
+from tests.waiting import DEADLINE_S, wait_until
 
 
 class Workspace:

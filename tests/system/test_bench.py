@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import DEADLINE_S, Workspace, wait_until
+from conftest import Workspace
+
+from tests.waiting import DEADLINE_S, wait_until
 
 TEXT = "You are the keeper of a lighthouse. You answer in one sentence, and you know every ship. " * 4
 

@@ -7,7 +7,9 @@ import stat
 from typing import Any
 
 import pytest
-from conftest import Workspace, wait_until
+from conftest import Workspace
+
+from tests.waiting import wait_until
 
 TEXT = "You are the keeper of a lighthouse. "
 STORE = {"cache_name": "keeper", "content": TEXT}

@@ -15,9 +15,10 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import Workspace, wait_until
+from conftest import Workspace
 
 from rkcached import __version__
+from tests.waiting import wait_until
 
 
 def test_version_and_help(workspace: Workspace) -> None:

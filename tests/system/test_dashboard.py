@@ -12,10 +12,12 @@ from typing import Any
 
 import psutil
 import pytest
-from conftest import Workspace, wait_until
+from conftest import Workspace
 from grafana_foundation_sdk.cog import encoder, plugins
 from grafana_foundation_sdk.models.dashboard import Dashboard
 from prometheus_client.parser import text_string_to_metric_families
+
+from tests.waiting import wait_until
 
 FILE = Path(__file__).parents[2] / "docs/grafana-dashboard.json"
 

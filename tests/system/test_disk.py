@@ -15,13 +15,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Workspace, need, wait_until
+from conftest import Workspace, need
 from test_serving import content, right_answer
 
 from rkcached.builder import _blame_disk
 from rkcached.errors import ArtifactLoadError, EngineError, NoRoom, VerifyFailed, WorkerDied
 from rkcached.plan import VerdictKind
 from rkcached.verdicts import verdict_on
+from tests.waiting import wait_until
 
 PAGE = 4096
 KEPT = "You are prompt A."

@@ -106,4 +106,4 @@ def test_every_operation_keeps_its_word(fuzzed: Workspace, mode: GenerationMode,
 
         ask()
         tried += 1
-    assert tried == (8 if mode is GenerationMode.NEGATIVE else 21)
+    assert tried == (8 if mode is GenerationMode.NEGATIVE else 22)

@@ -11,10 +11,11 @@ from collections import Counter
 
 import httpx
 import psutil
-from conftest import Workspace, wait_until
+from conftest import Workspace
 
 from rkcached.engines.base import Sampling
 from rkcached.engines.memory import expected_text
+from tests.waiting import wait_until
 
 KILLS = int(os.environ.get("RKCACHED_KILLS", "40"))
 SEED = os.environ.get("RKCACHED_KILLS_SEED", "1")

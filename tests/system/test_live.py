@@ -20,7 +20,9 @@ from typing import Any
 
 import pyte
 import pytest
-from conftest import Workspace, need, wait_until
+from conftest import Workspace, need
+
+from tests.waiting import wait_until
 
 ESCAPE = b"\x1b"
 
@@ -107,9 +109,9 @@ def test_every_change_is_seen(two_prompts: Workspace) -> None:
         two_prompts.ask("m/a", cache=False)
         terminal.wait_for("1 hit, 1 cold", "TTFT", "cached", "cold")
         two_prompts.write("prompts/a.md", "")
-        terminal.wait_for("blocked", "m/a:", "1 fresh")
+        terminal.wait_for("blocked", "empty", "1 fresh")
         two_prompts.write("prompts/a.md", "Another text.\n")
-        terminal.wait_for("2 fresh", without="m/a:")
+        terminal.wait_for("2 fresh", without="empty")
         good = two_prompts.manifest.read_text()
         two_prompts.write("manifest.yaml", "version: 2\n")
         terminal.wait_for("manifest rejected")

@@ -12,7 +12,9 @@ from pathlib import Path
 
 import psutil
 import pytest
-from conftest import Workspace, wait_until
+from conftest import Workspace
+
+from tests.waiting import wait_until
 
 pytestmark = pytest.mark.model
 

@@ -11,8 +11,10 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
-from conftest import Workspace, wait_until
+from conftest import Workspace
 from prometheus_client.parser import text_string_to_metric_families
+
+from tests.waiting import wait_until
 
 
 def samples(space: Workspace) -> dict[tuple[str, ...], float]:

@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Workspace, damage, wait_until
+from conftest import Workspace, damage
 
 from tests.rkllm_standin.standin import build, write_model
+from tests.waiting import wait_until
 
 pytestmark = pytest.mark.skipif(shutil.which("cc") is None, reason="needs a C compiler")
 

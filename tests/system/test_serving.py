@@ -13,12 +13,13 @@ from typing import Any
 
 import psutil
 import pytest
-from conftest import Workspace, wait_until
+from conftest import Workspace
 
 from rkcached.builtin_templates import BUILTIN
 from rkcached.engines.base import Sampling
 from rkcached.engines.memory import expected_text
 from rkcached.template import ChatTemplate, Message
+from tests.waiting import wait_until
 
 SAMPLING = Sampling(
     max_new_tokens=24,

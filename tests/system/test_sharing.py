@@ -15,10 +15,11 @@ from typing import Any
 
 import psutil
 import pytest
-from conftest import Workspace, need, wait_until
+from conftest import Workspace, need
 from test_serving import content, right_answer
 
 from tests.rkllm_standin.standin import build, write_model
+from tests.waiting import wait_until
 
 MODELS = ("x", "y", "z")
 

@@ -11,7 +11,9 @@ from pathlib import Path
 
 import psutil
 import pytest
-from conftest import Workspace, wait_until
+from conftest import Workspace
+
+from tests.waiting import wait_until
 
 BODY = b'{"model": "m/a", "max_tokens": 4, "messages": [{"role": "user", "content": "x"}]}'
 HEAD = b"POST /v1/chat/completions HTTP/1.1\r\nHost: d\r\nContent-Length: %d\r\n" % len(BODY)

@@ -12,9 +12,10 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import Workspace, need, wait_until
+from conftest import Workspace, need
 
 from rkcached.reconcile import SETTLE_S
+from tests.waiting import wait_until
 
 WITHIN_S = 1.0
 """From the settled change to the published build of a prompt that takes no time."""

@@ -15,9 +15,10 @@ from pathlib import Path
 
 import psutil
 import pytest
-from conftest import Workspace, need, wait_until
+from conftest import Workspace, need
 
 from rkcached.reconcile import RESCAN_S
+from tests.waiting import wait_until
 
 SOON_S = RESCAN_S / 4
 """A change that is noticed within this time was not noticed by the rescan."""

@@ -10,32 +10,19 @@ import contextlib
 import json
 import signal
 import subprocess
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 
-DEADLINE_S = 60.0
+from tests.waiting import DEADLINE_S, wait_until
+
 BOOT_DEADLINE_S = 180.0
 SOCKET = "/run/rkcached/rkcached.sock"
 ADMIN_SOCKET = "/run/rkcached/admin.sock"
 STORE = "/var/cache/rkcached"
 UNIT = "rkcached.service"
-
-
-def wait_until(condition: Callable[[], Any], what: Callable[[], str] | str, deadline_s: float = DEADLINE_S) -> Any:
-    """Poll until `condition` is truthy and return its value."""
-    end = time.monotonic() + deadline_s
-    while True:
-        value = condition()
-        if value:
-            return value
-        if time.monotonic() > end:
-            pytest.fail(f"after {deadline_s} s still not: {what if isinstance(what, str) else what()}")
-        time.sleep(0.05)
 
 
 class Machine:

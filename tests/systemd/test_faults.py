@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import pytest
-from machine import STORE, UNIT, Machine, wait_until
+from machine import STORE, UNIT, Machine
+
+from tests.waiting import wait_until
 
 WATCHDOG_S = 3
 WATCHED = f"[Service]\nWatchdogSec={WATCHDOG_S}\nTimeoutAbortSec=1\nRestartSec=100ms\n"

@@ -5,7 +5,9 @@ from __future__ import annotations
 import time
 
 import pytest
-from machine import STORE, UNIT, Machine, wait_until
+from machine import STORE, UNIT, Machine
+
+from tests.waiting import wait_until
 
 
 @pytest.fixture

@@ -1,0 +1,52 @@
+"""A reconciler without the daemon around it, for what can only be seen from inside."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+
+from conftest import Workspace
+
+from rkcached.events import Events
+from rkcached.observe import read_manifest
+from rkcached.reconcile import Reconciler
+from rkcached.store import Store
+from rkcached.stored import StoredTexts
+from rkcached.systemd import Service
+from rkcached.worker.gate import Gates
+from rkcached.worker.pool import Workers
+
+
+class NoWatcher:
+    polling = False
+
+    def follow(self, wanted: object) -> None:
+        pass
+
+
+@contextlib.asynccontextmanager
+async def reconciling(space: Workspace, store: Store, service: Service | None = None) -> AsyncIterator[Reconciler]:
+    """It runs over the workspace's manifest, deaf to changes of files. The store is opened and closed."""
+    workers = Workers()
+    reconciler = Reconciler(
+        manifest_path=space.manifest,
+        manifest=read_manifest(space.manifest),
+        store=store,
+        stored=StoredTexts(space.root / "state"),
+        workers=workers,
+        gates=Gates(),
+        watcher=NoWatcher(),
+        events=Events(),
+        service=service,
+    )
+    store.open()
+    task = asyncio.create_task(reconciler.run())
+    try:
+        yield reconciler
+    finally:
+        task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await task
+        await workers.stop()
+        store.close()

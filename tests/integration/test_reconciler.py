@@ -1,0 +1,84 @@
+"""What happens between the steps of a look."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import Workspace
+
+from rkcached.errors import Aborted
+from rkcached.plan import Key
+from rkcached.store import Store
+from tests.integration.reconciling import reconciling
+from tests.waiting import wait_until
+
+
+class SlowTidying(Store):
+    """A store that can be held up in the part of a look that follows the scan."""
+
+    def __init__(self, root: Path) -> None:
+        super().__init__(root)
+        self.reached, self.go_on = threading.Event(), threading.Event()
+        self.go_on.set()
+
+    def tidy(self, *arguments: Any) -> None:
+        self.reached.set()
+        self.go_on.wait(30)
+        super().tidy(*arguments)
+
+
+@pytest.fixture
+def slow(tmp_path: Path) -> tuple[Workspace, SlowTidying]:
+    space = Workspace(tmp_path)
+    space.memory_model(prefill_us_per_token=2_000)
+    space.write("prompts/a.md", "word " * 100)
+    space.declare("{a: prompts/a.md}")
+    return space, SlowTidying(tmp_path / "cache")
+
+
+async def test_a_build_that_ends_during_a_look_is_not_done_again(slow: tuple[Workspace, SlowTidying]) -> None:
+    """The look saw the store before it was published, and may not act on that."""
+    space, store = slow
+    async with reconciling(space, store) as reconciler:
+        await reconciler.looked.wait()
+        await asyncio.to_thread(wait_until, lambda: reconciler.progress is not None, "a build runs")
+        store.go_on.clear()
+        store.reached.clear()
+        reconciler.look_again(now=True)
+        assert await asyncio.to_thread(store.reached.wait, 10)
+        assert reconciler.builds == 0, "the build was to end during the look: make it slower"
+        await asyncio.to_thread(wait_until, lambda: reconciler.builds, "the build is over")
+        store.go_on.set()
+        await reconciler.next_look()
+        await reconciler.next_look()
+        assert (reconciler.progress, reconciler.builds) == (None, 1)
+        assert reconciler.view.index.get(Key("m", "a")) is not None
+
+
+async def test_a_build_that_steps_aside_during_a_look_is_not_forgotten(
+    slow: tuple[Workspace, SlowTidying], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A request took its model while the daemon looked; the build is made afterwards, without another event."""
+    space, store = slow
+    async with reconciling(space, store) as reconciler:
+        build, tried = reconciler._builder.build, asyncio.Event()
+
+        async def step_aside(*_: Any) -> Any:
+            monkeypatch.setattr(reconciler._builder, "build", build)
+            assert await asyncio.to_thread(store.reached.wait, 10)
+            tried.set()
+            raise Aborted("a request needs the model")
+
+        monkeypatch.setattr(reconciler._builder, "build", step_aside)
+        await reconciler.looked.wait()
+        store.go_on.clear()
+        store.reached.clear()
+        reconciler.look_again(now=True)
+        await tried.wait()
+        await asyncio.to_thread(wait_until, lambda: reconciler.progress is None, "it has stepped aside")
+        store.go_on.set()
+        await asyncio.to_thread(wait_until, lambda: reconciler.builds, "the build is over")

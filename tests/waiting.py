@@ -1,0 +1,24 @@
+"""Waiting, with an end and a word about what did not happen."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+DEADLINE_S = 120.0
+"""Long, because disks of test machines stall; a test that passes never waits for it."""
+
+
+def wait_until(condition: Callable[[], Any], what: Callable[[], str] | str, deadline_s: float = DEADLINE_S) -> Any:
+    """Poll until `condition` is truthy and return its value; fail with `what` was waited for."""
+    end = time.monotonic() + deadline_s
+    while True:
+        value = condition()
+        if value:
+            return value
+        if time.monotonic() > end:
+            pytest.fail(f"after {deadline_s} s still not: {what if isinstance(what, str) else what()}")
+        time.sleep(0.01)
