@@ -93,7 +93,11 @@ def test_the_access_log_names_who_asked(two_prompts: Workspace) -> None:
     command = ["curl", "-s", "--unix-socket", str(two_prompts.socket), "-H", "X-Request-Id: my-id-7", "-d", body]
     curl = subprocess.Popen([*command, "http://d/v1/chat/completions"], stdout=subprocess.PIPE)
     curl.communicate()
-    (line,) = [line for line in two_prompts.log_text().splitlines() if "my-id-7" in line]
+
+    def lines() -> list[str]:
+        return [line for line in two_prompts.log_text().splitlines() if "my-id-7" in line]
+
+    (line,) = wait_until(lines, "the exchange is in the log", 10)  # written once the client has its answer
     for field in ("path=/v1/chat/completions", "status=200", f"uid={os.getuid()}", f"pid={curl.pid}", "method=POST"):
         assert field in line, line
     assert "secret" not in two_prompts.log_text()
