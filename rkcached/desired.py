@@ -108,7 +108,8 @@ class Resolver:
     def __init__(self, compile_elsewhere: Compile | None = None) -> None:
         self._compile_elsewhere = compile_elsewhere
         self._prefixes: dict[tuple[str, str, bool | None], tuple[str, int] | Trouble] = {}
-        self._fingerprints: dict[Key, tuple[dict[str, Value], Fingerprint]] = {}
+        self._fingerprints: dict[Key, tuple[tuple[Value, ...], Fingerprint]] = {}
+        """With the values of the components; which components there are follows from the first and from their number."""
         self._templates: dict[tuple[str, str, str, str, bool | None], ChatTemplate] = {}
 
     def resolve(self, manifest: Manifest, sources: Sources) -> Desired:
@@ -148,9 +149,10 @@ class Resolver:
 
     def _fingerprint(self, key: Key, components: dict[str, Value]) -> Fingerprint:
         """Of one component all values are of one type, so equal ones have one text."""
+        values = tuple(components.values())
         known = self._fingerprints.get(key)
-        if known is None or known[0] != components:
-            self._fingerprints[key] = known = (components, fingerprint(components))
+        if known is None or known[0] != values:
+            self._fingerprints[key] = known = (values, fingerprint(components))
         return known[1]
 
     def _model(self, name: str, config: ModelConfig, manifest: Manifest, sources: Sources) -> DesiredModel | Trouble:

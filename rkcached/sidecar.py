@@ -6,6 +6,7 @@ A sidecar is believed only if it belongs to its place, names a file beside it, a
 from __future__ import annotations
 
 import re
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -126,7 +127,9 @@ def parse_sidecar(data: bytes, key: Key) -> Sidecar | str:
         return f"the sidecar belongs to {sidecar.model}/{sidecar.prompt}"
     if fingerprint(sidecar.components).digest != sidecar.fingerprint:
         return "the sidecar is damaged: its components do not have its fingerprint"
-    return sidecar
+    # Thousands of sidecars have the same components but for one or two.
+    shared = {sys.intern(name): sys.intern(value) for name, value in sidecar.components.items()}
+    return msgspec.structs.replace(sidecar, components=shared)
 
 
 def names_artifact(name: str, prompt: str) -> bool:

@@ -6,14 +6,15 @@ the scan itself never fails. Runs in a thread, one scan at a time.
 
 from __future__ import annotations
 
+import contextlib
 import fnmatch
 import hashlib
 import os
 import re
 import stat
-from collections.abc import Iterator
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Callable, Iterator
+from pathlib import Path, PurePath
+from typing import Generic, TypeVar
 
 from rkcached.builtin_templates import BUILTIN
 from rkcached.desired import Declaration, ModelSource, PromptSource, RuntimeSource, Sources
@@ -28,10 +29,31 @@ MAX_PROMPT_BYTES = 1 << 20
 """A prompt beyond this is a mistake: it is some 250,000 tokens."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Text:
-    signature: Signature
-    text: str
+Content = TypeVar("Content")
+
+
+class _Memory(Generic[Content]):
+    """What was made of files, for as long as a scan asks for it and none of them changes."""
+
+    def __init__(self) -> None:
+        self._now: dict[tuple[str, ...], tuple[tuple[Signature, ...], Content]] = {}
+        self._before = self._now
+
+    def turn(self) -> None:
+        """A scan begins: what the one before did not ask for is forgotten."""
+        self._before, self._now = self._now, {}
+
+    def of(self, files: tuple[str, ...], make: Callable[[tuple[str, ...]], Content]) -> Content:
+        """Make it anew only if a file changed. Errors: what `make` raises."""
+        signatures = _signatures(files)
+        seen = self._now.get(files) or self._before.get(files)
+        if seen is None or seen[0] != signatures:
+            settled = len(signatures) == len(files) and all(one.settled for one in signatures)
+            seen = (signatures, make(files))
+            if not settled:  # a second change may leave the same signature
+                return seen[1]
+        self._now[files] = seen
+        return seen[1]
 
 
 class SourceReader:
@@ -40,7 +62,8 @@ class SourceReader:
     def __init__(self, digests: Digests, stored: StoredTexts | None = None) -> None:
         self._digests = digests
         self._stored = stored
-        self._texts: dict[Path, _Text] = {}
+        self._prompts = _Memory[PromptSource]()
+        self._templates = _Memory[str]()
 
     def scan(self, manifest: Manifest) -> Sources:
         """Look at every input that the manifest names. Never raises for a bad input."""
@@ -48,14 +71,16 @@ class SourceReader:
         prompts: dict[Key, Declaration] = {}
         models: dict[str, ModelSource | Trouble] = {}
         unlisted: dict[str, Trouble] = {}
-        texts, self._texts = self._texts, {}  # texts of files that are no longer named are forgotten
+        self._prompts.turn()
+        self._templates.turn()
         for name, config in manifest.models.items():
-            models[name] = self._model(config, engine, texts)
-            claimed: set[Path] = set()
+            models[name] = self._model(config, engine)
+            claimed: set[str] = set()
             for prompt, entry in config.prompts.items():
-                claimed.update(entry.files)
+                files = tuple(map(str, entry.files))
+                claimed.update(files)
                 prompts[Key(name, prompt)] = Declaration(
-                    source=self._prompt(entry.files, texts),
+                    source=self._prompt(files),
                     description=entry.description,
                     line=manifest.line_of("models", name, "prompts", prompt),
                 )
@@ -73,15 +98,13 @@ class SourceReader:
                 for path in found:
                     if path in claimed:
                         continue  # declared by name, perhaps with parameters of its own
-                    key = Key(name, _printable(path.stem))
-                    prompts[key] = Declaration(source=self._found(key, path, prompts, texts), line=line)
+                    key = Key(name, _printable(PurePath(path).stem))
+                    prompts[key] = Declaration(source=self._found(key, path, prompts), line=line)
             if self._stored is not None:
-                unlisted |= self._add_stored(name, self._stored, prompts, texts)
+                unlisted |= self._add_stored(name, self._stored, prompts)
         return Sources(runtime=self._runtime(manifest.engine), models=models, prompts=prompts, unlisted_models=unlisted)
 
-    def _add_stored(
-        self, model: str, stored: StoredTexts, prompts: dict[Key, Declaration], texts: dict[Path, _Text]
-    ) -> dict[str, Trouble]:
+    def _add_stored(self, model: str, stored: StoredTexts, prompts: dict[Key, Declaration]) -> dict[str, Trouble]:
         """The texts that clients stored; returns why they cannot be listed, if so."""
         try:
             keys = stored.keys(model)
@@ -90,39 +113,31 @@ class SourceReader:
             return {model: Trouble(message=f"{folder} cannot be listed: {error.strerror}", hint="check its owner")}
         for key in keys:
             if key not in prompts and NAME.fullmatch(key.prompt):
-                prompts[key] = Declaration(source=self._prompt((stored.path(key),), texts), stored=True)
+                prompts[key] = Declaration(source=self._prompt((str(stored.path(key)),)), stored=True)
         return {}
 
-    def _found(
-        self, key: Key, path: Path, prompts: dict[Key, Declaration], texts: dict[Path, _Text]
-    ) -> PromptSource | Trouble:
+    def _found(self, key: Key, path: str, prompts: dict[Key, Declaration]) -> PromptSource | Trouble:
         """The prompt of a file that a pattern found: its name comes from the file, so it may be unusable."""
         if not NAME.fullmatch(key.prompt):
-            return Trouble(message=f"{_printable(str(path))} cannot name a prompt: {NAME_RULE}", hint="rename the file")
+            return Trouble(message=f"{_printable(path)} cannot name a prompt: {NAME_RULE}", hint="rename the file")
         if key in prompts:
             return Trouble(
                 message=f"{path} makes a second prompt named {key.prompt!r}",
                 hint="rename the file, or declare only one of them",
             )
-        return self._prompt((path,), texts)
+        return self._prompt((path,))
 
-    def _prompt(self, files: tuple[Path, ...], texts: dict[Path, _Text]) -> PromptSource | Trouble:
+    def _prompt(self, files: tuple[str, ...]) -> PromptSource | Trouble:
         try:
-            parts = [self._text(path, texts, MAX_PROMPT_BYTES) for path in files]
+            return self._prompts.of(files, _join)
         except RkcachedError as error:
             return Trouble.of(error)
-        # Files are joined as paragraphs. The final newline of a file is not part of a prompt.
-        text = "\n\n".join(part.rstrip("\r\n") for part in parts)
-        names = ", ".join(str(path) for path in files)
-        if not text.strip():
-            return Trouble(message=f"{names}: the prompt is empty", hint="write the prompt's text into the file")
-        return PromptSource(text=text, digest=hashlib.sha256(text.encode()).hexdigest())
 
-    def _model(self, config: ModelConfig, engine: EngineEntry, texts: dict[Path, _Text]) -> ModelSource | Trouble:
+    def _model(self, config: ModelConfig, engine: EngineEntry) -> ModelSource | Trouble:
         try:
             template = BUILTIN.get(config.chat_template)
             if template is None:
-                template = self._text(Path(config.chat_template), texts, MAX_PROMPT_BYTES)
+                template = self._templates.of((config.chat_template,), lambda files: _text(Path(files[0])))
             if not stat.S_ISREG(mode := config.path.stat().st_mode):  # opening a FIFO would wait for its writer
                 kind = "a directory" if stat.S_ISDIR(mode) else "not a regular file"
                 return Trouble(message=f"{config.path} is {kind}", hint="name a model file")
@@ -169,28 +184,40 @@ class SourceReader:
         digest = hashlib.sha256(digests.encode()).hexdigest()
         return RuntimeSource(version=runtime.version, digest=digest, samples_per_run=runtime.samples_per_run)
 
-    def _text(self, path: Path, texts: dict[Path, _Text], max_bytes: int) -> str:
-        """The text of a file. Errors: SourceError, with what is wrong and what to do."""
-        try:
-            info = path.stat()
-            if stat.S_ISDIR(info.st_mode):
-                raise SourceError(f"{path} is a directory", hint="name a file, or use prompts_from with a pattern")
-            if not stat.S_ISREG(info.st_mode):
-                raise SourceError(f"{path} is not a regular file", hint="name a text file")
-            signature = Signature.of(info)
-            settled = signature.settled
-            known = self._texts.get(path) or texts.get(path)
-            if known is None or known.signature != signature:
-                if info.st_size > max_bytes:
-                    raise SourceError(
-                        f"{path} has {info.st_size:,} bytes, the limit is {max_bytes:,}", hint="shorten the prompt"
-                    )
-                known = _Text(signature=signature, text=_decode(path, path.read_bytes()[: max_bytes + 1]))
-        except OSError as error:
-            raise _unusable(path, error, "file") from error
-        if settled:  # else a second change may leave the same signature
-            self._texts[path] = known
-        return known.text
+
+def _signatures(files: tuple[str, ...]) -> tuple[Signature, ...]:
+    """Of these files, one after the other; fewer, if one is not there."""
+    found = []
+    with contextlib.suppress(OSError):
+        for path in files:
+            found.append(Signature.of(os.stat(path)))  # noqa: PERF401, PTH116 - up to the one that is not there
+    return tuple(found)
+
+
+def _join(files: tuple[str, ...]) -> PromptSource:
+    """The prompt that these files are. Errors: SourceError."""
+    # Files are joined as paragraphs. The final newline of a file is not part of a prompt.
+    text = "\n\n".join(_text(Path(path)).rstrip("\r\n") for path in files)
+    if not text.strip():
+        raise SourceError(f"{', '.join(files)}: the prompt is empty", hint="write the prompt's text into the file")
+    return PromptSource(text=text, digest=hashlib.sha256(text.encode()).hexdigest())
+
+
+def _text(path: Path) -> str:
+    """The text of a file. Errors: SourceError, with what is wrong and what to do."""
+    try:
+        info = path.stat()
+        if stat.S_ISDIR(info.st_mode):
+            raise SourceError(f"{path} is a directory", hint="name a file, or use prompts_from with a pattern")
+        if not stat.S_ISREG(info.st_mode):
+            raise SourceError(f"{path} is not a regular file", hint="name a text file")
+        if info.st_size > MAX_PROMPT_BYTES:
+            raise SourceError(
+                f"{path} has {info.st_size:,} bytes, the limit is {MAX_PROMPT_BYTES:,}", hint="shorten the prompt"
+            )
+        return _decode(path, path.read_bytes()[: MAX_PROMPT_BYTES + 1])
+    except OSError as error:
+        raise _unusable(path, error, "file") from error
 
 
 def _decode(path: Path, data: bytes) -> str:
@@ -228,11 +255,11 @@ def links(pattern: str) -> list[Path]:
     return [Path(entry.path) for entry in _matching(pattern) if entry.is_symlink()]
 
 
-def _matches(pattern: str) -> Iterator[Path]:
+def _matches(pattern: str) -> Iterator[str]:
     """The files that a prompts_from pattern names, sorted; and the links that cannot be followed. Errors: OSError."""
     for entry in _matching(pattern):
         if entry.is_file(follow_symlinks=False) or (entry.is_symlink() and _may_be_read(entry.path)):
-            yield Path(entry.path)
+            yield entry.path
 
 
 def _matching(pattern: str) -> list[os.DirEntry[str]]:

@@ -22,6 +22,7 @@ import stat
 import threading
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 import msgspec
 
@@ -45,6 +46,14 @@ _STAGING = ".stage-"
 _HALF = ".tmp"
 
 
+class _Seen(NamedTuple):
+    """A good artifact, and what its sidecar, prompt cache and text were like when it was looked at."""
+
+    names: tuple[str, ...]
+    signatures: tuple[Signature, ...]
+    artifact: StoredArtifact
+
+
 class Store:
     """The cache directory. Reading needs no lock; `open` takes the lock that writing needs."""
 
@@ -56,7 +65,8 @@ class Store:
         self._taking = threading.Lock()
         self._staged: set[str] = set()
         """Names of what is being built now; whatever else is staged was left behind."""
-        self._sidecars: dict[Path, tuple[Signature, Sidecar | str]] = {}
+        self._seen: dict[Key, _Seen] = {}
+        """Good artifacts by the last scan, which need no second look until one of their files changes."""
 
     # Life
 
@@ -139,7 +149,7 @@ class Store:
 
     def _scan(self) -> Inventory:
         inventory = Inventory()
-        known, self._sidecars = self._sidecars, {}
+        known, self._seen = self._seen, {}
         for folder in self._model_folders():
             self._scan_folder(folder, inventory, known)
         with contextlib.suppress(FileNotFoundError), os.scandir(self.root) as entries:
@@ -152,9 +162,7 @@ class Store:
                 inventory.verdicts[key] = verdict
         return inventory
 
-    def _scan_folder(
-        self, folder: Path, inventory: Inventory, known: Mapping[Path, tuple[Signature, Sidecar | str]]
-    ) -> None:
+    def _scan_folder(self, folder: Path, inventory: Inventory, known: Mapping[Key, _Seen]) -> None:
         files: dict[str, os.DirEntry[str]] = {}
         with contextlib.suppress(FileNotFoundError):  # a reader without the lock may see the owner remove it
             files = {entry.name: entry for entry in sorted(os.scandir(folder), key=lambda entry: entry.name)}
@@ -162,18 +170,27 @@ class Store:
         for entry in files.values():
             if entry.name.endswith("_cache") and (prompt := prompt_of(entry.name)):
                 caches.setdefault(prompt, []).append(entry)
-        for key in (Key(folder.name, name[:-5]) for name in files if name.endswith(".json")):
-            if not NAME.fullmatch(key.prompt):
+        for name in files:
+            if not name.endswith(".json") or not NAME.fullmatch(name[:-5]):
                 continue
-            path = folder / f"{key.prompt}.json"
+            key = Key(folder.name, name[:-5])
+            self.digests.steps += 1
+            seen = known.get(key)
+            if seen is not None and _signatures(files, seen.names) == seen.signatures:
+                self._seen[key] = seen
+                inventory.artifacts[key] = seen.artifact
+                continue
             with contextlib.suppress(FileNotFoundError):
-                signature, sidecar = self._read_sidecar(path, key, known.get(path))
-                if signature is not None:
-                    self._sidecars[path] = (signature, sidecar)
+                record = _signatures(files, (name,))
+                sidecar = self._read_sidecar(folder / name, key)
                 if isinstance(sidecar, str):
                     inventory.unreadable[key] = Corrupt(why=sidecar, size_bytes=_bytes(caches.get(key.prompt, ())))
-                else:
-                    inventory.artifacts[key] = self._inspect(folder, sidecar)
+                    continue
+                names = (name, sidecar.artifact, f"{key.prompt}.bin")
+                signatures = record + _signatures(files, names[1:])
+                inventory.artifacts[key] = artifact = self._inspect(folder, sidecar)
+                if not artifact.corrupt and len(signatures) == len(names) and all(one.settled for one in signatures):
+                    self._seen[key] = _Seen(names, signatures, artifact)
         for prompt, entries in caches.items():  # of a commit that was cut off before its sidecar
             if f"{prompt}.json" not in files:
                 found = Corrupt(why="the sidecar is missing", size_bytes=_bytes(entries))
@@ -185,7 +202,7 @@ class Store:
         """Read an artifact's files again, whatever is remembered of them; returns why it is corrupt, or nothing."""
         folder = self.root / key.model
         try:
-            _, sidecar = self._read_sidecar(folder / f"{key.prompt}.json", key, None)
+            sidecar = self._read_sidecar(folder / f"{key.prompt}.json", key)
         except OSError as error:
             return f"the sidecar cannot be read: {error.strerror}"
         if isinstance(sidecar, str):
@@ -197,26 +214,17 @@ class Store:
             names = sorted(e.name for e in entries if NAME.fullmatch(e.name) and e.is_dir(follow_symlinks=False))
             yield from (self.root / name for name in names)
 
-    def _read_sidecar(
-        self, path: Path, key: Key, known: tuple[Signature, Sidecar | str] | None
-    ) -> tuple[Signature | None, Sidecar | str]:
-        """The sidecar, or why it is none; with its signature if that will tell the next change.
-
-        Errors: FileNotFoundError.
-        """
+    def _read_sidecar(self, path: Path, key: Key) -> Sidecar | str:
+        """The sidecar, or why it is none. Errors: FileNotFoundError."""
         info = path.stat()
-        before = Signature.of(info)
-        if known is not None and known[0] == before:
-            return known
-        signature = before if before.settled else None
         if stat.S_ISFIFO(info.st_mode) or info.st_size > MAX_RECORD_BYTES:
-            return signature, "the sidecar is damaged: it is no file of that kind"
+            return "the sidecar is damaged: it is no file of that kind"
         try:
-            return signature, parse_sidecar(path.read_bytes(), key)
+            return parse_sidecar(path.read_bytes(), key)
         except FileNotFoundError:
             raise
         except OSError as error:
-            return None, f"the sidecar cannot be read: {error.strerror}"
+            return f"the sidecar cannot be read: {error.strerror}"
 
     def _inspect(self, folder: Path, sidecar: Sidecar, digests: Digests | None = None) -> StoredArtifact:
         path = folder / sidecar.artifact
@@ -429,6 +437,15 @@ def _foreign(files: Mapping[str, os.DirEntry[str]], *, own: bool = True) -> Iter
         ours = prompt_of(name) in prompts or (own and name.startswith(_STAGING))
         if not ours and not entry.is_dir(follow_symlinks=False):
             yield Path(entry.path), _bytes((entry,))
+
+
+def _signatures(files: Mapping[str, os.DirEntry[str]], names: Iterable[str]) -> tuple[Signature, ...]:
+    """Of these files, one after the other; fewer, if one is gone. An entry reads each only once."""
+    found = []
+    with contextlib.suppress(KeyError, OSError):
+        for name in names:
+            found.append(Signature.of(files[name].stat()))  # noqa: PERF401 - up to the one that is gone
+    return tuple(found)
 
 
 def _bytes(files: Iterable[os.DirEntry[str]]) -> int:
