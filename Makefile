@@ -1,6 +1,7 @@
 # make demo     see it work: a small model, the real daemon, cold against warm   (ONCE=1: end after the table)
 # make test     ruff, mypy, import-linter, pytest
-# make bench    the figures in README, measured on this machine   (PARTS="scale peers": only these)
+# make bench    the figures in README, measured on this machine   (PARTS="scale peers": only these;
+#                 BENCH_ARGS="--pictures docs/pictures --json FILE": draw them, keep every sample)
 # make deb      Debian packages for amd64 and arm64, in dist/
 # make docs     write anew what man pages and completions repeat of the program
 # sudo make install, sudo make uninstall     the daemon and its units   (PREFIX, DESTDIR; PURGE=1: configuration and caches too)
@@ -28,7 +29,7 @@ lint: $(VENV)/.dev
 	$(BIN)/lint-imports
 
 bench: $(VENV)/.dev
-	$(BIN)/python bench/measure.py $(if $(PARTS),--only $(PARTS))
+	$(BIN)/python bench/measure.py $(if $(PARTS),--only $(PARTS)) $(BENCH_ARGS)
 
 deb: $(VENV)/.deb
 	$(BIN)/python packaging/build_deb.py

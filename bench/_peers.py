@@ -18,9 +18,10 @@ from typing import Any
 from _answers import look_at
 from _daemon import BenchError, Daemon, UnixConnection, Workspace, busy_ns
 from _peer import Peer, Streamed, stream
-from _results import Figure, Target, of_median, spread
+from _results import Figure, Target, of_median
 from _workspaces import PEER_CONTEXT, PEER_TOKENS, Bench, peers, small_model
 
+from rkcached.benchmark.samples import spread
 from rkcached.desired import DesiredModel
 from rkcached.plan import Key
 from rkcached.worker.operations import BOUNDARY_TOKENS

@@ -1,7 +1,7 @@
 """How the daemon's own work grows with prompts and models, from ten prompts to ten thousand.
 
 The memory engine computes next to nothing, so what is seen is the daemon: scanning, planning, publishing, watching.
-Everything is read off from outside (its log, /proc), so that measuring adds no work. `page.py` draws it.
+Everything is read off from outside (its log, /proc), so that measuring adds no work. `_pictures` draws it.
 """
 
 from __future__ import annotations

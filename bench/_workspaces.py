@@ -38,6 +38,8 @@ class Bench:
     root: Path
     runs: int
     idle_s: float
+    pictures: Path | None = None
+    """Where pictures are to be drawn."""
     _made: dict[str, Workspace] = field(default_factory=dict)
 
     def workspace(self, make: Callable[[Path], Workspace]) -> Workspace:
@@ -74,6 +76,16 @@ def peers(root: Path) -> Workspace:
     params = {"max_context_len": PEER_CONTEXT, "max_new_tokens": 64, "temperature": 0.0}
     prompts = {name: f"prompts/{name}.md" for name in PEER_TOKENS}
     model = {"path": "model.gguf", "chat_template": "chatml", "params": params, "prompts": prompts}
+    return _made(root, json.dumps({"version": 1, "engine": {"kind": "llamacpp"}, "models": {"small": model}}))
+
+
+def alone(root: Path) -> Workspace:
+    """SmolLM2-135M with a context of 4,096 tokens and one short prompt."""
+    (root / "prompts").mkdir(parents=True)
+    (root / "prompts/short.md").write_text(f"{_LINE}.\n")
+    params = {"max_context_len": PEER_CONTEXT, "max_new_tokens": 64, "temperature": 0.0}
+    model: dict[str, Any] = {"path": str(small_model()), "chat_template": "chatml", "params": params}
+    model["prompts"] = {"short": "prompts/short.md"}
     return _made(root, json.dumps({"version": 1, "engine": {"kind": "llamacpp"}, "models": {"small": model}}))
 
 

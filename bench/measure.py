@@ -20,9 +20,11 @@ from _answers import measure_share, measure_ttft
 from _clients import measure_clients
 from _daemon import BenchError
 from _peers import measure_peers
+from _pictures import draw_scale
 from _results import Figure, document, machine, print_table
 from _rkllm import measure_rkllm
 from _scale import measure_scale
+from _sweep import measure_sweep
 from _upkeep import measure_edit, measure_idle
 from _workspaces import Bench
 from rich.console import Console
@@ -39,6 +41,7 @@ PARTS: dict[str, Callable[[Bench], list[Figure]]] = {
     "share": measure_share,
     "clients": measure_clients,
     "edit": measure_edit,
+    "sweep": measure_sweep,
     "scale": measure_scale,
     "peers": measure_peers,
     "rkllm": measure_rkllm,
@@ -52,6 +55,7 @@ def main() -> int:
     parser.add_argument("--runs", type=int, default=10, metavar="N", help="samples of each figure (share: 6 N pairs)")
     parser.add_argument("--idle-seconds", type=float, default=60.0, metavar="S", help="length of the idle part")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every sample to FILE")
+    parser.add_argument("--pictures", type=Path, metavar="FOLDER", help="draw ttft.svg and scale.svg there")
     options = parser.parse_args()
     if options.runs < 1:
         parser.error("--runs is at least 1")
@@ -62,7 +66,7 @@ def main() -> int:
     figures: list[Figure] = []
     failed = False
     with tempfile.TemporaryDirectory(prefix="rkcached-bench-") as root:
-        bench = Bench(root=Path(root), runs=options.runs, idle_s=options.idle_seconds)
+        bench = Bench(root=Path(root), runs=options.runs, idle_s=options.idle_seconds, pictures=options.pictures)
         for name in [part for part in PARTS if part in (options.only or PARTS)]:
             _say(f"{time.strftime('%H:%M:%S')} {name} ...")
             try:
@@ -70,6 +74,8 @@ def main() -> int:
             except (BenchError, RkcachedError) as error:
                 _say(f"{name}: {error}", style="red", markup=False)
                 failed = True
+    if options.pictures is not None:
+        draw_scale(figures, facts, options.pictures / "scale.svg")
     if options.json is not None:
         options.json.write_text(json.dumps(document(facts, figures), indent=1) + "\n")
     print_table(Console(highlight=False, width=None if sys.stdout.isatty() else FILE_COLUMNS), facts, figures)

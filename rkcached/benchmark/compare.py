@@ -72,10 +72,7 @@ def _pairs(before: Results, after: Results) -> Iterator[tuple[str, PromptResult 
 
 
 def _named(results: Results) -> dict[str, PromptResult]:
-    """The prompts of a sweep go by their length: their names are of one session."""
-    if not results.parameters.sweep:
-        return {prompt.name: prompt for prompt in results.prompts}
-    return {f"{p.model}, {p.prompt.rpartition('-')[2]} tokens": p for p in results.prompts}
+    return {prompt.name: prompt for prompt in results.prompts}
 
 
 def _rows(name: str, before: PromptResult | None, after: PromptResult | None) -> Iterator[Row]:

@@ -99,7 +99,7 @@ def _bars(axes: Axes, prompts: tuple[PromptResult, ...]) -> None:
 def _stack(axes: Axes, prompts: tuple[PromptResult, ...]) -> None:
     """Where the time goes, as shares: a cold answer of a long prompt would hide all others."""
     bars: list[tuple[str, Measured]] = [
-        (f"{_short(prompt)} {state}", prompt.states[state])
+        (f"{prompt.name} {state}", prompt.states[state])
         for prompt in prompts
         for state in _STATES
         if prompt.states[state].runs
@@ -113,10 +113,6 @@ def _stack(axes: Axes, prompts: tuple[PromptResult, ...]) -> None:
     axes.invert_yaxis()
     axes.set(xlabel="share of the time to first token (%)", title="Where the time goes")
     axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=len(_PARTS), fontsize=7)
-
-
-def _short(prompt: PromptResult) -> str:
-    return f"{prompt.tokens:,} tokens" if prompt.prompt.startswith("bench-") and prompt.tokens else prompt.name
 
 
 def _whole(measured: Measured) -> float:

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import os
+import re
 import statistics
 from collections.abc import Sequence
 from enum import StrEnum
@@ -102,6 +103,10 @@ def _around(run: Run | DirectRun) -> float:
     return run.ttft_ms - run.load_ms - run.prefill_ms
 
 
+_SWEPT = re.compile(r"bench-\d+-(\d+)")
+"""Names that `sweep` stores its prompts under."""
+
+
 class PromptResult(msgspec.Struct, frozen=True, kw_only=True):
     """A prompt, and its runs in each state."""
 
@@ -119,7 +124,9 @@ class PromptResult(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def name(self) -> str:
-        return f"{self.model}/{self.prompt}"
+        """As one calls it; a prompt of a sweep goes by its length, for its name is of one session."""
+        swept = _SWEPT.fullmatch(self.prompt)
+        return f"{self.model}, {int(swept[1]):,} tokens" if swept else f"{self.model}/{self.prompt}"
 
 
 class MachineFacts(msgspec.Struct, frozen=True, kw_only=True):
