@@ -45,7 +45,7 @@ def draw_scale(figures: Sequence[Figure], facts: dict[str, Any], file: Path) -> 
             if name in aims:
                 axes.plot(*aims[name], marker="_", markersize=22, markeredgewidth=2, color="black", label="aim")
             axes.set(xscale="log", yscale="log", title=title, xlabel="prompts")
-        drawing.axes[0].legend()
+        max(drawing.axes, key=lambda axes: len(axes.lines)).legend()
         drawing.suptitle(
             f"memory engine, prompts of 2 KB; {facts['cpu']}, {facts['cores']} cores, {facts['date'][:10]}", fontsize=8
         )

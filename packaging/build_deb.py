@@ -123,8 +123,8 @@ def fill_main(package: Package, wheels: set[Wheel]) -> None:
         package.install(ROOT / "etc/rkcached" / file, f"usr/share/rkcached/{file}")
     documents = Path("usr/share/doc/rkcached")
     package.install(ROOT / "etc/rkcached/manifest.example.yaml", documents / "examples/manifest.example.yaml")
-    for document in ("README.md", "docs/systemd.md", "docs/page.md", "docs/grafana-dashboard.json"):
-        package.install(ROOT / document, documents / document)
+    for document in (ROOT / "README.md", *sorted(path for path in (ROOT / "docs").rglob("*") if path.is_file())):
+        package.install(document, documents / document.relative_to(ROOT))
 
     for rule in (ROOT / "etc/udev/rules.d").glob("*.rules"):
         package.install(rule, f"usr/lib/udev/rules.d/{rule.name}")

@@ -109,7 +109,7 @@ class Resolver:
         self._compile_elsewhere = compile_elsewhere
         self._prefixes: dict[tuple[str, str, bool | None], tuple[str, int] | Trouble] = {}
         self._fingerprints: dict[Key, tuple[tuple[Value, ...], Fingerprint]] = {}
-        """With the values of the components; which components there are follows from the first and from their number."""
+        """With the values of the components; their names follow from the first value and the number of them."""
         self._templates: dict[tuple[str, str, str, str, bool | None], ChatTemplate] = {}
 
     def resolve(self, manifest: Manifest, sources: Sources) -> Desired:

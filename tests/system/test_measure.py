@@ -1,0 +1,57 @@
+"""The scripts that README's figures come from can be run."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+BENCH = Path(__file__).parents[2] / "bench"
+
+
+def run(*arguments: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, *arguments],
+        cwd=BENCH,
+        env={**os.environ, "TMPDIR": str(folder)},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+
+
+def test_a_part_is_measured_and_kept(tmp_path: Path) -> None:
+    """Figures with their targets, and the machine; nothing is left."""
+    kept = tmp_path / "kept.json"
+    done = run("measure.py", "--only", "idle", "--idle-seconds", "1", "--json", str(kept), folder=tmp_path)
+    assert done.returncode in (0, 1), done.stderr  # 1: a target was missed, on a busy machine
+    document = json.loads(kept.read_text())
+    assert {figure["part"] for figure in document["figures"]} == {"idle"}
+    assert document["machine"]["cores"] > 0
+    assert list(tmp_path.iterdir()) == [kept]
+
+
+def test_the_growth_is_drawn(tmp_path: Path) -> None:
+    """As text and lines in an SVG, with the aims; without such figures there is no picture."""
+    script = (
+        "import sys; from pathlib import Path; from _pictures import draw_scale; from _results import Figure, Target\n"
+        "names = [(n, m) for n in (10, 10_000) for m in (1, 16) if n > m]\n"
+        "figures = [Figure(part='scale', name=f'{n:,} over {m}: resident memory', value=n / 100, unit='MB',\n"
+        "                  target=Target(limit=150) if n == 10_000 else None) for n, m in names]\n"
+        "facts = {'cpu': 'a CPU', 'cores': 2, 'date': '2026-01-01T00:00:00'}\n"
+        "draw_scale(figures, facts, Path(sys.argv[1])); draw_scale([], facts, Path(sys.argv[2]))\n"
+    )
+    drawn, not_drawn = tmp_path / "scale.svg", tmp_path / "none.svg"
+    done = run("-c", script, str(drawn), str(not_drawn), folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert all(words in drawn.read_text() for words in ("resident memory (MB)", "16 models", "aim", "a CPU"))
+    assert not not_drawn.exists()
+
+
+def test_every_script_explains_itself(tmp_path: Path) -> None:
+    """Its options, without measuring."""
+    for script in ("measure.py", "soak.py"):
+        assert "usage:" in run(script, "--help", folder=tmp_path).stdout
