@@ -86,6 +86,9 @@ class LlamaCppEngine:
         if not address.startswith("unix://"):
             self.close()
             raise EngineError(f"llama.cpp listens on {address} instead of a Unix socket, so it was closed")
+        # The server's own thread answers this, so it runs from here on. A server that was closed at once was once seen
+        # to wait for that thread for ever, with xllamacpp 2026.10: it had started after it was told to end.
+        self._request("GET", "/slots")
         settings = self._request("GET", "/props")["default_generation_settings"]
         self._info = EngineInfo(
             runtime_version=importlib.metadata.version("xllamacpp"),
