@@ -49,11 +49,6 @@ LINGER_S = 0.05
 """Who was accepted just before has sent its request by then, and gets an answer instead of a closed connection."""
 
 
-_GC_THRESHOLD = (20_000, 20, 100)
-"""A look at 10,000 prompts makes objects by the hundred thousand and hardly a cycle; with Python's own numbers, a third
-of its time went into collecting."""
-
-
 def run(settings: Settings) -> None:
     """Run the daemon until a signal ends it.
 
@@ -63,7 +58,6 @@ def run(settings: Settings) -> None:
     os.umask(0o027)
     gc.freeze()  # the modules; cli.py put the collector off while it imported them
     gc.enable()
-    gc.set_threshold(*_GC_THRESHOLD)
     service = Service()
     if service.notified:
         faulthandler.enable()  # whom the watchdog aborts says where it was stuck
