@@ -63,7 +63,13 @@ class Machine:
                 start_new_session=True,
             )
         nspawn = psutil.Process(self._nspawn.pid)
-        self._init = wait_until(lambda: next(iter(nspawn.children()), None), "the container has an init")
+
+        def init() -> psutil.Process | None:
+            with contextlib.suppress(psutil.NoSuchProcess):  # the first child only prepares the container
+                return next((child for child in nspawn.children() if child.name() == "systemd"), None)
+            return None
+
+        self._init = wait_until(init, "the container has an init")
         up = ("running", "degraded")
         wait_until(
             lambda: self.run("systemctl", "is-system-running", code=None).stdout.strip() in up,
