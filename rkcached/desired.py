@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from rkcached.digests import Signature
 from rkcached.errors import TemplateError, TemplateExhausted
@@ -99,6 +100,15 @@ class Desired:
         return None if prompt is None else prompt.fingerprint
 
 
+class _Fingerprinted(NamedTuple):
+    """A fingerprint, and what it was made from."""
+
+    shared: dict[str, Value]
+    prefix: tuple[str, int]
+    own: dict[str, Value]
+    fingerprint: Fingerprint
+
+
 class Resolver:
     """Turns sources into desires, and remembers prefix digests and fingerprints: texts seldom change.
 
@@ -108,8 +118,9 @@ class Resolver:
     def __init__(self, compile_elsewhere: Compile | None = None) -> None:
         self._compile_elsewhere = compile_elsewhere
         self._prefixes: dict[tuple[str, str, bool | None], tuple[str, int] | Trouble] = {}
-        self._fingerprints: dict[Key, tuple[tuple[Value, ...], Fingerprint]] = {}
-        """With the values of the components; their names follow from the first value and the number of them."""
+        self._shared: dict[str, dict[str, Value]] = {}
+        """By model; the same object for as long as nothing in it changes."""
+        self._fingerprints: dict[Key, _Fingerprinted] = {}
         self._templates: dict[tuple[str, str, str, str, bool | None], ChatTemplate] = {}
 
     def resolve(self, manifest: Manifest, sources: Sources) -> Desired:
@@ -117,6 +128,11 @@ class Resolver:
         prompts: dict[Key, DesiredPrompt] = {}
         texts = {}
         prefixes: dict[tuple[str, str, bool | None], tuple[str, int] | Trouble] = {}
+        self._shared = {
+            name: self._kept(name, _shared_components(manifest, model))
+            for name, model in models.items()
+            if isinstance(model, DesiredModel)
+        }
         for key, declared in sources.prompts.items():
             model = models[key.model]
             found: Fingerprint | Trouble
@@ -135,7 +151,9 @@ class Resolver:
                 if isinstance(prefix, Trouble):
                     found = prefix
                 else:
-                    found = self._fingerprint(key, _components(manifest, model, key, prefix))
+                    found = self._fingerprint(
+                        key, prefix, _sampling_components(manifest, model.config.own_sampling(key.prompt))
+                    )
                     texts[key] = declared.source.text
             if isinstance(found, Trouble):
                 prompts[key] = DesiredPrompt(key=key, description=declared.description, trouble=found)
@@ -147,13 +165,17 @@ class Resolver:
         stored = frozenset(key for key, declared in sources.prompts.items() if declared.stored)
         return Desired(models=models, prompts=prompts, texts=texts, stored=stored)
 
-    def _fingerprint(self, key: Key, components: dict[str, Value]) -> Fingerprint:
-        """Of one component all values are of one type, so equal ones have one text."""
-        values = tuple(components.values())
-        known = self._fingerprints.get(key)
-        if known is None or known[0] != values:
-            self._fingerprints[key] = known = (values, fingerprint(components))
-        return known[1]
+    def _kept(self, name: str, shared: dict[str, Value]) -> dict[str, Value]:
+        before = self._shared.get(name)
+        return before if before == shared and before is not None else shared
+
+    def _fingerprint(self, key: Key, prefix: tuple[str, int], own: dict[str, Value]) -> Fingerprint:
+        """Made anew only if something of the model, the text, or what the prompt has of its own changed."""
+        shared, known = self._shared[key.model], self._fingerprints.get(key)
+        if known is None or known.shared is not shared or known.prefix != prefix or known.own != own:
+            components = shared | {"prefix.digest": prefix[0], "prefix.bytes": prefix[1]} | own
+            self._fingerprints[key] = known = _Fingerprinted(shared, prefix, own, fingerprint(components))
+        return known.fingerprint
 
     def _model(self, name: str, config: ModelConfig, manifest: Manifest, sources: Sources) -> DesiredModel | Trouble:
         source = sources.models[name]
@@ -254,8 +276,8 @@ def _prefix(template: ChatTemplate, text: str) -> tuple[str, int] | Trouble:
     return hashlib.sha256(data).hexdigest(), len(data)
 
 
-def _components(manifest: Manifest, model: DesiredModel, key: Key, prefix: tuple[str, int]) -> dict[str, Value]:
-    """Everything the bytes of this prompt cache depend on, by the names that a stale verdict shows."""
+def _shared_components(manifest: Manifest, model: DesiredModel) -> dict[str, Value]:
+    """What the bytes of all prompt caches of a model depend on, by the names that a stale verdict shows."""
     source, runtime = model.source, model.runtime
     components: dict[str, Value] = {
         "engine": manifest.engine.kind.value,
@@ -264,13 +286,14 @@ def _components(manifest: Manifest, model: DesiredModel, key: Key, prefix: tuple
         "model.digest": source.digest,
         "template.digest": model.template.digest,
         "thinking": model.config.thinking,
-        "prefix.digest": prefix[0],
-        "prefix.bytes": prefix[1],
         "params.max_context_len": model.config.params.max_context_len,
     }
     if manifest.engine.kind is EngineKind.RKLLM:
         components |= _rkllm_components(model.config, source) | {"engine.abi": manifest.engine.abi}
-    # Sampling does not change a KV state. The rule is that it invalidates all the same; `fingerprint: kv` opts out.
-    if manifest.cache.fingerprint is FingerprintMode.FULL:
-        components |= {f"params.{name}": value for name, value in model.config.sampling(key.prompt).items()}
-    return components
+    return components | _sampling_components(manifest, model.config.sampling(None))
+
+
+def _sampling_components(manifest: Manifest, sampling: Mapping[str, int | float]) -> dict[str, Value]:
+    """Sampling does not change a KV state. The rule is that it invalidates all the same; `fingerprint: kv` opts out."""
+    full = manifest.cache.fingerprint is FingerprintMode.FULL
+    return {f"params.{name}": value for name, value in sampling.items()} if full else {}

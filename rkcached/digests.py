@@ -27,7 +27,7 @@ _ATTEMPTS = 3
 _PIECE_BYTES = 1 << 18
 
 
-class Signature(msgspec.Struct, frozen=True, array_like=True):
+class Signature(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """What stat(2) says about a file's identity and last change."""
 
     dev: int
@@ -46,7 +46,7 @@ class Signature(msgspec.Struct, frozen=True, array_like=True):
         return abs(time.time_ns() - self.ctime_ns) > _RACY_NS
 
 
-class _Entry(msgspec.Struct, frozen=True, array_like=True):
+class _Entry(msgspec.Struct, frozen=True, array_like=True, gc=False):
     signature: Signature
     digest: str
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -54,7 +55,7 @@ def fingerprint(components: Mapping[str, Value]) -> Fingerprint:
     texts = {name: _canonical(value) for name, value in sorted(components.items())}
     parts = [_part(text) for item in texts.items() for text in item]
     data = b"".join((_MAGIC, FORMAT_VERSION.to_bytes(4, "little"), *parts))
-    return Fingerprint(digest=hashlib.sha256(data).hexdigest(), components=MappingProxyType(texts))
+    return Fingerprint(digest=sys.intern(hashlib.sha256(data).hexdigest()), components=MappingProxyType(texts))
 
 
 def changes(old: Mapping[str, str], new: Mapping[str, str]) -> tuple[Change, ...]:

@@ -278,9 +278,14 @@ class ModelConfig(_Section):
         A prompt that the manifest does not name (one found by prompts_from) has the model's parameters.
         """
         values: dict[str, int | float] = self.params.model_dump(exclude={"max_context_len"})
-        if prompt in self.prompts:
-            values |= self.prompts[prompt].params.model_dump(exclude_none=True)
-        return dict(sorted(values.items()))
+        return dict(sorted((values | self.own_sampling(prompt)).items()))
+
+    def own_sampling(self, prompt: str | None) -> dict[str, int | float]:
+        """What the manifest changes of the model's parameters for this prompt."""
+        declared = self.prompts.get(prompt) if prompt is not None else None
+        if declared is None or not declared.params.model_fields_set:
+            return {}
+        return declared.params.model_dump(exclude_none=True)
 
 
 class Manifest(_Section):

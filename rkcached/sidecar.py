@@ -66,11 +66,16 @@ class Sidecar(msgspec.Struct, frozen=True, kw_only=True):
 class StoredArtifact:
     """An artifact whose files were just compared with its sidecar."""
 
-    path: Path
+    folder: Path
     sidecar: Sidecar
     signature: Signature | None
     """Of the prompt cache file with the sidecar's digest: the file that may be loaded. None when corrupt."""
     corrupt: str = ""
+
+    @property
+    def path(self) -> Path:
+        """Of the prompt cache."""
+        return self.folder / self.sidecar.artifact
 
     def observed(self, key: Key) -> Artifact:
         sidecar = self.sidecar
@@ -129,7 +134,9 @@ def parse_sidecar(data: bytes, key: Key) -> Sidecar | str:
         return "the sidecar is damaged: its components do not have its fingerprint"
     # Thousands of sidecars have the same components but for one or two.
     shared = {sys.intern(name): sys.intern(value) for name, value in sidecar.components.items()}
-    return msgspec.structs.replace(sidecar, components=shared)
+    return msgspec.structs.replace(
+        sidecar, model=key.model, prompt=key.prompt, fingerprint=sys.intern(sidecar.fingerprint), components=shared
+    )
 
 
 def names_artifact(name: str, prompt: str) -> bool:

@@ -247,7 +247,7 @@ class Store:
             corrupt = f"{Path(error.filename or path).name} cannot be read: {error.strerror}"
         except SourceError as error:
             corrupt = error.message
-        return StoredArtifact(path=path, sidecar=sidecar, signature=None if corrupt else signature, corrupt=corrupt)
+        return StoredArtifact(folder=folder, sidecar=sidecar, signature=None if corrupt else signature, corrupt=corrupt)
 
     # Writing
 
@@ -320,7 +320,7 @@ class Store:
         signature = Signature.of(path.stat())
         self.digests.trust(path, signature, sidecar.sha256)
         self.clear_verdict(key)
-        return StoredArtifact(path=path, sidecar=sidecar, signature=signature)
+        return StoredArtifact(folder=folder, sidecar=sidecar, signature=signature)
 
     def remove(self, key: Key) -> None:
         """Delete an artifact, its sidecar first, and its folder when nothing else is in it. Errors: StoreError."""

@@ -159,8 +159,8 @@ def test_plan_and_explain_without_a_daemon(two_prompts: Workspace) -> None:
 
 def test_status(workspace: Workspace) -> None:
     """Status is a table for people and JSON for programs; descriptions are shown."""
-    workspace.memory_model()
-    workspace.write("p.md", "Text.")
+    workspace.memory_model(prefill_us_per_token=500)
+    workspace.write("p.md", "Text. " * 20)  # a gain on a busy machine, too: without one, that is said instead
     workspace.declare("{p: {files: p.md, description: the house rules}}")
     workspace.start()
     workspace.wait_settled()

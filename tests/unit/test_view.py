@@ -32,7 +32,7 @@ def stored(key: Key, prefix: bytes) -> StoredArtifact:
         build_ms=0.0,
         figures=FIGURES,
     )
-    return StoredArtifact(path=Path("/cache") / sidecar.artifact, sidecar=sidecar, signature=None)
+    return StoredArtifact(folder=Path("/cache"), sidecar=sidecar, signature=None)
 
 
 def index_of(**prefixes: bytes) -> FreshIndex:
