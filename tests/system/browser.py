@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 from pathlib import Path
@@ -64,6 +65,7 @@ class Browser:
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
+            start_new_session=True,
         )
         self._left = contextlib.ExitStack()
         self.requests: list[str] = []
@@ -89,9 +91,18 @@ class Browser:
         self._end()
 
     def _end(self) -> None:
+        """With its helpers: what Debian starts is a script, and a signal to it alone leaves the browser running."""
         self._left.close()
-        self._process.terminate()
+        os.killpg(self._process.pid, signal.SIGTERM)
         self._process.wait(30)
+        wait_until(self._has_gone, "the browser has ended")
+
+    def _has_gone(self) -> bool:
+        try:
+            os.killpg(self._process.pid, 0)
+        except ProcessLookupError:
+            return True
+        return False
 
     def _where(self) -> list[str]:
         lines = self._port_file.read_text().splitlines() if self._port_file.exists() else []

@@ -18,9 +18,9 @@ HOSTILE = "<script>document.title = 'taken'</script><img src=http://example.inva
 @pytest.fixture
 def described(workspace: Workspace) -> Workspace:
     """A running daemon with the prompts `a` and `b`; the description of `b` is markup."""
-    workspace.memory_model()
+    workspace.memory_model(prefill_us_per_token=2000)  # no gain, on a busy machine, would be said in place of it
     workspace.write("prompts/a.md", "You are prompt A.\n")
-    workspace.write("prompts/b.md", "You are prompt B.\n")
+    workspace.write("prompts/b.md", "You are prompt B.\n" * 10)
     workspace.declare(f"{{a: prompts/a.md, b: {{files: prompts/b.md, description: {json.dumps(HOSTILE)}}}}}")
     workspace.start()
     workspace.wait_settled()
