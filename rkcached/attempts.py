@@ -60,6 +60,10 @@ class Attempts:
         self._model_failures.pop(key.model, None)
         self._failures.pop(key, None)
 
+    def blames(self, name: str) -> bool:
+        """Whether this model could not be loaded."""
+        return name in self._model_failures
+
     def forgive_model(self, name: str) -> None:
         """Somebody asks for a build now: try the model again."""
         self._model_failures.pop(name, None)

@@ -117,7 +117,7 @@ async def _serve(
         on_state=lambda worker: _tell_worker(events, worker), room=lambda: _room(reconciler.view.manifest)
     )
     gates = Gates()
-    watcher = Watcher(lambda: reconciler.look_again())  # noqa: PLW0108 - which is made below
+    watcher = Watcher(lambda changed: reconciler.look_again(changed))  # noqa: PLW0108 - which is made below
     headline = _Headline(events, service)
     reconciler = Reconciler(
         manifest_path=settings.manifest,

@@ -59,6 +59,8 @@ class Declaration:
     """In the manifest, for messages."""
     stored: bool = False
     """A client stored the text; the manifest says nothing of it."""
+    files: tuple[str, ...] = ()
+    """What the text was made of."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -118,6 +120,7 @@ class Resolver:
     def __init__(self, compile_elsewhere: Compile | None = None) -> None:
         self._compile_elsewhere = compile_elsewhere
         self._prefixes: dict[tuple[str, str, bool | None], tuple[str, int] | Trouble] = {}
+        self._prefixes_before = self._prefixes
         self._shared: dict[str, dict[str, Value]] = {}
         """By model; the same object for as long as nothing in it changes."""
         self._fingerprints: dict[Key, _Fingerprinted] = {}
@@ -127,43 +130,48 @@ class Resolver:
         models = {name: self._model(name, config, manifest, sources) for name, config in manifest.models.items()}
         prompts: dict[Key, DesiredPrompt] = {}
         texts = {}
-        prefixes: dict[tuple[str, str, bool | None], tuple[str, int] | Trouble] = {}
+        self._prefixes, self._prefixes_before = {}, self._prefixes
         self._shared = {
             name: self._kept(name, _shared_components(manifest, model))
             for name, model in models.items()
             if isinstance(model, DesiredModel)
         }
         for key, declared in sources.prompts.items():
-            model = models[key.model]
-            found: Fingerprint | Trouble
-            if isinstance(declared.source, Trouble):
-                found = declared.source
-            elif isinstance(model, Trouble):
-                found = model
-            elif (fixed := _fixed_sampling(model.config, key.prompt, sources.runtime)) is not None:
-                found = fixed
-            else:
-                slot = (model.template.digest, declared.source.digest, model.config.thinking)
-                try:
-                    prefixes[slot] = prefix = self._prefixes.get(slot) or _prefix(model.template, declared.source.text)
-                except TemplateExhausted as error:  # perhaps the machine was busy: not remembered
-                    prefix = Trouble.of(error)
-                if isinstance(prefix, Trouble):
-                    found = prefix
-                else:
-                    found = self._fingerprint(
-                        key, prefix, _sampling_components(manifest, model.config.own_sampling(key.prompt))
-                    )
-                    texts[key] = declared.source.text
-            if isinstance(found, Trouble):
-                prompts[key] = DesiredPrompt(key=key, description=declared.description, trouble=found)
-            else:
-                prompts[key] = DesiredPrompt(key=key, description=declared.description, fingerprint=found)
-        self._prefixes = prefixes
+            prompts[key] = self.resolve_one(key, declared, models[key.model], manifest)
+            if prompts[key].fingerprint is not None and isinstance(declared.source, PromptSource):
+                texts[key] = declared.source.text
+        self._prefixes_before = {}
         for gone in self._fingerprints.keys() - prompts.keys():
             del self._fingerprints[gone]
         stored = frozenset(key for key, declared in sources.prompts.items() if declared.stored)
         return Desired(models=models, prompts=prompts, texts=texts, stored=stored)
+
+    def resolve_one(
+        self, key: Key, declared: Declaration, model: DesiredModel | Trouble, manifest: Manifest
+    ) -> DesiredPrompt:
+        """A prompt of a model that the last `resolve` gave."""
+        trouble = found = None
+        if isinstance(declared.source, Trouble):
+            trouble = declared.source
+        elif isinstance(model, Trouble):
+            trouble = model
+        elif (trouble := _fixed_sampling(model.config, key.prompt, model.runtime)) is None:
+            prefix = self._prefix(model, declared.source)
+            if isinstance(prefix, Trouble):
+                trouble = prefix
+            else:
+                own = _sampling_components(manifest, model.config.own_sampling(key.prompt))
+                found = self._fingerprint(key, prefix, own)
+        return DesiredPrompt(key=key, description=declared.description, fingerprint=found, trouble=trouble)
+
+    def _prefix(self, model: DesiredModel, source: PromptSource) -> tuple[str, int] | Trouble:
+        slot = (model.template.digest, source.digest, model.config.thinking)
+        known = self._prefixes.get(slot) or self._prefixes_before.get(slot)
+        try:
+            self._prefixes[slot] = prefix = known or _prefix(model.template, source.text)
+        except TemplateExhausted as error:  # perhaps the machine was busy: not remembered
+            return Trouble.of(error)
+        return prefix
 
     def _kept(self, name: str, shared: dict[str, Value]) -> dict[str, Value]:
         before = self._shared.get(name)
@@ -248,9 +256,9 @@ def _rkllm_components(config: ModelConfig, source: ModelSource) -> dict[str, Val
     }
 
 
-def _fixed_sampling(config: ModelConfig, prompt: str, runtime: RuntimeSource | Trouble) -> Trouble | None:
+def _fixed_sampling(config: ModelConfig, prompt: str, runtime: RuntimeSource) -> Trouble | None:
     """What keeps a prompt with sampling of its own from being asked, if the runtime cannot change it in a run."""
-    if isinstance(runtime, Trouble) or runtime.samples_per_run:
+    if runtime.samples_per_run:
         return None
     of_model, of_prompt = config.sampling(None), config.sampling(prompt)
     own = [name for name in of_prompt if name != "max_new_tokens" and of_prompt[name] != of_model[name]]

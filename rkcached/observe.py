@@ -17,13 +17,13 @@ from pathlib import Path
 import structlog
 
 from rkcached import errors
-from rkcached.desired import Desired, DesiredModel, Resolver, Sources
+from rkcached.desired import Desired, DesiredModel, PromptSource, Resolver, Sources
 from rkcached.digests import Signature
 from rkcached.engines.registry import ENGINES
 from rkcached.manifest import EngineKind, Manifest, parse
-from rkcached.plan import Assessment, Key, Limits, Observed, Trouble, Verdict, VerdictKind, assess
+from rkcached.plan import Assessment, Build, DesiredPrompt, Key, Limits, Observed, Trouble, Verdict, VerdictKind, assess
 from rkcached.rendering import Renderer
-from rkcached.sidecar import Inventory
+from rkcached.sidecar import Inventory, StoredArtifact
 from rkcached.sources import SourceReader, links
 from rkcached.store import Store
 from rkcached.stored import StoredTexts
@@ -46,6 +46,25 @@ class Look:
     """Why the store cannot be read. The look goes on without it: no artifact is known, and none can be built."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Glimpse:
+    """A fresh prompt whose text changed, and the build that follows from it."""
+
+    prompt: DesiredPrompt
+    text: str
+    assessment: Assessment
+    build: Build
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Last:
+    """What a glance takes from the look before it."""
+
+    sources: Sources
+    models: Mapping[str, DesiredModel | Trouble]
+    verdicts: dict[Key, Verdict]
+
+
 class Observer:
     """Looks at the disk. Used by the daemon and, without one, by the command line."""
 
@@ -53,6 +72,7 @@ class Observer:
         self._store = store
         self._reader = SourceReader(store.digests, stored)
         self._resolver = Resolver(Renderer().compile)
+        self._last: _Last | None = None
 
     def look(self, manifest: Manifest, extra_verdicts: Mapping[Key, Verdict] | None = None) -> Look:
         """Scan and assess. Blocking."""
@@ -63,9 +83,11 @@ class Observer:
             inventory = self._store.scan()
         except errors.StoreError as error:
             inventory, trouble = Inventory(), error
+        verdicts = {**inventory.verdicts, **(extra_verdicts or {})}
+        self._last = _Last(sources=sources, models=desired.models, verdicts=verdicts)
         observed = Observed(
             artifacts=inventory.observed(),
-            verdicts=_spread({**inventory.verdicts, **(extra_verdicts or {})}, desired),
+            verdicts=_spread(dict(verdicts), desired),
             unlisted_models=frozenset(sources.unlisted_models),
             foreign_bytes=sum(inventory.foreign.values()),
             now=time.time(),
@@ -82,6 +104,32 @@ class Observer:
             assessments=assess(prompts, observed, limits),
             store_trouble=trouble,
         )
+
+    def glance(self, manifest: Manifest, changed: set[str], fresh: Mapping[Key, StoredArtifact]) -> list[Glimpse]:
+        """Which of the `fresh` prompts must be built because of files that changed. Blocking.
+
+        Everything else is taken to be as the last look saw it, so nothing but these files is read; a file is known by
+        the prompts it was part of then, never by its name. A look must follow. Not for a manifest with a budget, which
+        depends on all prompts.
+        """
+        if (last := self._last) is None:
+            return []
+        glimpses = []
+        for key, declared in last.sources.prompts.items():
+            if changed.isdisjoint(declared.files) or (artifact := fresh.get(key)) is None:
+                continue
+            now = self._reader.read_again(declared)
+            prompt = self._resolver.resolve_one(key, now, last.models[key.model], manifest)
+            desired = Desired(models=last.models, prompts={key: prompt}, texts={})
+            observed = Observed(
+                artifacts={key: artifact.observed(key)}, verdicts=_spread(dict(last.verdicts), desired), now=time.time()
+            )
+            (assessment,) = assess((prompt,), observed, Limits(min_tokens=manifest.cache.min_tokens))
+            if isinstance(now.source, PromptSource) and isinstance(assessment.action, Build):
+                glimpses.append(
+                    Glimpse(prompt=prompt, text=now.source.text, assessment=assessment, build=assessment.action)
+                )
+        return glimpses
 
 
 def _spread(verdicts: dict[Key, Verdict], desired: Desired) -> dict[Key, Verdict]:

@@ -11,7 +11,8 @@ import asyncio
 import contextlib
 import math
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterable
+from dataclasses import replace
 from pathlib import Path
 
 import structlog
@@ -50,6 +51,9 @@ RESCAN_S = 60.0
 
 STORE_RETRY_S = 5.0
 """Look again after a look at a store that cannot be read."""
+
+MAX_GLANCED_FILES = 64
+"""More files than these are not worth a glance before the look."""
 
 POLL_S = 1.0
 """Look again so soon while something cannot be watched, but not more often than takes this share of the time."""
@@ -104,14 +108,18 @@ class Reconciler:
         self._requests = BuildRequests()
         self._looking = False
         self._retiring: set[asyncio.Task[None]] = set()
+        self._changed: set[str] = set()
+        """Files known to have changed since the last look."""
         self._generation = 0
         """Counts changes of the store that were made outside of a look."""
         self._attempts = Attempts()
 
     # What others may ask for; all on the event loop
 
-    def look_again(self, *, now: bool = False) -> None:
-        """Something may have changed. `now` skips waiting for it to settle."""
+    def look_again(self, changed: Iterable[str] = (), *, now: bool = False) -> None:
+        """Something may have changed: these files, or nobody knows what. `now` skips waiting for it to settle."""
+        if len(self._changed) <= MAX_GLANCED_FILES:
+            self._changed.update(changed)
         moment = asyncio.get_running_loop().time()
         if not self._wake.is_set():
             self._first_event = moment
@@ -190,7 +198,7 @@ class Reconciler:
         try:
             while True:
                 await self._settle()
-                await self._watched(self._look())
+                await self._watched(self._glance_and_look())
                 self._start_next_build()
                 self._on_turn()
                 await self._wait()
@@ -246,6 +254,37 @@ class Reconciler:
             await asyncio.sleep(quiet_at - loop.time())
         self._hurry = False
         self._wake.clear()
+
+    async def _glance_and_look(self) -> None:
+        changed, self._changed = self._changed, set()
+        if 0 < len(changed) <= MAX_GLANCED_FILES and self.progress is None:
+            await self._glance(changed)
+        await self._look()
+
+    async def _glance(self, changed: set[str]) -> None:
+        """Start the build of an edited prompt at once: with thousands of prompts, the look that follows takes a while.
+
+        It is the look that decides: a build that it does not want is stopped.
+        """
+        view, generation = self.view, self._generation
+        manifest = await asyncio.to_thread(self.manifest_file.read)
+        if manifest is not view.manifest or manifest.cache.max_bytes is not None or self.store_trouble is not None:
+            return
+        glimpses = await asyncio.to_thread(self._observer.glance, manifest, changed, view.index.all())
+        glimpses = [one for one in glimpses if not self._attempts.blames(one.prompt.key.model)]
+        if not glimpses or generation != self._generation:
+            return
+        prompts, texts = dict(view.desired.prompts), dict(view.desired.texts)
+        for one in glimpses:
+            key = one.prompt.key
+            prompts[key], texts[key] = one.prompt, one.text
+            view.index.discard(key)
+            view.assessments[key] = one.assessment
+            self._announcer.state(one.assessment)
+        view.desired = replace(view.desired, prompts=prompts, texts=texts)
+        builds = {one.build.key: one.build for one in glimpses}
+        self._pending = builds | self._pending | builds  # the first to be built, with the text of now
+        self._start_next_build()
 
     async def _look(self) -> None:
         started = time.perf_counter()

@@ -13,6 +13,7 @@ import os
 import re
 import stat
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path, PurePath
 from typing import Generic, TypeVar
 
@@ -82,6 +83,7 @@ class SourceReader:
                 prompts[Key(name, prompt)] = Declaration(
                     source=self._prompt(files),
                     description=entry.description,
+                    files=files,
                     line=manifest.line_of("models", name, "prompts", prompt),
                 )
             for position, pattern in enumerate(config.prompts_from):
@@ -99,7 +101,7 @@ class SourceReader:
                     if path in claimed:
                         continue  # declared by name, perhaps with parameters of its own
                     key = Key(name, _printable(PurePath(path).stem))
-                    prompts[key] = Declaration(source=self._found(key, path, prompts), line=line)
+                    prompts[key] = Declaration(source=self._found(key, path, prompts), files=(path,), line=line)
             if self._stored is not None:
                 unlisted |= self._add_stored(name, self._stored, prompts)
         return Sources(runtime=self._runtime(manifest.engine), models=models, prompts=prompts, unlisted_models=unlisted)
@@ -113,8 +115,13 @@ class SourceReader:
             return {model: Trouble(message=f"{folder} cannot be listed: {error.strerror}", hint="check its owner")}
         for key in keys:
             if key not in prompts and NAME.fullmatch(key.prompt):
-                prompts[key] = Declaration(source=self._prompt((str(stored.path(key)),)), stored=True)
+                files = (str(stored.path(key)),)
+                prompts[key] = Declaration(source=self._prompt(files), files=files, stored=True)
         return {}
+
+    def read_again(self, declared: Declaration) -> Declaration:
+        """The same declaration, with the text that its files have now."""
+        return replace(declared, source=self._prompt(declared.files))
 
     def _found(self, key: Key, path: str, prompts: dict[Key, Declaration]) -> PromptSource | Trouble:
         """The prompt of a file that a pattern found: its name comes from the file, so it may be unusable."""

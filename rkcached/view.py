@@ -32,6 +32,10 @@ class FreshIndex:
     def get(self, key: Key) -> StoredArtifact | None:
         return self._artifacts.get(key)
 
+    def all(self) -> dict[Key, StoredArtifact]:
+        """As they are now: a copy."""
+        return dict(self._artifacts)
+
     def add(self, key: Key, artifact: StoredArtifact) -> None:
         self.discard(key)
         self._artifacts[key] = artifact

@@ -1,4 +1,6 @@
-"""Turns file system events into "look again". Carries no decision and no file name: the next scan finds out.
+"""Turns file system events into "look again". Carries no decision: the next scan finds out.
+
+The names that events have are passed on, and say where to look first; nothing depends on them.
 
 Watches folders, not files, because editors replace files; of each path it watches every folder in which a link on the
 way lies, so that a retargeted link or a swapped `..data` folder is noticed; and each folder on the way for being moved
@@ -14,7 +16,7 @@ import contextlib
 import errno
 import os
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -71,9 +73,12 @@ class Follower(Protocol):
 
 
 class Watcher:
-    """Calls `look_again` in the event loop whenever something that is followed may have changed."""
+    """Calls `look_again` in the event loop whenever something that is followed may have changed.
 
-    def __init__(self, look_again: Callable[[], None]) -> None:
+    It is given the paths that are known to have: none, if no more is known than that something did.
+    """
+
+    def __init__(self, look_again: Callable[[Collection[str]], None]) -> None:
         self._look_again = look_again
         self._inotify: INotify | None = None
         self._closed = False
@@ -138,7 +143,7 @@ class Watcher:
                 self._watches[folder] = (watch, place)
                 added = True
         if added:
-            self._look_again()
+            self._look_again(())
         return trouble
 
     def _drop(self, folder: str, inotify: INotify) -> None:
@@ -155,7 +160,7 @@ class Watcher:
         folders = defaultdict(list)
         for folder, (watch, _) in self._watches.items():
             folders[watch].append(folder)
-        matters = False
+        matters, changed = False, set()
         for watch, mask, _, name in events:
             if mask & flags.Q_OVERFLOW:
                 log.warning("file events lost", hint="there were too many at once; everything is looked at")
@@ -164,9 +169,11 @@ class Watcher:
                 if mask & flags.IGNORED:  # the watch has ended with its folder
                     self._watches.pop(folder, None)
                 names = self._wanted[folder].names
-                matters = matters or not name or names is None or name in names
-        if matters:
-            self._look_again()
+                if name and (names is None or name in names):
+                    changed.add(os.path.join(folder, name))  # noqa: PTH118 - strings, as the scan has them
+                matters = matters or not name
+        if matters or changed:
+            self._look_again(changed)
 
 
 def places(files: Iterable[Path], folders: Iterable[Path]) -> dict[str, Place]:

@@ -15,7 +15,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Coroutine, Iterator
+from collections.abc import Collection, Coroutine, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -134,11 +134,11 @@ class Storm(RuleBasedStateMachine):
         self.workers = Workers(backoff=Backoff(base_s=0.001, limit_s=0.002))
         gates = Gates()
 
-        def look_again() -> None:
+        def look_again(changed: Collection[str]) -> None:
             if self.muted:
                 self.unseen = True
                 return
-            self.reconciler.look_again()
+            self.reconciler.look_again(changed)
 
         self.watcher = Watcher(look_again)
         stored = StoredTexts(self.root / "state")

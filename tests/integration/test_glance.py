@@ -1,0 +1,186 @@
+"""An edited prompt is built before everything else is looked at, and only if that is sure to be right."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import AsyncIterator, Collection
+from pathlib import Path
+
+import pytest
+from conftest import Workspace
+
+from rkcached.plan import Key, State
+from rkcached.reconcile import Reconciler
+from rkcached.sidecar import Inventory
+from rkcached.store import Store
+from rkcached.watch import Watcher, places
+from tests.integration.reconciling import reconciling
+from tests.waiting import wait_until
+
+A = Key("m", "a")
+
+
+class HeldStore(Store):
+    """A store whose scan can be held up: a look does not get past it."""
+
+    def __init__(self, root: Path) -> None:
+        super().__init__(root)
+        self.reached, self.go_on = threading.Event(), threading.Event()
+        self.go_on.set()
+
+    def hold(self) -> None:
+        self.reached.clear()
+        self.go_on.clear()
+
+    def scan(self) -> Inventory:
+        self.reached.set()
+        self.go_on.wait(30)
+        return super().scan()
+
+
+@pytest.fixture
+def space(tmp_path: Path) -> Workspace:
+    space = Workspace(tmp_path)
+    space.memory_model()
+    space.write("prompts/a.md", "word " * 100)
+    space.write("prompts/b.md", "other " * 100)
+    space.declare("{}", model="    prompts_from: [prompts/*.md, more/*.md]\n")
+    (tmp_path / "more").mkdir()
+    return space
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> HeldStore:
+    return HeldStore(tmp_path / "cache")
+
+
+@pytest.fixture
+async def reconciler(space: Workspace, store: HeldStore) -> AsyncIterator[Reconciler]:
+    async with reconciling(space, store) as reconciler:
+        await reconciler.looked.wait()
+        await asyncio.to_thread(wait_until, lambda: reconciler.builds == 2, "both are built")
+        await reconciler.next_look()
+        try:
+            yield reconciler
+        finally:
+            store.go_on.set()
+
+
+async def edited(reconciler: Reconciler, store: HeldStore, *paths: Path) -> int:
+    """The builds that were done when the look, told of these paths, is held up at the store."""
+    store.hold()
+    reconciler.look_again([str(path) for path in paths], now=True)
+    assert await asyncio.to_thread(store.reached.wait, 10)
+    if reconciler.progress is not None and (task := reconciler.progress.task) is not None:
+        await task
+    return reconciler.builds
+
+
+async def finish(reconciler: Reconciler, store: HeldStore) -> None:
+    store.go_on.set()
+    await reconciler.next_look()
+    await asyncio.to_thread(wait_until, lambda: reconciler.progress is None, "no build runs")
+    await reconciler.next_look()
+
+
+async def test_an_edit_is_built_while_the_look_goes_on(
+    space: Workspace, store: HeldStore, reconciler: Reconciler
+) -> None:
+    before = reconciler.view.index.get(A)
+    path = space.write("prompts/a.md", "new words " * 100)
+    assert await edited(reconciler, store, path) == 3
+    served = reconciler.view.index.get(A)
+    assert served is not None
+    assert before is not None
+    assert served.sidecar.fingerprint != before.sidecar.fingerprint
+    assert reconciler.view.desired.texts[A].startswith("new words")
+    await finish(reconciler, store)
+    assert reconciler.builds == 3
+    assert reconciler.view.index.get(A) == served
+    assert {one.state for one in reconciler.view.assessments.values()} == {State.FRESH}
+
+
+async def test_a_file_that_did_not_change_builds_nothing(
+    space: Workspace, store: HeldStore, reconciler: Reconciler
+) -> None:
+    path = space.root / "prompts/a.md"
+    path.touch()
+    assert await edited(reconciler, store, path) == 2
+    assert reconciler.view.index.get(A) is not None
+    await finish(reconciler, store)
+    assert reconciler.builds == 2
+
+
+async def test_a_second_file_of_the_same_name_is_not_taken_for_it(
+    space: Workspace, store: HeldStore, reconciler: Reconciler
+) -> None:
+    path = space.write("more/a.md", "a text of somebody else " * 100)
+    assert await edited(reconciler, store, path) == 2
+    assert reconciler.view.desired.texts[A].startswith("word")
+    await finish(reconciler, store)
+    assert reconciler.builds == 2
+    assert reconciler.view.assessments[A].state is State.BLOCKED
+
+
+async def test_a_text_that_cannot_be_used_is_left_to_the_look(
+    space: Workspace, store: HeldStore, reconciler: Reconciler
+) -> None:
+    path = space.write("prompts/a.md", b"\0")
+    assert await edited(reconciler, store, path) == 2
+    await finish(reconciler, store)
+    assert reconciler.builds == 2
+    assert reconciler.view.assessments[A].state is State.BLOCKED
+
+
+async def test_a_manifest_that_changed_too_is_looked_at_first(
+    space: Workspace, store: HeldStore, reconciler: Reconciler
+) -> None:
+    path = space.write("prompts/a.md", "new words " * 100)
+    space.declare("{b: prompts/b.md}")
+    assert await edited(reconciler, store, path) == 2
+    await finish(reconciler, store)
+    assert reconciler.builds == 2
+    assert A not in reconciler.view.assessments
+
+
+async def test_a_text_that_changes_again_is_built_as_it_is_at_the_end(
+    space: Workspace, store: HeldStore, reconciler: Reconciler
+) -> None:
+    path = space.write("prompts/a.md", "new words " * 100)
+    assert await edited(reconciler, store, path) == 3
+    space.write("prompts/a.md", "the last words " * 100)
+    await finish(reconciler, store)
+    assert reconciler.builds == 4
+    served, wanted = reconciler.view.index.get(A), reconciler.view.desired.fingerprint(A)
+    assert served is not None
+    assert wanted is not None
+    assert served.sidecar.fingerprint == wanted.digest
+    assert reconciler.view.desired.texts[A].startswith("the last words")
+
+
+async def test_the_watcher_says_which_file(space: Workspace) -> None:
+    heard: list[str] = []
+    told = asyncio.Event()
+
+    def look_again(changed: Collection[str]) -> None:
+        heard.extend(changed)
+        if changed:
+            told.set()
+
+    watcher = Watcher(look_again)
+    named = space.root / "prompts/a.md"
+    try:
+        watcher.follow(places([named, space.manifest], [space.root / "more"]))
+        space.write("prompts/b.md", "nobody follows it")
+        named.write_text("followed")
+        async with asyncio.timeout(10):
+            await told.wait()
+        assert set(heard) == {str(named)}
+        told.clear()
+        new = space.write("more/c.md", "any name in this folder matters")
+        async with asyncio.timeout(10):
+            await told.wait()
+        assert set(heard) == {str(named), str(new)}
+    finally:
+        watcher.close()
