@@ -110,13 +110,21 @@ class Peer:
     def call(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
         """One call with one answer. Errors: BenchError if it refuses; OSError or HTTPException if it died."""
         self.calls += 1
-        connection = self._connection.ready()
-        connection.request("POST", path, json.dumps(body), {"Content-Type": "application/json"})
-        with connection.getresponse() as response:
-            document: dict[str, Any] = json.loads(response.read())
+        try:
+            response, document = self._post(path, body)
+        except http.client.RemoteDisconnected:
+            if not self.process.is_alive():
+                raise
+            response, document = self._post(path, body)  # it had just closed the connection, having been idle
         if response.status != http.HTTPStatus.OK:
             raise BenchError(f"llama.cpp's server answered {response.status}: {document}")
         return document
+
+    def _post(self, path: str, body: dict[str, Any]) -> tuple[http.client.HTTPResponse, dict[str, Any]]:
+        connection = self._connection.ready()
+        connection.request("POST", path, json.dumps(body), {"Content-Type": "application/json"})
+        with connection.getresponse() as response:
+            return response, json.loads(response.read())
 
     def tokens(self, text: str) -> int:
         return len(self.call("/tokenize", {"content": text, "add_special": True, "parse_special": True})["tokens"])

@@ -79,6 +79,10 @@ def measure_peers(bench: Bench) -> list[Figure]:
     with Daemon(workspace) as daemon:
         daemon.wait_fresh(timeout_s=BUILD_TIMEOUT_S)
         texts = _Texts(workspace)
+    facts = list(_facts(workspace, texts))  # first, for they may fail
+    shutil.copyfile(small_model(), workspace.root / "model.gguf")  # whose weights one of them changed
+    with Daemon(workspace) as daemon:
+        daemon.wait_fresh(timeout_s=BUILD_TIMEOUT_S)
         with (
             Peer(small_model(), PEER_CONTEXT, slots, tuned=True) as same,
             Peer(small_model(), PEER_CONTEXT, slots, tuned=False) as plain,
@@ -92,7 +96,7 @@ def measure_peers(bench: Bench) -> list[Figure]:
                 _Side("llama.cpp, its defaults", _through_peer(plain, texts, "plain"), lambda: [plain.pid]),
             ]
             _measure_in_turns(bench, sides)
-    return [*_figures(sides, texts), *_facts(workspace, texts)]
+    return [*_figures(sides, texts), *facts]
 
 
 class _Texts:
