@@ -28,6 +28,7 @@ MAX_CHARACTERS: Final = 4 << 20
 MAX_NODES: Final = 100_000  # counted after aliases are expanded, so a few lines cannot fill the memory
 MAX_DEPTH: Final = 50
 _TOO_MANY: Final = f"more than {MAX_NODES} values"
+_TOO_DEEP: Final = f"nested deeper than {MAX_DEPTH} levels"
 
 
 def show(value: object) -> str:
@@ -119,13 +120,15 @@ class YamlReader:
                 nodes += isinstance(event, yaml.NodeEvent)
                 if depth > MAX_DEPTH or nodes > MAX_NODES:
                     line = event.start_mark.line + 1 if event.start_mark else 1
-                    what = f"nested deeper than {MAX_DEPTH} levels" if depth > MAX_DEPTH else _TOO_MANY
+                    what = _TOO_DEEP if depth > MAX_DEPTH else _TOO_MANY
                     raise self._fatal(line, what)
             return yaml.compose(text, Loader=_Loader)
         except yaml.MarkedYAMLError as error:
             mark = error.problem_mark or error.context_mark
             line = mark.line + 1 if mark else 1
             message = f"not valid YAML: {error.problem or error.context}"
+            if "nesting depth" in message:  # libyaml's own limit, since PyYAML 6.0.4: reached before the first event
+                raise self._fatal(line, _TOO_DEEP) from error
             lines = text.splitlines()
             tab = line <= len(lines) and re.match(r"\s*\t", lines[line - 1])
             raise self._fatal(line, message, "indent with spaces, not tabs" if tab else "") from error
@@ -141,7 +144,7 @@ class YamlReader:
         if id(node) in self._open:
             raise self._fatal(line, "an alias refers to a value that contains it", "write the value out")
         if len(self._open) >= MAX_DEPTH:
-            raise self._fatal(line, f"nested deeper than {MAX_DEPTH} levels")
+            raise self._fatal(line, _TOO_DEEP)
         kind = node.tag.removeprefix("tag:yaml.org,2002:")
         self._open.append(id(node))
         try:
