@@ -5,6 +5,7 @@ The shapes are OpenAI's; `rkcached` in an answer says what happened. Figures in 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -364,7 +365,8 @@ class Status(Answer):
     recent: list[RecentAnswer] = Field(description="The last 40 answers, oldest first.")
     running: int
     models: list[WaitedModel]
-    prompts: list[PromptStatus]
+    prompts: Iterable[PromptStatus]
+    """Made and written one by one, as there may be thousands: to be gone through once."""
 
 
 class ApiDescription(BaseModel):

@@ -125,7 +125,7 @@ class Builder:
         """
         action, model = request.action, request.model
         prefix, probe = await asyncio.to_thread(_texts, model.template, request.text)
-        components = dict(action.fingerprint.components)
+        components = action.fingerprint.components
         if hashlib.sha256(prefix.encode()).hexdigest() != components["prefix.digest"]:
             raise SourceError(f"{action.key} changed since the build was planned", hint="it is planned again")
         started = time.monotonic()

@@ -8,6 +8,7 @@ of one renderer.
 from __future__ import annotations
 
 import hashlib
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -281,7 +282,7 @@ def _prefix(template: ChatTemplate, text: str) -> tuple[str, int] | Trouble:
         raise
     except TemplateError as error:
         return Trouble.of(error)
-    return hashlib.sha256(data).hexdigest(), len(data)
+    return sys.intern(hashlib.sha256(data).hexdigest()), len(data)
 
 
 def _shared_components(manifest: Manifest, model: DesiredModel) -> dict[str, Value]:

@@ -11,9 +11,12 @@ import contextlib
 import hashlib
 import os
 import stat
+import struct
+import sys
 import time
 from io import BufferedReader
 from pathlib import Path
+from typing import NewType
 
 import msgspec
 
@@ -27,23 +30,21 @@ _ATTEMPTS = 3
 _PIECE_BYTES = 1 << 18
 
 
-class Signature(msgspec.Struct, frozen=True, array_like=True, gc=False):
-    """What stat(2) says about a file's identity and last change."""
+Signature = NewType("Signature", bytes)
+"""What stat(2) says about the identity and the last change of a file, or of several: bytes, as many are kept."""
 
-    dev: int
-    ino: int
-    size: int
-    mtime_ns: int
-    ctime_ns: int
+_FIELDS = struct.Struct("<QQQqq")
 
-    @classmethod
-    def of(cls, info: os.stat_result) -> Signature:
-        return cls(info.st_dev, info.st_ino, info.st_size, info.st_mtime_ns, info.st_ctime_ns)
 
-    @property
-    def settled(self) -> bool:
-        """Whether a later change is certain to alter the signature. A time in the future (clock set back) is fine."""
-        return abs(time.time_ns() - self.ctime_ns) > _RACY_NS
+def signature_of(*infos: os.stat_result) -> Signature:
+    """Device, inode, size, mtime and ctime of each, one after the other."""
+    return Signature(b"".join(_FIELDS.pack(i.st_dev, i.st_ino, i.st_size, i.st_mtime_ns, i.st_ctime_ns) for i in infos))
+
+
+def settled(*infos: os.stat_result) -> bool:
+    """Whether a later change is certain to alter the signature. A time in the future (clock set back) is fine."""
+    now = time.time_ns()
+    return all(abs(now - info.st_ctime_ns) > _RACY_NS for info in infos)
 
 
 class _Entry(msgspec.Struct, frozen=True, array_like=True, gc=False):
@@ -57,7 +58,9 @@ class Digests:
     def __init__(self, file: Path | None = None) -> None:
         self._file = file
         self._entries: dict[str, _Entry] = {}
-        self._used: set[str] = set()
+        """Of the files asked for since the start."""
+        self._before: dict[str, _Entry] = {}
+        """Of files that were known then, and nobody has asked for yet."""
         self._dirty = False
         self.hashed_files = 0
         """Files really read so far: what a test or a benchmark looks at."""
@@ -65,7 +68,7 @@ class Digests:
         """Grows with each file asked for and each piece read: who waits for a long reading sees that it gets on."""
         if file is not None:
             with contextlib.suppress(OSError, ValueError, RecursionError):  # a damaged memory only costs re-hashing
-                self._entries = msgspec.json.decode(file.read_bytes(), type=dict[str, _Entry])
+                self._before = msgspec.json.decode(file.read_bytes(), type=dict[str, _Entry])
 
     def digest(self, path: Path) -> str:
         """Hexadecimal SHA-256 of the file's content. Errors: OSError; SourceError if the file does not hold still."""
@@ -74,27 +77,27 @@ class Digests:
     def digest_and_signature(self, path: Path) -> tuple[str, Signature]:
         """The digest, and the signature of exactly the file that has it."""
         name = str(path)
-        self._used.add(name)
         self.steps += 1
         info = path.stat()
         if not stat.S_ISREG(info.st_mode):  # opening a FIFO would wait for its writer
             raise SourceError(f"{path} is not a regular file", hint="put a regular file there")
-        signature = Signature.of(info)
+        if (before := self._before.pop(name, None)) is not None:
+            self._entries.setdefault(name, _Entry(before.signature, sys.intern(before.digest)))
         entry = self._entries.get(name)
-        if entry is not None and entry.signature == signature:
-            return entry.digest, signature
+        if entry is not None and entry.signature == signature_of(info):
+            return entry.digest, entry.signature
         for _ in range(_ATTEMPTS):
             with path.open("rb") as stream:
-                before = Signature.of(os.fstat(stream.fileno()))
-                settled = before.settled
+                info = os.fstat(stream.fileno())
+                signature, lasting = signature_of(info), settled(info)
                 digest = self._sha256(stream)
-                after = Signature.of(os.fstat(stream.fileno()))
+                after = signature_of(os.fstat(stream.fileno()))
             self.hashed_files += 1
-            if before == after:
-                if settled:
-                    self._entries[name] = _Entry(before, digest)
+            if signature == after:
+                if lasting:
+                    self._entries[name] = _Entry(signature, digest)
                     self._dirty = True
-                return digest, before
+                return digest, signature
         raise SourceError(f"{path} is being written to", hint="it is read again as soon as it holds still")
 
     def _sha256(self, stream: BufferedReader) -> str:
@@ -102,20 +105,18 @@ class Digests:
         while size := stream.readinto(piece):
             digest.update(piece[:size])
             self.steps += 1
-        return digest.hexdigest()
+        return sys.intern(digest.hexdigest())
 
-    def trust(self, path: Path, signature: Signature, digest: str) -> None:
-        """Remember a digest that the caller computed from the very file that has `signature`."""
-        self._used.add(str(path))
-        if signature.settled:
-            self._entries[str(path)] = _Entry(signature, digest)
+    def trust(self, path: Path, info: os.stat_result, digest: str) -> None:
+        """Remember a digest that the caller computed from the very file that `info` is of."""
+        if settled(info):
+            self._entries[str(path)] = _Entry(signature_of(info), digest)
             self._dirty = True
 
     def save(self) -> None:
-        """Write the memory if it changed, keeping only the files asked for since the start. Errors: OSError."""
+        """Write the memory if it changed: of the files asked for since the start. Errors: OSError."""
         if not self._dirty or self._file is None:
             return
-        self._entries = {name: entry for name, entry in self._entries.items() if name in self._used}
         temporary = self._file.with_name(self._file.name + ".tmp")
         try:
             temporary.touch(mode=0o640)

@@ -12,6 +12,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Awaitable
 from pathlib import Path
 from typing import TypeVar
 
+import pydantic_core
 import structlog
 from starlette.datastructures import MutableHeaders
 from starlette.exceptions import HTTPException
@@ -63,7 +64,7 @@ async def read_body(request: Request) -> bytes:
 
 
 def answer(record: Answer, *, status: int = 200, headers: dict[str, str] | None = None) -> Response:
-    return Response(record.model_dump_json(), status_code=status, headers=headers, media_type="application/json")
+    return Response(pydantic_core.to_json(record), status_code=status, headers=headers, media_type="application/json")
 
 
 def error_response(error: RequestError) -> Response:

@@ -10,9 +10,8 @@ from __future__ import annotations
 import functools
 import hashlib
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from types import MappingProxyType
 
 FORMAT_VERSION = 1
 """Part of every fingerprint. Raise it when a component changes its meaning: all prompt caches become stale."""
@@ -20,6 +19,35 @@ FORMAT_VERSION = 1
 _MAGIC = b"rkcached fingerprint\0"
 
 Value = str | int | float | bool | None
+
+
+class Components(Mapping[str, str]):
+    """Named texts that do not change, by name. Thousands of prompts have nearly the same: each is kept once."""
+
+    __slots__ = ("_places", "_texts")
+
+    def __init__(self, texts: Mapping[str, str]) -> None:
+        names = sorted(texts)
+        self._places = _places(tuple(map(sys.intern, names)))
+        self._texts = tuple(sys.intern(texts[name]) for name in names)
+
+    def __getitem__(self, name: str) -> str:
+        return self._texts[self._places[name]]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._places)
+
+    def __len__(self) -> int:
+        return len(self._texts)
+
+    def __repr__(self) -> str:
+        return repr(dict(self))
+
+
+@functools.lru_cache(maxsize=64)
+def _places(names: tuple[str, ...]) -> dict[str, int]:
+    """The same object for the same names."""
+    return {name: place for place, name in enumerate(names)}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,10 +80,10 @@ def fingerprint(components: Mapping[str, Value]) -> Fingerprint:
     bytes of the name, u64 length and UTF-8 bytes of the value. Integers are little-endian. The lengths keep
     ("ab", "c") apart from ("a", "bc").
     """
-    texts = {name: _canonical(value) for name, value in sorted(components.items())}
+    texts = Components({name: _canonical(value) for name, value in components.items()})
     parts = [_part(text) for item in texts.items() for text in item]
     data = b"".join((_MAGIC, FORMAT_VERSION.to_bytes(4, "little"), *parts))
-    return Fingerprint(digest=sys.intern(hashlib.sha256(data).hexdigest()), components=MappingProxyType(texts))
+    return Fingerprint(digest=sys.intern(hashlib.sha256(data).hexdigest()), components=texts)
 
 
 def changes(old: Mapping[str, str], new: Mapping[str, str]) -> tuple[Change, ...]:

@@ -18,7 +18,7 @@ import structlog
 
 from rkcached import errors
 from rkcached.desired import Desired, DesiredModel, PromptSource, Resolver, Sources
-from rkcached.digests import Signature
+from rkcached.digests import Signature, settled, signature_of
 from rkcached.engines.registry import ENGINES
 from rkcached.manifest import EngineKind, Manifest, parse
 from rkcached.plan import Assessment, Build, DesiredPrompt, Key, Limits, Observed, Trouble, Verdict, VerdictKind, assess
@@ -154,13 +154,12 @@ class ManifestFile:
 
     def read(self) -> Manifest:
         """The last good manifest, which is the same object as before if nothing in it changed. Blocking."""
-        try:
-            signature = Signature.of(self.path.stat())
-        except OSError:
-            signature = None
+        signature, lasting = None, False
+        with contextlib.suppress(OSError):
+            info = self.path.stat()
+            signature, lasting = signature_of(info), settled(info)
         if signature is not None and signature == self._signature:
             return self.last_good
-        settled = signature is not None and signature.settled
         try:
             manifest = read_manifest(self.path)
         except errors.ManifestError as error:
@@ -173,7 +172,7 @@ class ManifestFile:
         if self.error is not None:
             log.info("manifest mended", file=str(self.path))
             self.error = None
-        self._signature = signature if settled else None
+        self._signature = signature if lasting else None
         if manifest != self.last_good:
             log.info("manifest applied", file=str(self.path), models=len(manifest.models))
             self.last_good = manifest

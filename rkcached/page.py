@@ -32,7 +32,9 @@ def page(status: Status) -> HTMLResponse:
         "Referrer-Policy": "no-referrer",
         "Cache-Control": "no-store",
     }
-    return HTMLResponse(_template().render(**_shown(status.model_dump())), headers=headers)
+    document = status.model_dump()
+    document["prompts"] = list(document["prompts"])
+    return HTMLResponse(_template().render(**_shown(document)), headers=headers)
 
 
 @functools.cache

@@ -465,7 +465,7 @@ class Reconciler:
             used_bytes=view.used_bytes(but=key),
             foreign_bytes=view.foreign_bytes,
             needed_bytes=self._attempts.needed_bytes(key, wanted.digest)
-            or size_if_same(view.artifacts.get(key), dict(wanted.components)),
+            or size_if_same(view.artifacts.get(key), wanted.components),
             first_try=self._attempts.first_try(build.fingerprint.digest, asyncio.get_running_loop().time()),
         )
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -51,7 +52,7 @@ class Sidecar(msgspec.Struct, frozen=True, kw_only=True):
     artifact: str
     """File name of the prompt cache, beside this file."""
     fingerprint: str
-    components: dict[str, str]
+    components: Mapping[str, str]
     size_bytes: int
     sha256: str
     text_sha256: str
@@ -130,12 +131,17 @@ def parse_sidecar(data: bytes, key: Key) -> Sidecar | str:
         return f"the sidecar has format {sidecar.format}, this program writes {FORMAT_VERSION}"
     if (sidecar.model, sidecar.prompt) != key or not names_artifact(sidecar.artifact, key.prompt):
         return f"the sidecar belongs to {sidecar.model}/{sidecar.prompt}"
-    if fingerprint(sidecar.components).digest != sidecar.fingerprint:
+    made = fingerprint(sidecar.components)
+    if made.digest != sidecar.fingerprint:
         return "the sidecar is damaged: its components do not have its fingerprint"
-    # Thousands of sidecars have the same components but for one or two.
-    shared = {sys.intern(name): sys.intern(value) for name, value in sidecar.components.items()}
-    return msgspec.structs.replace(
-        sidecar, model=key.model, prompt=key.prompt, fingerprint=sys.intern(sidecar.fingerprint), components=shared
+    return msgspec.structs.replace(  # what thousands have in common is kept once
+        sidecar,
+        model=key.model,
+        prompt=key.prompt,
+        fingerprint=made.digest,
+        components=made.components,
+        sha256=sys.intern(sidecar.sha256),
+        text_sha256=sys.intern(sidecar.text_sha256),
     )
 
 

@@ -19,7 +19,7 @@ from typing import Generic, TypeVar
 
 from rkcached.builtin_templates import BUILTIN
 from rkcached.desired import Declaration, ModelSource, PromptSource, RuntimeSource, Sources
-from rkcached.digests import Digests, Signature
+from rkcached.digests import Digests, Signature, settled, signature_of
 from rkcached.engines.registry import ENGINES, EngineEntry
 from rkcached.errors import RkcachedError, SourceError
 from rkcached.manifest import NAME, NAME_RULE, EngineConfig, Manifest, ModelConfig
@@ -37,7 +37,7 @@ class _Memory(Generic[Content]):
     """What was made of files, for as long as a scan asks for it and none of them changes."""
 
     def __init__(self) -> None:
-        self._now: dict[tuple[str, ...], tuple[tuple[Signature, ...], Content]] = {}
+        self._now: dict[tuple[str, ...], tuple[Signature, Content]] = {}
         self._before = self._now
 
     def turn(self) -> None:
@@ -46,12 +46,13 @@ class _Memory(Generic[Content]):
 
     def of(self, files: tuple[str, ...], make: Callable[[tuple[str, ...]], Content]) -> Content:
         """Make it anew only if a file changed. Errors: what `make` raises."""
-        signatures = _signatures(files)
+        infos = _infos(files)
+        signature = signature_of(*infos)
         seen = self._now.get(files) or self._before.get(files)
-        if seen is None or seen[0] != signatures:
-            settled = len(signatures) == len(files) and all(one.settled for one in signatures)
-            seen = (signatures, make(files))
-            if not settled:  # a second change may leave the same signature
+        if seen is None or seen[0] != signature:
+            lasting = len(infos) == len(files) and settled(*infos)
+            seen = (signature, make(files))
+            if not lasting:  # a second change may leave the same signature
                 return seen[1]
         self._now[files] = seen
         return seen[1]
@@ -192,13 +193,13 @@ class SourceReader:
         return RuntimeSource(version=runtime.version, digest=digest, samples_per_run=runtime.samples_per_run)
 
 
-def _signatures(files: tuple[str, ...]) -> tuple[Signature, ...]:
+def _infos(files: tuple[str, ...]) -> list[os.stat_result]:
     """Of these files, one after the other; fewer, if one is not there."""
     found = []
     with contextlib.suppress(OSError):
         for path in files:
-            found.append(Signature.of(os.stat(path)))  # noqa: PERF401, PTH116 - up to the one that is not there
-    return tuple(found)
+            found.append(os.stat(path))  # noqa: PERF401, PTH116 - up to the one that is not there
+    return found
 
 
 def _join(files: tuple[str, ...]) -> PromptSource:

@@ -80,7 +80,7 @@ def status(
             {**model_status(name, model, workers), "waiting": serving.waiting(name)}
             for name, model in view.desired.models.items()
         ],
-        "prompts": [prompt_status(key, reconciler, serving) for key in view.assessments],
+        "prompts": (prompt_status(key, reconciler, serving) for key in view.assessments),
     }
     return Status.model_validate(document)
 

@@ -27,7 +27,7 @@ from typing import NamedTuple
 import msgspec
 
 from rkcached import disk, durable
-from rkcached.digests import Digests, Signature
+from rkcached.digests import Digests, Signature, settled, signature_of
 from rkcached.engines.registry import ENGINES
 from rkcached.errors import SourceError, StoreError, StoreLocked
 from rkcached.manifest import NAME
@@ -49,8 +49,10 @@ _HALF = ".tmp"
 class _Seen(NamedTuple):
     """A good artifact, and what its sidecar, prompt cache and text were like when it was looked at."""
 
-    names: tuple[str, ...]
-    signatures: tuple[Signature, ...]
+    key: Key
+    cache: str
+    """The name of the prompt cache."""
+    signature: Signature
     artifact: StoredArtifact
 
 
@@ -152,9 +154,9 @@ class Store:
         known, self._seen = self._seen, {}
         for folder in self._model_folders():
             self._scan_folder(folder, inventory, known)
-        with contextlib.suppress(FileNotFoundError), os.scandir(self.root) as entries:
-            others = {entry.name: entry for entry in entries if entry.name not in _OWN and entry.name[-4:] != _HALF}
-            inventory.foreign.update(sorted(_foreign(others, own=False)))
+        with contextlib.suppress(FileNotFoundError):
+            others = [name for name in sorted(os.listdir(self.root)) if name not in _OWN and name[-4:] != _HALF]  # noqa: PTH208
+            inventory.foreign.update(_foreign(self.root, others, own=False))
         inventory.quarantined.update((path, size_of(path)) for path in self._kept())
         for path in self.root.glob(".verdicts/*/*.json"):
             key = Key(path.parent.name, path.stem)
@@ -163,40 +165,42 @@ class Store:
         return inventory
 
     def _scan_folder(self, folder: Path, inventory: Inventory, known: Mapping[Key, _Seen]) -> None:
-        files: dict[str, os.DirEntry[str]] = {}
+        names: list[str] = []
         with contextlib.suppress(FileNotFoundError):  # a reader without the lock may see the owner remove it
-            files = {entry.name: entry for entry in sorted(os.scandir(folder), key=lambda entry: entry.name)}
-        caches: dict[str, list[os.DirEntry[str]]] = {}
-        for entry in files.values():
-            if entry.name.endswith("_cache") and (prompt := prompt_of(entry.name)):
-                caches.setdefault(prompt, []).append(entry)
-        for name in files:
+            names = sorted(os.listdir(folder))  # noqa: PTH208 - names: of tens of thousands, paths take too much
+        caches: dict[str, list[str]] = {}
+        for name in names:
+            if name.endswith("_cache") and (prompt := prompt_of(name)):
+                caches.setdefault(prompt, []).append(name)
+        for name in names:
             if not name.endswith(".json") or not NAME.fullmatch(name[:-5]):
                 continue
             key = Key(folder.name, name[:-5])
             self.digests.steps += 1
             seen = known.get(key)
-            if seen is not None and _signatures(files, seen.names) == seen.signatures:
-                self._seen[key] = seen
-                inventory.artifacts[key] = seen.artifact
+            if seen is not None and signature_of(*_infos(folder, _names(key, seen.cache))) == seen.signature:
+                self._seen[seen.key] = seen
+                inventory.artifacts[seen.key] = seen.artifact
                 continue
             with contextlib.suppress(FileNotFoundError):
-                record = _signatures(files, (name,))
+                record = _infos(folder, (name,))
                 sidecar = self._read_sidecar(folder / name, key)
                 if isinstance(sidecar, str):
-                    inventory.unreadable[key] = Corrupt(why=sidecar, size_bytes=_bytes(caches.get(key.prompt, ())))
+                    size_bytes = _bytes(folder / cache for cache in caches.get(key.prompt, ()))
+                    inventory.unreadable[key] = Corrupt(why=sidecar, size_bytes=size_bytes)
                     continue
-                names = (name, sidecar.artifact, f"{key.prompt}.bin")
-                signatures = record + _signatures(files, names[1:])
+                wanted = _names(key, sidecar.artifact)
+                infos = record + _infos(folder, wanted[1:])
                 inventory.artifacts[key] = artifact = self._inspect(folder, sidecar)
-                if not artifact.corrupt and len(signatures) == len(names) and all(one.settled for one in signatures):
-                    self._seen[key] = _Seen(names, signatures, artifact)
-        for prompt, entries in caches.items():  # of a commit that was cut off before its sidecar
-            if f"{prompt}.json" not in files:
-                found = Corrupt(why="the sidecar is missing", size_bytes=_bytes(entries))
-                inventory.unreadable[Key(folder.name, prompt)] = found
-        inventory.staged.extend(folder / name for name in files if name.startswith(_STAGING))
-        inventory.foreign.update(_foreign(files))
+                if not artifact.corrupt and len(infos) == len(wanted) and settled(*infos):
+                    self._seen[key] = _Seen(key, sidecar.artifact, signature_of(*infos), artifact)
+        listed = set(names)
+        for prompt, found in caches.items():  # of a commit that was cut off before its sidecar
+            if f"{prompt}.json" not in listed:
+                corrupt = Corrupt(why="the sidecar is missing", size_bytes=_bytes(folder / name for name in found))
+                inventory.unreadable[Key(folder.name, prompt)] = corrupt
+        inventory.staged.extend(folder / name for name in names if name.startswith(_STAGING))
+        inventory.foreign.update(_foreign(folder, names))
 
     def verify(self, key: Key) -> str:
         """Read an artifact's files again, whatever is remembered of them; returns why it is corrupt, or nothing."""
@@ -303,7 +307,7 @@ class Store:
         try:
             with self._writing(folder):
                 durable.write_new(text, prefix)
-                durable.write_new(record, msgspec.json.format(msgspec.json.encode(sidecar)))
+                durable.write_new(record, msgspec.json.format(msgspec.json.encode(sidecar, enc_hook=dict)))
                 self._make_way(key, sidecar.artifact)
                 staged.replace(folder / sidecar.artifact)
                 text.replace(folder / f"{key.prompt}.bin")
@@ -317,10 +321,10 @@ class Store:
             for leftover in (text, record, staged):
                 self.discard(leftover)
         path = folder / sidecar.artifact
-        signature = Signature.of(path.stat())
-        self.digests.trust(path, signature, sidecar.sha256)
+        info = path.stat()
+        self.digests.trust(path, info, sidecar.sha256)
         self.clear_verdict(key)
-        return StoredArtifact(folder=folder, sidecar=sidecar, signature=signature)
+        return StoredArtifact(folder=folder, sidecar=sidecar, signature=signature_of(info))
 
     def remove(self, key: Key) -> None:
         """Delete an artifact, its sidecar first, and its folder when nothing else is in it. Errors: StoreError."""
@@ -430,30 +434,39 @@ def size_of(path: Path) -> int:
     return size_bytes
 
 
-def _foreign(files: Mapping[str, os.DirEntry[str]], *, own: bool = True) -> Iterator[tuple[Path, int]]:
+def _foreign(folder: Path, names: Iterable[str], *, own: bool = True) -> Iterator[tuple[Path, int]]:
     """Which of these, that lie where the store may have its `own` artifacts, are not the store's. Folders stay out."""
-    prompts = {prompt_of(name) for name in files if name.endswith((".json", "_cache"))} - {""} if own else set()
-    for name, entry in files.items():
-        ours = prompt_of(name) in prompts or (own and name.startswith(_STAGING))
-        if not ours and not entry.is_dir(follow_symlinks=False):
-            yield Path(entry.path), _bytes((entry,))
+    names = tuple(names)
+    prompts = {prompt_of(name) for name in names if name.endswith((".json", "_cache"))} - {""} if own else set()
+    for name in names:
+        if prompt_of(name) in prompts or (own and name.startswith(_STAGING)):
+            continue
+        with contextlib.suppress(FileNotFoundError):
+            info = (folder / name).lstat()
+            if not stat.S_ISDIR(info.st_mode):
+                yield folder / name, info.st_size
 
 
-def _signatures(files: Mapping[str, os.DirEntry[str]], names: Iterable[str]) -> tuple[Signature, ...]:
-    """Of these files, one after the other; fewer, if one is gone. An entry reads each only once."""
+def _names(key: Key, cache: str) -> tuple[str, str, str]:
+    """The files of an artifact: sidecar, prompt cache, text."""
+    return f"{key.prompt}.json", cache, f"{key.prompt}.bin"
+
+
+def _infos(folder: Path, names: Iterable[str]) -> list[os.stat_result]:
+    """Of these files, one after the other; fewer, if one is gone."""
     found = []
-    with contextlib.suppress(KeyError, OSError):
+    with contextlib.suppress(OSError):
         for name in names:
-            found.append(Signature.of(files[name].stat()))  # noqa: PERF401 - up to the one that is gone
-    return tuple(found)
+            found.append(os.stat(f"{folder}/{name}"))  # noqa: PERF401, PTH116 - up to the one that is gone
+    return found
 
 
-def _bytes(files: Iterable[os.DirEntry[str]]) -> int:
+def _bytes(files: Iterable[Path]) -> int:
     """What these take; nothing, if they are gone by now."""
     size_bytes = 0
-    for entry in files:
+    for path in files:
         with contextlib.suppress(FileNotFoundError):
-            size_bytes += entry.stat(follow_symlinks=False).st_size
+            size_bytes += path.lstat().st_size
     return size_bytes
 
 

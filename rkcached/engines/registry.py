@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from rkcached.digests import Signature
+from rkcached.digests import Signature, signature_of
 from rkcached.engines.rkllm.identify import choose_abi, identify
 from rkcached.errors import SourceError
 from rkcached.manifest import EngineConfig, EngineKind
@@ -44,7 +44,7 @@ class EngineEntry:
 
 def _locate_rkllm(engine: EngineConfig) -> RuntimeFiles:
     try:
-        signature = Signature.of(engine.library.stat())
+        signature = signature_of(engine.library.stat())
     except OSError:
         signature = None  # identify says what is wrong
     version, samples_per_run = _rkllm_facts(engine.library, signature, engine.abi)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass, field
 
-from rkcached.digests import Signature
+from rkcached.digests import Signature, signature_of
 from rkcached.engines.base import ModelSpec
 
 
@@ -30,7 +30,7 @@ class WorkerModel:
         """A file that is not the one which gave the model its identity, if any."""
         for path, signature in self.signatures:
             try:
-                if Signature.of(os.stat(path)) == signature:  # noqa: PTH116 - paths are text in a specification
+                if signature_of(os.stat(path)) == signature:  # noqa: PTH116 - paths are text in a specification
                     continue
             except OSError:
                 pass

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from rkcached.digests import Signature
+from rkcached.digests import Signature, signature_of
 from rkcached.engines.base import Engine, FinishReason, RunStats, Sampling, Token
 from rkcached.errors import (
     Aborted,
@@ -241,7 +241,7 @@ def _nothing_written(path: Path) -> EngineError:
 
 def _is_file(path: Path, signature: Signature) -> bool:
     try:
-        return Signature.of(path.stat()) == signature
+        return signature_of(path.stat()) == signature
     except OSError:
         return False
 

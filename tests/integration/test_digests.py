@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from rkcached.digests import Digests, Signature
+from rkcached.digests import Digests, settled, signature_of
 from rkcached.errors import SourceError
 
 
@@ -21,7 +21,7 @@ def sha256(data: bytes) -> str:
 def settle(*paths: Path) -> None:
     """Wait until a later change is certain to show in the signature."""
     deadline = time.monotonic() + 5
-    while not all(Signature.of(path.stat()).settled for path in paths):
+    while not settled(*(path.stat() for path in paths)):
         assert time.monotonic() < deadline
         time.sleep(0.005)
 
@@ -161,17 +161,17 @@ def test_nothing_is_written_when_nothing_is_new(tmp_path: Path, file: Path) -> N
     first = Digests(memory)
     first.digest(file)
     first.save()
-    before = Signature.of(memory.stat())
+    before = signature_of(memory.stat())
     second = Digests(memory)
     second.digest(file)
     second.save()
-    assert before == Signature.of(memory.stat())
+    assert before == signature_of(memory.stat())
 
 
 def test_a_trusted_digest_is_not_computed(file: Path) -> None:
     """For the very file that has the signature, and no other."""
     digests = Digests()
-    digests.trust(file, Signature.of(file.stat()), "known")
+    digests.trust(file, file.stat(), "known")
     assert (digests.digest(file), digests.hashed_files) == ("known", 0)
     file.write_bytes(b"two")
     assert sha256(b"two") == digests.digest(file)

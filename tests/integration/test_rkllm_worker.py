@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from rkcached.digests import signature_of
 from rkcached.engines.base import ModelSpec, Sampling
 from rkcached.errors import WorkerTimeout
 from rkcached.worker import protocol
@@ -48,7 +49,7 @@ async def test_a_library_that_hangs_is_killed(
 
     def operation(number: int) -> protocol.Operation:
         if planned == "load:hang" and cache.exists():
-            signature = protocol.Signature.of(cache.stat())
+            signature = signature_of(cache.stat())
             file = protocol.CacheFile(path=str(cache), signature=signature, fingerprint="1")
             return protocol.Check(id=number, cache=file)
         return protocol.Generate(id=number, prompt="hello", sampling=GREEDY)

@@ -13,7 +13,7 @@ import pytest
 
 from rkcached.builtin_templates import BUILTIN
 from rkcached.desired import ModelSource, PromptSource, RuntimeSource, Sources
-from rkcached.digests import Digests, Signature
+from rkcached.digests import Digests, signature_of
 from rkcached.manifest import parse
 from rkcached.plan import Key, Trouble
 from rkcached.sources import MAX_PROMPT_BYTES, SourceReader
@@ -229,9 +229,9 @@ def test_a_second_change_within_one_tick_of_the_clock_is_noticed(folder: Folder)
     for number in range(50):
         folder.prompt.write_text(f"first  {number:04}")
         assert folder.text() == f"first  {number:04}"
-        before = Signature.of(folder.prompt.stat())
+        before = signature_of(folder.prompt.stat())
         folder.prompt.write_text(f"second {number:04}")
-        if before == Signature.of(folder.prompt.stat()):
+        if before == signature_of(folder.prompt.stat()):
             break
     settle(folder.prompt)
     assert folder.text() == f"second {number:04}"

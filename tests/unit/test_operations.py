@@ -9,7 +9,7 @@ from typing import TypeVar
 import msgspec
 import pytest
 
-from rkcached.digests import Signature
+from rkcached.digests import signature_of
 from rkcached.engines.base import FinishReason, ModelSpec, OnProgress, RunStats, Sampling
 from rkcached.engines.memory import MemoryEngine, MemoryModel, expected_text
 from rkcached.errors import Aborted, ArtifactLoadError, ContextExceeded, PromptTooShort, Uncacheable, VerifyFailed
@@ -107,7 +107,7 @@ class Bench:
         path = self.model.parent / f"{name}.cache"
         _, engine = self.session(MemoryEngine)
         engine.prefill(prefix, save_to=path)
-        return protocol.CacheFile(path=str(path), signature=Signature.of(path.stat()), fingerprint=name)
+        return protocol.CacheFile(path=str(path), signature=signature_of(path.stat()), fingerprint=name)
 
     def generate(
         self, session: Session, cache: protocol.CacheFile | None = None, *, prompt: str = REQUEST, cold: bool = False
@@ -310,7 +310,7 @@ def test_a_damaged_file_is_reported_and_the_answer_is_cold_and_right(bench: Benc
     cache = bench.built_cache()
     path = Path(cache.path)
     path.write_bytes(path.read_bytes()[:-1])
-    damaged = msgspec.structs.replace(cache, signature=Signature.of(path.stat()))
+    damaged = msgspec.structs.replace(cache, signature=signature_of(path.stat()))
     session, engine = bench.session(Counting)
     for attempt in (1, 2):
         text, stats = bench.generate(session, damaged, cold=True)
@@ -347,6 +347,6 @@ def test_a_check_refuses_a_damaged_or_replaced_file(bench: Bench) -> None:
     Path(cache.path).write_bytes(b"x")
     with pytest.raises(ArtifactLoadError, match="replaced"):
         session.check(protocol.Check(id=4, cache=cache))
-    damaged = msgspec.structs.replace(cache, signature=Signature.of(Path(cache.path).stat()))
+    damaged = msgspec.structs.replace(cache, signature=signature_of(Path(cache.path).stat()))
     with pytest.raises(ArtifactLoadError, match="not a prompt cache"):
         session.check(protocol.Check(id=4, cache=damaged))
