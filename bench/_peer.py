@@ -44,6 +44,12 @@ class Streamed:
         return next(event["timings"] for event in reversed(self.events) if "timings" in event)
 
     @property
+    def prefill_ms(self) -> float:
+        """Of either, as llama.cpp measured it."""
+        own = any("rkcached" in event for event in self.events)
+        return float(self.report["prefill_ms"] if own else self.timings["prompt_ms"])
+
+    @property
     def report(self) -> dict[str, Any]:
         """The daemon's."""
         return next(event["rkcached"] for event in reversed(self.events) if "rkcached" in event)

@@ -1,7 +1,8 @@
 """llama.cpp's own server beside the daemon: the same model file, prompts, threads, batch and context, in turns.
 
-One question goes to both before the next one does, the first of them changing from turn to turn. A second server keeps
-llama.cpp's own defaults. After the figures, what a user has to do and what is noticed: each row was tried here.
+One question goes to both before the next one does, the first of them changing from turn to turn. All are started more
+than once, as two processes of one program may differ by some per cent for as long as they live. A second server keeps
+llama.cpp's own defaults. Besides the figures, what a user has to do and what is noticed: each row was tried here.
 """
 
 from __future__ import annotations
@@ -28,8 +29,8 @@ from rkcached.worker.operations import BOUNDARY_TOKENS
 
 MODEL = "small"
 ANSWER_TOKENS = 32
-MAX_COLD_RUNS = 3
-"""Each costs some twenty seconds at the longest prompt."""
+LAUNCHES = 4
+"""Of the daemon and both servers. Each has one cold run, which costs some twenty seconds at the longest prompt."""
 
 PAUSE_S = 0.05
 """Between two answers: an engine's threads may spin for a moment after their work."""
@@ -44,21 +45,26 @@ BUILD_TIMEOUT_S = 1200.0
 @dataclass(slots=True, kw_only=True)
 class _Samples:
     ttft: list[float] = field(default_factory=list)
+    rest: list[float] = field(default_factory=list)
+    """Of it, what is not prefill."""
     per_token: list[float] = field(default_factory=list)
     cpu: list[float] = field(default_factory=list)
 
     def add(self, answer: Streamed, cpu_ns: int) -> None:
         self.ttft.append(answer.ttft_ms)
+        self.rest.append(answer.ttft_ms - answer.prefill_ms)
         self.per_token.append(answer.per_token_ms)
         self.cpu.append(cpu_ns / 1e6 / ANSWER_TOKENS)
 
 
 class _Side:
-    """One of the servers: what it is called, and how it answers each kind of request."""
+    """One of the servers over all its launches: what it is called, and how it answers each kind of request."""
 
-    def __init__(self, name: str, ask: Callable[[str, str, str], Streamed], pids: Callable[[], list[int]]) -> None:
+    def __init__(self, name: str) -> None:
         self.name = name
         self.samples: dict[tuple[str, str], _Samples] = {}
+
+    def launched(self, ask: Callable[[str, str, str], Streamed], pids: Callable[[], list[int]]) -> None:
         self._ask = ask
         self._pids = pids
 
@@ -81,21 +87,21 @@ def measure_peers(bench: Bench) -> list[Figure]:
         texts = _Texts(workspace)
     facts = list(_facts(workspace, texts))  # first, for they may fail
     shutil.copyfile(small_model(), workspace.root / "model.gguf")  # whose weights one of them changed
-    with Daemon(workspace) as daemon:
-        daemon.wait_fresh(timeout_s=BUILD_TIMEOUT_S)
+    sides = [_Side("rkcached"), _Side("llama.cpp, same settings"), _Side("llama.cpp, its defaults")]
+    for launch in range(LAUNCHES):
         with (
+            Daemon(workspace) as daemon,
             Peer(small_model(), PEER_CONTEXT, slots, tuned=True) as same,
             Peer(small_model(), PEER_CONTEXT, slots, tuned=False) as plain,
         ):
-            for server, kind in ((same, "same"), (plain, "plain")):
-                for prompt in PEER_TOKENS:
-                    server.save(texts.prefix(prompt), f"{prompt}-{kind}.bin")
-            sides = [
-                _Side("rkcached", _through_daemon(daemon), lambda: _pids_of(daemon)),
-                _Side("llama.cpp, same settings", _through_peer(same, texts, "same"), lambda: [same.pid]),
-                _Side("llama.cpp, its defaults", _through_peer(plain, texts, "plain"), lambda: [plain.pid]),
-            ]
-            _measure_in_turns(bench, sides)
+            daemon.wait_fresh(timeout_s=BUILD_TIMEOUT_S)
+            sides[0].launched(_through_daemon(daemon), lambda: _pids_of(daemon))
+            for side, server, kind in zip(sides[1:], (same, plain), ("-same.bin", "-plain.bin"), strict=True):
+                if not launch:
+                    for prompt in PEER_TOKENS:
+                        server.save(texts.prefix(prompt), prompt + kind)
+                side.launched(_through_peer(server, texts, kind), lambda pid=server.pid: [pid])
+            _measure_in_turns(launch, -(-bench.runs * 2 // LAUNCHES), sides)
     return [*_figures(sides, texts), *facts]
 
 
@@ -126,22 +132,20 @@ class _Texts:
 # Time to first token, and the tokens after it
 
 
-def _measure_in_turns(bench: Bench, sides: list[_Side]) -> None:
-    count = 0
+def _measure_in_turns(launch: int, runs: int, sides: list[_Side]) -> None:
+    count = 200 * launch
 
     def turn(prompt: str, how: str) -> None:
         nonlocal count
         count += 1
         at = count % len(sides)
         for side in (*sides[at:], *sides[:at]):
-            side.run(prompt, f"{count:03d}: In one sentence, what is your most important rule?", how)
+            side.run(prompt, f"{count % 1000:03d}: In one sentence, what is your most important rule?", how)
 
-    for _ in range(min(bench.runs, MAX_COLD_RUNS)):
-        for prompt in PEER_TOKENS:
-            turn(prompt, "cold")
     for prompt in PEER_TOKENS:
+        turn(prompt, "cold")
         turn(prompt, "first")
-    for _ in range(bench.runs):
+    for _ in range(runs):
         for prompt in PEER_TOKENS:
             turn(prompt, "restored")
             turn(prompt, "in memory")
@@ -178,7 +182,7 @@ def ask_daemon(
 
 def _through_peer(peer: Peer, texts: _Texts, kind: str) -> Callable[[str, str, str], Streamed]:
     def ask(prompt: str, question: str, how: str) -> Streamed:
-        restore = f"{prompt}-{kind}.bin" if how in ("restored", "first") else ""
+        restore = prompt + kind if how in ("restored", "first") else ""
         answer = peer.ask(texts.request(prompt, question), ANSWER_TOKENS, restore=restore, cold=how == "cold")
         reused = answer.timings["cache_n"]
         if reused if how == "cold" else reused < texts.tokens[prompt] - BOUNDARY_TOKENS:
@@ -199,7 +203,10 @@ def _figures(sides: list[_Side], texts: _Texts) -> Iterator[Figure]:
             name = f"{texts.tokens[prompt]:,} tokens, {how}"
             for side in sides:
                 yield of_median("peers", f"{name}: {side.name}", side.samples[prompt, how].ttft, "ms")
-            yield _difference(ours.samples[prompt, how].ttft, same.samples[prompt, how].ttft, aims=how != "cold")
+            of_ours, of_same = ours.samples[prompt, how], same.samples[prompt, how]
+            limit = round(max(FLOOR_MS, SHARE * statistics.median(of_same.ttft)), 1) if how != "cold" else None
+            yield _difference("  rkcached less same settings, by pairs", of_ours.ttft, of_same.ttft, limit)
+            yield _difference("    of it not prefill", of_ours.rest, of_same.rest, None)
     for prompt in PEER_TOKENS:
         name = f"a token more, after {texts.tokens[prompt]:,}"
         for side in sides:
@@ -208,14 +215,14 @@ def _figures(sides: list[_Side], texts: _Texts) -> Iterator[Figure]:
             yield of_median("peers", f"{name}: {side.name}", samples.per_token, "ms", note=cpu)
 
 
-def _difference(ours: list[float], theirs: list[float], *, aims: bool) -> Figure:
+def _difference(name: str, ours: list[float], theirs: list[float], limit: float | None) -> Figure:
     samples = tuple(a - b for a, b in zip(ours, theirs, strict=True))
     return Figure(
         part="peers",
-        name="  rkcached less same settings, by pairs",
+        name=name,
         value=statistics.median(samples),
         unit="ms",
-        target=Target(limit=round(max(FLOOR_MS, SHARE * statistics.median(theirs)), 1)) if aims else None,
+        target=Target(limit=limit) if limit is not None else None,
         note=spread(samples),
         samples=samples,
     )
