@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import os
-import re
 import statistics
 from collections.abc import Sequence
 from enum import StrEnum
@@ -103,10 +102,6 @@ def _around(run: Run | DirectRun) -> float:
     return run.ttft_ms - run.load_ms - run.prefill_ms
 
 
-_SWEPT = re.compile(r"bench-\d+-(\d+)")
-"""Names that `sweep` stores its prompts under."""
-
-
 class PromptResult(msgspec.Struct, frozen=True, kw_only=True):
     """A prompt, and its runs in each state."""
 
@@ -117,6 +112,8 @@ class PromptResult(msgspec.Struct, frozen=True, kw_only=True):
     size_bytes: int | None
     build_ms: float | None
     states: dict[State, Measured]
+    length: int | None = None
+    """Tokens that a sweep chose for it; None for a prompt that was there."""
     no_gain: str = ""
     """Why its cache does not help, where it does not."""
     reduction: dict[State, float] = {}
@@ -125,8 +122,7 @@ class PromptResult(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def name(self) -> str:
         """As one calls it; a prompt of a sweep goes by its length, for its name is of one session."""
-        swept = _SWEPT.fullmatch(self.prompt)
-        return f"{self.model}, {int(swept[1]):,} tokens" if swept else f"{self.model}/{self.prompt}"
+        return f"{self.model}/{self.prompt}" if self.length is None else f"{self.model}, {self.length:,} tokens"
 
 
 class MachineFacts(msgspec.Struct, frozen=True, kw_only=True):

@@ -53,6 +53,7 @@ def run(settings: Settings, wanted: Sequence[str], options: Options, console: Co
     facts, steal = machine(), Steal()
     with Client(settings.socket) as client:
         before = client.status()
+        lengths: dict[Key, int] = {}
         keys = [] if options.sweep else _keys(before, wanted)
         models = _models(before, wanted)
         places = _places(settings, before)
@@ -62,7 +63,7 @@ def run(settings: Settings, wanted: Sequence[str], options: Options, console: Co
             refused: list[str] = []
             if options.sweep:
                 look, _ = _try_look(places)
-                keys, refused = stack.enter_context(
+                lengths, refused = stack.enter_context(
                     sweep.stored(
                         settings.socket,
                         settings.admin_socket,
@@ -71,6 +72,7 @@ def run(settings: Settings, wanted: Sequence[str], options: Options, console: Co
                         lambda said: shown.update(task, description=said),
                     )
                 )
+                keys = list(lengths)
             look, why = _try_look(places)
             direct = look if options.direct else None
             why_not_direct = [why] if options.direct else ["not asked for"]
@@ -90,7 +92,7 @@ def run(settings: Settings, wanted: Sequence[str], options: Options, console: Co
                         for _ in measuring.rounds(options.runs):
                             shown.advance(task, len(State))
                         why_not_direct.append(measuring.why_not_direct)
-                        prompts.append(_result(key, _status_of(status, key), measuring.states()))
+                        prompts.append(_result(key, lengths.get(key), _status_of(status, key), measuring.states()))
             after = client.status()
     runtimes = {model["name"]: model["runtime"] for model in after["models"]}
     stolen = steal.percent()
@@ -168,7 +170,7 @@ class _Measuring:
         return () if self.why_not_direct else tuple(self._direct[state])
 
 
-def _result(key: Key, status: dict[str, Any], states: dict[State, Measured]) -> PromptResult:
+def _result(key: Key, length: int | None, status: dict[str, Any], states: dict[State, Measured]) -> PromptResult:
     artifact = status.get("artifact") or {}
     return PromptResult(
         model=key.model,
@@ -176,6 +178,7 @@ def _result(key: Key, status: dict[str, Any], states: dict[State, Measured]) -> 
         tokens=artifact.get("tokens"),
         size_bytes=artifact.get("size_bytes"),
         build_ms=round(artifact["build_ms"], 1) if artifact else None,
+        length=length,
         states=states,
         no_gain=trust.why_no_gain(status, states),
         reduction=trust.reductions(states),

@@ -33,13 +33,13 @@ def stored(
     models: Sequence[str],
     context_tokens: Callable[[str], int | None],
     on_step: Callable[[str], None],
-) -> Iterator[tuple[list[Key], list[str]]]:
-    """The prompts, each fresh, and why some could not be stored. They are removed at the end, however it comes.
+) -> Iterator[tuple[dict[Key, int], list[str]]]:
+    """The prompts with the length chosen for each, all fresh, and why some could not be stored. They are removed at the end, however it comes.
 
     Errors: RequestError, DaemonUnreachable; SourceError if none could be stored.
     """
     tried: list[Key] = []
-    kept: list[Key] = []
+    kept: dict[Key, int] = {}
     refused: list[str] = []
     try:
         with Client(socket) as asking, Client(admin_socket) as admin:
@@ -56,7 +56,7 @@ def stored(
                             raise
                         refused.append(f"{model}, {tokens:,} tokens: {error.message}")
                     else:
-                        kept.append(key)
+                        kept[key] = tokens
         if not kept:
             raise SourceError(f"no prompt could be stored: {'; '.join(refused)}", hint="the manifest says what fits")
         yield kept, refused
