@@ -34,7 +34,7 @@ def stored(
     context_tokens: Callable[[str], int | None],
     on_step: Callable[[str], None],
 ) -> Iterator[tuple[dict[Key, int], list[str]]]:
-    """The prompts with the length chosen for each, all fresh, and why some could not be stored. They are removed at the end, however it comes.
+    """The prompts with the length chosen for each, and why some could not be stored. Removed at the end, however it comes.
 
     Errors: RequestError, DaemonUnreachable; SourceError if none could be stored.
     """

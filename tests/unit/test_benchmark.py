@@ -47,12 +47,14 @@ def test_it_says_when_a_figure_is_not_to_be_trusted(
 
 
 @pytest.mark.parametrize(
-    ("prompt", "name"),
-    [("bench-123-2048", "m, 2,048 tokens"), ("system", "m/system"), ("bench-x-1", "m/bench-x-1")],
+    ("prompt", "length", "name"),
+    [("bench-123-2048", 2048, "m, 2,048 tokens"), ("system", None, "m/system"), ("bench-1-128", None, "m/bench-1-128")],
 )
-def test_a_prompt_of_a_sweep_goes_by_its_length(prompt: str, name: str) -> None:
-    """Its own name is of one session, and says nothing to a reader."""
-    result = PromptResult(model="m", prompt=prompt, tokens=None, size_bytes=None, build_ms=None, states={})
+def test_a_prompt_of_a_sweep_goes_by_its_length(prompt: str, length: int | None, name: str) -> None:
+    """Its own name is of one session, and says nothing to a reader. A declared prompt may be named alike."""
+    result = PromptResult(
+        model="m", prompt=prompt, tokens=None, size_bytes=None, build_ms=None, length=length, states={}
+    )
     assert result.name == name
 
 
