@@ -18,6 +18,7 @@ import json
 import os
 import platform
 import socket
+import sys
 import threading
 import time
 from pathlib import Path
@@ -265,7 +266,8 @@ def _import_library() -> Any:
         return importlib.import_module("xllamacpp")
     except ImportError as error:
         raise EngineError(
-            f"the llama.cpp engine needs the package xllamacpp: {error}", hint="pip install 'rkcached[cpu]'"
+            f"the llama.cpp engine needs the package xllamacpp: {error}",
+            hint=f"{sys.executable} -m pip install xllamacpp",
         ) from error
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import importlib.metadata
 import importlib.util
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,7 +63,10 @@ def _rkllm_facts(library: Path, _: Signature | None, abi: str | None) -> tuple[s
 def _locate_xllamacpp(_: EngineConfig) -> RuntimeFiles:
     spec = importlib.util.find_spec("xllamacpp")  # finds, does not import
     if spec is None or not spec.submodule_search_locations:
-        raise SourceError("the package xllamacpp is not installed", hint="pip install 'rkcached[cpu]'")
+        raise SourceError(
+            "the package xllamacpp is not installed",
+            hint=f"install the Debian package rkcached-cpu, or run {sys.executable} -m pip install xllamacpp",
+        )
     folder = Path(spec.submodule_search_locations[0])
     return RuntimeFiles(version=importlib.metadata.version("xllamacpp"), files=tuple(sorted(folder.glob("*.so"))))
 

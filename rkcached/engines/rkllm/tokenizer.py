@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 
 from rkcached.errors import ModelLoadError
@@ -21,7 +22,7 @@ def load_tokenizer(path: str) -> Tokenize | None:
         import tokenizers  # noqa: PLC0415 - 50 ms that only models with a tokenizer need
     except ImportError as error:
         raise ModelLoadError(
-            f"the tokenizer {path} needs the package tokenizers", hint="pip install 'rkcached[rkllm]'"
+            f"the tokenizer {path} needs the package tokenizers", hint=f"{sys.executable} -m pip install tokenizers"
         ) from error
     try:
         tokenizer = tokenizers.Tokenizer.from_file(path)
