@@ -15,24 +15,29 @@ TEXT = (ROOT / "README.md").read_text()
 TABLED = re.findall(r"^\| (?:[^|]* \| )?`(rkcached [^`]+)` \|", TEXT, re.MULTILINE)
 
 ELSEWHERE = {
-    "make demo": "tests/system/test_model.py",
-    "make test": ".ci/run",
-    "python3 -m venv": "Makefile",
-    "export PATH": "Makefile",
-    "rkcached run": "tests/system/test_cli.py",
-    "make deb": "tests/packaging/test_deb.py",
-    "sudo make install": "tests/systemd/machine.py",
-    "sudoedit": "tests/systemd/test_operating.py",
-    "sudo systemctl enable --now rkcached": "tests/systemd/test_activation.py",
-    "systemctl status rkcached": "tests/systemd/test_operating.py",
-    "sudo systemctl reload rkcached": "tests/systemd/test_operating.py",
-    "journalctl -u rkcached": "tests/systemd/test_operating.py",
-    "curl": "tests/system/test_readme.py",
-    "-d": "tests/system/test_readme.py",
+    "make demo": (".ci/run", "make demo"),
+    "make test": (".ci/run", "make test"),
+    "python3 -m venv": ("tests/system/test_readme.py", "test_the_environment"),
+    "export PATH": ("tests/system/test_readme.py", "test_the_environment"),
+    "rkcached run": ("tests/system/conftest.py", '"run", "--log-level"'),
+    "make deb": ("tests/packaging/test_deb.py", "packaging/build_deb.py"),
+    "sudo apt install": ("tests/packaging/test_deb.py", 'run("dpkg"'),
+    "sudo make install": ("tests/systemd/conftest.py", 'make(bare_machine, "install")'),
+    "sudoedit": ("tests/systemd/machine.py", "manifest.yaml"),
+    "sudo rkcached check": ("tests/systemd/test_activation.py", '"rkcached", "check"'),
+    "sudo systemctl enable --now rkcached": ("tests/systemd/test_uninstall.py", '"enable", "--now", UNIT'),
+    "systemctl status rkcached": ("tests/systemd/machine.py", "systemctl('status', UNIT"),
+    "sudo systemctl reload rkcached": ("tests/systemd/test_faults.py", 'systemctl("reload", UNIT)'),
+    "journalctl -u rkcached": ("tests/systemd/machine.py", '"journalctl", "-b", "-u", UNIT'),
+    "curl": ("tests/system/test_readme.py", "test_the_curl_command"),
+    "-d": ("tests/system/test_readme.py", "test_the_curl_command"),
 }
-"""The first words of a line in a block, and who runs it, or what it comes to."""
+"""The first words of a line in a block; who runs it, and the words there that do."""
 
 COMMAND = re.compile(r"\s*(make|sudo|sudoedit|curl|python3|export|rkcached|systemctl|journalctl|-d)\b")
+
+
+CHECK_DATA = 'python -c "from rkcached.page import _source; print(len(_source()))"'
 
 
 def blocks(language: str = "") -> list[str]:
@@ -88,7 +93,26 @@ def test_every_line_of_the_blocks_is_run_somewhere() -> None:
                 continue
             known = [where for start, where in ELSEWHERE.items() if line.strip().startswith(start)]
             assert known, line
-            assert (ROOT / known[0]).exists(), known[0]
+            for file, words in known:
+                assert words in (ROOT / file).read_text(), (line, file)
+
+
+def test_the_environment(tmp_path: Path) -> None:
+    """README's own lines in a shell, on a copy of this tree: the program starts from its path, with all of its data."""
+    need("git")
+    files = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, check=True).stdout
+    subprocess.run(["tar", "--null", "-T-", "-cf", str(tmp_path / "tree.tar")], cwd=ROOT, input=files, check=True)
+    tree = tmp_path / "tree"
+    tree.mkdir()
+    subprocess.run(["tar", "-xf", str(tmp_path / "tree.tar")], cwd=tree, check=True)
+    (block,) = [text for text in blocks() if text.startswith("python3 -m venv")]
+    lines = [line for line in block.splitlines() if line.startswith(("python3 -m venv", "export PATH"))]
+    assert len(lines) == 2
+    script = "\n".join(["set -e", *lines, "cd /", "command -v rkcached", "rkcached schema", CHECK_DATA])
+    done = subprocess.run(["bash", "-c", script], cwd=tree, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert f"{tree}/.venv/bin/rkcached\n" in done.stdout
+    assert int(done.stdout.split()[-1]) > 1000  # the page's template
 
 
 def test_the_curl_command(board: Workspace) -> None:
