@@ -205,4 +205,10 @@ def _invite(console: Console, workspace: Path, socket: Path) -> None:
     console.print("Ask over the socket, from another terminal:")
     curl = f"  curl -s --unix-socket {socket} http://localhost/v1/chat/completions -d '{ask}'"
     console.print(curl, soft_wrap=True, markup=False)
+    program = Path(sys.argv[0])
+    if program.name != "rkcached":  # started as a module
+        program = Path("rkcached")
+    console.print("Watch it, and measure more than one question:")
+    for command in ("status --watch", "bench"):
+        console.print(f"  {program} {command} -s {socket}", soft_wrap=True, markup=False)
     console.print("Ctrl-C ends the demo.")
