@@ -142,6 +142,7 @@ def _measure_in_turns(launch: int, runs: int, sides: list[_Side]) -> None:
         for side in (*sides[at:], *sides[:at]):
             side.run(prompt, f"{count % 1000:03d}: In one sentence, what is your most important rule?", how)
 
+    turn(next(iter(PEER_TOKENS)), "first")  # the daemon loads its model with the first request
     for prompt in PEER_TOKENS:
         turn(prompt, "cold")
         turn(prompt, "first")

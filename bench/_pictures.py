@@ -11,6 +11,7 @@ from typing import Any
 import matplotlib as mpl
 from _results import Figure
 from matplotlib.figure import Figure as Drawing
+from matplotlib.ticker import LogLocator
 
 _NAME = re.compile(r"([\d,]+) over (\d+): (.+)")
 _PANELS = {
@@ -42,9 +43,15 @@ def draw_scale(figures: Sequence[Figure], facts: dict[str, Any], file: Path) -> 
             for models, points in sorted(found[name].items()):
                 label = f"{models} model{'s' * (models > 1)}"
                 axes.plot(*zip(*sorted(points), strict=True), marker="o", color=_COLOURS[models], label=label)
+            last, value = max(point for points in found[name].values() for point in points)
+            axes.plot([last / 10, last], [value / 10, value], color="#9a9a9a", linestyle=":", label="linear growth")
             if name in aims:
                 axes.plot(*aims[name], marker="_", markersize=22, markeredgewidth=2, color="black", label="aim")
             axes.set(xscale="log", yscale="log", title=title, xlabel="prompts")
+            axes.xaxis.set_major_formatter("{x:,.0f}")
+            axes.yaxis.set_major_formatter("{x:,g}")
+            axes.yaxis.set_minor_locator(LogLocator(subs=(2, 5)))
+            axes.yaxis.set_minor_formatter("{x:,g}")
         max(drawing.axes, key=lambda axes: len(axes.lines)).legend()
         drawing.suptitle(
             f"memory engine, prompts of 2 KB; {facts['cpu']}, {facts['cores']} cores, {facts['date'][:10]}", fontsize=8
