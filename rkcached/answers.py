@@ -332,6 +332,7 @@ class StoreStatus(Answer):
     orphan_bytes: int = Field(description="Of used_bytes: artifacts that the manifest does not declare.")
     foreign_bytes: int = Field(description="Of used_bytes: files that are not the store's.")
     quarantine_bytes: int = Field(description="Beside used_bytes: kept for a post-mortem where max_bytes leaves room.")
+    free_bytes: int | None = Field(description="Left on the file system of the store; null where it does not say.")
 
 
 class ReconcileStatus(Answer):
@@ -353,6 +354,7 @@ class Status(Answer):
 
     version: str
     pid: int
+    started_at: float = Field(description="Unix seconds.")
     uptime_s: float
     ready: bool
     summary: str

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import json
 import os
 import queue
+import re
 import signal
 import statistics
 import sys
@@ -19,10 +19,12 @@ import termios
 import threading
 import time
 import tty
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from enum import Enum, auto
 from pathlib import Path
-from typing import Any
+from typing import Any, assert_never
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
@@ -49,9 +51,41 @@ class _Heard(Enum):
     QUIT = auto()
 
 
-_Inbox = queue.SimpleQueue[_Heard]
-_Show = Callable[[dict[str, Any], bool], None]
-"""Shows a status; true: it is an old one, as the daemon is gone."""
+class Move(Enum):
+    """Where to, in the list of prompts."""
+
+    UP = auto()
+    DOWN = auto()
+    PAGE_UP = auto()
+    PAGE_DOWN = auto()
+    TOP = auto()
+    BOTTOM = auto()
+
+
+_KEYS: dict[bytes, Move | _Heard] = {
+    **dict.fromkeys((b"q", b"Q"), _Heard.QUIT),
+    **dict.fromkeys((b"k", b"\x1b[A", b"\x1bOA"), Move.UP),
+    **dict.fromkeys((b"j", b"\x1b[B", b"\x1bOB"), Move.DOWN),
+    **dict.fromkeys((b"\x1b[5~",), Move.PAGE_UP),
+    **dict.fromkeys((b" ", b"\x1b[6~"), Move.PAGE_DOWN),
+    **dict.fromkeys((b"g", b"\x1b[H", b"\x1bOH", b"\x1b[1~", b"\x1b[7~"), Move.TOP),
+    **dict.fromkeys((b"G", b"\x1b[F", b"\x1bOF", b"\x1b[4~", b"\x1b[8~"), Move.BOTTOM),
+}
+
+_ONE_KEY = re.compile(rb"[^\x1b]|\x1b(?:\[[0-?]*[ -/]*[@-~]|O[@-~]|(?=[^\[O]|\[[0-?]*[ -/]*[^ -~]|O[^@-~]))")
+"""A letter; an escape sequence that is complete; or an escape that begins none."""
+
+_Inbox = queue.SimpleQueue[_Heard | Move]
+
+
+class _View:
+    """Shows a status. `gone`: it is an old one, as the daemon is gone."""
+
+    def show(self, status: dict[str, Any], *, gone: bool) -> None:
+        raise NotImplementedError
+
+    def move(self, move: Move) -> None:
+        """Nothing, where nothing scrolls."""
 
 
 def watch(socket: Path, console: Console, *, want_json: bool = False) -> None:
@@ -61,31 +95,34 @@ def watch(socket: Path, console: Console, *, want_json: bool = False) -> None:
         inbox: _Inbox = queue.SimpleQueue()
         threading.Thread(target=_listen, args=(socket, inbox), daemon=True).start()
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # the terminal is put right
-        if not console.is_terminal or console.is_dumb_terminal or want_json:
-            _follow(client, inbox, status, _Blocks(console, want_json=want_json), tick_s=None)
-            return
-        with Live(console=console, screen=True, auto_refresh=False) as screen, _keys(inbox):
-
-            def draw(status: dict[str, Any], gone: bool) -> None:
-                screen.update(Group(*picture(status, console, gone=gone)), refresh=True)
-
-            draw(status, False)
-            _follow(client, inbox, status, draw, tick_s=_TICK_S)
+        if want_json:
+            _follow(client, inbox, status, _Documents(), tick_s=None)
+        elif not console.is_terminal or console.is_dumb_terminal:
+            _follow(client, inbox, status, _Changes(console), tick_s=None)
+        else:
+            with Live(console=console, screen=True, auto_refresh=False) as live, _keys(inbox):
+                _follow(client, inbox, status, _Screen(live), tick_s=_TICK_S)
 
 
-def _follow(client: Client, inbox: _Inbox, status: dict[str, Any], show_it: _Show, *, tick_s: float | None) -> None:
+def _follow(client: Client, inbox: _Inbox, status: dict[str, Any], view: _View, *, tick_s: float | None) -> None:
     """Until someone quits. `tick_s`: show it again after this long without news; None: news only."""
+    view.show(status, gone=False)
     gone = due = False
     asked = 0.0
     while True:
         wait_s = max(0.0, asked + _PACE_S - time.monotonic()) if due else tick_s
+        moved = False
         for said in _hear(inbox, wait_s):
             if said is _Heard.QUIT:
                 return
-            gone = said is _Heard.GONE
-            due = not gone
-        if gone or not (due or (tick_s and _moving(status))):
-            show_it(status, gone)
+            if isinstance(said, Move):
+                view.move(said)
+                moved = True
+            else:
+                gone = said is _Heard.GONE
+                due = not gone
+        if moved or gone or not (due or (tick_s and _moving(status))):
+            view.show(status, gone=gone)
             continue
         if time.monotonic() < asked + _PACE_S:
             continue
@@ -94,10 +131,10 @@ def _follow(client: Client, inbox: _Inbox, status: dict[str, Any], show_it: _Sho
             status = client.status()
         except RkcachedError:
             gone = True
-        show_it(status, gone)
+        view.show(status, gone=gone)
 
 
-def _hear(inbox: _Inbox, wait_s: float | None) -> Iterator[_Heard]:
+def _hear(inbox: _Inbox, wait_s: float | None) -> Iterator[_Heard | Move]:
     """What was said: waits for the first, takes the others that are there."""
     with contextlib.suppress(queue.Empty):
         yield inbox.get(timeout=wait_s)
@@ -122,7 +159,7 @@ def _listen(socket: Path, inbox: _Inbox) -> None:
 
 @contextlib.contextmanager
 def _keys(inbox: _Inbox) -> Iterator[None]:
-    """Meanwhile q means the end; other keys are neither shown nor left to the shell."""
+    """Meanwhile keys move and end the view; other keys are neither shown nor left to the shell."""
     if not sys.stdin.isatty():
         yield
         return
@@ -130,9 +167,12 @@ def _keys(inbox: _Inbox) -> Iterator[None]:
     before = termios.tcgetattr(stdin)
 
     def read() -> None:
-        while key := os.read(stdin, 1):
-            if key in (b"q", b"Q"):
-                inbox.put(_Heard.QUIT)
+        typed = b""
+        while data := os.read(stdin, 1024):
+            keys, typed = split_keys(typed + data)
+            for key in keys:
+                if key in _KEYS:
+                    inbox.put(_KEYS[key])
 
     tty.setcbreak(stdin)
     threading.Thread(target=read, daemon=True).start()
@@ -142,91 +182,269 @@ def _keys(inbox: _Inbox) -> Iterator[None]:
         termios.tcsetattr(stdin, termios.TCSAFLUSH, before)
 
 
-class _Blocks:
-    """For pipes, files and terminals that cannot go back: a block, or a line of JSON, for each change."""
+def split_keys(typed: bytes) -> tuple[list[bytes], bytes]:
+    """The keys, and the beginning of an escape sequence of which more will come."""
+    keys, at = [], 0
+    while key := _ONE_KEY.match(typed, at):
+        keys.append(key[0])
+        at = key.end()
+    return keys, typed[at:]
 
-    def __init__(self, console: Console, *, want_json: bool) -> None:
+
+class _Documents(_View):
+    """--json: a line of JSON for each change."""
+
+    def __init__(self) -> None:
+        self._facts: dict[str, str] | None = None
+        self._gone = False
+
+    def show(self, status: dict[str, Any], *, gone: bool) -> None:
+        facts = None if gone else facts_of(status)
+        if (gone, facts) != (self._gone, self._facts):
+            print(show.json_text({"gone": True} if gone else status), flush=True)  # noqa: T201 - for a program
+        self._gone, self._facts = gone, facts
+
+
+class _Changes(_View):
+    """For pipes, files and terminals that cannot go back: the whole once, then a line for each thing that changed."""
+
+    def __init__(self, console: Console) -> None:
         self._console = console
-        self._json = want_json
-        self._said = ""
+        self._facts: dict[str, str] | None = None
+        self._gone = False
 
-    def __call__(self, status: dict[str, Any], gone: bool) -> None:
+    def show(self, status: dict[str, Any], *, gone: bool) -> None:
         if gone:
-            self._say("gone", json.dumps({"gone": True}) if self._json else f"{_GONE}\n")
-        elif self._json:
-            self._say(_text(self._console, {**status, "uptime_s": 0}), json.dumps(status, ensure_ascii=False))
+            if not self._gone:
+                self._say([_GONE])
+            self._facts = None
         else:
-            said = _text(self._console, status)
-            self._say(said.partition("\n")[2], said)
+            facts = facts_of(status)
+            if self._facts is None:
+                print(f"{show.when(time.time())}\n{self._whole(status)}", flush=True)  # noqa: T201 - as it is
+            else:
+                self._say(changes(self._facts, facts))
+            self._facts = facts
+        self._gone = gone
 
-    def _say(self, what: str, how: str) -> None:
-        """Once, as long as it is `what`."""
-        if what != self._said:
-            self._said = what
-            head = "" if self._json else f"{show.when(time.time())}\n"
-            print(f"{head}{how}", flush=True)  # noqa: T201 - as it is, without wrapping or markup
+    def _whole(self, status: dict[str, Any]) -> str:
+        with self._console.capture() as captured:
+            show.print_status(self._console, status, stays=True)
+        return captured.get()
+
+    def _say(self, lines: Iterable[str]) -> None:
+        for line in lines:
+            print(f"{show.when(time.time())} {line}", flush=True)  # noqa: T201 - without wrapping or markup
 
 
-def _text(console: Console, status: dict[str, Any]) -> str:
-    with console.capture() as captured:
-        show.print_status(console, status)
-    return captured.get()
+def facts_of(status: dict[str, Any]) -> dict[str, str]:
+    """All that is worth a line when it changes, by what it is about. What changes by itself is left out."""
+    status = show.shown(status)
+    facts = {show.name_of(prompt): _prompt_line(prompt) for prompt in status["prompts"]}
+    for model in status["models"]:
+        facts[f"model {model['name']}"] = show.model_line({**model, "state_s": 0}).plain
+    problems = "; ".join(status["manifest"]["problems"])
+    trouble = status["cache"]["trouble"]
+    facts |= {
+        "daemon": show.daemon_line(status, age=show.since(status["started_at"])).plain,
+        "manifest": f"{show.REJECTED}: {problems}" if problems else "manifest: in force",
+        "store": f"the store cannot be read: {trouble}" if trouble else "store: readable",
+        "watching": f"watching: {status['watching']}",
+        "cache": f"cache {show.used_of({**status, 'cache': {**status['cache'], 'free_bytes': None}})}",
+        "answers": f"answers: {show.answers_of(status)}",
+        "summary": show.summary_of(status),
+    }
+    return facts
+
+
+def _prompt_line(prompt: dict[str, Any]) -> str:
+    artifact = prompt.get("artifact")
+    figures = f", {artifact['tokens']} tokens, {show.size(artifact['size_bytes'])}" if artifact else ""
+    if artifact and artifact["verified"] != "off":
+        figures += f", cold {artifact['cold_ttft_ms']:.0f} ms, warm {artifact['warm_ttft_ms']:.0f} ms"
+    reason = show.reason_of(prompt)
+    words = f": {reason}" if reason else figures if prompt["state"] == "fresh" else ""
+    return f"{show.name_of(prompt)} {prompt['state']}{words}"
+
+
+def changes(before: dict[str, str], now: dict[str, str]) -> Iterator[str]:
+    """A line for each fact that is new, another or gone."""
+    for about, fact in now.items():
+        if before.get(about) != fact:
+            yield fact
+    for about in before.keys() - now.keys():
+        yield f"{about}: no longer there"
 
 
 _GONE = "daemon gone, waiting"
 
+_ATTENTION = ("blocked", "quarantined", "corrupt", "uncacheable")
+"""States that somebody should see, or do something about: shown first."""
 
-def picture(status: dict[str, Any], console: Console, *, gone: bool = False) -> Iterator[RenderableType]:
-    """What fits on the terminal: troubles first, and how much more there is."""
-    ascii_only = console.options.ascii_only
-    lines = [Text(f"{_GONE}; this is how it was", style="bold reverse")] if gone else []
-    lines += [*show.status_heading(status), *_queue(status), *_disk(status, ascii_only=ascii_only)]
-    lines += [*_times(status, ascii_only=ascii_only), *_build(status, ascii_only=ascii_only), Text()]
-    for line in lines:
-        line.truncate(console.width, overflow="ellipsis")
-    yield from lines
+
+class _Screen(_View):
+    """A terminal, of which one part scrolls."""
+
+    def __init__(self, live: Live) -> None:
+        self._live = live
+        self._first = 0
+        self._page = 1
+        self._raw: dict[str, Any] = {}
+        self._shown: dict[str, Any] = {}
+
+    def show(self, status: dict[str, Any], *, gone: bool) -> None:
+        if status is not self._raw:
+            self._raw, self._shown = status, show.shown(status)
+        seen = picture(self._shown, self._live.console, gone=gone, first=self._first, scrolls=sys.stdin.isatty())
+        self._first, self._page = seen.first, max(1, seen.count)
+        self._live.update(Group(*seen.parts), refresh=True)
+
+    def move(self, move: Move) -> None:
+        match move:
+            case Move.UP:
+                self._first -= 1
+            case Move.DOWN:
+                self._first += 1
+            case Move.PAGE_UP:
+                self._first -= self._page
+            case Move.PAGE_DOWN:
+                self._first += self._page
+            case Move.TOP:
+                self._first = 0
+            case Move.BOTTOM:
+                self._first = sys.maxsize
+            case _:
+                assert_never(move)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Picture:
+    parts: list[RenderableType]
+    first: int
+    """The first prompt that is seen, from 0."""
+    count: int
+    """How many prompts are seen."""
+
+
+def picture(
+    status: dict[str, Any], console: Console, *, gone: bool = False, first: int = 0, scrolls: bool = True
+) -> Picture:
+    """What fits on the terminal of a status as `show.shown` gives it: troubles, then the prompts from `first` on.
+
+    Prompts that need attention come first, the others as the manifest has them.
+    """
+    width, height = console.size
+    head = _head(status, console, gone=gone)
     if not status["prompts"]:
-        yield show.NO_PROMPTS
-        return
-    wide = console.width >= show.WIDE
-    prompts = sorted(status["prompts"], key=lambda prompt: prompt["state"] == "fresh")
-    notes = [[] if wide else _note(prompt, console) for prompt in prompts]
-    count = _that_fit([1 + len(note) for note in notes], console.height - len(lines) - 2)
-    yield show.prompt_table(prompts[:count], notes=wide, overflow="ellipsis")
-    for note in notes[:count]:
-        yield from note
-    if left := prompts[count:]:
-        fresh = ", all fresh" if all(prompt["state"] == "fresh" for prompt in left) else ""
-        yield Text(f"{len(left)} more{fresh}", style="dim")
+        return Picture(parts=[*head, show.NO_PROMPTS], first=0, count=0)
+    prompts = sorted(status["prompts"], key=lambda prompt: prompt["state"] not in _ATTENTION)
+    notes = _Notes(prompts, console)
+    room = height - len(head) - 1
+    if notes.that_fit(prompts, room) < len(prompts):
+        room -= 1
+    first = max(0, min(first, len(prompts) - notes.that_fit(reversed(prompts), room)))
+    count = notes.that_fit(itertools.islice(prompts, first, None), room)
+    seen = prompts[first : first + count]
+    parts: list[RenderableType] = [*head]
+    parts.append(show.prompt_table(seen, width, notes=width >= show.WIDE, overflow="ellipsis"))
+    parts += notes.below(seen)[: max(0, room - count)]
+    if count < len(prompts):
+        span = f"{first + 1}-{first + count}" if count > 1 else f"{first + 1}"
+        last = Text(f"prompts {span} of {len(prompts)}" + (", arrows scroll" if scrolls else ""), style="dim")
+        last.truncate(width, overflow="ellipsis")
+        parts.append(last)
+    return Picture(parts=parts, first=first, count=count)
 
 
-def _note(prompt: dict[str, Any], console: Console) -> list[Text]:
-    """What is wrong with it, in at most three lines."""
-    if not prompt["reason"]:
-        return []
-    note = Text(f"{prompt['model']}/{prompt['prompt']}: {show.note_of(prompt)}", style="dim")
-    return list(note.wrap(console, console.width))[:3]
+class _Notes:
+    """What is wrong with prompts, in lines below their table, where that has no room for notes."""
+
+    def __init__(self, prompts: Sequence[dict[str, Any]], console: Console) -> None:
+        self._console = console
+        self._counts = Counter(map(_reason, prompts)) if console.width < show.WIDE else Counter[str]()
+
+    def below(self, prompts: Sequence[dict[str, Any]]) -> list[Text]:
+        """Each reason once, in at most three lines."""
+        if not self._counts:
+            return []
+        notes = [Text(": ".join(note), style="dim") for note in show.notes_of(prompts, self._counts, _reason)]
+        return [line for note in notes for line in _wrapped(note, self._console)[:3]]
+
+    def that_fit(self, prompts: Iterable[dict[str, Any]], lines: int) -> int:
+        """How many fit with what is to be said of them, at least one."""
+        told = {""}
+        count = 0
+        for prompt in prompts:
+            lines -= 1
+            if (reason := _reason(prompt)) not in told:
+                told.add(reason)
+                lines -= len(self.below([prompt]))
+            if lines < 0:
+                break
+            count += 1
+        return max(1, count)
 
 
-def _that_fit(heights: Sequence[int], lines: int) -> int:
-    """How many of these fit, at least one; a line below them says what is left out."""
-    count = sum(total <= lines for total in itertools.accumulate(heights))
-    return max(1, count)
+def _reason(prompt: dict[str, Any]) -> str:
+    """Without figures that the table has, so that those of many prompts are the same."""
+    reason = show.reason_of(prompt)
+    return "no gain, see cold and warm" if reason.startswith("no gain: ") else reason
 
 
-def _queue(status: dict[str, Any]) -> Iterator[Text]:
+def _wrapped(text: Text, console: Console) -> list[Text]:
+    return list(text.wrap(console, console.width))
+
+
+def _head(status: dict[str, Any], console: Console, *, gone: bool) -> list[Text]:
+    """All above the prompts, in at most half of the lines: what can be missed most easily is left out first."""
+    width, height = console.size
+    ascii_only = console.options.ascii_only
+    models = [(1 if model["trouble"] else 5, show.model_line(model)) for model in status["models"]]
+    queue = _queue(status)
+    lines = [
+        *([(0, Text(f"{_GONE}; this is how it was", style="bold reverse"))] if gone else []),
+        *((0, line) for line in _troubles(status, console, most=max(3, height // 3))),
+        (6, show.daemon_line(status, age=show.since(status["started_at"]))),
+        (0, Text(show.summary_of(status), style="bold")),
+        (7, Text(f"engine {status['engine']}, answers: {show.answers_of(status)}")),
+        *models,
+        (3, queue),
+        (4, _disk(status, ascii_only=ascii_only)),
+        *((6, line) for line in _times(status, width, ascii_only=ascii_only)),
+        *((2, line) for line in _build(status, ascii_only=ascii_only)),
+        (8, Text()),
+    ]
+    by_weight = sorted(range(len(lines)), key=lambda at: lines[at][0])
+    kept = [lines[at][1] for at in sorted(by_weight[: max(2, height // 2)])]
+    if hidden := sum(not any(line is one for one in kept) for _, line in models):
+        queue.append(f"; {hidden} of {len(models)} models are not shown")
+    for line in kept:
+        line.truncate(width, overflow="ellipsis")
+    return kept
+
+
+def _troubles(status: dict[str, Any], console: Console, *, most: int) -> list[Text]:
+    """Whole, over several lines where that is needed; how much is left out if there are more than `most`."""
+    lines = [line for one in show.troubles(status) for line in _wrapped(one, console)]
+    if len(lines) > most:
+        left = len(lines) - most + 1
+        lines[most - 1 :] = [Text(f"{left} more lines: `rkcached status`, `rkcached check`", style="bold red")]
+    return lines
+
+
+def _queue(status: dict[str, Any]) -> Text:
     waiting = sum(model["waiting"] for model in status["models"])
-    yield Text(f"queue   {status['running'] - waiting} running, {waiting} waiting")
+    return Text(f"queue   {status['running'] - waiting} running, {waiting} waiting")
 
 
-def _disk(status: dict[str, Any], *, ascii_only: bool) -> Iterator[Text]:
+def _disk(status: dict[str, Any], *, ascii_only: bool) -> Text:
     used, limit = status["cache"]["used_bytes"], status["cache"]["max_bytes"]
-    if limit:
-        bar = _bar(used / limit, ascii_only=ascii_only)
-        yield Text(f"disk    {bar} {show.size(used)} of {show.size(limit)}", style="yellow" if used > limit else "")
+    bar = f"{_bar(used / limit, ascii_only=ascii_only)} " if limit else ""
+    return Text(f"disk    {bar}{show.used_of(status)}", style="yellow" if limit and used > limit else "")
 
 
-def _times(status: dict[str, Any], *, ascii_only: bool) -> Iterator[Text]:
+def _times(status: dict[str, Any], width: int, *, ascii_only: bool) -> Iterator[Text]:
+    """The last times to the first token, as many as there is room for beside their medians."""
     times = [one["ttft_ms"] for one in status["recent"]]
     if times:
         kinds = {"cached": ("hit", "loaded"), "cold": ("cold",)}
@@ -235,8 +453,10 @@ def _times(status: dict[str, Any], *, ascii_only: bool) -> Iterator[Text]:
             for kind, states in kinds.items()
         }
         medians = [f"{kind} {statistics.median(values):.0f} ms" for kind, values in by_kind.items() if values]
-        words = f"; medians: {', '.join(medians)}" if medians else ""
-        yield Text(f"TTFT    {show.sparkline(times, ascii_only=ascii_only)} last {times[-1]:.0f} ms{words}")
+        words = f"last {times[-1]:.0f} ms" + (f"; medians: {', '.join(medians)}" if medians else "")
+        room = max(0, width - len("TTFT    ") - len(words) - 1)
+        line = show.sparkline(times[-room:], ascii_only=ascii_only) if room else ""
+        yield Text(f"TTFT    {line} {words}" if line else f"TTFT    {words}")
 
 
 def _build(status: dict[str, Any], *, ascii_only: bool) -> Iterator[Text]:
@@ -244,8 +464,7 @@ def _build(status: dict[str, Any], *, ascii_only: bool) -> Iterator[Text]:
         if progress := prompt.get("progress"):
             done, total = progress["done_tokens"], progress["total_tokens"]
             bar = f"{_bar(done / total, ascii_only=ascii_only)} {done} of {total} tokens, " if total else ""
-            name = f"{prompt['model']}/{prompt['prompt']}"
-            yield Text(f"build   {bar}{progress['elapsed_ms'] / 1000:.0f} s, {name}", style="cyan")
+            yield Text(f"build   {bar}{progress['elapsed_ms'] / 1000:.0f} s, {show.name_of(prompt)}", style="cyan")
 
 
 def _bar(share: float, *, ascii_only: bool, width: int = 20) -> str:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
+import json
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, assert_never
 
+from rich.cells import cell_len
 from rich.console import Console, OverflowMethod
 from rich.table import Table
 from rich.text import Text
@@ -16,10 +19,17 @@ from rkcached.plan import Action, Assessment, Blocked, Build, Remove, State
 WIDE = 110
 """Columns from which the table has room for notes; on a narrower terminal they follow it."""
 
+_NAME_WIDTH = 24
+"""What a name keeps before figures have room; less where no name is so long."""
+
+_FIGURES = ("cold", "warm", "hits", "tokens", "size")
+"""The columns of figures. The last ones give way first."""
+
 _LONG_S = 2.0
 """From here on it is said how long a worker has been at it."""
 
 NO_PROMPTS = Text("no prompts are declared", style="dim")
+REJECTED = "manifest rejected, the last good one is in force"
 
 _STATE_STYLE = {
     "fresh": "green",
@@ -51,10 +61,10 @@ def print_plan(console: Console, actions: Sequence[Action], assessments: Sequenc
     for action in actions:
         data = action_data(action)
         sign, style = signs[data["action"]]
-        reason = Text(data["reason"])
+        reason = Text(printable(data["reason"]))
         if data.get("hint"):
-            reason.append(f"\n{data['hint']}", style="dim")
-        table.add_row(Text(f"{sign} {data['action']}", style=style), str(action.key), reason)
+            reason.append(f"\n{printable(data['hint'])}", style="dim")
+        table.add_row(Text(f"{sign} {data['action']}", style=style), Text(printable(str(action.key))), reason)
     if actions:
         console.print(table)
     counts = Counter(data["action"] for data in map(action_data, actions))
@@ -64,41 +74,115 @@ def print_plan(console: Console, actions: Sequence[Action], assessments: Sequenc
     console.print(Text(", ".join([*words, f"{fresh} fresh"]) if words else f"nothing to do, {fresh} fresh"))
 
 
-def print_status(console: Console, status: dict[str, Any]) -> None:
+def print_status(console: Console, status: dict[str, Any], *, stays: bool = False) -> None:
+    """The status as it is now. `stays`: it is read later, too, so it tells nothing that changes by itself."""
+    status = shown(status)
     prompts, wide = status["prompts"], console.width >= WIDE
-    for line in status_heading(status):
+    for line in (*troubles(status), *_heading(status, stays=stays)):
         console.print(line)
     if not prompts:
         console.print(NO_PROMPTS)
         return
-    console.print(prompt_table(prompts, notes=wide))
-    for prompt in () if wide else prompts:
-        if note := note_of(prompt):
-            console.print(Text(f"{prompt['model']}/{prompt['prompt']}: {note}", style="dim"))
+    console.print(prompt_table(prompts, console.width, notes=wide))
+    for who, note in () if wide else notes_of(prompts, Counter(map(note_of, prompts)), note_of):
+        console.print(Text(f"{who}: {note}", style="dim"))
 
 
-def prompt_table(prompts: Sequence[dict[str, Any]], *, notes: bool, overflow: OverflowMethod = "fold") -> Table:
+def shown(status: dict[str, Any]) -> dict[str, Any]:
+    """The status for a person's eyes. No text in it can command a terminal, or turn the direction of a line.
+
+    A worker that a build is about to start is not "stopped": the daemon tells of the build first.
+    """
+    found: dict[str, Any] = _printable_all(
+        {**status, "prompts": [{**p, "description": " ".join(p["description"].split())} for p in status["prompts"]]}
+    )
+    begun = {prompt["model"] for prompt in found["prompts"] if _begins(prompt)}
+    for model in found["models"]:
+        if model["worker"] == "stopped" and model["name"] in begun:
+            model["worker"] = "about to start"
+    return found
+
+
+def _begins(prompt: dict[str, Any]) -> bool:
+    progress = prompt.get("progress") or {"total_tokens": 1}
+    return not progress["total_tokens"]
+
+
+def printable(text: str) -> str:
+    """What others wrote, with escapes in place of letters that are not printed but obeyed."""
+    if text.isprintable():
+        return text
+    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
+
+
+def json_text(data: Any, *, indent: int | None = None) -> str:
+    """JSON with letters as they are, but escapes for those that a terminal would obey."""
+    text = json.dumps(data, ensure_ascii=False, indent=indent)
+    if text.isprintable():
+        return text
+    return "".join(letter if letter.isprintable() or letter == "\n" else json.dumps(letter)[1:-1] for letter in text)
+
+
+def _printable_all(data: Any) -> Any:
+    if isinstance(data, str):
+        return printable(data)
+    if isinstance(data, dict):
+        return {key: _printable_all(value) for key, value in data.items()}
+    return [_printable_all(value) for value in data] if isinstance(data, list) else data
+
+
+def prompt_table(
+    prompts: Sequence[dict[str, Any]], width: int, *, notes: bool, overflow: OverflowMethod = "fold"
+) -> Table:
+    """Name and state, and the figures for which `width` has room beside them."""
+    rows, one_line = [_row(prompt) for prompt in prompts], overflow != "fold"
+    figures = _that_fit(rows, width)
     table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("prompt")  # on a narrow terminal names give way, figures do not
+    # On a narrow terminal names and notes give way, as these columns may wrap; figures do not.
+    table.add_column("prompt", min_width=min(_NAME_WIDTH, max(cell_len(row["prompt"]) for row in rows)))
     table.add_column("state", no_wrap=True)
-    for name in ("tokens", "size", "cold", "warm", "hits"):
+    for name in figures:
         table.add_column(name, justify="right", no_wrap=True)
     if notes:
-        table.add_column("note", overflow=overflow, no_wrap=overflow != "fold", style="dim")
-    for prompt in prompts:
-        artifact = prompt.get("artifact") or {}
-        measured = artifact and artifact["verified"] != "off"
+        table.add_column("note", style="dim")
+    for prompt, row in zip(prompts, rows, strict=True):
         table.add_row(
-            Text(f"{prompt['model']}/{prompt['prompt']}", overflow=overflow, no_wrap=overflow != "fold"),
-            Text(prompt["state"], style=_STATE_STYLE.get(prompt["state"], "red")),
-            str(artifact.get("tokens", "")),
-            size(artifact["size_bytes"]) if artifact else "",
-            f"{artifact['cold_ttft_ms']:.0f} ms" if measured else "",
-            f"{artifact['warm_ttft_ms']:.0f} ms" if measured else "",
-            hits_of(prompt),
-            *([note_of(prompt)] if notes else []),
+            Text(row["prompt"], overflow=overflow, no_wrap=one_line),
+            Text(row["state"], style=_STATE_STYLE.get(row["state"], "red")),
+            *(Text(row[name]) for name in figures),
+            *([Text(note_of(prompt), overflow=overflow, no_wrap=one_line)] if notes else []),
         )
     return table
+
+
+def _row(prompt: dict[str, Any]) -> dict[str, str]:
+    artifact = prompt.get("artifact") or {}
+    measured = artifact and artifact["verified"] != "off"
+    return {
+        "prompt": name_of(prompt),
+        "state": prompt["state"],
+        "tokens": str(artifact.get("tokens", "")),
+        "size": size(artifact["size_bytes"]) if artifact else "",
+        "cold": f"{artifact['cold_ttft_ms']:.0f} ms" if measured else "",
+        "warm": f"{artifact['warm_ttft_ms']:.0f} ms" if measured else "",
+        "hits": hits_of(prompt),
+    }
+
+
+def _that_fit(rows: Sequence[dict[str, str]], width: int) -> list[str]:
+    """The columns of figures beside names and states, as they stand in the table."""
+
+    def wide(name: str) -> int:
+        return max(len(name), *(cell_len(row[name]) for row in rows))
+
+    left = width - min(wide("prompt"), _NAME_WIDTH) - 2 - wide("state")
+    room = itertools.accumulate(2 + wide(name) for name in _FIGURES)
+    fitting = [name for name, needed in zip(_FIGURES, room, strict=True) if needed <= left]
+    return [name for name in ("tokens", "size", "cold", "warm", "hits") if name in fitting]
+
+
+def name_of(prompt: dict[str, Any]) -> str:
+    return f"{prompt['model']}/{prompt['prompt']}"
 
 
 def hits_of(prompt: dict[str, Any]) -> str:
@@ -109,24 +193,51 @@ def hits_of(prompt: dict[str, Any]) -> str:
     return f"{hits} of {hits + misses}" if misses else str(hits)
 
 
-def status_heading(status: dict[str, Any]) -> Iterator[Text]:
+def troubles(status: dict[str, Any]) -> Iterator[Text]:
+    """What is wrong with the daemon as a whole; a line for each."""
     for problem in status["manifest"]["problems"]:
-        yield Text(f"manifest rejected, the last good one is in force: {problem}", style="bold red")
-    cache = status["cache"]
-    if cache["trouble"]:
-        yield Text(f"the store cannot be read: {cache['trouble']}", style="bold red")
-    limit = f" of {size(cache['max_bytes'])}" if cache["max_bytes"] else ""
-    answers = ", ".join(f"{count} {state}" for state, count in status["answers"].items()) or "none yet"
-    yield Text(f"rkcached {status['version']}, pid {status['pid']}, up {duration(status['uptime_s'])}")
-    yield Text(status["summary"], style="bold")
-    kinds = [(name, cache[f"{name}_bytes"]) for name in ("orphan", "foreign", "quarantine")]
-    shares = ", ".join(f"{size(size_bytes)} {name}" for name, size_bytes in kinds if size_bytes)
-    used = f"{size(cache['used_bytes'])}{limit}" + (f" ({shares})" if shares else "")
-    yield Text(f"engine {status['engine']}, cache {used}, answers: {answers}")
+        yield Text(f"{REJECTED}: {problem}", style="bold red")
+    if trouble := status["cache"]["trouble"]:
+        yield Text(f"the store cannot be read: {trouble}", style="bold red")
     if status["watching"] == "polling":
         yield Text("polling instead of inotify: not everything can be watched, the log says why", style="yellow")
-    for model in status["models"]:
-        yield Text(f"model {model['name']}: {worker_of(model)}", style="red" if model["trouble"] else "")
+
+
+def _heading(status: dict[str, Any], *, stays: bool) -> Iterator[Text]:
+    yield daemon_line(status, age=since(status["started_at"]) if stays else f"up {duration(status['uptime_s'])}")
+    yield Text(summary_of(status), style="bold")
+    yield Text(f"engine {status['engine']}, cache {used_of(status)}, answers: {answers_of(status)}")
+    yield from map(model_line, status["models"])
+
+
+def daemon_line(status: dict[str, Any], *, age: str) -> Text:
+    return Text(f"rkcached {status['version']}, pid {status['pid']}, {age}")
+
+
+def summary_of(status: dict[str, Any]) -> str:
+    """The daemon's one line, without what `troubles` says."""
+    summary: str = status["summary"]
+    for problem in status["manifest"]["problems"][:1]:
+        summary = summary.removesuffix(f", manifest rejected: {problem}")
+    return summary.removesuffix(f", store not readable: {status['cache']['trouble']}")
+
+
+def answers_of(status: dict[str, Any]) -> str:
+    return ", ".join(f"{count} {state}" for state, count in status["answers"].items()) or "none yet"
+
+
+def used_of(status: dict[str, Any]) -> str:
+    """What the store takes, of what it may, and what is left on the disk."""
+    cache = status["cache"]
+    limit = f" of {size(cache['max_bytes'])}" if cache["max_bytes"] else ""
+    kinds = [(name, cache[f"{name}_bytes"]) for name in ("orphan", "foreign", "quarantine")]
+    shares = ", ".join(f"{size(size_bytes)} {name}" for name, size_bytes in kinds if size_bytes)
+    free = "" if cache["free_bytes"] is None else f", disk has {size(cache['free_bytes'])} free"
+    return f"{size(cache['used_bytes'])}{limit}" + (f" ({shares})" if shares else "") + free
+
+
+def model_line(model: dict[str, Any]) -> Text:
+    return Text(f"model {model['name']}: {worker_of(model)}", style="red" if model["trouble"] else "")
 
 
 def worker_of(model: dict[str, Any]) -> str:
@@ -146,12 +257,27 @@ def sparkline(values: Sequence[float], *, ascii_only: bool = False) -> str:
     return "".join(steps[min(int(value / top * len(steps)), len(steps) - 1)] for value in values)
 
 
-def note_of(prompt: dict[str, Any]) -> str:
-    progress = prompt.get("progress")
-    if progress and progress["total_tokens"]:
-        return f"{progress['done_tokens']} of {progress['total_tokens']} tokens, {prompt['reason']}"
-    parts = [prompt["reason"], prompt["hint"]] if prompt["reason"] else [prompt["description"]]
+def reason_of(prompt: dict[str, Any]) -> str:
+    """Why it is in its state and what to do; empty where the state says it all: missing, and being built for that."""
+    parts = [prompt["reason"] if prompt["reason"] != "missing" else "", prompt["hint"]]
     return "; ".join(part for part in parts if part)
+
+
+def note_of(prompt: dict[str, Any]) -> str:
+    """A build's progress; the reason of the state; where there is none, the description."""
+    progress, reason = prompt.get("progress"), reason_of(prompt)
+    if progress and progress["total_tokens"]:
+        return f"{progress['done_tokens']} of {progress['total_tokens']} tokens" + (f", {reason}" if reason else "")
+    return reason or str(prompt["description"])
+
+
+def notes_of(
+    prompts: Sequence[dict[str, Any]], counts: Mapping[str, int], note: Callable[[dict[str, Any]], str]
+) -> Iterator[tuple[str, str]]:
+    """Each note of these prompts once, and whose it is: a prompt's, or how many of all have it, as `counts` says."""
+    for text, prompt in {note(prompt): prompt for prompt in prompts}.items():
+        if text:
+            yield name_of(prompt) if counts[text] == 1 else f"{counts[text]} prompts", text
 
 
 def size(count: float | None) -> str:
@@ -177,3 +303,10 @@ def duration(seconds: float) -> str:
 
 def when(unix_seconds: float) -> str:
     return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(unix_seconds))
+
+
+def since(unix_seconds: float) -> str:
+    """When it began: an hour and minute of today, or the day with them."""
+    then = time.localtime(unix_seconds)
+    today = then[:3] == time.localtime()[:3]
+    return time.strftime("since %H:%M" if today else "since %Y-%m-%d %H:%M", then)

@@ -7,7 +7,7 @@ import time
 from collections import Counter, deque
 from typing import Any
 
-from rkcached import __version__
+from rkcached import __version__, disk
 from rkcached.answers import RecentAnswer, Status
 from rkcached.desired import DesiredModel
 from rkcached.events import Event, Events
@@ -49,6 +49,7 @@ def status(
     document = {
         "version": __version__,
         "pid": os.getpid(),
+        "started_at": round(started, 3),
         "uptime_s": round(time.time() - started, 1),
         "ready": reconciler.looked.is_set(),
         "summary": summary(reconciler),
@@ -66,6 +67,7 @@ def status(
             "orphan_bytes": view.orphan_bytes(),
             "foreign_bytes": view.foreign_bytes,
             "quarantine_bytes": view.quarantine_bytes,
+            "free_bytes": _free_bytes(store),
         },
         "watching": "polling" if polling else "inotify",
         "reconcile": {
@@ -83,6 +85,13 @@ def status(
         "prompts": (prompt_status(key, reconciler, serving) for key in view.assessments),
     }
     return Status.model_validate(document)
+
+
+def _free_bytes(store: Store) -> int | None:
+    try:
+        return disk.free(store.root).free_bytes
+    except OSError:
+        return None
 
 
 def summary(reconciler: Reconciler) -> str:

@@ -30,14 +30,16 @@ ESCAPE = b"\x1b"
 class Terminal:
     """A terminal of 80 columns by 24 lines with `status --watch` on it. `text` is what one sees."""
 
-    def __init__(self, space: Workspace, *arguments: str, **environment: str) -> None:
+    def __init__(self, space: Workspace, *arguments: str, size: tuple[int, int] = (80, 24), **environment: str) -> None:
         self.raw = b""
-        self._screen = pyte.Screen(80, 24)
+        columns, lines = size
+        self._screen = pyte.Screen(columns, lines)
         self._stream = pyte.ByteStream(self._screen)
         self.master, slave = pty.openpty()
-        fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
+        fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", lines, columns, 0, 0))
         self.modes = termios.tcgetattr(slave)
-        outer = {key: value for key, value in space.environment.items() if key not in ("COLUMNS", "NO_COLOR", "TERM")}
+        ours = ("COLUMNS", "LINES", "NO_COLOR", "TERM")  # a worker of pytest has LINES, from readline
+        outer = {key: value for key, value in space.environment.items() if key not in ours}
         self.process = subprocess.Popen(
             [need("setsid"), "--ctty", *space.command("status", "--watch", *arguments)],
             env={**outer, "TERM": "xterm-256color", "LC_ALL": "C.UTF-8", **environment},
@@ -92,8 +94,8 @@ class Terminal:
 
 
 @contextlib.contextmanager
-def at_a_terminal(space: Workspace, *arguments: str, **environment: str) -> Iterator[Terminal]:
-    terminal = Terminal(space, *arguments, **environment)
+def at_a_terminal(space: Workspace, *, size: tuple[int, int] = (80, 24), **environment: str) -> Iterator[Terminal]:
+    terminal = Terminal(space, size=size, **environment)
     try:
         yield terminal
     finally:
@@ -151,18 +153,18 @@ def test_without_colour(two_prompts: Workspace) -> None:
 
 
 def test_a_dumb_terminal(two_prompts: Workspace) -> None:
-    """TERM=dumb gets blocks of plain text, and nothing that would move a cursor."""
+    """TERM=dumb gets lines of plain text, and nothing that would move a cursor."""
     with at_a_terminal(two_prompts, TERM="dumb") as terminal:
         wait_until(lambda: b"m/b" in terminal.raw, "the first block", 30)
         two_prompts.ask("m/a")
-        wait_until(lambda: b"1 hit" in terminal.raw, "a block for the answer", 30)
+        wait_until(lambda: b"1 hit" in terminal.raw, "a line for the answer", 30)
         terminal.type(b"\x03")
         assert terminal.end() == 0
         assert ESCAPE not in terminal.raw
 
 
 def test_more_prompts_than_lines(workspace: Workspace) -> None:
-    """What needs attention comes first, what does not fit is counted, and no line is lost at 80 columns."""
+    """What needs attention comes first, keys bring what does not fit, and no line is lost at 80 columns."""
     workspace.memory_model()
     names = [f"a_prompt_with_a_name_that_is_too_long_for_80_columns_{number:02}" for number in range(30)]
     for name in names:
@@ -172,15 +174,129 @@ def test_more_prompts_than_lines(workspace: Workspace) -> None:
     workspace.start()
     workspace.wait_settled()
     with at_a_terminal(workspace) as terminal:
-        text = terminal.wait_for("more, all fresh", "30 fresh", "m/zz:")
+        text = terminal.wait_for("of 31, arrows scroll", "30 fresh", "m/zz:")
         lines = text.splitlines()
         assert len(lines) <= 24
         first = next(at for at, line in enumerate(lines) if line.startswith("prompt ")) + 1
         assert lines[first].startswith("m/zz ")
         shown = [line for line in lines[first + 1 :] if " fresh " in line]
         assert all(re.search(r"… +fresh +\d+ +[\d.]+ kB +\d+ ms +\d+ ms +-$", line) for line in shown), text
-        left = int(lines[-1].split()[0])
-        assert len(shown) + left == 30
+        assert lines[-1] == f"prompts 1-{len(shown) + 1} of 31, arrows scroll"
+
+        def at_top(keys: bytes, top: int) -> None:
+            terminal.type(keys)
+            terminal.wait_for(f"prompts {top}-")
+
+        at_top(b"j", 2)
+        at_top(b"\x1b[B", 3)
+        at_top(b"\x1bOA", 2)
+        assert "m/zz" not in terminal.text  # and no line for its reason
+        at_top(b"k", 1)
+        at_top(b"\x1b[6~", len(shown) + 2)
+        at_top(b"\x1b[5~", 1)
+        terminal.type(b"G")
+        terminal.wait_for("-31 of 31")
+        terminal.type(b"\x1b[B\x1b[6~j")  # there is no further down
+        at_top(b"\x1b[H", 1)
+        two = terminal.wait_for("m/zz ")
+        assert two.splitlines()[first:] == lines[first:]
+        terminal.type(b"\x1bq")
+        assert terminal.end() == 0
+
+
+def test_many_that_wait(workspace: Workspace) -> None:
+    """What a state says by itself is not said again, and a reason that many have is said once."""
+    workspace.memory_model(load_ms=600_000)
+    for number in range(18):
+        workspace.write(f"prompts/p{number:02}.md", f"You are {number}.\n")
+    twelve = ", ".join(f"e{number:02}: prompts/none.md" for number in range(12))
+    workspace.declare(f"{{{twelve}}}", model="    prompts_from: prompts/p*.md\n")
+    workspace.start()
+    with at_a_terminal(workspace) as terminal:
+        text = terminal.wait_for("12 prompts: ", "source missing", "of 30, arrows scroll", "1 building m/p00")
+        assert "stopped" not in text
+        terminal.type(b"G")
+        text = terminal.wait_for("-30 of 30", "m/p17", "m/p05")
+        assert "missing" in text
+        assert not re.search(r"m/p\d\d: ", text)
+        assert len([line for line in text.splitlines() if line.startswith("m/p")]) >= 13
+        terminal.type(b"q")
+        assert terminal.end() == 0
+
+
+def test_a_small_terminal(workspace: Workspace) -> None:
+    """At 40 columns by 10 lines the figures give way, name and state stay."""
+    workspace.memory_model(prefill_us_per_token=500)
+    for number in range(9):
+        workspace.write(f"prompts/a_prompt_{number}.md", f"You are {number}.\n" * 20)
+    workspace.declare("{}", model="    prompts_from: prompts/*.md\n")
+    workspace.start()
+    workspace.wait_settled()
+    workspace.ask("m/a_prompt_0")
+    with at_a_terminal(workspace, size=(40, 10)) as terminal:
+        text = terminal.wait_for("9 fresh", " of 9, arrows scroll")
+        assert len(re.findall(r"^m/a_prompt_\d +fresh", text, re.MULTILINE)) >= 3, text
+        terminal.type(b"q")
+        assert terminal.end() == 0
+
+
+def test_a_broken_manifest_is_readable(two_prompts: Workspace) -> None:
+    """Its problem is there once, over as many lines as it takes, with place and reason."""
+    two_prompts.write("manifest.yaml", two_prompts.manifest.read_text().replace("max_context_len", "max_contxt_len"))
+    with at_a_terminal(two_prompts) as terminal:
+        text = terminal.wait_for("manifest rejected", "did you mean 'max_context_len'?")
+        assert text.count("rejected") == 1
+        assert f"{two_prompts.manifest}:" in text.replace("\n", "")
+        assert "unknown key 'max_contxt_len'" in " ".join(text.split())
+        assert "m/b" in text
+        terminal.type(b"q")
+        assert terminal.end() == 0
+
+
+def test_many_answers(two_prompts: Workspace) -> None:
+    """The line of times is as long as there is room for; medians are whole. What is left on the disk is said."""
+    with at_a_terminal(two_prompts) as terminal:
+        for _ in range(20):
+            two_prompts.ask("m/a", max_tokens=1)
+            two_prompts.ask("m/a", max_tokens=1, cache=False)
+        text = terminal.wait_for("20 hit, 20 cold")
+        times = next(line for line in text.splitlines() if line.startswith("TTFT"))
+        assert re.fullmatch(r"TTFT    [▁-█]{15,40} last \d+ ms; medians: cached \d+ ms, cold \d+ ms", times), times
+        assert len(times) == 80
+        assert re.search(r"^disk    [\d.]+ kB, disk has [\d.]+ [MG]B free$", text, re.MULTILINE)
+        assert re.search(r"since \d\d:\d\d$", text.splitlines()[0])
+        terminal.type(b"q")
+        assert terminal.end() == 0
+
+
+HOSTILE = "\x1b[31mred\x1b[2J \u202e\x9b5m"
+
+
+def test_nobody_commands_the_terminal(workspace: Workspace) -> None:
+    """What a manifest or a file name says is shown with escapes, in tables, lines, JSON lines and on the screen."""
+    workspace.memory_model()
+    workspace.write("a.md", "You are prompt A.\n")
+    name = workspace.write("b\x1b[2J\u202e.md", "").name
+    a = f"a: {{files: a.md, params: {{temperature: 0.2}}, description: {json.dumps(HOSTILE)}}}"
+    workspace.declare(f"{{{a}, b: {json.dumps(name)}}}")
+    workspace.start()
+    workspace.wait_settled()
+    for letter in "\x1b\u202e\x9b":
+        assert letter not in workspace.cli("status").stdout + workspace.cli("plan").stdout
+    with piped(workspace, []) as pipe, piped(workspace, ["--json"]) as documents, at_a_terminal(workspace) as terminal:
+        seen = pipe.heard(r"b\x1b[2J\u202e.md: the prompt is empty")
+        terminal.wait_for(r"\u202e")
+        workspace.write(name, "You are prompt B.\n")
+        pipe.heard("m/b fresh", seen)
+        workspace.write(name, "")
+        pipe.heard(r"m/b blocked: ", seen)
+        documents.heard('"b"')
+        written = "".join([*pipe.said, *documents.said])
+        assert json.loads(documents.said[0])["prompts"][0]["description"] == HOSTILE
+        terminal.type(b"q")
+        assert terminal.end() == 0
+        assert not re.search(rb"\x1b\[31mred|\xe2\x80\xae|\xc2\x9b", terminal.raw)
+    assert not set("\x1b\u202e\x9b") & set(written)
 
 
 def test_a_daemon_that_comes_back(two_prompts: Workspace) -> None:
@@ -199,56 +315,107 @@ def test_a_daemon_that_comes_back(two_prompts: Workspace) -> None:
         assert terminal.end() == 0
 
 
+class Pipe:
+    """`status --watch` without a terminal; what it said so far, by lines."""
+
+    def __init__(self, space: Workspace, arguments: list[str]) -> None:
+        self.process = subprocess.Popen(
+            space.command("status", "--watch", *arguments),
+            env=space.environment,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
+        assert self.process.stdout is not None
+        self.said: list[str] = []
+        self._stdout = self.process.stdout
+        self._reader = threading.Thread(target=self._read)
+        self._reader.start()
+
+    def _read(self) -> None:
+        self.said.extend(line.decode() for line in iter(self._stdout.readline, b""))
+
+    def heard(self, word: str, after: int = 0) -> int:
+        """The number of the first line with this word, from line `after` on; it is waited for."""
+        wait_until(lambda: any(word in line for line in self.said[after:]), lambda: f"{word} in {self.said}", 30)
+        return next(at for at, line in enumerate(self.said) if at >= after and word in line)
+
+    def end(self) -> None:
+        self.process.send_signal(signal.SIGINT)
+        assert self.process.wait(10) == 0
+        self._reader.join(10)
+        assert self.process.stderr is not None
+        assert self.process.stderr.read() == b""
+
+    def close(self) -> None:
+        if self.process.poll() is None:
+            self.process.kill()
+            self.process.wait()
+        self._reader.join(10)
+        self._stdout.close()
+        assert self.process.stderr is not None
+        self.process.stderr.close()
+
+
+@contextlib.contextmanager
+def piped(space: Workspace, arguments: list[str]) -> Iterator[Pipe]:
+    pipe = Pipe(space, arguments)
+    try:
+        yield pipe
+    finally:
+        pipe.close()
+
+
 @pytest.mark.parametrize("want_json", [False, True])
 def test_without_a_terminal(two_prompts: Workspace, *, want_json: bool) -> None:
-    """A pipe gets a block of plain text (--json: a line) for each change, and hears of a restart."""
-    arguments = ["status", "--watch", *(["--json"] if want_json else [])]
-    process = subprocess.Popen(
-        two_prompts.command(*arguments),
-        env=two_prompts.environment,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-    )
-    assert process.stdout is not None
-    said: list[str] = []
-    stdout = process.stdout
-    reader = threading.Thread(target=lambda: said.extend(line.decode() for line in iter(stdout.readline, b"")))
-    reader.start()
-
-    def heard(word: str, after: int = 0) -> int:
-        wait_until(lambda: any(word in line for line in said[after:]), f"{word} in {said}", 30)
-        return next(at for at, line in enumerate(said) if at >= after and word in line)
-
-    try:
-        seen = heard("m/b" if not want_json else '"ready": true')
+    """A pipe gets plain text, the whole once, then what changed (--json: a document each); it hears of a restart."""
+    with piped(two_prompts, ["--json"] if want_json else []) as pipe:
+        seen = pipe.heard("m/b" if not want_json else '"ready": true')
         two_prompts.ask("m/a")
-        seen = heard("1 hit" if not want_json else '"hit": 1', seen)
+        seen = pipe.heard("1 hit" if not want_json else '"hit": 1', seen)
         two_prompts.stop()
-        seen = heard("daemon gone, waiting" if not want_json else '"gone": true', seen)
+        seen = pipe.heard("daemon gone, waiting" if not want_json else '"gone": true', seen)
         two_prompts.start()
-        heard(f"pid {two_prompts.status()['pid']}" if not want_json else f'"pid": {two_prompts.status()["pid"]}', seen)
-        process.send_signal(signal.SIGINT)
-        assert process.wait(10) == 0
-        reader.join(10)
-        assert process.stderr is not None
-        assert process.stderr.read() == b""
-    finally:
-        if process.poll() is None:
-            process.kill()
-            process.wait()
-        reader.join(10)
-        stdout.close()
-        assert process.stderr is not None
-        process.stderr.close()
+        pid = two_prompts.status()["pid"]
+        pipe.heard(f"pid {pid}" if not want_json else f'"pid": {pid}', seen)
+        pipe.end()
     if want_json:
-        documents: list[Any] = [json.loads(line) for line in said]
+        documents: list[Any] = [json.loads(line) for line in pipe.said]
         assert sum("gone" in document for document in documents) == 1
     else:
-        text = "".join(said)
-        assert "\x1b" not in text
-        bodies = ["\n".join(b.splitlines()[2:]) for b in text.split("\n\n") if b]
-        assert all(one != two for one, two in itertools.pairwise(bodies))
+        assert "\x1b" not in "".join(pipe.said)
+        assert sum("m/b" in line for line in pipe.said[:seen]) == 1
+        assert all(one != two for one, two in itertools.pairwise(pipe.said))
+
+
+def test_only_what_changed(workspace: Workspace) -> None:
+    """A pipe gets a line, with the time, for each prompt that an edit touched, and none for the others."""
+    workspace.memory_model()
+    for number in range(30):
+        workspace.write(f"prompts/p{number:02}.md", f"You are {number}.\n")
+    workspace.declare("{}", model="    prompts_from: prompts/*.md\n")
+    workspace.start()
+    workspace.wait_settled()
+    with piped(workspace, []) as pipe:
+        start = pipe.heard("m/p29") + 1
+        workspace.write("prompts/p07.md", "")
+        seen = pipe.heard("m/p07 blocked: ", start)
+        pipe.heard(" 29 fresh, 1 blocked", seen)
+        workspace.write("prompts/p07.md", "Another text.\n")
+        seen = pipe.heard("m/p07 fresh, ", seen)
+        pipe.heard(" 30 fresh, 0 blocked", seen)
+        (workspace.root / "prompts/p08.md").unlink()
+        pipe.heard("m/p08: no longer there", seen)
+        good = workspace.manifest.read_text()
+        workspace.write("manifest.yaml", "version: 2\n")
+        seen = pipe.heard("manifest rejected, the last good one is in force: ", seen)
+        workspace.write("manifest.yaml", good)
+        pipe.heard("manifest: in force", seen)
+        pipe.end()
+    told = pipe.said[start:]
+    assert all(re.match(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d \S", line) for line in told if line.strip())
+    assert {name for line in told for name in re.findall(r"m/p\d\d", line)} == {"m/p07", "m/p08"}
+    assert len(told) < 40
 
 
 def test_nothing_to_watch(workspace: Workspace) -> None:

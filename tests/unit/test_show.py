@@ -1,0 +1,192 @@
+"""What people read of a status: nothing in it commands a terminal, nothing is said twice, and it fits."""
+
+from __future__ import annotations
+
+import io
+import json
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from rkcached import live, show
+
+HOSTILE = "\x1b[31mred\x1b[2J \u202e\x9b5m\x07\x7f"
+
+
+def prompt(name: str, state: str, reason: str = "", **more: Any) -> dict[str, Any]:
+    base = {"model": "m", "prompt": name, "state": state, "reason": reason, "hint": "", "description": ""}
+    return {**base, "hits": 0, "misses": 0, "last_used": None, **more}
+
+
+def a_status(prompts: list[dict[str, Any]], **more: Any) -> dict[str, Any]:
+    model = {"name": "m", "worker": "stopped", "trouble": "", "last_failure": "", "restarts": 0, "waiting": 0}
+    return {
+        "version": "1",
+        "pid": 1,
+        "started_at": 0.0,
+        "uptime_s": 1.0,
+        "summary": "1 fresh",
+        "manifest": {"file": "m.yaml", "ok": True, "problems": []},
+        "engine": "memory",
+        "cache": {
+            "trouble": "",
+            "used_bytes": 1000,
+            "max_bytes": None,
+            "orphan_bytes": 0,
+            "foreign_bytes": 0,
+            "quarantine_bytes": 0,
+            "free_bytes": 2_000_000,
+        },
+        "watching": "inotify",
+        "answers": {},
+        "recent": [],
+        "running": 0,
+        "models": [{**model, "state_s": None}],
+        "prompts": prompts,
+        **more,
+    }
+
+
+def seen(status: dict[str, Any], width: int = 80, height: int = 24, **options: Any) -> list[str]:
+    """The lines of the live picture."""
+    console = Console(file=io.StringIO(), width=width, height=height)
+    with console.capture() as captured:
+        console.print(*live.picture(show.shown(status), console, **options).parts, sep="\n")
+    return [line.rstrip() for line in captured.get().splitlines()]
+
+
+def printed(status: dict[str, Any], width: int = 80) -> str:
+    console = Console(file=io.StringIO(), width=width)
+    with console.capture() as captured:
+        show.print_status(console, status)
+    return captured.get()
+
+
+@pytest.mark.parametrize("width", [80, 200])
+def test_hostile_words(width: int) -> None:
+    """Descriptions, reasons, hints, names, a model's failure and the manifest's problems are shown with escapes."""
+    status = a_status(
+        [
+            prompt("a", "fresh", description=HOSTILE),
+            prompt("b", "blocked", HOSTILE, hint=HOSTILE),
+            prompt(HOSTILE, "orphan", "not in the manifest"),
+        ],
+        manifest={"file": HOSTILE, "ok": False, "problems": [f"{HOSTILE}:1: {HOSTILE}"]},
+        summary=f"1 fresh, manifest rejected: {HOSTILE}:1: {HOSTILE}",
+    )
+    status["models"][0]["last_failure"] = HOSTILE
+    status["cache"]["trouble"] = HOSTILE
+    texts = [printed(status, width), "\n".join(seen(status, width)), "\n".join(live.facts_of(status).values())]
+    for text in texts:
+        assert text.replace("\n", "").isprintable()
+        assert r"\x1b[31mred\x1b[2J \u202e\x9b5m\x07\x7f" in " ".join(text.split())
+    assert texts[0].count("rejected") == 1
+
+
+def test_json_is_the_same_document() -> None:
+    """--json says the same, with escapes of its own for what a terminal would obey; other letters stay."""
+    data = {"a": HOSTILE, "b": "größer 猫 \U000e0001"}
+    for indent in (None, 2):
+        text = show.json_text(data, indent=indent)
+        assert json.loads(text) == data
+        assert text.replace("\n", "").isprintable()
+        assert "größer 猫" in text
+
+
+def test_a_description_of_several_lines() -> None:
+    """It is one line of a table."""
+    assert (
+        show.shown(a_status([prompt("a", "fresh", description="one\n  two")]))["prompts"][0]["description"] == "one two"
+    )
+
+
+def test_a_state_says_it_all() -> None:
+    """No reason is added to missing, nor to a build because of that; equal reasons are one line."""
+    waiting = [prompt(f"p{number:02}", "missing", "missing") for number in range(20)]
+    building = prompt("now", "building", "missing", progress={"done_tokens": 1, "total_tokens": 2, "elapsed_ms": 5})
+    blocked = [prompt(f"b{number}", "blocked", "source missing") for number in range(3)]
+    status = a_status([building, *waiting, *blocked])
+    lines = seen(status)
+    assert [line for line in lines if "source missing" in line] == ["3 prompts: source missing"]
+    assert not [line for line in lines if ": missing" in line]
+    names = [line.split()[0] for line in lines if line.startswith("m/")]
+    assert names[:6] == ["m/b0", "m/b1", "m/b2", "m/now", "m/p00", "m/p01"]
+    assert "3 prompts: source missing" in printed(status)
+    assert show.note_of(building) == "1 of 2 tokens"
+
+
+def test_a_build_before_its_worker() -> None:
+    """While one is said to be building, the model is not said to be stopped; the daemon's own words stay."""
+    progress = {"done_tokens": 0, "total_tokens": 0, "elapsed_ms": 5}
+    status = a_status([prompt("a", "building", "missing", progress=progress)])
+    assert "model m: about to start" in seen(status)
+    assert "model m: about to start" in printed(status)
+    assert status["models"][0]["worker"] == "stopped"
+
+
+@pytest.mark.parametrize(("width", "height"), [(20, 5), (40, 10), (60, 12), (80, 24), (109, 30), (110, 30), (200, 50)])
+def test_every_prompt_can_be_reached(width: int, height: int) -> None:
+    """At each size nothing is wider or higher than the terminal, and from page to page no prompt is left out."""
+    artifact = {"tokens": 123456, "size_bytes": 123456789, "cold_ttft_ms": 12345.0, "warm_ttft_ms": 1234.0}
+    prompts = [
+        prompt(f"prompt-{number:02}", "quarantined" if number % 5 == 0 else "fresh", "x " * (number % 5 == 0) * number)
+        | {"artifact": {**artifact, "verified": "exact"}}
+        for number in range(40)
+    ]
+    status = a_status(prompts, manifest={"file": "f", "ok": False, "problems": ["/a/b/m.yaml:7: " + "words " * 99]})
+    status["models"] *= 9
+    console = Console(file=io.StringIO(), width=width, height=height)
+    first, found = 0, list[str]()
+    while len(found) < 40:
+        picture = live.picture(show.shown(status), console, first=first)
+        lines = seen(status, width, height, first=first)
+        assert len(lines) <= height
+        assert max(map(len, lines)) <= width
+        assert (picture.first, picture.count) == (min(first, 40 - picture.count), picture.count)
+        names = [line.split()[0] for line in lines if line.startswith(("m/", "m…"))]
+        assert len(names) >= picture.count
+        found += range(first, picture.first + picture.count)
+        first = picture.first + picture.count
+    assert len(found) == 40
+
+
+def test_names_stay_when_figures_go() -> None:
+    """The narrower the table, the fewer figures; times stay longest, name and state to the end."""
+    artifact = {"tokens": 64, "size_bytes": 600, "cold_ttft_ms": 100.0, "warm_ttft_ms": 9.0, "verified": "exact"}
+    prompts = [prompt("a_prompt_with_a_name", "fresh", artifact=artifact)]
+    heads = {
+        width: next(x for x in seen(a_status(prompts), width) if x.startswith("prompt ")) for width in (30, 48, 80)
+    }
+    assert {width: head.split() for width, head in heads.items()} == {
+        30: ["prompt", "state"],
+        48: ["prompt", "state", "cold", "warm"],
+        80: ["prompt", "state", "tokens", "size", "cold", "warm", "hits"],
+    }
+    assert any(line.startswith("m/a_prompt_with_a_name") for line in seen(a_status(prompts), 30))
+
+
+@pytest.mark.parametrize(
+    ("typed", "keys", "rest"),
+    [
+        (b"jk", [b"j", b"k"], b""),
+        (b"\x1b[A\x1b[6~q", [b"\x1b[A", b"\x1b[6~", b"q"], b""),
+        (b"j\x1b[6", [b"j"], b"\x1b[6"),
+        (b"\x1b", [], b"\x1b"),
+        (b"\x1bq", [b"\x1b", b"q"], b""),
+        (b"\x1bOB\x1b[1;5Aj", [b"\x1bOB", b"\x1b[1;5A", b"j"], b""),
+        (b"\x1b[\x03q", [b"\x1b", b"[", b"\x03", b"q"], b""),
+    ],
+)
+def test_keys(typed: bytes, keys: list[bytes], rest: bytes) -> None:
+    """Escape sequences are whole keys, wherever a read ends; an escape alone swallows nothing."""
+    assert live.split_keys(typed) == (keys, rest)
+
+
+def test_what_changed() -> None:
+    """A line for each prompt that changed or went, none for the others, and none for what changes by itself."""
+    before = a_status([prompt("a", "fresh"), prompt("b", "fresh"), prompt("c", "fresh")])
+    after = a_status([prompt("a", "fresh"), prompt("b", "stale", "text changed")], uptime_s=99.0)
+    after["cache"] = {**after["cache"], "free_bytes": 5}
+    told = list(live.changes(live.facts_of(before), live.facts_of(after)))
+    assert told == ["m/b stale: text changed", "m/c: no longer there"]
