@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import functools
 import hashlib
+import time
 from importlib import resources
 from typing import Any
 
@@ -34,7 +35,7 @@ def page(status: Status) -> HTMLResponse:
     }
     document = status.model_dump()
     document["prompts"] = list(document["prompts"])
-    return HTMLResponse(_template().render(**_shown(document)), headers=headers)
+    return HTMLResponse(_template().render(**_shown(show.shown(document))), headers=headers)
 
 
 @functools.cache
@@ -42,7 +43,9 @@ def _template() -> jinja2.Template:
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     environment.filters |= {
         "size": show.size,
-        "duration": show.duration,
+        "summary": show.summary_of,
+        "when": lambda at: time.strftime("%Y-%m-%d %H:%M %Z", time.localtime(at)),
+        "utc": lambda at: time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(at)),
         "note": show.note_of,
         "hits": show.hits_of,
         "worker": show.worker_of,
