@@ -6,17 +6,29 @@ one sentence and the next thing to do, never as a traceback.
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 import click
+from click.core import ParameterSource
 
 from rkcached import __version__
-from rkcached.errors import ManifestError, RequestError, RkcachedError, SourceError, StoreLocked, UsageError
+from rkcached.errors import (
+    ManifestError,
+    OutputError,
+    RequestError,
+    RkcachedError,
+    SourceError,
+    StoreLocked,
+    UsageError,
+    printable,
+)
 from rkcached.options import FLAGS, PATH, as_json, places
 
 if TYPE_CHECKING:
@@ -240,7 +252,7 @@ def gc_(settings: Settings, *, dry_run: bool, want_json: bool) -> None:
         _print_json({"removed": not dry_run, "size_bytes": total, "items": items})
         return
     for item in items:
-        click.echo(_printable(f"{size(item['size_bytes']):>9}  {item['path']}  {item['reason']}"))
+        click.echo(printable(f"{size(item['size_bytes']):>9}  {item['path']}  {item['reason']}"))
     click.echo(f"{'would remove' if dry_run else 'removed'} {len(items)}, {size(total)}")
 
 
@@ -321,6 +333,7 @@ def chat(
 @click.option("--runs", type=click.IntRange(min=1, max=10_000), default=5, show_default=True, help="Runs of each.")
 @click.option("--sweep", is_flag=True, help="Measure prompts of 128 to 4,096 tokens, stored for as long as it takes.")
 @click.option("--direct/--no-direct", default=True, help="Measure the engine without the daemon, too.")
+@click.option("--from", "kept", type=PATH, metavar="FILE", help="Measure nothing: show and draw what -o kept.")
 @click.option("--output", "-o", type=PATH, metavar="FILE", help="Keep the JSON, for `rkcached compare`.")
 @click.option(
     "--plot", "plot_file", type=PATH, metavar="FILE", help="Draw it: FILE.svg or FILE.png (needs matplotlib)."
@@ -333,6 +346,7 @@ def bench(
     runs: int,
     sweep: bool,
     direct: bool,
+    kept: Path | None,
     output: Path | None,
     plot_file: Path | None,
     want_json: bool,
@@ -346,20 +360,39 @@ def bench(
 
     from rkcached.benchmark import plots, results, runner, table
 
+    if kept is not None:
+        _refuse_beside_from()
     for file in filter(None, (output, plot_file)):
         results.check_writable(file)
     if plot_file is not None:
         plots.check(plot_file)
-    options = runner.Options(runs=runs, sweep=sweep, direct=direct)
-    found = runner.run(settings, names, options, Console(stderr=True, highlight=False))
-    if output is not None:
-        results.write(found, output)
-    if want_json:
-        click.echo(results.to_json(found))
+    if kept is not None:
+        found = results.read(kept)
     else:
-        table.print_results(_console(), found)
-    if plot_file is not None:
-        plots.plot(found, plot_file)
+        options = runner.Options(runs=runs, sweep=sweep, direct=direct)
+        found = runner.run(settings, names, options, Console(stderr=True, highlight=False))
+    with contextlib.ExitStack() as keeping:  # each is tried, whatever becomes of the others
+        if plot_file is not None:
+            keeping.callback(plots.plot, found, plot_file)
+        if output is not None:
+            keeping.callback(results.write, found, output)
+        if want_json:
+            click.echo(results.to_json(found))
+        else:
+            table.print_results(_unwrapped(), found)
+
+
+def _refuse_beside_from() -> None:
+    """Errors: UsageError for what asks to measure."""
+    context = click.get_current_context()
+    words = {"names": "a name", "runs": "--runs", "sweep": "--sweep", "direct": "--direct", "output": "--output"}
+    for name, word in words.items():
+        # A missing argument counts as given by default, too.
+        if context.get_parameter_source(name) is ParameterSource.COMMANDLINE and context.params[name] != ():
+            raise UsageError(
+                f"--from measures nothing, {word} does not go with it",
+                hint="leave one of them out; --plot and --json go with --from",
+            )
 
 
 @cli.command()
@@ -379,7 +412,7 @@ def compare(before: Path, after: Path, want_json: bool) -> None:
     if want_json:
         click.echo(results.to_json(comparison))
     else:
-        table.print_comparison(_console(), comparison)
+        table.print_comparison(_unwrapped(), comparison)
 
 
 @cli.command()
@@ -404,23 +437,62 @@ def demo(directory: Path, model: Path | None, once: bool) -> None:
 def main(arguments: Sequence[str] | None = None) -> None:
     """The program: errors become a sentence on standard error and an exit code."""
     try:
+        code = _run(arguments)
+        if sys.stdout is not None:  # it is None where the caller closed it
+            sys.stdout.flush()
+    except BrokenPipeError:  # whoever read our output has enough
+        code = 141
+    except OSError as error:
+        if not _is_of_output(error):
+            raise
+        failed = OutputError(f"standard output cannot be written: {error.strerror}", hint="send it elsewhere")
+        _complain(failed)
+        code = failed.exit_code
+    for stream in filter(None, (sys.__stdout__, sys.__stderr__)):
+        _finish(stream)
+    sys.exit(code)
+
+
+def _run(arguments: Sequence[str] | None) -> int | str | None:
+    """The exit code of a command. Errors: OSError of standard output, BrokenPipeError."""
+    output = sys.stdout
+    try:
         code = cli.main(arguments, prog_name="rkcached", standalone_mode=False)
     except RkcachedError as error:
         _complain(error)
-        sys.exit(_exit_code(error))
-    except click.UsageError as error:
-        error.show()
-        sys.exit(os.EX_USAGE)
+        return _exit_code(error)
     except click.ClickException as error:
-        error.show()
-        sys.exit(error.exit_code)
+        with contextlib.suppress(OSError):
+            error.show()
+        return os.EX_USAGE if isinstance(error, click.UsageError) else error.exit_code
     except (click.Abort, KeyboardInterrupt):
-        sys.exit(130)
-    except BrokenPipeError:
-        # Whoever read our output has enough. Python would complain again at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(141)
-    sys.exit(code if isinstance(code, int) else os.EX_OK)
+        return 130
+    except SystemExit as left:
+        # click (which then replaces the stream) and rich end with 1 where a pipe is closed.
+        if sys.stdout is not output or isinstance(left.__context__, BrokenPipeError):
+            raise BrokenPipeError from left
+        return left.code
+    return code if isinstance(code, int) else os.EX_OK
+
+
+def _is_of_output(error: OSError) -> bool:
+    """What could not be written stays in the stream, so that another try fails, too; unless it has no buffer."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        return True
+    return bool(getattr(sys.stdout, "write_through", False)) and error.filename is None and error.errno in _OUTPUT
+
+
+_OUTPUT = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
+
+
+def _finish(stream: TextIO) -> None:
+    """What still cannot be written goes nowhere: Python would complain of it at its end."""
+    try:
+        stream.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def _exit_code(error: RkcachedError) -> int:
@@ -432,18 +504,14 @@ def _exit_code(error: RkcachedError) -> int:
 
 
 def _complain(error: RkcachedError) -> None:
+    """On standard error, if that can be written."""
     if isinstance(error, ManifestError):
-        for problem in error.problems:
-            click.echo(_printable(str(problem)), err=True)
-        return
-    click.echo(_printable(f"error: {error.message}"), err=True)
-    if error.hint:
-        click.echo(_printable(f"hint: {error.hint}"), err=True)
-
-
-def _printable(text: str) -> str:
-    """A file's name may hold what would command the terminal."""
-    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
+        lines = [str(problem) for problem in error.problems]
+    else:
+        lines = [f"error: {error.message}", *([f"hint: {error.hint}"] if error.hint else [])]
+    with contextlib.suppress(OSError):
+        for line in lines:
+            click.echo(printable(line), err=True)
 
 
 def _look(settings: Settings) -> Look:
@@ -479,6 +547,14 @@ def _console(*, quiet: bool = False) -> Console:
     from rich.console import Console
 
     return Console(highlight=False, quiet=quiet)
+
+
+def _unwrapped() -> Console:
+    """As wide as its lines where no terminal shows them, unless COLUMNS says how wide: a path stays whole."""
+    console = _console()
+    if not console.is_terminal and not os.environ.get("COLUMNS"):
+        console.width = 100_000
+    return console
 
 
 def _print_json(data: Any) -> None:

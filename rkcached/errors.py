@@ -5,6 +5,8 @@ HTTP, log) can show it to a person without knowing what it is.
 
     RkcachedError
     ├── UsageError               the command line was wrong                                   exit 64
+    │   └── ExtraMissing         an optional library is not installed                         exit 69
+    ├── OutputError              standard output cannot be written                            exit 74
     ├── ManifestError            the manifest has problems: a list, each with file:line       exit 78
     ├── SettingsError            a flag or variable has an impossible value                   exit 78
     ├── SourceError              an input file is missing or unusable                         exit 66
@@ -57,8 +59,25 @@ class RkcachedError(Exception):
         self.hint = hint
 
 
+def printable(text: str) -> str:
+    """A name may hold what would command the terminal: such letters are shown escaped."""
+    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
+
+
 class UsageError(RkcachedError):
     exit_code = os.EX_USAGE
+
+
+class ExtraMissing(UsageError):
+    """What was asked for needs an optional library."""
+
+    exit_code = os.EX_UNAVAILABLE
+
+
+class OutputError(RkcachedError):
+    """Standard output cannot be written."""
+
+    exit_code = os.EX_IOERR
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -5,16 +5,21 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
+import secrets
+import shutil
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from enum import StrEnum
 from pathlib import Path
 
 import msgspec
 
+from rkcached import durable
 from rkcached.benchmark.samples import p95
-from rkcached.errors import FormatError, SourceError, StoreError
+from rkcached.errors import FormatError, SourceError, StoreError, UsageError
 
 SCHEMA = 1
 PROGRAM = "rkcached bench"
@@ -182,7 +187,7 @@ class Results(msgspec.Struct, frozen=True, kw_only=True):
     warnings: tuple[str, ...] = ()
     """Why the figures are not to be trusted."""
     refused: tuple[str, ...] = ()
-    """Lengths of a sweep that could not be stored, and why."""
+    """What could not be measured at all, and why: prompts, and lengths of a sweep."""
 
 
 def to_json(data: msgspec.Struct) -> str:
@@ -190,21 +195,50 @@ def to_json(data: msgspec.Struct) -> str:
 
 
 def check_writable(file: Path) -> None:
-    """Before minutes of measuring. Errors: StoreError."""
-    if file.is_dir() or not os.access(file if file.exists() else file.absolute().parent, os.W_OK):
-        raise _not_written(file, "the place cannot be written")
+    """Before minutes of measuring. Errors: UsageError, StoreError."""
+    if str(file) == "-":
+        raise UsageError("- is no file's name here", hint="say --json to have the results on standard output")
+    if file.is_dir():
+        raise _not_written(file, IsADirectoryError(errno.EISDIR, "it is a directory"))
+    place = file.resolve()
+    # What is there is replaced, which is a matter of its folder; a pipe or a device is written itself.
+    if not os.access(place if place.exists() and not place.is_file() else place.parent, os.W_OK):
+        raise _not_written(file, PermissionError(errno.EACCES, "the place cannot be written"))
 
 
 def write(results: Results, file: Path) -> None:
-    """Errors: StoreError."""
+    """Afterwards `file` has the results, or on any error what it had. Errors: StoreError."""
+    data = (to_json(results) + "\n").encode()
+    put(file, lambda place: place.write_bytes(data))
+
+
+def put(file: Path, fill: Callable[[Path], object]) -> None:
+    """`fill` writes a new file, which then takes the place of `file`. Errors: StoreError."""
+    place = file.resolve()  # a link stays one
     try:
-        file.write_text(to_json(results) + "\n")
+        if place.exists() and not place.is_file():
+            fill(place)
+            return
+        temporary = place.with_name(f".{place.stem[:64]}-{secrets.token_hex(4)}{place.suffix}")
+        try:
+            fill(temporary)
+            if place.exists():
+                shutil.copymode(place, temporary)
+            with temporary.open("rb") as stream:
+                os.fsync(stream.fileno())
+            temporary.replace(place)
+        finally:
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
+        durable.sync_directory(place.parent)
     except OSError as error:
-        raise _not_written(file, error.strerror or str(error)) from error
+        raise _not_written(file, error) from error
 
 
-def _not_written(file: Path, why: str) -> StoreError:
-    return StoreError(f"cannot write {file}: {why}", hint="name a file in a folder that you may write to")
+def _not_written(file: Path, error: OSError) -> StoreError:
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+    hint = "free some space, or name a file elsewhere" if full else "name a file in a folder that you may write to"
+    return StoreError(f"cannot write {file}: {error.strerror or error}", hint=hint)
 
 
 def read(path: Path) -> Results:
