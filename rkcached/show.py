@@ -93,13 +93,19 @@ def shown(status: dict[str, Any]) -> dict[str, Any]:
 
     A worker that a build is about to start is not "stopped": the daemon tells of the build first.
     """
-    found: dict[str, Any] = _printable_all(
-        {**status, "prompts": [{**p, "description": " ".join(p["description"].split())} for p in status["prompts"]]}
-    )
+    found: dict[str, Any] = _printable_all({**status, "prompts": []})
+    found["prompts"] = [_shown_prompt(prompt) for prompt in status["prompts"]]
     begun = {prompt["model"] for prompt in found["prompts"] if _begins(prompt)}
     for model in found["models"]:
         if model["worker"] == "stopped" and model["name"] in begun:
             model["worker"] = "about to start"
+    return found
+
+
+def _shown_prompt(prompt: dict[str, Any]) -> dict[str, Any]:
+    """Its words, of which figures have none; quick, as there may be thousands."""
+    found = {name: printable(value) if isinstance(value, str) else value for name, value in prompt.items()}
+    found["description"] = printable(" ".join(prompt["description"].split()))
     return found
 
 

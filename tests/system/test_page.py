@@ -89,6 +89,38 @@ def test_the_page_in_a_browser(described: Workspace, tmp_path: Path) -> None:
         assert browser.run("globalThis.stays") == 1
 
 
+@pytest.mark.parametrize("width", [1400, 1000, 992, 780, 380])
+def test_each_width_shows_all(workspace: Workspace, tmp_path: Path, width: int) -> None:
+    """Nothing is cut off or off the window: not a name of 64 letters, a state, a figure, a long note or a path.
+
+    Where there is no room for columns, the state stands beside the name, and figures have theirs before them.
+    """
+    workspace.memory_model(prefill_us_per_token=2000)
+    workspace.write("prompts/a.md", "You are prompt A.\n" * 10)
+    workspace.write("prompts/b.md", "")
+    long = f"{'a' * 20}_{'b' * 43}"
+    description = json.dumps("w" * 90 + " \u202e words" * 9)
+    a = f"{{files: prompts/a.md, description: {description}}}"
+    workspace.declare(f"{{{long}: {a}, b: prompts/b.md}}")
+    workspace.start()
+    workspace.wait_settled()
+    with Port(workspace.socket) as port, Browser(tmp_path / "profile") as browser:
+        browser.call("Emulation.setDeviceMetricsOverride", width=width, height=700, deviceScaleFactor=1, mobile=False)
+        browser.open(port.url)
+        assert browser.run("document.scrollingElement.scrollWidth") <= width
+        cells = "[...document.querySelectorAll('tbody tr > *')].filter((cell) => cell.innerText.trim())"
+        out = f"{cells}.filter((cell) => cell.scrollWidth > cell.clientWidth || !cell.checkVisibility()).length"
+        assert browser.run(out) == 0
+        assert browser.run(f"Math.max(...{cells}.map((cell) => cell.getBoundingClientRect().right))") <= width
+        text = browser.text("#prompts")
+        assert all(words in text for words in (f"m/{long}", "fresh", "blocked", "the prompt is empty", r"\u202e words"))
+        where = "document.querySelector('#prompts {}').getBoundingClientRect().{}"
+        assert browser.run(where.format(".state", "top")) == browser.run(where.format(".name", "top"))
+        labels = browser.run("getComputedStyle(document.querySelector('[data-label=cold]'), '::before').content")
+        assert (labels == "none") == (width > 992)
+        assert browser.complaints == []
+
+
 def test_the_units_of_the_guide(tmp_path: Path) -> None:
     """The port's two units are right, says systemd, and they agree with ours on the socket."""
     guide = (ROOT / "docs/page.md").read_text()
