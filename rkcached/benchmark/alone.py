@@ -6,6 +6,7 @@ It needs what the daemon needs: the manifest, the store, the model, and room in 
 from __future__ import annotations
 
 import contextlib
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from rkcached.board import size_of
 from rkcached.desired import DesiredModel
 from rkcached.engines.base import Sampling
 from rkcached.errors import RkcachedError
+from rkcached.manifest import EngineKind
 from rkcached.observe import Look, Observer, read_manifest
 from rkcached.plan import Key
 from rkcached.store import Store
@@ -40,7 +42,8 @@ def look_at(manifest: Path, cache_dir: Path, state_dir: Path) -> Look:
         raise NotPossible(f"what the daemon reads cannot be read: {error}") from error
 
 
-def model_facts(look: Look | None, engine: str, runtime: str | None, model: str) -> ModelFacts:
+def model_facts(look: Look | None, engine: str, runtime: str | None, model: str, daemon: int = 0) -> ModelFacts:
+    """`daemon` is its process, whose cores llamacpp takes where the manifest names no number of threads."""
     found = look.desired.models.get(model) if look is not None else None
     if look is None or not isinstance(found, DesiredModel):
         return ModelFacts(engine=engine, runtime=runtime)
@@ -52,8 +55,19 @@ def model_facts(look: Look | None, engine: str, runtime: str | None, model: str)
         file=str(found.config.path),
         digest=found.source.digest,
         params=params,
-        threads=look.manifest.engine.threads,
+        threads=_threads(look, daemon),
     )
+
+
+def _threads(look: Look, daemon: int) -> int | None:
+    """None where the runtime decides."""
+    engine = look.manifest.engine
+    if engine.kind is not EngineKind.LLAMACPP or engine.threads:
+        return engine.threads or None
+    try:
+        return len(os.sched_getaffinity(daemon))
+    except OSError:
+        return len(os.sched_getaffinity(0))
 
 
 class Alone:

@@ -36,6 +36,8 @@ class Asker:
         self._client = client
         self._name = f"{model}/{prompt}"
         self._count = 0
+        self.answers = 0
+        """As the daemon counts them: those that came to their end."""
 
     def ask(self, state: State) -> tuple[Run, str]:
         """The run, and its question. `FILE` must follow `COLD`, and `MEMORY` follow `FILE`.
@@ -72,6 +74,7 @@ class Asker:
                 first = time.perf_counter()
             report = chunk.get("rkcached", report)
             usage = chunk.get("usage") or usage
+        self.answers += 1
         if not first:  # a model may end at once: the daemon then reports the whole answer's time
             first = time.perf_counter()
         return _run((first - started) * 1000, report, usage), report, question

@@ -6,13 +6,16 @@ import contextlib
 import datetime as dt
 import platform
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from types import TracebackType
+from typing import Any, NoReturn, Self
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Column
+from rich.text import Text
 
 from rkcached import __version__
 from rkcached.benchmark import sweep, trust
@@ -31,10 +34,13 @@ from rkcached.benchmark.results import (
     Versions,
 )
 from rkcached.client import Client
-from rkcached.errors import SourceError
+from rkcached.errors import DaemonUnreachable, ModelLoadError, RequestError, RkcachedError, SourceError, UsageError
 from rkcached.observe import Look
 from rkcached.plan import Key
 from rkcached.settings import Settings
+
+_NAMED = 5
+"""So many prompts a warning names; it counts the others."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,55 +53,44 @@ class Options:
 def run(settings: Settings, wanted: Sequence[str], options: Options, console: Console) -> Results:
     """Measure the prompts that `wanted` names, or all; with a sweep, the models. `console` gets the progress.
 
-    Errors: DaemonUnreachable, RequestError; SourceError for a name of nothing.
+    A prompt that cannot be measured does not keep the others from it, and neither does a daemon that dies meanwhile
+    take what was measured before. Errors: SourceError for a name of nothing, UsageError for a prompt to sweep;
+    DaemonUnreachable, RequestError, SourceError, ModelLoadError if nothing could be measured.
     """
-    signal.signal(signal.SIGTERM, _leave)
+    _check(wanted, options)
+    _unwind_on_signals()
     facts, steal = machine(), Steal()
     with Client(settings.socket) as client:
         before = client.status()
-        lengths: dict[Key, int] = {}
         keys = [] if options.sweep else _keys(before, wanted)
         models = _models(before, wanted)
         places = _places(settings, before)
+        kept = sweep.Stored()
         with contextlib.ExitStack() as stack:
-            shown = stack.enter_context(_progress(console))
-            task = shown.add_task("", total=None)
-            refused: list[str] = []
+            shown = stack.enter_context(_Shown(console))
             if options.sweep:
                 look, _ = _try_look(places)
-                lengths, refused = stack.enter_context(
+                kept = stack.enter_context(
                     sweep.stored(
                         settings.socket,
                         settings.admin_socket,
                         models,
                         lambda model: _context_tokens(look, model),
-                        lambda said: shown.update(task, description=said),
+                        shown.preparing,
                     )
                 )
-                keys = list(lengths)
+                keys = list(kept.lengths)
             look, why = _try_look(places)
-            direct = look if options.direct else None
-            why_not_direct = [why] if options.direct else ["not asked for"]
-            status = client.status()
-            shown.update(task, total=len(keys) * options.runs * len(State), completed=0)
-            prompts = []
-            for model in dict.fromkeys(key.model for key in keys):
-                shown.update(task, description=f"{model}: loading")
-                alone, why = _start(direct, model)
-                why_not_direct.append(why)
-                with contextlib.ExitStack() as loaded:
-                    if alone is not None:
-                        loaded.callback(alone.close)
-                    for key in (key for key in keys if key.model == model):
-                        shown.update(task, description=str(key))
-                        measuring = _Measuring(Asker(client, *key), alone, key)
-                        for _ in measuring.rounds(options.runs):
-                            shown.advance(task, len(State))
-                        why_not_direct.append(measuring.why_not_direct)
-                        prompts.append(_result(key, lengths.get(key), _status_of(status, key), measuring.states()))
-            after = client.status()
-    runtimes = {model["name"]: model["runtime"] for model in after["models"]}
+            bench = _Bench(client, options.runs, kept.lengths, look if options.direct else None, shown)
+            bench.measure(keys)
+    runtimes = {model["name"]: model["runtime"] for model in bench.status["models"]}
     stolen = steal.percent()
+    said = [*bench.warnings, *trust.warnings(facts, stolen, options.runs, bench.prompts, bench.meanwhile())]
+    if kept.left:
+        said.append(
+            f"stored prompts are left in the daemon, which was gone: {len(kept.left)}; another sweep removes them"
+        )
+    why_not_direct = [why if options.direct else "not asked for", *bench.why_not_direct]
     return Results(
         schema=SCHEMA,
         date=dt.datetime.now(dt.UTC).isoformat(timespec="seconds"),
@@ -107,63 +102,270 @@ def run(settings: Settings, wanted: Sequence[str], options: Options, console: Co
             question=QUESTION,
             sweep=sweep.LENGTHS if options.sweep else (),
         ),
-        models={name: model_facts(look, before["engine"], runtimes[name], name) for name in models},
-        prompts=tuple(prompts),
+        models={name: model_facts(look, before["engine"], runtimes.get(name), name, before["pid"]) for name in models},
+        prompts=tuple(bench.prompts),
         direct="; ".join(dict.fromkeys(filter(None, why_not_direct))),
         steal_percent=stolen,
-        warnings=tuple(trust.warnings(facts, stolen, options.runs, prompts)),
-        refused=tuple(refused),
+        warnings=tuple(said),
+        refused=(*kept.refused, *bench.refused),
     )
+
+
+class _Bench:
+    """Measures prompt after prompt, and keeps what comes of each."""
+
+    def __init__(self, client: Client, runs: int, lengths: dict[Key, int], direct: Look | None, shown: _Shown) -> None:
+        """`direct` is for the engine alone; None leaves it out. Errors: DaemonUnreachable, RequestError."""
+        self._client = client
+        self._runs = runs
+        self._lengths = lengths
+        self._direct = direct
+        self._shown = shown
+        self._asked = 0
+        self._errors: list[RkcachedError] = []
+        self._first = client.status()
+        self.status = self._first
+        """The last one."""
+        self.prompts: list[PromptResult] = []
+        self.refused: list[str] = []
+        self.warnings: list[str] = []
+        self.why_not_direct: list[str] = []
+
+    def measure(self, keys: Sequence[Key]) -> None:
+        """Until all are measured, or the daemon is gone. Errors: why there is nothing, if there is nothing."""
+        self._shown.plan(prompts=len(keys), answers=len(keys) * self._answers(direct=self._direct is not None))
+        left = list(keys)
+        for model in dict.fromkeys(key.model for key in keys):
+            if self._is_gone:
+                break
+            with contextlib.ExitStack() as loaded:
+                alone = self._start(model)
+                if alone is not None:
+                    loaded.callback(alone.close)
+                of_model = [key for key in keys if key.model == model]
+                if alone is None and self._direct is not None:
+                    self._shown.drop(len(of_model) * self._runs * len(State))
+                for key in of_model:
+                    if not self._is_gone:
+                        left.remove(key)
+                        self._measure(key, alone)
+        if not self.prompts and self._errors:
+            raise self._why_nothing()
+        if self._is_gone:
+            rest = [self._name(key) for key in left]
+            more = f" and {len(rest) - _NAMED} more" if len(rest) > _NAMED else ""
+            not_measured = f"; not measured: {', '.join(rest[:_NAMED])}{more}" if rest else ""
+            self.warnings.append(f"the daemon went away, this is what was measured until then{not_measured}")
+
+    def meanwhile(self) -> trust.Meanwhile:
+        answers = sum(self.status["answers"].values()) - sum(self._first["answers"].values()) - self._asked
+        builds = self.status["reconcile"]["builds"] - self._first["reconcile"]["builds"]
+        return trust.Meanwhile(answers=answers, builds=builds)
+
+    @property
+    def _is_gone(self) -> bool:
+        return bool(self._errors) and isinstance(self._errors[-1], DaemonUnreachable)
+
+    def _answers(self, *, direct: bool) -> int:
+        """Of one prompt."""
+        return self._runs * len(State) * (2 if direct else 1)
+
+    def _start(self, model: str) -> Alone | None:
+        if self._direct is None:
+            return None
+        self._shown.preparing(model, "loading a second one")
+        try:
+            return Alone(self._direct, model)
+        except NotPossible as error:
+            self.why_not_direct.append(str(error))
+            return None
+
+    def _measure(self, key: Key, alone: Alone | None) -> None:
+        before, name = _status_of(self.status, key), self._name(key)
+        self._shown.prompt(name)
+        asker = Asker(self._client, *key)
+        measuring = _Measuring(asker, alone, key, self._shown)
+        measuring.run(self._runs)
+        self._shown.drop(self._answers(direct=alone is not None) - measuring.steps)
+        self._asked += asker.answers
+        self.why_not_direct.append(measuring.why_not_direct)
+        with contextlib.suppress(DaemonUnreachable, RequestError):  # the next question says so
+            self.status = self._client.status()
+        stopped = measuring.stopped
+        if stopped is not None:
+            self._errors.append(stopped)
+            if not measuring.counts():
+                self.refused.append(f"{name}: {stopped.message}")
+                return
+            self.warnings.append(f"{name}: {min(measuring.counts())} of {self._runs} runs, then {stopped.message}")
+        states = measuring.states()
+        if trust.changed(before, _status_of(self.status, key)):
+            states = dict.fromkeys(State, Measured(missing=trust.CHANGED))
+        self.prompts.append(_result(key, self._lengths.get(key), before, states))
+
+    def _name(self, key: Key) -> str:
+        """As its result is called."""
+        length = self._lengths.get(key)
+        return PromptResult(
+            model=key.model, prompt=key.prompt, tokens=None, size_bytes=None, build_ms=None, length=length, states={}
+        ).name
+
+    def _why_nothing(self) -> RkcachedError:
+        """The error of the only prompt, or what all have met; its kind decides about the exit code."""
+        error = self._errors[-1] if self._is_gone else self._errors[0]
+        if not isinstance(error, RequestError):
+            return error
+        more = f"; {len(self._errors) - 1} more could not be measured either" if len(self._errors) > 1 else ""
+        hint = "`rkcached status` says what is wrong with each prompt"
+        kinds: dict[str, type[RkcachedError]] = {"prompt_blocked": SourceError, "model_unavailable": ModelLoadError}
+        if error.code in kinds:  # 503 for a client; for this command, an input that cannot be used
+            return kinds[error.code](error.message + more, hint=hint)
+        return RequestError(error.status, error.message + more, code=error.code, hint=hint)
+
+
+class _Shown:
+    """What goes on: at a terminal one line that is gone at the end, elsewhere a line for each prompt."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._prompts = self._prompt = 0
+        self._progress = Progress(
+            TextColumn("{task.description}", markup=False, table_column=_column(ratio=1)),
+            TextColumn("{task.fields[doing]}", markup=False, table_column=_column()),
+            BarColumn(bar_width=8),
+            MofNCompleteColumn(table_column=_column()),
+            TimeElapsedColumn(table_column=_column()),
+            TimeRemainingColumn(table_column=_column()),
+            console=console,
+            transient=True,
+            expand=True,
+            disable=not console.is_terminal,
+        )
+        self._task = self._progress.add_task("", total=None, doing="")
+        self._total = 0
+
+    def __enter__(self) -> Self:
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        with contextlib.suppress(OSError):  # the terminal may be closed
+            self._progress.stop()
+
+    def preparing(self, model: str, doing: str) -> None:
+        self._progress.update(self._task, description=model, doing=doing)
+        self._say(f"{model}: {doing}")
+
+    def plan(self, *, prompts: int, answers: int) -> None:
+        self._prompts, self._total = prompts, answers
+        self._progress.reset(self._task, total=answers)
+
+    def prompt(self, name: str) -> None:
+        self._prompt += 1
+        self._progress.update(self._task, description=name, doing="first answer")
+        self._say(f"measuring {name}, {self._prompt} of {self._prompts}")
+
+    def doing(self, state: State, number: int, runs: int, *, alone: bool) -> None:
+        self._progress.update(self._task, doing=f"{state} {number}/{runs}{', engine alone' if alone else ''}")
+
+    def done(self) -> None:
+        self._progress.advance(self._task)
+
+    def drop(self, answers: int) -> None:
+        """So many will not come."""
+        self._total -= answers
+        self._progress.update(self._task, total=self._total)
+
+    def _say(self, line: str) -> None:
+        if not self._console.is_terminal:
+            self._console.print(Text(line), soft_wrap=True)
+
+
+def _column(ratio: int | None = None) -> Column:
+    return Column(ratio=ratio, no_wrap=True, overflow="ellipsis")
 
 
 class _Measuring:
     """The runs of one prompt, in turns: cold, from the file, in memory; each through the socket and on the engine."""
 
-    def __init__(self, asker: Asker, alone: Alone | None, key: Key) -> None:
+    def __init__(self, asker: Asker, alone: Alone | None, key: Key, shown: _Shown) -> None:
         self._asker = asker
         self._alone = alone
         self._key = key
+        self._shown = shown
         self._runs: dict[State, list[Run]] = {state: [] for state in State}
         self._direct: dict[State, list[DirectRun]] = {state: [] for state in State}
         self._missing: dict[State, str] = {}
         self.why_not_direct = ""
+        self.stopped: RequestError | DaemonUnreachable | None = None
+        """What came instead of an answer. What was measured before is good."""
+        self.steps = 0
+        """Answers that were shown as done."""
 
-    def rounds(self, count: int) -> Iterator[int]:
-        """The first answer is not counted: it may have to load the model. Errors: RequestError, DaemonUnreachable."""
-        with contextlib.suppress(NotMade):
-            self._asker.ask(State.COLD)
-        for number in range(count):
-            for state in State:
-                if not any(earlier in self._missing for earlier in list(State)[: list(State).index(state) + 1]):
-                    self._once(state)
-            yield number
+    def run(self, count: int) -> None:
+        """The first answer is not counted: it may have to load the model."""
+        try:
+            with contextlib.suppress(NotMade):
+                self._asker.ask(State.COLD)
+            for number in range(1, count + 1):
+                for state in State:
+                    if self._why_missing(state) is None:
+                        self._once(state, number, count)
+        except (RequestError, DaemonUnreachable) as error:
+            self.stopped = error
 
-    def _once(self, state: State) -> None:
+    def _once(self, state: State, number: int, count: int) -> None:
+        self._shown.doing(state, number, count, alone=False)
         try:
             run, question = self._asker.ask(state)
         except NotMade as error:
             self._missing[state] = str(error)
             return
         self._runs[state].append(run)
+        self._step()
         if self._alone is None:
             return
+        self._shown.doing(state, number, count, alone=True)
         try:
             self._direct[state].append(self._alone.ask(self._key, state, question, ANSWER_TOKENS))
         except NotPossible as error:
             self.why_not_direct = str(error)
             self._alone = None
+        else:
+            self._step()
+
+    def _step(self) -> None:
+        self.steps += 1
+        self._shown.done()
+
+    def counts(self) -> list[int]:
+        """Runs of each state that has some."""
+        return [len(self._runs[state]) for state in State if self._runs[state] and self._why_missing(state) is None]
 
     def states(self) -> dict[State, Measured]:
         """What could not be made once is not reported at all: what else came would be of another kind."""
-        found, missing = {}, ""
+        found = {}
         for state in State:
-            missing = self._missing.get(state) or (missing and f"{State.FILE}: {missing}")
+            missing = self._why_missing(state)
+            if missing is None and self.stopped is not None and not self._runs[state]:
+                missing = self.stopped.message
             found[state] = (
                 Measured(missing=missing)
-                if missing
+                if missing is not None
                 else Measured(runs=tuple(self._runs[state]), direct=self._whole(state)).summarised()
             )
         return found
+
+    def _why_missing(self, state: State) -> str | None:
+        """A state follows those before it; None if all of them could be made."""
+        for earlier in State:
+            if earlier in self._missing:
+                return self._missing[earlier] if earlier is state else f"{earlier}: {self._missing[earlier]}"
+            if earlier is state:
+                break
+        return None
 
     def _whole(self, state: State) -> tuple[DirectRun, ...]:
         """Pairs need both."""
@@ -183,6 +385,17 @@ def _result(key: Key, length: int | None, status: dict[str, Any], states: dict[S
         no_gain=trust.why_no_gain(status, states),
         reduction=trust.reductions(states),
     )
+
+
+def _check(wanted: Sequence[str], options: Options) -> None:
+    """Errors: UsageError."""
+    prompts = [name for name in wanted if "/" in name]
+    if options.sweep and prompts:
+        model = prompts[0].partition("/")[0]
+        raise UsageError(
+            f"a sweep measures models, and {prompts[0]!r} names a prompt",
+            hint=f"name models only, as in `rkcached bench --sweep {model}`, or leave --sweep out",
+        )
 
 
 def _keys(status: dict[str, Any], wanted: Sequence[str]) -> list[Key]:
@@ -228,15 +441,6 @@ def _try_look(places: Settings) -> tuple[Look | None, str]:
         return None, str(error)
 
 
-def _start(look: Look | None, model: str) -> tuple[Alone | None, str]:
-    if look is None:
-        return None, ""
-    try:
-        return Alone(look, model), ""
-    except NotPossible as error:
-        return None, str(error)
-
-
 def _context_tokens(look: Look | None, model: str) -> int | None:
     config = look.manifest.models.get(model) if look is not None else None
     return (config.params.max_context_len or None) if config is not None else None
@@ -247,12 +451,15 @@ def _status_of(status: dict[str, Any], key: Key) -> dict[str, Any]:
     return next((p for p in status["prompts"] if (p["model"], p["prompt"]) == key), gone)
 
 
-def _progress(console: Console) -> Progress:
-    """Only a terminal gets one, and it is gone at the end."""
-    columns = (TextColumn("{task.description}", markup=False), BarColumn(), TimeElapsedColumn())
-    return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+def _unwind_on_signals() -> None:
+    """SIGTERM and SIGHUP unwind as Ctrl-C does, so that stored prompts and the engine go; nohup stays."""
+    signal.signal(signal.SIGTERM, _leave)
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+        signal.signal(signal.SIGHUP, _leave)
 
 
 def _leave(_number: int, _frame: object) -> NoReturn:
-    """SIGTERM unwinds as Ctrl-C does, so that stored prompts and the engine go."""
+    """Once: a closed terminal sends more than one, and none must break off what is taken down."""
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
     raise KeyboardInterrupt

@@ -7,14 +7,16 @@ prompt cache really has.
 from __future__ import annotations
 
 import os
+import re
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from rkcached.benchmark.asking import ANSWER_TOKENS, QUESTION
 from rkcached.client import Client
-from rkcached.errors import RequestError, SourceError
+from rkcached.errors import DaemonUnreachable, RequestError, SourceError
 from rkcached.plan import Key
 
 LENGTHS = (128, 256, 512, 1024, 2048, 4096)
@@ -24,6 +26,20 @@ _LINE = "the roof of the house opens when water and air are warm enough for the 
 _WORDS = _LINE.split()
 _SAMPLES = (20, 100)
 """Words of the two texts that tell the number of tokens of a word."""
+_NAME = re.compile(r"bench-(\d+)-\d+")
+_PROC = Path("/proc")
+
+
+@dataclass(slots=True)
+class Stored:
+    """What a sweep has stored."""
+
+    lengths: dict[Key, int] = field(default_factory=dict)
+    """Tokens that were chosen for each."""
+    refused: list[str] = field(default_factory=list)
+    """What could not be stored, and why."""
+    left: list[Key] = field(default_factory=list)
+    """At the end: those that could not be removed, for the daemon was gone."""
 
 
 @contextmanager
@@ -32,36 +48,72 @@ def stored(
     admin_socket: Path,
     models: Sequence[str],
     context_tokens: Callable[[str], int | None],
-    on_step: Callable[[str], None],
-) -> Iterator[tuple[dict[Key, int], list[str]]]:
-    """The prompts with the length chosen for each, and why some could not be stored. Removed at the end, however it comes.
+    on_step: Callable[[str, str], None],
+) -> Iterator[Stored]:
+    """The prompts, of every model that takes some. Removed at the end, however it comes.
 
-    Errors: RequestError, DaemonUnreachable; SourceError if none could be stored.
+    What earlier sweeps had to leave is removed first. `on_step` gets the model and what is done.
+    Errors: DaemonUnreachable; RequestError, SourceError if none could be stored.
     """
     tried: list[Key] = []
-    kept: dict[Key, int] = {}
-    refused: list[str] = []
+    kept = Stored()
     try:
         with Client(socket) as asking, Client(admin_socket) as admin:
+            _remove_leftovers(asking, admin)
             for model in models:
-                head, per_word = _measure(asking, model)
+                try:
+                    head, per_word = _measure(asking, model)
+                except (RequestError, SourceError) as error:
+                    if len(models) == 1:
+                        raise
+                    kept.refused.append(f"{model}: {error.message}")
+                    continue
                 for tokens in lengths(context_tokens(model), head):
                     key = Key(model, f"bench-{os.getpid()}-{tokens}")
-                    on_step(f"{model}: building a prompt of {tokens:,} tokens")
+                    on_step(model, f"building a prompt of {tokens:,} tokens")
                     tried.append(key)
                     try:
                         admin.store(*key, text(tokens, round((tokens - head) / per_word)))
                     except RequestError as error:
-                        if error.status not in (409, 413):
-                            raise
-                        refused.append(f"{model}, {tokens:,} tokens: {error.message}")
+                        kept.refused.append(f"{model}, {tokens:,} tokens: {error.message}")
                     else:
-                        kept[key] = tokens
-        if not kept:
-            raise SourceError(f"no prompt could be stored: {'; '.join(refused)}", hint="the manifest says what fits")
-        yield kept, refused
+                        kept.lengths[key] = tokens
+        if not kept.lengths:
+            raise SourceError(
+                f"no prompt could be stored: {'; '.join(kept.refused)}", hint="the manifest says what fits"
+            )
+        yield kept
     finally:
-        _remove(admin_socket, tried)
+        kept.left = _remove(admin_socket, tried)
+
+
+def _remove_leftovers(asking: Client, admin: Client) -> None:
+    """Delete what sweeps stored whose process was killed. The daemon refuses to delete what the manifest declares."""
+    for prompt in asking.status()["prompts"]:
+        key = Key(prompt["model"], prompt["prompt"])
+        named = _NAME.fullmatch(key.prompt)
+        if named is not None and not _is_bench(int(named[1])):
+            _delete(admin, key)
+
+
+def _is_bench(pid: int) -> bool:
+    """Whether another process of this number is a running `rkcached bench`."""
+    if pid == os.getpid():
+        return False
+    try:
+        words = (_PROC / str(pid) / "cmdline").read_bytes().split(b"\0")
+    except OSError:
+        return False
+    return b"bench" in words and any(b"rkcached" in word for word in words)
+
+
+def _delete(admin: Client, key: Key) -> None:
+    """Errors: DaemonUnreachable; RequestError unless it is gone already or was never stored."""
+    try:
+        admin.delete(*key)
+    except RequestError as error:
+        if error.status not in (404, 409):
+            raise
 
 
 def lengths(context_tokens: int | None, head: int) -> list[int]:
@@ -98,16 +150,22 @@ def _measure(client: Client, model: str) -> tuple[int, float]:
     return max(0, round(short - per_word * few - (longer - long))), per_word
 
 
-def _remove(admin_socket: Path, keys: Sequence[Key]) -> None:
-    """Delete what was stored, also what was being stored. A second Ctrl-C does not keep it from that."""
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+def _remove(admin_socket: Path, keys: Sequence[Key]) -> list[Key]:
+    """Delete what was stored, also what was being stored; what is left because the daemon is gone.
+
+    No second signal keeps it from that.
+    """
+    kept_off = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = [signal.signal(number, signal.SIG_IGN) for number in kept_off]
+    left = list(keys)
     try:
         with Client(admin_socket) as admin:
-            for key in keys:
-                try:
-                    admin.delete(*key)
-                except RequestError as error:
-                    if error.status != 404:
-                        raise
+            while left:
+                _delete(admin, left[0])
+                del left[0]
+    except DaemonUnreachable:
+        pass  # the next sweep removes them
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, handler in zip(kept_off, before, strict=True):
+            signal.signal(number, handler)
+    return left

@@ -70,7 +70,7 @@ def test_it_says_enough_to_repeat_it(slow: Workspace) -> None:
         timeout=DEADLINE_S,
         check=True,
     )
-    assert done.stderr == ""  # no progress where nobody watches
+    assert done.stderr.splitlines() == ["measuring m/long, 1 of 2", "measuring m/tiny, 2 of 2"]  # a line for each
     assert max(map(len, done.stdout.splitlines())) <= 80
     found = json.loads(kept.read_text())
     assert (found["program"], found["schema"]) == ("rkcached bench", 1)
@@ -80,6 +80,7 @@ def test_it_says_enough_to_repeat_it(slow: Workspace) -> None:
     assert (model["engine"], model["runtime"], model["file"]) == ("memory", "1", str(slow.root / "m.model"))
     assert len(model["digest"]) == 64
     assert model["params"]["max_context_len"] == 4096
+    assert model["threads"] is None  # this engine decides by itself
     assert found["parameters"]["runs"] == 2
     assert found["direct"] == "not asked for"
     assert "2 runs are few" in " ".join(found["warnings"])
@@ -111,7 +112,7 @@ def test_sweep_leaves_nothing(slow: Workspace) -> None:
     assert png.read_bytes().startswith(b"\x89PNG\r\n")
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_interrupted_sweep_leaves_nothing(slow: Workspace, number: signal.Signals) -> None:
     """Ctrl-C: no stored prompt, no engine of its own, no traceback."""
     process = subprocess.Popen(
@@ -213,12 +214,13 @@ def test_real_model(workspace: Workspace, small_model: Path) -> None:
     workspace.write("cook.md", TEXT)
     workspace.write(
         "manifest.yaml",
-        f"version: 1\nengine: {{kind: llamacpp, threads: 1}}\nmodels:\n  m:\n    path: {small_model}\n"
+        f"version: 1\nengine: {{kind: llamacpp}}\nmodels:\n  m:\n    path: {small_model}\n"
         "    params: {max_context_len: 512, max_new_tokens: 32, temperature: 0}\n    prompts: {cook: cook.md}\n",
     )
     workspace.start()
     workspace.wait_state("cook", "fresh", 60)
     found = measured(workspace, "--runs", "1")
+    assert found["models"]["m"]["threads"] == len(os.sched_getaffinity(0))
     (prompt,) = found["prompts"]
     runs = {state: one["runs"][0] for state, one in prompt["states"].items()}
     assert runs["cold"]["cached_tokens"] == 0

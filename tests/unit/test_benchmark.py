@@ -10,8 +10,8 @@ import msgspec
 import pytest
 
 from rkcached.benchmark import plots
-from rkcached.benchmark.results import MachineFacts, PromptResult
-from rkcached.benchmark.trust import ENOUGH_RUNS, warnings
+from rkcached.benchmark.results import MachineFacts, Measured, PromptResult, Run, State
+from rkcached.benchmark.trust import ENOUGH_RUNS, Meanwhile, changed, warnings, why_no_gain
 from rkcached.errors import UsageError
 
 FIXED = MachineFacts(
@@ -44,6 +44,107 @@ def test_it_says_when_a_figure_is_not_to_be_trusted(
     found = warnings(msgspec.structs.replace(FIXED, **facts), steal_percent, runs, [])
     assert len(found) == bool(said)
     assert all(words in found[0] for words in said)
+
+
+def run(prefill_ms: float, load_ms: float = 0.0, *, queue_ms: float = 0.0, more_ms: float = 2.0) -> Run:
+    return Run(
+        ttft_ms=queue_ms + load_ms + prefill_ms + more_ms,
+        queue_ms=queue_ms,
+        load_ms=load_ms,
+        prefill_ms=prefill_ms,
+        first_decode_ms=more_ms,
+        socket_ms=0.0,
+        prompt_tokens=100,
+        cached_tokens=None,
+        decode_tokens_per_s=10.0,
+    )
+
+
+def states(cold: list[Run], file: list[Run]) -> dict[State, Measured]:
+    return {State.COLD: Measured(runs=tuple(cold)), State.FILE: Measured(runs=tuple(file)), State.MEMORY: Measured()}
+
+
+FRESH = {"state": "fresh", "reason": "", "hint": "", "artifact": {"tokens": 90, "fingerprint": "f"}}
+
+
+@pytest.mark.parametrize(
+    ("cold", "file", "said", "advises"),
+    [
+        ([run(100)] * 5, [run(10, 20)] * 5, "", False),
+        (
+            [run(30)] * 5,
+            [run(10, 40)] * 5,
+            "the prompt is too short: loading 90 tokens takes 40.0 ms and spares 20",
+            True,
+        ),
+        ([run(30)] * 2, [run(10, 40)] * 2, "the prompt is too short", True),
+        # an outlier among two runs, wherever it is
+        (
+            [run(100)] * 2,
+            [run(10, 20), run(10, 20, more_ms=500)],
+            "nothing can be told of so few runs: cold from",
+            False,
+        ),
+        ([run(100)] * 2, [run(10, 20), run(500, 20)], "nothing can be told of so few runs", False),
+        ([run(100)] * 2, [run(10, 20), run(10, 500)], "nothing can be told of so few runs", False),
+        ([run(100)] * 6, [run(10, 20)] * 2 + [run(10, 20, more_ms=300)] * 4, "of such scattered runs", False),
+        ([run(100)] * 6, [run(10, 20, more_ms=300)] * 6, "but the answers took longer", False),
+    ],
+)
+def test_too_short_is_what_costs_more_to_load_than_to_read(
+    cold: list[Run], file: list[Run], said: str, advises: bool
+) -> None:
+    """Noise is called noise, with the number of runs and their range, and no configuration is advised for it.
+
+    One slow answer of two was enough to advise a higher cache.min_tokens for a prompt whose cache spared 70 %.
+    """
+    found = why_no_gain(FRESH, states(cold, file))
+    assert said in found
+    assert bool(said) == bool(found)
+    assert ("cache.min_tokens" in found) == advises
+    assert ("n=" in found) == ("nothing can be told" in found)
+
+
+@pytest.mark.parametrize(
+    ("after", "is_changed"),
+    [
+        ({}, False),
+        ({"state": "stale"}, True),
+        ({"state": "building", "reason": "text: 0123 -> 4567"}, True),
+        ({"state": "building", "reason": "requested"}, False),
+        ({"artifact": {"tokens": 90, "fingerprint": "g"}}, True),
+        ({"state": "missing", "artifact": None}, False),
+    ],
+)
+def test_a_prompt_that_changed_is_not_one_without_gain(after: dict[str, Any], is_changed: bool) -> None:
+    """The fingerprint tells, and before there is a new one the reason of the build; to be built anew is no change."""
+    assert changed(FRESH, {**FRESH, **after}) == is_changed
+    assert not changed({"state": "uncached", "reason": "", "hint": ""}, {**FRESH, **after})
+
+
+@pytest.mark.parametrize(
+    ("queue_ms", "meanwhile", "said"),
+    [
+        (0.4, Meanwhile(), []),
+        (0.4, Meanwhile(answers=-3), []),
+        (0.4, Meanwhile(answers=1), ["other clients asked the daemon meanwhile: 1 answer was not"]),
+        (0.4, Meanwhile(builds=2), ["the daemon built 2 prompt caches meanwhile"]),
+        (30.0, Meanwhile(), ["1 of 2 runs waited for the engine, up to 30 ms"]),
+    ],
+)
+def test_others_who_had_the_daemon_are_named(queue_ms: float, meanwhile: Meanwhile, said: list[str]) -> None:
+    """By its counts of answers and builds, and by a wait that is long for the answer."""
+    prompt = PromptResult(
+        model="m",
+        prompt="p",
+        tokens=90,
+        size_bytes=1,
+        build_ms=1.0,
+        states={State.COLD: Measured(runs=(run(100), run(100, queue_ms=queue_ms)))},
+    )
+    found = warnings(FIXED, 0.0, ENOUGH_RUNS, [prompt], meanwhile)
+    assert len(found) == len(said)
+    assert all(words in sentence for words, sentence in zip(said, found, strict=True))
 
 
 @pytest.mark.parametrize(
