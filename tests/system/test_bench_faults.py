@@ -1,0 +1,301 @@
+"""`rkcached bench` when something comes in between: what cannot be measured, other clients, signals, a terminal."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import pty
+import select
+import signal
+import struct
+import subprocess
+import termios
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import pyte
+import pytest
+from conftest import Workspace, need
+
+from tests.waiting import DEADLINE_S, wait_until
+
+TEXT = "You keep the {}. " + "You answer in one sentence, and you know every ship that passes by day and night. " * 4
+STATES = ("cold", "file", "memory")
+
+
+@pytest.fixture
+def three(workspace: Workspace) -> Workspace:
+    """A running daemon whose engine reads at 5,000 tokens/s; the prompts `a` and `c` are fresh, `b` has no text."""
+    workspace.memory_model(prefill_us_per_token=200, decode_us_per_token=100)
+    workspace.write("a.md", TEXT.format("lighthouse"))
+    workspace.write("b.md", "")
+    workspace.write("c.md", TEXT.format("harbour"))
+    workspace.declare("{a: a.md, b: b.md, c: c.md}")
+    workspace.start()
+    workspace.wait_settled()
+    return workspace
+
+
+class Bench:
+    """A `bench --json` that goes on. It is killed at the end if it is still there."""
+
+    def __init__(self, space: Workspace, *arguments: str) -> None:
+        self._said = space.root / "bench.stderr"
+        with self._said.open("w") as said:
+            self.process = subprocess.Popen(
+                space.command("bench", "--json", "--no-direct", *arguments),
+                env=space.environment,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=said,
+                text=True,
+                start_new_session=True,
+            )
+        self._space = space
+
+    def wait_for(self, line: str) -> None:
+        wait_until(lambda: line in self._said.read_text(), f"it says {line!r}")
+
+    def wait_for_answers(self, more: int) -> None:
+        wait_until(lambda: sum(self._space.status()["answers"].values()) >= more, f"{more} answers")
+
+    def result(self) -> dict[str, Any]:
+        out, _ = self.process.communicate(timeout=DEADLINE_S)
+        assert self.process.returncode == 0, self._said.read_text()
+        assert "Traceback" not in self._said.read_text()
+        found: dict[str, Any] = json.loads(out)
+        return found
+
+
+@contextlib.contextmanager
+def benching(space: Workspace, *arguments: str) -> Iterator[Bench]:
+    bench = Bench(space, *arguments)
+    try:
+        yield bench
+    finally:
+        if bench.process.poll() is None:
+            bench.process.kill()
+        bench.process.communicate()
+
+
+def runs_of(found: dict[str, Any], name: str) -> list[int]:
+    prompt = next(prompt for prompt in found["prompts"] if prompt["prompt"] == name)
+    return [len(prompt["states"][state]["runs"]) for state in STATES]
+
+
+def test_a_blocked_prompt_does_not_keep_the_others_from_being_measured(three: Workspace) -> None:
+    """One empty file ended the whole command. It is said in the result, and the table has it."""
+    found = json.loads(three.cli("bench", "--json", "--runs", "1", "--no-direct").stdout)
+    assert [runs_of(found, name) for name in ("a", "c")] == [[1, 1, 1]] * 2
+    (refused,) = found["refused"]
+    assert refused.startswith("m/b: the prompt m/b cannot be used")
+    assert "empty" in refused
+    shown = " ".join(three.cli("bench", "m/a", "m/b", "--runs", "1", "--no-direct").stdout.split())
+    assert f"not measured: {refused}" in shown
+
+
+def test_only_a_blocked_prompt_is_an_error_of_the_input(three: Workspace) -> None:
+    """Not 69, which is for a daemon that does not answer."""
+    said = three.cli("bench", "m/b", "--runs", "1", code=66).stderr
+    assert "the prompt m/b cannot be used" in said
+    assert "hint: " in said
+
+
+def test_a_model_that_cannot_be_loaded_is_an_error_of_the_input(workspace: Workspace) -> None:
+    """As above, for a model: each of its prompts is refused, and the sentence names one reason."""
+    workspace.write("m.model", "no model")
+    workspace.write("a.md", TEXT)
+    workspace.declare("{a: a.md, b: a.md}")
+    workspace.start()
+    workspace.wait_settled()
+    said = workspace.cli("bench", "--runs", "1", code=66).stderr
+    assert "the model 'm' cannot be used" in said
+    assert "1 more could not be measured either" in said
+
+
+def test_a_prompt_that_is_removed_meanwhile(three: Workspace) -> None:
+    """What was measured of it stays, it is said how much, and the next prompt is measured."""
+    with benching(three, "m/a", "m/c", "--runs", "20") as bench:
+        bench.wait_for_answers(12)
+        three.declare("{b: b.md, c: c.md}")
+        found = bench.result()
+    assert runs_of(found, "c") == [20] * 3
+    assert all(3 <= runs < 20 for runs in runs_of(found, "a"))
+    said = " ".join(found["warnings"])
+    assert f"m/a: {min(runs_of(found, 'a'))} of 20 runs, then the model 'm' has no prompt 'a'" in said
+
+
+def test_a_prompt_that_is_edited_meanwhile(three: Workspace) -> None:
+    """Its figures are of two texts, so there are none; that is no word about what its cache gains."""
+    with benching(three, "m/a", "--runs", "20") as bench:
+        bench.wait_for_answers(12)
+        three.write("a.md", TEXT.format("bridge"))
+        found = bench.result()
+    (edited,) = found["prompts"]
+    assert {edited["states"][state]["missing"] for state in STATES} == {
+        "it changed while it was measured; measure it again"
+    }
+    assert runs_of(found, "a") == [0] * 3
+    assert edited["no_gain"] == ""
+    assert edited["reduction"] == {}
+
+
+def test_a_daemon_that_dies_does_not_take_what_was_measured(three: Workspace) -> None:
+    """The first prompt is whole, the second one has what it has; the third is named as not measured."""
+    three.write("d.md", TEXT.format("quay"))
+    three.declare("{a: a.md, c: c.md, d: d.md}")
+    three.wait_state("d", "fresh")
+    with benching(three, "--runs", "10") as bench:
+        bench.wait_for("measuring m/c, 2 of 3")
+        three.stop(signal.SIGKILL)
+        found = bench.result()
+    assert runs_of(found, "a") == [10] * 3
+    said = " ".join(found["warnings"])
+    assert "the daemon went away, this is what was measured until then; not measured: " in said
+    assert "m/d" in said
+    assert "d" not in [prompt["prompt"] for prompt in found["prompts"]]
+
+
+def test_a_daemon_that_dies_before_anything_was_measured(workspace: Workspace) -> None:
+    """Then there is the error only."""
+    workspace.memory_model(faults=[{"op": "generate", "kind": "hang", "at": 1}])
+    workspace.write("a.md", TEXT.format("lighthouse"))
+    workspace.declare("{a: a.md}", top="cache: {min_tokens: 4000}")
+    workspace.start()
+    workspace.wait_state("a", "uncached")
+    with benching(workspace, "m/a", "--runs", "1") as bench:
+        wait_until(lambda: workspace.status()["running"], "it asks")
+        workspace.stop(signal.SIGKILL)
+        bench.process.communicate(timeout=DEADLINE_S)
+        assert bench.process.returncode == 69
+        bench.wait_for("error: the daemon broke off")
+
+
+def test_other_clients_are_noticed(three: Workspace) -> None:
+    """By the daemon's own counts; and not where nobody else asked."""
+    quiet = json.loads(three.cli("bench", "m/a", "--json", "--runs", "2", "--no-direct").stdout)
+    assert "other clients" not in " ".join(quiet["warnings"])
+    asked = sum(three.status()["answers"].values())
+    with benching(three, "m/a", "--runs", "20") as bench:
+        bench.wait_for_answers(asked + 5)
+        for _ in range(3):
+            three.ask("m/c")
+        found = bench.result()
+    assert "other clients asked the daemon meanwhile: 3 answers" in " ".join(found["warnings"])
+
+
+def test_a_sweep_refuses_the_name_of_a_prompt(three: Workspace) -> None:
+    """It would have swept the whole model."""
+    said = three.cli("bench", "--sweep", "m/nope", code=64).stderr
+    assert "'m/nope' names a prompt" in said
+    assert "name models only, as in `rkcached bench --sweep m`" in said
+
+
+def test_a_sweep_removes_what_killed_ones_left(three: Workspace) -> None:
+    """Only what was stored by a process that is gone: a declared prompt of such a name is not its own to remove."""
+    three.declare("{a: a.md, bench-99999999-128: c.md}")
+    three.wait_state("bench-99999999-128", "fresh")
+    with three.http(admin=True) as admin:
+        body = {"cache_name": "bench-diary", "content": TEXT}
+        assert admin.post("/v1/cache/m", json=body).status_code == 200
+    with benching(three, "--sweep", "--runs", "1000") as bench:
+        bench.wait_for("measuring")
+        bench.process.send_signal(signal.SIGSTOP)  # it lives, but does not keep the others from the engine
+        with benching(three, "--sweep", "--runs", "1") as second:
+            second.result()
+        left = {prompt["prompt"] for prompt in three.status()["prompts"]}
+        assert sum(name.startswith(f"bench-{bench.process.pid}-") for name in left) >= 5
+        bench.process.kill()
+        bench.process.wait()
+    with benching(three, "--sweep", "--runs", "1") as third:
+        third.result()
+    assert {prompt["prompt"] for prompt in three.status()["prompts"]} == {"a", "bench-99999999-128", "bench-diary"}
+
+
+class Terminal:
+    """A terminal of 80 columns with a `bench` on it. Its standard output goes elsewhere."""
+
+    def __init__(self, space: Workspace, *arguments: str) -> None:
+        self.screen = pyte.Screen(80, 24)
+        self.seen: set[str] = set()
+        """Every first line that was there."""
+        self._stream = pyte.ByteStream(self.screen)
+        self._master, slave = pty.openpty()
+        fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
+        outer = {key: value for key, value in space.environment.items() if key not in ("COLUMNS", "NO_COLOR", "TERM")}
+        self.process = subprocess.Popen(
+            [need("setsid"), "--ctty", *space.command("bench", *arguments)],
+            env={**outer, "TERM": "xterm-256color", "LC_ALL": "C.UTF-8"},
+            stdin=slave,
+            stdout=subprocess.PIPE,
+            stderr=slave,
+            text=True,
+        )
+        os.close(slave)
+        self._closed = threading.Event()
+        self._reader = threading.Thread(target=self._read)
+        self._reader.start()
+
+    def _read(self) -> None:
+        with contextlib.suppress(OSError):  # its last user is gone
+            while not self._closed.is_set():
+                if select.select([self._master], [], [], 0.05)[0]:
+                    self._stream.feed(os.read(self._master, 65536))
+                    self.seen.add(self.screen.display[0].rstrip())
+        os.close(self._master)
+
+    def wait_for(self, *words: str) -> None:
+        def there() -> bool:
+            return any(all(word in line for word in words) for line in tuple(self.seen))
+
+        wait_until(there, lambda: f"{words} on the screen:\n" + "\n".join(sorted(self.seen)), 30)
+
+    def end(self) -> str:
+        """What it wrote elsewhere."""
+        out, _ = self.process.communicate(timeout=DEADLINE_S)
+        self._reader.join(10)
+        return out
+
+    def hang_up(self) -> None:
+        """What happens when its window is closed: its session gets SIGHUP, and nothing can be written any more."""
+        self._closed.set()
+        self._reader.join(10)
+
+    def close(self) -> None:
+        if self.process.poll() is None:
+            self.process.kill()
+        self.process.communicate()
+        self.hang_up()
+
+
+def test_progress_at_a_terminal(three: Workspace) -> None:
+    """What runs, how many answers are done of all, and time: one line of 80 columns that is gone at the end."""
+    terminal = Terminal(three, "m/a", "m/c", "--runs", "5", "--json")
+    try:
+        terminal.wait_for("m/a", "cold 1/5")
+        terminal.wait_for("m/a", "engine alone", "/60")
+        terminal.wait_for("m/c", "file 5/5", "0:00:0")
+        found = json.loads(terminal.end())
+        assert not "".join(terminal.screen.display).strip()
+    finally:
+        terminal.close()
+    assert runs_of(found, "c") == [5] * 3
+    done = {line.split("/60")[0].split()[-1] for line in terminal.seen if "/60" in line}
+    assert len(done) > 12  # by the answer, not by the round
+    assert not any("…" in line for line in terminal.seen)
+
+
+def test_a_closed_terminal_leaves_no_stored_prompt(three: Workspace) -> None:
+    """The kernel sends SIGHUP, and what is written then fails."""
+    terminal = Terminal(three, "--sweep", "--runs", "1000")
+    try:
+        terminal.wait_for("cold 1/1000")
+        assert len(three.status()["prompts"]) > 3
+        terminal.hang_up()
+        terminal.process.communicate(timeout=DEADLINE_S)
+    finally:
+        terminal.close()
+    assert {prompt["prompt"] for prompt in three.status()["prompts"]} == {"a", "b", "c"}
