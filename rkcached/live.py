@@ -195,14 +195,13 @@ class _Documents(_View):
     """--json: a line of JSON for each change."""
 
     def __init__(self) -> None:
-        self._facts: dict[str, str] | None = None
-        self._gone = False
+        self._known: object = None
 
     def show(self, status: dict[str, Any], *, gone: bool) -> None:
-        facts = None if gone else facts_of(status)
-        if (gone, facts) != (self._gone, self._facts):
+        known = "gone" if gone else (facts_of(status), status["cache"]["used_bytes"])
+        if known != self._known:
             print(show.json_text({"gone": True} if gone else status), flush=True)  # noqa: T201 - for a program
-        self._gone, self._facts = gone, facts
+        self._known = known
 
 
 class _Changes(_View):
@@ -246,11 +245,10 @@ def facts_of(status: dict[str, Any]) -> dict[str, str]:
     problems = "; ".join(status["manifest"]["problems"])
     trouble = status["cache"]["trouble"]
     facts |= {
-        "daemon": show.daemon_line(status, age=show.since(status["started_at"])).plain,
+        "daemon": show.daemon_line(status, age=f"since {show.when(status['started_at'])}").plain,
         "manifest": f"{show.REJECTED}: {problems}" if problems else "manifest: in force",
         "store": f"the store cannot be read: {trouble}" if trouble else "store: readable",
         "watching": f"watching: {status['watching']}",
-        "cache": f"cache {show.used_of({**status, 'cache': {**status['cache'], 'free_bytes': None}})}",
         "answers": f"answers: {show.answers_of(status)}",
         "summary": show.summary_of(status),
     }
@@ -258,13 +256,12 @@ def facts_of(status: dict[str, Any]) -> dict[str, str]:
 
 
 def _prompt_line(prompt: dict[str, Any]) -> str:
-    artifact = prompt.get("artifact")
+    artifact = prompt.get("artifact") if prompt["state"] == "fresh" else None
     figures = f", {artifact['tokens']} tokens, {show.size(artifact['size_bytes'])}" if artifact else ""
     if artifact and artifact["verified"] != "off":
         figures += f", cold {artifact['cold_ttft_ms']:.0f} ms, warm {artifact['warm_ttft_ms']:.0f} ms"
-    reason = show.reason_of(prompt)
-    words = f": {reason}" if reason else figures if prompt["state"] == "fresh" else ""
-    return f"{show.name_of(prompt)} {prompt['state']}{words}"
+    reason = _reason(prompt)
+    return f"{show.name_of(prompt)} {prompt['state']}{figures}" + (f": {reason}" if reason else "")
 
 
 def changes(before: dict[str, str], now: dict[str, str]) -> Iterator[str]:
@@ -272,8 +269,9 @@ def changes(before: dict[str, str], now: dict[str, str]) -> Iterator[str]:
     for about, fact in now.items():
         if before.get(about) != fact:
             yield fact
-    for about in before.keys() - now.keys():
-        yield f"{about}: no longer there"
+    for about in before:
+        if about not in now:
+            yield f"{about}: no longer there"
 
 
 _GONE = "daemon gone, waiting"
@@ -385,10 +383,15 @@ class _Notes:
         return max(1, count)
 
 
+_TEXT_CHANGED = re.compile(r"prefix\.\w+: [^\s,]+ -> [^\s,]+(?:, prefix\.\w+: [^\s,]+ -> [^\s,]+)*")
+
+
 def _reason(prompt: dict[str, Any]) -> str:
-    """Without figures that the table has, so that those of many prompts are the same."""
+    """Without figures that only this prompt has, so that those of many prompts are the same."""
     reason = show.reason_of(prompt)
-    return "no gain, see cold and warm" if reason.startswith("no gain: ") else reason
+    if reason.startswith("no gain: "):
+        return "no gain, see cold and warm"
+    return _TEXT_CHANGED.sub("its text changed", reason) if " -> " in reason else reason
 
 
 def _wrapped(text: Text, console: Console) -> list[Text]:

@@ -116,6 +116,23 @@ def test_a_state_says_it_all() -> None:
     assert show.note_of(building) == "1 of 2 tokens"
 
 
+def test_what_is_built_for_the_same_reason() -> None:
+    """Digests that only one prompt has keep no two reasons apart; other changes are told as they are."""
+    reason = "prefix.bytes: 706 -> 94{0}, prefix.digest: 43d9{0} -> a1b3{0}"
+    prompts = [prompt(f"p{number}", "stale", reason.format(number)) for number in range(5)]
+    lines = seen(a_status([*prompts, prompt("q", "stale", f"{reason.format(7)}, params.top_k: 1 -> 2")]))
+    assert [line for line in lines if ": " in line and "changed" in line] == [
+        "5 prompts: its text changed",
+        "m/q: its text changed, params.top_k: 1 -> 2",
+    ]
+
+
+def test_no_gain_is_said_once() -> None:
+    """Its figures are in the table."""
+    prompts = [prompt(f"p{number}", "fresh", f"no gain: {number} ms with the cache, 0 ms without") for number in (1, 2)]
+    assert "2 prompts: no gain, see cold and warm" in seen(a_status(prompts))
+
+
 def test_a_build_before_its_worker() -> None:
     """While one is said to be building, the model is not said to be stopped; the daemon's own words stay."""
     progress = {"done_tokens": 0, "total_tokens": 0, "elapsed_ms": 5}
