@@ -61,8 +61,15 @@ def compare(before: Results, after: Results) -> Comparison:
     return Comparison(
         differences=tuple(_differences(before, after)),
         rows=tuple(row for name, a, b in pairs for row in _rows(name, a, b)),
-        warnings=tuple(f"{name}: {said}" for name, one in (("A", before), ("B", after)) for said in one.warnings),
+        warnings=tuple(_warnings(before, after)),
     )
+
+
+def _warnings(before: Results, after: Results) -> Iterator[str]:
+    """What both say once."""
+    for said in dict.fromkeys([*before.warnings, *after.warnings]):
+        sides = [name for name, one in (("A", before), ("B", after)) if said in one.warnings]
+        yield f"{' and '.join(sides)}: {said}"
 
 
 def _pairs(before: Results, after: Results) -> Iterator[tuple[str, PromptResult | None, PromptResult | None]]:
@@ -99,6 +106,9 @@ def _row(name: str, what: str, before: Measured | None, after: Measured | None, 
         lacking = [side for side, value in (("A", a), ("B", b)) if value is None]
         said = f"not measured in {' and '.join(lacking)}"
         return Row(prompt=name, what=what, before=a, after=b, ratio=None, verdict=said)
+    if nothing := [side for side, value in (("A", a), ("B", b)) if not value]:
+        said = f"not compared: 0 in {' and '.join(nothing)}"
+        return Row(prompt=name, what=what, before=a, after=b, ratio=None, verdict=said)
     found = chance(left, right)
     if found >= BEYOND or ratio is None or abs(ratio - 1) < WORTH:
         few = least_chance(len(left), len(right)) >= BEYOND
@@ -109,7 +119,8 @@ def _row(name: str, what: str, before: Measured | None, after: Measured | None, 
 
 
 def _ratio(before: float | None, after: float | None) -> float | None:
-    return round(after / before, 4) if before and after is not None else None
+    """None where either is 0, too: nothing is a multiple of that."""
+    return round(after / before, 4) if before and after else None
 
 
 def _mega(count: int | None) -> float | None:
@@ -125,7 +136,7 @@ def _differences(before: Results, after: Results) -> Iterator[Difference]:
     for what in dict.fromkeys([*left, *right]):
         a, b = left.get(what, "none"), right.get(what, "none")
         if a != b:
-            yield Difference(what=what, before=_said(a), after=_said(b))
+            yield Difference(what=what, before=_said(what, a), after=_said(what, b))
 
 
 def _facts(results: Results) -> dict[str, Any]:
@@ -144,6 +155,11 @@ def _flat(way: str, values: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
             yield f"{way}{name}", value
 
 
-def _said(value: Any) -> str:
+def _said(what: str, value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, list | tuple):
+        listed = ", ".join(f"{one:,}" if isinstance(one, int) else str(one) for one in value)
+        return (f"{listed} tokens" if listed else "no sweep") if what == "parameters.sweep" else listed or "none"
     text = "unknown" if value is None or value == "" else str(value)
     return f"{text[:12]}..." if len(text) == 64 and text.isalnum() else text

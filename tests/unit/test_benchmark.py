@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -160,11 +161,13 @@ def test_a_prompt_of_a_sweep_goes_by_its_length(prompt: str, length: int | None,
 
 
 def test_a_picture_without_the_drawing_library_is_refused_before_measuring(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is an extra; the error says which."""
+    """It is an extra; the error says how to get it, and how to draw elsewhere."""
     plots.check(Path("a.svg"))
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
     with pytest.raises(UsageError) as error:
         plots.check(Path("a.svg"))
-    assert "rkcached[plot]" in error.value.hint
+    assert f"{sys.executable} -m pip install matplotlib" in error.value.hint
+    assert "--from" in error.value.hint
+    assert error.value.exit_code == 69
     with pytest.raises(UsageError, match="neither SVG nor PNG"):
         plots.check(Path("a.pdf"))
