@@ -15,7 +15,7 @@ MUCH_STEAL_PERCENT = 1.0
 MUCH_SPREAD = 0.15
 LONG_QUEUE = 0.05
 """Share of the time to first token."""
-LONG_QUEUE_MS = 1.0
+LONG_QUEUE_MS = 5.0
 """What is shorter is the daemon's own way from one answer to the next."""
 
 CHANGED = "it changed while it was measured; measure it again"
