@@ -476,12 +476,15 @@ def _run(arguments: Sequence[str] | None) -> int | str | None:
 
 
 def _is_of_output(error: OSError) -> bool:
-    """What could not be written stays in the stream, so that another try fails, too; unless it has no buffer."""
+    """What could not be written stays in the stream, so that another try fails, too; unless it was too much for that.
+
+    No other file says these without its name: they are told where it is written.
+    """
     try:
         sys.stdout.flush()
     except OSError:
         return True
-    return bool(getattr(sys.stdout, "write_through", False)) and error.filename is None and error.errno in _OUTPUT
+    return error.filename is None and error.errno in _OUTPUT
 
 
 _OUTPUT = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)

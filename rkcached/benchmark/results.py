@@ -200,9 +200,11 @@ def check_writable(file: Path) -> None:
         raise UsageError("- is no file's name here", hint="say --json to have the results on standard output")
     if file.is_dir():
         raise _not_written(file, IsADirectoryError(errno.EISDIR, "it is a directory"))
-    place = file.resolve()
-    # What is there is replaced, which is a matter of its folder; a pipe or a device is written itself.
-    if not os.access(place if place.exists() and not place.is_file() else place.parent, os.W_OK):
+    # A file is replaced, which takes its folder, too; a pipe or a device is written itself.
+    needed = [file] if file.exists() else []
+    if not needed or file.is_file():
+        needed.append(file.resolve().parent)
+    if not all(os.access(place, os.W_OK) for place in needed):
         raise _not_written(file, PermissionError(errno.EACCES, "the place cannot be written"))
 
 
@@ -214,11 +216,11 @@ def write(results: Results, file: Path) -> None:
 
 def put(file: Path, fill: Callable[[Path], object]) -> None:
     """`fill` writes a new file, which then takes the place of `file`. Errors: StoreError."""
-    place = file.resolve()  # a link stays one
     try:
-        if place.exists() and not place.is_file():
-            fill(place)
+        if file.exists() and not file.is_file():
+            fill(file)
             return
+        place = file.resolve()  # a link stays one
         temporary = place.with_name(f".{place.stem[:64]}-{secrets.token_hex(4)}{place.suffix}")
         try:
             fill(temporary)
