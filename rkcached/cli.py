@@ -362,10 +362,10 @@ def bench(
 
     if kept is not None:
         _refuse_beside_from()
-    for file in filter(None, (output, plot_file)):
-        results.check_writable(file)
     if plot_file is not None:
         plots.check(plot_file)
+    for file in filter(None, (output, plot_file)):
+        results.check_writable(file)
     if kept is not None:
         found = results.read(kept)
     else:
