@@ -130,7 +130,7 @@ def explain(settings: Settings, prompt: str, want_json: bool) -> None:
 def status(settings: Settings, want_json: bool, watch: bool) -> None:
     """Show the running daemon's models and prompts: state, reason, size, time to first token cold and warm.
 
-    With --watch and no terminal it prints one block for each change, or with --json one line.
+    With --watch and no terminal it prints a line for each change, with --json a document in a line.
     """
     from rkcached.client import Client
 
@@ -420,7 +420,7 @@ def schema() -> None:
     """Print the JSON schema of the manifest, for editors that complete and check YAML."""
     from rkcached.manifest import json_schema
 
-    _print_json(json_schema())
+    click.echo(json.dumps(json_schema(), indent=2))  # ours alone, so nothing to escape
 
 
 @cli.command()
@@ -561,4 +561,6 @@ def _unwrapped() -> Console:
 
 
 def _print_json(data: Any) -> None:
-    click.echo(json.dumps(data, indent=2, ensure_ascii=False))
+    from rkcached.show import json_text
+
+    click.echo(json_text(data, indent=2))

@@ -60,7 +60,9 @@ class RkcachedError(Exception):
 
 
 def printable(text: str) -> str:
-    """A name may hold what would command the terminal: such letters are shown escaped."""
+    """What others wrote, with escapes in place of letters that are not printed but obeyed."""
+    if text.isprintable():
+        return text
     return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
 
 

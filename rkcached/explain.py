@@ -38,6 +38,7 @@ def explain_data(look: Look, key: Key) -> dict[str, Any]:
 
 
 def print_explanation(console: Console, data: dict[str, Any]) -> None:
+    data = show.printable_all(data)
     console.print(Text(f"{data['model']}/{data['prompt']}: {data['state']}", style="bold"))
     if data["description"]:
         console.print(Text(f"  {data['description']}", style="dim"))

@@ -14,6 +14,7 @@ from rich.console import Console, OverflowMethod
 from rich.table import Table
 from rich.text import Text
 
+from rkcached.errors import printable
 from rkcached.plan import Action, Assessment, Blocked, Build, Remove, State
 
 WIDE = 110
@@ -93,7 +94,7 @@ def shown(status: dict[str, Any]) -> dict[str, Any]:
 
     A worker that a build is about to start is not "stopped": the daemon tells of the build first.
     """
-    found: dict[str, Any] = _printable_all({**status, "prompts": []})
+    found: dict[str, Any] = printable_all({**status, "prompts": []})
     found["prompts"] = [_shown_prompt(prompt) for prompt in status["prompts"]]
     begun = {prompt["model"] for prompt in found["prompts"] if _begins(prompt)}
     for model in found["models"]:
@@ -114,13 +115,6 @@ def _begins(prompt: dict[str, Any]) -> bool:
     return not progress["total_tokens"]
 
 
-def printable(text: str) -> str:
-    """What others wrote, with escapes in place of letters that are not printed but obeyed."""
-    if text.isprintable():
-        return text
-    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
-
-
 def json_text(data: Any, *, indent: int | None = None) -> str:
     """JSON with letters as they are, but escapes for those that a terminal would obey."""
     text = json.dumps(data, ensure_ascii=False, indent=indent)
@@ -129,12 +123,13 @@ def json_text(data: Any, *, indent: int | None = None) -> str:
     return "".join(letter if letter.isprintable() or letter == "\n" else json.dumps(letter)[1:-1] for letter in text)
 
 
-def _printable_all(data: Any) -> Any:
+def printable_all(data: Any) -> Any:
+    """JSON data, its texts as `printable` gives them."""
     if isinstance(data, str):
         return printable(data)
     if isinstance(data, dict):
-        return {key: _printable_all(value) for key, value in data.items()}
-    return [_printable_all(value) for value in data] if isinstance(data, list) else data
+        return {key: printable_all(value) for key, value in data.items()}
+    return [printable_all(value) for value in data] if isinstance(data, list) else data
 
 
 def prompt_table(

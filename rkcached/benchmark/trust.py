@@ -55,7 +55,9 @@ def warnings(
         said.append(f"the hypervisor gave {steal_percent:.1f} % of the CPU time to others")
     said.extend(_disturbed(prompts, meanwhile))
     if runs < ENOUGH_RUNS:
-        said.append(f"{runs} runs are few: {ENOUGH_RUNS} or more make a median worth comparing")
+        said.append(
+            f"{runs} {'run is' if runs == 1 else 'runs are'} few: {ENOUGH_RUNS} or more make a median worth comparing"
+        )
     wide = [
         f"{prompt.name} {state} ({relative_spread(samples) * 100:.0f} %)"
         for prompt in prompts
