@@ -53,11 +53,11 @@ def _peers(figures: list[dict[str, Any]]) -> None:
         else:
             facts[name][side] = f"{figure['value']:,.0f}: {figure['note']}"
     columns = [*_SIDES, "rkcached less same settings, by pairs", "of it not prefill", "aim"]
-    print("\n| prompt | state |", " | ".join(columns), "|\n|---|---|", "---:|" * len(columns), sep="")
+    print("\n| prompt | state |", " | ".join(columns), "|\n|---|---|" + "---:|" * len(columns))
     for name, cells in times.items():
         prompt, _, state = name.rpartition(", ")
         print("|", prompt, "|", state, "|", " | ".join(cells.get(column, "") for column in columns), "|")
-    print("\n| a token more, after |", " | ".join(_SIDES), "|\n|---|", "---:|" * len(_SIDES), sep="")
+    print("\n| a token more, after |", " | ".join(_SIDES), "|\n|---|" + "---:|" * len(_SIDES))
     for name, cells in tokens.items():
         print("|", name, "tokens |", " | ".join(cells[side] for side in _SIDES), "|")
     print("\n| | rkcached | llama.cpp's server |\n|---|---|---|")

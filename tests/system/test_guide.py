@@ -1,4 +1,4 @@
-"""The commands of docs/http-api.md, run as they stand but for the sockets: they are what people copy."""
+"""The commands of docs/http-api.md and docs/measuring.md, run as they stand but for places: they are what people copy."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 from conftest import Workspace, need
 
-TEXT = (Path(__file__).parents[2] / "docs" / "http-api.md").read_text()
+DOCS = Path(__file__).parents[2] / "docs"
+TEXT = (DOCS / "http-api.md").read_text()
 
 
 def blocks(language: str) -> list[str]:
@@ -87,6 +88,22 @@ def test_the_javascript_example(board: Workspace) -> None:
     done = subprocess.run(node, cwd=folder, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip()
+
+
+def test_every_command_about_measuring(board: Workspace) -> None:
+    """Each ends well, in the order of the page; what it writes is there."""
+    (block,) = re.findall(r"```\n(.*?)```", (DOCS / "measuring.md").read_text(), re.DOTALL)
+    lines = [line.partition("#")[0].replace("MODEL", "qwen3-0.6b").split() for line in block.splitlines()]
+    assert len(lines) == 5
+    for program, *arguments in lines:
+        assert program == "rkcached"
+        if "compare" in arguments:
+            (board.root / "after.json").write_bytes((board.root / "before.json").read_bytes())
+        places = [str(board.root / name) if re.search(r"\.(json|svg)$", name) else name for name in arguments]
+        done = board.cli(*places)
+        assert done.stdout
+        assert "Traceback" not in done.stderr
+    assert (board.root / "gain.svg").read_text().startswith("<?xml")
 
 
 def test_the_error_table_has_every_code() -> None:
