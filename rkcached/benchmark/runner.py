@@ -9,19 +9,16 @@ import signal
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import Any, NoReturn, Self
+from typing import Any, NoReturn
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Column
-from rich.text import Text
 
 from rkcached import __version__
 from rkcached.benchmark import sweep, trust
 from rkcached.benchmark.alone import Alone, NotPossible, look_at, model_facts
 from rkcached.benchmark.asking import ANSWER_TOKENS, QUESTION, Asker, NotMade
 from rkcached.benchmark.machine import Steal, machine
+from rkcached.benchmark.progress import Shown
 from rkcached.benchmark.results import (
     SCHEMA,
     DirectRun,
@@ -67,7 +64,7 @@ def run(settings: Settings, wanted: Sequence[str], options: Options, console: Co
         places = _places(settings, before)
         kept = sweep.Stored()
         with contextlib.ExitStack() as stack:
-            shown = stack.enter_context(_Shown(console))
+            shown = stack.enter_context(Shown(console))
             if options.sweep:
                 look, _ = _try_look(places)
                 kept = stack.enter_context(
@@ -114,7 +111,7 @@ def run(settings: Settings, wanted: Sequence[str], options: Options, console: Co
 class _Bench:
     """Measures prompt after prompt, and keeps what comes of each."""
 
-    def __init__(self, client: Client, runs: int, lengths: dict[Key, int], direct: Look | None, shown: _Shown) -> None:
+    def __init__(self, client: Client, runs: int, lengths: dict[Key, int], direct: Look | None, shown: Shown) -> None:
         """`direct` is for the engine alone; None leaves it out. Errors: DaemonUnreachable, RequestError."""
         self._client = client
         self._runs = runs
@@ -223,74 +220,10 @@ class _Bench:
         return RequestError(error.status, error.message + more, code=error.code, hint=hint)
 
 
-class _Shown:
-    """What goes on: at a terminal one line that is gone at the end, elsewhere a line for each prompt."""
-
-    def __init__(self, console: Console) -> None:
-        self._console = console
-        self._prompts = self._prompt = 0
-        self._progress = Progress(
-            TextColumn("{task.description}", markup=False, table_column=_column(ratio=1)),
-            TextColumn("{task.fields[doing]}", markup=False, table_column=_column()),
-            BarColumn(bar_width=8),
-            MofNCompleteColumn(table_column=_column()),
-            TimeElapsedColumn(table_column=_column()),
-            TimeRemainingColumn(table_column=_column()),
-            console=console,
-            transient=True,
-            expand=True,
-            disable=not console.is_terminal,
-        )
-        self._task = self._progress.add_task("", total=None, doing="")
-        self._total = 0
-
-    def __enter__(self) -> Self:
-        self._progress.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        with contextlib.suppress(OSError):  # the terminal may be closed
-            self._progress.stop()
-
-    def preparing(self, model: str, doing: str) -> None:
-        self._progress.update(self._task, description=model, doing=doing)
-        self._say(f"{model}: {doing}")
-
-    def plan(self, *, prompts: int, answers: int) -> None:
-        self._prompts, self._total = prompts, answers
-        self._progress.reset(self._task, total=answers)
-
-    def prompt(self, name: str) -> None:
-        self._prompt += 1
-        self._progress.update(self._task, description=name, doing="first answer")
-        self._say(f"measuring {name}, {self._prompt} of {self._prompts}")
-
-    def doing(self, state: State, number: int, runs: int, *, alone: bool) -> None:
-        self._progress.update(self._task, doing=f"{state} {number}/{runs}{', engine alone' if alone else ''}")
-
-    def done(self) -> None:
-        self._progress.advance(self._task)
-
-    def drop(self, answers: int) -> None:
-        """So many will not come."""
-        self._total -= answers
-        self._progress.update(self._task, total=self._total)
-
-    def _say(self, line: str) -> None:
-        if not self._console.is_terminal:
-            self._console.print(Text(line), soft_wrap=True)
-
-
-def _column(ratio: int | None = None) -> Column:
-    return Column(ratio=ratio, no_wrap=True, overflow="ellipsis")
-
-
 class _Measuring:
     """The runs of one prompt, in turns: cold, from the file, in memory; each through the socket and on the engine."""
 
-    def __init__(self, asker: Asker, alone: Alone | None, key: Key, shown: _Shown) -> None:
+    def __init__(self, asker: Asker, alone: Alone | None, key: Key, shown: Shown) -> None:
         self._asker = asker
         self._alone = alone
         self._key = key
