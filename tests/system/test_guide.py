@@ -1,4 +1,4 @@
-"""The commands of docs/http-api.md and docs/measuring.md, run as they stand but for places: they are what people copy."""
+"""The commands of docs/http-api.md and docs/measuring.md, run as they stand but for places: what people copy."""
 
 from __future__ import annotations
 
