@@ -370,7 +370,13 @@ def bench(
         found = results.read(kept)
     else:
         options = runner.Options(runs=runs, sweep=sweep, direct=direct)
-        found = runner.run(settings, names, options, Console(stderr=True, highlight=False))
+        try:
+            found = runner.run(settings, names, options, Console(stderr=True, highlight=False))
+        except KeyboardInterrupt:
+            left = "; the sweep's prompts were removed" if sweep else ""
+            with contextlib.suppress(OSError):  # the terminal may be closed
+                click.echo(f"interrupted: nothing of it was kept{left}", err=True)
+            raise
     with contextlib.ExitStack() as keeping:  # each is tried, whatever becomes of the others
         if plot_file is not None:
             keeping.callback(plots.plot, found, plot_file)

@@ -114,7 +114,7 @@ def test_sweep_leaves_nothing(slow: Workspace) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_interrupted_sweep_leaves_nothing(slow: Workspace, number: signal.Signals) -> None:
-    """Ctrl-C: no stored prompt, no engine of its own, no traceback."""
+    """Ctrl-C: no stored prompt, no engine of its own, no traceback, and a sentence of what became of it."""
     process = subprocess.Popen(
         slow.command("bench", "--sweep", "--runs", "1000"),
         env=slow.environment,
@@ -129,6 +129,7 @@ def test_interrupted_sweep_leaves_nothing(slow: Workspace, number: signal.Signal
     _, said = process.communicate(timeout=DEADLINE_S)
     assert process.returncode == 130
     assert "Traceback" not in said
+    assert "interrupted: nothing of it was kept; the sweep's prompts were removed" in said
     assert {prompt["prompt"] for prompt in slow.status()["prompts"]} == {"long", "tiny"}
     wait_until(lambda: _of_session(process.pid) == [], "its processes are gone")
 

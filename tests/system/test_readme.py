@@ -19,6 +19,7 @@ ELSEWHERE = {
     "make test": (".ci/run", "make test"),
     "python3 -m venv": ("tests/system/test_readme.py", "test_the_environment"),
     "export PATH": ("tests/system/test_readme.py", "test_the_environment"),
+    "export RKCACHED_SOCKET": ("tests/system/test_readme.py", "env=board.environment"),
     "rkcached run": ("tests/system/conftest.py", '"run", "--log-level"'),
     "make deb": ("tests/packaging/test_deb.py", "packaging/build_deb.py"),
     "sudo apt install": ("tests/packaging/test_deb.py", 'run("dpkg"'),
@@ -67,6 +68,7 @@ def test_every_command_of_the_tables(board: Workspace) -> None:
         board.cli("bench", "--runs", "1", "--no-direct", "-o", str(board.root / name))
     fill_in = {
         "MODEL/PROMPT": "qwen3-0.6b/system",
+        "MODEL ": "qwen3-0.6b ",
         "--plot FILE": f"--plot {board.root / 'out.svg'}",
         "FILE": str(artifact),
         "A.json": str(board.root / "A.json"),
