@@ -43,7 +43,7 @@ def draw_scale(figures: Sequence[Figure], facts: dict[str, Any], file: Path) -> 
             for models, points in sorted(found[name].items()):
                 label = f"{models} model{'s' * (models > 1)}"
                 axes.plot(*zip(*sorted(points), strict=True), marker="o", color=_COLOURS[models], label=label)
-            last, value = max(point for points in found[name].values() for point in points)
+            last, value = max((point for points in found[name].values() for point in points), default=(10, 1.0))
             axes.plot([last / 10, last], [value / 10, value], color="#9a9a9a", linestyle=":", label="linear growth")
             if name in aims:
                 axes.plot(*aims[name], marker="_", markersize=22, markeredgewidth=2, color="black", label="aim")
