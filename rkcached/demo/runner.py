@@ -14,8 +14,9 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -44,7 +45,7 @@ def run_demo(directory: Path, model: Path | None, *, once: bool) -> int:
     _write_workspace(workspace, (model or _small_model()).absolute())
     socket = _socket_path(workspace)
     console.print(f"workspace {workspace}", soft_wrap=True)
-    with _daemon(workspace, socket) as daemon:
+    with _daemon(workspace, socket, console) as daemon:
         status = _wait_until_fresh(console, daemon, socket)
         rows = [_compare(socket, prompt) for prompt in status["prompts"] if prompt["state"] == "fresh"]
         console.print(_table(rows))
@@ -98,12 +99,15 @@ def _socket_path(workspace: Path) -> Path:
 
 
 @contextlib.contextmanager
-def _daemon(workspace: Path, socket: Path) -> Iterator[subprocess.Popen[bytes]]:
+def _daemon(workspace: Path, socket: Path, console: Console) -> Iterator[subprocess.Popen[bytes]]:
     """The daemon in a session of its own, so that Ctrl-C reaches it through us, once. Ended on the way out."""
     command = [sys.executable, "-m", "rkcached", "run", "--manifest", str(workspace / "manifest.yaml")]
     command += ["--cache-dir", str(workspace / "cache"), "--socket", str(socket)]
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends the demo as Ctrl-C does, daemon included
-    daemon = subprocess.Popen(command, start_new_session=True)
+    # At a terminal the log must not come into the middle of a line that is drawn again and again.
+    daemon = subprocess.Popen(command, start_new_session=True, stderr=subprocess.PIPE if console.is_terminal else None)
+    relay = threading.Thread(target=_relay, args=(daemon.stderr or (), console), daemon=True)
+    relay.start()
     try:
         yield daemon
     finally:
@@ -113,8 +117,16 @@ def _daemon(workspace: Path, socket: Path) -> Iterator[subprocess.Popen[bytes]]:
         except subprocess.TimeoutExpired:
             daemon.kill()
             daemon.wait()
+        relay.join(STOP_S)
         if socket.parent != workspace:
             shutil.rmtree(socket.parent, ignore_errors=True)
+
+
+def _relay(log: Iterable[bytes], console: Console) -> None:
+    """Print the daemon's log above whatever display goes on. Read to its end, for a full pipe would stop the daemon."""
+    for line in log:
+        with contextlib.suppress(OSError, SystemExit):  # nobody reads our output any more
+            console.print(line.decode(errors="replace").rstrip("\n"), markup=False, soft_wrap=True)
 
 
 def _wait_until_fresh(console: Console, daemon: subprocess.Popen[bytes], socket: Path) -> dict[str, Any]:

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import pty
+import re
 import signal
 import subprocess
 import sys
+import termios
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import psutil
+import pyte
 import pytest
 from conftest import Workspace
 
@@ -141,6 +146,7 @@ def test_demo(tmp_path: Path, small_model: Path) -> None:
         assert "smollm2-135m/greenhouse" in text
         assert "reduction" in text
         assert "TTFT" in text
+        assert re.search(r"^\S+ info +build started .*$", text, re.MULTILINE)  # the log, a line each
         assert "curl -s --unix-socket" in text
         family = psutil.Process(demo.pid).children(recursive=True)
         demo.send_signal(signal.SIGINT)
@@ -151,6 +157,29 @@ def test_demo(tmp_path: Path, small_model: Path) -> None:
         if demo.poll() is None:
             demo.terminate()
             demo.wait(10)
+
+
+def test_demo_at_a_terminal(tmp_path: Path, small_model: Path) -> None:
+    """The daemon's log stands above the bars that go on: no line of it is torn by them."""
+    (tmp_path / "demo/prompts").mkdir(parents=True)
+    for name in ("reviewer", "greenhouse"):
+        (tmp_path / f"demo/prompts/{name}.md").write_text(f"You are the {name}. " + SYSTEM)
+    ours, theirs = pty.openpty()
+    termios.tcsetwinsize(theirs, (200, 250))
+    command = [sys.executable, "-m", "rkcached", "demo", "--once", "--model", str(small_model)]
+    environment = {**os.environ, "TERM": "xterm"}
+    with subprocess.Popen(command, cwd=tmp_path, stdin=theirs, stdout=theirs, stderr=theirs, env=environment) as demo:
+        os.close(theirs)
+        screen = pyte.Screen(250, 200)
+        stream = pyte.ByteStream(screen)
+        with contextlib.suppress(OSError):  # a terminal that nobody has open any more
+            while data := os.read(ours, 1 << 16):
+                stream.feed(data)
+    os.close(ours)
+    assert demo.returncode == 0, screen.display
+    lines = [line.rstrip() for line in screen.display]
+    assert len([line for line in lines if re.match(r"\d\d:\d\d:\d\d info +artifact built +model=", line)]) == 2, lines
+    assert not [line for line in lines if "info " in line and "━" in line]
 
 
 def test_demo_once_again(tmp_path: Path, small_model: Path) -> None:
