@@ -65,9 +65,14 @@ class Terminal:
         return {cell.fg for row in self._screen.buffer.values() for cell in row.values()}
 
     def wait_for(self, *words: str, without: str = "") -> str:
+        before = ""
+
         def there() -> str:
+            nonlocal before
             text = self.text
-            return text if all(word in text for word in words) and not (without and without in text) else ""
+            whole, before = text == before, text  # a frame may come in parts
+            shown = all(word in text for word in words) and not (without and without in text)
+            return text if whole and shown else ""
 
         try:
             found: str = wait_until(there, f"{words} on the screen", 30)
@@ -244,7 +249,7 @@ def test_a_broken_manifest_is_readable(two_prompts: Workspace) -> None:
     """Its problem is there once, over as many lines as it takes, with place and reason."""
     two_prompts.write("manifest.yaml", two_prompts.manifest.read_text().replace("max_context_len", "max_contxt_len"))
     with at_a_terminal(two_prompts) as terminal:
-        text = terminal.wait_for("manifest rejected", "'max_context_len'?)")
+        text = terminal.wait_for("manifest rejected", "'max_context_len'?)", "m/b")  # the frame to its end
         assert "did you mean 'max_context_len'?" in " ".join(text.split())
         assert text.count("rejected") == 1
         assert f"{two_prompts.manifest}:" in text.replace("\n", "")
