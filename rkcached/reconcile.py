@@ -324,6 +324,8 @@ class Reconciler:
         # What cannot be removed is tried again at the next look, not at once.
         if removed or generation != self._generation:
             self.look_again(now=True)
+        if generation != self._generation:
+            self._pending.clear()  # a build or a request found something out since: the next look plans with that
 
     async def _tidy(self, look: Look) -> None:
         """The quarantine keeps what the budget leaves it."""

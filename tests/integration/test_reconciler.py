@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from conftest import Workspace
 
-from rkcached.errors import Aborted
-from rkcached.plan import Key
+from rkcached.errors import Aborted, Uncacheable
+from rkcached.plan import Key, State
 from rkcached.store import Store
 from tests.integration.reconciling import reconciling
 from tests.waiting import wait_until
@@ -82,3 +82,31 @@ async def test_a_build_that_steps_aside_during_a_look_is_not_forgotten(
         await asyncio.to_thread(wait_until, lambda: reconciler.progress is None, "it has stepped aside")
         store.go_on.set()
         await asyncio.to_thread(wait_until, lambda: reconciler.builds, "the build is over")
+
+
+async def test_what_a_build_finds_out_during_a_look_is_not_tried_again(
+    slow: tuple[Workspace, SlowTidying], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A build finds its model uncacheable after the look saw the store: that look starts no build of the model."""
+    space, store = slow
+    space.write("prompts/b.md", "other " * 100)
+    space.declare("{a: prompts/a.md, b: prompts/b.md}")
+    async with reconciling(space, store) as reconciler:
+        tried: list[Key] = []
+
+        async def cannot_be_saved(request: Any, *_: Any) -> Any:
+            tried.append(request.action.key)
+            assert await asyncio.to_thread(store.reached.wait, 10)
+            raise Uncacheable("this model does not support saving prompt caches")
+
+        monkeypatch.setattr(reconciler._builder, "build", cannot_be_saved)
+        await reconciler.looked.wait()
+        store.go_on.clear()
+        store.reached.clear()
+        reconciler.look_again(now=True)
+        await asyncio.to_thread(wait_until, lambda: tried and reconciler.progress is None, "the build has failed")
+        store.go_on.set()
+        await reconciler.next_look()
+        await reconciler.next_look()
+        assert tried == [Key("m", "a")]
+        assert {one.state for one in reconciler.view.assessments.values()} == {State.UNCACHEABLE}
