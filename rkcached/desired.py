@@ -11,7 +11,7 @@ import hashlib
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from rkcached.digests import Signature
 from rkcached.errors import TemplateError, TemplateExhausted
@@ -54,6 +54,7 @@ class RuntimeSource:
 class Declaration:
     """A prompt that the manifest names, or that a prompts_from pattern found."""
 
+    key: Key
     source: PromptSource | Trouble
     description: str = ""
     line: int = 0
@@ -103,13 +104,23 @@ class Desired:
         return None if prompt is None else prompt.fingerprint
 
 
-class _Fingerprinted(NamedTuple):
-    """A fingerprint, and what it was made from."""
+Thing = TypeVar("Thing")
 
+
+def kept(before: Thing | None, now: Thing) -> Thing:
+    """The older of two equal things. Of thousands of prompts hardly one changes: each look would keep new ones."""
+    return before if before is not None and before == now else now
+
+
+class _Known(NamedTuple):
+    """A prompt's prefix (SHA-256 and length of its UTF-8 bytes) and fingerprint, and all that they were made from."""
+
+    template: ChatTemplate
+    source: PromptSource
+    prefix: tuple[str, int] | Trouble
     shared: dict[str, Value]
-    prefix: tuple[str, int]
     own: dict[str, Value]
-    fingerprint: Fingerprint
+    fingerprint: Fingerprint | Trouble
 
 
 class Resolver:
@@ -120,71 +131,74 @@ class Resolver:
 
     def __init__(self, compile_elsewhere: Compile | None = None) -> None:
         self._compile_elsewhere = compile_elsewhere
-        self._prefixes: dict[tuple[str, str, bool | None], tuple[str, int] | Trouble] = {}
-        self._prefixes_before = self._prefixes
         self._shared: dict[str, dict[str, Value]] = {}
         """By model; the same object for as long as nothing in it changes."""
-        self._fingerprints: dict[Key, _Fingerprinted] = {}
+        self._known: dict[Key, _Known] = {}
+        self._prompts: Mapping[Key, DesiredPrompt] = {}
+        """As the last `resolve` gave them."""
         self._templates: dict[tuple[str, str, str, str, bool | None], ChatTemplate] = {}
 
     def resolve(self, manifest: Manifest, sources: Sources) -> Desired:
         models = {name: self._model(name, config, manifest, sources) for name, config in manifest.models.items()}
         prompts: dict[Key, DesiredPrompt] = {}
         texts = {}
-        self._prefixes, self._prefixes_before = {}, self._prefixes
         self._shared = {
-            name: self._kept(name, _shared_components(manifest, model))
+            name: kept(self._shared.get(name), _shared_components(manifest, model))
             for name, model in models.items()
             if isinstance(model, DesiredModel)
         }
         for key, declared in sources.prompts.items():
-            prompts[key] = self.resolve_one(key, declared, models[key.model], manifest)
-            if prompts[key].fingerprint is not None and isinstance(declared.source, PromptSource):
+            prompts[key] = prompt = self.resolve_one(declared, models[key.model], manifest)
+            if prompt.fingerprint is not None and isinstance(declared.source, PromptSource):
                 texts[key] = declared.source.text
-        self._prefixes_before = {}
-        for gone in self._fingerprints.keys() - prompts.keys():
-            del self._fingerprints[gone]
+        for gone in self._known.keys() - prompts.keys():
+            del self._known[gone]
+        self._prompts = prompts
         stored = frozenset(key for key, declared in sources.prompts.items() if declared.stored)
         return Desired(models=models, prompts=prompts, texts=texts, stored=stored)
 
-    def resolve_one(
-        self, key: Key, declared: Declaration, model: DesiredModel | Trouble, manifest: Manifest
-    ) -> DesiredPrompt:
+    def resolve_one(self, declared: Declaration, model: DesiredModel | Trouble, manifest: Manifest) -> DesiredPrompt:
         """A prompt of a model that the last `resolve` gave."""
-        trouble = found = None
+        key = declared.key
+        found: Fingerprint | Trouble
         if isinstance(declared.source, Trouble):
-            trouble = declared.source
+            found = declared.source
         elif isinstance(model, Trouble):
-            trouble = model
-        elif (trouble := _fixed_sampling(model.config, key.prompt, model.runtime)) is None:
-            prefix = self._prefix(model, declared.source)
-            if isinstance(prefix, Trouble):
-                trouble = prefix
-            else:
-                own = _sampling_components(manifest, model.config.own_sampling(key.prompt))
-                found = self._fingerprint(key, prefix, own)
-        return DesiredPrompt(key=key, description=declared.description, fingerprint=found, trouble=trouble)
+            found = model
+        else:
+            own = _sampling_components(manifest, model.config.own_sampling(key.prompt))
+            found = _fixed_sampling(model.config, key.prompt, model.runtime) or self._fingerprint(
+                key, model, declared.source, own
+            )
+        prompt = DesiredPrompt(
+            key=key,
+            description=declared.description,
+            fingerprint=found if isinstance(found, Fingerprint) else None,
+            trouble=found if isinstance(found, Trouble) else None,
+        )
+        return kept(self._prompts.get(key), prompt)
 
-    def _prefix(self, model: DesiredModel, source: PromptSource) -> tuple[str, int] | Trouble:
-        slot = (model.template.digest, source.digest, model.config.thinking)
-        known = self._prefixes.get(slot) or self._prefixes_before.get(slot)
-        try:
-            self._prefixes[slot] = prefix = known or _prefix(model.template, source.text)
-        except TemplateExhausted as error:  # perhaps the machine was busy: not remembered
-            return Trouble.of(error)
-        return prefix
-
-    def _kept(self, name: str, shared: dict[str, Value]) -> dict[str, Value]:
-        before = self._shared.get(name)
-        return before if before == shared and before is not None else shared
-
-    def _fingerprint(self, key: Key, prefix: tuple[str, int], own: dict[str, Value]) -> Fingerprint:
+    def _fingerprint(
+        self, key: Key, model: DesiredModel, source: PromptSource, own: dict[str, Value]
+    ) -> Fingerprint | Trouble:
         """Made anew only if something of the model, the text, or what the prompt has of its own changed."""
-        shared, known = self._shared[key.model], self._fingerprints.get(key)
-        if known is None or known.shared is not shared or known.prefix != prefix or known.own != own:
-            components = shared | {"prefix.digest": prefix[0], "prefix.bytes": prefix[1]} | own
-            self._fingerprints[key] = known = _Fingerprinted(shared, prefix, own, fingerprint(components))
-        return known.fingerprint
+        shared, known = self._shared[key.model], self._known.get(key)
+        if known is None or known.template is not model.template or known.source != source:
+            try:
+                prefix = _prefix(model.template, source.text)
+            except TemplateExhausted as error:  # perhaps the machine was busy: not remembered
+                return Trouble.of(error)
+        elif known.shared is shared and known.own == own:
+            return known.fingerprint
+        else:
+            prefix = known.prefix
+        found: Fingerprint | Trouble
+        if isinstance(prefix, Trouble):
+            found = prefix
+        else:
+            found = fingerprint(shared | {"prefix.digest": prefix[0], "prefix.bytes": prefix[1]} | own)
+        self._known[key] = _Known(model.template, source, prefix, shared, own, found)
+        return found
 
     def _model(self, name: str, config: ModelConfig, manifest: Manifest, sources: Sources) -> DesiredModel | Trouble:
         source = sources.models[name]

@@ -17,7 +17,7 @@ from pathlib import Path
 import structlog
 
 from rkcached import errors
-from rkcached.desired import Desired, DesiredModel, PromptSource, Resolver, Sources
+from rkcached.desired import Desired, DesiredModel, PromptSource, Resolver, Sources, kept
 from rkcached.digests import Signature, settled, signature_of
 from rkcached.engines.registry import ENGINES
 from rkcached.manifest import EngineKind, Manifest, parse
@@ -73,6 +73,7 @@ class Observer:
         self._reader = SourceReader(store.digests, stored)
         self._resolver = Resolver(Renderer().compile)
         self._last: _Last | None = None
+        self._assessments: dict[Key, Assessment] = {}
 
     def look(self, manifest: Manifest, extra_verdicts: Mapping[Key, Verdict] | None = None) -> Look:
         """Scan and assess. Blocking."""
@@ -96,12 +97,14 @@ class Observer:
         prompts = tuple(desired.prompts.values())
         if trouble is not None:
             prompts = tuple(replace(p, fingerprint=None, trouble=p.trouble or Trouble.of(trouble)) for p in prompts)
+        before = self._assessments
+        self._assessments = {one.key: kept(before.get(one.key), one) for one in assess(prompts, observed, limits)}
         return Look(
             manifest=manifest,
             sources=sources,
             desired=desired,
             inventory=inventory,
-            assessments=assess(prompts, observed, limits),
+            assessments=tuple(self._assessments.values()),
             store_trouble=trouble,
         )
 
@@ -119,10 +122,10 @@ class Observer:
             if changed.isdisjoint(declared.files) or (artifact := fresh.get(key)) is None:
                 continue
             now = self._reader.read_again(declared)
-            prompt = self._resolver.resolve_one(key, now, last.models[key.model], manifest)
+            prompt = self._resolver.resolve_one(now, last.models[key.model], manifest)
             desired = Desired(models=last.models, prompts={key: prompt}, texts={})
             observed = Observed(
-                artifacts={key: artifact.observed(key)}, verdicts=_spread(dict(last.verdicts), desired), now=time.time()
+                artifacts={key: artifact}, verdicts=_spread(dict(last.verdicts), desired), now=time.time()
             )
             (assessment,) = assess((prompt,), observed, Limits(min_tokens=manifest.cache.min_tokens))
             if isinstance(now.source, PromptSource) and isinstance(assessment.action, Build):

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
-from typing import NamedTuple, assert_never
+from typing import NamedTuple, Protocol, assert_never
 
 from rkcached.errors import PromptTooShort, RkcachedError
 from rkcached.fingerprint import Change, Fingerprint, changes
@@ -53,17 +53,20 @@ class DesiredPrompt:
     trouble: Trouble | None = None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Artifact:
+class Artifact(Protocol):
     """A prompt cache in the store, as its sidecar and a look at its files describe it."""
 
-    key: Key
-    fingerprint: str
-    components: Mapping[str, str]
-    tokens: int
-    size_bytes: int
-    corrupt: str = ""
-    """Why it does not match its sidecar; empty when it does."""
+    @property
+    def fingerprint(self) -> str: ...
+    @property
+    def components(self) -> Mapping[str, str]: ...
+    @property
+    def tokens(self) -> int: ...
+    @property
+    def size_bytes(self) -> int: ...
+    @property
+    def corrupt(self) -> str:
+        """Why it does not match its sidecar; empty when it does."""
 
 
 class VerdictKind(StrEnum):

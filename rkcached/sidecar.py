@@ -78,24 +78,33 @@ class StoredArtifact:
         """Of the prompt cache."""
         return self.folder / self.sidecar.artifact
 
-    def observed(self, key: Key) -> Artifact:
-        sidecar = self.sidecar
-        return Artifact(
-            key=key,
-            fingerprint=sidecar.fingerprint,
-            components=sidecar.components,
-            tokens=sidecar.tokens,
-            size_bytes=sidecar.size_bytes,
-            corrupt=self.corrupt,
-        )
+    @property
+    def fingerprint(self) -> str:
+        return self.sidecar.fingerprint
+
+    @property
+    def components(self) -> Mapping[str, str]:
+        return self.sidecar.components
+
+    @property
+    def tokens(self) -> int:
+        return self.sidecar.tokens
+
+    @property
+    def size_bytes(self) -> int:
+        """Of the prompt cache."""
+        return self.sidecar.size_bytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Corrupt:
+class Unreadable:
     """An artifact without a usable sidecar: why, and what its prompt cache takes all the same."""
 
-    why: str
+    corrupt: str
     size_bytes: int
+    fingerprint: str = ""
+    components: Mapping[str, str] = field(default_factory=dict)
+    tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -103,7 +112,7 @@ class Inventory:
     """One look at the store. `unreadable` are commit records that cannot be read: their artifacts are corrupt."""
 
     artifacts: dict[Key, StoredArtifact] = field(default_factory=dict)
-    unreadable: dict[Key, Corrupt] = field(default_factory=dict)
+    unreadable: dict[Key, Unreadable] = field(default_factory=dict)
     verdicts: dict[Key, Verdict] = field(default_factory=dict)
     staged: list[Path] = field(default_factory=list)
     """Files of builds that run, or that left them."""
@@ -113,12 +122,8 @@ class Inventory:
     """Files where the store puts its own, with their bytes, that are none of its."""
 
     def observed(self) -> dict[Key, Artifact]:
-        seen = {key: artifact.observed(key) for key, artifact in self.artifacts.items()}
-        for key, found in self.unreadable.items():
-            seen[key] = Artifact(
-                key=key, fingerprint="", components={}, tokens=0, size_bytes=found.size_bytes, corrupt=found.why
-            )
-        return seen
+        """All of them, as the planner sees them."""
+        return {**self.artifacts, **self.unreadable}
 
 
 def parse_sidecar(data: bytes, key: Key) -> Sidecar | str:

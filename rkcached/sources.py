@@ -12,13 +12,14 @@ import hashlib
 import os
 import re
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
-from pathlib import Path, PurePath
-from typing import Generic, TypeVar
+from os.path import basename, splitext
+from pathlib import Path
+from typing import Any, Generic, NamedTuple, TypeVar
 
 from rkcached.builtin_templates import BUILTIN
-from rkcached.desired import Declaration, ModelSource, PromptSource, RuntimeSource, Sources
+from rkcached.desired import Declaration, ModelSource, PromptSource, RuntimeSource, Sources, kept
 from rkcached.digests import Digests, Signature, settled, signature_of
 from rkcached.engines.registry import ENGINES, EngineEntry
 from rkcached.errors import RkcachedError, SourceError
@@ -33,11 +34,17 @@ MAX_PROMPT_BYTES = 1 << 20
 Content = TypeVar("Content")
 
 
+class _Made(NamedTuple, Generic[Content]):
+    files: tuple[str, ...]
+    signature: Signature
+    content: Content
+
+
 class _Memory(Generic[Content]):
     """What was made of files, for as long as a scan asks for it and none of them changes."""
 
     def __init__(self) -> None:
-        self._now: dict[tuple[str, ...], tuple[Signature, Content]] = {}
+        self._now: dict[tuple[str, ...], _Made[Content]] = {}
         self._before = self._now
 
     def turn(self) -> None:
@@ -48,14 +55,14 @@ class _Memory(Generic[Content]):
         """Make it anew only if a file changed. Errors: what `make` raises."""
         infos = _infos(files)
         signature = signature_of(*infos)
-        seen = self._now.get(files) or self._before.get(files)
-        if seen is None or seen[0] != signature:
+        made = self._now.get(files) or self._before.get(files)
+        if made is None or made.signature != signature:
             lasting = len(infos) == len(files) and settled(*infos)
-            seen = (signature, make(files))
+            made = _Made(files, signature, make(files))
             if not lasting:  # a second change may leave the same signature
-                return seen[1]
-        self._now[files] = seen
-        return seen[1]
+                return made.content
+        self._now[made.files] = made
+        return made.content
 
 
 class SourceReader:
@@ -66,6 +73,8 @@ class SourceReader:
         self._stored = stored
         self._prompts = _Memory[PromptSource]()
         self._templates = _Memory[str]()
+        self._declared: Mapping[Key, Declaration] = {}
+        """By the last scan."""
 
     def scan(self, manifest: Manifest) -> Sources:
         """Look at every input that the manifest names. Never raises for a bad input."""
@@ -81,12 +90,9 @@ class SourceReader:
             for prompt, entry in config.prompts.items():
                 files = tuple(map(str, entry.files))
                 claimed.update(files)
-                prompts[Key(name, prompt)] = Declaration(
-                    source=self._prompt(files),
-                    description=entry.description,
-                    files=files,
-                    line=manifest.line_of("models", name, "prompts", prompt),
-                )
+                line = manifest.line_of("models", name, "prompts", prompt)
+                source = self._prompt(files)
+                self._declare(prompts, Key(name, prompt), source, files, description=entry.description, line=line)
             for position, pattern in enumerate(config.prompts_from):
                 line = manifest.line_of("models", name, "prompts_from", position)
                 try:
@@ -101,11 +107,23 @@ class SourceReader:
                 for path in found:
                     if path in claimed:
                         continue  # declared by name, perhaps with parameters of its own
-                    key = Key(name, _printable(PurePath(path).stem))
-                    prompts[key] = Declaration(source=self._found(key, path, prompts), files=(path,), line=line)
+                    key = Key(name, _printable(splitext(basename(path))[0]))  # noqa: PTH119, PTH122 - of thousands, paths take long
+                    self._declare(prompts, key, self._found(key, path, prompts), (path,), line=line)
             if self._stored is not None:
                 unlisted |= self._add_stored(name, self._stored, prompts)
+        self._declared = prompts
         return Sources(runtime=self._runtime(manifest.engine), models=models, prompts=prompts, unlisted_models=unlisted)
+
+    def _declare(
+        self,
+        prompts: dict[Key, Declaration],
+        key: Key,
+        source: PromptSource | Trouble,
+        files: tuple[str, ...],
+        **said: Any,
+    ) -> None:
+        declared = kept(self._declared.get(key), Declaration(key=key, source=source, files=files, **said))
+        prompts[declared.key] = declared
 
     def _add_stored(self, model: str, stored: StoredTexts, prompts: dict[Key, Declaration]) -> dict[str, Trouble]:
         """The texts that clients stored; returns why they cannot be listed, if so."""
@@ -117,7 +135,7 @@ class SourceReader:
         for key in keys:
             if key not in prompts and NAME.fullmatch(key.prompt):
                 files = (str(stored.path(key)),)
-                prompts[key] = Declaration(source=self._prompt(files), files=files, stored=True)
+                self._declare(prompts, key, self._prompt(files), files, stored=True)
         return {}
 
     def read_again(self, declared: Declaration) -> Declaration:

@@ -32,7 +32,7 @@ from rkcached.engines.registry import ENGINES
 from rkcached.errors import SourceError, StoreError, StoreLocked
 from rkcached.manifest import NAME
 from rkcached.plan import Key, Verdict
-from rkcached.sidecar import Corrupt, Inventory, Sidecar, StoredArtifact, parse_sidecar
+from rkcached.sidecar import Inventory, Sidecar, StoredArtifact, Unreadable, parse_sidecar
 
 DIRECTORY_MODE = 0o750
 MAX_QUARANTINED = 8
@@ -156,7 +156,7 @@ class Store:
             self._scan_folder(folder, inventory, known)
         with contextlib.suppress(FileNotFoundError):
             others = [name for name in sorted(os.listdir(self.root)) if name not in _OWN and name[-4:] != _HALF]  # noqa: PTH208
-            inventory.foreign.update(_foreign(self.root, others, own=False))
+            inventory.foreign.update(_foreign(self.root / name for name in others))
         inventory.quarantined.update((path, size_of(path)) for path in self._kept())
         for path in self.root.glob(".verdicts/*/*.json"):
             key = Key(path.parent.name, path.stem)
@@ -168,39 +168,36 @@ class Store:
         names: list[str] = []
         with contextlib.suppress(FileNotFoundError):  # a reader without the lock may see the owner remove it
             names = sorted(os.listdir(folder))  # noqa: PTH208 - names: of tens of thousands, paths take too much
-        caches: dict[str, list[str]] = {}
-        for name in names:
-            if name.endswith("_cache") and (prompt := prompt_of(name)):
-                caches.setdefault(prompt, []).append(name)
+        rest = set(names)
+        """What is part of no artifact. Names and no paths, and few of them: there may be tens of thousands of files."""
+        damaged: dict[Key, str] = {}
+        place = str(folder)
         for name in names:
             if not name.endswith(".json") or not NAME.fullmatch(name[:-5]):
                 continue
             key = Key(folder.name, name[:-5])
             self.digests.steps += 1
             seen = known.get(key)
-            if seen is not None and signature_of(*_infos(folder, _names(key, seen.cache))) == seen.signature:
-                self._seen[seen.key] = seen
-                inventory.artifacts[seen.key] = seen.artifact
-                continue
+            if seen is not None:
+                files = _names(key, seen.cache)
+                if signature_of(*_infos(place, files)) == seen.signature:
+                    self._seen[seen.key] = seen
+                    inventory.artifacts[seen.key] = seen.artifact
+                    rest.difference_update(files)
+                    continue
             with contextlib.suppress(FileNotFoundError):
-                record = _infos(folder, (name,))
+                record = _infos(place, (name,))
                 sidecar = self._read_sidecar(folder / name, key)
                 if isinstance(sidecar, str):
-                    size_bytes = _bytes(folder / cache for cache in caches.get(key.prompt, ()))
-                    inventory.unreadable[key] = Corrupt(why=sidecar, size_bytes=size_bytes)
+                    damaged[key] = sidecar
                     continue
-                wanted = _names(key, sidecar.artifact)
-                infos = record + _infos(folder, wanted[1:])
+                files = _names(key, sidecar.artifact)
+                infos = record + _infos(place, files[1:])
                 inventory.artifacts[key] = artifact = self._inspect(folder, sidecar)
-                if not artifact.corrupt and len(infos) == len(wanted) and settled(*infos):
+                rest.difference_update(files)
+                if not artifact.corrupt and len(infos) == len(files) and settled(*infos):
                     self._seen[key] = _Seen(key, sidecar.artifact, signature_of(*infos), artifact)
-        listed = set(names)
-        for prompt, found in caches.items():  # of a commit that was cut off before its sidecar
-            if f"{prompt}.json" not in listed:
-                corrupt = Corrupt(why="the sidecar is missing", size_bytes=_bytes(folder / name for name in found))
-                inventory.unreadable[Key(folder.name, prompt)] = corrupt
-        inventory.staged.extend(folder / name for name in names if name.startswith(_STAGING))
-        inventory.foreign.update(_foreign(folder, names))
+        _scan_rest(folder, rest, damaged, inventory)
 
     def verify(self, key: Key) -> str:
         """Read an artifact's files again, whatever is remembered of them; returns why it is corrupt, or nothing."""
@@ -434,17 +431,37 @@ def size_of(path: Path) -> int:
     return size_bytes
 
 
-def _foreign(folder: Path, names: Iterable[str], *, own: bool = True) -> Iterator[tuple[Path, int]]:
-    """Which of these, that lie where the store may have its `own` artifacts, are not the store's. Folders stay out."""
-    names = tuple(names)
-    prompts = {prompt_of(name) for name in names if name.endswith((".json", "_cache"))} - {""} if own else set()
-    for name in names:
-        if prompt_of(name) in prompts or (own and name.startswith(_STAGING)):
-            continue
+def _scan_rest(folder: Path, names: set[str], damaged: Mapping[Key, str], inventory: Inventory) -> None:
+    """What lies beside the artifacts of a folder; `damaged` are those whose sidecar is none, and why."""
+    caches: dict[Key, list[Path]] = {}
+    for name in sorted(names):
+        if name.endswith("_cache") and (prompt := prompt_of(name)):
+            caches.setdefault(Key(folder.name, prompt), []).append(folder / name)
+    for key, why in damaged.items():
+        inventory.unreadable[key] = Unreadable(corrupt=why, size_bytes=_bytes(caches.get(key, ())))
+    for key, found in caches.items():  # of a commit that was cut off before its sidecar
+        if key not in inventory.artifacts and f"{key.prompt}.json" not in names:
+            inventory.unreadable[key] = Unreadable(corrupt="the sidecar is missing", size_bytes=_bytes(found))
+    inventory.staged.extend(folder / name for name in names if name.startswith(_STAGING))
+    prompts = {prompt_of(name) for name in names if name.endswith((".json", "_cache"))} - {""}
+    inventory.foreign.update(
+        _foreign(
+            folder / name
+            for name in sorted(names)
+            if not name.startswith(_STAGING)
+            and (prompt := prompt_of(name)) not in prompts
+            and Key(folder.name, prompt) not in inventory.artifacts
+        )
+    )
+
+
+def _foreign(files: Iterable[Path]) -> Iterator[tuple[Path, int]]:
+    """Those with their bytes that are still there. Folders stay out."""
+    for path in files:
         with contextlib.suppress(FileNotFoundError):
-            info = (folder / name).lstat()
+            info = path.lstat()
             if not stat.S_ISDIR(info.st_mode):
-                yield folder / name, info.st_size
+                yield path, info.st_size
 
 
 def _names(key: Key, cache: str) -> tuple[str, str, str]:
@@ -452,7 +469,7 @@ def _names(key: Key, cache: str) -> tuple[str, str, str]:
     return f"{key.prompt}.json", cache, f"{key.prompt}.bin"
 
 
-def _infos(folder: Path, names: Iterable[str]) -> list[os.stat_result]:
+def _infos(folder: str, names: Iterable[str]) -> list[os.stat_result]:
     """Of these files, one after the other; fewer, if one is gone."""
     found = []
     with contextlib.suppress(OSError):

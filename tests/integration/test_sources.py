@@ -205,13 +205,23 @@ def test_a_declaration_knows_its_line_and_description(folder: Folder) -> None:
 # --- what changed ---
 
 
-def test_an_unchanged_prompt_is_not_read_again(folder: Folder) -> None:
-    """What is remembered stays the same object; a file that may still change unseen is read again."""
+def test_an_unchanged_prompt_is_not_read_again(folder: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of one that did not change, no look keeps anything new; a file that may still change unseen is read again."""
     settle(folder.prompt)
-    first = folder.scan().prompts[P].source
-    assert folder.scan().prompts[P].source is first
+    first = folder.scan().prompts[P]
+    read: list[Path] = []
+    read_bytes = Path.read_bytes
+
+    def noted(path: Path) -> bytes:
+        read.append(path)
+        return read_bytes(path)
+
+    monkeypatch.setattr(Path, "read_bytes", noted)
+    assert folder.scan().prompts[P] is first
+    assert read == []
     folder.prompt.write_text("Be brief.\n")
-    assert [folder.scan().prompts[P].source is first for _ in range(2)] == [False, False]
+    assert [folder.scan().prompts[P] is first for _ in range(2)] == [True, True]
+    assert read == [folder.prompt] * 2
 
 
 def test_every_rewrite_is_noticed(folder: Folder) -> None:

@@ -66,7 +66,9 @@ class World:
                 else ModelSource(digest=digest, template_source=self.templates[name])
                 for name, digest in self.digests.items()
             },
-            prompts={key: Declaration(source=source(text), description=str(key)) for key, text in self.texts.items()},
+            prompts={
+                key: Declaration(key=key, source=source(text), description=str(key)) for key, text in self.texts.items()
+            },
         )
 
     def resolve(self, resolver: Resolver | None = None) -> Desired:

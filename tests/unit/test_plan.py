@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import pytest
 from hypothesis import given
@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from rkcached.fingerprint import Fingerprint, fingerprint
 from rkcached.plan import (
     Action,
-    Artifact,
     Assessment,
     Blocked,
     Build,
@@ -47,10 +46,22 @@ def desired(key: Key = KEY, wanted: Fingerprint = WANTED) -> DesiredPrompt:
     return DesiredPrompt(key=key, fingerprint=wanted)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Stored:
+    """An artifact and whose it is."""
+
+    key: Key
+    fingerprint: str
+    components: Mapping[str, str]
+    tokens: int
+    size_bytes: int
+    corrupt: str
+
+
 def artifact(
     key: Key = KEY, made: Fingerprint = WANTED, *, tokens: int = 100, size_bytes: int = 1000, corrupt: str = ""
-) -> Artifact:
-    return Artifact(
+) -> Stored:
+    return Stored(
         key=key,
         fingerprint=made.digest,
         components=made.components,
@@ -64,7 +75,7 @@ def verdict(kind: VerdictKind, **more: float) -> Verdict:
     return replace(Verdict(fingerprint=WANTED.digest, kind=kind, trouble=TROUBLE), **more)
 
 
-def world(*artifacts: Artifact, verdicts: Mapping[Key, Verdict] | None = None, now: float = 0.0) -> Observed:
+def world(*artifacts: Stored, verdicts: Mapping[Key, Verdict] | None = None, now: float = 0.0) -> Observed:
     return Observed(artifacts={a.key: a for a in artifacts}, verdicts=verdicts or {}, now=now)
 
 
