@@ -367,8 +367,9 @@ class Status(Answer):
     recent: list[RecentAnswer] = Field(description="The last 40 answers, oldest first.")
     running: int
     models: list[WaitedModel]
+    building: PromptStatus | None = Field(description="The prompt that is being built, as among all.")
     prompts: Iterable[PromptStatus]
-    """Made and written one by one, as there may be thousands: to be gone through once."""
+    """Made and written one by one, as there may be thousands: to be gone through once. The last field."""
 
 
 class ApiDescription(BaseModel):

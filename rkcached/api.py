@@ -41,7 +41,7 @@ from rkcached.embeddings import Embeddings
 from rkcached.endpoints import EVENT_STREAM, Endpoint, describe, routes
 from rkcached.errors import ManifestError, RequestError
 from rkcached.events import Events
-from rkcached.exchange import DEFECT, EventStream, Exchanges, answer, error_response, no_route, read_body, unless_gone
+from rkcached.exchange import DEFECT, Exchanges, Streamed, answer, error_response, no_route, read_body, unless_gone
 from rkcached.metrics import CONTENT_TYPE, Metrics
 from rkcached.openai import (
     ChatRequest,
@@ -54,6 +54,7 @@ from rkcached.plan import Key
 from rkcached.preparation import Job
 from rkcached.reconcile import Reconciler
 from rkcached.serving import End, Serving, Text
+from rkcached.status import pieces
 from rkcached.writing import ChatWriter, CompletionWriter, Writer
 
 HEARTBEAT_S = 15.0
@@ -225,10 +226,10 @@ class Api:
         return Response(self._metrics.text(), media_type=CONTENT_TYPE)
 
     async def _get_events(self, _: Request) -> Response:
-        return EventStream(_event_stream(self._events))
+        return Streamed(_event_stream(self._events), media_type=EVENT_STREAM)
 
     async def _get_status(self, _: Request) -> Response:
-        return answer(self._status())
+        return Streamed(pieces(self._status()), media_type="application/json")
 
     async def _page(self, _: Request) -> Response:
         return page(self._status())
@@ -294,7 +295,7 @@ class Api:
             await events.aclose()
             return first
         with_usage = body.stream_options is not None and body.stream_options.include_usage
-        return EventStream(_stream(first, events, writer, with_usage=with_usage))
+        return Streamed(_stream(first, events, writer, with_usage=with_usage), media_type=EVENT_STREAM)
 
 
 async def _whole(events: AsyncIterator[Text | End], writer: Writer) -> Response:

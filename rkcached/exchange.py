@@ -8,7 +8,7 @@ import re
 import time
 import traceback
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Mapping
 from pathlib import Path
 from typing import TypeVar
 
@@ -102,13 +102,13 @@ def _place(error: BaseException) -> str:
     return " < ".join(f"{Path(frame.filename).name}:{frame.lineno}" for frame in frames)
 
 
-class EventStream(Response):
-    """Server-sent events. Left early, the chunks' generator is closed, which stops what makes them."""
+class Streamed(Response):
+    """A body in chunks. Left early, the chunks' generator is closed, which stops what makes them."""
 
-    media_type = "text/event-stream"
-
-    def __init__(self, chunks: AsyncGenerator[bytes, None]) -> None:
-        super().__init__()
+    def __init__(
+        self, chunks: AsyncGenerator[bytes, None], *, media_type: str, headers: Mapping[str, str] | None = None
+    ) -> None:
+        super().__init__(headers=headers, media_type=media_type)
         del self.headers["content-length"]
         self._chunks = chunks
 

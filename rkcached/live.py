@@ -13,7 +13,6 @@ import os
 import queue
 import re
 import signal
-import statistics
 import sys
 import termios
 import threading
@@ -144,7 +143,7 @@ def _hear(inbox: _Inbox, wait_s: float | None) -> Iterator[_Heard | Move]:
 
 def _moving(status: dict[str, Any]) -> bool:
     """Something happens of which there are no events."""
-    return bool(status["running"]) or any(prompt.get("progress") for prompt in status["prompts"])
+    return bool(status["running"] or status["building"])
 
 
 def _listen(socket: Path, inbox: _Inbox) -> None:
@@ -450,24 +449,18 @@ def _times(status: dict[str, Any], width: int, *, ascii_only: bool) -> Iterator[
     """The last times to the first token, as many as there is room for beside their medians."""
     times = [one["ttft_ms"] for one in status["recent"]]
     if times:
-        kinds = {"cached": ("hit", "loaded"), "cold": ("cold",)}
-        by_kind = {
-            kind: [one["ttft_ms"] for one in status["recent"] if one["state"] in states]
-            for kind, states in kinds.items()
-        }
-        medians = [f"{kind} {statistics.median(values):.0f} ms" for kind, values in by_kind.items() if values]
-        words = f"last {times[-1]:.0f} ms" + (f"; medians: {', '.join(medians)}" if medians else "")
+        words = show.times_of(status)
         room = max(0, width - len("TTFT    ") - len(words) - 1)
         line = show.sparkline(times[-room:], ascii_only=ascii_only) if room else ""
         yield Text(f"TTFT    {line} {words}" if line else f"TTFT    {words}")
 
 
 def _build(status: dict[str, Any], *, ascii_only: bool) -> Iterator[Text]:
-    for prompt in status["prompts"]:
-        if progress := prompt.get("progress"):
-            done, total = progress["done_tokens"], progress["total_tokens"]
-            bar = f"{_bar(done / total, ascii_only=ascii_only)} {done} of {total} tokens, " if total else ""
-            yield Text(f"build   {bar}{progress['elapsed_ms'] / 1000:.0f} s, {show.name_of(prompt)}", style="cyan")
+    if prompt := status["building"]:
+        progress = prompt["progress"]
+        done, total = progress["done_tokens"], progress["total_tokens"]
+        bar = f"{_bar(done / total, ascii_only=ascii_only)} {done} of {total} tokens, " if total else ""
+        yield Text(f"build   {bar}{progress['elapsed_ms'] / 1000:.0f} s, {show.name_of(prompt)}", style="cyan")
 
 
 def _bar(share: float, *, ascii_only: bool, width: int = 20) -> str:

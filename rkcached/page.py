@@ -6,18 +6,20 @@ page again and takes over what changed. So there is one template, which escapes 
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import functools
 import hashlib
 import time
+from collections.abc import AsyncGenerator
 from importlib import resources
 from typing import Any
 
 import jinja2
-from starlette.responses import HTMLResponse
 
 from rkcached import show
 from rkcached.answers import Status
+from rkcached.exchange import Streamed
 
 _POLICY = (
     "default-src 'none'; script-src 'sha256-{script}'; style-src 'sha256-{style}'; connect-src 'self'; img-src data:; "
@@ -26,16 +28,29 @@ _POLICY = (
 """Only the page's own script and style count, and only the daemon is asked, whatever a text in the page says."""
 
 
-def page(status: Status) -> HTMLResponse:
+def page(status: Status) -> Streamed:
     headers = {
         "Content-Security-Policy": _policy(),
         "X-Content-Type-Options": "nosniff",
         "Referrer-Policy": "no-referrer",
         "Cache-Control": "no-store",
     }
-    document = status.model_dump()
-    document["prompts"] = list(document["prompts"])
-    return HTMLResponse(_template().render(**_shown(show.shown(document))), headers=headers)
+    return Streamed(_pieces(status), media_type="text/html", headers=headers)
+
+
+async def _pieces(status: Status) -> AsyncGenerator[bytes]:
+    """Row by row, as there may be thousands of prompts: the event loop turns between the pieces."""
+    known = show.shown(status.model_dump(exclude={"prompts"}) | {"prompts": []})
+    prompts = (show.shown_prompt(prompt.model_dump()) for prompt in status.prompts)
+    stream = _template().stream(**_shown(known), prompts=prompts)
+    stream.enable_buffering(_BUFFERED)
+    for piece in stream:
+        yield piece.encode()
+        await asyncio.sleep(0)
+
+
+_BUFFERED = 32 * 32
+"""So many pieces of the template make one of the answer: about PIECE prompts' rows."""
 
 
 @functools.cache
@@ -47,6 +62,7 @@ def _template() -> jinja2.Template:
         "when": lambda at: time.strftime("%Y-%m-%d %H:%M %Z", time.localtime(at)),
         "utc": lambda at: time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(at)),
         "note": show.note_of,
+        "times": show.times_of,
         "hits": show.hits_of,
         "worker": show.worker_of,
     }
@@ -75,7 +91,6 @@ def _shown(status: dict[str, Any]) -> dict[str, Any]:
         "status": status,
         "waiting": waiting,
         "running": status["running"] - waiting,
-        "builds": [prompt for prompt in status["prompts"] if prompt.get("progress")],
         "bars": [max(1.0, time / top * 40) for time in times],
         "fastest": min(times, default=0.0),
         "slowest": max(times, default=0.0),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import statistics
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -95,24 +96,19 @@ def shown(status: dict[str, Any]) -> dict[str, Any]:
     A worker that a build is about to start is not "stopped": the daemon tells of the build first.
     """
     found: dict[str, Any] = printable_all({**status, "prompts": []})
-    found["prompts"] = [_shown_prompt(prompt) for prompt in status["prompts"]]
-    begun = {prompt["model"] for prompt in found["prompts"] if _begins(prompt)}
+    found["prompts"] = list(map(shown_prompt, status["prompts"]))
+    building = found["building"]
     for model in found["models"]:
-        if model["worker"] == "stopped" and model["name"] in begun:
+        if model["worker"] == "stopped" and building and model["name"] == building["model"]:
             model["worker"] = "about to start"
     return found
 
 
-def _shown_prompt(prompt: dict[str, Any]) -> dict[str, Any]:
+def shown_prompt(prompt: dict[str, Any]) -> dict[str, Any]:
     """Its words, of which figures have none; quick, as there may be thousands."""
     found = {name: printable(value) if isinstance(value, str) else value for name, value in prompt.items()}
     found["description"] = printable(" ".join(prompt["description"].split()))
     return found
-
-
-def _begins(prompt: dict[str, Any]) -> bool:
-    progress = prompt.get("progress") or {"total_tokens": 1}
-    return not progress["total_tokens"]
 
 
 def json_text(data: Any, *, indent: int | None = None) -> str:
@@ -225,6 +221,15 @@ def summary_of(status: dict[str, Any]) -> str:
 
 def answers_of(status: dict[str, Any]) -> str:
     return ", ".join(f"{count} {state}" for state, count in status["answers"].items()) or "none yet"
+
+
+def times_of(status: dict[str, Any]) -> str:
+    """The last time to first token, and the medians of the last ones with and without a cache; there must be one."""
+    recent = status["recent"]
+    kinds = {"cached": ("hit", "loaded"), "cold": ("cold",)}
+    by_kind = {kind: [one["ttft_ms"] for one in recent if one["state"] in states] for kind, states in kinds.items()}
+    medians = [f"{kind} {statistics.median(values):.0f} ms" for kind, values in by_kind.items() if values]
+    return f"last {recent[-1]['ttft_ms']:.0f} ms" + (f"; medians: {', '.join(medians)}" if medians else "")
 
 
 def used_of(status: dict[str, Any]) -> str:

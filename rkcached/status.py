@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
+import itertools
 import os
 import time
 from collections import Counter, deque
+from collections.abc import AsyncGenerator, Iterable, Iterator
 from typing import Any
+
+import pydantic_core
 
 from rkcached import __version__, disk
 from rkcached.answers import RecentAnswer, Status
@@ -18,6 +23,9 @@ from rkcached.sidecar import StoredArtifact
 from rkcached.store import Store
 from rkcached.worker.pool import Workers
 from rkcached.worker.protocol import VerifyMode
+
+PIECE = 32
+"""So many prompts are told of at a time: some 0.3 ms of JSON, 1.2 ms of HTML on a computer of 2024."""
 
 
 class Recent:
@@ -46,6 +54,7 @@ def status(
     """The document. `started` is in Unix seconds."""
     view = reconciler.view
     manifest_error = reconciler.manifest_file.error
+    building = [reconciler.progress.key] if reconciler.progress else []
     document = {
         "version": __version__,
         "pid": os.getpid(),
@@ -82,9 +91,28 @@ def status(
             {**model_status(name, model, workers), "waiting": serving.waiting(name)}
             for name, model in view.desired.models.items()
         ],
-        "prompts": (prompt_status(key, reconciler, serving) for key in view.assessments),
+        "building": next(_prompts(reconciler, serving, building), None),
+        "prompts": _prompts(reconciler, serving, list(view.assessments)),
     }
     return Status.model_validate(document)
+
+
+def _prompts(reconciler: Reconciler, serving: Serving, keys: Iterable[Key]) -> Iterator[dict[str, Any]]:
+    """Each as it is when its turn comes; without those that are gone by then."""
+    for key in keys:
+        if key in reconciler.view.assessments:
+            yield prompt_status(key, reconciler, serving)
+
+
+async def pieces(status: Status) -> AsyncGenerator[bytes]:
+    """The document's JSON. With thousands of prompts it takes a while, so the event loop turns between the pieces."""
+    yield pydantic_core.to_json(status, exclude={"prompts"}).removesuffix(b"}") + b',"prompts":['
+    prompts, comma = iter(status.prompts), b""
+    while some := tuple(itertools.islice(prompts, PIECE)):
+        yield comma + b",".join(map(pydantic_core.to_json, some))
+        comma = b","
+        await asyncio.sleep(0)
+    yield b"]}"
 
 
 def _free_bytes(store: Store) -> int | None:

@@ -43,6 +43,7 @@ def a_status(prompts: list[dict[str, Any]], **more: Any) -> dict[str, Any]:
         "recent": [],
         "running": 0,
         "models": [{**model, "state_s": None}],
+        "building": next((one for one in prompts if "progress" in one), None),
         "prompts": prompts,
         **more,
     }
