@@ -1,17 +1,27 @@
-"""docs/grafana-dashboard.json against the daemon's real metrics, and against Grafana's own records. No Grafana runs."""
+"""docs/grafana-dashboard.json against Grafana's own records and, by a real Prometheus, against a real daemon's metrics.
+
+No Grafana runs: what it would ask Prometheus is asked here.
+"""
 
 from __future__ import annotations
 
 import json
+import math
 import re
+import shutil
 import signal
+import socket
+import subprocess
 from collections import defaultdict
 from os import kill
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
+import httpx
 import psutil
 import pytest
+import yaml
+from browser import Port, missing
 from conftest import Workspace
 from grafana_foundation_sdk.cog import encoder, plugins
 from grafana_foundation_sdk.models.dashboard import Dashboard
@@ -19,7 +29,11 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from tests.waiting import wait_until
 
-FILE = Path(__file__).parents[2] / "docs/grafana-dashboard.json"
+DOCS = Path(__file__).parents[2] / "docs"
+FILE = DOCS / "grafana-dashboard.json"
+
+WINDOW = "30s"
+"""What $__rate_interval stands for."""
 
 
 @pytest.fixture(scope="module")
@@ -75,6 +89,85 @@ def test_memory_is_that_of_the_worker(two_prompts: Workspace) -> None:
     assert sample.value == pytest.approx(actual, rel=0.2)
     assert families["process_resident_memory_bytes"].samples[0].value > 1e7
     assert families["rkcached_requests_waiting"].samples[0].value == 0
+
+
+class Prometheus:
+    """The server, which scrapes as docs/page.md configures it, but of one port and each second."""
+
+    def __init__(self, folder: Path, target: str) -> None:
+        program = shutil.which("prometheus") or missing(
+            "Prometheus: apt-get install --no-install-recommends prometheus"
+        )
+        blocks = re.findall(r"^```yaml\n(.*?)^```", (DOCS / "page.md").read_text(), re.DOTALL | re.MULTILINE)
+        config = yaml.safe_load(next(block for block in blocks if "scrape_configs" in block))
+        (job,) = config["scrape_configs"]
+        job["static_configs"] = [{"targets": [target]}]
+        (folder / "prometheus.yml").write_text(yaml.safe_dump({**config, "global": {"scrape_interval": "1s"}}))
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            address = f"127.0.0.1:{free.getsockname()[1]}"
+        self._http = httpx.Client(base_url=f"http://{address}/api/v1/")
+        command = [str(program), f"--config.file={folder / 'prometheus.yml'}", f"--web.listen-address={address}"]
+        command += [f"--storage.tsdb.path={folder / 'tsdb'}", "--log.level=error"]
+        self._process = subprocess.Popen(command, stdin=subprocess.DEVNULL)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._http.close()
+        self._process.terminate()
+        self._process.wait(20)
+
+    def ask(self, path: str, **parameters: str) -> Any:
+        """The data that it answers with; nothing while it is starting."""
+        try:
+            answer = self._http.get(path, params=parameters).json()
+        except httpx.TransportError:
+            return []
+        assert answer["status"] == "success", (parameters, answer)
+        return answer["data"]
+
+    def values(self, expression: str) -> list[float]:
+        """Of each series that the expression gives now."""
+        expression = expression.replace("$model", ".*").replace("$__rate_interval", WINDOW)
+        assert "$" not in expression
+        found = self.ask("query", query=expression)
+        return [float(series["value"][1]) for series in found["result"]] if found else []
+
+
+def test_every_panel_has_figures(workspace: Workspace, dashboard: dict[str, Any], tmp_path: Path) -> None:
+    """Prometheus takes every expression, and answers it with numbers, once there were answers, builds and a crash."""
+    workspace.memory_model()
+    workspace.write("p.md", "Text.")
+    workspace.declare("{p: p.md}", top="cache: {max_bytes: 2000000}")
+    workspace.start()
+    workspace.wait_settled()
+    with Port(workspace.socket) as port, Prometheus(tmp_path, port.url.removeprefix("http://").rstrip("/")) as server:
+        wait_until(lambda: server.values("rkcached_artifacts"), "it scrapes", 20)
+        (model,) = server.ask("label/model/values", **{"match[]": variable(dashboard, "model")})
+        assert model == "m"
+        workspace.ask("m/p")
+        kill(workspace.status()["models"][0]["pid"], signal.SIGKILL)
+
+        def asked() -> bool:  # a rate needs a counter that grows from one scrape to the next
+            workspace.ask("m/p")
+            workspace.ask("m/p", cache=False)
+            return all(map(told, expressions(dashboard)[1:]))
+
+        def told(expression: str) -> bool:
+            values = server.values(expression)
+            return bool(values) and all(map(math.isfinite, values))
+
+        wait_until(asked, "every expression has values", 30)
+        ratio, ttft = (expressions(dashboard)[number] for number in (1, 5))
+        assert server.values(ratio) == [1.0]
+        assert 0 < server.values(ttft)[0] < 1
+
+
+def variable(dashboard: dict[str, Any], name: str) -> str:
+    """The series whose label values it lists."""
+    (query,) = (one["query"]["query"] for one in dashboard["templating"]["list"] if one["name"] == name)
+    return re.fullmatch(rf"label_values\((.*), {name}\)", query)[1]  # type: ignore[index]
 
 
 def test_grafana_knows_every_field(dashboard: dict[str, Any]) -> None:
