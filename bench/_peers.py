@@ -32,6 +32,9 @@ ANSWER_TOKENS = 32
 LAUNCHES = 4
 """Of the daemon and both servers. Each has one cold run, which costs some twenty seconds at the longest prompt."""
 
+PAIRS_PER_RUN = 6
+"""With 20 pairs the interval of a long prompt's difference was wider than what the daemon may add."""
+
 PAUSE_S = 0.05
 """Between two answers: an engine's threads may spin for a moment after their work."""
 
@@ -85,10 +88,12 @@ def measure_peers(bench: Bench) -> list[Figure]:
     with Daemon(workspace) as daemon:
         daemon.wait_fresh(timeout_s=BUILD_TIMEOUT_S)
         texts = _Texts(workspace)
+    bench.say("what a user has to do")
     facts = list(_facts(workspace, texts))  # first, for they may fail
     shutil.copyfile(small_model(), workspace.root / "model.gguf")  # whose weights one of them changed
     sides = [_Side("rkcached"), _Side("llama.cpp, same settings"), _Side("llama.cpp, its defaults")]
     for launch in range(LAUNCHES):
+        bench.say(f"launch {launch + 1} of {LAUNCHES}")
         with (
             Daemon(workspace) as daemon,
             Peer(small_model(), PEER_CONTEXT, slots, tuned=True) as same,
@@ -101,7 +106,7 @@ def measure_peers(bench: Bench) -> list[Figure]:
                     for prompt in PEER_TOKENS:
                         server.save(texts.prefix(prompt), prompt + kind)
                 side.launched(_through_peer(server, texts, kind), lambda pid=server.pid: [pid])
-            _measure_in_turns(launch, -(-bench.runs * 2 // LAUNCHES), sides)
+            _measure_in_turns(launch, -(-bench.runs * PAIRS_PER_RUN // LAUNCHES), sides)
     return [*_figures(sides, texts), *facts]
 
 

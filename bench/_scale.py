@@ -38,6 +38,7 @@ def measure_scale(bench: Bench) -> list[Figure]:
         for models in MODELS:
             if prompts < models:
                 continue
+            bench.say(f"{prompts:,} prompts over {models}")
             root = bench.root / f"many-{prompts}-{models}"
             figures += _Size(bench, many(root, prompts, models), prompts, models).measure()
             shutil.rmtree(root)

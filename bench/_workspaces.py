@@ -40,6 +40,8 @@ class Bench:
     idle_s: float
     pictures: Path | None = None
     """Where pictures are to be drawn."""
+    say: Callable[[str], None] = lambda _: None
+    """Is told what is measured next."""
     _made: dict[str, Workspace] = field(default_factory=dict)
 
     def workspace(self, make: Callable[[Path], Workspace]) -> Workspace:

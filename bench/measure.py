@@ -7,6 +7,7 @@ checks that it measured what it says (a hit was a hit, a loaded file was loaded)
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import signal
 import sys
@@ -68,7 +69,8 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="rkcached-bench-") as root:
         bench = Bench(root=Path(root), runs=options.runs, idle_s=options.idle_seconds, pictures=options.pictures)
         for name in [part for part in PARTS if part in (options.only or PARTS)]:
-            _say(f"{time.strftime('%H:%M:%S')} {name} ...")
+            bench.say = functools.partial(_step, name)
+            bench.say("...")
             try:
                 figures += PARTS[name](bench)
             except (BenchError, RkcachedError) as error:
@@ -82,6 +84,10 @@ def main() -> int:
     if failed:
         return 2
     return 1 if any(figure.met is False for figure in figures) else 0
+
+
+def _step(part: str, step: str) -> None:
+    _say(f"{time.strftime('%H:%M:%S')} {part}: {step}", markup=False)
 
 
 def _leave(_number: int, _frame: object) -> NoReturn:

@@ -25,7 +25,7 @@ _FIGURES = (
     (State.FILE, "ttft_ms", "from file, ms"),
     (State.FILE, "load_ms", "loading, ms"),
     (State.MEMORY, "ttft_ms", "in memory, ms"),
-    (State.MEMORY, "decode_tokens_per_s", "decode, tokens/s"),
+    (State.MEMORY, "decode_tokens_per_s", "decode in memory, tok/s"),
 )
 
 

@@ -123,6 +123,8 @@ class PromptResult(msgspec.Struct, frozen=True, kw_only=True):
     """Why its cache does not help, where it does not."""
     reduction: dict[State, float] = {}
     """By how much the warm states shorten the time to first token: 0.9 is to a tenth."""
+    build_saw_no_gain: bool = False
+    """As `rkcached status` says, of the one sample that a build takes."""
 
     @property
     def name(self) -> str:

@@ -192,7 +192,7 @@ class _Bench:
         if stopped is not None:
             self._errors.append(stopped)
             if not measuring.counts():
-                self.refused.append(f"{name}: {stopped.message}")
+                self.refused.append(stopped.message if str(key) in stopped.message else f"{name}: {stopped.message}")
                 return
             self.warnings.append(f"{name}: {min(measuring.counts())} of {self._runs} runs, then {stopped.message}")
         states = measuring.states()
@@ -317,6 +317,7 @@ def _result(key: Key, length: int | None, status: dict[str, Any], states: dict[S
         states=states,
         no_gain=trust.why_no_gain(status, states),
         reduction=trust.reductions(states),
+        build_saw_no_gain=bool(artifact) and not artifact["gain"],
     )
 
 

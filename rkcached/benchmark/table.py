@@ -48,8 +48,10 @@ def print_results(console: Console, results: Results) -> None:
         _text(f"rkcached {versions.daemon}, python {versions.python}, load {results.machine.load_average:.2f}")
     )
     for name, model in results.models.items():
-        digest = f", {model.file}, sha256 {model.digest[:12]}" if model.digest else ""
+        digest = f", sha256 {model.digest[:12]}" if model.digest else ""
         console.print(_text(f"{name}: {model.engine} {model.runtime or 'of an unknown version'}{digest}"))
+        if model.digest:
+            console.print(_text(f"  {model.file}"), overflow="fold", no_wrap=False)
     console.print(_text(f"{runs_words(results.parameters.runs)}, milliseconds", style="dim"))
     for prompt in results.prompts:
         console.print()
@@ -107,6 +109,8 @@ def _print_prompt(console: Console, prompt: PromptResult) -> None:
         console.print(_text(f"no gain: {prompt.no_gain}", style="yellow"))
     elif saved:
         console.print(_text(f"saves {', '.join(saved)}", style="green"))
+        if prompt.build_saw_no_gain:
+            console.print(_text("its build saw no gain, as `rkcached status` says: that is one sample, these are more"))
 
 
 _FROM = {State.FILE: "from the file", State.MEMORY: "in memory"}

@@ -59,10 +59,11 @@ def warnings(
             f"{runs} {'run is' if runs == 1 else 'runs are'} few: {ENOUGH_RUNS} or more make a median worth comparing"
         )
     wide = [
-        f"{prompt.name} {state} ({relative_spread(samples) * 100:.0f} %)"
+        f"{prompt.name} {state}{what} ({relative_spread(samples) * 100:.0f} %)"
         for prompt in prompts
         for state, measured in prompt.states.items()
-        if relative_spread(samples := measured.samples("ttft_ms")) > MUCH_SPREAD
+        for figure, what in (("ttft_ms", ""), ("decode_tokens_per_s", " tok/s"))
+        if relative_spread(samples := measured.samples(figure)) > MUCH_SPREAD
     ]
     if wide:
         said.append(

@@ -91,7 +91,7 @@ def test_a_blocked_prompt_does_not_keep_the_others_from_being_measured(three: Wo
     found = json.loads(three.cli("bench", "--json", "--runs", "1", "--no-direct").stdout)
     assert [runs_of(found, name) for name in ("a", "c")] == [[1, 1, 1]] * 2
     (refused,) = found["refused"]
-    assert refused.startswith("m/b: the prompt m/b cannot be used")
+    assert refused.startswith("the prompt m/b cannot be used")
     assert "empty" in refused
     shown = " ".join(three.cli("bench", "m/a", "m/b", "--runs", "1", "--no-direct").stdout.split())
     assert f"not measured: {refused}" in shown

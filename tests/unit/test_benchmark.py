@@ -3,15 +3,28 @@
 from __future__ import annotations
 
 import importlib.util
+import io
 import sys
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import pytest
+from rich.console import Console
 
 from rkcached.benchmark import plots
-from rkcached.benchmark.results import MachineFacts, Measured, PromptResult, Run, State
+from rkcached.benchmark.results import (
+    SCHEMA,
+    MachineFacts,
+    Measured,
+    Parameters,
+    PromptResult,
+    Results,
+    Run,
+    State,
+    Versions,
+)
+from rkcached.benchmark.table import print_results
 from rkcached.benchmark.trust import ENOUGH_RUNS, Meanwhile, changed, warnings, why_no_gain
 from rkcached.errors import UsageError
 
@@ -146,6 +159,48 @@ def test_others_who_had_the_daemon_are_named(queue_ms: float, meanwhile: Meanwhi
     found = warnings(FIXED, 0.0, ENOUGH_RUNS, [prompt], meanwhile)
     assert len(found) == len(said)
     assert all(words in sentence for words, sentence in zip(said, found, strict=True))
+
+
+def a_result(cold: tuple[Run, ...], **more: Any) -> PromptResult:
+    return PromptResult(
+        model="m",
+        prompt="p",
+        tokens=90,
+        size_bytes=1,
+        build_ms=1.0,
+        states={State.COLD: Measured(runs=cold).summarised()},
+        **more,
+    )
+
+
+def test_a_decode_speed_that_scatters_is_doubted() -> None:
+    """As a time to first token is."""
+    rates = [10.0, 10.0, 10.0, 20.0, 20.0]
+    runs = tuple(msgspec.structs.replace(run(100), decode_tokens_per_s=rate) for rate in rates)
+    (said,) = warnings(FIXED, 0.0, ENOUGH_RUNS, [a_result(runs)])
+    assert said.endswith(": m/p cold tok/s (100 %)")
+
+
+@pytest.mark.parametrize("saw_no_gain", [True, False])
+def test_a_gain_that_its_build_did_not_see(saw_no_gain: bool) -> None:
+    """The status says "no gain" of one sample: the table says why it says otherwise."""
+    results = Results(
+        schema=SCHEMA,
+        date="2026-01-01T00:00:00+00:00",
+        machine=FIXED,
+        versions=Versions(rkcached="1", daemon="1", python="3"),
+        parameters=Parameters(runs=5, answer_tokens=1, question="q", sweep=()),
+        models={},
+        prompts=(a_result((run(100),) * 5, reduction={State.FILE: 0.5}, build_saw_no_gain=saw_no_gain),),
+        direct="",
+        steal_percent=0.0,
+        warnings=(),
+    )
+    console = Console(file=io.StringIO(), width=80)
+    with console.capture() as captured:
+        print_results(console, results)
+    assert "saves 50 % from the file" in captured.get()
+    assert ("its build saw no gain" in captured.get()) == saw_no_gain
 
 
 @pytest.mark.parametrize(
