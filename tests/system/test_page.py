@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import getpass
 import json
+import os
 import re
+import shlex
+import socket
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
+import httpx
 import pytest
 from browser import Browser, Port
 from conftest import Workspace, need
+
+from tests.waiting import wait_until
 
 ROOT = Path(__file__).parents[2]
 HOSTILE = "<script>document.title = 'taken'</script><img src=http://example.invalid/x>"
@@ -138,3 +146,55 @@ def test_the_units_of_the_guide(tmp_path: Path) -> None:
     assert (done.returncode, done.stderr) == (0, "")
     listens = f"ListenStream={re.search(r'socket-proxyd (.*)', blocks[1][1])[1]}"  # type: ignore[index]
     assert listens in ours["rkcached.socket"].splitlines()
+
+
+@pytest.fixture
+def desk(tmp_path: Path) -> Iterator[Path]:
+    """The configuration of an ssh client that knows a host named `board`: a real sshd on this machine."""
+    sshd, port = need("sshd"), free_port()
+    for name in ("host", "user"):
+        subprocess.run([need("ssh-keygen"), "-q", "-t", "ed25519", "-N", "", "-f", tmp_path / name], check=True)
+    (tmp_path / "sshd_config").write_text(
+        f"ListenAddress 127.0.0.1:{port}\nHostKey {tmp_path / 'host'}\nPidFile none\nUsePAM no\nStrictModes no\n"
+        f"AuthorizedKeysFile {tmp_path / 'user.pub'}\nPermitRootLogin prohibit-password\n"
+    )
+    (tmp_path / "ssh_config").write_text(
+        f"Host board\n  HostName 127.0.0.1\n  Port {port}\n  User {getpass.getuser()}\n"
+        f"  IdentityFile {tmp_path / 'user'}\n  IdentitiesOnly yes\n  ExitOnForwardFailure yes\n"
+        f"  StrictHostKeyChecking no\n  UserKnownHostsFile /dev/null\n"
+    )
+    if os.geteuid() == 0:
+        Path("/run/sshd").mkdir(mode=0o755, exist_ok=True)  # where it puts itself; its service makes it
+    server = subprocess.Popen([sshd, "-D", "-e", "-f", tmp_path / "sshd_config"], stderr=subprocess.DEVNULL)
+    try:
+        wait_until(lambda: answers(port), "sshd listens", 10)
+        yield tmp_path / "ssh_config"
+    finally:
+        server.terminate()
+        server.wait(10)
+
+
+def test_the_ssh_command(described: Workspace, desk: Path) -> None:
+    """The guide's own line, but for port, socket and the desk's configuration, brings the page to a port."""
+    (command,) = re.findall(r"^ssh -N .*$", (ROOT / "docs/page.md").read_text(), re.MULTILINE)
+    port = free_port()
+    words = shlex.split(command.replace(":8080:/run/rkcached/rkcached.sock", f":{port}:{described.socket}"))
+    assert f"127.0.0.1:{port}:{described.socket}" in words
+    client = subprocess.Popen([need("ssh"), "-F", desk, *words[1:]], stderr=subprocess.DEVNULL)
+    try:
+        wait_until(lambda: answers(port), "the port is carried", 20)
+        assert "2 fresh" in httpx.get(f"http://localhost:{port}/").text
+    finally:
+        client.terminate()
+        client.wait(10)
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port: int = free.getsockname()[1]
+        return port
+
+
+def answers(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
