@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from _daemon import BenchError, Daemon
+from _daemon import BenchError, Daemon, busy_ns
 from _results import Figure, Target, of_median
 from _workspaces import PROMPTS, Bench, llama
 
@@ -89,15 +89,15 @@ def measure_idle(bench: Bench) -> list[Figure]:
         if process.children() or any(model["pid"] for model in status["models"]):
             raise BenchError("a model is loaded though nothing was to build")
         time.sleep(IDLE_SETTLE_S)
-        before, started = process.cpu_times(), time.perf_counter()
+        busy, before, started = busy_ns(daemon.pid), process.cpu_times(), time.perf_counter()
         switches = _switches(process)
         time.sleep(bench.idle_s)
-        after, seconds = process.cpu_times(), time.perf_counter() - started
+        own, after = (busy_ns(daemon.pid) - busy) / 1e9, process.cpu_times()
+        seconds = time.perf_counter() - started
         wakes = (_switches(process) - switches) / seconds
         full = process.memory_full_info()
-    own = after.user + after.system - before.user - before.system
     children = after.children_user + after.children_system - before.children_user - before.children_system
-    note = f"{own:z.2f} s in {seconds:.0f} s, children {children:z.2f} s; {wakes:.1f} wake-ups a second"
+    note = f"{own:.3f} s in {seconds:.0f} s, children {children:z.2f} s; {wakes:.1f} wake-ups a second"
     return [
         Figure(
             part="idle",

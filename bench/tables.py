@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import sys
+import textwrap
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -19,11 +20,12 @@ def main() -> None:
     """Print what the file has figures for, as Markdown."""
     document = json.loads(Path(sys.argv[1]).read_text())
     facts = document["machine"]
-    print(
+    said = (
         f"*{facts['cores']} cores of {facts['cpu']}, {facts['kernel']}, Python {facts['python']}, xllamacpp "
         f"{facts['xllamacpp']}, load average {facts['load_average_at_start'][0]:.1f} at the start; commit "
         f"{facts['commit']}, {facts['date'][:10]}.*"
     )
+    print(textwrap.fill(said, 120))
     parts: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for figure in document["figures"]:
         parts[figure["part"]].append(figure)
@@ -86,7 +88,7 @@ def _scale(figures: list[dict[str, Any]]) -> None:
 
 
 def _value(figure: dict[str, Any]) -> str:
-    return f"{number(figure['value'])} {figure['unit']}".strip()
+    return f"{number(figure['value'])} {figure['unit']}" if figure["unit"] else f"{figure['value']:,.0f}"
 
 
 if __name__ == "__main__":
