@@ -57,7 +57,7 @@ class CacheReport(Answer):
     cache: str | None = Field(description="The prompt whose cache was loaded.")
     state: str = Field(
         description="hit, loaded (nobody measured more), miss (loaded, did not help), cold, or why the wanted one was "
-        "not used: stale, missing, building, uncacheable, blocked, quarantined, corrupt."
+        "not used: stale, missing, building, uncacheable, blocked, quarantined, corrupt, uncached."
     )
     reason: str = ""
     cached_tokens: int | None = Field(description="null where the runtime measures nothing.")

@@ -107,7 +107,7 @@ class EngineConfig(_Section):
     timeout_s: float = values.number(
         default=300.0, ge=5, le=3600, description="Kill a worker whose library says nothing for so long."
     )
-    concurrent: bool = Field(default=False, strict=True, description="Let several models use the NPU at the same time.")
+    concurrent: bool = Field(default=False, strict=True, description="Let several models work at the same time.")
     max_loaded: int | None = values.whole(
         default=None,
         ge=1,
