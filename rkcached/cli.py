@@ -354,7 +354,8 @@ def bench(
     """Measure what the prompt caches gain, on the running daemon: time to first token cold, from file, in memory.
 
     Says what of it is queue, load, prefill and first decode, and what the daemon adds to its engine, which is loaded
-    a second time for that. Says so where the figures are not to be trusted, and why a cache does not help.
+    a second time for that. Says so where the figures are not to be trusted, and why a cache does not help. Ctrl-C ends
+    it with the prompts that were measured until then.
     """
     from rich.console import Console
 
@@ -386,6 +387,8 @@ def bench(
             click.echo(results.to_json(found))
         else:
             table.print_results(_unwrapped(), found)
+    if found.interrupted and kept is None:
+        raise KeyboardInterrupt
 
 
 def _refuse_beside_from() -> None:

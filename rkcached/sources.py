@@ -107,7 +107,8 @@ class SourceReader:
                 for path in found:
                     if path in claimed:
                         continue  # declared by name, perhaps with parameters of its own
-                    key = Key(name, _printable(splitext(basename(path))[0]))  # noqa: PTH119, PTH122 - of thousands, paths take long
+                    stem = splitext(basename(path))[0]  # noqa: PTH119, PTH122 - of thousands, paths take long
+                    key = Key(name, _printable(stem))
                     self._declare(prompts, key, self._found(key, path, prompts), (path,), line=line)
             if self._stored is not None:
                 unlisted |= self._add_stored(name, self._stored, prompts)

@@ -190,6 +190,8 @@ class Results(msgspec.Struct, frozen=True, kw_only=True):
     """Why the figures are not to be trusted."""
     refused: tuple[str, ...] = ()
     """What could not be measured at all, and why: prompts, and lengths of a sweep."""
+    interrupted: bool = False
+    """Somebody ended it before its time: prompts are missing."""
 
 
 def to_json(data: msgspec.Struct) -> str:

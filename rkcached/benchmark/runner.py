@@ -105,6 +105,7 @@ def run(settings: Settings, wanted: Sequence[str], options: Options, console: Co
         steal_percent=stolen,
         warnings=tuple(said),
         refused=(*kept.refused, *bench.refused),
+        interrupted=bench.interrupted,
     )
 
 
@@ -127,11 +128,32 @@ class _Bench:
         self.refused: list[str] = []
         self.warnings: list[str] = []
         self.why_not_direct: list[str] = []
+        self.interrupted = False
 
     def measure(self, keys: Sequence[Key]) -> None:
-        """Until all are measured, or the daemon is gone. Errors: why there is nothing, if there is nothing."""
+        """Until all are measured, the daemon is gone, or somebody interrupts: then what there is counts.
+
+        Errors: why there is nothing, if there is nothing.
+        """
         self._shown.plan(prompts=len(keys), answers=len(keys) * self._answers(direct=self._direct is not None))
         left = list(keys)
+        try:
+            self._measure_all(keys, left)
+        except KeyboardInterrupt:
+            if not self.prompts:
+                raise
+            self.interrupted = True
+            self.warnings.append(f"interrupted, this is what was measured until then{self._not_measured(left)}")
+            return
+        if not self.prompts and self._errors:
+            raise self._why_nothing()
+        if self._is_gone:
+            self.warnings.append(
+                f"the daemon went away, this is what was measured until then{self._not_measured(left)}"
+            )
+
+    def _measure_all(self, keys: Sequence[Key], left: list[Key]) -> None:
+        """Takes from `left` what was measured, or could not be."""
         for model in dict.fromkeys(key.model for key in keys):
             if self._is_gone:
                 break
@@ -144,15 +166,13 @@ class _Bench:
                     self._shown.drop(len(of_model) * self._runs * len(State))
                 for key in of_model:
                     if not self._is_gone:
-                        left.remove(key)
                         self._measure(key, alone)
-        if not self.prompts and self._errors:
-            raise self._why_nothing()
-        if self._is_gone:
-            rest = [self._name(key) for key in left]
-            more = f" and {len(rest) - _NAMED} more" if len(rest) > _NAMED else ""
-            not_measured = f"; not measured: {', '.join(rest[:_NAMED])}{more}" if rest else ""
-            self.warnings.append(f"the daemon went away, this is what was measured until then{not_measured}")
+                        left.remove(key)
+
+    def _not_measured(self, left: Sequence[Key]) -> str:
+        rest = [self._name(key) for key in left]
+        more = f" and {len(rest) - _NAMED} more" if len(rest) > _NAMED else ""
+        return f"; not measured: {', '.join(rest[:_NAMED])}{more}" if rest else ""
 
     def meanwhile(self) -> trust.Meanwhile:
         answers = sum(self.status["answers"].values()) - sum(self._first["answers"].values()) - self._asked

@@ -134,6 +134,35 @@ def test_interrupted_sweep_leaves_nothing(slow: Workspace, number: signal.Signal
     wait_until(lambda: _of_session(process.pid) == [], "its processes are gone")
 
 
+def test_interrupted_bench_keeps_what_it_has(slow: Workspace) -> None:
+    """Prompts that were measured before Ctrl-C are shown, drawn and kept; those that were not are named."""
+    slow.write("longer.md", TEXT * 5)
+    slow.declare("{long: long.md, longer: longer.md}")
+    slow.wait_state("longer", "fresh")
+    kept, drawn = slow.root / "kept.json", slow.root / "kept.svg"
+    process = subprocess.Popen(
+        slow.command("bench", "--runs", "10", "--no-direct", "-o", str(kept), "--plot", str(drawn)),
+        env=slow.environment,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    assert process.stderr is not None
+    assert any("measuring m/longer, 2 of 2" in line for line in process.stderr)
+    process.send_signal(signal.SIGINT)
+    shown, said = process.communicate(timeout=DEADLINE_S)
+    assert (process.returncode, said.strip()) == (130, "")
+    assert "not to be trusted: interrupted, this is what was measured until then; not measured: m/longer" in shown
+    found = json.loads(kept.read_text())
+    assert found["interrupted"]
+    assert [(prompt["prompt"], len(prompt["states"]["file"]["runs"])) for prompt in found["prompts"]] == [("long", 10)]
+    assert "m/long" in " ".join(ET.parse(drawn).getroot().itertext())
+    again = slow.cli("bench", "--from", str(kept))
+    assert again.stdout == shown
+
+
 def _of_session(session: int) -> list[int]:
     found = []
     for entry in Path("/proc").iterdir():
