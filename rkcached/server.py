@@ -1,7 +1,8 @@
 """The listening socket and the HTTP server on it.
 
 A stale socket is replaced; one that a live daemon answers on, and a file that is no socket, are never touched. Clients
-are not trusted: who does not get on with a request, and who comes when too many are connected, is told so and closed.
+are not trusted: who does not get on with a request, and who comes when too many are connected, is told so and closed;
+who does not take its answer is closed.
 """
 
 from __future__ import annotations
@@ -36,6 +37,12 @@ HEAD_TIMEOUT_S = 10.0
 
 BODY_SILENCE_S = 30.0
 """A body may be slow, but not silent for so long."""
+
+STALLED_S = 30.0
+"""A client that takes so little of its answer for so long is given up: its place is somebody else's."""
+
+STALLED_AT_STOP_S = 0.5
+"""So long before the end of the grace, who takes nothing is given up, so that the others' answers can end."""
 
 MAX_CONNECTIONS = 400
 """At each socket; fewer where the process may open few files."""
@@ -169,6 +176,7 @@ class _Connection(H11Protocol):
 
     _deadline: asyncio.TimerHandle | None = None
     _in_head = False
+    _stalled: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -186,7 +194,22 @@ class _Connection(H11Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._clear_deadline()
+        self._clear_stalled()
         super().connection_lost(exc)
+
+    def pause_writing(self) -> None:
+        """The client takes less than we have for it."""
+        super().pause_writing()
+        self._stalled = self.loop.call_later(STALLED_S, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        self._clear_stalled()
+        super().resume_writing()
+
+    def _clear_stalled(self) -> None:
+        if self._stalled is not None:
+            self._stalled.cancel()
+            self._stalled = None
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
@@ -266,6 +289,7 @@ class HttpServer(uvicorn.Server):
             )
         )
         self.servers = []  # until it has started, uvicorn has no such attribute
+        self._grace_s = grace_s
         self._leave = asyncio.Event()
         self.answering = asyncio.Event()
 
@@ -288,6 +312,19 @@ class HttpServer(uvicorn.Server):
         """Refuse new connections, let running answers end within the grace, then return from `serve`."""
         self.should_exit = True
         self._leave.set()
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        give_up_s = max(0.0, self._grace_s - STALLED_AT_STOP_S)
+        timer = asyncio.get_running_loop().call_later(give_up_s, self._give_up_stalled)
+        try:
+            await super().shutdown(sockets)
+        finally:
+            timer.cancel()
+
+    def _give_up_stalled(self) -> None:
+        for connection in tuple(self.server_state.connections):
+            if isinstance(connection, _Connection) and connection.flow.write_paused:
+                connection.transport.abort()
 
     async def main_loop(self) -> None:
         self.answering.set()

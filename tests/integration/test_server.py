@@ -1,0 +1,96 @@
+"""The HTTP server itself, with clients that do not take what they asked for."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import AsyncGenerator, AsyncIterator
+from pathlib import Path
+
+import pytest
+from starlette.requests import Request
+from starlette.types import Receive, Scope, Send
+
+from rkcached import server
+from rkcached.exchange import Exchanges, Streamed
+from rkcached.server import SOCKET_MODE, HttpServer, OwnSocket
+
+GRACE_S = 2
+PIECES, PIECE = 400, b"x" * 65_536
+"""Far more than the socket's and the server's buffers take."""
+
+
+class Site:
+    """A server whose every answer is PIECES long; `ended` has an item for each that is over, for whatever reason."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.ended = asyncio.Queue[None]()
+        self.server = HttpServer(Exchanges(self._app), grace_s=GRACE_S)
+        self.stopped: asyncio.Task[None]
+
+    async def _app(self, scope: Scope, receive: Receive, send: Send) -> None:
+        Request(scope)
+        await Streamed(self._pieces(), media_type="text/plain")(scope, receive, send)
+
+    async def _pieces(self) -> AsyncGenerator[bytes]:
+        try:
+            for _ in range(PIECES):
+                yield PIECE
+        finally:
+            self.ended.put_nowait(None)
+
+    async def ask(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        reader, writer = await asyncio.open_unix_connection(self.path, limit=1024)
+        writer.write(b"GET / HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+        assert (await reader.readline()).startswith(b"HTTP/1.1 200")
+        return reader, writer
+
+
+@pytest.fixture
+async def site(tmp_path: Path) -> AsyncIterator[Site]:
+    place = OwnSocket(tmp_path / "s", SOCKET_MODE)
+    site = Site(tmp_path / "s")
+    site.stopped = asyncio.create_task(site.server.serve(sockets=[place.listener]))
+    await asyncio.wait_for(site.server.answering.wait(), 10)
+    yield site
+    site.server.stop()
+    await asyncio.wait_for(site.stopped, 10)
+    place.close()
+
+
+async def test_a_client_that_takes_nothing_loses_its_place(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its answer ends and the connection is closed; one that takes its time with it gets the whole."""
+    monkeypatch.setattr(server, "STALLED_S", 0.5)
+    _, stalled = await site.ask()
+    reader, slow = await site.ask()
+    size = 0
+    for _ in range(20):  # longer than a client may take nothing
+        size += len(await reader.readexactly(65_536))
+        await asyncio.sleep(0.05)
+    while data := await reader.read(1 << 20):
+        size += len(data)
+    assert size > PIECES * len(PIECE)
+    for _ in range(2):
+        await asyncio.wait_for(site.ended.get(), 10)
+    for writer in (stalled, slow):
+        writer.close()
+        with contextlib.suppress(OSError):
+            await writer.wait_closed()
+
+
+async def test_a_client_that_takes_nothing_does_not_disturb_the_end(
+    site: Site, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The server stops within its grace, and has nothing to complain of."""
+    _, writer = await site.ask()
+    await asyncio.sleep(0.1)
+    with caplog.at_level(logging.INFO, "uvicorn.error"):
+        site.server.stop()
+        await asyncio.wait_for(site.ended.get(), GRACE_S)
+        await asyncio.wait_for(site.stopped, 5)
+    assert [record.getMessage() for record in caplog.records if record.levelno >= logging.ERROR] == []
+    writer.close()
+    with contextlib.suppress(OSError):
+        await writer.wait_closed()
