@@ -83,7 +83,7 @@ def check(settings: Settings, want_json: bool) -> None:
         _print_json([{"file": p.file, "line": p.line, "message": p.message, "hint": p.hint} for p in problems])
     else:
         for problem in problems:
-            click.echo(str(problem), err=True)
+            click.echo(printable(str(problem)), err=True)
         click.echo(f"{settings.manifest}: {summary}", err=bool(problems))
     sys.exit(os.EX_CONFIG if problems else os.EX_OK)
 
@@ -206,7 +206,7 @@ def verify(settings: Settings, prompts: Sequence[str], deep: bool, want_json: bo
         results.append(result)
         if not want_json:
             mark = "ok" if result["ok"] else "FAILED"
-            click.echo(f"{mark:<7} {result['model']}/{result['prompt']}  {result['detail']}")
+            click.echo(printable(f"{mark:<7} {result['model']}/{result['prompt']}  {result['detail']}"))
     if want_json:
         _print_json(results)
     elif not results:
@@ -387,8 +387,8 @@ def bench(
             click.echo(results.to_json(found))
         else:
             table.print_results(_unwrapped(), found)
-    if found.interrupted and kept is None:
-        raise KeyboardInterrupt
+    if kept is None:
+        runner.end(found)
 
 
 def _refuse_beside_from() -> None:

@@ -173,6 +173,12 @@ class Parameters(msgspec.Struct, frozen=True, kw_only=True):
     sweep: tuple[int, ...] = ()
 
 
+class Ended(StrEnum):
+    WELL = ""
+    INTERRUPTED = "interrupted"
+    DAEMON_GONE = "the daemon went away"
+
+
 class Results(msgspec.Struct, frozen=True, kw_only=True):
     program: str = PROGRAM
     schema: int
@@ -190,8 +196,8 @@ class Results(msgspec.Struct, frozen=True, kw_only=True):
     """Why the figures are not to be trusted."""
     refused: tuple[str, ...] = ()
     """What could not be measured at all, and why: prompts, and lengths of a sweep."""
-    interrupted: bool = False
-    """Somebody ended it before its time: prompts are missing."""
+    ended: Ended = Ended.WELL
+    """What ended it before its time: prompts are missing."""
 
 
 def to_json(data: msgspec.Struct) -> str:

@@ -22,6 +22,7 @@ from rkcached.benchmark.progress import Shown
 from rkcached.benchmark.results import (
     SCHEMA,
     DirectRun,
+    Ended,
     Measured,
     Parameters,
     PromptResult,
@@ -105,8 +106,19 @@ def run(settings: Settings, wanted: Sequence[str], options: Options, console: Co
         steal_percent=stolen,
         warnings=tuple(said),
         refused=(*kept.refused, *bench.refused),
-        interrupted=bench.interrupted,
+        ended=bench.ended,
     )
+
+
+def end(results: Results) -> None:
+    """Once they are shown and kept. Errors: what ended it before its time."""
+    if results.ended is Ended.INTERRUPTED:
+        raise KeyboardInterrupt
+    if results.ended is Ended.DAEMON_GONE:
+        raise DaemonUnreachable(
+            "the daemon went away: what was measured until then is all there is",
+            hint="its log says why; measure the rest when it is back",
+        )
 
 
 class _Bench:
@@ -128,7 +140,7 @@ class _Bench:
         self.refused: list[str] = []
         self.warnings: list[str] = []
         self.why_not_direct: list[str] = []
-        self.interrupted = False
+        self.ended = Ended.WELL
 
     def measure(self, keys: Sequence[Key]) -> None:
         """Until all are measured, the daemon is gone, or somebody interrupts: then what there is counts.
@@ -142,15 +154,16 @@ class _Bench:
         except KeyboardInterrupt:
             if not self.prompts:
                 raise
-            self.interrupted = True
-            self.warnings.append(f"interrupted, this is what was measured until then{self._not_measured(left)}")
-            return
+            self.ended = Ended.INTERRUPTED
         if not self.prompts and self._errors:
             raise self._why_nothing()
         if self._is_gone:
-            self.warnings.append(
-                f"the daemon went away, this is what was measured until then{self._not_measured(left)}"
-            )
+            self.ended = Ended.DAEMON_GONE
+        if self.ended is not Ended.WELL:
+            rest = [self._name(key) for key in left]
+            more = f" and {len(rest) - _NAMED} more" if len(rest) > _NAMED else ""
+            not_measured = f"; not measured: {', '.join(rest[:_NAMED])}{more}" if rest else ""
+            self.warnings.append(f"{self.ended}, this is what was measured until then{not_measured}")
 
     def _measure_all(self, keys: Sequence[Key], left: list[Key]) -> None:
         """Takes from `left` what was measured, or could not be."""
@@ -168,11 +181,6 @@ class _Bench:
                     if not self._is_gone:
                         self._measure(key, alone)
                         left.remove(key)
-
-    def _not_measured(self, left: Sequence[Key]) -> str:
-        rest = [self._name(key) for key in left]
-        more = f" and {len(rest) - _NAMED} more" if len(rest) > _NAMED else ""
-        return f"; not measured: {', '.join(rest[:_NAMED])}{more}" if rest else ""
 
     def meanwhile(self) -> trust.Meanwhile:
         answers = sum(self.status["answers"].values()) - sum(self._first["answers"].values()) - self._asked

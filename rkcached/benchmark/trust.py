@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from rkcached.benchmark.machine import QUIET_LOAD
 from rkcached.benchmark.results import MachineFacts, Measured, PromptResult, State
-from rkcached.benchmark.samples import relative_spread, spread
+from rkcached.benchmark.samples import chance, relative_spread, spread
 
 ENOUGH_RUNS = 5
 MUCH_STEAL_PERCENT = 1.0
 MUCH_SPREAD = 0.15
+SURELY = 0.05
+"""A gain that would come about by chance less often is one. One test for each prompt, unlike those of `compare`."""
 LONG_QUEUE = 0.05
 """Share of the time to first token."""
 LONG_QUEUE_MS = 5.0
@@ -122,24 +125,35 @@ def why_no_gain(status: dict[str, Any], states: dict[State, Measured]) -> str:
             return ""
         parts = [_HELP.get(state, f"it is {state}"), status["reason"], status["hint"]]
         return "; ".join(part for part in parts if part)
-    before, after = cold.median("ttft_ms"), loaded.median("ttft_ms")
-    if before is None or after is None or after < before:
-        return ""
-    load_ms, spared_ms = loaded.median("load_ms") or 0.0, _spared_ms(cold, loaded)
-    if load_ms >= spared_ms and _is_always_dear(cold, loaded):
-        tokens = (status.get("artifact") or {}).get("tokens", 0)
-        return (
-            f"the prompt is too short: loading {tokens:,} tokens takes {load_ms:.1f} ms and spares {spared_ms:.1f} ms "
-            f"of prefill; raise cache.min_tokens above {tokens:,} to leave it out"
-        )
     samples = {state: states[state].samples("ttft_ms") for state in (State.COLD, State.FILE)}
-    few = min(map(len, samples.values())) < ENOUGH_RUNS
-    if few or max(map(relative_spread, samples.values())) > MUCH_SPREAD:
-        ranges = ", ".join(f"{state} {spread(values)}" for state, values in samples.items())
-        return (
-            f"nothing can be told of {'so few' if few else 'such scattered'} runs: {ranges}; measure with more --runs"
-        )
-    return f"loading takes {load_ms:.1f} ms and spares {spared_ms:.1f} ms of prefill, but the answers took longer"
+    before, after = samples.values()
+    if not before or not after or _is_clear_gain(before, after):
+        return ""
+    few = min(len(before), len(after)) < ENOUGH_RUNS
+    scattered = max(relative_spread(before), relative_spread(after)) > MUCH_SPREAD
+    if statistics.median(after) >= statistics.median(before):
+        load_ms, spared_ms = loaded.median("load_ms") or 0.0, _spared_ms(cold, loaded)
+        if load_ms >= spared_ms and _is_always_dear(cold, loaded):
+            tokens = (status.get("artifact") or {}).get("tokens", 0)
+            return (
+                f"the prompt is too short: loading {tokens:,} tokens takes {load_ms:.1f} ms and spares "
+                f"{spared_ms:.1f} ms of prefill; raise cache.min_tokens above {tokens:,} to leave it out"
+            )
+        if not few and not scattered:
+            return (
+                f"loading takes {load_ms:.1f} ms and spares {spared_ms:.1f} ms of prefill, but the answers took longer"
+            )
+    ranges = ", ".join(f"{state} {spread(values)}" for state, values in samples.items())
+    runs = "so few" if few else "such scattered" if scattered else "such close"
+    return f"nothing can be told of {runs} runs: {ranges}; measure with more --runs"
+
+
+def _is_clear_gain(cold: Sequence[float], file: Sequence[float]) -> bool:
+    """No luck of the runs: hardly any order of them is so clear. Few runs must be far apart, as their order is none."""
+    before, after = statistics.median(cold), statistics.median(file)
+    if min(len(cold), len(file)) < ENOUGH_RUNS:
+        return max(file) < min(cold) and after < before * (1 - MUCH_SPREAD)
+    return after < before and chance(cold, file) < SURELY
 
 
 def _spared_ms(cold: Measured, loaded: Measured) -> float:

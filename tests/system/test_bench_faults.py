@@ -62,9 +62,9 @@ class Bench:
     def wait_for_answers(self, more: int) -> None:
         wait_until(lambda: sum(self._space.status()["answers"].values()) >= more, f"{more} answers")
 
-    def result(self) -> dict[str, Any]:
+    def result(self, code: int = 0) -> dict[str, Any]:
         out, _ = self.process.communicate(timeout=DEADLINE_S)
-        assert self.process.returncode == 0, self._said.read_text()
+        assert self.process.returncode == code, self._said.read_text()
         assert "Traceback" not in self._said.read_text()
         found: dict[str, Any] = json.loads(out)
         return found
@@ -151,8 +151,9 @@ def test_a_daemon_that_dies_does_not_take_what_was_measured(three: Workspace) ->
     with benching(three, "--runs", "10") as bench:
         bench.wait_for("measuring m/c, 2 of 3")
         three.stop(signal.SIGKILL)
-        found = bench.result()
+        found = bench.result(os.EX_UNAVAILABLE)
     assert runs_of(found, "a") == [10] * 3
+    assert found["ended"] == "the daemon went away"
     said = " ".join(found["warnings"])
     assert "the daemon went away, this is what was measured until then; not measured: " in said
     assert "m/d" in said

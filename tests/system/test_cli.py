@@ -79,6 +79,18 @@ def test_check_reports_everything_at_once(workspace: Workspace) -> None:
     assert {2, 6, 7, 9, 11} <= {problem["line"] for problem in problems}
 
 
+def test_check_shows_a_name_as_it_is(workspace: Workspace) -> None:
+    """Nothing in it commands the terminal, or turns the direction of the line."""
+    workspace.memory_model()
+    for name in ("x\x1b[31m.md", "y\u202e.md"):
+        workspace.write(f"more/{name}", "Text.")
+    workspace.declare("{}", model="    prompts_from: more/*.md")
+    done = workspace.cli("check", code=os.EX_CONFIG)
+    assert r"x\x1b[31m.md" in done.stderr
+    assert r"y\u202e.md" in done.stderr
+    assert "\x1b" not in done.stderr
+
+
 def test_check_reads_the_files(workspace: Workspace) -> None:
     """Problems of prompt and model files carry the line that names the file."""
     workspace.write("empty.md", " \n\n")

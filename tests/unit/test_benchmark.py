@@ -103,6 +103,13 @@ FRESH = {"state": "fresh", "reason": "", "hint": "", "artifact": {"tokens": 90, 
         ([run(100)] * 2, [run(10, 20), run(10, 500)], "nothing can be told of so few runs", False),
         ([run(100)] * 6, [run(10, 20)] * 2 + [run(10, 20, more_ms=300)] * 4, "of such scattered runs", False),
         ([run(100)] * 6, [run(10, 20, more_ms=300)] * 6, "but the answers took longer", False),
+        # a gain that is none: the quickest cold run is quicker than any from the file
+        ([run(1.9), run(2.86), run(2.85)], [run(0.7, 2), run(0.8, 2), run(1.1, 2)], "of so few runs", False),
+        ([run(2.3), run(3.42), run(3.49)], [run(1.6, 2), run(1.07, 2), run(1.05, 2)], "of so few runs", False),
+        ([run(100), run(102), run(104)] * 2, [run(70, 29), run(70, 33), run(70, 31)] * 2, "of such close runs", False),
+        ([run(100)] * 2, [run(70, 28)] * 2, "nothing can be told of so few runs", False),
+        ([run(100)], [run(10, 20)], "", False),
+        ([run(100), run(300), run(90), run(95), run(98)], [run(10, 20)] * 5, "", False),
     ],
 )
 def test_too_short_is_what_costs_more_to_load_than_to_read(
