@@ -449,7 +449,7 @@ def _times(status: dict[str, Any], width: int, *, ascii_only: bool) -> Iterator[
     """The last times to the first token, as many as there is room for beside their medians."""
     times = [one["ttft_ms"] for one in status["recent"]]
     if times:
-        words = show.times_of(status)
+        words = "; ".join(filter(None, (f"last {times[-1]:.0f} ms", show.medians_of(status))))
         room = max(0, width - len("TTFT    ") - len(words) - 1)
         line = show.sparkline(times[-room:], ascii_only=ascii_only) if room else ""
         yield Text(f"TTFT    {line} {words}" if line else f"TTFT    {words}")

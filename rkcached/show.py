@@ -97,7 +97,7 @@ def shown(status: dict[str, Any]) -> dict[str, Any]:
     """
     found: dict[str, Any] = printable_all({**status, "prompts": []})
     found["prompts"] = list(map(shown_prompt, status["prompts"]))
-    building = found["building"]
+    building = found.get("building")
     for model in found["models"]:
         if model["worker"] == "stopped" and building and model["name"] == building["model"]:
             model["worker"] = "about to start"
@@ -223,13 +223,13 @@ def answers_of(status: dict[str, Any]) -> str:
     return ", ".join(f"{count} {state}" for state, count in status["answers"].items()) or "none yet"
 
 
-def times_of(status: dict[str, Any]) -> str:
-    """The last time to first token, and the medians of the last ones with and without a cache; there must be one."""
+def medians_of(status: dict[str, Any]) -> str:
+    """Of the last times to first token, with and without a cache; empty where there are neither."""
     recent = status["recent"]
     kinds = {"cached": ("hit", "loaded"), "cold": ("cold",)}
     by_kind = {kind: [one["ttft_ms"] for one in recent if one["state"] in states] for kind, states in kinds.items()}
     medians = [f"{kind} {statistics.median(values):.0f} ms" for kind, values in by_kind.items() if values]
-    return f"last {recent[-1]['ttft_ms']:.0f} ms" + (f"; medians: {', '.join(medians)}" if medians else "")
+    return f"medians: {', '.join(medians)}" if medians else ""
 
 
 def used_of(status: dict[str, Any]) -> str:

@@ -303,6 +303,14 @@ def test_a_second_prompt_of_one_name_is_told(folder: Folder, extra: Path) -> Non
     assert "makes a second prompt named 'p'" in folder.found("extra/p.*", "{p: p.md}")["p"]
 
 
+def test_a_found_prompt_is_named_by_its_stem(folder: Folder, extra: Path) -> None:
+    """As Path.stem has it, whatever dots there are."""
+    names = ["a.md", "b.c.md", "d", "e.", "f..md", "g.h."]
+    for name in names:
+        (extra / name).write_text("x")
+    assert set(folder.found("extra/*")) == {Path(name).stem for name in names}
+
+
 def test_a_declared_file_is_not_found_a_second_time(folder: Folder, extra: Path) -> None:
     """It has its name and parameters from the manifest."""
     for name in ("a", "b"):
