@@ -121,9 +121,12 @@ class Prometheus:
     def ask(self, path: str, **parameters: str) -> Any:
         """The data that it answers with; nothing while it is starting."""
         try:
-            answer = self._http.get(path, params=parameters).json()
+            said = self._http.get(path, params=parameters)
         except httpx.TransportError:
             return []
+        if said.status_code == httpx.codes.SERVICE_UNAVAILABLE:
+            return []
+        answer = said.json()
         assert answer["status"] == "success", (parameters, answer)
         return answer["data"]
 
