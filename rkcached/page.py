@@ -20,6 +20,7 @@ import jinja2
 from rkcached import show
 from rkcached.answers import Status
 from rkcached.exchange import Streamed
+from rkcached.status import PIECE
 
 _POLICY = (
     "default-src 'none'; script-src 'sha256-{script}'; style-src 'sha256-{style}'; connect-src 'self'; img-src data:; "
@@ -49,8 +50,8 @@ async def _pieces(status: Status) -> AsyncGenerator[bytes]:
         await asyncio.sleep(0)
 
 
-_BUFFERED = 32 * 32
-"""So many pieces of the template make one of the answer: about PIECE prompts' rows."""
+_BUFFERED = 21 * PIECE
+"""So many pieces of the template make one of the answer: the row of a prompt that has a cache is 21."""
 
 
 @functools.cache

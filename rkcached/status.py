@@ -25,7 +25,7 @@ from rkcached.worker.pool import Workers
 from rkcached.worker.protocol import VerifyMode
 
 PIECE = 32
-"""So many prompts are told of at a time: some 0.3 ms of JSON, 1.2 ms of HTML on a computer of 2024."""
+"""So many prompts are told of at a time: 0.3 ms of JSON, 1.1 ms of HTML (10,000 took 95 and 330 ms on an AMD EPYC)."""
 
 
 class Recent:

@@ -76,7 +76,7 @@ class DirectEngine:
     def __enter__(self) -> Self:
         try:
             self._receive()
-        except BaseException:
+        except BaseException:  # Ctrl-C, too: passed on, but first its process is taken down
             self.close()
             raise
         return self
