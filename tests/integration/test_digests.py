@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import time
 from io import BufferedReader
 from pathlib import Path
 
@@ -12,6 +11,7 @@ import pytest
 
 from rkcached.digests import Digests, settled, signature_of
 from rkcached.errors import SourceError
+from tests.waiting import wait_until
 
 
 def sha256(data: bytes) -> str:
@@ -20,10 +20,7 @@ def sha256(data: bytes) -> str:
 
 def settle(*paths: Path) -> None:
     """Wait until a later change is certain to show in the signature."""
-    deadline = time.monotonic() + 5
-    while not settled(*(path.stat() for path in paths)):
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
+    wait_until(lambda: settled(*(path.stat() for path in paths)), "they have settled", 5)
 
 
 @pytest.fixture

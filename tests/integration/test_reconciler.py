@@ -12,6 +12,7 @@ from conftest import Workspace
 
 from rkcached.errors import Aborted, Uncacheable
 from rkcached.plan import Key, State
+from rkcached.reconcile import Reconciler
 from rkcached.store import Store
 from tests.integration.reconciling import reconciling
 from tests.waiting import wait_until
@@ -30,6 +31,13 @@ class SlowTidying(Store):
         self.go_on.wait(30)
         super().tidy(*arguments)
 
+    async def hold_up(self, reconciler: Reconciler) -> None:
+        """Begin another look, which waits there for `go_on`."""
+        await reconciler.looked.wait()
+        self.go_on.clear()
+        self.reached.clear()
+        reconciler.look_again(now=True)
+
 
 @pytest.fixture
 def slow(tmp_path: Path) -> tuple[Workspace, SlowTidying]:
@@ -46,9 +54,7 @@ async def test_a_build_that_ends_during_a_look_is_not_done_again(slow: tuple[Wor
     async with reconciling(space, store) as reconciler:
         await reconciler.looked.wait()
         await asyncio.to_thread(wait_until, lambda: reconciler.progress is not None, "a build runs")
-        store.go_on.clear()
-        store.reached.clear()
-        reconciler.look_again(now=True)
+        await store.hold_up(reconciler)
         assert await asyncio.to_thread(store.reached.wait, 10)
         assert reconciler.builds == 0, "the build was to end during the look: make it slower"
         await asyncio.to_thread(wait_until, lambda: reconciler.builds, "the build is over")
@@ -74,10 +80,7 @@ async def test_a_build_that_steps_aside_during_a_look_is_not_forgotten(
             raise Aborted("a request needs the model")
 
         monkeypatch.setattr(reconciler._builder, "build", step_aside)
-        await reconciler.looked.wait()
-        store.go_on.clear()
-        store.reached.clear()
-        reconciler.look_again(now=True)
+        await store.hold_up(reconciler)
         await tried.wait()
         await asyncio.to_thread(wait_until, lambda: reconciler.progress is None, "it has stepped aside")
         store.go_on.set()
@@ -100,10 +103,7 @@ async def test_what_a_build_finds_out_during_a_look_is_not_tried_again(
             raise Uncacheable("this model does not support saving prompt caches")
 
         monkeypatch.setattr(reconciler._builder, "build", cannot_be_saved)
-        await reconciler.looked.wait()
-        store.go_on.clear()
-        store.reached.clear()
-        reconciler.look_again(now=True)
+        await store.hold_up(reconciler)
         await asyncio.to_thread(wait_until, lambda: tried and reconciler.progress is None, "the build has failed")
         store.go_on.set()
         await reconciler.next_look()

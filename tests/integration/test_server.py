@@ -68,7 +68,7 @@ async def test_a_client_that_takes_nothing_loses_its_place(site: Site, monkeypat
     size = 0
     for _ in range(20):  # longer than a client may take nothing
         size += len(await reader.readexactly(65_536))
-        await asyncio.sleep(0.05)
+        await asyncio.sleep(0.05)  # the pace of the client
     while data := await reader.read(1 << 20):
         size += len(data)
     assert size > PIECES * len(PIECE)
@@ -85,7 +85,9 @@ async def test_a_client_that_takes_nothing_does_not_disturb_the_end(
 ) -> None:
     """The server stops within its grace, and has nothing to complain of."""
     _, writer = await site.ask()
-    await asyncio.sleep(0.1)
+    async with asyncio.timeout(10):
+        while not any(connection.flow.write_paused for connection in site.server.server_state.connections):  # noqa: ASYNC110 - uvicorn has no event for it
+            await asyncio.sleep(0.01)
     with caplog.at_level(logging.INFO, "uvicorn.error"):
         site.server.stop()
         await asyncio.wait_for(site.ended.get(), GRACE_S)

@@ -33,6 +33,7 @@ from rkcached.worker import memory, protocol
 from rkcached.worker.model import Backoff, Deadlines, WorkerModel
 from rkcached.worker.pool import Workers
 from rkcached.worker.supervisor import Worker, WorkerState
+from tests.waiting import wait_until
 
 ROOT = Path(__file__).parents[2]
 MEMORY = "rkcached.engines.memory:MemoryEngine"
@@ -649,7 +650,4 @@ def test_a_child_goes_with_a_daemon_that_is_killed(tmp_path: Path) -> None:
         pid = int(next(line for line in daemon.stdout if line.strip().isdigit()))
         assert not is_gone(pid)
         daemon.kill()
-    deadline = time.monotonic() + 10
-    while not is_gone(pid):
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    wait_until(lambda: is_gone(pid), "the child has gone", 10)

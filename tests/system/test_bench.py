@@ -36,6 +36,19 @@ def measured(space: Workspace, *arguments: str) -> dict[str, Any]:
     return found
 
 
+def started(space: Workspace, *arguments: str) -> subprocess.Popen[str]:
+    """A bench that goes on, in a session of its own."""
+    return subprocess.Popen(
+        space.command("bench", *arguments),
+        env=space.environment,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
 def test_each_state_is_what_it_says(slow: Workspace) -> None:
     """Cold takes nothing from a cache, file loads it, memory has it; the parts are the whole; so on the engine."""
     found = measured(slow, "m/long", "--runs", "5")
@@ -115,15 +128,7 @@ def test_sweep_leaves_nothing(slow: Workspace) -> None:
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_interrupted_sweep_leaves_nothing(slow: Workspace, number: signal.Signals) -> None:
     """Ctrl-C: no stored prompt, no engine of its own, no traceback, and a sentence of what became of it."""
-    process = subprocess.Popen(
-        slow.command("bench", "--sweep", "--runs", "1000"),
-        env=slow.environment,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
+    process = started(slow, "--sweep", "--runs", "1000")
     wait_until(lambda: sum(prompt["state"] == "fresh" for prompt in slow.status()["prompts"]) > 2, "a prompt is stored")
     process.send_signal(number)
     _, said = process.communicate(timeout=DEADLINE_S)
@@ -140,15 +145,7 @@ def test_interrupted_bench_keeps_what_it_has(slow: Workspace) -> None:
     slow.declare("{long: long.md, longer: longer.md}")
     slow.wait_state("longer", "fresh")
     kept, drawn = slow.root / "kept.json", slow.root / "kept.svg"
-    process = subprocess.Popen(
-        slow.command("bench", "--runs", "10", "--no-direct", "-o", str(kept), "--plot", str(drawn)),
-        env=slow.environment,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
+    process = started(slow, "--runs", "10", "--no-direct", "-o", str(kept), "--plot", str(drawn))
     assert process.stderr is not None
     assert any("measuring m/longer, 2 of 2" in line for line in process.stderr)
     process.send_signal(signal.SIGINT)
