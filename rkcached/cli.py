@@ -7,23 +7,18 @@ one sentence and the next thing to do, never as a traceback.
 from __future__ import annotations
 
 import contextlib
-import errno
 import json
 import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any
 
 import click
 from click.core import ParameterSource
 
-from rkcached import __version__
+from rkcached import __version__, ending
 from rkcached.errors import (
-    ManifestError,
-    OutputError,
-    RequestError,
-    RkcachedError,
     SourceError,
     StoreLocked,
     UsageError,
@@ -179,9 +174,9 @@ def regenerate(settings: Settings, prompts: Sequence[str], everything: bool, wan
     if want_json:
         _print_json(answers)
     for refusal in refusals:
-        _complain(refusal)
+        ending.complain(refusal)
     if refusals:
-        sys.exit(_exit_code(refusals[0]))
+        sys.exit(ending.exit_code(refusals[0]))
 
 
 @cli.command()
@@ -444,86 +439,8 @@ def demo(directory: Path, model: Path | None, once: bool) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """The program: errors become a sentence on standard error and an exit code."""
-    try:
-        code = _run(arguments)
-        if sys.stdout is not None:  # it is None where the caller closed it
-            sys.stdout.flush()
-    except BrokenPipeError:  # whoever read our output has enough
-        code = 141
-    except OSError as error:
-        if not _is_of_output(error):
-            raise
-        failed = OutputError(f"standard output cannot be written: {error.strerror}", hint="send it elsewhere")
-        _complain(failed)
-        code = failed.exit_code
-    for stream in filter(None, (sys.__stdout__, sys.__stderr__)):
-        _finish(stream)
-    sys.exit(code)
-
-
-def _run(arguments: Sequence[str] | None) -> int | str | None:
-    """The exit code of a command. Errors: OSError of standard output, BrokenPipeError."""
-    output = sys.stdout
-    try:
-        code = cli.main(arguments, prog_name="rkcached", standalone_mode=False)
-    except RkcachedError as error:
-        _complain(error)
-        return _exit_code(error)
-    except click.ClickException as error:
-        with contextlib.suppress(OSError):
-            error.show()
-        return os.EX_USAGE if isinstance(error, click.UsageError) else error.exit_code
-    except (click.Abort, KeyboardInterrupt):
-        return 130
-    except SystemExit as left:
-        # click (which then replaces the stream) and rich end with 1 where a pipe is closed.
-        if sys.stdout is not output or isinstance(left.__context__, BrokenPipeError):
-            raise BrokenPipeError from left
-        return left.code
-    return code if isinstance(code, int) else os.EX_OK
-
-
-def _is_of_output(error: OSError) -> bool:
-    """What could not be written stays in the stream, so that another try fails, too; unless it was too much for that.
-
-    No other file says these without its name: they are told where it is written.
-    """
-    try:
-        sys.stdout.flush()
-    except OSError:
-        return True
-    return error.filename is None and error.errno in _OUTPUT
-
-
-_OUTPUT = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
-
-
-def _finish(stream: TextIO) -> None:
-    """What still cannot be written goes nowhere: Python would complain of it at its end."""
-    try:
-        stream.flush()
-    except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-
-
-def _exit_code(error: RkcachedError) -> int:
-    """What the daemon refused is the command's input, unless the daemon itself is in trouble."""
-    if not isinstance(error, RequestError):
-        return error.exit_code
-    by_status = {404: os.EX_NOINPUT, 502: os.EX_SOFTWARE, 503: os.EX_UNAVAILABLE, 504: os.EX_UNAVAILABLE}
-    return by_status.get(error.status, os.EX_DATAERR if error.status < 500 else os.EX_SOFTWARE)
-
-
-def _complain(error: RkcachedError) -> None:
-    """On standard error, if that can be written."""
-    if isinstance(error, ManifestError):
-        lines = [str(problem) for problem in error.problems]
-    else:
-        lines = [f"error: {error.message}", *([f"hint: {error.hint}"] if error.hint else [])]
-    with contextlib.suppress(OSError):
-        for line in lines:
-            click.echo(printable(line), err=True)
+    """The program."""
+    ending.run(cli, arguments)
 
 
 def _look(settings: Settings) -> Look:

@@ -16,7 +16,8 @@ from pathlib import Path
 from rkcached.errors import RkcachedError, StoreError
 from rkcached.observe import Look
 from rkcached.plan import Key, Remove, plan
-from rkcached.store import Store, prompt_of, size_of
+from rkcached.scan import prompt_of
+from rkcached.store import Store, size_of
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -20,40 +20,26 @@ import secrets
 import shutil
 import stat
 import threading
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 import msgspec
 
 from rkcached import disk, durable
-from rkcached.digests import Digests, Signature, settled, signature_of
+from rkcached.digests import Digests, signature_of
 from rkcached.engines.registry import ENGINES
-from rkcached.errors import SourceError, StoreError, StoreLocked
+from rkcached.errors import StoreError, StoreLocked
 from rkcached.manifest import NAME
 from rkcached.plan import Key, Verdict
-from rkcached.sidecar import Inventory, Sidecar, StoredArtifact, Unreadable, parse_sidecar
+from rkcached.scan import MAX_RECORD_BYTES, STAGING, Scan, foreign, inspect, read_sidecar
+from rkcached.sidecar import Inventory, Sidecar, StoredArtifact
 
 DIRECTORY_MODE = 0o750
 MAX_QUARANTINED = 8
 """Artifacts kept for a post-mortem; the oldest goes first."""
 
-MAX_RECORD_BYTES = 1 << 20
-"""A sidecar has some 2,000 bytes, a verdict fewer."""
-
 _OWN = (".lock", ".digests.json", ".digests.json.tmp")
-_STAGING = ".stage-"
 _HALF = ".tmp"
-
-
-class _Seen(NamedTuple):
-    """A good artifact, and what its sidecar, prompt cache and text were like when it was looked at."""
-
-    key: Key
-    cache: str
-    """The name of the prompt cache."""
-    signature: Signature
-    artifact: StoredArtifact
 
 
 class Store:
@@ -67,8 +53,7 @@ class Store:
         self._taking = threading.Lock()
         self._staged: set[str] = set()
         """Names of what is being built now; whatever else is staged was left behind."""
-        self._seen: dict[Key, _Seen] = {}
-        """Good artifacts by the last scan, which need no second look until one of their files changes."""
+        self._scan = Scan(self.digests)
 
     # Life
 
@@ -132,7 +117,7 @@ class Store:
         for path in (*self.root.glob(".verdicts/*/.*.tmp"), *self.root.glob(".digests.json.tmp")):
             path.unlink(missing_ok=True)
         for folder in self._model_folders():
-            for path in folder.glob(f"{_STAGING}*"):
+            for path in folder.glob(f"{STAGING}*"):
                 path.unlink(missing_ok=True)
 
     # Reading
@@ -143,20 +128,20 @@ class Store:
         Errors: StoreError when a directory cannot be listed; whatever is wrong with a file is part of the inventory.
         """
         try:
-            return self._scan()
+            return self._look()
         except OSError as error:
             raise StoreError(
                 f"the store {self.root} cannot be read: {error.strerror}", hint="check the directory's permissions"
             ) from error
 
-    def _scan(self) -> Inventory:
+    def _look(self) -> Inventory:
         inventory = Inventory()
-        known, self._seen = self._seen, {}
+        self._scan.turn()
         for folder in self._model_folders():
-            self._scan_folder(folder, inventory, known)
+            self._scan.folder(folder, inventory)
         with contextlib.suppress(FileNotFoundError):
             others = [name for name in sorted(os.listdir(self.root)) if name not in _OWN and name[-4:] != _HALF]  # noqa: PTH208
-            inventory.foreign.update(_foreign(self.root / name for name in others))
+            inventory.foreign.update(foreign(self.root / name for name in others))
         inventory.quarantined.update((path, size_of(path)) for path in self._kept())
         for path in self.root.glob(".verdicts/*/*.json"):
             key = Key(path.parent.name, path.stem)
@@ -164,98 +149,28 @@ class Store:
                 inventory.verdicts[key] = verdict
         return inventory
 
-    def _scan_folder(self, folder: Path, inventory: Inventory, known: Mapping[Key, _Seen]) -> None:
-        names: list[str] = []
-        with contextlib.suppress(FileNotFoundError):  # a reader without the lock may see the owner remove it
-            names = sorted(os.listdir(folder))  # noqa: PTH208 - names: of tens of thousands, paths take too much
-        rest = set(names)
-        """What is part of no artifact. Names and no paths, and few of them: there may be tens of thousands of files."""
-        damaged: dict[Key, str] = {}
-        place = str(folder)
-        for name in names:
-            if not name.endswith(".json") or not NAME.fullmatch(name[:-5]):
-                continue
-            key = Key(folder.name, name[:-5])
-            self.digests.steps += 1
-            seen = known.get(key)
-            if seen is not None:
-                files = _names(key, seen.cache)
-                if signature_of(*_infos(place, files)) == seen.signature:
-                    self._seen[seen.key] = seen
-                    inventory.artifacts[seen.key] = seen.artifact
-                    rest.difference_update(files)
-                    continue
-            with contextlib.suppress(FileNotFoundError):
-                record = _infos(place, (name,))
-                sidecar = self._read_sidecar(folder / name, key)
-                if isinstance(sidecar, str):
-                    damaged[key] = sidecar
-                    continue
-                files = _names(key, sidecar.artifact)
-                infos = record + _infos(place, files[1:])
-                inventory.artifacts[key] = artifact = self._inspect(folder, sidecar)
-                rest.difference_update(files)
-                if not artifact.corrupt and len(infos) == len(files) and settled(*infos):
-                    self._seen[key] = _Seen(key, sidecar.artifact, signature_of(*infos), artifact)
-        _scan_rest(folder, rest, damaged, inventory)
-
     def verify(self, key: Key) -> str:
         """Read an artifact's files again, whatever is remembered of them; returns why it is corrupt, or nothing."""
         folder = self.root / key.model
         try:
-            sidecar = self._read_sidecar(folder / f"{key.prompt}.json", key)
+            sidecar = read_sidecar(folder / f"{key.prompt}.json", key)
         except OSError as error:
             return f"the sidecar cannot be read: {error.strerror}"
         if isinstance(sidecar, str):
             return sidecar
-        return self._inspect(folder, sidecar, Digests()).corrupt
+        return inspect(folder, sidecar, Digests()).corrupt
 
     def _model_folders(self) -> Iterator[Path]:
         with contextlib.suppress(FileNotFoundError), os.scandir(self.root) as entries:
             names = sorted(e.name for e in entries if NAME.fullmatch(e.name) and e.is_dir(follow_symlinks=False))
             yield from (self.root / name for name in names)
 
-    def _read_sidecar(self, path: Path, key: Key) -> Sidecar | str:
-        """The sidecar, or why it is none. Errors: FileNotFoundError."""
-        info = path.stat()
-        if stat.S_ISFIFO(info.st_mode) or info.st_size > MAX_RECORD_BYTES:
-            return "the sidecar is damaged: it is no file of that kind"
-        try:
-            return parse_sidecar(path.read_bytes(), key)
-        except FileNotFoundError:
-            raise
-        except OSError as error:
-            return f"the sidecar cannot be read: {error.strerror}"
-
-    def _inspect(self, folder: Path, sidecar: Sidecar, digests: Digests | None = None) -> StoredArtifact:
-        path = folder / sidecar.artifact
-        text = folder / f"{sidecar.prompt}.bin"
-        digests = digests or self.digests
-        corrupt, signature = "", None
-        try:
-            size = path.stat().st_size
-            if size != sidecar.size_bytes:
-                corrupt = f"{path.name} has {size:,} bytes, its sidecar says {sidecar.size_bytes:,}"
-            else:
-                digest, signature = digests.digest_and_signature(path)
-                if digest != sidecar.sha256:
-                    corrupt = f"{path.name} does not have the SHA-256 of its sidecar"
-                elif digests.digest(text) != sidecar.text_sha256:
-                    corrupt = f"{text.name} does not have the SHA-256 of its sidecar"
-        except FileNotFoundError as error:
-            corrupt = f"{Path(error.filename).name} is missing"
-        except OSError as error:
-            corrupt = f"{Path(error.filename or path).name} cannot be read: {error.strerror}"
-        except SourceError as error:
-            corrupt = error.message
-        return StoredArtifact(folder=folder, sidecar=sidecar, signature=None if corrupt else signature, corrupt=corrupt)
-
     # Writing
 
     def stage(self, key: Key) -> Path:
         """A name in the target directory for a prompt cache to be written to. Errors: StoreError."""
         folder = self.root / key.model
-        staged = folder / f"{_STAGING}{key.prompt}-{secrets.token_hex(4)}"
+        staged = folder / f"{STAGING}{key.prompt}-{secrets.token_hex(4)}"
         with self._writing(folder):
             folder.mkdir(mode=DIRECTORY_MODE, exist_ok=True)
             staged.touch(mode=durable.FILE_MODE)  # a folder that takes no file says so before the prefill
@@ -414,12 +329,6 @@ class Store:
             raise StoreError(f"{path} cannot be written: {why}", hint=hint) from error
 
 
-def prompt_of(name: str) -> str:
-    """The prompt that a file with this name would belong to; nothing if the store has no such names."""
-    stem, _, suffix = name.rpartition(".")
-    return stem if NAME.fullmatch(stem) and (suffix in ("json", "bin") or suffix.endswith("_cache")) else ""
-
-
 def size_of(path: Path) -> int:
     """Bytes of a file, or of all files in a folder; nothing is followed."""
     inside = [path, *path.rglob("*")] if path.is_dir() and not path.is_symlink() else [path]
@@ -428,62 +337,6 @@ def size_of(path: Path) -> int:
         with contextlib.suppress(FileNotFoundError):
             info = one.lstat()
             size_bytes += 0 if stat.S_ISDIR(info.st_mode) else info.st_size
-    return size_bytes
-
-
-def _scan_rest(folder: Path, names: set[str], damaged: Mapping[Key, str], inventory: Inventory) -> None:
-    """What lies beside the artifacts of a folder; `damaged` are those whose sidecar is none, and why."""
-    caches: dict[Key, list[Path]] = {}
-    for name in sorted(names):
-        if name.endswith("_cache") and (prompt := prompt_of(name)):
-            caches.setdefault(Key(folder.name, prompt), []).append(folder / name)
-    for key, why in damaged.items():
-        inventory.unreadable[key] = Unreadable(corrupt=why, size_bytes=_bytes(caches.get(key, ())))
-    for key, found in caches.items():  # of a commit that was cut off before its sidecar
-        if key not in inventory.artifacts and f"{key.prompt}.json" not in names:
-            inventory.unreadable[key] = Unreadable(corrupt="the sidecar is missing", size_bytes=_bytes(found))
-    inventory.staged.extend(folder / name for name in names if name.startswith(_STAGING))
-    prompts = {prompt_of(name) for name in names if name.endswith((".json", "_cache"))} - {""}
-    inventory.foreign.update(
-        _foreign(
-            folder / name
-            for name in sorted(names)
-            if not name.startswith(_STAGING)
-            and (prompt := prompt_of(name)) not in prompts
-            and Key(folder.name, prompt) not in inventory.artifacts
-        )
-    )
-
-
-def _foreign(files: Iterable[Path]) -> Iterator[tuple[Path, int]]:
-    """Those with their bytes that are still there. Folders stay out."""
-    for path in files:
-        with contextlib.suppress(FileNotFoundError):
-            info = path.lstat()
-            if not stat.S_ISDIR(info.st_mode):
-                yield path, info.st_size
-
-
-def _names(key: Key, cache: str) -> tuple[str, str, str]:
-    """The files of an artifact: sidecar, prompt cache, text."""
-    return f"{key.prompt}.json", cache, f"{key.prompt}.bin"
-
-
-def _infos(folder: str, names: Iterable[str]) -> list[os.stat_result]:
-    """Of these files, one after the other; fewer, if one is gone."""
-    found = []
-    with contextlib.suppress(OSError):
-        for name in names:
-            found.append(os.stat(f"{folder}/{name}"))  # noqa: PERF401, PTH116 - up to the one that is gone
-    return found
-
-
-def _bytes(files: Iterable[Path]) -> int:
-    """What these take; nothing, if they are gone by now."""
-    size_bytes = 0
-    for path in files:
-        with contextlib.suppress(FileNotFoundError):
-            size_bytes += path.lstat().st_size
     return size_bytes
 
 

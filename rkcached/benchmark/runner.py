@@ -16,18 +16,17 @@ from rich.console import Console
 from rkcached import __version__
 from rkcached.benchmark import sweep, trust
 from rkcached.benchmark.alone import Alone, NotPossible, look_at, model_facts
-from rkcached.benchmark.asking import ANSWER_TOKENS, QUESTION, Asker, NotMade
+from rkcached.benchmark.asking import ANSWER_TOKENS, QUESTION, Asker
 from rkcached.benchmark.machine import Steal, machine
+from rkcached.benchmark.measuring import Measuring
 from rkcached.benchmark.progress import Shown
 from rkcached.benchmark.results import (
     SCHEMA,
-    DirectRun,
     Ended,
     Measured,
     Parameters,
     PromptResult,
     Results,
-    Run,
     State,
     Versions,
 )
@@ -209,7 +208,7 @@ class _Bench:
         before, name = _status_of(self.status, key), self._name(key)
         self._shown.prompt(name)
         asker = Asker(self._client, *key)
-        measuring = _Measuring(asker, alone, key, self._shown)
+        measuring = Measuring(asker, alone, key, self._shown)
         measuring.run(self._runs)
         self._shown.drop(self._answers(direct=alone is not None) - measuring.steps)
         self._asked += asker.answers
@@ -246,91 +245,6 @@ class _Bench:
         if error.code in kinds:  # 503 for a client; for this command, an input that cannot be used
             return kinds[error.code](error.message + more, hint=hint)
         return RequestError(error.status, error.message + more, code=error.code, hint=hint)
-
-
-class _Measuring:
-    """The runs of one prompt, in turns: cold, from the file, in memory; each through the socket and on the engine."""
-
-    def __init__(self, asker: Asker, alone: Alone | None, key: Key, shown: Shown) -> None:
-        self._asker = asker
-        self._alone = alone
-        self._key = key
-        self._shown = shown
-        self._runs: dict[State, list[Run]] = {state: [] for state in State}
-        self._direct: dict[State, list[DirectRun]] = {state: [] for state in State}
-        self._missing: dict[State, str] = {}
-        self.why_not_direct = ""
-        self.stopped: RequestError | DaemonUnreachable | None = None
-        """What came instead of an answer. What was measured before is good."""
-        self.steps = 0
-        """Answers that were shown as done."""
-
-    def run(self, count: int) -> None:
-        """The first answer is not counted: it may have to load the model."""
-        try:
-            with contextlib.suppress(NotMade):
-                self._asker.ask(State.COLD)
-            for number in range(1, count + 1):
-                for state in State:
-                    if self._why_missing(state) is None:
-                        self._once(state, number, count)
-        except (RequestError, DaemonUnreachable) as error:
-            self.stopped = error
-
-    def _once(self, state: State, number: int, count: int) -> None:
-        self._shown.doing(state, number, count, alone=False)
-        try:
-            run, question = self._asker.ask(state)
-        except NotMade as error:
-            self._missing[state] = str(error)
-            return
-        self._runs[state].append(run)
-        self._step()
-        if self._alone is None:
-            return
-        self._shown.doing(state, number, count, alone=True)
-        try:
-            self._direct[state].append(self._alone.ask(self._key, state, question, ANSWER_TOKENS))
-        except NotPossible as error:
-            self.why_not_direct = str(error)
-            self._alone = None
-        else:
-            self._step()
-
-    def _step(self) -> None:
-        self.steps += 1
-        self._shown.done()
-
-    def counts(self) -> list[int]:
-        """Runs of each state that has some."""
-        return [len(self._runs[state]) for state in State if self._runs[state] and self._why_missing(state) is None]
-
-    def states(self) -> dict[State, Measured]:
-        """What could not be made once is not reported at all: what else came would be of another kind."""
-        found = {}
-        for state in State:
-            missing = self._why_missing(state)
-            if missing is None and self.stopped is not None and not self._runs[state]:
-                missing = self.stopped.message
-            found[state] = (
-                Measured(missing=missing)
-                if missing is not None
-                else Measured(runs=tuple(self._runs[state]), direct=self._whole(state)).summarised()
-            )
-        return found
-
-    def _why_missing(self, state: State) -> str | None:
-        """A state follows those before it; None if all of them could be made."""
-        for earlier in State:
-            if earlier in self._missing:
-                return self._missing[earlier] if earlier is state else f"{earlier}: {self._missing[earlier]}"
-            if earlier is state:
-                break
-        return None
-
-    def _whole(self, state: State) -> tuple[DirectRun, ...]:
-        """Pairs need both."""
-        return () if self.why_not_direct else tuple(self._direct[state])
 
 
 def _result(key: Key, length: int | None, status: dict[str, Any], states: dict[State, Measured]) -> PromptResult:

@@ -10,6 +10,7 @@ import pytest
 from rich.console import Console
 
 from rkcached import live, show
+from rkcached.picture import picture
 
 HOSTILE = "\x1b[31mred\x1b[2J \u202e\x9b5m\x07\x7f"
 
@@ -53,7 +54,7 @@ def seen(status: dict[str, Any], width: int = 80, height: int = 24, **options: A
     """The lines of the live picture."""
     console = Console(file=io.StringIO(), width=width, height=height)
     with console.capture() as captured:
-        console.print(*live.picture(show.shown(status), console, **options).parts, sep="\n")
+        console.print(*picture(show.shown(status), console, **options).parts, sep="\n")
     return [line.rstrip() for line in captured.get().splitlines()]
 
 
@@ -157,15 +158,15 @@ def test_every_prompt_can_be_reached(width: int, height: int) -> None:
     console = Console(file=io.StringIO(), width=width, height=height)
     first, found = 0, list[str]()
     while len(found) < 40:
-        picture = live.picture(show.shown(status), console, first=first)
+        drawn = picture(show.shown(status), console, first=first)
         lines = seen(status, width, height, first=first)
         assert len(lines) <= height
         assert max(map(len, lines)) <= width
-        assert (picture.first, picture.count) == (min(first, 40 - picture.count), picture.count)
+        assert (drawn.first, drawn.count) == (min(first, 40 - drawn.count), drawn.count)
         names = [line.split()[0] for line in lines if line.startswith(("m/", "m…"))]
-        assert len(names) >= picture.count
-        found += range(first, picture.first + picture.count)
-        first = picture.first + picture.count
+        assert len(names) >= drawn.count
+        found += range(first, drawn.first + drawn.count)
+        first = drawn.first + drawn.count
     assert len(found) == 40
 
 

@@ -1,0 +1,184 @@
+"""Looks at the artifacts in a folder of the store: which are what their sidecars say, and what else lies there.
+
+Nothing is changed here. A good artifact is not looked at a second time until one of its files changes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import stat
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+from rkcached.digests import Digests, Signature, settled, signature_of
+from rkcached.errors import SourceError
+from rkcached.manifest import NAME
+from rkcached.plan import Key
+from rkcached.sidecar import Inventory, Sidecar, StoredArtifact, Unreadable, parse_sidecar
+
+MAX_RECORD_BYTES = 1 << 20
+"""A sidecar has some 2,000 bytes, a verdict fewer."""
+
+STAGING = ".stage-"
+"""What the names of files begin with that a build has not published yet."""
+
+
+class _Seen(NamedTuple):
+    """A good artifact, and what its sidecar, prompt cache and text were like when it was looked at."""
+
+    key: Key
+    cache: str
+    """The name of the prompt cache."""
+    signature: Signature
+    artifact: StoredArtifact
+
+
+class Scan:
+    """One scan after the other. One thread at a time."""
+
+    def __init__(self, digests: Digests) -> None:
+        self._digests = digests
+        self._now: dict[Key, _Seen] = {}
+        """Good artifacts of this scan."""
+        self._before = self._now
+
+    def turn(self) -> None:
+        """A scan begins: what the one before it did not find is forgotten."""
+        self._before, self._now = self._now, {}
+
+    def folder(self, folder: Path, inventory: Inventory) -> None:
+        """Look at the artifacts of a model. Errors: OSError when the folder cannot be listed."""
+        names: list[str] = []
+        with contextlib.suppress(FileNotFoundError):  # a reader without the lock may see the owner remove it
+            names = sorted(os.listdir(folder))  # noqa: PTH208 - names: of tens of thousands, paths take too much
+        rest = set(names)
+        """What is part of no artifact. Names and no paths, and few of them: there may be tens of thousands of files."""
+        damaged: dict[Key, str] = {}
+        place = str(folder)
+        for name in names:
+            if not name.endswith(".json") or not NAME.fullmatch(name[:-5]):
+                continue
+            key = Key(folder.name, name[:-5])
+            self._digests.steps += 1
+            seen = self._before.get(key)
+            if seen is not None:
+                files = _names(key, seen.cache)
+                if signature_of(*_infos(place, files)) == seen.signature:
+                    self._now[seen.key] = seen
+                    inventory.artifacts[seen.key] = seen.artifact
+                    rest.difference_update(files)
+                    continue
+            with contextlib.suppress(FileNotFoundError):
+                record = _infos(place, (name,))
+                sidecar = read_sidecar(folder / name, key)
+                if isinstance(sidecar, str):
+                    damaged[key] = sidecar
+                    continue
+                files = _names(key, sidecar.artifact)
+                infos = record + _infos(place, files[1:])
+                inventory.artifacts[key] = artifact = inspect(folder, sidecar, self._digests)
+                rest.difference_update(files)
+                if not artifact.corrupt and len(infos) == len(files) and settled(*infos):
+                    self._now[key] = _Seen(key, sidecar.artifact, signature_of(*infos), artifact)
+        _scan_rest(folder, rest, damaged, inventory)
+
+
+def read_sidecar(path: Path, key: Key) -> Sidecar | str:
+    """The sidecar, or why it is none. Errors: FileNotFoundError."""
+    info = path.stat()
+    if stat.S_ISFIFO(info.st_mode) or info.st_size > MAX_RECORD_BYTES:
+        return "the sidecar is damaged: it is no file of that kind"
+    try:
+        return parse_sidecar(path.read_bytes(), key)
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        return f"the sidecar cannot be read: {error.strerror}"
+
+
+def inspect(folder: Path, sidecar: Sidecar, digests: Digests) -> StoredArtifact:
+    """The artifact of a sidecar, its files compared with it; whatever is wrong is said in it."""
+    path = folder / sidecar.artifact
+    text = folder / f"{sidecar.prompt}.bin"
+    corrupt, signature = "", None
+    try:
+        size = path.stat().st_size
+        if size != sidecar.size_bytes:
+            corrupt = f"{path.name} has {size:,} bytes, its sidecar says {sidecar.size_bytes:,}"
+        else:
+            digest, signature = digests.digest_and_signature(path)
+            if digest != sidecar.sha256:
+                corrupt = f"{path.name} does not have the SHA-256 of its sidecar"
+            elif digests.digest(text) != sidecar.text_sha256:
+                corrupt = f"{text.name} does not have the SHA-256 of its sidecar"
+    except FileNotFoundError as error:
+        corrupt = f"{Path(error.filename).name} is missing"
+    except OSError as error:
+        corrupt = f"{Path(error.filename or path).name} cannot be read: {error.strerror}"
+    except SourceError as error:
+        corrupt = error.message
+    return StoredArtifact(folder=folder, sidecar=sidecar, signature=None if corrupt else signature, corrupt=corrupt)
+
+
+def prompt_of(name: str) -> str:
+    """The prompt that a file with this name would belong to; nothing if the store has no such names."""
+    stem, _, suffix = name.rpartition(".")
+    return stem if NAME.fullmatch(stem) and (suffix in ("json", "bin") or suffix.endswith("_cache")) else ""
+
+
+def _scan_rest(folder: Path, names: set[str], damaged: Mapping[Key, str], inventory: Inventory) -> None:
+    """What lies beside the artifacts of a folder; `damaged` are those whose sidecar is none, and why."""
+    caches: dict[Key, list[Path]] = {}
+    for name in sorted(names):
+        if name.endswith("_cache") and (prompt := prompt_of(name)):
+            caches.setdefault(Key(folder.name, prompt), []).append(folder / name)
+    for key, why in damaged.items():
+        inventory.unreadable[key] = Unreadable(corrupt=why, size_bytes=_bytes(caches.get(key, ())))
+    for key, found in caches.items():  # of a commit that was cut off before its sidecar
+        if key not in inventory.artifacts and f"{key.prompt}.json" not in names:
+            inventory.unreadable[key] = Unreadable(corrupt="the sidecar is missing", size_bytes=_bytes(found))
+    inventory.staged.extend(folder / name for name in names if name.startswith(STAGING))
+    prompts = {prompt_of(name) for name in names if name.endswith((".json", "_cache"))} - {""}
+    inventory.foreign.update(
+        foreign(
+            folder / name
+            for name in sorted(names)
+            if not name.startswith(STAGING)
+            and (prompt := prompt_of(name)) not in prompts
+            and Key(folder.name, prompt) not in inventory.artifacts
+        )
+    )
+
+
+def foreign(files: Iterable[Path]) -> Iterator[tuple[Path, int]]:
+    """Those with their bytes that are still there. Folders stay out."""
+    for path in files:
+        with contextlib.suppress(FileNotFoundError):
+            info = path.lstat()
+            if not stat.S_ISDIR(info.st_mode):
+                yield path, info.st_size
+
+
+def _names(key: Key, cache: str) -> tuple[str, str, str]:
+    """The files of an artifact: sidecar, prompt cache, text."""
+    return f"{key.prompt}.json", cache, f"{key.prompt}.bin"
+
+
+def _infos(folder: str, names: Iterable[str]) -> list[os.stat_result]:
+    """Of these files, one after the other; fewer, if one is gone."""
+    found = []
+    with contextlib.suppress(OSError):
+        for name in names:
+            found.append(os.stat(f"{folder}/{name}"))  # noqa: PERF401, PTH116 - up to the one that is gone
+    return found
+
+
+def _bytes(files: Iterable[Path]) -> int:
+    """What these take; nothing, if they are gone by now."""
+    size_bytes = 0
+    for path in files:
+        with contextlib.suppress(FileNotFoundError):
+            size_bytes += path.lstat().st_size
+    return size_bytes
