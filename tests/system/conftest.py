@@ -21,6 +21,9 @@ import pytest
 
 from tests.waiting import DEADLINE_S, wait_until
 
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
+"""Under nohup it is ignored, and so it would be by all that is started here."""
+
 
 class Workspace:
     """A manifest, prompts and a model in a directory, and the daemon that serves them."""

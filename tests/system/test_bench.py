@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
 import subprocess
 import xml.etree.ElementTree as ET
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -36,9 +38,10 @@ def measured(space: Workspace, *arguments: str) -> dict[str, Any]:
     return found
 
 
-def started(space: Workspace, *arguments: str) -> subprocess.Popen[str]:
-    """A bench that goes on, in a session of its own."""
-    return subprocess.Popen(
+@contextlib.contextmanager
+def started(space: Workspace, *arguments: str) -> Iterator[subprocess.Popen[str]]:
+    """A bench that goes on, in a session of its own. It is killed at the end if it is still there."""
+    with subprocess.Popen(
         space.command("bench", *arguments),
         env=space.environment,
         stdin=subprocess.DEVNULL,
@@ -46,7 +49,12 @@ def started(space: Workspace, *arguments: str) -> subprocess.Popen[str]:
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
-    )
+    ) as process:
+        try:
+            yield process
+        finally:
+            if process.poll() is None:
+                process.kill()
 
 
 def test_each_state_is_what_it_says(slow: Workspace) -> None:
@@ -128,15 +136,17 @@ def test_sweep_leaves_nothing(slow: Workspace) -> None:
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_interrupted_sweep_leaves_nothing(slow: Workspace, number: signal.Signals) -> None:
     """Ctrl-C: no stored prompt, no engine of its own, no traceback, and a sentence of what became of it."""
-    process = started(slow, "--sweep", "--runs", "1000")
-    wait_until(lambda: sum(prompt["state"] == "fresh" for prompt in slow.status()["prompts"]) > 2, "a prompt is stored")
-    process.send_signal(number)
-    _, said = process.communicate(timeout=DEADLINE_S)
-    assert process.returncode == 130
-    assert "Traceback" not in said
-    assert "interrupted: nothing of it was kept; the sweep's prompts were removed" in said
-    assert {prompt["prompt"] for prompt in slow.status()["prompts"]} == {"long", "tiny"}
-    wait_until(lambda: _of_session(process.pid) == [], "its processes are gone")
+    with started(slow, "--sweep", "--runs", "1000") as process:
+        wait_until(
+            lambda: sum(prompt["state"] == "fresh" for prompt in slow.status()["prompts"]) > 2, "a prompt is stored"
+        )
+        process.send_signal(number)
+        _, said = process.communicate(timeout=DEADLINE_S)
+        assert process.returncode == 130
+        assert "Traceback" not in said
+        assert "interrupted: nothing of it was kept; the sweep's prompts were removed" in said
+        assert {prompt["prompt"] for prompt in slow.status()["prompts"]} == {"long", "tiny"}
+        wait_until(lambda: _of_session(process.pid) == [], "its processes are gone")
 
 
 def test_interrupted_bench_keeps_what_it_has(slow: Workspace) -> None:
@@ -145,19 +155,21 @@ def test_interrupted_bench_keeps_what_it_has(slow: Workspace) -> None:
     slow.declare("{long: long.md, longer: longer.md}")
     slow.wait_state("longer", "fresh")
     kept, drawn = slow.root / "kept.json", slow.root / "kept.svg"
-    process = started(slow, "--runs", "10", "--no-direct", "-o", str(kept), "--plot", str(drawn))
-    assert process.stderr is not None
-    assert any("measuring m/longer, 2 of 2" in line for line in process.stderr)
-    process.send_signal(signal.SIGINT)
-    shown, said = process.communicate(timeout=DEADLINE_S)
-    assert (process.returncode, said.strip()) == (130, "")
-    assert "not to be trusted: interrupted, this is what was measured until then; not measured: m/longer" in shown
-    found = json.loads(kept.read_text())
-    assert found["ended"] == "interrupted"
-    assert [(prompt["prompt"], len(prompt["states"]["file"]["runs"])) for prompt in found["prompts"]] == [("long", 10)]
-    assert "m/long" in " ".join(ET.parse(drawn).getroot().itertext())
-    again = slow.cli("bench", "--from", str(kept))
-    assert again.stdout == shown
+    with started(slow, "--runs", "10", "--no-direct", "-o", str(kept), "--plot", str(drawn)) as process:
+        assert process.stderr is not None
+        assert any("measuring m/longer, 2 of 2" in line for line in process.stderr)
+        process.send_signal(signal.SIGINT)
+        shown, said = process.communicate(timeout=DEADLINE_S)
+        assert (process.returncode, said.strip()) == (130, "")
+        assert "not to be trusted: interrupted, this is what was measured until then; not measured: m/longer" in shown
+        found = json.loads(kept.read_text())
+        assert found["ended"] == "interrupted"
+        assert [(prompt["prompt"], len(prompt["states"]["file"]["runs"])) for prompt in found["prompts"]] == [
+            ("long", 10)
+        ]
+        assert "m/long" in " ".join(ET.parse(drawn).getroot().itertext())
+        again = slow.cli("bench", "--from", str(kept))
+        assert again.stdout == shown
 
 
 def _of_session(session: int) -> list[int]:
