@@ -1,8 +1,8 @@
 """`rkcached status --watch`: the daemon's state as it changes.
 
-One thread hears the event stream, another the keyboard; both only tell the loop, which asks for the status when
-something happened, at most four times a second. What has no event (tokens of a build, how long something takes) is
-asked for once a second while there is any. A daemon that goes is waited for.
+One thread hears the event stream, another the keyboard, a third the end of whoever reads the output; all only tell the
+loop, which asks for the status when something happened, at most four times a second. What has no event (tokens of a
+build, how long something takes) is asked for once a second while there is any. A daemon that goes is waited for.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import contextlib
 import os
 import queue
 import re
+import select
 import signal
 import sys
 import termios
@@ -45,6 +46,8 @@ class _Heard(Enum):
     CHANGE = auto()
     GONE = auto()
     QUIT = auto()
+    CLOSED = auto()
+    """Whoever read our output has enough."""
 
 
 class Move(Enum):
@@ -85,11 +88,16 @@ class _View:
 
 
 def watch(socket: Path, console: Console, *, want_json: bool = False) -> None:
-    """Show the status until q or Ctrl-C. Errors: those of `rkcached status` if there is no daemon at first."""
+    """Show the status until q or Ctrl-C.
+
+    Errors: those of `rkcached status` if there is no daemon at first; BrokenPipeError.
+    """
     with Client(socket, patience_s=_ANSWER_S) as client, contextlib.suppress(KeyboardInterrupt):
         status = client.status()
         inbox: _Inbox = queue.SimpleQueue()
         threading.Thread(target=_listen, args=(socket, inbox), daemon=True).start()
+        if sys.stdout is not None:  # it is None where the caller closed it
+            threading.Thread(target=_await_closed, args=(sys.stdout.fileno(), inbox), daemon=True).start()
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # the terminal is put right
         if want_json:
             _follow(client, inbox, status, _Documents(), tick_s=None)
@@ -111,6 +119,8 @@ def _follow(client: Client, inbox: _Inbox, status: dict[str, Any], view: _View, 
         for said in _hear(inbox, wait_s):
             if said is _Heard.QUIT:
                 return
+            if said is _Heard.CLOSED:
+                raise BrokenPipeError
             if isinstance(said, Move):
                 view.move(said)
                 moved = True
@@ -151,6 +161,14 @@ def _listen(socket: Path, inbox: _Inbox) -> None:
                 inbox.put(_Heard.CHANGE)
         inbox.put(_Heard.GONE)
         time.sleep(_RETRY_S)
+
+
+def _await_closed(output: int, inbox: _Inbox) -> None:
+    """Tells when a pipe's reader is gone: the next line would find out, and may be hours away."""
+    poll = select.poll()
+    poll.register(output, 0)  # errors and the end are told unasked
+    poll.poll()
+    inbox.put(_Heard.CLOSED)
 
 
 @contextlib.contextmanager

@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import psutil
 import pyte
 import pytest
 from conftest import Workspace, need
@@ -392,6 +393,38 @@ def test_without_a_terminal(two_prompts: Workspace, *, want_json: bool) -> None:
         assert "\x1b" not in "".join(pipe.said)
         assert sum("m/b" in line for line in pipe.said[:seen]) == 1
         assert all(one != two for one, two in itertools.pairwise(pipe.said))
+
+
+@pytest.mark.parametrize("want_json", [False, True])
+def test_a_pipe_whose_reader_has_enough(two_prompts: Workspace, *, want_json: bool) -> None:
+    """`| head -n 1` ends it at once, though nothing changes that would be a next line."""
+    command = two_prompts.command("status", "--watch", *(["--json"] if want_json else []))
+    with subprocess.Popen(command, env=two_prompts.environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as all_:
+        try:
+            assert all_.stdout is not None
+            assert all_.stderr is not None
+            while not re.search(rb'"ready":true|m/b', all_.stdout.read1().replace(b" ", b"")):
+                pass
+            all_.stdout.close()
+            assert all_.wait(10) == 141
+            assert all_.stderr.read() == b""
+        finally:
+            all_.kill()
+
+
+def test_without_standard_output(two_prompts: Workspace) -> None:
+    """Nobody sees anything; that is no error of ours."""
+    command = ["sh", "-c", 'exec "$@" >&-', "sh", *two_prompts.command("status", "--watch")]
+    with subprocess.Popen(command, env=two_prompts.environment, stderr=subprocess.PIPE) as deaf:
+        try:
+            connected = psutil.Process(deaf.pid).net_connections
+            wait_until(lambda: deaf.poll() is not None or len(connected("unix")) == 2, "it hears the daemon", 10)
+            deaf.send_signal(signal.SIGINT)
+            assert deaf.wait(10) == 0
+            assert deaf.stderr is not None
+            assert deaf.stderr.read() == b""
+        finally:
+            deaf.kill()
 
 
 def test_only_what_changed(workspace: Workspace) -> None:
