@@ -1,7 +1,7 @@
 """The command line. Thin: parses, calls, prints. Every command imports only what it needs, so that help is instant.
 
-Exit codes follow sysexits.h; `plan --exit-code` and `verify` say theirs in their help. An expected error is printed as
-one sentence and the next thing to do, never as a traceback.
+Exit codes follow sysexits.h; `plan --exit-code`, `verify` and `bench` say theirs in their help. An expected error is
+printed as one sentence and the next thing to do, never as a traceback.
 """
 
 from __future__ import annotations
@@ -350,7 +350,7 @@ def bench(
 
     Says what of it is queue, load, prefill and first decode, and what the daemon adds to its engine, which is loaded
     a second time for that. Says so where the figures are not to be trusted, and why a cache does not help. Ctrl-C ends
-    it with the prompts that were measured until then.
+    it with the prompts that were measured until then. Exits with 1 where some could not be measured.
     """
     from rich.console import Console
 
@@ -384,6 +384,7 @@ def bench(
             table.print_results(_unwrapped(), found)
     if kept is None:
         runner.end(found)
+        sys.exit(1 if found.refused else os.EX_OK)
 
 
 def _refuse_beside_from() -> None:

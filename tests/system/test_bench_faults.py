@@ -87,13 +87,13 @@ def runs_of(found: dict[str, Any], name: str) -> list[int]:
 
 
 def test_a_blocked_prompt_does_not_keep_the_others_from_being_measured(three: Workspace) -> None:
-    """One empty file ended the whole command. It is said in the result, and the table has it."""
-    found = json.loads(three.cli("bench", "--json", "--runs", "1", "--no-direct").stdout)
+    """One empty file ended the whole command. It is said in the result, the table has it, and the exit code tells."""
+    found = json.loads(three.cli("bench", "--json", "--runs", "1", "--no-direct", code=1).stdout)
     assert [runs_of(found, name) for name in ("a", "c")] == [[1, 1, 1]] * 2
     (refused,) = found["refused"]
     assert refused.startswith("the prompt m/b cannot be used")
     assert "empty" in refused
-    shown = " ".join(three.cli("bench", "m/a", "m/b", "--runs", "1", "--no-direct").stdout.split())
+    shown = " ".join(three.cli("bench", "m/a", "m/b", "--runs", "1", "--no-direct", code=1).stdout.split())
     assert f"not measured: {refused}" in shown
 
 
