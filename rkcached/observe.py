@@ -112,8 +112,8 @@ class Observer:
         """Which of the `fresh` prompts must be built because of files that changed. Blocking.
 
         Everything else is taken to be as the last look saw it, so nothing but these files is read; a file is known by
-        the prompts it was part of then, never by its name. A look must follow. Not for a manifest with a budget, which
-        depends on all prompts.
+        the prompts it was part of then, never by its name. A look must follow. Whether a text fits into the budget
+        its build finds out; one that did not fit before is left to the look, as that depends on all prompts.
         """
         if (last := self._last) is None:
             return []
@@ -123,6 +123,8 @@ class Observer:
                 continue
             now = self._reader.read_again(declared)
             prompt = self._resolver.resolve_one(now, last.models[key.model], manifest)
+            if _did_not_fit(prompt, last.verdicts.get(key)):
+                continue
             desired = Desired(models=last.models, prompts={key: prompt}, texts={})
             observed = Observed(
                 artifacts={key: artifact}, verdicts=_spread(dict(last.verdicts), desired), now=time.time()
@@ -133,6 +135,11 @@ class Observer:
                     Glimpse(prompt=prompt, text=now.source.text, assessment=assessment, build=assessment.action)
                 )
         return glimpses
+
+
+def _did_not_fit(prompt: DesiredPrompt, verdict: Verdict | None) -> bool:
+    wanted = prompt.fingerprint.digest if prompt.fingerprint is not None else ""
+    return verdict is not None and verdict.kind is VerdictKind.OVER_BUDGET and verdict.fingerprint == wanted
 
 
 def _spread(verdicts: dict[Key, Verdict], desired: Desired) -> dict[Key, Verdict]:

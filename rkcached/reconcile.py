@@ -268,7 +268,7 @@ class Reconciler:
         """
         view, generation = self.view, self._generation
         manifest = await asyncio.to_thread(self.manifest_file.read)
-        if manifest is not view.manifest or manifest.cache.max_bytes is not None or self.store_trouble is not None:
+        if manifest is not view.manifest or self.store_trouble is not None:
             return
         glimpses = await asyncio.to_thread(self._observer.glance, manifest, changed, view.index.all())
         glimpses = [one for one in glimpses if not self._attempts.blames(one.prompt.key.model)]

@@ -19,6 +19,8 @@ from tests.integration.reconciling import reconciling
 from tests.waiting import wait_until
 
 A = Key("m", "a")
+PARAMS = "{max_context_len: 200000}"
+MAX_BYTES = 1 << 20
 
 
 class HeldStore(Store):
@@ -39,13 +41,19 @@ class HeldStore(Store):
         return super().scan()
 
 
+def declare(space: Workspace, top: str = "") -> None:
+    """All that is in two folders."""
+    prompts = "    prompts_from: [prompts/*.md, more/*.md]\n"
+    space.declare("{}", params=PARAMS, top=top, model=prompts)
+
+
 @pytest.fixture
 def space(tmp_path: Path) -> Workspace:
     space = Workspace(tmp_path)
     space.memory_model()
     space.write("prompts/a.md", "word " * 100)
     space.write("prompts/b.md", "other " * 100)
-    space.declare("{}", model="    prompts_from: [prompts/*.md, more/*.md]\n")
+    declare(space)
     (tmp_path / "more").mkdir()
     return space
 
@@ -75,6 +83,13 @@ async def edited(reconciler: Reconciler, store: HeldStore, *paths: Path) -> int:
     if reconciler.progress is not None and (task := reconciler.progress.task) is not None:
         await task
     return reconciler.builds
+
+
+async def budget(space: Workspace, reconciler: Reconciler) -> None:
+    """Declare the prompts as before, with room for their caches, and for no more than 100,000 tokens."""
+    declare(space, f"cache: {{max_bytes: {MAX_BYTES}}}")
+    await reconciler.next_look()
+    assert reconciler.view.manifest.cache.max_bytes == MAX_BYTES
 
 
 async def finish(reconciler: Reconciler, store: HeldStore) -> None:
@@ -137,7 +152,7 @@ async def test_a_manifest_that_changed_too_is_looked_at_first(
     space: Workspace, store: HeldStore, reconciler: Reconciler
 ) -> None:
     path = space.write("prompts/a.md", "new words " * 100)
-    space.declare("{b: prompts/b.md}")
+    space.declare("{b: prompts/b.md}", params=PARAMS)
     assert await edited(reconciler, store, path) == 2
     await finish(reconciler, store)
     assert reconciler.builds == 2
@@ -157,6 +172,39 @@ async def test_a_text_that_changes_again_is_built_as_it_is_at_the_end(
     assert wanted is not None
     assert served.sidecar.fingerprint == wanted.digest
     assert reconciler.view.desired.texts[A].startswith("the last words")
+
+
+async def test_an_edit_within_a_budget_is_built_while_the_look_goes_on(
+    space: Workspace, store: HeldStore, reconciler: Reconciler
+) -> None:
+    await budget(space, reconciler)
+    path = space.write("prompts/a.md", "text " * 100)
+    assert await edited(reconciler, store, path) == 3
+    await finish(reconciler, store)
+    assert reconciler.builds == 3
+    assert {one.state for one in reconciler.view.assessments.values()} == {State.FRESH}
+
+
+async def test_a_text_that_does_not_fit_is_tried_once(
+    space: Workspace, store: HeldStore, reconciler: Reconciler
+) -> None:
+    await budget(space, reconciler)
+    path, served = space.write("prompts/a.md", "too much " * 15_000), reconciler.view.index.get(A)
+    assert await edited(reconciler, store, path) == 2
+    assert reconciler.view.index.get(A) is None, "the glance saw it, and its build found no room"
+    await finish(reconciler, store)
+    assert reconciler.view.assessments[A].state is State.BLOCKED
+    assert reconciler.view.used_bytes() <= MAX_BYTES
+    # As it was before, and again too much: that is known now, so it is for the look to say what may make room.
+    space.write("prompts/a.md", "word " * 100)
+    await reconciler.next_look()
+    assert reconciler.view.index.get(A) == served
+    path = space.write("prompts/a.md", "too much " * 15_000)
+    assert await edited(reconciler, store, path) == 2
+    assert reconciler.view.index.get(A) == served, "the glance left it alone"
+    await finish(reconciler, store)
+    assert reconciler.view.assessments[A].state is State.BLOCKED
+    assert (reconciler.builds, reconciler.view.used_bytes() <= MAX_BYTES) == (2, True)
 
 
 async def test_the_watcher_says_which_file(space: Workspace) -> None:
