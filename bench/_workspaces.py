@@ -92,7 +92,10 @@ def alone(root: Path) -> Workspace:
 
 
 def many(root: Path, prompts: int, models: int) -> Workspace:
-    """Prompts of 2 KB over models of the memory engine: half of the models name theirs, half find them."""
+    """Prompts of 2 KB over models of the memory engine: half of the models name theirs, half find them.
+
+    With a budget that has room for all: it is the harder case, as each look adds up what the caches take.
+    """
     texts: list[dict[str, str]] = [{} for _ in range(models)]
     for number in range(prompts):
         name = f"prompts/model{number % models}/prompt{number:05d}.md"
@@ -104,7 +107,7 @@ def many(root: Path, prompts: int, models: int) -> Workspace:
         found = number % 2 == 0 and named
         wanted[f"model{number}"] = {"prompts_from": [f"prompts/model{number}/*.md"]} if found else {"prompts": named}
         _write_model(root, f"model{number}")
-    return _made(root, _memory_manifest(wanted))
+    return _made(root, _memory_manifest(wanted, cache={"max_bytes": "1 GiB"}))
 
 
 def _made(root: Path, manifest: str) -> Workspace:
@@ -114,11 +117,11 @@ def _made(root: Path, manifest: str) -> Workspace:
     return workspace
 
 
-def _memory_manifest(models: Mapping[str, Mapping[str, Any]]) -> str:
+def _memory_manifest(models: Mapping[str, Mapping[str, Any]], **others: Any) -> str:
     """JSON is YAML."""
     params = {"max_context_len": 16384, "max_new_tokens": 64, "temperature": 0.0}
     whole = {name: {"path": f"{name}.json", "params": params, **model} for name, model in models.items()}
-    return json.dumps({"version": 1, "engine": {"kind": "memory"}, "models": whole}, indent=1)
+    return json.dumps({"version": 1, "engine": {"kind": "memory"}, "models": whole, **others}, indent=1)
 
 
 def _write_model(root: Path, name: str) -> None:
