@@ -143,7 +143,8 @@ class Builder:
                 said = over_budget(
                     action.fingerprint.digest, size_bytes, request.used_bytes, limit, request.foreign_bytes
                 ).trouble
-                raise BudgetExceeded(said.message, needed_bytes=size_bytes, hint=said.hint)
+                hint = f"what comes after it in the manifest makes room, if that is enough; else {said.hint}"
+                raise BudgetExceeded(said.message, needed_bytes=size_bytes, hint=hint)
             sidecar = Sidecar(
                 model=action.key.model,
                 prompt=action.key.prompt,

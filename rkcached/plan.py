@@ -179,16 +179,17 @@ def assess(desired: Sequence[DesiredPrompt], observed: Observed, limits: Limits)
     The budget goes to what is served, or will be, in manifest order. What is left goes to artifacts that serve nobody
     now, so that whatever stays on disk fits, and a build that is due finds the room that was counted for it.
     """
-    claimed_bytes = observed.foreign_bytes
+    claimed_bytes, claims = observed.foreign_bytes, dict[Key, int]()
     assessments = []
     for prompt in desired:
         artifact = observed.artifacts.get(prompt.key)
         assessment = _assess_one(prompt, artifact, observed, limits, claimed_bytes)
-        claimed_bytes += _claim(assessment, observed)
+        claims[prompt.key] = _claim(assessment, observed, limits, claimed_bytes)
+        claimed_bytes += claims[prompt.key]
         assessments.append(assessment)
     declared = {prompt.key for prompt in desired}
     assessments += [_assess_orphan(key, observed) for key in sorted(observed.artifacts) if key not in declared]
-    return tuple(_make_room(assessments, observed, limits, claimed_bytes))
+    return tuple(_make_room(assessments, observed, limits, claims))
 
 
 def plan(assessments: Iterable[Assessment]) -> tuple[Action, ...]:
@@ -281,27 +282,42 @@ def _by_verdict(
             assert_never(verdict.kind)
 
 
-def _claim(assessment: Assessment, observed: Observed) -> int:
-    """The bytes of the budget that a prompt takes: its artifact's, or those that its next build is known to need."""
-    if assessment.state is State.FRESH:
-        return observed.artifacts[assessment.key].size_bytes
+def _claim(assessment: Assessment, observed: Observed, limits: Limits, claimed_bytes: int) -> int:
+    """The bytes of the budget that a prompt takes: its artifact's, or those that its next build needs.
+
+    Where nobody knows that, it is taken to be what the stale artifact has that it replaces, if there is room for it: or
+    an edit would let something be built in its place that has to go again.
+    """
+    artifact = observed.artifacts.get(assessment.key)
+    if assessment.state is State.FRESH and artifact is not None:
+        return artifact.size_bytes
+    if not isinstance(assessment.action, Build):
+        return 0
     verdict = observed.verdicts.get(assessment.key)
-    if isinstance(assessment.action, Build) and verdict and verdict.fingerprint == assessment.action.fingerprint.digest:
+    if verdict and verdict.fingerprint == assessment.action.fingerprint.digest and verdict.needed_bytes:
         return verdict.needed_bytes
-    return 0
+    if artifact is None or artifact.corrupt or limits.max_bytes is None:
+        return 0
+    return artifact.size_bytes if claimed_bytes + artifact.size_bytes <= limits.max_bytes else 0
 
 
 def _make_room(
-    assessments: Iterable[Assessment], observed: Observed, limits: Limits, claimed_bytes: int
+    assessments: Iterable[Assessment], observed: Observed, limits: Limits, claims: Mapping[Key, int]
 ) -> Iterator[Assessment]:
-    """Keep an artifact that serves nobody (stale, corrupt, in trouble, undeclared) only where the budget has room."""
+    """Keep an artifact that serves nobody (stale, corrupt, in trouble, undeclared) only where the budget has room.
+
+    It shares the room of the build that replaces it, as the one comes when the other goes.
+    """
+    claimed_bytes = observed.foreign_bytes + sum(claims.values())
     for assessment in assessments:
         artifact = observed.artifacts.get(assessment.key)
         served = assessment.state is State.FRESH
         if artifact is None or served or limits.max_bytes is None or isinstance(assessment.action, Remove):
             yield assessment
-        elif claimed_bytes + artifact.size_bytes <= limits.max_bytes:
-            claimed_bytes += artifact.size_bytes
+            continue
+        more_bytes = max(0, artifact.size_bytes - claims.get(assessment.key, 0))
+        if claimed_bytes + more_bytes <= limits.max_bytes:
+            claimed_bytes += more_bytes
             yield assessment
         else:
             reason = f"makes room: it is {assessment.state}, and cache.max_bytes {limits.max_bytes:,} is short"

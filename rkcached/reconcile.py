@@ -302,7 +302,8 @@ class Reconciler:
             for collection in collections:
                 await collection.find(self._store, look, building)
             removes = [action for action in plan(look.assessments) if isinstance(action, Remove)]
-            removed = {action.key for action in removes if await self._remove(action)}
+            seen = look.inventory.artifacts
+            removed = {action.key for action in removes if await self._remove(action, seen.get(action.key))}
             for collection in collections:
                 await collection.finish(self._store, removed)
             await self._tidy(look)
@@ -417,9 +418,11 @@ class Reconciler:
 
     # Acting
 
-    async def _remove(self, action: Remove) -> bool:
-        """Whether it could be."""
+    async def _remove(self, action: Remove, seen: StoredArtifact | None) -> bool:
+        """Whether it was: not if it cannot be, nor if a build has replaced what the look saw."""
         key = action.key
+        if self.view.artifacts.get(key) is not seen:
+            return False
         try:
             if action.verdict is not None:
                 await asyncio.to_thread(self._store.write_verdict, key, action.verdict)

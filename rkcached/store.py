@@ -51,8 +51,10 @@ class Store:
         self._opened = False
         self._lock_fd = -1
         self._taking = threading.Lock()
-        self._staged: set[str] = set()
-        """Names of what is being built now; whatever else is staged was left behind."""
+        self._staged: set[Path] = set()
+        """What is being built now; whatever else is staged was left behind."""
+        self._folders = threading.Lock()
+        """Held where a model's folder comes or goes."""
         self._scan = Scan(self.digests)
 
     # Life
@@ -171,16 +173,16 @@ class Store:
         """A name in the target directory for a prompt cache to be written to. Errors: StoreError."""
         folder = self.root / key.model
         staged = folder / f"{STAGING}{key.prompt}-{secrets.token_hex(4)}"
-        with self._writing(folder):
+        with self._writing(folder), self._folders:
             folder.mkdir(mode=DIRECTORY_MODE, exist_ok=True)
             staged.touch(mode=durable.FILE_MODE)  # a folder that takes no file says so before the prefill
             staged.unlink()
-        self._staged.add(staged.name)
+            self._staged.add(staged)
         return staged
 
     def discard(self, staged: Path) -> None:
         """Forget a staged file. Idempotent."""
-        self._staged.discard(staged.name)
+        self._staged.discard(staged)
         with contextlib.suppress(OSError):
             staged.unlink()
 
@@ -190,7 +192,7 @@ class Store:
         Errors: StoreError.
         """
         for path in inventory.staged:
-            if not any(path.name.startswith(name) for name in tuple(self._staged)):
+            if not any(path.name.startswith(staged.name) for staged in tuple(self._staged)):
                 with self._writing(path):
                     path.unlink(missing_ok=True)
         excess = sum(inventory.quarantined.values()) - quarantine_bytes
@@ -239,7 +241,7 @@ class Store:
         return StoredArtifact(folder=folder, sidecar=sidecar, signature=signature_of(info))
 
     def remove(self, key: Key) -> None:
-        """Delete an artifact, its sidecar first, and its folder when nothing else is in it. Errors: StoreError."""
+        """Delete an artifact, its sidecar first, and its folder if nothing is in it or will be. Errors: StoreError."""
         folder = self.root / key.model
         with self._writing(folder):
             self._make_way(key)
@@ -247,8 +249,9 @@ class Store:
             (folder / f"{key.prompt}.bin").unlink(missing_ok=True)
             for path in _artifacts_of(folder, key.prompt):
                 path.unlink(missing_ok=True)
-            with contextlib.suppress(OSError):
-                folder.rmdir()
+            with self._folders, contextlib.suppress(OSError):
+                if all(staged.parent != folder for staged in tuple(self._staged)):  # a build's file comes late
+                    folder.rmdir()
 
     def quarantine(self, key: Key) -> None:
         """Take an artifact out of use but keep it for a post-mortem. Errors: StoreError."""

@@ -380,6 +380,17 @@ def test_removing_takes_all_files_and_an_empty_folder(store: Store) -> None:
     store.remove(Q)
 
 
+def test_a_folder_into_which_something_is_built_stays(store: Store, folder: Path) -> None:
+    """Its last artifact goes while the worker has not written the next one's file yet."""
+    staged = store.stage(Q)
+    store.remove(P)
+    assert names(folder) == set()
+    staged.write_bytes(b"the engine's")
+    store.discard(staged)
+    store.remove(Q)
+    assert not folder.exists()
+
+
 def test_what_a_crash_left_can_be_removed(store: Store, folder: Path) -> None:
     """An artifact without its sidecar."""
     (folder / "p.json").unlink()

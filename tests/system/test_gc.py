@@ -9,6 +9,7 @@ import pytest
 from conftest import Workspace
 
 from rkcached.store import Store
+from tests.waiting import wait_until
 
 
 @pytest.fixture
@@ -132,6 +133,34 @@ def test_foreign_files_count_and_gc_gives_their_room_back(workspace: Workspace) 
     workspace.cli("gc")
     assert not foreign.exists()
     workspace.wait_state("b", "fresh", 20)
+
+
+def test_an_edit_beside_a_prompt_that_does_not_fit(workspace: Workspace) -> None:
+    """It is built once, in the room that it had; the other one, whose size is known, is not tried again.
+
+    The edited one is all that its folder holds, and stays until the new one is there.
+    """
+    workspace.memory_model(context_tokens=200_000, prefill_us_per_token=10)
+    workspace.write("prompts/a.md", "a" * 80_000)
+    workspace.write("prompts/b.md", "b" * 50_000)
+    workspace.declare(
+        "{a: prompts/a.md, b: prompts/b.md}", params="{max_context_len: 200000}", top="cache: {max_bytes: 1 MiB}"
+    )
+    workspace.start()
+    workspace.wait_settled()
+    assert [workspace.prompt(name)["state"] for name in "ab"] == ["fresh", "blocked"]
+    before = workspace.log_text()
+    for edition in "12":
+        workspace.write("prompts/a.md", edition * 80_000)
+        wait_until(lambda text=edition * 80_000: text in (workspace.cache / "m/a.bin").read_text(), "it is built", 30)
+        workspace.wait_settled()
+        workspace.hang_up()
+    assert workspace.built() == ["a", "a", "a"]
+    said = workspace.log_text().removeprefix(before)
+    assert "prompt=b" not in said
+    assert "artifact removed" not in said
+    assert "build failed" not in said
+    assert [workspace.prompt(name)["state"] for name in "ab"] == ["fresh", "blocked"]
 
 
 def test_a_directory_that_is_no_store_is_left_alone(workspace: Workspace) -> None:

@@ -320,6 +320,42 @@ def test_an_artifact_that_serves_nobody_makes_room_where_the_budget_is_short(
     assert Remove(key=idle, reason=f"makes room: it is {state}, and cache.max_bytes 999 is short") == short.action
 
 
+def test_an_edited_prompt_keeps_its_room() -> None:
+    """Or what did not fit beside it would be built at each edit, and be removed when the edited one is there."""
+    first, second = Key("m", "first"), Key("m", "second")
+    edited = [desired(first, made_of("new")), desired(second)]
+    verdicts = {second: over_budget(WANTED.digest, 500, 600, 1000)}
+    observed = world(artifact(first, size_bytes=600), verdicts=verdicts)
+    (build, blocked) = plan(assess(edited, observed, Limits(max_bytes=1000)))
+    assert isinstance(build, Build)
+    assert isinstance(blocked, Blocked)
+    assert (build.key, blocked.key) == (first, second)
+    assert blocked.reason == "needs 500 bytes, 400 of cache.max_bytes 1,000 are left"
+
+
+@pytest.mark.parametrize(("needed_bytes", "kept"), [(700, True), (750, False)])
+def test_a_build_and_what_it_replaces_share_their_room(needed_bytes: int, *, kept: bool) -> None:
+    """What is known to be needed counts, not both: the one comes when the other goes."""
+    first, second = Key("m", "first"), Key("m", "second")
+    new = made_of("new")
+    verdicts = {first: over_budget(new.digest, needed_bytes, 900, 1000)}
+    observed = world(artifact(first, size_bytes=600), artifact(second, size_bytes=300), verdicts=verdicts)
+    actions = plan(assess([desired(first, new), desired(second)], observed, Limits(max_bytes=1000)))
+    assert [(type(action), action.key) for action in actions] == (
+        [(Build, first)] if kept else [(Remove, second), (Build, first)]
+    )
+
+
+@pytest.mark.parametrize("why", ["corrupt", "no room"])
+def test_a_size_that_tells_nothing_displaces_nobody(why: str) -> None:
+    """A damaged file may have any; and of one that is too large the next may be smaller."""
+    first, second = Key("m", "first"), Key("m", "second")
+    old = artifact(first, size_bytes=700 if why == "corrupt" else 1100, corrupt="cut" if why == "corrupt" else "")
+    observed = world(old, artifact(second, size_bytes=400))
+    actions = plan(assess([desired(first, made_of("new")), desired(second)], observed, Limits(max_bytes=1000)))
+    assert [(type(action), action.key) for action in actions] == [(Remove, first)]
+
+
 # --- the plan ---
 
 
