@@ -123,7 +123,7 @@ class CacheConfig(_Section):
     """The store of prompt caches."""
 
     max_bytes: Size | None = Field(
-        default=None, description="Budget of the store: bytes, or with a unit. None is no limit."
+        default=None, description="Budget of the prompt caches: bytes, or with a unit. None is no limit."
     )
     verify: Verify = Field(default=Verify.EXACT, description="Proof required of a new prompt cache before it is used.")
     fingerprint: FingerprintMode = Field(

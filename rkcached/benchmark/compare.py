@@ -48,7 +48,7 @@ class Row(msgspec.Struct, frozen=True, kw_only=True):
 
 class Comparison(msgspec.Struct, frozen=True, kw_only=True):
     differences: tuple[Difference, ...]
-    """Of machine, versions, models and parameters: what the figures may differ by."""
+    """Of machine, versions, models, parameters and texts: what the figures may differ by."""
     rows: tuple[Row, ...]
     warnings: tuple[str, ...]
 
@@ -87,6 +87,9 @@ def _rows(name: str, before: PromptResult | None, after: PromptResult | None) ->
         said = f"only in {'B' if before is None else 'A'}"
         yield Row(prompt=name, what="", before=None, after=None, ratio=None, verdict=said)
         return
+    if _is_rewritten(before, after):
+        yield Row(prompt=name, what="", before=None, after=None, ratio=None, verdict="not compared: its text changed")
+        return
     for state, figure, what in _FIGURES:
         yield _row(name, what, before.states.get(state), after.states.get(state), figure)
     for what, a, b in (
@@ -96,6 +99,11 @@ def _rows(name: str, before: PromptResult | None, after: PromptResult | None) ->
         if a is not None or b is not None:
             ratio = _ratio(a, b)
             yield Row(prompt=name, what=what, before=a, after=b, ratio=ratio, verdict="one sample")
+
+
+def _is_rewritten(before: PromptResult, after: PromptResult) -> bool:
+    """Where both say what the text was."""
+    return bool(before.text_digest and after.text_digest) and before.text_digest != after.text_digest
 
 
 def _row(name: str, what: str, before: Measured | None, after: Measured | None, figure: str) -> Row:
@@ -137,6 +145,10 @@ def _differences(before: Results, after: Results) -> Iterator[Difference]:
         a, b = left.get(what, "none"), right.get(what, "none")
         if a != b:
             yield Difference(what=what, before=_said(what, a), after=_said(what, b))
+    for name, one, other in _pairs(before, after):
+        if one is not None and other is not None and _is_rewritten(one, other):
+            what = f"{name}: text"
+            yield Difference(what=what, before=_said(what, one.text_digest), after=_said(what, other.text_digest))
 
 
 def _facts(results: Results) -> dict[str, Any]:

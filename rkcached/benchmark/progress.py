@@ -19,6 +19,7 @@ from rich.table import Column
 from rich.text import Text
 
 from rkcached.benchmark.results import State
+from rkcached.errors import printable
 
 
 class Shown:
@@ -78,7 +79,7 @@ class Shown:
 
     def _say(self, line: str) -> None:
         if not self._console.is_terminal:
-            self._console.print(Text(line), soft_wrap=True)
+            self._console.print(Text(printable(line)), soft_wrap=True)
 
 
 def _column(ratio: int | None = None) -> Column:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import datetime as dt
+import hashlib
 import platform
 import signal
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -78,7 +79,7 @@ def run(settings: Settings, wanted: Sequence[str], options: Options, console: Co
                 )
                 keys = list(kept.lengths)
             look, why = _try_look(places)
-            bench = _Bench(client, options.runs, kept.lengths, look if options.direct else None, shown)
+            bench = _Bench(client, options, kept.lengths, look, shown)
             bench.measure(keys)
     runtimes = {model["name"]: model["runtime"] for model in bench.status["models"]}
     stolen = steal.percent()
@@ -123,12 +124,15 @@ def end(results: Results) -> None:
 class _Bench:
     """Measures prompt after prompt, and keeps what comes of each."""
 
-    def __init__(self, client: Client, runs: int, lengths: dict[Key, int], direct: Look | None, shown: Shown) -> None:
-        """`direct` is for the engine alone; None leaves it out. Errors: DaemonUnreachable, RequestError."""
+    def __init__(
+        self, client: Client, options: Options, lengths: Mapping[Key, int], look: Look | None, shown: Shown
+    ) -> None:
+        """Without a look, the engine alone and the texts are left out. Errors: DaemonUnreachable, RequestError."""
         self._client = client
-        self._runs = runs
+        self._runs = options.runs
         self._lengths = lengths
-        self._direct = direct
+        self._direct = look if options.direct else None
+        self._texts = look.desired.texts if look is not None else {}
         self._shown = shown
         self._asked = 0
         self._errors: list[RkcachedError] = []
@@ -225,7 +229,7 @@ class _Bench:
         states = measuring.states()
         if trust.changed(before, _status_of(self.status, key)):
             states = dict.fromkeys(State, Measured(missing=trust.CHANGED))
-        self.prompts.append(_result(key, self._lengths.get(key), before, states))
+        self.prompts.append(_result(key, self._lengths.get(key), self._texts.get(key), before, states))
 
     def _name(self, key: Key) -> str:
         """As its result is called."""
@@ -247,7 +251,9 @@ class _Bench:
         return RequestError(error.status, error.message + more, code=error.code, hint=hint)
 
 
-def _result(key: Key, length: int | None, status: dict[str, Any], states: dict[State, Measured]) -> PromptResult:
+def _result(
+    key: Key, length: int | None, text: str | None, status: dict[str, Any], states: dict[State, Measured]
+) -> PromptResult:
     artifact = status.get("artifact") or {}
     return PromptResult(
         model=key.model,
@@ -256,6 +262,7 @@ def _result(key: Key, length: int | None, status: dict[str, Any], states: dict[S
         size_bytes=artifact.get("size_bytes"),
         build_ms=round(artifact["build_ms"], 1) if artifact else None,
         length=length,
+        text_digest=hashlib.sha256(text.encode()).hexdigest() if text is not None and length is None else "",
         states=states,
         no_gain=trust.why_no_gain(status, states),
         reduction=trust.reductions(states),

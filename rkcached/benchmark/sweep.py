@@ -69,7 +69,7 @@ def stored(
                     kept.refused.append(f"{model}: {error.message}")
                     continue
                 for tokens in lengths(context_tokens(model), head):
-                    key = Key(model, f"bench-{os.getpid()}-{tokens}")
+                    key = Key(model, f"bench-{os.getpid()}-{tokens:05d}")  # the budget goes by name: short ones first
                     on_step(model, f"building a prompt of {tokens:,} tokens")
                     tried.append(key)
                     try:

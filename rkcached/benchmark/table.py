@@ -135,7 +135,7 @@ def print_comparison(console: Console, comparison: Comparison) -> None:
     for difference in comparison.differences:
         console.print(_text(f"{difference.what}: {difference.before} -> {difference.after}"))
     if not comparison.differences:
-        console.print(_text("machine, versions, model files and parameters are the same"))
+        console.print(_text("no difference is known of machine, versions, model files, parameters and texts"))
     table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold")
     table.add_column("", no_wrap=True)
     for title in ("A", "B", "B/A"):

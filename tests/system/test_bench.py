@@ -247,6 +247,22 @@ def test_compare_before_and_after(slow: Workspace) -> None:
     assert shown.index("models.m.digest") < shown.index("slower")
 
 
+def test_a_text_that_changed_is_not_compared(slow: Workspace) -> None:
+    """A shorter one was called faster, with all else the same."""
+    before, after = slow.root / "a.json", slow.root / "b.json"
+    slow.cli("bench", "m/long", "m/tiny", "--runs", "5", "--no-direct", "-o", str(before))
+    slow.write("long.md", TEXT[len(TEXT) // 2 :])
+    wait_until(lambda: slow.built() == ["long", "long"], "the edit is built")
+    slow.cli("bench", "m/long", "m/tiny", "--runs", "5", "--no-direct", "-o", str(after))
+    found = json.loads(slow.cli("compare", str(before), str(after), "--json").stdout)
+    assert [difference["what"] for difference in found["differences"]] == ["m/long: text"]
+    rows = {(row["prompt"], row["what"]): row["verdict"] for row in found["rows"]}
+    assert rows["m/long", ""] == "not compared: its text changed"
+    assert sum(prompt == "m/long" for prompt, _ in rows) == 1
+    assert "cold, ms" in {what for prompt, what in rows if prompt == "m/tiny"}
+    assert "its text changed" in slow.cli("compare", str(before), str(after)).stdout
+
+
 @pytest.mark.model
 def test_real_model(workspace: Workspace, small_model: Path) -> None:
     """llama.cpp: the cold run is cold by the library's own count, and the file holds every token of the prompt."""

@@ -97,6 +97,33 @@ def test_a_blocked_prompt_does_not_keep_the_others_from_being_measured(three: Wo
     assert f"not measured: {refused}" in shown
 
 
+def test_a_sweep_takes_what_a_budget_leaves(workspace: Workspace) -> None:
+    """The short ones, which fit; the others are refused, and displace none of these."""
+    workspace.memory_model(context_tokens=200_000)
+    workspace.write("a.md", "a" * 115_000)
+    workspace.declare("{a: a.md}", params="{max_context_len: 200000}", top="cache: {max_bytes: 1 MiB}")
+    workspace.start()
+    workspace.wait_state("a", "fresh")
+    found = json.loads(workspace.cli("bench", "--sweep", "--json", "--runs", "1", "--no-direct", code=1).stdout)
+    assert [prompt["length"] for prompt in found["prompts"]] == [128, 256, 512]
+    assert all(len(prompt["states"]["file"]["runs"]) == 1 for prompt in found["prompts"])
+    assert [refusal.split(":")[0] for refusal in found["refused"]] == [
+        f"m, {n} tokens" for n in ("1,024", "2,048", "4,096")
+    ]
+
+
+def test_a_name_is_told_in_letters_that_are_not_obeyed(workspace: Workspace) -> None:
+    """Where progress goes to a file, and everywhere else."""
+    workspace.memory_model()
+    workspace.write("prompts/x\x1b[31m.md", "You are red.")
+    workspace.declare("{}", model="    prompts_from: prompts/*.md\n")
+    workspace.start()
+    workspace.wait_settled()
+    done = workspace.cli("bench", "--runs", "1", "--no-direct", code=None)
+    assert r"measuring m/x\x1b[31m, 1 of 1" in done.stderr
+    assert "\x1b" not in done.stdout + done.stderr
+
+
 def test_only_a_blocked_prompt_is_an_error_of_the_input(three: Workspace) -> None:
     """Not 69, which is for a daemon that does not answer."""
     said = three.cli("bench", "m/b", "--runs", "1", code=66).stderr
