@@ -350,7 +350,7 @@ def bench(
 
     Says what of it is queue, load, prefill and first decode, and what the daemon adds to its engine, which is loaded
     a second time for that. Says so where the figures are not to be trusted, and why a cache does not help. Ctrl-C ends
-    it with the prompts that were measured until then. Exits with 1 where some could not be measured.
+    it with the prompts that were measured until then. Exits with 1 where some could not be measured at all.
     """
     from rich.console import Console
 

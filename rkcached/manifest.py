@@ -343,8 +343,16 @@ class Manifest(_Section):
         return nearest_line(self._lines, steps)
 
     def __eq__(self, other: object) -> bool:
-        """Equal when they ask for the same: a comment that moves the lines changes nothing."""
-        return isinstance(other, Manifest) and self.__dict__ == other.__dict__ and self.file == other.file
+        """Equal when they ask for the same: a comment that moves the lines changes nothing.
+
+        The order of models and prompts does, which has no part in the equality of dicts: the budget goes by it.
+        """
+        if not isinstance(other, Manifest) or self.file != other.file or self.__dict__ != other.__dict__:
+            return False
+        return self._order() == other._order()
+
+    def _order(self) -> list[tuple[str, list[str]]]:
+        return [(name, list(model.prompts)) for name, model in self.models.items()]
 
     __hash__ = None  # type: ignore[assignment]  # holds dicts
 

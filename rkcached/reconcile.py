@@ -301,14 +301,14 @@ class Reconciler:
             self._retire_workers(look)
             for collection in collections:
                 await collection.find(self._store, look, building)
+            if await self._stop_unwanted_build(look):
+                building = None
             removes = [action for action in plan(look.assessments) if isinstance(action, Remove)]
             seen = look.inventory.artifacts
             removed = {action.key for action in removes if await self._remove(action, seen.get(action.key))}
             for collection in collections:
                 await collection.finish(self._store, removed)
             await self._tidy(look)
-            if await self._stop_unwanted_build(look):
-                building = None
             anew = self._requests.looked(opened, self.view.assessments, self.view.artifacts)
             self._pending = self._builds_to_do(look, anew, building)
             await self._forget_verdicts(look)
@@ -419,9 +419,9 @@ class Reconciler:
     # Acting
 
     async def _remove(self, action: Remove, seen: StoredArtifact | None) -> bool:
-        """Whether it was: not if it cannot be, nor if a build has replaced what the look saw."""
+        """Whether it was: not if it cannot be, nor if a build replaces what the look saw, or has."""
         key = action.key
-        if self.view.artifacts.get(key) is not seen:
+        if self.view.artifacts.get(key) is not seen or (self.progress is not None and self.progress.key == key):
             return False
         try:
             if action.verdict is not None:

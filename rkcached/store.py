@@ -217,13 +217,14 @@ class Store:
         If it fails, the staged file is gone and the artifact is the old one or reported as corrupt. Errors: StoreError.
         """
         folder = self.root / key.model
+        path = folder / sidecar.artifact
         text, record = folder / f"{staged.name}.bin", folder / f"{staged.name}.json"
         try:
             with self._writing(folder):
                 durable.write_new(text, prefix)
                 durable.write_new(record, msgspec.json.format(msgspec.json.encode(sidecar, enc_hook=dict)))
                 self._make_way(key, sidecar.artifact)
-                staged.replace(folder / sidecar.artifact)
+                staged.replace(path)
                 text.replace(folder / f"{key.prompt}.bin")
                 durable.sync_directory(folder)
                 record.replace(folder / f"{key.prompt}.json")
@@ -231,11 +232,10 @@ class Store:
                 for other in _artifacts_of(folder, key.prompt):  # one that another engine wrote
                     if other.name != sidecar.artifact:
                         other.unlink(missing_ok=True)
+                info = path.stat()
         finally:
             for leftover in (text, record, staged):
                 self.discard(leftover)
-        path = folder / sidecar.artifact
-        info = path.stat()
         self.digests.trust(path, info, sidecar.sha256)
         self.clear_verdict(key)
         return StoredArtifact(folder=folder, sidecar=sidecar, signature=signature_of(info))

@@ -146,7 +146,7 @@ def _differences(before: Results, after: Results) -> Iterator[Difference]:
         if a != b:
             yield Difference(what=what, before=_said(what, a), after=_said(what, b))
     for name, one, other in _pairs(before, after):
-        if one is not None and other is not None and _is_rewritten(one, other):
+        if one is not None and other is not None and one.text_digest != other.text_digest:
             what = f"{name}: text"
             yield Difference(what=what, before=_said(what, one.text_digest), after=_said(what, other.text_digest))
 

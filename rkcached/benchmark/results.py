@@ -120,7 +120,7 @@ class PromptResult(msgspec.Struct, frozen=True, kw_only=True):
     length: int | None = None
     """Tokens that a sweep chose for it; None for a prompt that was there."""
     text_digest: str = ""
-    """SHA-256 of its text in UTF-8; empty where the manifest could not be read, and of a sweep, which makes texts."""
+    """SHA-256 of its text in UTF-8; empty where it is not known, and of a sweep, which makes texts."""
     no_gain: str = ""
     """Why its cache does not help, where it does not."""
     reduction: dict[State, float] = {}

@@ -132,7 +132,7 @@ class _Bench:
         self._runs = options.runs
         self._lengths = lengths
         self._direct = look if options.direct else None
-        self._texts = look.desired.texts if look is not None else {}
+        self._look = look
         self._shown = shown
         self._asked = 0
         self._errors: list[RkcachedError] = []
@@ -211,6 +211,13 @@ class _Bench:
     def _measure(self, key: Key, alone: Alone | None) -> None:
         before, name = _status_of(self.status, key), self._name(key)
         self._shown.prompt(name)
+        text = self._look.desired.texts.get(key) if self._look is not None else None
+        if self._is_another(key, before):
+            text = None
+            if alone is not None:  # it would compute what was there at first
+                alone = None
+                self.why_not_direct.append(f"{name} changed meanwhile")
+                self._shown.drop(self._runs * len(State))
         asker = Asker(self._client, *key)
         measuring = Measuring(asker, alone, key, self._shown)
         measuring.run(self._runs)
@@ -229,7 +236,14 @@ class _Bench:
         states = measuring.states()
         if trust.changed(before, _status_of(self.status, key)):
             states = dict.fromkeys(State, Measured(missing=trust.CHANGED))
-        self.prompts.append(_result(key, self._lengths.get(key), self._texts.get(key), before, states))
+        self.prompts.append(_result(key, self._lengths.get(key), text, before, states))
+
+    def _is_another(self, key: Key, status: dict[str, Any]) -> bool:
+        """Whether it is no longer what the look at the beginning saw."""
+        if self._look is None or status["state"] != "fresh":
+            return False
+        wanted = self._look.desired.fingerprint(key)
+        return wanted is None or wanted.digest != status["artifact"]["fingerprint"]
 
     def _name(self, key: Key) -> str:
         """As its result is called."""

@@ -12,7 +12,7 @@ from conftest import Workspace
 
 from rkcached.plan import Key, State
 from rkcached.reconcile import Reconciler
-from rkcached.sidecar import Inventory
+from rkcached.sidecar import Inventory, Sidecar, StoredArtifact
 from rkcached.store import Store
 from rkcached.watch import Watcher, places
 from tests.integration.reconciling import reconciling
@@ -24,12 +24,14 @@ MAX_BYTES = 1 << 20
 
 
 class HeldStore(Store):
-    """A store whose scan can be held up: a look does not get past it."""
+    """A store whose scan can be held up: a look does not get past it; and its commits: a build does not."""
 
     def __init__(self, root: Path) -> None:
         super().__init__(root)
         self.reached, self.go_on = threading.Event(), threading.Event()
         self.go_on.set()
+        self.commits, self.may_commit = threading.Event(), threading.Event()
+        self.may_commit.set()
 
     def hold(self) -> None:
         self.reached.clear()
@@ -39,6 +41,12 @@ class HeldStore(Store):
         self.reached.set()
         self.go_on.wait(30)
         return super().scan()
+
+    def commit(self, key: Key, staged: Path, sidecar: Sidecar, prefix: bytes) -> StoredArtifact:
+        if not self.may_commit.is_set():
+            self.commits.set()
+            self.may_commit.wait(30)
+        return super().commit(key, staged, sidecar, prefix)
 
 
 def declare(space: Workspace, top: str = "") -> None:
@@ -50,7 +58,7 @@ def declare(space: Workspace, top: str = "") -> None:
 @pytest.fixture
 def space(tmp_path: Path) -> Workspace:
     space = Workspace(tmp_path)
-    space.memory_model()
+    space.memory_model(context_tokens=200_000)
     space.write("prompts/a.md", "word " * 100)
     space.write("prompts/b.md", "other " * 100)
     declare(space)
@@ -73,6 +81,7 @@ async def reconciler(space: Workspace, store: HeldStore) -> AsyncIterator[Reconc
             yield reconciler
         finally:
             store.go_on.set()
+            store.may_commit.set()
 
 
 async def edited(reconciler: Reconciler, store: HeldStore, *paths: Path) -> int:
@@ -205,6 +214,29 @@ async def test_a_text_that_does_not_fit_is_tried_once(
     await finish(reconciler, store)
     assert reconciler.view.assessments[A].state is State.BLOCKED
     assert (reconciler.builds, reconciler.view.used_bytes() <= MAX_BYTES) == (2, True)
+
+
+async def test_what_is_being_replaced_is_not_removed(
+    space: Workspace, store: HeldStore, reconciler: Reconciler
+) -> None:
+    """A budget comes that has no room for it, while its build commits: both would change the same files at once."""
+    space.write("prompts/a.md", "much " * 30_000)
+    await reconciler.next_look()
+    await asyncio.to_thread(wait_until, lambda: reconciler.builds == 3, "the large one is built")
+    large = reconciler.view.artifacts[A]
+    assert large.sidecar.size_bytes > MAX_BYTES
+    store.may_commit.clear()
+    space.write("prompts/a.md", "new words " * 100)
+    await reconciler.next_look()
+    assert await asyncio.to_thread(store.commits.wait, 10)
+    await budget(space, reconciler)
+    assert reconciler.view.artifacts[A] == large
+    assert large.path.exists()
+    store.may_commit.set()
+    await asyncio.to_thread(wait_until, lambda: reconciler.builds == 4, "the small one is built")
+    await reconciler.next_look()
+    assert {one.state for one in reconciler.view.assessments.values()} == {State.FRESH}
+    assert reconciler.builds == 4
 
 
 async def test_the_watcher_says_which_file(space: Workspace) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import hashlib
 import json
 import os
 import pty
@@ -110,6 +111,21 @@ def test_a_sweep_takes_what_a_budget_leaves(workspace: Workspace) -> None:
     assert [refusal.split(":")[0] for refusal in found["refused"]] == [
         f"m, {n} tokens" for n in ("1,024", "2,048", "4,096")
     ]
+
+
+def test_a_text_that_changes_before_its_turn_is_not_taken_for_the_old_one(three: Workspace) -> None:
+    """Neither by its digest, nor by the engine alone, which would compute the old one."""
+    three.write("b.md", "You are B, which is not empty any more. " * 20)
+    three.wait_state("b", "fresh")
+    with benching(three, "m/a", "m/b", "--direct", "--runs", "20") as bench:
+        bench.wait_for("measuring m/a")
+        three.write("b.md", "You are B, and short.")
+        found = bench.result()
+    a, b = found["prompts"]
+    assert a["text_digest"] == hashlib.sha256(TEXT.format("lighthouse").encode()).hexdigest()
+    assert b["text_digest"] == ""
+    assert "m/b changed meanwhile" in found["direct"]
+    assert [len(one["states"]["cold"]["direct"]) for one in (a, b)] == [20, 0]
 
 
 def test_a_name_is_told_in_letters_that_are_not_obeyed(workspace: Workspace) -> None:

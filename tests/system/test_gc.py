@@ -163,6 +163,36 @@ def test_an_edit_beside_a_prompt_that_does_not_fit(workspace: Workspace) -> None
     assert [workspace.prompt(name)["state"] for name in "ab"] == ["fresh", "blocked"]
 
 
+def test_the_budget_follows_the_order_of_the_manifest(workspace: Workspace) -> None:
+    """Nothing but the order changes, of prompts or of models: the one that was moved up is fresh."""
+
+    def declare(**prompts: str) -> None:
+        """Of each model the prompts, a letter each."""
+        params = {"max_context_len": 200_000}
+        models = {
+            model: {"path": "m.model", "params": params, "prompts": {name: f"{name}.md" for name in names}}
+            for model, names in prompts.items()
+        }
+        manifest = {"version": 1, "engine": {"kind": "memory"}, "cache": {"max_bytes": "1 MiB"}, "models": models}
+        workspace.write("manifest.yaml", json.dumps(manifest))
+
+    workspace.memory_model(context_tokens=200_000)
+    for name in "ab":
+        workspace.write(f"{name}.md", name * 72_000)
+    declare(m="ab", n="")
+    workspace.start()
+    workspace.wait_settled()
+    assert [workspace.prompt(name)["state"] for name in "ab"] == ["fresh", "blocked"]
+    declare(m="ba", n="")
+    workspace.wait_state("b", "fresh", 30)
+    assert workspace.prompt("a")["state"] == "blocked"
+    declare(m="b", n="a")
+    workspace.wait_settled()
+    declare(n="a", m="b")
+    wait_until(lambda: workspace.prompt("a", "n").get("state") == "fresh", "the other model comes first", 30)
+    assert workspace.prompt("b")["state"] == "blocked"
+
+
 def test_a_directory_that_is_no_store_is_left_alone(workspace: Workspace) -> None:
     """A wrong --cache-dir must not cost anybody's files."""
     workspace.memory_model()
