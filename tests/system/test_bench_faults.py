@@ -337,7 +337,7 @@ def test_a_closed_terminal_leaves_no_stored_prompt(three: Workspace) -> None:
     """The kernel sends SIGHUP, and what is written then fails."""
     terminal = Terminal(three, "--sweep", "--runs", "1000")
     try:
-        terminal.wait_for("cold 1/1000")
+        terminal.wait_for("/1000")
         assert len(three.status()["prompts"]) > 3
         terminal.hang_up()
         terminal.process.communicate(timeout=DEADLINE_S)
