@@ -103,6 +103,20 @@ def test_another_store_than_the_daemons_is_not_its_business(two_prompts: Workspa
         other.close()
 
 
+def with_1_mib(space: Workspace, **models: str) -> None:
+    """A manifest with a budget, and of each model the prompts, a letter each."""
+    declared = {
+        model: {
+            "path": "m.model",
+            "params": {"max_context_len": 200_000},
+            "prompts": {name: f"{name}.md" for name in names},
+        }
+        for model, names in models.items()
+    }
+    manifest = {"version": 1, "engine": {"kind": "memory"}, "cache": {"max_bytes": "1 MiB"}, "models": declared}
+    space.write("manifest.yaml", json.dumps(manifest))
+
+
 def test_foreign_files_count_and_gc_gives_their_room_back(workspace: Workspace) -> None:
     """What does not fit beside them is blocked with both numbers, in manifest order, and fresh when they are gone.
 
@@ -110,12 +124,10 @@ def test_foreign_files_count_and_gc_gives_their_room_back(workspace: Workspace) 
     """
     text = "You are a prompt of some length. " * 1000
     for name in "ab":
-        workspace.write(f"prompts/{name}.md", name + text)
-    workspace.memory_model(context_tokens=100_000)
+        workspace.write(f"{name}.md", name + text)
+    workspace.memory_model(context_tokens=200_000)
     workspace.write("cache/.quarantine/m--a--0011/a.memory_cache", "x" * 900_000)
-    workspace.declare(
-        "{a: prompts/a.md, b: prompts/b.md}", params="{max_context_len: 100000}", top="cache: {max_bytes: 1 MiB}"
-    )
+    with_1_mib(workspace, m="ab")
     workspace.start()
     workspace.wait_settled()
     assert [workspace.prompt(name)["state"] for name in "ab"] == ["fresh", "fresh"]
@@ -141,17 +153,15 @@ def test_an_edit_beside_a_prompt_that_does_not_fit(workspace: Workspace) -> None
     The edited one is all that its folder holds, and stays until the new one is there.
     """
     workspace.memory_model(context_tokens=200_000, prefill_us_per_token=10)
-    workspace.write("prompts/a.md", "a" * 80_000)
-    workspace.write("prompts/b.md", "b" * 50_000)
-    workspace.declare(
-        "{a: prompts/a.md, b: prompts/b.md}", params="{max_context_len: 200000}", top="cache: {max_bytes: 1 MiB}"
-    )
+    workspace.write("a.md", "a" * 80_000)
+    workspace.write("b.md", "b" * 50_000)
+    with_1_mib(workspace, m="ab")
     workspace.start()
     workspace.wait_settled()
     assert [workspace.prompt(name)["state"] for name in "ab"] == ["fresh", "blocked"]
     before = workspace.log_text()
     for edition in "12":
-        workspace.write("prompts/a.md", edition * 80_000)
+        workspace.write("a.md", edition * 80_000)
         wait_until(lambda text=edition * 80_000: text in (workspace.cache / "m/a.bin").read_text(), "it is built", 30)
         workspace.wait_settled()
         workspace.hang_up()
@@ -165,30 +175,19 @@ def test_an_edit_beside_a_prompt_that_does_not_fit(workspace: Workspace) -> None
 
 def test_the_budget_follows_the_order_of_the_manifest(workspace: Workspace) -> None:
     """Nothing but the order changes, of prompts or of models: the one that was moved up is fresh."""
-
-    def declare(**prompts: str) -> None:
-        """Of each model the prompts, a letter each."""
-        params = {"max_context_len": 200_000}
-        models = {
-            model: {"path": "m.model", "params": params, "prompts": {name: f"{name}.md" for name in names}}
-            for model, names in prompts.items()
-        }
-        manifest = {"version": 1, "engine": {"kind": "memory"}, "cache": {"max_bytes": "1 MiB"}, "models": models}
-        workspace.write("manifest.yaml", json.dumps(manifest))
-
     workspace.memory_model(context_tokens=200_000)
     for name in "ab":
         workspace.write(f"{name}.md", name * 72_000)
-    declare(m="ab", n="")
+    with_1_mib(workspace, m="ab", n="")
     workspace.start()
     workspace.wait_settled()
     assert [workspace.prompt(name)["state"] for name in "ab"] == ["fresh", "blocked"]
-    declare(m="ba", n="")
+    with_1_mib(workspace, m="ba", n="")
     workspace.wait_state("b", "fresh", 30)
     assert workspace.prompt("a")["state"] == "blocked"
-    declare(m="b", n="a")
+    with_1_mib(workspace, m="b", n="a")
     workspace.wait_settled()
-    declare(n="a", m="b")
+    with_1_mib(workspace, n="a", m="b")
     wait_until(lambda: workspace.prompt("a", "n").get("state") == "fresh", "the other model comes first", 30)
     assert workspace.prompt("b")["state"] == "blocked"
 

@@ -267,7 +267,7 @@ def test_sixty_four_clients_that_come_and_go(workspace: Workspace, small_model: 
                 if response.status_code != 200:
                     assert (response.status_code, response.headers["Retry-After"]) == (503, "1")
                     count("refused")
-                    time.sleep(0.1)
+                    time.sleep(0.1)  # a client's pause after a refusal; it waits for nothing
                     continue
                 for line in response.iter_lines():
                     if turn % 3 == 0:
