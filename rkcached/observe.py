@@ -17,6 +17,7 @@ from pathlib import Path
 import structlog
 
 from rkcached import errors
+from rkcached.access import refusal
 from rkcached.desired import Desired, DesiredModel, PromptSource, Resolver, Sources, kept
 from rkcached.digests import Signature, settled, signature_of
 from rkcached.engines.registry import ENGINES
@@ -200,12 +201,10 @@ def read_manifest(path: Path) -> Manifest:
         text = path.read_bytes().decode()
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
-        problem = errors.Problem(
-            file=str(path),
-            line=0,
-            message=f"the manifest cannot be read: {reason}",
-            hint="name one with --manifest or RKCACHED_MANIFEST; `rkcached demo` writes a small one",
-        )
+        hint = "name one with --manifest or RKCACHED_MANIFEST; `rkcached demo` writes a small one"
+        if isinstance(error, OSError) and (refused := refusal(path, error)) is not None:
+            reason, hint = refused
+        problem = errors.Problem(file=str(path), line=0, message=f"the manifest cannot be read: {reason}", hint=hint)
         raise errors.ManifestError((problem,)) from error
     return parse(text, file=path)
 

@@ -17,6 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar
 
+from rkcached.access import Refusal, refusal
 from rkcached.builtin_templates import BUILTIN
 from rkcached.desired import Declaration, ModelSource, PromptSource, RuntimeSource, Sources, kept
 from rkcached.digests import Digests, Signature, settled, signature_of
@@ -97,10 +98,8 @@ class SourceReader:
                 try:
                     found = tuple(_matches(pattern))
                 except OSError as error:
-                    folder = Path(pattern).parent
-                    unlisted[name] = Trouble(
-                        message=f"{folder} cannot be listed: {error.strerror}",
-                        hint="create the folder, or correct prompts_from",
+                    unlisted[name] = _unlisted(
+                        Path(pattern).parent, error, "create the folder, or correct prompts_from"
                     )
                     continue
                 for path in found:
@@ -129,8 +128,7 @@ class SourceReader:
         try:
             keys = stored.keys(model)
         except OSError as error:
-            folder = stored.folder(model)
-            return {model: Trouble(message=f"{folder} cannot be listed: {error.strerror}", hint="check its owner")}
+            return {model: _unlisted(stored.folder(model), error, "check its owner")}
         for key in keys:
             if key not in prompts and NAME.fullmatch(key.prompt):
                 files = (str(stored.path(key)),)
@@ -261,13 +259,18 @@ def _decode(path: Path, data: bytes) -> str:
 
 
 def _unusable(path: Path, error: OSError, noun: str) -> SourceError:
+    if (refused := refusal(path, error)) is not None:
+        return SourceError(f"{path} cannot be read: {refused.reason}", hint=refused.hint)
     match error:
         case FileNotFoundError() | NotADirectoryError():
             return SourceError(f"source missing: {path}", hint=f"create the {noun}, or correct its path")
-        case PermissionError():
-            return SourceError(f"{path} cannot be read: permission denied", hint="let the daemon's user read it")
         case _:
             return SourceError(f"{path} cannot be read: {error.strerror or error}", hint="see the system's log")
+
+
+def _unlisted(folder: Path, error: OSError, hint: str) -> Trouble:
+    refused = refusal(folder, error, folder=True) or Refusal(error.strerror or str(error), hint)
+    return Trouble(message=f"{folder} cannot be listed: {refused.reason}", hint=refused.hint)
 
 
 def _printable(text: str) -> str:

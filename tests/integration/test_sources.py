@@ -174,7 +174,7 @@ def test_a_prompt_of_exactly_the_limit_is_good(folder: Folder) -> None:
 
 
 def test_an_unreadable_prompt_is_said_in_words() -> None:
-    """With whom to allow it; the model beside it is read."""
+    """With the command that allows it; the model beside it is read."""
     with tempfile.TemporaryDirectory(dir="/tmp") as place:
         Path(place).chmod(0o755)
         folder = Folder(Path(place))
@@ -182,6 +182,7 @@ def test_an_unreadable_prompt_is_said_in_words() -> None:
         with not_root():
             trouble, model = folder.trouble(), folder.scan().models["m"]
     assert "permission denied" in trouble.message
+    assert f"+r {folder.prompt}`" in trouble.hint
     assert not isinstance(model, Trouble)
 
 

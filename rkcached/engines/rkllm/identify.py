@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, NoReturn
 
+from rkcached.access import refusal
 from rkcached.engines.rkllm.abi import ABIS, Abi
 from rkcached.errors import RuntimeLibraryError
 
@@ -73,11 +74,12 @@ def identify(path: Path) -> LibraryFacts:
     """
     try:
         return _identify(path)
-    except FileNotFoundError as error:
-        raise RuntimeLibraryError(f"there is no runtime library at {path}", hint=_GET_ONE) from error
     except OSError as error:
-        hint = "check its permissions, and those of the directories above it"
-        raise RuntimeLibraryError(f"the runtime library {path} cannot be read: {error.strerror}", hint=hint) from error
+        refused = refusal(path, error)
+        if refused is None and isinstance(error, FileNotFoundError):
+            raise RuntimeLibraryError(f"there is no runtime library at {path}", hint=_GET_ONE) from error
+        reason, hint = refused or (error.strerror, "check its permissions, and those of the directories above it")
+        raise RuntimeLibraryError(f"the runtime library {path} cannot be read: {reason}", hint=hint) from error
     except ValueError as error:  # a path with a NUL
         raise RuntimeLibraryError(f"no file can be called {str(path)!r}", hint=_GET_ONE) from error
 

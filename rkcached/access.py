@@ -1,0 +1,146 @@
+"""Why this process may not read what it was told to read, and what lets it.
+
+Three things keep a daemon out: the sandbox of its unit, a folder on the way, and the file's own mode. The sandbox is
+read from the kernel's list of mounts, so that an administrator's drop-in counts and nothing is guessed.
+"""
+
+from __future__ import annotations
+
+import functools
+import grp
+import os
+import re
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Final, NamedTuple
+
+HOMES: Final = ("/home", "/root", "/run/user")
+"""What ProtectHome= hides."""
+
+_INACCESSIBLE: Final = re.compile(r"/(systemd|host)/inaccessible/[a-z]+$")
+"""What systemd mounts over a place that a unit must not see; `host` in a container."""
+
+_OWN_TMP: Final = re.compile(r"/systemd-private-[^/]+/tmp$")
+_ESCAPE: Final = re.compile(r"\\([0-7]{3})")
+
+
+class Refusal(NamedTuple):
+    """What refuses, and the next thing to do."""
+
+    reason: str
+    hint: str
+
+
+def refusal(path: str | Path, error: OSError, *, folder: bool = False) -> Refusal | None:
+    """Why `path` could not be read; None if nobody refuses it: it is not there, or something else is wrong.
+
+    `folder`: it was to be listed. Never raises.
+    """
+    if not isinstance(error, PermissionError | FileNotFoundError | NotADirectoryError):
+        return None
+    real = Path(os.path.realpath(path))
+    if place := hiding(str(real), _mounts_of_this_process()):
+        return hidden(place, real if folder else real.parent)
+    return _denied(real, folder=folder) if isinstance(error, PermissionError) else None
+
+
+def hidden(place: str, folder: Path) -> Refusal:
+    """The words for what lies in `folder`, below a `place` that the unit hides."""
+    return Refusal(f"{place} is hidden from the service", _how_to_show(place, folder))
+
+
+def _how_to_show(place: str, folder: Path) -> str:
+    if place in HOMES:
+        # Below a folder that ProtectHome=yes closes, systemd mounts nothing.
+        named = str(folder).replace("%", "%%")
+        named = f'"{named}"' if re.search(r"\s", named) else named
+        return (
+            f"`systemctl edit rkcached`: under [Service] write ProtectHome=tmpfs and BindReadOnlyPaths={named}, "
+            "then `systemctl restart rkcached`"
+        )
+    if place in ("/tmp", "/var/tmp"):  # noqa: S108 - compared, not used
+        return "the service has one of its own; keep the file elsewhere, for example below /var/lib"
+    return f"InaccessiblePaths= of the unit hides it: `systemctl edit rkcached`, or keep the file outside of {place}"
+
+
+class Mount(NamedTuple):
+    """A line of /proc/self/mountinfo."""
+
+    root: str
+    place: str
+    kind: str
+
+
+def mounts_in(text: str) -> list[Mount]:
+    """Of the text of a mountinfo file: see proc(5)."""
+    mounts = []
+    for line in text.splitlines():
+        before, _, after = line.partition(" - ")
+        fields = before.split(" ")
+        if len(fields) > 5 and after:
+            root, place = (_ESCAPE.sub(lambda found: chr(int(found[1], 8)), field) for field in fields[3:5])
+            mounts.append(Mount(root, place, after.split(" ")[0]))
+    return mounts
+
+
+def hiding(path: str, mounts: Sequence[Mount]) -> str:
+    """The place that hides `path` (absolute, without links); empty if nothing does."""
+    nearest = Mount("/", "/", "")
+    for mount in mounts:  # of two on one place, the later one lies on top
+        if len(mount.place) >= len(nearest.place) and is_below(path, mount.place):
+            nearest = mount
+    if _INACCESSIBLE.search(nearest.root) or _OWN_TMP.search(nearest.root):
+        return nearest.place
+    # ProtectHome=tmpfs puts one over each; a machine may have a /home of that kind for reasons of its own.
+    emptied = {mount.place for mount in mounts if mount.kind == "tmpfs"}.issuperset(HOMES)
+    return nearest.place if emptied and nearest.place in HOMES else ""
+
+
+def is_below(path: str, place: str) -> bool:
+    """Whether `path` is `place` or in it."""
+    return path == place or path.startswith(place.rstrip("/") + "/")
+
+
+@functools.cache
+def _mounts_of_this_process() -> tuple[Mount, ...]:
+    """A unit's sandbox is complete before its process starts, so it is read once."""
+    try:
+        return tuple(mounts_in(Path("/proc/self/mountinfo").read_text(errors="surrogateescape")))
+    except OSError:
+        return ()
+
+
+def _denied(real: Path, *, folder: bool) -> Refusal:
+    """By the modes on the way: the first folder that refuses, else the file itself."""
+    for parent in reversed(real.parents):
+        if not os.access(parent, os.X_OK, effective_ids=True):
+            grant = f"{_whose(parent) or 'o'}+x"
+            return Refusal(f"permission denied by the folder {parent}", f"`chmod {grant} {shlex.quote(str(parent))}`")
+    wanted = os.R_OK | (os.X_OK if folder else 0)
+    if os.access(real, wanted, effective_ids=True):  # perhaps a security module
+        return Refusal("permission denied", f"let the group {_our_group()} read it")
+    name, rights = shlex.quote(str(real)), "rx" if folder else "r"
+    if whose := _whose(real):
+        return Refusal("permission denied", f"`chmod {whose}+{rights} {name}`")
+    grant = "g+rx" if folder else "640"
+    return Refusal("permission denied", f"`chgrp {_our_group()} {name} && chmod {grant} {name}`")
+
+
+def _whose(path: Path) -> str:
+    """Whose rights count for this process, as chmod calls them: u or g; empty where it is one of the others."""
+    try:
+        info = path.stat()
+    except OSError:
+        return ""
+    if info.st_uid == os.geteuid():
+        return "u"
+    return "g" if info.st_gid in {os.getegid(), *os.getgroups()} else ""
+
+
+def _our_group() -> str:
+    group = os.getegid()
+    try:
+        return grp.getgrgid(group).gr_name
+    except KeyError:
+        return str(group)
