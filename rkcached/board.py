@@ -17,10 +17,11 @@ from pathlib import Path
 from typing import Final
 
 from rkcached import show
+from rkcached.engines.registry import ENGINES
 from rkcached.engines.rkllm.abi import ABIS
 from rkcached.engines.rkllm.identify import choose_abi, identify
 from rkcached.errors import RuntimeLibraryError
-from rkcached.manifest import EngineConfig, Manifest
+from rkcached.manifest import EngineConfig, Manifest, ModelConfig
 
 OLDEST_DRIVER: Final = (0, 9, 8)
 """Documented by the vendor for RKLLM 1.1 and later."""
@@ -225,7 +226,7 @@ class Board:
         if match is None:
             return Check(name=name, outcome=Outcome.SKIP, finding="/proc/meminfo does not say what is available")
         available = int(match[1]) * 1024
-        sizes = {model: size_of(config.path) or 0 for model, config in manifest.models.items()}
+        sizes = {model: model_bytes(manifest, config) for model, config in manifest.models.items()}
         largest = max(sizes, key=lambda model: sizes[model])
         if not sizes[largest]:
             finding = f"{show.size(available)} available; there is no model file to compare it with"
@@ -293,6 +294,11 @@ def size_of(path: Path) -> int | None:
     except OSError:
         return None
     return info.st_size if stat.S_ISREG(info.st_mode) else None
+
+
+def model_bytes(manifest: Manifest, config: ModelConfig) -> int:
+    """Bytes of the files of a model that are there."""
+    return sum(size_of(path) or 0 for path in ENGINES[manifest.engine.kind].model_files(config.path))
 
 
 def order(version: str) -> tuple[int, int, int, float]:

@@ -21,9 +21,11 @@ from rich.table import Table
 from rich.text import Text
 
 from rkcached import show
-from rkcached.board import Board, Check, Outcome, order, size_of
-from rkcached.errors import ManifestError
-from rkcached.manifest import EngineKind, Manifest
+from rkcached.board import Board, Check, Outcome, model_bytes, order, size_of
+from rkcached.engines.gguf import read_header
+from rkcached.engines.registry import ENGINES
+from rkcached.errors import ManifestError, SourceError
+from rkcached.manifest import EngineKind, Manifest, ModelConfig
 from rkcached.observe import read_manifest
 
 NO_NPU: Final = (
@@ -120,7 +122,23 @@ def _models(manifest: Manifest, runtime_version: str | None) -> Iterator[Check]:
         elif manifest.engine.kind is EngineKind.RKLLM:
             yield _rkllm_model(name, path, size, runtime_version)
         else:
-            yield Check(name=name, outcome=Outcome.OK, finding=f"{path}, {show.size(size)}")
+            yield _other_model(name, manifest, config)
+
+
+def _other_model(name: str, manifest: Manifest, config: ModelConfig) -> Check:
+    """The model of an engine other than RKLLM."""
+    try:
+        files = ENGINES[manifest.engine.kind].inspect_model(config.path, read_header).files
+    except SourceError as error:
+        return Check(name=name, outcome=Outcome.FAIL, finding=error.message, next_step=error.hint)
+    except OSError as error:
+        finding = f"{error.filename or config.path} cannot be read: {error.strerror}"
+        return Check(name=name, outcome=Outcome.FAIL, finding=finding)
+
+    finding = f"{config.path}, {show.size(model_bytes(manifest, config))}"
+    if len(files) > 1:
+        finding += f" in {len(files)} files"
+    return Check(name=name, outcome=Outcome.OK, finding=finding)
 
 
 def _rkllm_model(name: str, path: Path, size: int, runtime_version: str | None) -> Check:

@@ -222,7 +222,7 @@ class NpuConfig(_Section):
 class ModelConfig(_Section):
     """A model and the prompts that are kept ready for it."""
 
-    path: FilePath = Field(description="The model file.")
+    path: FilePath = Field(description="The model file; of a split GGUF model, the first one.")
     chat_template: Template = Field(default="chatml", description=f"{', '.join(BUILTIN)}, or a .jinja file.")
     bos_token: str = Field(default="", max_length=64, description="What a .jinja template gets as bos_token.")
     eos_token: str = Field(default="", max_length=64, description="What a .jinja template gets as eos_token.")

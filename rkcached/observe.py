@@ -211,11 +211,12 @@ def read_manifest(path: Path) -> Manifest:
 
 def inputs(manifest: Manifest, manifest_path: Path, stored: StoredTexts) -> tuple[list[Path], list[Path]]:
     """The files, and the folders with any content, whose change may change the plan."""
+    engine = ENGINES[manifest.engine.kind]
     files = [manifest_path]
     folders: list[Path] = []
     for name, model in manifest.models.items():
         folders.append(stored.folder(name))
-        files.append(model.path)
+        files.extend(engine.model_files(model.path))
         files.extend(path for path in (model.tokenizer, model.lora) if path is not None)
         if model.chat_template.startswith("/"):
             files.append(Path(model.chat_template))
@@ -228,5 +229,5 @@ def inputs(manifest: Manifest, manifest_path: Path, stored: StoredTexts) -> tupl
     if manifest.engine.kind is EngineKind.RKLLM:
         files.append(manifest.engine.library)  # also while it is missing or no library
     with contextlib.suppress(errors.RkcachedError):
-        files.extend(ENGINES[manifest.engine.kind].locate_runtime(manifest.engine).files)
+        files.extend(engine.locate_runtime(manifest.engine).files)
     return files, folders

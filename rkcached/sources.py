@@ -21,6 +21,7 @@ from rkcached.access import Refusal, refusal
 from rkcached.builtin_templates import BUILTIN
 from rkcached.desired import Declaration, ModelSource, PromptSource, RuntimeSource, Sources, kept
 from rkcached.digests import Digests, Signature, settled, signature_of
+from rkcached.engines.gguf import Header, read_header
 from rkcached.engines.registry import ENGINES, EngineEntry
 from rkcached.errors import RkcachedError, SourceError
 from rkcached.manifest import NAME, NAME_RULE, EngineConfig, Manifest, ModelConfig
@@ -73,6 +74,7 @@ class SourceReader:
         self._stored = stored
         self._prompts = _Memory[PromptSource]()
         self._templates = _Memory[str]()
+        self._headers = _Memory[Header | None]()
         self._declared: Mapping[Key, Declaration] = {}
         """By the last scan."""
 
@@ -84,6 +86,7 @@ class SourceReader:
         unlisted: dict[str, Trouble] = {}
         self._prompts.turn()
         self._templates.turn()
+        self._headers.turn()
         for name, config in manifest.models.items():
             models[name] = self._model(config, engine)
             claimed: set[str] = set()
@@ -170,10 +173,14 @@ class SourceReader:
                         message=f"{config.path} is not a {engine.model_format}",
                         hint="set path to a file of that format, or engine.kind to the engine that reads it",
                     )
+            facts = engine.inspect_model(config.path, self._header)
             signatures: dict[str, Signature] = {}
-            digest, signatures[str(config.path)] = self._digests.digest_and_signature(config.path)
+            digests = []
+            for path in facts.files:
+                digest, signatures[str(path)] = self._digests.digest_and_signature(path)
+                digests.append(digest)
             return ModelSource(
-                digest=digest,
+                digest=_one_digest(digests),
                 template_source=template,
                 tokenizer_digest=self._optional(config.tokenizer, "tokenizer", signatures),
                 lora_digest=self._optional(config.lora, "LoRA adapter", signatures),
@@ -182,7 +189,10 @@ class SourceReader:
         except RkcachedError as error:
             return Trouble.of(error)
         except OSError as error:
-            return Trouble.of(_unusable(config.path, error, "model file"))
+            return Trouble.of(_unusable(Path(error.filename or config.path), error, "model file"))
+
+    def _header(self, path: Path) -> Header | None:
+        return self._headers.of((str(path),), lambda files: read_header(Path(files[0])))
 
     def _optional(self, path: Path | None, noun: str, signatures: dict[str, Signature]) -> str:
         """The digest of a file that a model may have; adds its signature. Errors: SourceError."""
@@ -206,6 +216,11 @@ class SourceReader:
             return Trouble(message=f"the engine's library cannot be read: {error}", hint="install it again")
         digest = hashlib.sha256(digests.encode()).hexdigest()
         return RuntimeSource(version=runtime.version, digest=digest, samples_per_run=runtime.samples_per_run)
+
+
+def _one_digest(digests: list[str]) -> str:
+    """The digest of a model that has these files, in this order. That of a single file is the file's own."""
+    return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
 
 
 def _infos(files: tuple[str, ...]) -> list[os.stat_result]:

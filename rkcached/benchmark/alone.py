@@ -15,7 +15,7 @@ from rkcached import show
 from rkcached.benchmark.direct import Ask, DirectEngine
 from rkcached.benchmark.machine import available_bytes
 from rkcached.benchmark.results import DirectRun, ModelFacts, State
-from rkcached.board import size_of
+from rkcached.board import model_bytes
 from rkcached.desired import DesiredModel
 from rkcached.engines.base import Sampling
 from rkcached.errors import RkcachedError
@@ -77,7 +77,7 @@ class Alone:
         found = look.desired.models.get(model)
         if not isinstance(found, DesiredModel):
             raise NotPossible(f"{model} cannot be used: {found or 'it is not in the manifest'}")
-        needed, available = (size_of(found.config.path) or 0) * 5 // 4, available_bytes()
+        needed, available = model_bytes(look.manifest, found.config) * 5 // 4, available_bytes()
         if available and available < needed:
             raise NotPossible(
                 f"a second {model} needs about {show.size(needed)} of memory, {show.size(available)} are available"

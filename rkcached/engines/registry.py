@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rkcached.digests import Signature, signature_of
+from rkcached.engines import gguf
+from rkcached.engines.gguf import ModelFacts, ReadHeader
 from rkcached.engines.rkllm.identify import choose_abi, identify
 from rkcached.errors import SourceError
 from rkcached.manifest import EngineConfig, EngineKind
@@ -30,6 +32,14 @@ class RuntimeFiles:
     """Sampling can differ from run to run; else it is fixed when a model is loaded."""
 
 
+def _alone(path: Path) -> tuple[Path, ...]:
+    return (path,)
+
+
+def _inspect_nothing(path: Path, _: ReadHeader) -> ModelFacts:
+    return ModelFacts(files=(path,))
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineEntry:
     artifact_suffix: str
@@ -41,6 +51,10 @@ class EngineEntry:
     model_format: str
     """What such a model file is called, for messages."""
     locate_runtime: Callable[[EngineConfig], RuntimeFiles]
+    model_files: Callable[[Path], tuple[Path, ...]] = _alone
+    """The files that may belong to a model, by the name of the one that the manifest names. Reads nothing."""
+    inspect_model: Callable[[Path, ReadHeader], ModelFacts] = _inspect_nothing
+    """What the engine opens for a model. Errors: SourceError if it would not load these files; OSError."""
 
 
 def _locate_rkllm(engine: EngineConfig) -> RuntimeFiles:
@@ -86,9 +100,11 @@ ENGINES: dict[EngineKind, EngineEntry] = {
     EngineKind.LLAMACPP: EngineEntry(
         artifact_suffix=".llama_cache",
         implementation="rkcached.engines.llamacpp:LlamaCppEngine",
-        model_magic=b"GGUF",
+        model_magic=gguf.MAGIC,
         model_format="GGUF model",
         locate_runtime=_locate_xllamacpp,
+        model_files=gguf.shards,
+        inspect_model=gguf.inspect,
     ),
     EngineKind.MEMORY: EngineEntry(
         artifact_suffix=".memory_cache",

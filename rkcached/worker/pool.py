@@ -7,6 +7,7 @@ longest is unloaded for it, never one that is at work.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import shutil
 import tempfile
@@ -136,10 +137,12 @@ class Workers:
 
 
 def _file_bytes(worker: Worker) -> int:
-    try:
-        return Path(worker.model.spec.path).stat().st_size
-    except OSError:
-        return 0  # loading it says what is wrong
+    files = {worker.model.spec.path, *(path for path, _ in worker.model.signatures)}
+    size_bytes = 0
+    for path in files:
+        with contextlib.suppress(OSError):  # loading it says what is wrong
+            size_bytes += Path(path).stat().st_size
+    return size_bytes
 
 
 def sweep_scratch() -> None:

@@ -19,6 +19,7 @@ import pyte
 import pytest
 from conftest import Workspace
 
+from tests.gguf_files import split
 from tests.waiting import wait_until
 
 pytestmark = pytest.mark.model
@@ -109,6 +110,54 @@ def test_truncated_model(workspace: Workspace, small_model: Path) -> None:
     assert "m.gguf" in reason
     assert "truncated" in reason or "corrupted or incomplete" in reason
     assert workspace.prompt("p", "n")["state"] == "blocked"
+
+
+def test_split_model(workspace: Workspace, small_model: Path) -> None:
+    """A changed second file makes the caches stale, under a running daemon and before a start; a missing one blocks.
+
+    Regression: only the first file was part of the identity. A hit then gave another text than a cold answer.
+    """
+    first, second = split(small_model, workspace.root / "small")
+    workspace.write("cook.md", SYSTEM)
+    workspace.write(
+        "manifest.yaml",
+        f"version: 1\nengine: {{kind: llamacpp}}\nmodels:\n  m:\n    path: {first.name}\n"
+        "    params: {max_context_len: 1024, max_new_tokens: 8, temperature: 0}\n    prompts: {cook: cook.md}\n",
+    )
+    assert " MB in 2 files" in workspace.cli("doctor").stdout
+    workspace.start()
+    workspace.wait_state("cook", "fresh", 60)
+    assert workspace.ask("m/cook")["rkcached"]["state"] == "hit"
+    text = workspace.ask("m/cook", cache=False)["choices"][0]["message"]["content"]
+    good = second.read_bytes()
+
+    second.unlink()
+    blocked = workspace.wait_state("cook", "blocked")
+    assert f"{second.name} cannot be found" in blocked["reason"]
+    assert f"{second.name} cannot be found" in workspace.cli("check", code=os.EX_CONFIG).stderr
+
+    def damage_weights(number: int) -> None:
+        """Still a model, with other weights."""
+        at = len(good) * number // 4
+        other = good[:at] + bytes(byte ^ 0x55 for byte in good[at : at + 200_000]) + good[at + 200_000 :]
+        workspace.write("other", other).replace(second)
+
+    damage_weights(1)
+    wait_until(lambda: len(workspace.built()) == 2, "it was built with the new second file", 60)
+    workspace.wait_settled()
+    report = workspace.ask("m/cook")
+    assert report["rkcached"]["state"] == "hit"
+    assert report["choices"][0]["message"]["content"] != text
+    assert workspace.stop() == 0
+
+    damage_weights(2)
+    explained = workspace.cli("explain", "m/cook").stdout
+    assert "stale" in explained
+    assert "model.digest" in explained
+    workspace.start()
+    wait_until(lambda: len(workspace.built()) == 3, "it was built after the start", 60)
+    workspace.wait_settled()
+    assert workspace.ask("m/cook")["rkcached"]["state"] == "hit"
 
 
 def test_damaged_cache_is_never_loaded(ship: Workspace) -> None:

@@ -1,0 +1,224 @@
+"""Reads the header of a GGUF file: which files make up a model, and what context it was trained for.
+
+llama.cpp is given one file. If its header says that the model is split, llama.cpp opens the other files by their names
+as well (`llama-model-loader.cpp`). It opens nothing else for a model; `strace` shows that. The package `gguf` reads
+such files, too, but takes seconds for a vocabulary of 49,000 tokens because it makes an array of each.
+"""
+
+from __future__ import annotations
+
+import re
+import struct
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from rkcached.errors import SourceError
+
+MAGIC: Final = b"GGUF"
+
+# A header is read in one piece, which is made larger until it is enough. The largest vocabularies take some 20 MB.
+_PIECES_BYTES: Final = (1 << 20, 8 << 20, 64 << 20)
+
+# gguf_type of ggml's gguf.h: the numbers, as struct has them; then the two that have a length.
+_NUMBERS: Final = {
+    0: struct.Struct("<B"),
+    1: struct.Struct("<b"),
+    2: struct.Struct("<H"),
+    3: struct.Struct("<h"),
+    4: struct.Struct("<I"),
+    5: struct.Struct("<i"),
+    6: struct.Struct("<f"),
+    7: struct.Struct("<?"),
+    10: struct.Struct("<Q"),
+    11: struct.Struct("<q"),
+    12: struct.Struct("<d"),
+}
+_STRING: Final = 8
+_ARRAY: Final = 9
+
+_VERSIONS: Final = (2, 3)
+_START: Final = struct.Struct("<4sIQQ")
+_LENGTH: Final = struct.Struct("<Q")
+_TYPE: Final = struct.Struct("<I")
+_ARRAY_START: Final = struct.Struct("<IQ")
+
+_SHARD: Final = re.compile(r"(?P<prefix>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf", re.DOTALL)
+"""How llama.cpp names the files of a split model, counted from 1."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Header:
+    """The part of a GGUF header that matters here."""
+
+    tensors: int
+    """Tensors in this file."""
+    integers: dict[str, int]
+    """The metadata that are whole numbers."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelFacts:
+    """What the files of a model say about it."""
+
+    files: tuple[Path, ...]
+    """Every file that the engine opens for the model; the one that the manifest names comes first."""
+    trained_tokens: int | None = None
+    """The context that the model was trained for, if the file says so."""
+
+
+ReadHeader = Callable[[Path], Header | None]
+
+
+def read_header(path: Path) -> Header | None:
+    """The header of a file; None if it is damaged, cut off, or of a version that is not known. Errors: OSError."""
+    with path.open("rb") as stream:
+        data = b""
+        for size_bytes in _PIECES_BYTES:
+            data += stream.read(size_bytes - len(data))
+            try:
+                return _parse(data)
+            except (struct.error, OverflowError):  # the header is longer than what was read
+                if len(data) < size_bytes:
+                    return None
+            except ValueError:
+                return None
+    return None
+
+
+def shards(path: Path) -> tuple[Path, ...]:
+    """The files that belong to a split model by their names, if `path` is named like the first; else `path` alone."""
+    name = _SHARD.fullmatch(path.name)
+    if name is None or int(name["number"]) != 1:
+        return (path,)
+    return tuple(_shard(path, number, int(name["count"])) for number in range(1, max(1, int(name["count"])) + 1))
+
+
+def inspect(path: Path, read: ReadHeader = read_header) -> ModelFacts:
+    """What the engine would open for `path`, once it is certain that it would take these files for one model.
+
+    Errors: SourceError if files are missing, damaged or do not belong together; OSError if one cannot be read.
+    """
+    header, name = read(path), _SHARD.fullmatch(path.name)
+    if header is None:
+        if name is not None:
+            raise _damaged(path)
+        return ModelFacts(files=(path,))  # what is wrong with it, the engine says when it loads it
+
+    count = header.integers.get("split.count", 0)
+    trained_tokens = _trained_tokens(header)
+    if count <= 1:
+        return ModelFacts(files=(path,), trained_tokens=trained_tokens)
+
+    if (number := header.integers.get("split.no", 0) + 1) != 1:
+        first = _shard(path, 1, count).name if name else f"the file that ends with -00001-of-{count:05}.gguf"
+        message = f"{path} is file {number} of {count} of a split model"
+        raise SourceError(message, hint=f"name the first: path: {first}")
+    if name is None or (int(name["number"]), int(name["count"])) != (1, count):
+        raise SourceError(
+            f"{path} is the first of the {count} files of a split model, but its name does not say so",
+            hint=f"give all {count} the names they were made with: they end with -00001-of-{count:05}.gguf and so on",
+        )
+
+    files = shards(path)
+    _check_shards(files, header, read)
+    return ModelFacts(files=files, trained_tokens=trained_tokens)
+
+
+def _check_shards(files: tuple[Path, ...], first: Header, read: ReadHeader) -> None:
+    """Errors: SourceError, OSError."""
+    path, count = files[0], len(files)
+    missing = [file.name for file in files if not file.exists()]
+    if missing:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise SourceError(
+            f"{path} is the first of the {count} files of a split model, and {missing[0]}{more} cannot be found",
+            hint=f"put all {count} files into {path.parent}",
+        )
+
+    tensors = first.tensors
+    for number, file in enumerate(files[1:], 2):
+        if not file.is_file():  # opening a FIFO would wait for its writer
+            raise SourceError(f"{file} is not a regular file", hint="put the file of the split model there")
+        if (header := read(file)) is None:
+            raise _damaged(file)
+
+        said = header.integers.get("split.no", -1) + 1, header.integers.get("split.count", 0)
+        if said != (number, count):
+            raise SourceError(
+                f"{file} is not file {number} of {count} of a split model, as its name says, "
+                f"but {said[0]} of {said[1]}",
+                hint=f"copy the {count} files again, from one place",
+            )
+        tensors += header.tensors
+
+    expected = first.integers.get("split.tensors.count", tensors)
+    if tensors != expected:
+        raise SourceError(
+            f"the {count} files of the split model {path} do not belong together: they have {tensors:,} tensors, "
+            f"the first says {expected:,}",
+            hint=f"copy the {count} files again, from one place",
+        )
+
+
+def _shard(path: Path, number: int, count: int) -> Path:
+    prefix = _SHARD.sub(r"\g<prefix>", path.name)
+    return path.with_name(f"{prefix}-{number:05}-of-{count:05}.gguf")
+
+
+def _damaged(path: Path) -> SourceError:
+    return SourceError(f"the header of {path} is damaged or cut off", hint="copy the file again")
+
+
+def _trained_tokens(header: Header) -> int | None:
+    return next((value for key, value in header.integers.items() if key.endswith(".context_length")), None)
+
+
+def _parse(data: bytes) -> Header:
+    """Errors: struct.error or OverflowError if it goes on beyond `data`; ValueError if it is no such header."""
+    magic, version, tensors, pairs = _START.unpack_from(data)
+    if magic != MAGIC or version not in _VERSIONS:
+        raise ValueError(version)
+
+    integers = {}
+    at = _START.size
+    for _ in range(pairs):
+        (length,) = _LENGTH.unpack_from(data, at)
+        at += _LENGTH.size
+        key = data[at : at + length]
+        at += length
+        (kind,) = _TYPE.unpack_from(data, at)
+        at += _TYPE.size
+
+        if (number := _NUMBERS.get(kind)) is not None:
+            (value,) = number.unpack_from(data, at)
+            if type(value) is int:
+                integers[key.decode(errors="replace")] = value
+            at += number.size
+        else:
+            at = _end(data, at, kind)
+
+    if at > len(data):
+        raise OverflowError(at)
+    return Header(tensors=tensors, integers=integers)
+
+
+def _end(data: bytes, at: int, kind: int) -> int:
+    """Where a text or a list that begins at `at` ends."""
+    if kind == _STRING:
+        return at + int(_LENGTH.unpack_from(data, at)[0]) + _LENGTH.size
+    if kind != _ARRAY:
+        raise ValueError(kind)
+
+    element, count = _ARRAY_START.unpack_from(data, at)
+    at += _ARRAY_START.size
+    if (number := _NUMBERS.get(element)) is not None:
+        return at + int(count) * number.size
+    if element != _STRING:
+        raise ValueError(element)  # llama.cpp has no lists of lists either
+
+    unpack = _LENGTH.unpack_from
+    for _ in range(count):
+        at += unpack(data, at)[0] + 8
+    return at

@@ -1,0 +1,103 @@
+"""GGUF files for tests: small ones out of nothing, and a real model split as `llama-gguf-split` does it."""
+
+from __future__ import annotations
+
+import struct
+from pathlib import Path
+
+UINT16, INT32, UINT32, STRING, ARRAY = 2, 5, 4, 8, 9
+ALIGNMENT = 32
+
+
+def text(value: str) -> bytes:
+    return struct.pack("<Q", len(value.encode())) + value.encode()
+
+
+def pair(key: str, kind: int, value: int) -> bytes:
+    return text(key) + struct.pack("<I", kind) + struct.pack({UINT16: "<H", INT32: "<i", UINT32: "<I"}[kind], value)
+
+
+def gguf(*pairs: bytes, tensors: int = 0, version: int = 3) -> bytes:
+    """A header; of its tensors there is only their number."""
+    return struct.pack("<4sIQQ", b"GGUF", version, tensors, len(pairs)) + b"".join(pairs)
+
+
+def split_pairs(number: int, count: int, tensors: int) -> tuple[bytes, bytes, bytes]:
+    """What the header of each file of a split model has; `number` counts from 1."""
+    return (
+        pair("split.no", UINT16, number - 1),
+        pair("split.count", UINT16, count),
+        pair("split.tensors.count", INT32, tensors),
+    )
+
+
+def shard(number: int, count: int, *, tensors: int = 2, all_tensors: int | None = None) -> bytes:
+    """The header of a file of a split model, each with as many tensors."""
+    total = tensors * count if all_tensors is None else all_tensors
+    return gguf(*split_pairs(number, count, total), tensors=tensors)
+
+
+def split(model: Path, prefix: Path, count: int = 2) -> list[Path]:
+    """Write a model as files that llama.cpp loads when it is given the first of them."""
+    data = model.read_bytes()
+    _, _, tensors, pairs = struct.unpack_from("<4sIQQ", data)
+    infos_at = _after_pairs(data, pairs)
+    infos, end = _tensor_infos(data, infos_at, tensors)
+    metadata, body = data[24:infos_at], data[_aligned(end) :]
+    ends = [offset for _, offset in infos[1:]] + [len(body)]
+    share = -(-tensors // count)
+
+    paths = []
+    for number in range(1, count + 1):
+        own = range((number - 1) * share, min(number * share, tensors))
+        extra = split_pairs(number, count, tensors)
+        kept, kept_pairs = (metadata, pairs) if number == 1 else (b"", 0)
+        out = struct.pack("<4sIQQ", b"GGUF", 3, len(own), kept_pairs + len(extra)) + kept + b"".join(extra)
+        start = infos[own[0]][1]
+        for index in own:
+            head, offset = infos[index]
+            out += head + struct.pack("<Q", offset - start)
+        out += bytes(_aligned(len(out)) - len(out)) + body[start : ends[own[-1]]]
+        path = prefix.with_name(f"{prefix.name}-{number:05}-of-{count:05}.gguf")
+        path.write_bytes(out)
+        paths.append(path)
+    return paths
+
+
+def _aligned(at: int) -> int:
+    return -(-at // ALIGNMENT) * ALIGNMENT
+
+
+def _after_pairs(data: bytes, pairs: int) -> int:
+    sizes = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
+
+    def skip(at: int, kind: int) -> int:
+        if kind == STRING:
+            return at + 8 + int(struct.unpack_from("<Q", data, at)[0])
+        if kind != ARRAY:
+            return at + sizes[kind]
+        element, length = struct.unpack_from("<IQ", data, at)
+        at += 12
+        for _ in range(length):
+            at = skip(at, element)
+        return at
+
+    at = 24
+    for _ in range(pairs):
+        at = skip(at, STRING)
+        (kind,) = struct.unpack_from("<I", data, at)
+        at = skip(at + 4, kind)
+    return at
+
+
+def _tensor_infos(data: bytes, at: int, tensors: int) -> tuple[list[tuple[bytes, int]], int]:
+    """Of each tensor what stands before its offset, and the offset; and where they end."""
+    infos = []
+    for _ in range(tensors):
+        start = at
+        at += 8 + int(struct.unpack_from("<Q", data, at)[0])
+        (dimensions,) = struct.unpack_from("<I", data, at)
+        at += 4 + 8 * dimensions + 4
+        infos.append((data[start:at], int(struct.unpack_from("<Q", data, at)[0])))
+        at += 8
+    return infos, at
