@@ -26,6 +26,7 @@ def configure(level: str) -> None:
         logging.basicConfig(level=logging.WARNING, handlers=[JournalHandler(journal)])
     else:
         logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="%(levelname)-7s %(name)s: %(message)s")
+    logging.getLogger("watchdog").setLevel(logging.ERROR)  # that events were lost, `watch` says itself
     structlog.configure(
         processors=[
             structlog.processors.add_log_level,

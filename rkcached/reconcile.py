@@ -55,10 +55,6 @@ STORE_RETRY_S = 5.0
 MAX_GLANCED_FILES = 64
 """More files than these are not worth a glance before the look."""
 
-POLL_S = 1.0
-"""Look again so soon while something cannot be watched, but not more often than takes this share of the time."""
-POLL_SHARE = 0.1
-
 
 class Reconciler:
     """Makes the store equal to the manifest, and keeps it so."""
@@ -215,8 +211,6 @@ class Reconciler:
         retries = [a.action.retry_at for a in self.view.assessments.values() if isinstance(a.action, Blocked)]
         due = [at - time.time() for at in retries if at > 0]
         rescan_s = RESCAN_S if self.store_trouble is None else STORE_RETRY_S
-        if self._watcher.polling:
-            rescan_s = min(rescan_s, max(POLL_S, self.last_look_ms / 1000 / POLL_SHARE))
         loop = asyncio.get_running_loop()
         end = loop.time() + max(0.05, min([rescan_s, *due]))
         while True:

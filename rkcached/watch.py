@@ -4,9 +4,12 @@ The names that events have are passed on, and say where to look first; nothing d
 
 Watches folders, not files, because editors replace files; of each path it watches every folder in which a link on the
 way lies, so that a retargeted link or a swapped `..data` folder is noticed; and each folder on the way for being moved
-or deleted itself. A folder that does not exist yet is awaited in its nearest existing ancestor. Events may be lost
-(network file systems have none), so the reconciler also looks again every minute, and every second or so while a
-folder cannot be watched at all. The kernel says when it lost events of its own: that is an event like any other.
+or deleted itself. A folder that does not exist yet is awaited in its nearest existing ancestor.
+
+watchdog watches. Its `InotifyFD` reads one inotify descriptor in one thread, whatever the number of folders; the kernel
+says when it lost events, and that is an event like any other. Where the kernel has no room for a watch, and on file
+systems that other machines change, its polling observer looks at the same places. Its threads only post to the event
+loop. Whatever all of them miss is found when the reconciler looks again, once a minute.
 """
 
 from __future__ import annotations
@@ -14,36 +17,64 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import itertools
 import os
+import threading
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
 import structlog
-from inotify_simple import INotify, flags, parse_events
+from watchdog.observers.inotify_c import (
+    CallbackId,
+    InotifyConstants,
+    InotifyEvent,
+    InotifyFD,
+    Mask,
+    WatchCallback,
+    WatchDescriptor,
+)
+
+from rkcached.poll import Poller
 
 log = structlog.get_logger()
 
-_ITSELF = flags.DELETE_SELF | flags.MOVE_SELF | flags.ONLYDIR | flags.MASK_ADD
-_CONTENT = (
+_ITSELF = Mask(
+    InotifyConstants.IN_DELETE_SELF
+    | InotifyConstants.IN_MOVE_SELF
+    | InotifyConstants.IN_ONLYDIR
+    | InotifyConstants.IN_MASK_ADD
+)
+_CONTENT = Mask(
     # Without the events of opening and reading, or the scan's own reads would be events.
     _ITSELF
-    | flags.CREATE
-    | flags.MODIFY
-    | flags.CLOSE_WRITE
-    | flags.ATTRIB
-    | flags.MOVED_FROM
-    | flags.MOVED_TO
-    | flags.DELETE
+    | InotifyConstants.IN_CREATE
+    | InotifyConstants.IN_MODIFY
+    | InotifyConstants.IN_CLOSE_WRITE
+    | InotifyConstants.IN_ATTRIB
+    | InotifyConstants.IN_MOVED_FROM
+    | InotifyConstants.IN_MOVED_TO
+    | InotifyConstants.IN_DELETE
 )
+
+POLL_S = 1.0
+"""The interval between two polls of what the kernel has no room to watch."""
+
+REMOTE_POLL_S = 5.0
+"""The same for remote file systems, where each poll may cost requests to another machine."""
+
+REMOTE = frozenset(
+    ["9p", "afs", "beegfs", "ceph", "cifs", "fuse", "lustre", "nfs", "nfs4", "smb3", "vboxsf", "virtiofs"]
+)
+"""Types of file systems that may change without an event on this machine; so may all named `fuse.*`."""
 
 _MAX_LINKS = 40
 """As the kernel's own limit for links on one path."""
 
-_READ_BYTES = 1 << 14
-"""Events taken in one turn of the event loop, some hundreds: a burst of them does not hold up the others."""
+_MAX_NAMES = 1000
+"""Names of changed files that are kept for the event loop; so many of them say no more than that much changed."""
 
 _ANY = "any"
 """Stands for a file of a folder, whatever its name."""
@@ -57,17 +88,19 @@ class Place:
     """None: everything in it; empty: only the folder itself."""
     identity: tuple[int, int] | None
     """Device and inode, to tell a folder from the one that replaces it. None: it is not there."""
+    remote: bool = False
+    """It may change without an event, because its file system is not of this machine alone."""
 
     @property
-    def events(self) -> int:
-        return int(_ITSELF if self.names is not None and not self.names else _CONTENT)
+    def events(self) -> Mask:
+        return _ITSELF if self.names is not None and not self.names else _CONTENT
+
+    def follows(self, name: str) -> bool:
+        return self.names is None or name in self.names
 
 
 class Follower(Protocol):
     """What the reconciler needs of a watcher."""
-
-    polling: bool
-    """Something is not watched: look again often."""
 
     def follow(self, wanted: Mapping[str, Place]) -> None: ...
 
@@ -79,101 +112,204 @@ class Watcher:
     """
 
     def __init__(self, look_again: Callable[[Collection[str]], None]) -> None:
+        """To be made in the event loop that it shall call."""
         self._look_again = look_again
-        self._inotify: INotify | None = None
+        self._listener = _Listener(self._take)
+        self._inotify: InotifyFD | None = None
         self._closed = False
-        self._wanted: Mapping[str, Place] = {}
-        self._watches: dict[str, tuple[int, Place]] = {}
-        """Of each watched folder: watch descriptor, and what was wanted of it then."""
+        self._ids = itertools.count()
+        self._watches: dict[str, _Watch] = {}
+        self._unwatched = Poller(self._listener.polled, POLL_S)
+        self._remote = Poller(self._listener.polled, REMOTE_POLL_S)
         self.polling = False
+        """Whether the kernel has no room to watch everything."""
 
     def close(self) -> None:
         """Stop watching; no call of `look_again` after it returned. Idempotent."""
         self._closed = True
-        if self._inotify is not None:
-            asyncio.get_running_loop().remove_reader(self._inotify.fd)
-            self._inotify.close()
-            self._inotify = None
         self._watches.clear()
+        for poller in (self._unwatched, self._remote):
+            poller.poll({})
+
+        if self._inotify is not None:
+            self._inotify.stop()
+            self._inotify.join()  # it ends at once: nothing that it calls waits for anything
+            self._inotify = None
 
     def follow(self, wanted: Mapping[str, Place]) -> None:
-        """Watch exactly these places. What cannot be watched is tried again by the next call."""
+        """Watch exactly these places. What cannot be watched is polled, and tried again by the next call."""
         if self._closed:
             return
-        self._wanted = wanted
-        trouble: OSError | None
-        try:
-            trouble = self._rearm(self._open())
-        except OSError as error:  # out of inotify instances, or of descriptors
-            trouble = error
+        with self._listener.lock:
+            self._listener.wanted = wanted
+            trouble, unwatched = self._rearm(wanted)
+
+        self._unwatched.poll({folder: place.names for folder, place in unwatched.items()})
+        self._remote.poll({folder: place.names for folder, place in wanted.items() if place.remote})
+
         if trouble is not None and not self.polling:
             log.warning("polling instead of inotify", error=trouble.strerror, hint=_hint(trouble))
         elif trouble is None and self.polling:
             log.info("inotify instead of polling")
         self.polling = trouble is not None
 
-    def _open(self) -> INotify:
-        if self._inotify is None:
-            self._inotify = INotify(nonblocking=True)
-            asyncio.get_running_loop().add_reader(self._inotify.fd, self._read, self._inotify)
-        return self._inotify
-
-    def _rearm(self, inotify: INotify) -> OSError | None:
-        """Make the watches equal to what is wanted; returns why that is not possible, if so.
+    def _rearm(self, wanted: Mapping[str, Place]) -> tuple[OSError | None, Mapping[str, Place]]:
+        """Make the watches equal to what is wanted; returns why that is not possible, and for which places.
 
         What changed before a folder was watched was perhaps looked at before: another look follows a new watch.
         """
-        wanted, trouble, added = self._wanted, None, False
-        for folder, (_, before) in list(self._watches.items()):
+        try:
+            inotify = self._open()
+        except OSError as error:  # out of inotify instances, or of descriptors
+            return error, wanted
+
+        for folder, watch in list(self._watches.items()):
             now = wanted.get(folder)
-            if now is None or (now.identity, now.events) != (before.identity, before.events):
-                self._drop(folder, inotify)
+            if now is None or (now.identity, now.events) != (watch.place.identity, watch.place.events):
+                del self._watches[folder]
+                self._listener.forget(folder, watch.number)
+                inotify.remove_callbacks([(watch.number, watch.id)])
+
+        trouble, added = None, False
+        unwatched: dict[str, Place] = {}
         for folder, place in wanted.items():
             if place.identity is None or folder in self._watches:
                 continue
             try:
-                watch = inotify.add_watch(folder, place.events)
+                self._watches[folder] = self._add(inotify, folder, place)
+                added = True
             except (FileNotFoundError, NotADirectoryError):
                 added = True  # it went after it was looked at
             except OSError as error:
-                if error.errno != errno.EACCES or place.events == _CONTENT:  # that a way is moved, a rescan may tell
-                    trouble = error
-            else:
-                # Its identity is of before: had it been replaced in between, the next look would see that.
-                self._watches[folder] = (watch, place)
-                added = True
+                if isinstance(error, PermissionError) and place.events == _ITSELF:
+                    continue  # that a folder on the way is moved, a rescan may tell
+                trouble = error
+                unwatched[folder] = place
+
         if added:
             self._look_again(())
-        return trouble
+        return trouble, unwatched
 
-    def _drop(self, folder: str, inotify: INotify) -> None:
-        watch, _ = self._watches.pop(folder)
-        if not any(other == watch for other, _ in self._watches.values()):  # the same folder, mounted at two places
-            with contextlib.suppress(OSError):  # the folder is gone, and its watch with it
-                inotify.rm_watch(watch)
+    def _open(self) -> InotifyFD:
+        if self._inotify is None:
+            # It needs three descriptors, and would leak the first where there is none for the others.
+            with contextlib.ExitStack() as spare:
+                for _ in range(3):
+                    spare.enter_context(open(os.devnull, "rb"))  # noqa: PTH123 - quick
 
-    def _read(self, inotify: INotify) -> None:
-        try:
-            events = parse_events(os.read(inotify.fd, _READ_BYTES))
-        except BlockingIOError:
+            # Not get_instance(): that one is the whole process's, and nobody closes it.
+            self._inotify = InotifyFD()
+            self._inotify.start()
+        return self._inotify
+
+    def _add(self, inotify: InotifyFD, folder: str, place: Place) -> _Watch:
+        """Watch a folder. Its place is of before: had it been replaced in between, the next look would see that."""
+        callback = CallbackId(next(self._ids))
+        number = inotify.add_callback(os.fsencode(folder), place.events, self._listener, callback)
+        if number < 0:  # watchdog passes over a missing permission
+            inotify.remove_callbacks([(number, callback)])
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), folder)
+        self._listener.folders[number].add(folder)
+        return _Watch(number, callback, place)
+
+    def _take(self, news: _News) -> None:
+        """What the listener heard, in the event loop."""
+        if self._closed:
             return
-        folders = defaultdict(list)
-        for folder, (watch, _) in self._watches.items():
-            folders[watch].append(folder)
-        matters, changed = False, set()
-        for watch, mask, _, name in events:
-            if mask & flags.Q_OVERFLOW:
-                log.warning("file events lost", hint="there were too many at once; everything is looked at")
-                matters = True
-            for folder in folders[watch]:
-                if mask & flags.IGNORED:  # the watch has ended with its folder
-                    self._watches.pop(folder, None)
-                names = self._wanted[folder].names
-                if name and (names is None or name in names):
-                    changed.add(os.path.join(folder, name))  # noqa: PTH118 - strings, as the scan has them
-                matters = matters or not name
-        if matters or changed:
-            self._look_again(changed)
+        if news.lost:
+            log.warning("file events lost", hint="there were too many at once; everything is looked at")
+        for folder, watch in list(self._watches.items()):
+            if watch.number in news.ended:
+                del self._watches[folder]
+        self._look_again(news.changed)
+
+
+@dataclass(frozen=True, slots=True)
+class _Watch:
+    number: WatchDescriptor
+    id: CallbackId
+    place: Place
+    """What was wanted of the folder when the watch was made."""
+
+
+@dataclass(slots=True)
+class _News:
+    """That something matters; and more, if more is known."""
+
+    changed: set[str] = field(default_factory=set)
+    ended: set[WatchDescriptor] = field(default_factory=set)
+    """Watches that ended with their folders."""
+    lost: bool = False
+    """There were more events than the kernel keeps."""
+
+
+class _Listener(WatchCallback):
+    """What watchdog's threads call. It keeps what matters until the event loop takes it, much at a time."""
+
+    def __init__(self, take: Callable[[_News], None]) -> None:
+        self._take = take
+        self._loop = asyncio.get_running_loop()
+        self._news: _News | None = None
+        self.lock = threading.Lock()
+        """Guards all that is here: whoever makes watches holds it until they are in `folders`."""
+        self.wanted: Mapping[str, Place] = {}
+        self.folders: dict[WatchDescriptor, set[str]] = defaultdict(set)
+        """Of each watch, several where one folder is mounted at two places."""
+
+    def forget(self, folder: str, watch: WatchDescriptor) -> None:
+        """This watch is no longer for this folder. The lock is held."""
+        folders = self.folders.get(watch, set())
+        folders.discard(folder)
+        if not folders:
+            self.folders.pop(watch, None)
+
+    def on_event(self, event: InotifyEvent) -> None:
+        name = os.fsdecode(event.name)
+        with self.lock:
+            for folder in self.folders.get(event.wd, ()):
+                if not name:
+                    self._tell()
+                elif (place := self.wanted.get(folder)) is not None and place.follows(name):
+                    self._changed(os.path.join(folder, name))  # noqa: PTH118 - strings, as the scan has them
+
+    def on_watch_deleted(self, wd: WatchDescriptor) -> None:
+        with self.lock:
+            if self.folders.pop(wd, None) is not None:
+                self._tell().ended.add(wd)
+
+    def on_queue_overflow(self) -> None:
+        """Called once, not for each folder, because all of them share this one callback."""
+        with self.lock:
+            self._tell().lost = True
+
+    def polled(self, path: str) -> None:
+        """A poll found this path changed, made or gone."""
+        folder, name = os.path.split(path)
+        with self.lock:
+            place = self.wanted.get(folder)
+            if place is not None and place.follows(name):
+                self._changed(path)
+            elif path in self.wanted:
+                self._tell()
+
+    def _changed(self, path: str) -> None:
+        changed = self._tell().changed
+        if len(changed) < _MAX_NAMES:
+            changed.add(path)
+
+    def _tell(self) -> _News:
+        """Have the event loop take what is added to the result. The lock is held."""
+        if self._news is None:
+            self._news = _News()
+            with contextlib.suppress(RuntimeError):  # the loop is closed
+                self._loop.call_soon_threadsafe(self._deliver)
+        return self._news
+
+    def _deliver(self) -> None:
+        with self.lock:
+            news, self._news = self._news, None
+        if news is not None:
+            self._take(news)
 
 
 def places(files: Iterable[Path], folders: Iterable[Path]) -> dict[str, Place]:
@@ -201,7 +337,9 @@ def places(files: Iterable[Path], folders: Iterable[Path]) -> dict[str, Place]:
             linked = os.path.islink(os.path.join(folder, name))  # noqa: PTH114, PTH118 - strings, as events carry them
             for place in trail(parent / name) if linked else [(folder, name)]:
                 add(*place)
-    return {folder: Place(names, _identity(folder)) for folder, names in found.items()}
+
+    remote = _remote_devices()
+    return {folder: _place(folder, names, remote) for folder, names in found.items()}
 
 
 def trail(path: Path) -> list[tuple[str, str]]:
@@ -230,12 +368,25 @@ def trail(path: Path) -> list[tuple[str, str]]:
     return places
 
 
-def _identity(folder: str) -> tuple[int, int] | None:
+def _place(folder: str, names: set[str] | None, remote_devices: Collection[int]) -> Place:
     try:
         info = os.stat(folder)  # noqa: PTH116
     except OSError:
-        return None
-    return info.st_dev, info.st_ino
+        return Place(names, None)
+    return Place(names, (info.st_dev, info.st_ino), remote=info.st_dev in remote_devices)
+
+
+def _remote_devices() -> set[int]:
+    """The devices of all mounted file systems that may change without an event."""
+    devices = set()
+    with contextlib.suppress(OSError):  # without /proc, none is known
+        for line in Path("/proc/self/mountinfo").read_text(errors="replace").splitlines():
+            mount, _, source = line.partition(" - ")
+            kind = source.partition(" ")[0]
+            if kind in REMOTE or kind.startswith("fuse."):
+                major, minor = mount.split()[2].split(":")
+                devices.add(os.makedev(int(major), int(minor)))
+    return devices
 
 
 def _hint(error: OSError) -> str:

@@ -19,8 +19,6 @@ from rkcached.worker.pool import Workers
 
 
 class NoWatcher:
-    polling = False
-
     def follow(self, wanted: object) -> None:
         pass
 

@@ -187,6 +187,25 @@ def test_a_file_system_without_events(workspace: Workspace) -> None:
     assert took > 1.5, "else there was an event, and this shows nothing"
 
 
+def test_a_file_system_that_other_machines_change(workspace: Workspace) -> None:
+    """Its files are polled, long before the rescan. An overlay, changed beneath, stands for NFS and its like here."""
+    lower, merged = workspace.root / "lower", workspace.root / "merged"
+    for folder in (lower, merged, workspace.root / "empty"):
+        folder.mkdir()
+    mount = f"mount -t overlay overlay -o lowerdir={lower}:{workspace.root}/empty {merged}"
+    code = "import rkcached.watch as w, rkcached.cli as c; w.REMOTE |= {'overlay'}; c.main()"
+    workspace.launcher = [*in_namespace(mount), sys.executable, "-c", code]
+    workspace.memory_model()
+    workspace.write("lower/a.md", "You are prompt A.\n")
+    workspace.declare("{a: merged/a.md}")
+    workspace.start()
+    workspace.wait_settled()
+    for _ in range(2):
+        took = edit(workspace, "a", file="lower/a.md")
+        print(f"edit beneath an overlay that is polled built in {took:.2f} s")
+    assert workspace.status()["watching"] == "inotify", "what is changed on this machine causes events"
+
+
 def moved_away(folder: Path) -> None:
     shutil.copytree(folder, folder.with_name("copy"))
     folder.rename(folder.with_name("old"))
