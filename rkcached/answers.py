@@ -300,7 +300,7 @@ class BinaryCacheCreated(Answer):
 
 class Collectable(Answer):
     path: str
-    size_bytes: int
+    size_bytes: int = Field(description="Of a folder: of all files in it.")
     reason: str
 
 
@@ -309,8 +309,9 @@ class Collected(Answer):
 
     object: Literal["cache.collected"] = "cache.collected"
     removed: bool = Field(description="false: it was only asked for.")
-    size_bytes: int
+    size_bytes: int = Field(description="Of the items.")
     items: list[Collectable]
+    strangers: list[Collectable] = Field(description="What is not the store's, and stays.")
 
 
 class ManifestReloaded(Answer):

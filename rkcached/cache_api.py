@@ -6,7 +6,6 @@ A text that a client stores is a file, a source like any other; the reconciler d
 from __future__ import annotations
 
 import asyncio
-import os
 import time
 from typing import Any
 
@@ -21,12 +20,12 @@ from rkcached.answers import (
     CacheDeleted,
     CacheEntry,
     CacheList,
-    Collectable,
     Collected,
     ModelAction,
     ModelStatusList,
 )
 from rkcached.bodies import parse_body
+from rkcached.collect import as_data
 from rkcached.desired import DesiredModel
 from rkcached.endpoints import Endpoint
 from rkcached.errors import RequestError
@@ -135,7 +134,7 @@ class CacheApi:
                 method="POST",
                 path="/v1/gc",
                 handler=self._collect,
-                summary="Remove orphans, the quarantine and files that are not the store's.",
+                summary="Remove orphans and the quarantine; list what is not the store's.",
                 body=CollectRequest,
                 answers={200: Collected},
                 errors=(503,),
@@ -238,17 +237,12 @@ class CacheApi:
     async def _collect(self, request: Request) -> Response:
         body = parse_body(CollectRequest, await read_body(request))
         try:
-            rubbish = await self._reconciler.collect(dry_run=body.dry_run)
+            rubbish = await self._reconciler.collect(dry_run=body.dry_run, strangers=body.strangers)
         except errors.StoreError as error:
             raise RequestError(503, error.message, code="store_not_writable", hint=error.hint) from error
-        items = [
-            Collectable(
-                path=os.fsencode(one.path).decode(errors="backslashreplace"), size_bytes=one.size_bytes, reason=one.why
-            )
-            for one in rubbish
-        ]
-        total = sum(one.size_bytes for one in rubbish)
-        return answer(Collected(removed=not body.dry_run, size_bytes=total, items=items))
+        data = as_data(rubbish)
+        total = sum(item["size_bytes"] for item in data["items"])
+        return answer(Collected.model_validate({"removed": not body.dry_run, "size_bytes": total, **data}))
 
     async def _write(self, key: Key, text: str, param: str) -> None:
         """Store a client's text. Errors: RequestError."""

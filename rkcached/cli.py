@@ -20,6 +20,7 @@ from click.core import ParameterSource
 from rkcached import __version__, ending
 from rkcached.errors import (
     SourceError,
+    StoreError,
     StoreLocked,
     UsageError,
     printable,
@@ -88,7 +89,10 @@ def check(settings: Settings, want_json: bool) -> None:
 @as_json
 @click.option("--exit-code", is_flag=True, help="Exit with 2 when there is something to do, 0 when not.")
 def plan(settings: Settings, want_json: bool, exit_code: bool) -> None:
-    """Print what would be built and removed, and why. Changes nothing; needs no daemon."""
+    """Print what would be built and removed, and why. Changes nothing; needs no daemon.
+
+    Exit code 66 when there is no store yet: all is then missing.
+    """
     from rkcached import show
     from rkcached.plan import Blocked
     from rkcached.plan import plan as make_plan
@@ -98,7 +102,8 @@ def plan(settings: Settings, want_json: bool, exit_code: bool) -> None:
     if want_json:
         _print_json([show.action_data(action) for action in actions])
     else:
-        show.print_plan(_console(), actions, look.assessments)
+        show.print_plan(_console(), actions, look.assessments, settings.cache_dir)
+    _need_store(settings)
     if exit_code and any(not isinstance(action, Blocked) for action in actions):
         sys.exit(2)
 
@@ -108,14 +113,18 @@ def plan(settings: Settings, want_json: bool, exit_code: bool) -> None:
 @places("manifest", "cache_dir", "state_dir")
 @as_json
 def explain(settings: Settings, prompt: str, want_json: bool) -> None:
-    """Say whether a prompt cache is fresh, or name each component that changed, old -> new. Needs no daemon."""
+    """Say whether a prompt cache is fresh, or name each component that changed, old -> new. Needs no daemon.
+
+    Exit code 66 when there is no store yet, or no such prompt.
+    """
     from rkcached.explain import explain_data, print_explanation
 
-    data = explain_data(_look(settings), _key(prompt))
+    data = {**explain_data(_look(settings), _key(prompt)), "store": str(settings.cache_dir)}
     if want_json:
         _print_json(data)
     else:
         print_explanation(_console(), data)
+    _need_store(settings)
 
 
 @cli.command()
@@ -187,12 +196,13 @@ def regenerate(settings: Settings, prompts: Sequence[str], everything: bool, wan
 def verify(settings: Settings, prompts: Sequence[str], deep: bool, want_json: bool) -> None:
     """Check every artifact against its sidecar: size and SHA-256 of prompt cache and text. Changes nothing.
 
-    Exit code 0 when all are good, 65 otherwise.
+    Exit code 0 when all are good, 65 otherwise, 66 when there is no store.
     """
     from rkcached import logs
     from rkcached.verify import verify_artifacts
 
     logs.configure("error")
+    _need_store(settings)
     look = _look(settings)
     stored = [*look.inventory.artifacts, *look.inventory.unreadable]
     chosen = _matching(prompts, stored) if prompts else stored
@@ -204,51 +214,59 @@ def verify(settings: Settings, prompts: Sequence[str], deep: bool, want_json: bo
             click.echo(printable(f"{mark:<7} {result['model']}/{result['prompt']}  {result['detail']}"))
     if want_json:
         _print_json(results)
-    elif not results:
-        click.echo("the store is empty")
+    else:
+        good = sum(result["ok"] for result in results)
+        what = f"{good} of {len(results)} good" if results else "no artifacts"
+        click.echo(printable(f"{what} in the store {settings.cache_dir}"))
     sys.exit(os.EX_OK if all(result["ok"] for result in results) else os.EX_DATAERR)
 
 
 @cli.command("gc")
 @places("manifest", "cache_dir", "state_dir", "socket", "admin_socket")
 @click.option("--dry-run", is_flag=True, help="Only say what would be removed.")
+@click.option("--strangers", is_flag=True, help="Also remove what is not the store's, but for what the manifest names.")
 @as_json
-def gc_(settings: Settings, *, dry_run: bool, want_json: bool) -> None:
-    """Remove orphans, quarantined artifacts and files that are not the store's, and say how much it was.
+def gc_(settings: Settings, *, dry_run: bool, strangers: bool, want_json: bool) -> None:
+    """Remove orphans and quarantined artifacts, and say how much it was. Files that are not the store's are listed.
 
-    A running daemon owns the store, so it is the one that removes them: asked over its socket for changes.
+    A running daemon owns the store, so it is the one that removes them: asked over its socket for changes. Exit code
+    66 when there is no store.
     """
     from rkcached import collect
     from rkcached.client import Client
     from rkcached.show import size
     from rkcached.store import Store
 
+    _need_store(settings)
     store = Store(settings.cache_dir)
-    if not (settings.cache_dir / ".lock").exists():
-        raise SourceError(f"{settings.cache_dir} is no store", hint="name the daemon's cache directory")
     try:
         if not dry_run:
             store.open()
-        rubbish = collect.find_rubbish(store, _look(settings))
+        look = _look(settings)
+        named = collect.Named.by(look, *_inputs(settings, look))
+        rubbish = collect.find_rubbish(store, look, named, strangers=strangers)
         if not dry_run:
-            collect.remove_rubbish(store, rubbish)
-        items: list[dict[str, Any]] = [
-            {"path": str(one.path), "size_bytes": one.size_bytes, "reason": one.why} for one in rubbish
-        ]
+            rubbish = collect.remove_rubbish(store, rubbish, named)
+        found = collect.as_data(rubbish)
     except StoreLocked:
         with Client(settings.admin_socket) as client:
             if Path(client.status()["cache"]["directory"]) != settings.cache_dir:
                 raise
-            items = client.collect()["items"]
+            found = client.collect(strangers=strangers)
     finally:
         store.close()
-    total = sum(item["size_bytes"] for item in items)
+
+    total = sum(item["size_bytes"] for item in found["items"])
     if want_json:
-        _print_json({"removed": not dry_run, "size_bytes": total, "items": items})
+        data = {"store": str(settings.cache_dir), "removed": not dry_run, "size_bytes": total}
+        _print_json({**data, "items": found["items"], "strangers": found["strangers"]})
         return
-    for item in items:
+    for item in (*found["items"], *found["strangers"]):
         click.echo(printable(f"{size(item['size_bytes']):>9}  {item['path']}  {item['reason']}"))
-    click.echo(f"{'would remove' if dry_run else 'removed'} {len(items)}, {size(total)}")
+    left = sum(item["size_bytes"] for item in found["strangers"])
+    said = f"; {len(found['strangers'])} of others stay, {size(left)}" if found["strangers"] else ""
+    done = "would remove" if dry_run else "removed"
+    click.echo(printable(f"{done} {len(found['items'])}, {size(total)}{said}; store {settings.cache_dir}"))
 
 
 @cli.command("inspect")
@@ -453,6 +471,32 @@ def _look(settings: Settings) -> Look:
     if look.store_trouble is not None:
         raise look.store_trouble
     return look
+
+
+def _inputs(settings: Settings, look: Look) -> tuple[list[Path], list[Path]]:
+    """The files and folders that a look depends on."""
+    from rkcached.observe import inputs
+    from rkcached.stored import StoredTexts
+
+    return inputs(look.manifest, settings.manifest, StoredTexts(settings.state_dir))
+
+
+def _need_store(settings: Settings) -> None:
+    """Errors: SourceError where there is none; StoreError where nobody can say."""
+    from rkcached import marks
+
+    try:
+        why = marks.why_no_store(settings.cache_dir)
+        beside = settings.manifest.parent / "cache"
+        known = bool(why) and beside != settings.cache_dir and not marks.why_no_store(beside)
+    except OSError as error:
+        raise StoreError(
+            f"the store {settings.cache_dir} cannot be read: {error.strerror}", hint="check the directory's permissions"
+        ) from error
+    if why:
+        there = f"there is one beside the manifest: --cache-dir {beside}"
+        hint = there if known else "name the daemon's with --cache-dir or RKCACHED_CACHE_DIR; `rkcached run` makes one"
+        raise SourceError(f"there is no store at {settings.cache_dir}: {why}", hint=hint)
 
 
 def _key(text: str) -> Any:

@@ -42,8 +42,8 @@ class Client:
     def regenerate(self, model: str, prompt: str) -> dict[str, Any]:
         return self._json("POST", f"/v1/cache/{model}/generate-binary", {"cache_name": prompt})
 
-    def collect(self) -> dict[str, Any]:
-        return self._json("POST", "/v1/gc", {"dry_run": False})
+    def collect(self, *, strangers: bool) -> dict[str, Any]:
+        return self._json("POST", "/v1/gc", {"dry_run": False, "strangers": strangers})
 
     def store(self, model: str, prompt: str, text: str) -> None:
         """Store a text as a prompt, and wait until its cache is built. On the admin socket."""

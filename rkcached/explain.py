@@ -63,3 +63,4 @@ def print_explanation(console: Console, data: dict[str, Any]) -> None:
             )
     if data["action"] and data["action"]["action"] == "build":
         console.print(Text("  the daemon builds it as soon as it looks"))
+    console.print(Text(f"  store {data['store']}", style="dim"), soft_wrap=True)

@@ -370,3 +370,6 @@ class CollectRequest(Record):
     """`POST /v1/gc`."""
 
     dry_run: bool = Field(default=False, description="Only say what would be removed.")
+    strangers: bool = Field(
+        default=False, description="Also remove what is not the store's, but for what the manifest names."
+    )

@@ -16,14 +16,25 @@ PATH = click.Path(path_type=Path)
 
 FLAGS = {
     "manifest": click.option(
-        "--manifest", "-m", type=PATH, metavar="FILE", help="The YAML manifest. [RKCACHED_MANIFEST]"
+        "--manifest",
+        "-m",
+        type=PATH,
+        metavar="FILE",
+        help="The YAML manifest; default: manifest.yaml here if it exists, else /etc/rkcached/manifest.yaml. "
+        "[RKCACHED_MANIFEST]",
     ),
-    "cache_dir": click.option("--cache-dir", type=PATH, metavar="DIR", help="The store. [RKCACHED_CACHE_DIR]"),
+    "cache_dir": click.option(
+        "--cache-dir",
+        type=PATH,
+        metavar="DIR",
+        help="The store; default: cache, in the folder where the command is given; for the system's manifest "
+        "/var/cache/rkcached. [RKCACHED_CACHE_DIR]",
+    ),
     "state_dir": click.option(
         "--state-dir",
         type=PATH,
         metavar="DIR",
-        help="Stored texts; default: state, beside the store. [RKCACHED_STATE_DIR]",
+        help="Stored texts; default: state, beside the store; for the system's /var/lib/rkcached. [RKCACHED_STATE_DIR]",
     ),
     "admin_socket": click.option(
         "--admin-socket",
@@ -31,7 +42,14 @@ FLAGS = {
         metavar="PATH",
         help="The socket for changes; default: admin.sock beside the other. [RKCACHED_ADMIN_SOCKET]",
     ),
-    "socket": click.option("--socket", "-s", type=PATH, metavar="PATH", help="The Unix socket. [RKCACHED_SOCKET]"),
+    "socket": click.option(
+        "--socket",
+        "-s",
+        type=PATH,
+        metavar="PATH",
+        help="The Unix socket; default: rkcached.sock in $XDG_RUNTIME_DIR, or in /run/rkcached without one, or where "
+        "only the system's daemon has one. [RKCACHED_SOCKET]",
+    ),
 }
 
 as_json = click.option("--json", "want_json", is_flag=True, help="Print JSON.")

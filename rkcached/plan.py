@@ -359,7 +359,7 @@ def over_budget(
     )
     hint = "raise cache.max_bytes, or move the prompt up in the manifest"
     if foreign_bytes:
-        hint += f"; {foreign_bytes:,} bytes are taken by files that are not the store's: `rkcached gc`"
+        hint += f"; {foreign_bytes:,} bytes are taken by files that are not the store's: `rkcached gc --strangers`"
     return Verdict(
         fingerprint=fingerprint,
         kind=VerdictKind.OVER_BUDGET,

@@ -149,9 +149,10 @@ class Reconciler:
         self.look_again(now=True)
         await event.wait()
 
-    async def collect(self, *, dry_run: bool) -> list[Rubbish]:
+    async def collect(self, *, dry_run: bool, strangers: bool = False) -> list[Rubbish]:
         """Take out of the store what serves nobody; `dry_run`: only say what could go. Errors: StoreError."""
-        collection = Collection(dry_run=dry_run, future=asyncio.get_running_loop().create_future(), rubbish=[])
+        future: asyncio.Future[list[Rubbish]] = asyncio.get_running_loop().create_future()
+        collection = Collection(dry_run=dry_run, strangers=strangers, future=future)
         self._collections.append(collection)
         self.look_again(now=True)
         rubbish = await collection.future
@@ -291,10 +292,11 @@ class Reconciler:
             self._note_store(look)
             self._publish(look)
             files, folders = inputs(look.manifest, self.manifest_file.path, self._stored)
+            self._store.spare(files)
             self._watcher.follow(await asyncio.to_thread(places, files, folders))
             self._retire_workers(look)
             for collection in collections:
-                await collection.find(self._store, look, building)
+                await collection.find(self._store, look, building, (files, folders))
             if await self._stop_unwanted_build(look):
                 building = None
             removes = [action for action in plan(look.assessments) if isinstance(action, Remove)]
@@ -328,6 +330,7 @@ class Reconciler:
         room = math.inf if limit is None else max(0, limit - self.view.used_bytes())
         with contextlib.suppress(errors.StoreError):
             await asyncio.to_thread(self._store.tidy, look.inventory, room)
+        self.view.quarantine_bytes = sum(look.inventory.quarantined.values())
 
     def _note_store(self, look: Look) -> None:
         error, before = look.store_trouble, self.store_trouble

@@ -12,7 +12,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
+from rkcached.beneath import is_folder
 from rkcached.digests import Digests, Signature, settled, signature_of
+from rkcached.engines.registry import ENGINES
 from rkcached.errors import SourceError
 from rkcached.manifest import NAME
 from rkcached.plan import Key
@@ -23,6 +25,9 @@ MAX_RECORD_BYTES = 1 << 20
 
 STAGING = ".stage-"
 """What the names of files begin with that a build has not published yet."""
+
+CACHE_SUFFIXES = tuple(engine.artifact_suffix for engine in ENGINES.values())
+"""Of the names of prompt caches, with the dot."""
 
 
 class _Seen(NamedTuple):
@@ -124,32 +129,31 @@ def inspect(folder: Path, sidecar: Sidecar, digests: Digests) -> StoredArtifact:
 
 def prompt_of(name: str) -> str:
     """The prompt that a file with this name would belong to; nothing if the store has no such names."""
-    stem, _, suffix = name.rpartition(".")
-    return stem if NAME.fullmatch(stem) and (suffix in ("json", "bin") or suffix.endswith("_cache")) else ""
+    stem, dot, suffix = name.rpartition(".")
+    ours = dot + suffix in (".json", ".bin", *CACHE_SUFFIXES)
+    return stem if ours and NAME.fullmatch(stem) else ""
 
 
 def _scan_rest(folder: Path, names: set[str], damaged: Mapping[Key, str], inventory: Inventory) -> None:
-    """What lies beside the artifacts of a folder; `damaged` are those whose sidecar is none, and why."""
+    """Sort what lies beside the artifacts of a folder; `damaged` are those whose sidecar is none, and why.
+
+    A sidecar that is none is the store's only with a prompt cache beside it: other programs write JSON files, too.
+    """
     caches: dict[Key, list[Path]] = {}
     for name in sorted(names):
-        if name.endswith("_cache") and (prompt := prompt_of(name)):
+        if name.endswith(CACHE_SUFFIXES) and (prompt := prompt_of(name)) and not is_folder(folder / name):
             caches.setdefault(Key(folder.name, prompt), []).append(folder / name)
-    for key, why in damaged.items():
-        inventory.unreadable[key] = Unreadable(corrupt=why, size_bytes=_bytes(caches.get(key, ())))
-    for key, found in caches.items():  # of a commit that was cut off before its sidecar
-        if key not in inventory.artifacts and f"{key.prompt}.json" not in names:
-            inventory.unreadable[key] = Unreadable(corrupt="the sidecar is missing", size_bytes=_bytes(found))
-    inventory.staged.extend(folder / name for name in names if name.startswith(STAGING))
-    prompts = {prompt_of(name) for name in names if name.endswith((".json", "_cache"))} - {""}
-    inventory.foreign.update(
-        foreign(
-            folder / name
-            for name in sorted(names)
-            if not name.startswith(STAGING)
-            and (prompt := prompt_of(name)) not in prompts
-            and Key(folder.name, prompt) not in inventory.artifacts
-        )
-    )
+    for key, found in caches.items():  # without a sidecar: of a commit that was cut off before it
+        if key not in inventory.artifacts and (key in damaged or f"{key.prompt}.json" not in names):
+            why = damaged.get(key, "the sidecar is missing")
+            inventory.unreadable[key] = Unreadable(corrupt=why, size_bytes=_bytes(found))
+
+    for name in sorted(names):
+        key = Key(folder.name, prompt_of(name))
+        if name.startswith(STAGING):
+            inventory.staged.append(folder / name)
+        elif key not in inventory.artifacts and key not in inventory.unreadable:
+            inventory.foreign.update(foreign((folder / name,)))
 
 
 def foreign(files: Iterable[Path]) -> Iterator[tuple[Path, int]]:

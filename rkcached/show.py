@@ -8,6 +8,7 @@ import statistics
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, assert_never
 
 from rich.cells import cell_len
@@ -57,7 +58,7 @@ def action_data(action: Action) -> dict[str, Any]:
             assert_never(action)
 
 
-def print_plan(console: Console, actions: Sequence[Action], assessments: Sequence[Assessment]) -> None:
+def print_plan(console: Console, actions: Sequence[Action], assessments: Sequence[Assessment], store: Path) -> None:
     signs = {"build": ("+", "green"), "remove": ("-", "red"), "blocked": ("!", "yellow")}
     table = Table.grid(padding=(0, 2))
     for action in actions:
@@ -73,7 +74,8 @@ def print_plan(console: Console, actions: Sequence[Action], assessments: Sequenc
     fresh = sum(assessment.state is State.FRESH for assessment in assessments)
     words = [f"{counts[name]} to {name}" for name in ("build", "remove") if counts[name]]
     words += [f"{counts['blocked']} blocked"] if counts["blocked"] else []
-    console.print(Text(", ".join([*words, f"{fresh} fresh"]) if words else f"nothing to do, {fresh} fresh"))
+    summary = ", ".join([*(words or ["nothing to do"]), f"{fresh} fresh"])
+    console.print(Text(printable(f"{summary}; store {store}")), soft_wrap=True)
 
 
 def print_status(console: Console, status: dict[str, Any], *, stays: bool = False) -> None:

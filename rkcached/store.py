@@ -3,21 +3,23 @@
     {model}/{name}.llama_cache    the prompt cache        {model}/{name}.bin    the prefix it was made from, UTF-8
     {model}/{name}.json           the sidecar: the commit record, with size and SHA-256 of the other two
     .verdicts/{model}/{name}.json the outcome of attempts that gave no artifact
-    .quarantine/                  artifacts that failed when they were used       .lock  .digests.json
+    .quarantine/                  artifacts that failed when they were used
+    .lock  .digests.json          and CACHEDIR.TAG, which marks the folder as a store
 
 Invariant: an artifact is what its sidecar says, or it is reported as corrupt and rebuilt. The sidecar is renamed into
 place last, so a crash at any step leaves the old state, a mismatch, or the new state. Names that start with a dot are
-the store's own; models and prompts cannot have such names.
+the store's own; models and prompts cannot have such names. Nothing is removed through a symbolic link beneath the
+directory, and what is not the store's by name and kind stays.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import os
 import secrets
-import shutil
 import stat
 import threading
 from collections.abc import Iterable, Iterator
@@ -25,7 +27,7 @@ from pathlib import Path
 
 import msgspec
 
-from rkcached import disk, durable
+from rkcached import beneath, disk, durable, marks
 from rkcached.digests import Digests, signature_of
 from rkcached.engines.registry import ENGINES
 from rkcached.errors import StoreError, StoreLocked
@@ -38,8 +40,7 @@ DIRECTORY_MODE = 0o750
 MAX_QUARANTINED = 8
 """Artifacts kept for a post-mortem; the oldest goes first."""
 
-_OWN = (".lock", ".digests.json", ".digests.json.tmp")
-_HALF = ".tmp"
+_LOCK_FLAGS = os.O_RDONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
 class Store:
@@ -56,13 +57,22 @@ class Store:
         self._folders = threading.Lock()
         """Held where a model's folder comes or goes."""
         self._scan = Scan(self.digests)
+        self._spared: frozenset[Path] = frozenset()
+        """Files in the store's place that the manifest names: they stay, whatever their name is."""
+
+    def spare(self, files: Iterable[Path]) -> None:
+        """From now on, none of these is removed. Absolute paths; the whole list each time."""
+        tops = tuple({f"{self.root}{os.sep}", f"{os.path.realpath(self.root)}{os.sep}"})
+        inside = {str(path) for path in files if str(path).startswith(tops)}
+        self._spared = frozenset(self.root / path.removeprefix(top) for path in inside for top in tops)
 
     # Life
 
     def open(self) -> None:
-        """Create the directory, lock it, and clear away what a crash left behind.
+        """Create the directory or take one that is a store, lock it, and clear away what a crash left behind.
 
-        Errors: StoreError when it cannot be created or written; StoreLocked when another daemon has it.
+        Errors: StoreError when it cannot be created or written, or is somebody else's folder; StoreLocked when another
+        daemon has it.
         """
         self._take()
         self._opened = True
@@ -73,11 +83,16 @@ class Store:
         """Create and lock the directory. The descriptor only reads, so that its disk can be remounted read-only."""
         try:
             self.root.mkdir(mode=DIRECTORY_MODE, parents=True, exist_ok=True)
-            fd = os.open(self.root / ".lock", os.O_RDONLY | os.O_CREAT | os.O_CLOEXEC, durable.FILE_MODE)
+            if why := marks.why_not_ours(self.root):
+                hint = "name an empty or a new folder with --cache-dir, or move what is not a store's out of this one"
+                raise StoreError(f"{self.root} is not taken as a store: {why}", hint=hint)
+            fd = os.open(self.root / marks.LOCK, _LOCK_FLAGS, durable.FILE_MODE)
         except OSError as error:
             why, hint = disk.refusal(error, self.root)
             if isinstance(error, FileExistsError | NotADirectoryError | PermissionError):
                 hint = "create it for this user, or name another one with --cache-dir or RKCACHED_CACHE_DIR"
+            elif error.errno == errno.ELOOP:
+                why, hint = f"{marks.LOCK} in it is a link", "remove the link"
             raise StoreError(f"the cache directory {self.root} cannot be written: {why}", hint=hint) from error
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -91,7 +106,10 @@ class Store:
         self._release()
         self._lock_fd = fd
         with contextlib.suppress(OSError):  # who owns it is said to whom it is refused; a full disk may not take it
-            (self.root / ".lock").write_text(f"{os.getpid()}\n")
+            writing = os.open(self.root / marks.LOCK, os.O_WRONLY | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC)
+            with os.fdopen(writing, "w") as stream:
+                stream.write(f"{os.getpid()}\n")
+        marks.tag(self.root)
 
     def _release(self) -> None:
         if self._lock_fd >= 0:
@@ -116,11 +134,26 @@ class Store:
 
     def _sweep(self) -> None:
         """Remove what an interrupted commit staged."""
-        for path in (*self.root.glob(".verdicts/*/.*.tmp"), *self.root.glob(".digests.json.tmp")):
-            path.unlink(missing_ok=True)
+        for name in beneath.names_in(self.root):
+            if marks.is_temporary(name):
+                self._unlink(name)
+        for model in beneath.names_in(self.root, marks.VERDICTS):
+            for name in beneath.names_in(self.root, marks.VERDICTS, model):
+                if name.startswith(".") and name.endswith(".tmp"):
+                    self._unlink(marks.VERDICTS, model, name)
         for folder in self._model_folders():
-            for path in folder.glob(f"{STAGING}*"):
-                path.unlink(missing_ok=True)
+            for name in beneath.names_in(self.root, folder.name):
+                if name.startswith(STAGING):
+                    self._unlink(folder.name, name)
+
+    def _unlink(self, *names: str) -> None:
+        """Remove a file, or a link itself. Folders stay, and what the manifest names. Errors: OSError."""
+        *folders, name = names
+        if self.root.joinpath(*names) in self._spared:
+            return
+        with contextlib.suppress(FileNotFoundError), beneath.opened(self.root, folders) as parent:
+            if not beneath.is_folder_in(parent, name):
+                os.unlink(name, dir_fd=parent)
 
     # Reading
 
@@ -142,7 +175,7 @@ class Store:
         for folder in self._model_folders():
             self._scan.folder(folder, inventory)
         with contextlib.suppress(FileNotFoundError):
-            others = [name for name in sorted(os.listdir(self.root)) if name not in _OWN and name[-4:] != _HALF]  # noqa: PTH208
+            others = [name for name in sorted(os.listdir(self.root)) if not marks.is_own(name)]  # noqa: PTH208 - names
             inventory.foreign.update(foreign(self.root / name for name in others))
         inventory.quarantined.update((path, size_of(path)) for path in self._kept())
         for path in self.root.glob(".verdicts/*/*.json"):
@@ -174,7 +207,7 @@ class Store:
         folder = self.root / key.model
         staged = folder / f"{STAGING}{key.prompt}-{secrets.token_hex(4)}"
         with self._writing(folder), self._folders:
-            folder.mkdir(mode=DIRECTORY_MODE, exist_ok=True)
+            _make_folder(folder)
             staged.touch(mode=durable.FILE_MODE)  # a folder that takes no file says so before the prefill
             staged.unlink()
             self._staged.add(staged)
@@ -189,17 +222,18 @@ class Store:
     def tidy(self, inventory: Inventory, quarantine_bytes: float) -> None:
         """Remove what builds left that could not clear up after themselves, and what the quarantine has beyond that.
 
-        Errors: StoreError.
+        The inventory is what the store holds afterwards. Errors: StoreError.
         """
         for path in inventory.staged:
             if not any(path.name.startswith(staged.name) for staged in tuple(self._staged)):
                 with self._writing(path):
-                    path.unlink(missing_ok=True)
+                    self._unlink(path.parent.name, path.name)
         excess = sum(inventory.quarantined.values()) - quarantine_bytes
-        for path, size_bytes in inventory.quarantined.items():
+        for path, size_bytes in tuple(inventory.quarantined.items()):
             if excess > 0:
                 with self._writing(path):
-                    shutil.rmtree(path, ignore_errors=True)
+                    self._drop(path)
+                del inventory.quarantined[path]
                 excess -= size_bytes
 
     def seal(self, staged: Path) -> tuple[int, str]:
@@ -231,7 +265,7 @@ class Store:
                 durable.sync_directory(folder)
                 for other in _artifacts_of(folder, key.prompt):  # one that another engine wrote
                     if other.name != sidecar.artifact:
-                        other.unlink(missing_ok=True)
+                        self._unlink(key.model, other.name)
                 info = path.stat()
         finally:
             for leftover in (text, record, staged):
@@ -245,10 +279,10 @@ class Store:
         folder = self.root / key.model
         with self._writing(folder):
             self._make_way(key)
-            (folder / f"{key.prompt}.json").unlink(missing_ok=True)
-            (folder / f"{key.prompt}.bin").unlink(missing_ok=True)
+            self._unlink(key.model, f"{key.prompt}.json")
+            self._unlink(key.model, f"{key.prompt}.bin")
             for path in _artifacts_of(folder, key.prompt):
-                path.unlink(missing_ok=True)
+                self._unlink(key.model, path.name)
             with self._folders, contextlib.suppress(OSError):
                 if all(staged.parent != folder for staged in tuple(self._staged)):  # a build's file comes late
                     folder.rmdir()
@@ -263,37 +297,49 @@ class Store:
     def _make_way(self, key: Key, artifact: str = "") -> None:
         """Nobody but us puts anything where our files go: a directory there is moved away. Errors: StoreError."""
         folder = self.root / key.model
+        if not beneath.is_folder(folder):
+            return
         names = {f"{key.prompt}.json", f"{key.prompt}.bin", artifact or f"{key.prompt}.json"}
         places = {folder / name for name in names} | set(_artifacts_of(folder, key.prompt))
         if in_the_way := sorted(path for path in places if path.is_dir() and not path.is_symlink()):
-            self._keep(key, in_the_way)
+            self._keep(key, in_the_way, prefix=marks.ASIDE)
 
-    def _keep(self, key: Key, paths: Iterable[Path]) -> None:
+    def _keep(self, key: Key, paths: Iterable[Path], prefix: str = "") -> None:
         """Move these into a new folder of the quarantine, where the oldest make room. Errors: StoreError."""
-        kept = self.root / ".quarantine"
+        kept = self.root / marks.QUARANTINE
         with self._writing(kept):
-            kept.mkdir(mode=DIRECTORY_MODE, exist_ok=True)
-            target = kept / f"{key.model}--{key.prompt}--{secrets.token_hex(4)}"
+            _make_folder(kept)
+            target = kept / f"{prefix}{key.model}--{key.prompt}--{secrets.token_hex(4)}"
             target.mkdir(mode=DIRECTORY_MODE)
             for path in paths:
-                with contextlib.suppress(FileNotFoundError):
-                    path.rename(target / path.name)
+                if path not in self._spared and beneath.is_folder(path.parent):
+                    with contextlib.suppress(FileNotFoundError):
+                        path.rename(target / path.name)
             for old in self._kept()[:-MAX_QUARANTINED]:
-                shutil.rmtree(old, ignore_errors=True)
+                self._drop(old)
+
+    def _drop(self, kept: Path) -> None:
+        """Remove a folder of the quarantine; what cannot be removed stays, and is tried again."""
+        with contextlib.suppress(OSError):
+            beneath.remove(self.root, marks.QUARANTINE, kept.name)
 
     def _kept(self) -> list[Path]:
-        """What is in the quarantine, the oldest first."""
-        try:
-            return sorted((self.root / ".quarantine").iterdir(), key=lambda path: path.lstat().st_mtime_ns)
-        except FileNotFoundError:
-            return []
+        """What the store put into the quarantine, the oldest first."""
+        kept = self.root / marks.QUARANTINE
+        ages = []
+        for name in beneath.names_in(self.root, marks.QUARANTINE):
+            with contextlib.suppress(FileNotFoundError):
+                info = (kept / name).lstat()
+                if marks.is_quarantined(name) and stat.S_ISDIR(info.st_mode):
+                    ages.append((info.st_mtime_ns, kept / name))
+        return [path for _, path in sorted(ages)]
 
     def write_verdict(self, key: Key, verdict: Verdict) -> None:
         """Remember why a fingerprint has no artifact. Errors: StoreError."""
         path = self._verdict_path(key)
         with self._writing(path):
             for folder in (path.parent.parent, path.parent):
-                folder.mkdir(mode=DIRECTORY_MODE, exist_ok=True)
+                _make_folder(folder)
             temporary = path.with_name(f".{path.name}.tmp")
             temporary.unlink(missing_ok=True)
             durable.write_new(temporary, msgspec.json.encode(verdict))
@@ -312,10 +358,10 @@ class Store:
 
     def clear_verdict(self, key: Key) -> None:
         with contextlib.suppress(OSError):
-            self._verdict_path(key).unlink(missing_ok=True)
+            self._unlink(marks.VERDICTS, key.model, f"{key.prompt}.json")
 
     def _verdict_path(self, key: Key) -> Path:
-        return self.root / ".verdicts" / key.model / f"{key.prompt}.json"
+        return self.root / marks.VERDICTS / key.model / f"{key.prompt}.json"
 
     @contextlib.contextmanager
     def _writing(self, path: Path) -> Iterator[None]:
@@ -334,13 +380,21 @@ class Store:
 
 def size_of(path: Path) -> int:
     """Bytes of a file, or of all files in a folder; nothing is followed."""
-    inside = [path, *path.rglob("*")] if path.is_dir() and not path.is_symlink() else [path]
     size_bytes = 0
-    for one in inside:
-        with contextlib.suppress(FileNotFoundError):
-            info = one.lstat()
-            size_bytes += 0 if stat.S_ISDIR(info.st_mode) else info.st_size
+    with contextlib.suppress(OSError), beneath.opened(path.parent) as parent:
+        for entry in beneath.walk(parent, path.name):
+            size_bytes += 0 if entry.is_folder else entry.info.st_size
     return size_bytes
+
+
+def _make_folder(path: Path) -> None:
+    """Errors: OSError; StoreError where a link is in its place: what is written there would leave the store."""
+    path.mkdir(mode=DIRECTORY_MODE, exist_ok=True)
+    if not beneath.is_folder(path):
+        raise StoreError(
+            f"{path} is a link, and the store writes through none",
+            hint="remove the link; to keep a model's caches on another disk, mount it there",
+        )
 
 
 def _artifacts_of(folder: Path, prompt: str) -> list[Path]:

@@ -169,6 +169,53 @@ def test_plan_and_explain_without_a_daemon(two_prompts: Workspace) -> None:
     assert "MODEL/PROMPT" in two_prompts.cli("explain", "m", code=os.EX_USAGE).stderr
 
 
+@pytest.mark.parametrize("place", ["missing", "empty", "checkout", "project"])
+def test_without_a_store_every_command_that_looks_at_one_says_so(two_prompts: Workspace, place: str) -> None:
+    """It names the place, where the store may be, and exits with 66. The plan is printed all the same: all is missing.
+
+    Nothing is made, nothing is changed there.
+    """
+    elsewhere = two_prompts.root / "elsewhere"
+    files = {"checkout": ["README.md", ".gitignore"], "project": ["thesis.txt", "README.md"]}.get(place, [])
+    if place != "missing":
+        elsewhere.mkdir()
+    for name in files:
+        (elsewhere / name).write_text("mine")
+    why = {"missing": "it does not exist", "project": "it has 'thesis.txt' in it"}.get(place, "it is empty")
+    for command in (["plan"], ["plan", "--exit-code", "--json"], ["explain", "m/a"], ["verify"], ["gc"]):
+        done = two_prompts.cli(*command, "--cache-dir", str(elsewhere), code=os.EX_NOINPUT)
+        assert f"error: there is no store at {elsewhere}: {why}" in done.stderr
+        assert f"hint: there is one beside the manifest: --cache-dir {two_prompts.cache}" in done.stderr
+        if command == ["plan"]:
+            assert f"2 to build, 0 fresh; store {elsewhere}" in done.stdout
+        if "--json" in command:
+            assert [action["reason"] for action in json.loads(done.stdout)] == ["missing", "missing"]
+    assert elsewhere.exists() == (place != "missing")
+    assert sorted(path.name for path in elsewhere.glob("*")) == sorted(files)
+
+
+def test_every_command_that_looks_at_a_store_names_it(two_prompts: Workspace) -> None:
+    """For people and, where the answer has room for it, for programs. An empty store is one, too."""
+    assert f"2 of 2 good in the store {two_prompts.cache}" in two_prompts.cli("verify").stdout
+    assert f"; store {two_prompts.cache}\n" in two_prompts.cli("plan").stdout
+    assert f"store {two_prompts.cache}\n" in two_prompts.cli("explain", "m/a").stdout
+    assert json.loads(two_prompts.cli("explain", "m/a", "--json").stdout)["store"] == str(two_prompts.cache)
+    assert f"; store {two_prompts.cache}\n" in two_prompts.cli("gc").stdout
+    two_prompts.declare("{}")
+    two_prompts.hang_up()
+    wait_until(lambda: not (two_prompts.cache / "m").exists(), "the artifacts are gone")
+    assert f"no artifacts in the store {two_prompts.cache}" in two_prompts.cli("verify").stdout
+
+
+@pytest.mark.parametrize("command", ["run", "plan", "explain", "verify", "gc", "status", "doctor", "bench", "check"])
+def test_help_tells_the_default_of_each_place(workspace: Workspace, command: str) -> None:
+    """Manifest, store and sockets: where they are when nobody says."""
+    told = " ".join(workspace.cli(command, "--help").stdout.split())
+    options = re.findall(r"--(manifest|cache-dir|state-dir|socket|admin-socket) (?:FILE|DIR|PATH)(.*?)\[RKCACHED", told)
+    assert options
+    assert [name for name, words in options if "default: " not in words] == []
+
+
 def test_status(workspace: Workspace) -> None:
     """Status is a table for people and JSON for programs; descriptions are shown."""
     workspace.memory_model(prefill_us_per_token=500)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,7 @@ def littered(two_prompts: Workspace) -> Workspace:
     space.write("cache/lost", "x" * 10)
     space.write("cache/.quarantine/m--a--0011/a.memory_cache", "x" * 1000)
     space.write("elsewhere", "kept")
+    space.write("cache/m/sub/deep.txt", "years")
     (space.cache / "m/link.txt").symlink_to(space.root / "elsewhere")
     return space
 
@@ -30,28 +32,45 @@ def files(space: Workspace) -> set[str]:
     return {str(path.relative_to(space.cache)) for path in space.cache.rglob("*") if not path.is_dir()}
 
 
-KEPT = {".lock", ".digests.json", "m/a.bin", "m/a.json", "m/a.memory_cache"}
+KEPT = {".lock", ".digests.json", "CACHEDIR.TAG", "m/a.bin", "m/a.json", "m/a.memory_cache"}
+STRANGERS = {"lost", "m/notes.txt", "m/link.txt", "m/sub/deep.txt"}
+ASK = "not the store's: --strangers removes it"
 
 
 def test_it_removes_what_serves_nobody_and_says_how_much(littered: Workspace) -> None:
-    """Orphans, the quarantine, foreign files; a link, but not what it leads to. The second time there is nothing."""
+    """Orphans and the quarantine. What is not the store's is listed with its size, and stays. The second time, too."""
     before = files(littered)
     planned = json.loads(littered.cli("gc", "--dry-run", "--json").stdout)
     assert files(littered) == before
     assert planned["removed"] is False
     removed = json.loads(littered.cli("gc", "--json").stdout)
     assert removed == {**planned, "removed": True}
+    assert removed["store"] == str(littered.cache)
     assert {(Path(item["path"]).name, item["reason"]) for item in removed["items"]} == {
         ("b.json", "not in the manifest"),
         ("m--a--0011", "quarantined"),
-        ("notes.txt", "not a file of the store"),
-        ("link.txt", "not a file of the store"),
-        ("lost", "not a file of the store"),
     }
-    assert removed["size_bytes"] == sum(item["size_bytes"] for item in removed["items"]) > 1110
+    assert removed["size_bytes"] == sum(item["size_bytes"] for item in removed["items"]) > 1000
+    sizes = {str(Path(item["path"]).relative_to(littered.cache)): item["size_bytes"] for item in removed["strangers"]}
+    link = (littered.cache / "m/link.txt").lstat().st_size
+    assert sizes == {"lost": 10, "m/notes.txt": 100, "m/link.txt": link, "m/sub": 5}
+    assert {item["reason"] for item in removed["strangers"]} == {ASK}
+    assert files(littered) == KEPT | STRANGERS
+    again = littered.cli("gc").stdout
+    assert f"removed 0, 0 B; 4 of others stay, {115 + link} B; store {littered.cache}\n" in again
+
+
+def test_strangers_go_when_it_is_said(littered: Workspace) -> None:
+    """Files, a folder, a link; not what it leads to. Nothing of the store's."""
+    planned = json.loads(littered.cli("gc", "--strangers", "--dry-run", "--json").stdout)
+    assert files(littered) >= STRANGERS
+    removed = json.loads(littered.cli("gc", "--strangers", "--json").stdout)
+    assert removed == {**planned, "removed": True}
+    assert len(removed["items"]) == 6
+    assert removed["strangers"] == []
     assert files(littered) == KEPT
     assert (littered.root / "elsewhere").read_text() == "kept"
-    assert littered.cli("gc").stdout == "removed 0, 0 B\n"
+    assert littered.cli("gc").stdout == f"removed 0, 0 B; store {littered.cache}\n"
 
 
 def test_a_running_daemon_does_it(two_prompts: Workspace) -> None:
@@ -60,10 +79,14 @@ def test_a_running_daemon_does_it(two_prompts: Workspace) -> None:
     two_prompts.write("cache/.quarantine/m--a--0011/a.memory_cache", "x" * 1000)
     assert "notes.txt" in two_prompts.cli("gc", "--dry-run").stdout
     removed = json.loads(two_prompts.cli("gc", "--json").stdout)
-    assert (removed["removed"], removed["size_bytes"]) == (True, 1100)
-    assert [one["reason"] for one in removed["items"]] == ["quarantined", "not a file of the store"]
-    assert files(two_prompts) == KEPT | {"m/b.bin", "m/b.json", "m/b.memory_cache"}
-    assert two_prompts.cli("gc").stdout == "removed 0, 0 B\n"
+    assert (removed["removed"], removed["size_bytes"]) == (True, 1000)
+    assert [one["reason"] for one in removed["items"]] == ["quarantined"]
+    assert [(one["size_bytes"], one["reason"]) for one in removed["strangers"]] == [(100, ASK)]
+    fresh = KEPT | {"m/b.bin", "m/b.json", "m/b.memory_cache"}
+    assert files(two_prompts) == fresh | {"m/notes.txt"}
+    removed = json.loads(two_prompts.cli("gc", "--strangers", "--json").stdout)
+    assert [one["reason"] for one in removed["items"]] == ["not a file of the store"]
+    assert files(two_prompts) == fresh
     assert [two_prompts.ask(f"m/{name}")["rkcached"]["state"] for name in "ab"] == ["hit", "hit"]
     assert two_prompts.built() == ["a", "b"]
 
@@ -79,10 +102,14 @@ def test_asked_over_http(two_prompts: Workspace) -> None:
         shown = two_prompts.status()["cache"]
         assert (shown["foreign_bytes"], shown["quarantine_bytes"], shown["orphan_bytes"]) == (100, 1000, 0)
         assert "100 B foreign, 1.0 kB quarantine" in two_prompts.cli("status").stdout
-        assert (dry["object"], dry["removed"], dry["size_bytes"]) == ("cache.collected", False, 1100)
-        assert (two_prompts.cache / "m/notes.txt").exists()
+        assert (dry["object"], dry["removed"], dry["size_bytes"]) == ("cache.collected", False, 1000)
+        assert (two_prompts.cache / ".quarantine/m--a--0011").exists()
         wet = client.post("/v1/gc", json={"dry_run": False}).json()
         assert wet == {**dry, "removed": True}
+        assert [Path(one["path"]).name for one in wet["strangers"]] == ["notes.txt"]
+        assert (two_prompts.cache / "m/notes.txt").exists()
+        wet = client.post("/v1/gc", json={"strangers": True}).json()
+        assert (wet["size_bytes"], wet["strangers"]) == (100, [])
     assert not (two_prompts.cache / "m/notes.txt").exists()
     shown = two_prompts.status()["cache"]
     assert (shown["max_bytes"], shown["used_bytes"]) == (None, sum(p.stat().st_size for p in caches(two_prompts)))
@@ -140,9 +167,9 @@ def test_foreign_files_count_and_gc_gives_their_room_back(workspace: Workspace) 
     blocked = workspace.wait_state("b", "blocked")
     left = (1 << 20) - size_bytes - 500_000
     assert blocked["reason"] == f"needs {size_bytes:,} bytes, {left:,} of cache.max_bytes 1,048,576 are left"
-    assert "500,000 bytes are taken by files that are not the store's: `rkcached gc`" in blocked["hint"]
+    assert "500,000 bytes are taken by files that are not the store's: `rkcached gc --strangers`" in blocked["hint"]
     assert workspace.status()["cache"]["used_bytes"] == size_bytes + 500_000
-    workspace.cli("gc")
+    workspace.cli("gc", "--strangers")
     assert not foreign.exists()
     workspace.wait_state("b", "fresh", 20)
 
@@ -197,5 +224,94 @@ def test_a_directory_that_is_no_store_is_left_alone(workspace: Workspace) -> Non
     workspace.memory_model()
     workspace.declare("{}")
     workspace.write("cache/thesis.txt", "years of work")
-    assert "is no store" in workspace.cli("gc", code=66).stderr
+    for arguments in ((), ("--dry-run",), ("--strangers",)):
+        refused = workspace.cli("gc", *arguments, code=66).stderr
+        assert f"there is no store at {workspace.cache}: it has 'thesis.txt' in it" in refused
     assert files(workspace) == {"thesis.txt"}
+
+
+def test_a_daemon_takes_no_folder_that_has_something_else_in_it(workspace: Workspace) -> None:
+    """Its own project, by `--cache-dir .`: it ends with the next step, and neither it nor gc changes anything."""
+    workspace.memory_model()
+    workspace.write("prompts/a.md", "You are prompt A.\n")
+    workspace.write("src/package.json", "{}")
+    workspace.declare("{a: prompts/a.md}")
+    before = {path: path.stat().st_mtime_ns for path in workspace.root.rglob("*")}
+    refused = workspace.cli("run", "--cache-dir", ".", code=73).stderr
+    assert f"{workspace.root} is not taken as a store: it has 'm.model' and 3 more in it" in refused
+    assert "--cache-dir" in refused
+    assert "there is no store at" in workspace.cli("gc", "--strangers", "--cache-dir", ".", code=66).stderr
+    assert {path: path.stat().st_mtime_ns for path in workspace.root.rglob("*")} == before
+
+
+def test_what_the_manifest_names_stays_whatever_is_said(littered: Workspace) -> None:
+    """Model, prompts and their folder, by a link or another name, within a folder, and the manifest itself."""
+    space = littered
+    space.write("cache/things/models/m.model", (space.root / "m.model").read_bytes())
+    space.write("cache/things/gone.txt", "x")
+    space.write("cache/m/c.md", "You are prompt C.\n")
+    space.write("cache/more/d.md", "You are prompt D.\n")
+    space.write("cache/more/draft.txt", "not a prompt yet")
+    space.write("elsewhere", "You are prompt E.\n")
+    space.declare("{a: prompts/a.md, c: cache/m/c.md, e: cache/m/link.txt}\n    prompts_from: cache/more/*.md")
+    text = space.manifest.read_text().replace("path: m.model", "path: cache/things/models/m.model")
+    space.manifest.unlink()
+    space.write("cache/hard.yaml", text)
+    space.manifest.hardlink_to(space.cache / "hard.yaml")
+    removed = json.loads(space.cli("gc", "--strangers", "--json").stdout)
+    assert {Path(one["path"]).name for one in removed["items"] if one["reason"] == "not a file of the store"} == {
+        "lost",
+        "notes.txt",
+        "sub",
+    }
+    named = {"hard.yaml", "m/c.md", "m/link.txt", "more/d.md", "more/draft.txt", "things/models/m.model"}
+    assert files(space) == KEPT | named | {"things/gone.txt"}
+    assert {one["reason"] for one in removed["strangers"]} == {"not the store's, and the manifest names it"}
+
+
+def test_a_model_s_folder_that_is_a_link_is_not_entered(littered: Workspace) -> None:
+    """Nor is the quarantine: what they lead to stays, with gc, with --strangers and under the daemon."""
+    space = littered
+    for name in ("a.json", "a.bin", "a.memory_cache", "notes.txt"):
+        space.write(f"mine/{name}", "kept")
+    for number in range(12):
+        space.write(f"mine/m--a--00{number:02}/a.json", "kept")
+    shutil.rmtree(space.cache / "m")
+    shutil.rmtree(space.cache / ".quarantine")
+    for name in ("m", ".quarantine", ".verdicts"):
+        (space.cache / name).symlink_to(space.root / "mine")
+    before = sorted((space.root / "mine").rglob("*"))
+    space.cli("gc")
+    space.start()
+    blocked = space.wait_state("a", "blocked")
+    assert f"{space.cache / 'm'} is a link" in blocked["reason"]
+    space.cli("gc")
+    space.cli("gc", "--strangers")
+    space.wait_state("a", "fresh", 30)  # the links were a stranger's, and are gone
+    assert not any((space.cache / name).is_symlink() for name in ("m", ".quarantine", ".verdicts"))
+    space.stop()
+    assert sorted((space.root / "mine").rglob("*")) == before
+    assert {path.read_text() for path in before if path.is_file()} == {"kept"}
+
+
+def test_json_files_of_others_are_no_orphans(two_prompts: Workspace) -> None:
+    """A file that is no sidecar and has no prompt cache beside it: the daemon leaves it, and so does gc."""
+    two_prompts.write("cache/web/package.json", "{}")
+    two_prompts.write("cache/m/settings.json", "{}")
+    two_prompts.write("cache/m/data.other_cache", "x")
+    two_prompts.hang_up()
+    two_prompts.cli("gc")
+    assert {"web/package.json", "m/settings.json", "m/data.other_cache"} <= files(two_prompts)
+    assert "artifact removed" not in two_prompts.log_text()
+
+
+def test_the_quarantine_s_bytes_are_those_that_are_left(workspace: Workspace) -> None:
+    """The look that makes room there is the one whose figures are told: the first."""
+    workspace.write("a.md", "a")
+    workspace.memory_model(context_tokens=200_000)
+    workspace.write("cache/.quarantine/m--a--0011/a.memory_cache", "x" * 2_000_000)
+    with_1_mib(workspace, m="a")
+    workspace.start()
+    assert workspace.status()["reconcile"]["looks"] >= 1
+    assert workspace.status()["cache"]["quarantine_bytes"] == 0
+    assert not (workspace.cache / ".quarantine/m--a--0011").exists()

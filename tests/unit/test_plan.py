@@ -253,7 +253,7 @@ def test_foreign_files_make_the_budget_smaller() -> None:
     observed = replace(world(artifact(size_bytes=600)), foreign_bytes=500)
     found = only(desired(), observed, Limits(max_bytes=1000))
     assert found.reason == "needs 600 bytes, 500 of cache.max_bytes 1,000 are left"
-    assert "500 bytes are taken by files that are not the store's: `rkcached gc`" in found.hint
+    assert "500 bytes are taken by files that are not the store's: `rkcached gc --strangers`" in found.hint
     assert only(desired(), observed, Limits(max_bytes=1100)).state is State.FRESH
 
 
