@@ -1,4 +1,14 @@
-"""`python -m rkcached` is `rkcached`."""
+"""`python -m rkcached` is `rkcached`.
+
+Started so, Python looks into the current folder for every module, before its own library. What it took from there
+until now cannot be helped (`python -Im rkcached` looks nowhere else); from here on it looks there no more.
+"""
+
+import os
+import sys
+
+if not sys.flags.safe_path and sys.path and sys.path[0] in {"", os.getcwd()}:  # noqa: PTH109 - as Python writes it
+    del sys.path[0]
 
 from rkcached.cli import main
 

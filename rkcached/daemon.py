@@ -40,8 +40,9 @@ from rkcached.store import Store
 from rkcached.stored import StoredTexts
 from rkcached.systemd import Service, listen_fds
 from rkcached.watch import Watcher
+from rkcached.worker import scratch
 from rkcached.worker.gate import Gates
-from rkcached.worker.pool import Room, Workers, room_in_memory, sweep_scratch
+from rkcached.worker.pool import Room, Workers, room_in_memory
 from rkcached.worker.supervisor import Worker
 
 log = structlog.get_logger()
@@ -81,7 +82,7 @@ def run(settings: Settings) -> None:
     store = Store(settings.cache_dir)
     stored = StoredTexts(settings.state_dir)
     store.open()
-    sweep_scratch()
+    scratch.sweep()
     try:
         with (
             _listening(passed.get("rkcached"), settings.socket, SOCKET_MODE) as everyone,

@@ -29,7 +29,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from rkcached import template
+from rkcached import isolated, template
 from rkcached.errors import TemplateError, TemplateExhausted
 from rkcached.template import Message, Write
 
@@ -49,7 +49,7 @@ MAX_TEXT_BYTES = 16 << 20
 """As much as a message to a worker may have."""
 
 _LENGTH_BYTES = 4
-_KEPT_VARIABLES = ("PYTHON", "PATH", "LANG", "LC_")
+_KEPT_VARIABLES = ("PATH", "LANG", "LC_")
 _HINT = "choose another chat_template, or find its loop that does not end"
 
 
@@ -165,12 +165,13 @@ def _start() -> _Process:
     ours, theirs = socket.socketpair()
     with theirs:
         popen = subprocess.Popen(
-            [sys.executable, "-m", "rkcached.rendering", str(theirs.fileno())],
+            isolated.command("rkcached.rendering", str(theirs.fileno())),
             pass_fds=(theirs.fileno(),),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
             env={name: value for name, value in os.environ.items() if name.startswith(_KEPT_VARIABLES)},
+            cwd=isolated.CWD,
             start_new_session=True,
         )
     process = _Process(popen, ours)
@@ -214,9 +215,9 @@ def _receive(connection: socket.socket, timeout_s: float | None) -> bytes | None
 _compile = lru_cache(maxsize=64)(template.compile_here)
 
 
-def main(fd: int) -> None:
-    """Render for the daemon at the other end of the socket `fd`, until it closes it."""
-    connection = socket.socket(fileno=fd)
+def main() -> None:
+    """Render for the daemon at the other end of the socket that the argument names, until it closes it."""
+    connection = socket.socket(fileno=int(sys.argv[1]))
     _restrict()
     _send(connection, b"ready")
     while (data := _receive(connection, None)) is not None:
@@ -250,7 +251,3 @@ def _answer(question: dict[str, Any]) -> dict[str, Any]:
         return {"error": error.message, "exhausted": True}
     except TemplateError as error:
         return {"error": error.message, "hint": error.hint}
-
-
-if __name__ == "__main__":
-    main(int(sys.argv[1]))

@@ -8,28 +8,31 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-import multiprocessing
-import os
-import shutil
 import signal
-import tempfile
+import subprocess
+import sys
 import time
 from dataclasses import dataclass
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, Pipe
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
 import msgspec
 
+from rkcached import isolated
 from rkcached.builder import worker_model
 from rkcached.desired import DesiredModel
 from rkcached.engines.base import Engine, ModelSpec, RunStats, Sampling, Token
 from rkcached.errors import EngineError, RkcachedError, WorkerDied, WorkerTimeout
 from rkcached.manifest import EngineConfig
+from rkcached.worker.scratch import Scratch
 
 SILENCE_S = 600.0
 """Loading a model and a long prefill both take less."""
+
+LEAVE_S = 5.0
+"""A process whose pipe has ended is gone by then, or is killed."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,16 +68,32 @@ class DirectEngine:
 
     def __init__(self, engine: EngineConfig, model: DesiredModel) -> None:
         hosted = worker_model(engine, model)
-        self._scratch = tempfile.mkdtemp(prefix="rkcached-")
-        spec = msgspec.structs.replace(hosted.spec, scratch_dir=self._scratch)
-        context = multiprocessing.get_context("spawn")
-        self._pipe, theirs = context.Pipe()
-        self._process = context.Process(target=_serve, args=(theirs, hosted.implementation, spec), daemon=True)
-        self._process.start()
-        theirs.close()
+        try:
+            self._scratch = Scratch()
+        except OSError as error:
+            raise EngineError(f"its process cannot be started: {error}") from error
+        spec = msgspec.structs.replace(hosted.spec, scratch_dir=self._scratch.path)
+        self._pipe, theirs = Pipe()
+        with theirs:
+            try:
+                self._process = subprocess.Popen(
+                    isolated.command("rkcached.benchmark.direct", str(theirs.fileno())),
+                    pass_fds=(theirs.fileno(), self._scratch.lock),
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.DEVNULL,
+                    stderr=subprocess.DEVNULL,
+                    env=isolated.environment(),
+                    cwd=self._scratch.path,
+                )
+            except OSError as error:
+                self._pipe.close()
+                self._scratch.remove()
+                raise EngineError(f"its process cannot be started: {error}") from error
+        self._hosted = (hosted.implementation, spec)
 
     def __enter__(self) -> Self:
         try:
+            self._send(self._hosted)
             self._receive()
         except BaseException:  # Ctrl-C, too: passed on, but first its process is taken down
             self.close()
@@ -88,22 +107,26 @@ class DirectEngine:
 
     def close(self) -> None:
         self._pipe.close()  # it leaves when its pipe ends
-        self._process.join(5)
-        if self._process.is_alive():
+        try:
+            self._process.wait(LEAVE_S)
+        except subprocess.TimeoutExpired:
             self._process.kill()
-            self._process.join()
-        shutil.rmtree(self._scratch, ignore_errors=True)
+            self._process.wait()
+        self._scratch.remove()
 
     def ask(self, ask: Ask) -> Told:
         """Run it. Errors: EngineError; WorkerDied, WorkerTimeout."""
-        try:
-            self._pipe.send(ask)
-        except OSError as error:
-            raise self._died() from error
+        self._send(ask)
         told = self._receive()
         if told is None:
             raise TypeError(told)
         return told
+
+    def _send(self, message: Ask | tuple[str, ModelSpec]) -> None:
+        try:
+            self._pipe.send(message)
+        except OSError as error:
+            raise self._died() from error
 
     def _receive(self) -> Told | None:
         """The next answer; None when the engine is ready."""
@@ -118,18 +141,17 @@ class DirectEngine:
         return answer
 
     def _died(self) -> WorkerDied:
-        self._process.join(5)
-        return WorkerDied(f"the engine's process ended with code {self._process.exitcode}")
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(LEAVE_S)
+        return WorkerDied(f"the engine's process ended with code {self._process.returncode}")
 
 
-def _serve(pipe: Connection, implementation: str, spec: ModelSpec) -> None:
-    """The child."""
+def main() -> None:
+    """The child: answer what comes over the pipe that the argument names, until it ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, whose end of the pipe then closes
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    with open(os.devnull, "wb") as nowhere:  # noqa: PTH123 - a device, not a path
-        for stream in (1, 2):
-            os.dup2(nowhere.fileno(), stream)
+    pipe: Connection = Connection(int(sys.argv[1]))
     with contextlib.suppress(EOFError, OSError):
+        implementation, spec = pipe.recv()
         try:
             module, _, name = implementation.partition(":")
             engine: Engine = getattr(importlib.import_module(module), name)(spec)

@@ -25,7 +25,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from rkcached import show
+from rkcached import isolated, show
 from rkcached.client import Client
 from rkcached.errors import DaemonUnreachable, RkcachedError, SourceError
 
@@ -101,11 +101,17 @@ def _socket_path(workspace: Path) -> Path:
 @contextlib.contextmanager
 def _daemon(workspace: Path, socket: Path, console: Console) -> Iterator[subprocess.Popen[bytes]]:
     """The daemon in a session of its own, so that Ctrl-C reaches it through us, once. Ended on the way out."""
-    command = [sys.executable, "-m", "rkcached", "run", "--manifest", str(workspace / "manifest.yaml")]
+    command = isolated.command("rkcached.cli", "run", "--manifest", str(workspace / "manifest.yaml"))
     command += ["--cache-dir", str(workspace / "cache"), "--socket", str(socket)]
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends the demo as Ctrl-C does, daemon included
     # At a terminal the log must not come into the middle of a line that is drawn again and again.
-    daemon = subprocess.Popen(command, start_new_session=True, stderr=subprocess.PIPE if console.is_terminal else None)
+    daemon = subprocess.Popen(
+        command,
+        stderr=subprocess.PIPE if console.is_terminal else None,
+        env=isolated.environment(),
+        cwd=isolated.CWD,
+        start_new_session=True,
+    )
     relay = threading.Thread(target=_relay, args=(daemon.stderr or (), console), daemon=True)
     relay.start()
     try:

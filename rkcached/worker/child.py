@@ -1,4 +1,4 @@
-"""The worker process: `python -m rkcached.worker.child FD`. Hosts one engine on an inherited socket.
+"""The worker process, started by `isolated`. Hosts one engine on the inherited socket that its argument names.
 
 The main thread runs the engine; a reader thread receives operations and aborts. When the daemon goes away the socket
 ends and the process leaves at once, whatever the engine is doing. Only this module may import an engine.
@@ -135,15 +135,15 @@ def _print_at_once(libc: ctypes.CDLL) -> None:
         libc.setvbuf(ctypes.c_void_p.in_dll(libc, "stdout"), None, _IOLBF, ctypes.c_size_t(0))
 
 
-def main(fd: int) -> None:
-    """Serve operations on the socket `fd` until the other end closes it."""
+def main() -> None:
+    """Serve operations on the socket until the other end closes it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the daemon, which then ends this process in order
     libc = ctypes.CDLL(None)
     libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # even a daemon that was killed leaves no worker
     _print_at_once(libc)
     with contextlib.suppress(OSError):  # where memory runs out, the kernel takes this process and not the daemon
         Path("/proc/self/oom_score_adj").write_text(_OOM_SCORE_ADJ)
-    channel = _Channel(socket.socket(fileno=fd))
+    channel = _Channel(socket.socket(fileno=int(sys.argv[1])))
     threading.Thread(target=channel.read_forever, name="reader", daemon=True).start()
     first = channel.receive()
     if first is None:
@@ -161,7 +161,3 @@ def main(fd: int) -> None:
         _run(session, channel, message)
     session.engine.close()
     shutil.rmtree(channel.scratch_dir, ignore_errors=True)
-
-
-if __name__ == "__main__":
-    main(int(sys.argv[1]))

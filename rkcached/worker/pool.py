@@ -9,8 +9,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-import shutil
-import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,7 +17,7 @@ from pathlib import Path
 import structlog
 
 from rkcached.worker.model import Backoff, Deadlines, WorkerModel
-from rkcached.worker.supervisor import SCRATCH_PREFIX, Worker, WorkerState
+from rkcached.worker.supervisor import Worker, WorkerState
 
 log = structlog.get_logger()
 
@@ -143,17 +141,3 @@ def _file_bytes(worker: Worker) -> int:
         with contextlib.suppress(OSError):  # loading it says what is wrong
             size_bytes += Path(path).stat().st_size
     return size_bytes
-
-
-def sweep_scratch() -> None:
-    """Remove the scratch directories of daemons that were killed: those whose name has the pid of no process."""
-    for path in Path(tempfile.gettempdir()).glob(f"{SCRATCH_PREFIX}*-*"):
-        pid = path.name.removeprefix(SCRATCH_PREFIX).partition("-")[0]
-        if not pid.isdigit():
-            continue
-        try:
-            os.kill(int(pid), 0)
-        except ProcessLookupError:
-            shutil.rmtree(path, ignore_errors=True)
-        except OSError:
-            continue  # somebody else's

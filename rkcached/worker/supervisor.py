@@ -15,12 +15,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
-import shutil
 import signal
 import socket
-import sys
-import tempfile
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine
@@ -30,8 +26,10 @@ from typing import Any
 import msgspec
 import structlog
 
+from rkcached import isolated
 from rkcached.engines.base import EngineInfo
 from rkcached.errors import (
+    Aborted,
     EngineError,
     ModelLoadError,
     ModelReplaced,
@@ -43,14 +41,9 @@ from rkcached.errors import (
 from rkcached.worker import memory, protocol
 from rkcached.worker.lines import LibraryLines
 from rkcached.worker.model import Backoff, Deadlines, WorkerModel
+from rkcached.worker.scratch import Scratch
 
 log = structlog.get_logger()
-
-_SCRUBBED = ("NOTIFY_SOCKET", "LISTEN_", "WATCHDOG_")
-"""What systemd says to the daemon is not for its children."""
-
-SCRATCH_PREFIX = "rkcached-"
-"""Of scratch directories; the daemon's pid follows."""
 
 
 class WorkerState(StrEnum):
@@ -105,7 +98,7 @@ class Worker:
         self._frames = protocol.FrameReader()
         self._received: deque[bytes] = deque()
         self._lines = LibraryLines(model.name)
-        self._scratch = ""
+        self._scratch: Scratch | None = None
         self._next_id = 0
         self._idle_timer: asyncio.TimerHandle | None = None
         self._stopping: asyncio.Task[None] | None = None
@@ -144,13 +137,26 @@ class Worker:
         if self._stopping is not None:
             await asyncio.shield(self._stopping)
         if self._process is not None and self.info is not None:
-            return self.info
+            if not self._lost_scratch():
+                return self.info
+            await self._replace()
         if (wait_s := self.retry_in_s()) > 0:
             raise WorkerUnavailable(
                 f"the worker of {self.model.name} rests after {self._failures} failures in a row: {self.last_failure}",
                 hint=f"it is started again in {wait_s:.1f} s",
             )
         return await self._start()
+
+    def _lost_scratch(self) -> bool:
+        return self._scratch is not None and not self._scratch.is_whole()
+
+    async def _replace(self) -> None:
+        """End a process whose engine can do nothing any more. No failure of it: the next one may start at once."""
+        folder = self._scratch.path if self._scratch is not None else ""
+        self.restarts += 1
+        self.last_failure = f"its scratch folder was deleted: {folder}"
+        log.warning("worker restarted", model=self.model.name, reason=self.last_failure)
+        await self.stop()
 
     async def _start(self) -> EngineInfo:
         self.state = WorkerState.STARTING
@@ -160,9 +166,9 @@ class Worker:
         model = self.model
         try:
             await self._admit(self)
-            self._scratch = tempfile.mkdtemp(prefix=f"{SCRATCH_PREFIX}{os.getpid()}-")
-            process = await self._spawn()
-            spec = msgspec.structs.replace(model.spec, scratch_dir=self._scratch)
+            scratch = self._scratch = Scratch()
+            process = await self._spawn(scratch)
+            spec = msgspec.structs.replace(model.spec, scratch_dir=scratch.path)
             await self._send(
                 protocol.Start(implementation=model.implementation, spec=spec, max_memory_bytes=model.max_memory_bytes)
             )
@@ -186,6 +192,8 @@ class Worker:
                         f"{replaced} changed while {model.name} was loaded, or since it was looked at",
                         hint="it is looked at again; try again",
                     )
+                with contextlib.suppress(OSError):  # it is gone already, and missed at the first operation
+                    scratch.settle()
                 self.info = answer.info
                 self.state = WorkerState.READY
                 self._watcher = asyncio.create_task(self._watch(process))
@@ -201,7 +209,7 @@ class Worker:
             case _:
                 raise await self._broken(f"answered start with {type(answer).__name__}")
 
-    async def _spawn(self) -> asyncio.subprocess.Process:
+    async def _spawn(self, scratch: Scratch) -> asyncio.subprocess.Process:
         """Start the process, connect its socket and read what it prints. Errors: OSError, WorkerUnavailable."""
         ours, theirs = socket.socketpair()
         with contextlib.ExitStack() as unless_connected:
@@ -209,15 +217,13 @@ class Worker:
             self._kernel_kills = memory.kernel_kills()
             with theirs:
                 process = self._process = await asyncio.create_subprocess_exec(
-                    sys.executable,
-                    "-m",
-                    "rkcached.worker.child",
-                    str(theirs.fileno()),
-                    pass_fds=(theirs.fileno(),),
+                    *isolated.command("rkcached.worker.child", str(theirs.fileno())),
+                    pass_fds=(theirs.fileno(), scratch.lock),
                     stdin=asyncio.subprocess.DEVNULL,
                     stdout=asyncio.subprocess.PIPE,
                     stderr=asyncio.subprocess.PIPE,
-                    env={k: v for k, v in os.environ.items() if not k.startswith(_SCRUBBED)},
+                    env=isolated.environment(),
+                    cwd=scratch.path,
                     start_new_session=True,
                 )
             self._lines.follow(process)
@@ -253,9 +259,32 @@ class Worker:
     ) -> protocol.Answer:
         """Start the worker if needed, run one operation and return its answer; events before it go to `on_event`.
 
-        `make` gets the operation's id. When the caller is cancelled, the operation is aborted and waited for.
+        `make` gets the operation's id. When the caller is cancelled, the operation is aborted and waited for. If the
+        engine fails because somebody deleted its scratch folder, and no piece of an answer is out, it is run again.
         Errors: EngineError from the engine; WorkerDied, WorkerTimeout, WorkerUnavailable.
         """
+        answering = False
+
+        def note(event: protocol.FromWorker) -> None:
+            nonlocal answering
+            answering = answering or isinstance(event, protocol.Piece)
+            if on_event is not None:
+                on_event(event)
+
+        try:
+            return await self._run_once(make, note)
+        except Aborted:
+            raise
+        except EngineError:
+            if answering or not self._lost_scratch():
+                raise
+        return await self._run_once(make, on_event)
+
+    async def _run_once(
+        self,
+        make: Callable[[int], protocol.Operation],
+        on_event: Callable[[protocol.FromWorker], None] | None,
+    ) -> protocol.Answer:
         await self.ensure()
         self._cancel_idle_timer()
         self._next_id += 1
@@ -395,9 +424,9 @@ class Worker:
         return code
 
     def _clean_up(self) -> None:
-        if self._scratch:
-            shutil.rmtree(self._scratch, ignore_errors=True)
-            self._scratch = ""
+        if self._scratch is not None:
+            self._scratch.remove()
+            self._scratch = None
 
     # Idle
 

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
+import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 from rkcached.engines.base import EngineInfo, ModelSpec, OnToken, RunStats, Sampling
 from rkcached.engines.memory import MemoryEngine
-from rkcached.errors import ModelLoadError
+from rkcached.errors import EngineError, ModelLoadError
 from rkcached.worker import protocol
 
 
@@ -110,6 +113,37 @@ class EatsMemoryAtLoad(MemoryEngine):
         except MemoryError as error:
             print("E llama: failed to allocate a buffer of 1073741824 bytes", file=sys.stderr, flush=True)
             raise ModelLoadError("the model cannot be loaded") from error
+
+
+class Listens(_Misbehaving):
+    """Has a socket in its scratch folder, and a file of which nobody knows how long it needs it."""
+
+    def __init__(self, spec: ModelSpec) -> None:
+        super().__init__(spec)
+        self._listener = socket.socket(socket.AF_UNIX)
+        self._listener.bind("listening")
+        Path("temporary").touch()
+
+    def misbehave(self) -> None:
+        pass
+
+
+class AlwaysLosesItsScratch(_Misbehaving):
+    """A cleaner comes by in the middle of an operation."""
+
+    def misbehave(self) -> None:
+        shutil.rmtree(Path.cwd())
+        raise EngineError("the link cannot be made")
+
+
+class LosesItsScratch(AlwaysLosesItsScratch):
+    """Once: the folder beside it remembers."""
+
+    def misbehave(self) -> None:
+        mark = Path.cwd().parent.parent / "lost-once"
+        if not mark.exists():
+            mark.touch()
+            super().misbehave()
 
 
 class Stubborn(_Misbehaving):

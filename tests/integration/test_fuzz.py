@@ -18,7 +18,7 @@ import msgspec
 import pytest
 from hypothesis import strategies as st
 
-from rkcached import errors
+from rkcached import errors, isolated
 from rkcached.digests import Digests
 from rkcached.engines.memory import MemoryModel
 from rkcached.errors import ManifestError, SourceError
@@ -213,7 +213,7 @@ def test_worker_leaves_when_the_daemon_talks_nonsense(sent: bytes) -> None:
     ours, theirs = socket.socketpair()
     with ours, theirs:
         child = subprocess.Popen(
-            [sys.executable, "-m", "rkcached.worker.child", str(theirs.fileno())],
+            isolated.command("rkcached.worker.child", str(theirs.fileno())),
             pass_fds=(theirs.fileno(),),
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,

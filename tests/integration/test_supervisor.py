@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -19,6 +20,7 @@ import msgspec
 import psutil
 import pytest
 
+from rkcached import isolated
 from rkcached.engines.base import FinishReason, ModelSpec, Sampling
 from rkcached.engines.memory import Fault, MemoryModel, expected_text
 from rkcached.errors import (
@@ -29,7 +31,7 @@ from rkcached.errors import (
     WorkerTimeout,
     WorkerUnavailable,
 )
-from rkcached.worker import memory, protocol
+from rkcached.worker import memory, protocol, scratch
 from rkcached.worker.model import Backoff, Deadlines, WorkerModel
 from rkcached.worker.pool import Workers
 from rkcached.worker.supervisor import Worker, WorkerState
@@ -139,7 +141,10 @@ class Site:
 async def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Site]:
     site = Site(tmp_path)
     monkeypatch.setattr(tempfile, "tempdir", str(site.scratch))
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    for name in ("RUNTIME_DIRECTORY", "XDG_RUNTIME_DIR"):
+        monkeypatch.delenv(name, raising=False)
+    ours = isolated.folders()
+    monkeypatch.setattr(isolated, "folders", lambda: [*ours, str(ROOT)])  # where the misbehaving engines are
     yield site
     for worker in site.workers:
         await worker.stop()
@@ -214,6 +219,108 @@ async def test_the_environment_is_scrubbed_and_the_session_its_own(site: Site, m
     assert facts["pid"] == facts["session"] == site.note(worker)
     assert facts["environment"]["KEPT"] == "yes"
     assert not [name for name in facts["environment"] if name.startswith(("NOTIFY_", "LISTEN_", "WATCHDOG_"))]
+
+
+# --- scratch folders ---
+
+
+async def test_a_worker_whose_scratch_folder_is_deleted_is_replaced(
+    site: Site, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Cleaners of temporary files do so. The very next request is answered, without a pause, and the log says why."""
+    worker = site.worker()
+    assert await site.answers(worker)
+    first = site.note(worker)
+    (folder,) = site.scratch.iterdir()
+    shutil.rmtree(folder)
+    assert await site.answers(worker)
+    assert is_gone(first)
+    assert (worker.restarts, worker.last_failure) == (1, f"its scratch folder was deleted: {folder}")
+    assert "worker restarted" in capsys.readouterr().out
+    assert len(list(site.scratch.iterdir())) == 1
+
+
+async def test_a_worker_whose_socket_is_deleted_is_replaced(site: Site) -> None:
+    """Some cleaners take files one by one. Another file of the library may come and go."""
+    worker = site.misbehaving("Listens")
+    await site.ask(worker)
+    first = site.note(worker)
+    (folder,) = site.scratch.iterdir()
+    (folder / "temporary").unlink()
+    await site.ask(worker)
+    assert worker.pid == first
+    (folder / "listening").unlink()
+    await site.ask(worker)
+    assert worker.pid != first
+
+
+async def test_a_scratch_folder_that_is_deleted_while_answering(site: Site) -> None:
+    """The engine fails, and the request is run once more, on another worker."""
+    worker = site.misbehaving("LosesItsScratch")
+    assert await site.answers(worker)
+    assert worker.restarts == 1
+
+
+async def test_a_scratch_folder_that_is_deleted_at_each_try(site: Site) -> None:
+    """The second failure is told; nobody tries for ever."""
+    worker = site.misbehaving("AlwaysLosesItsScratch")
+    with pytest.raises(EngineError, match="the link cannot be made"):
+        await site.ask(worker)
+    assert worker.restarts == 1
+
+
+HOLDER = """
+import sys, tempfile
+from rkcached.worker.scratch import Scratch
+print(Scratch().path, flush=True)
+sys.stdin.read()
+"""
+
+
+def test_scratch_folders_are_swept_by_their_lock(site: Site) -> None:
+    """Whose holder lives is left alone, whatever its pid; who was killed leaves it behind. Others' are not ours."""
+    others = site.scratch / "rkcached-1-old"
+    others.mkdir()
+    with subprocess.Popen(
+        [sys.executable, "-c", HOLDER],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+        env=os.environ | {"TMPDIR": str(site.scratch)},
+    ) as holder:
+        assert holder.stdout is not None
+        folder = Path(holder.stdout.readline().strip())
+        (folder / "file").touch()
+        scratch.sweep()
+        assert (folder / "file").exists()
+        holder.kill()
+    assert folder.exists()
+    scratch.sweep()
+    assert not folder.exists()
+    others.rmdir()
+
+
+def test_scratch_folders_are_in_the_runtime_directory(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In systemd's for the daemon, in the user's own, never in one that others may write; else the temporary one."""
+    runtime, user, open_to_all = (site.root / name for name in ("runtime", "user", "open"))
+    for folder in (runtime, user, open_to_all):
+        folder.mkdir(mode=0o700)
+    open_to_all.chmod(0o777)
+    assert scratch.parent() == str(site.scratch)
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(user))
+    assert scratch.parent() == str(user)
+    monkeypatch.setenv("RUNTIME_DIRECTORY", f"{runtime}:/other")
+    assert scratch.parent() == str(runtime)
+    for useless in (open_to_all, site.root / "none", "relative"):
+        monkeypatch.setenv("RUNTIME_DIRECTORY", str(useless))
+        assert scratch.parent() == str(user)
+    made = scratch.Scratch()
+    assert Path(made.path).parent == user
+    assert Path(made.path).stat().st_mode & 0o777 == 0o700
+    made.remove()
+    made.remove()
+    assert list(user.iterdir()) == []
 
 
 # --- deaths ---
@@ -603,9 +710,8 @@ def test_a_child_leaves_when_the_daemons_end_closes(tmp_path: Path, busy: bool) 
     ours, theirs = socket.socketpair()
     with ours, theirs:
         child = subprocess.Popen(
-            [sys.executable, "-m", "rkcached.worker.child", str(theirs.fileno())],
+            isolated.command("rkcached.worker.child", str(theirs.fileno())),
             pass_fds=(theirs.fileno(),),
-            cwd=ROOT,
         )
         theirs.close()
         spec = ModelSpec(path=str(model), context_tokens=0, scratch_dir=str(scratch))

@@ -37,6 +37,8 @@ class Workspace:
         self.process: subprocess.Popen[bytes] | None = None
         self.launcher = self.command()
         """What the daemon is started by."""
+        self.folder: Path | None = None
+        """Where the daemon is started; None: where the tests are."""
 
     # Files
 
@@ -94,6 +96,7 @@ class Workspace:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
+                cwd=self.folder,
                 start_new_session=True,
             )
         if ready:

@@ -1,0 +1,121 @@
+"""Private folders of workers: where they are, whose they are, and what becomes of those that were left behind.
+
+A worker's scratch folder holds its socket and a link for a moment, never a KV state, so it may be in memory. It is
+made in the runtime directory (systemd's for the daemon, the user's own otherwise), which no cleaner of temporary files
+walks through; where there is none, in the temporary directory. Each folder is locked (flock(2)) for as long as its
+daemon or its worker lives, and is swept when nobody holds the lock: a pid would mean nothing to a daemon in another
+PID namespace that shares the directory.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+import stat
+import tempfile
+from pathlib import Path
+
+PREFIX = "rkcached-scratch-"
+
+_TRIES = 10
+"""A sweeper may take a folder between its making and its locking; not ten times in a row."""
+
+
+class Scratch:
+    """A private folder (mode 0700), locked until `remove`. Errors of the constructor: OSError."""
+
+    def __init__(self) -> None:
+        self.path = ""
+        self.lock = -1
+        """Inherited by the worker, so that the folder stays locked if the daemon is killed before it."""
+        self._sockets: set[str] = set()
+        for _ in range(_TRIES):
+            path = tempfile.mkdtemp(prefix=PREFIX, dir=parent())
+            lock = _open(path)
+            if lock is None:
+                continue
+            if _is_locked_by_us(lock) and _is_same(path, lock):
+                self.path, self.lock = path, lock
+                return
+            os.close(lock)
+        raise OSError(f"no scratch folder could be made in {parent()}")
+
+    def settle(self) -> None:
+        """Remember the sockets that the worker listens on; from now on, none of them may go. Errors: OSError."""
+        self._sockets = self._find_sockets()
+
+    def is_whole(self) -> bool:
+        """Whether the folder is the one that was made, with the sockets that it had when it settled."""
+        try:
+            return _is_same(self.path, self.lock) and self._sockets <= self._find_sockets()
+        except OSError:
+            return False
+
+    def remove(self) -> None:
+        """Take the folder away, if it is still ours, and let go of the lock. Idempotent."""
+        if self.lock < 0:
+            return
+        if _is_same(self.path, self.lock):
+            shutil.rmtree(self.path, ignore_errors=True)
+        os.close(self.lock)
+        self.lock = -1
+
+    def _find_sockets(self) -> set[str]:
+        return {file.name for file in Path(self.path).iterdir() if file.is_socket()}
+
+
+def parent() -> str:
+    """The directory for scratch folders: the first of these that nobody else may write to, or the temporary one."""
+    for name in ("RUNTIME_DIRECTORY", "XDG_RUNTIME_DIR"):
+        folder = os.environ.get(name, "").split(":")[0]
+        if folder and Path(folder).is_absolute() and _is_own(folder):
+            return folder
+    return tempfile.gettempdir()
+
+
+def sweep() -> None:
+    """Remove the scratch folders that were left behind: ours, with nobody holding the lock."""
+    places = {parent(), tempfile.gettempdir()}
+    for path in (path for place in places for path in Path(place).glob(f"{PREFIX}*")):
+        lock = _open(str(path))
+        if lock is None:
+            continue
+        try:
+            if os.fstat(lock).st_uid == os.geteuid() and _is_locked_by_us(lock):
+                shutil.rmtree(path, ignore_errors=True)
+        finally:
+            os.close(lock)
+
+
+def _open(path: str) -> int | None:
+    try:
+        return os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except OSError:
+        return None
+
+
+def _is_locked_by_us(lock: int) -> bool:
+    """Take the lock, unless another process holds it."""
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
+
+
+def _is_same(path: str, lock: int) -> bool:
+    try:
+        return os.path.samestat(os.lstat(path), os.fstat(lock))
+    except OSError:
+        return False
+
+
+def _is_own(folder: str) -> bool:
+    """With sudo, XDG_RUNTIME_DIR may still be somebody else's."""
+    try:
+        found = Path(folder).stat()
+    except OSError:
+        return False
+    others_write = found.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+    return found.st_uid == os.geteuid() and not others_write and os.access(folder, os.W_OK | os.X_OK)
