@@ -27,7 +27,7 @@ GREEDY = Sampling(max_new_tokens=8, temperature=0.0)
 
 @pytest.mark.parametrize(
     ("planned", "deadlines"),
-    [("run:hang", HASTY), ("token3:hang", HASTY), ("load:hang", HASTY), ("init:hang", Deadlines(start_s=1.0))],
+    [("run:hang", HASTY), ("token3:hang", HASTY), ("load:hang", HASTY), ("init:hang", Deadlines(start_s=5.0))],
 )
 async def test_a_library_that_hangs_is_killed(
     planned: str, deadlines: Deadlines, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -71,7 +71,7 @@ async def test_a_library_that_hangs_is_killed(
         if planned == "init:hang":
             await worker.stop()
         stuck.touch()
-        with pytest.raises(WorkerTimeout, match="said nothing for 1 s"):
+        with pytest.raises(WorkerTimeout, match=r"said nothing for \d s"):
             await worker.run(operation)
         assert (worker.state, worker.pid, list(scratch.iterdir())) == (WorkerState.BACKOFF, None, [])
         stuck.unlink()
