@@ -323,6 +323,7 @@ class ManifestStatus(Answer):
     file: str
     ok: bool
     problems: list[str]
+    skipped_files: list[str] = Field(description="In a prompts_from folder, with names that no prompt can have.")
 
 
 class StoreStatus(Answer):

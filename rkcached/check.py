@@ -2,44 +2,110 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from rkcached.desired import Resolver
+from rkcached.desired import Desired, Resolver, RuntimeSource, Sources
 from rkcached.digests import Digests
 from rkcached.errors import ManifestError, Problem
-from rkcached.observe import read_manifest
-from rkcached.plan import Trouble
+from rkcached.manifest import EngineConfig, EngineKind, Manifest, parse_usable
+from rkcached.observe import manifest_text
+from rkcached.plan import Key, Trouble
 from rkcached.rendering import Renderer
 from rkcached.sources import SourceReader
 
+MODEST_TOKENS = 256
+"""Up to so many a model that must generate them at each build is not worth a warning."""
 
-def problems_of(manifest_file: Path) -> tuple[list[Problem], str]:
-    """The problems in the order of their lines, and one line that sums up."""
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Findings:
+    """What `check` has to say."""
+
+    problems: tuple[Problem, ...]
+    """In the order of their lines."""
+    warnings: tuple[str, ...]
+    """What is no problem, but costs more than its owner may know; each with its file and line."""
+    skipped_files: tuple[str, ...]
+    """In a prompts_from folder, but with names that no prompt can have."""
+    summary: str
+    """All of it in one line."""
+
+
+def check_manifest(manifest_file: Path) -> Findings:
+    """Look at the manifest and at every file that it names. Blocking."""
     try:
-        manifest = read_manifest(manifest_file)
+        usable = parse_usable(manifest_text(manifest_file), file=manifest_file)
     except ManifestError as error:
-        return list(error.problems), _counted(len(error.problems), "problem")
+        return _findings(list(error.problems), (), (), "")
+    if usable.manifest is None:
+        return _findings(list(usable.problems), (), (), "")
+
+    manifest = usable.manifest
+    if not usable.engine_known:  # this one takes any file for a model
+        manifest = manifest.model_copy(update={"engine": EngineConfig(kind=EngineKind.RKLLM)})
     sources = SourceReader(Digests()).scan(manifest)
+    runtime = sources.runtime
+    if isinstance(runtime, Trouble):  # told once, and what else is wrong is told beside it
+        sources = replace(sources, runtime=RuntimeSource(version="", digest=""))
     desired = Resolver(Renderer().compile).resolve(manifest, sources)
-    troubles: list[tuple[int, Trouble]] = []
+    troubles = list(_troubles(manifest, sources, desired))
+    if isinstance(runtime, Trouble) and usable.engine_known:
+        key = "library" if manifest.engine.kind is EngineKind.RKLLM else "kind"
+        troubles.append((manifest.line_of("engine", key), runtime))
+
+    problems = list(usable.problems)
+    for line, trouble in troubles:
+        problems.append(Problem(file=str(manifest_file), line=line, message=trouble.message, hint=trouble.hint))
+    warnings = tuple(f"{manifest_file}:{warning}" for warning in _warnings(manifest, runtime))
+    ok = f"ok, {_counted(len(manifest.models), 'model')}, {_counted(len(desired.prompts), 'prompt')}"
+    return _findings(problems, warnings, sources.skipped_files, ok)
+
+
+def _findings(problems: list[Problem], warnings: tuple[str, ...], skipped: tuple[str, ...], ok: str) -> Findings:
+    return Findings(
+        problems=tuple(sorted(problems, key=lambda problem: problem.line)),
+        warnings=warnings,
+        skipped_files=skipped,
+        summary=_counted(len(problems), "problem") if problems else ok,
+    )
+
+
+def _troubles(manifest: Manifest, sources: Sources, desired: Desired) -> Iterator[tuple[int, Trouble]]:
+    """What is wrong with the files that a manifest names, each with the line that names it."""
     for name, model in desired.models.items():
         if isinstance(model, Trouble):
-            troubles.append((manifest.line_of("models", name, "path"), model))
-    troubles += [
-        (manifest.line_of("models", name, "prompts_from"), trouble) for name, trouble in sources.unlisted_models.items()
-    ]
+            yield manifest.line_of("models", name, *(model.place or ("path",))), model
+    for name, trouble in sources.unlisted_models.items():
+        yield manifest.line_of("models", name, "prompts_from"), trouble
     for key, prompt in desired.prompts.items():
         # What is wrong with a model was said once, for the model; a prompt may have a trouble of its own besides.
         own = sources.prompts[key].source if isinstance(desired.models[key.model], Trouble) else prompt.trouble
         if isinstance(own, Trouble):
-            troubles.append((sources.prompts[key].line, own))
-    problems = [
-        Problem(file=str(manifest_file), line=line, message=trouble.message, hint=trouble.hint)
-        for line, trouble in sorted(troubles, key=lambda found: found[0])
-    ]
-    if problems:
-        return problems, _counted(len(problems), "problem")
-    return [], f"ok, {_counted(len(manifest.models), 'model')}, {_counted(len(desired.prompts), 'prompt')}"
+            yield _prompt_line(manifest, sources, key, own), own
+
+
+def _prompt_line(manifest: Manifest, sources: Sources, key: Key, trouble: Trouble) -> int:
+    if key.prompt in manifest.models[key.model].prompts:
+        return manifest.line_of("models", key.model, "prompts", key.prompt, *trouble.place)
+    return sources.prompts[key].line
+
+
+def _warnings(manifest: Manifest, runtime: RuntimeSource | Trouble) -> Iterator[str]:
+    """What works, but costs more than its owner may know; each begins with its line."""
+    if manifest.engine.kind is not EngineKind.RKLLM or isinstance(runtime, Trouble) or runtime.samples_per_run:
+        return
+    for name, model in manifest.models.items():
+        tokens = model.params.max_new_tokens
+        if model.embedding or tokens <= MODEST_TOKENS:
+            continue
+        line = manifest.line_of("models", name, "params", "max_new_tokens")
+        yield (
+            f"{line}: warning: max_new_tokens of {name} is {tokens}, and RKLLM {runtime.version} generates an answer "
+            "of up to so many tokens at each build, while requests wait (lower it to what answers need, "
+            f"{MODEST_TOKENS} or less, or install runtime 1.3.0 or newer, which generates one)"
+        )
 
 
 def _counted(number: int, noun: str) -> str:

@@ -70,18 +70,28 @@ def run(settings: Settings, log_level: str | None) -> None:
 def check(settings: Settings, want_json: bool) -> None:
     """Report every problem of the manifest and of the files it names, each with file:line and what to do.
 
-    Exit code 0 when all is well, 78 otherwise.
+    Warnings, and files that are skipped because their names cannot be a prompt's, are listed too. Exit code 0 when
+    there is no problem, 78 otherwise.
     """
-    from rkcached.check import problems_of
+    from rkcached.check import check_manifest
 
-    problems, summary = problems_of(settings.manifest)
+    found = check_manifest(settings.manifest)
+    notes = list(found.warnings)
+    if found.skipped_files:
+        from rkcached.show import skipped_files_line
+
+        notes.append(skipped_files_line(found.skipped_files))
+
     if want_json:
-        _print_json([{"file": p.file, "line": p.line, "message": p.message, "hint": p.hint} for p in problems])
+        _print_json([{"file": p.file, "line": p.line, "message": p.message, "hint": p.hint} for p in found.problems])
     else:
-        for problem in problems:
+        for problem in found.problems:
             click.echo(printable(str(problem)), err=True)
-        click.echo(f"{settings.manifest}: {summary}", err=bool(problems))
-    sys.exit(os.EX_CONFIG if problems else os.EX_OK)
+    for note in notes:
+        click.echo(printable(note), err=True)
+    if not want_json:
+        click.echo(f"{settings.manifest}: {found.summary}", err=bool(found.problems))
+    sys.exit(os.EX_CONFIG if found.problems else os.EX_OK)
 
 
 @cli.command()
@@ -103,6 +113,8 @@ def plan(settings: Settings, want_json: bool, exit_code: bool) -> None:
         _print_json([show.action_data(action) for action in actions])
     else:
         show.print_plan(_console(), actions, look.assessments, settings.cache_dir)
+        if look.sources.skipped_files:
+            click.echo(printable(show.skipped_files_line(look.sources.skipped_files)))
     _need_store(settings)
     if exit_code and any(not isinstance(action, Blocked) for action in actions):
         sys.exit(2)

@@ -74,6 +74,8 @@ class Sources:
     prompts: Mapping[Key, Declaration]
     unlisted_models: Mapping[str, Trouble] = field(default_factory=dict)
     """Models of which a prompts_from folder cannot be listed, and why."""
+    skipped_files: tuple[str, ...] = ()
+    """Files that a prompts_from pattern names, but whose own names cannot be a prompt's."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -219,7 +221,7 @@ class Resolver:
                     compile_elsewhere=self._compile_elsewhere,
                 )
             except TemplateError as error:
-                return Trouble.of(error)
+                return Trouble.of(error, "chat_template")
             self._templates[slot] = template
         identity = fingerprint(
             {

@@ -9,6 +9,7 @@ that `verify: off` means what it says; `problems` has the words. The same models
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
@@ -28,7 +29,7 @@ from pydantic_core import CoreSchema
 
 from rkcached import manifest_values as values
 from rkcached.builtin_templates import BUILTIN
-from rkcached.errors import ManifestError
+from rkcached.errors import ManifestError, Problem
 from rkcached.manifest_values import RKLLM_ABIS, Abi, FilePath, Name, Paths, Patterns, Size, Template
 from rkcached.problems import NAME, NAME_RULE, Sections, all_wrong, explain, wrong
 from rkcached.yamlmap import Steps, YamlReader, nearest_line, show
@@ -49,9 +50,11 @@ __all__ = [
     "PromptConfig",
     "SamplingParams",
     "ServingConfig",
+    "Usable",
     "Verify",
     "json_schema",
     "parse",
+    "parse_usable",
 ]
 
 RESERVED_MODELS: Final = ("available", "load", "loaded", "unload")
@@ -288,8 +291,14 @@ class ModelConfig(_Section):
         return declared.params.model_dump(exclude_none=True)
 
 
+EXTENSION: Final = "x-"
+"""A key at the top that begins so is for the administrator's own use, as a place for YAML anchors."""
+
+
 class Manifest(_Section):
     """What should exist: models, and the prompts that are kept ready for them."""
+
+    model_config = ConfigDict(json_schema_extra={"patternProperties": {f"^{EXTENSION}": {}}})
 
     version: Literal[1] = Field(description="Version of the manifest's format.")
     engine: EngineConfig = Field(default_factory=EngineConfig, description="The inference engine.")
@@ -301,6 +310,13 @@ class Manifest(_Section):
 
     _file: Path = PrivateAttr(default=Path())
     _lines: dict[Steps, int] = PrivateAttr(default_factory=dict)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_extensions(cls, value: object) -> object:
+        if not isinstance(value, dict):
+            return value
+        return {key: below for key, below in value.items() if not str(key).startswith(EXTENSION)}
 
     @field_validator("version", mode="before")
     @classmethod
@@ -375,19 +391,93 @@ def parse(text: str, *, file: Path) -> Manifest:
 
     Raises ManifestError with every problem there is, in file order.
     """
+    usable = parse_usable(text, file=file)
+    if usable.problems or usable.manifest is None:
+        raise ManifestError(usable.problems)
+    return usable.manifest
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Usable:
+    """The part of a manifest that can be understood, and every problem of the rest, in file order."""
+
+    manifest: Manifest | None
+    """Without what is wrong. None: nothing is left."""
+    problems: tuple[Problem, ...]
+    engine_known: bool
+    """Nothing under `engine` is wrong, so it is the one that its owner means."""
+
+
+def parse_usable(text: str, *, file: Path) -> Usable:
+    """As `parse`, but a problem does not keep the rest from being looked at.
+
+    A model or a prompt that lacks something is left out as a whole, a wrong value alone. Raises ManifestError for text
+    that gives no data at all.
+    """
     reader = YamlReader(file)
     data = reader.read(text.removeprefix("\ufeff"))
+    manifest, wrong_places = _validate(data, file)
     problems = list(reader.problems)
+    problems += [
+        reader.problem(nearest_line(reader.lines, steps), message, hint) for steps, message, hint in wrong_places
+    ]
+
+    engine_known = not any(steps[:1] == ("engine",) for steps, _, _ in wrong_places)
+
+    # What is left out may reveal something wrong around it, which is no news to anybody.
+    while manifest is None and _leave_out(data, [steps for steps, _, _ in wrong_places]):
+        manifest, wrong_places = _validate(data, file)
+
+    if manifest is not None:
+        manifest._file, manifest._lines = file, reader.lines  # noqa: SLF001 -- its own module
+    # What an alias repeats is one problem.
+    found = tuple(sorted(dict.fromkeys(problems), key=lambda problem: problem.line))
+    return Usable(manifest=manifest, problems=found, engine_known=engine_known)
+
+
+def _validate(data: dict[str, Any], file: Path) -> tuple[Manifest | None, list[tuple[Steps, str, str]]]:
+    base = os.path.abspath(file.parent)  # noqa: PTH100 -- resolve() follows links
     try:
-        manifest = Manifest.model_validate(data, context={"base": os.path.abspath(file.parent)})  # noqa: PTH100
+        return Manifest.model_validate(data, context={"base": base}), []
     except ValidationError as error:
-        for detail in error.errors(include_url=False):
-            for steps, message, hint in explain(detail, _SECTIONS):
-                problems.append(reader.problem(nearest_line(reader.lines, steps), message, hint))
-    if problems:  # what an alias repeats is one problem
-        raise ManifestError(tuple(sorted(dict.fromkeys(problems), key=lambda problem: problem.line)))
-    manifest._file, manifest._lines = file, reader.lines  # noqa: SLF001 -- its own module
-    return manifest
+        details = error.errors(include_url=False)
+    return None, [found for detail in details for found in explain(detail, _SECTIONS)]
+
+
+def _leave_out(data: dict[str, Any], places: list[Steps]) -> bool:
+    """Remove what is at these places from the data. Where nothing is, something is missing: what lacks it is removed.
+
+    False if there is nothing to remove.
+    """
+
+    def inner_and_last_first(steps: Steps) -> tuple[int, int]:
+        last = steps[-1] if steps else 0
+        return len(steps), last if isinstance(last, int) else 0
+
+    targets = {_there(data, steps) for steps in places}
+    done = False
+    for steps in sorted(targets, key=inner_and_last_first, reverse=True):
+        if steps == ("version",) or (not steps and data.get("version") != 1):
+            data["version"] = 1
+            done = True
+        elif steps:
+            holder: Any = data
+            for step in steps[:-1]:
+                holder = holder[step]
+            del holder[steps[-1]]
+            done = True
+    return done
+
+
+def _there(data: dict[str, Any], steps: Steps) -> Steps:
+    """The way to what is at `steps`, or to the nearest thing around it."""
+    value: Any = data
+    for depth, step in enumerate(steps):
+        known = step in value if isinstance(value, dict) else isinstance(value, list) and step in range(len(value))
+        if not known:
+            return steps[:depth]
+        value = value[step]
+    return steps
 
 
 def json_schema() -> dict[str, Any]:

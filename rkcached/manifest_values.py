@@ -11,7 +11,7 @@ from typing import Annotated, Any, Final
 from pydantic import AfterValidator, BeforeValidator, ByteSize, Field, ValidationInfo, WithJsonSchema
 
 from rkcached.builtin_templates import BUILTIN
-from rkcached.problems import NAME, nearest, wrong
+from rkcached.problems import NAME, nearest_of_all, wrong
 from rkcached.yamlmap import show
 
 RKLLM_ABIS: Final = ("1.1.0", "1.2.0", "1.2.1b1", "1.2.1", "1.3.0")
@@ -55,7 +55,7 @@ def _template(value: str, info: ValidationInfo) -> str:
     if value.endswith((".jinja", ".jinja2")):
         return _absolute(value, info)
     message = f"chat_template: {show(value)} is neither a built-in template nor a .jinja file"
-    raise wrong(message, nearest(value, BUILTIN))
+    raise wrong(message, nearest_of_all(value, BUILTIN))
 
 
 def _abi(value: str | None) -> str | None:

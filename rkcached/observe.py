@@ -25,7 +25,7 @@ from rkcached.manifest import EngineKind, Manifest, parse
 from rkcached.plan import Assessment, Build, DesiredPrompt, Key, Limits, Observed, Trouble, Verdict, VerdictKind, assess
 from rkcached.rendering import Renderer
 from rkcached.sidecar import Inventory, StoredArtifact
-from rkcached.sources import SourceReader, links
+from rkcached.sources import SourceReader, links, utf8
 from rkcached.store import Store
 from rkcached.stored import StoredTexts
 
@@ -192,21 +192,28 @@ class ManifestFile:
 
 def read_manifest(path: Path) -> Manifest:
     """Read and parse a manifest. Errors: ManifestError, also when the file cannot be read."""
+    return parse(manifest_text(path), file=path)
+
+
+def manifest_text(path: Path) -> str:
+    """What the manifest's file holds. Errors: ManifestError."""
     try:
         info = path.stat()
         if stat.S_ISREG(info.st_mode) and info.st_size > MAX_MANIFEST_BYTES:
             raise OSError(errno.EFBIG, f"{info.st_size:,} bytes are too many")  # noqa: TRY301 - said below
         if not stat.S_ISREG(info.st_mode):  # reading a pipe would wait for its writer
             raise OSError(errno.EINVAL, "it is not a regular file")  # noqa: TRY301
-        text = path.read_bytes().decode()
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
+        return utf8(path, path.read_bytes())
+    except errors.SourceError as error:
+        problem = errors.Problem(file=str(path), line=0, message=error.message, hint=error.hint)
+        raise errors.ManifestError((problem,)) from error
+    except OSError as error:
+        reason = error.strerror
         hint = "name one with --manifest or RKCACHED_MANIFEST; `rkcached demo` writes a small one"
-        if isinstance(error, OSError) and (refused := refusal(path, error)) is not None:
+        if (refused := refusal(path, error)) is not None:
             reason, hint = refused
         problem = errors.Problem(file=str(path), line=0, message=f"the manifest cannot be read: {reason}", hint=hint)
         raise errors.ManifestError((problem,)) from error
-    return parse(text, file=path)
 
 
 def inputs(manifest: Manifest, manifest_path: Path, stored: StoredTexts) -> tuple[list[Path], list[Path]]:

@@ -34,10 +34,12 @@ class Trouble:
 
     message: str
     hint: str = ""
+    place: tuple[str | int, ...] = ()
+    """The way in the manifest to what names it, from the model or prompt that has the trouble; for its line."""
 
     @classmethod
-    def of(cls, error: RkcachedError) -> Trouble:
-        return cls(message=error.message, hint=error.hint)
+    def of(cls, error: RkcachedError, *place: str | int) -> Trouble:
+        return cls(message=error.message, hint=error.hint, place=place)
 
     def __str__(self) -> str:
         return self.message + (f" ({self.hint})" if self.hint else "")

@@ -47,9 +47,18 @@ def all_wrong(problems: list[tuple[Steps, str, str]]) -> PydanticCustomError:
 
 
 def nearest(word: object, known: Iterable[str]) -> str:
+    """The known word that is nearest; all of them where none is near."""
     known = list(known)
     match = difflib.get_close_matches(str(word)[:64].lower(), known, n=1, cutoff=0.5)
     return f"did you mean {match[0]!r}?" if match else f"known are {', '.join(known)}"
+
+
+def nearest_of_all(word: object, known: Iterable[str]) -> str:
+    """For a closed choice: the nearest word, and all that there are."""
+    known = list(known)
+    everything = f"known are {', '.join(known)}"
+    near = nearest(word, known)
+    return near if near == everything else f"{near} {everything}"
 
 
 def explain(error: ErrorDetails, sections: Sections) -> list[tuple[Steps, str, str]]:
@@ -87,22 +96,49 @@ def _explain_value(error: ErrorDetails, key: str, field: FieldInfo | None) -> tu
     kind, got, context = error["type"], show(error["input"]), error.get("ctx", {})
     match kind:
         case "enum" if field and isinstance(field.annotation, type) and issubclass(field.annotation, StrEnum):
-            return f"{key}: unknown value {got}", nearest(error["input"], [str(choice) for choice in field.annotation])
+            choices = [str(choice) for choice in field.annotation]
+            return f"{key}: unknown value {got}", nearest_of_all(error["input"], choices)
         case "too_long" | "string_too_long":
             unit = "characters" if kind == "string_too_long" else "entries"
             return f"{key}: at most {context['max_length']} {unit} are allowed, got {len(error['input'])}", ""
         case "byte_size_unit":
             return f"max_bytes: unknown unit in {got}", "the units are KB, MB, GB, TB, KiB, MiB, GiB, TiB"
         case "model_type" if len(error["loc"]) == 4:
-            return f"{key}: expected a path or a mapping, got {got}", "name the prompt's file"
+            return f"{key}: expected a path or a mapping, got {got}", _prompt_hint(key, error["input"])
         case _ if expected := _EXPECTED.get(kind):
-            optional = error["input"] is None and field and not field.is_required()
-            return f"{key}: expected {expected}, got {got}", "remove the key to get its default" if optional else ""
+            return f"{key}: expected {expected}, got {got}", _type_hint(key, error["input"], field)
         case _ if key == "max_bytes":
             return f"{key}: {got} is out of range", "allowed is 1 MiB to 1 EiB"
         case _ if field and (bounds := _bounds(field)):
             return f"{key}: {got} is out of range", f"allowed is {bounds}"
     return f"{key}: {error['msg']}, got {got}", ""
+
+
+def _prompt_hint(key: str, value: object) -> str:
+    """What to write where something else stands than a prompt's file."""
+    if not isinstance(value, list):
+        return "name the prompt's file"
+    files = ", ".join(item if isinstance(item, str) else "..." for item in value[:3])
+    more = ", ..." if len(value) > 3 else ""
+    return f"write `{key}: {{files: [{files}{more}]}}`"
+
+
+def _type_hint(key: str, value: object, field: FieldInfo | None) -> str:
+    """What to write instead of a value of the wrong kind."""
+    if field is None:
+        return ""
+    if value is None and not field.is_required():
+        return "remove the key to get its default"
+    if bounds := _bounds(field):
+        return f"allowed is {bounds}"
+    section = field.annotation
+    if not isinstance(section, type) or not issubclass(section, BaseModel):
+        return ""
+    first, choice = next(iter(section.model_fields.items()))
+    if isinstance(choice.annotation, type) and issubclass(choice.annotation, StrEnum):
+        near = nearest_of_all(value, [str(one) for one in choice.annotation])
+        return f"write `{key}: {{{first}: ...}}`; {near}"
+    return f"its keys are {', '.join(section.model_fields)}"
 
 
 def _bounds(field: FieldInfo) -> str:

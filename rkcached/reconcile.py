@@ -385,6 +385,13 @@ class Reconciler:
             artifact = artifacts.get(assessment.key)
             if assessment.state is State.FRESH and artifact is not None:
                 index.add(assessment.key, artifact)
+        if new := set(look.sources.skipped_files) - set(self.view.skipped_files):
+            log.info(
+                "prompt files skipped",
+                files=sorted(new),
+                reason="their names cannot be a prompt's",
+                hint="rename them to make prompts of them",
+            )
         self.view = View(
             manifest=look.manifest,
             desired=look.desired,
@@ -394,6 +401,7 @@ class Reconciler:
             unreadable_bytes={key: found.size_bytes for key, found in look.inventory.unreadable.items()},
             foreign_bytes=sum(look.inventory.foreign.values()),
             quarantine_bytes=sum(look.inventory.quarantined.values()),
+            skipped_files=look.sources.skipped_files,
         )
         for assessment in look.assessments:
             self._announcer.state(assessment)

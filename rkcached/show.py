@@ -78,6 +78,13 @@ def print_plan(console: Console, actions: Sequence[Action], assessments: Sequenc
     console.print(Text(printable(f"{summary}; store {store}")), soft_wrap=True)
 
 
+def skipped_files_line(files: Sequence[str]) -> str:
+    """One line on the files of a prompts_from folder whose names cannot be a prompt's."""
+    count = "1 file is" if len(files) == 1 else f"{len(files)} files are"
+    names = ", ".join(files[:3]) + (", ..." if len(files) > 3 else "")
+    return f"{count} skipped, as a prompt's name has only a-z 0-9 . _ - and begins with a letter or digit: {names}"
+
+
 def print_status(console: Console, status: dict[str, Any], *, stays: bool = False) -> None:
     """The status as it is now. `stays`: it is read later, too, so it tells nothing that changes by itself."""
     status = shown(status)
@@ -200,6 +207,8 @@ def troubles(status: dict[str, Any]) -> Iterator[Text]:
         yield Text(f"the store cannot be read: {trouble}", style="bold red")
     if status["watching"] == "polling":
         yield Text("polling instead of inotify: not everything can be watched, the log says why", style="yellow")
+    if files := status["manifest"].get("skipped_files"):
+        yield Text(skipped_files_line(files), style="dim")
 
 
 def _heading(status: dict[str, Any], *, stays: bool) -> Iterator[Text]:

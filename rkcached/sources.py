@@ -6,11 +6,13 @@ the scan itself never fails. Runs in a thread, one scan at a time.
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import fnmatch
 import hashlib
 import os
 import re
+import shlex
 import stat
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
@@ -24,7 +26,7 @@ from rkcached.digests import Digests, Signature, settled, signature_of
 from rkcached.engines.gguf import Header, read_header
 from rkcached.engines.registry import ENGINES, EngineEntry
 from rkcached.errors import RkcachedError, SourceError
-from rkcached.manifest import NAME, NAME_RULE, EngineConfig, Manifest, ModelConfig
+from rkcached.manifest import NAME, EngineConfig, Manifest, ModelConfig
 from rkcached.plan import Key, Trouble
 from rkcached.stored import StoredTexts
 
@@ -33,6 +35,14 @@ MAX_PROMPT_BYTES = 1 << 20
 
 
 Content = TypeVar("Content")
+
+
+class _Placed(SourceError):
+    """What is wrong with one input, and the way in the manifest to what names it."""
+
+    def __init__(self, error: SourceError, *place: str | int) -> None:
+        super().__init__(error.message, hint=error.hint)
+        self.place = place
 
 
 class _Made(NamedTuple, Generic[Content]):
@@ -84,6 +94,7 @@ class SourceReader:
         prompts: dict[Key, Declaration] = {}
         models: dict[str, ModelSource | Trouble] = {}
         unlisted: dict[str, Trouble] = {}
+        skipped: dict[str, None] = {}
         self._prompts.turn()
         self._templates.turn()
         self._headers.turn()
@@ -109,11 +120,20 @@ class SourceReader:
                     if path in claimed:
                         continue  # declared by name, perhaps with parameters of its own
                     key = Key(name, _printable(_stem(path)))
+                    if not NAME.fullmatch(key.prompt):
+                        skipped[_printable(path)] = None  # a README, or a copy that a synchronising program made
+                        continue
                     self._declare(prompts, key, self._found(key, path, prompts), (path,), line=line)
             if self._stored is not None:
                 unlisted |= self._add_stored(name, self._stored, prompts)
         self._declared = prompts
-        return Sources(runtime=self._runtime(manifest.engine), models=models, prompts=prompts, unlisted_models=unlisted)
+        return Sources(
+            runtime=self._runtime(manifest.engine),
+            models=models,
+            prompts=prompts,
+            unlisted_models=unlisted,
+            skipped_files=tuple(skipped),
+        )
 
     def _declare(
         self,
@@ -143,9 +163,7 @@ class SourceReader:
         return replace(declared, source=self._prompt(declared.files))
 
     def _found(self, key: Key, path: str, prompts: dict[Key, Declaration]) -> PromptSource | Trouble:
-        """The prompt of a file that a pattern found: its name comes from the file, so it may be unusable."""
-        if not NAME.fullmatch(key.prompt):
-            return Trouble(message=f"{_printable(path)} cannot name a prompt: {NAME_RULE}", hint="rename the file")
+        """The prompt of a file that a pattern found."""
         if key in prompts:
             return Trouble(
                 message=f"{path} makes a second prompt named {key.prompt!r}",
@@ -156,6 +174,8 @@ class SourceReader:
     def _prompt(self, files: tuple[str, ...]) -> PromptSource | Trouble:
         try:
             return self._prompts.of(files, _join)
+        except _Placed as error:
+            return Trouble.of(error, *error.place)
         except RkcachedError as error:
             return Trouble.of(error)
 
@@ -164,6 +184,9 @@ class SourceReader:
             template = BUILTIN.get(config.chat_template)
             if template is None:
                 template = self._templates.of((config.chat_template,), lambda files: _text(Path(files[0])))
+        except RkcachedError as error:
+            return Trouble.of(error, "chat_template")
+        try:
             if not stat.S_ISREG(mode := config.path.stat().st_mode):  # opening a FIFO would wait for its writer
                 kind = "a directory" if stat.S_ISDIR(mode) else "not a regular file"
                 return Trouble(message=f"{config.path} is {kind}", hint="name a model file")
@@ -186,6 +209,8 @@ class SourceReader:
                 lora_digest=self._optional(config.lora, "LoRA adapter", signatures),
                 signatures=tuple(signatures.items()),
             )
+        except _Placed as error:
+            return Trouble.of(error, *error.place)
         except RkcachedError as error:
             return Trouble.of(error)
         except OSError as error:
@@ -204,7 +229,8 @@ class SourceReader:
             digest, signatures[str(path)] = self._digests.digest_and_signature(path)
             return digest
         except OSError as error:
-            raise _unusable(path, error, noun) from error
+            key = "lora" if noun == "LoRA adapter" else noun
+            raise _Placed(_unusable(path, error, noun), key) from error
 
     def _runtime(self, engine: EngineConfig) -> RuntimeSource | Trouble:
         try:
@@ -234,8 +260,14 @@ def _infos(files: tuple[str, ...]) -> list[os.stat_result]:
 
 def _join(files: tuple[str, ...]) -> PromptSource:
     """The prompt that these files are. Errors: SourceError."""
-    # Files are joined as paragraphs. The final newline of a file is not part of a prompt.
-    text = "\n\n".join(_text(Path(path)).rstrip("\r\n") for path in files)
+    texts = []
+    for position, path in enumerate(files):
+        try:
+            texts.append(_text(Path(path)).rstrip("\r\n"))  # the final newline is not part of a prompt
+        except SourceError as error:
+            raise _Placed(error, "files", position) from error
+
+    text = "\n\n".join(texts)  # as paragraphs
     if not text.strip():
         raise SourceError(f"{', '.join(files)}: the prompt is empty", hint="write the prompt's text into the file")
     return PromptSource(text=text, digest=hashlib.sha256(text.encode()).hexdigest())
@@ -259,18 +291,42 @@ def _text(path: Path) -> str:
 
 
 def _decode(path: Path, data: bytes) -> str:
-    """UTF-8 text without its byte order mark. Errors: SourceError."""
-    if b"\0" in data:
+    """UTF-8 text without its byte order mark, and nothing that no text has. Errors: SourceError."""
+    if b"\0" in data and not _other_encoding(data):
         raise SourceError(
             f"{path} contains a NUL byte at offset {data.index(0)}", hint="a prompt is a UTF-8 text file, not a binary"
+        )
+    return utf8(path, data)
+
+
+def utf8(path: Path, data: bytes) -> str:
+    """The text in the file's data, without its byte order mark. Errors: SourceError, with what the file is instead."""
+    if encoding := _other_encoding(data):
+        file = shlex.quote(str(path))
+        raise SourceError(
+            f"{path} is {encoding}, not UTF-8",
+            hint=f"convert it: iconv -f {encoding} -t UTF-8 {file} > {file}.new && mv {file}.new {file}",
         )
     try:
         return data.decode().removeprefix("\ufeff")
     except UnicodeDecodeError as error:
         raise SourceError(
             f"{path} is not UTF-8: byte 0x{data[error.start]:02x} at offset {error.start}",
-            hint=f"convert it, for example: iconv -f latin1 -t utf-8 {path.name}",
+            hint="save it as UTF-8 in the editor that wrote it, or convert it with iconv from the encoding it has",
         ) from error
+
+
+def _other_encoding(data: bytes) -> str:
+    """The name of the encoding that a text's byte order mark tells, if it is not UTF-8; empty if it tells none."""
+    for mark, name in (
+        (codecs.BOM_UTF32_LE, "UTF-32"),  # begins as UTF-16's does
+        (codecs.BOM_UTF32_BE, "UTF-32"),
+        (codecs.BOM_UTF16_LE, "UTF-16"),
+        (codecs.BOM_UTF16_BE, "UTF-16"),
+    ):
+        if data.startswith(mark):
+            return name
+    return ""
 
 
 def _unusable(path: Path, error: OSError, noun: str) -> SourceError:

@@ -66,6 +66,7 @@ def status(
             "file": str(view.manifest.file),
             "ok": manifest_error is None,
             "problems": [str(problem) for problem in manifest_error.problems] if manifest_error else [],
+            "skipped_files": list(view.skipped_files),
         },
         "engine": view.manifest.engine.kind.value,
         "cache": {

@@ -104,6 +104,8 @@ class View:
     """Of artifacts without a usable sidecar."""
     foreign_bytes: int = 0
     quarantine_bytes: int = 0
+    skipped_files: tuple[str, ...] = ()
+    """In a prompts_from folder, but with names that no prompt can have."""
 
     def model(self, name: str) -> DesiredModel | Trouble | None:
         return self.desired.models.get(name)

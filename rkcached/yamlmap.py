@@ -75,6 +75,27 @@ _SCALARS: Final[Mapping[str, Callable[[str], object]]] = {
 _KINDS: Final = {"bool": "a YAML boolean", "int": "a number", "float": "a number", "null": "the YAML null"}
 
 
+def _open_quote(error: yaml.MarkedYAMLError, last: yaml.Event | None) -> tuple[int, str, str] | None:
+    """Line, message and hint if a quote that nobody closed is what broke the YAML, which shows only further down.
+
+    `last` is the event before the error.
+    """
+    hint = "close the quote, or remove it: most text needs none"
+
+    if error.context and "quoted scalar" in error.context and error.context_mark:
+        return error.context_mark.line + 1, "not valid YAML: the quote that opens here is never closed", hint
+
+    # The next quote of the file closed it, and what follows there makes no sense.
+    if isinstance(last, yaml.ScalarEvent) and last.style in ("'", '"') and error.problem_mark:
+        if last.start_mark is None or last.end_mark is None:
+            return None
+        opened, closed = last.start_mark.line + 1, last.end_mark.line + 1
+        if opened < closed == error.problem_mark.line + 1:
+            return opened, f"not valid YAML: the quote that opens here is closed in line {closed} only", hint
+
+    return None
+
+
 class YamlReader:
     """Turns YAML text into plain data, remembering the line of every place in it and every problem on the way."""
 
@@ -114,6 +135,7 @@ class YamlReader:
 
     def _compose(self, text: str) -> yaml.Node | None:
         depth = nodes = 0
+        last: yaml.Event | None = None
         try:
             for event in yaml.parse(text, Loader=_Loader):  # first, flat: composing recurses in C
                 depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
@@ -122,11 +144,16 @@ class YamlReader:
                     line = event.start_mark.line + 1 if event.start_mark else 1
                     what = _TOO_DEEP if depth > MAX_DEPTH else _TOO_MANY
                     raise self._fatal(line, what)
+                last = event
             return yaml.compose(text, Loader=_Loader)
         except yaml.MarkedYAMLError as error:
+            if opened := _open_quote(error, last):
+                raise self._fatal(*opened) from error
             mark = error.problem_mark or error.context_mark
             line = mark.line + 1 if mark else 1
             message = f"not valid YAML: {error.problem or error.context}"
+            if error.context and "flow" in error.context and error.context_mark:
+                message += f" of the bracket that opens in line {error.context_mark.line + 1}"
             if "nesting depth" in message:  # libyaml's own limit, since PyYAML 6.0.4: reached before the first event
                 raise self._fatal(line, _TOO_DEEP) from error
             lines = text.splitlines()

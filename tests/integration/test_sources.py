@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import pwd
+import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -115,6 +116,22 @@ def test_one_blank_file_of_several_is_no_trouble(folder: Folder) -> None:
     assert folder.text("{p: {files: [q.md, p.md]}}") == "\n\nBe brief."
 
 
+def test_the_hint_converts_from_the_encoding_that_was_detected(folder: Folder) -> None:
+    """What it says to run makes a prompt of the file."""
+    folder.prompt.write_bytes("Zürich, bitte.".encode("utf-16"))
+    command = folder.trouble().hint.partition(": ")[2]
+    subprocess.run(["sh", "-c", command], check=True)
+    assert folder.text() == "Zürich, bitte."
+
+
+def test_the_hint_names_no_encoding_that_was_not_detected(folder: Folder) -> None:
+    """Bytes that are not UTF-8 may be in any of many encodings."""
+    folder.prompt.write_bytes(b"caf\xe9")
+    hint = folder.trouble().hint
+    assert "UTF-8" in hint
+    assert "latin" not in hint.lower()
+
+
 def write(content: bytes) -> Callable[[Path], None]:
     return lambda path: path.write_bytes(content) and None
 
@@ -145,7 +162,10 @@ BAD_INPUTS = {
     "only-byte-order-mark": (write(b"\xef\xbb\xbf"), "the prompt is empty"),
     "latin1": (write(b"caf\xe9"), "is not UTF-8: byte 0xe9 at offset 3"),
     "latin1-after-byte-order-mark": (write(b"\xef\xbb\xbfcaf\xe9"), "is not UTF-8: byte 0xe9 at offset 6"),
-    "utf16": (write("Be brief.".encode("utf-16")), "contains a NUL byte at offset 3"),
+    "utf16": (write("Be brief.".encode("utf-16")), "p.md is UTF-16, not UTF-8"),
+    "utf16-big-endian": (write("\ufeffBe brief.".encode("utf-16-be")), "p.md is UTF-16, not UTF-8"),
+    "utf32": (write("Be brief.".encode("utf-32")), "p.md is UTF-32, not UTF-8"),
+    "utf16-without-a-mark": (write("Be brief.".encode("utf-16-le")), "contains a NUL byte at offset 1"),
     "nul": (write(b"ab\0c"), "contains a NUL byte at offset 2"),
     "too-large": (write(b"x" * (MAX_PROMPT_BYTES + 1)), "has 1,048,577 bytes, the limit is 1,048,576"),
     "missing": (Path.unlink, "source missing"),
@@ -278,21 +298,50 @@ def test_hidden_files_backups_and_folders_are_left_out(folder: Folder, extra: Pa
     assert set(folder.found()) == {"a"}
 
 
-def test_a_file_whose_name_cannot_be_a_prompts_is_told(folder: Folder, extra: Path) -> None:
-    """The others are found."""
-    for name in ("Big Name.md", "good.md"):
-        (extra / name).write_text("x")
-    found = folder.found()
-    assert found["good"] == "x"
-    assert "Big Name.md cannot name a prompt: a name has 1 to 64" in found["Big Name"]
+@pytest.mark.parametrize(
+    "name",
+    [
+        "README.md",
+        "System Prompt.md",
+        "a.sync-conflict-20260102-101500-ABCDEF.md",
+        "a (conflicted copy).md",
+        "caf\xe9.md",
+    ],
+)
+def test_a_file_whose_name_cannot_be_a_prompts_is_skipped(folder: Folder, extra: Path, name: str) -> None:
+    """It is no trouble, as nobody meant it to be a prompt; it is listed, once for all models, and the others are found.
+
+    The name of one in another encoding is listed so that it can be printed and sent.
+    """
+    for file in (os.fsencode(extra) + b"/" + name.encode("latin-1"), os.fsencode(extra / "good.md")):
+        Path(os.fsdecode(file)).write_text("x")
+    text = "version: 1\nengine: {kind: memory}\nmodels:\n"
+    text += "".join(f"  {model}: {{path: m.json, prompts_from: extra/*.md}}\n" for model in ("m", "n"))
+    sources = folder.reader.scan(parse(text, file=folder.root / "manifest.yaml"))
+    assert list(sources.prompts) == [Key("m", "good"), Key("n", "good")]
+    shown = name.replace("\xe9", "\\udce9")
+    assert sources.skipped_files == (str(extra / shown),)
+    assert str(sources.skipped_files).encode()
 
 
-def test_a_file_name_that_is_not_utf8_can_be_told(folder: Folder, extra: Path) -> None:
-    """Regression: its bytes could not be sent to a client or written to a log."""
-    Path(os.fsdecode(bytes(extra) + b"/caf\xe9.md")).write_text("x")
-    ((name, message),) = folder.found().items()
-    assert (name + message).encode()
-    assert "caf\\udce9.md cannot name a prompt" in message
+def test_a_file_is_skipped_by_its_name_of_now(folder: Folder, extra: Path) -> None:
+    """Renamed to a name that can be a prompt's it is one, and renamed back it is skipped again."""
+    pattern = "prompts_from: 'extra/*.md'"
+    (extra / "Rules.md").write_text("Rules.")
+    assert folder.scan("{}", more=pattern).prompts == {}
+    (extra / "Rules.md").rename(extra / "rules.md")
+    sources = folder.scan("{}", more=pattern)
+    assert (list(sources.prompts), sources.skipped_files) == ([Key("m", "rules")], ())
+    (extra / "rules.md").rename(extra / "Rules.md")
+    sources = folder.scan("{}", more=pattern)
+    assert (list(sources.prompts), sources.skipped_files) == ([], (str(extra / "Rules.md"),))
+
+
+def test_a_declared_file_may_have_any_name(folder: Folder, extra: Path) -> None:
+    """The manifest gives its prompt a name, so it is not skipped."""
+    (extra / "README.md").write_text("Read me.")
+    sources = folder.scan("{p: extra/README.md}", more="prompts_from: 'extra/*.md'")
+    assert (list(sources.prompts), sources.skipped_files) == ([P], ())
 
 
 def test_a_second_prompt_of_one_name_is_told(folder: Folder, extra: Path) -> None:

@@ -85,7 +85,7 @@ def test_check_shows_a_name_as_it_is(workspace: Workspace) -> None:
     for name in ("x\x1b[31m.md", "y\u202e.md"):
         workspace.write(f"more/{name}", "Text.")
     workspace.declare("{}", model="    prompts_from: more/*.md")
-    done = workspace.cli("check", code=os.EX_CONFIG)
+    done = workspace.cli("check")
     assert r"x\x1b[31m.md" in done.stderr
     assert r"y\u202e.md" in done.stderr
     assert "\x1b" not in done.stderr
@@ -114,6 +114,123 @@ def test_check_reads_the_files(workspace: Workspace) -> None:
         workspace.write(f"{name}.md", "fine")
     workspace.declare("{empty: empty.md}")
     assert "ok, 1 model, 1 prompt" in workspace.cli("check").stdout
+
+
+def line_of(workspace: Workspace, words: str) -> int:
+    lines = workspace.manifest.read_text().splitlines()
+    return next(number for number, line in enumerate(lines, 1) if words in line)
+
+
+def problems(workspace: Workspace) -> list[tuple[int, str]]:
+    """Line and message of each problem that `check` reports."""
+    found = json.loads(workspace.cli("check", "--json", code=os.EX_CONFIG).stdout)
+    return [(problem["line"], problem["message"]) for problem in found]
+
+
+@pytest.mark.parametrize("template", ["{% if %}", b"\xff", None], ids=["broken", "not text", "missing"])
+def test_a_template_is_reported_at_its_line(workspace: Workspace, template: str | bytes | None) -> None:
+    """A broken .jinja is not the model file's fault."""
+    workspace.memory_model()
+    if template is not None:
+        workspace.write("t.jinja", template)
+    workspace.declare("{}", model="    chat_template: t.jinja\n")
+    ((line, message),) = problems(workspace)
+    assert line == line_of(workspace, "chat_template:"), message
+
+
+def test_each_file_is_reported_at_its_line(workspace: Workspace) -> None:
+    """Of a prompt's several files the one that is missing; of a model's the tokenizer; the library at the engine."""
+    workspace.write("a.md", "Text.")
+    workspace.memory_model()
+    workspace.write(
+        "manifest.yaml",
+        "version: 1\nengine:\n  kind: rkllm\n  library: none.so\nmodels:\n  m:\n    path: m.model\n"
+        "    lora: none.lora\n  n:\n    path: m.model\n    prompts:\n      a:\n        files:\n"
+        "          - a.md\n          - none.md\n",
+    )
+    for line, message in problems(workspace):
+        assert "none" in workspace.manifest.read_text().splitlines()[line - 1], message
+    assert len(problems(workspace)) == 3
+
+
+def test_a_wrong_key_hides_no_missing_file(workspace: Workspace) -> None:
+    """What the rest of the manifest names is looked at all the same."""
+    workspace.memory_model()
+    workspace.declare("\n      gone: gone.md\n", top="cache: {max_size: 1}")
+    assert [message.partition(":")[0] for _, message in problems(workspace)] == [
+        "unknown key 'max_size'",
+        "source missing",
+    ]
+
+
+def test_with_a_wrong_engine_no_other_engine_is_missed(workspace: Workspace) -> None:
+    """Neither a library nor a model's format is complained of that the engine which is meant may not need."""
+    workspace.write("m.model", "a format of any engine")
+    workspace.write(
+        "manifest.yaml",
+        "version: 1\nengine: {kind: vllm}\nmodels:\n  m: {path: m.model, prompts: {gone: gone.md}}\n",
+    )
+    assert [message.partition(":")[0] for _, message in problems(workspace)] == ["kind", "source missing"]
+
+
+def test_an_open_quote_is_reported_where_it_opens(workspace: Workspace) -> None:
+    """However long the manifest is after it."""
+    workspace.memory_model()
+    workspace.declare("{}", top='x-note: "begins here')
+    ((line, _),) = problems(workspace)
+    assert line == line_of(workspace, "begins here")
+
+
+def test_a_manifest_in_another_encoding(workspace: Workspace) -> None:
+    """The encoding is named, and how to convert it; not that another manifest could be named."""
+    workspace.write("manifest.yaml", "version: 1\n".encode("utf-16"))
+    done = workspace.cli("check", code=os.EX_CONFIG)
+    assert "is UTF-16, not UTF-8 (convert it: iconv -f UTF-16" in done.stderr
+
+
+def test_files_that_no_prompt_can_be_named_by_are_listed(workspace: Workspace) -> None:
+    """A README in a prompts_from folder is no problem: check and plan list it and end well, the daemon tells of it."""
+    workspace.memory_model()
+    for name in ("README.md", "System Prompt.md", "good.md"):
+        workspace.write(f"more/{name}", "Text.\n" * 20)
+    workspace.declare("{}", model="    prompts_from: more/*.md\n")
+    done = workspace.cli("check")
+    assert "ok, 1 model, 1 prompt" in done.stdout
+    assert "2 files are skipped" in done.stderr
+    assert json.loads(workspace.cli("check", "--json").stdout) == []
+    workspace.start()
+    workspace.wait_state("good", "fresh")
+    for name in ("README.md", "System Prompt.md"):
+        assert name in done.stderr
+        assert name in workspace.cli("plan").stdout
+    assert "2 files are skipped" in workspace.cli("status").stdout
+    assert [Path(file).name for file in workspace.status()["manifest"]["skipped_files"]] == [
+        "README.md",
+        "System Prompt.md",
+    ]
+
+
+def test_a_skipped_file_is_logged_once_and_becomes_a_prompt_by_its_name(workspace: Workspace) -> None:
+    """Each look sees it, one line tells of it; renamed it is built, and renamed back it is skipped again."""
+    workspace.memory_model()
+    workspace.write("more/Rules.md", "Rules.\n" * 20)
+    workspace.write("more/good.md", "Text.\n" * 20)
+    workspace.declare("{}", model="    prompts_from: more/*.md\n")
+    workspace.start()
+    workspace.wait_state("good", "fresh")
+    for _ in range(3):
+        looks = workspace.status()["reconcile"]["looks"]
+        workspace.hang_up()
+        wait_until(lambda before=looks: workspace.status()["reconcile"]["looks"] > before, "it looked again")
+    assert workspace.log_text().count("prompt files skipped") == 1
+    (workspace.root / "more/Rules.md").rename(workspace.root / "more/rules.md")
+    workspace.wait_state("rules", "fresh")
+    assert workspace.status()["manifest"]["skipped_files"] == []
+    (workspace.root / "more/rules.md").rename(workspace.root / "more/Rules.md")
+    wait_until(
+        lambda: [p["prompt"] for p in workspace.status()["prompts"]] == ["good"], lambda: str(workspace.status())
+    )
+    assert len(workspace.status()["manifest"]["skipped_files"]) == 1
 
 
 def test_bad_prompts_block_only_themselves(workspace: Workspace) -> None:

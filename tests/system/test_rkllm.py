@@ -548,3 +548,21 @@ def test_two_models(d: Workspace, concurrent: bool) -> None:
 def test_damaged_artifacts_are_never_loaded(board: Workspace) -> None:
     """Bytes that nobody built never reach the runtime's loader, of which nobody knows what it does with them."""
     damage(board, board.cache / "m/a.rkllm_cache")
+
+
+@pytest.mark.parametrize(("group", "tokens", "warned"), [("D", 512, True), ("D", 256, False), ("E", 512, False)])
+def test_check_warns_of_long_answers_in_builds(
+    workspace: Workspace, library: Library, group: str, tokens: int, warned: bool
+) -> None:
+    """Before 1.3.0 each build generates a whole answer: said with the cost and the remedy, and no problem."""
+    prepared(workspace, library(group))
+    put_model(workspace)
+    workspace.write(
+        "manifest.yaml",
+        f"version: 1\nengine: {{kind: rkllm, library: {workspace.root / 'librkllmrt.so'}}}\nmodels:\n"
+        f"  m:\n    path: m.rkllm\n    params:\n      max_new_tokens: {tokens}\n",
+    )
+    done = workspace.cli("check")
+    assert "ok, 1 model" in done.stdout
+    assert ("manifest.yaml:7: warning: max_new_tokens of m is 512" in done.stderr) is warned
+    assert ("1.3.0" in done.stderr) is warned

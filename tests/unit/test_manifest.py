@@ -26,6 +26,7 @@ from rkcached.manifest import (
     Verify,
     json_schema,
     parse,
+    parse_usable,
 )
 from rkcached.yamlmap import MAX_CHARACTERS, MAX_NODES
 
@@ -307,15 +308,29 @@ def test_unknown_keys(text: str, line: int, key: str, hint: str) -> None:
 @pytest.mark.parametrize(
     ("section", "message", "hint"),
     [
-        ("engine: {kind: llamacp}", "kind: unknown value 'llamacp'", "did you mean 'llamacpp'?"),
+        (
+            "engine: {kind: llamacp}",
+            "kind: unknown value 'llamacp'",
+            "did you mean 'llamacpp'? known are rkllm, llamacpp, memory",
+        ),
+        (
+            "engine: {kind: vllm}",
+            "kind: unknown value 'vllm'",
+            "did you mean 'rkllm'? known are rkllm, llamacpp, memory",
+        ),
+        (
+            "engine: vllm",
+            "engine: expected a mapping, got 'vllm'",
+            "write `engine: {kind: ...}`; did you mean 'rkllm'? known are rkllm, llamacpp, memory",
+        ),
         ("engine: {kind: 5}", "kind: unknown value 5", "known are rkllm, llamacpp, memory"),
         ("cache: {verify: true}", "verify: unknown value true", "known are off, hit, exact"),
         ("cache: {verify: }", "verify: unknown value nothing", "known are off, hit, exact"),
-        ("cache: {fingerprint: Full}", "fingerprint: unknown value 'Full'", "did you mean 'full'?"),
+        ("cache: {fingerprint: Full}", "fingerprint: unknown value 'Full'", "did you mean 'full'? known are full, kv"),
     ],
 )
 def test_unknown_values(section: str, message: str, hint: str) -> None:
-    """A closed choice names the value and the nearest choice, or all of them."""
+    """A closed choice names the value, the nearest choice if one is near, and all of them."""
     item = problem(f"{MINIMAL}{section}\n")
     assert (item.line, item.message, item.hint) == (5, message, hint)
 
@@ -422,6 +437,25 @@ def test_wrong_types(text: str, message: str) -> None:
     item = problem(text)
     assert (item.line, item.message) == (5, message)
     assert "pydantic" not in str(item)
+
+
+@pytest.mark.parametrize(
+    ("key", "hint"),
+    [
+        ("params: {temperature: hot}", "allowed is 0..5"),
+        ("params: {temperature: .nan}", "allowed is 0..5"),
+        ("params: {top_k: many}", "allowed is 0..100000"),
+        ("prompts: {a: {files: a, params: {top_p: low}}}", "allowed is more than 0, at most 1"),
+        ("idle_unload_s: soon", "allowed is 1..31536000"),
+        ("npu: 5", "its keys are enabled_cpus, embed_flash, base_domain_id, n_keep, ignore_eos"),
+        ("prompts: {a: [b.md, c.md]}", "write `a: {files: [b.md, c.md]}`"),
+        ("prompts: {a: [b, c, d, e]}", "write `a: {files: [b, c, d, ...]}`"),
+        ("chat_template: chatlm", "did you mean 'chatml'? known are chatml, llama3, gemma, deepseek, phi"),
+    ],
+)
+def test_a_wrong_value_is_told_with_what_is_allowed(key: str, hint: str) -> None:
+    """A value of the wrong kind has the bounds, the keys or the form that is meant beside it, as one out of range."""
+    assert problem(model(key)).hint == hint
 
 
 def test_nothing_where_a_default_is() -> None:
@@ -591,6 +625,97 @@ def test_documents_that_are_no_mapping(text: str, what: str) -> None:
     item = problem(text)
     assert item.message == f"expected a mapping at the top of the manifest, got {what}"
     assert item.line == text.count("\n", 0, len(text) - 1) + 1
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        (model('bos_token: "<s>', "thinking: true", "embedding: false"), 5),
+        (model("bos_token: '<s>", "thinking: true", "eos_token: '</s>'"), 5),
+        (model('prompts: {a: "x.md, b: y.md}', "thinking: true"), 5),
+        (model("prompts:", "  a: 'x.md", "  b: it's.md"), 6),
+    ],
+)
+def test_an_open_quote_is_told_where_it_opens(text: str, line: int) -> None:
+    """YAML notices it at the next quote or at the end of the file; what is to be mended is where it opens."""
+    item = problem(text)
+    assert item.line == line
+    assert "the quote that opens here" in item.message
+    assert item.hint.startswith("close the quote")
+
+
+def test_an_open_bracket_is_named() -> None:
+    """The problem shows further down; the message says where the bracket opens."""
+    item = problem(model("prompts: {a: x.md, b: y.md", "params: {top_k: 1}"))
+    assert item.line == 6
+    assert item.message.endswith("of the bracket that opens in line 5")
+
+
+# --- what is left of a broken one ---
+
+
+def test_what_is_right_of_a_broken_manifest_is_usable() -> None:
+    """A wrong value is left out alone; a model or prompt that lacks something is left out with all it has."""
+    text = """\
+version: 2
+models:
+  a:
+    path: a.gguf
+    params: {temperature: hot, top_k: 7}
+    prompts: {good: g.md, bad: {file: b.md}, worse: 5, joined: {files: [x.md, 1, 2, y.md]}}
+  b: {pth: b.gguf, prompts: {never: n.md}}
+  Big: {path: c.gguf}
+"""
+    found = parse_usable(text, file=FILE)
+    assert found.problems == problems(text)
+    assert found.manifest is not None
+    assert list(found.manifest.models) == ["a"]
+    left = found.manifest.models["a"]
+    assert left.params == ModelParams(top_k=7)
+    assert {n: [f.name for f in p.files] for n, p in left.prompts.items()} == {
+        "good": ["g.md"],
+        "joined": ["x.md", "y.md"],
+    }
+    assert found.manifest.line_of("models", "a", "prompts", "good") == 6
+    assert found.engine_known
+
+
+@pytest.mark.parametrize("engine", ["vllm", "{kind: vllm}", "{library: 5}", "{knd: rkllm}"])
+def test_an_engine_with_a_problem_is_not_known(engine: str) -> None:
+    """What is usable then has another engine than the one that is meant, and says so."""
+    found = parse_usable(f"{MINIMAL}engine: {engine}\n", file=FILE)
+    assert found.manifest is not None
+    assert not found.engine_known
+
+
+@pytest.mark.parametrize("text", ["version: 1\n", "models: {}\n", "version: 1\nmodels: {m: 5}\n", "a: 1\n"])
+def test_nothing_may_be_left(text: str) -> None:
+    """Without one model there is nothing to look at."""
+    found = parse_usable(text, file=FILE)
+    assert found.manifest is None
+    assert found.problems
+
+
+# --- keys of the administrator's own ---
+
+
+def test_keys_for_anchors() -> None:
+    """A key at the top that begins with x- has any content, for anchors to be used below, and changes nothing."""
+    text = "x-params: &p {top_k: 1}\nx-list: [1, {a: b}]\n" + model("params: *p")
+    assert good(text).models["m"].params.top_k == 1
+    assert good("x-other: 5\n" + MINIMAL) == good(MINIMAL)
+
+
+def test_such_keys_are_at_the_top_only() -> None:
+    """Elsewhere they are unknown keys, as nothing there needs a place for anchors."""
+    assert problem(model("x-note: 5")).message == "unknown key 'x-note'"
+
+
+def test_the_schema_has_keys_for_anchors() -> None:
+    """Editors accept them too: any content, at the top, and no other unknown key."""
+    schema = json_schema()
+    assert schema["patternProperties"] == {"^x-": {}}
+    assert schema["additionalProperties"] is False
 
 
 def test_two_documents() -> None:

@@ -98,7 +98,8 @@ def documented(schema: dict[str, Any], steps: tuple[str, ...] = ()) -> Iterator[
             line = f"# {key}: {bounds(key, child)}, {default(here, child, required=key in option.get('required', []))}"
             yield here, line
             yield from documented(child, here)
-        for child in option.get("patternProperties", {}).values():
+        named = option.get("patternProperties", {}) if steps else {}  # at the top: keys of the administrator's own
+        for child in named.values():
             yield from documented(child, (*steps, INSTANCES[steps[-1]]))
 
 
@@ -121,6 +122,13 @@ def test_the_walk_finds_the_keys() -> None:
     known = set(KEYS)
     assert {("version",), ("engine", "kind"), ("cache", "max_bytes")} <= known
     assert ("models", "qwen3-0.6b", "prompts", "coding_rules", "params", "top_k") in known
+
+
+def test_keys_for_anchors_are_documented(example: Manifest) -> None:
+    """The schema's pattern is no key; the example shows one, and a model that uses its anchor."""
+    assert SCHEMA["patternProperties"] == {"^x-": {}}
+    assert "\n# x-...: anything\n" in TEXT
+    assert example.models["smollm2-135m"].params.top_k == 20
 
 
 @pytest.mark.parametrize("steps", KEYS, ids=".".join)

@@ -28,7 +28,7 @@ def a_status(prompts: list[dict[str, Any]], **more: Any) -> dict[str, Any]:
         "started_at": 0.0,
         "uptime_s": 1.0,
         "summary": "1 fresh",
-        "manifest": {"file": "m.yaml", "ok": True, "problems": []},
+        "manifest": {"file": "m.yaml", "ok": True, "problems": [], "skipped_files": []},
         "engine": "memory",
         "cache": {
             "trouble": "",
