@@ -1,8 +1,9 @@
 """SHA-256 of files, without reading a file again that did not change.
 
 A digest is remembered for a path together with the file's signature (device, inode, size, mtime, ctime). The signature
-only ever spares work: it is no part of any identity. A file that changed within the clock's granularity of being
-hashed is not remembered, because a second change could leave the same signature. The memory survives restarts.
+only ever spares work: it is no part of any identity. A file that changed so recently that a second change could leave
+the same signature is not remembered. How long that is depends on the file system, and the file's own times show it.
+The memory survives restarts.
 """
 
 from __future__ import annotations
@@ -22,8 +23,16 @@ import msgspec
 
 from rkcached.errors import SourceError
 
-_RACY_NS = 50_000_000
-"""A change this close to the hashing may share its timestamp with a later one; kernels tick every 1 to 10 ms."""
+_FINE_NS = 50_000_000
+"""A change may share its time with one that comes so much later: kernels tick every 1 to 10 ms."""
+
+_COARSE_NS = ((1_000_000_000, 3_000_000_000), (100_000_000, 300_000_000))
+"""The same for times that are multiples of the first number.
+
+Whole seconds are what FAT and exFAT (ticks of 1 or 2 s), ext3, JFFS2, HFS+ and some file servers have. A finer file
+system has one now and then as well, or a program set it: that costs one more reading, and only of a file that changed
+within the last 3 s. One second of them allows for a file server whose clock differs.
+"""
 
 _ATTEMPTS = 3
 
@@ -43,8 +52,21 @@ def signature_of(*infos: os.stat_result) -> Signature:
 
 def settled(*infos: os.stat_result) -> bool:
     """Whether a later change is certain to alter the signature. A time in the future (clock set back) is fine."""
-    now = time.time_ns()
-    return all(abs(now - info.st_ctime_ns) > _RACY_NS for info in infos)
+    return _unsettled_ns(*infos) == 0
+
+
+def _unsettled_ns(*infos: os.stat_result) -> int:
+    """Nanoseconds until these files are settled if nothing changes them.
+
+    Both times count: some file systems have no time of the last change of their own, and show an older one instead.
+    """
+    now, wait_ns = time.time_ns(), 0
+    for info in infos:
+        for moment in (info.st_ctime_ns, info.st_mtime_ns):
+            window_ns = next((window for unit, window in _COARSE_NS if moment % unit == 0), _FINE_NS)
+            if abs(now - moment) <= window_ns:
+                wait_ns = max(wait_ns, moment + window_ns - now + 1)
+    return wait_ns
 
 
 class _Entry(msgspec.Struct, frozen=True, array_like=True, gc=False):
@@ -99,6 +121,18 @@ class Digests:
                     self._dirty = True
                 return digest, signature
         raise SourceError(f"{path} is being written to", hint="it is read again as soon as it holds still")
+
+    def let_settle(self, path: Path) -> None:
+        """Wait until a file that just changed is settled, at most 6 s; nothing to do if its digest is remembered.
+
+        For large files: one reading instead of two, and nobody is given a signature that another content may share.
+        Errors: OSError.
+        """
+        info = path.stat()
+        entry = self._entries.get(str(path))
+        if entry is None or entry.signature != signature_of(info):
+            time.sleep(_unsettled_ns(info) / 1e9)
+            self.steps += 1
 
     def _sha256(self, stream: BufferedReader) -> str:
         digest, piece = hashlib.sha256(), memoryview(bytearray(_PIECE_BYTES))

@@ -200,6 +200,7 @@ class SourceReader:
             signatures: dict[str, Signature] = {}
             digests = []
             for path in facts.files:
+                self._digests.let_settle(path)
                 digest, signatures[str(path)] = self._digests.digest_and_signature(path)
                 digests.append(digest)
             return ModelSource(

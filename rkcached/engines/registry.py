@@ -6,6 +6,7 @@ imported by name, and only inside a worker.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.metadata
 import importlib.util
@@ -14,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from rkcached.digests import Signature, signature_of
+from rkcached.digests import Signature, settled, signature_of
 from rkcached.engines import gguf
 from rkcached.engines.gguf import ModelFacts, ReadHeader
 from rkcached.engines.rkllm.identify import choose_abi, identify
@@ -58,11 +59,12 @@ class EngineEntry:
 
 
 def _locate_rkllm(engine: EngineConfig) -> RuntimeFiles:
-    try:
-        signature = signature_of(engine.library.stat())
-    except OSError:
-        signature = None  # identify says what is wrong
-    version, samples_per_run = _rkllm_facts(engine.library, signature, engine.abi)
+    facts, signature = _rkllm_facts.__wrapped__, None
+    with contextlib.suppress(OSError):  # identify says what is wrong
+        info = engine.library.stat()
+        if settled(info):
+            facts, signature = _rkllm_facts, signature_of(info)
+    version, samples_per_run = facts(engine.library, signature, engine.abi)
     return RuntimeFiles(version=version, files=(engine.library,), samples_per_run=samples_per_run)
 
 
