@@ -481,6 +481,7 @@ def _look(settings: Settings) -> Look:
 
     look = Observer(Store(settings.cache_dir), StoredTexts(settings.state_dir)).look(read_manifest(settings.manifest))
     if look.store_trouble is not None:
+        _need_store(settings)
         raise look.store_trouble
     return look
 
@@ -499,16 +500,20 @@ def _need_store(settings: Settings) -> None:
 
     try:
         why = marks.why_no_store(settings.cache_dir)
-        beside = settings.manifest.parent / "cache"
-        known = bool(why) and beside != settings.cache_dir and not marks.why_no_store(beside)
     except OSError as error:
         raise StoreError(
             f"the store {settings.cache_dir} cannot be read: {error.strerror}", hint="check the directory's permissions"
         ) from error
-    if why:
-        there = f"there is one beside the manifest: --cache-dir {beside}"
-        hint = there if known else "name the daemon's with --cache-dir or RKCACHED_CACHE_DIR; `rkcached run` makes one"
-        raise SourceError(f"there is no store at {settings.cache_dir}: {why}", hint=hint)
+    if not why:
+        return
+
+    made = "`rkcached run` makes one, `rkcached check` needs none"
+    hint = f"name the daemon's with --cache-dir or RKCACHED_CACHE_DIR; {made}"
+    beside = settings.manifest.parent / "cache"
+    with contextlib.suppress(OSError):
+        if beside != settings.cache_dir and not marks.why_no_store(beside):
+            hint = f"there is one beside the manifest: --cache-dir {beside}"
+    raise SourceError(f"there is no store at {settings.cache_dir}: {why}", hint=hint)
 
 
 def _key(text: str) -> Any:

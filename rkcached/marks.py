@@ -80,6 +80,8 @@ def why_no_store(root: Path) -> str:
         names = os.listdir(root)  # noqa: PTH208 - names
     except FileNotFoundError:
         return "it does not exist"
+    except NotADirectoryError:
+        return "it is no folder"
     if _is_tagged(root):
         return ""
     theirs = [name for name in names if name not in _LEAVES_EMPTY]
@@ -114,6 +116,7 @@ def tag(root: Path) -> None:
     with contextlib.suppress(OSError):  # the next start tries it again
         try:
             durable.write_new(temporary, _TAG_TEXT)
+            temporary.chmod(0o644)  # root's gc may write it, and the daemon's user must read it
             temporary.replace(root / TAG)
         finally:
             temporary.unlink(missing_ok=True)

@@ -33,7 +33,7 @@ from rkcached.engines.registry import ENGINES
 from rkcached.errors import StoreError, StoreLocked
 from rkcached.manifest import NAME
 from rkcached.plan import Key, Verdict
-from rkcached.scan import MAX_RECORD_BYTES, STAGING, Scan, foreign, inspect, read_sidecar
+from rkcached.scan import MAX_RECORD_BYTES, STAGING, Scan, foreign, inspect, prompt_of, read_sidecar
 from rkcached.sidecar import Inventory, Sidecar, StoredArtifact
 
 DIRECTORY_MODE = 0o750
@@ -205,6 +205,13 @@ class Store:
     def stage(self, key: Key) -> Path:
         """A name in the target directory for a prompt cache to be written to. Errors: StoreError."""
         folder = self.root / key.model
+        if named := sorted(
+            path for path in self._spared if path.parent == folder and prompt_of(path.name) == key.prompt
+        ):
+            raise StoreError(
+                f"{named[0]} is named by the manifest, and would be overwritten",
+                hint="move it out of the store, or give the prompt another name",
+            )
         staged = folder / f"{STAGING}{key.prompt}-{secrets.token_hex(4)}"
         with self._writing(folder), self._folders:
             _make_folder(folder)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import hashlib
 import os
@@ -21,6 +22,7 @@ from rkcached.digests import Digests
 from rkcached.errors import StoreError, StoreLocked
 from rkcached.fingerprint import fingerprint
 from rkcached.plan import Key, Trouble, Verdict, VerdictKind
+from rkcached.scan import STAGING
 from rkcached.sidecar import Figures, Sidecar, StoredArtifact
 from rkcached.store import MAX_QUARANTINED, Store
 from tests.integration.test_digests import settle
@@ -378,6 +380,61 @@ def test_removing_takes_all_files_and_an_empty_folder(store: Store) -> None:
     store.remove(Q)
     assert not (store.root / "m").exists()
     store.remove(Q)
+
+
+def test_a_file_that_the_manifest_names_is_neither_removed_nor_overwritten(store: Store, folder: Path) -> None:
+    """Though it has the name of one of ours, as a LoRA may: also by another path to the store."""
+    mine = folder / "p.bin"
+    for way in (mine, mine.resolve()):
+        store.spare([way, Path("/elsewhere/q.bin")])
+        with pytest.raises(StoreError, match=r"p\.bin is named by the manifest"):
+            store.stage(P)
+        store.remove(P)
+        store.quarantine(P)
+        assert mine.read_bytes() == contents("one")[1]
+    store.spare([])
+    store.remove(P)
+    assert not mine.exists()
+
+
+def test_a_folder_that_is_a_link_is_neither_written_nor_emptied(store: Store, tmp_path: Path) -> None:
+    """A model's, the verdicts' and the quarantine: what they lead to stays as it is."""
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    for name in ("p.json", "p.bin", "p.memory_cache", f"{STAGING}x", "m--p--00"):
+        (elsewhere / name).write_text("mine")
+    before = {path: path.read_text() for path in elsewhere.iterdir()}
+    publish(store, Q)
+    for name in ("m", ".quarantine", ".verdicts"):
+        if (store.root / name).exists():
+            (store.root / name).rename(tmp_path / f"was {name}")
+        (store.root / name).symlink_to(elsewhere)
+    with pytest.raises(StoreError, match="is a link"):
+        store.stage(P)
+    with pytest.raises(StoreError, match="is a link"):
+        store.write_verdict(P, VERDICT)
+    with pytest.raises(StoreError, match="is a link"):
+        store.quarantine(P)
+    with contextlib.suppress(StoreError):
+        store.remove(P)
+    store.clear_verdict(P)
+    store.tidy(store.scan(), 0)
+    store.close()
+    store.open()
+    assert {path: path.read_text() for path in elsewhere.iterdir()} == before
+
+
+def test_a_folder_with_the_name_of_a_prompt_cache_is_not_taken_for_one(store: Store, folder: Path) -> None:
+    """It is somebody's: no artifact, and moved aside, not removed, when the artifact needs its name."""
+    (folder / "other.memory_cache").mkdir()
+    (folder / "other.memory_cache/thesis").write_text("years")
+    assert Key("m", "other") not in store.scan().observed()
+    publish(store, Key("m", "other"))
+    for _ in range(MAX_QUARANTINED + 1):
+        publish(store, Q)
+        store.quarantine(Q)
+    store.tidy(store.scan(), 0)
+    assert [path.read_text() for path in store.root.glob(".quarantine/*/*/thesis")] == ["years"]
 
 
 def test_a_folder_into_which_something_is_built_stays(store: Store, folder: Path) -> None:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
-from conftest import Workspace
+from conftest import Workspace, need
 
 from rkcached.store import Store
 from tests.waiting import wait_until
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -292,6 +295,29 @@ def test_a_model_s_folder_that_is_a_link_is_not_entered(littered: Workspace) -> 
     space.stop()
     assert sorted((space.root / "mine").rglob("*")) == before
     assert {path.read_text() for path in before if path.is_file()} == {"kept"}
+
+
+def test_the_default_store_of_a_checkout(workspace: Workspace) -> None:
+    """Its README and .gitignore are the store's own, and git sees nothing of what is built there."""
+    tracked = {"cache/README.md", "cache/.gitignore"}
+    for name in (*tracked, ".gitignore"):
+        workspace.write(name, (ROOT / name).read_bytes())
+    git = [need("git"), "-c", "user.name=n", "-c", "user.email=e@example.org", "-C", str(workspace.root)]
+    for command in (["init", "-q"], ["add", "."], ["commit", "-qm", "all"]):
+        subprocess.run([*git, *command], check=True)
+    listed = subprocess.run([*git, "ls-files", "cache"], capture_output=True, text=True, check=True).stdout
+    assert set(listed.split()) == tracked
+
+    workspace.memory_model()
+    workspace.write("a.md", "You are prompt A.\n")
+    workspace.declare("{a: a.md}")
+    workspace.start()
+    workspace.wait_state("a", "fresh")
+    assert workspace.status()["cache"]["foreign_bytes"] == 0
+    assert json.loads(workspace.cli("gc", "--strangers", "--json").stdout)["items"] == []
+    changed = subprocess.run([*git, "status", "-s", "--", "cache"], capture_output=True, text=True, check=True).stdout
+    assert changed == ""
+    assert files(workspace) >= {"README.md", ".gitignore", "CACHEDIR.TAG", "m/a.json"}
 
 
 def test_json_files_of_others_are_no_orphans(two_prompts: Workspace) -> None:
