@@ -35,13 +35,13 @@ from rkcached.answers import (
     Status,
     TextCompletion,
 )
-from rkcached.bodies import error_body, parse_body
+from rkcached.bodies import error_body
 from rkcached.cache_api import CacheApi
 from rkcached.embeddings import Embeddings
 from rkcached.endpoints import EVENT_STREAM, Endpoint, describe, routes
 from rkcached.errors import ManifestError, RequestError
 from rkcached.events import Events
-from rkcached.exchange import DEFECT, Exchanges, Streamed, answer, error_response, no_route, read_body, unless_gone
+from rkcached.exchange import DEFECT, Exchanges, Streamed, answer, error_response, no_route, read_record, unless_gone
 from rkcached.metrics import CONTENT_TYPE, Metrics
 from rkcached.openai import (
     ChatRequest,
@@ -260,19 +260,19 @@ class Api:
 
     async def _chat(self, request: Request) -> Response:
         accepted = time.monotonic()
-        body = parse_body(ChatRequest, await read_body(request))
+        body = await read_record(ChatRequest, request)
         job, reply = await self._serving.preparation.chat(body, accepted)
         writer = ChatWriter(body.model, reply, one_call=body.parallel_tool_calls is False)
         return await self._answer(request, body, job, writer)
 
     async def _complete(self, request: Request) -> Response:
         accepted = time.monotonic()
-        body = parse_body(CompletionRequest, await read_body(request))
+        body = await read_record(CompletionRequest, request)
         job = self._serving.preparation.completion(body, accepted)
         return await self._answer(request, body, job, CompletionWriter(body.model))
 
     async def _embed(self, request: Request) -> Response:
-        body = parse_body(EmbeddingRequest, await read_body(request))
+        body = await read_record(EmbeddingRequest, request)
         made = await unless_gone(request, self._embeddings.make(body))
         if isinstance(made, Response):
             return made

@@ -24,12 +24,11 @@ from rkcached.answers import (
     ModelAction,
     ModelStatusList,
 )
-from rkcached.bodies import parse_body
 from rkcached.collect import as_data
 from rkcached.desired import DesiredModel
 from rkcached.endpoints import Endpoint
 from rkcached.errors import RequestError
-from rkcached.exchange import answer, read_body
+from rkcached.exchange import answer, read_record
 from rkcached.manifest import NAME, NAME_RULE, RESERVED_PROMPT
 from rkcached.openai import CollectRequest, GenerateBinaryRequest, ModelRequest, StoreRequest
 from rkcached.plan import Key
@@ -155,13 +154,13 @@ class CacheApi:
         return answer(ModelStatusList.model_validate({"data": [one for one in shown if one["pid"] is not None]}))
 
     async def _load(self, request: Request) -> Response:
-        body = parse_body(ModelRequest, await read_body(request))
+        body = await read_record(ModelRequest, request)
         started = time.monotonic()
         await self._serving.load(body.model)
         return self._model_answer("model.loaded", body.model, started)
 
     async def _unload(self, request: Request) -> Response:
-        body = parse_body(ModelRequest, await read_body(request))
+        body = await read_record(ModelRequest, request)
         started = time.monotonic()
         await self._serving.unload(body.model)
         return self._model_answer("model.unloaded", body.model, started)
@@ -186,7 +185,7 @@ class CacheApi:
         return answer(CacheEntry.model_validate(self._describe(key)))
 
     async def _store(self, request: Request) -> Response:
-        body = parse_body(StoreRequest, await read_body(request))
+        body = await read_record(StoreRequest, request)
         key = self._key(request, body.cache_name)
         await self._write(key, body.content, "content")
         if not body.wait:
@@ -198,7 +197,7 @@ class CacheApi:
         return answer(CacheCreated.model_validate(self._describe(key)))
 
     async def _generate_binary(self, request: Request) -> Response:
-        body = parse_body(GenerateBinaryRequest, await read_body(request))
+        body = await read_record(GenerateBinaryRequest, request)
         key = self._key(request, body.cache_name)
         if body.prompt is not None:
             await self._write(key, body.prompt, "prompt")
@@ -235,7 +234,7 @@ class CacheApi:
         return answer(CacheDeleted(model=key.model, cache_name=key.prompt))
 
     async def _collect(self, request: Request) -> Response:
-        body = parse_body(CollectRequest, await read_body(request))
+        body = await read_record(CollectRequest, request)
         try:
             rubbish = await self._reconciler.collect(dry_run=body.dry_run, strangers=body.strangers)
         except errors.StoreError as error:

@@ -21,7 +21,8 @@ from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from rkcached.answers import Answer
-from rkcached.bodies import error_body
+from rkcached.bodies import Body, error_body, parse_body
+from rkcached.bounds import ValueCounter
 from rkcached.errors import RequestError
 
 log = structlog.get_logger()
@@ -29,6 +30,9 @@ log = structlog.get_logger()
 Result = TypeVar("Result")
 
 MAX_BODY_BYTES = 8 << 20
+
+_COUNTED_AT_ONCE = 32 << 10
+"""Bytes of a body between two turns of the event loop; counting its values takes a millisecond at the most."""
 
 PEER = "peer"
 """Under this name the connection's state has the uid and pid of who opened it."""
@@ -40,8 +44,17 @@ _REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
 """What a client may name its request; anything else gets a name from us."""
 
 
-async def read_body(request: Request) -> bytes:
-    """The body, of at most MAX_BODY_BYTES. Errors: RequestError 413, or 499 when the client goes away."""
+async def read_record(record: type[Body], request: Request) -> Body:
+    """The body as a record. Errors: RequestError 400, 413 or 415, or 499 when the client goes away."""
+    return parse_body(record, await read_body(request, max_values=record.max_values))
+
+
+async def read_body(request: Request, *, max_values: int) -> bytes:
+    """The body, of at most MAX_BODY_BYTES, with about `max_values` values and keys.
+
+    One with more is read to its end, so that its client hears why it is refused.
+    Errors: RequestError 400 or 413, or 499 when the client goes away.
+    """
     too_large = RequestError(
         413, f"the body is larger than {MAX_BODY_BYTES:,} bytes", code="body_too_large", hint="send less text"
     )
@@ -52,14 +65,26 @@ async def read_body(request: Request) -> bytes:
         raise RequestError(
             415, "bodies are taken uncompressed only", code="unsupported_encoding", hint="send plain JSON"
         )
-    data = bytearray()
+    data, size_bytes, counter = bytearray(), 0, ValueCounter()
     try:
         async for part in request.stream():
-            data += part
-            if len(data) > MAX_BODY_BYTES:
+            size_bytes += len(part)
+            if size_bytes > MAX_BODY_BYTES:
                 raise too_large
+
+            if counter.count > max_values:
+                data.clear()
+                continue
+            data += part
+            for begin in range(0, len(part), _COUNTED_AT_ONCE):
+                counter.feed(part[begin : begin + _COUNTED_AT_ONCE])
+                await asyncio.sleep(0)
     except ClientDisconnect as error:
         raise RequestError(499, "the client went away", code="client_gone") from error
+
+    if counter.count > max_values:
+        said = f"the body has more than {max_values:,} values and keys"
+        raise RequestError(400, said, code="too_many_values", hint="send fewer messages, tools or inputs at once")
     return bytes(data)
 
 

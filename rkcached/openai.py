@@ -8,26 +8,49 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
 
 from pydantic import (
     BaseModel,
     BeforeValidator,
     ConfigDict,
     Field,
+    ValidationInfo,
     field_validator,
     model_validator,
 )
 
+from rkcached.bounds import MAX_TOKEN_IDS, MAX_VALUES, ArgumentsBudget
 from rkcached.template import Message, ToolStyle
 
 _INT32 = 2**31
 _INT63 = 2**63
 
+MAX_KEYS = 64
+"""No record has half as many. Each unknown key of an object would be an error of its own."""
+
+Item = TypeVar("Item")
+
+Many = Annotated[list[Item], Field(fail_fast=True)]
+"""Validation of a list ends with its first bad item: the others would be as many errors, which nobody reads."""
+
+Name = Annotated[str, Field(max_length=256)]
+"""Of something that exists or not; errors repeat it."""
+
 
 class Record(BaseModel):
     # strict: true is not 1, "16" is not 16; built when first needed: a start does not wait for what nobody asks
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, defer_build=True)
+
+    max_values: ClassVar[int] = MAX_VALUES
+    """A body of this kind may have so many values and keys."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _has_few_keys(cls, value: Any) -> Any:
+        if isinstance(value, dict) and len(value) > MAX_KEYS:
+            raise ValueError(f"an object of {len(value):,} keys, at most {MAX_KEYS} are accepted")
+        return value
 
 
 class TextPart(Record):
@@ -61,7 +84,10 @@ class ToolCallRecord(Record):
 
     @field_validator("function")
     @classmethod
-    def _has_arguments(cls, function: FunctionCall) -> FunctionCall:
+    def _has_arguments(cls, function: FunctionCall, info: ValidationInfo) -> FunctionCall:
+        if isinstance(info.context, ArgumentsBudget):
+            info.context.spend(function.arguments)
+
         try:
             function.parsed()
         except RecursionError as error:
@@ -76,7 +102,7 @@ class RefusalPart(Record):
     refusal: str
 
 
-Content = str | Annotated[list[TextPart], Field(min_length=1)]
+Content = str | Annotated[Many[TextPart], Field(min_length=1)]
 AnswerPart = Annotated[TextPart | RefusalPart, Field(discriminator="type")]
 
 
@@ -116,8 +142,8 @@ class AssistantMessage(Record):
     """What an earlier answer said; it may be sent back as it came."""
 
     role: Literal["assistant"]
-    content: str | Annotated[list[AnswerPart], Field(min_length=1)] | None = None
-    tool_calls: list[ToolCallRecord] | None = None
+    content: str | Annotated[Many[AnswerPart], Field(min_length=1)] | None = None
+    tool_calls: Many[ToolCallRecord] | None = None
     reasoning_content: str | None = None
     name: str | None = None
     refusal: None = None
@@ -177,7 +203,7 @@ class Tool(Record):
 
 
 class NamedFunction(Record):
-    name: str
+    name: Name
 
 
 class NamedTool(Record):
@@ -230,11 +256,11 @@ class _AboutTheService(Record):
 class GenerationRequest(_AboutTheService):
     """What chat and plain completions share."""
 
-    model: str = Field(description="A model, or `model/prompt`.")
-    cache: Annotated[str, Field(min_length=1)] | bool | None = Field(
+    model: Name = Field(description="A model, or `model/prompt`.")
+    cache: Annotated[Name, Field(min_length=1)] | bool | None = Field(
         default=None, description="A prompt of the model; false: answer without any cache; nothing: the best that fits."
     )
-    use_cache: Annotated[str, Field(min_length=1)] | bool | None = Field(
+    use_cache: Annotated[Name, Field(min_length=1)] | bool | None = Field(
         default=None, description="Another word for cache."
     )
     stream: bool | None = None
@@ -244,7 +270,7 @@ class GenerationRequest(_AboutTheService):
     top_p: float | None = Field(default=None, gt=0, le=1)
     top_k: int | None = Field(default=None, ge=0, le=100_000)
     seed: int | None = Field(default=None, ge=-_INT63, lt=_INT63)
-    stop: Annotated[str | Annotated[list[str], Field(max_length=4)] | None, BeforeValidator(_one)] = None
+    stop: Annotated[str | Annotated[Many[str], Field(max_length=4)] | None, BeforeValidator(_one)] = None
     presence_penalty: float | None = Field(default=None, ge=-2, le=2)
     frequency_penalty: float | None = Field(default=None, ge=-2, le=2)
     repeat_penalty: float | None = Field(default=None, gt=0, le=10)
@@ -281,12 +307,12 @@ class GenerationRequest(_AboutTheService):
 class ChatRequest(GenerationRequest):
     """`POST /v1/chat/completions`."""
 
-    messages: list[ChatMessage] = Field(min_length=1)
+    messages: Many[ChatMessage] = Field(min_length=1)
     max_completion_tokens: int | None = Field(default=None, ge=1, lt=_INT32)
     logprobs: bool | None = None
     top_logprobs: int | None = Field(default=None, ge=0, le=20)
     response_format: ResponseFormat | None = None
-    tools: list[Tool] | None = Field(default=None, max_length=128)
+    tools: Many[Tool] | None = Field(default=None, max_length=128)
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
     parallel_tool_calls: bool | None = None
 
@@ -310,7 +336,7 @@ class ChatRequest(GenerationRequest):
 class CompletionRequest(GenerationRequest):
     """`POST /v1/completions`: the text as it is, without a template."""
 
-    prompt: str | Annotated[list[str], Field(min_length=1, max_length=1)] = Field(
+    prompt: str | Annotated[Many[str], Field(min_length=1, max_length=1)] = Field(
         min_length=1, description="One text. It is not put into the model's chat template."
     )
     logprobs: int | None = Field(default=None, ge=0, le=5)
@@ -323,15 +349,17 @@ class CompletionRequest(GenerationRequest):
         return super().sampling() | ({"logprobs": self.logprobs} if self.logprobs is not None else {})
 
 
-TokenIds = Annotated[list[Annotated[int, Field(ge=0, lt=_INT32)]], Field(min_length=1, max_length=1 << 20)]
+TokenIds = Annotated[Many[Annotated[int, Field(ge=0, lt=_INT32)]], Field(min_length=1)]
 EmbeddingInput = Annotated[str, Field(min_length=1)] | TokenIds
 
 
 class EmbeddingRequest(_AboutTheService):
     """`POST /v1/embeddings`: a text, or tokens, or a list of these."""
 
-    model: str
-    input: EmbeddingInput | Annotated[list[EmbeddingInput], Field(min_length=1, max_length=2048)]
+    max_values: ClassVar[int] = MAX_TOKEN_IDS
+
+    model: Name
+    input: EmbeddingInput | Annotated[Many[EmbeddingInput], Field(min_length=1, max_length=2048)]
     encoding_format: Literal["float", "base64"] | None = None
 
     def each(self) -> Iterator[str | tuple[int, ...]]:
@@ -348,7 +376,7 @@ class EmbeddingRequest(_AboutTheService):
 class StoreRequest(Record):
     """`POST /v1/cache/{model}`."""
 
-    cache_name: str
+    cache_name: Name
     content: str
     wait: bool = Field(default=True, description="Answer when the prompt cache is built; else at once, with 202.")
 
@@ -356,14 +384,14 @@ class StoreRequest(Record):
 class GenerateBinaryRequest(Record):
     """`POST /v1/cache/{model}/generate-binary`."""
 
-    cache_name: str
+    cache_name: Name
     prompt: str | None = Field(default=None, description="A new text to store; without it, the stored text is used.")
 
 
 class ModelRequest(Record):
     """`POST /v1/models/load` and `/unload`."""
 
-    model: str
+    model: Name
 
 
 class CollectRequest(Record):

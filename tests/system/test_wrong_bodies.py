@@ -1,0 +1,161 @@
+"""Bodies that are as large and as wrong as a body can be: refused at once, and everybody else is served meanwhile."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from conftest import Workspace
+
+MAX_BYTES = 8 << 20
+
+PROMPT = "Be brief.\n"
+USER = '{"role":"user","content":"hello"}'
+
+
+def full(before: str, repeated: str, after: str) -> bytes:
+    """A body of the largest size that is accepted, or a little less."""
+    times = (MAX_BYTES - len(before.encode()) - len(after.encode())) // len(repeated.encode())
+    return (before + repeated * times + after).encode()
+
+
+def some(before: str, repeated: str, times: int, after: str) -> bytes:
+    return (before + repeated * times + after).encode()
+
+
+def numbered(before: str, after: str) -> bytes:
+    """As many different keys as fit."""
+    keys = ",".join(f'"{at}":0' for at in range((MAX_BYTES - 1000) // 11))
+    return (before + keys + after).encode()
+
+
+def call(arguments: str) -> str:
+    return json.dumps({"id": "c", "type": "function", "function": {"name": "f", "arguments": arguments}})
+
+
+CHAT = '{"model":"m","messages":'
+
+WRONG: dict[str, Callable[[], bytes]] = {
+    "messages": lambda: full(f"{CHAT}[", "1,", "1]}"),
+    "messages of 18 KB": lambda: some(f"{CHAT}[", "1,", 9_000, "1]}"),
+    "messages of 64 KB": lambda: some(f"{CHAT}[", "1,", 32_000, "1]}"),
+    "objects": lambda: full(f"{CHAT}[", "{},", "1]}"),
+    "roles": lambda: full(f"{CHAT}[", '{"role":"pirate"},', "1]}"),
+    "messages that are right but the last": lambda: full(f"{CHAT}[", f"{USER},", "1]}"),
+    "content parts": lambda: full(f'{CHAT}[{{"role":"user","content":[', '{"type":"text"},', "1]}]}"),
+    "tool calls": lambda: full(f'{CHAT}[{{"role":"assistant","tool_calls":[', f"{call('{}')},", "1]}]}"),
+    "arguments": lambda: full(f'{CHAT}[{{"role":"assistant","tool_calls":[', f"{call('[' * 400)},", "1]}]}"),
+    "arguments of many values": lambda: some(
+        f'{CHAT}[{{"role":"assistant","tool_calls":[', call(json.dumps({"a": [1] * 2_000_000})), 1, "]}]}"
+    ),
+    "tools": lambda: full(f'{CHAT}[{USER}],"tools":[', "{},", "1]}"),
+    "unknown keys": lambda: numbered(f"{CHAT}[{USER}],", "}"),
+    "unknown keys of a message": lambda: numbered(f'{CHAT}[{{"role":"user","content":"x",', "}]}"),
+    "one key again and again": lambda: full(f"{CHAT}[{USER}]", ',"a":1', "}"),
+    "a long key": lambda: full(f'{CHAT}[{USER}],"', "k", '":1}'),
+    "a long role": lambda: full(f'{CHAT}[{{"role":"', "r", '"}]}'),
+    "a long name of a model": lambda: full('{"model":"', "m", f'","messages":[{USER}]}}'),
+    "depth": lambda: full(CHAT, "[", ""),
+    "depth of objects": lambda: full(f'{CHAT}[{USER}],"metadata":', '{"a":', ""),
+    "a number": lambda: full(f'{CHAT}[{USER}],"seed":', "1", "}"),
+    "a fraction": lambda: full(f'{CHAT}[{USER}],"temperature":9.', "1", "}"),
+    "an exponent": lambda: full(f'{CHAT}[{USER}],"temperature":1e', "9", "}"),
+    "NaN": lambda: full(f'{CHAT}[{USER}],"metadata":[', "NaN,", "NaN]}"),
+    "stops": lambda: full(f'{CHAT}[{USER}],"stop":[', '"a",', "1]}"),
+    "tool_choice": lambda: full(f'{CHAT}[{USER}],"tool_choice":[', "1,", "1]}"),
+    "not UTF-8": lambda: f'{CHAT}"'.encode() + b"\xff" * (MAX_BYTES - 100),
+    "NUL bytes": lambda: bytes(MAX_BYTES),
+    "blanks": lambda: b" " * MAX_BYTES,
+    "quotes": lambda: b'"' * MAX_BYTES,
+    "backslashes": lambda: b"\\" * MAX_BYTES,
+    "a string without an end": lambda: full(f'{CHAT}"', "\\\\", ""),
+    "commas": lambda: b"," * MAX_BYTES,
+}
+
+EVERYWHERE = ("messages", "unknown keys", "depth", "quotes", "not UTF-8")
+"""What is sent to every other endpoint that takes a body, with its own list of values below."""
+
+OTHERS: dict[str, tuple[bool, Callable[[], bytes]]] = {
+    "/v1/completions": (False, lambda: full('{"model":"m","prompt":[', "1,", "1]}")),
+    "/v1/embeddings": (False, lambda: full('{"model":"m","input":[', '"",', "1]}")),
+    "/v1/cache/m": (True, lambda: full('{"cache_name":[', "1,", "1]}")),
+    "/v1/cache/m/generate-binary": (True, lambda: full('{"cache_name":"', "x", '"}')),
+    "/v1/models/load": (True, lambda: full('{"model":"', "x", '"}')),
+    "/v1/models/unload": (True, lambda: full('{"model":[', "1,", "1]}")),
+    "/v1/gc": (True, lambda: full('{"dry_run":[', "1,", "1]}")),
+}
+
+SLOW_S = 5.0
+"""Never reached by far, also on a busy machine; one body of 18 KB took 9 s before."""
+
+
+def slowest_while(space: Workspace, work: Callable[[], None]) -> float:
+    """The longest that /healthz took on either socket, in seconds, while `work` went on in another thread."""
+    failed: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            work()
+        except BaseException as error:  # noqa: BLE001 - it is raised in the test's thread
+            failed.append(error)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    slowest_s = 0.0
+    with space.http() as everyone, space.http(admin=True) as admin:
+        while thread.is_alive():
+            for client in (everyone, admin):
+                started = time.monotonic()
+                assert client.get("/healthz").status_code == 200
+                slowest_s = max(slowest_s, time.monotonic() - started)
+            thread.join(0.01)
+    if failed:
+        raise failed[0]
+    return slowest_s
+
+
+def refuse(space: Workspace, path: str, body: bytes, *, admin: bool) -> None:
+    with space.http(admin=admin) as client:
+        response = client.post(path, content=body)
+    error: dict[str, Any] = response.json()["error"]
+    assert response.status_code == 400, error
+    assert len(response.content) < 2000
+
+
+@pytest.fixture
+def daemon(workspace: Workspace) -> Workspace:
+    workspace.memory_model()
+    workspace.write("a.md", PROMPT)
+    workspace.declare("{a: a.md}")
+    workspace.start()
+    workspace.wait_settled()
+    return workspace
+
+
+def test_no_wrong_body_holds_the_others_up(daemon: Workspace) -> None:
+    """400 for each kind, on both sockets, with an answer of a few words; /healthz answers on both in between."""
+
+    def work() -> None:
+        for make in WRONG.values():
+            body = make()
+            for admin in (False, True):
+                refuse(daemon, "/v1/chat/completions", body, admin=admin)
+
+    assert slowest_while(daemon, work) < SLOW_S
+    assert daemon.ask("m/a")["rkcached"]["state"] == "hit"
+
+
+def test_no_endpoint_is_held_up(daemon: Workspace) -> None:
+    """The same at each endpoint that takes a body."""
+
+    def work() -> None:
+        for path, (admin, make) in OTHERS.items():
+            for body in (make(), *(WRONG[kind]() for kind in EVERYWHERE)):
+                refuse(daemon, path, body, admin=admin)
+
+    assert slowest_while(daemon, work) < SLOW_S
+    assert daemon.ask("m/a")["rkcached"]["state"] == "hit"

@@ -1,0 +1,145 @@
+"""Bodies: what a wrong one costs is bounded, and its first fault is named."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import ValidationError
+from pydantic_core import from_json
+
+from rkcached.bodies import parse_body
+from rkcached.bounds import MAX_ARGUMENTS_CHARACTERS, MAX_VALUES, ArgumentsBudget, ValueCounter
+from rkcached.errors import RequestError
+from rkcached.openai import ChatRequest, CompletionRequest, EmbeddingRequest, Record
+
+ITEMS = MAX_VALUES // 4
+CALL = {"id": "c", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+USER = {"role": "user", "content": "hello"}
+
+
+def chat(**fields: Any) -> dict[str, Any]:
+    return {"model": "m", "messages": [USER], **fields}
+
+
+def assistant(calls: list[Any]) -> dict[str, Any]:
+    return chat(messages=[{"role": "assistant", "tool_calls": calls}])
+
+
+def arguments(text: str) -> dict[str, Any]:
+    return CALL | {"function": {"name": "f", "arguments": text}}
+
+
+WRONG: list[tuple[type[Record], Any]] = [
+    (ChatRequest, [1] * ITEMS),
+    (ChatRequest, chat(messages=[1] * ITEMS)),
+    (ChatRequest, chat(messages=[{}] * ITEMS)),
+    (ChatRequest, chat(messages=[USER] * (ITEMS // 2) + [{"role": "pirate"}] * (ITEMS // 2))),
+    (ChatRequest, chat(messages=[{"role": "user", "content": [1] * ITEMS}])),
+    (ChatRequest, chat(messages=[{"role": "user", "content": [{"type": "text"}] * ITEMS}])),
+    (ChatRequest, chat(messages=[{"role": "assistant", "content": [{"type": "image"}] * ITEMS}])),
+    (ChatRequest, assistant([1] * ITEMS)),
+    (ChatRequest, assistant([{"function": {}}] * ITEMS)),
+    (ChatRequest, assistant([arguments("[")] * ITEMS)),
+    (ChatRequest, chat(tools=[1] * ITEMS)),
+    (ChatRequest, chat(tools=[{"type": "function", "function": {"name": "?"}}] * 128)),
+    (ChatRequest, chat(stop=[1] * ITEMS)),
+    (ChatRequest, {**chat(), **{f"unknown{at}": at for at in range(ITEMS)}}),
+    (ChatRequest, chat(messages=[{**USER, **{f"unknown{at}": at for at in range(ITEMS)}}])),
+    (ChatRequest, chat(messages=[{**USER, **{f"unknown{at}": at for at in range(40)}}] * (ITEMS // 40))),
+    (CompletionRequest, {"model": "m", "prompt": [1] * ITEMS}),
+    (EmbeddingRequest, {"model": "m", "input": [-1] * ITEMS}),
+    (EmbeddingRequest, {"model": "m", "input": [[-1] * 16] * 2048}),
+    (EmbeddingRequest, {"model": "m", "input": [1] * ITEMS + ["x"]}),
+    (EmbeddingRequest, {"model": "m", "input": [{}] * ITEMS}),
+]
+
+
+@pytest.mark.parametrize(("record", "body"), WRONG)
+def test_thousands_of_faults_are_a_handful_of_errors(record: type[Record], body: Any) -> None:
+    """Each error costs time; of as many faults as a body can have, only the first few become errors.
+
+    The cause: each of 9,000 errors parsed the body again, which took 9 s, and nobody else was answered meanwhile.
+    """
+    data = json.dumps(body).encode()
+
+    with pytest.raises(RequestError) as refused:
+        parse_body(record, data)
+    with pytest.raises(ValidationError) as invalid:
+        record.model_validate(from_json(data), context=ArgumentsBudget())
+
+    assert refused.value.status == 400
+    assert len(refused.value.message) < 1000
+    assert invalid.value.error_count() <= 100
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        json.dumps({"a": "x" * MAX_ARGUMENTS_CHARACTERS}),
+        json.dumps({"a": [1] * MAX_VALUES}),
+        "[" * 100_000,
+    ],
+)
+def test_arguments_of_earlier_calls_are_bounded(text: str) -> None:
+    """They are JSON inside of JSON, which is counted before it is parsed, and over all calls."""
+    parts = 4
+    whole = json.loads(text) if text.endswith("}") else None
+    calls = [arguments(text)]
+    if whole is not None:
+        calls += [arguments(json.dumps({"a": whole["a"][: len(whole["a"]) // parts]}))] * parts
+
+    for chosen in (calls[:1], calls[1:]):
+        if chosen:
+            with pytest.raises(RequestError) as refused:
+                parse_body(ChatRequest, json.dumps(assistant(chosen)).encode())
+            assert refused.value.status == 400
+
+
+def test_errors_repeat_little_of_a_body() -> None:
+    """A key, a name or a tag of a megabyte does not come back in the error."""
+    long = "x" * (1 << 20)
+    for body in (
+        {**chat(), long: 1},
+        chat(messages=[{"role": long}]),
+        chat(model=long),
+        chat(cache=long),
+        chat(tool_choice={"type": "function", "function": {"name": long}}),
+    ):
+        with pytest.raises(RequestError) as refused:
+            parse_body(ChatRequest, json.dumps(body).encode())
+        assert len(refused.value.message) < 1000
+        assert len(refused.value.param or "") < 1000
+
+
+json_values = st.recursive(
+    st.none() | st.integers() | st.text(alphabet='a,:[{"\\é'),
+    lambda inner: st.lists(inner) | st.dictionaries(st.text(alphabet='k,:[{"\\'), inner),
+)
+
+
+def marks(value: Any) -> int:
+    """Commas, colons and opening brackets that its JSON has outside of strings."""
+    match value:
+        case list():
+            return 1 + max(0, len(value) - 1) + sum(map(marks, value))
+        case dict():
+            return 1 + max(0, len(value) - 1) + len(value) + sum(map(marks, value.values()))
+        case _:
+            return 0
+
+
+@given(json_values, st.lists(st.integers(0, 9), min_size=1))
+def test_values_are_counted_however_the_body_is_cut(value: Any, sizes: list[int]) -> None:
+    """Strings and escapes may go on in the next part."""
+    data = json.dumps(value, ensure_ascii=False).encode()
+    counter = ValueCounter()
+    at = 0
+    while at < len(data):
+        for size in [*sizes, 1]:
+            counter.feed(data[at : at + size])
+            at += size
+    assert counter.count == marks(value)
