@@ -74,7 +74,8 @@ class _Run:
     started: float = 0.0
     load_ms: float = 0.0
     load_error: protocol.Loaded | None = None
-    loaded: bool = False
+    loading: bool = False
+    """The worker is loading the prompt cache: only a death now is the cache's fault."""
     looked: bool = False
     """Its model had changed, and was looked at again."""
     answering: bool = False
@@ -218,9 +219,10 @@ class Serving:
             except errors.WorkerUnavailable as error:
                 await self._wait_for(worker, error)
             except (errors.WorkerDied, errors.WorkerTimeout) as error:
-                if run.chosen is None or run.loaded:
+                if run.chosen is None or not run.loading:
                     raise
                 # It died over the prompt cache, and the client has seen nothing yet: answer without.
+                run.loading = False
                 await self._reconciler.artifact_failed(*run.chosen, error.message, died=True)
                 died = error.message
             except errors.ModelReplaced as error:
@@ -255,12 +257,14 @@ class Serving:
 
         def on_event(event: protocol.FromWorker) -> None:
             match event:
+                case protocol.Loading():
+                    run.loading = True
                 case protocol.Loaded():
+                    run.loading = False
                     run.load_ms = event.load_ms
-                    run.loaded = not event.error
                     run.load_error = event if event.error else None
                 case protocol.Piece():
-                    run.loaded = run.answering = True
+                    run.answering = True
                     run.events.put_nowait(Text(text=event.text, logprobs=event.logprobs))
                 case _:
                     pass

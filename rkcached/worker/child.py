@@ -119,7 +119,7 @@ def _run(session: Session, channel: _Channel, operation: protocol.Operation) -> 
             case protocol.Generate():
                 answer = session.generate(operation, channel.send, stopped)
             case protocol.Check():
-                answer = session.check(operation)
+                answer = session.check(operation, channel.send)
             case protocol.Embed():
                 answer = session.embed(operation)
             case _:

@@ -159,7 +159,7 @@ class Session:
         if operation.cache is None:
             self._resident = ""
         elif operation.cache.fingerprint != self._resident or not self.engine.info.keeps_state:
-            emit(self._load(operation.id, operation.cache))
+            emit(self._load(operation.id, operation.cache, emit))
 
     def embed(self, operation: protocol.Embed) -> protocol.Embedded:
         """The vector of a text or of tokens, of length 1. Errors: EngineError."""
@@ -172,21 +172,25 @@ class Session:
         packed = struct.pack(f"<{len(vector)}f", *vector)
         return protocol.Embedded(id=operation.id, vector=packed, tokens=embedding.tokens)
 
-    def check(self, operation: protocol.Check) -> protocol.Checked:
+    def check(self, operation: protocol.Check, emit: Emit) -> protocol.Checked:
         """Load a prompt cache. Errors: ArtifactLoadError."""
         self._resident = ""
-        loaded = self._load(operation.id, operation.cache)
+        loaded = self._load(operation.id, operation.cache, emit)
         if loaded.error:
             raise ArtifactLoadError(loaded.error)
         return protocol.Checked(id=operation.id, tokens=loaded.tokens)
 
-    def _load(self, operation_id: int, cache: protocol.CacheFile) -> protocol.Loaded:
-        """Load exactly the file that was verified. A failure leaves an empty KV state, so the run goes on cold."""
+    def _load(self, operation_id: int, cache: protocol.CacheFile, emit: Emit) -> protocol.Loaded:
+        """Load exactly the file that was verified. A failure leaves an empty KV state, so the run goes on cold.
+
+        Before the library touches the file, Loading is emitted: if it crashes or hangs then, the file is to blame.
+        """
         started = time.perf_counter()
         self._resident = ""
         path = Path(cache.path)
         if not _is_file(path, cache.signature):
             return protocol.Loaded(id=operation_id, error="the file was replaced since it was checked", replaced=True)
+        emit(protocol.Loading(id=operation_id))
         try:
             tokens = self.engine.load(path)
         except ArtifactLoadError as error:

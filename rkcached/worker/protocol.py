@@ -70,7 +70,7 @@ class Build(msgspec.Struct, frozen=True, kw_only=True, tag="build"):
 
 
 class Generate(msgspec.Struct, frozen=True, kw_only=True, tag="generate"):
-    """Answer a request. Answer: Loaded?, Piece*, then Done or Failed."""
+    """Answer a request. Answer: (Loading, Loaded)?, Piece*, then Done or Failed."""
 
     id: int
     prompt: str
@@ -114,6 +114,12 @@ class Progress(msgspec.Struct, frozen=True, kw_only=True, tag="progress"):
     id: int
     done_tokens: int
     total_tokens: int
+
+
+class Loading(msgspec.Struct, frozen=True, kw_only=True, tag="loading"):
+    """The prompt cache is about to be loaded: a death between this and Loaded is the cache's fault, no other is."""
+
+    id: int
 
 
 class Loaded(msgspec.Struct, frozen=True, kw_only=True, tag="loaded"):
@@ -176,7 +182,7 @@ class Failed(msgspec.Struct, frozen=True, kw_only=True, tag="failed"):
 
 Operation = Build | Generate | Check | Embed
 ToWorker = Start | Build | Generate | Check | Embed | Abort
-FromWorker = Ready | Progress | Loaded | Piece | Done | Built | Checked | Embedded | Failed
+FromWorker = Ready | Progress | Loading | Loaded | Piece | Done | Built | Checked | Embedded | Failed
 Answer = Done | Built | Checked | Embedded
 
 _to_worker = msgspec.json.Decoder(ToWorker)

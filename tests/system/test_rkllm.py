@@ -420,6 +420,18 @@ def test_crash_over_a_cache(d: Workspace, crash: str, name: str) -> None:
     assert hit(d, "m/b") == cold(d, "m/b")
 
 
+def test_crash_in_an_answer_is_not_the_caches_fault(d: Workspace) -> None:
+    """A cache that was loaded is not blamed for what comes after: it stays fresh however often the library crashes."""
+    run(d, fault="run:segv")
+    switch(d, on=True)
+    for _ in range(4):
+        assert d.ask("m/a", status=502)["error"]["code"] == "worker_died"
+    assert d.prompt("a")["state"] == "fresh"
+    assert "artifact not loadable" not in d.log_text()
+    switch(d, on=False)
+    assert hit(d) == cold(d)
+
+
 def test_crash_in_a_build(d: Workspace) -> None:
     """A prompt whose build crashed three times is left alone and answered cold, with the reason."""
     switch(d, on=True)

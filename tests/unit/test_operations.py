@@ -248,11 +248,21 @@ def test_whatever_replaces_the_state_makes_the_next_request_load(bench: Bench, b
         case "no-cache":
             bench.generate(session, None, prompt="Another talk altogether")
         case "check":
-            session.check(protocol.Check(id=9, cache=bench.built_cache("b", "You are ")))
+            session.check(protocol.Check(id=9, cache=bench.built_cache("b", "You are ")), bench.emit)
     loads = engine.loads
     text, stats = bench.generate(session, cache)
     assert (text, engine.loads) == (bench.right_answer(), loads + 1)
     assert stats.cached_tokens == TOKENS
+
+
+def test_a_load_is_announced_before_the_library_begins(bench: Bench) -> None:
+    """Only a death between the two events is the file's fault; a state that is in memory already is not loaded."""
+    cache = bench.built_cache()
+    session, _ = bench.session(MemoryEngine)
+    bench.generate(session, cache)
+    assert [type(event) for event in bench.events[:2]] == [protocol.Loading, protocol.Loaded]
+    bench.generate(session, cache)
+    assert not [event for event in bench.events if isinstance(event, protocol.Loading | protocol.Loaded)]
 
 
 def test_without_a_cache_the_answer_is_right(bench: Bench) -> None:
@@ -337,7 +347,7 @@ def test_a_check_tells_the_tokens_of_a_good_file(bench: Bench) -> None:
     """It loads it for real."""
     cache = bench.built_cache()
     session, _ = bench.session(MemoryEngine)
-    assert protocol.Checked(id=4, tokens=TOKENS) == session.check(protocol.Check(id=4, cache=cache))
+    assert protocol.Checked(id=4, tokens=TOKENS) == session.check(protocol.Check(id=4, cache=cache), bench.emit)
 
 
 def test_a_check_refuses_a_damaged_or_replaced_file(bench: Bench) -> None:
@@ -346,7 +356,7 @@ def test_a_check_refuses_a_damaged_or_replaced_file(bench: Bench) -> None:
     session, _ = bench.session(MemoryEngine)
     Path(cache.path).write_bytes(b"x")
     with pytest.raises(ArtifactLoadError, match="replaced"):
-        session.check(protocol.Check(id=4, cache=cache))
+        session.check(protocol.Check(id=4, cache=cache), bench.emit)
     damaged = msgspec.structs.replace(cache, signature=signature_of(Path(cache.path).stat()))
     with pytest.raises(ArtifactLoadError, match="not a prompt cache"):
-        session.check(protocol.Check(id=4, cache=damaged))
+        session.check(protocol.Check(id=4, cache=damaged), bench.emit)

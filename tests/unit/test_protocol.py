@@ -67,6 +67,7 @@ TO_WORKER: dict[type, st.SearchStrategy[ToWorker]] = {
 FROM_WORKER: dict[type, st.SearchStrategy[FromWorker]] = {
     protocol.Ready: st.builds(protocol.Ready, info=INFOS, load_ms=MS),
     protocol.Progress: st.builds(protocol.Progress, id=ID, done_tokens=COUNT, total_tokens=COUNT),
+    protocol.Loading: st.builds(protocol.Loading, id=ID),
     protocol.Loaded: st.builds(protocol.Loaded, id=ID, tokens=COUNT, load_ms=MS, error=TEXT, replaced=st.booleans()),
     protocol.Piece: st.builds(protocol.Piece, id=ID, text=TEXT, logprobs=LOGPROBS),
     protocol.Done: st.builds(protocol.Done, id=ID, stats=STATS),
