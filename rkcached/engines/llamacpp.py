@@ -158,7 +158,7 @@ class LlamaCppEngine:
         run = Run(self._abort, on_token=take, likeliest=sampling.logprobs)
         with Grammar() if sampling.json_schema else contextlib.nullcontext() as grammar:
             if grammar is not None:
-                run.before_first = grammar.check
+                run.before_each = grammar.check
             self._run(run, prompt, options)
         return run.stats(count_decoded=decodes)
 

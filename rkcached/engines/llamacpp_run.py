@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import threading
 import time
 from collections.abc import Callable
@@ -11,7 +12,12 @@ from typing import Any, Self
 from rkcached.engines.base import FinishReason, OnProgress, OnToken, RunStats, Token, TokenLogprob
 from rkcached.errors import ContextExceeded, EngineError, SchemaInvalid
 
-_UNCOMPILED = b"failed to compile JSON schema"
+_READ_BYTES = 1 << 16
+
+_OF_GRAMMARS = (b"llg", b"grammar", b"lexer", b"schema")
+"""What llama.cpp prints about anything else is passed on to the log."""
+
+_PREFACE = re.compile(r"^.*? E |llg error: |at \d+\(\d+\): |failed to compile JSON schema: ")
 
 
 class Run:
@@ -44,8 +50,8 @@ class Run:
         self._logprobs: list[float] = []
         self._likeliest = likeliest
         self._details: list[TokenLogprob] = []
-        self.before_first: Callable[[], None] | None = None
-        """Called before the first token is delivered; what it raises ends the run."""
+        self.before_each: Callable[[], None] | None = None
+        """Called before each token is delivered, and before the end; what it raises ends the run."""
         self._error: dict[str, Any] | None = None
         self._raised: BaseException | None = None
 
@@ -85,6 +91,8 @@ class Run:
         if (progress := chunk.get("prompt_progress")) is not None:
             self._take_progress(progress)
             return False
+        if self.before_each is not None:
+            self.before_each()
         choice = chunk["choices"][0]
         if choice["finish_reason"] is not None:  # the last chunk; one before it may have timings as well
             timings = chunk["timings"]
@@ -95,9 +103,6 @@ class Run:
             self._decode_tokens = timings["predicted_n"]
             self._decode_ms = timings["predicted_ms"]
         else:
-            if self.before_first is not None:
-                self.before_first()
-                self.before_first = None
             self._decode_tokens += 1
             self._decode_ms = (time.monotonic() - self._decode_started) * 1000
             for entry in (choice["logprobs"] or {}).get("content", ()):
@@ -127,10 +132,12 @@ class Run:
 
 
 class Grammar:
-    """Notices a JSON schema that llama.cpp cannot keep to: it then generates freely, and says so on stderr only.
+    """Proves, before each piece of an answer is delivered, that llama.cpp still holds the model to the JSON schema.
 
-    Until the first token stderr goes to memory. What llama.cpp said otherwise is passed on; the schema is a client's,
-    and stays out of the log.
+    llama.cpp goes on without a grammar that it cannot compile, or whose parser gives up or panics at any token, and
+    says so on stderr only, in ever other words. At our verbosity it prints errors only. So a run with a schema counts
+    as held to it as long as nothing at all has been printed. Until its end stderr goes to memory: what is in there
+    quotes the schema, which is a client's and stays out of the log.
     """
 
     def __enter__(self) -> Self:
@@ -140,27 +147,29 @@ class Grammar:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._release()
-
-    def check(self) -> None:
-        """To be called before the first token counts. Errors: SchemaInvalid."""
-        _, found, why = self._release().partition(_UNCOMPILED)
-        if found:
-            reason = why.partition(b"\n")[0].decode(errors="replace").strip(": ")
-            raise SchemaInvalid(f"llama.cpp cannot keep to this schema: {reason}", hint="leave that out of the schema")
-
-    def _release(self) -> bytes:
-        """Give stderr back; returns what went to memory."""
-        if self._stderr < 0:
-            return b""
         os.dup2(self._stderr, 2)
-        said = os.pread(self._kept, 1 << 16, 0)
-        if said and _UNCOMPILED not in said:
-            os.write(2, said)
+        printed = os.pread(self._kept, _READ_BYTES, 0)
+        if printed and not any(word in printed for word in _OF_GRAMMARS):
+            os.write(2, printed)
         os.close(self._stderr)
         os.close(self._kept)
-        self._stderr = -1
-        return said
+
+    def check(self) -> None:
+        """Errors: SchemaInvalid when llama.cpp has printed anything since the run began."""
+        if os.fstat(self._kept).st_size == 0:
+            return
+        printed = os.pread(self._kept, _READ_BYTES, 0).decode(errors="replace")
+        raise SchemaInvalid(
+            f"llama.cpp cannot keep to this schema: {_reason(printed)}", hint="leave that out of the schema"
+        )
+
+
+def _reason(printed: str) -> str:
+    """What llama.cpp said, without its stamp and its places in a grammar that the client did not write."""
+    lines = printed.splitlines()
+    first = next((line for line in lines if " E " in line), lines[0] if lines else "")
+    details = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]  # of a pattern
+    return " ".join([_PREFACE.sub("", first).strip(), *details[:1]])[:200]
 
 
 def _detail(entry: dict[str, Any], likeliest: int) -> TokenLogprob:
