@@ -17,6 +17,7 @@ class Announcer:
     def __init__(self, events: Events) -> None:
         self._events = events
         self._known: dict[Key, tuple[State, str]] = {}
+        self._notices: tuple[str, ...] = ()
         self._building: Key | None = None
         self._unsettled: set[Key] = set()
         """Listeners heard that these are being built, and nothing since."""
@@ -46,6 +47,13 @@ class Announcer:
             )
         elif assessment.state is State.FRESH and before is not None and before[0] is State.BLOCKED:
             log.info("prompt fresh again", model=key.model, prompt=key.prompt, state=State.FRESH.value)
+
+    def notices(self, now: tuple[str, ...]) -> None:
+        """What a look found strange about the folders of prompts."""
+        for notice in now:
+            if notice not in self._notices:
+                log.warning("prompts folder", notice=notice)
+        self._notices = now
 
     def forget_all_but(self, keys: set[Key]) -> None:
         for key in self._known.keys() - keys:

@@ -332,6 +332,8 @@ class StoreStatus(Answer):
     used_bytes: int = Field(description="What counts against max_bytes: all artifacts and foreign files.")
     max_bytes: int | None
     orphan_bytes: int = Field(description="Of used_bytes: artifacts that the manifest does not declare.")
+    retired: int = Field(description="Prompt caches that are no longer declared and kept for a while.")
+    retired_bytes: int = Field(description="Of used_bytes: what these take.")
     foreign_bytes: int = Field(description="Of used_bytes: files that are not the store's.")
     quarantine_bytes: int = Field(description="Beside used_bytes: kept for a post-mortem where max_bytes leaves room.")
     free_bytes: int | None = Field(description="Left on the file system of the store; null where it does not say.")
@@ -341,6 +343,18 @@ class ReconcileStatus(Answer):
     looks: int
     last_look_ms: float
     builds: int
+
+
+class RetiredStatus(Answer):
+    """A prompt cache that no prompt uses now. It is adopted as soon as its text is declared again."""
+
+    model: str = Field(description="Of the prompt that it was built for.")
+    prompt: str
+    fingerprint: str
+    tokens: int
+    size_bytes: int
+    retired_at: float = Field(description="Unix seconds.")
+    kept_until: float = Field(description="Unix seconds; sooner where room is needed.")
 
 
 class RecentAnswer(Answer):
@@ -369,6 +383,8 @@ class Status(Answer):
     recent: list[RecentAnswer] = Field(description="The last 40 answers, oldest first.")
     running: int
     models: list[WaitedModel]
+    notices: list[str] = Field(description="What seems wrong with prompts_from folders, in words.")
+    retired: list[RetiredStatus] = Field(description="The 100 that were retired last, the last one first.")
     building: PromptStatus | None = Field(description="The prompt that is being built, as among all.")
     prompts: Iterable[PromptStatus]
     """Made and written one by one, as there may be thousands: to be gone through once. The last field."""

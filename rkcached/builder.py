@@ -131,7 +131,8 @@ class Builder:
         started = time.monotonic()
         staged = await asyncio.to_thread(self._store.stage, action.key)
         try:
-            await asyncio.to_thread(_check_room, staged.parent, request.needed_bytes, len(prefix.encode()))
+            text_bytes = len(prefix.encode())
+            await asyncio.to_thread(_check_room, self._store, staged.parent, request.needed_bytes, text_bytes)
             try:
                 built = await self._prefill(request, prefix, probe, staged, on_progress)
             except (EngineError, WorkerDied) as error:
@@ -166,8 +167,9 @@ class Builder:
                 ),
             )
             # A commit is short and must not be cut in two: it goes on even if the caller is cancelled.
+            retire = request.cache.keep_retired_s > 0
             commit = asyncio.create_task(
-                asyncio.to_thread(self._store.commit, action.key, staged, sidecar, prefix.encode())
+                asyncio.to_thread(self._store.commit, action.key, staged, sidecar, prefix.encode(), retire=retire)
             )
             try:
                 return await asyncio.shield(commit)
@@ -240,14 +242,20 @@ def size_if_same(artifact: StoredArtifact | None, components: Mapping[str, str])
     return artifact.sidecar.size_bytes
 
 
-def _check_room(folder: Path, cache_bytes: int, text_bytes: int) -> None:
-    """Errors: NoRoom when an artifact does not fit for certain. The one that it replaces stays until it is there."""
+def _check_room(store: Store, folder: Path, cache_bytes: int, text_bytes: int) -> None:
+    """See that an artifact may fit; retired artifacts yield. The one that it replaces stays until it is there.
+
+    Errors: NoRoom when it does not fit for certain; StoreError.
+    """
     with contextlib.suppress(OSError):
         found = disk.free(folder)
         if found.inodes is not None and found.inodes < FILES:
             message, hint = disk.no_inodes(found)
             raise NoRoom(message, needed_bytes=0, hint=hint)
         needed_bytes = cache_bytes + text_bytes + (FILES * disk.BLOCK_BYTES if cache_bytes else 0)
+        if found.free_bytes < needed_bytes:
+            store.release(needed_bytes - found.free_bytes)
+            found = disk.free(folder)
         if found.free_bytes < needed_bytes:
             message = f"needs {needed_bytes:,} bytes, {found.free_bytes:,} are free on {found.mount}"
             raise NoRoom(message, needed_bytes=cache_bytes, hint=disk.ROOM)

@@ -230,7 +230,10 @@ class CacheApi:
             raise RequestError(503, error.message, code="state_not_writable", hint=error.hint) from error
         if not deleted:
             raise _no_cache(key)
-        await self._reconciler.next_look()
+        try:
+            await self._reconciler.forget(key)
+        except errors.StoreError as error:
+            raise RequestError(503, error.message, code="store_not_writable", hint=error.hint) from error
         return answer(CacheDeleted(model=key.model, cache_name=key.prompt))
 
     async def _collect(self, request: Request) -> Response:

@@ -76,6 +76,8 @@ class Sources:
     """Models of which a prompts_from folder cannot be listed, and why."""
     skipped_files: tuple[str, ...] = ()
     """Files that a prompts_from pattern names, but whose own names cannot be a prompt's."""
+    notices: tuple[str, ...] = ()
+    """What seems wrong with prompts_from folders, in words."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,6 +101,8 @@ class Desired:
     """The system message of each usable prompt."""
     stored: frozenset[Key] = frozenset()
     """Prompts that clients stored, and may delete."""
+    notices: tuple[str, ...] = ()
+    """As in the sources."""
 
     def fingerprint(self, key: Key) -> Fingerprint | None:
         """What the artifact of this prompt must have; None if it is not declared or in trouble."""
@@ -157,7 +161,7 @@ class Resolver:
             del self._known[gone]
         self._prompts = prompts
         stored = frozenset(key for key, declared in sources.prompts.items() if declared.stored)
-        return Desired(models=models, prompts=prompts, texts=texts, stored=stored)
+        return Desired(models=models, prompts=prompts, texts=texts, stored=stored, notices=sources.notices)
 
     def resolve_one(self, declared: Declaration, model: DesiredModel | Trouble, manifest: Manifest) -> DesiredPrompt:
         """A prompt of a model that the last `resolve` gave."""

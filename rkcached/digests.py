@@ -147,6 +147,12 @@ class Digests:
             self._entries[str(path)] = _Entry(signature_of(info), digest)
             self._dirty = True
 
+    def forget(self, path: Path) -> None:
+        """Read this file again the next time: its content was found not to be what is remembered."""
+        self._before.pop(str(path), None)
+        self._entries.pop(str(path), None)
+        self._dirty = True
+
     def save(self) -> None:
         """Write the memory if it changed: of the files asked for since the start. Errors: OSError."""
         if not self._dirty or self._file is None:

@@ -134,6 +134,12 @@ class CacheConfig(_Section):
         description="full: sampling parameters invalidate a prompt cache too; kv: they do not.",
     )
     min_tokens: int = values.whole(default=0, ge=0, le=1_048_576, description="Shorter prompts are not cached.")
+    keep_retired_s: float = values.number(
+        default=604_800.0,
+        ge=0,
+        le=315_360_000,
+        description="Keep prompt caches that are no longer declared for so long: they may come back. 0: not at all.",
+    )
 
 
 class ServingConfig(_Section):

@@ -10,13 +10,13 @@ import contextlib
 import errno
 import stat
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import structlog
 
-from rkcached import errors
+from rkcached import disk, errors
 from rkcached.access import refusal
 from rkcached.desired import Desired, DesiredModel, PromptSource, Resolver, Sources, kept
 from rkcached.digests import Signature, settled, signature_of
@@ -64,6 +64,8 @@ class _Last:
     sources: Sources
     models: Mapping[str, DesiredModel | Trouble]
     verdicts: dict[Key, Verdict]
+    retired: Collection[str]
+    """Fingerprints."""
 
 
 class Observer:
@@ -74,7 +76,7 @@ class Observer:
         self._reader = SourceReader(store.digests, stored)
         self._resolver = Resolver(Renderer().compile)
         self._last: _Last | None = None
-        self._assessments: dict[Key, Assessment] = {}
+        self._assessments: dict[tuple[Key, str], Assessment] = {}
 
     def look(self, manifest: Manifest, extra_verdicts: Mapping[Key, Verdict] | None = None) -> Look:
         """Scan and assess. Blocking."""
@@ -86,20 +88,29 @@ class Observer:
         except errors.StoreError as error:
             inventory, trouble = Inventory(), error
         verdicts = {**inventory.verdicts, **(extra_verdicts or {})}
-        self._last = _Last(sources=sources, models=desired.models, verdicts=verdicts)
+        self._last = _Last(sources=sources, models=desired.models, verdicts=verdicts, retired=inventory.retired.keys())
         observed = Observed(
             artifacts=inventory.observed(),
             verdicts=_spread(dict(verdicts), desired),
             unlisted_models=frozenset(sources.unlisted_models),
             foreign_bytes=sum(inventory.foreign.values()),
+            retired=inventory.retired,
+            free_bytes=_free_bytes(self._store),
             now=time.time(),
         )
-        limits = Limits(max_bytes=manifest.cache.max_bytes, min_tokens=manifest.cache.min_tokens)
+        limits = Limits(
+            max_bytes=manifest.cache.max_bytes,
+            min_tokens=manifest.cache.min_tokens,
+            keep_retired_s=manifest.cache.keep_retired_s,
+        )
         prompts = tuple(desired.prompts.values())
         if trouble is not None:
             prompts = tuple(replace(p, fingerprint=None, trouble=p.trouble or Trouble.of(trouble)) for p in prompts)
         before = self._assessments
-        self._assessments = {one.key: kept(before.get(one.key), one) for one in assess(prompts, observed, limits)}
+        self._assessments = {
+            (one.key, one.retired): kept(before.get((one.key, one.retired)), one)
+            for one in assess(prompts, observed, limits)
+        }
         return Look(
             manifest=manifest,
             sources=sources,
@@ -118,6 +129,7 @@ class Observer:
         """
         if (last := self._last) is None:
             return []
+        existing = {*last.retired, *(artifact.fingerprint for artifact in fresh.values())}
         glimpses = []
         for key, declared in last.sources.prompts.items():
             if changed.isdisjoint(declared.files) or (artifact := fresh.get(key)) is None:
@@ -126,6 +138,8 @@ class Observer:
             prompt = self._resolver.resolve_one(now, last.models[key.model], manifest)
             if _did_not_fit(prompt, last.verdicts.get(key)):
                 continue
+            if prompt.fingerprint is not None and prompt.fingerprint.digest in existing:
+                continue  # the store has it under another name: the look adopts it
             desired = Desired(models=last.models, prompts={key: prompt}, texts={})
             observed = Observed(
                 artifacts={key: artifact}, verdicts=_spread(dict(last.verdicts), desired), now=time.time()
@@ -136,6 +150,13 @@ class Observer:
                     Glimpse(prompt=prompt, text=now.source.text, assessment=assessment, build=assessment.action)
                 )
         return glimpses
+
+
+def _free_bytes(store: Store) -> int | None:
+    try:
+        return disk.free(store.root).free_bytes
+    except OSError:
+        return None
 
 
 def _did_not_fit(prompt: DesiredPrompt, verdict: Verdict | None) -> bool:

@@ -26,7 +26,19 @@ from rkcached.desired import Desired, DesiredModel
 from rkcached.events import Events
 from rkcached.manifest import Manifest
 from rkcached.observe import Look, ManifestFile, Observer, inputs
-from rkcached.plan import Assessment, Blocked, Build, Key, Remove, State, Trouble, plan
+from rkcached.plan import (
+    Action,
+    Adopt,
+    Assessment,
+    Blocked,
+    Build,
+    Key,
+    Remove,
+    Retire,
+    State,
+    Trouble,
+    plan,
+)
 from rkcached.requests import BuildRequests
 from rkcached.sidecar import StoredArtifact
 from rkcached.store import Store
@@ -51,6 +63,9 @@ RESCAN_S = 60.0
 
 STORE_RETRY_S = 5.0
 """Look again after a look at a store that cannot be read."""
+
+ACT_S = 5.0
+"""A look stops adopting and putting aside after so long, and the next one goes on: an edit does not wait for them."""
 
 MAX_GLANCED_FILES = 64
 """More files than these are not worth a glance before the look."""
@@ -109,6 +124,8 @@ class Reconciler:
         self._generation = 0
         """Counts changes of the store that were made outside of a look."""
         self._attempts = Attempts()
+        self._unadopted: set[Key] = set()
+        """Prompts whose last adoption failed."""
 
     # What others may ask for; all on the event loop
 
@@ -148,6 +165,12 @@ class Reconciler:
         self._curious.append(event)
         self.look_again(now=True)
         await event.wait()
+
+    async def forget(self, key: Key) -> None:
+        """A text was deleted on purpose: its prompt caches go, too, and none is kept as retired. Errors: StoreError."""
+        await self.next_look()
+        await asyncio.to_thread(self._store.remove_retired_of, key)
+        await self.next_look()
 
     async def collect(self, *, dry_run: bool, strangers: bool = False) -> list[Rubbish]:
         """Take out of the store what serves nobody; `dry_run`: only say what could go. Errors: StoreError."""
@@ -299,11 +322,9 @@ class Reconciler:
                 await collection.find(self._store, look, building, (files, folders))
             if await self._stop_unwanted_build(look):
                 building = None
-            removes = [action for action in plan(look.assessments) if isinstance(action, Remove)]
-            seen = look.inventory.artifacts
-            removed = {action.key for action in removes if await self._remove(action, seen.get(action.key))}
+            acted = await self._act(look)
             for collection in collections:
-                await collection.finish(self._store, removed)
+                await collection.finish(self._store, acted)
             await self._tidy(look)
             anew = self._requests.looked(opened, self.view.assessments, self.view.artifacts)
             self._pending = self._builds_to_do(look, anew, building)
@@ -316,10 +337,10 @@ class Reconciler:
             await asyncio.to_thread(self._store.digests.save)
         self.looks += 1
         self.last_look_ms = (time.perf_counter() - started) * 1000
-        log.debug("looked", took_ms=round(self.last_look_ms, 1), builds=len(self._pending), removed=len(removed))
+        log.debug("looked", took_ms=round(self.last_look_ms, 1), builds=len(self._pending), changed=len(acted))
         self.looked.set()
         # What cannot be removed is tried again at the next look, not at once.
-        if removed or generation != self._generation:
+        if acted or generation != self._generation:
             self.look_again(now=True)
         if generation != self._generation:
             self._pending.clear()  # a build or a request found something out since: the next look plans with that
@@ -327,7 +348,7 @@ class Reconciler:
     async def _tidy(self, look: Look) -> None:
         """The quarantine keeps what the budget leaves it."""
         limit = look.manifest.cache.max_bytes
-        room = math.inf if limit is None else max(0, limit - self.view.used_bytes())
+        room = math.inf if limit is None else max(0, limit - self.view.used_bytes() - self.view.retired_bytes())
         with contextlib.suppress(errors.StoreError):
             await asyncio.to_thread(self._store.tidy, look.inventory, room)
         self.view.quarantine_bytes = sum(look.inventory.quarantined.values())
@@ -392,30 +413,33 @@ class Reconciler:
                 reason="their names cannot be a prompt's",
                 hint="rename them to make prompts of them",
             )
+        shown = {one.key: one for one in look.assessments if not one.retired}
         self.view = View(
             manifest=look.manifest,
             desired=look.desired,
-            assessments={assessment.key: assessment for assessment in look.assessments},
+            assessments=shown,
             artifacts=dict(artifacts),
             index=index,
             unreadable_bytes={key: found.size_bytes for key, found in look.inventory.unreadable.items()},
+            retired=dict(look.inventory.retired),
             foreign_bytes=sum(look.inventory.foreign.values()),
             quarantine_bytes=sum(look.inventory.quarantined.values()),
             skipped_files=look.sources.skipped_files,
         )
-        for assessment in look.assessments:
+        for assessment in shown.values():
             self._announcer.state(assessment)
         self._announcer.forget_all_but(set(self.view.assessments))
+        self._announcer.notices(look.desired.notices)
 
     def _retire_workers(self, look: Look) -> None:
         """Stop workers of models that are gone; a model that changed is replaced when it is next used."""
         wanted = {name for name, model in look.desired.models.items() if isinstance(model, DesiredModel)}
         for name in {worker.model.name for worker in self._workers.all()} - wanted:
-            task = asyncio.create_task(self._retire(name))
+            task = asyncio.create_task(self._retire_worker(name))
             self._retiring.add(task)
             task.add_done_callback(self._retiring.discard)
 
-    async def _retire(self, name: str) -> None:
+    async def _retire_worker(self, name: str) -> None:
         """Apart from the look, which need not wait for the answers that are running."""
         async with self._gates.hold(name, Priority.BUILD):
             if not isinstance(self.view.desired.models.get(name), DesiredModel):
@@ -423,25 +447,122 @@ class Reconciler:
 
     # Acting
 
-    async def _remove(self, action: Remove, seen: StoredArtifact | None) -> bool:
+    async def _act(self, look: Look) -> set[Key]:
+        """Carry out what the plan says but for the builds; returns the keys of what was done.
+
+        What takes too long is left to the next look, which comes at once.
+        """
+        started, done = time.monotonic(), set[Key]()
+        for action in plan(look.assessments):
+            self._store.digests.steps += 1
+            match action:
+                case Remove(retired=fingerprint) if fingerprint:
+                    changed = await self._remove_retired(action)
+                case Remove():
+                    changed = await self._remove(action, look)
+                case Retire() if time.monotonic() - started < ACT_S:
+                    changed = await self._retire(action, look)
+                case Adopt() if time.monotonic() - started < ACT_S:
+                    changed = await self._adopt(action, look)
+                case Retire() | Adopt():
+                    self.look_again(now=True)
+                    continue
+                case _:
+                    continue
+            if changed:
+                done.add(action.key)
+        return done
+
+    def _may_change(self, key: Key, look: Look) -> bool:
+        """Whether an artifact is as the look saw it: not if a build replaces it, or has."""
+        building = self.progress is not None and self.progress.key == key
+        return not building and self.view.artifacts.get(key) is look.inventory.artifacts.get(key)
+
+    async def _adopt(self, action: Adopt, look: Look) -> bool:
+        """Publish an artifact that the store has under another name. Whether it was."""
+        key, source, view = action.key, action.source, self.view
+        if not self._may_change(key, look) or (source is not None and not self._may_change(source, look)):
+            return False
+
+        try:
+            artifact = await asyncio.to_thread(
+                self._store.adopt,
+                key,
+                action.fingerprint.digest,
+                source=source,
+                take=action.take,
+                retire=look.manifest.cache.keep_retired_s > 0,
+            )
+        except errors.StoreError as error:
+            _log_trouble("artifact not adopted", action, error)
+            again = key not in self._unadopted  # the source may be out of use by now: the next look tells
+            self._unadopted.add(key)
+            return again
+        self._unadopted.discard(key)
+        if action.take and source is None:
+            view.retired.pop(action.fingerprint.digest, None)
+        elif action.take and source is not None:
+            self._forget(source)
+
+        log.info(
+            "artifact adopted",
+            model=key.model,
+            prompt=key.prompt,
+            state=State.FRESH.value,
+            reason=action.reason,
+            tokens=artifact.sidecar.tokens,
+            size_bytes=artifact.sidecar.size_bytes,
+        )
+        self._attempts.built(key)
+        self._is_fresh(key, artifact)
+        return True
+
+    async def _retire(self, action: Retire, look: Look) -> bool:
+        """Put an artifact aside that is no longer declared. Whether it was."""
+        if not self._may_change(action.key, look):
+            return False
+        try:
+            await asyncio.to_thread(self._store.retire, action.key)
+        except errors.StoreError as error:
+            _log_trouble("artifact not retired", action, error)
+            return False
+        self._forget(action.key)
+        log.info("artifact retired", model=action.key.model, prompt=action.key.prompt, reason=action.reason)
+        return True
+
+    async def _remove_retired(self, action: Remove) -> bool:
+        try:
+            await asyncio.to_thread(self._store.remove_retired, action.retired)
+        except errors.StoreError as error:
+            _log_trouble("retired artifact not removed", action, error)
+            return False
+        self.view.retired.pop(action.retired, None)
+        log.info("retired artifact removed", model=action.key.model, prompt=action.key.prompt, reason=action.reason)
+        return True
+
+    async def _remove(self, action: Remove, look: Look) -> bool:
         """Whether it was: not if it cannot be, nor if a build replaces what the look saw, or has."""
         key = action.key
-        if self.view.artifacts.get(key) is not seen or (self.progress is not None and self.progress.key == key):
+        if not self._may_change(key, look):
             return False
         try:
             if action.verdict is not None:
                 await asyncio.to_thread(self._store.write_verdict, key, action.verdict)
             await asyncio.to_thread(self._store.remove, key)
         except errors.StoreError as error:
-            log.error("artifact not removed", model=key.model, prompt=key.prompt, error=error.message, hint=error.hint)
+            _log_trouble("artifact not removed", action, error)
             return False
+        self._forget(key)
+        log.info("artifact removed", model=key.model, prompt=key.prompt, reason=action.reason)
+        return True
+
+    def _forget(self, key: Key) -> None:
+        """There is no artifact in this place any more."""
         self.view.index.discard(key)
         self.view.artifacts.pop(key, None)
         self.view.unreadable_bytes.pop(key, None)
         if key not in self.view.desired.prompts:
             self.view.assessments.pop(key, None)  # who asked for the removal must not see it any more
-        log.info("artifact removed", model=key.model, prompt=key.prompt, reason=action.reason)
-        return True
 
     async def _forget_verdicts(self, look: Look) -> None:
         for key in look.inventory.verdicts.keys() - look.desired.prompts.keys():
@@ -517,15 +638,30 @@ class Reconciler:
         self.builds += 1
         self._attempts.built(key)
         self._announcer.built(request, artifact)
+        self._is_fresh(key, artifact)
+        self._requests.answer(key, artifact)
+
+        # Prompts of the same text and parameters need no prefill any more: the next look adopts it for them.
+        twins = [
+            other
+            for other, build in self._pending.items()
+            if build.fingerprint.digest == sidecar.fingerprint and build.reason != REQUESTED
+        ]
+        for other in twins:
+            del self._pending[other]
+        if twins:
+            self.look_again(now=True)
+
+    def _is_fresh(self, key: Key, artifact: StoredArtifact) -> None:
+        """This artifact has just been published."""
         self.view.artifacts[key] = artifact
         self.view.unreadable_bytes.pop(key, None)
         wanted = self.view.desired.prompts.get(key)
-        if wanted and wanted.fingerprint and wanted.fingerprint.digest == sidecar.fingerprint:
+        if wanted and wanted.fingerprint and wanted.fingerprint.digest == artifact.sidecar.fingerprint:
             self.view.index.add(key, artifact)
             fresh = Assessment(key=key, state=State.FRESH, description=wanted.description)
             self.view.assessments[key] = fresh
             self._announcer.state(fresh)
-        self._requests.answer(key, artifact)
 
     async def _build_failed(self, request: BuildRequest, error: errors.RkcachedError) -> None:
         key, fingerprint = request.action.key, request.action.fingerprint.digest
@@ -544,3 +680,8 @@ class Reconciler:
             task.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await task
+
+
+def _log_trouble(event: str, action: Action, error: errors.StoreError) -> None:
+    key = action.key
+    log.error(event, model=key.model, prompt=key.prompt, error=error.message, hint=error.hint)

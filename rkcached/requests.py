@@ -9,7 +9,7 @@ import asyncio
 from dataclasses import dataclass
 
 from rkcached.errors import RkcachedError, SourceError
-from rkcached.plan import Assessment, Build, Key, State
+from rkcached.plan import Adopt, Assessment, Build, Key, State
 from rkcached.sidecar import StoredArtifact
 
 
@@ -57,7 +57,7 @@ class BuildRequests:
                 anew.append(key)
             elif assessment.state is State.FRESH:
                 self.answer(key, artifacts[key])
-            elif not isinstance(assessment.action, Build):
+            elif not isinstance(assessment.action, Build | Adopt):
                 said = f"{key} is {assessment.state.value}: {assessment.reason}"
                 self.answer(key, SourceError(said, hint=assessment.hint))
         return anew

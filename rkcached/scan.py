@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import stat
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -17,11 +18,13 @@ from rkcached.digests import Digests, Signature, settled, signature_of
 from rkcached.engines.registry import ENGINES
 from rkcached.errors import SourceError
 from rkcached.manifest import NAME
-from rkcached.plan import Key
+from rkcached.plan import Key, Retired
 from rkcached.sidecar import Inventory, Sidecar, StoredArtifact, Unreadable, parse_sidecar
 
 MAX_RECORD_BYTES = 1 << 20
 """A sidecar has some 2,000 bytes, a verdict fewer."""
+
+_FINGERPRINT = re.compile(r"[0-9a-f]{64}")
 
 STAGING = ".stage-"
 """What the names of files begin with that a build has not published yet."""
@@ -40,6 +43,15 @@ class _Seen(NamedTuple):
     artifact: StoredArtifact
 
 
+class _SeenRetired(NamedTuple):
+    """A retired artifact, and what its folder and its files were like when it was looked at."""
+
+    files: tuple[str, ...]
+    """Names of sidecar, prompt cache and text."""
+    signature: Signature
+    artifact: Retired
+
+
 class Scan:
     """One scan after the other. One thread at a time."""
 
@@ -48,10 +60,41 @@ class Scan:
         self._now: dict[Key, _Seen] = {}
         """Good artifacts of this scan."""
         self._before = self._now
+        self._retired: dict[str, _SeenRetired] = {}
+        """By fingerprint, of the last scan."""
 
     def turn(self) -> None:
         """A scan begins: what the one before it did not find is forgotten."""
         self._before, self._now = self._now, {}
+
+    def forget(self, key: Key) -> None:
+        """Compare this artifact's files with its sidecar again, though nothing about them seems to have changed."""
+        self._now.pop(key, None)
+        self._before.pop(key, None)
+
+    def retired(self, root: Path, inventory: Inventory) -> None:
+        """Look at the retired artifacts, a folder each. Errors: OSError when `root` cannot be listed.
+
+        Only sizes are compared with the sidecars: the content is compared when an artifact is adopted.
+        """
+        before, self._retired = self._retired, {}
+        try:
+            with os.scandir(root) as entries:
+                names = sorted(e.name for e in entries if e.is_dir(follow_symlinks=False) and is_retired(e.name))
+        except FileNotFoundError:
+            return
+
+        for name in names:
+            self._digests.steps += 1
+            folder = root / name
+            seen = before.get(name)
+            if seen is None or signature_of(*_infos(str(folder), (".", *seen.files))) != seen.signature:
+                seen = _look_at_retired(folder)
+            if seen is None:
+                inventory.incomplete.append(folder)
+                continue
+            self._retired[name] = seen
+            inventory.retired[name] = seen.artifact
 
     def folder(self, folder: Path, inventory: Inventory) -> None:
         """Look at the artifacts of a model. Errors: OSError when the folder cannot be listed."""
@@ -90,7 +133,44 @@ class Scan:
         _scan_rest(folder, rest, damaged, inventory)
 
 
-def read_sidecar(path: Path, key: Key) -> Sidecar | str:
+def is_retired(name: str) -> bool:
+    """Whether a folder of this name holds a retired artifact: the name is its fingerprint."""
+    return _FINGERPRINT.fullmatch(name) is not None
+
+
+def retired_sidecar(folder: Path) -> Sidecar | str:
+    """The sidecar of the artifact that a folder of the retired ones holds, or why it holds none."""
+    try:
+        names = [name for name in os.listdir(folder) if name.endswith(".json")]  # noqa: PTH208 - names
+        sidecar = read_sidecar(folder / names[0], None) if names else "the sidecar is missing"
+    except OSError as error:
+        return f"the sidecar cannot be read: {error.strerror}"
+    if not isinstance(sidecar, str) and sidecar.fingerprint != folder.name:
+        return "the sidecar is of another fingerprint"
+    return sidecar
+
+
+def _look_at_retired(folder: Path) -> _SeenRetired | None:
+    """The artifact in this folder; None if there is no whole one."""
+    sidecar = retired_sidecar(folder)
+    if isinstance(sidecar, str):
+        return None
+    key = Key(sidecar.model, sidecar.prompt)
+    files = _names(key, sidecar.artifact)
+    infos = _infos(str(folder), (".", *files))
+    if len(infos) != len(files) + 1 or infos[2].st_size != sidecar.size_bytes:
+        return None
+    artifact = Retired(
+        key=key,
+        fingerprint=sidecar.fingerprint,
+        tokens=sidecar.tokens,
+        size_bytes=sidecar.size_bytes,
+        retired_at=infos[0].st_mtime,
+    )
+    return _SeenRetired(files, signature_of(*infos), artifact)
+
+
+def read_sidecar(path: Path, key: Key | None) -> Sidecar | str:
     """The sidecar, or why it is none. Errors: FileNotFoundError."""
     info = path.stat()
     if stat.S_ISFIFO(info.st_mode) or info.st_size > MAX_RECORD_BYTES:

@@ -17,7 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from rkcached.errors import printable
-from rkcached.plan import Action, Assessment, Blocked, Build, Remove, State
+from rkcached.plan import Action, Adopt, Assessment, Blocked, Build, Remove, Retire, State
 
 WIDE = 110
 """Columns from which the table has room for notes; on a narrower terminal they follow it."""
@@ -30,6 +30,9 @@ _FIGURES = ("cold", "warm", "hits", "tokens", "size")
 
 _LONG_S = 2.0
 """From here on it is said how long a worker has been at it."""
+
+_NAMED = 3
+"""So many retired prompt caches are named."""
 
 NO_PROMPTS = Text("no prompts are declared", style="dim")
 REJECTED = "manifest rejected, the last good one is in force"
@@ -50,8 +53,13 @@ def action_data(action: Action) -> dict[str, Any]:
     match action:
         case Build():
             return {"action": "build", **data, "fingerprint": action.fingerprint.digest}
+        case Adopt():
+            source = None if action.source is None else str(action.source)
+            return {"action": "adopt", **data, "fingerprint": action.fingerprint.digest, "source": source}
+        case Retire():
+            return {"action": "retire", **data}
         case Remove():
-            return {"action": "remove", **data}
+            return {"action": "remove", **data, "retired": action.retired or None}
         case Blocked():
             return {"action": "blocked", **data, "hint": action.hint, "retry_at": action.retry_at or None}
         case _:
@@ -59,7 +67,13 @@ def action_data(action: Action) -> dict[str, Any]:
 
 
 def print_plan(console: Console, actions: Sequence[Action], assessments: Sequence[Assessment], store: Path) -> None:
-    signs = {"build": ("+", "green"), "remove": ("-", "red"), "blocked": ("!", "yellow")}
+    signs = {
+        "build": ("+", "green"),
+        "adopt": ("=", "green"),
+        "retire": ("~", "dim"),
+        "remove": ("-", "red"),
+        "blocked": ("!", "yellow"),
+    }
     table = Table.grid(padding=(0, 2))
     for action in actions:
         data = action_data(action)
@@ -72,7 +86,7 @@ def print_plan(console: Console, actions: Sequence[Action], assessments: Sequenc
         console.print(table)
     counts = Counter(data["action"] for data in map(action_data, actions))
     fresh = sum(assessment.state is State.FRESH for assessment in assessments)
-    words = [f"{counts[name]} to {name}" for name in ("build", "remove") if counts[name]]
+    words = [f"{counts[name]} to {name}" for name in ("build", "adopt", "retire", "remove") if counts[name]]
     words += [f"{counts['blocked']} blocked"] if counts["blocked"] else []
     summary = ", ".join([*(words or ["nothing to do"]), f"{fresh} fresh"])
     console.print(Text(printable(f"{summary}; store {store}")), soft_wrap=True)
@@ -91,6 +105,8 @@ def print_status(console: Console, status: dict[str, Any], *, stays: bool = Fals
     prompts, wide = status["prompts"], console.width >= WIDE
     for line in (*troubles(status), *_heading(status, stays=stays)):
         console.print(line)
+    if retired := retired_line(status):
+        console.print(Text(retired, style="dim"))
     if not prompts:
         console.print(NO_PROMPTS)
         return
@@ -205,6 +221,8 @@ def troubles(status: dict[str, Any]) -> Iterator[Text]:
         yield Text(f"{REJECTED}: {problem}", style="bold red")
     if trouble := status["cache"]["trouble"]:
         yield Text(f"the store cannot be read: {trouble}", style="bold red")
+    for notice in status["notices"]:
+        yield Text(notice, style="yellow")
     if status["watching"] == "polling":
         yield Text("polling instead of inotify: not everything can be watched, the log says why", style="yellow")
     if files := status["manifest"].get("skipped_files"):
@@ -216,6 +234,17 @@ def _heading(status: dict[str, Any], *, stays: bool) -> Iterator[Text]:
     yield Text(summary_of(status), style="bold")
     yield Text(f"engine {status['engine']}, cache {used_of(status)}, answers: {answers_of(status)}")
     yield from map(model_line, status["models"])
+
+
+def retired_line(status: dict[str, Any]) -> str:
+    """Which prompt caches are kept though nobody declares them; empty if there are none."""
+    retired, count = status["retired"], status["cache"]["retired"]
+    if not retired:
+        return ""
+    named = ", ".join(dict.fromkeys(name_of(one) for one in retired[:_NAMED]))
+    more = f" and {count - _NAMED} more" if count > _NAMED else ""
+    until = when(min(one["kept_until"] for one in retired))
+    return f"retired: {count} ({named}{more}), {size(status['cache']['retired_bytes'])}, kept until {until} or later"
 
 
 def daemon_line(status: dict[str, Any], *, age: str) -> Text:
@@ -247,7 +276,7 @@ def used_of(status: dict[str, Any]) -> str:
     """What the store takes, of what it may, and what is left on the disk."""
     cache = status["cache"]
     limit = f" of {size(cache['max_bytes'])}" if cache["max_bytes"] else ""
-    kinds = [(name, cache[f"{name}_bytes"]) for name in ("orphan", "foreign", "quarantine")]
+    kinds = [(name, cache[f"{name}_bytes"]) for name in ("orphan", "retired", "foreign", "quarantine")]
     shares = ", ".join(f"{size(size_bytes)} {name}" for name, size_bytes in kinds if size_bytes)
     free = "" if cache["free_bytes"] is None else f", disk has {size(cache['free_bytes'])} free"
     return f"{size(cache['used_bytes'])}{limit}" + (f" ({shares})" if shares else "") + free

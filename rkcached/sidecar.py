@@ -15,7 +15,7 @@ import msgspec
 
 from rkcached.digests import Signature
 from rkcached.fingerprint import fingerprint
-from rkcached.plan import Artifact, Key, Verdict
+from rkcached.plan import Artifact, Key, Retired, Verdict
 
 FORMAT_VERSION = 1
 
@@ -120,29 +120,34 @@ class Inventory:
     """What is kept in the quarantine, with its bytes; the oldest first."""
     foreign: dict[Path, int] = field(default_factory=dict)
     """Files where the store puts its own, with their bytes, that are none of its."""
+    retired: dict[str, Retired] = field(default_factory=dict)
+    """By fingerprint: artifacts that were put aside, because no prompt uses them now."""
+    incomplete: list[Path] = field(default_factory=list)
+    """Folders among the retired ones that hold no whole artifact: a crash cut their making off."""
 
     def observed(self) -> dict[Key, Artifact]:
         """All of them, as the planner sees them."""
         return {**self.artifacts, **self.unreadable}
 
 
-def parse_sidecar(data: bytes, key: Key) -> Sidecar | str:
-    """The sidecar of `key`, or why it is none."""
+def parse_sidecar(data: bytes, key: Key | None) -> Sidecar | str:
+    """The sidecar of `key`, or why it is none. A retired one belongs to no place: `key` is None."""
     try:
         sidecar = msgspec.json.decode(data, type=Sidecar)
     except (ValueError, RecursionError) as error:  # not JSON, not UTF-8, or not a sidecar
         return f"the sidecar is damaged: {error}"
     if sidecar.format != FORMAT_VERSION:
         return f"the sidecar has format {sidecar.format}, this program writes {FORMAT_VERSION}"
-    if (sidecar.model, sidecar.prompt) != key or not names_artifact(sidecar.artifact, key.prompt):
-        return f"the sidecar belongs to {sidecar.model}/{sidecar.prompt}"
+    of = Key(sidecar.model, sidecar.prompt)
+    if of != (key or of) or not names_artifact(sidecar.artifact, of.prompt):
+        return f"the sidecar belongs to {of}"
     made = fingerprint(sidecar.components)
     if made.digest != sidecar.fingerprint:
         return "the sidecar is damaged: its components do not have its fingerprint"
     return msgspec.structs.replace(  # what thousands have in common is kept once
         sidecar,
-        model=key.model,
-        prompt=key.prompt,
+        model=of.model,
+        prompt=of.prompt,
         fingerprint=made.digest,
         components=made.components,
         sha256=sys.intern(sidecar.sha256),

@@ -87,6 +87,8 @@ class SourceReader:
         self._headers = _Memory[Header | None]()
         self._declared: Mapping[Key, Declaration] = {}
         """By the last scan."""
+        self._found_on: dict[str, tuple[int, int]] = {}
+        """By prompts_from pattern: the device that its folder was on when it first matched, and how many it matched."""
 
     def scan(self, manifest: Manifest) -> Sources:
         """Look at every input that the manifest names. Never raises for a bad input."""
@@ -95,6 +97,7 @@ class SourceReader:
         models: dict[str, ModelSource | Trouble] = {}
         unlisted: dict[str, Trouble] = {}
         skipped: dict[str, None] = {}
+        notices: dict[str, None] = {}
         self._prompts.turn()
         self._templates.turn()
         self._headers.turn()
@@ -116,6 +119,8 @@ class SourceReader:
                         Path(pattern).parent, error, "create the folder, or correct prompts_from"
                     )
                     continue
+                if notice := self._notice(pattern, len(found)):
+                    notices[notice] = None
                 for path in found:
                     if path in claimed:
                         continue  # declared by name, perhaps with parameters of its own
@@ -133,7 +138,29 @@ class SourceReader:
             prompts=prompts,
             unlisted_models=unlisted,
             skipped_files=tuple(skipped),
+            notices=tuple(notices),
         )
+
+    def _notice(self, pattern: str, matched: int) -> str:
+        """What is strange about a prompts_from folder that can be listed: it may not be the one that is meant.
+
+        An unmounted folder is empty, and a folder on which another disk is mounted has other files.
+        """
+        folder = Path(pattern).parent
+        try:
+            device = folder.stat().st_dev
+        except OSError:
+            return ""
+        first_device, before = self._found_on.get(pattern, (device, 0))
+        if matched:
+            self._found_on[pattern] = (first_device, matched)
+
+        if device != first_device:
+            files = f"{pattern} matches {matched} files" if matched else f"{pattern} matches no file"
+            return f"{folder} is on another file system than when the daemon started; {files} now: is it mounted?"
+        if not matched and before:
+            return f"{pattern} matches no file any more; it matched {before} before"
+        return "" if matched else f"{pattern} matches no file"
 
     def _declare(
         self,

@@ -3,6 +3,7 @@
     {model}/{name}.llama_cache    the prompt cache        {model}/{name}.bin    the prefix it was made from, UTF-8
     {model}/{name}.json           the sidecar: the commit record, with size and SHA-256 of the other two
     .verdicts/{model}/{name}.json the outcome of attempts that gave no artifact
+    .retired/{fingerprint}/       artifacts that no prompt uses now, kept because their texts may come back
     .quarantine/                  artifacts that failed when they were used
     .lock  .digests.json          and CACHEDIR.TAG, which marks the folder as a store
 
@@ -33,7 +34,17 @@ from rkcached.engines.registry import ENGINES
 from rkcached.errors import StoreError, StoreLocked
 from rkcached.manifest import NAME
 from rkcached.plan import Key, Verdict
-from rkcached.scan import MAX_RECORD_BYTES, STAGING, Scan, foreign, inspect, prompt_of, read_sidecar
+from rkcached.scan import (
+    MAX_RECORD_BYTES,
+    STAGING,
+    Scan,
+    foreign,
+    inspect,
+    is_retired,
+    prompt_of,
+    read_sidecar,
+    retired_sidecar,
+)
 from rkcached.sidecar import Inventory, Sidecar, StoredArtifact
 
 DIRECTORY_MODE = 0o750
@@ -41,6 +52,10 @@ MAX_QUARANTINED = 8
 """Artifacts kept for a post-mortem; the oldest goes first."""
 
 _LOCK_FLAGS = os.O_RDONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+
+RETIRED = ".retired"
+
+_AGAIN = "it is planned again at the next look"
 
 
 class Store:
@@ -54,8 +69,8 @@ class Store:
         self._taking = threading.Lock()
         self._staged: set[Path] = set()
         """What is being built now; whatever else is staged was left behind."""
-        self._folders = threading.Lock()
-        """Held where a model's folder comes or goes."""
+        self._folders = threading.RLock()
+        """Held where a folder of a model or of a retired artifact comes or goes."""
         self._scan = Scan(self.digests)
         self._spared: frozenset[Path] = frozenset()
         """Files in the store's place that the manifest names: they stay, whatever their name is."""
@@ -174,6 +189,7 @@ class Store:
         self._scan.turn()
         for folder in self._model_folders():
             self._scan.folder(folder, inventory)
+        self._scan.retired(self.root / RETIRED, inventory)
         with contextlib.suppress(FileNotFoundError):
             others = [name for name in sorted(os.listdir(self.root)) if not marks.is_own(name)]  # noqa: PTH208 - names
             inventory.foreign.update(foreign(self.root / name for name in others))
@@ -231,6 +247,10 @@ class Store:
 
         The inventory is what the store holds afterwards. Errors: StoreError.
         """
+        for folder in inventory.incomplete:
+            with self._writing(folder), self._folders:
+                if isinstance(retired_sidecar(folder), str):  # else it was completed meanwhile
+                    shutil.rmtree(folder, ignore_errors=True)
         for path in inventory.staged:
             if not any(path.name.startswith(staged.name) for staged in tuple(self._staged)):
                 with self._writing(path):
@@ -252,10 +272,16 @@ class Store:
                 digest = hashlib.file_digest(stream, "sha256").hexdigest()
                 return os.fstat(stream.fileno()).st_size, digest
 
-    def commit(self, key: Key, staged: Path, sidecar: Sidecar, prefix: bytes) -> StoredArtifact:
+    def commit(
+        self, key: Key, staged: Path, sidecar: Sidecar, prefix: bytes, *, retire: bool = False
+    ) -> StoredArtifact:
         """Publish a sealed file, its text and its sidecar, in this order, each step durable before the next.
 
-        If it fails, the staged file is gone and the artifact is the old one or reported as corrupt. Errors: StoreError.
+        `retire`: put the artifact that it replaces aside, if that is of another fingerprint. Where that fails, the old
+        one is overwritten.
+
+        If it fails, the staged file is gone and the artifact is the old one, missing, or reported as corrupt.
+        Errors: StoreError.
         """
         folder = self.root / key.model
         path = folder / sidecar.artifact
@@ -265,6 +291,9 @@ class Store:
                 durable.write_new(text, prefix)
                 durable.write_new(record, msgspec.json.format(msgspec.json.encode(sidecar, enc_hook=dict)))
                 self._make_way(key, sidecar.artifact)
+                if retire:
+                    with contextlib.suppress(OSError):
+                        self._put_aside(key, unless=sidecar.fingerprint)
                 staged.replace(path)
                 text.replace(folder / f"{key.prompt}.bin")
                 durable.sync_directory(folder)
@@ -281,6 +310,131 @@ class Store:
         self.clear_verdict(key)
         return StoredArtifact(folder=folder, sidecar=sidecar, signature=signature_of(info))
 
+    def retire(self, key: Key) -> None:
+        """Put an artifact aside that no prompt uses now. One without a sidecar is removed. Errors: StoreError.
+
+        A crash leaves the artifact in one of the two places, or it has to be built again.
+        """
+        folder = self.root / key.model
+        with self._writing(folder):
+            if not self._put_aside(key):
+                self.remove(key)
+                return
+            self._drop_folder(folder)
+
+    def _put_aside(self, key: Key, *, unless: str = "") -> bool:
+        """Move an artifact to the retired ones, its sidecar last; whether there was one to move. Errors: OSError.
+
+        `unless`: a fingerprint that is not put aside.
+        """
+        folder = self.root / key.model
+        record = folder / f"{key.prompt}.json"
+        try:
+            sidecar = read_sidecar(record, key)
+        except FileNotFoundError:
+            return False
+        if isinstance(sidecar, str) or sidecar.fingerprint == unless or not (folder / sidecar.artifact).is_file():
+            return False
+
+        target = self.root / RETIRED / sidecar.fingerprint
+        with self._folders:
+            shutil.rmtree(target, ignore_errors=True)  # an older one of the same fingerprint
+            target.parent.mkdir(mode=DIRECTORY_MODE, exist_ok=True)
+            target.mkdir(mode=DIRECTORY_MODE)
+            for path in (folder / sidecar.artifact, folder / f"{key.prompt}.bin", record):
+                path.rename(target / path.name)
+        self._scan.forget(key)
+        return True
+
+    def adopt(
+        self, key: Key, fingerprint: str, *, source: Key | None, take: bool, retire: bool = False
+    ) -> StoredArtifact:
+        """Publish under `key` the artifact of this fingerprint that another prompt has, or that was put aside (None).
+
+        Its content is compared with its sidecar first. `take`: nothing of it is left where it was, and where the file
+        system has hard links nothing is copied. `retire` as for `commit`.
+
+        If it fails, what `key` had is as it was. A source that is not what its sidecar says is taken out of use: a
+        retired one is removed, another one is reported as corrupt. Errors: StoreError.
+        """
+        folder = self.root / RETIRED / fingerprint if source is None else self.root / source.model
+        staged = self.stage(key)
+        try:
+            with self._writing(folder):
+                old = (
+                    retired_sidecar(folder)
+                    if source is None
+                    else read_sidecar(folder / f"{source.prompt}.json", source)
+                )
+                if isinstance(old, str) or old.fingerprint != fingerprint:
+                    why = old if isinstance(old, str) else "it is of another fingerprint by now"
+                    raise StoreError(f"{folder} cannot be adopted by {key}: {why}", hint=_AGAIN)
+                text = (folder / f"{old.prompt}.bin").read_bytes()
+                _place(folder / old.artifact, staged, link=take)
+
+            size_bytes, sha256 = self.seal(staged)
+            if (size_bytes, sha256, hashlib.sha256(text).hexdigest()) != (old.size_bytes, old.sha256, old.text_sha256):
+                self._disown(folder, source, old)
+                raise StoreError(f"{folder / old.artifact} is not what its sidecar says", hint=_AGAIN)
+
+            _, suffix = os.path.splitext(old.artifact)  # noqa: PTH122 - a name and no path
+            sidecar = msgspec.structs.replace(old, model=key.model, prompt=key.prompt, artifact=key.prompt + suffix)
+            artifact = self.commit(key, staged, sidecar, text, retire=retire)
+        finally:
+            self.discard(staged)
+
+        if take:
+            with contextlib.suppress(StoreError):
+                if source is None:
+                    self.remove_retired(fingerprint)
+                else:
+                    self.remove(source)
+        return artifact
+
+    def _disown(self, folder: Path, source: Key | None, sidecar: Sidecar) -> None:
+        """The content of this artifact was found not to be what its sidecar says, though nothing else told so."""
+        if source is None:
+            self.remove_retired(sidecar.fingerprint)
+            return
+        for path in (folder / sidecar.artifact, folder / f"{sidecar.prompt}.bin"):
+            self.digests.forget(path)
+        self._scan.forget(source)
+
+    def remove_retired(self, fingerprint: str) -> None:
+        """Delete a retired artifact, its sidecar first. Idempotent. Errors: StoreError."""
+        if not is_retired(fingerprint):
+            raise ValueError(fingerprint)
+        folder = self.root / RETIRED / fingerprint
+        with self._writing(folder), self._folders:
+            for record in folder.glob("*.json"):
+                record.unlink(missing_ok=True)
+            with contextlib.suppress(FileNotFoundError):
+                shutil.rmtree(folder)
+
+    def remove_retired_of(self, key: Key) -> None:
+        """Delete all retired artifacts that were built for this prompt. Errors: StoreError."""
+        for folder in self._retired():
+            sidecar = retired_sidecar(folder)
+            if not isinstance(sidecar, str) and (sidecar.model, sidecar.prompt) == key:
+                self.remove_retired(folder.name)
+
+    def release(self, needed_bytes: int) -> None:
+        """Delete retired artifacts, the oldest first, until so many bytes are given back or none is left.
+
+        Errors: StoreError.
+        """
+        released_bytes = 0
+        for folder in sorted(self._retired(), key=lambda path: path.lstat().st_mtime_ns):
+            if released_bytes >= needed_bytes:
+                return
+            released_bytes += size_of(folder)
+            self.remove_retired(folder.name)
+
+    def _retired(self) -> list[Path]:
+        with contextlib.suppress(FileNotFoundError):
+            return [path for path in (self.root / RETIRED).iterdir() if is_retired(path.name)]
+        return []
+
     def remove(self, key: Key) -> None:
         """Delete an artifact, its sidecar first, and its folder if nothing is in it or will be. Errors: StoreError."""
         folder = self.root / key.model
@@ -290,9 +444,13 @@ class Store:
             self._unlink(key.model, f"{key.prompt}.bin")
             for path in _artifacts_of(folder, key.prompt):
                 self._unlink(key.model, path.name)
-            with self._folders, contextlib.suppress(OSError):
-                if all(staged.parent != folder for staged in tuple(self._staged)):  # a build's file comes late
-                    folder.rmdir()
+            self._drop_folder(folder)
+
+    def _drop_folder(self, folder: Path) -> None:
+        """Remove a model's folder, if nothing is in it or will be."""
+        with self._folders, contextlib.suppress(OSError):
+            if all(staged.parent != folder for staged in tuple(self._staged)):  # a build's file comes late
+                folder.rmdir()
 
     def quarantine(self, key: Key) -> None:
         """Take an artifact out of use but keep it for a post-mortem. Errors: StoreError."""
@@ -383,6 +541,15 @@ class Store:
         except OSError as error:
             why, hint = disk.refusal(error, path)
             raise StoreError(f"{path} cannot be written: {why}", hint=hint) from error
+
+
+def _place(source: Path, target: Path, *, link: bool) -> None:
+    """Give the content of `source` to a new file. `link`: as a second name of the same file, where that is possible."""
+    if link:
+        with contextlib.suppress(OSError):  # FAT has no links
+            os.link(source, target)
+            return
+    shutil.copyfile(source, target)
 
 
 def size_of(path: Path) -> int:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 
 from rkcached.desired import Desired, DesiredModel
 from rkcached.manifest import Manifest
-from rkcached.plan import Assessment, Key, Trouble
+from rkcached.plan import Assessment, Key, Retired, Trouble
 from rkcached.sidecar import StoredArtifact
 
 
@@ -102,6 +102,8 @@ class View:
     index: FreshIndex = field(default_factory=FreshIndex)
     unreadable_bytes: dict[Key, int] = field(default_factory=dict)
     """Of artifacts without a usable sidecar."""
+    retired: dict[str, Retired] = field(default_factory=dict)
+    """By fingerprint."""
     foreign_bytes: int = 0
     quarantine_bytes: int = 0
     skipped_files: tuple[str, ...] = ()
@@ -111,9 +113,15 @@ class View:
         return self.desired.models.get(name)
 
     def used_bytes(self, but: Key | None = None) -> int:
-        """What counts against cache.max_bytes, but for one artifact. The quarantine does not: it yields."""
+        """What counts against cache.max_bytes, but for one artifact.
+
+        Retired artifacts and the quarantine do not count: they yield.
+        """
         sizes = self.unreadable_bytes | {key: a.sidecar.size_bytes for key, a in self.artifacts.items()}
         return self.foreign_bytes + sum(size_bytes for key, size_bytes in sizes.items() if key != but)
+
+    def retired_bytes(self) -> int:
+        return sum(one.size_bytes for one in self.retired.values())
 
     def orphan_bytes(self) -> int:
         sizes = self.unreadable_bytes | {key: a.sidecar.size_bytes for key, a in self.artifacts.items()}

@@ -42,11 +42,13 @@ class HeldStore(Store):
         self.go_on.wait(30)
         return super().scan()
 
-    def commit(self, key: Key, staged: Path, sidecar: Sidecar, prefix: bytes) -> StoredArtifact:
+    def commit(
+        self, key: Key, staged: Path, sidecar: Sidecar, prefix: bytes, *, retire: bool = False
+    ) -> StoredArtifact:
         if not self.may_commit.is_set():
             self.commits.set()
             self.may_commit.wait(30)
-        return super().commit(key, staged, sidecar, prefix)
+        return super().commit(key, staged, sidecar, prefix, retire=retire)
 
 
 def declare(space: Workspace, top: str = "") -> None:

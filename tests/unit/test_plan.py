@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from rkcached.fingerprint import Fingerprint, fingerprint
 from rkcached.plan import (
     Action,
+    Adopt,
     Assessment,
     Blocked,
     Build,
@@ -20,6 +21,8 @@ from rkcached.plan import (
     Limits,
     Observed,
     Remove,
+    Retire,
+    Retired,
     State,
     Trouble,
     Verdict,
@@ -40,6 +43,7 @@ def made_of(text: str, **more: str) -> Fingerprint:
 
 
 WANTED = made_of("text")
+OTHER = made_of("other text")
 
 
 def desired(key: Key = KEY, wanted: Fingerprint = WANTED) -> DesiredPrompt:
@@ -269,9 +273,10 @@ def test_an_artifact_over_budget_is_built_when_there_is_room() -> None:
     first, second = Key("m", "first"), Key("m", "second")
     prompts = [desired(first), desired(second)]
     verdicts = {second: over_budget(WANTED.digest, 500, 600, 1000)}
+    prompts[0] = desired(first, OTHER)
 
     def state(size_bytes: int, max_bytes: int | None) -> tuple[State, str]:
-        observed = world(artifact(first, size_bytes=size_bytes), verdicts=verdicts)
+        observed = world(artifact(first, OTHER, size_bytes=size_bytes), verdicts=verdicts)
         _, found = assess(prompts, observed, Limits(max_bytes=max_bytes))
         return found.state, found.reason
 
@@ -285,13 +290,13 @@ def test_a_build_that_is_due_gets_its_room_from_later_prompts() -> None:
     first, second = Key("m", "first"), Key("m", "second")
     verdicts = {first: over_budget(WANTED.digest, 400, 800, 1000)}
     found = assess(
-        [desired(first), desired(second)],
-        world(artifact(second, size_bytes=800), verdicts=verdicts),
+        [desired(first), desired(second, OTHER)],
+        world(artifact(second, OTHER, size_bytes=800), verdicts=verdicts),
         Limits(max_bytes=1000),
     )
     remove, build = plan(found)
     assert isinstance(remove, Remove)
-    assert over_budget(WANTED.digest, 800, 400, 1000) == remove.verdict
+    assert over_budget(OTHER.digest, 800, 400, 1000) == remove.verdict
     assert Build(key=first, reason="missing", fingerprint=WANTED) == build
 
 
@@ -325,7 +330,7 @@ def test_an_edited_prompt_keeps_its_room() -> None:
     first, second = Key("m", "first"), Key("m", "second")
     edited = [desired(first, made_of("new")), desired(second)]
     verdicts = {second: over_budget(WANTED.digest, 500, 600, 1000)}
-    observed = world(artifact(first, size_bytes=600), verdicts=verdicts)
+    observed = world(artifact(first, OTHER, size_bytes=600), verdicts=verdicts)
     (build, blocked) = plan(assess(edited, observed, Limits(max_bytes=1000)))
     assert isinstance(build, Build)
     assert isinstance(blocked, Blocked)
@@ -367,6 +372,7 @@ def test_removals_come_first_then_builds_in_manifest_order_then_what_is_blocked(
         desired(Key("m", "fresh")),
         desired(Key("m", "a")),
     ]
+    prompts[1], prompts[3] = desired(Key("m", "z"), OTHER), desired(Key("m", "a"), OTHER)
     actions = plan(assess(prompts, world(artifact(Key("m", "fresh")), artifact(Key("m", "orphan"))), NO_LIMITS))
     expected: list[tuple[type[Action], str]] = [
         (Remove, "orphan"),
@@ -377,8 +383,142 @@ def test_removals_come_first_then_builds_in_manifest_order_then_what_is_blocked(
     assert expected == [(type(action), action.key.prompt) for action in actions]
 
 
+# --- what is no longer declared, and what is declared again ---
+
+WEEK = Limits(keep_retired_s=7 * 86_400)
+A, B, C = (Key("m", name) for name in "abc")
+
+
+def retired(key: Key = KEY, made: Fingerprint = WANTED, *, size_bytes: int = 1000, at: float = 0.0) -> Retired:
+    return Retired(key=key, fingerprint=made.digest, tokens=100, size_bytes=size_bytes, retired_at=at)
+
+
+def with_retired(observed: Observed, *kept: Retired) -> Observed:
+    return replace(observed, retired={one.fingerprint: one for one in kept})
+
+
+def test_an_artifact_that_nobody_declares_any_more_is_put_aside() -> None:
+    """An unmounted folder or another branch may bring it back."""
+    (found,) = assess([], world(artifact()), WEEK)
+    assert (State.ORPHAN, Retire(key=KEY, reason="not in the manifest")) == (found.state, found.action)
+
+
+def test_a_corrupt_artifact_that_nobody_declares_is_removed() -> None:
+    """It is of no use to anybody."""
+    (found,) = assess([], world(artifact(corrupt="cut")), WEEK)
+    assert isinstance(found.action, Remove)
+
+
+def test_a_retired_artifact_is_shown_and_kept_for_its_time() -> None:
+    """The clock of a board may be set back, too."""
+    (kept,) = assess([], replace(with_retired(world(), retired(at=1000)), now=999), WEEK)
+    assert (State.RETIRED, None, WANTED.digest) == (kept.state, kept.action, kept.retired)
+    (gone,) = assess([], replace(with_retired(world(), retired(at=1000)), now=1000 + 7 * 86_400), WEEK)
+    assert isinstance(gone.action, Remove)
+    assert (KEY, WANTED.digest) == (gone.action.key, gone.action.retired)
+    assert "cache.keep_retired_s" in gone.action.reason
+
+
+def test_a_text_that_comes_back_is_adopted_and_not_built() -> None:
+    """A -> B -> A: what is in its place is put aside by the one that comes."""
+    found, shown = assess([desired()], with_retired(world(artifact(made=OTHER)), retired()), WEEK)
+    assert found.state is State.STALE
+    assert Adopt(key=KEY, reason=found.reason, fingerprint=WANTED, source=None, take=True) == found.action
+    assert "retired prompt cache of m/p" in found.reason
+    assert shown.action is None
+
+
+def test_a_renamed_prompt_takes_its_artifact_over() -> None:
+    """`mv a.md b.md`: the artifact is renamed, and put aside by nobody."""
+    actions = plan(assess([desired(B)], world(artifact(A)), WEEK))
+    reason = "the prompt cache of m/a is of the same text and parameters"
+    assert (Adopt(key=B, reason=reason, fingerprint=WANTED, source=A, take=True),) == actions
+
+
+def test_a_copied_prompt_copies_the_artifact() -> None:
+    """`cp a.md c.md`: both are fresh afterwards."""
+    actions = plan(assess([desired(A), desired(C)], world(artifact(A)), WEEK))
+    assert [(type(action), action.key) for action in actions] == [(Adopt, C)]
+    assert isinstance(actions[0], Adopt)
+    assert not actions[0].take
+
+
+def test_only_the_last_of_several_takes_the_source_over() -> None:
+    """The others copy it, and do so before."""
+    actions = plan(assess([desired(A), desired(B)], with_retired(world(), retired()), WEEK))
+    assert [(type(a), a.key, a.take) for a in actions if isinstance(a, Adopt)] == [(Adopt, A, False), (Adopt, B, True)]
+
+
+def test_a_stale_artifact_of_a_declared_prompt_is_a_source_too() -> None:
+    """Two files that exchange their texts: both are copied before either is put aside."""
+    observed = world(artifact(A), artifact(B, OTHER))
+    actions = plan(assess([desired(A, OTHER), desired(B, WANTED)], observed, WEEK))
+    assert [(type(a), a.key, a.source) for a in actions if isinstance(a, Adopt)] == [(Adopt, A, B), (Adopt, B, A)]
+
+
+def test_a_corrupt_artifact_is_no_source() -> None:
+    """The text is read again."""
+    found, _ = assess([desired(B)], world(artifact(A, corrupt="cut")), WEEK)
+    assert isinstance(found.action, Build)
+
+
+def test_a_quarantined_fingerprint_is_not_adopted() -> None:
+    """It failed when it was used, and would again."""
+    observed = with_retired(world(verdicts={KEY: verdict(VerdictKind.QUARANTINED)}), retired())
+    assert assess([desired()], observed, WEEK)[0].state is State.QUARANTINED
+
+
+@pytest.mark.parametrize("kind", [VerdictKind.FAILED, VerdictKind.TOO_LONG, VerdictKind.UNCACHEABLE])
+def test_a_verdict_on_building_keeps_nothing_from_being_adopted(kind: VerdictKind) -> None:
+    """The artifact is there: it need not be built."""
+    observed = with_retired(world(verdicts={KEY: verdict(kind, retry_at=60)}), retired())
+    assert isinstance(assess([desired()], observed, WEEK)[0].action, Adopt)
+
+
+def test_the_limits_hold_for_what_is_adopted() -> None:
+    """As for what is built."""
+    observed = with_retired(world(), retired())
+    short = assess([desired()], observed, replace(WEEK, min_tokens=101))[0]
+    large = assess([desired()], observed, replace(WEEK, max_bytes=999))[0]
+    assert [(short.state, short.action), large.state] == [(State.UNCACHED, None), State.BLOCKED]
+    assert large.reason == "needs 1,000 bytes, 999 of cache.max_bytes 999 are left"
+
+
+def test_retired_artifacts_get_what_the_declared_ones_leave_the_youngest_first() -> None:
+    """The oldest goes first."""
+    keys = [made_of(text) for text in ("old", "middle", "young")]
+    kept = [retired(made=made, size_bytes=300, at=at) for at, made in enumerate(keys)]
+    observed = with_retired(world(artifact(size_bytes=400)), *kept)
+    found = assess([desired()], observed, replace(WEEK, max_bytes=1000))
+    gone = [one.retired for one in found if isinstance(one.action, Remove)]
+    assert gone == [keys[0].digest]
+    assert State.FRESH is found[0].state
+
+
+def test_without_a_budget_the_disk_keeps_half_of_its_room() -> None:
+    """An editor's hundred saves must not fill a card."""
+    kept = [retired(made=made_of(str(at)), size_bytes=300, at=at) for at in range(3)]
+    observed = with_retired(world(), *kept)
+    assert [len(plan(assess([], replace(observed, free_bytes=free), WEEK))) for free in (900, 899, 0)] == [0, 1, 2]
+
+
+def test_a_retired_artifact_that_a_prompt_has_again_goes() -> None:
+    """It is a second copy of a fresh one."""
+    _, gone = assess([desired()], with_retired(world(artifact()), retired(A)), WEEK)
+    assert isinstance(gone.action, Remove)
+    assert gone.reason == "m/p has the same prompt cache"
+
+
+def test_with_nothing_kept_what_nobody_declares_is_removed_at_once() -> None:
+    """keep_retired_s: 0."""
+    found = assess([], with_retired(world(artifact(A)), retired(B, OTHER)), NO_LIMITS)
+    assert [type(one.action) for one in found] == [Remove, Remove]
+
+
+# --- properties ---
+
 KEYS = [Key(model, prompt) for model in "mn" for prompt in "abc"]
-FINGERPRINTS = [made_of(text) for text in ("one", "two")]
+FINGERPRINTS = [made_of(text) for text in ("one", "two", "three")]
 SIZES = st.sampled_from([1, 400, 600])
 ARTIFACTS = st.builds(
     lambda made, tokens, size_bytes, corrupt: artifact(
@@ -404,21 +544,38 @@ VERDICTS = st.builds(
     st.integers(1, 30),
     SIZES,
 )
+RETIRED = st.builds(
+    lambda key, made, tokens, size_bytes, at: Retired(
+        key=key, fingerprint=made.digest, tokens=tokens, size_bytes=size_bytes, retired_at=at
+    ),
+    st.sampled_from(KEYS),
+    st.sampled_from(FINGERPRINTS),
+    st.integers(1, 30),
+    SIZES,
+    st.sampled_from([10.0, 40.0, 90.0]),
+)
 WORLDS = st.builds(
-    lambda artifacts, verdicts, unlisted: Observed(
+    lambda artifacts, verdicts, unlisted, kept, free_bytes: Observed(
         artifacts={key: replace(found, key=key) for key, found in artifacts.items()},
         verdicts=verdicts,
         unlisted_models=frozenset(unlisted),
+        retired={one.fingerprint: one for one in kept},
+        free_bytes=free_bytes,
         now=50.0,
     ),
     st.dictionaries(st.sampled_from(KEYS), ARTIFACTS),
     st.dictionaries(st.sampled_from(KEYS), VERDICTS),
     st.sets(st.sampled_from("mn")),
+    st.lists(RETIRED),
+    st.none() | st.sampled_from([0, 700, 10_000]),
 )
 LIMITS = st.builds(
-    lambda max_bytes, min_tokens: Limits(max_bytes=max_bytes, min_tokens=min_tokens),
+    lambda max_bytes, min_tokens, keep_retired_s: Limits(
+        max_bytes=max_bytes, min_tokens=min_tokens, keep_retired_s=keep_retired_s
+    ),
     st.none() | st.sampled_from([500, 1000, 5000]),
     st.sampled_from([0, 10, 20]),
+    st.sampled_from([0, 20, 100]),
 )
 WISHES = st.lists(
     st.builds(
@@ -435,6 +592,7 @@ def test_the_plan_of_a_fully_fresh_world_is_empty(prompts: list[DesiredPrompt]) 
     """Nothing to build, to remove or to complain about."""
     observed = world(*(artifact(p.key, p.fingerprint) for p in prompts if p.fingerprint))
     assert plan(assess(prompts, observed, NO_LIMITS)) == ()
+    assert plan(assess(prompts, observed, WEEK)) == ()
 
 
 @given(WISHES, WORLDS, LIMITS)
@@ -443,8 +601,9 @@ def test_each_prompt_has_one_state_and_at_most_one_action(
 ) -> None:
     """Declared or not; the action is about this very prompt, and the same look gives the same plan."""
     found = assess(prompts, observed, limits)
-    assert {p.key for p in prompts} | set(observed.artifacts) == {one.key for one in found}
-    assert len({one.key for one in found}) == len(found)
+    assert {p.key for p in prompts} | set(observed.artifacts) == {one.key for one in found if not one.retired}
+    assert sorted(observed.retired) == sorted(one.retired for one in found if one.retired)
+    assert len({(one.key, one.retired) for one in found}) == len(found)
     assert all(one.action is None or one.action.key == one.key for one in found)
     assert all(one.reason for one in found if one.state is not State.FRESH)
     assert found == assess(prompts, observed, limits)
@@ -471,28 +630,100 @@ def test_carrying_out_the_plan_leaves_nothing_to_do(
     pytest.fail(f"the plan does not come to rest: {actions}")
 
 
+@given(WISHES, WORLDS, st.lists(st.sampled_from(KEYS)))
+def test_what_was_once_there_is_never_built_again_within_its_time(
+    prompts: list[DesiredPrompt], observed: Observed, away: list[Key]
+) -> None:
+    """Prompts that go away and come back, in any order: with room and time enough nothing is prefilled again."""
+    observed = replace(observed, verdicts={}, unlisted_models=frozenset(), free_bytes=None)
+    limits = Limits(keep_retired_s=1000)
+    prompts = [p for p in prompts if p.fingerprint]
+    observed = settle(prompts, observed, limits)
+    rest = [p for p in prompts if p.key not in away]
+    observed = settle(rest, observed, limits)
+    actions = plan(assess(prompts, observed, limits))
+    assert not [action for action in actions if isinstance(action, Build)]
+
+
+def settle(prompts: list[DesiredPrompt], observed: Observed, limits: Limits) -> Observed:
+    """The world when all is done."""
+    for _ in range(len(KEYS) + 2):
+        actions = [a for a in plan(assess(prompts, observed, limits)) if not isinstance(a, Blocked)]
+        if not actions:
+            return observed
+        observed = carry_out(actions, observed, limits, {})
+    pytest.fail(f"the plan does not come to rest: {actions}")
+
+
 def carry_out(
     actions: list[Action], observed: Observed, limits: Limits, real: Mapping[Key, tuple[int, int]]
 ) -> Observed:
-    """A simulated executor: what removal and build would do to the disk."""
-    artifacts, verdicts = dict(observed.artifacts), dict(observed.verdicts)
+    """What the world is like after these actions."""
+    disk = Disk(observed, limits)
     for action in actions:
         match action:
             case Remove():
-                del artifacts[action.key]
-                if action.verdict:
-                    verdicts[action.key] = action.verdict
+                disk.remove(action)
+            case Retire():
+                disk.put_aside(action.key)
+            case Adopt():
+                disk.adopt(action)
             case Build():
-                tokens, size_bytes = real.get(action.key, (15, 400))
-                digest = action.fingerprint.digest
-                used = sum(other.size_bytes for key, other in artifacts.items() if key != action.key)
-                if tokens < limits.min_tokens:
-                    verdicts[action.key] = too_short(digest, tokens, limits.min_tokens)
-                elif limits.max_bytes is not None and used + size_bytes > limits.max_bytes:
-                    verdicts[action.key] = over_budget(digest, size_bytes, used, limits.max_bytes)
-                else:
-                    verdicts.pop(action.key, None)
-                    artifacts[action.key] = artifact(
-                        action.key, action.fingerprint, tokens=tokens, size_bytes=size_bytes
-                    )
-    return replace(observed, artifacts=artifacts, verdicts=verdicts)
+                disk.build(action, *real.get(action.key, (15, 400)))
+    return replace(observed, artifacts=disk.artifacts, verdicts=disk.verdicts, retired=disk.retired)
+
+
+class Disk:
+    """A simulated executor: what each action would do to the store."""
+
+    def __init__(self, observed: Observed, limits: Limits) -> None:
+        self.artifacts = dict(observed.artifacts)
+        self.verdicts = dict(observed.verdicts)
+        self.retired = dict(observed.retired)
+        self._now = observed.now
+        self._limits = limits
+
+    def put_aside(self, key: Key) -> None:
+        old = self.artifacts.pop(key, None)
+        if old is not None and not old.corrupt and self._limits.keep_retired_s:
+            self.retired[old.fingerprint] = Retired(
+                key=key,
+                fingerprint=old.fingerprint,
+                tokens=old.tokens,
+                size_bytes=old.size_bytes,
+                retired_at=self._now,
+            )
+
+    def adopt(self, action: Adopt) -> None:
+        digest = action.fingerprint.digest
+        source = self.retired[digest] if action.source is None else self.artifacts.get(action.source)
+        if source is None or source.fingerprint != digest:
+            return  # another adoption came first: the next look sees it
+        if action.take and action.source is None:
+            del self.retired[digest]
+        elif action.take and action.source is not None:
+            del self.artifacts[action.source]
+        self._publish(action, source.tokens, source.size_bytes)
+
+    def remove(self, action: Remove) -> None:
+        if action.retired:
+            del self.retired[action.retired]
+            return
+        del self.artifacts[action.key]
+        if action.verdict:
+            self.verdicts[action.key] = action.verdict
+
+    def build(self, action: Build, tokens: int, size_bytes: int) -> None:
+        digest, limit = action.fingerprint.digest, self._limits.max_bytes
+        used = sum(other.size_bytes for key, other in self.artifacts.items() if key != action.key)
+        if tokens < self._limits.min_tokens:
+            self.verdicts[action.key] = too_short(digest, tokens, self._limits.min_tokens)
+        elif limit is not None and used + size_bytes > limit:
+            self.verdicts[action.key] = over_budget(digest, size_bytes, used, limit)
+        else:
+            self._publish(action, tokens, size_bytes)
+
+    def _publish(self, action: Adopt | Build, tokens: int, size_bytes: int) -> None:
+        self.put_aside(action.key)
+        self.artifacts[action.key] = artifact(action.key, action.fingerprint, tokens=tokens, size_bytes=size_bytes)
+        self.verdicts.pop(action.key, None)
