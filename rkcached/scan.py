@@ -89,7 +89,7 @@ class Scan:
             folder = root / name
             seen = before.get(name)
             if seen is None or signature_of(*_infos(str(folder), (".", *seen.files))) != seen.signature:
-                seen = _look_at_retired(folder)
+                seen = look_at_retired(folder)
             if seen is None:
                 inventory.incomplete.append(folder)
                 continue
@@ -150,7 +150,7 @@ def retired_sidecar(folder: Path) -> Sidecar | str:
     return sidecar
 
 
-def _look_at_retired(folder: Path) -> _SeenRetired | None:
+def look_at_retired(folder: Path) -> _SeenRetired | None:
     """The artifact in this folder; None if there is no whole one."""
     sidecar = retired_sidecar(folder)
     if isinstance(sidecar, str):

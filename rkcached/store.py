@@ -24,6 +24,7 @@ import secrets
 import stat
 import threading
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import msgspec
@@ -41,6 +42,7 @@ from rkcached.scan import (
     foreign,
     inspect,
     is_retired,
+    look_at_retired,
     prompt_of,
     read_sidecar,
     retired_sidecar,
@@ -249,7 +251,7 @@ class Store:
         """
         for folder in inventory.incomplete:
             with self._writing(folder), self._folders:
-                if isinstance(retired_sidecar(folder), str):  # else it was completed meanwhile
+                if look_at_retired(folder) is None:  # else it was completed meanwhile
                     shutil.rmtree(folder, ignore_errors=True)
         for path in inventory.staged:
             if not any(path.name.startswith(staged.name) for staged in tuple(self._staged)):
@@ -383,13 +385,18 @@ class Store:
         finally:
             self.discard(staged)
 
-        if take:
-            with contextlib.suppress(StoreError):
-                if source is None:
-                    self.remove_retired(fingerprint)
-                else:
-                    self.remove(source)
-        return artifact
+        if not take:
+            return artifact
+        with contextlib.suppress(StoreError):
+            if source is None:
+                self.remove_retired(fingerprint)
+            else:
+                self.remove(source)
+
+        # Its file has lost a name, which is a change to its signature, though none to its content.
+        info = artifact.path.stat()
+        self.digests.trust(artifact.path, info, artifact.sidecar.sha256)
+        return replace(artifact, signature=signature_of(info))
 
     def _disown(self, folder: Path, source: Key | None, sidecar: Sidecar) -> None:
         """The content of this artifact was found not to be what its sidecar says, though nothing else told so."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import gc
 import hashlib
 import os
@@ -11,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 import tracemalloc
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,7 +23,7 @@ import pytest
 from rkcached.digests import Digests
 from rkcached.errors import StoreError, StoreLocked
 from rkcached.fingerprint import fingerprint
-from rkcached.plan import Key, Trouble, Verdict, VerdictKind
+from rkcached.plan import Key, Retired, Trouble, Verdict, VerdictKind
 from rkcached.scan import STAGING
 from rkcached.sidecar import Figures, Sidecar, StoredArtifact
 from rkcached.store import MAX_QUARANTINED, Store
@@ -61,14 +63,16 @@ def contents(content: str) -> tuple[bytes, bytes]:
     return f"state of {content}".encode() * 50, f"You are {content}.".encode()
 
 
-def publish(store: Store, key: Key, content: str = "one", artifact: str = "") -> StoredArtifact:
+def publish(
+    store: Store, key: Key, content: str = "one", artifact: str = "", *, retire: bool = False
+) -> StoredArtifact:
     data, prefix = contents(content)
     staged = store.stage(key)
     staged.write_bytes(data)
     size_bytes, sha256 = store.seal(staged)
     sidecar = make_sidecar(key, data, prefix, artifact)
     assert (sidecar.size_bytes, sidecar.sha256) == (size_bytes, sha256)
-    return store.commit(key, staged, sidecar, prefix)
+    return store.commit(key, staged, sidecar, prefix, retire=retire)
 
 
 def corrupt(store: Store, key: Key = P) -> str:
@@ -688,3 +692,168 @@ def test_thousands_of_artifacts_take_little_memory(store: Store) -> None:
         tracemalloc.stop()
     assert kept / 200 < 2_500
     assert most / 200 < 4_500
+
+
+# --- retired artifacts ---
+
+
+def fingerprint_of(content: str) -> str:
+    return make_sidecar(P, *contents(content)).fingerprint
+
+
+def only_retired(store: Store) -> Retired:
+    (retired,) = store.scan().retired.values()
+    return retired
+
+
+def test_a_retired_artifact_leaves_its_place_and_is_found_by_its_fingerprint(store: Store, folder: Path) -> None:
+    """With the time of its retirement; its model's folder goes when nothing is left in it."""
+    before = time.time() - 1
+    store.retire(P)
+    assert not folder.exists()
+    retired = only_retired(store)
+    assert (retired.key, retired.fingerprint) == (P, fingerprint_of("one"))
+    assert before <= retired.retired_at <= time.time() + 1
+    assert store.scan().observed() == {}
+
+
+@pytest.mark.parametrize("take", [True, False])
+def test_a_retired_artifact_is_adopted_under_another_name(store: Store, folder: Path, take: bool) -> None:
+    """It is what it was, but for its name; taken over, nothing of it is left where it was."""
+    store.retire(P)
+    artifact = store.adopt(Key("n", "other"), fingerprint_of("one"), source=None, take=take)
+    inventory = store.scan()
+    assert artifact == inventory.artifacts[Key("n", "other")]
+    assert artifact.path.read_bytes() == contents("one")[0]
+    assert (artifact.folder / "other.bin").read_bytes() == contents("one")[1]
+    assert not store.verify(Key("n", "other"))
+    assert len(inventory.retired) == (0 if take else 1)
+    assert not folder.exists()
+
+
+@pytest.mark.parametrize("take", [True, False])
+def test_the_artifact_of_another_prompt_is_adopted(store: Store, folder: Path, take: bool) -> None:
+    """A renamed prompt takes it over; a copied one leaves the first where it is, in a file of its own."""
+    store.adopt(Q, fingerprint_of("one"), source=P, take=take)
+    found = store.scan()
+    assert set(found.artifacts) == ({Q} if take else {P, Q})
+    assert not any(artifact.corrupt for artifact in found.artifacts.values())
+    assert names(folder) == {
+        f"{key.prompt}.{end}" for key in found.artifacts for end in ("json", "bin", "memory_cache")
+    }
+    if not take:
+        assert not (folder / "p.memory_cache").samefile(folder / "q.memory_cache")
+
+
+def test_what_an_adoption_replaces_is_put_aside(store: Store) -> None:
+    """A -> B -> A: both stay, and nothing is built."""
+    publish(store, P, "one")
+    publish(store, P, "two", retire=True)
+    assert only_retired(store).fingerprint == fingerprint_of("one")
+    store.adopt(P, fingerprint_of("one"), source=None, take=True, retire=True)
+    assert only_retired(store).fingerprint == fingerprint_of("two")
+    assert store.scan().artifacts[P].fingerprint == fingerprint_of("one")
+
+
+def test_a_commit_puts_aside_only_another_fingerprint(store: Store) -> None:
+    """What is built anew is not kept twice."""
+    publish(store, P, "one")
+    publish(store, P, "one", retire=True)
+    assert store.scan().retired == {}
+
+
+def test_without_links_the_file_is_copied(store: Store, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on FAT."""
+
+    def refuse(*_: object) -> None:
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", refuse)
+    store.adopt(Q, fingerprint_of("one"), source=P, take=True)
+    assert names(folder) == {"q.json", "q.bin", "q.memory_cache"}
+
+
+@pytest.mark.parametrize("file", ["p.memory_cache", "p.bin"])
+def test_a_retired_artifact_that_was_changed_is_not_adopted(store: Store, file: str) -> None:
+    """The prompt keeps what it had, and the bad source is gone."""
+    publish(store, P)
+    store.retire(P)
+    publish(store, Q, "two")
+    flip(store.root / ".retired" / fingerprint_of("one") / file)
+    with pytest.raises(StoreError, match="not what its sidecar says"):
+        store.adopt(Q, fingerprint_of("one"), source=None, take=True)
+    found = store.scan()
+    assert (found.retired, found.incomplete, found.staged) == ({}, [], [])
+    assert found.artifacts[Q].fingerprint == fingerprint_of("two")
+    assert not store.verify(Q)
+
+
+def test_a_source_that_changed_without_a_trace_is_found_out(store: Store, folder: Path) -> None:
+    """Its digest was remembered: the next look reads it again, and says that it is corrupt."""
+    settle(folder / "p.memory_cache")
+    assert not store.scan().artifacts[P].corrupt
+    store.digests.trust(
+        folder / "p.memory_cache", flipped(folder / "p.memory_cache"), make_sidecar(P, *contents("one")).sha256
+    )
+    with pytest.raises(StoreError, match="not what its sidecar says"):
+        store.adopt(Q, fingerprint_of("one"), source=P, take=False)
+    assert "SHA-256" in store.scan().artifacts[P].corrupt
+
+
+def flipped(path: Path) -> os.stat_result:
+    flip(path)
+    settle(path)
+    return path.stat()
+
+
+@pytest.mark.parametrize("lost", ["p.json", "p.memory_cache", "p.bin"])
+def test_half_a_retired_artifact_is_cleared_away(store: Store, lost: str) -> None:
+    """A crash may leave it."""
+    publish(store, P)
+    store.retire(P)
+    place = store.root / ".retired" / fingerprint_of("one")
+    (place / lost).unlink()
+    inventory = store.scan()
+    assert (inventory.retired, inventory.incomplete) == ({}, [place])
+    store.tidy(inventory, 0)
+    assert not place.exists()
+
+
+def test_the_oldest_retired_artifacts_give_back_what_is_needed(store: Store) -> None:
+    """Not more of them."""
+    for at, content in enumerate(("one", "two", "six")):
+        publish(store, P, content)
+        store.retire(P)
+        os.utime(store.root / ".retired" / fingerprint_of(content), (at, at))
+    store.release(1)
+    assert {one.fingerprint for one in store.scan().retired.values()} == {fingerprint_of("two"), fingerprint_of("six")}
+    store.release(1 << 30)
+    assert store.scan().retired == {}
+
+
+def test_all_retired_artifacts_of_a_prompt_can_be_deleted(store: Store) -> None:
+    """Those of others stay."""
+    for key, content in ((P, "one"), (P, "two"), (Q, "six")):
+        publish(store, key, content)
+        store.retire(key)
+    store.remove_retired_of(P)
+    assert only_retired(store).key == Q
+
+
+def test_a_retired_artifact_of_a_prompt_without_a_sidecar_is_removed(store: Store, folder: Path) -> None:
+    """Nobody knows what it is."""
+    (folder / "p.json").write_text("{}")
+    store.retire(P)
+    assert (store.scan().retired, folder.exists()) == ({}, False)
+
+
+def test_a_folder_with_a_name_that_is_no_fingerprint_is_left_alone(store: Store) -> None:
+    """Nothing but what the store made is touched."""
+    publish(store, P)
+    store.retire(P)
+    stranger = store.root / ".retired/notes"
+    stranger.mkdir()
+    inventory = store.scan()
+    store.tidy(inventory, 0)
+    store.release(1 << 30)
+    assert stranger.exists()

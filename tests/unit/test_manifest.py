@@ -296,7 +296,7 @@ def test_the_error_as_text() -> None:
         (model("prompts:", "  a: {file: a.md, files: b.md}"), 6, "file", "did you mean 'files'?"),
         (model("prompts:", "  a: {files: b.md, params: {temp: 1}}"), 6, "temp", "did you mean 'temperature'?"),
         (MINIMAL + "file: x", 5, "file", "known are version, engine, cache, serving, models"),
-        (MINIMAL + "cache: {x: 1}", 5, "x", "known are max_bytes, verify, fingerprint, min_tokens"),
+        (MINIMAL + "cache: {x: 1}", 5, "x", "known are max_bytes, verify, fingerprint, min_tokens, keep_retired_s"),
     ],
 )
 def test_unknown_keys(text: str, line: int, key: str, hint: str) -> None:
