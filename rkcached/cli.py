@@ -239,7 +239,7 @@ def verify(settings: Settings, prompts: Sequence[str], deep: bool, want_json: bo
 @click.option("--strangers", is_flag=True, help="Also remove what is not the store's, but for what the manifest names.")
 @as_json
 def gc_(settings: Settings, *, dry_run: bool, strangers: bool, want_json: bool) -> None:
-    """Remove orphans and quarantined artifacts, and say how much it was. Files that are not the store's are listed.
+    """Remove orphans, retired and quarantined artifacts, and say how much it was. Strangers' files are only listed.
 
     A running daemon owns the store, so it is the one that removes them: asked over its socket for changes. Exit code
     66 when there is no store.

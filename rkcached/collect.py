@@ -1,4 +1,4 @@
-"""What serves nobody and may leave the store: orphans, the quarantine, and, if somebody says so, strangers.
+"""What serves nobody and may leave the store: orphans, retired artifacts, the quarantine; strangers, if somebody asks.
 
 The store's own is known by name and kind, and only by these. All else in its folder is a stranger's: listed with its
 size, and left until it is asked for. A file that the manifest names is never removed. Nothing is followed: links are
@@ -20,7 +20,7 @@ from rkcached import beneath, marks
 from rkcached.errors import RkcachedError, StoreError
 from rkcached.manifest import NAME
 from rkcached.observe import Look
-from rkcached.plan import Key, Remove, plan
+from rkcached.plan import Adopt, Key, Remove, Retire, plan
 from rkcached.scan import prompt_of
 from rkcached.store import Store, size_of
 
@@ -121,6 +121,9 @@ class Collection:
             found = [one for one in self.rubbish if one.key is None or one.stays or one.key in removed]
             try:
                 orphans = [one for one in found if one.key is not None]
+                for one in orphans:  # some were put aside by the look
+                    if one.key is not None:
+                        await asyncio.to_thread(store.remove_retired_of, one.key)
                 rest = [one for one in found if one.key is None]
                 self.rubbish = [*orphans, *await asyncio.to_thread(remove_rubbish, store, rest, self.named)]
             except RkcachedError as error:
@@ -148,12 +151,13 @@ def find_rubbish(
             Rubbish(path=path, size_bytes=size_bytes, why="quarantined", seen=_identity(store, path))
             for path, size_bytes in inventory.quarantined.items()
         ]
+        retired = list(_retired(store, look))
         others = [_stranger(store, names, named, goes=strangers) for names in _strangers(store, look, building)]
     except OSError as error:
         raise StoreError(
             f"the store {store.root} cannot be read: {error.strerror}", hint="check the directory's permissions"
         ) from error
-    return [*orphans, *quarantined, *others]
+    return [*orphans, *retired, *quarantined, *others]
 
 
 def remove_rubbish(store: Store, rubbish: Iterable[Rubbish], named: Named) -> list[Rubbish]:
@@ -204,7 +208,7 @@ def _remove(store: Store, one: Rubbish, named: Named) -> Rubbish | None:
 
 def _orphans(store: Store, look: Look) -> Iterator[Rubbish]:
     for action in plan(look.assessments):
-        if isinstance(action, Remove) and action.verdict is None:
+        if isinstance(action, Retire) or (isinstance(action, Remove) and not (action.verdict or action.retired)):
             folder = store.root / action.key.model
             names = beneath.names_in(store.root, action.key.model)
             files = [folder / name for name in names if prompt_of(name) == action.key.prompt]
@@ -216,6 +220,16 @@ def _orphans(store: Store, look: Look) -> Iterator[Rubbish]:
             )
 
 
+def _retired(store: Store, look: Look) -> Iterator[Rubbish]:
+    """But for those that a declared prompt is about to adopt."""
+    adopted = {a.fingerprint.digest for a in plan(look.assessments) if isinstance(a, Adopt) and a.source is None}
+    for one in look.inventory.retired.values():
+        if one.fingerprint not in adopted:
+            folder = store.root / marks.RETIRED / one.fingerprint
+            why = f"retired: {one.key} is no longer declared"
+            yield Rubbish(path=folder, size_bytes=size_of(folder), why=why, seen=_identity(store, folder))
+
+
 def _strangers(store: Store, look: Look, building: Key | None) -> Iterator[tuple[str, ...]]:
     """Where in the store something lies that is not its own: names from its top. Errors: OSError."""
     for name in beneath.names_in(store.root):
@@ -224,6 +238,8 @@ def _strangers(store: Store, look: Look, building: Key | None) -> Iterator[tuple
             yield (name,)
         elif name == marks.QUARANTINE:
             yield from _in_quarantine(store)
+        elif name == marks.RETIRED:
+            yield from _among_retired(store)
         elif name == marks.VERDICTS:
             yield from _in_verdicts(store)
         elif marks.is_own(name):
@@ -241,6 +257,12 @@ def _in_quarantine(store: Store) -> Iterator[tuple[str, ...]]:
     for name in beneath.names_in(store.root, marks.QUARANTINE):
         if not (marks.is_quarantined(name) and beneath.is_folder(store.root / marks.QUARANTINE / name)):
             yield marks.QUARANTINE, name
+
+
+def _among_retired(store: Store) -> Iterator[tuple[str, ...]]:
+    for name in beneath.names_in(store.root, marks.RETIRED):
+        if not (marks.is_retired(name) and beneath.is_folder(store.root / marks.RETIRED / name)):
+            yield marks.RETIRED, name
 
 
 def _in_verdicts(store: Store) -> Iterator[tuple[str, ...]]:

@@ -37,6 +37,14 @@ def explain_data(look: Look, key: Key) -> dict[str, Any]:
     }
 
 
+_NEXT = {
+    "build": "the daemon builds it as soon as it looks",
+    "adopt": "the daemon adopts that prompt cache as soon as it looks, and prefills nothing",
+    "retire": "the daemon puts it aside as soon as it looks",
+}
+"""What follows, by action."""
+
+
 def print_explanation(console: Console, data: dict[str, Any]) -> None:
     data = show.printable_all(data)
     console.print(Text(f"{data['model']}/{data['prompt']}: {data['state']}", style="bold"))
@@ -61,6 +69,7 @@ def print_explanation(console: Console, data: dict[str, Any]) -> None:
                     f"{artifact['warm_ttft_ms']:.0f} ms warm{gain} (verified: {artifact['verified']})"
                 )
             )
-    if data["action"] and data["action"]["action"] == "build":
-        console.print(Text("  the daemon builds it as soon as it looks"))
+    action = data["action"]["action"] if data["action"] else ""
+    if action in _NEXT:
+        console.print(Text(f"  {_NEXT[action]}"))
     console.print(Text(f"  store {data['store']}", style="dim"), soft_wrap=True)

@@ -23,12 +23,12 @@ from rkcached.scan import CACHE_SUFFIXES, prompt_of, read_sidecar
 from rkcached.sidecar import Sidecar
 
 LOCK, DIGESTS, TAG = ".lock", ".digests.json", "CACHEDIR.TAG"
-VERDICTS, QUARANTINE = ".verdicts", ".quarantine"
+VERDICTS, QUARANTINE, RETIRED = ".verdicts", ".quarantine", ".retired"
 
 OWN_FILES = frozenset({LOCK, DIGESTS, TAG, "README.md", ".gitignore"})
 """At the top of a store; the last two come with a checkout."""
 
-OWN_FOLDERS = frozenset({VERDICTS, QUARANTINE})
+OWN_FOLDERS = frozenset({VERDICTS, QUARANTINE, RETIRED})
 """At the top of a store, beside the models' folders."""
 
 OF_THE_DISK = frozenset({"lost+found"})
@@ -50,6 +50,7 @@ _TEMPORARY = re.compile(r"\.(digests\.json|CACHEDIR\.TAG-[0-9a-f]+)\.tmp")
 ASIDE = ".aside-"
 """What a folder of the quarantine begins with that holds what others put where a file of ours goes: it stays."""
 
+_FINGERPRINT = re.compile(r"[0-9a-f]{64}")
 _VERDICT = re.compile(rf"{NAME.pattern}\.json|\.{NAME.pattern}\.json\.tmp")
 _QUARANTINED = re.compile(rf"{NAME.pattern}--{NAME.pattern}--[0-9a-f]+")
 
@@ -67,6 +68,11 @@ def is_temporary(name: str) -> bool:
 def is_quarantined(name: str) -> bool:
     """Whether the store names a folder of its quarantine so."""
     return _QUARANTINED.fullmatch(name) is not None
+
+
+def is_retired(name: str) -> bool:
+    """Whether the store names the folder of a retired artifact so: by its fingerprint."""
+    return _FINGERPRINT.fullmatch(name) is not None
 
 
 def is_verdict(name: str) -> bool:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import re
 import stat
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -23,8 +22,6 @@ from rkcached.sidecar import Inventory, Sidecar, StoredArtifact, Unreadable, par
 
 MAX_RECORD_BYTES = 1 << 20
 """A sidecar has some 2,000 bytes, a verdict fewer."""
-
-_FINGERPRINT = re.compile(r"[0-9a-f]{64}")
 
 STAGING = ".stage-"
 """What the names of files begin with that a build has not published yet."""
@@ -72,22 +69,15 @@ class Scan:
         self._now.pop(key, None)
         self._before.pop(key, None)
 
-    def retired(self, root: Path, inventory: Inventory) -> None:
-        """Look at the retired artifacts, a folder each. Errors: OSError when `root` cannot be listed.
+    def retired(self, folders: Iterable[Path], inventory: Inventory) -> None:
+        """Look at these folders, each named by the fingerprint of the retired artifact in it.
 
         Only sizes are compared with the sidecars: the content is compared when an artifact is adopted.
         """
         before, self._retired = self._retired, {}
-        try:
-            with os.scandir(root) as entries:
-                names = sorted(e.name for e in entries if e.is_dir(follow_symlinks=False) and is_retired(e.name))
-        except FileNotFoundError:
-            return
-
-        for name in names:
+        for folder in folders:
             self._digests.steps += 1
-            folder = root / name
-            seen = before.get(name)
+            seen = before.get(name := folder.name)
             if seen is None or signature_of(*_infos(str(folder), (".", *seen.files))) != seen.signature:
                 seen = look_at_retired(folder)
             if seen is None:
@@ -131,11 +121,6 @@ class Scan:
                 if not artifact.corrupt and len(infos) == len(files) and settled(*infos):
                     self._now[key] = _Seen(key, sidecar.artifact, signature_of(*infos), artifact)
         _scan_rest(folder, rest, damaged, inventory)
-
-
-def is_retired(name: str) -> bool:
-    """Whether a folder of this name holds a retired artifact: the name is its fingerprint."""
-    return _FINGERPRINT.fullmatch(name) is not None
 
 
 def retired_sidecar(folder: Path) -> Sidecar | str:

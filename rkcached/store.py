@@ -21,6 +21,7 @@ import fcntl
 import hashlib
 import os
 import secrets
+import shutil
 import stat
 import threading
 from collections.abc import Iterable, Iterator
@@ -41,7 +42,6 @@ from rkcached.scan import (
     Scan,
     foreign,
     inspect,
-    is_retired,
     look_at_retired,
     prompt_of,
     read_sidecar,
@@ -54,8 +54,6 @@ MAX_QUARANTINED = 8
 """Artifacts kept for a post-mortem; the oldest goes first."""
 
 _LOCK_FLAGS = os.O_RDONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
-
-RETIRED = ".retired"
 
 _AGAIN = "it is planned again at the next look"
 
@@ -191,7 +189,7 @@ class Store:
         self._scan.turn()
         for folder in self._model_folders():
             self._scan.folder(folder, inventory)
-        self._scan.retired(self.root / RETIRED, inventory)
+        self._scan.retired(self._retired(), inventory)
         with contextlib.suppress(FileNotFoundError):
             others = [name for name in sorted(os.listdir(self.root)) if not marks.is_own(name)]  # noqa: PTH208 - names
             inventory.foreign.update(foreign(self.root / name for name in others))
@@ -252,7 +250,7 @@ class Store:
         for folder in inventory.incomplete:
             with self._writing(folder), self._folders:
                 if look_at_retired(folder) is None:  # else it was completed meanwhile
-                    shutil.rmtree(folder, ignore_errors=True)
+                    beneath.remove(self.root, marks.RETIRED, folder.name)
         for path in inventory.staged:
             if not any(path.name.startswith(staged.name) for staged in tuple(self._staged)):
                 with self._writing(path):
@@ -294,7 +292,7 @@ class Store:
                 durable.write_new(record, msgspec.json.format(msgspec.json.encode(sidecar, enc_hook=dict)))
                 self._make_way(key, sidecar.artifact)
                 if retire:
-                    with contextlib.suppress(OSError):
+                    with contextlib.suppress(OSError, StoreError):
                         self._put_aside(key, unless=sidecar.fingerprint)
                 staged.replace(path)
                 text.replace(folder / f"{key.prompt}.bin")
@@ -325,9 +323,9 @@ class Store:
             self._drop_folder(folder)
 
     def _put_aside(self, key: Key, *, unless: str = "") -> bool:
-        """Move an artifact to the retired ones, its sidecar last; whether there was one to move. Errors: OSError.
+        """Move an artifact to the retired ones, its sidecar last; whether there was one to move.
 
-        `unless`: a fingerprint that is not put aside.
+        Errors: OSError, StoreError. `unless`: a fingerprint that is not put aside.
         """
         folder = self.root / key.model
         record = folder / f"{key.prompt}.json"
@@ -338,12 +336,16 @@ class Store:
         if isinstance(sidecar, str) or sidecar.fingerprint == unless or not (folder / sidecar.artifact).is_file():
             return False
 
-        target = self.root / RETIRED / sidecar.fingerprint
+        files = (folder / sidecar.artifact, folder / f"{key.prompt}.bin", record)
+        if not self._spared.isdisjoint(files):
+            return False
+
+        target = self.root / marks.RETIRED / sidecar.fingerprint
         with self._folders:
-            shutil.rmtree(target, ignore_errors=True)  # an older one of the same fingerprint
-            target.parent.mkdir(mode=DIRECTORY_MODE, exist_ok=True)
-            target.mkdir(mode=DIRECTORY_MODE)
-            for path in (folder / sidecar.artifact, folder / f"{key.prompt}.bin", record):
+            _make_folder(target.parent)
+            beneath.remove(self.root, marks.RETIRED, target.name)  # an older one of the same fingerprint
+            _make_folder(target)
+            for path in files:
                 path.rename(target / path.name)
         self._scan.forget(key)
         return True
@@ -359,7 +361,7 @@ class Store:
         If it fails, what `key` had is as it was. A source that is not what its sidecar says is taken out of use: a
         retired one is removed, another one is reported as corrupt. Errors: StoreError.
         """
-        folder = self.root / RETIRED / fingerprint if source is None else self.root / source.model
+        folder = self.root / marks.RETIRED / fingerprint if source is None else self.root / source.model
         staged = self.stage(key)
         try:
             with self._writing(folder):
@@ -394,7 +396,8 @@ class Store:
                 self.remove(source)
 
         # Its file has lost a name, which is a change to its signature, though none to its content.
-        info = artifact.path.stat()
+        with self._writing(artifact.path):
+            info = artifact.path.stat()
         self.digests.trust(artifact.path, info, artifact.sidecar.sha256)
         return replace(artifact, signature=signature_of(info))
 
@@ -409,14 +412,14 @@ class Store:
 
     def remove_retired(self, fingerprint: str) -> None:
         """Delete a retired artifact, its sidecar first. Idempotent. Errors: StoreError."""
-        if not is_retired(fingerprint):
+        if not marks.is_retired(fingerprint):
             raise ValueError(fingerprint)
-        folder = self.root / RETIRED / fingerprint
+        folder = self.root / marks.RETIRED / fingerprint
         with self._writing(folder), self._folders:
-            for record in folder.glob("*.json"):
-                record.unlink(missing_ok=True)
-            with contextlib.suppress(FileNotFoundError):
-                shutil.rmtree(folder)
+            for name in beneath.names_in(self.root, marks.RETIRED, fingerprint):
+                if name.endswith(".json"):
+                    self._unlink(marks.RETIRED, fingerprint, name)
+            beneath.remove(self.root, marks.RETIRED, fingerprint)
 
     def remove_retired_of(self, key: Key) -> None:
         """Delete all retired artifacts that were built for this prompt. Errors: StoreError."""
@@ -438,9 +441,10 @@ class Store:
             self.remove_retired(folder.name)
 
     def _retired(self) -> list[Path]:
-        with contextlib.suppress(FileNotFoundError):
-            return [path for path in (self.root / RETIRED).iterdir() if is_retired(path.name)]
-        return []
+        """The folders of retired artifacts."""
+        names = beneath.names_in(self.root, marks.RETIRED)
+        folders = (self.root / marks.RETIRED / name for name in names if marks.is_retired(name))
+        return [folder for folder in folders if beneath.is_folder(folder)]
 
     def remove(self, key: Key) -> None:
         """Delete an artifact, its sidecar first, and its folder if nothing is in it or will be. Errors: StoreError."""

@@ -23,6 +23,7 @@ import pytest
 from rkcached.digests import Digests
 from rkcached.errors import StoreError, StoreLocked
 from rkcached.fingerprint import fingerprint
+from rkcached.marks import TAG
 from rkcached.plan import Key, Retired, Trouble, Verdict, VerdictKind
 from rkcached.scan import STAGING
 from rkcached.sidecar import Figures, Sidecar, StoredArtifact
@@ -151,7 +152,10 @@ def test_names_with_dots_do_not_meet(store: Store) -> None:
 
 
 def test_files_are_private(store: Store) -> None:
-    """A KV state is as good as the prompt's text: 0640 in 0750, whatever the umask allows and the engine left."""
+    """A KV state is as good as the prompt's text: 0640 in 0750, whatever the umask allows and the engine left.
+
+    Only the tag, which tells nothing, is for everybody.
+    """
     before = os.umask(0)
     try:
         publish(store, P)
@@ -163,7 +167,7 @@ def test_files_are_private(store: Store) -> None:
         store.close()
     finally:
         os.umask(before)
-    modes = {path: path.stat().st_mode & 0o777 for path in store.root.rglob("*")}
+    modes = {path: path.stat().st_mode & 0o777 for path in store.root.rglob("*") if path.name != TAG}
     assert set(modes.values()) == {0o640, 0o750}
     assert {path for path, mode in modes.items() if mode == 0o750} == {path for path in modes if path.is_dir()}
 

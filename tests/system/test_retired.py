@@ -159,7 +159,7 @@ def test_an_edit_that_is_undone(workspace: Workspace, folder: Path) -> None:
     workspace.stop()
     (folder / "one.md").write_text(first)
     plan = json.loads(workspace.cli("plan", "--json").stdout)
-    (action,) = plan["actions"]
+    (action,) = plan
     assert (action["action"], action["prompt"], action["source"]) == ("adopt", "one", None)
     assert "1 to adopt" in workspace.cli("plan").stdout
     assert "adopts" in workspace.cli("explain", "m/one").stdout
@@ -191,7 +191,7 @@ def test_a_stored_text_that_a_client_deletes(workspace: Workspace) -> None:
         for text in ("My secret.", "My other secret."):
             stored = admin.post("/v1/cache/m", json={"cache_name": "mine", "content": text})
             assert stored.status_code == 200, stored.text
-        assert retired(workspace) == ["mine"]
+        wait_until(lambda: retired(workspace) == ["mine"], "the first text is retired")
         assert admin.delete("/v1/cache/m/mine").status_code == 200
         assert client.get("/v1/cache/m").json()["data"] == []
     assert retired(workspace) == []
@@ -219,21 +219,23 @@ def test_nothing_is_kept_where_the_manifest_says_so(workspace: Workspace) -> Non
 
 def test_retired_artifacts_make_room_for_declared_ones(workspace: Workspace) -> None:
     """The budget is for what is declared; the oldest retired artifact goes first."""
-    workspace.memory_model()
-    workspace.write("extra/one.md", "one " * 100)
-    workspace.declare("{}", model="    prompts_from: extra/*.md\n")
+    workspace.memory_model(context_tokens=200_000)
+    workspace.declare(
+        "{}",
+        params="{max_context_len: 200000}",
+        top="cache: {max_bytes: 1MiB}",
+        model="    prompts_from: extra/*.md\n",
+    )
+    (workspace.root / "extra").mkdir()
     workspace.start()
-    all_fresh(workspace, "one")
-    size = workspace.prompt("one")["artifact"]["size_bytes"]
-    budget = f"cache: {{max_bytes: {size * 5 // 2}}}"
-    workspace.declare("{}", model="    prompts_from: extra/*.md\n", top=budget)
-    for name in ("two", "six", "ten"):
-        (file,) = (workspace.root / "extra").iterdir()
-        file.unlink()
-        workspace.write(f"extra/{name}.md", f"{name} " * 100)
+    for letter, name in zip("abcd", ("one", "two", "six", "ten"), strict=True):
+        for file in (workspace.root / "extra").iterdir():
+            file.unlink()
+        workspace.write(f"extra/{name}.md", letter * 50_000)
         all_fresh(workspace, name)
-    wait_until(lambda: retired(workspace) == ["six"], "only what fits is kept")
-    assert workspace.status()["cache"]["used_bytes"] <= size * 5 // 2
+    wait_until(lambda: retired(workspace) == ["six"], lambda: f"only what fits is kept, not {retired(workspace)}")
+    assert workspace.prompt("ten")["artifact"]["size_bytes"] * 2 < 1 << 20
+    assert workspace.status()["cache"]["used_bytes"] < 1 << 20
 
 
 def test_gc_removes_what_is_retired(workspace: Workspace, folder: Path) -> None:
