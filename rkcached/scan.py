@@ -202,7 +202,8 @@ def prompt_of(name: str) -> str:
 def _scan_rest(folder: Path, names: set[str], damaged: Mapping[Key, str], inventory: Inventory) -> None:
     """Sort what lies beside the artifacts of a folder; `damaged` are those whose sidecar is none, and why.
 
-    A sidecar that is none is the store's only with a prompt cache beside it: other programs write JSON files, too.
+    A sidecar that is none is the store's if it begins as one, or with a prompt cache beside it; else it may be the JSON
+    file of another program.
     """
     caches: dict[Key, list[Path]] = {}
     for name in sorted(names):
@@ -213,12 +214,28 @@ def _scan_rest(folder: Path, names: set[str], damaged: Mapping[Key, str], invent
             why = damaged.get(key, "the sidecar is missing")
             inventory.unreadable[key] = Unreadable(corrupt=why, size_bytes=_bytes(found))
 
+    for key, why in damaged.items():
+        if key not in inventory.unreadable and _begins_as_sidecar(folder / f"{key.prompt}.json", key):
+            inventory.unreadable[key] = Unreadable(corrupt=why, size_bytes=0)
+
     for name in sorted(names):
         key = Key(folder.name, prompt_of(name))
         if name.startswith(STAGING):
             inventory.staged.append(folder / name)
         elif key not in inventory.artifacts and key not in inventory.unreadable:
             inventory.foreign.update(foreign((folder / name,)))
+
+
+def _begins_as_sidecar(path: Path, key: Key) -> bool:
+    """Whether the first lines of a damaged sidecar are those of this key's."""
+    with contextlib.suppress(OSError):
+        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        try:
+            head = os.read(fd, 512)
+        finally:
+            os.close(fd)
+        return f'"model": "{key.model}",\n  "prompt": "{key.prompt}",\n'.encode() in head
+    return False
 
 
 def foreign(files: Iterable[Path]) -> Iterator[tuple[Path, int]]:

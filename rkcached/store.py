@@ -477,6 +477,9 @@ class Store:
             return
         names = {f"{key.prompt}.json", f"{key.prompt}.bin", artifact or f"{key.prompt}.json"}
         places = {folder / name for name in names} | set(_artifacts_of(folder, key.prompt))
+        for path in places:
+            with contextlib.suppress(OSError):  # an empty folder holds nothing of anybody's
+                path.rmdir()
         if in_the_way := sorted(path for path in places if path.is_dir() and not path.is_symlink()):
             self._keep(key, in_the_way, prefix=marks.ASIDE)
 

@@ -95,6 +95,8 @@ class Storm(RuleBasedStateMachine):
         self.clock = Clock()
         self.full = self.muted = self.unseen = False
         self.kills = 0
+        self.damaged: set[Path] = set()
+        """Nobody knows any more that these are the store's, once the rest of their artifact is gone."""
         self.may_build: set[Key] = set()
         self.built: list[Key] = []
         self.outside = contextlib.ExitStack()
@@ -339,6 +341,7 @@ class Storm(RuleBasedStateMachine):
     def damage(self, key: Key, what: str, how: str) -> None:
         self.step()
         path = self.cache / key.model / (key.prompt + what)
+        self.damaged |= {Path(key.model, key.prompt + suffix) for suffix in (".bin", ".json")}
         with contextlib.suppress(OSError):
             data = path.read_bytes()
             if how == "truncate":
@@ -575,12 +578,14 @@ class Storm(RuleBasedStateMachine):
     def _check_files(self, kept: set[Key]) -> None:
         allowed = {
             Path(".lock"),
+            Path("CACHEDIR.TAG"),
             Path(".digests.json"),
             Path(".digests.json.tmp"),
         }  # the last: a look may just be ending
         allowed |= {
             Path(key.model, key.prompt + suffix) for key in kept for suffix in (".memory_cache", ".bin", ".json")
         }
+        allowed |= self.damaged
         allowed |= {Path(".verdicts", key.model, f"{key.prompt}.json") for key in self.reconciler.view.assessments}
         files = {path.relative_to(self.cache) for path in self.cache.rglob("*") if not path.is_dir()}
         stray = {path for path in files - allowed if path.parts[0] != ".quarantine"}

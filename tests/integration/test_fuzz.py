@@ -120,7 +120,7 @@ def test_sidecar_and_verdict_of_any_bytes(tmp_path_factory: pytest.TempPathFacto
     for folder in (store.root / "m", store.root / ".verdicts/m"):
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "p.json").write_bytes(data)
-    (store.root / "m/p.mem_cache").write_bytes(b"abc")
+    (store.root / "m/p.memory_cache").write_bytes(b"abc")
 
     found = store.scan()
 
@@ -147,6 +147,8 @@ def test_pipes_and_giants_in_the_store_are_not_read(tmp_path: Path) -> None:
         with (tmp_path / name).open("wb") as stream:
             stream.truncate(1 << 40)
     os.mkfifo(tmp_path / "m/text.bin")
+    for name in ("m/fifo.memory_cache", "m/giant.memory_cache"):  # else the records would be a stranger's
+        (tmp_path / name).write_bytes(b"abc")
 
     found = store.scan()
 

@@ -258,11 +258,12 @@ def test_a_damaged_artifact_is_reported_and_can_be_replaced(store: Store, folder
 def test_a_directory_in_the_place_of_a_file_does_not_keep_an_artifact_from_being_removed(
     store: Store, folder: Path, name: str
 ) -> None:
-    """It was refused for ever, and the reconciler tried it again without a pause. The directory is kept."""
+    """It was refused for ever, and the reconciler tried it again without a pause. A file in the directory is kept."""
     as_directory(folder / name)
+    (folder / name / "thesis").write_text("years")
     store.remove(P)
     assert not folder.exists()
-    assert [path.name for path in store.root.glob(".quarantine/*/*")] == [name]
+    assert [path.parent.name for path in store.root.glob(".quarantine/*/*/thesis")] == [name]
 
 
 @pytest.mark.parametrize("offset", range(0, 1100, 37))
@@ -430,6 +431,17 @@ def test_a_folder_that_is_a_link_is_neither_written_nor_emptied(store: Store, tm
     store.close()
     store.open()
     assert {path: path.read_text() for path in elsewhere.iterdir()} == before
+
+
+@pytest.mark.parametrize("kept", [0, 10, 200])
+def test_a_sidecar_is_known_by_its_first_lines(store: Store, folder: Path, kept: int) -> None:
+    """Cut off and alone, it is the store's as long as they are there; else it may be anybody's."""
+    text = (folder / "p.json").read_bytes()
+    (folder / "p.json").write_bytes(text[:kept])
+    (folder / "p.memory_cache").unlink()
+    found = store.scan()
+    assert (P in found.unreadable) == (kept == 200)
+    assert (folder / "p.json" in found.foreign) == (kept < 200)
 
 
 def test_a_folder_with_the_name_of_a_prompt_cache_is_not_taken_for_one(store: Store, folder: Path) -> None:
