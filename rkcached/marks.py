@@ -122,7 +122,9 @@ def tag(root: Path) -> None:
     with contextlib.suppress(OSError):  # the next start tries it again
         try:
             durable.write_new(temporary, _TAG_TEXT)
-            temporary.chmod(0o644)  # root's gc may write it, and the daemon's user must read it
+            if os.geteuid() == 0:  # by root's gc, and the daemon's user must read it
+                owner = root.stat()
+                os.chown(temporary, owner.st_uid, owner.st_gid)
             temporary.replace(root / TAG)
         finally:
             temporary.unlink(missing_ok=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -142,6 +143,15 @@ def test_what_is_left_of_an_earlier_store_is_enough(earlier: Path, damage: str) 
             (earlier / "m").rmdir()
     opened(earlier)
     assert (earlier / "CACHEDIR.TAG").exists()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a file away")
+def test_the_tag_that_root_writes_is_the_owner_s_of_the_store(earlier: Path) -> None:
+    """`sudo rkcached gc` after an upgrade: else the daemon's user could not read whose the folder is."""
+    os.chown(earlier, 12345, 23456)
+    opened(earlier)
+    info = (earlier / "CACHEDIR.TAG").stat()
+    assert (info.st_uid, info.st_gid) == (12345, 23456)
 
 
 def test_a_folder_that_takes_the_place_of_an_open_store_is_refused(root: Path) -> None:
