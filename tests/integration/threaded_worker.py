@@ -75,7 +75,7 @@ class ThreadProcess:
 
 
 class ThreadedWorker(Worker):
-    async def _spawn(self) -> Any:
+    async def _spawn(self, _: object) -> Any:
         ours, theirs = socket.socketpair()
         process: Any = ThreadProcess(theirs)
         self._process = process
