@@ -5,7 +5,6 @@ Every answer is checked to be what it is counted as; a hit that was none, or a f
 
 from __future__ import annotations
 
-import statistics
 import time
 from typing import Any
 
@@ -14,7 +13,7 @@ from _results import Figure, Target, of_median
 from _workspaces import PROMPTS, Bench, llama, memory
 
 from rkcached.benchmark.direct import Ask, DirectEngine, Told
-from rkcached.benchmark.samples import spread
+from rkcached.benchmark.samples import median, spread
 from rkcached.demo.runner import MODEL
 from rkcached.desired import DesiredModel
 from rkcached.engines.base import Sampling
@@ -59,7 +58,7 @@ def measure_ttft(bench: Bench) -> list[Figure]:
         for how, answers in (("file loaded", loaded[prompt]), ("in memory", resident[prompt])):
             warm = _ttfts(answers)
             figures.append(of_median("ttft", f"{name}, warm, {how}", warm, "ms", note=f"{cached:,} cached"))
-            saved = (1 - statistics.median(warm) / statistics.median(base)) * 100
+            saved = (1 - median(warm) / median(base)) * 100
             target = Target(limit=percent, at_least=True)
             figures.append(Figure(part="ttft", name="  reduction", value=saved, unit="%", target=target))
     return figures
@@ -178,7 +177,7 @@ def _difference(name: str, samples: list[float]) -> Figure:
     return Figure(
         part="share",
         name=name,
-        value=statistics.median(samples),
+        value=median(samples),
         unit="ms",
         target=Target(limit=5),
         note=spread(samples),

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import http.client
 import shutil
-import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -22,7 +21,7 @@ from _peer import Peer, Streamed, stream
 from _results import Figure, Target, of_median
 from _workspaces import PEER_CONTEXT, PEER_TOKENS, Bench, peers, small_model
 
-from rkcached.benchmark.samples import spread
+from rkcached.benchmark.samples import median, spread
 from rkcached.desired import DesiredModel
 from rkcached.plan import Key
 from rkcached.worker.operations import BOUNDARY_TOKENS
@@ -210,14 +209,14 @@ def _figures(sides: list[_Side], texts: _Texts) -> Iterator[Figure]:
             for side in sides:
                 yield of_median("peers", f"{name}: {side.name}", side.samples[prompt, how].ttft, "ms")
             of_ours, of_same = ours.samples[prompt, how], same.samples[prompt, how]
-            limit = round(max(FLOOR_MS, SHARE * statistics.median(of_same.ttft)), 1) if how != "cold" else None
+            limit = round(max(FLOOR_MS, SHARE * median(of_same.ttft)), 1) if how != "cold" else None
             yield _difference("  rkcached less same settings, by pairs", of_ours.ttft, of_same.ttft, limit)
             yield _difference("    of it not prefill", of_ours.rest, of_same.rest, None)
     for prompt in PEER_TOKENS:
         name = f"a token more, after {texts.tokens[prompt]:,}"
         for side in sides:
             samples = side.samples[prompt, "in memory"]
-            cpu = f"CPU of the whole answer {statistics.median(samples.cpu):.1f} ms a token"
+            cpu = f"CPU of the whole answer {median(samples.cpu):.1f} ms a token"
             yield of_median("peers", f"{name}: {side.name}", samples.per_token, "ms", note=cpu)
 
 
@@ -226,7 +225,7 @@ def _difference(name: str, ours: list[float], theirs: list[float], limit: float 
     return Figure(
         part="peers",
         name=name,
-        value=statistics.median(samples),
+        value=median(samples),
         unit="ms",
         target=Target(limit=limit) if limit is not None else None,
         note=spread(samples),

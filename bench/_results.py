@@ -9,7 +9,6 @@ import datetime as dt
 import importlib.metadata
 import os
 import platform
-import statistics
 import subprocess
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -22,7 +21,7 @@ from rich.table import Table
 from rkcached import __version__
 from rkcached.benchmark.machine import QUIET_LOAD
 from rkcached.benchmark.machine import machine as measured_machine
-from rkcached.benchmark.samples import number, p95
+from rkcached.benchmark.samples import median, number, p95
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,7 +59,7 @@ def of_median(
     return Figure(
         part=part,
         name=name,
-        value=statistics.median(samples),
+        value=median(samples),
         unit=unit,
         target=target,
         note=said,

@@ -15,7 +15,6 @@ import os
 import shutil
 import signal
 import socket
-import statistics
 import struct
 import tempfile
 import time
@@ -33,6 +32,7 @@ from _results import Figure, Target, of_median
 from _workspaces import Bench
 from structlog.testing import capture_logs
 
+from rkcached.benchmark.samples import median
 from rkcached.engines.base import FinishReason, ModelSpec, OnToken, RunStats, Sampling, Token
 from rkcached.engines.registry import ENGINES
 from rkcached.engines.rkllm.abi import Handle, InputType
@@ -250,7 +250,7 @@ async def _bare_way_us(count: int) -> float:
     process.join()
     if len(ways) != count:
         raise BenchError(f"{len(ways)} of {count} stamps came")
-    return statistics.median(ways)
+    return median(ways)
 
 
 def _send_stamps(sock: socket.socket, count: int) -> None:
@@ -297,7 +297,7 @@ def _bare_us(library: Library, spec: ModelSpec, callback: Any, runs: int) -> flo
         library.call("rkllm_run", handle, ctypes.byref(run_input), ctypes.byref(infer), None)
         taken.append((time.perf_counter() - started) / ANSWER_TOKENS * 1e6)
     library.call("rkllm_destroy", handle)
-    return statistics.median(taken[1:])
+    return median(taken[1:])
 
 
 # A worker's start
@@ -315,7 +315,7 @@ async def _measure_start(site: _Site, name: str, runs: int, logged: list[Mutable
                 starts.append((time.perf_counter() - started) * 1000)
                 await worker.stop()
     loads = [entry["load_ms"] for entry in logged if entry["event"] == "model loaded"][-runs:]
-    note = f"{_SAID} loads at once; {statistics.median(loads):.0f} of it are importing and loading the engine"
+    note = f"{_SAID} loads at once; {median(loads):.0f} of it are importing and loading the engine"
     return of_median("rkllm", f"{name}, worker start to ready", starts[1:], "ms", target=Target(limit=150), note=note)
 
 

@@ -31,7 +31,7 @@ MACHINES = {"amd64": "x86_64", "arm64": "aarch64"}
 HOME = Path("usr/lib/rkcached")
 MAIN = [Requirement("rkcached[rkllm]"), Requirement("pip")]
 EVERYTHING = [Requirement("rkcached[rkllm,cpu]"), Requirement("pip")]
-"""numpy and tokenizers are what a board needs; llama.cpp, a third of all bytes, is for machines without an NPU.
+"""tokenizers is what a board needs besides; llama.cpp, a third of all bytes, is for machines without an NPU.
 With a pip of its own, the package asks for Python alone, and what installs the wheels is what was tested."""
 
 

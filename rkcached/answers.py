@@ -10,6 +10,9 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+NOT_MEASURED = "reuse is not measured by this runtime"
+"""The reason in an answer, and in the status, where nobody can say what a prompt cache spared."""
+
 
 def _is_none(value: object) -> bool:
     return value is None

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 import structlog
 
 from rkcached import errors
-from rkcached.answers import CacheReport, PromptTokensDetails, Usage
+from rkcached.answers import NOT_MEASURED, CacheReport, PromptTokensDetails, Usage
 from rkcached.builder import worker_model
 from rkcached.desired import DesiredModel
 from rkcached.engines.base import FinishReason, RunStats, TokenLogprob
@@ -33,8 +33,6 @@ from rkcached.worker.pool import Workers
 from rkcached.worker.supervisor import Worker
 
 log = structlog.get_logger()
-
-NOT_MEASURED = "reuse is not measured by this runtime"
 
 BACKOFF_PATIENCE_S = 2.0
 """A request waits this long for a worker that rests after a failure, before it is refused."""

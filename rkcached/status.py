@@ -9,22 +9,24 @@ import os
 import time
 from collections import Counter, deque
 from collections.abc import AsyncGenerator, Iterable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pydantic_core
 
 from rkcached import __version__, disk
-from rkcached.answers import RecentAnswer, Status
+from rkcached.answers import NOT_MEASURED, RecentAnswer, Status
 from rkcached.desired import DesiredModel
 from rkcached.events import Event, Events
 from rkcached.plan import Key, State, Trouble
-from rkcached.reconcile import Reconciler
-from rkcached.serving import NOT_MEASURED, Serving
 from rkcached.sidecar import StoredArtifact
-from rkcached.store import Store
 from rkcached.view import View
-from rkcached.worker.pool import Workers
 from rkcached.worker.protocol import VerifyMode
+
+if TYPE_CHECKING:  # `explain` needs this module, and nothing of the daemon
+    from rkcached.reconcile import Reconciler
+    from rkcached.serving import Serving
+    from rkcached.store import Store
+    from rkcached.worker.pool import Workers
 
 RETIRED_SHOWN = 100
 

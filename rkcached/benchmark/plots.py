@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import statistics
 import sys
 import textwrap
 import warnings
@@ -13,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from rkcached.benchmark import results as kept
 from rkcached.benchmark.results import PromptResult, Results, State
-from rkcached.benchmark.samples import number, p95
+from rkcached.benchmark.samples import median, number, p95
 from rkcached.benchmark.table import machine_line, runs_words
 from rkcached.errors import ExtraMissing, UsageError, printable
 
@@ -166,7 +165,7 @@ def _lines(axes: Axes, results: Results, prompts: Sequence[PromptResult], models
             points = sorted(found, key=lambda point: point[0])
             if not points:
                 continue
-            xs, ys = [x for x, _, _ in points], [statistics.median(samples) for _, samples, _ in points]
+            xs, ys = [x for x, _, _ in points], [median(samples) for _, samples, _ in points]
             low = [y - min(samples) for y, (_, samples, _) in zip(ys, points, strict=True)]
             high = [max(0.0, p95(samples) - y) for y, (_, samples, _) in zip(ys, points, strict=True)]
             line: dict[str, Any] = {"color": colour, "marker": marker, "linestyle": style}
@@ -209,12 +208,12 @@ def _bars(axes: Axes, prompts: Sequence[PromptResult]) -> dict[str, Artist]:
     """Three bars for each prompt, each with its figure and what it saves."""
     height, most = 0.8 / len(_STATES), 0.0
     for row, (state, (_, colour)) in enumerate(_STATES.items()):
-        known = [(at, median, prompt) for at, prompt in enumerate(prompts) if (median := _median(prompt, state))]
+        known = [(at, middle, prompt) for at, prompt in enumerate(prompts) if (middle := _median(prompt, state))]
         places = [at + (row - 1) * height for at, _, _ in known]
-        axes.barh(places, [median for _, median, _ in known], height, color=colour)
-        most = max([most, *(median for _, median, _ in known)])
-        for place, (_, median, prompt) in zip(places, known, strict=True):
-            _beside(axes, median, place, f"{number(median)} ms  {_gain(prompt, state)}".rstrip())
+        axes.barh(places, [middle for _, middle, _ in known], height, color=colour)
+        most = max([most, *(middle for _, middle, _ in known)])
+        for place, (_, middle, prompt) in zip(places, known, strict=True):
+            _beside(axes, middle, place, f"{number(middle)} ms  {_gain(prompt, state)}".rstrip())
     axes.set(xlabel="time to first token (ms)", title="Time to first token")
     axes.set_xlim(0, most * 1.3 or 1.0)
     return _patches(_STATES.values())

@@ -10,7 +10,6 @@ import errno
 import os
 import secrets
 import shutil
-import statistics
 from collections.abc import Callable, Sequence
 from enum import StrEnum
 from pathlib import Path
@@ -18,7 +17,7 @@ from pathlib import Path
 import msgspec
 
 from rkcached import durable
-from rkcached.benchmark.samples import p95
+from rkcached.benchmark.samples import median, p95
 from rkcached.errors import FormatError, SourceError, StoreError, UsageError
 
 SCHEMA = 1
@@ -71,7 +70,7 @@ class Summary(msgspec.Struct, frozen=True, kw_only=True):
 
     @classmethod
     def of(cls, samples: Sequence[float]) -> Summary:
-        return cls(median=round(statistics.median(samples), 3), p95=round(p95(samples), 3))
+        return cls(median=round(median(samples), 3), p95=round(p95(samples), 3))
 
 
 class Measured(msgspec.Struct, frozen=True, kw_only=True):
@@ -94,7 +93,7 @@ class Measured(msgspec.Struct, frozen=True, kw_only=True):
 
     def median(self, figure: str) -> float | None:
         samples = self.samples(figure)
-        return statistics.median(samples) if samples else None
+        return median(samples) if samples else None
 
     def summarised(self) -> Measured:
         figures = (*Run.__struct_fields__, "direct_ttft_ms", "daemon_share_ms")

@@ -4,36 +4,45 @@ from __future__ import annotations
 
 import functools
 import math
-import statistics
 from collections.abc import Sequence
+
+import numpy as np
 
 EXACT_RUNS = 20
 """Up to so many runs on each side the test below counts all orders; above, their number is as good as normal."""
 
+_QUARTILES = (0.25, 0.75)
+
+
+def median(samples: Sequence[float]) -> float:
+    return float(np.median(samples))
+
 
 def p95(samples: Sequence[float]) -> float:
     """Interpolated between order statistics; of few samples it is nearly their maximum."""
-    return statistics.quantiles(samples, n=20, method="inclusive")[-1] if len(samples) > 1 else samples[0]
+    return float(np.quantile(samples, 0.95))
 
 
 def spread(samples: Sequence[float]) -> str:
     """Quartiles, and the 95 % confidence interval of the median from order statistics."""
-    ordered, count = sorted(samples), len(samples)
+    ordered, count = np.sort(samples), len(samples)
     if count < 6:  # fewer have no such interval
         return f"from {number(ordered[0])} to {number(ordered[-1])}, n={count}"
+
     half = 1.96 * math.sqrt(count) / 2
-    low, high = ordered[max(0, math.floor(count / 2 - half))], ordered[min(count - 1, math.ceil(count / 2 + half))]
-    first, _, third = statistics.quantiles(ordered, n=4, method="inclusive")
+    ranks = np.clip([math.floor(count / 2 - half), math.ceil(count / 2 + half)], 0, count - 1)
+    low, high = ordered[ranks]
+
+    first, third = np.quantile(ordered, _QUARTILES)
     return f"quartiles {number(first)} to {number(third)}, 95 % CI {number(low)} to {number(high)}, n={count}"
 
 
 def relative_spread(samples: Sequence[float]) -> float:
     """Distance of the quartiles as a share of the median; 0 where that says nothing."""
-    middle = statistics.median(samples) if samples else 0.0
-    if len(samples) < 2 or middle <= 0:
+    if len(samples) < 2 or (middle := median(samples)) <= 0:
         return 0.0
-    first, _, third = statistics.quantiles(samples, n=4, method="inclusive")
-    return (third - first) / middle
+    first, third = np.quantile(samples, _QUARTILES)
+    return float((third - first) / middle)
 
 
 def chance(left: Sequence[float], right: Sequence[float]) -> float:
@@ -41,11 +50,14 @@ def chance(left: Sequence[float], right: Sequence[float]) -> float:
     n, m = len(left), len(right)
     if not n or not m:
         return 1.0
-    wins = sum((a > b) + (a == b) / 2 for a in left for b in right)
+
+    differences = np.subtract.outer(left, right)
+    wins = float(np.count_nonzero(differences > 0) + np.count_nonzero(differences == 0) / 2)
     low = min(wins, n * m - wins)
     if max(n, m) > EXACT_RUNS:
         sigma = math.sqrt(n * m * (n + m + 1) / 12)
         return min(1.0, math.erfc((n * m / 2 - low) / sigma / math.sqrt(2)))
+
     orders = sum(_orders(n, m, wins) for wins in range(math.floor(low) + 1))
     return min(1.0, 2 * orders / math.comb(n + m, n))
 

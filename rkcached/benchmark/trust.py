@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from rkcached.benchmark.machine import QUIET_LOAD
 from rkcached.benchmark.results import MachineFacts, Measured, PromptResult, State
-from rkcached.benchmark.samples import chance, relative_spread, spread
+from rkcached.benchmark.samples import chance, median, relative_spread, spread
 
 ENOUGH_RUNS = 5
 MUCH_STEAL_PERCENT = 1.0
@@ -131,7 +130,7 @@ def why_no_gain(status: dict[str, Any], states: dict[State, Measured]) -> str:
         return ""
     few = min(len(before), len(after)) < ENOUGH_RUNS
     scattered = max(relative_spread(before), relative_spread(after)) > MUCH_SPREAD
-    if statistics.median(after) >= statistics.median(before):
+    if median(after) >= median(before):
         load_ms, spared_ms = loaded.median("load_ms") or 0.0, _spared_ms(cold, loaded)
         if load_ms >= spared_ms and _is_always_dear(cold, loaded):
             tokens = (status.get("artifact") or {}).get("tokens", 0)
@@ -150,7 +149,7 @@ def why_no_gain(status: dict[str, Any], states: dict[State, Measured]) -> str:
 
 def _is_clear_gain(cold: Sequence[float], file: Sequence[float]) -> bool:
     """No luck of the runs: hardly any order of them is so clear. Few runs must be far apart, as their order is none."""
-    before, after = statistics.median(cold), statistics.median(file)
+    before, after = median(cold), median(file)
     if min(len(cold), len(file)) < ENOUGH_RUNS:
         return max(file) < min(cold) and after < before * (1 - MUCH_SPREAD)
     return after < before and chance(cold, file) < SURELY

@@ -12,9 +12,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from enum import StrEnum
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import msgspec
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 SAMPLING_FIELDS = ("temperature", "top_k", "top_p", "repeat_penalty", "frequency_penalty", "presence_penalty", "seed")
 """Of `Sampling`, what decides about the next token."""
@@ -151,11 +155,11 @@ class RunStats(msgspec.Struct, frozen=True, kw_only=True):
         return None if self.cached_tokens is None else self.prompt_tokens - self.cached_tokens
 
 
-class Embedding(msgspec.Struct, frozen=True, kw_only=True):
+class Embedding(msgspec.Struct, frozen=True, kw_only=True, eq=False):
     """What an embedding model makes of a text."""
 
-    vector: tuple[float, ...]
-    """As long as the model's hidden layer is wide; not normalised."""
+    vector: NDArray[np.float32]
+    """Of shape (width of the model's hidden layer,); not normalised."""
     tokens: int
     """0 where nobody can tell."""
 

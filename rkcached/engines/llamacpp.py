@@ -163,6 +163,8 @@ class LlamaCppEngine:
         return run.stats(count_decoded=decodes)
 
     def embed(self, content: str | tuple[int, ...]) -> Embedding:
+        import numpy as np  # noqa: PLC0415 - 100 ms that only embeddings need
+
         if self._server is None:
             raise EngineError("the engine is closed")
         answer = self._server.handle_embeddings({"input": content if isinstance(content, str) else [list(content)]})
@@ -171,7 +173,8 @@ class LlamaCppEngine:
                 raise ContextExceeded(int(error["n_prompt_tokens"]), int(error["n_ctx"]))
             kind = InputInvalid if error.get("code") == http.HTTPStatus.BAD_REQUEST else EngineError
             raise kind(f"llama.cpp refused the text: {error.get('message')}")
-        return Embedding(vector=tuple(answer["data"][0]["embedding"]), tokens=answer["usage"]["prompt_tokens"])
+        vector = np.array(answer["data"][0]["embedding"], np.float32)
+        return Embedding(vector=vector, tokens=answer["usage"]["prompt_tokens"])
 
     def abort(self) -> None:
         self._abort.set()  # every run clears it first, so an abort without a run does nothing

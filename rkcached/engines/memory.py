@@ -187,13 +187,15 @@ class MemoryEngine:
         )
 
     def embed(self, content: str | tuple[int, ...]) -> Embedding:
+        import numpy as np  # noqa: PLC0415 - 100 ms that only embeddings need
+
         if not self._embeds:
             raise EngineError("the model was not loaded for embeddings", hint="set embedding: true in the manifest")
         if not isinstance(content, str) and any(token not in range(256) for token in content):
             raise InputInvalid("a token is not in the vocabulary: tokens are bytes")
         tokens = self._check_tokens(_encode(content) if isinstance(content, str) else bytes(content))
         last = _positions(self._origin, tokens)[-1]
-        vector = tuple(((last >> shift) & 0xFF) - 127.5 for shift in range(0, 64, 8))
+        vector = np.frombuffer(last.to_bytes(8, "little"), np.uint8).astype(np.float32) - np.float32(127.5)
         return Embedding(vector=vector, tokens=len(tokens))
 
     def abort(self) -> None:

@@ -35,9 +35,41 @@ def test_help_imports_little(workspace: Workspace) -> None:
     """Help does not import what only the daemon needs."""
     code = "import sys; from rkcached.cli import cli; print(sorted(m for m in sys.modules if '.' not in m))"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    for heavy in ("starlette", "uvicorn", "httpx", "pydantic", "rich", "watchdog", "jinja2", "asyncio"):
+    for heavy in ("starlette", "uvicorn", "httpx", "pydantic", "rich", "watchdog", "numpy", "jinja2", "asyncio"):
         assert f"'{heavy}'" not in loaded
     assert workspace.cli("nonsense", code=os.EX_USAGE).stderr
+
+
+def test_a_command_loads_nothing_of_the_daemon_s_nor_of_bench_s(two_prompts: Workspace) -> None:
+    """No command but `run` watches files, and none but `bench` and `compare` computes with samples."""
+    for arguments in (["check"], ["plan"], ["explain", "m/a"], ["status"], ["verify"], ["gc", "--dry-run"], ["doctor"]):
+        command = [sys.executable, "-X", "importtime", "-m", "rkcached", *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, check=False, env=two_prompts.environment)
+        loaded = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines() if "import time:" in line}
+        assert "rkcached.cli" in loaded
+        assert loaded & {"watchdog", "numpy"} == set(), arguments
+
+
+def test_numpy_is_loaded_for_embeddings_only(workspace: Workspace) -> None:
+    """Not by the daemon, nor by a worker that answers and builds; by the worker of a model that makes vectors."""
+
+    def with_numpy() -> list[str]:
+        assert workspace.process is not None
+        pids = [workspace.process.pid, *(child.pid for child in workspace.children())]
+        return [str(pid) for pid in pids if "/numpy/" in Path(f"/proc/{pid}/maps").read_text()]
+
+    workspace.memory_model()
+    workspace.write("prompts/a.md", "You are prompt A.\n")
+    workspace.declare("{a: prompts/a.md}", model="  vectors: {path: m.model, embedding: true}\n")
+    workspace.start()
+    workspace.wait_settled()
+    assert workspace.ask("m/a")["rkcached"]["state"] == "hit"
+    assert with_numpy() == []
+    with workspace.http() as client:
+        made = client.post("/v1/embeddings", json={"model": "vectors", "input": "hello", "encoding_format": "float"})
+    assert made.status_code == 200, made.text
+    assert len(with_numpy()) == 1
+    assert str(workspace.process.pid if workspace.process else 0) not in with_numpy()
 
 
 def test_without_a_daemon(workspace: Workspace) -> None:

@@ -179,7 +179,7 @@ class RkllmEngine:
             raise EngineError("the model was not loaded for embeddings", hint="set embedding: true in the manifest")
         vector = self.last_hidden_layer(content, Pooling(self._spec.pooling))
         tokens = len(content) if isinstance(content, tuple) else self.count_tokens(content) or 0
-        return Embedding(vector=tuple(vector.tolist()), tokens=tokens)
+        return Embedding(vector=vector, tokens=tokens)
 
     def last_hidden_layer(self, prompt: str | tuple[int, ...], pooling: Pooling = Pooling.MEAN) -> np.ndarray[Any, Any]:
         """The last layer's hidden states: (n_tokens, embd_size) float32, or (embd_size,) when pooled."""
