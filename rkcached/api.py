@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import structlog
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
@@ -41,7 +42,18 @@ from rkcached.embeddings import Embeddings
 from rkcached.endpoints import EVENT_STREAM, Endpoint, describe, routes
 from rkcached.errors import ManifestError, RequestError
 from rkcached.events import Events
-from rkcached.exchange import DEFECT, Exchanges, Streamed, answer, error_response, no_route, read_record, unless_gone
+from rkcached.exchange import (
+    DEFECT,
+    Exchanges,
+    Streamed,
+    answer,
+    error_response,
+    no_route,
+    read_record,
+    refuse,
+    remember,
+    unless_gone,
+)
 from rkcached.metrics import CONTENT_TYPE, Metrics
 from rkcached.openai import (
     ChatRequest,
@@ -56,6 +68,8 @@ from rkcached.reconcile import Reconciler
 from rkcached.serving import End, Serving, Text
 from rkcached.status import pieces
 from rkcached.writing import ChatWriter, CompletionWriter, Writer
+
+log = structlog.get_logger()
 
 HEARTBEAT_S = 15.0
 """A client of the event stream that went away is noticed at the latest after this."""
@@ -76,6 +90,7 @@ class Api:
         make_status: Callable[[], Status],
         reload: Callable[[], Awaitable[None]],
     ) -> None:
+        self._told_starting = False
         self._embeddings = embeddings
         self._caches = caches
         self._events = events
@@ -101,7 +116,7 @@ class Api:
         )
         endpoints = [*self._endpoints(), itself]
         handlers: dict[Any, Callable[[Request, Any], Response]] = {
-            RequestError: lambda _, error: error_response(error),
+            RequestError: refuse,
             404: no_route,
             405: no_route,
             Exception: lambda _, __: error_response(DEFECT),
@@ -220,6 +235,9 @@ class Api:
 
     async def _readyz(self, _: Request) -> Response:
         ready = self._reconciler.looked.is_set()
+        if not ready and not self._told_starting:
+            self._told_starting = True  # once: whoever waits for it asks each second
+            log.warning("not ready", status=503, reason="the first look at all files is not over")
         return answer(Readiness(status="ready" if ready else "starting"), status=200 if ready else 503)
 
     async def _get_metrics(self, _: Request) -> Response:
@@ -295,7 +313,8 @@ class Api:
             await events.aclose()
             return first
         with_usage = body.stream_options is not None and body.stream_options.include_usage
-        return Streamed(_stream(first, events, writer, with_usage=with_usage), media_type=EVENT_STREAM)
+        stream = _stream(first, events, writer, request, with_usage=with_usage)
+        return Streamed(stream, media_type=EVENT_STREAM)
 
 
 async def _whole(events: AsyncIterator[Text | End], writer: Writer) -> Response:
@@ -308,7 +327,12 @@ async def _whole(events: AsyncIterator[Text | End], writer: Writer) -> Response:
 
 
 async def _stream(
-    first: Text | End, rest: AsyncGenerator[Text | End, None], writer: Writer, *, with_usage: bool
+    first: Text | End,
+    rest: AsyncGenerator[Text | End, None],
+    writer: Writer,
+    request: Request,
+    *,
+    with_usage: bool,
 ) -> AsyncGenerator[bytes, None]:
     """Server-sent events. Left early (the client went away), it closes `rest`, which stops the generation."""
 
@@ -327,6 +351,7 @@ async def _stream(
             if chunks:
                 yield b"".join(chunks)
     except RequestError as error:
+        remember(request, error)
         yield _sse(error_body(error))
     finally:
         with contextlib.suppress(RequestError):

@@ -9,7 +9,6 @@ import time
 import traceback
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Mapping
-from pathlib import Path
 from typing import TypeVar
 
 import pydantic_core
@@ -97,6 +96,17 @@ def error_response(error: RequestError) -> Response:
     return JSONResponse(error_body(error), status_code=error.status, headers=headers)
 
 
+def refuse(request: Request, error: RequestError) -> Response:
+    """The answer to a request that ended with this error; the log hears of it if it is the daemon's fault."""
+    remember(request, error)
+    return error_response(error)
+
+
+def remember(request: Request, error: RequestError) -> None:
+    """Have the log tell why this request failed. For errors within a stream, too, whose status was sent before."""
+    request.scope[_CAUSE] = error
+
+
 def no_route(request: Request, refusal: HTTPException) -> Response:
     what = "does not exist" if refusal.status_code == 404 else f"does not take {request.method}"
     response = error_response(
@@ -107,6 +117,9 @@ def no_route(request: Request, refusal: HTTPException) -> Response:
     response.headers.update(refusal.headers or {})
     return response
 
+
+_CAUSE = "rkcached.cause"
+"""Under this name the request's scope has the error that it ended with."""
 
 DEFECT = RequestError(500, "internal error; the daemon's log says more", code="internal_error")
 
@@ -121,10 +134,18 @@ async def unless_gone(request: Request, work: Awaitable[Result]) -> Result | Res
         return Response(status_code=499)
 
 
-def _place(error: BaseException) -> str:
-    """Where it was raised, from the inside out. Not what it says: that may quote a prompt."""
-    frames = traceback.extract_tb(error.__traceback__)[:-6:-1]
-    return " < ".join(f"{Path(frame.filename).name}:{frame.lineno}" for frame in frames)
+def _traceback(error: BaseException) -> str:
+    """As Python prints it, without what the exceptions say: that may quote a prompt."""
+    chain: list[BaseException] = []
+    cause: BaseException | None = error
+    while cause is not None and cause not in chain:
+        chain.append(cause)
+        cause = cause.__cause__ or (None if cause.__suppress_context__ else cause.__context__)
+    lines: list[str] = []
+    for cause in reversed(chain):
+        lines += ["Traceback (most recent call last):\n", *traceback.format_tb(cause.__traceback__)]
+        lines.append(f"{type(cause).__module__}.{type(cause).__qualname__}\n")
+    return "".join(lines).rstrip("\n")
 
 
 class Streamed(Response):
@@ -185,7 +206,8 @@ async def _while_listened_to(receive: Receive) -> AsyncIterator[None]:
 class Exchanges:
     """ASGI: every answer carries X-Request-Id, the client's own where it sent a usable one; each exchange is logged.
 
-    The log has who asked (uid and pid, as the kernel tells them), never what was said.
+    The log has who asked (uid and pid, as the kernel tells them), never what was said. It has the cause of every
+    answer with a status of 500 or more: in one sentence at warning, or, for a defect, with its traceback at error.
     """
 
     def __init__(self, app: ASGIApp) -> None:
@@ -209,7 +231,15 @@ class Exchanges:
         try:
             await self._app(scope, receive, send_with_id)
         except Exception as error:  # noqa: BLE001 - a defect; the client has been told
-            log.error("request crashed", error=type(error).__name__, at=_place(error), request_id=request_id)
+            log.error(
+                "request crashed",
+                path=scope["path"],
+                error=type(error).__name__,
+                request_id=request_id,
+                exception=_traceback(error),
+            )
+        else:
+            _tell_cause(scope, status, request_id)
         finally:
             say = log.debug if scope["path"] in _PROBES else log.info
             say(
@@ -221,3 +251,17 @@ class Exchanges:
                 request_id=request_id,
                 **scope.get("state", {}).get(PEER, {}),
             )
+
+
+def _tell_cause(scope: Scope, status: int, request_id: str) -> None:
+    cause: RequestError | None = scope.get(_CAUSE)
+    if cause is not None and cause.status >= 500:
+        log.warning(
+            "request failed",
+            path=scope["path"],
+            status=status,
+            code=cause.code,
+            error=cause.message,
+            hint=cause.hint,
+            request_id=request_id,
+        )

@@ -15,6 +15,7 @@ import resource
 import socket
 import stat
 import struct
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -43,6 +44,9 @@ STALLED_S = 30.0
 
 STALLED_AT_STOP_S = 0.5
 """So long before the end of the grace, who takes nothing is given up, so that the others' answers can end."""
+
+TOO_MANY_AGAIN_S = 10.0
+"""So long after a warning of too many connections, the next one is logged."""
 
 MAX_CONNECTIONS = 400
 """At each socket; fewer where the process may open few files."""
@@ -181,6 +185,7 @@ class _Connection(H11Protocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         if len(self.connections) > _max_connections():
+            _tell_refused(len(self.connections))
             transport.write(
                 _refusal("503 Service Unavailable", "too many connections; try again", "too_many_connections")
             )
@@ -244,6 +249,18 @@ class _Connection(H11Protocol):
             why = f"the request's {said} within {after_s:g} s"
             self.transport.write(_refusal("408 Request Timeout", why, "request_incomplete"))
         self.transport.close()
+
+
+_told_refused = 0.0
+"""When the log last heard that there are too many connections; monotonic seconds."""
+
+
+def _tell_refused(connections: int) -> None:
+    """Once in a while: who opens a thousand connections must not fill the log."""
+    global _told_refused  # noqa: PLW0603 - one log, however many sockets
+    if not _told_refused or time.monotonic() - _told_refused >= TOO_MANY_AGAIN_S:
+        _told_refused = time.monotonic()
+        log.warning("connections refused", status=503, reason="too many connections", connections=connections)
 
 
 def _max_connections() -> int:

@@ -8,12 +8,17 @@ import logging
 from collections.abc import AsyncGenerator, AsyncIterator
 from pathlib import Path
 
+import httpx
 import pytest
+import structlog
+from starlette.applications import Starlette
 from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from rkcached import server
-from rkcached.exchange import Exchanges, Streamed
+from rkcached.exchange import DEFECT, Exchanges, Streamed, error_response
 from rkcached.server import SOCKET_MODE, HttpServer, OwnSocket
 
 GRACE_S = 2
@@ -96,3 +101,32 @@ async def test_a_client_that_takes_nothing_does_not_disturb_the_end(
     writer.close()
     with contextlib.suppress(OSError):
         await writer.wait_closed()
+
+
+async def test_a_defect_has_its_traceback_in_the_log() -> None:
+    """At error, with every line of ours that led there, and nothing of what was said: that may be a prompt."""
+    words = ["said", "by", "somebody"]
+
+    async def break_down(_: Request) -> Response:
+        said = "-".join(words)
+        try:
+            {}[said]
+        except KeyError as error:
+            raise ValueError(said) from error
+
+    app = Exchanges(
+        Starlette(routes=[Route("/x", break_down)], exception_handlers={Exception: lambda *_: error_response(DEFECT)})
+    )
+    with structlog.testing.capture_logs() as logged:
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://d") as client:
+            answer = await client.get("/x")
+    assert (answer.status_code, answer.json()["error"]["code"]) == (500, "internal_error")
+    [crash] = [entry for entry in logged if entry["log_level"] == "error"]
+    assert (crash["event"], crash["path"], crash["error"]) == ("request crashed", "/x", "ValueError")
+    assert crash["request_id"] == answer.headers["x-request-id"]
+    lines = crash["exception"].splitlines()
+    assert lines.count("Traceback (most recent call last):") == 2
+    assert lines[-1] == "builtins.ValueError"
+    assert "in break_down" in crash["exception"]
+    assert "builtins.KeyError" in lines
+    assert "said-by-somebody" not in crash["exception"]

@@ -122,6 +122,7 @@ def test_a_full_queue_refuses(workspace: Workspace) -> None:
             refused = client.post("/v1/chat/completions", json=body)
         assert (refused.status_code, refused.json()["error"]["code"]) == (503, "queue_full")
         assert refused.headers["retry-after"] == "1"
+        assert "warning request failed path=/v1/chat/completions status=503 code=queue_full" in workspace.log_text()
         assert time.monotonic() - started < 0.5
         assert [future.result()["usage"]["completion_tokens"] for future in running] == [50, 2, 2]
 
@@ -154,8 +155,8 @@ def test_a_client_that_leaves_while_it_sends(two_prompts: Workspace) -> None:
 @pytest.mark.parametrize("streaming", [False, True])
 def test_a_request_that_takes_too_long(workspace: Workspace, streaming: bool) -> None:
     """504, or an error event in a stream that has begun; the generation stops and the next request is served."""
-    workspace.memory_model(decode_us_per_token=50_000)
-    workspace.declare("{}", top="serving: {request_timeout_s: 0.6}")
+    workspace.memory_model(decode_us_per_token=100_000)
+    workspace.declare("{}", top="serving: {request_timeout_s: 5}")  # a worker starts within that, on a busy machine
     workspace.start()
     workspace.ask("m", max_tokens=1)
     body = {"model": "m", "messages": [{"role": "user", "content": "hello"}], "max_tokens": 100, "stream": streaming}
@@ -165,5 +166,8 @@ def test_a_request_that_takes_too_long(workspace: Workspace, streaming: bool) ->
         assert '"code": "request_timeout"' in answer.text.replace('"code":"', '"code": "')
     else:
         assert (answer.status_code, answer.json()["error"]["code"]) == (504, "request_timeout")
+    sent = 200 if streaming else 504
+    cause = f"warning request failed path=/v1/chat/completions status={sent} code=request_timeout"
+    assert cause in workspace.log_text()
     wait_until(lambda: workspace.status()["running"] == 0, "the generation stopped", 5)
     assert workspace.ask("m", max_tokens=1)["usage"]["completion_tokens"] == 1

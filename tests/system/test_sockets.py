@@ -193,6 +193,8 @@ def test_thousand_connections(settled: Workspace) -> None:
             wait_until(lambda: settled.built().count("a") == 2, "a build goes on meanwhile", 30)
             kept = sum(1 for client in clients if not _refused(client))
             assert 16 <= kept <= 400
+            warnings = settled.log_text().count("warning connections refused status=503 reason='too many connections'")
+            assert 1 <= warnings < 100
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
     wait_until(lambda: fds(settled) < 100, "they are gone", 20)
