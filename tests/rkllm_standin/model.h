@@ -16,9 +16,9 @@
 #include <unistd.h>
 
 typedef struct {
-    char arch[256], platform[256], fault[256], fault_file[256], fault_count_file[256];
+    char arch[256], platform[256], fault[256], fault_file[256], fault_count_file[256], npu_file[256];
     int max_context, embd_size, prefill_tps, decode_tps, load_ms, eos_after, abort_ms;
-    int saves, callback_thread, null_text, waiting, abort_breaks, noisy;
+    int saves, callback_thread, null_text, waiting, abort_breaks, noisy, pins;
 } Model;
 
 /* Name and default. A WORD is one of two words, the first meaning 0, the second 1. */
@@ -46,6 +46,8 @@ static const struct {
     NUMBER(abort_ms, "0"),                              /* how late an abort takes effect */
     WORD(abort_breaks, "no", "yes", "yes"),             /* yes: after an aborted save-run, run and load crash */
     WORD(noisy, "no", "yes", "yes"),                    /* "I rkllm:" lines */
+    WORD(pins, "no", "yes", "no"),                      /* yes: threads stay on the enabled_cpus */
+    TEXT(npu_file, ""),                                 /* one process at a time may have a model with this key */
     TEXT(fault, ""),                                    /* PLACE:KIND, see check_fault() */
     TEXT(fault_file, ""),                               /* the fault fires only while this file exists */
     TEXT(fault_count_file, ""),                         /* grows by a byte each time it fires */

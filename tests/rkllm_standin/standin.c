@@ -8,10 +8,13 @@
  * plus 3. The "KV cache" is a row of positions: a position's state depends on its token and on the state before, and
  * the next token depends on the states of all positions. So an equal reply proves an equal cache.
  */
-#define _DEFAULT_SOURCE
+#define _GNU_SOURCE
 #include "abi.h"
 
 #include <pthread.h>
+#include <fcntl.h>
+#include <sched.h>
+#include <sys/file.h>
 #include <stdatomic.h>
 #include <sys/resource.h>
 #include <time.h>
@@ -50,6 +53,7 @@ typedef struct {
 typedef struct Handle {
     struct Handle *next;
     bool alive;
+    int npu; /* the open npu_file, or -1 */
     pthread_mutex_t lock; /* guards running, against run, abort and destroy */
     bool running;
     atomic_llong abort_us; /* when a requested abort takes effect, 0 = none requested */
@@ -657,10 +661,41 @@ static int check_param(const Model *model, const RKLLMParam *param)
     return 0;
 }
 
+/* Keep this thread, and those that it starts, on the CPUs of the mask, as enabled_cpus asks. */
+static int pin(const Model *model, const RKLLMParam *param)
+{
+#if GROUP >= 'C'
+    unsigned mask = param->extend_param.enabled_cpus_mask;
+    cpu_set_t cpus;
+    CPU_ZERO(&cpus);
+    for (int cpu = 0; cpu < 32; cpu++)
+        if (mask >> cpu & 1)
+            CPU_SET(cpu, &cpus);
+    if (model->pins && sched_setaffinity(0, sizeof cpus, &cpus) != 0)
+        return fail("cannot pin threads to the cpus 0x%x: %s", mask, strerror(errno));
+#else
+    (void)model, (void)param;
+#endif
+    return 0;
+}
+
+/* With the key npu_file, one process at a time has the NPU; whoever comes second is refused. */
+static int take_npu(Handle *h)
+{
+    h->npu = -1;
+    if (!*h->model.npu_file)
+        return 0;
+    h->npu = open(h->model.npu_file, O_RDWR | O_CREAT | O_CLOEXEC, 0600);
+    return h->npu >= 0 && flock(h->npu, LOCK_EX | LOCK_NB) == 0 ? 0 : fail("the NPU is in use by another process");
+}
+
 static int initialize(LLMHandle *handle, RKLLMParam *param, LLMResultCallback callback, void *userdata)
 {
     Handle *h = calloc(1, sizeof *h);
-    if (!h || read_model(&h->model, param->model_path) || check_param(&h->model, param) || fault(&h->model, "init")) {
+    if (!h || read_model(&h->model, param->model_path) || check_param(&h->model, param) || pin(&h->model, param) ||
+        take_npu(h) || fault(&h->model, "init")) {
+        if (h && h->npu > 0)
+            close(h->npu);
         free(h);
         return -1;
     }
@@ -724,6 +759,8 @@ int rkllm_destroy(LLMHandle handle)
     pthread_mutex_unlock(&h->lock);
     int status = fault(&h->model, "destroy");
     h->alive = false;
+    if (h->npu > 0)
+        close(h->npu);
     free(h->kv);
     for (struct Lora *lora = h->loras, *next; lora; lora = next) {
         next = lora->next;

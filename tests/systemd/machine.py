@@ -122,7 +122,7 @@ class Machine:
             stdin=subprocess.DEVNULL if stdin is None else None,
             capture_output=True,
             text=True,
-            timeout=180,
+            timeout=900,  # an installation on a busy machine
             check=False,
         )
         if code is not None and done.returncode != code:

@@ -17,14 +17,14 @@ models:
   m:
     path: {model}
     chat_template: chatml
-    params: {{max_context_len: 1024, max_new_tokens: 16}}
+    params: {{max_context_len: 1024, max_new_tokens: 16}}{more}
     prompts: {{a: prompts/a.md}}
 """
 
 
-def warm_chat(machine: Machine, engine: str, model: str) -> None:
+def warm_chat(machine: Machine, engine: str, model: str, more: str = "") -> None:
     machine.write("/etc/rkcached/prompts/a.md", PROMPT)
-    machine.write("/etc/rkcached/manifest.yaml", MANIFEST.format(engine=engine, model=model))
+    machine.write("/etc/rkcached/manifest.yaml", MANIFEST.format(engine=engine, model=model, more=more))
     machine.systemctl("start", UNIT)
     machine.wait_line("1 fresh", 120)
     answer = machine.ask("m/a", "who are you?")
@@ -54,3 +54,14 @@ def test_rkllm_s_binding_under_the_sandbox(machine: Machine, tmp_path: Path) -> 
     machine.write("/opt/librkllmrt.so", library.read_bytes())
     machine.write("/opt/m.rkllm", standin.write_model(tmp_path / "m.rkllm").read_bytes())
     warm_chat(machine, "{kind: rkllm, library: /opt/librkllmrt.so}", "/opt/m.rkllm")
+
+
+def test_a_library_may_pin_its_threads(machine: Machine, tmp_path: Path) -> None:
+    """`npu.enabled_cpus` asks for it, and the sandbox refused sched_setaffinity: the model could not be loaded."""
+    library = standin.build("D", tmp_path)
+    machine.write("/opt/librkllmrt.so", library.read_bytes())
+    machine.write("/opt/pins.rkllm", standin.write_model(tmp_path / "m.rkllm", pins="yes").read_bytes())
+    more = "\n    npu: {enabled_cpus: [0]}"
+    warm_chat(machine, "{kind: rkllm, library: /opt/librkllmrt.so}", "/opt/pins.rkllm", more)
+    [worker] = machine.worker_pids()
+    assert "Cpus_allowed_list:\t0\n" in machine.read(f"/proc/{worker}/status")
