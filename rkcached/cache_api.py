@@ -6,7 +6,9 @@ A text that a client stores is a file, a source like any other; the reconciler d
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
+from collections.abc import AsyncGenerator
 from typing import Any
 
 from starlette.requests import Request
@@ -26,9 +28,9 @@ from rkcached.answers import (
 )
 from rkcached.collect import as_data
 from rkcached.desired import DesiredModel
-from rkcached.endpoints import Endpoint
+from rkcached.endpoints import EVENT_STREAM, Endpoint
 from rkcached.errors import RequestError
-from rkcached.exchange import answer, read_record
+from rkcached.exchange import Streamed, answer, read_record, unless_gone
 from rkcached.manifest import NAME, NAME_RULE, RESERVED_PROMPT
 from rkcached.openai import CollectRequest, GenerateBinaryRequest, ModelRequest, StoreRequest
 from rkcached.plan import Key
@@ -39,6 +41,17 @@ from rkcached.sources import MAX_PROMPT_BYTES
 from rkcached.status import model_status, prompt_status
 from rkcached.stored import StoredTexts
 from rkcached.worker.pool import Workers
+
+LENT_HEARTBEAT_S = 15.0
+"""A client that went away without a word is noticed at the latest after this."""
+
+
+async def _with_first(first: bytes, rest: AsyncGenerator[bytes, None]) -> AsyncGenerator[bytes, None]:
+    """Left early, it closes `rest`."""
+    async with contextlib.aclosing(rest):
+        yield first
+        async for chunk in rest:
+            yield chunk
 
 
 class CacheApi:
@@ -81,6 +94,17 @@ class CacheApi:
                 summary="Unload a model. It is loaded again when it is needed.",
                 body=ModelRequest,
                 answers={200: ModelAction},
+                errors=(404, 503),
+                changes=True,
+            ),
+            Endpoint(
+                method="POST",
+                path="/v1/models/lend",
+                handler=self._lend,
+                summary="Keep a model unloaded, and its turn on the engine, until the client leaves.",
+                body=ModelRequest,
+                answers={200: None},
+                media=(EVENT_STREAM,),
                 errors=(404, 503),
                 changes=True,
             ),
@@ -164,6 +188,23 @@ class CacheApi:
         started = time.monotonic()
         await self._serving.unload(body.model)
         return self._model_answer("model.unloaded", body.model, started)
+
+    async def _lend(self, request: Request) -> Response:
+        body = await read_record(ModelRequest, request)
+        lending = self._lending(body.model)
+        # The first event comes when it is the client's turn; until then an error can still be a status.
+        first = await unless_gone(request, anext(lending))
+        if isinstance(first, Response):
+            await lending.aclose()
+            return first
+        return Streamed(_with_first(first, lending), media_type=EVENT_STREAM)
+
+    async def _lending(self, name: str) -> AsyncGenerator[bytes, None]:
+        async with self._serving.lend(name):
+            yield b"event: lent\ndata: {}\n\n"
+            while True:
+                await asyncio.sleep(LENT_HEARTBEAT_S)
+                yield b": still lent\n\n"
 
     def _model_answer(self, kind: str, name: str, started: float) -> Response:
         model = self._serving.preparation.model(name)

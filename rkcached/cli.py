@@ -357,7 +357,11 @@ def chat(
 @places("manifest", "cache_dir", "state_dir", "socket", "admin_socket")
 @click.option("--runs", type=click.IntRange(min=1, max=10_000), default=5, show_default=True, help="Runs of each.")
 @click.option("--sweep", is_flag=True, help="Measure prompts of 128 to 4,096 tokens, stored for as long as it takes.")
-@click.option("--direct/--no-direct", default=True, help="Measure the engine without the daemon, too.")
+@click.option(
+    "--direct/--no-direct",
+    default=None,
+    help="Measure the engine without the daemon, too; on rkllm only if asked for.",
+)
 @click.option("--from", "kept", type=PATH, metavar="FILE", help="Measure nothing: show and draw what -o kept.")
 @click.option("--output", "-o", type=PATH, metavar="FILE", help="Keep the JSON, for `rkcached compare`.")
 @click.option(
@@ -370,7 +374,7 @@ def bench(
     names: Sequence[str],
     runs: int,
     sweep: bool,
-    direct: bool,
+    direct: bool | None,
     kept: Path | None,
     output: Path | None,
     plot_file: Path | None,
@@ -379,7 +383,8 @@ def bench(
     """Measure what the prompt caches gain, on the running daemon: time to first token cold, from file, in memory.
 
     Says what of it is queue, load, prefill and first decode, and what the daemon adds to its engine, which is loaded
-    a second time for that. Says so where the figures are not to be trusted, and why a cache does not help. Ctrl-C ends
+    a second time for that. On rkllm only --direct does so, and then borrows the model from the daemon, as an NPU is
+    not to hold it twice. Says so where the figures are not to be trusted, and why a cache does not help. Ctrl-C ends
     it with the prompts that were measured until then. Exits with 1 where some could not be measured at all.
     """
     from rich.console import Console

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -69,6 +70,23 @@ class Client:
                         if "error" in chunk:
                             raise RequestError(502, chunk["error"]["message"], code=chunk["error"]["code"])
                         yield chunk
+        except httpx.TransportError as error:
+            raise self._unreachable(error) from error
+
+    @contextlib.contextmanager
+    def lent(self, model: str) -> Iterator[None]:
+        """Wait until the daemon leaves a model to us; it gets it back at the end. On the admin socket.
+
+        Errors: DaemonUnreachable, RequestError.
+        """
+        try:
+            with self._http.stream("POST", "/v1/models/lend", json={"model": model}) as response:
+                if response.status_code != httpx.codes.OK:
+                    response.read()
+                    raise _refusal(response)
+                lines = response.iter_lines()  # kept until the end: without it, the connection is closed
+                next(lines, "")
+                yield
         except httpx.TransportError as error:
             raise self._unreachable(error) from error
 

@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import time
 from collections import Counter
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, AsyncIterator
 from dataclasses import dataclass, field, replace
 
 import structlog
@@ -131,6 +131,27 @@ class Serving:
             for worker in self._workers.all():
                 if worker.model.name == name:
                     await worker.stop()
+
+    @contextlib.asynccontextmanager
+    async def lend(self, name: str) -> AsyncIterator[None]:
+        """Leave a model to somebody who loads it himself: as for a request, its turn is waited for and kept.
+
+        Meanwhile nothing of ours has it in memory, nor, where one model runs at a time, any other; requests and builds
+        wait. Errors: RequestError.
+        """
+        self.preparation.model(name)
+        concurrent = self._reconciler.view.manifest.engine.concurrent
+        async with self._gates.hold(name, Priority.LIVE, concurrent=concurrent):
+            self._workers.lent += 1
+            try:
+                for worker in self._workers.all():
+                    if worker.model.name == name or not concurrent:
+                        await worker.stop()
+                log.info("model lent", model=name)
+                yield
+            finally:
+                self._workers.lent -= 1
+                log.info("model returned", model=name)
 
     async def run(self, job: Job) -> AsyncGenerator[Text | End, None]:
         """The answer, piece by piece, and its end. Closing the iterator stops the generation. Errors: RequestError."""

@@ -22,6 +22,7 @@ class Measuring:
         self._shown = shown
         self._runs: dict[State, list[Run]] = {state: [] for state in State}
         self._direct: dict[State, list[DirectRun]] = {state: [] for state in State}
+        self._questions: dict[State, list[str]] = {state: [] for state in State}
         self._missing: dict[State, str] = {}
         self.why_not_direct = ""
         self.stopped: RequestError | DaemonUnreachable | None = None
@@ -41,6 +42,23 @@ class Measuring:
         except (RequestError, DaemonUnreachable) as error:
             self.stopped = error
 
+    def run_alone(self, alone: Alone) -> None:
+        """The same requests in the same order on the engine alone, after those through the socket."""
+        count = max(map(len, self._questions.values()))
+        for number in range(count):
+            for state in State:
+                if number < len(self._questions[state]) and not self.why_not_direct:
+                    self._shown.doing(state, number + 1, count, alone=True)
+                    self._ask_alone(alone, state, self._questions[state][number])
+
+    def _ask_alone(self, alone: Alone, state: State, question: str) -> None:
+        try:
+            self._direct[state].append(alone.ask(self._key, state, question, ANSWER_TOKENS))
+        except NotPossible as error:
+            self.why_not_direct = str(error)
+        else:
+            self._step()
+
     def _once(self, state: State, number: int, count: int) -> None:
         self._shown.doing(state, number, count, alone=False)
         try:
@@ -49,17 +67,11 @@ class Measuring:
             self._missing[state] = str(error)
             return
         self._runs[state].append(run)
+        self._questions[state].append(question)
         self._step()
-        if self._alone is None:
-            return
-        self._shown.doing(state, number, count, alone=True)
-        try:
-            self._direct[state].append(self._alone.ask(self._key, state, question, ANSWER_TOKENS))
-        except NotPossible as error:
-            self.why_not_direct = str(error)
-            self._alone = None
-        else:
-            self._step()
+        if self._alone is not None and not self.why_not_direct:
+            self._shown.doing(state, number, count, alone=True)
+            self._ask_alone(self._alone, state, question)
 
     def _step(self) -> None:
         self.steps += 1

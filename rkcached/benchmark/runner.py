@@ -33,9 +33,12 @@ from rkcached.benchmark.results import (
 )
 from rkcached.client import Client
 from rkcached.errors import DaemonUnreachable, ModelLoadError, RequestError, RkcachedError, SourceError, UsageError
+from rkcached.manifest import EngineKind
 from rkcached.observe import Look
 from rkcached.plan import Key
 from rkcached.settings import Settings
+
+NOT_ON_NPU = "the NPU would have to hold the model twice; --direct borrows it from the daemon"
 
 _NAMED = 5
 """So many prompts a warning names; it counts the others."""
@@ -45,7 +48,8 @@ _NAMED = 5
 class Options:
     runs: int
     sweep: bool
-    direct: bool
+    direct: bool | None
+    """Measure the engine alone, too. None: unless that would load a model twice into an NPU."""
 
 
 def run(settings: Settings, wanted: Sequence[str], options: Options, console: Console) -> Results:
@@ -79,7 +83,11 @@ def run(settings: Settings, wanted: Sequence[str], options: Options, console: Co
                 )
                 keys = list(kept.lengths)
             look, why = _try_look(places)
-            bench = _Bench(client, options, kept.lengths, look, shown)
+            on_npu = before["engine"] == EngineKind.RKLLM
+            direct = not on_npu if options.direct is None else options.direct
+            bench = _Bench(client, options.runs, kept.lengths, look, shown, direct=direct)
+            if on_npu and direct:
+                bench.lender = stack.enter_context(Client(settings.admin_socket))
             bench.measure(keys)
     runtimes = {model["name"]: model["runtime"] for model in bench.status["models"]}
     stolen = steal.percent()
@@ -88,7 +96,8 @@ def run(settings: Settings, wanted: Sequence[str], options: Options, console: Co
         said.append(
             f"stored prompts are left in the daemon, which was gone: {len(kept.left)}; another sweep removes them"
         )
-    why_not_direct = [why if options.direct else "not asked for", *bench.why_not_direct]
+    not_asked = NOT_ON_NPU if options.direct is None else "not asked for"
+    why_not_direct = [why if direct else not_asked, *bench.why_not_direct]
     return Results(
         schema=SCHEMA,
         date=dt.datetime.now(dt.UTC).isoformat(timespec="seconds"),
@@ -125,13 +134,15 @@ class _Bench:
     """Measures prompt after prompt, and keeps what comes of each."""
 
     def __init__(
-        self, client: Client, options: Options, lengths: Mapping[Key, int], look: Look | None, shown: Shown
+        self, client: Client, runs: int, lengths: Mapping[Key, int], look: Look | None, shown: Shown, *, direct: bool
     ) -> None:
         """Without a look, the engine alone and the texts are left out. Errors: DaemonUnreachable, RequestError."""
         self._client = client
-        self._runs = options.runs
+        self._runs = runs
         self._lengths = lengths
-        self._direct = look if options.direct else None
+        self._direct = look if direct else None
+        self.lender: Client | None = None
+        """Where to borrow a model that must not be loaded twice; the engine alone then follows the daemon's runs."""
         self._look = look
         self._shown = shown
         self._asked = 0
@@ -178,7 +189,7 @@ class _Bench:
                 if alone is not None:
                     loaded.callback(alone.close)
                 of_model = [key for key in keys if key.model == model]
-                if alone is None and self._direct is not None:
+                if alone is None and self._direct is not None and self.lender is None:
                     self._shown.drop(len(of_model) * self._runs * len(State))
                 for key in of_model:
                     if not self._is_gone:
@@ -199,7 +210,7 @@ class _Bench:
         return self._runs * len(State) * (2 if direct else 1)
 
     def _start(self, model: str) -> Alone | None:
-        if self._direct is None:
+        if self._direct is None or self.lender is not None:
             return None
         self._shown.preparing(model, "loading a second one")
         try:
@@ -218,10 +229,16 @@ class _Bench:
                 alone = None
                 self.why_not_direct.append(f"{name} changed meanwhile")
                 self._shown.drop(self._runs * len(State))
+        borrows = self.lender is not None and self._direct is not None
+        if self._is_another(key, before) and borrows:
+            borrows = False
+            self.why_not_direct.append(f"{name} changed meanwhile")
         asker = Asker(self._client, *key)
         measuring = Measuring(asker, alone, key, self._shown)
         measuring.run(self._runs)
-        self._shown.drop(self._answers(direct=alone is not None) - measuring.steps)
+        if borrows and measuring.stopped is None:
+            self._measure_borrowed(key, measuring)
+        self._shown.drop(self._answers(direct=alone is not None or borrows) - measuring.steps)
         self._asked += asker.answers
         self.why_not_direct.append(measuring.why_not_direct)
         with contextlib.suppress(DaemonUnreachable, RequestError):  # the next question says so
@@ -237,6 +254,19 @@ class _Bench:
         if trust.changed(before, _status_of(self.status, key)):
             states = dict.fromkeys(State, Measured(missing=trust.CHANGED))
         self.prompts.append(_result(key, self._lengths.get(key), text, before, states))
+
+    def _measure_borrowed(self, key: Key, measuring: Measuring) -> None:
+        """The engine alone, while the daemon has the model unloaded and waits."""
+        if self.lender is None or self._direct is None:
+            return
+        self._shown.preparing(key.model, "borrowing it from the daemon")
+        try:
+            with self.lender.lent(key.model), contextlib.closing(Alone(self._direct, key.model)) as alone:
+                measuring.run_alone(alone)
+        except NotPossible as error:
+            measuring.why_not_direct = str(error)
+        except (RequestError, DaemonUnreachable) as error:
+            measuring.why_not_direct = f"{key.model} cannot be borrowed from the daemon: {error.message}"
 
     def _is_another(self, key: Key, status: dict[str, Any]) -> bool:
         """Whether it is no longer what the look at the beginning saw."""

@@ -64,6 +64,8 @@ class Workers:
         self._backoff = backoff or Backoff()
         self._workers: dict[str, Worker] = {}
         self._retired: set[asyncio.Task[None]] = set()
+        self.lent = 0
+        """So many times somebody else has the engines to himself: our own are silent for as long."""
 
     def all(self) -> tuple[Worker, ...]:
         return tuple(self._workers.values())
@@ -73,6 +75,8 @@ class Workers:
 
         Then our own deadlines failed to end something.
         """
+        if self.lent:
+            return False
         heard = max((worker.heard for worker in self.all()), default=since)
         patience_s = max((worker.patience_s for worker in self.all()), default=self._deadlines.start_s)
         return time.monotonic() - max(heard, since) > patience_s + _OVERDUE_S
