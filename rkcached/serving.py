@@ -270,6 +270,7 @@ class Serving:
                 )
 
         def make(operation_id: int) -> protocol.Generate:
+            run.loading = False  # it may be the second try
             return protocol.Generate(
                 id=operation_id, prompt=run.job.prompt, sampling=run.job.sampling, cache=cache, cold=run.job.cold
             )
