@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 from rkcached.desired import Desired, Resolver, RuntimeSource, Sources
 from rkcached.digests import Digests
@@ -13,6 +12,8 @@ from rkcached.manifest import EngineConfig, EngineKind, Manifest, parse_usable
 from rkcached.observe import manifest_text
 from rkcached.plan import Key, Trouble
 from rkcached.rendering import Renderer
+from rkcached.service_view import ServiceView, view_of
+from rkcached.settings import Settings
 from rkcached.sources import SourceReader
 
 MODEST_TOKENS = 256
@@ -33,8 +34,9 @@ class Findings:
     """All of it in one line."""
 
 
-def check_manifest(manifest_file: Path) -> Findings:
-    """Look at the manifest and at every file that it names. Blocking."""
+def check_manifest(settings: Settings) -> Findings:
+    """Look at the manifest and at every file that it names, as the daemon does. Blocking."""
+    manifest_file = settings.manifest
     try:
         usable = parse_usable(manifest_text(manifest_file), file=manifest_file)
     except ManifestError as error:
@@ -50,7 +52,8 @@ def check_manifest(manifest_file: Path) -> Findings:
     if isinstance(runtime, Trouble):  # told once, and what else is wrong is told beside it
         sources = replace(sources, runtime=RuntimeSource(version="", digest=""))
     desired = Resolver(Renderer().compile).resolve(manifest, sources)
-    troubles = list(_troubles(manifest, sources, desired))
+    service = view_of(settings, manifest, sources).without(runtime)
+    troubles = list(_troubles(manifest, sources, desired, service))
     if isinstance(runtime, Trouble) and usable.engine_known:
         key = "library" if manifest.engine.kind is EngineKind.RKLLM else "kind"
         troubles.append((manifest.line_of("engine", key), runtime))
@@ -60,6 +63,8 @@ def check_manifest(manifest_file: Path) -> Findings:
         problems.append(Problem(file=str(manifest_file), line=line, message=trouble.message, hint=trouble.hint))
     warnings = tuple(f"{manifest_file}:{warning}" for warning in _warnings(manifest, runtime))
     ok = f"ok, {_counted(len(manifest.models), 'model')}, {_counted(len(desired.prompts), 'prompt')}"
+    if service.whose:
+        ok += f", {service.whose}"
     return _findings(problems, warnings, sources.skipped_files, ok)
 
 
@@ -72,18 +77,16 @@ def _findings(problems: list[Problem], warnings: tuple[str, ...], skipped: tuple
     )
 
 
-def _troubles(manifest: Manifest, sources: Sources, desired: Desired) -> Iterator[tuple[int, Trouble]]:
+def _troubles(
+    manifest: Manifest, sources: Sources, desired: Desired, service: ServiceView
+) -> Iterator[tuple[int, Trouble]]:
     """What is wrong with the files that a manifest names, each with the line that names it."""
-    for name, model in desired.models.items():
-        if isinstance(model, Trouble):
-            yield manifest.line_of("models", name, *(model.place or ("path",))), model
-    for name, trouble in sources.unlisted_models.items():
+    for name, trouble in service.models_in_trouble(manifest, desired).items():
+        yield manifest.line_of("models", name, *(trouble.place or ("path",))), trouble
+    for name, trouble in {**sources.unlisted_models, **service.unlisted_models}.items():
         yield manifest.line_of("models", name, "prompts_from"), trouble
-    for key, prompt in desired.prompts.items():
-        # What is wrong with a model was said once, for the model; a prompt may have a trouble of its own besides.
-        own = sources.prompts[key].source if isinstance(desired.models[key.model], Trouble) else prompt.trouble
-        if isinstance(own, Trouble):
-            yield _prompt_line(manifest, sources, key, own), own
+    for key, trouble in service.prompts_in_trouble(manifest, sources, desired).items():
+        yield _prompt_line(manifest, sources, key, trouble), trouble
 
 
 def _prompt_line(manifest: Manifest, sources: Sources, key: Key, trouble: Trouble) -> int:

@@ -65,17 +65,17 @@ def run(settings: Settings, log_level: str | None) -> None:
 
 
 @cli.command()
-@places("manifest")
+@places("manifest", as_service=True)
 @as_json
 def check(settings: Settings, want_json: bool) -> None:
     """Report every problem of the manifest and of the files it names, each with file:line and what to do.
 
-    Warnings, and files that are skipped because their names cannot be a prompt's, are listed too. Exit code 0 when
-    there is no problem, 78 otherwise.
+    Warnings, and files that are skipped because their names cannot be a prompt's, are listed too. Of the service's own
+    manifest it says what the service sees; run it with sudo. Exit code 0 when there is no problem, 78 otherwise.
     """
     from rkcached.check import check_manifest
 
-    found = check_manifest(settings.manifest)
+    found = check_manifest(settings)
     notes = list(found.warnings)
     if found.skipped_files:
         from rkcached.show import skipped_files_line
@@ -95,7 +95,7 @@ def check(settings: Settings, want_json: bool) -> None:
 
 
 @cli.command()
-@places("manifest", "cache_dir", "state_dir")
+@places("manifest", "cache_dir", "state_dir", as_service=True)
 @as_json
 @click.option("--exit-code", is_flag=True, help="Exit with 2 when there is something to do, 0 when not.")
 def plan(settings: Settings, want_json: bool, exit_code: bool) -> None:
@@ -107,7 +107,7 @@ def plan(settings: Settings, want_json: bool, exit_code: bool) -> None:
     from rkcached.plan import Blocked
     from rkcached.plan import plan as make_plan
 
-    look = _look(settings)
+    look = _service_look(settings)
     actions = make_plan(look.assessments)
     if want_json:
         _print_json([show.action_data(action) for action in actions])
@@ -122,7 +122,7 @@ def plan(settings: Settings, want_json: bool, exit_code: bool) -> None:
 
 @cli.command()
 @click.argument("prompt", metavar="MODEL/PROMPT")
-@places("manifest", "cache_dir", "state_dir")
+@places("manifest", "cache_dir", "state_dir", as_service=True)
 @as_json
 def explain(settings: Settings, prompt: str, want_json: bool) -> None:
     """Say whether a prompt cache is fresh, or name each component that changed, old -> new. Needs no daemon.
@@ -131,7 +131,7 @@ def explain(settings: Settings, prompt: str, want_json: bool) -> None:
     """
     from rkcached.explain import explain_data, print_explanation
 
-    data = {**explain_data(_look(settings), _key(prompt)), "store": str(settings.cache_dir)}
+    data = {**explain_data(_service_look(settings, ask=True), _key(prompt)), "store": str(settings.cache_dir)}
     if want_json:
         _print_json(data)
     else:
@@ -202,7 +202,7 @@ def regenerate(settings: Settings, prompts: Sequence[str], everything: bool, wan
 
 @cli.command()
 @click.argument("prompts", metavar="[MODEL[/PROMPT]]...", nargs=-1)
-@places("manifest", "cache_dir", "state_dir")
+@places("manifest", "cache_dir", "state_dir", as_service=True)
 @click.option("--deep", is_flag=True, help="Also load each fresh prompt cache into its model.")
 @as_json
 def verify(settings: Settings, prompts: Sequence[str], deep: bool, want_json: bool) -> None:
@@ -215,7 +215,7 @@ def verify(settings: Settings, prompts: Sequence[str], deep: bool, want_json: bo
 
     logs.configure("error")
     _need_store(settings)
-    look = _look(settings)
+    look = _service_look(settings)
     stored = [*look.inventory.artifacts, *look.inventory.unreadable]
     chosen = _matching(prompts, stored) if prompts else stored
     results = []
@@ -304,7 +304,7 @@ def inspect_(file: Path, want_json: bool) -> None:
 @places("manifest", "cache_dir")
 @as_json
 def doctor(settings: Settings, want_json: bool) -> None:
-    """Is this board ready? NPU, runtime library, driver, clocks, and what the manifest needs of memory and disk.
+    """Is this board ready? NPU, runtime library, driver, clocks, and what the manifest needs of files, memory and disk.
 
     Works without a manifest, too. Exit code 1 when something failed, 0 otherwise; a warning is no failure.
     """
@@ -313,6 +313,8 @@ def doctor(settings: Settings, want_json: bool) -> None:
     # Where none was named, one that is not there is no mistake.
     named = "manifest" in settings.model_fields_set or os.path.lexists(settings.manifest)
     report = command.examine(settings.manifest if named else None, settings.cache_dir)
+    if named:
+        report = command.as_service(report, settings)
     if want_json:
         _print_json(command.report_data(report))
     else:
@@ -519,6 +521,14 @@ def _need_store(settings: Settings) -> None:
         if beside != settings.cache_dir and not marks.why_no_store(beside):
             hint = f"there is one beside the manifest: --cache-dir {beside}"
     raise SourceError(f"there is no store at {settings.cache_dir}: {why}", hint=hint)
+
+
+def _service_look(settings: Settings, *, ask: bool = False) -> Look:
+    """With the daemon's word where it sees something else."""
+    from rkcached.service_view import view_of
+
+    look = _look(settings)
+    return view_of(settings, look.manifest, look.sources, ask=ask).over(look)
 
 
 def _key(text: str) -> Any:

@@ -65,8 +65,24 @@ def _bad_setting(error: ValueError) -> SettingsError:
     )
 
 
-def places(*names: str, listens: bool = False) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Give a command the flags for these places, and their values as `settings`."""
+def _words(its: dict[str, Path], others: dict[str, Any]) -> list[str]:
+    """The command's own line again, with these places."""
+    context = click.get_current_context()
+    words = [str(context.info_name), *(f"--{name.replace('_', '-')}={path}" for name, path in its.items())]
+    words += [
+        option.opts[0] for option in context.command.params if option.name in others and others[option.name] is True
+    ]
+    arguments = [others[one.name] for one in context.command.params if isinstance(one, click.Argument)]
+    return [*words, "--", *(word for one in arguments for word in ([one] if isinstance(one, str) else one))]
+
+
+def places(
+    *names: str, listens: bool = False, as_service: bool = False
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a command the flags for these places, and their values as `settings`.
+
+    `as_service`: where they are those of the installed unit, root runs the command with the daemon's eyes.
+    """
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
         @functools.wraps(command)
@@ -80,6 +96,11 @@ def places(*names: str, listens: bool = False) -> Callable[[Callable[..., None]]
                 settings = Settings(**{k: v for k, v in given.items() if v is not None})
             except ValueError as error:
                 raise _bad_setting(error) from None
+            if as_service:
+                from rkcached import unit
+
+                its = {name: getattr(settings, name) for name in names}
+                unit.become_it(_words(its, kwargs), **its)
             command(settings=settings if listens else settings.of_client(), **kwargs)
 
         for name in reversed(names):

@@ -19,6 +19,24 @@ from rich.console import Console
 
 from rkcached.doctor import NO_NPU, Check, Outcome, Report, examine, print_report, report_data
 from rkcached.engines.rkllm.abi import ABIS
+from tests.gguf_files import UINT32, gguf, pair
+
+SIDECAR = json.dumps(
+    {
+        "model": "q",
+        "prompt": "a",
+        "artifact": "a.llama_cache",
+        "fingerprint": "f",
+        "sha256": "s",
+        "components": {"prefix.bytes": "500"},
+        "size_bytes": 1_000_000,
+        "text_sha256": "t",
+        "tokens": 90,
+        "built_at": 1.0,
+        "build_ms": 1.0,
+        "figures": {"prefill_ms": 1.0, "load_ms": 1.0, "cold_ttft_ms": 1.0, "warm_ttft_ms": 1.0, "verified": "off"},
+    }
+)
 
 NPU, GPU = "fdab0000.npu", "fb000000.gpu"
 
@@ -34,6 +52,8 @@ class FakeBoard:
         self._compiled = compiled
         self.root.mkdir()
         self.model.write_bytes(b"x" * 1000 + b"rkllm-toolkit version: 1.2.3\0")
+        for prompt in ("a.md", "b.md"):
+            (root / prompt).write_text("You are the keeper of a lighthouse. " * 10)
         self.declare("{kind: rkllm}")
 
     def write(self, name: str, text: str | bytes) -> Path:
@@ -151,8 +171,8 @@ def test_everything_right(rock5: FakeBoard) -> None:
         "performance (1800 of 1800 MHz), performance (2400 of 2400 MHz)",
         "made by rkllm-toolkit 1.2.3 for runtime 1.2.3",
         "12.29 GB available; q, the largest model, needs about",
-        "200.0 MB roughly needed by 2 prompts",
-        "11 ok",
+        "what 2 prompts will take is not known",
+        "12 ok",
     ):
         assert words in text, words
     assert NO_NPU not in text
@@ -294,10 +314,13 @@ def test_model_files(rock5: FakeBoard) -> None:
     (rock5.root / "usr/lib/librkllmrt.so").unlink()
     assert "no runtime to compare" in rock5.check("model q").finding
     rock5.model.unlink()
-    assert (rock5.check("model q").outcome, "is missing" in rock5.check("model q").finding) == (Outcome.FAIL, True)
+    assert (rock5.check("model q").outcome, "source missing: " in rock5.check("model q").finding) == (
+        Outcome.FAIL,
+        True,
+    )
     assert rock5.check("memory").outcome is Outcome.SKIP
     os.mkfifo(rock5.model)
-    assert "is not a file" in rock5.check("model q").finding
+    assert "is not a regular file" in rock5.check("model q").finding
 
 
 def test_memory_and_disk(rock5: FakeBoard) -> None:
@@ -318,10 +341,49 @@ def test_memory_and_disk(rock5: FakeBoard) -> None:
     (rock5.cache / "q").mkdir(parents=True)
     (rock5.cache / "q/a.rkllm_cache").write_bytes(b"x" * 5000)
     assert "5.0 kB in the store" in rock5.check("disk").finding
-    for name in "bcd":
-        (rock5.root.parent / f"{name}.txt").touch()
-    rock5.declare("{kind: rkllm}", more=f"    prompts_from: {rock5.root.parent}/*.txt\n")
-    assert "400.0 MB roughly needed by 4 prompts" in rock5.check("disk").finding
+    rock5.declare("{kind: rkllm}")
+    assert "what 2 prompts will take is not known before one is built" in rock5.check("disk").finding
+
+
+def test_what_the_caches_will_take(board: FakeBoard) -> None:
+    """By the model's header while none is built; by those that are built; never a number out of the air."""
+    sizes = {"block_count": 30, "embedding_length": 576, "attention.head_count": 9, "attention.head_count_kv": 3}
+    board.model.write_bytes(gguf(*(pair(f"llama.{name}", UINT32, value) for name, value in sizes.items())))
+    board.declare("{kind: llamacpp}")
+    # 2 prompts of 360 letters are some 180 tokens, of 23,040 bytes each: SmolLM2-135M.
+    assert "about 4.1 MB needed by 2 prompts" in board.check("disk").finding
+    (board.cache / "q").mkdir(parents=True)
+    (board.cache / "q/broken.json").write_text("{}")
+    (board.cache / "q/a.json").write_text(SIDECAR)
+    assert "about 1.4 MB needed by 2 prompts" in board.check("disk").finding
+    board.model.write_bytes(gguf())
+    (board.cache / "q/a.json").unlink()
+    assert "what 2 prompts will take is not known" in board.check("disk").finding
+
+
+def test_an_engine_that_is_not_installed(board: FakeBoard, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A failure with its remedy, said once; `check` fails for the same reason."""
+    board.model.write_bytes(gguf())
+    board.declare("{kind: llamacpp}")
+    assert board.check("engine").outcome is Outcome.OK
+    monkeypatch.setitem(sys.modules, "xllamacpp", None)
+    check = board.check("engine")
+    assert (check.outcome, check.finding) == (Outcome.FAIL, "the package xllamacpp is not installed")
+    assert "pip install xllamacpp" in check.next_step
+    assert board.check("model q").outcome is Outcome.OK
+
+
+def test_prompts_that_cannot_be_read(board: FakeBoard) -> None:
+    """Each is counted, and the first is told with what to do."""
+    board.model.write_bytes(gguf())
+    board.declare("{kind: llamacpp}")
+    assert board.check("prompts").finding == "2 prompts, all readable"
+    (board.root.parent / "a.md").unlink()
+    (board.root.parent / "b.md").write_text(" ")
+    check = board.check("prompts")
+    assert check.outcome is Outcome.FAIL
+    assert check.finding == f"source missing: {board.root.parent}/a.md, and 1 more such"
+    assert check.next_step
 
 
 def test_no_npu(board: FakeBoard) -> None:
@@ -330,6 +392,7 @@ def test_no_npu(board: FakeBoard) -> None:
     report = board.examine()
     assert printed(report).startswith(NO_NPU)
     assert {outcomes(report)[name] for name in names} == {"fail"}
+    board.model.write_bytes(gguf())
     board.declare("{kind: llamacpp}")
     for report in (board.examine(), board.examine(manifest=False)):
         assert printed(report).startswith(NO_NPU)
@@ -381,7 +444,7 @@ def test_this_machine(tmp_path: Path) -> None:
     done = doctor("--json")
     data = json.loads(done.stdout)
     assert done.returncode == (0 if data["ready"] else 1)
-    (tmp_path / "m.model").write_text("{}")
+    (tmp_path / "m.model").write_text('{"rkcached_memory_model": 1}')
     manifest = tmp_path / "manifest.yaml"
     manifest.write_text("version: 1\nengine: {kind: memory}\nmodels: {m: {path: m.model}}\n")
     done = doctor()
