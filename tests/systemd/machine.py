@@ -1,4 +1,6 @@
-"""A machine with a real systemd: a container on an overlay of this machine's root, booted by systemd-nspawn.
+"""A machine with a real systemd: a container on an overlay of a root, booted by systemd-nspawn.
+
+The root is this machine's, unless another is named.
 
 It has no network and its own processes, users and units; nothing of it touches the machine below. Whoever makes one
 closes it: then its processes are ended, by their recorded ids, and what was mounted is unmounted.
@@ -28,9 +30,10 @@ UNIT = "rkcached.service"
 class Machine:
     """A container with its own systemd. Its disk survives a power cut."""
 
-    def __init__(self, base: Path, binds: dict[Path, str]) -> None:
+    def __init__(self, base: Path, binds: dict[Path, str], lower: Path = Path("/")) -> None:
         self._base = base
         self._binds = binds
+        self._lower = lower
         self._mounts = contextlib.ExitStack()
         self._nspawn: subprocess.Popen[bytes] | None = None
         self._init: psutil.Process | None = None
@@ -42,7 +45,7 @@ class Machine:
         self._mount("tmpfs", "tmpfs", self._base)
         for name in ("upper", "work", "root"):
             (self._base / name).mkdir()
-        layers = f"lowerdir=/,upperdir={self._base}/upper,workdir={self._base}/work"
+        layers = f"lowerdir={self._lower},upperdir={self._base}/upper,workdir={self._base}/work"
         self._mount("overlay", "overlay", self.root, "-o", layers)
 
     def _mount(self, kind: str, what: str, where: Path, *options: str) -> None:
