@@ -91,7 +91,6 @@ def test_nothing_of_the_current_folder_is_run(workspace: Workspace, hostile: Pat
     workspace.launcher = [PROGRAM]
     workspace.folder = hostile
     assert "ok" in call(workspace, hostile, "check")
-    call(workspace, hostile, "plan")
     workspace.start()
     workspace.wait_settled()
     results = [str(workspace.root / name) for name in ("a.json", "b.json")]
