@@ -514,7 +514,7 @@ class Storm(RuleBasedStateMachine):
         look = self.observer.look(manifest, self.reconciler._attempts.verdicts(self.reconciler.view))
         todo: list[Any] = [action for action in plan(look.assessments) if not isinstance(action, Blocked)]
         if {k: a.state for k, a in self.reconciler.view.assessments.items()} != {
-            a.key: a.state for a in look.assessments
+            a.key: a.state for a in look.assessments if not a.retired
         }:
             todo.append("the view is behind")
         return todo
@@ -587,9 +587,18 @@ class Storm(RuleBasedStateMachine):
         }
         allowed |= self.damaged
         allowed |= {Path(".verdicts", key.model, f"{key.prompt}.json") for key in self.reconciler.view.assessments}
+        retired = self.reconciler.view.retired.values()
+        allowed |= {
+            Path(".retired", one.fingerprint, one.key.prompt + suffix)
+            for one in retired
+            for suffix in (".memory_cache", ".bin", ".json")
+        }
         files = {path.relative_to(self.cache) for path in self.cache.rglob("*") if not path.is_dir()}
         stray = {path for path in files - allowed if path.parts[0] != ".quarantine"}
         assert not stray, f"stray files: {stray}"
+        artifacts = self.reconciler.view.artifacts.values()
+        used = sum(one.size_bytes for one in (*artifacts, *retired))
+        assert self.max_bytes is None or used <= self.max_bytes
         quarantine = self.cache / ".quarantine"
         assert not quarantine.is_dir() or len(list(quarantine.iterdir())) <= MAX_QUARANTINED
 
