@@ -299,12 +299,12 @@ def test_plan_and_explain_without_a_daemon(two_prompts: Workspace) -> None:
     two_prompts.write("prompts/c.md", "C.")
     two_prompts.declare("{a: {files: prompts/a.md, params: {temperature: 0.2}}, c: prompts/c.md, d: d.md}")
     done = two_prompts.cli("plan", "--exit-code", code=2)
-    for words in ("+ build", "params.temperature: 0.8 -> 0.2", "- remove", "! blocked", "source missing"):
+    for words in ("+ build", "params.temperature: 0.8 -> 0.2", "~ retire", "! blocked", "source missing"):
         assert words in done.stdout
-    assert "2 to build, 1 to remove, 1 blocked, 0 fresh" in done.stdout
+    assert "2 to build, 1 to retire, 1 blocked, 0 fresh" in done.stdout
     actions = json.loads(two_prompts.cli("plan", "--json").stdout)
     assert [(x["action"], x["prompt"]) for x in actions] == [
-        ("remove", "b"),
+        ("retire", "b"),
         ("build", "a"),
         ("build", "c"),
         ("blocked", "d"),
