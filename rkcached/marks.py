@@ -153,7 +153,7 @@ def _is_left_by_earlier(root: Path, name: str, *, locked: bool) -> bool:
         return False
     path = root / name
     if name in OWN_FOLDERS:
-        return beneath.is_folder(path)
+        return not path.is_symlink()
     if is_own(name):
         return not path.is_dir()
     if not NAME.fullmatch(name) or not beneath.is_folder(path):
