@@ -248,12 +248,15 @@ class PromptStatus(Answer):
     state: str
     reason: str
     hint: str
+    retry_at: float | None = Field(description="Unix seconds of the next attempt; null where time alone does not help.")
     description: str
     hits: int
     misses: int
     last_used: float | None = Field(description="Unix seconds.")
     progress: BuildProgress | None = Field(default=None, exclude_if=_is_none)
-    artifact: ArtifactFigures | None = Field(default=None, exclude_if=_is_none)
+    artifact: ArtifactFigures | None = Field(
+        default=None, exclude_if=_is_none, description="Not there where it was made from an older text."
+    )
 
 
 class CacheEntry(PromptStatus):
@@ -342,6 +345,14 @@ class StoreStatus(Answer):
     free_bytes: int | None = Field(description="Left on the file system of the store; null where it does not say.")
 
 
+class Starting(Answer):
+    """What the first look does now."""
+
+    file: str = Field(description="The file that is being read; empty between files.")
+    done_bytes: int
+    total_bytes: int
+
+
 class ReconcileStatus(Answer):
     looks: int
     last_look_ms: float
@@ -375,7 +386,8 @@ class Status(Answer):
     pid: int
     started_at: float = Field(description="Unix seconds.")
     uptime_s: float
-    ready: bool
+    ready: bool = Field(description="The first look is over: models and prompts are known.")
+    starting: Starting | None = Field(description="How far the first look is; null when it is over.")
     summary: str
     manifest: ManifestStatus
     engine: str

@@ -87,7 +87,7 @@ class Api:
         embeddings: Embeddings,
         events: Events,
         metrics: Metrics,
-        make_status: Callable[[], Status],
+        make_status: Callable[..., Status],
         reload: Callable[[], Awaitable[None]],
     ) -> None:
         self._told_starting = False
@@ -246,11 +246,13 @@ class Api:
     async def _get_events(self, _: Request) -> Response:
         return Streamed(_event_stream(self._events), media_type=EVENT_STREAM)
 
-    async def _get_status(self, _: Request) -> Response:
+    async def _get_status(self, request: Request) -> Response:
+        if request.query_params.get("look") == "true" and self._reconciler.looked.is_set():
+            await self._reconciler.next_look()
         return Streamed(pieces(self._status()), media_type="application/json")
 
     async def _page(self, _: Request) -> Response:
-        return page(self._status())
+        return page(self._status(urgent_first=True))
 
     async def _post_reload(self, _: Request) -> Response:
         try:

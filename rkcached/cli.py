@@ -1,7 +1,7 @@
 """The command line. Thin: parses, calls, prints. Every command imports only what it needs, so that help is instant.
 
-Exit codes follow sysexits.h; `plan --exit-code`, `verify` and `bench` say theirs in their help. An expected error is
-printed as one sentence and the next thing to do, never as a traceback.
+Exit codes follow sysexits.h; `plan`, `status`, `wait`, `verify` and `bench` say theirs in their help. An expected
+error is printed as one sentence and the next thing to do, never as a traceback.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import contextlib
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -46,6 +46,7 @@ def cli() -> None:
       rkcached plan                            what would be built or removed, and why
       rkcached run                             the daemon, in the foreground
       rkcached status                          what is fresh, what is being built
+      rkcached wait --timeout 60               return when everything is fresh
       rkcached bench --plot gain.svg           what the caches gain on this machine
       rkcached chat qwen3-0.6b/coding_rules    talk to a model with a cached prompt
     """  # noqa: D301 - click knows a paragraph not to wrap by the backspace character
@@ -143,13 +144,18 @@ def explain(settings: Settings, prompt: str, want_json: bool) -> None:
 @places("socket")
 @as_json
 @click.option("--watch", "-w", is_flag=True, help="Stay, and show every change as it happens; q or Ctrl-C ends it.")
-def status(settings: Settings, want_json: bool, watch: bool) -> None:
+@click.option("--exit-code", is_flag=True, help="Exit with 2 when something declared is not fresh, 0 when all is.")
+def status(*, settings: Settings, want_json: bool, watch: bool, exit_code: bool) -> None:
     """Show the running daemon's models and prompts: state, reason, size, time to first token cold and warm.
 
+    What needs somebody comes first; --json keeps the manifest's order. Figures are those of the declared text.
     With --watch and no terminal it prints a line for each change, with --json a document in a line.
     """
+    from rkcached import show
     from rkcached.client import Client
 
+    if watch and exit_code:
+        raise UsageError("--watch has no end to give an exit code for", hint="`rkcached wait` ends when all is fresh")
     if watch:
         from rkcached import live
 
@@ -159,10 +165,44 @@ def status(settings: Settings, want_json: bool, watch: bool) -> None:
         answer = client.status()
     if want_json:
         _print_json(answer)
-        return
-    from rkcached import show
+    else:
+        show.print_status(_console(), answer)
+    if exit_code and not show.all_fresh(answer):
+        sys.exit(2)
 
-    show.print_status(_console(), answer)
+
+@cli.command()
+@click.argument("prompts", metavar="[MODEL[/PROMPT]]...", nargs=-1)
+@places("socket")
+@click.option(
+    "--timeout",
+    "timeout_s",
+    type=click.FloatRange(min=0, min_open=True),
+    default=300,
+    show_default=True,
+    metavar="S",
+    help="Give up after so many seconds.",
+)
+@as_json
+def wait(*, settings: Settings, prompts: Sequence[str], timeout_s: float, want_json: bool) -> None:
+    """Wait until prompt caches are fresh: those that are named, or all that are declared.
+
+    The daemon looks at the files first, so a change made just before counts. A daemon that is not there yet, or is
+    started again, is waited for. Exit code 0 when all are fresh, 65 when one will not be by waiting (it says why),
+    75 when time is up (it says what it still waits for), 66 for a name that is not declared, 78 while the manifest is
+    rejected.
+    """
+    from rkcached import wait as command
+
+    with _progress() as tell:
+        result = command.wait(settings.socket, prompts, timeout_s=timeout_s, tell=tell)
+    if want_json:
+        _print_json(result.data())
+    elif not result.errors:
+        click.echo(f"{len(result.prompts)} fresh, after {result.waited_s:.1f} s")
+    for error in result.errors:
+        ending.complain(error)
+    sys.exit(result.exit_code)
 
 
 @cli.command()
@@ -549,10 +589,23 @@ def _matching(wanted: Sequence[str], known: Sequence[tuple[str, str]]) -> list[t
     return [key for key in known if key[0] in wanted or "/".join(key) in wanted]
 
 
-def _console(*, quiet: bool = False) -> Console:
+def _console(*, quiet: bool = False, stderr: bool = False) -> Console:
     from rich.console import Console
 
-    return Console(highlight=False, quiet=quiet)
+    return Console(highlight=False, quiet=quiet, stderr=stderr)
+
+
+@contextlib.contextmanager
+def _progress() -> Iterator[Callable[[str], None]]:
+    """A line on standard error that says what is waited for; none where that is no terminal."""
+    from rich.text import Text
+
+    console = _console(stderr=True)
+    if not console.is_terminal:
+        yield lambda _: None
+        return
+    with console.status("") as line:
+        yield lambda text: line.update(Text(printable(text)))
 
 
 def _unwrapped() -> Console:

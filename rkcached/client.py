@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
@@ -11,10 +12,16 @@ from typing import Any, Self
 
 import httpx
 
-from rkcached.errors import DaemonUnreachable, NotAllowed, RequestError
+from rkcached.errors import DaemonUnreachable, NotAllowed, RequestError, RkcachedError
 
 _CONNECT_S = 10.0
 """Connecting is quick or impossible; an answer takes as long as its model."""
+
+_SILENCE_S = 40.0
+"""The event stream has a sign of life every 15 s. One that is silent for longer belongs to nobody."""
+
+_RETRY_S = 0.25
+"""Between two attempts to connect to a daemon that is not there."""
 
 
 class Client:
@@ -37,8 +44,9 @@ class Client:
     ) -> None:
         self._http.close()
 
-    def status(self) -> dict[str, Any]:
-        return self._json("GET", "/v1/status")
+    def status(self, *, look: bool = False) -> dict[str, Any]:
+        """`look`: the daemon looks at the files first."""
+        return self._json("GET", "/v1/status?look=true" if look else "/v1/status")
 
     def regenerate(self, model: str, prompt: str) -> dict[str, Any]:
         return self._json("POST", f"/v1/cache/{model}/generate-binary", {"cache_name": prompt})
@@ -90,16 +98,19 @@ class Client:
         except httpx.TransportError as error:
             raise self._unreachable(error) from error
 
-    def events(self) -> Iterator[None]:
-        """Once when the daemon listens, and then for each event and each sign of life. Ends with the daemon."""
+    def events(self) -> Iterator[str]:
+        """The kind of each event. First "listening", and "still here" after each silence. Ends with the daemon."""
+        kind = ""
         try:
             with self._http.stream("GET", "/v1/events") as response:
                 if response.status_code != httpx.codes.OK:
                     response.read()
                     raise _refusal(response)
                 for line in response.iter_lines():
+                    if line.startswith(("event: ", ": ")):
+                        kind = line.partition(": ")[2]
                     if not line:  # ends an event
-                        yield
+                        yield kind
         except httpx.TransportError as error:
             raise self._unreachable(error) from error
 
@@ -122,6 +133,21 @@ class Client:
                 hint="start it with `systemctl start rkcached` or `rkcached run`, or name its socket with --socket",
             )
         return DaemonUnreachable(f"the daemon broke off: {error}", hint="its log says why")
+
+
+def follow(socket: Path) -> Iterator[str | RkcachedError]:
+    """The kinds of events, as `Client.events` has them, of this daemon and of the next. Never ends.
+
+    An error each time that nobody answers, which is tried again.
+    """
+    while True:
+        try:
+            with Client(socket, patience_s=_SILENCE_S) as client:
+                yield from client.events()
+            yield DaemonUnreachable("the daemon has ended", hint="its log says why")
+        except RkcachedError as error:
+            yield error
+        time.sleep(_RETRY_S)
 
 
 def _refusal(response: httpx.Response) -> RequestError:

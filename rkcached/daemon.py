@@ -158,7 +158,7 @@ async def _serve(
         embeddings=Embeddings(reconciler, serving.preparation, workers, gates),
         events=events,
         metrics=Metrics(events, reconciler, serving, workers),
-        make_status=lambda: status(
+        make_status=lambda urgent_first=False: status(
             started=started,
             reconciler=reconciler,
             serving=serving,
@@ -166,6 +166,7 @@ async def _serve(
             store=store,
             recent=recent,
             polling=watcher.polling,
+            urgent_first=urgent_first,
         ),
         reload=lambda: _reload(reconciler, service),
     )
@@ -179,7 +180,7 @@ async def _serve(
     if service.notified:
         status_line = _Soon(lambda: service.status(summary(reconciler)))
         events.listen(lambda event: status_line.call() if event.kind in ("artifact", "build") else None)
-    service.status("starting: looking at every file")
+    service.status(summary(reconciler))
     reconciling = asyncio.create_task(reconciler.run())
     serving_http = asyncio.create_task(_serve_both((everyone, admin), listeners))
     announcing = asyncio.create_task(_announce(reconciler, (everyone, admin), settings.socket, service))

@@ -15,6 +15,7 @@ import stat
 import struct
 import sys
 import time
+from dataclasses import dataclass
 from io import BufferedReader
 from pathlib import Path
 from typing import NewType
@@ -74,6 +75,15 @@ class _Entry(msgspec.Struct, frozen=True, array_like=True, gc=False):
     digest: str
 
 
+@dataclass(slots=True, kw_only=True)
+class Reading:
+    """The file that is being read now, and how far."""
+
+    path: str
+    total_bytes: int
+    done_bytes: int = 0
+
+
 class Digests:
     """The memory. One thread at a time; `file` is where it is kept between runs (None: nowhere)."""
 
@@ -88,6 +98,8 @@ class Digests:
         """Files really read so far: what a test or a benchmark looks at."""
         self.steps = 0
         """Grows with each file asked for and each piece read: who waits for a long reading sees that it gets on."""
+        self.reading: Reading | None = None
+        """For other threads, which only read it."""
         if file is not None:
             with contextlib.suppress(OSError, ValueError, RecursionError):  # a damaged memory only costs re-hashing
                 self._before = msgspec.json.decode(file.read_bytes(), type=dict[str, _Entry])
@@ -136,9 +148,15 @@ class Digests:
 
     def _sha256(self, stream: BufferedReader) -> str:
         digest, piece = hashlib.sha256(), memoryview(bytearray(_PIECE_BYTES))
-        while size := stream.readinto(piece):
-            digest.update(piece[:size])
-            self.steps += 1
+        reading = Reading(path=str(stream.name), total_bytes=os.fstat(stream.fileno()).st_size)
+        self.reading = reading
+        try:
+            while size := stream.readinto(piece):
+                digest.update(piece[:size])
+                reading.done_bytes += size
+                self.steps += 1
+        finally:
+            self.reading = None
         return sys.intern(digest.hexdigest())
 
     def trust(self, path: Path, info: os.stat_result, digest: str) -> None:

@@ -20,6 +20,8 @@ HTTP, log) can show it to a person without knowing what it is.
     ├── SocketError              the socket path is unusable or taken                         exit 73
     ├── DaemonUnreachable        nobody answers on the socket                                 exit 69
     │   └── NotAllowed           its permissions keep us out                                  exit 77
+    ├── NotFresh                 a prompt cache will not become fresh by waiting              exit 65
+    ├── StillWaiting             it was not fresh in time                                     exit 75
     ├── EngineError              the engine refused or failed; the worker lives on            exit 70
     │   ├── ModelLoadError       the model file cannot be loaded                              exit 66
     │   ├── RuntimeLibraryError  the engine's shared library is missing, damaged or unknown   exit 66
@@ -172,6 +174,18 @@ class NotAllowed(DaemonUnreachable):
             hint="members of the group rkcached may ask (`sudo adduser NAME rkcached`, then log in again); "
             "changes are for root: sudo",
         )
+
+
+class NotFresh(RkcachedError):
+    """A prompt cache will not become fresh, however long one waits: something must be changed."""
+
+    exit_code = os.EX_DATAERR
+
+
+class StillWaiting(RkcachedError):
+    """What was waited for did not come in time."""
+
+    exit_code = os.EX_TEMPFAIL
 
 
 class EngineError(RkcachedError):

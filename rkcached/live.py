@@ -27,7 +27,7 @@ from rich.console import Console, Group
 from rich.live import Live
 
 from rkcached import show
-from rkcached.client import Client
+from rkcached.client import Client, follow
 from rkcached.errors import RkcachedError
 from rkcached.picture import GONE, brief_reason, picture
 
@@ -35,10 +35,6 @@ _PACE_S = 0.25
 """Between two looks: nobody reads faster, and a busy daemon has better things to do."""
 
 _TICK_S = 1.0
-_RETRY_S = 0.5
-_SILENCE_S = 40.0
-"""The event stream has a sign of life every 15 s. One that is silent for longer belongs to nobody."""
-
 _ANSWER_S = 5.0
 
 
@@ -150,17 +146,13 @@ def _hear(inbox: _Inbox, wait_s: float | None) -> Iterator[_Heard | Move]:
 
 def _moving(status: dict[str, Any]) -> bool:
     """Something happens of which there are no events."""
-    return bool(status["running"] or status["building"])
+    return bool(status["running"] or status["building"] or not status["ready"])
 
 
 def _listen(socket: Path, inbox: _Inbox) -> None:
     """Tells of each event, of the daemon's end, and of its return."""
-    while True:
-        with contextlib.suppress(RkcachedError), Client(socket, patience_s=_SILENCE_S) as client:
-            for _ in client.events():
-                inbox.put(_Heard.CHANGE)
-        inbox.put(_Heard.GONE)
-        time.sleep(_RETRY_S)
+    for heard in follow(socket):
+        inbox.put(_Heard.GONE if isinstance(heard, RkcachedError) else _Heard.CHANGE)
 
 
 def _await_closed(output: int, inbox: _Inbox) -> None:

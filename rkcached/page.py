@@ -63,6 +63,7 @@ def _template() -> jinja2.Template:
         "when": lambda at: time.strftime("%Y-%m-%d %H:%M %Z", time.localtime(at)),
         "utc": lambda at: time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(at)),
         "note": show.note_of,
+        "no_prompts": lambda status: show.no_prompts(status).plain,
         "medians": show.medians_of,
         "hits": show.hits_of,
         "worker": show.worker_of,

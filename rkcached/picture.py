@@ -16,9 +16,6 @@ from rkcached import show
 
 GONE = "daemon gone, waiting"
 
-_ATTENTION = ("blocked", "quarantined", "corrupt", "uncacheable")
-"""States that somebody should see, or do something about: shown first."""
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Picture:
@@ -34,13 +31,13 @@ def picture(
 ) -> Picture:
     """What fits on the terminal of a status as `show.shown` gives it: troubles, then the prompts from `first` on.
 
-    Prompts that need attention come first, the others as the manifest has them.
+    Prompts that need attention come first, then what is being built, then the others.
     """
     width, height = console.size
     head = _head(status, console, gone=gone)
     if not status["prompts"]:
-        return Picture(parts=[*head, show.NO_PROMPTS], first=0, count=0)
-    prompts = sorted(status["prompts"], key=lambda prompt: prompt["state"] not in _ATTENTION)
+        return Picture(parts=[*head, show.no_prompts(status)], first=0, count=0)
+    prompts = show.urgent_first(status["prompts"])
     notes = _Notes(prompts, console)
     room = height - len(head) - 1
     if notes.that_fit(prompts, room) < len(prompts):

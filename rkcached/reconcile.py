@@ -23,6 +23,7 @@ from rkcached.attempts import Attempts, blames_model
 from rkcached.builder import REQUESTED, Builder, BuildRequest, size_if_same
 from rkcached.collect import Collection, Rubbish
 from rkcached.desired import Desired, DesiredModel
+from rkcached.digests import Reading
 from rkcached.events import Events
 from rkcached.manifest import Manifest
 from rkcached.observe import Look, ManifestFile, Observer, inputs
@@ -88,7 +89,10 @@ class Reconciler:
         service: Service | None = None,
         on_turn: Callable[[], None] = lambda: None,
     ) -> None:
-        """`service` is told that the loop is alive; `on_turn` is called after each look."""
+        """`service` is told that the loop is alive.
+
+        `on_turn` is called after each look, and now and then during the first.
+        """
         self._service = service or Service()
         self._on_turn = on_turn
         self._announcer = Announcer(events)
@@ -126,6 +130,11 @@ class Reconciler:
         self._attempts = Attempts()
         self._unadopted: set[Key] = set()
         """Prompts whose last adoption failed."""
+
+    @property
+    def reading(self) -> Reading | None:
+        """The file that a look reads at this moment."""
+        return self._store.digests.reading
 
     # What others may ask for; all on the event loop
 
@@ -255,6 +264,8 @@ class Reconciler:
             while not (await asyncio.wait({task}, timeout=self._service.pulse_s))[0]:
                 if steps != (steps := self._store.digests.steps):
                     self._service.beat()
+                    if not self.looked.is_set():
+                        self._on_turn()
         except asyncio.CancelledError:
             task.cancel()
             with contextlib.suppress(asyncio.CancelledError):

@@ -275,7 +275,7 @@ class OnceLooked:
     A daemon that was started by this very request knows of no model yet.
     """
 
-    _AT_ONCE = frozenset({"/healthz", "/readyz", "/metrics", "/v1/status", "/v1/events"})
+    _AT_ONCE = frozenset({"/", "/healthz", "/readyz", "/metrics", "/v1/status", "/v1/events"})
 
     def __init__(self, app: ASGIApp, looked: asyncio.Event) -> None:
         self._app = app

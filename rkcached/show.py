@@ -17,7 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from rkcached.errors import printable
-from rkcached.plan import Action, Adopt, Assessment, Blocked, Build, Remove, Retire, State
+from rkcached.plan import Action, Adopt, Assessment, Blocked, Build, Remove, Retire, State, urgency
 
 WIDE = 110
 """Columns from which the table has room for notes; on a narrower terminal they follow it."""
@@ -34,7 +34,6 @@ _LONG_S = 2.0
 _NAMED = 3
 """So many retired prompt caches are named."""
 
-NO_PROMPTS = Text("no prompts are declared", style="dim")
 REJECTED = "manifest rejected, the last good one is in force"
 
 _STATE_STYLE = {
@@ -102,17 +101,40 @@ def skipped_files_line(files: Sequence[str]) -> str:
 def print_status(console: Console, status: dict[str, Any], *, stays: bool = False) -> None:
     """The status as it is now. `stays`: it is read later, too, so it tells nothing that changes by itself."""
     status = shown(status)
-    prompts, wide = status["prompts"], console.width >= WIDE
+    prompts, wide = urgent_first(status["prompts"]), console.width >= WIDE
     for line in (*troubles(status), *_heading(status, stays=stays)):
         console.print(line)
     if retired := retired_line(status):
         console.print(Text(retired, style="dim"))
     if not prompts:
-        console.print(NO_PROMPTS)
+        console.print(no_prompts(status))
         return
     console.print(prompt_table(prompts, console.width, notes=wide))
     for who, note in () if wide else notes_of(prompts, Counter(map(note_of, prompts)), note_of):
         console.print(Text(f"{who}: {note}", style="dim"))
+
+
+def no_prompts(status: dict[str, Any]) -> Text:
+    if status["ready"]:
+        return Text("no prompts are declared", style="dim")
+    return Text("models and prompts are known when every file has been looked at", style="dim")
+
+
+def is_declared(prompt: dict[str, Any]) -> bool:
+    """Whether the manifest declares it, and not only the store has it."""
+    return prompt["state"] not in ("orphan", "retired")
+
+
+def all_fresh(status: dict[str, Any]) -> bool:
+    """Whether the daemon knows what is declared, and all of it is fresh."""
+    prompts = filter(is_declared, status["prompts"])
+    known = status["ready"] and status["manifest"]["ok"]
+    return known and all(prompt["state"] == "fresh" for prompt in prompts)
+
+
+def urgent_first(prompts: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """In the order for people: what needs somebody comes first. --json keeps the manifest's order."""
+    return sorted(prompts, key=lambda prompt: urgency(prompt["state"]))
 
 
 def shown(status: dict[str, Any]) -> dict[str, Any]:

@@ -16,8 +16,9 @@ import pydantic_core
 from rkcached import __version__, disk
 from rkcached.answers import NOT_MEASURED, RecentAnswer, Status
 from rkcached.desired import DesiredModel
+from rkcached.digests import Reading
 from rkcached.events import Event, Events
-from rkcached.plan import Key, State, Trouble
+from rkcached.plan import Blocked, DesiredPrompt, Key, State, Trouble, urgency
 from rkcached.sidecar import StoredArtifact
 from rkcached.view import View
 from rkcached.worker.protocol import VerifyMode
@@ -56,17 +57,26 @@ def status(
     store: Store,
     recent: Recent,
     polling: bool,
+    urgent_first: bool = False,
 ) -> Status:
-    """The document. `started` is in Unix seconds."""
+    """The document. `started` is in Unix seconds.
+
+    Prompts are in the manifest's order, or with `urgent_first` in the order for people.
+    """
     view = reconciler.view
     manifest_error = reconciler.manifest_file.error
     building = [reconciler.progress.key] if reconciler.progress else []
+    keys = list(view.assessments)
+    if urgent_first:
+        keys.sort(key=lambda key: urgency(_state(key, reconciler)))
+
     document = {
         "version": __version__,
         "pid": os.getpid(),
         "started_at": round(started, 3),
         "uptime_s": round(time.time() - started, 1),
         "ready": reconciler.looked.is_set(),
+        "starting": _starting(reconciler),
         "summary": summary(reconciler),
         "manifest": {
             "file": str(view.manifest.file),
@@ -103,7 +113,7 @@ def status(
         "notices": list(view.desired.notices),
         "retired": _retired(view),
         "building": next(_prompts(reconciler, serving, building), None),
-        "prompts": _prompts(reconciler, serving, list(view.assessments)),
+        "prompts": _prompts(reconciler, serving, keys),
     }
     return Status.model_validate(document)
 
@@ -131,6 +141,15 @@ def _prompts(reconciler: Reconciler, serving: Serving, keys: Iterable[Key]) -> I
             yield prompt_status(key, reconciler, serving)
 
 
+def _starting(reconciler: Reconciler) -> dict[str, Any] | None:
+    if reconciler.looked.is_set():
+        return None
+    reading = reconciler.reading
+    if reading is None:
+        return {"file": "", "done_bytes": 0, "total_bytes": 0}
+    return {"file": reading.path, "done_bytes": reading.done_bytes, "total_bytes": reading.total_bytes}
+
+
 async def pieces(status: Status) -> AsyncGenerator[bytes]:
     """The document's JSON. With thousands of prompts it takes a while, so the event loop turns between the pieces."""
     yield pydantic_core.to_json(status, exclude={"prompts"}).removesuffix(b"}") + b',"prompts":['
@@ -150,7 +169,12 @@ def _free_bytes(store: Store) -> int | None:
 
 
 def summary(reconciler: Reconciler) -> str:
-    """One line: "12 fresh, 1 building qwen3-0.6b/system, 0 blocked", and what is wrong with manifest or store."""
+    """One line: "12 fresh, 1 building qwen3-0.6b/system, 0 blocked", and what is wrong with manifest or store.
+
+    Until the first look is over it says what that look does.
+    """
+    if not reconciler.looked.is_set():
+        return _first_look(reconciler.reading)
     building = reconciler.progress
     assessments = reconciler.view.assessments
     counts = Counter(a.state for key, a in assessments.items() if building is None or building.key != key)
@@ -166,6 +190,13 @@ def summary(reconciler: Reconciler) -> str:
     if reconciler.manifest_file.error is not None:
         parts.append(f"manifest rejected: {reconciler.manifest_file.error.problems[0]}")
     return ", ".join(parts)
+
+
+def _first_look(reading: Reading | None) -> str:
+    if reading is None:
+        return "starting: looking at every file"
+    done, total = reading.done_bytes / 1e9, reading.total_bytes / 1e9
+    return f"starting: reading {reading.path}, {done:.1f} of {total:.1f} GB"
 
 
 def model_status(name: str, model: DesiredModel | Trouble, workers: Workers) -> dict[str, Any]:
@@ -193,9 +224,10 @@ def prompt_status(key: Key, reconciler: Reconciler, serving: Serving) -> dict[st
     shown: dict[str, Any] = {
         "model": key.model,
         "prompt": key.prompt,
-        "state": "building" if building else assessment.state.value,
+        "state": _state(key, reconciler),
         "reason": building.reason if building else assessment.reason,
         "hint": assessment.hint,
+        "retry_at": (assessment.action.retry_at or None) if isinstance(assessment.action, Blocked) else None,
         "description": assessment.description,
         "hits": use.hits if use else 0,
         "misses": use.misses if use else 0,
@@ -208,13 +240,25 @@ def prompt_status(key: Key, reconciler: Reconciler, serving: Serving) -> dict[st
             "elapsed_ms": round((time.monotonic() - building.started) * 1000),
         }
     artifact = view.artifacts.get(key)
-    if artifact is not None and not artifact.corrupt:
+    if artifact is not None and not artifact.corrupt and _is_of(view.desired.prompts.get(key), artifact):
         shown["artifact"] = artifact_figures(artifact)
         if assessment.state is State.FRESH and not shown["artifact"]["gain"]:
             shown["reason"] = no_gain(artifact)
         elif assessment.state is State.FRESH and artifact.sidecar.figures.verified == VerifyMode.TIME:
             shown["reason"] = f"fresh; {NOT_MEASURED}, so its proof is the time that it saves"
     return shown
+
+
+def _state(key: Key, reconciler: Reconciler) -> str:
+    building = reconciler.progress is not None and reconciler.progress.key == key
+    return "building" if building else reconciler.view.assessments[key].state.value
+
+
+def _is_of(prompt: DesiredPrompt | None, artifact: StoredArtifact) -> bool:
+    """Whether the artifact was made from what is declared now; one that nobody declares stands for itself."""
+    if prompt is None:
+        return True
+    return prompt.fingerprint is not None and prompt.fingerprint.digest == artifact.sidecar.fingerprint
 
 
 def artifact_figures(artifact: StoredArtifact) -> dict[str, Any]:

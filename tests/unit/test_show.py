@@ -16,7 +16,7 @@ HOSTILE = "\x1b[31mred\x1b[2J \u202e\x9b5m\x07\x7f"
 
 
 def prompt(name: str, state: str, reason: str = "", **more: Any) -> dict[str, Any]:
-    base = {"model": "m", "prompt": name, "state": state, "reason": reason, "hint": "", "description": ""}
+    base = {"model": "m", "prompt": name, "state": state, "reason": reason, "hint": "", "description": "", "retry_at": None}
     return {**base, "hits": 0, "misses": 0, "last_used": None, **more}
 
 
@@ -27,6 +27,8 @@ def a_status(prompts: list[dict[str, Any]], **more: Any) -> dict[str, Any]:
         "pid": 1,
         "started_at": 0.0,
         "uptime_s": 1.0,
+        "ready": True,
+        "starting": None,
         "summary": "1 fresh",
         "manifest": {"file": "m.yaml", "ok": True, "problems": [], "skipped_files": []},
         "engine": "memory",

@@ -23,7 +23,6 @@ def a_document(prompts: Iterator[dict[str, Any]]) -> Status:
     return Status.model_validate(
         {
             **a_status([]),
-            "ready": True,
             "cache": cache,
             "reconcile": {"looks": 1, "last_look_ms": 1.0, "builds": 0},
             "models": [{**one, **model} for one in a_status([])["models"]],
