@@ -11,6 +11,7 @@ import contextlib
 import ctypes
 import faulthandler
 import gc
+import itertools
 import os
 import signal
 import socket
@@ -25,14 +26,14 @@ from rkcached.answers import ChatCompletion
 from rkcached.api import Api
 from rkcached.cache_api import CacheApi
 from rkcached.embeddings import Embeddings
-from rkcached.errors import ManifestError
+from rkcached.errors import ManifestError, SettingsError
 from rkcached.events import Events
 from rkcached.manifest import EngineKind, Manifest
 from rkcached.metrics import Metrics
 from rkcached.observe import read_manifest
 from rkcached.openai import ChatRequest
 from rkcached.reconcile import Reconciler
-from rkcached.server import ADMIN_MODE, SOCKET_MODE, HttpServer, OnceLooked, OwnSocket, refuse_waiting
+from rkcached.server import ADMIN_MODE, SOCKET_MODE, HttpServer, OnceLooked, OwnSocket, check_passed, refuse_waiting
 from rkcached.serving import Serving
 from rkcached.settings import Settings
 from rkcached.status import Recent, status, summary
@@ -51,6 +52,9 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8
 _LARGE_BYTES = 512 << 10
 """More than what asyncio reads into, 256 KiB: a mapping for each read would cost 0.1 ms for each token."""
 
+Listening = OwnSocket | list[socket.socket]
+"""A socket of our own, or all that systemd passes by one name."""
+
 LINGER_S = 0.05
 """Who was accepted just before has sent its request by then, and gets an answer instead of a closed connection."""
 
@@ -58,7 +62,8 @@ LINGER_S = 0.05
 def run(settings: Settings) -> None:
     """Run the daemon until a signal ends it.
 
-    Errors: ManifestError when the manifest never was good; StoreError, SocketError when a place is not to be had.
+    Errors: ManifestError when the manifest never was good; SettingsError for a socket of systemd that is none of ours;
+    StoreError, SocketError when a place is not to be had.
     """
     logs.configure(settings.log_level)
     os.umask(0o027)
@@ -70,13 +75,11 @@ def run(settings: Settings) -> None:
         faulthandler.enable()  # whom the watchdog aborts says where it was stuck
     passed = listen_fds()
     try:
+        check_passed(passed)
         manifest = read_manifest(settings.manifest)
-    except ManifestError as error:
-        service.status(f"manifest rejected: {error.problems[0]}")
-        if service.notified:  # at a terminal the command says it itself
-            for problem in error.problems:
-                log.error("manifest rejected", file=problem.file, line=problem.line, error=problem.message)
-        for listener in passed.values():
+    except (ManifestError, SettingsError) as error:
+        _tell_rejected(service, error)
+        for listener in itertools.chain.from_iterable(passed.values()):
             refuse_waiting(listener, error.message)
         raise
     store = Store(settings.cache_dir)
@@ -85,13 +88,25 @@ def run(settings: Settings) -> None:
     scratch.sweep()
     try:
         with (
-            _listening(passed.get("rkcached"), settings.socket, SOCKET_MODE) as everyone,
-            _listening(passed.get("admin"), settings.admin_socket, ADMIN_MODE) as admin,
+            _listening(passed.get("rkcached", []), settings.socket, SOCKET_MODE) as everyone,
+            _listening(passed.get("admin", []), settings.admin_socket, ADMIN_MODE) as admin,
         ):
             asyncio.run(_serve(settings, manifest, store, stored, (everyone, admin), service=service))
     finally:
         store.close()
     log.info("stopped")
+
+
+def _tell_rejected(service: Service, error: ManifestError | SettingsError) -> None:
+    """Say why there is no start, where systemd shows it; at a terminal the command says it itself."""
+    if isinstance(error, SettingsError):
+        service.status(error.message)
+        if service.notified:
+            log.error("socket rejected", error=error.message, hint=error.hint)
+        return
+    service.status(f"manifest rejected: {error.problems[0]}")
+    for problem in error.problems if service.notified else ():
+        log.error("manifest rejected", file=problem.file, line=problem.line, error=problem.message)
 
 
 def _give_memory_back() -> None:
@@ -106,10 +121,12 @@ def _give_memory_back() -> None:
 
 
 @contextlib.contextmanager
-def _listening(passed: socket.socket | None, path: Path, mode: int) -> Iterator[OwnSocket | socket.socket]:
-    """The socket that systemd opened and keeps, or one of our own."""
-    if passed is not None:
-        with passed:
+def _listening(passed: list[socket.socket], path: Path, mode: int) -> Iterator[Listening]:
+    """The sockets that systemd opened and keeps, or one of our own."""
+    if passed:
+        with contextlib.ExitStack() as closing:
+            for listener in passed:
+                closing.enter_context(listener)
             yield passed
         return
     own = OwnSocket(path, mode)
@@ -124,7 +141,7 @@ async def _serve(
     manifest: Manifest,
     store: Store,
     stored: StoredTexts,
-    listeners: tuple[OwnSocket | socket.socket, OwnSocket | socket.socket],
+    listeners: tuple[Listening, Listening],
     *,
     service: Service,
 ) -> None:
@@ -213,16 +230,12 @@ async def _serve(
             raise result  # a defect: the service manager sees a failure and starts us again
 
 
-async def _serve_both(
-    servers: tuple[HttpServer, HttpServer], listeners: tuple[OwnSocket | socket.socket, OwnSocket | socket.socket]
-) -> None:
-    sockets = [one.listener if isinstance(one, OwnSocket) else one for one in listeners]
-    await asyncio.gather(*(server.serve([listener]) for server, listener in zip(servers, sockets, strict=True)))
+async def _serve_both(servers: tuple[HttpServer, HttpServer], listeners: tuple[Listening, Listening]) -> None:
+    sockets = [[one.listener] if isinstance(one, OwnSocket) else one for one in listeners]
+    await asyncio.gather(*(server.serve(some) for server, some in zip(servers, sockets, strict=True)))
 
 
-async def _keep_sockets(
-    servers: tuple[HttpServer, HttpServer], listeners: tuple[OwnSocket | socket.socket, OwnSocket | socket.socket]
-) -> None:
+async def _keep_sockets(servers: tuple[HttpServer, HttpServer], listeners: tuple[Listening, Listening]) -> None:
     pairs = [(own, server) for own, server in zip(listeners, servers, strict=True) if isinstance(own, OwnSocket)]
     for _, server in pairs:
         await server.answering.wait()

@@ -16,7 +16,7 @@ import socket
 import stat
 import struct
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import h11
@@ -25,7 +25,7 @@ import uvicorn
 from starlette.types import ASGIApp, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from rkcached.errors import SocketError
+from rkcached.errors import SettingsError, SocketError
 from rkcached.exchange import PEER
 
 log = structlog.get_logger()
@@ -53,6 +53,9 @@ MAX_CONNECTIONS = 400
 
 SOCKET_CHECK_S = 5.0
 """How long a socket that somebody deleted stays away."""
+
+SOCKET_NAMES = ("rkcached", "admin")
+"""FileDescriptorName of systemd's sockets, for requests and for changes."""
 
 SOCKET_MODE = 0o660
 ADMIN_MODE = 0o600
@@ -128,10 +131,27 @@ class OwnSocket:
             await server.listen(self.listener)
 
 
+def check_passed(passed: Mapping[str, Iterable[socket.socket]]) -> None:
+    """Errors: SettingsError for a socket of systemd that we would not serve: its clients would wait for ever."""
+    for name, sockets in passed.items():
+        for one in sockets:
+            if name not in SOCKET_NAMES:
+                raise SettingsError(
+                    f"systemd passes a socket named {name!r}, which is none of ours",
+                    hint=f"set FileDescriptorName={SOCKET_NAMES[0]} in its unit for requests, or "
+                    f"{SOCKET_NAMES[1]} for changes",
+                )
+            if not one.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+                raise SettingsError(
+                    f"the socket that systemd passes as {name!r} does not listen for connections",
+                    hint="its unit must have ListenStream, and Accept=no",
+                )
+
+
 def refuse_waiting(listener: socket.socket, why: str) -> None:
     """Tell every client that waits in this socket why it is not answered: else it would start us again at once."""
     refusal = _refusal("503 Service Unavailable", why, "not_started")
-    with contextlib.suppress(BlockingIOError):
+    with contextlib.suppress(OSError):  # nobody waits any more, or it is none that listens
         while True:
             connection, _ = listener.accept()
             with connection, contextlib.suppress(OSError):

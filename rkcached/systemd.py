@@ -81,18 +81,23 @@ class Service:
             self._notifier.notify("\n".join(assignments).encode(errors="replace").decode("latin-1"))
 
 
-def listen_fds() -> dict[str, socket.socket]:
-    """The listening sockets that systemd opened for this process, by FileDescriptorName. To be called once."""
+def listen_fds() -> dict[str, list[socket.socket]]:
+    """The sockets that systemd opened for this process, by FileDescriptorName. To be called once.
+
+    One name may have several: each ListenStream of a unit is a socket of its own.
+    """
     if os.environ.get("LISTEN_PID") != str(os.getpid()):
         return {}
     count = int(os.environ.get("LISTEN_FDS", "0"))
-    names = os.environ.get("LISTEN_FDNAMES", "").split(":")
-    sockets = {}
+    names = list(filter(None, os.environ.get("LISTEN_FDNAMES", "").split(":")))
+    names += ["unknown"] * (count - len(names))  # as sd_listen_fds_with_names(3) calls them
+    sockets: dict[str, list[socket.socket]] = {}
     for fd, name in zip(range(_FIRST_FD, _FIRST_FD + count), names, strict=False):
         os.set_inheritable(fd, False)
         if stat.S_ISSOCK(os.fstat(fd).st_mode):
-            sockets[name] = socket.socket(fileno=fd)
-            sockets[name].setblocking(False)
+            passed = socket.socket(fileno=fd)
+            passed.setblocking(False)
+            sockets.setdefault(name, []).append(passed)
     return sockets
 
 

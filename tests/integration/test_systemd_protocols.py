@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import fcntl
+import json
 import os
 import signal
 import socket
@@ -14,6 +16,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import httpx
 import pytest
 from conftest import Workspace
 
@@ -25,7 +28,7 @@ from rkcached.systemd import Service, listen_fds
 from rkcached.view import BuildProgress
 from rkcached.worker.model import Deadlines
 from tests.integration.reconciling import reconciling
-from tests.waiting import wait_until
+from tests.waiting import DEADLINE_S, wait_until
 
 
 class Listener:
@@ -126,32 +129,49 @@ def test_what_is_meant_for_another_process_is_left_alone(manager: Listener, monk
     close(service)
 
 
-def test_passed_sockets_are_used_and_stay(tmp_path: Path) -> None:
-    """As systemd starts us: the daemon answers on both, and neither changes their modes nor removes them."""
-    space = Workspace(tmp_path)
-    space.memory_model()
-    space.write("prompts/a.md", "You are prompt A.\n")
-    space.declare("{a: prompts/a.md}")
-    paths = {"rkcached": tmp_path / "s.sock", "admin": tmp_path / "admin.sock"}
-    listeners = [socket.socket(socket.AF_UNIX) for _ in paths]
-    for listener, path in zip(listeners, paths.values(), strict=True):
-        listener.bind(str(path))
-        path.chmod(0o777)
-        listener.listen()
-    # The other way round than they are asked for: the names count.
-    order = "4<&{} 3<&{}".format(*(listener.fileno() for listener in listeners))
-    script = f"LISTEN_PID=$$ LISTEN_FDS=2 LISTEN_FDNAMES=admin:rkcached exec '{sys.executable}' -m rkcached run {order}"
+def start_by_sockets(space: Workspace, names: str, listeners: list[socket.socket]) -> None:
+    """Start the daemon as systemd does, with these sockets under the names of LISTEN_FDNAMES; ours are closed."""
+    order = " ".join(f"{fd}<&{listener.fileno()}" for fd, listener in enumerate(listeners, 3))
+    said = f"LISTEN_PID=$$ LISTEN_FDS={len(listeners)} LISTEN_FDNAMES={names}"
     with space.log.open("ab") as log:
         space.process = subprocess.Popen(
-            ["bash", "-c", script],
+            ["bash", "-c", f"{said} exec '{sys.executable}' -m rkcached run {order}"],
             env=space.environment,
             stdout=log,
             stderr=log,
             pass_fds=[listener.fileno() for listener in listeners],
-            cwd=tmp_path,
+            cwd=space.root,
         )
     for listener in listeners:
         listener.close()
+
+
+def listening(path: Path) -> socket.socket:
+    """A socket as systemd opens it. Its descriptor is none of those that the daemon gets it by."""
+    with socket.socket(socket.AF_UNIX) as opened:
+        opened.bind(str(path))
+        path.chmod(0o777)
+        opened.listen()
+        return socket.socket(fileno=fcntl.fcntl(opened, fcntl.F_DUPFD_CLOEXEC, 20))
+
+
+@pytest.fixture
+def space(tmp_path: Path) -> Iterator[Workspace]:
+    space = Workspace(tmp_path)
+    space.memory_model()
+    space.write("prompts/a.md", "You are prompt A.\n")
+    space.declare("{a: prompts/a.md}")
+    yield space
+    if space.process is not None:
+        space.process.kill()
+        space.process.wait()
+
+
+def test_passed_sockets_are_used_and_stay(space: Workspace) -> None:
+    """As systemd starts us: the daemon answers on both, and neither changes their modes nor removes them."""
+    paths = {"rkcached": space.root / "s.sock", "admin": space.root / "admin.sock"}
+    # The other way round than they are asked for: the names count.
+    start_by_sockets(space, "admin:rkcached", [listening(paths["admin"]), listening(paths["rkcached"])])
     wait_until(lambda: space.status()["ready"], "the daemon is ready")
     with space.http(admin=True) as client:
         assert client.post("/v1/reload").status_code == 200
@@ -160,6 +180,53 @@ def test_passed_sockets_are_used_and_stay(tmp_path: Path) -> None:
     assert space.stop(signal.SIGTERM) == 0
     for path in paths.values():
         assert stat.S_IMODE(path.stat().st_mode) == 0o777
+
+
+def test_every_socket_of_a_name_is_served(space: Workspace) -> None:
+    """A unit may have several ListenStream: the daemon answers on each, as its name says."""
+    names = ("s", "admin", "other", "more")
+    listeners = [listening(space.root / f"{name}.sock") for name in names]
+    start_by_sockets(space, "rkcached:admin:rkcached:admin", listeners)
+    wait_until(lambda: space.status()["ready"], "the daemon is ready")
+    codes = {}
+    for name in names:
+        transport = httpx.HTTPTransport(uds=str(space.root / f"{name}.sock"), verify=False)
+        with httpx.Client(transport=transport, base_url="http://d", timeout=DEADLINE_S) as client:
+            codes[name] = client.post("/v1/reload").status_code
+    assert codes == {"s": 403, "admin": 200, "other": 403, "more": 200}
+    assert space.stop() == 0
+
+
+@pytest.mark.parametrize(
+    ("names", "kind", "said"),
+    [
+        ("rkcached:my.socket", socket.SOCK_STREAM, "named 'my.socket', which is none of ours"),
+        ("rkcached", socket.SOCK_STREAM, "named 'unknown', which is none of ours"),
+        ("rkcached:admin", socket.SOCK_DGRAM, "'admin' does not listen for connections"),
+    ],
+)
+def test_a_socket_that_nobody_would_serve(space: Workspace, names: str, kind: int, said: str) -> None:
+    """The daemon does not start: it says what to set in the unit, and tells those that wait at its sockets."""
+    listener = listening(space.root / "s.sock")
+    other = socket.socket(socket.AF_UNIX, kind)
+    other.bind(str(space.root / "other.sock"))
+    if kind == socket.SOCK_STREAM:
+        other.listen()
+    with other, socket.socket(socket.AF_UNIX) as client:
+        client.connect(str(space.root / "s.sock"))
+        client.sendall(b"GET / HTTP/1.1\r\nHost: d\r\n\r\n")
+        moved = socket.socket(fileno=fcntl.fcntl(other, fcntl.F_DUPFD_CLOEXEC, 20))
+        start_by_sockets(space, names, [listener, moved])
+        assert space.process is not None
+        assert space.process.wait(DEADLINE_S) == os.EX_CONFIG
+        client.settimeout(DEADLINE_S)
+        answer = client.recv(1 << 16)
+    assert answer.startswith(b"HTTP/1.1 503 ")
+    assert said in json.loads(answer.partition(b"\r\n\r\n")[2])["error"]["message"]
+    told = space.log_text()
+    assert said in told
+    assert "hint: " in told
+    assert "Traceback" not in told
 
 
 # The journal

@@ -43,6 +43,21 @@ def test_nothing_is_lost_while_the_daemon_restarts(machine: Machine) -> None:
     assert machine.main_pid not in (0, before)
 
 
+def test_every_stream_of_a_socket_unit_is_served(machine: Machine) -> None:
+    """A drop-in adds a second ListenStream to the unit: the daemon answers on both."""
+    folder, more = "/etc/systemd/system/rkcached.socket.d", "/run/rkcached/more.sock"
+    machine.write(f"{folder}/more.conf", f"[Socket]\nListenStream={more}\n")
+    try:
+        machine.systemctl("daemon-reload")
+        machine.systemctl("restart", "rkcached.socket")
+        for path in (more, SOCKET):
+            told = machine.run("curl", "-sS", "--max-time", "100", "--unix-socket", path, "http://d/v1/models").stdout
+            assert '"m/a"' in told
+    finally:
+        machine.run("rm", "-rf", folder)
+        machine.systemctl("daemon-reload")
+
+
 def test_who_may_do_what(machine: Machine) -> None:
     """The group may ask; changes are root's; anybody else gets permission denied, and no listing of names."""
     machine.run("sh", "-c", "id member || useradd -G rkcached member; id stranger || useradd stranger")

@@ -16,8 +16,8 @@ HOSTILE = "\x1b[31mred\x1b[2J \u202e\x9b5m\x07\x7f"
 
 
 def prompt(name: str, state: str, reason: str = "", **more: Any) -> dict[str, Any]:
-    base = {"model": "m", "prompt": name, "state": state, "reason": reason, "hint": "", "description": "", "retry_at": None}
-    return {**base, "hits": 0, "misses": 0, "last_used": None, **more}
+    base = {"model": "m", "prompt": name, "state": state, "reason": reason, "hint": "", "description": ""}
+    return {**base, "retry_at": None, "hits": 0, "misses": 0, "last_used": None, **more}
 
 
 def a_status(prompts: list[dict[str, Any]], **more: Any) -> dict[str, Any]:
