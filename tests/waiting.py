@@ -11,6 +11,9 @@ import pytest
 DEADLINE_S = 120.0
 """Long, because disks of test machines stall; a test that passes never waits for it."""
 
+BEFORE_RESCAN_S = 50.0
+"""Less than the daemon lets pass between two looks at everything: what comes within it was seen by its event."""
+
 
 def wait_until(condition: Callable[[], Any], what: Callable[[], str] | str, deadline_s: float = DEADLINE_S) -> Any:
     """Poll until `condition` is truthy and return its value; fail with `what` was waited for."""

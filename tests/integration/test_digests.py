@@ -20,7 +20,7 @@ def sha256(data: bytes) -> str:
 
 def settle(*paths: Path) -> None:
     """Wait until a later change is certain to show in the signature."""
-    wait_until(lambda: settled(*(path.stat() for path in paths)), "they have settled", 5)
+    wait_until(lambda: settled(*(path.stat() for path in paths)), "they have settled")
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ from rkcached.sidecar import Inventory, Sidecar, StoredArtifact
 from rkcached.store import Store
 from rkcached.watch import Watcher, places
 from tests.integration.reconciling import reconciling
-from tests.waiting import wait_until
+from tests.waiting import DEADLINE_S, wait_until
 
 A = Key("m", "a")
 PARAMS = "{max_context_len: 200000}"
@@ -39,7 +39,7 @@ class HeldStore(Store):
 
     def scan(self) -> Inventory:
         self.reached.set()
-        self.go_on.wait(30)
+        self.go_on.wait(DEADLINE_S)
         return super().scan()
 
     def commit(
@@ -47,7 +47,7 @@ class HeldStore(Store):
     ) -> StoredArtifact:
         if not self.may_commit.is_set():
             self.commits.set()
-            self.may_commit.wait(30)
+            self.may_commit.wait(DEADLINE_S)
         return super().commit(key, staged, sidecar, prefix, retire=retire)
 
 
@@ -256,12 +256,12 @@ async def test_the_watcher_says_which_file(space: Workspace) -> None:
         watcher.follow(places([named, space.manifest], [space.root / "more"]))
         space.write("prompts/b.md", "nobody follows it")
         named.write_text("followed")
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(DEADLINE_S):
             await told.wait()
         assert set(heard) == {str(named)}
         told.clear()
         new = space.write("more/c.md", "any name in this folder matters")
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(DEADLINE_S):
             await told.wait()
         assert set(heard) == {str(named), str(new)}
     finally:

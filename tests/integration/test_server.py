@@ -20,6 +20,7 @@ from starlette.types import Receive, Scope, Send
 from rkcached import server
 from rkcached.exchange import DEFECT, Exchanges, Streamed, error_response
 from rkcached.server import SOCKET_MODE, HttpServer, OwnSocket
+from tests.waiting import DEADLINE_S
 
 GRACE_S = 2
 PIECES, PIECE = 400, b"x" * 65_536
@@ -58,10 +59,10 @@ async def site(tmp_path: Path) -> AsyncIterator[Site]:
     place = OwnSocket(tmp_path / "s", SOCKET_MODE)
     site = Site(tmp_path / "s")
     site.stopped = asyncio.create_task(site.server.serve(sockets=[place.listener]))
-    await asyncio.wait_for(site.server.answering.wait(), 10)
+    await asyncio.wait_for(site.server.answering.wait(), DEADLINE_S)
     yield site
     site.server.stop()
-    await asyncio.wait_for(site.stopped, 10)
+    await asyncio.wait_for(site.stopped, DEADLINE_S)
     place.close()
 
 
@@ -78,7 +79,7 @@ async def test_a_client_that_takes_nothing_loses_its_place(site: Site, monkeypat
         size += len(data)
     assert size > PIECES * len(PIECE)
     for _ in range(2):
-        await asyncio.wait_for(site.ended.get(), 10)
+        await asyncio.wait_for(site.ended.get(), DEADLINE_S)
     for writer in (stalled, slow):
         writer.close()
         with contextlib.suppress(OSError):
@@ -90,13 +91,13 @@ async def test_a_client_that_takes_nothing_does_not_disturb_the_end(
 ) -> None:
     """The server stops within its grace, and has nothing to complain of."""
     _, writer = await site.ask()
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(DEADLINE_S):
         while not any(connection.flow.write_paused for connection in site.server.server_state.connections):  # noqa: ASYNC110 - uvicorn has no event for it
             await asyncio.sleep(0.01)
     with caplog.at_level(logging.INFO, "uvicorn.error"):
         site.server.stop()
         await asyncio.wait_for(site.ended.get(), GRACE_S)
-        await asyncio.wait_for(site.stopped, 5)
+        await asyncio.wait_for(site.stopped, DEADLINE_S)
     assert [record.getMessage() for record in caplog.records if record.levelno >= logging.ERROR] == []
     writer.close()
     with contextlib.suppress(OSError):

@@ -37,7 +37,7 @@ class Listener:
     def __init__(self, path: Path) -> None:
         self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         self.socket.bind(str(path))
-        self.socket.settimeout(5)
+        self.socket.settimeout(DEADLINE_S)
 
     def next(self) -> bytes:
         return self.socket.recv(1 << 20)
@@ -51,7 +51,7 @@ class Listener:
         else:
             return False
         finally:
-            self.socket.settimeout(5)
+            self.socket.settimeout(DEADLINE_S)
 
     def drain(self) -> None:
         while not self.silent_for(0.01):
@@ -298,7 +298,7 @@ class SlowDisk(Store):
 
     def scan(self) -> Inventory:
         self.scanning.set()
-        self.go_on.wait(30)
+        self.go_on.wait(DEADLINE_S)
         return super().scan()
 
 

@@ -15,7 +15,7 @@ from typing import Any, Self
 import pytest
 from websockets.sync.client import connect
 
-from tests.waiting import wait_until
+from tests.waiting import DEADLINE_S, wait_until
 
 PROXY = Path("/lib/systemd/systemd-socket-proxyd")
 
@@ -46,7 +46,7 @@ class Port:
 
     def __exit__(self, *_: object) -> None:
         self._process.terminate()
-        self._process.wait(10)
+        self._process.wait(DEADLINE_S)
 
 
 class Browser:
@@ -74,7 +74,7 @@ class Browser:
 
     def __enter__(self) -> Self:
         try:
-            lines = wait_until(self._where, "the browser listens", 60)
+            lines = wait_until(self._where, "the browser listens")
             address = f"ws://127.0.0.1:{lines[0]}{lines[1]}"
             self._connection = self._left.enter_context(connect(address, max_size=None, proxy=None))
             self._session = ""
@@ -94,7 +94,7 @@ class Browser:
         """With its helpers: what Debian starts is a script, and a signal to it alone leaves the browser running."""
         self._left.close()
         os.killpg(self._process.pid, signal.SIGTERM)
-        self._process.wait(30)
+        self._process.wait(DEADLINE_S)
         wait_until(self._has_gone, "the browser has ended")
 
     def _has_gone(self) -> bool:
@@ -113,7 +113,7 @@ class Browser:
         message = {"id": self._number, "method": method, "params": parameters}
         self._connection.send(json.dumps(message | ({"sessionId": self._session} if self._session else {})))
         while True:
-            said = json.loads(self._connection.recv(timeout=60))
+            said = json.loads(self._connection.recv(timeout=DEADLINE_S))
             if said.get("id") == self._number:
                 assert "error" not in said, said
                 result: dict[str, Any] = said["result"]
@@ -133,7 +133,7 @@ class Browser:
 
     def open(self, url: str) -> None:
         self.call("Page.navigate", url=url)
-        wait_until(lambda: self.run("document.readyState") == "complete", "the page is loaded", 30)
+        wait_until(lambda: self.run("document.readyState") == "complete", "the page is loaded")
 
     def run(self, script: str) -> Any:
         """The value of an expression in the page; of a promise, what becomes of it."""
@@ -145,4 +145,4 @@ class Browser:
         return str(self.run(f"document.querySelector({json.dumps(selector)}).innerText"))
 
     def wait_for(self, script: str) -> None:
-        wait_until(lambda: self.run(script), f"{script} in\n{self.text()}", 30)
+        wait_until(lambda: self.run(script), f"{script} in\n{self.text()}")

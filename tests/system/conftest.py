@@ -117,7 +117,7 @@ class Workspace:
         process, self.process = self.process, None
         process.send_signal(number)
         try:
-            return process.wait(10)
+            return process.wait(DEADLINE_S)
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()

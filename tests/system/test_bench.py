@@ -273,7 +273,7 @@ def test_real_model(workspace: Workspace, small_model: Path) -> None:
         "    params: {max_context_len: 512, max_new_tokens: 32, temperature: 0}\n    prompts: {cook: cook.md}\n",
     )
     workspace.start()
-    workspace.wait_state("cook", "fresh", 60)
+    workspace.wait_state("cook", "fresh")
     found = measured(workspace, "--runs", "1")
     assert found["models"]["m"]["threads"] == len(os.sched_getaffinity(0))
     (prompt,) = found["prompts"]

@@ -295,18 +295,18 @@ class Terminal:
         def there() -> bool:
             return any(all(word in line for word in words) for line in tuple(self.seen))
 
-        wait_until(there, lambda: f"{words} on the screen:\n" + "\n".join(sorted(self.seen)), 30)
+        wait_until(there, lambda: f"{words} on the screen:\n" + "\n".join(sorted(self.seen)))
 
     def end(self) -> str:
         """What it wrote elsewhere."""
         out, _ = self.process.communicate(timeout=DEADLINE_S)
-        self._reader.join(10)
+        self._reader.join(DEADLINE_S)
         return out
 
     def hang_up(self) -> None:
         """What happens when its window is closed: its session gets SIGHUP, and nothing can be written any more."""
         self._closed.set()
-        self._reader.join(10)
+        self._reader.join(DEADLINE_S)
 
     def close(self) -> None:
         if self.process.poll() is None:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from conftest import Workspace
 
-from tests.waiting import wait_until
+from tests.waiting import BEFORE_RESCAN_S, wait_until
 
 TEXT = "You are the keeper of a lighthouse. "
 STORE = {"cache_name": "keeper", "content": TEXT}
@@ -44,7 +44,8 @@ def test_a_stored_text_is_a_prompt_like_any_other(two_prompts: Workspace) -> Non
     deleted = call(two_prompts, "DELETE", "/v1/cache/m/keeper")
     assert (deleted["object"], deleted["deleted"]) == ("cache.deleted", True)
     assert code(call(two_prompts, "GET", "/v1/cache/m/keeper", status=404)) == "prompt_not_found"
-    wait_until(lambda: not (two_prompts.cache / "m/keeper.memory_cache").exists(), "the artifact is gone", 10)
+    artifact = two_prompts.cache / "m/keeper.memory_cache"
+    wait_until(lambda: not artifact.exists(), "the artifact is gone", BEFORE_RESCAN_S)
     assert not list((two_prompts.root / "state" / "prompts" / "m").iterdir())
 
 
@@ -83,7 +84,7 @@ def test_nobody_has_to_wait(workspace: Workspace) -> None:
     body = {"cache_name": "keeper", "content": "an old text " * 40, "wait": False}
     accepted = call(workspace, "POST", "/v1/cache/m", body, status=202)
     assert accepted["location"] == "/v1/cache/m/keeper"
-    wait_until(lambda: workspace.prompt("keeper").get("state") == "building", "the old text is built", 10)
+    wait_until(lambda: workspace.prompt("keeper").get("state") == "building", "the old text is built", BEFORE_RESCAN_S)
     newer = call(workspace, "POST", "/v1/cache/m", {"cache_name": "keeper", "content": "a newer text"})
     assert newer["state"] == "fresh"
     assert (workspace.cache / "m/keeper.bin").read_text().count("a newer text") == 1
@@ -108,7 +109,7 @@ def test_a_stored_text_yields_to_the_manifest(two_prompts: Workspace) -> None:
     two_prompts.write("k.md", "You are another keeper.")
     two_prompts.write("manifest.yaml", two_prompts.manifest.read_text().replace("{a:", "{keeper: k.md, a:"))
     text = two_prompts.cache / "m/keeper.bin"
-    wait_until(lambda: "another keeper" in text.read_text(), "the manifest's text was built", 10)
+    wait_until(lambda: "another keeper" in text.read_text(), "the manifest's text was built", BEFORE_RESCAN_S)
     two_prompts.wait_settled()
     assert code(call(two_prompts, "DELETE", "/v1/cache/m/keeper", status=409)) == "declared_in_manifest"
     assert (two_prompts.root / "state/prompts/m/keeper.md").read_text() == TEXT

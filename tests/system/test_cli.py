@@ -18,7 +18,7 @@ import yaml
 from conftest import Workspace
 
 from rkcached import __version__
-from tests.waiting import wait_until
+from tests.waiting import BEFORE_RESCAN_S, DEADLINE_S, wait_until
 
 
 def test_version_and_help(workspace: Workspace) -> None:
@@ -447,7 +447,7 @@ def test_regenerate_shows_how_far_it_is(workspace: Workspace) -> None:
             while data := os.read(ours, 4096):
                 shown += data
         os.close(ours)
-        assert process.wait(30) == 0
+        assert process.wait(DEADLINE_S) == 0
     assert re.search(rb"\[1/1\] m/a \d+ of 1\d\d tokens", shown)
     assert re.search(rb"\[1/1\] m/a 1\d\d tokens, .* in \d", shown)
 
@@ -586,7 +586,7 @@ def test_model_missing(workspace: Workspace) -> None:
     workspace.start()
     assert "m.model" in workspace.wait_state("p", "blocked")["reason"]
     workspace.memory_model()
-    workspace.wait_state("p", "fresh", 5)
+    workspace.wait_state("p", "fresh", BEFORE_RESCAN_S)
 
 
 def test_system_message_impossible(workspace: Workspace) -> None:

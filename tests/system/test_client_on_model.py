@@ -50,7 +50,7 @@ def register(tmp_path_factory: pytest.TempPathFactory, small_model: Path) -> Ite
         "max_new_tokens: 8}}\n",
     )
     space.start()
-    space.wait_state("clerk", "fresh", 60)
+    space.wait_state("clerk", "fresh")
     yield space
     assert space.stop() == 0
     assert "Traceback" not in space.log_text()

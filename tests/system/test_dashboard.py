@@ -27,7 +27,7 @@ from grafana_foundation_sdk.cog import encoder, plugins
 from grafana_foundation_sdk.models.dashboard import Dashboard
 from prometheus_client.parser import text_string_to_metric_families
 
-from tests.waiting import wait_until
+from tests.waiting import DEADLINE_S, wait_until
 
 DOCS = Path(__file__).parents[2] / "docs"
 FILE = DOCS / "grafana-dashboard.json"
@@ -66,7 +66,7 @@ def test_every_name_is_a_metric(workspace: Workspace, dashboard: dict[str, Any])
     workspace.wait_settled()
     workspace.ask("m/p")
     kill(workspace.status()["models"][0]["pid"], signal.SIGKILL)
-    wait_until(lambda: "rkcached_worker_deaths_total" in exposed(workspace), "the death is counted", 20)
+    wait_until(lambda: "rkcached_worker_deaths_total" in exposed(workspace), "the death is counted")
     workspace.ask("m/p")
     series = exposed(workspace)
     for expression in expressions(dashboard):
@@ -116,7 +116,7 @@ class Prometheus:
     def __exit__(self, *_: object) -> None:
         self._http.close()
         self._process.terminate()
-        self._process.wait(20)
+        self._process.wait(DEADLINE_S)
 
     def ask(self, path: str, **parameters: str) -> Any:
         """The data that it answers with; nothing while it is starting."""
@@ -146,7 +146,7 @@ def test_every_panel_has_figures(workspace: Workspace, dashboard: dict[str, Any]
     workspace.start()
     workspace.wait_settled()
     with Port(workspace.socket) as port, Prometheus(tmp_path, port.url.removeprefix("http://").rstrip("/")) as server:
-        wait_until(lambda: server.values("rkcached_artifacts"), "it scrapes", 20)
+        wait_until(lambda: server.values("rkcached_artifacts"), "it scrapes")
         (model,) = server.ask("label/model/values", **{"match[]": variable(dashboard, "model")})
         assert model == "m"
         workspace.ask("m/p")
@@ -161,7 +161,7 @@ def test_every_panel_has_figures(workspace: Workspace, dashboard: dict[str, Any]
             values = server.values(expression)
             return bool(values) and all(map(math.isfinite, values))
 
-        wait_until(asked, "every expression has values", 30)
+        wait_until(asked, "every expression has values")
         ratio, ttft = (expressions(dashboard)[number] for number in (1, 5))
         assert server.values(ratio) == [1.0]
         assert 0 < server.values(ttft)[0] < 1

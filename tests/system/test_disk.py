@@ -22,7 +22,7 @@ from rkcached.builder import _blame_disk
 from rkcached.errors import ArtifactLoadError, EngineError, NoRoom, VerifyFailed, WorkerDied
 from rkcached.plan import VerdictKind
 from rkcached.verdicts import verdict_on
-from tests.waiting import wait_until
+from tests.waiting import BEFORE_RESCAN_S, wait_until
 
 PAGE = 4096
 KEPT = "You are prompt A."
@@ -102,14 +102,14 @@ def fresh_again(space: Workspace, text: str) -> None:
         answer = space.ask(f"m/{name}")
         return (content(answer), answer["rkcached"]["state"]) == (right_answer(space, system), "hit")
 
-    wait_until(lambda: hits("b", text), f"b is fresh, but {space.prompt('b')}", 20)
-    wait_until(lambda: hits("a", KEPT), f"a is fresh, but {space.prompt('a')}", 20)
+    wait_until(lambda: hits("b", text), f"b is fresh, but {space.prompt('b')}", BEFORE_RESCAN_S)
+    wait_until(lambda: hits("a", KEPT), f"a is fresh, but {space.prompt('a')}", BEFORE_RESCAN_S)
     assert list(space.cache.rglob(".stage-*")) == []
 
 
 def says(space: Workspace, name: str, *words: str) -> dict[str, Any]:
     """The prompt is blocked for a reason that has these words, on the terminal, too, and it has a next step."""
-    found = space.wait_state(name, "blocked", 20)
+    found = space.wait_state(name, "blocked", BEFORE_RESCAN_S)
     for word in words:
         assert word in found["reason"], found
     assert found["hint"]
@@ -221,7 +221,7 @@ def test_a_disk_that_fails_on_fsync(workspace: Workspace) -> None:
     failing = subprocess.Popen([*trace, "-p", str(workspace.process.pid)])
     try:
         status = Path(f"/proc/{workspace.process.pid}/status")
-        wait_until(lambda: f"TracerPid:\t{failing.pid}\n" in status.read_text(), "strace has it", 10)
+        wait_until(lambda: f"TracerPid:\t{failing.pid}\n" in status.read_text(), "strace has it")
         workspace.write("prompts/b.md", "Two.")
         says(workspace, "b", "Input/output error")
         answers_rightly(workspace, "Two.")

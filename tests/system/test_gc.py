@@ -11,7 +11,7 @@ import pytest
 from conftest import Workspace, need
 
 from rkcached.store import Store
-from tests.waiting import wait_until
+from tests.waiting import BEFORE_RESCAN_S, wait_until
 
 ROOT = Path(__file__).parents[2]
 
@@ -174,7 +174,7 @@ def test_foreign_files_count_and_gc_gives_their_room_back(workspace: Workspace) 
     assert workspace.status()["cache"]["used_bytes"] == size_bytes + 500_000
     workspace.cli("gc", "--strangers")
     assert not foreign.exists()
-    workspace.wait_state("b", "fresh", 20)
+    workspace.wait_state("b", "fresh", BEFORE_RESCAN_S)
 
 
 def test_an_edit_beside_a_prompt_that_does_not_fit(workspace: Workspace) -> None:
@@ -192,7 +192,11 @@ def test_an_edit_beside_a_prompt_that_does_not_fit(workspace: Workspace) -> None
     before = workspace.log_text()
     for edition in "12":
         workspace.write("a.md", edition * 80_000)
-        wait_until(lambda text=edition * 80_000: text in (workspace.cache / "m/a.bin").read_text(), "it is built", 30)
+        wait_until(
+            lambda text=edition * 80_000: text in (workspace.cache / "m/a.bin").read_text(),
+            "it is built",
+            BEFORE_RESCAN_S,
+        )
         workspace.wait_settled()
         workspace.hang_up()
     assert workspace.built() == ["a", "a", "a"]
@@ -213,12 +217,13 @@ def test_the_budget_follows_the_order_of_the_manifest(workspace: Workspace) -> N
     workspace.wait_settled()
     assert [workspace.prompt(name)["state"] for name in "ab"] == ["fresh", "blocked"]
     with_1_mib(workspace, m="ba", n="")
-    workspace.wait_state("b", "fresh", 30)
+    workspace.wait_state("b", "fresh", BEFORE_RESCAN_S)
     assert workspace.prompt("a")["state"] == "blocked"
     with_1_mib(workspace, m="b", n="a")
     workspace.wait_settled()
     with_1_mib(workspace, n="a", m="b")
-    wait_until(lambda: workspace.prompt("a", "n").get("state") == "fresh", "the other model comes first", 30)
+    other = "the other model comes first"
+    wait_until(lambda: workspace.prompt("a", "n").get("state") == "fresh", other, BEFORE_RESCAN_S)
     assert workspace.prompt("b")["state"] == "blocked"
 
 

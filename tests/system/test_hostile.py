@@ -6,7 +6,6 @@ import json
 import os
 import stat
 import threading
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -19,8 +18,8 @@ ON_DEMAND = (
 )
 
 
-def slowest_while(space: Workspace, work: Callable[[], Any]) -> float:
-    """The longest that /healthz took, in seconds, while `work` went on."""
+def answered_while(space: Workspace, work: Callable[[], Any]) -> int:
+    """How often /healthz was answered while `work` went on."""
     done = threading.Event()
 
     def run() -> None:
@@ -31,15 +30,14 @@ def slowest_while(space: Workspace, work: Callable[[], Any]) -> float:
 
     thread = threading.Thread(target=run)
     thread.start()
-    slowest = 0.0
+    answered = 0
     with space.http() as client:
         while not done.is_set():
-            started = time.monotonic()
             assert client.get("/healthz").status_code == 200
-            slowest = max(slowest, time.monotonic() - started)
+            answered += not done.is_set()
             done.wait(0.01)
     thread.join()
-    return slowest
+    return answered
 
 
 def test_endless_template_blocks_its_own_model_only(workspace: Workspace) -> None:
@@ -75,9 +73,9 @@ def test_endless_render_does_not_stop_the_loop(workspace: Workspace) -> None:
     workspace.wait_settled()
     assert workspace.ask("t/b")["rkcached"]["state"] == "hit"
 
-    slowest_s = slowest_while(workspace, lambda: workspace.ask("t/b", "a bomb", status=503))
+    answered = answered_while(workspace, lambda: workspace.ask("t/b", "a bomb", status=503))
 
-    assert slowest_s < 1.0
+    assert answered >= 3  # of some hundred; two come before and after a loop that is held for the whole time
     assert workspace.ask("m/a")["rkcached"]["state"] == "hit"
     assert workspace.ask("m/a")["rkcached"]["state"] == "hit"
 

@@ -14,6 +14,7 @@ import struct
 import subprocess
 import termios
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -23,9 +24,12 @@ import pyte
 import pytest
 from conftest import Workspace, need
 
-from tests.waiting import wait_until
+from tests.waiting import DEADLINE_S, wait_until
 
 ESCAPE = b"\x1b"
+
+WHOLE_S = 0.1
+"""A screen that does not change for so long is one frame, and not a part of it."""
 
 
 class Terminal:
@@ -66,17 +70,18 @@ class Terminal:
         return {cell.fg for row in self._screen.buffer.values() for cell in row.values()}
 
     def wait_for(self, *words: str, without: str = "") -> str:
-        before = ""
+        before, since = "", 0.0
 
         def there() -> str:
-            nonlocal before
+            nonlocal before, since
             text = self.text
-            whole, before = text == before, text  # a frame may come in parts
+            if text != before:  # a frame may come in parts
+                before, since = text, time.monotonic()
             shown = all(word in text for word in words) and not (without and without in text)
-            return text if whole and shown else ""
+            return text if shown and time.monotonic() - since > WHOLE_S else ""
 
         try:
-            found: str = wait_until(there, f"{words} on the screen", 30)
+            found: str = wait_until(there, f"{words} on the screen")
         except pytest.fail.Exception:
             pytest.fail(f"{words} not without {without!r} in\n{self.text}")
         return found
@@ -86,7 +91,7 @@ class Terminal:
 
     def end(self) -> int:
         """Its exit code; the terminal must be as it was."""
-        code = self.process.wait(10)
+        code = self.process.wait(DEADLINE_S)
         assert termios.tcgetattr(self._slave) == self.modes
         return code
 
@@ -95,7 +100,7 @@ class Terminal:
             self.process.kill()
             self.process.wait()
         os.close(self._slave)
-        self._reader.join(10)
+        self._reader.join(DEADLINE_S)
         os.close(self.master)
 
 
@@ -127,16 +132,18 @@ def test_every_change_is_seen(two_prompts: Workspace) -> None:
         terminal.wait_for("2 fresh", without="manifest rejected")
         terminal.type(b"xq")
         assert terminal.end() == 0
-        wait_until(lambda: b"\x1b[?1049l" in terminal.raw[-40:], "the shell's screen is back", 10)
+        wait_until(lambda: b"\x1b[?1049l" in terminal.raw[-40:], "the shell's screen is back")
 
 
 def test_what_is_at_work_is_seen(workspace: Workspace) -> None:
     """A build's tokens, who runs and who waits, and the disk against its budget, without an event for each."""
-    workspace.memory_model(prefill_us_per_token=4_000, decode_us_per_token=20_000)
+    workspace.memory_model(prefill_us_per_token=40_000, decode_us_per_token=150_000)
     workspace.write("prompts/a.md", "word " * 40)
-    workspace.declare("{a: prompts/a.md}", top="cache: {max_bytes: 2000000}")
+    workspace.declare("{}", top="cache: {max_bytes: 2000000}")
     workspace.start()
     with at_a_terminal(workspace) as terminal, ThreadPoolExecutor(3) as pool:
+        terminal.wait_for("no prompts are declared")
+        workspace.declare("{a: prompts/a.md}", top="cache: {max_bytes: 2000000}")
         terminal.wait_for("build ", " tokens, ", "disk ", "of 2.0 MB", "building")
         workspace.wait_settled()
         terminal.wait_for("1 fresh", without="build ")
@@ -161,9 +168,9 @@ def test_without_colour(two_prompts: Workspace) -> None:
 def test_a_dumb_terminal(two_prompts: Workspace) -> None:
     """TERM=dumb gets lines of plain text, and nothing that would move a cursor."""
     with at_a_terminal(two_prompts, TERM="dumb") as terminal:
-        wait_until(lambda: b"m/b" in terminal.raw, "the first block", 30)
+        wait_until(lambda: b"m/b" in terminal.raw, "the first block")
         two_prompts.ask("m/a")
-        wait_until(lambda: b"1 hit" in terminal.raw, "a line for the answer", 30)
+        wait_until(lambda: b"1 hit" in terminal.raw, "a line for the answer")
         terminal.type(b"\x03")
         assert terminal.end() == 0
         assert ESCAPE not in terminal.raw
@@ -344,13 +351,13 @@ class Pipe:
 
     def heard(self, word: str, after: int = 0) -> int:
         """The number of the first line with this word, from line `after` on; it is waited for."""
-        wait_until(lambda: any(word in line for line in self.said[after:]), lambda: f"{word} in {self.said}", 30)
+        wait_until(lambda: any(word in line for line in self.said[after:]), lambda: f"{word} in {self.said}")
         return next(at for at, line in enumerate(self.said) if at >= after and word in line)
 
     def end(self) -> None:
         self.process.send_signal(signal.SIGINT)
-        assert self.process.wait(10) == 0
-        self._reader.join(10)
+        assert self.process.wait(DEADLINE_S) == 0
+        self._reader.join(DEADLINE_S)
         assert self.process.stderr is not None
         assert self.process.stderr.read() == b""
 
@@ -358,7 +365,7 @@ class Pipe:
         if self.process.poll() is None:
             self.process.kill()
             self.process.wait()
-        self._reader.join(10)
+        self._reader.join(DEADLINE_S)
         self._stdout.close()
         assert self.process.stderr is not None
         self.process.stderr.close()
@@ -406,7 +413,7 @@ def test_a_pipe_whose_reader_has_enough(two_prompts: Workspace, *, want_json: bo
             while not re.search(rb'"ready":true|m/b', all_.stdout.read1().replace(b" ", b"")):
                 pass
             all_.stdout.close()
-            assert all_.wait(10) == 141
+            assert all_.wait(DEADLINE_S) == 141
             assert all_.stderr.read() == b""
         finally:
             all_.kill()
@@ -418,9 +425,9 @@ def test_without_standard_output(two_prompts: Workspace) -> None:
     with subprocess.Popen(command, env=two_prompts.environment, stderr=subprocess.PIPE) as deaf:
         try:
             connected = psutil.Process(deaf.pid).net_connections
-            wait_until(lambda: deaf.poll() is not None or len(connected("unix")) == 2, "it hears the daemon", 10)
+            wait_until(lambda: deaf.poll() is not None or len(connected("unix")) == 2, "it hears the daemon")
             deaf.send_signal(signal.SIGINT)
-            assert deaf.wait(10) == 0
+            assert deaf.wait(DEADLINE_S) == 0
             assert deaf.stderr is not None
             assert deaf.stderr.read() == b""
         finally:

@@ -20,7 +20,7 @@ import pytest
 from conftest import Workspace
 
 from tests.gguf_files import split
-from tests.waiting import wait_until
+from tests.waiting import BEFORE_RESCAN_S, DEADLINE_S, wait_until
 
 pytestmark = pytest.mark.model
 
@@ -37,7 +37,7 @@ def ship(workspace: Workspace, small_model: Path) -> Iterator[Workspace]:
         "    params: {max_context_len: 1024, max_new_tokens: 32, temperature: 0}\n    prompts: {cook: cook.md}\n",
     )
     workspace.start()
-    workspace.wait_state("cook", "fresh", 60)
+    workspace.wait_state("cook", "fresh")
     return workspace
 
 
@@ -55,7 +55,7 @@ def test_edit_rebuild_serve_restart(ship: Workspace) -> None:
     assert path.read_bytes()[:4] == b"qsgg"  # llama.cpp's magic for the state of a sequence, "ggsq" in little-endian
     before = path.stat().st_ino
     ship.write("cook.md", SYSTEM.replace("cook", "carpenter"))
-    wait_until(lambda: len(ship.built()) == 2, "the edited prompt was built", 60)
+    wait_until(lambda: len(ship.built()) == 2, "the edited prompt was built", BEFORE_RESCAN_S)
     ship.wait_settled()
     assert path.stat().st_ino != before
     assert ship.ask("m/cook")["rkcached"]["state"] == "hit"
@@ -70,12 +70,12 @@ def test_requests_go_before_a_build(ship: Workspace) -> None:
     """Several that come during a build are all answered before it ends; then it is built, once."""
     ship.write("long.md", SYSTEM * 6)
     ship.write("manifest.yaml", ship.manifest.read_text().replace("{cook: cook.md}", "{cook: cook.md, long: long.md}"))
-    wait_until(lambda: ship.prompt("long").get("progress", {}).get("done_tokens"), "the build is under way", 60)
+    wait_until(lambda: ship.prompt("long").get("progress", {}).get("done_tokens"), "the build is under way")
     with ThreadPoolExecutor(4) as pool:
         answers = list(pool.map(lambda n: ship.ask("m/cook", f"What is for dinner on day {n}?"), range(4)))
     assert [answer["rkcached"]["state"] for answer in answers] == ["hit"] * 4
     assert ship.built() == ["cook"]
-    wait_until(lambda: ship.built() == ["cook", "long"], "the build came to its end", 60)
+    wait_until(lambda: ship.built() == ["cook", "long"], "the build came to its end")
     assert "build stepped aside" in ship.log_text()
 
 
@@ -106,7 +106,7 @@ def test_truncated_model(workspace: Workspace, small_model: Path) -> None:
     )
     assert "p.md is not a GGUF model" in workspace.cli("check", code=os.EX_CONFIG).stderr
     workspace.start()
-    reason = workspace.wait_state("p", "blocked", 60)["reason"]
+    reason = workspace.wait_state("p", "blocked")["reason"]
     assert "m.gguf" in reason
     assert "truncated" in reason or "corrupted or incomplete" in reason
     assert workspace.prompt("p", "n")["state"] == "blocked"
@@ -167,7 +167,7 @@ def test_damaged_cache_is_never_loaded(ship: Workspace) -> None:
     path.write_bytes(path.read_bytes()[:-1000])
     ship.start()
     assert ship.ask("m/cook")["rkcached"]["state"] in ("corrupt", "building")
-    wait_until(lambda: len(ship.built()) == 2, "the damaged cache was rebuilt", 60)
+    wait_until(lambda: len(ship.built()) == 2, "the damaged cache was rebuilt", BEFORE_RESCAN_S)
     ship.wait_settled()
     assert ship.ask("m/cook")["rkcached"]["state"] == "hit"
     assert ship.status()["models"][0]["restarts"] == 0
@@ -190,7 +190,7 @@ def test_demo(tmp_path: Path, small_model: Path) -> None:
             start_new_session=True,
         )
     try:
-        wait_until(lambda: "Ctrl-C ends the demo" in output.read_text() or demo.poll() is not None, "it is up", 90)
+        wait_until(lambda: "Ctrl-C ends the demo" in output.read_text() or demo.poll() is not None, "it is up")
         text = output.read_text()
         assert "smollm2-135m/greenhouse" in text
         assert "reduction" in text
@@ -199,13 +199,13 @@ def test_demo(tmp_path: Path, small_model: Path) -> None:
         assert "curl -s --unix-socket" in text
         family = psutil.Process(demo.pid).children(recursive=True)
         demo.send_signal(signal.SIGINT)
-        assert demo.wait(10) == 0
-        assert psutil.wait_procs(family, timeout=1)[1] == []
+        assert demo.wait(DEADLINE_S) == 0
+        assert psutil.wait_procs(family, timeout=DEADLINE_S)[1] == []
         assert "Traceback" not in output.read_text()
     finally:
         if demo.poll() is None:
             demo.terminate()
-            demo.wait(10)
+            demo.wait(DEADLINE_S)
 
 
 def test_demo_at_a_terminal(tmp_path: Path, small_model: Path) -> None:
@@ -254,11 +254,11 @@ def test_memory_limit(workspace: Workspace, small_model: Path) -> None:
     )
     workspace.write("manifest.yaml", manifest.replace("LIMIT", "128MiB"))
     workspace.start()
-    wait_until(lambda: workspace.status()["models"][0]["last_failure"], "the model could not be loaded", 60)
+    wait_until(lambda: workspace.status()["models"][0]["last_failure"], "the model could not be loaded")
     wanted = "it wanted more than engine.max_memory_bytes (134,217,728 bytes); raise that in the manifest"
     assert wanted in workspace.status()["models"][0]["last_failure"]
-    assert wanted in workspace.wait_state("cook", "blocked", 60)["reason"]
+    assert wanted in workspace.wait_state("cook", "blocked")["reason"]
     assert wanted in workspace.log_text()
     workspace.write("manifest.yaml", manifest.replace("LIMIT", "1GiB"))
-    workspace.wait_state("cook", "fresh", 60)
+    workspace.wait_state("cook", "fresh")
     assert workspace.ask("m/cook")["rkcached"]["state"] == "hit"

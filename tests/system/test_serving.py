@@ -7,7 +7,6 @@ import shutil
 import signal
 import socket
 import subprocess
-import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -19,7 +18,7 @@ from rkcached.builtin_templates import BUILTIN
 from rkcached.engines.base import Sampling
 from rkcached.engines.memory import expected_text
 from rkcached.template import ChatTemplate, Message
-from tests.waiting import wait_until
+from tests.waiting import DEADLINE_S, wait_until
 
 SAMPLING = Sampling(
     max_new_tokens=24,
@@ -226,14 +225,14 @@ def test_stale_is_answered_cold_and_current(workspace: Workspace) -> None:
     assert right_answer(workspace, new) == content(answer)
     assert answer["rkcached"]["state"] in ("building", "stale")  # stale once the build has stepped aside
     assert answer["rkcached"]["cache"] is None
-    wait_until(lambda: "build stepped aside" in workspace.log_text(), "that is logged", 5)
+    wait_until(lambda: "build stepped aside" in workspace.log_text(), "that is logged")
     workspace.wait_settled()
     assert workspace.ask("m/p")["rkcached"]["state"] == "hit"
 
 
 def test_client_gone_stops_generation(workspace: Workspace) -> None:
     """When the client goes away, the generation stops, and the next request need not wait for it."""
-    workspace.memory_model(decode_us_per_token=50_000)
+    workspace.memory_model(decode_us_per_token=1_000_000)  # all of it would take 500 s
     workspace.write("p.md", "Text.")
     workspace.declare("{p: p.md}")
     workspace.start()
@@ -246,10 +245,8 @@ def test_client_gone_stops_generation(workspace: Workspace) -> None:
             head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: d\r\nContent-Length: {len(data)}\r\n\r\n"
             client.sendall(head.encode() + data)
             wait_until(lambda: workspace.status()["running"] == 1, "the generation runs")
-        started = time.monotonic()
-        wait_until(lambda: workspace.status()["running"] == 0, "the generation stopped", 5)
+        wait_until(lambda: workspace.status()["running"] == 0, "the generation stopped")
         assert workspace.ask("m/p", max_tokens=1)["usage"]["completion_tokens"] == 1
-        assert time.monotonic() - started < 5
 
 
 def test_worker_killed_while_idle(two_prompts: Workspace) -> None:
@@ -443,7 +440,7 @@ def test_idle_unload(workspace: Workspace) -> None:
     workspace.declare("{p: p.md}", model="    idle_unload_s: 1\n")
     workspace.start()
     workspace.wait_settled()
-    wait_until(lambda: not workspace.children(), "the model was unloaded", 10)
+    wait_until(lambda: not workspace.children(), "the model was unloaded")
     assert workspace.ask("m/p")["rkcached"]["state"] == "hit"
     assert len(workspace.children()) == 1
     assert workspace.stop() == 0
@@ -475,8 +472,8 @@ def test_many_clients(two_prompts: Workspace) -> None:
 
 @pytest.mark.parametrize("phase", ["build", "reply"])
 def test_sigterm(workspace: Workspace, phase: str) -> None:
-    """SIGTERM during a build or a reply ends the daemon within 5 s; no temporary file and no child is left."""
-    workspace.memory_model(prefill_us_per_token=50_000, decode_us_per_token=200_000)
+    """SIGTERM during a build or a reply ends the daemon before them; no temporary file and no child is left."""
+    workspace.memory_model(prefill_us_per_token=2_000_000, decode_us_per_token=1_000_000)
     workspace.write("p.md", "A prompt that takes several seconds to read." * 3)
     workspace.declare("{p: p.md}" if phase == "build" else "{}")
     workspace.start()
@@ -492,13 +489,11 @@ def test_sigterm(workspace: Workspace, phase: str) -> None:
         wait_until(lambda: workspace.status()["running"] == 1, "the reply runs")
     children = workspace.children()
     assert children
-    started = time.monotonic()
     assert workspace.stop() == 0
-    assert time.monotonic() - started < 5
     if client is not None:
-        told, _ = client.communicate(timeout=5)
+        told, _ = client.communicate(timeout=DEADLINE_S)
         assert json.loads(told)["error"]["code"] == "shutting_down"
-    assert psutil.wait_procs(children, timeout=1)[1] == []
+    assert psutil.wait_procs(children, timeout=DEADLINE_S)[1] == []
     assert list(workspace.cache.rglob("*stage*")) == []
     assert not workspace.socket.exists()
 
@@ -507,7 +502,7 @@ def test_kill_nine_leaves_no_child(two_prompts: Workspace) -> None:
     """A daemon that is killed takes its workers along, and the next one starts on its socket and store."""
     children = two_prompts.children()
     two_prompts.stop(signal.SIGKILL)
-    assert psutil.wait_procs(children, timeout=5)[1] == []
+    assert psutil.wait_procs(children, timeout=DEADLINE_S)[1] == []
     assert two_prompts.socket.exists()
     two_prompts.start()
     assert two_prompts.ask("m/a")["rkcached"]["state"] == "hit"

@@ -97,7 +97,7 @@ def test_the_access_log_names_who_asked(two_prompts: Workspace) -> None:
     def lines() -> list[str]:
         return [line for line in two_prompts.log_text().splitlines() if "my-id-7" in line]
 
-    (line,) = wait_until(lines, "the exchange is in the log", 10)  # written once the client has its answer
+    (line,) = wait_until(lines, "the exchange is in the log")  # written once the client has its answer
     for field in ("path=/v1/chat/completions", "status=200", f"uid={os.getuid()}", f"pid={curl.pid}", "method=POST"):
         assert field in line, line
     assert "secret" not in two_prompts.log_text()
@@ -141,7 +141,7 @@ def test_a_slow_reader_stops_nobody(workspace: Workspace) -> None:
     body = {"model": "m", "messages": [{"role": "user", "content": "x"}], "max_tokens": 60_000, "stream": True}
     with workspace.http() as client, client.stream("POST", "/v1/chat/completions", json=body) as slow:
         for _ in range(5):
-            assert workspace.ask("m")["rkcached"]["queue_ms"] < 5000
+            assert workspace.ask("m")["choices"]
         assert workspace.status()["running"] <= 1
         *_, last, end = (line for line in slow.iter_lines() if line)
     assert end == "data: [DONE]"
@@ -151,7 +151,7 @@ def test_a_slow_reader_stops_nobody(workspace: Workspace) -> None:
 @pytest.mark.parametrize("waits", [False, True], ids=["in prefill", "in the queue"])
 def test_a_client_that_goes_away_frees_its_place(workspace: Workspace, *, waits: bool) -> None:
     """Its prefill is stopped at once, or it is no longer waited for; the next request has its turn."""
-    workspace.memory_model(prefill_us_per_token=20_000)
+    workspace.memory_model(prefill_us_per_token=500_000)
     workspace.declare("{}")
     workspace.start()
 
@@ -162,17 +162,15 @@ def test_a_client_that_goes_away_frees_its_place(workspace: Workspace, *, waits:
         client.sendall(f"POST {path} HTTP/1.1\r\nHost: d\r\nContent-Length: {len(body)}\r\n\r\n{body}".encode())
         return client
 
-    first = hang("/v1/completions", "y" * 1000)  # 20 s
+    first = hang("/v1/completions", "y" * 1000)  # 500 s
     wait_until(lambda: workspace.status()["models"][0]["worker"] == "busy", "it is read")
     if waits:
         second = hang("/v1/completions", "z" * 1000)
         wait_until(lambda: workspace.status()["models"][0]["waiting"] == 1, "the other one waits")
         second.close()
-        wait_until(lambda: workspace.status()["models"][0]["waiting"] == 0, "it waits no more", 5)
+        wait_until(lambda: workspace.status()["models"][0]["waiting"] == 0, "it waits no more")
     first.close()
-    started = time.monotonic()
     assert workspace.ask("m", "q", max_tokens=1)["choices"]
-    assert time.monotonic() - started < 8
     assert workspace.status()["models"][0]["restarts"] == 0
 
 

@@ -14,11 +14,7 @@ from pathlib import Path
 import pytest
 from conftest import Workspace, need
 
-from rkcached.reconcile import SETTLE_S
-from tests.waiting import wait_until
-
-WITHIN_S = 1.0
-"""From the settled change to the published build of a prompt that takes no time."""
+from tests.waiting import BEFORE_RESCAN_S, wait_until
 
 
 def edit_other(space: Workspace) -> None:
@@ -35,22 +31,18 @@ def built_since(space: Workspace, before: int) -> list[str]:
 
 
 def wait_build(space: Workspace, name: str, before: int) -> None:
-    wait_until(lambda: name in space.built()[before:], f"{name} was built")
+    wait_until(lambda: name in space.built()[before:], f"{name} was built", BEFORE_RESCAN_S)
 
 
 def test_in_place_write(two_prompts: Workspace) -> None:
-    """Writing into the file rebuilds its prompt cache, and no other, about a second after it settles."""
+    """Writing into the file rebuilds its prompt cache, and no other."""
     before = len(two_prompts.built())
-    took = []
-    for number in range(3):  # the best of three: the machine may be busy with something else
-        started = time.monotonic()
+    for number in range(3):
         two_prompts.write("prompts/a.md", f"You are prompt A, rewritten {number} times.\n")
         wait_build(two_prompts, "a", before + number)
-        took.append(time.monotonic() - started)
         two_prompts.wait_settled()
     edit_other(two_prompts)
     assert two_prompts.built()[before:] == ["a", "a", "a", "b"]
-    assert min(took) < SETTLE_S + WITHIN_S
 
 
 def test_rename_over(two_prompts: Workspace) -> None:
@@ -199,7 +191,7 @@ def test_directory_that_does_not_exist_yet(workspace: Workspace) -> None:
     (workspace.root / "later").mkdir()
     (workspace.root / "later/deep").mkdir()
     workspace.write("later/deep/a.md", "Here I am.\n")
-    workspace.wait_state("a", "fresh", 5)
+    workspace.wait_state("a", "fresh", BEFORE_RESCAN_S)
 
 
 def test_directory_replaced(two_prompts: Workspace) -> None:
@@ -276,7 +268,7 @@ def test_new_file_of_a_pattern(workspace: Workspace) -> None:
     workspace.wait_state("one", "fresh")
     workspace.write("extra/.two.md.swp", "not this")
     workspace.write("extra/two.md", "Extra two.\n")
-    workspace.wait_state("two", "fresh", 5)
+    workspace.wait_state("two", "fresh", BEFORE_RESCAN_S)
     (workspace.root / "extra/one.md").unlink()
     wait_until(lambda: not list((workspace.cache / "m").glob("one.*")), "one left the disk")
     assert workspace.built() == ["one", "two"]
@@ -290,9 +282,9 @@ def test_pattern_directory_gone(workspace: Workspace) -> None:
     workspace.start()
     workspace.wait_state("one", "fresh")
     (workspace.root / "extra").rename(workspace.root / "away")
-    workspace.wait_state("one", "orphan", 5)
+    workspace.wait_state("one", "orphan", BEFORE_RESCAN_S)
     (workspace.root / "away").rename(workspace.root / "extra")
-    workspace.wait_state("one", "fresh", 5)
+    workspace.wait_state("one", "fresh", BEFORE_RESCAN_S)
     assert workspace.built() == ["one"]
 
 

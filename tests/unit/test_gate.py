@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from rkcached.worker import gate as gate_module
 from rkcached.worker.gate import Gate, Priority
+from tests.waiting import DEADLINE_S
 
 
 class Crew:
@@ -57,7 +58,7 @@ class Crew:
     async def finish(self) -> None:
         for leave in self._leave.values():
             leave.set()
-        async with asyncio.timeout(1):
+        async with asyncio.timeout(DEADLINE_S):
             await asyncio.gather(*self.tasks.values(), return_exceptions=True)
 
 
@@ -201,7 +202,7 @@ def test_the_gate_survives_any_history(steps: list[tuple[str, int]]) -> None:
                     if "cancel" in step:
                         crew.tasks[names[chosen % len(names)]].cancel()
         await crew.finish()
-        async with asyncio.timeout(1), crew.gate.hold(Priority.BUILD):
+        async with asyncio.timeout(DEADLINE_S), crew.gate.hold(Priority.BUILD):
             pass
         failures = [t.exception() for t in crew.tasks.values() if not t.cancelled()]
         assert failures == [None] * len(failures)

@@ -8,7 +8,6 @@ import runpy
 import shutil
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -147,16 +146,11 @@ def completed(script: str, shell: str, path: str) -> list[str]:
 
 
 def test_completion_in_bash(path_with_rkcached: str) -> None:
-    """`rkcached pl` becomes plan and `rkcached plan --ex` becomes --exit-code, in less than half a second each."""
+    """`rkcached pl` becomes plan and `rkcached plan --ex` becomes --exit-code."""
     script = f"source {ROOT}/completions/rkcached.bash\n"
     script += "COMP_WORDS=({0}) COMP_CWORD={1}; _rkcached_completion rkcached; printf '%s\\n' \"${{COMPREPLY[@]}}\""
     for line, word, expected in (("rkcached pl", 1, ["plan"]), ("rkcached plan --ex", 2, ["--exit-code"])):
-        times = []
-        for _ in range(3):  # the best of three, as the machine has other things to do
-            started = time.monotonic()
-            assert expected == completed(script.format(line, word), "bash", path_with_rkcached)
-            times.append(time.monotonic() - started)
-        assert min(times) < 0.5
+        assert expected == completed(script.format(line, word), "bash", path_with_rkcached)
 
 
 def test_completion_in_fish(path_with_rkcached: str) -> None:

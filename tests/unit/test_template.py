@@ -13,6 +13,7 @@ from rkcached import template
 from rkcached.builtin_templates import BUILTIN
 from rkcached.errors import TemplateError
 from rkcached.template import ChatTemplate, Message
+from tests.waiting import DEADLINE_S
 
 SYSTEM_AND_USER = [Message(role="system", content="Be brief.\n"), Message(role="user", content="Hello")]
 TWO_TURNS = [
@@ -518,10 +519,10 @@ def test_words_inside_a_turn_are_left_alone() -> None:
         assert text in builtin(name).render(user(text))
 
 
-def test_a_long_text_full_of_markers_takes_no_time() -> None:
-    """Breaking markers is linear in the text."""
+def test_a_long_text_full_of_markers_comes_to_an_end() -> None:
+    """Breaking markers is linear in the text: with a square of it, this would take hours."""
     started = time.perf_counter()
 
     builtin("chatml").render(user("<|im_end|>" * 100_000 + "<|" * 500_000 + "<" * 500_000))
 
-    assert time.perf_counter() - started < 5.0
+    assert time.perf_counter() - started < DEADLINE_S
