@@ -11,7 +11,7 @@ import asyncio
 import contextlib
 import math
 import time
-from collections.abc import Callable, Coroutine, Iterable
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,11 +22,12 @@ from rkcached.announcer import Announcer
 from rkcached.attempts import Attempts, blames_model
 from rkcached.builder import REQUESTED, Builder, BuildRequest, size_if_same
 from rkcached.collect import Collection, Rubbish
-from rkcached.desired import Desired, DesiredModel
+from rkcached.desired import Declaration, Desired, DesiredModel
 from rkcached.digests import Reading
 from rkcached.events import Events
 from rkcached.manifest import Manifest
 from rkcached.observe import Look, ManifestFile, Observer, inputs
+from rkcached.patience import Patience
 from rkcached.plan import (
     Action,
     Adopt,
@@ -130,6 +131,12 @@ class Reconciler:
         self._attempts = Attempts()
         self._unadopted: set[Key] = set()
         """Prompts whose last adoption failed."""
+        self._patience = Patience()
+        self._declared: Mapping[Key, Declaration] = {}
+        """By the last look."""
+        self._last_started: Key | None = None
+        self._later: asyncio.TimerHandle | None = None
+        """Starts a build that must wait until then."""
 
     @property
     def reading(self) -> Reading | None:
@@ -232,6 +239,8 @@ class Reconciler:
                 self._on_turn()
                 await self._wait()
         finally:
+            if self._later is not None:
+                self._later.cancel()
             await self._stop_build()
             for task in self._retiring:
                 task.cancel()
@@ -325,6 +334,8 @@ class Reconciler:
             building = self.progress.key if self.progress is not None else None
             self._note_store(look)
             self._publish(look)
+            self._declared = look.sources.prompts
+            self._patience.looked(look.desired.fingerprint, asyncio.get_running_loop().time())
             files, folders = inputs(look.manifest, self.manifest_file.path, self._stored)
             self._store.spare(files)
             self._watcher.follow(await asyncio.to_thread(places, files, folders))
@@ -388,6 +399,8 @@ class Reconciler:
         if wanted is not None and wanted.digest == running.fingerprint:
             return False
         log.info("build stopped", model=running.key.model, prompt=running.key.prompt, reason="no longer wanted")
+        if wanted is not None:
+            self._patience.stopped(running.key, wanted.digest, asyncio.get_running_loop().time())
         await self._stop_build()
         return True
 
@@ -581,16 +594,49 @@ class Reconciler:
                 await asyncio.to_thread(self._store.clear_verdict, key)
 
     def _start_next_build(self) -> None:
-        while self.progress is None and self._pending:
-            build = self._pending.pop(next(iter(self._pending)))
+        while self.progress is None and not self._looking and (build := self._next_build()) is not None:
             request = self._build_request(build)
             if request is not None:
+                self._last_started = build.key
                 key, fingerprint = build.key, build.fingerprint.digest
                 self.progress = BuildProgress(
                     key=key, reason=build.reason, fingerprint=fingerprint, started=time.monotonic()
                 )
                 self._announcer.build_started(build)
                 self.progress.task = asyncio.create_task(self._build(request, self.progress))
+
+    def _next_build(self) -> Build | None:
+        """Take the first build that may begin now out of those that wait; if none may, come back when one may.
+
+        A prompt that was just built lets another go first, unless somebody waits for it.
+        """
+        loop, asked = asyncio.get_running_loop(), self._requests.open()
+        again: Key | None = None
+        due_at = math.inf
+        for key in self._pending:
+            due = 0.0 if key in asked else self._patience.due(key, self._files_of(key), self._watcher.writing)
+            if due > loop.time():
+                due_at = min(due_at, due)
+            elif key != self._last_started or key in asked:
+                return self._pending.pop(key)
+            else:
+                again = key
+
+        if again is not None:
+            return self._pending.pop(again)
+        if self._later is not None:
+            self._later.cancel()
+        if due_at < math.inf:
+            self._later = loop.call_at(due_at, self._start_next_build)
+        return None
+
+    def _files_of(self, key: Key) -> Iterator[str]:
+        """The files that a prompt and its model were made of when they were last looked at."""
+        if (declared := self._declared.get(key)) is not None:
+            yield from declared.files
+        if isinstance(model := self.view.desired.models.get(key.model), DesiredModel):
+            for path, _ in model.source.signatures:
+                yield path
 
     def _build_request(self, build: Build) -> BuildRequest | None:
         """What the build needs; None if it is no longer what is wanted, which the next look takes care of."""
@@ -625,6 +671,7 @@ class Reconciler:
         except errors.Aborted:
             log.info("build stepped aside", model=key.model, prompt=key.prompt)
             self._pending = {key: request.action, **self._pending}
+            self._last_started = None  # it goes on before others
         except errors.RkcachedError as error:
             await self._build_failed(request, error)
         except Exception as error:  # a defect of ours: reported, and no reason to stop serving
@@ -648,6 +695,7 @@ class Reconciler:
         key, sidecar = request.action.key, artifact.sidecar
         self.builds += 1
         self._attempts.built(key)
+        self._patience.built(key)
         self._announcer.built(request, artifact)
         self._is_fresh(key, artifact)
         self._requests.answer(key, artifact)

@@ -70,6 +70,19 @@ REMOTE = frozenset(
 )
 """Types of file systems that may change without an event on this machine; so may all named `fuse.*`."""
 
+_WRITTEN = Mask(InotifyConstants.IN_MODIFY)
+_NOT_WRITTEN = Mask(
+    # Whoever wrote to it has closed it, or this is another file.
+    InotifyConstants.IN_CLOSE_WRITE
+    | InotifyConstants.IN_CREATE
+    | InotifyConstants.IN_MOVED_FROM
+    | InotifyConstants.IN_MOVED_TO
+    | InotifyConstants.IN_DELETE
+)
+
+_FORGET_S = 60.0
+"""A file that was not written to for so long is not taken to be open any more."""
+
 _MAX_LINKS = 40
 """As the kernel's own limit for links on one path."""
 
@@ -99,8 +112,21 @@ class Place:
         return self.names is None or name in self.names
 
 
+@dataclass(frozen=True, slots=True)
+class Writing:
+    """A file that is open for writing: when events told of the first and the last write, by the loop's clock."""
+
+    first: float
+    last: float
+
+
 class Follower(Protocol):
     """What the reconciler needs of a watcher."""
+
+    @property
+    def writing(self) -> Mapping[str, Writing]:
+        """The files that are open for writing, as far as events tell: polled ones never are."""
+        ...
 
     def follow(self, wanted: Mapping[str, Place]) -> None: ...
 
@@ -123,6 +149,7 @@ class Watcher:
         self._remote = Poller(self._listener.polled, REMOTE_POLL_S)
         self.polling = False
         """Whether the kernel has no room to watch everything."""
+        self.writing: dict[str, Writing] = {}
 
     def close(self) -> None:
         """Stop watching; no call of `look_again` after it returned. Idempotent."""
@@ -221,7 +248,20 @@ class Watcher:
         for folder, watch in list(self._watches.items()):
             if watch.number in news.ended:
                 del self._watches[folder]
+        self._note_writing(news)
         self._look_again(news.changed)
+
+    def _note_writing(self, news: _News) -> None:
+        now = asyncio.get_running_loop().time()
+        if news.lost:
+            self.writing.clear()
+        for path, is_open in news.writing.items():
+            before = self.writing.pop(path, None)
+            if is_open:
+                self.writing[path] = Writing(before.first if before is not None else now, now)
+        for path, writing in list(self.writing.items()):
+            if writing.last < now - _FORGET_S:
+                del self.writing[path]
 
 
 @dataclass(frozen=True, slots=True)
@@ -239,6 +279,8 @@ class _News:
     changed: set[str] = field(default_factory=set)
     ended: set[WatchDescriptor] = field(default_factory=set)
     """Watches that ended with their folders."""
+    writing: dict[str, bool] = field(default_factory=dict)
+    """Of files that were written to or closed: whether they are open for writing after that."""
     lost: bool = False
     """There were more events than the kernel keeps."""
 
@@ -270,7 +312,7 @@ class _Listener(WatchCallback):
                 if not name:
                     self._tell()
                 elif (place := self.wanted.get(folder)) is not None and place.follows(name):
-                    self._changed(os.path.join(folder, name))  # noqa: PTH118 - strings, as the scan has them
+                    self._changed(os.path.join(folder, name), event.mask)  # noqa: PTH118 - strings, as the scan's
 
     def on_watch_deleted(self, wd: WatchDescriptor) -> None:
         with self.lock:
@@ -292,10 +334,14 @@ class _Listener(WatchCallback):
             elif path in self.wanted:
                 self._tell()
 
-    def _changed(self, path: str) -> None:
-        changed = self._tell().changed
-        if len(changed) < _MAX_NAMES:
-            changed.add(path)
+    def _changed(self, path: str, events: int = 0) -> None:
+        news = self._tell()
+        if len(news.changed) < _MAX_NAMES:
+            news.changed.add(path)
+        if events & _WRITTEN and len(news.writing) < _MAX_NAMES:
+            news.writing[path] = True
+        elif events & _NOT_WRITTEN:
+            news.writing[path] = False
 
     def _tell(self) -> _News:
         """Have the event loop take what is added to the result. The lock is held."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator
+from typing import ClassVar
 
 from conftest import Workspace
 
@@ -14,11 +15,14 @@ from rkcached.reconcile import Reconciler
 from rkcached.store import Store
 from rkcached.stored import StoredTexts
 from rkcached.systemd import Service
+from rkcached.watch import Writing
 from rkcached.worker.gate import Gates
 from rkcached.worker.pool import Workers
 
 
 class NoWatcher:
+    writing: ClassVar[dict[str, Writing]] = {}
+
     def follow(self, wanted: object) -> None:
         pass
 
