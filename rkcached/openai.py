@@ -173,6 +173,19 @@ class AssistantMessage(Record):
 ChatMessage = Annotated[SystemMessage | UserMessage | AssistantMessage | ToolMessage, Field(discriminator="role")]
 
 
+def _moved(schema: Any, place: str) -> Any:
+    """A schema whose references lead to the same places when it stands at `place` of another one."""
+    if isinstance(schema, list):
+        return [_moved(item, place) for item in schema]
+    if not isinstance(schema, dict):
+        return schema
+    moved = {key: _moved(value, place) for key, value in schema.items()}
+    reference = schema.get("$ref")
+    if isinstance(reference, str) and (reference == "#" or reference.startswith("#/")):
+        moved["$ref"] = place + reference[1:]
+    return moved
+
+
 class FunctionDefinition(Record):
     name: str = Field(pattern=r"^[a-zA-Z0-9_.-]{1,64}$")
     description: str | None = None
@@ -188,14 +201,15 @@ class Tool(Record):
         """As templates know it."""
         return {"type": "function", "function": self.function.model_dump(exclude_none=True, exclude={"strict"})}
 
-    def call_schema(self, style: ToolStyle) -> dict[str, Any]:
-        """JSON schema of a call, as a model of this style writes it."""
+    def call_schema(self, style: ToolStyle, place: str = "#") -> dict[str, Any]:
+        """JSON schema of a call, as a model of this style writes it; `place` is where it will stand in a larger one."""
         arguments = "parameters" if style is ToolStyle.LLAMA3 else "arguments"
+        parameters = self.function.parameters or {"type": "object"}
         return {
             "type": "object",
             "properties": {
                 "name": {"const": self.function.name},
-                arguments: self.function.parameters or {"type": "object"},
+                arguments: _moved(parameters, f"{place}/properties/{arguments}"),
             },
             "required": ["name", arguments],
             "additionalProperties": False,

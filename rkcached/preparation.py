@@ -6,6 +6,7 @@ Every refusal is a RequestError with its HTTP status, OpenAI's code and the next
 from __future__ import annotations
 
 import asyncio
+import functools
 import json
 from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -15,10 +16,12 @@ from typing import Any
 from rkcached import errors
 from rkcached.desired import DesiredModel
 from rkcached.engines.base import Sampling
+from rkcached.engines.registry import ENGINES
 from rkcached.errors import RequestError
 from rkcached.openai import ChatRequest, CompletionRequest, JsonObject, JsonSchema, NamedTool, Tool
 from rkcached.plan import Key, Trouble
 from rkcached.reply import Reply
+from rkcached.schemas import MAX_SCHEMA_BYTES, SchemaChecker
 from rkcached.template import ChatTemplate, Message, ToolStyle
 from rkcached.view import View
 
@@ -45,6 +48,9 @@ class Job:
     """From an answer that does not fit its schema, and why, the request to try once more with."""
 
 
+_ANY_OBJECT = {"type": "object"}
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Demand:
     """What a request wants its answer to be."""
@@ -56,12 +62,19 @@ class _Demand:
     is_call: bool = False
     """The schema is that of a tool call."""
 
+    @property
+    def binds(self) -> str:
+        """The parameter that the schema is of."""
+        return "tools" if self.is_call else "response_format"
+
 
 class Preparation:
     def __init__(self, view: Callable[[], View]) -> None:
         self._view = view
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="render")
         """For templates that may wait: they are rendered one by one, and a slow one keeps no other thread."""
+        self._schemas = SchemaChecker()
+        self._schema_thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="schema")
 
     async def chat(self, request: ChatRequest, accepted: float) -> tuple[Job, Reply]:
         """Check a request against what is declared, and render it. Errors: RequestError."""
@@ -91,7 +104,7 @@ class Preparation:
             return await self._render(model.template, [*messages, *said], tools)
 
         if demand.schema is not None:
-            values["json_schema"] = json.dumps(demand.schema)
+            values["json_schema"] = await self._checked(demand)
         job = Job(
             model=model,
             named=named,
@@ -100,7 +113,7 @@ class Preparation:
             cold=request.wanted_cache is False,
             accepted=accepted,
             with_tools=bool(demand.tools),
-            binds="tools" if demand.is_call else "response_format",
+            binds=demand.binds,
             correct=correct if demand.schema is not None else None,
         )
         reply = Reply(
@@ -110,6 +123,25 @@ class Preparation:
             reasons=prompt.rstrip().endswith("<think>") and demand.schema is None,
         )
         return job, reply
+
+    async def _checked(self, demand: _Demand) -> str:
+        """The schema as text, which a run can be held to. Errors: RequestError."""
+        text = json.dumps(demand.schema)
+        if demand.schema == _ANY_OBJECT:
+            return text
+        try:
+            if len(text) > MAX_SCHEMA_BYTES:
+                raise errors.SchemaInvalid(f"the schema is larger than {MAX_SCHEMA_BYTES:,} bytes", hint="simplify it")
+            compiled = ENGINES[self._view().manifest.engine.kind].compiles_schemas
+            check = functools.partial(self._schemas.check, text, compiled=compiled)
+            await asyncio.get_running_loop().run_in_executor(self._schema_thread, check)
+        except errors.RkcachedError as error:
+            raise as_request_error(error, binds=demand.binds) from error
+        return text
+
+    def close(self) -> None:
+        """Stop looking at schemas: what waits for that is refused."""
+        self._schemas.kill()
 
     async def _render(
         self, template: ChatTemplate, messages: Sequence[Message], tools: Sequence[dict[str, Any]]
@@ -244,7 +276,8 @@ def _demand(request: ChatRequest, model: DesiredModel) -> _Demand:
             raise RequestError(400, said, code="invalid_value", param="tool_choice", hint=f"one of {', '.join(known)}")
         return _Demand(tools=tools, schema=known[choice.function.name].call_schema(style), is_call=True)
     if choice == "required":
-        return _Demand(tools=tools, schema={"anyOf": [tool.call_schema(style) for tool in tools]}, is_call=True)
+        calls = [tool.call_schema(style, f"#/anyOf/{at}") for at, tool in enumerate(tools)]
+        return _Demand(tools=tools, schema={"anyOf": calls}, is_call=True)
     if isinstance(wanted, JsonObject | JsonSchema) and tools:
         raise RequestError(
             400,
@@ -254,7 +287,7 @@ def _demand(request: ChatRequest, model: DesiredModel) -> _Demand:
             hint="leave one of tools and response_format out",
         )
     if isinstance(wanted, JsonObject):
-        return _Demand(schema={"type": "object"})
+        return _Demand(schema=_ANY_OBJECT)
     if isinstance(wanted, JsonSchema):
         return _Demand(schema=wanted.json_schema.schema_)
     return _Demand(tools=tools)

@@ -54,7 +54,7 @@ _HINT = "choose another chat_template, or find its loop that does not end"
 
 
 @dataclass(slots=True)
-class _Process:
+class Process:
     popen: subprocess.Popen[bytes]
     connection: socket.socket
 
@@ -73,8 +73,8 @@ class Renderer:
         self._lock = threading.Lock()
         self._resting: dict[str, tuple[float, TemplateExhausted]] = {}
         """By a template's source: until when it rests (monotonic), and why."""
-        self._running: list[_Process] = []
-        self._finalizer = weakref.finalize(self, _end_all, self._running)
+        self._running: list[Process] = []
+        self._finalizer = weakref.finalize(self, end_all, self._running)
 
     def compile(self, source: str, name: str) -> Write:
         """As `template.compile_here`, elsewhere. Errors: TemplateError, TemplateExhausted."""
@@ -88,7 +88,7 @@ class Renderer:
     def close(self) -> None:
         """End the child. It is started again if it is needed."""
         with self._lock:
-            _end_all(self._running)
+            end_all(self._running)
 
     def _ask(self, source: str, name: str, variables: Mapping[str, Any], messages: Sequence[Message] | None) -> str:
         question = {
@@ -125,28 +125,28 @@ class Renderer:
 
     def _exhausted(self, source: str, message: str) -> TemplateExhausted:
         """The child is of no more use, and its template rests."""
-        _end_all(self._running)
+        end_all(self._running)
         error = TemplateExhausted(message, hint=_HINT)
         self._resting[source] = (time.monotonic() + self._rest_s, error)
         return error
 
-    def _process(self) -> _Process:
+    def _process(self) -> Process:
         """The running child, or a new one. Errors: TemplateExhausted."""
         if self._running and self._running[0].popen.poll() is not None:
-            _end_all(self._running)
+            end_all(self._running)
         if not self._running:
             try:
-                self._running.append(_start())
+                self._running.append(start("rkcached.rendering"))
             except OSError as error:
                 said = f"the process that renders templates cannot be started: {error}"
                 raise TemplateExhausted(said, hint="is the machine out of memory or processes?") from error
         return self._running[0]
 
-    def _exchange(self, process: _Process, data: bytes) -> dict[str, Any]:
+    def _exchange(self, process: Process, data: bytes) -> dict[str, Any]:
         """Errors: TimeoutError; OSError, EOFError, ValueError when the child is gone or talks nonsense."""
         process.connection.settimeout(self._timeout_s)
-        _send(process.connection, data)
-        body = _receive(process.connection, self._timeout_s)
+        send(process.connection, data)
+        body = receive(process.connection, self._timeout_s)
         if body is None:
             raise EOFError
         answer = json.loads(body)
@@ -155,17 +155,20 @@ class Renderer:
         return answer
 
 
-def _end_all(running: list[_Process]) -> None:
+def end_all(running: list[Process]) -> None:
     while running:
         running.pop().end()
 
 
-def _start() -> _Process:
-    """Errors: OSError; TimeoutError when the machine is too busy to start a process."""
+def start(module: str) -> Process:
+    """A child that runs a module of ours, and has said that it is ready.
+
+    Errors: OSError; TimeoutError when the machine is too busy to start a process.
+    """
     ours, theirs = socket.socketpair()
     with theirs:
         popen = subprocess.Popen(
-            isolated.command("rkcached.rendering", str(theirs.fileno())),
+            isolated.command(module, str(theirs.fileno())),
             pass_fds=(theirs.fileno(),),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
@@ -174,9 +177,9 @@ def _start() -> _Process:
             cwd=isolated.CWD,
             start_new_session=True,
         )
-    process = _Process(popen, ours)
+    process = Process(popen, ours)
     try:
-        ready = _receive(ours, START_TIMEOUT_S)
+        ready = receive(ours, START_TIMEOUT_S)
     except BaseException:  # whatever ends us here, Ctrl-C too: nobody else knows the process yet
         process.end()
         raise
@@ -186,11 +189,11 @@ def _start() -> _Process:
     return process
 
 
-def _send(connection: socket.socket, data: bytes) -> None:
+def send(connection: socket.socket, data: bytes) -> None:
     connection.sendall(len(data).to_bytes(_LENGTH_BYTES, "little") + data)
 
 
-def _receive(connection: socket.socket, timeout_s: float | None) -> bytes | None:
+def receive(connection: socket.socket, timeout_s: float | None) -> bytes | None:
     """The next message, None at the end. Errors: TimeoutError, OSError; ValueError for one that is too long."""
     deadline = None if timeout_s is None else time.monotonic() + timeout_s
     data = bytearray()
@@ -218,17 +221,17 @@ _compile = lru_cache(maxsize=64)(template.compile_here)
 def main() -> None:
     """Render for the daemon at the other end of the socket that the argument names, until it closes it."""
     connection = socket.socket(fileno=int(sys.argv[1]))
-    _restrict()
-    _send(connection, b"ready")
-    while (data := _receive(connection, None)) is not None:
+    restrict()
+    send(connection, b"ready")
+    while (data := receive(connection, None)) is not None:
         question = json.loads(data)
         # By the kernel, and while the daemon cannot: also one that was killed leaves no endless loop behind.
         signal.setitimer(signal.ITIMER_REAL, question["timeout_s"] + 1)
-        _send(connection, json.dumps(_answer(question)).encode())
+        send(connection, json.dumps(_answer(question)).encode())
         signal.setitimer(signal.ITIMER_REAL, 0)
 
 
-def _restrict() -> None:
+def restrict() -> None:
     size_bytes = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     for limit, value in (
         (resource.RLIMIT_AS, size_bytes + MEMORY_BYTES),

@@ -106,6 +106,7 @@ class Serving:
     async def close(self, grace_s: float) -> None:
         """Refuse new requests, give running answers this many seconds to end, then tell their clients."""
         self._closing = True
+        self.preparation.close()
         log.debug("new requests are refused", running=len(self._works))
         if self._works:
             await asyncio.wait(self._works, timeout=grace_s)

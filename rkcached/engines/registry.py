@@ -52,6 +52,8 @@ class EngineEntry:
     model_format: str
     """What such a model file is called, for messages."""
     locate_runtime: Callable[[EngineConfig], RuntimeFiles]
+    compiles_schemas: bool = False
+    """A JSON schema becomes a grammar, which is compiled by llguidance."""
     model_files: Callable[[Path], tuple[Path, ...]] = _alone
     """The files that may belong to a model, by the name of the one that the manifest names. Reads nothing."""
     inspect_model: Callable[[Path, ReadHeader], ModelFacts] = _inspect_nothing
@@ -100,6 +102,7 @@ ENGINES: dict[EngineKind, EngineEntry] = {
         locate_runtime=_locate_rkllm,
     ),
     EngineKind.LLAMACPP: EngineEntry(
+        compiles_schemas=True,
         artifact_suffix=".llama_cache",
         implementation="rkcached.engines.llamacpp:LlamaCppEngine",
         model_magic=gguf.MAGIC,

@@ -1,13 +1,15 @@
 """Whether an answer is the JSON that its request asked for.
 
 Runs in the worker: a schema is a client's, and some take for ever to check. There is a limit to that, and the daemon
-never evaluates a schema itself. Nothing is fetched: a `$ref` leads inside the schema or nowhere.
+never evaluates a schema itself; `schemas` has looked at it before, and whatever is raised here all the same makes the
+schema invalid and ends nothing. Nothing is fetched: a `$ref` leads inside the schema or nowhere.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
+import math
 import re
 import signal
 import threading
@@ -15,12 +17,12 @@ from collections.abc import Iterator
 from typing import Any, NoReturn
 
 import jsonschema
+import pydantic_core
 import referencing
 from jsonschema.protocols import Validator
 
 from rkcached.errors import SchemaInvalid, SchemaMismatch
-
-MAX_SCHEMA_BYTES = 64 << 10
+from rkcached.schemas import MAX_SCHEMA_BYTES
 
 CHECK_LIMIT_S = 5.0
 """Patterns and alternatives can make a check take for ever."""
@@ -51,7 +53,7 @@ class JsonAnswer:
             if dressed := dress.fullmatch(said):
                 said = dressed[1].strip()
         try:
-            value = json.loads(said, parse_constant=_no_constant)
+            value = json.loads(said, parse_constant=_no_constant, parse_float=_finite)
         except (ValueError, RecursionError) as error:
             raise SchemaMismatch(f"the answer is not JSON: {error}", text=text, hint=_HINT) from error
         try:
@@ -61,14 +63,26 @@ class JsonAnswer:
             raise SchemaInvalid(
                 f"the answer cannot be checked within {CHECK_LIMIT_S:g} s", hint="use simpler patterns and alternatives"
             ) from error
-        except (referencing.exceptions.Unresolvable, re.error, RecursionError) as error:
+        except _ENDS:
+            raise
+        except BaseException as error:  # compiled libraries raise what they like
             raise SchemaInvalid(f"the schema cannot be checked: {type(error).__name__}: {error}") from error
         if problem is not None:
             raise SchemaMismatch(f"the answer does not fit the schema: {_said(problem)}", text=text, hint=_HINT)
         return said
 
+    def check_beginning(self, text: str) -> None:
+        """Whether `text`, which was cut short, can go on to be JSON. Errors: SchemaMismatch."""
+        try:
+            pydantic_core.from_json(text.strip() or "{", allow_partial="trailing-strings")
+        except ValueError as error:
+            raise SchemaMismatch(f"the answer is not JSON: {error}", text=text, hint=_HINT) from error
+
 
 _HINT = "ask again, allow more tokens, or say in the messages what the JSON shall contain"
+
+
+_ENDS = (KeyboardInterrupt, SystemExit)
 
 
 class _TooLongError(Exception):
@@ -102,7 +116,9 @@ def _validator(schema: str) -> Validator:
         return kind(value, registry=referencing.Registry())
     except jsonschema.SchemaError as error:
         raise SchemaInvalid(f"not a JSON schema: {_said(error)}") from error
-    except (ValueError, RecursionError, re.error) as error:
+    except _ENDS:
+        raise
+    except BaseException as error:
         raise SchemaInvalid(f"not a JSON schema: {error}") from error
 
 
@@ -113,3 +129,11 @@ def _said(problem: Any) -> str:
 
 def _no_constant(name: str) -> None:
     raise ValueError(f"{name} is not JSON")
+
+
+def _finite(text: str) -> float:
+    """A number that JSON can have and a float cannot is none: arithmetic with infinity fails in a schema's words."""
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{text[:20]} is too large for a number")
+    return value

@@ -123,7 +123,8 @@ class Session:
     def generate(self, operation: protocol.Generate, emit: Emit, stopped: Callable[[], bool]) -> protocol.Done:
         """Answer a request, from its prompt cache where that can be loaded.
 
-        An engine that cannot keep to a JSON schema is checked afterwards, so its answer comes in one piece.
+        The whole answer is checked in every case. An engine that cannot keep to a JSON schema answers in one piece,
+        after that; what another one was cut short of must be the beginning of JSON.
         Errors: EngineError, among them SamplingFixed, SchemaInvalid and SchemaMismatch.
         """
         info, sampling = self.engine.info, operation.sampling
@@ -144,10 +145,13 @@ class Session:
             return stopped()
 
         stats = self.engine.generate(operation.prompt, sampling, on_token)
-        if answer is not None and (withheld or stats.finish is FinishReason.STOP) and not stopped():
-            fitting = answer.check("".join(text))
+        if answer is not None and not stopped():
             if withheld:
-                emit(protocol.Piece(id=operation.id, text=fitting))
+                emit(protocol.Piece(id=operation.id, text=answer.check("".join(text))))
+            elif stats.finish is FinishReason.STOP:
+                answer.check("".join(text))
+            else:
+                answer.check_beginning("".join(text))
         return protocol.Done(id=operation.id, stats=stats)
 
     def _bring_state(self, operation: protocol.Generate, emit: Emit) -> None:

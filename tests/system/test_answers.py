@@ -125,6 +125,16 @@ def test_a_tool_can_be_demanded(workspace: Workspace) -> None:
         assert answer["message"]["content"] is None
 
 
+@pytest.mark.parametrize("wanted", ["required", {"type": "function", "function": {"name": "go"}}])
+def test_references_in_the_parameters_of_a_demanded_tool(workspace: Workspace, wanted: Any) -> None:
+    """They lead inside the parameters, as they were written, wherever these stand in the schema of the call."""
+    place = {"$defs": {"city": {"enum": ["Oslo"]}}, "type": "object", "properties": {"city": {"$ref": "#/$defs/city"}}}
+    tools = [WEATHER, {"type": "function", "function": {"name": "go", "parameters": place}}]
+    space = says(workspace, {"hello": '{"name": "go", "arguments": {"city": "Oslo"}}'})
+    answer = choice(space.ask("m", max_tokens=200, tools=tools, tool_choice=wanted))
+    assert answer["message"]["tool_calls"][0]["function"]["name"] == "go"
+
+
 @pytest.mark.parametrize(
     ("body", "param", "code"),
     [

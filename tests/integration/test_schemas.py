@@ -1,0 +1,142 @@
+"""Schemas of clients, looked at by the real child: whatever is wrong with one is SchemaInvalid, and nothing else."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from rkcached.errors import SchemaInvalid
+from rkcached.schemas import SchemaChecker, find_problem
+
+
+def nested(depth: int) -> dict[str, Any]:
+    schema: dict[str, Any] = {"type": "integer"}
+    for _ in range(depth):
+        schema = {"type": "array", "items": schema}
+    return schema
+
+
+GOOD: list[Any] = [
+    {},
+    {"type": "object"},
+    {"type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"], "additionalProperties": False},
+    {"type": "array", "items": {"type": "string", "maxLength": 500}, "maxItems": 100},
+    {"$defs": {"t": {"type": "object", "properties": {"t": {"$ref": "#/$defs/t"}}}}, "$ref": "#/$defs/t"},
+    {"type": "string", "pattern": "^[a-z]{1,64}$"},
+    {"type": "number", "multipleOf": 0.01},
+    {"anyOf": [{"type": "null"}, {"enum": ["a", "b"]}]},
+    {"$schema": "https://json-schema.org/draft/2020-12/schema", "type": "integer", "minimum": 0},
+    nested(20),
+]
+
+BAD: list[Any] = [
+    {"type": "no"},
+    {"type": 5},
+    {"$schema": 5},
+    {"$ref": "#/definitions/nobody"},
+    {"$ref": "https://example.com/schema"},
+    {"$ref": "#/title", "title": "no schema"},
+    {"type": "object", "properties": {"deep": {"$ref": "#/title"}}, "title": "no schema"},
+    {"$ref": "#"},
+    {"if": {"$ref": "#"}},
+    {"type": "object", "required": ["a"], "properties": {"a": {"if": {"$ref": "#/properties/a"}}}},
+    {"$defs": {"a": {"$ref": "#/$defs/b"}, "b": {"$ref": "#/$defs/a"}}, "$ref": "#/$defs/a"},
+    {"type": "string", "pattern": "^a{99999999999}$"},
+    {"type": "string", "pattern": "("},
+    {"type": "object", "patternProperties": {"[": {}}},
+    {"type": "string", "pattern": "a" * 1001},
+    {"type": "array", "items": {"type": "integer"}, "maxItems": 1_000_000_000},
+    {"type": "array", "items": {"type": "integer"}, "maxItems": 66_000},
+    {"type": "string", "minLength": 10**300},
+    {"type": "object", "properties": {f"p{at}": {"type": "array", "maxItems": 5000} for at in range(3)}},
+    '{"type": "number", "multipleOf": 0.01, "maximum": 1e999}',
+    '{"type": "number", "maximum": NaN}',
+    '{"type": "number", "maximum": ' + "1" * 5000 + "}",
+    '{"a":' * 2000 + "1" + "}" * 2000,
+    nested(400),
+]
+
+NO_GRAMMAR: list[Any] = [
+    {"type": "array", "items": {"type": "integer"}, "uniqueItems": True},
+    {"not": {"type": "object"}},
+    {"type": "string", "pattern": "^(?=a)b$"},
+    {"type": "string", "pattern": "^(a)\\1$"},
+    {"type": "string", "format": "nobody-knows"},
+    {"type": "integer", "minimum": 5, "maximum": 4},
+    {"enum": []},
+]
+"""Schemas that an answer can be checked by, but that llama.cpp cannot keep to."""
+
+ENDLESS = {"allOf": [{"type": "integer", "multipleOf": number} for number in (9973, 9967, 9949, 9941)]}
+"""What llguidance compiles for longer than anybody waits."""
+
+
+def as_text(schema: Any) -> str:
+    return schema if isinstance(schema, str) else json.dumps(schema)
+
+
+@pytest.fixture(scope="module")
+def checker() -> Iterator[SchemaChecker]:
+    checker = SchemaChecker()
+    yield checker
+    checker.close()
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("schema", GOOD, ids=as_text)
+def test_a_good_schema_passes(checker: SchemaChecker, schema: Any, *, compiled: bool) -> None:
+    """For an engine that compiles it, and for one whose answer is checked."""
+    checker.check(as_text(schema), compiled=compiled)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("schema", BAD, ids=lambda schema: as_text(schema)[:60])
+def test_a_bad_schema_is_refused(checker: SchemaChecker, schema: Any, *, compiled: bool) -> None:
+    """Whatever the libraries raise, panics included."""
+    with pytest.raises(SchemaInvalid) as refused:
+        checker.check(as_text(schema), compiled=compiled)
+    assert len(refused.value.message) < 500
+
+
+@pytest.mark.parametrize("schema", NO_GRAMMAR, ids=lambda schema: as_text(schema)[:60])
+def test_what_cannot_be_compiled_is_refused_where_it_is_compiled(checker: SchemaChecker, schema: Any) -> None:
+    """Elsewhere an answer can be checked by it."""
+    checker.check(as_text(schema), compiled=False)
+    with pytest.raises(SchemaInvalid, match=r"llama\.cpp cannot keep to this schema"):
+        checker.check(as_text(schema), compiled=True)
+
+
+def test_what_takes_for_ever_is_ended(checker: SchemaChecker) -> None:
+    """By the child's limits of time and memory; the next schema is looked at by another child."""
+    with pytest.raises(SchemaInvalid, match="too much time or memory"):
+        checker.check(as_text(ENDLESS), compiled=True)
+    checker.check(as_text({"type": "object", "title": "the next one"}), compiled=True)
+
+
+def test_a_base_exception_is_a_bad_schema(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compiled libraries raise panics that are no Exception.
+
+    The cause: one that passed every `except Exception` ended the worker, and the prompt cache was blamed for it.
+    """
+
+    class Panic(BaseException):
+        pass
+
+    def panic(_: Any) -> str:
+        raise Panic("called unwrap on None")
+
+    monkeypatch.setattr("rkcached.schemas._not_a_schema", panic)
+    assert "Panic: called unwrap on None" in find_problem("{}", compiled=False)
+
+
+def test_a_verdict_is_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A schema that took the child down is not tried again each time that it comes."""
+    checker = SchemaChecker()
+    for _ in range(2):
+        with pytest.raises(SchemaInvalid):
+            checker.check(as_text(ENDLESS), compiled=True)
+        monkeypatch.setattr("rkcached.schemas.start", None)  # no child any more
+    checker.close()
