@@ -109,11 +109,16 @@ def fresh_again(space: Workspace, text: str) -> None:
 
 def says(space: Workspace, name: str, *words: str) -> dict[str, Any]:
     """The prompt is blocked for a reason that has these words, on the terminal, too, and it has a next step."""
-    found = space.wait_state(name, "blocked", BEFORE_RESCAN_S)
+
+    def shown() -> dict[str, Any] | None:
+        """A retry in between may have found another reason."""
+        found = space.wait_state(name, "blocked", BEFORE_RESCAN_S)
+        return found if found["reason"] in " ".join(space.cli("status").stdout.split()) else None
+
+    found: dict[str, Any] = wait_until(shown, lambda: f"status shows why {name} is blocked: {space.prompt(name)}")
     for word in words:
         assert word in found["reason"], found
     assert found["hint"]
-    assert found["reason"] in " ".join(space.cli("status").stdout.split())
     return found
 
 
