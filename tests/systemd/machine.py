@@ -102,7 +102,7 @@ class Machine:
     def _ended(self) -> None:
         assert self._nspawn is not None
         try:
-            self._nspawn.wait(20)
+            self._nspawn.wait(DEADLINE_S)
         finally:
             if self._nspawn.poll() is None:
                 self._nspawn.kill()
