@@ -24,7 +24,8 @@ def manifest() -> Path:
 
 def cache_dir(manifest: Path) -> Path:
     """The system's store belongs to the system's manifest alone: another one would remove what it does not declare."""
-    return Path(_given("CACHE_DIRECTORY") or (SYSTEM_CACHE if manifest == SYSTEM_MANIFEST else "cache"))
+    of_the_system = Path(os.path.abspath(manifest)) == SYSTEM_MANIFEST  # noqa: PTH100 - links are not followed
+    return Path(_given("CACHE_DIRECTORY") or (SYSTEM_CACHE if of_the_system else "cache"))
 
 
 def state_dir(cache_dir: Path) -> Path:

@@ -22,7 +22,7 @@ from typing import NewType
 
 import msgspec
 
-from rkcached.errors import SourceError
+from rkcached.errors import SourceError, SourceUnsettled
 
 _FINE_NS = 50_000_000
 """A change may share its time with one that comes so much later: kernels tick every 1 to 10 ms."""
@@ -34,6 +34,9 @@ Whole seconds are what FAT and exFAT (ticks of 1 or 2 s), ext3, JFFS2, HFS+ and 
 system has one now and then as well, or a program set it: that costs one more reading, and only of a file that changed
 within the last 3 s. One second of them allows for a file server whose clock differs.
 """
+
+_VERSION = 2
+"""Of the memory's file. The first one, without a number, was kept by a rule that coarse times could deceive."""
 
 _ATTEMPTS = 3
 
@@ -75,6 +78,13 @@ class _Entry(msgspec.Struct, frozen=True, array_like=True, gc=False):
     digest: str
 
 
+class _Kept(msgspec.Struct, frozen=True):
+    """The memory between two runs."""
+
+    version: int
+    files: dict[str, _Entry]
+
+
 @dataclass(slots=True, kw_only=True)
 class Reading:
     """The file that is being read now, and how far."""
@@ -102,7 +112,8 @@ class Digests:
         """For other threads, which only read it."""
         if file is not None:
             with contextlib.suppress(OSError, ValueError, RecursionError):  # a damaged memory only costs re-hashing
-                self._before = msgspec.json.decode(file.read_bytes(), type=dict[str, _Entry])
+                kept = msgspec.json.decode(file.read_bytes(), type=_Kept)
+                self._before = kept.files if kept.version == _VERSION else {}
 
     def digest(self, path: Path) -> str:
         """Hexadecimal SHA-256 of the file's content. Errors: OSError; SourceError if the file does not hold still."""
@@ -132,7 +143,7 @@ class Digests:
                     self._entries[name] = _Entry(signature, digest)
                     self._dirty = True
                 return digest, signature
-        raise SourceError(f"{path} is being written to", hint="it is read again as soon as it holds still")
+        raise SourceUnsettled(f"{path} is being written to", hint="it is read again as soon as it holds still")
 
     def let_settle(self, path: Path) -> None:
         """Wait until a file that just changed is settled, at most 6 s; nothing to do if its digest is remembered.
@@ -178,7 +189,7 @@ class Digests:
         temporary = self._file.with_name(self._file.name + ".tmp")
         try:
             temporary.touch(mode=0o640)
-            temporary.write_bytes(msgspec.json.encode(self._entries))
+            temporary.write_bytes(msgspec.json.encode(_Kept(_VERSION, self._entries)))
             temporary.replace(self._file)
         finally:  # of a full disk, half a file would take what is left
             with contextlib.suppress(OSError):

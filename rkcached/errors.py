@@ -10,6 +10,7 @@ HTTP, log) can show it to a person without knowing what it is.
     ├── ManifestError            the manifest has problems: a list, each with file:line       exit 78
     ├── SettingsError            a flag or variable has an impossible value                   exit 78
     ├── SourceError              an input file is missing or unusable                         exit 66
+    │   └── SourceUnsettled      somebody is writing to it
     ├── TemplateError            a chat template cannot render this                           exit 65
     │   └── TemplateExhausted    it takes too much time or memory for that
     ├── FormatError              a file is not a prompt cache, or a damaged one               exit 65
@@ -54,6 +55,8 @@ class RkcachedError(Exception):
     """Base of all expected errors: `message` says what happened, `hint` the next thing to do (may be empty)."""
 
     exit_code: ClassVar[int] = os.EX_SOFTWARE
+    passing: ClassVar[bool] = False
+    """Whether it may end without anybody's doing, so that the daemon tries again soon."""
 
     def __init__(self, message: str, *, hint: str = "") -> None:
         super().__init__(message)
@@ -119,6 +122,12 @@ class SourceError(RkcachedError):
     exit_code = os.EX_NOINPUT
 
 
+class SourceUnsettled(SourceError):
+    """An input file changes while it is read."""
+
+    passing = True
+
+
 class TemplateError(RkcachedError):
     exit_code = os.EX_DATAERR
 
@@ -133,6 +142,7 @@ class FormatError(RkcachedError):
 
 class StoreError(RkcachedError):
     exit_code = os.EX_CANTCREAT
+    passing = True
 
 
 class StoreLocked(StoreError):

@@ -18,6 +18,10 @@ MAX_RETRY_S = 60.0
 """No failed attempt waits longer for the next one; a time further ahead was written by a clock that was wrong."""
 
 
+PASSING_RETRY_S = 10.0
+"""An input that may become usable without anybody's doing is looked at again after so long."""
+
+
 class Key(NamedTuple):
     """A prompt of a model; written `model/prompt`."""
 
@@ -36,10 +40,12 @@ class Trouble:
     hint: str = ""
     place: tuple[str | int, ...] = ()
     """The way in the manifest to what names it, from the model or prompt that has the trouble; for its line."""
+    passing: bool = False
+    """It may end without anybody's doing."""
 
     @classmethod
     def of(cls, error: RkcachedError, *place: str | int) -> Trouble:
-        return cls(message=error.message, hint=error.hint, place=place)
+        return cls(message=error.message, hint=error.hint, place=place, passing=error.passing)
 
     def __str__(self) -> str:
         return self.message + (f" ({self.hint})" if self.hint else "")
@@ -392,7 +398,9 @@ def _assess_one(prompt: DesiredPrompt, world: _World) -> Assessment:
 
     # Its inputs are unusable, so nobody knows what it should be. What exists is kept: the same text may come back.
     if wanted is None:
-        return _blocked(fresh, State.BLOCKED, prompt.trouble or Trouble(message="the prompt has no text"))
+        trouble = prompt.trouble or Trouble(message="the prompt has no text")
+        retry_at = world.observed.now + PASSING_RETRY_S if trouble.passing else 0.0
+        return _blocked(fresh, State.BLOCKED, trouble, retry_at)
 
     # There is an artifact of exactly this fingerprint.
     if artifact is not None and _matches(artifact, wanted.digest):

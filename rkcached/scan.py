@@ -23,6 +23,9 @@ from rkcached.sidecar import Inventory, Sidecar, StoredArtifact, Unreadable, par
 MAX_RECORD_BYTES = 1 << 20
 """A sidecar has some 2,000 bytes, a verdict fewer."""
 
+_BLOCK_BYTES = 512
+"""The unit of st_blocks, whatever the file system's own is (stat(2))."""
+
 STAGING = ".stage-"
 """What the names of files begin with that a build has not published yet."""
 
@@ -239,12 +242,12 @@ def _begins_as_sidecar(path: Path, key: Key) -> bool:
 
 
 def foreign(files: Iterable[Path]) -> Iterator[tuple[Path, int]]:
-    """Those with their bytes that are still there. Folders stay out."""
+    """Those that are still there, with the bytes that they take of the disk. Folders stay out."""
     for path in files:
         with contextlib.suppress(FileNotFoundError):
             info = path.lstat()
             if not stat.S_ISDIR(info.st_mode):
-                yield path, info.st_size
+                yield path, min(info.st_size, info.st_blocks * _BLOCK_BYTES)  # a sparse file takes less
 
 
 def _names(key: Key, cache: str) -> tuple[str, str, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 from io import BufferedReader
 from pathlib import Path
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from rkcached.digests import Digests, settled, signature_of
-from rkcached.errors import SourceError
+from rkcached.errors import SourceUnsettled
 from tests.waiting import wait_until
 
 
@@ -104,6 +105,19 @@ def test_the_memory_survives_a_restart(tmp_path: Path, file: Path) -> None:
     assert second.hashed_files == 0
 
 
+def test_what_an_earlier_version_remembered_is_read_again(tmp_path: Path, file: Path) -> None:
+    """It relied on times that a coarse file system does not have."""
+    memory = tmp_path / "digests.json"
+    first = Digests(memory)
+    first.digest(file)
+    first.save()
+    kept = json.loads(memory.read_text())
+    memory.write_text(json.dumps(kept["files"]))
+    again = Digests(memory)
+    again.digest(file)
+    assert again.hashed_files == 1
+
+
 def test_a_change_while_nobody_looked_is_noticed(tmp_path: Path, file: Path) -> None:
     """The memory holds signatures, not promises."""
     memory = tmp_path / "memory.json"
@@ -183,7 +197,7 @@ def test_a_file_that_never_holds_still_is_an_error(file: Path) -> None:
                 other.write(b"x")
             return super()._sha256(stream)
 
-    with pytest.raises(SourceError, match="is being written to"):
+    with pytest.raises(SourceUnsettled, match="is being written to"):
         WhileWritten().digest(file)
 
 

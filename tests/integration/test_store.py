@@ -607,6 +607,13 @@ def test_the_quarantine_keeps_what_there_is_room_for(store: Store) -> None:
     assert list(store.scan().quarantined) == [newest]
 
 
+def test_a_sparse_file_counts_by_what_it_takes(store: Store, folder: Path) -> None:
+    """Otherwise an empty file of a terabyte would use up the whole budget."""
+    with (folder / "notes.txt").open("wb") as stream:
+        stream.truncate(1 << 40)
+    assert store.scan().foreign[folder / "notes.txt"] < 1 << 20
+
+
 def test_what_is_not_the_stores_is_counted_once(store: Store, folder: Path) -> None:
     """Files beside artifacts, and in the root; neither what is the store's own, nor folders, nor what links lead to."""
     (folder / "notes.txt").write_bytes(b"x" * 10)

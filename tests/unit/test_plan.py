@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from rkcached.fingerprint import Fingerprint, fingerprint
 from rkcached.plan import (
+    PASSING_RETRY_S,
     Action,
     Adopt,
     Assessment,
@@ -127,6 +128,15 @@ def test_a_prompt_in_trouble_is_blocked_and_its_artifact_is_kept() -> None:
     found = only(DesiredPrompt(key=KEY, trouble=TROUBLE), world(artifact()))
     assert State.BLOCKED is found.state
     assert Blocked(key=KEY, reason="it did not work", hint="do something") == found.action
+
+
+def test_a_trouble_that_may_pass_is_looked_at_again() -> None:
+    """So whoever waits for the prompt does not give up: a file that is being written is complete some time."""
+    passing = replace(TROUBLE, passing=True)
+    found = only(DesiredPrompt(key=KEY, trouble=passing), world(now=100.0))
+    assert (
+        Blocked(key=KEY, reason="it did not work", hint="do something", retry_at=100 + PASSING_RETRY_S) == found.action
+    )
 
 
 def test_a_prompt_with_neither_fingerprint_nor_trouble_is_blocked_all_the_same() -> None:
