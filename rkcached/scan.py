@@ -246,8 +246,10 @@ def foreign(files: Iterable[Path]) -> Iterator[tuple[Path, int]]:
     for path in files:
         with contextlib.suppress(FileNotFoundError):
             info = path.lstat()
-            if not stat.S_ISDIR(info.st_mode):
-                yield path, min(info.st_size, info.st_blocks * _BLOCK_BYTES)  # a sparse file takes less
+            if stat.S_ISREG(info.st_mode):  # one with holes takes less than its size
+                yield path, min(info.st_size, info.st_blocks * _BLOCK_BYTES)
+            elif not stat.S_ISDIR(info.st_mode):
+                yield path, info.st_size
 
 
 def _names(key: Key, cache: str) -> tuple[str, str, str]:
