@@ -519,6 +519,7 @@ class Reconciler:
             )
         except errors.StoreError as error:
             _log_trouble("artifact not adopted", action, error)
+            self._requests.answer(key, error)  # who waits for it since an earlier look
             again = key not in self._unadopted  # the source may be out of use by now: the next look tells
             self._unadopted.add(key)
             return again

@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 from conftest import Workspace
 
-from rkcached.errors import Aborted, Uncacheable
+from rkcached.errors import Aborted, StoreError, Uncacheable
 from rkcached.plan import Key, State
 from rkcached.reconcile import Reconciler
+from rkcached.sidecar import StoredArtifact
 from rkcached.store import Store
 from tests.integration.reconciling import reconciling
 from tests.waiting import wait_until
@@ -110,3 +111,32 @@ async def test_what_a_build_finds_out_during_a_look_is_not_tried_again(
         await reconciler.next_look()
         assert tried == [Key("m", "a")]
         assert {one.state for one in reconciler.view.assessments.values()} == {State.UNCACHEABLE}
+
+
+class NoRoomToCopy(Store):
+    """A store whose disk takes no copy of an artifact."""
+
+    refused = 0
+
+    def adopt(self, *_: Any, **__: Any) -> StoredArtifact:
+        self.refused += 1
+        raise StoreError("no space left", hint="make room there")
+
+
+async def test_who_waits_for_an_adoption_that_fails_is_told(tmp_path: Path) -> None:
+    """A client that stores a text is not left hanging, and the failing is not repeated in a loop."""
+    space, store = Workspace(tmp_path), NoRoomToCopy(tmp_path / "cache")
+    space.memory_model()
+    space.write("prompts/a.md", "The same text.")
+    space.declare("{a: prompts/a.md}")
+    async with reconciling(space, store) as reconciler:
+        await asyncio.to_thread(wait_until, lambda: reconciler.builds == 1, "the first is built")
+        space.write("prompts/b.md", "The same text.")
+        space.declare("{a: prompts/a.md, b: prompts/b.md}")
+        with pytest.raises(StoreError, match="no space left"):
+            async with asyncio.timeout(30):
+                await reconciler.freshen(Key("m", "b"))
+        looks = reconciler.looks
+        await asyncio.sleep(0.3)
+        assert reconciler.looks <= looks + 1
+        assert store.refused <= 3
