@@ -49,10 +49,10 @@ class Announcer:
             log.info("prompt fresh again", model=key.model, prompt=key.prompt, state=State.FRESH.value)
 
     def notices(self, now: tuple[str, ...]) -> None:
-        """What a look found strange about the folders of prompts."""
+        """What a look found strange about what the manifest declares."""
         for notice in now:
             if notice not in self._notices:
-                log.warning("prompts folder", notice=notice)
+                log.warning("doubtful input", notice=notice)
         self._notices = now
 
     def forget_all_but(self, keys: set[Key]) -> None:

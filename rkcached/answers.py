@@ -398,7 +398,7 @@ class Status(Answer):
     recent: list[RecentAnswer] = Field(description="The last 40 answers, oldest first.")
     running: int
     models: list[WaitedModel]
-    notices: list[str] = Field(description="What seems wrong with prompts_from folders, in words.")
+    notices: list[str] = Field(description="What seems wrong with what the manifest declares, in words.")
     retired: list[RetiredStatus] = Field(description="The 100 that were retired last, the last one first.")
     building: PromptStatus | None = Field(description="The prompt that is being built, as among all.")
     prompts: Iterable[PromptStatus]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from rkcached.desired import Desired, Resolver, RuntimeSource, Sources
+from rkcached.desired import Desired, Resolver, RuntimeSource, Sources, cut_contexts
 from rkcached.digests import Digests
 from rkcached.errors import ManifestError, Problem
 from rkcached.manifest import EngineConfig, EngineKind, Manifest, parse_usable
@@ -27,7 +27,7 @@ class Findings:
     problems: tuple[Problem, ...]
     """In the order of their lines."""
     warnings: tuple[str, ...]
-    """What is no problem, but costs more than its owner may know; each with its file and line."""
+    """What is no problem, but costs more or gives less than its owner may know; each with its file and line."""
     skipped_files: tuple[str, ...]
     """In a prompts_from folder, but with names that no prompt can have."""
     summary: str
@@ -61,7 +61,7 @@ def check_manifest(settings: Settings) -> Findings:
     problems = list(usable.problems)
     for line, trouble in troubles:
         problems.append(Problem(file=str(manifest_file), line=line, message=trouble.message, hint=trouble.hint))
-    warnings = tuple(f"{manifest_file}:{warning}" for warning in _warnings(manifest, runtime))
+    warnings = tuple(f"{manifest_file}:{warning}" for warning in _warnings(manifest, sources, runtime))
     ok = f"ok, {_counted(len(manifest.models), 'model')}, {_counted(len(desired.prompts), 'prompt')}"
     if service.whose:
         ok += f", {service.whose}"
@@ -95,8 +95,11 @@ def _prompt_line(manifest: Manifest, sources: Sources, key: Key, trouble: Troubl
     return sources.prompts[key].line
 
 
-def _warnings(manifest: Manifest, runtime: RuntimeSource | Trouble) -> Iterator[str]:
-    """What works, but costs more than its owner may know; each begins with its line."""
+def _warnings(manifest: Manifest, sources: Sources, runtime: RuntimeSource | Trouble) -> Iterator[str]:
+    """What works, but costs more or gives less than its owner may know; each begins with its line."""
+    for name, notice in cut_contexts(manifest, sources).items():
+        yield f"{manifest.line_of('models', name, 'params', 'max_context_len')}: warning: {notice}"
+
     if manifest.engine.kind is not EngineKind.RKLLM or isinstance(runtime, Trouble) or runtime.samples_per_run:
         return
     for name, model in manifest.models.items():

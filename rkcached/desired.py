@@ -31,12 +31,14 @@ class PromptSource:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelSource:
-    """The digest of a model file and the source of its chat template."""
+    """The digest of a model file, what the file says of itself, and the source of its chat template."""
 
     digest: str
     template_source: str
     tokenizer_digest: str = ""
     lora_digest: str = ""
+    trained_tokens: int | None = None
+    """The model's own context, if the file tells it: the engine gives it none that is larger."""
     signatures: tuple[tuple[str, Signature], ...] = field(default=(), compare=False)
     """Path and signature of each file that has one of these digests: no part of what the model is."""
 
@@ -102,7 +104,7 @@ class Desired:
     stored: frozenset[Key] = frozenset()
     """Prompts that clients stored, and may delete."""
     notices: tuple[str, ...] = ()
-    """As in the sources."""
+    """What seems wrong with what the manifest declares and can be used all the same, in words."""
 
     def fingerprint(self, key: Key) -> Fingerprint | None:
         """What the artifact of this prompt must have; None if it is not declared or in trouble."""
@@ -116,6 +118,23 @@ Thing = TypeVar("Thing")
 def kept(before: Thing | None, now: Thing) -> Thing:
     """The older of two equal things. Of thousands of prompts hardly one changes: each look would keep new ones."""
     return before if before is not None and before == now else now
+
+
+def cut_contexts(manifest: Manifest, sources: Sources) -> dict[str, str]:
+    """By model, in words: a context that the manifest declares larger than the model's own, which the engine cuts."""
+    found = {}
+    for name, config in manifest.models.items():
+        source, params = sources.models[name], config.params
+        own = source.trained_tokens if isinstance(source, ModelSource) else None
+        if own is None or params.max_context_len <= own:
+            continue
+
+        more = f", and max_new_tokens to less than {own}" if params.max_new_tokens >= own else ""
+        found[name] = (
+            f"max_context_len of {name} is {params.max_context_len}, but the context is cut to the model's own, "
+            f"{own} tokens (set max_context_len to {own}{more})"
+        )
+    return found
 
 
 class _Known(NamedTuple):
@@ -161,7 +180,8 @@ class Resolver:
             del self._known[gone]
         self._prompts = prompts
         stored = frozenset(key for key, declared in sources.prompts.items() if declared.stored)
-        return Desired(models=models, prompts=prompts, texts=texts, stored=stored, notices=sources.notices)
+        notices = (*sources.notices, *cut_contexts(manifest, sources).values())
+        return Desired(models=models, prompts=prompts, texts=texts, stored=stored, notices=notices)
 
     def resolve_one(self, declared: Declaration, model: DesiredModel | Trouble, manifest: Manifest) -> DesiredPrompt:
         """A prompt of a model that the last `resolve` gave."""

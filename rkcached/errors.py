@@ -217,15 +217,24 @@ class ArtifactLoadError(EngineError):
 
 
 class ContextExceeded(EngineError):
-    """A prompt of `tokens` does not fit the model's context of `limit` tokens."""
+    """A prompt of `tokens` does not fit the context of `limit` tokens that the engine gave the model.
 
-    def __init__(self, tokens: int, limit: int) -> None:
-        super().__init__(
-            f"the prompt has {tokens} tokens, the context holds {limit}",
-            hint="shorten the prompt or raise params.max_context_len of the model",
-        )
+    It gives none that is larger than the model's own, `trained_tokens`, where it knows that.
+    """
+
+    def __init__(self, tokens: int, limit: int, trained_tokens: int | None = None) -> None:
         self.tokens = tokens
         self.limit = limit
+        self.trained_tokens = trained_tokens
+        message = f"the prompt has {tokens} tokens, the context holds {limit}"
+        super().__init__(message, hint=self.remedy("the prompt"))
+
+    def remedy(self, text: str) -> str:
+        """The next thing to do; `text` is what is too long, in the caller's words."""
+        if self.trained_tokens is not None and max(self.limit, self.tokens) >= self.trained_tokens:
+            return f"shorten {text}: the model's own context is {self.trained_tokens} tokens"
+        bound = "" if self.trained_tokens is None else f" up to {self.trained_tokens}"
+        return f"shorten {text}, or raise params.max_context_len of the model{bound}"
 
 
 class SamplingFixed(EngineError):

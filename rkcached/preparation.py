@@ -319,7 +319,7 @@ def as_request_error(
                 f"the request has {error.tokens} tokens, the context holds {error.limit}",
                 code="context_length_exceeded",
                 param=text,
-                hint=f"shorten {text}, or raise params.max_context_len of the model",
+                hint=error.remedy(text),
             )
         case errors.SamplingFixed():
             param = error.param or None

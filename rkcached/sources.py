@@ -235,6 +235,7 @@ class SourceReader:
                 template_source=template,
                 tokenizer_digest=self._optional(config.tokenizer, "tokenizer", signatures),
                 lora_digest=self._optional(config.lora, "LoRA adapter", signatures),
+                trained_tokens=facts.trained_tokens,
                 signatures=tuple(signatures.items()),
             )
         except _Placed as error:

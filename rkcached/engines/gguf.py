@@ -65,7 +65,7 @@ class ModelFacts:
     files: tuple[Path, ...]
     """Every file that the engine opens for the model; the one that the manifest names comes first."""
     trained_tokens: int | None = None
-    """The context that the model was trained for, if the file says so."""
+    """The context that the model was trained for, if the file says so. llama.cpp's server gives it none larger."""
 
 
 ReadHeader = Callable[[Path], Header | None]
@@ -172,7 +172,8 @@ def _damaged(path: Path) -> SourceError:
 
 
 def _trained_tokens(header: Header) -> int | None:
-    return next((value for key, value in header.integers.items() if key.endswith(".context_length")), None)
+    said = (value for key, value in header.integers.items() if key.endswith(".context_length") and value > 0)
+    return next(said, None)
 
 
 def _parse(data: bytes) -> Header:

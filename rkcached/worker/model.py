@@ -23,6 +23,8 @@ class WorkerModel:
     """Replaces the deadlines for loading and for silence."""
     max_memory_bytes: int | None = None
     """What its process may take for itself."""
+    trained_tokens: int | None = None
+    """The model's own context, if that is known."""
     signatures: tuple[tuple[str, Signature], ...] = field(default=(), compare=False)
     """Path and signature of each file that `identity` was made of. A loaded model stays what it is when they change."""
 

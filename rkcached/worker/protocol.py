@@ -267,11 +267,14 @@ _PLAIN = {
 }
 
 
-def engine_error(message: Failed) -> errors.EngineError:
-    """The error that a `Failed` stands for; the inverse of `failed`."""
+def engine_error(message: Failed, trained_tokens: int | None = None) -> errors.EngineError:
+    """The error that a `Failed` stands for; the inverse of `failed`.
+
+    `trained_tokens` is the model's own context, which the daemon may know and an engine does not tell.
+    """
     match message.error:
         case "ContextExceeded":
-            return errors.ContextExceeded(message.tokens, message.limit)
+            return errors.ContextExceeded(message.tokens, message.limit, trained_tokens)
         case "PromptTooShort":
             return errors.PromptTooShort(message.tokens, message.limit)
         case "SamplingFixed":

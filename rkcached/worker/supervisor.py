@@ -322,7 +322,7 @@ class Worker:
                 case protocol.Failed():
                     self._failures = 0  # the engine refused; the worker is well
                     await self._lines.catch_up()
-                    raise self._lines.explain(protocol.engine_error(event))
+                    raise self._lines.explain(protocol.engine_error(event, self.model.trained_tokens))
                 case _:
                     if on_event is not None:
                         on_event(event)

@@ -81,6 +81,23 @@ def test_one_file_has_its_own_digest(tmp_path: Path) -> None:
     assert digest(path) == Digests().digest(path)
 
 
+@pytest.mark.parametrize(
+    ("value", "told"),
+    [(pair("qwen3.context_length", UINT32, 40960), 40960), (pair("llama.context_length", UINT32, 0), None)],
+)
+def test_the_context_that_a_model_was_trained_for(tmp_path: Path, value: bytes, told: int | None) -> None:
+    """The first file's header has it, by the name of its architecture; another key that ends alike is not it."""
+    stretched = pair("llama.rope.scaling.original_context_length", UINT32, 2048)
+    first = tmp_path / "m-00001-of-00002.gguf"
+    first.write_bytes(gguf(stretched, value, *split_pairs(1, 2, 2), tensors=1))
+    (tmp_path / "m-00002-of-00002.gguf").write_bytes(gguf(*split_pairs(2, 2, 2), tensors=1))
+    (tmp_path / "m.gguf").write_bytes(gguf(stretched, value))
+    for path in (first, tmp_path / "m.gguf"):
+        found = model(path)
+        assert isinstance(found, ModelSource), found
+        assert found.trained_tokens == told
+
+
 def test_a_name_alone_makes_no_split_model(tmp_path: Path) -> None:
     """llama.cpp goes by the header, too."""
     path = tmp_path / "m-00001-of-00002.gguf"

@@ -245,6 +245,44 @@ def test_demo_once_again(tmp_path: Path, small_model: Path) -> None:
     assert "build started" not in second.stderr
 
 
+def test_a_context_beyond_the_models_own(workspace: Workspace, small_model: Path) -> None:
+    """llama.cpp cuts it: check warns, status says so, and who does not fit is told the model's own context.
+
+    Regression: it was cut in silence, and the error said to raise max_context_len.
+    """
+    long = "word " * 9000
+    workspace.write("long.md", long)
+
+    def declare(context_tokens: int) -> None:
+        workspace.write(
+            "manifest.yaml",
+            f"version: 1\nengine: {{kind: llamacpp}}\nmodels:\n  m:\n    path: {small_model}\n    params:\n"
+            f"      max_context_len: {context_tokens}\n    prompts: {{long: long.md}}\n",
+        )
+
+    declare(16384)
+    said = (
+        "max_context_len of m is 16384, but the context is cut to the model's own, 8192 tokens "
+        "(set max_context_len to 8192)"
+    )
+    checked = workspace.cli("check")
+    assert f"manifest.yaml:7: warning: {said}\n" in checked.stderr
+    assert "ok, 1 model, 1 prompt" in checked.stdout
+    workspace.start()
+    assert workspace.status()["notices"] == [said]
+    assert said in workspace.cli("status").stdout
+    blocked = workspace.wait_state("long", "blocked")
+    assert blocked["reason"].endswith("tokens, the context holds 8192")
+    assert blocked["hint"] == "shorten the prompt: the model's own context is 8192 tokens"
+    error = workspace.ask("m", long, status=400)["error"]
+    assert error["code"] == "context_length_exceeded"
+    assert "the context holds 8192 (shorten messages: the model's own context is 8192 tokens)" in error["message"]
+
+    declare(8192)
+    wait_until(lambda: workspace.status()["notices"] == [], "what was said is taken back")
+    assert workspace.cli("check").stderr == ""
+
+
 def test_memory_limit(workspace: Workspace, small_model: Path) -> None:
     """A limit that the model does not fit into is told as what it is; a larger one serves it."""
     workspace.write("cook.md", SYSTEM)

@@ -19,6 +19,7 @@ from rkcached.desired import (
     Resolver,
     RuntimeSource,
     Sources,
+    cut_contexts,
 )
 from rkcached.fingerprint import changes
 from rkcached.manifest import Manifest, parse
@@ -50,6 +51,7 @@ class World:
         default_factory=lambda: {RULES: "Be brief.", PLAIN: "Be kind.", OTHER: "Be brief."}
     )
     digests: dict[str, str | Trouble] = field(default_factory=lambda: {"m": "11" * 32, "n": "22" * 32})
+    trained: dict[str, int] = field(default_factory=dict)
     templates: dict[str, str] = field(default_factory=lambda: {"m": BUILTIN["chatml"], "n": BUILTIN["chatml"]})
     runtime: RuntimeSource | Trouble = field(default_factory=lambda: RuntimeSource(version="1", digest="aa" * 32))
 
@@ -63,7 +65,9 @@ class World:
             models={
                 name: digest
                 if isinstance(digest, Trouble)
-                else ModelSource(digest=digest, template_source=self.templates[name])
+                else ModelSource(
+                    digest=digest, template_source=self.templates[name], trained_tokens=self.trained.get(name)
+                )
                 for name, digest in self.digests.items()
             },
             prompts={
@@ -332,3 +336,36 @@ def test_a_prompts_own_sampling_needs_a_runtime_that_can_change_it() -> None:
     assert trouble is not None
     assert trouble.message.startswith("RKLLM 1.2.3 fixes temperature when the model is loaded")
     assert prompts[PLAIN].fingerprint is not None
+
+
+@pytest.mark.parametrize(
+    ("params", "trained", "said"),
+    [
+        ({"max_context_len": 16384}, 8192, "is 16384, but the context is cut to the model's own, 8192 tokens"),
+        ({}, 2048, "is 4096, but the context is cut to the model's own, 2048 tokens (set max_context_len to 2048)"),
+        ({}, 512, "(set max_context_len to 512, and max_new_tokens to less than 512)"),
+        ({"max_context_len": 8192}, 8192, ""),
+        ({"max_context_len": 1024}, 8192, ""),
+        ({"max_context_len": 16384}, None, ""),
+    ],
+)
+def test_a_context_beyond_the_models_own(params: dict[str, int], trained: int | None, said: str) -> None:
+    """It is said of that model, also when it is the default, and is no trouble; nothing is said where none is cut."""
+    world = with_model("m", params=params)
+    if trained is not None:
+        world.trained["m"] = trained
+    found = cut_contexts(world.parsed(), world.sources())
+    assert list(found) == (["m"] if said else [])
+    assert said in found.get("m", "")
+    desired = world.resolve()
+    assert desired.notices == tuple(found.values())
+    assert isinstance(desired.models["m"], DesiredModel)
+
+
+def test_what_is_strange_of_folders_and_of_contexts_is_said_together() -> None:
+    """And of a model in trouble that is all that is said."""
+    world = World(trained={"n": 1024}, digests={"m": TROUBLE, "n": "22" * 32})
+    sources = replace(world.sources(), notices=("p/*.md matches no file",))
+    folder, context = Resolver().resolve(world.parsed(), sources).notices
+    assert folder == "p/*.md matches no file"
+    assert context.startswith("max_context_len of n is 4096")

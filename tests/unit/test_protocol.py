@@ -200,6 +200,22 @@ def test_every_engine_error_crosses_the_wire(cls: type[errors.EngineError]) -> N
     assert str(error) == str(arrived)
 
 
+@pytest.mark.parametrize(
+    ("tokens", "limit", "trained", "hint"),
+    [
+        (2000, 1024, None, "shorten the prompt, or raise params.max_context_len of the model"),
+        (2000, 1024, 8192, "shorten the prompt, or raise params.max_context_len of the model up to 8192"),
+        (8192, 1024, 8192, "shorten the prompt: the model's own context is 8192 tokens"),
+        (9001, 8192, 8192, "shorten the prompt: the model's own context is 8192 tokens"),
+    ],
+)
+def test_what_helps_a_prompt_that_is_too_long(tokens: int, limit: int, trained: int | None, hint: str) -> None:
+    """The daemon knows the model's own context; nobody is told to raise a number in vain."""
+    arrived = protocol.engine_error(protocol.failed(1, errors.ContextExceeded(tokens, limit)), trained)
+    assert arrived.message == f"the prompt has {tokens} tokens, the context holds {limit}"
+    assert arrived.hint == hint
+
+
 def test_an_engines_own_error_arrives_as_what_it_is_a_kind_of() -> None:
     """The daemon knows the errors of the tree only."""
 
