@@ -146,8 +146,6 @@ def said_by(status: Mapping[str, Any]) -> ServiceView:
         troubled = prompt["state"] in _IN_TROUBLE
         trouble = Trouble(message=prompt["reason"], hint=prompt["hint"]) if troubled else None
         prompts[Key(prompt["model"], prompt["prompt"])] = Seen(state=prompt["state"], trouble=trouble)
-    # Of a model there is one text, of its prompts message and hint apart.
-    apart = {str(seen.trouble): seen.trouble for seen in prompts.values()}
     # Of a model there is one text; its prompts have message and hint apart.
     apart = {str(seen.trouble): seen.trouble for seen in prompts.values()}
     models = {
