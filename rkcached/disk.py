@@ -39,6 +39,14 @@ def free(place: Path) -> Free:
     )
 
 
+def free_bytes(place: Path) -> int | None:
+    """What `free` says; None where the file system does not say it."""
+    try:
+        return free(place).free_bytes
+    except OSError:
+        return None
+
+
 def refusal(error: OSError, place: Path) -> tuple[str, str]:
     """Why `place` cannot be written, and what to do about it."""
     why = error.strerror or str(error)

@@ -95,7 +95,7 @@ class Observer:
             unlisted_models=frozenset(sources.unlisted_models),
             foreign_bytes=sum(inventory.foreign.values()),
             retired=inventory.retired,
-            free_bytes=_free_bytes(self._store),
+            free_bytes=disk.free_bytes(self._store.root),
             now=time.time(),
         )
         limits = Limits(
@@ -150,13 +150,6 @@ class Observer:
                     Glimpse(prompt=prompt, text=now.source.text, assessment=assessment, build=assessment.action)
                 )
         return glimpses
-
-
-def _free_bytes(store: Store) -> int | None:
-    try:
-        return disk.free(store.root).free_bytes
-    except OSError:
-        return None
 
 
 def _did_not_fit(prompt: DesiredPrompt, verdict: Verdict | None) -> bool:

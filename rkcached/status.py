@@ -95,7 +95,7 @@ def status(
             "retired_bytes": view.retired_bytes(),
             "foreign_bytes": view.foreign_bytes,
             "quarantine_bytes": view.quarantine_bytes,
-            "free_bytes": _free_bytes(store),
+            "free_bytes": disk.free_bytes(store.root),
         },
         "watching": "polling" if polling else "inotify",
         "reconcile": {
@@ -159,13 +159,6 @@ async def pieces(status: Status) -> AsyncGenerator[bytes]:
         comma = b","
         await asyncio.sleep(0)
     yield b"]}"
-
-
-def _free_bytes(store: Store) -> int | None:
-    try:
-        return disk.free(store.root).free_bytes
-    except OSError:
-        return None
 
 
 def summary(reconciler: Reconciler) -> str:
