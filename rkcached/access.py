@@ -56,12 +56,15 @@ def _how_to_show(place: str, folder: Path) -> str:
         named = str(folder).replace("%", "%%")
         named = f'"{named}"' if re.search(r"\s", named) else named
         return (
-            f"`systemctl edit rkcached`: under [Service] write ProtectHome=tmpfs and BindReadOnlyPaths={named}, "
-            "then `systemctl restart rkcached`"
+            f"`sudo systemctl edit rkcached`: under [Service] write ProtectHome=tmpfs and BindReadOnlyPaths={named}, "
+            "then `sudo systemctl restart rkcached`"
         )
     if place in ("/tmp", "/var/tmp"):  # noqa: S108 - compared, not used
-        return "the service has one of its own; keep the file elsewhere, for example below /var/lib"
-    return f"InaccessiblePaths= of the unit hides it: `systemctl edit rkcached`, or keep the file outside of {place}"
+        return f"the service has a {place} of its own; keep the file elsewhere, for example below /var/lib"
+    return (
+        f"take {place} out of the unit's InaccessiblePaths= (`sudo systemctl edit rkcached`), "
+        "or keep the file somewhere else"
+    )
 
 
 class Mount(NamedTuple):
@@ -115,16 +118,17 @@ def _denied(real: Path, *, folder: bool) -> Refusal:
     """By the modes on the way: the first folder that refuses, else the file itself."""
     for parent in reversed(real.parents):
         if not os.access(parent, os.X_OK, effective_ids=True):
-            grant = f"{_whose(parent) or 'o'}+x"
-            return Refusal(f"permission denied by the folder {parent}", f"`chmod {grant} {shlex.quote(str(parent))}`")
+            whose = _whose(parent) or "o"
+            command = f"{_sudo(whose)}chmod {whose}+x {shlex.quote(str(parent))}"
+            return Refusal(f"permission denied by the folder {parent}", f"`{command}`")
     wanted = os.R_OK | (os.X_OK if folder else 0)
     if os.access(real, wanted, effective_ids=True):  # perhaps a security module
         return Refusal("permission denied", f"let the group {_our_group()} read it")
     name, rights = shlex.quote(str(real)), "rx" if folder else "r"
     if whose := _whose(real):
-        return Refusal("permission denied", f"`chmod {whose}+{rights} {name}`")
+        return Refusal("permission denied", f"`{_sudo(whose)}chmod {whose}+{rights} {name}`")
     grant = "g+rx" if folder else "640"
-    return Refusal("permission denied", f"`chgrp {_our_group()} {name} && chmod {grant} {name}`")
+    return Refusal("permission denied", f"`sudo chgrp {_our_group()} {name} && sudo chmod {grant} {name}`")
 
 
 def _whose(path: Path) -> str:
@@ -136,6 +140,11 @@ def _whose(path: Path) -> str:
     if info.st_uid == os.geteuid():
         return "u"
     return "g" if info.st_gid in {os.getegid(), *os.getgroups()} else ""
+
+
+def _sudo(whose: str) -> str:
+    """What a command begins with that changes a mode: only the owner may, and root."""
+    return "" if whose == "u" else "sudo "
 
 
 def _our_group() -> str:

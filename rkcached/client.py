@@ -24,6 +24,10 @@ _RETRY_S = 0.25
 """Between two attempts to connect to a daemon that is not there."""
 
 
+START_IT = "start it with `sudo systemctl start rkcached` or `rkcached run`, or name its socket with --socket"
+"""The next step where no daemon answers."""
+
+
 class Client:
     """A connection to the daemon. Errors of every call: DaemonUnreachable, RequestError."""
 
@@ -130,7 +134,7 @@ class Client:
                 return NotAllowed(str(self._socket))
             return DaemonUnreachable(
                 f"no daemon answers on {self._socket}",
-                hint="start it with `systemctl start rkcached` or `rkcached run`, or name its socket with --socket",
+                hint=START_IT,
             )
         return DaemonUnreachable(f"the daemon broke off: {error}", hint="its log says why")
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from rkcached import show
-from rkcached.client import Client, follow
+from rkcached.client import START_IT, Client, follow
 from rkcached.errors import (
     DaemonUnreachable,
     ManifestError,
@@ -38,6 +38,8 @@ _LASTING = ("blocked", "quarantined", "uncacheable", "uncached")
 """States that stay until somebody changes something, unless there is a time for the next attempt."""
 
 _MOST_NAMES = 3
+
+_MORE_TIME = "give it more time with --timeout; `rkcached status` shows the progress"
 
 _Inbox = queue.SimpleQueue[str | RkcachedError]
 
@@ -78,7 +80,7 @@ def wait(socket: Path, names: Sequence[str], *, timeout_s: float, tell: Callable
     inbox: _Inbox = queue.SimpleQueue()
     threading.Thread(target=_listen, args=(socket, inbox), daemon=True).start()
     looked = False
-    waits_for = f"no daemon answers on {socket}"
+    waits_for, hint = f"no daemon answers on {socket}", START_IT
     prompts: list[dict[str, Any]] = []
 
     while (left_s := started + timeout_s - time.monotonic()) > 0:
@@ -89,7 +91,7 @@ def wait(socket: Path, names: Sequence[str], *, timeout_s: float, tell: Callable
         if isinstance(heard, NotAllowed | RequestError):
             raise heard
         if isinstance(heard, RkcachedError):
-            waits_for = heard.message
+            waits_for, hint = heard.message, heard.hint
             continue
 
         try:
@@ -98,7 +100,7 @@ def wait(socket: Path, names: Sequence[str], *, timeout_s: float, tell: Callable
         except DaemonUnreachable as error:
             waits_for = error.message
             continue
-        looked = status["ready"]
+        looked, hint = status["ready"], _MORE_TIME
         if not looked:
             waits_for = f"the daemon is {status['summary']}"
             continue
@@ -113,10 +115,7 @@ def wait(socket: Path, names: Sequence[str], *, timeout_s: float, tell: Callable
             return Waited(waited_s=waited_s, prompts=prompts)
         waits_for = f"{len(prompts) - len(waiting)} of {len(prompts)} fresh; {_sentence(waiting)}"
 
-    late = StillWaiting(
-        f"after {timeout_s:g} s still waiting: {waits_for}",
-        hint="give it more time with --timeout; `rkcached status` says how far it is",
-    )
+    late = StillWaiting(f"time is up after {timeout_s:g} s: {waits_for}", hint=hint)
     return Waited(waited_s=time.monotonic() - started, prompts=prompts, errors=(late,))
 
 
@@ -157,7 +156,7 @@ def _chosen(names: Sequence[str], status: dict[str, Any]) -> list[dict[str, Any]
     known = [model["name"] for model in status["models"]] + [show.name_of(prompt) for prompt in declared]
     for name in names:
         if name not in known:
-            hint = f"known: {', '.join(known) or 'none'}; `rkcached reload` reads the manifest now"
+            hint = f"known: {', '.join(known) or 'none'}; with `rkcached reload` the daemon reads the manifest now"
             raise SourceError(f"{name!r} is not declared", hint=hint)
     return [one for one in declared if not names or one["model"] in names or show.name_of(one) in names]
 

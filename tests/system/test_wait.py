@@ -139,7 +139,7 @@ def test_time_is_up(slow: Workspace) -> None:
     """It says what it still waits for, with an exit code of its own."""
     done = slow.cli("wait", "--timeout", "2", code=os.EX_TEMPFAIL)
     error, hint = done.stderr.splitlines()
-    assert error.startswith("error: after 2 s still waiting: 0 of 2 fresh; m/a is building")
+    assert error.startswith("error: time is up after 2 s: 0 of 2 fresh; m/a is building")
     assert error.endswith(", m/b is missing")
     assert "--timeout" in hint
     told = json.loads(slow.cli("wait", "m/b", "--json", "--timeout", "2", code=os.EX_TEMPFAIL).stdout)
@@ -149,7 +149,9 @@ def test_time_is_up(slow: Workspace) -> None:
 def test_no_daemon_in_time(workspace: Workspace) -> None:
     """It waited for one, at the socket that it names."""
     done = workspace.cli("wait", "--timeout", "0.5", code=os.EX_TEMPFAIL)
-    assert f"still waiting: no daemon answers on {workspace.socket}" in done.stderr
+    error, hint = done.stderr.splitlines()
+    assert error == f"error: time is up after 0.5 s: no daemon answers on {workspace.socket}"
+    assert hint.startswith("hint: start it with ")
     workspace.cli("wait", "--timeout", "0", code=os.EX_USAGE)
 
 

@@ -109,7 +109,7 @@ def test_a_file_of_root_alone(place: Path) -> None:
     """The command makes it readable: whoever does what the hint says is rid of the trouble."""
     file = place / "in/p.md"
     file.chmod(0o600)
-    assert refused(file) == ("permission denied", f"`chgrp daemon {file} && chmod 640 {file}`")
+    assert refused(file) == ("permission denied", f"`sudo chgrp daemon {file} && sudo chmod 640 {file}`")
     os.chown(file, 0, 1)
     file.chmod(0o640)
     assert refused(file) is None
@@ -120,7 +120,7 @@ def test_a_file_of_the_group_without_its_rights(place: Path) -> None:
     file = place / "in/p.md"
     os.chown(file, 0, 1)
     file.chmod(0o600)
-    assert refused(file) == ("permission denied", f"`chmod g+r {file}`")
+    assert refused(file) == ("permission denied", f"`sudo chmod g+r {file}`")
 
 
 def test_the_folder_that_refuses_is_named(place: Path) -> None:
@@ -129,15 +129,15 @@ def test_the_folder_that_refuses_is_named(place: Path) -> None:
     link = place / "link.md"
     link.symlink_to("in/p.md")
     for path in (place / "in/p.md", link):
-        assert refused(path) == (f"permission denied by the folder {place}/in", f"`chmod o+x {place}/in`")
+        assert refused(path) == (f"permission denied by the folder {place}/in", f"`sudo chmod o+x {place}/in`")
     os.chown(place / "in", 0, 1)
-    assert refused(link) == (f"permission denied by the folder {place}/in", f"`chmod g+x {place}/in`")
+    assert refused(link) == (f"permission denied by the folder {place}/in", f"`sudo chmod g+x {place}/in`")
 
 
 def test_a_folder_that_may_not_be_listed(place: Path) -> None:
     """It needs one right more than a file."""
     (place / "in").chmod(0o711)
-    hint = f"`chgrp daemon {place}/in && chmod g+rx {place}/in`"
+    hint = f"`sudo chgrp daemon {place}/in && sudo chmod g+rx {place}/in`"
     assert refused(place / "in", folder=True) == ("permission denied", hint)
 
 
