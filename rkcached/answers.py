@@ -255,7 +255,7 @@ class PromptStatus(Answer):
     last_used: float | None = Field(description="Unix seconds.")
     progress: BuildProgress | None = Field(default=None, exclude_if=_is_none)
     artifact: ArtifactFigures | None = Field(
-        default=None, exclude_if=_is_none, description="Not there where it was made from an older text."
+        default=None, exclude_if=_is_none, description="Absent where it was made from an older text."
     )
 
 
@@ -306,7 +306,7 @@ class BinaryCacheCreated(Answer):
 
 class Collectable(Answer):
     path: str
-    size_bytes: int = Field(description="Of a folder: of all files in it.")
+    size_bytes: int = Field(description="For a folder: all files in it together.")
     reason: str
 
 
@@ -315,9 +315,9 @@ class Collected(Answer):
 
     object: Literal["cache.collected"] = "cache.collected"
     removed: bool = Field(description="false: it was only asked for.")
-    size_bytes: int = Field(description="Of the items.")
+    size_bytes: int = Field(description="All items together.")
     items: list[Collectable]
-    strangers: list[Collectable] = Field(description="What is not the store's, and stays.")
+    strangers: list[Collectable] = Field(description="Files and folders that are not the store's; they stay.")
 
 
 class ManifestReloaded(Answer):
@@ -329,7 +329,7 @@ class ManifestStatus(Answer):
     file: str
     ok: bool
     problems: list[str]
-    skipped_files: list[str] = Field(description="In a prompts_from folder, with names that no prompt can have.")
+    skipped_files: list[str] = Field(description="Of prompts_from: their names cannot be a prompt's.")
 
 
 class StoreStatus(Answer):
@@ -339,7 +339,7 @@ class StoreStatus(Answer):
     max_bytes: int | None
     orphan_bytes: int = Field(description="Of used_bytes: artifacts that the manifest does not declare.")
     retired: int = Field(description="Prompt caches that are no longer declared and kept for a while.")
-    retired_bytes: int = Field(description="Of used_bytes: what these take.")
+    retired_bytes: int = Field(description="Of used_bytes: the retired prompt caches.")
     foreign_bytes: int = Field(description="Of used_bytes: files that are not the store's.")
     quarantine_bytes: int = Field(description="Beside used_bytes: kept for a post-mortem where max_bytes leaves room.")
     free_bytes: int | None = Field(description="Left on the file system of the store; null where it does not say.")
@@ -362,13 +362,13 @@ class ReconcileStatus(Answer):
 class RetiredStatus(Answer):
     """A prompt cache that no prompt uses now. It is adopted as soon as its text is declared again."""
 
-    model: str = Field(description="Of the prompt that it was built for.")
+    model: str = Field(description="The model of the prompt that it was built for.")
     prompt: str
     fingerprint: str
     tokens: int
     size_bytes: int
     retired_at: float = Field(description="Unix seconds.")
-    kept_until: float = Field(description="Unix seconds; sooner where room is needed.")
+    kept_until: float = Field(description="Unix seconds of its removal, which comes sooner where room is needed.")
 
 
 class RecentAnswer(Answer):
@@ -399,7 +399,7 @@ class Status(Answer):
     running: int
     models: list[WaitedModel]
     notices: list[str] = Field(description="What seems wrong with what the manifest declares, in words.")
-    retired: list[RetiredStatus] = Field(description="The 100 that were retired last, the last one first.")
+    retired: list[RetiredStatus] = Field(description="The last 100 that were retired, the latest first.")
     building: PromptStatus | None = Field(description="The prompt that is being built, as among all.")
     prompts: Iterable[PromptStatus]
     """Made and written one by one, as there may be thousands: to be gone through once. The last field."""

@@ -237,7 +237,7 @@ class Api:
         ready = self._reconciler.looked.is_set()
         if not ready and not self._told_starting:
             self._told_starting = True  # once: whoever waits for it asks each second
-            log.warning("not ready", status=503, reason="the first look at all files is not over")
+            log.warning("not ready", status=503, reason="not all files have been read yet")
         return answer(Readiness(status="ready" if ready else "starting"), status=200 if ready else 503)
 
     async def _get_metrics(self, _: Request) -> Response:

@@ -97,7 +97,7 @@ def walk(parent: int, name: str, depth: int = 0) -> Iterator[Entry]:
 
     if stat.S_ISDIR(info.st_mode):
         if depth >= MAX_DEPTH:
-            raise OSError(errno.ELOOP, f"more than {MAX_DEPTH} folders lie within each other", name)
+            raise OSError(errno.ELOOP, f"its folders are nested more than {MAX_DEPTH} deep", name)
         fd = os.open(name, _FOLDER | os.O_NOFOLLOW, dir_fd=parent)
         try:
             if _mount_of(fd) == _mount_of(parent):

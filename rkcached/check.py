@@ -109,8 +109,8 @@ def _warnings(manifest: Manifest, sources: Sources, runtime: RuntimeSource | Tro
         line = manifest.line_of("models", name, "params", "max_new_tokens")
         yield (
             f"{line}: warning: max_new_tokens of {name} is {tokens}, and RKLLM {runtime.version} generates an answer "
-            "of up to so many tokens at each build, while requests wait (lower it to what answers need, "
-            f"{MODEST_TOKENS} or less, or install runtime 1.3.0 or newer, which generates one)"
+            "of up to that many tokens at each build, while requests wait (lower it to what answers need, "
+            f"{MODEST_TOKENS} or less, or install runtime 1.3.0 or newer, which generates one token)"
         )
 
 

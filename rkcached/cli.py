@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -71,8 +72,8 @@ def run(settings: Settings, log_level: str | None) -> None:
 def check(settings: Settings, want_json: bool) -> None:
     """Report every problem of the manifest and of the files it names, each with file:line and what to do.
 
-    Warnings, and files that are skipped because their names cannot be a prompt's, are listed too. Of the service's own
-    manifest it says what the service sees; run it with sudo. Exit code 0 when there is no problem, 78 otherwise.
+    Warnings, and files that are skipped because their names cannot be a prompt's, are listed too. With sudo it checks
+    the service's own manifest as the service sees the files. Exit code 0 when there is no problem, 78 otherwise.
     """
     from rkcached.check import check_manifest
 
@@ -100,9 +101,9 @@ def check(settings: Settings, want_json: bool) -> None:
 @as_json
 @click.option("--exit-code", is_flag=True, help="Exit with 2 when there is something to do, 0 when not.")
 def plan(settings: Settings, want_json: bool, exit_code: bool) -> None:
-    """Print what would be built and removed, and why. Changes nothing; needs no daemon.
+    """Print what would be built, adopted, retired and removed, and why. Changes nothing; needs no daemon.
 
-    Exit code 66 when there is no store yet: all is then missing.
+    Exit code 66 when there is no store yet; each prompt is then shown as missing.
     """
     from rkcached import show
     from rkcached.plan import Blocked
@@ -144,18 +145,21 @@ def explain(settings: Settings, prompt: str, want_json: bool) -> None:
 @places("socket")
 @as_json
 @click.option("--watch", "-w", is_flag=True, help="Stay, and show every change as it happens; q or Ctrl-C ends it.")
-@click.option("--exit-code", is_flag=True, help="Exit with 2 when something declared is not fresh, 0 when all is.")
+@click.option("--exit-code", is_flag=True, help="Exit with 2 when a declared prompt is not fresh, 0 when all are.")
 def status(*, settings: Settings, want_json: bool, watch: bool, exit_code: bool) -> None:
     """Show the running daemon's models and prompts: state, reason, size, time to first token cold and warm.
 
-    What needs somebody comes first; --json keeps the manifest's order. Figures are those of the declared text.
-    With --watch and no terminal it prints a line for each change, with --json a document in a line.
+    Prompts that need attention come first; --json keeps the manifest's order. Figures are shown only for the text
+    that is declared now. With --watch and no terminal it prints a line for each change, with --json a document in a
+    line.
     """
     from rkcached import show
     from rkcached.client import Client
 
     if watch and exit_code:
-        raise UsageError("--watch has no end to give an exit code for", hint="`rkcached wait` ends when all is fresh")
+        raise UsageError(
+            "--watch does not end, so it gives no exit code", hint="`rkcached wait` ends when all is fresh"
+        )
     if watch:
         from rkcached import live
 
@@ -181,14 +185,14 @@ def status(*, settings: Settings, want_json: bool, watch: bool, exit_code: bool)
     default=300,
     show_default=True,
     metavar="S",
-    help="Give up after so many seconds.",
+    help="Give up after S seconds.",
 )
 @as_json
 def wait(*, settings: Settings, prompts: Sequence[str], timeout_s: float, want_json: bool) -> None:
     """Wait until prompt caches are fresh: those that are named, or all that are declared.
 
     The daemon looks at the files first, so a change made just before counts. A daemon that is not there yet, or is
-    started again, is waited for. Exit code 0 when all are fresh, 65 when one will not be by waiting (it says why),
+    started again, is waited for. Exit code 0 when all are fresh, 65 when one needs more than waiting (it says why),
     75 when time is up (it says what it still waits for), 66 for a name that is not declared, 78 while the manifest is
     rejected.
     """
@@ -276,13 +280,13 @@ def verify(settings: Settings, prompts: Sequence[str], deep: bool, want_json: bo
 @cli.command("gc")
 @places("manifest", "cache_dir", "state_dir", "socket", "admin_socket")
 @click.option("--dry-run", is_flag=True, help="Only say what would be removed.")
-@click.option("--strangers", is_flag=True, help="Also remove what is not the store's, but for what the manifest names.")
+@click.option("--strangers", is_flag=True, help="Also remove what is not the store's, except what the manifest names.")
 @as_json
 def gc_(settings: Settings, *, dry_run: bool, strangers: bool, want_json: bool) -> None:
-    """Remove orphans, retired and quarantined artifacts, and say how much it was. Strangers' files are only listed.
+    """Remove artifacts that no prompt uses now, and quarantined ones, and say how much it was.
 
-    A running daemon owns the store, so it is the one that removes them: asked over its socket for changes. Exit code
-    66 when there is no store.
+    Files and folders that are not the store's are only listed. A running daemon owns the store, so it does this when
+    asked over its socket for changes. Exit code 66 when there is no store.
     """
     from rkcached import collect
     from rkcached.client import Client
@@ -316,9 +320,10 @@ def gc_(settings: Settings, *, dry_run: bool, strangers: bool, want_json: bool) 
     for item in (*found["items"], *found["strangers"]):
         click.echo(printable(f"{size(item['size_bytes']):>9}  {item['path']}  {item['reason']}"))
     left = sum(item["size_bytes"] for item in found["strangers"])
-    said = f"; {len(found['strangers'])} of others stay, {size(left)}" if found["strangers"] else ""
+    stay = f"; {len(found['strangers'])} that are not the store's stay, {size(left)}" if found["strangers"] else ""
     done = "would remove" if dry_run else "removed"
-    click.echo(printable(f"{done} {len(found['items'])}, {size(total)}{said}; store {settings.cache_dir}"))
+    what = "1 item" if len(found["items"]) == 1 else f"{len(found['items'])} items"
+    click.echo(printable(f"{done} {what}, {size(total)}{stay}; store {settings.cache_dir}"))
 
 
 @cli.command("inspect")
@@ -346,7 +351,7 @@ def inspect_(file: Path, want_json: bool) -> None:
 def doctor(settings: Settings, want_json: bool) -> None:
     """Is this board ready? NPU, runtime library, driver, clocks, and what the manifest needs of files, memory and disk.
 
-    Works without a manifest, too. Exit code 1 when something failed, 0 otherwise; a warning is no failure.
+    Works without a manifest, too. Exit code 1 when something failed, 0 otherwise; a warning is not a failure.
     """
     from rkcached import doctor as command
 
@@ -402,7 +407,7 @@ def chat(
 @click.option(
     "--direct/--no-direct",
     default=None,
-    help="Measure the engine without the daemon, too; on rkllm only if asked for.",
+    help="Measure the engine without the daemon, too. Default: yes, but on rkllm no.",
 )
 @click.option("--from", "kept", type=PATH, metavar="FILE", help="Measure nothing: show and draw what -o kept.")
 @click.option("--output", "-o", type=PATH, metavar="FILE", help="Keep the JSON, for `rkcached compare`.")
@@ -424,10 +429,11 @@ def bench(
 ) -> None:
     """Measure what the prompt caches gain, on the running daemon: time to first token cold, from file, in memory.
 
-    Says what of it is queue, load, prefill and first decode, and what the daemon adds to its engine, which is loaded
-    a second time for that. On rkllm only --direct does so, and then borrows the model from the daemon, as an NPU is
-    not to hold it twice. Says so where the figures are not to be trusted, and why a cache does not help. Ctrl-C ends
-    it with the prompts that were measured until then. Exits with 1 where some could not be measured at all.
+    Shows how much of it is queue, load, prefill and first decode, and what the daemon adds to the engine alone; for
+    that the model is loaded a second time. On rkllm only --direct does this, and the daemon unloads the model
+    meanwhile, as an NPU should not hold it twice. Says so where the figures are not to be trusted, and why a cache does
+    not help. Ctrl-C ends it with the prompts that were measured until then. Exits with 1 where some could not be
+    measured at all.
     """
     from rich.console import Console
 
@@ -554,12 +560,12 @@ def _need_store(settings: Settings) -> None:
     if not why:
         return
 
-    made = "`rkcached run` makes one, `rkcached check` needs none"
-    hint = f"name the daemon's with --cache-dir or RKCACHED_CACHE_DIR; {made}"
+    made = "if there is none yet, `rkcached run` makes it"
+    hint = f"name the daemon's store with --cache-dir or RKCACHED_CACHE_DIR; {made}"
     beside = settings.manifest.parent / "cache"
     with contextlib.suppress(OSError):
         if beside != settings.cache_dir and not marks.why_no_store(beside):
-            hint = f"there is one beside the manifest: --cache-dir {beside}"
+            hint = f"there is a store beside the manifest: use --cache-dir {shlex.quote(str(beside))}"
     raise SourceError(f"there is no store at {settings.cache_dir}: {why}", hint=hint)
 
 

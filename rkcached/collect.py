@@ -25,8 +25,8 @@ from rkcached.scan import prompt_of
 from rkcached.store import Store, size_of
 
 ASK = "not the store's: --strangers removes it"
-NAMED = "not the store's, and the manifest names it"
-IN_USE = "not the store's, and a program may listen on it"
+NAMED = "not the store's; it stays, as the manifest names it"
+IN_USE = "not the store's; it stays, as a program may listen on it"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -196,14 +196,14 @@ def _remove(store: Store, one: Rubbish, named: Named) -> Rubbish | None:
             return one
         if _identity(store, one.path) != one.seen:
             return None
-        why = "what is in it is named by the manifest, or on another mount"
+        why = "something in it is named by the manifest, or is on another mount"
     except OSError as error:
         if not one.stranger:
             raise StoreError(
                 f"{one.path} cannot be removed: {error.strerror}", hint="check the directory's permissions"
             ) from error
         why = f"it cannot be removed: {error.strerror}"
-    return replace(one, why=f"not the store's, and {why}", stays=True)
+    return replace(one, why=f"not the store's; it stays, as {why}", stays=True)
 
 
 def _orphans(store: Store, look: Look) -> Iterator[Rubbish]:
@@ -226,7 +226,7 @@ def _retired(store: Store, look: Look) -> Iterator[Rubbish]:
     for one in look.inventory.retired.values():
         if one.fingerprint not in adopted:
             folder = store.root / marks.RETIRED / one.fingerprint
-            why = f"retired: {one.key} is no longer declared"
+            why = f"retired: built for {one.key}, and no prompt uses it now"
             yield Rubbish(path=folder, size_bytes=size_of(folder), why=why, seen=_identity(store, folder))
 
 
@@ -295,7 +295,7 @@ def _stranger(store: Store, names: tuple[str, ...], named: Named, *, goes: bool)
     path = store.root.joinpath(*names)
     place = os.path.join(os.path.realpath(store.root), *names)  # noqa: PTH118 - a link in it is not followed
     seen = beneath.identity(store.root, *names)
-    why, stays = "not a file of the store", not goes
+    why, stays = "not the store's", not goes
     if named.holds(place) or named.has(seen):
         why, stays = NAMED, True
     elif seen is not None and stat.S_ISSOCK(seen.kind):

@@ -208,8 +208,8 @@ def _prompts(found: _Found) -> Check:
     if not troubles:
         finding = f"{_prompts_of(len(found.sources.prompts))}, all readable"
         return Check(name="prompts", outcome=Outcome.OK, finding=finding)
-    more = f", and {len(troubles) - 1} more such" if len(troubles) > 1 else ""
-    finding, next_step = troubles[0].message + more, troubles[0].hint or "rkcached check names its line"
+    more = f", and {len(troubles) - 1} more with such problems" if len(troubles) > 1 else ""
+    finding, next_step = troubles[0].message + more, troubles[0].hint or "`rkcached check` names its line"
     return Check(name="prompts", outcome=Outcome.FAIL, finding=finding, next_step=next_step)
 
 
@@ -221,7 +221,7 @@ def _models(manifest: Manifest, runtime_version: str | None, found: _Found) -> I
             yield Check(name=name, outcome=Outcome.FAIL, finding=trouble.message, next_step=trouble.hint)
         elif size is None:
             finding = f"{path} is not a file" if os.path.lexists(path) else f"{path} is missing"
-            next_step = "rkcached check names its line"
+            next_step = "`rkcached check` names its line"
             yield Check(name=name, outcome=Outcome.FAIL, finding=finding, next_step=next_step)
         elif manifest.engine.kind is EngineKind.RKLLM:
             yield _rkllm_model(name, path, size, runtime_version)
@@ -237,7 +237,8 @@ def _other_model(name: str, manifest: Manifest, config: ModelConfig) -> Check:
         return Check(name=name, outcome=Outcome.FAIL, finding=error.message, next_step=error.hint)
     except OSError as error:
         finding = f"{error.filename or config.path} cannot be read: {error.strerror}"
-        return Check(name=name, outcome=Outcome.FAIL, finding=finding)
+        next_step = "check its permissions, and those of the directories above it"
+        return Check(name=name, outcome=Outcome.FAIL, finding=finding, next_step=next_step)
 
     finding = f"{config.path}, {show.size(model_bytes(manifest, config))}"
     if len(files) > 1:
@@ -305,7 +306,7 @@ def _estimate(manifest: Manifest, sources: Sources, cache_dir: Path) -> tuple[in
             known_bytes += round(sum(texts) * rate)
     said = [f"about {show.size(known_bytes)} needed by {_prompts_of(known)}"] if known else []
     said += [f"what {_prompts_of(unknown)} will take is not known before one is built"] if unknown else []
-    return known_bytes, ", and ".join(said) or "no prompt needs any"
+    return known_bytes, ", and ".join(said) or "no prompt needs space"
 
 
 def _bytes_per_letter(folder: Path) -> float | None:

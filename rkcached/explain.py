@@ -38,9 +38,9 @@ def explain_data(look: Look, key: Key) -> dict[str, Any]:
 
 
 _NEXT = {
-    "build": "the daemon builds it as soon as it looks",
-    "adopt": "the daemon adopts that prompt cache as soon as it looks, and prefills nothing",
-    "retire": "the daemon puts it aside as soon as it looks",
+    "build": "the daemon builds it at its next look",
+    "adopt": "the daemon adopts that prompt cache at its next look, without a prefill",
+    "retire": "the daemon retires it at its next look",
 }
 """What follows, by action."""
 

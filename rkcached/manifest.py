@@ -138,7 +138,7 @@ class CacheConfig(_Section):
         default=604_800.0,
         ge=0,
         le=315_360_000,
-        description="Keep prompt caches that are no longer declared for so long: they may come back. 0: not at all.",
+        description="How long to keep prompt caches that are no longer declared: they may come back. 0: not at all.",
     )
 
 

@@ -87,7 +87,7 @@ def why_no_store(root: Path) -> str:
     except FileNotFoundError:
         return "it does not exist"
     except NotADirectoryError:
-        return "it is no folder"
+        return "it is not a folder"
     if _is_tagged(root):
         return ""
     theirs = [name for name in names if name not in _LEAVES_EMPTY]
@@ -111,7 +111,7 @@ def _who_else(names: list[str], root: Path) -> str:
     if not strangers:
         return ""
     more = f" and {len(strangers) - 1:,} more" if len(strangers) > 1 else ""
-    return f"it has {strangers[0]!r}{more} in it, and no {TAG} of a store"
+    return f"it contains {strangers[0]!r}{more}, but not the {TAG} that marks a store"
 
 
 def tag(root: Path) -> None:

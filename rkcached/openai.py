@@ -413,5 +413,5 @@ class CollectRequest(Record):
 
     dry_run: bool = Field(default=False, description="Only say what would be removed.")
     strangers: bool = Field(
-        default=False, description="Also remove what is not the store's, but for what the manifest names."
+        default=False, description="Also remove what is not the store's, except what the manifest names."
     )

@@ -27,14 +27,15 @@ FLAGS = {
         "--cache-dir",
         type=PATH,
         metavar="DIR",
-        help="The store; default: cache, in the folder where the command is given; for the system's manifest "
+        help="The store; default: cache in the current folder; with the manifest /etc/rkcached/manifest.yaml it is "
         "/var/cache/rkcached. [RKCACHED_CACHE_DIR]",
     ),
     "state_dir": click.option(
         "--state-dir",
         type=PATH,
         metavar="DIR",
-        help="Stored texts; default: state, beside the store; for the system's /var/lib/rkcached. [RKCACHED_STATE_DIR]",
+        help="Texts that clients stored; default: state beside the store; beside /var/cache/rkcached it is "
+        "/var/lib/rkcached. [RKCACHED_STATE_DIR]",
     ),
     "admin_socket": click.option(
         "--admin-socket",
@@ -47,8 +48,8 @@ FLAGS = {
         "-s",
         type=PATH,
         metavar="PATH",
-        help="The Unix socket; default: rkcached.sock in $XDG_RUNTIME_DIR, or in /run/rkcached without one, or where "
-        "only the system's daemon has one. [RKCACHED_SOCKET]",
+        help="The Unix socket; default: rkcached.sock in $XDG_RUNTIME_DIR; in /run/rkcached if that is not set, or if "
+        "only the system's daemon has a socket. [RKCACHED_SOCKET]",
     ),
 }
 

@@ -341,7 +341,7 @@ def _sources(desired: Iterable[DesiredPrompt], observed: Observed) -> dict[str, 
     found: dict[str, _Source] = {}
     for fingerprint in wanted & observed.retired.keys():
         retired = observed.retired[fingerprint]
-        reason = f"the retired prompt cache of {retired.key} is of the same text and parameters"
+        reason = f"the retired prompt cache of {retired.key} has the same text and parameters"
         found[fingerprint] = _Source(None, retired.tokens, retired.size_bytes, reason)
     if not wanted - found.keys():
         return found
@@ -349,7 +349,7 @@ def _sources(desired: Iterable[DesiredPrompt], observed: Observed) -> dict[str, 
     for key, artifact in observed.artifacts.items():
         if artifact.fingerprint in wanted and artifact.fingerprint not in found and not artifact.corrupt:
             # One that is no longer declared is renamed; a declared one stays and is copied.
-            reason = f"the prompt cache of {key} is of the same text and parameters"
+            reason = f"the prompt cache of {key} has the same text and parameters"
             found[artifact.fingerprint] = _Source(key, artifact.tokens, artifact.size_bytes, reason)
     return found
 
@@ -540,7 +540,7 @@ def _assess_orphan(key: Key, needed: _Needed, observed: Observed, limits: Limits
         reason = "not declared, but kept: a prompts_from folder of this model cannot be listed"
         return replace(orphan, reason=reason)
     if artifact.fingerprint in needed.adopted:
-        return replace(orphan, reason="not in the manifest; a declared prompt takes it over")
+        return replace(orphan, reason="not in the manifest; a declared prompt adopts it")
     if artifact.corrupt or artifact.fingerprint in needed.served or limits.keep_retired_s <= 0:
         return replace(orphan, action=Remove(key=key, reason=orphan.reason))
     return replace(orphan, action=Retire(key=key, reason=orphan.reason))
@@ -561,15 +561,15 @@ def _assess_retired(
         elif retired.fingerprint in needed.served:
             reason = f"{needed.served[retired.fingerprint]} has the same prompt cache"
         elif observed.now - retired.retired_at >= limits.keep_retired_s:
-            reason = "nobody has declared it for cache.keep_retired_s"
+            reason = "retired, and not declared again within cache.keep_retired_s"
         elif room_bytes is not None and retired.size_bytes > room_bytes:
-            reason = "makes room: it is retired, and there is not enough for it"
+            reason = "makes room: it is retired, and there is no space left for it"
         elif room_bytes is not None:
             room_bytes -= retired.size_bytes
         yield Assessment(
             key=retired.key,
             state=State.RETIRED,
-            reason=reason or "no longer declared, and kept in case it comes back",
+            reason=reason or "no prompt uses it now; it is kept in case it is declared again",
             retired=retired.fingerprint,
             action=Remove(key=retired.key, reason=reason, retired=retired.fingerprint) if reason else None,
         )
@@ -621,7 +621,8 @@ def over_budget(
     )
     hint = "raise cache.max_bytes, or move the prompt up in the manifest"
     if foreign_bytes:
-        hint += f"; {foreign_bytes:,} bytes are taken by files that are not the store's: `rkcached gc --strangers`"
+        hint += f"; {foreign_bytes:,} bytes are taken by files that are not the store's: "
+        hint += "`rkcached gc --strangers` removes them"
     return Verdict(
         fingerprint=fingerprint,
         kind=VerdictKind.OVER_BUDGET,

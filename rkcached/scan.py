@@ -134,7 +134,7 @@ def retired_sidecar(folder: Path) -> Sidecar | str:
     except OSError as error:
         return f"the sidecar cannot be read: {error.strerror}"
     if not isinstance(sidecar, str) and sidecar.fingerprint != folder.name:
-        return "the sidecar is of another fingerprint"
+        return "the sidecar has another fingerprint"
     return sidecar
 
 

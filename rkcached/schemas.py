@@ -44,7 +44,7 @@ IDLE_S = 60.0
 
 _REMEMBERED = 256
 _COUNTS = ("minItems", "maxItems", "minLength", "maxLength", "minProperties", "maxProperties", "minContains")
-_HINT = "simplify it, or bound it more tightly"
+_HINT = "simplify the schema, or set lower limits in it"
 _SAMPLES: tuple[Any, ...] = (None, True, 0, 1.5, "", "a", [], [0, "a"], {}, {"a": 1})
 """A schema that cannot be evaluated on these is not one that an answer can be checked by."""
 
@@ -96,7 +96,7 @@ class SchemaChecker:
             if not self._running:
                 self._running.append(start("rkcached.schemas"))
         except OSError as error:
-            said = f"the process that looks at schemas cannot be started: {error}"
+            said = f"the process that checks schemas cannot be started: {error}"
             raise WorkerUnavailable(said, hint="is the machine out of memory or processes?") from error
 
         self._end_when_idle()
@@ -112,7 +112,7 @@ class SchemaChecker:
 
         process = self._running[0]
         end_all(self._running)
-        problem = "the schema takes too much time or memory to be looked at"
+        problem = "checking the schema takes too much time or memory"
         if process.popen.returncode != -signal.SIGPROF:
             raise SchemaInvalid(problem, hint=_HINT)  # not remembered: something else may have ended the child
         return problem
@@ -161,7 +161,7 @@ def _beyond_bounds(schema: Any) -> str:
         if keyword in _COUNTS and isinstance(value, int | float):
             repeats += abs(value)
             if repeats > MAX_REPEATS:
-                return f"{keyword} is {value:,}; all counts of a schema may have {MAX_REPEATS:,} together"
+                return f"{keyword} is {value:,}; all counts of a schema together may be {MAX_REPEATS:,} at most"
         if keyword == "pattern" and isinstance(value, str) and len(value) > MAX_PATTERN_CHARACTERS:
             return f"a pattern has {len(value):,} characters, at most {MAX_PATTERN_CHARACTERS:,} are accepted"
     return ""

@@ -137,14 +137,14 @@ def check_passed(passed: Mapping[str, Iterable[socket.socket]]) -> None:
         for one in sockets:
             if name not in SOCKET_NAMES:
                 raise SettingsError(
-                    f"systemd passes a socket named {name!r}, which is none of ours",
-                    hint=f"set FileDescriptorName={SOCKET_NAMES[0]} in its unit for requests, or "
+                    f"systemd passes a socket named {name!r}, which rkcached does not know",
+                    hint=f"set FileDescriptorName={SOCKET_NAMES[0]} in its .socket unit for requests, or "
                     f"{SOCKET_NAMES[1]} for changes",
                 )
             if not one.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
                 raise SettingsError(
                     f"the socket that systemd passes as {name!r} does not listen for connections",
-                    hint="its unit must have ListenStream, and Accept=no",
+                    hint="its .socket unit must have ListenStream= and Accept=no",
                 )
 
 

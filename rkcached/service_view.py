@@ -22,7 +22,7 @@ from rkcached.plan import Assessment, Blocked, Key, State, Trouble
 from rkcached.settings import Settings
 
 AS_SERVICE: Final = "as the daemon sees it"
-AS_CALLER: Final = "as you see it; `sudo rkcached check` looks with the service's eyes"
+AS_CALLER: Final = "as you see it; `sudo rkcached check` says what the service sees"
 _PATIENCE_S: Final = 5.0
 _IN_TROUBLE: Final = (State.BLOCKED, State.UNCACHEABLE, State.QUARANTINED)
 

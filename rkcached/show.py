@@ -95,7 +95,7 @@ def skipped_files_line(files: Sequence[str]) -> str:
     """One line on the files of a prompts_from folder whose names cannot be a prompt's."""
     count = "1 file is" if len(files) == 1 else f"{len(files)} files are"
     names = ", ".join(files[:3]) + (", ..." if len(files) > 3 else "")
-    return f"{count} skipped, as a prompt's name has only a-z 0-9 . _ - and begins with a letter or digit: {names}"
+    return f"{count} skipped: a prompt's name has only a-z 0-9 . _ - and begins with a letter or digit: {names}"
 
 
 def print_status(console: Console, status: dict[str, Any], *, stays: bool = False) -> None:
@@ -117,7 +117,7 @@ def print_status(console: Console, status: dict[str, Any], *, stays: bool = Fals
 def no_prompts(status: dict[str, Any]) -> Text:
     if status["ready"]:
         return Text("no prompts are declared", style="dim")
-    return Text("models and prompts are known when every file has been looked at", style="dim")
+    return Text("models and prompts are shown when every file has been read", style="dim")
 
 
 def is_declared(prompt: dict[str, Any]) -> bool:

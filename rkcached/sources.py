@@ -156,10 +156,10 @@ class SourceReader:
             self._found_on[pattern] = (first_device, matched)
 
         if device != first_device:
-            files = f"{pattern} matches {matched} files" if matched else f"{pattern} matches no file"
-            return f"{folder} is on another file system than when the daemon started; {files} now: is it mounted?"
+            files = f"{pattern} matches {_files(matched)}" if matched else f"{pattern} matches no file"
+            return f"{folder} is on another file system than when the daemon started, and {files} now: is it mounted?"
         if not matched and before:
-            return f"{pattern} matches no file any more; it matched {before} before"
+            return f"{pattern} matches no file any more, but matched {_files(before)} before: is the folder mounted?"
         return "" if matched else f"{pattern} matches no file"
 
     def _declare(
@@ -317,6 +317,10 @@ def _text(path: Path) -> str:
         return _decode(path, path.read_bytes()[: MAX_PROMPT_BYTES + 1])
     except OSError as error:
         raise _unusable(path, error, "file") from error
+
+
+def _files(number: int) -> str:
+    return "1 file" if number == 1 else f"{number} files"
 
 
 def _decode(path: Path, data: bytes) -> str:

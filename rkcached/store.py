@@ -99,7 +99,7 @@ class Store:
         try:
             self.root.mkdir(mode=DIRECTORY_MODE, parents=True, exist_ok=True)
             if why := marks.why_not_ours(self.root):
-                hint = "name an empty or a new folder with --cache-dir, or move what is not a store's out of this one"
+                hint = "name an empty or a new folder with --cache-dir, or move what is not the store's out of this one"
                 raise StoreError(f"{self.root} is not taken as a store: {why}", hint=hint)
             fd = os.open(self.root / marks.LOCK, _LOCK_FLAGS, durable.FILE_MODE)
         except OSError as error:
@@ -371,7 +371,7 @@ class Store:
                     else read_sidecar(folder / f"{source.prompt}.json", source)
                 )
                 if isinstance(old, str) or old.fingerprint != fingerprint:
-                    why = old if isinstance(old, str) else "it is of another fingerprint by now"
+                    why = old if isinstance(old, str) else "it has another fingerprint by now"
                     raise StoreError(f"{folder} cannot be adopted by {key}: {why}", hint=_AGAIN)
                 text = (folder / f"{old.prompt}.bin").read_bytes()
                 _place(folder / old.artifact, staged, link=take)
@@ -580,7 +580,7 @@ def _make_folder(path: Path) -> None:
     path.mkdir(mode=DIRECTORY_MODE, exist_ok=True)
     if not beneath.is_folder(path):
         raise StoreError(
-            f"{path} is a link, and the store writes through none",
+            f"{path} is a link, and the store does not write through links",
             hint="remove the link; to keep a model's caches on another disk, mount it there",
         )
 

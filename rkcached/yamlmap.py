@@ -91,7 +91,7 @@ def _open_quote(error: yaml.MarkedYAMLError, last: yaml.Event | None) -> tuple[i
             return None
         opened, closed = last.start_mark.line + 1, last.end_mark.line + 1
         if opened < closed == error.problem_mark.line + 1:
-            return opened, f"not valid YAML: the quote that opens here is closed in line {closed} only", hint
+            return opened, f"not valid YAML: the quote that opens here is closed only in line {closed}", hint
 
     return None
 
@@ -153,7 +153,7 @@ class YamlReader:
             line = mark.line + 1 if mark else 1
             message = f"not valid YAML: {error.problem or error.context}"
             if error.context and "flow" in error.context and error.context_mark:
-                message += f" of the bracket that opens in line {error.context_mark.line + 1}"
+                message += f" for the bracket that opens in line {error.context_mark.line + 1}"
             if "nesting depth" in message:  # libyaml's own limit, since PyYAML 6.0.4: reached before the first event
                 raise self._fatal(line, _TOO_DEEP) from error
             lines = text.splitlines()

@@ -71,7 +71,7 @@ class DirectEngine:
         try:
             self._scratch = Scratch()
         except OSError as error:
-            raise EngineError(f"its process cannot be started: {error}") from error
+            raise EngineError(f"the engine's process cannot be started: {error}") from error
         spec = msgspec.structs.replace(hosted.spec, scratch_dir=self._scratch.path)
         self._pipe, theirs = Pipe()
         with theirs:
@@ -88,7 +88,7 @@ class DirectEngine:
             except OSError as error:
                 self._pipe.close()
                 self._scratch.remove()
-                raise EngineError(f"its process cannot be started: {error}") from error
+                raise EngineError(f"the engine's process cannot be started: {error}") from error
         self._hosted = (hosted.implementation, spec)
 
     def __enter__(self) -> Self:

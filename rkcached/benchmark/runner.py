@@ -38,7 +38,7 @@ from rkcached.observe import Look
 from rkcached.plan import Key
 from rkcached.settings import Settings
 
-NOT_ON_NPU = "the NPU would have to hold the model twice; --direct borrows it from the daemon"
+NOT_ON_NPU = "the NPU would have to hold the model twice; with --direct the daemon unloads it meanwhile"
 
 _NAMED = 5
 """So many prompts a warning names; it counts the others."""

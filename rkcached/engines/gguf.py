@@ -118,7 +118,7 @@ def inspect(path: Path, read: ReadHeader = read_header) -> ModelFacts:
     if name is None or (int(name["number"]), int(name["count"])) != (1, count):
         raise SourceError(
             f"{path} is the first of the {count} files of a split model, but its name does not say so",
-            hint=f"give all {count} the names they were made with: they end with -00001-of-{count:05}.gguf and so on",
+            hint=f"give all {count} files their original names, which end with -00001-of-{count:05}.gguf and so on",
         )
 
     files = shards(path)

@@ -38,7 +38,7 @@ def opened(root: Path) -> Store:
 def refused(root: Path) -> str:
     """The folder is refused with the next step, and nothing in it changes. Returns the message."""
     before = content(root)
-    with pytest.raises(StoreError, match="is not taken as a store: it has ") as error:
+    with pytest.raises(StoreError, match="is not taken as a store: it contains ") as error:
         Store(root).open()
     assert "--cache-dir" in error.value.hint
     assert content(root) == before

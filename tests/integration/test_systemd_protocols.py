@@ -200,8 +200,8 @@ def test_every_socket_of_a_name_is_served(space: Workspace) -> None:
 @pytest.mark.parametrize(
     ("names", "kind", "said"),
     [
-        ("rkcached:my.socket", socket.SOCK_STREAM, "named 'my.socket', which is none of ours"),
-        ("rkcached", socket.SOCK_STREAM, "named 'unknown', which is none of ours"),
+        ("rkcached:my.socket", socket.SOCK_STREAM, "named 'my.socket', which rkcached does not know"),
+        ("rkcached", socket.SOCK_STREAM, "named 'unknown', which rkcached does not know"),
         ("rkcached:admin", socket.SOCK_DGRAM, "'admin' does not listen for connections"),
     ],
 )

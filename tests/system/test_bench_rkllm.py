@@ -44,7 +44,7 @@ def test_a_model_is_not_loaded_twice_into_an_npu(npu: Workspace) -> None:
     """Unless it is asked for, the engine alone is not measured; it is said why, and what would do it."""
     found = measured(npu)
     (prompt,) = found["prompts"]
-    assert "--direct borrows it from the daemon" in found["direct"]
+    assert "with --direct the daemon unloads it meanwhile" in found["direct"]
     assert len(prompt["states"]["cold"]["runs"]) == 2
     assert prompt["states"]["cold"]["direct"] == []
     assert npu.status()["models"][0]["restarts"] == 0

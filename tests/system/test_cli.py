@@ -330,11 +330,11 @@ def test_without_a_store_every_command_that_looks_at_one_says_so(two_prompts: Wo
         elsewhere.mkdir()
     for name in files:
         (elsewhere / name).write_text("mine")
-    why = {"missing": "it does not exist", "project": "it has 'thesis.txt' in it"}.get(place, "it is empty")
+    why = {"missing": "it does not exist", "project": "it contains 'thesis.txt'"}.get(place, "it is empty")
     for command in (["plan"], ["plan", "--exit-code", "--json"], ["explain", "m/a"], ["verify"], ["gc"]):
         done = two_prompts.cli(*command, "--cache-dir", str(elsewhere), code=os.EX_NOINPUT)
         assert f"error: there is no store at {elsewhere}: {why}" in done.stderr
-        assert f"hint: there is one beside the manifest: --cache-dir {two_prompts.cache}" in done.stderr
+        assert f"hint: there is a store beside the manifest: use --cache-dir {two_prompts.cache}" in done.stderr
         if command == ["plan"]:
             assert f"2 to build, 0 fresh; store {elsewhere}" in done.stdout
         if "--json" in command:

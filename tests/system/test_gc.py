@@ -60,7 +60,7 @@ def test_it_removes_what_serves_nobody_and_says_how_much(littered: Workspace) ->
     assert {item["reason"] for item in removed["strangers"]} == {ASK}
     assert files(littered) == KEPT | STRANGERS
     again = littered.cli("gc").stdout
-    assert f"removed 0, 0 B; 4 of others stay, {115 + link} B; store {littered.cache}\n" in again
+    assert f"removed 0 items, 0 B; 4 that are not the store's stay, {115 + link} B; store {littered.cache}\n" in again
 
 
 def test_strangers_go_when_it_is_said(littered: Workspace) -> None:
@@ -73,7 +73,7 @@ def test_strangers_go_when_it_is_said(littered: Workspace) -> None:
     assert removed["strangers"] == []
     assert files(littered) == KEPT
     assert (littered.root / "elsewhere").read_text() == "kept"
-    assert littered.cli("gc").stdout == f"removed 0, 0 B; store {littered.cache}\n"
+    assert littered.cli("gc").stdout == f"removed 0 items, 0 B; store {littered.cache}\n"
 
 
 def test_a_running_daemon_does_it(two_prompts: Workspace) -> None:
@@ -88,7 +88,7 @@ def test_a_running_daemon_does_it(two_prompts: Workspace) -> None:
     fresh = KEPT | {"m/b.bin", "m/b.json", "m/b.memory_cache"}
     assert files(two_prompts) == fresh | {"m/notes.txt"}
     removed = json.loads(two_prompts.cli("gc", "--strangers", "--json").stdout)
-    assert [one["reason"] for one in removed["items"]] == ["not a file of the store"]
+    assert [one["reason"] for one in removed["items"]] == ["not the store's"]
     assert files(two_prompts) == fresh
     assert [two_prompts.ask(f"m/{name}")["rkcached"]["state"] for name in "ab"] == ["hit", "hit"]
     assert two_prompts.built() == ["a", "b"]
@@ -234,7 +234,7 @@ def test_a_directory_that_is_no_store_is_left_alone(workspace: Workspace) -> Non
     workspace.write("cache/thesis.txt", "years of work")
     for arguments in ((), ("--dry-run",), ("--strangers",)):
         refused = workspace.cli("gc", *arguments, code=66).stderr
-        assert f"there is no store at {workspace.cache}: it has 'thesis.txt' in it" in refused
+        assert f"there is no store at {workspace.cache}: it contains 'thesis.txt'" in refused
     assert files(workspace) == {"thesis.txt"}
 
 
@@ -246,7 +246,7 @@ def test_a_daemon_takes_no_folder_that_has_something_else_in_it(workspace: Works
     workspace.declare("{a: prompts/a.md}")
     before = {path: path.stat().st_mtime_ns for path in workspace.root.rglob("*")}
     refused = workspace.cli("run", "--cache-dir", ".", code=73).stderr
-    assert f"{workspace.root} is not taken as a store: it has 'm.model' and 3 more in it" in refused
+    assert f"{workspace.root} is not taken as a store: it contains 'm.model' and 3 more" in refused
     assert "--cache-dir" in refused
     assert "there is no store at" in workspace.cli("gc", "--strangers", "--cache-dir", ".", code=66).stderr
     assert {path: path.stat().st_mtime_ns for path in workspace.root.rglob("*")} == before
@@ -267,14 +267,14 @@ def test_what_the_manifest_names_stays_whatever_is_said(littered: Workspace) -> 
     space.write("cache/hard.yaml", text)
     space.manifest.hardlink_to(space.cache / "hard.yaml")
     removed = json.loads(space.cli("gc", "--strangers", "--json").stdout)
-    assert {Path(one["path"]).name for one in removed["items"] if one["reason"] == "not a file of the store"} == {
+    assert {Path(one["path"]).name for one in removed["items"] if one["reason"] == "not the store's"} == {
         "lost",
         "notes.txt",
         "sub",
     }
     named = {"hard.yaml", "m/c.md", "m/link.txt", "more/d.md", "more/draft.txt", "things/models/m.model"}
     assert files(space) == KEPT | named | {"things/gone.txt"}
-    assert {one["reason"] for one in removed["strangers"]} == {"not the store's, and the manifest names it"}
+    assert {one["reason"] for one in removed["strangers"]} == {"not the store's; it stays, as the manifest names it"}
 
 
 def test_a_model_s_folder_that_is_a_link_is_not_entered(littered: Workspace) -> None:

@@ -54,7 +54,8 @@ def test_a_folder_that_is_empty_for_a_while(workspace: Workspace, folder: Path) 
         path.rename(away / path.name)
     none_left(workspace)
     shown = workspace.status()
-    assert shown["notices"] == [f"{folder}/*.md matches no file any more; it matched 2 before"]
+    notice = f"{folder}/*.md matches no file any more, but matched 2 files before: is the folder mounted?"
+    assert shown["notices"] == [notice]
     assert shown["cache"]["retired"] == 2
     assert shown["cache"]["used_bytes"] == shown["cache"]["retired_bytes"] > 0
     printed = workspace.cli("status").stdout
@@ -243,7 +244,7 @@ def test_gc_removes_what_is_retired(workspace: Workspace, folder: Path) -> None:
     (folder / "one.md").unlink()
     wait_until(lambda: retired(workspace) == ["one"], "it is retired")
     planned = json.loads(workspace.cli("gc", "--dry-run", "--json").stdout)
-    assert [item["reason"] for item in planned["items"]] == ["retired: m/one is no longer declared"]
+    assert [item["reason"] for item in planned["items"]] == ["retired: built for m/one, and no prompt uses it now"]
     assert retired(workspace) == ["one"]
     workspace.cli("gc")
     assert (retired(workspace), list(workspace.cache.rglob("one*"))) == ([], [])

@@ -382,7 +382,7 @@ def test_prompts_that_cannot_be_read(board: FakeBoard) -> None:
     (board.root.parent / "b.md").write_text(" ")
     check = board.check("prompts")
     assert check.outcome is Outcome.FAIL
-    assert check.finding == f"source missing: {board.root.parent}/a.md, and 1 more such"
+    assert check.finding == f"source missing: {board.root.parent}/a.md, and 1 more with such problems"
     assert check.next_step
 
 

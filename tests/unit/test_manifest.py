@@ -648,7 +648,7 @@ def test_an_open_bracket_is_named() -> None:
     """The problem shows further down; the message says where the bracket opens."""
     item = problem(model("prompts: {a: x.md, b: y.md", "params: {top_k: 1}"))
     assert item.line == 6
-    assert item.message.endswith("of the bracket that opens in line 5")
+    assert item.message.endswith("for the bracket that opens in line 5")
 
 
 # --- what is left of a broken one ---

@@ -441,7 +441,7 @@ def test_a_text_that_comes_back_is_adopted_and_not_built() -> None:
 def test_a_renamed_prompt_takes_its_artifact_over() -> None:
     """`mv a.md b.md`: the artifact is renamed, and put aside by nobody."""
     actions = plan(assess([desired(B)], world(artifact(A)), WEEK))
-    reason = "the prompt cache of m/a is of the same text and parameters"
+    reason = "the prompt cache of m/a has the same text and parameters"
     assert (Adopt(key=B, reason=reason, fingerprint=WANTED, source=A, take=True),) == actions
 
 
