@@ -143,7 +143,7 @@ class Digests:
                     self._entries[name] = _Entry(signature, digest)
                     self._dirty = True
                 return digest, signature
-        raise SourceUnsettled(f"{path} is being written to", hint="it is read again as soon as it holds still")
+        raise SourceUnsettled(f"{path} is being written to", hint="it is read again when it no longer changes")
 
     def let_settle(self, path: Path) -> None:
         """Wait until a file that just changed is settled, at most 6 s; nothing to do if its digest is remembered.

@@ -266,7 +266,8 @@ def retired_line(status: dict[str, Any]) -> str:
     named = ", ".join(dict.fromkeys(name_of(one) for one in retired[:_NAMED]))
     more = f" and {count - _NAMED} more" if count > _NAMED else ""
     until = when(min(one["kept_until"] for one in retired))
-    return f"retired: {count} ({named}{more}), {size(status['cache']['retired_bytes'])}, kept until {until} or later"
+    taken = size(status["cache"]["retired_bytes"])
+    return f"retired: {count} ({named}{more}), {taken}, kept until {until} or longer, if there is room"
 
 
 def daemon_line(status: dict[str, Any], *, age: str) -> Text:
@@ -298,8 +299,9 @@ def used_of(status: dict[str, Any]) -> str:
     """What the store takes, of what it may, and what is left on the disk."""
     cache = status["cache"]
     limit = f" of {size(cache['max_bytes'])}" if cache["max_bytes"] else ""
-    kinds = [(name, cache[f"{name}_bytes"]) for name in ("orphan", "retired", "foreign", "quarantine")]
-    shares = ", ".join(f"{size(size_bytes)} {name}" for name, size_bytes in kinds if size_bytes)
+    kinds = {"orphan": "orphan", "retired": "retired", "foreign": "not the store's", "quarantine": "quarantine"}
+    taken = [(cache[f"{name}_bytes"], words) for name, words in kinds.items()]
+    shares = ", ".join(f"{size(size_bytes)} {words}" for size_bytes, words in taken if size_bytes)
     free = "" if cache["free_bytes"] is None else f", disk has {size(cache['free_bytes'])} free"
     return f"{size(cache['used_bytes'])}{limit}" + (f" ({shares})" if shares else "") + free
 

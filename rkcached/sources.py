@@ -338,7 +338,7 @@ def utf8(path: Path, data: bytes) -> str:
         file = shlex.quote(str(path))
         raise SourceError(
             f"{path} is {encoding}, not UTF-8",
-            hint=f"convert it: iconv -f {encoding} -t UTF-8 {file} > {file}.new && mv {file}.new {file}",
+            hint=f"convert it: `iconv -f {encoding} -t UTF-8 {file} > {file}.new && mv {file}.new {file}`",
         )
     try:
         return data.decode().removeprefix("\ufeff")

@@ -244,7 +244,7 @@ class Watcher:
         if self._closed:
             return
         if news.lost:
-            log.warning("file events lost", hint="there were too many at once; everything is looked at")
+            log.warning("file events lost", hint="there were too many at once; every file is checked now")
         for folder, watch in list(self._watches.items()):
             if watch.number in news.ended:
                 del self._watches[folder]

@@ -217,7 +217,7 @@ def test_a_manifest_in_another_encoding(workspace: Workspace) -> None:
     """The encoding is named, and how to convert it; not that another manifest could be named."""
     workspace.write("manifest.yaml", "version: 1\n".encode("utf-16"))
     done = workspace.cli("check", code=os.EX_CONFIG)
-    assert "is UTF-16, not UTF-8 (convert it: iconv -f UTF-16" in done.stderr
+    assert "is UTF-16, not UTF-8 (convert it: `iconv -f UTF-16" in done.stderr
 
 
 def test_files_that_no_prompt_can_be_named_by_are_listed(workspace: Workspace) -> None:

@@ -104,7 +104,7 @@ def test_asked_over_http(two_prompts: Workspace) -> None:
         dry = client.post("/v1/gc", json={"dry_run": True}).json()
         shown = two_prompts.status()["cache"]
         assert (shown["foreign_bytes"], shown["quarantine_bytes"], shown["orphan_bytes"]) == (100, 1000, 0)
-        assert "100 B foreign, 1.0 kB quarantine" in two_prompts.cli("status").stdout
+        assert "100 B not the store's, 1.0 kB quarantine" in two_prompts.cli("status").stdout
         assert (dry["object"], dry["removed"], dry["size_bytes"]) == ("cache.collected", False, 1000)
         assert (two_prompts.cache / ".quarantine/m--a--0011").exists()
         wet = client.post("/v1/gc", json={"dry_run": False}).json()
