@@ -99,7 +99,7 @@ if [ -n "$DESTDIR" ]; then
     cat <<END
 installed: $DESTDIR$PREFIX/bin/rkcached
 next: set a model's path in $DESTDIR/etc/rkcached/manifest.yaml, then
-      systemctl --root=$DESTDIR enable rkcached
+      sudo systemctl --root=$DESTDIR enable rkcached
 END
     exit 0
 fi
