@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import shlex
 import sys
@@ -33,6 +34,10 @@ if TYPE_CHECKING:
 
     from rkcached.observe import Look
     from rkcached.settings import Settings
+
+
+MAX_WAIT_S = 31_536_000
+"""A year."""
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -181,7 +186,7 @@ def status(*, settings: Settings, want_json: bool, watch: bool, exit_code: bool)
 @click.option(
     "--timeout",
     "timeout_s",
-    type=click.FloatRange(min=0, min_open=True),
+    type=click.FloatRange(min=0, min_open=True, max=MAX_WAIT_S),
     default=300,
     show_default=True,
     metavar="S",
@@ -196,6 +201,9 @@ def wait(*, settings: Settings, prompts: Sequence[str], timeout_s: float, want_j
     75 when time is up (it says what it still waits for), 66 for a name that is not declared, 78 while the manifest is
     rejected.
     """
+    if math.isnan(timeout_s):
+        raise UsageError("--timeout: nan is not a number of seconds", hint="name some, as in --timeout 60")
+
     from rkcached import wait as command
 
     with _progress() as tell:

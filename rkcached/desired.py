@@ -106,6 +106,9 @@ class Desired:
     notices: tuple[str, ...] = ()
     """What seems wrong with what the manifest declares and can be used all the same, in words."""
 
+    unlisted: Mapping[str, Trouble] = field(default_factory=dict)
+    """Models of which some prompts are not known, and why."""
+
     def fingerprint(self, key: Key) -> Fingerprint | None:
         """What the artifact of this prompt must have; None if it is not declared or in trouble."""
         prompt = self.prompts.get(key)
@@ -181,7 +184,14 @@ class Resolver:
         self._prompts = prompts
         stored = frozenset(key for key, declared in sources.prompts.items() if declared.stored)
         notices = (*sources.notices, *cut_contexts(manifest, sources).values())
-        return Desired(models=models, prompts=prompts, texts=texts, stored=stored, notices=notices)
+        return Desired(
+            models=models,
+            prompts=prompts,
+            texts=texts,
+            stored=stored,
+            notices=notices,
+            unlisted=sources.unlisted_models,
+        )
 
     def resolve_one(self, declared: Declaration, model: DesiredModel | Trouble, manifest: Manifest) -> DesiredPrompt:
         """A prompt of a model that the last `resolve` gave."""

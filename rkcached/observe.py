@@ -10,7 +10,7 @@ import contextlib
 import errno
 import stat
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -32,6 +32,12 @@ from rkcached.stored import StoredTexts
 log = structlog.get_logger()
 
 MAX_MANIFEST_BYTES = 4 << 20
+
+NEW_S = 3600.0
+"""A retired artifact does not expire before it was seen for so long, whatever the clock says."""
+
+KEPT_FREE = 0.05
+"""This share of the store's disk is not taken by retired artifacts."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,6 +82,8 @@ class Observer:
         self._reader = SourceReader(store.digests, stored)
         self._resolver = Resolver(Renderer().compile)
         self._last: _Last | None = None
+        self._retired_since: dict[str, float] = {}
+        """By fingerprint: when this process saw the retired artifact first, in monotonic seconds."""
         self._assessments: dict[tuple[Key, str], Assessment] = {}
 
     def look(self, manifest: Manifest, extra_verdicts: Mapping[Key, Verdict] | None = None) -> Look:
@@ -83,6 +91,7 @@ class Observer:
         sources = self._reader.scan(manifest)
         desired = self._resolver.resolve(manifest, sources)
         trouble: errors.StoreError | None = None
+        self._store.spare(_named(manifest, sources))
         try:
             inventory = self._store.scan()
         except errors.StoreError as error:
@@ -95,7 +104,8 @@ class Observer:
             unlisted_models=frozenset(sources.unlisted_models),
             foreign_bytes=sum(inventory.foreign.values()),
             retired=inventory.retired,
-            free_bytes=disk.free_bytes(self._store.root),
+            spare_bytes=_spare_bytes(self._store),
+            new_retired=self._new_retired(inventory, min(manifest.cache.keep_retired_s, NEW_S)),
             now=time.time(),
         )
         limits = Limits(
@@ -119,6 +129,15 @@ class Observer:
             assessments=tuple(self._assessments.values()),
             store_trouble=trouble,
         )
+
+    def _new_retired(self, inventory: Inventory, new_s: float) -> frozenset[str]:
+        """Which retired artifacts this process has known for less than that.
+
+        A board without a clock of its own starts with an old time, which then jumps.
+        """
+        now = time.monotonic()
+        self._retired_since = {one: self._retired_since.get(one, now) for one in inventory.retired}
+        return frozenset(one for one, since in self._retired_since.items() if now - since < new_s)
 
     def glance(self, manifest: Manifest, changed: set[str], fresh: Mapping[Key, StoredArtifact]) -> list[Glimpse]:
         """Which of the `fresh` prompts must be built because of files that changed. Blocking.
@@ -150,6 +169,25 @@ class Observer:
                     Glimpse(prompt=prompt, text=now.source.text, assessment=assessment, build=assessment.action)
                 )
         return glimpses
+
+
+def _named(manifest: Manifest, sources: Sources) -> Iterator[str]:
+    """The files that the manifest names, itself among them."""
+    yield str(manifest.file)
+    for model in manifest.models.values():
+        yield from (str(path) for path in (model.path, model.tokenizer, model.lora) if path is not None)
+        yield model.chat_template
+    for declared in sources.prompts.values():
+        yield from declared.files
+
+
+def _spare_bytes(store: Store) -> int | None:
+    """What the store's disk has free beyond what retired artifacts leave free; below 0 if it has less."""
+    try:
+        found = disk.free(store.root)
+    except OSError:
+        return None
+    return found.free_bytes - int(found.size_bytes * KEPT_FREE)
 
 
 def _did_not_fit(prompt: DesiredPrompt, verdict: Verdict | None) -> bool:

@@ -169,10 +169,11 @@ class Adopt:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Retire:
-    """Put an artifact that is no longer declared aside, by its fingerprint."""
+    """Put an artifact that serves nobody now aside, by its fingerprint. `verdict` as for Remove."""
 
     key: Key
     reason: str
+    verdict: Verdict | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -235,8 +236,11 @@ class Observed:
     """Of files in the store's place that are none of its: the budget is smaller by them."""
     retired: Mapping[str, Retired] = field(default_factory=dict)
     """By fingerprint."""
-    free_bytes: int | None = None
-    """Of the store's disk, if that is known."""
+    spare_bytes: int | None = None
+    """What the store's disk has free beyond what shall stay free on it; below 0 if it has less. None: not known."""
+    new_retired: frozenset[str] = frozenset()
+    """Fingerprints of retired artifacts that this process has not known for long: however old they seem by a clock
+    that may just have been set, they do not expire."""
     now: float = 0.0
 
 
@@ -425,9 +429,9 @@ def _within_limits(fresh: Assessment, artifact: Artifact, world: _World) -> Asse
     limits = world.limits
     if artifact.tokens < limits.min_tokens:
         verdict = too_short(artifact.fingerprint, artifact.tokens, limits.min_tokens)
-        return _dropped(fresh, State.UNCACHED, verdict)
+        return _dropped(fresh, State.UNCACHED, verdict, limits)
     if not world.fits(artifact.size_bytes):
-        return _dropped(fresh, State.BLOCKED, world.unfit(artifact.fingerprint, artifact.size_bytes))
+        return _dropped(fresh, State.BLOCKED, world.unfit(artifact.fingerprint, artifact.size_bytes), limits)
     return fresh
 
 
@@ -551,7 +555,7 @@ def _assess_retired(
 ) -> Iterator[Assessment]:
     """Which retired artifacts stay: those that have not been there for too long, and fit; the youngest first.
 
-    Where there is no budget they take at most half of what the disk would have free without them.
+    Where there is no budget they go when the disk is nearly full.
     """
     room_bytes = _room_for_retired(kept, observed, limits, claims)
     for retired in sorted(observed.retired.values(), key=lambda one: one.retired_at, reverse=True):
@@ -560,7 +564,9 @@ def _assess_retired(
             pass
         elif retired.fingerprint in needed.served:
             reason = f"{needed.served[retired.fingerprint]} has the same prompt cache"
-        elif observed.now - retired.retired_at >= limits.keep_retired_s:
+        elif retired.fingerprint not in observed.new_retired and (
+            observed.now - retired.retired_at >= limits.keep_retired_s
+        ):
             reason = "retired, and not declared again within cache.keep_retired_s"
         elif room_bytes is not None and retired.size_bytes > room_bytes:
             reason = "makes room: it is retired, and there is no space left for it"
@@ -580,9 +586,9 @@ def _room_for_retired(
 ) -> int | None:
     """Bytes that all retired artifacts may take together; None where nothing bounds them."""
     if limits.max_bytes is None:
-        if observed.free_bytes is None:
+        if observed.spare_bytes is None:
             return None
-        return (observed.free_bytes + sum(one.size_bytes for one in observed.retired.values())) // 2
+        return observed.spare_bytes + sum(one.size_bytes for one in observed.retired.values())
 
     sources = {a.action.source for a in kept if isinstance(a.action, Adopt) and a.action.take}
     taken_bytes = observed.foreign_bytes + sum(claims.values())
@@ -599,10 +605,15 @@ def _blocked(base: Assessment, state: State, trouble: Trouble, retry_at: float =
     return replace(base, state=state, reason=trouble.message, hint=trouble.hint, action=action)
 
 
-def _dropped(base: Assessment, state: State, verdict: Verdict) -> Assessment:
-    """A good artifact that the limits no longer allow: it goes, and the verdict keeps it from being built again."""
+def _dropped(base: Assessment, state: State, verdict: Verdict, limits: Limits) -> Assessment:
+    """A good artifact that the limits no longer allow: the verdict keeps it from being built again.
+
+    It is put aside, as the limits may be what they were soon.
+    """
     trouble = verdict.trouble
-    action = Remove(key=base.key, reason=trouble.message, verdict=verdict)
+    action: Action = Remove(key=base.key, reason=trouble.message, verdict=verdict)
+    if limits.keep_retired_s > 0:
+        action = Retire(key=base.key, reason=trouble.message, verdict=verdict)
     return replace(base, state=state, reason=trouble.message, hint=trouble.hint, action=action)
 
 

@@ -229,6 +229,9 @@ class Preparation:
         text = view.desired.texts.get(key)
         if text is None:
             declared = view.desired.prompts.get(key)
+            if declared is None and (unlisted := view.desired.unlisted.get(key.model)) is not None:
+                message = f"the prompt {key} is not known: {unlisted.message}"
+                raise RequestError(503, message, code="prompt_blocked", hint=unlisted.hint)
             if declared is None:
                 known = ", ".join(k.prompt for k in view.desired.prompts if k.model == key.model) or "none"
                 raise RequestError(

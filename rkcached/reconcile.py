@@ -29,6 +29,7 @@ from rkcached.manifest import Manifest
 from rkcached.observe import Look, ManifestFile, Observer, inputs
 from rkcached.patience import Patience
 from rkcached.plan import (
+    PASSING_RETRY_S,
     Action,
     Adopt,
     Assessment,
@@ -337,7 +338,6 @@ class Reconciler:
             self._declared = look.sources.prompts
             self._patience.looked(look.desired.fingerprint, asyncio.get_running_loop().time())
             files, folders = inputs(look.manifest, self.manifest_file.path, self._stored)
-            self._store.spare(files)
             self._watcher.follow(await asyncio.to_thread(places, files, folders))
             self._retire_workers(look)
             for collection in collections:
@@ -453,7 +453,8 @@ class Reconciler:
         for assessment in shown.values():
             self._announcer.state(assessment)
         self._announcer.forget_all_but(set(self.view.assessments))
-        self._announcer.notices(look.desired.notices)
+        unlisted = tuple(map(str, look.sources.unlisted_models.values()))
+        self._announcer.notices((*look.desired.notices, *unlisted))
 
     def _retire_workers(self, look: Look) -> None:
         """Stop workers of models that are gone; a model that changed is replaced when it is next used."""
@@ -518,8 +519,13 @@ class Reconciler:
                 retire=look.manifest.cache.keep_retired_s > 0,
             )
         except errors.StoreError as error:
-            _log_trouble("artifact not adopted", action, error)
+            if key not in self._unadopted:
+                _log_trouble("artifact not adopted", action, error)
             self._requests.answer(key, error)  # who waits for it since an earlier look
+            blocked = Blocked(key=key, reason=error.message, hint=error.hint, retry_at=time.time() + PASSING_RETRY_S)
+            view.assessments[key] = Assessment(
+                key=key, state=State.BLOCKED, reason=error.message, hint=error.hint, action=blocked
+            )
             again = key not in self._unadopted  # the source may be out of use by now: the next look tells
             self._unadopted.add(key)
             return again
@@ -547,6 +553,8 @@ class Reconciler:
         if not self._may_change(action.key, look):
             return False
         try:
+            if action.verdict is not None:
+                await asyncio.to_thread(self._store.write_verdict, action.key, action.verdict)
             await asyncio.to_thread(self._store.retire, action.key)
         except errors.StoreError as error:
             _log_trouble("artifact not retired", action, error)

@@ -29,7 +29,10 @@ from rkcached.rendering import Process, end_all, receive, restrict, send, start
 MAX_SCHEMA_BYTES = 64 << 10
 
 MAX_REPEATS = 10_000
-"""The sum of all counts (`maxItems`, `minLength`, ...) of a schema; llama.cpp makes rules of them, 9 GB of 10^9."""
+"""The sum of all counts (`maxItems` and the like) of a schema; llama.cpp makes rules of them, 9 GB of 10^9."""
+
+MAX_LENGTHS = 50_000
+"""The sum of all `minLength` and `maxLength`, each of which is bounded as the other counts are."""
 
 MAX_PATTERN_CHARACTERS = 1_000
 
@@ -43,7 +46,12 @@ IDLE_S = 60.0
 """The child is worth 30 MB, and is ended when no schema came for so long."""
 
 _REMEMBERED = 256
-_COUNTS = ("minItems", "maxItems", "minLength", "maxLength", "minProperties", "maxProperties", "minContains")
+_COUNTS = ("minItems", "maxItems", "minProperties", "maxProperties", "minContains")
+_LENGTHS = ("minLength", "maxLength")
+_DATA = frozenset({"enum", "const", "default", "examples"})
+_NAMED = frozenset({"properties", "patternProperties", "$defs", "definitions", "dependentSchemas"})
+"""Keywords whose values are schemas by name."""
+
 _HINT = "simplify the schema, or set lower limits in it"
 _SAMPLES: tuple[Any, ...] = (None, True, 0, 1.5, "", "a", [], [0, "a"], {}, {"a": 1})
 """A schema that cannot be evaluated on these is not one that an answer can be checked by."""
@@ -156,30 +164,43 @@ def find_problem(schema: str, *, compiled: bool) -> str:
 
 
 def _beyond_bounds(schema: Any) -> str:
-    repeats = 0.0
+    repeats = lengths = 0.0
     for keyword, value in _keywords(schema):
         if keyword in _COUNTS and isinstance(value, int | float):
             repeats += abs(value)
-            if repeats > MAX_REPEATS:
-                return f"{keyword} is {value:,}; all counts of a schema together may be {MAX_REPEATS:,} at most"
+        if keyword in _LENGTHS and isinstance(value, int | float):
+            lengths += abs(value)
+            if abs(value) > MAX_REPEATS:
+                return f"{keyword} is {value:,}; {MAX_REPEATS:,} is the most"
+        if repeats > MAX_REPEATS:
+            return f"{keyword} is {value:,}; all counts of a schema together may be {MAX_REPEATS:,} at most"
+        if lengths > MAX_LENGTHS:
+            return f"{keyword} is {value:,}; all lengths of a schema together may be {MAX_LENGTHS:,} at most"
         if keyword == "pattern" and isinstance(value, str) and len(value) > MAX_PATTERN_CHARACTERS:
             return f"a pattern has {len(value):,} characters, at most {MAX_PATTERN_CHARACTERS:,} are accepted"
     return ""
 
 
 def _keywords(schema: Any) -> Iterator[tuple[str, Any]]:
-    """Every key and its value, at any depth; a key of `patternProperties` comes as a pattern, too."""
+    """Every keyword and its value, at any depth; a key of `patternProperties` comes as a pattern, too.
+
+    Names of properties and of definitions are no keywords, and values that are data hold none.
+    """
     waiting = [schema]
     while waiting:
         here = waiting.pop()
-        if isinstance(here, dict):
-            for key, value in here.items():
-                yield key, value
-                if key == "patternProperties" and isinstance(value, dict):
-                    yield from (("pattern", pattern) for pattern in value)
-            waiting += here.values()
-        elif isinstance(here, list):
+        if isinstance(here, list):
             waiting += here
+        if not isinstance(here, dict):
+            continue
+        for key, value in here.items():
+            yield key, value
+            if key in _DATA:
+                continue
+            named = key in _NAMED and isinstance(value, dict)
+            waiting += value.values() if named else (value,)
+            if key == "patternProperties" and isinstance(value, dict):
+                yield from (("pattern", pattern) for pattern in value)
 
 
 def _not_a_schema(schema: Any) -> str:

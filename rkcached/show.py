@@ -128,7 +128,8 @@ def is_declared(prompt: dict[str, Any]) -> bool:
 def all_fresh(status: dict[str, Any]) -> bool:
     """Whether the daemon knows what is declared, and all of it is fresh."""
     prompts = filter(is_declared, status["prompts"])
-    known = status["ready"] and status["manifest"]["ok"]
+    troubled = any(model["trouble"] for model in status["models"])
+    known = status["ready"] and status["manifest"]["ok"] and not troubled
     return known and all(prompt["state"] == "fresh" for prompt in prompts)
 
 

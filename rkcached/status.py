@@ -107,7 +107,10 @@ def status(
         "recent": list(recent.answers),
         "running": serving.running,
         "models": [
-            {**model_status(name, model, workers), "waiting": serving.waiting(name)}
+            {
+                **model_status(name, model, workers, view.desired.unlisted.get(name)),
+                "waiting": serving.waiting(name),
+            }
             for name, model in view.desired.models.items()
         ],
         "notices": list(view.desired.notices),
@@ -192,7 +195,10 @@ def _first_look(reading: Reading | None) -> str:
     return f"starting: reading {reading.path}, {done:.1f} of {total:.1f} GB"
 
 
-def model_status(name: str, model: DesiredModel | Trouble, workers: Workers) -> dict[str, Any]:
+def model_status(
+    name: str, model: DesiredModel | Trouble, workers: Workers, unlisted: Trouble | None = None
+) -> dict[str, Any]:
+    """`unlisted`: why some of its prompts are not known."""
     embedding = isinstance(model, DesiredModel) and model.config.embedding
     worker = next((worker for worker in workers.all() if worker.model.name == name), None)
     return {
@@ -205,7 +211,7 @@ def model_status(name: str, model: DesiredModel | Trouble, workers: Workers) -> 
         "pid": worker.pid if worker else None,
         "restarts": worker.restarts if worker else 0,
         "last_failure": worker.last_failure if worker else "",
-        "trouble": str(model) if isinstance(model, Trouble) else "",
+        "trouble": str(model) if isinstance(model, Trouble) else str(unlisted or ""),
     }
 
 

@@ -66,6 +66,8 @@ class Store:
         self.digests = digests or Digests(root / ".digests.json")
         self._opened = False
         self._lock_fd = -1
+        self._device = -1
+        """Of the file system that the store is on while it is open."""
         self._taking = threading.Lock()
         self._staged: set[Path] = set()
         """What is being built now; whatever else is staged was left behind."""
@@ -75,8 +77,8 @@ class Store:
         self._spared: frozenset[Path] = frozenset()
         """Files in the store's place that the manifest names: they stay, whatever their name is."""
 
-    def spare(self, files: Iterable[Path]) -> None:
-        """From now on, none of these is removed. Absolute paths; the whole list each time."""
+    def spare(self, files: Iterable[Path | str]) -> None:
+        """From now on, none of these is removed or taken for an artifact. Absolute paths; the whole list each time."""
         tops = tuple({f"{self.root}{os.sep}", f"{os.path.realpath(self.root)}{os.sep}"})
         inside = {str(path) for path in files if str(path).startswith(tops)}
         self._spared = frozenset(self.root / path.removeprefix(top) for path in inside for top in tops)
@@ -120,11 +122,21 @@ class Store:
             ) from error
         self._release()
         self._lock_fd = fd
+        self._device = os.fstat(fd).st_dev
         with contextlib.suppress(OSError):  # who owns it is said to whom it is refused; a full disk may not take it
             writing = os.open(self.root / marks.LOCK, os.O_WRONLY | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC)
             with os.fdopen(writing, "w") as stream:
                 stream.write(f"{os.getpid()}\n")
         marks.tag(self.root)
+
+    def _check_device(self) -> None:
+        """Errors: StoreError where another file system is in the place of the one that the store was opened on."""
+        with contextlib.suppress(FileNotFoundError):
+            if self.root.stat().st_dev != self._device:
+                raise StoreError(
+                    f"{self.root} is on another file system than when the store was opened",
+                    hint="mount it again; to begin a new store in what is there now, restart the daemon",
+                )
 
     def _release(self) -> None:
         if self._lock_fd >= 0:
@@ -178,6 +190,8 @@ class Store:
         Errors: StoreError when a directory cannot be listed; whatever is wrong with a file is part of the inventory.
         """
         try:
+            if self._opened:
+                self._check_device()
             return self._look()
         except OSError as error:
             raise StoreError(
@@ -193,12 +207,24 @@ class Store:
         with contextlib.suppress(FileNotFoundError):
             others = [name for name in sorted(os.listdir(self.root)) if not marks.is_own(name)]  # noqa: PTH208 - names
             inventory.foreign.update(foreign(self.root / name for name in others))
+        self._leave_out_spared(inventory)
         inventory.quarantined.update((path, size_of(path)) for path in self._kept())
         for path in self.root.glob(".verdicts/*/*.json"):
             key = Key(path.parent.name, path.stem)
             if (verdict := self.read_verdict(key)) is not None:
                 inventory.verdicts[key] = verdict
         return inventory
+
+    def _leave_out_spared(self, inventory: Inventory) -> None:
+        """A file that the manifest names is no artifact, though it may have the name of one."""
+        for path in self._spared:
+            prompt = prompt_of(path.name)
+            if path.parent.parent != self.root or not prompt:
+                continue
+            key = Key(path.parent.name, prompt)
+            inventory.artifacts.pop(key, None)
+            inventory.unreadable.pop(key, None)
+            inventory.foreign.update(foreign([path]))
 
     def verify(self, key: Key) -> str:
         """Read an artifact's files again, whatever is remembered of them; returns why it is corrupt, or nothing."""
@@ -548,6 +574,7 @@ class Store:
         if not self._opened:
             raise StoreError(f"the store {self.root} is not open for writing")
         with self._taking:
+            self._check_device()
             if not self._has_lock_file():  # the directory was deleted or replaced under us: start anew in what is there
                 self._take()
         try:

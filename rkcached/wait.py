@@ -154,18 +154,22 @@ def _chosen(names: Sequence[str], status: dict[str, Any]) -> list[dict[str, Any]
     """The declared prompts that are named, in the manifest's order. Errors: SourceError."""
     declared = [prompt for prompt in status["prompts"] if show.is_declared(prompt)]
     known = [model["name"] for model in status["models"]] + [show.name_of(prompt) for prompt in declared]
+    troubled = {model["name"] for model in status["models"] if model["trouble"]}
     for name in names:
-        if name not in known:
+        if name not in known and name.partition("/")[0] not in troubled:
             hint = f"known: {', '.join(known) or 'none'}; with `rkcached reload` the daemon reads the manifest now"
             raise SourceError(f"{name!r} is not declared", hint=hint)
     return [one for one in declared if not names or one["model"] in names or show.name_of(one) in names]
 
 
 def _troubles(names: Sequence[str], status: dict[str, Any]) -> Iterator[NotFresh]:
-    """Of models that were named and have no prompt that could tell."""
+    """Of models that are meant and whose prompts do not tell: not all of them may be known."""
+    declared = [prompt for prompt in status["prompts"] if show.is_declared(prompt)]
     for model in status["models"]:
-        told = any(prompt["model"] == model["name"] for prompt in status["prompts"])
-        if model["name"] in names and model["trouble"] and not told:
+        own = [prompt for prompt in declared if prompt["model"] == model["name"]]
+        told = any(prompt["state"] in _LASTING for prompt in own)
+        unknown = {name for name in names if name.partition("/")[0] == model["name"]} - set(map(show.name_of, own))
+        if model["trouble"] and not told and (unknown or not names):
             yield NotFresh(f"model {model['name']}: {model['trouble']}")
 
 

@@ -30,6 +30,10 @@ GOOD: list[Any] = [
     {"anyOf": [{"type": "null"}, {"enum": ["a", "b"]}]},
     {"$schema": "https://json-schema.org/draft/2020-12/schema", "type": "integer", "minimum": 0},
     nested(20),
+    {"type": "object", "properties": {name: {"type": "string", "maxLength": 3000} for name in "abcd"}},
+    {"enum": ["maxItems", {"maxItems": 99_999_999_999}]},
+    {"type": "string", "default": {"pattern": "["}},
+    {"type": "object", "properties": {"pattern": {"type": "string"}, "maxItems": {"type": "integer"}}},
 ]
 
 BAD: list[Any] = [

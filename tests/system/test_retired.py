@@ -249,3 +249,74 @@ def test_gc_removes_what_is_retired(workspace: Workspace, folder: Path) -> None:
     workspace.cli("gc")
     assert (retired(workspace), list(workspace.cache.rglob("one*"))) == ([], [])
     all_fresh(workspace, "two")
+
+
+def test_limits_that_are_tightened_and_loosened_again(workspace: Workspace, folder: Path) -> None:
+    """What was too short for a moment is not prefilled again."""
+    assert folder.exists()
+    for limit, state in ((5000, "uncached"), (0, "fresh")):
+        workspace.declare("{}", model="    prompts_from: extra/*.md\n", top=f"cache: {{min_tokens: {limit}}}")
+        for name in ("one", "two"):
+            workspace.wait_state(name, state)
+    all_fresh(workspace, "one", "two")
+    assert sorted(workspace.built()) == ["one", "two"]
+
+
+def test_a_folder_that_cannot_be_listed(workspace: Workspace, folder: Path) -> None:
+    """Its prompts are not known, which is no reason to call all of them fresh; nothing is lost."""
+    folder.rename(workspace.root / "away")
+    folder.symlink_to("extra")  # a link to itself
+    wait_until(lambda: workspace.status()["models"][0]["trouble"], "the model is in trouble")
+    assert "cannot be listed" in workspace.cli("status", "--exit-code", code=2).stdout
+    for names in ((), ("m",), ("m/one",)):
+        refused = workspace.cli("wait", "--timeout", "60", *names, code=65)
+        assert "cannot be listed" in refused.stderr
+    answer = workspace.ask("m/one", status=503)
+    assert "cannot be listed" in answer["error"]["message"]
+    assert "cannot be listed" in workspace.log_text()
+    folder.unlink()
+    (workspace.root / "away").rename(folder)
+    all_fresh(workspace, "one", "two")
+    assert sorted(workspace.built()) == ["one", "two"]
+
+
+def test_a_store_that_is_unmounted(workspace: Workspace, mounted: Path) -> None:
+    """It is not begun anew on the disk below, and is used again when it is back."""
+    workspace.cache = mounted
+    workspace.memory_model()
+    workspace.write("prompts/a.md", "You are prompt A.")
+    workspace.declare("{a: prompts/a.md}")
+    workspace.start()
+    all_fresh(workspace, "a")
+    below = workspace.root / "below"
+    below.mkdir()
+    subprocess.run(["mount", "--move", mounted, below], check=True)
+    try:
+        workspace.hang_up()
+        blocked = workspace.wait_state("a", "blocked")
+        assert "on another file system than when the store was opened" in blocked["reason"]
+        assert list(mounted.iterdir()) == []
+    finally:
+        subprocess.run(["mount", "--move", below, mounted], check=True)
+    workspace.hang_up()
+    all_fresh(workspace, "a")
+    assert workspace.built() == ["a"]
+
+
+def test_a_file_that_the_manifest_names_is_no_artifact(workspace: Workspace) -> None:
+    """Whatever its name is: it is neither removed nor reported as removed, again and again."""
+    workspace.memory_model()
+    workspace.write("prompts/a.md", "You are prompt A.")
+    workspace.declare("{a: prompts/a.md}")
+    workspace.start()
+    all_fresh(workspace, "a")
+    workspace.stop()
+    named = workspace.write("cache/m/notes.memory_cache", "You are prompt X.")
+    workspace.declare("{a: prompts/a.md, x: cache/m/notes.memory_cache}")
+    workspace.start()
+    all_fresh(workspace, "a", "x")
+    workspace.hang_up()
+    assert "artifact removed" not in workspace.log_text()
+    items = json.loads(workspace.cli("gc", "--strangers", "--json").stdout)["items"]
+    assert items == []
+    assert named.read_text() == "You are prompt X."

@@ -199,3 +199,9 @@ def test_progress_at_a_terminal(slow: Workspace) -> None:
         process.kill()
         process.wait()
         os.close(ours)
+
+
+@pytest.mark.parametrize("seconds", ["nan", "inf", "-1", "0"])
+def test_a_time_that_is_none(workspace: Workspace, seconds: str) -> None:
+    """It is a wrong command line."""
+    workspace.cli("wait", f"--timeout={seconds}", code=64)

@@ -505,11 +505,34 @@ def test_retired_artifacts_get_what_the_declared_ones_leave_the_youngest_first()
     assert State.FRESH is found[0].state
 
 
-def test_without_a_budget_the_disk_keeps_half_of_its_room() -> None:
-    """An editor's hundred saves must not fill a card."""
+def test_without_a_budget_the_oldest_go_when_the_disk_is_nearly_full() -> None:
+    """An editor's hundred saves must not fill a card; nor does one go before that."""
     kept = [retired(made=made_of(str(at)), size_bytes=300, at=at) for at in range(3)]
     observed = with_retired(world(), *kept)
-    assert [len(plan(assess([], replace(observed, free_bytes=free), WEEK))) for free in (900, 899, 0)] == [0, 1, 2]
+
+    def gone(spare_bytes: int) -> list[str]:
+        found = assess([], replace(observed, spare_bytes=spare_bytes), WEEK)
+        return [one.retired for one in found if isinstance(one.action, Remove)]
+
+    assert [len(gone(spare)) for spare in (5000, 0, -1, -300, -301)] == [0, 0, 1, 1, 2]
+    assert gone(-1) == [kept[0].fingerprint]
+
+
+def test_a_clock_that_jumps_lets_nothing_expire() -> None:
+    """A board without a clock retires at an old time, which is set to the right one a minute later."""
+    observed = replace(with_retired(world(), retired(at=0)), now=1e9)
+    assert isinstance(assess([], observed, WEEK)[0].action, Remove)
+    assert assess([], replace(observed, new_retired=frozenset({WANTED.digest})), WEEK)[0].action is None
+
+
+@pytest.mark.parametrize("tightened", [Limits(min_tokens=101), Limits(max_bytes=999)])
+def test_what_the_limits_no_longer_allow_is_put_aside(tightened: Limits) -> None:
+    """With the verdict that keeps it from being built again; it is adopted when they are what they were."""
+    (found,) = assess([desired()], world(artifact()), replace(tightened, keep_retired_s=WEEK.keep_retired_s))
+    assert isinstance(found.action, Retire)
+    assert found.action.verdict is not None
+    again = with_retired(world(verdicts={KEY: found.action.verdict}), retired())
+    assert isinstance(assess([desired()], again, WEEK)[0].action, Adopt)
 
 
 def test_a_retired_artifact_that_a_prompt_has_again_goes() -> None:
@@ -565,19 +588,19 @@ RETIRED = st.builds(
     st.sampled_from([10.0, 40.0, 90.0]),
 )
 WORLDS = st.builds(
-    lambda artifacts, verdicts, unlisted, kept, free_bytes: Observed(
+    lambda artifacts, verdicts, unlisted, kept, spare_bytes: Observed(
         artifacts={key: replace(found, key=key) for key, found in artifacts.items()},
         verdicts=verdicts,
         unlisted_models=frozenset(unlisted),
         retired={one.fingerprint: one for one in kept},
-        free_bytes=free_bytes,
+        spare_bytes=spare_bytes,
         now=50.0,
     ),
     st.dictionaries(st.sampled_from(KEYS), ARTIFACTS),
     st.dictionaries(st.sampled_from(KEYS), VERDICTS),
     st.sets(st.sampled_from("mn")),
     st.lists(RETIRED),
-    st.none() | st.sampled_from([0, 700, 10_000]),
+    st.none() | st.sampled_from([-700, 0, 10_000]),
 )
 LIMITS = st.builds(
     lambda max_bytes, min_tokens, keep_retired_s: Limits(
@@ -645,7 +668,7 @@ def test_what_was_once_there_is_never_built_again_within_its_time(
     prompts: list[DesiredPrompt], observed: Observed, away: list[Key]
 ) -> None:
     """Prompts that go away and come back, in any order: with room and time enough nothing is prefilled again."""
-    observed = replace(observed, verdicts={}, unlisted_models=frozenset(), free_bytes=None)
+    observed = replace(observed, verdicts={}, unlisted_models=frozenset(), spare_bytes=None)
     limits = Limits(keep_retired_s=1000)
     prompts = [p for p in prompts if p.fingerprint]
     observed = settle(prompts, observed, limits)
@@ -675,7 +698,7 @@ def carry_out(
             case Remove():
                 disk.remove(action)
             case Retire():
-                disk.put_aside(action.key)
+                disk.retire(action)
             case Adopt():
                 disk.adopt(action)
             case Build():
@@ -703,6 +726,11 @@ class Disk:
                 size_bytes=old.size_bytes,
                 retired_at=self._now,
             )
+
+    def retire(self, action: Retire) -> None:
+        self.put_aside(action.key)
+        if action.verdict:
+            self.verdicts[action.key] = action.verdict
 
     def adopt(self, action: Adopt) -> None:
         digest = action.fingerprint.digest
