@@ -130,9 +130,12 @@ class Store:
         marks.tag(self.root)
 
     def _check_device(self) -> None:
-        """Errors: StoreError where another file system is in the place of the one that the store was opened on."""
+        """Errors: StoreError where another file system, with no store on it, is in the place of the store's own.
+
+        Some have another device number after each mount, so a store that is there is taken.
+        """
         with contextlib.suppress(FileNotFoundError):
-            if self.root.stat().st_dev != self._device:
+            if self.root.stat().st_dev != self._device and marks.why_no_store(self.root):
                 raise StoreError(
                     f"{self.root} is on another file system than when the store was opened",
                     hint="mount it again; to begin a new store in what is there now, restart the daemon",
