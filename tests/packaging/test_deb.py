@@ -120,7 +120,7 @@ def test_each_python_finds_its_wheels(
     taken, lacking = wheels.needed(main_roots, carried, target)
     assert lacking == set()
     assert {"rkcached", "numpy", "tokenizers", "pydantic-core"} <= {wheel.name for wheel in taken}
-    assert wheels.needed(cpu_roots, carried, target)[1] == {"xllamacpp>=2026.1"}
+    assert wheels.needed(cpu_roots, carried, target)[1] == {"xllamacpp>=2026.1", "llguidance>=1.6"}
     carried += [wheels.Wheel.read(file) for file in (cpu / "usr/lib/rkcached/wheels").iterdir()]
     assert wheels.needed(cpu_roots, carried, target)[1] == set()
     others = set(MACHINES.values()) - {MACHINES[debian]}
