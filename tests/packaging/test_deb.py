@@ -234,9 +234,10 @@ def test_install(debian: Debian, packages: dict[str, Path]) -> None:
     assert machine.systemctl("is-active", "rkcached.service", code=None).strip() == "inactive"
     modes = machine.run("stat", "-c", "%A %U:%G %n", "/etc/rkcached", "/etc/rkcached/manifest.yaml").stdout
     assert modes == "drwxr-x--- root:rkcached /etc/rkcached\n-rw-r----- root:rkcached /etc/rkcached/manifest.yaml\n"
-    # As it stands, nothing but the model is missing.
+    # As it stands, nothing but the runtime library and the model is missing.
     found = machine.run("rkcached", "check", code=os.EX_CONFIG).stderr
-    assert "/etc/rkcached/manifest.yaml: 1 problem" in found
+    assert "/etc/rkcached/manifest.yaml: 2 problems" in found
+    assert "there is no runtime library at /usr/lib/librkllmrt.so" in found
     assert "/srv/models/qwen3-0.6b.rkllm" in found
     assert "MODEL" in machine.run("env", "MANPAGER=cat", "man", "rkcached").stdout
     machine.declare(TEXTS)
