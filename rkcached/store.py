@@ -103,6 +103,7 @@ class Store:
             if why := marks.why_not_ours(self.root):
                 hint = "name an empty or a new folder with --cache-dir, or move what is not the store's out of this one"
                 raise StoreError(f"{self.root} is not taken as a store: {why}", hint=hint)
+            device = self.root.stat().st_dev  # of the folder: on an overlay, its files have other numbers
             fd = os.open(self.root / marks.LOCK, _LOCK_FLAGS, durable.FILE_MODE)
         except OSError as error:
             why, hint = disk.refusal(error, self.root)
@@ -122,7 +123,7 @@ class Store:
             ) from error
         self._release()
         self._lock_fd = fd
-        self._device = os.fstat(fd).st_dev
+        self._device = device
         with contextlib.suppress(OSError):  # who owns it is said to whom it is refused; a full disk may not take it
             writing = os.open(self.root / marks.LOCK, os.O_WRONLY | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC)
             with os.fdopen(writing, "w") as stream:

@@ -129,15 +129,16 @@ def test_a_text_that_changes_before_its_turn_is_not_taken_for_the_old_one(three:
 
 
 def test_a_name_is_told_in_letters_that_are_not_obeyed(workspace: Workspace) -> None:
-    """Where progress goes to a file, and everywhere else."""
+    """A file of such a name makes no prompt, and is named with escapes."""
     workspace.memory_model()
     workspace.write("prompts/x\x1b[31m.md", "You are red.")
     workspace.declare("{}", model="    prompts_from: prompts/*.md\n")
     workspace.start()
     workspace.wait_settled()
-    done = workspace.cli("bench", "--runs", "1", "--no-direct", code=None)
-    assert r"measuring m/x\x1b[31m, 1 of 1" in done.stderr
-    assert "\x1b" not in done.stdout + done.stderr
+    for command in (("bench", "--runs", "1", "--no-direct"), ("status",), ("check",)):
+        done = workspace.cli(*command, code=None)
+        assert "\x1b" not in done.stdout + done.stderr
+        assert (r"x\x1b[31m.md" in done.stdout + done.stderr) == (command[0] != "bench")
 
 
 def test_only_a_blocked_prompt_is_an_error_of_the_input(three: Workspace) -> None:

@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 from conftest import Workspace
 
+from tests.waiting import wait_until
+
 BOMB = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
 FAULTS: dict[str, list[dict[str, Any]]] = {
     "breaks": [{"op": "generate", "kind": "error", "at": 3}],
@@ -55,15 +57,15 @@ def test_a_failed_answer_has_its_cause_in_the_log(troubled: Workspace, model: st
     """The sentence that the client gets, with the request's id; once for each failed request, also in a stream."""
     error = troubled.ask(model, status=status)["error"]
     assert error["code"] == code
-    [cause] = told(troubled, "/v1/chat/completions", status, code)
+    [cause] = wait_until(lambda: told(troubled, "/v1/chat/completions", status, code), "the log has the cause")
     assert error["message"].partition(" (")[0] in cause
     if model == "breaks":
         return  # once in the life of its process
     with troubled.http() as client:
         answer = client.post("/v1/chat/completions", json={"model": model, "stream": True, **HELLO})
     assert code in answer.text
+    wait_until(lambda: troubled.log_text().count(" request failed ") == 2, "the log has the cause of the second")
     assert f"status={answer.status_code} code={code}" in troubled.log_text()
-    assert troubled.log_text().count(" request failed ") == 2
 
 
 def test_every_endpoint_tells_its_causes(troubled: Workspace) -> None:
