@@ -260,6 +260,7 @@ async def _announce(
     for server in servers:
         await server.answering.wait()
     await reconciler.looked.wait()
+    service.status(summary(reconciler))  # who waited for the start must not read that it goes on
     service.ready()
     ChatRequest.model_rebuild()  # put off while we started; the first request need not pay for it
     ChatCompletion.model_rebuild()
