@@ -24,7 +24,7 @@ import secrets
 import shutil
 import stat
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -323,7 +323,7 @@ class Store:
                 self._make_way(key, sidecar.artifact)
                 if retire:
                     with contextlib.suppress(OSError, StoreError):
-                        self._put_aside(key, unless=sidecar.fingerprint)
+                        self._put_aside(key, unless=sidecar.fingerprint, move=_link_or_rename)
                 staged.replace(path)
                 text.replace(folder / f"{key.prompt}.bin")
                 durable.sync_directory(folder)
@@ -352,7 +352,7 @@ class Store:
                 return
             self._drop_folder(folder)
 
-    def _put_aside(self, key: Key, *, unless: str = "") -> bool:
+    def _put_aside(self, key: Key, *, unless: str = "", move: Callable[[Path, Path], object] = Path.rename) -> bool:
         """Move an artifact to the retired ones, its sidecar last; whether there was one to move.
 
         Errors: OSError, StoreError. `unless`: a fingerprint that is not put aside.
@@ -376,7 +376,7 @@ class Store:
             beneath.remove(self.root, marks.RETIRED, target.name)  # an older one of the same fingerprint
             _make_folder(target)
             for path in files:
-                path.rename(target / path.name)
+                move(path, target / path.name)
         self._scan.forget(key)
         return True
 
@@ -586,6 +586,14 @@ class Store:
         except OSError as error:
             why, hint = disk.refusal(error, path)
             raise StoreError(f"{path} cannot be written: {why}", hint=hint) from error
+
+
+def _link_or_rename(source: Path, target: Path) -> None:
+    """Give a file a second name, so that the first is never without one; FAT has no links, so there it is renamed."""
+    try:
+        os.link(source, target)
+    except OSError:
+        source.rename(target)
 
 
 def _place(source: Path, target: Path, *, link: bool) -> None:
