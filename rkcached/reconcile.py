@@ -521,7 +521,6 @@ class Reconciler:
         except errors.StoreError as error:
             if key not in self._unadopted:
                 _log_trouble("artifact not adopted", action, error)
-            self._requests.answer(key, error)  # who waits for it since an earlier look
             blocked = Blocked(key=key, reason=error.message, hint=error.hint, retry_at=time.time() + PASSING_RETRY_S)
             view.assessments[key] = Assessment(
                 key=key, state=State.BLOCKED, reason=error.message, hint=error.hint, action=blocked

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from conftest import Workspace
 
-from rkcached.errors import Aborted, StoreError, Uncacheable
+from rkcached.errors import Aborted, SourceError, StoreError, Uncacheable
 from rkcached.plan import Key, State
 from rkcached.reconcile import Reconciler
 from rkcached.sidecar import StoredArtifact
@@ -133,7 +133,7 @@ async def test_who_waits_for_an_adoption_that_fails_is_told(tmp_path: Path) -> N
         await asyncio.to_thread(wait_until, lambda: reconciler.builds == 1, "the first is built")
         space.write("prompts/b.md", "The same text.")
         space.declare("{a: prompts/a.md, b: prompts/b.md}")
-        with pytest.raises(StoreError, match="no space left"):
+        with pytest.raises(SourceError, match="m/b is blocked: no space left"):
             async with asyncio.timeout(30):
                 await reconciler.freshen(Key("m", "b"))
         looks = reconciler.looks
