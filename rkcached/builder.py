@@ -74,7 +74,7 @@ class BuildRequest:
     """The system message."""
     engine: EngineConfig
     cache: CacheConfig
-    used_bytes: int
+    claimed_bytes: int
     """Of the other artifacts in the store, and of files that are not the store's."""
     foreign_bytes: int
     """Of the latter."""
@@ -141,9 +141,9 @@ class Builder:
                 raise
             size_bytes, sha256 = await asyncio.to_thread(self._store.seal, staged)
             limit = request.cache.max_bytes
-            if limit is not None and request.used_bytes + size_bytes > limit:
+            if limit is not None and request.claimed_bytes + size_bytes > limit:
                 said = over_budget(
-                    action.fingerprint.digest, size_bytes, request.used_bytes, limit, request.foreign_bytes
+                    action.fingerprint.digest, size_bytes, request.claimed_bytes, limit, request.foreign_bytes
                 ).trouble
                 hint = f"what comes after it in the manifest makes room, if that is enough; else {said.hint}"
                 raise BudgetExceeded(said.message, needed_bytes=size_bytes, hint=hint)

@@ -110,6 +110,9 @@ class _Now(Collector):
             artifacts.add_metric((model, state), count)
         yield artifacts
         yield GaugeMetricFamily("rkcached_cache_bytes", "What counts against cache.max_bytes.", value=view.used_bytes())
+        yield GaugeMetricFamily(
+            "rkcached_retired_bytes", "The part of it that is kept for prompts that return.", value=view.retired_bytes()
+        )
         if (budget := view.manifest.cache.max_bytes) is not None:
             yield GaugeMetricFamily("rkcached_cache_max_bytes", "What they may take.", value=budget)
         waiting = GaugeMetricFamily("rkcached_requests_waiting", "Requests that wait for their turn.", labels=["model"])

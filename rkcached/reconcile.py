@@ -370,7 +370,7 @@ class Reconciler:
     async def _tidy(self, look: Look) -> None:
         """The quarantine keeps what the budget leaves it."""
         limit = look.manifest.cache.max_bytes
-        room = math.inf if limit is None else max(0, limit - self.view.used_bytes() - self.view.retired_bytes())
+        room = math.inf if limit is None else max(0, limit - self.view.used_bytes())
         with contextlib.suppress(errors.StoreError):
             await asyncio.to_thread(self._store.tidy, look.inventory, room)
         self.view.quarantine_bytes = sum(look.inventory.quarantined.values())
@@ -658,7 +658,7 @@ class Reconciler:
             text=view.desired.texts[key],
             engine=view.manifest.engine,
             cache=view.manifest.cache,
-            used_bytes=view.used_bytes(but=key),
+            claimed_bytes=view.claimed_bytes(but=key),
             foreign_bytes=view.foreign_bytes,
             needed_bytes=self._attempts.needed_bytes(key, wanted.digest)
             or size_if_same(view.artifacts.get(key), wanted.components),

@@ -88,7 +88,7 @@ def status(
         "cache": {
             "directory": str(store.root),
             "trouble": reconciler.store_trouble.message if reconciler.store_trouble else "",
-            "used_bytes": view.used_bytes() + view.retired_bytes(),
+            "used_bytes": view.used_bytes(),
             "max_bytes": view.manifest.cache.max_bytes,
             "orphan_bytes": view.orphan_bytes(),
             "retired": len(view.retired),

@@ -112,10 +112,14 @@ class View:
     def model(self, name: str) -> DesiredModel | Trouble | None:
         return self.desired.models.get(name)
 
-    def used_bytes(self, but: Key | None = None) -> int:
-        """What counts against cache.max_bytes, but for one artifact.
+    def used_bytes(self) -> int:
+        """Everything that counts against cache.max_bytes."""
+        return self.claimed_bytes() + self.retired_bytes()
 
-        Retired artifacts and the quarantine do not count: they yield.
+    def claimed_bytes(self, but: Key | None = None) -> int:
+        """The part of `used_bytes` that a build cannot make room of, without the artifact of `but`.
+
+        Retired artifacts and the quarantine are not in it: they are removed where a build needs their room.
         """
         sizes = self.unreadable_bytes | {key: a.sidecar.size_bytes for key, a in self.artifacts.items()}
         return self.foreign_bytes + sum(size_bytes for key, size_bytes in sizes.items() if key != but)

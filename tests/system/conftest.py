@@ -137,6 +137,10 @@ class Workspace:
     def log_text(self) -> str:
         return self.log.read_text() if self.log.exists() else ""
 
+    def logged(self, text: str) -> None:
+        """Wait until `text` is in the log: a line may be written after the answer that it is about was sent."""
+        wait_until(lambda: text in self.log_text(), lambda: f"{text!r} is logged:\n{self.log_text()}")
+
     # The socket
 
     def http(self, *, admin: bool = False) -> httpx.Client:

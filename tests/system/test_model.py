@@ -76,7 +76,7 @@ def test_requests_go_before_a_build(ship: Workspace) -> None:
     assert [answer["rkcached"]["state"] for answer in answers] == ["hit"] * 4
     assert ship.built() == ["cook"]
     wait_until(lambda: ship.built() == ["cook", "long"], "the build came to its end")
-    assert "build stepped aside" in ship.log_text()
+    ship.logged("build stepped aside")
 
 
 def test_verify_deep(ship: Workspace) -> None:
@@ -296,7 +296,7 @@ def test_memory_limit(workspace: Workspace, small_model: Path) -> None:
     wanted = "it wanted more than engine.max_memory_bytes (134,217,728 bytes); raise that in the manifest"
     assert wanted in workspace.status()["models"][0]["last_failure"]
     assert wanted in workspace.wait_state("cook", "blocked")["reason"]
-    assert wanted in workspace.log_text()
+    workspace.logged(wanted)
     workspace.write("manifest.yaml", manifest.replace("LIMIT", "1GiB"))
     workspace.wait_state("cook", "fresh")
     assert workspace.ask("m/cook")["rkcached"]["state"] == "hit"

@@ -273,7 +273,7 @@ def test_a_folder_that_cannot_be_listed(workspace: Workspace, folder: Path) -> N
         assert "cannot be listed" in refused.stderr
     answer = workspace.ask("m/one", status=503)
     assert "cannot be listed" in answer["error"]["message"]
-    assert "cannot be listed" in workspace.log_text()
+    workspace.logged("cannot be listed")
     folder.unlink()
     (workspace.root / "away").rename(folder)
     all_fresh(workspace, "one", "two")

@@ -34,7 +34,7 @@ def replaced(space: Workspace, temporary: Path) -> None:
     [folder] = folders(temporary)
     shutil.rmtree(folder)
     assert space.ask("m/a")["rkcached"]["state"] == "hit"
-    assert f"warning worker restarted model=m reason='its scratch folder was deleted: {folder}'" in space.log_text()
+    space.logged(f"warning worker restarted model=m reason='its scratch folder was deleted: {folder}'")
     assert space.status()["models"][0]["restarts"] == 1
 
 

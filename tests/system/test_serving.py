@@ -225,7 +225,7 @@ def test_stale_is_answered_cold_and_current(workspace: Workspace) -> None:
     assert right_answer(workspace, new) == content(answer)
     assert answer["rkcached"]["state"] in ("building", "stale")  # stale once the build has stepped aside
     assert answer["rkcached"]["cache"] is None
-    wait_until(lambda: "build stepped aside" in workspace.log_text(), "that is logged")
+    workspace.logged("build stepped aside")
     workspace.wait_settled()
     assert workspace.ask("m/p")["rkcached"]["state"] == "hit"
 
@@ -414,7 +414,7 @@ def test_failures_are_remembered_without_a_disk(workspace: Workspace) -> None:
     workspace.write("cache/.verdicts", "in the way")
     workspace.start()
     workspace.wait_state("p", "fresh")
-    assert "attempts=2" in workspace.log_text()
+    workspace.logged("attempts=2")
     assert workspace.log_text().count("build failed") == 2
 
 

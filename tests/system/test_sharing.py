@@ -122,7 +122,7 @@ def test_stopping_lets_replies_end_in_their_grace(workspace: Workspace, grace_s:
         next(lines)
         ended = pool.submit(workspace.stop)
         if grace_s:
-            wait_until(lambda: "new requests are refused" in workspace.log_text(), "the daemon is asked to stop")
+            workspace.logged("new requests are refused")
             refused = early.post("/v1/completions", json={"model": "m", "prompt": "x", "max_tokens": 1})
             assert (refused.status_code, refused.json()["error"]["code"]) == (503, "shutting_down")
         last = json.loads([*lines][-1].removeprefix("data: "))

@@ -82,7 +82,7 @@ def test_deleted_socket_comes_back(settled: Workspace, name: str) -> None:
         with settled.http(admin=name == "admin.sock") as client:
             assert client.get("/healthz").status_code == 200
         assert path.stat().st_mode == mode
-    assert "socket made again" in settled.log_text()
+    settled.logged("socket made again")
 
 
 def answers(path: Path) -> bool:
@@ -94,7 +94,7 @@ def test_socket_taken_by_another_is_left_alone(two_prompts: Workspace) -> None:
     """A file in the place of the deleted socket is not ours to remove; when it goes, the socket comes back."""
     two_prompts.socket.unlink()
     two_prompts.socket.write_text("mine")
-    wait_until(lambda: "socket lost" in two_prompts.log_text(), "it says so")
+    two_prompts.logged("socket lost")
     assert two_prompts.socket.read_text() == "mine"
     two_prompts.socket.unlink()
     wait_until(lambda: answers(two_prompts.socket), "the socket is back")

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import pytest
 from conftest import Workspace
 
-from tests.waiting import DEADLINE_S, wait_until
+from tests.waiting import DEADLINE_S
 
 FOR_LONG = ("--timeout", str(DEADLINE_S))
 
@@ -100,7 +100,7 @@ def test_it_hears_of_the_build(workspace: Workspace, waiting: Waiting) -> None:
 def test_it_survives_a_restart(slow: Workspace, waiting: Waiting) -> None:
     """A daemon that goes is waited for."""
     process = waiting.start("m/a")
-    wait_until(lambda: " path=/v1/status " in slow.log_text(), "it asked")
+    slow.logged(" path=/v1/status ")
     slow.stop()
     slow.memory_model()
     assert process.poll() is None
@@ -131,7 +131,7 @@ def test_what_is_tried_again_is_waited_for(workspace: Workspace) -> None:
     workspace.write("a.md", "You are a.")
     workspace.declare("{a: a.md}")
     workspace.start()
-    wait_until(lambda: " build failed " in workspace.log_text(), "the first build failed")
+    workspace.logged(" build failed ")
     assert workspace.cli("wait", *FOR_LONG).stdout.startswith("1 fresh, ")
 
 

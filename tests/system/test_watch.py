@@ -215,7 +215,7 @@ def test_parameter_of_one_prompt(two_prompts: Workspace) -> None:
     two_prompts.declare("{a: {files: prompts/a.md, params: {temperature: 0.2}}, b: prompts/b.md}")
     wait_build(two_prompts, "a", before)
     assert built_since(two_prompts, before) == ["a"]
-    assert "params.temperature: 0.8 -> 0.2" in two_prompts.log_text()
+    two_prompts.logged("params.temperature: 0.8 -> 0.2")
 
 
 def test_parameter_of_the_model(two_prompts: Workspace) -> None:
@@ -346,7 +346,7 @@ def test_edit_during_a_build(workspace: Workspace) -> None:
     workspace.write("a.md", "Short now.\n")
     workspace.wait_state("a", "fresh")
     assert workspace.built() == ["a"]
-    assert "build stopped" in workspace.log_text()
+    workspace.logged("build stopped")
     assert "Short now." in (workspace.cache / "m/a.bin").read_text()
 
 

@@ -144,7 +144,7 @@ def test_no_room_for_inotify(workspace: Workspace, limit: str, value: int) -> No
     inside(workspace, f"echo 100 > /proc/sys/user/{limit}")
     workspace.hang_up()
     wait_until(lambda: workspace.status()["watching"] == "inotify", "it uses inotify again")
-    assert "inotify instead of polling" in workspace.log_text()
+    workspace.logged("inotify instead of polling")
     assert "polling" not in workspace.cli("status").stdout
     edit(workspace, "a")
     edit(workspace, "b", file="more/b.md")
