@@ -84,7 +84,8 @@ class Observer:
         self._last: _Last | None = None
         self._retired_since: dict[str, float] = {}
         """By fingerprint: when this process saw the retired artifact first, in monotonic seconds."""
-        self._assessments: dict[tuple[Key, str], Assessment] = {}
+        self._assessments: dict[Key | str, Assessment] = {}
+        """Of the last look: by prompt, and by fingerprint for retired artifacts."""
 
     def look(self, manifest: Manifest, extra_verdicts: Mapping[Key, Verdict] | None = None) -> Look:
         """Scan and assess. Blocking."""
@@ -118,8 +119,7 @@ class Observer:
             prompts = tuple(replace(p, fingerprint=None, trouble=p.trouble or Trouble.of(trouble)) for p in prompts)
         before = self._assessments
         self._assessments = {
-            (one.key, one.retired): kept(before.get((one.key, one.retired)), one)
-            for one in assess(prompts, observed, limits)
+            (place := one.retired or one.key): kept(before.get(place), one) for one in assess(prompts, observed, limits)
         }
         return Look(
             manifest=manifest,

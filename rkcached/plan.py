@@ -253,14 +253,15 @@ def assess(desired: Sequence[DesiredPrompt], observed: Observed, limits: Limits)
     """
     declared = {prompt.key for prompt in desired}
     sources = _sources(desired, observed)
-    claimed_bytes, claims = observed.foreign_bytes, dict[Key, int]()
+    world = _World(observed=observed, limits=limits, sources=sources, claimed_bytes=observed.foreign_bytes)
+    claims: dict[Key, int] = {}
     assessments = []
 
     for prompt in desired:
-        world = _World(observed=observed, limits=limits, sources=sources, claimed_bytes=claimed_bytes)
         assessment = _assess_one(prompt, world)
-        claims[prompt.key] = _claim(assessment, world)
-        claimed_bytes += claims[prompt.key]
+        if claimed_bytes := _claim(assessment, world):
+            claims[prompt.key] = claimed_bytes
+            world.claimed_bytes += claimed_bytes
         assessments.append(assessment)
 
     assessments = _take_sources(assessments, declared)
@@ -317,7 +318,8 @@ class _Source(NamedTuple):
     reason: str
 
 
-class _World(NamedTuple):
+@dataclass(slots=True)
+class _World:
     """What a prompt is assessed in. `claimed_bytes` of the budget are taken by the prompts before it."""
 
     observed: Observed
@@ -517,13 +519,17 @@ def _make_room(
     It shares the room of the build that replaces it, as the one comes when the other goes; and what another prompt
     takes over has that prompt's room.
     """
+    if limits.max_bytes is None:
+        yield from assessments
+        return
+
     taken = {a.action.source for a in assessments if isinstance(a.action, Adopt) and a.action.take}
     claimed_bytes = observed.foreign_bytes + sum(claims.values())
     for assessment in assessments:
         artifact = observed.artifacts.get(assessment.key)
         served = assessment.state is State.FRESH
         leaves = isinstance(assessment.action, Remove | Retire) or assessment.key in taken
-        if artifact is None or served or limits.max_bytes is None or leaves:
+        if artifact is None or served or leaves:
             yield assessment
             continue
         more_bytes = max(0, artifact.size_bytes - claims.get(assessment.key, 0))
@@ -557,6 +563,9 @@ def _assess_retired(
 
     Where there is no budget they go when the disk is nearly full.
     """
+    if not observed.retired:
+        return
+
     room_bytes = _room_for_retired(kept, observed, limits, claims)
     for retired in sorted(observed.retired.values(), key=lambda one: one.retired_at, reverse=True):
         reason = ""
