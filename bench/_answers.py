@@ -12,14 +12,14 @@ from _daemon import Answer, BenchError, Daemon, Workspace
 from _results import Figure, Target, of_median
 from _workspaces import PROMPTS, Bench, llama, memory
 
-from rkcached.benchmark.direct import Ask, DirectEngine, Told
-from rkcached.benchmark.samples import median, spread
-from rkcached.demo.runner import MODEL
-from rkcached.desired import DesiredModel
+from rkcached.cli.bench.direct import Ask, DirectEngine, Told
+from rkcached.cli.bench.samples import median, spread
+from rkcached.cli.demo.runner import MODEL
 from rkcached.engines.base import Sampling
-from rkcached.observe import Look, Observer, read_manifest
-from rkcached.plan import Key
-from rkcached.store import Store
+from rkcached.plan.desired import DesiredModel
+from rkcached.plan.planner import Key
+from rkcached.reconcile.observer import Look, Observer, read_manifest
+from rkcached.store.store import Store
 from rkcached.worker.operations import BOUNDARY_TOKENS
 
 ANSWER_TOKENS = 8

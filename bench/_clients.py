@@ -17,7 +17,7 @@ from _daemon import BenchError, Daemon, busy_ns
 from _results import Figure, Target, of_median
 from _workspaces import PROMPTS, Bench, memory
 
-from rkcached.demo.runner import MODEL
+from rkcached.cli.demo.runner import MODEL
 
 CLIENTS = 8
 ANSWERS_PER_RUN = 50

@@ -23,7 +23,7 @@ from typing import Any, Self
 from _daemon import BenchError, UnixConnection
 
 from rkcached.engines.base import ModelSpec
-from rkcached.engines.llamacpp import _params
+from rkcached.engines.llamacpp.engine import _params
 
 START_S = 60
 SOCKET = "peer.sock"

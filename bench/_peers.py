@@ -21,9 +21,9 @@ from _peer import Peer, Streamed, stream
 from _results import Figure, Target, of_median
 from _workspaces import PEER_CONTEXT, PEER_TOKENS, Bench, peers, small_model
 
-from rkcached.benchmark.samples import median, spread
-from rkcached.desired import DesiredModel
-from rkcached.plan import Key
+from rkcached.cli.bench.samples import median, spread
+from rkcached.plan.desired import DesiredModel
+from rkcached.plan.planner import Key
 from rkcached.worker.operations import BOUNDARY_TOKENS
 
 MODEL = "small"

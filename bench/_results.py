@@ -19,9 +19,9 @@ from rich.console import Console
 from rich.table import Table
 
 from rkcached import __version__
-from rkcached.benchmark.machine import QUIET_LOAD
-from rkcached.benchmark.machine import machine as measured_machine
-from rkcached.benchmark.samples import median, number, p95
+from rkcached.cli.bench.machine import QUIET_LOAD
+from rkcached.cli.bench.machine import machine as measured_machine
+from rkcached.cli.bench.samples import median, number, p95
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

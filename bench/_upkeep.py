@@ -15,8 +15,8 @@ from _daemon import BenchError, Daemon, busy_ns
 from _results import Figure, Target, of_median
 from _workspaces import PROMPTS, Bench, llama
 
-from rkcached.demo.runner import MODEL
-from rkcached.plan import Key
+from rkcached.cli.demo.runner import MODEL
+from rkcached.plan.planner import Key
 
 EDIT_TIMEOUT_S = 120
 IDLE_SETTLE_S = 3.0

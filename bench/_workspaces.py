@@ -17,7 +17,7 @@ from typing import Any
 import msgspec
 from _daemon import BenchError, Workspace
 
-from rkcached.demo import runner
+from rkcached.cli.demo import runner
 from rkcached.engines.memory import MemoryModel
 
 PROMPTS = ("greenhouse", "reviewer")
@@ -53,7 +53,7 @@ class Bench:
 
 def llama(root: Path) -> Workspace:
     """SmolLM2-135M with the demo's manifest, parameters and prompts."""
-    data = resources.files("rkcached.demo")
+    data = resources.files("rkcached.cli.demo")
     manifest = data.joinpath("manifest.yaml").read_text()
     workspace = _made(root, manifest.replace('"@MODEL@"', json.dumps(str(small_model()))))
     _copy_prompts(root)
@@ -141,7 +141,7 @@ def small_model() -> Path:
 def _copy_prompts(root: Path) -> None:
     (root / "prompts").mkdir()
     for name in PROMPTS:
-        data = resources.files("rkcached.demo").joinpath(f"prompts/{name}.md").read_bytes()
+        data = resources.files("rkcached.cli.demo").joinpath(f"prompts/{name}.md").read_bytes()
         (root / "prompts" / f"{name}.md").write_bytes(data)
 
 

@@ -10,7 +10,7 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-from rkcached.benchmark.samples import number
+from rkcached.cli.bench.samples import number
 
 _SIDES = ("rkcached", "llama.cpp, same settings", "llama.cpp, its defaults")
 _SIZE = re.compile(r"([\d,]+) over (\d+): (.+)")

@@ -16,7 +16,7 @@ from pathlib import Path
 import click
 from click.shell_completion import get_completion_class
 
-from rkcached.cli import cli
+from rkcached.cli.main import cli
 
 ROOT = Path(__file__).parents[1]
 COMPLETIONS = {"bash": "rkcached.bash", "zsh": "_rkcached", "fish": "rkcached.fish"}

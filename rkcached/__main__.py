@@ -10,6 +10,6 @@ import sys
 if not sys.flags.safe_path and sys.path and sys.path[0] in {"", os.getcwd()}:  # noqa: PTH109 - as Python writes it
     del sys.path[0]
 
-from rkcached.cli import main
+from rkcached.cli.main import main
 
 main()

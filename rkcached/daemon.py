@@ -21,26 +21,35 @@ from pathlib import Path
 
 import structlog
 
-from rkcached import __version__, logs
-from rkcached.answers import ChatCompletion
-from rkcached.api import Api
-from rkcached.cache_api import CacheApi
-from rkcached.embeddings import Embeddings
+from rkcached import __version__
+from rkcached.api.cache_routes import CacheApi
+from rkcached.api.metrics import Metrics
+from rkcached.api.requests import ChatRequest
+from rkcached.api.responses import ChatCompletion
+from rkcached.api.routes import Api
+from rkcached.api.server import (
+    ADMIN_MODE,
+    SOCKET_MODE,
+    HttpServer,
+    OnceLooked,
+    OwnSocket,
+    check_passed,
+    refuse_waiting,
+)
+from rkcached.api.status import Recent, status, summary
 from rkcached.errors import ManifestError, SettingsError
-from rkcached.events import Events
-from rkcached.manifest import EngineKind, Manifest
-from rkcached.metrics import Metrics
-from rkcached.observe import read_manifest
-from rkcached.openai import ChatRequest
-from rkcached.reconcile import Reconciler
-from rkcached.server import ADMIN_MODE, SOCKET_MODE, HttpServer, OnceLooked, OwnSocket, check_passed, refuse_waiting
-from rkcached.serving import Serving
-from rkcached.settings import Settings
-from rkcached.status import Recent, status, summary
-from rkcached.store import Store
-from rkcached.stored import StoredTexts
-from rkcached.systemd import Service, listen_fds
-from rkcached.watch import Watcher
+from rkcached.host import logs
+from rkcached.host.settings import Settings
+from rkcached.host.systemd import Service, listen_fds
+from rkcached.host.watch import Watcher
+from rkcached.reconcile.events import Events
+from rkcached.reconcile.loop import Reconciler
+from rkcached.reconcile.observer import read_manifest
+from rkcached.serving.dispatcher import Serving
+from rkcached.serving.embeddings import Embeddings
+from rkcached.sources.manifest import EngineKind, Manifest
+from rkcached.sources.stored_texts import StoredTexts
+from rkcached.store.store import Store
 from rkcached.worker import scratch
 from rkcached.worker.gate import Gates
 from rkcached.worker.pool import Room, Workers, room_in_memory

@@ -15,12 +15,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from rkcached.digests import Signature, settled, signature_of
-from rkcached.engines import gguf
-from rkcached.engines.gguf import ModelFacts, ReadHeader
+from rkcached.engines.llamacpp import gguf
+from rkcached.engines.llamacpp.gguf import ModelFacts, ReadHeader
 from rkcached.engines.rkllm.identify import choose_abi, identify
 from rkcached.errors import SourceError
-from rkcached.manifest import EngineConfig, EngineKind
+from rkcached.host.digests import Signature, settled, signature_of
+from rkcached.sources.manifest import EngineConfig, EngineKind
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -104,7 +104,7 @@ ENGINES: dict[EngineKind, EngineEntry] = {
     EngineKind.LLAMACPP: EngineEntry(
         compiles_schemas=True,
         artifact_suffix=".llama_cache",
-        implementation="rkcached.engines.llamacpp:LlamaCppEngine",
+        implementation="rkcached.engines.llamacpp.engine:LlamaCppEngine",
         model_magic=gguf.MAGIC,
         model_format="GGUF model",
         locate_runtime=_locate_xllamacpp,

@@ -22,7 +22,7 @@ import referencing
 from jsonschema.protocols import Validator
 
 from rkcached.errors import SchemaInvalid, SchemaMismatch
-from rkcached.schemas import MAX_SCHEMA_BYTES
+from rkcached.worker.schemas import MAX_SCHEMA_BYTES
 
 CHECK_LIMIT_S = 5.0
 """Patterns and alternatives can make a check take for ever."""

@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass, field
 
-from rkcached.digests import Signature, signature_of
 from rkcached.engines.base import ModelSpec
+from rkcached.host.digests import Signature, signature_of
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

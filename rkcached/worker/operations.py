@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from rkcached.digests import Signature, signature_of
 from rkcached.engines.base import Engine, FinishReason, RunStats, Sampling, Token
 from rkcached.errors import (
     Aborted,
@@ -26,6 +25,7 @@ from rkcached.errors import (
     Uncacheable,
     VerifyFailed,
 )
+from rkcached.host.digests import Signature, signature_of
 from rkcached.worker import protocol
 from rkcached.worker.protocol import VerifyMode
 

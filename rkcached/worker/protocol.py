@@ -13,8 +13,8 @@ from enum import StrEnum
 import msgspec
 
 from rkcached import errors
-from rkcached.digests import Signature
 from rkcached.engines.base import EngineInfo, ModelSpec, RunStats, Sampling, TokenLogprob
+from rkcached.host.digests import Signature
 
 MAX_FRAME_BYTES = 16 << 20
 """Larger than any prompt; a length beyond it is garbage, not a message."""

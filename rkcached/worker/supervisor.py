@@ -26,7 +26,6 @@ from typing import Any
 import msgspec
 import structlog
 
-from rkcached import isolated
 from rkcached.engines.base import EngineInfo
 from rkcached.errors import (
     Aborted,
@@ -38,6 +37,7 @@ from rkcached.errors import (
     WorkerTimeout,
     WorkerUnavailable,
 )
+from rkcached.host import isolated
 from rkcached.worker import memory, protocol
 from rkcached.worker.lines import LibraryLines
 from rkcached.worker.model import Backoff, Deadlines, WorkerModel

@@ -20,7 +20,7 @@ import psutil
 import pytest
 
 from rkcached.engines.base import SAMPLING_FIELDS, Engine, FinishReason, ModelSpec, RunStats, Sampling, Token
-from rkcached.engines.llamacpp import LlamaCppEngine
+from rkcached.engines.llamacpp.engine import LlamaCppEngine
 from rkcached.engines.memory import MemoryEngine, MemoryModel
 from rkcached.engines.rkllm.engine import RkllmEngine
 from rkcached.errors import Aborted, ArtifactLoadError, ContextExceeded, EngineError, ModelLoadError, SamplingFixed

@@ -8,8 +8,8 @@ from pathlib import Path
 from rkcached.engines.base import ModelSpec
 from rkcached.engines.memory import MemoryEngine
 from rkcached.errors import StoreError
-from rkcached.plan import Key
-from rkcached.store import Store
+from rkcached.plan.planner import Key
+from rkcached.store.store import Store
 from rkcached.worker import protocol
 from rkcached.worker.operations import Session
 from tests.integration.test_store import make_sidecar

@@ -13,8 +13,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from rkcached.plan import Key
-from rkcached.store import Store
+from rkcached.plan.planner import Key
+from rkcached.store.store import Store
 from tests.integration.test_store import publish
 
 DIED = 77

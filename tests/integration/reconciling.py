@@ -9,13 +9,13 @@ from typing import ClassVar
 
 from conftest import Workspace
 
-from rkcached.events import Events
-from rkcached.observe import read_manifest
-from rkcached.reconcile import Reconciler
-from rkcached.store import Store
-from rkcached.stored import StoredTexts
-from rkcached.systemd import Service
-from rkcached.watch import Writing
+from rkcached.host.systemd import Service
+from rkcached.host.watch import Writing
+from rkcached.reconcile.events import Events
+from rkcached.reconcile.loop import Reconciler
+from rkcached.reconcile.observer import read_manifest
+from rkcached.sources.stored_texts import StoredTexts
+from rkcached.store.store import Store
 from rkcached.worker.gate import Gates
 from rkcached.worker.pool import Workers
 

@@ -23,19 +23,20 @@ import structlog
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
 
-from rkcached import durable, observe, reconcile, verdicts
-from rkcached.desired import DesiredModel
+from rkcached.api.requests import ChatRequest
 from rkcached.engines.memory import MemoryEngine, expected_text
 from rkcached.errors import RequestError
-from rkcached.events import Event, Events
-from rkcached.observe import ManifestFile, Observer, read_manifest
-from rkcached.openai import ChatRequest
-from rkcached.plan import Blocked, Key, State, plan
-from rkcached.reconcile import Reconciler
-from rkcached.serving import End, Serving, Text
-from rkcached.store import MAX_QUARANTINED, Store
-from rkcached.stored import StoredTexts
-from rkcached.watch import Watcher
+from rkcached.host import durable
+from rkcached.host.watch import Watcher
+from rkcached.plan.desired import DesiredModel
+from rkcached.plan.planner import Blocked, Key, State, plan
+from rkcached.reconcile import loop, observer, verdicts
+from rkcached.reconcile.events import Event, Events
+from rkcached.reconcile.loop import Reconciler
+from rkcached.reconcile.observer import ManifestFile, Observer, read_manifest
+from rkcached.serving.dispatcher import End, Serving, Text
+from rkcached.sources.stored_texts import StoredTexts
+from rkcached.store.store import MAX_QUARANTINED, Store
 from rkcached.worker import pool
 from rkcached.worker.gate import Gates
 from rkcached.worker.model import Backoff
@@ -112,9 +113,9 @@ class Storm(RuleBasedStateMachine):
 
         self.outside.enter_context(
             replaced(
-                (reconcile, "SETTLE_S", 0.004),
-                (reconcile, "time", self.clock),
-                (observe, "time", self.clock),
+                (loop, "SETTLE_S", 0.004),
+                (loop, "time", self.clock),
+                (observer, "time", self.clock),
                 (verdicts, "time", self.clock),
                 (pool, "Worker", ThreadedWorker),
                 (durable, "write_new", full_write_new),

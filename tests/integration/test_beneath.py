@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from rkcached import beneath
+from rkcached.host import beneath
 
 
 @pytest.fixture

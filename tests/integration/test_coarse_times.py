@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from rkcached.desired import ModelSource, PromptSource
-from rkcached.digests import Digests, settled, signature_of
-from rkcached.manifest import parse
-from rkcached.observe import ManifestFile, read_manifest
-from rkcached.plan import Key
-from rkcached.sources import SourceReader
+from rkcached.host.digests import Digests, settled, signature_of
+from rkcached.plan.desired import ModelSource, PromptSource
+from rkcached.plan.planner import Key
+from rkcached.reconcile.observer import ManifestFile, read_manifest
+from rkcached.sources.manifest import parse
+from rkcached.sources.reader import SourceReader
 from tests.exfat import exfat
 from tests.waiting import wait_until
 

@@ -18,8 +18,8 @@ from pathlib import Path
 
 import pytest
 
-from rkcached.plan import Key
-from rkcached.store import Store
+from rkcached.plan.planner import Key
+from rkcached.store.store import Store
 from tests.integration import build_script
 from tests.integration.test_store import make_sidecar
 

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from rkcached.digests import Digests, settled, signature_of
 from rkcached.errors import SourceUnsettled
+from rkcached.host.digests import Digests, settled, signature_of
 from tests.waiting import wait_until
 
 

@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
-from rkcached.builtin_templates import BUILTIN
 from rkcached.engines.base import ModelSpec
-from rkcached.engines.llamacpp import LlamaCppEngine
-from rkcached.template import ChatTemplate, Message
+from rkcached.engines.llamacpp.engine import LlamaCppEngine
+from rkcached.messages.builtin import BUILTIN
+from rkcached.messages.template import ChatTemplate, Message
 
 pytestmark = pytest.mark.model
 

@@ -18,16 +18,17 @@ import msgspec
 import pytest
 from hypothesis import strategies as st
 
-from rkcached import errors, isolated
-from rkcached.digests import Digests
+from rkcached import errors
 from rkcached.engines.memory import MemoryModel
 from rkcached.errors import ManifestError, SourceError
-from rkcached.fingerprint import fingerprint
-from rkcached.manifest import parse
-from rkcached.plan import Key
-from rkcached.sidecar import Figures, Sidecar, names_artifact, parse_sidecar
-from rkcached.store import Store
-from rkcached.verdicts import MAX_RETRY_S, verdict_on
+from rkcached.host import isolated
+from rkcached.host.digests import Digests
+from rkcached.plan.fingerprint import fingerprint
+from rkcached.plan.planner import Key
+from rkcached.reconcile.verdicts import MAX_RETRY_S, verdict_on
+from rkcached.sources.manifest import parse
+from rkcached.store.sidecar import Figures, Sidecar, names_artifact, parse_sidecar
+from rkcached.store.store import Store
 from rkcached.worker import protocol
 
 EXAMPLES = int(os.environ.get("RKCACHED_FUZZ_EXAMPLES", "50")) * 6

@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 from conftest import Workspace
 
-from rkcached.plan import Key, State
-from rkcached.reconcile import Reconciler
-from rkcached.sidecar import Inventory, Sidecar, StoredArtifact
-from rkcached.store import Store
-from rkcached.watch import Watcher, places
+from rkcached.host.watch import Watcher, places
+from rkcached.plan.planner import Key, State
+from rkcached.reconcile.loop import Reconciler
+from rkcached.store.sidecar import Inventory, Sidecar, StoredArtifact
+from rkcached.store.store import Store
 from tests.integration.reconciling import reconciling
 from tests.waiting import DEADLINE_S, wait_until
 

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from rkcached import marks
 from rkcached.errors import StoreError
-from rkcached.store import Store
+from rkcached.store import marks
+from rkcached.store.store import Store
 from tests.integration.test_store import P, publish
 
 SIGNATURE = b"Signature: 8a477f597d28d172789f06886806bc55"

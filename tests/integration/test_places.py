@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from rkcached import defaults
-from rkcached.settings import Settings
+from rkcached.host import places
+from rkcached.host.settings import Settings
 
 
 @pytest.fixture
@@ -27,8 +27,8 @@ def home(short_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         monkeypatch.delenv(f"RKCACHED_{name}", raising=False)
     for name in ("CACHE", "STATE", "RUNTIME"):
         monkeypatch.delenv(f"{name}_DIRECTORY", raising=False)
-        monkeypatch.setattr(defaults, f"SYSTEM_{name}", short_path / "system" / name.lower())
-    monkeypatch.setattr(defaults, "SYSTEM_MANIFEST", short_path / "system" / "manifest.yaml")
+        monkeypatch.setattr(places, f"SYSTEM_{name}", short_path / "system" / name.lower())
+    monkeypatch.setattr(places, "SYSTEM_MANIFEST", short_path / "system" / "manifest.yaml")
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(short_path / "user"))
     for folder in ("home", "user", "system/runtime"):
         (short_path / folder).mkdir(parents=True)
@@ -41,7 +41,7 @@ def test_who_asks_finds_the_system_s_daemon(home: Path) -> None:
     """Unless this user has one, or somebody said where it is."""
     assert Settings().of_client().socket == home / "system/runtime/rkcached.sock"
     assert Settings().of_client().admin_socket == home / "system/runtime/admin.sock"
-    assert defaults.admin_socket_to_ask() == home / "system/runtime/admin.sock"
+    assert places.admin_socket_to_ask() == home / "system/runtime/admin.sock"
     assert Settings(socket=Path("/elsewhere/x")).of_client().admin_socket == Path("/elsewhere/admin.sock")
     with socket.socket(socket.AF_UNIX) as own:
         own.bind(str(home / "user/rkcached.sock"))

@@ -11,10 +11,10 @@ import pytest
 from conftest import Workspace
 
 from rkcached.errors import Aborted, SourceError, StoreError, Uncacheable
-from rkcached.plan import Key, State
-from rkcached.reconcile import Reconciler
-from rkcached.sidecar import StoredArtifact
-from rkcached.store import Store
+from rkcached.plan.planner import Key, State
+from rkcached.reconcile.loop import Reconciler
+from rkcached.store.sidecar import StoredArtifact
+from rkcached.store.store import Store
 from tests.integration.reconciling import reconciling
 from tests.waiting import wait_until
 

@@ -7,10 +7,10 @@ from collections.abc import Iterator
 import psutil
 import pytest
 
-from rkcached.builtin_templates import BUILTIN
 from rkcached.errors import TemplateError, TemplateExhausted
-from rkcached.rendering import Renderer
-from rkcached.template import ChatTemplate, Message
+from rkcached.messages.builtin import BUILTIN
+from rkcached.messages.sandbox import Renderer
+from rkcached.messages.template import ChatTemplate, Message
 from tests.waiting import wait_until
 
 MESSAGES = [Message(role="system", content="Be brief."), Message(role="user", content="Hello ü")]

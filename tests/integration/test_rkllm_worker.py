@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from rkcached.digests import signature_of
 from rkcached.engines.base import ModelSpec, Sampling
 from rkcached.errors import WorkerTimeout
+from rkcached.host.digests import signature_of
 from rkcached.worker import protocol
 from rkcached.worker.model import Backoff, Deadlines, WorkerModel
 from rkcached.worker.supervisor import Worker, WorkerState

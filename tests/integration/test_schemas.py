@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from rkcached.errors import SchemaInvalid
-from rkcached.schemas import SchemaChecker, find_problem
+from rkcached.worker.schemas import SchemaChecker, find_problem
 
 
 def nested(depth: int) -> dict[str, Any]:
@@ -132,7 +132,7 @@ def test_a_base_exception_is_a_bad_schema(monkeypatch: pytest.MonkeyPatch) -> No
     def panic(_: Any) -> str:
         raise Panic("called unwrap on None")
 
-    monkeypatch.setattr("rkcached.schemas._not_a_schema", panic)
+    monkeypatch.setattr("rkcached.worker.schemas._not_a_schema", panic)
     assert "Panic: called unwrap on None" in find_problem("{}", compiled=False)
 
 
@@ -142,5 +142,5 @@ def test_a_verdict_is_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
     for _ in range(2):
         with pytest.raises(SchemaInvalid):
             checker.check(as_text(ENDLESS), compiled=True)
-        monkeypatch.setattr("rkcached.schemas.start", None)  # no child any more
+        monkeypatch.setattr("rkcached.worker.schemas.start", None)  # no child any more
     checker.close()

@@ -17,9 +17,9 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
-from rkcached import server
-from rkcached.exchange import DEFECT, Exchanges, Streamed, error_response
-from rkcached.server import SOCKET_MODE, HttpServer, OwnSocket
+from rkcached.api import server
+from rkcached.api.exchange import DEFECT, Exchanges, Streamed, error_response
+from rkcached.api.server import SOCKET_MODE, HttpServer, OwnSocket
 from tests.waiting import DEADLINE_S
 
 GRACE_S = 2

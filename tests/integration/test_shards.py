@@ -8,15 +8,15 @@ from pathlib import Path
 
 import pytest
 
-from rkcached.desired import ModelSource
-from rkcached.digests import Digests
-from rkcached.engines.gguf import inspect, read_header
+from rkcached.engines.llamacpp.gguf import inspect, read_header
 from rkcached.errors import SourceError
-from rkcached.manifest import Manifest, parse
-from rkcached.observe import inputs
-from rkcached.plan import Trouble
-from rkcached.sources import SourceReader
-from rkcached.stored import StoredTexts
+from rkcached.host.digests import Digests
+from rkcached.plan.desired import ModelSource
+from rkcached.plan.planner import Trouble
+from rkcached.reconcile.observer import inputs
+from rkcached.sources.manifest import Manifest, parse
+from rkcached.sources.reader import SourceReader
+from rkcached.sources.stored_texts import StoredTexts
 from tests.gguf_files import STRING, UINT32, gguf, pair, shard, split_pairs, text
 
 COUNT = 3

@@ -12,12 +12,12 @@ from pathlib import Path
 
 import pytest
 
-from rkcached.builtin_templates import BUILTIN
-from rkcached.desired import ModelSource, PromptSource, RuntimeSource, Sources
-from rkcached.digests import Digests, signature_of
-from rkcached.manifest import parse
-from rkcached.plan import Key, Trouble
-from rkcached.sources import MAX_PROMPT_BYTES, SourceReader
+from rkcached.host.digests import Digests, signature_of
+from rkcached.messages.builtin import BUILTIN
+from rkcached.plan.desired import ModelSource, PromptSource, RuntimeSource, Sources
+from rkcached.plan.planner import Key, Trouble
+from rkcached.sources.manifest import parse
+from rkcached.sources.reader import MAX_PROMPT_BYTES, SourceReader
 from tests.integration.test_digests import settle
 
 MODEL = b'{"rkcached_memory_model": 1}'

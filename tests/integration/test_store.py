@@ -20,14 +20,14 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from rkcached.digests import Digests
 from rkcached.errors import StoreError, StoreLocked
-from rkcached.fingerprint import fingerprint
-from rkcached.marks import TAG
-from rkcached.plan import Key, Retired, Trouble, Verdict, VerdictKind
-from rkcached.scan import STAGING
-from rkcached.sidecar import Figures, Sidecar, StoredArtifact
-from rkcached.store import MAX_QUARANTINED, Store
+from rkcached.host.digests import Digests
+from rkcached.plan.fingerprint import fingerprint
+from rkcached.plan.planner import Key, Retired, Trouble, Verdict, VerdictKind
+from rkcached.store.marks import TAG
+from rkcached.store.scan import STAGING
+from rkcached.store.sidecar import Figures, Sidecar, StoredArtifact
+from rkcached.store.store import MAX_QUARANTINED, Store
 from tests.integration.test_digests import settle
 
 P, Q = Key("m", "p"), Key("m", "q")

@@ -20,17 +20,10 @@ import msgspec
 import psutil
 import pytest
 
-from rkcached import isolated
 from rkcached.engines.base import FinishReason, ModelSpec, Sampling
 from rkcached.engines.memory import Fault, MemoryModel, expected_text
-from rkcached.errors import (
-    EngineError,
-    ModelLoadError,
-    WorkerDied,
-    WorkerError,
-    WorkerTimeout,
-    WorkerUnavailable,
-)
+from rkcached.errors import EngineError, ModelLoadError, WorkerDied, WorkerError, WorkerTimeout, WorkerUnavailable
+from rkcached.host import isolated
 from rkcached.worker import memory, protocol, scratch
 from rkcached.worker.model import Backoff, Deadlines, WorkerModel
 from rkcached.worker.pool import Workers

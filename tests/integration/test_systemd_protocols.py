@@ -20,12 +20,12 @@ import httpx
 import pytest
 from conftest import Workspace
 
-from rkcached.journal import Journal
-from rkcached.plan import Key
-from rkcached.sidecar import Inventory
-from rkcached.store import Store
-from rkcached.systemd import Service, listen_fds
-from rkcached.view import BuildProgress
+from rkcached.host.journal import Journal
+from rkcached.host.systemd import Service, listen_fds
+from rkcached.plan.planner import Key
+from rkcached.reconcile.snapshot import BuildProgress
+from rkcached.store.sidecar import Inventory
+from rkcached.store.store import Store
 from rkcached.worker.model import Deadlines
 from tests.integration.reconciling import reconciling
 from tests.waiting import DEADLINE_S, wait_until

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from rkcached.poll import Poller
-from rkcached.watch import Watcher, places
+from rkcached.host.poll import Poller
+from rkcached.host.watch import Watcher, places
 from tests.waiting import wait_until
 
 FOLDERS = 40

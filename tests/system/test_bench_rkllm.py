@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from conftest import Workspace
 
-from rkcached.client import Client
+from rkcached.cli.client import Client
 from rkcached.errors import RequestError
 from tests.rkllm_standin.standin import build, write_model
 from tests.waiting import wait_until

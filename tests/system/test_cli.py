@@ -46,7 +46,7 @@ def test_a_command_loads_nothing_of_the_daemon_s_nor_of_bench_s(two_prompts: Wor
         command = [sys.executable, "-X", "importtime", "-m", "rkcached", *arguments]
         done = subprocess.run(command, capture_output=True, text=True, check=False, env=two_prompts.environment)
         loaded = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines() if "import time:" in line}
-        assert "rkcached.cli" in loaded
+        assert "rkcached.cli.main" in loaded
         assert loaded & {"watchdog", "numpy"} == set(), arguments
 
 

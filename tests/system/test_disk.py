@@ -18,10 +18,10 @@ import pytest
 from conftest import Workspace, need
 from test_serving import content, right_answer
 
-from rkcached.builder import _blame_disk
 from rkcached.errors import ArtifactLoadError, EngineError, NoRoom, VerifyFailed, WorkerDied
-from rkcached.plan import VerdictKind
-from rkcached.verdicts import verdict_on
+from rkcached.plan.planner import VerdictKind
+from rkcached.reconcile.builder import _blame_disk
+from rkcached.reconcile.verdicts import verdict_on
 from tests.waiting import BEFORE_RESCAN_S, wait_until
 
 PAGE = 4096

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from conftest import Workspace, need
 
-from rkcached.store import Store
+from rkcached.store.store import Store
 from tests.waiting import BEFORE_RESCAN_S, wait_until
 
 ROOT = Path(__file__).parents[2]

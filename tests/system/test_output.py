@@ -229,5 +229,9 @@ def test_a_wheel_carries_what_is_no_code(tmp_path: Path) -> None:
     carried = set(zipfile.ZipFile(wheel).namelist())
     there = {str(path.relative_to(ROOT)) for path in (ROOT / "rkcached").rglob("*") if path.is_file()}
     wanted = {name for name in there if not name.endswith(".pyc")}
-    assert {"rkcached/page.html.jinja", "rkcached/demo/manifest.yaml", "rkcached/demo/prompts/reviewer.md"} <= wanted
+    assert {
+        "rkcached/api/page.html.jinja",
+        "rkcached/cli/demo/manifest.yaml",
+        "rkcached/cli/demo/prompts/reviewer.md",
+    } <= wanted
     assert wanted <= carried

@@ -14,10 +14,10 @@ import psutil
 import pytest
 from conftest import Workspace
 
-from rkcached.builtin_templates import BUILTIN
 from rkcached.engines.base import Sampling
 from rkcached.engines.memory import expected_text
-from rkcached.template import ChatTemplate, Message
+from rkcached.messages.builtin import BUILTIN
+from rkcached.messages.template import ChatTemplate, Message
 from tests.waiting import DEADLINE_S, wait_until
 
 SAMPLING = Sampling(

@@ -17,7 +17,7 @@ import psutil
 import pytest
 from conftest import Workspace, need
 
-from rkcached.reconcile import RESCAN_S
+from rkcached.reconcile.loop import RESCAN_S
 from tests.waiting import wait_until
 
 SOON_S = RESCAN_S / 4

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from rkcached.access import Refusal, hidden, hiding, mounts_in, refusal
+from rkcached.host.access import Refusal, hidden, hiding, mounts_in, refusal
 
 # As the kernel shows it to a process of a unit with systemd 252.
 ROOT = "439 1 0:40 / / ro,relatime shared:1 - overlay overlay rw"

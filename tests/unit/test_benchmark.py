@@ -12,8 +12,8 @@ import msgspec
 import pytest
 from rich.console import Console
 
-from rkcached.benchmark import plots
-from rkcached.benchmark.results import (
+from rkcached.cli.bench import plots
+from rkcached.cli.bench.results import (
     SCHEMA,
     MachineFacts,
     Measured,
@@ -24,8 +24,8 @@ from rkcached.benchmark.results import (
     State,
     Versions,
 )
-from rkcached.benchmark.table import print_results
-from rkcached.benchmark.trust import ENOUGH_RUNS, Meanwhile, changed, warnings, why_no_gain
+from rkcached.cli.bench.table import print_results
+from rkcached.cli.bench.trust import ENOUGH_RUNS, Meanwhile, changed, warnings, why_no_gain
 from rkcached.errors import UsageError
 
 FIXED = MachineFacts(

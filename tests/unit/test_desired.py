@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from rkcached.builtin_templates import BUILTIN
-from rkcached.desired import (
+from rkcached.messages.builtin import BUILTIN
+from rkcached.plan.desired import (
     Declaration,
     Desired,
     DesiredModel,
@@ -21,9 +21,9 @@ from rkcached.desired import (
     Sources,
     cut_contexts,
 )
-from rkcached.fingerprint import changes
-from rkcached.manifest import Manifest, parse
-from rkcached.plan import Key, Trouble
+from rkcached.plan.fingerprint import changes
+from rkcached.plan.planner import Key, Trouble
+from rkcached.sources.manifest import Manifest, parse
 
 RULES, PLAIN, OTHER = Key("m", "rules"), Key("m", "plain"), Key("n", "rules")
 TROUBLE = Trouble(message="the file is gone", hint="bring it back")

@@ -10,11 +10,11 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from rkcached.fingerprint import fingerprint
-from rkcached.plan import VerdictKind
-from rkcached.sidecar import Figures, Sidecar
-from rkcached.store import MAX_QUARANTINED
-from rkcached.verdicts import QUARANTINE_AFTER
+from rkcached.plan.fingerprint import fingerprint
+from rkcached.plan.planner import VerdictKind
+from rkcached.reconcile.verdicts import QUARANTINE_AFTER
+from rkcached.store.sidecar import Figures, Sidecar
+from rkcached.store.store import MAX_QUARANTINED
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]

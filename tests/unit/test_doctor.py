@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from rkcached.doctor import NO_NPU, Check, Outcome, Report, examine, print_report, report_data
+from rkcached.cli.doctor import NO_NPU, Check, Outcome, Report, examine, print_report, report_data
 from rkcached.engines.rkllm.abi import ABIS
 from tests.gguf_files import UINT32, gguf, pair
 

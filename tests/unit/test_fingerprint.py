@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rkcached.fingerprint import Change, Value, changes, fingerprint
+from rkcached.plan.fingerprint import Change, Value, changes, fingerprint
 
 FULL: dict[str, Value] = {
     "engine": "memory",

@@ -22,13 +22,13 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
+from rkcached.cli.inspect_cache import UNKNOWN, inspect, print_inspection
 from rkcached.engines.base import ModelSpec
-from rkcached.engines.llamacpp import LlamaCppEngine
+from rkcached.engines.llamacpp.engine import LlamaCppEngine
 from rkcached.engines.memory import MemoryEngine, MemoryModel
 from rkcached.errors import FormatError, RkcachedError, SourceError
-from rkcached.fingerprint import fingerprint
-from rkcached.inspect_file import UNKNOWN, inspect, print_inspection
-from rkcached.sidecar import Figures, Sidecar
+from rkcached.plan.fingerprint import fingerprint
+from rkcached.store.sidecar import Figures, Sidecar
 
 TEXT = "You are a watchman of ünïcode."
 Publish = Callable[..., Path]

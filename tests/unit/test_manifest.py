@@ -11,9 +11,9 @@ import yaml
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from rkcached.builtin_templates import BUILTIN
 from rkcached.errors import ManifestError, Problem
-from rkcached.manifest import (
+from rkcached.messages.builtin import BUILTIN
+from rkcached.sources.manifest import (
     NAME,
     RKLLM_ABIS,
     EngineKind,
@@ -28,7 +28,7 @@ from rkcached.manifest import (
     parse,
     parse_usable,
 )
-from rkcached.yamlmap import MAX_CHARACTERS, MAX_NODES
+from rkcached.sources.yaml_reader import MAX_CHARACTERS, MAX_NODES
 
 FILE = Path("/etc/rkcached/manifest.yaml")
 MINIMAL = """\

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from rkcached.manifest import Manifest, json_schema, parse
+from rkcached.sources.manifest import Manifest, json_schema, parse
 
 EXAMPLE = Path(__file__).parents[2] / "etc" / "rkcached" / "manifest.example.yaml"
 TEXT = EXAMPLE.read_text(encoding="utf-8")

@@ -16,9 +16,9 @@ import click
 import pytest
 
 from rkcached import errors
-from rkcached.cli import cli
-from rkcached.manifest import json_schema, parse
-from rkcached.settings import Settings
+from rkcached.cli.main import cli
+from rkcached.host.settings import Settings
+from rkcached.sources.manifest import json_schema, parse
 
 ROOT = Path(__file__).parents[2]
 COMMAND_PAGE = (ROOT / "man" / "rkcached.1").read_text(encoding="utf-8")

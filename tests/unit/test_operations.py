@@ -9,10 +9,10 @@ from typing import TypeVar
 import msgspec
 import pytest
 
-from rkcached.digests import signature_of
 from rkcached.engines.base import FinishReason, ModelSpec, OnProgress, RunStats, Sampling
 from rkcached.engines.memory import MemoryEngine, MemoryModel, expected_text
 from rkcached.errors import Aborted, ArtifactLoadError, ContextExceeded, PromptTooShort, Uncacheable, VerifyFailed
+from rkcached.host.digests import signature_of
 from rkcached.worker import protocol
 from rkcached.worker.operations import Session
 from rkcached.worker.protocol import VerifyMode

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from rkcached.fingerprint import Fingerprint, fingerprint
-from rkcached.patience import LONGEST_RESTLESS_S, LONGEST_WRITING_S, QUIET_S, SILENT_WRITER_S, Patience
-from rkcached.plan import Key
-from rkcached.watch import Writing
+from rkcached.host.watch import Writing
+from rkcached.plan.fingerprint import Fingerprint, fingerprint
+from rkcached.plan.planner import Key
+from rkcached.reconcile.patience import LONGEST_RESTLESS_S, LONGEST_WRITING_S, QUIET_S, SILENT_WRITER_S, Patience
 
 P, Q = Key("m", "p"), Key("m", "q")
 FIRST, SECOND, THIRD = (fingerprint({"text": number}) for number in range(3))

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rkcached.fingerprint import Fingerprint, fingerprint
-from rkcached.plan import (
+from rkcached.plan.fingerprint import Fingerprint, fingerprint
+from rkcached.plan.planner import (
     PASSING_RETRY_S,
     Action,
     Adopt,

@@ -13,9 +13,9 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from rich.console import Console
 
-from rkcached.benchmark import plots, table
-from rkcached.benchmark.compare import Comparison, compare
-from rkcached.benchmark.results import (
+from rkcached.cli.bench import plots, table
+from rkcached.cli.bench.compare import Comparison, compare
+from rkcached.cli.bench.results import (
     SCHEMA,
     MachineFacts,
     Measured,

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rkcached.reply import Delta, Reply, ToolCall
-from rkcached.template import ToolStyle
+from rkcached.messages.reply import Delta, Reply, ToolCall
+from rkcached.messages.template import ToolStyle
 
 HERMES = {"style": ToolStyle.HERMES, "tools": frozenset({"f", "g"})}
 LLAMA3 = {"style": ToolStyle.LLAMA3, "tools": frozenset({"f", "g"})}

@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 
-from rkcached.benchmark.samples import EXACT_RUNS, chance, least_chance, p95, relative_spread
+from rkcached.cli.bench.samples import EXACT_RUNS, chance, least_chance, p95, relative_spread
 
 
 def test_chance_counts_all_orders() -> None:

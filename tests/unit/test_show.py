@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from rkcached import live, show
-from rkcached.picture import picture
+from rkcached.cli.status import live, show
+from rkcached.cli.status.picture import picture
 
 HOSTILE = "\x1b[31mred\x1b[2J \u202e\x9b5m\x07\x7f"
 

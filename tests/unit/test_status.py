@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from rkcached.answers import Status
-from rkcached.page import page
-from rkcached.status import PIECE, pieces
+from rkcached.api.page import page
+from rkcached.api.responses import Status
+from rkcached.api.status import PIECE, pieces
 from tests.unit.test_show import a_status, prompt
 
 MANY = 20 * PIECE

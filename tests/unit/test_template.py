@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rkcached import template
-from rkcached.builtin_templates import BUILTIN
 from rkcached.errors import TemplateError
-from rkcached.template import ChatTemplate, Message
+from rkcached.messages import template
+from rkcached.messages.builtin import BUILTIN
+from rkcached.messages.template import ChatTemplate, Message
 from tests.waiting import DEADLINE_S
 
 SYSTEM_AND_USER = [Message(role="system", content="Be brief.\n"), Message(role="user", content="Hello")]

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from rkcached.unit import Unit, unit_of
+from rkcached.host.unit import Unit, unit_of
 
 FACTS = {
     "LoadState": "loaded",

@@ -9,9 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from rkcached.plan import Key
-from rkcached.sidecar import Figures, Sidecar, StoredArtifact
-from rkcached.view import FreshIndex
+from rkcached.plan.planner import Key
+from rkcached.reconcile.snapshot import FreshIndex
+from rkcached.store.sidecar import Figures, Sidecar, StoredArtifact
 
 FIGURES = Figures(prefill_ms=2.0, load_ms=1.0, cold_ttft_ms=3.0, warm_ttft_ms=1.5, verified="exact")
 A, B, C = Key("m", "a"), Key("m", "b"), Key("m", "c")

@@ -18,9 +18,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, NoReturn
 
-from rkcached.access import refusal
 from rkcached.engines.rkllm.abi import ABIS, Abi
 from rkcached.errors import RuntimeLibraryError
+from rkcached.host.access import refusal
 
 SYMBOL_PREFIX: Final = "rkllm_"
 LOAD_PROMPT_CACHE: Final = "rkllm_load_prompt_cache"

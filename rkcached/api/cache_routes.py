@@ -1,0 +1,358 @@
+"""HTTP routes of prompt caches and of loaded models: the operations beside inference.
+
+A text that a client stores is a file, a source like any other; the reconciler does the rest, and the call waits for it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import AsyncGenerator
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+from rkcached import errors
+from rkcached.api.endpoints import EVENT_STREAM, Endpoint
+from rkcached.api.exchange import Streamed, answer, read_record, unless_gone
+from rkcached.api.requests import CollectRequest, GenerateBinaryRequest, ModelRequest, StoreRequest
+from rkcached.api.responses import (
+    BinaryCacheCreated,
+    CacheAccepted,
+    CacheCreated,
+    CacheDeleted,
+    CacheEntry,
+    CacheList,
+    Collected,
+    ModelAction,
+    ModelStatusList,
+)
+from rkcached.api.status import model_status, prompt_status
+from rkcached.errors import RequestError
+from rkcached.plan.desired import DesiredModel
+from rkcached.plan.planner import Key
+from rkcached.reconcile.loop import Reconciler
+from rkcached.serving.dispatcher import Serving
+from rkcached.sources.manifest import NAME, NAME_RULE, RESERVED_PROMPT
+from rkcached.sources.reader import MAX_PROMPT_BYTES
+from rkcached.sources.stored_texts import StoredTexts
+from rkcached.store.garbage import as_data
+from rkcached.store.sidecar import StoredArtifact
+from rkcached.worker.pool import Workers
+
+LENT_HEARTBEAT_S = 15.0
+"""A client that went away without a word is noticed at the latest after this."""
+
+
+async def _with_first(first: bytes, rest: AsyncGenerator[bytes, None]) -> AsyncGenerator[bytes, None]:
+    """Left early, it closes `rest`."""
+    async with contextlib.aclosing(rest):
+        yield first
+        async for chunk in rest:
+            yield chunk
+
+
+class CacheApi:
+    def __init__(self, reconciler: Reconciler, serving: Serving, workers: Workers, stored: StoredTexts) -> None:
+        self._reconciler = reconciler
+        self._serving = serving
+        self._workers = workers
+        self._stored = stored
+
+    def endpoints(self) -> list[Endpoint]:
+        return [
+            Endpoint(
+                method="GET",
+                path="/v1/models/available",
+                handler=self._available,
+                summary="Every model, and its worker.",
+                answers={200: ModelStatusList},
+            ),
+            Endpoint(
+                method="GET",
+                path="/v1/models/loaded",
+                handler=self._loaded,
+                summary="Those that are loaded.",
+                answers={200: ModelStatusList},
+            ),
+            Endpoint(
+                method="POST",
+                path="/v1/models/load",
+                handler=self._load,
+                summary="Load a model now.",
+                body=ModelRequest,
+                answers={200: ModelAction},
+                errors=(404, 502, 503, 504),
+                changes=True,
+            ),
+            Endpoint(
+                method="POST",
+                path="/v1/models/unload",
+                handler=self._unload,
+                summary="Unload a model. It is loaded again when it is needed.",
+                body=ModelRequest,
+                answers={200: ModelAction},
+                errors=(404, 503),
+                changes=True,
+            ),
+            Endpoint(
+                method="POST",
+                path="/v1/models/lend",
+                handler=self._lend,
+                summary="Unload a model, and hold its turn on the engine until the client closes the connection.",
+                body=ModelRequest,
+                answers={200: None},
+                media=(EVENT_STREAM,),
+                errors=(404, 503),
+                changes=True,
+            ),
+            Endpoint(
+                method="GET",
+                path="/v1/cache/{model}",
+                handler=self._list,
+                summary="The prompts of a model and their caches.",
+                answers={200: CacheList},
+                errors=(404, 503),
+            ),
+            Endpoint(
+                method="POST",
+                path="/v1/cache/{model}",
+                handler=self._store,
+                summary="Store a text, and build its prompt cache.",
+                body=StoreRequest,
+                answers={200: CacheCreated, 202: CacheAccepted},
+                errors=(404, 409, 503),
+                changes=True,
+            ),
+            Endpoint(
+                method="POST",
+                path="/v1/cache/{model}/generate-binary",
+                handler=self._generate_binary,
+                summary="Build a prompt cache anew, of its text or of a new one.",
+                body=GenerateBinaryRequest,
+                answers={200: BinaryCacheCreated},
+                errors=(404, 409, 503),
+                changes=True,
+            ),
+            Endpoint(
+                method="GET",
+                path="/v1/cache/{model}/{name}",
+                handler=self._get,
+                summary="One prompt and its cache.",
+                answers={200: CacheEntry},
+                errors=(400, 404, 503),
+            ),
+            Endpoint(
+                method="DELETE",
+                path="/v1/cache/{model}/{name}",
+                handler=self._delete,
+                summary="Delete a stored text and its cache.",
+                answers={200: CacheDeleted},
+                errors=(400, 404, 409, 503),
+                changes=True,
+            ),
+            Endpoint(
+                method="POST",
+                path="/v1/gc",
+                handler=self._collect,
+                summary="Remove artifacts that no prompt uses, and the quarantine; list what is not the store's.",
+                body=CollectRequest,
+                answers={200: Collected},
+                errors=(503,),
+                changes=True,
+            ),
+        ]
+
+    # Models
+
+    async def _available(self, _: Request) -> Response:
+        models = self._reconciler.view.desired.models
+        shown = [model_status(name, model, self._workers) for name, model in models.items()]
+        return answer(ModelStatusList.model_validate({"data": shown}))
+
+    async def _loaded(self, _: Request) -> Response:
+        models = self._reconciler.view.desired.models
+        shown = [model_status(name, model, self._workers) for name, model in models.items()]
+        return answer(ModelStatusList.model_validate({"data": [one for one in shown if one["pid"] is not None]}))
+
+    async def _load(self, request: Request) -> Response:
+        body = await read_record(ModelRequest, request)
+        started = time.monotonic()
+        await self._serving.load(body.model)
+        return self._model_answer("model.loaded", body.model, started)
+
+    async def _unload(self, request: Request) -> Response:
+        body = await read_record(ModelRequest, request)
+        started = time.monotonic()
+        await self._serving.unload(body.model)
+        return self._model_answer("model.unloaded", body.model, started)
+
+    async def _lend(self, request: Request) -> Response:
+        body = await read_record(ModelRequest, request)
+        lending = self._lending(body.model)
+        # The first event comes when it is the client's turn; until then an error can still be a status.
+        first = await unless_gone(request, anext(lending))
+        if isinstance(first, Response):
+            await lending.aclose()
+            return first
+        return Streamed(_with_first(first, lending), media_type=EVENT_STREAM)
+
+    async def _lending(self, name: str) -> AsyncGenerator[bytes, None]:
+        async with self._serving.lend(name):
+            yield b"event: lent\ndata: {}\n\n"
+            while True:
+                await asyncio.sleep(LENT_HEARTBEAT_S)
+                yield b": still lent\n\n"
+
+    def _model_answer(self, kind: str, name: str, started: float) -> Response:
+        model = self._serving.preparation.model(name)
+        took_ms = round((time.monotonic() - started) * 1000, 1)
+        shown = model_status(name, model, self._workers)
+        return answer(ModelAction.model_validate({"object": kind, "model": name, "took_ms": took_ms, **shown}))
+
+    # Caches
+
+    async def _list(self, request: Request) -> Response:
+        model = self._known_model(request)
+        keys = [key for key in self._reconciler.view.assessments if key.model == model]
+        return answer(CacheList.model_validate({"data": [self._describe(key) for key in keys]}))
+
+    async def _get(self, request: Request) -> Response:
+        key = self._key(request, request.path_params["name"])
+        if key not in self._reconciler.view.assessments:
+            raise _no_cache(key)
+        return answer(CacheEntry.model_validate(self._describe(key)))
+
+    async def _store(self, request: Request) -> Response:
+        body = await read_record(StoreRequest, request)
+        key = self._key(request, body.cache_name)
+        await self._write(key, body.content, "content")
+        if not body.wait:
+            await self._reconciler.next_look()  # then the place to look is there
+            location = f"/v1/cache/{key.model}/{key.prompt}"
+            accepted = CacheAccepted(model=key.model, cache_name=key.prompt, location=location)
+            return answer(accepted, status=202, headers={"Location": location})
+        await self._built(key, anew=False)
+        return answer(CacheCreated.model_validate(self._describe(key)))
+
+    async def _generate_binary(self, request: Request) -> Response:
+        body = await read_record(GenerateBinaryRequest, request)
+        key = self._key(request, body.cache_name)
+        if body.prompt is not None:
+            await self._write(key, body.prompt, "prompt")
+        artifact = await self._built(key, anew=body.prompt is None)
+        size_mb = artifact.sidecar.size_bytes / 1_000_000
+        return answer(
+            BinaryCacheCreated(
+                model=key.model,
+                cache_name=key.prompt,
+                size_mb=round(size_mb, 2),
+                ttft_ms=round(artifact.sidecar.figures.warm_ttft_ms, 1),
+                timestamp=int(artifact.sidecar.built_at),
+                message=f"Binary cache generated successfully ({size_mb:.2f} MB)",
+                tokens=artifact.sidecar.tokens,
+                prefill_ms=round(artifact.sidecar.figures.prefill_ms, 1),
+                cold_ttft_ms=round(artifact.sidecar.figures.cold_ttft_ms, 1),
+                build_ms=round(artifact.sidecar.build_ms, 1),
+                size_bytes=artifact.sidecar.size_bytes,
+            )
+        )
+
+    async def _delete(self, request: Request) -> Response:
+        key = self._key(request, request.path_params["name"])
+        desired = self._reconciler.view.desired
+        if key in desired.prompts and key not in desired.stored:
+            raise _declared(key, "remove it there")
+        try:
+            deleted = await asyncio.to_thread(self._stored.delete, key)
+        except errors.StoreError as error:
+            raise RequestError(503, error.message, code="state_not_writable", hint=error.hint) from error
+        if not deleted:
+            raise _no_cache(key)
+        try:
+            await self._reconciler.forget(key)
+        except errors.StoreError as error:
+            raise RequestError(503, error.message, code="store_not_writable", hint=error.hint) from error
+        return answer(CacheDeleted(model=key.model, cache_name=key.prompt))
+
+    async def _collect(self, request: Request) -> Response:
+        body = await read_record(CollectRequest, request)
+        try:
+            rubbish = await self._reconciler.collect(dry_run=body.dry_run, strangers=body.strangers)
+        except errors.StoreError as error:
+            raise RequestError(503, error.message, code="store_not_writable", hint=error.hint) from error
+        data = as_data(rubbish)
+        total = sum(item["size_bytes"] for item in data["items"])
+        return answer(Collected.model_validate({"removed": not body.dry_run, "size_bytes": total, **data}))
+
+    async def _write(self, key: Key, text: str, param: str) -> None:
+        """Store a client's text. Errors: RequestError."""
+        model = self._reconciler.view.desired.models.get(key.model)
+        if isinstance(model, DesiredModel) and model.config.embedding:
+            said = f"the model {key.model!r} makes embeddings only, so it has no prompts"
+            raise RequestError(400, said, code="model_is_embedding", hint="store it for a model that answers")
+        if not text.strip():
+            raise RequestError(400, "the prompt is empty", code="empty_prompt", param=param, hint="send its text")
+        size = len(text.encode(errors="surrogatepass"))
+        if size > MAX_PROMPT_BYTES:
+            said = f"the prompt has {size:,} bytes, the limit is {MAX_PROMPT_BYTES:,}"
+            raise RequestError(413, said, code="prompt_too_large", param=param, hint="shorten it")
+        if "\0" in text or any("\ud800" <= letter <= "\udfff" for letter in text):
+            said = "the prompt has a NUL or half a surrogate pair"
+            raise RequestError(400, said, code="invalid_value", param=param, hint="send text")
+        desired = self._reconciler.view.desired
+        if key in desired.prompts and key not in desired.stored:
+            raise _declared(key, "change its file, or store this text under another name")
+        try:
+            await asyncio.to_thread(self._stored.write, key, text)
+        except errors.StoreError as error:
+            raise RequestError(503, error.message, code="state_not_writable", hint=error.hint) from error
+
+    async def _built(self, key: Key, *, anew: bool) -> StoredArtifact:
+        """Wait for the artifact. Errors: RequestError."""
+        try:
+            return await (self._reconciler.regenerate(key) if anew else self._reconciler.freshen(key))
+        except errors.SourceError as error:
+            missing = key not in self._reconciler.view.desired.prompts
+            raise RequestError(
+                404 if missing else 409,
+                error.message,
+                code="prompt_not_found" if missing else "prompt_blocked",
+                hint=error.hint,
+            ) from error
+        except (errors.ContextExceeded, errors.PromptTooShort, errors.Uncacheable, errors.BudgetExceeded) as error:
+            raise RequestError(409, error.message, code="prompt_blocked", hint=error.hint) from error
+        except errors.RkcachedError as error:
+            raise RequestError(503, error.message, code="build_failed", hint=error.hint) from error
+
+    def _describe(self, key: Key) -> dict[str, Any]:
+        stored = key in self._reconciler.view.desired.stored
+        return {"cache_name": key.prompt, "stored": stored, **prompt_status(key, self._reconciler, self._serving)}
+
+    def _known_model(self, request: Request) -> str:
+        """Also one that is in trouble: it may be well again. Errors: RequestError 404."""
+        name: str = request.path_params["model"]
+        if name not in self._reconciler.view.desired.models:
+            self._serving.preparation.model(name)
+        return name
+
+    def _key(self, request: Request, prompt: str) -> Key:
+        """Errors: RequestError for an unknown model, or a name that no prompt can have."""
+        model = self._known_model(request)
+        if not NAME.fullmatch(prompt) or prompt == RESERVED_PROMPT:
+            raise RequestError(
+                400, f"{prompt!r} cannot name a prompt", code="invalid_name", param="cache_name", hint=NAME_RULE
+            )
+        return Key(model, prompt)
+
+
+def _no_cache(key: Key) -> RequestError:
+    return RequestError(
+        404, f"there is no prompt {key}", code="prompt_not_found", hint=f"GET /v1/cache/{key.model} lists what is"
+    )
+
+
+def _declared(key: Key, hint: str) -> RequestError:
+    return RequestError(409, f"the manifest declares {key}", code="declared_in_manifest", hint=hint)

@@ -1,0 +1,267 @@
+"""HTTP bodies in, errors out, and the identity of each exchange. What every route shares."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import re
+import time
+import traceback
+import uuid
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Mapping
+from typing import TypeVar
+
+import pydantic_core
+import structlog
+from starlette.datastructures import MutableHeaders
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from rkcached.api.bodies import Body, error_body, parse_body
+from rkcached.api.bounds import ValueCounter
+from rkcached.api.responses import Answer
+from rkcached.errors import RequestError
+
+log = structlog.get_logger()
+
+Result = TypeVar("Result")
+
+MAX_BODY_BYTES = 8 << 20
+
+_COUNTED_AT_ONCE = 32 << 10
+"""Bytes of a body between two turns of the event loop; counting its values takes a millisecond at the most."""
+
+PEER = "peer"
+"""Under this name the connection's state has the uid and pid of who opened it."""
+
+_PROBES = frozenset({"/", "/healthz", "/readyz", "/metrics", "/v1/status"})
+"""Asked so often that only a debug log shows it."""
+
+_REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
+"""What a client may name its request; anything else gets a name from us."""
+
+
+async def read_record(record: type[Body], request: Request) -> Body:
+    """The body as a record. Errors: RequestError 400, 413 or 415, or 499 when the client goes away."""
+    return parse_body(record, await read_body(request, max_values=record.max_values))
+
+
+async def read_body(request: Request, *, max_values: int) -> bytes:
+    """The body, of at most MAX_BODY_BYTES, with about `max_values` values and keys.
+
+    One with more is read to its end, so that its client hears why it is refused.
+    Errors: RequestError 400 or 413, or 499 when the client goes away.
+    """
+    too_large = RequestError(
+        413, f"the body is larger than {MAX_BODY_BYTES:,} bytes", code="body_too_large", hint="send less text"
+    )
+    with contextlib.suppress(ValueError):
+        if int(request.headers.get("content-length", "0")) > MAX_BODY_BYTES:
+            raise too_large
+    if request.headers.get("content-encoding", "identity") != "identity":
+        raise RequestError(
+            415, "bodies are taken uncompressed only", code="unsupported_encoding", hint="send plain JSON"
+        )
+    data, size_bytes, counter = bytearray(), 0, ValueCounter()
+    try:
+        async for part in request.stream():
+            size_bytes += len(part)
+            if size_bytes > MAX_BODY_BYTES:
+                raise too_large
+
+            if counter.count > max_values:
+                data.clear()
+                continue
+            data += part
+            for begin in range(0, len(part), _COUNTED_AT_ONCE):
+                counter.feed(part[begin : begin + _COUNTED_AT_ONCE])
+                await asyncio.sleep(0)
+    except ClientDisconnect as error:
+        raise RequestError(499, "the client went away", code="client_gone") from error
+
+    if counter.count > max_values:
+        said = f"the body has more than {max_values:,} values and keys"
+        raise RequestError(400, said, code="too_many_values", hint="send fewer messages, tools or inputs at once")
+    return bytes(data)
+
+
+def answer(record: Answer, *, status: int = 200, headers: dict[str, str] | None = None) -> Response:
+    return Response(pydantic_core.to_json(record), status_code=status, headers=headers, media_type="application/json")
+
+
+def error_response(error: RequestError) -> Response:
+    headers = {"Retry-After": str(error.retry_after_s)} if error.retry_after_s else None
+    return JSONResponse(error_body(error), status_code=error.status, headers=headers)
+
+
+def refuse(request: Request, error: RequestError) -> Response:
+    """The answer to a request that ended with this error; the log hears of it if it is the daemon's fault."""
+    remember(request, error)
+    return error_response(error)
+
+
+def remember(request: Request, error: RequestError) -> None:
+    """Have the log tell why this request failed. For errors within a stream, too, whose status was sent before."""
+    request.scope[_CAUSE] = error
+
+
+def no_route(request: Request, refusal: HTTPException) -> Response:
+    what = "does not exist" if refusal.status_code == 404 else f"does not take {request.method}"
+    response = error_response(
+        RequestError(
+            refusal.status_code, f"{request.url.path} {what}", code="unknown_url", hint="see GET /openapi.json"
+        )
+    )
+    response.headers.update(refusal.headers or {})
+    return response
+
+
+_CAUSE = "rkcached.cause"
+"""Under this name the request's scope has the error that it ended with."""
+
+DEFECT = RequestError(500, "internal error; the daemon's log says more", code="internal_error")
+
+
+async def unless_gone(request: Request, work: Awaitable[Result]) -> Result | Response:
+    """Wait for `work`, but stop it when the client goes away. Nobody reads the answer then."""
+    try:
+        async with _while_listened_to(request.receive):
+            return await work
+    except _GoneError:
+        log.info("client went away", path=request.url.path)
+        return Response(status_code=499)
+
+
+def _traceback(error: BaseException) -> str:
+    """As Python prints it, without what the exceptions say: that may quote a prompt."""
+    chain: list[BaseException] = []
+    cause: BaseException | None = error
+    while cause is not None and cause not in chain:
+        chain.append(cause)
+        cause = cause.__cause__ or (None if cause.__suppress_context__ else cause.__context__)
+    lines: list[str] = []
+    for cause in reversed(chain):
+        lines += ["Traceback (most recent call last):\n", *traceback.format_tb(cause.__traceback__)]
+        lines.append(f"{type(cause).__module__}.{type(cause).__qualname__}\n")
+    return "".join(lines).rstrip("\n")
+
+
+class Streamed(Response):
+    """A body in chunks. Left early, the chunks' generator is closed, which stops what makes them."""
+
+    def __init__(
+        self, chunks: AsyncGenerator[bytes, None], *, media_type: str, headers: Mapping[str, str] | None = None
+    ) -> None:
+        super().__init__(headers=headers, media_type=media_type)
+        del self.headers["content-length"]
+        self._chunks = chunks
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        with contextlib.suppress(_GoneError):
+            async with _while_listened_to(receive), contextlib.aclosing(self._chunks):
+                if scope["method"] != "HEAD":
+                    async for chunk in self._chunks:
+                        await send({"type": "http.response.body", "body": chunk, "more_body": True})
+                await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+class _GoneError(Exception):
+    """The client went away."""
+
+
+@contextlib.asynccontextmanager
+async def _while_listened_to(receive: Receive) -> AsyncIterator[None]:
+    """Cancel the body when the client goes away; it then ends with _GoneError.
+
+    The body runs in its caller's task: a task of its own would wake up one turn of the loop later, each time.
+    """
+    task, left = asyncio.current_task(), False
+
+    async def disconnected() -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+
+    def leave(watcher: asyncio.Task[None]) -> None:
+        nonlocal left
+        if task is not None and not watcher.cancelled():
+            left = True
+            task.cancel()
+
+    watcher = asyncio.create_task(disconnected())
+    watcher.add_done_callback(leave)
+    try:
+        yield
+    except asyncio.CancelledError:
+        if task is None or not left or task.uncancel() > 0:
+            raise
+        raise _GoneError from None
+    finally:
+        watcher.remove_done_callback(leave)
+        watcher.cancel()
+
+
+class Exchanges:
+    """ASGI: every answer carries X-Request-Id, the client's own where it sent a usable one; each exchange is logged.
+
+    The log has who asked (uid and pid, as the kernel tells them), never what was said. It has the cause of every
+    answer with a status of 500 or more: in one sentence at warning, or, for a defect, with its traceback at error.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        given = next((value.decode("latin-1") for name, value in scope["headers"] if name == b"x-request-id"), "")
+        request_id = given if _REQUEST_ID.fullmatch(given) else f"req-{uuid.uuid4().hex}"
+        started, status = time.monotonic(), 0
+
+        async def send_with_id(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                MutableHeaders(scope=message)["X-Request-Id"] = request_id
+            await send(message)
+
+        try:
+            await self._app(scope, receive, send_with_id)
+        except Exception as error:  # noqa: BLE001 - a defect; the client has been told
+            log.error(
+                "request crashed",
+                path=scope["path"],
+                error=type(error).__name__,
+                request_id=request_id,
+                exception=_traceback(error),
+            )
+        else:
+            _tell_cause(scope, status, request_id)
+        finally:
+            say = log.debug if scope["path"] in _PROBES else log.info
+            say(
+                "request",
+                method=scope["method"],
+                path=scope["path"],
+                status=status or None,
+                took_ms=round((time.monotonic() - started) * 1000, 1),
+                request_id=request_id,
+                **scope.get("state", {}).get(PEER, {}),
+            )
+
+
+def _tell_cause(scope: Scope, status: int, request_id: str) -> None:
+    cause: RequestError | None = scope.get(_CAUSE)
+    if cause is not None and cause.status >= 500:
+        log.warning(
+            "request failed",
+            path=scope["path"],
+            status=status,
+            code=cause.code,
+            error=cause.message,
+            hint=cause.hint,
+            request_id=request_id,
+        )

@@ -1,0 +1,128 @@
+"""Prometheus metrics, kept by listening to what happens and by looking when they are asked for.
+
+Names are part of the interface. Labels have few values: models, states, kinds of reasons; never a prompt's text.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import Counter as Counts
+from collections.abc import Iterator
+from pathlib import Path
+
+from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessCollector, generate_latest
+from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from rkcached.reconcile.events import Event, Events
+from rkcached.reconcile.loop import Reconciler
+from rkcached.serving.dispatcher import Serving
+from rkcached.worker.pool import Workers
+
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+
+_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1.0, 1.5, 2.5, 5.0, 10.0, 30.0)
+
+
+class Metrics:
+    def __init__(self, events: Events, reconciler: Reconciler, serving: Serving, workers: Workers) -> None:
+        self._registry = CollectorRegistry()
+        model_state = ("model", "state")
+        self._requests = Counter("rkcached_requests", "Answered requests.", model_state, registry=self._registry)
+        self._ttft = Histogram(
+            "rkcached_ttft_seconds",
+            "Request accepted to first token written.",
+            model_state,
+            buckets=_SECONDS,
+            registry=self._registry,
+        )
+        self._queue = Histogram(
+            "rkcached_queue_seconds",
+            "Request accepted to its turn.",
+            model_state,
+            buckets=_SECONDS,
+            registry=self._registry,
+        )
+        self._tokens = Counter(
+            "rkcached_prompt_tokens",
+            "Tokens of prompts, cached or prefilled.",
+            ("model", "source"),
+            registry=self._registry,
+        )
+        self._builds = Counter(
+            "rkcached_builds", "Ended builds.", ("model", "reason", "result"), registry=self._registry
+        )
+        self._deaths = Counter("rkcached_worker_deaths", "Workers that died.", ("model",), registry=self._registry)
+        self._registry.register(_Now(reconciler, serving, workers))
+        ProcessCollector(registry=self._registry)
+        events.listen(self._take)
+
+    def text(self) -> bytes:
+        """In Prometheus' text format."""
+        return generate_latest(self._registry)
+
+    def _take(self, event: Event) -> None:
+        fields = event.fields
+        match event.kind:
+            case "answer":
+                labels = (fields["model"], fields["state"])
+                self._requests.labels(*labels).inc()
+                self._ttft.labels(*labels).observe(fields["ttft_ms"] / 1000)
+                self._queue.labels(*labels).observe(fields["queue_ms"] / 1000)
+                self._tokens.labels(fields["model"], "cached").inc(fields["cached_tokens"] or 0)
+                self._tokens.labels(fields["model"], "prefilled").inc(fields["prefill_tokens"] or 0)
+            case "build":
+                self._builds.labels(fields["model"], _kind_of(fields["reason"]), fields["result"]).inc()
+            case "worker" if fields["state"] == "backoff":
+                self._deaths.labels(fields["model"]).inc()
+            case _:
+                pass
+
+
+def _kind_of(reason: str) -> str:
+    """A reason names digests and values; as a label it would have no end."""
+    first = reason.partition(":")[0]
+    return first if first in ("missing", "requested", "corrupt") else "stale"
+
+
+def resident_bytes(pid: int) -> int | None:
+    """None: it has just ended."""
+    try:
+        pages = Path(f"/proc/{pid}/statm").read_text(encoding="ascii").split()[1]
+    except (OSError, IndexError):
+        return None
+    return int(pages) * os.sysconf("SC_PAGE_SIZE")
+
+
+class _Now(Collector):
+    """What is looked up when somebody asks."""
+
+    def __init__(self, reconciler: Reconciler, serving: Serving, workers: Workers) -> None:
+        self._reconciler = reconciler
+        self._serving = serving
+        self._workers = workers
+
+    def collect(self) -> Iterator[Metric]:
+        view = self._reconciler.view
+        states = Counts((key.model, one.state.value) for key, one in view.assessments.items())
+        artifacts = GaugeMetricFamily("rkcached_artifacts", "Prompts by state.", labels=("model", "state"))
+        for (model, state), count in sorted(states.items()):
+            artifacts.add_metric((model, state), count)
+        yield artifacts
+        yield GaugeMetricFamily("rkcached_cache_bytes", "What counts against cache.max_bytes.", value=view.used_bytes())
+        yield GaugeMetricFamily(
+            "rkcached_retired_bytes", "The part of it that is kept for prompts that return.", value=view.retired_bytes()
+        )
+        if (budget := view.manifest.cache.max_bytes) is not None:
+            yield GaugeMetricFamily("rkcached_cache_max_bytes", "What they may take.", value=budget)
+        waiting = GaugeMetricFamily("rkcached_requests_waiting", "Requests that wait for their turn.", labels=["model"])
+        for model in view.desired.models:
+            waiting.add_metric([model], self._serving.waiting(model))
+        yield waiting
+        memory = GaugeMetricFamily("rkcached_worker_resident_bytes", "Memory of a worker.", labels=["model"])
+        for worker in self._workers.all():
+            if worker.pid is not None and (size := resident_bytes(worker.pid)) is not None:
+                memory.add_metric([worker.model.name], size)
+        yield memory
+        good = self._reconciler.manifest_file.error is None
+        yield GaugeMetricFamily("rkcached_manifest_good", "1 if the manifest on disk is in force.", value=float(good))

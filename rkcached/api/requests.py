@@ -1,0 +1,417 @@
+"""Records of the HTTP API: what a client may send. Pure. What it gets is in `answers`.
+
+The shapes are OpenAI's, with additions: `cache` in a request chooses a prompt, `top_k` and `repeat_penalty` are
+accepted. A parameter that is not supported is refused by name.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
+
+from rkcached.api.bounds import MAX_TOKEN_IDS, MAX_VALUES, ArgumentsBudget
+from rkcached.messages.template import Message, ToolStyle
+
+_INT32 = 2**31
+_INT63 = 2**63
+
+MAX_KEYS = 64
+"""No record has half as many. Each unknown key of an object would be an error of its own."""
+
+Item = TypeVar("Item")
+
+Many = Annotated[list[Item], Field(fail_fast=True)]
+"""Validation of a list ends with its first bad item: the others would be as many errors, which nobody reads."""
+
+Name = Annotated[str, Field(max_length=256)]
+"""Of something that exists or not; errors repeat it."""
+
+
+class Record(BaseModel):
+    # strict: true is not 1, "16" is not 16; built when first needed: a start does not wait for what nobody asks
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, defer_build=True)
+
+    max_values: ClassVar[int] = MAX_VALUES
+    """A body of this kind may have so many values and keys."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _has_few_keys(cls, value: Any) -> Any:
+        if isinstance(value, dict) and len(value) > MAX_KEYS:
+            raise ValueError(f"an object of {len(value):,} keys, at most {MAX_KEYS} are accepted")
+        return value
+
+
+class TextPart(Record):
+    type: Literal["text"]
+    text: str
+
+
+def _no_constant(name: str) -> None:
+    raise ValueError(f"{name} is not JSON")
+
+
+class FunctionCall(Record):
+    name: str
+    arguments: str = Field(description="A JSON object as text.")
+    parsed_arguments: Any = Field(default=None, description="What OpenAI's clients add; ignored.")
+
+    def parsed(self) -> dict[str, Any]:
+        """Errors: ValueError."""
+        value = json.loads(self.arguments or "{}", parse_constant=_no_constant)
+        if not isinstance(value, dict):
+            raise ValueError("arguments are not a JSON object")  # noqa: TRY004 - pydantic and callers take ValueError
+        json.dumps(value, ensure_ascii=False).encode()  # half a surrogate pair is no text
+        return value
+
+
+class ToolCallRecord(Record):
+    id: str
+    type: Literal["function"] = "function"
+    function: FunctionCall
+    index: int | None = None
+
+    @field_validator("function")
+    @classmethod
+    def _has_arguments(cls, function: FunctionCall, info: ValidationInfo) -> FunctionCall:
+        if isinstance(info.context, ArgumentsBudget):
+            info.context.spend(function.arguments)
+
+        try:
+            function.parsed()
+        except RecursionError as error:
+            raise ValueError("arguments are nested too deeply") from error
+        return function
+
+
+class RefusalPart(Record):
+    """Of an earlier answer of somebody else's."""
+
+    type: Literal["refusal"]
+    refusal: str
+
+
+Content = str | Annotated[Many[TextPart], Field(min_length=1)]
+AnswerPart = Annotated[TextPart | RefusalPart, Field(discriminator="type")]
+
+
+def _text(content: str | Sequence[TextPart | RefusalPart] | None) -> str:
+    if isinstance(content, str):
+        return content
+    return "".join(part.text if isinstance(part, TextPart) else part.refusal for part in content or ())
+
+
+class _Said(Record):
+    content: Content
+    name: str | None = None
+
+    def plain(self) -> Message:
+        """As templates know it: text parts are one text."""
+        return Message(role=self.role, content=_text(self.content))  # type: ignore[attr-defined]
+
+
+class SystemMessage(_Said):
+    role: Literal["system", "developer"]
+
+    def plain(self) -> Message:
+        """`developer` is another word for `system`."""
+        return Message(role="system", content=_text(self.content))
+
+
+class UserMessage(_Said):
+    role: Literal["user"]
+
+
+class ToolMessage(_Said):
+    role: Literal["tool"]
+    tool_call_id: str
+
+
+class AssistantMessage(Record):
+    """What an earlier answer said; it may be sent back as it came."""
+
+    role: Literal["assistant"]
+    content: str | Annotated[Many[AnswerPart], Field(min_length=1)] | None = None
+    tool_calls: Many[ToolCallRecord] | None = None
+    reasoning_content: str | None = None
+    name: str | None = None
+    refusal: None = None
+    audio: None = None
+    function_call: None = None
+    annotations: list[Any] | None = None
+    parsed: Any = Field(default=None, description="What OpenAI's clients add; ignored.")
+
+    @model_validator(mode="after")
+    def _says_something(self) -> Self:
+        if self.content is None and not self.tool_calls:
+            raise ValueError("an assistant message has content or tool_calls")
+        return self
+
+    def plain(self) -> Message:
+        message = Message(role="assistant", content=_text(self.content))
+        if self.tool_calls:
+            message["tool_calls"] = [
+                {"type": "function", "function": {"name": call.function.name, "arguments": call.function.parsed()}}
+                for call in self.tool_calls
+            ]
+        if self.reasoning_content:
+            message["reasoning_content"] = self.reasoning_content
+        return message
+
+
+ChatMessage = Annotated[SystemMessage | UserMessage | AssistantMessage | ToolMessage, Field(discriminator="role")]
+
+
+def _moved(schema: Any, place: str) -> Any:
+    """A schema whose references lead to the same places when it stands at `place` of another one."""
+    if isinstance(schema, list):
+        return [_moved(item, place) for item in schema]
+    if not isinstance(schema, dict):
+        return schema
+    moved = {key: _moved(value, place) for key, value in schema.items()}
+    reference = schema.get("$ref")
+    if isinstance(reference, str) and (reference == "#" or reference.startswith("#/")):
+        moved["$ref"] = place + reference[1:]
+    return moved
+
+
+class FunctionDefinition(Record):
+    name: str = Field(pattern=r"^[a-zA-Z0-9_.-]{1,64}$")
+    description: str | None = None
+    parameters: dict[str, Any] | None = Field(default=None, description="JSON schema of the arguments.")
+    strict: bool | None = None
+
+
+class Tool(Record):
+    type: Literal["function"]
+    function: FunctionDefinition
+
+    def plain(self) -> dict[str, Any]:
+        """As templates know it."""
+        return {"type": "function", "function": self.function.model_dump(exclude_none=True, exclude={"strict"})}
+
+    def call_schema(self, style: ToolStyle, place: str = "#") -> dict[str, Any]:
+        """JSON schema of a call, as a model of this style writes it; `place` is where it will stand in a larger one."""
+        arguments = "parameters" if style is ToolStyle.LLAMA3 else "arguments"
+        parameters = self.function.parameters or {"type": "object"}
+        return {
+            "type": "object",
+            "properties": {
+                "name": {"const": self.function.name},
+                arguments: _moved(parameters, f"{place}/properties/{arguments}"),
+            },
+            "required": ["name", arguments],
+            "additionalProperties": False,
+        }
+
+
+class NamedFunction(Record):
+    name: Name
+
+
+class NamedTool(Record):
+    type: Literal["function"]
+    function: NamedFunction
+
+
+class PlainText(Record):
+    type: Literal["text"]
+
+
+class JsonObject(Record):
+    type: Literal["json_object"]
+
+
+class NamedSchema(Record):
+    name: str
+    description: str | None = None
+    schema_: dict[str, Any] = Field(alias="schema")
+    strict: bool | None = Field(default=None, description="Schemas are always kept to.")
+
+
+class JsonSchema(Record):
+    type: Literal["json_schema"]
+    json_schema: NamedSchema
+
+
+ResponseFormat = Annotated[PlainText | JsonObject | JsonSchema, Field(discriminator="type")]
+
+
+class StreamOptions(Record):
+    include_usage: bool = False
+
+
+def _one(value: object) -> object:
+    return [value] if isinstance(value, str) else value
+
+
+class _AboutTheService(Record):
+    """OpenAI's parameters that are about their service, not about the answer. They are accepted, and change nothing."""
+
+    user: Any = None
+    metadata: Any = None
+    store: Any = None
+    service_tier: Any = None
+    safety_identifier: Any = None
+    prompt_cache_key: Any = None
+
+
+class GenerationRequest(_AboutTheService):
+    """What chat and plain completions share."""
+
+    model: Name = Field(description="A model, or `model/prompt`.")
+    cache: Annotated[Name, Field(min_length=1)] | bool | None = Field(
+        default=None, description="A prompt of the model; false: answer without any cache; nothing: the best that fits."
+    )
+    use_cache: Annotated[Name, Field(min_length=1)] | bool | None = Field(
+        default=None, description="Another word for cache."
+    )
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    max_tokens: int | None = Field(default=None, ge=1, lt=_INT32)
+    temperature: float | None = Field(default=None, ge=0, le=5)
+    top_p: float | None = Field(default=None, gt=0, le=1)
+    top_k: int | None = Field(default=None, ge=0, le=100_000)
+    seed: int | None = Field(default=None, ge=-_INT63, lt=_INT63)
+    stop: Annotated[str | Annotated[Many[str], Field(max_length=4)] | None, BeforeValidator(_one)] = None
+    presence_penalty: float | None = Field(default=None, ge=-2, le=2)
+    frequency_penalty: float | None = Field(default=None, ge=-2, le=2)
+    repeat_penalty: float | None = Field(default=None, gt=0, le=10)
+    n: int | None = Field(default=None, ge=1, le=1)
+
+    @model_validator(mode="after")
+    def _one_cache(self) -> Self:
+        if self.cache is not None and self.use_cache is not None and self.cache != self.use_cache:
+            raise ValueError("cache and use_cache are two words for one thing, and name two")
+        return self
+
+    @property
+    def wanted_cache(self) -> str | bool | None:
+        """A prompt; False for none; None for the best that fits."""
+        wanted = self.cache if self.cache is not None else self.use_cache
+        return None if wanted is True else wanted
+
+    def sampling(self) -> dict[str, Any]:
+        """The sampling parameters that the request names."""
+        wanted = {
+            "max_new_tokens": self.max_tokens,
+            "temperature": self.temperature,
+            "top_p": self.top_p,
+            "top_k": self.top_k,
+            "seed": self.seed,
+            "stop": tuple(text for text in self.stop or () if text),
+            "presence_penalty": self.presence_penalty,
+            "frequency_penalty": self.frequency_penalty,
+            "repeat_penalty": self.repeat_penalty,
+        }
+        return {name: value for name, value in wanted.items() if value is not None}
+
+
+class ChatRequest(GenerationRequest):
+    """`POST /v1/chat/completions`."""
+
+    messages: Many[ChatMessage] = Field(min_length=1)
+    max_completion_tokens: int | None = Field(default=None, ge=1, lt=_INT32)
+    logprobs: bool | None = None
+    top_logprobs: int | None = Field(default=None, ge=0, le=20)
+    response_format: ResponseFormat | None = None
+    tools: Many[Tool] | None = Field(default=None, max_length=128)
+    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
+    parallel_tool_calls: bool | None = None
+
+    @model_validator(mode="after")
+    def _goes_together(self) -> Self:
+        if self.top_logprobs is not None and not self.logprobs:
+            raise ValueError("top_logprobs needs logprobs: true")
+        if self.max_tokens is not None and self.max_completion_tokens not in (None, self.max_tokens):
+            raise ValueError("max_tokens and max_completion_tokens are two words for one thing, and differ")
+        return self
+
+    def sampling(self) -> dict[str, Any]:
+        wanted = super().sampling()
+        if self.max_completion_tokens is not None:
+            wanted["max_new_tokens"] = self.max_completion_tokens
+        if self.logprobs:
+            wanted["logprobs"] = self.top_logprobs or 0
+        return wanted
+
+
+class CompletionRequest(GenerationRequest):
+    """`POST /v1/completions`: the text as it is, without a template."""
+
+    prompt: str | Annotated[Many[str], Field(min_length=1, max_length=1)] = Field(
+        min_length=1, description="One text. It is not put into the model's chat template."
+    )
+    logprobs: int | None = Field(default=None, ge=0, le=5)
+
+    @property
+    def text(self) -> str:
+        return self.prompt if isinstance(self.prompt, str) else self.prompt[0]
+
+    def sampling(self) -> dict[str, Any]:
+        return super().sampling() | ({"logprobs": self.logprobs} if self.logprobs is not None else {})
+
+
+TokenIds = Annotated[Many[Annotated[int, Field(ge=0, lt=_INT32)]], Field(min_length=1)]
+EmbeddingInput = Annotated[str, Field(min_length=1)] | TokenIds
+
+
+class EmbeddingRequest(_AboutTheService):
+    """`POST /v1/embeddings`: a text, or tokens, or a list of these."""
+
+    max_values: ClassVar[int] = MAX_TOKEN_IDS
+
+    model: Name
+    input: EmbeddingInput | Annotated[Many[EmbeddingInput], Field(min_length=1, max_length=2048)]
+    encoding_format: Literal["float", "base64"] | None = None
+
+    def each(self) -> Iterator[str | tuple[int, ...]]:
+        """The texts, or their tokens."""
+        if isinstance(self.input, str):
+            yield self.input
+        elif isinstance(self.input[0], int):
+            yield tuple(self.input)  # then all of them are numbers
+        else:
+            for one in self.input:
+                yield one if isinstance(one, str) else tuple(one)
+
+
+class StoreRequest(Record):
+    """`POST /v1/cache/{model}`."""
+
+    cache_name: Name
+    content: str
+    wait: bool = Field(default=True, description="Answer when the prompt cache is built; else at once, with 202.")
+
+
+class GenerateBinaryRequest(Record):
+    """`POST /v1/cache/{model}/generate-binary`."""
+
+    cache_name: Name
+    prompt: str | None = Field(default=None, description="A new text to store; without it, the stored text is used.")
+
+
+class ModelRequest(Record):
+    """`POST /v1/models/load` and `/unload`."""
+
+    model: Name
+
+
+class CollectRequest(Record):
+    """`POST /v1/gc`."""
+
+    dry_run: bool = Field(default=False, description="Only say what would be removed.")
+    strangers: bool = Field(
+        default=False, description="Also remove what is not the store's, except what the manifest names."
+    )

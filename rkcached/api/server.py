@@ -1,0 +1,373 @@
+"""The listening socket and the HTTP server on it.
+
+A stale socket is replaced; one that a live daemon answers on, and a file that is no socket, are never touched. Clients
+are not trusted: who does not get on with a request, and who comes when too many are connected, is told so and closed;
+who does not take its answer is closed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import resource
+import socket
+import stat
+import struct
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+
+import h11
+import structlog
+import uvicorn
+from starlette.types import ASGIApp, Receive, Scope, Send
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from rkcached.api.exchange import PEER
+from rkcached.errors import SettingsError, SocketError
+
+log = structlog.get_logger()
+
+MAX_PATH_BYTES = 107
+"""sockaddr_un has room for 108 bytes, the last of which is zero (unix(7))."""
+
+HEAD_TIMEOUT_S = 10.0
+"""From the connection, or the first byte of a later request, to the end of its headers."""
+
+BODY_SILENCE_S = 30.0
+"""A body may be slow, but not silent for so long."""
+
+STALLED_S = 30.0
+"""A client that takes so little of its answer for so long is given up: its place is somebody else's."""
+
+STALLED_AT_STOP_S = 0.5
+"""So long before the end of the grace, who takes nothing is given up, so that the others' answers can end."""
+
+TOO_MANY_AGAIN_S = 10.0
+"""So long after a warning of too many connections, the next one is logged."""
+
+MAX_CONNECTIONS = 400
+"""At each socket; fewer where the process may open few files."""
+
+SOCKET_CHECK_S = 5.0
+"""How long a socket that somebody deleted stays away."""
+
+SOCKET_NAMES = ("rkcached", "admin")
+"""FileDescriptorName of systemd's sockets, for requests and for changes."""
+
+SOCKET_MODE = 0o660
+ADMIN_MODE = 0o600
+
+
+def open_socket(path: Path, mode: int = SOCKET_MODE) -> socket.socket:
+    """Listen on a Unix socket at `path`. Errors: SocketError with the next step."""
+    length = len(os.fsencode(path))
+    if length > MAX_PATH_BYTES:
+        raise SocketError(
+            f"the socket path has {length} bytes, the system allows {MAX_PATH_BYTES}: {path}",
+            hint="name a shorter one with --socket or RKCACHED_SOCKET",
+        )
+    try:
+        path.parent.mkdir(mode=0o750, parents=True, exist_ok=True)
+        _clear_stale(path)
+        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        listener.bind(str(path))
+        path.chmod(mode)
+        listener.listen(128)
+    except OSError as error:
+        raise SocketError(
+            f"cannot listen on {path}: {error.strerror}", hint="choose another path with --socket or RKCACHED_SOCKET"
+        ) from error
+    listener.setblocking(False)
+    return listener
+
+
+def remove_socket(path: Path, inode: int) -> None:
+    """Take our socket away, but not one that somebody else has put there."""
+    with contextlib.suppress(OSError):
+        if path.lstat().st_ino == inode:
+            path.unlink()
+
+
+class OwnSocket:
+    """A socket of ours in the file system, which others may delete. Errors: SocketError."""
+
+    def __init__(self, path: Path, mode: int) -> None:
+        self._path = path
+        self._mode = mode
+        self._said = ""
+        self._open()
+
+    def _open(self) -> None:
+        self.listener = open_socket(self._path, self._mode)
+        self._inode = self._path.lstat().st_ino
+
+    def close(self) -> None:
+        self.listener.close()
+        remove_socket(self._path, self._inode)
+
+    async def keep(self, server: HttpServer) -> None:
+        """Open it anew whenever it is gone: a daemon that runs and cannot be reached would be of no use."""
+        while True:
+            await asyncio.sleep(SOCKET_CHECK_S)
+            try:
+                if self._path.lstat().st_ino == self._inode:
+                    continue
+            except FileNotFoundError:
+                pass
+            except OSError:
+                continue
+            try:
+                self._open()
+            except SocketError as error:  # somebody else's, or no directory: said once, tried again
+                if error.message != self._said:
+                    log.error("socket lost", socket=str(self._path), error=error.message)
+                self._said = error.message
+                continue
+            self._said = ""
+            log.warning("socket made again", socket=str(self._path), reason="it was deleted")
+            await server.listen(self.listener)
+
+
+def check_passed(passed: Mapping[str, Iterable[socket.socket]]) -> None:
+    """Errors: SettingsError for a socket of systemd that we would not serve: its clients would wait for ever."""
+    for name, sockets in passed.items():
+        for one in sockets:
+            if name not in SOCKET_NAMES:
+                raise SettingsError(
+                    f"systemd passes a socket named {name!r}, which rkcached does not know",
+                    hint=f"set FileDescriptorName={SOCKET_NAMES[0]} in its .socket unit for requests, or "
+                    f"{SOCKET_NAMES[1]} for changes",
+                )
+            if not one.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+                raise SettingsError(
+                    f"the socket that systemd passes as {name!r} does not listen for connections",
+                    hint="its .socket unit must have ListenStream= and Accept=no",
+                )
+
+
+def refuse_waiting(listener: socket.socket, why: str) -> None:
+    """Tell every client that waits in this socket why it is not answered: else it would start us again at once."""
+    refusal = _refusal("503 Service Unavailable", why, "not_started")
+    with contextlib.suppress(OSError):  # nobody waits any more, or it is none that listens
+        while True:
+            connection, _ = listener.accept()
+            with connection, contextlib.suppress(OSError):
+                connection.settimeout(0.2)
+                connection.recv(1 << 16)
+                connection.sendall(refusal)
+
+
+def _refusal(status: str, why: str, code: str) -> bytes:
+    """A whole answer for a client whose request nobody reads."""
+    kind = "server_error" if status.startswith("5") else "invalid_request_error"
+    body = json.dumps({"error": {"message": why, "type": kind, "param": None, "code": code}}).encode()
+    head = f"HTTP/1.1 {status}\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\nConnection: close"
+    return head.encode() + b"\r\n\r\n" + body
+
+
+def _clear_stale(path: Path) -> None:
+    try:
+        mode = path.lstat().st_mode
+    except FileNotFoundError:
+        return
+    if not stat.S_ISSOCK(mode):
+        raise SocketError(f"{path} exists and is not a socket", hint="remove that file, or choose another --socket")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        probe.settimeout(1.0)
+        try:
+            probe.connect(str(path))
+        except ConnectionRefusedError:
+            path.unlink()  # nobody listens: left behind by a daemon that was killed
+            return
+        except FileNotFoundError:
+            return
+        except TimeoutError:
+            pass
+    raise SocketError(
+        f"another daemon listens on {path}", hint="stop it, or choose another path with --socket or RKCACHED_SOCKET"
+    )
+
+
+class _Connection(H11Protocol):
+    """Knows who is at the other end, as the kernel saw it when the connection was made (unix(7), SO_PEERCRED).
+
+    uvicorn waits without end for the rest of a request. Here it has a deadline: a thousand clients that each send
+    half of one would otherwise keep everybody else out.
+    """
+
+    _deadline: asyncio.TimerHandle | None = None
+    _in_head = False
+    _stalled: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        if len(self.connections) > _max_connections():
+            _tell_refused(len(self.connections))
+            transport.write(
+                _refusal("503 Service Unavailable", "too many connections; try again", "too_many_connections")
+            )
+            transport.close()
+            return
+        peer = transport.get_extra_info("socket")
+        with contextlib.suppress(OSError):
+            pid, uid, _ = struct.unpack("3i", peer.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+            self.app_state = {**self.app_state, PEER: {"uid": uid, "pid": pid}}
+        self._await_more()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._clear_deadline()
+        self._clear_stalled()
+        super().connection_lost(exc)
+
+    def pause_writing(self) -> None:
+        """The client takes less than we have for it."""
+        super().pause_writing()
+        self._stalled = self.loop.call_later(STALLED_S, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        self._clear_stalled()
+        super().resume_writing()
+
+    def _clear_stalled(self) -> None:
+        if self._stalled is not None:
+            self._stalled.cancel()
+            self._stalled = None
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        self._await_more()
+
+    def _await_more(self) -> None:
+        """Set the deadline for what the client has to send now. In its headers it stays where it was."""
+        state = self.conn.their_state
+        in_head = state is h11.IDLE
+        if in_head and self._in_head:
+            return
+        self._clear_deadline()
+        if not self.transport.is_closing() and (in_head or state is h11.SEND_BODY):
+            self._in_head = in_head
+            self._deadline = self.loop.call_later(HEAD_TIMEOUT_S if in_head else BODY_SILENCE_S, self._too_late)
+
+    def _clear_deadline(self) -> None:
+        self._in_head = False
+        if self._deadline is not None:
+            self._deadline.cancel()
+            self._deadline = None
+
+    def _too_late(self) -> None:
+        in_head = self._in_head
+        self._clear_deadline()
+        if self.flow.read_paused:  # we do not read: no fault of the client
+            self._await_more()
+            return
+        if in_head or (self.cycle is not None and not self.cycle.response_started):
+            said = "headers did not end" if in_head else "body did not go on"
+            after_s = HEAD_TIMEOUT_S if in_head else BODY_SILENCE_S
+            why = f"the request's {said} within {after_s:g} s"
+            self.transport.write(_refusal("408 Request Timeout", why, "request_incomplete"))
+        self.transport.close()
+
+
+_told_refused = 0.0
+"""When the log last heard that there are too many connections; monotonic seconds."""
+
+
+def _tell_refused(connections: int) -> None:
+    """Once in a while: who opens a thousand connections must not fill the log."""
+    global _told_refused  # noqa: PLW0603 - one log, however many sockets
+    if not _told_refused or time.monotonic() - _told_refused >= TOO_MANY_AGAIN_S:
+        _told_refused = time.monotonic()
+        log.warning("connections refused", status=503, reason="too many connections", connections=connections)
+
+
+def _max_connections() -> int:
+    """Two sockets, and as many files again for everything else."""
+    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return MAX_CONNECTIONS if limit == resource.RLIM_INFINITY else max(16, min(MAX_CONNECTIONS, limit * 2 // 5))
+
+
+class OnceLooked:
+    """ASGI: lets requests that concern models wait for the first look.
+
+    A daemon that was started by this very request knows of no model yet.
+    """
+
+    _AT_ONCE = frozenset({"/", "/healthz", "/readyz", "/metrics", "/v1/status", "/v1/events"})
+
+    def __init__(self, app: ASGIApp, looked: asyncio.Event) -> None:
+        self._app = app
+        self._looked = looked
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if not self._looked.is_set() and scope["type"] == "http" and scope["path"] not in self._AT_ONCE:
+            await self._looked.wait()
+        await self._app(scope, receive, send)
+
+
+class HttpServer(uvicorn.Server):
+    """uvicorn on a socket of ours, without its signal handlers and without its ten wake-ups a second."""
+
+    def __init__(self, app: ASGIApp, *, grace_s: int) -> None:
+        super().__init__(
+            uvicorn.Config(
+                app,
+                access_log=False,
+                date_header=False,
+                http=_Connection,
+                lifespan="off",
+                log_config=None,
+                proxy_headers=False,
+                server_header=False,
+                timeout_graceful_shutdown=grace_s,
+                ws="none",
+            )
+        )
+        self.servers = []  # until it has started, uvicorn has no such attribute
+        self._grace_s = grace_s
+        self._leave = asyncio.Event()
+        self.answering = asyncio.Event()
+
+    async def listen(self, listener: socket.socket) -> None:
+        """Go on with this socket instead of the one before."""
+
+        def connection() -> asyncio.Protocol:
+            return _Connection(config=self.config, server_state=self.server_state, app_state=self.lifespan.state)
+
+        self.stop_accepting()
+        server = await asyncio.get_running_loop().create_server(connection, sock=listener, backlog=128)
+        self.servers = [server]
+
+    def stop_accepting(self) -> None:
+        """Connections that come from now on wait in the socket: for the next daemon, where systemd holds it."""
+        for server in self.servers:
+            server.close()
+
+    def stop(self) -> None:
+        """Refuse new connections, let running answers end within the grace, then return from `serve`."""
+        self.should_exit = True
+        self._leave.set()
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        give_up_s = max(0.0, self._grace_s - STALLED_AT_STOP_S)
+        timer = asyncio.get_running_loop().call_later(give_up_s, self._give_up_stalled)
+        try:
+            await super().shutdown(sockets)
+        finally:
+            timer.cancel()
+
+    def _give_up_stalled(self) -> None:
+        for connection in tuple(self.server_state.connections):
+            if isinstance(connection, _Connection) and connection.flow.write_paused:
+                connection.transport.abort()
+
+    async def main_loop(self) -> None:
+        self.answering.set()
+        await self.on_tick(0)
+        await self._leave.wait()
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield

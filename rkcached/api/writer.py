@@ -1,0 +1,171 @@
+"""Writes an answer in OpenAI's words, whole or in chunks: chat completions and plain ones."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import Iterable, Iterator
+from typing import Any, Protocol
+
+from rkcached.api.responses import Answer, ChatCompletion, TextCompletion
+from rkcached.engines.base import FinishReason, TokenLogprob
+from rkcached.messages.reply import Delta, Reply
+from rkcached.serving.dispatcher import End, Text
+
+
+class Writer(Protocol):
+    """Takes the pieces of one answer, then its end."""
+
+    def chunks(self, text: Text) -> Iterator[dict[str, Any]]:
+        """What a stream sends of this piece."""
+
+    def last(self, end: End) -> Iterator[dict[str, Any]]:
+        """What it sends when there are no more pieces; the report is in the last one."""
+
+    def usage(self, end: End) -> dict[str, Any]: ...
+
+    def whole(self, texts: Iterable[Text], end: End) -> Answer: ...
+
+
+class ChatWriter:
+    def __init__(self, model: str, reply: Reply, *, one_call: bool) -> None:
+        self._head = _head("chatcmpl", model)
+        self._reply = reply
+        self._one_call = one_call
+        """A client that asked for no parallel calls gets the first one only."""
+        self._calls = 0
+        self._begun = False
+
+    def chunks(self, text: Text) -> Iterator[dict[str, Any]]:
+        deltas = [shown for delta in self._reply.feed(text.text) for shown in self._delta(delta)]
+        logprobs = _chat_logprobs(text.logprobs)
+        if logprobs is not None and not deltas:
+            deltas = [{}]
+        for at, delta in enumerate(deltas):
+            yield self._chunk(delta, logprobs if at == 0 else None)
+
+    def last(self, end: End) -> Iterator[dict[str, Any]]:
+        for delta in self._reply.end():
+            for shown in self._delta(delta):
+                yield self._chunk(shown)
+        finish = {"finish_reason": self._finish(end), "delta": {} if self._begun else {"role": "assistant"}}
+        yield self._chunk({}) | {
+            "choices": [{"index": 0, **finish, "logprobs": None}],
+            "rkcached": end.report.model_dump(),
+        }
+
+    def usage(self, end: End) -> dict[str, Any]:
+        return {**self._head, "object": "chat.completion.chunk", "choices": [], "usage": end.usage.model_dump()}
+
+    def whole(self, texts: Iterable[Text], end: End) -> Answer:
+        content, reasoning = "", ""
+        calls: list[dict[str, Any]] = []
+        chosen: list[dict[str, Any]] = []
+        deltas: list[Delta] = []
+        for text in texts:
+            deltas += self._reply.feed(text.text)
+            chosen += _chosen(text.logprobs)
+        for delta in [*deltas, *self._reply.end()]:
+            content += delta.content
+            reasoning += delta.reasoning
+            for shown in self._delta(delta):
+                calls += shown.get("tool_calls", ())
+        message: dict[str, Any] = {"role": "assistant", "content": content if content or not calls else None}
+        if reasoning:
+            message["reasoning_content"] = reasoning
+        if calls:
+            message["tool_calls"] = [{k: v for k, v in call.items() if k != "index"} for call in calls]
+        choice = {
+            "index": 0,
+            "message": message,
+            "logprobs": {"content": chosen} if chosen else None,
+            "finish_reason": self._finish(end),
+        }
+        return ChatCompletion.model_validate(
+            {**self._head, "choices": [choice], "usage": end.usage, "rkcached": end.report}
+        )
+
+    def _delta(self, delta: Delta) -> Iterator[dict[str, Any]]:
+        """As OpenAI words it; nothing for a call too many."""
+        if delta.call is not None:
+            if self._one_call and self._calls:
+                return
+            function = {"name": delta.call.name, "arguments": delta.call.arguments}
+            call = {"index": self._calls, "id": f"call_{uuid.uuid4().hex}", "type": "function", "function": function}
+            self._calls += 1
+            yield {"tool_calls": [call]}
+        elif delta.reasoning:
+            yield {"reasoning_content": delta.reasoning}
+        else:
+            yield {"content": delta.content}
+
+    def _chunk(self, delta: dict[str, Any], logprobs: dict[str, Any] | None = None) -> dict[str, Any]:
+        if not self._begun:
+            delta, self._begun = {"role": "assistant", **delta}, bool(delta)
+        choice = {"index": 0, "delta": delta, "logprobs": logprobs, "finish_reason": None}
+        return {**self._head, "object": "chat.completion.chunk", "choices": [choice]}
+
+    def _finish(self, end: End) -> str:
+        return "tool_calls" if self._calls and end.finish is FinishReason.STOP else end.finish.value
+
+
+class CompletionWriter:
+    def __init__(self, model: str) -> None:
+        self._head = _head("cmpl", model)
+        self._offset = 0
+
+    def chunks(self, text: Text) -> Iterator[dict[str, Any]]:
+        yield self._chunk(text.text, self._logprobs([text]))
+
+    def last(self, end: End) -> Iterator[dict[str, Any]]:
+        yield self._chunk("", None, end.finish.value) | {"rkcached": end.report.model_dump()}
+
+    def usage(self, end: End) -> dict[str, Any]:
+        return {**self._head, "object": "text_completion", "choices": [], "usage": end.usage.model_dump()}
+
+    def whole(self, texts: Iterable[Text], end: End) -> Answer:
+        texts = list(texts)
+        choice = {
+            "index": 0,
+            "text": "".join(text.text for text in texts),
+            "logprobs": self._logprobs(texts),
+            "finish_reason": end.finish.value,
+        }
+        return TextCompletion.model_validate(
+            {**self._head, "choices": [choice], "usage": end.usage, "rkcached": end.report}
+        )
+
+    def _chunk(self, text: str, logprobs: dict[str, Any] | None, finish: str | None = None) -> dict[str, Any]:
+        choice = {"index": 0, "text": text, "logprobs": logprobs, "finish_reason": finish}
+        return {**self._head, "object": "text_completion", "choices": [choice]}
+
+    def _logprobs(self, texts: list[Text]) -> dict[str, Any] | None:
+        tokens = [token for text in texts for token in text.logprobs]
+        if not tokens:
+            return None
+        offsets = []
+        for token in tokens:
+            offsets.append(self._offset)
+            self._offset += len(token.text)
+        return {
+            "tokens": [token.text for token in tokens],
+            "token_logprobs": [token.logprob for token in tokens],
+            "top_logprobs": [{other.text: other.logprob for other in token.likeliest} for token in tokens],
+            "text_offset": offsets,
+        }
+
+
+def _head(prefix: str, model: str) -> dict[str, Any]:
+    return {"id": f"{prefix}-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
+
+
+def _chat_logprobs(tokens: tuple[TokenLogprob, ...]) -> dict[str, Any] | None:
+    return {"content": _chosen(tokens), "refusal": None} if tokens else None
+
+
+def _chosen(tokens: tuple[TokenLogprob, ...]) -> list[dict[str, Any]]:
+    return [_likely(token) | {"top_logprobs": [_likely(other) for other in token.likeliest]} for token in tokens]
+
+
+def _likely(token: TokenLogprob) -> dict[str, Any]:
+    return {"token": token.text, "logprob": token.logprob, "bytes": list(token.data)}

@@ -1,0 +1,120 @@
+"""The engine without the daemon, for the prompts of one model: what a request costs that goes through nothing else.
+
+It needs what the daemon needs: the manifest, the store, the model, and room in memory for a second one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+from rkcached.cli.bench.direct import Ask, DirectEngine
+from rkcached.cli.bench.machine import available_bytes
+from rkcached.cli.bench.results import DirectRun, ModelFacts, State
+from rkcached.cli.board import model_bytes
+from rkcached.cli.status import show
+from rkcached.engines.base import Sampling
+from rkcached.errors import RkcachedError
+from rkcached.messages.template import Message
+from rkcached.plan.desired import DesiredModel
+from rkcached.plan.planner import Key
+from rkcached.reconcile.observer import Look, Observer, read_manifest
+from rkcached.sources.manifest import EngineKind
+from rkcached.sources.stored_texts import StoredTexts
+from rkcached.store.store import Store
+
+PAUSE_S = 0.02
+"""Between two turns: threads of an engine may spin for a moment after their work."""
+
+
+class NotPossible(Exception):
+    """The engine cannot be measured alone; the message says why."""
+
+
+def look_at(manifest: Path, cache_dir: Path, state_dir: Path) -> Look:
+    """What the daemon sees. Errors: NotPossible."""
+    try:
+        return Observer(Store(cache_dir), StoredTexts(state_dir)).look(read_manifest(manifest))
+    except (RkcachedError, OSError) as error:
+        raise NotPossible(f"what the daemon reads cannot be read: {error}") from error
+
+
+def model_facts(look: Look | None, engine: str, runtime: str | None, model: str, daemon: int = 0) -> ModelFacts:
+    """`daemon` is its process, whose cores llamacpp takes where the manifest names no number of threads."""
+    found = look.desired.models.get(model) if look is not None else None
+    if look is None or not isinstance(found, DesiredModel):
+        return ModelFacts(engine=engine, runtime=runtime)
+    params: dict[str, float | int | None] = {**found.config.sampling(None)}
+    params["max_context_len"] = found.config.params.max_context_len
+    return ModelFacts(
+        engine=engine,
+        runtime=runtime or found.runtime.version,
+        file=str(found.config.path),
+        digest=found.source.digest,
+        params=params,
+        threads=_threads(look, daemon),
+    )
+
+
+def _threads(look: Look, daemon: int) -> int | None:
+    """None where the runtime decides."""
+    engine = look.manifest.engine
+    if engine.kind is not EngineKind.LLAMACPP or engine.threads:
+        return engine.threads or None
+    try:
+        return len(os.sched_getaffinity(daemon))
+    except OSError:
+        return len(os.sched_getaffinity(0))
+
+
+class Alone:
+    """The engine of a model in a process of this command's own, from `with` to its end. Errors: NotPossible."""
+
+    def __init__(self, look: Look, model: str) -> None:
+        found = look.desired.models.get(model)
+        if not isinstance(found, DesiredModel):
+            raise NotPossible(f"{model} cannot be used: {found or 'it is not in the manifest'}")
+        needed, available = model_bytes(look.manifest, found.config) * 5 // 4, available_bytes()
+        if available and available < needed:
+            raise NotPossible(
+                f"a second {model} needs about {show.size(needed)} of memory, {show.size(available)} are available"
+            )
+        self._look = look
+        self._model = found
+        self._stack = contextlib.ExitStack()
+        try:
+            self._engine = self._stack.enter_context(DirectEngine(look.manifest.engine, found))
+        except RkcachedError as error:
+            raise NotPossible(f"a second {model} cannot be loaded: {error.message}") from error
+
+    def close(self) -> None:
+        self._stack.close()
+
+    def ask(self, key: Key, state: State, question: str, answer_tokens: int) -> DirectRun:
+        """The same request that the daemon got. Errors: NotPossible."""
+        artifact, text = self._look.inventory.artifacts.get(key), self._look.desired.texts.get(key)
+        if text is None or (artifact is None and state is not State.COLD):
+            raise NotPossible(f"{key} is not in the store that the manifest belongs to")
+        values: dict[str, Any] = {**self._model.config.sampling(key.prompt), "max_new_tokens": answer_tokens}
+        messages = [Message(role="system", content=text), Message(role="user", content=question)]
+        ask = Ask(
+            load=artifact.path if artifact is not None and state is State.FILE else None,
+            prompt=self._model.template.render(messages),
+            sampling=Sampling(**values),
+            cold=state is State.COLD,
+        )
+        time.sleep(PAUSE_S)
+        try:
+            told = self._engine.ask(ask)
+        except RkcachedError as error:
+            raise NotPossible(error.message) from error
+        time.sleep(PAUSE_S)
+        return DirectRun(
+            ttft_ms=round(told.ttft_ms, 3),
+            load_ms=round(told.load_ms, 3),
+            prefill_ms=round(told.stats.prefill_ms, 3),
+            cached_tokens=told.stats.cached_tokens,
+        )

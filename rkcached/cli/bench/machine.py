@@ -1,0 +1,70 @@
+"""The machine that figures hold for, and whether it was quiet: read below `root`, so that a test can give its own."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+from pathlib import Path
+
+from rkcached.cli.bench.results import MachineFacts
+from rkcached.cli.board import Board, Outcome
+
+QUIET_LOAD = 0.5
+"""Load average (1 min) above which figures are not to be trusted."""
+
+
+def machine(root: Path = Path("/")) -> MachineFacts:
+    """Taken before anything is started: what runs then is somebody else's."""
+    board = Board(root, uses_rkllm=None)
+    checks = [board.cpu_clock(), *([board.npu_clock(), board.ddr_clock()] if board.has_npu else [])]
+    known = [check for check in checks if check.outcome is not Outcome.SKIP]
+    return MachineFacts(
+        board=board.model,
+        cpu=cpu_model(root),
+        cores=len(os.sched_getaffinity(0)),
+        memory_bytes=_memory_bytes(root, "MemTotal"),
+        kernel=f"{platform.system()} {platform.release()} {platform.machine()}",
+        clocks={check.name: check.finding for check in checks},
+        clocks_fixed=all(check.outcome is Outcome.OK for check in known) if known else None,
+        load_average=round(os.getloadavg()[0], 2),
+    )
+
+
+def available_bytes(root: Path = Path("/")) -> int:
+    """Memory that a new process may take; 0 where nobody says."""
+    return _memory_bytes(root, "MemAvailable")
+
+
+def cpu_model(root: Path = Path("/")) -> str:
+    """The name from /proc/cpuinfo; ARM kernels give none there, but the device tree names the board."""
+    match = re.search(r"^model name\s*:\s*(.+)$", _text(root / "proc/cpuinfo"), re.MULTILINE)
+    return match[1].strip() if match else _text(root / "proc/device-tree/model").strip("\0\n") or platform.machine()
+
+
+class Steal:
+    """How much of all CPU time a hypervisor gave to others, from here to `percent()` (proc(5), /proc/stat)."""
+
+    def __init__(self, root: Path = Path("/")) -> None:
+        self._file = root / "proc/stat"
+        self._before = self._read()
+
+    def percent(self) -> float:
+        stolen, total = (now - before for now, before in zip(self._read(), self._before, strict=True))
+        return round(100 * stolen / total, 2) if total > 0 else 0.0
+
+    def _read(self) -> tuple[int, int]:
+        fields = [int(word) for word in _text(self._file).partition("\n")[0].split()[1:9]]
+        return (fields[7], sum(fields)) if len(fields) == 8 else (0, 0)
+
+
+def _memory_bytes(root: Path, name: str) -> int:
+    match = re.search(rf"^{name}:\s+(\d+) kB", _text(root / "proc/meminfo"), re.MULTILINE)
+    return int(match[1]) * 1024 if match else 0
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(errors="replace")
+    except OSError:
+        return ""

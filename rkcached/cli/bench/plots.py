@@ -1,0 +1,290 @@
+"""`rkcached bench --plot`: time to first token, and where it goes. The drawing library is an extra, read here only."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+import textwrap
+import warnings
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rkcached.cli.bench import results as kept
+from rkcached.cli.bench.results import PromptResult, Results, State
+from rkcached.cli.bench.samples import median, number, p95
+from rkcached.cli.bench.table import machine_line, runs_words
+from rkcached.errors import ExtraMissing, UsageError, printable
+
+if TYPE_CHECKING:
+    from matplotlib.artist import Artist
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+SUFFIXES = (".svg", ".png")
+MOST_PROMPTS = 100
+"""A picture of more is higher than programs show, and nobody reads it."""
+
+_STATES = {
+    State.COLD: ("cold", "#b5482f"),
+    State.FILE: ("warm, from file", "#2f6f9f"),
+    State.MEMORY: ("warm, in memory", "#4c9a5f"),
+}
+_WARM = (State.FILE, State.MEMORY)
+_PARTS = {
+    "queue_ms": ("queue", "#bdbdbd"),
+    "load_ms": ("load", "#d9a441"),
+    "prefill_ms": ("prefill", "#8474a1"),
+    "first_decode_ms": ("first decode", "#c46a9a"),
+    "socket_ms": ("socket", "#5c5c5c"),
+}
+_MARKS = (("o", "-"), ("s", "--"), ("^", ":"), ("D", "-."))
+"""Of models: there is a colour for each state."""
+
+_WIDTH, _LINE = 13.0, 0.17
+"""Inches: of the figure, of a line of small text."""
+_LETTERS = 190
+"""In a line of small text."""
+_NAME = 44
+"""Letters of a name; a longer one loses its middle."""
+
+
+# Text stays text, names are no formulas, and the same results make the same file.
+_STYLE: dict[Any, Any] = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "rkcached",
+    "font.size": 9,
+    "text.parse_math": False,
+}
+
+
+def check(file: Path) -> None:
+    """Before anything is measured. Errors: UsageError; ExtraMissing without the library."""
+    if file.suffix.lower() not in SUFFIXES:
+        raise UsageError(f"{file} is neither SVG nor PNG", hint="end its name in .svg or .png")
+    try:
+        usable = importlib.util.find_spec("matplotlib") is not None
+        if usable:
+            import matplotlib.figure  # noqa: F401, PLC0415 - an extra
+    except (ImportError, OSError):  # it is there, but not what it needs
+        usable = False
+    if not usable:
+        raise ExtraMissing(
+            "--plot needs matplotlib",
+            hint=f"{sys.executable} -m pip install matplotlib; or keep the results with -o FILE.json, and draw them "
+            "where it is: rkcached bench --from FILE.json --plot OUT.svg",
+        )
+
+
+def plot(results: Results, file: Path) -> None:
+    """Draw `results` into `file`, which on any error stays as it was. Errors: StoreError."""
+    import matplotlib as mpl  # noqa: PLC0415 - an extra
+
+    metadata = {"Date": None} if file.suffix.lower() == ".svg" else None
+    with mpl.rc_context(_STYLE), warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # a letter that the font does not have
+        figure = _figure(results)
+        kept.put(file, lambda place: figure.savefig(place, dpi=150, metadata=metadata))
+
+
+def _figure(results: Results) -> Figure:
+    from matplotlib.figure import Figure  # noqa: PLC0415 - an extra
+
+    prompts, sweep = results.prompts[:MOST_PROMPTS], bool(results.parameters.sweep)
+    head, notes = _wrapped(_title(results)), _wrapped(_notes(results))
+    models = list(dict.fromkeys(prompt.model for prompt in prompts))
+    rows = len(models) if sweep else 1
+    top = (len(head) + 1) * _LINE
+    small = 0.14 * len(notes) + 0.35 if notes else 0.15
+    bottom = small + (rows + 2) * _LINE
+    height = top + bottom + max(4.2 if sweep else 2.0, 0.9 + (0.45 if sweep else 0.55) * len(prompts))
+    figure = Figure(figsize=(_WIDTH, height), layout="constrained")
+    engine: Any = figure.get_layout_engine()
+    engine.set(rect=(0, bottom / height, 1, 1 - (top + bottom) / height), wspace=0.03)
+    grid = figure.add_gridspec(1, 3, width_ratios=(1.3, 1, 1))
+    first = figure.add_subplot(grid[0])
+    cold = figure.add_subplot(grid[1], sharey=None if sweep else first)
+    warm = figure.add_subplot(grid[2], sharey=cold)
+    shown = _lines(first, results, prompts, models) if sweep else _bars(first, prompts)
+    _stack(cold, prompts, (State.COLD,), "Where a cold answer's time goes\n(a scale of its own)")
+    parts = _stack(warm, prompts, _WARM, "Where a warm answer's time goes\n(a scale of its own)")
+    _rows(cold if sweep else first, prompts)
+    for axes in (warm,) if sweep else (cold, warm):
+        axes.tick_params(labelleft=False)
+    figure.text(0.5, 1 - _LINE / 2 / height, "\n".join(head), ha="center", va="top", fontsize=8)
+    for legend, columns, at in ((shown, len(_STATES), small + 1.5 * _LINE), (parts, len(_PARTS), small)):
+        figure.legend(
+            list(legend.values()),
+            list(legend),
+            loc="lower center",
+            bbox_to_anchor=(0.5, at / height),
+            ncols=columns,
+            fontsize=8,
+            frameon=False,
+            borderpad=0,
+            labelspacing=0.2,
+        )
+    figure.text(0.01, 0.1 / height, "\n".join(notes), ha="left", va="bottom", fontsize=7, color="#555555")
+    return figure
+
+
+def _wrapped(lines: Sequence[str]) -> list[str]:
+    return [part for line in lines for part in textwrap.wrap(printable(line), _LETTERS)]
+
+
+def _title(results: Results) -> list[str]:
+    models = ", ".join(_model(results, name) for name in results.models)
+    return [f"{models}; {runs_words(results.parameters.runs)}", f"{machine_line(results.machine)}, {results.date}"]
+
+
+def _model(results: Results, name: str) -> str:
+    facts = results.models.get(name)
+    return printable(f"{name} ({facts.engine} {facts.runtime or 'of an unknown version'})" if facts else name)
+
+
+def _notes(results: Results) -> list[str]:
+    """Small print, a line each."""
+    said = [textwrap.shorten(f"Not to be trusted: {one}", _LETTERS, placeholder=" ...") for one in results.warnings]
+    if len(results.prompts) > MOST_PROMPTS:
+        said.append(f"These are the first {MOST_PROMPTS} of {len(results.prompts):,} prompts.")
+    return said
+
+
+def _lines(axes: Axes, results: Results, prompts: Sequence[PromptResult], models: list[str]) -> dict[str, Artist]:
+    """Against prompt length, a line for each model and state, with the runs' range; the gain is at each warm point."""
+    from matplotlib.lines import Line2D  # noqa: PLC0415 - an extra
+
+    shown: dict[str, Artist] = {}
+    for state, (label, colour) in _STATES.items():
+        for model, (marker, style) in zip(models, _MARKS * len(models), strict=False):
+            found = [
+                (prompt.tokens or prompt.states[state].runs[0].prompt_tokens, samples, prompt)
+                for prompt in prompts
+                if prompt.model == model and (samples := _ttft(prompt, state))
+            ]
+            points = sorted(found, key=lambda point: point[0])
+            if not points:
+                continue
+            xs, ys = [x for x, _, _ in points], [median(samples) for _, samples, _ in points]
+            low = [y - min(samples) for y, (_, samples, _) in zip(ys, points, strict=True)]
+            high = [max(0.0, p95(samples) - y) for y, (_, samples, _) in zip(ys, points, strict=True)]
+            line: dict[str, Any] = {"color": colour, "marker": marker, "linestyle": style}
+            axes.errorbar(xs, ys, yerr=[low, high], markersize=4, capsize=3, **line)
+            shown[f"{_model(results, model)}, {label}"] = Line2D([], [], markersize=4, **line)
+            for x, y, (_, _, prompt) in zip(xs, ys, points, strict=True):
+                above = y >= max(_median(prompt, warm) or 0.0 for warm in _WARM)
+                warm_samples = [samples for warm in _WARM if (samples := _ttft(prompt, warm))] or [[y]]
+                free = max(map(p95, warm_samples)) if above else min(map(min, warm_samples))
+                axes.annotate(
+                    _gain(prompt, state),
+                    (x, free),
+                    xytext=(0, 3 if above else -3),
+                    textcoords="offset points",
+                    ha="center",
+                    va="bottom" if above else "top",
+                    fontsize=7,
+                    color=colour,
+                )
+    axes.set(xlabel="prompt length (tokens)", ylabel="time to first token (ms)", title="Time to first token")
+    axes.set(xscale="log", yscale="log")
+    axes.margins(0.08, 0.15)
+    for axis, (low_end, high_end) in ((axes.xaxis, axes.get_xlim()), (axes.yaxis, axes.get_ylim())):
+        _plain(axis, high_end / low_end)
+    axes.grid(visible=True, color="#dddddd", linewidth=0.6)
+    axes.set_axisbelow(True)
+    return shown
+
+
+def _plain(axis: Any, ratio: float) -> None:
+    """100, 1,000, 10,000 instead of powers of ten, and others between them where there is room."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator  # noqa: PLC0415 - an extra
+
+    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if ratio < 1000 else (1.0,), numticks=20))
+    axis.set_minor_locator(NullLocator())
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}" if value >= 1 else f"{value:g}"))
+
+
+def _bars(axes: Axes, prompts: Sequence[PromptResult]) -> dict[str, Artist]:
+    """Three bars for each prompt, each with its figure and what it saves."""
+    height, most = 0.8 / len(_STATES), 0.0
+    for row, (state, (_, colour)) in enumerate(_STATES.items()):
+        known = [(at, middle, prompt) for at, prompt in enumerate(prompts) if (middle := _median(prompt, state))]
+        places = [at + (row - 1) * height for at, _, _ in known]
+        axes.barh(places, [middle for _, middle, _ in known], height, color=colour)
+        most = max([most, *(middle for _, middle, _ in known)])
+        for place, (_, middle, prompt) in zip(places, known, strict=True):
+            _beside(axes, middle, place, f"{number(middle)} ms  {_gain(prompt, state)}".rstrip())
+    axes.set(xlabel="time to first token (ms)", title="Time to first token")
+    axes.set_xlim(0, most * 1.3 or 1.0)
+    return _patches(_STATES.values())
+
+
+def _stack(axes: Axes, prompts: Sequence[PromptResult], states: Sequence[State], title: str) -> dict[str, Artist]:
+    """Bars of milliseconds, in their parts. Cold and warm answers have a panel each: one would hide the other."""
+    height = 0.8 / len(states) * (0.7 if len(states) == 1 else 1)
+    bars = [
+        (at + (row - (len(states) - 1) / 2) * height, state, prompt)
+        for at, prompt in enumerate(prompts)
+        for row, state in enumerate(states)
+        if _median(prompt, state) is not None
+    ]
+    places, ends = [place for place, _, _ in bars], [0.0] * len(bars)
+    for figure, (_, colour) in _PARTS.items():
+        widths = [max(0.0, prompt.states[state].median(figure) or 0.0) for _, state, prompt in bars]
+        axes.barh(places, widths, height * 0.92, left=ends, color=colour)
+        ends = [end + width for end, width in zip(ends, widths, strict=True)]
+    for place, end, (_, state, prompt) in zip(places, ends, bars, strict=True):
+        where = {State.COLD: "", State.FILE: "file", State.MEMORY: "memory"}[state]
+        _beside(axes, end, place, f"{where} {number(_median(prompt, state) or end)} ms  {_gain(prompt, state)}".strip())
+    if not bars:
+        axes.text(0.5, 0.5, "there is none", transform=axes.transAxes, ha="center", va="center", color="#555555")
+    axes.set(xlabel="median of each part (ms)", title=title)
+    axes.set_xlim(0, max(ends, default=0.0) * (1.3 if len(states) == 1 else 1.9) or 1.0)
+    return _patches(_PARTS.values())
+
+
+def _patches(entries: Iterable[tuple[str, str]]) -> dict[str, Artist]:
+    from matplotlib.patches import Patch  # noqa: PLC0415 - an extra
+
+    return {label: Patch(color=colour) for label, colour in entries}
+
+
+def _beside(axes: Axes, end: float, place: float, text: str) -> None:
+    axes.annotate(
+        text,
+        (end, place),
+        xytext=(3, 0),
+        textcoords="offset points",
+        ha="left",
+        va="center",
+        fontsize=7,
+        color="#333333",
+    )
+
+
+def _rows(axes: Axes, prompts: Sequence[PromptResult]) -> None:
+    """A row for each prompt, the first one on top."""
+    alone = len({prompt.model for prompt in prompts}) == 1
+    names = []
+    for prompt in prompts:
+        own = prompt.prompt if prompt.length is None else f"{prompt.length:,} tokens"
+        name = printable(own if alone else prompt.name)
+        names.append(name if len(name) <= _NAME else f"{name[: _NAME // 2]}...{name[-_NAME // 2 + 3 :]}")
+    axes.set_yticks(range(len(prompts)), names)
+    axes.set_ylim(max(1, len(prompts)) - 0.5, -0.5)
+
+
+def _ttft(prompt: PromptResult, state: State) -> list[float]:
+    """Of a logarithmic axis, which has no 0."""
+    known = prompt.states.get(state)
+    return [sample for sample in known.samples("ttft_ms") if sample > 0] if known is not None else []
+
+
+def _median(prompt: PromptResult, state: State) -> float | None:
+    return prompt.states[state].median("ttft_ms") if state in prompt.states else None
+
+
+def _gain(prompt: PromptResult, state: State) -> str:
+    """What a warm answer saves of the cold one's time to first token: "-95 %"; empty for the cold one."""
+    cold, warm = _median(prompt, State.COLD), _median(prompt, state)
+    return f"{(warm / cold - 1) * 100:+.0f} %" if cold and warm and state is not State.COLD else ""

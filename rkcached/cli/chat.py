@@ -1,0 +1,69 @@
+"""`rkcached chat`: one question or a conversation, streamed, with what was measured under each answer."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+
+from rkcached.cli.client import Client
+from rkcached.errors import RkcachedError
+
+
+class Conversation:
+    """Messages so far, and how to ask the next."""
+
+    def __init__(self, socket: Path, options: dict[str, Any], *, want_json: bool) -> None:
+        self._socket = socket
+        self._options = options
+        self._want_json = want_json
+        self._messages: list[dict[str, str]] = []
+
+    def ask(self, question: str) -> None:
+        """Ask, print the answer as it comes, and remember both. Errors: DaemonUnreachable, RequestError."""
+        messages = [*self._messages, {"role": "user", "content": question}]
+        body = {**self._options, "messages": messages}
+        with Client(self._socket) as client:
+            if self._want_json:
+                click.echo(json.dumps(client.chat(body), indent=2, ensure_ascii=False))
+                return
+            pieces: list[str] = []
+            report: dict[str, Any] = {}
+            usage: dict[str, Any] = {}
+            for chunk in client.stream({**body, "stream_options": {"include_usage": True}}):
+                report = chunk.get("rkcached", report)
+                usage = chunk.get("usage", usage)
+                for choice in chunk["choices"]:
+                    text = choice["delta"].get("content", "")
+                    pieces.append(text)
+                    click.echo(text, nl=False)
+        click.echo()
+        click.secho(_measured(report, usage), dim=True, err=True)
+        self._messages = [*messages, {"role": "assistant", "content": "".join(pieces)}]
+
+    def talk(self) -> None:
+        """A conversation at the terminal, until end of file (Ctrl-D). A refused question is told and forgotten."""
+        click.secho("Ctrl-D ends the conversation.", dim=True, err=True)
+        while True:
+            try:
+                question = click.prompt(">", prompt_suffix=" ", err=True).strip()
+            except click.Abort:
+                click.echo(err=True)
+                return
+            try:
+                self.ask(question)
+            except RkcachedError as error:
+                click.secho(f"error: {error.message}", fg="red", err=True)
+
+
+def _measured(report: dict[str, Any], usage: dict[str, Any]) -> str:
+    cache = f"{report['state']} on {report['cache']}" if report["cache"] else report["state"]
+    reason = f" ({report['reason']})" if report["reason"] else ""
+    cached, total = report["cached_tokens"], usage["prompt_tokens"]
+    reuse = "" if cached is None else f"{cached} of {total} prompt tokens from the cache, "
+    return (
+        f"[{cache}{reason}: first token after {report['ttft_ms']:.0f} ms, {reuse}"
+        f"{report['decode_tokens_per_s']:.0f} tokens/s]"
+    )

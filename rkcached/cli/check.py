@@ -1,0 +1,118 @@
+"""`rkcached check`: every problem of a manifest and of the files it names, with the line that names them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from rkcached.cli.service_view import ServiceView, view_of
+from rkcached.errors import ManifestError, Problem
+from rkcached.host.digests import Digests
+from rkcached.host.settings import Settings
+from rkcached.messages.sandbox import Renderer
+from rkcached.plan.desired import Desired, Resolver, RuntimeSource, Sources, cut_contexts
+from rkcached.plan.planner import Key, Trouble
+from rkcached.reconcile.observer import manifest_text
+from rkcached.sources.manifest import EngineConfig, EngineKind, Manifest, parse_usable
+from rkcached.sources.reader import SourceReader
+
+MODEST_TOKENS = 256
+"""Up to so many a model that must generate them at each build is not worth a warning."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Findings:
+    """What `check` has to say."""
+
+    problems: tuple[Problem, ...]
+    """In the order of their lines."""
+    warnings: tuple[str, ...]
+    """What is no problem, but costs more or gives less than its owner may know; each with its file and line."""
+    skipped_files: tuple[str, ...]
+    """In a prompts_from folder, but with names that no prompt can have."""
+    summary: str
+    """All of it in one line."""
+
+
+def check_manifest(settings: Settings) -> Findings:
+    """Look at the manifest and at every file that it names, as the daemon does. Blocking."""
+    manifest_file = settings.manifest
+    try:
+        usable = parse_usable(manifest_text(manifest_file), file=manifest_file)
+    except ManifestError as error:
+        return _findings(list(error.problems), (), (), "")
+    if usable.manifest is None:
+        return _findings(list(usable.problems), (), (), "")
+
+    manifest = usable.manifest
+    if not usable.engine_known:  # this one takes any file for a model
+        manifest = manifest.model_copy(update={"engine": EngineConfig(kind=EngineKind.RKLLM)})
+    sources = SourceReader(Digests()).scan(manifest)
+    runtime = sources.runtime
+    if isinstance(runtime, Trouble):  # told once, and what else is wrong is told beside it
+        sources = replace(sources, runtime=RuntimeSource(version="", digest=""))
+    desired = Resolver(Renderer().compile).resolve(manifest, sources)
+    service = view_of(settings, manifest, sources).without(runtime)
+    troubles = list(_troubles(manifest, sources, desired, service))
+    if isinstance(runtime, Trouble) and usable.engine_known:
+        key = "library" if manifest.engine.kind is EngineKind.RKLLM else "kind"
+        troubles.append((manifest.line_of("engine", key), runtime))
+
+    problems = list(usable.problems)
+    for line, trouble in troubles:
+        problems.append(Problem(file=str(manifest_file), line=line, message=trouble.message, hint=trouble.hint))
+    warnings = tuple(f"{manifest_file}:{warning}" for warning in _warnings(manifest, sources, runtime))
+    ok = f"ok, {_counted(len(manifest.models), 'model')}, {_counted(len(desired.prompts), 'prompt')}"
+    if service.whose:
+        ok += f", {service.whose}"
+    return _findings(problems, warnings, sources.skipped_files, ok)
+
+
+def _findings(problems: list[Problem], warnings: tuple[str, ...], skipped: tuple[str, ...], ok: str) -> Findings:
+    return Findings(
+        problems=tuple(sorted(problems, key=lambda problem: problem.line)),
+        warnings=warnings,
+        skipped_files=skipped,
+        summary=_counted(len(problems), "problem") if problems else ok,
+    )
+
+
+def _troubles(
+    manifest: Manifest, sources: Sources, desired: Desired, service: ServiceView
+) -> Iterator[tuple[int, Trouble]]:
+    """What is wrong with the files that a manifest names, each with the line that names it."""
+    for name, trouble in service.models_in_trouble(manifest, desired).items():
+        yield manifest.line_of("models", name, *(trouble.place or ("path",))), trouble
+    for name, trouble in {**sources.unlisted_models, **service.unlisted_models}.items():
+        yield manifest.line_of("models", name, "prompts_from"), trouble
+    for key, trouble in service.prompts_in_trouble(manifest, sources, desired).items():
+        yield _prompt_line(manifest, sources, key, trouble), trouble
+
+
+def _prompt_line(manifest: Manifest, sources: Sources, key: Key, trouble: Trouble) -> int:
+    if key.prompt in manifest.models[key.model].prompts:
+        return manifest.line_of("models", key.model, "prompts", key.prompt, *trouble.place)
+    return sources.prompts[key].line
+
+
+def _warnings(manifest: Manifest, sources: Sources, runtime: RuntimeSource | Trouble) -> Iterator[str]:
+    """What works, but costs more or gives less than its owner may know; each begins with its line."""
+    for name, notice in cut_contexts(manifest, sources).items():
+        yield f"{manifest.line_of('models', name, 'params', 'max_context_len')}: warning: {notice}"
+
+    if manifest.engine.kind is not EngineKind.RKLLM or isinstance(runtime, Trouble) or runtime.samples_per_run:
+        return
+    for name, model in manifest.models.items():
+        tokens = model.params.max_new_tokens
+        if model.embedding or tokens <= MODEST_TOKENS:
+            continue
+        line = manifest.line_of("models", name, "params", "max_new_tokens")
+        yield (
+            f"{line}: warning: max_new_tokens of {name} is {tokens}, and RKLLM {runtime.version} generates an answer "
+            "of up to that many tokens at each build, while requests wait (lower it to what answers need, "
+            f"{MODEST_TOKENS} or less, or install runtime 1.3.0 or newer, which generates one token)"
+        )
+
+
+def _counted(number: int, noun: str) -> str:
+    return f"{number} {noun}" + ("" if number == 1 else "s")

@@ -1,0 +1,351 @@
+"""`rkcached doctor`: whether this board is ready for what the manifest declares.
+
+Only reads: /sys, /proc, /dev, the runtime library, the ends of model files. What belongs to the board is read below
+`root`, so that a test can give it a board made of files; what the manifest names is read where the manifest says.
+Each check is one sentence and one next step, and none stops the others. What only RKLLM needs is a failure where the
+manifest asks for it or says nothing, and no more than a warning where it asks for another engine.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import subprocess
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from io import BufferedReader
+from pathlib import Path
+from typing import Any, Final
+
+import msgspec
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from rkcached.cli.board import Board, Check, Outcome, model_bytes, order, size_of
+from rkcached.cli.service_view import view_of
+from rkcached.cli.status import show
+from rkcached.engines.llamacpp.gguf import Header, read_header
+from rkcached.engines.registry import ENGINES
+from rkcached.errors import ManifestError, RkcachedError, SourceError
+from rkcached.host import isolated, unit
+from rkcached.host.digests import Digests
+from rkcached.host.settings import Settings
+from rkcached.messages.sandbox import Renderer
+from rkcached.plan.desired import PromptSource, Resolver, RuntimeSource, Sources
+from rkcached.plan.planner import Key, Trouble
+from rkcached.reconcile.observer import read_manifest
+from rkcached.sources.manifest import EngineKind, Manifest, ModelConfig
+from rkcached.sources.reader import SourceReader
+from rkcached.store.sidecar import Sidecar
+
+NO_NPU: Final = (
+    "no Rockchip NPU here: the RKLLM engine cannot run; `engine: {kind: llamacpp}` works here, "
+    "and so do check, plan, explain, inspect and every other command"
+)
+_LETTERS_PER_TOKEN: Final = 4
+"""Of English text, roughly; other languages have fewer."""
+_BYTES_PER_VALUE: Final = 2
+"""llama.cpp keeps keys and values in 16 bits each."""
+
+_BY_ITSELF: Final = ("engine", "prompts", "disk", "NPU devices")
+"""Besides the models: what depends on who looks."""
+_CHILD_S: Final = 60.0
+
+_TOOLKIT: Final = re.compile(rb"rkllm-toolkit version: ([0-9][0-9A-Za-z.]{0,31})")
+_TAIL_BYTES: Final = 64 << 10
+
+
+_STYLE: Final = {Outcome.OK: "green", Outcome.WARN: "yellow", Outcome.FAIL: "red", Outcome.SKIP: "dim"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Report:
+    npu: bool
+    """Whether this machine has a Rockchip NPU, by its SoC or its device nodes."""
+    checks: tuple[Check, ...]
+
+    @property
+    def failed(self) -> bool:
+        return any(check.outcome is Outcome.FAIL for check in self.checks)
+
+
+def examine(manifest_file: Path | None, cache_dir: Path, *, root: Path = Path("/")) -> Report:
+    """Every check that applies. Blocking; never raises for what it finds. Without a manifest: the board alone."""
+    manifest, about_manifest = _read_manifest(manifest_file)
+    board = Board(root, uses_rkllm=manifest.engine.kind is EngineKind.RKLLM if manifest else None)
+    checks = [about_manifest, board.soc(), board.library(manifest), board.devices(), board.driver()]
+    checks += [board.npu_clock(), board.ddr_clock(), board.cpu_clock()]
+    if manifest is not None:
+        found = _look_at(manifest)
+        checks += _engine(manifest)
+        checks += _models(manifest, board.runtime_version, found)
+        checks += [_prompts(found), board.memory(manifest), _disk(manifest, found.sources, cache_dir)]
+    return Report(npu=board.has_npu, checks=tuple(checks))
+
+
+def as_service(report: Report, settings: Settings) -> Report:
+    """For root, where the manifest is the installed unit's: what the daemon may see and open, it finds itself."""
+    found = unit.installed()
+    if os.geteuid() != 0 or found is None or not found.uses(manifest=settings.manifest):
+        return report
+    words = ["doctor", "--json", f"--manifest={settings.manifest}", f"--cache-dir={settings.cache_dir}"]
+    try:
+        said = subprocess.run(
+            found.command(words),
+            env={**isolated.environment(), unit.MARK: str(found.pid)},
+            capture_output=True,
+            text=True,
+            timeout=_CHILD_S,
+            check=False,
+        ).stdout
+        its = {one["name"]: Check(**{**one, "outcome": Outcome(one["outcome"])}) for one in json.loads(said)["checks"]}
+    except (OSError, ValueError, KeyError, TypeError, subprocess.SubprocessError):
+        return report
+    checks = [
+        its.get(own.name, own) if own.name in _BY_ITSELF or own.name.startswith("model ") else own
+        for own in report.checks
+    ]
+    return Report(npu=report.npu, checks=tuple(checks))
+
+
+def report_data(report: Report) -> dict[str, Any]:
+    """The report as `rkcached doctor --json` prints it."""
+    return {
+        "ready": not report.failed,
+        "npu": report.npu,
+        "checks": [
+            {"name": c.name, "outcome": c.outcome.value, "finding": c.finding, "next_step": c.next_step}
+            for c in report.checks
+        ],
+    }
+
+
+def print_report(console: Console, report: Report) -> None:
+    if not report.npu:
+        console.print(Text(NO_NPU, style="bold"))
+    table = Table.grid(padding=(0, 2))
+    table.add_column(no_wrap=True)
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    for check in report.checks:
+        said = Text(check.finding, style="dim" if check.outcome is Outcome.SKIP else "")
+        if check.next_step:
+            said.append(f"\n{check.next_step}", style="dim")
+        table.add_row(Text(check.outcome.value, style=_STYLE[check.outcome]), check.name, said)
+    console.print(table)
+    counts = Counter(check.outcome for check in report.checks)
+    words = {Outcome.OK: "ok", Outcome.WARN: "to look at", Outcome.FAIL: "failed", Outcome.SKIP: "skipped"}
+    summary = ", ".join(f"{counts[outcome]} {word}" for outcome, word in words.items() if counts[outcome])
+    console.print(Text(summary, style="bold"))
+
+
+def _read_manifest(file: Path | None) -> tuple[Manifest | None, Check]:
+    if file is None:
+        finding = "no manifest, so only the board is examined"
+        return None, Check(name="manifest", outcome=Outcome.SKIP, finding=finding, next_step="name one with --manifest")
+    try:
+        manifest = read_manifest(file)
+    except ManifestError as error:
+        finding = f"{error.message}; only the board is examined"
+        next_step = f"rkcached check --manifest {file}"
+        return None, Check(name="manifest", outcome=Outcome.FAIL, finding=finding, next_step=next_step)
+    models = "1 model" if len(manifest.models) == 1 else f"{len(manifest.models)} models"
+    finding = f"{file}: engine {manifest.engine.kind.value}, {models}"
+    return manifest, Check(name="manifest", outcome=Outcome.OK, finding=finding)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Found:
+    """What is wrong with the files that the manifest names, as the daemon sees them."""
+
+    models: Mapping[str, Trouble]
+    unlisted_models: Mapping[str, Trouble]
+    prompts: Mapping[Key, Trouble]
+    sources: Sources
+
+
+class _Unread(Digests):
+    """Opens a file, and does not read it."""
+
+    def _sha256(self, _: BufferedReader) -> str:
+        return ""
+
+
+def _look_at(manifest: Manifest) -> _Found:
+    """Without what is wrong with the engine, which is a check of its own."""
+    sources = SourceReader(_Unread()).scan(manifest)
+    runtime = sources.runtime
+    if isinstance(runtime, Trouble):
+        sources = replace(sources, runtime=RuntimeSource(version="", digest=""))
+    desired = Resolver(Renderer().compile).resolve(manifest, sources)
+    service = view_of(Settings(manifest=manifest.file).of_client(), manifest, sources).without(runtime)
+    return _Found(
+        models=service.models_in_trouble(manifest, desired),
+        unlisted_models={**sources.unlisted_models, **service.unlisted_models},
+        prompts=service.prompts_in_trouble(manifest, sources, desired),
+        sources=sources,
+    )
+
+
+def _engine(manifest: Manifest) -> Iterator[Check]:
+    """What is installed of an engine other than RKLLM, whose library is the board's."""
+    kind = manifest.engine.kind
+    if kind is EngineKind.RKLLM:
+        return
+    try:
+        runtime = ENGINES[kind].locate_runtime(manifest.engine)
+    except RkcachedError as error:
+        yield Check(name="engine", outcome=Outcome.FAIL, finding=error.message, next_step=error.hint)
+    else:
+        yield Check(name="engine", outcome=Outcome.OK, finding=f"{kind.value} {runtime.version}")
+
+
+def _prompts(found: _Found) -> Check:
+    troubles = [*found.unlisted_models.values(), *found.prompts.values()]
+    if not troubles:
+        finding = f"{_prompts_of(len(found.sources.prompts))}, all readable"
+        return Check(name="prompts", outcome=Outcome.OK, finding=finding)
+    more = f", and {len(troubles) - 1} more with such problems" if len(troubles) > 1 else ""
+    finding, next_step = troubles[0].message + more, troubles[0].hint or "`rkcached check` names its line"
+    return Check(name="prompts", outcome=Outcome.FAIL, finding=finding, next_step=next_step)
+
+
+def _models(manifest: Manifest, runtime_version: str | None, found: _Found) -> Iterator[Check]:
+    for model, config in manifest.models.items():
+        name, path = f"model {model}", config.path
+        size, trouble = size_of(path), found.models.get(model)
+        if trouble is not None:
+            yield Check(name=name, outcome=Outcome.FAIL, finding=trouble.message, next_step=trouble.hint)
+        elif size is None:
+            finding = f"{path} is not a file" if os.path.lexists(path) else f"{path} is missing"
+            next_step = "`rkcached check` names its line"
+            yield Check(name=name, outcome=Outcome.FAIL, finding=finding, next_step=next_step)
+        elif manifest.engine.kind is EngineKind.RKLLM:
+            yield _rkllm_model(name, path, size, runtime_version)
+        else:
+            yield _other_model(name, manifest, config)
+
+
+def _other_model(name: str, manifest: Manifest, config: ModelConfig) -> Check:
+    """The model of an engine other than RKLLM."""
+    try:
+        files = ENGINES[manifest.engine.kind].inspect_model(config.path, read_header).files
+    except SourceError as error:
+        return Check(name=name, outcome=Outcome.FAIL, finding=error.message, next_step=error.hint)
+    except OSError as error:
+        finding = f"{error.filename or config.path} cannot be read: {error.strerror}"
+        next_step = "check its permissions, and those of the directories above it"
+        return Check(name=name, outcome=Outcome.FAIL, finding=finding, next_step=next_step)
+
+    finding = f"{config.path}, {show.size(model_bytes(manifest, config))}"
+    if len(files) > 1:
+        finding += f" in {len(files)} files"
+    return Check(name=name, outcome=Outcome.OK, finding=finding)
+
+
+def _rkllm_model(name: str, path: Path, size: int, runtime_version: str | None) -> Check:
+    try:
+        with path.open("rb") as file:
+            file.seek(max(0, size - _TAIL_BYTES))
+            found = _TOOLKIT.findall(file.read(_TAIL_BYTES))
+    except OSError as error:
+        return Check(name=name, outcome=Outcome.FAIL, finding=f"{path} cannot be read: {error.strerror}")
+    shown = f"{path}, {show.size(size)}"
+    if not found:
+        finding = f"{shown}: it does not name the rkllm-toolkit that made it; not an RKLLM model?"
+        next_step = "the RKLLM engine loads .rkllm files only, which rkllm-toolkit makes on a PC"
+        return Check(name=name, outcome=Outcome.WARN, finding=finding, next_step=next_step)
+    toolkit = found[-1].decode().rstrip(".")
+    if runtime_version is None:
+        finding = f"{shown}, made by rkllm-toolkit {toolkit}; there is no runtime to compare it with"
+        return Check(name=name, outcome=Outcome.OK, finding=finding)
+    finding = f"{shown}, made by rkllm-toolkit {toolkit} for runtime {runtime_version}"
+    if order(toolkit) > order(runtime_version):
+        finding = f"{shown}: made by rkllm-toolkit {toolkit}, which is newer than the runtime, {runtime_version}"
+        next_step = f"install runtime {toolkit} or newer, or convert the model with toolkit {runtime_version}"
+        return Check(name=name, outcome=Outcome.FAIL, finding=finding, next_step=next_step)
+    return Check(name=name, outcome=Outcome.OK, finding=finding)
+
+
+def _disk(manifest: Manifest, sources: Sources, cache_dir: Path) -> Check:
+    free = _free_bytes(cache_dir)
+    used = sum(size_of(path) or 0 for path in cache_dir.glob("*/*_cache"))
+    finding = f"{show.size(free)} free at {cache_dir}, {show.size(used)} in the store; "
+    if manifest.cache.max_bytes:
+        wanted = int(manifest.cache.max_bytes)
+        finding += f"{show.size(wanted)} allowed by cache.max_bytes"
+    else:
+        wanted, words = _estimate(manifest, sources, cache_dir)
+        finding += words
+    if free + used < wanted:
+        next_step = "make room, name a larger disk with --cache-dir, or set cache.max_bytes"
+        return Check(name="disk", outcome=Outcome.WARN, finding=finding, next_step=next_step)
+    return Check(name="disk", outcome=Outcome.OK, finding=finding)
+
+
+def _estimate(manifest: Manifest, sources: Sources, cache_dir: Path) -> tuple[int, str]:
+    """The bytes that the prompts' caches will take, as far as that can be known, and in words."""
+    known_bytes = known = unknown = 0
+    for name, config in manifest.models.items():
+        texts = [
+            len(one.source.text.encode())
+            for key, one in sources.prompts.items()
+            if key.model == name and isinstance(one.source, PromptSource)
+        ]
+        rate = _bytes_per_letter(cache_dir / name)
+        if rate is None and manifest.engine.kind is EngineKind.LLAMACPP:
+            with contextlib.suppress(OSError):
+                rate = _by_header(read_header(config.path))
+        if rate is None:
+            unknown += len(texts)
+        else:
+            known += len(texts)
+            known_bytes += round(sum(texts) * rate)
+    said = [f"about {show.size(known_bytes)} needed by {_prompts_of(known)}"] if known else []
+    said += [f"what {_prompts_of(unknown)} will take is not known before one is built"] if unknown else []
+    return known_bytes, ", and ".join(said) or "no prompt needs space"
+
+
+def _bytes_per_letter(folder: Path) -> float | None:
+    """Of a model's prompt caches for each byte of text, by those that it has; None if it has none."""
+    size_bytes = text_bytes = 0
+    for path in folder.glob("*.json"):
+        with contextlib.suppress(OSError, msgspec.MsgspecError, KeyError, ValueError):
+            sidecar = msgspec.json.decode(path.read_bytes(), type=Sidecar)
+            letters = int(sidecar.components["prefix.bytes"])
+            size_bytes, text_bytes = size_bytes + sidecar.size_bytes, text_bytes + letters
+    return size_bytes / text_bytes if text_bytes else None
+
+
+def _by_header(header: Header | None) -> float | None:
+    """The same by what a GGUF file says of its layers; None if they are not all of one kind, or it does not say."""
+    integers = header.integers if header is not None else {}
+
+    def of(name: str) -> int:
+        return next((value for key, value in integers.items() if key.endswith(name)), 0)
+
+    heads, heads_kv = of(".attention.head_count"), of(".attention.head_count_kv")
+    if not heads or not heads_kv:
+        return None
+    width = of(".embedding_length") // heads
+    widths = (of(".attention.key_length") or width) + (of(".attention.value_length") or width)
+    return of(".block_count") * heads_kv * widths * _BYTES_PER_VALUE / _LETTERS_PER_TOKEN
+
+
+def _prompts_of(count: int) -> str:
+    return "1 prompt" if count == 1 else f"{count} prompts"
+
+
+def _free_bytes(folder: Path) -> int:
+    """Of the disk that `folder` is on, or will be on once it is made."""
+    for place in (folder, *folder.parents):
+        try:
+            disk = os.statvfs(place)
+        except OSError:
+            continue
+        return disk.f_bavail * disk.f_frsize
+    return 0

@@ -1,0 +1,75 @@
+"""`rkcached explain`: why a prompt cache is in its state, component by component."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.console import Console
+from rich.text import Text
+
+from rkcached.api.status import artifact_figures
+from rkcached.cli.status import show
+from rkcached.errors import SourceError
+from rkcached.plan.planner import Key
+from rkcached.reconcile.observer import Look
+
+
+def explain_data(look: Look, key: Key) -> dict[str, Any]:
+    """The explanation as data. Errors: SourceError for a prompt that nobody declares and the store does not have."""
+    assessment = next((a for a in look.assessments if a.key == key), None)
+    if assessment is None:
+        known = ", ".join(str(a.key) for a in look.assessments) or "none"
+        raise SourceError(f"there is no prompt {key}", hint=f"known: {known}")
+    wanted = look.desired.fingerprint(key)
+    artifact = look.inventory.artifacts.get(key)
+    return {
+        "model": key.model,
+        "prompt": key.prompt,
+        "state": assessment.state.value,
+        "reason": assessment.reason,
+        "hint": assessment.hint,
+        "description": assessment.description,
+        "changes": [{"component": c.component, "old": c.old, "new": c.new} for c in assessment.changes],
+        "action": show.action_data(assessment.action) if assessment.action else None,
+        "wanted": dict(wanted.components) if wanted else None,
+        "artifact": artifact_figures(artifact) if artifact else None,
+        "lines": [str(change) for change in assessment.changes],
+    }
+
+
+_NEXT = {
+    "build": "the daemon builds it at its next look",
+    "adopt": "the daemon adopts that prompt cache at its next look, without a prefill",
+    "retire": "the daemon retires it at its next look",
+}
+"""What follows, by action."""
+
+
+def print_explanation(console: Console, data: dict[str, Any]) -> None:
+    data = show.printable_all(data)
+    console.print(Text(f"{data['model']}/{data['prompt']}: {data['state']}", style="bold"))
+    if data["description"]:
+        console.print(Text(f"  {data['description']}", style="dim"))
+    if data["lines"]:
+        for line in data["lines"]:
+            console.print(Text(f"  {line}"))
+    elif data["reason"]:
+        console.print(Text(f"  {data['reason']}"))
+    if data["hint"]:
+        console.print(Text(f"  {data['hint']}", style="dim"))
+    artifact = data["artifact"]
+    if artifact:
+        built = show.when(artifact["built_at"])
+        console.print(Text(f"  built {built}: {artifact['tokens']} tokens, {show.size(artifact['size_bytes'])}"))
+        if artifact["verified"] != "off":
+            gain = "" if artifact["gain"] else "; no gain"
+            console.print(
+                Text(
+                    f"  time to first token {artifact['cold_ttft_ms']:.0f} ms cold, "
+                    f"{artifact['warm_ttft_ms']:.0f} ms warm{gain} (verified: {artifact['verified']})"
+                )
+            )
+    action = data["action"]["action"] if data["action"] else ""
+    if action in _NEXT:
+        console.print(Text(f"  {_NEXT[action]}"))
+    console.print(Text(f"  store {data['store']}", style="dim"), soft_wrap=True)

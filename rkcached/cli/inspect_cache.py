@@ -1,0 +1,326 @@
+"""`rkcached inspect`: what a prompt cache file is, and whether the sidecar beside it matches.
+
+Reads files from anywhere and believes nothing in them: each count is compared with the file's size before it is used,
+and nothing that could block is opened. The headers are written down here a second time, because the engines themselves
+may only be imported by a worker; a test compares them with files that the engines wrote.
+
+    llama.cpp  u32 'ggsq'        u32 version  u32 n  n i32 values                    state  (llama_state_seq_save_file)
+               of these values, the ids are all, or in its newer server: -1, 1, n_tokens, ids, and what is not text
+    RKLLM      u32 magic         u32 8        u32 n  n i32 ids                       state  (undocumented)
+    memory     8 bytes RKCMEMKV  u32 version  u64 n  n bytes, which are the tokens   8 bytes for each
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import stat
+import struct
+from array import array
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final, NoReturn
+
+import msgspec
+from rich.console import Console
+from rich.text import Text
+
+from rkcached.cli.status import show
+from rkcached.errors import FormatError, SourceError
+from rkcached.plan.planner import Key
+from rkcached.sources.problems import NAME
+from rkcached.store.sidecar import Sidecar, names_artifact, parse_sidecar
+
+UNKNOWN = "not a prompt cache that rkcached knows"
+
+_WORDS: Final = struct.Struct("<III")
+_MEMORY: Final = struct.Struct("<8sIQ")
+_MEMORY_MAGIC: Final = b"RKCMEMKV"
+_SEQUENCE_MAGIC: Final = 0x67677371  # "ggsq": llama.cpp, state of one sequence
+_SESSION_MAGIC: Final = 0x6767736E  # "ggsn": llama.cpp, a whole session; RKLLM 1.1, which descends from it
+_RKLLM_VERSION: Final = 8
+_MAX_TOKENS: Final = 1 << 22
+"""Beyond the context of any model, so that a damaged count is not read."""
+_MAX_ID: Final = 1 << 24
+_MAX_SIDECAR_BYTES: Final = 1 << 20
+_SHOWN_IDS: Final = 8
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Content:
+    """What the header of a prompt cache says."""
+
+    engine: str
+    form: str
+    tokens: array[int] | None
+    """None where they are packed in a way that is not known."""
+
+
+def inspect(path: Path) -> dict[str, Any]:
+    """What `path` is, or the artifact that it is the sidecar or the text of. Blocking; hashes the file.
+
+    `problem` is empty unless the file or its sidecar is damaged, or they do not belong together.
+    Errors: SourceError when it cannot be read; FormatError when it is no prompt cache, or one that was cut off.
+    """
+    fd, _ = _open(path)
+    os.close(fd)
+    record = _record_beside(path)
+    artifact = path
+    if isinstance(record, Sidecar) and path.name in {f"{record.prompt}.json", f"{record.prompt}.bin"}:
+        artifact = path.with_name(record.artifact)
+        if artifact != path and not os.path.lexists(artifact):
+            raise FormatError(
+                f"{path} belongs to {record.model}/{record.prompt}, whose prompt cache {record.artifact} is missing",
+                hint="it was not copied along, or not committed; the daemon builds it again",
+            )
+    elif path.suffix == ".json" and isinstance(record, str):
+        raise FormatError(f"{path} is {UNKNOWN}, nor the sidecar of one: {record}")
+    fd, size = _open(artifact)
+    try:
+        content = _read_content(artifact, fd, size)
+        ids = content.tokens
+        return {
+            "file": _shown(artifact),
+            "given": _shown(path),
+            "engine": content.engine,
+            "format": content.form,
+            "size_bytes": size,
+            "tokens": None if ids is None else _tokens_data(ids),
+            **_compare(artifact, fd, size, None if ids is None else len(ids), record),
+        }
+    finally:
+        os.close(fd)
+
+
+def _tokens_data(ids: array[int]) -> dict[str, Any]:
+    return {"count": len(ids), "first": list(ids[:_SHOWN_IDS]), "last": list(ids[-_SHOWN_IDS:])}
+
+
+def print_inspection(console: Console, data: dict[str, Any]) -> None:
+    tokens, sidecar = data["tokens"], data["sidecar"]
+    console.print(Text(f"{data['file']}: a prompt cache of {data['format']}", style="bold"))
+    count = f"{tokens['count']:,} tokens" if tokens else "an unknown number of tokens"
+    console.print(Text(f"  {count}, {show.size(data['size_bytes'])} ({data['size_bytes']:,} bytes)"))
+    if tokens:
+        rest = tokens["count"] - len(tokens["first"])
+        last = (
+            tokens["last"] if rest > _SHOWN_IDS else tokens["last"][_SHOWN_IDS - rest :]
+        )  # in short ones they overlap
+        between = ["..."] if rest > _SHOWN_IDS else []
+        ids = " ".join(map(str, [*tokens["first"], *between, *last]))
+        console.print(Text(f"  token ids {ids}", style="dim"))
+    if sidecar:
+        built = show.when(sidecar["built_at"])
+        console.print(Text(f"  artifact of {sidecar['model']}/{sidecar['prompt']}, built {built}"))
+        console.print(Text(f"  fingerprint {sidecar['fingerprint']}", style="dim"))
+    if data["problem"]:
+        console.print(Text(f"  {data['problem']}", style="red"))
+    elif sidecar:
+        console.print(Text("  matches its sidecar: size, SHA-256, number of tokens", style="green"))
+    else:
+        console.print(Text("  no sidecar beside it: it belongs to no artifact"))
+
+
+def _open(path: Path) -> tuple[int, int]:
+    """Descriptor and size of a regular file. Errors: SourceError."""
+    try:
+        if not stat.S_ISREG(kind := path.stat().st_mode):  # opening a pipe would wait for its writer
+            what = "a directory" if stat.S_ISDIR(kind) else "not a regular file"
+            raise SourceError(f"{path} is {what}", hint="name a prompt cache, its sidecar or its text")
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        return fd, os.fstat(fd).st_size
+    except FileNotFoundError as error:
+        raise SourceError(f"there is no file {path}", hint="`rkcached plan` lists what is declared") from error
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "no file can have this name"
+        hint = "artifacts are private: ask as the daemon's user" if _is_refusal(error) else ""
+        raise SourceError(f"{path} cannot be read: {reason}", hint=hint) from error
+
+
+def _shown(path: Path) -> str:
+    """The path as text that any terminal and JSON can take: a name need not be UTF-8."""
+    return os.fsencode(path).decode(errors="replace")
+
+
+def _is_refusal(error: Exception) -> bool:
+    return isinstance(error, OSError) and error.errno in {errno.EACCES, errno.EPERM}
+
+
+def _read(fd: int, length: int, offset: int = 0) -> bytes:
+    """Up to `length` bytes; fewer where the file ends. Errors: SourceError when the disk refuses."""
+    data = b""
+    try:
+        while len(data) < length and (piece := os.pread(fd, length - len(data), offset + len(data))):
+            data += piece
+    except OSError as error:
+        raise SourceError(f"reading failed: {error.strerror}", hint="see the kernel's log for the disk") from error
+    return data
+
+
+# The prompt cache
+
+
+def _read_content(path: Path, fd: int, size: int) -> _Content:
+    """Errors: FormatError, with what the file is instead."""
+    head = _read(fd, _MEMORY.size)
+    if not head:
+        raise FormatError(f"{path} is empty", hint="a prompt cache that was not written to its end")
+    if head.startswith(_MEMORY_MAGIC):
+        return _memory_content(path, fd, size, head)
+    return _llama_content(path, fd, size, head)
+
+
+def _llama_content(path: Path, fd: int, size: int, head: bytes) -> _Content:
+    """Files of llama.cpp, and those of RKLLM, which descends from it."""
+    if len(head) < _WORDS.size:
+        begins = head[:4] in {word.to_bytes(4, "little") for word in (_SEQUENCE_MAGIC, _SESSION_MAGIC)}
+        if begins or _MEMORY_MAGIC.startswith(head):
+            _truncated(path, size, "it ends within its header")
+        raise FormatError(f"{path} is {UNKNOWN}: it has {size} bytes, fewer than a header")
+    magic, version, count = _WORDS.unpack_from(head)
+    fits = count <= _MAX_TOKENS and _WORDS.size + 4 * count <= size
+    if magic == _SEQUENCE_MAGIC:
+        if not fits:
+            _truncated(path, size, f"its header says {count:,} tokens")
+        return _Content(
+            engine="llamacpp",
+            form=f"llama.cpp (sequence state, version {version})",
+            tokens=_unpacked(_ids(path, fd, size, count)),
+        )
+    if magic == _SESSION_MAGIC and version != _RKLLM_VERSION:
+        raise FormatError(
+            f"{path} is {UNKNOWN}: it is a session of llama.cpp, version {version}",
+            hint="rkcached keeps the state of single sequences, which begin with ggsq",
+        )
+    if magic == _SESSION_MAGIC and not fits:
+        _truncated(path, size, f"its header says {count:,} tokens")
+    if version == _RKLLM_VERSION and fits:
+        tokens = _ids(path, fd, size, count)
+        if count and all(0 <= token < _MAX_ID for token in tokens):
+            which = "1.1" if magic == _SESSION_MAGIC else f"with the architecture number {magic}"
+            return _Content(engine="rkllm", form=f"RKLLM {which}, as far as its header tells", tokens=tokens)
+    raise FormatError(
+        f"{path} is {UNKNOWN}", hint="known are the files of llama.cpp, of RKLLM, and of the memory engine"
+    )
+
+
+def _memory_content(path: Path, fd: int, size: int, head: bytes) -> _Content:
+    if len(head) < _MEMORY.size:
+        _truncated(path, size, "it ends within its header")
+    _, version, count = _MEMORY.unpack(head)
+    wanted = _MEMORY.size + 9 * count
+    if count > _MAX_TOKENS or size < wanted:
+        _truncated(path, size, f"its header says {count:,} tokens")
+    if size > wanted:
+        raise FormatError(f"{path} is damaged: {count:,} tokens take {wanted:,} bytes, it has {size:,}")
+    tokens = array("i", list(_read(fd, count, _MEMORY.size)))
+    return _Content(engine="memory", form=f"the memory engine (version {version})", tokens=tokens)
+
+
+def _ids(path: Path, fd: int, size: int, count: int) -> array[int]:
+    data = _read(fd, 4 * count, _WORDS.size)
+    if len(data) != 4 * count:
+        _truncated(path, size, "it ended while it was read")
+    return array("i", [token for (token,) in struct.iter_unpack("<i", data)])
+
+
+def _unpacked(values: array[int]) -> array[int] | None:
+    """The ids among the values that llama.cpp's server saves as tokens (seen in xllamacpp 2026.10)."""
+    if not values or values[0] != -1:
+        return values
+    if len(values) > 2 and values[1] == 1 and 0 <= values[2] <= len(values) - 3:
+        return values[3 : 3 + values[2]]
+    return None
+
+
+def _truncated(path: Path, size: int, why: str) -> NoReturn:
+    raise FormatError(
+        f"{path} is a truncated prompt cache of {size:,} bytes: {why}", hint="copy it again, or let the daemon build it"
+    )
+
+
+# The sidecar
+
+
+def _record_beside(path: Path) -> Sidecar | str | None:
+    """The sidecar of a file's artifact, why it is none, or None when nothing lies there."""
+    place = path.with_suffix(".json") if path.suffix else path.with_name(f"{path.name}.json")
+    if not os.path.lexists(place):
+        return None
+    try:
+        fd, size = _open(place)
+    except SourceError as error:
+        return f"the sidecar cannot be used: {error.message}"
+    try:
+        if size > _MAX_SIDECAR_BYTES:
+            return f"{place.name} is too large to be a sidecar"
+        data = _read(fd, size)
+    finally:
+        os.close(fd)
+    try:
+        claimed = msgspec.json.decode(data, type=Sidecar)
+    except (ValueError, RecursionError):
+        return f"{place.name} is no sidecar, or a damaged one"
+    # Away from the store, the folder's name is not the model's: it is checked against itself.
+    parsed = parse_sidecar(data, Key(claimed.model, claimed.prompt))
+    if isinstance(parsed, Sidecar) and not (NAME.fullmatch(parsed.prompt) and parsed.prompt == place.stem):
+        return f"{place.name} belongs to {parsed.model}/{parsed.prompt}, under another name"
+    return parsed
+
+
+def _compare(artifact: Path, fd: int, size: int, tokens: int | None, record: Sidecar | str | None) -> dict[str, Any]:
+    if not isinstance(record, Sidecar):
+        return {"sidecar": None, "problem": record or ""}
+    if artifact.name != record.artifact:
+        why = f"the sidecar beside it is that of {record.artifact}"
+        if names_artifact(artifact.name, record.prompt):
+            why += ", so it is a leftover"
+        return {"sidecar": None, "problem": why}
+    sha256 = _sha256(fd) if size == record.size_bytes else ""
+    problems = []
+    if size != record.size_bytes:
+        problems.append(f"it has {size:,} bytes, its sidecar says {record.size_bytes:,}")
+    elif sha256 != record.sha256:
+        problems.append("it does not have the SHA-256 of its sidecar")
+    if tokens is not None and tokens != record.tokens:
+        problems.append(f"it has {tokens:,} tokens, its sidecar says {record.tokens:,}")
+    text = artifact.with_name(f"{record.prompt}.bin")
+    text_matches = _has_digest(text, record.text_sha256) if os.path.lexists(text) else None
+    if text_matches is False:
+        problems.append(f"{text.name} does not have the SHA-256 of its sidecar")
+    return {
+        "sidecar": {
+            "file": _shown(artifact.with_name(f"{record.prompt}.json")),
+            "model": record.model,
+            "prompt": record.prompt,
+            "fingerprint": record.fingerprint,
+            "built_at": record.built_at,
+            "matches": {
+                "size": size == record.size_bytes,
+                "sha256": sha256 == record.sha256,
+                "tokens": None if tokens is None else tokens == record.tokens,
+                "text": text_matches,
+            },
+        },
+        "problem": "; ".join(problems),
+    }
+
+
+def _has_digest(path: Path, sha256: str) -> bool:
+    try:
+        fd, _ = _open(path)
+    except SourceError:
+        return False
+    try:
+        return _sha256(fd) == sha256
+    finally:
+        os.close(fd)
+
+
+def _sha256(fd: int) -> str:
+    hasher, offset = hashlib.sha256(), 0
+    while piece := _read(fd, 1 << 20, offset):
+        hasher.update(piece)
+        offset += len(piece)
+    return hasher.hexdigest()

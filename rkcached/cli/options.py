@@ -1,0 +1,111 @@
+"""Options of the command line that several commands share, and how the places they name become settings."""
+
+from __future__ import annotations
+
+import functools
+import gc
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from rkcached.errors import SettingsError
+
+PATH = click.Path(path_type=Path)
+
+FLAGS = {
+    "manifest": click.option(
+        "--manifest",
+        "-m",
+        type=PATH,
+        metavar="FILE",
+        help="The YAML manifest; default: manifest.yaml here if it exists, else /etc/rkcached/manifest.yaml. "
+        "[RKCACHED_MANIFEST]",
+    ),
+    "cache_dir": click.option(
+        "--cache-dir",
+        type=PATH,
+        metavar="DIR",
+        help="The store; default: cache in the current folder; with the manifest /etc/rkcached/manifest.yaml it is "
+        "/var/cache/rkcached. [RKCACHED_CACHE_DIR]",
+    ),
+    "state_dir": click.option(
+        "--state-dir",
+        type=PATH,
+        metavar="DIR",
+        help="Texts that clients stored; default: state beside the store; beside /var/cache/rkcached it is "
+        "/var/lib/rkcached. [RKCACHED_STATE_DIR]",
+    ),
+    "admin_socket": click.option(
+        "--admin-socket",
+        type=PATH,
+        metavar="PATH",
+        help="The socket for changes; default: admin.sock beside the other. [RKCACHED_ADMIN_SOCKET]",
+    ),
+    "socket": click.option(
+        "--socket",
+        "-s",
+        type=PATH,
+        metavar="PATH",
+        help="The Unix socket; default: rkcached.sock in $XDG_RUNTIME_DIR; in /run/rkcached if that is not set, or if "
+        "only the system's daemon has a socket. [RKCACHED_SOCKET]",
+    ),
+}
+
+as_json = click.option("--json", "want_json", is_flag=True, help="Print JSON.")
+
+
+def _bad_setting(error: ValueError) -> SettingsError:
+    """The validation library's first complaint, as one sentence."""
+    details: list[Any] = getattr(error, "errors", list)()
+    first = details[0] if details else {"loc": ("setting",), "msg": str(error)}
+    name = str(first["loc"][0])
+    return SettingsError(
+        f"{name.replace('_', '-')}: {first['msg']}", hint=f"correct RKCACHED_{name.upper()}, or the flag of that name"
+    )
+
+
+def _words(its: dict[str, Path], others: dict[str, Any]) -> list[str]:
+    """The command's own line again, with these places."""
+    context = click.get_current_context()
+    words = [str(context.info_name), *(f"--{name.replace('_', '-')}={path}" for name, path in its.items())]
+    words += [
+        option.opts[0] for option in context.command.params if option.name in others and others[option.name] is True
+    ]
+    arguments = [others[one.name] for one in context.command.params if isinstance(one, click.Argument)]
+    return [*words, "--", *(word for one in arguments for word in ([one] if isinstance(one, str) else one))]
+
+
+def places(
+    *names: str, listens: bool = False, as_service: bool = False
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a command the flags for these places, and their values as `settings`.
+
+    `as_service`: where they are those of the installed unit, root runs the command with the daemon's eyes.
+    """
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        @functools.wraps(command)
+        def with_settings(**kwargs: Any) -> None:
+            if listens:  # all that a daemon imports stays: looking for garbage in it takes a tenth of its start
+                gc.disable()
+            from rkcached.host.settings import Settings
+
+            given = {name: kwargs.pop(name) for name in names}
+            try:
+                settings = Settings(**{k: v for k, v in given.items() if v is not None})
+            except ValueError as error:
+                raise _bad_setting(error) from None
+            if as_service:
+                from rkcached.host import unit
+
+                its = {name: getattr(settings, name) for name in names}
+                unit.become_it(_words(its, kwargs), **its)
+            command(settings=settings if listens else settings.of_client(), **kwargs)
+
+        for name in reversed(names):
+            with_settings = FLAGS[name](with_settings)
+        return with_settings
+
+    return decorate

@@ -1,0 +1,70 @@
+"""`rkcached regenerate`: build prompt caches anew through the daemon, with a progress line at a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.status import Status
+
+from rkcached.cli.client import Client
+from rkcached.cli.status import show
+from rkcached.errors import RequestError
+
+_REFRESH_S = 0.25
+
+
+def declared_prompts(socket: Path) -> list[tuple[str, str]]:
+    """Every prompt that the daemon's manifest declares, in its order. Errors: DaemonUnreachable."""
+    with Client(socket) as client:
+        return [(p["model"], p["prompt"]) for p in client.status()["prompts"] if p["state"] != "orphan"]
+
+
+def regenerate(
+    socket: Path, admin_socket: Path, wanted: Sequence[tuple[str, str]], console: Console
+) -> tuple[list[dict[str, Any]], list[RequestError]]:
+    """Build each; returns the daemon's answers and its refusals, which do not stop the others.
+
+    Errors: DaemonUnreachable.
+    """
+    answers, refusals = [], []
+    with ThreadPoolExecutor(1) as pool:
+        for number, (model, prompt) in enumerate(wanted, 1):
+            name = f"[{number}/{len(wanted)}] {model}/{prompt}"
+            future = pool.submit(_one, admin_socket, model, prompt)
+            if console.is_terminal:
+                with console.status(_escaped(name)) as line:
+                    _follow(socket, future, line, name, (model, prompt))
+            try:
+                answer = future.result()
+            except RequestError as error:
+                console.print(f"{name} failed", markup=False)
+                refusals.append(error)
+                continue
+            seconds = answer["build_ms"] / 1000
+            size = show.size(answer["size_bytes"])
+            console.print(f"{name} {answer['tokens']} tokens, {size} in {seconds:.1f} s", markup=False)
+            answers.append(answer)
+    return answers, refusals
+
+
+def _one(socket: Path, model: str, prompt: str) -> dict[str, Any]:
+    with Client(socket) as client:
+        return client.regenerate(model, prompt)
+
+
+def _follow(socket: Path, future: Future[dict[str, Any]], line: Status, name: str, key: tuple[str, str]) -> None:
+    """Show how far the daemon is, until the build is over."""
+    while not wait([future], timeout=_REFRESH_S).done:
+        with Client(socket) as client:
+            prompts = client.status()["prompts"]
+        progress = next((p.get("progress") for p in prompts if (p["model"], p["prompt"]) == key), None)
+        if progress and progress["total_tokens"]:
+            line.update(_escaped(f"{name} {progress['done_tokens']} of {progress['total_tokens']} tokens"))
+
+
+def _escaped(text: str) -> str:
+    return text.replace("[", r"\[")

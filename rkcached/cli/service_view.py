@@ -1,0 +1,209 @@
+"""What the daemon sees, put over what the caller of a command sees.
+
+Who runs `check` may read more than the daemon, or less. Root looks with its eyes from the start (see `unit.become_it`).
+For others the word of a running daemon counts; where none runs, what its unit would hide.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Final
+
+from rkcached.errors import RkcachedError
+from rkcached.host import places, unit
+from rkcached.host.access import hidden
+from rkcached.host.settings import Settings
+from rkcached.plan.desired import Desired, RuntimeSource, Sources
+from rkcached.plan.planner import Assessment, Blocked, Key, State, Trouble
+from rkcached.reconcile.observer import Look
+from rkcached.sources.manifest import Manifest
+
+AS_SERVICE: Final = "as the daemon sees it"
+AS_CALLER: Final = "as you see it; `sudo rkcached check` says what the service sees"
+_PATIENCE_S: Final = 5.0
+_IN_TROUBLE: Final = (State.BLOCKED, State.UNCACHEABLE, State.QUARANTINED)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Seen:
+    """A prompt as the daemon sees it: its state, and its trouble if there is one."""
+
+    state: str
+    trouble: Trouble | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServiceView:
+    """What is known of the daemon's view. Of what it does not name, the caller's own eyes tell."""
+
+    models: Mapping[str, Trouble | None] = field(default_factory=dict)
+    prompts: Mapping[Key, Seen] = field(default_factory=dict)
+    unlisted_models: Mapping[str, Trouble] = field(default_factory=dict)
+    whose: str = ""
+    """With whose eyes that is, for a summary; empty where there is no service."""
+
+    def without(self, runtime: RuntimeSource | Trouble) -> ServiceView:
+        """Without what is wrong with the engine itself, which is no trouble of a model's or prompt's own."""
+
+        def of_engine(trouble: Trouble | None) -> bool:
+            return trouble is not None and str(trouble) == str(runtime)
+
+        models = {name: None if of_engine(trouble) else trouble for name, trouble in self.models.items()}
+        prompts = {key: seen for key, seen in self.prompts.items() if not of_engine(seen.trouble)}
+        return replace(self, models=models, prompts=prompts)
+
+    def models_in_trouble(self, manifest: Manifest, desired: Desired) -> dict[str, Trouble]:
+        found = {}
+        for name, model in desired.models.items():
+            trouble = model if isinstance(model, Trouble) else None
+            if name in self.models:
+                trouble = _of_both(trouble, self.models[name], [manifest.models[name].path])
+            if trouble is not None:
+                found[name] = trouble
+        return found
+
+    def prompts_in_trouble(self, manifest: Manifest, sources: Sources, desired: Desired) -> dict[Key, Trouble]:
+        """What is wrong with a model is said once, for the model; a prompt may have a trouble of its own besides."""
+        models, found = self.models_in_trouble(manifest, desired), {}
+        for key, prompt in desired.prompts.items():
+            declared = sources.prompts[key]
+            own = declared.source if isinstance(desired.models[key.model], Trouble) else prompt.trouble
+            trouble = own if isinstance(own, Trouble) else None
+            if (seen := self.prompts.get(key)) is not None:
+                told = None if str(seen.trouble) == str(models.get(key.model)) else seen.trouble
+                trouble = _of_both(trouble, told, declared.files)
+            if trouble is not None:
+                found[key] = trouble
+        return found
+
+    def over(self, look: Look) -> Look:
+        """The look with the daemon's assessment where it says that nothing can be done, or the caller cannot know."""
+        return replace(look, assessments=tuple(self._assessment(own, look) for own in look.assessments))
+
+    def _assessment(self, own: Assessment, look: Look) -> Assessment:
+        seen = self.prompts.get(own.key)
+        if seen is None and (trouble := self.models.get(own.key.model)) is not None:
+            seen = Seen(state=State.BLOCKED, trouble=trouble)
+        if seen is None or seen.state not in set(State):
+            return own
+        if seen.trouble is not None:
+            reason, hint = seen.trouble.message, seen.trouble.hint
+            blocked = Blocked(key=own.key, reason=reason, hint=hint)
+            return replace(own, state=State(seen.state), reason=reason, hint=hint, changes=(), action=blocked)
+        declared, model = look.sources.prompts.get(own.key), look.manifest.models.get(own.key.model)
+        files = [*(declared.files if declared else ()), *([model.path] if model else ())]
+        if own.state is not State.BLOCKED or _may_read(files):
+            return own
+        return replace(own, state=State(seen.state), reason="", hint="", action=None)
+
+
+def _of_both(own: Trouble | None, told: Trouble | None, files: Iterable[Path | str]) -> Trouble | None:
+    """Of what the caller sees and what the daemon sees: his, where it sees the same, or he can know."""
+    if str(own) == str(told) or (told is None and _may_read(files)):
+        return own
+    return told
+
+
+def _may_read(files: Iterable[Path | str]) -> bool:
+    """Whether the caller may: what is wrong with their content he then sees as soon as the daemon, or sooner."""
+    for file in map(Path, files):
+        try:
+            file.stat()
+        except PermissionError:
+            return False
+        except OSError:
+            continue
+        if not os.access(file, os.R_OK, effective_ids=True):
+            return False
+    return True
+
+
+def view_of(settings: Settings, manifest: Manifest, sources: Sources, *, ask: bool = False) -> ServiceView:
+    """Asks the daemon, if one runs with this manifest; else the unit. Never fails: nobody may be there.
+
+    Who looks with its eyes, or has started it himself, needs to hear it only for what no eyes see, with `ask`: until
+    it has looked again, it speaks of what was.
+    """
+    seeing, found = os.environ.get(unit.MARK), unit.installed()
+    if found is not None and not found.uses(manifest=settings.manifest):
+        found = None
+    if found is None and not ask:
+        return ServiceView(whose=AS_SERVICE if seeing is not None else "")
+    if (socket := _socket(settings, found)) is not None:
+        status = _status(socket)
+        if status is not None and status["ready"] and status["manifest"]["file"] == str(settings.manifest):
+            return said_by(status)
+    return ServiceView() if found is None else hidden_by(found, manifest, sources)
+
+
+def said_by(status: Mapping[str, Any]) -> ServiceView:
+    """What a status tells."""
+    prompts = {}
+    for prompt in status["prompts"]:
+        troubled = prompt["state"] in _IN_TROUBLE
+        trouble = Trouble(message=prompt["reason"], hint=prompt["hint"]) if troubled else None
+        prompts[Key(prompt["model"], prompt["prompt"])] = Seen(state=prompt["state"], trouble=trouble)
+    # Of a model there is one text; its prompts have message and hint apart.
+    apart = {str(seen.trouble): seen.trouble for seen in prompts.values()}
+    models = {
+        model["name"]: apart.get(model["trouble"], Trouble(message=model["trouble"])) if model["trouble"] else None
+        for model in status["models"]
+    }
+    return ServiceView(models=models, prompts=prompts, whose=AS_SERVICE)
+
+
+def hidden_by(found: unit.Unit, manifest: Manifest, sources: Sources) -> ServiceView:
+    """What the unit would hide of that which the manifest names."""
+
+    def troubles(*paths: Path | str | None) -> Iterator[Trouble]:
+        for path in (one for one in paths if one is not None):
+            if place := found.hides(path):
+                words = hidden(place, Path(os.path.realpath(path)).parent)
+                yield Trouble(message=f"{path} cannot be read: {words.reason}", hint=words.hint)
+
+    models: dict[str, Trouble | None] = {}
+    unlisted: dict[str, Trouble] = {}
+    for name, model in manifest.models.items():
+        template = model.chat_template if model.chat_template.startswith("/") else None
+        for trouble in troubles(model.path, template, model.tokenizer, model.lora):
+            models.setdefault(name, trouble)
+        for pattern in model.prompts_from:
+            folder = Path(pattern).parent
+            if place := found.hides(folder):
+                words = hidden(place, Path(os.path.realpath(folder)))
+                message = f"{folder} cannot be listed: {words.reason}"
+                unlisted.setdefault(name, Trouble(message=message, hint=words.hint))
+    prompts = {
+        key: Seen(state=State.BLOCKED, trouble=trouble)
+        for key, declared in sources.prompts.items()
+        for trouble in troubles(*declared.files)
+    }
+    return ServiceView(models=models, prompts=prompts, unlisted_models=unlisted, whose=AS_CALLER)
+
+
+def _blocked(own: Assessment) -> bool:
+    return own.state is State.BLOCKED
+
+
+def _socket(settings: Settings, found: unit.Unit | None) -> Path | None:
+    """Where to ask; None where asking would start the daemon, or there is none."""
+    system = Path(os.environ.get("RKCACHED_SOCKET") or places.SYSTEM_RUNTIME / places.SOCKET_NAME)
+    if found is not None:
+        return system if found.pid else None
+    if (pid := os.environ.get(unit.MARK)) is not None:
+        return system if pid != "0" else None
+    own = settings.socket
+    return own if own.parent != places.SYSTEM_RUNTIME and own.exists() else None
+
+
+def _status(socket: Path) -> dict[str, Any] | None:
+    from rkcached.cli.client import Client  # noqa: PLC0415 - an HTTP library takes 80 ms, and often nobody is there
+
+    try:
+        with Client(socket, patience_s=_PATIENCE_S) as client:
+            return client.status()
+    except RkcachedError:
+        return None

@@ -1,0 +1,383 @@
+"""Tables and lines that a person likes to read, from the same data that --json prints."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import statistics
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, assert_never
+
+from rich.cells import cell_len
+from rich.console import Console, OverflowMethod
+from rich.table import Table
+from rich.text import Text
+
+from rkcached.errors import printable
+from rkcached.plan.planner import Action, Adopt, Assessment, Blocked, Build, Remove, Retire, State, urgency
+
+WIDE = 110
+"""Columns from which the table has room for notes; on a narrower terminal they follow it."""
+
+_NAME_WIDTH = 24
+"""What a name keeps before figures have room; less where no name is so long."""
+
+_FIGURES = ("cold", "warm", "hits", "tokens", "size")
+"""The columns of figures. The last ones give way first."""
+
+_LONG_S = 2.0
+"""From here on it is said how long a worker has been at it."""
+
+_NAMED = 3
+"""So many retired prompt caches are named."""
+
+REJECTED = "manifest rejected, the last good one is in force"
+
+_STATE_STYLE = {
+    "fresh": "green",
+    "building": "cyan",
+    "missing": "cyan",
+    "stale": "yellow",
+    "uncached": "dim",
+    "orphan": "dim",
+}
+
+
+def action_data(action: Action) -> dict[str, Any]:
+    """An action as `rkcached plan --json` prints it."""
+    data: dict[str, Any] = {"model": action.key.model, "prompt": action.key.prompt, "reason": action.reason}
+    match action:
+        case Build():
+            return {"action": "build", **data, "fingerprint": action.fingerprint.digest}
+        case Adopt():
+            source = None if action.source is None else str(action.source)
+            return {"action": "adopt", **data, "fingerprint": action.fingerprint.digest, "source": source}
+        case Retire():
+            return {"action": "retire", **data}
+        case Remove():
+            return {"action": "remove", **data, "retired": action.retired or None}
+        case Blocked():
+            return {"action": "blocked", **data, "hint": action.hint, "retry_at": action.retry_at or None}
+        case _:
+            assert_never(action)
+
+
+def print_plan(console: Console, actions: Sequence[Action], assessments: Sequence[Assessment], store: Path) -> None:
+    signs = {
+        "build": ("+", "green"),
+        "adopt": ("=", "green"),
+        "retire": ("~", "dim"),
+        "remove": ("-", "red"),
+        "blocked": ("!", "yellow"),
+    }
+    table = Table.grid(padding=(0, 2))
+    for action in actions:
+        data = action_data(action)
+        sign, style = signs[data["action"]]
+        reason = Text(printable(data["reason"]))
+        if data.get("hint"):
+            reason.append(f"\n{printable(data['hint'])}", style="dim")
+        table.add_row(Text(f"{sign} {data['action']}", style=style), Text(printable(str(action.key))), reason)
+    if actions:
+        console.print(table)
+    counts = Counter(data["action"] for data in map(action_data, actions))
+    fresh = sum(assessment.state is State.FRESH for assessment in assessments)
+    words = [f"{counts[name]} to {name}" for name in ("build", "adopt", "retire", "remove") if counts[name]]
+    words += [f"{counts['blocked']} blocked"] if counts["blocked"] else []
+    summary = ", ".join([*(words or ["nothing to do"]), f"{fresh} fresh"])
+    console.print(Text(printable(f"{summary}; store {store}")), soft_wrap=True)
+
+
+def skipped_files_line(files: Sequence[str]) -> str:
+    """One line on the files of a prompts_from folder whose names cannot be a prompt's."""
+    count = "1 file is" if len(files) == 1 else f"{len(files)} files are"
+    names = ", ".join(files[:3]) + (", ..." if len(files) > 3 else "")
+    return f"{count} skipped: a prompt's name has only a-z 0-9 . _ - and begins with a letter or digit: {names}"
+
+
+def print_status(console: Console, status: dict[str, Any], *, stays: bool = False) -> None:
+    """The status as it is now. `stays`: it is read later, too, so it tells nothing that changes by itself."""
+    status = shown(status)
+    prompts, wide = urgent_first(status["prompts"]), console.width >= WIDE
+    for line in (*troubles(status), *_heading(status, stays=stays)):
+        console.print(line)
+    if retired := retired_line(status):
+        console.print(Text(retired, style="dim"))
+    if not prompts:
+        console.print(no_prompts(status))
+        return
+    console.print(prompt_table(prompts, console.width, notes=wide))
+    for who, note in () if wide else notes_of(prompts, Counter(map(note_of, prompts)), note_of):
+        console.print(Text(f"{who}: {note}", style="dim"))
+
+
+def no_prompts(status: dict[str, Any]) -> Text:
+    if status["ready"]:
+        return Text("no prompts are declared", style="dim")
+    return Text("models and prompts are shown when every file has been read", style="dim")
+
+
+def is_declared(prompt: dict[str, Any]) -> bool:
+    """Whether the manifest declares it, and not only the store has it."""
+    return prompt["state"] not in ("orphan", "retired")
+
+
+def all_fresh(status: dict[str, Any]) -> bool:
+    """Whether the daemon knows what is declared, and all of it is fresh."""
+    prompts = filter(is_declared, status["prompts"])
+    troubled = any(model["trouble"] for model in status["models"])
+    known = status["ready"] and status["manifest"]["ok"] and not troubled
+    return known and all(prompt["state"] == "fresh" for prompt in prompts)
+
+
+def urgent_first(prompts: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """In the order for people: what needs somebody comes first. --json keeps the manifest's order."""
+    return sorted(prompts, key=lambda prompt: urgency(prompt["state"]))
+
+
+def shown(status: dict[str, Any]) -> dict[str, Any]:
+    """The status for a person's eyes. No text in it can command a terminal, or turn the direction of a line.
+
+    A worker that a build is about to start is not "stopped": the daemon tells of the build first.
+    """
+    found: dict[str, Any] = printable_all({**status, "prompts": []})
+    found["prompts"] = list(map(shown_prompt, status["prompts"]))
+    building = found.get("building")
+    for model in found["models"]:
+        if model["worker"] == "stopped" and building and model["name"] == building["model"]:
+            model["worker"] = "about to start"
+    return found
+
+
+def shown_prompt(prompt: dict[str, Any]) -> dict[str, Any]:
+    """Its words, of which figures have none; quick, as there may be thousands."""
+    found = {name: printable(value) if isinstance(value, str) else value for name, value in prompt.items()}
+    found["description"] = printable(" ".join(prompt["description"].split()))
+    return found
+
+
+def json_text(data: Any, *, indent: int | None = None) -> str:
+    """JSON with letters as they are, but escapes for those that a terminal would obey."""
+    text = json.dumps(data, ensure_ascii=False, indent=indent)
+    if text.isprintable():
+        return text
+    return "".join(letter if letter.isprintable() or letter == "\n" else json.dumps(letter)[1:-1] for letter in text)
+
+
+def printable_all(data: Any) -> Any:
+    """JSON data, its texts as `printable` gives them."""
+    if isinstance(data, str):
+        return printable(data)
+    if isinstance(data, dict):
+        return {key: printable_all(value) for key, value in data.items()}
+    return [printable_all(value) for value in data] if isinstance(data, list) else data
+
+
+def prompt_table(
+    prompts: Sequence[dict[str, Any]], width: int, *, notes: bool, overflow: OverflowMethod = "fold"
+) -> Table:
+    """Name and state, and the figures for which `width` has room beside them."""
+    rows, one_line = [_row(prompt) for prompt in prompts], overflow != "fold"
+    figures = _that_fit(rows, width)
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    # On a narrow terminal names and notes give way, as these columns may wrap; figures do not.
+    table.add_column("prompt", min_width=min(_NAME_WIDTH, max(cell_len(row["prompt"]) for row in rows)))
+    table.add_column("state", no_wrap=True)
+    for name in figures:
+        table.add_column(name, justify="right", no_wrap=True)
+    if notes:
+        table.add_column("note", style="dim")
+    for prompt, row in zip(prompts, rows, strict=True):
+        table.add_row(
+            Text(row["prompt"], overflow=overflow, no_wrap=one_line),
+            Text(row["state"], style=_STATE_STYLE.get(row["state"], "red")),
+            *(Text(row[name]) for name in figures),
+            *([Text(note_of(prompt), overflow=overflow, no_wrap=one_line)] if notes else []),
+        )
+    return table
+
+
+def _row(prompt: dict[str, Any]) -> dict[str, str]:
+    artifact = prompt.get("artifact") or {}
+    measured = artifact and artifact["verified"] != "off"
+    return {
+        "prompt": name_of(prompt),
+        "state": prompt["state"],
+        "tokens": str(artifact.get("tokens", "")),
+        "size": size(artifact["size_bytes"]) if artifact else "",
+        "cold": f"{artifact['cold_ttft_ms']:.0f} ms" if measured else "",
+        "warm": f"{artifact['warm_ttft_ms']:.0f} ms" if measured else "",
+        "hits": hits_of(prompt),
+    }
+
+
+def _that_fit(rows: Sequence[dict[str, str]], width: int) -> list[str]:
+    """The columns of figures beside names and states, as they stand in the table."""
+
+    def wide(name: str) -> int:
+        return max(len(name), *(cell_len(row[name]) for row in rows))
+
+    left = width - min(wide("prompt"), _NAME_WIDTH) - 2 - wide("state")
+    room = itertools.accumulate(2 + wide(name) for name in _FIGURES)
+    fitting = [name for name, needed in zip(_FIGURES, room, strict=True) if needed <= left]
+    return [name for name in ("tokens", "size", "cold", "warm", "hits") if name in fitting]
+
+
+def name_of(prompt: dict[str, Any]) -> str:
+    return f"{prompt['model']}/{prompt['prompt']}"
+
+
+def hits_of(prompt: dict[str, Any]) -> str:
+    """How often its cache helped; "-" if it was never loaded."""
+    hits, misses = prompt["hits"], prompt["misses"]
+    if not prompt["last_used"]:
+        return "-"
+    return f"{hits} of {hits + misses}" if misses else str(hits)
+
+
+def troubles(status: dict[str, Any]) -> Iterator[Text]:
+    """What is wrong with the daemon as a whole; a line for each."""
+    for problem in status["manifest"]["problems"]:
+        yield Text(f"{REJECTED}: {problem}", style="bold red")
+    if trouble := status["cache"]["trouble"]:
+        yield Text(f"the store cannot be read: {trouble}", style="bold red")
+    for notice in status["notices"]:
+        yield Text(notice, style="yellow")
+    if status["watching"] == "polling":
+        yield Text("polling instead of inotify: not everything can be watched, the log says why", style="yellow")
+    if files := status["manifest"].get("skipped_files"):
+        yield Text(skipped_files_line(files), style="dim")
+
+
+def _heading(status: dict[str, Any], *, stays: bool) -> Iterator[Text]:
+    yield daemon_line(status, age=since(status["started_at"]) if stays else f"up {duration(status['uptime_s'])}")
+    yield Text(summary_of(status), style="bold")
+    yield Text(f"engine {status['engine']}, cache {used_of(status)}, answers: {answers_of(status)}")
+    yield from map(model_line, status["models"])
+
+
+def retired_line(status: dict[str, Any]) -> str:
+    """Which prompt caches are kept though nobody declares them; empty if there are none."""
+    retired, count = status["retired"], status["cache"]["retired"]
+    if not retired:
+        return ""
+    named = ", ".join(dict.fromkeys(name_of(one) for one in retired[:_NAMED]))
+    more = f" and {count - _NAMED} more" if count > _NAMED else ""
+    until = when(min(one["kept_until"] for one in retired))
+    taken = size(status["cache"]["retired_bytes"])
+    return f"retired: {count} ({named}{more}), {taken}, kept until {until} or longer, if there is room"
+
+
+def daemon_line(status: dict[str, Any], *, age: str) -> Text:
+    return Text(f"rkcached {status['version']}, pid {status['pid']}, {age}")
+
+
+def summary_of(status: dict[str, Any]) -> str:
+    """The daemon's one line, without what `troubles` says."""
+    summary: str = status["summary"]
+    for problem in status["manifest"]["problems"][:1]:
+        summary = summary.removesuffix(f", manifest rejected: {problem}")
+    return summary.removesuffix(f", store not readable: {status['cache']['trouble']}")
+
+
+def answers_of(status: dict[str, Any]) -> str:
+    return ", ".join(f"{count} {state}" for state, count in status["answers"].items()) or "none yet"
+
+
+def medians_of(status: dict[str, Any]) -> str:
+    """Of the last times to first token, with and without a cache; empty where there are neither."""
+    recent = status["recent"]
+    kinds = {"cached": ("hit", "loaded"), "cold": ("cold",)}
+    by_kind = {kind: [one["ttft_ms"] for one in recent if one["state"] in states] for kind, states in kinds.items()}
+    medians = [f"{kind} {statistics.median(values):.0f} ms" for kind, values in by_kind.items() if values]
+    return f"medians: {', '.join(medians)}" if medians else ""
+
+
+def used_of(status: dict[str, Any]) -> str:
+    """What the store takes, of what it may, and what is left on the disk."""
+    cache = status["cache"]
+    limit = f" of {size(cache['max_bytes'])}" if cache["max_bytes"] else ""
+    kinds = {"orphan": "orphan", "retired": "retired", "foreign": "not the store's", "quarantine": "quarantine"}
+    taken = [(cache[f"{name}_bytes"], words) for name, words in kinds.items()]
+    shares = ", ".join(f"{size(size_bytes)} {words}" for size_bytes, words in taken if size_bytes)
+    free = "" if cache["free_bytes"] is None else f", disk has {size(cache['free_bytes'])} free"
+    return f"{size(cache['used_bytes'])}{limit}" + (f" ({shares})" if shares else "") + free
+
+
+def model_line(model: dict[str, Any]) -> Text:
+    return Text(f"model {model['name']}: {worker_of(model)}", style="red" if model["trouble"] else "")
+
+
+def worker_of(model: dict[str, Any]) -> str:
+    """What its worker does, since when if that is long, who waits for it, and what is wrong."""
+    note = model["trouble"] or model["last_failure"]
+    restarts = f", {model['restarts']} restarts" if model["restarts"] else ""
+    working = model["worker"] in ("busy", "starting") and model["state_s"] >= _LONG_S
+    since = f" for {duration(model['state_s'])}" if working else ""
+    waiting = f", {model['waiting']} waiting" if model["waiting"] else ""
+    return f"{model['worker']}{since}{waiting}{restarts}" + (f" ({note})" if note else "")
+
+
+def sparkline(values: Sequence[float], *, ascii_only: bool = False) -> str:
+    """A letter for each value, the higher the larger; the largest fills its line."""
+    steps = "_.:-=+*#" if ascii_only else "▁▂▃▄▅▆▇█"
+    top = max(values, default=0.0) or 1.0
+    return "".join(steps[min(int(value / top * len(steps)), len(steps) - 1)] for value in values)
+
+
+def reason_of(prompt: dict[str, Any]) -> str:
+    """Why it is in its state and what to do; empty where the state says it all: missing, and being built for that."""
+    parts = [prompt["reason"] if prompt["reason"] != "missing" else "", prompt["hint"]]
+    return "; ".join(part for part in parts if part)
+
+
+def note_of(prompt: dict[str, Any]) -> str:
+    """A build's progress; the reason of the state; where there is none, the description."""
+    progress, reason = prompt.get("progress"), reason_of(prompt)
+    if progress and progress["total_tokens"]:
+        return f"{progress['done_tokens']} of {progress['total_tokens']} tokens" + (f", {reason}" if reason else "")
+    return reason or str(prompt["description"])
+
+
+def notes_of(
+    prompts: Sequence[dict[str, Any]], counts: Mapping[str, int], note: Callable[[dict[str, Any]], str]
+) -> Iterator[tuple[str, str]]:
+    """Each note of these prompts once, and whose it is: a prompt's, or how many of all have it, as `counts` says."""
+    for text, prompt in {note(prompt): prompt for prompt in prompts}.items():
+        if text:
+            yield name_of(prompt) if counts[text] == 1 else f"{counts[text]} prompts", text
+
+
+def size(count: float | None) -> str:
+    """Bytes in decimal units, as `ls -h --si` shows them."""
+    value = float(count or 0)
+    for unit in ("B", "kB", "MB"):
+        if value < 1000:
+            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
+        value /= 1000
+    return f"{value:.2f} GB"
+
+
+def duration(seconds: float) -> str:
+    minutes, s = divmod(int(seconds), 60)
+    hours, m = divmod(minutes, 60)
+    days, h = divmod(hours, 24)
+    if days:
+        return f"{days} d {h} h"
+    if hours:
+        return f"{hours} h {m} min"
+    return f"{m} min {s} s" if minutes else f"{s} s"
+
+
+def when(unix_seconds: float) -> str:
+    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(unix_seconds))
+
+
+def since(unix_seconds: float) -> str:
+    """When it began: an hour and minute of today, or the day with them."""
+    then = time.localtime(unix_seconds)
+    today = then[:3] == time.localtime()[:3]
+    return time.strftime("since %H:%M" if today else "since %Y-%m-%d %H:%M", then)

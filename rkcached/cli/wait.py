@@ -1,0 +1,197 @@
+"""`rkcached wait`: return when prompt caches are fresh, or say why they never will be.
+
+A thread hears the daemon's events and tells the loop here, which asks for the status when the daemon is there
+and after each event that can matter. A daemon that is not there yet, or that goes, is waited for.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rkcached.cli.client import START_IT, Client, follow
+from rkcached.cli.status import show
+from rkcached.errors import (
+    DaemonUnreachable,
+    ManifestError,
+    NotAllowed,
+    NotFresh,
+    Problem,
+    RequestError,
+    RkcachedError,
+    SourceError,
+    StillWaiting,
+    printable,
+)
+
+_MATTERS = ("listening", "artifact", "build", "summary")
+"""Events after which a prompt may be in another state; the first says that the daemon is there."""
+
+_LASTING = ("blocked", "quarantined", "uncacheable", "uncached")
+"""States that stay until somebody changes something, unless there is a time for the next attempt."""
+
+_MOST_NAMES = 3
+
+_MORE_TIME = "give it more time with --timeout; `rkcached status` shows the progress"
+
+_Inbox = queue.SimpleQueue[str | RkcachedError]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Waited:
+    """How the waiting ended. Without errors all are fresh."""
+
+    waited_s: float
+    prompts: list[dict[str, Any]]
+    """Those that were asked for, as the status has them; empty where no daemon told of them."""
+    errors: tuple[RkcachedError, ...] = ()
+
+    @property
+    def exit_code(self) -> int:
+        return self.errors[0].exit_code if self.errors else os.EX_OK
+
+    def data(self) -> dict[str, Any]:
+        """As `--json` prints it."""
+        outcome = "fresh"
+        if self.errors:
+            outcome = "timeout" if isinstance(self.errors[0], StillWaiting) else "never"
+        return {
+            "outcome": outcome,
+            "waited_s": round(self.waited_s, 3),
+            "errors": [{"message": error.message, "hint": error.hint} for error in self.errors],
+            "prompts": self.prompts,
+        }
+
+
+def wait(socket: Path, names: Sequence[str], *, timeout_s: float, tell: Callable[[str], None]) -> Waited:
+    """Wait until the prompts that MODEL or MODEL/PROMPT name are fresh; without names, all that are declared.
+
+    `tell` is called with what is waited for, when that changed. Errors: SourceError for a name that is not
+    declared, ManifestError while the daemon's manifest is rejected, NotAllowed, RequestError.
+    """
+    started = time.monotonic()
+    inbox: _Inbox = queue.SimpleQueue()
+    threading.Thread(target=_listen, args=(socket, inbox), daemon=True).start()
+    looked = False
+    waits_for, hint = f"no daemon answers on {socket}", START_IT
+    prompts: list[dict[str, Any]] = []
+
+    while (left_s := started + timeout_s - time.monotonic()) > 0:
+        tell(waits_for)
+        heard = _last_heard(inbox, left_s)
+        if heard is None:
+            break
+        if isinstance(heard, NotAllowed | RequestError):
+            raise heard
+        if isinstance(heard, RkcachedError):
+            waits_for, hint = heard.message, heard.hint
+            continue
+
+        try:
+            # The files may have changed a moment ago: the daemon looks at them first.
+            status = _status(socket, look=not looked, patience_s=started + timeout_s - time.monotonic())
+        except DaemonUnreachable as error:
+            waits_for = error.message
+            continue
+        looked, hint = status["ready"], _MORE_TIME
+        if not looked:
+            waits_for = f"the daemon is {status['summary']}"
+            continue
+
+        _check_manifest(status)
+        prompts = _chosen(names, status)
+        waited_s = time.monotonic() - started
+        if lasting := [*_troubles(names, status), *filter(None, map(_never, prompts))]:
+            return Waited(waited_s=waited_s, prompts=prompts, errors=tuple(lasting))
+        waiting = [prompt for prompt in prompts if prompt["state"] != "fresh"]
+        if not waiting:
+            return Waited(waited_s=waited_s, prompts=prompts)
+        waits_for = f"{len(prompts) - len(waiting)} of {len(prompts)} fresh; {_sentence(waiting)}"
+
+    late = StillWaiting(f"time is up after {timeout_s:g} s: {waits_for}", hint=hint)
+    return Waited(waited_s=time.monotonic() - started, prompts=prompts, errors=(late,))
+
+
+def _listen(socket: Path, inbox: _Inbox) -> None:
+    for heard in follow(socket):
+        if isinstance(heard, RkcachedError) or heard in _MATTERS:
+            inbox.put(heard)
+
+
+def _last_heard(inbox: _Inbox, patience_s: float) -> str | RkcachedError | None:
+    """The last that was heard, as it says how things are now; None if there is nothing in time."""
+    heard = None
+    with contextlib.suppress(queue.Empty):
+        heard = inbox.get(timeout=patience_s)
+        while True:
+            heard = inbox.get_nowait()
+    return heard
+
+
+def _status(socket: Path, *, look: bool, patience_s: float) -> dict[str, Any]:
+    with Client(socket, patience_s=max(patience_s, 0.001)) as client:
+        return client.status(look=look)
+
+
+def _check_manifest(status: dict[str, Any]) -> None:
+    """Errors: ManifestError, as nobody knows then what is declared."""
+    problems = []
+    for told in status["manifest"]["problems"]:
+        place, _, message = told.partition(": ")
+        problems.append(Problem(file=place, line=0, message=message))
+    if problems:
+        raise ManifestError(tuple(problems))
+
+
+def _chosen(names: Sequence[str], status: dict[str, Any]) -> list[dict[str, Any]]:
+    """The declared prompts that are named, in the manifest's order. Errors: SourceError."""
+    declared = [prompt for prompt in status["prompts"] if show.is_declared(prompt)]
+    known = [model["name"] for model in status["models"]] + [show.name_of(prompt) for prompt in declared]
+    troubled = {model["name"] for model in status["models"] if model["trouble"]}
+    for name in names:
+        if name not in known and name.partition("/")[0] not in troubled:
+            hint = f"known: {', '.join(known) or 'none'}; with `rkcached reload` the daemon reads the manifest now"
+            raise SourceError(f"{name!r} is not declared", hint=hint)
+    return [one for one in declared if not names or one["model"] in names or show.name_of(one) in names]
+
+
+def _troubles(names: Sequence[str], status: dict[str, Any]) -> Iterator[NotFresh]:
+    """Of models that are meant and whose prompts do not tell: not all of them may be known."""
+    declared = [prompt for prompt in status["prompts"] if show.is_declared(prompt)]
+    for model in status["models"]:
+        own = [prompt for prompt in declared if prompt["model"] == model["name"]]
+        told = any(prompt["state"] in _LASTING for prompt in own)
+        unknown = {name for name in names if name.partition("/")[0] == model["name"]} - set(map(show.name_of, own))
+        if model["trouble"] and not told and (unknown or not names):
+            yield NotFresh(f"model {model['name']}: {model['trouble']}")
+
+
+def _never(prompt: dict[str, Any]) -> NotFresh | None:
+    """Why it will not become fresh by waiting; None if it may."""
+    if prompt["state"] not in _LASTING or prompt["retry_at"] is not None:
+        return None
+    return NotFresh(f"{show.name_of(prompt)} is {prompt['state']}: {prompt['reason']}", hint=prompt["hint"])
+
+
+def _sentence(waiting: Sequence[dict[str, Any]]) -> str:
+    """What each of them does, with the first few by name."""
+    told = [f"{show.name_of(prompt)} is {prompt['state']}{_more(prompt)}" for prompt in waiting[:_MOST_NAMES]]
+    if more := len(waiting) - len(told):
+        told.append(f"{more} more")
+    return printable(", ".join(told))
+
+
+def _more(prompt: dict[str, Any]) -> str:
+    progress = prompt.get("progress")
+    if progress and progress["total_tokens"]:
+        return f" ({progress['done_tokens']} of {progress['total_tokens']} tokens)"
+    if prompt["state"] == "blocked":
+        return f" and will be tried again ({prompt['reason']})"
+    return ""

@@ -1,0 +1,1 @@
+"""llama.cpp, through the xllamacpp package: any Linux machine, on its CPU."""

@@ -1,0 +1,322 @@
+"""llama.cpp on the CPU, through the server that xllamacpp embeds in this process.
+
+Runs go through `Server.handle_completions`, which calls back on the thread that started them. Saving, loading and
+erasing the KV state go through llama.cpp's own HTTP endpoints, on a Unix socket in the private scratch directory:
+a TCP port would be open to every local user, so an engine that finds itself listening on one closes at once.
+The server has one slot, hence one KV state. It takes file names without directories only; a symbolic link in the
+scratch directory leads to the file that is meant. A truncated file makes llama.cpp abort the process: callers check
+size and digest before `load`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import importlib
+import importlib.metadata
+import json
+import os
+import platform
+import socket
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+from rkcached.engines.base import (
+    Embedding,
+    EngineInfo,
+    FinishReason,
+    ModelSpec,
+    OnProgress,
+    OnToken,
+    RunStats,
+    Sampling,
+)
+from rkcached.engines.llamacpp.run import Grammar, Run
+from rkcached.errors import (
+    Aborted,
+    ArtifactLoadError,
+    ContextExceeded,
+    EngineError,
+    InputInvalid,
+    ModelLoadError,
+    Uncacheable,
+)
+
+# Prompt tokens per call into the model. A run can be stopped between two of them only, so a small one stops sooner.
+# A prompt of 1,179 tokens, SmolLM2-135M Q4_1 on two x86 cores, best of six, interleaved:
+#   n_batch    64    128    256    512
+#   seconds   7.1    6.5    5.6    5.9
+# A stopped run ends after one or two batches, as the server may begin one before it hears of the stop. 128 costs 16 %
+# of the best prefill, and halves the time that a request waits for a build to step aside (1.5 to 3.2 s with 256).
+_BATCH_TOKENS = 128
+
+# How often an OpenMP thread without work looks for some before it sleeps (libgomp). libgomp's own 300,000 take some
+# milliseconds of x86's slow `pause`, longer than the time between two batches: all cores then look busy, and a token
+# waits for the scheduler's next tick on its way to its reader. SmolLM2-135M, two EPYC cores at 250 Hz, prompt of 256
+# tokens in memory, medians of 40, 72 and 32 answers over 5, 9 and 4 launches: time to first token less the prefill is
+# 8.9 ms with 300,000, 4.7 ms with 3,000, 4.9 ms with 1,000. Prefill and decode of the bare engine did not change.
+# On ARM a spin is one cheap `yield`, so the same number is short already.
+_SPIN_COUNT = "3000"
+
+_GGUF_MAGIC = b"GGUF"
+_SOCKET_NAME = "llama.sock"
+_STATE_NAME = "state.bin"
+_SOCKET_PATH_MAX = 107  # sun_path holds 108 bytes, the last one is 0
+_IDLE_TIMEOUT_S = 60.0
+
+# Ours and llama.cpp's have the same names.
+_SAMPLING_FIELDS = ("temperature", "top_k", "top_p", "repeat_penalty", "frequency_penalty", "presence_penalty")
+
+
+class LlamaCppEngine:
+    """See `Engine` for what each method promises."""
+
+    def __init__(self, spec: ModelSpec) -> None:
+        library = _import_library()
+        _check_model_file(Path(spec.path))
+        self._scratch = Path(spec.scratch_dir)
+        self._socket = str(self._scratch / _SOCKET_NAME)
+        if len(os.fsencode(self._socket)) > _SOCKET_PATH_MAX:
+            raise EngineError(
+                f"the socket path {self._socket} is longer than {_SOCKET_PATH_MAX} bytes",
+                hint="use a shorter runtime directory",
+            )
+        self._abort = threading.Event()
+        try:
+            self._server = library.Server(_params(library, spec, self._socket))
+        except RuntimeError as error:
+            raise ModelLoadError(
+                f"llama.cpp cannot load the model {spec.path}: it is truncated, or of an unknown kind",
+                hint="the lines above in the log say more",
+            ) from error
+        address = str(self._server.listening_address)
+        if not address.startswith("unix://"):
+            self.close()
+            raise EngineError(f"llama.cpp listens on {address} instead of a Unix socket, so it was closed")
+        # The server's own thread answers this, so it runs from here on. A server that was closed at once was once seen
+        # to wait for that thread for ever, with xllamacpp 2026.10: it had started after it was told to end.
+        self._request("GET", "/slots")
+        settings = self._request("GET", "/props")["default_generation_settings"]
+        self._info = EngineInfo(
+            runtime_version=importlib.metadata.version("xllamacpp"),
+            context_tokens=int(settings["n_ctx"]),
+            measures_prefill=True,
+            aborts_prefill=True,
+            constrains_json=True,
+            gives_logprobs=True,
+        )
+
+    @property
+    def info(self) -> EngineInfo:
+        return self._info
+
+    def count_tokens(self, text: str) -> int:
+        answer = self._request("POST", "/tokenize", {"content": text, "add_special": True, "parse_special": True})
+        return len(answer["tokens"])
+
+    def prefill(self, prompt: str, *, save_to: Path, on_progress: OnProgress | None = None) -> RunStats:
+        self._abort.clear()
+        self.clear()
+        # llama.cpp refuses a prompt that leaves no room for one token, also when none is asked for.
+        run = self._run(Run(self._abort, on_progress=on_progress), prompt, {"n_predict": 0, "temperature": 0})
+        if run.finish is FinishReason.ABORT:
+            raise Aborted("the prefill was stopped on request")
+        try:
+            saved = self._slot("save", save_to)["n_saved"]
+        except _RefusedError as error:
+            if error.status == http.HTTPStatus.NOT_IMPLEMENTED:
+                raise Uncacheable(f"llama.cpp cannot save the KV state of this model: {error.message}") from error
+            raise EngineError(
+                f"llama.cpp cannot write the prompt cache {save_to}: {error.message}",
+                hint="check that the disk has room",
+            ) from error
+        if saved != run.prompt_tokens:
+            raise EngineError(f"llama.cpp saved {saved} tokens of a prompt of {run.prompt_tokens}")
+        return run.stats(count_decoded=False)
+
+    def load(self, path: Path) -> int:
+        try:
+            return int(self._slot("restore", path)["n_restored"])
+        except _RefusedError as error:
+            self.clear()
+            raise ArtifactLoadError(f"llama.cpp cannot load the prompt cache {path}: {error.message}") from error
+
+    def clear(self) -> None:
+        self._slot("erase")
+
+    def generate(self, prompt: str, sampling: Sampling, on_token: OnToken, *, trace: bool = False) -> RunStats:
+        self._abort.clear()
+        if sampling.max_new_tokens < 0:
+            raise EngineError(f"max_new_tokens is {sampling.max_new_tokens}, which is below 0")
+        # With n_predict 0 llama.cpp still samples one piece of text, which nobody asked for.
+        decodes = sampling.max_new_tokens > 0
+        options = _sampling_options(sampling) | ({"logprobs": 1} if trace else {})
+        take = on_token if decodes else None
+        run = Run(self._abort, on_token=take, likeliest=sampling.logprobs)
+        with Grammar() if sampling.json_schema else contextlib.nullcontext() as grammar:
+            if grammar is not None:
+                run.before_each = grammar.check
+            self._run(run, prompt, options)
+        return run.stats(count_decoded=decodes)
+
+    def embed(self, content: str | tuple[int, ...]) -> Embedding:
+        import numpy as np  # noqa: PLC0415 - 100 ms that only embeddings need
+
+        if self._server is None:
+            raise EngineError("the engine is closed")
+        answer = self._server.handle_embeddings({"input": content if isinstance(content, str) else [list(content)]})
+        if (error := answer.get("error")) is not None:
+            if error.get("type") == "exceed_context_size_error":
+                raise ContextExceeded(int(error["n_prompt_tokens"]), int(error["n_ctx"]))
+            kind = InputInvalid if error.get("code") == http.HTTPStatus.BAD_REQUEST else EngineError
+            raise kind(f"llama.cpp refused the text: {error.get('message')}")
+        vector = np.array(answer["data"][0]["embedding"], np.float32)
+        return Embedding(vector=vector, tokens=answer["usage"]["prompt_tokens"])
+
+    def abort(self) -> None:
+        self._abort.set()  # every run clears it first, so an abort without a run does nothing
+
+    def close(self) -> None:
+        self._server = None  # its destructor stops the threads and frees the model
+
+    def _run(self, run: Run, prompt: str, options: dict[str, Any]) -> Run:
+        """Starts a run on the slot and returns when it has ended."""
+        if self._server is None:
+            raise EngineError("the engine is closed")
+        if not prompt:
+            raise EngineError("the prompt is empty")  # llama.cpp would give an empty answer
+        request = {
+            "prompt": prompt,
+            "id_slot": 0,
+            "cache_prompt": True,
+            "stream": True,
+            "return_progress": True,  # without it, nothing calls back during a prefill and no abort gets through
+            **options,
+        }
+        try:
+            self._server.handle_completions(request, run)
+        except RuntimeError as error:
+            raise EngineError(f"llama.cpp refused the request: {error}") from error
+        if run.stopped:
+            self._wait_idle()
+        run.raise_failure()
+        return run
+
+    def _wait_idle(self) -> None:
+        """Waits for the batch that was under way when a run was stopped."""
+        deadline = time.monotonic() + _IDLE_TIMEOUT_S
+        while self._request("GET", "/slots")[0]["is_processing"]:
+            if time.monotonic() > deadline:
+                raise EngineError(f"llama.cpp is still busy {_IDLE_TIMEOUT_S:.0f} s after a run was stopped")
+            time.sleep(0.001)
+
+    def _slot(self, action: str, path: Path | None = None) -> Any:
+        if path is None:
+            return self._request("POST", f"/slots/0?action={action}", {})
+        link = self._scratch / _STATE_NAME
+        try:
+            link.unlink(missing_ok=True)
+            link.symlink_to(path.absolute())
+        except OSError as error:
+            raise EngineError(f"cannot make the link {link}: {error.strerror}") from error
+        try:
+            return self._request("POST", f"/slots/0?action={action}", {"filename": _STATE_NAME})
+        finally:
+            link.unlink(missing_ok=True)
+
+    def _request(self, method: str, target: str, body: dict[str, Any] | None = None) -> Any:
+        if self._server is None:
+            raise EngineError("the engine is closed")
+        connection = _UnixConnection(self._socket)
+        try:
+            connection.request(method, target, None if body is None else json.dumps(body))
+            response = connection.getresponse()
+            answer = json.loads(response.read())
+        except (OSError, http.client.HTTPException, ValueError) as error:
+            raise EngineError(f"llama.cpp does not answer {method} {target}: {error}") from error
+        finally:
+            connection.close()
+        if response.status != http.HTTPStatus.OK:
+            refused = _RefusedError(str(answer.get("error", {}).get("message", answer)))
+            refused.status = response.status
+            raise refused
+        return answer
+
+
+class _RefusedError(EngineError):
+    """llama.cpp answered with an HTTP error."""
+
+    status = 0
+
+
+class _UnixConnection(http.client.HTTPConnection):
+    def __init__(self, path: str) -> None:
+        super().__init__("localhost")
+        self._path = path
+
+    def connect(self) -> None:
+        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self.sock.connect(self._path)
+
+
+def _import_library() -> Any:
+    if platform.machine() == "x86_64":
+        os.environ.setdefault("GOMP_SPINCOUNT", _SPIN_COUNT)
+    try:
+        return importlib.import_module("xllamacpp")
+    except ImportError as error:
+        raise EngineError(
+            f"the llama.cpp engine needs the package xllamacpp: {error}",
+            hint=f"{sys.executable} -m pip install xllamacpp",
+        ) from error
+
+
+def _check_model_file(path: Path) -> None:
+    try:
+        with path.open("rb") as file:
+            magic = file.read(len(_GGUF_MAGIC))
+    except OSError as error:
+        raise ModelLoadError(f"cannot read the model {path}: {error.strerror}", hint="check the path") from error
+    if magic != _GGUF_MAGIC:
+        raise ModelLoadError(f"{path} is not a GGUF file", hint="the llama.cpp engine loads GGUF models only")
+
+
+def _params(library: Any, spec: ModelSpec, socket_path: str) -> Any:
+    threads = spec.threads or len(os.sched_getaffinity(0))
+    params = library.CommonParams()
+    params.model.path = spec.path
+    params.n_ctx = spec.context_tokens
+    params.fit_params = False  # saves 0.3 s, and keeps llama.cpp from changing the context by the memory it finds
+    params.n_parallel = 1
+    params.n_batch = _BATCH_TOKENS
+    if spec.pooling:
+        params.embedding = True
+        params.pooling_type = getattr(library.llama_pooling_type, f"LLAMA_POOLING_TYPE_{spec.pooling.upper()}")
+        params.n_batch = params.n_ubatch = spec.context_tokens  # a text is read in one batch
+    params.cpuparams.n_threads = threads
+    params.cpuparams_batch.n_threads = threads
+    params.warmup = True  # 0.1 s here, or in the first run
+    params.cache_ram_mib = 0  # no second cache of old prompts behind our back
+    params.n_ctx_checkpoints = 0
+    params.slot_save_path = f"{spec.scratch_dir.rstrip('/')}/"
+    params.hostnames = [socket_path]
+    params.ui = False
+    params.verbosity = 1  # errors only, on stderr
+    return params
+
+
+def _sampling_options(sampling: Sampling) -> dict[str, Any]:
+    options: dict[str, Any] = {"n_predict": sampling.max_new_tokens, "stop": list(sampling.stop)}
+    for name in _SAMPLING_FIELDS:
+        if (value := getattr(sampling, name)) is not None:
+            options[name] = value
+    if sampling.json_schema:
+        options["json_schema"] = json.loads(sampling.json_schema)
+    if sampling.logprobs is not None:
+        options["logprobs"] = max(1, sampling.logprobs)
+    if sampling.seed is not None:
+        options["seed"] = sampling.seed % 0xFFFFFFFF  # 32 bits, and the last value means random
+    return options

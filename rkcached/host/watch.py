@@ -1,0 +1,445 @@
+"""Turns file system events into "look again". Carries no decision: the next scan finds out.
+
+The names that events have are passed on, and say where to look first; nothing depends on them.
+
+Watches folders, not files, because editors replace files; of each path it watches every folder in which a link on the
+way lies, so that a retargeted link or a swapped `..data` folder is noticed; and each folder on the way for being moved
+or deleted itself. A folder that does not exist yet is awaited in its nearest existing ancestor.
+
+watchdog watches. Its `InotifyFD` reads one inotify descriptor in one thread, whatever the number of folders; the kernel
+says when it lost events, and that is an event like any other. Where the kernel has no room for a watch, and on file
+systems that other machines change, its polling observer looks at the same places. Its threads only post to the event
+loop. Whatever all of them miss is found when the reconciler looks again, once a minute.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import itertools
+import os
+import threading
+from collections import defaultdict
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+import structlog
+from watchdog.observers.inotify_c import (
+    CallbackId,
+    InotifyConstants,
+    InotifyEvent,
+    InotifyFD,
+    Mask,
+    WatchCallback,
+    WatchDescriptor,
+)
+
+from rkcached.host.poll import Poller
+
+log = structlog.get_logger()
+
+_ITSELF = Mask(
+    InotifyConstants.IN_DELETE_SELF
+    | InotifyConstants.IN_MOVE_SELF
+    | InotifyConstants.IN_ONLYDIR
+    | InotifyConstants.IN_MASK_ADD
+)
+_CONTENT = Mask(
+    # Without the events of opening and reading, or the scan's own reads would be events.
+    _ITSELF
+    | InotifyConstants.IN_CREATE
+    | InotifyConstants.IN_MODIFY
+    | InotifyConstants.IN_CLOSE_WRITE
+    | InotifyConstants.IN_ATTRIB
+    | InotifyConstants.IN_MOVED_FROM
+    | InotifyConstants.IN_MOVED_TO
+    | InotifyConstants.IN_DELETE
+)
+
+POLL_S = 1.0
+"""The interval between two polls of what the kernel has no room to watch."""
+
+REMOTE_POLL_S = 5.0
+"""The same for remote file systems, where each poll may cost requests to another machine."""
+
+REMOTE = frozenset(
+    ["9p", "afs", "beegfs", "ceph", "cifs", "fuse", "lustre", "nfs", "nfs4", "smb3", "vboxsf", "virtiofs"]
+)
+"""Types of file systems that may change without an event on this machine; so may all named `fuse.*`."""
+
+_WRITTEN = Mask(InotifyConstants.IN_MODIFY)
+_NOT_WRITTEN = Mask(
+    # Whoever wrote to it has closed it, or this is another file.
+    InotifyConstants.IN_CLOSE_WRITE
+    | InotifyConstants.IN_CREATE
+    | InotifyConstants.IN_MOVED_FROM
+    | InotifyConstants.IN_MOVED_TO
+    | InotifyConstants.IN_DELETE
+)
+
+_FORGET_S = 60.0
+"""A file that was not written to for so long is not taken to be open any more."""
+
+_MAX_LINKS = 40
+"""As the kernel's own limit for links on one path."""
+
+_MAX_NAMES = 1000
+"""Names of changed files that are kept for the event loop; so many of them say no more than that much changed."""
+
+_ANY = "any"
+"""Stands for a file of a folder, whatever its name."""
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """What matters of a folder."""
+
+    names: set[str] | None
+    """None: everything in it; empty: only the folder itself."""
+    identity: tuple[int, int] | None
+    """Device and inode, to tell a folder from the one that replaces it. None: it is not there."""
+    remote: bool = False
+    """It may change without an event, because its file system is not of this machine alone."""
+
+    @property
+    def events(self) -> Mask:
+        return _ITSELF if self.names is not None and not self.names else _CONTENT
+
+    def follows(self, name: str) -> bool:
+        return self.names is None or name in self.names
+
+
+@dataclass(frozen=True, slots=True)
+class Writing:
+    """A file that is open for writing: when events told of the first and the last write, by the loop's clock."""
+
+    first: float
+    last: float
+
+
+class Follower(Protocol):
+    """What the reconciler needs of a watcher."""
+
+    @property
+    def writing(self) -> Mapping[str, Writing]:
+        """The files that are open for writing, as far as events tell: polled ones never are."""
+        ...
+
+    def follow(self, wanted: Mapping[str, Place]) -> None: ...
+
+
+class Watcher:
+    """Calls `look_again` in the event loop whenever something that is followed may have changed.
+
+    It is given the paths that are known to have: none, if no more is known than that something did.
+    """
+
+    def __init__(self, look_again: Callable[[Collection[str]], None]) -> None:
+        """To be made in the event loop that it shall call."""
+        self._look_again = look_again
+        self._listener = _Listener(self._take)
+        self._inotify: InotifyFD | None = None
+        self._closed = False
+        self._ids = itertools.count()
+        self._watches: dict[str, _Watch] = {}
+        self._unwatched = Poller(self._listener.polled, POLL_S)
+        self._remote = Poller(self._listener.polled, REMOTE_POLL_S)
+        self.polling = False
+        """Whether the kernel has no room to watch everything."""
+        self.writing: dict[str, Writing] = {}
+
+    def close(self) -> None:
+        """Stop watching; no call of `look_again` after it returned. Idempotent."""
+        self._closed = True
+        self._watches.clear()
+        for poller in (self._unwatched, self._remote):
+            poller.poll({})
+
+        if self._inotify is not None:
+            self._inotify.stop()
+            self._inotify.join()  # it ends at once: nothing that it calls waits for anything
+            self._inotify = None
+
+    def follow(self, wanted: Mapping[str, Place]) -> None:
+        """Watch exactly these places. What cannot be watched is polled, and tried again by the next call."""
+        if self._closed:
+            return
+        with self._listener.lock:
+            self._listener.wanted = wanted
+            trouble, unwatched = self._rearm(wanted)
+
+        self._unwatched.poll({folder: place.names for folder, place in unwatched.items()})
+        self._remote.poll({folder: place.names for folder, place in wanted.items() if place.remote})
+
+        if trouble is not None and not self.polling:
+            log.warning("polling instead of inotify", error=trouble.strerror, hint=_hint(trouble))
+        elif trouble is None and self.polling:
+            log.info("inotify instead of polling")
+        self.polling = trouble is not None
+
+    def _rearm(self, wanted: Mapping[str, Place]) -> tuple[OSError | None, Mapping[str, Place]]:
+        """Make the watches equal to what is wanted; returns why that is not possible, and for which places.
+
+        What changed before a folder was watched was perhaps looked at before: another look follows a new watch.
+        """
+        try:
+            inotify = self._open()
+        except OSError as error:  # out of inotify instances, or of descriptors
+            return error, wanted
+
+        for folder, watch in list(self._watches.items()):
+            now = wanted.get(folder)
+            if now is None or (now.identity, now.events) != (watch.place.identity, watch.place.events):
+                del self._watches[folder]
+                self._listener.forget(folder, watch.number)
+                inotify.remove_callbacks([(watch.number, watch.id)])
+
+        trouble, added = None, False
+        unwatched: dict[str, Place] = {}
+        for folder, place in wanted.items():
+            if place.identity is None or folder in self._watches:
+                continue
+            try:
+                self._watches[folder] = self._add(inotify, folder, place)
+                added = True
+            except (FileNotFoundError, NotADirectoryError):
+                added = True  # it went after it was looked at
+            except OSError as error:
+                if isinstance(error, PermissionError) and place.events == _ITSELF:
+                    continue  # that a folder on the way is moved, a rescan may tell
+                trouble = error
+                unwatched[folder] = place
+
+        if added:
+            self._look_again(())
+        return trouble, unwatched
+
+    def _open(self) -> InotifyFD:
+        if self._inotify is None:
+            # It needs three descriptors, and would leak the first where there is none for the others.
+            with contextlib.ExitStack() as spare:
+                for _ in range(3):
+                    spare.enter_context(open(os.devnull, "rb"))  # noqa: PTH123 - quick
+
+            # Not get_instance(): that one is the whole process's, and nobody closes it.
+            self._inotify = InotifyFD()
+            self._inotify.start()
+        return self._inotify
+
+    def _add(self, inotify: InotifyFD, folder: str, place: Place) -> _Watch:
+        """Watch a folder. Its place is of before: had it been replaced in between, the next look would see that."""
+        callback = CallbackId(next(self._ids))
+        number = inotify.add_callback(os.fsencode(folder), place.events, self._listener, callback)
+        if number < 0:  # watchdog passes over a missing permission
+            inotify.remove_callbacks([(number, callback)])
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), folder)
+        self._listener.folders[number].add(folder)
+        return _Watch(number, callback, place)
+
+    def _take(self, news: _News) -> None:
+        """What the listener heard, in the event loop."""
+        if self._closed:
+            return
+        if news.lost:
+            log.warning("file events lost", hint="there were too many at once; every file is checked now")
+        for folder, watch in list(self._watches.items()):
+            if watch.number in news.ended:
+                del self._watches[folder]
+        self._note_writing(news)
+        self._look_again(news.changed)
+
+    def _note_writing(self, news: _News) -> None:
+        now = asyncio.get_running_loop().time()
+        if news.lost:
+            self.writing.clear()
+        for path, is_open in news.writing.items():
+            before = self.writing.pop(path, None)
+            if is_open:
+                self.writing[path] = Writing(before.first if before is not None else now, now)
+        for path, writing in list(self.writing.items()):
+            if writing.last < now - _FORGET_S:
+                del self.writing[path]
+
+
+@dataclass(frozen=True, slots=True)
+class _Watch:
+    number: WatchDescriptor
+    id: CallbackId
+    place: Place
+    """What was wanted of the folder when the watch was made."""
+
+
+@dataclass(slots=True)
+class _News:
+    """That something matters; and more, if more is known."""
+
+    changed: set[str] = field(default_factory=set)
+    ended: set[WatchDescriptor] = field(default_factory=set)
+    """Watches that ended with their folders."""
+    writing: dict[str, bool] = field(default_factory=dict)
+    """Of files that were written to or closed: whether they are open for writing after that."""
+    lost: bool = False
+    """There were more events than the kernel keeps."""
+
+
+class _Listener(WatchCallback):
+    """What watchdog's threads call. It keeps what matters until the event loop takes it, much at a time."""
+
+    def __init__(self, take: Callable[[_News], None]) -> None:
+        self._take = take
+        self._loop = asyncio.get_running_loop()
+        self._news: _News | None = None
+        self.lock = threading.Lock()
+        """Guards all that is here: whoever makes watches holds it until they are in `folders`."""
+        self.wanted: Mapping[str, Place] = {}
+        self.folders: dict[WatchDescriptor, set[str]] = defaultdict(set)
+        """Of each watch, several where one folder is mounted at two places."""
+
+    def forget(self, folder: str, watch: WatchDescriptor) -> None:
+        """This watch is no longer for this folder. The lock is held."""
+        folders = self.folders.get(watch, set())
+        folders.discard(folder)
+        if not folders:
+            self.folders.pop(watch, None)
+
+    def on_event(self, event: InotifyEvent) -> None:
+        name = os.fsdecode(event.name)
+        with self.lock:
+            for folder in self.folders.get(event.wd, ()):
+                if not name:
+                    self._tell()
+                elif (place := self.wanted.get(folder)) is not None and place.follows(name):
+                    self._changed(os.path.join(folder, name), event.mask)  # noqa: PTH118 - strings, as the scan's
+
+    def on_watch_deleted(self, wd: WatchDescriptor) -> None:
+        with self.lock:
+            if self.folders.pop(wd, None) is not None:
+                self._tell().ended.add(wd)
+
+    def on_queue_overflow(self) -> None:
+        """Called once, not for each folder, because all of them share this one callback."""
+        with self.lock:
+            self._tell().lost = True
+
+    def polled(self, path: str) -> None:
+        """A poll found this path changed, made or gone."""
+        folder, name = os.path.split(path)
+        with self.lock:
+            place = self.wanted.get(folder)
+            if place is not None and place.follows(name):
+                self._changed(path)
+            elif path in self.wanted:
+                self._tell()
+
+    def _changed(self, path: str, events: int = 0) -> None:
+        news = self._tell()
+        if len(news.changed) < _MAX_NAMES:
+            news.changed.add(path)
+        if events & _WRITTEN and len(news.writing) < _MAX_NAMES:
+            news.writing[path] = True
+        elif events & _NOT_WRITTEN:
+            news.writing[path] = False
+
+    def _tell(self) -> _News:
+        """Have the event loop take what is added to the result. The lock is held."""
+        if self._news is None:
+            self._news = _News()
+            with contextlib.suppress(RuntimeError):  # the loop is closed
+                self._loop.call_soon_threadsafe(self._deliver)
+        return self._news
+
+    def _deliver(self) -> None:
+        with self.lock:
+            news, self._news = self._news, None
+        if news is not None:
+            self._take(news)
+
+
+def places(files: Iterable[Path], folders: Iterable[Path]) -> dict[str, Place]:
+    """Where these files and the content of these folders may change; they need not exist. Reads links: may block."""
+    found: dict[str, set[str] | None] = {}
+
+    def add(folder: str, name: str) -> None:
+        if (names := found.setdefault(folder, set())) is not None and name:
+            names.add(name)
+
+    by_folder: dict[Path, list[str]] = defaultdict(list)
+    for path in files:
+        by_folder[path.parent].append(path.name)
+    everything = set(folders)
+    for parent in by_folder.keys() | everything:
+        *way, (folder, last) = trail(parent / _ANY)
+        for place in way:
+            add(*place)
+        add(folder, last)
+        if last != _ANY:  # the folder does not exist
+            continue
+        if parent in everything:
+            found[folder] = None
+        for name in by_folder.get(parent, ()):
+            linked = os.path.islink(os.path.join(folder, name))  # noqa: PTH114, PTH118 - strings, as events carry them
+            for place in trail(parent / name) if linked else [(folder, name)]:
+                add(*place)
+
+    remote = _remote_devices()
+    return {folder: _place(folder, names, remote) for folder, names in found.items()}
+
+
+def trail(path: Path) -> list[tuple[str, str]]:
+    """The places (folder, name) whose change may change what `path` is, ending with the file's real folder.
+
+    Every link on the way is a place; so is each folder, without a name. If something on the way does not exist, the
+    last place is where it would appear.
+    """
+    places: list[tuple[str, str]] = []
+    folder, rest = "/", [part for part in Path(os.path.abspath(path)).parts if part != "/"]  # noqa: PTH100 - lexical
+    links = 0
+    while rest:
+        name, rest = rest[0], rest[1:]
+        here = os.path.join(folder, name)  # noqa: PTH118 - strings, as events carry them
+        if os.path.islink(here) and links < _MAX_LINKS:  # noqa: PTH114
+            links += 1
+            places.append((folder, name))
+            target = os.path.normpath(os.path.join(folder, os.readlink(here)))  # noqa: PTH115, PTH118
+            folder, rest = "/", [part for part in target.split("/") if part] + rest
+        elif rest and os.path.isdir(here):  # noqa: PTH112
+            folder = here
+            places.append((folder, ""))
+        else:
+            places.append((folder, name))
+            break
+    return places
+
+
+def _place(folder: str, names: set[str] | None, remote_devices: Collection[int]) -> Place:
+    try:
+        info = os.stat(folder)  # noqa: PTH116
+    except OSError:
+        return Place(names, None)
+    return Place(names, (info.st_dev, info.st_ino), remote=info.st_dev in remote_devices)
+
+
+def _remote_devices() -> set[int]:
+    """The devices of all mounted file systems that may change without an event."""
+    devices = set()
+    with contextlib.suppress(OSError):  # without /proc, none is known
+        for line in Path("/proc/self/mountinfo").read_text(errors="replace").splitlines():
+            mount, _, source = line.partition(" - ")
+            kind = source.partition(" ")[0]
+            if kind in REMOTE or kind.startswith("fuse."):
+                major, minor = mount.split()[2].split(":")
+                devices.add(os.makedev(int(major), int(minor)))
+    return devices
+
+
+def _hint(error: OSError) -> str:
+    match error.errno:
+        case errno.ENOSPC:
+            return "raise fs.inotify.max_user_watches"
+        case errno.EMFILE:
+            return "raise fs.inotify.max_user_instances"
+        case _:
+            return "let the daemon's user read the folders"

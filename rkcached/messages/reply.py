@@ -1,0 +1,237 @@
+"""What a model wrote, taken apart as it comes: reasoning, content, tool calls. Pure.
+
+Tags may be cut anywhere between two pieces, so what could be the beginning of one is held back. Nothing is lost: what
+looks like a tool call and is none comes out as content, letter by letter.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import Enum, auto
+from typing import Any, Final
+
+from rkcached.messages.template import ToolStyle
+
+_THINK, _THINK_END = "<think>", "</think>"
+_CALL, _CALL_END = "<tool_call>", "</tool_call>"
+_PYTHON_TAG: Final = "<|python_tag|>"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ToolCall:
+    name: str
+    arguments: str
+    """A JSON object as text."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Delta:
+    """One of the three."""
+
+    content: str = ""
+    reasoning: str = ""
+    call: ToolCall | None = None
+
+
+class _Mode(Enum):
+    START = auto()
+    """Nothing but white space yet, or a tag has just ended."""
+    REASONING = auto()
+    CONTENT = auto()
+    CALL = auto()
+    """Inside <tool_call>."""
+    BARE_CALL = auto()
+    """The rest is one or more calls as Llama writes them; only its end tells."""
+
+
+class Reply:
+    """Feed it the pieces of an answer, then end it.
+
+    `style` is how the model writes tool calls, None if it was given no tools; `tools` are their names. `forced`: the
+    whole answer is one call in JSON, as its schema demanded. `reasons`: the prompt ended inside <think>.
+    """
+
+    def __init__(
+        self,
+        *,
+        style: ToolStyle | None = None,
+        tools: frozenset[str] = frozenset(),
+        forced: bool = False,
+        reasons: bool = False,
+    ) -> None:
+        self._style = style
+        self._tools = tools
+        self._held = ""
+        self._may_reason = not forced
+        self._mode = _Mode.BARE_CALL if forced else _Mode.REASONING if reasons else _Mode.START
+        self._at_line_start = True
+        """The reasoning has not begun: its leading newlines are the template's, not the model's."""
+
+    def feed(self, text: str) -> Iterator[Delta]:
+        self._held += text
+        moved = True
+        while moved and self._held:
+            before = (self._mode, len(self._held))
+            yield from self._step()
+            moved = before != (self._mode, len(self._held))
+
+    def end(self) -> Iterator[Delta]:
+        """What was held back."""
+        if self._mode is _Mode.START:
+            self._drop_newlines()
+        held, self._held = self._held, ""
+        match self._mode:
+            case _Mode.REASONING:
+                yield from _some(Delta(reasoning=held))
+            case _Mode.CALL:  # many models end before the closing tag
+                call = _call(held)
+                yield Delta(call=call) if call else Delta(content=_CALL + held)
+            case _Mode.BARE_CALL:
+                calls = self._bare_calls(held)
+                yield from [Delta(call=call) for call in calls] or _some(Delta(content=held))
+            case _:
+                yield from _some(Delta(content=held))
+
+    def _step(self) -> Iterator[Delta]:
+        match self._mode:
+            case _Mode.START:
+                self._start()
+            case _Mode.REASONING:
+                yield from self._reason()
+            case _Mode.CONTENT:
+                text, tag = self._until(_CALL) if self._style is ToolStyle.HERMES else self._all()
+                yield from _some(Delta(content=text))
+                if tag:
+                    self._mode = _Mode.CALL
+            case _Mode.CALL:
+                body = self._called()
+                if body is not None:
+                    call = _call(body)
+                    self._held, self._mode = self._held[len(body) + len(_CALL_END) :], _Mode.START
+                    yield Delta(call=call) if call else Delta(content=_CALL + body + _CALL_END)
+            case _Mode.BARE_CALL:
+                pass
+
+    def _called(self) -> str | None:
+        """What stands before the closing tag; None as long as that may be a part of a string in the call."""
+        end = self._held.find(_CALL_END)
+        while end >= 0:
+            body = self._held[:end]
+            if not _ends_in_a_string(body):
+                return body
+            end = self._held.find(_CALL_END, end + 1)
+        return None
+
+    def _reason(self) -> Iterator[Delta]:
+        if self._at_line_start:
+            self._held = self._held.lstrip("\n")
+            self._at_line_start = not self._held
+        text, tag = self._until(_THINK_END)
+        yield from _some(Delta(reasoning=text))
+        if tag:
+            self._mode, self._may_reason = _Mode.START, False
+
+    def _start(self) -> None:
+        """Decide what begins here, as soon as that is certain."""
+        text = self._held.lstrip()
+        tags = [_THINK] if self._may_reason else []
+        if self._style is ToolStyle.HERMES:
+            tags.append(_CALL)
+        if self._style is ToolStyle.LLAMA3:
+            tags.append(_PYTHON_TAG)
+        if any(tag.startswith(text[: len(tag)]) and len(text) < len(tag) for tag in tags):
+            return  # also when there is only white space
+        if self._may_reason and text.startswith(_THINK):
+            self._held, self._mode, self._may_reason = text.removeprefix(_THINK), _Mode.REASONING, False
+        elif self._style is ToolStyle.HERMES and text.startswith(_CALL):
+            self._held, self._mode, self._may_reason = text.removeprefix(_CALL), _Mode.CALL, False
+        elif self._style is ToolStyle.LLAMA3 and text.startswith((_PYTHON_TAG, "{")):
+            self._held, self._mode = text.removeprefix(_PYTHON_TAG), _Mode.BARE_CALL
+        else:
+            self._drop_newlines()
+            if self._held:
+                self._mode, self._may_reason = _Mode.CONTENT, False
+
+    def _drop_newlines(self) -> None:
+        """Those between a tag and the content are not content."""
+        if not self._may_reason:
+            self._held = self._held.lstrip("\n")
+
+    def _all(self) -> tuple[str, str]:
+        text, self._held = self._held, ""
+        return text, ""
+
+    def _until(self, tag: str) -> tuple[str, str]:
+        """Take the text before `tag`, and the tag; or what cannot be a part of it, and nothing."""
+        text, found, rest = self._held.partition(tag)
+        if found:
+            self._held = rest
+            return text, tag
+        keep = next((n for n in range(min(len(tag) - 1, len(text)), 0, -1) if text.endswith(tag[:n])), 0)
+        cut = len(text) - keep
+        self._held = text[cut:]
+        return text[:cut], ""
+
+    def _bare_calls(self, text: str) -> list[ToolCall]:
+        """The calls that `text` consists of, all to known tools; else none."""
+        decoder, calls, at = json.JSONDecoder(), [], 0
+        text = text.strip()
+        while at < len(text):
+            try:
+                value, at = decoder.raw_decode(text, at)
+                call = _of_value(value)
+            except (ValueError, RecursionError):
+                return []
+            if call is None or call.name not in self._tools:
+                return []
+            calls.append(call)
+            while at < len(text) and text[at] in "; \r\n\t":
+                at += 1
+        return calls
+
+
+def _ends_in_a_string(text: str) -> bool:
+    try:
+        json.loads(text)
+    except json.JSONDecodeError as error:
+        return error.msg.startswith("Unterminated string")
+    except (ValueError, RecursionError):
+        return False
+    return False
+
+
+def _call(text: str) -> ToolCall | None:
+    try:
+        return _of_value(json.loads(text))
+    except (ValueError, RecursionError):
+        return None
+
+
+def _of_value(value: Any) -> ToolCall | None:
+    """Errors: ValueError, RecursionError."""
+    if not isinstance(value, dict) or not isinstance(value.get("name"), str) or not value["name"]:
+        return None
+    arguments = value.get("arguments", value.get("parameters", {}))
+    if isinstance(arguments, str):  # some models write the object as text
+        arguments = json.loads(arguments)
+    if not isinstance(arguments, dict):
+        return None
+    value["name"].encode()
+    written = json.dumps(arguments, ensure_ascii=False, allow_nan=False)
+    if not _is_text(written):
+        written = json.dumps(arguments)  # half a surrogate pair can only be written as an escape
+    return ToolCall(name=value["name"], arguments=written)
+
+
+def _is_text(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _some(delta: Delta) -> list[Delta]:
+    return [delta] if delta.content or delta.reasoning else []

@@ -1,0 +1,274 @@
+"""Chat templates: the one place where messages become the text that a model reads.
+
+Owns the Jinja2 sandbox, set up as Hugging Face transformers does. The text that a prompt
+cache is built from (`prefix`) and the text that a request sends (`render`) come out of the same code, so they cannot
+drift apart. Prompt text is data: only the template is ever evaluated. There is no clock: a date in the prefix would
+make every prompt cache stale each day. Pure: no I/O; whatever Jinja2 raises leaves as a TemplateError.
+
+Prompts, messages, tool results, calls and tool definitions cannot forge a turn: `markers` breaks what would, in every
+text that is handed to a template and before the template sees it. `/v1/completions` has no template: its text is
+structure by intent.
+
+A template that is not built in may loop for ever or fill the memory, which nothing in this process can bound: who
+holds one gives `ChatTemplate` another `compile`, that of `rendering`, which works in a process that can be killed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from enum import StrEnum
+from functools import cached_property, lru_cache
+from traceback import walk_tb
+from typing import Any, Final, NoReturn, NotRequired, TypedDict
+
+import jinja2
+from jinja2 import nodes
+from jinja2.ext import Extension
+from jinja2.parser import Parser
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from rkcached.errors import TemplateError, TemplateExhausted
+from rkcached.messages.builtin import BUILTIN
+from rkcached.messages.markers import Markers
+
+# User texts for `prefix`: they share no first character, not even after trim, upper or lower; nor their length.
+_USER_TEXTS: Final = ("Q", "7 + 5?\nü")
+_SYSTEM_PROBE: Final = "Zq4-probe-of-the-system-message"
+
+
+class Message(TypedDict):
+    """As chat templates know it. A call's `function` has a name and its arguments as an object."""
+
+    role: str
+    content: str
+    tool_calls: NotRequired[list[dict[str, Any]]]
+    reasoning_content: NotRequired[str]
+
+
+class ToolStyle(StrEnum):
+    """How a model writes a tool call, as its template shows it."""
+
+    HERMES = "hermes"
+    """`<tool_call>` around `{"name": ..., "arguments": ...}`: Hermes, Qwen."""
+    LLAMA3 = "llama3"
+    """The answer is `{"name": ..., "parameters": ...}`: Llama 3.1 and later."""
+
+
+Write = Callable[[Mapping[str, Any], Sequence[Message]], str]
+"""Renders variables and messages. Errors: TemplateError."""
+
+Compile = Callable[[str, str], Write]
+"""From a template's source and name. Errors: TemplateError, with the line in the template, if it does not parse."""
+
+
+def compile_here(source: str, name: str) -> Write:
+    """Compile a template in this process: for those that are trusted to end."""
+    try:
+        compiled = _compile(source)
+    except Exception as error:
+        raise _translate(name, error) from error
+
+    def write(variables: Mapping[str, Any], messages: Sequence[Message]) -> str:
+        try:
+            return compiled.render(variables, messages=messages)
+        except Exception as error:
+            raise _translate(name, error) from error
+
+    return write
+
+
+class ChatTemplate:
+    """One chat template, compiled. Raises TemplateError, with the line in the template, if it does not parse.
+
+    `bos_token` is empty by default, since engines put the model's BOS token in front themselves. `thinking` becomes the
+    template variable `enable_thinking`; None leaves it undefined, which lets the template choose.
+    """
+
+    def __init__(
+        self,
+        source: str,
+        *,
+        name: str,
+        bos_token: str = "",
+        eos_token: str = "",
+        thinking: bool | None = None,
+        compile_elsewhere: Compile | None = None,
+    ) -> None:
+        self.name = name
+        self.digest = _digest(source, bos_token, eos_token)
+        self.tools = _tool_style(source)
+        """None: this template cannot show tools to the model."""
+        self._as_data = Markers(source, bos_token, eos_token).as_data
+        self._variables: dict[str, Any] = {
+            "bos_token": bos_token,
+            "eos_token": eos_token,
+            "add_generation_prompt": True,
+            "tools": None,
+            "documents": None,
+        }
+        if thinking is not None:
+            self._variables["enable_thinking"] = thinking
+        self.may_wait = compile_elsewhere is not None and source not in BUILTIN.values()
+        """Rendering waits for another process: not in the event loop."""
+        self._write = (compile_elsewhere if compile_elsewhere and self.may_wait else compile_here)(source, name)
+
+    def render(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] = ()) -> str:
+        """The text of a request, up to and including the header of the answer. Tools are as OpenAI describes them.
+
+        Newlines at the end of a system message are dropped: those of a prompt file are not part of the prompt.
+        """
+        copies: list[Any] = [
+            {**message, "content": message["content"].rstrip("\r\n")} if message["role"] == "system" else message
+            for message in messages
+        ]
+        copies, shown = self._as_data(copies), self._as_data(list(tools))
+        return self._write(self._variables | {"tools": shown or None}, copies)
+
+    def prefix(self, system: str) -> str:
+        """The text that every request with this system message and one user message starts with.
+
+        It is the longest common prefix of two renderings that differ in the user's text alone. The idea of the proof:
+        what a template writes before it looks at the user's text cannot depend on it, so every rendering starts with
+        it; and since our two texts share no first character, the common part ends where they begin. A template may look
+        at the text before it writes, or treat a longer conversation otherwise: serving checks `startswith(prefix)`.
+
+        Raises TemplateError if the template refuses system messages, or writes no such text before the user's.
+        """
+        try:
+            kept = self._keeps_system
+            prefix = self._common_prefix(system)
+        except TemplateError as error:
+            self._refuse_system(error)
+        if (
+            kept and self._as_data(system.strip()) in prefix
+        ):  # stripped, because many templates trim what they are given
+            return prefix
+        raise TemplateError(
+            f"template {self.name} drops the system message: it is not in the text before the user's message",
+            hint="choose another chat_template, or one that writes the system message first",
+        )
+
+    @cached_property
+    def _keeps_system(self) -> bool:
+        """Whether a text that no template contains by accident comes through, unlike a prompt that just says `user`."""
+        return _SYSTEM_PROBE in self._common_prefix(_SYSTEM_PROBE)
+
+    def _common_prefix(self, system: str) -> str:
+        system_message = Message(role="system", content=system)
+        return _common(*(self.render([system_message, Message(role="user", content=text)]) for text in _USER_TEXTS))
+
+    def _refuse_system(self, error: TemplateError) -> NoReturn:
+        """Says that the system message is at fault, if the template renders without it."""
+        try:
+            self.render([Message(role="user", content=_USER_TEXTS[0])])
+        except TemplateError:
+            raise error from error.__cause__
+        raise TemplateError(
+            f"a system message is impossible with this template: {error.message}",
+            hint="choose another chat_template, or write a .jinja file that folds the system text into the first user "
+            "message, as the built-in gemma does",
+        ) from error
+
+
+class _Generation(Extension):
+    """`{% generation %}` marks the assistant's words for training; here its body passes through."""
+
+    tags = {"generation"}  # noqa: RUF012  as the base class declares it
+
+    def parse(self, parser: Parser) -> nodes.Node:
+        line = next(parser.stream).lineno
+        return nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=line)
+
+
+def _tool_style(source: str) -> ToolStyle | None:
+    if "tools" not in source:
+        return None
+    if "<tool_call>" in source:
+        return ToolStyle.HERMES
+    return ToolStyle.LLAMA3 if '"parameters"' in source and "ipython" in source else None
+
+
+def _raise_exception(message: str) -> NoReturn:
+    raise jinja2.TemplateError(message)
+
+
+def _tojson(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    """JSON as models were trained on it; Jinja2's own filter escapes HTML."""
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+def _environment() -> ImmutableSandboxedEnvironment:
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, "jinja2.ext.loopcontrols"]
+    )
+    environment.filters["tojson"] = _tojson
+    environment.globals["raise_exception"] = _raise_exception
+    return environment
+
+
+_ENVIRONMENT: Final = _environment()
+
+
+@lru_cache(maxsize=64)
+def _compile(source: str) -> jinja2.Template:
+    return _ENVIRONMENT.from_string(source)
+
+
+def _translate(name: str, error: Exception) -> TemplateError:
+    line = _line(error)
+    place = f"template {name}, line {line}" if line else f"template {name}"
+    kind = type(error).__name__
+    said = str(error) or kind
+    match error:
+        case MemoryError():
+            return TemplateExhausted(f"{place}: it needs more memory than a render may have", hint="correct the line")
+        case jinja2.UndefinedError() if "strftime_now" in said:
+            message = "it requires strftime_now, today's date, which prompts do not get"
+            hint = "a date makes a prompt cache stale each day: remove it, or ask `strftime_now is defined` first"
+        case jinja2.TemplateSyntaxError():
+            message, hint = f"syntax error: {said}", "chat templates are Jinja2; correct the line"
+        case jinja2.exceptions.SecurityError():
+            message, hint = f"refused by the sandbox: {said}", "a chat template may only read its variables"
+        case jinja2.TemplateError():
+            message, hint = said, "change the messages, or choose another chat_template"
+        case _:
+            message = said if said == kind else f"{kind}: {said}"
+            hint = "the template cannot handle these messages; choose another chat_template"
+    return TemplateError(f"{place}: {message}", hint=hint)
+
+
+def _line(error: Exception) -> int:
+    """The 1-based line of the template where this happened, or 0. Jinja2 puts its own lines into the traceback."""
+    if isinstance(error, jinja2.TemplateSyntaxError):
+        return error.lineno
+    lines = [line for frame, line in walk_tb(error.__traceback__) if frame.f_code.co_filename == "<template>"]
+    return lines[-1] if lines else 0
+
+
+def _common(left: str, right: str) -> str:
+    """The longest common prefix, by bisection: comparing slices is much faster than comparing characters."""
+    low, high = 0, min(len(left), len(right))
+    while low < high:
+        middle = (low + high + 1) // 2
+        if left[low:middle] == right[low:middle]:
+            low = middle
+        else:
+            high = middle - 1
+    return left[:low]
+
+
+def _digest(*parts: str) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        data = part.encode("utf-8", "surrogatepass")
+        digest.update(len(data).to_bytes(8, "big"))
+        digest.update(data)
+    return digest.hexdigest()

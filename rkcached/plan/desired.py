@@ -1,0 +1,358 @@
+"""From declarations to desires: what each declared prompt must be, given the manifest and the state of its sources.
+
+Pure. `Sources` is what `sources.scan` found on disk; `resolve` renders each prompt's prefix and takes its fingerprint.
+The same `DesiredModel` then serves requests, so the text a cache is built from and the text a request sends come out
+of one renderer.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import NamedTuple, TypeVar
+
+from rkcached.errors import TemplateError, TemplateExhausted
+from rkcached.host.digests import Signature
+from rkcached.messages.template import ChatTemplate, Compile
+from rkcached.plan.fingerprint import Fingerprint, Value, fingerprint
+from rkcached.plan.planner import DesiredPrompt, Key, Trouble
+from rkcached.sources.manifest import EngineKind, FingerprintMode, Manifest, ModelConfig
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PromptSource:
+    """The text of a prompt, joined from its files."""
+
+    text: str
+    digest: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelSource:
+    """The digest of a model file, what the file says of itself, and the source of its chat template."""
+
+    digest: str
+    template_source: str
+    tokenizer_digest: str = ""
+    lora_digest: str = ""
+    trained_tokens: int | None = None
+    """The model's own context, if the file tells it: the engine gives it none that is larger."""
+    signatures: tuple[tuple[str, Signature], ...] = field(default=(), compare=False)
+    """Path and signature of each file that has one of these digests: no part of what the model is."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RuntimeSource:
+    """The engine's library on disk."""
+
+    version: str
+    digest: str
+    samples_per_run: bool = True
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Declaration:
+    """A prompt that the manifest names, or that a prompts_from pattern found."""
+
+    key: Key
+    source: PromptSource | Trouble
+    description: str = ""
+    line: int = 0
+    """In the manifest, for messages."""
+    stored: bool = False
+    """A client stored the text; the manifest says nothing of it."""
+    files: tuple[str, ...] = ()
+    """What the text was made of."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sources:
+    """Everything read from disk for one look at the world."""
+
+    runtime: RuntimeSource | Trouble
+    models: Mapping[str, ModelSource | Trouble]
+    prompts: Mapping[Key, Declaration]
+    unlisted_models: Mapping[str, Trouble] = field(default_factory=dict)
+    """Models of which a prompts_from folder cannot be listed, and why."""
+    skipped_files: tuple[str, ...] = ()
+    """Files that a prompts_from pattern names, but whose own names cannot be a prompt's."""
+    notices: tuple[str, ...] = ()
+    """What seems wrong with prompts_from folders, in words."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DesiredModel:
+    """A model as requests and builds use it. `identity` changes when a running worker must be replaced."""
+
+    name: str
+    config: ModelConfig
+    template: ChatTemplate
+    source: ModelSource
+    runtime: RuntimeSource
+    identity: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Desired:
+    models: Mapping[str, DesiredModel | Trouble]
+    prompts: Mapping[Key, DesiredPrompt]
+    """In manifest order."""
+    texts: Mapping[Key, str]
+    """The system message of each usable prompt."""
+    stored: frozenset[Key] = frozenset()
+    """Prompts that clients stored, and may delete."""
+    notices: tuple[str, ...] = ()
+    """What seems wrong with what the manifest declares and can be used all the same, in words."""
+
+    unlisted: Mapping[str, Trouble] = field(default_factory=dict)
+    """Models of which some prompts are not known, and why."""
+
+    def fingerprint(self, key: Key) -> Fingerprint | None:
+        """What the artifact of this prompt must have; None if it is not declared or in trouble."""
+        prompt = self.prompts.get(key)
+        return None if prompt is None else prompt.fingerprint
+
+
+Thing = TypeVar("Thing")
+
+
+def kept(before: Thing | None, now: Thing) -> Thing:
+    """The older of two equal things. Of thousands of prompts hardly one changes: each look would keep new ones."""
+    return before if before is not None and before == now else now
+
+
+def cut_contexts(manifest: Manifest, sources: Sources) -> dict[str, str]:
+    """By model, in words: a context that the manifest declares larger than the model's own, which the engine cuts."""
+    found = {}
+    for name, config in manifest.models.items():
+        source, params = sources.models[name], config.params
+        own = source.trained_tokens if isinstance(source, ModelSource) else None
+        if own is None or params.max_context_len <= own:
+            continue
+
+        more = f", and max_new_tokens to less than {own}" if params.max_new_tokens >= own else ""
+        found[name] = (
+            f"max_context_len of {name} is {params.max_context_len}, but the context is cut to the model's own, "
+            f"{own} tokens (set max_context_len to {own}{more})"
+        )
+    return found
+
+
+class _Known(NamedTuple):
+    """A prompt's prefix (SHA-256 and length of its UTF-8 bytes) and fingerprint, and all that they were made from."""
+
+    template: ChatTemplate
+    source: PromptSource
+    prefix: tuple[str, int] | Trouble
+    shared: dict[str, Value]
+    own: dict[str, Value]
+    fingerprint: Fingerprint | Trouble
+
+
+class Resolver:
+    """Turns sources into desires, and remembers prefix digests and fingerprints: texts seldom change.
+
+    `compile_elsewhere` is for templates that are not built in.
+    """
+
+    def __init__(self, compile_elsewhere: Compile | None = None) -> None:
+        self._compile_elsewhere = compile_elsewhere
+        self._shared: dict[str, dict[str, Value]] = {}
+        """By model; the same object for as long as nothing in it changes."""
+        self._known: dict[Key, _Known] = {}
+        self._prompts: Mapping[Key, DesiredPrompt] = {}
+        """As the last `resolve` gave them."""
+        self._templates: dict[tuple[str, str, str, str, bool | None], ChatTemplate] = {}
+
+    def resolve(self, manifest: Manifest, sources: Sources) -> Desired:
+        models = {name: self._model(name, config, manifest, sources) for name, config in manifest.models.items()}
+        prompts: dict[Key, DesiredPrompt] = {}
+        texts = {}
+        self._shared = {
+            name: kept(self._shared.get(name), _shared_components(manifest, model))
+            for name, model in models.items()
+            if isinstance(model, DesiredModel)
+        }
+        for key, declared in sources.prompts.items():
+            prompts[key] = prompt = self.resolve_one(declared, models[key.model], manifest)
+            if prompt.fingerprint is not None and isinstance(declared.source, PromptSource):
+                texts[key] = declared.source.text
+        for gone in self._known.keys() - prompts.keys():
+            del self._known[gone]
+        self._prompts = prompts
+        stored = frozenset(key for key, declared in sources.prompts.items() if declared.stored)
+        notices = (*sources.notices, *cut_contexts(manifest, sources).values())
+        return Desired(
+            models=models,
+            prompts=prompts,
+            texts=texts,
+            stored=stored,
+            notices=notices,
+            unlisted=sources.unlisted_models,
+        )
+
+    def resolve_one(self, declared: Declaration, model: DesiredModel | Trouble, manifest: Manifest) -> DesiredPrompt:
+        """A prompt of a model that the last `resolve` gave."""
+        key = declared.key
+        found: Fingerprint | Trouble
+        if isinstance(declared.source, Trouble):
+            found = declared.source
+        elif isinstance(model, Trouble):
+            found = model
+        else:
+            own = _sampling_components(manifest, model.config.own_sampling(key.prompt))
+            found = _fixed_sampling(model.config, key.prompt, model.runtime) or self._fingerprint(
+                key, model, declared.source, own
+            )
+        prompt = DesiredPrompt(
+            key=key,
+            description=declared.description,
+            fingerprint=found if isinstance(found, Fingerprint) else None,
+            trouble=found if isinstance(found, Trouble) else None,
+        )
+        return kept(self._prompts.get(key), prompt)
+
+    def _fingerprint(
+        self, key: Key, model: DesiredModel, source: PromptSource, own: dict[str, Value]
+    ) -> Fingerprint | Trouble:
+        """Made anew only if something of the model, the text, or what the prompt has of its own changed."""
+        shared, known = self._shared[key.model], self._known.get(key)
+        if known is None or known.template is not model.template or known.source != source:
+            try:
+                prefix = _prefix(model.template, source.text)
+            except TemplateExhausted as error:  # perhaps the machine was busy: not remembered
+                return Trouble.of(error)
+        elif known.shared is shared and known.own == own:
+            return known.fingerprint
+        else:
+            prefix = known.prefix
+        found: Fingerprint | Trouble
+        if isinstance(prefix, Trouble):
+            found = prefix
+        else:
+            found = fingerprint(shared | {"prefix.digest": prefix[0], "prefix.bytes": prefix[1]} | own)
+        self._known[key] = _Known(model.template, source, prefix, shared, own, found)
+        return found
+
+    def _model(self, name: str, config: ModelConfig, manifest: Manifest, sources: Sources) -> DesiredModel | Trouble:
+        source = sources.models[name]
+        if isinstance(source, Trouble):
+            return source
+        if isinstance(sources.runtime, Trouble):
+            return sources.runtime
+        slot = (source.template_source, config.chat_template, config.bos_token, config.eos_token, config.thinking)
+        template = self._templates.get(slot)
+        if template is None:
+            try:
+                template = ChatTemplate(
+                    source.template_source,
+                    name=config.chat_template,
+                    bos_token=config.bos_token,
+                    eos_token=config.eos_token,
+                    thinking=config.thinking,
+                    compile_elsewhere=self._compile_elsewhere,
+                )
+            except TemplateError as error:
+                return Trouble.of(error, "chat_template")
+            self._templates[slot] = template
+        identity = fingerprint(
+            {
+                "engine": manifest.engine.kind.value,
+                "threads": manifest.engine.threads,
+                "runtime": sources.runtime.digest,
+                "model": source.digest,
+                "path": str(config.path),
+                "context": config.params.max_context_len,
+                "pooling": config.pooling.value if config.embedding else None,
+            }
+            | (_rkllm_identity(manifest, config, source) if manifest.engine.kind is EngineKind.RKLLM else {})
+        )
+        return DesiredModel(
+            name=name,
+            config=config,
+            template=template,
+            source=source,
+            runtime=sources.runtime,
+            identity=identity.digest,
+        )
+
+
+def _rkllm_identity(manifest: Manifest, config: ModelConfig, source: ModelSource) -> dict[str, Value]:
+    """What an RKLLM model is loaded with; the runtime fixes sampling then, too."""
+    return {
+        "library": str(manifest.engine.library),
+        "abi": manifest.engine.abi,
+        "concurrent": manifest.engine.concurrent,
+        "tokenizer": source.tokenizer_digest,
+        "lora.path": str(config.lora or ""),
+        "thinking": config.thinking,
+        **_rkllm_components(config, source),
+        **{f"params.{name}": value for name, value in config.sampling(None).items()},
+    }
+
+
+def _rkllm_components(config: ModelConfig, source: ModelSource) -> dict[str, Value]:
+    """What only RKLLM's prompt caches depend on. Whether a LoRA adapter or the NPU's options matter, nobody says."""
+    return {
+        "tokenizer.digest": source.tokenizer_digest,
+        "lora.digest": source.lora_digest,
+        "lora.scale": config.lora_scale if config.lora is not None else None,
+        "npu.enabled_cpus": ",".join(map(str, config.npu.enabled_cpus)),
+        "npu.embed_flash": config.npu.embed_flash,
+        "npu.base_domain_id": config.npu.base_domain_id,
+        "npu.n_keep": config.npu.n_keep,
+        "npu.ignore_eos": config.npu.ignore_eos,
+    }
+
+
+def _fixed_sampling(config: ModelConfig, prompt: str, runtime: RuntimeSource) -> Trouble | None:
+    """What keeps a prompt with sampling of its own from being asked, if the runtime cannot change it in a run."""
+    if runtime.samples_per_run:
+        return None
+    of_model, of_prompt = config.sampling(None), config.sampling(prompt)
+    own = [name for name in of_prompt if name != "max_new_tokens" and of_prompt[name] != of_model[name]]
+    if not own:
+        return None
+    return Trouble(
+        message=f"RKLLM {runtime.version} fixes {', '.join(own)} when the model is loaded; no prompt can have its own",
+        hint="remove it from the prompt's params, set it in the model's, or use runtime 1.3.0 or newer",
+    )
+
+
+def _prefix(template: ChatTemplate, text: str) -> tuple[str, int] | Trouble:
+    """SHA-256 and length (both of the UTF-8 bytes) of the text that is prefilled for this prompt.
+
+    Errors: TemplateExhausted.
+    """
+    try:
+        data = template.prefix(text).encode()
+    except TemplateExhausted:
+        raise
+    except TemplateError as error:
+        return Trouble.of(error)
+    return sys.intern(hashlib.sha256(data).hexdigest()), len(data)
+
+
+def _shared_components(manifest: Manifest, model: DesiredModel) -> dict[str, Value]:
+    """What the bytes of all prompt caches of a model depend on, by the names that a stale verdict shows."""
+    source, runtime = model.source, model.runtime
+    components: dict[str, Value] = {
+        "engine": manifest.engine.kind.value,
+        "runtime.version": runtime.version,
+        "runtime.digest": runtime.digest,
+        "model.digest": source.digest,
+        "template.digest": model.template.digest,
+        "thinking": model.config.thinking,
+        "params.max_context_len": model.config.params.max_context_len,
+    }
+    if manifest.engine.kind is EngineKind.RKLLM:
+        components |= _rkllm_components(model.config, source) | {"engine.abi": manifest.engine.abi}
+    return components | _sampling_components(manifest, model.config.sampling(None))
+
+
+def _sampling_components(manifest: Manifest, sampling: Mapping[str, int | float]) -> dict[str, Value]:
+    """Sampling does not change a KV state. The rule is that it invalidates all the same; `fingerprint: kv` opts out."""
+    full = manifest.cache.fingerprint is FingerprintMode.FULL
+    return {f"params.{name}": value for name, value in sampling.items()} if full else {}

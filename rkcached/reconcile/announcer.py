@@ -1,0 +1,110 @@
+"""Tells the log and the listeners what becomes of prompts: one line and one event for each change, never for none."""
+
+from __future__ import annotations
+
+import structlog
+
+from rkcached import errors
+from rkcached.plan.planner import Assessment, Build, Key, State, Verdict
+from rkcached.reconcile.builder import BuildRequest
+from rkcached.reconcile.events import Events
+from rkcached.store.sidecar import StoredArtifact
+
+log = structlog.get_logger()
+
+
+class Announcer:
+    def __init__(self, events: Events) -> None:
+        self._events = events
+        self._known: dict[Key, tuple[State, str]] = {}
+        self._notices: tuple[str, ...] = ()
+        self._building: Key | None = None
+        self._unsettled: set[Key] = set()
+        """Listeners heard that these are being built, and nothing since."""
+
+    def state(self, assessment: Assessment) -> None:
+        """What a look, or a build, says of a prompt."""
+        key, now = assessment.key, (assessment.state, assessment.reason)
+        if key == self._building:
+            return  # told when the build ends
+        before = self._known.get(key)
+        if before != now or key in self._unsettled:
+            self._events.publish(
+                "artifact", model=key.model, prompt=key.prompt, state=assessment.state.value, reason=assessment.reason
+            )
+        self._unsettled.discard(key)
+        self._known[key] = now
+        if before == now:
+            return
+        if assessment.state in (State.BLOCKED, State.UNCACHEABLE, State.QUARANTINED, State.UNCACHED):
+            log.warning(
+                "prompt not cached",
+                model=key.model,
+                prompt=key.prompt,
+                state=assessment.state.value,
+                reason=assessment.reason,
+                hint=assessment.hint,
+            )
+        elif assessment.state is State.FRESH and before is not None and before[0] is State.BLOCKED:
+            log.info("prompt fresh again", model=key.model, prompt=key.prompt, state=State.FRESH.value)
+
+    def notices(self, now: tuple[str, ...]) -> None:
+        """What a look found strange about what the manifest declares."""
+        for notice in now:
+            if notice not in self._notices:
+                log.warning("doubtful input", notice=notice)
+        self._notices = now
+
+    def forget_all_but(self, keys: set[Key]) -> None:
+        for key in self._known.keys() - keys:
+            del self._known[key]
+
+    def build_started(self, build: Build) -> None:
+        key = build.key
+        self._building = key
+        self._unsettled.add(key)
+        log.info("build started", model=key.model, prompt=key.prompt, state="building", reason=build.reason)
+        self._events.publish("artifact", model=key.model, prompt=key.prompt, state="building", reason=build.reason)
+
+    def build_ended(self) -> None:
+        """However it did; what became of it follows."""
+        self._building = None
+
+    def built(self, request: BuildRequest, artifact: StoredArtifact) -> None:
+        key, sidecar, figures = request.action.key, artifact.sidecar, artifact.sidecar.figures
+        self._publish_build(request, "built", sidecar.build_ms)
+        log.info(
+            "artifact built",
+            model=key.model,
+            prompt=key.prompt,
+            state=State.FRESH.value,
+            reason=request.action.reason,
+            tokens=sidecar.tokens,
+            prefill_ms=round(figures.prefill_ms),
+            build_ms=round(sidecar.build_ms),
+            size_bytes=sidecar.size_bytes,
+            cold_ttft_ms=round(figures.cold_ttft_ms),
+            warm_ttft_ms=round(figures.warm_ttft_ms),
+            verified=figures.verified,
+        )
+        if not figures.gain:
+            log.warning("no gain", model=key.model, prompt=key.prompt, hint="loading costs more than prefilling")
+
+    def build_failed(self, request: BuildRequest, error: errors.RkcachedError, verdict: Verdict) -> None:
+        key = request.action.key
+        self._publish_build(request, verdict.kind.value)
+        log.error(
+            "build failed",
+            model=key.model,
+            prompt=key.prompt,
+            error=error.message,
+            hint=error.hint,
+            attempts=verdict.attempts,
+            outcome=verdict.kind.value,
+        )
+
+    def _publish_build(self, request: BuildRequest, result: str, build_ms: float = 0.0) -> None:
+        key, reason = request.action.key, request.action.reason
+        self._events.publish(
+            "build", model=key.model, prompt=key.prompt, reason=reason, result=result, build_ms=round(build_ms, 1)
+        )

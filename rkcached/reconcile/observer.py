@@ -1,0 +1,304 @@
+"""Looks at the world: manifest, sources and store, compared by the planner.
+
+A look never changes anything and never fails for a bad input: what is wrong is part of what was seen. Blocking; the
+daemon does it in a thread, one look at a time, and the command line does it without a daemon.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import stat
+import time
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import structlog
+
+from rkcached import errors
+from rkcached.engines.registry import ENGINES
+from rkcached.host import disk
+from rkcached.host.access import refusal
+from rkcached.host.digests import Signature, settled, signature_of
+from rkcached.messages.sandbox import Renderer
+from rkcached.plan.desired import Desired, DesiredModel, PromptSource, Resolver, Sources, kept
+from rkcached.plan.planner import (
+    Assessment,
+    Build,
+    DesiredPrompt,
+    Key,
+    Limits,
+    Observed,
+    Trouble,
+    Verdict,
+    VerdictKind,
+    assess,
+)
+from rkcached.sources.manifest import EngineKind, Manifest, parse
+from rkcached.sources.reader import SourceReader, links, utf8
+from rkcached.sources.stored_texts import StoredTexts
+from rkcached.store.sidecar import Inventory, StoredArtifact
+from rkcached.store.store import Store
+
+log = structlog.get_logger()
+
+MAX_MANIFEST_BYTES = 4 << 20
+
+NEW_S = 3600.0
+"""A retired artifact does not expire before it was seen for so long, whatever the clock says."""
+
+KEPT_FREE = 0.05
+"""This share of the store's disk is not taken by retired artifacts."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Look:
+    """One consistent look at manifest, sources and store, and what follows from it."""
+
+    manifest: Manifest
+    sources: Sources
+    desired: Desired
+    inventory: Inventory
+    assessments: tuple[Assessment, ...]
+    store_trouble: errors.StoreError | None = None
+    """Why the store cannot be read. The look goes on without it: no artifact is known, and none can be built."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Glimpse:
+    """A fresh prompt whose text changed, and the build that follows from it."""
+
+    prompt: DesiredPrompt
+    text: str
+    assessment: Assessment
+    build: Build
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Last:
+    """What a glance takes from the look before it."""
+
+    sources: Sources
+    models: Mapping[str, DesiredModel | Trouble]
+    verdicts: dict[Key, Verdict]
+    retired: Collection[str]
+    """Fingerprints."""
+
+
+class Observer:
+    """Looks at the disk. Used by the daemon and, without one, by the command line."""
+
+    def __init__(self, store: Store, stored: StoredTexts | None = None) -> None:
+        self._store = store
+        self._reader = SourceReader(store.digests, stored)
+        self._resolver = Resolver(Renderer().compile)
+        self._last: _Last | None = None
+        self._retired_since: dict[str, float] = {}
+        """By fingerprint: when this process saw the retired artifact first, in monotonic seconds."""
+        self._assessments: dict[Key | str, Assessment] = {}
+        """Of the last look: by prompt, and by fingerprint for retired artifacts."""
+
+    def look(self, manifest: Manifest, extra_verdicts: Mapping[Key, Verdict] | None = None) -> Look:
+        """Scan and assess. Blocking."""
+        sources = self._reader.scan(manifest)
+        desired = self._resolver.resolve(manifest, sources)
+        trouble: errors.StoreError | None = None
+        self._store.spare(_named(manifest, sources))
+        try:
+            inventory = self._store.scan()
+        except errors.StoreError as error:
+            inventory, trouble = Inventory(), error
+        verdicts = {**inventory.verdicts, **(extra_verdicts or {})}
+        self._last = _Last(sources=sources, models=desired.models, verdicts=verdicts, retired=inventory.retired.keys())
+        observed = Observed(
+            artifacts=inventory.observed(),
+            verdicts=_spread(dict(verdicts), desired),
+            unlisted_models=frozenset(sources.unlisted_models),
+            foreign_bytes=sum(inventory.foreign.values()),
+            retired=inventory.retired,
+            spare_bytes=_spare_bytes(self._store),
+            new_retired=self._new_retired(inventory, min(manifest.cache.keep_retired_s, NEW_S)),
+            now=time.time(),
+        )
+        limits = Limits(
+            max_bytes=manifest.cache.max_bytes,
+            min_tokens=manifest.cache.min_tokens,
+            keep_retired_s=manifest.cache.keep_retired_s,
+        )
+        prompts = tuple(desired.prompts.values())
+        if trouble is not None:
+            prompts = tuple(replace(p, fingerprint=None, trouble=p.trouble or Trouble.of(trouble)) for p in prompts)
+        before = self._assessments
+        self._assessments = {
+            (place := one.retired or one.key): kept(before.get(place), one) for one in assess(prompts, observed, limits)
+        }
+        return Look(
+            manifest=manifest,
+            sources=sources,
+            desired=desired,
+            inventory=inventory,
+            assessments=tuple(self._assessments.values()),
+            store_trouble=trouble,
+        )
+
+    def _new_retired(self, inventory: Inventory, new_s: float) -> frozenset[str]:
+        """Which retired artifacts this process has known for less than that.
+
+        A board without a clock of its own starts with an old time, which then jumps.
+        """
+        now = time.monotonic()
+        self._retired_since = {one: self._retired_since.get(one, now) for one in inventory.retired}
+        return frozenset(one for one, since in self._retired_since.items() if now - since < new_s)
+
+    def glance(self, manifest: Manifest, changed: set[str], fresh: Mapping[Key, StoredArtifact]) -> list[Glimpse]:
+        """Which of the `fresh` prompts must be built because of files that changed. Blocking.
+
+        Everything else is taken to be as the last look saw it, so nothing but these files is read; a file is known by
+        the prompts it was part of then, never by its name. A look must follow. Whether a text fits into the budget
+        its build finds out; one that did not fit before is left to the look, as that depends on all prompts.
+        """
+        if (last := self._last) is None:
+            return []
+        existing = {*last.retired, *(artifact.fingerprint for artifact in fresh.values())}
+        glimpses = []
+        for key, declared in last.sources.prompts.items():
+            if changed.isdisjoint(declared.files) or (artifact := fresh.get(key)) is None:
+                continue
+            now = self._reader.read_again(declared)
+            prompt = self._resolver.resolve_one(now, last.models[key.model], manifest)
+            if _did_not_fit(prompt, last.verdicts.get(key)):
+                continue
+            if prompt.fingerprint is not None and prompt.fingerprint.digest in existing:
+                continue  # the store has it under another name: the look adopts it
+            desired = Desired(models=last.models, prompts={key: prompt}, texts={})
+            observed = Observed(
+                artifacts={key: artifact}, verdicts=_spread(dict(last.verdicts), desired), now=time.time()
+            )
+            (assessment,) = assess((prompt,), observed, Limits(min_tokens=manifest.cache.min_tokens))
+            if isinstance(now.source, PromptSource) and isinstance(assessment.action, Build):
+                glimpses.append(
+                    Glimpse(prompt=prompt, text=now.source.text, assessment=assessment, build=assessment.action)
+                )
+        return glimpses
+
+
+def _named(manifest: Manifest, sources: Sources) -> Iterator[str]:
+    """The files that the manifest names, itself among them."""
+    yield str(manifest.file)
+    for model in manifest.models.values():
+        yield from (str(path) for path in (model.path, model.tokenizer, model.lora) if path is not None)
+        yield model.chat_template
+    for declared in sources.prompts.values():
+        yield from declared.files
+
+
+def _spare_bytes(store: Store) -> int | None:
+    """What the store's disk has free beyond what retired artifacts leave free; below 0 if it has less."""
+    try:
+        found = disk.free(store.root)
+    except OSError:
+        return None
+    return found.free_bytes - int(found.size_bytes * KEPT_FREE)
+
+
+def _did_not_fit(prompt: DesiredPrompt, verdict: Verdict | None) -> bool:
+    wanted = prompt.fingerprint.digest if prompt.fingerprint is not None else ""
+    return verdict is not None and verdict.kind is VerdictKind.OVER_BUDGET and verdict.fingerprint == wanted
+
+
+def _spread(verdicts: dict[Key, Verdict], desired: Desired) -> dict[Key, Verdict]:
+    """A model that cannot be cached is so for all its prompts, until its file, the runtime or its parameters change."""
+    uncacheable = {v.model: v for v in verdicts.values() if v.kind is VerdictKind.UNCACHEABLE and v.model}
+    for key, prompt in desired.prompts.items() if uncacheable else ():
+        model = desired.models.get(key.model)
+        found = uncacheable.get(model.identity) if isinstance(model, DesiredModel) else None
+        if found is not None and prompt.fingerprint is not None:
+            verdicts[key] = replace(found, fingerprint=prompt.fingerprint.digest)
+    return verdicts
+
+
+class ManifestFile:
+    """The manifest on disk: the last good one, and what is wrong with the present one."""
+
+    def __init__(self, path: Path, manifest: Manifest) -> None:
+        self.path = path
+        self.last_good = manifest
+        self.error: errors.ManifestError | None = None
+        self._signature: Signature | None = None
+
+    def read(self) -> Manifest:
+        """The last good manifest, which is the same object as before if nothing in it changed. Blocking."""
+        signature, lasting = None, False
+        with contextlib.suppress(OSError):
+            info = self.path.stat()
+            signature, lasting = signature_of(info), settled(info)
+        if signature is not None and signature == self._signature:
+            return self.last_good
+        try:
+            manifest = read_manifest(self.path)
+        except errors.ManifestError as error:
+            if self.error is None or self.error.problems != error.problems:
+                for problem in error.problems:
+                    log.error("manifest rejected", problem=str(problem), consequence="the last good one stays in force")
+            self.error = error
+            self._signature = None
+            return self.last_good
+        if self.error is not None:
+            log.info("manifest mended", file=str(self.path))
+            self.error = None
+        self._signature = signature if lasting else None
+        if manifest != self.last_good:
+            log.info("manifest applied", file=str(self.path), models=len(manifest.models))
+            self.last_good = manifest
+        return self.last_good
+
+
+def read_manifest(path: Path) -> Manifest:
+    """Read and parse a manifest. Errors: ManifestError, also when the file cannot be read."""
+    return parse(manifest_text(path), file=path)
+
+
+def manifest_text(path: Path) -> str:
+    """What the manifest's file holds. Errors: ManifestError."""
+    try:
+        info = path.stat()
+        if stat.S_ISREG(info.st_mode) and info.st_size > MAX_MANIFEST_BYTES:
+            raise OSError(errno.EFBIG, f"{info.st_size:,} bytes are too many")  # noqa: TRY301 - said below
+        if not stat.S_ISREG(info.st_mode):  # reading a pipe would wait for its writer
+            raise OSError(errno.EINVAL, "it is not a regular file")  # noqa: TRY301
+        return utf8(path, path.read_bytes())
+    except errors.SourceError as error:
+        problem = errors.Problem(file=str(path), line=0, message=error.message, hint=error.hint)
+        raise errors.ManifestError((problem,)) from error
+    except OSError as error:
+        reason = error.strerror
+        hint = "name one with --manifest or RKCACHED_MANIFEST; `rkcached demo` writes a small one"
+        if (refused := refusal(path, error)) is not None:
+            reason, hint = refused
+        problem = errors.Problem(file=str(path), line=0, message=f"the manifest cannot be read: {reason}", hint=hint)
+        raise errors.ManifestError((problem,)) from error
+
+
+def inputs(manifest: Manifest, manifest_path: Path, stored: StoredTexts) -> tuple[list[Path], list[Path]]:
+    """The files, and the folders with any content, whose change may change the plan."""
+    engine = ENGINES[manifest.engine.kind]
+    files = [manifest_path]
+    folders: list[Path] = []
+    for name, model in manifest.models.items():
+        folders.append(stored.folder(name))
+        files.extend(engine.model_files(model.path))
+        files.extend(path for path in (model.tokenizer, model.lora) if path is not None)
+        if model.chat_template.startswith("/"):
+            files.append(Path(model.chat_template))
+        for prompt in model.prompts.values():
+            files.extend(prompt.files)
+        for pattern in model.prompts_from:
+            folders.append(Path(pattern).parent)
+            with contextlib.suppress(OSError):  # the look says so
+                files.extend(links(pattern))
+    if manifest.engine.kind is EngineKind.RKLLM:
+        files.append(manifest.engine.library)  # also while it is missing or no library
+    with contextlib.suppress(errors.RkcachedError):
+        files.extend(engine.locate_runtime(manifest.engine).files)
+    return files, folders

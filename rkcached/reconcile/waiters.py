@@ -1,0 +1,81 @@
+"""Builds that somebody asked for and waits for. On the event loop, beside the reconciler.
+
+An answer must come from a look that began after the question: an older one has not seen the text that was just written.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass
+
+from rkcached.errors import RkcachedError, SourceError
+from rkcached.plan.planner import Adopt, Assessment, Build, Key, State
+from rkcached.store.sidecar import StoredArtifact
+
+
+@dataclass(slots=True, kw_only=True)
+class _Waiting:
+    future: asyncio.Future[StoredArtifact]
+    anew: bool
+    """Build it even if it is fresh."""
+    seen: bool = False
+    """A look has begun and ended since."""
+
+
+class BuildRequests:
+    def __init__(self) -> None:
+        self._waiting: dict[Key, _Waiting] = {}
+
+    def ask(self, key: Key, *, anew: bool) -> asyncio.Future[StoredArtifact]:
+        """The artifact, once it is there; or the error that says why not."""
+        waiting = self._waiting.get(key)
+        if waiting is None:
+            future = asyncio.get_running_loop().create_future()
+            waiting = self._waiting[key] = _Waiting(future=future, anew=anew)
+        elif not anew or not waiting.anew:
+            waiting.anew, waiting.seen = waiting.anew or anew, False
+        return waiting.future
+
+    def open(self) -> tuple[Key, ...]:
+        """What a look that begins now will answer."""
+        return tuple(self._waiting)
+
+    def looked(
+        self, opened: tuple[Key, ...], assessments: dict[Key, Assessment], artifacts: dict[Key, StoredArtifact]
+    ) -> list[Key]:
+        """A look has ended: answer what it answers. Returns what is to be built anew."""
+        anew = []
+        for key in opened:
+            waiting = self._waiting.get(key)
+            if waiting is None:
+                continue
+            waiting.seen = True
+            assessment = assessments.get(key)
+            if assessment is None:
+                self.answer(key, SourceError(f"{key} is not declared", hint="`rkcached status` lists what is"))
+            elif waiting.anew:
+                anew.append(key)
+            elif assessment.state is State.FRESH:
+                self.answer(key, artifacts[key])
+            elif not isinstance(assessment.action, Build | Adopt):
+                said = f"{key} is {assessment.state.value}: {assessment.reason}"
+                self.answer(key, SourceError(said, hint=assessment.hint))
+        return anew
+
+    def answer(self, key: Key, result: StoredArtifact | RkcachedError) -> None:
+        """A build has ended."""
+        waiting = self._waiting.get(key)
+        if waiting is None or not waiting.seen:
+            return
+        del self._waiting[key]
+        if waiting.future.done():
+            return
+        if isinstance(result, StoredArtifact):
+            waiting.future.set_result(result)
+        else:
+            waiting.future.set_exception(result)
+            waiting.future.exception()  # its caller may be gone
+
+    def cancel(self) -> None:
+        for waiting in self._waiting.values():
+            waiting.future.cancel()

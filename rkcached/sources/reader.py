@@ -1,0 +1,418 @@
+"""Reads everything a prompt cache is made from: prompt files, model files, chat templates, the runtime library.
+
+A file that did not change is not read again. Whatever is wrong with an input becomes a `Trouble` of that input alone;
+the scan itself never fails. Runs in a thread, one scan at a time.
+"""
+
+from __future__ import annotations
+
+import codecs
+import contextlib
+import fnmatch
+import hashlib
+import os
+import re
+import shlex
+import stat
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Generic, NamedTuple, TypeVar
+
+from rkcached.engines.llamacpp.gguf import Header, read_header
+from rkcached.engines.registry import ENGINES, EngineEntry
+from rkcached.errors import RkcachedError, SourceError
+from rkcached.host.access import Refusal, refusal
+from rkcached.host.digests import Digests, Signature, settled, signature_of
+from rkcached.messages.builtin import BUILTIN
+from rkcached.plan.desired import Declaration, ModelSource, PromptSource, RuntimeSource, Sources, kept
+from rkcached.plan.planner import Key, Trouble
+from rkcached.sources.manifest import NAME, EngineConfig, Manifest, ModelConfig
+from rkcached.sources.stored_texts import StoredTexts
+
+MAX_PROMPT_BYTES = 1 << 20
+"""A prompt beyond this is a mistake: it is some 250,000 tokens."""
+
+
+Content = TypeVar("Content")
+
+
+class _Placed(SourceError):
+    """What is wrong with one input, and the way in the manifest to what names it."""
+
+    def __init__(self, error: SourceError, *place: str | int) -> None:
+        super().__init__(error.message, hint=error.hint)
+        self.place = place
+
+
+class _Made(NamedTuple, Generic[Content]):
+    files: tuple[str, ...]
+    signature: Signature
+    content: Content
+
+
+class _Memory(Generic[Content]):
+    """What was made of files, for as long as a scan asks for it and none of them changes."""
+
+    def __init__(self) -> None:
+        self._now: dict[tuple[str, ...], _Made[Content]] = {}
+        self._before = self._now
+
+    def turn(self) -> None:
+        """A scan begins: what the one before did not ask for is forgotten."""
+        self._before, self._now = self._now, {}
+
+    def of(self, files: tuple[str, ...], make: Callable[[tuple[str, ...]], Content]) -> Content:
+        """Make it anew only if a file changed. Errors: what `make` raises."""
+        infos = _infos(files)
+        signature = signature_of(*infos)
+        made = self._now.get(files) or self._before.get(files)
+        if made is None or made.signature != signature:
+            lasting = len(infos) == len(files) and settled(*infos)
+            made = _Made(files, signature, make(files))
+            if not lasting:  # a second change may leave the same signature
+                return made.content
+        self._now[made.files] = made
+        return made.content
+
+
+class SourceReader:
+    """Scans sources and remembers texts by the signature of their files. One thread at a time."""
+
+    def __init__(self, digests: Digests, stored: StoredTexts | None = None) -> None:
+        self._digests = digests
+        self._stored = stored
+        self._prompts = _Memory[PromptSource]()
+        self._templates = _Memory[str]()
+        self._headers = _Memory[Header | None]()
+        self._declared: Mapping[Key, Declaration] = {}
+        """By the last scan."""
+        self._found_on: dict[str, tuple[int, int]] = {}
+        """By prompts_from pattern: the device that its folder was on when it first matched, and how many it matched."""
+
+    def scan(self, manifest: Manifest) -> Sources:
+        """Look at every input that the manifest names. Never raises for a bad input."""
+        engine = ENGINES[manifest.engine.kind]
+        prompts: dict[Key, Declaration] = {}
+        models: dict[str, ModelSource | Trouble] = {}
+        unlisted: dict[str, Trouble] = {}
+        skipped: dict[str, None] = {}
+        notices: dict[str, None] = {}
+        self._prompts.turn()
+        self._templates.turn()
+        self._headers.turn()
+        for name, config in manifest.models.items():
+            models[name] = self._model(config, engine)
+            claimed: set[str] = set()
+            for prompt, entry in config.prompts.items():
+                files = tuple(map(str, entry.files))
+                claimed.update(files)
+                line = manifest.line_of("models", name, "prompts", prompt)
+                source = self._prompt(files)
+                self._declare(prompts, Key(name, prompt), source, files, description=entry.description, line=line)
+            for position, pattern in enumerate(config.prompts_from):
+                line = manifest.line_of("models", name, "prompts_from", position)
+                try:
+                    found = tuple(_matches(pattern))
+                except OSError as error:
+                    unlisted[name] = _unlisted(
+                        Path(pattern).parent, error, "create the folder, or correct prompts_from"
+                    )
+                    continue
+                if notice := self._notice(pattern, len(found)):
+                    notices[notice] = None
+                for path in found:
+                    if path in claimed:
+                        continue  # declared by name, perhaps with parameters of its own
+                    key = Key(name, _printable(_stem(path)))
+                    if not NAME.fullmatch(key.prompt):
+                        skipped[_printable(path)] = None  # a README, or a copy that a synchronising program made
+                        continue
+                    self._declare(prompts, key, self._found(key, path, prompts), (path,), line=line)
+            if self._stored is not None:
+                unlisted |= self._add_stored(name, self._stored, prompts)
+        self._declared = prompts
+        return Sources(
+            runtime=self._runtime(manifest.engine),
+            models=models,
+            prompts=prompts,
+            unlisted_models=unlisted,
+            skipped_files=tuple(skipped),
+            notices=tuple(notices),
+        )
+
+    def _notice(self, pattern: str, matched: int) -> str:
+        """What is strange about a prompts_from folder that can be listed: it may not be the one that is meant.
+
+        An unmounted folder is empty, and a folder on which another disk is mounted has other files.
+        """
+        folder = Path(pattern).parent
+        try:
+            device = folder.stat().st_dev
+        except OSError:
+            return ""
+        first_device, before = self._found_on.get(pattern, (device, 0))
+        if matched:
+            self._found_on[pattern] = (first_device, matched)
+
+        if device != first_device:
+            files = f"{pattern} matches {_files(matched)}" if matched else f"{pattern} matches no file"
+            return f"{folder} is on another file system than when the daemon started, and {files} now: is it mounted?"
+        if not matched and before:
+            return f"{pattern} matches no file any more, but matched {_files(before)} before: is the folder mounted?"
+        return "" if matched else f"{pattern} matches no file"
+
+    def _declare(
+        self,
+        prompts: dict[Key, Declaration],
+        key: Key,
+        source: PromptSource | Trouble,
+        files: tuple[str, ...],
+        **said: Any,
+    ) -> None:
+        declared = kept(self._declared.get(key), Declaration(key=key, source=source, files=files, **said))
+        prompts[declared.key] = declared
+
+    def _add_stored(self, model: str, stored: StoredTexts, prompts: dict[Key, Declaration]) -> dict[str, Trouble]:
+        """The texts that clients stored; returns why they cannot be listed, if so."""
+        try:
+            keys = stored.keys(model)
+        except OSError as error:
+            return {model: _unlisted(stored.folder(model), error, "check its owner")}
+        for key in keys:
+            if key not in prompts and NAME.fullmatch(key.prompt):
+                files = (str(stored.path(key)),)
+                self._declare(prompts, key, self._prompt(files), files, stored=True)
+        return {}
+
+    def read_again(self, declared: Declaration) -> Declaration:
+        """The same declaration, with the text that its files have now."""
+        return replace(declared, source=self._prompt(declared.files))
+
+    def _found(self, key: Key, path: str, prompts: dict[Key, Declaration]) -> PromptSource | Trouble:
+        """The prompt of a file that a pattern found."""
+        if key in prompts:
+            return Trouble(
+                message=f"{path} makes a second prompt named {key.prompt!r}",
+                hint="rename the file, or declare only one of them",
+            )
+        return self._prompt((path,))
+
+    def _prompt(self, files: tuple[str, ...]) -> PromptSource | Trouble:
+        try:
+            return self._prompts.of(files, _join)
+        except _Placed as error:
+            return Trouble.of(error, *error.place)
+        except RkcachedError as error:
+            return Trouble.of(error)
+
+    def _model(self, config: ModelConfig, engine: EngineEntry) -> ModelSource | Trouble:
+        try:
+            template = BUILTIN.get(config.chat_template)
+            if template is None:
+                template = self._templates.of((config.chat_template,), lambda files: _text(Path(files[0])))
+        except RkcachedError as error:
+            return Trouble.of(error, "chat_template")
+        try:
+            if not stat.S_ISREG(mode := config.path.stat().st_mode):  # opening a FIFO would wait for its writer
+                kind = "a directory" if stat.S_ISDIR(mode) else "not a regular file"
+                return Trouble(message=f"{config.path} is {kind}", hint="name a model file")
+            with config.path.open("rb") as stream:
+                if stream.read(len(engine.model_magic)) != engine.model_magic:
+                    return Trouble(
+                        message=f"{config.path} is not a {engine.model_format}",
+                        hint="set path to a file of that format, or engine.kind to the engine that reads it",
+                    )
+            facts = engine.inspect_model(config.path, self._header)
+            signatures: dict[str, Signature] = {}
+            digests = []
+            for path in facts.files:
+                self._digests.let_settle(path)
+                digest, signatures[str(path)] = self._digests.digest_and_signature(path)
+                digests.append(digest)
+            return ModelSource(
+                digest=_one_digest(digests),
+                template_source=template,
+                tokenizer_digest=self._optional(config.tokenizer, "tokenizer", signatures),
+                lora_digest=self._optional(config.lora, "LoRA adapter", signatures),
+                trained_tokens=facts.trained_tokens,
+                signatures=tuple(signatures.items()),
+            )
+        except _Placed as error:
+            return Trouble.of(error, *error.place)
+        except RkcachedError as error:
+            return Trouble.of(error)
+        except OSError as error:
+            return Trouble.of(_unusable(Path(error.filename or config.path), error, "model file"))
+
+    def _header(self, path: Path) -> Header | None:
+        return self._headers.of((str(path),), lambda files: read_header(Path(files[0])))
+
+    def _optional(self, path: Path | None, noun: str, signatures: dict[str, Signature]) -> str:
+        """The digest of a file that a model may have; adds its signature. Errors: SourceError."""
+        if path is None:
+            return ""
+        try:
+            if not path.is_file():
+                raise FileNotFoundError(path)
+            digest, signatures[str(path)] = self._digests.digest_and_signature(path)
+            return digest
+        except OSError as error:
+            key = "lora" if noun == "LoRA adapter" else noun
+            raise _Placed(_unusable(path, error, noun), key) from error
+
+    def _runtime(self, engine: EngineConfig) -> RuntimeSource | Trouble:
+        try:
+            runtime = ENGINES[engine.kind].locate_runtime(engine)
+            digests = "".join(self._digests.digest(path) for path in runtime.files)
+        except RkcachedError as error:
+            return Trouble.of(error)
+        except OSError as error:
+            return Trouble(message=f"the engine's library cannot be read: {error}", hint="install it again")
+        digest = hashlib.sha256(digests.encode()).hexdigest()
+        return RuntimeSource(version=runtime.version, digest=digest, samples_per_run=runtime.samples_per_run)
+
+
+def _one_digest(digests: list[str]) -> str:
+    """The digest of a model that has these files, in this order. That of a single file is the file's own."""
+    return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
+
+
+def _infos(files: tuple[str, ...]) -> list[os.stat_result]:
+    """Of these files, one after the other; fewer, if one is not there."""
+    found = []
+    with contextlib.suppress(OSError):
+        for path in files:
+            found.append(os.stat(path))  # noqa: PERF401, PTH116 - up to the one that is not there
+    return found
+
+
+def _join(files: tuple[str, ...]) -> PromptSource:
+    """The prompt that these files are. Errors: SourceError."""
+    texts = []
+    for position, path in enumerate(files):
+        try:
+            texts.append(_text(Path(path)).rstrip("\r\n"))  # the final newline is not part of a prompt
+        except SourceError as error:
+            raise _Placed(error, "files", position) from error
+
+    text = "\n\n".join(texts)  # as paragraphs
+    if not text.strip():
+        raise SourceError(f"{', '.join(files)}: the prompt is empty", hint="write the prompt's text into the file")
+    return PromptSource(text=text, digest=hashlib.sha256(text.encode()).hexdigest())
+
+
+def _text(path: Path) -> str:
+    """The text of a file. Errors: SourceError, with what is wrong and what to do."""
+    try:
+        info = path.stat()
+        if stat.S_ISDIR(info.st_mode):
+            raise SourceError(f"{path} is a directory", hint="name a file, or use prompts_from with a pattern")
+        if not stat.S_ISREG(info.st_mode):
+            raise SourceError(f"{path} is not a regular file", hint="name a text file")
+        if info.st_size > MAX_PROMPT_BYTES:
+            raise SourceError(
+                f"{path} has {info.st_size:,} bytes, the limit is {MAX_PROMPT_BYTES:,}", hint="shorten the prompt"
+            )
+        return _decode(path, path.read_bytes()[: MAX_PROMPT_BYTES + 1])
+    except OSError as error:
+        raise _unusable(path, error, "file") from error
+
+
+def _files(number: int) -> str:
+    return "1 file" if number == 1 else f"{number} files"
+
+
+def _decode(path: Path, data: bytes) -> str:
+    """UTF-8 text without its byte order mark, and nothing that no text has. Errors: SourceError."""
+    if b"\0" in data and not _other_encoding(data):
+        raise SourceError(
+            f"{path} contains a NUL byte at offset {data.index(0)}", hint="a prompt is a UTF-8 text file, not a binary"
+        )
+    return utf8(path, data)
+
+
+def utf8(path: Path, data: bytes) -> str:
+    """The text in the file's data, without its byte order mark. Errors: SourceError, with what the file is instead."""
+    if encoding := _other_encoding(data):
+        file = shlex.quote(str(path))
+        raise SourceError(
+            f"{path} is {encoding}, not UTF-8",
+            hint=f"convert it: `iconv -f {encoding} -t UTF-8 {file} > {file}.new && mv {file}.new {file}`",
+        )
+    try:
+        return data.decode().removeprefix("\ufeff")
+    except UnicodeDecodeError as error:
+        raise SourceError(
+            f"{path} is not UTF-8: byte 0x{data[error.start]:02x} at offset {error.start}",
+            hint="save it as UTF-8 in the editor that wrote it, or convert it with iconv from the encoding it has",
+        ) from error
+
+
+def _other_encoding(data: bytes) -> str:
+    """The name of the encoding that a text's byte order mark tells, if it is not UTF-8; empty if it tells none."""
+    for mark, name in (
+        (codecs.BOM_UTF32_LE, "UTF-32"),  # begins as UTF-16's does
+        (codecs.BOM_UTF32_BE, "UTF-32"),
+        (codecs.BOM_UTF16_LE, "UTF-16"),
+        (codecs.BOM_UTF16_BE, "UTF-16"),
+    ):
+        if data.startswith(mark):
+            return name
+    return ""
+
+
+def _unusable(path: Path, error: OSError, noun: str) -> SourceError:
+    if (refused := refusal(path, error)) is not None:
+        return SourceError(f"{path} cannot be read: {refused.reason}", hint=refused.hint)
+    match error:
+        case FileNotFoundError() | NotADirectoryError():
+            return SourceError(f"source missing: {path}", hint=f"create the {noun}, or correct its path")
+        case _:
+            return SourceError(f"{path} cannot be read: {error.strerror or error}", hint="see the system's log")
+
+
+def _unlisted(folder: Path, error: OSError, hint: str) -> Trouble:
+    refused = refusal(folder, error, folder=True) or Refusal(error.strerror or str(error), hint)
+    return Trouble(message=f"{folder} cannot be listed: {refused.reason}", hint=refused.hint)
+
+
+def _printable(text: str) -> str:
+    """A file name as text that can be printed and sent: bytes that are not UTF-8 are shown escaped."""
+    return text.encode(errors="backslashreplace").decode()
+
+
+def links(pattern: str) -> list[Path]:
+    """The links among the files that a prompts_from pattern names. Errors: OSError."""
+    return [Path(entry.path) for entry in _matching(pattern) if entry.is_symlink()]
+
+
+def _matches(pattern: str) -> Iterator[str]:
+    """The files that a prompts_from pattern names, sorted; and the links that cannot be followed. Errors: OSError."""
+    for entry in _matching(pattern):
+        if entry.is_file(follow_symlinks=False) or (entry.is_symlink() and _may_be_read(entry.path)):
+            yield entry.path
+
+
+def _matching(pattern: str) -> list[os.DirEntry[str]]:
+    """What a prompts_from pattern names, sorted; no hidden files, no editors' backups. Errors: OSError."""
+    folder, _, wanted = pattern.rpartition("/")
+    matches = re.compile(fnmatch.translate(wanted)).match
+    with os.scandir(folder or "/") as entries:
+        found = [entry for entry in entries if entry.name[0] != "." and entry.name[-1] != "~" and matches(entry.name)]
+    return sorted(found, key=lambda entry: entry.name)
+
+
+def _stem(path: str) -> str:
+    """As `Path.stem` has it, which for thousands of files takes long."""
+    name = path.rpartition("/")[2]
+    dot = name.rfind(".")
+    return name[:dot] if 0 < dot < len(name) - 1 else name
+
+
+def _may_be_read(link: str) -> bool:
+    """Whether it leads to a file. One that leads nowhere is a prompt in trouble: what was made of it is kept."""
+    try:
+        return stat.S_ISREG(os.stat(link).st_mode)  # noqa: PTH116
+    except OSError:
+        return True

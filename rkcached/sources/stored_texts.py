@@ -1,0 +1,57 @@
+"""Prompt texts that clients stored over the socket: one file each, `prompts/{model}/{name}.md` in the state directory.
+
+A source like any other. What the manifest declares goes before a stored text of the same name. Blocking.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rkcached.errors import StoreError
+from rkcached.host import durable
+from rkcached.plan.planner import Key
+
+_SUFFIX = ".md"
+_DIRECTORY_MODE = 0o750
+
+
+class StoredTexts:
+    def __init__(self, state_dir: Path) -> None:
+        self._root = state_dir / "prompts"
+
+    def folder(self, model: str) -> Path:
+        return self._root / model
+
+    def path(self, key: Key) -> Path:
+        """Both names must be such as the manifest allows: nothing else reaches a path."""
+        return self.folder(key.model) / (key.prompt + _SUFFIX)
+
+    def keys(self, model: str) -> list[Key]:
+        """Sorted. Errors: OSError, but for a folder that is not there."""
+        try:
+            names = sorted(path.name for path in self.folder(model).iterdir())
+        except FileNotFoundError:
+            return []
+        return [Key(model, name.removesuffix(_SUFFIX)) for name in names if name.endswith(_SUFFIX) and name[0] != "."]
+
+    def write(self, key: Key, text: str) -> None:
+        """Errors: StoreError; the text is then what it was."""
+        path = self.path(key)
+        try:
+            path.parent.mkdir(mode=_DIRECTORY_MODE, parents=True, exist_ok=True)
+            durable.replace(path, text.encode())
+        except OSError as error:
+            raise StoreError(f"{path} cannot be written: {error.strerror}", hint="check the state directory") from error
+
+    def delete(self, key: Key) -> bool:
+        """Whether there was such a text. Errors: StoreError."""
+        path = self.path(key)
+        try:
+            path.unlink()
+            durable.sync_directory(path.parent)
+        except FileNotFoundError:
+            return False
+        except OSError as error:
+            hint = "check the state directory"
+            raise StoreError(f"{path} cannot be removed: {error.strerror}", hint=hint) from error
+        return True

@@ -1,0 +1,310 @@
+"""What serves nobody and may leave the store: orphans, retired artifacts, the quarantine; strangers, if somebody asks.
+
+The store's own is known by name and kind, and only by these. All else in its folder is a stranger's: listed with its
+size, and left until it is asked for. A file that the manifest names is never removed. Nothing is followed: links are
+removed as links, and no folder is reached through one. Removing needs the store's lock: the reconciler does it for
+`POST /v1/gc`, and `rkcached gc` where no daemon runs.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import stat
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from rkcached.errors import RkcachedError, StoreError
+from rkcached.host import beneath
+from rkcached.plan.planner import Adopt, Key, Remove, Retire, plan
+from rkcached.reconcile.observer import Look
+from rkcached.sources.manifest import NAME
+from rkcached.store import marks
+from rkcached.store.scan import prompt_of
+from rkcached.store.store import Store, size_of
+
+ASK = "not the store's: --strangers removes it"
+NAMED = "not the store's; it stays, as the manifest names it"
+IN_USE = "not the store's; it stays, as a program may listen on it"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rubbish:
+    """Something that may go, or a stranger's that stays."""
+
+    path: Path
+    size_bytes: int
+    why: str
+    key: Key | None = None
+    """Of an orphan, whose files the store removes together."""
+    seen: beneath.Identity | None = None
+    """Only this is removed, not what comes in its place."""
+    stays: bool = False
+    """It is only listed; `why` says the reason."""
+    stranger: bool = False
+
+
+class Named:
+    """What the manifest names: nobody removes it, by whatever name or link it is reached.
+
+    Of a folder, what is directly in it is named, too: prompts, and those that are to become prompts.
+    """
+
+    def __init__(self, files: Iterable[Path], folders: Iterable[Path]) -> None:
+        """Blocking: looks at each of them."""
+        self._places: set[str] = set()
+        self._identities: set[tuple[int, int]] = set()
+        self._folders = {os.path.realpath(folder) for folder in folders}
+        for file in files:
+            self._places.add(os.path.join(os.path.realpath(file.parent), file.name))  # noqa: PTH118 - a link itself
+            self._places.add(os.path.realpath(file))
+            for follow in (True, False):
+                try:
+                    info = file.stat(follow_symlinks=follow)
+                except OSError:
+                    continue
+                self._identities.add((info.st_dev, info.st_ino))
+
+    @classmethod
+    def by(cls, look: Look, files: Iterable[Path], folders: Iterable[Path]) -> Named:
+        """Of a look; `files` and `folders` are its inputs."""
+        prompts = (Path(file) for declared in look.sources.prompts.values() for file in declared.files)
+        return cls([*files, *prompts], folders)
+
+    def spares(self, info: os.stat_result) -> bool:
+        """Whether this is one of the files."""
+        return (info.st_dev, info.st_ino) in self._identities
+
+    def has(self, seen: beneath.Identity | None) -> bool:
+        """As `spares`."""
+        return seen is not None and (seen.device, seen.inode) in self._identities
+
+    def files(self) -> Iterator[Path]:
+        """Their real paths."""
+        return map(Path, self._places)
+
+    def holds(self, place: str) -> bool:
+        """Whether a real path is one of them, or a folder that has one of them in it."""
+        within = place + os.sep
+        every = self._places | self._folders
+        if place in every or str(Path(place).parent) in self._folders:
+            return True
+        return any(one.startswith(within) for one in every)
+
+
+@dataclass(slots=True, kw_only=True)
+class Collection:
+    """Somebody waits for what a look that began after the question finds. On the event loop, beside the reconciler."""
+
+    dry_run: bool
+    strangers: bool
+    future: asyncio.Future[list[Rubbish]]
+    rubbish: list[Rubbish] = field(default_factory=list)
+    named: Named = field(default_factory=lambda: Named((), ()))
+
+    async def find(self, store: Store, look: Look, building: Key | None, inputs: tuple[list[Path], list[Path]]) -> None:
+        """Before anything is removed: orphans go by themselves. `inputs` are the look's files and folders."""
+        try:
+            if look.store_trouble is not None:
+                raise look.store_trouble
+            self.named = await asyncio.to_thread(Named.by, look, *inputs)
+            self.rubbish = await asyncio.to_thread(
+                find_rubbish, store, look, self.named, building, strangers=self.strangers
+            )
+        except RkcachedError as error:
+            self._fail(error)
+
+    async def finish(self, store: Store, removed: set[Key]) -> None:
+        """Remove the rest, and say what went, or what may go. `removed` are the orphans that are gone."""
+        if not self.dry_run:
+            found = [one for one in self.rubbish if one.key is None or one.stays or one.key in removed]
+            try:
+                orphans = [one for one in found if one.key is not None]
+                for one in orphans:  # some were put aside by the look
+                    if one.key is not None:
+                        await asyncio.to_thread(store.remove_retired_of, one.key)
+                rest = [one for one in found if one.key is None]
+                self.rubbish = [*orphans, *await asyncio.to_thread(remove_rubbish, store, rest, self.named)]
+            except RkcachedError as error:
+                self._fail(error)
+        if not self.future.done():  # who asked may have gone meanwhile
+            self.future.set_result(self.rubbish)
+
+    def _fail(self, error: RkcachedError) -> None:
+        if not self.future.done():
+            self.future.set_exception(error)
+            self.future.exception()  # its caller may be gone
+
+
+def find_rubbish(
+    store: Store, look: Look, named: Named, building: Key | None = None, *, strangers: bool = False
+) -> list[Rubbish]:
+    """What may go, and the strangers that stay, but for what may just become a file of `building`.
+
+    Changes nothing. Errors: StoreError.
+    """
+    inventory = look.inventory
+    try:
+        orphans = list(_orphans(store, look))
+        quarantined = [
+            Rubbish(path=path, size_bytes=size_bytes, why="quarantined", seen=_identity(store, path))
+            for path, size_bytes in inventory.quarantined.items()
+        ]
+        retired = list(_retired(store, look))
+        others = [_stranger(store, names, named, goes=strangers) for names in _strangers(store, look, building)]
+    except OSError as error:
+        raise StoreError(
+            f"the store {store.root} cannot be read: {error.strerror}", hint="check the directory's permissions"
+        ) from error
+    return [*orphans, *retired, *quarantined, *others]
+
+
+def remove_rubbish(store: Store, rubbish: Iterable[Rubbish], named: Named) -> list[Rubbish]:
+    """Remove it, but for what stays; returns what is gone and what stays, in this order of each.
+
+    The store must be open. A stranger's that cannot be removed stays, with the reason. Errors: StoreError.
+    """
+    store.spare(named.files())
+    done = []
+    for one in rubbish:
+        if one.stays:
+            done.append(one)
+        elif one.key is not None:
+            store.remove(one.key)
+            done.append(one)
+        elif (outcome := _remove(store, one, named)) is not None:
+            done.append(outcome)
+    return done
+
+
+def as_data(rubbish: Iterable[Rubbish]) -> dict[str, list[dict[str, Any]]]:
+    """What goes (`items`) and what stays (`strangers`), as `rkcached gc --json` and the daemon print it."""
+    data: dict[str, list[dict[str, Any]]] = {"items": [], "strangers": []}
+    for one in rubbish:
+        path = os.fsencode(one.path).decode(errors="backslashreplace")
+        found = {"path": path, "size_bytes": one.size_bytes, "reason": one.why}
+        data["strangers" if one.stays else "items"].append(found)
+    return data
+
+
+def _remove(store: Store, one: Rubbish, named: Named) -> Rubbish | None:
+    """What became of it; None if somebody else put another thing in its place. Errors: StoreError."""
+    names = one.path.relative_to(store.root).parts
+    try:
+        if beneath.remove(store.root, *names, only=one.seen, spare=named.spares):
+            return one
+        if _identity(store, one.path) != one.seen:
+            return None
+        why = "something in it is named by the manifest, or is on another mount"
+    except OSError as error:
+        if not one.stranger:
+            raise StoreError(
+                f"{one.path} cannot be removed: {error.strerror}", hint="check the directory's permissions"
+            ) from error
+        why = f"it cannot be removed: {error.strerror}"
+    return replace(one, why=f"not the store's; it stays, as {why}", stays=True)
+
+
+def _orphans(store: Store, look: Look) -> Iterator[Rubbish]:
+    for action in plan(look.assessments):
+        if isinstance(action, Retire) or (isinstance(action, Remove) and not (action.verdict or action.retired)):
+            folder = store.root / action.key.model
+            names = beneath.names_in(store.root, action.key.model)
+            files = [folder / name for name in names if prompt_of(name) == action.key.prompt]
+            yield Rubbish(
+                path=folder / f"{action.key.prompt}.json",
+                size_bytes=sum(map(size_of, files)),
+                why=action.reason,
+                key=action.key,
+            )
+
+
+def _retired(store: Store, look: Look) -> Iterator[Rubbish]:
+    """But for those that a declared prompt is about to adopt."""
+    adopted = {a.fingerprint.digest for a in plan(look.assessments) if isinstance(a, Adopt) and a.source is None}
+    for one in look.inventory.retired.values():
+        if one.fingerprint not in adopted:
+            folder = store.root / marks.RETIRED / one.fingerprint
+            why = f"retired: built for {one.key}, and no prompt uses it now"
+            yield Rubbish(path=folder, size_bytes=size_of(folder), why=why, seen=_identity(store, folder))
+
+
+def _strangers(store: Store, look: Look, building: Key | None) -> Iterator[tuple[str, ...]]:
+    """Where in the store something lies that is not its own: names from its top. Errors: OSError."""
+    for name in beneath.names_in(store.root):
+        path = store.root / name
+        if name in marks.OWN_FOLDERS and not beneath.is_folder(path):
+            yield (name,)
+        elif name == marks.QUARANTINE:
+            yield from _in_quarantine(store)
+        elif name == marks.RETIRED:
+            yield from _among_retired(store)
+        elif name == marks.VERDICTS:
+            yield from _in_verdicts(store)
+        elif marks.is_own(name):
+            continue
+        elif not beneath.is_folder(path):
+            if path in look.inventory.foreign:
+                yield (name,)
+        elif NAME.fullmatch(name):
+            yield from _beside_artifacts(store, look, name, building)
+        else:
+            yield (name,)
+
+
+def _in_quarantine(store: Store) -> Iterator[tuple[str, ...]]:
+    for name in beneath.names_in(store.root, marks.QUARANTINE):
+        if not (marks.is_quarantined(name) and beneath.is_folder(store.root / marks.QUARANTINE / name)):
+            yield marks.QUARANTINE, name
+
+
+def _among_retired(store: Store) -> Iterator[tuple[str, ...]]:
+    for name in beneath.names_in(store.root, marks.RETIRED):
+        if not (marks.is_retired(name) and beneath.is_folder(store.root / marks.RETIRED / name)):
+            yield marks.RETIRED, name
+
+
+def _in_verdicts(store: Store) -> Iterator[tuple[str, ...]]:
+    for model in beneath.names_in(store.root, marks.VERDICTS):
+        if not (NAME.fullmatch(model) and beneath.is_folder(store.root / marks.VERDICTS / model)):
+            yield marks.VERDICTS, model
+            continue
+        for name in beneath.names_in(store.root, marks.VERDICTS, model):
+            if not marks.is_verdict(name):
+                yield marks.VERDICTS, model, name
+
+
+def _beside_artifacts(store: Store, look: Look, model: str, building: Key | None) -> Iterator[tuple[str, ...]]:
+    """The strangers in the folder of a model; the folder itself, if all in it is theirs. Errors: OSError."""
+    folder = store.root / model
+    names = beneath.names_in(store.root, model)
+    theirs = [
+        name
+        for name in names
+        if (folder / name in look.inventory.foreign or beneath.is_folder(folder / name))
+        and (building is None or (model, prompt_of(name)) != building)
+    ]
+    if names and len(theirs) == len(names) and model not in look.manifest.models:
+        yield (model,)
+    else:
+        yield from ((model, name) for name in theirs)
+
+
+def _stranger(store: Store, names: tuple[str, ...], named: Named, *, goes: bool) -> Rubbish:
+    path = store.root.joinpath(*names)
+    place = os.path.join(os.path.realpath(store.root), *names)  # noqa: PTH118 - a link in it is not followed
+    seen = beneath.identity(store.root, *names)
+    why, stays = "not the store's", not goes
+    if named.holds(place) or named.has(seen):
+        why, stays = NAMED, True
+    elif seen is not None and stat.S_ISSOCK(seen.kind):
+        why, stays = IN_USE, True
+    elif stays:
+        why = ASK
+    return Rubbish(path=path, size_bytes=size_of(path), why=why, seen=seen, stays=stays, stranger=True)
+
+
+def _identity(store: Store, path: Path) -> beneath.Identity | None:
+    return beneath.identity(store.root, *path.relative_to(store.root).parts)

@@ -1,0 +1,275 @@
+"""Looks at the artifacts in a folder of the store: which are what their sidecars say, and what else lies there.
+
+Nothing is changed here. A good artifact is not looked at a second time until one of its files changes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import stat
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+from rkcached.engines.registry import ENGINES
+from rkcached.errors import SourceError
+from rkcached.host.beneath import is_folder
+from rkcached.host.digests import Digests, Signature, settled, signature_of
+from rkcached.plan.planner import Key, Retired
+from rkcached.sources.manifest import NAME
+from rkcached.store.sidecar import Inventory, Sidecar, StoredArtifact, Unreadable, parse_sidecar
+
+MAX_RECORD_BYTES = 1 << 20
+"""A sidecar has some 2,000 bytes, a verdict fewer."""
+
+_BLOCK_BYTES = 512
+"""The unit of st_blocks, whatever the file system's own is (stat(2))."""
+
+STAGING = ".stage-"
+"""What the names of files begin with that a build has not published yet."""
+
+CACHE_SUFFIXES = tuple(engine.artifact_suffix for engine in ENGINES.values())
+"""Of the names of prompt caches, with the dot."""
+
+
+class _Seen(NamedTuple):
+    """A good artifact, and what its sidecar, prompt cache and text were like when it was looked at."""
+
+    key: Key
+    cache: str
+    """The name of the prompt cache."""
+    signature: Signature
+    artifact: StoredArtifact
+
+
+class _SeenRetired(NamedTuple):
+    """A retired artifact, and what its folder and its files were like when it was looked at."""
+
+    files: tuple[str, ...]
+    """Names of sidecar, prompt cache and text."""
+    signature: Signature
+    artifact: Retired
+
+
+class Scan:
+    """One scan after the other. One thread at a time."""
+
+    def __init__(self, digests: Digests) -> None:
+        self._digests = digests
+        self._now: dict[Key, _Seen] = {}
+        """Good artifacts of this scan."""
+        self._before = self._now
+        self._retired: dict[str, _SeenRetired] = {}
+        """By fingerprint, of the last scan."""
+
+    def turn(self) -> None:
+        """A scan begins: what the one before it did not find is forgotten."""
+        self._before, self._now = self._now, {}
+
+    def forget(self, key: Key) -> None:
+        """Compare this artifact's files with its sidecar again, though nothing about them seems to have changed."""
+        self._now.pop(key, None)
+        self._before.pop(key, None)
+
+    def retired(self, folders: Iterable[Path], inventory: Inventory) -> None:
+        """Look at these folders, each named by the fingerprint of the retired artifact in it.
+
+        Only sizes are compared with the sidecars: the content is compared when an artifact is adopted.
+        """
+        before, self._retired = self._retired, {}
+        for folder in folders:
+            self._digests.steps += 1
+            seen = before.get(name := folder.name)
+            if seen is None or signature_of(*_infos(str(folder), (".", *seen.files))) != seen.signature:
+                seen = look_at_retired(folder)
+            if seen is None:
+                inventory.incomplete.append(folder)
+                continue
+            self._retired[name] = seen
+            inventory.retired[name] = seen.artifact
+
+    def folder(self, folder: Path, inventory: Inventory) -> None:
+        """Look at the artifacts of a model. Errors: OSError when the folder cannot be listed."""
+        names: list[str] = []
+        with contextlib.suppress(FileNotFoundError):  # a reader without the lock may see the owner remove it
+            names = sorted(os.listdir(folder))  # noqa: PTH208 - names: of tens of thousands, paths take too much
+        rest = set(names)
+        """What is part of no artifact. Names and no paths, and few of them: there may be tens of thousands of files."""
+        damaged: dict[Key, str] = {}
+        place = str(folder)
+        for name in names:
+            if not name.endswith(".json") or not NAME.fullmatch(name[:-5]):
+                continue
+            key = Key(folder.name, name[:-5])
+            self._digests.steps += 1
+            seen = self._before.get(key)
+            if seen is not None:
+                files = _names(key, seen.cache)
+                if signature_of(*_infos(place, files)) == seen.signature:
+                    self._now[seen.key] = seen
+                    inventory.artifacts[seen.key] = seen.artifact
+                    rest.difference_update(files)
+                    continue
+            with contextlib.suppress(FileNotFoundError):
+                record = _infos(place, (name,))
+                sidecar = read_sidecar(folder / name, key)
+                if isinstance(sidecar, str):
+                    damaged[key] = sidecar
+                    continue
+                files = _names(key, sidecar.artifact)
+                infos = record + _infos(place, files[1:])
+                inventory.artifacts[key] = artifact = inspect(folder, sidecar, self._digests)
+                rest.difference_update(files)
+                if not artifact.corrupt and len(infos) == len(files) and settled(*infos):
+                    self._now[key] = _Seen(key, sidecar.artifact, signature_of(*infos), artifact)
+        _scan_rest(folder, rest, damaged, inventory)
+
+
+def retired_sidecar(folder: Path) -> Sidecar | str:
+    """The sidecar of the artifact that a folder of the retired ones holds, or why it holds none."""
+    try:
+        names = [name for name in os.listdir(folder) if name.endswith(".json")]  # noqa: PTH208 - names
+        sidecar = read_sidecar(folder / names[0], None) if names else "the sidecar is missing"
+    except OSError as error:
+        return f"the sidecar cannot be read: {error.strerror}"
+    if not isinstance(sidecar, str) and sidecar.fingerprint != folder.name:
+        return "the sidecar has another fingerprint"
+    return sidecar
+
+
+def look_at_retired(folder: Path) -> _SeenRetired | None:
+    """The artifact in this folder; None if there is no whole one."""
+    sidecar = retired_sidecar(folder)
+    if isinstance(sidecar, str):
+        return None
+    key = Key(sidecar.model, sidecar.prompt)
+    files = _names(key, sidecar.artifact)
+    infos = _infos(str(folder), (".", *files))
+    if len(infos) != len(files) + 1 or infos[2].st_size != sidecar.size_bytes:
+        return None
+    artifact = Retired(
+        key=key,
+        fingerprint=sidecar.fingerprint,
+        tokens=sidecar.tokens,
+        size_bytes=sidecar.size_bytes,
+        retired_at=infos[0].st_mtime,
+    )
+    return _SeenRetired(files, signature_of(*infos), artifact)
+
+
+def read_sidecar(path: Path, key: Key | None) -> Sidecar | str:
+    """The sidecar, or why it is none. Errors: FileNotFoundError."""
+    info = path.stat()
+    if stat.S_ISFIFO(info.st_mode) or info.st_size > MAX_RECORD_BYTES:
+        return "the sidecar is damaged: it is no file of that kind"
+    try:
+        return parse_sidecar(path.read_bytes(), key)
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        return f"the sidecar cannot be read: {error.strerror}"
+
+
+def inspect(folder: Path, sidecar: Sidecar, digests: Digests) -> StoredArtifact:
+    """The artifact of a sidecar, its files compared with it; whatever is wrong is said in it."""
+    path = folder / sidecar.artifact
+    text = folder / f"{sidecar.prompt}.bin"
+    corrupt, signature = "", None
+    try:
+        size = path.stat().st_size
+        if size != sidecar.size_bytes:
+            corrupt = f"{path.name} has {size:,} bytes, its sidecar says {sidecar.size_bytes:,}"
+        else:
+            digest, signature = digests.digest_and_signature(path)
+            if digest != sidecar.sha256:
+                corrupt = f"{path.name} does not have the SHA-256 of its sidecar"
+            elif digests.digest(text) != sidecar.text_sha256:
+                corrupt = f"{text.name} does not have the SHA-256 of its sidecar"
+    except FileNotFoundError as error:
+        corrupt = f"{Path(error.filename).name} is missing"
+    except OSError as error:
+        corrupt = f"{Path(error.filename or path).name} cannot be read: {error.strerror}"
+    except SourceError as error:
+        corrupt = error.message
+    return StoredArtifact(folder=folder, sidecar=sidecar, signature=None if corrupt else signature, corrupt=corrupt)
+
+
+def prompt_of(name: str) -> str:
+    """The prompt that a file with this name would belong to; nothing if the store has no such names."""
+    stem, dot, suffix = name.rpartition(".")
+    ours = dot + suffix in (".json", ".bin", *CACHE_SUFFIXES)
+    return stem if ours and NAME.fullmatch(stem) else ""
+
+
+def _scan_rest(folder: Path, names: set[str], damaged: Mapping[Key, str], inventory: Inventory) -> None:
+    """Sort what lies beside the artifacts of a folder; `damaged` are those whose sidecar is none, and why.
+
+    A sidecar that is none is the store's if it begins as one, or with a prompt cache beside it; else it may be the JSON
+    file of another program.
+    """
+    caches: dict[Key, list[Path]] = {}
+    for name in sorted(names):
+        if name.endswith(CACHE_SUFFIXES) and (prompt := prompt_of(name)) and not is_folder(folder / name):
+            caches.setdefault(Key(folder.name, prompt), []).append(folder / name)
+    for key, found in caches.items():  # without a sidecar: of a commit that was cut off before it
+        if key not in inventory.artifacts and (key in damaged or f"{key.prompt}.json" not in names):
+            why = damaged.get(key, "the sidecar is missing")
+            inventory.unreadable[key] = Unreadable(corrupt=why, size_bytes=_bytes(found))
+
+    for key, why in damaged.items():
+        if key not in inventory.unreadable and _begins_as_sidecar(folder / f"{key.prompt}.json", key):
+            inventory.unreadable[key] = Unreadable(corrupt=why, size_bytes=0)
+
+    for name in sorted(names):
+        key = Key(folder.name, prompt_of(name))
+        if name.startswith(STAGING):
+            inventory.staged.append(folder / name)
+        elif key not in inventory.artifacts and key not in inventory.unreadable:
+            inventory.foreign.update(foreign((folder / name,)))
+
+
+def _begins_as_sidecar(path: Path, key: Key) -> bool:
+    """Whether the first lines of a damaged sidecar are those of this key's."""
+    with contextlib.suppress(OSError):
+        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        try:
+            head = os.read(fd, 512)
+        finally:
+            os.close(fd)
+        return f'"model": "{key.model}",\n  "prompt": "{key.prompt}",\n'.encode() in head
+    return False
+
+
+def foreign(files: Iterable[Path]) -> Iterator[tuple[Path, int]]:
+    """Those that are still there, with the bytes that they take of the disk. Folders stay out."""
+    for path in files:
+        with contextlib.suppress(FileNotFoundError):
+            info = path.lstat()
+            if stat.S_ISREG(info.st_mode):  # one with holes takes less than its size
+                yield path, min(info.st_size, info.st_blocks * _BLOCK_BYTES)
+            elif not stat.S_ISDIR(info.st_mode):
+                yield path, info.st_size
+
+
+def _names(key: Key, cache: str) -> tuple[str, str, str]:
+    """The files of an artifact: sidecar, prompt cache, text."""
+    return f"{key.prompt}.json", cache, f"{key.prompt}.bin"
+
+
+def _infos(folder: str, names: Iterable[str]) -> list[os.stat_result]:
+    """Of these files, one after the other; fewer, if one is gone."""
+    found = []
+    with contextlib.suppress(OSError):
+        for name in names:
+            found.append(os.stat(f"{folder}/{name}"))  # noqa: PERF401, PTH116 - up to the one that is gone
+    return found
+
+
+def _bytes(files: Iterable[Path]) -> int:
+    """What these take; nothing, if they are gone by now."""
+    size_bytes = 0
+    for path in files:
+        with contextlib.suppress(FileNotFoundError):
+            size_bytes += path.lstat().st_size
+    return size_bytes

@@ -1,0 +1,161 @@
+"""The commit record of an artifact: its form on disk, and what is known of an artifact that was compared with it. Pure.
+
+A sidecar is believed only if it belongs to its place, names a file beside it, and its components give its fingerprint.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import msgspec
+
+from rkcached.host.digests import Signature
+from rkcached.plan.fingerprint import fingerprint
+from rkcached.plan.planner import Artifact, Key, Retired, Verdict
+
+FORMAT_VERSION = 1
+
+
+_SUFFIX = re.compile(r"[a-z0-9]+_cache")
+
+
+class Figures(msgspec.Struct, frozen=True, kw_only=True):
+    """What the build measured. Times in milliseconds."""
+
+    prefill_ms: float
+    """Reading the prefix into an empty KV state."""
+    load_ms: float
+    """Loading the prompt cache from its file."""
+    cold_ttft_ms: float
+    """First token of the probe without the cache: prefilling the prefix, then the probe on it in memory."""
+    warm_ttft_ms: float
+    """First token of the probe with the cache: loading the file, then the probe."""
+    verified: str
+    """How the artifact was proven: exact, hit or off."""
+
+    @property
+    def gain(self) -> bool:
+        """Whether the cache was measured to help; an unverified one is not measured, and taken to."""
+        return self.verified == "off" or self.warm_ttft_ms < self.cold_ttft_ms
+
+
+class Sidecar(msgspec.Struct, frozen=True, kw_only=True):
+    """The commit record of an artifact, as it stands on disk."""
+
+    format: int = FORMAT_VERSION
+    model: str
+    prompt: str
+    artifact: str
+    """File name of the prompt cache, beside this file."""
+    fingerprint: str
+    components: Mapping[str, str]
+    size_bytes: int
+    sha256: str
+    text_sha256: str
+    tokens: int
+    built_at: float
+    """Unix seconds."""
+    build_ms: float
+    figures: Figures
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoredArtifact:
+    """An artifact whose files were just compared with its sidecar."""
+
+    folder: Path
+    sidecar: Sidecar
+    signature: Signature | None
+    """Of the prompt cache file with the sidecar's digest: the file that may be loaded. None when corrupt."""
+    corrupt: str = ""
+
+    @property
+    def path(self) -> Path:
+        """Of the prompt cache."""
+        return self.folder / self.sidecar.artifact
+
+    @property
+    def fingerprint(self) -> str:
+        return self.sidecar.fingerprint
+
+    @property
+    def components(self) -> Mapping[str, str]:
+        return self.sidecar.components
+
+    @property
+    def tokens(self) -> int:
+        return self.sidecar.tokens
+
+    @property
+    def size_bytes(self) -> int:
+        """Of the prompt cache."""
+        return self.sidecar.size_bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Unreadable:
+    """An artifact without a usable sidecar: why, and what its prompt cache takes all the same."""
+
+    corrupt: str
+    size_bytes: int
+    fingerprint: str = ""
+    components: Mapping[str, str] = field(default_factory=dict)
+    tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Inventory:
+    """One look at the store. `unreadable` are commit records that cannot be read: their artifacts are corrupt."""
+
+    artifacts: dict[Key, StoredArtifact] = field(default_factory=dict)
+    unreadable: dict[Key, Unreadable] = field(default_factory=dict)
+    verdicts: dict[Key, Verdict] = field(default_factory=dict)
+    staged: list[Path] = field(default_factory=list)
+    """Files of builds that run, or that left them."""
+    quarantined: dict[Path, int] = field(default_factory=dict)
+    """What is kept in the quarantine, with its bytes; the oldest first."""
+    foreign: dict[Path, int] = field(default_factory=dict)
+    """Files where the store puts its own, with their bytes, that are none of its."""
+    retired: dict[str, Retired] = field(default_factory=dict)
+    """By fingerprint: artifacts that were put aside, because no prompt uses them now."""
+    incomplete: list[Path] = field(default_factory=list)
+    """Folders among the retired ones that hold no whole artifact: a crash cut their making off."""
+
+    def observed(self) -> dict[Key, Artifact]:
+        """All of them, as the planner sees them."""
+        return {**self.artifacts, **self.unreadable}
+
+
+def parse_sidecar(data: bytes, key: Key | None) -> Sidecar | str:
+    """The sidecar of `key`, or why it is none. A retired one belongs to no place: `key` is None."""
+    try:
+        sidecar = msgspec.json.decode(data, type=Sidecar)
+    except (ValueError, RecursionError) as error:  # not JSON, not UTF-8, or not a sidecar
+        return f"the sidecar is damaged: {error}"
+    if sidecar.format != FORMAT_VERSION:
+        return f"the sidecar has format {sidecar.format}, this program writes {FORMAT_VERSION}"
+    of = Key(sidecar.model, sidecar.prompt)
+    if of != (key or of) or not names_artifact(sidecar.artifact, of.prompt):
+        return f"the sidecar belongs to {of}"
+    made = fingerprint(sidecar.components)
+    if made.digest != sidecar.fingerprint:
+        return "the sidecar is damaged: its components do not have its fingerprint"
+    return msgspec.structs.replace(  # what thousands have in common is kept once
+        sidecar,
+        model=of.model,
+        prompt=of.prompt,
+        fingerprint=made.digest,
+        components=made.components,
+        sha256=sys.intern(sidecar.sha256),
+        text_sha256=sys.intern(sidecar.text_sha256),
+    )
+
+
+def names_artifact(name: str, prompt: str) -> bool:
+    """Whether `name` is a prompt cache of `prompt`: guards against a sidecar that points elsewhere."""
+    stem, _, suffix = name.rpartition(".")
+    return stem == prompt and _SUFFIX.fullmatch(suffix) is not None

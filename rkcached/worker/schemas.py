@@ -1,0 +1,259 @@
+"""Looks at a JSON schema before a run, in a process that can be killed.
+
+A schema is a client's. What libraries do with one may take for ever, take gigabytes, or end the process: a pattern is a
+program, `$ref` a loop, `maxItems` a number of grammar rules. So a schema is read, bounded, tried and, where the engine
+compiles it to a grammar, compiled once as a rehearsal, all in a child with limits of time and memory. Whatever goes
+wrong there is the same answer: SchemaInvalid. What is worth nothing here never reaches a worker, which holds a model.
+
+Used from threads, one schema at a time; never from the event loop. The last verdicts are remembered.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import json
+import re
+import signal
+import socket
+import sys
+import threading
+import weakref
+from collections import OrderedDict
+from collections.abc import Iterator
+from typing import Any
+
+from rkcached.errors import SchemaInvalid, WorkerUnavailable
+from rkcached.messages.sandbox import Process, end_all, receive, restrict, send, start
+
+MAX_SCHEMA_BYTES = 64 << 10
+
+MAX_REPEATS = 10_000
+"""The sum of all counts (`maxItems` and the like) of a schema; llama.cpp makes rules of them, 9 GB of 10^9."""
+
+MAX_LENGTHS = 50_000
+"""The sum of all `minLength` and `maxLength`, each of which is bounded as the other counts are."""
+
+MAX_PATTERN_CHARACTERS = 1_000
+
+CPU_LIMIT_S = 3.0
+"""An honest schema takes some milliseconds. It is CPU time: a busy machine makes no schema wrong."""
+
+PATIENCE_S = 60.0
+"""For an answer of the child, on a machine that is too busy to give it its CPU time."""
+
+IDLE_S = 60.0
+"""The child is worth 30 MB, and is ended when no schema came for so long."""
+
+_REMEMBERED = 256
+_COUNTS = ("minItems", "maxItems", "minProperties", "maxProperties", "minContains")
+_LENGTHS = ("minLength", "maxLength")
+_DATA = frozenset({"enum", "const", "default", "examples"})
+_NAMED = frozenset({"properties", "patternProperties", "$defs", "definitions", "dependentSchemas"})
+"""Keywords whose values are schemas by name."""
+
+_HINT = "simplify the schema, or set lower limits in it"
+_SAMPLES: tuple[Any, ...] = (None, True, 0, 1.5, "", "a", [], [0, "a"], {}, {"a": 1})
+"""A schema that cannot be evaluated on these is not one that an answer can be checked by."""
+
+
+class SchemaChecker:
+    """The child, started when it is needed and again after it was killed."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._verdicts: OrderedDict[bytes, str] = OrderedDict()
+        self._running: list[Process] = []
+        self._idle: threading.Timer | None = None
+        self._finalizer = weakref.finalize(self, end_all, self._running)
+
+    def check(self, schema: str, *, compiled: bool) -> None:
+        """Whether a run can be held to it; `compiled`: the engine makes a grammar of it.
+
+        Errors: SchemaInvalid; WorkerUnavailable if the child cannot be started.
+        """
+        digest = hashlib.sha256(f"{compiled}{schema}".encode()).digest()
+        with self._lock:
+            if digest not in self._verdicts:
+                self._verdicts[digest] = self._ask({"schema": schema, "compiled": compiled})
+            self._verdicts.move_to_end(digest)
+            if len(self._verdicts) > _REMEMBERED:
+                self._verdicts.popitem(last=False)
+            verdict = self._verdicts[digest]
+
+        if verdict:
+            raise SchemaInvalid(verdict, hint=_HINT)
+
+    def kill(self) -> None:
+        """End the child now, whatever it is looking at; who waits for it hears that it is gone. Does not wait."""
+        for process in tuple(self._running):
+            process.popen.kill()
+
+    def close(self) -> None:
+        """End the child after what it is looking at. It is started again if it is needed."""
+        with self._lock:
+            if self._idle is not None:
+                self._idle.cancel()
+            end_all(self._running)
+
+    def _ask(self, question: dict[str, Any]) -> str:
+        """What is wrong with the schema; empty if nothing is. Errors: SchemaInvalid, WorkerUnavailable."""
+        if self._running and self._running[0].popen.poll() is not None:
+            end_all(self._running)
+        try:
+            if not self._running:
+                self._running.append(start("rkcached.worker.schemas"))
+        except OSError as error:
+            said = f"the process that checks schemas cannot be started: {error}"
+            raise WorkerUnavailable(said, hint="is the machine out of memory or processes?") from error
+
+        self._end_when_idle()
+        connection = self._running[0].connection
+        connection.settimeout(PATIENCE_S)
+        try:
+            send(connection, json.dumps(question).encode())
+            body = receive(connection, PATIENCE_S)
+        except (OSError, ValueError):
+            body = None
+        if body is not None:
+            return str(json.loads(body))
+
+        process = self._running[0]
+        end_all(self._running)
+        problem = "checking the schema takes too much time or memory"
+        if process.popen.returncode != -signal.SIGPROF:
+            raise SchemaInvalid(problem, hint=_HINT)  # not remembered: something else may have ended the child
+        return problem
+
+    def _end_when_idle(self) -> None:
+        if self._idle is not None:
+            self._idle.cancel()
+        self._idle = threading.Timer(IDLE_S, self.close)
+        self._idle.daemon = True
+        self._idle.start()
+
+
+# The child
+
+
+def main() -> None:
+    """Look at schemas for the daemon at the other end of the socket that the argument names, until it closes it."""
+    connection = socket.socket(fileno=int(sys.argv[1]))
+    importlib.import_module("jsonschema")  # before memory is limited
+    restrict()
+    send(connection, b"ready")
+    while (data := receive(connection, None)) is not None:
+        question = json.loads(data)
+        signal.setitimer(signal.ITIMER_PROF, CPU_LIMIT_S)  # SIGPROF ends the process, whatever it is in
+        problem = find_problem(question["schema"], compiled=question["compiled"])
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        send(connection, json.dumps(problem).encode())
+
+
+def find_problem(schema: str, *, compiled: bool) -> str:
+    """What is wrong with a schema, in words; empty if nothing is. May take for ever, or end the process."""
+    try:
+        value = json.loads(schema, parse_constant=_no_constant)
+        json.dumps(value, allow_nan=False)  # 1e999 is JSON, but no number
+        problem = _beyond_bounds(value) or _not_a_schema(value)
+        if compiled and not problem:
+            problem = _not_a_grammar(schema)
+        return problem
+    except BaseException as error:  # noqa: BLE001 - compiled libraries raise what they like; here it is all the same
+        return f"not a JSON schema that can be used: {type(error).__name__}: {_shortened(str(error))}"
+
+
+def _beyond_bounds(schema: Any) -> str:
+    repeats = lengths = 0.0
+    for keyword, value in _keywords(schema):
+        if keyword in _COUNTS and isinstance(value, int | float):
+            repeats += abs(value)
+        if keyword in _LENGTHS and isinstance(value, int | float):
+            lengths += abs(value)
+            if abs(value) > MAX_REPEATS:
+                return f"{keyword} is {value:,}; {MAX_REPEATS:,} is the most"
+        if repeats > MAX_REPEATS:
+            return f"{keyword} is {value:,}; all counts of a schema together may be {MAX_REPEATS:,} at most"
+        if lengths > MAX_LENGTHS:
+            return f"{keyword} is {value:,}; all lengths of a schema together may be {MAX_LENGTHS:,} at most"
+        if keyword == "pattern" and isinstance(value, str) and len(value) > MAX_PATTERN_CHARACTERS:
+            return f"a pattern has {len(value):,} characters, at most {MAX_PATTERN_CHARACTERS:,} are accepted"
+    return ""
+
+
+def _keywords(schema: Any) -> Iterator[tuple[str, Any]]:
+    """Every keyword and its value, at any depth; a key of `patternProperties` comes as a pattern, too.
+
+    Names of properties and of definitions are no keywords, and values that are data hold none.
+    """
+    waiting = [schema]
+    while waiting:
+        here = waiting.pop()
+        if isinstance(here, list):
+            waiting += here
+        if not isinstance(here, dict):
+            continue
+        for key, value in here.items():
+            yield key, value
+            if key in _DATA:
+                continue
+            named = key in _NAMED and isinstance(value, dict)
+            waiting += value.values() if named else (value,)
+            if key == "patternProperties" and isinstance(value, dict):
+                yield from (("pattern", pattern) for pattern in value)
+
+
+def _not_a_schema(schema: Any) -> str:
+    """Errors: whatever the libraries raise."""
+    import jsonschema  # noqa: PLC0415 - only the child needs it
+    import referencing.jsonschema  # noqa: PLC0415
+
+    kind = jsonschema.validators.validator_for(schema, default=jsonschema.Draft202012Validator)
+    try:
+        kind.check_schema(schema)
+    except jsonschema.SchemaError as error:
+        return f"not a JSON schema: {error.json_path}: {_shortened(str(error.message))}"
+
+    for keyword, value in _keywords(schema):
+        if keyword == "pattern" and isinstance(value, str):
+            re.compile(value)
+    root = referencing.jsonschema.DRAFT202012.create_resource(schema)
+    resolver = referencing.Registry().resolver_with_root(root)
+    references = {value for keyword, value in _keywords(schema) if keyword == "$ref" and isinstance(value, str)}
+    for reference in references:
+        if not isinstance(resolver.lookup(reference).contents, dict | bool):
+            return f"$ref {_shortened(reference)} leads to no schema"
+
+    # A loop shows where it is entered, which may be deep inside the schema.
+    validator = kind(schema, registry=referencing.Registry())
+    for part in (schema, *({"$ref": reference} for reference in references)):
+        for sample in _SAMPLES:
+            validator.evolve(schema=part).is_valid(sample)
+    return ""
+
+
+def _not_a_grammar(schema: str) -> str:
+    """Compile it as llama.cpp will, by the same library. Errors: whatever that raises."""
+    try:
+        llguidance = importlib.import_module("llguidance")
+    except ImportError:
+        return ""  # then llama.cpp alone says what it cannot keep to
+
+    matcher = llguidance.LLMatcher
+    grammar = matcher.grammar_from_json_schema(schema)
+    trial = matcher(llguidance.LLTokenizer("byte"), grammar, log_level=0)
+    if not trial.is_error():
+        trial.compute_bitmask()
+    if not trial.is_error():
+        return ""
+    first, *more = trial.get_error().splitlines()
+    details = [line.removeprefix("error: ") for line in more if line.startswith("error: ")]  # of a pattern
+    return f"llama.cpp cannot keep to this schema: {_shortened(' '.join([first, *details[:1]]))}"
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= 200 else text[:200] + "..."
+
+
+def _no_constant(name: str) -> None:
+    raise ValueError(f"{name} is not JSON")
