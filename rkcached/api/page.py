@@ -73,7 +73,7 @@ def _template() -> jinja2.Template:
 
 @functools.cache
 def _source() -> str:
-    return resources.files("rkcached").joinpath("page.html.jinja").read_text(encoding="utf-8")
+    return resources.files("rkcached.api").joinpath("page.html.jinja").read_text(encoding="utf-8")
 
 
 @functools.cache

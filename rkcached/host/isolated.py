@@ -3,7 +3,7 @@
 An interpreter looks for modules in the current folder, in PYTHONPATH and in the user's site-packages. Whoever can
 write one of these decides what a child runs: `sudo rkcached check` in a folder with a foreign `msgspec.py` ran it as
 root. So every child is started with -I and -P and by the absolute path of this file, which then takes the package
-from the folder that it lies in. Modules of others come from the interpreter's own places, and from two more that -I
+that it is a part of. Modules of others come from the interpreter's own places, and from two more that -I
 leaves out and the parent tells in the arguments: the folder that the package lies in (`pip install --target`), and
 the user's site-packages, where the parent uses it and it belongs to who runs it (`pip install --user`).
 
@@ -26,6 +26,7 @@ _NOT_FOR_CHILDREN = ("PYTHON", "NOTIFY_SOCKET", "LISTEN_", "WATCHDOG_")
 """What is meant for this process alone, by a person or by systemd."""
 
 _HERE = Path(__file__).absolute()
+_PACKAGE = _HERE.parents[1]
 
 
 def command(module: str, *arguments: str) -> list[str]:
@@ -46,7 +47,7 @@ def environment() -> dict[str, str]:
 
 def folders() -> list[str]:
     """Where the child may look for modules besides the interpreter's own places. They are looked into last."""
-    found = [str(_HERE.parent.parent)]
+    found = [str(_PACKAGE.parent)]
     user_site = site.USER_SITE if site.ENABLE_USER_SITE else None
     if user_site is not None and user_site in sys.path and _is_own(user_site):
         found.append(user_site)
@@ -63,14 +64,13 @@ def _is_own(folder: str) -> bool:
 
 def _take_package() -> None:
     """Import the package that this file belongs to, wherever it is, and no other of that name."""
-    package = _HERE.parent
     spec = importlib.util.spec_from_file_location(
-        package.name, package / "__init__.py", submodule_search_locations=[str(package)]
+        _PACKAGE.name, _PACKAGE / "__init__.py", submodule_search_locations=[str(_PACKAGE)]
     )
     if spec is None or spec.loader is None:
-        raise ImportError(f"{package} is no package")
+        raise ImportError(f"{_PACKAGE} is no package")
     module = importlib.util.module_from_spec(spec)
-    sys.modules[package.name] = module
+    sys.modules[_PACKAGE.name] = module
     spec.loader.exec_module(module)
 
 

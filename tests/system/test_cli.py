@@ -33,7 +33,7 @@ def test_version_and_help(workspace: Workspace) -> None:
 
 def test_help_imports_little(workspace: Workspace) -> None:
     """Help does not import what only the daemon needs."""
-    code = "import sys; from rkcached.cli import cli; print(sorted(m for m in sys.modules if '.' not in m))"
+    code = "import sys; from rkcached.cli.main import cli; print(sorted(m for m in sys.modules if '.' not in m))"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     for heavy in ("starlette", "uvicorn", "httpx", "pydantic", "rich", "watchdog", "numpy", "jinja2", "asyncio"):
         assert f"'{heavy}'" not in loaded

@@ -111,7 +111,7 @@ def test_the_error_table_has_every_code() -> None:
     source = Path(__file__).parents[2] / "rkcached"
     used = {
         code
-        for file in source.glob("*.py")
+        for file in source.rglob("*.py")
         if file.name != "client.py"
         for code in re.findall(r'(?:code=|\d{3}, )"([a-z_]+)"', file.read_text())
         if code != "client_gone"  # nobody is there to read it

@@ -230,4 +230,4 @@ def test_children_run_the_package_of_their_parent(
     assert workspace.ask("m/a")["rkcached"]["state"] == "hit"
     children = workspace.children()
     assert len(children) == 2
-    assert all(str(package / "isolated.py") in child.cmdline() for child in children)
+    assert all(str(package / "host" / "isolated.py") in child.cmdline() for child in children)

@@ -38,7 +38,7 @@ ELSEWHERE = {
 COMMAND = re.compile(r"\s*(make|sudo|sudoedit|curl|python3|export|rkcached|systemctl|journalctl|-d)\b")
 
 
-CHECK_DATA = 'python -c "from rkcached.page import _source; print(len(_source()))"'
+CHECK_DATA = 'python -c "from rkcached.api.page import _source; print(len(_source()))"'
 
 
 def blocks(language: str = "") -> list[str]:
