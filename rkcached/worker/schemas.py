@@ -45,6 +45,9 @@ PATIENCE_S = 60.0
 IDLE_S = 60.0
 """The child is worth 30 MB, and is ended when no schema came for so long."""
 
+_KILLED = (-signal.SIGKILL, -signal.SIGTERM)
+"""How a child ends that something other than the schema ended: we, a person, the kernel that is short of memory."""
+
 _REMEMBERED = 256
 _COUNTS = ("minItems", "maxItems", "minProperties", "maxProperties", "minContains")
 _LENGTHS = ("minLength", "maxLength")
@@ -121,8 +124,8 @@ class SchemaChecker:
         process = self._running[0]
         end_all(self._running)
         problem = "checking the schema takes too much time or memory"
-        if process.popen.returncode != -signal.SIGPROF:
-            raise SchemaInvalid(problem, hint=_HINT)  # not remembered: something else may have ended the child
+        if process.popen.returncode in _KILLED:
+            raise SchemaInvalid(problem, hint=_HINT)  # not remembered: somebody else ended the child
         return problem
 
     def _end_when_idle(self) -> None:

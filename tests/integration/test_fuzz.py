@@ -280,7 +280,7 @@ def test_memory_engine_refuses_damaged_files(tmp_path: Path) -> None:
 LLAMA_LOADS = """
 import pathlib, random, sys
 from rkcached.engines.base import ModelSpec
-from rkcached.engines.llamacpp import LlamaCppEngine
+from rkcached.engines.llamacpp.engine import LlamaCppEngine
 from rkcached.errors import EngineError
 model, scratch, kind = sys.argv[1:]
 path = pathlib.Path(scratch, "cache")
