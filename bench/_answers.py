@@ -1,6 +1,7 @@
 """What a client feels: time to first token, cold and warm, and how much of it is the daemon's own.
 
-Every answer is checked to be what it is counted as; a hit that was none, or a file that was not loaded, ends the part.
+Every answer is checked to be what it is counted as; a hit that was none, or a file that was not
+loaded, ends the part.
 """
 
 from __future__ import annotations
@@ -57,10 +58,14 @@ def measure_ttft(bench: Bench) -> list[Figure]:
         figures.append(of_median("ttft", f"{name}, cold", base, "ms"))
         for how, answers in (("file loaded", loaded[prompt]), ("in memory", resident[prompt])):
             warm = _ttfts(answers)
-            figures.append(of_median("ttft", f"{name}, warm, {how}", warm, "ms", note=f"{cached:,} cached"))
+            figures.append(
+                of_median("ttft", f"{name}, warm, {how}", warm, "ms", note=f"{cached:,} cached")
+            )
             saved = (1 - median(warm) / median(base)) * 100
             target = Target(limit=percent, at_least=True)
-            figures.append(Figure(part="ttft", name="  reduction", value=saved, unit="%", target=target))
+            figures.append(
+                Figure(part="ttft", name="  reduction", value=saved, unit="%", target=target)
+            )
     return figures
 
 
@@ -77,13 +82,17 @@ class _Asker:
         return f"{self._count % 1000:03d}: In one sentence, what is your most important rule?"
 
     def cold(self, prompt: str) -> Answer:
-        answer = self._daemon.ask(f"{MODEL}/{prompt}", self.question(), max_tokens=ANSWER_TOKENS, cold=True)
+        answer = self._daemon.ask(
+            f"{MODEL}/{prompt}", self.question(), max_tokens=ANSWER_TOKENS, cold=True
+        )
         if answer.report["state"] != "cold" or answer.report["cached_tokens"]:
             raise BenchError(f"a cold answer was not cold: {answer.report}")
         return answer
 
     def warm(self, prompt: str, *, loads: bool | None = None, question: str = "") -> Answer:
-        answer = self._daemon.ask(f"{MODEL}/{prompt}", question or self.question(), max_tokens=ANSWER_TOKENS)
+        answer = self._daemon.ask(
+            f"{MODEL}/{prompt}", question or self.question(), max_tokens=ANSWER_TOKENS
+        )
         if answer.report["state"] != "hit" or answer.report["cache"] != prompt:
             raise BenchError(f"a warm answer was no hit: {answer.report}")
         if loads is not None and loads != (answer.report["load_ms"] > 0):
@@ -127,7 +136,10 @@ class _Pairs:
     def measure(self, count: int, what: str, *, loads: bool) -> list[Figure]:
         """With `loads` the prompts take turns, so that each request loads its file; else one stays in memory."""
         name = f"{what}, {'file loaded' if loads else 'in memory'}"
-        for prompt in (*reversed(PROMPTS), PROMPTS[0]):  # load both, and end with the first one in memory
+        for prompt in (
+            *reversed(PROMPTS),
+            PROMPTS[0],
+        ):  # load both, and end with the first one in memory
             self._pair(prompt, loads=True, socket_first=True, check=False)
         pairs = []
         for number in range(count):
@@ -138,12 +150,20 @@ class _Pairs:
             of_median("share", f"{name}: engine alone", [b.ttft_ms for _, b in pairs], "ms"),
             _difference("  difference, median of pairs", [a.ttft_ms - b.ttft_ms for a, b in pairs]),
             # The prefill is the same work in both, and its noise is larger than what is looked for.
-            _difference("  without load and prefill", [a.ttft_ms - a.work_ms - b.around_ms for a, b in pairs]),
-            # A client that wakes up while the engine computes on every core waits for the scheduler's next tick.
-            _difference("  accepted to written", [a.inside_ms - a.work_ms - b.around_ms for a, b in pairs]),
+            _difference(
+                "  without load and prefill",
+                [a.ttft_ms - a.work_ms - b.around_ms for a, b in pairs],
+            ),
+            # A client that wakes up while the engine computes on every core waits for the
+            # scheduler's next tick.
+            _difference(
+                "  accepted to written", [a.inside_ms - a.work_ms - b.around_ms for a, b in pairs]
+            ),
         ]
 
-    def _pair(self, prompt: str, *, loads: bool, socket_first: bool, check: bool = True) -> tuple[Answer, Told]:
+    def _pair(
+        self, prompt: str, *, loads: bool, socket_first: bool, check: bool = True
+    ) -> tuple[Answer, Told]:
         question = self._ask.question()
         expected = loads if check else None
         if socket_first:
@@ -161,9 +181,15 @@ class _Pairs:
         key = Key(MODEL, prompt)
         artifact = self._look.inventory.artifacts[key]
         rendered = self._model.template.render(
-            [{"role": "system", "content": self._look.desired.texts[key]}, {"role": "user", "content": question}]
+            [
+                {"role": "system", "content": self._look.desired.texts[key]},
+                {"role": "user", "content": question},
+            ]
         )
-        values: dict[str, Any] = {**self._model.config.sampling(prompt), "max_new_tokens": ANSWER_TOKENS}
+        values: dict[str, Any] = {
+            **self._model.config.sampling(prompt),
+            "max_new_tokens": ANSWER_TOKENS,
+        }
         told = self._engine.ask(
             Ask(load=artifact.path if loads else None, prompt=rendered, sampling=Sampling(**values))
         )

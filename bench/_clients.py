@@ -1,6 +1,7 @@
 """What the daemon costs with several clients, for each streamed token, and after many requests.
 
-On the memory engine, which computes next to nothing, so that nearly all of the time is the daemon's own.
+On the memory engine, which computes next to nothing, so that nearly all of the time is the daemon's
+own.
 """
 
 from __future__ import annotations
@@ -46,7 +47,10 @@ def _shares(bench: Bench, daemon: Daemon) -> list[Figure]:
         own = daemon.client()
         try:
             asked = (f"{number:04d}" for number in range(bench.runs * ANSWERS_PER_RUN))
-            reports.extend(own.ask(f"{MODEL}/{PROMPTS[0]}", question, max_tokens=8).report for question in asked)
+            reports.extend(
+                own.ask(f"{MODEL}/{PROMPTS[0]}", question, max_tokens=8).report
+                for question in asked
+            )
         except Exception as error:  # noqa: BLE001 - it must leave the thread
             failures.append(error)
         finally:
@@ -66,7 +70,14 @@ def _shares(bench: Bench, daemon: Daemon) -> list[Figure]:
     name = f"{CLIENTS} clients: accepted to written, less queue, load, prefill"
     return [
         of_median("clients", name, shares, "ms", target=Target(limit=2)),
-        Figure(part="clients", name="  p99", value=p99, unit="ms", target=Target(limit=6), note=f"n={len(shares)}"),
+        Figure(
+            part="clients",
+            name="  p99",
+            value=p99,
+            unit="ms",
+            target=Target(limit=6),
+            note=f"n={len(shares)}",
+        ),
     ]
 
 
@@ -77,7 +88,9 @@ def _token_cpu(bench: Bench, daemon: Daemon) -> Figure:
         before = busy_ns(daemon.pid)
         _stream(daemon, STREAM_TOKENS)
         costs.append((busy_ns(daemon.pid) - before) / 1e6 / STREAM_TOKENS)
-    return of_median("clients", "daemon's CPU for a streamed token", costs, "ms", target=Target(limit=0.2))
+    return of_median(
+        "clients", "daemon's CPU for a streamed token", costs, "ms", target=Target(limit=0.2)
+    )
 
 
 def _stream(daemon: Daemon, tokens: int) -> None:
@@ -93,7 +106,11 @@ def _growth(daemon: Daemon) -> Figure:
     """Resident memory of the daemon before and after many plain requests, a new connection every hundred."""
     process = psutil.Process(daemon.pid)
     body = json.dumps(
-        {"model": f"{MODEL}/{PROMPTS[0]}", "messages": [{"role": "user", "content": "x"}], "max_tokens": 1}
+        {
+            "model": f"{MODEL}/{PROMPTS[0]}",
+            "messages": [{"role": "user", "content": "x"}],
+            "max_tokens": 1,
+        }
     )
     connection = daemon.client().connection
     before = 0
@@ -109,7 +126,9 @@ def _growth(daemon: Daemon) -> Figure:
                 raise BenchError(f"HTTP {response.status}: {said[:200]!r}")
     connection.close()
     grown = (process.memory_info().rss - before) / 1e6
-    note = f"from {before / 1e6:.1f} MB, after {WARM_UP} to warm up; log {_size(daemon.workspace.log)}"
+    note = (
+        f"from {before / 1e6:.1f} MB, after {WARM_UP} to warm up; log {_size(daemon.workspace.log)}"
+    )
     target = Target(limit=5)
     name = f"resident memory grown by {REQUESTS:,} requests"
     return Figure(part="clients", name=name, value=grown, unit="MB", target=target, note=note)

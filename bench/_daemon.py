@@ -1,7 +1,7 @@
 """The real daemon on a workspace, and a client that adds as little as it can to what it measures.
 
-The daemon runs in a session of its own, so that Ctrl-C reaches it through us, once. Its log goes to a file of the
-workspace, whose end is shown when something goes wrong.
+The daemon runs in a session of its own, so that Ctrl-C reaches it through us, once. Its log goes to
+a file of the workspace, whose end is shown when something goes wrong.
 """
 
 from __future__ import annotations
@@ -54,7 +54,10 @@ class Workspace:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Answer:
-    """A streamed answer. `ttft_ms` runs from before the request to the first event with content, here at the client."""
+    """A streamed answer.
+
+    `ttft_ms` runs from before the request to the first event with content, here at the client.
+    """
 
     ttft_ms: float
     prompt_tokens: int
@@ -79,21 +82,31 @@ class Daemon:
         self.workspace = workspace
         command = [sys.executable, "-m", "rkcached", "run", "--manifest", str(workspace.manifest)]
         command += ["--cache-dir", str(workspace.store), "--socket", str(workspace.socket)]
-        environment = {name: value for name, value in os.environ.items() if not name.startswith("RKCACHED_")}
+        environment = {
+            name: value for name, value in os.environ.items() if not name.startswith("RKCACHED_")
+        }
         self.started = time.perf_counter()
         self._asking = Client(self)
         with workspace.log.open("ab") as log:
             self.log_start = log.tell()
             """Where this daemon's lines begin."""
             self._process = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment, start_new_session=True
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                env=environment,
+                start_new_session=True,
             )
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         self._asking.close()
         self._process.send_signal(signal.SIGTERM)
@@ -125,13 +138,17 @@ class Daemon:
             if status["ready"] and states == {"fresh"}:
                 return status
             if not states <= set(_MENDING):
-                raise BenchError(f"not every prompt can be cached: {status['summary']}{self.last_words()}")
+                raise BenchError(
+                    f"not every prompt can be cached: {status['summary']}{self.last_words()}"
+                )
             time.sleep(every_s)
         raise BenchError(f"not all fresh after {timeout_s:.0f} s{self.last_words()}")
 
     def check_alive(self) -> None:
         if self._process.poll() is not None:
-            raise BenchError(f"the daemon ended with code {self._process.returncode}{self.last_words()}")
+            raise BenchError(
+                f"the daemon ended with code {self._process.returncode}{self.last_words()}"
+            )
 
     def status(self) -> dict[str, Any]:
         connection = UnixConnection(self.workspace.socket)
@@ -181,10 +198,14 @@ class Client:
         report: dict[str, Any] = {}
         connection = self.connection.ready()
         started = time.perf_counter()
-        connection.request("POST", "/v1/chat/completions", data, {"Content-Type": "application/json"})
+        connection.request(
+            "POST", "/v1/chat/completions", data, {"Content-Type": "application/json"}
+        )
         with connection.getresponse() as response:
             if response.status != http.HTTPStatus.OK:
-                raise BenchError(f"HTTP {response.status}: {response.read()[:300]!r}{self._daemon.last_words()}")
+                raise BenchError(
+                    f"HTTP {response.status}: {response.read()[:300]!r}{self._daemon.last_words()}"
+                )
             for line in iter(response.readline, b""):
                 if not first and b'"content"' in line:
                     first = time.perf_counter()
@@ -193,12 +214,18 @@ class Client:
                     report = chunk.get("rkcached", report)
                     prompt_tokens = (chunk.get("usage") or {}).get("prompt_tokens", prompt_tokens)
         if not (first and prompt_tokens and report):
-            raise BenchError(f"an answer without content, usage or report{self._daemon.last_words()}")
+            raise BenchError(
+                f"an answer without content, usage or report{self._daemon.last_words()}"
+            )
         return Answer(ttft_ms=(first - started) * 1000, prompt_tokens=prompt_tokens, report=report)
 
     def drain(self, model: str, question: str, *, max_tokens: int) -> None:
         """Stream an answer and drop it. Errors: BenchError unless it has all of its tokens."""
-        body = {"model": model, "messages": [{"role": "user", "content": question}], "max_tokens": max_tokens}
+        body = {
+            "model": model,
+            "messages": [{"role": "user", "content": question}],
+            "max_tokens": max_tokens,
+        }
         connection = self.connection.ready()
         connection.request("POST", "/v1/chat/completions", json.dumps(body | {"stream": True}))
         with connection.getresponse() as response:

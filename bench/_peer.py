@@ -56,9 +56,14 @@ class Streamed:
 
 
 def stream(connection: UnixConnection, path: str, body: dict[str, Any], started: float) -> Streamed:
-    """Post, and follow the stream to its end. Errors: BenchError unless there is text; OSError, HTTPException."""
+    """Post, and follow the stream to its end.
+
+    Errors: BenchError unless there is text; OSError, HTTPException.
+    """
     arrived: list[tuple[float, bytes]] = []
-    connection.request("POST", path, json.dumps(body).encode(), {"Content-Type": "application/json"})
+    connection.request(
+        "POST", path, json.dumps(body).encode(), {"Content-Type": "application/json"}
+    )
     with connection.getresponse() as response:
         if response.status != http.HTTPStatus.OK:
             raise BenchError(f"HTTP {response.status}: {response.read()[:300]!r}")
@@ -70,15 +75,23 @@ def stream(connection: UnixConnection, path: str, body: dict[str, Any], started:
     if not texts:
         raise BenchError(f"an answer without text: {events[-1:]}")
     per_token = (texts[-1] - texts[0]) / (len(texts) - 1) if len(texts) > 1 else 0.0
-    return Streamed(ttft_ms=(texts[0] - started) * 1000, per_token_ms=per_token * 1000, events=events)
+    return Streamed(
+        ttft_ms=(texts[0] - started) * 1000, per_token_ms=per_token * 1000, events=events
+    )
 
 
 def _has_text(event: dict[str, Any]) -> bool:
-    return any(choice.get("text") or (choice.get("delta") or {}).get("content") for choice in event.get("choices", ()))
+    return any(
+        choice.get("text") or (choice.get("delta") or {}).get("content")
+        for choice in event.get("choices", ())
+    )
 
 
 class Peer:
-    """The server, from `with` to its end. `tuned`: with the daemon's settings; else with its own defaults."""
+    """The server, from `with` to its end.
+
+    `tuned`: with the daemon's settings; else with its own defaults.
+    """
 
     def __init__(self, model: Path, context_tokens: int, slots: Path, *, tuned: bool) -> None:
         self._scratch = tempfile.mkdtemp(prefix="rkcached-")
@@ -88,7 +101,9 @@ class Peer:
         context = multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()
         spec = ModelSpec(path=str(model), context_tokens=context_tokens, scratch_dir=self._scratch)
-        self.process = context.Process(target=_serve, args=(theirs, spec, str(slots), tuned), daemon=True)
+        self.process = context.Process(
+            target=_serve, args=(theirs, spec, str(slots), tuned), daemon=True
+        )
         self.process.start()
         theirs.close()
         self._connection = UnixConnection(Path(self._scratch, SOCKET))
@@ -99,7 +114,10 @@ class Peer:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         self._connection.close()
         self._pipe.close()  # it leaves when its pipe ends
@@ -114,36 +132,51 @@ class Peer:
         return self.process.pid or 0
 
     def call(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
-        """One call with one answer. Errors: BenchError if it refuses; OSError or HTTPException if it died."""
+        """One call with one answer.
+
+        Errors: BenchError if it refuses; OSError or HTTPException if it died.
+        """
         self.calls += 1
         try:
             response, document = self._post(path, body)
         except http.client.RemoteDisconnected:
             if not self.process.is_alive():
                 raise
-            response, document = self._post(path, body)  # it had just closed the connection, having been idle
+            response, document = self._post(
+                path, body
+            )  # it had just closed the connection, having been idle
         if response.status != http.HTTPStatus.OK:
             raise BenchError(f"llama.cpp's server answered {response.status}: {document}")
         return document
 
-    def _post(self, path: str, body: dict[str, Any]) -> tuple[http.client.HTTPResponse, dict[str, Any]]:
+    def _post(
+        self, path: str, body: dict[str, Any]
+    ) -> tuple[http.client.HTTPResponse, dict[str, Any]]:
         connection = self._connection.ready()
         connection.request("POST", path, json.dumps(body), {"Content-Type": "application/json"})
         with connection.getresponse() as response:
             return response, json.loads(response.read())
 
     def tokens(self, text: str) -> int:
-        return len(self.call("/tokenize", {"content": text, "add_special": True, "parse_special": True})["tokens"])
+        return len(
+            self.call("/tokenize", {"content": text, "add_special": True, "parse_special": True})[
+                "tokens"
+            ]
+        )
 
     def save(self, prefix: str, name: str) -> int:
         """Make a cache by hand: prefill, then save. Returns its tokens."""
-        self.call("/completion", {"prompt": prefix, "n_predict": 0, "id_slot": 0, "cache_prompt": True})
+        self.call(
+            "/completion", {"prompt": prefix, "n_predict": 0, "id_slot": 0, "cache_prompt": True}
+        )
         return int(self.call("/slots/0?action=save", {"filename": name})["n_saved"])
 
     def restore(self, name: str) -> int:
         return int(self.call("/slots/0?action=restore", {"filename": name})["n_restored"])
 
-    def ask(self, prompt: str, max_tokens: int, *, restore: str = "", cold: bool = False) -> Streamed:
+    def ask(
+        self, prompt: str, max_tokens: int, *, restore: str = "", cold: bool = False
+    ) -> Streamed:
         """Stream an answer, after restoring a file if one is named; both count."""
         body = {"prompt": prompt, "max_tokens": max_tokens, "temperature": 0, "stream": True}
         body |= {"id_slot": 0, "cache_prompt": not cold}
@@ -158,7 +191,13 @@ class Peer:
         """What ended it, if it has ended."""
         self.process.join(5)
         code = self.process.exitcode
-        return "" if code is None else f"ended by signal {-code}" if code < 0 else f"ended with code {code}"
+        return (
+            ""
+            if code is None
+            else f"ended by signal {-code}"
+            if code < 0
+            else f"ended with code {code}"
+        )
 
 
 def _serve(pipe: Connection, spec: ModelSpec, slots: str, tuned: bool) -> None:

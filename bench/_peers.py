@@ -29,10 +29,12 @@ from rkcached.worker.operations import BOUNDARY_TOKENS
 MODEL = "small"
 ANSWER_TOKENS = 32
 LAUNCHES = 4
-"""Of the daemon and both servers. Each has one cold run, which costs some twenty seconds at the longest prompt."""
+"""Of the daemon and both servers. Each has one cold run, which costs some twenty seconds at the
+longest prompt."""
 
 PAIRS_PER_RUN = 6
-"""With 20 pairs the interval of a long prompt's difference was wider than what the daemon may add."""
+"""With 20 pairs the interval of a long prompt's difference was wider than what the daemon may add.
+"""
 
 PAUSE_S = 0.05
 """Between two answers: an engine's threads may spin for a moment after their work."""
@@ -66,7 +68,9 @@ class _Side:
         self.name = name
         self.samples: dict[tuple[str, str], _Samples] = {}
 
-    def launched(self, ask: Callable[[str, str, str], Streamed], pids: Callable[[], list[int]]) -> None:
+    def launched(
+        self, ask: Callable[[str, str, str], Streamed], pids: Callable[[], list[int]]
+    ) -> None:
         self._ask = ask
         self._pids = pids
 
@@ -89,7 +93,9 @@ def measure_peers(bench: Bench) -> list[Figure]:
         texts = _Texts(workspace)
     bench.say("what a user has to do")
     facts = list(_facts(workspace, texts))  # first, for they may fail
-    shutil.copyfile(small_model(), workspace.root / "model.gguf")  # whose weights one of them changed
+    shutil.copyfile(
+        small_model(), workspace.root / "model.gguf"
+    )  # whose weights one of them changed
     sides = [_Side("rkcached"), _Side("llama.cpp, same settings"), _Side("llama.cpp, its defaults")]
     for launch in range(LAUNCHES):
         bench.say(f"launch {launch + 1} of {LAUNCHES}")
@@ -100,7 +106,9 @@ def measure_peers(bench: Bench) -> list[Figure]:
         ):
             daemon.wait_fresh(timeout_s=BUILD_TIMEOUT_S)
             sides[0].launched(_through_daemon(daemon), lambda: _pids_of(daemon))
-            for side, server, kind in zip(sides[1:], (same, plain), ("-same.bin", "-plain.bin"), strict=True):
+            for side, server, kind in zip(
+                sides[1:], (same, plain), ("-same.bin", "-plain.bin"), strict=True
+            ):
                 if not launch:
                     for prompt in PEER_TOKENS:
                         server.save(texts.prefix(prompt), prompt + kind)
@@ -118,7 +126,9 @@ class _Texts:
         if not isinstance(model, DesiredModel):
             raise BenchError(f"the model cannot be used: {model}")
         self._model = model
-        self.tokens = {key.prompt: a.sidecar.tokens for key, a in self._look.inventory.artifacts.items()}
+        self.tokens = {
+            key.prompt: a.sidecar.tokens for key, a in self._look.inventory.artifacts.items()
+        }
 
     def prefix(self, prompt: str) -> str:
         return self._model.template.prefix(self.system(prompt))
@@ -144,7 +154,11 @@ def _measure_in_turns(launch: int, runs: int, sides: list[_Side]) -> None:
         count += 1
         at = count % len(sides)
         for side in (*sides[at:], *sides[:at]):
-            side.run(prompt, f"{count % 1000:03d}: In one sentence, what is your most important rule?", how)
+            side.run(
+                prompt,
+                f"{count % 1000:03d}: In one sentence, what is your most important rule?",
+                how,
+            )
 
     turn(next(iter(PEER_TOKENS)), "first")  # the daemon loads its model with the first request
     for prompt in PEER_TOKENS:
@@ -174,11 +188,19 @@ def _through_daemon(daemon: Daemon) -> Callable[[str, str, str], Streamed]:
 def ask_daemon(
     connection: UnixConnection, model: str, question: str, *, cold: bool = False, system: str = ""
 ) -> Streamed:
-    """Stream an answer. With `system`, the client sends the system message itself and names the model only."""
+    """Stream an answer.
+
+    With `system`, the client sends the system message itself and names the model only.
+    """
     messages = [{"role": "user", "content": question}]
     if system:
         messages.insert(0, {"role": "system", "content": system})
-    body: dict[str, Any] = {"model": model, "messages": messages, "max_tokens": ANSWER_TOKENS, "stream": True}
+    body: dict[str, Any] = {
+        "model": model,
+        "messages": messages,
+        "max_tokens": ANSWER_TOKENS,
+        "stream": True,
+    }
     if cold:
         body["cache"] = False
     ready = connection.ready()
@@ -188,7 +210,9 @@ def ask_daemon(
 def _through_peer(peer: Peer, texts: _Texts, kind: str) -> Callable[[str, str, str], Streamed]:
     def ask(prompt: str, question: str, how: str) -> Streamed:
         restore = prompt + kind if how in ("restored", "first") else ""
-        answer = peer.ask(texts.request(prompt, question), ANSWER_TOKENS, restore=restore, cold=how == "cold")
+        answer = peer.ask(
+            texts.request(prompt, question), ANSWER_TOKENS, restore=restore, cold=how == "cold"
+        )
         reused = answer.timings["cache_n"]
         if reused if how == "cold" else reused < texts.tokens[prompt] - BOUNDARY_TOKENS:
             raise BenchError(f"{how}: llama.cpp's server reused {reused} tokens")
@@ -207,10 +231,14 @@ def _figures(sides: list[_Side], texts: _Texts) -> Iterator[Figure]:
         for how in ("cold", "restored", "in memory"):
             name = f"{texts.tokens[prompt]:,} tokens, {how}"
             for side in sides:
-                yield of_median("peers", f"{name}: {side.name}", side.samples[prompt, how].ttft, "ms")
+                yield of_median(
+                    "peers", f"{name}: {side.name}", side.samples[prompt, how].ttft, "ms"
+                )
             of_ours, of_same = ours.samples[prompt, how], same.samples[prompt, how]
             limit = round(max(FLOOR_MS, SHARE * median(of_same.ttft)), 1) if how != "cold" else None
-            yield _difference("  rkcached less same settings, by pairs", of_ours.ttft, of_same.ttft, limit)
+            yield _difference(
+                "  rkcached less same settings, by pairs", of_ours.ttft, of_same.ttft, limit
+            )
             yield _difference("    of it not prefill", of_ours.rest, of_same.rest, None)
     for prompt in PEER_TOKENS:
         name = f"a token more, after {texts.tokens[prompt]:,}"
@@ -237,7 +265,10 @@ def _difference(name: str, ours: list[float], theirs: list[float], limit: float 
 
 
 def _facts(workspace: Workspace, texts: _Texts) -> Iterator[Figure]:
-    """Each is a number that was seen, and what it means. The model is a copy, because it is swapped."""
+    """Each is a number that was seen, and what it means.
+
+    The model is a copy, because it is swapped.
+    """
     prompt, question = list(PEER_TOKENS)[1], "What is your most important rule?"
     system, tokens = texts.system(prompt), texts.tokens[prompt]
     edited = f"Edited. {system}"
@@ -247,10 +278,18 @@ def _facts(workspace: Workspace, texts: _Texts) -> Iterator[Figure]:
     with Daemon(workspace) as daemon:
         daemon.wait_fresh()
         answer = ask_daemon(connection, f"{MODEL}/{prompt}", question)
-        yield _fact(f"first answer after a restart, reused of {tokens}", ours, answer.report["cached_tokens"], "1 call")
+        yield _fact(
+            f"first answer after a restart, reused of {tokens}",
+            ours,
+            answer.report["cached_tokens"],
+            "1 call",
+        )
         answer = ask_daemon(connection, MODEL, question, system=system)
         yield _fact(
-            "  the client sends the text, names no cache", ours, answer.report["cached_tokens"], "found by text"
+            "  the client sends the text, names no cache",
+            ours,
+            answer.report["cached_tokens"],
+            "found by text",
         )
 
         source = workspace.root / "prompts" / f"{prompt}.md"
@@ -276,11 +315,15 @@ def _facts(workspace: Workspace, texts: _Texts) -> Iterator[Figure]:
         seconds = _noticed(daemon, lambda: _change_weights(model))
         answer = ask_daemon(connection, f"{MODEL}/{prompt}", question)
         said = f"tokens reused, of a cache that was built with the new model; {seconds:.1f} s after the change"
-        yield _fact("after other weights in the model file", ours, answer.report["cached_tokens"], said)
+        yield _fact(
+            "after other weights in the model file", ours, answer.report["cached_tokens"], said
+        )
     connection.close()
 
 
-def _facts_of_peer(workspace: Workspace, texts: _Texts, prompt: str, question: str, edited: str) -> Iterator[Figure]:
+def _facts_of_peer(
+    workspace: Workspace, texts: _Texts, prompt: str, question: str, edited: str
+) -> Iterator[Figure]:
     theirs, slots, tokens = "llama.cpp", workspace.root / "slots", texts.tokens[prompt]
     model = workspace.root / "swapped.gguf"
     shutil.copyfile(small_model(), model)
@@ -291,12 +334,21 @@ def _facts_of_peer(workspace: Workspace, texts: _Texts, prompt: str, question: s
 
     with serve() as peer:
         peer.save(texts.prefix(prompt), "kept.bin")
-        yield _fact("calls to make one cache", theirs, peer.calls, "prefill, save; its file's name is the user's")
+        yield _fact(
+            "calls to make one cache",
+            theirs,
+            peer.calls,
+            "prefill, save; its file's name is the user's",
+        )
         yield _fact("calls to make one cache", "rkcached", 0, "the prompt's file in the manifest")
         first = peer.calls
         peer.ask(request, 1, restore="kept.bin")
-        yield _fact("calls for a warm answer", theirs, peer.calls - first, "restore a named file, ask")
-        yield _fact("calls for a warm answer", "rkcached", 1, "names the prompt, or just sends its text")
+        yield _fact(
+            "calls for a warm answer", theirs, peer.calls - first, "restore a named file, ask"
+        )
+        yield _fact(
+            "calls for a warm answer", "rkcached", 1, "names the prompt, or just sends its text"
+        )
         peer.restore("kept.bin")
         answer = peer.ask(texts.request(prompt, question, system=edited), 1)
         said = f"of {tokens:,} tokens reused: slow, and nothing says so; save again by hand"
@@ -304,7 +356,10 @@ def _facts_of_peer(workspace: Workspace, texts: _Texts, prompt: str, question: s
     with serve() as peer:
         answer = peer.ask(request, 1)
         yield _fact(
-            f"first answer after a restart, reused of {tokens}", theirs, answer.timings["cache_n"], "no restore"
+            f"first answer after a restart, reused of {tokens}",
+            theirs,
+            answer.timings["cache_n"],
+            "no restore",
         )
         answer = peer.ask(request, 1, restore="kept.bin")
         yield _fact("  restored by hand", theirs, answer.timings["cache_n"], "2 calls")
@@ -317,16 +372,25 @@ def _facts_of_peer(workspace: Workspace, texts: _Texts, prompt: str, question: s
             try:
                 answer = peer.ask(request, 1, restore="damaged.bin")
             except (OSError, http.client.HTTPException) as error:
-                yield _fact(f"the file {name}", theirs, 0, f"the server {peer.death() or repr(error)}")
+                yield _fact(
+                    f"the file {name}", theirs, 0, f"the server {peer.death() or repr(error)}"
+                )
             except BenchError as error:
                 yield _fact(f"the file {name}", theirs, 0, f"refused: {str(error)[:80]}")
             else:
-                yield _fact(f"the file {name}", theirs, answer.timings["cache_n"], "tokens reused, nothing is said")
+                yield _fact(
+                    f"the file {name}",
+                    theirs,
+                    answer.timings["cache_n"],
+                    "tokens reused, nothing is said",
+                )
     _change_weights(model)
     with serve() as peer:
         answer = peer.ask(request, 1, restore="kept.bin")
         said = "tokens reused: the old model's state under the new one, and nothing is said"
-        yield _fact("after other weights in the model file", theirs, answer.timings["cache_n"], said)
+        yield _fact(
+            "after other weights in the model file", theirs, answer.timings["cache_n"], said
+        )
     model.unlink()
 
 

@@ -30,7 +30,11 @@ def draw_scale(figures: Sequence[Figure], facts: dict[str, Any], file: Path) -> 
     found: dict[str, dict[int, list[tuple[int, float]]]] = defaultdict(lambda: defaultdict(list))
     aims: dict[str, tuple[int, float]] = {}
     for figure in figures:
-        if figure.part == "scale" and (match := _NAME.fullmatch(figure.name)) and match[3] in _PANELS:
+        if (
+            figure.part == "scale"
+            and (match := _NAME.fullmatch(figure.name))
+            and match[3] in _PANELS
+        ):
             prompts = int(match[1].replace(",", ""))
             found[match[3]][int(match[2])].append((prompts, figure.value))
             if figure.target is not None:
@@ -42,11 +46,31 @@ def draw_scale(figures: Sequence[Figure], facts: dict[str, Any], file: Path) -> 
         for axes, (name, title) in zip(drawing.subplots(2, 3).flat, _PANELS.items(), strict=True):
             for models, points in sorted(found[name].items()):
                 label = f"{models} model{'s' * (models > 1)}"
-                axes.plot(*zip(*sorted(points), strict=True), marker="o", color=_COLOURS[models], label=label)
-            last, value = max((point for points in found[name].values() for point in points), default=(10, 1.0))
-            axes.plot([last / 10, last], [value / 10, value], color="#9a9a9a", linestyle=":", label="linear growth")
+                axes.plot(
+                    *zip(*sorted(points), strict=True),
+                    marker="o",
+                    color=_COLOURS[models],
+                    label=label,
+                )
+            last, value = max(
+                (point for points in found[name].values() for point in points), default=(10, 1.0)
+            )
+            axes.plot(
+                [last / 10, last],
+                [value / 10, value],
+                color="#9a9a9a",
+                linestyle=":",
+                label="linear growth",
+            )
             if name in aims:
-                axes.plot(*aims[name], marker="_", markersize=22, markeredgewidth=2, color="black", label="aim")
+                axes.plot(
+                    *aims[name],
+                    marker="_",
+                    markersize=22,
+                    markeredgewidth=2,
+                    color="black",
+                    label="aim",
+                )
             axes.set(xscale="log", yscale="log", title=title, xlabel="prompts")
             axes.xaxis.set_major_formatter("{x:,.0f}")
             axes.yaxis.set_major_formatter("{x:,g}")
@@ -54,6 +78,7 @@ def draw_scale(figures: Sequence[Figure], facts: dict[str, Any], file: Path) -> 
             axes.yaxis.set_minor_formatter("{x:,g}")
         max(drawing.axes, key=lambda axes: len(axes.lines)).legend()
         drawing.suptitle(
-            f"memory engine, prompts of 2 KB; {facts['cpu']}, {facts['cores']} cores, {facts['date'][:10]}", fontsize=8
+            f"memory engine, prompts of 2 KB; {facts['cpu']}, {facts['cores']} cores, {facts['date'][:10]}",
+            fontsize=8,
         )
         drawing.savefig(file, metadata={"Date": None})

@@ -52,7 +52,13 @@ class Figure:
 
 
 def of_median(
-    part: str, name: str, samples: Sequence[float], unit: str, *, target: Target | None = None, note: str = ""
+    part: str,
+    name: str,
+    samples: Sequence[float],
+    unit: str,
+    *,
+    target: Target | None = None,
+    note: str = "",
 ) -> Figure:
     """The median of `samples`, with p95 and their number in the note."""
     said = f"p95 {number(p95(samples))}, n={len(samples)}" + (f"; {note}" if note else "")
@@ -103,7 +109,9 @@ def print_table(console: Console, facts: dict[str, Any], figures: Sequence[Figur
     )
     table = Table(box=None, pad_edge=False)
     for name in ("part", "figure", "value", "target", "met", "note"):
-        table.add_column(name, justify="right" if name in ("value", "target") else "left", no_wrap=name != "note")
+        table.add_column(
+            name, justify="right" if name in ("value", "target") else "left", no_wrap=name != "note"
+        )
     previous = ""
     for figure in figures:
         if previous and figure.part != previous:
@@ -120,7 +128,10 @@ def print_table(console: Console, facts: dict[str, Any], figures: Sequence[Figur
         previous = figure.part
     console.print(table)
     if not facts["quiet_at_start"]:
-        console.print(f"The load average was above {QUIET_LOAD} at the start: do not trust these figures.", style="red")
+        console.print(
+            f"The load average was above {QUIET_LOAD} at the start: do not trust these figures.",
+            style="red",
+        )
 
 
 def _version(package: str) -> str:

@@ -52,7 +52,8 @@ PROMPT = "You are the assistant of a small house. Answer in one short sentence. 
 ANSWER_TOKENS = 2000
 RESTING_TOKENS = 100
 RESTING_RATE = 200
-"""Tokens a second at which each one finds worker and daemon asleep: ten times what a board decodes."""
+"""Tokens a second at which each one finds worker and daemon asleep: ten times what a board decodes.
+"""
 
 WARM_CYCLES, CYCLES = 1_000, 10_000
 SAMPLE_CYCLES = 1_000
@@ -146,7 +147,10 @@ async def _measure_tokens(site: _Site, name: str, runs: int, bare: _Bare) -> lis
         async with _worker(site.spec(site.slow, RESTING_TOKENS), stamping) as worker:
             await _answer(worker, RESTING_TOKENS)
             for _ in range(runs):
-                ways += [(at.moment - float(at.text)) * 1e6 for at in await _answer(worker, RESTING_TOKENS)]
+                ways += [
+                    (at.moment - float(at.text)) * 1e6
+                    for at in await _answer(worker, RESTING_TOKENS)
+                ]
     floor = await _bare_way_us(runs * RESTING_TOKENS)
     note = (
         f"answers of {ANSWER_TOKENS:,} tokens at full speed, per piece of text; {_SAID}: "
@@ -174,7 +178,10 @@ class _Arrival:
 
 
 async def _answer(worker: Worker, tokens: int) -> list[_Arrival]:
-    """Ask for an answer of so many tokens. A piece may have several: a character's first bytes come without text."""
+    """Ask for an answer of so many tokens.
+
+    A piece may have several: a character's first bytes come without text.
+    """
     arrivals: list[_Arrival] = []
 
     def on_event(event: protocol.FromWorker) -> None:
@@ -182,8 +189,14 @@ async def _answer(worker: Worker, tokens: int) -> list[_Arrival]:
             arrivals.append(_Arrival(time.perf_counter(), event.text))
 
     sampling = Sampling(max_new_tokens=tokens)
-    answer = await worker.run(lambda number: protocol.Generate(id=number, prompt=PROMPT, sampling=sampling), on_event)
-    if not isinstance(answer, protocol.Done) or not _complete(answer.stats, tokens) or len(arrivals) < tokens / 2:
+    answer = await worker.run(
+        lambda number: protocol.Generate(id=number, prompt=PROMPT, sampling=sampling), on_event
+    )
+    if (
+        not isinstance(answer, protocol.Done)
+        or not _complete(answer.stats, tokens)
+        or len(arrivals) < tokens / 2
+    ):
         raise BenchError(f"not an answer of {tokens} tokens: {len(arrivals)} pieces, {answer}")
     return arrivals
 
@@ -195,7 +208,9 @@ def _complete(stats: RunStats, tokens: int) -> bool:
 class StampingEngine(RkllmEngine):
     """Says in place of each text when the binding was called back with it, by a clock that all processes share."""
 
-    def generate(self, prompt: str, sampling: Sampling, on_token: OnToken, *, trace: bool = False) -> RunStats:
+    def generate(
+        self, prompt: str, sampling: Sampling, on_token: OnToken, *, trace: bool = False
+    ) -> RunStats:
         def stamp(_token: Token) -> bool:
             run = self._current.run
             return on_token(Token(text=repr(run._last if run else 0.0)))  # noqa: SLF001 - the binding's own stamp
@@ -208,7 +223,9 @@ async def _worker(
     spec: ModelSpec, implementation: str = ENGINES[EngineKind.RKLLM].implementation
 ) -> AsyncIterator[Worker]:
     """The daemon's own supervisor of a real worker process."""
-    model = WorkerModel(name="standin", identity="", implementation=implementation, spec=spec, idle_unload_s=None)
+    model = WorkerModel(
+        name="standin", identity="", implementation=implementation, spec=spec, idle_unload_s=None
+    )
     worker = Worker(model, deadlines=Deadlines(start_s=30, silence_s=30), backoff=Backoff())
     try:
         yield worker
@@ -238,7 +255,9 @@ def _busy_ns(worker: Worker) -> int:
 async def _bare_way_us(count: int) -> float:
     """The least that a token at rest could take: bytes from one process to an asyncio stream of another."""
     ours, theirs = socket.socketpair()
-    process = multiprocessing.get_context("spawn").Process(target=_send_stamps, args=(theirs, count), daemon=True)
+    process = multiprocessing.get_context("spawn").Process(
+        target=_send_stamps, args=(theirs, count), daemon=True
+    )
     process.start()
     theirs.close()
     reader, writer = await asyncio.open_connection(sock=ours)
@@ -277,16 +296,21 @@ class _Bare:
 def _bare_costs(spec: ModelSpec, runs: int) -> _Bare:
     """The child: the same answers with other callbacks."""
     library = Library(Path(spec.library))
-    # abs() takes any word for an int and answers 1, which would pause the run, for no pointer to a structure.
+    # abs() takes any word for an int and answers 1, which would pause the run, for no pointer to a
+    # structure.
     in_c = library.abi.callback(("abs", ctypes.CDLL(None)))
     library_us = _bare_us(library, spec, in_c, runs)
-    both_us = _bare_us(library, spec, library.abi.callback(lambda _result, _userdata, _state: 0), runs)
+    both_us = _bare_us(
+        library, spec, library.abi.callback(lambda _result, _userdata, _state: 0), runs
+    )
     return _Bare(library_us=library_us, ctypes_us=both_us - library_us)
 
 
 def _bare_us(library: Library, spec: ModelSpec, callback: Any, runs: int) -> float:
     abi = library.abi
-    given = callback if abi.callbacks is None else ctypes.byref(abi.callbacks(result_callback=callback))
+    given = (
+        callback if abi.callbacks is None else ctypes.byref(abi.callbacks(result_callback=callback))
+    )
     param, handle = model_param(library, spec, spec.sampling or Sampling()), Handle()
     library.call("rkllm_init", ctypes.byref(handle), ctypes.byref(param), given)
     run_input, infer = abi.input(), abi.infer_param()
@@ -303,20 +327,31 @@ def _bare_us(library: Library, spec: ModelSpec, callback: Any, runs: int) -> flo
 # A worker's start
 
 
-async def _measure_start(site: _Site, name: str, runs: int, logged: list[MutableMapping[str, Any]]) -> Figure:
+async def _measure_start(
+    site: _Site, name: str, runs: int, logged: list[MutableMapping[str, Any]]
+) -> Figure:
     """From before the process is spawned until the daemon has read Ready; the stand-in takes no time to load."""
     starts = []
     # An installed rkcached has its bytecode, whatever this shell says about writing it.
     with _environment(PYTHONDONTWRITEBYTECODE="", PYTHONPYCACHEPREFIX=str(site.root / "bytecode")):
         async with _worker(site.spec(site.quick, ANSWER_TOKENS)) as worker:
-            for _ in range(runs + 1):  # the first one compiles, and reads files that later ones find in memory
+            for _ in range(
+                runs + 1
+            ):  # the first one compiles, and reads files that later ones find in memory
                 started = time.perf_counter()
                 await worker.ensure()
                 starts.append((time.perf_counter() - started) * 1000)
                 await worker.stop()
     loads = [entry["load_ms"] for entry in logged if entry["event"] == "model loaded"][-runs:]
     note = f"{_SAID} loads at once; {median(loads):.0f} of it are importing and loading the engine"
-    return of_median("rkllm", f"{name}, worker start to ready", starts[1:], "ms", target=Target(limit=150), note=note)
+    return of_median(
+        "rkllm",
+        f"{name}, worker start to ready",
+        starts[1:],
+        "ms",
+        target=Target(limit=150),
+        note=note,
+    )
 
 
 # Memory
@@ -360,9 +395,14 @@ def _cycle(spec: ModelSpec, cache: Path) -> _Cycled:
         def cycles(count: int) -> None:
             for number in range(count):
                 engine.load(cache)
-                stats = engine.generate(f"{PROMPT}Question {number}:", sampling, lambda _token: False)
+                stats = engine.generate(
+                    f"{PROMPT}Question {number}:", sampling, lambda _token: False
+                )
                 engine.clear()
-                if not _complete(stats, CYCLE_TOKENS) or (stats.cached_tokens or 0) < saved - BOUNDARY_TOKENS:
+                if (
+                    not _complete(stats, CYCLE_TOKENS)
+                    or (stats.cached_tokens or 0) < saved - BOUNDARY_TOKENS
+                ):
                     raise BenchError(f"a cycle that was none: {stats}")
 
         process = psutil.Process()
@@ -393,7 +433,10 @@ def _resident_mb(process: psutil.Process) -> float:
 
 
 def _in_child(work: Callable[..., Any], *arguments: Any) -> Any:
-    """What `work` returns in a fresh process: native code is not for this one. Errors: BenchError."""
+    """What `work` returns in a fresh process: native code is not for this one.
+
+    Errors: BenchError.
+    """
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe(duplex=False)
     process = context.Process(target=_tell, args=(theirs, work, *arguments), daemon=True)
@@ -411,5 +454,7 @@ def _in_child(work: Callable[..., Any], *arguments: Any) -> Any:
 
 def _tell(pipe: Connection, work: Callable[..., Any], *arguments: Any) -> None:
     """The child."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends this process
+    signal.signal(
+        signal.SIGINT, signal.SIG_IGN
+    )  # Ctrl-C is for the parent, which ends this process
     pipe.send(work(*arguments))

@@ -1,7 +1,8 @@
 """How the daemon's own work grows with prompts and models, from ten prompts to ten thousand.
 
-The memory engine computes next to nothing, so what is seen is the daemon: scanning, planning, publishing, watching.
-Everything is read off from outside (its log, /proc), so that measuring adds no work. `_pictures` draws it.
+The memory engine computes next to nothing, so what is seen is the daemon: scanning, planning,
+publishing, watching. Everything is read off from outside (its log, /proc), so that measuring adds
+no work. `_pictures` draws it.
 """
 
 from __future__ import annotations
@@ -72,7 +73,9 @@ class _Size:
             while sum(1 for _ in self._sidecars()) < self._prompts:
                 daemon.check_alive()
                 if time.perf_counter() - daemon.started > BUILD_ALL_TIMEOUT_S:
-                    raise BenchError(f"not all built after {BUILD_ALL_TIMEOUT_S} s{daemon.last_words()}")
+                    raise BenchError(
+                        f"not all built after {BUILD_ALL_TIMEOUT_S} s{daemon.last_words()}"
+                    )
                 time.sleep(0.2)
             daemon.wait_fresh()
             build_all_s = time.perf_counter() - daemon.started - first_plan_s
@@ -87,21 +90,38 @@ class _Size:
             log.wait(" ready ")
             yield self._figure("restart to ready", time.perf_counter() - daemon.started, "s")
             daemon.wait_fresh()
-            yield self._figure("restart to all seen fresh", time.perf_counter() - daemon.started, "s")
+            yield self._figure(
+                "restart to all seen fresh", time.perf_counter() - daemon.started, "s"
+            )
             _wait_quiet(daemon.pid)
             passes = [_nothing_to_do(daemon) for _ in range(self._bench.runs)]
             memory = psutil.Process(daemon.pid).memory_info().rss
             watches, descriptors = _watches(daemon.pid)
-            planned, published = zip(*(self._edit(daemon, log, turn) for turn in range(EDITS)), strict=True)
+            planned, published = zip(
+                *(self._edit(daemon, log, turn) for turn in range(EDITS)), strict=True
+            )
             most = _status_bytes(daemon.pid, "VmHWM")
-        yield self._median("nothing to do: SIGHUP to rest", [p.wall_ms for p in passes], "ms", limit=1000)
+        yield self._median(
+            "nothing to do: SIGHUP to rest", [p.wall_ms for p in passes], "ms", limit=1000
+        )
         yield self._median("  CPU", [p.cpu_ms for p in passes], "ms")
         yield self._median(
-            "  bytes read", [float(p.read_bytes) for p in passes], "B", note="rchar; nothing is hashed anew"
+            "  bytes read",
+            [float(p.read_bytes) for p in passes],
+            "B",
+            note="rchar; nothing is hashed anew",
         )
-        yield self._median("edit to its build started", planned, "ms", limit=300, note=f"{SETTLE_S * 1000:.0f} settle")
+        yield self._median(
+            "edit to its build started",
+            planned,
+            "ms",
+            limit=300,
+            note=f"{SETTLE_S * 1000:.0f} settle",
+        )
         yield self._median("edit to published", published, "ms")
-        yield self._figure("resident memory", memory / 1e6, "MB", limit=150, note=f"peak {most / 1e6:.0f}")
+        yield self._figure(
+            "resident memory", memory / 1e6, "MB", limit=150, note=f"peak {most / 1e6:.0f}"
+        )
         yield self._figure("inotify watches", watches, "")
         yield self._figure("descriptors", descriptors, "")
 
@@ -128,9 +148,16 @@ class _Size:
         for folder in self._workspace.store.glob("model*"):
             yield from (path.name for path in folder.glob("prompt*.json"))
 
-    def _figure(self, name: str, value: float, unit: str, *, limit: float | None = None, note: str = "") -> Figure:
+    def _figure(
+        self, name: str, value: float, unit: str, *, limit: float | None = None, note: str = ""
+    ) -> Figure:
         return Figure(
-            part="scale", name=f"{self._name}: {name}", value=value, unit=unit, target=self._target(limit), note=note
+            part="scale",
+            name=f"{self._name}: {name}",
+            value=value,
+            unit=unit,
+            target=self._target(limit),
+            note=note,
         )
 
     def _median(
@@ -142,7 +169,9 @@ class _Size:
         limit: float | None = None,
         note: str = "",
     ) -> Figure:
-        return of_median("scale", f"{self._name}: {name}", samples, unit, target=self._target(limit), note=note)
+        return of_median(
+            "scale", f"{self._name}: {name}", samples, unit, target=self._target(limit), note=note
+        )
 
     def _target(self, limit: float | None) -> Target | None:
         return None if limit is None or self._prompts < _AIMED_AT else Target(limit=limit)
@@ -202,7 +231,11 @@ def _watches(pid: int) -> tuple[int, int]:
 
 
 def _io_bytes(pid: int, name: str) -> int:
-    return next(int(line.split()[1]) for line in Path(f"/proc/{pid}/io").read_text().splitlines() if name in line)
+    return next(
+        int(line.split()[1])
+        for line in Path(f"/proc/{pid}/io").read_text().splitlines()
+        if name in line
+    )
 
 
 def _status_bytes(pid: int, name: str) -> int:

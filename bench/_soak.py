@@ -1,10 +1,12 @@
 """One daemon under a soak: clients that ask and check, and a hand that edits, reloads and kills.
 
-An answer is right if it is one that a correct engine gives to a text that the prompt had when it was asked for, or up
-to STALE_S before, which is how long an edit may go unnoticed. For the memory engine that answer is computed here, from
-a rendering of our own; for a real model it is what the daemon answered cold and greedily before anything was disturbed.
-A prefill in other batches gives a real model slightly other numbers, so its answers are compared token by token, with
-the log-probabilities of the five likeliest: these move by less than SHIFT, and only near ones may change places.
+An answer is right if it is one that a correct engine gives to a text that the prompt had when it
+was asked for, or up to STALE_S before, which is how long an edit may go unnoticed. For the memory
+engine that answer is computed here, from a rendering of our own; for a real model it is what the
+daemon answered cold and greedily before anything was disturbed. A prefill in other batches gives a
+real model slightly other numbers, so its answers are compared token by token, with the
+log-probabilities of the five likeliest: these move by less than SHIFT, and only near ones may
+change places.
 """
 
 from __future__ import annotations
@@ -37,8 +39,9 @@ PAUSE_S = 0.1
 """Of a client that was refused: one that asks at once would only count refusals."""
 
 SHIFT = 1.0
-"""Natural log-probability. SmolLM2-135M Q4_1, states read in different batches, 112 pairs of runs: those of the five
-likeliest tokens moved by up to 0.58, and two tokens that were 0.67 apart changed places."""
+"""Natural log-probability. SmolLM2-135M Q4_1, states read in different batches, 112 pairs of runs:
+those of the five likeliest tokens moved by up to 0.58, and two tokens that were 0.67 apart
+changed places."""
 
 KEPT_REFERENCES = 500
 
@@ -84,7 +87,10 @@ class Reply:
         if not right.tokens:
             return self.text == right.text if not self.failure else right.text.startswith(self.text)
         for (token, top), (right_token, right_top) in zip(self.tokens, right.tokens, strict=False):
-            if any(abs(right_top[known] - top[known]) > SHIFT for known in top.keys() & right_top.keys()):
+            if any(
+                abs(right_top[known] - top[known]) > SHIFT
+                for known in top.keys() & right_top.keys()
+            ):
                 return False
             if token != right_token:
                 return right_top[right_token] - right_top.get(token, -math.inf) <= SHIFT
@@ -104,7 +110,8 @@ class Site:
     text: Callable[[str, int], str]
     """A prompt's text by the number of the edit."""
     pause_s: float
-    """The longest pause of a client between two requests: builds step aside for those that never pause."""
+    """The longest pause of a client between two requests: builds step aside for those that never
+    pause."""
     memory_model: bytes = b""
     """The model file, if this is the memory engine."""
     prompts: tuple[str, ...] = ("first", "second")
@@ -133,7 +140,9 @@ class Site:
 
     def disturb(self, chance: random.Random) -> None:
         """One thing goes wrong, or changes."""
-        match chance.choices(("kill", "edit", "touch", "declare", "break", "hang up"), (6, 4, 1, 2, 1, 1))[0]:
+        match chance.choices(
+            ("kill", "edit", "touch", "declare", "break", "hang up"), (6, 4, 1, 2, 1, 1)
+        )[0]:
             case "kill":
                 self._kill(chance)
             case "edit":
@@ -163,12 +172,18 @@ class Site:
 
     def ask(self, chance: random.Random) -> None:
         """One request of some kind, and the check of its answer."""
-        kind, prompt, question = chance.choice(KINDS), chance.choice(self.prompts), chance.choice(QUESTIONS)
+        kind, prompt, question = (
+            chance.choice(KINDS),
+            chance.choice(self.prompts),
+            chance.choice(QUESTIONS),
+        )
         stream, cold = chance.random() < 0.6, chance.random() < 0.1
         asked = time.monotonic()
         text = self._possible(prompt, asked)[-1] if kind == "completion" else None
         if chance.random() < 0.08:
-            self._leave(self._request(kind, prompt, question, text, stream=stream, cold=cold), chance)
+            self._leave(
+                self._request(kind, prompt, question, text, stream=stream, cold=cold), chance
+            )
             return
         reply = self._send(*self._request(kind, prompt, question, text, stream=stream, cold=cold))
         texts = [text] if text is not None else self._possible(prompt, asked)
@@ -179,9 +194,13 @@ class Site:
             time.sleep(PAUSE_S)
         known = [self.reference(kind, candidate, question) for candidate in reversed(texts)]
         if not any(reply.is_right(right) for right in known):
-            how = reply.failure or {key: reply.report[key] for key in ("cache", "state", "reason", "cached_tokens")}
+            how = reply.failure or {
+                key: reply.report[key] for key in ("cache", "state", "reason", "cached_tokens")
+            }
             where = f"{kind} {prompt}, {question!r}, stream {stream}, cold {cold}, {how}"
-            raise WrongAnswerError(f"{where}: {reply.text!r} is none of {[right.text for right in known]!r}")
+            raise WrongAnswerError(
+                f"{where}: {reply.text!r} is none of {[right.text for right in known]!r}"
+            )
 
     def reference(self, kind: str, text: str, question: str) -> Reply:
         """The right answer."""
@@ -215,7 +234,9 @@ class Site:
             ended = [until for until, _ in known[1:]] + [float("inf")]
             kept = [entry for entry, end in zip(known, ended, strict=True) if end > asked - STALE_S]
             if time.monotonic() - asked < STALE_S:
-                self._texts[prompt] = [e for e, end in zip(known, ended, strict=True) if end > asked - 30 * STALE_S]
+                self._texts[prompt] = [
+                    e for e, end in zip(known, ended, strict=True) if end > asked - 30 * STALE_S
+                ]
             return [text for _, text in kept]
 
     def _request(
@@ -225,10 +246,16 @@ class Site:
         if cold:
             body["cache"] = False
         if not self.memory_model:
-            body |= {"logprobs": 5} if kind == "completion" else {"logprobs": True, "top_logprobs": 5}
+            body |= (
+                {"logprobs": 5} if kind == "completion" else {"logprobs": True, "top_logprobs": 5}
+            )
         if kind == "completion":
             assert text is not None
-            return "/v1/completions", {**body, "model": self.model, "prompt": rendered(text, question)}
+            return "/v1/completions", {
+                **body,
+                "model": self.model,
+                "prompt": rendered(text, question),
+            }
         messages = [{"role": "user", "content": question}]
         if text is None:
             body["model"] = f"{self.model}/{prompt}"
@@ -243,7 +270,9 @@ class Site:
         """Errors: WrongAnswerError for an end that is neither an answer nor an error of ours."""
         connection = self.daemon.client().connection
         try:
-            connection.request("POST", target, json.dumps(body), {"Content-Type": "application/json"})
+            connection.request(
+                "POST", target, json.dumps(body), {"Content-Type": "application/json"}
+            )
             response = connection.getresponse()
             data = response.read()
         except (OSError, http.client.HTTPException) as error:
@@ -294,7 +323,10 @@ class Site:
         return process.num_fds()
 
     def settle(self, timeout_s: float) -> None:
-        """Wait until all is fresh again, with no more than the daemon does on its own. Errors: BenchError."""
+        """Wait until all is fresh again, with no more than the daemon does on its own.
+
+        Errors: BenchError.
+        """
         deadline = time.monotonic() + timeout_s
         while time.monotonic() < deadline:
             self.daemon.check_alive()
@@ -308,14 +340,21 @@ class Site:
     def note_status(self) -> None:
         status = self.daemon.status()
         self.counts["builds"] = status["reconcile"]["builds"]
-        self.counts["restarts"] = self.workspace.log.read_text(errors="replace").count(" worker died ")
-        self.counts["prompts seen quarantined"] += sum(p["state"] == "quarantined" for p in status["prompts"])
+        self.counts["restarts"] = self.workspace.log.read_text(errors="replace").count(
+            " worker died "
+        )
+        self.counts["prompts seen quarantined"] += sum(
+            p["state"] == "quarantined" for p in status["prompts"]
+        )
 
 
 def rendered(text: str, question: str) -> str:
     """ChatML, as its authors describe it."""
     turns = (("system", text), ("user", question))
-    return "".join(f"<|im_start|>{role}\n{said}<|im_end|>\n" for role, said in turns) + "<|im_start|>assistant\n"
+    return (
+        "".join(f"<|im_start|>{role}\n{said}<|im_end|>\n" for role, said in turns)
+        + "<|im_start|>assistant\n"
+    )
 
 
 _SAMPLING = Sampling(
@@ -336,7 +375,10 @@ def _read_whole(answer: dict[str, Any]) -> Reply:
 def _tokens(logprobs: dict[str, Any]) -> Tokens:
     """Chat and completions say them differently."""
     if "content" in logprobs:
-        return tuple((t["token"], {o["token"]: o["logprob"] for o in t["top_logprobs"]}) for t in logprobs["content"])
+        return tuple(
+            (t["token"], {o["token"]: o["logprob"] for o in t["top_logprobs"]})
+            for t in logprobs["content"]
+        )
     return tuple(zip(logprobs.get("tokens", ()), logprobs.get("top_logprobs", ()), strict=True))
 
 
@@ -357,7 +399,9 @@ def _read_stream(data: bytes) -> Reply:
         report = event.get("rkcached", report)
         for choice in event.get("choices", ()):
             tokens += _tokens(choice.get("logprobs") or {})
-            parts.append(choice["text"] if "text" in choice else choice["delta"].get("content") or "")
+            parts.append(
+                choice["text"] if "text" in choice else choice["delta"].get("content") or ""
+            )
             for call in choice.get("delta", {}).get("tool_calls") or ():
                 said = call["function"]
                 calls.setdefault(call["index"], ["", ""])

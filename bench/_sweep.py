@@ -47,5 +47,7 @@ def _figures(results: Path) -> list[Figure]:
         for state, label in _STATES.items():
             samples = [run["ttft_ms"] for run in prompt["states"][state]["runs"]]
             if samples:
-                figures.append(of_median("sweep", f"{prompt['tokens']:,} tokens, {label}", samples, "ms"))
+                figures.append(
+                    of_median("sweep", f"{prompt['tokens']:,} tokens, {label}", samples, "ms")
+                )
     return figures

@@ -43,14 +43,22 @@ def measure_edit(bench: Bench) -> list[Figure]:
     return [
         of_median("edit", "edit to published", totals, "ms"),
         of_median("edit", "of that, the build", builds, "ms"),
-        of_median("edit", "  the rest", rest, "ms", target=Target(limit=500), note=f"at most {max(rest):.0f}"),
+        of_median(
+            "edit",
+            "  the rest",
+            rest,
+            "ms",
+            target=Target(limit=500),
+            note=f"at most {max(rest):.0f}",
+        ),
     ]
 
 
 def _edit(daemon: Daemon, source: Path, text: str) -> tuple[float, float]:
     """Milliseconds to the status that shows it, and of the build.
 
-    The sidecar's rename is waited for on the disk, so that nothing is asked of the daemon while it builds.
+    The sidecar's rename is waited for on the disk, so that nothing is asked of the daemon while it
+    builds.
     """
     key = Key(MODEL, source.stem)
     sidecar = daemon.workspace.store / key.model / f"{key.prompt}.json"
@@ -96,8 +104,12 @@ def measure_idle(bench: Bench) -> list[Figure]:
         seconds = time.perf_counter() - started
         wakes = (_switches(process) - switches) / seconds
         full = process.memory_full_info()
-    children = after.children_user + after.children_system - before.children_user - before.children_system
-    note = f"{own:.3f} s in {seconds:.0f} s, children {children:z.2f} s; {wakes:.1f} wake-ups a second"
+    children = (
+        after.children_user + after.children_system - before.children_user - before.children_system
+    )
+    note = (
+        f"{own:.3f} s in {seconds:.0f} s, children {children:z.2f} s; {wakes:.1f} wake-ups a second"
+    )
     return [
         Figure(
             part="idle",
@@ -107,8 +119,20 @@ def measure_idle(bench: Bench) -> list[Figure]:
             target=Target(limit=0.5),
             note=note,
         ),
-        Figure(part="idle", name="resident memory (RSS)", value=full.rss / 1e6, unit="MB", target=Target(limit=80)),
-        Figure(part="idle", name="proportional memory (PSS)", value=full.pss / 1e6, unit="MB", note="no worker"),
+        Figure(
+            part="idle",
+            name="resident memory (RSS)",
+            value=full.rss / 1e6,
+            unit="MB",
+            target=Target(limit=80),
+        ),
+        Figure(
+            part="idle",
+            name="proportional memory (PSS)",
+            value=full.pss / 1e6,
+            unit="MB",
+            note="no worker",
+        ),
     ]
 
 

@@ -62,7 +62,9 @@ def llama(root: Path) -> Workspace:
 
 def memory(root: Path) -> Workspace:
     """The same prompts on an engine that computes next to nothing; its tokens are bytes, so the context is longer."""
-    workspace = _made(root, _memory_manifest({runner.MODEL: {"prompts": {p: f"prompts/{p}.md" for p in PROMPTS}}}))
+    workspace = _made(
+        root, _memory_manifest({runner.MODEL: {"prompts": {p: f"prompts/{p}.md" for p in PROMPTS}}})
+    )
     _write_model(root, runner.MODEL)
     _copy_prompts(root)
     return workspace
@@ -74,11 +76,15 @@ def peers(root: Path) -> Workspace:
     shutil.copyfile(small_model(), root / "model.gguf")
     for name, tokens in PEER_TOKENS.items():
         words = (f"You are assistant {name}. " + f"Rule: {_LINE}. " * tokens).split()
-        (root / "prompts" / f"{name}.md").write_text(" ".join(words[: round(tokens * _WORDS_PER_TOKEN)]) + "\n")
+        (root / "prompts" / f"{name}.md").write_text(
+            " ".join(words[: round(tokens * _WORDS_PER_TOKEN)]) + "\n"
+        )
     params = {"max_context_len": PEER_CONTEXT, "max_new_tokens": 64, "temperature": 0.0}
     prompts = {name: f"prompts/{name}.md" for name in PEER_TOKENS}
     model = {"path": "model.gguf", "chat_template": "chatml", "params": params, "prompts": prompts}
-    return _made(root, json.dumps({"version": 1, "engine": {"kind": "llamacpp"}, "models": {"small": model}}))
+    return _made(
+        root, json.dumps({"version": 1, "engine": {"kind": "llamacpp"}, "models": {"small": model}})
+    )
 
 
 def alone(root: Path) -> Workspace:
@@ -86,9 +92,15 @@ def alone(root: Path) -> Workspace:
     (root / "prompts").mkdir(parents=True)
     (root / "prompts/short.md").write_text(f"{_LINE}.\n")
     params = {"max_context_len": PEER_CONTEXT, "max_new_tokens": 64, "temperature": 0.0}
-    model: dict[str, Any] = {"path": str(small_model()), "chat_template": "chatml", "params": params}
+    model: dict[str, Any] = {
+        "path": str(small_model()),
+        "chat_template": "chatml",
+        "params": params,
+    }
     model["prompts"] = {"short": "prompts/short.md"}
-    return _made(root, json.dumps({"version": 1, "engine": {"kind": "llamacpp"}, "models": {"small": model}}))
+    return _made(
+        root, json.dumps({"version": 1, "engine": {"kind": "llamacpp"}, "models": {"small": model}})
+    )
 
 
 def many(root: Path, prompts: int, models: int) -> Workspace:
@@ -105,7 +117,9 @@ def many(root: Path, prompts: int, models: int) -> Workspace:
     wanted: dict[str, Any] = {}
     for number, named in enumerate(texts):
         found = number % 2 == 0 and named
-        wanted[f"model{number}"] = {"prompts_from": [f"prompts/model{number}/*.md"]} if found else {"prompts": named}
+        wanted[f"model{number}"] = (
+            {"prompts_from": [f"prompts/model{number}/*.md"]} if found else {"prompts": named}
+        )
         _write_model(root, f"model{number}")
     return _made(root, _memory_manifest(wanted, cache={"max_bytes": "1 GiB"}))
 
@@ -120,13 +134,19 @@ def _made(root: Path, manifest: str) -> Workspace:
 def _memory_manifest(models: Mapping[str, Mapping[str, Any]], **others: Any) -> str:
     """JSON is YAML."""
     params = {"max_context_len": 16384, "max_new_tokens": 64, "temperature": 0.0}
-    whole = {name: {"path": f"{name}.json", "params": params, **model} for name, model in models.items()}
-    return json.dumps({"version": 1, "engine": {"kind": "memory"}, "models": whole, **others}, indent=1)
+    whole = {
+        name: {"path": f"{name}.json", "params": params, **model} for name, model in models.items()
+    }
+    return json.dumps(
+        {"version": 1, "engine": {"kind": "memory"}, "models": whole, **others}, indent=1
+    )
 
 
 def _write_model(root: Path, name: str) -> None:
     root.mkdir(exist_ok=True)
-    (root / f"{name}.json").write_bytes(msgspec.json.encode(MemoryModel(context_tokens=16384, seed=name)))
+    (root / f"{name}.json").write_bytes(
+        msgspec.json.encode(MemoryModel(context_tokens=16384, seed=name))
+    )
 
 
 def small_model() -> Path:

@@ -52,22 +52,41 @@ PARTS: dict[str, Callable[[Bench], list[Figure]]] = {
 def main() -> int:
     """Exit code 0 when every target was met, 1 when one was missed, 2 when a part could not be measured."""
     parser = argparse.ArgumentParser(description="Measure the real daemon against its targets.")
-    parser.add_argument("--only", nargs="+", choices=PARTS, metavar="PART", help=f"of: {', '.join(PARTS)}")
-    parser.add_argument("--runs", type=int, default=10, metavar="N", help="samples of each figure (share: 6 N pairs)")
-    parser.add_argument("--idle-seconds", type=float, default=60.0, metavar="S", help="length of the idle part")
+    parser.add_argument(
+        "--only", nargs="+", choices=PARTS, metavar="PART", help=f"of: {', '.join(PARTS)}"
+    )
+    parser.add_argument(
+        "--runs",
+        type=int,
+        default=10,
+        metavar="N",
+        help="samples of each figure (share: 6 N pairs)",
+    )
+    parser.add_argument(
+        "--idle-seconds", type=float, default=60.0, metavar="S", help="length of the idle part"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every sample to FILE")
-    parser.add_argument("--pictures", type=Path, metavar="FOLDER", help="draw ttft.svg and scale.svg there")
+    parser.add_argument(
+        "--pictures", type=Path, metavar="FOLDER", help="draw ttft.svg and scale.svg there"
+    )
     options = parser.parse_args()
     if options.runs < 1:
         parser.error("--runs is at least 1")
     signal.signal(signal.SIGTERM, _leave)
     facts = machine()
     if not facts["quiet_at_start"]:
-        _say(f"load average {facts['load_average_at_start'][0]:.2f}: others use this machine, do not trust the figures")
+        _say(
+            f"load average {facts['load_average_at_start'][0]:.2f}: others use this machine, do not trust the figures"
+        )
     figures: list[Figure] = []
     failed = False
     with tempfile.TemporaryDirectory(prefix="rkcached-bench-") as root:
-        bench = Bench(root=Path(root), runs=options.runs, idle_s=options.idle_seconds, pictures=options.pictures)
+        bench = Bench(
+            root=Path(root),
+            runs=options.runs,
+            idle_s=options.idle_seconds,
+            pictures=options.pictures,
+        )
         for name in [part for part in PARTS if part in (options.only or PARTS)]:
             bench.say = functools.partial(_step, name)
             bench.say("...")
@@ -80,7 +99,11 @@ def main() -> int:
         draw_scale(figures, facts, options.pictures / "scale.svg")
     if options.json is not None:
         options.json.write_text(json.dumps(document(facts, figures), indent=1) + "\n")
-    print_table(Console(highlight=False, width=None if sys.stdout.isatty() else FILE_COLUMNS), facts, figures)
+    print_table(
+        Console(highlight=False, width=None if sys.stdout.isatty() else FILE_COLUMNS),
+        facts,
+        figures,
+    )
     if failed:
         return 2
     return 1 if any(figure.met is False for figure in figures) else 0

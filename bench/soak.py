@@ -31,12 +31,23 @@ from rich.table import Table
 from rkcached.engines.memory import MemoryModel
 
 MEMORY_GROWTH_MB = 16.0
-"""Resident, of the daemon, over the whole soak: the allocator's play, not a leak that a day would show."""
+"""Resident, of the daemon, over the whole soak: the allocator's play, not a leak that a day would
+show."""
 
 SETTLE_S = 180.0
 REPORT_S = 10.0
 WARM_UP = 200
-ROWS = ("requests", "hit", "edits", "reloads", "builds", "kills", "restarts", "clients that left", "clean failures")
+ROWS = (
+    "requests",
+    "hit",
+    "edits",
+    "reloads",
+    "builds",
+    "kills",
+    "restarts",
+    "clients that left",
+    "clean failures",
+)
 
 _console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
 
@@ -67,7 +78,9 @@ class Soak:
                 try:
                     step(chance)
                 except Exception as error:  # noqa: BLE001 - whatever it is, the soak found it
-                    kind = "" if isinstance(error, WrongAnswerError) else f"{type(error).__name__}: "
+                    kind = (
+                        "" if isinstance(error, WrongAnswerError) else f"{type(error).__name__}: "
+                    )
                     site.wrong.append(f"{time.strftime('%H:%M:%S')} {name}: {kind}{error}")
                     _console.print(f"[red]{site.name}[/] {site.wrong[-1]}", markup=True)
                     self._over.wait(1)
@@ -101,8 +114,16 @@ class Soak:
 def main() -> int:
     """Exit code 0 when nothing was wrong, 1 for a wrong answer, a leak or a daemon that is not all fresh at the end."""
     parser = argparse.ArgumentParser(description="Soak two daemons and check every answer.")
-    parser.add_argument("--minutes", type=float, default=10.0, metavar="N", help="how long to disturb (default 10)")
-    parser.add_argument("--seed", type=int, default=secrets.randbelow(10**6), metavar="N", help="of what happens when")
+    parser.add_argument(
+        "--minutes", type=float, default=10.0, metavar="N", help="how long to disturb (default 10)"
+    )
+    parser.add_argument(
+        "--seed",
+        type=int,
+        default=secrets.randbelow(10**6),
+        metavar="N",
+        help="of what happens when",
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write what was counted to FILE")
     options = parser.parse_args()
     signal.signal(signal.SIGTERM, _leave)
@@ -165,7 +186,12 @@ def _soak(sites: list[Site], options: argparse.Namespace) -> dict[str, Any]:
         }
         for site in sites
     }
-    return {"seed": options.seed, "minutes": round(took_s / 60, 2), "sites": shown, "problems": problems}
+    return {
+        "seed": options.seed,
+        "minutes": round(took_s / 60, 2),
+        "sites": shown,
+        "problems": problems,
+    }
 
 
 def _warm_up(sites: list[Site], seed: int) -> None:
@@ -177,7 +203,9 @@ def _warm_up(sites: list[Site], seed: int) -> None:
             for question in QUESTIONS:
                 for kind in ("chat", "tools", "completion"):
                     real.reference(kind, real.text(prompt, number), question)
-    _console.print(f"an answer from another text would be noticed in {real.power():.0%} of cases", style="dim")
+    _console.print(
+        f"an answer from another text would be noticed in {real.power():.0%} of cases", style="dim"
+    )
     chance = random.Random(f"{seed}/warm-up")
     for site, times in ((real, WARM_UP // 10), (memory, WARM_UP)):
         for _ in range(times):
@@ -189,7 +217,9 @@ def _warm_up(sites: list[Site], seed: int) -> None:
 def _leaks(name: str, before: dict[str, float], after: dict[str, float]) -> list[str]:
     found = []
     if (grown := after["memory"] - before["memory"]) > MEMORY_GROWTH_MB:
-        found.append(f"{name}: the daemon's resident memory grew by {grown:.1f} MB, more than {MEMORY_GROWTH_MB:g} MB")
+        found.append(
+            f"{name}: the daemon's resident memory grew by {grown:.1f} MB, more than {MEMORY_GROWTH_MB:g} MB"
+        )
     return found + [
         f"{name}: {after[what]:g} {what} at the end, {before[what]:g} at the start"
         for what in ("descriptors", "children", "zombies")
@@ -199,16 +229,27 @@ def _leaks(name: str, before: dict[str, float], after: dict[str, float]) -> list
 
 def _print_table(document: dict[str, Any]) -> None:
     sites = document["sites"]
-    table = Table(title=f"{document['minutes']:g} minutes, seed {document['seed']}", title_justify="left", box=None)
+    table = Table(
+        title=f"{document['minutes']:g} minutes, seed {document['seed']}",
+        title_justify="left",
+        box=None,
+    )
     table.add_column("")
     for name in sites:
         table.add_column(name, justify="right")
     for row in ROWS:
-        table.add_row("hits" if row == "hit" else row, *(str(site["counts"].get(row, 0)) for site in sites.values()))
+        table.add_row(
+            "hits" if row == "hit" else row,
+            *(str(site["counts"].get(row, 0)) for site in sites.values()),
+        )
     table.add_row("wrong answers", *(str(site["wrong"]) for site in sites.values()))
     for what, unit in (("memory", " MB"), ("descriptors", ""), ("children", "")):
-        said = (f"{site['start'][what]:.1f} → {site['end'][what]:.1f}{unit}" for site in sites.values())
-        table.add_row(f"{what}, start → end", *(text.replace(".0", "") if not unit else text for text in said))
+        said = (
+            f"{site['start'][what]:.1f} → {site['end'][what]:.1f}{unit}" for site in sites.values()
+        )
+        table.add_row(
+            f"{what}, start → end", *(text.replace(".0", "") if not unit else text for text in said)
+        )
     _console.print(table)
 
 
@@ -228,20 +269,38 @@ _ROLES = {
 
 def _real_text(prompt: str, number: int) -> str:
     role, word = _ROLES[prompt, number % _VERSIONS]
-    return f"You are {role}. Your job is to be {role}." + f" Your password is {word} {word} {word}." * 3
+    return (
+        f"You are {role}. Your job is to be {role}."
+        + f" Your password is {word} {word} {word}." * 3
+    )
 
 
 def _memory_text(prompt: str, number: int) -> str:
-    return f"You are {prompt}, edit {number}." + " You answer in one short sentence, and you keep your word." * 4
+    return (
+        f"You are {prompt}, edit {number}."
+        + " You answer in one short sentence, and you keep your word." * 4
+    )
 
 
 def _manifest(kind: str, path: str, variant: int) -> str:
     """A comment, a rebuild of everything, a guest that comes and goes: by the number."""
-    prompts = {"first": "first.md", "second": "second.md"} | ({"guest": "guest.md"} if variant % 2 else {})
-    params = {"max_context_len": 1024, "max_new_tokens": 64, "temperature": 0, "top_k": 40 + variant % 3}
-    engine = {"kind": kind, "threads": 1}  # with one for each core, a busy machine makes them wait for each other
+    prompts = {"first": "first.md", "second": "second.md"} | (
+        {"guest": "guest.md"} if variant % 2 else {}
+    )
+    params = {
+        "max_context_len": 1024,
+        "max_new_tokens": 64,
+        "temperature": 0,
+        "top_k": 40 + variant % 3,
+    }
+    engine = {
+        "kind": kind,
+        "threads": 1,
+    }  # with one for each core, a busy machine makes them wait for each other
     models = {"m": {"path": path, "params": params, "prompts": prompts}}
-    return f"# variant {variant}\n" + json.dumps({"version": 1, "engine": engine, "models": models}, indent=1)
+    return f"# variant {variant}\n" + json.dumps(
+        {"version": 1, "engine": engine, "models": models}, indent=1
+    )
 
 
 def _real(root: Path) -> Workspace:

@@ -51,14 +51,24 @@ def _peers(figures: list[dict[str, Any]]) -> None:
         elif figure["unit"] == "ms":
             times[row][name] = _value(figure)
             if figure["target"] is not None:
-                times[row]["aim"] = f"{figure['target']['limit']:g} ms, {'met' if figure['met'] else 'missed'}"
+                times[row]["aim"] = (
+                    f"{figure['target']['limit']:g} ms, {'met' if figure['met'] else 'missed'}"
+                )
         else:
             facts[name][side] = f"{figure['value']:,.0f}: {figure['note']}"
     columns = [*_SIDES, "rkcached less same settings, by pairs", "of it not prefill", "aim"]
     print("\n| prompt | state |", " | ".join(columns), "|\n|---|---|" + "---:|" * len(columns))
     for name, cells in times.items():
         prompt, _, state = name.rpartition(", ")
-        print("|", prompt, "|", state, "|", " | ".join(cells.get(column, "") for column in columns), "|")
+        print(
+            "|",
+            prompt,
+            "|",
+            state,
+            "|",
+            " | ".join(cells.get(column, "") for column in columns),
+            "|",
+        )
     print("\n| a token more, after |", " | ".join(_SIDES), "|\n|---|" + "---:|" * len(_SIDES))
     for name, cells in tokens.items():
         print("|", name, "tokens |", " | ".join(cells[side] for side in _SIDES), "|")
@@ -82,13 +92,21 @@ def _scale(figures: list[dict[str, Any]]) -> None:
     for models, rows in tables.items():
         sizes = list(next(iter(rows.values())))
         titles = " | ".join(f"{size} prompts" for size in sizes)
-        print(f"\n### {models} model{'s' * (models != '1')}\n\n| | {titles} | aim |\n|---|{'---:|' * (len(sizes) + 1)}")
+        print(
+            f"\n### {models} model{'s' * (models != '1')}\n\n| | {titles} | aim |\n|---|{'---:|' * (len(sizes) + 1)}"
+        )
         for what, cells in rows.items():
-            print("|", what, "|", " | ".join(cells.get(column, "") for column in [*sizes, "aim"]), "|")
+            print(
+                "|", what, "|", " | ".join(cells.get(column, "") for column in [*sizes, "aim"]), "|"
+            )
 
 
 def _value(figure: dict[str, Any]) -> str:
-    return f"{number(figure['value'])} {figure['unit']}" if figure["unit"] else f"{figure['value']:,.0f}"
+    return (
+        f"{number(figure['value'])} {figure['unit']}"
+        if figure["unit"]
+        else f"{figure['value']:,.0f}"
+    )
 
 
 if __name__ == "__main__":

@@ -1,10 +1,11 @@
 """Builds the Debian packages: `rkcached`, and `rkcached-cpu` with llama.cpp, for each architecture.
 
-    make deb
+make deb
 
-One package serves every Python from 3.11 to 3.13, and so Debian 12, Debian 13 and Ubuntu 24.04: it carries the wheels
-for each, and on installation `make-venv` makes an environment from those that fit. Nothing is compiled, so every
-architecture is built anywhere. Files in `packaging/deb/` say what a package is; this says what goes where.
+One package serves every Python from 3.11 to 3.13, and so Debian 12, Debian 13 and Ubuntu 24.04: it
+carries the wheels for each, and on installation `make-venv` makes an environment from those that
+fit. Nothing is compiled, so every architecture is built anywhere. Files in `packaging/deb/` say
+what a package is; this says what goes where.
 """
 
 from __future__ import annotations
@@ -31,8 +32,9 @@ MACHINES = {"amd64": "x86_64", "arm64": "aarch64"}
 HOME = Path("usr/lib/rkcached")
 MAIN = [Requirement("rkcached[rkllm]"), Requirement("pip")]
 EVERYTHING = [Requirement("rkcached[rkllm,cpu]"), Requirement("pip")]
-"""tokenizers is what a board needs besides; llama.cpp, a third of all bytes, is for machines without an NPU.
-With a pip of its own, the package asks for Python alone, and what installs the wheels is what was tested."""
+"""tokenizers is what a board needs besides; llama.cpp, a third of all bytes, is for machines
+without an NPU. With a pip of its own, the package asks for Python alone, and what installs the
+wheels is what was tested."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +48,9 @@ class Package:
     date: float
     tree: Path
 
-    def install(self, source: Path, target: Path | str, *, mode: int = 0o644, compress: bool = False) -> None:
+    def install(
+        self, source: Path, target: Path | str, *, mode: int = 0o644, compress: bool = False
+    ) -> None:
         data = source.read_bytes()
         self.write(target, gzip.compress(data, mtime=0) if compress else data, mode=mode)
 
@@ -59,7 +63,9 @@ class Package:
     def write_documents(self, wheels: Iterable[Wheel]) -> None:
         folder = Path("usr/share/doc") / self.name
         self.install(DEB / "copyright", folder / "copyright")
-        overrides = (DEB / "lintian-overrides").read_text(encoding="utf-8").replace("@NAME@", self.name)
+        overrides = (
+            (DEB / "lintian-overrides").read_text(encoding="utf-8").replace("@NAME@", self.name)
+        )
         self.write(f"usr/share/lintian/overrides/{self.name}", overrides)
         self.install(ROOT / "CHANGELOG.md", folder / "changelog.gz", compress=True)
         entry = (
@@ -75,7 +81,9 @@ class Package:
             self.install(wheel.file, HOME / "wheels" / wheel.file.name)
 
     def build(self, control: str, folder: Path) -> Path:
-        files = sorted(path for path in self.tree.rglob("*") if path.is_file() and path.parent.name != "DEBIAN")
+        files = sorted(
+            path for path in self.tree.rglob("*") if path.is_file() and path.parent.name != "DEBIAN"
+        )
         size = sum(-(-path.stat().st_size // 1024) for path in files)
         text = (DEB / control).read_text(encoding="utf-8")
         for mark, value in (
@@ -96,7 +104,15 @@ class Package:
                 path.chmod(0o755)
             os.utime(path, (self.date, self.date))
         file = folder / f"{self.name}_{self.version}_{self.architecture}.deb"
-        command = ["dpkg-deb", "--root-owner-group", "-Zgzip", "-z1", "--build", str(self.tree), str(file)]
+        command = [
+            "dpkg-deb",
+            "--root-owner-group",
+            "-Zgzip",
+            "-z1",
+            "--build",
+            str(self.tree),
+            str(file),
+        ]
         environment = os.environ | {"SOURCE_DATE_EPOCH": str(int(self.date))}
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env=environment)
         return file
@@ -118,12 +134,21 @@ def fill_main(package: Package, wheels: set[Wheel]) -> None:
     package.install(DEB / "triggers", "DEBIAN/triggers")
 
     package.install(ROOT / "etc/default/rkcached", "etc/default/rkcached")
-    # No conffiles, as every administrator changes them: dpkg would ask at each upgrade. postinst copies them once.
-    for file in ("manifest.yaml", *(f"prompts/{prompt.name}" for prompt in (ROOT / "etc/rkcached/prompts").iterdir())):
+    # No conffiles, as every administrator changes them: dpkg would ask at each upgrade. postinst
+    # copies them once.
+    for file in (
+        "manifest.yaml",
+        *(f"prompts/{prompt.name}" for prompt in (ROOT / "etc/rkcached/prompts").iterdir()),
+    ):
         package.install(ROOT / "etc/rkcached" / file, f"usr/share/rkcached/{file}")
     documents = Path("usr/share/doc/rkcached")
-    package.install(ROOT / "etc/rkcached/manifest.example.yaml", documents / "examples/manifest.example.yaml")
-    for document in (ROOT / "README.md", *sorted(path for path in (ROOT / "docs").rglob("*") if path.is_file())):
+    package.install(
+        ROOT / "etc/rkcached/manifest.example.yaml", documents / "examples/manifest.example.yaml"
+    )
+    for document in (
+        ROOT / "README.md",
+        *sorted(path for path in (ROOT / "docs").rglob("*") if path.is_file()),
+    ):
         package.install(document, documents / document.relative_to(ROOT))
 
     for rule in (ROOT / "etc/udev/rules.d").glob("*.rules"):
@@ -154,7 +179,11 @@ def fill_cpu(package: Package, wheels: set[Wheel]) -> None:
 def build(architectures: Iterable[str], work: Path, out: Path) -> list[Path]:
     own = build_own(ROOT, work / "own")
     version = next(wheel.version for wheel in own if wheel.name == "rkcached")
-    targets = [Target(machine=MACHINES[name], python=python) for name in architectures for python in PYTHONS]
+    targets = [
+        Target(machine=MACHINES[name], python=python)
+        for name in architectures
+        for python in PYTHONS
+    ]
     collected = collect_all(EVERYTHING, own, targets, work / "wheels")
     maintainer = f"{os.environ.get('DEBFULLNAME', 'The rkcached developers')} "
     maintainer += f"<{os.environ.get('DEBEMAIL', 'rkcached@example.org')}>"

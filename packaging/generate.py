@@ -29,7 +29,10 @@ _KEY_LINE = re.compile(r"(?P<indent> *)(?P<key>[^\s#:][^:]*):")
 def everything() -> dict[Path, str]:
     """The content of each generated file."""
     made = {ROOT / "completions" / name: completion(shell) for shell, name in COMPLETIONS.items()}
-    for page, lists in (("rkcached.1", {"@COMMANDS@": commands()}), ("rkcached-manifest.5", {"@KEYS@": keys()})):
+    for page, lists in (
+        ("rkcached.1", {"@COMMANDS@": commands()}),
+        ("rkcached-manifest.5", {"@KEYS@": keys()}),
+    ):
         text = (ROOT / "man" / f"{page}.in").read_text(encoding="utf-8")
         for mark, lines in lists.items():
             text = text.replace(mark, "\n".join(lines))
@@ -49,7 +52,9 @@ def commands() -> Iterator[str]:
     for name, command in cli.commands.items():
         context = click.Context(command, info_name=name)
         options = [parameter for parameter in command.params if isinstance(parameter, click.Option)]
-        arguments = [parameter for parameter in command.params if isinstance(parameter, click.Argument)]
+        arguments = [
+            parameter for parameter in command.params if isinstance(parameter, click.Argument)
+        ]
         words = [argument.make_metavar(context) for argument in arguments]
         yield f".It Cm {name}" + "".join(f" Ar {word}" for word in words)
         yield from prose(command.help or "")
@@ -84,7 +89,9 @@ def keys() -> Iterator[str]:
 
 
 def dotted(way: list[str]) -> str:
-    return ".".join("NAME" if above in _NAMED else key for above, key in zip(["", *way], way, strict=False))
+    return ".".join(
+        "NAME" if above in _NAMED else key for above, key in zip(["", *way], way, strict=False)
+    )
 
 
 def prose(text: str) -> Iterator[str]:
@@ -93,7 +100,9 @@ def prose(text: str) -> Iterator[str]:
         if number:
             yield ".Pp"
         for sentence in re.split(r"(?<=[.?!])\s+(?=[A-Z`])", " ".join(paragraph.split())):
-            quiet = re.sub(r"(?<!\w)-(?=[-\w])|(?<=-)-(?=\w)", r"\\-", sentence.replace("\\", r"\e"))
+            quiet = re.sub(
+                r"(?<!\w)-(?=[-\w])|(?<=-)-(?=\w)", r"\\-", sentence.replace("\\", r"\e")
+            )
             for line in textwrap.wrap(quiet, 78, break_long_words=False, break_on_hyphens=False):
                 yield rf"\&{line}" if line[0] in ".'" else line
 

@@ -50,16 +50,22 @@ def _inside(root: Path, path: Path) -> Path:
         place = root / path.relative_to("/")
         if not place.is_symlink():
             return place
-        path = Path(os.path.normpath(path.parent / place.readlink()))  # so that ".." ends at the image's root
+        path = Path(
+            os.path.normpath(path.parent / place.readlink())
+        )  # so that ".." ends at the image's root
     raise SystemExit(f"{root / path.relative_to('/')} is a link to itself")
 
 
 def _machine_of(program: Path) -> str:
     with program.open("rb") as stream:
         head = stream.read(20)
-    machine = MACHINES.get(int.from_bytes(head[18:20], "little")) if head.startswith(b"\x7fELF") else None
+    machine = (
+        MACHINES.get(int.from_bytes(head[18:20], "little")) if head.startswith(b"\x7fELF") else None
+    )
     if machine is None:
-        raise SystemExit(f"{program} is no program for x86_64 or aarch64: there are wheels for these only")
+        raise SystemExit(
+            f"{program} is no program for x86_64 or aarch64: there are wheels for these only"
+        )
     return machine
 
 
@@ -72,7 +78,8 @@ def make_environment(folder: Path, root: Path, target: Target, extras: str, work
     (folder / "bin").mkdir(parents=True)
     (folder / "bin" / "python").symlink_to(f"/usr/bin/python{target.python}")
     (folder / "pyvenv.cfg").write_text(
-        f"home = /usr/bin\ninclude-system-site-packages = false\nversion = {target.python}\n", encoding="utf-8"
+        f"home = /usr/bin\ninclude-system-site-packages = false\nversion = {target.python}\n",
+        encoding="utf-8",
     )
     packages = folder / "lib" / f"python{target.python}" / "site-packages"
     unpack(wheels, target, packages)
@@ -82,8 +89,8 @@ def make_environment(folder: Path, root: Path, target: Target, extras: str, work
 def _compile(packages: Path, root: Path, target: Target) -> None:
     """The service cannot write there, so what is not compiled now is compiled at each start again.
 
-    Bytecode is that of one version of Python: the image's own makes it where it can run here, else one of the same
-    version. It is valid whatever time the files get in the image.
+    Bytecode is that of one version of Python: the image's own makes it where it can run here, else
+    one of the same version. It is valid whatever time the files get in the image.
     """
     options = ["-I", "-m", "compileall", "-qq", "--invalidation-mode", "unchecked-hash"]
     inside = Path("/") / packages.absolute().relative_to(root)
@@ -95,12 +102,19 @@ def _compile(packages: Path, root: Path, target: Target) -> None:
             # Some of what libraries bring is not for this Python; that is no trouble.
             subprocess.run([*python, *options, *rest], stdin=subprocess.DEVNULL, check=False)
             return
-    print(f"not compiled, as no Python {target.python} can run here: each start takes a little longer")
+    print(
+        f"not compiled, as no Python {target.python} can run here: each start takes a little longer"
+    )
 
 
 def _runs(command: list[str]) -> bool:
     try:
-        return subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, check=False).returncode == 0
+        return (
+            subprocess.run(
+                command, stdin=subprocess.DEVNULL, capture_output=True, check=False
+            ).returncode
+            == 0
+        )
     except OSError:
         return False
 
@@ -110,12 +124,16 @@ def main() -> None:
     parser.add_argument("folder", type=Path, help="the environment, below the root")
     parser.add_argument("--root", type=Path, required=True, help="the image")
     parser.add_argument("--python", default="", help="default: the image's")
-    parser.add_argument("--machine", default="", choices=["", *MACHINES.values()], help="default: the image's")
+    parser.add_argument(
+        "--machine", default="", choices=["", *MACHINES.values()], help="default: the image's"
+    )
     parser.add_argument("--extras", default="")
     parser.add_argument("--work", type=Path, required=True, help="wheels are kept here")
     arguments = parser.parse_args()
     target = find_target(arguments.root.absolute(), arguments.python, arguments.machine)
-    make_environment(arguments.folder, arguments.root.absolute(), target, arguments.extras, arguments.work)
+    make_environment(
+        arguments.folder, arguments.root.absolute(), target, arguments.extras, arguments.work
+    )
 
 
 if __name__ == "__main__":

@@ -29,7 +29,8 @@ GLIBC_MINORS = range(36, 16, -1)
 """Debian 12 has glibc 2.36, and wheels for 2.17 or newer run on it."""
 
 WITHOUT_WHEELS = frozenset({"sdnotify"})
-"""Published as source only. Nothing in them is compiled, so one wheel made here serves every target."""
+"""Published as source only. Nothing in them is compiled, so one wheel made here serves every
+target."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,7 +83,9 @@ class Wheel:
     @cached_property
     def metadata(self) -> email.message.Message:
         with zipfile.ZipFile(self.file) as archive:
-            member = next(name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
+            member = next(
+                name for name in archive.namelist() if name.endswith(".dist-info/METADATA")
+            )
             return email.message_from_bytes(archive.read(member))
 
     @property
@@ -94,17 +97,25 @@ class Wheel:
             for line in self.metadata.get_all("Classifier", [])
             if line.startswith("License :: ") and not line.endswith(":: OSI Approved")
         ]
-        return stated or ", ".join(classified) or (self.metadata["License"] or "see the wheel").splitlines()[0]
+        return (
+            stated
+            or ", ".join(classified)
+            or (self.metadata["License"] or "see the wheel").splitlines()[0]
+        )
 
     def requires(self, extras: frozenset[str], target: Target) -> Iterator[Requirement]:
         for line in self.metadata.get_all("Requires-Dist", []):
             requirement = Requirement(line)
             marker = requirement.marker
-            if marker is None or any(marker.evaluate(target.environment(extra)) for extra in (*extras, "")):
+            if marker is None or any(
+                marker.evaluate(target.environment(extra)) for extra in (*extras, "")
+            ):
                 yield requirement
 
 
-def needed(roots: list[Requirement], wheels: list[Wheel], target: Target) -> tuple[set[Wheel], set[str]]:
+def needed(
+    roots: list[Requirement], wheels: list[Wheel], target: Target
+) -> tuple[set[Wheel], set[str]]:
     """The wheels that an installation of `roots` on the target takes, and the requirements that none of them meets."""
     taken: set[Wheel] = set()
     missing: set[str] = set()
@@ -116,7 +127,9 @@ def needed(roots: list[Requirement], wheels: list[Wheel], target: Target) -> tup
         fitting = [
             wheel
             for wheel in wheels
-            if wheel.name == name and wheel.tags & target.tags and wheel.version in requirement.specifier
+            if wheel.name == name
+            and wheel.tags & target.tags
+            and wheel.version in requirement.specifier
         ]
         if not fitting:
             wanted = f"[{','.join(sorted(extras))}]" if extras else ""
@@ -131,7 +144,11 @@ def needed(roots: list[Requirement], wheels: list[Wheel], target: Target) -> tup
 
 
 def collect(
-    roots: list[Requirement], own: list[Wheel], target: Target, cache: Path, like: frozenset[Wheel] = frozenset()
+    roots: list[Requirement],
+    own: list[Wheel],
+    target: Target,
+    cache: Path,
+    like: frozenset[Wheel] = frozenset(),
 ) -> set[Wheel]:
     """The wheels of everything that `roots` need on the target; what is not among our `own` is kept in `cache`.
 
@@ -142,7 +159,11 @@ def collect(
     for root in roots:
         ours = made_here.get(root.name)
         requirements = ours.requires(frozenset(root.extras), target) if ours else [root]
-        wanted |= {f"{r.name}{r.specifier}" for r in requirements if canonicalize_name(r.name) not in made_here}
+        wanted |= {
+            f"{r.name}{r.specifier}"
+            for r in requirements
+            if canonicalize_name(r.name) not in made_here
+        }
     folder = cache / f"{target.machine}-{target.python}"
     stamp = folder / "requirements.json"
     said = json.dumps(sorted(wanted))
@@ -153,17 +174,23 @@ def collect(
         for wheel in others:
             if wheel.tags & target.tags:
                 shutil.copyfile(wheel.file, folder / wheel.file.name)
-        if pinned := {f"{wheel.name}=={wheel.version}" for wheel in others if not wheel.tags & target.tags}:
+        if pinned := {
+            f"{wheel.name}=={wheel.version}" for wheel in others if not wheel.tags & target.tags
+        }:
             _download(pinned, target, folder, "--no-deps")
         else:
             _download(wanted, target, folder)
     for _ in range(5):
-        taken, missing = needed(roots, [*own, *map(Wheel.read, sorted(folder.glob("*.whl")))], target)
+        taken, missing = needed(
+            roots, [*own, *map(Wheel.read, sorted(folder.glob("*.whl")))], target
+        )
         if not missing:
             stamp.write_text(said)
             return taken
         _download(missing, target, folder)
-    raise SystemExit(f"no wheels for Python {target.python} on {target.machine}: {', '.join(sorted(missing))}")
+    raise SystemExit(
+        f"no wheels for Python {target.python} on {target.machine}: {', '.join(sorted(missing))}"
+    )
 
 
 def collect_all(
@@ -172,7 +199,9 @@ def collect_all(
     """For each target, in the same versions: those of the first target, which must be the oldest Python."""
     first = collect(roots, own, targets[0], cache)
     with ThreadPoolExecutor(3) as pool:
-        rest = pool.map(lambda target: collect(roots, own, target, cache, frozenset(first)), targets[1:])
+        rest = pool.map(
+            lambda target: collect(roots, own, target, cache, frozenset(first)), targets[1:]
+        )
         return {targets[0]: first, **dict(zip(targets[1:], rest, strict=True))}
 
 
@@ -184,7 +213,9 @@ def build_own(source: Path, folder: Path) -> list[Wheel]:
     _pip("wheel", "--no-deps", "--wheel-dir", str(folder), str(source), *sorted(WITHOUT_WHEELS))
     made = [Wheel.read(file) for file in folder.glob("*.whl")]
     for wheel in made:
-        assert any(tag.abi == "none" and tag.platform == "any" for tag in wheel.tags), f"{wheel.file} is not pure"
+        assert any(tag.abi == "none" and tag.platform == "any" for tag in wheel.tags), (
+            f"{wheel.file} is not pure"
+        )
     return made
 
 
@@ -192,7 +223,13 @@ def unpack(wheels: set[Wheel], target: Target, folder: Path) -> None:
     """Put the packages of these wheels into a folder of the target, without what they would add to its commands."""
     files = sorted(str(wheel.file) for wheel in wheels)
     # They were chosen for the target; pip would compare what Python they require with its own.
-    options = ["--no-deps", "--no-index", "--no-compile", "--only-binary=:all:", "--ignore-requires-python"]
+    options = [
+        "--no-deps",
+        "--no-index",
+        "--no-compile",
+        "--only-binary=:all:",
+        "--ignore-requires-python",
+    ]
     _pip("install", *options, *_for(target), "--target", str(folder), *files)
     shutil.rmtree(folder / "bin", ignore_errors=True)
     for origin in folder.glob("*.dist-info/direct_url.json"):  # where the wheel was on this machine
@@ -205,7 +242,15 @@ def sha256(file: Path) -> str:
 
 
 def _download(wanted: set[str], target: Target, folder: Path, *options: str) -> None:
-    _pip("download", "--only-binary=:all:", *options, *_for(target), "--dest", str(folder), *sorted(wanted))
+    _pip(
+        "download",
+        "--only-binary=:all:",
+        *options,
+        *_for(target),
+        "--dest",
+        str(folder),
+        *sorted(wanted),
+    )
 
 
 def _for(target: Target) -> list[str]:

@@ -1,7 +1,8 @@
 """`python -m rkcached` is `rkcached`.
 
-Started so, Python looks into the current folder for every module, before its own library. What it took from there
-until now cannot be helped (`python -Im rkcached` looks nowhere else); from here on it looks there no more.
+Started so, Python looks into the current folder for every module, before its own library. What it
+took from there until now cannot be helped (`python -Im rkcached` looks nowhere else); from here on
+it looks there no more.
 """
 
 import os

@@ -1,7 +1,8 @@
 """The composition root: builds every part once, connects them, and takes them down in order.
 
-Start: lock the store, open the sockets or take systemd's, look once, serve, be ready. Stop (SIGTERM, SIGINT): accept no
-more, let running answers end within `serving.shutdown_grace_s`, stop the build, end the workers, remove our sockets.
+Start: lock the store, open the sockets or take systemd's, look once, serve, be ready. Stop
+(SIGTERM, SIGINT): accept no more, let running answers end within `serving.shutdown_grace_s`, stop
+the build, end the workers, remove our sockets.
 """
 
 from __future__ import annotations
@@ -59,20 +60,22 @@ log = structlog.get_logger()
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8
 _LARGE_BYTES = 512 << 10
-"""More than what asyncio reads into, 256 KiB: a mapping for each read would cost 0.1 ms for each token."""
+"""More than what asyncio reads into, 256 KiB: a mapping for each read would cost 0.1 ms for each
+token."""
 
 Listening = OwnSocket | list[socket.socket]
 """A socket of our own, or all that systemd passes by one name."""
 
 LINGER_S = 0.05
-"""Who was accepted just before has sent its request by then, and gets an answer instead of a closed connection."""
+"""Who was accepted just before has sent its request by then, and gets an answer instead of a closed
+connection."""
 
 
 def run(settings: Settings) -> None:
     """Run the daemon until a signal ends it.
 
-    Errors: ManifestError when the manifest never was good; SettingsError for a socket of systemd that is none of ours;
-    StoreError, SocketError when a place is not to be had.
+    Errors: ManifestError when the manifest never was good; SettingsError for a socket of systemd
+    that is none of ours; StoreError, SocketError when a place is not to be had.
     """
     logs.configure(settings.log_level)
     os.umask(0o027)
@@ -100,7 +103,9 @@ def run(settings: Settings) -> None:
             _listening(passed.get("rkcached", []), settings.socket, SOCKET_MODE) as everyone,
             _listening(passed.get("admin", []), settings.admin_socket, ADMIN_MODE) as admin,
         ):
-            asyncio.run(_serve(settings, manifest, store, stored, (everyone, admin), service=service))
+            asyncio.run(
+                _serve(settings, manifest, store, stored, (everyone, admin), service=service)
+            )
     finally:
         store.close()
     log.info("stopped")
@@ -123,7 +128,9 @@ def _give_memory_back() -> None:
 
     Else the first status of 10,000 prompts stays for good: 20 MB. Arenas are of no use where one lock goes round.
     """
-    if (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)) is not None:  # another libc has other rules
+    if (
+        mallopt := getattr(ctypes.CDLL(None), "mallopt", None)
+    ) is not None:  # another libc has other rules
         mallopt(_M_MMAP_THRESHOLD, _LARGE_BYTES)
         mallopt(_M_TRIM_THRESHOLD, _LARGE_BYTES)
         mallopt(_M_ARENA_MAX, 1)
@@ -158,7 +165,8 @@ async def _serve(
     loop = asyncio.get_running_loop()
     events = Events()
     workers = Workers(
-        on_state=lambda worker: _tell_worker(events, worker), room=lambda: _room(reconciler.view.manifest)
+        on_state=lambda worker: _tell_worker(events, worker),
+        room=lambda: _room(reconciler.view.manifest),
     )
     gates = Gates()
     watcher = Watcher(lambda changed: reconciler.look_again(changed))  # noqa: PLW0108 - which is made below
@@ -196,7 +204,9 @@ async def _serve(
         ),
         reload=lambda: _reload(reconciler, service),
     )
-    everyone = HttpServer(OnceLooked(api.app(admin_socket=settings.admin_socket), reconciler.looked), grace_s=1)
+    everyone = HttpServer(
+        OnceLooked(api.app(admin_socket=settings.admin_socket), reconciler.looked), grace_s=1
+    )
     admin = HttpServer(OnceLooked(api.app(), reconciler.looked), grace_s=1)
     stopping = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -205,17 +215,28 @@ async def _serve(
     loop.add_signal_handler(signal.SIGHUP, lambda: _hang_up(reloads, reconciler, service))
     if service.notified:
         status_line = _Soon(lambda: service.status(summary(reconciler)))
-        events.listen(lambda event: status_line.call() if event.kind in ("artifact", "build") else None)
+        events.listen(
+            lambda event: status_line.call() if event.kind in ("artifact", "build") else None
+        )
     service.status(summary(reconciler))
     reconciling = asyncio.create_task(reconciler.run())
     serving_http = asyncio.create_task(_serve_both((everyone, admin), listeners))
-    announcing = asyncio.create_task(_announce(reconciler, (everyone, admin), settings.socket, service))
+    announcing = asyncio.create_task(
+        _announce(reconciler, (everyone, admin), settings.socket, service)
+    )
     keeping = asyncio.create_task(_keep_sockets((everyone, admin), listeners))
     signalled = asyncio.create_task(stopping.wait())
-    log.info("starting", version=__version__, manifest=str(settings.manifest), cache_dir=str(settings.cache_dir))
+    log.info(
+        "starting",
+        version=__version__,
+        manifest=str(settings.manifest),
+        cache_dir=str(settings.cache_dir),
+    )
     try:
         # A signal ends us; so does a part that ends, which none should.
-        await asyncio.wait({reconciling, serving_http, signalled}, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait(
+            {reconciling, serving_http, signalled}, return_when=asyncio.FIRST_COMPLETED
+        )
     finally:
         log.info("stopping", running=serving.running)
         grace_s = reconciler.view.manifest.serving.shutdown_grace_s
@@ -239,13 +260,23 @@ async def _serve(
             raise result  # a defect: the service manager sees a failure and starts us again
 
 
-async def _serve_both(servers: tuple[HttpServer, HttpServer], listeners: tuple[Listening, Listening]) -> None:
+async def _serve_both(
+    servers: tuple[HttpServer, HttpServer], listeners: tuple[Listening, Listening]
+) -> None:
     sockets = [[one.listener] if isinstance(one, OwnSocket) else one for one in listeners]
-    await asyncio.gather(*(server.serve(some) for server, some in zip(servers, sockets, strict=True)))
+    await asyncio.gather(
+        *(server.serve(some) for server, some in zip(servers, sockets, strict=True))
+    )
 
 
-async def _keep_sockets(servers: tuple[HttpServer, HttpServer], listeners: tuple[Listening, Listening]) -> None:
-    pairs = [(own, server) for own, server in zip(listeners, servers, strict=True) if isinstance(own, OwnSocket)]
+async def _keep_sockets(
+    servers: tuple[HttpServer, HttpServer], listeners: tuple[Listening, Listening]
+) -> None:
+    pairs = [
+        (own, server)
+        for own, server in zip(listeners, servers, strict=True)
+        if isinstance(own, OwnSocket)
+    ]
     for _, server in pairs:
         await server.answering.wait()
     await asyncio.gather(*(own.keep(server) for own, server in pairs))
@@ -259,11 +290,20 @@ def _room(manifest: Manifest) -> Room:
 
 
 def _tell_worker(events: Events, worker: Worker) -> None:
-    events.publish("worker", model=worker.model.name, state=worker.state.value, pid=worker.pid, why=worker.last_failure)
+    events.publish(
+        "worker",
+        model=worker.model.name,
+        state=worker.state.value,
+        pid=worker.pid,
+        why=worker.last_failure,
+    )
 
 
 async def _announce(
-    reconciler: Reconciler, servers: tuple[HttpServer, HttpServer], socket_path: Path, service: Service
+    reconciler: Reconciler,
+    servers: tuple[HttpServer, HttpServer],
+    socket_path: Path,
+    service: Service,
 ) -> None:
     """Ready is who answers on both sockets and has a plan; what the plan asks for is built afterwards."""
     for server in servers:
@@ -274,12 +314,18 @@ async def _announce(
     ChatRequest.model_rebuild()  # put off while we started; the first request need not pay for it
     ChatCompletion.model_rebuild()
     log.info(
-        "ready", socket=str(socket_path), prompts=len(reconciler.view.assessments), fresh=len(reconciler.view.index)
+        "ready",
+        socket=str(socket_path),
+        prompts=len(reconciler.view.assessments),
+        fresh=len(reconciler.view.index),
     )
 
 
 async def _reload(reconciler: Reconciler, service: Service) -> None:
-    """Look at the manifest and everything else now. Errors: ManifestError; the last good one then stays in force."""
+    """Look at the manifest and everything else now.
+
+    Errors: ManifestError; the last good one then stays in force.
+    """
     service.reloading()
     try:
         await reconciler.next_look()

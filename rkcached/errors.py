@@ -1,7 +1,7 @@
 """Every error this program raises on purpose, in one tree.
 
-Each error says what happened in its message and the next thing to do in its hint, so that any edge (command line,
-HTTP, log) can show it to a person without knowing what it is.
+Each error says what happened in its message and the next thing to do in its hint, so that any edge
+(command line, HTTP, log) can show it to a person without knowing what it is.
 
     RkcachedError
     ├── UsageError               the command line was wrong                                   exit 64
@@ -108,7 +108,10 @@ class ManifestError(RkcachedError):
 
     def __init__(self, problems: tuple[Problem, ...]) -> None:
         count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
-        super().__init__(f"{count} in the manifest: {problems[0]}", hint="run `rkcached check` to see all of them")
+        super().__init__(
+            f"{count} in the manifest: {problems[0]}",
+            hint="run `rkcached check` to see all of them",
+        )
         self.problems = problems
 
 
@@ -309,7 +312,14 @@ class RequestError(RkcachedError):
     """A client's request cannot be served; the fields follow OpenAI's error envelope."""
 
     def __init__(
-        self, status: int, message: str, *, code: str, param: str | None = None, hint: str = "", retry_after_s: int = 0
+        self,
+        status: int,
+        message: str,
+        *,
+        code: str,
+        param: str | None = None,
+        hint: str = "",
+        retry_after_s: int = 0,
     ) -> None:
         super().__init__(message, hint=hint)
         self.status = status

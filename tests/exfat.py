@@ -16,14 +16,21 @@ SIZE_BYTES = 16 << 20
 
 @contextlib.contextmanager
 def exfat(folder: Path) -> Iterator[Path]:
-    """Mounted as a new folder `disk` below this one, until the end. Needs root and Debian's exfat-fuse, exfatprogs."""
+    """Mounted as a new folder `disk` below this one, until the end.
+
+    Needs root and Debian's exfat-fuse, exfatprogs.
+    """
     strict = "RKCACHED_NO_SKIPS" in os.environ
     programs = ("mkfs.exfat", "mount.exfat-fuse", "losetup")
     missing = [
-        program for program in programs if shutil.which(program, path=f"{os.environ['PATH']}:/sbin:/usr/sbin") is None
+        program
+        for program in programs
+        if shutil.which(program, path=f"{os.environ['PATH']}:/sbin:/usr/sbin") is None
     ]
     if missing or os.geteuid() != 0:
-        (pytest.fail if strict else pytest.skip)(f"needs root and {', '.join(programs)}; missing: {missing}")
+        (pytest.fail if strict else pytest.skip)(
+            f"needs root and {', '.join(programs)}; missing: {missing}"
+        )
     image, place = folder / "exfat.img", folder / "disk"
     with image.open("wb") as stream:
         stream.truncate(SIZE_BYTES)

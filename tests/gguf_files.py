@@ -14,7 +14,11 @@ def text(value: str) -> bytes:
 
 
 def pair(key: str, kind: int, value: int) -> bytes:
-    return text(key) + struct.pack("<I", kind) + struct.pack({UINT16: "<H", INT32: "<i", UINT32: "<I"}[kind], value)
+    return (
+        text(key)
+        + struct.pack("<I", kind)
+        + struct.pack({UINT16: "<H", INT32: "<i", UINT32: "<I"}[kind], value)
+    )
 
 
 def gguf(*pairs: bytes, tensors: int = 0, version: int = 3) -> bytes:
@@ -52,7 +56,11 @@ def split(model: Path, prefix: Path, count: int = 2) -> list[Path]:
         own = range((number - 1) * share, min(number * share, tensors))
         extra = split_pairs(number, count, tensors)
         kept, kept_pairs = (metadata, pairs) if number == 1 else (b"", 0)
-        out = struct.pack("<4sIQQ", b"GGUF", 3, len(own), kept_pairs + len(extra)) + kept + b"".join(extra)
+        out = (
+            struct.pack("<4sIQQ", b"GGUF", 3, len(own), kept_pairs + len(extra))
+            + kept
+            + b"".join(extra)
+        )
         start = infos[own[0]][1]
         for index in own:
             head, offset = infos[index]

@@ -12,10 +12,13 @@ DEADLINE_S = 120.0
 """Long, because disks of test machines stall; a test that passes never waits for it."""
 
 BEFORE_RESCAN_S = 50.0
-"""Less than the daemon lets pass between two looks at everything: what comes within it was seen by its event."""
+"""Less than the daemon lets pass between two looks at everything: what comes within it was seen by
+its event."""
 
 
-def wait_until(condition: Callable[[], Any], what: Callable[[], str] | str, deadline_s: float = DEADLINE_S) -> Any:
+def wait_until(
+    condition: Callable[[], Any], what: Callable[[], str] | str, deadline_s: float = DEADLINE_S
+) -> Any:
     """Poll until `condition` is truthy and return its value; fail with `what` was waited for."""
     end = time.monotonic() + deadline_s
     while True:
@@ -23,5 +26,7 @@ def wait_until(condition: Callable[[], Any], what: Callable[[], str] | str, dead
         if value:
             return value
         if time.monotonic() > end:
-            pytest.fail(f"after {deadline_s} s still not: {what if isinstance(what, str) else what()}")
+            pytest.fail(
+                f"after {deadline_s} s still not: {what if isinstance(what, str) else what()}"
+            )
         time.sleep(0.01)

@@ -33,7 +33,10 @@ _SHOWN_CHARACTERS = 300
 
 
 def parse_body(record: type[Body], data: bytes) -> Body:
-    """Decode and validate a JSON body. Errors: RequestError 400 that names the first bad parameter."""
+    """Decode and validate a JSON body.
+
+    Errors: RequestError 400 that names the first bad parameter.
+    """
     try:
         value = from_json(data, allow_inf_nan=False)
     except ValueError as error:
@@ -49,7 +52,9 @@ def _refusal(value: Any, error: ValidationError) -> RequestError:
     param, first = _most_telling(value, error)
     match first["type"]:
         case "extra_forbidden":
-            return RequestError(400, f"{param} is not supported", code="unsupported_parameter", param=param)
+            return RequestError(
+                400, f"{param} is not supported", code="unsupported_parameter", param=param
+            )
         case "missing":
             return RequestError(400, f"{param} is missing", code="missing_parameter", param=param)
         case _:
@@ -60,11 +65,15 @@ def _refusal(value: Any, error: ValidationError) -> RequestError:
 
 def _most_telling(value: Any, error: ValidationError) -> tuple[str | None, ErrorDetails]:
     """The first problem and its place. Of a union's alternatives, the one that came furthest."""
-    problems = error.errors(include_url=False, include_input=False, include_context=False)[:_LOOKED_AT]
+    problems = error.errors(include_url=False, include_input=False, include_context=False)[
+        :_LOOKED_AT
+    ]
     found = [(_parameter(value, e["loc"], missing=e["type"] == "missing"), e) for e in problems]
     place = found[0][0]
     same = [(param, e) for param, e in found if f"{param}.".startswith(f"{place}.")]
-    param, telling = max(same, key=lambda one: (one[0].count("."), not one[1]["type"].endswith("_type")))
+    param, telling = max(
+        same, key=lambda one: (one[0].count("."), not one[1]["type"].endswith("_type"))
+    )
     return param or None, telling
 
 
@@ -76,7 +85,9 @@ def _parameter(body: Any, steps: tuple[str | int, ...], *, missing: bool) -> str
     here = body
     found = []
     for at, step in enumerate(steps):
-        inside = (isinstance(here, dict) and step in here) or (isinstance(here, list) and isinstance(step, int))
+        inside = (isinstance(here, dict) and step in here) or (
+            isinstance(here, list) and isinstance(step, int)
+        )
         if inside:
             here = here[step]
         if inside or (missing and at == len(steps) - 1):

@@ -1,7 +1,7 @@
 """How much JSON a request may bring, counted without parsing it. Pure.
 
-Parsing and validation run on the event loop, and cost some microseconds a value: millions of values in a body of some
-megabytes would hold everybody else up for seconds.
+Parsing and validation run on the event loop, and cost some microseconds a value: millions of values
+in a body of some megabytes would hold everybody else up for seconds.
 """
 
 from __future__ import annotations
@@ -9,7 +9,8 @@ from __future__ import annotations
 import re
 
 MAX_VALUES = 32_768
-"""Values and keys of a body: two thousand messages with calls, or the schemas of two hundred tools."""
+"""Values and keys of a body: two thousand messages with calls, or the schemas of two hundred tools.
+"""
 
 MAX_TOKEN_IDS = 300_000
 """Of all inputs of one request for embeddings; OpenAI's own limit."""
@@ -25,8 +26,9 @@ _MARKS = (b",", b":", b"[", b"{")
 class ValueCounter:
     """Counts the values and keys of a JSON text that arrives in parts.
 
-    The count is that of commas, colons and opening brackets outside of strings, hence hardly ever less than the number
-    of values. A text that is not JSON gets some number, and is refused by the parser later.
+    The count is that of commas, colons and opening brackets outside of strings, hence hardly ever
+    less than the number of values. A text that is not JSON gets some number, and is refused by the
+    parser later.
     """
 
     def __init__(self) -> None:
@@ -66,10 +68,14 @@ class ArgumentsBudget:
         """Errors: ValueError when it is too much."""
         self._characters += len(arguments)
         if self._characters > MAX_ARGUMENTS_CHARACTERS:
-            raise ValueError(f"the arguments of all calls have more than {MAX_ARGUMENTS_CHARACTERS:,} characters")
+            raise ValueError(
+                f"the arguments of all calls have more than {MAX_ARGUMENTS_CHARACTERS:,} characters"
+            )
 
         counter = ValueCounter()
         counter.feed(arguments.encode(errors="surrogatepass"))
         self._values += counter.count
         if self._values > MAX_VALUES:
-            raise ValueError(f"the arguments of all calls have more than {MAX_VALUES:,} values and keys")
+            raise ValueError(
+                f"the arguments of all calls have more than {MAX_VALUES:,} values and keys"
+            )

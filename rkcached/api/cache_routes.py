@@ -1,6 +1,7 @@
 """HTTP routes of prompt caches and of loaded models: the operations beside inference.
 
-A text that a client stores is a file, a source like any other; the reconciler does the rest, and the call waits for it.
+A text that a client stores is a file, a source like any other; the reconciler does the rest, and
+the call waits for it.
 """
 
 from __future__ import annotations
@@ -46,7 +47,9 @@ LENT_HEARTBEAT_S = 15.0
 """A client that went away without a word is noticed at the latest after this."""
 
 
-async def _with_first(first: bytes, rest: AsyncGenerator[bytes, None]) -> AsyncGenerator[bytes, None]:
+async def _with_first(
+    first: bytes, rest: AsyncGenerator[bytes, None]
+) -> AsyncGenerator[bytes, None]:
     """Left early, it closes `rest`."""
     async with contextlib.aclosing(rest):
         yield first
@@ -55,7 +58,9 @@ async def _with_first(first: bytes, rest: AsyncGenerator[bytes, None]) -> AsyncG
 
 
 class CacheApi:
-    def __init__(self, reconciler: Reconciler, serving: Serving, workers: Workers, stored: StoredTexts) -> None:
+    def __init__(
+        self, reconciler: Reconciler, serving: Serving, workers: Workers, stored: StoredTexts
+    ) -> None:
         self._reconciler = reconciler
         self._serving = serving
         self._workers = workers
@@ -175,7 +180,11 @@ class CacheApi:
     async def _loaded(self, _: Request) -> Response:
         models = self._reconciler.view.desired.models
         shown = [model_status(name, model, self._workers) for name, model in models.items()]
-        return answer(ModelStatusList.model_validate({"data": [one for one in shown if one["pid"] is not None]}))
+        return answer(
+            ModelStatusList.model_validate(
+                {"data": [one for one in shown if one["pid"] is not None]}
+            )
+        )
 
     async def _load(self, request: Request) -> Response:
         body = await read_record(ModelRequest, request)
@@ -192,7 +201,8 @@ class CacheApi:
     async def _lend(self, request: Request) -> Response:
         body = await read_record(ModelRequest, request)
         lending = self._lending(body.model)
-        # The first event comes when it is the client's turn; until then an error can still be a status.
+        # The first event comes when it is the client's turn; until then an error can still be a
+        # status.
         first = await unless_gone(request, anext(lending))
         if isinstance(first, Response):
             await lending.aclose()
@@ -210,7 +220,9 @@ class CacheApi:
         model = self._serving.preparation.model(name)
         took_ms = round((time.monotonic() - started) * 1000, 1)
         shown = model_status(name, model, self._workers)
-        return answer(ModelAction.model_validate({"object": kind, "model": name, "took_ms": took_ms, **shown}))
+        return answer(
+            ModelAction.model_validate({"object": kind, "model": name, "took_ms": took_ms, **shown})
+        )
 
     # Caches
 
@@ -268,13 +280,17 @@ class CacheApi:
         try:
             deleted = await asyncio.to_thread(self._stored.delete, key)
         except errors.StoreError as error:
-            raise RequestError(503, error.message, code="state_not_writable", hint=error.hint) from error
+            raise RequestError(
+                503, error.message, code="state_not_writable", hint=error.hint
+            ) from error
         if not deleted:
             raise _no_cache(key)
         try:
             await self._reconciler.forget(key)
         except errors.StoreError as error:
-            raise RequestError(503, error.message, code="store_not_writable", hint=error.hint) from error
+            raise RequestError(
+                503, error.message, code="store_not_writable", hint=error.hint
+            ) from error
         return answer(CacheDeleted(model=key.model, cache_name=key.prompt))
 
     async def _collect(self, request: Request) -> Response:
@@ -282,19 +298,27 @@ class CacheApi:
         try:
             rubbish = await self._reconciler.collect(dry_run=body.dry_run, strangers=body.strangers)
         except errors.StoreError as error:
-            raise RequestError(503, error.message, code="store_not_writable", hint=error.hint) from error
+            raise RequestError(
+                503, error.message, code="store_not_writable", hint=error.hint
+            ) from error
         data = as_data(rubbish)
         total = sum(item["size_bytes"] for item in data["items"])
-        return answer(Collected.model_validate({"removed": not body.dry_run, "size_bytes": total, **data}))
+        return answer(
+            Collected.model_validate({"removed": not body.dry_run, "size_bytes": total, **data})
+        )
 
     async def _write(self, key: Key, text: str, param: str) -> None:
         """Store a client's text. Errors: RequestError."""
         model = self._reconciler.view.desired.models.get(key.model)
         if isinstance(model, DesiredModel) and model.config.embedding:
             said = f"the model {key.model!r} makes embeddings only, so it has no prompts"
-            raise RequestError(400, said, code="model_is_embedding", hint="store it for a model that answers")
+            raise RequestError(
+                400, said, code="model_is_embedding", hint="store it for a model that answers"
+            )
         if not text.strip():
-            raise RequestError(400, "the prompt is empty", code="empty_prompt", param=param, hint="send its text")
+            raise RequestError(
+                400, "the prompt is empty", code="empty_prompt", param=param, hint="send its text"
+            )
         size = len(text.encode(errors="surrogatepass"))
         if size > MAX_PROMPT_BYTES:
             said = f"the prompt has {size:,} bytes, the limit is {MAX_PROMPT_BYTES:,}"
@@ -308,12 +332,16 @@ class CacheApi:
         try:
             await asyncio.to_thread(self._stored.write, key, text)
         except errors.StoreError as error:
-            raise RequestError(503, error.message, code="state_not_writable", hint=error.hint) from error
+            raise RequestError(
+                503, error.message, code="state_not_writable", hint=error.hint
+            ) from error
 
     async def _built(self, key: Key, *, anew: bool) -> StoredArtifact:
         """Wait for the artifact. Errors: RequestError."""
         try:
-            return await (self._reconciler.regenerate(key) if anew else self._reconciler.freshen(key))
+            return await (
+                self._reconciler.regenerate(key) if anew else self._reconciler.freshen(key)
+            )
         except errors.SourceError as error:
             missing = key not in self._reconciler.view.desired.prompts
             raise RequestError(
@@ -322,14 +350,25 @@ class CacheApi:
                 code="prompt_not_found" if missing else "prompt_blocked",
                 hint=error.hint,
             ) from error
-        except (errors.ContextExceeded, errors.PromptTooShort, errors.Uncacheable, errors.BudgetExceeded) as error:
-            raise RequestError(409, error.message, code="prompt_blocked", hint=error.hint) from error
+        except (
+            errors.ContextExceeded,
+            errors.PromptTooShort,
+            errors.Uncacheable,
+            errors.BudgetExceeded,
+        ) as error:
+            raise RequestError(
+                409, error.message, code="prompt_blocked", hint=error.hint
+            ) from error
         except errors.RkcachedError as error:
             raise RequestError(503, error.message, code="build_failed", hint=error.hint) from error
 
     def _describe(self, key: Key) -> dict[str, Any]:
         stored = key in self._reconciler.view.desired.stored
-        return {"cache_name": key.prompt, "stored": stored, **prompt_status(key, self._reconciler, self._serving)}
+        return {
+            "cache_name": key.prompt,
+            "stored": stored,
+            **prompt_status(key, self._reconciler, self._serving),
+        }
 
     def _known_model(self, request: Request) -> str:
         """Also one that is in trouble: it may be well again. Errors: RequestError 404."""
@@ -343,14 +382,21 @@ class CacheApi:
         model = self._known_model(request)
         if not NAME.fullmatch(prompt) or prompt == RESERVED_PROMPT:
             raise RequestError(
-                400, f"{prompt!r} cannot name a prompt", code="invalid_name", param="cache_name", hint=NAME_RULE
+                400,
+                f"{prompt!r} cannot name a prompt",
+                code="invalid_name",
+                param="cache_name",
+                hint=NAME_RULE,
             )
         return Key(model, prompt)
 
 
 def _no_cache(key: Key) -> RequestError:
     return RequestError(
-        404, f"there is no prompt {key}", code="prompt_not_found", hint=f"GET /v1/cache/{key.model} lists what is"
+        404,
+        f"there is no prompt {key}",
+        code="prompt_not_found",
+        hint=f"GET /v1/cache/{key.model} lists what is",
     )
 
 

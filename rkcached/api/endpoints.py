@@ -1,6 +1,7 @@
 """The table of endpoints, and what is made of it: the routes, and the API's own description.
 
-An endpoint names the records of its body and of its answers, so /openapi.json cannot promise anything else.
+An endpoint names the records of its body and of its answers, so /openapi.json cannot promise
+anything else.
 """
 
 from __future__ import annotations
@@ -51,7 +52,9 @@ def routes(endpoints: Iterable[Endpoint], *, admin_socket: Path | None) -> list[
     """One route for each path; with `admin_socket`, changes are refused and referred to it."""
 
     async def refused(_: Request) -> Response:
-        raise RequestError(403, f"changes are made on {admin_socket} only", code="admin_only", hint="ask there")
+        raise RequestError(
+            403, f"changes are made on {admin_socket} only", code="admin_only", hint="ask there"
+        )
 
     by_path: dict[str, dict[str, Handler]] = defaultdict(dict)
     for endpoint in endpoints:
@@ -71,8 +74,16 @@ def describe(endpoints: Iterable[Endpoint], *, everyone: bool) -> dict[str, Any]
     """The OpenAPI document. `everyone`: of the socket on which changes are refused."""
     endpoints = tuple(endpoints)
     bodies = {(e.body, "validation") for e in endpoints if e.body is not None}
-    answers = {(record, "serialization") for e in endpoints for record in e.answers.values() if record is not None}
-    wanted = sorted(bodies | answers | {(ErrorAnswer, "serialization")}, key=lambda pair: (pair[0].__name__, pair[1]))
+    answers = {
+        (record, "serialization")
+        for e in endpoints
+        for record in e.answers.values()
+        if record is not None
+    }
+    wanted = sorted(
+        bodies | answers | {(ErrorAnswer, "serialization")},
+        key=lambda pair: (pair[0].__name__, pair[1]),
+    )
     # mypy takes the pairs for tuple[..., str]: a literal is lost in sorted()
     names, schemas = models_json_schema(wanted, ref_template="#/components/schemas/{model}")  # type: ignore[arg-type]
     paths: dict[str, dict[str, Any]] = defaultdict(dict)
@@ -87,7 +98,12 @@ def describe(endpoints: Iterable[Endpoint], *, everyone: bool) -> dict[str, Any]
             "version": __version__,
             "description": "Language models with prompt caches that are kept fresh, on a Unix socket.",
         },
-        "servers": [{"url": "http://localhost", "description": "the host's name does not matter on a Unix socket"}],
+        "servers": [
+            {
+                "url": "http://localhost",
+                "description": "the host's name does not matter on a Unix socket",
+            }
+        ],
         "paths": dict(paths),
         "components": {"schemas": schemas["$defs"]},
     }
@@ -95,7 +111,12 @@ def describe(endpoints: Iterable[Endpoint], *, everyone: bool) -> dict[str, Any]
 
 def _operation(endpoint: Endpoint, names: Mapping[Any, Any], *, refused: bool) -> dict[str, Any]:
     parameters = [
-        {"name": step[1:-1].removesuffix(":path"), "in": "path", "required": True, "schema": {"type": "string"}}
+        {
+            "name": step[1:-1].removesuffix(":path"),
+            "in": "path",
+            "required": True,
+            "schema": {"type": "string"},
+        }
         for step in endpoint.path.split("/")
         if step.startswith("{")
     ]
@@ -103,24 +124,47 @@ def _operation(endpoint: Endpoint, names: Mapping[Any, Any], *, refused: bool) -
         "summary": endpoint.summary,
         "operationId": endpoint.handler.__name__.strip("_"),
         "responses": {
-            str(status): _answer(status, names[record, "serialization"] if record else None, endpoint.media)
+            str(status): _answer(
+                status, names[record, "serialization"] if record else None, endpoint.media
+            )
             for status, record in endpoint.answers.items()
         },
     }
     error = names[ErrorAnswer, "serialization"]
-    failures = {*endpoint.errors, *((400, 413, 415) if endpoint.body else ()), *((403,) if refused else ()), 500}
-    operation["responses"] |= {str(status): _answer(status, error, ()) for status in sorted(failures)}
+    failures = {
+        *endpoint.errors,
+        *((400, 413, 415) if endpoint.body else ()),
+        *((403,) if refused else ()),
+        500,
+    }
+    operation["responses"] |= {
+        str(status): _answer(status, error, ()) for status in sorted(failures)
+    }
     if parameters:
         operation["parameters"] = parameters
     if endpoint.body is not None:
         schema = names[endpoint.body, "validation"]
-        operation["requestBody"] = {"required": True, "content": {"application/json": {"schema": schema}}}
+        operation["requestBody"] = {
+            "required": True,
+            "content": {"application/json": {"schema": schema}},
+        }
     return operation
 
 
-def _answer(status: int, schema: Mapping[str, Any] | None, media: tuple[str, ...]) -> dict[str, Any]:
-    content: dict[str, Any] = {kind: {"schema": _EVENT if kind == EVENT_STREAM else _TEXT} for kind in media}
+def _answer(
+    status: int, schema: Mapping[str, Any] | None, media: tuple[str, ...]
+) -> dict[str, Any]:
+    content: dict[str, Any] = {
+        kind: {"schema": _EVENT if kind == EVENT_STREAM else _TEXT} for kind in media
+    }
     if schema is not None:
         content["application/json"] = {"schema": schema}
-    request_id = {"schema": {"type": "string"}, "description": "Names this exchange, also in the daemon's log."}
-    return {"description": HTTPStatus(status).phrase, "headers": {"X-Request-Id": request_id}, "content": content}
+    request_id = {
+        "schema": {"type": "string"},
+        "description": "Names this exchange, also in the daemon's log.",
+    }
+    return {
+        "description": HTTPStatus(status).phrase,
+        "headers": {"X-Request-Id": request_id},
+        "content": content,
+    }

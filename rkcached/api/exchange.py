@@ -31,7 +31,8 @@ Result = TypeVar("Result")
 MAX_BODY_BYTES = 8 << 20
 
 _COUNTED_AT_ONCE = 32 << 10
-"""Bytes of a body between two turns of the event loop; counting its values takes a millisecond at the most."""
+"""Bytes of a body between two turns of the event loop; counting its values takes a millisecond at
+the most."""
 
 PEER = "peer"
 """Under this name the connection's state has the uid and pid of who opened it."""
@@ -44,7 +45,10 @@ _REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
 
 
 async def read_record(record: type[Body], request: Request) -> Body:
-    """The body as a record. Errors: RequestError 400, 413 or 415, or 499 when the client goes away."""
+    """The body as a record.
+
+    Errors: RequestError 400, 413 or 415, or 499 when the client goes away.
+    """
     return parse_body(record, await read_body(request, max_values=record.max_values))
 
 
@@ -55,14 +59,20 @@ async def read_body(request: Request, *, max_values: int) -> bytes:
     Errors: RequestError 400 or 413, or 499 when the client goes away.
     """
     too_large = RequestError(
-        413, f"the body is larger than {MAX_BODY_BYTES:,} bytes", code="body_too_large", hint="send less text"
+        413,
+        f"the body is larger than {MAX_BODY_BYTES:,} bytes",
+        code="body_too_large",
+        hint="send less text",
     )
     with contextlib.suppress(ValueError):
         if int(request.headers.get("content-length", "0")) > MAX_BODY_BYTES:
             raise too_large
     if request.headers.get("content-encoding", "identity") != "identity":
         raise RequestError(
-            415, "bodies are taken uncompressed only", code="unsupported_encoding", hint="send plain JSON"
+            415,
+            "bodies are taken uncompressed only",
+            code="unsupported_encoding",
+            hint="send plain JSON",
         )
     data, size_bytes, counter = bytearray(), 0, ValueCounter()
     try:
@@ -83,12 +93,19 @@ async def read_body(request: Request, *, max_values: int) -> bytes:
 
     if counter.count > max_values:
         said = f"the body has more than {max_values:,} values and keys"
-        raise RequestError(400, said, code="too_many_values", hint="send fewer messages, tools or inputs at once")
+        raise RequestError(
+            400, said, code="too_many_values", hint="send fewer messages, tools or inputs at once"
+        )
     return bytes(data)
 
 
 def answer(record: Answer, *, status: int = 200, headers: dict[str, str] | None = None) -> Response:
-    return Response(pydantic_core.to_json(record), status_code=status, headers=headers, media_type="application/json")
+    return Response(
+        pydantic_core.to_json(record),
+        status_code=status,
+        headers=headers,
+        media_type="application/json",
+    )
 
 
 def error_response(error: RequestError) -> Response:
@@ -103,7 +120,10 @@ def refuse(request: Request, error: RequestError) -> Response:
 
 
 def remember(request: Request, error: RequestError) -> None:
-    """Have the log tell why this request failed. For errors within a stream, too, whose status was sent before."""
+    """Have the log tell why this request failed.
+
+    For errors within a stream, too, whose status was sent before.
+    """
     request.scope[_CAUSE] = error
 
 
@@ -111,7 +131,10 @@ def no_route(request: Request, refusal: HTTPException) -> Response:
     what = "does not exist" if refusal.status_code == 404 else f"does not take {request.method}"
     response = error_response(
         RequestError(
-            refusal.status_code, f"{request.url.path} {what}", code="unknown_url", hint="see GET /openapi.json"
+            refusal.status_code,
+            f"{request.url.path} {what}",
+            code="unknown_url",
+            hint="see GET /openapi.json",
         )
     )
     response.headers.update(refusal.headers or {})
@@ -149,17 +172,26 @@ def _traceback(error: BaseException) -> str:
 
 
 class Streamed(Response):
-    """A body in chunks. Left early, the chunks' generator is closed, which stops what makes them."""
+    """A body in chunks.
+
+    Left early, the chunks' generator is closed, which stops what makes them.
+    """
 
     def __init__(
-        self, chunks: AsyncGenerator[bytes, None], *, media_type: str, headers: Mapping[str, str] | None = None
+        self,
+        chunks: AsyncGenerator[bytes, None],
+        *,
+        media_type: str,
+        headers: Mapping[str, str] | None = None,
     ) -> None:
         super().__init__(headers=headers, media_type=media_type)
         del self.headers["content-length"]
         self._chunks = chunks
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        await send(
+            {"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers}
+        )
         with contextlib.suppress(_GoneError):
             async with _while_listened_to(receive), contextlib.aclosing(self._chunks):
                 if scope["method"] != "HEAD":
@@ -176,7 +208,8 @@ class _GoneError(Exception):
 async def _while_listened_to(receive: Receive) -> AsyncIterator[None]:
     """Cancel the body when the client goes away; it then ends with _GoneError.
 
-    The body runs in its caller's task: a task of its own would wake up one turn of the loop later, each time.
+    The body runs in its caller's task: a task of its own would wake up one turn of the loop later,
+    each time.
     """
     task, left = asyncio.current_task(), False
 
@@ -217,7 +250,14 @@ class Exchanges:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        given = next((value.decode("latin-1") for name, value in scope["headers"] if name == b"x-request-id"), "")
+        given = next(
+            (
+                value.decode("latin-1")
+                for name, value in scope["headers"]
+                if name == b"x-request-id"
+            ),
+            "",
+        )
         request_id = given if _REQUEST_ID.fullmatch(given) else f"req-{uuid.uuid4().hex}"
         started, status = time.monotonic(), 0
 

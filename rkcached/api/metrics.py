@@ -1,6 +1,7 @@
 """Prometheus metrics, kept by listening to what happens and by looking when they are asked for.
 
-Names are part of the interface. Labels have few values: models, states, kinds of reasons; never a prompt's text.
+Names are part of the interface. Labels have few values: models, states, kinds of reasons; never a
+prompt's text.
 """
 
 from __future__ import annotations
@@ -10,7 +11,13 @@ from collections import Counter as Counts
 from collections.abc import Iterator
 from pathlib import Path
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessCollector, generate_latest
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Histogram,
+    ProcessCollector,
+    generate_latest,
+)
 from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
@@ -25,10 +32,14 @@ _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1.0, 1.5, 2.5, 5
 
 
 class Metrics:
-    def __init__(self, events: Events, reconciler: Reconciler, serving: Serving, workers: Workers) -> None:
+    def __init__(
+        self, events: Events, reconciler: Reconciler, serving: Serving, workers: Workers
+    ) -> None:
         self._registry = CollectorRegistry()
         model_state = ("model", "state")
-        self._requests = Counter("rkcached_requests", "Answered requests.", model_state, registry=self._registry)
+        self._requests = Counter(
+            "rkcached_requests", "Answered requests.", model_state, registry=self._registry
+        )
         self._ttft = Histogram(
             "rkcached_ttft_seconds",
             "Request accepted to first token written.",
@@ -50,9 +61,14 @@ class Metrics:
             registry=self._registry,
         )
         self._builds = Counter(
-            "rkcached_builds", "Ended builds.", ("model", "reason", "result"), registry=self._registry
+            "rkcached_builds",
+            "Ended builds.",
+            ("model", "reason", "result"),
+            registry=self._registry,
         )
-        self._deaths = Counter("rkcached_worker_deaths", "Workers that died.", ("model",), registry=self._registry)
+        self._deaths = Counter(
+            "rkcached_worker_deaths", "Workers that died.", ("model",), registry=self._registry
+        )
         self._registry.register(_Now(reconciler, serving, workers))
         ProcessCollector(registry=self._registry)
         events.listen(self._take)
@@ -72,7 +88,9 @@ class Metrics:
                 self._tokens.labels(fields["model"], "cached").inc(fields["cached_tokens"] or 0)
                 self._tokens.labels(fields["model"], "prefilled").inc(fields["prefill_tokens"] or 0)
             case "build":
-                self._builds.labels(fields["model"], _kind_of(fields["reason"]), fields["result"]).inc()
+                self._builds.labels(
+                    fields["model"], _kind_of(fields["reason"]), fields["result"]
+                ).inc()
             case "worker" if fields["state"] == "backoff":
                 self._deaths.labels(fields["model"]).inc()
             case _:
@@ -105,24 +123,36 @@ class _Now(Collector):
     def collect(self) -> Iterator[Metric]:
         view = self._reconciler.view
         states = Counts((key.model, one.state.value) for key, one in view.assessments.items())
-        artifacts = GaugeMetricFamily("rkcached_artifacts", "Prompts by state.", labels=("model", "state"))
+        artifacts = GaugeMetricFamily(
+            "rkcached_artifacts", "Prompts by state.", labels=("model", "state")
+        )
         for (model, state), count in sorted(states.items()):
             artifacts.add_metric((model, state), count)
         yield artifacts
-        yield GaugeMetricFamily("rkcached_cache_bytes", "What counts against cache.max_bytes.", value=view.used_bytes())
         yield GaugeMetricFamily(
-            "rkcached_retired_bytes", "The part of it that is kept for prompts that return.", value=view.retired_bytes()
+            "rkcached_cache_bytes", "What counts against cache.max_bytes.", value=view.used_bytes()
+        )
+        yield GaugeMetricFamily(
+            "rkcached_retired_bytes",
+            "The part of it that is kept for prompts that return.",
+            value=view.retired_bytes(),
         )
         if (budget := view.manifest.cache.max_bytes) is not None:
             yield GaugeMetricFamily("rkcached_cache_max_bytes", "What they may take.", value=budget)
-        waiting = GaugeMetricFamily("rkcached_requests_waiting", "Requests that wait for their turn.", labels=["model"])
+        waiting = GaugeMetricFamily(
+            "rkcached_requests_waiting", "Requests that wait for their turn.", labels=["model"]
+        )
         for model in view.desired.models:
             waiting.add_metric([model], self._serving.waiting(model))
         yield waiting
-        memory = GaugeMetricFamily("rkcached_worker_resident_bytes", "Memory of a worker.", labels=["model"])
+        memory = GaugeMetricFamily(
+            "rkcached_worker_resident_bytes", "Memory of a worker.", labels=["model"]
+        )
         for worker in self._workers.all():
             if worker.pid is not None and (size := resident_bytes(worker.pid)) is not None:
                 memory.add_metric([worker.model.name], size)
         yield memory
         good = self._reconciler.manifest_file.error is None
-        yield GaugeMetricFamily("rkcached_manifest_good", "1 if the manifest on disk is in force.", value=float(good))
+        yield GaugeMetricFamily(
+            "rkcached_manifest_good", "1 if the manifest on disk is in force.", value=float(good)
+        )

@@ -1,7 +1,8 @@
 """`GET /`: the daemon's status as one HTML page, for a browser that reaches the socket.
 
-All of it is made here, from the document of `GET /v1/status`; the page's script hears the event stream, asks for the
-page again and takes over what changed. So there is one template, which escapes every value, and nothing else to load.
+All of it is made here, from the document of `GET /v1/status`; the page's script hears the event
+stream, asks for the page again and takes over what changed. So there is one template, which escapes
+every value, and nothing else to load.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ _POLICY = (
     "default-src 'none'; script-src 'sha256-{script}'; style-src 'sha256-{style}'; connect-src 'self'; img-src data:; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
-"""Only the page's own script and style count, and only the daemon is asked, whatever a text in the page says."""
+"""Only the page's own script and style count, and only the daemon is asked, whatever a text in the
+page says."""
 
 
 def page(status: Status) -> Streamed:
@@ -51,12 +53,15 @@ async def _pieces(status: Status) -> AsyncGenerator[bytes]:
 
 
 _BUFFERED = 21 * PIECE
-"""So many pieces of the template make one of the answer: the row of a prompt that has a cache is 21."""
+"""So many pieces of the template make one of the answer: the row of a prompt that has a cache is
+21."""
 
 
 @functools.cache
 def _template() -> jinja2.Template:
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True
+    )
     environment.filters |= {
         "size": show.size,
         "summary": show.summary_of,

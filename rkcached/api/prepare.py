@@ -14,7 +14,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from rkcached import errors
-from rkcached.api.requests import ChatRequest, CompletionRequest, JsonObject, JsonSchema, NamedTool, Tool
+from rkcached.api.requests import (
+    ChatRequest,
+    CompletionRequest,
+    JsonObject,
+    JsonSchema,
+    NamedTool,
+    Tool,
+)
 from rkcached.engines.base import Sampling
 from rkcached.engines.registry import ENGINES
 from rkcached.errors import RequestError
@@ -72,7 +79,8 @@ class Preparation:
     def __init__(self, view: Callable[[], View]) -> None:
         self._view = view
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="render")
-        """For templates that may wait: they are rendered one by one, and a slow one keeps no other thread."""
+        """For templates that may wait: they are rendered one by one, and a slow one keeps no other
+        thread."""
         self._schemas = SchemaChecker()
         self._schema_thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="schema")
 
@@ -84,7 +92,10 @@ class Preparation:
         param, cache = "model", request.wanted_cache
         if isinstance(cache, str) and wanted and cache != wanted:
             raise RequestError(
-                400, f"model names the prompt {wanted!r}, cache names {cache!r}", code="conflict", param="cache"
+                400,
+                f"model names the prompt {wanted!r}, cache names {cache!r}",
+                code="conflict",
+                param="cache",
             )
         if isinstance(cache, str):
             param, wanted = "cache" if request.cache is not None else "use_cache", cache
@@ -96,7 +107,9 @@ class Preparation:
             raise _nul("messages")
         tools = [tool.plain() for tool in demand.tools]
         prompt = await self._render(model.template, messages, tools)
-        values: dict[str, Any] = model.config.sampling(named.prompt if named else None) | request.sampling()
+        values: dict[str, Any] = (
+            model.config.sampling(named.prompt if named else None) | request.sampling()
+        )
 
         async def correct(answer: str, why: str) -> str:
             wanted = f"{why}. Answer with nothing but JSON that fits this JSON schema: {values['json_schema']}"
@@ -131,7 +144,9 @@ class Preparation:
             return text
         try:
             if len(text) > MAX_SCHEMA_BYTES:
-                raise errors.SchemaInvalid(f"the schema is larger than {MAX_SCHEMA_BYTES:,} bytes", hint="simplify it")
+                raise errors.SchemaInvalid(
+                    f"the schema is larger than {MAX_SCHEMA_BYTES:,} bytes", hint="simplify it"
+                )
             compiled = ENGINES[self._view().manifest.engine.kind].compiles_schemas
             check = functools.partial(self._schemas.check, text, compiled=compiled)
             await asyncio.get_running_loop().run_in_executor(self._schema_thread, check)
@@ -153,9 +168,13 @@ class Preparation:
             loop = asyncio.get_running_loop()
             return await loop.run_in_executor(self._thread, template.render, messages, tools)
         except errors.TemplateExhausted as error:
-            raise RequestError(503, error.message, code="template_exhausted", hint=error.hint) from error
+            raise RequestError(
+                503, error.message, code="template_exhausted", hint=error.hint
+            ) from error
         except errors.TemplateError as error:
-            raise RequestError(400, error.message, code="template_error", param="messages", hint=error.hint) from error
+            raise RequestError(
+                400, error.message, code="template_error", param="messages", hint=error.hint
+            ) from error
 
     def completion(self, request: CompletionRequest, accepted: float) -> Job:
         """Check a request whose text goes to the model as it is. Errors: RequestError."""
@@ -169,7 +188,13 @@ class Preparation:
                 hint=f"ask for the model {name!r}, or use /v1/chat/completions",
             )
         if not request.text:
-            raise RequestError(400, "the prompt is empty", code="invalid_value", param="prompt", hint="send its text")
+            raise RequestError(
+                400,
+                "the prompt is empty",
+                code="invalid_value",
+                param="prompt",
+                hint="send its text",
+            )
         if "\0" in request.text:
             raise _nul("prompt")
         model = self._answering(name)
@@ -215,11 +240,17 @@ class Preparation:
         if model is None:
             known = ", ".join(sorted(view.desired.models)) or "none"
             raise RequestError(
-                404, f"the model {name!r} does not exist; known models: {known}", code="model_not_found", param="model"
+                404,
+                f"the model {name!r} does not exist; known models: {known}",
+                code="model_not_found",
+                param="model",
             )
         if isinstance(model, Trouble):
             raise RequestError(
-                503, f"the model {name!r} cannot be used: {model.message}", code="model_unavailable", hint=model.hint
+                503,
+                f"the model {name!r} cannot be used: {model.message}",
+                code="model_unavailable",
+                hint=model.hint,
             )
         return model
 
@@ -233,7 +264,10 @@ class Preparation:
                 message = f"the prompt {key} is not known: {unlisted.message}"
                 raise RequestError(503, message, code="prompt_blocked", hint=unlisted.hint)
             if declared is None:
-                known = ", ".join(k.prompt for k in view.desired.prompts if k.model == key.model) or "none"
+                known = (
+                    ", ".join(k.prompt for k in view.desired.prompts if k.model == key.model)
+                    or "none"
+                )
                 raise RequestError(
                     404,
                     f"the model {key.model!r} has no prompt {key.prompt!r}; known prompts: {known}",
@@ -242,7 +276,10 @@ class Preparation:
                 )
             trouble = declared.trouble or Trouble(message="it has no text")
             raise RequestError(
-                503, f"the prompt {key} cannot be used: {trouble.message}", code="prompt_blocked", hint=trouble.hint
+                503,
+                f"the prompt {key} cannot be used: {trouble.message}",
+                code="prompt_blocked",
+                hint=trouble.hint,
             )
         systems = [message["content"] for message in messages if message["role"] == "system"]
         if any(system.rstrip("\r\n") != text for system in systems):
@@ -253,7 +290,10 @@ class Preparation:
                 param="messages",
                 hint=f"leave the system message out, or ask for the model {key.model!r} without a prompt",
             )
-        return [Message(role="system", content=text), *(m for m in messages if m["role"] != "system")]
+        return [
+            Message(role="system", content=text),
+            *(m for m in messages if m["role"] != "system"),
+        ]
 
 
 def _demand(request: ChatRequest, model: DesiredModel) -> _Demand:
@@ -262,7 +302,9 @@ def _demand(request: ChatRequest, model: DesiredModel) -> _Demand:
     tools = () if choice == "none" else tuple(request.tools or ())
     wanted = request.response_format
     if not tools and (isinstance(choice, NamedTool) or choice == "required"):
-        raise RequestError(400, "there are no tools to choose from", code="invalid_value", param="tool_choice")
+        raise RequestError(
+            400, "there are no tools to choose from", code="invalid_value", param="tool_choice"
+        )
     if tools and model.template.tools is None:
         raise RequestError(
             400,
@@ -276,8 +318,16 @@ def _demand(request: ChatRequest, model: DesiredModel) -> _Demand:
         known = {tool.function.name: tool for tool in tools}
         if choice.function.name not in known:
             said = f"there is no tool {choice.function.name!r}"
-            raise RequestError(400, said, code="invalid_value", param="tool_choice", hint=f"one of {', '.join(known)}")
-        return _Demand(tools=tools, schema=known[choice.function.name].call_schema(style), is_call=True)
+            raise RequestError(
+                400,
+                said,
+                code="invalid_value",
+                param="tool_choice",
+                hint=f"one of {', '.join(known)}",
+            )
+        return _Demand(
+            tools=tools, schema=known[choice.function.name].call_schema(style), is_call=True
+        )
     if choice == "required":
         calls = [tool.call_schema(style, f"#/anyOf/{at}") for at, tool in enumerate(tools)]
         return _Demand(tools=tools, schema={"anyOf": calls}, is_call=True)
@@ -326,17 +376,32 @@ def as_request_error(
             )
         case errors.SamplingFixed():
             param = error.param or None
-            return RequestError(400, error.message, code="unsupported_parameter", param=param, hint=error.hint)
-        case errors.SchemaInvalid():
-            return RequestError(400, error.message, code="invalid_schema", param=binds, hint=error.hint)
-        case _:
-            status, code, param, retry_after_s = _FACES.get(type(error), (500, "engine_error", None, 0))
             return RequestError(
-                status, error.message, code=code, param=param, hint=error.hint, retry_after_s=retry_after_s
+                400, error.message, code="unsupported_parameter", param=param, hint=error.hint
+            )
+        case errors.SchemaInvalid():
+            return RequestError(
+                400, error.message, code="invalid_schema", param=binds, hint=error.hint
+            )
+        case _:
+            status, code, param, retry_after_s = _FACES.get(
+                type(error), (500, "engine_error", None, 0)
+            )
+            return RequestError(
+                status,
+                error.message,
+                code=code,
+                param=param,
+                hint=error.hint,
+                retry_after_s=retry_after_s,
             )
 
 
 def _nul(param: str) -> RequestError:
     return RequestError(
-        400, "the text has a NUL character", code="invalid_value", param=param, hint="many runtimes stop reading there"
+        400,
+        "the text has a NUL character",
+        code="invalid_value",
+        param=param,
+        hint="many runtimes stop reading there",
     )

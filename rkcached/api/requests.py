@@ -1,7 +1,7 @@
 """Records of the HTTP API: what a client may send. Pure. What it gets is in `answers`.
 
-The shapes are OpenAI's, with additions: `cache` in a request chooses a prompt, `top_k` and `repeat_penalty` are
-accepted. A parameter that is not supported is refused by name.
+The shapes are OpenAI's, with additions: `cache` in a request chooses a prompt, `top_k` and
+`repeat_penalty` are accepted. A parameter that is not supported is refused by name.
 """
 
 from __future__ import annotations
@@ -32,14 +32,16 @@ MAX_KEYS = 64
 Item = TypeVar("Item")
 
 Many = Annotated[list[Item], Field(fail_fast=True)]
-"""Validation of a list ends with its first bad item: the others would be as many errors, which nobody reads."""
+"""Validation of a list ends with its first bad item: the others would be as many errors, which
+nobody reads."""
 
 Name = Annotated[str, Field(max_length=256)]
 """Of something that exists or not; errors repeat it."""
 
 
 class Record(BaseModel):
-    # strict: true is not 1, "16" is not 16; built when first needed: a start does not wait for what nobody asks
+    # strict: true is not 1, "16" is not 16; built when first needed: a start does not wait for what
+    # nobody asks
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, defer_build=True)
 
     max_values: ClassVar[int] = MAX_VALUES
@@ -109,7 +111,9 @@ AnswerPart = Annotated[TextPart | RefusalPart, Field(discriminator="type")]
 def _text(content: str | Sequence[TextPart | RefusalPart] | None) -> str:
     if isinstance(content, str):
         return content
-    return "".join(part.text if isinstance(part, TextPart) else part.refusal for part in content or ())
+    return "".join(
+        part.text if isinstance(part, TextPart) else part.refusal for part in content or ()
+    )
 
 
 class _Said(Record):
@@ -162,7 +166,10 @@ class AssistantMessage(Record):
         message = Message(role="assistant", content=_text(self.content))
         if self.tool_calls:
             message["tool_calls"] = [
-                {"type": "function", "function": {"name": call.function.name, "arguments": call.function.parsed()}}
+                {
+                    "type": "function",
+                    "function": {"name": call.function.name, "arguments": call.function.parsed()},
+                }
                 for call in self.tool_calls
             ]
         if self.reasoning_content:
@@ -170,7 +177,9 @@ class AssistantMessage(Record):
         return message
 
 
-ChatMessage = Annotated[SystemMessage | UserMessage | AssistantMessage | ToolMessage, Field(discriminator="role")]
+ChatMessage = Annotated[
+    SystemMessage | UserMessage | AssistantMessage | ToolMessage, Field(discriminator="role")
+]
 
 
 def _moved(schema: Any, place: str) -> Any:
@@ -189,7 +198,9 @@ def _moved(schema: Any, place: str) -> Any:
 class FunctionDefinition(Record):
     name: str = Field(pattern=r"^[a-zA-Z0-9_.-]{1,64}$")
     description: str | None = None
-    parameters: dict[str, Any] | None = Field(default=None, description="JSON schema of the arguments.")
+    parameters: dict[str, Any] | None = Field(
+        default=None, description="JSON schema of the arguments."
+    )
     strict: bool | None = None
 
 
@@ -199,7 +210,10 @@ class Tool(Record):
 
     def plain(self) -> dict[str, Any]:
         """As templates know it."""
-        return {"type": "function", "function": self.function.model_dump(exclude_none=True, exclude={"strict"})}
+        return {
+            "type": "function",
+            "function": self.function.model_dump(exclude_none=True, exclude={"strict"}),
+        }
 
     def call_schema(self, style: ToolStyle, place: str = "#") -> dict[str, Any]:
         """JSON schema of a call, as a model of this style writes it; `place` is where it will stand in a larger one."""
@@ -257,7 +271,10 @@ def _one(value: object) -> object:
 
 
 class _AboutTheService(Record):
-    """OpenAI's parameters that are about their service, not about the answer. They are accepted, and change nothing."""
+    """OpenAI's parameters that are about their service, not about the answer.
+
+    They are accepted, and change nothing.
+    """
 
     user: Any = None
     metadata: Any = None
@@ -272,7 +289,8 @@ class GenerationRequest(_AboutTheService):
 
     model: Name = Field(description="A model, or `model/prompt`.")
     cache: Annotated[Name, Field(min_length=1)] | bool | None = Field(
-        default=None, description="A prompt of the model; false: answer without any cache; nothing: the best that fits."
+        default=None,
+        description="A prompt of the model; false: answer without any cache; nothing: the best that fits.",
     )
     use_cache: Annotated[Name, Field(min_length=1)] | bool | None = Field(
         default=None, description="Another word for cache."
@@ -284,7 +302,9 @@ class GenerationRequest(_AboutTheService):
     top_p: float | None = Field(default=None, gt=0, le=1)
     top_k: int | None = Field(default=None, ge=0, le=100_000)
     seed: int | None = Field(default=None, ge=-_INT63, lt=_INT63)
-    stop: Annotated[str | Annotated[Many[str], Field(max_length=4)] | None, BeforeValidator(_one)] = None
+    stop: Annotated[
+        str | Annotated[Many[str], Field(max_length=4)] | None, BeforeValidator(_one)
+    ] = None
     presence_penalty: float | None = Field(default=None, ge=-2, le=2)
     frequency_penalty: float | None = Field(default=None, ge=-2, le=2)
     repeat_penalty: float | None = Field(default=None, gt=0, le=10)
@@ -334,8 +354,13 @@ class ChatRequest(GenerationRequest):
     def _goes_together(self) -> Self:
         if self.top_logprobs is not None and not self.logprobs:
             raise ValueError("top_logprobs needs logprobs: true")
-        if self.max_tokens is not None and self.max_completion_tokens not in (None, self.max_tokens):
-            raise ValueError("max_tokens and max_completion_tokens are two words for one thing, and differ")
+        if self.max_tokens is not None and self.max_completion_tokens not in (
+            None,
+            self.max_tokens,
+        ):
+            raise ValueError(
+                "max_tokens and max_completion_tokens are two words for one thing, and differ"
+            )
         return self
 
     def sampling(self) -> dict[str, Any]:
@@ -360,7 +385,9 @@ class CompletionRequest(GenerationRequest):
         return self.prompt if isinstance(self.prompt, str) else self.prompt[0]
 
     def sampling(self) -> dict[str, Any]:
-        return super().sampling() | ({"logprobs": self.logprobs} if self.logprobs is not None else {})
+        return super().sampling() | (
+            {"logprobs": self.logprobs} if self.logprobs is not None else {}
+        )
 
 
 TokenIds = Annotated[Many[Annotated[int, Field(ge=0, lt=_INT32)]], Field(min_length=1)]
@@ -392,14 +419,18 @@ class StoreRequest(Record):
 
     cache_name: Name
     content: str
-    wait: bool = Field(default=True, description="Answer when the prompt cache is built; else at once, with 202.")
+    wait: bool = Field(
+        default=True, description="Answer when the prompt cache is built; else at once, with 202."
+    )
 
 
 class GenerateBinaryRequest(Record):
     """`POST /v1/cache/{model}/generate-binary`."""
 
     cache_name: Name
-    prompt: str | None = Field(default=None, description="A new text to store; without it, the stored text is used.")
+    prompt: str | None = Field(
+        default=None, description="A new text to store; without it, the stored text is used."
+    )
 
 
 class ModelRequest(Record):
@@ -413,5 +444,6 @@ class CollectRequest(Record):
 
     dry_run: bool = Field(default=False, description="Only say what would be removed.")
     strangers: bool = Field(
-        default=False, description="Also remove what is not the store's, except what the manifest names."
+        default=False,
+        description="Also remove what is not the store's, except what the manifest names.",
     )

@@ -1,6 +1,9 @@
-"""Records of the HTTP API: what a client gets. Pure. They are what /openapi.json promises, so answers are made of them.
+"""Records of the HTTP API: what a client gets.
 
-The shapes are OpenAI's; `rkcached` in an answer says what happened. Figures in milliseconds were measured.
+Pure. They are what /openapi.json promises, so answers are made of them.
+
+The shapes are OpenAI's; `rkcached` in an answer says what happened. Figures in milliseconds were
+measured.
 """
 
 from __future__ import annotations
@@ -51,7 +54,9 @@ class Usage(Answer):
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
-    prompt_tokens_details: PromptTokensDetails | None = Field(description="null where the runtime measures nothing.")
+    prompt_tokens_details: PromptTokensDetails | None = Field(
+        description="null where the runtime measures nothing."
+    )
 
 
 class CacheReport(Answer):
@@ -155,7 +160,9 @@ class TextCompletion(Answer):
 class OneEmbedding(Answer):
     object: Literal["embedding"] = "embedding"
     index: int
-    embedding: list[float] | str = Field(description="Of length 1; as text, the base64 of little-endian float32.")
+    embedding: list[float] | str = Field(
+        description="Of length 1; as text, the base64 of little-endian float32."
+    )
 
 
 class EmbeddingUsage(Answer):
@@ -248,14 +255,18 @@ class PromptStatus(Answer):
     state: str
     reason: str
     hint: str
-    retry_at: float | None = Field(description="Unix seconds of the next attempt; null where time alone does not help.")
+    retry_at: float | None = Field(
+        description="Unix seconds of the next attempt; null where time alone does not help."
+    )
     description: str
     hits: int
     misses: int
     last_used: float | None = Field(description="Unix seconds.")
     progress: BuildProgress | None = Field(default=None, exclude_if=_is_none)
     artifact: ArtifactFigures | None = Field(
-        default=None, exclude_if=_is_none, description="Absent where it was made from an older text."
+        default=None,
+        exclude_if=_is_none,
+        description="Absent where it was made from an older text.",
     )
 
 
@@ -317,7 +328,9 @@ class Collected(Answer):
     removed: bool = Field(description="false: it was only asked for.")
     size_bytes: int = Field(description="All items together.")
     items: list[Collectable]
-    strangers: list[Collectable] = Field(description="Files and folders that are not the store's; they stay.")
+    strangers: list[Collectable] = Field(
+        description="Files and folders that are not the store's; they stay."
+    )
 
 
 class ManifestReloaded(Answer):
@@ -329,20 +342,32 @@ class ManifestStatus(Answer):
     file: str
     ok: bool
     problems: list[str]
-    skipped_files: list[str] = Field(description="Of prompts_from: their names cannot be a prompt's.")
+    skipped_files: list[str] = Field(
+        description="Of prompts_from: their names cannot be a prompt's."
+    )
 
 
 class StoreStatus(Answer):
     directory: str
     trouble: str
-    used_bytes: int = Field(description="What counts against max_bytes: all artifacts and foreign files.")
+    used_bytes: int = Field(
+        description="What counts against max_bytes: all artifacts and foreign files."
+    )
     max_bytes: int | None
-    orphan_bytes: int = Field(description="Of used_bytes: artifacts that the manifest does not declare.")
-    retired: int = Field(description="Prompt caches that are no longer declared and kept for a while.")
+    orphan_bytes: int = Field(
+        description="Of used_bytes: artifacts that the manifest does not declare."
+    )
+    retired: int = Field(
+        description="Prompt caches that are no longer declared and kept for a while."
+    )
     retired_bytes: int = Field(description="Of used_bytes: the retired prompt caches.")
     foreign_bytes: int = Field(description="Of used_bytes: files that are not the store's.")
-    quarantine_bytes: int = Field(description="Beside used_bytes: kept for a post-mortem where max_bytes leaves room.")
-    free_bytes: int | None = Field(description="Left on the file system of the store; null where it does not say.")
+    quarantine_bytes: int = Field(
+        description="Beside used_bytes: kept for a post-mortem where max_bytes leaves room."
+    )
+    free_bytes: int | None = Field(
+        description="Left on the file system of the store; null where it does not say."
+    )
 
 
 class Starting(Answer):
@@ -360,7 +385,10 @@ class ReconcileStatus(Answer):
 
 
 class RetiredStatus(Answer):
-    """A prompt cache that no prompt uses now. It is adopted as soon as its text is declared again."""
+    """A prompt cache that no prompt uses now.
+
+    It is adopted as soon as its text is declared again.
+    """
 
     model: str = Field(description="The model of the prompt that it was built for.")
     prompt: str
@@ -368,7 +396,9 @@ class RetiredStatus(Answer):
     tokens: int
     size_bytes: int
     retired_at: float = Field(description="Unix seconds.")
-    kept_until: float = Field(description="Unix seconds of its removal, which comes sooner where room is needed.")
+    kept_until: float = Field(
+        description="Unix seconds of its removal, which comes sooner where room is needed."
+    )
 
 
 class RecentAnswer(Answer):
@@ -387,7 +417,9 @@ class Status(Answer):
     started_at: float = Field(description="Unix seconds.")
     uptime_s: float
     ready: bool = Field(description="The first look is over: models and prompts are known.")
-    starting: Starting | None = Field(description="How far the first look is; null when it is over.")
+    starting: Starting | None = Field(
+        description="How far the first look is; null when it is over."
+    )
     summary: str
     manifest: ManifestStatus
     engine: str
@@ -398,11 +430,18 @@ class Status(Answer):
     recent: list[RecentAnswer] = Field(description="The last 40 answers, oldest first.")
     running: int
     models: list[WaitedModel]
-    notices: list[str] = Field(description="What seems wrong with what the manifest declares, in words.")
-    retired: list[RetiredStatus] = Field(description="The last 100 that were retired, the latest first.")
-    building: PromptStatus | None = Field(description="The prompt that is being built, as among all.")
+    notices: list[str] = Field(
+        description="What seems wrong with what the manifest declares, in words."
+    )
+    retired: list[RetiredStatus] = Field(
+        description="The last 100 that were retired, the latest first."
+    )
+    building: PromptStatus | None = Field(
+        description="The prompt that is being built, as among all."
+    )
     prompts: Iterable[PromptStatus]
-    """Made and written one by one, as there may be thousands: to be gone through once. The last field."""
+    """Made and written one by one, as there may be thousands: to be gone through once. The last
+    field."""
 
 
 class ApiDescription(BaseModel):

@@ -1,6 +1,9 @@
-"""HTTP routes. Reads a request, asks serving or the reconciler, writes the answer in OpenAI's shapes.
+"""HTTP routes.
 
-Every expected failure becomes OpenAI's error envelope. A client that goes away stops its generation.
+Reads a request, asks serving or the reconciler, writes the answer in OpenAI's shapes.
+
+Every expected failure becomes OpenAI's error envelope. A client that goes away stops its
+generation.
 """
 
 from __future__ import annotations
@@ -40,7 +43,12 @@ from rkcached.api.exchange import (
 from rkcached.api.metrics import CONTENT_TYPE, Metrics
 from rkcached.api.page import page
 from rkcached.api.prepare import Job
-from rkcached.api.requests import ChatRequest, CompletionRequest, EmbeddingRequest, GenerationRequest
+from rkcached.api.requests import (
+    ChatRequest,
+    CompletionRequest,
+    EmbeddingRequest,
+    GenerationRequest,
+)
 from rkcached.api.responses import (
     ApiDescription,
     ChatCompletion,
@@ -107,7 +115,11 @@ class Api:
 
         summary = "This description."
         itself = Endpoint(
-            method="GET", path="/openapi.json", handler=openapi, summary=summary, answers={200: ApiDescription}
+            method="GET",
+            path="/openapi.json",
+            handler=openapi,
+            summary=summary,
+            answers={200: ApiDescription},
         )
         endpoints = [*self._endpoints(), itself]
         handlers: dict[Any, Callable[[Request, Any], Response]] = {
@@ -116,7 +128,9 @@ class Api:
             405: no_route,
             Exception: lambda _, __: error_response(DEFECT),
         }
-        app = Starlette(routes=routes(endpoints, admin_socket=admin_socket), exception_handlers=handlers)
+        app = Starlette(
+            routes=routes(endpoints, admin_socket=admin_socket), exception_handlers=handlers
+        )
         app.router.redirect_slashes = False
         return Exchanges(app)
 
@@ -233,7 +247,9 @@ class Api:
         if not ready and not self._told_starting:
             self._told_starting = True  # once: whoever waits for it asks each second
             log.warning("not ready", status=503, reason="not all files have been read yet")
-        return answer(Readiness(status="ready" if ready else "starting"), status=200 if ready else 503)
+        return answer(
+            Readiness(status="ready" if ready else "starting"), status=200 if ready else 503
+        )
 
     async def _get_metrics(self, _: Request) -> Response:
         return Response(self._metrics.text(), media_type=CONTENT_TYPE)
@@ -269,7 +285,10 @@ class Api:
         self._serving.preparation.model(name)
         if prompt and Key(name, prompt) not in self._reconciler.view.desired.prompts:
             raise RequestError(
-                404, f"the model {name!r} has no prompt {prompt!r}", code="prompt_not_found", param="model"
+                404,
+                f"the model {name!r} has no prompt {prompt!r}",
+                code="prompt_not_found",
+                param="model",
             )
         return answer(ModelCard(id=request.path_params["name"]))
 
@@ -294,13 +313,17 @@ class Api:
         vectors, tokens = made
         plain = body.encoding_format != "base64"
         data = [
-            OneEmbedding(index=at, embedding=_floats(vector) if plain else base64.b64encode(vector).decode())
+            OneEmbedding(
+                index=at, embedding=_floats(vector) if plain else base64.b64encode(vector).decode()
+            )
             for at, vector in enumerate(vectors)
         ]
         usage = EmbeddingUsage(prompt_tokens=tokens, total_tokens=tokens)
         return answer(EmbeddingList(data=data, model=body.model, usage=usage))
 
-    async def _answer(self, request: Request, body: GenerationRequest, job: Job, writer: Writer) -> Response:
+    async def _answer(
+        self, request: Request, body: GenerationRequest, job: Job, writer: Writer
+    ) -> Response:
         events = self._serving.run(job)
         if not body.stream:
             return await unless_gone(request, _whole(events, writer))
@@ -331,7 +354,10 @@ async def _stream(
     *,
     with_usage: bool,
 ) -> AsyncGenerator[bytes, None]:
-    """Server-sent events. Left early (the client went away), it closes `rest`, which stops the generation."""
+    """Server-sent events.
+
+    Left early (the client went away), it closes `rest`, which stops the generation.
+    """
 
     async def events() -> AsyncIterator[Text | End]:
         yield first
@@ -356,7 +382,10 @@ async def _stream(
 
 
 def _floats(vector: bytes) -> list[float]:
-    """The numbers for JSON. numpy would be no quicker here, and take 20 MB of the daemon's memory for good."""
+    """The numbers for JSON.
+
+    numpy would be no quicker here, and take 20 MB of the daemon's memory for good.
+    """
     return [value for (value,) in struct.iter_unpack("<f", vector)]
 
 
@@ -367,7 +396,9 @@ async def _event_stream(events: Events) -> AsyncGenerator[bytes, None]:
         if event is None:
             yield b": still here\n\n"
         else:
-            yield f"event: {event.kind}\n".encode() + _sse({"time": round(event.time, 3), **event.fields})
+            yield f"event: {event.kind}\n".encode() + _sse(
+                {"time": round(event.time, 3), **event.fields}
+            )
 
 
 def _sse(data: dict[str, Any]) -> bytes:

@@ -1,8 +1,8 @@
 """The listening socket and the HTTP server on it.
 
-A stale socket is replaced; one that a live daemon answers on, and a file that is no socket, are never touched. Clients
-are not trusted: who does not get on with a request, and who comes when too many are connected, is told so and closed;
-who does not take its answer is closed.
+A stale socket is replaced; one that a live daemon answers on, and a file that is no socket, are
+never touched. Clients are not trusted: who does not get on with a request, and who comes when too
+many are connected, is told so and closed; who does not take its answer is closed.
 """
 
 from __future__ import annotations
@@ -40,10 +40,12 @@ BODY_SILENCE_S = 30.0
 """A body may be slow, but not silent for so long."""
 
 STALLED_S = 30.0
-"""A client that takes so little of its answer for so long is given up: its place is somebody else's."""
+"""A client that takes so little of its answer for so long is given up: its place is somebody
+else's."""
 
 STALLED_AT_STOP_S = 0.5
-"""So long before the end of the grace, who takes nothing is given up, so that the others' answers can end."""
+"""So long before the end of the grace, who takes nothing is given up, so that the others' answers
+can end."""
 
 TOO_MANY_AGAIN_S = 10.0
 """So long after a warning of too many connections, the next one is logged."""
@@ -78,7 +80,8 @@ def open_socket(path: Path, mode: int = SOCKET_MODE) -> socket.socket:
         listener.listen(128)
     except OSError as error:
         raise SocketError(
-            f"cannot listen on {path}: {error.strerror}", hint="choose another path with --socket or RKCACHED_SOCKET"
+            f"cannot listen on {path}: {error.strerror}",
+            hint="choose another path with --socket or RKCACHED_SOCKET",
         ) from error
     listener.setblocking(False)
     return listener
@@ -163,7 +166,9 @@ def refuse_waiting(listener: socket.socket, why: str) -> None:
 def _refusal(status: str, why: str, code: str) -> bytes:
     """A whole answer for a client whose request nobody reads."""
     kind = "server_error" if status.startswith("5") else "invalid_request_error"
-    body = json.dumps({"error": {"message": why, "type": kind, "param": None, "code": code}}).encode()
+    body = json.dumps(
+        {"error": {"message": why, "type": kind, "param": None, "code": code}}
+    ).encode()
     head = f"HTTP/1.1 {status}\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\nConnection: close"
     return head.encode() + b"\r\n\r\n" + body
 
@@ -174,7 +179,10 @@ def _clear_stale(path: Path) -> None:
     except FileNotFoundError:
         return
     if not stat.S_ISSOCK(mode):
-        raise SocketError(f"{path} exists and is not a socket", hint="remove that file, or choose another --socket")
+        raise SocketError(
+            f"{path} exists and is not a socket",
+            hint="remove that file, or choose another --socket",
+        )
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
         probe.settimeout(1.0)
         try:
@@ -187,7 +195,8 @@ def _clear_stale(path: Path) -> None:
         except TimeoutError:
             pass
     raise SocketError(
-        f"another daemon listens on {path}", hint="stop it, or choose another path with --socket or RKCACHED_SOCKET"
+        f"another daemon listens on {path}",
+        hint="stop it, or choose another path with --socket or RKCACHED_SOCKET",
     )
 
 
@@ -207,13 +216,19 @@ class _Connection(H11Protocol):
         if len(self.connections) > _max_connections():
             _tell_refused(len(self.connections))
             transport.write(
-                _refusal("503 Service Unavailable", "too many connections; try again", "too_many_connections")
+                _refusal(
+                    "503 Service Unavailable",
+                    "too many connections; try again",
+                    "too_many_connections",
+                )
             )
             transport.close()
             return
         peer = transport.get_extra_info("socket")
         with contextlib.suppress(OSError):
-            pid, uid, _ = struct.unpack("3i", peer.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+            pid, uid, _ = struct.unpack(
+                "3i", peer.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
+            )
             self.app_state = {**self.app_state, PEER: {"uid": uid, "pid": pid}}
         self._await_more()
 
@@ -241,7 +256,10 @@ class _Connection(H11Protocol):
         self._await_more()
 
     def _await_more(self) -> None:
-        """Set the deadline for what the client has to send now. In its headers it stays where it was."""
+        """Set the deadline for what the client has to send now.
+
+        In its headers it stays where it was.
+        """
         state = self.conn.their_state
         in_head = state is h11.IDLE
         if in_head and self._in_head:
@@ -249,7 +267,9 @@ class _Connection(H11Protocol):
         self._clear_deadline()
         if not self.transport.is_closing() and (in_head or state is h11.SEND_BODY):
             self._in_head = in_head
-            self._deadline = self.loop.call_later(HEAD_TIMEOUT_S if in_head else BODY_SILENCE_S, self._too_late)
+            self._deadline = self.loop.call_later(
+                HEAD_TIMEOUT_S if in_head else BODY_SILENCE_S, self._too_late
+            )
 
     def _clear_deadline(self) -> None:
         self._in_head = False
@@ -280,13 +300,22 @@ def _tell_refused(connections: int) -> None:
     global _told_refused  # noqa: PLW0603 - one log, however many sockets
     if not _told_refused or time.monotonic() - _told_refused >= TOO_MANY_AGAIN_S:
         _told_refused = time.monotonic()
-        log.warning("connections refused", status=503, reason="too many connections", connections=connections)
+        log.warning(
+            "connections refused",
+            status=503,
+            reason="too many connections",
+            connections=connections,
+        )
 
 
 def _max_connections() -> int:
     """Two sockets, and as many files again for everything else."""
     limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    return MAX_CONNECTIONS if limit == resource.RLIM_INFINITY else max(16, min(MAX_CONNECTIONS, limit * 2 // 5))
+    return (
+        MAX_CONNECTIONS
+        if limit == resource.RLIM_INFINITY
+        else max(16, min(MAX_CONNECTIONS, limit * 2 // 5))
+    )
 
 
 class OnceLooked:
@@ -302,7 +331,11 @@ class OnceLooked:
         self._looked = looked
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if not self._looked.is_set() and scope["type"] == "http" and scope["path"] not in self._AT_ONCE:
+        if (
+            not self._looked.is_set()
+            and scope["type"] == "http"
+            and scope["path"] not in self._AT_ONCE
+        ):
             await self._looked.wait()
         await self._app(scope, receive, send)
 
@@ -334,10 +367,14 @@ class HttpServer(uvicorn.Server):
         """Go on with this socket instead of the one before."""
 
         def connection() -> asyncio.Protocol:
-            return _Connection(config=self.config, server_state=self.server_state, app_state=self.lifespan.state)
+            return _Connection(
+                config=self.config, server_state=self.server_state, app_state=self.lifespan.state
+            )
 
         self.stop_accepting()
-        server = await asyncio.get_running_loop().create_server(connection, sock=listener, backlog=128)
+        server = await asyncio.get_running_loop().create_server(
+            connection, sock=listener, backlog=128
+        )
         self.servers = [server]
 
     def stop_accepting(self) -> None:

@@ -1,4 +1,7 @@
-"""What `GET /v1/status` says: one stable document from the daemon's parts. Pure reading, on the event loop."""
+"""What `GET /v1/status` says: one stable document from the daemon's parts.
+
+Pure reading, on the event loop.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +36,8 @@ if TYPE_CHECKING:  # `explain` needs this module, and nothing of the daemon
 RETIRED_SHOWN = 100
 
 PIECE = 32
-"""So many prompts are told of at a time: 0.3 ms of JSON, 1.1 ms of HTML (10,000 took 95 and 330 ms on an AMD EPYC)."""
+"""So many prompts are told of at a time: 0.3 ms of JSON, 1.1 ms of HTML (10,000 took 95 and 330 ms
+on an AMD EPYC)."""
 
 
 class Recent:
@@ -82,7 +86,9 @@ def status(
         "manifest": {
             "file": str(view.manifest.file),
             "ok": manifest_error is None,
-            "problems": [str(problem) for problem in manifest_error.problems] if manifest_error else [],
+            "problems": [str(problem) for problem in manifest_error.problems]
+            if manifest_error
+            else [],
             "skipped_files": list(view.skipped_files),
         },
         "engine": view.manifest.engine.kind.value,
@@ -138,7 +144,9 @@ def _retired(view: View) -> list[dict[str, Any]]:
     ]
 
 
-def _prompts(reconciler: Reconciler, serving: Serving, keys: Iterable[Key]) -> Iterator[dict[str, Any]]:
+def _prompts(
+    reconciler: Reconciler, serving: Serving, keys: Iterable[Key]
+) -> Iterator[dict[str, Any]]:
     """Each as it is when its turn comes; without those that are gone by then."""
     for key in keys:
         if key in reconciler.view.assessments:
@@ -151,11 +159,18 @@ def _starting(reconciler: Reconciler) -> dict[str, Any] | None:
     reading = reconciler.reading
     if reading is None:
         return {"file": "", "done_bytes": 0, "total_bytes": 0}
-    return {"file": reading.path, "done_bytes": reading.done_bytes, "total_bytes": reading.total_bytes}
+    return {
+        "file": reading.path,
+        "done_bytes": reading.done_bytes,
+        "total_bytes": reading.total_bytes,
+    }
 
 
 async def pieces(status: Status) -> AsyncGenerator[bytes]:
-    """The document's JSON. With thousands of prompts it takes a while, so the event loop turns between the pieces."""
+    """The document's JSON.
+
+    With thousands of prompts it takes a while, so the event loop turns between the pieces.
+    """
     yield pydantic_core.to_json(status, exclude={"prompts"}).removesuffix(b"}") + b',"prompts":['
     prompts, comma = iter(status.prompts), b""
     while some := tuple(itertools.islice(prompts, PIECE)):
@@ -174,8 +189,14 @@ def summary(reconciler: Reconciler) -> str:
         return _first_look(reconciler.reading)
     building = reconciler.progress
     assessments = reconciler.view.assessments
-    counts = Counter(a.state for key, a in assessments.items() if building is None or building.key != key)
-    others = [f"{count} {state}" for state, count in counts.items() if state not in (State.FRESH, State.BLOCKED)]
+    counts = Counter(
+        a.state for key, a in assessments.items() if building is None or building.key != key
+    )
+    others = [
+        f"{count} {state}"
+        for state, count in counts.items()
+        if state not in (State.FRESH, State.BLOCKED)
+    ]
     parts = [
         f"{counts[State.FRESH]} fresh",
         *([f"1 building {building.key}"] if building is not None else []),
@@ -219,7 +240,9 @@ def model_status(
 def prompt_status(key: Key, reconciler: Reconciler, serving: Serving) -> dict[str, Any]:
     view = reconciler.view
     assessment = view.assessments[key]
-    building = reconciler.progress if reconciler.progress and reconciler.progress.key == key else None
+    building = (
+        reconciler.progress if reconciler.progress and reconciler.progress.key == key else None
+    )
     use = serving.uses.get(key)
     shown: dict[str, Any] = {
         "model": key.model,
@@ -227,7 +250,9 @@ def prompt_status(key: Key, reconciler: Reconciler, serving: Serving) -> dict[st
         "state": _state(key, reconciler),
         "reason": building.reason if building else assessment.reason,
         "hint": assessment.hint,
-        "retry_at": (assessment.action.retry_at or None) if isinstance(assessment.action, Blocked) else None,
+        "retry_at": (assessment.action.retry_at or None)
+        if isinstance(assessment.action, Blocked)
+        else None,
         "description": assessment.description,
         "hits": use.hits if use else 0,
         "misses": use.misses if use else 0,
@@ -240,11 +265,17 @@ def prompt_status(key: Key, reconciler: Reconciler, serving: Serving) -> dict[st
             "elapsed_ms": round((time.monotonic() - building.started) * 1000),
         }
     artifact = view.artifacts.get(key)
-    if artifact is not None and not artifact.corrupt and _is_of(view.desired.prompts.get(key), artifact):
+    if (
+        artifact is not None
+        and not artifact.corrupt
+        and _is_of(view.desired.prompts.get(key), artifact)
+    ):
         shown["artifact"] = artifact_figures(artifact)
         if assessment.state is State.FRESH and not shown["artifact"]["gain"]:
             shown["reason"] = no_gain(artifact)
-        elif assessment.state is State.FRESH and artifact.sidecar.figures.verified == VerifyMode.TIME:
+        elif (
+            assessment.state is State.FRESH and artifact.sidecar.figures.verified == VerifyMode.TIME
+        ):
             shown["reason"] = f"fresh; {NOT_MEASURED}, so its proof is the time that it saves"
     return shown
 
@@ -258,7 +289,9 @@ def _is_of(prompt: DesiredPrompt | None, artifact: StoredArtifact) -> bool:
     """Whether the artifact was made from what is declared now; one that nobody declares stands for itself."""
     if prompt is None:
         return True
-    return prompt.fingerprint is not None and prompt.fingerprint.digest == artifact.sidecar.fingerprint
+    return (
+        prompt.fingerprint is not None and prompt.fingerprint.digest == artifact.sidecar.fingerprint
+    )
 
 
 def artifact_figures(artifact: StoredArtifact) -> dict[str, Any]:

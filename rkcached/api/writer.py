@@ -48,14 +48,22 @@ class ChatWriter:
         for delta in self._reply.end():
             for shown in self._delta(delta):
                 yield self._chunk(shown)
-        finish = {"finish_reason": self._finish(end), "delta": {} if self._begun else {"role": "assistant"}}
+        finish = {
+            "finish_reason": self._finish(end),
+            "delta": {} if self._begun else {"role": "assistant"},
+        }
         yield self._chunk({}) | {
             "choices": [{"index": 0, **finish, "logprobs": None}],
             "rkcached": end.report.model_dump(),
         }
 
     def usage(self, end: End) -> dict[str, Any]:
-        return {**self._head, "object": "chat.completion.chunk", "choices": [], "usage": end.usage.model_dump()}
+        return {
+            **self._head,
+            "object": "chat.completion.chunk",
+            "choices": [],
+            "usage": end.usage.model_dump(),
+        }
 
     def whole(self, texts: Iterable[Text], end: End) -> Answer:
         content, reasoning = "", ""
@@ -70,11 +78,16 @@ class ChatWriter:
             reasoning += delta.reasoning
             for shown in self._delta(delta):
                 calls += shown.get("tool_calls", ())
-        message: dict[str, Any] = {"role": "assistant", "content": content if content or not calls else None}
+        message: dict[str, Any] = {
+            "role": "assistant",
+            "content": content if content or not calls else None,
+        }
         if reasoning:
             message["reasoning_content"] = reasoning
         if calls:
-            message["tool_calls"] = [{k: v for k, v in call.items() if k != "index"} for call in calls]
+            message["tool_calls"] = [
+                {k: v for k, v in call.items() if k != "index"} for call in calls
+            ]
         choice = {
             "index": 0,
             "message": message,
@@ -91,7 +104,12 @@ class ChatWriter:
             if self._one_call and self._calls:
                 return
             function = {"name": delta.call.name, "arguments": delta.call.arguments}
-            call = {"index": self._calls, "id": f"call_{uuid.uuid4().hex}", "type": "function", "function": function}
+            call = {
+                "index": self._calls,
+                "id": f"call_{uuid.uuid4().hex}",
+                "type": "function",
+                "function": function,
+            }
             self._calls += 1
             yield {"tool_calls": [call]}
         elif delta.reasoning:
@@ -99,7 +117,9 @@ class ChatWriter:
         else:
             yield {"content": delta.content}
 
-    def _chunk(self, delta: dict[str, Any], logprobs: dict[str, Any] | None = None) -> dict[str, Any]:
+    def _chunk(
+        self, delta: dict[str, Any], logprobs: dict[str, Any] | None = None
+    ) -> dict[str, Any]:
         if not self._begun:
             delta, self._begun = {"role": "assistant", **delta}, bool(delta)
         choice = {"index": 0, "delta": delta, "logprobs": logprobs, "finish_reason": None}
@@ -121,7 +141,12 @@ class CompletionWriter:
         yield self._chunk("", None, end.finish.value) | {"rkcached": end.report.model_dump()}
 
     def usage(self, end: End) -> dict[str, Any]:
-        return {**self._head, "object": "text_completion", "choices": [], "usage": end.usage.model_dump()}
+        return {
+            **self._head,
+            "object": "text_completion",
+            "choices": [],
+            "usage": end.usage.model_dump(),
+        }
 
     def whole(self, texts: Iterable[Text], end: End) -> Answer:
         texts = list(texts)
@@ -135,7 +160,9 @@ class CompletionWriter:
             {**self._head, "choices": [choice], "usage": end.usage, "rkcached": end.report}
         )
 
-    def _chunk(self, text: str, logprobs: dict[str, Any] | None, finish: str | None = None) -> dict[str, Any]:
+    def _chunk(
+        self, text: str, logprobs: dict[str, Any] | None, finish: str | None = None
+    ) -> dict[str, Any]:
         choice = {"index": 0, "text": text, "logprobs": logprobs, "finish_reason": finish}
         return {**self._head, "object": "text_completion", "choices": [choice]}
 
@@ -150,7 +177,9 @@ class CompletionWriter:
         return {
             "tokens": [token.text for token in tokens],
             "token_logprobs": [token.logprob for token in tokens],
-            "top_logprobs": [{other.text: other.logprob for other in token.likeliest} for token in tokens],
+            "top_logprobs": [
+                {other.text: other.logprob for other in token.likeliest} for token in tokens
+            ],
             "text_offset": offsets,
         }
 
@@ -164,7 +193,10 @@ def _chat_logprobs(tokens: tuple[TokenLogprob, ...]) -> dict[str, Any] | None:
 
 
 def _chosen(tokens: tuple[TokenLogprob, ...]) -> list[dict[str, Any]]:
-    return [_likely(token) | {"top_logprobs": [_likely(other) for other in token.likeliest]} for token in tokens]
+    return [
+        _likely(token) | {"top_logprobs": [_likely(other) for other in token.likeliest]}
+        for token in tokens
+    ]
 
 
 def _likely(token: TokenLogprob) -> dict[str, Any]:

@@ -26,7 +26,9 @@ from rkcached.sources.manifest import EngineConfig, Manifest, ModelConfig
 OLDEST_DRIVER: Final = (0, 9, 8)
 """Documented by the vendor for RKLLM 1.1 and later."""
 _SOCS: Final = ("rk3588", "rk3576", "rk3562", "rv1126b")
-_SOC: Final = re.compile(f"({'|'.join(_SOCS)})[a-z0-9]{{0,2}}")  # a variant's name is longer: rk3588s
+_SOC: Final = re.compile(
+    f"({'|'.join(_SOCS)})[a-z0-9]{{0,2}}"
+)  # a variant's name is longer: rk3588s
 _NPU_DEVICE: Final = re.compile(r"[0-9a-f]+\.npu|npu@[0-9a-f]+|RKNPU")
 _VERSION: Final = re.compile(r"\d+(?:\.\d+)+")
 _MAX_FACT_BYTES: Final = 64 << 10
@@ -50,7 +52,10 @@ class Check:
 
 
 class Board:
-    """What belongs to the machine, read below `root`. `uses_rkllm` is None where no manifest says."""
+    """What belongs to the machine, read below `root`.
+
+    `uses_rkllm` is None where no manifest says.
+    """
 
     def __init__(self, root: Path, *, uses_rkllm: bool | None) -> None:
         self._root = root
@@ -58,7 +63,9 @@ class Board:
         self._nodes = list(self._npu_nodes())
         self.model = self._fact("/proc/device-tree/model") or ""
         compatible = re.split("[\0\n]", self._fact("/proc/device-tree/compatible") or "")
-        names = [entry.removeprefix("rockchip,") for entry in compatible if entry.startswith("rockchip,")]
+        names = [
+            entry.removeprefix("rockchip,") for entry in compatible if entry.startswith("rockchip,")
+        ]
         self._soc = next((name for name in names if _SOC.fullmatch(name)), "")
         self.has_npu = bool(self._soc or self._nodes)
         self.runtime_version: str | None = None
@@ -73,7 +80,9 @@ class Board:
         return f"/{path.relative_to(self._root)}"
 
     def _glob(self, *patterns: str) -> list[Path]:
-        return [path for pattern in patterns for path in sorted(self._root.glob(pattern.lstrip("/")))]
+        return [
+            path for pattern in patterns for path in sorted(self._root.glob(pattern.lstrip("/")))
+        ]
 
     def _fact(self, path: str | Path) -> str | None:
         """A small file of the kernel's, without the white space and the NUL at its end; None when it cannot be read."""
@@ -85,14 +94,19 @@ class Board:
             return None
 
     def _npu_nodes(self) -> Iterator[Path]:
-        """The device nodes of the NPU. Numbers vary by kernel, so its parent device tells which they are."""
+        """The device nodes of the NPU.
+
+        Numbers vary by kernel, so its parent device tells which they are.
+        """
         for node in self._glob("/dev/dri/renderD*", "/dev/dri/card*"):
             device = self._below(f"/sys/class/drm/{node.name}/device")
             try:
                 parent = os.readlink(device).rpartition("/")[2]  # noqa: PTH115 - a fake root's link may lead nowhere
             except OSError:
                 parent = ""
-            if _NPU_DEVICE.fullmatch(parent) or _NPU_DEVICE.search(self._fact(device / "uevent") or ""):
+            if _NPU_DEVICE.fullmatch(parent) or _NPU_DEVICE.search(
+                self._fact(device / "uevent") or ""
+            ):
                 yield node
         yield from self._glob("/dev/rknpu")
 
@@ -112,7 +126,11 @@ class Board:
     def soc(self) -> Check:
         supported = ", ".join(_SOCS).upper()
         if self._soc:
-            return Check(name="board", outcome=Outcome.OK, finding=f"{self.model or 'a board'}, {self._soc.upper()}")
+            return Check(
+                name="board",
+                outcome=Outcome.OK,
+                finding=f"{self.model or 'a board'}, {self._soc.upper()}",
+            )
         here = f"{self.model} is" if self.model else "this machine is"
         if not self.has_npu:
             next_step = "use `engine: {kind: llamacpp}` on this machine, or run this on the board"
@@ -123,7 +141,9 @@ class Board:
         """The runtime library; sets `runtime_version`."""
         name = "runtime library"
         if not self.has_npu and not self._uses_rkllm:
-            return Check(name=name, outcome=Outcome.SKIP, finding="not looked for: there is no NPU to use it")
+            return Check(
+                name=name, outcome=Outcome.SKIP, finding="not looked for: there is no NPU to use it"
+            )
         path, told = self._below(str(EngineConfig().library)), None
         if manifest is not None and self._uses_rkllm:
             told = manifest.engine.abi
@@ -143,12 +163,21 @@ class Board:
             and any(facts.version in known.versions for known in ABIS)
         ):
             step = "remove engine.abi from the manifest: a wrong one crashes the worker"
-            return Check(name=name, outcome=Outcome.WARN, finding=f"{path}: {said}, which contradicts", next_step=step)
+            return Check(
+                name=name,
+                outcome=Outcome.WARN,
+                finding=f"{path}: {said}, which contradicts",
+                next_step=step,
+            )
         return Check(name=name, outcome=Outcome.OK, finding=f"{path}: {said}")
 
     def devices(self) -> Check:
         name = "NPU devices"
-        heap = self._glob("/dev/dma_heap/*") if any(node.name == "rknpu" for node in self._nodes) else []
+        heap = (
+            self._glob("/dev/dma_heap/*")
+            if any(node.name == "rknpu" for node in self._nodes)
+            else []
+        )
         nodes = [*self._nodes, *heap]
         if not self.has_npu:
             return self._without_npu(name, "there is no device node of an NPU")
@@ -158,13 +187,19 @@ class Board:
                 "no device node in /dev/dri belongs to an NPU, and there is no /dev/rknpu",
                 "boot the vendor's kernel (5.10 or 6.1) with its RKNPU driver; RKLLM cannot use that of mainline Linux",
             )
-        closed = [node for node in nodes if not os.access(node, os.R_OK | os.W_OK, effective_ids=True)]
+        closed = [
+            node for node in nodes if not os.access(node, os.R_OK | os.W_OK, effective_ids=True)
+        ]
         names = ", ".join(map(self._shown, closed or nodes))
         if not closed:
-            return Check(name=name, outcome=Outcome.OK, finding=f"{names} can be opened by this user")
+            return Check(
+                name=name, outcome=Outcome.OK, finding=f"{names} can be opened by this user"
+            )
         finding = f"{names} cannot be opened by this user for reading and writing"
         if len(closed) < len(nodes):  # which of them a runtime opens differs by kernel and version
-            return Check(name=name, outcome=Outcome.WARN, finding=finding, next_step=_how_to_open(closed))
+            return Check(
+                name=name, outcome=Outcome.WARN, finding=finding, next_step=_how_to_open(closed)
+            )
         return self._wanting(name, finding, _how_to_open(closed))
 
     def driver(self) -> Check:
@@ -172,11 +207,20 @@ class Board:
         if not self.has_npu:
             return self._without_npu(name, "there is no NPU driver")
         places = ("/sys/module/rknpu/version", "/sys/kernel/debug/rknpu/version")
-        found = next((match[0] for text in map(self._fact, places) if (match := _VERSION.search(text or ""))), None)
+        found = next(
+            (
+                match[0]
+                for text in map(self._fact, places)
+                if (match := _VERSION.search(text or ""))
+            ),
+            None,
+        )
         if found is None:
             finding = "the driver's version cannot be read"
             next_step = (
-                f"as root: sudo cat {places[1]}" if os.geteuid() else "is debugfs mounted, and the module loaded?"
+                f"as root: sudo cat {places[1]}"
+                if os.geteuid()
+                else "is debugfs mounted, and the module loaded?"
             )
             return Check(name=name, outcome=Outcome.SKIP, finding=finding, next_step=next_step)
         if tuple(map(int, found.split("."))) < OLDEST_DRIVER:
@@ -216,15 +260,23 @@ class Board:
             )
             for policy in self._glob("/sys/devices/system/cpu/cpufreq/policy*")
         ]
-        command = "echo performance | sudo tee /sys/devices/system/cpu/cpufreq/policy*/scaling_governor"
+        command = (
+            "echo performance | sudo tee /sys/devices/system/cpu/cpufreq/policy*/scaling_governor"
+        )
         return _judge_clocks("CPU clock", found, command)
 
     def memory(self, manifest: Manifest) -> Check:
         """One model at a time is taken for granted: more of them fit or not by what else runs."""
         name = "memory"
-        match = re.search(r"^MemAvailable:\s+(\d+) kB", self._fact("/proc/meminfo") or "", re.MULTILINE)
+        match = re.search(
+            r"^MemAvailable:\s+(\d+) kB", self._fact("/proc/meminfo") or "", re.MULTILINE
+        )
         if match is None:
-            return Check(name=name, outcome=Outcome.SKIP, finding="/proc/meminfo does not say what is available")
+            return Check(
+                name=name,
+                outcome=Outcome.SKIP,
+                finding="/proc/meminfo does not say what is available",
+            )
         available = int(match[1]) * 1024
         sizes = {model: model_bytes(manifest, config) for model, config in manifest.models.items()}
         largest = max(sizes, key=lambda model: sizes[model])
@@ -234,7 +286,9 @@ class Board:
         needed = sizes[largest] * 5 // 4
         finding = f"{show.size(available)} available; {largest}, the largest model, needs about {show.size(needed)}"
         if available < needed:
-            next_step = "end other programs, or use a smaller model; the figure is the file's size and 25 %"
+            next_step = (
+                "end other programs, or use a smaller model; the figure is the file's size and 25 %"
+            )
             return Check(name=name, outcome=Outcome.WARN, finding=finding, next_step=next_step)
         return Check(name=name, outcome=Outcome.OK, finding=finding)
 
@@ -249,10 +303,16 @@ class _Clock:
     @property
     def at_most(self) -> bool:
         """`userspace` at the top is what the vendor's own fix_freq scripts set."""
-        return self.governor == "performance" or (self.governor == "userspace" and 0 < self.most <= self.now)
+        return self.governor == "performance" or (
+            self.governor == "userspace" and 0 < self.most <= self.now
+        )
 
     def __str__(self) -> str:
-        return f"{self.governor} ({self.now:.0f} of {self.most:.0f} MHz)" if self.now and self.most else self.governor
+        return (
+            f"{self.governor} ({self.now:.0f} of {self.most:.0f} MHz)"
+            if self.now and self.most
+            else self.governor
+        )
 
 
 def _judge_clocks(name: str, clocks: list[_Clock], command: str) -> Check:
@@ -282,7 +342,10 @@ def _how_to_open(nodes: list[Path]) -> str:
             continue
     if not groups:
         return 'a udev rule must give them to a group, for example GROUP="render", MODE="0660"'
-    return " and ".join(f"sudo usermod -aG {group} $USER" for group in sorted(groups)) + ", and log in again"
+    return (
+        " and ".join(f"sudo usermod -aG {group} $USER" for group in sorted(groups))
+        + ", and log in again"
+    )
 
 
 # What the manifest names
@@ -298,11 +361,18 @@ def size_of(path: Path) -> int | None:
 
 def model_bytes(manifest: Manifest, config: ModelConfig) -> int:
     """Bytes of the files of a model that are there."""
-    return sum(size_of(path) or 0 for path in ENGINES[manifest.engine.kind].model_files(config.path))
+    return sum(
+        size_of(path) or 0 for path in ENGINES[manifest.engine.kind].model_files(config.path)
+    )
 
 
 def order(version: str) -> tuple[int, int, int, float]:
     """For comparing: 1.2.1b1 comes before 1.2.1."""
     match = re.match(r"(\d+)(?:\.(\d+))?(?:\.(\d+))?(?:[A-Za-z]+(\d*))?", version)
     major, minor, patch, beta = match.groups() if match else (None, None, None, None)
-    return int(major or 0), int(minor or 0), int(patch or 0), float("inf") if beta is None else int(beta or 0)
+    return (
+        int(major or 0),
+        int(minor or 0),
+        int(patch or 0),
+        float("inf") if beta is None else int(beta or 0),
+    )

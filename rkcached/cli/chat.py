@@ -22,7 +22,10 @@ class Conversation:
         self._messages: list[dict[str, str]] = []
 
     def ask(self, question: str) -> None:
-        """Ask, print the answer as it comes, and remember both. Errors: DaemonUnreachable, RequestError."""
+        """Ask, print the answer as it comes, and remember both.
+
+        Errors: DaemonUnreachable, RequestError.
+        """
         messages = [*self._messages, {"role": "user", "content": question}]
         body = {**self._options, "messages": messages}
         with Client(self._socket) as client:
@@ -44,7 +47,10 @@ class Conversation:
         self._messages = [*messages, {"role": "assistant", "content": "".join(pieces)}]
 
     def talk(self) -> None:
-        """A conversation at the terminal, until end of file (Ctrl-D). A refused question is told and forgotten."""
+        """A conversation at the terminal, until end of file (Ctrl-D).
+
+        A refused question is told and forgotten.
+        """
         click.secho("Ctrl-D ends the conversation.", dim=True, err=True)
         while True:
             try:

@@ -27,7 +27,8 @@ class Findings:
     problems: tuple[Problem, ...]
     """In the order of their lines."""
     warnings: tuple[str, ...]
-    """What is no problem, but costs more or gives less than its owner may know; each with its file and line."""
+    """What is no problem, but costs more or gives less than its owner may know; each with its file
+    and line."""
     skipped_files: tuple[str, ...]
     """In a prompts_from folder, but with names that no prompt can have."""
     summary: str
@@ -60,15 +61,23 @@ def check_manifest(settings: Settings) -> Findings:
 
     problems = list(usable.problems)
     for line, trouble in troubles:
-        problems.append(Problem(file=str(manifest_file), line=line, message=trouble.message, hint=trouble.hint))
-    warnings = tuple(f"{manifest_file}:{warning}" for warning in _warnings(manifest, sources, runtime))
-    ok = f"ok, {_counted(len(manifest.models), 'model')}, {_counted(len(desired.prompts), 'prompt')}"
+        problems.append(
+            Problem(file=str(manifest_file), line=line, message=trouble.message, hint=trouble.hint)
+        )
+    warnings = tuple(
+        f"{manifest_file}:{warning}" for warning in _warnings(manifest, sources, runtime)
+    )
+    ok = (
+        f"ok, {_counted(len(manifest.models), 'model')}, {_counted(len(desired.prompts), 'prompt')}"
+    )
     if service.whose:
         ok += f", {service.whose}"
     return _findings(problems, warnings, sources.skipped_files, ok)
 
 
-def _findings(problems: list[Problem], warnings: tuple[str, ...], skipped: tuple[str, ...], ok: str) -> Findings:
+def _findings(
+    problems: list[Problem], warnings: tuple[str, ...], skipped: tuple[str, ...], ok: str
+) -> Findings:
     return Findings(
         problems=tuple(sorted(problems, key=lambda problem: problem.line)),
         warnings=warnings,
@@ -95,12 +104,18 @@ def _prompt_line(manifest: Manifest, sources: Sources, key: Key, trouble: Troubl
     return sources.prompts[key].line
 
 
-def _warnings(manifest: Manifest, sources: Sources, runtime: RuntimeSource | Trouble) -> Iterator[str]:
+def _warnings(
+    manifest: Manifest, sources: Sources, runtime: RuntimeSource | Trouble
+) -> Iterator[str]:
     """What works, but costs more or gives less than its owner may know; each begins with its line."""
     for name, notice in cut_contexts(manifest, sources).items():
         yield f"{manifest.line_of('models', name, 'params', 'max_context_len')}: warning: {notice}"
 
-    if manifest.engine.kind is not EngineKind.RKLLM or isinstance(runtime, Trouble) or runtime.samples_per_run:
+    if (
+        manifest.engine.kind is not EngineKind.RKLLM
+        or isinstance(runtime, Trouble)
+        or runtime.samples_per_run
+    ):
         return
     for name, model in manifest.models.items():
         tokens = model.params.max_new_tokens

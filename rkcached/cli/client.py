@@ -18,7 +18,8 @@ _CONNECT_S = 10.0
 """Connecting is quick or impossible; an answer takes as long as its model."""
 
 _SILENCE_S = 40.0
-"""The event stream has a sign of life every 15 s. One that is silent for longer belongs to nobody."""
+"""The event stream has a sign of life every 15 s. One that is silent for longer belongs to nobody.
+"""
 
 _RETRY_S = 0.25
 """Between two attempts to connect to a daemon that is not there."""
@@ -37,14 +38,19 @@ class Client:
         # There is no TLS on a Unix socket, and reading certificates takes 30 ms.
         transport = httpx.HTTPTransport(verify=False, uds=str(socket))
         self._http = httpx.Client(
-            transport=transport, base_url="http://rkcached", timeout=httpx.Timeout(_CONNECT_S, read=patience_s)
+            transport=transport,
+            base_url="http://rkcached",
+            timeout=httpx.Timeout(_CONNECT_S, read=patience_s),
         )
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         self._http.close()
 
@@ -72,7 +78,9 @@ class Client:
     def stream(self, body: dict[str, Any]) -> Iterator[dict[str, Any]]:
         """The chunks of a streamed answer."""
         try:
-            with self._http.stream("POST", "/v1/chat/completions", json={**body, "stream": True}) as response:
+            with self._http.stream(
+                "POST", "/v1/chat/completions", json={**body, "stream": True}
+            ) as response:
                 if response.status_code != httpx.codes.OK:
                     response.read()
                     raise _refusal(response)
@@ -80,14 +88,18 @@ class Client:
                     if line.startswith("data: ") and line != "data: [DONE]":
                         chunk: dict[str, Any] = json.loads(line[6:])
                         if "error" in chunk:
-                            raise RequestError(502, chunk["error"]["message"], code=chunk["error"]["code"])
+                            raise RequestError(
+                                502, chunk["error"]["message"], code=chunk["error"]["code"]
+                            )
                         yield chunk
         except httpx.TransportError as error:
             raise self._unreachable(error) from error
 
     @contextlib.contextmanager
     def lent(self, model: str) -> Iterator[None]:
-        """Wait until the daemon leaves a model to us; it gets it back at the end. On the admin socket.
+        """Wait until the daemon leaves a model to us; it gets it back at the end.
+
+        On the admin socket.
 
         Errors: DaemonUnreachable, RequestError.
         """
@@ -96,14 +108,19 @@ class Client:
                 if response.status_code != httpx.codes.OK:
                     response.read()
                     raise _refusal(response)
-                lines = response.iter_lines()  # kept until the end: without it, the connection is closed
+                lines = (
+                    response.iter_lines()
+                )  # kept until the end: without it, the connection is closed
                 next(lines, "")
                 yield
         except httpx.TransportError as error:
             raise self._unreachable(error) from error
 
     def events(self) -> Iterator[str]:
-        """The kind of each event. First "listening", and "still here" after each silence. Ends with the daemon."""
+        """The kind of each event.
+
+        First "listening", and "still here" after each silence. Ends with the daemon.
+        """
         kind = ""
         try:
             with self._http.stream("GET", "/v1/events") as response:
@@ -159,4 +176,8 @@ def _refusal(response: httpx.Response) -> RequestError:
         said = response.json()["error"]
         return RequestError(response.status_code, said["message"], code=said["code"])
     except (ValueError, KeyError, TypeError):
-        return RequestError(response.status_code, f"HTTP {response.status_code}: {response.text[:200]}", code="unknown")
+        return RequestError(
+            response.status_code,
+            f"HTTP {response.status_code}: {response.text[:200]}",
+            code="unknown",
+        )

@@ -1,9 +1,10 @@
 """`rkcached doctor`: whether this board is ready for what the manifest declares.
 
-Only reads: /sys, /proc, /dev, the runtime library, the ends of model files. What belongs to the board is read below
-`root`, so that a test can give it a board made of files; what the manifest names is read where the manifest says.
-Each check is one sentence and one next step, and none stops the others. What only RKLLM needs is a failure where the
-manifest asks for it or says nothing, and no more than a warning where it asks for another engine.
+Only reads: /sys, /proc, /dev, the runtime library, the ends of model files. What belongs to the
+board is read below `root`, so that a test can give it a board made of files; what the manifest
+names is read where the manifest says. Each check is one sentence and one next step, and none stops
+the others. What only RKLLM needs is a failure where the manifest asks for it or says nothing, and
+no more than a warning where it asks for another engine.
 """
 
 from __future__ import annotations
@@ -59,7 +60,12 @@ _TOOLKIT: Final = re.compile(rb"rkllm-toolkit version: ([0-9][0-9A-Za-z.]{0,31})
 _TAIL_BYTES: Final = 64 << 10
 
 
-_STYLE: Final = {Outcome.OK: "green", Outcome.WARN: "yellow", Outcome.FAIL: "red", Outcome.SKIP: "dim"}
+_STYLE: Final = {
+    Outcome.OK: "green",
+    Outcome.WARN: "yellow",
+    Outcome.FAIL: "red",
+    Outcome.SKIP: "dim",
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,7 +80,10 @@ class Report:
 
 
 def examine(manifest_file: Path | None, cache_dir: Path, *, root: Path = Path("/")) -> Report:
-    """Every check that applies. Blocking; never raises for what it finds. Without a manifest: the board alone."""
+    """Every check that applies.
+
+    Blocking; never raises for what it finds. Without a manifest: the board alone.
+    """
     manifest, about_manifest = _read_manifest(manifest_file)
     board = Board(root, uses_rkllm=manifest.engine.kind is EngineKind.RKLLM if manifest else None)
     checks = [about_manifest, board.soc(), board.library(manifest), board.devices(), board.driver()]
@@ -83,7 +92,11 @@ def examine(manifest_file: Path | None, cache_dir: Path, *, root: Path = Path("/
         found = _look_at(manifest)
         checks += _engine(manifest)
         checks += _models(manifest, board.runtime_version, found)
-        checks += [_prompts(found), board.memory(manifest), _disk(manifest, found.sources, cache_dir)]
+        checks += [
+            _prompts(found),
+            board.memory(manifest),
+            _disk(manifest, found.sources, cache_dir),
+        ]
     return Report(npu=board.has_npu, checks=tuple(checks))
 
 
@@ -92,7 +105,12 @@ def as_service(report: Report, settings: Settings) -> Report:
     found = unit.installed()
     if os.geteuid() != 0 or found is None or not found.uses(manifest=settings.manifest):
         return report
-    words = ["doctor", "--json", f"--manifest={settings.manifest}", f"--cache-dir={settings.cache_dir}"]
+    words = [
+        "doctor",
+        "--json",
+        f"--manifest={settings.manifest}",
+        f"--cache-dir={settings.cache_dir}",
+    ]
     try:
         said = subprocess.run(
             found.command(words),
@@ -102,7 +120,10 @@ def as_service(report: Report, settings: Settings) -> Report:
             timeout=_CHILD_S,
             check=False,
         ).stdout
-        its = {one["name"]: Check(**{**one, "outcome": Outcome(one["outcome"])}) for one in json.loads(said)["checks"]}
+        its = {
+            one["name"]: Check(**{**one, "outcome": Outcome(one["outcome"])})
+            for one in json.loads(said)["checks"]
+        }
     except (OSError, ValueError, KeyError, TypeError, subprocess.SubprocessError):
         return report
     checks = [
@@ -118,7 +139,12 @@ def report_data(report: Report) -> dict[str, Any]:
         "ready": not report.failed,
         "npu": report.npu,
         "checks": [
-            {"name": c.name, "outcome": c.outcome.value, "finding": c.finding, "next_step": c.next_step}
+            {
+                "name": c.name,
+                "outcome": c.outcome.value,
+                "finding": c.finding,
+                "next_step": c.next_step,
+            }
             for c in report.checks
         ],
     }
@@ -138,21 +164,35 @@ def print_report(console: Console, report: Report) -> None:
         table.add_row(Text(check.outcome.value, style=_STYLE[check.outcome]), check.name, said)
     console.print(table)
     counts = Counter(check.outcome for check in report.checks)
-    words = {Outcome.OK: "ok", Outcome.WARN: "to look at", Outcome.FAIL: "failed", Outcome.SKIP: "skipped"}
-    summary = ", ".join(f"{counts[outcome]} {word}" for outcome, word in words.items() if counts[outcome])
+    words = {
+        Outcome.OK: "ok",
+        Outcome.WARN: "to look at",
+        Outcome.FAIL: "failed",
+        Outcome.SKIP: "skipped",
+    }
+    summary = ", ".join(
+        f"{counts[outcome]} {word}" for outcome, word in words.items() if counts[outcome]
+    )
     console.print(Text(summary, style="bold"))
 
 
 def _read_manifest(file: Path | None) -> tuple[Manifest | None, Check]:
     if file is None:
         finding = "no manifest, so only the board is examined"
-        return None, Check(name="manifest", outcome=Outcome.SKIP, finding=finding, next_step="name one with --manifest")
+        return None, Check(
+            name="manifest",
+            outcome=Outcome.SKIP,
+            finding=finding,
+            next_step="name one with --manifest",
+        )
     try:
         manifest = read_manifest(file)
     except ManifestError as error:
         finding = f"{error.message}; only the board is examined"
         next_step = f"rkcached check --manifest {file}"
-        return None, Check(name="manifest", outcome=Outcome.FAIL, finding=finding, next_step=next_step)
+        return None, Check(
+            name="manifest", outcome=Outcome.FAIL, finding=finding, next_step=next_step
+        )
     models = "1 model" if len(manifest.models) == 1 else f"{len(manifest.models)} models"
     finding = f"{file}: engine {manifest.engine.kind.value}, {models}"
     return manifest, Check(name="manifest", outcome=Outcome.OK, finding=finding)
@@ -182,7 +222,9 @@ def _look_at(manifest: Manifest) -> _Found:
     if isinstance(runtime, Trouble):
         sources = replace(sources, runtime=RuntimeSource(version="", digest=""))
     desired = Resolver(Renderer().compile).resolve(manifest, sources)
-    service = view_of(Settings(manifest=manifest.file).of_client(), manifest, sources).without(runtime)
+    service = view_of(Settings(manifest=manifest.file).of_client(), manifest, sources).without(
+        runtime
+    )
     return _Found(
         models=service.models_in_trouble(manifest, desired),
         unlisted_models={**sources.unlisted_models, **service.unlisted_models},
@@ -199,7 +241,9 @@ def _engine(manifest: Manifest) -> Iterator[Check]:
     try:
         runtime = ENGINES[kind].locate_runtime(manifest.engine)
     except RkcachedError as error:
-        yield Check(name="engine", outcome=Outcome.FAIL, finding=error.message, next_step=error.hint)
+        yield Check(
+            name="engine", outcome=Outcome.FAIL, finding=error.message, next_step=error.hint
+        )
     else:
         yield Check(name="engine", outcome=Outcome.OK, finding=f"{kind.value} {runtime.version}")
 
@@ -210,7 +254,10 @@ def _prompts(found: _Found) -> Check:
         finding = f"{_prompts_of(len(found.sources.prompts))}, all readable"
         return Check(name="prompts", outcome=Outcome.OK, finding=finding)
     more = f", and {len(troubles) - 1} more with such problems" if len(troubles) > 1 else ""
-    finding, next_step = troubles[0].message + more, troubles[0].hint or "`rkcached check` names its line"
+    finding, next_step = (
+        troubles[0].message + more,
+        troubles[0].hint or "`rkcached check` names its line",
+    )
     return Check(name="prompts", outcome=Outcome.FAIL, finding=finding, next_step=next_step)
 
 
@@ -219,7 +266,9 @@ def _models(manifest: Manifest, runtime_version: str | None, found: _Found) -> I
         name, path = f"model {model}", config.path
         size, trouble = size_of(path), found.models.get(model)
         if trouble is not None:
-            yield Check(name=name, outcome=Outcome.FAIL, finding=trouble.message, next_step=trouble.hint)
+            yield Check(
+                name=name, outcome=Outcome.FAIL, finding=trouble.message, next_step=trouble.hint
+            )
         elif size is None:
             finding = f"{path} is not a file" if os.path.lexists(path) else f"{path} is missing"
             next_step = "`rkcached check` names its line"
@@ -253,7 +302,9 @@ def _rkllm_model(name: str, path: Path, size: int, runtime_version: str | None) 
             file.seek(max(0, size - _TAIL_BYTES))
             found = _TOOLKIT.findall(file.read(_TAIL_BYTES))
     except OSError as error:
-        return Check(name=name, outcome=Outcome.FAIL, finding=f"{path} cannot be read: {error.strerror}")
+        return Check(
+            name=name, outcome=Outcome.FAIL, finding=f"{path} cannot be read: {error.strerror}"
+        )
     shown = f"{path}, {show.size(size)}"
     if not found:
         finding = f"{shown}: it does not name the rkllm-toolkit that made it; not an RKLLM model?"
@@ -261,7 +312,9 @@ def _rkllm_model(name: str, path: Path, size: int, runtime_version: str | None) 
         return Check(name=name, outcome=Outcome.WARN, finding=finding, next_step=next_step)
     toolkit = found[-1].decode().rstrip(".")
     if runtime_version is None:
-        finding = f"{shown}, made by rkllm-toolkit {toolkit}; there is no runtime to compare it with"
+        finding = (
+            f"{shown}, made by rkllm-toolkit {toolkit}; there is no runtime to compare it with"
+        )
         return Check(name=name, outcome=Outcome.OK, finding=finding)
     finding = f"{shown}, made by rkllm-toolkit {toolkit} for runtime {runtime_version}"
     if order(toolkit) > order(runtime_version):
@@ -306,7 +359,11 @@ def _estimate(manifest: Manifest, sources: Sources, cache_dir: Path) -> tuple[in
             known += len(texts)
             known_bytes += round(sum(texts) * rate)
     said = [f"about {show.size(known_bytes)} needed by {_prompts_of(known)}"] if known else []
-    said += [f"what {_prompts_of(unknown)} will take is not known before one is built"] if unknown else []
+    said += (
+        [f"what {_prompts_of(unknown)} will take is not known before one is built"]
+        if unknown
+        else []
+    )
     return known_bytes, ", and ".join(said) or "no prompt needs space"
 
 

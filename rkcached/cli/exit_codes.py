@@ -25,7 +25,9 @@ def run(command: click.Command, arguments: Sequence[str] | None) -> NoReturn:
     except OSError as error:
         if not _is_of_output(error):
             raise
-        failed = OutputError(f"standard output cannot be written: {error.strerror}", hint="send it elsewhere")
+        failed = OutputError(
+            f"standard output cannot be written: {error.strerror}", hint="send it elsewhere"
+        )
         complain(failed)
         code = failed.exit_code
     for stream in filter(None, (sys.__stdout__, sys.__stderr__)):
@@ -82,7 +84,12 @@ def exit_code(error: RkcachedError) -> int:
     """What the daemon refused is the command's input, unless the daemon itself is in trouble."""
     if not isinstance(error, RequestError):
         return error.exit_code
-    by_status = {404: os.EX_NOINPUT, 502: os.EX_SOFTWARE, 503: os.EX_UNAVAILABLE, 504: os.EX_UNAVAILABLE}
+    by_status = {
+        404: os.EX_NOINPUT,
+        502: os.EX_SOFTWARE,
+        503: os.EX_UNAVAILABLE,
+        504: os.EX_UNAVAILABLE,
+    }
     return by_status.get(error.status, os.EX_DATAERR if error.status < 500 else os.EX_SOFTWARE)
 
 

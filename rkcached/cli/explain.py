@@ -15,7 +15,10 @@ from rkcached.reconcile.observer import Look
 
 
 def explain_data(look: Look, key: Key) -> dict[str, Any]:
-    """The explanation as data. Errors: SourceError for a prompt that nobody declares and the store does not have."""
+    """The explanation as data.
+
+    Errors: SourceError for a prompt that nobody declares and the store does not have.
+    """
     assessment = next((a for a in look.assessments if a.key == key), None)
     if assessment is None:
         known = ", ".join(str(a.key) for a in look.assessments) or "none"
@@ -29,7 +32,9 @@ def explain_data(look: Look, key: Key) -> dict[str, Any]:
         "reason": assessment.reason,
         "hint": assessment.hint,
         "description": assessment.description,
-        "changes": [{"component": c.component, "old": c.old, "new": c.new} for c in assessment.changes],
+        "changes": [
+            {"component": c.component, "old": c.old, "new": c.new} for c in assessment.changes
+        ],
         "action": show.action_data(assessment.action) if assessment.action else None,
         "wanted": dict(wanted.components) if wanted else None,
         "artifact": artifact_figures(artifact) if artifact else None,
@@ -60,7 +65,11 @@ def print_explanation(console: Console, data: dict[str, Any]) -> None:
     artifact = data["artifact"]
     if artifact:
         built = show.when(artifact["built_at"])
-        console.print(Text(f"  built {built}: {artifact['tokens']} tokens, {show.size(artifact['size_bytes'])}"))
+        console.print(
+            Text(
+                f"  built {built}: {artifact['tokens']} tokens, {show.size(artifact['size_bytes'])}"
+            )
+        )
         if artifact["verified"] != "off":
             gain = "" if artifact["gain"] else "; no gain"
             console.print(

@@ -1,8 +1,9 @@
 """`rkcached inspect`: what a prompt cache file is, and whether the sidecar beside it matches.
 
-Reads files from anywhere and believes nothing in them: each count is compared with the file's size before it is used,
-and nothing that could block is opened. The headers are written down here a second time, because the engines themselves
-may only be imported by a worker; a test compares them with files that the engines wrote.
+Reads files from anywhere and believes nothing in them: each count is compared with the file's size
+before it is used, and nothing that could block is opened. The headers are written down here a
+second time, because the engines themselves may only be imported by a worker; a test compares them
+with files that the engines wrote.
 
     llama.cpp  u32 'ggsq'        u32 version  u32 n  n i32 values                    state  (llama_state_seq_save_file)
                of these values, the ids are all, or in its newer server: -1, 1, n_tokens, ids, and what is not text
@@ -38,7 +39,9 @@ _WORDS: Final = struct.Struct("<III")
 _MEMORY: Final = struct.Struct("<8sIQ")
 _MEMORY_MAGIC: Final = b"RKCMEMKV"
 _SEQUENCE_MAGIC: Final = 0x67677371  # "ggsq": llama.cpp, state of one sequence
-_SESSION_MAGIC: Final = 0x6767736E  # "ggsn": llama.cpp, a whole session; RKLLM 1.1, which descends from it
+_SESSION_MAGIC: Final = (
+    0x6767736E  # "ggsn": llama.cpp, a whole session; RKLLM 1.1, which descends from it
+)
 _RKLLM_VERSION: Final = 8
 _MAX_TOKENS: Final = 1 << 22
 """Beyond the context of any model, so that a damaged count is not read."""
@@ -58,16 +61,22 @@ class _Content:
 
 
 def inspect(path: Path) -> dict[str, Any]:
-    """What `path` is, or the artifact that it is the sidecar or the text of. Blocking; hashes the file.
+    """What `path` is, or the artifact that it is the sidecar or the text of.
+
+    Blocking; hashes the file.
 
     `problem` is empty unless the file or its sidecar is damaged, or they do not belong together.
-    Errors: SourceError when it cannot be read; FormatError when it is no prompt cache, or one that was cut off.
+    Errors: SourceError when it cannot be read; FormatError when it is no prompt cache, or one that
+    was cut off.
     """
     fd, _ = _open(path)
     os.close(fd)
     record = _record_beside(path)
     artifact = path
-    if isinstance(record, Sidecar) and path.name in {f"{record.prompt}.json", f"{record.prompt}.bin"}:
+    if isinstance(record, Sidecar) and path.name in {
+        f"{record.prompt}.json",
+        f"{record.prompt}.bin",
+    }:
         artifact = path.with_name(record.artifact)
         if artifact != path and not os.path.lexists(artifact):
             raise FormatError(
@@ -101,7 +110,9 @@ def print_inspection(console: Console, data: dict[str, Any]) -> None:
     tokens, sidecar = data["tokens"], data["sidecar"]
     console.print(Text(f"{data['file']}: a prompt cache of {data['format']}", style="bold"))
     count = f"{tokens['count']:,} tokens" if tokens else "an unknown number of tokens"
-    console.print(Text(f"  {count}, {show.size(data['size_bytes'])} ({data['size_bytes']:,} bytes)"))
+    console.print(
+        Text(f"  {count}, {show.size(data['size_bytes'])} ({data['size_bytes']:,} bytes)")
+    )
     if tokens:
         rest = tokens["count"] - len(tokens["first"])
         last = (
@@ -125,13 +136,19 @@ def print_inspection(console: Console, data: dict[str, Any]) -> None:
 def _open(path: Path) -> tuple[int, int]:
     """Descriptor and size of a regular file. Errors: SourceError."""
     try:
-        if not stat.S_ISREG(kind := path.stat().st_mode):  # opening a pipe would wait for its writer
+        if not stat.S_ISREG(
+            kind := path.stat().st_mode
+        ):  # opening a pipe would wait for its writer
             what = "a directory" if stat.S_ISDIR(kind) else "not a regular file"
-            raise SourceError(f"{path} is {what}", hint="name a prompt cache, its sidecar or its text")
+            raise SourceError(
+                f"{path} is {what}", hint="name a prompt cache, its sidecar or its text"
+            )
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         return fd, os.fstat(fd).st_size
     except FileNotFoundError as error:
-        raise SourceError(f"there is no file {path}", hint="`rkcached plan` lists what is declared") from error
+        raise SourceError(
+            f"there is no file {path}", hint="`rkcached plan` lists what is declared"
+        ) from error
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else "no file can have this name"
         hint = "artifacts are private: ask as the daemon's user" if _is_refusal(error) else ""
@@ -148,13 +165,20 @@ def _is_refusal(error: Exception) -> bool:
 
 
 def _read(fd: int, length: int, offset: int = 0) -> bytes:
-    """Up to `length` bytes; fewer where the file ends. Errors: SourceError when the disk refuses."""
+    """Up to `length` bytes; fewer where the file ends.
+
+    Errors: SourceError when the disk refuses.
+    """
     data = b""
     try:
-        while len(data) < length and (piece := os.pread(fd, length - len(data), offset + len(data))):
+        while len(data) < length and (
+            piece := os.pread(fd, length - len(data), offset + len(data))
+        ):
             data += piece
     except OSError as error:
-        raise SourceError(f"reading failed: {error.strerror}", hint="see the kernel's log for the disk") from error
+        raise SourceError(
+            f"reading failed: {error.strerror}", hint="see the kernel's log for the disk"
+        ) from error
     return data
 
 
@@ -174,7 +198,9 @@ def _read_content(path: Path, fd: int, size: int) -> _Content:
 def _llama_content(path: Path, fd: int, size: int, head: bytes) -> _Content:
     """Files of llama.cpp, and those of RKLLM, which descends from it."""
     if len(head) < _WORDS.size:
-        begins = head[:4] in {word.to_bytes(4, "little") for word in (_SEQUENCE_MAGIC, _SESSION_MAGIC)}
+        begins = head[:4] in {
+            word.to_bytes(4, "little") for word in (_SEQUENCE_MAGIC, _SESSION_MAGIC)
+        }
         if begins or _MEMORY_MAGIC.startswith(head):
             _truncated(path, size, "it ends within its header")
         raise FormatError(f"{path} is {UNKNOWN}: it has {size} bytes, fewer than a header")
@@ -199,9 +225,12 @@ def _llama_content(path: Path, fd: int, size: int, head: bytes) -> _Content:
         tokens = _ids(path, fd, size, count)
         if count and all(0 <= token < _MAX_ID for token in tokens):
             which = "1.1" if magic == _SESSION_MAGIC else f"with the architecture number {magic}"
-            return _Content(engine="rkllm", form=f"RKLLM {which}, as far as its header tells", tokens=tokens)
+            return _Content(
+                engine="rkllm", form=f"RKLLM {which}, as far as its header tells", tokens=tokens
+            )
     raise FormatError(
-        f"{path} is {UNKNOWN}", hint="known are the files of llama.cpp, of RKLLM, and of the memory engine"
+        f"{path} is {UNKNOWN}",
+        hint="known are the files of llama.cpp, of RKLLM, and of the memory engine",
     )
 
 
@@ -213,7 +242,9 @@ def _memory_content(path: Path, fd: int, size: int, head: bytes) -> _Content:
     if count > _MAX_TOKENS or size < wanted:
         _truncated(path, size, f"its header says {count:,} tokens")
     if size > wanted:
-        raise FormatError(f"{path} is damaged: {count:,} tokens take {wanted:,} bytes, it has {size:,}")
+        raise FormatError(
+            f"{path} is damaged: {count:,} tokens take {wanted:,} bytes, it has {size:,}"
+        )
     tokens = array("i", list(_read(fd, count, _MEMORY.size)))
     return _Content(engine="memory", form=f"the memory engine (version {version})", tokens=tokens)
 
@@ -236,7 +267,8 @@ def _unpacked(values: array[int]) -> array[int] | None:
 
 def _truncated(path: Path, size: int, why: str) -> NoReturn:
     raise FormatError(
-        f"{path} is a truncated prompt cache of {size:,} bytes: {why}", hint="copy it again, or let the daemon build it"
+        f"{path} is a truncated prompt cache of {size:,} bytes: {why}",
+        hint="copy it again, or let the daemon build it",
     )
 
 
@@ -264,12 +296,16 @@ def _record_beside(path: Path) -> Sidecar | str | None:
         return f"{place.name} is no sidecar, or a damaged one"
     # Away from the store, the folder's name is not the model's: it is checked against itself.
     parsed = parse_sidecar(data, Key(claimed.model, claimed.prompt))
-    if isinstance(parsed, Sidecar) and not (NAME.fullmatch(parsed.prompt) and parsed.prompt == place.stem):
+    if isinstance(parsed, Sidecar) and not (
+        NAME.fullmatch(parsed.prompt) and parsed.prompt == place.stem
+    ):
         return f"{place.name} belongs to {parsed.model}/{parsed.prompt}, under another name"
     return parsed
 
 
-def _compare(artifact: Path, fd: int, size: int, tokens: int | None, record: Sidecar | str | None) -> dict[str, Any]:
+def _compare(
+    artifact: Path, fd: int, size: int, tokens: int | None, record: Sidecar | str | None
+) -> dict[str, Any]:
     if not isinstance(record, Sidecar):
         return {"sidecar": None, "problem": record or ""}
     if artifact.name != record.artifact:

@@ -1,7 +1,9 @@
-"""The command line. Thin: parses, calls, prints. Every command imports only what it needs, so that help is instant.
+"""The command line.
 
-Exit codes follow sysexits.h; `plan`, `status`, `wait`, `verify` and `bench` say theirs in their help. An expected
-error is printed as one sentence and the next thing to do, never as a traceback.
+Thin: parses, calls, prints. Every command imports only what it needs, so that help is instant.
+
+Exit codes follow sysexits.h; `plan`, `status`, `wait`, `verify` and `bench` say theirs in their
+help. An expected error is printed as one sentence and the next thing to do, never as a traceback.
 """
 
 from __future__ import annotations
@@ -55,7 +57,11 @@ def cli() -> None:
 
 @cli.command()
 @places("manifest", "cache_dir", "state_dir", "socket", "admin_socket", listens=True)
-@click.option("--log-level", type=click.Choice(["debug", "info", "warning", "error"]), help="[RKCACHED_LOG_LEVEL]")
+@click.option(
+    "--log-level",
+    type=click.Choice(["debug", "info", "warning", "error"]),
+    help="[RKCACHED_LOG_LEVEL]",
+)
 def run(settings: Settings, log_level: str | None) -> None:
     """Run the daemon in the foreground.
 
@@ -85,7 +91,12 @@ def check(settings: Settings, want_json: bool) -> None:
         notes.append(skipped_files_line(found.skipped_files))
 
     if want_json:
-        _print_json([{"file": p.file, "line": p.line, "message": p.message, "hint": p.hint} for p in found.problems])
+        _print_json(
+            [
+                {"file": p.file, "line": p.line, "message": p.message, "hint": p.hint}
+                for p in found.problems
+            ]
+        )
     else:
         for problem in found.problems:
             click.echo(printable(str(problem)), err=True)
@@ -99,9 +110,13 @@ def check(settings: Settings, want_json: bool) -> None:
 @cli.command()
 @places("manifest", "cache_dir", "state_dir", as_service=True)
 @as_json
-@click.option("--exit-code", is_flag=True, help="Exit with 2 when there is something to do, 0 when not.")
+@click.option(
+    "--exit-code", is_flag=True, help="Exit with 2 when there is something to do, 0 when not."
+)
 def plan(settings: Settings, want_json: bool, exit_code: bool) -> None:
-    """Print what would be built, adopted, retired and removed, and why. Changes nothing; needs no daemon.
+    """Print what would be built, adopted, retired and removed, and why.
+
+    Changes nothing; needs no daemon.
 
     Exit code 66 when there is no store yet; each prompt is then shown as missing.
     """
@@ -127,13 +142,18 @@ def plan(settings: Settings, want_json: bool, exit_code: bool) -> None:
 @places("manifest", "cache_dir", "state_dir", as_service=True)
 @as_json
 def explain(settings: Settings, prompt: str, want_json: bool) -> None:
-    """Say whether a prompt cache is fresh, or name each component that changed, old -> new. Needs no daemon.
+    """Say whether a prompt cache is fresh, or name each component that changed, old -> new.
+
+    Needs no daemon.
 
     Exit code 66 when there is no store yet, or no such prompt.
     """
     from rkcached.cli.explain import explain_data, print_explanation
 
-    data = {**explain_data(_service_look(settings, ask=True), _key(prompt)), "store": str(settings.cache_dir)}
+    data = {
+        **explain_data(_service_look(settings, ask=True), _key(prompt)),
+        "store": str(settings.cache_dir),
+    }
     if want_json:
         _print_json(data)
     else:
@@ -144,8 +164,17 @@ def explain(settings: Settings, prompt: str, want_json: bool) -> None:
 @cli.command()
 @places("socket")
 @as_json
-@click.option("--watch", "-w", is_flag=True, help="Stay, and show every change as it happens; q or Ctrl-C ends it.")
-@click.option("--exit-code", is_flag=True, help="Exit with 2 when a declared prompt is not fresh, 0 when all are.")
+@click.option(
+    "--watch",
+    "-w",
+    is_flag=True,
+    help="Stay, and show every change as it happens; q or Ctrl-C ends it.",
+)
+@click.option(
+    "--exit-code",
+    is_flag=True,
+    help="Exit with 2 when a declared prompt is not fresh, 0 when all are.",
+)
 def status(*, settings: Settings, want_json: bool, watch: bool, exit_code: bool) -> None:
     """Show the running daemon's models and prompts: state, reason, size, time to first token cold and warm.
 
@@ -158,7 +187,8 @@ def status(*, settings: Settings, want_json: bool, watch: bool, exit_code: bool)
 
     if watch and exit_code:
         raise UsageError(
-            "--watch does not end, so it gives no exit code", hint="`rkcached wait` ends when all is fresh"
+            "--watch does not end, so it gives no exit code",
+            hint="`rkcached wait` ends when all is fresh",
         )
     if watch:
         from rkcached.cli.status import live
@@ -191,13 +221,15 @@ def status(*, settings: Settings, want_json: bool, watch: bool, exit_code: bool)
 def wait(*, settings: Settings, prompts: Sequence[str], timeout_s: float, want_json: bool) -> None:
     """Wait until prompt caches are fresh: those that are named, or all that are declared.
 
-    The daemon looks at the files first, so a change made just before counts. A daemon that is not there yet, or is
-    started again, is waited for. Exit code 0 when all are fresh, 65 when one needs more than waiting (it says why),
-    75 when time is up (it says what it still waits for), 66 for a name that is not declared, 78 while the manifest is
-    rejected.
+    The daemon looks at the files first, so a change made just before counts. A daemon that is not
+    there yet, or is started again, is waited for. Exit code 0 when all are fresh, 65 when one needs
+    more than waiting (it says why), 75 when time is up (it says what it still waits for), 66 for a
+    name that is not declared, 78 while the manifest is rejected.
     """
     if math.isnan(timeout_s):
-        raise UsageError("--timeout: nan is not a number of seconds", hint="name some, as in --timeout 60")
+        raise UsageError(
+            "--timeout: nan is not a number of seconds", hint="name some, as in --timeout 60"
+        )
 
     from rkcached.cli import wait as command
 
@@ -215,9 +247,12 @@ def wait(*, settings: Settings, prompts: Sequence[str], timeout_s: float, want_j
 @cli.command()
 @FLAGS["admin_socket"]
 def reload(admin_socket: Path | None) -> None:
-    """Have the running daemon read its manifest again, and say what is wrong with it. `systemctl reload` does this.
+    """Have the running daemon read its manifest again, and say what is wrong with it.
 
-    Returns when the manifest is in force. Exit code 78 when it is broken; the last good one then stays in force.
+    `systemctl reload` does this.
+
+    Returns when the manifest is in force. Exit code 78 when it is broken; the last good one then
+    stays in force.
     """
     from rkcached.cli import reload as command
     from rkcached.host import places
@@ -230,7 +265,9 @@ def reload(admin_socket: Path | None) -> None:
 @places("socket", "admin_socket")
 @click.option("--all", "everything", is_flag=True, help="Every prompt of every model.")
 @as_json
-def regenerate(settings: Settings, prompts: Sequence[str], everything: bool, want_json: bool) -> None:
+def regenerate(
+    settings: Settings, prompts: Sequence[str], everything: bool, want_json: bool
+) -> None:
     """Build prompt caches anew, even if they are fresh. Waits until they are published."""
     from rkcached.cli import regenerate as command
 
@@ -238,7 +275,9 @@ def regenerate(settings: Settings, prompts: Sequence[str], everything: bool, wan
         raise UsageError("nothing to regenerate", hint="name MODEL or MODEL/PROMPT, or say --all")
     declared = command.declared_prompts(settings.socket)
     wanted = declared if everything else _matching(prompts, declared)
-    answers, refusals = command.regenerate(settings.socket, settings.admin_socket, wanted, _console(quiet=want_json))
+    answers, refusals = command.regenerate(
+        settings.socket, settings.admin_socket, wanted, _console(quiet=want_json)
+    )
     if want_json:
         _print_json(answers)
     for refusal in refusals:
@@ -253,7 +292,9 @@ def regenerate(settings: Settings, prompts: Sequence[str], everything: bool, wan
 @click.option("--deep", is_flag=True, help="Also load each fresh prompt cache into its model.")
 @as_json
 def verify(settings: Settings, prompts: Sequence[str], deep: bool, want_json: bool) -> None:
-    """Check every artifact against its sidecar: size and SHA-256 of prompt cache and text. Changes nothing.
+    """Check every artifact against its sidecar: size and SHA-256 of prompt cache and text.
+
+    Changes nothing.
 
     Exit code 0 when all are good, 65 otherwise, 66 when there is no store.
     """
@@ -266,11 +307,15 @@ def verify(settings: Settings, prompts: Sequence[str], deep: bool, want_json: bo
     stored = [*look.inventory.artifacts, *look.inventory.unreadable]
     chosen = _matching(prompts, stored) if prompts else stored
     results = []
-    for result in verify_artifacts(settings.cache_dir, look, [_key("/".join(key)) for key in chosen], deep=deep):
+    for result in verify_artifacts(
+        settings.cache_dir, look, [_key("/".join(key)) for key in chosen], deep=deep
+    ):
         results.append(result)
         if not want_json:
             mark = "ok" if result["ok"] else "FAILED"
-            click.echo(printable(f"{mark:<7} {result['model']}/{result['prompt']}  {result['detail']}"))
+            click.echo(
+                printable(f"{mark:<7} {result['model']}/{result['prompt']}  {result['detail']}")
+            )
     if want_json:
         _print_json(results)
     else:
@@ -283,13 +328,17 @@ def verify(settings: Settings, prompts: Sequence[str], deep: bool, want_json: bo
 @cli.command("gc")
 @places("manifest", "cache_dir", "state_dir", "socket", "admin_socket")
 @click.option("--dry-run", is_flag=True, help="Only say what would be removed.")
-@click.option("--strangers", is_flag=True, help="Also remove what is not the store's, except what the manifest names.")
+@click.option(
+    "--strangers",
+    is_flag=True,
+    help="Also remove what is not the store's, except what the manifest names.",
+)
 @as_json
 def gc_(settings: Settings, *, dry_run: bool, strangers: bool, want_json: bool) -> None:
     """Remove artifacts that no prompt uses now, and quarantined ones, and say how much it was.
 
-    Files and folders that are not the store's are only listed. A running daemon owns the store, so it does this when
-    asked over its socket for changes. Exit code 66 when there is no store.
+    Files and folders that are not the store's are only listed. A running daemon owns the store, so
+    it does this when asked over its socket for changes. Exit code 66 when there is no store.
     """
     from rkcached.cli.client import Client
     from rkcached.cli.status.show import size
@@ -323,7 +372,11 @@ def gc_(settings: Settings, *, dry_run: bool, strangers: bool, want_json: bool) 
     for item in (*found["items"], *found["strangers"]):
         click.echo(printable(f"{size(item['size_bytes']):>9}  {item['path']}  {item['reason']}"))
     left = sum(item["size_bytes"] for item in found["strangers"])
-    stay = f"; {len(found['strangers'])} that are not the store's stay, {size(left)}" if found["strangers"] else ""
+    stay = (
+        f"; {len(found['strangers'])} that are not the store's stay, {size(left)}"
+        if found["strangers"]
+        else ""
+    )
     done = "would remove" if dry_run else "removed"
     what = "1 item" if len(found["items"]) == 1 else f"{len(found['items'])} items"
     click.echo(printable(f"{done} {what}, {size(total)}{stay}; store {settings.cache_dir}"))
@@ -352,9 +405,13 @@ def inspect_(file: Path, want_json: bool) -> None:
 @places("manifest", "cache_dir")
 @as_json
 def doctor(settings: Settings, want_json: bool) -> None:
-    """Is this board ready? NPU, runtime library, driver, clocks, and what the manifest needs of files, memory and disk.
+    """Check whether this board is ready.
 
-    Works without a manifest, too. Exit code 1 when something failed, 0 otherwise; a warning is not a failure.
+    Looks at the NPU, the runtime library, its driver, the clocks, and at what the manifest needs of
+    files, memory and disk.
+
+    Works without a manifest, too. Exit code 1 when something failed, 0 otherwise; a warning is not
+    a failure.
     """
     from rkcached.cli import doctor as command
 
@@ -378,7 +435,13 @@ def doctor(settings: Settings, want_json: bool) -> None:
 @click.option("--cold", is_flag=True, help="Answer without any prompt cache.")
 @as_json
 def chat(
-    *, settings: Settings, model: str, message: str | None, max_tokens: int | None, cold: bool, want_json: bool
+    *,
+    settings: Settings,
+    model: str,
+    message: str | None,
+    max_tokens: int | None,
+    cold: bool,
+    want_json: bool,
 ) -> None:
     """Ask a model, with the answer streamed, its time to first token and its cached tokens.
 
@@ -395,7 +458,9 @@ def chat(
     if message is None and not sys.stdin.isatty():
         message = sys.stdin.read().strip()
         if not message:
-            raise UsageError("there is no question", hint="give it as an argument or on standard input")
+            raise UsageError(
+                "there is no question", hint="give it as an argument or on standard input"
+            )
     if message is not None:
         conversation.ask(message)
     else:
@@ -405,17 +470,35 @@ def chat(
 @cli.command()
 @click.argument("names", metavar="[MODEL[/PROMPT]]...", nargs=-1)
 @places("manifest", "cache_dir", "state_dir", "socket", "admin_socket")
-@click.option("--runs", type=click.IntRange(min=1, max=10_000), default=5, show_default=True, help="Runs of each.")
-@click.option("--sweep", is_flag=True, help="Measure prompts of 128 to 4,096 tokens, stored for as long as it takes.")
+@click.option(
+    "--runs",
+    type=click.IntRange(min=1, max=10_000),
+    default=5,
+    show_default=True,
+    help="Runs of each.",
+)
+@click.option(
+    "--sweep",
+    is_flag=True,
+    help="Measure prompts of 128 to 4,096 tokens, stored for as long as it takes.",
+)
 @click.option(
     "--direct/--no-direct",
     default=None,
     help="Measure the engine without the daemon, too. Default: yes, but on rkllm no.",
 )
-@click.option("--from", "kept", type=PATH, metavar="FILE", help="Measure nothing: show and draw what -o kept.")
-@click.option("--output", "-o", type=PATH, metavar="FILE", help="Keep the JSON, for `rkcached compare`.")
 @click.option(
-    "--plot", "plot_file", type=PATH, metavar="FILE", help="Draw it: FILE.svg or FILE.png (needs matplotlib)."
+    "--from", "kept", type=PATH, metavar="FILE", help="Measure nothing: show and draw what -o kept."
+)
+@click.option(
+    "--output", "-o", type=PATH, metavar="FILE", help="Keep the JSON, for `rkcached compare`."
+)
+@click.option(
+    "--plot",
+    "plot_file",
+    type=PATH,
+    metavar="FILE",
+    help="Draw it: FILE.svg or FILE.png (needs matplotlib).",
 )
 @as_json
 def bench(
@@ -476,10 +559,19 @@ def bench(
 def _refuse_beside_from() -> None:
     """Errors: UsageError for what asks to measure."""
     context = click.get_current_context()
-    words = {"names": "a name", "runs": "--runs", "sweep": "--sweep", "direct": "--direct", "output": "--output"}
+    words = {
+        "names": "a name",
+        "runs": "--runs",
+        "sweep": "--sweep",
+        "direct": "--direct",
+        "output": "--output",
+    }
     for name, word in words.items():
         # A missing argument counts as given by default, too.
-        if context.get_parameter_source(name) is ParameterSource.COMMANDLINE and context.params[name] != ():
+        if (
+            context.get_parameter_source(name) is ParameterSource.COMMANDLINE
+            and context.params[name] != ()
+        ):
             raise UsageError(
                 f"--from measures nothing, {word} does not go with it",
                 hint="leave one of them out; --plot and --json go with --from",
@@ -493,8 +585,8 @@ def _refuse_beside_from() -> None:
 def compare(before: Path, after: Path, want_json: bool) -> None:
     """Compare two results of `rkcached bench`, as before and after an upgrade, prompt by prompt.
 
-    First what differs of machine, versions, models and parameters; then medians, their ratio, and whether it is
-    beyond the noise of the runs. Exit code 65 for a file that is no result.
+    First what differs of machine, versions, models and parameters; then medians, their ratio, and
+    whether it is beyond the noise of the runs. Exit code 65 for a file that is no result.
     """
     from rkcached.cli.bench import compare as command
     from rkcached.cli.bench import results, table
@@ -515,9 +607,23 @@ def schema() -> None:
 
 
 @cli.command()
-@click.option("--dir", "directory", type=PATH, default=Path("demo"), show_default=True, help="The demo's workspace.")
-@click.option("--model", type=PATH, metavar="FILE", help="A GGUF model with a ChatML template; default: SmolLM2-135M.")
-@click.option("--once", is_flag=True, help="End after the table; exit code 0 only if every cache was hit.")
+@click.option(
+    "--dir",
+    "directory",
+    type=PATH,
+    default=Path("demo"),
+    show_default=True,
+    help="The demo's workspace.",
+)
+@click.option(
+    "--model",
+    type=PATH,
+    metavar="FILE",
+    help="A GGUF model with a ChatML template; default: SmolLM2-135M.",
+)
+@click.option(
+    "--once", is_flag=True, help="End after the table; exit code 0 only if every cache was hit."
+)
 def demo(directory: Path, model: Path | None, once: bool) -> None:
     """See it work: write a small workspace, start the daemon on it, and compare cold with warm answers."""
     from rkcached.cli.demo.runner import run_demo
@@ -535,7 +641,9 @@ def _look(settings: Settings) -> Look:
     from rkcached.sources.stored_texts import StoredTexts
     from rkcached.store.store import Store
 
-    look = Observer(Store(settings.cache_dir), StoredTexts(settings.state_dir)).look(read_manifest(settings.manifest))
+    look = Observer(Store(settings.cache_dir), StoredTexts(settings.state_dir)).look(
+        read_manifest(settings.manifest)
+    )
     if look.store_trouble is not None:
         _need_store(settings)
         raise look.store_trouble
@@ -558,7 +666,8 @@ def _need_store(settings: Settings) -> None:
         why = marks.why_no_store(settings.cache_dir)
     except OSError as error:
         raise StoreError(
-            f"the store {settings.cache_dir} cannot be read: {error.strerror}", hint="check the directory's permissions"
+            f"the store {settings.cache_dir} cannot be read: {error.strerror}",
+            hint="check the directory's permissions",
         ) from error
     if not why:
         return
@@ -568,7 +677,9 @@ def _need_store(settings: Settings) -> None:
     beside = settings.manifest.parent / "cache"
     with contextlib.suppress(OSError):
         if beside != settings.cache_dir and not marks.why_no_store(beside):
-            hint = f"there is a store beside the manifest: use --cache-dir {shlex.quote(str(beside))}"
+            hint = (
+                f"there is a store beside the manifest: use --cache-dir {shlex.quote(str(beside))}"
+            )
     raise SourceError(f"there is no store at {settings.cache_dir}: {why}", hint=hint)
 
 
@@ -585,12 +696,17 @@ def _key(text: str) -> Any:
 
     model, slash, prompt = text.partition("/")
     if not (model and slash and prompt):
-        raise UsageError(f"{text!r} names no prompt", hint="write MODEL/PROMPT, for example qwen3-0.6b/system")
+        raise UsageError(
+            f"{text!r} names no prompt", hint="write MODEL/PROMPT, for example qwen3-0.6b/system"
+        )
     return Key(model, prompt)
 
 
 def _matching(wanted: Sequence[str], known: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
-    """The known prompts that MODEL or MODEL/PROMPT name, in their order. Errors: SourceError for a name of none."""
+    """The known prompts that MODEL or MODEL/PROMPT name, in their order.
+
+    Errors: SourceError for a name of none.
+    """
     for text in wanted:
         if not any(text in (model, f"{model}/{prompt}") for model, prompt in known):
             names = ", ".join(f"{model}/{prompt}" for model, prompt in known) or "none"

@@ -62,19 +62,31 @@ def _bad_setting(error: ValueError) -> SettingsError:
     first = details[0] if details else {"loc": ("setting",), "msg": str(error)}
     name = str(first["loc"][0])
     return SettingsError(
-        f"{name.replace('_', '-')}: {first['msg']}", hint=f"correct RKCACHED_{name.upper()}, or the flag of that name"
+        f"{name.replace('_', '-')}: {first['msg']}",
+        hint=f"correct RKCACHED_{name.upper()}, or the flag of that name",
     )
 
 
 def _words(its: dict[str, Path], others: dict[str, Any]) -> list[str]:
     """The command's own line again, with these places."""
     context = click.get_current_context()
-    words = [str(context.info_name), *(f"--{name.replace('_', '-')}={path}" for name, path in its.items())]
-    words += [
-        option.opts[0] for option in context.command.params if option.name in others and others[option.name] is True
+    words = [
+        str(context.info_name),
+        *(f"--{name.replace('_', '-')}={path}" for name, path in its.items()),
     ]
-    arguments = [others[one.name] for one in context.command.params if isinstance(one, click.Argument)]
-    return [*words, "--", *(word for one in arguments for word in ([one] if isinstance(one, str) else one))]
+    words += [
+        option.opts[0]
+        for option in context.command.params
+        if option.name in others and others[option.name] is True
+    ]
+    arguments = [
+        others[one.name] for one in context.command.params if isinstance(one, click.Argument)
+    ]
+    return [
+        *words,
+        "--",
+        *(word for one in arguments for word in ([one] if isinstance(one, str) else one)),
+    ]
 
 
 def places(
@@ -82,13 +94,15 @@ def places(
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Give a command the flags for these places, and their values as `settings`.
 
-    `as_service`: where they are those of the installed unit, root runs the command with the daemon's eyes.
+    `as_service`: where they are those of the installed unit, root runs the command with the
+    daemon's eyes.
     """
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
         @functools.wraps(command)
         def with_settings(**kwargs: Any) -> None:
-            if listens:  # all that a daemon imports stays: looking for garbage in it takes a tenth of its start
+            # all that a daemon imports stays: looking for garbage in it takes a tenth of its start
+            if listens:
                 gc.disable()
             from rkcached.host.settings import Settings
 

@@ -20,7 +20,9 @@ _REFRESH_S = 0.25
 def declared_prompts(socket: Path) -> list[tuple[str, str]]:
     """Every prompt that the daemon's manifest declares, in its order. Errors: DaemonUnreachable."""
     with Client(socket) as client:
-        return [(p["model"], p["prompt"]) for p in client.status()["prompts"] if p["state"] != "orphan"]
+        return [
+            (p["model"], p["prompt"]) for p in client.status()["prompts"] if p["state"] != "orphan"
+        ]
 
 
 def regenerate(
@@ -46,7 +48,9 @@ def regenerate(
                 continue
             seconds = answer["build_ms"] / 1000
             size = show.size(answer["size_bytes"])
-            console.print(f"{name} {answer['tokens']} tokens, {size} in {seconds:.1f} s", markup=False)
+            console.print(
+                f"{name} {answer['tokens']} tokens, {size} in {seconds:.1f} s", markup=False
+            )
             answers.append(answer)
     return answers, refusals
 
@@ -56,14 +60,20 @@ def _one(socket: Path, model: str, prompt: str) -> dict[str, Any]:
         return client.regenerate(model, prompt)
 
 
-def _follow(socket: Path, future: Future[dict[str, Any]], line: Status, name: str, key: tuple[str, str]) -> None:
+def _follow(
+    socket: Path, future: Future[dict[str, Any]], line: Status, name: str, key: tuple[str, str]
+) -> None:
     """Show how far the daemon is, until the build is over."""
     while not wait([future], timeout=_REFRESH_S).done:
         with Client(socket) as client:
             prompts = client.status()["prompts"]
-        progress = next((p.get("progress") for p in prompts if (p["model"], p["prompt"]) == key), None)
+        progress = next(
+            (p.get("progress") for p in prompts if (p["model"], p["prompt"]) == key), None
+        )
         if progress and progress["total_tokens"]:
-            line.update(_escaped(f"{name} {progress['done_tokens']} of {progress['total_tokens']} tokens"))
+            line.update(
+                _escaped(f"{name} {progress['done_tokens']} of {progress['total_tokens']} tokens")
+            )
 
 
 def _escaped(text: str) -> str:

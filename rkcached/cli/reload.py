@@ -9,11 +9,15 @@ from pathlib import Path
 from rkcached.errors import DaemonUnreachable, ManifestError, NotAllowed, Problem, RkcachedError
 
 _TIMEOUT_S = 60.0
-"""A look that hashes a large model for the first time takes this long; usually it is a tenth of a second."""
+"""A look that hashes a large model for the first time takes this long; usually it is a tenth of a
+second."""
 
 
 def reload(admin_socket: Path) -> str:
-    """Have the daemon read its manifest. Returns its summary. Errors: ManifestError, DaemonUnreachable, NotAllowed."""
+    """Have the daemon read its manifest.
+
+    Returns its summary. Errors: ManifestError, DaemonUnreachable, NotAllowed.
+    """
     status, body = _post(admin_socket, "/v1/reload")
     if status == 200:
         return str(json.loads(body)["summary"])
@@ -37,7 +41,9 @@ def _post(path: Path, route: str) -> tuple[int, bytes]:
         except PermissionError as error:
             raise NotAllowed(str(path)) from error
         except OSError as error:
-            raise DaemonUnreachable(f"no daemon answers on {path}: {error}", hint="is it running?") from error
+            raise DaemonUnreachable(
+                f"no daemon answers on {path}: {error}", hint="is it running?"
+            ) from error
     head, separator, body = bytes(answer).partition(b"\r\n\r\n")
     if not separator:
         raise DaemonUnreachable("the daemon broke off", hint="its log says why")

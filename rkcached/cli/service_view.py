@@ -1,7 +1,8 @@
 """What the daemon sees, put over what the caller of a command sees.
 
-Who runs `check` may read more than the daemon, or less. Root looks with its eyes from the start (see `unit.become_it`).
-For others the word of a running daemon counts; where none runs, what its unit would hide.
+Who runs `check` may read more than the daemon, or less. Root looks with its eyes from the start
+(see `unit.become_it`). For others the word of a running daemon counts; where none runs, what its
+unit would hide.
 """
 
 from __future__ import annotations
@@ -51,7 +52,9 @@ class ServiceView:
         def of_engine(trouble: Trouble | None) -> bool:
             return trouble is not None and str(trouble) == str(runtime)
 
-        models = {name: None if of_engine(trouble) else trouble for name, trouble in self.models.items()}
+        models = {
+            name: None if of_engine(trouble) else trouble for name, trouble in self.models.items()
+        }
         prompts = {key: seen for key, seen in self.prompts.items() if not of_engine(seen.trouble)}
         return replace(self, models=models, prompts=prompts)
 
@@ -65,12 +68,18 @@ class ServiceView:
                 found[name] = trouble
         return found
 
-    def prompts_in_trouble(self, manifest: Manifest, sources: Sources, desired: Desired) -> dict[Key, Trouble]:
+    def prompts_in_trouble(
+        self, manifest: Manifest, sources: Sources, desired: Desired
+    ) -> dict[Key, Trouble]:
         """What is wrong with a model is said once, for the model; a prompt may have a trouble of its own besides."""
         models, found = self.models_in_trouble(manifest, desired), {}
         for key, prompt in desired.prompts.items():
             declared = sources.prompts[key]
-            own = declared.source if isinstance(desired.models[key.model], Trouble) else prompt.trouble
+            own = (
+                declared.source
+                if isinstance(desired.models[key.model], Trouble)
+                else prompt.trouble
+            )
             trouble = own if isinstance(own, Trouble) else None
             if (seen := self.prompts.get(key)) is not None:
                 told = None if str(seen.trouble) == str(models.get(key.model)) else seen.trouble
@@ -81,7 +90,9 @@ class ServiceView:
 
     def over(self, look: Look) -> Look:
         """The look with the daemon's assessment where it says that nothing can be done, or the caller cannot know."""
-        return replace(look, assessments=tuple(self._assessment(own, look) for own in look.assessments))
+        return replace(
+            look, assessments=tuple(self._assessment(own, look) for own in look.assessments)
+        )
 
     def _assessment(self, own: Assessment, look: Look) -> Assessment:
         seen = self.prompts.get(own.key)
@@ -92,7 +103,9 @@ class ServiceView:
         if seen.trouble is not None:
             reason, hint = seen.trouble.message, seen.trouble.hint
             blocked = Blocked(key=own.key, reason=reason, hint=hint)
-            return replace(own, state=State(seen.state), reason=reason, hint=hint, changes=(), action=blocked)
+            return replace(
+                own, state=State(seen.state), reason=reason, hint=hint, changes=(), action=blocked
+            )
         declared, model = look.sources.prompts.get(own.key), look.manifest.models.get(own.key.model)
         files = [*(declared.files if declared else ()), *([model.path] if model else ())]
         if own.state is not State.BLOCKED or _may_read(files):
@@ -100,7 +113,9 @@ class ServiceView:
         return replace(own, state=State(seen.state), reason="", hint="", action=None)
 
 
-def _of_both(own: Trouble | None, told: Trouble | None, files: Iterable[Path | str]) -> Trouble | None:
+def _of_both(
+    own: Trouble | None, told: Trouble | None, files: Iterable[Path | str]
+) -> Trouble | None:
     """Of what the caller sees and what the daemon sees: his, where it sees the same, or he can know."""
     if str(own) == str(told) or (told is None and _may_read(files)):
         return own
@@ -121,11 +136,15 @@ def _may_read(files: Iterable[Path | str]) -> bool:
     return True
 
 
-def view_of(settings: Settings, manifest: Manifest, sources: Sources, *, ask: bool = False) -> ServiceView:
-    """Asks the daemon, if one runs with this manifest; else the unit. Never fails: nobody may be there.
+def view_of(
+    settings: Settings, manifest: Manifest, sources: Sources, *, ask: bool = False
+) -> ServiceView:
+    """Asks the daemon, if one runs with this manifest; else the unit.
 
-    Who looks with its eyes, or has started it himself, needs to hear it only for what no eyes see, with `ask`: until
-    it has looked again, it speaks of what was.
+    Never fails: nobody may be there.
+
+    Who looks with its eyes, or has started it himself, needs to hear it only for what no eyes see,
+    with `ask`: until it has looked again, it speaks of what was.
     """
     seeing, found = os.environ.get(unit.MARK), unit.installed()
     if found is not None and not found.uses(manifest=settings.manifest):
@@ -134,7 +153,11 @@ def view_of(settings: Settings, manifest: Manifest, sources: Sources, *, ask: bo
         return ServiceView(whose=AS_SERVICE if seeing is not None else "")
     if (socket := _socket(settings, found)) is not None:
         status = _status(socket)
-        if status is not None and status["ready"] and status["manifest"]["file"] == str(settings.manifest):
+        if (
+            status is not None
+            and status["ready"]
+            and status["manifest"]["file"] == str(settings.manifest)
+        ):
             return said_by(status)
     return ServiceView() if found is None else hidden_by(found, manifest, sources)
 
@@ -145,11 +168,15 @@ def said_by(status: Mapping[str, Any]) -> ServiceView:
     for prompt in status["prompts"]:
         troubled = prompt["state"] in _IN_TROUBLE
         trouble = Trouble(message=prompt["reason"], hint=prompt["hint"]) if troubled else None
-        prompts[Key(prompt["model"], prompt["prompt"])] = Seen(state=prompt["state"], trouble=trouble)
+        prompts[Key(prompt["model"], prompt["prompt"])] = Seen(
+            state=prompt["state"], trouble=trouble
+        )
     # Of a model there is one text; its prompts have message and hint apart.
     apart = {str(seen.trouble): seen.trouble for seen in prompts.values()}
     models = {
-        model["name"]: apart.get(model["trouble"], Trouble(message=model["trouble"])) if model["trouble"] else None
+        model["name"]: apart.get(model["trouble"], Trouble(message=model["trouble"]))
+        if model["trouble"]
+        else None
         for model in status["models"]
     }
     return ServiceView(models=models, prompts=prompts, whose=AS_SERVICE)

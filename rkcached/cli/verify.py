@@ -18,7 +18,9 @@ from rkcached.worker import protocol
 from rkcached.worker.pool import Workers
 
 
-def verify_artifacts(cache_dir: Path, look: Look, keys: Sequence[Key], *, deep: bool) -> Iterator[dict[str, Any]]:
+def verify_artifacts(
+    cache_dir: Path, look: Look, keys: Sequence[Key], *, deep: bool
+) -> Iterator[dict[str, Any]]:
     """One result for each key: whether it is good, and the finding in words."""
     store = Store(cache_dir)
     with asyncio.Runner() as runner:
@@ -30,23 +32,41 @@ def verify_artifacts(cache_dir: Path, look: Look, keys: Sequence[Key], *, deep: 
                 artifact = look.inventory.artifacts.get(key)
                 if deep and not finding and artifact is not None:
                     finding, detail = _deep(runner, workers, look, key, artifact)
-                yield {"model": key.model, "prompt": key.prompt, "ok": not finding, "detail": finding or detail}
+                yield {
+                    "model": key.model,
+                    "prompt": key.prompt,
+                    "ok": not finding,
+                    "detail": finding or detail,
+                }
         finally:
             runner.run(workers.stop())
 
 
-def _deep(runner: asyncio.Runner, workers: Workers, look: Look, key: Key, artifact: StoredArtifact) -> tuple[str, str]:
-    """Load it. A prompt cache that is not fresh belongs to another model or runtime, and is not risked."""
+def _deep(
+    runner: asyncio.Runner, workers: Workers, look: Look, key: Key, artifact: StoredArtifact
+) -> tuple[str, str]:
+    """Load it.
+
+    A prompt cache that is not fresh belongs to another model or runtime, and is not risked.
+    """
     model = look.desired.models.get(key.model)
     state = next(assessment.state for assessment in look.assessments if assessment.key == key)
-    if state is not State.FRESH or not isinstance(model, DesiredModel) or artifact.signature is None:
+    if (
+        state is not State.FRESH
+        or not isinstance(model, DesiredModel)
+        or artifact.signature is None
+    ):
         return "", f"matches its sidecar; not loaded, because it is {state.value}"
     cache = protocol.CacheFile(
-        path=str(artifact.path), signature=artifact.signature, fingerprint=artifact.sidecar.fingerprint
+        path=str(artifact.path),
+        signature=artifact.signature,
+        fingerprint=artifact.sidecar.fingerprint,
     )
     worker = workers.get(worker_model(look.manifest.engine, model))
     try:
-        checked = runner.run(worker.run(lambda operation_id: protocol.Check(id=operation_id, cache=cache)))
+        checked = runner.run(
+            worker.run(lambda operation_id: protocol.Check(id=operation_id, cache=cache))
+        )
     except RkcachedError as error:
         return error.message, ""
     tokens = checked.tokens if isinstance(checked, protocol.Checked) else 0

@@ -1,7 +1,8 @@
 """`rkcached wait`: return when prompt caches are fresh, or say why they never will be.
 
-A thread hears the daemon's events and tells the loop here, which asks for the status when the daemon is there
-and after each event that can matter. A daemon that is not there yet, or that goes, is waited for.
+A thread hears the daemon's events and tells the loop here, which asks for the status when the
+daemon is there and after each event that can matter. A daemon that is not there yet, or that goes,
+is waited for.
 """
 
 from __future__ import annotations
@@ -35,7 +36,8 @@ _MATTERS = ("listening", "artifact", "build", "summary")
 """Events after which a prompt may be in another state; the first says that the daemon is there."""
 
 _LASTING = ("blocked", "quarantined", "uncacheable", "uncached")
-"""States that stay until somebody changes something, unless there is a time for the next attempt."""
+"""States that stay until somebody changes something, unless there is a time for the next attempt.
+"""
 
 _MOST_NAMES = 3
 
@@ -70,7 +72,9 @@ class Waited:
         }
 
 
-def wait(socket: Path, names: Sequence[str], *, timeout_s: float, tell: Callable[[str], None]) -> Waited:
+def wait(
+    socket: Path, names: Sequence[str], *, timeout_s: float, tell: Callable[[str], None]
+) -> Waited:
     """Wait until the prompts that MODEL or MODEL/PROMPT name are fresh; without names, all that are declared.
 
     `tell` is called with what is waited for, when that changed. Errors: SourceError for a name that is not
@@ -96,7 +100,9 @@ def wait(socket: Path, names: Sequence[str], *, timeout_s: float, tell: Callable
 
         try:
             # The files may have changed a moment ago: the daemon looks at them first.
-            status = _status(socket, look=not looked, patience_s=started + timeout_s - time.monotonic())
+            status = _status(
+                socket, look=not looked, patience_s=started + timeout_s - time.monotonic()
+            )
         except DaemonUnreachable as error:
             waits_for = error.message
             continue
@@ -153,13 +159,17 @@ def _check_manifest(status: dict[str, Any]) -> None:
 def _chosen(names: Sequence[str], status: dict[str, Any]) -> list[dict[str, Any]]:
     """The declared prompts that are named, in the manifest's order. Errors: SourceError."""
     declared = [prompt for prompt in status["prompts"] if show.is_declared(prompt)]
-    known = [model["name"] for model in status["models"]] + [show.name_of(prompt) for prompt in declared]
+    known = [model["name"] for model in status["models"]] + [
+        show.name_of(prompt) for prompt in declared
+    ]
     troubled = {model["name"] for model in status["models"] if model["trouble"]}
     for name in names:
         if name not in known and name.partition("/")[0] not in troubled:
             hint = f"known: {', '.join(known) or 'none'}; with `rkcached reload` the daemon reads the manifest now"
             raise SourceError(f"{name!r} is not declared", hint=hint)
-    return [one for one in declared if not names or one["model"] in names or show.name_of(one) in names]
+    return [
+        one for one in declared if not names or one["model"] in names or show.name_of(one) in names
+    ]
 
 
 def _troubles(names: Sequence[str], status: dict[str, Any]) -> Iterator[NotFresh]:
@@ -168,7 +178,9 @@ def _troubles(names: Sequence[str], status: dict[str, Any]) -> Iterator[NotFresh
     for model in status["models"]:
         own = [prompt for prompt in declared if prompt["model"] == model["name"]]
         told = any(prompt["state"] in _LASTING for prompt in own)
-        unknown = {name for name in names if name.partition("/")[0] == model["name"]} - set(map(show.name_of, own))
+        unknown = {name for name in names if name.partition("/")[0] == model["name"]} - set(
+            map(show.name_of, own)
+        )
         if model["trouble"] and not told and (unknown or not names):
             yield NotFresh(f"model {model['name']}: {model['trouble']}")
 
@@ -177,12 +189,17 @@ def _never(prompt: dict[str, Any]) -> NotFresh | None:
     """Why it will not become fresh by waiting; None if it may."""
     if prompt["state"] not in _LASTING or prompt["retry_at"] is not None:
         return None
-    return NotFresh(f"{show.name_of(prompt)} is {prompt['state']}: {prompt['reason']}", hint=prompt["hint"])
+    return NotFresh(
+        f"{show.name_of(prompt)} is {prompt['state']}: {prompt['reason']}", hint=prompt["hint"]
+    )
 
 
 def _sentence(waiting: Sequence[dict[str, Any]]) -> str:
     """What each of them does, with the first few by name."""
-    told = [f"{show.name_of(prompt)} is {prompt['state']}{_more(prompt)}" for prompt in waiting[:_MOST_NAMES]]
+    told = [
+        f"{show.name_of(prompt)} is {prompt['state']}{_more(prompt)}"
+        for prompt in waiting[:_MOST_NAMES]
+    ]
     if more := len(waiting) - len(told):
         told.append(f"{more} more")
     return printable(", ".join(told))

@@ -1,10 +1,12 @@
 """The engine port: what the rest of the program asks of an inference library.
 
-An engine holds one loaded model and one KV state. It is synchronous and used by one thread at a time; only `abort`
-may be called from another thread. It lives in a worker process, so it may crash without taking the daemon along.
+An engine holds one loaded model and one KV state. It is synchronous and used by one thread at a
+time; only `abort` may be called from another thread. It lives in a worker process, so it may crash
+without taking the daemon along.
 
-The KV state is a sequence of token positions. A run reuses the longest common prefix of its prompt's tokens with the
-state and prefills only the rest; this makes a wrong or foreign state slow, never wrong.
+The KV state is a sequence of token positions. A run reuses the longest common prefix of its
+prompt's tokens with the state and prefills only the rest; this makes a wrong or foreign state slow,
+never wrong.
 """
 
 from __future__ import annotations
@@ -20,7 +22,15 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-SAMPLING_FIELDS = ("temperature", "top_k", "top_p", "repeat_penalty", "frequency_penalty", "presence_penalty", "seed")
+SAMPLING_FIELDS = (
+    "temperature",
+    "top_k",
+    "top_p",
+    "repeat_penalty",
+    "frequency_penalty",
+    "presence_penalty",
+    "seed",
+)
 """Of `Sampling`, what decides about the next token."""
 
 
@@ -39,9 +49,11 @@ class Sampling(msgspec.Struct, frozen=True, kw_only=True):
     stop: tuple[str, ...] = ()
     """Generation ends before the first of these strings; it is not part of the text."""
     json_schema: str = ""
-    """A JSON schema as text: only such JSON may be generated. For engines whose info says `constrains_json`."""
+    """A JSON schema as text: only such JSON may be generated. For engines whose info says
+    `constrains_json`."""
     logprobs: int | None = None
-    """Give each token's log-probability, and those of so many likeliest ones, where info says `gives_logprobs`."""
+    """Give each token's log-probability, and those of so many likeliest ones, where info says
+    `gives_logprobs`."""
 
 
 class NpuOptions(msgspec.Struct, frozen=True, kw_only=True):
@@ -74,14 +86,16 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
     abi: str = ""
     """The library's ABI by the name of a version; empty finds it."""
     sampling: Sampling | None = None
-    """What runs use that say nothing else; for engines that fix it when the model is loaded, all that they can do."""
+    """What runs use that say nothing else; for engines that fix it when the model is loaded, all
+    that they can do."""
     tokenizer: str = ""
     """A `tokenizer.json`, for engines that take tokens instead of text."""
     lora: str = ""
     lora_scale: float = 1.0
     thinking: bool = False
     pooling: str = ""
-    """Not empty for an embedding model: `mean` or `last`, how the states of all tokens become one vector."""
+    """Not empty for an embedding model: `mean` or `last`, how the states of all tokens become one
+    vector."""
     npu: NpuOptions = NpuOptions()
 
 
@@ -93,13 +107,16 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     measures_prefill: bool
     """`RunStats.cached_tokens` comes from the library's own count."""
     aborts_prefill: bool
-    """`abort` ends a prefill that is to be saved within about a second, and the engine stays usable."""
+    """`abort` ends a prefill that is to be saved within about a second, and the engine stays
+    usable."""
     keeps_state: bool = True
     """The KV state outlives a run; else a prompt cache serves the one run after its load."""
     run_sampling: tuple[str, ...] = SAMPLING_FIELDS
-    """Fields of `Sampling` that a run may set; the others stay as they were when the model was loaded."""
+    """Fields of `Sampling` that a run may set; the others stay as they were when the model was
+    loaded."""
     greedy: bool = True
-    """A run can be made to repeat itself exactly: temperature 0, per run or since the model was loaded."""
+    """A run can be made to repeat itself exactly: temperature 0, per run or since the model was
+    loaded."""
     constrains_json: bool = False
     """`Sampling.json_schema` works."""
     gives_logprobs: bool = False
@@ -127,7 +144,10 @@ class TokenLogprob(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Token(msgspec.Struct, frozen=True, kw_only=True):
-    """A piece of generated text. Always whole UTF-8 characters: a piece may stand for several tokens."""
+    """A piece of generated text.
+
+    Always whole UTF-8 characters: a piece may stand for several tokens.
+    """
 
     text: str
     ids: tuple[int, ...] = ()
@@ -145,7 +165,8 @@ class RunStats(msgspec.Struct, frozen=True, kw_only=True):
     prompt_tokens: int
     """0 where neither the library nor a tokenizer can tell."""
     cached_tokens: int | None
-    """Of `prompt_tokens`, those that were taken from the KV state; None where the library does not measure it."""
+    """Of `prompt_tokens`, those that were taken from the KV state; None where the library does not
+    measure it."""
     prefill_ms: float
     decode_tokens: int
     decode_ms: float
@@ -172,7 +193,10 @@ OnProgress = Callable[[int, int], None]
 
 
 class Engine(Protocol):
-    """One loaded model with one KV state. Errors are `EngineError`s; after any of them the engine stays usable."""
+    """One loaded model with one KV state.
+
+    Errors are `EngineError`s; after any of them the engine stays usable.
+    """
 
     @property
     def info(self) -> EngineInfo: ...
@@ -180,7 +204,9 @@ class Engine(Protocol):
     def count_tokens(self, text: str) -> int | None:
         """How many KV positions a prompt occupies, an added BOS token included; None if nobody can tell."""
 
-    def prefill(self, prompt: str, *, save_to: Path, on_progress: OnProgress | None = None) -> RunStats:
+    def prefill(
+        self, prompt: str, *, save_to: Path, on_progress: OnProgress | None = None
+    ) -> RunStats:
         """Read `prompt` into a cleared KV state and write that state to `save_to` (created or replaced).
 
         The file's state begins with exactly the prompt's tokens, and stays in memory if the engine keeps its state.
@@ -190,13 +216,16 @@ class Engine(Protocol):
     def load(self, path: Path) -> int:
         """Replace the KV state by the one in `path`; returns its number of tokens.
 
-        Errors: ArtifactLoadError (the state is then empty). A damaged file may kill the process in some libraries.
+        Errors: ArtifactLoadError (the state is then empty). A damaged file may kill the process in
+        some libraries.
         """
 
     def clear(self) -> None:
         """Forget the KV state: the next run is cold."""
 
-    def generate(self, prompt: str, sampling: Sampling, on_token: OnToken, *, trace: bool = False) -> RunStats:
+    def generate(
+        self, prompt: str, sampling: Sampling, on_token: OnToken, *, trace: bool = False
+    ) -> RunStats:
         """Prefill what `prompt` has beyond the KV state, then decode; the state afterwards begins with the prompt.
 
         At least one token of the prompt is always prefilled. With `trace`, tokens carry their ids.

@@ -46,7 +46,8 @@ from rkcached.errors import (
 MODEL_MAGIC = b'{"rkcached_memory_model":'
 _MODEL_MAX_BYTES = 1 << 20
 
-# Magic, version, number of tokens; then the tokens and the number of each position (8 bytes, native order).
+# Magic, version, number of tokens; then the tokens and the number of each position (8 bytes, native
+# order).
 _HEADER = struct.Struct("<8sIQ")
 _STATE_MAGIC = b"RKCMEMKV"
 _STATE_VERSION = 1
@@ -60,8 +61,35 @@ _SLICE_US = 20_000  # a slow prefill reports its progress about this often
 _WORDS = tuple(
     f"{word} ".encode()
     for word in (
-        *("amber", "café", "river", "über", "cloud", "🎉", "stone", "naïve", "lamp", "Zürich", "green", "½", "paper"),
-        *("señor", "window", "→", "quiet", "jalapeño", "metal", "straße", "orange", "温度", "garden", "smörgås", "🚀"),
+        *(
+            "amber",
+            "café",
+            "river",
+            "über",
+            "cloud",
+            "🎉",
+            "stone",
+            "naïve",
+            "lamp",
+            "Zürich",
+            "green",
+            "½",
+            "paper",
+        ),
+        *(
+            "señor",
+            "window",
+            "→",
+            "quiet",
+            "jalapeño",
+            "metal",
+            "straße",
+            "orange",
+            "温度",
+            "garden",
+            "smörgås",
+            "🚀",
+        ),
     )
 )
 
@@ -86,7 +114,8 @@ class MemoryModel(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     seed: str = ""
     """Any text: models with different seeds give different answers."""
     script: dict[str, str] = {}
-    """Text in a prompt to the answer that it gets; of several, the last one that the prompt has decides."""
+    """Text in a prompt to the answer that it gets; of several, the last one that the prompt has
+    decides."""
     faults: tuple[Fault, ...] = ()
 
 
@@ -97,7 +126,9 @@ class MemoryEngine:
         self._model, self._origin = _read_model(spec.path)
         self._embeds = bool(spec.pooling)
         context = min(spec.context_tokens or self._model.context_tokens, self._model.context_tokens)
-        self._info = EngineInfo(runtime_version="1", context_tokens=context, measures_prefill=True, aborts_prefill=True)
+        self._info = EngineInfo(
+            runtime_version="1", context_tokens=context, measures_prefill=True, aborts_prefill=True
+        )
         self._tokens = bytearray()
         self._states = array("Q")
         self._abort = threading.Event()
@@ -114,12 +145,15 @@ class MemoryEngine:
     def count_tokens(self, text: str) -> int:
         return len(_encode(text))
 
-    def prefill(self, prompt: str, *, save_to: Path, on_progress: OnProgress | None = None) -> RunStats:
+    def prefill(
+        self, prompt: str, *, save_to: Path, on_progress: OnProgress | None = None
+    ) -> RunStats:
         self._abort.clear()
         self._enter("prefill")
         if not self._model.can_save:
             raise Uncacheable(
-                "this model cannot save its KV state", hint="set can_save in the model file, or serve it without caches"
+                "this model cannot save its KV state",
+                hint="set can_save in the model file, or serve it without caches",
             )
         tokens = self._check_prompt(prompt)
         self.clear()
@@ -143,16 +177,24 @@ class MemoryEngine:
         try:
             data = path.read_bytes()
         except OSError as error:
-            raise ArtifactLoadError(f"cannot read the prompt cache {path}: {error.strerror}") from error
+            raise ArtifactLoadError(
+                f"cannot read the prompt cache {path}: {error.strerror}"
+            ) from error
         if len(data) < _HEADER.size or not data.startswith(_STATE_MAGIC):
             raise ArtifactLoadError(f"{path} is not a prompt cache of this engine")
         _, version, count = _HEADER.unpack_from(data)
         if version != _STATE_VERSION:
-            raise ArtifactLoadError(f"{path} has version {version}, this engine reads {_STATE_VERSION}")
+            raise ArtifactLoadError(
+                f"{path} has version {version}, this engine reads {_STATE_VERSION}"
+            )
         if len(data) != _HEADER.size + count * 9:
-            raise ArtifactLoadError(f"{path} is damaged: {len(data)} bytes do not hold {count} tokens")
+            raise ArtifactLoadError(
+                f"{path} is damaged: {len(data)} bytes do not hold {count} tokens"
+            )
         if count > self._info.context_tokens:
-            raise ArtifactLoadError(f"{path} has {count} tokens, the context holds {self._info.context_tokens}")
+            raise ArtifactLoadError(
+                f"{path} has {count} tokens, the context holds {self._info.context_tokens}"
+            )
         split = _HEADER.size + count
         self._tokens += data[_HEADER.size : split]
         self._states.frombytes(data[split:])
@@ -161,7 +203,9 @@ class MemoryEngine:
     def clear(self) -> None:
         self._truncate(0)
 
-    def generate(self, prompt: str, sampling: Sampling, on_token: OnToken, *, trace: bool = False) -> RunStats:
+    def generate(
+        self, prompt: str, sampling: Sampling, on_token: OnToken, *, trace: bool = False
+    ) -> RunStats:
         self._abort.clear()
         self._check_open()
         if sampling.max_new_tokens < 0:
@@ -190,12 +234,19 @@ class MemoryEngine:
         import numpy as np  # noqa: PLC0415 - 100 ms that only embeddings need
 
         if not self._embeds:
-            raise EngineError("the model was not loaded for embeddings", hint="set embedding: true in the manifest")
+            raise EngineError(
+                "the model was not loaded for embeddings",
+                hint="set embedding: true in the manifest",
+            )
         if not isinstance(content, str) and any(token not in range(256) for token in content):
             raise InputInvalid("a token is not in the vocabulary: tokens are bytes")
-        tokens = self._check_tokens(_encode(content) if isinstance(content, str) else bytes(content))
+        tokens = self._check_tokens(
+            _encode(content) if isinstance(content, str) else bytes(content)
+        )
         last = _positions(self._origin, tokens)[-1]
-        vector = np.frombuffer(last.to_bytes(8, "little"), np.uint8).astype(np.float32) - np.float32(127.5)
+        vector = np.frombuffer(last.to_bytes(8, "little"), np.uint8).astype(
+            np.float32
+        ) - np.float32(127.5)
         return Embedding(vector=vector, tokens=len(tokens))
 
     def abort(self) -> None:
@@ -228,7 +279,11 @@ class MemoryEngine:
         room = self._info.context_tokens - len(self._tokens)
         if scripted:
             answer = _encode(scripted[0])
-            finish = FinishReason.STOP if len(answer) <= min(sampling.max_new_tokens, room) else FinishReason.LENGTH
+            finish = (
+                FinishReason.STOP
+                if len(answer) <= min(sampling.max_new_tokens, room)
+                else FinishReason.LENGTH
+            )
             answer = answer[: min(sampling.max_new_tokens, room)]
             shown = len(answer)
         else:
@@ -306,7 +361,9 @@ def _read_model(path: str) -> tuple[MemoryModel, int]:
         with Path(path).open("rb") as file:
             data = file.read(_MODEL_MAX_BYTES)
     except OSError as error:
-        raise ModelLoadError(f"cannot read the model {path}: {error.strerror}", hint="check the path") from error
+        raise ModelLoadError(
+            f"cannot read the model {path}: {error.strerror}", hint="check the path"
+        ) from error
     if not data.startswith(MODEL_MAGIC):
         raise ModelLoadError(f"{path} is not a memory model", hint=hint)
     try:
@@ -329,18 +386,30 @@ def _positions(state: int, tokens: Iterable[int]) -> list[int]:
 
 def _answer(state: int, sampling: Sampling, room: int) -> tuple[bytes, int, FinishReason]:
     """The answer's tokens, how many of them are text (behind them comes a stop string), and why it ends there."""
-    chosen: list[object] = [state, sampling.repeat_penalty, sampling.frequency_penalty, sampling.presence_penalty]
+    chosen: list[object] = [
+        state,
+        sampling.repeat_penalty,
+        sampling.frequency_penalty,
+        sampling.presence_penalty,
+    ]
     if sampling.temperature is not None and sampling.temperature > 0:
         chosen += [sampling.temperature, sampling.top_k, sampling.top_p, sampling.seed]
     key = _origin(msgspec.json.encode(chosen))
     count = min(sampling.max_new_tokens, room)
     stream = bytearray()
     while len(stream) < count:
-        key = (key * 6364136223846793005 + 1442695040888963407) & _MASK  # Knuth's MMIX generator: high bits are good
+        key = (
+            key * 6364136223846793005 + 1442695040888963407
+        ) & _MASK  # Knuth's MMIX generator: high bits are good
         stream += _WORDS[(key >> 32) % len(_WORDS)]
     answer = bytes(stream[:count])
-    # Of several stop strings the one that is complete first ends the answer, as with any engine that streams.
-    found = [(at + len(stop), at) for stop in map(_encode, sampling.stop) if stop and (at := answer.find(stop)) >= 0]
+    # Of several stop strings the one that is complete first ends the answer, as with any engine
+    # that streams.
+    found = [
+        (at + len(stop), at)
+        for stop in map(_encode, sampling.stop)
+        if stop and (at := answer.find(stop)) >= 0
+    ]
     if not found:
         return answer, len(answer), FinishReason.LENGTH
     end, begin = min(found)
@@ -367,7 +436,9 @@ def _encode(text: str) -> bytes:
     try:
         return text.encode()
     except UnicodeEncodeError as error:
-        raise EngineError(f"the text is not valid Unicode: {error.reason} at {error.start}") from error
+        raise EngineError(
+            f"the text is not valid Unicode: {error.reason} at {error.start}"
+        ) from error
 
 
 def _ms_since(started: float) -> float:

@@ -1,7 +1,7 @@
 """The table of engines: what the program must know about each without loading its native code.
 
-`locate_runtime` finds the library on disk, so that its digest becomes part of every fingerprint; the class itself is
-imported by name, and only inside a worker.
+`locate_runtime` finds the library on disk, so that its digest becomes part of every fingerprint;
+the class itself is imported by name, and only inside a worker.
 """
 
 from __future__ import annotations
@@ -55,9 +55,11 @@ class EngineEntry:
     compiles_schemas: bool = False
     """A JSON schema becomes a grammar, which is compiled by llguidance."""
     model_files: Callable[[Path], tuple[Path, ...]] = _alone
-    """The files that may belong to a model, by the name of the one that the manifest names. Reads nothing."""
+    """The files that may belong to a model, by the name of the one that the manifest names. Reads
+    nothing."""
     inspect_model: Callable[[Path, ReadHeader], ModelFacts] = _inspect_nothing
-    """What the engine opens for a model. Errors: SourceError if it would not load these files; OSError."""
+    """What the engine opens for a model. Errors: SourceError if it would not load these files;
+    OSError."""
 
 
 def _locate_rkllm(engine: EngineConfig) -> RuntimeFiles:
@@ -86,7 +88,9 @@ def _locate_xllamacpp(_: EngineConfig) -> RuntimeFiles:
             hint=f"install the Debian package rkcached-cpu, or run {sys.executable} -m pip install xllamacpp",
         )
     folder = Path(spec.submodule_search_locations[0])
-    return RuntimeFiles(version=importlib.metadata.version("xllamacpp"), files=tuple(sorted(folder.glob("*.so"))))
+    return RuntimeFiles(
+        version=importlib.metadata.version("xllamacpp"), files=tuple(sorted(folder.glob("*.so")))
+    )
 
 
 def _locate_memory(_: EngineConfig) -> RuntimeFiles:

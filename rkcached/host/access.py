@@ -1,7 +1,8 @@
 """Why this process may not read what it was told to read, and what lets it.
 
-Three things keep a daemon out: the sandbox of its unit, a folder on the way, and the file's own mode. The sandbox is
-read from the kernel's list of mounts, so that an administrator's drop-in counts and nothing is guessed.
+Three things keep a daemon out: the sandbox of its unit, a folder on the way, and the file's own
+mode. The sandbox is read from the kernel's list of mounts, so that an administrator's drop-in
+counts and nothing is guessed.
 """
 
 from __future__ import annotations
@@ -82,7 +83,9 @@ def mounts_in(text: str) -> list[Mount]:
         before, _, after = line.partition(" - ")
         fields = before.split(" ")
         if len(fields) > 5 and after:
-            root, place = (_ESCAPE.sub(lambda found: chr(int(found[1], 8)), field) for field in fields[3:5])
+            root, place = (
+                _ESCAPE.sub(lambda found: chr(int(found[1], 8)), field) for field in fields[3:5]
+            )
             mounts.append(Mount(root, place, after.split(" ")[0]))
     return mounts
 
@@ -95,7 +98,8 @@ def hiding(path: str, mounts: Sequence[Mount]) -> str:
             nearest = mount
     if _INACCESSIBLE.search(nearest.root) or _OWN_TMP.search(nearest.root):
         return nearest.place
-    # ProtectHome=tmpfs puts one over each; a machine may have a /home of that kind for reasons of its own.
+    # ProtectHome=tmpfs puts one over each; a machine may have a /home of that kind for reasons of
+    # its own.
     emptied = {mount.place for mount in mounts if mount.kind == "tmpfs"}.issuperset(HOMES)
     return nearest.place if emptied and nearest.place in HOMES else ""
 
@@ -128,7 +132,9 @@ def _denied(real: Path, *, folder: bool) -> Refusal:
     if whose := _whose(real):
         return Refusal("permission denied", f"`{_sudo(whose)}chmod {whose}+{rights} {name}`")
     grant = "g+rx" if folder else "640"
-    return Refusal("permission denied", f"`sudo chgrp {_our_group()} {name} && sudo chmod {grant} {name}`")
+    return Refusal(
+        "permission denied", f"`sudo chgrp {_our_group()} {name} && sudo chmod {grant} {name}`"
+    )
 
 
 def _whose(path: Path) -> str:

@@ -1,8 +1,9 @@
 """Walks and removes what lies beneath a folder, without ever leaving it.
 
-No step follows a symbolic link, and no folder on another mount is entered: every name is resolved from the descriptor
-of the folder that holds it, so a folder that becomes a link in between is an error instead of a way out. The top folder
-itself may be a link, because somebody named it. Blocking.
+No step follows a symbolic link, and no folder on another mount is entered: every name is resolved
+from the descriptor of the folder that holds it, so a folder that becomes a link in between is an
+error instead of a way out. The top folder itself may be a link, because somebody named it.
+Blocking.
 """
 
 from __future__ import annotations
@@ -47,7 +48,10 @@ class Entry(NamedTuple):
 
 @contextlib.contextmanager
 def opened(top: Path, folders: Sequence[str] = ()) -> Iterator[int]:
-    """The descriptor of a folder beneath `top`. Errors: OSError; NotADirectoryError where a link is in the way."""
+    """The descriptor of a folder beneath `top`.
+
+    Errors: OSError; NotADirectoryError where a link is in the way.
+    """
     fd = os.open(top, _FOLDER)
     try:
         for name in folders:
@@ -60,7 +64,10 @@ def opened(top: Path, folders: Sequence[str] = ()) -> Iterator[int]:
 
 
 def identity(top: Path, *names: str) -> Identity | None:
-    """What is there now, itself and not what a link leads to; None if nothing is. Errors: OSError."""
+    """What is there now, itself and not what a link leads to; None if nothing is.
+
+    Errors: OSError.
+    """
     *folders, name = names
     try:
         with opened(top, folders) as fd:
@@ -117,10 +124,11 @@ def remove(
 ) -> bool:
     """Remove what `names` lead to from `top`, with all that is in it; returns whether it is gone.
 
-    Nothing happens if it is no longer the one that was seen (`only`). What `spare` says yes to stays, and so do the
-    folders that hold it, and what another mount holds. Guaranteed is that nothing outside of `top` is removed, and
-    nothing that has another name; a file that takes this name between the last look and the removal is not told from
-    the one before it. Errors: OSError; what was removed until then is gone.
+    Nothing happens if it is no longer the one that was seen (`only`). What `spare` says yes to
+    stays, and so do the folders that hold it, and what another mount holds. Guaranteed is that
+    nothing outside of `top` is removed, and nothing that has another name; a file that takes this
+    name between the last look and the removal is not told from the one before it. Errors: OSError;
+    what was removed until then is gone.
     """
     *folders, name = names
     try:

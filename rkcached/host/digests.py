@@ -1,9 +1,9 @@
 """SHA-256 of files, without reading a file again that did not change.
 
-A digest is remembered for a path together with the file's signature (device, inode, size, mtime, ctime). The signature
-only ever spares work: it is no part of any identity. A file that changed so recently that a second change could leave
-the same signature is not remembered. How long that is depends on the file system, and the file's own times show it.
-The memory survives restarts.
+A digest is remembered for a path together with the file's signature (device, inode, size, mtime,
+ctime). The signature only ever spares work: it is no part of any identity. A file that changed so
+recently that a second change could leave the same signature is not remembered. How long that is
+depends on the file system, and the file's own times show it. The memory survives restarts.
 """
 
 from __future__ import annotations
@@ -30,13 +30,14 @@ _FINE_NS = 50_000_000
 _COARSE_NS = ((1_000_000_000, 3_000_000_000), (100_000_000, 300_000_000))
 """The same for times that are multiples of the first number.
 
-Whole seconds are what FAT and exFAT (ticks of 1 or 2 s), ext3, JFFS2, HFS+ and some file servers have. A finer file
-system has one now and then as well, or a program set it: that costs one more reading, and only of a file that changed
-within the last 3 s. One second of them allows for a file server whose clock differs.
-"""
+Whole seconds are what FAT and exFAT (ticks of 1 or 2 s), ext3, JFFS2, HFS+ and some file servers
+have. A finer file system has one now and then as well, or a program set it: that costs one more
+reading, and only of a file that changed within the last 3 s. One second of them allows for a file
+server whose clock differs."""
 
 _VERSION = 2
-"""Of the memory's file. The first one, without a number, was kept by a rule that coarse times could deceive."""
+"""Of the memory's file. The first one, without a number, was kept by a rule that coarse times could
+deceive."""
 
 _ATTEMPTS = 3
 
@@ -44,30 +45,41 @@ _PIECE_BYTES = 1 << 18
 
 
 Signature = NewType("Signature", bytes)
-"""What stat(2) says about the identity and the last change of a file, or of several: bytes, as many are kept."""
+"""What stat(2) says about the identity and the last change of a file, or of several: bytes, as many
+are kept."""
 
 _FIELDS = struct.Struct("<QQQqq")
 
 
 def signature_of(*infos: os.stat_result) -> Signature:
     """Device, inode, size, mtime and ctime of each, one after the other."""
-    return Signature(b"".join(_FIELDS.pack(i.st_dev, i.st_ino, i.st_size, i.st_mtime_ns, i.st_ctime_ns) for i in infos))
+    return Signature(
+        b"".join(
+            _FIELDS.pack(i.st_dev, i.st_ino, i.st_size, i.st_mtime_ns, i.st_ctime_ns) for i in infos
+        )
+    )
 
 
 def settled(*infos: os.stat_result) -> bool:
-    """Whether a later change is certain to alter the signature. A time in the future (clock set back) is fine."""
+    """Whether a later change is certain to alter the signature.
+
+    A time in the future (clock set back) is fine.
+    """
     return _unsettled_ns(*infos) == 0
 
 
 def _unsettled_ns(*infos: os.stat_result) -> int:
     """Nanoseconds until these files are settled if nothing changes them.
 
-    Both times count: some file systems have no time of the last change of their own, and show an older one instead.
+    Both times count: some file systems have no time of the last change of their own, and show an
+    older one instead.
     """
     now, wait_ns = time.time_ns(), 0
     for info in infos:
         for moment in (info.st_ctime_ns, info.st_mtime_ns):
-            window_ns = next((window for unit, window in _COARSE_NS if moment % unit == 0), _FINE_NS)
+            window_ns = next(
+                (window for unit, window in _COARSE_NS if moment % unit == 0), _FINE_NS
+            )
             if abs(now - moment) <= window_ns:
                 wait_ns = max(wait_ns, moment + window_ns - now + 1)
     return wait_ns
@@ -107,16 +119,22 @@ class Digests:
         self.hashed_files = 0
         """Files really read so far: what a test or a benchmark looks at."""
         self.steps = 0
-        """Grows with each file asked for and each piece read: who waits for a long reading sees that it gets on."""
+        """Grows with each file asked for and each piece read: who waits for a long reading sees
+        that it gets on."""
         self.reading: Reading | None = None
         """For other threads, which only read it."""
         if file is not None:
-            with contextlib.suppress(OSError, ValueError, RecursionError):  # a damaged memory only costs re-hashing
+            with contextlib.suppress(
+                OSError, ValueError, RecursionError
+            ):  # a damaged memory only costs re-hashing
                 kept = msgspec.json.decode(file.read_bytes(), type=_Kept)
                 self._before = kept.files if kept.version == _VERSION else {}
 
     def digest(self, path: Path) -> str:
-        """Hexadecimal SHA-256 of the file's content. Errors: OSError; SourceError if the file does not hold still."""
+        """Hexadecimal SHA-256 of the file's content.
+
+        Errors: OSError; SourceError if the file does not hold still.
+        """
         return self.digest_and_signature(path)[0]
 
     def digest_and_signature(self, path: Path) -> tuple[str, Signature]:
@@ -143,7 +161,9 @@ class Digests:
                     self._entries[name] = _Entry(signature, digest)
                     self._dirty = True
                 return digest, signature
-        raise SourceUnsettled(f"{path} is being written to", hint="it is read again when it no longer changes")
+        raise SourceUnsettled(
+            f"{path} is being written to", hint="it is read again when it no longer changes"
+        )
 
     def let_settle(self, path: Path) -> None:
         """Wait until a file that just changed is settled, at most 6 s; nothing to do if its digest is remembered.
@@ -183,7 +203,10 @@ class Digests:
         self._dirty = True
 
     def save(self) -> None:
-        """Write the memory if it changed: of the files asked for since the start. Errors: OSError."""
+        """Write the memory if it changed: of the files asked for since the start.
+
+        Errors: OSError.
+        """
         if not self._dirty or self._file is None:
             return
         temporary = self._file.with_name(self._file.name + ".tmp")

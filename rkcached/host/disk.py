@@ -15,7 +15,10 @@ BLOCK_BYTES = 4096
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Free:
-    """What a user without privileges may still take. A file system that counts no inodes has `inodes` None."""
+    """What a user without privileges may still take.
+
+    A file system that counts no inodes has `inodes` None.
+    """
 
     mount: Path
     size_bytes: int
@@ -63,7 +66,10 @@ def refusal(error: OSError, place: Path) -> tuple[str, str]:
                 ROOM,
             )
         case errno.EDQUOT:
-            return f"{why}: {disk.free_bytes:,} bytes are free on {disk.mount}", "raise the quota of the daemon's user"
+            return (
+                f"{why}: {disk.free_bytes:,} bytes are free on {disk.mount}",
+                "raise the quota of the daemon's user",
+            )
         case errno.EROFS:
             return (
                 f"{disk.mount} is mounted read-only",

@@ -20,7 +20,10 @@ def write_new(path: Path, data: bytes) -> None:
 
 
 def replace(path: Path, data: bytes) -> None:
-    """The file has this content afterwards, or on any error the content that it had. Errors: OSError."""
+    """The file has this content afterwards, or on any error the content that it had.
+
+    Errors: OSError.
+    """
     temporary = path.with_name(f".{path.name}-{secrets.token_hex(4)}.tmp")
     try:
         write_new(temporary, data)

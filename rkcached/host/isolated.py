@@ -1,11 +1,12 @@
 """Starts children of this program that run this program's code and nobody else's.
 
-An interpreter looks for modules in the current folder, in PYTHONPATH and in the user's site-packages. Whoever can
-write one of these decides what a child runs: `sudo rkcached check` in a folder with a foreign `msgspec.py` ran it as
-root. So every child is started with -I and -P and by the absolute path of this file, which then takes the package
-that it is a part of. Modules of others come from the interpreter's own places, and from two more that -I
-leaves out and the parent tells in the arguments: the folder that the package lies in (`pip install --target`), and
-the user's site-packages, where the parent uses it and it belongs to who runs it (`pip install --user`).
+An interpreter looks for modules in the current folder, in PYTHONPATH and in the user's
+site-packages. Whoever can write one of these decides what a child runs: `sudo rkcached check` in a
+folder with a foreign `msgspec.py` ran it as root. So every child is started with -I and -P and by
+the absolute path of this file, which then takes the package that it is a part of. Modules of others
+come from the interpreter's own places, and from two more that -I leaves out and the parent tells in
+the arguments: the folder that the package lies in (`pip install --target`), and the user's
+site-packages, where the parent uses it and it belongs to who runs it (`pip install --user`).
 
 As a script this file runs in the child; it imports nothing but Python's own.
 """
@@ -40,13 +41,19 @@ def command(module: str, *arguments: str) -> list[str]:
 def environment() -> dict[str, str]:
     """This process's environment without what is meant for it alone.
 
-    LD_LIBRARY_PATH stays, as a runtime library may need it. Its relative entries mean the child's own folder.
+    LD_LIBRARY_PATH stays, as a runtime library may need it. Its relative entries mean the child's
+    own folder.
     """
-    return {name: value for name, value in os.environ.items() if not name.startswith(_NOT_FOR_CHILDREN)}
+    return {
+        name: value for name, value in os.environ.items() if not name.startswith(_NOT_FOR_CHILDREN)
+    }
 
 
 def folders() -> list[str]:
-    """Where the child may look for modules besides the interpreter's own places. They are looked into last."""
+    """Where the child may look for modules besides the interpreter's own places.
+
+    They are looked into last.
+    """
     found = [str(_PACKAGE.parent)]
     user_site = site.USER_SITE if site.ENABLE_USER_SITE else None
     if user_site is not None and user_site in sys.path and _is_own(user_site):

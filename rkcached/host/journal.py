@@ -36,7 +36,9 @@ class Journal:
             self._socket.close()
             raise
 
-    def send(self, *, level: str, message: str, event: str = "", fields: Mapping[str, Any] | None = None) -> None:
+    def send(
+        self, *, level: str, message: str, event: str = "", fields: Mapping[str, Any] | None = None
+    ) -> None:
         """Write one entry. Errors: OSError."""
         self._socket.sendall(entry(level=level, message=message, event=event, fields=fields or {}))
 
@@ -51,7 +53,9 @@ class JournalHandler(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         try:
             message = f"{record.name}: {self.format(record)}"
-            self._journal.send(level=record.levelname.lower(), message=message, fields={"logger": record.name})
+            self._journal.send(
+                level=record.levelname.lower(), message=message, fields={"logger": record.name}
+            )
         except OSError:
             self.handleError(record)
 
@@ -65,7 +69,9 @@ def entry(*, level: str, message: str, event: str, fields: Mapping[str, Any]) ->
         **({"EVENT": event} if event else {}),
     }
     names = {_RENAMED.get(name.upper(), name.upper()): str(value) for name, value in fields.items()}
-    given = {name: value for name, value in names.items() if name not in _OWN and _FIELD.fullmatch(name)}
+    given = {
+        name: value for name, value in names.items() if name not in _OWN and _FIELD.fullmatch(name)
+    }
     return b"".join(_field(name, value) for name, value in {**own, **given}.items())
 
 

@@ -1,4 +1,6 @@
-"""Log lines: one event with fields a line, on standard error. `artifact built model=... prompt=... prefill_ms=...`.
+"""Log lines: one event with fields a line, on standard error.
+
+`artifact built model=... prompt=... prefill_ms=...`.
 
 Where standard error is systemd's journal, the event goes there as an entry with the same fields.
 """
@@ -25,8 +27,12 @@ def configure(level: str) -> None:
     if journal is not None:
         logging.basicConfig(level=logging.WARNING, handlers=[JournalHandler(journal)])
     else:
-        logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="%(levelname)-7s %(name)s: %(message)s")
-    logging.getLogger("watchdog").setLevel(logging.ERROR)  # that events were lost, `watch` says itself
+        logging.basicConfig(
+            level=logging.WARNING, stream=sys.stderr, format="%(levelname)-7s %(name)s: %(message)s"
+        )
+    logging.getLogger("watchdog").setLevel(
+        logging.ERROR
+    )  # that events were lost, `watch` says itself
     structlog.configure(
         processors=[
             structlog.processors.add_log_level,
@@ -34,7 +40,9 @@ def configure(level: str) -> None:
             _without_empty,
             _line if journal is None else _Entries(journal),
         ],
-        wrapper_class=structlog.make_filtering_bound_logger(logging.getLevelNamesMapping()[level.upper()]),
+        wrapper_class=structlog.make_filtering_bound_logger(
+            logging.getLevelNamesMapping()[level.upper()]
+        ),
         logger_factory=structlog.PrintLoggerFactory(sys.stderr),
         cache_logger_on_first_use=True,
     )
@@ -85,4 +93,8 @@ def _message(name: str, event: Event) -> str:
 def _value(value: object) -> str:
     """A value that can be told from the next field: quoted if it has blanks, always on one line."""
     text = str(value)
-    return repr(text) if any(c.isspace() or c in "\"'=" for c in text) or not text.isprintable() else text
+    return (
+        repr(text)
+        if any(c.isspace() or c in "\"'=" for c in text) or not text.isprintable()
+        else text
+    )

@@ -30,19 +30,25 @@ def cache_dir(manifest: Path) -> Path:
 
 def state_dir(cache_dir: Path) -> Path:
     return Path(
-        _given("STATE_DIRECTORY") or (SYSTEM_STATE if cache_dir == SYSTEM_CACHE else cache_dir.parent / "state")
+        _given("STATE_DIRECTORY")
+        or (SYSTEM_STATE if cache_dir == SYSTEM_CACHE else cache_dir.parent / "state")
     )
 
 
 def socket_to_open() -> Path:
     """Where a daemon listens."""
-    return Path(_given("RUNTIME_DIRECTORY") or os.environ.get("XDG_RUNTIME_DIR") or SYSTEM_RUNTIME) / SOCKET_NAME
+    return (
+        Path(_given("RUNTIME_DIRECTORY") or os.environ.get("XDG_RUNTIME_DIR") or SYSTEM_RUNTIME)
+        / SOCKET_NAME
+    )
 
 
 def socket_to_ask() -> Path:
     """Where a client finds the daemon: the user's own if there is one, else the system's if it is installed."""
     own = socket_to_open()
-    return own if os.path.lexists(own) or not SYSTEM_RUNTIME.is_dir() else SYSTEM_RUNTIME / SOCKET_NAME
+    return (
+        own if os.path.lexists(own) or not SYSTEM_RUNTIME.is_dir() else SYSTEM_RUNTIME / SOCKET_NAME
+    )
 
 
 def admin_socket_to_ask() -> Path:

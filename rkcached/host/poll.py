@@ -1,7 +1,8 @@
 """Polls folders and files where the kernel reports no changes, by watchdog's polling observer.
 
-One thread serves all of them, whatever their number, and never the event loop: a file system may hang. What is found is
-a hint as events are, and what a poll misses the next look of the reconciler finds.
+One thread serves all of them, whatever their number, and never the event loop: a file system may
+hang. What is found is a hint as events are, and what a poll misses the next look of the reconciler
+finds.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ Tree = Mapping[str, set[str] | None]
 class Poller(FileSystemEventHandler):
     """Polls places where the kernel reports nothing, in one thread, whatever their number.
 
-    watchdog is shown the tree of all files with nothing in it but these places and the ways to them.
+    watchdog is shown the tree of all files with nothing in it but these places and the ways to
+    them.
     """
 
     def __init__(self, found: Callable[[str], None], interval_s: float) -> None:
@@ -33,10 +35,16 @@ class Poller(FileSystemEventHandler):
         self._tree: Tree = {}
 
     def poll(self, places: Tree) -> None:
-        """Poll exactly these places from now on. Does not block, whatever state their file systems are in."""
+        """Poll exactly these places from now on.
+
+        Does not block, whatever state their file systems are in.
+        """
         if places and self._observer is None:
-            # The first snapshot is taken here, of an empty tree; the next one, in watchdog's thread, finds it all new.
-            self._observer = PollingObserverVFS(_stat, self._entries, polling_interval=self._interval_s)
+            # The first snapshot is taken here, of an empty tree; the next one, in watchdog's
+            # thread, finds it all new.
+            self._observer = PollingObserverVFS(
+                _stat, self._entries, polling_interval=self._interval_s
+            )
             self._observer.schedule(self, "/", recursive=True)
             self._observer.start()
         elif not places and self._observer is not None:
@@ -47,7 +55,9 @@ class Poller(FileSystemEventHandler):
         self._tree = _tree(places)
 
     def on_any_event(self, event: FileSystemEvent) -> None:
-        if isinstance(event, DirModifiedEvent):  # something in it came or went, which is an event of its own
+        if isinstance(
+            event, DirModifiedEvent
+        ):  # something in it came or went, which is an event of its own
             return
         for path in (event.src_path, event.dest_path):
             if path:
@@ -61,7 +71,9 @@ class Poller(FileSystemEventHandler):
         try:
             with os.scandir(folder) as entries:
                 return iter(list(entries))
-        except OSError:  # a poll shall not fail as a whole; the look, which is next, says what is wrong
+        except (
+            OSError
+        ):  # a poll shall not fail as a whole; the look, which is next, says what is wrong
             return iter(())
 
 

@@ -1,4 +1,7 @@
-"""Where things are: from flags, the environment (RKCACHED_*, systemd's *_DIRECTORY), or defaults. In this order."""
+"""Where things are: from flags, the environment (RKCACHED_*, systemd's *_DIRECTORY), or defaults.
+
+In this order.
+"""
 
 from __future__ import annotations
 
@@ -42,5 +45,9 @@ class Settings(BaseSettings):
         if "socket" in self.model_fields_set:
             return self
         socket = places.socket_to_ask()
-        admin = self.admin_socket if "admin_socket" in self.model_fields_set else socket.parent / places.ADMIN_NAME
+        admin = (
+            self.admin_socket
+            if "admin_socket" in self.model_fields_set
+            else socket.parent / places.ADMIN_NAME
+        )
         return self.model_copy(update={"socket": socket, "admin_socket": admin})

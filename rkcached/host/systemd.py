@@ -1,6 +1,7 @@
 """What systemd and the daemon tell each other: readiness, status and watchdog out, sockets in.
 
-Started by anybody else, everything here does nothing. Facts: sd_notify(3), sd_listen_fds(3), sd_watchdog_enabled(3).
+Started by anybody else, everything here does nothing. Facts: sd_notify(3), sd_listen_fds(3),
+sd_watchdog_enabled(3).
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ _FIRST_FD = 3
 """SD_LISTEN_FDS_START."""
 
 _EXTENSION_S = 60.0
-"""How much time each sign of life asks for while systemd waits for us: far more than until the next one."""
+"""How much time each sign of life asks for while systemd waits for us: far more than until the next
+one."""
 
 _STOP_S = 6.0
 """To stop a build and to end every worker, also one that hangs."""
@@ -49,7 +51,10 @@ class Service:
         return _UNWATCHED_PULSE_S if self._notified and self._awaited else None
 
     def beat(self) -> None:
-        """The caller is alive and gets on with its work. To be called by the reconcile loop alone."""
+        """The caller is alive and gets on with its work.
+
+        To be called by the reconcile loop alone.
+        """
         said = ["WATCHDOG=1"] if self._watchdog_s is not None else []
         if self._awaited:
             said.append(f"EXTEND_TIMEOUT_USEC={int(_EXTENSION_S * 1e6)}")
@@ -62,7 +67,9 @@ class Service:
     def reloading(self) -> None:
         """To be followed by `ready`."""
         self._awaited = True
-        self._tell("RELOADING=1", f"MONOTONIC_USEC={time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1000}")
+        self._tell(
+            "RELOADING=1", f"MONOTONIC_USEC={time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1000}"
+        )
 
     def stopping(self, *, grace_s: float) -> None:
         """The end takes a moment longer than `grace_s`: running answers may end within it."""
@@ -77,7 +84,8 @@ class Service:
 
     def _tell(self, *assignments: str) -> None:
         if self._notifier is not None and assignments:
-            # The package encodes as Latin-1, systemd reads UTF-8: give it the letters that become our bytes.
+            # The package encodes as Latin-1, systemd reads UTF-8: give it the letters that become
+            # our bytes.
             self._notifier.notify("\n".join(assignments).encode(errors="replace").decode("latin-1"))
 
 

@@ -33,7 +33,16 @@ _SANDBOX: Final = (
 _FACTS: Final = ("LoadState", "MainPID", "ExecStart", "Environment", "EnvironmentFiles", *_SANDBOX)
 _BIND: Final = re.compile(r"(-?/.*?):(/.*?):(rbind|norbind)(?: |$)")
 _ANSWER_S: Final = 5.0
-_OF_TERMINALS: Final = ("TERM", "COLORTERM", "COLUMNS", "LINES", "NO_COLOR", "FORCE_COLOR", "LANG", "LC_ALL")
+_OF_TERMINALS: Final = (
+    "TERM",
+    "COLORTERM",
+    "COLUMNS",
+    "LINES",
+    "NO_COLOR",
+    "FORCE_COLOR",
+    "LANG",
+    "LC_ALL",
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,15 +62,32 @@ class Unit:
         return all(self.places[name] == path for name, path in places.items())
 
     def hides(self, path: Path | str) -> str:
-        """The place that would hide `path` from it; empty if nothing does. Modes are not looked at."""
+        """The place that would hide `path` from it; empty if nothing does.
+
+        Modes are not looked at.
+        """
         return hiding(os.path.realpath(path), _mounts(self.sandbox))
 
     def command(self, words: Sequence[str]) -> list[str]:
         """For root: runs `rkcached WORDS` as its user, in its sandbox."""
         if self.pid:
-            return ["nsenter", f"--target={self.pid}", "--mount", "--wd=/", *self._as_user(), self.program, *words]
-        settings = [f"--property={name}={_as_written(name, value)}" for name, value in self.sandbox.items() if value]
-        variables = [f"--setenv={name}={os.environ[name]}" for name in _OF_TERMINALS if name in os.environ]
+            return [
+                "nsenter",
+                f"--target={self.pid}",
+                "--mount",
+                "--wd=/",
+                *self._as_user(),
+                self.program,
+                *words,
+            ]
+        settings = [
+            f"--property={name}={_as_written(name, value)}"
+            for name, value in self.sandbox.items()
+            if value
+        ]
+        variables = [
+            f"--setenv={name}={os.environ[name]}" for name in _OF_TERMINALS if name in os.environ
+        ]
         run = ["systemd-run", "--quiet", "--pipe", "--wait", "--collect", *settings, *variables]
         return [*run, f"--setenv={MARK}=0", self.program, *words]
 
@@ -70,7 +96,10 @@ class Unit:
         user = pwd.getpwnam(self.sandbox.get("User") or "root")
         named = self.sandbox.get("Group")
         group = grp.getgrnam(named).gr_gid if named else user.pw_gid
-        more = [grp.getgrnam(name).gr_gid for name in self.sandbox.get("SupplementaryGroups", "").split()]
+        more = [
+            grp.getgrnam(name).gr_gid
+            for name in self.sandbox.get("SupplementaryGroups", "").split()
+        ]
         groups = ",".join(map(str, dict.fromkeys([*os.getgrouplist(user.pw_name, group), *more])))
         return ["setpriv", f"--reuid={user.pw_uid}", f"--regid={group}", f"--groups={groups}"]
 
@@ -125,20 +154,31 @@ def unit_of(facts: Mapping[str, str]) -> Unit | None:
     return Unit(
         program=found[1],
         pid=int(facts.get("MainPID") or 0),
-        places={name: Path(variables.get(f"RKCACHED_{name.upper()}") or place) for name, place in defaults.items()},
+        places={
+            name: Path(variables.get(f"RKCACHED_{name.upper()}") or place)
+            for name, place in defaults.items()
+        },
         sandbox={name: facts.get(name, "") for name in _SANDBOX},
     )
 
 
 def _variables(facts: Mapping[str, str]) -> dict[str, str]:
-    """Of its environment; files come after, as with systemd. One that cannot be read says nothing."""
+    """Of its environment; files come after, as with systemd.
+
+    One that cannot be read says nothing.
+    """
     words = _words(facts.get("Environment", ""))
     for name in re.findall(r"(/.*?) \(ignore_errors=\w+\)", facts.get("EnvironmentFiles", "")):
         try:
             lines = Path(name).read_text(errors="replace").splitlines()
         except OSError:
             continue
-        words += [word for line in lines if not line.lstrip().startswith(("#", ";")) for word in _words(line)]
+        words += [
+            word
+            for line in lines
+            if not line.lstrip().startswith(("#", ";"))
+            for word in _words(line)
+        ]
     return {name: value for name, _, value in (word.partition("=") for word in words)}
 
 
@@ -153,7 +193,11 @@ def _mounts(sandbox: Mapping[str, str]) -> list[Mount]:
     """As they would be in it: what is hidden, and what is shown below that."""
     closed = [*(HOMES if sandbox["ProtectHome"] in ("yes", "tmpfs") else ())]
     closed += ["/tmp", "/var/tmp"] if sandbox["PrivateTmp"] not in ("", "no") else []  # noqa: S108 - compared only
-    shown = [bind[1] for name in ("BindPaths", "BindReadOnlyPaths") for bind in _BIND.findall(sandbox[name])]
+    shown = [
+        bind[1]
+        for name in ("BindPaths", "BindReadOnlyPaths")
+        for bind in _BIND.findall(sandbox[name])
+    ]
     if sandbox["ProtectHome"] == "yes":
         shown = [path for path in shown if not hiding(path, [_closed(place) for place in HOMES])]
     paths = [path.lstrip("-+") for path in _words(sandbox["InaccessiblePaths"])]

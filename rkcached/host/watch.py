@@ -2,14 +2,16 @@
 
 The names that events have are passed on, and say where to look first; nothing depends on them.
 
-Watches folders, not files, because editors replace files; of each path it watches every folder in which a link on the
-way lies, so that a retargeted link or a swapped `..data` folder is noticed; and each folder on the way for being moved
-or deleted itself. A folder that does not exist yet is awaited in its nearest existing ancestor.
+Watches folders, not files, because editors replace files; of each path it watches every folder in
+which a link on the way lies, so that a retargeted link or a swapped `..data` folder is noticed; and
+each folder on the way for being moved or deleted itself. A folder that does not exist yet is
+awaited in its nearest existing ancestor.
 
-watchdog watches. Its `InotifyFD` reads one inotify descriptor in one thread, whatever the number of folders; the kernel
-says when it lost events, and that is an event like any other. Where the kernel has no room for a watch, and on file
-systems that other machines change, its polling observer looks at the same places. Its threads only post to the event
-loop. Whatever all of them miss is found when the reconciler looks again, once a minute.
+watchdog watches. Its `InotifyFD` reads one inotify descriptor in one thread, whatever the number of
+folders; the kernel says when it lost events, and that is an event like any other. Where the kernel
+has no room for a watch, and on file systems that other machines change, its polling observer looks
+at the same places. Its threads only post to the event loop. Whatever all of them miss is found when
+the reconciler looks again, once a minute.
 """
 
 from __future__ import annotations
@@ -66,9 +68,23 @@ REMOTE_POLL_S = 5.0
 """The same for remote file systems, where each poll may cost requests to another machine."""
 
 REMOTE = frozenset(
-    ["9p", "afs", "beegfs", "ceph", "cifs", "fuse", "lustre", "nfs", "nfs4", "smb3", "vboxsf", "virtiofs"]
+    [
+        "9p",
+        "afs",
+        "beegfs",
+        "ceph",
+        "cifs",
+        "fuse",
+        "lustre",
+        "nfs",
+        "nfs4",
+        "smb3",
+        "vboxsf",
+        "virtiofs",
+    ]
 )
-"""Types of file systems that may change without an event on this machine; so may all named `fuse.*`."""
+"""Types of file systems that may change without an event on this machine; so may all named
+`fuse.*`."""
 
 _WRITTEN = Mask(InotifyConstants.IN_MODIFY)
 _NOT_WRITTEN = Mask(
@@ -87,7 +103,8 @@ _MAX_LINKS = 40
 """As the kernel's own limit for links on one path."""
 
 _MAX_NAMES = 1000
-"""Names of changed files that are kept for the event loop; so many of them say no more than that much changed."""
+"""Names of changed files that are kept for the event loop; so many of them say no more than that
+much changed."""
 
 _ANY = "any"
 """Stands for a file of a folder, whatever its name."""
@@ -164,7 +181,10 @@ class Watcher:
             self._inotify = None
 
     def follow(self, wanted: Mapping[str, Place]) -> None:
-        """Watch exactly these places. What cannot be watched is polled, and tried again by the next call."""
+        """Watch exactly these places.
+
+        What cannot be watched is polled, and tried again by the next call.
+        """
         if self._closed:
             return
         with self._listener.lock:
@@ -192,7 +212,10 @@ class Watcher:
 
         for folder, watch in list(self._watches.items()):
             now = wanted.get(folder)
-            if now is None or (now.identity, now.events) != (watch.place.identity, watch.place.events):
+            if now is None or (now.identity, now.events) != (
+                watch.place.identity,
+                watch.place.events,
+            ):
                 del self._watches[folder]
                 self._listener.forget(folder, watch.number)
                 inotify.remove_callbacks([(watch.number, watch.id)])
@@ -219,7 +242,8 @@ class Watcher:
 
     def _open(self) -> InotifyFD:
         if self._inotify is None:
-            # It needs three descriptors, and would leak the first where there is none for the others.
+            # It needs three descriptors, and would leak the first where there is none for the
+            # others.
             with contextlib.ExitStack() as spare:
                 for _ in range(3):
                     spare.enter_context(open(os.devnull, "rb"))  # noqa: PTH123 - quick
@@ -230,7 +254,10 @@ class Watcher:
         return self._inotify
 
     def _add(self, inotify: InotifyFD, folder: str, place: Place) -> _Watch:
-        """Watch a folder. Its place is of before: had it been replaced in between, the next look would see that."""
+        """Watch a folder.
+
+        Its place is of before: had it been replaced in between, the next look would see that.
+        """
         callback = CallbackId(next(self._ids))
         number = inotify.add_callback(os.fsencode(folder), place.events, self._listener, callback)
         if number < 0:  # watchdog passes over a missing permission
@@ -244,7 +271,9 @@ class Watcher:
         if self._closed:
             return
         if news.lost:
-            log.warning("file events lost", hint="there were too many at once; every file is checked now")
+            log.warning(
+                "file events lost", hint="there were too many at once; every file is checked now"
+            )
         for folder, watch in list(self._watches.items()):
             if watch.number in news.ended:
                 del self._watches[folder]
@@ -286,7 +315,10 @@ class _News:
 
 
 class _Listener(WatchCallback):
-    """What watchdog's threads call. It keeps what matters until the event loop takes it, much at a time."""
+    """What watchdog's threads call.
+
+    It keeps what matters until the event loop takes it, much at a time.
+    """
 
     def __init__(self, take: Callable[[_News], None]) -> None:
         self._take = take
@@ -359,7 +391,10 @@ class _Listener(WatchCallback):
 
 
 def places(files: Iterable[Path], folders: Iterable[Path]) -> dict[str, Place]:
-    """Where these files and the content of these folders may change; they need not exist. Reads links: may block."""
+    """Where these files and the content of these folders may change; they need not exist.
+
+    Reads links: may block.
+    """
     found: dict[str, set[str] | None] = {}
 
     def add(folder: str, name: str) -> None:

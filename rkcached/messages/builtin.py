@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Final
 
-# Lines that end in a block tag lose their newline (trim_blocks), lines that end in text or a value keep it.
-# Tools, calls and results are written as Hermes and Qwen models were trained on them: JSON between tags.
+# Lines that end in a block tag lose their newline (trim_blocks), lines that end in text or a value
+# keep it. Tools, calls and results are written as Hermes and Qwen models were trained on them: JSON
+# between tags.
 _CHATML: Final = """\
 {% macro tool_list() %}
 # Tools
@@ -72,7 +73,8 @@ For each function call, return a json object with function name and arguments wi
 {% endif %}
 """
 
-# Llama 3.1 and later: the tools stand in the first user message, so a prompt's prefix is the same with them.
+# Llama 3.1 and later: the tools stand in the first user message, so a prompt's prefix is the same
+# with them.
 _LLAMA3: Final = """\
 {% set seen = namespace(user=false) %}
 {% for message in messages %}
@@ -132,7 +134,8 @@ _GEMMA: Final = r"""
 {% endif %}
 """
 
-# The distilled R1 models: system text first and bare; the reasoning of earlier answers is not shown again.
+# The distilled R1 models: system text first and bare; the reasoning of earlier answers is not shown
+# again.
 _DEEPSEEK: Final = """\
 {% for message in messages if message.role == 'system' %}
 {{- '' if loop.first else '\\n\\n' }}{{ message.content }}

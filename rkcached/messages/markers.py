@@ -17,13 +17,19 @@ _MARKERS: Final = (
     r"(?:bos|eos|pad|unk)>",
     r"/?s>",  # Llama 2, Mistral
 )
-"""What starts and ends turns, after its `<`: a model's tokenizer may know more of them than its template writes."""
+"""What starts and ends turns, after its `<`: a model's tokenizer may know more of them than its
+template writes."""
 
-_WRITTEN: Final = re.compile(r"</?[A-Za-z][\w.:-]{0,63}>|<<\w{1,32}>>|<</\w{1,32}>>|\[/?[A-Z][A-Z_]{1,31}\]")
+_WRITTEN: Final = re.compile(
+    r"</?[A-Za-z][\w.:-]{0,63}>|<<\w{1,32}>>|<</\w{1,32}>>|\[/?[A-Z][A-Z_]{1,31}\]"
+)
 """What a template may write around messages: `<user>`, `<<SYS>>`, `[INST]`, `</tool_response>`."""
 
-_WORDS: Final = frozenset({"<think>", "</think>", "<tools>", "</tools>", "<tool_call>", "</tool_call>"})
-"""These stand inside a turn. An answer that is sent back may hold them, and a prompt may explain them."""
+_WORDS: Final = frozenset(
+    {"<think>", "</think>", "<tools>", "</tools>", "<tool_call>", "</tool_call>"}
+)
+"""These stand inside a turn. An answer that is sent back may hold them, and a prompt may explain
+them."""
 
 _PLACEHOLDERS: Final = frozenset({"<function-name>", "<args-json-object>"})
 
@@ -31,8 +37,8 @@ _PLACEHOLDERS: Final = frozenset({"<function-name>", "<args-json-object>"})
 class Markers:
     """The markers of one template.
 
-    They are the forms in which the known families write theirs, and whatever else of that kind stands in the template
-    itself or is its bos_token or eos_token.
+    They are the forms in which the known families write theirs, and whatever else of that kind
+    stands in the template itself or is its bos_token or eos_token.
     """
 
     def __init__(self, source: str, bos_token: str, eos_token: str) -> None:
@@ -41,7 +47,9 @@ class Markers:
         for token in sorted(token for token in written if len(token) > 1):
             rests.setdefault(token[0], []).append(re.escape(token[1:]))
         # Consumes only the first character of a marker: they may overlap.
-        pattern = "|".join(f"{re.escape(first)}(?={'|'.join(rest)})" for first, rest in rests.items())
+        pattern = "|".join(
+            f"{re.escape(first)}(?={'|'.join(rest)})" for first, rest in rests.items()
+        )
         self._first_character = re.compile(pattern)
         self._first = tuple(rests)
 

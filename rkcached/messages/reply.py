@@ -1,7 +1,7 @@
 """What a model wrote, taken apart as it comes: reasoning, content, tool calls. Pure.
 
-Tags may be cut anywhere between two pieces, so what could be the beginning of one is held back. Nothing is lost: what
-looks like a tool call and is none comes out as content, letter by letter.
+Tags may be cut anywhere between two pieces, so what could be the beginning of one is held back.
+Nothing is lost: what looks like a tool call and is none comes out as content, letter by letter.
 """
 
 from __future__ import annotations
@@ -49,8 +49,9 @@ class _Mode(Enum):
 class Reply:
     """Feed it the pieces of an answer, then end it.
 
-    `style` is how the model writes tool calls, None if it was given no tools; `tools` are their names. `forced`: the
-    whole answer is one call in JSON, as its schema demanded. `reasons`: the prompt ended inside <think>.
+    `style` is how the model writes tool calls, None if it was given no tools; `tools` are their
+    names. `forced`: the whole answer is one call in JSON, as its schema demanded. `reasons`: the
+    prompt ended inside <think>.
     """
 
     def __init__(
@@ -144,7 +145,11 @@ class Reply:
         if any(tag.startswith(text[: len(tag)]) and len(text) < len(tag) for tag in tags):
             return  # also when there is only white space
         if self._may_reason and text.startswith(_THINK):
-            self._held, self._mode, self._may_reason = text.removeprefix(_THINK), _Mode.REASONING, False
+            self._held, self._mode, self._may_reason = (
+                text.removeprefix(_THINK),
+                _Mode.REASONING,
+                False,
+            )
         elif self._style is ToolStyle.HERMES and text.startswith(_CALL):
             self._held, self._mode, self._may_reason = text.removeprefix(_CALL), _Mode.CALL, False
         elif self._style is ToolStyle.LLAMA3 and text.startswith((_PYTHON_TAG, "{")):
@@ -169,7 +174,9 @@ class Reply:
         if found:
             self._held = rest
             return text, tag
-        keep = next((n for n in range(min(len(tag) - 1, len(text)), 0, -1) if text.endswith(tag[:n])), 0)
+        keep = next(
+            (n for n in range(min(len(tag) - 1, len(text)), 0, -1) if text.endswith(tag[:n])), 0
+        )
         cut = len(text) - keep
         self._held = text[cut:]
         return text[:cut], ""

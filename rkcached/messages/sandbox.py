@@ -1,11 +1,12 @@
 """Renders chat templates of other people in a process that can be killed.
 
-A .jinja file comes with a model, from somebody. Jinja2's sandbox keeps it from reading what it should not, but not
-from an endless loop or from a text of ten gigabytes, which it may make in one step of C (`'a' * 10**10` at compile
-time, `x ~ x` forty times, `'%9999999999d'`): nothing inside a process can interrupt that. So such a template is
-compiled and rendered in a child, with a deadline and a limit of memory, which cannot write files; what it breaks is
-that child. The price is about 0.2 ms a request and one process of some 15 MB, started when it is first needed.
-Built-in templates are ours and linear in their input: they are rendered in place and pay nothing.
+A .jinja file comes with a model, from somebody. Jinja2's sandbox keeps it from reading what it
+should not, but not from an endless loop or from a text of ten gigabytes, which it may make in one
+step of C (`'a' * 10**10` at compile time, `x ~ x` forty times, `'%9999999999d'`): nothing inside a
+process can interrupt that. So such a template is compiled and rendered in a child, with a deadline
+and a limit of memory, which cannot write files; what it breaks is that child. The price is about
+0.2 ms a request and one process of some 15 MB, started when it is first needed. Built-in templates
+are ours and linear in their input: they are rendered in place and pay nothing.
 
 Used from threads, one render at a time; never from the event loop.
 """
@@ -41,7 +42,8 @@ START_TIMEOUT_S = 30.0
 """From exec to the first answer."""
 
 REST_S = 10.0
-"""A template that used up its time or memory is refused at once for so long: it must not keep a core busy."""
+"""A template that used up its time or memory is refused at once for so long: it must not keep a
+core busy."""
 
 MEMORY_BYTES = 256 << 20
 """What compiling and rendering may allocate."""
@@ -91,7 +93,13 @@ class Renderer:
         with self._lock:
             end_all(self._running)
 
-    def _ask(self, source: str, name: str, variables: Mapping[str, Any], messages: Sequence[Message] | None) -> str:
+    def _ask(
+        self,
+        source: str,
+        name: str,
+        variables: Mapping[str, Any],
+        messages: Sequence[Message] | None,
+    ) -> str:
         question = {
             "source": source,
             "name": name,
@@ -106,9 +114,13 @@ class Renderer:
             try:
                 answer = self._exchange(process, data)
             except TimeoutError:
-                raise self._exhausted(source, f"template {name}: it did not end within {self._timeout_s:g} s") from None
+                raise self._exhausted(
+                    source, f"template {name}: it did not end within {self._timeout_s:g} s"
+                ) from None
             except (OSError, EOFError, ValueError):
-                raise self._exhausted(source, f"template {name}: it ended the process that rendered it") from None
+                raise self._exhausted(
+                    source, f"template {name}: it ended the process that rendered it"
+                ) from None
             if answer.get("exhausted"):
                 raise self._exhausted(source, answer["error"])
         if "error" in answer:
@@ -140,7 +152,9 @@ class Renderer:
                 self._running.append(start("rkcached.messages.sandbox"))
             except OSError as error:
                 said = f"the process that renders templates cannot be started: {error}"
-                raise TemplateExhausted(said, hint="is the machine out of memory or processes?") from error
+                raise TemplateExhausted(
+                    said, hint="is the machine out of memory or processes?"
+                ) from error
         return self._running[0]
 
     def _exchange(self, process: Process, data: bytes) -> dict[str, Any]:
@@ -174,7 +188,11 @@ def start(module: str) -> Process:
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
-            env={name: value for name, value in os.environ.items() if name.startswith(_KEPT_VARIABLES)},
+            env={
+                name: value
+                for name, value in os.environ.items()
+                if name.startswith(_KEPT_VARIABLES)
+            },
             cwd=isolated.CWD,
             start_new_session=True,
         )
@@ -195,7 +213,10 @@ def send(connection: socket.socket, data: bytes) -> None:
 
 
 def receive(connection: socket.socket, timeout_s: float | None) -> bytes | None:
-    """The next message, None at the end. Errors: TimeoutError, OSError; ValueError for one that is too long."""
+    """The next message, None at the end.
+
+    Errors: TimeoutError, OSError; ValueError for one that is too long.
+    """
     deadline = None if timeout_s is None else time.monotonic() + timeout_s
     data = bytearray()
     wanted = _LENGTH_BYTES
@@ -226,7 +247,8 @@ def main() -> None:
     send(connection, b"ready")
     while (data := receive(connection, None)) is not None:
         question = json.loads(data)
-        # By the kernel, and while the daemon cannot: also one that was killed leaves no endless loop behind.
+        # By the kernel, and while the daemon cannot: also one that was killed leaves no endless
+        # loop behind.
         signal.setitimer(signal.ITIMER_REAL, question["timeout_s"] + 1)
         send(connection, json.dumps(_answer(question)).encode())
         signal.setitimer(signal.ITIMER_REAL, 0)
@@ -247,9 +269,16 @@ def _answer(question: dict[str, Any]) -> dict[str, Any]:
     name = question["name"]
     try:
         write = _compile(question["source"], name)
-        text = "" if question["messages"] is None else write(question["variables"], question["messages"])
+        text = (
+            ""
+            if question["messages"] is None
+            else write(question["variables"], question["messages"])
+        )
         if len(text) > MAX_TEXT_BYTES:
-            return {"error": f"template {name}: it wrote {len(text):,} characters", "exhausted": True}
+            return {
+                "error": f"template {name}: it wrote {len(text):,} characters",
+                "exhausted": True,
+            }
         return {"text": text}
     except TemplateExhausted as error:
         return {"error": error.message, "exhausted": True}

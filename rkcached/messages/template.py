@@ -1,16 +1,18 @@
 """Chat templates: the one place where messages become the text that a model reads.
 
-Owns the Jinja2 sandbox, set up as Hugging Face transformers does. The text that a prompt
-cache is built from (`prefix`) and the text that a request sends (`render`) come out of the same code, so they cannot
-drift apart. Prompt text is data: only the template is ever evaluated. There is no clock: a date in the prefix would
-make every prompt cache stale each day. Pure: no I/O; whatever Jinja2 raises leaves as a TemplateError.
+Owns the Jinja2 sandbox, set up as Hugging Face transformers does. The text that a prompt cache is
+built from (`prefix`) and the text that a request sends (`render`) come out of the same code, so
+they cannot drift apart. Prompt text is data: only the template is ever evaluated. There is no
+clock: a date in the prefix would make every prompt cache stale each day. Pure: no I/O; whatever
+Jinja2 raises leaves as a TemplateError.
 
-Prompts, messages, tool results, calls and tool definitions cannot forge a turn: `markers` breaks what would, in every
-text that is handed to a template and before the template sees it. `/v1/completions` has no template: its text is
-structure by intent.
+Prompts, messages, tool results, calls and tool definitions cannot forge a turn: `markers` breaks
+what would, in every text that is handed to a template and before the template sees it.
+`/v1/completions` has no template: its text is structure by intent.
 
-A template that is not built in may loop for ever or fill the memory, which nothing in this process can bound: who
-holds one gives `ChatTemplate` another `compile`, that of `rendering`, which works in a process that can be killed.
+A template that is not built in may loop for ever or fill the memory, which nothing in this process
+can bound: who holds one gives `ChatTemplate` another `compile`, that of `rendering`, which works in
+a process that can be killed.
 """
 
 from __future__ import annotations
@@ -33,7 +35,8 @@ from rkcached.errors import TemplateError, TemplateExhausted
 from rkcached.messages.builtin import BUILTIN
 from rkcached.messages.markers import Markers
 
-# User texts for `prefix`: they share no first character, not even after trim, upper or lower; nor their length.
+# User texts for `prefix`: they share no first character, not even after trim, upper or lower; nor
+# their length.
 _USER_TEXTS: Final = ("Q", "7 + 5?\nü")
 _SYSTEM_PROBE: Final = "Zq4-probe-of-the-system-message"
 
@@ -60,7 +63,8 @@ Write = Callable[[Mapping[str, Any], Sequence[Message]], str]
 """Renders variables and messages. Errors: TemplateError."""
 
 Compile = Callable[[str, str], Write]
-"""From a template's source and name. Errors: TemplateError, with the line in the template, if it does not parse."""
+"""From a template's source and name. Errors: TemplateError, with the line in the template, if it
+does not parse."""
 
 
 def compile_here(source: str, name: str) -> Write:
@@ -80,10 +84,13 @@ def compile_here(source: str, name: str) -> Write:
 
 
 class ChatTemplate:
-    """One chat template, compiled. Raises TemplateError, with the line in the template, if it does not parse.
+    """One chat template, compiled.
 
-    `bos_token` is empty by default, since engines put the model's BOS token in front themselves. `thinking` becomes the
-    template variable `enable_thinking`; None leaves it undefined, which lets the template choose.
+    Raises TemplateError, with the line in the template, if it does not parse.
+
+    `bos_token` is empty by default, since engines put the model's BOS token in front themselves.
+    `thinking` becomes the template variable `enable_thinking`; None leaves it undefined, which lets
+    the template choose.
     """
 
     def __init__(
@@ -112,15 +119,22 @@ class ChatTemplate:
             self._variables["enable_thinking"] = thinking
         self.may_wait = compile_elsewhere is not None and source not in BUILTIN.values()
         """Rendering waits for another process: not in the event loop."""
-        self._write = (compile_elsewhere if compile_elsewhere and self.may_wait else compile_here)(source, name)
+        self._write = (compile_elsewhere if compile_elsewhere and self.may_wait else compile_here)(
+            source, name
+        )
 
     def render(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] = ()) -> str:
-        """The text of a request, up to and including the header of the answer. Tools are as OpenAI describes them.
+        """The text of a request, up to and including the header of the answer.
 
-        Newlines at the end of a system message are dropped: those of a prompt file are not part of the prompt.
+        Tools are as OpenAI describes them.
+
+        Newlines at the end of a system message are dropped: those of a prompt file are not part of
+        the prompt.
         """
         copies: list[Any] = [
-            {**message, "content": message["content"].rstrip("\r\n")} if message["role"] == "system" else message
+            {**message, "content": message["content"].rstrip("\r\n")}
+            if message["role"] == "system"
+            else message
             for message in messages
         ]
         copies, shown = self._as_data(copies), self._as_data(list(tools))
@@ -129,12 +143,14 @@ class ChatTemplate:
     def prefix(self, system: str) -> str:
         """The text that every request with this system message and one user message starts with.
 
-        It is the longest common prefix of two renderings that differ in the user's text alone. The idea of the proof:
-        what a template writes before it looks at the user's text cannot depend on it, so every rendering starts with
-        it; and since our two texts share no first character, the common part ends where they begin. A template may look
-        at the text before it writes, or treat a longer conversation otherwise: serving checks `startswith(prefix)`.
+        It is the longest common prefix of two renderings that differ in the user's text alone. The
+        idea of the proof: what a template writes before it looks at the user's text cannot depend
+        on it, so every rendering starts with it; and since our two texts share no first character,
+        the common part ends where they begin. A template may look at the text before it writes, or
+        treat a longer conversation otherwise: serving checks `startswith(prefix)`.
 
-        Raises TemplateError if the template refuses system messages, or writes no such text before the user's.
+        Raises TemplateError if the template refuses system messages, or writes no such text before
+        the user's.
         """
         try:
             kept = self._keeps_system
@@ -157,7 +173,12 @@ class ChatTemplate:
 
     def _common_prefix(self, system: str) -> str:
         system_message = Message(role="system", content=system)
-        return _common(*(self.render([system_message, Message(role="user", content=text)]) for text in _USER_TEXTS))
+        return _common(
+            *(
+                self.render([system_message, Message(role="user", content=text)])
+                for text in _USER_TEXTS
+            )
+        )
 
     def _refuse_system(self, error: TemplateError) -> NoReturn:
         """Says that the system message is at fault, if the template renders without it."""
@@ -179,7 +200,9 @@ class _Generation(Extension):
 
     def parse(self, parser: Parser) -> nodes.Node:
         line = next(parser.stream).lineno
-        return nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=line)
+        return nodes.Scope(
+            parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=line
+        )
 
 
 def _tool_style(source: str) -> ToolStyle | None:
@@ -202,7 +225,9 @@ def _tojson(
     sort_keys: bool = False,
 ) -> str:
     """JSON as models were trained on it; Jinja2's own filter escapes HTML."""
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+    return json.dumps(
+        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+    )
 
 
 def _environment() -> ImmutableSandboxedEnvironment:
@@ -229,14 +254,19 @@ def _translate(name: str, error: Exception) -> TemplateError:
     said = str(error) or kind
     match error:
         case MemoryError():
-            return TemplateExhausted(f"{place}: it needs more memory than a render may have", hint="correct the line")
+            return TemplateExhausted(
+                f"{place}: it needs more memory than a render may have", hint="correct the line"
+            )
         case jinja2.UndefinedError() if "strftime_now" in said:
             message = "it requires strftime_now, today's date, which prompts do not get"
             hint = "a date makes a prompt cache stale each day: remove it, or ask `strftime_now is defined` first"
         case jinja2.TemplateSyntaxError():
             message, hint = f"syntax error: {said}", "chat templates are Jinja2; correct the line"
         case jinja2.exceptions.SecurityError():
-            message, hint = f"refused by the sandbox: {said}", "a chat template may only read its variables"
+            message, hint = (
+                f"refused by the sandbox: {said}",
+                "a chat template may only read its variables",
+            )
         case jinja2.TemplateError():
             message, hint = said, "change the messages, or choose another chat_template"
         case _:
@@ -246,10 +276,17 @@ def _translate(name: str, error: Exception) -> TemplateError:
 
 
 def _line(error: Exception) -> int:
-    """The 1-based line of the template where this happened, or 0. Jinja2 puts its own lines into the traceback."""
+    """The 1-based line of the template where this happened, or 0.
+
+    Jinja2 puts its own lines into the traceback.
+    """
     if isinstance(error, jinja2.TemplateSyntaxError):
         return error.lineno
-    lines = [line for frame, line in walk_tb(error.__traceback__) if frame.f_code.co_filename == "<template>"]
+    lines = [
+        line
+        for frame, line in walk_tb(error.__traceback__)
+        if frame.f_code.co_filename == "<template>"
+    ]
     return lines[-1] if lines else 0
 
 

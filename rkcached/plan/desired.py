@@ -40,7 +40,8 @@ class ModelSource:
     trained_tokens: int | None = None
     """The model's own context, if the file tells it: the engine gives it none that is larger."""
     signatures: tuple[tuple[str, Signature], ...] = field(default=(), compare=False)
-    """Path and signature of each file that has one of these digests: no part of what the model is."""
+    """Path and signature of each file that has one of these digests: no part of what the model is.
+    """
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,7 +85,10 @@ class Sources:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DesiredModel:
-    """A model as requests and builds use it. `identity` changes when a running worker must be replaced."""
+    """A model as requests and builds use it.
+
+    `identity` changes when a running worker must be replaced.
+    """
 
     name: str
     config: ModelConfig
@@ -119,7 +123,10 @@ Thing = TypeVar("Thing")
 
 
 def kept(before: Thing | None, now: Thing) -> Thing:
-    """The older of two equal things. Of thousands of prompts hardly one changes: each look would keep new ones."""
+    """The older of two equal things.
+
+    Of thousands of prompts hardly one changes: each look would keep new ones.
+    """
     return before if before is not None and before == now else now
 
 
@@ -167,7 +174,10 @@ class Resolver:
         self._templates: dict[tuple[str, str, str, str, bool | None], ChatTemplate] = {}
 
     def resolve(self, manifest: Manifest, sources: Sources) -> Desired:
-        models = {name: self._model(name, config, manifest, sources) for name, config in manifest.models.items()}
+        models = {
+            name: self._model(name, config, manifest, sources)
+            for name, config in manifest.models.items()
+        }
         prompts: dict[Key, DesiredPrompt] = {}
         texts = {}
         self._shared = {
@@ -193,7 +203,9 @@ class Resolver:
             unlisted=sources.unlisted_models,
         )
 
-    def resolve_one(self, declared: Declaration, model: DesiredModel | Trouble, manifest: Manifest) -> DesiredPrompt:
+    def resolve_one(
+        self, declared: Declaration, model: DesiredModel | Trouble, manifest: Manifest
+    ) -> DesiredPrompt:
         """A prompt of a model that the last `resolve` gave."""
         key = declared.key
         found: Fingerprint | Trouble
@@ -232,17 +244,27 @@ class Resolver:
         if isinstance(prefix, Trouble):
             found = prefix
         else:
-            found = fingerprint(shared | {"prefix.digest": prefix[0], "prefix.bytes": prefix[1]} | own)
+            found = fingerprint(
+                shared | {"prefix.digest": prefix[0], "prefix.bytes": prefix[1]} | own
+            )
         self._known[key] = _Known(model.template, source, prefix, shared, own, found)
         return found
 
-    def _model(self, name: str, config: ModelConfig, manifest: Manifest, sources: Sources) -> DesiredModel | Trouble:
+    def _model(
+        self, name: str, config: ModelConfig, manifest: Manifest, sources: Sources
+    ) -> DesiredModel | Trouble:
         source = sources.models[name]
         if isinstance(source, Trouble):
             return source
         if isinstance(sources.runtime, Trouble):
             return sources.runtime
-        slot = (source.template_source, config.chat_template, config.bos_token, config.eos_token, config.thinking)
+        slot = (
+            source.template_source,
+            config.chat_template,
+            config.bos_token,
+            config.eos_token,
+            config.thinking,
+        )
         template = self._templates.get(slot)
         if template is None:
             try:
@@ -267,7 +289,11 @@ class Resolver:
                 "context": config.params.max_context_len,
                 "pooling": config.pooling.value if config.embedding else None,
             }
-            | (_rkllm_identity(manifest, config, source) if manifest.engine.kind is EngineKind.RKLLM else {})
+            | (
+                _rkllm_identity(manifest, config, source)
+                if manifest.engine.kind is EngineKind.RKLLM
+                else {}
+            )
         )
         return DesiredModel(
             name=name,
@@ -279,7 +305,9 @@ class Resolver:
         )
 
 
-def _rkllm_identity(manifest: Manifest, config: ModelConfig, source: ModelSource) -> dict[str, Value]:
+def _rkllm_identity(
+    manifest: Manifest, config: ModelConfig, source: ModelSource
+) -> dict[str, Value]:
     """What an RKLLM model is loaded with; the runtime fixes sampling then, too."""
     return {
         "library": str(manifest.engine.library),
@@ -294,7 +322,10 @@ def _rkllm_identity(manifest: Manifest, config: ModelConfig, source: ModelSource
 
 
 def _rkllm_components(config: ModelConfig, source: ModelSource) -> dict[str, Value]:
-    """What only RKLLM's prompt caches depend on. Whether a LoRA adapter or the NPU's options matter, nobody says."""
+    """What only RKLLM's prompt caches depend on.
+
+    Whether a LoRA adapter or the NPU's options matter, nobody says.
+    """
     return {
         "tokenizer.digest": source.tokenizer_digest,
         "lora.digest": source.lora_digest,
@@ -312,7 +343,9 @@ def _fixed_sampling(config: ModelConfig, prompt: str, runtime: RuntimeSource) ->
     if runtime.samples_per_run:
         return None
     of_model, of_prompt = config.sampling(None), config.sampling(prompt)
-    own = [name for name in of_prompt if name != "max_new_tokens" and of_prompt[name] != of_model[name]]
+    own = [
+        name for name in of_prompt if name != "max_new_tokens" and of_prompt[name] != of_model[name]
+    ]
     if not own:
         return None
     return Trouble(
@@ -352,7 +385,12 @@ def _shared_components(manifest: Manifest, model: DesiredModel) -> dict[str, Val
     return components | _sampling_components(manifest, model.config.sampling(None))
 
 
-def _sampling_components(manifest: Manifest, sampling: Mapping[str, int | float]) -> dict[str, Value]:
-    """Sampling does not change a KV state. The rule is that it invalidates all the same; `fingerprint: kv` opts out."""
+def _sampling_components(
+    manifest: Manifest, sampling: Mapping[str, int | float]
+) -> dict[str, Value]:
+    """Sampling does not change a KV state.
+
+    The rule is that it invalidates all the same; `fingerprint: kv` opts out.
+    """
     full = manifest.cache.fingerprint is FingerprintMode.FULL
     return {f"params.{name}": value for name, value in sampling.items()} if full else {}

@@ -1,8 +1,9 @@
 """The identity of a prompt cache: a hash of everything that its bytes depend on.
 
-A fingerprint is SHA-256 over named components in one canonical encoding. The components travel with it (they are kept
-in the sidecar), so two fingerprints that differ can say in which component. Names of models and prompts and times of
-files are never components: renaming or touching a file changes nothing.
+A fingerprint is SHA-256 over named components in one canonical encoding. The components travel with
+it (they are kept in the sidecar), so two fingerprints that differ can say in which component. Names
+of models and prompts and times of files are never components: renaming or touching a file changes
+nothing.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 FORMAT_VERSION = 1
-"""Part of every fingerprint. Raise it when a component changes its meaning: all prompt caches become stale."""
+"""Part of every fingerprint. Raise it when a component changes its meaning: all prompt caches
+become stale."""
 
 _MAGIC = b"rkcached fingerprint\0"
 
@@ -22,7 +24,10 @@ Value = str | int | float | bool | None
 
 
 class Components(Mapping[str, str]):
-    """Named texts that do not change, by name. Thousands of prompts have nearly the same: each is kept once."""
+    """Named texts that do not change, by name.
+
+    Thousands of prompts have nearly the same: each is kept once.
+    """
 
     __slots__ = ("_places", "_texts")
 
@@ -76,9 +81,9 @@ class Change:
 def fingerprint(components: Mapping[str, Value]) -> Fingerprint:
     """Hash `components`, whose order does not matter.
 
-    Encoding: magic, then u32 format version, then for each component in byte order of its name: u64 length and UTF-8
-    bytes of the name, u64 length and UTF-8 bytes of the value. Integers are little-endian. The lengths keep
-    ("ab", "c") apart from ("a", "bc").
+    Encoding: magic, then u32 format version, then for each component in byte order of its name: u64
+    length and UTF-8 bytes of the name, u64 length and UTF-8 bytes of the value. Integers are
+    little-endian. The lengths keep ("ab", "c") apart from ("a", "bc").
     """
     texts = Components({name: _canonical(value) for name, value in components.items()})
     parts = [_part(text) for item in texts.items() for text in item]
@@ -121,5 +126,7 @@ def _short(text: str | None) -> str:
     """A digest is told by its first digits; everything else is shown whole."""
     if text is None:
         return "absent"
-    is_digest = len(text) == hashlib.sha256().digest_size * 2 and all(c in "0123456789abcdef" for c in text)
+    is_digest = len(text) == hashlib.sha256().digest_size * 2 and all(
+        c in "0123456789abcdef" for c in text
+    )
     return text[:12] if is_digest else text

@@ -1,7 +1,8 @@
 """The pure middle: compare what should exist with what does, and say what to do and why.
 
-`assess` gives every prompt one state with its reason, `plan` turns states into actions. Nothing here reads a file, a
-clock or an event: the same input always gives the same plan, and `rkcached plan` prints exactly this data.
+`assess` gives every prompt one state with its reason, `plan` turns states into actions. Nothing
+here reads a file, a clock or an event: the same input always gives the same plan, and `rkcached
+plan` prints exactly this data.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ from rkcached.errors import PromptTooShort, RkcachedError
 from rkcached.plan.fingerprint import Change, Fingerprint, changes
 
 MAX_RETRY_S = 60.0
-"""No failed attempt waits longer for the next one; a time further ahead was written by a clock that was wrong."""
+"""No failed attempt waits longer for the next one; a time further ahead was written by a clock that
+was wrong."""
 
 
 PASSING_RETRY_S = 10.0
@@ -39,7 +41,8 @@ class Trouble:
     message: str
     hint: str = ""
     place: tuple[str | int, ...] = ()
-    """The way in the manifest to what names it, from the model or prompt that has the trouble; for its line."""
+    """The way in the manifest to what names it, from the model or prompt that has the trouble; for
+    its line."""
     passing: bool = False
     """It may end without anybody's doing."""
 
@@ -79,7 +82,10 @@ class Artifact(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Retired:
-    """A complete artifact that no prompt uses now. It is kept for a while, because its text may come back."""
+    """A complete artifact that no prompt uses now.
+
+    It is kept for a while, because its text may come back.
+    """
 
     key: Key
     """The prompt that it was built for, which may be declared with another text now."""
@@ -103,7 +109,10 @@ class VerdictKind(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Verdict:
-    """The outcome of earlier attempts at one fingerprint. Only UNCACHEABLE says something about others."""
+    """The outcome of earlier attempts at one fingerprint.
+
+    Only UNCACHEABLE says something about others.
+    """
 
     fingerprint: str
     kind: VerdictKind
@@ -162,7 +171,8 @@ class Adopt:
     reason: str
     fingerprint: Fingerprint
     source: Key | None = None
-    """The prompt whose artifact is copied or taken; None: the retired artifact of this fingerprint."""
+    """The prompt whose artifact is copied or taken; None: the retired artifact of this fingerprint.
+    """
     take: bool = False
     """Nobody else needs the source, so its files are renamed. Otherwise they are copied."""
 
@@ -178,13 +188,17 @@ class Retire:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Remove:
-    """Take an artifact out of the store. `verdict`, if any, is remembered so that it is not built again at once."""
+    """Take an artifact out of the store.
+
+    `verdict`, if any, is remembered so that it is not built again at once.
+    """
 
     key: Key
     reason: str
     verdict: Verdict | None = None
     retired: str = ""
-    """The fingerprint of the retired artifact that goes. Empty: the artifact in the place of `key` goes."""
+    """The fingerprint of the retired artifact that goes. Empty: the artifact in the place of `key`
+    goes."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -212,7 +226,8 @@ class Assessment:
     action: Action | None = None
     description: str = ""
     retired: str = ""
-    """The fingerprint of the retired artifact that this is about. Empty: it is about the prompt `key`."""
+    """The fingerprint of the retired artifact that this is about. Empty: it is about the prompt
+    `key`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -231,20 +246,24 @@ class Observed:
     artifacts: Mapping[Key, Artifact] = field(default_factory=dict)
     verdicts: Mapping[Key, Verdict] = field(default_factory=dict)
     unlisted_models: frozenset[str] = frozenset()
-    """Models whose prompts_from folder cannot be listed: what they declare is not known, so nothing is an orphan."""
+    """Models whose prompts_from folder cannot be listed: what they declare is not known, so nothing
+    is an orphan."""
     foreign_bytes: int = 0
     """Of files in the store's place that are none of its: the budget is smaller by them."""
     retired: Mapping[str, Retired] = field(default_factory=dict)
     """By fingerprint."""
     spare_bytes: int | None = None
-    """What the store's disk has free beyond what shall stay free on it; below 0 if it has less. None: not known."""
+    """What the store's disk has free beyond what shall stay free on it; below 0 if it has less.
+    None: not known."""
     new_retired: frozenset[str] = frozenset()
     """Fingerprints of retired artifacts that this process has not known for long: however old they seem by a clock
     that may just have been set, they do not expire."""
     now: float = 0.0
 
 
-def assess(desired: Sequence[DesiredPrompt], observed: Observed, limits: Limits) -> tuple[Assessment, ...]:
+def assess(
+    desired: Sequence[DesiredPrompt], observed: Observed, limits: Limits
+) -> tuple[Assessment, ...]:
     """The state of every declared prompt in manifest order, of every undeclared artifact, of every retired one.
 
     The budget goes to what is served, or will be, in manifest order. What is left goes to artifacts that serve nobody
@@ -253,7 +272,9 @@ def assess(desired: Sequence[DesiredPrompt], observed: Observed, limits: Limits)
     """
     declared = {prompt.key for prompt in desired}
     sources = _sources(desired, observed)
-    world = _World(observed=observed, limits=limits, sources=sources, claimed_bytes=observed.foreign_bytes)
+    world = _World(
+        observed=observed, limits=limits, sources=sources, claimed_bytes=observed.foreign_bytes
+    )
     claims: dict[Key, int] = {}
     assessments = []
 
@@ -276,8 +297,8 @@ def assess(desired: Sequence[DesiredPrompt], observed: Observed, limits: Limits)
 def plan(assessments: Iterable[Assessment]) -> tuple[Action, ...]:
     """The actions, in the order to carry them out.
 
-    Copies come first, because the next steps may take their sources away; then what is taken over, put aside and
-    removed, which makes room for the builds, in manifest order.
+    Copies come first, because the next steps may take their sources away; then what is taken over,
+    put aside and removed, which makes room for the builds, in manifest order.
     """
     copies: list[Action] = []
     takes: list[Action] = []
@@ -320,7 +341,10 @@ class _Source(NamedTuple):
 
 @dataclass(slots=True)
 class _World:
-    """What a prompt is assessed in. `claimed_bytes` of the budget are taken by the prompts before it."""
+    """What a prompt is assessed in.
+
+    `claimed_bytes` of the budget are taken by the prompts before it.
+    """
 
     observed: Observed
     limits: Limits
@@ -328,12 +352,17 @@ class _World:
     claimed_bytes: int
 
     def fits(self, size_bytes: int) -> bool:
-        return self.limits.max_bytes is None or self.claimed_bytes + size_bytes <= self.limits.max_bytes
+        return (
+            self.limits.max_bytes is None
+            or self.claimed_bytes + size_bytes <= self.limits.max_bytes
+        )
 
     def unfit(self, fingerprint: str, size_bytes: int) -> Verdict:
         """The verdict on an artifact that does not fit."""
         max_bytes = self.limits.max_bytes or 0
-        return over_budget(fingerprint, size_bytes, self.claimed_bytes, max_bytes, self.observed.foreign_bytes)
+        return over_budget(
+            fingerprint, size_bytes, self.claimed_bytes, max_bytes, self.observed.foreign_bytes
+        )
 
 
 def _sources(desired: Iterable[DesiredPrompt], observed: Observed) -> dict[str, _Source]:
@@ -353,7 +382,11 @@ def _sources(desired: Iterable[DesiredPrompt], observed: Observed) -> dict[str, 
         return found
 
     for key, artifact in observed.artifacts.items():
-        if artifact.fingerprint in wanted and artifact.fingerprint not in found and not artifact.corrupt:
+        if (
+            artifact.fingerprint in wanted
+            and artifact.fingerprint not in found
+            and not artifact.corrupt
+        ):
             # One that is no longer declared is renamed; a declared one stays and is copied.
             reason = f"the prompt cache of {key} has the same text and parameters"
             found[artifact.fingerprint] = _Source(key, artifact.tokens, artifact.size_bytes, reason)
@@ -402,7 +435,8 @@ def _assess_one(prompt: DesiredPrompt, world: _World) -> Assessment:
     key, wanted, artifact = prompt.key, prompt.fingerprint, world.observed.artifacts.get(prompt.key)
     fresh = Assessment(key=key, state=State.FRESH, description=prompt.description)
 
-    # Its inputs are unusable, so nobody knows what it should be. What exists is kept: the same text may come back.
+    # Its inputs are unusable, so nobody knows what it should be. What exists is kept: the same text
+    # may come back.
     if wanted is None:
         trouble = prompt.trouble or Trouble(message="the prompt has no text")
         retry_at = world.observed.now + PASSING_RETRY_S if trouble.passing else 0.0
@@ -412,8 +446,8 @@ def _assess_one(prompt: DesiredPrompt, world: _World) -> Assessment:
     if artifact is not None and _matches(artifact, wanted.digest):
         return _within_limits(fresh, artifact, world)
 
-    # There is none in its place, but the store has it under another name. No verdict on building it matters then; only
-    # one that failed when it was used is not tried again.
+    # There is none in its place, but the store has it under another name. No verdict on building it
+    # matters then; only one that failed when it was used is not tried again.
     verdict = world.observed.verdicts.get(key)
     if verdict is not None and verdict.fingerprint != wanted.digest:
         verdict = None
@@ -421,7 +455,8 @@ def _assess_one(prompt: DesiredPrompt, world: _World) -> Assessment:
     if source is not None and (verdict is None or verdict.kind is not VerdictKind.QUARANTINED):
         return _adopted(fresh, wanted, source, world)
 
-    # There is none. An earlier attempt at this very fingerprint may say that trying is useless, or too early.
+    # There is none. An earlier attempt at this very fingerprint may say that trying is useless, or
+    # too early.
     sentenced = _by_verdict(fresh, verdict, world) if verdict is not None else None
     return sentenced or _built(fresh, wanted, artifact)
 
@@ -433,7 +468,9 @@ def _within_limits(fresh: Assessment, artifact: Artifact, world: _World) -> Asse
         verdict = too_short(artifact.fingerprint, artifact.tokens, limits.min_tokens)
         return _dropped(fresh, State.UNCACHED, verdict, limits)
     if not world.fits(artifact.size_bytes):
-        return _dropped(fresh, State.BLOCKED, world.unfit(artifact.fingerprint, artifact.size_bytes), limits)
+        return _dropped(
+            fresh, State.BLOCKED, world.unfit(artifact.fingerprint, artifact.size_bytes), limits
+        )
     return fresh
 
 
@@ -446,7 +483,9 @@ def _built(base: Assessment, wanted: Fingerprint, artifact: Artifact | None) -> 
         build = Build(key=base.key, reason=f"corrupt: {artifact.corrupt}", fingerprint=wanted)
         return replace(base, state=State.CORRUPT, reason=artifact.corrupt, action=build)
     changed = changes(artifact.components, wanted.components)
-    build = Build(key=base.key, reason=", ".join(str(change) for change in changed), fingerprint=wanted)
+    build = Build(
+        key=base.key, reason=", ".join(str(change) for change in changed), fingerprint=wanted
+    )
     return replace(base, state=State.STALE, reason=build.reason, changes=changed, action=build)
 
 
@@ -482,7 +521,9 @@ def _by_verdict(base: Assessment, verdict: Verdict, world: _World) -> Assessment
             # Said anew, because the other artifacts may have grown or shrunk since.
             said = world.unfit(verdict.fingerprint, verdict.needed_bytes).trouble
             return _blocked(base, State.BLOCKED, said)
-        case VerdictKind.FAILED if world.observed.now < verdict.retry_at <= world.observed.now + MAX_RETRY_S:
+        case VerdictKind.FAILED if (
+            world.observed.now < verdict.retry_at <= world.observed.now + MAX_RETRY_S
+        ):
             return _blocked(base, State.BLOCKED, verdict.trouble, verdict.retry_at)
         case VerdictKind.TOO_SHORT | VerdictKind.OVER_BUDGET | VerdictKind.FAILED:
             return None  # the limit was raised, the time has come, or the clock was set back
@@ -504,7 +545,11 @@ def _claim(assessment: Assessment, world: _World) -> int:
     if not isinstance(assessment.action, Build):
         return 0
     verdict = observed.verdicts.get(assessment.key)
-    if verdict and verdict.fingerprint == assessment.action.fingerprint.digest and verdict.needed_bytes:
+    if (
+        verdict
+        and verdict.fingerprint == assessment.action.fingerprint.digest
+        and verdict.needed_bytes
+    ):
         return verdict.needed_bytes
     if artifact is None or artifact.corrupt or world.limits.max_bytes is None:
         return 0
@@ -557,7 +602,11 @@ def _assess_orphan(key: Key, needed: _Needed, observed: Observed, limits: Limits
 
 
 def _assess_retired(
-    kept: Sequence[Assessment], needed: _Needed, observed: Observed, limits: Limits, claims: Mapping[Key, int]
+    kept: Sequence[Assessment],
+    needed: _Needed,
+    observed: Observed,
+    limits: Limits,
+    claims: Mapping[Key, int],
 ) -> Iterator[Assessment]:
     """Which retired artifacts stay: those that have not been there for too long, and fit; the youngest first.
 
@@ -586,7 +635,9 @@ def _assess_retired(
             state=State.RETIRED,
             reason=reason or "no prompt uses it now; it is kept in case it is declared again",
             retired=retired.fingerprint,
-            action=Remove(key=retired.key, reason=reason, retired=retired.fingerprint) if reason else None,
+            action=Remove(key=retired.key, reason=reason, retired=retired.fingerprint)
+            if reason
+            else None,
         )
 
 
@@ -629,15 +680,18 @@ def _dropped(base: Assessment, state: State, verdict: Verdict, limits: Limits) -
 def too_short(fingerprint: str, tokens: int, min_tokens: int) -> Verdict:
     """The verdict on a prompt of `tokens`, which is below cache.min_tokens."""
     trouble = Trouble.of(PromptTooShort(tokens, min_tokens))
-    return Verdict(fingerprint=fingerprint, kind=VerdictKind.TOO_SHORT, trouble=trouble, tokens=tokens)
+    return Verdict(
+        fingerprint=fingerprint, kind=VerdictKind.TOO_SHORT, trouble=trouble, tokens=tokens
+    )
 
 
 def over_budget(
     fingerprint: str, needed_bytes: int, kept_bytes: int, max_bytes: int, foreign_bytes: int = 0
 ) -> Verdict:
     """The verdict on an artifact of `needed_bytes` for which `kept_bytes` of `max_bytes` leave no room."""
+    left_bytes = max(0, max_bytes - kept_bytes)
     message = (
-        f"needs {needed_bytes:,} bytes, {max(0, max_bytes - kept_bytes):,} of cache.max_bytes {max_bytes:,} are left"
+        f"needs {needed_bytes:,} bytes, {left_bytes:,} of cache.max_bytes {max_bytes:,} are left"
     )
     hint = "raise cache.max_bytes, or move the prompt up in the manifest"
     if foreign_bytes:

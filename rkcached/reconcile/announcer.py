@@ -30,13 +30,22 @@ class Announcer:
         before = self._known.get(key)
         if before != now or key in self._unsettled:
             self._events.publish(
-                "artifact", model=key.model, prompt=key.prompt, state=assessment.state.value, reason=assessment.reason
+                "artifact",
+                model=key.model,
+                prompt=key.prompt,
+                state=assessment.state.value,
+                reason=assessment.reason,
             )
         self._unsettled.discard(key)
         self._known[key] = now
         if before == now:
             return
-        if assessment.state in (State.BLOCKED, State.UNCACHEABLE, State.QUARANTINED, State.UNCACHED):
+        if assessment.state in (
+            State.BLOCKED,
+            State.UNCACHEABLE,
+            State.QUARANTINED,
+            State.UNCACHED,
+        ):
             log.warning(
                 "prompt not cached",
                 model=key.model,
@@ -46,7 +55,9 @@ class Announcer:
                 hint=assessment.hint,
             )
         elif assessment.state is State.FRESH and before is not None and before[0] is State.BLOCKED:
-            log.info("prompt fresh again", model=key.model, prompt=key.prompt, state=State.FRESH.value)
+            log.info(
+                "prompt fresh again", model=key.model, prompt=key.prompt, state=State.FRESH.value
+            )
 
     def notices(self, now: tuple[str, ...]) -> None:
         """What a look found strange about what the manifest declares."""
@@ -63,8 +74,16 @@ class Announcer:
         key = build.key
         self._building = key
         self._unsettled.add(key)
-        log.info("build started", model=key.model, prompt=key.prompt, state="building", reason=build.reason)
-        self._events.publish("artifact", model=key.model, prompt=key.prompt, state="building", reason=build.reason)
+        log.info(
+            "build started",
+            model=key.model,
+            prompt=key.prompt,
+            state="building",
+            reason=build.reason,
+        )
+        self._events.publish(
+            "artifact", model=key.model, prompt=key.prompt, state="building", reason=build.reason
+        )
 
     def build_ended(self) -> None:
         """However it did; what became of it follows."""
@@ -88,9 +107,16 @@ class Announcer:
             verified=figures.verified,
         )
         if not figures.gain:
-            log.warning("no gain", model=key.model, prompt=key.prompt, hint="loading costs more than prefilling")
+            log.warning(
+                "no gain",
+                model=key.model,
+                prompt=key.prompt,
+                hint="loading costs more than prefilling",
+            )
 
-    def build_failed(self, request: BuildRequest, error: errors.RkcachedError, verdict: Verdict) -> None:
+    def build_failed(
+        self, request: BuildRequest, error: errors.RkcachedError, verdict: Verdict
+    ) -> None:
         key = request.action.key
         self._publish_build(request, verdict.kind.value)
         log.error(
@@ -106,5 +132,10 @@ class Announcer:
     def _publish_build(self, request: BuildRequest, result: str, build_ms: float = 0.0) -> None:
         key, reason = request.action.key, request.action.reason
         self._events.publish(
-            "build", model=key.model, prompt=key.prompt, reason=reason, result=result, build_ms=round(build_ms, 1)
+            "build",
+            model=key.model,
+            prompt=key.prompt,
+            reason=reason,
+            result=result,
+            build_ms=round(build_ms, 1),
         )

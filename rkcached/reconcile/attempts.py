@@ -1,6 +1,9 @@
-"""What was tried and failed since the start. The store remembers verdicts, too, but a full disk may not take them.
+"""What was tried and failed since the start.
 
-On the event loop. A failure to load a model is not its prompts' fault: it is remembered for the model, in memory only.
+The store remembers verdicts, too, but a full disk may not take them.
+
+On the event loop. A failure to load a model is not its prompts' fault: it is remembered for the
+model, in memory only.
 """
 
 from __future__ import annotations
@@ -19,7 +22,10 @@ def blames_model(error: errors.RkcachedError) -> bool:
     """No prompt of this model can be built now, but perhaps later."""
     return isinstance(
         error,
-        errors.ModelLoadError | errors.RuntimeLibraryError | errors.WorkerUnavailable | errors.ModelReplaced,
+        errors.ModelLoadError
+        | errors.RuntimeLibraryError
+        | errors.WorkerUnavailable
+        | errors.ModelReplaced,
     )
 
 
@@ -36,27 +42,43 @@ class Attempts:
         return self._first_tries.setdefault(fingerprint, now)
 
     def failed(
-        self, key: Key, model: DesiredModel, fingerprint: str, error: errors.RkcachedError, stored: Verdict | None
+        self,
+        key: Key,
+        model: DesiredModel,
+        fingerprint: str,
+        error: errors.RkcachedError,
+        stored: Verdict | None,
     ) -> Verdict:
         """A build failed. `stored` is what the store remembers of this prompt."""
         if blames_model(error):
             identity, before = self._model_failures.get(key.model, ("", None))
-            attempts = 1 + (before.attempts if before is not None and identity == model.identity else 0)
+            attempts = 1 + (
+                before.attempts if before is not None and identity == model.identity else 0
+            )
             verdict = verdict_on(error, fingerprint, attempts)
             self._model_failures[key.model] = (model.identity, verdict)
             return verdict
         before = self._failures.get(key) or stored
-        attempts = 1 + (before.attempts if before is not None and before.fingerprint == fingerprint else 0)
-        verdict = self._failures[key] = verdict_on(error, fingerprint, attempts, model=model.identity)
+        attempts = 1 + (
+            before.attempts if before is not None and before.fingerprint == fingerprint else 0
+        )
+        verdict = self._failures[key] = verdict_on(
+            error, fingerprint, attempts, model=model.identity
+        )
         return verdict
 
     def needed_bytes(self, key: Key, fingerprint: str) -> int:
         """What the artifact takes at the least, as far as earlier attempts tell."""
         verdict = self._failures.get(key)
-        return verdict.needed_bytes if verdict is not None and verdict.fingerprint == fingerprint else 0
+        return (
+            verdict.needed_bytes
+            if verdict is not None and verdict.fingerprint == fingerprint
+            else 0
+        )
 
     def built(self, key: Key) -> None:
-        self._first_tries.clear()  # this load lets builds end; the others are as patient as new ones
+        # this load lets builds end; the others are as patient as new ones
+        self._first_tries.clear()
         self._model_failures.pop(key.model, None)
         self._failures.pop(key, None)
 
@@ -83,10 +105,17 @@ class Attempts:
         A model that could not be loaded blocks its prompts until it changes or may be tried again.
         """
         verdicts = dict(self._failures)
-        prompts: Iterable[DesiredPrompt] = view.desired.prompts.values() if self._model_failures else ()
+        prompts: Iterable[DesiredPrompt] = (
+            view.desired.prompts.values() if self._model_failures else ()
+        )
         for prompt in prompts:
             failure = self._model_failures.get(prompt.key.model)
             model = view.model(prompt.key.model)
-            if failure and prompt.fingerprint and isinstance(model, DesiredModel) and model.identity == failure[0]:
+            if (
+                failure
+                and prompt.fingerprint
+                and isinstance(model, DesiredModel)
+                and model.identity == failure[0]
+            ):
                 verdicts[prompt.key] = replace(failure[1], fingerprint=prompt.fingerprint.digest)
         return verdicts

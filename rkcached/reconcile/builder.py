@@ -1,7 +1,7 @@
 """Carries out one build: stage, prefill and prove in the worker, check the budget, commit.
 
-Holds the gate only while the engine works, so that a live request never waits for a disk. Either a complete artifact is
-published, or an error says why not and nothing of the attempt is left.
+Holds the gate only while the engine works, so that a live request never waits for a disk. Either a
+complete artifact is published, or an error says why not and nothing of the attempt is left.
 """
 
 from __future__ import annotations
@@ -119,21 +119,28 @@ class Builder:
         self._workers = workers
         self._gates = gates
 
-    async def build(self, request: BuildRequest, on_progress: Callable[[int, int], None]) -> StoredArtifact:
+    async def build(
+        self, request: BuildRequest, on_progress: Callable[[int, int], None]
+    ) -> StoredArtifact:
         """Build and publish an artifact. `on_progress` gets (tokens prefilled, tokens in total).
 
-        Errors: Aborted when it stepped aside for a live request; any EngineError, WorkerError or StoreError.
+        Errors: Aborted when it stepped aside for a live request; any EngineError, WorkerError or
+        StoreError.
         """
         action, model = request.action, request.model
         prefix, probe = await asyncio.to_thread(_texts, model.template, request.text)
         components = action.fingerprint.components
         if hashlib.sha256(prefix.encode()).hexdigest() != components["prefix.digest"]:
-            raise SourceError(f"{action.key} changed since the build was planned", hint="it is planned again")
+            raise SourceError(
+                f"{action.key} changed since the build was planned", hint="it is planned again"
+            )
         started = time.monotonic()
         staged = await asyncio.to_thread(self._store.stage, action.key)
         try:
             text_bytes = len(prefix.encode())
-            await asyncio.to_thread(_check_room, self._store, staged.parent, request.needed_bytes, text_bytes)
+            await asyncio.to_thread(
+                _check_room, self._store, staged.parent, request.needed_bytes, text_bytes
+            )
             try:
                 built = await self._prefill(request, prefix, probe, staged, on_progress)
             except (EngineError, WorkerDied) as error:
@@ -143,7 +150,11 @@ class Builder:
             limit = request.cache.max_bytes
             if limit is not None and request.claimed_bytes + size_bytes > limit:
                 said = over_budget(
-                    action.fingerprint.digest, size_bytes, request.claimed_bytes, limit, request.foreign_bytes
+                    action.fingerprint.digest,
+                    size_bytes,
+                    request.claimed_bytes,
+                    limit,
+                    request.foreign_bytes,
                 ).trouble
                 hint = f"what comes after it in the manifest makes room, if that is enough; else {said.hint}"
                 raise BudgetExceeded(said.message, needed_bytes=size_bytes, hint=hint)
@@ -167,10 +178,13 @@ class Builder:
                     verified=built.verified,
                 ),
             )
-            # A commit is short and must not be cut in two: it goes on even if the caller is cancelled.
+            # A commit is short and must not be cut in two: it goes on even if the caller is
+            # cancelled.
             retire = request.cache.keep_retired_s > 0
             commit = asyncio.create_task(
-                asyncio.to_thread(self._store.commit, action.key, staged, sidecar, prefix.encode(), retire=retire)
+                asyncio.to_thread(
+                    self._store.commit, action.key, staged, sidecar, prefix.encode(), retire=retire
+                )
             )
             try:
                 return await asyncio.shield(commit)
@@ -185,7 +199,12 @@ class Builder:
             self._store.discard(staged)
 
     async def _prefill(
-        self, request: BuildRequest, prefix: str, probe: str, staged: Path, on_progress: Callable[[int, int], None]
+        self,
+        request: BuildRequest,
+        prefix: str,
+        probe: str,
+        staged: Path,
+        on_progress: Callable[[int, int], None],
     ) -> protocol.Built:
         worker: Worker | None = None
         operation_id = 0
@@ -211,7 +230,12 @@ class Builder:
         def step_aside() -> None:
             nonlocal wanted_aside
             wanted_aside = True
-            if operation_id and worker is not None and worker.info is not None and worker.info.aborts_prefill:
+            if (
+                operation_id
+                and worker is not None
+                and worker.info is not None
+                and worker.info.aborts_prefill
+            ):
                 aside.add(asyncio.ensure_future(worker.abort(operation_id)))
 
         async with self._gates.hold(
@@ -227,7 +251,9 @@ class Builder:
             try:
                 await worker.ensure()
             except (WorkerDied, WorkerTimeout) as error:  # no prompt was touched yet
-                raise ModelLoadError(f"the model cannot be loaded: {error.message}", hint=error.hint) from error
+                raise ModelLoadError(
+                    f"the model cannot be loaded: {error.message}", hint=error.hint
+                ) from error
             if wanted_aside:  # a request came while the model was loaded
                 raise Aborted("made room for a live request")
             built = await worker.run(make, on_event)
@@ -238,13 +264,17 @@ class Builder:
 
 def size_if_same(artifact: StoredArtifact | None, components: Mapping[str, str]) -> int:
     """The size of a prompt cache with these components, if that of the artifact tells; else 0."""
-    if artifact is None or any(artifact.sidecar.components.get(name) != components.get(name) for name in _SAME_SIZE):
+    if artifact is None or any(
+        artifact.sidecar.components.get(name) != components.get(name) for name in _SAME_SIZE
+    ):
         return 0
     return artifact.sidecar.size_bytes
 
 
 def _check_room(store: Store, folder: Path, cache_bytes: int, text_bytes: int) -> None:
-    """See that an artifact may fit; retired artifacts yield. The one that it replaces stays until it is there.
+    """See that an artifact may fit; retired artifacts yield.
+
+    The one that it replaces stays until it is there.
 
     Errors: NoRoom when it does not fit for certain; StoreError.
     """
@@ -258,7 +288,9 @@ def _check_room(store: Store, folder: Path, cache_bytes: int, text_bytes: int) -
             store.release(needed_bytes - found.free_bytes)
             found = disk.free(folder)
         if found.free_bytes < needed_bytes:
-            message = f"needs {needed_bytes:,} bytes, {found.free_bytes:,} are free on {found.mount}"
+            message = (
+                f"needs {needed_bytes:,} bytes, {found.free_bytes:,} are free on {found.mount}"
+            )
             raise NoRoom(message, needed_bytes=cache_bytes, hint=disk.ROOM)
 
 
@@ -267,7 +299,9 @@ def _blame_disk(staged: Path, error: EngineError | WorkerDied) -> None:
 
     Errors: NoRoom when it failed on a full disk; what it wrote until then tells how much it needs at the least.
     """
-    if type(error) is not EngineError and not isinstance(error, ArtifactLoadError | VerifyFailed | WorkerDied):
+    if type(error) is not EngineError and not isinstance(
+        error, ArtifactLoadError | VerifyFailed | WorkerDied
+    ):
         return
     with contextlib.suppress(OSError):
         found = disk.free(staged.parent)

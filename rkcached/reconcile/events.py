@@ -1,4 +1,7 @@
-"""What happens in the daemon, told to whoever listens: metrics, and clients of the event stream. On the event loop."""
+"""What happens in the daemon, told to whoever listens: metrics, and clients of the event stream.
+
+On the event loop.
+"""
 
 from __future__ import annotations
 
@@ -48,7 +51,10 @@ class Events:
         self._listeners.add(listener)
 
     async def stream(self, heartbeat_s: float) -> AsyncIterator[Event | None]:
-        """Every event from now on, and None after each silence. Ends with the daemon, or if the reader is too slow."""
+        """Every event from now on, and None after each silence.
+
+        Ends with the daemon, or if the reader is too slow.
+        """
         queue: asyncio.Queue[Event | None] = asyncio.Queue()
         if self._closed:
             return

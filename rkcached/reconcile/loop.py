@@ -1,8 +1,11 @@
-"""The reconciler: look, plan, act, until there is nothing to do. The single writer of the store and of the view.
+"""The reconciler: look, plan, act, until there is nothing to do.
 
-It is level-triggered. Events, signals, timers and finished builds all mean the same, "look again"; what to do comes
-only from comparing the manifest with the disk. Everything here runs on the event loop except the looking itself, which
-reads files in a thread, one look at a time. One build runs at a time; a build that nobody wants any more is stopped.
+The single writer of the store and of the view.
+
+It is level-triggered. Events, signals, timers and finished builds all mean the same, "look again";
+what to do comes only from comparing the manifest with the disk. Everything here runs on the event
+loop except the looking itself, which reads files in a thread, one look at a time. One build runs at
+a time; a build that nobody wants any more is stopped.
 """
 
 from __future__ import annotations
@@ -68,7 +71,8 @@ STORE_RETRY_S = 5.0
 """Look again after a look at a store that cannot be read."""
 
 ACT_S = 5.0
-"""A look stops adopting and putting aside after so long, and the next one goes on: an edit does not wait for them."""
+"""A look stops adopting and putting aside after so long, and the next one goes on: an edit does not
+wait for them."""
 
 MAX_GLANCED_FILES = 64
 """More files than these are not worth a glance before the look."""
@@ -147,7 +151,10 @@ class Reconciler:
     # What others may ask for; all on the event loop
 
     def look_again(self, changed: Iterable[str] = (), *, now: bool = False) -> None:
-        """Something may have changed: these files, or nobody knows what. `now` skips waiting for it to settle."""
+        """Something may have changed: these files, or nobody knows what.
+
+        `now` skips waiting for it to settle.
+        """
         if len(self._changed) <= MAX_GLANCED_FILES:
             self._changed.update(changed)
         moment = asyncio.get_running_loop().time()
@@ -158,10 +165,15 @@ class Reconciler:
         self._wake.set()
 
     async def regenerate(self, key: Key) -> StoredArtifact:
-        """Build this prompt anew, even if it is fresh. Errors: SourceError if it has no text; what the build raises."""
+        """Build this prompt anew, even if it is fresh.
+
+        Errors: SourceError if it has no text; what the build raises.
+        """
         desired = self.view.desired.prompts.get(key)
         if desired is None:
-            raise errors.SourceError(f"{key} is not declared", hint="`rkcached status` lists what is")
+            raise errors.SourceError(
+                f"{key} is not declared", hint="`rkcached status` lists what is"
+            )
         if desired.fingerprint is None:
             trouble = desired.trouble or Trouble(message="it has no text")
             raise errors.SourceError(f"{key} cannot be built: {trouble.message}", hint=trouble.hint)
@@ -184,13 +196,19 @@ class Reconciler:
         await event.wait()
 
     async def forget(self, key: Key) -> None:
-        """A text was deleted on purpose: its prompt caches go, too, and none is kept as retired. Errors: StoreError."""
+        """A text was deleted on purpose: its prompt caches go, too, and none is kept as retired.
+
+        Errors: StoreError.
+        """
         await self.next_look()
         await asyncio.to_thread(self._store.remove_retired_of, key)
         await self.next_look()
 
     async def collect(self, *, dry_run: bool, strangers: bool = False) -> list[Rubbish]:
-        """Take out of the store what serves nobody; `dry_run`: only say what could go. Errors: StoreError."""
+        """Take out of the store what serves nobody; `dry_run`: only say what could go.
+
+        Errors: StoreError.
+        """
         future: asyncio.Future[list[Rubbish]] = asyncio.get_running_loop().create_future()
         collection = Collection(dry_run=dry_run, strangers=strangers, future=future)
         self._collections.append(collection)
@@ -200,17 +218,22 @@ class Reconciler:
             await self.next_look()  # what did not fit may fit now
         return rubbish
 
-    async def artifact_failed(self, key: Key, artifact: StoredArtifact, why: str, *, died: bool) -> None:
+    async def artifact_failed(
+        self, key: Key, artifact: StoredArtifact, why: str, *, died: bool
+    ) -> None:
         """A fresh artifact could not be loaded for a request, which is answered cold. Heal it.
 
-        A clean refusal takes the artifact out at once; a worker's death does after QUARANTINE_AFTER times, for it may
-        have another cause. A fingerprint that fails that often is left alone until one of its inputs changes.
+        A clean refusal takes the artifact out at once; a worker's death does after QUARANTINE_AFTER
+        times, for it may have another cause. A fingerprint that fails that often is left alone
+        until one of its inputs changes.
         """
         if self.view.artifacts.get(key) != artifact:
             return  # replaced meanwhile
         fingerprint = artifact.sidecar.fingerprint
         faults = self._attempts.load_fault(fingerprint)
-        log.error("artifact not loadable", model=key.model, prompt=key.prompt, why=why, times=faults)
+        log.error(
+            "artifact not loadable", model=key.model, prompt=key.prompt, why=why, times=faults
+        )
         if died and faults < QUARANTINE_AFTER:
             return
         self.view.index.discard(key)
@@ -251,7 +274,11 @@ class Reconciler:
 
     async def _wait(self) -> None:
         """Until something wakes us, the next retry, or the next rescan."""
-        retries = [a.action.retry_at for a in self.view.assessments.values() if isinstance(a.action, Blocked)]
+        retries = [
+            a.action.retry_at
+            for a in self.view.assessments.values()
+            if isinstance(a.action, Blocked)
+        ]
         due = [at - time.time() for at in retries if at > 0]
         rescan_s = RESCAN_S if self.store_trouble is None else STORE_RETRY_S
         loop = asyncio.get_running_loop()
@@ -309,7 +336,9 @@ class Reconciler:
         manifest = await asyncio.to_thread(self.manifest_file.read)
         if manifest is not view.manifest or self.store_trouble is not None:
             return
-        glimpses = await asyncio.to_thread(self._observer.glance, manifest, changed, view.index.all())
+        glimpses = await asyncio.to_thread(
+            self._observer.glance, manifest, changed, view.index.all()
+        )
         glimpses = [one for one in glimpses if not self._attempts.blames(one.prompt.key.model)]
         if not glimpses or generation != self._generation:
             return
@@ -322,7 +351,9 @@ class Reconciler:
             self._announcer.state(one.assessment)
         view.desired = replace(view.desired, prompts=prompts, texts=texts)
         builds = {one.build.key: one.build for one in glimpses}
-        self._pending = builds | self._pending | builds  # the first to be built, with the text of now
+        self._pending = (
+            builds | self._pending | builds
+        )  # the first to be built, with the text of now
         self._start_next_build()
 
     async def _look(self) -> None:
@@ -359,13 +390,19 @@ class Reconciler:
             await asyncio.to_thread(self._store.digests.save)
         self.looks += 1
         self.last_look_ms = (time.perf_counter() - started) * 1000
-        log.debug("looked", took_ms=round(self.last_look_ms, 1), builds=len(self._pending), changed=len(acted))
+        log.debug(
+            "looked",
+            took_ms=round(self.last_look_ms, 1),
+            builds=len(self._pending),
+            changed=len(acted),
+        )
         self.looked.set()
         # What cannot be removed is tried again at the next look, not at once.
         if acted or generation != self._generation:
             self.look_again(now=True)
         if generation != self._generation:
-            self._pending.clear()  # a build or a request found something out since: the next look plans with that
+            # a build or a request found something out since: the next look plans with that
+            self._pending.clear()
 
     async def _tidy(self, look: Look) -> None:
         """The quarantine keeps what the budget leaves it."""
@@ -382,11 +419,16 @@ class Reconciler:
         self.store_trouble = error
 
     async def _observe(self) -> tuple[Look, int]:
-        """A look during which the store did not change. As no build starts meanwhile, two looks are the most."""
+        """A look during which the store did not change.
+
+        As no build starts meanwhile, two looks are the most.
+        """
         while True:
             generation = self._generation
             manifest = await asyncio.to_thread(self.manifest_file.read)
-            look = await asyncio.to_thread(self._observer.look, manifest, self._attempts.verdicts(self.view))
+            look = await asyncio.to_thread(
+                self._observer.look, manifest, self._attempts.verdicts(self.view)
+            )
             if generation == self._generation:
                 return look, generation
 
@@ -398,13 +440,20 @@ class Reconciler:
         wanted = look.desired.fingerprint(running.key)
         if wanted is not None and wanted.digest == running.fingerprint:
             return False
-        log.info("build stopped", model=running.key.model, prompt=running.key.prompt, reason="no longer wanted")
+        log.info(
+            "build stopped",
+            model=running.key.model,
+            prompt=running.key.prompt,
+            reason="no longer wanted",
+        )
         if wanted is not None:
             self._patience.stopped(running.key, wanted.digest, asyncio.get_running_loop().time())
         await self._stop_build()
         return True
 
-    def _builds_to_do(self, look: Look, requested: list[Key], building: Key | None) -> dict[Key, Build]:
+    def _builds_to_do(
+        self, look: Look, requested: list[Key], building: Key | None
+    ) -> dict[Key, Build]:
         """Requested builds first, then the plan's; without the one that ran when the look saw the store.
 
         That one may have ended since: what the look saw of it is then out of date, and the next look comes at once.
@@ -414,7 +463,9 @@ class Reconciler:
             if (wanted := look.desired.fingerprint(key)) is not None:
                 builds[key] = Build(key=key, reason=REQUESTED, fingerprint=wanted)
             else:
-                error = errors.SourceError(f"{key} can no longer be built", hint=f"see `rkcached explain {key}`")
+                error = errors.SourceError(
+                    f"{key} can no longer be built", hint=f"see `rkcached explain {key}`"
+                )
                 self._requests.answer(key, error)
         for action in plan(look.assessments):
             if isinstance(action, Build):
@@ -444,7 +495,9 @@ class Reconciler:
             assessments=shown,
             artifacts=dict(artifacts),
             index=index,
-            unreadable_bytes={key: found.size_bytes for key, found in look.inventory.unreadable.items()},
+            unreadable_bytes={
+                key: found.size_bytes for key, found in look.inventory.unreadable.items()
+            },
             retired=dict(look.inventory.retired),
             foreign_bytes=sum(look.inventory.foreign.values()),
             quarantine_bytes=sum(look.inventory.quarantined.values()),
@@ -458,7 +511,9 @@ class Reconciler:
 
     def _retire_workers(self, look: Look) -> None:
         """Stop workers of models that are gone; a model that changed is replaced when it is next used."""
-        wanted = {name for name, model in look.desired.models.items() if isinstance(model, DesiredModel)}
+        wanted = {
+            name for name, model in look.desired.models.items() if isinstance(model, DesiredModel)
+        }
         for name in {worker.model.name for worker in self._workers.all()} - wanted:
             task = asyncio.create_task(self._retire_worker(name))
             self._retiring.add(task)
@@ -506,7 +561,9 @@ class Reconciler:
     async def _adopt(self, action: Adopt, look: Look) -> bool:
         """Publish an artifact that the store has under another name. Whether it was."""
         key, source, view = action.key, action.source, self.view
-        if not self._may_change(key, look) or (source is not None and not self._may_change(source, look)):
+        if not self._may_change(key, look) or (
+            source is not None and not self._may_change(source, look)
+        ):
             return False
 
         try:
@@ -521,11 +578,18 @@ class Reconciler:
         except errors.StoreError as error:
             if key not in self._unadopted:
                 _log_trouble("artifact not adopted", action, error)
-            blocked = Blocked(key=key, reason=error.message, hint=error.hint, retry_at=time.time() + PASSING_RETRY_S)
+            blocked = Blocked(
+                key=key,
+                reason=error.message,
+                hint=error.hint,
+                retry_at=time.time() + PASSING_RETRY_S,
+            )
             view.assessments[key] = Assessment(
                 key=key, state=State.BLOCKED, reason=error.message, hint=error.hint, action=blocked
             )
-            again = key not in self._unadopted  # the source may be out of use by now: the next look tells
+            again = (
+                key not in self._unadopted
+            )  # the source may be out of use by now: the next look tells
             self._unadopted.add(key)
             return again
         self._unadopted.discard(key)
@@ -559,7 +623,12 @@ class Reconciler:
             _log_trouble("artifact not retired", action, error)
             return False
         self._forget(action.key)
-        log.info("artifact retired", model=action.key.model, prompt=action.key.prompt, reason=action.reason)
+        log.info(
+            "artifact retired",
+            model=action.key.model,
+            prompt=action.key.prompt,
+            reason=action.reason,
+        )
         return True
 
     async def _remove_retired(self, action: Remove) -> bool:
@@ -569,7 +638,12 @@ class Reconciler:
             _log_trouble("retired artifact not removed", action, error)
             return False
         self.view.retired.pop(action.retired, None)
-        log.info("retired artifact removed", model=action.key.model, prompt=action.key.prompt, reason=action.reason)
+        log.info(
+            "retired artifact removed",
+            model=action.key.model,
+            prompt=action.key.prompt,
+            reason=action.reason,
+        )
         return True
 
     async def _remove(self, action: Remove, look: Look) -> bool:
@@ -594,7 +668,9 @@ class Reconciler:
         self.view.artifacts.pop(key, None)
         self.view.unreadable_bytes.pop(key, None)
         if key not in self.view.desired.prompts:
-            self.view.assessments.pop(key, None)  # who asked for the removal must not see it any more
+            self.view.assessments.pop(
+                key, None
+            )  # who asked for the removal must not see it any more
 
     async def _forget_verdicts(self, look: Look) -> None:
         for key in look.inventory.verdicts.keys() - look.desired.prompts.keys():
@@ -602,7 +678,11 @@ class Reconciler:
                 await asyncio.to_thread(self._store.clear_verdict, key)
 
     def _start_next_build(self) -> None:
-        while self.progress is None and not self._looking and (build := self._next_build()) is not None:
+        while (
+            self.progress is None
+            and not self._looking
+            and (build := self._next_build()) is not None
+        ):
             request = self._build_request(build)
             if request is not None:
                 self._last_started = build.key
@@ -622,7 +702,11 @@ class Reconciler:
         again: Key | None = None
         due_at = math.inf
         for key in self._pending:
-            due = 0.0 if key in asked else self._patience.due(key, self._files_of(key), self._watcher.writing)
+            due = (
+                0.0
+                if key in asked
+                else self._patience.due(key, self._files_of(key), self._watcher.writing)
+            )
             if due > loop.time():
                 due_at = min(due_at, due)
             elif key != self._last_started or key in asked:
@@ -650,7 +734,11 @@ class Reconciler:
         """What the build needs; None if it is no longer what is wanted, which the next look takes care of."""
         key, view = build.key, self.view
         model, wanted = view.model(key.model), view.desired.fingerprint(key)
-        if not isinstance(model, DesiredModel) or wanted is None or wanted.digest != build.fingerprint.digest:
+        if (
+            not isinstance(model, DesiredModel)
+            or wanted is None
+            or wanted.digest != build.fingerprint.digest
+        ):
             return None
         return BuildRequest(
             action=build,
@@ -662,7 +750,9 @@ class Reconciler:
             foreign_bytes=view.foreign_bytes,
             needed_bytes=self._attempts.needed_bytes(key, wanted.digest)
             or size_if_same(view.artifacts.get(key), wanted.components),
-            first_try=self._attempts.first_try(build.fingerprint.digest, asyncio.get_running_loop().time()),
+            first_try=self._attempts.first_try(
+                build.fingerprint.digest, asyncio.get_running_loop().time()
+            ),
         )
 
     async def _build(self, request: BuildRequest, progress: BuildProgress) -> None:
@@ -690,8 +780,9 @@ class Reconciler:
         finally:
             self.progress = None
             self._generation += 1
-        # With more builds waiting there is no need to look at everything again in between; and a look that goes on
-        # takes notice by itself, for if each build asked for another one, there would be no more than one to a look.
+        # With more builds waiting there is no need to look at everything again in between; and a
+        # look that goes on takes notice by itself, for if each build asked for another one, there
+        # would be no more than one to a look.
         if self._looking:
             return
         if self._pending and not self._wake.is_set():
@@ -708,7 +799,8 @@ class Reconciler:
         self._is_fresh(key, artifact)
         self._requests.answer(key, artifact)
 
-        # Prompts of the same text and parameters need no prefill any more: the next look adopts it for them.
+        # Prompts of the same text and parameters need no prefill any more: the next look adopts it
+        # for them.
         twins = [
             other
             for other, build in self._pending.items()
@@ -724,7 +816,11 @@ class Reconciler:
         self.view.artifacts[key] = artifact
         self.view.unreadable_bytes.pop(key, None)
         wanted = self.view.desired.prompts.get(key)
-        if wanted and wanted.fingerprint and wanted.fingerprint.digest == artifact.sidecar.fingerprint:
+        if (
+            wanted
+            and wanted.fingerprint
+            and wanted.fingerprint.digest == artifact.sidecar.fingerprint
+        ):
             self.view.index.add(key, artifact)
             fresh = Assessment(key=key, state=State.FRESH, description=wanted.description)
             self.view.assessments[key] = fresh

@@ -1,7 +1,8 @@
 """Looks at the world: manifest, sources and store, compared by the planner.
 
-A look never changes anything and never fails for a bad input: what is wrong is part of what was seen. Blocking; the
-daemon does it in a thread, one look at a time, and the command line does it without a daemon.
+A look never changes anything and never fails for a bad input: what is wrong is part of what was
+seen. Blocking; the daemon does it in a thread, one look at a time, and the command line does it
+without a daemon.
 """
 
 from __future__ import annotations
@@ -62,7 +63,8 @@ class Look:
     inventory: Inventory
     assessments: tuple[Assessment, ...]
     store_trouble: errors.StoreError | None = None
-    """Why the store cannot be read. The look goes on without it: no artifact is known, and none can be built."""
+    """Why the store cannot be read. The look goes on without it: no artifact is known, and none can
+    be built."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,7 +97,8 @@ class Observer:
         self._resolver = Resolver(Renderer().compile)
         self._last: _Last | None = None
         self._retired_since: dict[str, float] = {}
-        """By fingerprint: when this process saw the retired artifact first, in monotonic seconds."""
+        """By fingerprint: when this process saw the retired artifact first, in monotonic seconds.
+        """
         self._assessments: dict[Key | str, Assessment] = {}
         """Of the last look: by prompt, and by fingerprint for retired artifacts."""
 
@@ -110,7 +113,12 @@ class Observer:
         except errors.StoreError as error:
             inventory, trouble = Inventory(), error
         verdicts = {**inventory.verdicts, **(extra_verdicts or {})}
-        self._last = _Last(sources=sources, models=desired.models, verdicts=verdicts, retired=inventory.retired.keys())
+        self._last = _Last(
+            sources=sources,
+            models=desired.models,
+            verdicts=verdicts,
+            retired=inventory.retired.keys(),
+        )
         observed = Observed(
             artifacts=inventory.observed(),
             verdicts=_spread(dict(verdicts), desired),
@@ -128,10 +136,14 @@ class Observer:
         )
         prompts = tuple(desired.prompts.values())
         if trouble is not None:
-            prompts = tuple(replace(p, fingerprint=None, trouble=p.trouble or Trouble.of(trouble)) for p in prompts)
+            prompts = tuple(
+                replace(p, fingerprint=None, trouble=p.trouble or Trouble.of(trouble))
+                for p in prompts
+            )
         before = self._assessments
         self._assessments = {
-            (place := one.retired or one.key): kept(before.get(place), one) for one in assess(prompts, observed, limits)
+            (place := one.retired or one.key): kept(before.get(place), one)
+            for one in assess(prompts, observed, limits)
         }
         return Look(
             manifest=manifest,
@@ -151,12 +163,15 @@ class Observer:
         self._retired_since = {one: self._retired_since.get(one, now) for one in inventory.retired}
         return frozenset(one for one, since in self._retired_since.items() if now - since < new_s)
 
-    def glance(self, manifest: Manifest, changed: set[str], fresh: Mapping[Key, StoredArtifact]) -> list[Glimpse]:
+    def glance(
+        self, manifest: Manifest, changed: set[str], fresh: Mapping[Key, StoredArtifact]
+    ) -> list[Glimpse]:
         """Which of the `fresh` prompts must be built because of files that changed. Blocking.
 
-        Everything else is taken to be as the last look saw it, so nothing but these files is read; a file is known by
-        the prompts it was part of then, never by its name. A look must follow. Whether a text fits into the budget
-        its build finds out; one that did not fit before is left to the look, as that depends on all prompts.
+        Everything else is taken to be as the last look saw it, so nothing but these files is read;
+        a file is known by the prompts it was part of then, never by its name. A look must follow.
+        Whether a text fits into the budget its build finds out; one that did not fit before is left
+        to the look, as that depends on all prompts.
         """
         if (last := self._last) is None:
             return []
@@ -173,12 +188,21 @@ class Observer:
                 continue  # the store has it under another name: the look adopts it
             desired = Desired(models=last.models, prompts={key: prompt}, texts={})
             observed = Observed(
-                artifacts={key: artifact}, verdicts=_spread(dict(last.verdicts), desired), now=time.time()
+                artifacts={key: artifact},
+                verdicts=_spread(dict(last.verdicts), desired),
+                now=time.time(),
             )
-            (assessment,) = assess((prompt,), observed, Limits(min_tokens=manifest.cache.min_tokens))
+            (assessment,) = assess(
+                (prompt,), observed, Limits(min_tokens=manifest.cache.min_tokens)
+            )
             if isinstance(now.source, PromptSource) and isinstance(assessment.action, Build):
                 glimpses.append(
-                    Glimpse(prompt=prompt, text=now.source.text, assessment=assessment, build=assessment.action)
+                    Glimpse(
+                        prompt=prompt,
+                        text=now.source.text,
+                        assessment=assessment,
+                        build=assessment.action,
+                    )
                 )
         return glimpses
 
@@ -187,7 +211,9 @@ def _named(manifest: Manifest, sources: Sources) -> Iterator[str]:
     """The files that the manifest names, itself among them."""
     yield str(manifest.file)
     for model in manifest.models.values():
-        yield from (str(path) for path in (model.path, model.tokenizer, model.lora) if path is not None)
+        yield from (
+            str(path) for path in (model.path, model.tokenizer, model.lora) if path is not None
+        )
         yield model.chat_template
     for declared in sources.prompts.values():
         yield from declared.files
@@ -204,12 +230,18 @@ def _spare_bytes(store: Store) -> int | None:
 
 def _did_not_fit(prompt: DesiredPrompt, verdict: Verdict | None) -> bool:
     wanted = prompt.fingerprint.digest if prompt.fingerprint is not None else ""
-    return verdict is not None and verdict.kind is VerdictKind.OVER_BUDGET and verdict.fingerprint == wanted
+    return (
+        verdict is not None
+        and verdict.kind is VerdictKind.OVER_BUDGET
+        and verdict.fingerprint == wanted
+    )
 
 
 def _spread(verdicts: dict[Key, Verdict], desired: Desired) -> dict[Key, Verdict]:
     """A model that cannot be cached is so for all its prompts, until its file, the runtime or its parameters change."""
-    uncacheable = {v.model: v for v in verdicts.values() if v.kind is VerdictKind.UNCACHEABLE and v.model}
+    uncacheable = {
+        v.model: v for v in verdicts.values() if v.kind is VerdictKind.UNCACHEABLE and v.model
+    }
     for key, prompt in desired.prompts.items() if uncacheable else ():
         model = desired.models.get(key.model)
         found = uncacheable.get(model.identity) if isinstance(model, DesiredModel) else None
@@ -228,7 +260,10 @@ class ManifestFile:
         self._signature: Signature | None = None
 
     def read(self) -> Manifest:
-        """The last good manifest, which is the same object as before if nothing in it changed. Blocking."""
+        """The last good manifest, which is the same object as before if nothing in it changed.
+
+        Blocking.
+        """
         signature, lasting = None, False
         with contextlib.suppress(OSError):
             info = self.path.stat()
@@ -240,7 +275,11 @@ class ManifestFile:
         except errors.ManifestError as error:
             if self.error is None or self.error.problems != error.problems:
                 for problem in error.problems:
-                    log.error("manifest rejected", problem=str(problem), consequence="the last good one stays in force")
+                    log.error(
+                        "manifest rejected",
+                        problem=str(problem),
+                        consequence="the last good one stays in force",
+                    )
             self.error = error
             self._signature = None
             return self.last_good
@@ -276,11 +315,15 @@ def manifest_text(path: Path) -> str:
         hint = "name one with --manifest or RKCACHED_MANIFEST; `rkcached demo` writes a small one"
         if (refused := refusal(path, error)) is not None:
             reason, hint = refused
-        problem = errors.Problem(file=str(path), line=0, message=f"the manifest cannot be read: {reason}", hint=hint)
+        problem = errors.Problem(
+            file=str(path), line=0, message=f"the manifest cannot be read: {reason}", hint=hint
+        )
         raise errors.ManifestError((problem,)) from error
 
 
-def inputs(manifest: Manifest, manifest_path: Path, stored: StoredTexts) -> tuple[list[Path], list[Path]]:
+def inputs(
+    manifest: Manifest, manifest_path: Path, stored: StoredTexts
+) -> tuple[list[Path], list[Path]]:
     """The files, and the folders with any content, whose change may change the plan."""
     engine = ENGINES[manifest.engine.kind]
     files = [manifest_path]

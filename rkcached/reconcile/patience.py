@@ -1,9 +1,12 @@
-"""When a build of a text or a model that keeps changing may begin. On the event loop; reads no file.
+"""When a build of a text or a model that keeps changing may begin.
 
-A file that is uploaded grows for seconds, and each piece is another text: without patience, each one's build would be
-begun, stopped by the next piece, and begun again before all others. So a build waits while one of its files is open for
-writing, as far as events tell; and one that a change has stopped waits until the changes stop, each time a little
-longer. Both are bounded: a file that never rests is built now and then, and the other prompts are built in between.
+On the event loop; reads no file.
+
+A file that is uploaded grows for seconds, and each piece is another text: without patience, each
+one's build would be begun, stopped by the next piece, and begun again before all others. So a build
+waits while one of its files is open for writing, as far as events tell; and one that a change has
+stopped waits until the changes stop, each time a little longer. Both are bounded: a file that never
+rests is built now and then, and the other prompts are built in between.
 """
 
 from __future__ import annotations
@@ -22,7 +25,8 @@ LONGEST_WRITING_S = 600.0
 """Nor one that writes for so long: a large model over a slow network."""
 
 QUIET_S = (1.0, 2.0, 4.0)
-"""How long the changes must have stopped after a build was stopped by one: the first time, the second, and so on."""
+"""How long the changes must have stopped after a build was stopped by one: the first time, the
+second, and so on."""
 
 LONGEST_RESTLESS_S = 30.0
 """A build that was stopped so long ago is begun anew even if the changes never stopped."""
@@ -66,8 +70,12 @@ class Patience:
         moment = 0.0
         for file in files:
             if (writer := writing.get(file)) is not None:
-                moment = max(moment, min(writer.last + SILENT_WRITER_S, writer.first + LONGEST_WRITING_S))
+                moment = max(
+                    moment, min(writer.last + SILENT_WRITER_S, writer.first + LONGEST_WRITING_S)
+                )
         if (restless := self._restless.get(key)) is not None:
             quiet_s = QUIET_S[min(restless.stops, len(QUIET_S)) - 1]
-            moment = max(moment, min(restless.changed + quiet_s, restless.stopped + LONGEST_RESTLESS_S))
+            moment = max(
+                moment, min(restless.changed + quiet_s, restless.stopped + LONGEST_RESTLESS_S)
+            )
         return moment

@@ -55,7 +55,12 @@ class FreshIndex:
         if same_length.get(digest) == key:  # two prompts may have one text
             del same_length[digest]
             twin = next(
-                (k for k, a in self._artifacts.items() if k.model == key.model and _prefix(a)[1] == digest), None
+                (
+                    k
+                    for k, a in self._artifacts.items()
+                    if k.model == key.model and _prefix(a)[1] == digest
+                ),
+                None,
             )
             if twin is not None:
                 same_length[digest] = twin
@@ -119,17 +124,26 @@ class View:
     def claimed_bytes(self, but: Key | None = None) -> int:
         """The part of `used_bytes` that a build cannot make room of, without the artifact of `but`.
 
-        Retired artifacts and the quarantine are not in it: they are removed where a build needs their room.
+        Retired artifacts and the quarantine are not in it: they are removed where a build needs
+        their room.
         """
-        sizes = self.unreadable_bytes | {key: a.sidecar.size_bytes for key, a in self.artifacts.items()}
-        return self.foreign_bytes + sum(size_bytes for key, size_bytes in sizes.items() if key != but)
+        sizes = self.unreadable_bytes | {
+            key: a.sidecar.size_bytes for key, a in self.artifacts.items()
+        }
+        return self.foreign_bytes + sum(
+            size_bytes for key, size_bytes in sizes.items() if key != but
+        )
 
     def retired_bytes(self) -> int:
         return sum(one.size_bytes for one in self.retired.values())
 
     def orphan_bytes(self) -> int:
-        sizes = self.unreadable_bytes | {key: a.sidecar.size_bytes for key, a in self.artifacts.items()}
-        return sum(size_bytes for key, size_bytes in sizes.items() if key not in self.desired.prompts)
+        sizes = self.unreadable_bytes | {
+            key: a.sidecar.size_bytes for key, a in self.artifacts.items()
+        }
+        return sum(
+            size_bytes for key, size_bytes in sizes.items() if key not in self.desired.prompts
+        )
 
 
 def _prefix(artifact: StoredArtifact) -> tuple[int, str]:

@@ -1,6 +1,7 @@
 """Builds that somebody asked for and waits for. On the event loop, beside the reconciler.
 
-An answer must come from a look that began after the question: an older one has not seen the text that was just written.
+An answer must come from a look that began after the question: an older one has not seen the text
+that was just written.
 """
 
 from __future__ import annotations
@@ -41,7 +42,10 @@ class BuildRequests:
         return tuple(self._waiting)
 
     def looked(
-        self, opened: tuple[Key, ...], assessments: dict[Key, Assessment], artifacts: dict[Key, StoredArtifact]
+        self,
+        opened: tuple[Key, ...],
+        assessments: dict[Key, Assessment],
+        artifacts: dict[Key, StoredArtifact],
     ) -> list[Key]:
         """A look has ended: answer what it answers. Returns what is to be built anew."""
         anew = []
@@ -52,7 +56,10 @@ class BuildRequests:
             waiting.seen = True
             assessment = assessments.get(key)
             if assessment is None:
-                self.answer(key, SourceError(f"{key} is not declared", hint="`rkcached status` lists what is"))
+                self.answer(
+                    key,
+                    SourceError(f"{key} is not declared", hint="`rkcached status` lists what is"),
+                )
             elif waiting.anew:
                 anew.append(key)
             elif assessment.state is State.FRESH:

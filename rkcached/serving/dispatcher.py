@@ -1,7 +1,8 @@
 """Answers requests: choose the prompt, render, pick the prompt cache, run, measure.
 
-A request never waits for a rebuild. If the wanted prompt cache is stale or missing, or fails to load, the answer is
-computed without one, from the prompt's current text. What the engine measured decides whether it was a hit.
+A request never waits for a rebuild. If the wanted prompt cache is stale or missing, or fails to
+load, the answer is computed without one, from the prompt's current text. What the engine measured
+decides whether it was a hit.
 """
 
 from __future__ import annotations
@@ -85,7 +86,9 @@ class _Run:
 
 
 class Serving:
-    def __init__(self, reconciler: Reconciler, workers: Workers, gates: Gates, events: Events) -> None:
+    def __init__(
+        self, reconciler: Reconciler, workers: Workers, gates: Gates, events: Events
+    ) -> None:
         self._events = events
         self._reconciler = reconciler
         self.preparation = Preparation(lambda: reconciler.view)
@@ -112,7 +115,9 @@ class Serving:
             await asyncio.wait(self._works, timeout=grace_s)
         for work, run in self._works.items():
             work.cancel()
-            run.events.put_nowait(None)  # tell its client now: a library that hangs would let it wait
+            run.events.put_nowait(
+                None
+            )  # tell its client now: a library that hangs would let it wait
 
     async def load(self, name: str) -> None:
         """Load a model now. Errors: RequestError."""
@@ -125,7 +130,10 @@ class Serving:
             raise as_request_error(error) from error
 
     async def unload(self, name: str) -> None:
-        """Unload a model, after what it is doing. It is loaded again when it is needed. Errors: RequestError."""
+        """Unload a model, after what it is doing.
+
+        It is loaded again when it is needed. Errors: RequestError.
+        """
         self.preparation.model(name)
         concurrent = self._reconciler.view.manifest.engine.concurrent
         async with self._gates.hold(name, Priority.LIVE, concurrent=concurrent):
@@ -155,7 +163,10 @@ class Serving:
                 log.info("model returned", model=name)
 
     async def run(self, job: Job) -> AsyncGenerator[Text | End, None]:
-        """The answer, piece by piece, and its end. Closing the iterator stops the generation. Errors: RequestError."""
+        """The answer, piece by piece, and its end.
+
+        Closing the iterator stops the generation. Errors: RequestError.
+        """
         if self._closing:
             raise _stopping()
         self._refuse_beyond_the_queue(job.model)
@@ -181,7 +192,9 @@ class Serving:
 
     def waiting(self, model: str) -> int:
         """Requests that wait for their turn."""
-        return sum(1 for run in self._works.values() if run.job.model.name == model and not run.started)
+        return sum(
+            1 for run in self._works.values() if run.job.model.name == model and not run.started
+        )
 
     def _refuse_beyond_the_queue(self, model: DesiredModel) -> None:
         manifest = self._reconciler.view.manifest
@@ -228,20 +241,25 @@ class Serving:
         while True:
             try:
                 concurrent = self._reconciler.view.manifest.engine.concurrent
-                async with self._gates.hold(run.job.model.name, Priority.LIVE, concurrent=concurrent):
+                async with self._gates.hold(
+                    run.job.model.name, Priority.LIVE, concurrent=concurrent
+                ):
                     run.chosen = None if died else self._choose(run.job)
                     run.unchosen = ("miss", died) if died else self._why_not(run.job)
                     run.started = run.started or time.monotonic()
                     model = self._reconciler.view.model(run.job.model.name)
                     current = model if isinstance(model, DesiredModel) else run.job.model
-                    worker = self._workers.get(worker_model(self._reconciler.view.manifest.engine, current))
+                    worker = self._workers.get(
+                        worker_model(self._reconciler.view.manifest.engine, current)
+                    )
                     done = await self._generate(worker, run)
             except errors.WorkerUnavailable as error:
                 await self._wait_for(worker, error)
             except (errors.WorkerDied, errors.WorkerTimeout) as error:
                 if run.chosen is None or not run.loading:
                     raise
-                # It died over the prompt cache, and the client has seen nothing yet: answer without.
+                # It died over the prompt cache, and the client has seen nothing yet: answer
+                # without.
                 run.loading = False
                 await self._reconciler.artifact_failed(*run.chosen, error.message, died=True)
                 died = error.message
@@ -250,8 +268,11 @@ class Serving:
             except errors.SchemaMismatch as error:
                 if run.job.correct is None or run.answering:
                     raise
-                # Only engines that cannot be held to a schema come here. They get one more chance, and are told why.
-                log.info("asked again", model=run.job.model.name, reason=error.message.partition(":")[0])
+                # Only engines that cannot be held to a schema come here. They get one more chance,
+                # and are told why.
+                log.info(
+                    "asked again", model=run.job.model.name, reason=error.message.partition(":")[0]
+                )
                 prompt = await run.job.correct(error.text, error.message)
                 run.job = replace(run.job, prompt=prompt, correct=None)
             else:
@@ -273,7 +294,11 @@ class Serving:
         def make(operation_id: int) -> protocol.Generate:
             run.loading = False  # it may be the second try
             return protocol.Generate(
-                id=operation_id, prompt=run.job.prompt, sampling=run.job.sampling, cache=cache, cold=run.job.cold
+                id=operation_id,
+                prompt=run.job.prompt,
+                sampling=run.job.sampling,
+                cache=cache,
+                cold=run.job.cold,
             )
 
         def on_event(event: protocol.FromWorker) -> None:
@@ -303,17 +328,24 @@ class Serving:
         await asyncio.sleep(wait_s)
 
     async def _look_again(self, run: _Run, error: errors.ModelReplaced) -> None:
-        """Have the model looked at anew, once for each request. Errors: the given one, the second time."""
+        """Have the model looked at anew, once for each request.
+
+        Errors: the given one, the second time.
+        """
         if run.looked:
             raise error
         run.looked = True
         await self._reconciler.next_look()
 
-    def _report_load_error(self, chosen: tuple[Key, StoredArtifact], event: protocol.Loaded) -> None:
+    def _report_load_error(
+        self, chosen: tuple[Key, StoredArtifact], event: protocol.Loaded
+    ) -> None:
         if event.replaced:
             self._reconciler.look_again(now=True)
             return
-        task = asyncio.create_task(self._reconciler.artifact_failed(*chosen, event.error, died=False))
+        task = asyncio.create_task(
+            self._reconciler.artifact_failed(*chosen, event.error, died=False)
+        )
         self._background.add(task)
         task.add_done_callback(self._background.discard)
 
@@ -332,7 +364,12 @@ class Serving:
                 self._reconciler.artifact_served(artifact)
             else:
                 use.misses += 1
-                log.warning("cache did not help", model=key.model, prompt=key.prompt, cached_tokens=stats.cached_tokens)
+                log.warning(
+                    "cache did not help",
+                    model=key.model,
+                    prompt=key.prompt,
+                    cached_tokens=stats.cached_tokens,
+                )
         report = CacheReport(
             cache=key.prompt if key is not None else None,
             state=state,
@@ -342,7 +379,9 @@ class Serving:
             queue_ms=_ms(run.started - job.accepted),
             load_ms=round(run.load_ms, 2),
             prefill_ms=round(stats.prefill_ms, 2),
-            decode_tokens_per_s=round(stats.decode_tokens / stats.decode_ms * 1000, 1) if stats.decode_ms >= 1 else 0.0,
+            decode_tokens_per_s=round(stats.decode_tokens / stats.decode_ms * 1000, 1)
+            if stats.decode_ms >= 1
+            else 0.0,
         )
         self._events.publish(
             "answer",
@@ -411,7 +450,9 @@ def _details(cached_tokens: int | None) -> PromptTokensDetails | None:
 
 
 def _stopping() -> RequestError:
-    return RequestError(503, "the daemon is stopping", code="shutting_down", hint="try again", retry_after_s=2)
+    return RequestError(
+        503, "the daemon is stopping", code="shutting_down", hint="try again", retry_after_s=2
+    )
 
 
 def _ms(seconds: float) -> float:

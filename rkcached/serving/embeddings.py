@@ -17,7 +17,9 @@ from rkcached.worker.pool import Workers
 
 
 class Embeddings:
-    def __init__(self, reconciler: Reconciler, preparation: Preparation, workers: Workers, gates: Gates) -> None:
+    def __init__(
+        self, reconciler: Reconciler, preparation: Preparation, workers: Workers, gates: Gates
+    ) -> None:
         self._reconciler = reconciler
         self._preparation = preparation
         self._workers = workers
@@ -25,12 +27,21 @@ class Embeddings:
         self._requests: Counter[str] = Counter()
 
     async def make(self, request: EmbeddingRequest) -> tuple[list[bytes], int]:
-        """A vector (little-endian float32, of length 1) for each input, and the tokens of all. Errors: RequestError."""
+        """A vector (little-endian float32, of length 1) for each input, and the tokens of all.
+
+        Errors: RequestError.
+        """
         serving = self._reconciler.view.manifest.serving
         name = self._preparation.embedding(request.model).name
         if any(isinstance(content, str) and "\0" in content for content in request.each()):
             said = "the text has a NUL character"
-            raise RequestError(400, said, code="invalid_value", param="input", hint="many runtimes stop reading there")
+            raise RequestError(
+                400,
+                said,
+                code="invalid_value",
+                param="input",
+                hint="many runtimes stop reading there",
+            )
         if self._requests[name] > serving.queue:
             raise RequestError(
                 503,
@@ -46,7 +57,9 @@ class Embeddings:
         except TimeoutError:
             limit_s = serving.request_timeout_s
             said = f"the request was not answered within {limit_s:g} s"
-            raise RequestError(504, said, code="request_timeout", hint="send fewer texts at once") from None
+            raise RequestError(
+                504, said, code="request_timeout", hint="send fewer texts at once"
+            ) from None
         except errors.RkcachedError as error:
             raise as_request_error(error, text="input") from error
         finally:

@@ -1,5 +1,8 @@
-"""Your files: the manifest and everything that it names. This room only reads; it never writes to one of them.
+"""Your files: the manifest and everything that it names.
 
-`manifest` parses and validates, `reader` reads prompt files and identifies models, `stored_texts` keeps the prompts
-that came over the socket. The plan is made from what it returns; the reconciler and the commands call it.
+This room only reads; it never writes to one of them.
+
+`manifest` parses and validates, `reader` reads prompt files and identifies models, `stored_texts`
+keeps the prompts that came over the socket. The plan is made from what it returns; the reconciler
+and the commands call it.
 """

@@ -1,9 +1,10 @@
 """The manifest: what should exist, as its owner wrote it.
 
-`parse` turns YAML text into frozen models, or raises one ManifestError with every problem, each with its line and a
-hint. It is pure: no file is opened, and whether a path exists is for `sources` to say. `yamlmap` reads the text, so
-that `verify: off` means what it says; `problems` has the words. The same models make the JSON schema;
-`etc/rkcached/manifest.example.yaml` explains each key, and a test holds the two together.
+`parse` turns YAML text into frozen models, or raises one ManifestError with every problem, each
+with its line and a hint. It is pure: no file is opened, and whether a path exists is for `sources`
+to say. `yamlmap` reads the text, so that `verify: off` means what it says; `problems` has the
+words. The same models make the JSON schema; `etc/rkcached/manifest.example.yaml` explains each key,
+and a test holds the two together.
 """
 
 from __future__ import annotations
@@ -100,17 +101,29 @@ class EngineConfig(_Section):
     """The inference engine."""
 
     kind: EngineKind = Field(
-        default=EngineKind.LLAMACPP, description="Inference library: rkllm, llamacpp, or memory for tests."
+        default=EngineKind.LLAMACPP,
+        description="Inference library: rkllm, llamacpp, or memory for tests.",
     )
-    threads: int = values.whole(default=0, ge=0, le=256, description="CPU threads of llamacpp; 0 is one per core.")
+    threads: int = values.whole(
+        default=0, ge=0, le=256, description="CPU threads of llamacpp; 0 is one per core."
+    )
     library: FilePath = Field(
-        default=Path("/usr/lib/librkllmrt.so"), description="RKLLM's runtime library.", validate_default=True
+        default=Path("/usr/lib/librkllmrt.so"),
+        description="RKLLM's runtime library.",
+        validate_default=True,
     )
-    abi: Abi = Field(default=None, description="RKLLM's binary interface, by version; None finds it.")
+    abi: Abi = Field(
+        default=None, description="RKLLM's binary interface, by version; None finds it."
+    )
     timeout_s: float = values.number(
-        default=300.0, ge=5, le=3600, description="Kill a worker whose library says nothing for so long."
+        default=300.0,
+        ge=5,
+        le=3600,
+        description="Kill a worker whose library says nothing for so long.",
     )
-    concurrent: bool = Field(default=False, strict=True, description="Let several models work at the same time.")
+    concurrent: bool = Field(
+        default=False, strict=True, description="Let several models work at the same time."
+    )
     max_loaded: int | None = values.whole(
         default=None,
         ge=1,
@@ -118,7 +131,8 @@ class EngineConfig(_Section):
         description="Models in memory at once. None: 1 with rkllm (unless concurrent), else what fits in memory.",
     )
     max_memory_bytes: Size | None = Field(
-        default=None, description="What a worker may take, besides mapped model files and NPU buffers. None: no limit."
+        default=None,
+        description="What a worker may take, besides mapped model files and NPU buffers. None: no limit.",
     )
 
 
@@ -126,14 +140,19 @@ class CacheConfig(_Section):
     """The store of prompt caches."""
 
     max_bytes: Size | None = Field(
-        default=None, description="Budget of the prompt caches: bytes, or with a unit. None is no limit."
+        default=None,
+        description="Budget of the prompt caches: bytes, or with a unit. None is no limit.",
     )
-    verify: Verify = Field(default=Verify.EXACT, description="Proof required of a new prompt cache before it is used.")
+    verify: Verify = Field(
+        default=Verify.EXACT, description="Proof required of a new prompt cache before it is used."
+    )
     fingerprint: FingerprintMode = Field(
         default=FingerprintMode.FULL,
         description="full: sampling parameters invalidate a prompt cache too; kv: they do not.",
     )
-    min_tokens: int = values.whole(default=0, ge=0, le=1_048_576, description="Shorter prompts are not cached.")
+    min_tokens: int = values.whole(
+        default=0, ge=0, le=1_048_576, description="Shorter prompts are not cached."
+    )
     keep_retired_s: float = values.number(
         default=604_800.0,
         ge=0,
@@ -146,13 +165,22 @@ class ServingConfig(_Section):
     """How requests are treated."""
 
     queue: int = values.whole(
-        default=32, ge=1, le=10_000, description="Requests that may wait for a model; others get 503."
+        default=32,
+        ge=1,
+        le=10_000,
+        description="Requests that may wait for a model; others get 503.",
     )
     request_timeout_s: float | None = values.number(
-        default=None, gt=0, le=86_400, description="Stop a request that takes longer. None is no limit."
+        default=None,
+        gt=0,
+        le=86_400,
+        description="Stop a request that takes longer. None is no limit.",
     )
     shutdown_grace_s: float = values.number(
-        default=3.0, ge=0, le=3600, description="Running answers may end for so long when the daemon is stopped."
+        default=3.0,
+        ge=0,
+        le=3600,
+        description="Running answers may end for so long when the daemon is stopped.",
     )
 
 
@@ -172,7 +200,10 @@ class ModelParams(_Section):
     """Context and sampling of a model."""
 
     max_context_len: int = values.whole(
-        default=4096, ge=32, le=1_048_576, description="Tokens the context holds: prompt and answer together."
+        default=4096,
+        ge=32,
+        le=1_048_576,
+        description="Tokens the context holds: prompt and answer together.",
     )
     max_new_tokens: int = values.max_new_tokens(default=512, validate_default=True)
     temperature: float = values.temperature(default=0.8)
@@ -191,16 +222,27 @@ class ModelParams(_Section):
 
 
 def _too_long(value: int, limit: int) -> tuple[str, str]:
-    message = f"max_new_tokens is {value}, but must be less than the model's max_context_len, {limit}"
+    message = (
+        f"max_new_tokens is {value}, but must be less than the model's max_context_len, {limit}"
+    )
     return message, "lower max_new_tokens or raise max_context_len"
 
 
 class PromptConfig(_Section):
-    """A prompt that is kept as a prompt cache: its files, joined. A path alone is the short form."""
+    """A prompt that is kept as a prompt cache: its files, joined.
 
-    files: Paths = Field(min_length=1, max_length=64, description="The prompt's files, joined in this order.")
-    params: SamplingParams = Field(default_factory=SamplingParams, description="Changes to the model's parameters.")
-    description: str = Field(default="", max_length=1000, description="Shown wherever caches are listed.")
+    A path alone is the short form.
+    """
+
+    files: Paths = Field(
+        min_length=1, max_length=64, description="The prompt's files, joined in this order."
+    )
+    params: SamplingParams = Field(
+        default_factory=SamplingParams, description="Changes to the model's parameters."
+    )
+    description: str = Field(
+        default="", max_length=1000, description="Shown wherever caches are listed."
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -208,7 +250,9 @@ class PromptConfig(_Section):
         return {"files": [value]} if isinstance(value, str) else value
 
     @classmethod
-    def __get_pydantic_json_schema__(cls, core_schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+    def __get_pydantic_json_schema__(
+        cls, core_schema: CoreSchema, handler: GetJsonSchemaHandler
+    ) -> dict[str, Any]:
         return {"anyOf": [{"type": "string"}, handler(core_schema)]}
 
 
@@ -216,41 +260,79 @@ class NpuConfig(_Section):
     """How RKLLM uses the board for a model."""
 
     enabled_cpus: tuple[Annotated[int, Field(strict=True, ge=0, le=31)], ...] = Field(
-        default=(), max_length=32, description="CPU numbers that help the NPU; empty leaves it to the runtime."
+        default=(),
+        max_length=32,
+        description="CPU numbers that help the NPU; empty leaves it to the runtime.",
     )
     embed_flash: bool | None = Field(
-        default=None, strict=True, description="Read the embedding table from flash, not from memory."
+        default=None,
+        strict=True,
+        description="Read the embedding table from flash, not from memory.",
     )
     base_domain_id: int = values.whole(default=0, ge=0, le=15, description="NPU address domain.")
     n_keep: int | None = values.whole(
-        default=None, ge=-1, le=RKLLM_MAX_CONTEXT, description="KV positions to keep when the context is full."
+        default=None,
+        ge=-1,
+        le=RKLLM_MAX_CONTEXT,
+        description="KV positions to keep when the context is full.",
     )
-    ignore_eos: bool = Field(default=False, strict=True, description="Go on after an end-of-sequence token.")
+    ignore_eos: bool = Field(
+        default=False, strict=True, description="Go on after an end-of-sequence token."
+    )
 
 
 class ModelConfig(_Section):
     """A model and the prompts that are kept ready for it."""
 
     path: FilePath = Field(description="The model file; of a split GGUF model, the first one.")
-    chat_template: Template = Field(default="chatml", description=f"{', '.join(BUILTIN)}, or a .jinja file.")
-    bos_token: str = Field(default="", max_length=64, description="What a .jinja template gets as bos_token.")
-    eos_token: str = Field(default="", max_length=64, description="What a .jinja template gets as eos_token.")
-    thinking: bool | None = Field(default=None, strict=True, description="enable_thinking, for templates that know it.")
-    tokenizer: FilePath | None = Field(default=None, description="tokenizer.json: RKLLM then gets tokens, not text.")
-    lora: FilePath | None = Field(default=None, description="A LoRA adapter for RKLLM, converted for the model.")
-    lora_scale: float = values.number(default=1.0, ge=0, le=10, description="Strength of the LoRA adapter.")
-    npu: NpuConfig = Field(default_factory=NpuConfig, description="How RKLLM uses the board for this model.")
-    embedding: bool = Field(default=False, strict=True, description="A model for /v1/embeddings; it has no prompts.")
-    pooling: Pooling = Field(default=Pooling.LAST, description="last or mean: which states make an embedding.")
-    params: ModelParams = Field(default_factory=ModelParams, description="Context and sampling parameters.")
+    chat_template: Template = Field(
+        default="chatml", description=f"{', '.join(BUILTIN)}, or a .jinja file."
+    )
+    bos_token: str = Field(
+        default="", max_length=64, description="What a .jinja template gets as bos_token."
+    )
+    eos_token: str = Field(
+        default="", max_length=64, description="What a .jinja template gets as eos_token."
+    )
+    thinking: bool | None = Field(
+        default=None, strict=True, description="enable_thinking, for templates that know it."
+    )
+    tokenizer: FilePath | None = Field(
+        default=None, description="tokenizer.json: RKLLM then gets tokens, not text."
+    )
+    lora: FilePath | None = Field(
+        default=None, description="A LoRA adapter for RKLLM, converted for the model."
+    )
+    lora_scale: float = values.number(
+        default=1.0, ge=0, le=10, description="Strength of the LoRA adapter."
+    )
+    npu: NpuConfig = Field(
+        default_factory=NpuConfig, description="How RKLLM uses the board for this model."
+    )
+    embedding: bool = Field(
+        default=False, strict=True, description="A model for /v1/embeddings; it has no prompts."
+    )
+    pooling: Pooling = Field(
+        default=Pooling.LAST, description="last or mean: which states make an embedding."
+    )
+    params: ModelParams = Field(
+        default_factory=ModelParams, description="Context and sampling parameters."
+    )
     prompts: dict[Name, PromptConfig] = Field(
-        default_factory=dict, description="Prompts by name.", json_schema_extra={"additionalProperties": False}
+        default_factory=dict,
+        description="Prompts by name.",
+        json_schema_extra={"additionalProperties": False},
     )
     prompts_from: Patterns = Field(
-        default=(), max_length=64, description="Patterns such as prompts/*.md; each file is a prompt named by its stem."
+        default=(),
+        max_length=64,
+        description="Patterns such as prompts/*.md; each file is a prompt named by its stem.",
     )
     idle_unload_s: float | None = values.number(
-        default=None, ge=1, le=31_536_000, description="Unload the model after so many idle seconds. None is never."
+        default=None,
+        ge=1,
+        le=31_536_000,
+        description="Unload the model after so many idle seconds. None is never.",
     )
 
     @field_validator("prompts")
@@ -258,19 +340,27 @@ class ModelConfig(_Section):
     def _no_endpoint(cls, prompts: dict[str, PromptConfig]) -> dict[str, PromptConfig]:
         if RESERVED_PROMPT in prompts:
             said = (
-                f"a prompt cannot be named {RESERVED_PROMPT!r}: /v1/cache/MODEL/{RESERVED_PROMPT} means something else"
+                f"a prompt cannot be named {RESERVED_PROMPT!r}: "
+                f"/v1/cache/MODEL/{RESERVED_PROMPT} means something else"
             )
             raise wrong(said, "choose another name")
         return prompts
 
     @field_validator("prompts")
     @classmethod
-    def _answers_fit(cls, prompts: dict[str, PromptConfig], info: ValidationInfo) -> dict[str, PromptConfig]:
+    def _answers_fit(
+        cls, prompts: dict[str, PromptConfig], info: ValidationInfo
+    ) -> dict[str, PromptConfig]:
         if params := info.data.get("params"):
             limit = params.max_context_len
             wanted = {name: prompt.params.max_new_tokens or 0 for name, prompt in prompts.items()}
             if long := {name: tokens for name, tokens in wanted.items() if tokens >= limit}:
-                raise all_wrong([((n, "params", "max_new_tokens"), *_too_long(t, limit)) for n, t in long.items()])
+                raise all_wrong(
+                    [
+                        ((n, "params", "max_new_tokens"), *_too_long(t, limit))
+                        for n, t in long.items()
+                    ]
+                )
         return prompts
 
     @model_validator(mode="after")
@@ -278,7 +368,9 @@ class ModelConfig(_Section):
         if self.embedding and (self.prompts or self.prompts_from):
             raise wrong("an embedding model has no prompts", "remove them, or `embedding: true`")
         if "pooling" in self.model_fields_set and not self.embedding:
-            raise wrong("pooling is for embedding models only", "remove it, or add `embedding: true`")
+            raise wrong(
+                "pooling is for embedding models only", "remove it, or add `embedding: true`"
+            )
         return self
 
     def sampling(self, prompt: str | None) -> dict[str, int | float]:
@@ -298,7 +390,8 @@ class ModelConfig(_Section):
 
 
 EXTENSION: Final = "x-"
-"""A key at the top that begins so is for the administrator's own use, as a place for YAML anchors."""
+"""A key at the top that begins so is for the administrator's own use, as a place for YAML anchors.
+"""
 
 
 class Manifest(_Section):
@@ -308,10 +401,16 @@ class Manifest(_Section):
 
     version: Literal[1] = Field(description="Version of the manifest's format.")
     engine: EngineConfig = Field(default_factory=EngineConfig, description="The inference engine.")
-    cache: CacheConfig = Field(default_factory=CacheConfig, description="The store of prompt caches.")
-    serving: ServingConfig = Field(default_factory=ServingConfig, description="How requests are treated.")
+    cache: CacheConfig = Field(
+        default_factory=CacheConfig, description="The store of prompt caches."
+    )
+    serving: ServingConfig = Field(
+        default_factory=ServingConfig, description="How requests are treated."
+    )
     models: dict[Name, ModelConfig] = Field(
-        min_length=1, description="Models by name.", json_schema_extra={"additionalProperties": False}
+        min_length=1,
+        description="Models by name.",
+        json_schema_extra={"additionalProperties": False},
     )
 
     _file: Path = PrivateAttr(default=Path())
@@ -328,24 +427,36 @@ class Manifest(_Section):
     @classmethod
     def _known_version(cls, value: object) -> object:
         if type(value) is not int or value != 1:
-            raise wrong(f"version: expected 1, got {show(value)}", "write `version: 1`, without quotes")
+            raise wrong(
+                f"version: expected 1, got {show(value)}", "write `version: 1`, without quotes"
+            )
         return value
 
     @field_validator("models")
     @classmethod
-    def _suits_the_engine(cls, models: dict[str, ModelConfig], info: ValidationInfo) -> dict[str, ModelConfig]:
+    def _suits_the_engine(
+        cls, models: dict[str, ModelConfig], info: ValidationInfo
+    ) -> dict[str, ModelConfig]:
         engine: EngineConfig | None = info.data.get("engine")
         if engine is None:
             return models
         found: list[tuple[Steps, str, str]] = []
         for name, model in models.items():
             if name in RESERVED_MODELS:
-                found.append(((name,), f"a model cannot be named {name!r}: /v1/models/{name} means something else", ""))
+                found.append(
+                    (
+                        (name,),
+                        f"a model cannot be named {name!r}: /v1/models/{name} means something else",
+                        "",
+                    )
+                )
             if engine.kind is EngineKind.RKLLM:
                 tokens = model.params.max_context_len
                 if tokens % 32 or tokens > RKLLM_MAX_CONTEXT:
                     message = f"max_context_len: RKLLM takes multiples of 32 up to {RKLLM_MAX_CONTEXT}, got {tokens}"
-                    found.append(((name, "params", "max_context_len"), message, "4096 suits most models"))
+                    found.append(
+                        ((name, "params", "max_context_len"), message, "4096 suits most models")
+                    )
                 continue
             for key in ("tokenizer", "lora", "lora_scale", "npu"):
                 if key in model.model_fields_set:
@@ -367,9 +478,14 @@ class Manifest(_Section):
     def __eq__(self, other: object) -> bool:
         """Equal when they ask for the same: a comment that moves the lines changes nothing.
 
-        The order of models and prompts does, which has no part in the equality of dicts: the budget goes by it.
+        The order of models and prompts does, which has no part in the equality of dicts: the budget
+        goes by it.
         """
-        if not isinstance(other, Manifest) or self.file != other.file or self.__dict__ != other.__dict__:
+        if (
+            not isinstance(other, Manifest)
+            or self.file != other.file
+            or self.__dict__ != other.__dict__
+        ):
             return False
         return self._order() == other._order()
 
@@ -417,15 +533,16 @@ class Usable:
 def parse_usable(text: str, *, file: Path) -> Usable:
     """As `parse`, but a problem does not keep the rest from being looked at.
 
-    A model or a prompt that lacks something is left out as a whole, a wrong value alone. Raises ManifestError for text
-    that gives no data at all.
+    A model or a prompt that lacks something is left out as a whole, a wrong value alone. Raises
+    ManifestError for text that gives no data at all.
     """
     reader = YamlReader(file)
     data = reader.read(text.removeprefix("\ufeff"))
     manifest, wrong_places = _validate(data, file)
     problems = list(reader.problems)
     problems += [
-        reader.problem(nearest_line(reader.lines, steps), message, hint) for steps, message, hint in wrong_places
+        reader.problem(nearest_line(reader.lines, steps), message, hint)
+        for steps, message, hint in wrong_places
     ]
 
     engine_known = not any(steps[:1] == ("engine",) for steps, _, _ in wrong_places)
@@ -441,7 +558,9 @@ def parse_usable(text: str, *, file: Path) -> Usable:
     return Usable(manifest=manifest, problems=found, engine_known=engine_known)
 
 
-def _validate(data: dict[str, Any], file: Path) -> tuple[Manifest | None, list[tuple[Steps, str, str]]]:
+def _validate(
+    data: dict[str, Any], file: Path
+) -> tuple[Manifest | None, list[tuple[Steps, str, str]]]:
     base = os.path.abspath(file.parent)  # noqa: PTH100 -- resolve() follows links
     try:
         return Manifest.model_validate(data, context={"base": base}), []
@@ -451,7 +570,9 @@ def _validate(data: dict[str, Any], file: Path) -> tuple[Manifest | None, list[t
 
 
 def _leave_out(data: dict[str, Any], places: list[Steps]) -> bool:
-    """Remove what is at these places from the data. Where nothing is, something is missing: what lacks it is removed.
+    """Remove what is at these places from the data.
+
+    Where nothing is, something is missing: what lacks it is removed.
 
     False if there is nothing to remove.
     """
@@ -479,7 +600,11 @@ def _there(data: dict[str, Any], steps: Steps) -> Steps:
     """The way to what is at `steps`, or to the nearest thing around it."""
     value: Any = data
     for depth, step in enumerate(steps):
-        known = step in value if isinstance(value, dict) else isinstance(value, list) and step in range(len(value))
+        known = (
+            step in value
+            if isinstance(value, dict)
+            else isinstance(value, list) and step in range(len(value))
+        )
         if not known:
             return steps[:depth]
         value = value[step]
@@ -488,4 +613,7 @@ def _there(data: dict[str, Any], steps: Steps) -> Steps:
 
 def json_schema() -> dict[str, Any]:
     """The manifest as JSON schema (draft 2020-12), for editors and for the documentation."""
-    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **Manifest.model_json_schema()}
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        **Manifest.model_json_schema(),
+    }

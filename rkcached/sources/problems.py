@@ -1,7 +1,8 @@
 """Problems of the manifest in words: where, what is wrong, and the next thing to do.
 
-Pydantic finds most problems; `explain` turns its errors into this program's words. Rules of our own raise `wrong`,
-whose words pass through. `Sections` tells which model is at which place, so that a message can name the known keys.
+Pydantic finds most problems; `explain` turns its errors into this program's words. Rules of our own
+raise `wrong`, whose words pass through. `Sections` tells which model is at which place, so that a
+message can name the known keys.
 """
 
 from __future__ import annotations
@@ -18,10 +19,14 @@ from pydantic_core import ErrorDetails, PydanticCustomError
 
 from rkcached.sources.yaml_reader import Steps, show
 
-Sections: TypeAlias = Mapping[str, type[BaseModel]]  # by the way to them, joined by dots; * is a name, "" the top
+Sections: TypeAlias = Mapping[
+    str, type[BaseModel]
+]  # by the way to them, joined by dots; * is a name, "" the top
 
 NAME: Final = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
-NAME_RULE: Final = "a name has 1 to 64 of the characters a-z 0-9 . _ - and starts with a letter or a digit"
+NAME_RULE: Final = (
+    "a name has 1 to 64 of the characters a-z 0-9 . _ - and starts with a letter or a digit"
+)
 
 _EXPECTED: Final = {
     "int_type": "a whole number",
@@ -71,22 +76,35 @@ def explain(error: ErrorDetails, sections: Sections) -> list[tuple[Steps, str, s
     section = sections.get(place, sections[""])
     match kind:
         case "rkcached":
-            return [((*steps, *below), message, hint) for below, message, hint in error["ctx"]["problems"]]
+            return [
+                ((*steps, *below), message, hint)
+                for below, message, hint in error["ctx"]["problems"]
+            ]
         case "too_short" if value:
-            return []  # pydantic counts what is left after the entries that have problems of their own
+            # pydantic counts what is left after the entries that have problems of their own
+            return []
         case "too_short" | "missing" if key == "models":
             message, hint = "no models declared", "say under `models:` what to serve"
         case "too_short":
-            message, hint = f"{key}: at least one is needed, got {show(value)} without entries", "name a file"
+            message, hint = (
+                f"{key}: at least one is needed, got {show(value)} without entries",
+                "name a file",
+            )
         case "missing":
             message, hint = f"missing key {key!r}", f"add `{key}: ...`"
         case "extra_forbidden" if key == "max_context_len" and place.endswith("prompts.*.params"):
-            message, hint = f"max_context_len is set per model, got {show(value)}", "move it to the model's params"
+            message, hint = (
+                f"max_context_len is set per model, got {show(value)}",
+                "move it to the model's params",
+            )
         case "extra_forbidden":
             message, hint = f"unknown key {show(key)}", nearest(key, section.model_fields)
         case "string_pattern_mismatch":
             near = re.sub(r"[^a-z0-9._-]+", "-", key.lower()).strip("-._")[:64]
-            message, hint = f"{show(key)} cannot be a name", NAME_RULE + (f"; for example {near!r}" if near else "")
+            message, hint = (
+                f"{show(key)} cannot be a name",
+                NAME_RULE + (f"; for example {near!r}" if near else ""),
+            )
         case _:
             message, hint = _explain_value(error, key, section.model_fields.get(key))
     return [(steps, message, hint)]
@@ -95,16 +113,26 @@ def explain(error: ErrorDetails, sections: Sections) -> list[tuple[Steps, str, s
 def _explain_value(error: ErrorDetails, key: str, field: FieldInfo | None) -> tuple[str, str]:
     kind, got, context = error["type"], show(error["input"]), error.get("ctx", {})
     match kind:
-        case "enum" if field and isinstance(field.annotation, type) and issubclass(field.annotation, StrEnum):
+        case "enum" if (
+            field and isinstance(field.annotation, type) and issubclass(field.annotation, StrEnum)
+        ):
             choices = [str(choice) for choice in field.annotation]
             return f"{key}: unknown value {got}", nearest_of_all(error["input"], choices)
         case "too_long" | "string_too_long":
             unit = "characters" if kind == "string_too_long" else "entries"
-            return f"{key}: at most {context['max_length']} {unit} are allowed, got {len(error['input'])}", ""
+            return (
+                f"{key}: at most {context['max_length']} {unit} are allowed, got {len(error['input'])}",
+                "",
+            )
         case "byte_size_unit":
-            return f"max_bytes: unknown unit in {got}", "the units are KB, MB, GB, TB, KiB, MiB, GiB, TiB"
+            return (
+                f"max_bytes: unknown unit in {got}",
+                "the units are KB, MB, GB, TB, KiB, MiB, GiB, TiB",
+            )
         case "model_type" if len(error["loc"]) == 4:
-            return f"{key}: expected a path or a mapping, got {got}", _prompt_hint(key, error["input"])
+            return f"{key}: expected a path or a mapping, got {got}", _prompt_hint(
+                key, error["input"]
+            )
         case _ if expected := _EXPECTED.get(kind):
             return f"{key}: expected {expected}, got {got}", _type_hint(key, error["input"], field)
         case _ if key == "max_bytes":
@@ -143,7 +171,10 @@ def _type_hint(key: str, value: object, field: FieldInfo | None) -> str:
 
 def _bounds(field: FieldInfo) -> str:
     limits = {
-        name: getattr(item, name) for item in field.metadata for name in ("ge", "gt", "le") if hasattr(item, name)
+        name: getattr(item, name)
+        for item in field.metadata
+        for name in ("ge", "gt", "le")
+        if hasattr(item, name)
     }
     match limits:
         case {"ge": low, "le": high}:

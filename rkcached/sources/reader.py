@@ -25,7 +25,14 @@ from rkcached.errors import RkcachedError, SourceError
 from rkcached.host.access import Refusal, refusal
 from rkcached.host.digests import Digests, Signature, settled, signature_of
 from rkcached.messages.builtin import BUILTIN
-from rkcached.plan.desired import Declaration, ModelSource, PromptSource, RuntimeSource, Sources, kept
+from rkcached.plan.desired import (
+    Declaration,
+    ModelSource,
+    PromptSource,
+    RuntimeSource,
+    Sources,
+    kept,
+)
 from rkcached.plan.planner import Key, Trouble
 from rkcached.sources.manifest import NAME, EngineConfig, Manifest, ModelConfig
 from rkcached.sources.stored_texts import StoredTexts
@@ -88,7 +95,8 @@ class SourceReader:
         self._declared: Mapping[Key, Declaration] = {}
         """By the last scan."""
         self._found_on: dict[str, tuple[int, int]] = {}
-        """By prompts_from pattern: the device that its folder was on when it first matched, and how many it matched."""
+        """By prompts_from pattern: the device that its folder was on when it first matched, and how
+        many it matched."""
 
     def scan(self, manifest: Manifest) -> Sources:
         """Look at every input that the manifest names. Never raises for a bad input."""
@@ -109,7 +117,14 @@ class SourceReader:
                 claimed.update(files)
                 line = manifest.line_of("models", name, "prompts", prompt)
                 source = self._prompt(files)
-                self._declare(prompts, Key(name, prompt), source, files, description=entry.description, line=line)
+                self._declare(
+                    prompts,
+                    Key(name, prompt),
+                    source,
+                    files,
+                    description=entry.description,
+                    line=line,
+                )
             for position, pattern in enumerate(config.prompts_from):
                 line = manifest.line_of("models", name, "prompts_from", position)
                 try:
@@ -126,7 +141,9 @@ class SourceReader:
                         continue  # declared by name, perhaps with parameters of its own
                     key = Key(name, _printable(_stem(path)))
                     if not NAME.fullmatch(key.prompt):
-                        skipped[_printable(path)] = None  # a README, or a copy that a synchronising program made
+                        skipped[_printable(path)] = (
+                            None  # a README, or a copy that a synchronising program made
+                        )
                         continue
                     self._declare(prompts, key, self._found(key, path, prompts), (path,), line=line)
             if self._stored is not None:
@@ -156,7 +173,9 @@ class SourceReader:
             self._found_on[pattern] = (first_device, matched)
 
         if device != first_device:
-            files = f"{pattern} matches {_files(matched)}" if matched else f"{pattern} matches no file"
+            files = (
+                f"{pattern} matches {_files(matched)}" if matched else f"{pattern} matches no file"
+            )
             return f"{folder} is on another file system than when the daemon started, and {files} now: is it mounted?"
         if not matched and before:
             return f"{pattern} matches no file any more, but matched {_files(before)} before: is the folder mounted?"
@@ -170,10 +189,14 @@ class SourceReader:
         files: tuple[str, ...],
         **said: Any,
     ) -> None:
-        declared = kept(self._declared.get(key), Declaration(key=key, source=source, files=files, **said))
+        declared = kept(
+            self._declared.get(key), Declaration(key=key, source=source, files=files, **said)
+        )
         prompts[declared.key] = declared
 
-    def _add_stored(self, model: str, stored: StoredTexts, prompts: dict[Key, Declaration]) -> dict[str, Trouble]:
+    def _add_stored(
+        self, model: str, stored: StoredTexts, prompts: dict[Key, Declaration]
+    ) -> dict[str, Trouble]:
         """The texts that clients stored; returns why they cannot be listed, if so."""
         try:
             keys = stored.keys(model)
@@ -189,7 +212,9 @@ class SourceReader:
         """The same declaration, with the text that its files have now."""
         return replace(declared, source=self._prompt(declared.files))
 
-    def _found(self, key: Key, path: str, prompts: dict[Key, Declaration]) -> PromptSource | Trouble:
+    def _found(
+        self, key: Key, path: str, prompts: dict[Key, Declaration]
+    ) -> PromptSource | Trouble:
         """The prompt of a file that a pattern found."""
         if key in prompts:
             return Trouble(
@@ -210,11 +235,15 @@ class SourceReader:
         try:
             template = BUILTIN.get(config.chat_template)
             if template is None:
-                template = self._templates.of((config.chat_template,), lambda files: _text(Path(files[0])))
+                template = self._templates.of(
+                    (config.chat_template,), lambda files: _text(Path(files[0]))
+                )
         except RkcachedError as error:
             return Trouble.of(error, "chat_template")
         try:
-            if not stat.S_ISREG(mode := config.path.stat().st_mode):  # opening a FIFO would wait for its writer
+            if not stat.S_ISREG(
+                mode := config.path.stat().st_mode
+            ):  # opening a FIFO would wait for its writer
                 kind = "a directory" if stat.S_ISDIR(mode) else "not a regular file"
                 return Trouble(message=f"{config.path} is {kind}", hint="name a model file")
             with config.path.open("rb") as stream:
@@ -268,14 +297,23 @@ class SourceReader:
         except RkcachedError as error:
             return Trouble.of(error)
         except OSError as error:
-            return Trouble(message=f"the engine's library cannot be read: {error}", hint="install it again")
+            return Trouble(
+                message=f"the engine's library cannot be read: {error}", hint="install it again"
+            )
         digest = hashlib.sha256(digests.encode()).hexdigest()
-        return RuntimeSource(version=runtime.version, digest=digest, samples_per_run=runtime.samples_per_run)
+        return RuntimeSource(
+            version=runtime.version, digest=digest, samples_per_run=runtime.samples_per_run
+        )
 
 
 def _one_digest(digests: list[str]) -> str:
-    """The digest of a model that has these files, in this order. That of a single file is the file's own."""
-    return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
+    """The digest of a model that has these files, in this order.
+
+    That of a single file is the file's own.
+    """
+    return (
+        digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
+    )
 
 
 def _infos(files: tuple[str, ...]) -> list[os.stat_result]:
@@ -292,13 +330,17 @@ def _join(files: tuple[str, ...]) -> PromptSource:
     texts = []
     for position, path in enumerate(files):
         try:
-            texts.append(_text(Path(path)).rstrip("\r\n"))  # the final newline is not part of a prompt
+            texts.append(
+                _text(Path(path)).rstrip("\r\n")
+            )  # the final newline is not part of a prompt
         except SourceError as error:
             raise _Placed(error, "files", position) from error
 
     text = "\n\n".join(texts)  # as paragraphs
     if not text.strip():
-        raise SourceError(f"{', '.join(files)}: the prompt is empty", hint="write the prompt's text into the file")
+        raise SourceError(
+            f"{', '.join(files)}: the prompt is empty", hint="write the prompt's text into the file"
+        )
     return PromptSource(text=text, digest=hashlib.sha256(text.encode()).hexdigest())
 
 
@@ -307,12 +349,15 @@ def _text(path: Path) -> str:
     try:
         info = path.stat()
         if stat.S_ISDIR(info.st_mode):
-            raise SourceError(f"{path} is a directory", hint="name a file, or use prompts_from with a pattern")
+            raise SourceError(
+                f"{path} is a directory", hint="name a file, or use prompts_from with a pattern"
+            )
         if not stat.S_ISREG(info.st_mode):
             raise SourceError(f"{path} is not a regular file", hint="name a text file")
         if info.st_size > MAX_PROMPT_BYTES:
             raise SourceError(
-                f"{path} has {info.st_size:,} bytes, the limit is {MAX_PROMPT_BYTES:,}", hint="shorten the prompt"
+                f"{path} has {info.st_size:,} bytes, the limit is {MAX_PROMPT_BYTES:,}",
+                hint="shorten the prompt",
             )
         return _decode(path, path.read_bytes()[: MAX_PROMPT_BYTES + 1])
     except OSError as error:
@@ -327,13 +372,17 @@ def _decode(path: Path, data: bytes) -> str:
     """UTF-8 text without its byte order mark, and nothing that no text has. Errors: SourceError."""
     if b"\0" in data and not _other_encoding(data):
         raise SourceError(
-            f"{path} contains a NUL byte at offset {data.index(0)}", hint="a prompt is a UTF-8 text file, not a binary"
+            f"{path} contains a NUL byte at offset {data.index(0)}",
+            hint="a prompt is a UTF-8 text file, not a binary",
         )
     return utf8(path, data)
 
 
 def utf8(path: Path, data: bytes) -> str:
-    """The text in the file's data, without its byte order mark. Errors: SourceError, with what the file is instead."""
+    """The text in the file's data, without its byte order mark.
+
+    Errors: SourceError, with what the file is instead.
+    """
     if encoding := _other_encoding(data):
         file = shlex.quote(str(path))
         raise SourceError(
@@ -367,9 +416,13 @@ def _unusable(path: Path, error: OSError, noun: str) -> SourceError:
         return SourceError(f"{path} cannot be read: {refused.reason}", hint=refused.hint)
     match error:
         case FileNotFoundError() | NotADirectoryError():
-            return SourceError(f"source missing: {path}", hint=f"create the {noun}, or correct its path")
+            return SourceError(
+                f"source missing: {path}", hint=f"create the {noun}, or correct its path"
+            )
         case _:
-            return SourceError(f"{path} cannot be read: {error.strerror or error}", hint="see the system's log")
+            return SourceError(
+                f"{path} cannot be read: {error.strerror or error}", hint="see the system's log"
+            )
 
 
 def _unlisted(folder: Path, error: OSError, hint: str) -> Trouble:
@@ -388,18 +441,30 @@ def links(pattern: str) -> list[Path]:
 
 
 def _matches(pattern: str) -> Iterator[str]:
-    """The files that a prompts_from pattern names, sorted; and the links that cannot be followed. Errors: OSError."""
+    """The files that a prompts_from pattern names, sorted; and the links that cannot be followed.
+
+    Errors: OSError.
+    """
     for entry in _matching(pattern):
-        if entry.is_file(follow_symlinks=False) or (entry.is_symlink() and _may_be_read(entry.path)):
+        if entry.is_file(follow_symlinks=False) or (
+            entry.is_symlink() and _may_be_read(entry.path)
+        ):
             yield entry.path
 
 
 def _matching(pattern: str) -> list[os.DirEntry[str]]:
-    """What a prompts_from pattern names, sorted; no hidden files, no editors' backups. Errors: OSError."""
+    """What a prompts_from pattern names, sorted; no hidden files, no editors' backups.
+
+    Errors: OSError.
+    """
     folder, _, wanted = pattern.rpartition("/")
     matches = re.compile(fnmatch.translate(wanted)).match
     with os.scandir(folder or "/") as entries:
-        found = [entry for entry in entries if entry.name[0] != "." and entry.name[-1] != "~" and matches(entry.name)]
+        found = [
+            entry
+            for entry in entries
+            if entry.name[0] != "." and entry.name[-1] != "~" and matches(entry.name)
+        ]
     return sorted(found, key=lambda entry: entry.name)
 
 
@@ -411,7 +476,10 @@ def _stem(path: str) -> str:
 
 
 def _may_be_read(link: str) -> bool:
-    """Whether it leads to a file. One that leads nowhere is a prompt in trouble: what was made of it is kept."""
+    """Whether it leads to a file.
+
+    One that leads nowhere is a prompt in trouble: what was made of it is kept.
+    """
     try:
         return stat.S_ISREG(os.stat(link).st_mode)  # noqa: PTH116
     except OSError:

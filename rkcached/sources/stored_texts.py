@@ -32,7 +32,11 @@ class StoredTexts:
             names = sorted(path.name for path in self.folder(model).iterdir())
         except FileNotFoundError:
             return []
-        return [Key(model, name.removesuffix(_SUFFIX)) for name in names if name.endswith(_SUFFIX) and name[0] != "."]
+        return [
+            Key(model, name.removesuffix(_SUFFIX))
+            for name in names
+            if name.endswith(_SUFFIX) and name[0] != "."
+        ]
 
     def write(self, key: Key, text: str) -> None:
         """Errors: StoreError; the text is then what it was."""
@@ -41,7 +45,9 @@ class StoredTexts:
             path.parent.mkdir(mode=_DIRECTORY_MODE, parents=True, exist_ok=True)
             durable.replace(path, text.encode())
         except OSError as error:
-            raise StoreError(f"{path} cannot be written: {error.strerror}", hint="check the state directory") from error
+            raise StoreError(
+                f"{path} cannot be written: {error.strerror}", hint="check the state directory"
+            ) from error
 
     def delete(self, key: Key) -> bool:
         """Whether there was such a text. Errors: StoreError."""

@@ -8,7 +8,14 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Final
 
-from pydantic import AfterValidator, BeforeValidator, ByteSize, Field, ValidationInfo, WithJsonSchema
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    ByteSize,
+    Field,
+    ValidationInfo,
+    WithJsonSchema,
+)
 
 from rkcached.messages.builtin import BUILTIN
 from rkcached.sources.problems import NAME, nearest_of_all, wrong
@@ -28,7 +35,9 @@ def _absolute(path: Path | str, info: ValidationInfo) -> str:
     if re.search("[\0\ud800-\udfff]", text):
         raise wrong(f"{info.field_name}: {show(text)} holds a character that no path can have")
     if text.startswith("~"):
-        raise wrong(f"{info.field_name}: '~' is not expanded in {show(text)}", "write the absolute path")
+        raise wrong(
+            f"{info.field_name}: '~' is not expanded in {show(text)}", "write the absolute path"
+        )
     base = (info.context or {}).get("base")
     return os.path.abspath(os.path.join(base, text)) if base else text  # noqa: PTH100, PTH118 -- resolve() reads links
 
@@ -42,10 +51,15 @@ def _path(value: object, info: ValidationInfo) -> object:
 def _pattern(value: str, info: ValidationInfo) -> str:
     head, _, last = value.rpartition("/")
     if not last or last in {".", ".."}:
-        raise wrong(f"prompts_from: {show(value)} names a directory", "say which files, for example 'prompts/*.md'")
+        raise wrong(
+            f"prompts_from: {show(value)} names a directory",
+            "say which files, for example 'prompts/*.md'",
+        )
     if re.search(r"[*?\[]", head) or "**" in last:
         hint = "use one '*' for the file name, and one pattern for each directory"
-        raise wrong(f"prompts_from: wildcards work only in the last part of a path, got {show(value)}", hint)
+        raise wrong(
+            f"prompts_from: wildcards work only in the last part of a path, got {show(value)}", hint
+        )
     return _absolute(value, info)
 
 
@@ -61,7 +75,9 @@ def _template(value: str, info: ValidationInfo) -> str:
 def _abi(value: str | None) -> str | None:
     if value is None or value in RKLLM_ABIS:
         return value
-    raise wrong(f"abi: {show(value)} is no known binary interface", f"one of {', '.join(RKLLM_ABIS)}")
+    raise wrong(
+        f"abi: {show(value)} is no known binary interface", f"one of {', '.join(RKLLM_ABIS)}"
+    )
 
 
 def _size(value: object) -> object:
@@ -69,29 +85,58 @@ def _size(value: object) -> object:
         return value
     if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
         return value
-    raise wrong(f"max_bytes: expected a size, got {show(value)}", "write bytes, or a unit: 2GiB, 500 MB")
+    raise wrong(
+        f"max_bytes: expected a size, got {show(value)}", "write bytes, or a unit: 2GiB, 500 MB"
+    )
 
 
-_SIZE_SCHEMA = {"anyOf": [{"type": "integer", "minimum": 1 << 20, "maximum": 1 << 60}, {"type": "string"}]}
-_ABI_SCHEMA: dict[str, Any] = {"anyOf": [{"type": "string", "enum": list(RKLLM_ABIS)}, {"type": "null"}]}
-_PATHS_SCHEMA = {"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}, "maxItems": 64}]}
+_SIZE_SCHEMA = {
+    "anyOf": [{"type": "integer", "minimum": 1 << 20, "maximum": 1 << 60}, {"type": "string"}]
+}
+_ABI_SCHEMA: dict[str, Any] = {
+    "anyOf": [{"type": "string", "enum": list(RKLLM_ABIS)}, {"type": "null"}]
+}
+_PATHS_SCHEMA = {
+    "anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}, "maxItems": 64}]
+}
 
 Name = Annotated[str, Field(pattern=f"^{NAME.pattern}$")]
 FilePath = Annotated[Path, BeforeValidator(_path)]
 _Pattern = Annotated[str, AfterValidator(_pattern)]
 Template = Annotated[str, AfterValidator(_template)]
 Abi = Annotated[str | None, AfterValidator(_abi), WithJsonSchema(_ABI_SCHEMA)]
-Paths = Annotated[tuple[FilePath, ...], BeforeValidator(_listed), WithJsonSchema(_PATHS_SCHEMA | {"minItems": 1})]
-Patterns = Annotated[tuple[_Pattern, ...], BeforeValidator(_listed), WithJsonSchema(_PATHS_SCHEMA | {"default": []})]
-Size = Annotated[ByteSize, BeforeValidator(_size), Field(ge=1 << 20, le=1 << 60), WithJsonSchema(_SIZE_SCHEMA)]
+Paths = Annotated[
+    tuple[FilePath, ...], BeforeValidator(_listed), WithJsonSchema(_PATHS_SCHEMA | {"minItems": 1})
+]
+Patterns = Annotated[
+    tuple[_Pattern, ...], BeforeValidator(_listed), WithJsonSchema(_PATHS_SCHEMA | {"default": []})
+]
+Size = Annotated[
+    ByteSize, BeforeValidator(_size), Field(ge=1 << 20, le=1 << 60), WithJsonSchema(_SIZE_SCHEMA)
+]
 
 # The bounds of each parameter, written once: a model has defaults, a prompt only what it changes.
 number = partial(Field, strict=True, allow_inf_nan=False)
 whole = partial(Field, strict=True)
 max_new_tokens = partial(whole, ge=1, le=131_072, description="Most tokens an answer may have.")
-temperature = partial(number, ge=0, le=5, description="Spread of the sampling; 0 always takes the likeliest token.")
-top_k = partial(whole, ge=0, le=100_000, description="Sample among this many likeliest tokens; 0 means all.")
-top_p = partial(number, gt=0, le=1, description="Sample among the likeliest tokens that sum to this probability.")
-repeat_penalty = partial(number, gt=0, le=10, description="Makes recent tokens less likely; 1 is off.")
-frequency_penalty = partial(number, ge=-2, le=2, description="Penalty that grows with each use of a token.")
-presence_penalty = partial(number, ge=-2, le=2, description="Penalty for a token that was used at all.")
+temperature = partial(
+    number, ge=0, le=5, description="Spread of the sampling; 0 always takes the likeliest token."
+)
+top_k = partial(
+    whole, ge=0, le=100_000, description="Sample among this many likeliest tokens; 0 means all."
+)
+top_p = partial(
+    number,
+    gt=0,
+    le=1,
+    description="Sample among the likeliest tokens that sum to this probability.",
+)
+repeat_penalty = partial(
+    number, gt=0, le=10, description="Makes recent tokens less likely; 1 is off."
+)
+frequency_penalty = partial(
+    number, ge=-2, le=2, description="Penalty that grows with each use of a token."
+)
+presence_penalty = partial(
+    number, ge=-2, le=2, description="Penalty for a token that was used at all."
+)

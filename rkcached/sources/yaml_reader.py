@@ -1,8 +1,9 @@
 """YAML text to plain data plus the line of every path, with every problem at once.
 
-Plain scalars follow the core schema of YAML 1.2, where only `true` and `false` are booleans. What cannot be understood
-is left out of the data and noted as a Problem; only text that gives no data at all raises. Sizes, depth and the
-expansion of aliases are bounded, so that no text can fill the memory. Pure: no file is opened.
+Plain scalars follow the core schema of YAML 1.2, where only `true` and `false` are booleans. What
+cannot be understood is left out of the data and noted as a Problem; only text that gives no data at
+all raises. Sizes, depth and the expansion of aliases are bounded, so that no text can fill the
+memory. Pure: no file is opened.
 """
 
 from __future__ import annotations
@@ -19,13 +20,17 @@ from rkcached.errors import ManifestError, Problem
 
 try:
     from yaml import CSafeLoader as _SafeLoader
-except ImportError:  # PyYAML was built without libyaml; the pure loader is slower and has the same marks
+except (
+    ImportError
+):  # PyYAML was built without libyaml; the pure loader is slower and has the same marks
     from yaml import SafeLoader as _SafeLoader  # type: ignore[assignment]
 
 Steps: TypeAlias = tuple[str | int, ...]  # the way from the top of the document to a value
 
 MAX_CHARACTERS: Final = 4 << 20
-MAX_NODES: Final = 100_000  # counted after aliases are expanded, so a few lines cannot fill the memory
+MAX_NODES: Final = (
+    100_000  # counted after aliases are expanded, so a few lines cannot fill the memory
+)
 MAX_DEPTH: Final = 50
 _TOO_MANY: Final = f"more than {MAX_NODES} values"
 _TOO_DEEP: Final = f"nested deeper than {MAX_DEPTH} levels"
@@ -47,7 +52,9 @@ def show(value: object) -> str:
 
 
 def nearest_line(lines: Mapping[Steps, int], steps: Steps) -> int:
-    return next((lines[steps[:end]] for end in range(len(steps), -1, -1) if steps[:end] in lines), 0)
+    return next(
+        (lines[steps[:end]] for end in range(len(steps), -1, -1) if steps[:end] in lines), 0
+    )
 
 
 class _Loader(_SafeLoader):
@@ -58,7 +65,11 @@ _Loader.yaml_implicit_resolvers = {}
 for _tag, _form, _first in (
     ("bool", r"^(true|True|TRUE|false|False|FALSE)$", "tTfF"),
     ("int", r"^[-+]?(0|[1-9][0-9]*)$", "-+0123456789"),
-    ("float", r"^[-+]?(\.[0-9]+|[0-9]+\.[0-9]*|[0-9]+(?=[eE]))([eE][-+]?[0-9]+)?$", "-+.0123456789"),
+    (
+        "float",
+        r"^[-+]?(\.[0-9]+|[0-9]+\.[0-9]*|[0-9]+(?=[eE]))([eE][-+]?[0-9]+)?$",
+        "-+.0123456789",
+    ),
     ("float", r"^([-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN))$", "-+."),
     ("null", r"^(~|null|Null|NULL|)$", ["~", "n", "N", ""]),
     ("merge", r"^<<$", "<"),
@@ -72,10 +83,17 @@ _SCALARS: Final[Mapping[str, Callable[[str], object]]] = {
     "float": lambda text: float(re.sub(r"\.(?=inf|nan)", "", text.lower())),
     "null": lambda _: None,
 }
-_KINDS: Final = {"bool": "a YAML boolean", "int": "a number", "float": "a number", "null": "the YAML null"}
+_KINDS: Final = {
+    "bool": "a YAML boolean",
+    "int": "a number",
+    "float": "a number",
+    "null": "the YAML null",
+}
 
 
-def _open_quote(error: yaml.MarkedYAMLError, last: yaml.Event | None) -> tuple[int, str, str] | None:
+def _open_quote(
+    error: yaml.MarkedYAMLError, last: yaml.Event | None
+) -> tuple[int, str, str] | None:
     """Line, message and hint if a quote that nobody closed is what broke the YAML, which shows only further down.
 
     `last` is the event before the error.
@@ -83,7 +101,11 @@ def _open_quote(error: yaml.MarkedYAMLError, last: yaml.Event | None) -> tuple[i
     hint = "close the quote, or remove it: most text needs none"
 
     if error.context and "quoted scalar" in error.context and error.context_mark:
-        return error.context_mark.line + 1, "not valid YAML: the quote that opens here is never closed", hint
+        return (
+            error.context_mark.line + 1,
+            "not valid YAML: the quote that opens here is never closed",
+            hint,
+        )
 
     # The next quote of the file closed it, and what follows there makes no sense.
     if isinstance(last, yaml.ScalarEvent) and last.style in ("'", '"') and error.problem_mark:
@@ -91,7 +113,11 @@ def _open_quote(error: yaml.MarkedYAMLError, last: yaml.Event | None) -> tuple[i
             return None
         opened, closed = last.start_mark.line + 1, last.end_mark.line + 1
         if opened < closed == error.problem_mark.line + 1:
-            return opened, f"not valid YAML: the quote that opens here is closed only in line {closed}", hint
+            return (
+                opened,
+                f"not valid YAML: the quote that opens here is closed only in line {closed}",
+                hint,
+            )
 
     return None
 
@@ -103,7 +129,9 @@ class YamlReader:
         self.file = file
         self.lines: dict[Steps, int] = {}
         self.problems: list[Problem] = []
-        self._open: list[int] = []  # the nodes being read, outermost first: an alias to one of them has no end
+        self._open: list[
+            int
+        ] = []  # the nodes being read, outermost first: an alias to one of them has no end
         self._count = 0
 
     def problem(self, line: int, message: str, hint: str = "") -> Problem:
@@ -118,11 +146,15 @@ class YamlReader:
     def read(self, text: str) -> dict[str, Any]:
         """The document's data, with whatever could not be understood left out; raises when nothing can be."""
         if len(text) > MAX_CHARACTERS:
-            raise self._fatal(1, f"the manifest has {len(text)} characters, {MAX_CHARACTERS} are allowed")
+            raise self._fatal(
+                1, f"the manifest has {len(text)} characters, {MAX_CHARACTERS} are allowed"
+            )
         if found := Reader.NON_PRINTABLE.search(text):
             line = text.count("\n", 0, found.start()) + 1
             raise self._fatal(
-                line, f"character {found.group()!r} is not allowed in YAML", "save the file as UTF-8 text"
+                line,
+                f"character {found.group()!r} is not allowed in YAML",
+                "save the file as UTF-8 text",
             )
         root = self._compose(text)
         if root is None or (isinstance(root, yaml.ScalarNode) and not root.value):
@@ -130,7 +162,9 @@ class YamlReader:
         data = self._value(root, ())
         if not isinstance(data, dict):
             message = f"expected a mapping at the top of the manifest, got {show(data)}"
-            raise self._fatal(root.start_mark.line + 1, message, "start with `version: 1` and `models:`")
+            raise self._fatal(
+                root.start_mark.line + 1, message, "start with `version: 1` and `models:`"
+            )
         return data
 
     def _compose(self, text: str) -> yaml.Node | None:
@@ -138,7 +172,9 @@ class YamlReader:
         last: yaml.Event | None = None
         try:
             for event in yaml.parse(text, Loader=_Loader):  # first, flat: composing recurses in C
-                depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+                depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(
+                    event, yaml.CollectionEndEvent
+                )
                 nodes += isinstance(event, yaml.NodeEvent)
                 if depth > MAX_DEPTH or nodes > MAX_NODES:
                     line = event.start_mark.line + 1 if event.start_mark else 1
@@ -154,11 +190,15 @@ class YamlReader:
             message = f"not valid YAML: {error.problem or error.context}"
             if error.context and "flow" in error.context and error.context_mark:
                 message += f" for the bracket that opens in line {error.context_mark.line + 1}"
-            if "nesting depth" in message:  # libyaml's own limit, since PyYAML 6.0.4: reached before the first event
+            if (
+                "nesting depth" in message
+            ):  # libyaml's own limit, since PyYAML 6.0.4: reached before the first event
                 raise self._fatal(line, _TOO_DEEP) from error
             lines = text.splitlines()
             tab = line <= len(lines) and re.match(r"\s*\t", lines[line - 1])
-            raise self._fatal(line, message, "indent with spaces, not tabs" if tab else "") from error
+            raise self._fatal(
+                line, message, "indent with spaces, not tabs" if tab else ""
+            ) from error
         except yaml.YAMLError as error:
             raise self._fatal(1, f"not valid YAML: {error}") from error
 
@@ -169,7 +209,9 @@ class YamlReader:
         if self._count > MAX_NODES:
             raise self._fatal(line, f"{_TOO_MANY} once aliases are expanded", "use fewer aliases")
         if id(node) in self._open:
-            raise self._fatal(line, "an alias refers to a value that contains it", "write the value out")
+            raise self._fatal(
+                line, "an alias refers to a value that contains it", "write the value out"
+            )
         if len(self._open) >= MAX_DEPTH:
             raise self._fatal(line, _TOO_DEEP)
         kind = node.tag.removeprefix("tag:yaml.org,2002:")
@@ -179,7 +221,9 @@ class YamlReader:
                 case yaml.MappingNode() if kind == "map":
                     return self._mapping(node, steps)
                 case yaml.SequenceNode() if kind == "seq":
-                    return [self._value(item, (*steps, index)) for index, item in enumerate(node.value)]
+                    return [
+                        self._value(item, (*steps, index)) for index, item in enumerate(node.value)
+                    ]
                 case yaml.ScalarNode() if kind in _SCALARS:
                     return _SCALARS[kind](node.value)
             self._note(node, f"the tag {show(node.tag)} is not supported", "remove the tag")
@@ -197,14 +241,22 @@ class YamlReader:
             if key.tag.endswith(":merge"):
                 merged += value.value if isinstance(value, yaml.SequenceNode) else [value]
             elif not isinstance(key, yaml.ScalarNode):
-                self._note(key, f"a key must be text, got {show(key.value)}", "write one plain word before the colon")
+                self._note(
+                    key,
+                    f"a key must be text, got {show(key.value)}",
+                    "write one plain word before the colon",
+                )
             elif key.value in first:
                 message = f"duplicate key {show(key.value)}, first given in line {first[key.value]}"
                 self._note(key, message, "remove one of them")
             else:
                 kind = key.tag.rpartition(":")[2]
                 if kind in _KINDS:
-                    self._note(key, f"a key must be text, but {show(key.value)} is {_KINDS[kind]}", "put it in quotes")
+                    self._note(
+                        key,
+                        f"a key must be text, but {show(key.value)} is {_KINDS[kind]}",
+                        "put it in quotes",
+                    )
                 first[key.value] = key.start_mark.line + 1
                 self.lines.setdefault((*steps, key.value), first[key.value])
                 data[key.value] = self._value(value, (*steps, key.value))

@@ -1,5 +1,8 @@
-"""Our files: prompt caches, their texts and sidecars. This room is the only one that writes to the store.
+"""Our files: prompt caches, their texts and sidecars.
 
-`store` publishes, retires and removes whole artifacts; `scan` finds out what is there; `marks` says which folder is a
-store at all; `garbage` is what may be removed. The reconciler calls it, and so do the commands that only read.
+This room is the only one that writes to the store.
+
+`store` publishes, retires and removes whole artifacts; `scan` finds out what is there; `marks` says
+which folder is a store at all; `garbage` is what may be removed. The reconciler calls it, and so do
+the commands that only read.
 """

@@ -49,7 +49,8 @@ class Rubbish:
 class Named:
     """What the manifest names: nobody removes it, by whatever name or link it is reached.
 
-    Of a folder, what is directly in it is named, too: prompts, and those that are to become prompts.
+    Of a folder, what is directly in it is named, too: prompts, and those that are to become
+    prompts.
     """
 
     def __init__(self, files: Iterable[Path], folders: Iterable[Path]) -> None:
@@ -70,7 +71,9 @@ class Named:
     @classmethod
     def by(cls, look: Look, files: Iterable[Path], folders: Iterable[Path]) -> Named:
         """Of a look; `files` and `folders` are its inputs."""
-        prompts = (Path(file) for declared in look.sources.prompts.values() for file in declared.files)
+        prompts = (
+            Path(file) for declared in look.sources.prompts.values() for file in declared.files
+        )
         return cls([*files, *prompts], folders)
 
     def spares(self, info: os.stat_result) -> bool:
@@ -96,7 +99,10 @@ class Named:
 
 @dataclass(slots=True, kw_only=True)
 class Collection:
-    """Somebody waits for what a look that began after the question finds. On the event loop, beside the reconciler."""
+    """Somebody waits for what a look that began after the question finds.
+
+    On the event loop, beside the reconciler.
+    """
 
     dry_run: bool
     strangers: bool
@@ -104,8 +110,13 @@ class Collection:
     rubbish: list[Rubbish] = field(default_factory=list)
     named: Named = field(default_factory=lambda: Named((), ()))
 
-    async def find(self, store: Store, look: Look, building: Key | None, inputs: tuple[list[Path], list[Path]]) -> None:
-        """Before anything is removed: orphans go by themselves. `inputs` are the look's files and folders."""
+    async def find(
+        self, store: Store, look: Look, building: Key | None, inputs: tuple[list[Path], list[Path]]
+    ) -> None:
+        """Before anything is removed: orphans go by themselves.
+
+        `inputs` are the look's files and folders.
+        """
         try:
             if look.store_trouble is not None:
                 raise look.store_trouble
@@ -117,16 +128,24 @@ class Collection:
             self._fail(error)
 
     async def finish(self, store: Store, removed: set[Key]) -> None:
-        """Remove the rest, and say what went, or what may go. `removed` are the orphans that are gone."""
+        """Remove the rest, and say what went, or what may go.
+
+        `removed` are the orphans that are gone.
+        """
         if not self.dry_run:
-            found = [one for one in self.rubbish if one.key is None or one.stays or one.key in removed]
+            found = [
+                one for one in self.rubbish if one.key is None or one.stays or one.key in removed
+            ]
             try:
                 orphans = [one for one in found if one.key is not None]
                 for one in orphans:  # some were put aside by the look
                     if one.key is not None:
                         await asyncio.to_thread(store.remove_retired_of, one.key)
                 rest = [one for one in found if one.key is None]
-                self.rubbish = [*orphans, *await asyncio.to_thread(remove_rubbish, store, rest, self.named)]
+                self.rubbish = [
+                    *orphans,
+                    *await asyncio.to_thread(remove_rubbish, store, rest, self.named),
+                ]
             except RkcachedError as error:
                 self._fail(error)
         if not self.future.done():  # who asked may have gone meanwhile
@@ -149,14 +168,20 @@ def find_rubbish(
     try:
         orphans = list(_orphans(store, look))
         quarantined = [
-            Rubbish(path=path, size_bytes=size_bytes, why="quarantined", seen=_identity(store, path))
+            Rubbish(
+                path=path, size_bytes=size_bytes, why="quarantined", seen=_identity(store, path)
+            )
             for path, size_bytes in inventory.quarantined.items()
         ]
         retired = list(_retired(store, look))
-        others = [_stranger(store, names, named, goes=strangers) for names in _strangers(store, look, building)]
+        others = [
+            _stranger(store, names, named, goes=strangers)
+            for names in _strangers(store, look, building)
+        ]
     except OSError as error:
         raise StoreError(
-            f"the store {store.root} cannot be read: {error.strerror}", hint="check the directory's permissions"
+            f"the store {store.root} cannot be read: {error.strerror}",
+            hint="check the directory's permissions",
         ) from error
     return [*orphans, *retired, *quarantined, *others]
 
@@ -164,7 +189,8 @@ def find_rubbish(
 def remove_rubbish(store: Store, rubbish: Iterable[Rubbish], named: Named) -> list[Rubbish]:
     """Remove it, but for what stays; returns what is gone and what stays, in this order of each.
 
-    The store must be open. A stranger's that cannot be removed stays, with the reason. Errors: StoreError.
+    The store must be open. A stranger's that cannot be removed stays, with the reason. Errors:
+    StoreError.
     """
     store.spare(named.files())
     done = []
@@ -190,7 +216,10 @@ def as_data(rubbish: Iterable[Rubbish]) -> dict[str, list[dict[str, Any]]]:
 
 
 def _remove(store: Store, one: Rubbish, named: Named) -> Rubbish | None:
-    """What became of it; None if somebody else put another thing in its place. Errors: StoreError."""
+    """What became of it; None if somebody else put another thing in its place.
+
+    Errors: StoreError.
+    """
     names = one.path.relative_to(store.root).parts
     try:
         if beneath.remove(store.root, *names, only=one.seen, spare=named.spares):
@@ -201,7 +230,8 @@ def _remove(store: Store, one: Rubbish, named: Named) -> Rubbish | None:
     except OSError as error:
         if not one.stranger:
             raise StoreError(
-                f"{one.path} cannot be removed: {error.strerror}", hint="check the directory's permissions"
+                f"{one.path} cannot be removed: {error.strerror}",
+                hint="check the directory's permissions",
             ) from error
         why = f"it cannot be removed: {error.strerror}"
     return replace(one, why=f"not the store's; it stays, as {why}", stays=True)
@@ -209,7 +239,9 @@ def _remove(store: Store, one: Rubbish, named: Named) -> Rubbish | None:
 
 def _orphans(store: Store, look: Look) -> Iterator[Rubbish]:
     for action in plan(look.assessments):
-        if isinstance(action, Retire) or (isinstance(action, Remove) and not (action.verdict or action.retired)):
+        if isinstance(action, Retire) or (
+            isinstance(action, Remove) and not (action.verdict or action.retired)
+        ):
             folder = store.root / action.key.model
             names = beneath.names_in(store.root, action.key.model)
             files = [folder / name for name in names if prompt_of(name) == action.key.prompt]
@@ -223,16 +255,25 @@ def _orphans(store: Store, look: Look) -> Iterator[Rubbish]:
 
 def _retired(store: Store, look: Look) -> Iterator[Rubbish]:
     """But for those that a declared prompt is about to adopt."""
-    adopted = {a.fingerprint.digest for a in plan(look.assessments) if isinstance(a, Adopt) and a.source is None}
+    adopted = {
+        a.fingerprint.digest
+        for a in plan(look.assessments)
+        if isinstance(a, Adopt) and a.source is None
+    }
     for one in look.inventory.retired.values():
         if one.fingerprint not in adopted:
             folder = store.root / marks.RETIRED / one.fingerprint
             why = f"retired: built for {one.key}, and no prompt uses it now"
-            yield Rubbish(path=folder, size_bytes=size_of(folder), why=why, seen=_identity(store, folder))
+            yield Rubbish(
+                path=folder, size_bytes=size_of(folder), why=why, seen=_identity(store, folder)
+            )
 
 
 def _strangers(store: Store, look: Look, building: Key | None) -> Iterator[tuple[str, ...]]:
-    """Where in the store something lies that is not its own: names from its top. Errors: OSError."""
+    """Where in the store something lies that is not its own: names from its top.
+
+    Errors: OSError.
+    """
     for name in beneath.names_in(store.root):
         path = store.root / name
         if name in marks.OWN_FOLDERS and not beneath.is_folder(path):
@@ -256,7 +297,9 @@ def _strangers(store: Store, look: Look, building: Key | None) -> Iterator[tuple
 
 def _in_quarantine(store: Store) -> Iterator[tuple[str, ...]]:
     for name in beneath.names_in(store.root, marks.QUARANTINE):
-        if not (marks.is_quarantined(name) and beneath.is_folder(store.root / marks.QUARANTINE / name)):
+        if not (
+            marks.is_quarantined(name) and beneath.is_folder(store.root / marks.QUARANTINE / name)
+        ):
             yield marks.QUARANTINE, name
 
 
@@ -276,8 +319,13 @@ def _in_verdicts(store: Store) -> Iterator[tuple[str, ...]]:
                 yield marks.VERDICTS, model, name
 
 
-def _beside_artifacts(store: Store, look: Look, model: str, building: Key | None) -> Iterator[tuple[str, ...]]:
-    """The strangers in the folder of a model; the folder itself, if all in it is theirs. Errors: OSError."""
+def _beside_artifacts(
+    store: Store, look: Look, model: str, building: Key | None
+) -> Iterator[tuple[str, ...]]:
+    """The strangers in the folder of a model; the folder itself, if all in it is theirs.
+
+    Errors: OSError.
+    """
     folder = store.root / model
     names = beneath.names_in(store.root, model)
     theirs = [
@@ -303,7 +351,9 @@ def _stranger(store: Store, names: tuple[str, ...], named: Named, *, goes: bool)
         why, stays = IN_USE, True
     elif stays:
         why = ASK
-    return Rubbish(path=path, size_bytes=size_of(path), why=why, seen=seen, stays=stays, stranger=True)
+    return Rubbish(
+        path=path, size_bytes=size_of(path), why=why, seen=seen, stays=stays, stranger=True
+    )
 
 
 def _identity(store: Store, path: Path) -> beneath.Identity | None:

@@ -1,8 +1,9 @@
 """Which folder is a store, and which names in it are the store's own.
 
-A store has the file CACHEDIR.TAG, as the Cache Directory Tagging standard has it (backups skip such folders), with a
-line that says whose it is: other programs tag their folders, too. Earlier versions wrote no tag; what they left is
-known by its names and its sidecars. Any other folder that is not empty belongs to somebody else.
+A store has the file CACHEDIR.TAG, as the Cache Directory Tagging standard has it (backups skip such
+folders), with a line that says whose it is: other programs tag their folders, too. Earlier versions
+wrote no tag; what they left is known by its names and its sidecars. Any other folder that is not
+empty belongs to somebody else.
 """
 
 from __future__ import annotations
@@ -48,7 +49,8 @@ _TAG_TEXT = b"""\
 
 _TEMPORARY = re.compile(r"\.(digests\.json|CACHEDIR\.TAG-[0-9a-f]+)\.tmp")
 ASIDE = ".aside-"
-"""What a folder of the quarantine begins with that holds what others put where a file of ours goes: it stays."""
+"""What a folder of the quarantine begins with that holds what others put where a file of ours goes:
+it stays."""
 
 _FINGERPRINT = re.compile(r"[0-9a-f]{64}")
 _VERDICT = re.compile(rf"{NAME.pattern}\.json|\.{NAME.pattern}\.json\.tmp")
@@ -56,7 +58,10 @@ _QUARANTINED = re.compile(rf"{NAME.pattern}--{NAME.pattern}--[0-9a-f]+")
 
 
 def is_own(name: str) -> bool:
-    """Whether the store itself gives this name to something at its top. Models' folders are not meant."""
+    """Whether the store itself gives this name to something at its top.
+
+    Models' folders are not meant.
+    """
     return name in OWN_FILES or name in OWN_FOLDERS or name in OF_THE_DISK or is_temporary(name)
 
 
@@ -97,7 +102,10 @@ def why_no_store(root: Path) -> str:
 
 
 def why_not_ours(root: Path) -> str:
-    """Why no store may be made of this folder: a sentence; nothing if one may, or is there. Errors: OSError."""
+    """Why no store may be made of this folder: a sentence; nothing if one may, or is there.
+
+    Errors: OSError.
+    """
     if _is_tagged(root):
         return ""
     names = os.listdir(root)  # noqa: PTH208 - names
@@ -105,7 +113,10 @@ def why_not_ours(root: Path) -> str:
 
 
 def _who_else(names: list[str], root: Path) -> str:
-    """Which of the things in a folder without a tag cannot be a store's: a sentence. Errors: OSError."""
+    """Which of the things in a folder without a tag cannot be a store's: a sentence.
+
+    Errors: OSError.
+    """
     locked = LOCK in names
     strangers = sorted(name for name in names if not _is_left_by_earlier(root, name, locked=locked))
     if not strangers:
@@ -131,7 +142,10 @@ def tag(root: Path) -> None:
 
 
 def _is_tagged(root: Path) -> bool:
-    """A link is no tag, nor is the tag of another program. Errors: OSError when it cannot be read."""
+    """A link is no tag, nor is the tag of another program.
+
+    Errors: OSError when it cannot be read.
+    """
     try:
         fd = os.open(root / TAG, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError as error:
@@ -148,7 +162,10 @@ def _is_tagged(root: Path) -> bool:
 
 
 def _is_left_by_earlier(root: Path, name: str, *, locked: bool) -> bool:
-    """Whether an earlier version, which wrote no tag, may have made this of a store. Errors: OSError."""
+    """Whether an earlier version, which wrote no tag, may have made this of a store.
+
+    Errors: OSError.
+    """
     if name == TAG:  # somebody else's
         return False
     path = root / name
@@ -159,7 +176,9 @@ def _is_left_by_earlier(root: Path, name: str, *, locked: bool) -> bool:
     if not NAME.fullmatch(name) or not beneath.is_folder(path):
         return False
     inside = os.listdir(path)  # noqa: PTH208 - names
-    if locked and (not inside or any(prompt_of(one) and one.endswith(CACHE_SUFFIXES) for one in inside)):
+    if locked and (
+        not inside or any(prompt_of(one) and one.endswith(CACHE_SUFFIXES) for one in inside)
+    ):
         return True
     return any(_sidecars(path, inside))
 

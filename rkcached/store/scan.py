@@ -75,13 +75,17 @@ class Scan:
     def retired(self, folders: Iterable[Path], inventory: Inventory) -> None:
         """Look at these folders, each named by the fingerprint of the retired artifact in it.
 
-        Only sizes are compared with the sidecars: the content is compared when an artifact is adopted.
+        Only sizes are compared with the sidecars: the content is compared when an artifact is
+        adopted.
         """
         before, self._retired = self._retired, {}
         for folder in folders:
             self._digests.steps += 1
             seen = before.get(name := folder.name)
-            if seen is None or signature_of(*_infos(str(folder), (".", *seen.files))) != seen.signature:
+            if (
+                seen is None
+                or signature_of(*_infos(str(folder), (".", *seen.files))) != seen.signature
+            ):
                 seen = look_at_retired(folder)
             if seen is None:
                 inventory.incomplete.append(folder)
@@ -92,10 +96,13 @@ class Scan:
     def folder(self, folder: Path, inventory: Inventory) -> None:
         """Look at the artifacts of a model. Errors: OSError when the folder cannot be listed."""
         names: list[str] = []
-        with contextlib.suppress(FileNotFoundError):  # a reader without the lock may see the owner remove it
+        with contextlib.suppress(
+            FileNotFoundError
+        ):  # a reader without the lock may see the owner remove it
             names = sorted(os.listdir(folder))  # noqa: PTH208 - names: of tens of thousands, paths take too much
         rest = set(names)
-        """What is part of no artifact. Names and no paths, and few of them: there may be tens of thousands of files."""
+        """What is part of no artifact. Names and no paths, and few of them: there may be tens of
+        thousands of files."""
         damaged: dict[Key, str] = {}
         place = str(folder)
         for name in names:
@@ -192,7 +199,9 @@ def inspect(folder: Path, sidecar: Sidecar, digests: Digests) -> StoredArtifact:
         corrupt = f"{Path(error.filename or path).name} cannot be read: {error.strerror}"
     except SourceError as error:
         corrupt = error.message
-    return StoredArtifact(folder=folder, sidecar=sidecar, signature=None if corrupt else signature, corrupt=corrupt)
+    return StoredArtifact(
+        folder=folder, sidecar=sidecar, signature=None if corrupt else signature, corrupt=corrupt
+    )
 
 
 def prompt_of(name: str) -> str:
@@ -202,7 +211,9 @@ def prompt_of(name: str) -> str:
     return stem if ours and NAME.fullmatch(stem) else ""
 
 
-def _scan_rest(folder: Path, names: set[str], damaged: Mapping[Key, str], inventory: Inventory) -> None:
+def _scan_rest(
+    folder: Path, names: set[str], damaged: Mapping[Key, str], inventory: Inventory
+) -> None:
     """Sort what lies beside the artifacts of a folder; `damaged` are those whose sidecar is none, and why.
 
     A sidecar that is none is the store's if it begins as one, or with a prompt cache beside it; else it may be the JSON
@@ -210,7 +221,11 @@ def _scan_rest(folder: Path, names: set[str], damaged: Mapping[Key, str], invent
     """
     caches: dict[Key, list[Path]] = {}
     for name in sorted(names):
-        if name.endswith(CACHE_SUFFIXES) and (prompt := prompt_of(name)) and not is_folder(folder / name):
+        if (
+            name.endswith(CACHE_SUFFIXES)
+            and (prompt := prompt_of(name))
+            and not is_folder(folder / name)
+        ):
             caches.setdefault(Key(folder.name, prompt), []).append(folder / name)
     for key, found in caches.items():  # without a sidecar: of a commit that was cut off before it
         if key not in inventory.artifacts and (key in damaged or f"{key.prompt}.json" not in names):
@@ -218,7 +233,9 @@ def _scan_rest(folder: Path, names: set[str], damaged: Mapping[Key, str], invent
             inventory.unreadable[key] = Unreadable(corrupt=why, size_bytes=_bytes(found))
 
     for key, why in damaged.items():
-        if key not in inventory.unreadable and _begins_as_sidecar(folder / f"{key.prompt}.json", key):
+        if key not in inventory.unreadable and _begins_as_sidecar(
+            folder / f"{key.prompt}.json", key
+        ):
             inventory.unreadable[key] = Unreadable(corrupt=why, size_bytes=0)
 
     for name in sorted(names):

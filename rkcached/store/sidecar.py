@@ -31,7 +31,8 @@ class Figures(msgspec.Struct, frozen=True, kw_only=True):
     load_ms: float
     """Loading the prompt cache from its file."""
     cold_ttft_ms: float
-    """First token of the probe without the cache: prefilling the prefix, then the probe on it in memory."""
+    """First token of the probe without the cache: prefilling the prefix, then the probe on it in
+    memory."""
     warm_ttft_ms: float
     """First token of the probe with the cache: loading the file, then the probe."""
     verified: str
@@ -70,7 +71,8 @@ class StoredArtifact:
     folder: Path
     sidecar: Sidecar
     signature: Signature | None
-    """Of the prompt cache file with the sidecar's digest: the file that may be loaded. None when corrupt."""
+    """Of the prompt cache file with the sidecar's digest: the file that may be loaded. None when
+    corrupt."""
     corrupt: str = ""
 
     @property
@@ -109,7 +111,10 @@ class Unreadable:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Inventory:
-    """One look at the store. `unreadable` are commit records that cannot be read: their artifacts are corrupt."""
+    """One look at the store.
+
+    `unreadable` are commit records that cannot be read: their artifacts are corrupt.
+    """
 
     artifacts: dict[Key, StoredArtifact] = field(default_factory=dict)
     unreadable: dict[Key, Unreadable] = field(default_factory=dict)

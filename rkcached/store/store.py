@@ -7,10 +7,11 @@
     .quarantine/                  artifacts that failed when they were used
     .lock  .digests.json          and CACHEDIR.TAG, which marks the folder as a store
 
-Invariant: an artifact is what its sidecar says, or it is reported as corrupt and rebuilt. The sidecar is renamed into
-place last, so a crash at any step leaves the old state, a mismatch, or the new state. Names that start with a dot are
-the store's own; models and prompts cannot have such names. Nothing is removed through a symbolic link beneath the
-directory, and what is not the store's by name and kind stays.
+Invariant: an artifact is what its sidecar says, or it is reported as corrupt and rebuilt. The
+sidecar is renamed into place last, so a crash at any step leaves the old state, a mismatch, or the
+new state. Names that start with a dot are the store's own; models and prompts cannot have such
+names. Nothing is removed through a symbolic link beneath the directory, and what is not the store's
+by name and kind stays.
 """
 
 from __future__ import annotations
@@ -79,10 +80,15 @@ class Store:
         """Files in the store's place that the manifest names: they stay, whatever their name is."""
 
     def spare(self, files: Iterable[Path | str]) -> None:
-        """From now on, none of these is removed or taken for an artifact. Absolute paths; the whole list each time."""
+        """From now on, none of these is removed or taken for an artifact.
+
+        Absolute paths; the whole list each time.
+        """
         tops = tuple({f"{self.root}{os.sep}", f"{os.path.realpath(self.root)}{os.sep}"})
         inside = {str(path) for path in files if str(path).startswith(tops)}
-        self._spared = frozenset(self.root / path.removeprefix(top) for path in inside for top in tops)
+        self._spared = frozenset(
+            self.root / path.removeprefix(top) for path in inside for top in tops
+        )
 
     # Life
 
@@ -98,13 +104,18 @@ class Store:
             self._sweep()
 
     def _take(self) -> None:
-        """Create and lock the directory. The descriptor only reads, so that its disk can be remounted read-only."""
+        """Create and lock the directory.
+
+        The descriptor only reads, so that its disk can be remounted read-only.
+        """
         try:
             self.root.mkdir(mode=DIRECTORY_MODE, parents=True, exist_ok=True)
             if why := marks.why_not_ours(self.root):
                 hint = "name an empty or a new folder with --cache-dir, or move what is not the store's out of this one"
                 raise StoreError(f"{self.root} is not taken as a store: {why}", hint=hint)
-            device = self.root.stat().st_dev  # of the folder: on an overlay, its files have other numbers
+            device = (
+                self.root.stat().st_dev
+            )  # of the folder: on an overlay, its files have other numbers
             fd = os.open(self.root / marks.LOCK, _LOCK_FLAGS, durable.FILE_MODE)
         except OSError as error:
             why, hint = disk.refusal(error, self.root)
@@ -112,7 +123,9 @@ class Store:
                 hint = "create it for this user, or name another one with --cache-dir or RKCACHED_CACHE_DIR"
             elif error.errno == errno.ELOOP:
                 why, hint = f"{marks.LOCK} in it is a link", "remove the link"
-            raise StoreError(f"the cache directory {self.root} cannot be written: {why}", hint=hint) from error
+            raise StoreError(
+                f"the cache directory {self.root} cannot be written: {why}", hint=hint
+            ) from error
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
@@ -125,8 +138,12 @@ class Store:
         self._release()
         self._lock_fd = fd
         self._device = device
-        with contextlib.suppress(OSError):  # who owns it is said to whom it is refused; a full disk may not take it
-            writing = os.open(self.root / marks.LOCK, os.O_WRONLY | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC)
+        with contextlib.suppress(
+            OSError
+        ):  # who owns it is said to whom it is refused; a full disk may not take it
+            writing = os.open(
+                self.root / marks.LOCK, os.O_WRONLY | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
+            )
             with os.fdopen(writing, "w") as stream:
                 stream.write(f"{os.getpid()}\n")
         marks.tag(self.root)
@@ -145,7 +162,9 @@ class Store:
 
     def _release(self) -> None:
         if self._lock_fd >= 0:
-            fcntl.flock(self._lock_fd, fcntl.LOCK_UN)  # a child that is just being forked still has the descriptor
+            fcntl.flock(
+                self._lock_fd, fcntl.LOCK_UN
+            )  # a child that is just being forked still has the descriptor
             os.close(self._lock_fd)
             self._lock_fd = -1
 
@@ -179,7 +198,10 @@ class Store:
                     self._unlink(folder.name, name)
 
     def _unlink(self, *names: str) -> None:
-        """Remove a file, or a link itself. Folders stay, and what the manifest names. Errors: OSError."""
+        """Remove a file, or a link itself.
+
+        Folders stay, and what the manifest names. Errors: OSError.
+        """
         *folders, name = names
         if self.root.joinpath(*names) in self._spared:
             return
@@ -190,9 +212,12 @@ class Store:
     # Reading
 
     def scan(self) -> Inventory:
-        """Look at every artifact and verdict. Files that did not change since the last look are not read again.
+        """Look at every artifact and verdict.
 
-        Errors: StoreError when a directory cannot be listed; whatever is wrong with a file is part of the inventory.
+        Files that did not change since the last look are not read again.
+
+        Errors: StoreError when a directory cannot be listed; whatever is wrong with a file is part
+        of the inventory.
         """
         try:
             if self._opened:
@@ -200,7 +225,8 @@ class Store:
             return self._look()
         except OSError as error:
             raise StoreError(
-                f"the store {self.root} cannot be read: {error.strerror}", hint="check the directory's permissions"
+                f"the store {self.root} cannot be read: {error.strerror}",
+                hint="check the directory's permissions",
             ) from error
 
     def _look(self) -> Inventory:
@@ -244,16 +270,25 @@ class Store:
 
     def _model_folders(self) -> Iterator[Path]:
         with contextlib.suppress(FileNotFoundError), os.scandir(self.root) as entries:
-            names = sorted(e.name for e in entries if NAME.fullmatch(e.name) and e.is_dir(follow_symlinks=False))
+            names = sorted(
+                e.name
+                for e in entries
+                if NAME.fullmatch(e.name) and e.is_dir(follow_symlinks=False)
+            )
             yield from (self.root / name for name in names)
 
     # Writing
 
     def stage(self, key: Key) -> Path:
-        """A name in the target directory for a prompt cache to be written to. Errors: StoreError."""
+        """A name in the target directory for a prompt cache to be written to.
+
+        Errors: StoreError.
+        """
         folder = self.root / key.model
         if named := sorted(
-            path for path in self._spared if path.parent == folder and prompt_of(path.name) == key.prompt
+            path
+            for path in self._spared
+            if path.parent == folder and prompt_of(path.name) == key.prompt
         ):
             raise StoreError(
                 f"{named[0]} is named by the manifest, and would be overwritten",
@@ -262,7 +297,9 @@ class Store:
         staged = folder / f"{STAGING}{key.prompt}-{secrets.token_hex(4)}"
         with self._writing(folder), self._folders:
             _make_folder(folder)
-            staged.touch(mode=durable.FILE_MODE)  # a folder that takes no file says so before the prefill
+            staged.touch(
+                mode=durable.FILE_MODE
+            )  # a folder that takes no file says so before the prefill
             staged.unlink()
             self._staged.add(staged)
         return staged
@@ -295,7 +332,10 @@ class Store:
                 excess -= size_bytes
 
     def seal(self, staged: Path) -> tuple[int, str]:
-        """Make a staged file durable and private; returns its size in bytes and SHA-256. Errors: StoreError."""
+        """Make a staged file durable and private; returns its size in bytes and SHA-256.
+
+        Errors: StoreError.
+        """
         with self._writing(staged):
             staged.chmod(durable.FILE_MODE)
             with staged.open("rb") as stream:
@@ -320,7 +360,9 @@ class Store:
         try:
             with self._writing(folder):
                 durable.write_new(text, prefix)
-                durable.write_new(record, msgspec.json.format(msgspec.json.encode(sidecar, enc_hook=dict)))
+                durable.write_new(
+                    record, msgspec.json.format(msgspec.json.encode(sidecar, enc_hook=dict))
+                )
                 self._make_way(key, sidecar.artifact)
                 if retire:
                     with contextlib.suppress(OSError, StoreError):
@@ -342,7 +384,9 @@ class Store:
         return StoredArtifact(folder=folder, sidecar=sidecar, signature=signature_of(info))
 
     def retire(self, key: Key) -> None:
-        """Put an artifact aside that no prompt uses now. One without a sidecar is removed. Errors: StoreError.
+        """Put an artifact aside that no prompt uses now.
+
+        One without a sidecar is removed. Errors: StoreError.
 
         A crash leaves the artifact in one of the two places, or it has to be built again.
         """
@@ -353,7 +397,9 @@ class Store:
                 return
             self._drop_folder(folder)
 
-    def _put_aside(self, key: Key, *, unless: str = "", move: Callable[[Path, Path], object] = Path.rename) -> bool:
+    def _put_aside(
+        self, key: Key, *, unless: str = "", move: Callable[[Path, Path], object] = Path.rename
+    ) -> bool:
         """Move an artifact to the retired ones, its sidecar last; whether there was one to move.
 
         Errors: OSError, StoreError. `unless`: a fingerprint that is not put aside.
@@ -364,7 +410,11 @@ class Store:
             sidecar = read_sidecar(record, key)
         except FileNotFoundError:
             return False
-        if isinstance(sidecar, str) or sidecar.fingerprint == unless or not (folder / sidecar.artifact).is_file():
+        if (
+            isinstance(sidecar, str)
+            or sidecar.fingerprint == unless
+            or not (folder / sidecar.artifact).is_file()
+        ):
             return False
 
         files = (folder / sidecar.artifact, folder / f"{key.prompt}.bin", record)
@@ -374,7 +424,9 @@ class Store:
         target = self.root / marks.RETIRED / sidecar.fingerprint
         with self._folders:
             _make_folder(target.parent)
-            beneath.remove(self.root, marks.RETIRED, target.name)  # an older one of the same fingerprint
+            beneath.remove(
+                self.root, marks.RETIRED, target.name
+            )  # an older one of the same fingerprint
             _make_folder(target)
             for path in files:
                 move(path, target / path.name)
@@ -392,7 +444,9 @@ class Store:
         If it fails, what `key` had is as it was. A source that is not what its sidecar says is taken out of use: a
         retired one is removed, another one is reported as corrupt. Errors: StoreError.
         """
-        folder = self.root / marks.RETIRED / fingerprint if source is None else self.root / source.model
+        folder = (
+            self.root / marks.RETIRED / fingerprint if source is None else self.root / source.model
+        )
         staged = self.stage(key)
         try:
             with self._writing(folder):
@@ -408,12 +462,20 @@ class Store:
                 _place(folder / old.artifact, staged, link=take)
 
             size_bytes, sha256 = self.seal(staged)
-            if (size_bytes, sha256, hashlib.sha256(text).hexdigest()) != (old.size_bytes, old.sha256, old.text_sha256):
+            if (size_bytes, sha256, hashlib.sha256(text).hexdigest()) != (
+                old.size_bytes,
+                old.sha256,
+                old.text_sha256,
+            ):
                 self._disown(folder, source, old)
-                raise StoreError(f"{folder / old.artifact} is not what its sidecar says", hint=_AGAIN)
+                raise StoreError(
+                    f"{folder / old.artifact} is not what its sidecar says", hint=_AGAIN
+                )
 
             _, suffix = os.path.splitext(old.artifact)  # noqa: PTH122 - a name and no path
-            sidecar = msgspec.structs.replace(old, model=key.model, prompt=key.prompt, artifact=key.prompt + suffix)
+            sidecar = msgspec.structs.replace(
+                old, model=key.model, prompt=key.prompt, artifact=key.prompt + suffix
+            )
             artifact = self.commit(key, staged, sidecar, text, retire=retire)
         finally:
             self.discard(staged)
@@ -478,7 +540,10 @@ class Store:
         return [folder for folder in folders if beneath.is_folder(folder)]
 
     def remove(self, key: Key) -> None:
-        """Delete an artifact, its sidecar first, and its folder if nothing is in it or will be. Errors: StoreError."""
+        """Delete an artifact, its sidecar first, and its folder if nothing is in it or will be.
+
+        Errors: StoreError.
+        """
         folder = self.root / key.model
         with self._writing(folder):
             self._make_way(key)
@@ -491,18 +556,28 @@ class Store:
     def _drop_folder(self, folder: Path) -> None:
         """Remove a model's folder, if nothing is in it or will be."""
         with self._folders, contextlib.suppress(OSError):
-            if all(staged.parent != folder for staged in tuple(self._staged)):  # a build's file comes late
+            if all(
+                staged.parent != folder for staged in tuple(self._staged)
+            ):  # a build's file comes late
                 folder.rmdir()
 
     def quarantine(self, key: Key) -> None:
         """Take an artifact out of use but keep it for a post-mortem. Errors: StoreError."""
         folder = self.root / key.model
         self._keep(
-            key, (folder / f"{key.prompt}.json", folder / f"{key.prompt}.bin", *_artifacts_of(folder, key.prompt))
+            key,
+            (
+                folder / f"{key.prompt}.json",
+                folder / f"{key.prompt}.bin",
+                *_artifacts_of(folder, key.prompt),
+            ),
         )
 
     def _make_way(self, key: Key, artifact: str = "") -> None:
-        """Nobody but us puts anything where our files go: a directory there is moved away. Errors: StoreError."""
+        """Nobody but us puts anything where our files go: a directory there is moved away.
+
+        Errors: StoreError.
+        """
         folder = self.root / key.model
         if not beneath.is_folder(folder):
             return
@@ -515,7 +590,10 @@ class Store:
             self._keep(key, in_the_way, prefix=marks.ASIDE)
 
     def _keep(self, key: Key, paths: Iterable[Path], prefix: str = "") -> None:
-        """Move these into a new folder of the quarantine, where the oldest make room. Errors: StoreError."""
+        """Move these into a new folder of the quarantine, where the oldest make room.
+
+        Errors: StoreError.
+        """
         kept = self.root / marks.QUARANTINE
         with self._writing(kept):
             _make_folder(kept)
@@ -580,7 +658,9 @@ class Store:
             raise StoreError(f"the store {self.root} is not open for writing")
         with self._taking:
             self._check_device()
-            if not self._has_lock_file():  # the directory was deleted or replaced under us: start anew in what is there
+            if (
+                not self._has_lock_file()
+            ):  # the directory was deleted or replaced under us: start anew in what is there
                 self._take()
         try:
             yield
@@ -598,7 +678,10 @@ def _link_or_rename(source: Path, target: Path) -> None:
 
 
 def _place(source: Path, target: Path, *, link: bool) -> None:
-    """Give the content of `source` to a new file. `link`: as a second name of the same file, where that is possible."""
+    """Give the content of `source` to a new file.
+
+    `link`: as a second name of the same file, where that is possible.
+    """
     if link:
         with contextlib.suppress(OSError):  # FAT has no links
             os.link(source, target)
@@ -626,6 +709,9 @@ def _make_folder(path: Path) -> None:
 
 
 def _artifacts_of(folder: Path, prompt: str) -> list[Path]:
-    """The prompt caches of one prompt, whichever engine wrote them. Lists no folder, which may hold thousands."""
+    """The prompt caches of one prompt, whichever engine wrote them.
+
+    Lists no folder, which may hold thousands.
+    """
     names = (prompt + engine.artifact_suffix for engine in ENGINES.values())
     return [path for path in (folder / name for name in names) if os.path.lexists(path)]

@@ -1,1 +1,4 @@
-"""Workers: the two ends of one protocol. The child hosts an engine, the supervisor keeps the child."""
+"""Workers: the two ends of one protocol.
+
+The child hosts an engine, the supervisor keeps the child.
+"""

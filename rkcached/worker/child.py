@@ -1,7 +1,10 @@
-"""The worker process, started by `isolated`. Hosts one engine on the inherited socket that its argument names.
+"""The worker process, started by `isolated`.
 
-The main thread runs the engine; a reader thread receives operations and aborts. When the daemon goes away the socket
-ends and the process leaves at once, whatever the engine is doing. Only this module may import an engine.
+Hosts one engine on the inherited socket that its argument names.
+
+The main thread runs the engine; a reader thread receives operations and aborts. When the daemon
+goes away the socket ends and the process leaves at once, whatever the engine is doing. Only this
+module may import an engine.
 """
 
 from __future__ import annotations
@@ -83,7 +86,10 @@ class _Channel:
             return b""
 
     def _leave(self) -> None:
-        """The daemon wants us gone, or is gone. An idle engine is closed; a busy one may be deep in native code."""
+        """The daemon wants us gone, or is gone.
+
+        An idle engine is closed; a busy one may be deep in native code.
+        """
         if self.idle:
             self._inbox.put(None)
             return
@@ -99,7 +105,9 @@ def _start(channel: _Channel, message: protocol.Start) -> Session:
         try:
             memory.limit(message.max_memory_bytes)
         except (OSError, ValueError) as error:
-            raise EngineError(f"engine.max_memory_bytes cannot be kept: {error}", hint="remove it") from error
+            raise EngineError(
+                f"engine.max_memory_bytes cannot be kept: {error}", hint="remove it"
+            ) from error
     module, _, name = message.implementation.partition(":")
     engine: Engine = getattr(importlib.import_module(module), name)(message.spec)
     channel.engine = engine
@@ -137,11 +145,15 @@ def _print_at_once(libc: ctypes.CDLL) -> None:
 
 def main() -> None:
     """Serve operations on the socket until the other end closes it."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the daemon, which then ends this process in order
+    signal.signal(
+        signal.SIGINT, signal.SIG_IGN
+    )  # Ctrl-C is for the daemon, which then ends this process in order
     libc = ctypes.CDLL(None)
     libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # even a daemon that was killed leaves no worker
     _print_at_once(libc)
-    with contextlib.suppress(OSError):  # where memory runs out, the kernel takes this process and not the daemon
+    with contextlib.suppress(
+        OSError
+    ):  # where memory runs out, the kernel takes this process and not the daemon
         Path("/proc/self/oom_score_adj").write_text(_OOM_SCORE_ADJ)
     channel = _Channel(socket.socket(fileno=int(sys.argv[1])))
     threading.Thread(target=channel.read_forever, name="reader", daemon=True).start()

@@ -1,9 +1,10 @@
 """One operation at a time over all models, live requests before builds.
 
-Concurrent clients of an NPU are reported to panic some kernels, and on CPU cores they only slow each other. So whoever
-wants an engine to work holds the gate (`Gates` has one more for each model, for manifests that say
-`engine.concurrent`). A live request that has to wait behind a build asks it to step aside; a build
-that was kept waiting long enough gets its turn all the same. Used from the event loop only.
+Concurrent clients of an NPU are reported to panic some kernels, and on CPU cores they only slow
+each other. So whoever wants an engine to work holds the gate (`Gates` has one more for each model,
+for manifests that say `engine.concurrent`). A live request that has to wait behind a build asks it
+to step aside; a build that was kept waiting long enough gets its turn all the same. Used from the
+event loop only.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ from enum import IntEnum
 from typing import NamedTuple
 
 BUILD_PATIENCE_S = 60.0
-"""A build that was kept waiting this long goes before live requests, once, to its end: load must not starve it."""
+"""A build that was kept waiting this long goes before live requests, once, to its end: load must
+not starve it."""
 
 
 class Priority(IntEnum):
@@ -45,11 +47,18 @@ class Gate:
 
     @contextlib.asynccontextmanager
     async def hold(
-        self, priority: Priority, *, step_aside: Callable[[], None] | None = None, since: float | None = None
+        self,
+        priority: Priority,
+        *,
+        step_aside: Callable[[], None] | None = None,
+        since: float | None = None,
     ) -> AsyncIterator[None]:
-        """Hold the gate. `step_aside` is called at most once, when a live request comes to wait behind this holder.
+        """Hold the gate.
 
-        `since` (the loop's time) is when a build first tried: once its patience is over, it goes first and stays.
+        `step_aside` is called at most once, when a live request comes to wait behind this holder.
+
+        `since` (the loop's time) is when a build first tried: once its patience is over, it goes
+        first and stays.
         """
         first_try = asyncio.get_running_loop().time() if since is None else since
         if self._held:
@@ -76,7 +85,8 @@ class Gate:
         except asyncio.CancelledError:
             if not waiter.turn.cancelled():
                 self._held = False
-                self._pass_on()  # the turn came together with the cancellation: somebody else takes it
+                # the turn came together with the cancellation: somebody else takes it
+                self._pass_on()
             elif waiter in self._queues[priority]:
                 self._queues[priority].remove(waiter)
             raise
@@ -87,13 +97,20 @@ class Gate:
             ask()
 
     def _pass_on(self) -> None:
-        """Wake the next waiter. The gate counts as held from now on, so that nobody slips in before it runs."""
+        """Wake the next waiter.
+
+        The gate counts as held from now on, so that nobody slips in before it runs.
+        """
         live, builds = self._queues[Priority.LIVE], self._queues[Priority.BUILD]
         for queue in (live, builds):
-            while queue and queue[0].turn.cancelled():  # it will not run any more, but does not know it yet
+            while (
+                queue and queue[0].turn.cancelled()
+            ):  # it will not run any more, but does not know it yet
                 queue.popleft()
         now = asyncio.get_running_loop().time()
-        queue = builds if builds and (not live or now - builds[0].since > BUILD_PATIENCE_S) else live
+        queue = (
+            builds if builds and (not live or now - builds[0].since > BUILD_PATIENCE_S) else live
+        )
         if queue:
             self._held = True
             queue.popleft().turn.set_result(None)
@@ -102,7 +119,8 @@ class Gate:
 class Gates:
     """One gate for all models, and one for each: who may run concurrently holds only the latter.
 
-    A model's own gate is always held, so its operations exclude each other also while the manifest changes its mind.
+    A model's own gate is always held, so its operations exclude each other also while the manifest
+    changes its mind.
     """
 
     def __init__(self) -> None:
@@ -128,6 +146,8 @@ class Gates:
         own = self._own.setdefault(model, Gate())
         async with contextlib.AsyncExitStack() as held:
             if not concurrent:
-                await held.enter_async_context(self._shared.hold(priority, step_aside=step_aside, since=since))
+                await held.enter_async_context(
+                    self._shared.hold(priority, step_aside=step_aside, since=since)
+                )
             await held.enter_async_context(own.hold(priority, step_aside=step_aside, since=since))
             yield

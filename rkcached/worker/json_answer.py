@@ -1,8 +1,9 @@
 """Whether an answer is the JSON that its request asked for.
 
-Runs in the worker: a schema is a client's, and some take for ever to check. There is a limit to that, and the daemon
-never evaluates a schema itself; `schemas` has looked at it before, and whatever is raised here all the same makes the
-schema invalid and ends nothing. Nothing is fetched: a `$ref` leads inside the schema or nowhere.
+Runs in the worker: a schema is a client's, and some take for ever to check. There is a limit to
+that, and the daemon never evaluates a schema itself; `schemas` has looked at it before, and
+whatever is raised here all the same makes the schema invalid and ends nothing. Nothing is fetched:
+a `$ref` leads inside the schema or nowhere.
 """
 
 from __future__ import annotations
@@ -40,7 +41,9 @@ class JsonAnswer:
 
     def __init__(self, schema: str) -> None:
         if len(schema.encode()) > MAX_SCHEMA_BYTES:
-            raise SchemaInvalid(f"the schema is larger than {MAX_SCHEMA_BYTES:,} bytes", hint="simplify it")
+            raise SchemaInvalid(
+                f"the schema is larger than {MAX_SCHEMA_BYTES:,} bytes", hint="simplify it"
+            )
         self._validator = _validator(schema)
 
     def check(self, text: str) -> str:
@@ -55,20 +58,27 @@ class JsonAnswer:
         try:
             value = json.loads(said, parse_constant=_no_constant, parse_float=_finite)
         except (ValueError, RecursionError) as error:
-            raise SchemaMismatch(f"the answer is not JSON: {error}", text=text, hint=_HINT) from error
+            raise SchemaMismatch(
+                f"the answer is not JSON: {error}", text=text, hint=_HINT
+            ) from error
         try:
             with _limited():
                 problem = next(iter(self._validator.iter_errors(value)), None)
         except _TooLongError as error:
             raise SchemaInvalid(
-                f"the answer cannot be checked within {CHECK_LIMIT_S:g} s", hint="use simpler patterns and alternatives"
+                f"the answer cannot be checked within {CHECK_LIMIT_S:g} s",
+                hint="use simpler patterns and alternatives",
             ) from error
         except _ENDS:
             raise
         except BaseException as error:  # compiled libraries raise what they like
-            raise SchemaInvalid(f"the schema cannot be checked: {type(error).__name__}: {error}") from error
+            raise SchemaInvalid(
+                f"the schema cannot be checked: {type(error).__name__}: {error}"
+            ) from error
         if problem is not None:
-            raise SchemaMismatch(f"the answer does not fit the schema: {_said(problem)}", text=text, hint=_HINT)
+            raise SchemaMismatch(
+                f"the answer does not fit the schema: {_said(problem)}", text=text, hint=_HINT
+            )
         return said
 
     def check_beginning(self, text: str) -> None:
@@ -76,7 +86,9 @@ class JsonAnswer:
         try:
             pydantic_core.from_json(text.strip() or "{", allow_partial="trailing-strings")
         except ValueError as error:
-            raise SchemaMismatch(f"the answer is not JSON: {error}", text=text, hint=_HINT) from error
+            raise SchemaMismatch(
+                f"the answer is not JSON: {error}", text=text, hint=_HINT
+            ) from error
 
 
 _HINT = "ask again, allow more tokens, or say in the messages what the JSON shall contain"

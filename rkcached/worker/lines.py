@@ -18,13 +18,17 @@ _STAMP = re.compile(r"^\d+(\.\d+){3} ")
 """llama.cpp's time since its start, which would make every message another one."""
 
 _MARKED = re.compile(r"[IWED] ")
-"""How lines of RKLLM, its kernel driver's library and llama.cpp begin: 'W rkllm: ...', 'E RKNN: ...'."""
+"""How lines of RKLLM, its kernel driver's library and llama.cpp begin: 'W rkllm: ...', 'E RKNN:
+...'."""
 
 _LEVELS = {"E": "error", "W": "warning", "I": "info", "D": "debug"}
 
 
 class LibraryLines:
-    """Reads the pipes of one worker process after another, and keeps the last lines. On the event loop."""
+    """Reads the pipes of one worker process after another, and keeps the last lines.
+
+    On the event loop.
+    """
 
     def __init__(self, model: str) -> None:
         self._model = model
@@ -64,14 +68,22 @@ class LibraryLines:
         """A library tells the reason of a failed load or run, or of a save that saved nothing, in its log only."""
         match error:
             case ModelLoadError():
-                reasons = [line for line in self._recent if line.startswith("E ") or "error" in line.lower()]
+                reasons = [
+                    line
+                    for line in self._recent
+                    if line.startswith("E ") or "error" in line.lower()
+                ]
             case Uncacheable():
                 reasons = [line for line in self._recent if line.startswith(("W ", "E "))]
             case _ if type(error) is EngineError:
                 reasons = [line for line in self._recent if line.startswith("E ")]
             case _:
                 return error
-        return type(error)(f"{error.message}: {reasons[0].strip()}", hint=error.hint) if reasons else error
+        return (
+            type(error)(f"{error.message}: {reasons[0].strip()}", hint=error.hint)
+            if reasons
+            else error
+        )
 
     async def _read(self, pipe: asyncio.StreamReader) -> None:
         """A line of any length is taken in pieces, never refused."""

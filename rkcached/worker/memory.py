@@ -1,10 +1,11 @@
 """A worker's memory: its limit, and a death for want of memory told as what it is.
 
-The limit is RLIMIT_DATA, what a process takes for itself: heap, private writable mappings, stacks. A model file that
-llama.cpp maps is not in it, for the kernel may take its pages back at any time; RLIMIT_AS would count it, and addresses
-that are merely reserved. A cgroup for each worker would count it, too, and needs systemd to delegate ours. None of
-the three sees the NPU's own buffers, which come from DMA heaps. Beyond the limit an allocation fails: a library says so
-in its log and refuses, or ends its process.
+The limit is RLIMIT_DATA, what a process takes for itself: heap, private writable mappings, stacks.
+A model file that llama.cpp maps is not in it, for the kernel may take its pages back at any time;
+RLIMIT_AS would count it, and addresses that are merely reserved. A cgroup for each worker would
+count it, too, and needs systemd to delegate ours. None of the three sees the NPU's own buffers,
+which come from DMA heaps. Beyond the limit an allocation fails: a library says so in its log and
+refuses, or ends its process.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ from collections.abc import Iterable
 from pathlib import Path
 
 _WANT = re.compile(
-    r"bad_alloc|MemoryError|(out of|insufficient) memory|(cannot|failed to|unable to) (m?alloc|reserve)", re.IGNORECASE
+    r"bad_alloc|MemoryError|(out of|insufficient) memory|(cannot|failed to|unable to) (m?alloc|reserve)",
+    re.IGNORECASE,
 )
 """What C++, Python, glibc and llama.cpp say when an allocation fails."""
 
@@ -46,11 +48,17 @@ def killed(code: int, kills_before: int) -> str:
     )
 
 
-def kernel_kills(proc: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")) -> int:
+def kernel_kills(
+    proc: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")
+) -> int:
     """Processes of our cgroup (v2) that the kernel killed for want of memory, ever; 0 where it does not say."""
     try:
-        group = next(line for line in proc.read_text().splitlines() if line.startswith("0::")).removeprefix("0::/")
-        events = dict(line.split() for line in (root / group / "memory.events").read_text().splitlines())
+        group = next(
+            line for line in proc.read_text().splitlines() if line.startswith("0::")
+        ).removeprefix("0::/")
+        events = dict(
+            line.split() for line in (root / group / "memory.events").read_text().splitlines()
+        )
         return int(events["oom_kill"])
     except (OSError, StopIteration, KeyError, ValueError):
         return 0

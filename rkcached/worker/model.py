@@ -11,7 +11,10 @@ from rkcached.host.digests import Signature, signature_of
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WorkerModel:
-    """What a worker hosts. `identity` tells whether a running worker still hosts the right thing."""
+    """What a worker hosts.
+
+    `identity` tells whether a running worker still hosts the right thing.
+    """
 
     name: str
     identity: str
@@ -26,7 +29,8 @@ class WorkerModel:
     trained_tokens: int | None = None
     """The model's own context, if that is known."""
     signatures: tuple[tuple[str, Signature], ...] = field(default=(), compare=False)
-    """Path and signature of each file that `identity` was made of. A loaded model stays what it is when they change."""
+    """Path and signature of each file that `identity` was made of. A loaded model stays what it is
+    when they change."""
 
     def replaced_file(self) -> str:
         """A file that is not the one which gave the model its identity, if any."""
@@ -60,4 +64,6 @@ class Backoff:
     limit_s: float = 30.0
 
     def delay(self, failures: int) -> float:
-        return 0.0 if failures <= 1 else min(self.base_s * 2.0 ** min(failures - 2, 20), self.limit_s)
+        return (
+            0.0 if failures <= 1 else min(self.base_s * 2.0 ** min(failures - 2, 20), self.limit_s)
+        )

@@ -36,10 +36,12 @@ PROBE_TOKENS = 8
 """Tokens of the probe's answer: enough that a wrong state shows, few enough to cost little."""
 
 _MIN_FREE_BYTES = 64 << 20
-"""A prompt cache of a small prompt fits into this: with less free, a missing file says nothing about the model."""
+"""A prompt cache of a small prompt fits into this: with less free, a missing file says nothing
+about the model."""
 
 BOUNDARY_TOKENS = 4
-"""A prefix may end inside a token of the longer text, so a hit may lack a few of the prefix's last tokens."""
+"""A prefix may end inside a token of the longer text, so a hit may lack a few of the prefix's last
+tokens."""
 
 Emit = Callable[[protocol.FromWorker], None]
 
@@ -50,12 +52,16 @@ class Session:
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
         self._resident = ""
-        """Fingerprint of the prompt cache that the KV state was loaded from and still begins with."""
+        """Fingerprint of the prompt cache that the KV state was loaded from and still begins with.
+        """
 
-    def build(self, operation: protocol.Build, emit: Emit, stopped: Callable[[], bool]) -> protocol.Built:
+    def build(
+        self, operation: protocol.Build, emit: Emit, stopped: Callable[[], bool]
+    ) -> protocol.Built:
         """Prefill, save, and prove that the file gives what memory gives.
 
-        Errors: PromptTooShort, ContextExceeded, Uncacheable, VerifyFailed, Aborted; then the file is of no use.
+        Errors: PromptTooShort, ContextExceeded, Uncacheable, VerifyFailed, Aborted; then the file
+        is of no use.
         """
         engine, path = self.engine, Path(operation.path)
         self._resident = ""
@@ -87,7 +93,9 @@ class Session:
         if tokens is not None and tokens >= limit:
             raise ContextExceeded(tokens, limit)
 
-    def _prove(self, operation: protocol.Build, built: protocol.Built, stopped: Callable[[], bool]) -> protocol.Built:
+    def _prove(
+        self, operation: protocol.Build, built: protocol.Built, stopped: Callable[[], bool]
+    ) -> protocol.Built:
         """Ask the probe on the state in memory (or cold, where none is kept), and again on the loaded file."""
         info, path = self.engine.info, Path(operation.path)
         _, expected, before_ms = self._probe(operation.probe, stopped)
@@ -96,7 +104,10 @@ class Session:
         self.engine.load(path)
         load_ms = _since(started)
         after, answer, after_ms = self._probe(operation.probe, stopped)
-        warm_ms, cold_ms = load_ms + after_ms, before_ms + (built.prefill_ms if info.keeps_state else 0.0)
+        warm_ms, cold_ms = (
+            load_ms + after_ms,
+            before_ms + (built.prefill_ms if info.keeps_state else 0.0),
+        )
         if after.cached_tokens is None:
             if warm_ms >= cold_ms:
                 raise VerifyFailed(
@@ -120,16 +131,22 @@ class Session:
             built, load_ms=load_ms, cold_ttft_ms=cold_ms, warm_ttft_ms=warm_ms, verified=proved
         )
 
-    def generate(self, operation: protocol.Generate, emit: Emit, stopped: Callable[[], bool]) -> protocol.Done:
+    def generate(
+        self, operation: protocol.Generate, emit: Emit, stopped: Callable[[], bool]
+    ) -> protocol.Done:
         """Answer a request, from its prompt cache where that can be loaded.
 
-        The whole answer is checked in every case. An engine that cannot keep to a JSON schema answers in one piece,
-        after that; what another one was cut short of must be the beginning of JSON.
-        Errors: EngineError, among them SamplingFixed, SchemaInvalid and SchemaMismatch.
+        The whole answer is checked in every case. An engine that cannot keep to a JSON schema
+        answers in one piece, after that; what another one was cut short of must be the beginning of
+        JSON. Errors: EngineError, among them SamplingFixed, SchemaInvalid and SchemaMismatch.
         """
         info, sampling = self.engine.info, operation.sampling
         if sampling.logprobs is not None and not info.gives_logprobs:
-            raise SamplingFixed("this engine gives no log-probabilities", param="logprobs", hint="leave logprobs out")
+            raise SamplingFixed(
+                "this engine gives no log-probabilities",
+                param="logprobs",
+                hint="leave logprobs out",
+            )
         answer = _json_answer(sampling.json_schema) if sampling.json_schema else None
         withheld = answer is not None and not info.constrains_json
         if withheld:
@@ -169,7 +186,9 @@ class Session:
 
         self._resident = ""
         embedding = self.engine.embed(operation.tokens or operation.text)
-        vector = embedding.vector.astype(np.float64)  # a square of what float32 holds may be too large for it
+        vector = embedding.vector.astype(
+            np.float64
+        )  # a square of what float32 holds may be too large for it
 
         length = np.linalg.norm(vector)
         if not length or not np.isfinite(length):
@@ -187,15 +206,20 @@ class Session:
         return protocol.Checked(id=operation.id, tokens=loaded.tokens)
 
     def _load(self, operation_id: int, cache: protocol.CacheFile, emit: Emit) -> protocol.Loaded:
-        """Load exactly the file that was verified. A failure leaves an empty KV state, so the run goes on cold.
+        """Load exactly the file that was verified.
 
-        Before the library touches the file, Loading is emitted: if it crashes or hangs then, the file is to blame.
+        A failure leaves an empty KV state, so the run goes on cold.
+
+        Before the library touches the file, Loading is emitted: if it crashes or hangs then, the
+        file is to blame.
         """
         started = time.perf_counter()
         self._resident = ""
         path = Path(cache.path)
         if not _is_file(path, cache.signature):
-            return protocol.Loaded(id=operation_id, error="the file was replaced since it was checked", replaced=True)
+            return protocol.Loaded(
+                id=operation_id, error="the file was replaced since it was checked", replaced=True
+            )
         emit(protocol.Loading(id=operation_id))
         try:
             tokens = self.engine.load(path)
@@ -203,11 +227,15 @@ class Session:
             return protocol.Loaded(id=operation_id, error=error.message)
         if not _is_file(path, cache.signature):
             self.engine.clear()
-            return protocol.Loaded(id=operation_id, error="the file was replaced while it was loaded", replaced=True)
+            return protocol.Loaded(
+                id=operation_id, error="the file was replaced while it was loaded", replaced=True
+            )
         self._resident = cache.fingerprint
         return protocol.Loaded(id=operation_id, tokens=tokens, load_ms=_since(started))
 
-    def _probe(self, prompt: str, stopped: Callable[[], bool]) -> tuple[RunStats, list[Token], float]:
+    def _probe(
+        self, prompt: str, stopped: Callable[[], bool]
+    ) -> tuple[RunStats, list[Token], float]:
         """Run the probe greedily; returns its figures, its traced tokens, and the time to the first in ms."""
         if stopped():
             raise Aborted("the build was stopped")
@@ -242,7 +270,9 @@ def _json_answer(schema: str) -> JsonAnswer:
 def _nothing_written(path: Path) -> EngineError:
     """Nothing came of a save that reported success: for want of room, or because this model has no such state."""
     if shutil.disk_usage(path.parent).free < _MIN_FREE_BYTES:
-        return EngineError("the prompt cache could not be written: the disk is full", hint="free some space")
+        return EngineError(
+            "the prompt cache could not be written: the disk is full", hint="free some space"
+        )
     return Uncacheable(
         "the runtime reported success but wrote no prompt cache",
         hint="this model cannot save its state with this runtime; requests are answered without a cache",

@@ -42,7 +42,8 @@ def room_in_memory(max_loaded: int | None) -> Room:
 
 
 _OVERDUE_S = 30.0
-"""What a build does besides waiting for its worker takes less: hashing, writing and syncing one file."""
+"""What a build does besides waiting for its worker takes less: hashing, writing and syncing one
+file."""
 
 
 class Workers:
@@ -65,7 +66,8 @@ class Workers:
         self._workers: dict[str, Worker] = {}
         self._retired: set[asyncio.Task[None]] = set()
         self.lent = 0
-        """So many times somebody else has the engines to himself: our own are silent for as long."""
+        """So many times somebody else has the engines to himself: our own are silent for as long.
+        """
 
     def all(self) -> tuple[Worker, ...]:
         return tuple(self._workers.values())
@@ -78,7 +80,9 @@ class Workers:
         if self.lent:
             return False
         heard = max((worker.heard for worker in self.all()), default=since)
-        patience_s = max((worker.patience_s for worker in self.all()), default=self._deadlines.start_s)
+        patience_s = max(
+            (worker.patience_s for worker in self.all()), default=self._deadlines.start_s
+        )
         return time.monotonic() - max(heard, since) > patience_s + _OVERDUE_S
 
     def get(self, model: WorkerModel) -> Worker:
@@ -90,7 +94,11 @@ class Workers:
         if worker is not None:
             self._retire(worker)
         worker = self._workers[model.name] = Worker(
-            model, deadlines=self._deadlines, backoff=self._backoff, on_state=self._on_state, admit=self._admit
+            model,
+            deadlines=self._deadlines,
+            backoff=self._backoff,
+            on_state=self._on_state,
+            admit=self._admit,
         )
         return worker
 
@@ -113,10 +121,16 @@ class Workers:
             if self._retired:
                 await asyncio.wait(self._retired)
             while not self._fits(newcomer):
-                idle = [w for w in self._workers.values() if w.admitted and w.state is WorkerState.READY]
+                idle = [
+                    w for w in self._workers.values() if w.admitted and w.state is WorkerState.READY
+                ]
                 if idle:
                     victim = min(idle, key=lambda worker: worker.since)
-                    log.info("model unloaded", model=victim.model.name, reason=f"room for {newcomer.model.name}")
+                    log.info(
+                        "model unloaded",
+                        model=victim.model.name,
+                        reason=f"room for {newcomer.model.name}",
+                    )
                     await victim.stop()
                     continue
                 self._changed.clear()
@@ -124,7 +138,10 @@ class Workers:
             newcomer.admitted = True
 
     def _fits(self, newcomer: Worker) -> bool:
-        room, loaded = self._room(), [worker for worker in self._workers.values() if worker.admitted]
+        room, loaded = (
+            self._room(),
+            [worker for worker in self._workers.values() if worker.admitted],
+        )
         if not loaded:
             return True
         if room.models is not None and len(loaded) >= room.models:

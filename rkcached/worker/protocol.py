@@ -1,8 +1,9 @@
 """Messages between daemon and worker, and their framing. Sans-I/O: bytes in, messages out.
 
-A frame is a u32 little-endian length and that many bytes of JSON. The daemon sends one operation at a time and may send
-`Abort` while it runs; the worker answers with events that end in `Done`, `Built`, `Checked`, `Embedded` or `Failed`.
-Anything else on the wire is a `ProtocolError`, after which the connection is of no use.
+A frame is a u32 little-endian length and that many bytes of JSON. The daemon sends one operation at
+a time and may send `Abort` while it runs; the worker answers with events that end in `Done`,
+`Built`, `Checked`, `Embedded` or `Failed`. Anything else on the wire is a `ProtocolError`, after
+which the connection is of no use.
 """
 
 from __future__ import annotations
@@ -50,7 +51,8 @@ class VerifyMode(StrEnum):
 
     OFF = "off"
     TIME = "time"
-    """Never asked for: the most that can be proved where the library measures nothing. Loading it is faster."""
+    """Never asked for: the most that can be proved where the library measures nothing. Loading it
+    is faster."""
     HIT = "hit"
     """After loading it, only the probe was prefilled."""
     EXACT = "exact"
@@ -58,7 +60,10 @@ class VerifyMode(StrEnum):
 
 
 class Build(msgspec.Struct, frozen=True, kw_only=True, tag="build"):
-    """Prefill `prefix`, save it to `path`, prove it with `probe`. Answer: Progress*, then Built or Failed."""
+    """Prefill `prefix`, save it to `path`, prove it with `probe`.
+
+    Answer: Progress*, then Built or Failed.
+    """
 
     id: int
     prefix: str
@@ -182,7 +187,9 @@ class Failed(msgspec.Struct, frozen=True, kw_only=True, tag="failed"):
 
 Operation = Build | Generate | Check | Embed
 ToWorker = Start | Build | Generate | Check | Embed | Abort
-FromWorker = Ready | Progress | Loading | Loaded | Piece | Done | Built | Checked | Embedded | Failed
+FromWorker = (
+    Ready | Progress | Loading | Loaded | Piece | Done | Built | Checked | Embedded | Failed
+)
 Answer = Done | Built | Checked | Embedded
 
 _to_worker = msgspec.json.Decoder(ToWorker)
@@ -234,14 +241,19 @@ def decode_from_worker(body: bytes) -> FromWorker:
 
 
 def failed(operation_id: int, error: errors.EngineError) -> Failed:
-    """An engine error as a message. An engine's own subclass goes as the error of this program that it is."""
+    """An engine error as a message.
+
+    An engine's own subclass goes as the error of this program that it is.
+    """
     if isinstance(error, errors.ContextExceeded | errors.PromptTooShort):
         numbers = (error.tokens, error.limit)
     else:
         numbers = (0, 0)
     return Failed(
         id=operation_id,
-        error=next(cls.__name__ for cls in type(error).__mro__ if cls.__module__ == errors.__name__),
+        error=next(
+            cls.__name__ for cls in type(error).__mro__ if cls.__module__ == errors.__name__
+        ),
         message=error.message,
         hint=error.hint,
         tokens=numbers[0],
@@ -270,7 +282,8 @@ _PLAIN = {
 def engine_error(message: Failed, trained_tokens: int | None = None) -> errors.EngineError:
     """The error that a `Failed` stands for; the inverse of `failed`.
 
-    `trained_tokens` is the model's own context, which the daemon may know and an engine does not tell.
+    `trained_tokens` is the model's own context, which the daemon may know and an engine does not
+    tell.
     """
     match message.error:
         case "ContextExceeded":

@@ -1,11 +1,13 @@
 """Looks at a JSON schema before a run, in a process that can be killed.
 
-A schema is a client's. What libraries do with one may take for ever, take gigabytes, or end the process: a pattern is a
-program, `$ref` a loop, `maxItems` a number of grammar rules. So a schema is read, bounded, tried and, where the engine
-compiles it to a grammar, compiled once as a rehearsal, all in a child with limits of time and memory. Whatever goes
-wrong there is the same answer: SchemaInvalid. What is worth nothing here never reaches a worker, which holds a model.
+A schema is a client's. What libraries do with one may take for ever, take gigabytes, or end the
+process: a pattern is a program, `$ref` a loop, `maxItems` a number of grammar rules. So a schema is
+read, bounded, tried and, where the engine compiles it to a grammar, compiled once as a rehearsal,
+all in a child with limits of time and memory. Whatever goes wrong there is the same answer:
+SchemaInvalid. What is worth nothing here never reaches a worker, which holds a model.
 
-Used from threads, one schema at a time; never from the event loop. The last verdicts are remembered.
+Used from threads, one schema at a time; never from the event loop. The last verdicts are
+remembered.
 """
 
 from __future__ import annotations
@@ -29,7 +31,8 @@ from rkcached.messages.sandbox import Process, end_all, receive, restrict, send,
 MAX_SCHEMA_BYTES = 64 << 10
 
 MAX_REPEATS = 10_000
-"""The sum of all counts (`maxItems` and the like) of a schema; llama.cpp makes rules of them, 9 GB of 10^9."""
+"""The sum of all counts (`maxItems` and the like) of a schema; llama.cpp makes rules of them, 9 GB
+of 10^9."""
 
 MAX_LENGTHS = 50_000
 """The sum of all `minLength` and `maxLength`, each of which is bounded as the other counts are."""
@@ -37,7 +40,8 @@ MAX_LENGTHS = 50_000
 MAX_PATTERN_CHARACTERS = 1_000
 
 CPU_LIMIT_S = 3.0
-"""An honest schema takes some milliseconds. It is CPU time: a busy machine makes no schema wrong."""
+"""An honest schema takes some milliseconds. It is CPU time: a busy machine makes no schema wrong.
+"""
 
 PATIENCE_S = 60.0
 """For an answer of the child, on a machine that is too busy to give it its CPU time."""
@@ -46,7 +50,8 @@ IDLE_S = 60.0
 """The child is worth 30 MB, and is ended when no schema came for so long."""
 
 _KILLED = (-signal.SIGKILL, -signal.SIGTERM)
-"""How a child ends that something other than the schema ended: we, a person, the kernel that is short of memory."""
+"""How a child ends that something other than the schema ended: we, a person, the kernel that is
+short of memory."""
 
 _REMEMBERED = 256
 _COUNTS = ("minItems", "maxItems", "minProperties", "maxProperties", "minContains")
@@ -88,7 +93,10 @@ class SchemaChecker:
             raise SchemaInvalid(verdict, hint=_HINT)
 
     def kill(self) -> None:
-        """End the child now, whatever it is looking at; who waits for it hears that it is gone. Does not wait."""
+        """End the child now, whatever it is looking at; who waits for it hears that it is gone.
+
+        Does not wait.
+        """
         for process in tuple(self._running):
             process.popen.kill()
 
@@ -100,7 +108,10 @@ class SchemaChecker:
             end_all(self._running)
 
     def _ask(self, question: dict[str, Any]) -> str:
-        """What is wrong with the schema; empty if nothing is. Errors: SchemaInvalid, WorkerUnavailable."""
+        """What is wrong with the schema; empty if nothing is.
+
+        Errors: SchemaInvalid, WorkerUnavailable.
+        """
         if self._running and self._running[0].popen.poll() is not None:
             end_all(self._running)
         try:
@@ -108,7 +119,9 @@ class SchemaChecker:
                 self._running.append(start("rkcached.worker.schemas"))
         except OSError as error:
             said = f"the process that checks schemas cannot be started: {error}"
-            raise WorkerUnavailable(said, hint="is the machine out of memory or processes?") from error
+            raise WorkerUnavailable(
+                said, hint="is the machine out of memory or processes?"
+            ) from error
 
         self._end_when_idle()
         connection = self._running[0].connection
@@ -125,7 +138,9 @@ class SchemaChecker:
         end_all(self._running)
         problem = "checking the schema takes too much time or memory"
         if process.popen.returncode in _KILLED:
-            raise SchemaInvalid(problem, hint=_HINT)  # not remembered: somebody else ended the child
+            raise SchemaInvalid(
+                problem, hint=_HINT
+            )  # not remembered: somebody else ended the child
         return problem
 
     def _end_when_idle(self) -> None:
@@ -147,14 +162,19 @@ def main() -> None:
     send(connection, b"ready")
     while (data := receive(connection, None)) is not None:
         question = json.loads(data)
-        signal.setitimer(signal.ITIMER_PROF, CPU_LIMIT_S)  # SIGPROF ends the process, whatever it is in
+        signal.setitimer(
+            signal.ITIMER_PROF, CPU_LIMIT_S
+        )  # SIGPROF ends the process, whatever it is in
         problem = find_problem(question["schema"], compiled=question["compiled"])
         signal.setitimer(signal.ITIMER_PROF, 0)
         send(connection, json.dumps(problem).encode())
 
 
 def find_problem(schema: str, *, compiled: bool) -> str:
-    """What is wrong with a schema, in words; empty if nothing is. May take for ever, or end the process."""
+    """What is wrong with a schema, in words; empty if nothing is.
+
+    May take for ever, or end the process.
+    """
     try:
         value = json.loads(schema, parse_constant=_no_constant)
         json.dumps(value, allow_nan=False)  # 1e999 is JSON, but no number
@@ -163,7 +183,9 @@ def find_problem(schema: str, *, compiled: bool) -> str:
             problem = _not_a_grammar(schema)
         return problem
     except BaseException as error:  # noqa: BLE001 - compiled libraries raise what they like; here it is all the same
-        return f"not a JSON schema that can be used: {type(error).__name__}: {_shortened(str(error))}"
+        return (
+            f"not a JSON schema that can be used: {type(error).__name__}: {_shortened(str(error))}"
+        )
 
 
 def _beyond_bounds(schema: Any) -> str:
@@ -222,7 +244,11 @@ def _not_a_schema(schema: Any) -> str:
             re.compile(value)
     root = referencing.jsonschema.DRAFT202012.create_resource(schema)
     resolver = referencing.Registry().resolver_with_root(root)
-    references = {value for keyword, value in _keywords(schema) if keyword == "$ref" and isinstance(value, str)}
+    references = {
+        value
+        for keyword, value in _keywords(schema)
+        if keyword == "$ref" and isinstance(value, str)
+    }
     for reference in references:
         if not isinstance(resolver.lookup(reference).contents, dict | bool):
             return f"$ref {_shortened(reference)} leads to no schema"
@@ -250,7 +276,9 @@ def _not_a_grammar(schema: str) -> str:
     if not trial.is_error():
         return ""
     first, *more = trial.get_error().splitlines()
-    details = [line.removeprefix("error: ") for line in more if line.startswith("error: ")]  # of a pattern
+    details = [
+        line.removeprefix("error: ") for line in more if line.startswith("error: ")
+    ]  # of a pattern
     return f"llama.cpp cannot keep to this schema: {_shortened(' '.join([first, *details[:1]]))}"
 
 

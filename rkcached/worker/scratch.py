@@ -28,7 +28,8 @@ class Scratch:
     def __init__(self) -> None:
         self.path = ""
         self.lock = -1
-        """Inherited by the worker, so that the folder stays locked if the daemon is killed before it."""
+        """Inherited by the worker, so that the folder stays locked if the daemon is killed before
+        it."""
         self._sockets: set[str] = set()
         for _ in range(_TRIES):
             path = tempfile.mkdtemp(prefix=PREFIX, dir=parent())
@@ -42,7 +43,10 @@ class Scratch:
         raise OSError(f"no scratch folder could be made in {parent()}")
 
     def settle(self) -> None:
-        """Remember the sockets that the worker listens on; from now on, none of them may go. Errors: OSError."""
+        """Remember the sockets that the worker listens on; from now on, none of them may go.
+
+        Errors: OSError.
+        """
         self._sockets = self._find_sockets()
 
     def is_whole(self) -> bool:
@@ -118,4 +122,6 @@ def _is_own(folder: str) -> bool:
     except OSError:
         return False
     others_write = found.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
-    return found.st_uid == os.geteuid() and not others_write and os.access(folder, os.W_OK | os.X_OK)
+    return (
+        found.st_uid == os.geteuid() and not others_write and os.access(folder, os.W_OK | os.X_OK)
+    )

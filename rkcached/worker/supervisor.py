@@ -7,8 +7,9 @@ A worker is a state machine, driven only from the event loop:
        |                    +----- death -----+------- death -------+---> BACKOFF --delay over--> (as STOPPED)
        +---- stop / idle / model replaced (from READY) ----+
 
-A death is classified once: by signal, exit code, deadline or protocol violation. It fails the running operation and
-puts the worker into backoff, whose delay doubles up to a limit and is forgotten after a success.
+A death is classified once: by signal, exit code, deadline or protocol violation. It fails the
+running operation and puts the worker into backoff, whose delay doubles up to a limit and is
+forgotten after a success.
 """
 
 from __future__ import annotations
@@ -122,7 +123,9 @@ class Worker:
     def retry_in_s(self) -> float:
         """How long the backoff still lasts; 0 when the worker may be started."""
         return (
-            max(0.0, self._retry_at - asyncio.get_running_loop().time()) if self.state is WorkerState.BACKOFF else 0.0
+            max(0.0, self._retry_at - asyncio.get_running_loop().time())
+            if self.state is WorkerState.BACKOFF
+            else 0.0
         )
 
     @property
@@ -133,7 +136,10 @@ class Worker:
     # Life
 
     async def ensure(self) -> EngineInfo:
-        """Start the process if it does not run. Errors: ModelLoadError, EngineError, WorkerError (ModelReplaced)."""
+        """Start the process if it does not run.
+
+        Errors: ModelLoadError, EngineError, WorkerError (ModelReplaced).
+        """
         if self._stopping is not None:
             await asyncio.shield(self._stopping)
         if self._process is not None and self.info is not None:
@@ -151,7 +157,10 @@ class Worker:
         return self._scratch is not None and not self._scratch.is_whole()
 
     async def _replace(self) -> None:
-        """End a process whose engine can do nothing any more. No failure of it: the next one may start at once."""
+        """End a process whose engine can do nothing any more.
+
+        No failure of it: the next one may start at once.
+        """
         folder = self._scratch.path if self._scratch is not None else ""
         self.restarts += 1
         self.last_failure = f"its scratch folder was deleted: {folder}"
@@ -170,13 +179,19 @@ class Worker:
             process = await self._spawn(scratch)
             spec = msgspec.structs.replace(model.spec, scratch_dir=scratch.path)
             await self._send(
-                protocol.Start(implementation=model.implementation, spec=spec, max_memory_bytes=model.max_memory_bytes)
+                protocol.Start(
+                    implementation=model.implementation,
+                    spec=spec,
+                    max_memory_bytes=model.max_memory_bytes,
+                )
             )
             answer = await self._receive(model.timeout_s or self._deadlines.start_s)
         except OSError as error:
             await self._end(kill=True)
             self.state = WorkerState.STOPPED
-            raise WorkerUnavailable(f"the worker of {self.model.name} cannot be started: {error}") from error
+            raise WorkerUnavailable(
+                f"the worker of {self.model.name} cannot be started: {error}"
+            ) from error
         except WorkerError:
             raise  # it died, and was cleaned up
         except BaseException:  # cancelled, or a defect of ours: either way no process may stay
@@ -192,25 +207,36 @@ class Worker:
                         f"{replaced} changed while {model.name} was loaded, or since it was looked at",
                         hint="it is looked at again; try again",
                     )
-                with contextlib.suppress(OSError):  # it is gone already, and missed at the first operation
+                with contextlib.suppress(
+                    OSError
+                ):  # it is gone already, and missed at the first operation
                     scratch.settle()
                 self.info = answer.info
                 self.state = WorkerState.READY
                 self._watcher = asyncio.create_task(self._watch(process))
-                log.info("model loaded", model=model.name, load_ms=round(answer.load_ms), pid=self.pid)
+                log.info(
+                    "model loaded", model=model.name, load_ms=round(answer.load_ms), pid=self.pid
+                )
                 return answer.info
             case protocol.Failed():
                 await self._end()
                 refusal = self._lines.explain(protocol.engine_error(answer))
-                if want := memory.refused((refusal.message, *self._lines.recent), model.max_memory_bytes):
-                    refusal = ModelLoadError(f"{model.name} cannot be loaded: {want}", hint="the log has its own words")
+                if want := memory.refused(
+                    (refusal.message, *self._lines.recent), model.max_memory_bytes
+                ):
+                    refusal = ModelLoadError(
+                        f"{model.name} cannot be loaded: {want}", hint="the log has its own words"
+                    )
                 self._rest(refusal.message)
                 raise refusal
             case _:
                 raise await self._broken(f"answered start with {type(answer).__name__}")
 
     async def _spawn(self, scratch: Scratch) -> asyncio.subprocess.Process:
-        """Start the process, connect its socket and read what it prints. Errors: OSError, WorkerUnavailable."""
+        """Start the process, connect its socket and read what it prints.
+
+        Errors: OSError, WorkerUnavailable.
+        """
         ours, theirs = socket.socketpair()
         with contextlib.ExitStack() as unless_connected:
             unless_connected.callback(ours.close)
@@ -231,7 +257,9 @@ class Worker:
             unless_connected.pop_all()
         if self.state is not WorkerState.STARTING:
             await self._end(kill=True)
-            raise WorkerUnavailable(f"the worker of {self.model.name} was stopped", hint="try again")
+            raise WorkerUnavailable(
+                f"the worker of {self.model.name} was stopped", hint="try again"
+            )
         return process
 
     async def stop(self) -> None:
@@ -322,18 +350,27 @@ class Worker:
                 case protocol.Failed():
                     self._failures = 0  # the engine refused; the worker is well
                     await self._lines.catch_up()
-                    raise self._lines.explain(protocol.engine_error(event, self.model.trained_tokens))
+                    raise self._lines.explain(
+                        protocol.engine_error(event, self.model.trained_tokens)
+                    )
                 case _:
                     if on_event is not None:
                         on_event(event)
 
-    async def _abandon(self, operation: protocol.Operation, running: asyncio.Task[protocol.Answer]) -> None:
-        """Nobody waits for the answer any more. An engine that does not let go in time is killed."""
+    async def _abandon(
+        self, operation: protocol.Operation, running: asyncio.Task[protocol.Answer]
+    ) -> None:
+        """Nobody waits for the answer any more.
+
+        An engine that does not let go in time is killed.
+        """
         await self.abort(operation.id)
         done, _ = await asyncio.wait({running}, timeout=self._deadlines.stop_s)
         if not done:
             running.cancel()
-            log.warning("worker stopped", model=self.model.name, reason="an aborted operation did not end")
+            log.warning(
+                "worker stopped", model=self.model.name, reason="an aborted operation did not end"
+            )
             await self._end()
             self.state = WorkerState.STOPPED
         with contextlib.suppress(asyncio.CancelledError, EngineError, WorkerError):
@@ -359,7 +396,9 @@ class Worker:
                 async with asyncio.timeout(timeout_s):
                     data = await self._stream[0].read(1 << 16)
             except TimeoutError:
-                raise await self._died(f"said nothing for {timeout_s:.0f} s", WorkerTimeout, kill=True) from None
+                raise await self._died(
+                    f"said nothing for {timeout_s:.0f} s", WorkerTimeout, kill=True
+                ) from None
             except OSError:
                 data = b""
             if not data:
@@ -379,11 +418,15 @@ class Worker:
     async def _broken(self, what: str) -> WorkerError:
         return await self._died(f"broke the protocol: {what}", kill=True)
 
-    async def _died(self, what: str, error_type: type[WorkerError] = WorkerDied, *, kill: bool = False) -> WorkerError:
+    async def _died(
+        self, what: str, error_type: type[WorkerError] = WorkerDied, *, kill: bool = False
+    ) -> WorkerError:
         """Classify the death, clean up, and enter backoff. Returns the error to raise."""
         process = self._process
         if process is None:  # it was stopped on purpose while somebody waited for it
-            return WorkerUnavailable(f"the worker of {self.model.name} was stopped", hint="try again")
+            return WorkerUnavailable(
+                f"the worker of {self.model.name} was stopped", hint="try again"
+            )
         code = await self._end(kill=kill)
         how = what if kill else _describe(code) + (f" {what}" if what else "")
         want = memory.refused(self._lines.recent, self.model.max_memory_bytes)
@@ -391,9 +434,13 @@ class Worker:
             how = f"{how}: {want}"
         self.restarts += 1
         self._rest(how)
-        log.error("worker died", model=self.model.name, how=how, retry_in_s=round(self.retry_in_s(), 2))
+        log.error(
+            "worker died", model=self.model.name, how=how, retry_in_s=round(self.retry_in_s(), 2)
+        )
         last = f"; its last words: {self._lines.last}" if self._lines.last else ""
-        return error_type(f"the worker of {self.model.name} {how}{last}", hint="it is restarted; try again")
+        return error_type(
+            f"the worker of {self.model.name} {how}{last}", hint="it is restarted; try again"
+        )
 
     def _rest(self, why: str) -> None:
         self._failures += 1
@@ -442,7 +489,11 @@ class Worker:
 
     def _unload(self) -> None:
         if self.state is WorkerState.READY and self._stopping is None:
-            log.info("model unloaded", model=self.model.name, reason=f"idle for {self.model.idle_unload_s:g} s")
+            log.info(
+                "model unloaded",
+                model=self.model.name,
+                reason=f"idle for {self.model.idle_unload_s:g} s",
+            )
             self._stopping = asyncio.create_task(self._stop())
 
     async def _watch(self, process: asyncio.subprocess.Process) -> None:

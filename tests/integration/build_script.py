@@ -22,7 +22,12 @@ def build(root: Path, text: str) -> None:
     session = Session(MemoryEngine(ModelSpec(path=str(root / "m.model"), context_tokens=0)))
     staged = store.stage(key)
     operation = protocol.Build(
-        id=1, prefix=text, probe=text + " Well?", path=str(staged), verify=protocol.VerifyMode.EXACT, min_tokens=0
+        id=1,
+        prefix=text,
+        probe=text + " Well?",
+        path=str(staged),
+        verify=protocol.VerifyMode.EXACT,
+        min_tokens=0,
     )
     session.build(operation, lambda _: None, lambda: False)
     try:

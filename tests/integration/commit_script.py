@@ -1,8 +1,8 @@
 """Commits, and dies at each step in turn: `commit_script.py ROOT CONTENT`.
 
-For n = 1, 2, ... a child works on the store ROOT/n and ends, as in a power cut, just before its nth call by which a
-commit reaches the file system; until one gets to the end. Prints how many calls there were. The children are forks, so
-that Python starts once.
+For n = 1, 2, ... a child works on the store ROOT/n and ends, as in a power cut, just before its nth
+call by which a commit reaches the file system; until one gets to the end. Prints how many calls
+there were. The children are forks, so that Python starts once.
 """
 
 from __future__ import annotations

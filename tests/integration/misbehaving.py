@@ -23,7 +23,9 @@ class _Misbehaving(MemoryEngine):
     def misbehave(self) -> None:
         raise NotImplementedError
 
-    def generate(self, prompt: str, sampling: Sampling, on_token: OnToken, *, trace: bool = False) -> RunStats:
+    def generate(
+        self, prompt: str, sampling: Sampling, on_token: OnToken, *, trace: bool = False
+    ) -> RunStats:
         self.misbehave()
         return super().generate(prompt, sampling, on_token, trace=trace)
 
@@ -92,7 +94,10 @@ class ShowsEnvironment(MemoryEngine):
     def info(self) -> EngineInfo:
         facts = {"environment": dict(os.environ), "session": os.getsid(0), "pid": os.getpid()}
         return EngineInfo(
-            runtime_version=json.dumps(facts), context_tokens=64, measures_prefill=True, aborts_prefill=True
+            runtime_version=json.dumps(facts),
+            context_tokens=64,
+            measures_prefill=True,
+            aborts_prefill=True,
         )
 
 
@@ -111,7 +116,11 @@ class EatsMemoryAtLoad(MemoryEngine):
         try:
             b"x" * (1 << 30)
         except MemoryError as error:
-            print("E llama: failed to allocate a buffer of 1073741824 bytes", file=sys.stderr, flush=True)
+            print(
+                "E llama: failed to allocate a buffer of 1073741824 bytes",
+                file=sys.stderr,
+                flush=True,
+            )
             raise ModelLoadError("the model cannot be loaded") from error
 
 

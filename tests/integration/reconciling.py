@@ -28,8 +28,13 @@ class NoWatcher:
 
 
 @contextlib.asynccontextmanager
-async def reconciling(space: Workspace, store: Store, service: Service | None = None) -> AsyncIterator[Reconciler]:
-    """It runs over the workspace's manifest, deaf to changes of files. The store is opened and closed."""
+async def reconciling(
+    space: Workspace, store: Store, service: Service | None = None
+) -> AsyncIterator[Reconciler]:
+    """It runs over the workspace's manifest, deaf to changes of files.
+
+    The store is opened and closed.
+    """
     workers = Workers()
     reconciler = Reconciler(
         manifest_path=space.manifest,

@@ -44,11 +44,19 @@ from rkcached.worker.pool import Workers
 from tests.integration.threaded_worker import ThreadedWorker
 
 CALM_S = 20.0
-"""A storm that has not calmed down by then is a failure; a rescan by the clock would come after a minute only."""
+"""A storm that has not calmed down by then is a failure; a rescan by the clock would come after a
+minute only."""
 
 MODELS = ("m", "n")
 FILES = ("a.md", "b.md", "c.md")
-TEXTS = ("You are one.\n", "You are two.\n", "You are a longer third text.\n", "", "  \n", "long " * 11_000)
+TEXTS = (
+    "You are one.\n",
+    "You are two.\n",
+    "You are a longer third text.\n",
+    "",
+    "  \n",
+    "long " * 11_000,
+)
 """Of the last one, max_bytes holds two."""
 MAX_BYTES = 1 << 20
 CONTEXT_TOKENS = 65536
@@ -69,7 +77,11 @@ class Clock:
 
     def __init__(self) -> None:
         self.offset_s = 0.0
-        self.perf_counter, self.monotonic, self.time_ns = time.perf_counter, time.monotonic, time.time_ns
+        self.perf_counter, self.monotonic, self.time_ns = (
+            time.perf_counter,
+            time.monotonic,
+            time.time_ns,
+        )
 
     def time(self) -> float:
         return time.time() + self.offset_s
@@ -97,7 +109,8 @@ class Storm(RuleBasedStateMachine):
         self.full = self.muted = self.unseen = False
         self.kills = 0
         self.damaged: set[Path] = set()
-        """Nobody knows any more that these are the store's, once the rest of their artifact is gone."""
+        """Nobody knows any more that these are the store's, once the rest of their artifact is
+        gone."""
         self.may_build: set[Key] = set()
         self.built: list[Key] = []
         self.outside = contextlib.ExitStack()
@@ -159,7 +172,8 @@ class Storm(RuleBasedStateMachine):
         self.observer = Observer(Store(self.cache), stored)
         self.running = asyncio.create_task(self.reconciler.run())
         await asyncio.wait(
-            {asyncio.create_task(self.reconciler.looked.wait()), self.running}, return_when="FIRST_COMPLETED"
+            {asyncio.create_task(self.reconciler.looked.wait()), self.running},
+            return_when="FIRST_COMPLETED",
         )
 
     async def stop(self) -> None:
@@ -195,7 +209,9 @@ class Storm(RuleBasedStateMachine):
         self.may_build = {Key(model, name) for model in MODELS for name in NAMES}
         self.during(self.start())
 
-    def declare(self, prompts: dict[str, list[str]], temperatures: dict[str, float], max_bytes: int | None) -> None:
+    def declare(
+        self, prompts: dict[str, list[str]], temperatures: dict[str, float], max_bytes: int | None
+    ) -> None:
         self.declared, self.max_bytes = prompts, max_bytes
         lines = ["version: 1", "engine: {kind: memory}"]
         lines += [f"cache: {{max_bytes: {max_bytes}}}"] if max_bytes else []
@@ -213,7 +229,9 @@ class Storm(RuleBasedStateMachine):
     def _write_model(self, model: str, seed: str) -> None:
         self._replace(
             self.root / f"{model}.model",
-            json.dumps({"rkcached_memory_model": 1, "seed": seed, "context_tokens": CONTEXT_TOKENS}),
+            json.dumps(
+                {"rkcached_memory_model": 1, "seed": seed, "context_tokens": CONTEXT_TOKENS}
+            ),
         )
 
     def _replace(self, path: Path, text: str) -> None:
@@ -256,7 +274,9 @@ class Storm(RuleBasedStateMachine):
         steps += 1
 
     @rule(
-        name=st.sampled_from(FILES), text=st.sampled_from(TEXTS), how=st.sampled_from(("write", "replace", "recreate"))
+        name=st.sampled_from(FILES),
+        text=st.sampled_from(TEXTS),
+        how=st.sampled_from(("write", "replace", "recreate")),
     )
     def edit(self, name: str, text: str, how: str) -> None:
         self.step()
@@ -428,7 +448,11 @@ class Storm(RuleBasedStateMachine):
         text, job, _ = answer
         models = self.recent_models[key.model]
         texts = {t for t in self.recent_texts[key] if t is not None}
-        right = {expected_text(model, _render(job.model, t, question), job.sampling) for model in models for t in texts}
+        right = {
+            expected_text(model, _render(job.model, t, question), job.sampling)
+            for model in models
+            for t in texts
+        }
         assert text in right, f"a wrong answer for {key}: {job.prompt!r}"
 
     async def _ask(self, key: Key, question: str) -> Any:
@@ -495,7 +519,9 @@ class Storm(RuleBasedStateMachine):
                 or reconciler._looking
                 or reconciler._wake.is_set()
             )
-            retries = [a for a in assessments if isinstance(a.action, Blocked) and a.action.retry_at]
+            retries = [
+                a for a in assessments if isinstance(a.action, Blocked) and a.action.retry_at
+            ]
             if not busy and retries:
                 self.clock.offset_s += 61.0
                 jumps += 1
@@ -504,7 +530,9 @@ class Storm(RuleBasedStateMachine):
             elif not busy and not self._to_do():
                 return
             elif time.monotonic() > end:
-                msg = f"not calm after {CALM_S} s: busy={busy}, {self._to_do()}, {list(assessments)}"
+                msg = (
+                    f"not calm after {CALM_S} s: busy={busy}, {self._to_do()}, {list(assessments)}"
+                )
                 raise AssertionError(msg)
             elif time.monotonic() > patience:
                 await asyncio.sleep(0.01)
@@ -512,8 +540,12 @@ class Storm(RuleBasedStateMachine):
     def _to_do(self) -> list[Any]:
         """What an independent look at the disk finds to do."""
         manifest = ManifestFile(self.manifest, self.reconciler.manifest_file.last_good).read()
-        look = self.observer.look(manifest, self.reconciler._attempts.verdicts(self.reconciler.view))
-        todo: list[Any] = [action for action in plan(look.assessments) if not isinstance(action, Blocked)]
+        look = self.observer.look(
+            manifest, self.reconciler._attempts.verdicts(self.reconciler.view)
+        )
+        todo: list[Any] = [
+            action for action in plan(look.assessments) if not isinstance(action, Blocked)
+        ]
         if {k: a.state for k, a in self.reconciler.view.assessments.items()} != {
             a.key: a.state for a in look.assessments if not a.retired
         }:
@@ -547,7 +579,11 @@ class Storm(RuleBasedStateMachine):
         quarantined = {key for key, state in states.items() if state is State.QUARANTINED}
         assert not quarantined or self.kills >= 3, quarantined
         wrong = {
-            key: (states.get(key), state, view.assessments[key].reason if key in view.assessments else "")
+            key: (
+                states.get(key),
+                state,
+                view.assessments[key].reason if key in view.assessments else "",
+            )
             for key, state in expected.items()
             if states.get(key) is not state and key not in quarantined
         }
@@ -564,8 +600,11 @@ class Storm(RuleBasedStateMachine):
             assert answer is not None, key
             said, job, end = answer
             (model,) = self.recent_models[key.model]
-            assert said == expected_text(model, _render(job.model, text, "hello"), job.sampling), key
-            # A build or a kill may have made it cold once; its cache is used as long as it is fresh.
+            assert said == expected_text(model, _render(job.model, text, "hello"), job.sampling), (
+                key
+            )
+            # A build or a kill may have made it cold once; its cache is used as long as it is
+            # fresh.
             if state is State.FRESH and end.report.state != "hit":
                 _, _, end = await self._ask(key, "hello")
                 assert end.report.state == "hit", (key, end.report)
@@ -584,17 +623,24 @@ class Storm(RuleBasedStateMachine):
             Path(".digests.json.tmp"),
         }  # the last: a look may just be ending
         allowed |= {
-            Path(key.model, key.prompt + suffix) for key in kept for suffix in (".memory_cache", ".bin", ".json")
+            Path(key.model, key.prompt + suffix)
+            for key in kept
+            for suffix in (".memory_cache", ".bin", ".json")
         }
         allowed |= self.damaged
-        allowed |= {Path(".verdicts", key.model, f"{key.prompt}.json") for key in self.reconciler.view.assessments}
+        allowed |= {
+            Path(".verdicts", key.model, f"{key.prompt}.json")
+            for key in self.reconciler.view.assessments
+        }
         retired = self.reconciler.view.retired.values()
         allowed |= {
             Path(".retired", one.fingerprint, one.key.prompt + suffix)
             for one in retired
             for suffix in (".memory_cache", ".bin", ".json")
         }
-        files = {path.relative_to(self.cache) for path in self.cache.rglob("*") if not path.is_dir()}
+        files = {
+            path.relative_to(self.cache) for path in self.cache.rglob("*") if not path.is_dir()
+        }
         stray = {path for path in files - allowed if path.parts[0] != ".quarantine"}
         assert not stray, f"stray files: {stray}"
         artifacts = self.reconciler.view.artifacts.values()
@@ -605,4 +651,6 @@ class Storm(RuleBasedStateMachine):
 
 
 def _render(model: DesiredModel, system: str, question: str) -> str:
-    return model.template.render([{"role": "system", "content": system}, {"role": "user", "content": question}])
+    return model.template.render(
+        [{"role": "system", "content": system}, {"role": "user", "content": question}]
+    )

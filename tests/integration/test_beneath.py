@@ -61,7 +61,11 @@ def test_what_is_spared_stays_with_its_folders(top: Path) -> None:
     (top / "a/b/model").write_text("named")
     model = (top / "a/b/model").stat()
     assert not beneath.remove(top, "a", spare=lambda info: info.st_ino == model.st_ino)
-    assert [str(path.relative_to(top)) for path in sorted(top.rglob("*"))] == ["a", "a/b", "a/b/model"]
+    assert [str(path.relative_to(top)) for path in sorted(top.rglob("*"))] == [
+        "a",
+        "a/b",
+        "a/b/model",
+    ]
 
 
 def test_what_is_gone_already_is_gone(top: Path) -> None:

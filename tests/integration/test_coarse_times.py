@@ -62,7 +62,9 @@ def info(modified_ns: int, changed_ns: int) -> os.stat_result:
         (SECOND_NS, -4000, True),
     ],
 )
-def test_the_coarser_the_times_the_longer_until_they_are_relied_on(unit_ns: int, age_ms: int, expected: bool) -> None:
+def test_the_coarser_the_times_the_longer_until_they_are_relied_on(
+    unit_ns: int, age_ms: int, expected: bool
+) -> None:
     """A file's own times show how coarse its file system may be: by what they are multiples of."""
     moment = (NOW_NS - age_ms * 1_000_000) // unit_ns * unit_ns
     assert settled(info(moment, moment)) is expected

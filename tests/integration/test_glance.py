@@ -206,7 +206,8 @@ async def test_a_text_that_does_not_fit_is_tried_once(
     await finish(reconciler, store)
     assert reconciler.view.assessments[A].state is State.BLOCKED
     assert reconciler.view.used_bytes() <= MAX_BYTES
-    # As it was before, and again too much: that is known now, so it is for the look to say what may make room.
+    # As it was before, and again too much: that is known now, so it is for the look to say what may
+    # make room.
     space.write("prompts/a.md", "word " * 100)
     await reconciler.next_look()
     assert reconciler.view.index.get(A) == served

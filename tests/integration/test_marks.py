@@ -64,7 +64,10 @@ def earlier(root: Path) -> Path:
 
 @pytest.mark.parametrize("names", [None, [], [".gitignore", "README.md"], ["lost+found/"]], ids=str)
 def test_a_store_is_made_where_nothing_is(root: Path, names: list[str] | None) -> None:
-    """In a missing folder, an empty one, a fresh checkout's, a fresh file system's. Its tag is the standard's."""
+    """In a missing folder, an empty one, a fresh checkout's, a fresh file system's.
+
+    Its tag is the standard's.
+    """
     for name in names or []:
         (root / name).mkdir(parents=True) if name.endswith("/") else None
         root.mkdir(exist_ok=True)
@@ -80,7 +83,15 @@ def test_a_store_is_made_where_nothing_is(root: Path, names: list[str] | None) -
 
 @pytest.mark.parametrize(
     "name",
-    ["manifest.yaml", "prompts/a.md", ".git/config", "m.gguf", "src/package.json", ".lock/file", "Models/m/a.json"],
+    [
+        "manifest.yaml",
+        "prompts/a.md",
+        ".git/config",
+        "m.gguf",
+        "src/package.json",
+        ".lock/file",
+        "Models/m/a.json",
+    ],
 )
 def test_another_folder_is_refused_and_nothing_in_it_changes(root: Path, name: str) -> None:
     """Whatever is in it, also beside files with names that a store has."""
@@ -114,7 +125,10 @@ def test_a_project_that_an_earlier_version_took_for_its_store_is_refused(root: P
 
 
 def test_the_store_of_an_earlier_version_is_known_and_marked(earlier: Path) -> None:
-    """By its names and sidecars; files of others beside its artifacts do not matter. Nothing is lost."""
+    """By its names and sidecars; files of others beside its artifacts do not matter.
+
+    Nothing is lost.
+    """
     (earlier / "m/notes.txt").write_text("a stranger's")
     before = content(earlier)
     assert marks.why_no_store(earlier) == ""
@@ -155,7 +169,10 @@ def test_the_tag_that_root_writes_is_the_owner_s_of_the_store(earlier: Path) -> 
 
 
 def test_a_folder_that_takes_the_place_of_an_open_store_is_refused(root: Path) -> None:
-    """Under the open store its folder is moved away, and another one with files comes. None of them changes."""
+    """Under the open store its folder is moved away, and another one with files comes.
+
+    None of them changes.
+    """
     store = Store(root)
     store.open()
     try:

@@ -42,7 +42,9 @@ def test_who_asks_finds_the_system_s_daemon(home: Path) -> None:
     assert Settings().of_client().socket == home / "system/runtime/rkcached.sock"
     assert Settings().of_client().admin_socket == home / "system/runtime/admin.sock"
     assert places.admin_socket_to_ask() == home / "system/runtime/admin.sock"
-    assert Settings(socket=Path("/elsewhere/x")).of_client().admin_socket == Path("/elsewhere/admin.sock")
+    assert Settings(socket=Path("/elsewhere/x")).of_client().admin_socket == Path(
+        "/elsewhere/admin.sock"
+    )
     with socket.socket(socket.AF_UNIX) as own:
         own.bind(str(home / "user/rkcached.sock"))
         assert Settings().of_client().socket == home / "user/rkcached.sock"
@@ -61,7 +63,10 @@ def test_without_a_system_s_daemon_the_user_s_socket_is_named(home: Path) -> Non
 
 def test_the_system_s_store_belongs_to_the_system_s_manifest(home: Path) -> None:
     """A daemon on another manifest would remove from it what it does not declare."""
-    assert (Settings().cache_dir, Settings().state_dir) == (home / "system/cache", home / "system/state")
+    assert (Settings().cache_dir, Settings().state_dir) == (
+        home / "system/cache",
+        home / "system/state",
+    )
     other = Settings(manifest=Path("other.yaml"))
     assert (other.cache_dir, other.state_dir) == (home / "home/cache", home / "home/state")
     (home / "home/manifest.yaml").touch()

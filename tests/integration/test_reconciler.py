@@ -49,7 +49,9 @@ def slow(tmp_path: Path) -> tuple[Workspace, SlowTidying]:
     return space, SlowTidying(tmp_path / "cache")
 
 
-async def test_a_build_that_ends_during_a_look_is_not_done_again(slow: tuple[Workspace, SlowTidying]) -> None:
+async def test_a_build_that_ends_during_a_look_is_not_done_again(
+    slow: tuple[Workspace, SlowTidying],
+) -> None:
     """The look saw the store before it was published, and may not act on that."""
     space, store = slow
     async with reconciling(space, store) as reconciler:
@@ -83,7 +85,9 @@ async def test_a_build_that_steps_aside_during_a_look_is_not_forgotten(
         monkeypatch.setattr(reconciler._builder, "build", step_aside)
         await store.hold_up(reconciler)
         await tried.wait()
-        await asyncio.to_thread(wait_until, lambda: reconciler.progress is None, "it has stepped aside")
+        await asyncio.to_thread(
+            wait_until, lambda: reconciler.progress is None, "it has stepped aside"
+        )
         store.go_on.set()
         await asyncio.to_thread(wait_until, lambda: reconciler.builds, "the build is over")
 
@@ -105,7 +109,9 @@ async def test_what_a_build_finds_out_during_a_look_is_not_tried_again(
 
         monkeypatch.setattr(reconciler._builder, "build", cannot_be_saved)
         await store.hold_up(reconciler)
-        await asyncio.to_thread(wait_until, lambda: tried and reconciler.progress is None, "the build has failed")
+        await asyncio.to_thread(
+            wait_until, lambda: tried and reconciler.progress is None, "the build has failed"
+        )
         store.go_on.set()
         await reconciler.next_look()
         await reconciler.next_look()
@@ -138,5 +144,7 @@ async def test_who_waits_for_an_adoption_that_fails_is_told(tmp_path: Path) -> N
                 await reconciler.freshen(Key("m", "b"))
         looks = reconciler.looks
         await asyncio.sleep(0.3)
-        assert reconciler.looks <= looks + 2  # the end of the look that answered, and the one repeat
+        assert (
+            reconciler.looks <= looks + 2
+        )  # the end of the look that answered, and the one repeat
         assert store.refused <= 3

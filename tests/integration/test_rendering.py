@@ -110,7 +110,9 @@ def test_escape_is_refused(renderer: Renderer, source: str) -> None:
 
 def test_exhausted_template_rests(renderer: Renderer) -> None:
     """A template that never ends costs its deadline once in a while, not at each request."""
-    bomb = elsewhere(renderer, "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}")
+    bomb = elsewhere(
+        renderer, "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+    )
     with pytest.raises(TemplateExhausted, match="did not end within"):
         bomb.render(MESSAGES)
 

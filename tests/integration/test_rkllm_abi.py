@@ -1,7 +1,8 @@
 """The structures of the RKLLM binding against two referees: the vendor's headers, and a C compiler.
 
-data/rkllm-layouts.json has every size and offset as gcc computed them from the vendor's headers of 1.1.0 to 1.3.0; they
-are the same on x86_64 and aarch64. The stand-in's header has the same structures written once more, in C.
+data/rkllm-layouts.json has every size and offset as gcc computed them from the vendor's headers of
+1.1.0 to 1.3.0; they are the same on x86_64 and aarch64. The stand-in's header has the same
+structures written once more, in C.
 """
 
 from __future__ import annotations
@@ -29,7 +30,9 @@ each_abi = pytest.mark.parametrize("abi", ABIS, ids=lambda abi: abi.name)
 
 def layout(abi: Abi) -> dict[str, Any]:
     """The vendor's figures for this ABI."""
-    return next(figures for versions, figures in LAYOUTS.items() if versions.partition("-")[0] == abi.name)
+    return next(
+        figures for versions, figures in LAYOUTS.items() if versions.partition("-")[0] == abi.name
+    )
 
 
 def fields(structure: Any) -> Iterator[tuple[str, int, int]]:
@@ -74,7 +77,9 @@ def test_every_size_and_offset_is_the_compilers(abi: Abi, tmp_path: Path) -> Non
     expected = {}
     for name, structure in abi.structures.items():
         expected[name] = ctypes.sizeof(structure)
-        expected |= {f"{name}.{field}": offset for field, offset, _ in fields(structure) if field != UNION}
+        expected |= {
+            f"{name}.{field}": offset for field, offset, _ in fields(structure) if field != UNION
+        }
     assert expected == {name: int(number) for name, number in map(str.split, printed.splitlines())}
 
 

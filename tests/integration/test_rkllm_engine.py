@@ -1,7 +1,8 @@
 """The RKLLM binding beyond what every engine promises, on the stand-in of the closed library.
 
-The stand-in is strict: it ends the process when a handle is destroyed twice or during a run, refuses parameters whose
-reserved bytes are not zero, and overwrites every buffer of a callback once that returns.
+The stand-in is strict: it ends the process when a handle is destroyed twice or during a run,
+refuses parameters whose reserved bytes are not zero, and overwrites every buffer of a callback once
+that returns.
 """
 
 from __future__ import annotations
@@ -20,7 +21,13 @@ import tokenizers
 from rkcached.engines.base import FinishReason, ModelSpec, NpuOptions, RunStats, Sampling, Token
 from rkcached.engines.rkllm.engine import Pooling, RkllmEngine
 from rkcached.engines.rkllm.library import Library
-from rkcached.errors import ContextExceeded, EngineError, ModelLoadError, RuntimeLibraryError, SamplingFixed
+from rkcached.errors import (
+    ContextExceeded,
+    EngineError,
+    ModelLoadError,
+    RuntimeLibraryError,
+    SamplingFixed,
+)
 from tests.rkllm_standin import standin
 from tests.rkllm_standin.tokens import byte_tokenizer
 from tests.waiting import DEADLINE_S
@@ -63,7 +70,9 @@ def make(built: Path, tmp_path: Path) -> Any:
         engine.close()
 
 
-def ask(engine: RkllmEngine, sampling: Sampling = GREEDY, prompt: str = QUESTION) -> tuple[str, RunStats]:
+def ask(
+    engine: RkllmEngine, sampling: Sampling = GREEDY, prompt: str = QUESTION
+) -> tuple[str, RunStats]:
     pieces: list[str] = []
 
     def take(token: Token) -> bool:
@@ -88,13 +97,17 @@ def test_the_version_decides_the_abi(group: str, built: Path) -> None:
 def test_a_library_that_says_another_version_is_refused(group: str, says: str, built: Path) -> None:
     """Symbols cannot tell D from E: only the place of the default parameters gives the lie away."""
     path = standin.build(group, built, version=says)
-    with pytest.raises(RuntimeLibraryError, match=f"says it is RKLLM {says}, but its default parameters") as caught:
+    with pytest.raises(
+        RuntimeLibraryError, match=f"says it is RKLLM {says}, but its default parameters"
+    ) as caught:
         Library(path)
     assert "engine.abi" in caught.value.hint
 
 
 @pytest.mark.parametrize(("group", "abi"), [("D", "1.2.1"), ("E", "1.3.0")])
-def test_engine_abi_speaks_to_a_library_of_unknown_version(group: str, abi: str, built: Path) -> None:
+def test_engine_abi_speaks_to_a_library_of_unknown_version(
+    group: str, abi: str, built: Path
+) -> None:
     """Refused when nothing is said, used deliberately when the manifest names the ABI."""
     path = standin.build(group, built, version="1.9.0")
     with pytest.raises(RuntimeLibraryError, match=r"1\.9\.0") as caught:
@@ -107,7 +120,10 @@ def test_a_wrong_override_is_named(make: Any) -> None:
     """When the model cannot be loaded, the override that contradicts the library is the next thing to mend."""
     with pytest.raises(ModelLoadError) as caught:
         make("D", {"abi": "1.3.0"})
-    assert caught.value.hint == "the library says it is 1.2.3: remove engine.abi 1.3.0 from the manifest"
+    assert (
+        caught.value.hint
+        == "the library says it is 1.2.3: remove engine.abi 1.3.0 from the manifest"
+    )
 
 
 def test_a_missing_dependency_is_named(built: Path, tmp_path: Path) -> None:
@@ -115,13 +131,25 @@ def test_a_missing_dependency_is_named(built: Path, tmp_path: Path) -> None:
     assert standin.build("D", built)  # there is a compiler
     dependency = tmp_path / "libgomp.so.1"
     subprocess.run(
-        ["cc", "-shared", "-Wl,-soname,libgomp-absent.so.1", "-o", dependency, "-x", "c", "/dev/null"], check=True
+        [
+            "cc",
+            "-shared",
+            "-Wl,-soname,libgomp-absent.so.1",
+            "-o",
+            dependency,
+            "-x",
+            "c",
+            "/dev/null",
+        ],
+        check=True,
     )
     command = ["cc", "-std=c11", "-DABI=121", "-fPIC", "-shared", "-pthread", "-Wl,--no-as-needed"]
     broken = tmp_path / "librkllmrt.so"
     subprocess.run([*command, "-o", broken, standin.HERE / "standin.c", dependency], check=True)
     dependency.unlink()
-    with pytest.raises(RuntimeLibraryError, match=r"needs libgomp-absent\.so\.1, which is not installed"):
+    with pytest.raises(
+        RuntimeLibraryError, match=r"needs libgomp-absent\.so\.1, which is not installed"
+    ):
         Library(broken)
 
 
@@ -131,7 +159,9 @@ def test_a_missing_dependency_is_named(built: Path, tmp_path: Path) -> None:
 @each_group
 @pytest.mark.parametrize("thread", ["caller", "own"])
 @pytest.mark.parametrize("waiting", ["empty", "bytes"])
-def test_the_text_is_the_same_however_it_is_called_back(make: Any, group: str, thread: str, waiting: str) -> None:
+def test_the_text_is_the_same_however_it_is_called_back(
+    make: Any, group: str, thread: str, waiting: str
+) -> None:
     """On whichever thread, and whatever comes with a character that is not complete."""
     expected, _ = ask(make(group))
     text, _ = ask(make(group, callback_thread=thread, waiting=waiting))
@@ -183,7 +213,9 @@ def tokenizer_file(path: Path, spoil: Callable[[Any], None]) -> Path:
 
 
 def ends_texts(tokenizer: Any) -> None:
-    around = tokenizers.processors.TemplateProcessing(single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)])
+    around = tokenizers.processors.TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)]
+    )
     tokenizer.post_processor = around
 
 
@@ -196,7 +228,9 @@ def ends_texts(tokenizer: Any) -> None:
     ],
     ids=["cuts", "fills", "ends"],
 )
-def test_a_tokenizer_gives_the_whole_prompt_and_no_more(make: Any, tmp_path: Path, spoil: Any, added: int) -> None:
+def test_a_tokenizer_gives_the_whole_prompt_and_no_more(
+    make: Any, tmp_path: Path, spoil: Any, added: int
+) -> None:
     """Whatever the file orders: nothing is cut, filled or ended; what it puts before a text, BOS, is kept."""
     engine = make("D", {"tokenizer": str(tokenizer_file(tmp_path / "tokenizer.json", spoil))})
     prompt = "Which lamp is on, and which is not? " * 4
@@ -221,7 +255,9 @@ def test_a_file_that_is_no_tokenizer_is_said_to_be_none(make: Any, tmp_path: Pat
 def test_sampling_is_fixed_before_1_3(make: Any, group: str) -> None:
     """The error has both values; what equals the model's is served."""
     engine = make(group, {"sampling": Sampling(max_new_tokens=20, temperature=0.7, top_k=20)})
-    with pytest.raises(SamplingFixed, match=r"fixes temperature .* it is 0\.7, this run asks for 0\.2"):
+    with pytest.raises(
+        SamplingFixed, match=r"fixes temperature .* it is 0\.7, this run asks for 0\.2"
+    ):
         ask(engine, Sampling(temperature=0.2))
     assert ask(engine, Sampling(max_new_tokens=5, temperature=0.7, top_k=20))[1].decode_tokens == 5
     assert not engine.info.greedy
@@ -231,7 +267,9 @@ def test_sampling_is_per_run_since_1_3(make: Any) -> None:
     """Greedy runs repeat themselves on a model that was loaded to sample; sampled ones do not."""
     engine = make("E", {"sampling": Sampling(max_new_tokens=20, temperature=0.9)})
     greedy = {ask(engine, Sampling(max_new_tokens=30, temperature=0.0))[0] for _ in range(3)}
-    sampled = {ask(engine, Sampling(max_new_tokens=30, temperature=1.5, top_k=50))[0] for _ in range(3)}
+    sampled = {
+        ask(engine, Sampling(max_new_tokens=30, temperature=1.5, top_k=50))[0] for _ in range(3)
+    }
     assert (len(greedy), len(sampled) > 1) == (1, True)
 
 
@@ -260,7 +298,9 @@ def test_a_lora_adapter_changes_the_answer(make: Any, group: str, tmp_path: Path
     adapter = tmp_path / "style.lora"
     adapter.write_text("adapter")
     plain = ask(make(group))[0]
-    strong, weak = (ask(make(group, {"lora": str(adapter), "lora_scale": scale}))[0] for scale in (1.0, 0.5))
+    strong, weak = (
+        ask(make(group, {"lora": str(adapter), "lora_scale": scale}))[0] for scale in (1.0, 0.5)
+    )
     assert len({plain, strong, weak}) == 3
     with pytest.raises(ModelLoadError, match="LoRA adapter"):
         make(group, {"lora": str(tmp_path / "absent")})
@@ -285,7 +325,9 @@ def said(capfd: pytest.CaptureFixture[str], start: str) -> list[str]:
 
 
 @pytest.mark.parametrize("group", ["C", "C1", "D", "E"])
-def test_the_boards_options_reach_the_library(make: Any, group: str, capfd: pytest.CaptureFixture[str]) -> None:
+def test_the_boards_options_reach_the_library(
+    make: Any, group: str, capfd: pytest.CaptureFixture[str]
+) -> None:
     """Each in its field; what is not given stays as the runtime has it."""
     npu = NpuOptions(enabled_cpus=(4, 5, 5, 7), embed_flash=False, base_domain_id=3, n_keep=16)
     make(group, {"npu": npu})
@@ -305,7 +347,9 @@ def test_the_end_of_sequence_can_be_ignored(make: Any) -> None:
 
 
 @pytest.mark.parametrize("group", ["D", "E"])
-def test_the_thinking_flag_reaches_the_library(make: Any, group: str, capfd: pytest.CaptureFixture[str]) -> None:
+def test_the_thinking_flag_reaches_the_library(
+    make: Any, group: str, capfd: pytest.CaptureFixture[str]
+) -> None:
     """With every run of a model that declares it."""
     ask(make(group))
     assert said(capfd, "D rkllm: thinking") == []

@@ -18,7 +18,8 @@ from rkcached.worker.supervisor import Worker, WorkerState
 from tests.rkllm_standin.standin import build, write_model
 
 pytestmark = pytest.mark.skipif(
-    shutil.which("cc") is None and "RKCACHED_NO_SKIPS" not in os.environ, reason="needs a C compiler"
+    shutil.which("cc") is None and "RKCACHED_NO_SKIPS" not in os.environ,
+    reason="needs a C compiler",
 )
 
 HASTY = Deadlines(start_s=5.0, silence_s=1.0, stop_s=0.5)
@@ -27,7 +28,12 @@ GREEDY = Sampling(max_new_tokens=8, temperature=0.0)
 
 @pytest.mark.parametrize(
     ("planned", "deadlines"),
-    [("run:hang", HASTY), ("token3:hang", HASTY), ("load:hang", HASTY), ("init:hang", Deadlines(start_s=5.0))],
+    [
+        ("run:hang", HASTY),
+        ("token3:hang", HASTY),
+        ("load:hang", HASTY),
+        ("init:hang", Deadlines(start_s=5.0)),
+    ],
 )
 async def test_a_library_that_hangs_is_killed(
     planned: str, deadlines: Deadlines, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -39,7 +45,10 @@ async def test_a_library_that_hangs_is_killed(
     stuck, cache = tmp_path / "stuck", tmp_path / "a.rkllm_cache"
     model = write_model(tmp_path / "m.rkllm", fault=planned, fault_file=stuck)
     spec = ModelSpec(
-        path=str(model), context_tokens=4096, library=str(build("D", tmp_path)), sampling=Sampling(temperature=0.0)
+        path=str(model),
+        context_tokens=4096,
+        library=str(build("D", tmp_path)),
+        sampling=Sampling(temperature=0.0),
     )
     hosted = WorkerModel(
         name="m",
@@ -73,7 +82,11 @@ async def test_a_library_that_hangs_is_killed(
         stuck.touch()
         with pytest.raises(WorkerTimeout, match=r"said nothing for \d s"):
             await worker.run(operation)
-        assert (worker.state, worker.pid, list(scratch.iterdir())) == (WorkerState.BACKOFF, None, [])
+        assert (worker.state, worker.pid, list(scratch.iterdir())) == (
+            WorkerState.BACKOFF,
+            None,
+            [],
+        )
         stuck.unlink()
         await worker.run(operation)
     finally:

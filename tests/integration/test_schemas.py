@@ -22,18 +22,32 @@ def nested(depth: int) -> dict[str, Any]:
 GOOD: list[Any] = [
     {},
     {"type": "object"},
-    {"type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"], "additionalProperties": False},
+    {
+        "type": "object",
+        "properties": {"n": {"type": "integer"}},
+        "required": ["n"],
+        "additionalProperties": False,
+    },
     {"type": "array", "items": {"type": "string", "maxLength": 500}, "maxItems": 100},
-    {"$defs": {"t": {"type": "object", "properties": {"t": {"$ref": "#/$defs/t"}}}}, "$ref": "#/$defs/t"},
+    {
+        "$defs": {"t": {"type": "object", "properties": {"t": {"$ref": "#/$defs/t"}}}},
+        "$ref": "#/$defs/t",
+    },
     {"type": "string", "pattern": "^[a-z]{1,64}$"},
     {"type": "number", "multipleOf": 0.01},
     {"anyOf": [{"type": "null"}, {"enum": ["a", "b"]}]},
     {"$schema": "https://json-schema.org/draft/2020-12/schema", "type": "integer", "minimum": 0},
     nested(20),
-    {"type": "object", "properties": {name: {"type": "string", "maxLength": 3000} for name in "abcd"}},
+    {
+        "type": "object",
+        "properties": {name: {"type": "string", "maxLength": 3000} for name in "abcd"},
+    },
     {"enum": ["maxItems", {"maxItems": 99_999_999_999}]},
     {"type": "string", "default": {"pattern": "["}},
-    {"type": "object", "properties": {"pattern": {"type": "string"}, "maxItems": {"type": "integer"}}},
+    {
+        "type": "object",
+        "properties": {"pattern": {"type": "string"}, "maxItems": {"type": "integer"}},
+    },
 ]
 
 BAD: list[Any] = [
@@ -55,7 +69,10 @@ BAD: list[Any] = [
     {"type": "array", "items": {"type": "integer"}, "maxItems": 1_000_000_000},
     {"type": "array", "items": {"type": "integer"}, "maxItems": 66_000},
     {"type": "string", "minLength": 10**300},
-    {"type": "object", "properties": {f"p{at}": {"type": "array", "maxItems": 5000} for at in range(3)}},
+    {
+        "type": "object",
+        "properties": {f"p{at}": {"type": "array", "maxItems": 5000} for at in range(3)},
+    },
     '{"type": "number", "multipleOf": 0.01, "maximum": 1e999}',
     '{"type": "number", "maximum": NaN}',
     '{"type": "number", "maximum": ' + "1" * 5000 + "}",
@@ -74,7 +91,9 @@ NO_GRAMMAR: list[Any] = [
 ]
 """Schemas that an answer can be checked by, but that llama.cpp cannot keep to."""
 
-ENDLESS = {"allOf": [{"type": "integer", "multipleOf": number} for number in (9973, 9967, 9949, 9941)]}
+ENDLESS = {
+    "allOf": [{"type": "integer", "multipleOf": number} for number in (9973, 9967, 9949, 9941)]
+}
 """What llguidance compiles for longer than anybody waits."""
 
 
@@ -106,7 +125,9 @@ def test_a_bad_schema_is_refused(checker: SchemaChecker, schema: Any, *, compile
 
 
 @pytest.mark.parametrize("schema", NO_GRAMMAR, ids=lambda schema: as_text(schema)[:60])
-def test_what_cannot_be_compiled_is_refused_where_it_is_compiled(checker: SchemaChecker, schema: Any) -> None:
+def test_what_cannot_be_compiled_is_refused_where_it_is_compiled(
+    checker: SchemaChecker, schema: Any
+) -> None:
     """Elsewhere an answer can be checked by it."""
     checker.check(as_text(schema), compiled=False)
     with pytest.raises(SchemaInvalid, match=r"llama\.cpp cannot keep to this schema"):
@@ -123,7 +144,8 @@ def test_what_takes_for_ever_is_ended(checker: SchemaChecker) -> None:
 def test_a_base_exception_is_a_bad_schema(monkeypatch: pytest.MonkeyPatch) -> None:
     """Compiled libraries raise panics that are no Exception.
 
-    The cause: one that passed every `except Exception` ended the worker, and the prompt cache was blamed for it.
+    The cause: one that passed every `except Exception` ended the worker, and the prompt cache was
+    blamed for it.
     """
 
     class Panic(BaseException):

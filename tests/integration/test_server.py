@@ -66,7 +66,9 @@ async def site(tmp_path: Path) -> AsyncIterator[Site]:
     place.close()
 
 
-async def test_a_client_that_takes_nothing_loses_its_place(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_client_that_takes_nothing_loses_its_place(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Its answer ends and the connection is closed; one that takes its time with it gets the whole."""
     monkeypatch.setattr(server, "STALLED_S", 0.5)
     _, stalled = await site.ask()
@@ -92,13 +94,16 @@ async def test_a_client_that_takes_nothing_does_not_disturb_the_end(
     """The server stops within its grace, and has nothing to complain of."""
     _, writer = await site.ask()
     async with asyncio.timeout(DEADLINE_S):
-        while not any(connection.flow.write_paused for connection in site.server.server_state.connections):  # noqa: ASYNC110 - uvicorn has no event for it
+        connections = site.server.server_state.connections
+        while not any(one.flow.write_paused for one in connections):  # noqa: ASYNC110 - uvicorn has no event for it
             await asyncio.sleep(0.01)
     with caplog.at_level(logging.INFO, "uvicorn.error"):
         site.server.stop()
         await asyncio.wait_for(site.ended.get(), GRACE_S)
         await asyncio.wait_for(site.stopped, DEADLINE_S)
-    assert [record.getMessage() for record in caplog.records if record.levelno >= logging.ERROR] == []
+    assert [
+        record.getMessage() for record in caplog.records if record.levelno >= logging.ERROR
+    ] == []
     writer.close()
     with contextlib.suppress(OSError):
         await writer.wait_closed()
@@ -116,14 +121,23 @@ async def test_a_defect_has_its_traceback_in_the_log() -> None:
             raise ValueError(said) from error
 
     app = Exchanges(
-        Starlette(routes=[Route("/x", break_down)], exception_handlers={Exception: lambda *_: error_response(DEFECT)})
+        Starlette(
+            routes=[Route("/x", break_down)],
+            exception_handlers={Exception: lambda *_: error_response(DEFECT)},
+        )
     )
     with structlog.testing.capture_logs() as logged:
-        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://d") as client:
+        async with httpx.AsyncClient(
+            transport=httpx.ASGITransport(app), base_url="http://d"
+        ) as client:
             answer = await client.get("/x")
     assert (answer.status_code, answer.json()["error"]["code"]) == (500, "internal_error")
     [crash] = [entry for entry in logged if entry["log_level"] == "error"]
-    assert (crash["event"], crash["path"], crash["error"]) == ("request crashed", "/x", "ValueError")
+    assert (crash["event"], crash["path"], crash["error"]) == (
+        "request crashed",
+        "/x",
+        "ValueError",
+    )
     assert crash["request_id"] == answer.headers["x-request-id"]
     lines = crash["exception"].splitlines()
     assert lines.count("Traceback (most recent call last):") == 2

@@ -32,7 +32,9 @@ def files(tmp_path: Path) -> list[Path]:
 
 
 def manifest_of(path: Path) -> Manifest:
-    return parse(f"version: 1\nmodels: {{m: {{path: {path}}}}}\n", file=path.parent / "manifest.yaml")
+    return parse(
+        f"version: 1\nmodels: {{m: {{path: {path}}}}}\n", file=path.parent / "manifest.yaml"
+    )
 
 
 def model(path: Path) -> ModelSource | Trouble:
@@ -83,9 +85,14 @@ def test_one_file_has_its_own_digest(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("value", "told"),
-    [(pair("qwen3.context_length", UINT32, 40960), 40960), (pair("llama.context_length", UINT32, 0), None)],
+    [
+        (pair("qwen3.context_length", UINT32, 40960), 40960),
+        (pair("llama.context_length", UINT32, 0), None),
+    ],
 )
-def test_the_context_that_a_model_was_trained_for(tmp_path: Path, value: bytes, told: int | None) -> None:
+def test_the_context_that_a_model_was_trained_for(
+    tmp_path: Path, value: bytes, told: int | None
+) -> None:
     """The first file's header has it, by the name of its architecture; another key that ends alike is not it."""
     stretched = pair("llama.rope.scaling.original_context_length", UINT32, 2048)
     first = tmp_path / "m-00001-of-00002.gguf"
@@ -134,7 +141,10 @@ def test_a_first_file_under_another_name(files: list[Path], tmp_path: Path, name
     """llama.cpp finds the others by the name of the first."""
     path = files[0].rename(tmp_path / name)
     found = trouble(path)
-    assert "is the first of the 3 files of a split model, but its name does not say so" in found.message
+    assert (
+        "is the first of the 3 files of a split model, but its name does not say so"
+        in found.message
+    )
     assert "-00001-of-00003.gguf" in found.hint
 
 
@@ -174,7 +184,9 @@ def fifo(path: Path) -> None:
         (fifo, "is not a regular file"),
     ],
 )
-def test_files_that_do_not_belong_together(files: list[Path], spoil: Callable[[Path], None], words: str) -> None:
+def test_files_that_do_not_belong_together(
+    files: list[Path], spoil: Callable[[Path], None], words: str
+) -> None:
     """They are no model, and nothing is waited for."""
     spoil(files[1])
     found = trouble(files[0])
@@ -198,7 +210,9 @@ HEADERS = {
     "long-name": gguf(b"\xff" * 8 + b"a"),
     "long-text": gguf(text("a") + bytes([STRING, 0, 0, 0]) + b"\xff" * 8),
     "long-list": gguf(text("a") + bytes([9, 0, 0, 0, 4, 0, 0, 0]) + b"\xff" * 8),
-    "long-list-of-texts": gguf(text("a") + bytes([9, 0, 0, 0, STRING, 0, 0, 0]) + b"\xff" * 8 + bytes(1000)),
+    "long-list-of-texts": gguf(
+        text("a") + bytes([9, 0, 0, 0, STRING, 0, 0, 0]) + b"\xff" * 8 + bytes(1000)
+    ),
     "many-pairs": b"GGUF" + bytes([3, 0, 0, 0]) + bytes(8) + b"\xff" * 8,
 }
 
@@ -215,7 +229,12 @@ def test_a_header_that_is_none_is_left_to_the_engine(tmp_path: Path, case: str) 
 def test_a_long_header(tmp_path: Path) -> None:
     """What comes after a vocabulary of several megabytes is found."""
     words = b"".join(text("word" * 100) for _ in range(5000))
-    tokens = text("tokenizer.ggml.tokens") + bytes([9, 0, 0, 0, STRING, 0, 0, 0]) + (5000).to_bytes(8, "little") + words
+    tokens = (
+        text("tokenizer.ggml.tokens")
+        + bytes([9, 0, 0, 0, STRING, 0, 0, 0])
+        + (5000).to_bytes(8, "little")
+        + words
+    )
     path = tmp_path / "m-00001-of-00002.gguf"
     path.write_bytes(gguf(tokens, *split_pairs(1, 2, 0)) + bytes(100))
     assert len(tokens) > 1 << 20

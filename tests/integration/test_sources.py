@@ -161,13 +161,22 @@ BAD_INPUTS = {
     "blank": (write(b" \n\t\n"), "the prompt is empty"),
     "only-byte-order-mark": (write(b"\xef\xbb\xbf"), "the prompt is empty"),
     "latin1": (write(b"caf\xe9"), "is not UTF-8: byte 0xe9 at offset 3"),
-    "latin1-after-byte-order-mark": (write(b"\xef\xbb\xbfcaf\xe9"), "is not UTF-8: byte 0xe9 at offset 6"),
+    "latin1-after-byte-order-mark": (
+        write(b"\xef\xbb\xbfcaf\xe9"),
+        "is not UTF-8: byte 0xe9 at offset 6",
+    ),
     "utf16": (write("Be brief.".encode("utf-16")), "p.md is UTF-16, not UTF-8"),
     "utf16-big-endian": (write("\ufeffBe brief.".encode("utf-16-be")), "p.md is UTF-16, not UTF-8"),
     "utf32": (write("Be brief.".encode("utf-32")), "p.md is UTF-32, not UTF-8"),
-    "utf16-without-a-mark": (write("Be brief.".encode("utf-16-le")), "contains a NUL byte at offset 1"),
+    "utf16-without-a-mark": (
+        write("Be brief.".encode("utf-16-le")),
+        "contains a NUL byte at offset 1",
+    ),
     "nul": (write(b"ab\0c"), "contains a NUL byte at offset 2"),
-    "too-large": (write(b"x" * (MAX_PROMPT_BYTES + 1)), "has 1,048,577 bytes, the limit is 1,048,576"),
+    "too-large": (
+        write(b"x" * (MAX_PROMPT_BYTES + 1)),
+        "has 1,048,577 bytes, the limit is 1,048,576",
+    ),
     "missing": (Path.unlink, "source missing"),
     "dangling-link": (become_dangling_link, "source missing"),
     "link-to-itself": (become_loop, "cannot be read: "),
@@ -226,7 +235,9 @@ def test_a_declaration_knows_its_line_and_description(folder: Folder) -> None:
 # --- what changed ---
 
 
-def test_an_unchanged_prompt_is_not_read_again(folder: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unchanged_prompt_is_not_read_again(
+    folder: Folder, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Of one that did not change, no look keeps anything new; a file that may still change unseen is read again."""
     settle(folder.prompt)
     first = folder.scan().prompts[P]
@@ -283,7 +294,12 @@ def test_each_file_of_a_folder_is_a_prompt(folder: Folder, extra: Path) -> None:
     for name in ("c", "a", "b"):
         (extra / f"{name}.md").write_text(f"I am {name}.")
     found = folder.found(prompts="{p: p.md}")
-    assert list(found.items()) == [("p", "Be brief."), ("a", "I am a."), ("b", "I am b."), ("c", "I am c.")]
+    assert list(found.items()) == [
+        ("p", "Be brief."),
+        ("a", "I am a."),
+        ("b", "I am b."),
+        ("c", "I am c."),
+    ]
 
 
 def test_hidden_files_backups_and_folders_are_left_out(folder: Folder, extra: Path) -> None:
@@ -308,15 +324,22 @@ def test_hidden_files_backups_and_folders_are_left_out(folder: Folder, extra: Pa
         "caf\xe9.md",
     ],
 )
-def test_a_file_whose_name_cannot_be_a_prompts_is_skipped(folder: Folder, extra: Path, name: str) -> None:
+def test_a_file_whose_name_cannot_be_a_prompts_is_skipped(
+    folder: Folder, extra: Path, name: str
+) -> None:
     """It is no trouble, as nobody meant it to be a prompt; it is listed, once for all models, and the others are found.
 
     The name of one in another encoding is listed so that it can be printed and sent.
     """
-    for file in (os.fsencode(extra) + b"/" + name.encode("latin-1"), os.fsencode(extra / "good.md")):
+    for file in (
+        os.fsencode(extra) + b"/" + name.encode("latin-1"),
+        os.fsencode(extra / "good.md"),
+    ):
         Path(os.fsdecode(file)).write_text("x")
     text = "version: 1\nengine: {kind: memory}\nmodels:\n"
-    text += "".join(f"  {model}: {{path: m.json, prompts_from: extra/*.md}}\n" for model in ("m", "n"))
+    text += "".join(
+        f"  {model}: {{path: m.json, prompts_from: extra/*.md}}\n" for model in ("m", "n")
+    )
     sources = folder.reader.scan(parse(text, file=folder.root / "manifest.yaml"))
     assert list(sources.prompts) == [Key("m", "good"), Key("n", "good")]
     shown = name.replace("\xe9", "\\udce9")
@@ -372,13 +395,19 @@ def test_a_folder_that_cannot_be_listed_makes_its_model_unlisted(folder: Folder)
     """Nothing is found, and nothing is taken for gone; the declared prompts are there."""
     sources = folder.scan(more="prompts_from: 'nowhere/*.md'")
     assert set(sources.prompts) == {P}
-    assert "nowhere cannot be listed: No such file or directory" in sources.unlisted_models["m"].message
+    assert (
+        "nowhere cannot be listed: No such file or directory"
+        in sources.unlisted_models["m"].message
+    )
     assert folder.scan(more="prompts_from: 'p.md/*.md'").unlisted_models
 
 
 def test_an_empty_folder_is_listed(folder: Folder, extra: Path) -> None:
     """There it is known that nothing is declared."""
-    assert (folder.scan(more="prompts_from: 'extra/*.md'").unlisted_models, list(extra.iterdir())) == ({}, [])
+    assert (
+        folder.scan(more="prompts_from: 'extra/*.md'").unlisted_models,
+        list(extra.iterdir()),
+    ) == ({}, [])
 
 
 # --- models and the runtime ---
@@ -456,7 +485,9 @@ def test_the_runtime_is_known_by_its_files(folder: Folder) -> None:
     ],
     ids=["impossible", "loop", "dangling"],
 )
-def test_a_link_that_cannot_be_followed_blocks_its_own_prompt_only(folder: Folder, target: str, trouble: str) -> None:
+def test_a_link_that_cannot_be_followed_blocks_its_own_prompt_only(
+    folder: Folder, target: str, trouble: str
+) -> None:
     """Found by an administrator: a link into a closed directory took away every prompt of the folder.
 
     One that leads nowhere was no prompt, so that what it had been made into was removed as nobody's.

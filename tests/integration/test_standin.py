@@ -14,7 +14,8 @@ import pytest
 from tests.rkllm_standin.standin import ABIS, build, build_driver, write_model
 
 pytestmark = pytest.mark.skipif(
-    shutil.which("cc") is None and "RKCACHED_NO_SKIPS" not in os.environ, reason="needs a C compiler"
+    shutil.which("cc") is None and "RKCACHED_NO_SKIPS" not in os.environ,
+    reason="needs a C compiler",
 )
 
 EVERY_GROUP = pytest.mark.parametrize("group", ABIS)
@@ -31,7 +32,11 @@ FIRST = {
     "rkllm_run_async",
 }
 SINCE_C = FIRST | {"rkllm_clear_kv_cache", "rkllm_set_chat_template"}
-SINCE_D = SINCE_C | {"rkllm_get_kv_cache_size", "rkllm_set_function_tools", "rkllm_set_cross_attn_params"}
+SINCE_D = SINCE_C | {
+    "rkllm_get_kv_cache_size",
+    "rkllm_set_function_tools",
+    "rkllm_set_cross_attn_params",
+}
 FUNCTIONS = {"B": FIRST, "C": SINCE_C, "C1": SINCE_C, "D": SINCE_D, "E": SINCE_D}
 VERSION = re.compile(rb"RKLLM SDK \(version: ([0-9][0-9A-Za-z.]*)")
 
@@ -42,7 +47,9 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def drive(driver: Path, does: str, model: Path, cache: Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([driver, does, model, cache], capture_output=True, text=True, timeout=60, check=False)
+    return subprocess.run(
+        [driver, does, model, cache], capture_output=True, text=True, timeout=60, check=False
+    )
 
 
 def reply(done: subprocess.CompletedProcess[str]) -> str:
@@ -61,7 +68,9 @@ def test_exports_exactly_the_functions_of_its_group(group: str, built: Path) -> 
 @EVERY_GROUP
 def test_names_its_version_in_the_file_since_c(group: str, built: Path) -> None:
     """A binding that scans the file finds the version, except in group B."""
-    assert VERSION.findall(build(group, built).read_bytes()) == ([] if group == "B" else [ABIS[group].encode()])
+    assert VERSION.findall(build(group, built).read_bytes()) == (
+        [] if group == "B" else [ABIS[group].encode()]
+    )
 
 
 def test_its_version_can_be_another_or_missing(built: Path) -> None:
@@ -77,7 +86,9 @@ def test_builds_once_for_each_content(built: Path) -> None:
 
 
 @EVERY_GROUP
-@pytest.mark.parametrize("keys", [{}, {"callback_thread": "own", "null_text": "yes", "waiting": "bytes"}])
+@pytest.mark.parametrize(
+    "keys", [{}, {"callback_thread": "own", "null_text": "yes", "waiting": "bytes"}]
+)
 def test_a_reply_from_a_loaded_cache_equals_the_reply_before(
     group: str, keys: dict[str, str], built: Path, tmp_path: Path
 ) -> None:
@@ -89,7 +100,9 @@ def test_a_reply_from_a_loaded_cache_equals_the_reply_before(
 
 
 @EVERY_GROUP
-def test_a_flipped_byte_of_the_state_loads_and_changes_the_reply(group: str, built: Path, tmp_path: Path) -> None:
+def test_a_flipped_byte_of_the_state_loads_and_changes_the_reply(
+    group: str, built: Path, tmp_path: Path
+) -> None:
     """Damage inside the state goes unnoticed by the runtime, at every position: only the text shows it."""
     driver, cache = build_driver(group, built), tmp_path / "c.bin"
     model = write_model(tmp_path / "m.rkllm")
@@ -109,23 +122,37 @@ def test_a_damaged_cache_file_does_not_load(group: str, built: Path, tmp_path: P
     model = write_model(tmp_path / "m.rkllm")
     reply(drive(driver, "live", model, cache))
     whole = cache.read_bytes()
-    for damaged in (b"", whole[:11], whole[:-1], whole[: len(whole) // 2], whole + b"x", b"xxxx" + whole[4:]):
+    for damaged in (
+        b"",
+        whole[:11],
+        whole[:-1],
+        whole[: len(whole) // 2],
+        whole + b"x",
+        b"xxxx" + whole[4:],
+    ):
         cache.write_bytes(damaged)
         done = drive(driver, "load", model, cache)
         assert done.returncode == 3
         assert "E rkllm: prompt cache" in done.stdout
 
 
-def test_a_cache_of_another_architecture_loads_and_changes_the_reply(built: Path, tmp_path: Path) -> None:
+def test_a_cache_of_another_architecture_loads_and_changes_the_reply(
+    built: Path, tmp_path: Path
+) -> None:
     """The runtime does not protect against another model's cache: fingerprints have to."""
     driver, cache = build_driver("D", built), tmp_path / "c.bin"
-    model, other = write_model(tmp_path / "m.rkllm"), write_model(tmp_path / "o.rkllm", arch="llama")
+    model, other = (
+        write_model(tmp_path / "m.rkllm"),
+        write_model(tmp_path / "o.rkllm", arch="llama"),
+    )
     first = reply(drive(driver, "live", model, cache))
     reply(drive(driver, "live", other, cache))
     assert reply(drive(driver, "load", model, cache)) != first
 
 
-def test_a_model_that_cannot_be_cached_warns_and_writes_nothing(built: Path, tmp_path: Path) -> None:
+def test_a_model_that_cannot_be_cached_warns_and_writes_nothing(
+    built: Path, tmp_path: Path
+) -> None:
     """The run that was to save succeeds all the same."""
     driver, cache = build_driver("D", built), tmp_path / "c.bin"
     done = drive(driver, "live", write_model(tmp_path / "m.rkllm", saves="no"), cache)
@@ -154,10 +181,15 @@ def test_a_run_after_an_aborted_save_crashes(group: str, built: Path, tmp_path: 
             "RKLLM-STANDIN-MODEL 1\nrkllm-toolkit version: 1.9.0\n",
             "model was converted with rkllm-toolkit 1.9.0, newer than this runtime 1.2.3",
         ),
-        ("RKLLM-STANDIN-MODEL 1\nsavse = no\nrkllm-toolkit version: 1.1.0\n", "unknown model key: savse"),
+        (
+            "RKLLM-STANDIN-MODEL 1\nsavse = no\nrkllm-toolkit version: 1.1.0\n",
+            "unknown model key: savse",
+        ),
     ],
 )
-def test_a_bad_model_fails_init_with_its_reason(content: str | None, reason: str, built: Path, tmp_path: Path) -> None:
+def test_a_bad_model_fails_init_with_its_reason(
+    content: str | None, reason: str, built: Path, tmp_path: Path
+) -> None:
     """Each kind of bad model file has its line on stdout."""
     model = tmp_path / "m.rkllm"
     if content is not None:
@@ -183,10 +215,14 @@ def test_a_bad_model_fails_init_with_its_reason(content: str | None, reason: str
         ("destroy:error", 4),
     ],
 )
-def test_a_planned_fault_is_real_and_counted(fault: str, ends: int, built: Path, tmp_path: Path) -> None:
+def test_a_planned_fault_is_real_and_counted(
+    fault: str, ends: int, built: Path, tmp_path: Path
+) -> None:
     """Signals are real ones, errors are return codes, and each leaves a byte in the count file."""
     count, switch = tmp_path / "count", tmp_path / "switch"
-    model = write_model(tmp_path / "m.rkllm", fault=fault, fault_count_file=count, fault_file=switch)
+    model = write_model(
+        tmp_path / "m.rkllm", fault=fault, fault_count_file=count, fault_file=switch
+    )
     driver, cache = build_driver("D", built), tmp_path / "c.bin"
     reply(drive(driver, "live", model, cache))
     assert not count.exists()

@@ -42,7 +42,9 @@ VERDICT = Verdict(
 
 
 def make_sidecar(key: Key, data: bytes, prefix: bytes, artifact: str = "") -> Sidecar:
-    made = fingerprint({"prefix.digest": hashlib.sha256(prefix).hexdigest(), "prefix.bytes": len(prefix)})
+    made = fingerprint(
+        {"prefix.digest": hashlib.sha256(prefix).hexdigest(), "prefix.bytes": len(prefix)}
+    )
     return Sidecar(
         model=key.model,
         prompt=key.prompt,
@@ -78,7 +80,10 @@ def publish(
 
 def corrupt(store: Store, key: Key = P) -> str:
     """Why the artifact is corrupt, to the scan, to a scan that remembers nothing, and to a full check alike."""
-    said = {inventory.observed()[key].corrupt for inventory in (store.scan(), Store(store.root, Digests()).scan())}
+    said = {
+        inventory.observed()[key].corrupt
+        for inventory in (store.scan(), Store(store.root, Digests()).scan())
+    }
     assert len(said) == 1
     (why,) = said
     assert bool(store.verify(key)) == bool(why)
@@ -167,9 +172,13 @@ def test_files_are_private(store: Store) -> None:
         store.close()
     finally:
         os.umask(before)
-    modes = {path: path.stat().st_mode & 0o777 for path in store.root.rglob("*") if path.name != TAG}
+    modes = {
+        path: path.stat().st_mode & 0o777 for path in store.root.rglob("*") if path.name != TAG
+    }
     assert set(modes.values()) == {0o640, 0o750}
-    assert {path for path, mode in modes.items() if mode == 0o750} == {path for path in modes if path.is_dir()}
+    assert {path for path, mode in modes.items() if mode == 0o750} == {
+        path for path in modes if path.is_dir()
+    }
 
 
 def test_a_commit_clears_the_verdict_on_earlier_attempts(store: Store) -> None:
@@ -221,9 +230,21 @@ def as_directory(path: Path) -> None:
 
 
 DAMAGES: dict[str, tuple[str, Callable[[Path], object], str]] = {
-    "truncated": ("p.memory_cache", lambda path: path.write_bytes(path.read_bytes()[:-1]), "its sidecar says 600"),
-    "longer": ("p.memory_cache", lambda path: path.write_bytes(path.read_bytes() + b"x"), "its sidecar says 600"),
-    "flipped-bit": ("p.memory_cache", flip, "p.memory_cache does not have the SHA-256 of its sidecar"),
+    "truncated": (
+        "p.memory_cache",
+        lambda path: path.write_bytes(path.read_bytes()[:-1]),
+        "its sidecar says 600",
+    ),
+    "longer": (
+        "p.memory_cache",
+        lambda path: path.write_bytes(path.read_bytes() + b"x"),
+        "its sidecar says 600",
+    ),
+    "flipped-bit": (
+        "p.memory_cache",
+        flip,
+        "p.memory_cache does not have the SHA-256 of its sidecar",
+    ),
     "missing": ("p.memory_cache", Path.unlink, "p.memory_cache is missing"),
     "directory": ("p.memory_cache", as_directory, "p.memory_cache"),
     "text-flipped": ("p.bin", flip, "p.bin does not have the SHA-256 of its sidecar"),
@@ -231,20 +252,34 @@ DAMAGES: dict[str, tuple[str, Callable[[Path], object], str]] = {
     "text-missing": ("p.bin", Path.unlink, "p.bin is missing"),
     "sidecar-missing": ("p.json", Path.unlink, "the sidecar is missing"),
     "sidecar-empty": ("p.json", lambda path: path.write_bytes(b""), "the sidecar is damaged"),
-    "sidecar-cut": ("p.json", lambda path: path.write_bytes(path.read_bytes()[:-9]), "the sidecar is damaged"),
-    "sidecar-no-json": ("p.json", lambda path: path.write_bytes(b"\0\1\2"), "the sidecar is damaged"),
+    "sidecar-cut": (
+        "p.json",
+        lambda path: path.write_bytes(path.read_bytes()[:-9]),
+        "the sidecar is damaged",
+    ),
+    "sidecar-no-json": (
+        "p.json",
+        lambda path: path.write_bytes(b"\0\1\2"),
+        "the sidecar is damaged",
+    ),
     "sidecar-not-utf8": (
         "p.json",
         lambda path: path.write_bytes(path.read_bytes().replace(b"exact", b"ex\xffct")),
         "the sidecar is damaged",
     ),
-    "sidecar-deep": ("p.json", lambda path: path.write_bytes(b'{"x":' + b"[" * 100_000), "the sidecar is damaged"),
+    "sidecar-deep": (
+        "p.json",
+        lambda path: path.write_bytes(b'{"x":' + b"[" * 100_000),
+        "the sidecar is damaged",
+    ),
     "sidecar-directory": ("p.json", as_directory, "the sidecar cannot be read: Is a directory"),
 }
 
 
 @pytest.mark.parametrize("case", DAMAGES)
-def test_a_damaged_artifact_is_reported_and_can_be_replaced(store: Store, folder: Path, case: str) -> None:
+def test_a_damaged_artifact_is_reported_and_can_be_replaced(
+    store: Store, folder: Path, case: str
+) -> None:
     """In words; publishing again makes it good, also where a directory is in the way."""
     name, spoil, words = DAMAGES[case]
     store.scan()
@@ -258,7 +293,10 @@ def test_a_damaged_artifact_is_reported_and_can_be_replaced(store: Store, folder
 def test_a_directory_in_the_place_of_a_file_does_not_keep_an_artifact_from_being_removed(
     store: Store, folder: Path, name: str
 ) -> None:
-    """It was refused for ever, and the reconciler tried it again without a pause. A file in the directory is kept."""
+    """It was refused for ever, and the reconciler tried it again without a pause.
+
+    A file in the directory is kept.
+    """
     as_directory(folder / name)
     (folder / name / "thesis").write_text("years")
     store.remove(P)
@@ -267,7 +305,9 @@ def test_a_directory_in_the_place_of_a_file_does_not_keep_an_artifact_from_being
 
 
 @pytest.mark.parametrize("offset", range(0, 1100, 37))
-def test_a_flipped_bit_in_a_sidecar_is_never_served_as_something_else(store: Store, folder: Path, offset: int) -> None:
+def test_a_flipped_bit_in_a_sidecar_is_never_served_as_something_else(
+    store: Store, folder: Path, offset: int
+) -> None:
     """It is reported, or it touched nothing that tells what the artifact is."""
     path = folder / "p.json"
     data = bytearray(path.read_bytes())
@@ -336,7 +376,14 @@ def test_unchanged_artifacts_are_read_once(store: Store, folder: Path) -> None:
 
 def test_strange_files_are_no_artifacts(store: Store, folder: Path) -> None:
     """Names that no prompt can have, texts alone, files beside the models' folders."""
-    for name in ("Big.json", ".hidden.json", "notes.txt", "alone.bin", "Big.memory_cache", "_cache"):
+    for name in (
+        "Big.json",
+        ".hidden.json",
+        "notes.txt",
+        "alone.bin",
+        "Big.memory_cache",
+        "_cache",
+    ):
         (folder / name).write_bytes(b"x")
     (store.root / "file.json").write_bytes(b"x")
     (store.root / "Big").mkdir()
@@ -391,7 +438,9 @@ def test_removing_takes_all_files_and_an_empty_folder(store: Store) -> None:
     store.remove(Q)
 
 
-def test_a_file_that_the_manifest_names_is_neither_removed_nor_overwritten(store: Store, folder: Path) -> None:
+def test_a_file_that_the_manifest_names_is_neither_removed_nor_overwritten(
+    store: Store, folder: Path
+) -> None:
     """Though it has the name of one of ours, as a LoRA may: also by another path to the store."""
     mine = folder / "p.bin"
     for way in (mine, mine.resolve()):
@@ -406,7 +455,9 @@ def test_a_file_that_the_manifest_names_is_neither_removed_nor_overwritten(store
     assert not mine.exists()
 
 
-def test_a_folder_that_is_a_link_is_neither_written_nor_emptied(store: Store, tmp_path: Path) -> None:
+def test_a_folder_that_is_a_link_is_neither_written_nor_emptied(
+    store: Store, tmp_path: Path
+) -> None:
     """A model's, the verdicts' and the quarantine: what they lead to stays as it is."""
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
@@ -444,7 +495,9 @@ def test_a_sidecar_is_known_by_its_first_lines(store: Store, folder: Path, kept:
     assert (folder / "p.json" in found.foreign) == (kept < 200)
 
 
-def test_a_folder_with_the_name_of_a_prompt_cache_is_not_taken_for_one(store: Store, folder: Path) -> None:
+def test_a_folder_with_the_name_of_a_prompt_cache_is_not_taken_for_one(
+    store: Store, folder: Path
+) -> None:
     """It is somebody's: no artifact, and moved aside, not removed, when the artifact needs its name."""
     (folder / "other.memory_cache").mkdir()
     (folder / "other.memory_cache/thesis").write_text("years")
@@ -498,7 +551,13 @@ def test_the_quarantine_is_bounded_and_the_oldest_goes_first(store: Store) -> No
 
 def test_a_verdict_comes_back_as_it_was_written(store: Store) -> None:
     """Also to a store that was opened later; it can be overwritten and cleared."""
-    other = Verdict(fingerprint="b", kind=VerdictKind.OVER_BUDGET, trouble=VERDICT.trouble, needed_bytes=5, tokens=7)
+    other = Verdict(
+        fingerprint="b",
+        kind=VerdictKind.OVER_BUDGET,
+        trouble=VERDICT.trouble,
+        needed_bytes=5,
+        tokens=7,
+    )
     store.write_verdict(P, other)
     store.write_verdict(P, VERDICT)
     store.write_verdict(Q, other)
@@ -536,7 +595,9 @@ def test_the_lock_goes_with_its_process(store: Store) -> None:
     code = "import os, sys, pathlib, rkcached.store as s; s.Store(pathlib.Path(sys.argv[1])).open(); os._exit(1)"
     assert (
         subprocess.run(
-            [sys.executable, "-c", code, str(store.root)], check=False, cwd=Path(__file__).parents[2]
+            [sys.executable, "-c", code, str(store.root)],
+            check=False,
+            cwd=Path(__file__).parents[2],
         ).returncode
         == 1
     )
@@ -583,7 +644,9 @@ def test_a_read_only_directory_is_said_in_words() -> None:
 # --- what is not the store's, and what was left ---
 
 
-def test_what_a_build_could_not_clear_away_goes_at_the_next_look(store: Store, folder: Path) -> None:
+def test_what_a_build_could_not_clear_away_goes_at_the_next_look(
+    store: Store, folder: Path
+) -> None:
     """Its folder was elsewhere when it ended. What is being built now stays."""
     left, running = store.stage(P), store.stage(Q)
     away = folder.rename(folder.with_name("away"))
@@ -592,7 +655,10 @@ def test_what_a_build_could_not_clear_away_goes_at_the_next_look(store: Store, f
     for path in (left, running, running.with_name(running.name + ".bin")):
         path.write_bytes(b"half")
     store.tidy(store.scan(), 0)
-    assert names(folder) - {"p.memory_cache", "p.bin", "p.json"} == {running.name, running.name + ".bin"}
+    assert names(folder) - {"p.memory_cache", "p.bin", "p.json"} == {
+        running.name,
+        running.name + ".bin",
+    }
 
 
 def test_the_quarantine_keeps_what_there_is_room_for(store: Store) -> None:
@@ -624,7 +690,11 @@ def test_what_is_not_the_stores_is_counted_once(store: Store, folder: Path) -> N
     store.write_verdict(Q, VERDICT)
     (folder / "q.memory_cache").write_bytes(b"x" * 80)
     found = store.scan()
-    assert found.foreign == {folder / "notes.txt": 10, folder / "lost.bin": 20, store.root / "stray": 9}
+    assert found.foreign == {
+        folder / "notes.txt": 10,
+        folder / "lost.bin": 20,
+        store.root / "stray": 9,
+    }
     assert found.observed()[Q].size_bytes == 80
 
 
@@ -634,14 +704,18 @@ def test_a_disk_may_be_remounted_read_only_under_an_open_store(store: Store) -> 
     opened = [path for path in links if str(store.root) in str(path.readlink())]
     assert opened
     for path in opened:
-        flags = int(Path("/proc/self/fdinfo", path.name).read_text().partition("flags:")[2].split()[0], 8)
+        flags = int(
+            Path("/proc/self/fdinfo", path.name).read_text().partition("flags:")[2].split()[0], 8
+        )
         assert flags & os.O_ACCMODE == os.O_RDONLY
 
 
 # --- crashes ---
 
 
-def test_leftovers_of_a_crash_are_swept_when_the_store_is_opened(store: Store, folder: Path) -> None:
+def test_leftovers_of_a_crash_are_swept_when_the_store_is_opened(
+    store: Store, folder: Path
+) -> None:
     """What was staged; nothing else."""
     (folder / ".stage-p-0123").write_bytes(b"half")
     (folder / ".stage-p-0123.json").write_bytes(b"half")
@@ -657,7 +731,9 @@ STEPS = 40
 
 
 @pytest.mark.parametrize("earlier", [None, "one"], ids=["first", "replacement"])
-def test_a_crash_at_any_step_of_a_commit_leaves_no_wrong_artifact(tmp_path: Path, earlier: str | None) -> None:
+def test_a_crash_at_any_step_of_a_commit_leaves_no_wrong_artifact(
+    tmp_path: Path, earlier: str | None
+) -> None:
     """The old artifact, the new one, or one that is reported: never a fresh verdict on bytes that do not match."""
     for nth in range(1, STEPS + 1):
         store = Store(tmp_path / str(nth))
@@ -666,7 +742,9 @@ def test_a_crash_at_any_step_of_a_commit_leaves_no_wrong_artifact(tmp_path: Path
             publish(store, P, earlier)
         store.close()
     command = [sys.executable, "-m", "tests.integration.commit_script", str(tmp_path), "two"]
-    crashes = subprocess.run(command, capture_output=True, text=True, check=False, cwd=Path(__file__).parents[2])
+    crashes = subprocess.run(
+        command, capture_output=True, text=True, check=False, cwd=Path(__file__).parents[2]
+    )
     assert (crashes.returncode, crashes.stderr) == (0, "")
     steps = int(crashes.stdout)
     assert 8 < steps < STEPS
@@ -686,7 +764,9 @@ def outcome(root: Path) -> str:
         if found.corrupt:
             assert publish(store, P, "two") == store.scan().artifacts[P]
             return "corrupt"
-        (content,) = [c for c in ("one", "two") if (root / "m/p.memory_cache").read_bytes() == contents(c)[0]]
+        (content,) = [
+            c for c in ("one", "two") if (root / "m/p.memory_cache").read_bytes() == contents(c)[0]
+        ]
         data, prefix = contents(content)
         assert (root / "m/p.bin").read_bytes() == prefix
         assert make_sidecar(P, data, prefix) == store.scan().artifacts[P].sidecar
@@ -729,7 +809,9 @@ def only_retired(store: Store) -> Retired:
     return retired
 
 
-def test_a_retired_artifact_leaves_its_place_and_is_found_by_its_fingerprint(store: Store, folder: Path) -> None:
+def test_a_retired_artifact_leaves_its_place_and_is_found_by_its_fingerprint(
+    store: Store, folder: Path
+) -> None:
     """With the time of its retirement; its model's folder goes when nothing is left in it."""
     before = time.time() - 1
     store.retire(P)
@@ -741,7 +823,9 @@ def test_a_retired_artifact_leaves_its_place_and_is_found_by_its_fingerprint(sto
 
 
 @pytest.mark.parametrize("take", [True, False])
-def test_a_retired_artifact_is_adopted_under_another_name(store: Store, folder: Path, take: bool) -> None:
+def test_a_retired_artifact_is_adopted_under_another_name(
+    store: Store, folder: Path, take: bool
+) -> None:
     """It is what it was, but for its name; taken over, nothing of it is left where it was."""
     store.retire(P)
     artifact = store.adopt(Key("n", "other"), fingerprint_of("one"), source=None, take=take)
@@ -785,7 +869,9 @@ def test_a_commit_puts_aside_only_another_fingerprint(store: Store) -> None:
     assert store.scan().retired == {}
 
 
-def test_without_links_the_file_is_copied(store: Store, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_links_the_file_is_copied(
+    store: Store, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """As on FAT."""
 
     def refuse(*_: object) -> None:
@@ -816,7 +902,9 @@ def test_a_source_that_changed_without_a_trace_is_found_out(store: Store, folder
     settle(folder / "p.memory_cache")
     assert not store.scan().artifacts[P].corrupt
     store.digests.trust(
-        folder / "p.memory_cache", flipped(folder / "p.memory_cache"), make_sidecar(P, *contents("one")).sha256
+        folder / "p.memory_cache",
+        flipped(folder / "p.memory_cache"),
+        make_sidecar(P, *contents("one")).sha256,
     )
     with pytest.raises(StoreError, match="not what its sidecar says"):
         store.adopt(Q, fingerprint_of("one"), source=P, take=False)
@@ -849,7 +937,10 @@ def test_the_oldest_retired_artifacts_give_back_what_is_needed(store: Store) -> 
         store.retire(P)
         os.utime(store.root / ".retired" / fingerprint_of(content), (at, at))
     store.release(1)
-    assert {one.fingerprint for one in store.scan().retired.values()} == {fingerprint_of("two"), fingerprint_of("six")}
+    assert {one.fingerprint for one in store.scan().retired.values()} == {
+        fingerprint_of("two"),
+        fingerprint_of("six"),
+    }
     store.release(1 << 30)
     assert store.scan().retired == {}
 
@@ -863,7 +954,9 @@ def test_all_retired_artifacts_of_a_prompt_can_be_deleted(store: Store) -> None:
     assert only_retired(store).key == Q
 
 
-def test_a_retired_artifact_of_a_prompt_without_a_sidecar_is_removed(store: Store, folder: Path) -> None:
+def test_a_retired_artifact_of_a_prompt_without_a_sidecar_is_removed(
+    store: Store, folder: Path
+) -> None:
     """Nobody knows what it is."""
     (folder / "p.json").write_text("{}")
     store.retire(P)

@@ -1,4 +1,7 @@
-"""Thousands of faults in any order, and no wrong answer: see `storm`. docs/reliability.md has what longer runs gave."""
+"""Thousands of faults in any order, and no wrong answer: see `storm`.
+
+docs/reliability.md has what longer runs gave.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +27,9 @@ def test_after_any_storm_every_prompt_is_fresh_and_no_answer_was_wrong() -> None
             stateful_step_count=STEPS_EACH,
             derandomize=not SEED,
             database=None,
-            phases=[Phase.generate],  # shrinking a storm takes minutes; the failure prints its steps
+            phases=[
+                Phase.generate
+            ],  # shrinking a storm takes minutes; the failure prints its steps
             deadline=None,
             suppress_health_check=list(HealthCheck),
             print_blob=True,
@@ -34,7 +39,9 @@ def test_after_any_storm_every_prompt_is_fresh_and_no_answer_was_wrong() -> None
     print(f"{storm.steps - before} steps")
 
 
-def test_a_model_that_was_loaded_between_two_replacements_is_not_taken_for_the_one_that_came_back() -> None:
+def test_a_model_that_was_loaded_between_two_replacements_is_not_taken_for_the_one_that_came_back() -> (
+    None
+):
     """The worker loaded the file that was there for a moment, and a build of it got the fingerprint of the other."""
     one = storm.Storm()
     one.begin()

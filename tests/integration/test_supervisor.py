@@ -22,7 +22,14 @@ import pytest
 
 from rkcached.engines.base import FinishReason, ModelSpec, Sampling
 from rkcached.engines.memory import Fault, MemoryModel, expected_text
-from rkcached.errors import EngineError, ModelLoadError, WorkerDied, WorkerError, WorkerTimeout, WorkerUnavailable
+from rkcached.errors import (
+    EngineError,
+    ModelLoadError,
+    WorkerDied,
+    WorkerError,
+    WorkerTimeout,
+    WorkerUnavailable,
+)
 from rkcached.host import isolated
 from rkcached.worker import memory, protocol, scratch
 from rkcached.worker.model import Backoff, Deadlines, WorkerModel
@@ -97,8 +104,12 @@ class Site:
             idle_unload_s=idle_unload_s,
         )
 
-    def misbehaving(self, name: str, *, deadlines: Deadlines = PATIENT, max_memory_bytes: int | None = None) -> Worker:
-        worker = self.worker(implementation=f"tests.integration.misbehaving:{name}", deadlines=deadlines)
+    def misbehaving(
+        self, name: str, *, deadlines: Deadlines = PATIENT, max_memory_bytes: int | None = None
+    ) -> Worker:
+        worker = self.worker(
+            implementation=f"tests.integration.misbehaving:{name}", deadlines=deadlines
+        )
         worker.model = replace(worker.model, max_memory_bytes=max_memory_bytes)
         return worker
 
@@ -111,7 +122,9 @@ class Site:
             if isinstance(event, protocol.Piece):
                 pieces.append(event.text)
 
-        done = await worker.run(lambda n: protocol.Generate(id=n, prompt=PROMPT, sampling=sampling), on_event)
+        done = await worker.run(
+            lambda n: protocol.Generate(id=n, prompt=PROMPT, sampling=sampling), on_event
+        )
         assert isinstance(done, protocol.Done)
         return "".join(pieces), done
 
@@ -137,7 +150,9 @@ async def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator
     for name in ("RUNTIME_DIRECTORY", "XDG_RUNTIME_DIR"):
         monkeypatch.delenv(name, raising=False)
     ours = isolated.folders()
-    monkeypatch.setattr(isolated, "folders", lambda: [*ours, str(ROOT)])  # where the misbehaving engines are
+    monkeypatch.setattr(
+        isolated, "folders", lambda: [*ours, str(ROOT)]
+    )  # where the misbehaving engines are
     yield site
     for worker in site.workers:
         await worker.stop()
@@ -161,7 +176,12 @@ async def test_a_worker_starts_answers_and_stops(site: Site) -> None:
     assert (worker.pid, worker.state) == (pid, WorkerState.READY)
     await worker.stop()
     await worker.stop()
-    assert (worker.state, worker.pid, worker.info, site.is_clean()) == (WorkerState.STOPPED, None, None, True)
+    assert (worker.state, worker.pid, worker.info, site.is_clean()) == (
+        WorkerState.STOPPED,
+        None,
+        None,
+        True,
+    )
     assert await site.answers(worker)
 
 
@@ -202,16 +222,29 @@ async def test_what_a_library_prints_disturbs_nobody(site: Site) -> None:
     assert await site.answers(site.misbehaving("Chatty"))
 
 
-async def test_the_environment_is_scrubbed_and_the_session_its_own(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_the_environment_is_scrubbed_and_the_session_its_own(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """What systemd tells the daemon is not for its children, and Ctrl-C at the terminal neither."""
-    for name in ("NOTIFY_SOCKET", "LISTEN_FDS", "LISTEN_PID", "LISTEN_FDNAMES", "WATCHDOG_USEC", "WATCHDOG_PID"):
+    for name in (
+        "NOTIFY_SOCKET",
+        "LISTEN_FDS",
+        "LISTEN_PID",
+        "LISTEN_FDNAMES",
+        "WATCHDOG_USEC",
+        "WATCHDOG_PID",
+    ):
         monkeypatch.setenv(name, "1")
     monkeypatch.setenv("KEPT", "yes")
     worker = site.misbehaving("ShowsEnvironment")
     facts = json.loads((await worker.ensure()).runtime_version)
     assert facts["pid"] == facts["session"] == site.note(worker)
     assert facts["environment"]["KEPT"] == "yes"
-    assert not [name for name in facts["environment"] if name.startswith(("NOTIFY_", "LISTEN_", "WATCHDOG_"))]
+    assert not [
+        name
+        for name in facts["environment"]
+        if name.startswith(("NOTIFY_", "LISTEN_", "WATCHDOG_"))
+    ]
 
 
 # --- scratch folders ---
@@ -220,7 +253,10 @@ async def test_the_environment_is_scrubbed_and_the_session_its_own(site: Site, m
 async def test_a_worker_whose_scratch_folder_is_deleted_is_replaced(
     site: Site, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Cleaners of temporary files do so. The very next request is answered, without a pause, and the log says why."""
+    """Cleaners of temporary files do so.
+
+    The very next request is answered, without a pause, and the log says why.
+    """
     worker = site.worker()
     assert await site.answers(worker)
     first = site.note(worker)
@@ -228,7 +264,10 @@ async def test_a_worker_whose_scratch_folder_is_deleted_is_replaced(
     shutil.rmtree(folder)
     assert await site.answers(worker)
     assert is_gone(first)
-    assert (worker.restarts, worker.last_failure) == (1, f"its scratch folder was deleted: {folder}")
+    assert (worker.restarts, worker.last_failure) == (
+        1,
+        f"its scratch folder was deleted: {folder}",
+    )
     assert "worker restarted" in capsys.readouterr().out
     assert len(list(site.scratch.iterdir())) == 1
 
@@ -271,7 +310,10 @@ sys.stdin.read()
 
 
 def test_scratch_folders_are_swept_by_their_lock(site: Site) -> None:
-    """Whose holder lives is left alone, whatever its pid; who was killed leaves it behind. Others' are not ours."""
+    """Whose holder lives is left alone, whatever its pid; who was killed leaves it behind.
+
+    Others' are not ours.
+    """
     others = site.scratch / "rkcached-1-old"
     others.mkdir()
     with subprocess.Popen(
@@ -294,7 +336,9 @@ def test_scratch_folders_are_swept_by_their_lock(site: Site) -> None:
     others.rmdir()
 
 
-def test_scratch_folders_are_in_the_runtime_directory(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_scratch_folders_are_in_the_runtime_directory(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """In systemd's for the daemon, in the user's own, never in one that others may write; else the temporary one."""
     runtime, user, open_to_all = (site.root / name for name in ("runtime", "user", "open"))
     for folder in (runtime, user, open_to_all):
@@ -318,13 +362,21 @@ def test_scratch_folders_are_in_the_runtime_directory(site: Site, monkeypatch: p
 
 # --- deaths ---
 
-ENDINGS = {"segfault": "was killed by SIGSEGV", "abort": "was killed by SIGABRT", "exit": "exited with code 3"}
+ENDINGS = {
+    "segfault": "was killed by SIGSEGV",
+    "abort": "was killed by SIGABRT",
+    "exit": "exited with code 3",
+}
 
 
 @pytest.mark.parametrize("kind", ENDINGS)
-async def test_a_crash_while_answering_is_told_and_the_next_request_works(site: Site, kind: str) -> None:
+async def test_a_crash_while_answering_is_told_and_the_next_request_works(
+    site: Site, kind: str
+) -> None:
     """The running request fails with the cause; the first failure costs no delay."""
-    worker = site.worker(MemoryModel(faults=(msgspec.convert({"op": "generate", "kind": kind, "at": 30}, Fault),)))
+    worker = site.worker(
+        MemoryModel(faults=(msgspec.convert({"op": "generate", "kind": kind, "at": 30}, Fault),))
+    )
     assert await site.answers(worker)
     with pytest.raises(WorkerDied, match=ENDINGS[kind]):
         await site.ask(worker)
@@ -336,7 +388,9 @@ async def test_a_crash_while_answering_is_told_and_the_next_request_works(site: 
 @pytest.mark.parametrize("kind", ENDINGS)
 async def test_a_crash_at_start_is_told(site: Site, kind: str) -> None:
     """As a death, not as an endless wait."""
-    worker = site.worker(MemoryModel(faults=(msgspec.convert({"op": "init", "kind": kind}, Fault),)))
+    worker = site.worker(
+        MemoryModel(faults=(msgspec.convert({"op": "init", "kind": kind}, Fault),))
+    )
     with pytest.raises(WorkerDied, match=ENDINGS[kind]):
         await worker.ensure()
     assert (worker.state, worker.pid) == (WorkerState.BACKOFF, None)
@@ -348,14 +402,21 @@ async def test_a_crash_while_building_is_told(site: Site) -> None:
     with pytest.raises(WorkerDied, match="SIGSEGV"):
         await worker.run(
             lambda n: protocol.Build(
-                id=n, prefix="a", probe="ab", path="/dev/null", verify=protocol.VerifyMode.OFF, min_tokens=0
+                id=n,
+                prefix="a",
+                probe="ab",
+                path="/dev/null",
+                verify=protocol.VerifyMode.OFF,
+                min_tokens=0,
             )
         )
 
 
 async def test_a_death_tells_the_last_words(site: Site) -> None:
     """A native library gives its reason in the log only."""
-    with pytest.raises(WorkerDied, match=r"exited with code 4; its last words: rknn: out of memory"):
+    with pytest.raises(
+        WorkerDied, match=r"exited with code 4; its last words: rknn: out of memory"
+    ):
         await site.misbehaving("FailsToLoad").ensure()
 
 
@@ -383,7 +444,9 @@ async def test_a_hang_is_killed_at_its_deadline(site: Site, op: str) -> None:
     model = MemoryModel(faults=(msgspec.convert({"op": op, "kind": "hang", "at": 1}, Fault),))
     never_s = 10 * DEADLINE_S
     loading, answering = (1.0, never_s) if op == "init" else (never_s, 0.3)
-    worker = site.worker(model, deadlines=Deadlines(start_s=loading, silence_s=answering, stop_s=0.3))
+    worker = site.worker(
+        model, deadlines=Deadlines(start_s=loading, silence_s=answering, stop_s=0.3)
+    )
     async with asyncio.timeout(DEADLINE_S):
         with pytest.raises(WorkerTimeout, match="said nothing for"):
             await site.ask(worker)
@@ -408,10 +471,14 @@ async def test_what_breaks_the_protocol_is_killed(site: Site, name: str) -> None
 
 async def test_a_process_that_a_library_left_behind_holds_nobody_up(site: Site) -> None:
     """Regression: it keeps the worker's output open, and the supervisor waited for its end."""
-    worker = site.misbehaving("LeavesAChild", deadlines=Deadlines(start_s=20.0, silence_s=20.0, stop_s=0.3))
+    worker = site.misbehaving(
+        "LeavesAChild", deadlines=Deadlines(start_s=20.0, silence_s=20.0, stop_s=0.3)
+    )
     descriptors = psutil.Process().num_fds()
     async with asyncio.timeout(DEADLINE_S):
-        with pytest.raises(WorkerDied, match="exited with code 5; its last words: sleeper") as caught:
+        with pytest.raises(
+            WorkerDied, match="exited with code 5; its last words: sleeper"
+        ) as caught:
             await site.ask(worker)
     os.kill(int(caught.value.message.split()[-1]), signal.SIGKILL)
     await until(lambda: psutil.Process().num_fds() <= descriptors)
@@ -433,14 +500,20 @@ async def test_a_defect_of_ours_in_a_start_leaves_no_process(site: Site) -> None
     worker.model = replace(worker.model, max_memory_bytes=object())  # type: ignore[arg-type]
     with pytest.raises(TypeError):
         await worker.ensure()
-    assert (worker.state, worker.pid, list(site.scratch.iterdir())) == (WorkerState.STOPPED, None, [])
+    assert (worker.state, worker.pid, list(site.scratch.iterdir())) == (
+        WorkerState.STOPPED,
+        None,
+        [],
+    )
     assert not psutil.Process().children()
 
 
 # --- memory ---
 
 LIMIT = 256 << 20
-REFUSED = "it wanted more than engine.max_memory_bytes (268,435,456 bytes); raise that in the manifest"
+REFUSED = (
+    "it wanted more than engine.max_memory_bytes (268,435,456 bytes); raise that in the manifest"
+)
 
 
 async def test_a_worker_that_eats_memory_dies_of_its_limit_and_says_so(site: Site) -> None:
@@ -454,7 +527,9 @@ async def test_a_worker_that_eats_memory_dies_of_its_limit_and_says_so(site: Sit
     await worker.ensure()
 
 
-async def test_a_model_that_does_not_fit_into_the_limit_is_a_refusal_that_says_so(site: Site) -> None:
+async def test_a_model_that_does_not_fit_into_the_limit_is_a_refusal_that_says_so(
+    site: Site,
+) -> None:
     """A library that notices its failed allocation refuses the model; the process did not crash."""
     worker = site.misbehaving("EatsMemoryAtLoad", max_memory_bytes=LIMIT)
     with pytest.raises(ModelLoadError) as caught:
@@ -483,7 +558,9 @@ def test_a_mapped_model_file_is_not_counted(tmp_path: Path) -> None:
     assert done.stderr.endswith("MemoryError\n")
 
 
-def test_a_worker_that_the_kernel_killed_for_memory_is_told_from_another_kill(tmp_path: Path) -> None:
+def test_a_worker_that_the_kernel_killed_for_memory_is_told_from_another_kill(
+    tmp_path: Path,
+) -> None:
     """By the count of the daemon's own cgroup; where there is none, SIGKILL is all that is known."""
     own, group = tmp_path / "cgroup", tmp_path / "system.slice/rkcached.service"
     assert memory.kernel_kills(own, tmp_path) == 0
@@ -504,10 +581,22 @@ def test_a_worker_that_the_kernel_killed_for_memory_is_told_from_another_kill(tm
 def test_the_backoff_doubles_up_to_a_limit() -> None:
     """The first failure is forgiven; no number of failures overflows."""
     backoff = Backoff(base_s=0.25, limit_s=30.0)
-    assert [backoff.delay(n) for n in (0, 1, 2, 3, 4, 8, 9, 10, 10_000)] == [0, 0, 0.25, 0.5, 1, 16, 30, 30, 30]
+    assert [backoff.delay(n) for n in (0, 1, 2, 3, 4, 8, 9, 10, 10_000)] == [
+        0,
+        0,
+        0.25,
+        0.5,
+        1,
+        16,
+        30,
+        30,
+        30,
+    ]
 
 
-async def test_failures_in_a_row_make_the_worker_rest_and_a_success_is_a_fresh_start(site: Site) -> None:
+async def test_failures_in_a_row_make_the_worker_rest_and_a_success_is_a_fresh_start(
+    site: Site,
+) -> None:
     """While it rests it says for how long; after the rest it is started by whoever asks."""
     crash = MemoryModel(faults=(Fault(op="generate", kind="exit", at=30),))
     worker = site.worker(crash, backoff=Backoff(base_s=0.2, limit_s=60.0))
@@ -520,7 +609,9 @@ async def test_failures_in_a_row_make_the_worker_rest_and_a_success_is_a_fresh_s
     with pytest.raises(WorkerDied):
         await site.ask(worker)
     assert 0.0 < worker.retry_in_s() <= 0.2
-    with pytest.raises(WorkerUnavailable, match="rests after 2 failures in a row: exited with code 3"):
+    with pytest.raises(
+        WorkerUnavailable, match="rests after 2 failures in a row: exited with code 3"
+    ):
         await worker.ensure()
     await until(lambda: worker.retry_in_s() == 0.0)
     with pytest.raises(WorkerDied):
@@ -602,7 +693,9 @@ async def test_an_abort_ends_the_request_with_what_it_has(site: Site) -> None:
 async def test_an_engine_that_ignores_an_abort_is_killed(site: Site) -> None:
     """Within the time for stopping; the next request starts another one without delay."""
     never_s = 10 * DEADLINE_S
-    worker = site.misbehaving("Stubborn", deadlines=Deadlines(start_s=never_s, silence_s=never_s, stop_s=0.3))
+    worker = site.misbehaving(
+        "Stubborn", deadlines=Deadlines(start_s=never_s, silence_s=never_s, stop_s=0.3)
+    )
     asking = asyncio.create_task(site.ask(worker))
     await until(lambda: worker.state is WorkerState.BUSY)
     asking.cancel()
@@ -641,7 +734,11 @@ async def test_stopping_during_a_start_leaves_nothing_behind(site: Site, turns: 
     await worker.stop()
     with pytest.raises(WorkerUnavailable, match="was stopped"):
         await starting
-    assert (worker.state, worker.pid, list(site.scratch.iterdir())) == (WorkerState.STOPPED, None, [])
+    assert (worker.state, worker.pid, list(site.scratch.iterdir())) == (
+        WorkerState.STOPPED,
+        None,
+        [],
+    )
     assert not psutil.Process().children()
 
 

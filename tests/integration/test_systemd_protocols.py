@@ -100,7 +100,9 @@ def test_the_status_is_one_line_sent_when_it_changed(manager: Listener) -> None:
     """Names may have any letters; what looks like another assignment is none."""
     service = Service()
     service.status("1 fresh, manifest rejected: /etc/ü/→.yaml:3: bad\nREADY=1")
-    assert manager.next().decode() == "STATUS=1 fresh, manifest rejected: /etc/ü/→.yaml:3: bad READY=1"
+    assert (
+        manager.next().decode() == "STATUS=1 fresh, manifest rejected: /etc/ü/→.yaml:3: bad READY=1"
+    )
     service.status("1 fresh, manifest rejected: /etc/ü/→.yaml:3: bad READY=1")
     assert manager.silent_for(0.05)
     close(service)
@@ -117,7 +119,9 @@ def test_without_systemd_nothing_happens(monkeypatch: pytest.MonkeyPatch) -> Non
     assert (service.notified, service.pulse_s, listen_fds()) == (False, None, {})
 
 
-def test_what_is_meant_for_another_process_is_left_alone(manager: Listener, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_meant_for_another_process_is_left_alone(
+    manager: Listener, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A child that inherited the environment is neither watched nor given sockets."""
     monkeypatch.setenv("WATCHDOG_PID", "1")
     monkeypatch.setenv("LISTEN_PID", "1")
@@ -171,7 +175,9 @@ def test_passed_sockets_are_used_and_stay(space: Workspace) -> None:
     """As systemd starts us: the daemon answers on both, and neither changes their modes nor removes them."""
     paths = {"rkcached": space.root / "s.sock", "admin": space.root / "admin.sock"}
     # The other way round than they are asked for: the names count.
-    start_by_sockets(space, "admin:rkcached", [listening(paths["admin"]), listening(paths["rkcached"])])
+    start_by_sockets(
+        space, "admin:rkcached", [listening(paths["admin"]), listening(paths["rkcached"])]
+    )
     wait_until(lambda: space.status()["ready"], "the daemon is ready")
     with space.http(admin=True) as client:
         assert client.post("/v1/reload").status_code == 200
@@ -200,12 +206,18 @@ def test_every_socket_of_a_name_is_served(space: Workspace) -> None:
 @pytest.mark.parametrize(
     ("names", "kind", "said"),
     [
-        ("rkcached:my.socket", socket.SOCK_STREAM, "named 'my.socket', which rkcached does not know"),
+        (
+            "rkcached:my.socket",
+            socket.SOCK_STREAM,
+            "named 'my.socket', which rkcached does not know",
+        ),
         ("rkcached", socket.SOCK_STREAM, "named 'unknown', which rkcached does not know"),
         ("rkcached:admin", socket.SOCK_DGRAM, "'admin' does not listen for connections"),
     ],
 )
-def test_a_socket_that_nobody_would_serve(space: Workspace, names: str, kind: int, said: str) -> None:
+def test_a_socket_that_nobody_would_serve(
+    space: Workspace, names: str, kind: int, said: str
+) -> None:
     """The daemon does not start: it says what to set in the unit, and tells those that wait at its sockets."""
     listener = listening(space.root / "s.sock")
     other = socket.socket(socket.AF_UNIX, kind)
@@ -257,7 +269,12 @@ def fields(datagram: bytes) -> dict[str, str]:
 def test_an_event_is_an_entry_with_fields(journald: tuple[Journal, Listener]) -> None:
     """The words are the event's, in capitals; the state has a name that is ours."""
     journal, listener = journald
-    journal.send(level="warning", message="said", event="prompt not cached", fields={"model": "m", "state": "blocked"})
+    journal.send(
+        level="warning",
+        message="said",
+        event="prompt not cached",
+        fields={"model": "m", "state": "blocked"},
+    )
     assert fields(listener.next()) == {
         "MESSAGE": "said",
         "PRIORITY": "4",
@@ -271,10 +288,21 @@ def test_an_event_is_an_entry_with_fields(journald: tuple[Journal, Listener]) ->
 def test_a_value_cannot_forge_a_field(journald: tuple[Journal, Listener]) -> None:
     """Line breaks are data; our own fields, and names that the journal does not take, are not overwritten."""
     journal, listener = journald
-    bad = {"reason": "a\nPRIORITY=0", "priority": "0", "message": "x", "_uid": "0", "1st": "x", "ümlaut": "x"}
+    bad = {
+        "reason": "a\nPRIORITY=0",
+        "priority": "0",
+        "message": "x",
+        "_uid": "0",
+        "1st": "x",
+        "ümlaut": "x",
+    }
     journal.send(level="error", message="first\nsecond", event="e", fields=bad)
     entry = fields(listener.next())
-    assert (entry["MESSAGE"], entry["PRIORITY"], entry["REASON"]) == ("first\nsecond", "3", "a\nPRIORITY=0")
+    assert (entry["MESSAGE"], entry["PRIORITY"], entry["REASON"]) == (
+        "first\nsecond",
+        "3",
+        "a\nPRIORITY=0",
+    )
     assert entry.keys() == {"MESSAGE", "PRIORITY", "SYSLOG_IDENTIFIER", "EVENT", "REASON"}
 
 
@@ -317,7 +345,9 @@ def service() -> Iterator[Service]:
     close(service)
 
 
-async def test_a_stuck_look_starves_the_watchdog(manager: Listener, nothing: Workspace, service: Service) -> None:
+async def test_a_stuck_look_starves_the_watchdog(
+    manager: Listener, nothing: Workspace, service: Service
+) -> None:
     """The event loop runs, but the reconcile loop waits for a disk: no sign of life, unless the reading gets on."""
     store = SlowDisk(nothing.cache)
     async with reconciling(nothing, store, service):
@@ -340,7 +370,9 @@ async def test_a_build_past_every_deadline_starves_the_watchdog(
         await reconciler.looked.wait()
         limit_s = Deadlines().start_s + 30
         young, old = time.monotonic() - limit_s + 20, time.monotonic() - limit_s - 1
-        reconciler.progress = BuildProgress(key=Key("m", "a"), reason="", fingerprint="", started=young)
+        reconciler.progress = BuildProgress(
+            key=Key("m", "a"), reason="", fingerprint="", started=young
+        )
         manager.drain()
         assert b"WATCHDOG=1" in await asyncio.to_thread(manager.next)
         reconciler.progress.started = old

@@ -195,10 +195,16 @@ def test_polling_finds_each_kind_of_change(polled: Polled, tmp_path: Path) -> No
     folder.mkdir()
     file.write_text("text A")
     poller.poll({str(folder): {"file"}, str(tmp_path): set()})
-    wait_found(polled, file, lambda: None)  # the first poll finds all new: it may have changed before
+    wait_found(
+        polled, file, lambda: None
+    )  # the first poll finds all new: it may have changed before
     wait_found(polled, file, lambda: file.write_text("a longer text"))
     info = file.stat()
-    wait_found(polled, file, lambda: (file.write_text("a longer word"), os.utime(file, ns=(0, info.st_mtime_ns))))
+    wait_found(
+        polled,
+        file,
+        lambda: (file.write_text("a longer word"), os.utime(file, ns=(0, info.st_mtime_ns))),
+    )
     wait_found(polled, file, file.unlink)
     wait_found(polled, file, lambda: file.write_text("back"))
     wait_found(polled, file, lambda: file.chmod(0o600))

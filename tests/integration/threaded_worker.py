@@ -1,7 +1,8 @@
 """A worker whose child is a thread: thousands of starts and deaths in seconds.
 
-The supervisor, the protocol, the child's channel, the operations and the memory engine are the real ones; only the
-process is missing. To be killed is to lose the socket; the death is over when the thread has ended.
+The supervisor, the protocol, the child's channel, the operations and the memory engine are the real
+ones; only the process is missing. To be killed is to lose the socket; the death is over when the
+thread has ended.
 """
 
 from __future__ import annotations
@@ -69,7 +70,9 @@ class ThreadProcess:
         except EngineError as error:
             channel.send(protocol.failed(0, error))
             return
-        while isinstance(message := channel.receive(), protocol.Build | protocol.Generate | protocol.Check):
+        while isinstance(
+            message := channel.receive(), protocol.Build | protocol.Generate | protocol.Check
+        ):
             child._run(session, channel, message)
         session.engine.close()
 

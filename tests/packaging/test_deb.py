@@ -27,7 +27,16 @@ from tests.waiting import wait_until
 
 ROOT = Path(__file__).parents[2]
 NEXT_VERSION = f"{__version__}.1"
-SOURCES = ("rkcached", "etc", "systemd", "man", "completions", "packaging", "docs", "pyproject.toml")
+SOURCES = (
+    "rkcached",
+    "etc",
+    "systemd",
+    "man",
+    "completions",
+    "packaging",
+    "docs",
+    "pyproject.toml",
+)
 SOURCES += ("README.md", "CHANGELOG.md", "LICENSE")
 MACHINES = {"amd64": "x86_64", "arm64": "aarch64"}
 TEXTS = {name: f"You are prompt {name}.\n" * 20 for name in ("a", "b")}
@@ -45,12 +54,26 @@ def missing(what: str) -> None:
 
 def build(source: Path, out: Path, *architectures: str) -> dict[str, Path]:
     """Build packages from `source`; by name and architecture."""
-    command = [sys.executable, str(source / "packaging/build_deb.py"), "--work", str(ROOT / "build"), "--out", str(out)]
+    command = [
+        sys.executable,
+        str(source / "packaging/build_deb.py"),
+        "--work",
+        str(ROOT / "build"),
+        "--out",
+        str(out),
+    ]
     done = subprocess.run(
-        [*command, *(f"--arch={name}" for name in architectures)], capture_output=True, text=True, check=False
+        [*command, *(f"--arch={name}" for name in architectures)],
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
-    return {f"{name}:{rest.rpartition('_')[2]}": file for file in out.glob("*.deb") for name, _, rest in [split(file)]}
+    return {
+        f"{name}:{rest.rpartition('_')[2]}": file
+        for file in out.glob("*.deb")
+        for name, _, rest in [split(file)]
+    }
 
 
 def split(file: Path) -> tuple[str, str, str]:
@@ -83,7 +106,9 @@ def next_packages(folder: Path, packages: dict[str, Path]) -> dict[str, Path]:
 
 
 def architecture() -> str:
-    return subprocess.run(["dpkg", "--print-architecture"], capture_output=True, text=True, check=True).stdout.strip()
+    return subprocess.run(
+        ["dpkg", "--print-architecture"], capture_output=True, text=True, check=True
+    ).stdout.strip()
 
 
 @pytest.fixture(scope="module")
@@ -124,7 +149,9 @@ def test_each_python_finds_its_wheels(
     carried += [wheels.Wheel.read(file) for file in (cpu / "usr/lib/rkcached/wheels").iterdir()]
     assert wheels.needed(cpu_roots, carried, target)[1] == set()
     others = set(MACHINES.values()) - {MACHINES[debian]}
-    assert not [wheel.file.name for wheel in carried if any(other in wheel.file.name for other in others)]
+    assert not [
+        wheel.file.name for wheel in carried if any(other in wheel.file.name for other in others)
+    ]
 
 
 def test_lintian(packages: dict[str, Path]) -> None:
@@ -144,7 +171,9 @@ def lint(package: Path) -> str:
 def test_every_file_has_its_place(packages: dict[str, Path]) -> None:
     """Units, rules, manual, completions and the only configuration file that dpkg itself keeps."""
     package = str(packages["rkcached:arm64"])
-    lines = subprocess.run(["dpkg-deb", "-c", package], capture_output=True, text=True, check=True).stdout.splitlines()
+    lines = subprocess.run(
+        ["dpkg-deb", "-c", package], capture_output=True, text=True, check=True
+    ).stdout.splitlines()
     files = {line.split()[5].removeprefix(".") for line in lines if not line.startswith("d")}
     assert {
         "/usr/bin/rkcached",
@@ -175,7 +204,9 @@ class Debian:
 
     def dpkg(self, *arguments: str) -> str:
         """As an administrator without a terminal calls it: a question would be an error."""
-        done = self.machine.run("dpkg", *arguments, DEBIAN_FRONTEND="noninteractive", PYTHONPATH="/nonsense")
+        done = self.machine.run(
+            "dpkg", *arguments, DEBIAN_FRONTEND="noninteractive", PYTHONPATH="/nonsense"
+        )
         return done.stdout + done.stderr
 
     def install(self, packages: dict[str, Path], *names: str) -> str:
@@ -190,11 +221,16 @@ class Debian:
 
     def artifacts(self) -> dict[str, str]:
         """Each prompt cache with its time of change."""
-        lines = self.machine.run("find", "/var/cache/rkcached", "-name", "*_cache", "-printf", "%p %T@\n").stdout
+        lines = self.machine.run(
+            "find", "/var/cache/rkcached", "-name", "*_cache", "-printf", "%p %T@\n"
+        ).stdout
         return dict(line.split() for line in lines.splitlines())
 
     def wait_fresh(self) -> None:
-        wait_until(lambda: self.machine.states() == {"a": "fresh", "b": "fresh"}, lambda: str(self.machine.status()))
+        wait_until(
+            lambda: self.machine.states() == {"a": "fresh", "b": "fresh"},
+            lambda: str(self.machine.status()),
+        )
 
 
 @pytest.fixture(scope="module")
@@ -205,7 +241,9 @@ def debian(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[D
     try:
         machine.mount()
         (machine.root / "debs").mkdir()
-        (machine.root / "usr/sbin/policy-rc.d").unlink(missing_ok=True)  # CI images forbid packages to start services
+        (machine.root / "usr/sbin/policy-rc.d").unlink(
+            missing_ok=True
+        )  # CI images forbid packages to start services
         machine.boot()
         yield Debian(machine)
     finally:
@@ -232,8 +270,13 @@ def test_install(debian: Debian, packages: dict[str, Path]) -> None:
         assert machine.systemctl("is-enabled", unit).strip() == "enabled"
         assert machine.systemctl("is-active", unit).strip() == "active"
     assert machine.systemctl("is-active", "rkcached.service", code=None).strip() == "inactive"
-    modes = machine.run("stat", "-c", "%A %U:%G %n", "/etc/rkcached", "/etc/rkcached/manifest.yaml").stdout
-    assert modes == "drwxr-x--- root:rkcached /etc/rkcached\n-rw-r----- root:rkcached /etc/rkcached/manifest.yaml\n"
+    modes = machine.run(
+        "stat", "-c", "%A %U:%G %n", "/etc/rkcached", "/etc/rkcached/manifest.yaml"
+    ).stdout
+    assert (
+        modes
+        == "drwxr-x--- root:rkcached /etc/rkcached\n-rw-r----- root:rkcached /etc/rkcached/manifest.yaml\n"
+    )
     # As it stands, nothing but the runtime library and the model is missing.
     found = machine.run("rkcached", "check", code=os.EX_CONFIG).stderr
     assert "/etc/rkcached/manifest.yaml: 2 problems" in found
@@ -266,7 +309,11 @@ def test_installed_in_a_chroot_the_image_starts(
         shutil.copy(package, machine.root / "debs")
         done = subprocess.run(
             ["chroot", str(machine.root), "dpkg", "-i", f"/debs/{package.name}"],
-            env={"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "DEBIAN_FRONTEND": "noninteractive", "LC_ALL": "C.UTF-8"},
+            env={
+                "PATH": "/usr/sbin:/usr/bin:/sbin:/bin",
+                "DEBIAN_FRONTEND": "noninteractive",
+                "LC_ALL": "C.UTF-8",
+            },
             capture_output=True,
             text=True,
             check=False,
@@ -284,7 +331,9 @@ def test_installed_in_a_chroot_the_image_starts(
         machine.close()
 
 
-def test_llama_cpp_goes_and_the_daemon_goes_on(installed: Debian, packages: dict[str, Path]) -> None:
+def test_llama_cpp_goes_and_the_daemon_goes_on(
+    installed: Debian, packages: dict[str, Path]
+) -> None:
     """With rkcached-cpu the environment has llama.cpp, without it not; a running daemon takes the new one."""
     machine = installed.machine
     before, pid = installed.artifacts(), machine.main_pid
@@ -318,7 +367,8 @@ def test_another_python(installed: Debian) -> None:
 def test_upgrade(installed: Debian, next_packages: dict[str, Path]) -> None:
     """An upgrade that fails half way and then succeeds, under load.
 
-    What worked goes on until what is new works; every request is answered, and no prompt cache is built again.
+    What worked goes on until what is new works; every request is answered, and no prompt cache is
+    built again.
     """
     machine = installed.machine
     before, pid = installed.artifacts(), machine.main_pid
@@ -337,7 +387,9 @@ def test_upgrade(installed: Debian, next_packages: dict[str, Path]) -> None:
 
     thread = threading.Thread(target=client)
     thread.start()
-    module = machine.run("/usr/bin/python3", "-c", "import venv; print(venv.__path__[0])").stdout.strip()
+    module = machine.run(
+        "/usr/bin/python3", "-c", "import venv; print(venv.__path__[0])"
+    ).stdout.strip()
     file = next_packages[f"rkcached:{architecture()}"]
     try:
         machine.run("mv", module, f"{module}.away")
@@ -364,8 +416,15 @@ def test_what_the_administrator_changed_stays(installed: Debian) -> None:
     """A socket that was disabled and a sample prompt that was deleted do not come back with the next configuration."""
     machine = installed.machine
     machine.run("rm", "-f", "/etc/rkcached/prompts/assistant.md")
-    machine.systemctl("disable", "--now", "rkcached-admin.socket", "rkcached.socket", "rkcached.service")
-    machine.run("/var/lib/dpkg/info/rkcached.postinst", "configure", __version__, DPKG_MAINTSCRIPT_PACKAGE="rkcached")
+    machine.systemctl(
+        "disable", "--now", "rkcached-admin.socket", "rkcached.socket", "rkcached.service"
+    )
+    machine.run(
+        "/var/lib/dpkg/info/rkcached.postinst",
+        "configure",
+        __version__,
+        DPKG_MAINTSCRIPT_PACKAGE="rkcached",
+    )
     assert not installed.exists("/etc/rkcached/prompts/assistant.md")
     assert machine.systemctl("is-enabled", "rkcached.socket", code=None).strip() == "disabled"
     assert machine.systemctl("is-active", "rkcached.socket", code=None).strip() == "inactive"
@@ -378,7 +437,11 @@ def test_remove_and_purge(installed: Debian, packages: dict[str, Path]) -> None:
     before = installed.artifacts()
     installed.dpkg("--remove", "rkcached")
     assert machine.show("ActiveState") == "inactive"
-    for path in ("/usr/lib/rkcached", "/usr/bin/rkcached", "/usr/lib/systemd/system/rkcached.service"):
+    for path in (
+        "/usr/lib/rkcached",
+        "/usr/bin/rkcached",
+        "/usr/lib/systemd/system/rkcached.service",
+    ):
         assert not installed.exists(path)
     for path in ("/etc/rkcached/manifest.yaml", "/etc/default/rkcached", "/var/lib/rkcached"):
         assert installed.exists(path)
@@ -388,7 +451,13 @@ def test_remove_and_purge(installed: Debian, packages: dict[str, Path]) -> None:
     installed.wait_fresh()
     assert before == installed.artifacts()
     installed.dpkg("--purge", "rkcached")
-    for path in ("/etc/rkcached", "/etc/default/rkcached", "/var/cache/rkcached", "/var/lib/rkcached", "/run/rkcached"):
+    for path in (
+        "/etc/rkcached",
+        "/etc/default/rkcached",
+        "/var/cache/rkcached",
+        "/var/lib/rkcached",
+        "/run/rkcached",
+    ):
         assert not installed.exists(path), path
     left = machine.run("find", "/etc/systemd", "/var/lib/systemd", "-name", "*rkcached*").stdout
     assert left == ""

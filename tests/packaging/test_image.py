@@ -31,7 +31,9 @@ def program(path: Path, machine: int) -> None:
 
 
 @pytest.mark.parametrize(("number", "machine"), [(183, "aarch64"), (62, "x86_64")])
-@pytest.mark.parametrize("link", ["python3.13", "/usr/bin/python3.13", "../../etc/alternatives/python3"])
+@pytest.mark.parametrize(
+    "link", ["python3.13", "/usr/bin/python3.13", "../../etc/alternatives/python3"]
+)
 def test_the_image_s_own_python_is_found(
     image: ModuleType, tmp_path: Path, link: str, number: int, machine: str
 ) -> None:
@@ -52,7 +54,9 @@ def test_what_is_named_needs_no_image(image: ModuleType, tmp_path: Path) -> None
 
 def test_an_image_without_python_is_refused(image: ModuleType, tmp_path: Path) -> None:
     """It is never guessed from the machine that makes it; the message has the next step."""
-    with pytest.raises(SystemExit, match=r"install Python there first, or name it: TARGET_PYTHON=3\.13"):
+    with pytest.raises(
+        SystemExit, match=r"install Python there first, or name it: TARGET_PYTHON=3\.13"
+    ):
         image.find_target(tmp_path, "", "")
 
 

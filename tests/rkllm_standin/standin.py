@@ -22,14 +22,29 @@ _NUMBERS = {"B": "110", "C": "120", "C1": "1211", "D": "121", "E": "130"}
 _FLAGS = ("-std=c11", "-O1", "-Wall", "-Wextra", "-Werror", "-pthread")
 
 
-def build(group: str, directory: Path, *, version: str | None = None, defines: Mapping[str, str] | None = None) -> Path:
+def build(
+    group: str,
+    directory: Path,
+    *,
+    version: str | None = None,
+    defines: Mapping[str, str] | None = None,
+) -> Path:
     """Return the librkllmrt.so of this group, compiled below `directory` unless it is there already.
 
     `version` replaces the version string in the library (and puts one into group B, which has none);
     `defines={"NO_VERSION": "1"}` leaves it out.
     """
-    given = {"ABI": _NUMBERS[group], **({"VERSION_STRING": f'"{version}"'} if version else {}), **(defines or {})}
-    arguments = [*_FLAGS, "-fPIC", "-shared", *(f"-D{name}={value}" for name, value in given.items())]
+    given = {
+        "ABI": _NUMBERS[group],
+        **({"VERSION_STRING": f'"{version}"'} if version else {}),
+        **(defines or {}),
+    }
+    arguments = [
+        *_FLAGS,
+        "-fPIC",
+        "-shared",
+        *(f"-D{name}={value}" for name, value in given.items()),
+    ]
     return _compile(HERE / "standin.c", arguments, [], directory, "librkllmrt.so")
 
 
@@ -47,10 +62,17 @@ def write_model(path: Path, *, toolkit: str = "1.1.4", **keys: object) -> Path:
     return path
 
 
-def _compile(source: Path, arguments: list[str], libraries: list[str], directory: Path, name: str) -> Path:
-    """Run cc once for each content: the target's folder is named after it. Without a compiler, the test is skipped."""
+def _compile(
+    source: Path, arguments: list[str], libraries: list[str], directory: Path, name: str
+) -> Path:
+    """Run cc once for each content: the target's folder is named after it.
+
+    Without a compiler, the test is skipped.
+    """
     if shutil.which("cc") is None:
-        raise unittest.SkipTest("the stand-in of the RKLLM runtime needs a C compiler (apt install gcc libc6-dev)")
+        raise unittest.SkipTest(
+            "the stand-in of the RKLLM runtime needs a C compiler (apt install gcc libc6-dev)"
+        )
     content = hashlib.sha256(repr((arguments, libraries)).encode())
     for file in (source, *sorted(HERE.glob("*.h"))):
         content.update(file.read_bytes())

@@ -57,7 +57,13 @@ class Browser:
         if program is None:
             missing("Chromium: apt-get install --no-install-recommends chromium-headless-shell")
         self._port_file = profile / "DevToolsActivePort"
-        options = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run"]
+        options = [
+            "--headless",
+            "--no-sandbox",
+            "--disable-gpu",
+            "--disable-dev-shm-usage",
+            "--no-first-run",
+        ]
         options += ["--remote-debugging-port=0", f"--user-data-dir={profile}", "--hide-scrollbars"]
         self._process = subprocess.Popen(
             [str(program), *options, "about:blank"],
@@ -79,7 +85,9 @@ class Browser:
             self._connection = self._left.enter_context(connect(address, max_size=None, proxy=None))
             self._session = ""
             target = self.call("Target.createTarget", url="about:blank")["targetId"]
-            self._session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
+            self._session = self.call("Target.attachToTarget", targetId=target, flatten=True)[
+                "sessionId"
+            ]
             for domain in ("Page", "Runtime", "Log", "Network"):
                 self.call(f"{domain}.enable")
         except BaseException:
@@ -111,7 +119,9 @@ class Browser:
     def call(self, method: str, **parameters: Any) -> dict[str, Any]:
         self._number += 1
         message = {"id": self._number, "method": method, "params": parameters}
-        self._connection.send(json.dumps(message | ({"sessionId": self._session} if self._session else {})))
+        self._connection.send(
+            json.dumps(message | ({"sessionId": self._session} if self._session else {}))
+        )
         while True:
             said = json.loads(self._connection.recv(timeout=DEADLINE_S))
             if said.get("id") == self._number:
@@ -137,7 +147,9 @@ class Browser:
 
     def run(self, script: str) -> Any:
         """The value of an expression in the page; of a promise, what becomes of it."""
-        said = self.call("Runtime.evaluate", expression=script, returnByValue=True, awaitPromise=True)
+        said = self.call(
+            "Runtime.evaluate", expression=script, returnByValue=True, awaitPromise=True
+        )
         assert "exceptionDetails" not in said, said
         return said["result"].get("value")
 

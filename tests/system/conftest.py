@@ -52,7 +52,14 @@ class Workspace:
         """A model file of the memory engine."""
         return self.write(name, json.dumps({"rkcached_memory_model": 1, **settings}))
 
-    def declare(self, prompts: str, *, params: str = "{max_context_len: 4096}", top: str = "", model: str = "") -> None:
+    def declare(
+        self,
+        prompts: str,
+        *,
+        params: str = "{max_context_len: 4096}",
+        top: str = "",
+        model: str = "",
+    ) -> None:
         """A manifest with the model `m`; `prompts` and the others are YAML flow mappings or lines."""
         self.write(
             "manifest.yaml",
@@ -68,9 +75,15 @@ class Workspace:
     @property
     def environment(self) -> dict[str, str]:
         places = {"MANIFEST": self.manifest, "CACHE_DIR": self.cache, "SOCKET": self.socket}
-        return {**os.environ, **{f"RKCACHED_{name}": str(path) for name, path in places.items()}, "COLUMNS": "200"}
+        return {
+            **os.environ,
+            **{f"RKCACHED_{name}": str(path) for name, path in places.items()},
+            "COLUMNS": "200",
+        }
 
-    def cli(self, *arguments: str, stdin: str | None = None, code: int | None = 0) -> subprocess.CompletedProcess[str]:
+    def cli(
+        self, *arguments: str, stdin: str | None = None, code: int | None = 0
+    ) -> subprocess.CompletedProcess[str]:
         """Run a command of the program in this workspace; `code` is what it must exit with (None: anything)."""
         done = subprocess.run(
             self.command(*arguments),
@@ -139,13 +152,17 @@ class Workspace:
 
     def logged(self, text: str) -> None:
         """Wait until `text` is in the log: a line may be written after the answer that it is about was sent."""
-        wait_until(lambda: text in self.log_text(), lambda: f"{text!r} is logged:\n{self.log_text()}")
+        wait_until(
+            lambda: text in self.log_text(), lambda: f"{text!r} is logged:\n{self.log_text()}"
+        )
 
     # The socket
 
     def http(self, *, admin: bool = False) -> httpx.Client:
         path = self.root / "admin.sock" if admin else self.socket
-        transport = httpx.HTTPTransport(uds=str(path), verify=False)  # else it reads certificates, for 30 ms
+        transport = httpx.HTTPTransport(
+            uds=str(path), verify=False
+        )  # else it reads certificates, for 30 ms
         return httpx.Client(transport=transport, base_url="http://d", timeout=DEADLINE_S)
 
     def status(self) -> dict[str, Any]:
@@ -163,7 +180,9 @@ class Workspace:
             prompt = self.prompt(name)
             return prompt if prompt.get("state") == state else None
 
-        found: dict[str, Any] = wait_until(there, f"{name} is {state}, but {self.prompt(name)}", deadline_s)
+        found: dict[str, Any] = wait_until(
+            there, f"{name} is {state}, but {self.prompt(name)}", deadline_s
+        )
         return found
 
     def wait_settled(self) -> dict[str, Any]:
@@ -183,20 +202,34 @@ class Workspace:
         lines = [line for line in self.log_text().splitlines() if " artifact built " in line]
         return [line.split(" prompt=")[1].split()[0] for line in lines]
 
-    def ask(self, model: str, question: str = "hello", *, status: int = 200, **body: Any) -> dict[str, Any]:
-        body = {"model": model, "messages": [{"role": "user", "content": question}], "max_tokens": 24, **body}
+    def ask(
+        self, model: str, question: str = "hello", *, status: int = 200, **body: Any
+    ) -> dict[str, Any]:
+        body = {
+            "model": model,
+            "messages": [{"role": "user", "content": question}],
+            "max_tokens": 24,
+            **body,
+        }
         with self.http() as client:
             response = client.post("/v1/chat/completions", json=body)
         assert response.status_code == status, response.text
         answer: dict[str, Any] = response.json()
         return answer
 
-    def stream(self, model: str, question: str = "hello", **body: Any) -> tuple[list[str], dict[str, Any]]:
+    def stream(
+        self, model: str, question: str = "hello", **body: Any
+    ) -> tuple[list[str], dict[str, Any]]:
         """The pieces of a streamed answer, and its last event, which may be an error."""
         messages = [{"role": "user", "content": question}]
         body = {"model": model, "messages": messages, "max_tokens": 24, "stream": True, **body}
-        with self.http() as client, client.stream("POST", "/v1/chat/completions", json=body) as response:
-            events = [json.loads(line[6:]) for line in response.iter_lines() if line.startswith("data: {")]
+        with (
+            self.http() as client,
+            client.stream("POST", "/v1/chat/completions", json=body) as response,
+        ):
+            events = [
+                json.loads(line[6:]) for line in response.iter_lines() if line.startswith("data: {")
+            ]
         deltas = [choice["delta"] for event in events for choice in event.get("choices", ())]
         return [delta["content"] for delta in deltas if "content" in delta], events[-1]
 
@@ -257,7 +290,10 @@ def small_model() -> Path:
 
 
 def need(program: str) -> str:
-    """The path of a program that a test uses as a person would. CI has it; elsewhere the test says what it lacks."""
+    """The path of a program that a test uses as a person would.
+
+    CI has it; elsewhere the test says what it lacks.
+    """
     path = shutil.which(program)
     if path is None:
         (pytest.fail if os.environ.get("RKCACHED_NO_SKIPS") else pytest.skip)(

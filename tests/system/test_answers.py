@@ -16,14 +16,23 @@ WEATHER = {
     "function": {
         "name": "weather",
         "description": "The weather somewhere.",
-        "parameters": {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]},
+        "parameters": {
+            "type": "object",
+            "properties": {"city": {"type": "string"}},
+            "required": ["city"],
+        },
     },
 }
 CALL = '{"name": "weather", "arguments": {"city": "Oslo"}}'
-FORMAT = {"type": "json_schema", "json_schema": {"name": "n", "schema": {"type": "object", "required": ["n"]}}}
+FORMAT = {
+    "type": "json_schema",
+    "json_schema": {"name": "n", "schema": {"type": "object", "required": ["n"]}},
+}
 
 
-def says(space: Workspace, script: dict[str, str], *, template: str = "chatml", **more: Any) -> Workspace:
+def says(
+    space: Workspace, script: dict[str, str], *, template: str = "chatml", **more: Any
+) -> Workspace:
     """A daemon whose model `m` answers what the script says."""
     space.memory_model(script=script)
     space.declare("{}", model=f"    chat_template: {template}", **more)
@@ -39,8 +48,13 @@ def choice(answer: dict[str, Any]) -> dict[str, Any]:
 def deltas(space: Workspace, **body: Any) -> tuple[list[dict[str, Any]], str]:
     """What a stream adds to the message, piece by piece, and why it ended."""
     body = {"model": "m", "messages": HELLO, "max_tokens": 200, "stream": True, **body}
-    with space.http() as client, client.stream("POST", "/v1/chat/completions", json=body) as response:
-        events = [json.loads(line[6:]) for line in response.iter_lines() if line.startswith("data: {")]
+    with (
+        space.http() as client,
+        client.stream("POST", "/v1/chat/completions", json=body) as response,
+    ):
+        events = [
+            json.loads(line[6:]) for line in response.iter_lines() if line.startswith("data: {")
+        ]
     assert all("error" not in event for event in events), events
     return [choice(event)["delta"] for event in events], choice(events[-1])["finish_reason"]
 
@@ -49,7 +63,11 @@ def test_reasoning_is_not_content(workspace: Workspace) -> None:
     """What a model thinks goes into reasoning_content, whole and streamed."""
     space = says(workspace, {"hello": "<think>\nthey greet</think>\n\nGood day"})
     message = choice(space.ask("m", max_tokens=200))["message"]
-    assert message == {"role": "assistant", "content": "Good day", "reasoning_content": "they greet"}
+    assert message == {
+        "role": "assistant",
+        "content": "Good day",
+        "reasoning_content": "they greet",
+    }
     pieces, finish = deltas(space)
     assert "".join(piece.get("reasoning_content", "") for piece in pieces) == "they greet"
     assert "".join(piece.get("content", "") for piece in pieces) == "Good day"
@@ -77,7 +95,9 @@ def test_tool_calls(workspace: Workspace, template: str, said: str) -> None:
     assert (streamed["index"], streamed["function"], finish) == (0, call["function"], "tool_calls")
     result = {"role": "tool", "tool_call_id": call["id"], "content": "-5 C"}
     messages = [*HELLO, answer["message"], result]
-    assert choice(space.ask("m", messages=messages, tools=[WEATHER]))["message"]["content"] == "Cold."
+    assert (
+        choice(space.ask("m", messages=messages, tools=[WEATHER]))["message"]["content"] == "Cold."
+    )
 
 
 def test_without_tools_a_call_is_text(workspace: Workspace) -> None:
@@ -87,13 +107,20 @@ def test_without_tools_a_call_is_text(workspace: Workspace) -> None:
     for body in ({}, {"tools": [WEATHER], "tool_choice": "none"}):
         assert choice(space.ask("m", max_tokens=200, **body))["message"]["content"] == said + said
     both = choice(space.ask("m", max_tokens=200, tools=[WEATHER]))["message"]["tool_calls"]
-    one = choice(space.ask("m", max_tokens=200, tools=[WEATHER], parallel_tool_calls=False))["message"]["tool_calls"]
+    one = choice(space.ask("m", max_tokens=200, tools=[WEATHER], parallel_tool_calls=False))[
+        "message"
+    ]["tool_calls"]
     assert (len(both), len(one)) == (2, 1)
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_an_engine_that_cannot_be_bound_is_asked_once_more(workspace: Workspace, *, stream: bool) -> None:
-    """The first answer does not fit; the model is told why and what is wanted; the second one does. Nothing leaks."""
+def test_an_engine_that_cannot_be_bound_is_asked_once_more(
+    workspace: Workspace, *, stream: bool
+) -> None:
+    """The first answer does not fit; the model is told why and what is wanted; the second one does.
+
+    Nothing leaks.
+    """
     space = says(workspace, {"hello": "sure, here it is", "JSON schema": '```json\n{"n": 1}\n```'})
     if stream:
         pieces, _ = deltas(space, response_format=FORMAT)
@@ -110,7 +137,9 @@ def test_an_answer_that_never_fits_is_an_error(workspace: Workspace, said: str) 
     """422 that says what is wrong with it, before anything was streamed; the next request works."""
     space = says(workspace, {"hello": said})
     for stream in (False, True):
-        error = space.ask("m", status=422, max_tokens=200, response_format=FORMAT, stream=stream)["error"]
+        error = space.ask("m", status=422, max_tokens=200, response_format=FORMAT, stream=stream)[
+            "error"
+        ]
         assert error["code"] == "answer_does_not_fit"
         assert "JSON" in error["message"] or "'n' is a required property" in error["message"]
     assert choice(space.ask("m", max_tokens=200))["message"]["content"] == said
@@ -121,14 +150,21 @@ def test_a_tool_can_be_demanded(workspace: Workspace) -> None:
     space = says(workspace, {"hello": CALL})
     for wanted in ("required", {"type": "function", "function": {"name": "weather"}}):
         answer = choice(space.ask("m", max_tokens=200, tools=[WEATHER], tool_choice=wanted))
-        assert answer["message"]["tool_calls"][0]["function"] == {"name": "weather", "arguments": '{"city": "Oslo"}'}
+        assert answer["message"]["tool_calls"][0]["function"] == {
+            "name": "weather",
+            "arguments": '{"city": "Oslo"}',
+        }
         assert answer["message"]["content"] is None
 
 
 @pytest.mark.parametrize("wanted", ["required", {"type": "function", "function": {"name": "go"}}])
 def test_references_in_the_parameters_of_a_demanded_tool(workspace: Workspace, wanted: Any) -> None:
     """They lead inside the parameters, as they were written, wherever these stand in the schema of the call."""
-    place = {"$defs": {"city": {"enum": ["Oslo"]}}, "type": "object", "properties": {"city": {"$ref": "#/$defs/city"}}}
+    place = {
+        "$defs": {"city": {"enum": ["Oslo"]}},
+        "type": "object",
+        "properties": {"city": {"$ref": "#/$defs/city"}},
+    }
     tools = [WEATHER, {"type": "function", "function": {"name": "go", "parameters": place}}]
     space = says(workspace, {"hello": '{"name": "go", "arguments": {"city": "Oslo"}}'})
     answer = choice(space.ask("m", max_tokens=200, tools=tools, tool_choice=wanted))
@@ -138,7 +174,11 @@ def test_references_in_the_parameters_of_a_demanded_tool(workspace: Workspace, w
 @pytest.mark.parametrize(
     ("body", "param", "code"),
     [
-        ({"tools": [WEATHER], "response_format": FORMAT}, "response_format", "unsupported_parameter"),
+        (
+            {"tools": [WEATHER], "response_format": FORMAT},
+            "response_format",
+            "unsupported_parameter",
+        ),
         ({"tool_choice": "required"}, "tool_choice", "invalid_value"),
         (
             {"tools": [WEATHER], "tool_choice": {"type": "function", "function": {"name": "x"}}},
@@ -147,14 +187,27 @@ def test_references_in_the_parameters_of_a_demanded_tool(workspace: Workspace, w
         ),
         ({"logprobs": True}, "logprobs", "unsupported_parameter"),
         (
-            {"response_format": {"type": "json_schema", "json_schema": {"name": "n", "schema": {"type": "no"}}}},
+            {
+                "response_format": {
+                    "type": "json_schema",
+                    "json_schema": {"name": "n", "schema": {"type": "no"}},
+                }
+            },
             "response_format",
             "invalid_schema",
         ),
-        ({"response_format": {"type": "json_schema"}}, "response_format.json_schema", "missing_parameter"),
+        (
+            {"response_format": {"type": "json_schema"}},
+            "response_format.json_schema",
+            "missing_parameter",
+        ),
         ({"response_format": {"type": "xml"}}, "response_format", "invalid_value"),
         ({"messages": [{"role": "assistant"}]}, "messages.0", "invalid_value"),
-        ({"messages": [{"role": "tool", "content": "x"}]}, "messages.0.tool_call_id", "missing_parameter"),
+        (
+            {"messages": [{"role": "tool", "content": "x"}]},
+            "messages.0.tool_call_id",
+            "missing_parameter",
+        ),
         ({"messages": [{"role": "pirate", "content": "x"}]}, "messages.0", "invalid_value"),
         (
             {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}]},
@@ -167,7 +220,9 @@ def test_references_in_the_parameters_of_a_demanded_tool(workspace: Workspace, w
         ({"max_tokens": "many"}, "max_tokens", "invalid_value"),
     ],
 )
-def test_refusals_name_the_parameter(two_prompts: Workspace, body: dict[str, Any], param: str, code: str) -> None:
+def test_refusals_name_the_parameter(
+    two_prompts: Workspace, body: dict[str, Any], param: str, code: str
+) -> None:
     """400 with OpenAI's param and code."""
     error = two_prompts.ask("m", status=400, **body)["error"]
     assert (error["param"], error["code"]) == (param, code), error
@@ -177,8 +232,13 @@ HALF = '{"a": "\\ud800"}'
 
 
 def test_half_a_character_in_arguments(workspace: Workspace) -> None:
-    """From a client it is a 400; from a model it comes as the escape that it was. Neither is a crash, or in the log."""
-    space = says(workspace, {"hello": f'<tool_call>{{"name": "weather", "arguments": {HALF}}}</tool_call>'})
+    """From a client it is a 400; from a model it comes as the escape that it was.
+
+    Neither is a crash, or in the log.
+    """
+    space = says(
+        workspace, {"hello": f'<tool_call>{{"name": "weather", "arguments": {HALF}}}</tool_call>'}
+    )
     call = {"id": "1", "type": "function", "function": {"name": "g", "arguments": HALF}}
     messages = [
         *HELLO,
@@ -190,13 +250,20 @@ def test_half_a_character_in_arguments(workspace: Workspace) -> None:
     (said,) = choice(space.ask("m", max_tokens=200, tools=[WEATHER]))["message"]["tool_calls"]
     assert said["function"]["arguments"] == HALF
     pieces, _ = deltas(space, tools=[WEATHER])
-    assert [c["function"]["arguments"] for piece in pieces for c in piece.get("tool_calls", ())] == [HALF]
+    assert [
+        c["function"]["arguments"] for piece in pieces for c in piece.get("tool_calls", ())
+    ] == [HALF]
     assert "ud800" not in space.log_text()
 
 
-def test_an_engine_that_cannot_be_bound_may_think_and_call_as_it_learned(workspace: Workspace) -> None:
+def test_an_engine_that_cannot_be_bound_may_think_and_call_as_it_learned(
+    workspace: Workspace,
+) -> None:
     """Its answer is looked at without the reasoning, and without the tags that its template asks for."""
-    script = {"think": '<think>\nhm\n</think>\n\n{"n": 1}', "call": f"<tool_call>\n{CALL}\n</tool_call>"}
+    script = {
+        "think": '<think>\nhm\n</think>\n\n{"n": 1}',
+        "call": f"<tool_call>\n{CALL}\n</tool_call>",
+    }
     space = says(workspace, script)
     think = choice(space.ask("m", "think", max_tokens=200, response_format={"type": "json_object"}))
     assert json.loads(think["message"]["content"]) == {"n": 1}
@@ -208,7 +275,10 @@ def test_a_demanded_call_in_the_words_of_llama(workspace: Workspace) -> None:
     """It says parameters, not arguments."""
     space = says(workspace, {"hello": CALL.replace("arguments", "parameters")}, template="llama3")
     call = choice(space.ask("m", max_tokens=200, tools=[WEATHER], tool_choice="required"))
-    assert call["message"]["tool_calls"][0]["function"] == {"name": "weather", "arguments": '{"city": "Oslo"}'}
+    assert call["message"]["tool_calls"][0]["function"] == {
+        "name": "weather",
+        "arguments": '{"city": "Oslo"}',
+    }
 
 
 def test_what_contradicts_itself_is_refused(two_prompts: Workspace) -> None:
@@ -224,7 +294,10 @@ def test_what_contradicts_itself_is_refused(two_prompts: Workspace) -> None:
     assert two_prompts.ask("m", status=404, use_cache="zzz")["error"]["param"] == "use_cache"
     with two_prompts.http() as client:
         refused = client.post("/v1/completions", content=b"x", headers={"Content-Encoding": "gzip"})
-        assert (refused.status_code, refused.json()["error"]["code"]) == (415, "unsupported_encoding")
+        assert (refused.status_code, refused.json()["error"]["code"]) == (
+            415,
+            "unsupported_encoding",
+        )
         assert client.post("/v1/chat/completions/", content=b"x").status_code == 404
 
 
@@ -240,12 +313,17 @@ def test_tools_and_the_prompt_cache(workspace: Workspace) -> None:
     workspace.memory_model()
     workspace.memory_model("n.model")
     workspace.write("a.md", "You are prompt A.\n")
-    workspace.declare("{a: a.md}", model="    chat_template: llama3\n  n: {path: n.model, prompts: {a: a.md}}")
+    workspace.declare(
+        "{a: a.md}", model="    chat_template: llama3\n  n: {path: n.model, prompts: {a: a.md}}"
+    )
     workspace.start()
     workspace.wait_settled()
     assert workspace.ask("m/a", tools=[WEATHER])["rkcached"]["state"] == "hit"
     report = workspace.ask("n/a", tools=[WEATHER])["rkcached"]
-    assert (report["state"], report["reason"]) == ("cold", "the tools stand inside the prompt's text")
+    assert (report["state"], report["reason"]) == (
+        "cold",
+        "the tools stand inside the prompt's text",
+    )
 
 
 def test_embeddings(workspace: Workspace) -> None:
@@ -272,7 +350,11 @@ def test_embeddings(workspace: Workspace) -> None:
     assert several["data"][0]["embedding"] != several["data"][1]["embedding"]
     assert embed(input=list(b"hello"))["data"][0]["embedding"] == pytest.approx(vector)
     assert embed(input=[list(b"hello"), list(b"x")])["usage"]["prompt_tokens"] == 6
-    for wrong, param in (({"input": ""}, "input"), ({"input": []}, "input"), ({"input": [999]}, "input")):
+    for wrong, param in (
+        ({"input": ""}, "input"),
+        ({"input": []}, "input"),
+        ({"input": [999]}, "input"),
+    ):
         assert embed(400, **wrong)["error"]["param"] == param
     assert embed(400, input="x", dimensions=3)["error"]["param"] == "dimensions"
     assert embed(400, input="x", model="m")["error"]["code"] == "model_not_embedding"

@@ -17,7 +17,9 @@ from conftest import Workspace
 
 from tests.waiting import DEADLINE_S, wait_until
 
-TEXT = "You are the keeper of a lighthouse. You answer in one sentence, and you know every ship. " * 4
+TEXT = (
+    "You are the keeper of a lighthouse. You answer in one sentence, and you know every ship. " * 4
+)
 
 
 @pytest.fixture
@@ -40,7 +42,10 @@ def measured(space: Workspace, *arguments: str) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def started(space: Workspace, *arguments: str) -> Iterator[subprocess.Popen[str]]:
-    """A bench that goes on, in a session of its own. It is killed at the end if it is still there."""
+    """A bench that goes on, in a session of its own.
+
+    It is killed at the end if it is still there.
+    """
     with subprocess.Popen(
         space.command("bench", *arguments),
         env=space.environment,
@@ -91,14 +96,29 @@ def test_it_says_enough_to_repeat_it(slow: Workspace) -> None:
         timeout=DEADLINE_S,
         check=True,
     )
-    assert done.stderr.splitlines() == ["measuring m/long, 1 of 2", "measuring m/tiny, 2 of 2"]  # a line for each
+    assert done.stderr.splitlines() == [
+        "measuring m/long, 1 of 2",
+        "measuring m/tiny, 2 of 2",
+    ]  # a line for each
     assert max(map(len, done.stdout.splitlines())) <= 80
     found = json.loads(kept.read_text())
     assert (found["program"], found["schema"]) == ("rkcached bench", 1)
-    assert found["machine"].keys() >= {"board", "cpu", "cores", "memory_bytes", "kernel", "clocks", "clocks_fixed"}
+    assert found["machine"].keys() >= {
+        "board",
+        "cpu",
+        "cores",
+        "memory_bytes",
+        "kernel",
+        "clocks",
+        "clocks_fixed",
+    }
     assert found["versions"].keys() == {"rkcached", "daemon", "python"}
     model = found["models"]["m"]
-    assert (model["engine"], model["runtime"], model["file"]) == ("memory", "1", str(slow.root / "m.model"))
+    assert (model["engine"], model["runtime"], model["file"]) == (
+        "memory",
+        "1",
+        str(slow.root / "m.model"),
+    )
     assert len(model["digest"]) == 64
     assert model["params"]["max_context_len"] == 4096
     assert model["threads"] is None  # this engine decides by itself
@@ -120,15 +140,30 @@ def test_sweep_leaves_nothing(slow: Workspace) -> None:
     lengths = [prompt["tokens"] for prompt in found["prompts"]]
     assert lengths[:5] == pytest.approx([128, 256, 512, 1024, 2048], abs=40)
     assert 3500 < lengths[5] < 4096
-    colds = [prompt["states"]["cold"]["summary"]["ttft_ms"]["median"] for prompt in found["prompts"]]
+    colds = [
+        prompt["states"]["cold"]["summary"]["ttft_ms"]["median"] for prompt in found["prompts"]
+    ]
     assert colds == sorted(colds)
-    assert all(prompt["states"]["file"]["runs"][0]["cached_tokens"] >= prompt["tokens"] for prompt in found["prompts"])
+    assert all(
+        prompt["states"]["file"]["runs"][0]["cached_tokens"] >= prompt["tokens"]
+        for prompt in found["prompts"]
+    )
     assert all(prompt["states"]["file"]["direct"] for prompt in found["prompts"])
     texts = " ".join(ET.parse(svg).getroot().itertext())
-    for label in ("prompt length (tokens)", "time to first token (ms)", "cold", "from file", "prefill", "first decode"):
+    for label in (
+        "prompt length (tokens)",
+        "time to first token (ms)",
+        "cold",
+        "from file",
+        "prefill",
+        "first decode",
+    ):
         assert label in texts
     assert {prompt["prompt"] for prompt in slow.status()["prompts"]} == {"long", "tiny"}
-    wait_until(lambda: sorted(path.stem for path in slow.cache.glob("m/*.memory_cache")) == ["long"], "files are gone")
+    wait_until(
+        lambda: sorted(path.stem for path in slow.cache.glob("m/*.memory_cache")) == ["long"],
+        "files are gone",
+    )
     slow.cli("bench", "m/long", "--runs", "1", "--no-direct", "--plot", str(png))
     assert png.read_bytes().startswith(b"\x89PNG\r\n")
 
@@ -138,7 +173,8 @@ def test_interrupted_sweep_leaves_nothing(slow: Workspace, number: signal.Signal
     """Ctrl-C: no stored prompt, no engine of its own, no traceback, and a sentence of what became of it."""
     with started(slow, "--sweep", "--runs", "1000") as process:
         wait_until(
-            lambda: sum(prompt["state"] == "fresh" for prompt in slow.status()["prompts"]) > 2, "a prompt is stored"
+            lambda: sum(prompt["state"] == "fresh" for prompt in slow.status()["prompts"]) > 2,
+            "a prompt is stored",
         )
         process.send_signal(number)
         _, said = process.communicate(timeout=DEADLINE_S)
@@ -155,18 +191,23 @@ def test_interrupted_bench_keeps_what_it_has(slow: Workspace) -> None:
     slow.declare("{long: long.md, longer: longer.md}")
     slow.wait_state("longer", "fresh")
     kept, drawn = slow.root / "kept.json", slow.root / "kept.svg"
-    with started(slow, "--runs", "10", "--no-direct", "-o", str(kept), "--plot", str(drawn)) as process:
+    with started(
+        slow, "--runs", "10", "--no-direct", "-o", str(kept), "--plot", str(drawn)
+    ) as process:
         assert process.stderr is not None
         assert any("measuring m/longer, 2 of 2" in line for line in process.stderr)
         process.send_signal(signal.SIGINT)
         shown, said = process.communicate(timeout=DEADLINE_S)
         assert (process.returncode, said.strip()) == (130, "")
-        assert "not to be trusted: interrupted, this is what was measured until then; not measured: m/longer" in shown
+        assert (
+            "not to be trusted: interrupted, this is what was measured until then; not measured: m/longer"
+            in shown
+        )
         found = json.loads(kept.read_text())
         assert found["ended"] == "interrupted"
-        assert [(prompt["prompt"], len(prompt["states"]["file"]["runs"])) for prompt in found["prompts"]] == [
-            ("long", 10)
-        ]
+        assert [
+            (prompt["prompt"], len(prompt["states"]["file"]["runs"])) for prompt in found["prompts"]
+        ] == [("long", 10)]
         assert "m/long" in " ".join(ET.parse(drawn).getroot().itertext())
         again = slow.cli("bench", "--from", str(kept))
         assert again.stdout == shown
@@ -193,7 +234,9 @@ def test_no_gain_is_explained(workspace: Workspace) -> None:
     (prompt,) = measured(workspace, "--runs", "1")["prompts"]
     assert len(prompt["states"]["cold"]["runs"]) == len(prompt["states"]["cold"]["direct"]) == 1
     assert "cannot save its KV state" in prompt["no_gain"]
-    assert "cannot save its KV state" in " ".join(workspace.cli("bench", "--runs", "1", "--no-direct").stdout.split())
+    assert "cannot save its KV state" in " ".join(
+        workspace.cli("bench", "--runs", "1", "--no-direct").stdout.split()
+    )
 
 
 def test_engine_that_cannot_be_loaded_twice(slow: Workspace) -> None:
@@ -213,10 +256,15 @@ def test_errors(workspace: Workspace) -> None:
     workspace.write("a.json", '{"program": "another"}')
     workspace.write("b.json", '{"program": "rkcached bench", "schema": 99}')
     workspace.write("c.json", '{"program": "rkcached bench", "schema": 1}')
-    assert "a.json is not a result of rkcached bench" in workspace.cli("compare", "a.json", "b.json", code=65).stderr
+    assert (
+        "a.json is not a result of rkcached bench"
+        in workspace.cli("compare", "a.json", "b.json", code=65).stderr
+    )
     assert "has schema 99" in workspace.cli("compare", "b.json", "a.json", code=65).stderr
     assert "damaged result" in workspace.cli("compare", "c.json", "a.json", code=65).stderr
-    assert "cannot read none.json" in workspace.cli("compare", "none.json", "a.json", code=66).stderr
+    assert (
+        "cannot read none.json" in workspace.cli("compare", "none.json", "a.json", code=66).stderr
+    )
 
 
 def test_unknown_names(slow: Workspace) -> None:

@@ -23,7 +23,10 @@ from conftest import Workspace, need
 
 from tests.waiting import DEADLINE_S, wait_until
 
-TEXT = "You keep the {}. " + "You answer in one sentence, and you know every ship that passes by day and night. " * 4
+TEXT = (
+    "You keep the {}. "
+    + "You answer in one sentence, and you know every ship that passes by day and night. " * 4
+)
 STATES = ("cold", "file", "memory")
 
 
@@ -88,13 +91,18 @@ def runs_of(found: dict[str, Any], name: str) -> list[int]:
 
 
 def test_a_blocked_prompt_does_not_keep_the_others_from_being_measured(three: Workspace) -> None:
-    """One empty file ended the whole command. It is said in the result, the table has it, and the exit code tells."""
+    """One empty file ended the whole command.
+
+    It is said in the result, the table has it, and the exit code tells.
+    """
     found = json.loads(three.cli("bench", "--json", "--runs", "1", "--no-direct", code=1).stdout)
     assert [runs_of(found, name) for name in ("a", "c")] == [[1, 1, 1]] * 2
     (refused,) = found["refused"]
     assert refused.startswith("the prompt m/b cannot be used")
     assert "empty" in refused
-    shown = " ".join(three.cli("bench", "m/a", "m/b", "--runs", "1", "--no-direct", code=1).stdout.split())
+    shown = " ".join(
+        three.cli("bench", "m/a", "m/b", "--runs", "1", "--no-direct", code=1).stdout.split()
+    )
     assert f"not measured: {refused}" in shown
 
 
@@ -102,10 +110,14 @@ def test_a_sweep_takes_what_a_budget_leaves(workspace: Workspace) -> None:
     """The short ones, which fit; the others are refused, and displace none of these."""
     workspace.memory_model(context_tokens=200_000)
     workspace.write("a.md", "a" * 115_000)
-    workspace.declare("{a: a.md}", params="{max_context_len: 200000}", top="cache: {max_bytes: 1 MiB}")
+    workspace.declare(
+        "{a: a.md}", params="{max_context_len: 200000}", top="cache: {max_bytes: 1 MiB}"
+    )
     workspace.start()
     workspace.wait_state("a", "fresh")
-    found = json.loads(workspace.cli("bench", "--sweep", "--json", "--runs", "1", "--no-direct", code=1).stdout)
+    found = json.loads(
+        workspace.cli("bench", "--sweep", "--json", "--runs", "1", "--no-direct", code=1).stdout
+    )
     assert [prompt["length"] for prompt in found["prompts"]] == [128, 256, 512]
     assert all(len(prompt["states"]["file"]["runs"]) == 1 for prompt in found["prompts"])
     assert [refusal.split(":")[0] for refusal in found["refused"]] == [
@@ -169,7 +181,9 @@ def test_a_prompt_that_is_removed_meanwhile(three: Workspace) -> None:
     assert runs_of(found, "c") == [20] * 3
     assert all(3 <= runs < 20 for runs in runs_of(found, "a"))
     said = " ".join(found["warnings"])
-    assert f"m/a: {min(runs_of(found, 'a'))} of 20 runs, then the model 'm' has no prompt 'a'" in said
+    assert (
+        f"m/a: {min(runs_of(found, 'a'))} of 20 runs, then the model 'm' has no prompt 'a'" in said
+    )
 
 
 def test_a_prompt_that_is_edited_meanwhile(three: Workspace) -> None:
@@ -248,7 +262,9 @@ def test_a_sweep_removes_what_killed_ones_left(three: Workspace) -> None:
         assert admin.post("/v1/cache/m", json=body).status_code == 200
     with benching(three, "--sweep", "--runs", "1000") as bench:
         bench.wait_for("measuring")
-        bench.process.send_signal(signal.SIGSTOP)  # it lives, but does not keep the others from the engine
+        bench.process.send_signal(
+            signal.SIGSTOP
+        )  # it lives, but does not keep the others from the engine
         with benching(three, "--sweep", "--runs", "1") as second:
             second.result()
         left = {prompt["prompt"] for prompt in three.status()["prompts"]}
@@ -257,7 +273,11 @@ def test_a_sweep_removes_what_killed_ones_left(three: Workspace) -> None:
         bench.process.wait()
     with benching(three, "--sweep", "--runs", "1") as third:
         third.result()
-    assert {prompt["prompt"] for prompt in three.status()["prompts"]} == {"a", "bench-99999999-128", "bench-diary"}
+    assert {prompt["prompt"] for prompt in three.status()["prompts"]} == {
+        "a",
+        "bench-99999999-128",
+        "bench-diary",
+    }
 
 
 class Terminal:
@@ -270,7 +290,11 @@ class Terminal:
         self._stream = pyte.ByteStream(self.screen)
         self._master, slave = pty.openpty()
         fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
-        outer = {key: value for key, value in space.environment.items() if key not in ("COLUMNS", "NO_COLOR", "TERM")}
+        outer = {
+            key: value
+            for key, value in space.environment.items()
+            if key not in ("COLUMNS", "NO_COLOR", "TERM")
+        }
         self.process = subprocess.Popen(
             [need("setsid"), "--ctty", *space.command("bench", *arguments)],
             env={**outer, "TERM": "xterm-256color", "LC_ALL": "C.UTF-8"},
@@ -320,7 +344,8 @@ def test_progress_at_a_terminal(three: Workspace) -> None:
     """What runs, how many answers are done of all, and time: one line of 80 columns that is gone at the end."""
     terminal = Terminal(three, "m/a", "m/c", "--runs", "5", "--json")
     try:
-        # What lasts for several of its ten pictures a second; a single run of a state may pass between two.
+        # What lasts for several of its ten pictures a second; a single run of a state may pass
+        # between two.
         terminal.wait_for("m/a", "cold ", "/5", "/60")
         terminal.wait_for("m/a", "engine alone", "/60")
         terminal.wait_for("m/c", "/5", "0:00:0")

@@ -36,7 +36,9 @@ def npu(workspace: Workspace, tmp_path: Path) -> Workspace:
 
 
 def measured(space: Workspace, *arguments: str) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(space.cli("bench", "--json", "--runs", "2", *arguments).stdout)
+    found: dict[str, Any] = json.loads(
+        space.cli("bench", "--json", "--runs", "2", *arguments).stdout
+    )
     return found
 
 
@@ -58,14 +60,20 @@ def test_the_daemon_lends_a_model_that_must_not_be_loaded_twice(npu: Workspace) 
     assert found["direct"] == ""
     for state in ("cold", "file"):
         assert len(prompt["states"][state]["runs"]) == len(prompt["states"][state]["direct"]) == 2
-        assert all((run["cached_tokens"] == 0) == (state == "cold") for run in prompt["states"][state]["direct"])
+        assert all(
+            (run["cached_tokens"] == 0) == (state == "cold")
+            for run in prompt["states"][state]["direct"]
+        )
     assert npu.log_text().count(" model lent ") == 1
     assert npu.ask("m/a")["rkcached"]["state"] == "hit"
     assert npu.status()["models"][0]["restarts"] == 0
 
 
 def test_requests_wait_while_a_model_is_lent(npu: Workspace) -> None:
-    """They get their answer when the borrower leaves, even without a word. A model that is not there is not lent."""
+    """They get their answer when the borrower leaves, even without a word.
+
+    A model that is not there is not lent.
+    """
     body = {"model": "m"}
     with ThreadPoolExecutor(1) as pool, Client(npu.root / "admin.sock") as admin:
         with admin.lent("m"):

@@ -31,7 +31,8 @@ def outcome(space: Workspace, **body: Any) -> str:
 def test_a_crash_in_an_answer_is_not_the_caches_fault(workspace: Workspace, kind: str) -> None:
     """Also where the cache was in memory already, so that nothing tells that it was loaded.
 
-    The cause: whoever died before the first piece of an answer was taken to have died over the prompt cache.
+    The cause: whoever died before the first piece of an answer was taken to have died over the
+    prompt cache.
     """
     space = crashing(workspace, "generate", 2, kind)
     for _ in range(4):

@@ -15,7 +15,9 @@ TEXT = "You are the keeper of a lighthouse. "
 STORE = {"cache_name": "keeper", "content": TEXT}
 
 
-def call(space: Workspace, method: str, path: str, body: Any = None, *, status: int = 200) -> dict[str, Any]:
+def call(
+    space: Workspace, method: str, path: str, body: Any = None, *, status: int = 200
+) -> dict[str, Any]:
     with space.http(admin=True) as client:
         response = client.request(method, path, json=body)
     assert response.status_code == status, response.text
@@ -31,7 +33,11 @@ def code(answer: dict[str, Any]) -> str:
 def test_a_stored_text_is_a_prompt_like_any_other(two_prompts: Workspace) -> None:
     """Stored, built, used by name, listed; found again after a restart; deleted with its artifact."""
     created = call(two_prompts, "POST", "/v1/cache/m", STORE)
-    assert (created["object"], created["cache_name"], created["state"]) == ("cache.created", "keeper", "fresh")
+    assert (created["object"], created["cache_name"], created["state"]) == (
+        "cache.created",
+        "keeper",
+        "fresh",
+    )
     assert two_prompts.ask("m/keeper")["rkcached"]["state"] == "hit"
     names = [one["cache_name"] for one in call(two_prompts, "GET", "/v1/cache/m")["data"]]
     assert names == ["a", "b", "keeper"]
@@ -51,16 +57,35 @@ def test_a_stored_text_is_a_prompt_like_any_other(two_prompts: Workspace) -> Non
 
 def test_generate_binary_answers_as_the_guide_says(two_prompts: Workspace) -> None:
     """The guide's fields first; a prompt replaces the stored text, and without one it stays."""
-    made = call(two_prompts, "POST", "/v1/cache/m/generate-binary", {"cache_name": "keeper", "prompt": TEXT})
-    assert list(made)[:7] == ["object", "model", "cache_name", "size_mb", "ttft_ms", "timestamp", "message"]
-    assert (made["object"], made["model"], made["cache_name"]) == ("binary_cache.created", "m", "keeper")
+    made = call(
+        two_prompts, "POST", "/v1/cache/m/generate-binary", {"cache_name": "keeper", "prompt": TEXT}
+    )
+    assert list(made)[:7] == [
+        "object",
+        "model",
+        "cache_name",
+        "size_mb",
+        "ttft_ms",
+        "timestamp",
+        "message",
+    ]
+    assert (made["object"], made["model"], made["cache_name"]) == (
+        "binary_cache.created",
+        "m",
+        "keeper",
+    )
     assert made["message"] == f"Binary cache generated successfully ({made['size_mb']:.2f} MB)"
     path = two_prompts.root / "state/prompts/m/keeper.md"
     assert path.read_text() == TEXT
     again = call(two_prompts, "POST", "/v1/cache/m/generate-binary", {"cache_name": "keeper"})
     assert again["tokens"] == made["tokens"]
     assert path.read_text() == TEXT
-    longer = call(two_prompts, "POST", "/v1/cache/m/generate-binary", {"cache_name": "keeper", "prompt": TEXT * 2})
+    longer = call(
+        two_prompts,
+        "POST",
+        "/v1/cache/m/generate-binary",
+        {"cache_name": "keeper", "prompt": TEXT * 2},
+    )
     assert longer["tokens"] > made["tokens"]
     assert path.read_text() == TEXT * 2
     assert two_prompts.built() == ["a", "b", "keeper", "keeper", "keeper"]
@@ -84,21 +109,38 @@ def test_nobody_has_to_wait(workspace: Workspace) -> None:
     body = {"cache_name": "keeper", "content": "an old text " * 40, "wait": False}
     accepted = call(workspace, "POST", "/v1/cache/m", body, status=202)
     assert accepted["location"] == "/v1/cache/m/keeper"
-    wait_until(lambda: workspace.prompt("keeper").get("state") == "building", "the old text is built", BEFORE_RESCAN_S)
-    newer = call(workspace, "POST", "/v1/cache/m", {"cache_name": "keeper", "content": "a newer text"})
+    wait_until(
+        lambda: workspace.prompt("keeper").get("state") == "building",
+        "the old text is built",
+        BEFORE_RESCAN_S,
+    )
+    newer = call(
+        workspace, "POST", "/v1/cache/m", {"cache_name": "keeper", "content": "a newer text"}
+    )
     assert newer["state"] == "fresh"
     assert (workspace.cache / "m/keeper.bin").read_text().count("a newer text") == 1
-    assert call(workspace, "GET", accepted["location"])["artifact"]["tokens"] == newer["artifact"]["tokens"]
+    assert (
+        call(workspace, "GET", accepted["location"])["artifact"]["tokens"]
+        == newer["artifact"]["tokens"]
+    )
 
 
 def test_what_the_manifest_declares_is_the_manifests(two_prompts: Workspace) -> None:
     """It can be built anew, but neither replaced nor deleted over the socket."""
     assert code(call(two_prompts, "DELETE", "/v1/cache/m/a", status=409)) == "declared_in_manifest"
     body = {"cache_name": "a", "content": TEXT}
-    assert code(call(two_prompts, "POST", "/v1/cache/m", body, status=409)) == "declared_in_manifest"
+    assert (
+        code(call(two_prompts, "POST", "/v1/cache/m", body, status=409)) == "declared_in_manifest"
+    )
     body = {"cache_name": "a", "prompt": TEXT}
-    assert code(call(two_prompts, "POST", "/v1/cache/m/generate-binary", body, status=409)) == "declared_in_manifest"
-    assert call(two_prompts, "POST", "/v1/cache/m/generate-binary", {"cache_name": "a"})["cache_name"] == "a"
+    assert (
+        code(call(two_prompts, "POST", "/v1/cache/m/generate-binary", body, status=409))
+        == "declared_in_manifest"
+    )
+    assert (
+        call(two_prompts, "POST", "/v1/cache/m/generate-binary", {"cache_name": "a"})["cache_name"]
+        == "a"
+    )
     shown = call(two_prompts, "GET", "/v1/cache/m/a")
     assert (shown["state"], shown["stored"]) == ("fresh", False)
 
@@ -107,11 +149,20 @@ def test_a_stored_text_yields_to_the_manifest(two_prompts: Workspace) -> None:
     """Declared later under the same name, the manifest's text counts; the stored one is kept beside it."""
     call(two_prompts, "POST", "/v1/cache/m", STORE)
     two_prompts.write("k.md", "You are another keeper.")
-    two_prompts.write("manifest.yaml", two_prompts.manifest.read_text().replace("{a:", "{keeper: k.md, a:"))
+    two_prompts.write(
+        "manifest.yaml", two_prompts.manifest.read_text().replace("{a:", "{keeper: k.md, a:")
+    )
     text = two_prompts.cache / "m/keeper.bin"
-    wait_until(lambda: "another keeper" in text.read_text(), "the manifest's text was built", BEFORE_RESCAN_S)
+    wait_until(
+        lambda: "another keeper" in text.read_text(),
+        "the manifest's text was built",
+        BEFORE_RESCAN_S,
+    )
     two_prompts.wait_settled()
-    assert code(call(two_prompts, "DELETE", "/v1/cache/m/keeper", status=409)) == "declared_in_manifest"
+    assert (
+        code(call(two_prompts, "DELETE", "/v1/cache/m/keeper", status=409))
+        == "declared_in_manifest"
+    )
     assert (two_prompts.root / "state/prompts/m/keeper.md").read_text() == TEXT
 
 
@@ -127,9 +178,13 @@ def test_a_stored_text_yields_to_the_manifest(two_prompts: Workspace) -> None:
     ],
     ids=["blank", "NUL", "long", "path", "capital", "none"],
 )
-def test_bad_texts_and_names(two_prompts: Workspace, name: str, content: str, status: int, expected: str) -> None:
+def test_bad_texts_and_names(
+    two_prompts: Workspace, name: str, content: str, status: int, expected: str
+) -> None:
     """Each is refused in words, and nothing is written."""
-    answer = call(two_prompts, "POST", "/v1/cache/m", {"cache_name": name, "content": content}, status=status)
+    answer = call(
+        two_prompts, "POST", "/v1/cache/m", {"cache_name": name, "content": content}, status=status
+    )
     assert code(answer) == expected
     assert not (two_prompts.root / "state").exists()
 
@@ -154,7 +209,9 @@ def test_models_are_loaded_and_unloaded(two_prompts: Workspace) -> None:
     assert (unloaded["object"], unloaded["worker"]) == ("model.unloaded", "stopped")
     assert two_prompts.children() == []
     assert call(two_prompts, "GET", "/v1/models/loaded")["data"] == []
-    assert [one["name"] for one in call(two_prompts, "GET", "/v1/models/available")["data"]] == ["m"]
+    assert [one["name"] for one in call(two_prompts, "GET", "/v1/models/available")["data"]] == [
+        "m"
+    ]
     loaded = call(two_prompts, "POST", "/v1/models/load", {"model": "m"})
     assert (loaded["object"], loaded["worker"]) == ("model.loaded", "ready")
     assert len(two_prompts.children()) == 1
@@ -169,7 +226,10 @@ def test_a_model_that_cannot_be_loaded(workspace: Workspace) -> None:
     workspace.write("m.model", json.dumps({"rkcached_memory_model": 1, "no such": 1}))
     workspace.declare("{}")
     workspace.start()
-    assert code(call(workspace, "POST", "/v1/models/load", {"model": "m"}, status=503)) == "model_unavailable"
+    assert (
+        code(call(workspace, "POST", "/v1/models/load", {"model": "m"}, status=503))
+        == "model_unavailable"
+    )
 
 
 def test_plain_completions(two_prompts: Workspace) -> None:
@@ -180,7 +240,11 @@ def test_plain_completions(two_prompts: Workspace) -> None:
     assert whole["usage"]["prompt_tokens"] == len("Once upon a time")
     with two_prompts.http() as client:
         lines = client.post("/v1/completions", json={**body, "stream": True}).text.split("\n\n")
-    chunks = [json.loads(line.removeprefix("data: ")) for line in lines if line and not line.endswith("[DONE]")]
+    chunks = [
+        json.loads(line.removeprefix("data: "))
+        for line in lines
+        if line and not line.endswith("[DONE]")
+    ]
     assert "".join(chunk["choices"][0]["text"] for chunk in chunks) == whole["choices"][0]["text"]
     refusal = call(two_prompts, "POST", "/v1/completions", {**body, "model": "m/a"}, status=400)
     assert (code(refusal), refusal["error"]["param"]) == ("unsupported_parameter", "model")
@@ -216,8 +280,14 @@ def test_use_cache_is_another_word(two_prompts: Workspace) -> None:
 def test_every_answer_has_a_request_id(two_prompts: Workspace) -> None:
     """The client's own, if it can be a header; else a new one. Errors and streams have it, too."""
     with two_prompts.http() as client:
-        assert client.get("/healthz", headers={"X-Request-Id": "mine-1"}).headers["x-request-id"] == "mine-1"
-        made = [client.get(path).headers["x-request-id"] for path in ("/healthz", "/nowhere", "/v1/models/zzz")]
+        assert (
+            client.get("/healthz", headers={"X-Request-Id": "mine-1"}).headers["x-request-id"]
+            == "mine-1"
+        )
+        made = [
+            client.get(path).headers["x-request-id"]
+            for path in ("/healthz", "/nowhere", "/v1/models/zzz")
+        ]
     assert len(set(made)) == 3
     assert all(one.startswith("req-") for one in made)
 

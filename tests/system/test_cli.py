@@ -26,7 +26,18 @@ def test_version_and_help(workspace: Workspace) -> None:
     assert workspace.cli("--version").stdout == f"rkcached {__version__}\n"
     text = workspace.cli("--help").stdout
     assert "\n    rkcached demo    " in text
-    for command in ("run", "check", "plan", "explain", "status", "regenerate", "verify", "chat", "schema", "demo"):
+    for command in (
+        "run",
+        "check",
+        "plan",
+        "explain",
+        "status",
+        "regenerate",
+        "verify",
+        "chat",
+        "schema",
+        "demo",
+    ):
         assert command in text
         assert "Usage:" in workspace.cli(command, "--help").stdout
 
@@ -34,18 +45,44 @@ def test_version_and_help(workspace: Workspace) -> None:
 def test_help_imports_little(workspace: Workspace) -> None:
     """Help does not import what only the daemon needs."""
     code = "import sys; from rkcached.cli.main import cli; print(sorted(m for m in sys.modules if '.' not in m))"
-    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    for heavy in ("starlette", "uvicorn", "httpx", "pydantic", "rich", "watchdog", "numpy", "jinja2", "asyncio"):
+    loaded = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    ).stdout
+    for heavy in (
+        "starlette",
+        "uvicorn",
+        "httpx",
+        "pydantic",
+        "rich",
+        "watchdog",
+        "numpy",
+        "jinja2",
+        "asyncio",
+    ):
         assert f"'{heavy}'" not in loaded
     assert workspace.cli("nonsense", code=os.EX_USAGE).stderr
 
 
 def test_a_command_loads_nothing_of_the_daemon_s_nor_of_bench_s(two_prompts: Workspace) -> None:
     """No command but `run` watches files, and none but `bench` and `compare` computes with samples."""
-    for arguments in (["check"], ["plan"], ["explain", "m/a"], ["status"], ["verify"], ["gc", "--dry-run"], ["doctor"]):
+    for arguments in (
+        ["check"],
+        ["plan"],
+        ["explain", "m/a"],
+        ["status"],
+        ["verify"],
+        ["gc", "--dry-run"],
+        ["doctor"],
+    ):
         command = [sys.executable, "-X", "importtime", "-m", "rkcached", *arguments]
-        done = subprocess.run(command, capture_output=True, text=True, check=False, env=two_prompts.environment)
-        loaded = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines() if "import time:" in line}
+        done = subprocess.run(
+            command, capture_output=True, text=True, check=False, env=two_prompts.environment
+        )
+        loaded = {
+            line.rpartition("|")[2].strip()
+            for line in done.stderr.splitlines()
+            if "import time:" in line
+        }
         assert "rkcached.cli.main" in loaded
         assert loaded & {"watchdog", "numpy"} == set(), arguments
 
@@ -66,7 +103,10 @@ def test_numpy_is_loaded_for_embeddings_only(workspace: Workspace) -> None:
     assert workspace.ask("m/a")["rkcached"]["state"] == "hit"
     assert with_numpy() == []
     with workspace.http() as client:
-        made = client.post("/v1/embeddings", json={"model": "vectors", "input": "hello", "encoding_format": "float"})
+        made = client.post(
+            "/v1/embeddings",
+            json={"model": "vectors", "input": "hello", "encoding_format": "float"},
+        )
     assert made.status_code == 200, made.text
     assert len(with_numpy()) == 1
     assert str(workspace.process.pid if workspace.process else 0) not in with_numpy()
@@ -106,7 +146,11 @@ def test_check_reports_everything_at_once(workspace: Workspace) -> None:
         (11, ("'a'",)),
     ]:
         found = [text for text in done.stderr.splitlines() if f"manifest.yaml:{line}: " in text]
-        assert any(all(word in text for word in words) for text in found), (line, words, done.stderr)
+        assert any(all(word in text for word in words) for text in found), (
+            line,
+            words,
+            done.stderr,
+        )
     problems = json.loads(workspace.cli("check", "--json", code=os.EX_CONFIG).stdout)
     assert {2, 6, 7, 9, 11} <= {problem["line"] for problem in problems}
 
@@ -135,12 +179,26 @@ def test_check_reads_the_files(workspace: Workspace) -> None:
         "      dir: dir.md\n      gone: gone.md\n"
     )
     done = workspace.cli("check", code=os.EX_CONFIG)
-    first = next(n for n, text in enumerate(workspace.manifest.read_text().splitlines(), 1) if "empty:" in text)
-    said = ["is empty", "not UTF-8", "NUL byte", "1,048,577 bytes", "is a directory", "source missing"]
+    first = next(
+        n
+        for n, text in enumerate(workspace.manifest.read_text().splitlines(), 1)
+        if "empty:" in text
+    )
+    said = [
+        "is empty",
+        "not UTF-8",
+        "NUL byte",
+        "1,048,577 bytes",
+        "is a directory",
+        "source missing",
+    ]
     workspace.memory_model()
     done = workspace.cli("check", code=os.EX_CONFIG)
     for number, words in enumerate(said):
-        assert any(f"manifest.yaml:{first + number}: " in x and words in x for x in done.stderr.splitlines()), words
+        assert any(
+            f"manifest.yaml:{first + number}: " in x and words in x
+            for x in done.stderr.splitlines()
+        ), words
     assert "6 problems" in done.stderr
     for name in ("empty", "latin", "nul", "big", "gone"):
         workspace.write(f"{name}.md", "fine")
@@ -159,8 +217,12 @@ def problems(workspace: Workspace) -> list[tuple[int, str]]:
     return [(problem["line"], problem["message"]) for problem in found]
 
 
-@pytest.mark.parametrize("template", ["{% if %}", b"\xff", None], ids=["broken", "not text", "missing"])
-def test_a_template_is_reported_at_its_line(workspace: Workspace, template: str | bytes | None) -> None:
+@pytest.mark.parametrize(
+    "template", ["{% if %}", b"\xff", None], ids=["broken", "not text", "missing"]
+)
+def test_a_template_is_reported_at_its_line(
+    workspace: Workspace, template: str | bytes | None
+) -> None:
     """A broken .jinja is not the model file's fault."""
     workspace.memory_model()
     if template is not None:
@@ -202,7 +264,10 @@ def test_with_a_wrong_engine_no_other_engine_is_missed(workspace: Workspace) -> 
         "manifest.yaml",
         "version: 1\nengine: {kind: vllm}\nmodels:\n  m: {path: m.model, prompts: {gone: gone.md}}\n",
     )
-    assert [message.partition(":")[0] for _, message in problems(workspace)] == ["kind", "source missing"]
+    assert [message.partition(":")[0] for _, message in problems(workspace)] == [
+        "kind",
+        "source missing",
+    ]
 
 
 def test_an_open_quote_is_reported_where_it_opens(workspace: Workspace) -> None:
@@ -242,7 +307,9 @@ def test_files_that_no_prompt_can_be_named_by_are_listed(workspace: Workspace) -
     ]
 
 
-def test_a_skipped_file_is_logged_once_and_becomes_a_prompt_by_its_name(workspace: Workspace) -> None:
+def test_a_skipped_file_is_logged_once_and_becomes_a_prompt_by_its_name(
+    workspace: Workspace,
+) -> None:
     """Each look sees it, one line tells of it; renamed it is built, and renamed back it is skipped again."""
     workspace.memory_model()
     workspace.write("more/Rules.md", "Rules.\n" * 20)
@@ -253,14 +320,18 @@ def test_a_skipped_file_is_logged_once_and_becomes_a_prompt_by_its_name(workspac
     for _ in range(3):
         looks = workspace.status()["reconcile"]["looks"]
         workspace.hang_up()
-        wait_until(lambda before=looks: workspace.status()["reconcile"]["looks"] > before, "it looked again")
+        wait_until(
+            lambda before=looks: workspace.status()["reconcile"]["looks"] > before,
+            "it looked again",
+        )
     assert workspace.log_text().count("prompt files skipped") == 1
     (workspace.root / "more/Rules.md").rename(workspace.root / "more/rules.md")
     workspace.wait_state("rules", "fresh")
     assert workspace.status()["manifest"]["skipped_files"] == []
     (workspace.root / "more/rules.md").rename(workspace.root / "more/Rules.md")
     wait_until(
-        lambda: [p["prompt"] for p in workspace.status()["prompts"]] == ["good"], lambda: str(workspace.status())
+        lambda: [p["prompt"] for p in workspace.status()["prompts"]] == ["good"],
+        lambda: str(workspace.status()),
     )
     assert len(workspace.status()["manifest"]["skipped_files"]) == 1
 
@@ -272,7 +343,8 @@ def test_bad_prompts_block_only_themselves(workspace: Workspace) -> None:
     workspace.write("blank.md", "\n")
     workspace.write("long.md", "x" * 400)
     workspace.declare(
-        "{blank: blank.md, long: long.md, good: good.md}", params="{max_context_len: 300, max_new_tokens: 9}"
+        "{blank: blank.md, long: long.md, good: good.md}",
+        params="{max_context_len: 300, max_new_tokens: 9}",
     )
     workspace.start()
     workspace.wait_settled()
@@ -297,9 +369,17 @@ def test_plan_and_explain_without_a_daemon(two_prompts: Workspace) -> None:
     assert "nothing to do, 2 fresh" in two_prompts.cli("plan", "--exit-code").stdout
     assert "m/a: fresh" in two_prompts.cli("explain", "m/a").stdout
     two_prompts.write("prompts/c.md", "C.")
-    two_prompts.declare("{a: {files: prompts/a.md, params: {temperature: 0.2}}, c: prompts/c.md, d: d.md}")
+    two_prompts.declare(
+        "{a: {files: prompts/a.md, params: {temperature: 0.2}}, c: prompts/c.md, d: d.md}"
+    )
     done = two_prompts.cli("plan", "--exit-code", code=2)
-    for words in ("+ build", "params.temperature: 0.8 -> 0.2", "~ retire", "! blocked", "source missing"):
+    for words in (
+        "+ build",
+        "params.temperature: 0.8 -> 0.2",
+        "~ retire",
+        "! blocked",
+        "source missing",
+    ):
         assert words in done.stdout
     assert "2 to build, 1 to retire, 1 blocked, 0 fresh" in done.stdout
     actions = json.loads(two_prompts.cli("plan", "--json").stdout)
@@ -319,36 +399,61 @@ def test_plan_and_explain_without_a_daemon(two_prompts: Workspace) -> None:
 
 
 @pytest.mark.parametrize("place", ["missing", "empty", "checkout", "project"])
-def test_without_a_store_every_command_that_looks_at_one_says_so(two_prompts: Workspace, place: str) -> None:
-    """It names the place, where the store may be, and exits with 66. The plan is printed all the same: all is missing.
+def test_without_a_store_every_command_that_looks_at_one_says_so(
+    two_prompts: Workspace, place: str
+) -> None:
+    """It names the place, where the store may be, and exits with 66.
+
+    The plan is printed all the same: all is missing.
 
     Nothing is made, nothing is changed there.
     """
     elsewhere = two_prompts.root / "elsewhere"
-    files = {"checkout": ["README.md", ".gitignore"], "project": ["thesis.txt", "README.md"]}.get(place, [])
+    files = {"checkout": ["README.md", ".gitignore"], "project": ["thesis.txt", "README.md"]}.get(
+        place, []
+    )
     if place != "missing":
         elsewhere.mkdir()
     for name in files:
         (elsewhere / name).write_text("mine")
-    why = {"missing": "it does not exist", "project": "it contains 'thesis.txt'"}.get(place, "it is empty")
-    for command in (["plan"], ["plan", "--exit-code", "--json"], ["explain", "m/a"], ["verify"], ["gc"]):
+    why = {"missing": "it does not exist", "project": "it contains 'thesis.txt'"}.get(
+        place, "it is empty"
+    )
+    for command in (
+        ["plan"],
+        ["plan", "--exit-code", "--json"],
+        ["explain", "m/a"],
+        ["verify"],
+        ["gc"],
+    ):
         done = two_prompts.cli(*command, "--cache-dir", str(elsewhere), code=os.EX_NOINPUT)
         assert f"error: there is no store at {elsewhere}: {why}" in done.stderr
-        assert f"hint: there is a store beside the manifest: use --cache-dir {two_prompts.cache}" in done.stderr
+        assert (
+            f"hint: there is a store beside the manifest: use --cache-dir {two_prompts.cache}"
+            in done.stderr
+        )
         if command == ["plan"]:
             assert f"2 to build, 0 fresh; store {elsewhere}" in done.stdout
         if "--json" in command:
-            assert [action["reason"] for action in json.loads(done.stdout)] == ["missing", "missing"]
+            assert [action["reason"] for action in json.loads(done.stdout)] == [
+                "missing",
+                "missing",
+            ]
     assert elsewhere.exists() == (place != "missing")
     assert sorted(path.name for path in elsewhere.glob("*")) == sorted(files)
 
 
 def test_every_command_that_looks_at_a_store_names_it(two_prompts: Workspace) -> None:
-    """For people and, where the answer has room for it, for programs. An empty store is one, too."""
+    """For people and, where the answer has room for it, for programs.
+
+    An empty store is one, too.
+    """
     assert f"2 of 2 good in the store {two_prompts.cache}" in two_prompts.cli("verify").stdout
     assert f"; store {two_prompts.cache}\n" in two_prompts.cli("plan").stdout
     assert f"store {two_prompts.cache}\n" in two_prompts.cli("explain", "m/a").stdout
-    assert json.loads(two_prompts.cli("explain", "m/a", "--json").stdout)["store"] == str(two_prompts.cache)
+    assert json.loads(two_prompts.cli("explain", "m/a", "--json").stdout)["store"] == str(
+        two_prompts.cache
+    )
     assert f"; store {two_prompts.cache}\n" in two_prompts.cli("gc").stdout
     two_prompts.declare("{}")
     two_prompts.hang_up()
@@ -356,11 +461,16 @@ def test_every_command_that_looks_at_a_store_names_it(two_prompts: Workspace) ->
     assert f"no artifacts in the store {two_prompts.cache}" in two_prompts.cli("verify").stdout
 
 
-@pytest.mark.parametrize("command", ["run", "plan", "explain", "verify", "gc", "status", "doctor", "bench", "check"])
+@pytest.mark.parametrize(
+    "command", ["run", "plan", "explain", "verify", "gc", "status", "doctor", "bench", "check"]
+)
 def test_help_tells_the_default_of_each_place(workspace: Workspace, command: str) -> None:
     """Manifest, store and sockets: where they are when nobody says."""
     told = " ".join(workspace.cli(command, "--help").stdout.split())
-    options = re.findall(r"--(manifest|cache-dir|state-dir|socket|admin-socket) (?:FILE|DIR|PATH)(.*?)\[RKCACHED", told)
+    options = re.findall(
+        r"--(manifest|cache-dir|state-dir|socket|admin-socket) (?:FILE|DIR|PATH)(.*?)\[RKCACHED",
+        told,
+    )
     assert options
     assert [name for name, words in options if "default: " not in words] == []
 
@@ -368,7 +478,9 @@ def test_help_tells_the_default_of_each_place(workspace: Workspace, command: str
 def test_status(workspace: Workspace) -> None:
     """Status is a table for people and JSON for programs; descriptions are shown."""
     workspace.memory_model(prefill_us_per_token=500)
-    workspace.write("p.md", "Text. " * 20)  # a gain on a busy machine, too: without one, that is said instead
+    workspace.write(
+        "p.md", "Text. " * 20
+    )  # a gain on a busy machine, too: without one, that is said instead
     workspace.declare("{p: {files: p.md, description: the house rules}}")
     workspace.start()
     workspace.wait_settled()
@@ -440,7 +552,9 @@ def test_regenerate_shows_how_far_it_is(workspace: Workspace) -> None:
     ours, theirs = pty.openpty()
     command = workspace.command("regenerate", "m/a")
     environment = {**workspace.environment, "TERM": "xterm"}
-    with subprocess.Popen(command, env=environment, stdin=theirs, stdout=theirs, stderr=theirs) as process:
+    with subprocess.Popen(
+        command, env=environment, stdin=theirs, stdout=theirs, stderr=theirs
+    ) as process:
         os.close(theirs)
         shown = b""
         with contextlib.suppress(OSError):  # EIO: the other end is closed
@@ -456,7 +570,10 @@ def test_verify(two_prompts: Workspace) -> None:
     """Verify re-reads every artifact; --deep loads it; damage of any file is found and named; exit code 65."""
     done = two_prompts.cli("verify", "--deep")
     assert done.stdout.count("matches its sidecar; loads, 64 tokens") == 2
-    assert [r["ok"] for r in json.loads(two_prompts.cli("verify", "--deep", "--json").stdout)] == [True, True]
+    assert [r["ok"] for r in json.loads(two_prompts.cli("verify", "--deep", "--json").stdout)] == [
+        True,
+        True,
+    ]
     two_prompts.stop()
     path = two_prompts.cache / "m/a.memory_cache"
     data = bytearray(path.read_bytes())
@@ -501,7 +618,9 @@ def test_layout_and_modes(two_prompts: Workspace) -> None:
     assert sorted(p.name for p in folder.iterdir()) == [
         f"{name}.{suffix}" for name in "ab" for suffix in ("bin", "json", "memory_cache")
     ]
-    assert (folder / "a.bin").read_text() == "<|im_start|>system\nYou are prompt A.<|im_end|>\n<|im_start|>user\n"
+    assert (
+        folder / "a.bin"
+    ).read_text() == "<|im_start|>system\nYou are prompt A.<|im_end|>\n<|im_start|>user\n"
     sidecar = json.loads((folder / "a.json").read_text())
     assert sidecar["size_bytes"] == (folder / "a.memory_cache").stat().st_size
     assert sidecar["components"]["params.temperature"] == "0.8"
@@ -523,7 +642,9 @@ def test_socket_path_too_long(workspace: Workspace) -> None:
 
 def test_socket_taken(two_prompts: Workspace) -> None:
     """A live daemon's socket is not taken over; its owner goes on."""
-    done = two_prompts.cli("run", "--cache-dir", str(two_prompts.root / "other"), code=os.EX_CANTCREAT)
+    done = two_prompts.cli(
+        "run", "--cache-dir", str(two_prompts.root / "other"), code=os.EX_CANTCREAT
+    )
     assert "another daemon listens" in done.stderr
     assert two_prompts.ask("m/a")["rkcached"]["state"] == "hit"
 
@@ -555,13 +676,18 @@ def test_cache_directory_not_writable(workspace: Workspace) -> None:
     workspace.memory_model()
     workspace.declare("{}")
     workspace.write("file", "x")
-    done = workspace.cli("run", "--cache-dir", str(workspace.root / "file/cache"), code=os.EX_CANTCREAT)
+    done = workspace.cli(
+        "run", "--cache-dir", str(workspace.root / "file/cache"), code=os.EX_CANTCREAT
+    )
     assert "--cache-dir" in done.stderr
 
 
 @pytest.mark.parametrize(
     ("content", "words"),
-    [(b"hello, I am no model", "is not a memory-engine model"), (b'{"rkcached_memory_model": ', "m")],
+    [
+        (b"hello, I am no model", "is not a memory-engine model"),
+        (b'{"rkcached_memory_model": ', "m"),
+    ],
 )
 def test_model_file_unusable(workspace: Workspace, content: bytes, words: str) -> None:
     """A model that is none, or truncated, blocks its prompts and refuses requests with the reason; then it heals."""
@@ -601,7 +727,10 @@ def test_system_message_impossible(workspace: Workspace) -> None:
     workspace.declare("{p: p.md}", model="    chat_template: t.jinja\n")
     workspace.start()
     shown = workspace.wait_state("p", "blocked")
-    assert "no system role" in shown["reason"] + shown["hint"] or "system message is impossible" in shown["reason"]
+    assert (
+        "no system role" in shown["reason"] + shown["hint"]
+        or "system message is impossible" in shown["reason"]
+    )
     assert workspace.ask("m")["rkcached"]["state"] == "cold"
     workspace.ask("m/p", status=503)
 
@@ -640,7 +769,9 @@ def test_an_impossible_setting_is_one_sentence(workspace: Workspace) -> None:
     workspace.declare("{}")
     command = [sys.executable, "-m", "rkcached", "run"]
     environment = {**workspace.environment, "RKCACHED_LOG_LEVEL": "loud"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, cwd=workspace.root)
+    done = subprocess.run(
+        command, env=environment, capture_output=True, text=True, check=False, cwd=workspace.root
+    )
     assert done.returncode == 78
     assert done.stderr.startswith("error: log-level: ")
     assert "RKCACHED_LOG_LEVEL" in done.stderr

@@ -16,7 +16,10 @@ from conftest import Workspace
 
 pytestmark = pytest.mark.model
 
-SYSTEM = "You are a clerk at a town's register. You answer with exactly what is asked for, and nothing else. " * 3
+SYSTEM = (
+    "You are a clerk at a town's register. You answer with exactly what is asked for, and nothing else. "
+    * 3
+)
 WEATHER: Any = {
     "type": "function",
     "function": {
@@ -60,7 +63,9 @@ def register(tmp_path_factory: pytest.TempPathFactory, small_model: Path) -> Ite
 def client(register: Workspace) -> Iterator[openai.OpenAI]:
     transport = httpx.HTTPTransport(verify=False, uds=str(register.socket))
     with httpx.Client(transport=transport, timeout=120) as http:
-        yield openai.OpenAI(api_key="none", base_url="http://rkcached/v1", http_client=http, max_retries=0)
+        yield openai.OpenAI(
+            api_key="none", base_url="http://rkcached/v1", http_client=http, max_retries=0
+        )
 
 
 def user(text: str) -> Any:
@@ -69,10 +74,18 @@ def user(text: str) -> Any:
 
 def test_chat_and_stream(client: openai.OpenAI) -> None:
     """The prompt cache serves both, and both say the same."""
-    asked = {"model": "m/clerk", "messages": user("What is a register?"), "max_tokens": 16, "seed": 1}
+    asked = {
+        "model": "m/clerk",
+        "messages": user("What is a register?"),
+        "max_tokens": 16,
+        "seed": 1,
+    }
     whole = client.chat.completions.create(**asked)  # type: ignore[call-overload]
     chunks = list(client.chat.completions.create(**asked, stream=True))  # type: ignore[call-overload]
-    assert "".join(c.choices[0].delta.content or "" for c in chunks) == whole.choices[0].message.content
+    assert (
+        "".join(c.choices[0].delta.content or "" for c in chunks)
+        == whole.choices[0].message.content
+    )
     assert whole.rkcached["state"] == chunks[-1].rkcached["state"] == "hit"
     assert whole.usage.prompt_tokens_details.cached_tokens > 50
 
@@ -80,7 +93,10 @@ def test_chat_and_stream(client: openai.OpenAI) -> None:
 def test_json_schema(client: openai.OpenAI) -> None:
     """The client's own parse() gets its record: the engine was held to the schema, also from a prompt cache."""
     answer = client.chat.completions.parse(
-        model="m/clerk", messages=user("Name one person and an age, as JSON."), response_format=Person, max_tokens=120
+        model="m/clerk",
+        messages=user("Name one person and an age, as JSON."),
+        response_format=Person,
+        max_tokens=120,
     )
     person = answer.choices[0].message.parsed
     assert isinstance(person, Person)
@@ -96,32 +112,55 @@ def test_json_object(client: openai.OpenAI) -> None:
         max_tokens=200,
     )
     choice = answer.choices[0]
-    assert choice.finish_reason == "length" or isinstance(json.loads(choice.message.content or ""), dict)
+    assert choice.finish_reason == "length" or isinstance(
+        json.loads(choice.message.content or ""), dict
+    )
     assert (choice.message.content or "").lstrip().startswith("{")
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_schema_that_the_engine_cannot_keep_to(client: openai.OpenAI, register: Workspace, *, stream: bool) -> None:
+def test_a_schema_that_the_engine_cannot_keep_to(
+    client: openai.OpenAI, register: Workspace, *, stream: bool
+) -> None:
     """llama.cpp would silently ignore it; it is refused before a word is said, and is not in the log."""
-    impossible = {"type": "array", "items": {"type": "string", "const": "my-own-word"}, "uniqueItems": True}
-    response_format: Any = {"type": "json_schema", "json_schema": {"name": "n", "schema": impossible}}
+    impossible = {
+        "type": "array",
+        "items": {"type": "string", "const": "my-own-word"},
+        "uniqueItems": True,
+    }
+    response_format: Any = {
+        "type": "json_schema",
+        "json_schema": {"name": "n", "schema": impossible},
+    }
     with pytest.raises(openai.BadRequestError) as refused:
         client.chat.completions.create(
-            model="m", messages=user("Say hello."), response_format=response_format, max_tokens=20, stream=stream
+            model="m",
+            messages=user("Say hello."),
+            response_format=response_format,
+            max_tokens=20,
+            stream=stream,
         )
     assert (refused.value.code, refused.value.param) == ("invalid_schema", "response_format")
     assert "uniqueItems" in refused.value.message
     assert "my-own-word" not in register.log_text()
-    assert client.chat.completions.create(model="m", messages=user("Say hello."), max_tokens=4).choices
+    assert client.chat.completions.create(
+        model="m", messages=user("Say hello."), max_tokens=4
+    ).choices
 
 
 @pytest.mark.filterwarnings("ignore:Pydantic serializer warnings")  # the client's own
 def test_what_parse_returned_goes_back(client: openai.OpenAI) -> None:
     """The client's own objects are messages again."""
     messages = user("Name one person and an age, as JSON.")
-    first = client.chat.completions.parse(model="m", messages=messages, response_format=Person, max_tokens=120)
+    first = client.chat.completions.parse(
+        model="m", messages=messages, response_format=Person, max_tokens=120
+    )
     messages = [*messages, first.choices[0].message, *user("Thanks.")]
-    assert client.chat.completions.create(model="m", messages=messages, max_tokens=4).choices[0].message.content
+    assert (
+        client.chat.completions.create(model="m", messages=messages, max_tokens=4)
+        .choices[0]
+        .message.content
+    )
 
 
 def test_tools(client: openai.OpenAI) -> None:
@@ -138,8 +177,14 @@ def test_tools(client: openai.OpenAI) -> None:
     chunks = list(client.chat.completions.create(messages=messages, stream=True, **asked))
     (streamed,) = [c for chunk in chunks for c in chunk.choices[0].delta.tool_calls or ()]
     assert streamed.function.arguments == call.function.arguments
-    messages = [*messages, choice.message, {"role": "tool", "tool_call_id": call.id, "content": "4 degrees, rain"}]
-    answer = client.chat.completions.create(model="m", messages=messages, tools=[WEATHER], max_tokens=24)
+    messages = [
+        *messages,
+        choice.message,
+        {"role": "tool", "tool_call_id": call.id, "content": "4 degrees, rain"},
+    ]
+    answer = client.chat.completions.create(
+        model="m", messages=messages, tools=[WEATHER], max_tokens=24
+    )
     assert answer.choices[0].message.content or answer.choices[0].message.tool_calls
 
 
@@ -150,7 +195,9 @@ def test_the_model_may_decide_to_call(client: openai.OpenAI) -> None:
     for city in ("Rome", "Paris", "Lima"):
         shown += [*user(f"Weather in {city}?"), {"role": "assistant", "content": call % city}]
     shown += user("Weather in Oslo?")
-    answer = client.chat.completions.create(model="m", messages=shown, tools=[WEATHER], max_tokens=60)
+    answer = client.chat.completions.create(
+        model="m", messages=shown, tools=[WEATHER], max_tokens=60
+    )
     calls = answer.choices[0].message.tool_calls or []
     assert [c.function.name for c in calls if c.type == "function"] == ["get_weather"]
 
@@ -167,7 +214,9 @@ def test_logprobs(client: openai.OpenAI) -> None:
     for token in logprobs.content:
         assert len(token.top_logprobs) == 3
         assert token.logprob == max(other.logprob for other in token.top_logprobs) <= 0
-    older = client.completions.create(model="m", prompt="One, two, three,", max_tokens=4, logprobs=2)
+    older = client.completions.create(
+        model="m", prompt="One, two, three,", max_tokens=4, logprobs=2
+    )
     listed = older.choices[0].logprobs
     assert listed is not None
     assert len(listed.tokens or ()) == len(listed.token_logprobs or ()) == 4
@@ -176,15 +225,23 @@ def test_logprobs(client: openai.OpenAI) -> None:
 
 def test_embeddings(client: openai.OpenAI) -> None:
     """Texts that mean the like are nearer than others; tokens work; each vector has length 1."""
-    texts = ["The cat sleeps on the sofa.", "A cat is sleeping on a couch.", "def main(): return 42"]
+    texts = [
+        "The cat sleeps on the sofa.",
+        "A cat is sleeping on a couch.",
+        "def main(): return 42",
+    ]
     made = client.embeddings.create(model="vectors", input=texts)
     cat, couch, code = (item.embedding for item in made.data)
     assert math.hypot(*cat) == pytest.approx(1, abs=1e-4)
-    assert sum(a * b for a, b in zip(cat, couch, strict=True)) > sum(a * b for a, b in zip(cat, code, strict=True))
+    assert sum(a * b for a, b in zip(cat, couch, strict=True)) > sum(
+        a * b for a, b in zip(cat, code, strict=True)
+    )
     assert made.usage.prompt_tokens > 15
     again = client.embeddings.create(model="vectors", input=texts[0], encoding_format="float")
     assert again.data[0].embedding == pytest.approx(cat, abs=1e-5)
-    assert len(client.embeddings.create(model="vectors", input=[1, 2, 3]).data[0].embedding) == len(cat)
+    assert len(client.embeddings.create(model="vectors", input=[1, 2, 3]).data[0].embedding) == len(
+        cat
+    )
     with pytest.raises(openai.BadRequestError) as refused:
         client.embeddings.create(model="vectors", input=[999_999])
     assert refused.value.param == "input"

@@ -43,9 +43,14 @@ def test_two_saves_in_one_second_under_a_running_daemon(workspace: Workspace, di
         wait_until(lambda start=start: time.time_ns() // SECOND_NS > start, "a second begins")
         looks = workspace.status()["reconcile"]["looks"]
         prompt.write_text(f"You are prompt {number:04}.")
-        wait_until(lambda looks=looks: workspace.status()["reconcile"]["looks"] > looks, "the first was looked at")
+        wait_until(
+            lambda looks=looks: workspace.status()["reconcile"]["looks"] > looks,
+            "the first was looked at",
+        )
         prompt.write_text(f"You are prompt {number + 5000:04}.")
-        wait_until(lambda number=number: f"{number + 5000:04}" in text(), "the second was built", 30)
+        wait_until(
+            lambda number=number: f"{number + 5000:04}" in text(), "the second was built", 30
+        )
 
 
 def test_a_store_with_coarse_times(workspace: Workspace, disk: Path) -> None:

@@ -43,8 +43,13 @@ def dashboard() -> dict[str, Any]:
 
 
 def expressions(dashboard: dict[str, Any]) -> list[str]:
-    variables = [one["query"]["query"] for one in dashboard["templating"]["list"] if one["type"] == "query"]
-    return [*variables, *(target["expr"] for panel in dashboard["panels"] for target in panel["targets"])]
+    variables = [
+        one["query"]["query"] for one in dashboard["templating"]["list"] if one["type"] == "query"
+    ]
+    return [
+        *variables,
+        *(target["expr"] for panel in dashboard["panels"] for target in panel["targets"]),
+    ]
 
 
 def exposed(space: Workspace) -> dict[str, set[str]]:
@@ -74,7 +79,11 @@ def test_every_name_is_a_metric(workspace: Workspace, dashboard: dict[str, Any])
         assert names, expression
         bare = re.sub(r'"[^"]*"', "", expression)
         labels = set(re.findall(r"(\w+)\s*(?:=~|!=|=)", bare))
-        labels |= {label.strip() for group in re.findall(r"by \(([^)]*)\)", bare) for label in group.split(",")}
+        labels |= {
+            label.strip()
+            for group in re.findall(r"by \(([^)]*)\)", bare)
+            for label in group.split(",")
+        }
         for name in names:
             assert labels <= series.get(name, set()) | {"le"}, (expression, name, series.get(name))
             assert name in series, expression
@@ -98,15 +107,23 @@ class Prometheus:
         program = shutil.which("prometheus") or missing(
             "Prometheus: apt-get install --no-install-recommends prometheus"
         )
-        blocks = re.findall(r"^```yaml\n(.*?)^```", (DOCS / "page.md").read_text(), re.DOTALL | re.MULTILINE)
+        blocks = re.findall(
+            r"^```yaml\n(.*?)^```", (DOCS / "page.md").read_text(), re.DOTALL | re.MULTILINE
+        )
         config = yaml.safe_load(next(block for block in blocks if "scrape_configs" in block))
         (job,) = config["scrape_configs"]
         job["static_configs"] = [{"targets": [target]}]
-        (folder / "prometheus.yml").write_text(yaml.safe_dump({**config, "global": {"scrape_interval": "1s"}}))
+        (folder / "prometheus.yml").write_text(
+            yaml.safe_dump({**config, "global": {"scrape_interval": "1s"}})
+        )
         with socket.create_server(("127.0.0.1", 0)) as free:
             address = f"127.0.0.1:{free.getsockname()[1]}"
         self._http = httpx.Client(base_url=f"http://{address}/api/v1/")
-        command = [str(program), f"--config.file={folder / 'prometheus.yml'}", f"--web.listen-address={address}"]
+        command = [
+            str(program),
+            f"--config.file={folder / 'prometheus.yml'}",
+            f"--web.listen-address={address}",
+        ]
         command += [f"--storage.tsdb.path={folder / 'tsdb'}", "--log.level=error"]
         self._process = subprocess.Popen(command, stdin=subprocess.DEVNULL)
 
@@ -138,14 +155,19 @@ class Prometheus:
         return [float(series["value"][1]) for series in found["result"]] if found else []
 
 
-def test_every_panel_has_figures(workspace: Workspace, dashboard: dict[str, Any], tmp_path: Path) -> None:
+def test_every_panel_has_figures(
+    workspace: Workspace, dashboard: dict[str, Any], tmp_path: Path
+) -> None:
     """Prometheus takes every expression, and answers it with numbers, once there were answers, builds and a crash."""
     workspace.memory_model()
     workspace.write("p.md", "Text.")
     workspace.declare("{p: p.md}", top="cache: {max_bytes: 2000000}")
     workspace.start()
     workspace.wait_settled()
-    with Port(workspace.socket) as port, Prometheus(tmp_path, port.url.removeprefix("http://").rstrip("/")) as server:
+    with (
+        Port(workspace.socket) as port,
+        Prometheus(tmp_path, port.url.removeprefix("http://").rstrip("/")) as server,
+    ):
         wait_until(lambda: server.values("rkcached_artifacts"), "it scrapes")
         (model,) = server.ask("label/model/values", **{"match[]": variable(dashboard, "model")})
         assert model == "m"
@@ -169,7 +191,9 @@ def test_every_panel_has_figures(workspace: Workspace, dashboard: dict[str, Any]
 
 def variable(dashboard: dict[str, Any], name: str) -> str:
     """The series whose label values it lists."""
-    (query,) = (one["query"]["query"] for one in dashboard["templating"]["list"] if one["name"] == name)
+    (query,) = (
+        one["query"]["query"] for one in dashboard["templating"]["list"] if one["name"] == name
+    )
     return re.fullmatch(rf"label_values\((.*), {name}\)", query)[1]  # type: ignore[index]
 
 
@@ -199,7 +223,11 @@ def test_a_dashboard_that_can_be_imported(dashboard: dict[str, Any]) -> None:
     assert dashboard["templating"]["list"][0]["type"] == "datasource"
     panels = dashboard["panels"]
     assert len({panel["id"] for panel in panels}) == len(panels)
-    assert all(thing["datasource"]["uid"] == "${datasource}" for p in panels for thing in (p, *p["targets"]))
+    assert all(
+        thing["datasource"]["uid"] == "${datasource}"
+        for p in panels
+        for thing in (p, *p["targets"])
+    )
     cells: set[tuple[int, int]] = set()
     for panel in panels:
         place = panel["gridPos"]

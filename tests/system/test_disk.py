@@ -1,7 +1,8 @@
 """Disks that refuse, under a running daemon: full, out of inodes, read-only, failing, taken away.
 
-Each time: requests are answered rightly, cold if need be; the status says what is wrong, with numbers and what to do;
-nothing half is left; and when the disk is well again, all is fresh without a hand.
+Each time: requests are answered rightly, cold if need be; the status says what is wrong, with
+numbers and what to do; nothing half is left; and when the disk is well again, all is fresh without
+a hand.
 """
 
 from __future__ import annotations
@@ -34,10 +35,16 @@ class Disk:
     def __init__(self, root: Path, options: str) -> None:
         self.root = root
         root.mkdir()
-        subprocess.run(["mount", "-t", "tmpfs", "-o", options, "rkcached-test", root], check=True, capture_output=True)
+        subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", options, "rkcached-test", root],
+            check=True,
+            capture_output=True,
+        )
 
     def remount(self, options: str) -> None:
-        subprocess.run(["mount", "-o", f"remount,{options}", self.root], check=True, capture_output=True)
+        subprocess.run(
+            ["mount", "-o", f"remount,{options}", self.root], check=True, capture_output=True
+        )
 
     def unmount(self) -> None:
         subprocess.run(["umount", self.root], check=True, capture_output=True)
@@ -100,7 +107,10 @@ def fresh_again(space: Workspace, text: str) -> None:
 
     def hits(name: str, system: str) -> bool:
         answer = space.ask(f"m/{name}")
-        return (content(answer), answer["rkcached"]["state"]) == (right_answer(space, system), "hit")
+        return (content(answer), answer["rkcached"]["state"]) == (
+            right_answer(space, system),
+            "hit",
+        )
 
     wait_until(lambda: hits("b", text), f"b is fresh, but {space.prompt('b')}", BEFORE_RESCAN_S)
     wait_until(lambda: hits("a", KEPT), f"a is fresh, but {space.prompt('a')}", BEFORE_RESCAN_S)
@@ -115,7 +125,9 @@ def says(space: Workspace, name: str, *words: str) -> dict[str, Any]:
         found = space.wait_state(name, "blocked", BEFORE_RESCAN_S)
         return found if found["reason"] in " ".join(space.cli("status").stdout.split()) else None
 
-    found: dict[str, Any] = wait_until(shown, lambda: f"status shows why {name} is blocked: {space.prompt(name)}")
+    found: dict[str, Any] = wait_until(
+        shown, lambda: f"status shows why {name} is blocked: {space.prompt(name)}"
+    )
     for word in words:
         assert word in found["reason"], found
     assert found["hint"]
@@ -164,15 +176,26 @@ def test_what_is_known_not_to_fit_is_not_begun(workspace: Workspace, disk: Disk)
 
 
 @pytest.mark.parametrize(
-    "error", [EngineError("fwrite"), ArtifactLoadError("cut"), VerifyFailed("no use"), WorkerDied("signal 6")], ids=repr
+    "error",
+    [
+        EngineError("fwrite"),
+        ArtifactLoadError("cut"),
+        VerifyFailed("no use"),
+        WorkerDied("signal 6"),
+    ],
+    ids=repr,
 )
-def test_an_engine_that_fails_on_a_full_disk_is_not_blamed(disk: Disk, error: EngineError | WorkerDied) -> None:
+def test_an_engine_that_fails_on_a_full_disk_is_not_blamed(
+    disk: Disk, error: EngineError | WorkerDied
+) -> None:
     """One that does not notice leaves a file that it cannot load, or dies of it: no reason to give the prompt up."""
     staged = disk.root / "m.stage"
     staged.write_bytes(bytes(3 * PAGE))
     _blame_disk(staged, error)
     disk.leave(1)
-    with pytest.raises(NoRoom, match=f"more than the {4 * PAGE:,} bytes that were free on {disk.root}") as caught:
+    with pytest.raises(
+        NoRoom, match=f"more than the {4 * PAGE:,} bytes that were free on {disk.root}"
+    ) as caught:
         _blame_disk(staged, error)
     assert caught.value.needed_bytes == 4 * PAGE + 1
     verdict = verdict_on(caught.value, "f", attempts=10)
@@ -222,7 +245,17 @@ def test_a_disk_that_fails_on_fsync(workspace: Workspace) -> None:
     workspace.start()
     workspace.wait_settled()
     assert workspace.process is not None
-    trace = ["strace", "-f", "-qqq", "-o", os.devnull, "-e", "trace=fsync", "-e", "inject=fsync:error=EIO"]
+    trace = [
+        "strace",
+        "-f",
+        "-qqq",
+        "-o",
+        os.devnull,
+        "-e",
+        "trace=fsync",
+        "-e",
+        "inject=fsync:error=EIO",
+    ]
     failing = subprocess.Popen([*trace, "-p", str(workspace.process.pid)])
     try:
         status = Path(f"/proc/{workspace.process.pid}/status")
@@ -268,14 +301,22 @@ def not_writable(cache: Path) -> Callable[[], object]:
 
 
 @pytest.mark.parametrize(
-    "harm", [moved_away, moved_away_and_back, recreated, closed, not_writable], ids=lambda f: f.__name__
+    "harm",
+    [moved_away, moved_away_and_back, recreated, closed, not_writable],
+    ids=lambda f: f.__name__,
 )
-def test_the_cache_directory_taken_away(workspace: Workspace, harm: Callable[[Path], Callable[[], object]]) -> None:
+def test_the_cache_directory_taken_away(
+    workspace: Workspace, harm: Callable[[Path], Callable[[], object]]
+) -> None:
     """Moved, made anew, closed, and back: with the text changed meanwhile, no answer is that of the text before."""
     prepare(workspace)
     workspace.write("prompts/b.md", "One.")
     # Permissions do not bind root, so the daemon is started without the privilege that makes it so.
-    bound = [need("setpriv"), "--bounding-set=-dac_override,-dac_read_search"] if os.geteuid() == 0 else []
+    bound = (
+        [need("setpriv"), "--bounding-set=-dac_override,-dac_read_search"]
+        if os.geteuid() == 0
+        else []
+    )
     workspace.launcher = [*bound, *workspace.command()]
     workspace.start()
     workspace.wait_settled()
@@ -287,7 +328,10 @@ def test_the_cache_directory_taken_away(workspace: Workspace, harm: Callable[[Pa
             assert str(workspace.cache) in found["reason"]
             answers_rightly(workspace, "Two.", hits=False)
         else:
-            assert content(workspace.ask("m/b")) in (right_answer(workspace, "One."), right_answer(workspace, "Two."))
+            assert content(workspace.ask("m/b")) in (
+                right_answer(workspace, "One."),
+                right_answer(workspace, "Two."),
+            )
             fresh_again(workspace, "Two.")
     finally:
         heal()

@@ -27,7 +27,9 @@ def troubled(workspace: Workspace) -> Workspace:
     workspace.memory_model("m.model")
     workspace.write("bomb.jinja", BOMB)
     workspace.write("other.model", "no model")
-    models = "".join(f"  {name}: {{path: {name}.model}}\n" for name in ("breaks", "dies", "gone", "other"))
+    models = "".join(
+        f"  {name}: {{path: {name}.model}}\n" for name in ("breaks", "dies", "gone", "other")
+    )
     models += "  bomb: {path: m.model, chat_template: bomb.jinja}\n"
     workspace.declare("{blocked: none.md}", model=models)
     workspace.write("state", "a file in the place of the folder")
@@ -53,18 +55,25 @@ def told(space: Workspace, path: str, status: int, code: str) -> list[str]:
         ("bomb", 503, "template_exhausted"),
     ],
 )
-def test_a_failed_answer_has_its_cause_in_the_log(troubled: Workspace, model: str, status: int, code: str) -> None:
+def test_a_failed_answer_has_its_cause_in_the_log(
+    troubled: Workspace, model: str, status: int, code: str
+) -> None:
     """The sentence that the client gets, with the request's id; once for each failed request, also in a stream."""
     error = troubled.ask(model, status=status)["error"]
     assert error["code"] == code
-    [cause] = wait_until(lambda: told(troubled, "/v1/chat/completions", status, code), "the log has the cause")
+    [cause] = wait_until(
+        lambda: told(troubled, "/v1/chat/completions", status, code), "the log has the cause"
+    )
     assert error["message"].partition(" (")[0] in cause
     if model == "breaks":
         return  # once in the life of its process
     with troubled.http() as client:
         answer = client.post("/v1/chat/completions", json={"model": model, "stream": True, **HELLO})
     assert code in answer.text
-    wait_until(lambda: troubled.log_text().count(" request failed ") == 2, "the log has the cause of the second")
+    wait_until(
+        lambda: troubled.log_text().count(" request failed ") == 2,
+        "the log has the cause of the second",
+    )
     troubled.logged(f"status={answer.status_code} code={code}")
 
 
@@ -72,13 +81,17 @@ def test_every_endpoint_tells_its_causes(troubled: Workspace) -> None:
     """Those for changes, too, and those that only read. What is a client's fault is no warning."""
     with troubled.http(admin=True) as client:
         answers = {
-            "/v1/completions": client.post("/v1/completions", json={"model": "gone", "prompt": "x"}),
+            "/v1/completions": client.post(
+                "/v1/completions", json={"model": "gone", "prompt": "x"}
+            ),
             "/v1/embeddings": client.post("/v1/embeddings", json={"model": "gone", "input": "x"}),
             "/v1/models/gone": client.get("/v1/models/gone"),
             "/v1/models/load": client.post("/v1/models/load", json={"model": "gone"}),
             "/v1/cache/m": client.post("/v1/cache/m", json={"cache_name": "x", "content": "text"}),
         }
-        assert client.post("/v1/chat/completions", json={"model": "none", **HELLO}).status_code == 404
+        assert (
+            client.post("/v1/chat/completions", json={"model": "none", **HELLO}).status_code == 404
+        )
         assert client.post("/v1/chat/completions", content=b"{").status_code == 400
     for path, answer in answers.items():
         assert answer.status_code == 503, (path, answer.text)
@@ -90,8 +103,12 @@ def test_a_silent_worker_has_its_cause_in_the_log(workspace: Workspace) -> None:
     """A deadline of ours."""
     workspace.memory_model(faults=[{"op": "generate", "kind": "hang", "at": 3}])
     workspace.declare("{}")
-    manifest = workspace.manifest.read_text().replace("{kind: memory}", "{kind: memory, timeout_s: 8}")
+    manifest = workspace.manifest.read_text().replace(
+        "{kind: memory}", "{kind: memory, timeout_s: 8}"
+    )
     workspace.write("manifest.yaml", manifest)
     workspace.start()
     assert workspace.ask("m", status=504)["error"]["code"] == "worker_timeout"
-    assert "said nothing for 8 s" in told(workspace, "/v1/chat/completions", 504, "worker_timeout")[0]
+    assert (
+        "said nothing for 8 s" in told(workspace, "/v1/chat/completions", 504, "worker_timeout")[0]
+    )

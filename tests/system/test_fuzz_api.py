@@ -54,7 +54,10 @@ def fuzzed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workspace]:
 
 
 def described(space: Workspace, *, admin: bool) -> Any:
-    """What the socket says of itself. Model names are narrowed to a few, else nearly all requests were 404."""
+    """What the socket says of itself.
+
+    Model names are narrowed to a few, else nearly all requests were 404.
+    """
     with space.http(admin=admin) as client:
         description = client.get("/openapi.json").json()
     for schema in description["components"]["schemas"].values():
@@ -75,7 +78,10 @@ def check(case: Any, space: Workspace, *, admin: bool) -> None:
     prepared = requests.Request(**case.as_transport_kwargs(base_url="http://d")).prepare()
     with space.http(admin=admin) as client:
         request = httpx.Request(
-            prepared.method or "", prepared.url or "", headers=dict(prepared.headers), content=prepared.body
+            prepared.method or "",
+            prepared.url or "",
+            headers=dict(prepared.headers),
+            content=prepared.body,
         )
         case.validate_response(client.send(request), checks=CHECKS)
 
@@ -92,7 +98,9 @@ SETTINGS = hypothesis.settings(
 
 @pytest.mark.parametrize("mode", GenerationMode)
 @pytest.mark.parametrize("admin", [False, True], ids=["everyone", "admin"])
-def test_every_operation_keeps_its_word(fuzzed: Workspace, mode: GenerationMode, *, admin: bool) -> None:
+def test_every_operation_keeps_its_word(
+    fuzzed: Workspace, mode: GenerationMode, *, admin: bool
+) -> None:
     """Many requests that fit its description, and as many that do not, where that is possible."""
     tried = 0
     for found in described(fuzzed, admin=admin).get_all_operations():

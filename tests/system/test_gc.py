@@ -32,7 +32,9 @@ def littered(two_prompts: Workspace) -> Workspace:
 
 
 def files(space: Workspace) -> set[str]:
-    return {str(path.relative_to(space.cache)) for path in space.cache.rglob("*") if not path.is_dir()}
+    return {
+        str(path.relative_to(space.cache)) for path in space.cache.rglob("*") if not path.is_dir()
+    }
 
 
 KEPT = {".lock", ".digests.json", "CACHEDIR.TAG", "m/a.bin", "m/a.json", "m/a.memory_cache"}
@@ -41,7 +43,10 @@ ASK = "not the store's: --strangers removes it"
 
 
 def test_it_removes_what_serves_nobody_and_says_how_much(littered: Workspace) -> None:
-    """Orphans and the quarantine. What is not the store's is listed with its size, and stays. The second time, too."""
+    """Orphans and the quarantine.
+
+    What is not the store's is listed with its size, and stays. The second time, too.
+    """
     before = files(littered)
     planned = json.loads(littered.cli("gc", "--dry-run", "--json").stdout)
     assert files(littered) == before
@@ -54,13 +59,19 @@ def test_it_removes_what_serves_nobody_and_says_how_much(littered: Workspace) ->
         ("m--a--0011", "quarantined"),
     }
     assert removed["size_bytes"] == sum(item["size_bytes"] for item in removed["items"]) > 1000
-    sizes = {str(Path(item["path"]).relative_to(littered.cache)): item["size_bytes"] for item in removed["strangers"]}
+    sizes = {
+        str(Path(item["path"]).relative_to(littered.cache)): item["size_bytes"]
+        for item in removed["strangers"]
+    }
     link = (littered.cache / "m/link.txt").lstat().st_size
     assert sizes == {"lost": 10, "m/notes.txt": 100, "m/link.txt": link, "m/sub": 5}
     assert {item["reason"] for item in removed["strangers"]} == {ASK}
     assert files(littered) == KEPT | STRANGERS
     again = littered.cli("gc").stdout
-    assert f"removed 0 items, 0 B; 4 that are not the store's stay, {115 + link} B; store {littered.cache}\n" in again
+    assert (
+        f"removed 0 items, 0 B; 4 that are not the store's stay, {115 + link} B; store {littered.cache}\n"
+        in again
+    )
 
 
 def test_strangers_go_when_it_is_said(littered: Workspace) -> None:
@@ -77,7 +88,10 @@ def test_strangers_go_when_it_is_said(littered: Workspace) -> None:
 
 
 def test_a_running_daemon_does_it(two_prompts: Workspace) -> None:
-    """It is the single writer of its store. The command prints the same as without it, and what is fresh stays."""
+    """It is the single writer of its store.
+
+    The command prints the same as without it, and what is fresh stays.
+    """
     two_prompts.write("cache/m/notes.txt", "x" * 100)
     two_prompts.write("cache/.quarantine/m--a--0011/a.memory_cache", "x" * 1000)
     assert "notes.txt" in two_prompts.cli("gc", "--dry-run").stdout
@@ -103,9 +117,17 @@ def test_asked_over_http(two_prompts: Workspace) -> None:
     with two_prompts.http(admin=True) as client:
         dry = client.post("/v1/gc", json={"dry_run": True}).json()
         shown = two_prompts.status()["cache"]
-        assert (shown["foreign_bytes"], shown["quarantine_bytes"], shown["orphan_bytes"]) == (100, 1000, 0)
+        assert (shown["foreign_bytes"], shown["quarantine_bytes"], shown["orphan_bytes"]) == (
+            100,
+            1000,
+            0,
+        )
         assert "100 B not the store's, 1.0 kB quarantine" in two_prompts.cli("status").stdout
-        assert (dry["object"], dry["removed"], dry["size_bytes"]) == ("cache.collected", False, 1000)
+        assert (dry["object"], dry["removed"], dry["size_bytes"]) == (
+            "cache.collected",
+            False,
+            1000,
+        )
         assert (two_prompts.cache / ".quarantine/m--a--0011").exists()
         wet = client.post("/v1/gc", json={"dry_run": False}).json()
         assert wet == {**dry, "removed": True}
@@ -115,7 +137,10 @@ def test_asked_over_http(two_prompts: Workspace) -> None:
         assert (wet["size_bytes"], wet["strangers"]) == (100, [])
     assert not (two_prompts.cache / "m/notes.txt").exists()
     shown = two_prompts.status()["cache"]
-    assert (shown["max_bytes"], shown["used_bytes"]) == (None, sum(p.stat().st_size for p in caches(two_prompts)))
+    assert (shown["max_bytes"], shown["used_bytes"]) == (
+        None,
+        sum(p.stat().st_size for p in caches(two_prompts)),
+    )
 
 
 def caches(space: Workspace) -> list[Path]:
@@ -143,7 +168,12 @@ def with_1_mib(space: Workspace, **models: str) -> None:
         }
         for model, names in models.items()
     }
-    manifest = {"version": 1, "engine": {"kind": "memory"}, "cache": {"max_bytes": "1 MiB"}, "models": declared}
+    manifest = {
+        "version": 1,
+        "engine": {"kind": "memory"},
+        "cache": {"max_bytes": "1 MiB"},
+        "models": declared,
+    }
     space.write("manifest.yaml", json.dumps(manifest))
 
 
@@ -169,8 +199,14 @@ def test_foreign_files_count_and_gc_gives_their_room_back(workspace: Workspace) 
     assert workspace.prompt("a")["state"] == "fresh"
     blocked = workspace.wait_state("b", "blocked")
     left = (1 << 20) - size_bytes - 500_000
-    assert blocked["reason"] == f"needs {size_bytes:,} bytes, {left:,} of cache.max_bytes 1,048,576 are left"
-    assert "500,000 bytes are taken by files that are not the store's: `rkcached gc --strangers`" in blocked["hint"]
+    assert (
+        blocked["reason"]
+        == f"needs {size_bytes:,} bytes, {left:,} of cache.max_bytes 1,048,576 are left"
+    )
+    assert (
+        "500,000 bytes are taken by files that are not the store's: `rkcached gc --strangers`"
+        in blocked["hint"]
+    )
     assert workspace.status()["cache"]["used_bytes"] == size_bytes + 500_000
     workspace.cli("gc", "--strangers")
     assert not foreign.exists()
@@ -248,7 +284,10 @@ def test_a_daemon_takes_no_folder_that_has_something_else_in_it(workspace: Works
     refused = workspace.cli("run", "--cache-dir", ".", code=73).stderr
     assert f"{workspace.root} is not taken as a store: it contains 'm.model' and 3 more" in refused
     assert "--cache-dir" in refused
-    assert "there is no store at" in workspace.cli("gc", "--strangers", "--cache-dir", ".", code=66).stderr
+    assert (
+        "there is no store at"
+        in workspace.cli("gc", "--strangers", "--cache-dir", ".", code=66).stderr
+    )
     assert {path: path.stat().st_mtime_ns for path in workspace.root.rglob("*")} == before
 
 
@@ -261,20 +300,33 @@ def test_what_the_manifest_names_stays_whatever_is_said(littered: Workspace) -> 
     space.write("cache/more/d.md", "You are prompt D.\n")
     space.write("cache/more/draft.txt", "not a prompt yet")
     space.write("elsewhere", "You are prompt E.\n")
-    space.declare("{a: prompts/a.md, c: cache/m/c.md, e: cache/m/link.txt}\n    prompts_from: cache/more/*.md")
+    space.declare(
+        "{a: prompts/a.md, c: cache/m/c.md, e: cache/m/link.txt}\n    prompts_from: cache/more/*.md"
+    )
     text = space.manifest.read_text().replace("path: m.model", "path: cache/things/models/m.model")
     space.manifest.unlink()
     space.write("cache/hard.yaml", text)
     space.manifest.hardlink_to(space.cache / "hard.yaml")
     removed = json.loads(space.cli("gc", "--strangers", "--json").stdout)
-    assert {Path(one["path"]).name for one in removed["items"] if one["reason"] == "not the store's"} == {
+    assert {
+        Path(one["path"]).name for one in removed["items"] if one["reason"] == "not the store's"
+    } == {
         "lost",
         "notes.txt",
         "sub",
     }
-    named = {"hard.yaml", "m/c.md", "m/link.txt", "more/d.md", "more/draft.txt", "things/models/m.model"}
+    named = {
+        "hard.yaml",
+        "m/c.md",
+        "m/link.txt",
+        "more/d.md",
+        "more/draft.txt",
+        "things/models/m.model",
+    }
     assert files(space) == KEPT | named | {"things/gone.txt"}
-    assert {one["reason"] for one in removed["strangers"]} == {"not the store's; it stays, as the manifest names it"}
+    assert {one["reason"] for one in removed["strangers"]} == {
+        "not the store's; it stays, as the manifest names it"
+    }
 
 
 def test_a_model_s_folder_that_is_a_link_is_not_entered(littered: Workspace) -> None:
@@ -307,10 +359,20 @@ def test_the_default_store_of_a_checkout(workspace: Workspace) -> None:
     tracked = {"cache/README.md", "cache/.gitignore"}
     for name in (*tracked, ".gitignore"):
         workspace.write(name, (ROOT / name).read_bytes())
-    git = [need("git"), "-c", "user.name=n", "-c", "user.email=e@example.org", "-C", str(workspace.root)]
+    git = [
+        need("git"),
+        "-c",
+        "user.name=n",
+        "-c",
+        "user.email=e@example.org",
+        "-C",
+        str(workspace.root),
+    ]
     for command in (["init", "-q"], ["add", "."], ["commit", "-qm", "all"]):
         subprocess.run([*git, *command], check=True)
-    listed = subprocess.run([*git, "ls-files", "cache"], capture_output=True, text=True, check=True).stdout
+    listed = subprocess.run(
+        [*git, "ls-files", "cache"], capture_output=True, text=True, check=True
+    ).stdout
     assert set(listed.split()) == tracked
 
     workspace.memory_model()
@@ -320,7 +382,9 @@ def test_the_default_store_of_a_checkout(workspace: Workspace) -> None:
     workspace.wait_state("a", "fresh")
     assert workspace.status()["cache"]["foreign_bytes"] == 0
     assert json.loads(workspace.cli("gc", "--strangers", "--json").stdout)["items"] == []
-    changed = subprocess.run([*git, "status", "-s", "--", "cache"], capture_output=True, text=True, check=True).stdout
+    changed = subprocess.run(
+        [*git, "status", "-s", "--", "cache"], capture_output=True, text=True, check=True
+    ).stdout
     assert changed == ""
     assert files(workspace) >= {"README.md", ".gitignore", "CACHEDIR.TAG", "m/a.json"}
 

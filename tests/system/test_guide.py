@@ -50,7 +50,11 @@ def test_every_curl_command(board: Workspace) -> None:
     assert len(commands) >= 18
     for command in commands:
         done = subprocess.run(
-            here(command, board) + " -w '\\n%{http_code}'", shell=True, capture_output=True, text=True, check=True
+            here(command, board) + " -w '\\n%{http_code}'",
+            shell=True,
+            capture_output=True,
+            text=True,
+            check=True,
         )
         body, _, status = done.stdout.rpartition("\n")
         assert status == "200", (command, body)
@@ -59,7 +63,9 @@ def test_every_curl_command(board: Workspace) -> None:
     (shown,) = [json.loads(block) for block in blocks("json") if "binary_cache" in block]
     assert list(created) == list(shown)
     assert created["object"] == "binary_cache.created"
-    assert created["message"] == f"Binary cache generated successfully ({created['size_mb']:.2f} MB)"
+    assert (
+        created["message"] == f"Binary cache generated successfully ({created['size_mb']:.2f} MB)"
+    )
     assert json.loads(answers["/v1/chat/completions"])["rkcached"]["cache"] == "lighthouse"
     assert [one["name"] for one in json.loads(answers["/v1/models/loaded"])["data"]] == [
         "qwen3-0.6b",
@@ -82,8 +88,22 @@ def test_the_javascript_example(board: Workspace) -> None:
     folder.mkdir()
     (code,) = blocks("js")
     (folder / "example.mjs").write_text(here(code, board))
-    install = [need("npm"), "install", "--no-audit", "--no-fund", "--silent", "openai@6", "undici@7"]
-    subprocess.run([*install, "--prefix", str(folder)], cwd=folder, check=True, capture_output=True, timeout=120)
+    install = [
+        need("npm"),
+        "install",
+        "--no-audit",
+        "--no-fund",
+        "--silent",
+        "openai@6",
+        "undici@7",
+    ]
+    subprocess.run(
+        [*install, "--prefix", str(folder)],
+        cwd=folder,
+        check=True,
+        capture_output=True,
+        timeout=120,
+    )
     node = [need("node"), "example.mjs"]
     done = subprocess.run(node, cwd=folder, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 0, done.stderr
@@ -93,13 +113,18 @@ def test_the_javascript_example(board: Workspace) -> None:
 def test_every_command_about_measuring(board: Workspace) -> None:
     """Each ends well, in the order of the page; what it writes is there."""
     (block,) = re.findall(r"```\n(.*?)```", (DOCS / "measuring.md").read_text(), re.DOTALL)
-    lines = [line.partition("#")[0].replace("MODEL", "qwen3-0.6b").split() for line in block.splitlines()]
+    lines = [
+        line.partition("#")[0].replace("MODEL", "qwen3-0.6b").split() for line in block.splitlines()
+    ]
     assert len(lines) == 5
     for program, *arguments in lines:
         assert program == "rkcached"
         if "compare" in arguments:
             (board.root / "after.json").write_bytes((board.root / "before.json").read_bytes())
-        places = [str(board.root / name) if re.search(r"\.(json|svg)$", name) else name for name in arguments]
+        places = [
+            str(board.root / name) if re.search(r"\.(json|svg)$", name) else name
+            for name in arguments
+        ]
         done = board.cli(*places)
         assert done.stdout
         assert "Traceback" not in done.stderr

@@ -45,7 +45,9 @@ def test_endless_template_blocks_its_own_model_only(workspace: Workspace) -> Non
     workspace.memory_model()
     workspace.write("a.md", "You are prompt A.\n")
     workspace.write("bad.jinja", ENDLESS)
-    workspace.declare("{a: a.md}", model="  bad: {path: m.model, chat_template: bad.jinja, prompts: {b: a.md}}")
+    workspace.declare(
+        "{a: a.md}", model="  bad: {path: m.model, chat_template: bad.jinja, prompts: {b: a.md}}"
+    )
     workspace.start()
     workspace.wait_state("a", "fresh")
     blocked = workspace.wait_settled()
@@ -57,7 +59,9 @@ def test_endless_template_blocks_its_own_model_only(workspace: Workspace) -> Non
     assert "did not end within 2 s" in refused["error"]["message"]
     assert workspace.ask("m/a")["rkcached"]["state"] == "hit"
 
-    workspace.write("bad.jinja", "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}")
+    workspace.write(
+        "bad.jinja", "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    )
     workspace.hang_up()
     workspace.wait_settled()
     assert workspace.ask("bad/b")["rkcached"]["state"] == "hit"
@@ -68,14 +72,18 @@ def test_endless_render_does_not_stop_the_loop(workspace: Workspace) -> None:
     workspace.memory_model()
     workspace.write("a.md", "You are prompt A.\n")
     workspace.write("t.jinja", ON_DEMAND)
-    workspace.declare("{a: a.md}", model="  t: {path: m.model, chat_template: t.jinja, prompts: {b: a.md}}")
+    workspace.declare(
+        "{a: a.md}", model="  t: {path: m.model, chat_template: t.jinja, prompts: {b: a.md}}"
+    )
     workspace.start()
     workspace.wait_settled()
     assert workspace.ask("t/b")["rkcached"]["state"] == "hit"
 
     answered = answered_while(workspace, lambda: workspace.ask("t/b", "a bomb", status=503))
 
-    assert answered >= 3  # of some hundred; two come before and after a loop that is held for the whole time
+    assert (
+        answered >= 3
+    )  # of some hundred; two come before and after a loop that is held for the whole time
     assert workspace.ask("m/a")["rkcached"]["state"] == "hit"
     assert workspace.ask("m/a")["rkcached"]["state"] == "hit"
 
@@ -114,7 +122,8 @@ def test_names_and_texts_of_any_kind(two_prompts: Workspace) -> None:
         for name in NAMES:
             stored = client.post("/v1/cache/m", json={"cache_name": name, "content": "text"})
             asked = client.post(
-                "/v1/chat/completions", json={"model": f"m/{name}", "messages": [{"role": "user", "content": "x"}]}
+                "/v1/chat/completions",
+                json={"model": f"m/{name}", "messages": [{"role": "user", "content": "x"}]},
             )
             chosen = client.post(
                 "/v1/chat/completions",
@@ -126,7 +135,11 @@ def test_names_and_texts_of_any_kind(two_prompts: Workspace) -> None:
         for text in TEXTS:
             answer = client.post(
                 "/v1/chat/completions",
-                json={"model": "m/a", "max_tokens": 4, "messages": [{"role": "user", "content": text}]},
+                json={
+                    "model": "m/a",
+                    "max_tokens": 4,
+                    "messages": [{"role": "user", "content": text}],
+                },
             )
             assert answer.status_code in (200, 400), (text[:20], answer.text)
         for raw in (b'"\\ud800"', b'"a\\u0000b"', b'"\xff\xfe"'):
@@ -157,7 +170,11 @@ def test_files_are_private_under_any_umask(workspace: Workspace) -> None:
     workspace.write("cache/m/a.memory_cache", b"damaged")
     workspace.hang_up()
     workspace.wait_settled()
-    modes = {path: stat.S_IMODE(path.lstat().st_mode) for path in workspace.root.rglob("*") if path not in given}
+    modes = {
+        path: stat.S_IMODE(path.lstat().st_mode)
+        for path in workspace.root.rglob("*")
+        if path not in given
+    }
     assert modes.pop(workspace.socket) == 0o660
     assert modes.pop(workspace.root / "admin.sock") == 0o600
     modes.pop(workspace.cache / "m/a.memory_cache", None)  # ours
@@ -171,7 +188,8 @@ def test_no_prompt_text_in_log_or_errors(workspace: Workspace) -> None:
     workspace.write("bad.md", f"{SECRET}\0\n")
     workspace.write("t.jinja", "{% for m in messages %}{{ m.content + 1 }}{% endfor %}")
     workspace.declare(
-        "{a: a.md, bad: bad.md}", model="  t: {path: m.model, chat_template: t.jinja, prompts: {b: a.md}}"
+        "{a: a.md, bad: bad.md}",
+        model="  t: {path: m.model, chat_template: t.jinja, prompts: {b: a.md}}",
     )
     workspace.start("--log-level", "info")
     workspace.wait_settled()
@@ -185,8 +203,13 @@ def test_no_prompt_text_in_log_or_errors(workspace: Workspace) -> None:
     ]
     assert SECRET in workspace.ask("m/a", f"say it {SECRET}")["choices"][0]["message"]["content"]
     with workspace.http(admin=True) as client:
-        assert client.post("/v1/cache/m", json={"cache_name": "s", "content": SECRET}).status_code == 200
-        errors.append(client.post("/v1/cache/m", json={"cache_name": "..", "content": SECRET}).json())
+        assert (
+            client.post("/v1/cache/m", json={"cache_name": "s", "content": SECRET}).status_code
+            == 200
+        )
+        errors.append(
+            client.post("/v1/cache/m", json={"cache_name": "..", "content": SECRET}).json()
+        )
         errors.append(client.post("/v1/cache/m", content=f'{{"content": "{SECRET}'.encode()).json())
         errors.append(client.get("/v1/status").json())
     workspace.write("cache/m/a.memory_cache", SECRET)

@@ -20,9 +20,20 @@ from tests.waiting import DEADLINE_S
 PROGRAM = str(Path(sys.executable).with_name("rkcached"))
 ROOT = Path(__file__).parents[2]
 TEMPLATE = (
-    "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}{% if add_generation_prompt %}>{% endif %}"
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}"
+    "{% if add_generation_prompt %}>{% endif %}"
 )
-HOSTILE = ("click", "ctypes", "json", "jinja2", "msgspec", "multiprocessing", "pickle", "pydantic", "rkcached")
+HOSTILE = (
+    "click",
+    "ctypes",
+    "json",
+    "jinja2",
+    "msgspec",
+    "multiprocessing",
+    "pickle",
+    "pydantic",
+    "rkcached",
+)
 HOSTILE += (
     "runpy",
     "signal",
@@ -115,15 +126,26 @@ def test_nothing_of_the_current_folder_is_run(workspace: Workspace, hostile: Pat
     ):
         call(workspace, hostile, *arguments)
         assert marks(workspace) == "", arguments
-    subprocess.run([PROGRAM, "doctor"], cwd=hostile, env=workspace.environment, capture_output=True, check=False)
+    subprocess.run(
+        [PROGRAM, "doctor"],
+        cwd=hostile,
+        env=workspace.environment,
+        capture_output=True,
+        check=False,
+    )
     direct = json.loads(Path(results[0]).read_text())
     assert direct["direct"] == ""  # the engine alone was measured, in a child of the command's own
     assert marks(workspace) == ""
 
 
 @pytest.mark.model
-def test_nothing_of_the_current_folder_is_run_by_the_demo(workspace: Workspace, hostile: Path) -> None:
-    """The demo starts a daemon of its own, which loads an engine with native code. It need not build to its end."""
+def test_nothing_of_the_current_folder_is_run_by_the_demo(
+    workspace: Workspace, hostile: Path
+) -> None:
+    """The demo starts a daemon of its own, which loads an engine with native code.
+
+    It need not build to its end.
+    """
     with subprocess.Popen(
         [PROGRAM, "demo", "--dir", str(workspace.root / "demo")],
         cwd=hostile,
@@ -162,11 +184,22 @@ def test_children_live_in_folders_of_their_own(workspace: Workspace, hostile: Pa
         assert not [name for name in child.environ() if name.startswith("PYTHON")]
 
 
-def test_without_isolation_the_current_folder_is_left_early(workspace: Workspace, hostile: Path) -> None:
+def test_without_isolation_the_current_folder_is_left_early(
+    workspace: Workspace, hostile: Path
+) -> None:
     """`python -m` looks there first by itself; nothing is taken from it once our own code runs."""
     for path in hostile.iterdir():
-        if path.stem in {"runpy", "rkcached", "site", "encodings", "sitecustomize", "usercustomize"}:
-            path.rename(workspace.root / f"away-{path.name}")  # read by Python itself, before any code of ours
+        if path.stem in {
+            "runpy",
+            "rkcached",
+            "site",
+            "encodings",
+            "sitecustomize",
+            "usercustomize",
+        }:
+            path.rename(
+                workspace.root / f"away-{path.name}"
+            )  # read by Python itself, before any code of ours
     prepare(workspace)
     done = subprocess.run(
         [sys.executable, "-m", "rkcached", "check"],
@@ -188,7 +221,9 @@ def plant(folder: Path) -> Path:
     folder.mkdir(parents=True)
     (folder / "rkcached").symlink_to(ROOT / "rkcached")
     (site_packages,) = {
-        Path(path) for path in sys.path if path.endswith("site-packages") and path.startswith(sys.prefix)
+        Path(path)
+        for path in sys.path
+        if path.endswith("site-packages") and path.startswith(sys.prefix)
     }
     for path in site_packages.iterdir():
         if path.suffix != ".pth" and not path.name.startswith(("rkcached", "_", "__editable__")):
@@ -199,13 +234,20 @@ def plant(folder: Path) -> Path:
 def base_python() -> str:
     """The interpreter below the tests' environment: it knows none of the packages."""
     python = str(getattr(sys, "_base_executable", sys.executable))
-    has_it = subprocess.run([python, "-Ic", "import rkcached"], capture_output=True, check=False).returncode == 0
+    has_it = (
+        subprocess.run(
+            [python, "-Ic", "import rkcached"], capture_output=True, check=False
+        ).returncode
+        == 0
+    )
     if python == sys.executable or has_it:
         pytest.skip("needs an environment over an interpreter that does not have rkcached itself")
     return python
 
 
-@pytest.mark.parametrize("layout", ["PYTHONPATH", "user site", "-Im in an environment", "console script"])
+@pytest.mark.parametrize(
+    "layout", ["PYTHONPATH", "user site", "-Im in an environment", "console script"]
+)
 def test_children_run_the_package_of_their_parent(
     workspace: Workspace, layout: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -218,11 +260,15 @@ def test_children_run_the_package_of_their_parent(
     elif layout == "user site":
         monkeypatch.setenv("PYTHONUSERBASE", str(workspace.root / "user"))
         command = [base_python(), "-c", "import site; print(site.getusersitepackages())"]
-        folder = Path(subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip())
+        folder = Path(
+            subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+        )
         package = plant(folder) / "rkcached"
         workspace.launcher = [base_python(), "-m", "rkcached"]
     else:
-        workspace.launcher = [sys.executable, "-Im", "rkcached"] if layout.startswith("-Im") else [PROGRAM]
+        workspace.launcher = (
+            [sys.executable, "-Im", "rkcached"] if layout.startswith("-Im") else [PROGRAM]
+        )
     workspace.folder = workspace.root  # not the sources, where -m would find another package
     prepare(workspace)
     workspace.start()

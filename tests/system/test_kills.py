@@ -29,18 +29,27 @@ REFUSED_S = 0.1
 """A client that was refused asks again after so long."""
 
 SAMPLING = Sampling(
-    max_new_tokens=TOKENS, temperature=0.0, repeat_penalty=1.0, frequency_penalty=0.0, presence_penalty=0.0
+    max_new_tokens=TOKENS,
+    temperature=0.0,
+    repeat_penalty=1.0,
+    frequency_penalty=0.0,
+    presence_penalty=0.0,
 )
 PROMPTS = ("a", "b", "c")
 
 
 def text(name: str, edit: int) -> str:
-    return f"You are prompt {name}, edit {edit}. " + "You keep a café and never forget the salt. " * 8
+    return (
+        f"You are prompt {name}, edit {edit}. " + "You keep a café and never forget the salt. " * 8
+    )
 
 
 def right(model: bytes, system: str, question: str) -> str:
     turns = (("system", system), ("user", question))
-    whole = "".join(f"<|im_start|>{role}\n{said}<|im_end|>\n" for role, said in turns) + "<|im_start|>assistant\n"
+    whole = (
+        "".join(f"<|im_start|>{role}\n{said}<|im_end|>\n" for role, said in turns)
+        + "<|im_start|>assistant\n"
+    )
     return expected_text(model, whole, SAMPLING)
 
 
@@ -55,7 +64,9 @@ class Clients:
         self.ends: Counter[str] = Counter()
         self.wrong: list[str] = []
         self.over = threading.Event()
-        self.threads = [threading.Thread(target=self.work, args=(number,)) for number in range(CLIENTS)]
+        self.threads = [
+            threading.Thread(target=self.work, args=(number,)) for number in range(CLIENTS)
+        ]
 
     def edit(self, name: str) -> None:
         self.texts[name].append(text(name, len(self.texts[name])))
@@ -78,7 +89,9 @@ class Clients:
                     self.over.wait(REFUSED_S)
                 answers = [right(self.model, system, question) for system in self.texts[name]]
                 complete = end not in CLEAN
-                if not any(said == answer if complete else answer.startswith(said) for answer in answers):
+                if not any(
+                    said == answer if complete else answer.startswith(said) for answer in answers
+                ):
                     self.wrong.append(f"{name}, {question}: {end} with {said!r}")
 
     @property
@@ -86,16 +99,23 @@ class Clients:
         return sum(count for end, count in self.ends.items() if end not in CLEAN)
 
     def is_mended(self, name: str) -> bool:
-        """Whether the newest text of a prompt has its cache. Asking for it would have the build step aside."""
+        """Whether the newest text of a prompt has its cache.
+
+        Asking for it would have the build step aside.
+        """
         stored = self.space.cache / f"m/{name}.bin"
         newest = stored.exists() and self.texts[name][-1] in stored.read_text()
         return newest and self.space.prompt(name)["state"] == "fresh"
 
-    def ask(self, client: httpx.Client, name: str, question: str, *, stream: bool) -> tuple[str, str]:
+    def ask(
+        self, client: httpx.Client, name: str, question: str, *, stream: bool
+    ) -> tuple[str, str]:
         """What was said, and the code of the failure or the state of the cache."""
         messages = [{"role": "user", "content": question}]
         body = {"model": f"m/{name}", "messages": messages, "temperature": 0, "repeat_penalty": 1.0}
-        response = client.post("/v1/chat/completions", json=body | {"max_tokens": TOKENS, "stream": stream})
+        response = client.post(
+            "/v1/chat/completions", json=body | {"max_tokens": TOKENS, "stream": stream}
+        )
         if response.status_code != httpx.codes.OK:
             return "", known(response.json()["error"]["code"])
         if not stream:
@@ -103,11 +123,15 @@ class Clients:
             return answer["choices"][0]["message"]["content"], answer["rkcached"]["state"]
         events = [line[6:] for line in response.text.splitlines() if line.startswith("data: ")]
         chunks = [json.loads(event) for event in events if event != "[DONE]"]
-        said = "".join(choice["delta"].get("content", "") for c in chunks for choice in c.get("choices", ()))
+        said = "".join(
+            choice["delta"].get("content", "") for c in chunks for choice in c.get("choices", ())
+        )
         if "error" in chunks[-1]:
             return said, known(chunks[-1]["error"]["code"])
         assert events[-1] == "[DONE]", events[-1]
-        return said, next(chunk["rkcached"]["state"] for chunk in reversed(chunks) if "rkcached" in chunk)
+        return said, next(
+            chunk["rkcached"]["state"] for chunk in reversed(chunks) if "rkcached" in chunk
+        )
 
 
 def known(code: str) -> str:
@@ -129,14 +153,17 @@ def kill_a_worker(clients: Clients, chance: random.Random) -> None:
 def held(space: Workspace) -> dict[str, int]:
     assert space.process is not None
     daemon = psutil.Process(space.process.pid)
-    return {"descriptors": daemon.num_fds(), "children": len(daemon.children())}  # zombies are children, too
+    return {
+        "descriptors": daemon.num_fds(),
+        "children": len(daemon.children()),
+    }  # zombies are children, too
 
 
 def test_killed_workers_give_no_wrong_answer_and_leave_nothing(workspace: Workspace) -> None:
     """Sixteen clients, workers killed at any moment, texts edited meanwhile.
 
-    Each request is answered rightly or fails with its reason; then all is fresh, and the daemon holds what it held.
-    RKCACHED_KILLS and RKCACHED_KILLS_SEED for more and others.
+    Each request is answered rightly or fails with its reason; then all is fresh, and the daemon
+    holds what it held. RKCACHED_KILLS and RKCACHED_KILLS_SEED for more and others.
     """
     workspace.memory_model(prefill_us_per_token=50, decode_us_per_token=500)
     for name in PROMPTS:
@@ -161,15 +188,25 @@ def test_killed_workers_give_no_wrong_answer_and_leave_nothing(workspace: Worksp
             thread.join()
     assert clients.wrong == []
     assert clients.ends["hit"] > KILLS / 10
-    for name in PROMPTS:  # one that was killed three times over one text is left alone until it changes
+    for (
+        name
+    ) in PROMPTS:  # one that was killed three times over one text is left alone until it changes
         clients.edit(name)
     for name in PROMPTS:
         wait_until(lambda name=name: clients.is_mended(name), f"{name} is fresh again", PATIENCE_S)
     for name in PROMPTS:
         answer = workspace.ask(f"m/{name}", "hello", temperature=0, repeat_penalty=1.0)
-        assert right(clients.model, clients.texts[name][-1], "hello") == answer["choices"][0]["message"]["content"]
+        assert (
+            right(clients.model, clients.texts[name][-1], "hello")
+            == answer["choices"][0]["message"]["content"]
+        )
         assert answer["rkcached"]["state"] == "hit"
-    wait_until(lambda: all(n <= before[what] for what, n in held(workspace).items()), f"it holds {before} again")
+    wait_until(
+        lambda: all(n <= before[what] for what, n in held(workspace).items()),
+        f"it holds {before} again",
+    )
     (model,) = workspace.status()["models"]
     assert model["restarts"] > 0
-    print(f"{KILLS} kills, {model['restarts']} restarts, ends {dict(clients.ends)}, {before} = {held(workspace)}")
+    print(
+        f"{KILLS} kills, {model['restarts']} restarts, ends {dict(clients.ends)}, {before} = {held(workspace)}"
+    )

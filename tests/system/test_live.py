@@ -35,7 +35,13 @@ WHOLE_S = 0.1
 class Terminal:
     """A terminal of 80 columns by 24 lines with `status --watch` on it. `text` is what one sees."""
 
-    def __init__(self, space: Workspace, *arguments: str, size: tuple[int, int] = (80, 24), **environment: str) -> None:
+    def __init__(
+        self,
+        space: Workspace,
+        *arguments: str,
+        size: tuple[int, int] = (80, 24),
+        **environment: str,
+    ) -> None:
         self.raw = b""
         columns, lines = size
         self._screen = pyte.Screen(columns, lines)
@@ -43,7 +49,12 @@ class Terminal:
         self.master, slave = pty.openpty()
         fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", lines, columns, 0, 0))
         self.modes = termios.tcgetattr(slave)
-        ours = ("COLUMNS", "LINES", "NO_COLOR", "TERM")  # a worker of pytest has LINES, from readline
+        ours = (
+            "COLUMNS",
+            "LINES",
+            "NO_COLOR",
+            "TERM",
+        )  # a worker of pytest has LINES, from readline
         outer = {key: value for key, value in space.environment.items() if key not in ours}
         self.process = subprocess.Popen(
             [need("setsid"), "--ctty", *space.command("status", "--watch", *arguments)],
@@ -105,7 +116,9 @@ class Terminal:
 
 
 @contextlib.contextmanager
-def at_a_terminal(space: Workspace, *, size: tuple[int, int] = (80, 24), **environment: str) -> Iterator[Terminal]:
+def at_a_terminal(
+    space: Workspace, *, size: tuple[int, int] = (80, 24), **environment: str
+) -> Iterator[Terminal]:
     terminal = Terminal(space, size=size, **environment)
     try:
         yield terminal
@@ -179,7 +192,9 @@ def test_a_dumb_terminal(two_prompts: Workspace) -> None:
 def test_more_prompts_than_lines(workspace: Workspace) -> None:
     """What needs attention comes first, keys bring what does not fit, and no line is lost at 80 columns."""
     workspace.memory_model()
-    names = [f"a_prompt_with_a_name_that_is_too_long_for_80_columns_{number:02}" for number in range(30)]
+    names = [
+        f"a_prompt_with_a_name_that_is_too_long_for_80_columns_{number:02}" for number in range(30)
+    ]
     for name in names:
         workspace.write(f"prompts/{name}.md", f"You are {name}.\n" * 3)
     workspace.write("prompts/zz.md", "")
@@ -193,7 +208,9 @@ def test_more_prompts_than_lines(workspace: Workspace) -> None:
         first = next(at for at, line in enumerate(lines) if line.startswith("prompt ")) + 1
         assert lines[first].startswith("m/zz ")
         shown = [line for line in lines[first + 1 :] if " fresh " in line]
-        assert all(re.search(r"… +fresh +\d+ +[\d.]+ kB +\d+ ms +\d+ ms +-$", line) for line in shown), text
+        assert all(
+            re.search(r"… +fresh +\d+ +[\d.]+ kB +\d+ ms +\d+ ms +-$", line) for line in shown
+        ), text
         assert lines[-1] == f"prompts 1-{len(shown) + 1} of 31, arrows scroll"
 
         def at_top(keys: bytes, top: int) -> None:
@@ -226,7 +243,9 @@ def test_many_that_wait(workspace: Workspace) -> None:
     workspace.declare(f"{{{twelve}}}", model="    prompts_from: prompts/p*.md\n")
     workspace.start()
     with at_a_terminal(workspace) as terminal:
-        text = terminal.wait_for("12 prompts: ", "source missing", "of 30, arrows scroll", "1 building m/p00")
+        text = terminal.wait_for(
+            "12 prompts: ", "source missing", "of 30, arrows scroll", "1 building m/p00"
+        )
         assert "stopped" not in text
         terminal.type(b"G")
         text = terminal.wait_for("-30 of 30", "m/p17", "m/p05")
@@ -255,9 +274,14 @@ def test_a_small_terminal(workspace: Workspace) -> None:
 
 def test_a_broken_manifest_is_readable(two_prompts: Workspace) -> None:
     """Its problem is there once, over as many lines as it takes, with place and reason."""
-    two_prompts.write("manifest.yaml", two_prompts.manifest.read_text().replace("max_context_len", "max_contxt_len"))
+    two_prompts.write(
+        "manifest.yaml",
+        two_prompts.manifest.read_text().replace("max_context_len", "max_contxt_len"),
+    )
     with at_a_terminal(two_prompts) as terminal:
-        text = terminal.wait_for("manifest rejected", "'max_context_len'?)", "m/b")  # the frame to its end
+        text = terminal.wait_for(
+            "manifest rejected", "'max_context_len'?)", "m/b"
+        )  # the frame to its end
         assert "did you mean 'max_context_len'?" in " ".join(text.split())
         assert text.count("rejected") == 1
         assert f"{two_prompts.manifest}:" in text.replace("\n", "")
@@ -268,14 +292,21 @@ def test_a_broken_manifest_is_readable(two_prompts: Workspace) -> None:
 
 
 def test_many_answers(two_prompts: Workspace) -> None:
-    """The line of times is as long as there is room for; medians are whole. What is left on the disk is said."""
+    """The line of times is as long as there is room for; medians are whole.
+
+    What is left on the disk is said.
+    """
     with at_a_terminal(two_prompts) as terminal:
         for _ in range(20):
             two_prompts.ask("m/a", max_tokens=1)
             two_prompts.ask("m/a", max_tokens=1, cache=False)
-        text = terminal.wait_for("20 hit, 20 cold", "TTFT", " free", "since")  # a frame may come in two parts
+        text = terminal.wait_for(
+            "20 hit, 20 cold", "TTFT", " free", "since"
+        )  # a frame may come in two parts
         times = next(line for line in text.splitlines() if line.startswith("TTFT"))
-        assert re.fullmatch(r"TTFT    [▁-█]{15,40} last \d+ ms; medians: cached \d+ ms, cold \d+ ms", times), times
+        assert re.fullmatch(
+            r"TTFT    [▁-█]{15,40} last \d+ ms; medians: cached \d+ ms, cold \d+ ms", times
+        ), times
         assert len(times) == 80
         assert re.search(r"^disk    [\d.]+ kB, disk has [\d.]+ [MG]B free$", text, re.MULTILINE)
         assert re.search(r"since \d\d:\d\d$", text.splitlines()[0])
@@ -297,7 +328,11 @@ def test_nobody_commands_the_terminal(workspace: Workspace) -> None:
     workspace.wait_settled()
     for letter in "\x1b\u202e\x9b":
         assert letter not in workspace.cli("status").stdout + workspace.cli("plan").stdout
-    with piped(workspace, []) as pipe, piped(workspace, ["--json"]) as documents, at_a_terminal(workspace) as terminal:
+    with (
+        piped(workspace, []) as pipe,
+        piped(workspace, ["--json"]) as documents,
+        at_a_terminal(workspace) as terminal,
+    ):
         seen = pipe.heard(r"b\x1b[2J\u202e.md: the prompt is empty")
         terminal.wait_for(r"\u202e")
         workspace.write(name, "You are prompt B.\n")
@@ -351,7 +386,10 @@ class Pipe:
 
     def heard(self, word: str, after: int = 0) -> int:
         """The number of the first line with this word, from line `after` on; it is waited for."""
-        wait_until(lambda: any(word in line for line in self.said[after:]), lambda: f"{word} in {self.said}")
+        wait_until(
+            lambda: any(word in line for line in self.said[after:]),
+            lambda: f"{word} in {self.said}",
+        )
         return next(at for at, line in enumerate(self.said) if at >= after and word in line)
 
     def end(self) -> None:
@@ -406,7 +444,9 @@ def test_without_a_terminal(two_prompts: Workspace, *, want_json: bool) -> None:
 def test_a_pipe_whose_reader_has_enough(two_prompts: Workspace, *, want_json: bool) -> None:
     """`| head -n 1` ends it at once, though nothing changes that would be a next line."""
     command = two_prompts.command("status", "--watch", *(["--json"] if want_json else []))
-    with subprocess.Popen(command, env=two_prompts.environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as all_:
+    with subprocess.Popen(
+        command, env=two_prompts.environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as all_:
         try:
             assert all_.stdout is not None
             assert all_.stderr is not None
@@ -425,7 +465,10 @@ def test_without_standard_output(two_prompts: Workspace) -> None:
     with subprocess.Popen(command, env=two_prompts.environment, stderr=subprocess.PIPE) as deaf:
         try:
             connected = psutil.Process(deaf.pid).net_connections
-            wait_until(lambda: deaf.poll() is not None or len(connected("unix")) == 2, "it hears the daemon")
+            wait_until(
+                lambda: deaf.poll() is not None or len(connected("unix")) == 2,
+                "it hears the daemon",
+            )
             deaf.send_signal(signal.SIGINT)
             assert deaf.wait(DEADLINE_S) == 0
             assert deaf.stderr is not None
@@ -459,7 +502,9 @@ def test_only_what_changed(workspace: Workspace) -> None:
         pipe.heard("manifest: in force", seen)
         pipe.end()
     told = pipe.said[start:]
-    assert all(re.match(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d \S", line) for line in told if line.strip())
+    assert all(
+        re.match(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d \S", line) for line in told if line.strip()
+    )
     assert {name for line in told for name in re.findall(r"m/p\d\d", line)} == {"m/p07", "m/p08"}
     assert len(told) < 40
 

@@ -35,7 +35,10 @@ def test_the_growth_is_drawn(tmp_path: Path) -> None:
     drawn, not_drawn = tmp_path / "scale.svg", tmp_path / "none.svg"
     done = run("-c", script, str(drawn), str(not_drawn), folder=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert all(words in drawn.read_text() for words in ("resident memory (MB)", "16 models", "aim", "a CPU"))
+    assert all(
+        words in drawn.read_text()
+        for words in ("resident memory (MB)", "16 models", "aim", "a CPU")
+    )
     assert not not_drawn.exists()
 
 

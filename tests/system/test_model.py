@@ -24,7 +24,9 @@ from tests.waiting import BEFORE_RESCAN_S, DEADLINE_S, wait_until
 
 pytestmark = pytest.mark.model
 
-SYSTEM = "You are a ship's cook. You answer in one short sentence, and you never forget the salt. " * 6
+SYSTEM = (
+    "You are a ship's cook. You answer in one short sentence, and you never forget the salt. " * 6
+)
 
 
 @pytest.fixture
@@ -52,7 +54,9 @@ def test_edit_rebuild_serve_restart(ship: Workspace) -> None:
     assert warm["usage"]["prompt_tokens"] > tokens
     assert warm["choices"][0]["message"]["content"].strip()
     path = ship.cache / "m/cook.llama_cache"
-    assert path.read_bytes()[:4] == b"qsgg"  # llama.cpp's magic for the state of a sequence, "ggsq" in little-endian
+    assert (
+        path.read_bytes()[:4] == b"qsgg"
+    )  # llama.cpp's magic for the state of a sequence, "ggsq" in little-endian
     before = path.stat().st_ino
     ship.write("cook.md", SYSTEM.replace("cook", "carpenter"))
     wait_until(lambda: len(ship.built()) == 2, "the edited prompt was built", BEFORE_RESCAN_S)
@@ -62,17 +66,27 @@ def test_edit_rebuild_serve_restart(ship: Workspace) -> None:
     assert ship.stop() == 0
     ship.start()
     report = ship.ask("m/cook")["rkcached"]
-    assert (report["state"], report["cached_tokens"]) == ("hit", ship.prompt("cook")["artifact"]["tokens"])
+    assert (report["state"], report["cached_tokens"]) == (
+        "hit",
+        ship.prompt("cook")["artifact"]["tokens"],
+    )
     assert ship.built() == ["cook", "cook"]
 
 
 def test_requests_go_before_a_build(ship: Workspace) -> None:
     """Several that come during a build are all answered before it ends; then it is built, once."""
     ship.write("long.md", SYSTEM * 6)
-    ship.write("manifest.yaml", ship.manifest.read_text().replace("{cook: cook.md}", "{cook: cook.md, long: long.md}"))
-    wait_until(lambda: ship.prompt("long").get("progress", {}).get("done_tokens"), "the build is under way")
+    ship.write(
+        "manifest.yaml",
+        ship.manifest.read_text().replace("{cook: cook.md}", "{cook: cook.md, long: long.md}"),
+    )
+    wait_until(
+        lambda: ship.prompt("long").get("progress", {}).get("done_tokens"), "the build is under way"
+    )
     with ThreadPoolExecutor(4) as pool:
-        answers = list(pool.map(lambda n: ship.ask("m/cook", f"What is for dinner on day {n}?"), range(4)))
+        answers = list(
+            pool.map(lambda n: ship.ask("m/cook", f"What is for dinner on day {n}?"), range(4))
+        )
     assert [answer["rkcached"]["state"] for answer in answers] == ["hit"] * 4
     assert ship.built() == ["cook"]
     wait_until(lambda: ship.built() == ["cook", "long"], "the build came to its end")
@@ -139,7 +153,11 @@ def test_split_model(workspace: Workspace, small_model: Path) -> None:
     def damage_weights(number: int) -> None:
         """Still a model, with other weights."""
         at = len(good) * number // 4
-        other = good[:at] + bytes(byte ^ 0x55 for byte in good[at : at + 200_000]) + good[at + 200_000 :]
+        other = (
+            good[:at]
+            + bytes(byte ^ 0x55 for byte in good[at : at + 200_000])
+            + good[at + 200_000 :]
+        )
         workspace.write("other", other).replace(second)
 
     damage_weights(1)
@@ -190,12 +208,17 @@ def test_demo(tmp_path: Path, small_model: Path) -> None:
             start_new_session=True,
         )
     try:
-        wait_until(lambda: "Ctrl-C ends the demo" in output.read_text() or demo.poll() is not None, "it is up")
+        wait_until(
+            lambda: "Ctrl-C ends the demo" in output.read_text() or demo.poll() is not None,
+            "it is up",
+        )
         text = output.read_text()
         assert "smollm2-135m/greenhouse" in text
         assert "reduction" in text
         assert "TTFT" in text
-        assert re.search(r"^\S+ info +build started .*$", text, re.MULTILINE)  # the log, a line each
+        assert re.search(
+            r"^\S+ info +build started .*$", text, re.MULTILINE
+        )  # the log, a line each
         assert "curl -s --unix-socket" in text
         family = psutil.Process(demo.pid).children(recursive=True)
         demo.send_signal(signal.SIGINT)
@@ -217,7 +240,9 @@ def test_demo_at_a_terminal(tmp_path: Path, small_model: Path) -> None:
     termios.tcsetwinsize(theirs, (200, 250))
     command = [sys.executable, "-m", "rkcached", "demo", "--once", "--model", str(small_model)]
     environment = {**os.environ, "TERM": "xterm"}
-    with subprocess.Popen(command, cwd=tmp_path, stdin=theirs, stdout=theirs, stderr=theirs, env=environment) as demo:
+    with subprocess.Popen(
+        command, cwd=tmp_path, stdin=theirs, stdout=theirs, stderr=theirs, env=environment
+    ) as demo:
         os.close(theirs)
         screen = pyte.Screen(250, 200)
         stream = pyte.ByteStream(screen)
@@ -227,7 +252,16 @@ def test_demo_at_a_terminal(tmp_path: Path, small_model: Path) -> None:
     os.close(ours)
     assert demo.returncode == 0, screen.display
     lines = [line.rstrip() for line in screen.display]
-    assert len([line for line in lines if re.match(r"\d\d:\d\d:\d\d info +artifact built +model=", line)]) == 2, lines
+    assert (
+        len(
+            [
+                line
+                for line in lines
+                if re.match(r"\d\d:\d\d:\d\d info +artifact built +model=", line)
+            ]
+        )
+        == 2
+    ), lines
     assert not [line for line in lines if "info " in line and "━" in line]
 
 
@@ -237,10 +271,14 @@ def test_demo_once_again(tmp_path: Path, small_model: Path) -> None:
     for name in ("reviewer", "greenhouse"):
         (tmp_path / f"demo/prompts/{name}.md").write_text(f"You are the {name}. " + SYSTEM)
     command = [sys.executable, "-m", "rkcached", "demo", "--once", "--model", str(small_model)]
-    first = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=120)
+    first = subprocess.run(
+        command, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=120
+    )
     assert first.returncode == 0, first.stdout + first.stderr
     assert first.stderr.count("artifact built") == 2
-    second = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=120)
+    second = subprocess.run(
+        command, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=120
+    )
     assert second.returncode == 0, second.stdout + second.stderr
     assert "build started" not in second.stderr
 
@@ -276,7 +314,10 @@ def test_a_context_beyond_the_models_own(workspace: Workspace, small_model: Path
     assert blocked["hint"] == "shorten the prompt: the model's own context is 8192 tokens"
     error = workspace.ask("m", long, status=400)["error"]
     assert error["code"] == "context_length_exceeded"
-    assert "the context holds 8192 (shorten messages: the model's own context is 8192 tokens)" in error["message"]
+    assert (
+        "the context holds 8192 (shorten messages: the model's own context is 8192 tokens)"
+        in error["message"]
+    )
 
     declare(8192)
     wait_until(lambda: workspace.status()["notices"] == [], "what was said is taken back")
@@ -292,7 +333,9 @@ def test_memory_limit(workspace: Workspace, small_model: Path) -> None:
     )
     workspace.write("manifest.yaml", manifest.replace("LIMIT", "128MiB"))
     workspace.start()
-    wait_until(lambda: workspace.status()["models"][0]["last_failure"], "the model could not be loaded")
+    wait_until(
+        lambda: workspace.status()["models"][0]["last_failure"], "the model could not be loaded"
+    )
     wanted = "it wanted more than engine.max_memory_bytes (134,217,728 bytes); raise that in the manifest"
     assert wanted in workspace.status()["models"][0]["last_failure"]
     assert wanted in workspace.wait_state("cook", "blocked")["reason"]

@@ -35,7 +35,10 @@ def test_metrics_count_what_happened(two_prompts: Workspace) -> None:
     wait_until(lambda: len(two_prompts.built()) == 3, "the edited prompt was built")
     two_prompts.cli("regenerate", "m/b")
     now = samples(two_prompts)
-    assert (now["rkcached_requests_total", "m", "hit"], now["rkcached_requests_total", "m", "cold"]) == (1, 1)
+    assert (
+        now["rkcached_requests_total", "m", "hit"],
+        now["rkcached_requests_total", "m", "cold"],
+    ) == (1, 1)
     assert now["rkcached_ttft_seconds_count", "m", "hit"] == 1
     assert 0 < now["rkcached_ttft_seconds_sum", "m", "hit"] < 5
     assert now["rkcached_queue_seconds_count", "m", "cold"] == 1
@@ -50,7 +53,9 @@ def test_metrics_count_what_happened(two_prompts: Workspace) -> None:
     assert now["rkcached_manifest_good",] == 1
     two_prompts.write("manifest.yaml", "version: 2\n")
     wait_until(
-        lambda: samples(two_prompts)["rkcached_manifest_good",] == 0, "the broken manifest is counted", BEFORE_RESCAN_S
+        lambda: samples(two_prompts)["rkcached_manifest_good",] == 0,
+        "the broken manifest is counted",
+        BEFORE_RESCAN_S,
     )
 
 
@@ -77,7 +82,11 @@ class Listener:
                     self.heard.append((kind, json.loads(line.removeprefix("data: "))))
 
     def states(self, kind: str, prompt: str | None = None) -> list[str]:
-        return [e["state"] for k, e in self.heard if k == kind and (prompt is None or e["prompt"] == prompt)]
+        return [
+            e["state"]
+            for k, e in self.heard
+            if k == kind and (prompt is None or e["prompt"] == prompt)
+        ]
 
     def ended(self) -> bool:
         self._thread.join(DEADLINE_S)
@@ -96,11 +105,16 @@ def listener(two_prompts: Workspace) -> Iterator[Listener]:
 def test_events_tell_every_change(two_prompts: Workspace, listener: Listener) -> None:
     """A prompt's way from stale to fresh, its build, the worker's states, an answer; and the end of the daemon."""
     two_prompts.write("prompts/a.md", "another text")
-    wait_until(lambda: listener.states("artifact", "a")[-1:] == ["fresh"], "it is fresh", BEFORE_RESCAN_S)
+    wait_until(
+        lambda: listener.states("artifact", "a")[-1:] == ["fresh"], "it is fresh", BEFORE_RESCAN_S
+    )
     assert listener.states("artifact", "a") == ["stale", "building", "fresh"]
     assert [event["result"] for kind, event in listener.heard if kind == "build"] == ["built"]
     two_prompts.cli("regenerate", "m/b")
-    wait_until(lambda: listener.states("artifact", "b") == ["building", "fresh"], "a fresh one is told again, too")
+    wait_until(
+        lambda: listener.states("artifact", "b") == ["building", "fresh"],
+        "a fresh one is told again, too",
+    )
     two_prompts.ask("m/a")
     wait_until(lambda: listener.states("answer") == ["hit"], "the answer is told")
     assert listener.states("worker")[-2:] == ["busy", "ready"]
@@ -124,7 +138,9 @@ def test_a_full_queue_refuses(workspace: Workspace) -> None:
             refused = client.post("/v1/chat/completions", json=body)
         assert (refused.status_code, refused.json()["error"]["code"]) == (503, "queue_full")
         assert refused.headers["retry-after"] == "1"
-        workspace.logged("warning request failed path=/v1/chat/completions status=503 code=queue_full")
+        workspace.logged(
+            "warning request failed path=/v1/chat/completions status=503 code=queue_full"
+        )
         assert workspace.status()["running"] == 3
         assert [future.result()["usage"]["completion_tokens"] for future in running] == [50, 2, 2]
 
@@ -138,7 +154,9 @@ def test_a_burst_fills_the_queue_exactly(workspace: Workspace) -> None:
 
     def one(_: int) -> int:
         with workspace.http() as client:
-            return client.post("/v1/completions", json={"model": "m", "prompt": "x", "max_tokens": 20}).status_code
+            return client.post(
+                "/v1/completions", json={"model": "m", "prompt": "x", "max_tokens": 20}
+            ).status_code
 
     with ThreadPoolExecutor(4) as pool:
         assert sorted(pool.map(one, range(4))) == [200, 200, 200, 503]
@@ -158,10 +176,17 @@ def test_a_client_that_leaves_while_it_sends(two_prompts: Workspace) -> None:
 def test_a_request_that_takes_too_long(workspace: Workspace, streaming: bool) -> None:
     """504, or an error event in a stream that has begun; the generation stops and the next request is served."""
     workspace.memory_model(decode_us_per_token=100_000)
-    workspace.declare("{}", top="serving: {request_timeout_s: 5}")  # a worker starts within that, on a busy machine
+    workspace.declare(
+        "{}", top="serving: {request_timeout_s: 5}"
+    )  # a worker starts within that, on a busy machine
     workspace.start()
     workspace.ask("m", max_tokens=1)
-    body = {"model": "m", "messages": [{"role": "user", "content": "hello"}], "max_tokens": 100, "stream": streaming}
+    body = {
+        "model": "m",
+        "messages": [{"role": "user", "content": "hello"}],
+        "max_tokens": 100,
+        "stream": streaming,
+    }
     with workspace.http() as client:
         answer = client.post("/v1/chat/completions", json=body)
     if streaming:

@@ -14,25 +14,37 @@ from conftest import Workspace
 def client(two_prompts: Workspace) -> Iterator[openai.OpenAI]:
     transport = httpx.HTTPTransport(verify=False, uds=str(two_prompts.socket))
     with httpx.Client(transport=transport) as http:
-        yield openai.OpenAI(api_key="none", base_url="http://rkcached/v1", http_client=http, max_retries=0)
+        yield openai.OpenAI(
+            api_key="none", base_url="http://rkcached/v1", http_client=http, max_retries=0
+        )
 
 
 def test_chat(client: openai.OpenAI, two_prompts: Workspace) -> None:
     """An answer with usage, and how many tokens came from the cache."""
     answer = client.chat.completions.create(
-        model="m/a", messages=[{"role": "user", "content": "hello"}], max_tokens=8, temperature=0, seed=1, stop=["zzz"]
+        model="m/a",
+        messages=[{"role": "user", "content": "hello"}],
+        max_tokens=8,
+        temperature=0,
+        seed=1,
+        stop=["zzz"],
     )
     assert answer.choices[0].message.content
     assert answer.choices[0].finish_reason == "length"
     assert answer.usage is not None
     assert answer.usage.prompt_tokens_details is not None
-    assert answer.usage.prompt_tokens_details.cached_tokens == two_prompts.prompt("a")["artifact"]["tokens"]
+    assert (
+        answer.usage.prompt_tokens_details.cached_tokens
+        == two_prompts.prompt("a")["artifact"]["tokens"]
+    )
 
 
 def test_stream(client: openai.OpenAI) -> None:
     """The same text in pieces, with the usage at the end if asked for."""
     question = [{"role": "user", "content": [{"type": "text", "text": "hello"}]}]
-    whole = client.chat.completions.create(model="m/a", messages=question, max_tokens=8, temperature=0)  # type: ignore[call-overload]
+    whole = client.chat.completions.create(
+        model="m/a", messages=question, max_tokens=8, temperature=0
+    )  # type: ignore[call-overload]
     stream = client.chat.completions.create(  # type: ignore[call-overload]
         model="m/a",
         messages=question,
@@ -69,9 +81,14 @@ def test_errors(client: openai.OpenAI) -> None:
     assert unknown.value.code == "model_not_found"
     with pytest.raises(openai.BadRequestError) as unsupported:
         client.chat.completions.create(model="m", messages=hello, logit_bias={"1": 1})  # type: ignore[arg-type]
-    assert (unsupported.value.code, unsupported.value.param) == ("unsupported_parameter", "logit_bias")
+    assert (unsupported.value.code, unsupported.value.param) == (
+        "unsupported_parameter",
+        "logit_bias",
+    )
     with pytest.raises(openai.BadRequestError) as several:
         client.chat.completions.create(model="m", messages=hello, n=2)  # type: ignore[arg-type]
     assert several.value.param == "n"
     with pytest.raises(openai.ConflictError):
-        client.chat.completions.create(model="m/a", messages=[{"role": "system", "content": "Other."}, *hello])  # type: ignore[arg-type,list-item]
+        client.chat.completions.create(
+            model="m/a", messages=[{"role": "system", "content": "Other."}, *hello]
+        )  # type: ignore[arg-type,list-item]

@@ -17,7 +17,9 @@ from conftest import Workspace
 from tests.waiting import DEADLINE_S
 
 ROOT = Path(__file__).parents[2]
-TEXT = "You are the keeper of a lighthouse. You answer in one sentence, and you know every ship. " * 4
+TEXT = (
+    "You are the keeper of a lighthouse. You answer in one sentence, and you know every ship. " * 4
+)
 
 
 @pytest.fixture
@@ -44,7 +46,9 @@ def full_disk(tmp_path: Path) -> Iterator[Path]:
     except (OSError, subprocess.CalledProcessError) as error:
         if "RKCACHED_NO_SKIPS" in os.environ:
             raise
-        pytest.skip(f"a tmpfs cannot be mounted here, which needs root: {getattr(error, 'stderr', error)!r}")
+        pytest.skip(
+            f"a tmpfs cannot be mounted here, which needs root: {getattr(error, 'stderr', error)!r}"
+        )
     try:
         yield folder
     finally:
@@ -57,7 +61,9 @@ def fill(folder: Path) -> None:
             stream.write(bytes(1024))
 
 
-def to(output: int | Path, space: Workspace, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+def to(
+    output: int | Path, space: Workspace, *arguments: str, **variables: str
+) -> subprocess.CompletedProcess[str]:
     """The command with this standard output."""
     stream = output if isinstance(output, int) else os.open(output, os.O_WRONLY)
     try:
@@ -91,7 +97,9 @@ COMMANDS = (
 
 
 @pytest.mark.parametrize("unbuffered", ["", "1"])
-def test_an_output_that_cannot_be_written_is_a_sentence(workspace: Workspace, kept: Path, unbuffered: str) -> None:
+def test_an_output_that_cannot_be_written_is_a_sentence(
+    workspace: Workspace, kept: Path, unbuffered: str
+) -> None:
     """Of every command, and nothing more when Python ends; 74 is sysexits' EX_IOERR."""
     assert kept.exists()
     for command in COMMANDS:
@@ -177,7 +185,9 @@ def test_a_dash_is_no_file(workspace: Workspace) -> None:
     assert not (workspace.root / "-").exists()
 
 
-def test_kept_results_are_shown_and_drawn_without_a_daemon(workspace: Workspace, kept: Path) -> None:
+def test_kept_results_are_shown_and_drawn_without_a_daemon(
+    workspace: Workspace, kept: Path
+) -> None:
     """The same JSON, the same table as of any run, and a picture; nothing is measured."""
     workspace.stop()
     assert workspace.cli("bench", "--from", str(kept), "--json").stdout == kept.read_text()
@@ -206,7 +216,10 @@ def test_no_line_is_wrapped_where_no_terminal_is(workspace: Workspace, kept: Pat
     data = json.loads(kept.read_text())
     data["models"]["m"]["file"] = str(folder / "m.model")
     kept.write_text(json.dumps(data))
-    for arguments in (("bench", "--from", str(kept)), ("compare", str(kept), str(workspace.write("b.json", "")))):
+    for arguments in (
+        ("bench", "--from", str(kept)),
+        ("compare", str(kept), str(workspace.write("b.json", ""))),
+    ):
         data["models"]["m"]["file"] += ".other"
         (workspace.root / "b.json").write_text(json.dumps(data))
         reading, writing = os.pipe()
@@ -220,14 +233,28 @@ def test_no_line_is_wrapped_where_no_terminal_is(workspace: Workspace, kept: Pat
 
 def test_a_wheel_carries_what_is_no_code(tmp_path: Path) -> None:
     """The page, and the demo's manifest and prompts: without them the installed program fails, not the checkout's."""
-    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(tmp_path), str(ROOT)]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "--quiet",
+        "--no-deps",
+        "--wheel-dir",
+        str(tmp_path),
+        str(ROOT),
+    ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     if done.returncode and "No matching distribution found for hatchling" in done.stderr:
-        (pytest.fail if os.environ.get("RKCACHED_NO_SKIPS") else pytest.skip)("needs hatchling, from PyPI")
+        (pytest.fail if os.environ.get("RKCACHED_NO_SKIPS") else pytest.skip)(
+            "needs hatchling, from PyPI"
+        )
     assert done.returncode == 0, done.stderr
     (wheel,) = tmp_path.glob("rkcached-*.whl")
     carried = set(zipfile.ZipFile(wheel).namelist())
-    there = {str(path.relative_to(ROOT)) for path in (ROOT / "rkcached").rglob("*") if path.is_file()}
+    there = {
+        str(path.relative_to(ROOT)) for path in (ROOT / "rkcached").rglob("*") if path.is_file()
+    }
     wanted = {name for name in there if not name.endswith(".pyc")}
     assert {
         "rkcached/api/page.html.jinja",

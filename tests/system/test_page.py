@@ -26,10 +26,14 @@ HOSTILE = "<script>document.title = 'taken'</script><img src=http://example.inva
 @pytest.fixture
 def described(workspace: Workspace) -> Workspace:
     """A running daemon with the prompts `a` and `b`; the description of `b` is markup."""
-    workspace.memory_model(prefill_us_per_token=2000)  # no gain, on a busy machine, would be said in place of it
+    workspace.memory_model(
+        prefill_us_per_token=2000
+    )  # no gain, on a busy machine, would be said in place of it
     workspace.write("prompts/a.md", "You are prompt A.\n")
     workspace.write("prompts/b.md", "You are prompt B.\n" * 10)
-    workspace.declare(f"{{a: prompts/a.md, b: {{files: prompts/b.md, description: {json.dumps(HOSTILE)}}}}}")
+    workspace.declare(
+        f"{{a: prompts/a.md, b: {{files: prompts/b.md, description: {json.dumps(HOSTILE)}}}}}"
+    )
     workspace.start()
     workspace.wait_settled()
     return workspace
@@ -44,7 +48,9 @@ def test_the_page_on_both_sockets(described: Workspace) -> None:
         policy = answer.headers["content-security-policy"]
         assert policy.startswith("default-src 'none'; script-src 'sha256-")
         assert "connect-src 'self'" in policy
-        assert not {"http:", "https:", "*", "'unsafe-inline'", "'unsafe-eval'"} & set(policy.replace(";", " ").split())
+        assert not {"http:", "https:", "*", "'unsafe-inline'", "'unsafe-eval'"} & set(
+            policy.replace(";", " ").split()
+        )
         assert answer.headers["content-type"] == "text/html; charset=utf-8"
         assert "m/a" in answer.text
         assert "2 fresh" in answer.text
@@ -77,22 +83,37 @@ def test_the_page_in_a_browser(described: Workspace, tmp_path: Path) -> None:
         assert browser.run("globalThis.stays") == 1
         assert browser.run("document.title").endswith("rkcached")
         assert browser.complaints == []
-        assert [url for url in browser.requests if not url.startswith((port.url, "data:,", "about:"))] == []
+        assert [
+            url for url in browser.requests if not url.startswith((port.url, "data:,", "about:"))
+        ] == []
 
         light = browser.run("getComputedStyle(document.body).backgroundColor")
-        browser.call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": "dark"}])
+        browser.call(
+            "Emulation.setEmulatedMedia",
+            features=[{"name": "prefers-color-scheme", "value": "dark"}],
+        )
         assert browser.run("getComputedStyle(document.body).backgroundColor") != light
-        browser.call("Emulation.setDeviceMetricsOverride", width=360, height=740, deviceScaleFactor=1, mobile=True)
+        browser.call(
+            "Emulation.setDeviceMetricsOverride",
+            width=360,
+            height=740,
+            deviceScaleFactor=1,
+            mobile=True,
+        )
         assert browser.run("document.scrollingElement.scrollWidth") <= 360
         told = "document.addEventListener('securitypolicyviolation', (event) => done(event.effectiveDirective))"
         asked = f"new Promise((done) => {{ {told}; fetch('http://127.0.0.1:1/').catch(() => 0) }})"
         assert browser.run(asked) == "connect-src"
 
-        described.write("manifest.yaml", described.manifest.read_text().replace("nonsense: 1\n", ""))
+        described.write(
+            "manifest.yaml", described.manifest.read_text().replace("nonsense: 1\n", "")
+        )
         assert described.stop() == 0
         browser.wait_for("!document.getElementById('gone').hidden")
         described.start()
-        browser.wait_for(f"document.getElementById('head').innerText.includes('pid {described.status()['pid']},')")
+        browser.wait_for(
+            f"document.getElementById('head').innerText.includes('pid {described.status()['pid']},')"
+        )
         browser.wait_for("document.getElementById('gone').hidden")
         assert browser.run("globalThis.stays") == 1
 
@@ -113,18 +134,36 @@ def test_each_width_shows_all(workspace: Workspace, tmp_path: Path, width: int) 
     workspace.start()
     workspace.wait_settled()
     with Port(workspace.socket) as port, Browser(tmp_path / "profile") as browser:
-        browser.call("Emulation.setDeviceMetricsOverride", width=width, height=700, deviceScaleFactor=1, mobile=False)
+        browser.call(
+            "Emulation.setDeviceMetricsOverride",
+            width=width,
+            height=700,
+            deviceScaleFactor=1,
+            mobile=False,
+        )
         browser.open(port.url)
         assert browser.run("document.scrollingElement.scrollWidth") <= width
-        cells = "[...document.querySelectorAll('tbody tr > *')].filter((cell) => cell.innerText.trim())"
+        cells = (
+            "[...document.querySelectorAll('tbody tr > *')].filter((cell) => cell.innerText.trim())"
+        )
         out = f"{cells}.filter((cell) => cell.scrollWidth > cell.clientWidth || !cell.checkVisibility()).length"
         assert browser.run(out) == 0
-        assert browser.run(f"Math.max(...{cells}.map((cell) => cell.getBoundingClientRect().right))") <= width
+        assert (
+            browser.run(f"Math.max(...{cells}.map((cell) => cell.getBoundingClientRect().right))")
+            <= width
+        )
         text = browser.text("#prompts")
-        assert all(words in text for words in (f"m/{long}", "fresh", "blocked", "the prompt is empty", r"\u202e words"))
+        assert all(
+            words in text
+            for words in (f"m/{long}", "fresh", "blocked", "the prompt is empty", r"\u202e words")
+        )
         where = "document.querySelector('#prompts {}').getBoundingClientRect().{}"
-        assert browser.run(where.format(".state", "top")) == browser.run(where.format(".name", "top"))
-        labels = browser.run("getComputedStyle(document.querySelector('[data-label=cold]'), '::before').content")
+        assert browser.run(where.format(".state", "top")) == browser.run(
+            where.format(".name", "top")
+        )
+        labels = browser.run(
+            "getComputedStyle(document.querySelector('[data-label=cold]'), '::before').content"
+        )
         assert (labels == "none") == (width > 992)
         assert browser.complaints == []
 
@@ -132,16 +171,26 @@ def test_each_width_shows_all(workspace: Workspace, tmp_path: Path, width: int) 
 def test_the_units_of_the_guide(tmp_path: Path) -> None:
     """The port's two units are right, says systemd, and they agree with ours on the socket."""
     guide = (ROOT / "docs/page.md").read_text()
-    blocks = re.findall(r"`/etc/systemd/system/(rkcached-port\.\w+)`:\n\n```ini\n(.*?)```", guide, re.DOTALL)
+    blocks = re.findall(
+        r"`/etc/systemd/system/(rkcached-port\.\w+)`:\n\n```ini\n(.*?)```", guide, re.DOTALL
+    )
     assert [name for name, _ in blocks] == ["rkcached-port.socket", "rkcached-port.service"]
     ours = {
-        file.name: file.read_text().replace("@BIN@/rkcached", "/bin/true") for file in (ROOT / "systemd").glob("rk*.*t")
+        file.name: file.read_text().replace("@BIN@/rkcached", "/bin/true")
+        for file in (ROOT / "systemd").glob("rk*.*t")
     }
-    for name, text in [*blocks, *ours.items(), ("rkcached.service", "[Service]\nExecStart=/bin/true\n")]:
+    for name, text in [
+        *blocks,
+        *ours.items(),
+        ("rkcached.service", "[Service]\nExecStart=/bin/true\n"),
+    ]:
         (tmp_path / name).write_text(text)
     command = [need("systemd-analyze"), "verify", "--man=no", "--recursive-errors=one"]
     done = subprocess.run(
-        [*command, *(tmp_path / name for name, _ in blocks)], capture_output=True, text=True, check=False
+        [*command, *(tmp_path / name for name, _ in blocks)],
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert (done.returncode, done.stderr) == (0, "")
     listens = f"ListenStream={re.search(r'socket-proxyd (.*)', blocks[1][1])[1]}"  # type: ignore[index]
@@ -153,7 +202,9 @@ def desk(tmp_path: Path) -> Iterator[Path]:
     """The configuration of an ssh client that knows a host named `board`: a real sshd on this machine."""
     sshd, port = need("sshd"), free_port()
     for name in ("host", "user"):
-        subprocess.run([need("ssh-keygen"), "-q", "-t", "ed25519", "-N", "", "-f", tmp_path / name], check=True)
+        subprocess.run(
+            [need("ssh-keygen"), "-q", "-t", "ed25519", "-N", "", "-f", tmp_path / name], check=True
+        )
     (tmp_path / "sshd_config").write_text(
         f"ListenAddress 127.0.0.1:{port}\nHostKey {tmp_path / 'host'}\nPidFile none\nUsePAM no\nStrictModes no\n"
         f"AuthorizedKeysFile {tmp_path / 'user.pub'}\nPermitRootLogin prohibit-password\n"
@@ -164,8 +215,12 @@ def desk(tmp_path: Path) -> Iterator[Path]:
         f"  StrictHostKeyChecking no\n  UserKnownHostsFile /dev/null\n"
     )
     if os.geteuid() == 0:
-        Path("/run/sshd").mkdir(mode=0o755, exist_ok=True)  # where it puts itself; its service makes it
-    server = subprocess.Popen([sshd, "-D", "-e", "-f", tmp_path / "sshd_config"], stderr=subprocess.DEVNULL)
+        Path("/run/sshd").mkdir(
+            mode=0o755, exist_ok=True
+        )  # where it puts itself; its service makes it
+    server = subprocess.Popen(
+        [sshd, "-D", "-e", "-f", tmp_path / "sshd_config"], stderr=subprocess.DEVNULL
+    )
     try:
         wait_until(lambda: answers(port), "sshd listens")
         yield tmp_path / "ssh_config"
@@ -178,7 +233,9 @@ def test_the_ssh_command(described: Workspace, desk: Path) -> None:
     """The guide's own line, but for port, socket and the desk's configuration, brings the page to a port."""
     (command,) = re.findall(r"^ssh -N .*$", (ROOT / "docs/page.md").read_text(), re.MULTILINE)
     port = free_port()
-    words = shlex.split(command.replace(":8080:/run/rkcached/rkcached.sock", f":{port}:{described.socket}"))
+    words = shlex.split(
+        command.replace(":8080:/run/rkcached/rkcached.sock", f":{port}:{described.socket}")
+    )
     assert f"127.0.0.1:{port}:{described.socket}" in words
     client = subprocess.Popen([need("ssh"), "-F", desk, *words[1:]], stderr=subprocess.DEVNULL)
     try:

@@ -26,7 +26,10 @@ ELSEWHERE = {
     "sudo make install": ("tests/systemd/conftest.py", 'make(bare_machine, "install")'),
     "sudoedit": ("tests/systemd/machine.py", "manifest.yaml"),
     "sudo rkcached check": ("tests/systemd/test_activation.py", '"rkcached", "check"'),
-    "sudo systemctl enable --now rkcached": ("tests/systemd/test_uninstall.py", '"enable", "--now", UNIT'),
+    "sudo systemctl enable --now rkcached": (
+        "tests/systemd/test_uninstall.py",
+        '"enable", "--now", UNIT',
+    ),
     "systemctl status rkcached": ("tests/systemd/machine.py", "systemctl('status', UNIT"),
     "sudo systemctl reload rkcached": ("tests/systemd/test_faults.py", 'systemctl("reload", UNIT)'),
     "journalctl -u rkcached": ("tests/systemd/machine.py", '"journalctl", "-b", "-u", UNIT'),
@@ -35,7 +38,9 @@ ELSEWHERE = {
 }
 """The first words of a line in a block; who runs it, and the words there that do."""
 
-COMMAND = re.compile(r"\s*(make|sudo|sudoedit|curl|python3|export|rkcached|systemctl|journalctl|-d)\b")
+COMMAND = re.compile(
+    r"\s*(make|sudo|sudoedit|curl|python3|export|rkcached|systemctl|journalctl|-d)\b"
+)
 
 
 CHECK_DATA = 'python -c "from rkcached.api.page import _source; print(len(_source()))"'
@@ -102,16 +107,29 @@ def test_every_line_of_the_blocks_is_run_somewhere() -> None:
 def test_the_environment(tmp_path: Path) -> None:
     """README's own lines in a shell, on a copy of this tree: the program starts from its path, with all of its data."""
     need("git")
-    files = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, check=True).stdout
-    subprocess.run(["tar", "--null", "-T-", "-cf", str(tmp_path / "tree.tar")], cwd=ROOT, input=files, check=True)
+    files = subprocess.run(
+        ["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, check=True
+    ).stdout
+    subprocess.run(
+        ["tar", "--null", "-T-", "-cf", str(tmp_path / "tree.tar")],
+        cwd=ROOT,
+        input=files,
+        check=True,
+    )
     tree = tmp_path / "tree"
     tree.mkdir()
     subprocess.run(["tar", "-xf", str(tmp_path / "tree.tar")], cwd=tree, check=True)
     (block,) = [text for text in blocks() if text.startswith("python3 -m venv")]
-    lines = [line for line in block.splitlines() if line.startswith(("python3 -m venv", "export PATH"))]
+    lines = [
+        line for line in block.splitlines() if line.startswith(("python3 -m venv", "export PATH"))
+    ]
     assert len(lines) == 2
-    script = "\n".join(["set -e", *lines, "cd /", "command -v rkcached", "rkcached schema", CHECK_DATA])
-    done = subprocess.run(["bash", "-c", script], cwd=tree, capture_output=True, text=True, check=False)
+    script = "\n".join(
+        ["set -e", *lines, "cd /", "command -v rkcached", "rkcached schema", CHECK_DATA]
+    )
+    done = subprocess.run(
+        ["bash", "-c", script], cwd=tree, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
     assert f"{tree}/.venv/bin/rkcached\n" in done.stdout
     assert int(done.stdout.split()[-1]) > 1000  # the page's template
@@ -121,14 +139,19 @@ def test_the_curl_command(board: Workspace) -> None:
     """Copied and run in a shell."""
     need("curl")
     (command,) = [block for block in blocks() if block.startswith("curl")]
-    done = subprocess.run(command, shell=True, env=board.environment, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        command, shell=True, env=board.environment, capture_output=True, text=True, check=True
+    )
     assert '"state":"hit"' in done.stdout.replace(" ", "")
 
 
 def test_the_python_example(board: Workspace) -> None:
     """Copied, and asked for the models."""
     (code,) = blocks("python")
-    code = code.replace("/run/rkcached/rkcached.sock", str(board.socket)) + "print(client.models.list().data[0].id)\n"
+    code = (
+        code.replace("/run/rkcached/rkcached.sock", str(board.socket))
+        + "print(client.models.list().data[0].id)\n"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip().startswith("qwen3-0.6b")
 

@@ -32,7 +32,9 @@ def all_fresh(space: Workspace, *names: str) -> None:
     def states() -> dict[str, str]:
         return {one["prompt"]: one["state"] for one in space.status()["prompts"]}
 
-    wait_until(lambda: states() == dict.fromkeys(names, "fresh"), f"{names} are fresh, but {states()}")
+    wait_until(
+        lambda: states() == dict.fromkeys(names, "fresh"), f"{names} are fresh, but {states()}"
+    )
     for name in names:
         assert space.ask(f"m/{name}")["rkcached"]["state"] == "hit"
 
@@ -77,7 +79,9 @@ def mounted(workspace: Workspace) -> Iterator[Path]:
     try:
         subprocess.run(command, check=True, capture_output=True)
     except (OSError, subprocess.CalledProcessError) as error:
-        pytest.skip(f"a tmpfs cannot be mounted here, which needs root: {getattr(error, 'stderr', error)!r}")
+        pytest.skip(
+            f"a tmpfs cannot be mounted here, which needs root: {getattr(error, 'stderr', error)!r}"
+        )
     try:
         yield folder
     finally:
@@ -196,7 +200,11 @@ def test_a_stored_text_that_a_client_deletes(workspace: Workspace) -> None:
         assert admin.delete("/v1/cache/m/mine").status_code == 200
         assert client.get("/v1/cache/m").json()["data"] == []
     assert retired(workspace) == []
-    left = [path for path in workspace.cache.rglob("*") if path.is_file() and b"secret" in path.read_bytes()]
+    left = [
+        path
+        for path in workspace.cache.rglob("*")
+        if path.is_file() and b"secret" in path.read_bytes()
+    ]
     assert left == []
 
 
@@ -234,7 +242,10 @@ def test_retired_artifacts_make_room_for_declared_ones(workspace: Workspace) -> 
             file.unlink()
         workspace.write(f"extra/{name}.md", letter * 50_000)
         all_fresh(workspace, name)
-    wait_until(lambda: retired(workspace) == ["six"], lambda: f"only what fits is kept, not {retired(workspace)}")
+    wait_until(
+        lambda: retired(workspace) == ["six"],
+        lambda: f"only what fits is kept, not {retired(workspace)}",
+    )
     assert workspace.prompt("ten")["artifact"]["size_bytes"] * 2 < 1 << 20
     assert workspace.status()["cache"]["used_bytes"] < 1 << 20
 
@@ -244,7 +255,9 @@ def test_gc_removes_what_is_retired(workspace: Workspace, folder: Path) -> None:
     (folder / "one.md").unlink()
     wait_until(lambda: retired(workspace) == ["one"], "it is retired")
     planned = json.loads(workspace.cli("gc", "--dry-run", "--json").stdout)
-    assert [item["reason"] for item in planned["items"]] == ["retired: built for m/one, and no prompt uses it now"]
+    assert [item["reason"] for item in planned["items"]] == [
+        "retired: built for m/one, and no prompt uses it now"
+    ]
     assert retired(workspace) == ["one"]
     workspace.cli("gc")
     assert (retired(workspace), list(workspace.cache.rglob("one*"))) == ([], [])
@@ -255,7 +268,9 @@ def test_limits_that_are_tightened_and_loosened_again(workspace: Workspace, fold
     """What was too short for a moment is not prefilled again."""
     assert folder.exists()
     for limit, state in ((5000, "uncached"), (0, "fresh")):
-        workspace.declare("{}", model="    prompts_from: extra/*.md\n", top=f"cache: {{min_tokens: {limit}}}")
+        workspace.declare(
+            "{}", model="    prompts_from: extra/*.md\n", top=f"cache: {{min_tokens: {limit}}}"
+        )
         for name in ("one", "two"):
             workspace.wait_state(name, state)
     all_fresh(workspace, "one", "two")

@@ -55,7 +55,13 @@ def prepared(space: Workspace, runtime: Path) -> Workspace:
 
 
 def run(
-    space: Workspace, prompts: str = BOTH, *, settled: bool = True, models: str = "m", engine: str = "", **keys: Any
+    space: Workspace,
+    prompts: str = BOTH,
+    *,
+    settled: bool = True,
+    models: str = "m",
+    engine: str = "",
+    **keys: Any,
 ) -> Workspace:
     """Start the daemon on `models` with these keys and prompts; `engine` adds to the manifest's engine."""
     text = f"version: 1\nengine: {{kind: rkllm, library: librkllmrt.so{engine}}}\nmodels:\n"
@@ -102,11 +108,15 @@ def hit(space: Workspace, model: str = "m/a", **body: Any) -> str:
     answer = space.ask(model, **body)
     assert answer["rkcached"]["state"] == "hit"
     cached = answer["usage"]["prompt_tokens_details"]["cached_tokens"]
-    assert space.prompt(model[2:])["artifact"]["tokens"] <= cached < answer["usage"]["prompt_tokens"]
+    assert (
+        space.prompt(model[2:])["artifact"]["tokens"] <= cached < answer["usage"]["prompt_tokens"]
+    )
     return content(answer)
 
 
-def refused(space: Workspace, status: int, code: str, cause: str, model: str = "m", **body: Any) -> None:
+def refused(
+    space: Workspace, status: int, code: str, cause: str, model: str = "m", **body: Any
+) -> None:
     """The request gets an error that names the cause, and the daemon lives on."""
     error = space.ask(model, status=status, **body)["error"]
     assert error["code"] == code
@@ -123,7 +133,9 @@ def model_status(space: Workspace) -> dict[str, Any]:
 
 def wait_built(space: Workspace, before: int, names: list[str]) -> None:
     """Wait for the builds since `before`; they must be exactly these."""
-    wait_until(lambda: len(space.built()) >= before + len(names), f"{names} were built", BEFORE_RESCAN_S)
+    wait_until(
+        lambda: len(space.built()) >= before + len(names), f"{names} were built", BEFORE_RESCAN_S
+    )
     space.wait_settled()
     assert sorted(space.built()[before:]) == names
 
@@ -134,7 +146,9 @@ def wait_built(space: Workspace, before: int, names: list[str]) -> None:
 def test_built_and_hit(board: Workspace) -> None:
     """Each prompt is built and proved; an answer from its cache is a measured hit and says what a cold one says."""
     names = {path.name for path in (board.cache / "m").iterdir()}
-    assert {f"{name}{suffix}" for name in "ab" for suffix in (".rkllm_cache", ".bin", ".json")} <= names
+    assert {
+        f"{name}{suffix}" for name in "ab" for suffix in (".rkllm_cache", ".bin", ".json")
+    } <= names
     assert board.prompt("a")["artifact"]["verified"] == "exact"
     right = {name: cold(board, f"m/{name}") for name in "ab"}
     assert right["a"] != right["b"]
@@ -153,7 +167,9 @@ def test_changes_of_the_prompts(board: Workspace) -> None:
     assert new == cold(board)
     assert new != old
     subprocess.run(["touch", str(board.root / "prompts/a.md")], check=True)
-    board.write("prompts/b.md", "You are prompt B, edited.\n")  # what `touch` caused would have been built by then
+    board.write(
+        "prompts/b.md", "You are prompt B, edited.\n"
+    )  # what `touch` caused would have been built by then
     wait_built(board, 3, ["b"])
     assert board.stop() == 0
     board.start()
@@ -183,7 +199,9 @@ def test_runtime_and_model_replaced(board: Workspace, library: Library) -> None:
 
 
 @pytest.mark.parametrize(("group", "engine"), [("B", ", abi: 1.1.0"), ("C", "")])
-def test_runtime_that_measures_nothing(workspace: Workspace, library: Library, group: str, engine: str) -> None:
+def test_runtime_that_measures_nothing(
+    workspace: Workspace, library: Library, group: str, engine: str
+) -> None:
     """Before 1.2.1 a cache is proved by time alone, and answers say that reuse is not measured; the text is right."""
     run(prepared(workspace, library(group)), engine=engine, prefill_tps=1000)
     assert [workspace.prompt(name)["state"] for name in "ab"] == ["fresh", "fresh"]
@@ -222,7 +240,11 @@ def test_ends_of_answers(d: Workspace) -> None:
     for body, expected, reason in (
         ({"stop": [stop]}, full[: full.index(stop)], "stop"),
         ({"max_tokens": 5}, cold(d, max_tokens=5), "length"),
-        ({"max_tokens": 100}, full, "length"),  # more than the 32 that the runtime was told when it loaded the model
+        (
+            {"max_tokens": 100},
+            full,
+            "length",
+        ),  # more than the 32 that the runtime was told when it loaded the model
     ):
         answer = d.ask("m/a", **{"max_tokens": 32, **body})
         assert (expected, reason) == (content(answer), answer["choices"][0]["finish_reason"])
@@ -232,10 +254,14 @@ def test_ends_of_answers(d: Workspace) -> None:
 
 def send(space: Workspace, *, streaming: bool, until: Callable[[], bool]) -> None:
     """Send a request and go away when `until` says so."""
-    data = json.dumps({"model": "m", "messages": HELLO, "max_tokens": 300, "stream": streaming}).encode()
+    data = json.dumps(
+        {"model": "m", "messages": HELLO, "max_tokens": 300, "stream": streaming}
+    ).encode()
     with socket.socket(socket.AF_UNIX) as client:
         client.connect(str(space.socket))
-        client.sendall(f"POST /v1/chat/completions HTTP/1.1\r\nHost: d\r\nContent-Length: {len(data)}\r\n\r\n".encode())
+        client.sendall(
+            f"POST /v1/chat/completions HTTP/1.1\r\nHost: d\r\nContent-Length: {len(data)}\r\n\r\n".encode()
+        )
         client.sendall(data)
         wait_until(until, "the request got that far")
 
@@ -253,7 +279,10 @@ def test_client_gone_stops_generation(d: Workspace, streaming: bool) -> None:
 
 
 def test_sampling_of_a_request(board: Workspace) -> None:
-    """Before 1.3.0 a request cannot change the temperature: it is told both values. Since then it can."""
+    """Before 1.3.0 a request cannot change the temperature: it is told both values.
+
+    Since then it can.
+    """
     if "runtime version: 1.3.0" in board.log_text():
         assert board.ask("m/a", temperature=0.5)["rkcached"]["state"] == "hit"
     else:
@@ -290,13 +319,21 @@ def test_lines_of_the_library(d: Workspace) -> None:
     run(d, saves="no", fault="token3:error")
     switch(d, on=True)
     d.ask("m", status=500)
-    said = re.findall(r"^\S+ (\w+) +worker says model=m line='(\w) \w+: (.{9})", d.log_text(), re.MULTILINE)
-    assert {("info", "I", "rkllm-run"), ("warning", "W", "this mode"), ("error", "E", "token3 fa")} <= set(said)
+    said = re.findall(
+        r"^\S+ (\w+) +worker says model=m line='(\w) \w+: (.{9})", d.log_text(), re.MULTILINE
+    )
+    assert {
+        ("info", "I", "rkllm-run"),
+        ("warning", "W", "this mode"),
+        ("error", "E", "token3 fa"),
+    } <= set(said)
     levels = {(level, letter) for level, letter, _ in said}
     assert levels == {("debug", "D"), ("info", "I"), ("warning", "W"), ("error", "E")}
 
 
-def test_lines_that_the_library_does_not_flush(d: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lines_that_the_library_does_not_flush(
+    d: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """C keeps what is printed into a pipe until 4 kB are full; the reason of a failure must not wait for that."""
     monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)
     install(d, build("D", d.root, defines={"NO_FLUSH": "1"}).read_bytes())
@@ -314,7 +351,12 @@ def test_lines_that_the_library_does_not_flush(d: Workspace, monkeypatch: pytest
     [
         ("init:segv", 502, "worker_died", "SIGSEGV"),
         ("init:abort", 502, "worker_died", "SIGABRT"),
-        ("init:ill", 502, "worker_died", "SIGILL: the library uses an instruction that this CPU does not have"),
+        (
+            "init:ill",
+            502,
+            "worker_died",
+            "SIGILL: the library uses an instruction that this CPU does not have",
+        ),
         ("init:oom", 503, "model_unavailable", "E RKNN: failed to allocate memory"),
         ("init:platform", 503, "model_unavailable", "target platform RK3576 does not match RK3588"),
     ],
@@ -345,8 +387,13 @@ def test_crash_of_loading_is_no_prompts_fault(d: Workspace) -> None:
     """However often the library dies while it loads the model, no prompt is given up for it."""
     switch(d, on=True)
     run(d, "{a: prompts/a.md}", settled=False, fault="init:segv", fault_count_file=d.root / "count")
-    wait_until(lambda: (d.root / "count").exists() and (d.root / "count").stat().st_size >= 3, "three crashes")
-    wait_until(lambda: d.prompt("a")["state"] not in ("building", "missing"), "the third was noticed")
+    wait_until(
+        lambda: (d.root / "count").exists() and (d.root / "count").stat().st_size >= 3,
+        "three crashes",
+    )
+    wait_until(
+        lambda: d.prompt("a")["state"] not in ("building", "missing"), "the third was noticed"
+    )
     assert d.prompt("a")["state"] == "blocked"
     assert "SIGSEGV" in d.prompt("a")["reason"]
     switch(d, on=False)
@@ -374,7 +421,9 @@ def test_model_of_a_newer_toolkit(d: Workspace) -> None:
         ("token3:error", 500, "engine_error", "E rkllm: token3 failed"),
     ],
 )
-def test_failure_in_an_answer(d: Workspace, planned: str, status: int, code: str, cause: str) -> None:
+def test_failure_in_an_answer(
+    d: Workspace, planned: str, status: int, code: str, cause: str
+) -> None:
     """A crash or an error in the middle is an HTTP error, or an error event; the next answer is a hit."""
     run(d, fault=planned)
     right = hit(d)
@@ -395,7 +444,13 @@ def test_failure_in_an_answer(d: Workspace, planned: str, status: int, code: str
 def test_request_longer_than_the_context(d: Workspace) -> None:
     """Without a tokenizer only the runtime can count: what it says of a refused run is in the error."""
     run(d, "{}")
-    refused(d, 500, "engine_error", "prompt is too long: 50", messages=[{"role": "user", "content": "x" * 5000}])
+    refused(
+        d,
+        500,
+        "engine_error",
+        "prompt is too long: 50",
+        messages=[{"role": "user", "content": "x" * 5000}],
+    )
     d.ask("m")
 
 
@@ -452,7 +507,10 @@ def test_crash_while_unloading(d: Workspace, crash: str, name: str) -> None:
     switch(d, on=True)
     run(d, BOTH + "\n    idle_unload_s: 1", fault=f"destroy:{crash}")
     wait_until(lambda: not d.children(), "the model was unloaded")
-    wait_until(lambda: f"{name} while it was stopped" in model_status(d)["last_failure"], "its crash is shown")
+    wait_until(
+        lambda: f"{name} while it was stopped" in model_status(d)["last_failure"],
+        "its crash is shown",
+    )
     assert hit(d) == cold(d)
     assert d.stop() == 0
 
@@ -546,7 +604,9 @@ def test_two_models(d: Workspace, concurrent: bool) -> None:
         asked = [pool.submit(waited_ms, name) for name in "mn"]
         if concurrent:
             both = ["busy", "busy"]
-            wait_until(lambda: [one["worker"] for one in d.status()["models"]] == both, "both are at work")
+            wait_until(
+                lambda: [one["worker"] for one in d.status()["models"]] == both, "both are at work"
+            )
         waited = max(one.result() for one in asked)
     if not concurrent:
         assert time.monotonic() - started > 2 * 32 / 8
@@ -558,7 +618,9 @@ def test_damaged_artifacts_are_never_loaded(board: Workspace) -> None:
     damage(board, board.cache / "m/a.rkllm_cache")
 
 
-@pytest.mark.parametrize(("group", "tokens", "warned"), [("D", 512, True), ("D", 256, False), ("E", 512, False)])
+@pytest.mark.parametrize(
+    ("group", "tokens", "warned"), [("D", 512, True), ("D", 256, False), ("E", 512, False)]
+)
 def test_check_warns_of_long_answers_in_builds(
     workspace: Workspace, library: Library, group: str, tokens: int, warned: bool
 ) -> None:

@@ -36,7 +36,9 @@ def refuse(space: Workspace, schema: dict[str, Any]) -> None:
     """Each way to bring a schema is refused by its parameter, in a stream, too."""
     tool = {"type": "function", "function": {"name": "f", "parameters": schema}}
     for stream in (False, True):
-        error = space.ask("m/a", status=400, response_format=format_of(schema), stream=stream)["error"]
+        error = space.ask("m/a", status=400, response_format=format_of(schema), stream=stream)[
+            "error"
+        ]
         assert (error["code"], error["param"]) == ("invalid_schema", "response_format"), error
     error = space.ask("m/a", status=400, tools=[tool], tool_choice="required")["error"]
     assert (error["code"], error["param"]) == ("invalid_schema", "tools"), error
@@ -45,7 +47,8 @@ def refuse(space: Workspace, schema: dict[str, Any]) -> None:
 def test_hostile_schemas_cost_nobody_anything(two_prompts: Workspace) -> None:
     """The worker is the same one afterwards, and the prompt cache that was asked for is fresh.
 
-    The cause: the third request with a pattern that ended the worker quarantined the prompt cache for good.
+    The cause: the third request with a pattern that ended the worker quarantined the prompt cache
+    for good.
     """
     two_prompts.ask("m/a")
     (before,) = two_prompts.status()["models"]
@@ -62,14 +65,21 @@ def test_a_number_that_no_float_holds_does_not_fit(workspace: Workspace) -> None
     workspace.memory_model(script={"hello": "1e999"})
     workspace.declare("{}")
     workspace.start()
-    error = workspace.ask("m", status=422, response_format=format_of({"type": "number", "multipleOf": 0.01}))["error"]
+    error = workspace.ask(
+        "m", status=422, response_format=format_of({"type": "number", "multipleOf": 0.01})
+    )["error"]
     assert error["code"] == "answer_does_not_fit"
     assert workspace.status()["models"][0]["restarts"] == 0
 
 
 @pytest.mark.model
-def test_no_free_prose_where_a_schema_is_not_in_force(workspace: Workspace, small_model: Path) -> None:
-    """llama.cpp goes on without a grammar that it cannot keep to. Nothing of what it then says reaches the client."""
+def test_no_free_prose_where_a_schema_is_not_in_force(
+    workspace: Workspace, small_model: Path
+) -> None:
+    """llama.cpp goes on without a grammar that it cannot keep to.
+
+    Nothing of what it then says reaches the client.
+    """
     workspace.write("a.md", "You are brief.\n")
     workspace.write(
         "manifest.yaml",
@@ -80,7 +90,9 @@ def test_no_free_prose_where_a_schema_is_not_in_force(workspace: Workspace, smal
     workspace.wait_state("a", "fresh")
     pid = workspace.status()["models"][0]["pid"]
     for schema in (*HOSTILE, *UNKEPT):
-        error = workspace.ask("m/a", status=400, response_format=format_of(schema), stream=True)["error"]
+        error = workspace.ask("m/a", status=400, response_format=format_of(schema), stream=True)[
+            "error"
+        ]
         assert error["code"] == "invalid_schema", error
 
     fitting = {

@@ -17,7 +17,10 @@ from rkcached.worker import scratch
 
 @pytest.fixture
 def temporary(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A temporary directory, and no runtime directory, for all daemons of a test. Its path is short."""
+    """A temporary directory, and no runtime directory, for all daemons of a test.
+
+    Its path is short.
+    """
     with tempfile.TemporaryDirectory() as path:
         monkeypatch.setenv("TMPDIR", path)
         for name in ("RUNTIME_DIRECTORY", "XDG_RUNTIME_DIR"):
@@ -34,7 +37,9 @@ def replaced(space: Workspace, temporary: Path) -> None:
     [folder] = folders(temporary)
     shutil.rmtree(folder)
     assert space.ask("m/a")["rkcached"]["state"] == "hit"
-    space.logged(f"warning worker restarted model=m reason='its scratch folder was deleted: {folder}'")
+    space.logged(
+        f"warning worker restarted model=m reason='its scratch folder was deleted: {folder}'"
+    )
     assert space.status()["models"][0]["restarts"] == 1
 
 
@@ -52,7 +57,9 @@ def test_a_deleted_scratch_folder_costs_one_worker(temporary: Path, workspace: W
 
 
 @pytest.mark.model
-def test_llama_cpp_survives_a_deleted_scratch_folder(temporary: Path, workspace: Workspace, small_model: Path) -> None:
+def test_llama_cpp_survives_a_deleted_scratch_folder(
+    temporary: Path, workspace: Workspace, small_model: Path
+) -> None:
     """Its socket was there: every answer was a 500 from then on."""
     workspace.write("a.md", "You are the keeper of a lighthouse. You know every ship.\n" * 4)
     workspace.write(
@@ -71,7 +78,9 @@ def test_a_daemon_in_another_pid_namespace_sweeps_nothing_of_ours(
     """It shares the temporary directory, and knows none of our pids."""
     unshare = [need("unshare"), "--pid", "--fork", "--kill-child", "--mount-proc"]
     if subprocess.run([*unshare, "true"], capture_output=True, check=False).returncode:
-        (pytest.fail if os.environ.get("RKCACHED_NO_SKIPS") else pytest.skip)("needs root, to make a PID namespace")
+        (pytest.fail if os.environ.get("RKCACHED_NO_SKIPS") else pytest.skip)(
+            "needs root, to make a PID namespace"
+        )
     other = Workspace(tmp_path / "other")
     for space in (workspace, other):
         space.memory_model()

@@ -32,7 +32,9 @@ SAMPLING = Sampling(
 """What the manifest's defaults and the tests' max_tokens come to."""
 
 
-def right_answer(space: Workspace, system: str | None, question: str = "hello", model: str = "m.model") -> str:
+def right_answer(
+    space: Workspace, system: str | None, question: str = "hello", model: str = "m.model"
+) -> str:
     """What a correct engine says, computed without any cache."""
     messages = [Message(role="user", content=question)]
     if system is not None:
@@ -92,7 +94,10 @@ def test_longest_prefix_wins(workspace: Workspace) -> None:
 
 def test_no_prompt(two_prompts: Workspace) -> None:
     """Without a prompt and with another system message, the answer is cold and right."""
-    messages = [{"role": "system", "content": "Somebody else."}, {"role": "user", "content": "hello"}]
+    messages = [
+        {"role": "system", "content": "Somebody else."},
+        {"role": "user", "content": "hello"},
+    ]
     answer = two_prompts.ask("m", messages=messages)
     assert right_answer(two_prompts, "Somebody else.") == content(answer)
     assert (answer["rkcached"]["cache"], answer["rkcached"]["state"]) == (None, "cold")
@@ -113,14 +118,21 @@ def test_system_message_conflict(two_prompts: Workspace) -> None:
     mine = [{"role": "system", "content": "Something else."}, {"role": "user", "content": "hello"}]
     error = two_prompts.ask("m/a", messages=mine, status=409)["error"]
     assert error["code"] == "system_message_conflict"
-    same = [{"role": "developer", "content": "You are prompt A."}, {"role": "user", "content": "hello"}]
+    same = [
+        {"role": "developer", "content": "You are prompt A."},
+        {"role": "user", "content": "hello"},
+    ]
     assert two_prompts.ask("m/a", messages=same)["rkcached"]["state"] == "hit"
 
 
 def test_unknown_model_and_prompt(two_prompts: Workspace) -> None:
     """OpenAI's 404 envelope, naming what there is."""
     error = two_prompts.ask("nope", status=404)["error"]
-    assert (error["type"], error["code"], error["param"]) == ("invalid_request_error", "model_not_found", "model")
+    assert (error["type"], error["code"], error["param"]) == (
+        "invalid_request_error",
+        "model_not_found",
+        "model",
+    )
     assert "known models: m" in error["message"]
     error = two_prompts.ask("m/nope", status=404)["error"]
     assert "known prompts: a, b" in error["message"]
@@ -157,8 +169,16 @@ def test_each_model_its_own(workspace: Workspace) -> None:
 
 def stream(space: Workspace, **body: Any) -> list[dict[str, Any]]:
     """The chunks of a streamed answer, whose end must be [DONE]."""
-    body = {"model": "m/a", "messages": [{"role": "user", "content": "hello"}], "max_tokens": 24, "stream": True} | body
-    with space.http() as client, client.stream("POST", "/v1/chat/completions", json=body) as response:
+    body = {
+        "model": "m/a",
+        "messages": [{"role": "user", "content": "hello"}],
+        "max_tokens": 24,
+        "stream": True,
+    } | body
+    with (
+        space.http() as client,
+        client.stream("POST", "/v1/chat/completions", json=body) as response,
+    ):
         assert response.status_code == 200
         assert response.headers["content-type"].startswith("text/event-stream")
         lines = [line.removeprefix("data: ") for line in response.iter_lines() if line]
@@ -223,7 +243,10 @@ def test_stale_is_answered_cold_and_current(workspace: Workspace) -> None:
     workspace.wait_state("p", "building")
     answer = workspace.ask("m/p")
     assert right_answer(workspace, new) == content(answer)
-    assert answer["rkcached"]["state"] in ("building", "stale")  # stale once the build has stepped aside
+    assert answer["rkcached"]["state"] in (
+        "building",
+        "stale",
+    )  # stale once the build has stepped aside
     assert answer["rkcached"]["cache"] is None
     workspace.logged("build stepped aside")
     workspace.wait_settled()
@@ -238,7 +261,12 @@ def test_client_gone_stops_generation(workspace: Workspace) -> None:
     workspace.start()
     workspace.wait_settled()
     for streaming in (True, False):
-        body = {"model": "m/p", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 500, "stream": streaming}
+        body = {
+            "model": "m/p",
+            "messages": [{"role": "user", "content": "hi"}],
+            "max_tokens": 500,
+            "stream": streaming,
+        }
         data = json.dumps(body).encode()
         with socket.socket(socket.AF_UNIX) as client:
             client.connect(str(workspace.socket))
@@ -268,9 +296,19 @@ def test_worker_dies_in_an_answer(workspace: Workspace) -> None:
     error = workspace.ask("m/p", max_tokens=100, status=502)["error"]
     assert error["code"] == "worker_died"
     assert "SIGSEGV" in error["message"]
-    body = {"model": "m/p", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 100, "stream": True}
-    with workspace.http() as client, client.stream("POST", "/v1/chat/completions", json=body) as response:
-        events = [json.loads(line[6:]) for line in response.iter_lines() if line.startswith("data: {")]
+    body = {
+        "model": "m/p",
+        "messages": [{"role": "user", "content": "hi"}],
+        "max_tokens": 100,
+        "stream": True,
+    }
+    with (
+        workspace.http() as client,
+        client.stream("POST", "/v1/chat/completions", json=body) as response,
+    ):
+        events = [
+            json.loads(line[6:]) for line in response.iter_lines() if line.startswith("data: {")
+        ]
     assert events[0]["choices"][0]["delta"]["content"]
     assert events[-1]["error"]["code"] == "worker_died"
     assert workspace.ask("m/p", max_tokens=8)["rkcached"]["state"] == "hit"
@@ -278,7 +316,9 @@ def test_worker_dies_in_an_answer(workspace: Workspace) -> None:
 
 def test_worker_dies_over_a_cache(workspace: Workspace) -> None:
     """A crash while a cache is loaded is answered without it, rightly; the cache itself is not blamed for one crash."""
-    workspace.memory_model(faults=[{"op": "load", "kind": "segfault", "at": 2}])  # the first is the build's own proof
+    workspace.memory_model(
+        faults=[{"op": "load", "kind": "segfault", "at": 2}]
+    )  # the first is the build's own proof
     workspace.write("p.md", "You are prompt P.")
     workspace.declare("{p: p.md}")
     workspace.start()
@@ -318,7 +358,9 @@ def test_cache_that_crashes_the_worker_is_quarantined(workspace: Workspace) -> N
     workspace.memory_model(faults=[{"op": "load", "kind": "segfault", "at": 1}])
     workspace.write("p.md", "You are prompt P.")
     workspace.write("q.md", "You are prompt Q.")
-    workspace.declare("{p: p.md, q: q.md}", top="cache: {verify: off}")  # else the build's own proof would crash
+    workspace.declare(
+        "{p: p.md, q: q.md}", top="cache: {verify: off}"
+    )  # else the build's own proof would crash
     workspace.start()
     workspace.wait_settled()
     for _ in range(3):
@@ -408,7 +450,9 @@ def test_store_that_cannot_be_written(two_prompts: Workspace) -> None:
 
 def test_failures_are_remembered_without_a_disk(workspace: Workspace) -> None:
     """Where a verdict cannot be written, as on a full disk, the pause between attempts grows all the same."""
-    workspace.memory_model(faults=[{"op": "save", "kind": "error", "at": number} for number in (1, 2)])
+    workspace.memory_model(
+        faults=[{"op": "save", "kind": "error", "at": number} for number in (1, 2)]
+    )
     workspace.write("p.md", "Text.")
     workspace.declare("{p: p.md}")
     workspace.write("cache/.verdicts", "in the way")
@@ -426,7 +470,9 @@ def test_swapped_artifacts(two_prompts: Workspace) -> None:
     b.rename(a)
     a.with_suffix(".x").rename(b)
     for name in ("a", "b", "a"):
-        assert right_answer(two_prompts, f"You are prompt {name.upper()}.") == content(two_prompts.ask(f"m/{name}"))
+        assert right_answer(two_prompts, f"You are prompt {name.upper()}.") == content(
+            two_prompts.ask(f"m/{name}")
+        )
     two_prompts.hang_up()
     two_prompts.wait_settled()
     assert sorted(two_prompts.built()) == ["a", "a", "b", "b"]
@@ -480,9 +526,13 @@ def test_sigterm(workspace: Workspace, phase: str) -> None:
     client: subprocess.Popen[bytes] | None = None
     if phase == "build":
         workspace.wait_state("p", "building")
-        wait_until(lambda: workspace.prompt("p")["progress"]["done_tokens"] > 0, "the build makes progress")
+        wait_until(
+            lambda: workspace.prompt("p")["progress"]["done_tokens"] > 0, "the build makes progress"
+        )
     else:
-        body = json.dumps({"model": "m", "messages": [{"role": "user", "content": "x"}], "max_tokens": 500})
+        body = json.dumps(
+            {"model": "m", "messages": [{"role": "user", "content": "x"}], "max_tokens": 500}
+        )
         url = "http://d/v1/chat/completions"
         command = ["curl", "-sS", "--unix-socket", str(workspace.socket), url, "-d", body]
         client = subprocess.Popen(command, stdout=subprocess.PIPE)
@@ -516,8 +566,14 @@ def test_kill_nine_leaves_no_child(two_prompts: Workspace) -> None:
         (b"[]", "invalid_value"),
         (b'{"model": "m"}', "missing_parameter"),
         (b'{"model": "m", "messages": []}', "invalid_value"),
-        (b'{"model": "m", "messages": [{"role": "user", "content": "x"}], "logit_bias": {}}', "unsupported_parameter"),
-        (b'{"model": "m", "messages": [{"role": "user", "content": "x"}], "temperature": 9}', "invalid_value"),
+        (
+            b'{"model": "m", "messages": [{"role": "user", "content": "x"}], "logit_bias": {}}',
+            "unsupported_parameter",
+        ),
+        (
+            b'{"model": "m", "messages": [{"role": "user", "content": "x"}], "temperature": 9}',
+            "invalid_value",
+        ),
         (b'{"model": "m", "messages": [{"role": "user", "content": "\\ud800"}]}', "invalid_json"),
         (b'{"model": "m", "messages": [{"role": "alien", "content": "x"}]}', "invalid_value"),
         (b"\xff\xfe", "invalid_json"),

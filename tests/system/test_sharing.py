@@ -42,9 +42,13 @@ def test_the_longest_idle_model_makes_room(workspace: Workspace) -> None:
     """Two fit. The third takes the place of the one that was asked last the longest ago."""
     three_models(workspace, ", max_loaded: 2")
     for model, left in (("x", "x"), ("y", "xy"), ("x", "xy"), ("z", "xz"), ("y", "yz")):
-        assert right_answer(workspace, None, model=f"{model}.model") == content(workspace.ask(model))
+        assert right_answer(workspace, None, model=f"{model}.model") == content(
+            workspace.ask(model)
+        )
         assert "".join(loaded(workspace)) == left
-    assert "model unloaded model=y reason=room for z" in re.sub(" +", " ", workspace.log_text()).replace("'", "")
+    assert "model unloaded model=y reason=room for z" in re.sub(
+        " +", " ", workspace.log_text()
+    ).replace("'", "")
 
 
 def test_without_a_number_what_fits_in_memory_stays(workspace: Workspace) -> None:
@@ -55,7 +59,9 @@ def test_without_a_number_what_fits_in_memory_stays(workspace: Workspace) -> Non
     assert loaded(workspace) == list(MODELS)
 
 
-def test_an_npu_holds_one_model(workspace: Workspace, tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_an_npu_holds_one_model(
+    workspace: Workspace, tmp_path_factory: pytest.TempPathFactory
+) -> None:
     """On RKLLM the default is one."""
     need("cc")
     library = build("E", tmp_path_factory.mktemp("standin"))
@@ -89,28 +95,55 @@ def test_a_model_that_replies_is_never_unloaded(workspace: Workspace) -> None:
 def test_the_access_log_names_who_asked(two_prompts: Workspace) -> None:
     """One line an exchange: path, status, uid, pid and the request's id; not a word of what was said."""
     need("curl")
-    body = json.dumps({"model": "m/a", "messages": [{"role": "user", "content": "a secret question"}]})
-    command = ["curl", "-s", "--unix-socket", str(two_prompts.socket), "-H", "X-Request-Id: my-id-7", "-d", body]
+    body = json.dumps(
+        {"model": "m/a", "messages": [{"role": "user", "content": "a secret question"}]}
+    )
+    command = [
+        "curl",
+        "-s",
+        "--unix-socket",
+        str(two_prompts.socket),
+        "-H",
+        "X-Request-Id: my-id-7",
+        "-d",
+        body,
+    ]
     curl = subprocess.Popen([*command, "http://d/v1/chat/completions"], stdout=subprocess.PIPE)
     curl.communicate()
 
     def lines() -> list[str]:
         return [line for line in two_prompts.log_text().splitlines() if "my-id-7" in line]
 
-    (line,) = wait_until(lines, "the exchange is in the log")  # written once the client has its answer
-    for field in ("path=/v1/chat/completions", "status=200", f"uid={os.getuid()}", f"pid={curl.pid}", "method=POST"):
+    (line,) = wait_until(
+        lines, "the exchange is in the log"
+    )  # written once the client has its answer
+    for field in (
+        "path=/v1/chat/completions",
+        "status=200",
+        f"uid={os.getuid()}",
+        f"pid={curl.pid}",
+        "method=POST",
+    ):
         assert field in line, line
     assert "secret" not in two_prompts.log_text()
 
 
 @pytest.mark.parametrize("grace_s", [0, 30])
 def test_stopping_lets_replies_end_in_their_grace(workspace: Workspace, grace_s: int) -> None:
-    """With time enough a running reply ends; without it is told. New requests are refused meanwhile."""
+    """With time enough a running reply ends; without it is told.
+
+    New requests are refused meanwhile.
+    """
     workspace.memory_model(decode_us_per_token=50_000)
     workspace.declare("{}", top=f"serving: {{shutdown_grace_s: {grace_s}}}")
     workspace.start()
     assert workspace.process is not None
-    body = {"model": "m", "messages": [{"role": "user", "content": "hello"}], "max_tokens": 40, "stream": True}
+    body = {
+        "model": "m",
+        "messages": [{"role": "user", "content": "hello"}],
+        "max_tokens": 40,
+        "stream": True,
+    }
     with (
         ThreadPoolExecutor(1) as pool,
         workspace.http() as early,
@@ -123,7 +156,9 @@ def test_stopping_lets_replies_end_in_their_grace(workspace: Workspace, grace_s:
         ended = pool.submit(workspace.stop)
         if grace_s:
             workspace.logged("new requests are refused")
-            refused = early.post("/v1/completions", json={"model": "m", "prompt": "x", "max_tokens": 1})
+            refused = early.post(
+                "/v1/completions", json={"model": "m", "prompt": "x", "max_tokens": 1}
+            )
             assert (refused.status_code, refused.json()["error"]["code"]) == (503, "shutting_down")
         last = json.loads([*lines][-1].removeprefix("data: "))
         assert ended.result() == 0
@@ -138,8 +173,16 @@ def test_a_slow_reader_stops_nobody(workspace: Workspace) -> None:
     workspace.memory_model(context_tokens=100_000)
     workspace.declare("{}", params="{max_context_len: 100000}")
     workspace.start()
-    body = {"model": "m", "messages": [{"role": "user", "content": "x"}], "max_tokens": 60_000, "stream": True}
-    with workspace.http() as client, client.stream("POST", "/v1/chat/completions", json=body) as slow:
+    body = {
+        "model": "m",
+        "messages": [{"role": "user", "content": "x"}],
+        "max_tokens": 60_000,
+        "stream": True,
+    }
+    with (
+        workspace.http() as client,
+        client.stream("POST", "/v1/chat/completions", json=body) as slow,
+    ):
         for _ in range(5):
             assert workspace.ask("m")["choices"]
         assert workspace.status()["running"] <= 1
@@ -159,7 +202,9 @@ def test_a_client_that_goes_away_frees_its_place(workspace: Workspace, *, waits:
         body = json.dumps({"model": "m", "prompt": text, "max_tokens": 1})
         client = socket.socket(socket.AF_UNIX)
         client.connect(str(workspace.socket))
-        client.sendall(f"POST {path} HTTP/1.1\r\nHost: d\r\nContent-Length: {len(body)}\r\n\r\n{body}".encode())
+        client.sendall(
+            f"POST {path} HTTP/1.1\r\nHost: d\r\nContent-Length: {len(body)}\r\n\r\n{body}".encode()
+        )
         return client
 
     first = hang("/v1/completions", "y" * 1000)  # 500 s
@@ -206,7 +251,9 @@ def test_two_prompts_in_turn(two_prompts: Workspace) -> None:
         assert answer["rkcached"]["state"] == "hit"
 
 
-def test_two_prompts_in_turn_on_rkllm(workspace: Workspace, tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_two_prompts_in_turn_on_rkllm(
+    workspace: Workspace, tmp_path_factory: pytest.TempPathFactory
+) -> None:
     """The same on the stand-in for RKLLM's library, whose answers show the state that they came from."""
     need("cc")
     library = build("E", tmp_path_factory.mktemp("standin"))
@@ -261,7 +308,10 @@ def test_sixty_four_clients_that_come_and_go(workspace: Workspace, small_model: 
                 "max_tokens": 4,
                 "stream": True,
             }
-            with workspace.http() as http, http.stream("POST", "/v1/chat/completions", json=body) as response:
+            with (
+                workspace.http() as http,
+                http.stream("POST", "/v1/chat/completions", json=body) as response,
+            ):
                 if response.status_code != 200:
                     assert (response.status_code, response.headers["Retry-After"]) == (503, "1")
                     count("refused")

@@ -134,7 +134,9 @@ def test_slow_body_that_makes_progress(settled: Workspace) -> None:
         assert answer(client).startswith(b"HTTP/1.1 200 ")
 
 
-@pytest.mark.parametrize("cut", [5, len(HEAD), len(HEAD) + 2, len(HEAD) + 20, len(HEAD) + len(BODY)])
+@pytest.mark.parametrize(
+    "cut", [5, len(HEAD), len(HEAD) + 2, len(HEAD) + 20, len(HEAD) + len(BODY)]
+)
 def test_half_requests(settled: Workspace, cut: int) -> None:
     """Clients that go away in the middle of a request, at each part of it, are no error of ours."""
     for _ in range(20):
@@ -192,7 +194,9 @@ def test_thousand_connections(settled: Workspace) -> None:
             wait_until(lambda: settled.built().count("a") == 2, "a build goes on meanwhile")
             kept = sum(1 for client in clients if not _refused(client))
             assert 16 <= kept <= 400
-            warnings = settled.log_text().count("warning connections refused status=503 reason='too many connections'")
+            warnings = settled.log_text().count(
+                "warning connections refused status=503 reason='too many connections'"
+            )
             assert 1 <= warnings < 100
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))

@@ -26,7 +26,9 @@ def starting(workspace: Workspace) -> Workspace:
         stream.truncate(LARGE)
     workspace.start(ready=False)
     wait_until(workspace.socket.exists, "the socket is there")
-    wait_until(lambda: (workspace.status()["starting"] or {}).get("done_bytes"), "it reads the model")
+    wait_until(
+        lambda: (workspace.status()["starting"] or {}).get("done_bytes"), "it reads the model"
+    )
     return workspace
 
 
@@ -81,12 +83,17 @@ def test_watch_sees_the_start(starting: Workspace) -> None:
 
 
 def test_no_figures_of_an_older_text(two_prompts: Workspace) -> None:
-    """A prompt that cannot be built has none; nor one of another text than the cache's. Those of the others stay."""
+    """A prompt that cannot be built has none; nor one of another text than the cache's.
+
+    Those of the others stay.
+    """
     assert two_prompts.prompt("a")["artifact"]["tokens"]
     two_prompts.write("prompts/a.md", "word " * 9000)
     blocked = two_prompts.wait_state("a", "blocked")
     assert "artifact" not in blocked
-    row = next(line for line in two_prompts.cli("status").stdout.splitlines() if line.startswith("m/a "))
+    row = next(
+        line for line in two_prompts.cli("status").stdout.splitlines() if line.startswith("m/a ")
+    )
     assert re.fullmatch(r"m/a +blocked +- +the prompt has .*", row), row
     assert two_prompts.prompt("b")["artifact"]["tokens"]
     with two_prompts.http() as client:
@@ -94,14 +101,21 @@ def test_no_figures_of_an_older_text(two_prompts: Workspace) -> None:
 
 
 def test_what_needs_somebody_comes_first(workspace: Workspace) -> None:
-    """Blocked prompts, then the others in the manifest's order: in `status` and on the page. --json keeps it."""
+    """Blocked prompts, then the others in the manifest's order: in `status` and on the page.
+
+    --json keeps it.
+    """
     workspace.memory_model()
     for name in "abcd":
         workspace.write(f"{name}.md", f"You are {name}." if name in "ac" else "")
     workspace.declare("{c: c.md, d: d.md, a: a.md, b: b.md}")
     workspace.start()
     workspace.wait_settled()
-    rows = [line.split()[0] for line in workspace.cli("status").stdout.splitlines() if line.startswith("m/")]
+    rows = [
+        line.split()[0]
+        for line in workspace.cli("status").stdout.splitlines()
+        if line.startswith("m/")
+    ]
     assert rows == ["m/d", "m/b", "m/c", "m/a"]
     with workspace.http() as client:
         page = client.get("/").text

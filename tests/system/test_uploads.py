@@ -40,7 +40,10 @@ def upload(space: Workspace, stream: BufferedWriter, pieces: list[bytes]) -> Non
 
 
 def test_a_prompt_that_is_uploaded_slowly(workspace: Workspace) -> None:
-    """Regression: of twelve pieces, twelve builds were begun. Now one, when the writer has closed the file."""
+    """Regression: of twelve pieces, twelve builds were begun.
+
+    Now one, when the writer has closed the file.
+    """
     workspace.memory_model()
     workspace.write("prompts/b.md", "Another.")
     workspace.declare("{}", model="    prompts_from: prompts/*.md\n")
@@ -115,7 +118,11 @@ def test_a_file_that_is_appended_to(workspace: Workspace, slow: Path) -> None:
         looks = workspace.status()["reconcile"]["looks"]
         with slow.open("a") as stream:
             stream.write(f"Piece {number}. ")
-        wait_until(lambda looks=looks: workspace.status()["reconcile"]["looks"] > looks, "it was looked at")
+        wait_until(
+            lambda looks=looks: workspace.status()["reconcile"]["looks"] > looks, "it was looked at"
+        )
     workspace.wait_state("a", "fresh")
     assert "Piece 5." in (workspace.cache / "m/a.bin").read_text()
-    assert started(workspace).count("a") <= 3, "on a machine that is so slow that it took the pieces for all"
+    assert started(workspace).count("a") <= 3, (
+        "on a machine that is so slow that it took the pieces for all"
+    )

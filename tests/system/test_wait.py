@@ -142,7 +142,9 @@ def test_time_is_up(slow: Workspace) -> None:
     assert error.startswith("error: time is up after 2 s: 0 of 2 fresh; m/a is building")
     assert error.endswith(", m/b is missing")
     assert "--timeout" in hint
-    told = json.loads(slow.cli("wait", "m/b", "--json", "--timeout", "2", code=os.EX_TEMPFAIL).stdout)
+    told = json.loads(
+        slow.cli("wait", "m/b", "--json", "--timeout", "2", code=os.EX_TEMPFAIL).stdout
+    )
     assert (told["outcome"], told["prompts"][0]["state"]) == ("timeout", "missing")
 
 
@@ -170,7 +172,11 @@ def test_a_socket_that_one_may_not_open(two_prompts: Workspace) -> None:
     if os.geteuid() != 0:
         pytest.skip("only root can give up what lets root open everything")
     two_prompts.socket.chmod(0)
-    weak = ["setpriv", "--bounding-set=-dac_override,-dac_read_search", "--inh-caps=-dac_override,-dac_read_search"]
+    weak = [
+        "setpriv",
+        "--bounding-set=-dac_override,-dac_read_search",
+        "--inh-caps=-dac_override,-dac_read_search",
+    ]
     done = subprocess.run(
         [*weak, "--", *two_prompts.command("wait"), *FOR_LONG],
         env=two_prompts.environment,
@@ -179,7 +185,9 @@ def test_a_socket_that_one_may_not_open(two_prompts: Workspace) -> None:
         timeout=DEADLINE_S,
         check=False,
     )
-    assert (done.returncode, "permission denied" in done.stderr) == (os.EX_NOPERM, True), done.stderr
+    assert (done.returncode, "permission denied" in done.stderr) == (os.EX_NOPERM, True), (
+        done.stderr
+    )
 
 
 def test_progress_at_a_terminal(slow: Workspace) -> None:

@@ -76,7 +76,9 @@ def test_vim_itself(two_prompts: Workspace) -> None:
     commands = ["set backup writebackup backupcopy=no", "%s/prompt A/prompt A of vim/", "wq"]
     arguments = [part for command in commands for part in ("-c", command)]
     vim = need("vim")
-    subprocess.run([vim, "-u", "NONE", "-es", *arguments, str(two_prompts.root / "prompts/a.md")], check=True)
+    subprocess.run(
+        [vim, "-u", "NONE", "-es", *arguments, str(two_prompts.root / "prompts/a.md")], check=True
+    )
     wait_build(two_prompts, "a", before)
     edit_other(two_prompts)
     assert two_prompts.built()[before:] == ["a", "b"]
@@ -86,7 +88,10 @@ def test_vim_itself(two_prompts: Workspace) -> None:
 def test_sed_in_place(two_prompts: Workspace) -> None:
     """`sed -i` replaces the file; the new one is seen."""
     before = len(two_prompts.built())
-    subprocess.run(["sed", "-i", "s/prompt A/prompt A of sed/", str(two_prompts.root / "prompts/a.md")], check=True)
+    subprocess.run(
+        ["sed", "-i", "s/prompt A/prompt A of sed/", str(two_prompts.root / "prompts/a.md")],
+        check=True,
+    )
     wait_build(two_prompts, "a", before)
     edit_other(two_prompts)
     assert two_prompts.built()[before:] == ["a", "b"]
@@ -143,7 +148,10 @@ def test_burst_of_saves(two_prompts: Workspace) -> None:
     for number in range(50):
         two_prompts.write("prompts/a.md", f"You are prompt A, draft {number}.\n")
         time.sleep(0.01)  # the pace of the saves, not a wait for anything
-    wait_until(lambda: "draft 49" in (two_prompts.cache / "m/a.bin").read_text(), "the last draft was built")
+    wait_until(
+        lambda: "draft 49" in (two_prompts.cache / "m/a.bin").read_text(),
+        "the last draft was built",
+    )
     assert built_since(two_prompts, before) in (["a"], ["a", "a"])
 
 
@@ -225,7 +233,8 @@ def test_parameter_of_the_model(two_prompts: Workspace) -> None:
     two_prompts.wait_settled()
     before = len(two_prompts.built())
     two_prompts.declare(
-        "{a: {files: prompts/a.md, params: {top_k: 7}}, b: prompts/b.md}", params="{max_context_len: 4096, top_k: 50}"
+        "{a: {files: prompts/a.md, params: {top_k: 7}}, b: prompts/b.md}",
+        params="{max_context_len: 4096, top_k: 50}",
     )
     wait_build(two_prompts, "b", before)
     assert built_since(two_prompts, before) == ["b"]
@@ -252,7 +261,9 @@ def test_prompt_added_removed_renamed(two_prompts: Workspace) -> None:
     two_prompts.wait_state("c", "fresh")
     two_prompts.declare("{a: prompts/a.md, c: prompts/c.md}")
     wait_until(lambda: not list((two_prompts.cache / "m").glob("b.*")), "b left the disk")
-    wait_until(lambda: two_prompts.prompt("b") == {}, "b left the status, with the look after its removal")
+    wait_until(
+        lambda: two_prompts.prompt("b") == {}, "b left the status, with the look after its removal"
+    )
     two_prompts.declare("{renamed: prompts/a.md, c: prompts/c.md}")
     two_prompts.wait_state("renamed", "fresh")
     wait_until(lambda: not list((two_prompts.cache / "m").glob("a.*")), "a left the disk")
@@ -292,7 +303,9 @@ def test_broken_manifest(two_prompts: Workspace) -> None:
     """A broken manifest changes nothing and is shown with file:line; edits still count; mended, it is applied."""
     good = two_prompts.manifest.read_text()
     two_prompts.manifest.write_text(good.replace("max_context_len", "max_contxt_len"))
-    (problem,) = wait_until(lambda: two_prompts.status()["manifest"]["problems"], "the manifest is rejected")
+    (problem,) = wait_until(
+        lambda: two_prompts.status()["manifest"]["problems"], "the manifest is rejected"
+    )
     line = next(n for n, text in enumerate(good.splitlines(), 1) if "max_context_len" in text)
     assert f"{two_prompts.manifest}:{line}: " in problem
     assert "max_context_len" in problem
@@ -308,7 +321,9 @@ def test_manifest_deleted(two_prompts: Workspace) -> None:
     """Without a manifest file the last good one stays in force."""
     text = two_prompts.manifest.read_text()
     two_prompts.manifest.unlink()
-    wait_until(lambda: not two_prompts.status()["manifest"]["ok"], "the missing manifest is noticed")
+    wait_until(
+        lambda: not two_prompts.status()["manifest"]["ok"], "the missing manifest is noticed"
+    )
     assert two_prompts.ask("m/a")["rkcached"]["state"] == "hit"
     two_prompts.manifest.write_text(text)
     wait_until(lambda: two_prompts.status()["manifest"]["ok"], "the manifest is good again")
@@ -320,7 +335,9 @@ def test_manifest_becomes_a_pipe(two_prompts: Workspace) -> None:
     text = two_prompts.manifest.read_text()
     two_prompts.manifest.unlink()
     os.mkfifo(two_prompts.manifest)
-    (problem,) = wait_until(lambda: two_prompts.status()["manifest"]["problems"], "the pipe is refused")
+    (problem,) = wait_until(
+        lambda: two_prompts.status()["manifest"]["problems"], "the pipe is refused"
+    )
     assert "not a regular file" in problem
     assert "not a regular file" in two_prompts.cli("check", code=os.EX_CONFIG).stderr
     two_prompts.manifest.unlink()

@@ -41,7 +41,14 @@ def in_namespace(setup: str) -> list[str]:
 def inside(space: Workspace, command: str) -> None:
     """Run a shell command in the daemon's namespaces."""
     assert space.process is not None
-    there = ["nsenter", "--target", str(space.process.pid), "--user", "--mount", "--preserve-credentials"]
+    there = [
+        "nsenter",
+        "--target",
+        str(space.process.pid),
+        "--user",
+        "--mount",
+        "--preserve-credentials",
+    ]
     subprocess.run([*there, "sh", "-e", "-c", command], check=True)
 
 
@@ -51,7 +58,11 @@ def edit(space: Workspace, name: str, deadline_s: float = SOON_S, file: str = ""
     started = time.monotonic()
     space.write(file or f"prompts/{name}.md", text)
     built = space.cache / f"m/{name}.bin"
-    wait_until(lambda: built.exists() and text in built.read_text(), f"the edit of {name} was built", deadline_s)
+    wait_until(
+        lambda: built.exists() and text in built.read_text(),
+        f"the edit of {name} was built",
+        deadline_s,
+    )
     return time.monotonic() - started
 
 
@@ -89,11 +100,18 @@ def test_more_events_than_the_kernel_keeps(two_prompts: Workspace) -> None:
         two_prompts.write("prompts/a.md", "You are behind the burst.\n")
     finally:
         two_prompts.process.send_signal(signal.SIGCONT)
-    wait_until(lambda: "behind" in (two_prompts.cache / "m/a.bin").read_text(), "the edit was built", SOON_S)
+    wait_until(
+        lambda: "behind" in (two_prompts.cache / "m/a.bin").read_text(),
+        "the edit was built",
+        SOON_S,
+    )
     two_prompts.wait_settled()
     assert two_prompts.log_text().count("file events lost") == 1
-    # One that the overflow asks for, and one after the build; and perhaps the one after the fixture's last build.
-    wait_until(lambda: two_prompts.status()["reconcile"]["looks"] >= looks + 2, "there were two looks")
+    # One that the overflow asks for, and one after the build; and perhaps the one after the
+    # fixture's last build.
+    wait_until(
+        lambda: two_prompts.status()["reconcile"]["looks"] >= looks + 2, "there were two looks"
+    )
     found = two_prompts.status()["reconcile"]["looks"] - looks
     print(f"{found} looks")
     assert found <= 3
@@ -126,10 +144,15 @@ def test_a_burst_of_the_prompt_itself(two_prompts: Workspace) -> None:
     assert two_prompts.status()["reconcile"]["looks"] - looks < 10
 
 
-@pytest.mark.parametrize(("limit", "value"), [("max_inotify_instances", 0), ("max_inotify_watches", 3)])
+@pytest.mark.parametrize(
+    ("limit", "value"), [("max_inotify_instances", 0), ("max_inotify_watches", 3)]
+)
 def test_no_room_for_inotify(workspace: Workspace, limit: str, value: int) -> None:
     """Out of inotify instances, or watches: it polls, and says so; with room again, the next look ends that."""
-    workspace.launcher = [*in_namespace(f"echo {value} > /proc/sys/user/{limit}"), *workspace.launcher]
+    workspace.launcher = [
+        *in_namespace(f"echo {value} > /proc/sys/user/{limit}"),
+        *workspace.launcher,
+    ]
     workspace.memory_model()
     workspace.write("prompts/a.md", "You are prompt A.\n")
     workspace.write("more/b.md", "You are prompt B.\n")
@@ -138,9 +161,15 @@ def test_no_room_for_inotify(workspace: Workspace, limit: str, value: int) -> No
     workspace.wait_settled()
     assert workspace.status()["watching"] == "polling"
     assert "polling instead" in workspace.cli("status").stdout
-    took = [edit(workspace, "a"), edit(workspace, "b", file="more/b.md"), edit(workspace, "c", file="more/c.md")]
+    took = [
+        edit(workspace, "a"),
+        edit(workspace, "b", file="more/b.md"),
+        edit(workspace, "c", file="more/c.md"),
+    ]
     print(f"while polling, edits were built in {', '.join(f'{t:.2f}' for t in took)} s")
-    assert workspace.log_text().count("polling instead of inotify") == 1, "said once, not at each look"
+    assert workspace.log_text().count("polling instead of inotify") == 1, (
+        "said once, not at each look"
+    )
     inside(workspace, f"echo 100 > /proc/sys/user/{limit}")
     workspace.hang_up()
     wait_until(lambda: workspace.status()["watching"] == "inotify", "it uses inotify again")
@@ -188,7 +217,10 @@ def test_a_file_system_without_events(workspace: Workspace) -> None:
 
 
 def test_a_file_system_that_other_machines_change(workspace: Workspace) -> None:
-    """Its files are polled, long before the rescan. An overlay, changed beneath, stands for NFS and its like here."""
+    """Its files are polled, long before the rescan.
+
+    An overlay, changed beneath, stands for NFS and its like here.
+    """
     lower, merged = workspace.root / "lower", workspace.root / "merged"
     for folder in (lower, merged, workspace.root / "empty"):
         folder.mkdir()
@@ -203,7 +235,9 @@ def test_a_file_system_that_other_machines_change(workspace: Workspace) -> None:
     for _ in range(2):
         took = edit(workspace, "a", file="lower/a.md")
         print(f"edit beneath an overlay that is polled built in {took:.2f} s")
-    assert workspace.status()["watching"] == "inotify", "what is changed on this machine causes events"
+    assert workspace.status()["watching"] == "inotify", (
+        "what is changed on this machine causes events"
+    )
 
 
 def moved_away(folder: Path) -> None:
@@ -241,7 +275,9 @@ def on_disk() -> Iterator[Workspace]:
 
 @pytest.mark.parametrize("replace", [moved_away, made_again])
 @pytest.mark.parametrize("folder", ["x/y/prompts", "x/y", "x"])
-def test_a_folder_on_the_way_is_replaced(on_disk: Workspace, folder: str, replace: Callable[[Path], None]) -> None:
+def test_a_folder_on_the_way_is_replaced(
+    on_disk: Workspace, folder: str, replace: Callable[[Path], None]
+) -> None:
     """The prompts' folder, its parent, and the parent of that: the new one is watched, twice in a row."""
     for _ in range(2):
         replace(on_disk.root / folder)
@@ -257,7 +293,9 @@ def test_a_replaced_ancestor_is_noticed_without_another_event(on_disk: Workspace
     on_disk.write("new/y/prompts/a.md", "You come from afar.\n")
     (on_disk.root / "x").rename(on_disk.root / "old")
     (on_disk.root / "new").rename(on_disk.root / "x")
-    wait_until(lambda: "afar" in (on_disk.cache / "m/a.bin").read_text(), "the new tree was seen", SOON_S)
+    wait_until(
+        lambda: "afar" in (on_disk.cache / "m/a.bin").read_text(), "the new tree was seen", SOON_S
+    )
 
 
 def test_links_in_a_folder(workspace: Workspace) -> None:
@@ -267,7 +305,9 @@ def test_links_in_a_folder(workspace: Workspace) -> None:
     (workspace.root / "prompts/one.md").symlink_to("two.md")
     (workspace.root / "prompts/two.md").symlink_to("one.md")
     (workspace.root / "loop").symlink_to("loop")
-    workspace.declare("{deep: loop/deep.md, link: prompts/one.md}", model="    prompts_from: prompts/*.md\n")
+    workspace.declare(
+        "{deep: loop/deep.md, link: prompts/one.md}", model="    prompts_from: prompts/*.md\n"
+    )
     workspace.start()
     workspace.wait_state("plain", "fresh")
     for name in ("deep", "link", "two"):
@@ -299,7 +339,9 @@ def test_many_prompts_in_a_folder(workspace: Workspace) -> None:
     workspace.wait_settled()
     assert workspace.process is not None
     process, before = psutil.Process(workspace.process.pid), resident_mb(workspace)
-    print(f"{watches(workspace)} watches, {process.num_fds()} descriptors, {before:.1f} MB resident")
+    print(
+        f"{watches(workspace)} watches, {process.num_fds()} descriptors, {before:.1f} MB resident"
+    )
     assert watches(workspace) < 20
     for name in ("p0", f"p{PROMPTS - 1}", "new"):
         print(f"edit of one of {PROMPTS:,} built in {edit(workspace, name):.2f} s")

@@ -35,7 +35,9 @@ def numbered(before: str, after: str) -> bytes:
 
 
 def call(arguments: str) -> str:
-    return json.dumps({"id": "c", "type": "function", "function": {"name": "f", "arguments": arguments}})
+    return json.dumps(
+        {"id": "c", "type": "function", "function": {"name": "f", "arguments": arguments}}
+    )
 
 
 CHAT = '{"model":"m","messages":'
@@ -47,11 +49,20 @@ WRONG: dict[str, Callable[[], bytes]] = {
     "objects": lambda: full(f"{CHAT}[", "{},", "1]}"),
     "roles": lambda: full(f"{CHAT}[", '{"role":"pirate"},', "1]}"),
     "messages that are right but the last": lambda: full(f"{CHAT}[", f"{USER},", "1]}"),
-    "content parts": lambda: full(f'{CHAT}[{{"role":"user","content":[', '{"type":"text"},', "1]}]}"),
-    "tool calls": lambda: full(f'{CHAT}[{{"role":"assistant","tool_calls":[', f"{call('{}')},", "1]}]}"),
-    "arguments": lambda: full(f'{CHAT}[{{"role":"assistant","tool_calls":[', f"{call('[' * 400)},", "1]}]}"),
+    "content parts": lambda: full(
+        f'{CHAT}[{{"role":"user","content":[', '{"type":"text"},', "1]}]}"
+    ),
+    "tool calls": lambda: full(
+        f'{CHAT}[{{"role":"assistant","tool_calls":[', f"{call('{}')},", "1]}]}"
+    ),
+    "arguments": lambda: full(
+        f'{CHAT}[{{"role":"assistant","tool_calls":[', f"{call('[' * 400)},", "1]}]}"
+    ),
     "arguments of many values": lambda: some(
-        f'{CHAT}[{{"role":"assistant","tool_calls":[', call(json.dumps({"a": [1] * 2_000_000})), 1, "]}]}"
+        f'{CHAT}[{{"role":"assistant","tool_calls":[',
+        call(json.dumps({"a": [1] * 2_000_000})),
+        1,
+        "]}]}",
     ),
     "tools": lambda: full(f'{CHAT}[{USER}],"tools":[', "{},", "1]}"),
     "unknown keys": lambda: numbered(f"{CHAT}[{USER}],", "}"),

@@ -1,7 +1,7 @@
 """One machine for all tests here, with rkcached installed in it as a person would.
 
-Only root can boot one, and systemd-nspawn must be there; elsewhere these tests are skipped and say what they need,
-unless RKCACHED_NO_SKIPS is set.
+Only root can boot one, and systemd-nspawn must be there; elsewhere these tests are skipped and say
+what they need, unless RKCACHED_NO_SKIPS is set.
 """
 
 from __future__ import annotations
@@ -23,14 +23,22 @@ def lack_of_machine() -> str:
     """What this machine lacks for booting another one; empty if nothing."""
     if os.geteuid() != 0:
         return "needs root, to boot a container"
-    for program, package in {"systemd-nspawn": "systemd-container", "nsenter": "util-linux", "curl": "curl"}.items():
+    for program, package in {
+        "systemd-nspawn": "systemd-container",
+        "nsenter": "util-linux",
+        "curl": "curl",
+    }.items():
         if shutil.which(program) is None:
             return f"needs {program}: apt-get install {package}"
     if not Path("/lib/systemd/systemd").exists():
         return "needs systemd: apt-get install systemd"
     python = "import ensurepip, sys; sys.exit(sys.version_info < (3, 11))"
-    if subprocess.run(["/usr/bin/python3", "-c", python], capture_output=True, check=False).returncode:
-        return "needs the distribution's Python 3.11 or newer with venv: apt-get install python3-venv"
+    if subprocess.run(
+        ["/usr/bin/python3", "-c", python], capture_output=True, check=False
+    ).returncode:
+        return (
+            "needs the distribution's Python 3.11 or newer with venv: apt-get install python3-venv"
+        )
     return ""
 
 
@@ -40,8 +48,17 @@ def wheels(tmp_path_factory: pytest.TempPathFactory) -> Path:
     if lack := lack_of_machine():
         (pytest.fail if os.environ.get("RKCACHED_NO_SKIPS") else pytest.skip)(lack)
     wheels, venv = tmp_path_factory.mktemp("wheels"), tmp_path_factory.mktemp("venv")
-    subprocess.run(["/usr/bin/python3", "-m", "venv", str(venv)], check=True)  # the machine's Python, not the tests'
-    command = [str(venv / "bin/pip"), "wheel", "-q", "--disable-pip-version-check", "-w", str(wheels)]
+    subprocess.run(
+        ["/usr/bin/python3", "-m", "venv", str(venv)], check=True
+    )  # the machine's Python, not the tests'
+    command = [
+        str(venv / "bin/pip"),
+        "wheel",
+        "-q",
+        "--disable-pip-version-check",
+        "-w",
+        str(wheels),
+    ]
     subprocess.run([*command, f"{REPOSITORY}[cpu,rkllm]", "hatchling"], check=True)
     for own in wheels.glob("rkcached-*.whl"):
         own.unlink()

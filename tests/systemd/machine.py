@@ -2,8 +2,9 @@
 
 The root is this machine's, unless another is named.
 
-It has no network and its own processes, users and units; nothing of it touches the machine below. Whoever makes one
-closes it: then its processes are ended, by their recorded ids, and what was mounted is unmounted.
+It has no network and its own processes, users and units; nothing of it touches the machine below.
+Whoever makes one closes it: then its processes are ended, by their recorded ids, and what was
+mounted is unmounted.
 """
 
 from __future__ import annotations
@@ -54,7 +55,15 @@ class Machine:
 
     def boot(self) -> None:
         console = (self._base / "console").open("ab")
-        command = ["systemd-nspawn", "-q", "-D", str(self.root), "--boot", "--register=no", "--keep-unit"]
+        command = [
+            "systemd-nspawn",
+            "-q",
+            "-D",
+            str(self.root),
+            "--boot",
+            "--register=no",
+            "--keep-unit",
+        ]
         command += ["--private-network", "--console=pipe"]
         command += [f"--bind-ro={source}:{target}" for source, target in self._binds.items()]
         with console:
@@ -68,15 +77,21 @@ class Machine:
         nspawn = psutil.Process(self._nspawn.pid)
 
         def init() -> psutil.Process | None:
-            with contextlib.suppress(psutil.NoSuchProcess):  # the first child only prepares the container
-                return next((child for child in nspawn.children() if child.name() == "systemd"), None)
+            with contextlib.suppress(
+                psutil.NoSuchProcess
+            ):  # the first child only prepares the container
+                return next(
+                    (child for child in nspawn.children() if child.name() == "systemd"), None
+                )
             return None
 
         self._init = wait_until(init, "the container has an init")
         up = ("running", "degraded")
         wait_until(
             lambda: self.run("systemctl", "is-system-running", code=None).stdout.strip() in up,
-            lambda: f"systemd is up; its console:\n{(self._base / 'console').read_text(errors='replace')}",
+            lambda: (
+                f"systemd is up; its console:\n{(self._base / 'console').read_text(errors='replace')}"
+            ),
             BOOT_DEADLINE_S,
         )
 
@@ -112,15 +127,34 @@ class Machine:
     # Commands
 
     def run(
-        self, *command: str, code: int | None = 0, stdin: str | None = None, user: str = "", **environment: str
+        self,
+        *command: str,
+        code: int | None = 0,
+        stdin: str | None = None,
+        user: str = "",
+        **environment: str,
     ) -> subprocess.CompletedProcess[str]:
         """Run a command in the machine; `code` is what it must exit with (None: anything)."""
         assert self._init is not None
         path = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
         as_user = ["runuser", "-u", user, "--"] if user else []
-        variables = [f"{name}={value}" for name, value in {"PATH": path, "LANG": "C.UTF-8", **environment}.items()]
+        variables = [
+            f"{name}={value}"
+            for name, value in {"PATH": path, "LANG": "C.UTF-8", **environment}.items()
+        ]
         done = subprocess.run(
-            ["nsenter", "-t", str(self._init.pid), "-a", "env", "--chdir=/", "-i", *variables, *as_user, *command],
+            [
+                "nsenter",
+                "-t",
+                str(self._init.pid),
+                "-a",
+                "env",
+                "--chdir=/",
+                "-i",
+                *variables,
+                *as_user,
+                *command,
+            ],
             input=stdin,
             stdin=subprocess.DEVNULL if stdin is None else None,
             capture_output=True,
@@ -129,7 +163,9 @@ class Machine:
             check=False,
         )
         if code is not None and done.returncode != code:
-            pytest.fail(f"{' '.join(command)} exited with {done.returncode}, not {code}:\n{done.stdout}\n{done.stderr}")
+            pytest.fail(
+                f"{' '.join(command)} exited with {done.returncode}, not {code}:\n{done.stdout}\n{done.stderr}"
+            )
         return done
 
     def systemctl(self, *arguments: str, code: int | None = 0) -> str:
@@ -147,7 +183,9 @@ class Machine:
     def journal(self, *matches: str) -> list[dict[str, Any]]:
         """The daemon's entries of this boot, oldest first."""
         self.run("journalctl", "--sync")
-        lines = self.run("journalctl", "-b", "-u", UNIT, "-o", "json", "--all", *matches, code=None).stdout
+        lines = self.run(
+            "journalctl", "-b", "-u", UNIT, "-o", "json", "--all", *matches, code=None
+        ).stdout
         return [json.loads(line) for line in lines.splitlines() if line.startswith("{")]
 
     # Files
@@ -159,9 +197,18 @@ class Machine:
         self.run("mkdir", "-p", str(Path(path).parent))
         with (self._base / "outbox").open("wb") as out:
             out.write(content)
-        # Written from inside: a watch in the container must see it, and the overlay is the container's own.
+        # Written from inside: a watch in the container must see it, and the overlay is the
+        # container's own.
         assert self._init is not None
-        command = ["nsenter", "-t", str(self._init.pid), "-a", "sh", "-c", 'cat >"$0" && chmod "$1" "$0"']
+        command = [
+            "nsenter",
+            "-t",
+            str(self._init.pid),
+            "-a",
+            "sh",
+            "-c",
+            'cat >"$0" && chmod "$1" "$0"',
+        ]
         with (self._base / "outbox").open("rb") as source:
             subprocess.run([*command, path, mode], stdin=source, check=True, timeout=60)
 
@@ -176,10 +223,17 @@ class Machine:
     # The daemon
 
     def declare(
-        self, prompts: dict[str, str], *, engine: str = "{kind: memory}", params: str = "", **model: Any
+        self,
+        prompts: dict[str, str],
+        *,
+        engine: str = "{kind: memory}",
+        params: str = "",
+        **model: Any,
     ) -> None:
         """A manifest with the model `m` of the memory engine (its keys: `model`), and these prompts as files."""
-        self.write("/var/lib/rkcached-models/m.model", json.dumps({"rkcached_memory_model": 1, **model}))
+        self.write(
+            "/var/lib/rkcached-models/m.model", json.dumps({"rkcached_memory_model": 1, **model})
+        )
         for name, text in prompts.items():
             self.write(f"/etc/rkcached/prompts/{name}.md", text)
         names = ", ".join(f"{name}: prompts/{name}.md" for name in prompts)
@@ -189,7 +243,9 @@ class Machine:
             f"    params: {{max_context_len: 4096{params}}}\n    prompts: {{{names}}}\n",
         )
 
-    def curl(self, path: str, body: Any = None, *, user: str = "", admin: bool = False) -> tuple[int, dict[str, Any]]:
+    def curl(
+        self, path: str, body: Any = None, *, user: str = "", admin: bool = False
+    ) -> tuple[int, dict[str, Any]]:
         """Status and answer of one request through the socket; status 0 if curl could not connect."""
         command = ["curl", "-sS", "--max-time", "50", "-w", "\n%{http_code}"]
         command += ["--unix-socket", ADMIN_SOCKET if admin else SOCKET]
@@ -201,8 +257,15 @@ class Machine:
         answer, _, status = done.stdout.rpartition("\n")
         return int(status), json.loads(answer)
 
-    def ask(self, model: str, question: str = "hello", *, user: str = "", **more: Any) -> dict[str, Any]:
-        body = {"model": model, "messages": [{"role": "user", "content": question}], "max_tokens": 8, **more}
+    def ask(
+        self, model: str, question: str = "hello", *, user: str = "", **more: Any
+    ) -> dict[str, Any]:
+        body = {
+            "model": model,
+            "messages": [{"role": "user", "content": question}],
+            "max_tokens": 8,
+            **more,
+        }
         status, answer = self.curl("/v1/chat/completions", body, user=user)
         assert status == 200, answer
         return answer
@@ -222,14 +285,20 @@ class Machine:
             line = self.show("StatusText")
             return line if wanted in line else None
 
-        found: str = wait_until(there, lambda: f"{wanted!r} in {self.systemctl('status', UNIT, code=None)}", deadline_s)
+        found: str = wait_until(
+            there, lambda: f"{wanted!r} in {self.systemctl('status', UNIT, code=None)}", deadline_s
+        )
         return found
 
     def tidy(self) -> None:
         """As after a fresh installation, with the sockets listening and nothing in the store."""
         self.systemctl("stop", UNIT, "rkcached.socket", "rkcached-admin.socket", code=None)
         self.run("rm", "-rf", f"/etc/systemd/system/{UNIT}.d")
-        self.run("sh", "-c", f"rm -rf {STORE}/* {STORE}/.[!.]* /var/lib/rkcached/* /etc/rkcached/prompts/*")
+        self.run(
+            "sh",
+            "-c",
+            f"rm -rf {STORE}/* {STORE}/.[!.]* /var/lib/rkcached/* /etc/rkcached/prompts/*",
+        )
         self.systemctl("daemon-reload")
         self.systemctl("reset-failed", code=None)
         self.systemctl("start", "rkcached.socket")
@@ -242,5 +311,7 @@ class Machine:
 def make(machine: Machine, goal: str, **variables: str) -> str:
     """`make install` or `make uninstall` in the machine; without a network, packages come from /wheels."""
     pip = {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": "/wheels"}
-    given = [f"{name}={value}" for name, value in {"PYTHON": "/usr/bin/python3", **variables}.items()]
+    given = [
+        f"{name}={value}" for name, value in {"PYTHON": "/usr/bin/python3", **variables}.items()
+    ]
     return machine.run("make", "-C", "/src", goal, *given, **pip).stdout

@@ -24,7 +24,10 @@ def test_the_first_connection_starts_the_daemon_and_is_answered(machine: Machine
 
 def test_ready_does_not_wait_for_builds(machine: Machine) -> None:
     """`systemctl start` returns when the plan exists; the status line then says what is being built."""
-    machine.declare({"a": "You are prompt A.\n" * 50, "b": "You are prompt B.\n" * 50}, prefill_us_per_token=3000)
+    machine.declare(
+        {"a": "You are prompt A.\n" * 50, "b": "You are prompt B.\n" * 50},
+        prefill_us_per_token=3000,
+    )
     machine.systemctl("start", UNIT)
     assert machine.show("ActiveState") == "active"
     assert machine.wait_line("building") == "0 fresh, 1 building m/a, 1 missing, 0 blocked"
@@ -38,7 +41,9 @@ def test_nothing_is_lost_while_the_daemon_restarts(machine: Machine) -> None:
     before = machine.main_pid
     curl = f"curl -sS --max-time 50 --unix-socket {SOCKET} -o /dev/null -w '%{{http_code}}\\n' http://d/v1/models"
     asking = f"for i in $(seq 30); do {curl}; done & "
-    codes = machine.run("sh", "-c", f"{asking * 4} systemctl restart {UNIT}; systemctl restart {UNIT}; wait").stdout
+    codes = machine.run(
+        "sh", "-c", f"{asking * 4} systemctl restart {UNIT}; systemctl restart {UNIT}; wait"
+    ).stdout
     assert codes.split() == ["200"] * 120
     assert machine.main_pid not in (0, before)
 
@@ -51,7 +56,9 @@ def test_every_stream_of_a_socket_unit_is_served(machine: Machine) -> None:
         machine.systemctl("daemon-reload")
         machine.systemctl("restart", "rkcached.socket")
         for path in (more, SOCKET):
-            told = machine.run("curl", "-sS", "--max-time", "100", "--unix-socket", path, "http://d/v1/models").stdout
+            told = machine.run(
+                "curl", "-sS", "--max-time", "100", "--unix-socket", path, "http://d/v1/models"
+            ).stdout
             assert '"m/a"' in told
     finally:
         machine.run("rm", "-rf", folder)
@@ -60,7 +67,9 @@ def test_every_stream_of_a_socket_unit_is_served(machine: Machine) -> None:
 
 def test_who_may_do_what(machine: Machine) -> None:
     """The group may ask; changes are root's; anybody else gets permission denied, and no listing of names."""
-    machine.run("sh", "-c", "id member || useradd -G rkcached member; id stranger || useradd stranger")
+    machine.run(
+        "sh", "-c", "id member || useradd -G rkcached member; id stranger || useradd stranger"
+    )
     assert machine.ask("m/a", user="member")
     body = {"cache_name": "notes", "content": "Remember."}
     status, answer = machine.curl("/v1/cache/m", body, user="member")
@@ -78,14 +87,24 @@ def test_who_may_do_what(machine: Machine) -> None:
     # The sandbox leaves the daemon's view of others alone: the journal tells who asked.
     uid = machine.run("id", "-u", "member").stdout.strip()
     asked = [entry for entry in machine.journal("EVENT=request") if entry["UID"] == uid]
-    assert {("/v1/chat/completions", "200"), ("/v1/cache/m", "403")} <= {(e["PATH"], e["STATUS"]) for e in asked}
+    assert {("/v1/chat/completions", "200"), ("/v1/cache/m", "403")} <= {
+        (e["PATH"], e["STATUS"]) for e in asked
+    }
 
 
 def test_modes_and_owners(machine: Machine) -> None:
     """A KV state is as good as its text: nothing of ours is for everybody."""
     machine.ask("m/a")
     machine.wait_line("2 fresh")
-    places = ["/etc/rkcached", "/run/rkcached", SOCKET, ADMIN_SOCKET, STORE, f"{STORE}/m", f"{STORE}/m/a.bin"]
+    places = [
+        "/etc/rkcached",
+        "/run/rkcached",
+        SOCKET,
+        ADMIN_SOCKET,
+        STORE,
+        f"{STORE}/m",
+        f"{STORE}/m/a.bin",
+    ]
     shown = machine.run("stat", "-c", "%A %U:%G", *places, "/var/lib/rkcached").stdout.splitlines()
     assert dict(zip([*places, "/var/lib/rkcached"], shown, strict=True)) == {
         "/etc/rkcached": "drwxr-x--- root:rkcached",

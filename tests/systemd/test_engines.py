@@ -24,7 +24,9 @@ models:
 
 def warm_chat(machine: Machine, engine: str, model: str, more: str = "") -> None:
     machine.write("/etc/rkcached/prompts/a.md", PROMPT)
-    machine.write("/etc/rkcached/manifest.yaml", MANIFEST.format(engine=engine, model=model, more=more))
+    machine.write(
+        "/etc/rkcached/manifest.yaml", MANIFEST.format(engine=engine, model=model, more=more)
+    )
     machine.systemctl("start", UNIT)
     machine.wait_line("1 fresh", 120)
     answer = machine.ask("m/a", "who are you?")
@@ -35,8 +37,13 @@ def warm_chat(machine: Machine, engine: str, model: str, more: str = "") -> None
 
 def test_the_npu_is_reachable_in_the_sandbox(machine: Machine) -> None:
     """Its node belongs to the group render, as udev makes it; here another character device stands in for it."""
-    machine.run("sh", "-c", "mknod /dev/rknpu c 1 5 && chgrp render /dev/rknpu && chmod 660 /dev/rknpu")
-    machine.drop_in("probe", "[Service]\nExecStartPre=/bin/sh -c 'head -c 4 </dev/rknpu >/var/lib/rkcached/npu'\n")
+    machine.run(
+        "sh", "-c", "mknod /dev/rknpu c 1 5 && chgrp render /dev/rknpu && chmod 660 /dev/rknpu"
+    )
+    machine.drop_in(
+        "probe",
+        "[Service]\nExecStartPre=/bin/sh -c 'head -c 4 </dev/rknpu >/var/lib/rkcached/npu'\n",
+    )
     machine.systemctl("start", UNIT)
     assert machine.run("stat", "-c", "%s %U", "/var/lib/rkcached/npu").stdout == "4 rkcached\n"
 
@@ -60,7 +67,9 @@ def test_a_library_may_pin_its_threads(machine: Machine, tmp_path: Path) -> None
     """`npu.enabled_cpus` asks for it, and the sandbox refused sched_setaffinity: the model could not be loaded."""
     library = standin.build("D", tmp_path)
     machine.write("/opt/librkllmrt.so", library.read_bytes())
-    machine.write("/opt/pins.rkllm", standin.write_model(tmp_path / "m.rkllm", pins="yes").read_bytes())
+    machine.write(
+        "/opt/pins.rkllm", standin.write_model(tmp_path / "m.rkllm", pins="yes").read_bytes()
+    )
     more = "\n    npu: {enabled_cpus: [0]}"
     warm_chat(machine, "{kind: rkllm, library: /opt/librkllmrt.so}", "/opt/pins.rkllm", more)
     [worker] = machine.worker_pids()

@@ -17,10 +17,15 @@ OPENED = "[Service]\nProtectHome=tmpfs\nBindReadOnlyPaths=/home/me/models\n"
 def at_home(machine: Machine) -> Iterator[Machine]:
     """The model lies in the home of the user me, who is in the group rkcached; the daemon runs."""
     machine.run("useradd", "--create-home", "--groups", "rkcached", "me")
-    machine.run("sh", "-c", "mkdir /home/me/models && mv /var/lib/rkcached-models/m.model /home/me/models/")
+    machine.run(
+        "sh", "-c", "mkdir /home/me/models && mv /var/lib/rkcached-models/m.model /home/me/models/"
+    )
     machine.run("chmod", "755", "/home/me")
     manifest = machine.read("/etc/rkcached/manifest.yaml")
-    machine.write("/etc/rkcached/manifest.yaml", manifest.replace("/var/lib/rkcached-models/", "/home/me/models/"))
+    machine.write(
+        "/etc/rkcached/manifest.yaml",
+        manifest.replace("/var/lib/rkcached-models/", "/home/me/models/"),
+    )
     machine.systemctl("start", UNIT)
     machine.wait_line("2 blocked")
     yield machine
@@ -79,7 +84,9 @@ def test_the_drop_in_of_the_hint_opens_the_folder(at_home: Machine) -> None:
     at_home.drop_in("home", OPENED)
     at_home.systemctl("restart", UNIT)
     at_home.wait_line("2 fresh")
-    assert "ok, 1 model, 2 prompts, as the daemon sees it" in at_home.run("rkcached", "check").stdout
+    assert (
+        "ok, 1 model, 2 prompts, as the daemon sees it" in at_home.run("rkcached", "check").stdout
+    )
     assert "m/a: fresh" in at_home.run("rkcached", "explain", "m/a").stdout
     assert at_home.run("rkcached", "verify", "m", "--deep").stdout.count("loads, ") == 2
     stop(at_home)
@@ -119,6 +126,11 @@ def test_a_manifest_of_ones_own_is_looked_at_with_ones_own_eyes(at_home: Machine
     text = "version: 1\nengine: {kind: memory}\nmodels: {m: {path: models/m.model, prompts: {a: a.md}}}\n"
     at_home.write("/home/me/manifest.yaml", text)
     at_home.write("/home/me/a.md", "Be brief.")
-    assert "ok, 1 model, 1 prompt\n" in at_home.run("rkcached", "check", "-m", "/home/me/manifest.yaml").stdout
-    planned = at_home.run("sh", "-c", "cd /home/me && rkcached plan --json", code=66).stdout  # there is no store yet
+    assert (
+        "ok, 1 model, 1 prompt\n"
+        in at_home.run("rkcached", "check", "-m", "/home/me/manifest.yaml").stdout
+    )
+    planned = at_home.run(
+        "sh", "-c", "cd /home/me && rkcached plan --json", code=66
+    ).stdout  # there is no store yet
     assert [action["action"] for action in json.loads(planned)] == ["build"]

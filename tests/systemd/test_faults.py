@@ -39,7 +39,9 @@ def test_a_stuck_daemon_is_killed_and_comes_back_warm(watched: Machine) -> None:
 def test_a_long_build_is_not_taken_for_a_stuck_daemon(watched: Machine) -> None:
     """The loop feeds the watchdog while a build that takes three of its intervals goes on."""
     before = watched.main_pid
-    watched.declare({"a": "You are prompt A.\n" * 20, "b": "You are long. " * 140}, prefill_us_per_token=4000)
+    watched.declare(
+        {"a": "You are prompt A.\n" * 20, "b": "You are long. " * 140}, prefill_us_per_token=4000
+    )
     watched.wait_line("1 building", 10)
     watched.wait_line("2 fresh", 60)
     assert watched.main_pid == before
@@ -61,7 +63,10 @@ def test_a_killed_daemon_comes_back_warm(watched: Machine) -> None:
 
 def test_a_killed_worker_is_a_failed_request_and_no_dead_service(watched: Machine) -> None:
     """As the kernel does when memory runs out: the daemon goes on and starts another worker."""
-    watched.declare({"a": "You are prompt A.\n" * 20, "b": "You are prompt B.\n" * 20}, decode_us_per_token=50_000)
+    watched.declare(
+        {"a": "You are prompt A.\n" * 20, "b": "You are prompt B.\n" * 20},
+        decode_us_per_token=50_000,
+    )
     watched.systemctl("reload", UNIT)
     watched.wait_line("2 fresh")
     watched.ask("m/a")
@@ -87,7 +92,9 @@ def test_a_worker_is_what_the_kernel_takes_first(watched: Machine) -> None:
 def test_a_power_cut_during_a_build(machine: Machine) -> None:
     """Every process ends at once. After the next boot: no half file, no wrong answer, and warm."""
     names = [f"p{number:02}" for number in range(60)]
-    machine.declare({name: f"You are prompt {name}.\n" * 20 for name in names}, prefill_us_per_token=100)
+    machine.declare(
+        {name: f"You are prompt {name}.\n" * 20 for name in names}, prefill_us_per_token=100
+    )
     machine.systemctl("enable", UNIT)
     machine.systemctl("start", UNIT)
     wait_until(lambda: machine.status()["reconcile"]["builds"] > 5, "some are built")

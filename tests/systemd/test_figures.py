@@ -27,13 +27,16 @@ def test_start_memory_and_idle_wakeups_with_200_fresh_prompts(machine: Machine) 
         machine.systemctl("restart", UNIT)
         assert machine.show("StatusText") == "200 fresh, 0 blocked"
         ready_us, started_us = (
-            int(machine.show(name)) for name in ("ActiveEnterTimestampMonotonic", "ExecMainStartTimestampMonotonic")
+            int(machine.show(name))
+            for name in ("ActiveEnterTimestampMonotonic", "ExecMainStartTimestampMonotonic")
         )
         ready_s.append((ready_us - started_us) / 1e6)
         started = time.monotonic()
         machine.systemctl("reload", UNIT)
         reload_s.append(time.monotonic() - started)
-    [resident_kb] = re.findall(r"VmRSS:\s+(\d+) kB", machine.read(f"/proc/{machine.main_pid}/status"))
+    [resident_kb] = re.findall(
+        r"VmRSS:\s+(\d+) kB", machine.read(f"/proc/{machine.main_pid}/status")
+    )
     assert int(resident_kb) / 1000 <= 70
     woke = []
 
@@ -53,4 +56,7 @@ def test_start_memory_and_idle_wakeups_with_200_fresh_prompts(machine: Machine) 
 def wakeups(machine: Machine) -> int:
     """How often any thread of the daemon went to sleep so far."""
     lines = machine.run("sh", "-c", f"cat /proc/{machine.main_pid}/task/*/status").stdout
-    return sum(int(count) for count in re.findall(r"^voluntary_ctxt_switches:\s+(\d+)", lines, re.MULTILINE))
+    return sum(
+        int(count)
+        for count in re.findall(r"^voluntary_ctxt_switches:\s+(\d+)", lines, re.MULTILINE)
+    )

@@ -35,7 +35,11 @@ models:
 
 @pytest.fixture(scope="module")
 def image(wheels: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machine]:
-    """Not booted. Made with a Python that is not the image's, and with a systemctl that claims to be of the future."""
+    """Not booted.
+
+    Made with a Python that is not the image's, and with a systemctl that claims to be of the
+    future.
+    """
     if lack := lack_of_machine():
         (pytest.fail if os.environ.get("RKCACHED_NO_SKIPS") else pytest.skip)(lack)
     tools = tmp_path_factory.mktemp("tools")
@@ -51,7 +55,14 @@ def image(wheels: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ma
         own = {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(wheels)} if Path("/") == ROOT else {}
         path = f"{tools}:{os.environ['PATH']}"
         done = subprocess.run(
-            ["make", "-C", str(REPOSITORY), "install", f"DESTDIR={machine.root}", f"PYTHON={sys.executable}"],
+            [
+                "make",
+                "-C",
+                str(REPOSITORY),
+                "install",
+                f"DESTDIR={machine.root}",
+                f"PYTHON={sys.executable}",
+            ],
             env={**os.environ, **own, "PATH": path},
             capture_output=True,
             text=True,
@@ -72,7 +83,11 @@ def test_nothing_in_the_image_is_of_the_machine_that_made_it(image: Machine) -> 
     assert (home / "bin/python").readlink() == Path("/usr/bin") / version
     assert (image.root / "usr/bin" / version).is_file()
     traces = [str(image.root).encode(), str(REPOSITORY).encode()]
-    small = [file for file in home.rglob("*") if file.suffix in (".py", ".cfg", ".json", ".pyc", "") and file.is_file()]
+    small = [
+        file
+        for file in home.rglob("*")
+        if file.suffix in (".py", ".cfg", ".json", ".pyc", "") and file.is_file()
+    ]
     assert [file for file in small if any(trace in file.read_bytes() for trace in traces)] == []
     (library,) = image.root.glob("usr/lib/*/systemd/libsystemd-shared-*.so")
     found = re.search(r"shared-(\d+)", library.name)
@@ -91,12 +106,24 @@ def test_the_image_starts(image: Machine) -> None:
     (models / "m.model").write_text(json.dumps({"rkcached_memory_model": 1}))
     models.chmod(0o755)
     assert "rkcached" not in (image.root / "etc/passwd").read_text()
-    subprocess.run(["systemctl", f"--root={image.root}", "enable", UNIT], check=True, capture_output=True)
+    subprocess.run(
+        ["systemctl", f"--root={image.root}", "enable", UNIT], check=True, capture_output=True
+    )
     image.boot()
-    wait_until(lambda: image.systemctl("is-active", UNIT, code=None).strip() == "active", lambda: str(image.journal()))
-    wait_until(lambda: image.states() == {"assistant": "fresh", "mine": "fresh"}, lambda: str(image.status()))
+    wait_until(
+        lambda: image.systemctl("is-active", UNIT, code=None).strip() == "active",
+        lambda: str(image.journal()),
+    )
+    wait_until(
+        lambda: image.states() == {"assistant": "fresh", "mine": "fresh"},
+        lambda: str(image.status()),
+    )
     assert image.ask("m/mine")["rkcached"]["state"] == "hit"
     files = ["/etc/rkcached", "/etc/rkcached/manifest.yaml", "/etc/rkcached/prompts/mine.md"]
     shown = image.run("stat", "-c", "%A %U:%G", *files).stdout.splitlines()
-    assert shown == ["drwxr-x--- root:rkcached", "-rw-r----- root:rkcached", "-rw-r----- root:rkcached"]
+    assert shown == [
+        "drwxr-x--- root:rkcached",
+        "-rw-r----- root:rkcached",
+        "-rw-r----- root:rkcached",
+    ]
     assert "Unknown key" not in image.run("journalctl", "-b", "--no-pager").stdout

@@ -20,7 +20,9 @@ def test_an_edited_prompt_becomes_fresh_in_systemctl_status(running: Machine) ->
     """Root saves a file in /etc; nobody gives a command."""
     built = running.status()["reconcile"]["builds"]
     running.write("/etc/rkcached/prompts/a.md", "You are somebody else.\n" * 20)
-    wait_until(lambda: running.status()["reconcile"]["builds"] == built + 1, "the prompt is rebuilt")
+    wait_until(
+        lambda: running.status()["reconcile"]["builds"] == built + 1, "the prompt is rebuilt"
+    )
     assert running.wait_line("2 fresh") == "2 fresh, 0 blocked"
     assert 'Status: "2 fresh, 0 blocked"' in running.systemctl("status", UNIT)
     assert "somebody else" in running.read(f"{STORE}/m/a.bin")
@@ -79,12 +81,18 @@ def test_restart_rebuilds_nothing(running: Machine) -> None:
     assert running.status()["reconcile"]["builds"] == 0
 
 
-@pytest.mark.parametrize(("tokens", "grace_s", "end"), [(100, 60, '"completion_tokens":100'), (3000, 1, '"error"')])
-def test_stop_lets_a_reply_end_or_tells_it(running: Machine, tokens: int, grace_s: int, end: str) -> None:
+@pytest.mark.parametrize(
+    ("tokens", "grace_s", "end"), [(100, 60, '"completion_tokens":100'), (3000, 1, '"error"')]
+)
+def test_stop_lets_a_reply_end_or_tells_it(
+    running: Machine, tokens: int, grace_s: int, end: str
+) -> None:
     """One that ends within the grace is finished; one that takes minutes gets an error, and the stop does not wait."""
     running.declare({"a": "You are A.\n", "b": "You are B.\n"}, decode_us_per_token=50_000)
     manifest = running.read("/etc/rkcached/manifest.yaml")
-    running.write("/etc/rkcached/manifest.yaml", f"{manifest}serving: {{shutdown_grace_s: {grace_s}}}\n")
+    running.write(
+        "/etc/rkcached/manifest.yaml", f"{manifest}serving: {{shutdown_grace_s: {grace_s}}}\n"
+    )
     running.systemctl("reload", UNIT)
     running.wait_line("2 fresh")
     body = f'{{"model": "m/a", "max_tokens": {tokens}, "messages": [{{"role": "user", "content": "hello"}}]}}'
@@ -138,13 +146,19 @@ def test_who_asks_a_daemon_that_cannot_start_is_told_why(machine: Machine) -> No
 
 def test_the_journal_is_searchable_by_field(running: Machine) -> None:
     """One event an entry, with its priority; no text of a prompt anywhere."""
-    built = [entry for entry in running.journal("MODEL=m", "PROMPT=a") if entry["EVENT"] == "artifact built"]
+    built = [
+        entry
+        for entry in running.journal("MODEL=m", "PROMPT=a")
+        if entry["EVENT"] == "artifact built"
+    ]
     assert len(built) >= 1
     last = built[-1]
     assert (last["PRIORITY"], last["REASON"], last["ARTIFACT_STATE"]) == ("6", "missing", "fresh")
     assert last["MESSAGE"].startswith("artifact built model=m prompt=a ")
     assert int(last["TOKENS"]) > 0
     running.run("rm", "/etc/rkcached/prompts/b.md")
-    wait_until(lambda: running.journal("ARTIFACT_STATE=blocked", "PROMPT=b"), "the missing prompt is told")
+    wait_until(
+        lambda: running.journal("ARTIFACT_STATE=blocked", "PROMPT=b"), "the missing prompt is told"
+    )
     assert running.journal("ARTIFACT_STATE=blocked", "PROMPT=b")[-1]["PRIORITY"] == "4"
     assert not [entry for entry in running.journal() if "You are prompt" in str(entry)]

@@ -19,7 +19,9 @@ CLOSED = """\
 488 439 0:47 /systemd/inaccessible/dir /home ro,nosuid,nodev,noexec shared:185 master:6 - tmpfs tmpfs rw,mode=755
 489 439 0:47 /systemd/inaccessible/dir /root ro,nosuid,nodev,noexec shared:186 master:6 - tmpfs tmpfs rw,mode=755
 473 464 0:47 /systemd/inaccessible/dir /run/user ro,nosuid shared:171 master:6 - tmpfs tmpfs rw,mode=755"""
-IN_A_CONTAINER = "488 439 0:47 /host/inaccessible/dir /home ro,nosuid,nodev,noexec - tmpfs tmpfs rw,mode=755"
+IN_A_CONTAINER = (
+    "488 439 0:47 /host/inaccessible/dir /home ro,nosuid,nodev,noexec - tmpfs tmpfs rw,mode=755"
+)
 EMPTIED = """\
 488 439 0:62 / /home rw,relatime shared:185 - tmpfs tmpfs rw
 490 439 0:63 / /root rw,relatime shared:187 - tmpfs tmpfs rw
@@ -58,9 +60,16 @@ def test_the_words_name_the_place_and_the_drop_in() -> None:
     """The folder is quoted as systemd reads it."""
     said = hidden("/home", Path("/home/me/models"))
     assert said.reason == "/home is hidden from the service"
-    for words in ("systemctl edit rkcached", "ProtectHome=tmpfs", "BindReadOnlyPaths=/home/me/models,", "restart"):
+    for words in (
+        "systemctl edit rkcached",
+        "ProtectHome=tmpfs",
+        "BindReadOnlyPaths=/home/me/models,",
+        "restart",
+    ):
         assert words in said.hint
-    assert 'BindReadOnlyPaths="/home/me/50%% more",' in hidden("/home", Path("/home/me/50% more")).hint
+    assert (
+        'BindReadOnlyPaths="/home/me/50%% more",' in hidden("/home", Path("/home/me/50% more")).hint
+    )
     assert "BindReadOnlyPaths" not in hidden("/tmp", Path("/tmp/x")).hint
     assert "InaccessiblePaths=" in hidden("/srv/secret", Path("/srv/secret/x")).hint
 
@@ -109,7 +118,10 @@ def test_a_file_of_root_alone(place: Path) -> None:
     """The command makes it readable: whoever does what the hint says is rid of the trouble."""
     file = place / "in/p.md"
     file.chmod(0o600)
-    assert refused(file) == ("permission denied", f"`sudo chgrp daemon {file} && sudo chmod 640 {file}`")
+    assert refused(file) == (
+        "permission denied",
+        f"`sudo chgrp daemon {file} && sudo chmod 640 {file}`",
+    )
     os.chown(file, 0, 1)
     file.chmod(0o640)
     assert refused(file) is None
@@ -129,9 +141,15 @@ def test_the_folder_that_refuses_is_named(place: Path) -> None:
     link = place / "link.md"
     link.symlink_to("in/p.md")
     for path in (place / "in/p.md", link):
-        assert refused(path) == (f"permission denied by the folder {place}/in", f"`sudo chmod o+x {place}/in`")
+        assert refused(path) == (
+            f"permission denied by the folder {place}/in",
+            f"`sudo chmod o+x {place}/in`",
+        )
     os.chown(place / "in", 0, 1)
-    assert refused(link) == (f"permission denied by the folder {place}/in", f"`sudo chmod g+x {place}/in`")
+    assert refused(link) == (
+        f"permission denied by the folder {place}/in",
+        f"`sudo chmod g+x {place}/in`",
+    )
 
 
 def test_a_folder_that_may_not_be_listed(place: Path) -> None:

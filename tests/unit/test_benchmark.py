@@ -45,7 +45,12 @@ FIXED = MachineFacts(
     [
         ({}, 0.0, ENOUGH_RUNS, []),
         ({"clocks_fixed": None}, 0.0, ENOUGH_RUNS, ["no governor can be seen"]),
-        ({"clocks_fixed": False, "clocks": {"npu": "ondemand"}}, 0.0, ENOUGH_RUNS, ["not fixed", "ondemand"]),
+        (
+            {"clocks_fixed": False, "clocks": {"npu": "ondemand"}},
+            0.0,
+            ENOUGH_RUNS,
+            ["not fixed", "ondemand"],
+        ),
         ({"load_average": 1.5}, 0.0, ENOUGH_RUNS, ["load average was 1.50"]),
         ({}, 7.25, ENOUGH_RUNS, ["7.2 % of the CPU time"]),
         ({}, 0.0, ENOUGH_RUNS - 1, ["4 runs are few"]),
@@ -60,7 +65,9 @@ def test_it_says_when_a_figure_is_not_to_be_trusted(
     assert all(words in found[0] for words in said)
 
 
-def run(prefill_ms: float, load_ms: float = 0.0, *, queue_ms: float = 0.0, more_ms: float = 2.0) -> Run:
+def run(
+    prefill_ms: float, load_ms: float = 0.0, *, queue_ms: float = 0.0, more_ms: float = 2.0
+) -> Run:
     return Run(
         ttft_ms=queue_ms + load_ms + prefill_ms + more_ms,
         queue_ms=queue_ms,
@@ -75,7 +82,11 @@ def run(prefill_ms: float, load_ms: float = 0.0, *, queue_ms: float = 0.0, more_
 
 
 def states(cold: list[Run], file: list[Run]) -> dict[State, Measured]:
-    return {State.COLD: Measured(runs=tuple(cold)), State.FILE: Measured(runs=tuple(file)), State.MEMORY: Measured()}
+    return {
+        State.COLD: Measured(runs=tuple(cold)),
+        State.FILE: Measured(runs=tuple(file)),
+        State.MEMORY: Measured(),
+    }
 
 
 FRESH = {"state": "fresh", "reason": "", "hint": "", "artifact": {"tokens": 90, "fingerprint": "f"}}
@@ -101,12 +112,32 @@ FRESH = {"state": "fresh", "reason": "", "hint": "", "artifact": {"tokens": 90, 
         ),
         ([run(100)] * 2, [run(10, 20), run(500, 20)], "nothing can be told of so few runs", False),
         ([run(100)] * 2, [run(10, 20), run(10, 500)], "nothing can be told of so few runs", False),
-        ([run(100)] * 6, [run(10, 20)] * 2 + [run(10, 20, more_ms=300)] * 4, "of such scattered runs", False),
+        (
+            [run(100)] * 6,
+            [run(10, 20)] * 2 + [run(10, 20, more_ms=300)] * 4,
+            "of such scattered runs",
+            False,
+        ),
         ([run(100)] * 6, [run(10, 20, more_ms=300)] * 6, "but the answers took longer", False),
         # a gain that is none: the quickest cold run is quicker than any from the file
-        ([run(1.9), run(2.86), run(2.85)], [run(0.7, 2), run(0.8, 2), run(1.1, 2)], "of so few runs", False),
-        ([run(2.3), run(3.42), run(3.49)], [run(1.6, 2), run(1.07, 2), run(1.05, 2)], "of so few runs", False),
-        ([run(100), run(102), run(104)] * 2, [run(70, 29), run(70, 33), run(70, 31)] * 2, "of such close runs", False),
+        (
+            [run(1.9), run(2.86), run(2.85)],
+            [run(0.7, 2), run(0.8, 2), run(1.1, 2)],
+            "of so few runs",
+            False,
+        ),
+        (
+            [run(2.3), run(3.42), run(3.49)],
+            [run(1.6, 2), run(1.07, 2), run(1.05, 2)],
+            "of so few runs",
+            False,
+        ),
+        (
+            [run(100), run(102), run(104)] * 2,
+            [run(70, 29), run(70, 33), run(70, 31)] * 2,
+            "of such close runs",
+            False,
+        ),
         ([run(100)] * 2, [run(70, 28)] * 2, "nothing can be told of so few runs", False),
         ([run(100)], [run(10, 20)], "", False),
         ([run(100), run(300), run(90), run(95), run(98)], [run(10, 20)] * 5, "", False),
@@ -137,7 +168,9 @@ def test_too_short_is_what_costs_more_to_load_than_to_read(
         ({"state": "missing", "artifact": None}, False),
     ],
 )
-def test_a_prompt_that_changed_is_not_one_without_gain(after: dict[str, Any], is_changed: bool) -> None:
+def test_a_prompt_that_changed_is_not_one_without_gain(
+    after: dict[str, Any], is_changed: bool
+) -> None:
     """The fingerprint tells, and before there is a new one the reason of the build; to be built anew is no change."""
     assert changed(FRESH, {**FRESH, **after}) == is_changed
     assert not changed({"state": "uncached", "reason": "", "hint": ""}, {**FRESH, **after})
@@ -153,7 +186,9 @@ def test_a_prompt_that_changed_is_not_one_without_gain(after: dict[str, Any], is
         (30.0, Meanwhile(), ["1 of 2 runs waited for the engine, up to 30 ms"]),
     ],
 )
-def test_others_who_had_the_daemon_are_named(queue_ms: float, meanwhile: Meanwhile, said: list[str]) -> None:
+def test_others_who_had_the_daemon_are_named(
+    queue_ms: float, meanwhile: Meanwhile, said: list[str]
+) -> None:
     """By its counts of answers and builds, and by a wait that is long for the answer."""
     prompt = PromptResult(
         model="m",
@@ -198,7 +233,9 @@ def test_a_gain_that_its_build_did_not_see(saw_no_gain: bool) -> None:
         versions=Versions(rkcached="1", daemon="1", python="3"),
         parameters=Parameters(runs=5, answer_tokens=1, question="q", sweep=()),
         models={},
-        prompts=(a_result((run(100),) * 5, reduction={State.FILE: 0.5}, build_saw_no_gain=saw_no_gain),),
+        prompts=(
+            a_result((run(100),) * 5, reduction={State.FILE: 0.5}, build_saw_no_gain=saw_no_gain),
+        ),
         direct="",
         steal_percent=0.0,
         warnings=(),
@@ -212,17 +249,32 @@ def test_a_gain_that_its_build_did_not_see(saw_no_gain: bool) -> None:
 
 @pytest.mark.parametrize(
     ("prompt", "length", "name"),
-    [("bench-123-2048", 2048, "m, 2,048 tokens"), ("system", None, "m/system"), ("bench-1-128", None, "m/bench-1-128")],
+    [
+        ("bench-123-2048", 2048, "m, 2,048 tokens"),
+        ("system", None, "m/system"),
+        ("bench-1-128", None, "m/bench-1-128"),
+    ],
 )
 def test_a_prompt_of_a_sweep_goes_by_its_length(prompt: str, length: int | None, name: str) -> None:
-    """Its own name is of one session, and says nothing to a reader. A declared prompt may be named alike."""
+    """Its own name is of one session, and says nothing to a reader.
+
+    A declared prompt may be named alike.
+    """
     result = PromptResult(
-        model="m", prompt=prompt, tokens=None, size_bytes=None, build_ms=None, length=length, states={}
+        model="m",
+        prompt=prompt,
+        tokens=None,
+        size_bytes=None,
+        build_ms=None,
+        length=length,
+        states={},
     )
     assert result.name == name
 
 
-def test_a_picture_without_the_drawing_library_is_refused_before_measuring(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_picture_without_the_drawing_library_is_refused_before_measuring(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """It is an extra; the error says how to get it, and how to draw elsewhere."""
     plots.check(Path("a.svg"))
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)

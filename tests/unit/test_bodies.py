@@ -49,7 +49,10 @@ WRONG: list[tuple[type[Record], Any]] = [
     (ChatRequest, chat(stop=[1] * ITEMS)),
     (ChatRequest, {**chat(), **{f"unknown{at}": at for at in range(ITEMS)}}),
     (ChatRequest, chat(messages=[{**USER, **{f"unknown{at}": at for at in range(ITEMS)}}])),
-    (ChatRequest, chat(messages=[{**USER, **{f"unknown{at}": at for at in range(40)}}] * (ITEMS // 40))),
+    (
+        ChatRequest,
+        chat(messages=[{**USER, **{f"unknown{at}": at for at in range(40)}}] * (ITEMS // 40)),
+    ),
     (CompletionRequest, {"model": "m", "prompt": [1] * ITEMS}),
     (EmbeddingRequest, {"model": "m", "input": [-1] * ITEMS}),
     (EmbeddingRequest, {"model": "m", "input": [[-1] * 16] * 2048}),

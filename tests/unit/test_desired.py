@@ -28,7 +28,8 @@ from rkcached.sources.manifest import Manifest, parse
 RULES, PLAIN, OTHER = Key("m", "rules"), Key("m", "plain"), Key("n", "rules")
 TROUBLE = Trouble(message="the file is gone", hint="bring it back")
 NO_SYSTEM = (
-    "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system') }}{% endif %}{% endfor %}"
+    "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+    "{% endfor %}"
 )
 PICKY = (
     "{% for m in messages %}{% if m.content == 'Be rude.' %}{{ raise_exception('not that') }}{% endif %}"
@@ -43,17 +44,27 @@ class World:
     manifest: dict[str, object] = field(default_factory=dict)
     models: dict[str, dict[str, object]] = field(
         default_factory=lambda: {
-            "m": {"path": "m.gguf", "params": {"temperature": 0.5}, "prompts": {"rules": "r.md", "plain": "p.md"}},
+            "m": {
+                "path": "m.gguf",
+                "params": {"temperature": 0.5},
+                "prompts": {"rules": "r.md", "plain": "p.md"},
+            },
             "n": {"path": "n.gguf", "prompts": {"rules": "r.md"}},
         }
     )
     texts: dict[Key, str | Trouble] = field(
         default_factory=lambda: {RULES: "Be brief.", PLAIN: "Be kind.", OTHER: "Be brief."}
     )
-    digests: dict[str, str | Trouble] = field(default_factory=lambda: {"m": "11" * 32, "n": "22" * 32})
+    digests: dict[str, str | Trouble] = field(
+        default_factory=lambda: {"m": "11" * 32, "n": "22" * 32}
+    )
     trained: dict[str, int] = field(default_factory=dict)
-    templates: dict[str, str] = field(default_factory=lambda: {"m": BUILTIN["chatml"], "n": BUILTIN["chatml"]})
-    runtime: RuntimeSource | Trouble = field(default_factory=lambda: RuntimeSource(version="1", digest="aa" * 32))
+    templates: dict[str, str] = field(
+        default_factory=lambda: {"m": BUILTIN["chatml"], "n": BUILTIN["chatml"]}
+    )
+    runtime: RuntimeSource | Trouble = field(
+        default_factory=lambda: RuntimeSource(version="1", digest="aa" * 32)
+    )
 
     def parsed(self) -> Manifest:
         document = {"version": 1, **self.manifest, "models": self.models}
@@ -66,12 +77,15 @@ class World:
                 name: digest
                 if isinstance(digest, Trouble)
                 else ModelSource(
-                    digest=digest, template_source=self.templates[name], trained_tokens=self.trained.get(name)
+                    digest=digest,
+                    template_source=self.templates[name],
+                    trained_tokens=self.trained.get(name),
                 )
                 for name, digest in self.digests.items()
             },
             prompts={
-                key: Declaration(key=key, source=source(text), description=str(key)) for key, text in self.texts.items()
+                key: Declaration(key=key, source=source(text), description=str(key))
+                for key, text in self.texts.items()
             },
         )
 
@@ -80,7 +94,9 @@ class World:
 
 
 def source(text: str | Trouble) -> PromptSource | Trouble:
-    return text if isinstance(text, Trouble) else PromptSource(text=text, digest=f"digest of {text}")
+    return (
+        text if isinstance(text, Trouble) else PromptSource(text=text, digest=f"digest of {text}")
+    )
 
 
 def differing(before: World, after: World) -> dict[Key, list[str]]:
@@ -106,7 +122,11 @@ def with_model(name: str, **more: object) -> World:
 def test_the_same_world_gives_the_same_fingerprints() -> None:
     """Also from a resolver that has seen it before."""
     resolver = Resolver()
-    assert World().resolve(resolver).prompts == World().resolve(resolver).prompts == World().resolve().prompts
+    assert (
+        World().resolve(resolver).prompts
+        == World().resolve(resolver).prompts
+        == World().resolve().prompts
+    )
     assert differing(World(), World()) == {}
 
 
@@ -118,20 +138,28 @@ def test_a_parameter_of_a_model_changes_its_prompts_alone() -> None:
 
 def test_a_parameter_of_a_prompt_changes_that_prompt_alone() -> None:
     """Its neighbour in the same model keeps its cache."""
-    after = with_model("m", prompts={"rules": {"files": "r.md", "params": {"temperature": 0.6}}, "plain": "p.md"})
+    after = with_model(
+        "m", prompts={"rules": {"files": "r.md", "params": {"temperature": 0.6}}, "plain": "p.md"}
+    )
     assert differing(World(), after) == {RULES: ["params.temperature"]}
 
 
 def test_a_prompt_that_overrides_a_parameter_does_not_see_the_models() -> None:
     """What is effective counts, not where it is written."""
     override = {"rules": {"files": "r.md", "params": {"temperature": 0.2}}, "plain": "p.md"}
-    before, after = with_model("m", prompts=override), with_model("m", prompts=override, params={"temperature": 0.6})
+    before, after = (
+        with_model("m", prompts=override),
+        with_model("m", prompts=override, params={"temperature": 0.6}),
+    )
     assert differing(before, after) == {PLAIN: ["params.temperature"]}
 
 
 def test_writing_a_default_out_changes_nothing() -> None:
     """Nor does 1 instead of 1.0."""
-    assert differing(World(), with_model("n", params={"temperature": 0.8, "repeat_penalty": 1.1})) == {}
+    assert (
+        differing(World(), with_model("n", params={"temperature": 0.8, "repeat_penalty": 1.1}))
+        == {}
+    )
     one = with_model("n", params={"top_p": 1})
     assert differing(one, with_model("n", params={"top_p": 1.0})) == {}
 
@@ -245,11 +273,17 @@ def test_prompts_keep_their_order_and_description() -> None:
     """Manifest order decides about the budget."""
     desired = World().resolve()
     assert list(desired.prompts) == [RULES, PLAIN, OTHER]
-    assert [prompt.description for prompt in desired.prompts.values()] == ["m/rules", "m/plain", "n/rules"]
+    assert [prompt.description for prompt in desired.prompts.values()] == [
+        "m/rules",
+        "m/plain",
+        "n/rules",
+    ]
 
 
 def troubles(desired: Desired) -> Mapping[Key, str]:
-    return {key: prompt.trouble.message for key, prompt in desired.prompts.items() if prompt.trouble}
+    return {
+        key: prompt.trouble.message for key, prompt in desired.prompts.items() if prompt.trouble
+    }
 
 
 def test_trouble_with_a_file_is_that_prompts_alone() -> None:
@@ -341,15 +375,25 @@ def test_a_prompts_own_sampling_needs_a_runtime_that_can_change_it() -> None:
 @pytest.mark.parametrize(
     ("params", "trained", "said"),
     [
-        ({"max_context_len": 16384}, 8192, "is 16384, but the context is cut to the model's own, 8192 tokens"),
-        ({}, 2048, "is 4096, but the context is cut to the model's own, 2048 tokens (set max_context_len to 2048)"),
+        (
+            {"max_context_len": 16384},
+            8192,
+            "is 16384, but the context is cut to the model's own, 8192 tokens",
+        ),
+        (
+            {},
+            2048,
+            "is 4096, but the context is cut to the model's own, 2048 tokens (set max_context_len to 2048)",
+        ),
         ({}, 512, "(set max_context_len to 512, and max_new_tokens to less than 512)"),
         ({"max_context_len": 8192}, 8192, ""),
         ({"max_context_len": 1024}, 8192, ""),
         ({"max_context_len": 16384}, None, ""),
     ],
 )
-def test_a_context_beyond_the_models_own(params: dict[str, int], trained: int | None, said: str) -> None:
+def test_a_context_beyond_the_models_own(
+    params: dict[str, int], trained: int | None, said: str
+) -> None:
     """It is said of that model, also when it is the default, and is no trouble; nothing is said where none is cut."""
     world = with_model("m", params=params)
     if trained is not None:

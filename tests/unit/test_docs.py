@@ -41,7 +41,11 @@ def test_links_lead_somewhere(page: Path) -> None:
 @pytest.mark.parametrize("page", [*PAGES, ROOT / "CHANGELOG.md"], ids=lambda page: page.name)
 def test_lines_are_as_long_as_the_code_s(page: Path) -> None:
     """But for the rows of tables."""
-    long = [line for line in page.read_text().splitlines() if len(line) > 120 and not line.startswith(("|", "!["))]
+    long = [
+        line
+        for line in page.read_text().splitlines()
+        if len(line) > 120 and not line.startswith(("|", "!["))
+    ]
     assert long == []
 
 
@@ -63,7 +67,9 @@ def test_the_sidecar_is_as_the_page_shows_it() -> None:
 def test_the_fingerprint_is_what_the_page_says() -> None:
     """Computed by hand, from the page's words alone."""
     data = b"rkcached fingerprint\0" + (1).to_bytes(4, "little")
-    for name, value in sorted({"engine": "rkllm", "prefix.bytes": "12", "thinking": "unset"}.items()):
+    for name, value in sorted(
+        {"engine": "rkllm", "prefix.bytes": "12", "thinking": "unset"}.items()
+    ):
         for text in (name.encode(), value.encode()):
             data += len(text).to_bytes(8, "little") + text
     wanted = fingerprint({"thinking": None, "prefix.bytes": 12, "engine": "rkllm"})

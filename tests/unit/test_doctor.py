@@ -1,4 +1,7 @@
-"""Is the board ready? Boards made of files: a /sys, /proc, /dev and /usr/lib below a directory of the test."""
+"""Whether the board is ready.
+
+Boards made of files: a /sys, /proc, /dev and /usr/lib below a directory of the test.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +37,13 @@ SIDECAR = json.dumps(
         "tokens": 90,
         "built_at": 1.0,
         "build_ms": 1.0,
-        "figures": {"prefill_ms": 1.0, "load_ms": 1.0, "cold_ttft_ms": 1.0, "warm_ttft_ms": 1.0, "verified": "off"},
+        "figures": {
+            "prefill_ms": 1.0,
+            "load_ms": 1.0,
+            "cold_ttft_ms": 1.0,
+            "warm_ttft_ms": 1.0,
+            "verified": "off",
+        },
     }
 )
 
@@ -85,9 +94,15 @@ class FakeBoard:
             self.write(f"sys/class/devfreq/{name}/cur_freq", f"{top}000000\n")
             self.write(f"sys/class/devfreq/{name}/max_freq", f"{top}000000\n")
         for policy, top in ((0, 1800), (4, 2400), (6, 2400)):
-            self.write(f"sys/devices/system/cpu/cpufreq/policy{policy}/scaling_governor", "performance\n")
-            self.write(f"sys/devices/system/cpu/cpufreq/policy{policy}/scaling_cur_freq", f"{top}000\n")
-            self.write(f"sys/devices/system/cpu/cpufreq/policy{policy}/scaling_max_freq", f"{top}000\n")
+            self.write(
+                f"sys/devices/system/cpu/cpufreq/policy{policy}/scaling_governor", "performance\n"
+            )
+            self.write(
+                f"sys/devices/system/cpu/cpufreq/policy{policy}/scaling_cur_freq", f"{top}000\n"
+            )
+            self.write(
+                f"sys/devices/system/cpu/cpufreq/policy{policy}/scaling_max_freq", f"{top}000\n"
+            )
         self.write("usr/lib/librkllmrt.so", self._compiled.read_bytes())
 
     def examine(self, *, manifest: bool = True) -> Report:
@@ -102,11 +117,15 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A library with the version and the functions of RKLLM 1.2.3, for this machine."""
     compiler = shutil.which("cc")
     if compiler is None:
-        pytest.skip("this test compiles a small library and found no C compiler: apt-get install gcc")
+        pytest.skip(
+            "this test compiles a small library and found no C compiler: apt-get install gcc"
+        )
     folder = tmp_path_factory.mktemp("library")
     names = next(abi.functions for abi in ABIS if "1.2.3" in abi.versions)
     functions = "".join(f"int {name}(void) {{ return 0; }}\n" for name in names)
-    (folder / "l.c").write_text(f'{functions}const char banner[] = "RKLLM SDK (version: 1.2.3 | target: linux)";\n')
+    (folder / "l.c").write_text(
+        f'{functions}const char banner[] = "RKLLM SDK (version: 1.2.3 | target: linux)";\n'
+    )
     command = [compiler, "-shared", "-fPIC", "-o", str(folder / "l.so"), str(folder / "l.c")]
     subprocess.run(command, check=True, capture_output=True)
     return folder / "l.so"
@@ -250,12 +269,18 @@ def test_device_nodes(rock5: FakeBoard) -> None:
     check = rock5.check("NPU devices")
     assert check.outcome is Outcome.FAIL
     assert "vendor's kernel" in check.next_step
-    rock5.write("sys/class/drm/renderD129/device/uevent", f"DRIVER=RKNPU\nOF_NAME=npu\nOF_FULLNAME=/npu@{NPU[:8]}\n")
+    rock5.write(
+        "sys/class/drm/renderD129/device/uevent",
+        f"DRIVER=RKNPU\nOF_NAME=npu\nOF_FULLNAME=/npu@{NPU[:8]}\n",
+    )
     assert rock5.check("NPU devices").finding == "/dev/dri/renderD129 can be opened by this user"
     shutil.rmtree(rock5.root / "dev/dri")
     rock5.write("dev/rknpu", "")
     rock5.write("dev/dma_heap/system", "")
-    assert rock5.check("NPU devices").finding == "/dev/rknpu, /dev/dma_heap/system can be opened by this user"
+    assert (
+        rock5.check("NPU devices").finding
+        == "/dev/rknpu, /dev/dma_heap/system can be opened by this user"
+    )
 
 
 def test_driver(rock5: FakeBoard) -> None:
@@ -270,7 +295,10 @@ def test_driver(rock5: FakeBoard) -> None:
     assert check.outcome is Outcome.SKIP
     assert "as root: sudo cat /sys/kernel/debug/rknpu/version" in check.next_step
     rock5.write("sys/kernel/debug/rknpu/version", "RKNPU driver: v0.10.1\n")
-    assert (rock5.check("NPU driver").outcome, rock5.check("NPU driver").finding) == (Outcome.OK, "version 0.10.1")
+    assert (rock5.check("NPU driver").outcome, rock5.check("NPU driver").finding) == (
+        Outcome.OK,
+        "version 0.10.1",
+    )
 
 
 def test_library(rock5: FakeBoard) -> None:
@@ -296,7 +324,11 @@ def test_library(rock5: FakeBoard) -> None:
     [
         (b"rkllm-toolkit version: 1.2.2\0", Outcome.OK, "toolkit 1.2.2 for runtime 1.2.3"),
         (b"rkllm-toolkit version: 1.2.3b1\n", Outcome.OK, "toolkit 1.2.3b1"),
-        (b"rkllm-toolkit version: 1.3.0", Outcome.FAIL, "toolkit 1.3.0, which is newer than the runtime, 1.2.3"),
+        (
+            b"rkllm-toolkit version: 1.3.0",
+            Outcome.FAIL,
+            "toolkit 1.3.0, which is newer than the runtime, 1.2.3",
+        ),
         (b"rkllm-toolkit version: 1.10.0", Outcome.FAIL, "newer"),
         (b"", Outcome.WARN, "not an RKLLM model?"),
         (b"rkllm-toolkit version: 1.3.0" + bytes(70_000), Outcome.WARN, "not an RKLLM model?"),
@@ -314,7 +346,10 @@ def test_model_files(rock5: FakeBoard) -> None:
     (rock5.root / "usr/lib/librkllmrt.so").unlink()
     assert "no runtime to compare" in rock5.check("model q").finding
     rock5.model.unlink()
-    assert (rock5.check("model q").outcome, "source missing: " in rock5.check("model q").finding) == (
+    assert (
+        rock5.check("model q").outcome,
+        "source missing: " in rock5.check("model q").finding,
+    ) == (
         Outcome.FAIL,
         True,
     )
@@ -342,13 +377,22 @@ def test_memory_and_disk(rock5: FakeBoard) -> None:
     (rock5.cache / "q/a.rkllm_cache").write_bytes(b"x" * 5000)
     assert "5.0 kB in the store" in rock5.check("disk").finding
     rock5.declare("{kind: rkllm}")
-    assert "what 2 prompts will take is not known before one is built" in rock5.check("disk").finding
+    assert (
+        "what 2 prompts will take is not known before one is built" in rock5.check("disk").finding
+    )
 
 
 def test_what_the_caches_will_take(board: FakeBoard) -> None:
     """By the model's header while none is built; by those that are built; never a number out of the air."""
-    sizes = {"block_count": 30, "embedding_length": 576, "attention.head_count": 9, "attention.head_count_kv": 3}
-    board.model.write_bytes(gguf(*(pair(f"llama.{name}", UINT32, value) for name, value in sizes.items())))
+    sizes = {
+        "block_count": 30,
+        "embedding_length": 576,
+        "attention.head_count": 9,
+        "attention.head_count_kv": 3,
+    }
+    board.model.write_bytes(
+        gguf(*(pair(f"llama.{name}", UINT32, value) for name, value in sizes.items()))
+    )
     board.declare("{kind: llamacpp}")
     # 2 prompts of 360 letters are some 180 tokens, of 23,040 bytes each: SmolLM2-135M.
     assert "about 4.1 MB needed by 2 prompts" in board.check("disk").finding
@@ -368,7 +412,10 @@ def test_an_engine_that_is_not_installed(board: FakeBoard, monkeypatch: pytest.M
     assert board.check("engine").outcome is Outcome.OK
     monkeypatch.setitem(sys.modules, "xllamacpp", None)
     check = board.check("engine")
-    assert (check.outcome, check.finding) == (Outcome.FAIL, "the package xllamacpp is not installed")
+    assert (check.outcome, check.finding) == (
+        Outcome.FAIL,
+        "the package xllamacpp is not installed",
+    )
     assert "pip install xllamacpp" in check.next_step
     assert board.check("model q").outcome is Outcome.OK
 
@@ -382,7 +429,9 @@ def test_prompts_that_cannot_be_read(board: FakeBoard) -> None:
     (board.root.parent / "b.md").write_text(" ")
     check = board.check("prompts")
     assert check.outcome is Outcome.FAIL
-    assert check.finding == f"source missing: {board.root.parent}/a.md, and 1 more with such problems"
+    assert (
+        check.finding == f"source missing: {board.root.parent}/a.md, and 1 more with such problems"
+    )
     assert check.next_step
 
 
@@ -431,12 +480,20 @@ def test_report_data(rock5: FakeBoard) -> None:
 
 def test_this_machine(tmp_path: Path) -> None:
     """The installed program on this machine: an exit code that tells, a table or JSON, never a traceback."""
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("RKCACHED_")}
+    environment = {
+        name: value for name, value in os.environ.items() if not name.startswith("RKCACHED_")
+    }
 
     def doctor(*arguments: str) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-m", "rkcached", "doctor", *arguments]
         done = subprocess.run(
-            command, capture_output=True, text=True, check=False, timeout=60, cwd=tmp_path, env=environment
+            command,
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=60,
+            cwd=tmp_path,
+            env=environment,
         )
         assert done.stderr == ""
         return done
@@ -450,7 +507,9 @@ def test_this_machine(tmp_path: Path) -> None:
     done = doctor()
     assert done.returncode == 0
     assert "engine memory, 1 model" in done.stdout
-    manifest.write_text("version: 1\nengine: {kind: rkllm, library: none.so}\nmodels: {m: {path: m.model}}\n")
+    manifest.write_text(
+        "version: 1\nengine: {kind: rkllm, library: none.so}\nmodels: {m: {path: m.model}}\n"
+    )
     done = doctor()
     assert done.returncode == 1
     assert "there is no runtime library" in done.stdout

@@ -22,7 +22,13 @@ FULL: dict[str, Value] = {
 }
 
 TEXTS = st.text(st.characters(codec="utf-8"), max_size=12)
-VALUES = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | TEXTS
+VALUES = (
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | TEXTS
+)
 COMPONENTS = st.dictionaries(TEXTS, TEXTS, max_size=5)
 
 
@@ -46,7 +52,10 @@ def test_no_components_have_a_frozen_digest() -> None:
 
 def test_a_full_set_has_a_frozen_digest() -> None:
     """Names, numbers, text beyond ASCII, and a value that is not set."""
-    assert fingerprint(FULL).digest == "026ccb09ebbe2100dd154b992fc75bd10b41eae59ec96a16b5217e95edffea80"
+    assert (
+        fingerprint(FULL).digest
+        == "026ccb09ebbe2100dd154b992fc75bd10b41eae59ec96a16b5217e95edffea80"
+    )
 
 
 def test_the_encoding_is_the_documented_one() -> None:

@@ -32,7 +32,9 @@ class Crew:
         await self.settle()
 
     async def _hold(self, name: str, priority: Priority) -> None:
-        ask: Callable[[], None] | None = (lambda: self.asked.append(name)) if priority is Priority.BUILD else None
+        ask: Callable[[], None] | None = (
+            (lambda: self.asked.append(name)) if priority is Priority.BUILD else None
+        )
         async with self.gate.hold(priority, step_aside=ask):
             self.inside += 1
             assert self.inside == 1
@@ -90,7 +92,9 @@ async def test_a_build_is_asked_once_to_step_aside_for_live_requests() -> None:
     await crew.finish()
 
 
-async def test_a_build_that_got_its_turn_by_patience_is_not_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_build_that_got_its_turn_by_patience_is_not_asked(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """Somebody live is waiting already; asked again, it would never end."""
     monkeypatch.setattr(gate_module, "BUILD_PATIENCE_S", -1.0)
     crew = Crew()
@@ -102,7 +106,9 @@ async def test_a_build_that_got_its_turn_by_patience_is_not_asked(monkeypatch: p
     await crew.finish()
 
 
-async def test_a_build_that_waited_long_goes_before_live_requests(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_build_that_waited_long_goes_before_live_requests(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """Steady load does not starve it; until then live requests overtake it."""
     crew = Crew()
     await crew.come("l1", Priority.LIVE)
@@ -178,7 +184,10 @@ async def test_a_holder_that_fails_or_is_cancelled_opens_the_gate() -> None:
 
 
 STEPS = st.lists(
-    st.tuples(st.sampled_from(["live", "build", "go", "cancel", "go+cancel", "turn"]), st.integers(0, 9)), max_size=25
+    st.tuples(
+        st.sampled_from(["live", "build", "go", "cancel", "go+cancel", "turn"]), st.integers(0, 9)
+    ),
+    max_size=25,
 )
 
 
@@ -193,7 +202,9 @@ def test_the_gate_survives_any_history(steps: list[tuple[str, int]]) -> None:
             names = list(crew.tasks)
             match step:
                 case "live" | "build":
-                    await crew.come(str(number), Priority.LIVE if step == "live" else Priority.BUILD)
+                    await crew.come(
+                        str(number), Priority.LIVE if step == "live" else Priority.BUILD
+                    )
                 case "turn":
                     await asyncio.sleep(0)
                 case _ if names:

@@ -27,10 +27,14 @@ def compile_library(tmp_path_factory: pytest.TempPathFactory) -> Compile:
     """Makes a shared library that exports `names` and has `text` among its data."""
     compiler = shutil.which("cc")
     if compiler is None:
-        pytest.skip("this test compiles small libraries and found no C compiler: apt-get install gcc")
+        pytest.skip(
+            "this test compiles small libraries and found no C compiler: apt-get install gcc"
+        )
     folder = tmp_path_factory.mktemp("libraries")
 
-    def build(name: str, names: frozenset[str] | set[str], text: str = "", *flags: str, more: str = "") -> Path:
+    def build(
+        name: str, names: frozenset[str] | set[str], text: str = "", *flags: str, more: str = ""
+    ) -> Path:
         source, library = folder / f"{name}.c", folder / f"{name}.so"
         functions = "".join(f"int {each}(void) {{ return 0; }}\n" for each in sorted(names))
         source.write_text(f'{functions}const char banner[] = "{text}";\n{more}')
@@ -59,7 +63,9 @@ def damaged(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def facts(version: str | None, symbols: frozenset[str]) -> LibraryFacts:
-    return LibraryFacts(path=Path("/l.so"), version=version, symbols=symbols, machine="aarch64", needed=())
+    return LibraryFacts(
+        path=Path("/l.so"), version=version, symbols=symbols, machine="aarch64", needed=()
+    )
 
 
 def refusal(path: Path) -> str:
@@ -112,7 +118,9 @@ def test_version_across_pieces(compile_library: Compile) -> None:
 
 def test_wrapper(compile_library: Compile) -> None:
     """A library that calls RKLLM but does not have it is no RKLLM library, though its strings name the functions."""
-    path = compile_library("wrapper", set(), more="int rkllm_init(void); int go(void) { return rkllm_init(); }\n")
+    path = compile_library(
+        "wrapper", set(), more="int rkllm_init(void); int go(void) { return rkllm_init(); }\n"
+    )
     assert b"rkllm_init" in path.read_bytes()
     assert "exports no function whose name begins with rkllm_" in refusal(path)
 
@@ -134,7 +142,10 @@ def test_no_library_at_all(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("head", "words"),
     [
-        (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 7\n", "a git-lfs pointer"),
+        (
+            b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 7\n",
+            "a git-lfs pointer",
+        ),
         (b"/* GNU ld script */\nGROUP ( /usr/lib/librkllmrt.so.1 )\n", "a GNU ld script"),
         (b"INPUT(librkllmrt.so.1)\n", "a GNU ld script"),
         (b"\n<!DOCTYPE html>\n<html>", "a web page"),
@@ -201,7 +212,10 @@ def test_any_length(content: bytes, damaged: Path, length: int) -> None:
 CHANGES = st.lists(
     st.tuples(
         st.one_of(st.integers(0, 1200), st.integers(0, 20_000)),
-        st.one_of(st.binary(min_size=1, max_size=8), st.sampled_from([b"\xff" * 8, bytes(8), b"\xff" * 7 + b"\x7f"])),
+        st.one_of(
+            st.binary(min_size=1, max_size=8),
+            st.sampled_from([b"\xff" * 8, bytes(8), b"\xff" * 7 + b"\x7f"]),
+        ),
     ),
     min_size=1,
     max_size=12,
@@ -223,9 +237,13 @@ def test_any_damage(content: bytes, damaged: Path, changes: list[tuple[int, byte
 
 @settings(max_examples=400, deadline=None)
 @given(
-    entry=st.integers(0, 40), field=st.sampled_from([0, 8]), value=st.integers(0, (1 << 64) - 1) | st.integers(0, 64)
+    entry=st.integers(0, 40),
+    field=st.sampled_from([0, 8]),
+    value=st.integers(0, (1 << 64) - 1) | st.integers(0, 64),
 )
-def test_damaged_dynamic_section(content: bytes, damaged: Path, entry: int, field: int, value: int) -> None:
+def test_damaged_dynamic_section(
+    content: bytes, damaged: Path, entry: int, field: int, value: int
+) -> None:
     """The same for the entries of the dynamic section, where the sizes and addresses of all tables are."""
     headers = (content[at : at + 56] for at in range(64, 64 + 56 * content[56], 56))
     start = next(int.from_bytes(h[8:16], "little") for h in headers if h[:4] == b"\2\0\0\0")
@@ -251,7 +269,12 @@ def abi_refusal(found: LibraryFacts, override: str | None = None) -> str:
 def test_too_old() -> None:
     """RKLLM 1.0 is refused by its version or its functions, also when told to take another."""
     old = frozenset({"rkllm_init", "rkllm_run"})
-    for found in (facts("1.0.1", old), facts(None, old), facts("1.0.1", FUNCTIONS["1.1.0"]), facts("1.0", old)):
+    for found in (
+        facts("1.0.1", old),
+        facts(None, old),
+        facts("1.0.1", FUNCTIONS["1.1.0"]),
+        facts("1.0", old),
+    ):
         said = abi_refusal(found)
         assert "RKLLM 1.0.x cannot save prompt caches" in said
         assert "install RKLLM 1.1.0 or newer" in said
@@ -261,7 +284,12 @@ def test_too_old() -> None:
 
 @pytest.mark.parametrize(
     ("like", "words"),
-    [("1.1.4", "1.1.x"), ("1.2.0", "1.2.0 or 1.2.1b1"), ("1.2.1", "1.2.1 or newer"), ("1.3.0", "1.2.1 or newer")],
+    [
+        ("1.1.4", "1.1.x"),
+        ("1.2.0", "1.2.0 or 1.2.1b1"),
+        ("1.2.1", "1.2.1 or newer"),
+        ("1.3.0", "1.2.1 or newer"),
+    ],
 )
 def test_no_version(like: str, words: str) -> None:
     """Without a version nothing is guessed: what the functions suggest is said, and the key that decides."""
@@ -271,7 +299,9 @@ def test_no_version(like: str, words: str) -> None:
     assert "engine.abi" in said
 
 
-@pytest.mark.parametrize("version", ["1.2.4", "1.3.1", "1.4.0", "1.2.1b2", "2.0.0", "10.0.0", "1.1"])
+@pytest.mark.parametrize(
+    "version", ["1.2.4", "1.3.1", "1.4.0", "1.2.1b2", "2.0.0", "10.0.0", "1.1"]
+)
 def test_unknown_version(version: str) -> None:
     """A version that the table does not have is refused, with the known ones and the key that decides."""
     said = abi_refusal(facts(version, FUNCTIONS["1.3.0"]))
@@ -283,9 +313,13 @@ def test_unknown_version(version: str) -> None:
 def test_contradictions() -> None:
     """Version and functions that do not go together are refused with what was found."""
     chat, size = "rkllm_set_chat_template", "rkllm_get_kv_cache_size"
-    assert f"has {chat}, which came with 1.2.0" in abi_refusal(facts("1.1.4", FUNCTIONS["1.1.4"] | {chat}))
+    assert f"has {chat}, which came with 1.2.0" in abi_refusal(
+        facts("1.1.4", FUNCTIONS["1.1.4"] | {chat})
+    )
     for version in ("1.1.0", "1.2.0", "1.2.1b1"):
-        assert f"has {size}, which came with 1.2.1" in abi_refusal(facts(version, FUNCTIONS[version] | {size}))
+        assert f"has {size}, which came with 1.2.1" in abi_refusal(
+            facts(version, FUNCTIONS[version] | {size})
+        )
     for version in ("1.2.1", "1.3.0"):
         assert f"does not have {size}" in abi_refusal(facts(version, FUNCTIONS[version] - {size}))
     assert f"does not have {chat}" in abi_refusal(facts("1.2.0", FUNCTIONS["1.1.4"]))

@@ -34,8 +34,12 @@ TEXT = "You are a watchman of ünïcode."
 Publish = Callable[..., Path]
 
 
-def llama(ids: list[int], magic: int = 0x67677371, version: int = 2, state: bytes = b"state") -> bytes:
-    return struct.pack("<III", magic, version, len(ids)) + struct.pack(f"<{len(ids)}i", *ids) + state
+def llama(
+    ids: list[int], magic: int = 0x67677371, version: int = 2, state: bytes = b"state"
+) -> bytes:
+    return (
+        struct.pack("<III", magic, version, len(ids)) + struct.pack(f"<{len(ids)}i", *ids) + state
+    )
 
 
 def rkllm(ids: list[int], magic: int = 0x6767736E) -> bytes:
@@ -72,12 +76,16 @@ def publish(tmp_path: Path, memory_cache: bytes) -> Publish:
             tokens=len(TEXT.encode()),
             built_at=1.0,
             build_ms=2.0,
-            figures=Figures(prefill_ms=2.0, load_ms=1.0, cold_ttft_ms=3.0, warm_ttft_ms=1.5, verified="exact"),
+            figures=Figures(
+                prefill_ms=2.0, load_ms=1.0, cold_ttft_ms=3.0, warm_ttft_ms=1.5, verified="exact"
+            ),
         )
         cache = tmp_path / f"{prompt}.memory_cache"
         cache.write_bytes(data)
         (tmp_path / f"{prompt}.bin").write_text(TEXT)
-        (tmp_path / f"{prompt}.json").write_bytes(msgspec.json.encode(msgspec.structs.replace(record, **changes)))
+        (tmp_path / f"{prompt}.json").write_bytes(
+            msgspec.json.encode(msgspec.structs.replace(record, **changes))
+        )
         return cache
 
     return write
@@ -98,7 +106,9 @@ def printed(path: Path) -> str:
 
 def program(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "rkcached", "inspect", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=60, stdin=subprocess.DEVNULL)
+    return subprocess.run(
+        command, capture_output=True, text=True, check=False, timeout=60, stdin=subprocess.DEVNULL
+    )
 
 
 def test_memory(tmp_path: Path, memory_cache: bytes) -> None:
@@ -123,7 +133,9 @@ def test_llamacpp(tmp_path: Path) -> None:
     model = next(Path(spec.submodule_search_locations[0]).glob("*.gguf"))
     scratch = tmp_path / "scratch"
     scratch.mkdir(mode=0o700)
-    engine = LlamaCppEngine(ModelSpec(path=str(model), context_tokens=256, scratch_dir=str(scratch)))
+    engine = LlamaCppEngine(
+        ModelSpec(path=str(model), context_tokens=256, scratch_dir=str(scratch))
+    )
     path = tmp_path / "p.llama_cache"
     try:
         stats = engine.prefill("You are a watchman. Say what you see.", save_to=path)
@@ -149,7 +161,9 @@ def test_llamacpp_tokens(tmp_path: Path) -> None:
         assert "an unknown number of tokens" in printed(path)
 
 
-@pytest.mark.parametrize(("magic", "words"), [(0x6767736E, "RKLLM 1.1"), (26, "architecture number 26")])
+@pytest.mark.parametrize(
+    ("magic", "words"), [(0x6767736E, "RKLLM 1.1"), (26, "architecture number 26")]
+)
 def test_rkllm(tmp_path: Path, magic: int, words: str) -> None:
     """A file of RKLLM, told by a header that is plausible: both magics that were seen."""
     path = tmp_path / "prompt_cache.bin"
@@ -241,7 +255,12 @@ def test_artifact(publish: Publish) -> None:
         data = inspect(name)
         assert (data["file"], data["given"]) == (str(cache), str(name))
         assert (data["sidecar"]["model"], data["sidecar"]["prompt"]) == ("m", "watch.man")
-        assert data["sidecar"]["matches"] == {"size": True, "sha256": True, "tokens": True, "text": True}
+        assert data["sidecar"]["matches"] == {
+            "size": True,
+            "sha256": True,
+            "tokens": True,
+            "text": True,
+        }
         assert data["problem"] == ""
     assert "matches its sidecar" in printed(cache)
     assert "artifact of m/watch.man" in printed(cache)
@@ -261,7 +280,12 @@ def test_artifact_damaged(publish: Publish, memory_cache: bytes) -> None:
     flipped[-1] ^= 1
     data = inspect(publish(data=bytes(flipped)))
     assert data["problem"] == "it does not have the SHA-256 of its sidecar"
-    assert data["sidecar"]["matches"] == {"size": True, "sha256": False, "tokens": True, "text": True}
+    assert data["sidecar"]["matches"] == {
+        "size": True,
+        "sha256": False,
+        "tokens": True,
+        "text": True,
+    }
     cache = publish()
     cache.with_suffix(".bin").write_text("other")
     assert "watch.man.bin does not have the SHA-256" in inspect(cache)["problem"]
@@ -274,17 +298,23 @@ def test_sidecar_of_nothing(publish: Publish, tmp_path: Path) -> None:
     """A sidecar whose prompt cache is gone, of another name, damaged, or leading elsewhere is told as such."""
     cache = publish()
     cache.unlink()
-    assert "belongs to m/watch.man, whose prompt cache watch.man.memory_cache is missing" in refusal(
-        cache.with_suffix(".json")
+    assert (
+        "belongs to m/watch.man, whose prompt cache watch.man.memory_cache is missing"
+        in refusal(cache.with_suffix(".json"))
     )
     (tmp_path / "other.json").write_bytes(cache.with_suffix(".json").read_bytes())
     assert "belongs to m/watch.man, under another name" in refusal(tmp_path / "other.json")
     for damage in (b"", b"{", b"[1]", b"\xff", b"[" * 100_000, b'{"rkcached_memory_model":1}'):
         (tmp_path / "other.json").write_bytes(damage)
-        assert "nor the sidecar of one: other.json is no sidecar" in refusal(tmp_path / "other.json")
+        assert "nor the sidecar of one: other.json is no sidecar" in refusal(
+            tmp_path / "other.json"
+        )
     (tmp_path / "other.json").write_bytes(b" " * (2 << 20))
     assert "too large" in refusal(tmp_path / "other.json")
-    for prompt, artifact in (("../../x", "../../x.memory_cache"), ("watch.man", "../watch.man.memory_cache")):
+    for prompt, artifact in (
+        ("../../x", "../../x.memory_cache"),
+        ("watch.man", "../watch.man.memory_cache"),
+    ):
         cache = publish(prompt=prompt if "/" not in prompt else "watch.man", artifact=artifact)
         assert "sidecar" in inspect(cache)["problem"]
         refusal(cache.with_suffix(".json"))
@@ -303,13 +333,17 @@ def test_leftover(publish: Publish, tmp_path: Path) -> None:
     assert inspect(old)["problem"] == "watch.man.json is no sidecar, or a damaged one"
 
 
-HEADS = st.sampled_from([b"", llama([1, 2, 3]), rkllm([1, 2]), rkllm([5], 7), b"RKCMEMKV\1\0\0\0\1"])
+HEADS = st.sampled_from(
+    [b"", llama([1, 2, 3]), rkllm([1, 2]), rkllm([5], 7), b"RKCMEMKV\1\0\0\0\1"]
+)
 
 
 @settings(max_examples=400, deadline=None)
 @given(head=HEADS, cut=st.integers(0, 30), tail=st.binary(max_size=60))
 @example(head=llama([1]), cut=8, tail=b"\xff\xff\xff\xff")
-def test_any_bytes(tmp_path_factory: pytest.TempPathFactory, head: bytes, cut: int, tail: bytes) -> None:
+def test_any_bytes(
+    tmp_path_factory: pytest.TempPathFactory, head: bytes, cut: int, tail: bytes
+) -> None:
     """Whatever is in the file, the outcome is a description or a FormatError."""
     path = tmp_path_factory.getbasetemp() / "bytes"
     path.write_bytes(head[:cut] + tail)
@@ -334,7 +368,11 @@ def test_the_command(publish: Publish, tmp_path: Path, memory_cache: bytes) -> N
     odd.write_bytes(memory_cache)
     assert program(odd).returncode == 0
     assert program("--json", odd).returncode == 0
-    for path, code in ((Path(__file__), os.EX_DATAERR), (tmp_path / "gone", os.EX_NOINPUT), (tmp_path, os.EX_NOINPUT)):
+    for path, code in (
+        (Path(__file__), os.EX_DATAERR),
+        (tmp_path / "gone", os.EX_NOINPUT),
+        (tmp_path, os.EX_NOINPUT),
+    ):
         done = program(path)
         assert done.returncode == code
         assert done.stderr.startswith("error: ")

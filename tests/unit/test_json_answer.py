@@ -17,13 +17,17 @@ def check(text: str, schema: Any = PERSON) -> str:
     return JsonAnswer(json.dumps(schema)).check(text)
 
 
-@pytest.mark.parametrize("text", ['<think>\nhm {"age": 2}\n</think>\n\n{"age": 1}', 'hm</think>\n{"age": 1}'])
+@pytest.mark.parametrize(
+    "text", ['<think>\nhm {"age": 2}\n</think>\n\n{"age": 1}', 'hm</think>\n{"age": 1}']
+)
 def test_reasoning_is_not_the_answer(text: str) -> None:
     """Also where the prompt ended inside the tag."""
     assert check(text) == '{"age": 1}'
 
 
-@pytest.mark.parametrize("text", ['<tool_call>\n{"age": 1}\n</tool_call>', '<|python_tag|>{"age": 1}'])
+@pytest.mark.parametrize(
+    "text", ['<tool_call>\n{"age": 1}\n</tool_call>', '<|python_tag|>{"age": 1}']
+)
 def test_a_call_may_come_in_its_tags(text: str) -> None:
     """As the template asks for it."""
     assert check(text) == '{"age": 1}'
@@ -93,7 +97,12 @@ def test_what_is_no_schema_is_refused_before_the_run(schema: Any) -> None:
 
 @pytest.mark.parametrize(
     "schema",
-    [{"$ref": "http://example.invalid/schema.json"}, {"$ref": "#/nowhere"}, {"$ref": "#"}, {"pattern": "("}],
+    [
+        {"$ref": "http://example.invalid/schema.json"},
+        {"$ref": "#/nowhere"},
+        {"$ref": "#"},
+        {"pattern": "("},
+    ],
 )
 def test_a_schema_that_cannot_be_checked_is_refused(schema: Any) -> None:
     """A reference is never fetched; one that leads to itself or nowhere is an error, not an endless loop."""

@@ -93,7 +93,11 @@ def test_short_and_long_form_are_one() -> None:
 def test_long_form() -> None:
     """The long form has several files in their order, parameters and a description."""
     text = model(
-        "prompts:", "  a:", "    files: [b.md, a.md]", "    params: {top_k: 1}", "    description: house rules"
+        "prompts:",
+        "  a:",
+        "    files: [b.md, a.md]",
+        "    params: {top_k: 1}",
+        "    description: house rules",
     )
     prompt = good(text).models["m"].prompts["a"]
     assert [file.name for file in prompt.files] == ["b.md", "a.md"]
@@ -103,7 +107,9 @@ def test_long_form() -> None:
 
 def test_sampling_of_the_model() -> None:
     """Without a prompt the sampling parameters are the model's, sorted, without the length of the context."""
-    sampling = good(model("params: {temperature: 0, max_context_len: 8192}")).models["m"].sampling(None)
+    sampling = (
+        good(model("params: {temperature: 0, max_context_len: 8192}")).models["m"].sampling(None)
+    )
     assert list(sampling) == sorted(sampling)
     assert sampling == {
         "frequency_penalty": 0.0,
@@ -118,7 +124,11 @@ def test_sampling_of_the_model() -> None:
 
 def test_sampling_of_a_prompt() -> None:
     """A prompt changes only what it names; zero is a value like any other."""
-    text = model("params: {top_k: 20}", "prompts:", "  a: {files: a.md, params: {temperature: 0, max_new_tokens: 9}}")
+    text = model(
+        "params: {top_k: 20}",
+        "prompts:",
+        "  a: {files: a.md, params: {temperature: 0, max_new_tokens: 9}}",
+    )
     config = good(text).models["m"]
     assert config.sampling("a") == config.sampling(None) | {"temperature": 0.0, "max_new_tokens": 9}
 
@@ -131,7 +141,10 @@ def test_sampling_of_a_prompt_that_was_found() -> None:
 
 def test_an_integer_is_a_float_where_a_float_is_due() -> None:
     """`temperature: 1` and `1.0` are one value, so that they fingerprint alike."""
-    values = [good(model(f"params: {{temperature: {text}}}")).models["m"].params.temperature for text in ("1", "1.0")]
+    values = [
+        good(model(f"params: {{temperature: {text}}}")).models["m"].params.temperature
+        for text in ("1", "1.0")
+    ]
     assert [repr(value) for value in values] == ["1.0", "1.0"]
 
 
@@ -154,12 +167,17 @@ def test_sizes(text: str, expected: int | None) -> None:
 def test_paths_are_relative_to_the_file() -> None:
     """Relative paths start at the manifest's directory, by their letters alone; absolute ones stay."""
     text = model(
-        "chat_template: ../t/x.jinja", "prompts: {a: ./p//a.md, b: /srv/b.md}", "prompts_from: [e/*.md, '/srv/?.txt']"
+        "chat_template: ../t/x.jinja",
+        "prompts: {a: ./p//a.md, b: /srv/b.md}",
+        "prompts_from: [e/*.md, '/srv/?.txt']",
     )
     config = good(text).models["m"]
     assert config.path == Path("/etc/rkcached/m.gguf")
     assert config.chat_template == "/etc/t/x.jinja"
-    assert [str(prompt.files[0]) for prompt in config.prompts.values()] == ["/etc/rkcached/p/a.md", "/srv/b.md"]
+    assert [str(prompt.files[0]) for prompt in config.prompts.values()] == [
+        "/etc/rkcached/p/a.md",
+        "/srv/b.md",
+    ]
     assert config.prompts_from == ("/etc/rkcached/e/*.md", "/srv/?.txt")
 
 
@@ -190,20 +208,33 @@ def test_off_is_a_word() -> None:
 def test_words_that_old_yaml_mistakes_are_names() -> None:
     """`on`, dates, times and leading zeros are text by YAML 1.2, so they can be names and file names."""
     prompts = good(model("prompts: {on: off, 2024-01-01: 12:30, 007: 1_0}")).models["m"].prompts
-    assert {n: p.files[0].name for n, p in prompts.items()} == {"on": "off", "2024-01-01": "12:30", "007": "1_0"}
+    assert {n: p.files[0].name for n, p in prompts.items()} == {
+        "on": "off",
+        "2024-01-01": "12:30",
+        "007": "1_0",
+    }
 
 
 @pytest.mark.parametrize("text", ["1e-3", "1.0e-3", ".001", "0.001"])
 def test_every_way_to_write_a_float(text: str) -> None:
     """A number with an exponent needs no decimal point."""
-    assert good(model(f"params: {{temperature: {text}}}")).models["m"].params.temperature == pytest.approx(0.001)
+    assert good(model(f"params: {{temperature: {text}}}")).models[
+        "m"
+    ].params.temperature == pytest.approx(0.001)
 
 
 def test_anchors_and_merge_keys() -> None:
     """Anchors and merge keys work; what stands beside `<<` wins, and earlier merges win over later ones."""
-    text = model("params: &p {top_k: 1, top_p: 0.5}") + "  n:\n    path: n\n    params: {<<: *p, top_k: 2}\n"
+    text = (
+        model("params: &p {top_k: 1, top_p: 0.5}")
+        + "  n:\n    path: n\n    params: {<<: *p, top_k: 2}\n"
+    )
     manifest = good(text + "  o:\n    path: o\n    params: {<<: [{top_k: 3}, *p]}\n")
-    assert [(m.params.top_k, m.params.top_p) for m in manifest.models.values()] == [(1, 0.5), (2, 0.5), (3, 0.5)]
+    assert [(m.params.top_k, m.params.top_p) for m in manifest.models.values()] == [
+        (1, 0.5),
+        (2, 0.5),
+        (3, 0.5),
+    ]
 
 
 def test_byte_order_mark_and_crlf() -> None:
@@ -213,7 +244,9 @@ def test_byte_order_mark_and_crlf() -> None:
 
 def test_line_of() -> None:
     """A place has the line of its key; what is not written has the line of the nearest thing around it."""
-    manifest = good(model("prompts:", "  a: a.md", "  b:", "    files:", "      - x.md", "      - y.md"))
+    manifest = good(
+        model("prompts:", "  a: a.md", "  b:", "    files:", "      - x.md", "      - y.md")
+    )
     assert manifest.line_of() == 1
     assert manifest.line_of("models") == 2
     assert manifest.line_of("models", "m") == 3
@@ -282,7 +315,10 @@ models:
 def test_the_error_as_text() -> None:
     """A problem prints as file:line, message and hint, which is what every edge shows."""
     item = problem(model("params: {temprature: 1}"))
-    assert str(item) == "/etc/rkcached/manifest.yaml:5: unknown key 'temprature' (did you mean 'temperature'?)"
+    assert (
+        str(item)
+        == "/etc/rkcached/manifest.yaml:5: unknown key 'temprature' (did you mean 'temperature'?)"
+    )
 
 
 @pytest.mark.parametrize(
@@ -294,9 +330,19 @@ def test_the_error_as_text() -> None:
         (model("Path: x"), 5, "Path", "did you mean 'path'?"),
         (model("params: {topk: 1}"), 5, "topk", "did you mean 'top_k'?"),
         (model("prompts:", "  a: {file: a.md, files: b.md}"), 6, "file", "did you mean 'files'?"),
-        (model("prompts:", "  a: {files: b.md, params: {temp: 1}}"), 6, "temp", "did you mean 'temperature'?"),
+        (
+            model("prompts:", "  a: {files: b.md, params: {temp: 1}}"),
+            6,
+            "temp",
+            "did you mean 'temperature'?",
+        ),
         (MINIMAL + "file: x", 5, "file", "known are version, engine, cache, serving, models"),
-        (MINIMAL + "cache: {x: 1}", 5, "x", "known are max_bytes, verify, fingerprint, min_tokens, keep_retired_s"),
+        (
+            MINIMAL + "cache: {x: 1}",
+            5,
+            "x",
+            "known are max_bytes, verify, fingerprint, min_tokens, keep_retired_s",
+        ),
     ],
 )
 def test_unknown_keys(text: str, line: int, key: str, hint: str) -> None:
@@ -326,7 +372,11 @@ def test_unknown_keys(text: str, line: int, key: str, hint: str) -> None:
         ("engine: {kind: 5}", "kind: unknown value 5", "known are rkllm, llamacpp, memory"),
         ("cache: {verify: true}", "verify: unknown value true", "known are off, hit, exact"),
         ("cache: {verify: }", "verify: unknown value nothing", "known are off, hit, exact"),
-        ("cache: {fingerprint: Full}", "fingerprint: unknown value 'Full'", "did you mean 'full'? known are full, kv"),
+        (
+            "cache: {fingerprint: Full}",
+            "fingerprint: unknown value 'Full'",
+            "did you mean 'full'? known are full, kv",
+        ),
     ],
 )
 def test_unknown_values(section: str, message: str, hint: str) -> None:
@@ -341,7 +391,12 @@ def rkllm(*lines: str) -> str:
 
 def test_an_rkllm_manifest() -> None:
     """What only RKLLM has: the library, its interface, tokens, an adapter, the board's options."""
-    text = rkllm("tokenizer: t.json", "lora: l.rkllm", "lora_scale: 0.5", "npu: {enabled_cpus: [4, 5], n_keep: -1}")
+    text = rkllm(
+        "tokenizer: t.json",
+        "lora: l.rkllm",
+        "lora_scale: 0.5",
+        "npu: {enabled_cpus: [4, 5], n_keep: -1}",
+    )
     manifest = good(text)
     config = manifest.models["m"]
     assert manifest.engine.library == Path("/usr/lib/librkllmrt.so")
@@ -357,7 +412,9 @@ def test_the_interfaces_are_those_of_the_binding() -> None:
     assert tuple(abi.name for abi in ABIS) == RKLLM_ABIS
 
 
-@pytest.mark.parametrize("key", ["tokenizer: t.json", "lora: l.rkllm", "lora_scale: 2", "npu: {n_keep: 4}"])
+@pytest.mark.parametrize(
+    "key", ["tokenizer: t.json", "lora: l.rkllm", "lora_scale: 2", "npu: {n_keep: 4}"]
+)
 def test_what_only_rkllm_has_is_refused_elsewhere(key: str) -> None:
     """It would be ignored in silence."""
     item = problem(model(key))
@@ -379,17 +436,37 @@ def test_rkllms_contexts_are_multiples_of_32_up_to_16384(tokens: int) -> None:
         (model("params: {temperature: -1}"), "temperature: -1 is out of range", "0..5"),
         (model("params: {top_p: 0}"), "top_p: 0 is out of range", "more than 0, at most 1"),
         (model("params: {top_k: 100001}"), "top_k: 100001 is out of range", "0..100000"),
-        (model("params: {repeat_penalty: 0}"), "repeat_penalty: 0 is out of range", "more than 0, at most 10"),
-        (model("params: {frequency_penalty: 2.5}"), "frequency_penalty: 2.5 is out of range", "-2..2"),
+        (
+            model("params: {repeat_penalty: 0}"),
+            "repeat_penalty: 0 is out of range",
+            "more than 0, at most 10",
+        ),
+        (
+            model("params: {frequency_penalty: 2.5}"),
+            "frequency_penalty: 2.5 is out of range",
+            "-2..2",
+        ),
         (model("params: {presence_penalty: -3}"), "presence_penalty: -3 is out of range", "-2..2"),
         (model("params: {max_new_tokens: 0}"), "max_new_tokens: 0 is out of range", "1..131072"),
-        (model("prompts: {a: {files: a, params: {top_k: -1}}}"), "top_k: -1 is out of range", "0..100000"),
+        (
+            model("prompts: {a: {files: a, params: {top_k: -1}}}"),
+            "top_k: -1 is out of range",
+            "0..100000",
+        ),
         (model("idle_unload_s: 0.5"), "idle_unload_s: 0.5 is out of range", "1..31536000"),
         (MINIMAL + "engine: {threads: 257}", "threads: 257 is out of range", "0..256"),
         (MINIMAL + "cache: {min_tokens: -1}", "min_tokens: -1 is out of range", "0..1048576"),
-        (MINIMAL + "cache: {max_bytes: 1 KiB}", "max_bytes: '1 KiB' is out of range", "1 MiB to 1 EiB"),
+        (
+            MINIMAL + "cache: {max_bytes: 1 KiB}",
+            "max_bytes: '1 KiB' is out of range",
+            "1 MiB to 1 EiB",
+        ),
         (MINIMAL + "cache: {max_bytes: 0}", "max_bytes: 0 is out of range", "1 MiB to 1 EiB"),
-        (MINIMAL + f"cache: {{max_bytes: {1 << 61}}}", f"max_bytes: {1 << 61} is out of range", "1 MiB to 1 EiB"),
+        (
+            MINIMAL + f"cache: {{max_bytes: {1 << 61}}}",
+            f"max_bytes: {1 << 61} is out of range",
+            "1 MiB to 1 EiB",
+        ),
     ],
 )
 def test_out_of_range(text: str, message: str, hint: str) -> None:
@@ -417,8 +494,14 @@ def test_out_of_range(text: str, message: str, hint: str) -> None:
         (model("prompts: {a: {files: 5}}"), "files: expected a path or a list of paths, got 5"),
         (model("prompts: {a: {files: [b, 5]}}"), "files: expected a path, got 5"),
         (model("prompts: {a: {files: [5]}}"), "files: expected a path, got 5"),
-        (model("prompts: {a: {files: a, description: [x]}}"), "description: expected text, got a list"),
-        (model("prompts_from: {a: b}"), "prompts_from: expected a path or a list of paths, got a mapping"),
+        (
+            model("prompts: {a: {files: a, description: [x]}}"),
+            "description: expected text, got a list",
+        ),
+        (
+            model("prompts_from: {a: b}"),
+            "prompts_from: expected a path or a list of paths, got a mapping",
+        ),
         (model("thinking: yes"), "thinking: expected true or false, got 'yes'"),
         (model("bos_token: 1"), "bos_token: expected text, got 1"),
         (model("chat_template: []"), "chat_template: expected text, got a list"),
@@ -426,7 +509,10 @@ def test_out_of_range(text: str, message: str, hint: str) -> None:
         (MINIMAL + "cache: {max_bytes: 1.5}", "max_bytes: expected a size, got 1.5"),
         (MINIMAL + "cache: {max_bytes: true}", "max_bytes: expected a size, got true"),
         (MINIMAL + "cache: {max_bytes: -5}", "max_bytes: expected a size, got -5"),
-        (MINIMAL + "cache: {max_bytes: 2 GiB or so}", "max_bytes: expected a size, got '2 GiB or so'"),
+        (
+            MINIMAL + "cache: {max_bytes: 2 GiB or so}",
+            "max_bytes: expected a size, got '2 GiB or so'",
+        ),
         (MINIMAL + "cache: {max_bytes: 2 GiX}", "max_bytes: unknown unit in '2 GiX'"),
         (MINIMAL + "engine: fast", "engine: expected a mapping, got 'fast'"),
         (MINIMAL + "cache:", "cache: expected a mapping, got nothing"),
@@ -450,7 +536,10 @@ def test_wrong_types(text: str, message: str) -> None:
         ("npu: 5", "its keys are enabled_cpus, embed_flash, base_domain_id, n_keep, ignore_eos"),
         ("prompts: {a: [b.md, c.md]}", "write `a: {files: [b.md, c.md]}`"),
         ("prompts: {a: [b, c, d, e]}", "write `a: {files: [b, c, d, ...]}`"),
-        ("chat_template: chatlm", "did you mean 'chatml'? known are chatml, llama3, gemma, deepseek, phi"),
+        (
+            "chat_template: chatlm",
+            "did you mean 'chatml'? known are chatml, llama3, gemma, deepseek, phi",
+        ),
     ],
 )
 def test_a_wrong_value_is_told_with_what_is_allowed(key: str, hint: str) -> None:
@@ -492,7 +581,10 @@ def test_the_answer_must_fit_the_context(context: int) -> None:
     """max_new_tokens is less than max_context_len, also when it is the default."""
     item = problem(model("params:", f"  max_context_len: {context}"))
     assert item.line == 5
-    assert item.message == f"max_new_tokens is 512, but must be less than the model's max_context_len, {context}"
+    assert (
+        item.message
+        == f"max_new_tokens is 512, but must be less than the model's max_context_len, {context}"
+    )
 
 
 def test_the_answers_of_prompts_must_fit_the_context() -> None:
@@ -507,7 +599,9 @@ def test_the_answers_of_prompts_must_fit_the_context() -> None:
 
 def test_the_context_is_the_models() -> None:
     """A prompt cannot have its own length of context, and is told where that belongs."""
-    item = problem(model("prompts:", "  a:", "    files: a", "    params:", "      max_context_len: 1024"))
+    item = problem(
+        model("prompts:", "  a:", "    files: a", "    params:", "      max_context_len: 1024")
+    )
     assert (item.line, item.message) == (9, "max_context_len is set per model, got 1024")
     assert item.hint == "move it to the model's params"
 
@@ -521,13 +615,15 @@ def test_duplicate_names() -> None:
 def test_duplicate_in_an_aliased_value_is_one_problem() -> None:
     """A problem inside an anchored value is reported once, however often the value is used."""
     item = problem(
-        model("params: &p {top_k: 1, top_k: 2}") + "  n: {path: n, params: *p}\n  o: {path: o, params: *p}\n"
+        model("params: &p {top_k: 1, top_k: 2}")
+        + "  n: {path: n, params: *p}\n  o: {path: o, params: *p}\n"
     )
     assert item.line == 5
 
 
 @pytest.mark.parametrize(
-    "name", ["Qwen", "-a", ".a", "a/b", "a b", "ä", "a" * 65, '""', '"a\\n"', '"../x"', "[key]", '"a\\0"']
+    "name",
+    ["Qwen", "-a", ".a", "a/b", "a b", "ä", "a" * 65, '""', '"a\\n"', '"../x"', "[key]", '"a\\0"'],
 )
 def test_bad_names(name: str) -> None:
     """A name that could not be a file name is refused, for models and for prompts."""
@@ -552,7 +648,13 @@ def test_a_bad_name_suggests_a_good_one() -> None:
 
 @pytest.mark.parametrize(
     ("key", "what"),
-    [("7", "a number"), ("1.5", "a number"), ("true", "a YAML boolean"), ("False", "a YAML boolean"), ("~", "null")],
+    [
+        ("7", "a number"),
+        ("1.5", "a number"),
+        ("true", "a YAML boolean"),
+        ("False", "a YAML boolean"),
+        ("~", "null"),
+    ],
 )
 def test_keys_that_are_not_text(key: str, what: str) -> None:
     """A name that YAML reads as a number, boolean or null is refused: other programs would read it differently."""
@@ -619,7 +721,9 @@ def test_empty_documents(text: str) -> None:
     }
 
 
-@pytest.mark.parametrize(("text", "what"), [("- a\n", "a list"), ("\n\nhello\n", "'hello'"), ("5", "5")])
+@pytest.mark.parametrize(
+    ("text", "what"), [("- a\n", "a list"), ("\n\nhello\n", "'hello'"), ("5", "5")]
+)
 def test_documents_that_are_no_mapping(text: str, what: str) -> None:
     """A list or a word at the top is one problem, at its line."""
     item = problem(text)
@@ -688,7 +792,9 @@ def test_an_engine_with_a_problem_is_not_known(engine: str) -> None:
     assert not found.engine_known
 
 
-@pytest.mark.parametrize("text", ["version: 1\n", "models: {}\n", "version: 1\nmodels: {m: 5}\n", "a: 1\n"])
+@pytest.mark.parametrize(
+    "text", ["version: 1\n", "models: {}\n", "version: 1\nmodels: {m: 5}\n", "a: 1\n"]
+)
 def test_nothing_may_be_left(text: str) -> None:
     """Without one model there is nothing to look at."""
     found = parse_usable(text, file=FILE)
@@ -731,7 +837,9 @@ def test_tabs() -> None:
     assert (item.line, item.hint) == (3, "indent with spaces, not tabs")
 
 
-@pytest.mark.parametrize("text", ["a: [1", "a: b: c", "'", "*nobody", "&a", "? [", "%YAML 9.9\n---\n", "a: |-5x\n"])
+@pytest.mark.parametrize(
+    "text", ["a: [1", "a: b: c", "'", "*nobody", "&a", "? [", "%YAML 9.9\n---\n", "a: |-5x\n"]
+)
 def test_broken_yaml(text: str) -> None:
     """A syntax error is one problem with a line."""
     assert problem(text).line >= 1
@@ -786,12 +894,23 @@ def test_keys_that_are_no_words(key: str) -> None:
 @pytest.mark.parametrize("digits", [30, 400, 5000])
 def test_huge_numbers(digits: int) -> None:
     """A number beyond any size is a problem of its value."""
-    for where in (model(f"params: {{top_k: {'9' * digits}}}"), model(f"params: {{top_p: {'9' * digits}}}")):
+    for where in (
+        model(f"params: {{top_k: {'9' * digits}}}"),
+        model(f"params: {{top_p: {'9' * digits}}}"),
+    ):
         assert {5} == {item.line for item in problems(where)}
 
 
 @pytest.mark.parametrize(
-    "value", ["!!python/object:os.system {}", "!!binary aGk=", "!!set {a}", "!mine x", "!!int abc", "!!bool maybe"]
+    "value",
+    [
+        "!!python/object:os.system {}",
+        "!!binary aGk=",
+        "!!set {a}",
+        "!mine x",
+        "!!int abc",
+        "!!bool maybe",
+    ],
 )
 def test_tags(value: str) -> None:
     """A tag is never followed to anything but plain data."""
@@ -816,7 +935,11 @@ def sections(schema: Any) -> list[dict[str, Any]]:
     if not isinstance(schema, dict):
         return []
     below = [found for item in schema.values() for found in sections(item)]
-    return [schema, *below] if isinstance(schema.get("properties"), dict) and schema.get("type") == "object" else below
+    return (
+        [schema, *below]
+        if isinstance(schema.get("properties"), dict) and schema.get("type") == "object"
+        else below
+    )
 
 
 def test_schema() -> None:
@@ -825,9 +948,14 @@ def test_schema() -> None:
     assert schema["$schema"] == "https://json-schema.org/draft/2020-12/schema"
     assert list(schema["properties"]) == ["version", "engine", "cache", "serving", "models"]
     found = sections(schema)
-    assert {"Manifest", "EngineConfig", "CacheConfig", "ModelConfig", "ModelParams", "SamplingParams"} <= {
-        section["title"] for section in found
-    }
+    assert {
+        "Manifest",
+        "EngineConfig",
+        "CacheConfig",
+        "ModelConfig",
+        "ModelParams",
+        "SamplingParams",
+    } <= {section["title"] for section in found}
     assert all(section["additionalProperties"] is False for section in found)
 
 
@@ -845,7 +973,15 @@ def test_prompts_have_a_short_form_in_the_schema() -> None:
 
 # --- whatever is thrown at it ---
 
-YAML_LINES = ("version: 1\n", "models:\n", "  m:\n", "    path: x\n", "    prompts:\n", "      a: b\n", "    params:\n")
+YAML_LINES = (
+    "version: 1\n",
+    "models:\n",
+    "  m:\n",
+    "    path: x\n",
+    "    prompts:\n",
+    "      a: b\n",
+    "    params:\n",
+)
 YAML_WORDS = (
     "<<:",
     "&a",
@@ -942,7 +1078,9 @@ WORDS = st.sampled_from(
 )
 TREES = st.recursive(
     LEAVES,
-    lambda below: st.lists(below, max_size=3) | st.dictionaries(WORDS | st.integers(), below, max_size=5),
+    lambda below: (
+        st.lists(below, max_size=3) | st.dictionaries(WORDS | st.integers(), below, max_size=5)
+    ),
     max_leaves=20,
 )
 
@@ -951,7 +1089,12 @@ TREES = st.recursive(
 @given(TREES, TREES, TREES, TREES)
 def test_any_data_parses_or_has_problems(engine: Any, params: Any, prompts: Any, rest: Any) -> None:
     """Valid YAML of any shape, put where a section is due, has problems and never a traceback."""
-    model = {"path": "m", "params": params, "prompts": prompts, **(rest if isinstance(rest, dict) else {"x": rest})}
+    model = {
+        "path": "m",
+        "params": params,
+        "prompts": prompts,
+        **(rest if isinstance(rest, dict) else {"x": rest}),
+    }
     data = {
         "version": 1,
         "engine": engine,

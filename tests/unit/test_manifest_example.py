@@ -1,8 +1,8 @@
 """The example manifest documents every key there is, with what it accepts and its default.
 
-The convention: right above a key stands a comment block whose first line is `# key: bounds, default value` or
-`# key: bounds, required`. That line is computed here from the JSON schema, so a new key, bound or default that the
-example does not tell fails a test.
+The convention: right above a key stands a comment block whose first line is `# key: bounds, default
+value` or `# key: bounds, required`. That line is computed here from the JSON schema, so a new key,
+bound or default that the example does not tell fails a test.
 """
 
 from __future__ import annotations
@@ -19,7 +19,10 @@ from rkcached.sources.manifest import Manifest, json_schema, parse
 EXAMPLE = Path(__file__).parents[2] / "etc" / "rkcached" / "manifest.example.yaml"
 TEXT = EXAMPLE.read_text(encoding="utf-8")
 SCHEMA = json_schema()
-INSTANCES = {"models": "qwen3-0.6b", "prompts": "coding_rules"}  # where the example shows every key of a named thing
+INSTANCES = {
+    "models": "qwen3-0.6b",
+    "prompts": "coding_rules",
+}  # where the example shows every key of a named thing
 ELSEWHERE = {
     "embedding": "qwen3-embedding-0.6b",
     "pooling": "qwen3-embedding-0.6b",
@@ -88,17 +91,23 @@ def default(steps: tuple[str, ...], schema: dict[str, Any], *, required: bool) -
             return f"default {json.dumps(value)}"
 
 
-def documented(schema: dict[str, Any], steps: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], str]]:
+def documented(
+    schema: dict[str, Any], steps: tuple[str, ...] = ()
+) -> Iterator[tuple[tuple[str, ...], str]]:
     """Every key that the schema knows, as the way to it in the example, and the line that must stand above it."""
     for option in alternatives(schema):
         for key, child in option.get("properties", {}).items():
             here = (
-                (*steps[:-1], ELSEWHERE[key], key) if steps[:1] == ("models",) and key in ELSEWHERE else (*steps, key)
+                (*steps[:-1], ELSEWHERE[key], key)
+                if steps[:1] == ("models",) and key in ELSEWHERE
+                else (*steps, key)
             )
             line = f"# {key}: {bounds(key, child)}, {default(here, child, required=key in option.get('required', []))}"
             yield here, line
             yield from documented(child, here)
-        named = option.get("patternProperties", {}) if steps else {}  # at the top: keys of the administrator's own
+        named = (
+            option.get("patternProperties", {}) if steps else {}
+        )  # at the top: keys of the administrator's own
         for child in named.values():
             yield from documented(child, (*steps, INSTANCES[steps[-1]]))
 
@@ -114,7 +123,10 @@ def example() -> Manifest:
 def test_the_example_parses(example: Manifest) -> None:
     """The shipped example is a manifest without problems."""
     assert list(example.models) == ["qwen3-0.6b", "qwen3-embedding-0.6b", "smollm2-135m"]
-    assert example.models["qwen3-0.6b"].prompts["system"].files[0] == EXAMPLE.parent / "prompts" / "system.md"
+    assert (
+        example.models["qwen3-0.6b"].prompts["system"].files[0]
+        == EXAMPLE.parent / "prompts" / "system.md"
+    )
 
 
 def test_the_walk_finds_the_keys() -> None:
@@ -136,7 +148,9 @@ def test_each_key_is_documented(example: Manifest, steps: tuple[str, ...]) -> No
     """Each key is in the example, and its comment begins with its bounds and default as the schema has them."""
     number = example.line_of(*steps)
     lines = TEXT.splitlines()
-    assert lines[number - 1].strip().startswith(f"{steps[-1]}:"), f"{'.'.join(steps)} is not in the example"
+    assert lines[number - 1].strip().startswith(f"{steps[-1]}:"), (
+        f"{'.'.join(steps)} is not in the example"
+    )
     first = number - 1
     while lines[first - 1].strip().startswith("#"):
         first -= 1

@@ -35,7 +35,9 @@ def words(page: str) -> str:
 def section(command: str) -> str:
     """What the page says of one command."""
     listed = words(COMMAND_PAGE).partition("\n.Sh COMMANDS\n")[2].partition("\n.Sh ")[0]
-    found = re.search(rf"^\.It Cm {re.escape(command)}\b.*?(?=^\.It Cm |\Z)", listed, re.DOTALL | re.MULTILINE)
+    found = re.search(
+        rf"^\.It Cm {re.escape(command)}\b.*?(?=^\.It Cm |\Z)", listed, re.DOTALL | re.MULTILINE
+    )
     assert found, f"rkcached(1) does not tell of {command}"
     return found[0]
 
@@ -65,21 +67,30 @@ def test_the_manual_has_each_command_and_option(name: str) -> None:
     told = section(name)
     for parameter in cli.commands[name].params:
         for option in parameter.opts if isinstance(parameter, click.Option) else ():
-            assert re.search(rf"^\.It .*Fl {re.escape(option.removeprefix('-'))}\b", told, re.MULTILINE), option
+            assert re.search(
+                rf"^\.It .*Fl {re.escape(option.removeprefix('-'))}\b", told, re.MULTILINE
+            ), option
 
 
 def test_the_manual_has_no_command_of_the_past() -> None:
     """rkcached(1) names no command and no option that the program does not have."""
     told = words(COMMAND_PAGE).partition("\n.Sh COMMANDS\n")[2].partition("\n.Sh ")[0]
     assert list(cli.commands) == re.findall(r"^\.It Cm ([\w-]+)", told, re.MULTILINE)
-    known = {option for command in cli.commands.values() for parameter in command.params for option in parameter.opts}
+    known = {
+        option
+        for command in cli.commands.values()
+        for parameter in command.params
+        for option in parameter.opts
+    }
     known |= set(cli.context_settings["help_option_names"])
     assert {f"-{option}" for option in re.findall(r"\bFl (-?[\w-]+)", told)} <= known
 
 
 def test_the_manual_has_each_key() -> None:
     """rkcached-manifest(5) names the keys of the JSON schema, no more and no less."""
-    assert sorted(set(keys(SCHEMA))) == sorted(re.findall(r"^\.It Ic (\S+)", MANIFEST_PAGE, re.MULTILINE))
+    assert sorted(set(keys(SCHEMA))) == sorted(
+        re.findall(r"^\.It Ic (\S+)", MANIFEST_PAGE, re.MULTILINE)
+    )
 
 
 def test_the_manual_has_each_exit_code() -> None:
@@ -99,18 +110,25 @@ def test_each_setting_is_documented(name: str) -> None:
     """Each RKCACHED_* variable is in rkcached(1) and, with its default, in etc/default/rkcached."""
     variable = f"RKCACHED_{name.upper()}"
     assert f".It Ev {variable}\n" in COMMAND_PAGE
-    assert re.search(rf"^#{variable}=\S+$", (ROOT / "etc/default/rkcached").read_text(), re.MULTILINE)
+    assert re.search(
+        rf"^#{variable}=\S+$", (ROOT / "etc/default/rkcached").read_text(), re.MULTILINE
+    )
 
 
 @pytest.mark.parametrize("page", ["rkcached.1", "rkcached-manifest.5"])
 def test_the_manual_is_well_formed(page: str) -> None:
     """Neither groff nor mandoc, whichever there is, has anything to warn of."""
-    commands = {"groff": ["groff", "-mandoc", "-ww", "-Tutf8", "-z"], "mandoc": ["mandoc", "-Tlint", "-Wwarning"]}
+    commands = {
+        "groff": ["groff", "-mandoc", "-ww", "-Tutf8", "-z"],
+        "mandoc": ["mandoc", "-Tlint", "-Wwarning"],
+    }
     here = [command for name, command in commands.items() if shutil.which(name)]
     if not here:
         pytest.skip("needs groff or mandoc")
     for command in here:
-        done = subprocess.run([*command, str(ROOT / "man" / page)], capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            [*command, str(ROOT / "man" / page)], capture_output=True, text=True, check=False
+        )
         assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
@@ -139,7 +157,11 @@ def completed(script: str, shell: str, path: str) -> list[str]:
         pytest.skip(f"needs {shell}")
     arguments = [program, "--no-config"] if shell == "fish" else [program]
     done = subprocess.run(
-        [*arguments, "-c", script], capture_output=True, text=True, check=True, env=os.environ | {"PATH": path}
+        [*arguments, "-c", script],
+        capture_output=True,
+        text=True,
+        check=True,
+        env=os.environ | {"PATH": path},
     )
     assert done.stderr == ""
     return [line.partition("\t")[0] for line in done.stdout.split()]
@@ -149,7 +171,10 @@ def test_completion_in_bash(path_with_rkcached: str) -> None:
     """`rkcached pl` becomes plan and `rkcached plan --ex` becomes --exit-code."""
     script = f"source {ROOT}/completions/rkcached.bash\n"
     script += "COMP_WORDS=({0}) COMP_CWORD={1}; _rkcached_completion rkcached; printf '%s\\n' \"${{COMPREPLY[@]}}\""
-    for line, word, expected in (("rkcached pl", 1, ["plan"]), ("rkcached plan --ex", 2, ["--exit-code"])):
+    for line, word, expected in (
+        ("rkcached pl", 1, ["plan"]),
+        ("rkcached plan --ex", 2, ["--exit-code"]),
+    ):
         assert expected == completed(script.format(line, word), "bash", path_with_rkcached)
 
 

@@ -81,10 +81,15 @@ def test_expected_text_tells_every_answer(
     tmp_path_factory: pytest.TempPathFactory, prompt: str, sampling: Sampling
 ) -> None:
     """For any prompt and sampling, from a cold state, and again from whatever the first run left."""
-    path = write_model(tmp_path_factory.getbasetemp(), MemoryModel(context_tokens=256), "expected.json")
+    path = write_model(
+        tmp_path_factory.getbasetemp(), MemoryModel(context_tokens=256), "expected.json"
+    )
     engine = MemoryEngine(spec(path))
     expected = expected_text(path.read_bytes(), prompt, sampling)
-    assert [expected, expected] == [run(engine, prompt, sampling)[0], run(engine, prompt, sampling)[0]]
+    assert [expected, expected] == [
+        run(engine, prompt, sampling)[0],
+        run(engine, prompt, sampling)[0],
+    ]
     assert not any(stop in expected for stop in sampling.stop if stop)
 
 
@@ -105,24 +110,32 @@ def test_the_answer_depends_on_all_that_should_matter(tmp_path: Path) -> None:
     assert texts[0] == expected_text(model, "a", msgspec.structs.replace(SAMPLING, seed=7))
 
 
-def test_the_answer_from_a_loaded_cache_is_the_right_one(open_engine: OpenEngine, tmp_path: Path) -> None:
+def test_the_answer_from_a_loaded_cache_is_the_right_one(
+    open_engine: OpenEngine, tmp_path: Path
+) -> None:
     """Only the question is prefilled, and the text is that of a cold run."""
     open_engine().prefill(SYSTEM, save_to=tmp_path / "a.bin")
     engine = open_engine()
     engine.load(tmp_path / "a.bin")
     text, stats = run(engine, SYSTEM + QUESTION)
-    assert expected_text((tmp_path / "model.json").read_bytes(), SYSTEM + QUESTION, SAMPLING) == text
+    assert (
+        expected_text((tmp_path / "model.json").read_bytes(), SYSTEM + QUESTION, SAMPLING) == text
+    )
     assert len(QUESTION.encode()) == stats.prefill_tokens
 
 
-def test_a_cache_of_another_model_shows_in_the_answer(open_engine: OpenEngine, tmp_path: Path) -> None:
+def test_a_cache_of_another_model_shows_in_the_answer(
+    open_engine: OpenEngine, tmp_path: Path
+) -> None:
     """Its tokens match, its positions do not: the text is wrong, as it would be with a real KV cache."""
     open_engine(MemoryModel(seed="other")).prefill(SYSTEM, save_to=tmp_path / "foreign.bin")
     engine = open_engine(MemoryModel(seed="mine"))
     engine.load(tmp_path / "foreign.bin")
     text, stats = run(engine, SYSTEM + QUESTION)
     assert len(SYSTEM.encode()) == stats.cached_tokens
-    assert expected_text((tmp_path / "model.json").read_bytes(), SYSTEM + QUESTION, SAMPLING) != text
+    assert (
+        expected_text((tmp_path / "model.json").read_bytes(), SYSTEM + QUESTION, SAMPLING) != text
+    )
 
 
 def test_a_changed_position_shows_in_the_answer(open_engine: OpenEngine, tmp_path: Path) -> None:
@@ -134,13 +147,21 @@ def test_a_changed_position_shows_in_the_answer(open_engine: OpenEngine, tmp_pat
     data[-1] ^= 1
     path.write_bytes(data)
     engine.load(path)
-    assert expected_text((tmp_path / "model.json").read_bytes(), SYSTEM, SAMPLING) != run(engine, SYSTEM + QUESTION)[0]
+    assert (
+        expected_text((tmp_path / "model.json").read_bytes(), SYSTEM, SAMPLING)
+        != run(engine, SYSTEM + QUESTION)[0]
+    )
     assert run(open_engine(), SYSTEM + QUESTION)[0] != run(engine, SYSTEM + QUESTION)[0]
 
 
 @pytest.mark.parametrize(
     "damage",
-    [lambda data: data[:-1], lambda data: data[:10], lambda data: data + b"x", lambda data: b"X" + data[1:]],
+    [
+        lambda data: data[:-1],
+        lambda data: data[:10],
+        lambda data: data + b"x",
+        lambda data: b"X" + data[1:],
+    ],
     ids=["truncated", "header-only", "longer", "bad-magic"],
 )
 def test_a_damaged_file_is_refused_and_clears_the_state(
@@ -163,11 +184,15 @@ def test_a_model_file_may_be_written_by_hand(tmp_path: Path) -> None:
     path = tmp_path / "hand.json"
     path.write_text('{"rkcached_memory_model": 1, "context_tokens": 100}')
     assert path.read_bytes().startswith(MODEL_MAGIC)
-    contexts = [MemoryEngine(spec(path, context_tokens=asked)).info.context_tokens for asked in (0, 50, 500)]
+    contexts = [
+        MemoryEngine(spec(path, context_tokens=asked)).info.context_tokens for asked in (0, 50, 500)
+    ]
     assert contexts == [100, 50, 100]
 
 
-@pytest.mark.parametrize("content", ['{"rkcached_memory_model": 2}', '{"rkcached_memory_model": 1, "faluts": []}'])
+@pytest.mark.parametrize(
+    "content", ['{"rkcached_memory_model": 2}', '{"rkcached_memory_model": 1, "faluts": []}']
+)
 def test_a_model_file_with_a_mistake_is_refused(tmp_path: Path, content: str) -> None:
     """A wrong version or a misspelt key is named."""
     path = tmp_path / "wrong.json"
@@ -176,7 +201,9 @@ def test_a_model_file_with_a_mistake_is_refused(tmp_path: Path, content: str) ->
         MemoryEngine(spec(path))
 
 
-def test_a_model_that_cannot_save_is_uncacheable_but_answers(open_engine: OpenEngine, tmp_path: Path) -> None:
+def test_a_model_that_cannot_save_is_uncacheable_but_answers(
+    open_engine: OpenEngine, tmp_path: Path
+) -> None:
     """Prefill says that it is of no use; generate works."""
     engine = open_engine(MemoryModel(can_save=False))
     with pytest.raises(Uncacheable):
@@ -188,7 +215,9 @@ def test_a_model_that_cannot_save_is_uncacheable_but_answers(open_engine: OpenEn
 def test_delays_take_the_time_that_the_model_orders(open_engine: OpenEngine) -> None:
     """Loading, prefill and decode each last at least as long as asked."""
     started = time.monotonic()
-    engine = open_engine(MemoryModel(load_ms=30, prefill_us_per_token=1000, decode_us_per_token=2000))
+    engine = open_engine(
+        MemoryModel(load_ms=30, prefill_us_per_token=1000, decode_us_per_token=2000)
+    )
     load_ms = (time.monotonic() - started) * 1000
     _, stats = run(engine, "x" * 30, Sampling(max_new_tokens=10))
     assert load_ms >= 30
@@ -212,7 +241,9 @@ def test_what_an_aborted_prefill_has_read_serves_the_next_run(open_engine: OpenE
 
 
 @pytest.mark.parametrize("op", ["prefill", "save", "load", "generate", "close"])
-def test_an_ordered_error_is_raised_once_at_its_place(open_engine: OpenEngine, tmp_path: Path, op: str) -> None:
+def test_an_ordered_error_is_raised_once_at_its_place(
+    open_engine: OpenEngine, tmp_path: Path, op: str
+) -> None:
     """The second call fails, the first and the third do not."""
     fault = msgspec.convert({"op": op, "kind": "error", "at": 2 if op != "close" else 1}, Fault)
     engine = open_engine(MemoryModel(faults=(fault,)))
@@ -233,7 +264,9 @@ def test_an_ordered_error_is_raised_once_at_its_place(open_engine: OpenEngine, t
     calls[op]()
 
 
-def test_an_error_amid_an_answer_leaves_the_engine_usable(open_engine: OpenEngine, tmp_path: Path) -> None:
+def test_an_error_amid_an_answer_leaves_the_engine_usable(
+    open_engine: OpenEngine, tmp_path: Path
+) -> None:
     """The pieces before it were delivered; the next answer is right."""
     engine = open_engine(MemoryModel(faults=(Fault(op="generate", kind="error", at=5),)))
     pieces: list[Token] = []
@@ -245,7 +278,10 @@ def test_an_error_amid_an_answer_leaves_the_engine_usable(open_engine: OpenEngin
     with pytest.raises(EngineError, match="generate 5"):
         engine.generate(SYSTEM, SAMPLING, collect)
     assert 0 < len(pieces) < 5
-    assert expected_text((tmp_path / "model.json").read_bytes(), SYSTEM, SAMPLING) == run(engine, SYSTEM)[0]
+    assert (
+        expected_text((tmp_path / "model.json").read_bytes(), SYSTEM, SAMPLING)
+        == run(engine, SYSTEM)[0]
+    )
 
 
 def test_an_ordered_error_at_init_fails_the_load(open_engine: OpenEngine) -> None:
@@ -254,7 +290,9 @@ def test_an_ordered_error_at_init_fails_the_load(open_engine: OpenEngine) -> Non
         open_engine(MemoryModel(faults=(Fault(op="init", kind="error"),)))
 
 
-def test_garbage_on_stdout_goes_to_the_descriptor(open_engine: OpenEngine, capfd: pytest.CaptureFixture[str]) -> None:
+def test_garbage_on_stdout_goes_to_the_descriptor(
+    open_engine: OpenEngine, capfd: pytest.CaptureFixture[str]
+) -> None:
     """As native libraries write it, past sys.stdout; the run goes on."""
     engine = open_engine(MemoryModel(faults=(Fault(op="generate", kind="garbage_stdout", at=2),)))
     assert run(engine, SYSTEM)[0]
@@ -262,9 +300,12 @@ def test_garbage_on_stdout_goes_to_the_descriptor(open_engine: OpenEngine, capfd
 
 
 @pytest.mark.parametrize(
-    ("kind", "code"), [("segfault", -signal.SIGSEGV), ("abort", -signal.SIGABRT), ("exit", 3), ("hang", None)]
+    ("kind", "code"),
+    [("segfault", -signal.SIGSEGV), ("abort", -signal.SIGABRT), ("exit", 3), ("hang", None)],
 )
-def test_a_crash_really_ends_or_hangs_the_process(tmp_path: Path, kind: str, code: int | None) -> None:
+def test_a_crash_really_ends_or_hangs_the_process(
+    tmp_path: Path, kind: str, code: int | None
+) -> None:
     """After the first pieces of an answer, as a native library would do it."""
     fault = msgspec.convert({"op": "generate", "kind": kind, "at": 6}, Fault)
     model = write_model(tmp_path, MemoryModel(faults=(fault,)))

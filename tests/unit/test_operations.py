@@ -11,7 +11,14 @@ import pytest
 
 from rkcached.engines.base import FinishReason, ModelSpec, OnProgress, RunStats, Sampling
 from rkcached.engines.memory import MemoryEngine, MemoryModel, expected_text
-from rkcached.errors import Aborted, ArtifactLoadError, ContextExceeded, PromptTooShort, Uncacheable, VerifyFailed
+from rkcached.errors import (
+    Aborted,
+    ArtifactLoadError,
+    ContextExceeded,
+    PromptTooShort,
+    Uncacheable,
+    VerifyFailed,
+)
 from rkcached.host.digests import signature_of
 from rkcached.worker import protocol
 from rkcached.worker.operations import Session
@@ -40,7 +47,9 @@ class Counting(MemoryEngine):
 class Forgetful(MemoryEngine):
     """Reports a successful prefill and writes no file, as a runtime does for a model that cannot save."""
 
-    def prefill(self, prompt: str, *, save_to: Path, on_progress: OnProgress | None = None) -> RunStats:
+    def prefill(
+        self, prompt: str, *, save_to: Path, on_progress: OnProgress | None = None
+    ) -> RunStats:
         stats = super().prefill(prompt, save_to=save_to, on_progress=on_progress)
         save_to.unlink()
         return stats
@@ -49,7 +58,9 @@ class Forgetful(MemoryEngine):
 class Empty(MemoryEngine):
     """Writes an empty file."""
 
-    def prefill(self, prompt: str, *, save_to: Path, on_progress: OnProgress | None = None) -> RunStats:
+    def prefill(
+        self, prompt: str, *, save_to: Path, on_progress: OnProgress | None = None
+    ) -> RunStats:
         stats = super().prefill(prompt, save_to=save_to, on_progress=on_progress)
         save_to.write_bytes(b"")
         return stats
@@ -58,7 +69,9 @@ class Empty(MemoryEngine):
 class Wrong(MemoryEngine):
     """Saves the right tokens with a wrong state, which only the answer shows."""
 
-    def prefill(self, prompt: str, *, save_to: Path, on_progress: OnProgress | None = None) -> RunStats:
+    def prefill(
+        self, prompt: str, *, save_to: Path, on_progress: OnProgress | None = None
+    ) -> RunStats:
         stats = super().prefill(prompt, save_to=save_to, on_progress=on_progress)
         data = bytearray(save_to.read_bytes())
         data[-1] ^= 1
@@ -85,20 +98,34 @@ class Bench:
         self.stop = False
         self.next_id = 0
 
-    def session(self, cls: type[EngineType], model: MemoryModel | None = None) -> tuple[Session, EngineType]:
+    def session(
+        self, cls: type[EngineType], model: MemoryModel | None = None
+    ) -> tuple[Session, EngineType]:
         self.model.write_bytes(msgspec.json.encode(model or MemoryModel()))
-        engine = cls(ModelSpec(path=str(self.model), context_tokens=0, scratch_dir=str(self.model.parent)))
+        engine = cls(
+            ModelSpec(path=str(self.model), context_tokens=0, scratch_dir=str(self.model.parent))
+        )
         return Session(engine), engine
 
     def emit(self, event: protocol.FromWorker) -> None:
         self.events.append(event)
 
     def build(
-        self, session: Session, *, verify: VerifyMode = VerifyMode.EXACT, prefix: str = PREFIX, min_tokens: int = 0
+        self,
+        session: Session,
+        *,
+        verify: VerifyMode = VerifyMode.EXACT,
+        prefix: str = PREFIX,
+        min_tokens: int = 0,
     ) -> protocol.Built:
         self.next_id += 1
         operation = protocol.Build(
-            id=self.next_id, prefix=prefix, probe=PROBE, path=str(self.path), verify=verify, min_tokens=min_tokens
+            id=self.next_id,
+            prefix=prefix,
+            probe=PROBE,
+            path=str(self.path),
+            verify=verify,
+            min_tokens=min_tokens,
         )
         return session.build(operation, self.emit, lambda: self.stop)
 
@@ -107,18 +134,31 @@ class Bench:
         path = self.model.parent / f"{name}.cache"
         _, engine = self.session(MemoryEngine)
         engine.prefill(prefix, save_to=path)
-        return protocol.CacheFile(path=str(path), signature=signature_of(path.stat()), fingerprint=name)
+        return protocol.CacheFile(
+            path=str(path), signature=signature_of(path.stat()), fingerprint=name
+        )
 
     def generate(
-        self, session: Session, cache: protocol.CacheFile | None = None, *, prompt: str = REQUEST, cold: bool = False
+        self,
+        session: Session,
+        cache: protocol.CacheFile | None = None,
+        *,
+        prompt: str = REQUEST,
+        cold: bool = False,
     ) -> tuple[str, RunStats]:
         self.next_id += 1
         self.events.clear()
-        operation = protocol.Generate(id=self.next_id, prompt=prompt, sampling=SAMPLING, cache=cache, cold=cold)
+        operation = protocol.Generate(
+            id=self.next_id, prompt=prompt, sampling=SAMPLING, cache=cache, cold=cold
+        )
         done = session.generate(operation, self.emit, lambda: self.stop)
         assert done.id == self.next_id
-        assert {event.id for event in self.events if not isinstance(event, protocol.Ready)} <= {self.next_id}
-        return "".join(event.text for event in self.events if isinstance(event, protocol.Piece)), done.stats
+        assert {event.id for event in self.events if not isinstance(event, protocol.Ready)} <= {
+            self.next_id
+        }
+        return "".join(
+            event.text for event in self.events if isinstance(event, protocol.Piece)
+        ), done.stats
 
     @property
     def loaded(self) -> list[protocol.Loaded]:
@@ -137,7 +177,9 @@ def bench(tmp_path: Path) -> Bench:
 
 
 @pytest.mark.parametrize("verify", VerifyMode)
-def test_a_build_leaves_a_file_that_helps_and_reports_what_it_cost(bench: Bench, verify: VerifyMode) -> None:
+def test_a_build_leaves_a_file_that_helps_and_reports_what_it_cost(
+    bench: Bench, verify: VerifyMode
+) -> None:
     """Its figures are those of the proof that was asked for; progress ends with all tokens."""
     session, engine = bench.session(Counting, MemoryModel(prefill_us_per_token=20))
     built = bench.build(session, verify=verify)
@@ -159,7 +201,9 @@ def test_a_wrong_state_is_not_published(bench: Bench) -> None:
 
 
 @pytest.mark.parametrize("verify", [VerifyMode.HIT, VerifyMode.EXACT])
-def test_a_file_that_loads_and_does_not_help_is_not_published(bench: Bench, verify: VerifyMode) -> None:
+def test_a_file_that_loads_and_does_not_help_is_not_published(
+    bench: Bench, verify: VerifyMode
+) -> None:
     """No success code is believed."""
     session, _ = bench.session(Useless)
     with pytest.raises(VerifyFailed, match=f"0 of {TOKENS} tokens"):
@@ -185,7 +229,9 @@ def test_a_prompt_below_min_tokens_is_not_prefilled(bench: Bench) -> None:
 
 
 @pytest.mark.parametrize("context_tokens", [TOKENS - 1, TOKENS])
-def test_a_prompt_that_leaves_no_room_for_an_answer_is_too_long(bench: Bench, context_tokens: int) -> None:
+def test_a_prompt_that_leaves_no_room_for_an_answer_is_too_long(
+    bench: Bench, context_tokens: int
+) -> None:
     """Both numbers are told."""
     session, _ = bench.session(MemoryEngine, MemoryModel(context_tokens=context_tokens))
     with pytest.raises(ContextExceeded) as caught:
@@ -237,7 +283,9 @@ def test_a_cache_that_is_in_memory_is_not_loaded_again(bench: Bench) -> None:
 
 
 @pytest.mark.parametrize("between", ["build", "no-cache", "check"])
-def test_whatever_replaces_the_state_makes_the_next_request_load(bench: Bench, between: str) -> None:
+def test_whatever_replaces_the_state_makes_the_next_request_load(
+    bench: Bench, between: str
+) -> None:
     """A build, a request without a cache or a check leave another state in memory."""
     cache = bench.built_cache()
     session, engine = bench.session(Counting)
@@ -248,7 +296,9 @@ def test_whatever_replaces_the_state_makes_the_next_request_load(bench: Bench, b
         case "no-cache":
             bench.generate(session, None, prompt="Another talk altogether")
         case "check":
-            session.check(protocol.Check(id=9, cache=bench.built_cache("b", "You are ")), bench.emit)
+            session.check(
+                protocol.Check(id=9, cache=bench.built_cache("b", "You are ")), bench.emit
+            )
     loads = engine.loads
     text, stats = bench.generate(session, cache)
     assert (text, engine.loads) == (bench.right_answer(), loads + 1)
@@ -262,7 +312,9 @@ def test_a_load_is_announced_before_the_library_begins(bench: Bench) -> None:
     bench.generate(session, cache)
     assert [type(event) for event in bench.events[:2]] == [protocol.Loading, protocol.Loaded]
     bench.generate(session, cache)
-    assert not [event for event in bench.events if isinstance(event, protocol.Loading | protocol.Loaded)]
+    assert not [
+        event for event in bench.events if isinstance(event, protocol.Loading | protocol.Loaded)
+    ]
 
 
 def test_without_a_cache_the_answer_is_right(bench: Bench) -> None:
@@ -282,7 +334,10 @@ def test_a_cold_request_prefills_everything(bench: Bench) -> None:
 
 
 def test_a_replaced_file_is_not_loaded(bench: Bench) -> None:
-    """It is not the one that was verified. The answer is cold and right, and the file is not blamed."""
+    """It is not the one that was verified.
+
+    The answer is cold and right, and the file is not blamed.
+    """
     cache = bench.built_cache()
     session, engine = bench.session(Counting)
     os.utime(cache.path, ns=(1, 1))
@@ -347,7 +402,9 @@ def test_a_check_tells_the_tokens_of_a_good_file(bench: Bench) -> None:
     """It loads it for real."""
     cache = bench.built_cache()
     session, _ = bench.session(MemoryEngine)
-    assert protocol.Checked(id=4, tokens=TOKENS) == session.check(protocol.Check(id=4, cache=cache), bench.emit)
+    assert protocol.Checked(id=4, tokens=TOKENS) == session.check(
+        protocol.Check(id=4, cache=cache), bench.emit
+    )
 
 
 def test_a_check_refuses_a_damaged_or_replaced_file(bench: Bench) -> None:

@@ -5,7 +5,13 @@ from __future__ import annotations
 from rkcached.host.watch import Writing
 from rkcached.plan.fingerprint import Fingerprint, fingerprint
 from rkcached.plan.planner import Key
-from rkcached.reconcile.patience import LONGEST_RESTLESS_S, LONGEST_WRITING_S, QUIET_S, SILENT_WRITER_S, Patience
+from rkcached.reconcile.patience import (
+    LONGEST_RESTLESS_S,
+    LONGEST_WRITING_S,
+    QUIET_S,
+    SILENT_WRITER_S,
+    Patience,
+)
 
 P, Q = Key("m", "p"), Key("m", "q")
 FIRST, SECOND, THIRD = (fingerprint({"text": number}) for number in range(3))

@@ -64,7 +64,12 @@ class Stored:
 
 
 def artifact(
-    key: Key = KEY, made: Fingerprint = WANTED, *, tokens: int = 100, size_bytes: int = 1000, corrupt: str = ""
+    key: Key = KEY,
+    made: Fingerprint = WANTED,
+    *,
+    tokens: int = 100,
+    size_bytes: int = 1000,
+    corrupt: str = "",
 ) -> Stored:
     return Stored(
         key=key,
@@ -80,7 +85,9 @@ def verdict(kind: VerdictKind, **more: float) -> Verdict:
     return replace(Verdict(fingerprint=WANTED.digest, kind=kind, trouble=TROUBLE), **more)
 
 
-def world(*artifacts: Stored, verdicts: Mapping[Key, Verdict] | None = None, now: float = 0.0) -> Observed:
+def world(
+    *artifacts: Stored, verdicts: Mapping[Key, Verdict] | None = None, now: float = 0.0
+) -> Observed:
     return Observed(artifacts={a.key: a for a in artifacts}, verdicts=verdicts or {}, now=now)
 
 
@@ -135,7 +142,10 @@ def test_a_trouble_that_may_pass_is_looked_at_again() -> None:
     passing = replace(TROUBLE, passing=True)
     found = only(DesiredPrompt(key=KEY, trouble=passing), world(now=100.0))
     assert (
-        Blocked(key=KEY, reason="it did not work", hint="do something", retry_at=100 + PASSING_RETRY_S) == found.action
+        Blocked(
+            key=KEY, reason="it did not work", hint="do something", retry_at=100 + PASSING_RETRY_S
+        )
+        == found.action
     )
 
 
@@ -156,7 +166,9 @@ def test_an_artifact_that_nobody_declares_is_removed() -> None:
 
 def test_orphans_of_a_model_whose_folder_cannot_be_listed_are_kept() -> None:
     """What it declares is not known: an unmounted folder must not cost its prompt caches."""
-    observed = replace(world(artifact(Key("m", "x")), artifact(Key("n", "x"))), unlisted_models=frozenset({"m"}))
+    observed = replace(
+        world(artifact(Key("m", "x")), artifact(Key("n", "x"))), unlisted_models=frozenset({"m"})
+    )
     kept, removed = assess([], observed, NO_LIMITS)
     assert (kept.state, kept.action) == (State.ORPHAN, None)
     assert "kept" in kept.reason
@@ -174,8 +186,12 @@ def test_orphans_of_a_model_whose_folder_cannot_be_listed_are_kept() -> None:
         (VerdictKind.TOO_LONG, State.BLOCKED),
     ],
 )
-@pytest.mark.parametrize("observed", [world(), world(artifact(corrupt="damaged")), world(artifact(made=made_of("x")))])
-def test_a_lasting_verdict_blocks_whatever_else_there_is(kind: VerdictKind, state: State, observed: Observed) -> None:
+@pytest.mark.parametrize(
+    "observed", [world(), world(artifact(corrupt="damaged")), world(artifact(made=made_of("x")))]
+)
+def test_a_lasting_verdict_blocks_whatever_else_there_is(
+    kind: VerdictKind, state: State, observed: Observed
+) -> None:
     """Missing, corrupt or stale: an attempt would end as the last one did, now and later."""
     found = only(desired(), replace(observed, verdicts={KEY: verdict(kind)}, now=1e12))
     assert state is found.state
@@ -193,14 +209,20 @@ def test_a_verdict_on_another_fingerprint_says_nothing(kind: VerdictKind) -> Non
 @pytest.mark.parametrize("kind", VerdictKind)
 def test_a_fresh_artifact_outweighs_any_verdict(kind: VerdictKind) -> None:
     """What is there and good is used."""
-    assert State.FRESH is only(desired(), world(artifact(), verdicts={KEY: verdict(kind, retry_at=1e12)})).state
+    assert (
+        State.FRESH
+        is only(desired(), world(artifact(), verdicts={KEY: verdict(kind, retry_at=1e12)})).state
+    )
 
 
 def test_a_failed_attempt_is_repeated_when_its_time_has_come() -> None:
     """Until then it is blocked, and says until when; at that very second it is due."""
     failed = {KEY: verdict(VerdictKind.FAILED, retry_at=50.0)}
     early = only(desired(), world(verdicts=failed, now=49.9))
-    assert Blocked(key=KEY, reason="it did not work", hint="do something", retry_at=50.0) == early.action
+    assert (
+        Blocked(key=KEY, reason="it did not work", hint="do something", retry_at=50.0)
+        == early.action
+    )
     assert State.MISSING is only(desired(), world(verdicts=failed, now=50.0)).state
 
 
@@ -221,7 +243,10 @@ def test_a_retry_that_a_wrong_clock_put_far_ahead_is_due() -> None:
 
 
 def test_a_prompt_below_min_tokens_is_uncached_until_the_limit_is_lowered() -> None:
-    """No action while it is too short: it is what the owner asked for. Lowered to its length, it is built."""
+    """No action while it is too short: it is what the owner asked for.
+
+    Lowered to its length, it is built.
+    """
     short = {KEY: too_short(WANTED.digest, 9, 10)}
     found = only(desired(), world(verdicts=short), Limits(min_tokens=10))
     assert (found.state, found.action) == (State.UNCACHED, None)
@@ -232,7 +257,10 @@ def test_a_prompt_below_min_tokens_is_uncached_until_the_limit_is_lowered() -> N
 def test_the_reason_of_a_short_prompt_tells_the_present_limit() -> None:
     """Not the one at the time of the attempt."""
     short = {KEY: too_short(WANTED.digest, 9, 10)}
-    assert "cache.min_tokens is 99" in only(desired(), world(verdicts=short), Limits(min_tokens=99)).reason
+    assert (
+        "cache.min_tokens is 99"
+        in only(desired(), world(verdicts=short), Limits(min_tokens=99)).reason
+    )
 
 
 def test_an_artifact_goes_when_min_tokens_is_raised_above_it() -> None:
@@ -248,7 +276,9 @@ def test_the_budget_is_spent_in_manifest_order() -> None:
     """The first two fit exactly; the third goes, the fourth, which is smaller than what is left of nothing, too."""
     keys = [Key("m", name) for name in "dbca"]
     sizes = [600, 400, 1, 1]
-    observed = world(*(artifact(key, size_bytes=size) for key, size in zip(keys, sizes, strict=True)))
+    observed = world(
+        *(artifact(key, size_bytes=size) for key, size in zip(keys, sizes, strict=True))
+    )
     found = assess([desired(key) for key in keys], observed, Limits(max_bytes=1000))
     assert [one.state for one in found] == [State.FRESH, State.FRESH, State.BLOCKED, State.BLOCKED]
     assert [keys[2], keys[3]] == [action.key for action in plan(found)]
@@ -257,7 +287,9 @@ def test_the_budget_is_spent_in_manifest_order() -> None:
 def test_a_smaller_artifact_may_follow_one_that_does_not_fit() -> None:
     """What is left over is used."""
     keys = [Key("m", name) for name in "abc"]
-    observed = world(*(artifact(key, size_bytes=size) for key, size in zip(keys, [600, 500, 400], strict=True)))
+    observed = world(
+        *(artifact(key, size_bytes=size) for key, size in zip(keys, [600, 500, 400], strict=True))
+    )
     found = assess([desired(key) for key in keys], observed, Limits(max_bytes=1000))
     assert [one.state for one in found] == [State.FRESH, State.BLOCKED, State.FRESH]
 
@@ -267,7 +299,10 @@ def test_foreign_files_make_the_budget_smaller() -> None:
     observed = replace(world(artifact(size_bytes=600)), foreign_bytes=500)
     found = only(desired(), observed, Limits(max_bytes=1000))
     assert found.reason == "needs 600 bytes, 500 of cache.max_bytes 1,000 are left"
-    assert "500 bytes are taken by files that are not the store's: `rkcached gc --strangers`" in found.hint
+    assert (
+        "500 bytes are taken by files that are not the store's: `rkcached gc --strangers`"
+        in found.hint
+    )
     assert only(desired(), observed, Limits(max_bytes=1100)).state is State.FRESH
 
 
@@ -290,8 +325,14 @@ def test_an_artifact_over_budget_is_built_when_there_is_room() -> None:
         _, found = assess(prompts, observed, Limits(max_bytes=max_bytes))
         return found.state, found.reason
 
-    assert state(600, 1000) == (State.BLOCKED, "needs 500 bytes, 400 of cache.max_bytes 1,000 are left")
-    assert state(600, 900) == (State.BLOCKED, "needs 500 bytes, 300 of cache.max_bytes 900 are left")
+    assert state(600, 1000) == (
+        State.BLOCKED,
+        "needs 500 bytes, 400 of cache.max_bytes 1,000 are left",
+    )
+    assert state(600, 900) == (
+        State.BLOCKED,
+        "needs 500 bytes, 300 of cache.max_bytes 900 are left",
+    )
     assert [state(600, 1100)[0], state(600, None)[0], state(500, 1000)[0]] == [State.MISSING] * 3
 
 
@@ -326,13 +367,17 @@ def test_an_artifact_that_serves_nobody_makes_room_where_the_budget_is_short(
     idle = Key("m", "idle")
     prompts = [desired(), *([prompt] if prompt else [])]
     observed = replace(
-        world(artifact(size_bytes=600), artifact(idle, size_bytes=400)), unlisted_models=frozenset({"m"})
+        world(artifact(size_bytes=600), artifact(idle, size_bytes=400)),
+        unlisted_models=frozenset({"m"}),
     )
     fits = assess(prompts, observed, Limits(max_bytes=1000))[1]
     short = assess(prompts, observed, Limits(max_bytes=999))[1]
     assert [state, state] == [fits.state, short.state]
     assert not isinstance(fits.action, Remove)
-    assert Remove(key=idle, reason=f"makes room: it is {state}, and cache.max_bytes 999 is short") == short.action
+    assert (
+        Remove(key=idle, reason=f"makes room: it is {state}, and cache.max_bytes 999 is short")
+        == short.action
+    )
 
 
 def test_an_edited_prompt_keeps_its_room() -> None:
@@ -354,7 +399,9 @@ def test_a_build_and_what_it_replaces_share_their_room(needed_bytes: int, *, kep
     first, second = Key("m", "first"), Key("m", "second")
     new = made_of("new")
     verdicts = {first: over_budget(new.digest, needed_bytes, 900, 1000)}
-    observed = world(artifact(first, size_bytes=600), artifact(second, size_bytes=300), verdicts=verdicts)
+    observed = world(
+        artifact(first, size_bytes=600), artifact(second, size_bytes=300), verdicts=verdicts
+    )
     actions = plan(assess([desired(first, new), desired(second)], observed, Limits(max_bytes=1000)))
     assert [(type(action), action.key) for action in actions] == (
         [(Build, first)] if kept else [(Remove, second), (Build, first)]
@@ -365,9 +412,15 @@ def test_a_build_and_what_it_replaces_share_their_room(needed_bytes: int, *, kep
 def test_a_size_that_tells_nothing_displaces_nobody(why: str) -> None:
     """A damaged file may have any; and of one that is too large the next may be smaller."""
     first, second = Key("m", "first"), Key("m", "second")
-    old = artifact(first, size_bytes=700 if why == "corrupt" else 1100, corrupt="cut" if why == "corrupt" else "")
+    old = artifact(
+        first,
+        size_bytes=700 if why == "corrupt" else 1100,
+        corrupt="cut" if why == "corrupt" else "",
+    )
     observed = world(old, artifact(second, size_bytes=400))
-    actions = plan(assess([desired(first, made_of("new")), desired(second)], observed, Limits(max_bytes=1000)))
+    actions = plan(
+        assess([desired(first, made_of("new")), desired(second)], observed, Limits(max_bytes=1000))
+    )
     assert [(type(action), action.key) for action in actions] == [(Remove, first)]
 
 
@@ -383,7 +436,9 @@ def test_removals_come_first_then_builds_in_manifest_order_then_what_is_blocked(
         desired(Key("m", "a")),
     ]
     prompts[1], prompts[3] = desired(Key("m", "z"), OTHER), desired(Key("m", "a"), OTHER)
-    actions = plan(assess(prompts, world(artifact(Key("m", "fresh")), artifact(Key("m", "orphan"))), NO_LIMITS))
+    actions = plan(
+        assess(prompts, world(artifact(Key("m", "fresh")), artifact(Key("m", "orphan"))), NO_LIMITS)
+    )
     expected: list[tuple[type[Action], str]] = [
         (Remove, "orphan"),
         (Build, "z"),
@@ -399,8 +454,12 @@ WEEK = Limits(keep_retired_s=7 * 86_400)
 A, B, C = (Key("m", name) for name in "abc")
 
 
-def retired(key: Key = KEY, made: Fingerprint = WANTED, *, size_bytes: int = 1000, at: float = 0.0) -> Retired:
-    return Retired(key=key, fingerprint=made.digest, tokens=100, size_bytes=size_bytes, retired_at=at)
+def retired(
+    key: Key = KEY, made: Fingerprint = WANTED, *, size_bytes: int = 1000, at: float = 0.0
+) -> Retired:
+    return Retired(
+        key=key, fingerprint=made.digest, tokens=100, size_bytes=size_bytes, retired_at=at
+    )
 
 
 def with_retired(observed: Observed, *kept: Retired) -> Observed:
@@ -410,7 +469,10 @@ def with_retired(observed: Observed, *kept: Retired) -> Observed:
 def test_an_artifact_that_nobody_declares_any_more_is_put_aside() -> None:
     """An unmounted folder or another branch may bring it back."""
     (found,) = assess([], world(artifact()), WEEK)
-    assert (State.ORPHAN, Retire(key=KEY, reason="not in the manifest")) == (found.state, found.action)
+    assert (State.ORPHAN, Retire(key=KEY, reason="not in the manifest")) == (
+        found.state,
+        found.action,
+    )
 
 
 def test_a_corrupt_artifact_that_nobody_declares_is_removed() -> None:
@@ -423,7 +485,9 @@ def test_a_retired_artifact_is_shown_and_kept_for_its_time() -> None:
     """The clock of a board may be set back, too."""
     (kept,) = assess([], replace(with_retired(world(), retired(at=1000)), now=999), WEEK)
     assert (State.RETIRED, None, WANTED.digest) == (kept.state, kept.action, kept.retired)
-    (gone,) = assess([], replace(with_retired(world(), retired(at=1000)), now=1000 + 7 * 86_400), WEEK)
+    (gone,) = assess(
+        [], replace(with_retired(world(), retired(at=1000)), now=1000 + 7 * 86_400), WEEK
+    )
     assert isinstance(gone.action, Remove)
     assert (KEY, WANTED.digest) == (gone.action.key, gone.action.retired)
     assert "cache.keep_retired_s" in gone.action.reason
@@ -433,7 +497,10 @@ def test_a_text_that_comes_back_is_adopted_and_not_built() -> None:
     """A -> B -> A: what is in its place is put aside by the one that comes."""
     found, shown = assess([desired()], with_retired(world(artifact(made=OTHER)), retired()), WEEK)
     assert found.state is State.STALE
-    assert Adopt(key=KEY, reason=found.reason, fingerprint=WANTED, source=None, take=True) == found.action
+    assert (
+        Adopt(key=KEY, reason=found.reason, fingerprint=WANTED, source=None, take=True)
+        == found.action
+    )
     assert "retired prompt cache of m/p" in found.reason
     assert shown.action is None
 
@@ -456,14 +523,20 @@ def test_a_copied_prompt_copies_the_artifact() -> None:
 def test_only_the_last_of_several_takes_the_source_over() -> None:
     """The others copy it, and do so before."""
     actions = plan(assess([desired(A), desired(B)], with_retired(world(), retired()), WEEK))
-    assert [(type(a), a.key, a.take) for a in actions if isinstance(a, Adopt)] == [(Adopt, A, False), (Adopt, B, True)]
+    assert [(type(a), a.key, a.take) for a in actions if isinstance(a, Adopt)] == [
+        (Adopt, A, False),
+        (Adopt, B, True),
+    ]
 
 
 def test_a_stale_artifact_of_a_declared_prompt_is_a_source_too() -> None:
     """Two files that exchange their texts: both are copied before either is put aside."""
     observed = world(artifact(A), artifact(B, OTHER))
     actions = plan(assess([desired(A, OTHER), desired(B, WANTED)], observed, WEEK))
-    assert [(type(a), a.key, a.source) for a in actions if isinstance(a, Adopt)] == [(Adopt, A, B), (Adopt, B, A)]
+    assert [(type(a), a.key, a.source) for a in actions if isinstance(a, Adopt)] == [
+        (Adopt, A, B),
+        (Adopt, B, A),
+    ]
 
 
 def test_a_corrupt_artifact_is_no_source() -> None:
@@ -478,7 +551,9 @@ def test_a_quarantined_fingerprint_is_not_adopted() -> None:
     assert assess([desired()], observed, WEEK)[0].state is State.QUARANTINED
 
 
-@pytest.mark.parametrize("kind", [VerdictKind.FAILED, VerdictKind.TOO_LONG, VerdictKind.UNCACHEABLE])
+@pytest.mark.parametrize(
+    "kind", [VerdictKind.FAILED, VerdictKind.TOO_LONG, VerdictKind.UNCACHEABLE]
+)
 def test_a_verdict_on_building_keeps_nothing_from_being_adopted(kind: VerdictKind) -> None:
     """The artifact is there: it need not be built."""
     observed = with_retired(world(verdicts={KEY: verdict(kind, retry_at=60)}), retired())
@@ -522,13 +597,18 @@ def test_a_clock_that_jumps_lets_nothing_expire() -> None:
     """A board without a clock retires at an old time, which is set to the right one a minute later."""
     observed = replace(with_retired(world(), retired(at=0)), now=1e9)
     assert isinstance(assess([], observed, WEEK)[0].action, Remove)
-    assert assess([], replace(observed, new_retired=frozenset({WANTED.digest})), WEEK)[0].action is None
+    assert (
+        assess([], replace(observed, new_retired=frozenset({WANTED.digest})), WEEK)[0].action
+        is None
+    )
 
 
 @pytest.mark.parametrize("tightened", [Limits(min_tokens=101), Limits(max_bytes=999)])
 def test_what_the_limits_no_longer_allow_is_put_aside(tightened: Limits) -> None:
     """With the verdict that keeps it from being built again; it is adopted when they are what they were."""
-    (found,) = assess([desired()], world(artifact()), replace(tightened, keep_retired_s=WEEK.keep_retired_s))
+    (found,) = assess(
+        [desired()], world(artifact()), replace(tightened, keep_retired_s=WEEK.keep_retired_s)
+    )
     assert isinstance(found.action, Retire)
     assert found.action.verdict is not None
     again = with_retired(world(verdicts={KEY: found.action.verdict}), retired())
@@ -612,7 +692,9 @@ LIMITS = st.builds(
 )
 WISHES = st.lists(
     st.builds(
-        lambda key, wanted: DesiredPrompt(key=key, fingerprint=wanted, trouble=None if wanted else TROUBLE),
+        lambda key, wanted: DesiredPrompt(
+            key=key, fingerprint=wanted, trouble=None if wanted else TROUBLE
+        ),
         st.sampled_from(KEYS),
         st.none() | st.sampled_from(FINGERPRINTS),
     ),
@@ -634,7 +716,9 @@ def test_each_prompt_has_one_state_and_at_most_one_action(
 ) -> None:
     """Declared or not; the action is about this very prompt, and the same look gives the same plan."""
     found = assess(prompts, observed, limits)
-    assert {p.key for p in prompts} | set(observed.artifacts) == {one.key for one in found if not one.retired}
+    assert {p.key for p in prompts} | set(observed.artifacts) == {
+        one.key for one in found if not one.retired
+    }
     assert sorted(observed.retired) == sorted(one.retired for one in found if one.retired)
     assert len({(one.key, one.retired) for one in found}) == len(found)
     assert all(one.action is None or one.action.key == one.key for one in found)
@@ -643,16 +727,30 @@ def test_each_prompt_has_one_state_and_at_most_one_action(
 
 
 @given(WISHES, WORLDS, LIMITS)
-def test_what_is_fresh_keeps_to_the_limits(prompts: list[DesiredPrompt], observed: Observed, limits: Limits) -> None:
+def test_what_is_fresh_keeps_to_the_limits(
+    prompts: list[DesiredPrompt], observed: Observed, limits: Limits
+) -> None:
     """Together they fit into the budget, and none is too short."""
-    fresh = [observed.artifacts[one.key] for one in assess(prompts, observed, limits) if one.state is State.FRESH]
+    fresh = [
+        observed.artifacts[one.key]
+        for one in assess(prompts, observed, limits)
+        if one.state is State.FRESH
+    ]
     assert limits.max_bytes is None or sum(one.size_bytes for one in fresh) <= limits.max_bytes
     assert all(one.tokens >= limits.min_tokens for one in fresh)
 
 
-@given(WISHES, WORLDS, LIMITS, st.dictionaries(st.sampled_from(KEYS), st.tuples(st.integers(1, 30), SIZES)))
+@given(
+    WISHES,
+    WORLDS,
+    LIMITS,
+    st.dictionaries(st.sampled_from(KEYS), st.tuples(st.integers(1, 30), SIZES)),
+)
 def test_carrying_out_the_plan_leaves_nothing_to_do(
-    prompts: list[DesiredPrompt], observed: Observed, limits: Limits, real: Mapping[Key, tuple[int, int]]
+    prompts: list[DesiredPrompt],
+    observed: Observed,
+    limits: Limits,
+    real: Mapping[Key, tuple[int, int]],
 ) -> None:
     """Whatever tokens and bytes the builds turn out to have, looking again gives no Build and no Remove, in time."""
     for _ in range(len(KEYS) + 2):
@@ -734,7 +832,9 @@ class Disk:
 
     def adopt(self, action: Adopt) -> None:
         digest = action.fingerprint.digest
-        source = self.retired[digest] if action.source is None else self.artifacts.get(action.source)
+        source = (
+            self.retired[digest] if action.source is None else self.artifacts.get(action.source)
+        )
         if source is None or source.fingerprint != digest:
             return  # another adoption came first: the next look sees it
         if action.take and action.source is None:
@@ -763,5 +863,7 @@ class Disk:
 
     def _publish(self, action: Adopt | Build, tokens: int, size_bytes: int) -> None:
         self.put_aside(action.key)
-        self.artifacts[action.key] = artifact(action.key, action.fingerprint, tokens=tokens, size_bytes=size_bytes)
+        self.artifacts[action.key] = artifact(
+            action.key, action.fingerprint, tokens=tokens, size_bytes=size_bytes
+        )
         self.verdicts.pop(action.key, None)

@@ -32,7 +32,13 @@ TIMES = {State.COLD: 400.0, State.FILE: 20.0, State.MEMORY: 10.0}
 
 
 def run(ttft_ms: float, **changed: Any) -> Run:
-    parts = {"queue_ms": 0.0, "load_ms": 0.1, "prefill_ms": 0.7, "first_decode_ms": 0.1, "socket_ms": 0.1}
+    parts = {
+        "queue_ms": 0.0,
+        "load_ms": 0.1,
+        "prefill_ms": 0.7,
+        "first_decode_ms": 0.1,
+        "socket_ms": 0.1,
+    }
     facts = {"prompt_tokens": 120, "cached_tokens": 100, "decode_tokens_per_s": 50.0}
     shares: dict[str, float] = {name: share * ttft_ms for name, share in parts.items()}
     return msgspec.convert({"ttft_ms": ttft_ms, **shares, **facts, **changed}, Run)
@@ -43,7 +49,11 @@ def prompt(
 ) -> PromptResult:
     scale = (length or 1000) / 1000
     states = {
-        state: Measured(runs=tuple(run(ms * (scale if state is State.COLD else 1) + i, **changed) for i in range(runs)))
+        state: Measured(
+            runs=tuple(
+                run(ms * (scale if state is State.COLD else 1) + i, **changed) for i in range(runs)
+            )
+        )
         for state, ms in TIMES.items()
     }
     return PromptResult(
@@ -57,7 +67,9 @@ def prompt(
     )
 
 
-def results(*prompts: PromptResult, runs: int = 5, cpu: str = "a processor", **changed: Any) -> Results:
+def results(
+    *prompts: PromptResult, runs: int = 5, cpu: str = "a processor", **changed: Any
+) -> Results:
     sweep = tuple(one.length for one in prompts if one.length)
     whole = Results(
         schema=SCHEMA,
@@ -101,8 +113,13 @@ def comparison_of(found: Comparison) -> str:
 
 
 def test_a_sweep_is_drawn_on_logarithmic_axes_in_plain_numbers() -> None:
-    """Else the warm lines lie on zero. The gain is at each warm point, the model's runtime in the legend."""
-    figure, _ = drawn(results(*(prompt(str(length), length=length) for length in (128, 1024, 8192))))
+    """Else the warm lines lie on zero.
+
+    The gain is at each warm point, the model's runtime in the legend.
+    """
+    figure, _ = drawn(
+        results(*(prompt(str(length), length=length) for length in (128, 1024, 8192)))
+    )
     first = figure.axes[0]
     assert (first.get_xscale(), first.get_yscale()) == ("log", "log")
     assert first.get_xlabel() == "prompt length (tokens)"
@@ -123,14 +140,19 @@ def test_where_the_time_goes_is_milliseconds_in_a_panel_for_cold_and_one_for_war
     assert ("cold" in cold.get_title(), "warm" in warm.get_title()) == (True, True)
     assert cold.get_xlim()[1] > 400
     assert 20 < warm.get_xlim()[1] < 100
-    assert {text.get_text() for text in warm.texts} == {"file 22.0 ms  -95 %", "memory 12.0 ms  -97 %"}
+    assert {text.get_text() for text in warm.texts} == {
+        "file 22.0 ms  -95 %",
+        "memory 12.0 ms  -97 %",
+    }
 
 
 @pytest.mark.parametrize("count", [1, 12, plots.MOST_PROMPTS + 1])
 def test_many_prompts_make_a_higher_picture(count: int) -> None:
     """No label of a prompt meets another; legends are below the axes; nothing is cut off."""
     said = ("somebody else used the machine " * 20, "few runs")
-    figure, renderer = drawn(results(*(prompt(f"{'long-' * 12}{i}") for i in range(count)), warnings=said))
+    figure, renderer = drawn(
+        results(*(prompt(f"{'long-' * 12}{i}") for i in range(count)), warnings=said)
+    )
     boxes = [label.get_window_extent(renderer) for label in figure.axes[0].get_yticklabels()]
     assert len(boxes) == min(count, plots.MOST_PROMPTS)
     assert not any(one.overlaps(other) for one, other in itertools.pairwise(boxes))
@@ -140,7 +162,12 @@ def test_many_prompts_make_a_higher_picture(count: int) -> None:
     assert not legends[0].overlaps(legends[1])
     whole = figure.bbox
     notes = [text.get_window_extent(renderer) for text in figure.texts if text.get_text()]
-    beside = [text.get_window_extent(renderer) for axes in figure.axes for text in axes.texts if text.get_text()]
+    beside = [
+        text.get_window_extent(renderer)
+        for axes in figure.axes
+        for text in axes.texts
+        if text.get_text()
+    ]
     for box in (*boxes, *legends, *notes, *beside):
         assert whole.x0 <= box.x0 <= box.x1 <= whole.x1
         assert whole.y0 <= box.y0 <= box.y1 <= whole.y1
@@ -150,7 +177,9 @@ def test_many_prompts_make_a_higher_picture(count: int) -> None:
 
 def test_the_small_print_has_the_warnings_in_short() -> None:
     """The title does not point to a text that is not there."""
-    figure, _ = drawn(results(prompt(), warnings=("half of the runs are spread " + "m/p cold (20 %), " * 50,)))
+    figure, _ = drawn(
+        results(prompt(), warnings=("half of the runs are spread " + "m/p cold (20 %), " * 50,))
+    )
     title, notes = (text.get_text() for text in figure.texts)
     assert "trusted" not in title
     assert notes.startswith("Not to be trusted: half of the runs")
@@ -163,13 +192,16 @@ def test_anything_can_be_drawn(found: Results) -> None:
     """No prompts; names that would be formulas or commands of a terminal."""
     figure, _ = drawn(found)
     assert "\x1b" not in figure.texts[0].get_text()
-    only_cold = {state: Measured(missing="no") for state in State} | {State.COLD: Measured(runs=(run(1.0),))}
+    only_cold = {state: Measured(missing="no") for state in State} | {
+        State.COLD: Measured(runs=(run(1.0),))
+    }
     drawn(results(msgspec.structs.replace(prompt(), states=only_cold)))
     drawn(results(msgspec.structs.replace(prompt(length=128), states={})))
 
 
 @pytest.mark.parametrize(
-    ("runs", "column", "median"), [(1, "max", "1 run,"), (19, "max", "of 19 runs"), (20, "p95", "of 20 runs")]
+    ("runs", "column", "median"),
+    [(1, "max", "1 run,"), (19, "max", "of 19 runs"), (20, "p95", "of 20 runs")],
 )
 def test_p95_is_called_so_from_twenty_runs_on(runs: int, column: str, median: str) -> None:
     """Of fewer it is about the maximum, and is that. One run has no median."""
@@ -178,7 +210,9 @@ def test_p95_is_called_so_from_twenty_runs_on(runs: int, column: str, median: st
     assert head[1] == column
     assert median in shown
     cold = next(line for line in shown.splitlines() if line.startswith("cold")).split()
-    assert float(cold[2]) == pytest.approx(400 + (runs - 1) * (0.95 if column == "p95" else 1), abs=0.1)
+    assert float(cold[2]) == pytest.approx(
+        400 + (runs - 1) * (0.95 if column == "p95" else 1), abs=0.1
+    )
 
 
 def test_the_legend_says_what_own_is_and_why_more_is_cached_than_the_prompt_has() -> None:
@@ -192,14 +226,20 @@ def test_the_legend_says_what_own_is_and_why_more_is_cached_than_the_prompt_has(
 def test_nothing_of_a_file_commands_the_terminal() -> None:
     """Names of processor, model and prompt are printed escaped."""
     bad = results(prompt("p\x1b[2J", model="m\x07"), cpu="c\x1b]0;title\x07", warnings=("w\x1b",))
-    for shown in (table_of(bad), comparison_of(compare(bad, msgspec.structs.replace(bad, warnings=())))):
+    for shown in (
+        table_of(bad),
+        comparison_of(compare(bad, msgspec.structs.replace(bad, warnings=()))),
+    ):
         assert not set(shown) & {"\x1b", "\x07"}
     assert "p\\x1b[2J" in table_of(bad)
 
 
 def test_warnings_follow_the_comparison_and_are_said_once() -> None:
     """What both results say is one line."""
-    before, after = results(prompt(), warnings=("both", "one")), results(prompt(), warnings=("both", "other"))
+    before, after = (
+        results(prompt(), warnings=("both", "one")),
+        results(prompt(), warnings=("both", "other")),
+    )
     found = compare(before, after)
     assert found.warnings == ("A and B: both", "A: one", "B: other")
     shown = comparison_of(found)

@@ -11,9 +11,23 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rkcached import errors
-from rkcached.engines.base import EngineInfo, FinishReason, ModelSpec, RunStats, Sampling, TokenLogprob
+from rkcached.engines.base import (
+    EngineInfo,
+    FinishReason,
+    ModelSpec,
+    RunStats,
+    Sampling,
+    TokenLogprob,
+)
 from rkcached.worker import protocol
-from rkcached.worker.protocol import FrameReader, FromWorker, ProtocolError, ToWorker, VerifyMode, frame
+from rkcached.worker.protocol import (
+    FrameReader,
+    FromWorker,
+    ProtocolError,
+    ToWorker,
+    VerifyMode,
+    frame,
+)
 
 TEXT = st.text(st.characters(codec="utf-8"), max_size=20)
 COUNT = st.integers(0, 2**40)
@@ -32,7 +46,12 @@ SAMPLINGS = st.builds(
     logprobs=st.none() | COUNT,
 )
 LOGPROBS = st.lists(
-    st.builds(TokenLogprob, text=TEXT, logprob=MS, data=st.lists(st.integers(0, 255), max_size=3).map(tuple)),
+    st.builds(
+        TokenLogprob,
+        text=TEXT,
+        logprob=MS,
+        data=st.lists(st.integers(0, 255), max_size=3).map(tuple),
+    ),
     max_size=2,
 ).map(tuple)
 STATS = st.builds(
@@ -46,10 +65,19 @@ STATS = st.builds(
 )
 MODES = st.sampled_from(VerifyMode)
 SPECS = st.builds(
-    ModelSpec, path=TEXT, context_tokens=COUNT, threads=st.integers(0, 256), library=TEXT, scratch_dir=TEXT
+    ModelSpec,
+    path=TEXT,
+    context_tokens=COUNT,
+    threads=st.integers(0, 256),
+    library=TEXT,
+    scratch_dir=TEXT,
 )
 INFOS = st.builds(
-    EngineInfo, runtime_version=TEXT, context_tokens=COUNT, measures_prefill=st.booleans(), aborts_prefill=st.booleans()
+    EngineInfo,
+    runtime_version=TEXT,
+    context_tokens=COUNT,
+    measures_prefill=st.booleans(),
+    aborts_prefill=st.booleans(),
 )
 
 TO_WORKER: dict[type, st.SearchStrategy[ToWorker]] = {
@@ -58,17 +86,26 @@ TO_WORKER: dict[type, st.SearchStrategy[ToWorker]] = {
         protocol.Build, id=ID, prefix=TEXT, probe=TEXT, path=TEXT, verify=MODES, min_tokens=COUNT
     ),
     protocol.Generate: st.builds(
-        protocol.Generate, id=ID, prompt=TEXT, sampling=SAMPLINGS, cache=st.none() | CACHES, cold=st.booleans()
+        protocol.Generate,
+        id=ID,
+        prompt=TEXT,
+        sampling=SAMPLINGS,
+        cache=st.none() | CACHES,
+        cold=st.booleans(),
     ),
     protocol.Check: st.builds(protocol.Check, id=ID, cache=CACHES),
-    protocol.Embed: st.builds(protocol.Embed, id=ID, text=TEXT, tokens=st.lists(COUNT, max_size=4).map(tuple)),
+    protocol.Embed: st.builds(
+        protocol.Embed, id=ID, text=TEXT, tokens=st.lists(COUNT, max_size=4).map(tuple)
+    ),
     protocol.Abort: st.builds(protocol.Abort, id=ID),
 }
 FROM_WORKER: dict[type, st.SearchStrategy[FromWorker]] = {
     protocol.Ready: st.builds(protocol.Ready, info=INFOS, load_ms=MS),
     protocol.Progress: st.builds(protocol.Progress, id=ID, done_tokens=COUNT, total_tokens=COUNT),
     protocol.Loading: st.builds(protocol.Loading, id=ID),
-    protocol.Loaded: st.builds(protocol.Loaded, id=ID, tokens=COUNT, load_ms=MS, error=TEXT, replaced=st.booleans()),
+    protocol.Loaded: st.builds(
+        protocol.Loaded, id=ID, tokens=COUNT, load_ms=MS, error=TEXT, replaced=st.booleans()
+    ),
     protocol.Piece: st.builds(protocol.Piece, id=ID, text=TEXT, logprobs=LOGPROBS),
     protocol.Done: st.builds(protocol.Done, id=ID, stats=STATS),
     protocol.Built: st.builds(
@@ -82,9 +119,19 @@ FROM_WORKER: dict[type, st.SearchStrategy[FromWorker]] = {
         verified=MODES,
     ),
     protocol.Checked: st.builds(protocol.Checked, id=ID, tokens=COUNT),
-    protocol.Embedded: st.builds(protocol.Embedded, id=ID, vector=st.binary(max_size=64), tokens=COUNT),
+    protocol.Embedded: st.builds(
+        protocol.Embedded, id=ID, vector=st.binary(max_size=64), tokens=COUNT
+    ),
     protocol.Failed: st.builds(
-        protocol.Failed, id=ID, error=TEXT, message=TEXT, hint=TEXT, tokens=COUNT, limit=COUNT, param=TEXT, text=TEXT
+        protocol.Failed,
+        id=ID,
+        error=TEXT,
+        message=TEXT,
+        hint=TEXT,
+        tokens=COUNT,
+        limit=COUNT,
+        param=TEXT,
+        text=TEXT,
     ),
 }
 
@@ -105,19 +152,27 @@ def test_every_message_is_tested() -> None:
     assert set(FromWorker.__args__) == set(FROM_WORKER)
 
 
-@given(st.lists(st.one_of(*TO_WORKER.values()), max_size=5), st.lists(st.integers(0, 9999), max_size=12))
+@given(
+    st.lists(st.one_of(*TO_WORKER.values()), max_size=5),
+    st.lists(st.integers(0, 9999), max_size=12),
+)
 def test_operations_survive_any_chunking(messages: list[ToWorker], cuts: list[int]) -> None:
     """What arrives is what was sent, in order, however the stream is cut."""
     bodies = read(b"".join(map(frame, messages)), cuts)
     assert messages == [protocol.decode_to_worker(body) for body in bodies]
 
 
-@given(st.lists(st.one_of(*FROM_WORKER.values()), max_size=5), st.lists(st.integers(0, 9999), max_size=12))
+@given(
+    st.lists(st.one_of(*FROM_WORKER.values()), max_size=5),
+    st.lists(st.integers(0, 9999), max_size=12),
+)
 def test_events_survive_any_chunking(messages: list[FromWorker], cuts: list[int]) -> None:
     """Byte by byte as well as all at once."""
     data = b"".join(map(frame, messages))
     assert messages == [protocol.decode_from_worker(body) for body in read(data, cuts)]
-    assert messages == [protocol.decode_from_worker(body) for body in read(data, list(range(len(data))))]
+    assert messages == [
+        protocol.decode_from_worker(body) for body in read(data, list(range(len(data))))
+    ]
 
 
 @given(st.binary(max_size=60))
@@ -142,7 +197,18 @@ def test_garbage_is_a_protocol_error_and_nothing_else(body: bytes) -> None:
         b'{"type":"piece","id":' + b"9" * 5000 + b"}",
         b'{"type":"piece","id":1,"text":"","more":' + b"[" * 100_000 + b"]" * 100_000 + b"}",
     ],
-    ids=["empty", "no-tag", "null", "list", "unknown", "incomplete", "wrong-type", "not-utf8", "huge-int", "deep"],
+    ids=[
+        "empty",
+        "no-tag",
+        "null",
+        "list",
+        "unknown",
+        "incomplete",
+        "wrong-type",
+        "not-utf8",
+        "huge-int",
+        "deep",
+    ],
 )
 def test_a_body_that_is_no_message_is_a_protocol_error(body: bytes) -> None:
     """Valid JSON is not enough."""
@@ -204,14 +270,23 @@ def test_every_engine_error_crosses_the_wire(cls: type[errors.EngineError]) -> N
     ("tokens", "limit", "trained", "hint"),
     [
         (2000, 1024, None, "shorten the prompt, or raise params.max_context_len of the model"),
-        (2000, 1024, 8192, "shorten the prompt, or raise params.max_context_len of the model up to 8192"),
+        (
+            2000,
+            1024,
+            8192,
+            "shorten the prompt, or raise params.max_context_len of the model up to 8192",
+        ),
         (8192, 1024, 8192, "shorten the prompt: the model's own context is 8192 tokens"),
         (9001, 8192, 8192, "shorten the prompt: the model's own context is 8192 tokens"),
     ],
 )
-def test_what_helps_a_prompt_that_is_too_long(tokens: int, limit: int, trained: int | None, hint: str) -> None:
+def test_what_helps_a_prompt_that_is_too_long(
+    tokens: int, limit: int, trained: int | None, hint: str
+) -> None:
     """The daemon knows the model's own context; nobody is told to raise a number in vain."""
-    arrived = protocol.engine_error(protocol.failed(1, errors.ContextExceeded(tokens, limit)), trained)
+    arrived = protocol.engine_error(
+        protocol.failed(1, errors.ContextExceeded(tokens, limit)), trained
+    )
     assert arrived.message == f"the prompt has {tokens} tokens, the context holds {limit}"
     assert arrived.hint == hint
 

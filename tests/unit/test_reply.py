@@ -20,7 +20,9 @@ F_LLAMA3 = '{"name": "f", "parameters": {"a": 1}}'
 def taken_apart(pieces: list[str], **how: object) -> tuple[str, str, list[ToolCall]]:
     """Content, reasoning, calls."""
     reply = Reply(**how)  # type: ignore[arg-type]
-    deltas: list[Delta] = [delta for piece in pieces for delta in reply.feed(piece)] + list(reply.end())
+    deltas: list[Delta] = [delta for piece in pieces for delta in reply.feed(piece)] + list(
+        reply.end()
+    )
     assert all(bool(d.content) + bool(d.reasoning) + (d.call is not None) == 1 for d in deltas)
     calls = [delta.call for delta in deltas if delta.call is not None]
     return "".join(d.content for d in deltas), "".join(d.reasoning for d in deltas), calls
@@ -50,7 +52,11 @@ CASES = [
     (F_LLAMA3, LLAMA3, ("", "", [F])),
     ("<|python_tag|>" + F_LLAMA3, LLAMA3, ("", "", [F])),
     (F_LLAMA3 + '; {"name": "g", "parameters": {}}', LLAMA3, ("", "", [F, G])),
-    ('{"name": "other", "parameters": {}}', LLAMA3, ('{"name": "other", "parameters": {}}', "", [])),
+    (
+        '{"name": "other", "parameters": {}}',
+        LLAMA3,
+        ('{"name": "other", "parameters": {}}', "", []),
+    ),
     ('{"just": "json"}', LLAMA3, ('{"just": "json"}', "", [])),
     ("I call " + F_LLAMA3, LLAMA3, ("I call " + F_LLAMA3, "", [])),
     ('{"name": "f", "arguments": {"a": 1}}', HERMES | {"forced": True}, ("", "", [F])),
@@ -73,7 +79,9 @@ CASES = [
 
 
 @pytest.mark.parametrize(("text", "how", "expected"), CASES)
-def test_reply(text: str, how: dict[str, object], expected: tuple[str, str, list[ToolCall]]) -> None:
+def test_reply(
+    text: str, how: dict[str, object], expected: tuple[str, str, list[ToolCall]]
+) -> None:
     """Whole, and letter by letter. Content of `...` is the text as it came."""
     if expected[0] is ...:
         expected = (text, *expected[1:])
@@ -83,7 +91,19 @@ def test_reply(text: str, how: dict[str, object], expected: tuple[str, str, list
 
 @given(
     st.lists(
-        st.sampled_from(["<think>", "</think>", "<tool_call>", "</tool_call>", '{"name": "f"}', "\n", " ", "a<", "é"])
+        st.sampled_from(
+            [
+                "<think>",
+                "</think>",
+                "<tool_call>",
+                "</tool_call>",
+                '{"name": "f"}',
+                "\n",
+                " ",
+                "a<",
+                "é",
+            ]
+        )
     ),
     st.lists(st.integers(1, 5), min_size=1),
     st.sampled_from([{}, {"reasons": True}, HERMES, LLAMA3, HERMES | {"forced": True}]),

@@ -36,7 +36,9 @@ def test_few_runs_cannot_tell() -> None:
 def test_many_runs_go_over_into_the_normal_distribution() -> None:
     """No jump where counting ends."""
     exact = chance([float(n) for n in range(EXACT_RUNS)], [n + 5.5 for n in range(EXACT_RUNS)])
-    normal = chance([float(n) for n in range(EXACT_RUNS + 1)], [n + 5.5 for n in range(EXACT_RUNS + 1)])
+    normal = chance(
+        [float(n) for n in range(EXACT_RUNS + 1)], [n + 5.5 for n in range(EXACT_RUNS + 1)]
+    )
     assert normal == pytest.approx(exact, rel=0.3)
 
 

@@ -16,12 +16,26 @@ HOSTILE = "\x1b[31mred\x1b[2J \u202e\x9b5m\x07\x7f"
 
 
 def prompt(name: str, state: str, reason: str = "", **more: Any) -> dict[str, Any]:
-    base = {"model": "m", "prompt": name, "state": state, "reason": reason, "hint": "", "description": ""}
+    base = {
+        "model": "m",
+        "prompt": name,
+        "state": state,
+        "reason": reason,
+        "hint": "",
+        "description": "",
+    }
     return {**base, "retry_at": None, "hits": 0, "misses": 0, "last_used": None, **more}
 
 
 def a_status(prompts: list[dict[str, Any]], **more: Any) -> dict[str, Any]:
-    model = {"name": "m", "worker": "stopped", "trouble": "", "last_failure": "", "restarts": 0, "waiting": 0}
+    model = {
+        "name": "m",
+        "worker": "stopped",
+        "trouble": "",
+        "last_failure": "",
+        "restarts": 0,
+        "waiting": 0,
+    }
     return {
         "version": "1",
         "pid": 1,
@@ -85,7 +99,11 @@ def test_hostile_words(width: int) -> None:
     )
     status["models"][0]["last_failure"] = HOSTILE
     status["cache"]["trouble"] = HOSTILE
-    texts = [printed(status, width), "\n".join(seen(status, width)), "\n".join(live.facts_of(status).values())]
+    texts = [
+        printed(status, width),
+        "\n".join(seen(status, width)),
+        "\n".join(live.facts_of(status).values()),
+    ]
     for text in texts:
         assert text.replace("\n", "").isprintable()
         assert r"\x1b[31mred\x1b[2J \u202e\x9b5m\x07\x7f" in " ".join(text.split())
@@ -105,14 +123,22 @@ def test_json_is_the_same_document() -> None:
 def test_a_description_of_several_lines() -> None:
     """It is one line of a table."""
     assert (
-        show.shown(a_status([prompt("a", "fresh", description="one\n  two")]))["prompts"][0]["description"] == "one two"
+        show.shown(a_status([prompt("a", "fresh", description="one\n  two")]))["prompts"][0][
+            "description"
+        ]
+        == "one two"
     )
 
 
 def test_a_state_says_it_all() -> None:
     """No reason is added to missing, nor to a build because of that; equal reasons are one line."""
     waiting = [prompt(f"p{number:02}", "missing", "missing") for number in range(20)]
-    building = prompt("now", "building", "missing", progress={"done_tokens": 1, "total_tokens": 2, "elapsed_ms": 5})
+    building = prompt(
+        "now",
+        "building",
+        "missing",
+        progress={"done_tokens": 1, "total_tokens": 2, "elapsed_ms": 5},
+    )
     blocked = [prompt(f"b{number}", "blocked", "source missing") for number in range(3)]
     status = a_status([building, *waiting, *blocked])
     lines = seen(status)
@@ -128,7 +154,9 @@ def test_what_is_built_for_the_same_reason() -> None:
     """Digests that only one prompt has keep no two reasons apart; other changes are told as they are."""
     reason = "prefix.bytes: 706 -> 94{0}, prefix.digest: 43d9{0} -> a1b3{0}"
     prompts = [prompt(f"p{number}", "stale", reason.format(number)) for number in range(5)]
-    lines = seen(a_status([*prompts, prompt("q", "stale", f"{reason.format(7)}, params.top_k: 1 -> 2")]))
+    lines = seen(
+        a_status([*prompts, prompt("q", "stale", f"{reason.format(7)}, params.top_k: 1 -> 2")])
+    )
     assert [line for line in lines if ": " in line and "changed" in line] == [
         "5 prompts: its text changed",
         "m/q: its text changed, params.top_k: 1 -> 2",
@@ -137,7 +165,10 @@ def test_what_is_built_for_the_same_reason() -> None:
 
 def test_no_gain_is_said_once() -> None:
     """Its figures are in the table."""
-    prompts = [prompt(f"p{number}", "fresh", f"no gain: {number} ms with the cache, 0 ms without") for number in (1, 2)]
+    prompts = [
+        prompt(f"p{number}", "fresh", f"no gain: {number} ms with the cache, 0 ms without")
+        for number in (1, 2)
+    ]
     assert "2 prompts: no gain, see cold and warm" in seen(a_status(prompts))
 
 
@@ -150,16 +181,30 @@ def test_a_build_before_its_worker() -> None:
     assert status["models"][0]["worker"] == "stopped"
 
 
-@pytest.mark.parametrize(("width", "height"), [(20, 5), (40, 10), (60, 12), (80, 24), (109, 30), (110, 30), (200, 50)])
+@pytest.mark.parametrize(
+    ("width", "height"), [(20, 5), (40, 10), (60, 12), (80, 24), (109, 30), (110, 30), (200, 50)]
+)
 def test_every_prompt_can_be_reached(width: int, height: int) -> None:
     """At each size nothing is wider or higher than the terminal, and from page to page no prompt is left out."""
-    artifact = {"tokens": 123456, "size_bytes": 123456789, "cold_ttft_ms": 12345.0, "warm_ttft_ms": 1234.0}
+    artifact = {
+        "tokens": 123456,
+        "size_bytes": 123456789,
+        "cold_ttft_ms": 12345.0,
+        "warm_ttft_ms": 1234.0,
+    }
     prompts = [
-        prompt(f"prompt-{number:02}", "quarantined" if number % 5 == 0 else "fresh", "x " * (number % 5 == 0) * number)
+        prompt(
+            f"prompt-{number:02}",
+            "quarantined" if number % 5 == 0 else "fresh",
+            "x " * (number % 5 == 0) * number,
+        )
         | {"artifact": {**artifact, "verified": "exact"}}
         for number in range(40)
     ]
-    status = a_status(prompts, manifest={"file": "f", "ok": False, "problems": ["/a/b/m.yaml:7: " + "words " * 99]})
+    status = a_status(
+        prompts,
+        manifest={"file": "f", "ok": False, "problems": ["/a/b/m.yaml:7: " + "words " * 99]},
+    )
     status["models"] *= 9
     console = Console(file=io.StringIO(), width=width, height=height)
     first, found = 0, list[str]()
@@ -178,10 +223,17 @@ def test_every_prompt_can_be_reached(width: int, height: int) -> None:
 
 def test_names_stay_when_figures_go() -> None:
     """The narrower the table, the fewer figures; times stay longest, name and state to the end."""
-    artifact = {"tokens": 64, "size_bytes": 600, "cold_ttft_ms": 100.0, "warm_ttft_ms": 9.0, "verified": "exact"}
+    artifact = {
+        "tokens": 64,
+        "size_bytes": 600,
+        "cold_ttft_ms": 100.0,
+        "warm_ttft_ms": 9.0,
+        "verified": "exact",
+    }
     prompts = [prompt("a_prompt_with_a_name", "fresh", artifact=artifact)]
     heads = {
-        width: next(x for x in seen(a_status(prompts), width) if x.startswith("prompt ")) for width in (30, 48, 80)
+        width: next(x for x in seen(a_status(prompts), width) if x.startswith("prompt "))
+        for width in (30, 48, 80)
     }
     assert {width: head.split() for width, head in heads.items()} == {
         30: ["prompt", "state"],

@@ -26,7 +26,9 @@ def a_document(prompts: Iterator[dict[str, Any]]) -> Status:
             "cache": cache,
             "reconcile": {"looks": 1, "last_look_ms": 1.0, "builds": 0},
             "models": [{**one, **model} for one in a_status([])["models"]],
-            "building": prompt("p0", "building", progress={"done_tokens": 7, "total_tokens": 9, "elapsed_ms": 1.0}),
+            "building": prompt(
+                "p0", "building", progress={"done_tokens": 7, "total_tokens": 9, "elapsed_ms": 1.0}
+            ),
             "prompts": prompts,
         }
     )
@@ -58,7 +60,9 @@ def html(status: Status) -> AsyncGenerator[bytes]:
 
 
 @pytest.mark.parametrize("made", [pieces, html])
-async def test_the_loop_turns_between_the_pieces(made: Callable[[Status], AsyncGenerator[bytes]]) -> None:
+async def test_the_loop_turns_between_the_pieces(
+    made: Callable[[Status], AsyncGenerator[bytes]],
+) -> None:
     """Nobody waits until thousands of prompts are told of."""
     whole, turns = await received(made(a_document(many())))
     assert all(whole.count(f"p{number}") for number in range(MANY))

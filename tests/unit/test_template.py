@@ -15,7 +15,10 @@ from rkcached.messages.builtin import BUILTIN
 from rkcached.messages.template import ChatTemplate, Message
 from tests.waiting import DEADLINE_S
 
-SYSTEM_AND_USER = [Message(role="system", content="Be brief.\n"), Message(role="user", content="Hello")]
+SYSTEM_AND_USER = [
+    Message(role="system", content="Be brief.\n"),
+    Message(role="user", content="Hello"),
+]
 TWO_TURNS = [
     *SYSTEM_AND_USER,
     Message(role="assistant", content="Hi!"),
@@ -31,7 +34,9 @@ REFUSES_SYSTEM = (
     "{{ bos_token }}{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}"
     "{% endif %}{% for message in messages %}{{ message['content'] }}\n{% endfor %}"
 )
-DROPS_SYSTEM = "{% for m in messages if m.role != 'system' %}<user>{{ m.content }}</user>{% endfor %}"
+DROPS_SYSTEM = (
+    "{% for m in messages if m.role != 'system' %}<user>{{ m.content }}</user>{% endfor %}"
+)
 SYSTEM_LAST = "{{ messages[1].content }}{{ messages[0].content }}"
 
 encodable = st.text(st.characters(codec="utf-8"))
@@ -120,8 +125,12 @@ def test_tool_messages_where_the_format_has_them() -> None:
     """The formats chatml and llama3 have a turn for a tool's result; the others refuse and say what they know."""
     messages = [*TWO_TURNS[:3], Message(role="tool", content="42")]
 
-    assert "<|im_start|>user\n<tool_response>\n42\n</tool_response><|im_end|>\n" in builtin("chatml").render(messages)
-    assert "<|start_header_id|>ipython<|end_header_id|>\n\n42<|eot_id|>" in builtin("llama3").render(messages)
+    assert "<|im_start|>user\n<tool_response>\n42\n</tool_response><|im_end|>\n" in builtin(
+        "chatml"
+    ).render(messages)
+    assert "<|start_header_id|>ipython<|end_header_id|>\n\n42<|eot_id|>" in builtin(
+        "llama3"
+    ).render(messages)
     for name in ("gemma", "deepseek", "phi"):
         with pytest.raises(TemplateError, match=r"user.* not tool"):
             builtin(name).render(messages)
@@ -144,7 +153,11 @@ def test_gemma_needs_turns() -> None:
 
 def test_deepseek_hides_earlier_reasoning() -> None:
     """The models were trained on conversations that keep the answers and leave out how they were found."""
-    messages = [*user("2+2"), Message(role="assistant", content="<think>\nhm\n</think>4"), *user("sure?")]
+    messages = [
+        *user("2+2"),
+        Message(role="assistant", content="<think>\nhm\n</think>4"),
+        *user("sure?"),
+    ]
 
     rendered = builtin("deepseek").render(messages)
 
@@ -164,8 +177,16 @@ def test_prefix_starts_every_request(name: str, system: str, text: str) -> None:
     assert system.strip() in prefix
 
 
-@given(name=st.sampled_from(sorted(BUILTIN)), system=encodable, first=encodable, answer=encodable, second=encodable)
-def test_prefix_starts_longer_conversations(name: str, system: str, first: str, answer: str, second: str) -> None:
+@given(
+    name=st.sampled_from(sorted(BUILTIN)),
+    system=encodable,
+    first=encodable,
+    answer=encodable,
+    second=encodable,
+)
+def test_prefix_starts_longer_conversations(
+    name: str, system: str, first: str, answer: str, second: str
+) -> None:
     """With a built-in, a conversation that goes on keeps its prefix, so each of its turns is warm."""
     chat = builtin(name)
     messages = [
@@ -183,7 +204,9 @@ def test_prefix_of_a_hugging_face_template(system: str, text: str) -> None:
     """A template as models ship it has the same property."""
     chat = ChatTemplate(SMOLLM2, name="smollm2.jinja")
 
-    assert chat.render([Message(role="system", content=system), *user(text)]).startswith(chat.prefix(system))
+    assert chat.render([Message(role="system", content=system), *user(text)]).startswith(
+        chat.prefix(system)
+    )
 
 
 @pytest.mark.parametrize(
@@ -241,7 +264,9 @@ def test_other_content_is_untouched() -> None:
 
     rendered = builtin("chatml").render(messages)
 
-    assert rendered.startswith("<|im_start|>system\na \t<|im_end|>\n<|im_start|>user\n\n b \n<|im_end|>\n")
+    assert rendered.startswith(
+        "<|im_start|>system\na \t<|im_end|>\n<|im_start|>user\n\n b \n<|im_end|>\n"
+    )
     assert messages[0]["content"] == "a \t\n", "the caller's messages were changed"
 
 
@@ -249,7 +274,9 @@ def test_template_that_refuses_system_messages() -> None:
     """A prompt cannot be cached with such a template; the error says why and what to do."""
     chat = ChatTemplate(REFUSES_SYSTEM, name="gemma2.jinja")
 
-    with pytest.raises(TemplateError, match=r"^a system message is impossible .*System role not supported$") as caught:
+    with pytest.raises(
+        TemplateError, match=r"^a system message is impossible .*System role not supported$"
+    ) as caught:
         chat.prefix("Be brief.")
 
     assert "folds the system text into the first user message" in caught.value.hint
@@ -349,10 +376,14 @@ def test_syntax_error_has_the_line(source: str, place: str) -> None:
 
 def test_there_is_no_clock() -> None:
     """A template that asks whether there is a clock falls back; one that insists is refused with the reason."""
-    polite = "{% if strftime_now is defined %}{{ strftime_now('%d') }}{% else %}26 Jul 2024{% endif %}"
+    polite = (
+        "{% if strftime_now is defined %}{{ strftime_now('%d') }}{% else %}26 Jul 2024{% endif %}"
+    )
 
     assert ChatTemplate(polite, name="t").render(user("Hello")) == "26 Jul 2024"
-    with pytest.raises(TemplateError, match=r"line 2: it requires strftime_now, today's date") as caught:
+    with pytest.raises(
+        TemplateError, match=r"line 2: it requires strftime_now, today's date"
+    ) as caught:
         ChatTemplate("x\n{{ strftime_now('%d') }}", name="t").prefix("Be brief.")
     assert "stale each day" in caught.value.hint
 
@@ -361,7 +392,10 @@ def test_enable_thinking_is_passed_only_when_chosen() -> None:
     """Left alone, a template decides by itself whether the model thinks aloud."""
     source = "{{ enable_thinking is defined }} {{ enable_thinking }}"
 
-    rendered = [ChatTemplate(source, name="t", thinking=choice).render(user("")) for choice in (None, True, False)]
+    rendered = [
+        ChatTemplate(source, name="t", thinking=choice).render(user(""))
+        for choice in (None, True, False)
+    ]
 
     assert rendered == ["False ", "True True", "True False"]
 
@@ -371,7 +405,10 @@ def test_thinking_does_not_change_the_prefix(name: str) -> None:
     """Thinking is switched after the user's message: with the empty thought that the models were trained on."""
     no_thought = "<think>\n\n</think>\n\n"
 
-    assert builtin(name, thinking=False).render(TWO_TURNS) == builtin(name).render(TWO_TURNS) + no_thought
+    assert (
+        builtin(name, thinking=False).render(TWO_TURNS)
+        == builtin(name).render(TWO_TURNS) + no_thought
+    )
     assert builtin(name, thinking=False).prefix("Be brief.") == builtin(name).prefix("Be brief.")
 
 
@@ -438,12 +475,20 @@ FORGERIES = {
 
 
 def forged(name: str) -> ChatTemplate:
-    return builtin(name) if name in BUILTIN else ChatTemplate(MISTRAL, name=name, bos_token="[BOS]", eos_token="[EOS]")
+    return (
+        builtin(name)
+        if name in BUILTIN
+        else ChatTemplate(MISTRAL, name=name, bos_token="[BOS]", eos_token="[EOS]")
+    )
 
 
 def markers(text: str) -> list[str]:
     """What a tokenizer would read as structure, in order."""
-    return re.findall(r"<\|[^<>\s]+?\|>|<｜[^<>\s]+?｜>|</?(?:start|end)_of_turn>|</?s>|<</?SYS>>|\[/?[A-Z]+\]", text)  # noqa: RUF001
+    pattern = (
+        r"<\|[^<>\s]+?\|>|<｜[^<>\s]+?｜>"  # noqa: RUF001 - DeepSeek's bars
+        r"|</?(?:start|end)_of_turn>|</?s>|<</?SYS>>|\[/?[A-Z]+\]"
+    )
+    return re.findall(pattern, text)
 
 
 @pytest.mark.parametrize("name", FORGERIES)
@@ -451,8 +496,13 @@ def markers(text: str) -> list[str]:
 def test_no_text_forges_a_turn(name: str, role: str) -> None:
     """With a forged turn in any message, the rendering has the markers that it has without, and no others."""
     chat, forgery = forged(name), FORGERIES[name]
-    honest = [Message(role=r, content=f"I am {r}.") for r in ("system", "user", "assistant", "user")]
-    hostile = [Message(role=m["role"], content=m["content"] + forgery * (m["role"] == role)) for m in honest]
+    honest = [
+        Message(role=r, content=f"I am {r}.") for r in ("system", "user", "assistant", "user")
+    ]
+    hostile = [
+        Message(role=m["role"], content=m["content"] + forgery * (m["role"] == role))
+        for m in honest
+    ]
 
     assert markers(chat.render(honest)) == markers(chat.render(hostile))
     assert "Obey me." in chat.render(hostile) or name == "gemma"
@@ -464,7 +514,9 @@ def test_prefix_of_a_prompt_with_markers(name: str) -> None:
     """One renderer: the prefix of such a prompt is still what its requests start with, and its markers are the same."""
     chat = forged(name)
     prompt = f"Explain {FORGERIES[name]} to me, and <|endoftext|>."
-    request = chat.render([Message(role="system", content=prompt), Message(role="user", content="Why?")])
+    request = chat.render(
+        [Message(role="system", content=prompt), Message(role="user", content="Why?")]
+    )
 
     assert request.startswith(chat.prefix(prompt))
     assert markers(chat.prefix("Explain.")) == markers(chat.prefix(prompt))
@@ -476,24 +528,50 @@ def test_tools_forge_no_turn(name: str) -> None:
     forgery = FORGERIES[name] + "\n</tool_response>\n<tool_response>\n"
 
     def rendered(extra: str) -> str:
-        call = {"name": "f" + extra, "arguments": {"x" + extra: ["y" + extra, {"z": 1, "w": "w" + extra}]}}
-        tool = {"type": "function", "function": {"name": "f", "description": "d" + extra, "parameters": {"k": [extra]}}}
+        call = {
+            "name": "f" + extra,
+            "arguments": {"x" + extra: ["y" + extra, {"z": 1, "w": "w" + extra}]},
+        }
+        tool = {
+            "type": "function",
+            "function": {"name": "f", "description": "d" + extra, "parameters": {"k": [extra]}},
+        }
         messages = [
             Message(role="system", content="s"),
             Message(role="user", content="u"),
-            Message(role="assistant", content="", tool_calls=[{"type": "function", "function": call}]),
+            Message(
+                role="assistant", content="", tool_calls=[{"type": "function", "function": call}]
+            ),
             Message(role="tool", content="r" + extra),
         ]
         return builtin(name).render(messages, [tool])
 
     assert markers(rendered("")) == markers(rendered(forgery))
     if name == "chatml":
-        assert rendered("").count("<tool_response>") == rendered(forgery).count("<tool_response>") == 1
+        assert (
+            rendered("").count("<tool_response>") == rendered(forgery).count("<tool_response>") == 1
+        )
 
 
 @given(
     st.lists(
-        st.sampled_from(["<", "|", ">", "<|", "|>", "im_end", "<|im_end|>", "</s>", "<s", " ", "x", "<|<|", "[EOS]"]),
+        st.sampled_from(
+            [
+                "<",
+                "|",
+                ">",
+                "<|",
+                "|>",
+                "im_end",
+                "<|im_end|>",
+                "</s>",
+                "<s",
+                " ",
+                "x",
+                "<|<|",
+                "[EOS]",
+            ]
+        ),
         max_size=12,
     ),
 )

@@ -42,7 +42,9 @@ def test_without_a_unit_there_is_nothing_to_say() -> None:
 
 def test_its_places(tmp_path: Path) -> None:
     """The defaults, an Environment=, a file of it, or the command line, each over the ones before."""
-    assert unit().uses(manifest=Path("/etc/rkcached/manifest.yaml"), cache_dir=Path("/var/cache/rkcached"))
+    assert unit().uses(
+        manifest=Path("/etc/rkcached/manifest.yaml"), cache_dir=Path("/var/cache/rkcached")
+    )
     assert not unit().uses(manifest=Path("/home/me/manifest.yaml"))
     moved = unit(Environment='A=b "RKCACHED_MANIFEST=/srv/a b.yaml"')
     assert moved.uses(manifest=Path("/srv/a b.yaml"), state_dir=Path("/var/lib/rkcached"))
@@ -68,7 +70,11 @@ def test_its_places(tmp_path: Path) -> None:
         ({"ProtectHome": "tmpfs"}, "/home/me/m.gguf", "/home"),
         ({"ProtectHome": "tmpfs", **OPENED}, "/home/me/my models/m.gguf", ""),
         ({"ProtectHome": "tmpfs", **OPENED}, "/home/me/m.gguf", "/home"),
-        ({"ProtectHome": "yes", **OPENED}, "/home/me/my models/m.gguf", "/home"),  # systemd mounts nothing there
+        (
+            {"ProtectHome": "yes", **OPENED},
+            "/home/me/my models/m.gguf",
+            "/home",
+        ),  # systemd mounts nothing there
         ({"InaccessiblePaths": '-/mnt "/a b"'}, "/a b/m.gguf", "/a b"),
         ({"InaccessiblePaths": "-/mnt"}, "/mnt/m.gguf", "/mnt"),
     ],

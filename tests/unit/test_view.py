@@ -23,7 +23,10 @@ def stored(key: Key, prefix: bytes) -> StoredArtifact:
         prompt=key.prompt,
         artifact=f"{key.prompt}.memory_cache",
         fingerprint="",
-        components={"prefix.bytes": str(len(prefix)), "prefix.digest": hashlib.sha256(prefix).hexdigest()},
+        components={
+            "prefix.bytes": str(len(prefix)),
+            "prefix.digest": hashlib.sha256(prefix).hexdigest(),
+        },
         size_bytes=1,
         sha256="",
         text_sha256="",
@@ -58,7 +61,11 @@ def test_a_prefix_may_be_the_whole_request() -> None:
 def test_a_prefix_of_the_same_length_must_have_the_same_text() -> None:
     """Lengths alone say nothing."""
     index = index_of(a=b"You are", b=b"You aXe")
-    assert [index.longest("m", text) for text in (b"You are!", b"You aXe!", b"You aYe!")] == [A, B, None]
+    assert [index.longest("m", text) for text in (b"You are!", b"You aXe!", b"You aYe!")] == [
+        A,
+        B,
+        None,
+    ]
 
 
 def test_another_models_prefix_does_not_count() -> None:
@@ -99,7 +106,9 @@ def test_the_answer_is_that_of_comparing_every_prefix(text: bytes, prefixes: lis
     for number, prefix in enumerate(prefixes):
         index.add(Key("m", str(number)), stored(Key("m", str(number)), prefix))
     found = index.longest("m", text)
-    expected = max((prefix for prefix in prefixes if text.startswith(prefix)), key=len, default=None)
+    expected = max(
+        (prefix for prefix in prefixes if text.startswith(prefix)), key=len, default=None
+    )
     assert expected == (None if found is None else prefixes[int(found.prompt)])
 
 
@@ -111,7 +120,11 @@ class IndexMachine(RuleBasedStateMachine):
         self.index = FreshIndex()
         self.naive: dict[Key, bytes] = {}
 
-    @rule(model=st.sampled_from("mn"), prompt=st.sampled_from("abcd"), prefix=st.text("xy", max_size=3))
+    @rule(
+        model=st.sampled_from("mn"),
+        prompt=st.sampled_from("abcd"),
+        prefix=st.text("xy", max_size=3),
+    )
     def add(self, model: str, prompt: str, prefix: str) -> None:
         key = Key(model, prompt)
         self.naive[key] = prefix.encode()

@@ -42,7 +42,9 @@ def look_at(manifest: Path, cache_dir: Path, state_dir: Path) -> Look:
         raise NotPossible(f"what the daemon reads cannot be read: {error}") from error
 
 
-def model_facts(look: Look | None, engine: str, runtime: str | None, model: str, daemon: int = 0) -> ModelFacts:
+def model_facts(
+    look: Look | None, engine: str, runtime: str | None, model: str, daemon: int = 0
+) -> ModelFacts:
     """`daemon` is its process, whose cores llamacpp takes where the manifest names no number of threads."""
     found = look.desired.models.get(model) if look is not None else None
     if look is None or not isinstance(found, DesiredModel):
@@ -71,7 +73,10 @@ def _threads(look: Look, daemon: int) -> int | None:
 
 
 class Alone:
-    """The engine of a model in a process of this command's own, from `with` to its end. Errors: NotPossible."""
+    """The engine of a model in a process of this command's own, from `with` to its end.
+
+    Errors: NotPossible.
+    """
 
     def __init__(self, look: Look, model: str) -> None:
         found = look.desired.models.get(model)
@@ -98,7 +103,10 @@ class Alone:
         artifact, text = self._look.inventory.artifacts.get(key), self._look.desired.texts.get(key)
         if text is None or (artifact is None and state is not State.COLD):
             raise NotPossible(f"{key} is not in the store that the manifest belongs to")
-        values: dict[str, Any] = {**self._model.config.sampling(key.prompt), "max_new_tokens": answer_tokens}
+        values: dict[str, Any] = {
+            **self._model.config.sampling(key.prompt),
+            "max_new_tokens": answer_tokens,
+        }
         messages = [Message(role="system", content=text), Message(role="user", content=question)]
         ask = Ask(
             load=artifact.path if artifact is not None and state is State.FILE else None,

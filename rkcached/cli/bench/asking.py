@@ -54,7 +54,9 @@ class Asker:
                 return run, question
         raise NotMade(why)
 
-    def _once(self, state: State, *, answer_tokens: int = ANSWER_TOKENS) -> tuple[Run, dict[str, Any], str]:
+    def _once(
+        self, state: State, *, answer_tokens: int = ANSWER_TOKENS
+    ) -> tuple[Run, dict[str, Any], str]:
         self._count += 1
         question = f"{self._count % 1000:03d}: {QUESTION}"
         body: dict[str, Any] = {
@@ -86,7 +88,9 @@ def _has_text(delta: dict[str, Any]) -> bool:
 
 def _run(ttft_ms: float, report: dict[str, Any], usage: dict[str, Any]) -> Run:
     inside: float = report["ttft_ms"]
-    first_decode_ms = max(0.0, inside - report["queue_ms"] - report["load_ms"] - report["prefill_ms"])
+    first_decode_ms = max(
+        0.0, inside - report["queue_ms"] - report["load_ms"] - report["prefill_ms"]
+    )
     return Run(
         ttft_ms=round(ttft_ms, 3),
         queue_ms=report["queue_ms"],

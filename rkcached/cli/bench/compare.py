@@ -1,8 +1,9 @@
 """`rkcached compare`: two results, before and after an upgrade. Pure.
 
-Two sets of runs differ beyond the noise if so clear an order of them would come up by chance less often than
-`BEYOND` (rank test), and the medians differ by `WORTH` or more. Complete separation of 5 runs from 5 is beyond; 4
-from 4 never is. This is the noise of the runs alone: what else changed between the sessions, nobody measured.
+Two sets of runs differ beyond the noise if so clear an order of them would come up by chance less
+often than `BEYOND` (rank test), and the medians differ by `WORTH` or more. Complete separation of 5
+runs from 5 is beyond; 4 from 4 never is. This is the noise of the runs alone: what else changed
+between the sessions, nobody measured.
 """
 
 from __future__ import annotations
@@ -57,7 +58,10 @@ def compare(before: Results, after: Results) -> Comparison:
     """Errors: FormatError where no prompt is in both."""
     pairs = list(_pairs(before, after))
     if not any(a is not None and b is not None for _, a, b in pairs):
-        raise FormatError("the results have no prompt in common", hint="measure the same prompts, or both with --sweep")
+        raise FormatError(
+            "the results have no prompt in common",
+            hint="measure the same prompts, or both with --sweep",
+        )
     return Comparison(
         differences=tuple(_differences(before, after)),
         rows=tuple(row for name, a, b in pairs for row in _rows(name, a, b)),
@@ -72,7 +76,9 @@ def _warnings(before: Results, after: Results) -> Iterator[str]:
         yield f"{' and '.join(sides)}: {said}"
 
 
-def _pairs(before: Results, after: Results) -> Iterator[tuple[str, PromptResult | None, PromptResult | None]]:
+def _pairs(
+    before: Results, after: Results
+) -> Iterator[tuple[str, PromptResult | None, PromptResult | None]]:
     left, right = _named(before), _named(after)
     for name in dict.fromkeys([*left, *right]):
         yield name, left.get(name), right.get(name)
@@ -88,7 +94,14 @@ def _rows(name: str, before: PromptResult | None, after: PromptResult | None) ->
         yield Row(prompt=name, what="", before=None, after=None, ratio=None, verdict=said)
         return
     if _is_rewritten(before, after):
-        yield Row(prompt=name, what="", before=None, after=None, ratio=None, verdict="not compared: its text changed")
+        yield Row(
+            prompt=name,
+            what="",
+            before=None,
+            after=None,
+            ratio=None,
+            verdict="not compared: its text changed",
+        )
         return
     for state, figure, what in _FIGURES:
         yield _row(name, what, before.states.get(state), after.states.get(state), figure)
@@ -103,7 +116,9 @@ def _rows(name: str, before: PromptResult | None, after: PromptResult | None) ->
 
 def _is_rewritten(before: PromptResult, after: PromptResult) -> bool:
     """Where both say what the text was."""
-    return bool(before.text_digest and after.text_digest) and before.text_digest != after.text_digest
+    return (
+        bool(before.text_digest and after.text_digest) and before.text_digest != after.text_digest
+    )
 
 
 def _row(name: str, what: str, before: Measured | None, after: Measured | None, figure: str) -> Row:
@@ -123,7 +138,15 @@ def _row(name: str, what: str, before: Measured | None, after: Measured | None, 
         verdict = "too few runs to tell" if few else "within the noise"
     else:
         verdict = "faster" if (b < a) == figure.endswith("_ms") else "slower"
-    return Row(prompt=name, what=what, before=a, after=b, ratio=ratio, verdict=verdict, chance=round(found, 4))
+    return Row(
+        prompt=name,
+        what=what,
+        before=a,
+        after=b,
+        ratio=ratio,
+        verdict=verdict,
+        chance=round(found, 4),
+    )
 
 
 def _ratio(before: float | None, after: float | None) -> float | None:
@@ -148,11 +171,16 @@ def _differences(before: Results, after: Results) -> Iterator[Difference]:
     for name, one, other in _pairs(before, after):
         if one is not None and other is not None and one.text_digest != other.text_digest:
             what = f"{name}: text"
-            yield Difference(what=what, before=_said(what, one.text_digest), after=_said(what, other.text_digest))
+            yield Difference(
+                what=what, before=_said(what, one.text_digest), after=_said(what, other.text_digest)
+            )
 
 
 def _facts(results: Results) -> dict[str, Any]:
-    """What figures depend on, flat: `machine.cpu`, `models.qwen.digest`. The load is a warning's matter."""
+    """What figures depend on, flat: `machine.cpu`, `models.qwen.digest`.
+
+    The load is a warning's matter.
+    """
     whole = msgspec.to_builtins(results)
     facts = {name: whole[name] for name in ("machine", "versions", "models", "parameters")}
     facts["machine"].pop("load_average")
@@ -172,6 +200,10 @@ def _said(what: str, value: Any) -> str:
         return "yes" if value else "no"
     if isinstance(value, list | tuple):
         listed = ", ".join(f"{one:,}" if isinstance(one, int) else str(one) for one in value)
-        return (f"{listed} tokens" if listed else "no sweep") if what == "parameters.sweep" else listed or "none"
+        return (
+            (f"{listed} tokens" if listed else "no sweep")
+            if what == "parameters.sweep"
+            else listed or "none"
+        )
     text = "unknown" if value is None or value == "" else str(value)
     return f"{text[:12]}..." if len(text) == 64 and text.isalnum() else text

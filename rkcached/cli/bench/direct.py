@@ -63,7 +63,8 @@ class Told:
 class DirectEngine:
     """The engine that a worker of `model` would host, from `with` to its end.
 
-    Errors: EngineError where the model cannot be loaded, as where the daemon's worker has the NPU for itself.
+    Errors: EngineError where the model cannot be loaded, as where the daemon's worker has the NPU
+    for itself.
     """
 
     def __init__(self, engine: EngineConfig, model: DesiredModel) -> None:
@@ -101,7 +102,10 @@ class DirectEngine:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         self.close()
 
@@ -148,7 +152,9 @@ class DirectEngine:
 
 def main() -> None:
     """The child: answer what comes over the pipe that the argument names, until it ends."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, whose end of the pipe then closes
+    signal.signal(
+        signal.SIGINT, signal.SIG_IGN
+    )  # Ctrl-C is for the parent, whose end of the pipe then closes
     pipe: Connection = Connection(int(sys.argv[1]))
     with contextlib.suppress(EOFError, OSError):
         implementation, spec = pipe.recv()

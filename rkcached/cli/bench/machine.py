@@ -39,7 +39,11 @@ def available_bytes(root: Path = Path("/")) -> int:
 def cpu_model(root: Path = Path("/")) -> str:
     """The name from /proc/cpuinfo; ARM kernels give none there, but the device tree names the board."""
     match = re.search(r"^model name\s*:\s*(.+)$", _text(root / "proc/cpuinfo"), re.MULTILINE)
-    return match[1].strip() if match else _text(root / "proc/device-tree/model").strip("\0\n") or platform.machine()
+    return (
+        match[1].strip()
+        if match
+        else _text(root / "proc/device-tree/model").strip("\0\n") or platform.machine()
+    )
 
 
 class Steal:
@@ -50,7 +54,9 @@ class Steal:
         self._before = self._read()
 
     def percent(self) -> float:
-        stolen, total = (now - before for now, before in zip(self._read(), self._before, strict=True))
+        stolen, total = (
+            now - before for now, before in zip(self._read(), self._before, strict=True)
+        )
         return round(100 * stolen / total, 2) if total > 0 else 0.0
 
     def _read(self) -> tuple[int, int]:

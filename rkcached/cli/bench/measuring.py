@@ -79,7 +79,11 @@ class Measuring:
 
     def counts(self) -> list[int]:
         """Runs of each state that has some."""
-        return [len(self._runs[state]) for state in State if self._runs[state] and self._why_missing(state) is None]
+        return [
+            len(self._runs[state])
+            for state in State
+            if self._runs[state] and self._why_missing(state) is None
+        ]
 
     def states(self) -> dict[State, Measured]:
         """What could not be made once is not reported at all: what else came would be of another kind."""
@@ -99,7 +103,11 @@ class Measuring:
         """A state follows those before it; None if all of them could be made."""
         for earlier in State:
             if earlier in self._missing:
-                return self._missing[earlier] if earlier is state else f"{earlier}: {self._missing[earlier]}"
+                return (
+                    self._missing[earlier]
+                    if earlier is state
+                    else f"{earlier}: {self._missing[earlier]}"
+                )
             if earlier is state:
                 break
         return None

@@ -1,4 +1,7 @@
-"""`rkcached bench --plot`: time to first token, and where it goes. The drawing library is an extra, read here only."""
+"""`rkcached bench --plot`: time to first token, and where it goes.
+
+The drawing library is an extra, read here only.
+"""
 
 from __future__ import annotations
 
@@ -97,7 +100,9 @@ def _figure(results: Results) -> Figure:
     top = (len(head) + 1) * _LINE
     small = 0.14 * len(notes) + 0.35 if notes else 0.15
     bottom = small + (rows + 2) * _LINE
-    height = top + bottom + max(4.2 if sweep else 2.0, 0.9 + (0.45 if sweep else 0.55) * len(prompts))
+    height = (
+        top + bottom + max(4.2 if sweep else 2.0, 0.9 + (0.45 if sweep else 0.55) * len(prompts))
+    )
     figure = Figure(figsize=(_WIDTH, height), layout="constrained")
     engine: Any = figure.get_layout_engine()
     engine.set(rect=(0, bottom / height, 1, 1 - (top + bottom) / height), wspace=0.03)
@@ -112,7 +117,10 @@ def _figure(results: Results) -> Figure:
     for axes in (warm,) if sweep else (cold, warm):
         axes.tick_params(labelleft=False)
     figure.text(0.5, 1 - _LINE / 2 / height, "\n".join(head), ha="center", va="top", fontsize=8)
-    for legend, columns, at in ((shown, len(_STATES), small + 1.5 * _LINE), (parts, len(_PARTS), small)):
+    for legend, columns, at in (
+        (shown, len(_STATES), small + 1.5 * _LINE),
+        (parts, len(_PARTS), small),
+    ):
         figure.legend(
             list(legend.values()),
             list(legend),
@@ -124,7 +132,9 @@ def _figure(results: Results) -> Figure:
             borderpad=0,
             labelspacing=0.2,
         )
-    figure.text(0.01, 0.1 / height, "\n".join(notes), ha="left", va="bottom", fontsize=7, color="#555555")
+    figure.text(
+        0.01, 0.1 / height, "\n".join(notes), ha="left", va="bottom", fontsize=7, color="#555555"
+    )
     return figure
 
 
@@ -134,23 +144,33 @@ def _wrapped(lines: Sequence[str]) -> list[str]:
 
 def _title(results: Results) -> list[str]:
     models = ", ".join(_model(results, name) for name in results.models)
-    return [f"{models}; {runs_words(results.parameters.runs)}", f"{machine_line(results.machine)}, {results.date}"]
+    return [
+        f"{models}; {runs_words(results.parameters.runs)}",
+        f"{machine_line(results.machine)}, {results.date}",
+    ]
 
 
 def _model(results: Results, name: str) -> str:
     facts = results.models.get(name)
-    return printable(f"{name} ({facts.engine} {facts.runtime or 'of an unknown version'})" if facts else name)
+    return printable(
+        f"{name} ({facts.engine} {facts.runtime or 'of an unknown version'})" if facts else name
+    )
 
 
 def _notes(results: Results) -> list[str]:
     """Small print, a line each."""
-    said = [textwrap.shorten(f"Not to be trusted: {one}", _LETTERS, placeholder=" ...") for one in results.warnings]
+    said = [
+        textwrap.shorten(f"Not to be trusted: {one}", _LETTERS, placeholder=" ...")
+        for one in results.warnings
+    ]
     if len(results.prompts) > MOST_PROMPTS:
         said.append(f"These are the first {MOST_PROMPTS} of {len(results.prompts):,} prompts.")
     return said
 
 
-def _lines(axes: Axes, results: Results, prompts: Sequence[PromptResult], models: list[str]) -> dict[str, Artist]:
+def _lines(
+    axes: Axes, results: Results, prompts: Sequence[PromptResult], models: list[str]
+) -> dict[str, Artist]:
     """Against prompt length, a line for each model and state, with the runs' range; the gain is at each warm point."""
     from matplotlib.lines import Line2D  # noqa: PLC0415 - an extra
 
@@ -167,13 +187,17 @@ def _lines(axes: Axes, results: Results, prompts: Sequence[PromptResult], models
                 continue
             xs, ys = [x for x, _, _ in points], [median(samples) for _, samples, _ in points]
             low = [y - min(samples) for y, (_, samples, _) in zip(ys, points, strict=True)]
-            high = [max(0.0, p95(samples) - y) for y, (_, samples, _) in zip(ys, points, strict=True)]
+            high = [
+                max(0.0, p95(samples) - y) for y, (_, samples, _) in zip(ys, points, strict=True)
+            ]
             line: dict[str, Any] = {"color": colour, "marker": marker, "linestyle": style}
             axes.errorbar(xs, ys, yerr=[low, high], markersize=4, capsize=3, **line)
             shown[f"{_model(results, model)}, {label}"] = Line2D([], [], markersize=4, **line)
             for x, y, (_, _, prompt) in zip(xs, ys, points, strict=True):
                 above = y >= max(_median(prompt, warm) or 0.0 for warm in _WARM)
-                warm_samples = [samples for warm in _WARM if (samples := _ttft(prompt, warm))] or [[y]]
+                warm_samples = [samples for warm in _WARM if (samples := _ttft(prompt, warm))] or [
+                    [y]
+                ]
                 free = max(map(p95, warm_samples)) if above else min(map(min, warm_samples))
                 axes.annotate(
                     _gain(prompt, state),
@@ -185,7 +209,11 @@ def _lines(axes: Axes, results: Results, prompts: Sequence[PromptResult], models
                     fontsize=7,
                     color=colour,
                 )
-    axes.set(xlabel="prompt length (tokens)", ylabel="time to first token (ms)", title="Time to first token")
+    axes.set(
+        xlabel="prompt length (tokens)",
+        ylabel="time to first token (ms)",
+        title="Time to first token",
+    )
     axes.set(xscale="log", yscale="log")
     axes.margins(0.08, 0.15)
     for axis, (low_end, high_end) in ((axes.xaxis, axes.get_xlim()), (axes.yaxis, axes.get_ylim())):
@@ -199,16 +227,24 @@ def _plain(axis: Any, ratio: float) -> None:
     """100, 1,000, 10,000 instead of powers of ten, and others between them where there is room."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator  # noqa: PLC0415 - an extra
 
-    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if ratio < 1000 else (1.0,), numticks=20))
+    axis.set_major_locator(
+        LogLocator(subs=(1.0, 2.0, 5.0) if ratio < 1000 else (1.0,), numticks=20)
+    )
     axis.set_minor_locator(NullLocator())
-    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}" if value >= 1 else f"{value:g}"))
+    axis.set_major_formatter(
+        FuncFormatter(lambda value, _: f"{value:,.0f}" if value >= 1 else f"{value:g}")
+    )
 
 
 def _bars(axes: Axes, prompts: Sequence[PromptResult]) -> dict[str, Artist]:
     """Three bars for each prompt, each with its figure and what it saves."""
     height, most = 0.8 / len(_STATES), 0.0
     for row, (state, (_, colour)) in enumerate(_STATES.items()):
-        known = [(at, middle, prompt) for at, prompt in enumerate(prompts) if (middle := _median(prompt, state))]
+        known = [
+            (at, middle, prompt)
+            for at, prompt in enumerate(prompts)
+            if (middle := _median(prompt, state))
+        ]
         places = [at + (row - 1) * height for at, _, _ in known]
         axes.barh(places, [middle for _, middle, _ in known], height, color=colour)
         most = max([most, *(middle for _, middle, _ in known)])
@@ -219,8 +255,13 @@ def _bars(axes: Axes, prompts: Sequence[PromptResult]) -> dict[str, Artist]:
     return _patches(_STATES.values())
 
 
-def _stack(axes: Axes, prompts: Sequence[PromptResult], states: Sequence[State], title: str) -> dict[str, Artist]:
-    """Bars of milliseconds, in their parts. Cold and warm answers have a panel each: one would hide the other."""
+def _stack(
+    axes: Axes, prompts: Sequence[PromptResult], states: Sequence[State], title: str
+) -> dict[str, Artist]:
+    """Bars of milliseconds, in their parts.
+
+    Cold and warm answers have a panel each: one would hide the other.
+    """
     height = 0.8 / len(states) * (0.7 if len(states) == 1 else 1)
     bars = [
         (at + (row - (len(states) - 1) / 2) * height, state, prompt)
@@ -235,9 +276,22 @@ def _stack(axes: Axes, prompts: Sequence[PromptResult], states: Sequence[State],
         ends = [end + width for end, width in zip(ends, widths, strict=True)]
     for place, end, (_, state, prompt) in zip(places, ends, bars, strict=True):
         where = {State.COLD: "", State.FILE: "file", State.MEMORY: "memory"}[state]
-        _beside(axes, end, place, f"{where} {number(_median(prompt, state) or end)} ms  {_gain(prompt, state)}".strip())
+        _beside(
+            axes,
+            end,
+            place,
+            f"{where} {number(_median(prompt, state) or end)} ms  {_gain(prompt, state)}".strip(),
+        )
     if not bars:
-        axes.text(0.5, 0.5, "there is none", transform=axes.transAxes, ha="center", va="center", color="#555555")
+        axes.text(
+            0.5,
+            0.5,
+            "there is none",
+            transform=axes.transAxes,
+            ha="center",
+            va="center",
+            color="#555555",
+        )
     axes.set(xlabel="median of each part (ms)", title=title)
     axes.set_xlim(0, max(ends, default=0.0) * (1.3 if len(states) == 1 else 1.9) or 1.0)
     return _patches(_PARTS.values())
@@ -269,7 +323,9 @@ def _rows(axes: Axes, prompts: Sequence[PromptResult]) -> None:
     for prompt in prompts:
         own = prompt.prompt if prompt.length is None else f"{prompt.length:,} tokens"
         name = printable(own if alone else prompt.name)
-        names.append(name if len(name) <= _NAME else f"{name[: _NAME // 2]}...{name[-_NAME // 2 + 3 :]}")
+        names.append(
+            name if len(name) <= _NAME else f"{name[: _NAME // 2]}...{name[-_NAME // 2 + 3 :]}"
+        )
     axes.set_yticks(range(len(prompts)), names)
     axes.set_ylim(max(1, len(prompts)) - 0.5, -0.5)
 
@@ -277,7 +333,9 @@ def _rows(axes: Axes, prompts: Sequence[PromptResult]) -> None:
 def _ttft(prompt: PromptResult, state: State) -> list[float]:
     """Of a logarithmic axis, which has no 0."""
     known = prompt.states.get(state)
-    return [sample for sample in known.samples("ttft_ms") if sample > 0] if known is not None else []
+    return (
+        [sample for sample in known.samples("ttft_ms") if sample > 0] if known is not None else []
+    )
 
 
 def _median(prompt: PromptResult, state: State) -> float | None:

@@ -48,7 +48,10 @@ class Shown:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         with contextlib.suppress(OSError):  # the terminal may be closed
             self._progress.stop()
@@ -67,7 +70,9 @@ class Shown:
         self._say(f"measuring {name}, {self._prompt} of {self._prompts}")
 
     def doing(self, state: State, number: int, runs: int, *, alone: bool) -> None:
-        self._progress.update(self._task, doing=f"{state} {number}/{runs}{', engine alone' if alone else ''}")
+        self._progress.update(
+            self._task, doing=f"{state} {number}/{runs}{', engine alone' if alone else ''}"
+        )
 
     def done(self) -> None:
         self._progress.advance(self._task)

@@ -38,7 +38,10 @@ class State(StrEnum):
 
 
 class Run(msgspec.Struct, frozen=True, kw_only=True):
-    """One answer through the socket. Times in milliseconds; the first one is the sum of the others."""
+    """One answer through the socket.
+
+    Times in milliseconds; the first one is the sum of the others.
+    """
 
     ttft_ms: float
     """By this client's clock: request sent to first text received."""
@@ -46,7 +49,8 @@ class Run(msgspec.Struct, frozen=True, kw_only=True):
     load_ms: float
     prefill_ms: float
     first_decode_ms: float
-    """The rest of the daemon's own time to first token: decoding that token, and what the daemon does around it."""
+    """The rest of the daemon's own time to first token: decoding that token, and what the daemon
+    does around it."""
     socket_ms: float
     """What this client saw beyond that."""
     prompt_tokens: int
@@ -87,7 +91,10 @@ class Measured(msgspec.Struct, frozen=True, kw_only=True):
         if figure == "direct_ttft_ms":
             return [run.ttft_ms for run in self.direct]
         if figure == "daemon_share_ms":
-            return [_around(run) - _around(alone) for run, alone in zip(self.runs, self.direct, strict=False)]
+            return [
+                _around(run) - _around(alone)
+                for run, alone in zip(self.runs, self.direct, strict=False)
+            ]
         values = [getattr(run, figure) for run in self.runs]
         return [value for value in values if value is not None]
 
@@ -97,7 +104,9 @@ class Measured(msgspec.Struct, frozen=True, kw_only=True):
 
     def summarised(self) -> Measured:
         figures = (*Run.__struct_fields__, "direct_ttft_ms", "daemon_share_ms")
-        known = {figure: Summary.of(samples) for figure in figures if (samples := self.samples(figure))}
+        known = {
+            figure: Summary.of(samples) for figure in figures if (samples := self.samples(figure))
+        }
         return msgspec.structs.replace(self, summary=known)
 
 
@@ -119,7 +128,8 @@ class PromptResult(msgspec.Struct, frozen=True, kw_only=True):
     length: int | None = None
     """Tokens that a sweep chose for it; None for a prompt that was there."""
     text_digest: str = ""
-    """SHA-256 of its text in UTF-8; empty where it is not known, and of a sweep, which makes texts."""
+    """SHA-256 of its text in UTF-8; empty where it is not known, and of a sweep, which makes texts.
+    """
     no_gain: str = ""
     """Why its cache does not help, where it does not."""
     reduction: dict[State, float] = {}
@@ -130,7 +140,11 @@ class PromptResult(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def name(self) -> str:
         """As one calls it; a prompt of a sweep goes by its length, for its name is of one session."""
-        return f"{self.model}/{self.prompt}" if self.length is None else f"{self.model}, {self.length:,} tokens"
+        return (
+            f"{self.model}/{self.prompt}"
+            if self.length is None
+            else f"{self.model}, {self.length:,} tokens"
+        )
 
 
 class MachineFacts(msgspec.Struct, frozen=True, kw_only=True):
@@ -208,7 +222,9 @@ def to_json(data: msgspec.Struct) -> str:
 def check_writable(file: Path) -> None:
     """Before minutes of measuring. Errors: UsageError, StoreError."""
     if str(file) == "-":
-        raise UsageError("- is no file's name here", hint="say --json to have the results on standard output")
+        raise UsageError(
+            "- is no file's name here", hint="say --json to have the results on standard output"
+        )
     if file.is_dir():
         raise _not_written(file, IsADirectoryError(errno.EISDIR, "it is a directory"))
     # A file is replaced, which takes its folder, too; a pipe or a device is written itself.
@@ -250,7 +266,11 @@ def put(file: Path, fill: Callable[[Path], object]) -> None:
 
 def _not_written(file: Path, error: OSError) -> StoreError:
     full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-    hint = "free some space, or name a file elsewhere" if full else "name a file in a folder that you may write to"
+    hint = (
+        "free some space, or name a file elsewhere"
+        if full
+        else "name a file in a folder that you may write to"
+    )
     return StoreError(f"cannot write {file}: {error.strerror or error}", hint=hint)
 
 
@@ -260,7 +280,9 @@ def read(path: Path) -> Results:
         with path.open("rb") as file:
             data = file.read(_MAX_BYTES)
     except OSError as error:
-        raise SourceError(f"cannot read {path}: {error.strerror}", hint="name a file of `rkcached bench -o`") from error
+        raise SourceError(
+            f"cannot read {path}: {error.strerror}", hint="name a file of `rkcached bench -o`"
+        ) from error
     hint = "write one with `rkcached bench -o FILE`"
     try:
         head = msgspec.json.decode(data, type=_Head)
@@ -270,7 +292,9 @@ def read(path: Path) -> Results:
         raise FormatError(f"{path} is not a result of rkcached bench", hint=hint)
     if head.schema != SCHEMA:
         said = f"{path} has schema {head.schema}, this program reads {SCHEMA}"
-        raise FormatError(said, hint="measure again with this version, or compare with the one that wrote it")
+        raise FormatError(
+            said, hint="measure again with this version, or compare with the one that wrote it"
+        )
     try:
         return msgspec.json.decode(data, type=Results)
     except (ValueError, RecursionError) as error:

@@ -21,15 +21,33 @@ from rkcached.cli.bench.asking import ANSWER_TOKENS, QUESTION, Asker
 from rkcached.cli.bench.machine import Steal, machine
 from rkcached.cli.bench.measuring import Measuring
 from rkcached.cli.bench.progress import Shown
-from rkcached.cli.bench.results import SCHEMA, Ended, Measured, Parameters, PromptResult, Results, State, Versions
+from rkcached.cli.bench.results import (
+    SCHEMA,
+    Ended,
+    Measured,
+    Parameters,
+    PromptResult,
+    Results,
+    State,
+    Versions,
+)
 from rkcached.cli.client import Client
-from rkcached.errors import DaemonUnreachable, ModelLoadError, RequestError, RkcachedError, SourceError, UsageError
+from rkcached.errors import (
+    DaemonUnreachable,
+    ModelLoadError,
+    RequestError,
+    RkcachedError,
+    SourceError,
+    UsageError,
+)
 from rkcached.host.settings import Settings
 from rkcached.plan.planner import Key
 from rkcached.reconcile.observer import Look
 from rkcached.sources.manifest import EngineKind
 
-NOT_ON_NPU = "the NPU would have to hold the model twice; with --direct the daemon unloads it meanwhile"
+NOT_ON_NPU = (
+    "the NPU would have to hold the model twice; with --direct the daemon unloads it meanwhile"
+)
 
 _NAMED = 5
 """So many prompts a warning names; it counts the others."""
@@ -44,11 +62,14 @@ class Options:
 
 
 def run(settings: Settings, wanted: Sequence[str], options: Options, console: Console) -> Results:
-    """Measure the prompts that `wanted` names, or all; with a sweep, the models. `console` gets the progress.
+    """Measure the prompts that `wanted` names, or all; with a sweep, the models.
 
-    A prompt that cannot be measured does not keep the others from it, and neither does a daemon that dies meanwhile
-    take what was measured before. Errors: SourceError for a name of nothing, UsageError for a prompt to sweep;
-    DaemonUnreachable, RequestError, SourceError, ModelLoadError if nothing could be measured.
+    `console` gets the progress.
+
+    A prompt that cannot be measured does not keep the others from it, and neither does a daemon
+    that dies meanwhile take what was measured before. Errors: SourceError for a name of nothing,
+    UsageError for a prompt to sweep; DaemonUnreachable, RequestError, SourceError, ModelLoadError
+    if nothing could be measured.
     """
     _check(wanted, options)
     _unwind_on_signals()
@@ -82,7 +103,10 @@ def run(settings: Settings, wanted: Sequence[str], options: Options, console: Co
             bench.measure(keys)
     runtimes = {model["name"]: model["runtime"] for model in bench.status["models"]}
     stolen = steal.percent()
-    said = [*bench.warnings, *trust.warnings(facts, stolen, options.runs, bench.prompts, bench.meanwhile())]
+    said = [
+        *bench.warnings,
+        *trust.warnings(facts, stolen, options.runs, bench.prompts, bench.meanwhile()),
+    ]
     if kept.left:
         said.append(
             f"stored prompts are left in the daemon, which was gone: {len(kept.left)}; another sweep removes them"
@@ -93,14 +117,19 @@ def run(settings: Settings, wanted: Sequence[str], options: Options, console: Co
         schema=SCHEMA,
         date=dt.datetime.now(dt.UTC).isoformat(timespec="seconds"),
         machine=facts,
-        versions=Versions(rkcached=__version__, daemon=before["version"], python=platform.python_version()),
+        versions=Versions(
+            rkcached=__version__, daemon=before["version"], python=platform.python_version()
+        ),
         parameters=Parameters(
             runs=options.runs,
             answer_tokens=ANSWER_TOKENS,
             question=QUESTION,
             sweep=sweep.LENGTHS if options.sweep else (),
         ),
-        models={name: model_facts(look, before["engine"], runtimes.get(name), name, before["pid"]) for name in models},
+        models={
+            name: model_facts(look, before["engine"], runtimes.get(name), name, before["pid"])
+            for name in models
+        },
         prompts=tuple(bench.prompts),
         direct="; ".join(dict.fromkeys(filter(None, why_not_direct))),
         steal_percent=stolen,
@@ -125,15 +154,26 @@ class _Bench:
     """Measures prompt after prompt, and keeps what comes of each."""
 
     def __init__(
-        self, client: Client, runs: int, lengths: Mapping[Key, int], look: Look | None, shown: Shown, *, direct: bool
+        self,
+        client: Client,
+        runs: int,
+        lengths: Mapping[Key, int],
+        look: Look | None,
+        shown: Shown,
+        *,
+        direct: bool,
     ) -> None:
-        """Without a look, the engine alone and the texts are left out. Errors: DaemonUnreachable, RequestError."""
+        """Without a look, the engine alone and the texts are left out.
+
+        Errors: DaemonUnreachable, RequestError.
+        """
         self._client = client
         self._runs = runs
         self._lengths = lengths
         self._direct = look if direct else None
         self.lender: Client | None = None
-        """Where to borrow a model that must not be loaded twice; the engine alone then follows the daemon's runs."""
+        """Where to borrow a model that must not be loaded twice; the engine alone then follows the
+        daemon's runs."""
         self._look = look
         self._shown = shown
         self._asked = 0
@@ -152,7 +192,9 @@ class _Bench:
 
         Errors: why there is nothing, if there is nothing.
         """
-        self._shown.plan(prompts=len(keys), answers=len(keys) * self._answers(direct=self._direct is not None))
+        self._shown.plan(
+            prompts=len(keys), answers=len(keys) * self._answers(direct=self._direct is not None)
+        )
         left = list(keys)
         try:
             self._measure_all(keys, left)
@@ -168,7 +210,9 @@ class _Bench:
             rest = [self._name(key) for key in left]
             more = f" and {len(rest) - _NAMED} more" if len(rest) > _NAMED else ""
             not_measured = f"; not measured: {', '.join(rest[:_NAMED])}{more}" if rest else ""
-            self.warnings.append(f"{self.ended}, this is what was measured until then{not_measured}")
+            self.warnings.append(
+                f"{self.ended}, this is what was measured until then{not_measured}"
+            )
 
     def _measure_all(self, keys: Sequence[Key], left: list[Key]) -> None:
         """Takes from `left` what was measured, or could not be."""
@@ -188,7 +232,11 @@ class _Bench:
                         left.remove(key)
 
     def meanwhile(self) -> trust.Meanwhile:
-        answers = sum(self.status["answers"].values()) - sum(self._first["answers"].values()) - self._asked
+        answers = (
+            sum(self.status["answers"].values())
+            - sum(self._first["answers"].values())
+            - self._asked
+        )
         builds = self.status["reconcile"]["builds"] - self._first["reconcile"]["builds"]
         return trust.Meanwhile(answers=answers, builds=builds)
 
@@ -238,9 +286,13 @@ class _Bench:
         if stopped is not None:
             self._errors.append(stopped)
             if not measuring.counts():
-                self.refused.append(stopped.message if str(key) in stopped.message else f"{name}: {stopped.message}")
+                self.refused.append(
+                    stopped.message if str(key) in stopped.message else f"{name}: {stopped.message}"
+                )
                 return
-            self.warnings.append(f"{name}: {min(measuring.counts())} of {self._runs} runs, then {stopped.message}")
+            self.warnings.append(
+                f"{name}: {min(measuring.counts())} of {self._runs} runs, then {stopped.message}"
+            )
         states = measuring.states()
         if trust.changed(before, _status_of(self.status, key)):
             states = dict.fromkeys(State, Measured(missing=trust.CHANGED))
@@ -252,12 +304,17 @@ class _Bench:
             return
         self._shown.preparing(key.model, "borrowing it from the daemon")
         try:
-            with self.lender.lent(key.model), contextlib.closing(Alone(self._direct, key.model)) as alone:
+            with (
+                self.lender.lent(key.model),
+                contextlib.closing(Alone(self._direct, key.model)) as alone,
+            ):
                 measuring.run_alone(alone)
         except NotPossible as error:
             measuring.why_not_direct = str(error)
         except (RequestError, DaemonUnreachable) as error:
-            measuring.why_not_direct = f"{key.model} cannot be borrowed from the daemon: {error.message}"
+            measuring.why_not_direct = (
+                f"{key.model} cannot be borrowed from the daemon: {error.message}"
+            )
 
     def _is_another(self, key: Key, status: dict[str, Any]) -> bool:
         """Whether it is no longer what the look at the beginning saw."""
@@ -270,7 +327,13 @@ class _Bench:
         """As its result is called."""
         length = self._lengths.get(key)
         return PromptResult(
-            model=key.model, prompt=key.prompt, tokens=None, size_bytes=None, build_ms=None, length=length, states={}
+            model=key.model,
+            prompt=key.prompt,
+            tokens=None,
+            size_bytes=None,
+            build_ms=None,
+            length=length,
+            states={},
         ).name
 
     def _why_nothing(self) -> RkcachedError:
@@ -278,16 +341,27 @@ class _Bench:
         error = self._errors[-1] if self._is_gone else self._errors[0]
         if not isinstance(error, RequestError):
             return error
-        more = f"; {len(self._errors) - 1} more could not be measured either" if len(self._errors) > 1 else ""
+        more = (
+            f"; {len(self._errors) - 1} more could not be measured either"
+            if len(self._errors) > 1
+            else ""
+        )
         hint = "`rkcached status` says what is wrong with each prompt"
-        kinds: dict[str, type[RkcachedError]] = {"prompt_blocked": SourceError, "model_unavailable": ModelLoadError}
+        kinds: dict[str, type[RkcachedError]] = {
+            "prompt_blocked": SourceError,
+            "model_unavailable": ModelLoadError,
+        }
         if error.code in kinds:  # 503 for a client; for this command, an input that cannot be used
             return kinds[error.code](error.message + more, hint=hint)
         return RequestError(error.status, error.message + more, code=error.code, hint=hint)
 
 
 def _result(
-    key: Key, length: int | None, text: str | None, status: dict[str, Any], states: dict[State, Measured]
+    key: Key,
+    length: int | None,
+    text: str | None,
+    status: dict[str, Any],
+    states: dict[State, Measured],
 ) -> PromptResult:
     artifact = status.get("artifact") or {}
     return PromptResult(
@@ -297,7 +371,9 @@ def _result(
         size_bytes=artifact.get("size_bytes"),
         build_ms=round(artifact["build_ms"], 1) if artifact else None,
         length=length,
-        text_digest=hashlib.sha256(text.encode()).hexdigest() if text is not None and length is None else "",
+        text_digest=hashlib.sha256(text.encode()).hexdigest()
+        if text is not None and length is None
+        else "",
         states=states,
         no_gain=trust.why_no_gain(status, states),
         reduction=trust.reductions(states),
@@ -324,7 +400,9 @@ def _keys(status: dict[str, Any], wanted: Sequence[str]) -> list[Key]:
             raise SourceError(f"there is no prompt of {text!r}", hint=f"known: {names}")
     chosen = [key for key in known if not wanted or key.model in wanted or str(key) in wanted]
     if not chosen:
-        raise SourceError("the daemon has no prompts", hint="declare one in the manifest, or measure with --sweep")
+        raise SourceError(
+            "the daemon has no prompts", hint="declare one in the manifest, or measure with --sweep"
+        )
     return chosen
 
 
@@ -334,9 +412,14 @@ def _models(status: dict[str, Any], wanted: Sequence[str]) -> list[str]:
     named = [text.partition("/")[0] for text in wanted]
     for name in named:
         if name not in known:
-            raise SourceError(f"there is no model {name!r} that answers", hint=f"known: {', '.join(known) or 'none'}")
+            raise SourceError(
+                f"there is no model {name!r} that answers",
+                hint=f"known: {', '.join(known) or 'none'}",
+            )
     if not known:
-        raise SourceError("the daemon has no model that answers", hint="declare one in the manifest")
+        raise SourceError(
+            "the daemon has no model that answers", hint="declare one in the manifest"
+        )
     return [name for name in known if not named or name in named]
 
 

@@ -9,7 +9,8 @@ from collections.abc import Sequence
 import numpy as np
 
 EXACT_RUNS = 20
-"""Up to so many runs on each side the test below counts all orders; above, their number is as good as normal."""
+"""Up to so many runs on each side the test below counts all orders; above, their number is as good
+as normal."""
 
 _QUARTILES = (0.25, 0.75)
 

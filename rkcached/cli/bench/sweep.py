@@ -1,7 +1,7 @@
 """Prompts of chosen lengths, stored in the running daemon for as long as they are measured.
 
-No tokenizer is needed: three answers tell how many tokens a text of words has. What is reported is the length that the
-prompt cache really has.
+No tokenizer is needed: three answers tell how many tokens a text of words has. What is reported is
+the length that the prompt cache really has.
 """
 
 from __future__ import annotations
@@ -69,7 +69,9 @@ def stored(
                     kept.refused.append(f"{model}: {error.message}")
                     continue
                 for tokens in lengths(context_tokens(model), head):
-                    key = Key(model, f"bench-{os.getpid()}-{tokens:05d}")  # the budget goes by name: short ones first
+                    key = Key(
+                        model, f"bench-{os.getpid()}-{tokens:05d}"
+                    )  # the budget goes by name: short ones first
                     on_step(model, f"building a prompt of {tokens:,} tokens")
                     tried.append(key)
                     try:
@@ -80,7 +82,8 @@ def stored(
                         kept.lengths[key] = tokens
         if not kept.lengths:
             raise SourceError(
-                f"no prompt could be stored: {'; '.join(kept.refused)}", hint="the manifest says what fits"
+                f"no prompt could be stored: {'; '.join(kept.refused)}",
+                hint="the manifest says what fits",
             )
         yield kept
     finally:
@@ -88,7 +91,10 @@ def stored(
 
 
 def _remove_leftovers(asking: Client, admin: Client) -> None:
-    """Delete what sweeps stored whose process was killed. The daemon refuses to delete what the manifest declares."""
+    """Delete what sweeps stored whose process was killed.
+
+    The daemon refuses to delete what the manifest declares.
+    """
     for prompt in asking.status()["prompts"]:
         key = Key(prompt["model"], prompt["prompt"])
         named = _NAME.fullmatch(key.prompt)
@@ -130,23 +136,32 @@ def lengths(context_tokens: int | None, head: int) -> list[int]:
 
 def text(number: int, words: int) -> str:
     """So many words; texts of different numbers differ from the start, so that no cache serves another's prompt."""
-    return " ".join([f"{number}.", *(_WORDS[index % len(_WORDS)] for index in range(max(1, words)))])
+    return " ".join(
+        [f"{number}.", *(_WORDS[index % len(_WORDS)] for index in range(max(1, words)))]
+    )
 
 
 def _measure(client: Client, model: str) -> tuple[int, float]:
-    """Tokens of a system message without its words, and of each word. A turn more tells what is not the message's."""
+    """Tokens of a system message without its words, and of each word.
+
+    A turn more tells what is not the message's.
+    """
     user, assistant = {"role": "user", "content": "?"}, {"role": "assistant", "content": "?"}
 
     def count(words: int, *turns: dict[str, str]) -> int:
         messages = [{"role": "system", "content": text(words, words)}, *turns]
-        answer = client.chat({"model": model, "messages": messages, "max_tokens": 1, "cache": False})
+        answer = client.chat(
+            {"model": model, "messages": messages, "max_tokens": 1, "cache": False}
+        )
         return int(answer["usage"]["prompt_tokens"])
 
     few, many = _SAMPLES
     short, long, longer = count(few, user), count(many, user), count(many, user, assistant, user)
     per_word = (long - short) / (many - few)
     if per_word <= 0:
-        raise SourceError(f"{model} does not say how many tokens a request has", hint="measure declared prompts")
+        raise SourceError(
+            f"{model} does not say how many tokens a request has", hint="measure declared prompts"
+        )
     return max(0, round(short - per_word * few - (longer - long))), per_word
 
 

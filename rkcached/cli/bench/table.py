@@ -45,11 +45,15 @@ def print_results(console: Console, results: Results) -> None:
     versions = results.versions
     console.print(_text(f"{results.date}  {machine_line(results.machine)}"))
     console.print(
-        _text(f"rkcached {versions.daemon}, python {versions.python}, load {results.machine.load_average:.2f}")
+        _text(
+            f"rkcached {versions.daemon}, python {versions.python}, load {results.machine.load_average:.2f}"
+        )
     )
     for name, model in results.models.items():
         digest = f", sha256 {model.digest[:12]}" if model.digest else ""
-        console.print(_text(f"{name}: {model.engine} {model.runtime or 'of an unknown version'}{digest}"))
+        console.print(
+            _text(f"{name}: {model.engine} {model.runtime or 'of an unknown version'}{digest}")
+        )
         if model.digest:
             console.print(_text(f"  {model.file}"), overflow="fold", no_wrap=False)
     console.print(_text(f"{runs_words(results.parameters.runs)}, milliseconds", style="dim"))
@@ -89,7 +93,11 @@ def _text(words: str, style: str = "") -> Text:
 
 
 def _print_prompt(console: Console, prompt: PromptResult) -> None:
-    built = f"{prompt.tokens:,} tokens, {size(prompt.size_bytes)}" if prompt.tokens is not None else "no cache"
+    built = (
+        f"{prompt.tokens:,} tokens, {size(prompt.size_bytes)}"
+        if prompt.tokens is not None
+        else "no cache"
+    )
     seconds = f", built in {prompt.build_ms / 1000:.1f} s" if prompt.build_ms is not None else ""
     console.print(_text(f"{prompt.name}  {built}{seconds}", style="bold"))
     table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="dim")
@@ -104,20 +112,31 @@ def _print_prompt(console: Console, prompt: PromptResult) -> None:
     for state, measured in prompt.states.items():
         if measured.missing and not prompt.no_gain:
             console.print(_text(f"{state}: not measured: {measured.missing}", style="dim"))
-    saved = [f"{share * 100:.0f} % {_FROM[state]}" for state, share in prompt.reduction.items() if share > 0]
+    saved = [
+        f"{share * 100:.0f} % {_FROM[state]}"
+        for state, share in prompt.reduction.items()
+        if share > 0
+    ]
     if prompt.no_gain:
         console.print(_text(f"no gain: {prompt.no_gain}", style="yellow"))
     elif saved:
         console.print(_text(f"saves {', '.join(saved)}", style="green"))
         if prompt.build_saw_no_gain:
-            console.print(_text("its build saw no gain, as `rkcached status` says: that is one sample, these are more"))
+            console.print(
+                _text(
+                    "its build saw no gain, as `rkcached status` says: that is one sample, these are more"
+                )
+            )
 
 
 _FROM = {State.FILE: "from the file", State.MEMORY: "in memory"}
 
 
 def _has_p95(prompt: PromptResult) -> bool:
-    return max((len(measured.runs) for measured in prompt.states.values()), default=0) >= _ENOUGH_FOR_P95
+    return (
+        max((len(measured.runs) for measured in prompt.states.values()), default=0)
+        >= _ENOUGH_FOR_P95
+    )
 
 
 def _cell(prompt: PromptResult, state: State, figure: str) -> str:
@@ -135,7 +154,9 @@ def print_comparison(console: Console, comparison: Comparison) -> None:
     for difference in comparison.differences:
         console.print(_text(f"{difference.what}: {difference.before} -> {difference.after}"))
     if not comparison.differences:
-        console.print(_text("no difference is known of machine, versions, model files, parameters and texts"))
+        console.print(
+            _text("no difference is known of machine, versions, model files, parameters and texts")
+        )
     table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold")
     table.add_column("", no_wrap=True)
     for title in ("A", "B", "B/A"):
@@ -149,7 +170,9 @@ def print_comparison(console: Console, comparison: Comparison) -> None:
             table.add_row(_text(name, style="bold"))
         ratio = f"{row.ratio:.2f}" if row.ratio is not None else ""
         cells = [number(value) if value is not None else "-" for value in (row.before, row.after)]
-        table.add_row(f"  {row.what}", *cells, ratio, Text(row.verdict, style=style.get(row.verdict, "")))
+        table.add_row(
+            f"  {row.what}", *cells, ratio, Text(row.verdict, style=style.get(row.verdict, ""))
+        )
     console.print(table)
     for warning in comparison.warnings:
         console.print(_text(f"not to be trusted: {warning}", style="yellow"))

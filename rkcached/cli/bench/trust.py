@@ -14,7 +14,8 @@ ENOUGH_RUNS = 5
 MUCH_STEAL_PERCENT = 1.0
 MUCH_SPREAD = 0.15
 SURELY = 0.05
-"""A gain that would come about by chance less often is one. One test for each prompt, unlike those of `compare`."""
+"""A gain that would come about by chance less often is one. One test for each prompt, unlike those
+of `compare`."""
 LONG_QUEUE = 0.05
 """Share of the time to first token."""
 LONG_QUEUE_MS = 5.0
@@ -50,9 +51,14 @@ def warnings(
     if machine.clocks_fixed is None:
         said.append("nobody says whether the clocks are fixed: no governor can be seen")
     elif not machine.clocks_fixed:
-        said.append("the clocks are not fixed; `rkcached doctor` says how: " + "; ".join(machine.clocks.values()))
+        said.append(
+            "the clocks are not fixed; `rkcached doctor` says how: "
+            + "; ".join(machine.clocks.values())
+        )
     if machine.load_average > QUIET_LOAD:
-        said.append(f"the machine had just been busy: its load average was {machine.load_average:.2f} at the start")
+        said.append(
+            f"the machine had just been busy: its load average was {machine.load_average:.2f} at the start"
+        )
     if steal_percent > MUCH_STEAL_PERCENT:
         said.append(f"the hypervisor gave {steal_percent:.1f} % of the CPU time to others")
     said.extend(_disturbed(prompts, meanwhile))
@@ -69,7 +75,8 @@ def warnings(
     ]
     if wide:
         said.append(
-            f"half of the runs are spread over more than {MUCH_SPREAD * 100:.0f} % of the median: " + ", ".join(wide)
+            f"half of the runs are spread over more than {MUCH_SPREAD * 100:.0f} % of the median: "
+            + ", ".join(wide)
         )
     return said
 
@@ -78,16 +85,26 @@ def _disturbed(prompts: Sequence[PromptResult], meanwhile: Meanwhile) -> list[st
     """Others who had the daemon at the same time: by its own counts, and by what the runs waited for."""
     said = []
     if meanwhile.answers > 0:
-        answers = "1 answer was" if meanwhile.answers == 1 else f"{meanwhile.answers:,} answers were"
+        answers = (
+            "1 answer was" if meanwhile.answers == 1 else f"{meanwhile.answers:,} answers were"
+        )
         said.append(f"other clients asked the daemon meanwhile: {answers} not for this command")
     if meanwhile.builds > 0:
-        builds = "1 prompt cache" if meanwhile.builds == 1 else f"{meanwhile.builds:,} prompt caches"
+        builds = (
+            "1 prompt cache" if meanwhile.builds == 1 else f"{meanwhile.builds:,} prompt caches"
+        )
         said.append(f"the daemon built {builds} meanwhile")
-    runs = [run for prompt in prompts for measured in prompt.states.values() for run in measured.runs]
-    waited = [run.queue_ms for run in runs if run.queue_ms > max(LONG_QUEUE_MS, LONG_QUEUE * run.ttft_ms)]
+    runs = [
+        run for prompt in prompts for measured in prompt.states.values() for run in measured.runs
+    ]
+    waited = [
+        run.queue_ms for run in runs if run.queue_ms > max(LONG_QUEUE_MS, LONG_QUEUE * run.ttft_ms)
+    ]
     if waited:
         longest = f"up to {max(waited):,.0f} ms"
-        said.append(f"{len(waited)} of {len(runs)} runs waited for the engine, {longest}: somebody else had it")
+        said.append(
+            f"{len(waited)} of {len(runs)} runs waited for the engine, {longest}: somebody else had it"
+        )
     return said
 
 
@@ -114,8 +131,9 @@ def changed(before: dict[str, Any], after: dict[str, Any]) -> bool:
 def why_no_gain(status: dict[str, Any], states: dict[State, Measured]) -> str:
     """`status` is what the daemon says of the prompt.
 
-    Empty where loading its cache is quicker than computing it, and where a cache is there but was not measured: then
-    nobody knows. Only time that was measured at the file itself is a reason to change the configuration.
+    Empty where loading its cache is quicker than computing it, and where a cache is there but was
+    not measured: then nobody knows. Only time that was measured at the file itself is a reason to
+    change the configuration.
     """
     loaded, cold = states[State.FILE], states[State.COLD]
     if loaded.missing:
@@ -140,7 +158,8 @@ def why_no_gain(status: dict[str, Any], states: dict[State, Measured]) -> str:
             )
         if not few and not scattered:
             return (
-                f"loading takes {load_ms:.1f} ms and spares {spared_ms:.1f} ms of prefill, but the answers took longer"
+                f"loading takes {load_ms:.1f} ms and spares {spared_ms:.1f} ms of prefill, "
+                "but the answers took longer"
             )
     ranges = ", ".join(f"{state} {spread(values)}" for state, values in samples.items())
     runs = "so few" if few else "such scattered" if scattered else "such close"
@@ -148,7 +167,10 @@ def why_no_gain(status: dict[str, Any], states: dict[State, Measured]) -> str:
 
 
 def _is_clear_gain(cold: Sequence[float], file: Sequence[float]) -> bool:
-    """No luck of the runs: hardly any order of them is so clear. Few runs must be far apart, as their order is none."""
+    """No luck of the runs: hardly any order of them is so clear.
+
+    Few runs must be far apart, as their order is none.
+    """
     before, after = median(cold), median(file)
     if min(len(cold), len(file)) < ENOUGH_RUNS:
         return max(file) < min(cold) and after < before * (1 - MUCH_SPREAD)

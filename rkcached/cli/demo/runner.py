@@ -1,7 +1,7 @@
 """`rkcached demo`: the real daemon on a small workspace, asked one question cold and warm.
 
-Writes the workspace once and never over a visitor's edits. The daemon is a child process, started as anybody would
-start it; this module only talks to its socket.
+Writes the workspace once and never over a visitor's edits. The daemon is a child process, started
+as anybody would start it; this module only talks to its socket.
 """
 
 from __future__ import annotations
@@ -48,11 +48,15 @@ def run_demo(directory: Path, model: Path | None, *, once: bool) -> int:
     console.print(f"workspace {workspace}", soft_wrap=True)
     with _daemon(workspace, socket, console) as daemon:
         status = _wait_until_fresh(console, daemon, socket)
-        rows = [_compare(socket, prompt) for prompt in status["prompts"] if prompt["state"] == "fresh"]
+        rows = [
+            _compare(socket, prompt) for prompt in status["prompts"] if prompt["state"] == "fresh"
+        ]
         console.print(_table(rows))
         troubled = [prompt for prompt in status["prompts"] if prompt["state"] != "fresh"]
         for prompt in troubled:
-            console.print(f"{prompt['model']}/{prompt['prompt']} is {prompt['state']}: {prompt['reason']}")
+            console.print(
+                f"{prompt['model']}/{prompt['prompt']} is {prompt['state']}: {prompt['reason']}"
+            )
         good = bool(rows) and not troubled and all(row["state"] == "hit" for row in rows)
         if not good:
             console.print("not every prompt cache was hit", style="bold red")
@@ -76,7 +80,9 @@ def _write_workspace(workspace: Path, model: Path) -> None:
             (workspace / name).write_bytes(data.joinpath(name).read_bytes())
     manifest = workspace / "manifest.yaml"
     if not manifest.exists():
-        manifest.write_text(data.joinpath("manifest.yaml").read_text().replace('"@MODEL@"', json.dumps(str(model))))
+        manifest.write_text(
+            data.joinpath("manifest.yaml").read_text().replace('"@MODEL@"', json.dumps(str(model)))
+        )
 
 
 def _small_model() -> Path:
@@ -101,10 +107,17 @@ def _socket_path(workspace: Path) -> Path:
 
 @contextlib.contextmanager
 def _daemon(workspace: Path, socket: Path, console: Console) -> Iterator[subprocess.Popen[bytes]]:
-    """The daemon in a session of its own, so that Ctrl-C reaches it through us, once. Ended on the way out."""
-    command = isolated.command("rkcached.cli.main", "run", "--manifest", str(workspace / "manifest.yaml"))
+    """The daemon in a session of its own, so that Ctrl-C reaches it through us, once.
+
+    Ended on the way out.
+    """
+    command = isolated.command(
+        "rkcached.cli.main", "run", "--manifest", str(workspace / "manifest.yaml")
+    )
     command += ["--cache-dir", str(workspace / "cache"), "--socket", str(socket)]
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends the demo as Ctrl-C does, daemon included
+    signal.signal(
+        signal.SIGTERM, signal.default_int_handler
+    )  # ends the demo as Ctrl-C does, daemon included
     # At a terminal the log must not come into the middle of a line that is drawn again and again.
     daemon = subprocess.Popen(
         command,
@@ -130,21 +143,36 @@ def _daemon(workspace: Path, socket: Path, console: Console) -> Iterator[subproc
 
 
 def _relay(log: Iterable[bytes], console: Console) -> None:
-    """Print the daemon's log above whatever display goes on. Read to its end, for a full pipe would stop the daemon."""
+    """Print the daemon's log above whatever display goes on.
+
+    Read to its end, for a full pipe would stop the daemon.
+    """
     for line in log:
         with contextlib.suppress(OSError, SystemExit):  # nobody reads our output any more
             console.print(line.decode(errors="replace").rstrip("\n"), markup=False, soft_wrap=True)
 
 
-def _wait_until_fresh(console: Console, daemon: subprocess.Popen[bytes], socket: Path) -> dict[str, Any]:
-    """Show the builds until none is left to do; returns the last status. Errors: DaemonUnreachable."""
+def _wait_until_fresh(
+    console: Console, daemon: subprocess.Popen[bytes], socket: Path
+) -> dict[str, Any]:
+    """Show the builds until none is left to do; returns the last status.
+
+    Errors: DaemonUnreachable.
+    """
     started = time.monotonic()
-    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[note]}"), TimeElapsedColumn())
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.fields[note]}"),
+        TimeElapsedColumn(),
+    )
     with Progress(*columns, console=console, transient=not console.is_terminal) as progress:
         tasks: dict[str, TaskID] = {}
         while True:
             if daemon.poll() is not None:
-                raise DaemonUnreachable(f"the daemon ended with exit code {daemon.returncode}", hint="its log is above")
+                raise DaemonUnreachable(
+                    f"the daemon ended with exit code {daemon.returncode}", hint="its log is above"
+                )
             try:
                 with Client(socket) as client:
                     status = client.status()
@@ -157,7 +185,9 @@ def _wait_until_fresh(console: Console, daemon: subprocess.Popen[bytes], socket:
                 if name not in tasks:
                     tasks[name] = progress.add_task(name, total=None, note="")
                 _advance(progress, tasks[name], prompt)
-            if status["ready"] and not any(p["state"] in ("building", "missing", "stale") for p in status["prompts"]):
+            if status["ready"] and not any(
+                p["state"] in ("building", "missing", "stale") for p in status["prompts"]
+            ):
                 return status
             time.sleep(0.2)
 
@@ -199,8 +229,18 @@ def _compare(socket: Path, prompt: dict[str, Any]) -> dict[str, Any]:
 
 
 def _table(rows: list[dict[str, Any]]) -> Table:
-    table = Table(title="time to first token, one question", title_justify="left", pad_edge=False, box=None)
-    for name in ("prompt", "tokens", "cold\nTTFT", "warm\nTTFT", "reduction", "cached\ntokens", "file\nsize"):
+    table = Table(
+        title="time to first token, one question", title_justify="left", pad_edge=False, box=None
+    )
+    for name in (
+        "prompt",
+        "tokens",
+        "cold\nTTFT",
+        "warm\nTTFT",
+        "reduction",
+        "cached\ntokens",
+        "file\nsize",
+    ):
         table.add_column(name, justify="left" if name == "prompt" else "right", no_wrap=True)
     for row in rows:
         table.add_row(
@@ -217,10 +257,16 @@ def _table(rows: list[dict[str, Any]]) -> Table:
 
 def _invite(console: Console, workspace: Path, socket: Path) -> None:
     ask = json.dumps(
-        {"model": f"{MODEL}/greenhouse", "messages": [{"role": "user", "content": "May I open the roof?"}]}
+        {
+            "model": f"{MODEL}/greenhouse",
+            "messages": [{"role": "user", "content": "May I open the roof?"}],
+        }
     )
     console.print()
-    console.print(f"Edit [bold]{workspace / _FILES[1]}[/bold] and save: its cache is rebuilt at once.", soft_wrap=True)
+    console.print(
+        f"Edit [bold]{workspace / _FILES[1]}[/bold] and save: its cache is rebuilt at once.",
+        soft_wrap=True,
+    )
     console.print("Ask over the socket, from another terminal:")
     curl = f"  curl -s --unix-socket {socket} http://localhost/v1/chat/completions -d '{ask}'"
     console.print(curl, soft_wrap=True, markup=False)

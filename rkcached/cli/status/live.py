@@ -1,8 +1,9 @@
 """`rkcached status --watch`: the daemon's state as it changes.
 
-One thread hears the event stream, another the keyboard, a third the end of whoever reads the output; all only tell the
-loop, which asks for the status when something happened, at most four times a second. What has no event (tokens of a
-build, how long something takes) is asked for once a second while there is any. A daemon that goes is waited for.
+One thread hears the event stream, another the keyboard, a third the end of whoever reads the
+output; all only tell the loop, which asks for the status when something happened, at most four
+times a second. What has no event (tokens of a build, how long something takes) is asked for once a
+second while there is any. A daemon that goes is waited for.
 """
 
 from __future__ import annotations
@@ -67,7 +68,9 @@ _KEYS: dict[bytes, Move | _Heard] = {
     **dict.fromkeys((b"G", b"\x1b[F", b"\x1bOF", b"\x1b[4~", b"\x1b[8~"), Move.BOTTOM),
 }
 
-_ONE_KEY = re.compile(rb"[^\x1b]|\x1b(?:\[[0-?]*[ -/]*[@-~]|O[@-~]|(?=[^\[O]|\[[0-?]*[ -/]*[^ -~]|O[^@-~]))")
+_ONE_KEY = re.compile(
+    rb"[^\x1b]|\x1b(?:\[[0-?]*[ -/]*[@-~]|O[@-~]|(?=[^\[O]|\[[0-?]*[ -/]*[^ -~]|O[^@-~]))"
+)
 """A letter; an escape sequence that is complete; or an escape that begins none."""
 
 _Inbox = queue.SimpleQueue[_Heard | Move]
@@ -93,8 +96,12 @@ def watch(socket: Path, console: Console, *, want_json: bool = False) -> None:
         inbox: _Inbox = queue.SimpleQueue()
         threading.Thread(target=_listen, args=(socket, inbox), daemon=True).start()
         if sys.stdout is not None:  # it is None where the caller closed it
-            threading.Thread(target=_await_closed, args=(sys.stdout.fileno(), inbox), daemon=True).start()
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # the terminal is put right
+            threading.Thread(
+                target=_await_closed, args=(sys.stdout.fileno(), inbox), daemon=True
+            ).start()
+        signal.signal(
+            signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM)
+        )  # the terminal is put right
         if want_json:
             _follow(client, inbox, status, _Documents(), tick_s=None)
         elif not console.is_terminal or console.is_dumb_terminal:
@@ -104,8 +111,13 @@ def watch(socket: Path, console: Console, *, want_json: bool = False) -> None:
                 _follow(client, inbox, status, _Screen(live), tick_s=_TICK_S)
 
 
-def _follow(client: Client, inbox: _Inbox, status: dict[str, Any], view: _View, *, tick_s: float | None) -> None:
-    """Until someone quits. `tick_s`: show it again after this long without news; None: news only."""
+def _follow(
+    client: Client, inbox: _Inbox, status: dict[str, Any], view: _View, *, tick_s: float | None
+) -> None:
+    """Until someone quits.
+
+    `tick_s`: show it again after this long without news; None: news only.
+    """
     view.show(status, gone=False)
     gone = due = False
     asked = 0.0
@@ -243,7 +255,10 @@ class _Changes(_View):
 
 
 def facts_of(status: dict[str, Any]) -> dict[str, str]:
-    """All that is worth a line when it changes, by what it is about. What changes by itself is left out."""
+    """All that is worth a line when it changes, by what it is about.
+
+    What changes by itself is left out.
+    """
     status = show.shown(status)
     facts = {show.name_of(prompt): _prompt_line(prompt) for prompt in status["prompts"]}
     for model in status["models"]:
@@ -263,9 +278,13 @@ def facts_of(status: dict[str, Any]) -> dict[str, str]:
 
 def _prompt_line(prompt: dict[str, Any]) -> str:
     artifact = prompt.get("artifact") if prompt["state"] == "fresh" else None
-    figures = f", {artifact['tokens']} tokens, {show.size(artifact['size_bytes'])}" if artifact else ""
+    figures = (
+        f", {artifact['tokens']} tokens, {show.size(artifact['size_bytes'])}" if artifact else ""
+    )
     if artifact and artifact["verified"] != "off":
-        figures += f", cold {artifact['cold_ttft_ms']:.0f} ms, warm {artifact['warm_ttft_ms']:.0f} ms"
+        figures += (
+            f", cold {artifact['cold_ttft_ms']:.0f} ms, warm {artifact['warm_ttft_ms']:.0f} ms"
+        )
     reason = brief_reason(prompt)
     return f"{show.name_of(prompt)} {prompt['state']}{figures}" + (f": {reason}" if reason else "")
 
@@ -293,7 +312,13 @@ class _Screen(_View):
     def show(self, status: dict[str, Any], *, gone: bool) -> None:
         if status is not self._raw:
             self._raw, self._shown = status, show.shown(status)
-        seen = picture(self._shown, self._live.console, gone=gone, first=self._first, scrolls=sys.stdin.isatty())
+        seen = picture(
+            self._shown,
+            self._live.console,
+            gone=gone,
+            first=self._first,
+            scrolls=sys.stdin.isatty(),
+        )
         self._first, self._page = seen.first, max(1, seen.count)
         self._live.update(Group(*seen.parts), refresh=True)
 

@@ -27,7 +27,12 @@ class Picture:
 
 
 def picture(
-    status: dict[str, Any], console: Console, *, gone: bool = False, first: int = 0, scrolls: bool = True
+    status: dict[str, Any],
+    console: Console,
+    *,
+    gone: bool = False,
+    first: int = 0,
+    scrolls: bool = True,
 ) -> Picture:
     """What fits on the terminal of a status as `show.shown` gives it: troubles, then the prompts from `first` on.
 
@@ -50,7 +55,10 @@ def picture(
     parts += notes.below(seen)[: max(0, room - count)]
     if count < len(prompts):
         span = f"{first + 1}-{first + count}" if count > 1 else f"{first + 1}"
-        last = Text(f"prompts {span} of {len(prompts)}" + (", arrows scroll" if scrolls else ""), style="dim")
+        last = Text(
+            f"prompts {span} of {len(prompts)}" + (", arrows scroll" if scrolls else ""),
+            style="dim",
+        )
         last.truncate(width, overflow="ellipsis")
         parts.append(last)
     return Picture(parts=parts, first=first, count=count)
@@ -61,13 +69,18 @@ class _Notes:
 
     def __init__(self, prompts: Sequence[dict[str, Any]], console: Console) -> None:
         self._console = console
-        self._counts = Counter(map(brief_reason, prompts)) if console.width < show.WIDE else Counter[str]()
+        self._counts = (
+            Counter(map(brief_reason, prompts)) if console.width < show.WIDE else Counter[str]()
+        )
 
     def below(self, prompts: Sequence[dict[str, Any]]) -> list[Text]:
         """Each reason once, in at most three lines."""
         if not self._counts:
             return []
-        notes = [Text(": ".join(note), style="dim") for note in show.notes_of(prompts, self._counts, brief_reason)]
+        notes = [
+            Text(": ".join(note), style="dim")
+            for note in show.notes_of(prompts, self._counts, brief_reason)
+        ]
         return [line for note in notes for line in _wrapped(note, self._console)[:3]]
 
     def that_fit(self, prompts: Iterable[dict[str, Any]], lines: int) -> int:
@@ -133,7 +146,9 @@ def _troubles(status: dict[str, Any], console: Console, *, most: int) -> list[Te
     lines = [line for one in show.troubles(status) for line in _wrapped(one, console)]
     if len(lines) > most:
         left = len(lines) - most + 1
-        lines[most - 1 :] = [Text(f"{left} more lines: `rkcached status`, `rkcached check`", style="bold red")]
+        lines[most - 1 :] = [
+            Text(f"{left} more lines: `rkcached status`, `rkcached check`", style="bold red")
+        ]
     return lines
 
 
@@ -145,7 +160,9 @@ def _queue(status: dict[str, Any]) -> Text:
 def _disk(status: dict[str, Any], *, ascii_only: bool) -> Text:
     used, limit = status["cache"]["used_bytes"], status["cache"]["max_bytes"]
     bar = f"{_bar(used / limit, ascii_only=ascii_only)} " if limit else ""
-    return Text(f"disk    {bar}{show.used_of(status)}", style="yellow" if limit and used > limit else "")
+    return Text(
+        f"disk    {bar}{show.used_of(status)}", style="yellow" if limit and used > limit else ""
+    )
 
 
 def _times(status: dict[str, Any], width: int, *, ascii_only: bool) -> Iterator[Text]:
@@ -162,8 +179,15 @@ def _build(status: dict[str, Any], *, ascii_only: bool) -> Iterator[Text]:
     if prompt := status["building"]:
         progress = prompt["progress"]
         done, total = progress["done_tokens"], progress["total_tokens"]
-        bar = f"{_bar(done / total, ascii_only=ascii_only)} {done} of {total} tokens, " if total else ""
-        yield Text(f"build   {bar}{progress['elapsed_ms'] / 1000:.0f} s, {show.name_of(prompt)}", style="cyan")
+        bar = (
+            f"{_bar(done / total, ascii_only=ascii_only)} {done} of {total} tokens, "
+            if total
+            else ""
+        )
+        yield Text(
+            f"build   {bar}{progress['elapsed_ms'] / 1000:.0f} s, {show.name_of(prompt)}",
+            style="cyan",
+        )
 
 
 def _bar(share: float, *, ascii_only: bool, width: int = 20) -> str:

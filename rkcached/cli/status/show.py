@@ -17,7 +17,17 @@ from rich.table import Table
 from rich.text import Text
 
 from rkcached.errors import printable
-from rkcached.plan.planner import Action, Adopt, Assessment, Blocked, Build, Remove, Retire, State, urgency
+from rkcached.plan.planner import (
+    Action,
+    Adopt,
+    Assessment,
+    Blocked,
+    Build,
+    Remove,
+    Retire,
+    State,
+    urgency,
+)
 
 WIDE = 110
 """Columns from which the table has room for notes; on a narrower terminal they follow it."""
@@ -48,24 +58,40 @@ _STATE_STYLE = {
 
 def action_data(action: Action) -> dict[str, Any]:
     """An action as `rkcached plan --json` prints it."""
-    data: dict[str, Any] = {"model": action.key.model, "prompt": action.key.prompt, "reason": action.reason}
+    data: dict[str, Any] = {
+        "model": action.key.model,
+        "prompt": action.key.prompt,
+        "reason": action.reason,
+    }
     match action:
         case Build():
             return {"action": "build", **data, "fingerprint": action.fingerprint.digest}
         case Adopt():
             source = None if action.source is None else str(action.source)
-            return {"action": "adopt", **data, "fingerprint": action.fingerprint.digest, "source": source}
+            return {
+                "action": "adopt",
+                **data,
+                "fingerprint": action.fingerprint.digest,
+                "source": source,
+            }
         case Retire():
             return {"action": "retire", **data}
         case Remove():
             return {"action": "remove", **data, "retired": action.retired or None}
         case Blocked():
-            return {"action": "blocked", **data, "hint": action.hint, "retry_at": action.retry_at or None}
+            return {
+                "action": "blocked",
+                **data,
+                "hint": action.hint,
+                "retry_at": action.retry_at or None,
+            }
         case _:
             assert_never(action)
 
 
-def print_plan(console: Console, actions: Sequence[Action], assessments: Sequence[Assessment], store: Path) -> None:
+def print_plan(
+    console: Console, actions: Sequence[Action], assessments: Sequence[Assessment], store: Path
+) -> None:
     signs = {
         "build": ("+", "green"),
         "adopt": ("=", "green"),
@@ -80,12 +106,18 @@ def print_plan(console: Console, actions: Sequence[Action], assessments: Sequenc
         reason = Text(printable(data["reason"]))
         if data.get("hint"):
             reason.append(f"\n{printable(data['hint'])}", style="dim")
-        table.add_row(Text(f"{sign} {data['action']}", style=style), Text(printable(str(action.key))), reason)
+        table.add_row(
+            Text(f"{sign} {data['action']}", style=style), Text(printable(str(action.key))), reason
+        )
     if actions:
         console.print(table)
     counts = Counter(data["action"] for data in map(action_data, actions))
     fresh = sum(assessment.state is State.FRESH for assessment in assessments)
-    words = [f"{counts[name]} to {name}" for name in ("build", "adopt", "retire", "remove") if counts[name]]
+    words = [
+        f"{counts[name]} to {name}"
+        for name in ("build", "adopt", "retire", "remove")
+        if counts[name]
+    ]
     words += [f"{counts['blocked']} blocked"] if counts["blocked"] else []
     summary = ", ".join([*(words or ["nothing to do"]), f"{fresh} fresh"])
     console.print(Text(printable(f"{summary}; store {store}")), soft_wrap=True)
@@ -99,7 +131,10 @@ def skipped_files_line(files: Sequence[str]) -> str:
 
 
 def print_status(console: Console, status: dict[str, Any], *, stays: bool = False) -> None:
-    """The status as it is now. `stays`: it is read later, too, so it tells nothing that changes by itself."""
+    """The status as it is now.
+
+    `stays`: it is read later, too, so it tells nothing that changes by itself.
+    """
     status = shown(status)
     prompts, wide = urgent_first(status["prompts"]), console.width >= WIDE
     for line in (*troubles(status), *_heading(status, stays=stays)):
@@ -134,12 +169,17 @@ def all_fresh(status: dict[str, Any]) -> bool:
 
 
 def urgent_first(prompts: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """In the order for people: what needs somebody comes first. --json keeps the manifest's order."""
+    """In the order for people: what needs somebody comes first.
+
+    --json keeps the manifest's order.
+    """
     return sorted(prompts, key=lambda prompt: urgency(prompt["state"]))
 
 
 def shown(status: dict[str, Any]) -> dict[str, Any]:
-    """The status for a person's eyes. No text in it can command a terminal, or turn the direction of a line.
+    """The status for a person's eyes.
+
+    No text in it can command a terminal, or turn the direction of a line.
 
     A worker that a build is about to start is not "stopped": the daemon tells of the build first.
     """
@@ -154,7 +194,10 @@ def shown(status: dict[str, Any]) -> dict[str, Any]:
 
 def shown_prompt(prompt: dict[str, Any]) -> dict[str, Any]:
     """Its words, of which figures have none; quick, as there may be thousands."""
-    found = {name: printable(value) if isinstance(value, str) else value for name, value in prompt.items()}
+    found = {
+        name: printable(value) if isinstance(value, str) else value
+        for name, value in prompt.items()
+    }
     found["description"] = printable(" ".join(prompt["description"].split()))
     return found
 
@@ -164,7 +207,10 @@ def json_text(data: Any, *, indent: int | None = None) -> str:
     text = json.dumps(data, ensure_ascii=False, indent=indent)
     if text.isprintable():
         return text
-    return "".join(letter if letter.isprintable() or letter == "\n" else json.dumps(letter)[1:-1] for letter in text)
+    return "".join(
+        letter if letter.isprintable() or letter == "\n" else json.dumps(letter)[1:-1]
+        for letter in text
+    )
 
 
 def printable_all(data: Any) -> Any:
@@ -184,7 +230,9 @@ def prompt_table(
     figures = _that_fit(rows, width)
     table = Table(box=None, pad_edge=False, header_style="bold")
     # On a narrow terminal names and notes give way, as these columns may wrap; figures do not.
-    table.add_column("prompt", min_width=min(_NAME_WIDTH, max(cell_len(row["prompt"]) for row in rows)))
+    table.add_column(
+        "prompt", min_width=min(_NAME_WIDTH, max(cell_len(row["prompt"]) for row in rows))
+    )
     table.add_column("state", no_wrap=True)
     for name in figures:
         table.add_column(name, justify="right", no_wrap=True)
@@ -247,13 +295,18 @@ def troubles(status: dict[str, Any]) -> Iterator[Text]:
     for notice in status["notices"]:
         yield Text(notice, style="yellow")
     if status["watching"] == "polling":
-        yield Text("polling instead of inotify: not everything can be watched, the log says why", style="yellow")
+        yield Text(
+            "polling instead of inotify: not everything can be watched, the log says why",
+            style="yellow",
+        )
     if files := status["manifest"].get("skipped_files"):
         yield Text(skipped_files_line(files), style="dim")
 
 
 def _heading(status: dict[str, Any], *, stays: bool) -> Iterator[Text]:
-    yield daemon_line(status, age=since(status["started_at"]) if stays else f"up {duration(status['uptime_s'])}")
+    yield daemon_line(
+        status, age=since(status["started_at"]) if stays else f"up {duration(status['uptime_s'])}"
+    )
     yield Text(summary_of(status), style="bold")
     yield Text(f"engine {status['engine']}, cache {used_of(status)}, answers: {answers_of(status)}")
     yield from map(model_line, status["models"])
@@ -268,7 +321,9 @@ def retired_line(status: dict[str, Any]) -> str:
     more = f" and {count - _NAMED} more" if count > _NAMED else ""
     until = when(min(one["kept_until"] for one in retired))
     taken = size(status["cache"]["retired_bytes"])
-    return f"retired: {count} ({named}{more}), {taken}, kept until {until} or longer, if there is room"
+    return (
+        f"retired: {count} ({named}{more}), {taken}, kept until {until} or longer, if there is room"
+    )
 
 
 def daemon_line(status: dict[str, Any], *, age: str) -> Text:
@@ -291,8 +346,13 @@ def medians_of(status: dict[str, Any]) -> str:
     """Of the last times to first token, with and without a cache; empty where there are neither."""
     recent = status["recent"]
     kinds = {"cached": ("hit", "loaded"), "cold": ("cold",)}
-    by_kind = {kind: [one["ttft_ms"] for one in recent if one["state"] in states] for kind, states in kinds.items()}
-    medians = [f"{kind} {statistics.median(values):.0f} ms" for kind, values in by_kind.items() if values]
+    by_kind = {
+        kind: [one["ttft_ms"] for one in recent if one["state"] in states]
+        for kind, states in kinds.items()
+    }
+    medians = [
+        f"{kind} {statistics.median(values):.0f} ms" for kind, values in by_kind.items() if values
+    ]
     return f"medians: {', '.join(medians)}" if medians else ""
 
 
@@ -300,7 +360,12 @@ def used_of(status: dict[str, Any]) -> str:
     """What the store takes, of what it may, and what is left on the disk."""
     cache = status["cache"]
     limit = f" of {size(cache['max_bytes'])}" if cache["max_bytes"] else ""
-    kinds = {"orphan": "orphan", "retired": "retired", "foreign": "not the store's", "quarantine": "quarantine"}
+    kinds = {
+        "orphan": "orphan",
+        "retired": "retired",
+        "foreign": "not the store's",
+        "quarantine": "quarantine",
+    }
     taken = [(cache[f"{name}_bytes"], words) for name, words in kinds.items()]
     shares = ", ".join(f"{size(size_bytes)} {words}" for size_bytes, words in taken if size_bytes)
     free = "" if cache["free_bytes"] is None else f", disk has {size(cache['free_bytes'])} free"
@@ -308,7 +373,9 @@ def used_of(status: dict[str, Any]) -> str:
 
 
 def model_line(model: dict[str, Any]) -> Text:
-    return Text(f"model {model['name']}: {worker_of(model)}", style="red" if model["trouble"] else "")
+    return Text(
+        f"model {model['name']}: {worker_of(model)}", style="red" if model["trouble"] else ""
+    )
 
 
 def worker_of(model: dict[str, Any]) -> str:
@@ -338,12 +405,16 @@ def note_of(prompt: dict[str, Any]) -> str:
     """A build's progress; the reason of the state; where there is none, the description."""
     progress, reason = prompt.get("progress"), reason_of(prompt)
     if progress and progress["total_tokens"]:
-        return f"{progress['done_tokens']} of {progress['total_tokens']} tokens" + (f", {reason}" if reason else "")
+        return f"{progress['done_tokens']} of {progress['total_tokens']} tokens" + (
+            f", {reason}" if reason else ""
+        )
     return reason or str(prompt["description"])
 
 
 def notes_of(
-    prompts: Sequence[dict[str, Any]], counts: Mapping[str, int], note: Callable[[dict[str, Any]], str]
+    prompts: Sequence[dict[str, Any]],
+    counts: Mapping[str, int],
+    note: Callable[[dict[str, Any]], str],
 ) -> Iterator[tuple[str, str]]:
     """Each note of these prompts once, and whose it is: a prompt's, or how many of all have it, as `counts` says."""
     for text, prompt in {note(prompt): prompt for prompt in prompts}.items():

@@ -1,11 +1,12 @@
 """llama.cpp on the CPU, through the server that xllamacpp embeds in this process.
 
-Runs go through `Server.handle_completions`, which calls back on the thread that started them. Saving, loading and
-erasing the KV state go through llama.cpp's own HTTP endpoints, on a Unix socket in the private scratch directory:
-a TCP port would be open to every local user, so an engine that finds itself listening on one closes at once.
-The server has one slot, hence one KV state. It takes file names without directories only; a symbolic link in the
-scratch directory leads to the file that is meant. A truncated file makes llama.cpp abort the process: callers check
-size and digest before `load`.
+Runs go through `Server.handle_completions`, which calls back on the thread that started them.
+Saving, loading and erasing the KV state go through llama.cpp's own HTTP endpoints, on a Unix socket
+in the private scratch directory: a TCP port would be open to every local user, so an engine that
+finds itself listening on one closes at once. The server has one slot, hence one KV state. It takes
+file names without directories only; a symbolic link in the scratch directory leads to the file that
+is meant. A truncated file makes llama.cpp abort the process: callers check size and digest before
+`load`.
 """
 
 from __future__ import annotations
@@ -45,20 +46,23 @@ from rkcached.errors import (
     Uncacheable,
 )
 
-# Prompt tokens per call into the model. A run can be stopped between two of them only, so a small one stops sooner.
-# A prompt of 1,179 tokens, SmolLM2-135M Q4_1 on two x86 cores, best of six, interleaved:
+# Prompt tokens per call into the model. A run can be stopped between two of them only, so a small
+# one stops sooner. A prompt of 1,179 tokens, SmolLM2-135M Q4_1 on two x86 cores, best of six,
+# interleaved:
 #   n_batch    64    128    256    512
 #   seconds   7.1    6.5    5.6    5.9
-# A stopped run ends after one or two batches, as the server may begin one before it hears of the stop. 128 costs 16 %
-# of the best prefill, and halves the time that a request waits for a build to step aside (1.5 to 3.2 s with 256).
+# A stopped run ends after one or two batches, as the server may begin one before it hears of the
+# stop. 128 costs 16 % of the best prefill, and halves the time that a request waits for a build to
+# step aside (1.5 to 3.2 s with 256).
 _BATCH_TOKENS = 128
 
-# How often an OpenMP thread without work looks for some before it sleeps (libgomp). libgomp's own 300,000 take some
-# milliseconds of x86's slow `pause`, longer than the time between two batches: all cores then look busy, and a token
-# waits for the scheduler's next tick on its way to its reader. SmolLM2-135M, two EPYC cores at 250 Hz, prompt of 256
-# tokens in memory, medians of 40, 72 and 32 answers over 5, 9 and 4 launches: time to first token less the prefill is
-# 8.9 ms with 300,000, 4.7 ms with 3,000, 4.9 ms with 1,000. Prefill and decode of the bare engine did not change.
-# On ARM a spin is one cheap `yield`, so the same number is short already.
+# How often an OpenMP thread without work looks for some before it sleeps (libgomp). libgomp's own
+# 300,000 take some milliseconds of x86's slow `pause`, longer than the time between two batches:
+# all cores then look busy, and a token waits for the scheduler's next tick on its way to its
+# reader. SmolLM2-135M, two EPYC cores at 250 Hz, prompt of 256 tokens in memory, medians of 40, 72
+# and 32 answers over 5, 9 and 4 launches: time to first token less the prefill is 8.9 ms with
+# 300,000, 4.7 ms with 3,000, 4.9 ms with 1,000. Prefill and decode of the bare engine did not
+# change. On ARM a spin is one cheap `yield`, so the same number is short already.
 _SPIN_COUNT = "3000"
 
 _GGUF_MAGIC = b"GGUF"
@@ -68,7 +72,14 @@ _SOCKET_PATH_MAX = 107  # sun_path holds 108 bytes, the last one is 0
 _IDLE_TIMEOUT_S = 60.0
 
 # Ours and llama.cpp's have the same names.
-_SAMPLING_FIELDS = ("temperature", "top_k", "top_p", "repeat_penalty", "frequency_penalty", "presence_penalty")
+_SAMPLING_FIELDS = (
+    "temperature",
+    "top_k",
+    "top_p",
+    "repeat_penalty",
+    "frequency_penalty",
+    "presence_penalty",
+)
 
 
 class LlamaCppEngine:
@@ -95,9 +106,12 @@ class LlamaCppEngine:
         address = str(self._server.listening_address)
         if not address.startswith("unix://"):
             self.close()
-            raise EngineError(f"llama.cpp listens on {address} instead of a Unix socket, so it was closed")
-        # The server's own thread answers this, so it runs from here on. A server that was closed at once was once seen
-        # to wait for that thread for ever, with xllamacpp 2026.10: it had started after it was told to end.
+            raise EngineError(
+                f"llama.cpp listens on {address} instead of a Unix socket, so it was closed"
+            )
+        # The server's own thread answers this, so it runs from here on. A server that was closed at
+        # once was once seen to wait for that thread for ever, with xllamacpp 2026.10: it had
+        # started after it was told to end.
         self._request("GET", "/slots")
         settings = self._request("GET", "/props")["default_generation_settings"]
         self._info = EngineInfo(
@@ -114,21 +128,29 @@ class LlamaCppEngine:
         return self._info
 
     def count_tokens(self, text: str) -> int:
-        answer = self._request("POST", "/tokenize", {"content": text, "add_special": True, "parse_special": True})
+        answer = self._request(
+            "POST", "/tokenize", {"content": text, "add_special": True, "parse_special": True}
+        )
         return len(answer["tokens"])
 
-    def prefill(self, prompt: str, *, save_to: Path, on_progress: OnProgress | None = None) -> RunStats:
+    def prefill(
+        self, prompt: str, *, save_to: Path, on_progress: OnProgress | None = None
+    ) -> RunStats:
         self._abort.clear()
         self.clear()
         # llama.cpp refuses a prompt that leaves no room for one token, also when none is asked for.
-        run = self._run(Run(self._abort, on_progress=on_progress), prompt, {"n_predict": 0, "temperature": 0})
+        run = self._run(
+            Run(self._abort, on_progress=on_progress), prompt, {"n_predict": 0, "temperature": 0}
+        )
         if run.finish is FinishReason.ABORT:
             raise Aborted("the prefill was stopped on request")
         try:
             saved = self._slot("save", save_to)["n_saved"]
         except _RefusedError as error:
             if error.status == http.HTTPStatus.NOT_IMPLEMENTED:
-                raise Uncacheable(f"llama.cpp cannot save the KV state of this model: {error.message}") from error
+                raise Uncacheable(
+                    f"llama.cpp cannot save the KV state of this model: {error.message}"
+                ) from error
             raise EngineError(
                 f"llama.cpp cannot write the prompt cache {save_to}: {error.message}",
                 hint="check that the disk has room",
@@ -142,12 +164,16 @@ class LlamaCppEngine:
             return int(self._slot("restore", path)["n_restored"])
         except _RefusedError as error:
             self.clear()
-            raise ArtifactLoadError(f"llama.cpp cannot load the prompt cache {path}: {error.message}") from error
+            raise ArtifactLoadError(
+                f"llama.cpp cannot load the prompt cache {path}: {error.message}"
+            ) from error
 
     def clear(self) -> None:
         self._slot("erase")
 
-    def generate(self, prompt: str, sampling: Sampling, on_token: OnToken, *, trace: bool = False) -> RunStats:
+    def generate(
+        self, prompt: str, sampling: Sampling, on_token: OnToken, *, trace: bool = False
+    ) -> RunStats:
         self._abort.clear()
         if sampling.max_new_tokens < 0:
             raise EngineError(f"max_new_tokens is {sampling.max_new_tokens}, which is below 0")
@@ -167,7 +193,9 @@ class LlamaCppEngine:
 
         if self._server is None:
             raise EngineError("the engine is closed")
-        answer = self._server.handle_embeddings({"input": content if isinstance(content, str) else [list(content)]})
+        answer = self._server.handle_embeddings(
+            {"input": content if isinstance(content, str) else [list(content)]}
+        )
         if (error := answer.get("error")) is not None:
             if error.get("type") == "exceed_context_size_error":
                 raise ContextExceeded(int(error["n_prompt_tokens"]), int(error["n_ctx"]))
@@ -193,7 +221,8 @@ class LlamaCppEngine:
             "id_slot": 0,
             "cache_prompt": True,
             "stream": True,
-            "return_progress": True,  # without it, nothing calls back during a prefill and no abort gets through
+            # without it, nothing calls back during a prefill and no abort gets through
+            "return_progress": True,
             **options,
         }
         try:
@@ -210,7 +239,9 @@ class LlamaCppEngine:
         deadline = time.monotonic() + _IDLE_TIMEOUT_S
         while self._request("GET", "/slots")[0]["is_processing"]:
             if time.monotonic() > deadline:
-                raise EngineError(f"llama.cpp is still busy {_IDLE_TIMEOUT_S:.0f} s after a run was stopped")
+                raise EngineError(
+                    f"llama.cpp is still busy {_IDLE_TIMEOUT_S:.0f} s after a run was stopped"
+                )
             time.sleep(0.001)
 
     def _slot(self, action: str, path: Path | None = None) -> Any:
@@ -279,9 +310,13 @@ def _check_model_file(path: Path) -> None:
         with path.open("rb") as file:
             magic = file.read(len(_GGUF_MAGIC))
     except OSError as error:
-        raise ModelLoadError(f"cannot read the model {path}: {error.strerror}", hint="check the path") from error
+        raise ModelLoadError(
+            f"cannot read the model {path}: {error.strerror}", hint="check the path"
+        ) from error
     if magic != _GGUF_MAGIC:
-        raise ModelLoadError(f"{path} is not a GGUF file", hint="the llama.cpp engine loads GGUF models only")
+        raise ModelLoadError(
+            f"{path} is not a GGUF file", hint="the llama.cpp engine loads GGUF models only"
+        )
 
 
 def _params(library: Any, spec: ModelSpec, socket_path: str) -> Any:
@@ -289,12 +324,16 @@ def _params(library: Any, spec: ModelSpec, socket_path: str) -> Any:
     params = library.CommonParams()
     params.model.path = spec.path
     params.n_ctx = spec.context_tokens
-    params.fit_params = False  # saves 0.3 s, and keeps llama.cpp from changing the context by the memory it finds
+    params.fit_params = (
+        False  # saves 0.3 s, and keeps llama.cpp from changing the context by the memory it finds
+    )
     params.n_parallel = 1
     params.n_batch = _BATCH_TOKENS
     if spec.pooling:
         params.embedding = True
-        params.pooling_type = getattr(library.llama_pooling_type, f"LLAMA_POOLING_TYPE_{spec.pooling.upper()}")
+        params.pooling_type = getattr(
+            library.llama_pooling_type, f"LLAMA_POOLING_TYPE_{spec.pooling.upper()}"
+        )
         params.n_batch = params.n_ubatch = spec.context_tokens  # a text is read in one batch
     params.cpuparams.n_threads = threads
     params.cpuparams_batch.n_threads = threads

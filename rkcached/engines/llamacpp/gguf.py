@@ -18,7 +18,8 @@ from rkcached.errors import SourceError
 
 MAGIC: Final = b"GGUF"
 
-# A header is read in one piece, which is made larger until it is enough. The largest vocabularies take some 20 MB.
+# A header is read in one piece, which is made larger until it is enough. The largest vocabularies
+# take some 20 MB.
 _PIECES_BYTES: Final = (1 << 20, 8 << 20, 64 << 20)
 
 # gguf_type of ggml's gguf.h: the numbers, as struct has them; then the two that have a length.
@@ -63,16 +64,21 @@ class ModelFacts:
     """What the files of a model say about it."""
 
     files: tuple[Path, ...]
-    """Every file that the engine opens for the model; the one that the manifest names comes first."""
+    """Every file that the engine opens for the model; the one that the manifest names comes first.
+    """
     trained_tokens: int | None = None
-    """The context that the model was trained for, if the file says so. llama.cpp's server gives it none larger."""
+    """The context that the model was trained for, if the file says so. llama.cpp's server gives it
+    none larger."""
 
 
 ReadHeader = Callable[[Path], Header | None]
 
 
 def read_header(path: Path) -> Header | None:
-    """The header of a file; None if it is damaged, cut off, or of a version that is not known. Errors: OSError."""
+    """The header of a file; None if it is damaged, cut off, or of a version that is not known.
+
+    Errors: OSError.
+    """
     with path.open("rb") as stream:
         data = b""
         for size_bytes in _PIECES_BYTES:
@@ -92,7 +98,10 @@ def shards(path: Path) -> tuple[Path, ...]:
     name = _SHARD.fullmatch(path.name)
     if name is None or int(name["number"]) != 1:
         return (path,)
-    return tuple(_shard(path, number, int(name["count"])) for number in range(1, max(1, int(name["count"])) + 1))
+    return tuple(
+        _shard(path, number, int(name["count"]))
+        for number in range(1, max(1, int(name["count"])) + 1)
+    )
 
 
 def inspect(path: Path, read: ReadHeader = read_header) -> ModelFacts:
@@ -112,7 +121,11 @@ def inspect(path: Path, read: ReadHeader = read_header) -> ModelFacts:
         return ModelFacts(files=(path,), trained_tokens=trained_tokens)
 
     if (number := header.integers.get("split.no", 0) + 1) != 1:
-        first = _shard(path, 1, count).name if name else f"the file that ends with -00001-of-{count:05}.gguf"
+        first = (
+            _shard(path, 1, count).name
+            if name
+            else f"the file that ends with -00001-of-{count:05}.gguf"
+        )
         message = f"{path} is file {number} of {count} of a split model"
         raise SourceError(message, hint=f"name the first: path: {first}")
     if name is None or (int(name["number"]), int(name["count"])) != (1, count):
@@ -140,7 +153,9 @@ def _check_shards(files: tuple[Path, ...], first: Header, read: ReadHeader) -> N
     tensors = first.tensors
     for number, file in enumerate(files[1:], 2):
         if not file.is_file():  # opening a FIFO would wait for its writer
-            raise SourceError(f"{file} is not a regular file", hint="put the file of the split model there")
+            raise SourceError(
+                f"{file} is not a regular file", hint="put the file of the split model there"
+            )
         if (header := read(file)) is None:
             raise _damaged(file)
 
@@ -172,7 +187,11 @@ def _damaged(path: Path) -> SourceError:
 
 
 def _trained_tokens(header: Header) -> int | None:
-    said = (value for key, value in header.integers.items() if key.endswith(".context_length") and value > 0)
+    said = (
+        value
+        for key, value in header.integers.items()
+        if key.endswith(".context_length") and value > 0
+    )
     return next(said, None)
 
 

@@ -23,8 +23,9 @@ _PREFACE = re.compile(r"^.*? E |llg error: |at \d+\(\d+\): |failed to compile JS
 class Run:
     """Receives the chunks of one run; a true answer stops it.
 
-    First come chunks with the progress of the prefill (the first before any work), then one for each token whose text
-    is complete, then one with the reason for the end and the timings. A run that was stopped has no last chunk.
+    First come chunks with the progress of the prefill (the first before any work), then one for
+    each token whose text is complete, then one with the reason for the end and the timings. A run
+    that was stopped has no last chunk.
     """
 
     def __init__(
@@ -51,7 +52,8 @@ class Run:
         self._likeliest = likeliest
         self._details: list[TokenLogprob] = []
         self.before_each: Callable[[], None] | None = None
-        """Called before each token is delivered, and before the end; what it raises ends the run."""
+        """Called before each token is delivered, and before the end; what it raises ends the run.
+        """
         self._error: dict[str, Any] | None = None
         self._raised: BaseException | None = None
 
@@ -69,7 +71,9 @@ class Run:
             raise self._raised
         if self._error is not None:
             if self._error.get("type") == "exceed_context_size_error":
-                raise ContextExceeded(int(self._error["n_prompt_tokens"]), int(self._error["n_ctx"]))
+                raise ContextExceeded(
+                    int(self._error["n_prompt_tokens"]), int(self._error["n_ctx"])
+                )
             raise EngineError(f"llama.cpp refused the request: {self._error.get('message')}")
         if self.finish is FinishReason.ABORT and not self.stopped:
             raise EngineError("llama.cpp ended the run without a result")
@@ -94,7 +98,9 @@ class Run:
         if self.before_each is not None:
             self.before_each()
         choice = chunk["choices"][0]
-        if choice["finish_reason"] is not None:  # the last chunk; one before it may have timings as well
+        if (
+            choice["finish_reason"] is not None
+        ):  # the last chunk; one before it may have timings as well
             timings = chunk["timings"]
             self.finish = FinishReason(choice["finish_reason"])
             self.prompt_tokens = timings["cache_n"] + timings["prompt_n"]
@@ -121,10 +127,16 @@ class Run:
             self._on_progress(progress["processed"], progress["total"])
 
     def _deliver(self, text: str) -> bool:
-        # A token without text may be the beginning of a stop string; its id then goes with the next piece.
+        # A token without text may be the beginning of a stop string; its id then goes with the next
+        # piece.
         if not text or self._on_token is None:
             return False
-        token = Token(text=text, ids=tuple(self._ids), logprobs=tuple(self._logprobs), details=tuple(self._details))
+        token = Token(
+            text=text,
+            ids=tuple(self._ids),
+            logprobs=tuple(self._logprobs),
+            details=tuple(self._details),
+        )
         self._ids.clear()
         self._logprobs.clear()
         self._details.clear()
@@ -160,7 +172,8 @@ class Grammar:
             return
         printed = os.pread(self._kept, _READ_BYTES, 0).decode(errors="replace")
         raise SchemaInvalid(
-            f"llama.cpp cannot keep to this schema: {_reason(printed)}", hint="leave that out of the schema"
+            f"llama.cpp cannot keep to this schema: {_reason(printed)}",
+            hint="leave that out of the schema",
         )
 
 
@@ -168,7 +181,9 @@ def _reason(printed: str) -> str:
     """What llama.cpp said, without its stamp and its places in a grammar that the client did not write."""
     lines = printed.splitlines()
     first = next((line for line in lines if " E " in line), lines[0] if lines else "")
-    details = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]  # of a pattern
+    details = [
+        line.removeprefix("error: ") for line in lines if line.startswith("error: ")
+    ]  # of a pattern
     return " ".join([_PREFACE.sub("", first).strip(), *details[:1]])[:200]
 
 

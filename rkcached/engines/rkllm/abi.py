@@ -17,7 +17,19 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Mapping
-from ctypes import POINTER, c_bool, c_char_p, c_float, c_int, c_int8, c_int32, c_size_t, c_uint8, c_uint32, c_void_p
+from ctypes import (
+    POINTER,
+    c_bool,
+    c_char_p,
+    c_float,
+    c_int,
+    c_int8,
+    c_int32,
+    c_size_t,
+    c_uint8,
+    c_uint32,
+    c_void_p,
+)
 from dataclasses import dataclass
 from enum import Enum, IntEnum
 from typing import Any
@@ -67,7 +79,11 @@ class Handle(ctypes.c_void_p):
 
 
 class LoraAdapter(ctypes.Structure):
-    _fields_ = (("lora_adapter_path", c_char_p), ("lora_adapter_name", c_char_p), ("scale", c_float))
+    _fields_ = (
+        ("lora_adapter_path", c_char_p),
+        ("lora_adapter_name", c_char_p),
+        ("scale", c_float),
+    )
 
 
 class EmbedInput(ctypes.Structure):
@@ -229,7 +245,11 @@ class Param130(ctypes.Structure):
 
 
 class MultiModal110(ctypes.Structure):
-    _fields_ = (("prompt", c_char_p), ("image_embed", POINTER(c_float)), ("n_image_tokens", c_size_t))
+    _fields_ = (
+        ("prompt", c_char_p),
+        ("image_embed", POINTER(c_float)),
+        ("n_image_tokens", c_size_t),
+    )
 
 
 class MultiModal1211(ctypes.Structure):
@@ -288,12 +308,22 @@ class Input1211(ctypes.Structure):
 
 class Input121(ctypes.Structure):
     _anonymous_ = ("union",)
-    _fields_ = (("role", c_char_p), ("enable_thinking", c_bool), ("input_type", c_int), ("union", InputUnion1211))
+    _fields_ = (
+        ("role", c_char_p),
+        ("enable_thinking", c_bool),
+        ("input_type", c_int),
+        ("union", InputUnion1211),
+    )
 
 
 class Input130(ctypes.Structure):
     _anonymous_ = ("union",)
-    _fields_ = (("role", c_char_p), ("enable_thinking", c_bool), ("input_type", c_int), ("union", InputUnion130))
+    _fields_ = (
+        ("role", c_char_p),
+        ("enable_thinking", c_bool),
+        ("input_type", c_int),
+        ("union", InputUnion130),
+    )
 
 
 # Parameters of a run
@@ -331,7 +361,11 @@ class InferParam130(ctypes.Structure):
 
 
 class Result110(ctypes.Structure):
-    _fields_ = (("text", c_char_p), ("token_id", c_int32), ("last_hidden_layer", ResultLastHiddenLayer))
+    _fields_ = (
+        ("text", c_char_p),
+        ("token_id", c_int32),
+        ("last_hidden_layer", ResultLastHiddenLayer),
+    )
 
 
 class Result120(ctypes.Structure):
@@ -353,10 +387,11 @@ class Result121(ctypes.Structure):
     )
 
 
-# void (*LLMResultCallback)(RKLLMResult *result, void *userdata, LLMCallState state);   until 1.2.1b1
+# void (*LLMResultCallback)(RKLLMResult *result, void *userdata, LLMCallState state); until 1.2.1b1
 Callback110 = ctypes.CFUNCTYPE(None, POINTER(Result110), c_void_p, c_int)
 Callback120 = ctypes.CFUNCTYPE(None, POINTER(Result120), c_void_p, c_int)
-# int (*LLMResultCallback)(RKLLMResult *result, void *userdata, LLMCallState state);    0 goes on, 1 pauses
+# int (*LLMResultCallback)(RKLLMResult *result, void *userdata, LLMCallState state); 0 goes on, 1
+# pauses
 Callback121 = ctypes.CFUNCTYPE(c_int, POINTER(Result121), c_void_p, c_int)
 
 
@@ -390,9 +425,11 @@ def _functions_110(param: Any, run_input: Any, infer: Any, callback: Any) -> dic
         "rkllm_createDefaultParam": Signature(param, ()),
         # int rkllm_init(LLMHandle *handle, RKLLMParam *param, LLMResultCallback callback);
         "rkllm_init": Signature(c_int, (POINTER(Handle), POINTER(param), callback)),
-        # int rkllm_run(LLMHandle handle, RKLLMInput *input, RKLLMInferParam *infer_params, void *userdata);
+        # int rkllm_run(LLMHandle handle, RKLLMInput *input, RKLLMInferParam *infer_params, void
+        # *userdata);
         "rkllm_run": Signature(c_int, (Handle, POINTER(run_input), POINTER(infer), c_void_p)),
-        # int rkllm_run_async(LLMHandle handle, RKLLMInput *input, RKLLMInferParam *infer_params, void *userdata);
+        # int rkllm_run_async(LLMHandle handle, RKLLMInput *input, RKLLMInferParam *infer_params,
+        # void *userdata);
         "rkllm_run_async": Signature(c_int, (Handle, POINTER(run_input), POINTER(infer), c_void_p)),
         # int rkllm_abort(LLMHandle handle);
         "rkllm_abort": Signature(c_int, (Handle,)),
@@ -409,7 +446,8 @@ def _functions_110(param: Any, run_input: Any, infer: Any, callback: Any) -> dic
     }
 
 
-# int rkllm_set_chat_template(LLMHandle handle, const char *system_prompt, const char *prompt_prefix,
+# int rkllm_set_chat_template(LLMHandle handle, const char *system_prompt, const char
+# *prompt_prefix,
 #                             const char *prompt_postfix);
 _SET_CHAT_TEMPLATE = Signature(c_int, (Handle, c_char_p, c_char_p, c_char_p))
 
@@ -420,7 +458,8 @@ _SINCE_120: Signatures = {
 }
 
 _SINCE_121: Signatures = {
-    # int rkllm_clear_kv_cache(LLMHandle handle, int keep_system_prompt, int *start_pos, int *end_pos);
+    # int rkllm_clear_kv_cache(LLMHandle handle, int keep_system_prompt, int *start_pos, int
+    # *end_pos);
     "rkllm_clear_kv_cache": Signature(c_int, (Handle, c_int, POINTER(c_int), POINTER(c_int))),
     "rkllm_set_chat_template": _SET_CHAT_TEMPLATE,
     # int rkllm_get_kv_cache_size(LLMHandle handle, int *cache_sizes);
@@ -477,7 +516,8 @@ class Abi:
     functions: Signatures
     error_rules: Mapping[str, ErrorRule]
     probe_offset: int
-    """Where a default parameter has embed_flash, then enabled_cpus_num; 0 where this version has neither."""
+    """Where a default parameter has embed_flash, then enabled_cpus_num; 0 where this version has
+    neither."""
 
     @property
     def structures(self) -> dict[str, Any]:
@@ -488,7 +528,9 @@ class Abi:
             "RKLLMLoraAdapter": LoraAdapter,
             "RKLLMEmbedInput": EmbedInput,
             "RKLLMTokenInput": TokenInput,
-            self._multimodal_name: dict(dict(self.input._fields_)["union"]._fields_)["multimodal_input"],
+            self._multimodal_name: dict(dict(self.input._fields_)["union"]._fields_)[
+                "multimodal_input"
+            ],
             "RKLLMInput": self.input,
             "RKLLMLoraParam": LoraParam,
             "RKLLMPromptCacheParam": PromptCacheParam,
@@ -588,7 +630,10 @@ ABIS: tuple[Abi, ...] = (
         callback=Callback121,
         callbacks=Callbacks130,
         # int rkllm_init(LLMHandle *handle, RKLLMParam *param, RKLLMCallback *callback);
-        functions={**_functions_110(Param130, Input130, InferParam130, POINTER(Callbacks130)), **_SINCE_121},
+        functions={
+            **_functions_110(Param130, Input130, InferParam130, POINTER(Callbacks130)),
+            **_SINCE_121,
+        },
         error_rules=ERROR_RULES_121,
         probe_offset=64,
     ),

@@ -1,8 +1,8 @@
 """The beginning of an RKLLM prompt cache file: the part that is known.
 
-Undocumented; seen in a file of 1.1, and reported for later versions: little-endian u32 magic (0x6767736e in 1.1, an
-architecture number since 1.2.3), u32 8, u32 n_tokens, then the token ids as i32. Good for showing and for counting,
-never a reason by itself to reject a file.
+Undocumented; seen in a file of 1.1, and reported for later versions: little-endian u32 magic
+(0x6767736e in 1.1, an architecture number since 1.2.3), u32 8, u32 n_tokens, then the token ids as
+i32. Good for showing and for counting, never a reason by itself to reject a file.
 """
 
 from __future__ import annotations

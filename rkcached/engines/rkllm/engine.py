@@ -1,9 +1,10 @@
 """The RKLLM runtime behind the engine port: one model on the NPU, in a worker process.
 
-The library is closed, so nothing is taken on trust: the ABI is checked (`library`), a cache is proved by its effect,
-and every string, array and callback outlives the call that got it. One object owns the handle and destroys it once,
-after the last run has returned (`handle`). The callback may come on any thread; it copies what it needs, never raises
-into C and never calls back into the library: a thread of our own does the aborting.
+The library is closed, so nothing is taken on trust: the ABI is checked (`library`), a cache is
+proved by its effect, and every string, array and callback outlives the call that got it. One object
+owns the handle and destroys it once, after the last run has returned (`handle`). The callback may
+come on any thread; it copies what it needs, never raises into C and never calls back into the
+library: a thread of our own does the aborting.
 """
 
 from __future__ import annotations
@@ -16,21 +17,44 @@ from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rkcached.engines.base import Embedding, EngineInfo, ModelSpec, OnProgress, OnToken, RunStats, Sampling
+from rkcached.engines.base import (
+    Embedding,
+    EngineInfo,
+    ModelSpec,
+    OnProgress,
+    OnToken,
+    RunStats,
+    Sampling,
+)
 from rkcached.engines.rkllm import cache_file
-from rkcached.engines.rkllm.abi import Abi, InferMode, InputType, LoraAdapter, LoraParam, PromptCacheParam, TokenInput
+from rkcached.engines.rkllm.abi import (
+    Abi,
+    InferMode,
+    InputType,
+    LoraAdapter,
+    LoraParam,
+    PromptCacheParam,
+    TokenInput,
+)
 from rkcached.engines.rkllm.handle import Current, OwnedHandle, Stopper
 from rkcached.engines.rkllm.library import CallError, Library
 from rkcached.engines.rkllm.params import PER_RUN, is_greedy, merged, model_param, sampling_param
 from rkcached.engines.rkllm.run import Run
 from rkcached.engines.rkllm.tokenizer import load_tokenizer
-from rkcached.errors import ArtifactLoadError, ContextExceeded, EngineError, ModelLoadError, SamplingFixed
+from rkcached.errors import (
+    ArtifactLoadError,
+    ContextExceeded,
+    EngineError,
+    ModelLoadError,
+    SamplingFixed,
+)
 
 if TYPE_CHECKING:
     import numpy as np
 
 _FINISH_TIMEOUT_S = 2.0
-"""rkllm_run returns after FINISH; if another thread brings the callback, it may be a moment late."""
+"""rkllm_run returns after FINISH; if another thread brings the callback, it may be a moment late.
+"""
 
 _LORA_NAME = b"rkcached"
 _MAX_BATCH = 8
@@ -71,7 +95,8 @@ class RkllmEngine:
         self._empty = True
         """The KV state is known to be empty."""
         self._kv_surplus = 0
-        """rkllm_get_kv_cache_size less the tokens read and generated, as the last cold run showed it."""
+        """rkllm_get_kv_cache_size less the tokens read and generated, as the last cold run showed
+        it."""
         self._stopper = Stopper(self._library, self._handle, self._current)
         try:
             if self._library.has("rkllm_set_chat_template"):
@@ -83,7 +108,9 @@ class RkllmEngine:
         except CallError as error:
             self.close()
             what = f"the LoRA adapter {spec.lora}" if spec.lora else "a raw chat template"
-            raise ModelLoadError(f"RKLLM {self._library.version} refused {what}: {error.message}") from error
+            raise ModelLoadError(
+                f"RKLLM {self._library.version} refused {what}: {error.message}"
+            ) from error
         self._info = EngineInfo(
             runtime_version=self._library.version,
             context_tokens=int(param.max_context_len),
@@ -105,8 +132,13 @@ class RkllmEngine:
     def count_tokens(self, text: str) -> int | None:
         return len(self._tokenizer(text)) if self._tokenizer is not None else None
 
-    def prefill(self, prompt: str, *, save_to: Path, on_progress: OnProgress | None = None) -> RunStats:
-        """A run that saves. Until 1.2.3 it also generates a whole answer, as nothing but an abort would end it."""
+    def prefill(
+        self, prompt: str, *, save_to: Path, on_progress: OnProgress | None = None
+    ) -> RunStats:
+        """A run that saves.
+
+        Until 1.2.3 it also generates a whole answer, as nothing but an abort would end it.
+        """
         del on_progress  # the runtime tells nothing during a prefill
         if not save_to.parent.is_dir():
             raise EngineError(f"cannot write the prompt cache {save_to}: its directory is missing")
@@ -135,7 +167,9 @@ class RkllmEngine:
             self._call("rkllm_load_prompt_cache", os.fsencode(path))
         except CallError as error:
             self.clear()
-            raise ArtifactLoadError(f"RKLLM cannot load the prompt cache {path}: {error.message}") from error
+            raise ArtifactLoadError(
+                f"RKLLM cannot load the prompt cache {path}: {error.message}"
+            ) from error
         self._loaded, self._empty = True, False
         return header.n_tokens
 
@@ -151,7 +185,9 @@ class RkllmEngine:
             self._call("rkllm_clear_kv_cache", 0)
         self._empty = True
 
-    def generate(self, prompt: str, sampling: Sampling, on_token: OnToken, *, trace: bool = False) -> RunStats:
+    def generate(
+        self, prompt: str, sampling: Sampling, on_token: OnToken, *, trace: bool = False
+    ) -> RunStats:
         if sampling.max_new_tokens < 0:
             raise EngineError(f"max_new_tokens is {sampling.max_new_tokens}, which is below 0")
         self._refuse_fixed(sampling)
@@ -161,7 +197,9 @@ class RkllmEngine:
             natural = limit >= self._fixed.max_new_tokens
             limit = min(limit, self._fixed.max_new_tokens)
         limit = min(limit, self._info.context_tokens)  # more never fits, and C takes 32 bits
-        run = Run(sampling, limit=limit, on_token=on_token, trace=trace, ends_itself=natural and limit > 0)
+        run = Run(
+            sampling, limit=limit, on_token=on_token, trace=trace, ends_itself=natural and limit > 0
+        )
         self._run(run, prompt)
         run.deliver_rest()
         prompt_tokens, cached = self._count(run, was_empty=was_empty)
@@ -176,19 +214,26 @@ class RkllmEngine:
 
     def embed(self, content: str | tuple[int, ...]) -> Embedding:
         if not self._spec.pooling:
-            raise EngineError("the model was not loaded for embeddings", hint="set embedding: true in the manifest")
+            raise EngineError(
+                "the model was not loaded for embeddings",
+                hint="set embedding: true in the manifest",
+            )
         vector = self.last_hidden_layer(content, Pooling(self._spec.pooling))
         tokens = len(content) if isinstance(content, tuple) else self.count_tokens(content) or 0
         return Embedding(vector=vector, tokens=tokens)
 
-    def last_hidden_layer(self, prompt: str | tuple[int, ...], pooling: Pooling = Pooling.MEAN) -> np.ndarray[Any, Any]:
+    def last_hidden_layer(
+        self, prompt: str | tuple[int, ...], pooling: Pooling = Pooling.MEAN
+    ) -> np.ndarray[Any, Any]:
         """The last layer's hidden states: (n_tokens, embd_size) float32, or (embd_size,) when pooled."""
         run = Run(Sampling(max_new_tokens=1), limit=1, wants_hidden=True)
         self.clear()
         self._run(run, prompt, mode=InferMode.GET_LAST_HIDDEN_LAYER)
         hidden = run.hidden
         if hidden is None:
-            raise EngineError("the runtime gave no hidden layer for this model", hint="is it an embedding model?")
+            raise EngineError(
+                "the runtime gave no hidden layer for this model", hint="is it an embedding model?"
+            )
         match pooling:
             case Pooling.MEAN:
                 return hidden.mean(axis=0)  # type: ignore[no-any-return]  # numpy leaves the result of a reduction open
@@ -218,7 +263,10 @@ class RkllmEngine:
         save_to: Path | None = None,
         mode: InferMode = InferMode.GENERATE,
     ) -> None:
-        """Run and wait for the end. Whatever the library gets a pointer to lives in this frame until it returns."""
+        """Run and wait for the end.
+
+        Whatever the library gets a pointer to lives in this frame until it returns.
+        """
         if self._handle.destroyed:
             raise EngineError("the engine is closed")
         data = _encode(prompt) if isinstance(prompt, str) else b""
@@ -228,13 +276,21 @@ class RkllmEngine:
             run_input.role = b"user"
             run_input.enable_thinking = self._spec.thinking
         if self._tokenizer is not None or not isinstance(prompt, str):
-            ids = list(prompt) if not isinstance(prompt, str) else self._tokenizer(prompt) if self._tokenizer else []
+            ids = (
+                list(prompt)
+                if not isinstance(prompt, str)
+                else self._tokenizer(prompt)
+                if self._tokenizer
+                else []
+            )
             run.prompt_ids = len(ids)
             if len(ids) >= self._info.context_tokens:
                 raise ContextExceeded(len(ids), self._info.context_tokens)
             array = (ctypes.c_int32 * len(ids))(*ids)
             run_input.input_type = InputType.TOKEN
-            run_input.token_input = TokenInput(ctypes.cast(array, ctypes.POINTER(ctypes.c_int32)), len(ids))
+            run_input.token_input = TokenInput(
+                ctypes.cast(array, ctypes.POINTER(ctypes.c_int32)), len(ids)
+            )
         else:
             run_input.input_type = InputType.PROMPT
             run_input.prompt_input = data
@@ -273,7 +329,11 @@ class RkllmEngine:
             return
         for name in PER_RUN:
             wanted, fixed = getattr(sampling, name), getattr(self._fixed, name)
-            if wanted is None or wanted == fixed or (name == "temperature" and wanted == 0 and self._info.greedy):
+            if (
+                wanted is None
+                or wanted == fixed
+                or (name == "temperature" and wanted == 0 and self._info.greedy)
+            ):
                 continue
             raise SamplingFixed(
                 f"RKLLM {self._library.version} fixes {name} when the model is loaded: "
@@ -318,9 +378,14 @@ def _encode(prompt: str) -> bytes:
     try:
         data = prompt.encode()
     except UnicodeEncodeError as error:
-        raise EngineError(f"the text is not valid Unicode: {error.reason} at {error.start}") from error
+        raise EngineError(
+            f"the text is not valid Unicode: {error.reason} at {error.start}"
+        ) from error
     if b"\0" in data:
-        raise EngineError(f"the text has a NUL byte at {data.index(0)}", hint="the runtime would stop reading there")
+        raise EngineError(
+            f"the text has a NUL byte at {data.index(0)}",
+            hint="the runtime would stop reading there",
+        )
     return data
 
 
@@ -329,6 +394,8 @@ def _check_model_file(path: Path) -> None:
         with path.open("rb") as file:
             first = file.read(1)
     except OSError as error:
-        raise ModelLoadError(f"cannot read the model {path}: {error.strerror}", hint="check the path") from error
+        raise ModelLoadError(
+            f"cannot read the model {path}: {error.strerror}", hint="check the path"
+        ) from error
     if not first:
         raise ModelLoadError(f"the model {path} is empty", hint="copy it again")

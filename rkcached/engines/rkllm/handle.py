@@ -23,7 +23,8 @@ class Current:
         self.run: Run | None = None
         self._stopper: Stopper | None = None
         self.ended = threading.Lock()
-        """Held while an abort is under way, so that no run begins and no handle is destroyed during it."""
+        """Held while an abort is under way, so that no run begins and no handle is destroyed during
+        it."""
 
     def begin(self, run: Run, stopper: Stopper) -> None:
         with self.ended:
@@ -71,7 +72,8 @@ class Stopper:
 
     def _work(self) -> None:
         while (run := self._queue.get()) is not None:
-            # Again until it works: the library forgets an abort that comes before its run has really begun.
+            # Again until it works: the library forgets an abort that comes before its run has
+            # really begun.
             while self._abort(run) and not run.finished.wait(_ABORT_AGAIN_S):
                 pass
 
@@ -85,7 +87,10 @@ class Stopper:
 
 
 class OwnedHandle:
-    """Owns an LLMHandle, and the callback and parameters it was made with. Destroyed once, by whoever is first."""
+    """Owns an LLMHandle, and the callback and parameters it was made with.
+
+    Destroyed once, by whoever is first.
+    """
 
     def __init__(self, library: Library, param: Any, current: Current) -> None:
         self.value = Handle()

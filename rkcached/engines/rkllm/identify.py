@@ -1,9 +1,10 @@
 """What a runtime library file is, without loading it.
 
-Owns the reading of shared libraries (ELF64, by the generic ABI's tables) and the choice of the binary interface that
-goes with one. Only reads, with bounds on everything: whatever the file, the outcome is facts or a RuntimeLibraryError.
-It reads in pieces and maps nothing, because a file that shrinks while mapped kills the process. Used by the daemon
-(fingerprint), by `doctor`, and by the binding before it loads anything.
+Owns the reading of shared libraries (ELF64, by the generic ABI's tables) and the choice of the
+binary interface that goes with one. Only reads, with bounds on everything: whatever the file, the
+outcome is facts or a RuntimeLibraryError. It reads in pieces and maps nothing, because a file that
+shrinks while mapped kills the process. Used by the daemon (fingerprint), by `doctor`, and by the
+binding before it loads anything.
 """
 
 from __future__ import annotations
@@ -38,7 +39,15 @@ _SYMBOL: Final = struct.Struct("<IBBHQQ")
 _GNU_HASH: Final = struct.Struct("<IIII")
 
 _PT_LOAD, _PT_DYNAMIC = 1, 2
-_DT_NULL, _DT_NEEDED, _DT_HASH, _DT_STRTAB, _DT_SYMTAB, _DT_STRSZ, _DT_GNU_HASH = 0, 1, 4, 5, 6, 10, 0x6FFFFEF5
+_DT_NULL, _DT_NEEDED, _DT_HASH, _DT_STRTAB, _DT_SYMTAB, _DT_STRSZ, _DT_GNU_HASH = (
+    0,
+    1,
+    4,
+    5,
+    6,
+    10,
+    0x6FFFFEF5,
+)
 _MACHINES: Final = {62: "x86_64", 183: "aarch64"}
 _FILE_TYPES: Final = {1: "an object file (.o)", 2: "a program", 4: "a core dump"}
 
@@ -77,9 +86,16 @@ def identify(path: Path) -> LibraryFacts:
     except OSError as error:
         refused = refusal(path, error)
         if refused is None and isinstance(error, FileNotFoundError):
-            raise RuntimeLibraryError(f"there is no runtime library at {path}", hint=_GET_ONE) from error
-        reason, hint = refused or (error.strerror, "check its permissions, and those of the directories above it")
-        raise RuntimeLibraryError(f"the runtime library {path} cannot be read: {reason}", hint=hint) from error
+            raise RuntimeLibraryError(
+                f"there is no runtime library at {path}", hint=_GET_ONE
+            ) from error
+        reason, hint = refused or (
+            error.strerror,
+            "check its permissions, and those of the directories above it",
+        )
+        raise RuntimeLibraryError(
+            f"the runtime library {path} cannot be read: {reason}", hint=hint
+        ) from error
     except ValueError as error:  # a path with a NUL
         raise RuntimeLibraryError(f"no file can be called {str(path)!r}", hint=_GET_ONE) from error
 
@@ -96,7 +112,8 @@ def choose_abi(facts: LibraryFacts, override: str | None = None) -> Abi:
     if override is not None:
         if override not in known:
             raise RuntimeLibraryError(
-                f"engine.abi is {override!r}, which is no known RKLLM version", hint=f"known are {', '.join(known)}"
+                f"engine.abi is {override!r}, which is no known RKLLM version",
+                hint=f"known are {', '.join(known)}",
             )
         abi = known[override]
         if missing := abi.functions.keys() - facts.symbols:
@@ -116,16 +133,22 @@ def choose_abi(facts: LibraryFacts, override: str | None = None) -> Abi:
         _refuse_old(facts, f"{facts.path} is RKLLM {facts.version}")
     if facts.version not in known:
         raise RuntimeLibraryError(
-            f"{facts.path} is RKLLM {facts.version}, a version that this program does not know", hint=name_it
+            f"{facts.path} is RKLLM {facts.version}, a version that this program does not know",
+            hint=name_it,
         )
     abi = known[facts.version]
     order = [each.name for each in ABIS]
     newer = [name for name, since in _SINCE.items() if order.index(abi.name) < order.index(since)]
-    contradictions = [f"it does not have {name}" for name in sorted(abi.functions.keys() - facts.symbols)]
-    contradictions += [f"it has {name}, which came with {_SINCE[name]}" for name in newer if name in facts.symbols]
+    contradictions = [
+        f"it does not have {name}" for name in sorted(abi.functions.keys() - facts.symbols)
+    ]
+    contradictions += [
+        f"it has {name}, which came with {_SINCE[name]}" for name in newer if name in facts.symbols
+    ]
     if contradictions:
         raise RuntimeLibraryError(
-            f"{facts.path} says it is RKLLM {facts.version}, but {'; '.join(contradictions)}", hint=name_it
+            f"{facts.path} says it is RKLLM {facts.version}, but {'; '.join(contradictions)}",
+            hint=name_it,
         )
     return abi
 
@@ -166,13 +189,18 @@ def _identify(path: Path) -> LibraryFacts:
                 hint="librkllmrt.so is meant; librknnrt.so, for example, is Rockchip's library for other networks",
             )
         needed = tuple(image.name(strings, offset) for tag, offset in tags if tag == _DT_NEEDED)
-        return LibraryFacts(path=path, version=image.version(), symbols=symbols, machine=machine, needed=needed)
+        return LibraryFacts(
+            path=path, version=image.version(), symbols=symbols, machine=machine, needed=needed
+        )
     finally:
         os.close(fd)
 
 
 class _Image:
-    """A shared library being read. Every read is checked against the file's size; addresses go through PT_LOAD."""
+    """A shared library being read.
+
+    Every read is checked against the file's size; addresses go through PT_LOAD.
+    """
 
     def __init__(self, path: Path, fd: int, size: int) -> None:
         self._path, self._fd, self._size = path, fd, size
@@ -182,19 +210,25 @@ class _Image:
         if not head:
             raise RuntimeLibraryError(f"{path} is empty", hint=_GET_ONE)
         if not head.startswith(b"\x7fELF"):
-            raise RuntimeLibraryError(f"{path} is {_looks_like(head)}, not a shared library", hint=_GET_ONE)
+            raise RuntimeLibraryError(
+                f"{path} is {_looks_like(head)}, not a shared library", hint=_GET_ONE
+            )
         self._read_header(head)
 
     def _read_header(self, head: bytes) -> None:
         if len(head) > 4 and head[4] == 1:
-            raise RuntimeLibraryError(f"{self._path} is a 32-bit library; RKLLM needs a 64-bit one", hint=_GET_ONE)
+            raise RuntimeLibraryError(
+                f"{self._path} is a 32-bit library; RKLLM needs a 64-bit one", hint=_GET_ONE
+            )
         if len(head) < _HEADER.size:
             self.damaged("it ends within the ELF header")
         ident, kind, machine, _, _, at, _, _, _, entry_size, count, *_ = _HEADER.unpack_from(head)
         if ident[4] != 2 or ident[5] not in {1, 2}:
             self.damaged("its ELF header makes no sense")
         if ident[5] == 2:
-            raise RuntimeLibraryError(f"{self._path} is a library for a big-endian machine", hint=_GET_ONE)
+            raise RuntimeLibraryError(
+                f"{self._path} is a library for a big-endian machine", hint=_GET_ONE
+            )
         self.machine = _MACHINES.get(machine, f"ELF machine {machine}")
         if self.machine != platform.machine():
             raise RuntimeLibraryError(
@@ -205,17 +239,29 @@ class _Image:
             )
         if kind != 3:
             what = _FILE_TYPES.get(kind, f"of ELF type {kind}")
-            raise RuntimeLibraryError(f"{self._path} is {what}, not a shared library", hint=_GET_ONE)
+            raise RuntimeLibraryError(
+                f"{self._path} is {what}, not a shared library", hint=_GET_ONE
+            )
         if entry_size != _PROGRAM_HEADER.size:
             self.damaged(f"its program headers have {entry_size} bytes each")
         table = self.read(at, count * entry_size)
-        for segment, _, offset, address, _, file_size, memory_size, _ in _PROGRAM_HEADER.iter_unpack(table):
+        for (
+            segment,
+            _,
+            offset,
+            address,
+            _,
+            file_size,
+            memory_size,
+            _,
+        ) in _PROGRAM_HEADER.iter_unpack(table):
             if segment in {_PT_LOAD, _PT_DYNAMIC}:
                 self._segments.append((segment, offset, address, file_size, memory_size))
 
     def damaged(self, why: str) -> NoReturn:
         raise RuntimeLibraryError(
-            f"{self._path} is truncated or damaged: {why}", hint="copy it again, and compare its size with the original"
+            f"{self._path} is truncated or damaged: {why}",
+            hint="copy it again, and compare its size with the original",
         )
 
     def read(self, offset: int, length: int) -> bytes:
@@ -246,7 +292,10 @@ class _Image:
 
     def dynamic(self) -> tuple[bytes, list[tuple[int, int]]]:
         """The dynamic string table, and the entries of the dynamic section."""
-        where = next(((offset, size) for kind, offset, _, size, _ in self._segments if kind == _PT_DYNAMIC), None)
+        where = next(
+            ((offset, size) for kind, offset, _, size, _ in self._segments if kind == _PT_DYNAMIC),
+            None,
+        )
         if where is None:
             self.damaged("it has no dynamic section")
         offset, size = where
@@ -285,7 +334,10 @@ class _Image:
             return 0
         buckets, first, filters, _ = _GNU_HASH.unpack(self.at_address(address, _GNU_HASH.size))
         address += _GNU_HASH.size + 8 * filters
-        last = max((index for (index,) in struct.iter_unpack("<I", self.at_address(address, 4 * buckets))), default=0)
+        last = max(
+            (index for (index,) in struct.iter_unpack("<I", self.at_address(address, 4 * buckets))),
+            default=0,
+        )
         if last < first:
             return int(first)
         address += 4 * buckets + 4 * (last - first)
@@ -312,7 +364,10 @@ class _Image:
 def _looks_like(head: bytes) -> str:
     """What a file that is no ELF file seems to be, by its first bytes."""
     for magic, what in (
-        (b"version https://git-lfs", "a git-lfs pointer (a few lines that stand for the file: run `git lfs pull`)"),
+        (
+            b"version https://git-lfs",
+            "a git-lfs pointer (a few lines that stand for the file: run `git lfs pull`)",
+        ),
         (b"!<arch>", "a static library (.a)"),
         (b"\x1f\x8b", "a gzip archive"),
         (b"PK\x03\x04", "a zip archive"),
@@ -333,5 +388,7 @@ def _is_utf8(head: bytes) -> bool:
     try:
         head.decode()
     except UnicodeDecodeError as error:
-        return error.end >= len(head) and error.reason == "unexpected end of data"  # cut within a character
+        return (
+            error.end >= len(head) and error.reason == "unexpected end of data"
+        )  # cut within a character
     return True

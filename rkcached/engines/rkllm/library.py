@@ -1,7 +1,8 @@
 """A loaded librkllmrt.so: found to be what it claims, its signatures set, its errors raised.
 
-Three witnesses must agree before a structure is handed to it: the version in the file, the symbols it exports, and
-where a default parameter has its values. Loads native code: for worker processes only.
+Three witnesses must agree before a structure is handed to it: the version in the file, the symbols
+it exports, and where a default parameter has its values. Loads native code: for worker processes
+only.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ from rkcached.engines.rkllm.identify import choose_abi, identify
 from rkcached.errors import EngineError, RuntimeLibraryError
 
 _PROBE_BYTES = 512
-"""More than any version's RKLLMParam. A result type that is too small would be a stack overwrite."""
+"""More than any version's RKLLMParam. A result type that is too small would be a stack overwrite.
+"""
 
 _EMBED_FLASH, _ENABLED_CPUS = 1, 4
 """Defaults of rkllm_createDefaultParam, the same in 1.2.0 to 1.3.0 (decompiled 1.2.1b1)."""
@@ -34,7 +36,8 @@ class Library:
         self.abi = choose_abi(facts, override or None)
         self.version = facts.version or self.abi.name
         self.fits = facts.version is None or self.version in self.abi.versions
-        """The ABI is the one of the version that the library states; an override may say otherwise."""
+        """The ABI is the one of the version that the library states; an override may say otherwise.
+        """
         try:
             self._cdll = ctypes.CDLL(str(path))
         except OSError as error:
@@ -102,7 +105,9 @@ def _has_defaults(data: bytes, offset: int) -> bool:
 def _checker(name: str) -> Callable[[int, Any, Any], int]:
     def check(result: int, _function: Any, _arguments: Any) -> int:
         if result != 0:
-            raise CallError(f"{name} failed with {result}", hint="the runtime's own lines in the log say why")
+            raise CallError(
+                f"{name} failed with {result}", hint="the runtime's own lines in the log say why"
+            )
         return result
 
     return check
@@ -117,5 +122,6 @@ def _not_loaded(path: Path, reason: str) -> RuntimeLibraryError:
         hint = f"apt install {package}" if package else f"install the package that has {missing}"
         return RuntimeLibraryError(f"{path} needs {missing}, which is not installed", hint=hint)
     return RuntimeLibraryError(
-        f"{path} cannot be loaded: {reason}", hint="take librkllmrt.so for Linux aarch64 from the vendor's release"
+        f"{path} cannot be loaded: {reason}",
+        hint="take librkllmrt.so for Linux aarch64 from the vendor's release",
     )

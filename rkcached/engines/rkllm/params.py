@@ -11,7 +11,14 @@ from rkcached.engines.base import ModelSpec, Sampling
 from rkcached.engines.rkllm.abi import SamplingParam
 from rkcached.engines.rkllm.library import Library, zeroed_reserved
 
-PER_RUN = ("temperature", "top_k", "top_p", "repeat_penalty", "frequency_penalty", "presence_penalty")
+PER_RUN = (
+    "temperature",
+    "top_k",
+    "top_p",
+    "repeat_penalty",
+    "frequency_penalty",
+    "presence_penalty",
+)
 """Sampling parameters that RKLLM has, by their names there and here."""
 
 
@@ -56,7 +63,10 @@ def merged(fixed: Sampling, wanted: Sampling) -> Sampling:
 
 
 def sampling_param(sampling: Sampling) -> SamplingParam:
-    """RKLLM's own defaults where nothing is given. What temperature 0 does is unknown; one candidate is greedy."""
+    """RKLLM's own defaults where nothing is given.
+
+    What temperature 0 does is unknown; one candidate is greedy.
+    """
     greedy = is_greedy(sampling)
 
     def given(value: float | None, default: float) -> float:

@@ -1,4 +1,7 @@
-"""One run of the RKLLM runtime, as its callback tells it. Knows the library's results, calls nothing of it."""
+"""One run of the RKLLM runtime, as its callback tells it.
+
+Knows the library's results, calls nothing of it.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +35,8 @@ class Run:
     ) -> None:
         self.sampling = sampling
         self.saves = saves
-        """An aborted run that saves leaves the runtime in a state that crashes: it goes to its end."""
+        """An aborted run that saves leaves the runtime in a state that crashes: it goes to its end.
+        """
         self.prompt_ids = 0
         """Tokens of the prompt, where a tokenizer counted them."""
         self.started = 0.0
@@ -45,7 +49,8 @@ class Run:
         self.hidden: np.ndarray[Any, Any] | None = None
         self._wants_hidden = wants_hidden
         self._ends_itself = ends_itself
-        """The library ends the run at `max_new_tokens`; an abort would race with that and could hit the next run."""
+        """The library ends the run at `max_new_tokens`; an abort would race with that and could hit
+        the next run."""
         self._on_token = on_token
         self._trace = trace
         self.limit = limit
@@ -97,7 +102,9 @@ class Run:
                 if self._wants_hidden:
                     self._take_hidden(result.last_hidden_layer)
                     return False
-                return self._take_token(result.text, int(result.token_id), waiting=state == CallState.WAITING)
+                return self._take_token(
+                    result.text, int(result.token_id), waiting=state == CallState.WAITING
+                )
             case _:
                 return False
 
@@ -162,4 +169,6 @@ class Run:
         import numpy as np  # noqa: PLC0415 - 100 ms that only embeddings need
 
         shape = (int(layer.num_tokens), int(layer.embd_size))
-        self.hidden = np.ctypeslib.as_array(layer.hidden_states, shape=shape).astype(np.float32, copy=True)
+        self.hidden = np.ctypeslib.as_array(layer.hidden_states, shape=shape).astype(
+            np.float32, copy=True
+        )

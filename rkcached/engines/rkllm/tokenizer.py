@@ -13,8 +13,9 @@ Tokenize = Callable[[str], list[int]]
 def load_tokenizer(path: str) -> Tokenize | None:
     """None without a path. Errors: ModelLoadError.
 
-    Files that training scripts saved may order to cut or to fill every text; a prompt must be neither. They may also
-    put a token behind each text, which would end the prompt in the middle of the conversation: only BOS is kept.
+    Files that training scripts saved may order to cut or to fill every text; a prompt must be
+    neither. They may also put a token behind each text, which would end the prompt in the middle of
+    the conversation: only BOS is kept.
     """
     if not path:
         return None
@@ -22,13 +23,15 @@ def load_tokenizer(path: str) -> Tokenize | None:
         import tokenizers  # noqa: PLC0415 - 50 ms that only models with a tokenizer need
     except ImportError as error:
         raise ModelLoadError(
-            f"the tokenizer {path} needs the package tokenizers", hint=f"{sys.executable} -m pip install tokenizers"
+            f"the tokenizer {path} needs the package tokenizers",
+            hint=f"{sys.executable} -m pip install tokenizers",
         ) from error
     try:
         tokenizer = tokenizers.Tokenizer.from_file(path)
     except Exception as error:  # the library has no class of its own for it
         raise ModelLoadError(
-            f"{path} is not a tokenizer: {error}", hint="name the tokenizer.json that the model came with"
+            f"{path} is not a tokenizer: {error}",
+            hint="name the tokenizer.json that the model came with",
         ) from error
     tokenizer.no_truncation()
     tokenizer.no_padding()
