@@ -173,6 +173,9 @@ def test_every_panel_has_figures(
         assert model == "m"
         workspace.ask("m/p")
         kill(workspace.status()["models"][0]["pid"], signal.SIGKILL)
+        wait_until(
+            lambda: "rkcached_worker_deaths_total" in exposed(workspace), "the death is counted"
+        )
 
         def asked() -> bool:  # a rate needs a counter that grows from one scrape to the next
             workspace.ask("m/p")
