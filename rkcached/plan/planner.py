@@ -286,8 +286,11 @@ def assess(
         assessments.append(assessment)
 
     assessments = _take_sources(assessments, declared)
-    needed = _Needed.by(assessments, observed)
     undeclared = [key for key in sorted(observed.artifacts) if key not in declared]
+    if not undeclared and not observed.retired:
+        return tuple(_make_room(assessments, observed, limits, claims))
+
+    needed = _Needed.by(assessments, observed)
     assessments += [_assess_orphan(key, needed, observed, limits) for key in undeclared]
 
     kept = list(_make_room(assessments, observed, limits, claims))
@@ -612,9 +615,6 @@ def _assess_retired(
 
     Where there is no budget they go when the disk is nearly full.
     """
-    if not observed.retired:
-        return
-
     room_bytes = _room_for_retired(kept, observed, limits, claims)
     for retired in sorted(observed.retired.values(), key=lambda one: one.retired_at, reverse=True):
         reason = ""
