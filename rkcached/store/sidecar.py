@@ -143,16 +143,17 @@ def parse_sidecar(data: bytes, key: Key | None) -> Sidecar | str:
         return f"the sidecar is damaged: {error}"
     if sidecar.format != FORMAT_VERSION:
         return f"the sidecar has format {sidecar.format}, this program writes {FORMAT_VERSION}"
-    of = Key(sidecar.model, sidecar.prompt)
-    if of != (key or of) or not names_artifact(sidecar.artifact, of.prompt):
-        return f"the sidecar belongs to {of}"
+    named = Key(sidecar.model, sidecar.prompt)
+    key = key or named
+    if key != named or not names_artifact(sidecar.artifact, named.prompt):
+        return f"the sidecar belongs to {named}"
     made = fingerprint(sidecar.components)
     if made.digest != sidecar.fingerprint:
         return "the sidecar is damaged: its components do not have its fingerprint"
     return msgspec.structs.replace(  # what thousands have in common is kept once
         sidecar,
-        model=of.model,
-        prompt=of.prompt,
+        model=key.model,
+        prompt=key.prompt,
         fingerprint=made.digest,
         components=made.components,
         sha256=sys.intern(sidecar.sha256),
