@@ -1,7 +1,8 @@
-"""Writes what repeats the program: the command and key lists of the man pages, and the shells' completions.
+"""Write what repeats the program: command and key lists of the man pages, keys in docs/manifest.md, completions.
 
-The commands come from click, the manifest's keys from the documented example; the rest of each page is written by hand
-in `man/*.in`. What it makes is committed, so that an installation needs no tool; a test says when to run it again:
+The commands come from click, the manifest's keys from the documented example. The rest of a man page is written by hand
+in `man/*.in`, and the rest of docs/manifest.md in that file, above the generated part. The results are committed, so
+that an installation needs no tool; a test fails when they are out of date. Then run:
 
     make docs
 """
@@ -21,6 +22,15 @@ from rkcached.cli.main import cli
 ROOT = Path(__file__).parents[1]
 COMPLETIONS = {"bash": "rkcached.bash", "zsh": "_rkcached", "fish": "rkcached.fish"}
 _EXAMPLE = ROOT / "etc" / "rkcached" / "manifest.example.yaml"
+_KEYS_HEADING = "## Every key"
+"""In docs/manifest.md, what follows this line is generated."""
+_KEYS_NOTE = """\
+Only `version`, `models` and each model's `path` are required. Relative paths start from the directory of the manifest;
+`~` and variables are not expanded. A key that is not listed here is an error. Keys at the top that begin with `x-` are
+the exception: rkcached ignores them, so they can hold values that several models share by YAML's anchors (`&`) and
+aliases (`*`). `NAME` stands for a name that you choose. In brackets: what the key accepts, and its default.
+
+<!-- Made by `make docs` from etc/rkcached/manifest.example.yaml. -->"""
 _NAMED = ("models", "prompts")
 """Mappings whose keys are names that the administrator chooses."""
 _KEY_LINE = re.compile(r"(?P<indent> *)(?P<key>[^\s#:][^:]*):")
@@ -37,6 +47,9 @@ def everything() -> dict[Path, str]:
         for mark, lines in lists.items():
             text = text.replace(mark, "\n".join(lines))
         made[ROOT / "man" / page] = text
+    page_file = ROOT / "docs" / "manifest.md"
+    by_hand = page_file.read_text(encoding="utf-8").partition(f"\n{_KEYS_HEADING}\n")[0]
+    made[page_file] = "\n".join([f"{by_hand}\n{_KEYS_HEADING}\n", _KEYS_NOTE, *key_sections()]) + "\n"
     return made
 
 
@@ -72,7 +85,28 @@ def commands() -> Iterator[str]:
 
 
 def keys() -> Iterator[str]:
-    """Each key of the documented example with its bounds, its default and what it means."""
+    """Each key in mdoc, with what it accepts, its default and its meaning."""
+    for key, accepts, meaning in documented_keys():
+        yield f".It Ic {key}"
+        yield from prose(f"{accepts}.")
+        yield from prose(meaning)
+
+
+def key_sections() -> Iterator[str]:
+    """Each key in Markdown: a section for each mapping, in the order of the example."""
+    sections: dict[str, list[str]] = {}
+    for key, accepts, meaning in documented_keys():
+        above, _, name = key.rpartition(".")
+        words = f"* `{name}` ({accepts})" + (f": {meaning}" if meaning else "")
+        lines = textwrap.wrap(words, 120, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
+        sections.setdefault(above, []).extend(lines)
+
+    for above, lines in sections.items():
+        yield from ["", f"### `{above}`" if above else "### At the top", "", *lines]
+
+
+def documented_keys() -> Iterator[tuple[str, str, str]]:
+    """Each key of the documented example: its dotted name, its bounds and default, its meaning."""
     way: list[str] = []
     comment: list[str] = []
     for line in _EXAMPLE.read_text(encoding="utf-8").splitlines():
@@ -82,9 +116,8 @@ def keys() -> Iterator[str]:
         if found := _KEY_LINE.match(line):
             way[len(found["indent"]) // 2 :] = [found["key"]]
             if comment and comment[0].startswith(f"{found['key']}: "):
-                yield f".It Ic {dotted(way)}"
-                yield from prose(comment[0].removeprefix(f"{found['key']}: ") + ".")
-                yield from prose(" ".join(comment[1:]))
+                accepts = comment[0].removeprefix(f"{found['key']}: ")
+                yield dotted(way), accepts, " ".join(comment[1:])
         comment = []
 
 
