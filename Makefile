@@ -1,9 +1,9 @@
 # make demo     see it work: a small model, the real daemon, cold against warm   (ONCE=1: end after the table)
 # make test     ruff, mypy, import-linter, pytest
-# make bench    the figures in README, measured on this machine   (PARTS="scale peers": only these;
+# make bench    the figures in docs/, measured on this machine   (PARTS="scale peers": only these;
 #                 BENCH_ARGS="--pictures docs/pictures --json FILE": draw them, keep every sample)
 # make deb      Debian packages for amd64 and arm64, in dist/
-# make docs     write anew what man pages and completions repeat of the program
+# make docs     write what man pages, completions and docs/manifest.md repeat of the program
 # sudo make install, sudo make uninstall     the daemon and its units   (PREFIX, DESTDIR; PURGE=1: configuration and caches too)
 # make clean    remove what the others made
 

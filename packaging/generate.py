@@ -49,7 +49,9 @@ def everything() -> dict[Path, str]:
         made[ROOT / "man" / page] = text
     page_file = ROOT / "docs" / "manifest.md"
     by_hand = page_file.read_text(encoding="utf-8").partition(f"\n{_KEYS_HEADING}\n")[0]
-    made[page_file] = "\n".join([f"{by_hand}\n{_KEYS_HEADING}\n", _KEYS_NOTE, *key_sections()]) + "\n"
+    made[page_file] = (
+        "\n".join([f"{by_hand}\n{_KEYS_HEADING}\n", _KEYS_NOTE, *key_sections()]) + "\n"
+    )
     return made
 
 
@@ -98,7 +100,9 @@ def key_sections() -> Iterator[str]:
     for key, accepts, meaning in documented_keys():
         above, _, name = key.rpartition(".")
         words = f"* `{name}` ({accepts})" + (f": {meaning}" if meaning else "")
-        lines = textwrap.wrap(words, 120, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
+        lines = textwrap.wrap(
+            words, 120, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False
+        )
         sections.setdefault(above, []).extend(lines)
 
     for above, lines in sections.items():

@@ -1,4 +1,4 @@
-"""The scripts that README's figures come from can be run."""
+"""The scripts that the figures in docs/ come from can be run."""
 
 from __future__ import annotations
 

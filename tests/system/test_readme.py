@@ -1,4 +1,4 @@
-"""Every command of README is run: here, or by the test that is named here."""
+"""Every command of README and of docs/ is run: here, or by the test that is named here."""
 
 from __future__ import annotations
 
@@ -10,45 +10,59 @@ from pathlib import Path
 import pytest
 from conftest import Workspace, need
 
-ROOT = Path(__file__).parents[2]
-TEXT = (ROOT / "README.md").read_text()
-TABLED = re.findall(r"^\| (?:[^|]* \| )?`(rkcached [^`]+)` \|", TEXT, re.MULTILINE)
+from rkcached.cli.main import cli
+from tests.documents import (
+    DOCS,
+    PAGES,
+    README,
+    ROOT,
+    blocks,
+    commands,
+    commands_in_words,
+    row_commands,
+)
+
+COMMANDS = DOCS / "commands.md"
 
 ELSEWHERE = {
     "make demo": (".ci/run", "make demo"),
     "make test": (".ci/run", "make test"),
+    "make deb": ("tests/packaging/test_deb.py", "packaging/build_deb.py"),
+    "make bench": ("tests/system/test_measure.py", '"measure.py"'),
+    "python bench/soak.py": ("tests/system/test_measure.py", '"soak.py"'),
+    "sudo apt install": ("tests/packaging/test_deb.py", 'run("dpkg"'),
+    "sudo make install": ("tests/systemd/conftest.py", 'make(bare_machine, "install")'),
+    "sudoedit": ("tests/systemd/test_documents.py", "manifest.yaml"),
     "python3 -m venv": ("tests/system/test_readme.py", "test_the_environment"),
     "export PATH": ("tests/system/test_readme.py", "test_the_environment"),
     "export RKCACHED_SOCKET": ("tests/system/test_readme.py", "env=board.environment"),
-    "rkcached run": ("tests/system/conftest.py", '"run", "--log-level"'),
-    "make deb": ("tests/packaging/test_deb.py", "packaging/build_deb.py"),
-    "sudo apt install": ("tests/packaging/test_deb.py", 'run("dpkg"'),
-    "sudo make install": ("tests/systemd/conftest.py", 'make(bare_machine, "install")'),
-    "sudoedit": ("tests/systemd/machine.py", "manifest.yaml"),
-    "sudo rkcached check": ("tests/systemd/test_activation.py", '"rkcached", "check"'),
-    "sudo systemctl enable --now rkcached": (
-        "tests/systemd/test_uninstall.py",
-        '"enable", "--now", UNIT',
+    "rkcached run --manifest manifest.yaml --cache-dir cache": (
+        "tests/system/conftest.py",
+        '"run", "--log-level"',
     ),
-    "systemctl status rkcached": ("tests/systemd/machine.py", "systemctl('status', UNIT"),
-    "sudo systemctl reload rkcached": ("tests/systemd/test_faults.py", 'systemctl("reload", UNIT)'),
-    "journalctl -u rkcached": ("tests/systemd/machine.py", '"journalctl", "-b", "-u", UNIT'),
-    "curl": ("tests/system/test_readme.py", "test_the_curl_command"),
-    "-d": ("tests/system/test_readme.py", "test_the_curl_command"),
+    "rkcached check --manifest": ("tests/system/test_guide.py", "test_the_example_of_the_manifest"),
+    "rkcached status --watch": ("tests/system/test_live.py", '"--watch"'),
+    "rkcached bench": ("tests/system/test_guide.py", "test_every_command_about_measuring"),
+    "rkcached compare": ("tests/system/test_guide.py", "test_every_command_about_measuring"),
+    "rkcached doctor": ("tests/system/test_readme.py", "test_every_command_of_the_tables"),
+    "rkcached check": ("tests/system/test_readme.py", "test_every_command_of_the_tables"),
+    "rkcached status": ("tests/system/test_readme.py", "test_every_command_of_the_tables"),
+    "curl -s --unix-socket": ("tests/system/test_guide.py", "test_every_curl_command"),
+    "curl -sN --unix-socket": ("tests/system/test_guide.py", "test_every_curl_command"),
+    "ssh -N": ("tests/system/test_page.py", "test_the_ssh_command"),
+    "curl -s http://127.0.0.1": ("tests/systemd/test_documents.py", "test_the_port"),
+    "sudo systemctl": ("tests/systemd/test_documents.py", "commands("),
+    "systemctl": ("tests/systemd/test_documents.py", "commands("),
+    "journalctl": ("tests/systemd/test_documents.py", "commands("),
+    "sudo adduser": ("tests/systemd/test_documents.py", "commands("),
+    "sudo install": ("tests/systemd/test_documents.py", "commands("),
+    "sudo rkcached": ("tests/systemd/test_documents.py", "commands("),
 }
-"""The first words of a line in a block; who runs it, and the words there that do."""
+"""The first words of a command line; who runs it, and the words there that do. The first that fits counts."""
 
-COMMAND = re.compile(
-    r"\s*(make|sudo|sudoedit|curl|python3|export|rkcached|systemctl|journalctl|-d)\b"
-)
-
+ONLY_BY_OTHERS = ("rkcached demo", "rkcached run")
 
 CHECK_DATA = 'python -c "from rkcached.api.page import _source; print(len(_source()))"'
-
-
-def blocks(language: str = "") -> list[str]:
-    found = re.findall(r"^```(\w*)\n(.*?)^```$", TEXT, re.DOTALL | re.MULTILINE)
-    return [text for name, text in found if name == language]
 
 
 @pytest.fixture
@@ -67,7 +81,6 @@ def board(workspace: Workspace) -> Workspace:
 
 def test_every_command_of_the_tables(board: Workspace) -> None:
     """As it stands, with all its options, names put in for the capitals; each ends well and without a traceback."""
-    assert len(TABLED) >= 20
     artifact = board.cache / "qwen3-0.6b" / "system.memory_cache"
     for name in ("A.json", "B.json"):
         board.cli("bench", "--runs", "1", "--no-direct", "-o", str(board.root / name))
@@ -81,7 +94,14 @@ def test_every_command_of_the_tables(board: Workspace) -> None:
         "--watch": "",  # ends when it is told to: test_live.py
         '"hi"': "hi",
     }
-    for command in TABLED:
+    # The two others do not end by themselves; `make demo` and every test here run them.
+    tabled = [
+        command
+        for command in row_commands(README) + row_commands(COMMANDS)
+        if command not in ONLY_BY_OTHERS
+    ]
+    assert len(tabled) >= 28
+    for command in tabled:
         words = command.replace("[/PROMPT]", "/PROMPT").replace("[", "").replace("]", "")
         for name, value in fill_in.items():
             words = words.replace(name, value)
@@ -92,20 +112,49 @@ def test_every_command_of_the_tables(board: Workspace) -> None:
         assert done.returncode == 0 or arguments[0] == "doctor", (command, done.stdout, done.stderr)
 
 
-def test_every_line_of_the_blocks_is_run_somewhere() -> None:
-    """A command line that README gains fails here until somebody runs it."""
-    for block in blocks():
-        for line in block.splitlines():
-            if not COMMAND.match(line):
-                continue
-            known = [where for start, where in ELSEWHERE.items() if line.strip().startswith(start)]
-            assert known, line
-            for file, words in known:
-                assert words in (ROOT / file).read_text(), (line, file)
+def test_the_table_has_every_command() -> None:
+    """docs/commands.md names each command of the program; README names eight."""
+    assert {command.split()[1] for command in row_commands(COMMANDS)} == set(cli.commands)
+    assert len(row_commands(README)) == 8
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_command_of_the_blocks_is_run_somewhere(page: Path) -> None:
+    """A command that a document gains fails here until somebody runs it."""
+    for command in commands(page):
+        if "pytest" in command:
+            (file,) = re.findall(r"tests/\S+\.py", command)
+            assert (ROOT / file).is_file(), command
+            continue
+        known = [where for start, where in ELSEWHERE.items() if command.startswith(start)]
+        assert known, command
+        file, words = known[0]
+        assert words in (ROOT / file).read_text(), (command, file)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_command_in_words_exists(page: Path) -> None:
+    """With its options."""
+    named = [
+        command
+        for command in commands_in_words(page)
+        if not command.startswith("rkcached fingerprint\\0")
+    ]
+    for command in named + [
+        line.removeprefix("sudo ") for line in commands(page) if "rkcached " in line
+    ]:
+        program, *words = command.replace("[", " ").replace("]", " ").split()
+        if program != "rkcached":
+            continue
+        assert words[0] in cli.commands, command
+        options = {
+            name for parameter in cli.commands[words[0]].params for name in parameter.opts
+        } | {"--help"}
+        assert {word for word in words if word.startswith("-")} <= options, command
 
 
 def test_the_environment(tmp_path: Path) -> None:
-    """README's own lines in a shell, on a copy of this tree: the program starts from its path, with all of its data."""
+    """The page's own lines in a shell, on a copy of this tree: the program starts from its path, with all its data."""
     need("git")
     files = subprocess.run(
         ["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, check=True
@@ -119,9 +168,8 @@ def test_the_environment(tmp_path: Path) -> None:
     tree = tmp_path / "tree"
     tree.mkdir()
     subprocess.run(["tar", "-xf", str(tmp_path / "tree.tar")], cwd=tree, check=True)
-    (block,) = [text for text in blocks() if text.startswith("python3 -m venv")]
     lines = [
-        line for line in block.splitlines() if line.startswith(("python3 -m venv", "export PATH"))
+        line for line in commands(COMMANDS) if line.startswith(("python3 -m venv", "export PATH"))
     ]
     assert len(lines) == 2
     script = "\n".join(
@@ -138,7 +186,10 @@ def test_the_environment(tmp_path: Path) -> None:
 def test_the_curl_command(board: Workspace) -> None:
     """Copied and run in a shell."""
     need("curl")
-    (command,) = [block for block in blocks() if block.startswith("curl")]
+    (command,) = [line for line in commands(README) if line.startswith("curl")]
+    command = command.replace("/run/rkcached/rkcached.sock", str(board.socket)).replace(
+        "/assistant", "/system"
+    )
     done = subprocess.run(
         command, shell=True, env=board.environment, capture_output=True, text=True, check=True
     )
@@ -147,7 +198,7 @@ def test_the_curl_command(board: Workspace) -> None:
 
 def test_the_python_example(board: Workspace) -> None:
     """Copied, and asked for the models."""
-    (code,) = blocks("python")
+    (code,) = blocks(README, "python")
     code = (
         code.replace("/run/rkcached/rkcached.sock", str(board.socket))
         + "print(client.models.list().data[0].id)\n"
@@ -158,7 +209,7 @@ def test_the_python_example(board: Workspace) -> None:
 
 def test_the_manifest_is_one(workspace: Workspace) -> None:
     """README's manifest parses: what is wrong with it here are files that only a board has."""
-    (manifest,) = blocks("yaml")
+    (manifest,) = blocks(README, "yaml")
     workspace.write("manifest.yaml", manifest)
     done = workspace.cli("check", code=78)
     assert "missing" in done.stderr

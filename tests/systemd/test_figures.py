@@ -1,6 +1,6 @@
 """The figures of the service: what does not depend on other programs is held, the rest is shown (`pytest -s`).
 
-docs/systemd.md has what was measured on a machine that was left alone.
+docs/figures.md has what was measured on a machine that was left alone.
 """
 
 from __future__ import annotations

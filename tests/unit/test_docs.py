@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import json
 import re
@@ -10,15 +11,21 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from rkcached.host.settings import Settings
 from rkcached.plan.fingerprint import fingerprint
-from rkcached.plan.planner import VerdictKind
+from rkcached.plan.planner import State, VerdictKind
 from rkcached.reconcile.verdicts import QUARANTINE_AFTER
 from rkcached.store.sidecar import Figures, Sidecar
 from rkcached.store.store import MAX_QUARANTINED
+from tests.documents import DOCS, PAGES, README, ROOT
 
-ROOT = Path(__file__).parents[2]
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
-STORE = (ROOT / "docs" / "store.md").read_text()
+STORE = (DOCS / "store.md").read_text()
+COMMANDS = (DOCS / "commands.md").read_text()
+KINDS = {
+    "For users": "*For users. ",
+    "For those who change rkcached": "*For those who change rkcached. ",
+}
+"""The two lists at the end of README, and how a page of each begins."""
 
 
 def anchors(page: Path) -> set[str]:
@@ -39,7 +46,7 @@ def test_links_lead_somewhere(page: Path) -> None:
 
 
 @pytest.mark.parametrize("page", [*PAGES, ROOT / "CHANGELOG.md"], ids=lambda page: page.name)
-def test_lines_are_as_long_as_the_code_s(page: Path) -> None:
+def test_lines_have_at_most_120_letters(page: Path) -> None:
     """But for the rows of tables."""
     long = [
         line
@@ -51,9 +58,68 @@ def test_lines_are_as_long_as_the_code_s(page: Path) -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_modules_that_are_named_are_there(page: Path) -> None:
-    """A test file that a page sends its reader to exists."""
-    for name in re.findall(r"tests/[\w/]+\.py", page.read_text()):
+    """A test file that a page sends its reader to exists, and the test in it, where one is named."""
+    for name, _, test in re.findall(r"(tests/[\w/]+\.py)(::(\w+))?", page.read_text()):
         assert (ROOT / name).is_file(), name
+        assert not test or test in functions(ROOT / name), f"{name}::{test}"
+
+
+def functions(file: Path) -> set[str]:
+    nodes = ast.walk(ast.parse(file.read_text()))
+    return {node.name for node in nodes if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)}
+
+
+def test_readme_is_short() -> None:
+    """One page: what else there is to say has a document of its own."""
+    assert len(README.read_text().splitlines()) <= 130
+
+
+def test_every_document_is_in_one_list_of_the_index() -> None:
+    """README ends with two lists, and each page begins with whom it is for."""
+    index = README.read_text().partition("\n## Documents\n")[2]
+    listed = {}
+    for kind, words in KINDS.items():
+        (line,) = [part for part in index.split("\n\n") if part.strip().startswith(f"**{kind}:**")]
+        for name in re.findall(r"\]\(docs/([\w-]+\.md)\)", line):
+            assert name not in listed
+            listed[name] = words
+    assert set(listed) == {page.name for page in DOCS.glob("*.md")}
+    for name, words in listed.items():
+        title, blank, first = (DOCS / name).read_text().splitlines()[:3]
+        assert title.startswith("# ")
+        assert blank == ""
+        assert first == f"{words}[All documents](../README.md#documents).*", name
+
+
+def test_every_promise_has_its_test_and_its_largest_run() -> None:
+    """They are numbered, and each has at least one test and says what was tried most."""
+    text = (DOCS / "reliability.md").read_text().partition("\n## Longer runs\n")[0]
+    promises = re.findall(r"^\*\*(\d+)\. .*?(?=^\*\*\d|^## |\Z)", text, re.DOTALL | re.MULTILINE)
+    bodies = re.split(r"^\*\*\d+\. ", text, flags=re.MULTILINE)[1:]
+    assert [int(number) for number in promises] == list(range(1, len(bodies) + 1))
+    assert len(bodies) >= 15
+    for body in bodies:
+        assert re.search(r"`tests/[\w/]+\.py::\w+`", body), body
+        assert "\nLargest run: " in body, body
+
+
+def test_the_glossary_has_every_state() -> None:
+    """Of a prompt; the words that `status` shows."""
+    glossary = (DOCS / "glossary.md").read_text()
+    assert {state.value for state in State if f"**{state.value}**" not in glossary} == set()
+
+
+def test_exit_codes_and_variables_are_those_of_the_manual() -> None:
+    """docs/commands.md lists each exit code that rkcached(1) has, and each setting."""
+    manual = re.findall(r"^\.It (\d+)$", (ROOT / "man/rkcached.1").read_text(), re.MULTILINE)
+    assert re.findall(r"^\| (\d+) \|", COMMANDS, re.MULTILINE) == manual
+    named = re.findall(r"^\| `--([\w-]+)` \| `(RKCACHED_\w+)` \|", COMMANDS, re.MULTILINE)
+    assert [variable for _, variable in named] == [
+        f"RKCACHED_{option.upper().replace('-', '_')}" for option, _ in named
+    ]
+    assert {f"RKCACHED_{name.upper()}" for name in Settings.model_fields} == {
+        variable for _, variable in named
+    }
 
 
 def test_the_sidecar_is_as_the_page_shows_it() -> None:

@@ -22,6 +22,7 @@ from rich.console import Console
 
 from rkcached.cli.doctor import NO_NPU, Check, Outcome, Report, examine, print_report, report_data
 from rkcached.engines.rkllm.abi import ABIS
+from tests.documents import DOCS, blocks
 from tests.gguf_files import UINT32, gguf, pair
 
 SIDECAR = json.dumps(
@@ -196,6 +197,23 @@ def test_everything_right(rock5: FakeBoard) -> None:
         assert words in text, words
     assert NO_NPU not in text
     assert "renderD128" not in text
+
+
+def test_the_sample_of_the_page(rock5: FakeBoard) -> None:
+    """What docs/rkllm.md shows of a board on which all is well is what is printed."""
+    (sample,) = blocks(DOCS / "rkllm.md", "text")
+    text = " ".join(
+        printed(rock5.examine())
+        .replace(str(rock5.root), "")
+        .replace(str(rock5.model), "MODEL")
+        .split()
+    )
+    lines = [
+        " ".join(line.split())
+        for line in sample.replace("/srv/models/q.rkllm", "MODEL").splitlines()
+    ]
+    assert len(lines) >= 6
+    assert [line for line in lines if line not in text] == []
 
 
 def test_no_manifest(rock5: FakeBoard) -> None:
