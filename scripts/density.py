@@ -1,0 +1,105 @@
+"""Measure how dense the code of a package is: `python scripts/density.py FOLDER [FOLDER ...]`.
+
+Prints one row for each folder. Dense code packs several steps into a line and leaves no blank line
+between them; it is short, and slow to read. The limits that we hold are in tests/unit/test_density.py.
+"""
+
+from __future__ import annotations
+
+import ast
+import io
+import re
+import statistics
+import sys
+import tokenize
+from collections.abc import Iterator
+from pathlib import Path
+
+COLUMNS = 100
+COMPREHENSIONS = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
+FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
+WORDS = re.compile(r"\b(said|told|tell|tells|says)\b")
+
+
+def measure(folder: Path) -> dict[str, float]:
+    """The figures of all Python files below a folder."""
+    sources = [path.read_text(encoding="utf-8") for path in sorted(folder.rglob("*.py"))]
+    trees = [ast.parse(source) for source in sources]
+    lines = [line for source in sources for line in source.splitlines()]
+    nodes = [node for tree in trees for node in ast.walk(tree)]
+
+    code_lines = [line for line in lines if line.strip()]
+    inside = [
+        line for pair in zip(sources, trees, strict=True) for line in _inside_functions(*pair)
+    ]
+    docstrings = [text for tree in trees for text in _docstrings(tree)]
+    comments = sum(_comments(source) for source in sources)
+
+    def per_thousand(count: int) -> float:
+        return 1000 * count / len(code_lines)
+
+    return {
+        "files": len(sources),
+        "lines": len(lines),
+        "statements": sum(isinstance(node, ast.stmt) for node in nodes),
+        "columns (median)": statistics.median(map(len, code_lines)),
+        "% over 100 columns": 100 * sum(len(line) > COLUMNS for line in lines) / len(lines),
+        "% blank in functions": 100
+        * sum(not line.strip() for line in inside)
+        / max(1, len(inside)),
+        "ternaries /1000": per_thousand(sum(isinstance(node, ast.IfExp) for node in nodes)),
+        "comprehensions /1000": per_thousand(sum(isinstance(n, COMPREHENSIONS) for n in nodes)),
+        "tuple assignments /1000": per_thousand(sum(map(_packs, nodes))),
+        "comments /100": 100 * comments / len(code_lines),
+        "docstrings 'What ...'": sum(text.lstrip().startswith("What ") for text in docstrings),
+        "said, told, says": sum(len(WORDS.findall(line)) for line in lines),
+    }
+
+
+def _inside_functions(source: str, tree: ast.Module) -> Iterator[str]:
+    """The lines of all function bodies, without their docstrings; nested functions count once."""
+    lines = source.splitlines()
+    numbers: set[int] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, FUNCTIONS):
+            has_docstring = ast.get_docstring(node, clean=False) is not None
+            body = node.body[1:] if has_docstring else node.body
+            if body:
+                numbers.update(range(body[0].lineno, (node.end_lineno or 0) + 1))
+    yield from (lines[number - 1] for number in sorted(numbers))
+
+
+def _docstrings(tree: ast.Module) -> Iterator[str]:
+    """Every string that stands alone: of modules, classes, functions and attributes."""
+    for node in ast.walk(tree):
+        match node:
+            case ast.Expr(value=ast.Constant(value=str(text))):
+                yield text
+
+
+def _comments(source: str) -> int:
+    tokens = tokenize.generate_tokens(io.StringIO(source).readline)
+    return sum(token.type == tokenize.COMMENT for token in tokens)
+
+
+def _packs(node: ast.AST) -> bool:
+    """Whether several values are assigned to several names at once, other than to swap them."""
+    if not isinstance(node, ast.Assign) or not isinstance(node.value, ast.Tuple):
+        return False
+    if not isinstance(node.targets[0], ast.Tuple):
+        return False
+    names = {ast.unparse(target) for target in node.targets[0].elts}
+    values = {ast.unparse(value) for value in node.value.elts}
+    return names != values
+
+
+def main() -> None:
+    """Print the table."""
+    rows = {folder: measure(Path(folder)) for folder in sys.argv[1:]}
+    names = next(iter(rows.values())).keys()
+    for name in names:
+        print(f"{name:26}", *(f"{row[name]:10.1f}" for row in rows.values()))
+
+
+if __name__ == "__main__":
+    main()
