@@ -18,8 +18,9 @@ from rkcached.cli.bench.samples import median, spread
 from rkcached.cli.demo.runner import MODEL
 from rkcached.engines.base import Sampling
 from rkcached.plan.desired import DesiredModel
-from rkcached.plan.planner import Key
-from rkcached.reconcile.observer import Look, Observer, read_manifest
+from rkcached.reconcile.observer import Look, Observer
+from rkcached.sources.manifest_file import read_manifest
+from rkcached.sources.records import Key
 from rkcached.store.store import Store
 from rkcached.worker.operations import BOUNDARY_TOKENS
 

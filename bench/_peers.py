@@ -23,7 +23,7 @@ from _workspaces import PEER_CONTEXT, PEER_TOKENS, Bench, peers, small_model
 
 from rkcached.cli.bench.samples import median, spread
 from rkcached.plan.desired import DesiredModel
-from rkcached.plan.planner import Key
+from rkcached.sources.records import Key
 from rkcached.worker.operations import BOUNDARY_TOKENS
 
 MODEL = "small"

@@ -34,12 +34,12 @@ from structlog.testing import capture_logs
 
 from rkcached.cli.bench.samples import median
 from rkcached.engines.base import FinishReason, ModelSpec, OnToken, RunStats, Sampling, Token
+from rkcached.engines.kinds import EngineKind
 from rkcached.engines.registry import ENGINES
 from rkcached.engines.rkllm.abi import Handle, InputType
 from rkcached.engines.rkllm.engine import RkllmEngine
 from rkcached.engines.rkllm.library import Library
 from rkcached.engines.rkllm.params import model_param
-from rkcached.sources.manifest import EngineKind
 from rkcached.worker import protocol
 from rkcached.worker.model import Backoff, Deadlines, WorkerModel
 from rkcached.worker.operations import BOUNDARY_TOKENS

@@ -16,7 +16,7 @@ from _results import Figure, Target, of_median
 from _workspaces import PROMPTS, Bench, llama
 
 from rkcached.cli.demo.runner import MODEL
-from rkcached.plan.planner import Key
+from rkcached.sources.records import Key
 
 EDIT_TIMEOUT_S = 120
 IDLE_SETTLE_S = 3.0

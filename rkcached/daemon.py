@@ -38,6 +38,7 @@ from rkcached.api.server import (
     refuse_waiting,
 )
 from rkcached.api.status import Recent, status, summary
+from rkcached.engines.kinds import EngineKind
 from rkcached.errors import ManifestError, SettingsError
 from rkcached.host import logs
 from rkcached.host.settings import Settings
@@ -45,10 +46,10 @@ from rkcached.host.systemd import Service, listen_fds
 from rkcached.host.watch import Watcher
 from rkcached.reconcile.events import Events
 from rkcached.reconcile.loop import Reconciler
-from rkcached.reconcile.observer import read_manifest
 from rkcached.serving.dispatcher import Serving
 from rkcached.serving.embeddings import Embeddings
-from rkcached.sources.manifest import EngineKind, Manifest
+from rkcached.sources.manifest import Manifest
+from rkcached.sources.manifest_file import read_manifest
 from rkcached.sources.stored_texts import StoredTexts
 from rkcached.store.store import Store
 from rkcached.worker import scratch

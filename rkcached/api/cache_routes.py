@@ -33,11 +33,11 @@ from rkcached.api.responses import (
 from rkcached.api.status import model_status, prompt_status
 from rkcached.errors import RequestError
 from rkcached.plan.desired import DesiredModel
-from rkcached.plan.planner import Key
 from rkcached.reconcile.loop import Reconciler
 from rkcached.serving.dispatcher import Serving
 from rkcached.sources.manifest import NAME, NAME_RULE, RESERVED_PROMPT
 from rkcached.sources.reader import MAX_PROMPT_BYTES
+from rkcached.sources.records import Key
 from rkcached.sources.stored_texts import StoredTexts
 from rkcached.store.garbage import as_data
 from rkcached.store.sidecar import StoredArtifact

@@ -28,8 +28,8 @@ from rkcached.errors import RequestError
 from rkcached.messages.reply import Reply
 from rkcached.messages.template import ChatTemplate, Message, ToolStyle
 from rkcached.plan.desired import DesiredModel
-from rkcached.plan.planner import Key, Trouble
 from rkcached.reconcile.snapshot import View
+from rkcached.sources.records import Key, Trouble
 from rkcached.worker.schemas import MAX_SCHEMA_BYTES, SchemaChecker
 
 

@@ -66,11 +66,11 @@ from rkcached.api.responses import (
 from rkcached.api.status import pieces
 from rkcached.api.writer import ChatWriter, CompletionWriter, Writer
 from rkcached.errors import ManifestError, RequestError
-from rkcached.plan.planner import Key
 from rkcached.reconcile.events import Events
 from rkcached.reconcile.loop import Reconciler
 from rkcached.serving.dispatcher import End, Serving, Text
 from rkcached.serving.embeddings import Embeddings
+from rkcached.sources.records import Key
 
 log = structlog.get_logger()
 

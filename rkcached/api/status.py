@@ -21,9 +21,10 @@ from rkcached.api.responses import NOT_MEASURED, RecentAnswer, Status
 from rkcached.host import disk
 from rkcached.host.digests import Reading
 from rkcached.plan.desired import DesiredModel
-from rkcached.plan.planner import Blocked, DesiredPrompt, Key, State, Trouble, urgency
+from rkcached.plan.planner import Blocked, DesiredPrompt, State, urgency
 from rkcached.reconcile.events import Event, Events
 from rkcached.reconcile.snapshot import View
+from rkcached.sources.records import Key, Trouble
 from rkcached.store.sidecar import StoredArtifact
 from rkcached.worker.protocol import VerifyMode
 

@@ -6,15 +6,16 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from rkcached.cli.service_view import ServiceView, view_of
+from rkcached.engines.kinds import EngineKind
 from rkcached.errors import ManifestError, Problem
 from rkcached.host.digests import Digests
 from rkcached.host.settings import Settings
 from rkcached.messages.sandbox import Renderer
-from rkcached.plan.desired import Desired, Resolver, RuntimeSource, Sources, cut_contexts
-from rkcached.plan.planner import Key, Trouble
-from rkcached.reconcile.observer import manifest_text
-from rkcached.sources.manifest import EngineConfig, EngineKind, Manifest, parse_usable
+from rkcached.plan.desired import Desired, Resolver, cut_contexts
+from rkcached.sources.manifest import EngineConfig, Manifest, parse_usable
+from rkcached.sources.manifest_file import manifest_text
 from rkcached.sources.reader import SourceReader
+from rkcached.sources.records import Key, RuntimeSource, Sources, Trouble
 
 MODEST_TOKENS = 256
 """Up to so many a model that must generate them at each build is not worth a warning."""

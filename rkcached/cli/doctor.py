@@ -29,6 +29,7 @@ from rich.text import Text
 from rkcached.cli.board import Board, Check, Outcome, model_bytes, order, size_of
 from rkcached.cli.service_view import view_of
 from rkcached.cli.status import show
+from rkcached.engines.kinds import EngineKind
 from rkcached.engines.llamacpp.gguf import Header, read_header
 from rkcached.engines.registry import ENGINES
 from rkcached.errors import ManifestError, RkcachedError, SourceError
@@ -36,11 +37,11 @@ from rkcached.host import isolated, unit
 from rkcached.host.digests import Digests
 from rkcached.host.settings import Settings
 from rkcached.messages.sandbox import Renderer
-from rkcached.plan.desired import PromptSource, Resolver, RuntimeSource, Sources
-from rkcached.plan.planner import Key, Trouble
-from rkcached.reconcile.observer import read_manifest
-from rkcached.sources.manifest import EngineKind, Manifest, ModelConfig
+from rkcached.plan.desired import Resolver
+from rkcached.sources.manifest import Manifest, ModelConfig
+from rkcached.sources.manifest_file import read_manifest
 from rkcached.sources.reader import SourceReader
+from rkcached.sources.records import Key, PromptSource, RuntimeSource, Sources, Trouble
 from rkcached.store.sidecar import Sidecar
 
 NO_NPU: Final = (
@@ -239,7 +240,7 @@ def _engine(manifest: Manifest) -> Iterator[Check]:
     if kind is EngineKind.RKLLM:
         return
     try:
-        runtime = ENGINES[kind].locate_runtime(manifest.engine)
+        runtime = ENGINES[kind].locate_runtime(manifest.engine.library, manifest.engine.abi)
     except RkcachedError as error:
         yield Check(
             name="engine", outcome=Outcome.FAIL, finding=error.message, next_step=error.hint

@@ -10,8 +10,8 @@ from rich.text import Text
 from rkcached.api.status import artifact_figures
 from rkcached.cli.status import show
 from rkcached.errors import SourceError
-from rkcached.plan.planner import Key
 from rkcached.reconcile.observer import Look
+from rkcached.sources.records import Key
 
 
 def explain_data(look: Look, key: Key) -> dict[str, Any]:

@@ -29,8 +29,8 @@ from rich.text import Text
 
 from rkcached.cli.status import show
 from rkcached.errors import FormatError, SourceError
-from rkcached.plan.planner import Key
 from rkcached.sources.problems import NAME
+from rkcached.sources.records import Key
 from rkcached.store.sidecar import Sidecar, names_artifact, parse_sidecar
 
 UNKNOWN = "not a prompt cache that rkcached knows"

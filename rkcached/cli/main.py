@@ -122,10 +122,9 @@ def plan(settings: Settings, want_json: bool, exit_code: bool) -> None:
     """
     from rkcached.cli.status import show
     from rkcached.plan.planner import Blocked
-    from rkcached.plan.planner import plan as make_plan
 
     look = _service_look(settings)
-    actions = make_plan(look.assessments)
+    actions = look.actions
     if want_json:
         _print_json([show.action_data(action) for action in actions])
     else:
@@ -342,6 +341,7 @@ def gc_(settings: Settings, *, dry_run: bool, strangers: bool, want_json: bool) 
     """
     from rkcached.cli.client import Client
     from rkcached.cli.status.show import size
+    from rkcached.reconcile import collection
     from rkcached.store import garbage
     from rkcached.store.store import Store
 
@@ -351,8 +351,8 @@ def gc_(settings: Settings, *, dry_run: bool, strangers: bool, want_json: bool) 
         if not dry_run:
             store.open()
         look = _look(settings)
-        named = garbage.Named.by(look, *_inputs(settings, look))
-        rubbish = garbage.find_rubbish(store, look, named, strangers=strangers)
+        named = collection.named_in(look, *_inputs(settings, look))
+        rubbish = collection.find(store, look, named, strangers=strangers)
         if not dry_run:
             rubbish = garbage.remove_rubbish(store, rubbish, named)
         found = garbage.as_data(rubbish)
@@ -637,7 +637,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _look(settings: Settings) -> Look:
-    from rkcached.reconcile.observer import Observer, read_manifest
+    from rkcached.reconcile.observer import Observer
+    from rkcached.sources.manifest_file import read_manifest
     from rkcached.sources.stored_texts import StoredTexts
     from rkcached.store.store import Store
 
@@ -652,7 +653,7 @@ def _look(settings: Settings) -> Look:
 
 def _inputs(settings: Settings, look: Look) -> tuple[list[Path], list[Path]]:
     """The files and folders that a look depends on."""
-    from rkcached.reconcile.observer import inputs
+    from rkcached.sources.manifest_file import inputs
     from rkcached.sources.stored_texts import StoredTexts
 
     return inputs(look.manifest, settings.manifest, StoredTexts(settings.state_dir))
@@ -692,7 +693,7 @@ def _service_look(settings: Settings, *, ask: bool = False) -> Look:
 
 
 def _key(text: str) -> Any:
-    from rkcached.plan.planner import Key
+    from rkcached.sources.records import Key
 
     model, slash, prompt = text.partition("/")
     if not (model and slash and prompt):

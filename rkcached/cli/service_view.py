@@ -17,10 +17,11 @@ from rkcached.errors import RkcachedError
 from rkcached.host import places, unit
 from rkcached.host.access import hidden
 from rkcached.host.settings import Settings
-from rkcached.plan.desired import Desired, RuntimeSource, Sources
-from rkcached.plan.planner import Assessment, Blocked, Key, State, Trouble
+from rkcached.plan.desired import Desired
+from rkcached.plan.planner import Assessment, Blocked, State
 from rkcached.reconcile.observer import Look
 from rkcached.sources.manifest import Manifest
+from rkcached.sources.records import Key, RuntimeSource, Sources, Trouble
 
 AS_SERVICE: Final = "as the daemon sees it"
 AS_CALLER: Final = "as you see it; `sudo rkcached check` says what the service sees"

@@ -9,9 +9,10 @@ from typing import Any
 
 from rkcached.errors import RkcachedError
 from rkcached.plan.desired import DesiredModel
-from rkcached.plan.planner import Key, State
+from rkcached.plan.planner import State
 from rkcached.reconcile.builder import worker_model
 from rkcached.reconcile.observer import Look
+from rkcached.sources.records import Key
 from rkcached.store.sidecar import StoredArtifact
 from rkcached.store.store import Store
 from rkcached.worker import protocol

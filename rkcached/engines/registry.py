@@ -15,12 +15,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from rkcached.engines.kinds import EngineKind
 from rkcached.engines.llamacpp import gguf
 from rkcached.engines.llamacpp.gguf import ModelFacts, ReadHeader
 from rkcached.engines.rkllm.identify import choose_abi, identify
 from rkcached.errors import SourceError
 from rkcached.host.digests import Signature, settled, signature_of
-from rkcached.sources.manifest import EngineConfig, EngineKind
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,7 +51,8 @@ class EngineEntry:
     """The first bytes of every model file."""
     model_format: str
     """What such a model file is called, for messages."""
-    locate_runtime: Callable[[EngineConfig], RuntimeFiles]
+    locate_runtime: Callable[[Path, str | None], RuntimeFiles]
+    """Takes `engine.library` and `engine.abi` of the manifest. Errors: RkcachedError."""
     compiles_schemas: bool = False
     """A JSON schema becomes a grammar, which is compiled by llguidance."""
     model_files: Callable[[Path], tuple[Path, ...]] = _alone
@@ -62,14 +63,14 @@ class EngineEntry:
     OSError."""
 
 
-def _locate_rkllm(engine: EngineConfig) -> RuntimeFiles:
+def _locate_rkllm(library: Path, abi: str | None) -> RuntimeFiles:
     facts, signature = _rkllm_facts.__wrapped__, None
     with contextlib.suppress(OSError):  # identify says what is wrong
-        info = engine.library.stat()
+        info = library.stat()
         if settled(info):
             facts, signature = _rkllm_facts, signature_of(info)
-    version, samples_per_run = facts(engine.library, signature, engine.abi)
-    return RuntimeFiles(version=version, files=(engine.library,), samples_per_run=samples_per_run)
+    version, samples_per_run = facts(library, signature, abi)
+    return RuntimeFiles(version=version, files=(library,), samples_per_run=samples_per_run)
 
 
 @functools.lru_cache(maxsize=4)
@@ -80,7 +81,7 @@ def _rkllm_facts(library: Path, _: Signature | None, abi: str | None) -> tuple[s
     return facts.version or chosen.name, chosen.samples_per_run
 
 
-def _locate_xllamacpp(_: EngineConfig) -> RuntimeFiles:
+def _locate_xllamacpp(_library: Path, _abi: str | None) -> RuntimeFiles:
     spec = importlib.util.find_spec("xllamacpp")  # finds, does not import
     if spec is None or not spec.submodule_search_locations:
         raise SourceError(
@@ -93,7 +94,7 @@ def _locate_xllamacpp(_: EngineConfig) -> RuntimeFiles:
     )
 
 
-def _locate_memory(_: EngineConfig) -> RuntimeFiles:
+def _locate_memory(_library: Path, _abi: str | None) -> RuntimeFiles:
     return RuntimeFiles(version="1", files=(Path(__file__).with_name("memory.py"),))
 
 

@@ -11,76 +11,24 @@ import hashlib
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
+from rkcached.engines.kinds import EngineKind
 from rkcached.errors import TemplateError, TemplateExhausted
-from rkcached.host.digests import Signature
 from rkcached.messages.template import ChatTemplate, Compile
 from rkcached.plan.fingerprint import Fingerprint, Value, fingerprint
-from rkcached.plan.planner import DesiredPrompt, Key, Trouble
-from rkcached.sources.manifest import EngineKind, FingerprintMode, Manifest, ModelConfig
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PromptSource:
-    """The text of a prompt, joined from its files."""
-
-    text: str
-    digest: str
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ModelSource:
-    """The digest of a model file, what the file says of itself, and the source of its chat template."""
-
-    digest: str
-    template_source: str
-    tokenizer_digest: str = ""
-    lora_digest: str = ""
-    trained_tokens: int | None = None
-    """The model's own context, if the file tells it: the engine gives it none that is larger."""
-    signatures: tuple[tuple[str, Signature], ...] = field(default=(), compare=False)
-    """Path and signature of each file that has one of these digests: no part of what the model is.
-    """
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RuntimeSource:
-    """The engine's library on disk."""
-
-    version: str
-    digest: str
-    samples_per_run: bool = True
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Declaration:
-    """A prompt that the manifest names, or that a prompts_from pattern found."""
-
-    key: Key
-    source: PromptSource | Trouble
-    description: str = ""
-    line: int = 0
-    """In the manifest, for messages."""
-    stored: bool = False
-    """A client stored the text; the manifest says nothing of it."""
-    files: tuple[str, ...] = ()
-    """What the text was made of."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Sources:
-    """Everything read from disk for one look at the world."""
-
-    runtime: RuntimeSource | Trouble
-    models: Mapping[str, ModelSource | Trouble]
-    prompts: Mapping[Key, Declaration]
-    unlisted_models: Mapping[str, Trouble] = field(default_factory=dict)
-    """Models of which a prompts_from folder cannot be listed, and why."""
-    skipped_files: tuple[str, ...] = ()
-    """Files that a prompts_from pattern names, but whose own names cannot be a prompt's."""
-    notices: tuple[str, ...] = ()
-    """What seems wrong with prompts_from folders, in words."""
+from rkcached.plan.planner import DesiredPrompt
+from rkcached.sources.manifest import FingerprintMode, Manifest, ModelConfig
+from rkcached.sources.records import (
+    Declaration,
+    Key,
+    ModelSource,
+    PromptSource,
+    RuntimeSource,
+    Sources,
+    Trouble,
+    kept,
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -117,17 +65,6 @@ class Desired:
         """What the artifact of this prompt must have; None if it is not declared or in trouble."""
         prompt = self.prompts.get(key)
         return None if prompt is None else prompt.fingerprint
-
-
-Thing = TypeVar("Thing")
-
-
-def kept(before: Thing | None, now: Thing) -> Thing:
-    """The older of two equal things.
-
-    Of thousands of prompts hardly one changes: each look would keep new ones.
-    """
-    return before if before is not None and before == now else now
 
 
 def cut_contexts(manifest: Manifest, sources: Sources) -> dict[str, str]:

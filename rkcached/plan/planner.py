@@ -12,8 +12,9 @@ from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import NamedTuple, Protocol, assert_never
 
-from rkcached.errors import PromptTooShort, RkcachedError
+from rkcached.errors import PromptTooShort
 from rkcached.plan.fingerprint import Change, Fingerprint, changes
+from rkcached.sources.records import Key, Trouble
 
 MAX_RETRY_S = 60.0
 """No failed attempt waits longer for the next one; a time further ahead was written by a clock that
@@ -22,36 +23,6 @@ was wrong."""
 
 PASSING_RETRY_S = 10.0
 """An input that may become usable without anybody's doing is looked at again after so long."""
-
-
-class Key(NamedTuple):
-    """A prompt of a model; written `model/prompt`."""
-
-    model: str
-    prompt: str
-
-    def __str__(self) -> str:
-        return f"{self.model}/{self.prompt}"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Trouble:
-    """Why something cannot be, and the next thing to do."""
-
-    message: str
-    hint: str = ""
-    place: tuple[str | int, ...] = ()
-    """The way in the manifest to what names it, from the model or prompt that has the trouble; for
-    its line."""
-    passing: bool = False
-    """It may end without anybody's doing."""
-
-    @classmethod
-    def of(cls, error: RkcachedError, *place: str | int) -> Trouble:
-        return cls(message=error.message, hint=error.hint, place=place, passing=error.passing)
-
-    def __str__(self) -> str:
-        return self.message + (f" ({self.hint})" if self.hint else "")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

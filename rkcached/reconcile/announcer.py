@@ -5,9 +5,10 @@ from __future__ import annotations
 import structlog
 
 from rkcached import errors
-from rkcached.plan.planner import Assessment, Build, Key, State, Verdict
+from rkcached.plan.planner import Assessment, Build, State, Verdict
 from rkcached.reconcile.builder import BuildRequest
 from rkcached.reconcile.events import Events
+from rkcached.sources.records import Key
 from rkcached.store.sidecar import StoredArtifact
 
 log = structlog.get_logger()

@@ -13,9 +13,10 @@ from dataclasses import replace
 
 from rkcached import errors
 from rkcached.plan.desired import DesiredModel
-from rkcached.plan.planner import DesiredPrompt, Key, Verdict
+from rkcached.plan.planner import DesiredPrompt, Verdict
 from rkcached.reconcile.snapshot import View
 from rkcached.reconcile.verdicts import verdict_on
+from rkcached.sources.records import Key
 
 
 def blames_model(error: errors.RkcachedError) -> bool:

@@ -24,7 +24,7 @@ from rkcached import errors
 from rkcached.host.digests import Reading
 from rkcached.host.systemd import Service
 from rkcached.host.watch import Follower, places
-from rkcached.plan.desired import Declaration, Desired, DesiredModel
+from rkcached.plan.desired import Desired, DesiredModel
 from rkcached.plan.planner import (
     PASSING_RETRY_S,
     Action,
@@ -32,25 +32,25 @@ from rkcached.plan.planner import (
     Assessment,
     Blocked,
     Build,
-    Key,
     Remove,
     Retire,
     State,
-    Trouble,
-    plan,
 )
 from rkcached.reconcile.announcer import Announcer
 from rkcached.reconcile.attempts import Attempts, blames_model
 from rkcached.reconcile.builder import REQUESTED, Builder, BuildRequest, size_if_same
+from rkcached.reconcile.collection import Collection
 from rkcached.reconcile.events import Events
-from rkcached.reconcile.observer import Look, ManifestFile, Observer, inputs
+from rkcached.reconcile.observer import Look, Observer
 from rkcached.reconcile.patience import Patience
 from rkcached.reconcile.snapshot import BuildProgress, FreshIndex, View
 from rkcached.reconcile.verdicts import QUARANTINE_AFTER, quarantined
 from rkcached.reconcile.waiters import BuildRequests
 from rkcached.sources.manifest import Manifest
+from rkcached.sources.manifest_file import ManifestFile, inputs
+from rkcached.sources.records import Declaration, Key, Trouble
 from rkcached.sources.stored_texts import StoredTexts
-from rkcached.store.garbage import Collection, Rubbish
+from rkcached.store.garbage import Rubbish
 from rkcached.store.sidecar import StoredArtifact
 from rkcached.store.store import Store
 from rkcached.worker.gate import Gates, Priority
@@ -467,7 +467,7 @@ class Reconciler:
                     f"{key} can no longer be built", hint=f"see `rkcached explain {key}`"
                 )
                 self._requests.answer(key, error)
-        for action in plan(look.assessments):
+        for action in look.actions:
             if isinstance(action, Build):
                 builds.setdefault(action.key, action)
         if building is not None:
@@ -533,7 +533,7 @@ class Reconciler:
         What takes too long is left to the next look, which comes at once.
         """
         started, done = time.monotonic(), set[Key]()
-        for action in plan(look.assessments):
+        for action in look.actions:
             self._store.digests.steps += 1
             match action:
                 case Remove(retired=fingerprint) if fingerprint:

@@ -7,37 +7,31 @@ without a daemon.
 
 from __future__ import annotations
 
-import contextlib
-import errno
-import stat
 import time
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import structlog
 
 from rkcached import errors
-from rkcached.engines.registry import ENGINES
 from rkcached.host import disk
-from rkcached.host.access import refusal
-from rkcached.host.digests import Signature, settled, signature_of
 from rkcached.messages.sandbox import Renderer
-from rkcached.plan.desired import Desired, DesiredModel, PromptSource, Resolver, Sources, kept
+from rkcached.plan.desired import Desired, DesiredModel, Resolver
 from rkcached.plan.planner import (
+    Action,
     Assessment,
     Build,
     DesiredPrompt,
-    Key,
     Limits,
     Observed,
-    Trouble,
     Verdict,
     VerdictKind,
     assess,
+    plan,
 )
-from rkcached.sources.manifest import EngineKind, Manifest, parse
-from rkcached.sources.reader import SourceReader, links, utf8
+from rkcached.sources.manifest import Manifest
+from rkcached.sources.reader import SourceReader
+from rkcached.sources.records import Key, PromptSource, Sources, Trouble, kept
 from rkcached.sources.stored_texts import StoredTexts
 from rkcached.store.sidecar import Inventory, StoredArtifact
 from rkcached.store.store import Store
@@ -62,6 +56,8 @@ class Look:
     desired: Desired
     inventory: Inventory
     assessments: tuple[Assessment, ...]
+    actions: tuple[Action, ...]
+    """The plan: what to do about the assessments, in this order."""
     store_trouble: errors.StoreError | None = None
     """Why the store cannot be read. The look goes on without it: no artifact is known, and none can
     be built."""
@@ -145,12 +141,14 @@ class Observer:
             (place := one.retired or one.key): kept(before.get(place), one)
             for one in assess(prompts, observed, limits)
         }
+        assessments = tuple(self._assessments.values())
         return Look(
             manifest=manifest,
             sources=sources,
             desired=desired,
             inventory=inventory,
-            assessments=tuple(self._assessments.values()),
+            assessments=assessments,
+            actions=plan(assessments),
             store_trouble=trouble,
         )
 
@@ -248,100 +246,3 @@ def _spread(verdicts: dict[Key, Verdict], desired: Desired) -> dict[Key, Verdict
         if found is not None and prompt.fingerprint is not None:
             verdicts[key] = replace(found, fingerprint=prompt.fingerprint.digest)
     return verdicts
-
-
-class ManifestFile:
-    """The manifest on disk: the last good one, and what is wrong with the present one."""
-
-    def __init__(self, path: Path, manifest: Manifest) -> None:
-        self.path = path
-        self.last_good = manifest
-        self.error: errors.ManifestError | None = None
-        self._signature: Signature | None = None
-
-    def read(self) -> Manifest:
-        """The last good manifest, which is the same object as before if nothing in it changed.
-
-        Blocking.
-        """
-        signature, lasting = None, False
-        with contextlib.suppress(OSError):
-            info = self.path.stat()
-            signature, lasting = signature_of(info), settled(info)
-        if signature is not None and signature == self._signature:
-            return self.last_good
-        try:
-            manifest = read_manifest(self.path)
-        except errors.ManifestError as error:
-            if self.error is None or self.error.problems != error.problems:
-                for problem in error.problems:
-                    log.error(
-                        "manifest rejected",
-                        problem=str(problem),
-                        consequence="the last good one stays in force",
-                    )
-            self.error = error
-            self._signature = None
-            return self.last_good
-        if self.error is not None:
-            log.info("manifest mended", file=str(self.path))
-            self.error = None
-        self._signature = signature if lasting else None
-        if manifest != self.last_good:
-            log.info("manifest applied", file=str(self.path), models=len(manifest.models))
-            self.last_good = manifest
-        return self.last_good
-
-
-def read_manifest(path: Path) -> Manifest:
-    """Read and parse a manifest. Errors: ManifestError, also when the file cannot be read."""
-    return parse(manifest_text(path), file=path)
-
-
-def manifest_text(path: Path) -> str:
-    """What the manifest's file holds. Errors: ManifestError."""
-    try:
-        info = path.stat()
-        if stat.S_ISREG(info.st_mode) and info.st_size > MAX_MANIFEST_BYTES:
-            raise OSError(errno.EFBIG, f"{info.st_size:,} bytes are too many")  # noqa: TRY301 - said below
-        if not stat.S_ISREG(info.st_mode):  # reading a pipe would wait for its writer
-            raise OSError(errno.EINVAL, "it is not a regular file")  # noqa: TRY301
-        return utf8(path, path.read_bytes())
-    except errors.SourceError as error:
-        problem = errors.Problem(file=str(path), line=0, message=error.message, hint=error.hint)
-        raise errors.ManifestError((problem,)) from error
-    except OSError as error:
-        reason = error.strerror
-        hint = "name one with --manifest or RKCACHED_MANIFEST; `rkcached demo` writes a small one"
-        if (refused := refusal(path, error)) is not None:
-            reason, hint = refused
-        problem = errors.Problem(
-            file=str(path), line=0, message=f"the manifest cannot be read: {reason}", hint=hint
-        )
-        raise errors.ManifestError((problem,)) from error
-
-
-def inputs(
-    manifest: Manifest, manifest_path: Path, stored: StoredTexts
-) -> tuple[list[Path], list[Path]]:
-    """The files, and the folders with any content, whose change may change the plan."""
-    engine = ENGINES[manifest.engine.kind]
-    files = [manifest_path]
-    folders: list[Path] = []
-    for name, model in manifest.models.items():
-        folders.append(stored.folder(name))
-        files.extend(engine.model_files(model.path))
-        files.extend(path for path in (model.tokenizer, model.lora) if path is not None)
-        if model.chat_template.startswith("/"):
-            files.append(Path(model.chat_template))
-        for prompt in model.prompts.values():
-            files.extend(prompt.files)
-        for pattern in model.prompts_from:
-            folders.append(Path(pattern).parent)
-            with contextlib.suppress(OSError):  # the look says so
-                files.extend(links(pattern))
-    if manifest.engine.kind is EngineKind.RKLLM:
-        files.append(manifest.engine.library)  # also while it is missing or no library
-    with contextlib.suppress(errors.RkcachedError):
-        files.extend(engine.locate_runtime(manifest.engine).files)
-    return files, folders

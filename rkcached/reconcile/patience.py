@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 from rkcached.host.watch import Writing
 from rkcached.plan.fingerprint import Fingerprint
-from rkcached.plan.planner import Key
+from rkcached.sources.records import Key
 
 SILENT_WRITER_S = 5.0
 """A writer that has the file open but writes nothing for so long is not waited for."""

@@ -13,8 +13,9 @@ import hashlib
 from dataclasses import dataclass, field
 
 from rkcached.plan.desired import Desired, DesiredModel
-from rkcached.plan.planner import Assessment, Key, Retired, Trouble
+from rkcached.plan.planner import Assessment, Retired
 from rkcached.sources.manifest import Manifest
+from rkcached.sources.records import Key, Trouble
 from rkcached.store.sidecar import StoredArtifact
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import time
 
 from rkcached import errors
-from rkcached.plan.planner import MAX_RETRY_S, Trouble, Verdict, VerdictKind
+from rkcached.plan.planner import MAX_RETRY_S, Verdict, VerdictKind
+from rkcached.sources.records import Trouble
 
 QUARANTINE_AFTER = 3
 """Worker deaths or failed proofs on one fingerprint before it is left alone."""

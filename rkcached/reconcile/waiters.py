@@ -10,7 +10,8 @@ import asyncio
 from dataclasses import dataclass
 
 from rkcached.errors import RkcachedError, SourceError
-from rkcached.plan.planner import Adopt, Assessment, Build, Key, State
+from rkcached.plan.planner import Adopt, Assessment, Build, State
+from rkcached.sources.records import Key
 from rkcached.store.sidecar import StoredArtifact
 
 

@@ -22,10 +22,11 @@ from rkcached.api.responses import NOT_MEASURED, CacheReport, PromptTokensDetail
 from rkcached.engines.base import FinishReason, RunStats, TokenLogprob
 from rkcached.errors import RequestError
 from rkcached.plan.desired import DesiredModel
-from rkcached.plan.planner import Key, State
+from rkcached.plan.planner import State
 from rkcached.reconcile.builder import worker_model
 from rkcached.reconcile.events import Events
 from rkcached.reconcile.loop import Reconciler
+from rkcached.sources.records import Key
 from rkcached.store.sidecar import StoredArtifact
 from rkcached.worker import protocol
 from rkcached.worker.gate import Gates, Priority

@@ -28,6 +28,7 @@ from pydantic import (
 )
 from pydantic_core import CoreSchema
 
+from rkcached.engines.kinds import EngineKind
 from rkcached.errors import ManifestError, Problem
 from rkcached.messages.builtin import BUILTIN
 from rkcached.sources import values
@@ -41,7 +42,6 @@ __all__ = [
     "RKLLM_ABIS",
     "CacheConfig",
     "EngineConfig",
-    "EngineKind",
     "FingerprintMode",
     "Manifest",
     "ModelConfig",
@@ -63,12 +63,6 @@ RESERVED_PROMPT: Final = "generate-binary"
 """The HTTP API has another meaning for these."""
 
 RKLLM_MAX_CONTEXT: Final = 16_384
-
-
-class EngineKind(StrEnum):
-    RKLLM = "rkllm"
-    LLAMACPP = "llamacpp"
-    MEMORY = "memory"
 
 
 class Verify(StrEnum):

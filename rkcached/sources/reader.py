@@ -25,16 +25,17 @@ from rkcached.errors import RkcachedError, SourceError
 from rkcached.host.access import Refusal, refusal
 from rkcached.host.digests import Digests, Signature, settled, signature_of
 from rkcached.messages.builtin import BUILTIN
-from rkcached.plan.desired import (
+from rkcached.sources.manifest import NAME, EngineConfig, Manifest, ModelConfig
+from rkcached.sources.records import (
     Declaration,
+    Key,
     ModelSource,
     PromptSource,
     RuntimeSource,
     Sources,
+    Trouble,
     kept,
 )
-from rkcached.plan.planner import Key, Trouble
-from rkcached.sources.manifest import NAME, EngineConfig, Manifest, ModelConfig
 from rkcached.sources.stored_texts import StoredTexts
 
 MAX_PROMPT_BYTES = 1 << 20
@@ -292,7 +293,7 @@ class SourceReader:
 
     def _runtime(self, engine: EngineConfig) -> RuntimeSource | Trouble:
         try:
-            runtime = ENGINES[engine.kind].locate_runtime(engine)
+            runtime = ENGINES[engine.kind].locate_runtime(engine.library, engine.abi)
             digests = "".join(self._digests.digest(path) for path in runtime.files)
         except RkcachedError as error:
             return Trouble.of(error)

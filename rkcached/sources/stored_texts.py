@@ -9,7 +9,7 @@ from pathlib import Path
 
 from rkcached.errors import StoreError
 from rkcached.host import durable
-from rkcached.plan.planner import Key
+from rkcached.sources.records import Key
 
 _SUFFIX = ".md"
 _DIRECTORY_MODE = 0o750

@@ -8,21 +8,21 @@ removed as links, and no folder is reached through one. Removing needs the store
 
 from __future__ import annotations
 
-import asyncio
 import os
 import stat
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field, replace
+from collections.abc import Container, Iterable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from rkcached.errors import RkcachedError, StoreError
+from rkcached.errors import StoreError
 from rkcached.host import beneath
-from rkcached.plan.planner import Adopt, Key, Remove, Retire, plan
-from rkcached.reconcile.observer import Look
+from rkcached.plan.planner import Action, Adopt, Remove, Retire
 from rkcached.sources.manifest import NAME
+from rkcached.sources.records import Key
 from rkcached.store import marks
 from rkcached.store.scan import prompt_of
+from rkcached.store.sidecar import Inventory
 from rkcached.store.store import Store, size_of
 
 ASK = "not the store's: --strangers removes it"
@@ -68,14 +68,6 @@ class Named:
                     continue
                 self._identities.add((info.st_dev, info.st_ino))
 
-    @classmethod
-    def by(cls, look: Look, files: Iterable[Path], folders: Iterable[Path]) -> Named:
-        """Of a look; `files` and `folders` are its inputs."""
-        prompts = (
-            Path(file) for declared in look.sources.prompts.values() for file in declared.files
-        )
-        return cls([*files, *prompts], folders)
-
     def spares(self, info: os.stat_result) -> bool:
         """Whether this is one of the files."""
         return (info.st_dev, info.st_ino) in self._identities
@@ -97,86 +89,34 @@ class Named:
         return any(one.startswith(within) for one in every)
 
 
-@dataclass(slots=True, kw_only=True)
-class Collection:
-    """Somebody waits for what a look that began after the question finds.
-
-    On the event loop, beside the reconciler.
-    """
-
-    dry_run: bool
-    strangers: bool
-    future: asyncio.Future[list[Rubbish]]
-    rubbish: list[Rubbish] = field(default_factory=list)
-    named: Named = field(default_factory=lambda: Named((), ()))
-
-    async def find(
-        self, store: Store, look: Look, building: Key | None, inputs: tuple[list[Path], list[Path]]
-    ) -> None:
-        """Before anything is removed: orphans go by themselves.
-
-        `inputs` are the look's files and folders.
-        """
-        try:
-            if look.store_trouble is not None:
-                raise look.store_trouble
-            self.named = await asyncio.to_thread(Named.by, look, *inputs)
-            self.rubbish = await asyncio.to_thread(
-                find_rubbish, store, look, self.named, building, strangers=self.strangers
-            )
-        except RkcachedError as error:
-            self._fail(error)
-
-    async def finish(self, store: Store, removed: set[Key]) -> None:
-        """Remove the rest, and say what went, or what may go.
-
-        `removed` are the orphans that are gone.
-        """
-        if not self.dry_run:
-            found = [
-                one for one in self.rubbish if one.key is None or one.stays or one.key in removed
-            ]
-            try:
-                orphans = [one for one in found if one.key is not None]
-                for one in orphans:  # some were put aside by the look
-                    if one.key is not None:
-                        await asyncio.to_thread(store.remove_retired_of, one.key)
-                rest = [one for one in found if one.key is None]
-                self.rubbish = [
-                    *orphans,
-                    *await asyncio.to_thread(remove_rubbish, store, rest, self.named),
-                ]
-            except RkcachedError as error:
-                self._fail(error)
-        if not self.future.done():  # who asked may have gone meanwhile
-            self.future.set_result(self.rubbish)
-
-    def _fail(self, error: RkcachedError) -> None:
-        if not self.future.done():
-            self.future.set_exception(error)
-            self.future.exception()  # its caller may be gone
-
-
 def find_rubbish(
-    store: Store, look: Look, named: Named, building: Key | None = None, *, strangers: bool = False
+    store: Store,
+    inventory: Inventory,
+    actions: Iterable[Action],
+    models: Container[str],
+    named: Named,
+    *,
+    building: Key | None = None,
+    strangers: bool = False,
 ) -> list[Rubbish]:
-    """What may go, and the strangers that stay, but for what may just become a file of `building`.
+    """Find what may go, and the strangers that stay, but for files that `building` may be writing.
 
-    Changes nothing. Errors: StoreError.
+    `actions` are the plan for the `inventory`, `models` the declared ones. Changes nothing.
+    Errors: StoreError.
     """
-    inventory = look.inventory
+    actions = tuple(actions)
     try:
-        orphans = list(_orphans(store, look))
+        orphans = list(_orphans(store, actions))
         quarantined = [
             Rubbish(
                 path=path, size_bytes=size_bytes, why="quarantined", seen=_identity(store, path)
             )
             for path, size_bytes in inventory.quarantined.items()
         ]
-        retired = list(_retired(store, look))
+        retired = list(_retired(store, inventory, actions))
         others = [
             _stranger(store, names, named, goes=strangers)
-            for names in _strangers(store, look, building)
+            for names in _strangers(store, inventory, models, building)
         ]
     except OSError as error:
         raise StoreError(
@@ -237,8 +177,8 @@ def _remove(store: Store, one: Rubbish, named: Named) -> Rubbish | None:
     return replace(one, why=f"not the store's; it stays, as {why}", stays=True)
 
 
-def _orphans(store: Store, look: Look) -> Iterator[Rubbish]:
-    for action in plan(look.assessments):
+def _orphans(store: Store, actions: Iterable[Action]) -> Iterator[Rubbish]:
+    for action in actions:
         if isinstance(action, Retire) or (
             isinstance(action, Remove) and not (action.verdict or action.retired)
         ):
@@ -253,14 +193,14 @@ def _orphans(store: Store, look: Look) -> Iterator[Rubbish]:
             )
 
 
-def _retired(store: Store, look: Look) -> Iterator[Rubbish]:
+def _retired(store: Store, inventory: Inventory, actions: Iterable[Action]) -> Iterator[Rubbish]:
     """But for those that a declared prompt is about to adopt."""
     adopted = {
-        a.fingerprint.digest
-        for a in plan(look.assessments)
-        if isinstance(a, Adopt) and a.source is None
+        action.fingerprint.digest
+        for action in actions
+        if isinstance(action, Adopt) and action.source is None
     }
-    for one in look.inventory.retired.values():
+    for one in inventory.retired.values():
         if one.fingerprint not in adopted:
             folder = store.root / marks.RETIRED / one.fingerprint
             why = f"retired: built for {one.key}, and no prompt uses it now"
@@ -269,7 +209,9 @@ def _retired(store: Store, look: Look) -> Iterator[Rubbish]:
             )
 
 
-def _strangers(store: Store, look: Look, building: Key | None) -> Iterator[tuple[str, ...]]:
+def _strangers(
+    store: Store, inventory: Inventory, models: Container[str], building: Key | None
+) -> Iterator[tuple[str, ...]]:
     """Where in the store something lies that is not its own: names from its top.
 
     Errors: OSError.
@@ -287,10 +229,10 @@ def _strangers(store: Store, look: Look, building: Key | None) -> Iterator[tuple
         elif marks.is_own(name):
             continue
         elif not beneath.is_folder(path):
-            if path in look.inventory.foreign:
+            if path in inventory.foreign:
                 yield (name,)
         elif NAME.fullmatch(name):
-            yield from _beside_artifacts(store, look, name, building)
+            yield from _beside_artifacts(store, inventory, name, building, known=name in models)
         else:
             yield (name,)
 
@@ -320,7 +262,7 @@ def _in_verdicts(store: Store) -> Iterator[tuple[str, ...]]:
 
 
 def _beside_artifacts(
-    store: Store, look: Look, model: str, building: Key | None
+    store: Store, inventory: Inventory, model: str, building: Key | None, *, known: bool
 ) -> Iterator[tuple[str, ...]]:
     """The strangers in the folder of a model; the folder itself, if all in it is theirs.
 
@@ -331,10 +273,10 @@ def _beside_artifacts(
     theirs = [
         name
         for name in names
-        if (folder / name in look.inventory.foreign or beneath.is_folder(folder / name))
+        if (folder / name in inventory.foreign or beneath.is_folder(folder / name))
         and (building is None or (model, prompt_of(name)) != building)
     ]
-    if names and len(theirs) == len(names) and model not in look.manifest.models:
+    if names and len(theirs) == len(names) and not known:
         yield (model,)
     else:
         yield from ((model, name) for name in theirs)

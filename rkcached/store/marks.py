@@ -18,8 +18,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from rkcached.host import beneath, durable
-from rkcached.plan.planner import Key
 from rkcached.sources.manifest import NAME
+from rkcached.sources.records import Key
 from rkcached.store.scan import CACHE_SUFFIXES, prompt_of, read_sidecar
 from rkcached.store.sidecar import Sidecar
 

@@ -15,7 +15,8 @@ import msgspec
 
 from rkcached.host.digests import Signature
 from rkcached.plan.fingerprint import fingerprint
-from rkcached.plan.planner import Artifact, Key, Retired, Verdict
+from rkcached.plan.planner import Artifact, Retired, Verdict
+from rkcached.sources.records import Key
 
 FORMAT_VERSION = 1
 

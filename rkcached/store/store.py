@@ -35,8 +35,9 @@ from rkcached.engines.registry import ENGINES
 from rkcached.errors import StoreError, StoreLocked
 from rkcached.host import beneath, disk, durable
 from rkcached.host.digests import Digests, signature_of
-from rkcached.plan.planner import Key, Verdict
+from rkcached.plan.planner import Verdict
 from rkcached.sources.manifest import NAME
+from rkcached.sources.records import Key
 from rkcached.store import marks
 from rkcached.store.scan import (
     MAX_RECORD_BYTES,

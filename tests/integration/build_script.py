@@ -8,7 +8,7 @@ from pathlib import Path
 from rkcached.engines.base import ModelSpec
 from rkcached.engines.memory import MemoryEngine
 from rkcached.errors import StoreError
-from rkcached.plan.planner import Key
+from rkcached.sources.records import Key
 from rkcached.store.store import Store
 from rkcached.worker import protocol
 from rkcached.worker.operations import Session

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from rkcached.plan.planner import Key
+from rkcached.sources.records import Key
 from rkcached.store.store import Store
 from tests.integration.test_store import publish
 

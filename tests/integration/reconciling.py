@@ -13,7 +13,7 @@ from rkcached.host.systemd import Service
 from rkcached.host.watch import Writing
 from rkcached.reconcile.events import Events
 from rkcached.reconcile.loop import Reconciler
-from rkcached.reconcile.observer import read_manifest
+from rkcached.sources.manifest_file import read_manifest
 from rkcached.sources.stored_texts import StoredTexts
 from rkcached.store.store import Store
 from rkcached.worker.gate import Gates

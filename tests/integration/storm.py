@@ -29,12 +29,14 @@ from rkcached.errors import RequestError
 from rkcached.host import durable
 from rkcached.host.watch import Watcher
 from rkcached.plan.desired import DesiredModel
-from rkcached.plan.planner import Blocked, Key, State, plan
+from rkcached.plan.planner import Blocked, State, plan
 from rkcached.reconcile import loop, observer, verdicts
 from rkcached.reconcile.events import Event, Events
 from rkcached.reconcile.loop import Reconciler
-from rkcached.reconcile.observer import ManifestFile, Observer, read_manifest
+from rkcached.reconcile.observer import Observer
 from rkcached.serving.dispatcher import End, Serving, Text
+from rkcached.sources.manifest_file import ManifestFile, read_manifest
+from rkcached.sources.records import Key
 from rkcached.sources.stored_texts import StoredTexts
 from rkcached.store.store import MAX_QUARANTINED, Store
 from rkcached.worker import pool

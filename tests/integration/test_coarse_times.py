@@ -10,11 +10,10 @@ from pathlib import Path
 import pytest
 
 from rkcached.host.digests import Digests, settled, signature_of
-from rkcached.plan.desired import ModelSource, PromptSource
-from rkcached.plan.planner import Key
-from rkcached.reconcile.observer import ManifestFile, read_manifest
 from rkcached.sources.manifest import parse
+from rkcached.sources.manifest_file import ManifestFile, read_manifest
 from rkcached.sources.reader import SourceReader
+from rkcached.sources.records import Key, ModelSource, PromptSource
 from tests.exfat import exfat
 from tests.waiting import wait_until
 

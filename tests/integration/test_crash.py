@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 
-from rkcached.plan.planner import Key
+from rkcached.sources.records import Key
 from rkcached.store.store import Store
 from tests.integration import build_script
 from tests.integration.test_store import make_sidecar

@@ -24,9 +24,9 @@ from rkcached.errors import ManifestError, SourceError
 from rkcached.host import isolated
 from rkcached.host.digests import Digests
 from rkcached.plan.fingerprint import fingerprint
-from rkcached.plan.planner import Key
 from rkcached.reconcile.verdicts import MAX_RETRY_S, verdict_on
 from rkcached.sources.manifest import parse
+from rkcached.sources.records import Key
 from rkcached.store.sidecar import Figures, Sidecar, names_artifact, parse_sidecar
 from rkcached.store.store import Store
 from rkcached.worker import protocol

@@ -11,8 +11,9 @@ import pytest
 from conftest import Workspace
 
 from rkcached.host.watch import Watcher, places
-from rkcached.plan.planner import Key, State
+from rkcached.plan.planner import State
 from rkcached.reconcile.loop import Reconciler
+from rkcached.sources.records import Key
 from rkcached.store.sidecar import Inventory, Sidecar, StoredArtifact
 from rkcached.store.store import Store
 from tests.integration.reconciling import reconciling

@@ -11,11 +11,10 @@ import pytest
 from rkcached.engines.llamacpp.gguf import inspect, read_header
 from rkcached.errors import SourceError
 from rkcached.host.digests import Digests
-from rkcached.plan.desired import ModelSource
-from rkcached.plan.planner import Trouble
-from rkcached.reconcile.observer import inputs
 from rkcached.sources.manifest import Manifest, parse
+from rkcached.sources.manifest_file import inputs
 from rkcached.sources.reader import SourceReader
+from rkcached.sources.records import ModelSource, Trouble
 from rkcached.sources.stored_texts import StoredTexts
 from tests.gguf_files import STRING, UINT32, gguf, pair, shard, split_pairs, text
 

@@ -14,10 +14,9 @@ import pytest
 
 from rkcached.host.digests import Digests, signature_of
 from rkcached.messages.builtin import BUILTIN
-from rkcached.plan.desired import ModelSource, PromptSource, RuntimeSource, Sources
-from rkcached.plan.planner import Key, Trouble
 from rkcached.sources.manifest import parse
 from rkcached.sources.reader import MAX_PROMPT_BYTES, SourceReader
+from rkcached.sources.records import Key, ModelSource, PromptSource, RuntimeSource, Sources, Trouble
 from tests.integration.test_digests import settle
 
 MODEL = b'{"rkcached_memory_model": 1}'

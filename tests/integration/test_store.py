@@ -23,7 +23,8 @@ import pytest
 from rkcached.errors import StoreError, StoreLocked
 from rkcached.host.digests import Digests
 from rkcached.plan.fingerprint import fingerprint
-from rkcached.plan.planner import Key, Retired, Trouble, Verdict, VerdictKind
+from rkcached.plan.planner import Retired, Verdict, VerdictKind
+from rkcached.sources.records import Key, Trouble
 from rkcached.store.marks import TAG
 from rkcached.store.scan import STAGING
 from rkcached.store.sidecar import Figures, Sidecar, StoredArtifact

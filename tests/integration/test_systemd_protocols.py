@@ -22,8 +22,8 @@ from conftest import Workspace
 
 from rkcached.host.journal import Journal
 from rkcached.host.systemd import Service, listen_fds
-from rkcached.plan.planner import Key
 from rkcached.reconcile.snapshot import BuildProgress
+from rkcached.sources.records import Key
 from rkcached.store.sidecar import Inventory
 from rkcached.store.store import Store
 from rkcached.worker.model import Deadlines

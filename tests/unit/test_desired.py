@@ -10,20 +10,18 @@ import pytest
 import yaml
 
 from rkcached.messages.builtin import BUILTIN
-from rkcached.plan.desired import (
+from rkcached.plan.desired import Desired, DesiredModel, Resolver, cut_contexts
+from rkcached.plan.fingerprint import changes
+from rkcached.sources.manifest import Manifest, parse
+from rkcached.sources.records import (
     Declaration,
-    Desired,
-    DesiredModel,
+    Key,
     ModelSource,
     PromptSource,
-    Resolver,
     RuntimeSource,
     Sources,
-    cut_contexts,
+    Trouble,
 )
-from rkcached.plan.fingerprint import changes
-from rkcached.plan.planner import Key, Trouble
-from rkcached.sources.manifest import Manifest, parse
 
 RULES, PLAIN, OTHER = Key("m", "rules"), Key("m", "plain"), Key("n", "rules")
 TROUBLE = Trouble(message="the file is gone", hint="bring it back")

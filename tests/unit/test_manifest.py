@@ -11,12 +11,12 @@ import yaml
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from rkcached.engines.kinds import EngineKind
 from rkcached.errors import ManifestError, Problem
 from rkcached.messages.builtin import BUILTIN
 from rkcached.sources.manifest import (
     NAME,
     RKLLM_ABIS,
-    EngineKind,
     FingerprintMode,
     Manifest,
     ModelConfig,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from rkcached.host.watch import Writing
 from rkcached.plan.fingerprint import Fingerprint, fingerprint
-from rkcached.plan.planner import Key
 from rkcached.reconcile.patience import (
     LONGEST_RESTLESS_S,
     LONGEST_WRITING_S,
@@ -12,6 +11,7 @@ from rkcached.reconcile.patience import (
     SILENT_WRITER_S,
     Patience,
 )
+from rkcached.sources.records import Key
 
 P, Q = Key("m", "p"), Key("m", "q")
 FIRST, SECOND, THIRD = (fingerprint({"text": number}) for number in range(3))

@@ -18,14 +18,12 @@ from rkcached.plan.planner import (
     Blocked,
     Build,
     DesiredPrompt,
-    Key,
     Limits,
     Observed,
     Remove,
     Retire,
     Retired,
     State,
-    Trouble,
     Verdict,
     VerdictKind,
     assess,
@@ -33,6 +31,7 @@ from rkcached.plan.planner import (
     plan,
     too_short,
 )
+from rkcached.sources.records import Key, Trouble
 
 KEY = Key("m", "p")
 NO_LIMITS = Limits()

@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from rkcached.plan.planner import Key
 from rkcached.reconcile.snapshot import FreshIndex
+from rkcached.sources.records import Key
 from rkcached.store.sidecar import Figures, Sidecar, StoredArtifact
 
 FIGURES = Figures(prefill_ms=2.0, load_ms=1.0, cold_ttft_ms=3.0, warm_ttft_ms=1.5, verified="exact")

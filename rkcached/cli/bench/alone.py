@@ -17,12 +17,13 @@ from rkcached.cli.bench.results import DirectRun, ModelFacts, State
 from rkcached.cli.board import model_bytes
 from rkcached.cli.status import show
 from rkcached.engines.base import Sampling
+from rkcached.engines.kinds import EngineKind
 from rkcached.errors import RkcachedError
 from rkcached.messages.template import Message
 from rkcached.plan.desired import DesiredModel
-from rkcached.plan.planner import Key
-from rkcached.reconcile.observer import Look, Observer, read_manifest
-from rkcached.sources.manifest import EngineKind
+from rkcached.reconcile.observer import Look, Observer
+from rkcached.sources.manifest_file import read_manifest
+from rkcached.sources.records import Key
 from rkcached.sources.stored_texts import StoredTexts
 from rkcached.store.store import Store
 

@@ -9,7 +9,7 @@ from rkcached.cli.bench.asking import ANSWER_TOKENS, Asker, NotMade
 from rkcached.cli.bench.progress import Shown
 from rkcached.cli.bench.results import DirectRun, Measured, Run, State
 from rkcached.errors import DaemonUnreachable, RequestError
-from rkcached.plan.planner import Key
+from rkcached.sources.records import Key
 
 
 class Measuring:

@@ -32,6 +32,7 @@ from rkcached.cli.bench.results import (
     Versions,
 )
 from rkcached.cli.client import Client
+from rkcached.engines.kinds import EngineKind
 from rkcached.errors import (
     DaemonUnreachable,
     ModelLoadError,
@@ -41,9 +42,8 @@ from rkcached.errors import (
     UsageError,
 )
 from rkcached.host.settings import Settings
-from rkcached.plan.planner import Key
 from rkcached.reconcile.observer import Look
-from rkcached.sources.manifest import EngineKind
+from rkcached.sources.records import Key
 
 NOT_ON_NPU = (
     "the NPU would have to hold the model twice; with --direct the daemon unloads it meanwhile"

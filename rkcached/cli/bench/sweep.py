@@ -17,7 +17,7 @@ from pathlib import Path
 from rkcached.cli.bench.asking import ANSWER_TOKENS, QUESTION
 from rkcached.cli.client import Client
 from rkcached.errors import DaemonUnreachable, RequestError, SourceError
-from rkcached.plan.planner import Key
+from rkcached.sources.records import Key
 
 LENGTHS = (128, 256, 512, 1024, 2048, 4096)
 """Tokens."""

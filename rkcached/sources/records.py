@@ -1,0 +1,117 @@
+"""The records that this room hands on: the key of a prompt, its text, its model, the runtime.
+
+Frozen, so that threads may share them. A wrong input is a `Trouble` in the place of what it should
+have been. Pure.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import NamedTuple, TypeVar
+
+from rkcached.errors import RkcachedError
+from rkcached.host.digests import Signature
+
+
+class Key(NamedTuple):
+    """A prompt of a model; written `model/prompt`."""
+
+    model: str
+    prompt: str
+
+    def __str__(self) -> str:
+        return f"{self.model}/{self.prompt}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Trouble:
+    """Why something cannot be, and the next thing to do."""
+
+    message: str
+    hint: str = ""
+    place: tuple[str | int, ...] = ()
+    """The way in the manifest to what names it, from the model or prompt that has the trouble; for
+    its line."""
+    passing: bool = False
+    """It may end without anybody's doing."""
+
+    @classmethod
+    def of(cls, error: RkcachedError, *place: str | int) -> Trouble:
+        return cls(message=error.message, hint=error.hint, place=place, passing=error.passing)
+
+    def __str__(self) -> str:
+        return self.message + (f" ({self.hint})" if self.hint else "")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PromptSource:
+    """The text of a prompt, joined from its files."""
+
+    text: str
+    digest: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelSource:
+    """The digest of a model file, what the file says of itself, and the source of its chat template."""
+
+    digest: str
+    template_source: str
+    tokenizer_digest: str = ""
+    lora_digest: str = ""
+    trained_tokens: int | None = None
+    """The model's own context, if the file tells it: the engine gives it none that is larger."""
+    signatures: tuple[tuple[str, Signature], ...] = field(default=(), compare=False)
+    """Path and signature of each file that has one of these digests: no part of what the model is.
+    """
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RuntimeSource:
+    """The engine's library on disk."""
+
+    version: str
+    digest: str
+    samples_per_run: bool = True
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Declaration:
+    """A prompt that the manifest names, or that a prompts_from pattern found."""
+
+    key: Key
+    source: PromptSource | Trouble
+    description: str = ""
+    line: int = 0
+    """In the manifest, for messages."""
+    stored: bool = False
+    """A client stored the text; the manifest says nothing of it."""
+    files: tuple[str, ...] = ()
+    """What the text was made of."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sources:
+    """Everything read from disk for one look at the world."""
+
+    runtime: RuntimeSource | Trouble
+    models: Mapping[str, ModelSource | Trouble]
+    prompts: Mapping[Key, Declaration]
+    unlisted_models: Mapping[str, Trouble] = field(default_factory=dict)
+    """Models of which a prompts_from folder cannot be listed, and why."""
+    skipped_files: tuple[str, ...] = ()
+    """Files that a prompts_from pattern names, but whose own names cannot be a prompt's."""
+    notices: tuple[str, ...] = ()
+    """What seems wrong with prompts_from folders, in words."""
+
+
+Thing = TypeVar("Thing")
+
+
+def kept(before: Thing | None, now: Thing) -> Thing:
+    """The older of two equal things.
+
+    Of thousands of prompts hardly one changes: each look would keep new ones.
+    """
+    return before if before is not None and before == now else now
