@@ -10,7 +10,7 @@ from typing import Any
 from rkcached.errors import RkcachedError
 from rkcached.plan.desired import DesiredModel
 from rkcached.plan.planner import State
-from rkcached.reconcile.builder import worker_model
+from rkcached.plan.worker_model import worker_model
 from rkcached.reconcile.observer import Look
 from rkcached.sources.records import Key
 from rkcached.store.sidecar import StoredArtifact

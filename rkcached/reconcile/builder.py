@@ -15,7 +15,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from rkcached.engines.base import ModelSpec, NpuOptions, Sampling
 from rkcached.engines.registry import ENGINES
 from rkcached.errors import (
     Aborted,
@@ -34,12 +33,12 @@ from rkcached.host import disk
 from rkcached.messages.template import ChatTemplate, Message
 from rkcached.plan.desired import DesiredModel
 from rkcached.plan.planner import Build, over_budget
+from rkcached.plan.worker_model import worker_model
 from rkcached.sources.manifest import CacheConfig, EngineConfig
 from rkcached.store.sidecar import Figures, Sidecar, StoredArtifact
 from rkcached.store.store import Store
 from rkcached.worker import protocol
 from rkcached.worker.gate import Gates, Priority
-from rkcached.worker.model import WorkerModel
 from rkcached.worker.pool import Workers
 from rkcached.worker.supervisor import Worker
 
@@ -82,35 +81,6 @@ class BuildRequest:
     """What the prompt cache takes at the least, if that is known; else 0."""
     first_try: float
     """The loop's time when this build was first started; it may have stepped aside since."""
-
-
-def worker_model(engine: EngineConfig, model: DesiredModel) -> WorkerModel:
-    """What a worker of this model hosts."""
-    config = model.config
-    return WorkerModel(
-        name=model.name,
-        identity=model.identity,
-        implementation=ENGINES[engine.kind].implementation,
-        spec=ModelSpec(
-            path=str(config.path),
-            context_tokens=config.params.max_context_len,
-            threads=engine.threads,
-            library=str(engine.library),
-            abi=engine.abi or "",
-            sampling=Sampling(**config.sampling(None)),  # type: ignore[arg-type]  # by name, from the manifest
-            tokenizer=str(config.tokenizer or ""),
-            lora=str(config.lora or ""),
-            lora_scale=config.lora_scale,
-            thinking=bool(config.thinking),
-            pooling=config.pooling.value if config.embedding else "",
-            npu=NpuOptions(**config.npu.model_dump()),
-        ),
-        idle_unload_s=config.idle_unload_s,
-        timeout_s=engine.timeout_s,
-        max_memory_bytes=None if engine.max_memory_bytes is None else int(engine.max_memory_bytes),
-        trained_tokens=model.source.trained_tokens,
-        signatures=model.source.signatures,
-    )
 
 
 class Builder:

@@ -23,7 +23,7 @@ from rkcached.engines.base import FinishReason, RunStats, TokenLogprob
 from rkcached.errors import RequestError
 from rkcached.plan.desired import DesiredModel
 from rkcached.plan.planner import State
-from rkcached.reconcile.builder import worker_model
+from rkcached.plan.worker_model import worker_model
 from rkcached.reconcile.events import Events
 from rkcached.reconcile.loop import Reconciler
 from rkcached.sources.records import Key

@@ -9,7 +9,7 @@ from rkcached import errors
 from rkcached.api.prepare import Preparation, as_request_error
 from rkcached.api.requests import EmbeddingRequest
 from rkcached.errors import RequestError
-from rkcached.reconcile.builder import worker_model
+from rkcached.plan.worker_model import worker_model
 from rkcached.reconcile.loop import Reconciler
 from rkcached.worker import protocol
 from rkcached.worker.gate import Gates, Priority

@@ -24,7 +24,7 @@ from rkcached.engines.base import Engine, ModelSpec, RunStats, Sampling, Token
 from rkcached.errors import EngineError, RkcachedError, WorkerDied, WorkerTimeout
 from rkcached.host import isolated
 from rkcached.plan.desired import DesiredModel
-from rkcached.reconcile.builder import worker_model
+from rkcached.plan.worker_model import worker_model
 from rkcached.sources.manifest import EngineConfig
 from rkcached.worker.scratch import Scratch
 

@@ -1,0 +1,41 @@
+"""From a desired model to the worker that hosts it: one place for builds, requests and commands.
+
+Pure.
+"""
+
+from __future__ import annotations
+
+from rkcached.engines.base import ModelSpec, NpuOptions, Sampling
+from rkcached.engines.registry import ENGINES
+from rkcached.plan.desired import DesiredModel
+from rkcached.sources.manifest import EngineConfig
+from rkcached.worker.model import WorkerModel
+
+
+def worker_model(engine: EngineConfig, model: DesiredModel) -> WorkerModel:
+    """Everything that a worker needs to know to host this model."""
+    config = model.config
+    return WorkerModel(
+        name=model.name,
+        identity=model.identity,
+        implementation=ENGINES[engine.kind].implementation,
+        spec=ModelSpec(
+            path=str(config.path),
+            context_tokens=config.params.max_context_len,
+            threads=engine.threads,
+            library=str(engine.library),
+            abi=engine.abi or "",
+            sampling=Sampling(**config.sampling(None)),  # type: ignore[arg-type]  # by name, from the manifest
+            tokenizer=str(config.tokenizer or ""),
+            lora=str(config.lora or ""),
+            lora_scale=config.lora_scale,
+            thinking=bool(config.thinking),
+            pooling=config.pooling.value if config.embedding else "",
+            npu=NpuOptions(**config.npu.model_dump()),
+        ),
+        idle_unload_s=config.idle_unload_s,
+        timeout_s=engine.timeout_s,
+        max_memory_bytes=None if engine.max_memory_bytes is None else int(engine.max_memory_bytes),
+        trained_tokens=model.source.trained_tokens,
+        signatures=model.source.signatures,
+    )
