@@ -150,7 +150,7 @@ def test_every_change_is_seen(two_prompts: Workspace) -> None:
 
 def test_what_is_at_work_is_seen(workspace: Workspace) -> None:
     """A build's tokens, who runs and who waits, and the disk against its budget, without an event for each."""
-    workspace.memory_model(prefill_us_per_token=40_000, decode_us_per_token=150_000)
+    workspace.memory_model(prefill_us_per_token=10_000, decode_us_per_token=150_000)
     workspace.write("prompts/a.md", "word " * 40)
     workspace.declare("{}", top="cache: {max_bytes: 2000000}")
     workspace.start()
@@ -160,7 +160,9 @@ def test_what_is_at_work_is_seen(workspace: Workspace) -> None:
         terminal.wait_for("build ", " tokens, ", "disk ", "of 2.0 MB", "building")
         workspace.wait_settled()
         terminal.wait_for("1 fresh", without="build ")
-        asked = [pool.submit(workspace.ask, "m", max_tokens=25) for _ in range(3)]
+        asked = [pool.submit(workspace.ask, "m", max_tokens=25)]
+        wait_until(lambda: workspace.status()["running"] == 1, "the long one runs")
+        asked += [pool.submit(workspace.ask, "m", max_tokens=1) for _ in range(2)]
         terminal.wait_for("1 running, 2 waiting", "busy")
         for one in asked:
             one.result()

@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import httpx
 import psutil
 import pytest
 from conftest import Workspace, need
@@ -215,7 +216,9 @@ def test_a_client_that_goes_away_frees_its_place(workspace: Workspace, *, waits:
         second.close()
         wait_until(lambda: workspace.status()["models"][0]["waiting"] == 0, "it waits no more")
     first.close()
-    assert workspace.ask("m", "q", max_tokens=1)["choices"]
+    with workspace.http() as client:  # one token: a chat's template would be read for 25 s
+        body = {"model": "m", "prompt": "q", "max_tokens": 1}
+        assert client.post("/v1/completions", json=body).json()["choices"]
     assert workspace.status()["models"][0]["restarts"] == 0
 
 
@@ -278,8 +281,10 @@ def test_two_prompts_in_turn_on_rkllm(
 
 @pytest.mark.model
 def test_sixty_four_clients_that_come_and_go(workspace: Workspace, small_model: Path) -> None:
-    """On the real model, each hanging up at a whim: no error but 503, nothing leaks, the caches still hit."""
-    seconds = float(os.environ.get("RKCACHED_LOAD_S", "15"))
+    """On the real model, each hanging up at a whim: no error but 503, nothing leaks, and the caches
+    still hit. Some wait for their first token at the end: they hang up, too.
+    """
+    seconds = float(os.environ.get("RKCACHED_LOAD_S", "5"))
     workspace.write("cook.md", "You are a ship's cook. You answer in one short sentence. " * 4)
     workspace.write(
         "manifest.yaml",
@@ -299,37 +304,45 @@ def test_sixty_four_clients_that_come_and_go(workspace: Workspace, small_model: 
         with lock:
             seen[what] = seen.get(what, 0) + 1
 
+    def over() -> bool:
+        return time.monotonic() > until and seen.get("hit", 0) > 10
+
+    def ask(turn: int) -> None:
+        body = {
+            "model": "m/cook",
+            "messages": [{"role": "user", "content": f"Question {turn}"}],
+            "max_tokens": 4,
+            "stream": True,
+        }
+        patience_s = max(3.0, until - time.monotonic())
+        with (
+            workspace.http() as http,
+            http.stream("POST", "/v1/chat/completions", json=body, timeout=patience_s) as response,
+        ):
+            if response.status_code != 200:
+                assert (response.status_code, response.headers["Retry-After"]) == (503, "1")
+                count("refused")
+                time.sleep(0.1)  # a client's pause after a refusal; it waits for nothing
+                return
+            for line in response.iter_lines():
+                if turn % 3 == 0:
+                    count("hung up")
+                    return
+                assert '"error"' not in line, line
+                if '"rkcached"' in line:
+                    count(json.loads(line[6:])["rkcached"]["state"])
+
     def client(number: int) -> None:
-        while time.monotonic() < until:
-            turn = sum(seen.values()) + number
-            body = {
-                "model": "m/cook",
-                "messages": [{"role": "user", "content": f"Question {turn}"}],
-                "max_tokens": 4,
-                "stream": True,
-            }
-            with (
-                workspace.http() as http,
-                http.stream("POST", "/v1/chat/completions", json=body) as response,
-            ):
-                if response.status_code != 200:
-                    assert (response.status_code, response.headers["Retry-After"]) == (503, "1")
-                    count("refused")
-                    time.sleep(0.1)  # a client's pause after a refusal; it waits for nothing
-                    continue
-                for line in response.iter_lines():
-                    if turn % 3 == 0:
-                        count("hung up")
-                        break
-                    assert '"error"' not in line, line
-                    if '"rkcached"' in line:
-                        count(json.loads(line[6:])["rkcached"]["state"])
+        while not over():
+            try:
+                ask(sum(seen.values()) + number)
+            except httpx.ReadTimeout:
+                count("hung up")
 
     with ThreadPoolExecutor(64) as pool:
         for done in [pool.submit(client, number) for number in range(64)]:
             done.result()
     assert set(seen) <= {"hit", "refused", "hung up"}, seen
-    assert seen["hit"] > 10, seen
     wait_until(lambda: workspace.status()["running"] == 0, "all is quiet")
     wait_until(lambda: daemon.num_fds() <= before[0] + 2, "no descriptor is left")
     assert len(daemon.children()) == before[1]
