@@ -39,6 +39,7 @@ class Workspace:
         """What the daemon is started by."""
         self.folder: Path | None = None
         """Where the daemon is started; None: where the tests are."""
+        self._constants: dict[str, object] = {}
 
     # Files
 
@@ -68,6 +69,15 @@ class Workspace:
         )
 
     # The program
+
+    def hurry(self, **constants: object) -> None:
+        """Start the daemon with other constants: less waiting shows the same.
+
+        A constant is named by its module's path in the package: `reconcile__loop__RESCAN_S=3`.
+        """
+        self._constants.update(constants)
+        code = f"from tests.system.hurried import main; main({self._constants!r})"
+        self.launcher = [sys.executable, "-c", code]
 
     def command(self, *arguments: str) -> list[str]:
         return [sys.executable, "-m", "rkcached", *arguments]

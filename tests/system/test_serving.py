@@ -232,7 +232,7 @@ def test_parameters_of_the_prompt(workspace: Workspace) -> None:
 
 def test_stale_is_answered_cold_and_current(workspace: Workspace) -> None:
     """While its cache is rebuilt, a prompt is answered without it, from the new text; the build makes room."""
-    workspace.memory_model(prefill_us_per_token=2_000)
+    workspace.memory_model(prefill_us_per_token=1_000)
     text = "The old text of a prompt that takes a while to read. " * 20
     workspace.write("p.md", text)
     workspace.declare("{p: p.md}", params="{max_context_len: 8192}")
@@ -255,7 +255,7 @@ def test_stale_is_answered_cold_and_current(workspace: Workspace) -> None:
 
 def test_client_gone_stops_generation(workspace: Workspace) -> None:
     """When the client goes away, the generation stops, and the next request need not wait for it."""
-    workspace.memory_model(decode_us_per_token=1_000_000)  # all of it would take 500 s
+    workspace.memory_model(decode_us_per_token=100_000)  # all of it would take 200 s
     workspace.write("p.md", "Text.")
     workspace.declare("{p: p.md}")
     workspace.start()
@@ -264,7 +264,7 @@ def test_client_gone_stops_generation(workspace: Workspace) -> None:
         body = {
             "model": "m/p",
             "messages": [{"role": "user", "content": "hi"}],
-            "max_tokens": 500,
+            "max_tokens": 2000,
             "stream": streaming,
         }
         data = json.dumps(body).encode()
@@ -334,6 +334,7 @@ def test_worker_dies_over_a_cache(workspace: Workspace) -> None:
 
 def test_build_that_crashes_is_quarantined(workspace: Workspace) -> None:
     """After three crashes a prompt is left alone, served cold, with the reason; another model file brings it back."""
+    workspace.hurry(reconcile__verdicts__MAX_RETRY_S=0.5)
     workspace.memory_model(faults=[{"op": "save", "kind": "segfault", "at": 1}])
     workspace.write("p.md", "You are prompt P.")
     workspace.write("q.md", "You are prompt Q.")

@@ -43,6 +43,18 @@ def fds(space: Workspace) -> int:
 
 
 @pytest.fixture
+def watchful(workspace: Workspace) -> None:
+    """The daemon looks after its sockets more often."""
+    workspace.hurry(api__server__SOCKET_CHECK_S=0.5)
+
+
+@pytest.fixture
+def impatient(workspace: Workspace) -> None:
+    """The daemon waits for the head of a request for 3 s instead of 10."""
+    workspace.hurry(api__server__HEAD_TIMEOUT_S=3.0)
+
+
+@pytest.fixture
 def settled(two_prompts: Workspace) -> Iterator[Workspace]:
     """A daemon that must be as well afterwards as before: answering from its cache, with no descriptor lost."""
     two_prompts.ask("m/a")
@@ -71,6 +83,7 @@ def test_stale_lock_and_sockets(two_prompts: Workspace) -> None:
     assert two_prompts.ask("m/a")["rkcached"]["state"] == "hit"
 
 
+@pytest.mark.usefixtures("watchful")
 @pytest.mark.parametrize("name", ["s.sock", "admin.sock"])
 def test_deleted_socket_comes_back(settled: Workspace, name: str) -> None:
     """A daemon that cannot be reached is of no use: the socket is made again, with its mode, and goes at the end."""
@@ -90,6 +103,7 @@ def answers(path: Path) -> bool:
         return probe.connect_ex(str(path)) == 0
 
 
+@pytest.mark.usefixtures("watchful")
 def test_socket_taken_by_another_is_left_alone(two_prompts: Workspace) -> None:
     """A file in the place of the deleted socket is not ours to remove; when it goes, the socket comes back."""
     two_prompts.socket.unlink()
@@ -101,8 +115,12 @@ def test_socket_taken_by_another_is_left_alone(two_prompts: Workspace) -> None:
     assert two_prompts.ask("m/a")["rkcached"]["state"] == "hit"
 
 
+@pytest.mark.usefixtures("impatient")
 def test_hundred_clients_that_dribble(settled: Workspace) -> None:
-    """Each sends a byte of its headers now and then; others are answered meanwhile, and after 10 s they are closed."""
+    """Each sends a byte of its headers now and then.
+
+    Others are answered meanwhile, and after the time for a head, here 3 s, they are closed.
+    """
     with ExitStack() as stack:
         slow = [stack.enter_context(connected(settled)) for _ in range(100)]
         started = time.monotonic()
@@ -116,21 +134,24 @@ def test_hundred_clients_that_dribble(settled: Workspace) -> None:
             sent += 1
             asked = time.monotonic()
             assert settled.ask("m/a")["rkcached"]["state"] == "hit"
-            wait_until(lambda at=asked: time.monotonic() - at > 1, "a second is over")  # type: ignore[misc]
+            wait_until(lambda at=asked: time.monotonic() - at > 0.5, "they wait")  # type: ignore[misc]
         assert closed
-        assert time.monotonic() - started > 9
+        assert time.monotonic() - started > 2.5
         assert sent > 1  # others had their answers before
         assert all(answer(client).startswith(b"HTTP/1.1 408 ") for client in slow)
 
 
+@pytest.mark.usefixtures("impatient")
 def test_slow_body_that_makes_progress(settled: Workspace) -> None:
     """Longer than the headers' deadline in all, in pieces: it is read to its end and answered."""
     with connected(settled) as client:
+        started = time.monotonic()
         client.sendall(HEAD + b"Connection: close\r\n\r\n")
         for at in range(0, len(BODY), 7):
             client.sendall(BODY[at : at + 7])
-            end = time.monotonic() + 1
-            wait_until(lambda end=end: time.monotonic() > end, "a second is over")  # type: ignore[misc]
+            end = time.monotonic() + 0.3
+            wait_until(lambda end=end: time.monotonic() > end, "it pauses")  # type: ignore[misc]
+        assert time.monotonic() - started > 3
         assert answer(client).startswith(b"HTTP/1.1 200 ")
 
 

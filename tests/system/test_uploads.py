@@ -75,7 +75,8 @@ def test_a_model_that_is_uploaded_slowly(workspace: Workspace) -> None:
 
 
 def test_a_writer_that_does_not_close(workspace: Workspace) -> None:
-    """It is waited for only for some seconds."""
+    """It is waited for only for some seconds, here for one."""
+    workspace.hurry(reconcile__patience__SILENT_WRITER_S=1.0)
     workspace.memory_model()
     workspace.write("a.md", "A prompt.")
     workspace.declare("{a: a.md}")
@@ -90,7 +91,7 @@ def test_a_writer_that_does_not_close(workspace: Workspace) -> None:
 @pytest.fixture
 def slow(workspace: Workspace) -> Path:
     """Builds take seconds; the first prompt is being built, and another waits."""
-    workspace.memory_model(prefill_us_per_token=20_000)
+    workspace.memory_model(prefill_us_per_token=10_000)
     path = workspace.write("a.md", "A prompt that takes its time, edition 0. " * 3)
     workspace.write("b.md", "Another.")
     workspace.declare("{a: a.md, b: b.md}")

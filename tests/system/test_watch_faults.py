@@ -7,7 +7,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -203,8 +202,8 @@ def test_a_file_system_without_events(workspace: Workspace) -> None:
     for folder in (lower, merged, workspace.root / "empty"):
         folder.mkdir()
     mount = f"mount -t overlay overlay -o lowerdir={lower}:{workspace.root}/empty {merged}"
-    code = "import rkcached.reconcile as r, rkcached.cli as c; r.RESCAN_S = 3.0; c.main()"
-    workspace.launcher = [*in_namespace(mount), sys.executable, "-c", code]
+    workspace.hurry(reconcile__loop__RESCAN_S=3.0)
+    workspace.launcher = [*in_namespace(mount), *workspace.launcher]
     workspace.memory_model()
     workspace.write("lower/a.md", "You are prompt A.\n")
     workspace.declare("{a: merged/a.md}")
@@ -225,8 +224,8 @@ def test_a_file_system_that_other_machines_change(workspace: Workspace) -> None:
     for folder in (lower, merged, workspace.root / "empty"):
         folder.mkdir()
     mount = f"mount -t overlay overlay -o lowerdir={lower}:{workspace.root}/empty {merged}"
-    code = "import rkcached.watch as w, rkcached.cli as c; w.REMOTE |= {'overlay'}; c.main()"
-    workspace.launcher = [*in_namespace(mount), sys.executable, "-c", code]
+    workspace.hurry(host__watch__REMOTE={"overlay"}, host__watch__REMOTE_POLL_S=1.0)
+    workspace.launcher = [*in_namespace(mount), *workspace.launcher]
     workspace.memory_model()
     workspace.write("lower/a.md", "You are prompt A.\n")
     workspace.declare("{a: merged/a.md}")
