@@ -33,7 +33,7 @@ def anchors(page: Path) -> set[str]:
     return {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "CHANGELOG.md"], ids=lambda page: page.name)
 def test_links_lead_somewhere(page: Path) -> None:
     """Every link to a file of the project leads to one that is there, and to a heading that it has."""
     for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
@@ -62,6 +62,15 @@ def test_modules_that_are_named_are_there(page: Path) -> None:
     for name, _, test in re.findall(r"(tests/[\w/]+\.py)(::(\w+))?", page.read_text()):
         assert (ROOT / name).is_file(), name
         assert not test or test in functions(ROOT / name), f"{name}::{test}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_files_that_are_named_are_there(page: Path) -> None:
+    """A page names a file or a folder of the project by its path from the top."""
+    for name in re.findall(
+        r"`((?:rkcached|tests|bench|packaging|scripts)/[\w./]+)`", page.read_text()
+    ):
+        assert (ROOT / name).exists(), name
 
 
 def functions(file: Path) -> set[str]:
