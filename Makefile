@@ -20,7 +20,7 @@ demo: $(VENV)/.demo
 	$(BIN)/rkcached demo $(if $(ONCE),--once)
 
 test: lint
-	$(BIN)/pytest -n 2 --dist loadfile $(PYTEST_ARGS)
+	$(BIN)/pytest -n 4 $(PYTEST_ARGS)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

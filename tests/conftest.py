@@ -1,0 +1,39 @@
+"""Which tests stay together when several processes run them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+if TYPE_CHECKING:
+    from xdist.scheduler import LoadScopeScheduling
+
+TOGETHER = ("tests/system/test_client_on_model.py", "tests/system/test_fuzz_api.py")
+"""Files of tests/system whose tests share a daemon; elsewhere there each test has its own."""
+
+
+def scope(nodeid: str) -> str:
+    """The tests of one scope run one after the other, in one process.
+
+    tests/systemd shares a booted machine. Tests of a file share fixtures of their module, apart
+    from those of the installed program: there each goes to whoever is free, since some take long.
+    """
+    file = nodeid.partition("::")[0]
+    if file.startswith("tests/systemd/"):
+        return "tests/systemd"
+    if file.startswith("tests/system/") and file not in TOGETHER:
+        return nodeid
+    return file
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadScopeScheduling:
+    """Distribute the tests by `scope`, those with the most tests first."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByScope(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return scope(nodeid)
+
+    return ByScope(config, log)
