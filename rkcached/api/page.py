@@ -18,10 +18,10 @@ from typing import Any
 
 import jinja2
 
+from rkcached.api import words
 from rkcached.api.exchange import Streamed
 from rkcached.api.responses import Status
 from rkcached.api.status import PIECE
-from rkcached.cli.status import show
 
 _POLICY = (
     "default-src 'none'; script-src 'sha256-{script}'; style-src 'sha256-{style}'; connect-src 'self'; img-src data:; "
@@ -43,8 +43,8 @@ def page(status: Status) -> Streamed:
 
 async def _pieces(status: Status) -> AsyncGenerator[bytes]:
     """Row by row, as there may be thousands of prompts: the event loop turns between the pieces."""
-    known = show.shown(status.model_dump(exclude={"prompts"}) | {"prompts": []})
-    prompts = (show.shown_prompt(prompt.model_dump()) for prompt in status.prompts)
+    known = words.shown(status.model_dump(exclude={"prompts"}) | {"prompts": []})
+    prompts = (words.shown_prompt(prompt.model_dump()) for prompt in status.prompts)
     stream = _template().stream(**_shown(known), prompts=prompts)
     stream.enable_buffering(_BUFFERED)
     for piece in stream:
@@ -63,15 +63,15 @@ def _template() -> jinja2.Template:
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True
     )
     environment.filters |= {
-        "size": show.size,
-        "summary": show.summary_of,
+        "size": words.size,
+        "summary": words.summary_of,
         "when": lambda at: time.strftime("%Y-%m-%d %H:%M %Z", time.localtime(at)),
         "utc": lambda at: time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(at)),
-        "note": show.note_of,
-        "no_prompts": lambda status: show.no_prompts(status).plain,
-        "medians": show.medians_of,
-        "hits": show.hits_of,
-        "worker": show.worker_of,
+        "note": words.note_of,
+        "no_prompts": words.no_prompts,
+        "medians": words.medians_of,
+        "hits": words.hits_of,
+        "worker": words.worker_of,
     }
     return environment.from_string(_source())
 

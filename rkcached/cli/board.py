@@ -16,7 +16,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Final
 
-from rkcached.cli.status import show
+from rkcached.api import words
 from rkcached.engines.registry import ENGINES
 from rkcached.engines.rkllm.abi import ABIS
 from rkcached.engines.rkllm.identify import choose_abi, identify
@@ -281,10 +281,12 @@ class Board:
         sizes = {model: model_bytes(manifest, config) for model, config in manifest.models.items()}
         largest = max(sizes, key=lambda model: sizes[model])
         if not sizes[largest]:
-            finding = f"{show.size(available)} available; there is no model file to compare it with"
+            finding = (
+                f"{words.size(available)} available; there is no model file to compare it with"
+            )
             return Check(name=name, outcome=Outcome.SKIP, finding=finding)
         needed = sizes[largest] * 5 // 4
-        finding = f"{show.size(available)} available; {largest}, the largest model, needs about {show.size(needed)}"
+        finding = f"{words.size(available)} available; {largest}, the largest model, needs about {words.size(needed)}"
         if available < needed:
             next_step = (
                 "end other programs, or use a smaller model; the figure is the file's size and 25 %"

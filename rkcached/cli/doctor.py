@@ -26,9 +26,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from rkcached.api import words
 from rkcached.cli.board import Board, Check, Outcome, model_bytes, order, size_of
 from rkcached.cli.service_view import view_of
-from rkcached.cli.status import show
 from rkcached.engines.kinds import EngineKind
 from rkcached.engines.llamacpp.gguf import Header, read_header
 from rkcached.engines.registry import ENGINES
@@ -291,7 +291,7 @@ def _other_model(name: str, manifest: Manifest, config: ModelConfig) -> Check:
         next_step = "check its permissions, and those of the directories above it"
         return Check(name=name, outcome=Outcome.FAIL, finding=finding, next_step=next_step)
 
-    finding = f"{config.path}, {show.size(model_bytes(manifest, config))}"
+    finding = f"{config.path}, {words.size(model_bytes(manifest, config))}"
     if len(files) > 1:
         finding += f" in {len(files)} files"
     return Check(name=name, outcome=Outcome.OK, finding=finding)
@@ -306,7 +306,7 @@ def _rkllm_model(name: str, path: Path, size: int, runtime_version: str | None) 
         return Check(
             name=name, outcome=Outcome.FAIL, finding=f"{path} cannot be read: {error.strerror}"
         )
-    shown = f"{path}, {show.size(size)}"
+    shown = f"{path}, {words.size(size)}"
     if not found:
         finding = f"{shown}: it does not name the rkllm-toolkit that made it; not an RKLLM model?"
         next_step = "the RKLLM engine loads .rkllm files only, which rkllm-toolkit makes on a PC"
@@ -328,13 +328,13 @@ def _rkllm_model(name: str, path: Path, size: int, runtime_version: str | None) 
 def _disk(manifest: Manifest, sources: Sources, cache_dir: Path) -> Check:
     free = _free_bytes(cache_dir)
     used = sum(size_of(path) or 0 for path in cache_dir.glob("*/*_cache"))
-    finding = f"{show.size(free)} free at {cache_dir}, {show.size(used)} in the store; "
+    finding = f"{words.size(free)} free at {cache_dir}, {words.size(used)} in the store; "
     if manifest.cache.max_bytes:
         wanted = int(manifest.cache.max_bytes)
-        finding += f"{show.size(wanted)} allowed by cache.max_bytes"
+        finding += f"{words.size(wanted)} allowed by cache.max_bytes"
     else:
-        wanted, words = _estimate(manifest, sources, cache_dir)
-        finding += words
+        wanted, estimate = _estimate(manifest, sources, cache_dir)
+        finding += estimate
     if free + used < wanted:
         next_step = "make room, name a larger disk with --cache-dir, or set cache.max_bytes"
         return Check(name="disk", outcome=Outcome.WARN, finding=finding, next_step=next_step)
@@ -359,7 +359,7 @@ def _estimate(manifest: Manifest, sources: Sources, cache_dir: Path) -> tuple[in
         else:
             known += len(texts)
             known_bytes += round(sum(texts) * rate)
-    said = [f"about {show.size(known_bytes)} needed by {_prompts_of(known)}"] if known else []
+    said = [f"about {words.size(known_bytes)} needed by {_prompts_of(known)}"] if known else []
     said += (
         [f"what {_prompts_of(unknown)} will take is not known before one is built"]
         if unknown

@@ -7,6 +7,7 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
+from rkcached.api import words
 from rkcached.api.status import artifact_figures
 from rkcached.cli.status import show
 from rkcached.errors import SourceError
@@ -51,7 +52,7 @@ _NEXT = {
 
 
 def print_explanation(console: Console, data: dict[str, Any]) -> None:
-    data = show.printable_all(data)
+    data = words.printable_all(data)
     console.print(Text(f"{data['model']}/{data['prompt']}: {data['state']}", style="bold"))
     if data["description"]:
         console.print(Text(f"  {data['description']}", style="dim"))
@@ -67,7 +68,7 @@ def print_explanation(console: Console, data: dict[str, Any]) -> None:
         built = show.when(artifact["built_at"])
         console.print(
             Text(
-                f"  built {built}: {artifact['tokens']} tokens, {show.size(artifact['size_bytes'])}"
+                f"  built {built}: {artifact['tokens']} tokens, {words.size(artifact['size_bytes'])}"
             )
         )
         if artifact["verified"] != "off":

@@ -27,6 +27,7 @@ import msgspec
 from rich.console import Console
 from rich.text import Text
 
+from rkcached.api import words
 from rkcached.cli.status import show
 from rkcached.errors import FormatError, SourceError
 from rkcached.sources.problems import NAME
@@ -111,7 +112,7 @@ def print_inspection(console: Console, data: dict[str, Any]) -> None:
     console.print(Text(f"{data['file']}: a prompt cache of {data['format']}", style="bold"))
     count = f"{tokens['count']:,} tokens" if tokens else "an unknown number of tokens"
     console.print(
-        Text(f"  {count}, {show.size(data['size_bytes'])} ({data['size_bytes']:,} bytes)")
+        Text(f"  {count}, {words.size(data['size_bytes'])} ({data['size_bytes']:,} bytes)")
     )
     if tokens:
         rest = tokens["count"] - len(tokens["first"])

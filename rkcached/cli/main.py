@@ -339,8 +339,8 @@ def gc_(settings: Settings, *, dry_run: bool, strangers: bool, want_json: bool) 
     Files and folders that are not the store's are only listed. A running daemon owns the store, so
     it does this when asked over its socket for changes. Exit code 66 when there is no store.
     """
+    from rkcached.api.words import size
     from rkcached.cli.client import Client
-    from rkcached.cli.status.show import size
     from rkcached.reconcile import collection
     from rkcached.store import garbage
     from rkcached.store.store import Store

@@ -10,8 +10,8 @@ from typing import Any
 from rich.console import Console
 from rich.status import Status
 
+from rkcached.api import words
 from rkcached.cli.client import Client
-from rkcached.cli.status import show
 from rkcached.errors import RequestError
 
 _REFRESH_S = 0.25
@@ -47,7 +47,7 @@ def regenerate(
                 refusals.append(error)
                 continue
             seconds = answer["build_ms"] / 1000
-            size = show.size(answer["size_bytes"])
+            size = words.size(answer["size_bytes"])
             console.print(
                 f"{name} {answer['tokens']} tokens, {size} in {seconds:.1f} s", markup=False
             )

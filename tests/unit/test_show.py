@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from rkcached.api import words
 from rkcached.cli.status import live, show
 from rkcached.cli.status.picture import picture
 
@@ -74,7 +75,7 @@ def seen(status: dict[str, Any], width: int = 80, height: int = 24, **options: A
     """The lines of the live picture."""
     console = Console(file=io.StringIO(), width=width, height=height)
     with console.capture() as captured:
-        console.print(*picture(show.shown(status), console, **options).parts, sep="\n")
+        console.print(*picture(words.shown(status), console, **options).parts, sep="\n")
     return [line.rstrip() for line in captured.get().splitlines()]
 
 
@@ -123,7 +124,7 @@ def test_json_is_the_same_document() -> None:
 def test_a_description_of_several_lines() -> None:
     """It is one line of a table."""
     assert (
-        show.shown(a_status([prompt("a", "fresh", description="one\n  two")]))["prompts"][0][
+        words.shown(a_status([prompt("a", "fresh", description="one\n  two")]))["prompts"][0][
             "description"
         ]
         == "one two"
@@ -147,7 +148,7 @@ def test_a_state_says_it_all() -> None:
     names = [line.split()[0] for line in lines if line.startswith("m/")]
     assert names[:6] == ["m/b0", "m/b1", "m/b2", "m/now", "m/p00", "m/p01"]
     assert "3 prompts: source missing" in printed(status)
-    assert show.note_of(building) == "1 of 2 tokens"
+    assert words.note_of(building) == "1 of 2 tokens"
 
 
 def test_what_is_built_for_the_same_reason() -> None:
@@ -209,7 +210,7 @@ def test_every_prompt_can_be_reached(width: int, height: int) -> None:
     console = Console(file=io.StringIO(), width=width, height=height)
     first, found = 0, list[str]()
     while len(found) < 40:
-        drawn = picture(show.shown(status), console, first=first)
+        drawn = picture(words.shown(status), console, first=first)
         lines = seen(status, width, height, first=first)
         assert len(lines) <= height
         assert max(map(len, lines)) <= width

@@ -11,11 +11,11 @@ import time
 from pathlib import Path
 from typing import Any
 
+from rkcached.api import words
 from rkcached.cli.bench.direct import Ask, DirectEngine
 from rkcached.cli.bench.machine import available_bytes
 from rkcached.cli.bench.results import DirectRun, ModelFacts, State
 from rkcached.cli.board import model_bytes
-from rkcached.cli.status import show
 from rkcached.engines.base import Sampling
 from rkcached.engines.kinds import EngineKind
 from rkcached.errors import RkcachedError
@@ -86,7 +86,7 @@ class Alone:
         needed, available = model_bytes(look.manifest, found.config) * 5 // 4, available_bytes()
         if available and available < needed:
             raise NotPossible(
-                f"a second {model} needs about {show.size(needed)} of memory, {show.size(available)} are available"
+                f"a second {model} needs about {words.size(needed)} of memory, {words.size(available)} are available"
             )
         self._look = look
         self._model = found

@@ -8,10 +8,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from rkcached.api.words import size
 from rkcached.cli.bench.compare import Comparison
 from rkcached.cli.bench.results import MachineFacts, PromptResult, Results, State
 from rkcached.cli.bench.samples import number, p95
-from rkcached.cli.status.show import size
 from rkcached.errors import printable
 
 _HIGH = "high"

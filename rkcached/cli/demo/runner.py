@@ -25,8 +25,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from rkcached.api import words
 from rkcached.cli.client import Client
-from rkcached.cli.status import show
 from rkcached.errors import DaemonUnreachable, RkcachedError, SourceError
 from rkcached.host import isolated
 
@@ -250,7 +250,7 @@ def _table(rows: list[dict[str, Any]]) -> Table:
             f"{row['warm_ms']:,.0f} ms",
             f"{(1 - row['warm_ms'] / row['cold_ms']) * 100:.0f} %",
             str(row["cached"]),
-            show.size(row["size"]),
+            words.size(row["size"]),
         )
     return table
 

@@ -27,6 +27,7 @@ from typing import Any, assert_never
 from rich.console import Console, Group
 from rich.live import Live
 
+from rkcached.api import words
 from rkcached.cli.client import Client, follow
 from rkcached.cli.status import show
 from rkcached.cli.status.picture import GONE, brief_reason, picture
@@ -259,7 +260,7 @@ def facts_of(status: dict[str, Any]) -> dict[str, str]:
 
     What changes by itself is left out.
     """
-    status = show.shown(status)
+    status = words.shown(status)
     facts = {show.name_of(prompt): _prompt_line(prompt) for prompt in status["prompts"]}
     for model in status["models"]:
         facts[f"model {model['name']}"] = show.model_line({**model, "state_s": 0}).plain
@@ -271,7 +272,7 @@ def facts_of(status: dict[str, Any]) -> dict[str, str]:
         "store": f"the store cannot be read: {trouble}" if trouble else "store: readable",
         "watching": f"watching: {status['watching']}",
         "answers": f"answers: {show.answers_of(status)}",
-        "summary": show.summary_of(status),
+        "summary": words.summary_of(status),
     }
     return facts
 
@@ -279,7 +280,7 @@ def facts_of(status: dict[str, Any]) -> dict[str, str]:
 def _prompt_line(prompt: dict[str, Any]) -> str:
     artifact = prompt.get("artifact") if prompt["state"] == "fresh" else None
     figures = (
-        f", {artifact['tokens']} tokens, {show.size(artifact['size_bytes'])}" if artifact else ""
+        f", {artifact['tokens']} tokens, {words.size(artifact['size_bytes'])}" if artifact else ""
     )
     if artifact and artifact["verified"] != "off":
         figures += (
@@ -311,7 +312,7 @@ class _Screen(_View):
 
     def show(self, status: dict[str, Any], *, gone: bool) -> None:
         if status is not self._raw:
-            self._raw, self._shown = status, show.shown(status)
+            self._raw, self._shown = status, words.shown(status)
         seen = picture(
             self._shown,
             self._live.console,

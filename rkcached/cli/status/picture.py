@@ -12,6 +12,7 @@ from typing import Any
 from rich.console import Console, RenderableType
 from rich.text import Text
 
+from rkcached.api import words
 from rkcached.cli.status import show
 
 GONE = "daemon gone, waiting"
@@ -34,7 +35,7 @@ def picture(
     first: int = 0,
     scrolls: bool = True,
 ) -> Picture:
-    """What fits on the terminal of a status as `show.shown` gives it: troubles, then the prompts from `first` on.
+    """What fits on the terminal of a status as `words.shown` gives it: troubles, then the prompts from `first` on.
 
     Prompts that need attention come first, then what is being built, then the others.
     """
@@ -103,7 +104,7 @@ _TEXT_CHANGED = re.compile(r"prefix\.\w+: [^\s,]+ -> [^\s,]+(?:, prefix\.\w+: [^
 
 def brief_reason(prompt: dict[str, Any]) -> str:
     """Without figures that only this prompt has, so that those of many prompts are the same."""
-    reason = show.reason_of(prompt)
+    reason = words.reason_of(prompt)
     if reason.startswith("no gain: "):
         return "no gain, see cold and warm"
     return _TEXT_CHANGED.sub("its text changed", reason) if " -> " in reason else reason
@@ -123,7 +124,7 @@ def _head(status: dict[str, Any], console: Console, *, gone: bool) -> list[Text]
         *([(0, Text(f"{GONE}; this is how it was", style="bold reverse"))] if gone else []),
         *((0, line) for line in _troubles(status, console, most=max(3, height // 3))),
         (6, show.daemon_line(status, age=show.since(status["started_at"]))),
-        (0, Text(show.summary_of(status), style="bold")),
+        (0, Text(words.summary_of(status), style="bold")),
         (7, Text(f"engine {status['engine']}, answers: {show.answers_of(status)}")),
         *models,
         (3, queue),
@@ -169,10 +170,10 @@ def _times(status: dict[str, Any], width: int, *, ascii_only: bool) -> Iterator[
     """The last times to the first token, as many as there is room for beside their medians."""
     times = [one["ttft_ms"] for one in status["recent"]]
     if times:
-        words = "; ".join(filter(None, (f"last {times[-1]:.0f} ms", show.medians_of(status))))
-        room = max(0, width - len("TTFT    ") - len(words) - 1)
+        text = "; ".join(filter(None, (f"last {times[-1]:.0f} ms", words.medians_of(status))))
+        room = max(0, width - len("TTFT    ") - len(text) - 1)
         line = show.sparkline(times[-room:], ascii_only=ascii_only) if room else ""
-        yield Text(f"TTFT    {line} {words}" if line else f"TTFT    {words}")
+        yield Text(f"TTFT    {line} {text}" if line else f"TTFT    {text}")
 
 
 def _build(status: dict[str, Any], *, ascii_only: bool) -> Iterator[Text]:

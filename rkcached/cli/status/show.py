@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import statistics
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,6 +15,7 @@ from rich.console import Console, OverflowMethod
 from rich.table import Table
 from rich.text import Text
 
+from rkcached.api import words
 from rkcached.errors import printable
 from rkcached.plan.planner import (
     Action,
@@ -37,9 +37,6 @@ _NAME_WIDTH = 24
 
 _FIGURES = ("cold", "warm", "hits", "tokens", "size")
 """The columns of figures. The last ones give way first."""
-
-_LONG_S = 2.0
-"""From here on it is said how long a worker has been at it."""
 
 _NAMED = 3
 """So many retired prompt caches are named."""
@@ -135,7 +132,7 @@ def print_status(console: Console, status: dict[str, Any], *, stays: bool = Fals
 
     `stays`: it is read later, too, so it tells nothing that changes by itself.
     """
-    status = shown(status)
+    status = words.shown(status)
     prompts, wide = urgent_first(status["prompts"]), console.width >= WIDE
     for line in (*troubles(status), *_heading(status, stays=stays)):
         console.print(line)
@@ -145,14 +142,14 @@ def print_status(console: Console, status: dict[str, Any], *, stays: bool = Fals
         console.print(no_prompts(status))
         return
     console.print(prompt_table(prompts, console.width, notes=wide))
-    for who, note in () if wide else notes_of(prompts, Counter(map(note_of, prompts)), note_of):
+    for who, note in (
+        () if wide else notes_of(prompts, Counter(map(words.note_of, prompts)), words.note_of)
+    ):
         console.print(Text(f"{who}: {note}", style="dim"))
 
 
 def no_prompts(status: dict[str, Any]) -> Text:
-    if status["ready"]:
-        return Text("no prompts are declared", style="dim")
-    return Text("models and prompts are shown when every file has been read", style="dim")
+    return Text(words.no_prompts(status), style="dim")
 
 
 def is_declared(prompt: dict[str, Any]) -> bool:
@@ -176,32 +173,6 @@ def urgent_first(prompts: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return sorted(prompts, key=lambda prompt: urgency(prompt["state"]))
 
 
-def shown(status: dict[str, Any]) -> dict[str, Any]:
-    """The status for a person's eyes.
-
-    No text in it can command a terminal, or turn the direction of a line.
-
-    A worker that a build is about to start is not "stopped": the daemon tells of the build first.
-    """
-    found: dict[str, Any] = printable_all({**status, "prompts": []})
-    found["prompts"] = list(map(shown_prompt, status["prompts"]))
-    building = found.get("building")
-    for model in found["models"]:
-        if model["worker"] == "stopped" and building and model["name"] == building["model"]:
-            model["worker"] = "about to start"
-    return found
-
-
-def shown_prompt(prompt: dict[str, Any]) -> dict[str, Any]:
-    """Its words, of which figures have none; quick, as there may be thousands."""
-    found = {
-        name: printable(value) if isinstance(value, str) else value
-        for name, value in prompt.items()
-    }
-    found["description"] = printable(" ".join(prompt["description"].split()))
-    return found
-
-
 def json_text(data: Any, *, indent: int | None = None) -> str:
     """JSON with letters as they are, but escapes for those that a terminal would obey."""
     text = json.dumps(data, ensure_ascii=False, indent=indent)
@@ -211,15 +182,6 @@ def json_text(data: Any, *, indent: int | None = None) -> str:
         letter if letter.isprintable() or letter == "\n" else json.dumps(letter)[1:-1]
         for letter in text
     )
-
-
-def printable_all(data: Any) -> Any:
-    """JSON data, its texts as `printable` gives them."""
-    if isinstance(data, str):
-        return printable(data)
-    if isinstance(data, dict):
-        return {key: printable_all(value) for key, value in data.items()}
-    return [printable_all(value) for value in data] if isinstance(data, list) else data
 
 
 def prompt_table(
@@ -243,7 +205,7 @@ def prompt_table(
             Text(row["prompt"], overflow=overflow, no_wrap=one_line),
             Text(row["state"], style=_STATE_STYLE.get(row["state"], "red")),
             *(Text(row[name]) for name in figures),
-            *([Text(note_of(prompt), overflow=overflow, no_wrap=one_line)] if notes else []),
+            *([Text(words.note_of(prompt), overflow=overflow, no_wrap=one_line)] if notes else []),
         )
     return table
 
@@ -255,10 +217,10 @@ def _row(prompt: dict[str, Any]) -> dict[str, str]:
         "prompt": name_of(prompt),
         "state": prompt["state"],
         "tokens": str(artifact.get("tokens", "")),
-        "size": size(artifact["size_bytes"]) if artifact else "",
+        "size": words.size(artifact["size_bytes"]) if artifact else "",
         "cold": f"{artifact['cold_ttft_ms']:.0f} ms" if measured else "",
         "warm": f"{artifact['warm_ttft_ms']:.0f} ms" if measured else "",
-        "hits": hits_of(prompt),
+        "hits": words.hits_of(prompt),
     }
 
 
@@ -276,14 +238,6 @@ def _that_fit(rows: Sequence[dict[str, str]], width: int) -> list[str]:
 
 def name_of(prompt: dict[str, Any]) -> str:
     return f"{prompt['model']}/{prompt['prompt']}"
-
-
-def hits_of(prompt: dict[str, Any]) -> str:
-    """How often its cache helped; "-" if it was never loaded."""
-    hits, misses = prompt["hits"], prompt["misses"]
-    if not prompt["last_used"]:
-        return "-"
-    return f"{hits} of {hits + misses}" if misses else str(hits)
 
 
 def troubles(status: dict[str, Any]) -> Iterator[Text]:
@@ -305,9 +259,10 @@ def troubles(status: dict[str, Any]) -> Iterator[Text]:
 
 def _heading(status: dict[str, Any], *, stays: bool) -> Iterator[Text]:
     yield daemon_line(
-        status, age=since(status["started_at"]) if stays else f"up {duration(status['uptime_s'])}"
+        status,
+        age=since(status["started_at"]) if stays else f"up {words.duration(status['uptime_s'])}",
     )
-    yield Text(summary_of(status), style="bold")
+    yield Text(words.summary_of(status), style="bold")
     yield Text(f"engine {status['engine']}, cache {used_of(status)}, answers: {answers_of(status)}")
     yield from map(model_line, status["models"])
 
@@ -320,7 +275,7 @@ def retired_line(status: dict[str, Any]) -> str:
     named = ", ".join(dict.fromkeys(name_of(one) for one in retired[:_NAMED]))
     more = f" and {count - _NAMED} more" if count > _NAMED else ""
     until = when(min(one["kept_until"] for one in retired))
-    taken = size(status["cache"]["retired_bytes"])
+    taken = words.size(status["cache"]["retired_bytes"])
     return (
         f"retired: {count} ({named}{more}), {taken}, kept until {until} or longer, if there is room"
     )
@@ -330,62 +285,34 @@ def daemon_line(status: dict[str, Any], *, age: str) -> Text:
     return Text(f"rkcached {status['version']}, pid {status['pid']}, {age}")
 
 
-def summary_of(status: dict[str, Any]) -> str:
-    """The daemon's one line, without what `troubles` says."""
-    summary: str = status["summary"]
-    for problem in status["manifest"]["problems"][:1]:
-        summary = summary.removesuffix(f", manifest rejected: {problem}")
-    return summary.removesuffix(f", store not readable: {status['cache']['trouble']}")
-
-
 def answers_of(status: dict[str, Any]) -> str:
     return ", ".join(f"{count} {state}" for state, count in status["answers"].items()) or "none yet"
-
-
-def medians_of(status: dict[str, Any]) -> str:
-    """Of the last times to first token, with and without a cache; empty where there are neither."""
-    recent = status["recent"]
-    kinds = {"cached": ("hit", "loaded"), "cold": ("cold",)}
-    by_kind = {
-        kind: [one["ttft_ms"] for one in recent if one["state"] in states]
-        for kind, states in kinds.items()
-    }
-    medians = [
-        f"{kind} {statistics.median(values):.0f} ms" for kind, values in by_kind.items() if values
-    ]
-    return f"medians: {', '.join(medians)}" if medians else ""
 
 
 def used_of(status: dict[str, Any]) -> str:
     """What the store takes, of what it may, and what is left on the disk."""
     cache = status["cache"]
-    limit = f" of {size(cache['max_bytes'])}" if cache["max_bytes"] else ""
+    limit = f" of {words.size(cache['max_bytes'])}" if cache["max_bytes"] else ""
     kinds = {
         "orphan": "orphan",
         "retired": "retired",
         "foreign": "not the store's",
         "quarantine": "quarantine",
     }
-    taken = [(cache[f"{name}_bytes"], words) for name, words in kinds.items()]
-    shares = ", ".join(f"{size(size_bytes)} {words}" for size_bytes, words in taken if size_bytes)
-    free = "" if cache["free_bytes"] is None else f", disk has {size(cache['free_bytes'])} free"
-    return f"{size(cache['used_bytes'])}{limit}" + (f" ({shares})" if shares else "") + free
+    taken = [(cache[f"{name}_bytes"], kind) for name, kind in kinds.items()]
+    shares = ", ".join(
+        f"{words.size(size_bytes)} {kind}" for size_bytes, kind in taken if size_bytes
+    )
+    free = (
+        "" if cache["free_bytes"] is None else f", disk has {words.size(cache['free_bytes'])} free"
+    )
+    return f"{words.size(cache['used_bytes'])}{limit}" + (f" ({shares})" if shares else "") + free
 
 
 def model_line(model: dict[str, Any]) -> Text:
     return Text(
-        f"model {model['name']}: {worker_of(model)}", style="red" if model["trouble"] else ""
+        f"model {model['name']}: {words.worker_of(model)}", style="red" if model["trouble"] else ""
     )
-
-
-def worker_of(model: dict[str, Any]) -> str:
-    """What its worker does, since when if that is long, who waits for it, and what is wrong."""
-    note = model["trouble"] or model["last_failure"]
-    restarts = f", {model['restarts']} restarts" if model["restarts"] else ""
-    working = model["worker"] in ("busy", "starting") and model["state_s"] >= _LONG_S
-    since = f" for {duration(model['state_s'])}" if working else ""
-    waiting = f", {model['waiting']} waiting" if model["waiting"] else ""
-    return f"{model['worker']}{since}{waiting}{restarts}" + (f" ({note})" if note else "")
 
 
 def sparkline(values: Sequence[float], *, ascii_only: bool = False) -> str:
@@ -393,22 +320,6 @@ def sparkline(values: Sequence[float], *, ascii_only: bool = False) -> str:
     steps = "_.:-=+*#" if ascii_only else "▁▂▃▄▅▆▇█"
     top = max(values, default=0.0) or 1.0
     return "".join(steps[min(int(value / top * len(steps)), len(steps) - 1)] for value in values)
-
-
-def reason_of(prompt: dict[str, Any]) -> str:
-    """Why it is in its state and what to do; empty where the state says it all: missing, and being built for that."""
-    parts = [prompt["reason"] if prompt["reason"] != "missing" else "", prompt["hint"]]
-    return "; ".join(part for part in parts if part)
-
-
-def note_of(prompt: dict[str, Any]) -> str:
-    """A build's progress; the reason of the state; where there is none, the description."""
-    progress, reason = prompt.get("progress"), reason_of(prompt)
-    if progress and progress["total_tokens"]:
-        return f"{progress['done_tokens']} of {progress['total_tokens']} tokens" + (
-            f", {reason}" if reason else ""
-        )
-    return reason or str(prompt["description"])
 
 
 def notes_of(
@@ -420,27 +331,6 @@ def notes_of(
     for text, prompt in {note(prompt): prompt for prompt in prompts}.items():
         if text:
             yield name_of(prompt) if counts[text] == 1 else f"{counts[text]} prompts", text
-
-
-def size(count: float | None) -> str:
-    """Bytes in decimal units, as `ls -h --si` shows them."""
-    value = float(count or 0)
-    for unit in ("B", "kB", "MB"):
-        if value < 1000:
-            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
-        value /= 1000
-    return f"{value:.2f} GB"
-
-
-def duration(seconds: float) -> str:
-    minutes, s = divmod(int(seconds), 60)
-    hours, m = divmod(minutes, 60)
-    days, h = divmod(hours, 24)
-    if days:
-        return f"{days} d {h} h"
-    if hours:
-        return f"{hours} h {m} min"
-    return f"{m} min {s} s" if minutes else f"{s} s"
 
 
 def when(unix_seconds: float) -> str:
