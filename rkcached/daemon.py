@@ -167,7 +167,7 @@ async def _serve(
     events = Events()
     workers = Workers(
         on_state=lambda worker: _tell_worker(events, worker),
-        room=lambda: _room(reconciler.view.manifest),
+        room=lambda: _room(reconciler.snapshot.manifest),
     )
     gates = Gates()
     watcher = Watcher(lambda changed: reconciler.look_again(changed))  # noqa: PLW0108 - which is made below
@@ -182,7 +182,7 @@ async def _serve(
         watcher=watcher,
         events=events,
         service=service,
-        on_turn=lambda: headline.tell(summary(reconciler)),
+        on_turn=lambda: headline.tell(summary(reconciler.snapshot)),
     )
     serving = Serving(reconciler, workers, gates, events)
     recent = Recent(events)
@@ -195,7 +195,7 @@ async def _serve(
         metrics=Metrics(events, reconciler, serving, workers),
         make_status=lambda urgent_first=False: status(
             started=started,
-            reconciler=reconciler,
+            snapshot=reconciler.snapshot,
             serving=serving,
             workers=workers,
             store=store,
@@ -206,20 +206,20 @@ async def _serve(
         reload=lambda: _reload(reconciler, service),
     )
     everyone = HttpServer(
-        OnceLooked(api.app(admin_socket=settings.admin_socket), reconciler.looked), grace_s=1
+        OnceLooked(api.app(admin_socket=settings.admin_socket), reconciler.ready), grace_s=1
     )
-    admin = HttpServer(OnceLooked(api.app(), reconciler.looked), grace_s=1)
+    admin = HttpServer(OnceLooked(api.app(), reconciler.ready), grace_s=1)
     stopping = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stopping.set)
     reloads: set[asyncio.Task[None]] = set()
     loop.add_signal_handler(signal.SIGHUP, lambda: _hang_up(reloads, reconciler, service))
     if service.notified:
-        status_line = _Soon(lambda: service.status(summary(reconciler)))
+        status_line = _Soon(lambda: service.status(summary(reconciler.snapshot)))
         events.listen(
             lambda event: status_line.call() if event.kind in ("artifact", "build") else None
         )
-    service.status(summary(reconciler))
+    service.status(summary(reconciler.snapshot))
     reconciling = asyncio.create_task(reconciler.run())
     serving_http = asyncio.create_task(_serve_both((everyone, admin), listeners))
     announcing = asyncio.create_task(
@@ -240,7 +240,7 @@ async def _serve(
         )
     finally:
         log.info("stopping", running=serving.running)
-        grace_s = reconciler.view.manifest.serving.shutdown_grace_s
+        grace_s = reconciler.snapshot.manifest.serving.shutdown_grace_s
         service.stopping(grace_s=grace_s)
         service.status("stopping")
         keeping.cancel()
@@ -309,16 +309,18 @@ async def _announce(
     """Ready is who answers on both sockets and has a plan; what the plan asks for is built afterwards."""
     for server in servers:
         await server.answering.wait()
-    await reconciler.looked.wait()
-    service.status(summary(reconciler))  # who waited for the start must not read that it goes on
+    await reconciler.ready.wait()
+    service.status(
+        summary(reconciler.snapshot)
+    )  # who waited for the start must not read that it goes on
     service.ready()
     ChatRequest.model_rebuild()  # put off while we started; the first request need not pay for it
     ChatCompletion.model_rebuild()
     log.info(
         "ready",
         socket=str(socket_path),
-        prompts=len(reconciler.view.assessments),
-        fresh=len(reconciler.view.index),
+        prompts=len(reconciler.snapshot.assessments),
+        fresh=len(reconciler.snapshot.index),
     )
 
 
@@ -331,10 +333,10 @@ async def _reload(reconciler: Reconciler, service: Service) -> None:
     try:
         await reconciler.next_look()
     finally:
-        service.status(summary(reconciler))
+        service.status(summary(reconciler.snapshot))
         service.ready()
-    if reconciler.manifest_file.error is not None:
-        raise ManifestError(reconciler.manifest_file.error.problems)
+    if reconciler.snapshot.manifest_error is not None:
+        raise ManifestError(reconciler.snapshot.manifest_error.problems)
 
 
 def _hang_up(reloads: set[asyncio.Task[None]], reconciler: Reconciler, service: Service) -> None:

@@ -173,12 +173,12 @@ class CacheApi:
     # Models
 
     async def _available(self, _: Request) -> Response:
-        models = self._reconciler.view.desired.models
+        models = self._reconciler.snapshot.desired.models
         shown = [model_status(name, model, self._workers) for name, model in models.items()]
         return answer(ModelStatusList.model_validate({"data": shown}))
 
     async def _loaded(self, _: Request) -> Response:
-        models = self._reconciler.view.desired.models
+        models = self._reconciler.snapshot.desired.models
         shown = [model_status(name, model, self._workers) for name, model in models.items()]
         return answer(
             ModelStatusList.model_validate(
@@ -228,12 +228,12 @@ class CacheApi:
 
     async def _list(self, request: Request) -> Response:
         model = self._known_model(request)
-        keys = [key for key in self._reconciler.view.assessments if key.model == model]
+        keys = [key for key in self._reconciler.snapshot.assessments if key.model == model]
         return answer(CacheList.model_validate({"data": [self._describe(key) for key in keys]}))
 
     async def _get(self, request: Request) -> Response:
         key = self._key(request, request.path_params["name"])
-        if key not in self._reconciler.view.assessments:
+        if key not in self._reconciler.snapshot.assessments:
             raise _no_cache(key)
         return answer(CacheEntry.model_validate(self._describe(key)))
 
@@ -274,7 +274,7 @@ class CacheApi:
 
     async def _delete(self, request: Request) -> Response:
         key = self._key(request, request.path_params["name"])
-        desired = self._reconciler.view.desired
+        desired = self._reconciler.snapshot.desired
         if key in desired.prompts and key not in desired.stored:
             raise _declared(key, "remove it there")
         try:
@@ -309,7 +309,7 @@ class CacheApi:
 
     async def _write(self, key: Key, text: str, param: str) -> None:
         """Store a client's text. Errors: RequestError."""
-        model = self._reconciler.view.desired.models.get(key.model)
+        model = self._reconciler.snapshot.desired.models.get(key.model)
         if isinstance(model, DesiredModel) and model.config.embedding:
             said = f"the model {key.model!r} makes embeddings only, so it has no prompts"
             raise RequestError(
@@ -326,7 +326,7 @@ class CacheApi:
         if "\0" in text or any("\ud800" <= letter <= "\udfff" for letter in text):
             said = "the prompt has a NUL or half a surrogate pair"
             raise RequestError(400, said, code="invalid_value", param=param, hint="send text")
-        desired = self._reconciler.view.desired
+        desired = self._reconciler.snapshot.desired
         if key in desired.prompts and key not in desired.stored:
             raise _declared(key, "change its file, or store this text under another name")
         try:
@@ -343,7 +343,7 @@ class CacheApi:
                 self._reconciler.regenerate(key) if anew else self._reconciler.freshen(key)
             )
         except errors.SourceError as error:
-            missing = key not in self._reconciler.view.desired.prompts
+            missing = key not in self._reconciler.snapshot.desired.prompts
             raise RequestError(
                 404 if missing else 409,
                 error.message,
@@ -363,17 +363,17 @@ class CacheApi:
             raise RequestError(503, error.message, code="build_failed", hint=error.hint) from error
 
     def _describe(self, key: Key) -> dict[str, Any]:
-        stored = key in self._reconciler.view.desired.stored
+        stored = key in self._reconciler.snapshot.desired.stored
         return {
             "cache_name": key.prompt,
             "stored": stored,
-            **prompt_status(key, self._reconciler, self._serving),
+            **prompt_status(key, self._reconciler.snapshot, self._serving),
         }
 
     def _known_model(self, request: Request) -> str:
         """Also one that is in trouble: it may be well again. Errors: RequestError 404."""
         name: str = request.path_params["model"]
-        if name not in self._reconciler.view.desired.models:
+        if name not in self._reconciler.snapshot.desired.models:
             self._serving.preparation.model(name)
         return name
 

@@ -121,8 +121,8 @@ class _Now(Collector):
         self._workers = workers
 
     def collect(self) -> Iterator[Metric]:
-        view = self._reconciler.view
-        states = Counts((key.model, one.state.value) for key, one in view.assessments.items())
+        snapshot = self._reconciler.snapshot
+        states = Counts((key.model, one.state.value) for key, one in snapshot.assessments.items())
         artifacts = GaugeMetricFamily(
             "rkcached_artifacts", "Prompts by state.", labels=("model", "state")
         )
@@ -130,19 +130,21 @@ class _Now(Collector):
             artifacts.add_metric((model, state), count)
         yield artifacts
         yield GaugeMetricFamily(
-            "rkcached_cache_bytes", "What counts against cache.max_bytes.", value=view.used_bytes()
+            "rkcached_cache_bytes",
+            "What counts against cache.max_bytes.",
+            value=snapshot.used_bytes(),
         )
         yield GaugeMetricFamily(
             "rkcached_retired_bytes",
             "The part of it that is kept for prompts that return.",
-            value=view.retired_bytes(),
+            value=snapshot.retired_bytes(),
         )
-        if (budget := view.manifest.cache.max_bytes) is not None:
+        if (budget := snapshot.manifest.cache.max_bytes) is not None:
             yield GaugeMetricFamily("rkcached_cache_max_bytes", "What they may take.", value=budget)
         waiting = GaugeMetricFamily(
             "rkcached_requests_waiting", "Requests that wait for their turn.", labels=["model"]
         )
-        for model in view.desired.models:
+        for model in snapshot.desired.models:
             waiting.add_metric([model], self._serving.waiting(model))
         yield waiting
         memory = GaugeMetricFamily(
@@ -152,7 +154,7 @@ class _Now(Collector):
             if worker.pid is not None and (size := resident_bytes(worker.pid)) is not None:
                 memory.add_metric([worker.model.name], size)
         yield memory
-        good = self._reconciler.manifest_file.error is None
+        good = snapshot.manifest_error is None
         yield GaugeMetricFamily(
             "rkcached_manifest_good", "1 if the manifest on disk is in force.", value=float(good)
         )

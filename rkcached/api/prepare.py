@@ -28,7 +28,7 @@ from rkcached.errors import RequestError
 from rkcached.messages.reply import Reply
 from rkcached.messages.template import ChatTemplate, Message, ToolStyle
 from rkcached.plan.desired import DesiredModel
-from rkcached.reconcile.snapshot import View
+from rkcached.reconcile.snapshot import Snapshot
 from rkcached.sources.records import Key, Trouble
 from rkcached.worker.schemas import MAX_SCHEMA_BYTES, SchemaChecker
 
@@ -76,7 +76,7 @@ class _Demand:
 
 
 class Preparation:
-    def __init__(self, view: Callable[[], View]) -> None:
+    def __init__(self, view: Callable[[], Snapshot]) -> None:
         self._view = view
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="render")
         """For templates that may wait: they are rendered one by one, and a slow one keeps no other

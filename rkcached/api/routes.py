@@ -243,7 +243,7 @@ class Api:
         return answer(Health())
 
     async def _readyz(self, _: Request) -> Response:
-        ready = self._reconciler.looked.is_set()
+        ready = self._reconciler.snapshot.ready
         if not ready and not self._told_starting:
             self._told_starting = True  # once: whoever waits for it asks each second
             log.warning("not ready", status=503, reason="not all files have been read yet")
@@ -258,7 +258,7 @@ class Api:
         return Streamed(_event_stream(self._events), media_type=EVENT_STREAM)
 
     async def _get_status(self, request: Request) -> Response:
-        if request.query_params.get("look") == "true" and self._reconciler.looked.is_set():
+        if request.query_params.get("look") == "true" and self._reconciler.snapshot.ready:
             await self._reconciler.next_look()
         return Streamed(pieces(self._status()), media_type="application/json")
 
@@ -276,14 +276,14 @@ class Api:
         return answer(ManifestReloaded(summary=self._status().summary))
 
     async def _models(self, _: Request) -> Response:
-        view = self._reconciler.view
-        names = [*view.desired.models, *(str(key) for key in view.desired.prompts)]
+        snapshot = self._reconciler.snapshot
+        names = [*snapshot.desired.models, *(str(key) for key in snapshot.desired.prompts)]
         return answer(ModelList(data=[ModelCard(id=name) for name in names]))
 
     async def _model(self, request: Request) -> Response:
         name, _, prompt = request.path_params["name"].partition("/")
         self._serving.preparation.model(name)
-        if prompt and Key(name, prompt) not in self._reconciler.view.desired.prompts:
+        if prompt and Key(name, prompt) not in self._reconciler.snapshot.desired.prompts:
             raise RequestError(
                 404,
                 f"the model {name!r} has no prompt {prompt!r}",

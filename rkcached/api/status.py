@@ -23,13 +23,12 @@ from rkcached.host.digests import Reading
 from rkcached.plan.desired import DesiredModel
 from rkcached.plan.planner import Blocked, DesiredPrompt, State, urgency
 from rkcached.reconcile.events import Event, Events
-from rkcached.reconcile.snapshot import View
+from rkcached.reconcile.snapshot import Snapshot
 from rkcached.sources.records import Key, Trouble
 from rkcached.store.sidecar import StoredArtifact
 from rkcached.worker.protocol import VerifyMode
 
 if TYPE_CHECKING:  # `explain` needs this module, and nothing of the daemon
-    from rkcached.reconcile.loop import Reconciler
     from rkcached.serving.dispatcher import Serving
     from rkcached.store.store import Store
     from rkcached.worker.pool import Workers
@@ -57,7 +56,7 @@ class Recent:
 def status(
     *,
     started: float,
-    reconciler: Reconciler,
+    snapshot: Snapshot,
     serving: Serving,
     workers: Workers,
     store: Store,
@@ -69,68 +68,67 @@ def status(
 
     Prompts are in the manifest's order, or with `urgent_first` in the order for people.
     """
-    view = reconciler.view
-    manifest_error = reconciler.manifest_file.error
-    building = [reconciler.progress.key] if reconciler.progress else []
-    keys = list(view.assessments)
+    manifest_error = snapshot.manifest_error
+    building = [snapshot.building.key] if snapshot.building else []
+    keys = list(snapshot.assessments)
     if urgent_first:
-        keys.sort(key=lambda key: urgency(_state(key, reconciler)))
+        keys.sort(key=lambda key: urgency(_state(key, snapshot)))
 
     document = {
         "version": __version__,
         "pid": os.getpid(),
         "started_at": round(started, 3),
         "uptime_s": round(time.time() - started, 1),
-        "ready": reconciler.looked.is_set(),
-        "starting": _starting(reconciler),
-        "summary": summary(reconciler),
+        "ready": snapshot.ready,
+        "starting": _starting(snapshot),
+        "summary": summary(snapshot),
         "manifest": {
-            "file": str(view.manifest.file),
+            "file": str(snapshot.manifest.file),
             "ok": manifest_error is None,
             "problems": [str(problem) for problem in manifest_error.problems]
             if manifest_error
             else [],
-            "skipped_files": list(view.skipped_files),
+            "skipped_files": list(snapshot.skipped_files),
         },
-        "engine": view.manifest.engine.kind.value,
+        "engine": snapshot.manifest.engine.kind.value,
         "cache": {
             "directory": str(store.root),
-            "trouble": reconciler.store_trouble.message if reconciler.store_trouble else "",
-            "used_bytes": view.used_bytes(),
-            "max_bytes": view.manifest.cache.max_bytes,
-            "orphan_bytes": view.orphan_bytes(),
-            "retired": len(view.retired),
-            "retired_bytes": view.retired_bytes(),
-            "foreign_bytes": view.foreign_bytes,
-            "quarantine_bytes": view.quarantine_bytes,
+            "trouble": snapshot.store_trouble.message if snapshot.store_trouble else "",
+            "used_bytes": snapshot.used_bytes(),
+            "max_bytes": snapshot.manifest.cache.max_bytes,
+            "orphan_bytes": snapshot.orphan_bytes(),
+            "retired": len(snapshot.retired),
+            "retired_bytes": snapshot.retired_bytes(),
+            "foreign_bytes": snapshot.foreign_bytes,
+            "quarantine_bytes": snapshot.quarantine_bytes,
             "free_bytes": disk.free_bytes(store.root),
         },
         "watching": "polling" if polling else "inotify",
         "reconcile": {
-            "looks": reconciler.looks,
-            "last_look_ms": round(reconciler.last_look_ms, 1),
-            "builds": reconciler.builds,
+            "looks": snapshot.looks,
+            "last_look_ms": round(snapshot.last_look_ms, 1),
+            "builds": snapshot.builds,
         },
         "answers": dict(serving.answers),
         "recent": list(recent.answers),
         "running": serving.running,
         "models": [
             {
-                **model_status(name, model, workers, view.desired.unlisted.get(name)),
+                **model_status(name, model, workers, snapshot.desired.unlisted.get(name)),
                 "waiting": serving.waiting(name),
             }
-            for name, model in view.desired.models.items()
+            for name, model in snapshot.desired.models.items()
         ],
-        "notices": list(view.desired.notices),
-        "retired": _retired(view),
-        "building": next(_prompts(reconciler, serving, building), None),
-        "prompts": _prompts(reconciler, serving, keys),
+        "notices": list(snapshot.desired.notices),
+        "retired": _retired(snapshot),
+        "building": next(_prompts(snapshot, serving, building), None),
+        "prompts": _prompts(snapshot, serving, keys),
     }
     return Status.model_validate(document)
 
 
-def _retired(view: View) -> list[dict[str, Any]]:
-    last = heapq.nlargest(RETIRED_SHOWN, view.retired.values(), key=lambda one: one.retired_at)
+def _retired(snapshot: Snapshot) -> list[dict[str, Any]]:
+    last = heapq.nlargest(RETIRED_SHOWN, snapshot.retired.values(), key=lambda one: one.retired_at)
     return [
         {
             "model": one.key.model,
@@ -139,25 +137,23 @@ def _retired(view: View) -> list[dict[str, Any]]:
             "tokens": one.tokens,
             "size_bytes": one.size_bytes,
             "retired_at": round(one.retired_at, 3),
-            "kept_until": round(one.retired_at + view.manifest.cache.keep_retired_s, 3),
+            "kept_until": round(one.retired_at + snapshot.manifest.cache.keep_retired_s, 3),
         }
         for one in last
     ]
 
 
-def _prompts(
-    reconciler: Reconciler, serving: Serving, keys: Iterable[Key]
-) -> Iterator[dict[str, Any]]:
-    """Each as it is when its turn comes; without those that are gone by then."""
+def _prompts(snapshot: Snapshot, serving: Serving, keys: Iterable[Key]) -> Iterator[dict[str, Any]]:
+    """Each is described when its turn comes: thousands of descriptions at once take memory."""
     for key in keys:
-        if key in reconciler.view.assessments:
-            yield prompt_status(key, reconciler, serving)
+        if key in snapshot.assessments:
+            yield prompt_status(key, snapshot, serving)
 
 
-def _starting(reconciler: Reconciler) -> dict[str, Any] | None:
-    if reconciler.looked.is_set():
+def _starting(snapshot: Snapshot) -> dict[str, Any] | None:
+    if snapshot.ready:
         return None
-    reading = reconciler.reading
+    reading = snapshot.reading
     if reading is None:
         return {"file": "", "done_bytes": 0, "total_bytes": 0}
     return {
@@ -181,15 +177,15 @@ async def pieces(status: Status) -> AsyncGenerator[bytes]:
     yield b"]}"
 
 
-def summary(reconciler: Reconciler) -> str:
+def summary(snapshot: Snapshot) -> str:
     """One line: "12 fresh, 1 building qwen3-0.6b/system, 0 blocked", and what is wrong with manifest or store.
 
     Until the first look is over it says what that look does.
     """
-    if not reconciler.looked.is_set():
-        return _first_look(reconciler.reading)
-    building = reconciler.progress
-    assessments = reconciler.view.assessments
+    if not snapshot.ready:
+        return _first_look(snapshot.reading)
+    building = snapshot.building
+    assessments = snapshot.assessments
     counts = Counter(
         a.state for key, a in assessments.items() if building is None or building.key != key
     )
@@ -204,10 +200,10 @@ def summary(reconciler: Reconciler) -> str:
         *others,
         f"{counts[State.BLOCKED]} blocked",
     ]
-    if reconciler.store_trouble is not None:
-        parts.append(f"store not readable: {reconciler.store_trouble.message}")
-    if reconciler.manifest_file.error is not None:
-        parts.append(f"manifest rejected: {reconciler.manifest_file.error.problems[0]}")
+    if snapshot.store_trouble is not None:
+        parts.append(f"store not readable: {snapshot.store_trouble.message}")
+    if snapshot.manifest_error is not None:
+        parts.append(f"manifest rejected: {snapshot.manifest_error.problems[0]}")
     return ", ".join(parts)
 
 
@@ -238,17 +234,14 @@ def model_status(
     }
 
 
-def prompt_status(key: Key, reconciler: Reconciler, serving: Serving) -> dict[str, Any]:
-    view = reconciler.view
-    assessment = view.assessments[key]
-    building = (
-        reconciler.progress if reconciler.progress and reconciler.progress.key == key else None
-    )
+def prompt_status(key: Key, snapshot: Snapshot, serving: Serving) -> dict[str, Any]:
+    assessment = snapshot.assessments[key]
+    building = snapshot.building if snapshot.is_building(key) else None
     use = serving.uses.get(key)
     shown: dict[str, Any] = {
         "model": key.model,
         "prompt": key.prompt,
-        "state": _state(key, reconciler),
+        "state": _state(key, snapshot),
         "reason": building.reason if building else assessment.reason,
         "hint": assessment.hint,
         "retry_at": (assessment.action.retry_at or None)
@@ -265,11 +258,11 @@ def prompt_status(key: Key, reconciler: Reconciler, serving: Serving) -> dict[st
             "total_tokens": building.total_tokens,
             "elapsed_ms": round((time.monotonic() - building.started) * 1000),
         }
-    artifact = view.artifacts.get(key)
+    artifact = snapshot.artifacts.get(key)
     if (
         artifact is not None
         and not artifact.corrupt
-        and _is_of(view.desired.prompts.get(key), artifact)
+        and _is_of(snapshot.desired.prompts.get(key), artifact)
     ):
         shown["artifact"] = artifact_figures(artifact)
         if assessment.state is State.FRESH and not shown["artifact"]["gain"]:
@@ -281,9 +274,8 @@ def prompt_status(key: Key, reconciler: Reconciler, serving: Serving) -> dict[st
     return shown
 
 
-def _state(key: Key, reconciler: Reconciler) -> str:
-    building = reconciler.progress is not None and reconciler.progress.key == key
-    return "building" if building else reconciler.view.assessments[key].state.value
+def _state(key: Key, snapshot: Snapshot) -> str:
+    return "building" if snapshot.is_building(key) else snapshot.assessments[key].state.value
 
 
 def _is_of(prompt: DesiredPrompt | None, artifact: StoredArtifact) -> bool:

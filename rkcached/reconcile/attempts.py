@@ -12,9 +12,8 @@ from collections.abc import Iterable
 from dataclasses import replace
 
 from rkcached import errors
-from rkcached.plan.desired import DesiredModel
+from rkcached.plan.desired import Desired, DesiredModel
 from rkcached.plan.planner import DesiredPrompt, Verdict
-from rkcached.reconcile.snapshot import View
 from rkcached.reconcile.verdicts import verdict_on
 from rkcached.sources.records import Key
 
@@ -100,18 +99,16 @@ class Attempts:
         """A request was answered from it: earlier faults had another cause."""
         self._load_faults.pop(fingerprint, None)
 
-    def verdicts(self, view: View) -> dict[Key, Verdict]:
+    def verdicts(self, desired: Desired) -> dict[Key, Verdict]:
         """What to consider beside the store's verdicts.
 
         A model that could not be loaded blocks its prompts until it changes or may be tried again.
         """
         verdicts = dict(self._failures)
-        prompts: Iterable[DesiredPrompt] = (
-            view.desired.prompts.values() if self._model_failures else ()
-        )
+        prompts: Iterable[DesiredPrompt] = desired.prompts.values() if self._model_failures else ()
         for prompt in prompts:
             failure = self._model_failures.get(prompt.key.model)
-            model = view.model(prompt.key.model)
+            model = desired.models.get(prompt.key.model)
             if (
                 failure
                 and prompt.fingerprint

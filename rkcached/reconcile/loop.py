@@ -1,6 +1,6 @@
 """The reconciler: look, plan, act, until there is nothing to do.
 
-The single writer of the store and of the view.
+The single writer of the store and of the snapshot that others read.
 
 It is level-triggered. Events, signals, timers and finished builds all mean the same, "look again";
 what to do comes only from comparing the manifest with the disk. Everything here runs on the event
@@ -21,10 +21,9 @@ from pathlib import Path
 import structlog
 
 from rkcached import errors
-from rkcached.host.digests import Reading
 from rkcached.host.systemd import Service
 from rkcached.host.watch import Follower, places
-from rkcached.plan.desired import Desired, DesiredModel
+from rkcached.plan.desired import DesiredModel
 from rkcached.plan.planner import (
     PASSING_RETRY_S,
     Action,
@@ -41,9 +40,10 @@ from rkcached.reconcile.attempts import Attempts, blames_model
 from rkcached.reconcile.builder import REQUESTED, Builder, BuildRequest, size_if_same
 from rkcached.reconcile.collection import Collection
 from rkcached.reconcile.events import Events
+from rkcached.reconcile.index import FreshIndex
 from rkcached.reconcile.observer import Look, Observer
 from rkcached.reconcile.patience import Patience
-from rkcached.reconcile.snapshot import BuildProgress, FreshIndex, View
+from rkcached.reconcile.snapshot import BuildProgress, Published, Snapshot
 from rkcached.reconcile.verdicts import QUARANTINE_AFTER, quarantined
 from rkcached.reconcile.waiters import BuildRequests
 from rkcached.sources.manifest import Manifest
@@ -102,16 +102,10 @@ class Reconciler:
         self._service = service or Service()
         self._on_turn = on_turn
         self._announcer = Announcer(events)
-        self.view = View(manifest=manifest, desired=Desired(models={}, prompts={}, texts={}))
-        self.manifest_file = ManifestFile(manifest_path, manifest)
-        self.store_trouble: errors.StoreError | None = None
-        self.progress: BuildProgress | None = None
-        self.looked = asyncio.Event()
+        self._published = Published(manifest, store.digests)
+        self._manifest_file = ManifestFile(manifest_path, manifest)
+        self.ready = asyncio.Event()
         """Set once the first look is over and a plan exists."""
-        self.looks = 0
-        self.last_look_ms = 0.0
-        self.builds = 0
-        """Artifacts published since the start."""
         self._store = store
         self._observer = Observer(store, stored)
         self._stored = stored
@@ -139,14 +133,15 @@ class Reconciler:
         self._patience = Patience()
         self._declared: Mapping[Key, Declaration] = {}
         """By the last look."""
+        self._build_task: asyncio.Task[None] | None = None
         self._last_started: Key | None = None
         self._later: asyncio.TimerHandle | None = None
         """Starts a build that must wait until then."""
 
     @property
-    def reading(self) -> Reading | None:
-        """The file that a look reads at this moment."""
-        return self._store.digests.reading
+    def snapshot(self) -> Snapshot:
+        """What everybody else may know of all this, at this moment."""
+        return self._published.now
 
     # What others may ask for; all on the event loop
 
@@ -169,7 +164,7 @@ class Reconciler:
 
         Errors: SourceError if it has no text; what the build raises.
         """
-        desired = self.view.desired.prompts.get(key)
+        desired = self.snapshot.desired.prompts.get(key)
         if desired is None:
             raise errors.SourceError(
                 f"{key} is not declared", hint="`rkcached status` lists what is"
@@ -227,7 +222,7 @@ class Reconciler:
         times, for it may have another cause. A fingerprint that fails that often is left alone
         until one of its inputs changes.
         """
-        if self.view.artifacts.get(key) != artifact:
+        if self.snapshot.artifacts.get(key) != artifact:
             return  # replaced meanwhile
         fingerprint = artifact.sidecar.fingerprint
         faults = self._attempts.load_fault(fingerprint)
@@ -236,8 +231,7 @@ class Reconciler:
         )
         if died and faults < QUARANTINE_AFTER:
             return
-        self.view.index.discard(key)
-        self.view.artifacts.pop(key, None)
+        self._published.put(self.snapshot.unserved(key))
         self._generation += 1
         with contextlib.suppress(errors.StoreError):
             await asyncio.to_thread(self._store.quarantine, key)
@@ -276,15 +270,16 @@ class Reconciler:
         """Until something wakes us, the next retry, or the next rescan."""
         retries = [
             a.action.retry_at
-            for a in self.view.assessments.values()
+            for a in self.snapshot.assessments.values()
             if isinstance(a.action, Blocked)
         ]
         due = [at - time.time() for at in retries if at > 0]
-        rescan_s = RESCAN_S if self.store_trouble is None else STORE_RETRY_S
+        rescan_s = RESCAN_S if self.snapshot.store_trouble is None else STORE_RETRY_S
         loop = asyncio.get_running_loop()
         end = loop.time() + max(0.05, min([rescan_s, *due]))
         while True:
-            if self.progress is None or not self._workers.overdue(self.progress.started):
+            building = self.snapshot.building
+            if building is None or not self._workers.overdue(building.started):
                 self._service.beat()
             left_s = end - loop.time()
             with contextlib.suppress(TimeoutError):
@@ -301,7 +296,7 @@ class Reconciler:
             while not (await asyncio.wait({task}, timeout=self._service.pulse_s))[0]:
                 if steps != (steps := self._store.digests.steps):
                     self._service.beat()
-                    if not self.looked.is_set():
+                    if not self.ready.is_set():
                         self._on_turn()
         except asyncio.CancelledError:
             task.cancel()
@@ -323,7 +318,7 @@ class Reconciler:
 
     async def _glance_and_look(self) -> None:
         changed, self._changed = self._changed, set()
-        if 0 < len(changed) <= MAX_GLANCED_FILES and self.progress is None:
+        if 0 < len(changed) <= MAX_GLANCED_FILES and self.snapshot.building is None:
             await self._glance(changed)
         await self._look()
 
@@ -332,24 +327,30 @@ class Reconciler:
 
         It is the look that decides: a build that it does not want is stopped.
         """
-        view, generation = self.view, self._generation
-        manifest = await asyncio.to_thread(self.manifest_file.read)
-        if manifest is not view.manifest or self.store_trouble is not None:
+        before, generation = self.snapshot, self._generation
+        manifest = await self._read_manifest()
+        if manifest is not before.manifest or before.store_trouble is not None:
             return
         glimpses = await asyncio.to_thread(
-            self._observer.glance, manifest, changed, view.index.all()
+            self._observer.glance, manifest, changed, before.index.all()
         )
         glimpses = [one for one in glimpses if not self._attempts.blames(one.prompt.key.model)]
         if not glimpses or generation != self._generation:
             return
-        prompts, texts = dict(view.desired.prompts), dict(view.desired.texts)
+        now = self.snapshot
+        prompts, texts = dict(now.desired.prompts), dict(now.desired.texts)
+        assessments, index = dict(now.assessments), now.index
         for one in glimpses:
             key = one.prompt.key
             prompts[key], texts[key] = one.prompt, one.text
-            view.index.discard(key)
-            view.assessments[key] = one.assessment
+            index = index.without(key)
+            assessments[key] = one.assessment
             self._announcer.state(one.assessment)
-        view.desired = replace(view.desired, prompts=prompts, texts=texts)
+        self._published.change(
+            desired=replace(now.desired, prompts=prompts, texts=texts),
+            assessments=assessments,
+            index=index,
+        )
         builds = {one.build.key: one.build for one in glimpses}
         self._pending = (
             builds | self._pending | builds
@@ -363,12 +364,13 @@ class Reconciler:
         self._looking = True  # a build may end while we look, but no other starts
         try:
             look, generation = await self._observe()
-            building = self.progress.key if self.progress is not None else None
+            running = self.snapshot.building
+            building = running.key if running is not None else None
             self._note_store(look)
             self._publish(look)
             self._declared = look.sources.prompts
             self._patience.looked(look.desired.fingerprint, asyncio.get_running_loop().time())
-            files, folders = inputs(look.manifest, self.manifest_file.path, self._stored)
+            files, folders = inputs(look.manifest, self._manifest_file.path, self._stored)
             self._watcher.follow(await asyncio.to_thread(places, files, folders))
             self._retire_workers(look)
             for collection in collections:
@@ -379,7 +381,7 @@ class Reconciler:
             for collection in collections:
                 await collection.finish(self._store, acted)
             await self._tidy(look)
-            anew = self._requests.looked(opened, self.view.assessments, self.view.artifacts)
+            anew = self._requests.looked(opened, self.snapshot.assessments, self.snapshot.artifacts)
             self._pending = self._builds_to_do(look, anew, building)
             await self._forget_verdicts(look)
         finally:
@@ -388,15 +390,15 @@ class Reconciler:
             event.set()
         with contextlib.suppress(OSError):
             await asyncio.to_thread(self._store.digests.save)
-        self.looks += 1
-        self.last_look_ms = (time.perf_counter() - started) * 1000
+        took_ms = (time.perf_counter() - started) * 1000
+        self._published.change(looks=self.snapshot.looks + 1, last_look_ms=took_ms, ready=True)
         log.debug(
             "looked",
-            took_ms=round(self.last_look_ms, 1),
+            took_ms=round(took_ms, 1),
             builds=len(self._pending),
             changed=len(acted),
         )
-        self.looked.set()
+        self.ready.set()
         # What cannot be removed is tried again at the next look, not at once.
         if acted or generation != self._generation:
             self.look_again(now=True)
@@ -407,16 +409,15 @@ class Reconciler:
     async def _tidy(self, look: Look) -> None:
         """The quarantine keeps what the budget leaves it."""
         limit = look.manifest.cache.max_bytes
-        room = math.inf if limit is None else max(0, limit - self.view.used_bytes())
+        room = math.inf if limit is None else max(0, limit - self.snapshot.used_bytes())
         with contextlib.suppress(errors.StoreError):
             await asyncio.to_thread(self._store.tidy, look.inventory, room)
-        self.view.quarantine_bytes = sum(look.inventory.quarantined.values())
+        self._published.change(quarantine_bytes=sum(look.inventory.quarantined.values()))
 
     def _note_store(self, look: Look) -> None:
-        error, before = look.store_trouble, self.store_trouble
+        error, before = look.store_trouble, self.snapshot.store_trouble
         if error is not None and (before is None or before.message != error.message):
             log.error("store not readable", error=error.message, hint=error.hint)
-        self.store_trouble = error
 
     async def _observe(self) -> tuple[Look, int]:
         """A look during which the store did not change.
@@ -425,16 +426,22 @@ class Reconciler:
         """
         while True:
             generation = self._generation
-            manifest = await asyncio.to_thread(self.manifest_file.read)
+            manifest = await self._read_manifest()
             look = await asyncio.to_thread(
-                self._observer.look, manifest, self._attempts.verdicts(self.view)
+                self._observer.look, manifest, self._attempts.verdicts(self.snapshot.desired)
             )
             if generation == self._generation:
                 return look, generation
 
+    async def _read_manifest(self) -> Manifest:
+        """The manifest in force, after another look at its file."""
+        manifest = await asyncio.to_thread(self._manifest_file.read)
+        self._published.change(manifest_error=self._manifest_file.error)
+        return manifest
+
     async def _stop_unwanted_build(self, look: Look) -> bool:
         """Whether there was one."""
-        running = self.progress
+        running = self.snapshot.building
         if running is None:
             return False
         wanted = look.desired.fingerprint(running.key)
@@ -476,12 +483,12 @@ class Reconciler:
 
     def _publish(self, look: Look) -> None:
         artifacts = look.inventory.artifacts
-        index = FreshIndex()
+        fresh = {}
         for assessment in look.assessments:
             artifact = artifacts.get(assessment.key)
             if assessment.state is State.FRESH and artifact is not None:
-                index.add(assessment.key, artifact)
-        if new := set(look.sources.skipped_files) - set(self.view.skipped_files):
+                fresh[assessment.key] = artifact
+        if new := set(look.sources.skipped_files) - set(self.snapshot.skipped_files):
             log.info(
                 "prompt files skipped",
                 files=sorted(new),
@@ -489,12 +496,12 @@ class Reconciler:
                 hint="rename them to make prompts of them",
             )
         shown = {one.key: one for one in look.assessments if not one.retired}
-        self.view = View(
+        self._published.change(
             manifest=look.manifest,
             desired=look.desired,
             assessments=shown,
             artifacts=dict(artifacts),
-            index=index,
+            index=FreshIndex(fresh),
             unreadable_bytes={
                 key: found.size_bytes for key, found in look.inventory.unreadable.items()
             },
@@ -502,10 +509,11 @@ class Reconciler:
             foreign_bytes=sum(look.inventory.foreign.values()),
             quarantine_bytes=sum(look.inventory.quarantined.values()),
             skipped_files=look.sources.skipped_files,
+            store_trouble=look.store_trouble,
         )
         for assessment in shown.values():
             self._announcer.state(assessment)
-        self._announcer.forget_all_but(set(self.view.assessments))
+        self._announcer.forget_all_but(set(self.snapshot.assessments))
         unlisted = tuple(map(str, look.sources.unlisted_models.values()))
         self._announcer.notices((*look.desired.notices, *unlisted))
 
@@ -522,7 +530,7 @@ class Reconciler:
     async def _retire_worker(self, name: str) -> None:
         """Apart from the look, which need not wait for the answers that are running."""
         async with self._gates.hold(name, Priority.BUILD):
-            if not isinstance(self.view.desired.models.get(name), DesiredModel):
+            if not isinstance(self.snapshot.model(name), DesiredModel):
                 self._workers.drop(name)
 
     # Acting
@@ -555,12 +563,13 @@ class Reconciler:
 
     def _may_change(self, key: Key, look: Look) -> bool:
         """Whether an artifact is as the look saw it: not if a build replaces it, or has."""
-        building = self.progress is not None and self.progress.key == key
-        return not building and self.view.artifacts.get(key) is look.inventory.artifacts.get(key)
+        snapshot = self.snapshot
+        same = snapshot.artifacts.get(key) is look.inventory.artifacts.get(key)
+        return same and not snapshot.is_building(key)
 
     async def _adopt(self, action: Adopt, look: Look) -> bool:
         """Publish an artifact that the store has under another name. Whether it was."""
-        key, source, view = action.key, action.source, self.view
+        key, source = action.key, action.source
         if not self._may_change(key, look) or (
             source is not None and not self._may_change(source, look)
         ):
@@ -584,9 +593,10 @@ class Reconciler:
                 hint=error.hint,
                 retry_at=time.time() + PASSING_RETRY_S,
             )
-            view.assessments[key] = Assessment(
+            assessment = Assessment(
                 key=key, state=State.BLOCKED, reason=error.message, hint=error.hint, action=blocked
             )
+            self._published.put(self.snapshot.with_assessment(assessment))
             again = (
                 key not in self._unadopted
             )  # the source may be out of use by now: the next look tells
@@ -594,9 +604,9 @@ class Reconciler:
             return again
         self._unadopted.discard(key)
         if action.take and source is None:
-            view.retired.pop(action.fingerprint.digest, None)
+            self._published.put(self.snapshot.without_retired(action.fingerprint.digest))
         elif action.take and source is not None:
-            self._forget(source)
+            self._published.put(self.snapshot.without_artifact(source))
 
         log.info(
             "artifact adopted",
@@ -622,7 +632,7 @@ class Reconciler:
         except errors.StoreError as error:
             _log_trouble("artifact not retired", action, error)
             return False
-        self._forget(action.key)
+        self._published.put(self.snapshot.without_artifact(action.key))
         log.info(
             "artifact retired",
             model=action.key.model,
@@ -637,7 +647,7 @@ class Reconciler:
         except errors.StoreError as error:
             _log_trouble("retired artifact not removed", action, error)
             return False
-        self.view.retired.pop(action.retired, None)
+        self._published.put(self.snapshot.without_retired(action.retired))
         log.info(
             "retired artifact removed",
             model=action.key.model,
@@ -658,19 +668,9 @@ class Reconciler:
         except errors.StoreError as error:
             _log_trouble("artifact not removed", action, error)
             return False
-        self._forget(key)
+        self._published.put(self.snapshot.without_artifact(key))
         log.info("artifact removed", model=key.model, prompt=key.prompt, reason=action.reason)
         return True
-
-    def _forget(self, key: Key) -> None:
-        """There is no artifact in this place any more."""
-        self.view.index.discard(key)
-        self.view.artifacts.pop(key, None)
-        self.view.unreadable_bytes.pop(key, None)
-        if key not in self.view.desired.prompts:
-            self.view.assessments.pop(
-                key, None
-            )  # who asked for the removal must not see it any more
 
     async def _forget_verdicts(self, look: Look) -> None:
         for key in look.inventory.verdicts.keys() - look.desired.prompts.keys():
@@ -679,7 +679,7 @@ class Reconciler:
 
     def _start_next_build(self) -> None:
         while (
-            self.progress is None
+            self.snapshot.building is None
             and not self._looking
             and (build := self._next_build()) is not None
         ):
@@ -687,11 +687,12 @@ class Reconciler:
             if request is not None:
                 self._last_started = build.key
                 key, fingerprint = build.key, build.fingerprint.digest
-                self.progress = BuildProgress(
+                progress = BuildProgress(
                     key=key, reason=build.reason, fingerprint=fingerprint, started=time.monotonic()
                 )
+                self._published.change(building=progress)
                 self._announcer.build_started(build)
-                self.progress.task = asyncio.create_task(self._build(request, self.progress))
+                self._build_task = asyncio.create_task(self._build(request, progress))
 
     def _next_build(self) -> Build | None:
         """Take the first build that may begin now out of those that wait; if none may, come back when one may.
@@ -726,14 +727,14 @@ class Reconciler:
         """The files that a prompt and its model were made of when they were last looked at."""
         if (declared := self._declared.get(key)) is not None:
             yield from declared.files
-        if isinstance(model := self.view.desired.models.get(key.model), DesiredModel):
+        if isinstance(model := self.snapshot.model(key.model), DesiredModel):
             for path, _ in model.source.signatures:
                 yield path
 
     def _build_request(self, build: Build) -> BuildRequest | None:
         """What the build needs; None if it is no longer what is wanted, which the next look takes care of."""
-        key, view = build.key, self.view
-        model, wanted = view.model(key.model), view.desired.fingerprint(key)
+        key, snapshot = build.key, self.snapshot
+        model, wanted = snapshot.model(key.model), snapshot.desired.fingerprint(key)
         if (
             not isinstance(model, DesiredModel)
             or wanted is None
@@ -743,13 +744,13 @@ class Reconciler:
         return BuildRequest(
             action=build,
             model=model,
-            text=view.desired.texts[key],
-            engine=view.manifest.engine,
-            cache=view.manifest.cache,
-            claimed_bytes=view.claimed_bytes(but=key),
-            foreign_bytes=view.foreign_bytes,
+            text=snapshot.desired.texts[key],
+            engine=snapshot.manifest.engine,
+            cache=snapshot.manifest.cache,
+            claimed_bytes=snapshot.claimed_bytes(but=key),
+            foreign_bytes=snapshot.foreign_bytes,
             needed_bytes=self._attempts.needed_bytes(key, wanted.digest)
-            or size_if_same(view.artifacts.get(key), wanted.components),
+            or size_if_same(snapshot.artifacts.get(key), wanted.components),
             first_try=self._attempts.first_try(
                 build.fingerprint.digest, asyncio.get_running_loop().time()
             ),
@@ -759,7 +760,7 @@ class Reconciler:
         key = request.action.key
 
         def on_progress(done: int, total: int) -> None:
-            progress.done_tokens, progress.total_tokens = done, total
+            self._published.change(building=replace(progress, done_tokens=done, total_tokens=total))
 
         try:
             try:
@@ -778,7 +779,7 @@ class Reconciler:
         else:
             self._built(request, artifact)
         finally:
-            self.progress = None
+            self._published.change(building=None)
             self._generation += 1
         # With more builds waiting there is no need to look at everything again in between; and a
         # look that goes on takes notice by itself, for if each build asked for another one, there
@@ -792,7 +793,7 @@ class Reconciler:
 
     def _built(self, request: BuildRequest, artifact: StoredArtifact) -> None:
         key, sidecar = request.action.key, artifact.sidecar
-        self.builds += 1
+        self._published.change(builds=self.snapshot.builds + 1)
         self._attempts.built(key)
         self._patience.built(key)
         self._announcer.built(request, artifact)
@@ -813,18 +814,10 @@ class Reconciler:
 
     def _is_fresh(self, key: Key, artifact: StoredArtifact) -> None:
         """This artifact has just been published."""
-        self.view.artifacts[key] = artifact
-        self.view.unreadable_bytes.pop(key, None)
-        wanted = self.view.desired.prompts.get(key)
-        if (
-            wanted
-            and wanted.fingerprint
-            and wanted.fingerprint.digest == artifact.sidecar.fingerprint
-        ):
-            self.view.index.add(key, artifact)
-            fresh = Assessment(key=key, state=State.FRESH, description=wanted.description)
-            self.view.assessments[key] = fresh
-            self._announcer.state(fresh)
+        snapshot = self.snapshot.with_artifact(key, artifact)
+        self._published.put(snapshot)
+        if snapshot.index.get(key) is artifact:
+            self._announcer.state(snapshot.assessments[key])
 
     async def _build_failed(self, request: BuildRequest, error: errors.RkcachedError) -> None:
         key, fingerprint = request.action.key, request.action.fingerprint.digest
@@ -839,10 +832,10 @@ class Reconciler:
         self._requests.answer(key, error)
 
     async def _stop_build(self) -> None:
-        if self.progress is not None and (task := self.progress.task) is not None:
-            task.cancel()
+        if self.snapshot.building is not None and self._build_task is not None:
+            self._build_task.cancel()
             with contextlib.suppress(asyncio.CancelledError):
-                await task
+                await self._build_task
 
 
 def _log_trouble(event: str, action: Action, error: errors.StoreError) -> None:

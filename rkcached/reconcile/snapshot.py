@@ -1,89 +1,32 @@
-"""What the rest of the daemon may see of the reconciler's state, and how a request finds its prompt cache.
+"""The reconciler's state, as serving, the API and the commands' status may see it.
 
-The index keeps digests, not texts: for each length in use, the SHA-256 of the prefixes of that length. One pass over a
-request hashes it once and looks at every length on the way. All of this belongs to the event loop; only the reconciler
-changes it.
+A snapshot is frozen and complete. A change of anything makes a new one, which `Published` hands
+out; who holds an older one keeps a consistent picture. With 10,000 prompts a change copies at most
+a few dicts of references (0.1 ms each), and the progress of a build copies none.
+
+All of this is on the event loop. Only the reconciler and its parts change it.
 """
 
 from __future__ import annotations
 
-import asyncio
-import bisect
-import hashlib
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeVar
 
+from rkcached.errors import ManifestError, StoreError
+from rkcached.host.digests import Digests, Reading
 from rkcached.plan.desired import Desired, DesiredModel
-from rkcached.plan.planner import Assessment, Retired
+from rkcached.plan.planner import Assessment, Retired, State
+from rkcached.reconcile.index import FreshIndex
 from rkcached.sources.manifest import Manifest
 from rkcached.sources.records import Key, Trouble
 from rkcached.store.sidecar import StoredArtifact
 
-
-class FreshIndex:
-    """The artifacts that may be served, by model. Owned by the event loop."""
-
-    def __init__(self) -> None:
-        self._artifacts: dict[Key, StoredArtifact] = {}
-        self._prefixes: dict[str, dict[int, dict[str, Key]]] = {}
-        self._lengths: dict[str, list[int]] = {}
-
-    def __len__(self) -> int:
-        return len(self._artifacts)
-
-    def get(self, key: Key) -> StoredArtifact | None:
-        return self._artifacts.get(key)
-
-    def all(self) -> dict[Key, StoredArtifact]:
-        """As they are now: a copy."""
-        return dict(self._artifacts)
-
-    def add(self, key: Key, artifact: StoredArtifact) -> None:
-        self.discard(key)
-        self._artifacts[key] = artifact
-        length, digest = _prefix(artifact)
-        by_length = self._prefixes.setdefault(key.model, {})
-        if length not in by_length:
-            by_length[length] = {}
-            bisect.insort(self._lengths.setdefault(key.model, []), length)
-        by_length[length][digest] = key
-
-    def discard(self, key: Key) -> None:
-        artifact = self._artifacts.pop(key, None)
-        if artifact is None:
-            return
-        length, digest = _prefix(artifact)
-        same_length = self._prefixes[key.model][length]
-        if same_length.get(digest) == key:  # two prompts may have one text
-            del same_length[digest]
-            twin = next(
-                (
-                    k
-                    for k, a in self._artifacts.items()
-                    if k.model == key.model and _prefix(a)[1] == digest
-                ),
-                None,
-            )
-            if twin is not None:
-                same_length[digest] = twin
-        if not same_length:
-            del self._prefixes[key.model][length]
-            self._lengths[key.model].remove(length)
-
-    def longest(self, model: str, rendered: bytes) -> Key | None:
-        """The key of the longest prefix that `rendered` (UTF-8) starts with, if any."""
-        best = None
-        sha = hashlib.sha256()
-        hashed = 0
-        for length in self._lengths.get(model, ()):
-            if length > len(rendered):
-                break
-            sha.update(rendered[hashed:length])
-            hashed = length
-            best = self._prefixes[model][length].get(sha.copy().hexdigest(), best)
-        return best
+Name = TypeVar("Name", Key, str)
+Thing = TypeVar("Thing")
 
 
-@dataclass(slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class BuildProgress:
     """The build that is running now."""
 
@@ -94,29 +37,52 @@ class BuildProgress:
     """Monotonic seconds."""
     done_tokens: int = 0
     total_tokens: int = 0
-    task: asyncio.Task[None] | None = None
 
 
-@dataclass(slots=True, kw_only=True)
-class View:
-    """What the rest of the daemon may see. Replaced or patched by the reconciler only."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Snapshot:
+    """Everything that others may know of the reconciler at one moment. Never changed."""
 
+    # The manifest in force, and what follows from it
     manifest: Manifest
-    desired: Desired
-    assessments: dict[Key, Assessment] = field(default_factory=dict)
-    artifacts: dict[Key, StoredArtifact] = field(default_factory=dict)
-    index: FreshIndex = field(default_factory=FreshIndex)
-    unreadable_bytes: dict[Key, int] = field(default_factory=dict)
-    """Of artifacts without a usable sidecar."""
-    retired: dict[str, Retired] = field(default_factory=dict)
-    """By fingerprint."""
-    foreign_bytes: int = 0
-    quarantine_bytes: int = 0
+    manifest_error: ManifestError | None = None
+    """Why the file on disk is not in force. The last good one is."""
+    desired: Desired = field(default_factory=lambda: Desired(models={}, prompts={}, texts={}))
     skipped_files: tuple[str, ...] = ()
     """In a prompts_from folder, but with names that no prompt can have."""
 
+    # The store
+    assessments: Mapping[Key, Assessment] = field(default_factory=dict)
+    artifacts: Mapping[Key, StoredArtifact] = field(default_factory=dict)
+    index: FreshIndex = field(default_factory=FreshIndex)
+    unreadable_bytes: Mapping[Key, int] = field(default_factory=dict)
+    """Of artifacts without a usable sidecar."""
+    retired: Mapping[str, Retired] = field(default_factory=dict)
+    """By fingerprint."""
+    foreign_bytes: int = 0
+    quarantine_bytes: int = 0
+    store_trouble: StoreError | None = None
+    """Why the store cannot be read."""
+
+    # The reconciler itself
+    ready: bool = False
+    """The first look is over, and a plan exists."""
+    reading: Reading | None = None
+    """Until then: the file that is being read."""
+    building: BuildProgress | None = None
+    looks: int = 0
+    """Finished since the start."""
+    last_look_ms: float = 0.0
+    builds: int = 0
+    """Artifacts published since the start."""
+
     def model(self, name: str) -> DesiredModel | Trouble | None:
         return self.desired.models.get(name)
+
+    def is_building(self, key: Key) -> bool:
+        return self.building is not None and self.building.key == key
+
+    # Sizes
 
     def used_bytes(self) -> int:
         """Everything that counts against cache.max_bytes."""
@@ -128,25 +94,104 @@ class View:
         Retired artifacts and the quarantine are not in it: they are removed where a build needs
         their room.
         """
-        sizes = self.unreadable_bytes | {
-            key: a.sidecar.size_bytes for key, a in self.artifacts.items()
-        }
-        return self.foreign_bytes + sum(
-            size_bytes for key, size_bytes in sizes.items() if key != but
-        )
+        sizes = self._sizes()
+        if but is not None:
+            sizes.pop(but, None)
+        return self.foreign_bytes + sum(sizes.values())
 
     def retired_bytes(self) -> int:
-        return sum(one.size_bytes for one in self.retired.values())
+        return sum(artifact.size_bytes for artifact in self.retired.values())
 
     def orphan_bytes(self) -> int:
-        sizes = self.unreadable_bytes | {
-            key: a.sidecar.size_bytes for key, a in self.artifacts.items()
-        }
-        return sum(
-            size_bytes for key, size_bytes in sizes.items() if key not in self.desired.prompts
+        declared = self.desired.prompts
+        return sum(size for key, size in self._sizes().items() if key not in declared)
+
+    def _sizes(self) -> dict[Key, int]:
+        """Bytes of each artifact, also of those without a usable sidecar."""
+        sizes = dict(self.unreadable_bytes)
+        for key, artifact in self.artifacts.items():
+            sizes[key] = artifact.sidecar.size_bytes
+        return sizes
+
+    # Changes
+
+    def with_assessment(self, assessment: Assessment) -> Snapshot:
+        """The state of one prompt is this now."""
+        return replace(self, assessments={**self.assessments, assessment.key: assessment})
+
+    def with_artifact(self, key: Key, artifact: StoredArtifact) -> Snapshot:
+        """This artifact has just been published. Its prompt is fresh if it is what is wanted."""
+        changed = replace(
+            self,
+            artifacts={**self.artifacts, key: artifact},
+            unreadable_bytes=_without(self.unreadable_bytes, key),
+        )
+        prompt = self.desired.prompts.get(key)
+        if prompt is None or prompt.fingerprint is None:
+            return changed
+        if prompt.fingerprint.digest != artifact.sidecar.fingerprint:
+            return changed
+
+        fresh = Assessment(key=key, state=State.FRESH, description=prompt.description)
+        return replace(
+            changed,
+            index=self.index.with_artifact(key, artifact),
+            assessments={**self.assessments, key: fresh},
         )
 
+    def without_artifact(self, key: Key) -> Snapshot:
+        """There is no artifact in this place any more."""
+        assessments = self.assessments
+        if key not in self.desired.prompts:
+            # Who asked for the removal must not see it any more.
+            assessments = _without(assessments, key)
 
-def _prefix(artifact: StoredArtifact) -> tuple[int, str]:
-    components = artifact.sidecar.components
-    return int(components["prefix.bytes"]), components["prefix.digest"]
+        return replace(
+            self.unserved(key),
+            assessments=assessments,
+            unreadable_bytes=_without(self.unreadable_bytes, key),
+        )
+
+    def unserved(self, key: Key) -> Snapshot:
+        """The artifact of this prompt is not to be used: a request could not load it."""
+        return replace(
+            self,
+            artifacts=_without(self.artifacts, key),
+            index=self.index.without(key),
+        )
+
+    def without_retired(self, fingerprint: str) -> Snapshot:
+        return replace(self, retired=_without(self.retired, fingerprint))
+
+
+class Published:
+    """The snapshot of this moment.
+
+    Made before every part that reads it, so that none of them needs the reconciler for that.
+    """
+
+    def __init__(self, manifest: Manifest, digests: Digests) -> None:
+        self._digests = digests
+        self._now = Snapshot(manifest=manifest)
+
+    @property
+    def now(self) -> Snapshot:
+        if self._now.ready:
+            return self._now
+        reading = self._digests.reading  # a thread moves it on
+        return replace(self._now, reading=None if reading is None else replace(reading))
+
+    def put(self, snapshot: Snapshot) -> None:
+        """For the reconciler and its parts only."""
+        self._now = snapshot
+
+    def change(self, **changes: Any) -> None:
+        """For the reconciler and its parts only: fields of the snapshot by name."""
+        self._now = replace(self._now, **changes)
+
+
+def _without(mapping: Mapping[Name, Thing], name: Name) -> Mapping[Name, Thing]:
+    """The same mapping if the name is not in it."""
+    if name not in mapping:
+        return mapping
+    return {other: thing for other, thing in mapping.items() if other != name}

@@ -7,6 +7,7 @@ that was just written.
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from rkcached.errors import RkcachedError, SourceError
@@ -45,8 +46,8 @@ class BuildRequests:
     def looked(
         self,
         opened: tuple[Key, ...],
-        assessments: dict[Key, Assessment],
-        artifacts: dict[Key, StoredArtifact],
+        assessments: Mapping[Key, Assessment],
+        artifacts: Mapping[Key, StoredArtifact],
     ) -> list[Key]:
         """A look has ended: answer what it answers. Returns what is to be built anew."""
         anew = []

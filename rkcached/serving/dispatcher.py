@@ -92,7 +92,7 @@ class Serving:
     ) -> None:
         self._events = events
         self._reconciler = reconciler
-        self.preparation = Preparation(lambda: reconciler.view)
+        self.preparation = Preparation(lambda: reconciler.snapshot)
         self._workers = workers
         self._gates = gates
         self.answers: Counter[str] = Counter()
@@ -123,7 +123,7 @@ class Serving:
     async def load(self, name: str) -> None:
         """Load a model now. Errors: RequestError."""
         model = self.preparation.model(name)
-        engine = self._reconciler.view.manifest.engine
+        engine = self._reconciler.snapshot.manifest.engine
         try:
             async with self._gates.hold(name, Priority.LIVE, concurrent=engine.concurrent):
                 await self._workers.get(worker_model(engine, model)).ensure()
@@ -136,7 +136,7 @@ class Serving:
         It is loaded again when it is needed. Errors: RequestError.
         """
         self.preparation.model(name)
-        concurrent = self._reconciler.view.manifest.engine.concurrent
+        concurrent = self._reconciler.snapshot.manifest.engine.concurrent
         async with self._gates.hold(name, Priority.LIVE, concurrent=concurrent):
             for worker in self._workers.all():
                 if worker.model.name == name:
@@ -150,7 +150,7 @@ class Serving:
         wait. Errors: RequestError.
         """
         self.preparation.model(name)
-        concurrent = self._reconciler.view.manifest.engine.concurrent
+        concurrent = self._reconciler.snapshot.manifest.engine.concurrent
         async with self._gates.hold(name, Priority.LIVE, concurrent=concurrent):
             self._workers.lent += 1
             try:
@@ -198,7 +198,7 @@ class Serving:
         )
 
     def _refuse_beyond_the_queue(self, model: DesiredModel) -> None:
-        manifest = self._reconciler.view.manifest
+        manifest = self._reconciler.snapshot.manifest
         limit, waiting = manifest.serving.queue, self.waiting(model.name)
         if waiting and self._gates.free(model.name, concurrent=manifest.engine.concurrent):
             waiting -= 1  # it has its turn, but did not take it yet
@@ -213,7 +213,7 @@ class Serving:
 
     async def _next(self, run: _Run) -> Text | None:
         """The next piece. Errors: RequestError when the request took too long."""
-        limit_s = self._reconciler.view.manifest.serving.request_timeout_s
+        limit_s = self._reconciler.snapshot.manifest.serving.request_timeout_s
         if limit_s is None or not run.events.empty():
             return await run.events.get()
         left_s = run.job.accepted + limit_s - time.monotonic()
@@ -232,7 +232,7 @@ class Serving:
         """The prompt cache to load: exactly a prefix of this request, and fresh at this moment."""
         if job.cold:
             return None
-        index = self._reconciler.view.index
+        index = self._reconciler.snapshot.index
         key = index.longest(job.model.name, job.prompt.encode())
         artifact = index.get(key) if key is not None else None
         return (key, artifact) if key is not None and artifact is not None else None
@@ -241,17 +241,17 @@ class Serving:
         died = ""
         while True:
             try:
-                concurrent = self._reconciler.view.manifest.engine.concurrent
+                concurrent = self._reconciler.snapshot.manifest.engine.concurrent
                 async with self._gates.hold(
                     run.job.model.name, Priority.LIVE, concurrent=concurrent
                 ):
                     run.chosen = None if died else self._choose(run.job)
                     run.unchosen = ("miss", died) if died else self._why_not(run.job)
                     run.started = run.started or time.monotonic()
-                    model = self._reconciler.view.model(run.job.model.name)
+                    model = self._reconciler.snapshot.model(run.job.model.name)
                     current = model if isinstance(model, DesiredModel) else run.job.model
                     worker = self._workers.get(
-                        worker_model(self._reconciler.view.manifest.engine, current)
+                        worker_model(self._reconciler.snapshot.manifest.engine, current)
                     )
                     done = await self._generate(worker, run)
             except errors.WorkerUnavailable as error:
@@ -420,10 +420,10 @@ class Serving:
     def _why_not(self, job: Job) -> tuple[str, str]:
         """State of the prompt that was asked for by name, if its cache cannot be used now, and the reason."""
         if job.named is not None and not job.cold:
-            progress = self._reconciler.progress
+            progress = self._reconciler.snapshot.building
             if progress is not None and progress.key == job.named:
                 return "building", progress.reason
-            assessment = self._reconciler.view.assessments.get(job.named)
+            assessment = self._reconciler.snapshot.assessments.get(job.named)
             if assessment is not None and assessment.state is not State.FRESH:
                 return assessment.state.value, assessment.reason
             if assessment is not None and job.with_tools:

@@ -31,7 +31,7 @@ class Embeddings:
 
         Errors: RequestError.
         """
-        serving = self._reconciler.view.manifest.serving
+        serving = self._reconciler.snapshot.manifest.serving
         name = self._preparation.embedding(request.model).name
         if any(isinstance(content, str) and "\0" in content for content in request.each()):
             said = "the text has a NUL character"
@@ -67,7 +67,7 @@ class Embeddings:
         return [one.vector for one in embedded], sum(one.tokens for one in embedded)
 
     async def _one(self, name: str, content: str | tuple[int, ...]) -> protocol.Embedded:
-        engine = self._reconciler.view.manifest.engine
+        engine = self._reconciler.snapshot.manifest.engine
 
         def make(operation_id: int) -> protocol.Embed:
             if isinstance(content, str):

@@ -174,7 +174,7 @@ class Storm(RuleBasedStateMachine):
         self.observer = Observer(Store(self.cache), stored)
         self.running = asyncio.create_task(self.reconciler.run())
         await asyncio.wait(
-            {asyncio.create_task(self.reconciler.looked.wait()), self.running},
+            {asyncio.create_task(self.reconciler.ready.wait()), self.running},
             return_when="FIRST_COMPLETED",
         )
 
@@ -514,9 +514,9 @@ class Storm(RuleBasedStateMachine):
             await asyncio.sleep(0.002)
             assert not self.running.done(), self.running
             reconciler = self.reconciler
-            assessments = reconciler.view.assessments.values()
+            assessments = reconciler.snapshot.assessments.values()
             busy = (
-                reconciler.progress is not None
+                reconciler.snapshot.building is not None
                 or reconciler._pending
                 or reconciler._looking
                 or reconciler._wake.is_set()
@@ -541,17 +541,19 @@ class Storm(RuleBasedStateMachine):
 
     def _to_do(self) -> list[Any]:
         """What an independent look at the disk finds to do."""
-        manifest = ManifestFile(self.manifest, self.reconciler.manifest_file.last_good).read()
+        manifest = ManifestFile(self.manifest, self.reconciler._manifest_file.last_good).read()
         look = self.observer.look(
-            manifest, self.reconciler._attempts.verdicts(self.reconciler.view)
+            manifest, self.reconciler._attempts.verdicts(self.reconciler.snapshot.desired)
         )
         todo: list[Any] = [
             action for action in plan(look.assessments) if not isinstance(action, Blocked)
         ]
-        if {k: a.state for k, a in self.reconciler.view.assessments.items()} != {
+        if {k: a.state for k, a in self.reconciler.snapshot.assessments.items()} != {
             a.key: a.state for a in look.assessments if not a.retired
         }:
-            todo.append("the view is behind")
+            todo.append("the snapshot is behind")
+        if self.reconciler.snapshot.retired.keys() != look.inventory.retired.keys():
+            todo.append("the snapshot is behind about retired artifacts")
         return todo
 
     def expected_states(self) -> dict[Key, State]:
@@ -565,7 +567,7 @@ class Storm(RuleBasedStateMachine):
                 if text is None:
                     states[key] = State.BLOCKED
                     continue
-                prefix = self.reconciler.view.desired.models[model].template.prefix(text)  # type: ignore[union-attr]
+                prefix = self.reconciler.snapshot.desired.models[model].template.prefix(text)  # type: ignore[union-attr]
                 size = HEADER_BYTES + STATE_BYTES * len(prefix.encode())
                 fits = self.max_bytes is None or used + size <= self.max_bytes
                 states[key] = State.FRESH if fits else State.BLOCKED
@@ -573,10 +575,10 @@ class Storm(RuleBasedStateMachine):
         return states
 
     async def _check(self) -> None:
-        view = self.reconciler.view
+        snapshot = self.reconciler.snapshot
         unexpected = [key for key in self.built if key not in self.may_build]
         assert not unexpected, f"rebuilt without a reason: {unexpected}"
-        states = {key: assessment.state for key, assessment in view.assessments.items()}
+        states = {key: assessment.state for key, assessment in snapshot.assessments.items()}
         expected = self.expected_states()
         quarantined = {key for key, state in states.items() if state is State.QUARANTINED}
         assert not quarantined or self.kills >= 3, quarantined
@@ -584,7 +586,7 @@ class Storm(RuleBasedStateMachine):
             key: (
                 states.get(key),
                 state,
-                view.assessments[key].reason if key in view.assessments else "",
+                snapshot.assessments[key].reason if key in snapshot.assessments else "",
             )
             for key, state in expected.items()
             if states.get(key) is not state and key not in quarantined
@@ -632,9 +634,9 @@ class Storm(RuleBasedStateMachine):
         allowed |= self.damaged
         allowed |= {
             Path(".verdicts", key.model, f"{key.prompt}.json")
-            for key in self.reconciler.view.assessments
+            for key in self.reconciler.snapshot.assessments
         }
-        retired = self.reconciler.view.retired.values()
+        retired = self.reconciler.snapshot.retired.values()
         allowed |= {
             Path(".retired", one.fingerprint, one.key.prompt + suffix)
             for one in retired
@@ -645,7 +647,7 @@ class Storm(RuleBasedStateMachine):
         }
         stray = {path for path in files - allowed if path.parts[0] != ".quarantine"}
         assert not stray, f"stray files: {stray}"
-        artifacts = self.reconciler.view.artifacts.values()
+        artifacts = self.reconciler.snapshot.artifacts.values()
         used = sum(one.size_bytes for one in (*artifacts, *retired))
         assert self.max_bytes is None or used <= self.max_bytes
         quarantine = self.cache / ".quarantine"

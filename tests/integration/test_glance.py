@@ -77,8 +77,10 @@ def store(tmp_path: Path) -> HeldStore:
 @pytest.fixture
 async def reconciler(space: Workspace, store: HeldStore) -> AsyncIterator[Reconciler]:
     async with reconciling(space, store) as reconciler:
-        await reconciler.looked.wait()
-        await asyncio.to_thread(wait_until, lambda: reconciler.builds == 2, "both are built")
+        await reconciler.ready.wait()
+        await asyncio.to_thread(
+            wait_until, lambda: reconciler.snapshot.builds == 2, "both are built"
+        )
         await reconciler.next_look()
         try:
             yield reconciler
@@ -92,40 +94,42 @@ async def edited(reconciler: Reconciler, store: HeldStore, *paths: Path) -> int:
     store.hold()
     reconciler.look_again([str(path) for path in paths], now=True)
     assert await asyncio.to_thread(store.reached.wait, 10)
-    if reconciler.progress is not None and (task := reconciler.progress.task) is not None:
+    if reconciler.snapshot.building is not None and (task := reconciler._build_task) is not None:
         await task
-    return reconciler.builds
+    return reconciler.snapshot.builds
 
 
 async def budget(space: Workspace, reconciler: Reconciler) -> None:
     """Declare the prompts as before, with room for their caches, and for no more than 100,000 tokens."""
     declare(space, f"cache: {{max_bytes: {MAX_BYTES}}}")
     await reconciler.next_look()
-    assert reconciler.view.manifest.cache.max_bytes == MAX_BYTES
+    assert reconciler.snapshot.manifest.cache.max_bytes == MAX_BYTES
 
 
 async def finish(reconciler: Reconciler, store: HeldStore) -> None:
     store.go_on.set()
     await reconciler.next_look()
-    await asyncio.to_thread(wait_until, lambda: reconciler.progress is None, "no build runs")
+    await asyncio.to_thread(
+        wait_until, lambda: reconciler.snapshot.building is None, "no build runs"
+    )
     await reconciler.next_look()
 
 
 async def test_an_edit_is_built_while_the_look_goes_on(
     space: Workspace, store: HeldStore, reconciler: Reconciler
 ) -> None:
-    before = reconciler.view.index.get(A)
+    before = reconciler.snapshot.index.get(A)
     path = space.write("prompts/a.md", "new words " * 100)
     assert await edited(reconciler, store, path) == 3
-    served = reconciler.view.index.get(A)
+    served = reconciler.snapshot.index.get(A)
     assert served is not None
     assert before is not None
     assert served.sidecar.fingerprint != before.sidecar.fingerprint
-    assert reconciler.view.desired.texts[A].startswith("new words")
+    assert reconciler.snapshot.desired.texts[A].startswith("new words")
     await finish(reconciler, store)
-    assert reconciler.builds == 3
-    assert reconciler.view.index.get(A) == served
-    assert {one.state for one in reconciler.view.assessments.values()} == {State.FRESH}
+    assert reconciler.snapshot.builds == 3
+    assert reconciler.snapshot.index.get(A) == served
+    assert {one.state for one in reconciler.snapshot.assessments.values()} == {State.FRESH}
 
 
 async def test_a_file_that_did_not_change_builds_nothing(
@@ -134,9 +138,9 @@ async def test_a_file_that_did_not_change_builds_nothing(
     path = space.root / "prompts/a.md"
     path.touch()
     assert await edited(reconciler, store, path) == 2
-    assert reconciler.view.index.get(A) is not None
+    assert reconciler.snapshot.index.get(A) is not None
     await finish(reconciler, store)
-    assert reconciler.builds == 2
+    assert reconciler.snapshot.builds == 2
 
 
 async def test_a_second_file_of_the_same_name_is_not_taken_for_it(
@@ -144,10 +148,10 @@ async def test_a_second_file_of_the_same_name_is_not_taken_for_it(
 ) -> None:
     path = space.write("more/a.md", "a text of somebody else " * 100)
     assert await edited(reconciler, store, path) == 2
-    assert reconciler.view.desired.texts[A].startswith("word")
+    assert reconciler.snapshot.desired.texts[A].startswith("word")
     await finish(reconciler, store)
-    assert reconciler.builds == 2
-    assert reconciler.view.assessments[A].state is State.BLOCKED
+    assert reconciler.snapshot.builds == 2
+    assert reconciler.snapshot.assessments[A].state is State.BLOCKED
 
 
 async def test_a_text_that_cannot_be_used_is_left_to_the_look(
@@ -156,8 +160,8 @@ async def test_a_text_that_cannot_be_used_is_left_to_the_look(
     path = space.write("prompts/a.md", b"\0")
     assert await edited(reconciler, store, path) == 2
     await finish(reconciler, store)
-    assert reconciler.builds == 2
-    assert reconciler.view.assessments[A].state is State.BLOCKED
+    assert reconciler.snapshot.builds == 2
+    assert reconciler.snapshot.assessments[A].state is State.BLOCKED
 
 
 async def test_a_manifest_that_changed_too_is_looked_at_first(
@@ -167,8 +171,8 @@ async def test_a_manifest_that_changed_too_is_looked_at_first(
     space.declare("{b: prompts/b.md}", params=PARAMS)
     assert await edited(reconciler, store, path) == 2
     await finish(reconciler, store)
-    assert reconciler.builds == 2
-    assert A not in reconciler.view.assessments
+    assert reconciler.snapshot.builds == 2
+    assert A not in reconciler.snapshot.assessments
 
 
 async def test_a_text_that_changes_again_is_built_as_it_is_at_the_end(
@@ -178,12 +182,12 @@ async def test_a_text_that_changes_again_is_built_as_it_is_at_the_end(
     assert await edited(reconciler, store, path) == 3
     space.write("prompts/a.md", "the last words " * 100)
     await finish(reconciler, store)
-    assert reconciler.builds == 4
-    served, wanted = reconciler.view.index.get(A), reconciler.view.desired.fingerprint(A)
+    assert reconciler.snapshot.builds == 4
+    served, wanted = reconciler.snapshot.index.get(A), reconciler.snapshot.desired.fingerprint(A)
     assert served is not None
     assert wanted is not None
     assert served.sidecar.fingerprint == wanted.digest
-    assert reconciler.view.desired.texts[A].startswith("the last words")
+    assert reconciler.snapshot.desired.texts[A].startswith("the last words")
 
 
 async def test_an_edit_within_a_budget_is_built_while_the_look_goes_on(
@@ -193,31 +197,36 @@ async def test_an_edit_within_a_budget_is_built_while_the_look_goes_on(
     path = space.write("prompts/a.md", "text " * 100)
     assert await edited(reconciler, store, path) == 3
     await finish(reconciler, store)
-    assert reconciler.builds == 3
-    assert {one.state for one in reconciler.view.assessments.values()} == {State.FRESH}
+    assert reconciler.snapshot.builds == 3
+    assert {one.state for one in reconciler.snapshot.assessments.values()} == {State.FRESH}
 
 
 async def test_a_text_that_does_not_fit_is_tried_once(
     space: Workspace, store: HeldStore, reconciler: Reconciler
 ) -> None:
     await budget(space, reconciler)
-    path, served = space.write("prompts/a.md", "too much " * 15_000), reconciler.view.index.get(A)
+    path, served = (
+        space.write("prompts/a.md", "too much " * 15_000),
+        reconciler.snapshot.index.get(A),
+    )
     assert await edited(reconciler, store, path) == 2
-    assert reconciler.view.index.get(A) is None, "the glance saw it, and its build found no room"
+    assert reconciler.snapshot.index.get(A) is None, (
+        "the glance saw it, and its build found no room"
+    )
     await finish(reconciler, store)
-    assert reconciler.view.assessments[A].state is State.BLOCKED
-    assert reconciler.view.used_bytes() <= MAX_BYTES
+    assert reconciler.snapshot.assessments[A].state is State.BLOCKED
+    assert reconciler.snapshot.used_bytes() <= MAX_BYTES
     # As it was before, and again too much: that is known now, so it is for the look to say what may
     # make room.
     space.write("prompts/a.md", "word " * 100)
     await reconciler.next_look()
-    assert reconciler.view.index.get(A) == served
+    assert reconciler.snapshot.index.get(A) == served
     path = space.write("prompts/a.md", "too much " * 15_000)
     assert await edited(reconciler, store, path) == 2
-    assert reconciler.view.index.get(A) == served, "the glance left it alone"
+    assert reconciler.snapshot.index.get(A) == served, "the glance left it alone"
     await finish(reconciler, store)
-    assert reconciler.view.assessments[A].state is State.BLOCKED
-    assert (reconciler.builds, reconciler.view.used_bytes() <= MAX_BYTES) == (2, True)
+    assert reconciler.snapshot.assessments[A].state is State.BLOCKED
+    assert (reconciler.snapshot.builds, reconciler.snapshot.used_bytes() <= MAX_BYTES) == (2, True)
 
 
 async def test_what_is_being_replaced_is_not_removed(
@@ -226,21 +235,25 @@ async def test_what_is_being_replaced_is_not_removed(
     """A budget comes that has no room for it, while its build commits: both would change the same files at once."""
     space.write("prompts/a.md", "much " * 30_000)
     await reconciler.next_look()
-    await asyncio.to_thread(wait_until, lambda: reconciler.builds == 3, "the large one is built")
-    large = reconciler.view.artifacts[A]
+    await asyncio.to_thread(
+        wait_until, lambda: reconciler.snapshot.builds == 3, "the large one is built"
+    )
+    large = reconciler.snapshot.artifacts[A]
     assert large.sidecar.size_bytes > MAX_BYTES
     store.may_commit.clear()
     space.write("prompts/a.md", "new words " * 100)
     await reconciler.next_look()
     assert await asyncio.to_thread(store.commits.wait, 10)
     await budget(space, reconciler)
-    assert reconciler.view.artifacts[A] == large
+    assert reconciler.snapshot.artifacts[A] == large
     assert large.path.exists()
     store.may_commit.set()
-    await asyncio.to_thread(wait_until, lambda: reconciler.builds == 4, "the small one is built")
+    await asyncio.to_thread(
+        wait_until, lambda: reconciler.snapshot.builds == 4, "the small one is built"
+    )
     await reconciler.next_look()
-    assert {one.state for one in reconciler.view.assessments.values()} == {State.FRESH}
-    assert reconciler.builds == 4
+    assert {one.state for one in reconciler.snapshot.assessments.values()} == {State.FRESH}
+    assert reconciler.snapshot.builds == 4
 
 
 async def test_the_watcher_says_which_file(space: Workspace) -> None:

@@ -35,7 +35,7 @@ class SlowTidying(Store):
 
     async def hold_up(self, reconciler: Reconciler) -> None:
         """Begin another look, which waits there for `go_on`."""
-        await reconciler.looked.wait()
+        await reconciler.ready.wait()
         self.go_on.clear()
         self.reached.clear()
         reconciler.look_again(now=True)
@@ -56,17 +56,21 @@ async def test_a_build_that_ends_during_a_look_is_not_done_again(
     """The look saw the store before it was published, and may not act on that."""
     space, store = slow
     async with reconciling(space, store) as reconciler:
-        await reconciler.looked.wait()
-        await asyncio.to_thread(wait_until, lambda: reconciler.progress is not None, "a build runs")
+        await reconciler.ready.wait()
+        await asyncio.to_thread(
+            wait_until, lambda: reconciler.snapshot.building is not None, "a build runs"
+        )
         await store.hold_up(reconciler)
         assert await asyncio.to_thread(store.reached.wait, 10)
-        assert reconciler.builds == 0, "the build was to end during the look: make it slower"
-        await asyncio.to_thread(wait_until, lambda: reconciler.builds, "the build is over")
+        assert reconciler.snapshot.builds == 0, (
+            "the build was to end during the look: make it slower"
+        )
+        await asyncio.to_thread(wait_until, lambda: reconciler.snapshot.builds, "the build is over")
         store.go_on.set()
         await reconciler.next_look()
         await reconciler.next_look()
-        assert (reconciler.progress, reconciler.builds) == (None, 1)
-        assert reconciler.view.index.get(Key("m", "a")) is not None
+        assert (reconciler.snapshot.building, reconciler.snapshot.builds) == (None, 1)
+        assert reconciler.snapshot.index.get(Key("m", "a")) is not None
 
 
 async def test_a_build_that_steps_aside_during_a_look_is_not_forgotten(
@@ -87,10 +91,10 @@ async def test_a_build_that_steps_aside_during_a_look_is_not_forgotten(
         await store.hold_up(reconciler)
         await tried.wait()
         await asyncio.to_thread(
-            wait_until, lambda: reconciler.progress is None, "it has stepped aside"
+            wait_until, lambda: reconciler.snapshot.building is None, "it has stepped aside"
         )
         store.go_on.set()
-        await asyncio.to_thread(wait_until, lambda: reconciler.builds, "the build is over")
+        await asyncio.to_thread(wait_until, lambda: reconciler.snapshot.builds, "the build is over")
 
 
 async def test_what_a_build_finds_out_during_a_look_is_not_tried_again(
@@ -111,13 +115,17 @@ async def test_what_a_build_finds_out_during_a_look_is_not_tried_again(
         monkeypatch.setattr(reconciler._builder, "build", cannot_be_saved)
         await store.hold_up(reconciler)
         await asyncio.to_thread(
-            wait_until, lambda: tried and reconciler.progress is None, "the build has failed"
+            wait_until,
+            lambda: tried and reconciler.snapshot.building is None,
+            "the build has failed",
         )
         store.go_on.set()
         await reconciler.next_look()
         await reconciler.next_look()
         assert tried == [Key("m", "a")]
-        assert {one.state for one in reconciler.view.assessments.values()} == {State.UNCACHEABLE}
+        assert {one.state for one in reconciler.snapshot.assessments.values()} == {
+            State.UNCACHEABLE
+        }
 
 
 class NoRoomToCopy(Store):
@@ -137,15 +145,17 @@ async def test_who_waits_for_an_adoption_that_fails_is_told(tmp_path: Path) -> N
     space.write("prompts/a.md", "The same text.")
     space.declare("{a: prompts/a.md}")
     async with reconciling(space, store) as reconciler:
-        await asyncio.to_thread(wait_until, lambda: reconciler.builds == 1, "the first is built")
+        await asyncio.to_thread(
+            wait_until, lambda: reconciler.snapshot.builds == 1, "the first is built"
+        )
         space.write("prompts/b.md", "The same text.")
         space.declare("{a: prompts/a.md, b: prompts/b.md}")
         with pytest.raises(SourceError, match="m/b is blocked: no space left"):
             async with asyncio.timeout(30):
                 await reconciler.freshen(Key("m", "b"))
-        looks = reconciler.looks
+        looks = reconciler.snapshot.looks
         await asyncio.sleep(0.3)
         assert (
-            reconciler.looks <= looks + 2
+            reconciler.snapshot.looks <= looks + 2
         )  # the end of the look that answered, and the one repeat
         assert store.refused <= 3

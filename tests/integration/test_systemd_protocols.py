@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import httpx
@@ -367,17 +368,16 @@ async def test_a_build_past_every_deadline_starves_the_watchdog(
 ) -> None:
     """A build may take minutes; one that no deadline ended is stuck."""
     async with reconciling(nothing, Store(nothing.cache), service) as reconciler:
-        await reconciler.looked.wait()
+        await reconciler.ready.wait()
         limit_s = Deadlines().start_s + 30
         young, old = time.monotonic() - limit_s + 20, time.monotonic() - limit_s - 1
-        reconciler.progress = BuildProgress(
-            key=Key("m", "a"), reason="", fingerprint="", started=young
-        )
+        progress = BuildProgress(key=Key("m", "a"), reason="", fingerprint="", started=young)
+        reconciler._published.change(building=progress)
         manager.drain()
         assert b"WATCHDOG=1" in await asyncio.to_thread(manager.next)
-        reconciler.progress.started = old
+        reconciler._published.change(building=replace(progress, started=old))
         await asyncio.sleep(0)
         manager.drain()
         assert await asyncio.to_thread(manager.silent_for, 0.5)
-        reconciler.progress = None
+        reconciler._published.change(building=None)
         assert b"WATCHDOG=1" in await asyncio.to_thread(manager.next)

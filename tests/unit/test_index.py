@@ -1,4 +1,4 @@
-"""The index of fresh artifacts: the longest prefix wins, and what is discarded is gone."""
+"""The index of fresh artifacts: the longest prefix wins, and what is taken out is gone."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def stored(key: Key, prefix: bytes) -> StoredArtifact:
 def index_of(**prefixes: bytes) -> FreshIndex:
     index = FreshIndex()
     for prompt, prefix in prefixes.items():
-        index.add(Key("m", prompt), stored(Key("m", prompt), prefix))
+        index = index.with_artifact(Key("m", prompt), stored(Key("m", prompt), prefix))
     return index
 
 
@@ -74,28 +74,28 @@ def test_another_models_prefix_does_not_count() -> None:
 
 
 def test_of_two_prompts_with_one_text_either_serves() -> None:
-    """When one is discarded the other takes over."""
+    """When one is taken out the other takes over."""
     for gone, left in ((A, B), (B, A)):
         index = index_of(a=b"You", b=b"You")
         assert index.longest("m", b"You are") in {A, B}
-        index.discard(gone)
+        index = index.without(gone)
         assert left == index.longest("m", b"You are")
 
 
 def test_an_artifact_that_is_added_again_replaces_the_old_one() -> None:
     """Its former text is no longer found."""
     index = index_of(a=b"You")
-    index.add(A, stored(A, b"They"))
+    index = index.with_artifact(A, stored(A, b"They"))
     assert index.longest("m", b"You are") is None
     assert index.longest("m", b"They are") == A
     assert len(index) == 1
 
 
-def test_discarding_twice_or_a_stranger_does_nothing() -> None:
+def test_taking_out_twice_or_a_stranger_does_nothing() -> None:
     """Idempotent."""
     index = index_of(a=b"You")
     for key in (A, A, B, Key("x", "y")):
-        index.discard(key)
+        index = index.without(key)
     assert (len(index), index.get(A), index.longest("m", b"You")) == (0, None, None)
 
 
@@ -104,12 +104,37 @@ def test_the_answer_is_that_of_comparing_every_prefix(text: bytes, prefixes: lis
     """The digests find what `startswith` finds."""
     index = FreshIndex()
     for number, prefix in enumerate(prefixes):
-        index.add(Key("m", str(number)), stored(Key("m", str(number)), prefix))
+        key = Key("m", str(number))
+        index = index.with_artifact(key, stored(key, prefix))
     found = index.longest("m", text)
     expected = max(
         (prefix for prefix in prefixes if text.startswith(prefix)), key=len, default=None
     )
     assert expected == (None if found is None else prefixes[int(found.prompt)])
+
+
+def test_an_index_never_changes() -> None:
+    """A request that took one may look at it again later."""
+    before = index_of(a=b"You", b=b"You are")
+    before.without(B)
+    before.with_artifact(C, stored(C, b"You are kind"))
+    assert before.longest("m", b"You are kind") == B
+    assert len(before) == 2
+
+
+@given(st.lists(st.tuples(st.sampled_from("mn"), st.text("xy", max_size=3)), max_size=6))
+def test_an_index_made_at_once_is_that_of_adding_one_by_one(texts: list[tuple[str, str]]) -> None:
+    """A look makes the first, a build the second."""
+    artifacts = {}
+    one_by_one = FreshIndex()
+    for number, (model, text) in enumerate(texts):
+        key = Key(model, str(number))
+        artifacts[key] = stored(key, text.encode())
+        one_by_one = one_by_one.with_artifact(key, artifacts[key])
+    at_once = FreshIndex(artifacts)
+    for model in "mn":
+        for request in (b"", b"x", b"xyx", b"yyyy"):
+            assert at_once.longest(model, request) == one_by_one.longest(model, request)
 
 
 class IndexMachine(RuleBasedStateMachine):
@@ -128,12 +153,12 @@ class IndexMachine(RuleBasedStateMachine):
     def add(self, model: str, prompt: str, prefix: str) -> None:
         key = Key(model, prompt)
         self.naive[key] = prefix.encode()
-        self.index.add(key, stored(key, prefix.encode()))
+        self.index = self.index.with_artifact(key, stored(key, prefix.encode()))
 
     @rule(model=st.sampled_from("mn"), prompt=st.sampled_from("abcd"))
     def discard(self, model: str, prompt: str) -> None:
         self.naive.pop(Key(model, prompt), None)
-        self.index.discard(Key(model, prompt))
+        self.index = self.index.without(Key(model, prompt))
 
     @rule(model=st.sampled_from("mn"), text=st.text("xy", max_size=5))
     def longest(self, model: str, text: str) -> None:
