@@ -104,7 +104,6 @@ def replaced(*changes: tuple[Any, str, Any]) -> Iterator[None]:
 class Storm(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
-        structlog.configure(processors=[lambda *_: (_ for _ in ()).throw(structlog.DropEvent)])
         self.root = Path(tempfile.mkdtemp(prefix="storm-"))
         self.cache = self.root / "cache"
         self.clock = Clock()
@@ -116,6 +115,8 @@ class Storm(RuleBasedStateMachine):
         self.may_build: set[Key] = set()
         self.built: list[Key] = []
         self.outside = contextlib.ExitStack()
+        self.outside.callback(structlog.configure, **structlog.get_config())
+        structlog.configure(processors=[lambda *_: (_ for _ in ()).throw(structlog.DropEvent)])
         write_new, save = durable.write_new, MemoryEngine._save
 
         def full_write_new(path: Path, data: bytes) -> None:

@@ -321,7 +321,9 @@ def test_installed_in_a_chroot_the_image_starts(
         assert done.returncode == 0, done.stderr
         assert "Traceback" not in done.stdout + done.stderr
         environment = (machine.root / ENVIRONMENT[1:]).resolve()
-        assert list(environment.glob("lib/python3.*/site-packages/rkcached/__pycache__/cli.*.pyc"))
+        assert list(
+            environment.glob("lib/python3.*/site-packages/rkcached/__pycache__/daemon.*.pyc")
+        )
         machine.boot()
         assert machine.systemctl("is-active", "rkcached.socket").strip() == "active"
         machine.declare(TEXTS)
