@@ -3,13 +3,45 @@
 from __future__ import annotations
 
 import json
+import os
+import sys
 from pathlib import Path
 from typing import Any
 
 import click
 
 from rkcached.cli.client import Client
-from rkcached.errors import RkcachedError
+from rkcached.errors import RkcachedError, UsageError
+from rkcached.host.settings import Settings
+
+
+def run(
+    settings: Settings,
+    model: str,
+    message: str | None,
+    *,
+    max_tokens: int | None,
+    cold: bool,
+    want_json: bool,
+) -> int:
+    options: dict[str, Any] = {"model": model}
+    if max_tokens is not None:
+        options["max_tokens"] = max_tokens
+    if cold:
+        options["cache"] = False
+    conversation = Conversation(settings.socket, options, want_json=want_json)
+
+    if message is None and not sys.stdin.isatty():
+        message = sys.stdin.read().strip()
+        if not message:
+            raise UsageError(
+                "there is no question", hint="give it as an argument or on standard input"
+            )
+    if message is not None:
+        conversation.ask(message)
+    else:
+        conversation.talk()
+    return os.EX_OK
 
 
 class Conversation:

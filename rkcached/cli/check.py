@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
+import click
+
+from rkcached.cli import output
 from rkcached.cli.service_view import ServiceView, view_of
 from rkcached.engines.kinds import EngineKind
-from rkcached.errors import ManifestError, Problem
+from rkcached.errors import ManifestError, Problem, printable
 from rkcached.host.digests import Digests
 from rkcached.host.settings import Settings
 from rkcached.messages.sandbox import Renderer
@@ -34,6 +38,30 @@ class Findings:
     """In a prompts_from folder, but with names that no prompt can have."""
     summary: str
     """All of it in one line."""
+
+
+def run(settings: Settings, *, want_json: bool) -> int:
+    findings = check_manifest(settings)
+    if want_json:
+        output.print_json(
+            [
+                {"file": p.file, "line": p.line, "message": p.message, "hint": p.hint}
+                for p in findings.problems
+            ]
+        )
+    else:
+        for problem in findings.problems:
+            click.echo(printable(str(problem)), err=True)
+
+    for warning in findings.warnings:
+        click.echo(printable(warning), err=True)
+    if findings.skipped_files:
+        from rkcached.cli.status.show import skipped_files_line
+
+        click.echo(printable(skipped_files_line(findings.skipped_files)), err=True)
+    if not want_json:
+        click.echo(f"{settings.manifest}: {findings.summary}", err=bool(findings.problems))
+    return os.EX_CONFIG if findings.problems else os.EX_OK
 
 
 def check_manifest(settings: Settings) -> Findings:

@@ -27,6 +27,7 @@ from rich.table import Table
 from rich.text import Text
 
 from rkcached.api import words
+from rkcached.cli import output
 from rkcached.cli.board import Board, Check, Outcome, model_bytes, order, size_of
 from rkcached.cli.service_view import view_of
 from rkcached.engines.kinds import EngineKind
@@ -78,6 +79,20 @@ class Report:
     @property
     def failed(self) -> bool:
         return any(check.outcome is Outcome.FAIL for check in self.checks)
+
+
+def run(settings: Settings, *, want_json: bool) -> int:
+    # Without a name, a manifest that is not there is no mistake.
+    named = "manifest" in settings.model_fields_set or os.path.lexists(settings.manifest)
+    report = examine(settings.manifest if named else None, settings.cache_dir)
+    if named:
+        report = as_service(report, settings)
+
+    if want_json:
+        output.print_json(report_data(report))
+    else:
+        print_report(output.console(), report)
+    return 1 if report.failed else os.EX_OK
 
 
 def examine(manifest_file: Path | None, cache_dir: Path, *, root: Path = Path("/")) -> Report:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 from rich.console import Console
@@ -9,10 +10,25 @@ from rich.text import Text
 
 from rkcached.api import words
 from rkcached.api.status import artifact_figures
+from rkcached.cli import looks, names, output
+from rkcached.cli.plan import action_data
 from rkcached.cli.status import show
 from rkcached.errors import SourceError
+from rkcached.host.settings import Settings
 from rkcached.reconcile.observer import Look
 from rkcached.sources.records import Key
+
+
+def run(settings: Settings, prompt: str, *, want_json: bool) -> int:
+    look = looks.look_as_service(settings, ask=True)
+    data = explain_data(look, names.key_of(prompt)) | {"store": str(settings.cache_dir)}
+    if want_json:
+        output.print_json(data)
+    else:
+        print_explanation(output.console(), data)
+
+    looks.need_store(settings)
+    return os.EX_OK
 
 
 def explain_data(look: Look, key: Key) -> dict[str, Any]:
@@ -36,7 +52,7 @@ def explain_data(look: Look, key: Key) -> dict[str, Any]:
         "changes": [
             {"component": c.component, "old": c.old, "new": c.new} for c in assessment.changes
         ],
-        "action": show.action_data(assessment.action) if assessment.action else None,
+        "action": action_data(assessment.action) if assessment.action else None,
         "wanted": dict(wanted.components) if wanted else None,
         "artifact": artifact_figures(artifact) if artifact else None,
         "lines": [str(change) for change in assessment.changes],

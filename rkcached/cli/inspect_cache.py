@@ -28,6 +28,7 @@ from rich.console import Console
 from rich.text import Text
 
 from rkcached.api import words
+from rkcached.cli import output
 from rkcached.cli.status import show
 from rkcached.errors import FormatError, SourceError
 from rkcached.sources.problems import NAME
@@ -59,6 +60,15 @@ class _Content:
     form: str
     tokens: array[int] | None
     """None where they are packed in a way that is not known."""
+
+
+def run(file: Path, *, want_json: bool) -> int:
+    data = inspect(file)
+    if want_json:
+        output.print_json(data)
+    else:
+        print_inspection(output.console(), data)
+    return os.EX_DATAERR if data["problem"] else os.EX_OK
 
 
 def inspect(path: Path) -> dict[str, Any]:

@@ -91,16 +91,16 @@ def _words(its: dict[str, Path], others: dict[str, Any]) -> list[str]:
 
 def places(
     *names: str, listens: bool = False, as_service: bool = False
-) -> Callable[[Callable[..., None]], Callable[..., None]]:
+) -> Callable[[Callable[..., int]], Callable[..., int]]:
     """Give a command the flags for these places, and their values as `settings`.
 
     `as_service`: where they are those of the installed unit, root runs the command with the
     daemon's eyes.
     """
 
-    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+    def decorate(command: Callable[..., int]) -> Callable[..., int]:
         @functools.wraps(command)
-        def with_settings(**kwargs: Any) -> None:
+        def with_settings(**kwargs: Any) -> int:
             # all that a daemon imports stays: looking for garbage in it takes a tenth of its start
             if listens:
                 gc.disable()
@@ -116,7 +116,7 @@ def places(
 
                 its = {name: getattr(settings, name) for name in names}
                 unit.become_it(_words(its, kwargs), **its)
-            command(settings=settings if listens else settings.of_client(), **kwargs)
+            return command(settings=settings if listens else settings.of_client(), **kwargs)
 
         for name in reversed(names):
             with_settings = FLAGS[name](with_settings)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
@@ -11,10 +12,28 @@ from rich.console import Console
 from rich.status import Status
 
 from rkcached.api import words
+from rkcached.cli import exit_codes, names, output
 from rkcached.cli.client import Client
-from rkcached.errors import RequestError
+from rkcached.errors import RequestError, UsageError
+from rkcached.host.settings import Settings
 
 _REFRESH_S = 0.25
+
+
+def run(settings: Settings, prompts: Sequence[str], *, everything: bool, want_json: bool) -> int:
+    if not prompts and not everything:
+        raise UsageError("nothing to regenerate", hint="name MODEL or MODEL/PROMPT, or use --all")
+
+    declared = declared_prompts(settings.socket)
+    wanted = declared if everything else names.matching(prompts, declared)
+    console = output.console(quiet=want_json)
+    answers, refusals = regenerate(settings.socket, settings.admin_socket, wanted, console)
+    if want_json:
+        output.print_json(answers)
+
+    for refusal in refusals:
+        exit_codes.complain(refusal)
+    return exit_codes.exit_code(refusals[0]) if refusals else os.EX_OK
 
 
 def declared_prompts(socket: Path) -> list[tuple[str, str]]:

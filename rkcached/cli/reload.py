@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 import json
+import os
 import socket
 from pathlib import Path
 
+import click
+
 from rkcached.errors import DaemonUnreachable, ManifestError, NotAllowed, Problem, RkcachedError
+from rkcached.host import places
 
 _TIMEOUT_S = 60.0
 """A look that hashes a large model for the first time takes this long; usually it is a tenth of a
 second."""
+
+
+def run(admin_socket: Path | None) -> int:
+    click.echo(reload(admin_socket or places.admin_socket_to_ask()))
+    return os.EX_OK
 
 
 def reload(admin_socket: Path) -> str:

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from rkcached.errors import RkcachedError
+import click
+
+from rkcached.cli import looks, names, output
+from rkcached.errors import RkcachedError, printable
+from rkcached.host import logs
+from rkcached.host.settings import Settings
 from rkcached.plan.desired import DesiredModel
 from rkcached.plan.planner import State
 from rkcached.plan.worker_model import worker_model
@@ -17,6 +23,30 @@ from rkcached.store.sidecar import StoredArtifact
 from rkcached.store.store import Store
 from rkcached.worker import protocol
 from rkcached.worker.pool import Workers
+
+
+def run(settings: Settings, prompts: Sequence[str], *, deep: bool, want_json: bool) -> int:
+    logs.configure("error")
+    looks.need_store(settings)
+    look = looks.look_as_service(settings)
+    stored = [Key(*key) for key in (*look.inventory.artifacts, *look.inventory.unreadable)]
+    chosen = names.matching(prompts, stored) if prompts else stored
+
+    results = []
+    for result in verify_artifacts(settings.cache_dir, look, chosen, deep=deep):
+        results.append(result)
+        if not want_json:
+            mark = "ok" if result["ok"] else "FAILED"
+            name = f"{result['model']}/{result['prompt']}"
+            click.echo(printable(f"{mark:<7} {name}  {result['detail']}"))
+
+    good = sum(result["ok"] for result in results)
+    if want_json:
+        output.print_json(results)
+    else:
+        what = f"{good} of {len(results)} good" if results else "no artifacts"
+        click.echo(printable(f"{what} in the store {settings.cache_dir}"))
+    return os.EX_OK if good == len(results) else os.EX_DATAERR
 
 
 def verify_artifacts(

@@ -8,6 +8,7 @@ is waited for.
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import queue
 import threading
@@ -17,6 +18,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import click
+
+from rkcached.cli import exit_codes, output
 from rkcached.cli.client import START_IT, Client, follow
 from rkcached.cli.status import show
 from rkcached.errors import (
@@ -29,8 +33,10 @@ from rkcached.errors import (
     RkcachedError,
     SourceError,
     StillWaiting,
+    UsageError,
     printable,
 )
+from rkcached.host.settings import Settings
 
 _MATTERS = ("listening", "artifact", "build", "summary")
 """Events after which a prompt may be in another state; the first says that the daemon is there."""
@@ -70,6 +76,23 @@ class Waited:
             "errors": [{"message": error.message, "hint": error.hint} for error in self.errors],
             "prompts": self.prompts,
         }
+
+
+def run(settings: Settings, names: Sequence[str], *, timeout_s: float, want_json: bool) -> int:
+    if math.isnan(timeout_s):
+        raise UsageError(
+            "--timeout: nan is not a number of seconds", hint="name some, as in --timeout 60"
+        )
+
+    with output.progress_line() as tell:
+        result = wait(settings.socket, names, timeout_s=timeout_s, tell=tell)
+    if want_json:
+        output.print_json(result.data())
+    elif not result.errors:
+        click.echo(f"{len(result.prompts)} fresh, after {result.waited_s:.1f} s")
+    for error in result.errors:
+        exit_codes.complain(error)
+    return result.exit_code
 
 
 def wait(

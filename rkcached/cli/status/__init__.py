@@ -1,1 +1,1 @@
-"""`rkcached status` and what looks like it: the table, the live view, the picture of one model."""
+"""`rkcached status`: `command` chooses; `show` has the table, `live` the live view, `picture` draws it."""

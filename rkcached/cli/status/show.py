@@ -7,8 +7,7 @@ import json
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
-from typing import Any, assert_never
+from typing import Any
 
 from rich.cells import cell_len
 from rich.console import Console, OverflowMethod
@@ -16,16 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from rkcached.api import words
-from rkcached.errors import printable
 from rkcached.plan.planner import (
-    Action,
-    Adopt,
-    Assessment,
-    Blocked,
-    Build,
-    Remove,
-    Retire,
-    State,
     urgency,
 )
 
@@ -51,73 +41,6 @@ _STATE_STYLE = {
     "uncached": "dim",
     "orphan": "dim",
 }
-
-
-def action_data(action: Action) -> dict[str, Any]:
-    """An action as `rkcached plan --json` prints it."""
-    data: dict[str, Any] = {
-        "model": action.key.model,
-        "prompt": action.key.prompt,
-        "reason": action.reason,
-    }
-    match action:
-        case Build():
-            return {"action": "build", **data, "fingerprint": action.fingerprint.digest}
-        case Adopt():
-            source = None if action.source is None else str(action.source)
-            return {
-                "action": "adopt",
-                **data,
-                "fingerprint": action.fingerprint.digest,
-                "source": source,
-            }
-        case Retire():
-            return {"action": "retire", **data}
-        case Remove():
-            return {"action": "remove", **data, "retired": action.retired or None}
-        case Blocked():
-            return {
-                "action": "blocked",
-                **data,
-                "hint": action.hint,
-                "retry_at": action.retry_at or None,
-            }
-        case _:
-            assert_never(action)
-
-
-def print_plan(
-    console: Console, actions: Sequence[Action], assessments: Sequence[Assessment], store: Path
-) -> None:
-    signs = {
-        "build": ("+", "green"),
-        "adopt": ("=", "green"),
-        "retire": ("~", "dim"),
-        "remove": ("-", "red"),
-        "blocked": ("!", "yellow"),
-    }
-    table = Table.grid(padding=(0, 2))
-    for action in actions:
-        data = action_data(action)
-        sign, style = signs[data["action"]]
-        reason = Text(printable(data["reason"]))
-        if data.get("hint"):
-            reason.append(f"\n{printable(data['hint'])}", style="dim")
-        table.add_row(
-            Text(f"{sign} {data['action']}", style=style), Text(printable(str(action.key))), reason
-        )
-    if actions:
-        console.print(table)
-    counts = Counter(data["action"] for data in map(action_data, actions))
-    fresh = sum(assessment.state is State.FRESH for assessment in assessments)
-    words = [
-        f"{counts[name]} to {name}"
-        for name in ("build", "adopt", "retire", "remove")
-        if counts[name]
-    ]
-    words += [f"{counts['blocked']} blocked"] if counts["blocked"] else []
-    summary = ", ".join([*(words or ["nothing to do"]), f"{fresh} fresh"])
-    console.print(Text(printable(f"{summary}; store {store}")), soft_wrap=True)
 
 
 def skipped_files_line(files: Sequence[str]) -> str:

@@ -1,0 +1,74 @@
+"""`rkcached gc`: remove what no prompt uses; by the daemon if one runs, else here."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import click
+
+from rkcached.api.words import size
+from rkcached.cli import looks, output
+from rkcached.cli.client import Client
+from rkcached.errors import StoreLocked, printable
+from rkcached.host.settings import Settings
+from rkcached.reconcile import collection
+from rkcached.store import garbage
+from rkcached.store.store import Store
+
+
+def run(settings: Settings, *, dry_run: bool, strangers: bool, want_json: bool) -> int:
+    looks.need_store(settings)
+    try:
+        rubbish = _collect(settings, dry_run=dry_run, strangers=strangers)
+    except StoreLocked as locked:
+        rubbish = _ask_daemon(settings, locked, strangers=strangers)
+
+    if want_json:
+        total = sum(item["size_bytes"] for item in rubbish["items"])
+        done = {"store": str(settings.cache_dir), "removed": not dry_run, "size_bytes": total}
+        listed = {name: rubbish[name] for name in ("items", "strangers")}
+        output.print_json({**done, **listed})
+    else:
+        _print(rubbish, settings.cache_dir, dry_run=dry_run)
+    return os.EX_OK
+
+
+def _collect(settings: Settings, *, dry_run: bool, strangers: bool) -> dict[str, Any]:
+    """Errors: StoreLocked where a daemon owns the store."""
+    store = Store(settings.cache_dir)
+    try:
+        if not dry_run:
+            store.open()
+        look = looks.look_at(settings)
+        named = collection.named_in(look, *looks.inputs_of(settings, look))
+        rubbish = collection.find(store, look, named, strangers=strangers)
+        if not dry_run:
+            rubbish = garbage.remove_rubbish(store, rubbish, named)
+        return garbage.as_data(rubbish)
+    finally:
+        store.close()
+
+
+def _ask_daemon(settings: Settings, locked: StoreLocked, *, strangers: bool) -> dict[str, Any]:
+    """Errors: `locked` where the daemon that answers owns another store."""
+    with Client(settings.admin_socket) as client:
+        if Path(client.status()["cache"]["directory"]) != settings.cache_dir:
+            raise locked
+        return client.collect(strangers=strangers)
+
+
+def _print(rubbish: dict[str, Any], store: Path, *, dry_run: bool) -> None:
+    items, strangers = rubbish["items"], rubbish["strangers"]
+    for item in (*items, *strangers):
+        click.echo(printable(f"{size(item['size_bytes']):>9}  {item['path']}  {item['reason']}"))
+
+    done = "would remove" if dry_run else "removed"
+    what = "1 item" if len(items) == 1 else f"{len(items)} items"
+    total = sum(item["size_bytes"] for item in items)
+    left = ""
+    if strangers:
+        left_bytes = sum(item["size_bytes"] for item in strangers)
+        left = f"; {len(strangers)} that are not the store's stay, {size(left_bytes)}"
+    click.echo(printable(f"{done} {what}, {size(total)}{left}; store {store}"))

@@ -1,0 +1,61 @@
+"""What a command sees of manifest, files and store when it looks itself, without a daemon."""
+
+from __future__ import annotations
+
+import contextlib
+import shlex
+from pathlib import Path
+
+from rkcached.cli.service_view import view_of
+from rkcached.errors import SourceError, StoreError
+from rkcached.host.settings import Settings
+from rkcached.reconcile.observer import Look, Observer
+from rkcached.sources.manifest_file import inputs, read_manifest
+from rkcached.sources.stored_texts import StoredTexts
+from rkcached.store import marks
+from rkcached.store.store import Store
+
+
+def look_at(settings: Settings) -> Look:
+    """Read manifest, files and store. Errors: ManifestError; SourceError, StoreError of the store."""
+    observer = Observer(Store(settings.cache_dir), StoredTexts(settings.state_dir))
+    look = observer.look(read_manifest(settings.manifest))
+    if look.store_trouble is not None:
+        need_store(settings)
+        raise look.store_trouble
+    return look
+
+
+def look_as_service(settings: Settings, *, ask: bool = False) -> Look:
+    """Look, and correct it by what the daemon sees differently."""
+    look = look_at(settings)
+    return view_of(settings, look.manifest, look.sources, ask=ask).over(look)
+
+
+def inputs_of(settings: Settings, look: Look) -> tuple[list[Path], list[Path]]:
+    """The files and folders that a look depends on."""
+    return inputs(look.manifest, settings.manifest, StoredTexts(settings.state_dir))
+
+
+def need_store(settings: Settings) -> None:
+    """Errors: SourceError where there is no store; StoreError where that cannot be read."""
+    try:
+        why = marks.why_no_store(settings.cache_dir)
+    except OSError as error:
+        raise StoreError(
+            f"the store {settings.cache_dir} cannot be read: {error.strerror}",
+            hint="check the directory's permissions",
+        ) from error
+    if not why:
+        return
+
+    hint = (
+        "name the daemon's store with --cache-dir or RKCACHED_CACHE_DIR; "
+        "if there is none yet, `rkcached run` makes it"
+    )
+    beside = settings.manifest.parent / "cache"
+    with contextlib.suppress(OSError):
+        if beside != settings.cache_dir and not marks.why_no_store(beside):
+            named = shlex.quote(str(beside))
+            hint = f"there is a store beside the manifest: use --cache-dir {named}"
+    raise SourceError(f"there is no store at {settings.cache_dir}: {why}", hint=hint)

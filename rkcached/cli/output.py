@@ -1,0 +1,50 @@
+"""How commands write: consoles, a progress line, JSON. Imports rich only where it is used."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from rkcached.errors import printable
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+def console(*, quiet: bool = False, stderr: bool = False) -> Console:
+    """A console that marks nothing by itself."""
+    from rich.console import Console
+
+    return Console(highlight=False, quiet=quiet, stderr=stderr)
+
+
+def unwrapped_console() -> Console:
+    """A console that keeps lines whole where no terminal shows them, unless COLUMNS is set."""
+    wide = console()
+    if not wide.is_terminal and not os.environ.get("COLUMNS"):
+        wide.width = 100_000
+    return wide
+
+
+@contextlib.contextmanager
+def progress_line() -> Iterator[Callable[[str], None]]:
+    """A line on standard error that can be replaced; nothing where that is no terminal."""
+    from rich.text import Text
+
+    errors = console(stderr=True)
+    if not errors.is_terminal:
+        yield lambda _: None
+        return
+
+    with errors.status("") as line:
+        yield lambda text: line.update(Text(printable(text)))
+
+
+def print_json(data: Any) -> None:
+    from rkcached.cli.status.show import json_text
+
+    click.echo(json_text(data, indent=2))

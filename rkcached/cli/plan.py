@@ -1,0 +1,103 @@
+"""`rkcached plan`: what the daemon would build, adopt, retire and remove, and why."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, assert_never
+
+import click
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from rkcached.cli import looks, output
+from rkcached.cli.status.show import skipped_files_line
+from rkcached.errors import printable
+from rkcached.host.settings import Settings
+from rkcached.plan.planner import (
+    Action,
+    Adopt,
+    Assessment,
+    Blocked,
+    Build,
+    Remove,
+    Retire,
+    State,
+)
+
+SOMETHING_TO_DO = 2
+
+_SIGNS = {
+    "build": ("+", "green"),
+    "adopt": ("=", "green"),
+    "retire": ("~", "dim"),
+    "remove": ("-", "red"),
+    "blocked": ("!", "yellow"),
+}
+
+
+def run(settings: Settings, *, want_json: bool, exit_code: bool) -> int:
+    look = looks.look_as_service(settings)
+    actions = look.actions
+
+    if want_json:
+        output.print_json([action_data(action) for action in actions])
+    else:
+        print_plan(output.console(), actions, look.assessments, settings.cache_dir)
+        if look.sources.skipped_files:
+            click.echo(printable(skipped_files_line(look.sources.skipped_files)))
+
+    looks.need_store(settings)
+    if exit_code and any(not isinstance(action, Blocked) for action in actions):
+        return SOMETHING_TO_DO
+    return os.EX_OK
+
+
+def action_data(action: Action) -> dict[str, Any]:
+    """An action as `rkcached plan --json` prints it."""
+    whose = {"model": action.key.model, "prompt": action.key.prompt, "reason": action.reason}
+    match action:
+        case Build():
+            return {"action": "build", **whose, "fingerprint": action.fingerprint.digest}
+        case Adopt():
+            source = None if action.source is None else str(action.source)
+            digest = action.fingerprint.digest
+            return {"action": "adopt", **whose, "fingerprint": digest, "source": source}
+        case Retire():
+            return {"action": "retire", **whose}
+        case Remove():
+            return {"action": "remove", **whose, "retired": action.retired or None}
+        case Blocked():
+            retry_at = action.retry_at or None
+            return {"action": "blocked", **whose, "hint": action.hint, "retry_at": retry_at}
+        case _:
+            assert_never(action)
+
+
+def print_plan(
+    console: Console, actions: Sequence[Action], assessments: Sequence[Assessment], store: Path
+) -> None:
+    table = Table.grid(padding=(0, 2))
+    counts = Counter[str]()
+    for action in actions:
+        data = action_data(action)
+        counts[data["action"]] += 1
+        sign, style = _SIGNS[data["action"]]
+
+        reason = Text(printable(data["reason"]))
+        if data.get("hint"):
+            reason.append(f"\n{printable(data['hint'])}", style="dim")
+        what = Text(f"{sign} {data['action']}", style=style)
+        table.add_row(what, Text(printable(str(action.key))), reason)
+    if actions:
+        console.print(table)
+
+    words = [f"{counts[name]} to {name}" for name in _SIGNS if name != "blocked" and counts[name]]
+    if counts["blocked"]:
+        words.append(f"{counts['blocked']} blocked")
+    fresh = sum(assessment.state is State.FRESH for assessment in assessments)
+    summary = ", ".join([*(words or ["nothing to do"]), f"{fresh} fresh"])
+    console.print(Text(printable(f"{summary}; store {store}")), soft_wrap=True)

@@ -1,0 +1,34 @@
+"""`rkcached status`: the table, the document or the live view."""
+
+from __future__ import annotations
+
+import os
+
+from rkcached.cli import output
+from rkcached.cli.client import Client
+from rkcached.cli.status import show
+from rkcached.errors import UsageError
+from rkcached.host.settings import Settings
+
+NOT_ALL_FRESH = 2
+
+
+def run(settings: Settings, *, want_json: bool, watch: bool, exit_code: bool) -> int:
+    if watch and exit_code:
+        raise UsageError(
+            "--watch does not end, so it gives no exit code",
+            hint="`rkcached wait` ends when all is fresh",
+        )
+    if watch:
+        from rkcached.cli.status import live
+
+        live.watch(settings.socket, output.console(), want_json=want_json)
+        return os.EX_OK
+
+    with Client(settings.socket) as client:
+        status = client.status()
+    if want_json:
+        output.print_json(status)
+    else:
+        show.print_status(output.console(), status)
+    return NOT_ALL_FRESH if exit_code and not show.all_fresh(status) else os.EX_OK
