@@ -18,7 +18,7 @@ from rkcached.host import places, unit
 from rkcached.host.access import hidden
 from rkcached.host.settings import Settings
 from rkcached.plan.desired import Desired
-from rkcached.plan.planner import Assessment, Blocked, State
+from rkcached.plan.planner import Assessment, Blocked, State, plan
 from rkcached.reconcile.observer import Look
 from rkcached.sources.manifest import Manifest
 from rkcached.sources.records import Key, RuntimeSource, Sources, Trouble
@@ -90,10 +90,9 @@ class ServiceView:
         return found
 
     def over(self, look: Look) -> Look:
-        """The look with the daemon's assessment where it says that nothing can be done, or the caller cannot know."""
-        return replace(
-            look, assessments=tuple(self._assessment(own, look) for own in look.assessments)
-        )
+        """The look, with the daemon's assessments of what it knows better than the caller."""
+        assessments = tuple(self._assessment(own, look) for own in look.assessments)
+        return replace(look, assessments=assessments, actions=plan(assessments))
 
     def _assessment(self, own: Assessment, look: Look) -> Assessment:
         seen = self.prompts.get(own.key)
