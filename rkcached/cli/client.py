@@ -1,47 +1,57 @@
-"""The command line's side of the socket: HTTP over the daemon's Unix socket, errors as this program's own."""
+"""The client of the daemon's socket, for commands, benchmarks and the demo."""
 
 from __future__ import annotations
 
 import contextlib
+import http.client
 import json
 import time
 from collections.abc import Iterator
+from http import HTTPStatus
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, NoReturn, Self
+from urllib.parse import quote
 
-import httpx
-
-from rkcached.errors import DaemonUnreachable, NotAllowed, RequestError, RkcachedError
+from rkcached.errors import (
+    DaemonUnreachable,
+    ManifestError,
+    NotAllowed,
+    Problem,
+    RequestError,
+    RkcachedError,
+)
+from rkcached.host.unix_http import UnixConnection
 
 _CONNECT_S = 10.0
 """Connecting is quick or impossible; an answer takes as long as its model."""
 
 _SILENCE_S = 40.0
-"""The event stream has a sign of life every 15 s. One that is silent for longer belongs to nobody.
-"""
+"""The event stream has a sign of life every 15 s. One that is silent for longer is dead."""
 
 _RETRY_S = 0.25
 """Between two attempts to connect to a daemon that is not there."""
 
-
-START_IT = "start it with `sudo systemctl start rkcached` or `rkcached run`, or name its socket with --socket"
+START_IT = (
+    "start it with `sudo systemctl start rkcached` or `rkcached run`, "
+    "or name its socket with --socket"
+)
 """The next step where no daemon answers."""
 
 
 class Client:
-    """A connection to the daemon. Errors of every call: DaemonUnreachable, RequestError."""
+    """A client with one connection, which it keeps from request to request; for one thread.
+
+    Errors of every call: DaemonUnreachable, RequestError.
+    """
 
     def __init__(self, socket: Path, *, patience_s: float | None = None) -> None:
-        """`patience_s`: a daemon that is silent for longer is given up; None waits for it."""
+        """`patience_s`: give up when the daemon sends nothing for so long; None waits for it."""
         self._socket = socket
-        # There is no TLS on a Unix socket, and reading certificates takes 30 ms.
-        transport = httpx.HTTPTransport(verify=False, uds=str(socket))
-        self._http = httpx.Client(
-            transport=transport,
-            base_url="http://rkcached",
-            timeout=httpx.Timeout(_CONNECT_S, read=patience_s),
-        )
+        self._patience_s = patience_s
+        self._kept = self._new_connection()
+        # A second request while a stream is open takes a connection of its own.
+        self._in_use = False
 
     def __enter__(self) -> Self:
         return self
@@ -52,69 +62,67 @@ class Client:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._http.close()
+        self.close()
+
+    def close(self) -> None:
+        self._kept.close()
 
     def status(self, *, look: bool = False) -> dict[str, Any]:
-        """`look`: the daemon looks at the files first."""
-        return self._json("GET", "/v1/status?look=true" if look else "/v1/status")
+        """The status document. `look`: the daemon looks at the files first."""
+        return self.request("GET", "/v1/status?look=true" if look else "/v1/status")
+
+    def reload(self) -> str:
+        """Make the daemon read its manifest, on the admin socket; returns its summary.
+
+        Errors: ManifestError.
+        """
+        return str(self.request("POST", "/v1/reload")["summary"])
 
     def regenerate(self, model: str, prompt: str) -> dict[str, Any]:
-        return self._json("POST", f"/v1/cache/{model}/generate-binary", {"cache_name": prompt})
+        path = f"/v1/cache/{quote(model)}/generate-binary"
+        return self.request("POST", path, {"cache_name": prompt})
 
     def collect(self, *, strangers: bool) -> dict[str, Any]:
-        return self._json("POST", "/v1/gc", {"dry_run": False, "strangers": strangers})
+        return self.request("POST", "/v1/gc", {"dry_run": False, "strangers": strangers})
 
     def store(self, model: str, prompt: str, text: str) -> None:
         """Store a text as a prompt, and wait until its cache is built. On the admin socket."""
-        self._json("POST", f"/v1/cache/{model}", {"cache_name": prompt, "content": text})
+        self.request("POST", f"/v1/cache/{quote(model)}", {"cache_name": prompt, "content": text})
 
     def delete(self, model: str, prompt: str) -> None:
         """Delete a stored text and its cache. On the admin socket."""
-        self._json("DELETE", f"/v1/cache/{model}/{prompt}")
+        self.request("DELETE", f"/v1/cache/{quote(model)}/{quote(prompt)}")
 
     def chat(self, body: dict[str, Any]) -> dict[str, Any]:
-        return self._json("POST", "/v1/chat/completions", body)
+        return self.request("POST", "/v1/chat/completions", body)
 
     def stream(self, body: dict[str, Any]) -> Iterator[dict[str, Any]]:
         """The chunks of a streamed answer."""
-        try:
-            with self._http.stream(
-                "POST", "/v1/chat/completions", json={**body, "stream": True}
-            ) as response:
-                if response.status_code != httpx.codes.OK:
-                    response.read()
-                    raise _refusal(response)
-                for line in response.iter_lines():
-                    if line.startswith("data: ") and line != "data: [DONE]":
-                        chunk: dict[str, Any] = json.loads(line[6:])
-                        if "error" in chunk:
-                            raise RequestError(
-                                502, chunk["error"]["message"], code=chunk["error"]["code"]
-                            )
-                        yield chunk
-        except httpx.TransportError as error:
-            raise self._unreachable(error) from error
+        for data in self.stream_data("/v1/chat/completions", {**body, "stream": True}):
+            if data == b"[DONE]":
+                return
+            chunk: dict[str, Any] = json.loads(data)
+            if "error" in chunk:
+                raise RequestError(502, chunk["error"]["message"], code=chunk["error"]["code"])
+            yield chunk
+        raise _broken_off("its answer has no end")
+
+    def stream_data(self, path: str, body: dict[str, Any]) -> Iterator[bytes]:
+        """The data of each event of a stream, as it arrives; the last one is `[DONE]`."""
+        with self._lines("POST", path, body) as lines:
+            for line in lines:
+                if line.startswith(b"data: "):
+                    yield line[6:]
 
     @contextlib.contextmanager
     def lent(self, model: str) -> Iterator[None]:
-        """Wait until the daemon leaves a model to us; it gets it back at the end.
+        """Wait until the daemon has unloaded a model for us; it may load it again at the end.
 
         On the admin socket.
-
-        Errors: DaemonUnreachable, RequestError.
         """
-        try:
-            with self._http.stream("POST", "/v1/models/lend", json={"model": model}) as response:
-                if response.status_code != httpx.codes.OK:
-                    response.read()
-                    raise _refusal(response)
-                lines = (
-                    response.iter_lines()
-                )  # kept until the end: without it, the connection is closed
-                next(lines, "")
-                yield
-        except httpx.TransportError as error:
-            raise self._unreachable(error) from error
+        with self._lines("POST", "/v1/models/lend", {"model": model}) as lines:
+            next(lines, b"")
+            yield
 
     def events(self) -> Iterator[str]:
         """The kind of each event.
@@ -122,44 +130,79 @@ class Client:
         First "listening", and "still here" after each silence. Ends with the daemon.
         """
         kind = ""
-        try:
-            with self._http.stream("GET", "/v1/events") as response:
-                if response.status_code != httpx.codes.OK:
-                    response.read()
-                    raise _refusal(response)
-                for line in response.iter_lines():
-                    if line.startswith(("event: ", ": ")):
-                        kind = line.partition(": ")[2]
-                    if not line:  # ends an event
-                        yield kind
-        except httpx.TransportError as error:
-            raise self._unreachable(error) from error
+        with self._lines("GET", "/v1/events") as lines:
+            for line in lines:
+                if line.startswith((b"event: ", b": ")):
+                    kind = line.partition(b": ")[2].decode()
+                if not line:  # ends an event
+                    yield kind
 
-    def _json(self, method: str, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
-        try:
-            response = self._http.request(method, path, json=body)
-        except httpx.TransportError as error:
-            raise self._unreachable(error) from error
-        if response.status_code != httpx.codes.OK:
-            raise _refusal(response)
-        answer: dict[str, Any] = response.json()
-        return answer
+    def request(self, method: str, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
+        """Send a request that is answered by one JSON document."""
+        with self._response(method, path, body) as response:
+            with _translated():
+                data = response.read()
+            answer: dict[str, Any] = json.loads(data)
+            return answer
 
-    def _unreachable(self, error: httpx.TransportError) -> DaemonUnreachable:
-        if isinstance(error, httpx.ConnectError):
-            if "Permission denied" in str(error):
-                return NotAllowed(str(self._socket))
-            return DaemonUnreachable(
-                f"no daemon answers on {self._socket}",
-                hint=START_IT,
-            )
-        return DaemonUnreachable(f"the daemon broke off: {error}", hint="its log says why")
+    @contextlib.contextmanager
+    def _lines(
+        self, method: str, path: str, body: dict[str, Any] | None = None
+    ) -> Iterator[Iterator[bytes]]:
+        """The lines of an answer, without their ends, as they arrive."""
+
+        def read(response: http.client.HTTPResponse) -> Iterator[bytes]:
+            with _translated():
+                while line := response.readline():
+                    yield line.rstrip(b"\r\n")
+
+        with self._response(method, path, body) as response:
+            yield read(response)
+
+    @contextlib.contextmanager
+    def _response(
+        self, method: str, path: str, body: dict[str, Any] | None
+    ) -> Iterator[http.client.HTTPResponse]:
+        """An answer whose status is 200."""
+        is_second = self._in_use
+        connection = self._new_connection() if is_second else self._kept
+        self._in_use = True
+        is_whole = False
+        try:
+            with _translated():
+                self._connect(connection)
+                _send(connection, method, path, body)
+                response = connection.getresponse()
+                if response.status != HTTPStatus.OK:
+                    _refuse(response.status, response.read())
+            with response:
+                yield response
+                is_whole = response.isclosed()
+        finally:
+            self._in_use = is_second
+            if is_second or not is_whole:  # the rest of this answer must not precede the next one
+                connection.close()
+
+    def _connect(self, connection: UnixConnection) -> None:
+        try:
+            connection.ready()
+        except PermissionError as error:
+            raise NotAllowed(str(self._socket)) from error
+        except TimeoutError:
+            raise
+        except OSError as error:
+            raise DaemonUnreachable(
+                f"no daemon answers on {self._socket}", hint=START_IT
+            ) from error
+
+    def _new_connection(self) -> UnixConnection:
+        return UnixConnection(self._socket, connect_s=_CONNECT_S, silence_s=self._patience_s)
 
 
 def follow(socket: Path) -> Iterator[str | RkcachedError]:
     """The kinds of events, as `Client.events` has them, of this daemon and of the next. Never ends.
 
-    An error each time that nobody answers, which is tried again.
+    An error each time that no daemon answers; it then tries again.
     """
     while True:
         try:
@@ -171,13 +214,36 @@ def follow(socket: Path) -> Iterator[str | RkcachedError]:
         time.sleep(_RETRY_S)
 
 
-def _refusal(response: httpx.Response) -> RequestError:
+def _send(connection: UnixConnection, method: str, path: str, body: dict[str, Any] | None) -> None:
+    if body is None:
+        connection.request(method, path)
+    else:
+        headers = {"Content-Type": "application/json"}
+        connection.request(method, path, json.dumps(body).encode(), headers)
+
+
+@contextlib.contextmanager
+def _translated() -> Iterator[None]:
+    """Errors: DaemonUnreachable for those of the connection."""
     try:
-        said = response.json()["error"]
-        return RequestError(response.status_code, said["message"], code=said["code"])
+        yield
+    except (OSError, http.client.HTTPException) as error:
+        raise _broken_off(str(error)) from error
+
+
+def _broken_off(why: str) -> DaemonUnreachable:
+    return DaemonUnreachable(f"the daemon broke off: {why}", hint="its log says why")
+
+
+def _refuse(status: int, body: bytes) -> NoReturn:
+    """Errors: ManifestError, RequestError."""
+    try:
+        refusal = json.loads(body)["error"]
+        error = RequestError(status, refusal["message"], code=refusal["code"])
+        problems = tuple(Problem(**problem) for problem in refusal.get("problems") or ())
     except (ValueError, KeyError, TypeError):
-        return RequestError(
-            response.status_code,
-            f"HTTP {response.status_code}: {response.text[:200]}",
-            code="unknown",
-        )
+        text = body.decode(errors="replace")[:200]
+        raise RequestError(status, f"HTTP {status}: {text}", code="unknown") from None
+    if problems:
+        raise ManifestError(problems)
+    raise error

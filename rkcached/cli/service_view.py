@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
 
+from rkcached.cli.client import Client
 from rkcached.errors import RkcachedError
 from rkcached.host import places, unit
 from rkcached.host.access import hidden
@@ -227,8 +228,6 @@ def _socket(settings: Settings, found: unit.Unit | None) -> Path | None:
 
 
 def _status(socket: Path) -> dict[str, Any] | None:
-    from rkcached.cli.client import Client  # noqa: PLC0415 - an HTTP library takes 80 ms, and often nobody is there
-
     try:
         with Client(socket, patience_s=_PATIENCE_S) as client:
             return client.status()

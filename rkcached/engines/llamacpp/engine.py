@@ -18,7 +18,6 @@ import importlib.metadata
 import json
 import os
 import platform
-import socket
 import sys
 import threading
 import time
@@ -45,6 +44,7 @@ from rkcached.errors import (
     ModelLoadError,
     Uncacheable,
 )
+from rkcached.host.unix_http import UnixConnection
 
 # Prompt tokens per call into the model. A run can be stopped between two of them only, so a small
 # one stops sooner. A prompt of 1,179 tokens, SmolLM2-135M Q4_1 on two x86 cores, best of six,
@@ -261,7 +261,7 @@ class LlamaCppEngine:
     def _request(self, method: str, target: str, body: dict[str, Any] | None = None) -> Any:
         if self._server is None:
             raise EngineError("the engine is closed")
-        connection = _UnixConnection(self._socket)
+        connection = UnixConnection(self._socket)
         try:
             connection.request(method, target, None if body is None else json.dumps(body))
             response = connection.getresponse()
@@ -281,16 +281,6 @@ class _RefusedError(EngineError):
     """llama.cpp answered with an HTTP error."""
 
     status = 0
-
-
-class _UnixConnection(http.client.HTTPConnection):
-    def __init__(self, path: str) -> None:
-        super().__init__("localhost")
-        self._path = path
-
-    def connect(self) -> None:
-        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        self.sock.connect(self._path)
 
 
 def _import_library() -> Any:
