@@ -189,7 +189,7 @@ def test_every_panel_has_figures(
         wait_until(asked, "every expression has values")
         ratio, ttft = (expressions(dashboard)[number] for number in (1, 5))
         assert server.values(ratio) == [1.0]
-        assert 0 < server.values(ttft)[0] < 1
+        assert 0 < server.values(ttft)[0] < 10  # seconds, on a busy machine, too
 
 
 def variable(dashboard: dict[str, Any], name: str) -> str:
