@@ -38,7 +38,7 @@ from rkcached.api.server import (
     refuse_waiting,
 )
 from rkcached.api.status import Recent, status, summary
-from rkcached.engines.kinds import EngineKind
+from rkcached.engines.registry import ENGINES
 from rkcached.errors import ManifestError, SettingsError
 from rkcached.host import logs
 from rkcached.host.settings import Settings
@@ -286,7 +286,7 @@ async def _keep_sockets(
 def _room(manifest: Manifest) -> Room:
     """An NPU runs one model at a time: one is loaded, unless the manifest says otherwise."""
     engine = manifest.engine
-    one = engine.kind is EngineKind.RKLLM and not engine.concurrent
+    one = ENGINES[engine.kind].on_npu and not engine.concurrent
     return room_in_memory(1 if engine.max_loaded is None and one else engine.max_loaded)
 
 

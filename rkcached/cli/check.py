@@ -11,6 +11,7 @@ import click
 from rkcached.cli import output
 from rkcached.cli.service_view import ServiceView, view_of
 from rkcached.engines.kinds import EngineKind
+from rkcached.engines.registry import ENGINES
 from rkcached.errors import ManifestError, Problem, printable
 from rkcached.host.digests import Digests
 from rkcached.host.settings import Settings
@@ -75,8 +76,8 @@ def check_manifest(settings: Settings) -> Findings:
         return _findings(list(usable.problems), (), (), "")
 
     manifest = usable.manifest
-    if not usable.engine_known:  # this one takes any file for a model
-        manifest = manifest.model_copy(update={"engine": EngineConfig(kind=EngineKind.RKLLM)})
+    if not usable.engine_known:
+        manifest = manifest.model_copy(update={"engine": EngineConfig(kind=_takes_any_file())})
     sources = SourceReader(Digests()).scan(manifest)
     runtime = sources.runtime
     if isinstance(runtime, Trouble):  # told once, and what else is wrong is told beside it
@@ -85,7 +86,7 @@ def check_manifest(settings: Settings) -> Findings:
     service = view_of(settings, manifest, sources).without(runtime)
     troubles = list(_troubles(manifest, sources, desired, service))
     if isinstance(runtime, Trouble) and usable.engine_known:
-        key = "library" if manifest.engine.kind is EngineKind.RKLLM else "kind"
+        key = "library" if ENGINES[manifest.engine.kind].names_library else "kind"
         troubles.append((manifest.line_of("engine", key), runtime))
 
     problems = list(usable.problems)
@@ -102,6 +103,11 @@ def check_manifest(settings: Settings) -> Findings:
     if service.whose:
         ok += f", {service.whose}"
     return _findings(problems, warnings, sources.skipped_files, ok)
+
+
+def _takes_any_file() -> EngineKind:
+    """An engine that knows no model by its first bytes."""
+    return next(kind for kind, engine in ENGINES.items() if not engine.model_magic)
 
 
 def _findings(
@@ -140,11 +146,7 @@ def _warnings(
     for name, notice in cut_contexts(manifest, sources).items():
         yield f"{manifest.line_of('models', name, 'params', 'max_context_len')}: warning: {notice}"
 
-    if (
-        manifest.engine.kind is not EngineKind.RKLLM
-        or isinstance(runtime, Trouble)
-        or runtime.samples_per_run
-    ):
+    if isinstance(runtime, Trouble) or runtime.samples_per_run:
         return
     for name, model in manifest.models.items():
         tokens = model.params.max_new_tokens

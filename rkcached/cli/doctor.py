@@ -30,11 +30,10 @@ from rkcached.api import words
 from rkcached.cli import output
 from rkcached.cli.board import Board, Check, Outcome, model_bytes, order, size_of
 from rkcached.cli.service_view import view_of
-from rkcached.engines.kinds import EngineKind
-from rkcached.engines.llamacpp.gguf import Header, read_header
-from rkcached.engines.registry import ENGINES
+from rkcached.engines.llamacpp.gguf import read_header
+from rkcached.engines.registry import ENGINES, EngineEntry
 from rkcached.errors import ManifestError, RkcachedError, SourceError
-from rkcached.host import isolated, unit
+from rkcached.host import disk, isolated, unit
 from rkcached.host.digests import Digests
 from rkcached.host.settings import Settings
 from rkcached.messages.sandbox import Renderer
@@ -51,8 +50,6 @@ NO_NPU: Final = (
 )
 _LETTERS_PER_TOKEN: Final = 4
 """Of English text, roughly; other languages have fewer."""
-_BYTES_PER_VALUE: Final = 2
-"""llama.cpp keeps keys and values in 16 bits each."""
 
 _BY_ITSELF: Final = ("engine", "prompts", "disk", "NPU devices")
 """Besides the models: what depends on who looks."""
@@ -101,7 +98,8 @@ def examine(manifest_file: Path | None, cache_dir: Path, *, root: Path = Path("/
     Blocking; never raises for what it finds. Without a manifest: the board alone.
     """
     manifest, about_manifest = _read_manifest(manifest_file)
-    board = Board(root, uses_rkllm=manifest.engine.kind is EngineKind.RKLLM if manifest else None)
+    engine = ENGINES[manifest.engine.kind] if manifest else None
+    board = Board(root, uses_rkllm=engine.on_npu if engine else None)
     checks = [about_manifest, board.soc(), board.library(manifest), board.devices(), board.driver()]
     checks += [board.npu_clock(), board.ddr_clock(), board.cpu_clock()]
     if manifest is not None:
@@ -252,7 +250,7 @@ def _look_at(manifest: Manifest) -> _Found:
 def _engine(manifest: Manifest) -> Iterator[Check]:
     """What is installed of an engine other than RKLLM, whose library is the board's."""
     kind = manifest.engine.kind
-    if kind is EngineKind.RKLLM:
+    if ENGINES[kind].on_npu:
         return
     try:
         runtime = ENGINES[kind].locate_runtime(manifest.engine.library, manifest.engine.abi)
@@ -289,7 +287,7 @@ def _models(manifest: Manifest, runtime_version: str | None, found: _Found) -> I
             finding = f"{path} is not a file" if os.path.lexists(path) else f"{path} is missing"
             next_step = "`rkcached check` names its line"
             yield Check(name=name, outcome=Outcome.FAIL, finding=finding, next_step=next_step)
-        elif manifest.engine.kind is EngineKind.RKLLM:
+        elif ENGINES[manifest.engine.kind].on_npu:
             yield _rkllm_model(name, path, size, runtime_version)
         else:
             yield _other_model(name, manifest, config)
@@ -341,7 +339,7 @@ def _rkllm_model(name: str, path: Path, size: int, runtime_version: str | None) 
 
 
 def _disk(manifest: Manifest, sources: Sources, cache_dir: Path) -> Check:
-    free = _free_bytes(cache_dir)
+    free = disk.free_bytes(cache_dir) or 0
     used = sum(size_of(path) or 0 for path in cache_dir.glob("*/*_cache"))
     finding = f"{words.size(free)} free at {cache_dir}, {words.size(used)} in the store; "
     if manifest.cache.max_bytes:
@@ -366,9 +364,9 @@ def _estimate(manifest: Manifest, sources: Sources, cache_dir: Path) -> tuple[in
             if key.model == name and isinstance(one.source, PromptSource)
         ]
         rate = _bytes_per_letter(cache_dir / name)
-        if rate is None and manifest.engine.kind is EngineKind.LLAMACPP:
+        if rate is None:
             with contextlib.suppress(OSError):
-                rate = _by_header(read_header(config.path))
+                rate = _by_model(ENGINES[manifest.engine.kind], config.path)
         if rate is None:
             unknown += len(texts)
         else:
@@ -394,31 +392,11 @@ def _bytes_per_letter(folder: Path) -> float | None:
     return size_bytes / text_bytes if text_bytes else None
 
 
-def _by_header(header: Header | None) -> float | None:
-    """The same by what a GGUF file says of its layers; None if they are not all of one kind, or it does not say."""
-    integers = header.integers if header is not None else {}
-
-    def of(name: str) -> int:
-        return next((value for key, value in integers.items() if key.endswith(name)), 0)
-
-    heads, heads_kv = of(".attention.head_count"), of(".attention.head_count_kv")
-    if not heads or not heads_kv:
-        return None
-    width = of(".embedding_length") // heads
-    widths = (of(".attention.key_length") or width) + (of(".attention.value_length") or width)
-    return of(".block_count") * heads_kv * widths * _BYTES_PER_VALUE / _LETTERS_PER_TOKEN
+def _by_model(engine: EngineEntry, path: Path) -> float | None:
+    """The same by the model's file. Errors: OSError."""
+    of_token = engine.state_bytes_per_token(path)
+    return None if of_token is None else of_token / _LETTERS_PER_TOKEN
 
 
 def _prompts_of(count: int) -> str:
     return "1 prompt" if count == 1 else f"{count} prompts"
-
-
-def _free_bytes(folder: Path) -> int:
-    """Of the disk that `folder` is on, or will be on once it is made."""
-    for place in (folder, *folder.parents):
-        try:
-            disk = os.statvfs(place)
-        except OSError:
-            continue
-        return disk.f_bavail * disk.f_frsize
-    return 0

@@ -1,14 +1,9 @@
 """`rkcached inspect`: what a prompt cache file is, and whether the sidecar beside it matches.
 
 Reads files from anywhere and believes nothing in them: each count is compared with the file's size
-before it is used, and nothing that could block is opened. The headers are written down here a
-second time, because the engines themselves may only be imported by a worker; a test compares them
-with files that the engines wrote.
-
-    llama.cpp  u32 'ggsq'        u32 version  u32 n  n i32 values                    state  (llama_state_seq_save_file)
-               of these values, the ids are all, or in its newer server: -1, 1, n_tokens, ids, and what is not text
-    RKLLM      u32 magic         u32 8        u32 n  n i32 ids                       state  (undocumented)
-    memory     8 bytes RKCMEMKV  u32 version  u64 n  n bytes, which are the tokens   8 bytes for each
+before it is used, and nothing that could block is opened. `engines.cache_headers` has the formats.
+Of llama.cpp's values, the ids are all, or in its newer server: -1, 1, n_tokens, ids, and what is
+not text.
 """
 
 from __future__ import annotations
@@ -30,6 +25,14 @@ from rich.text import Text
 from rkcached.api import words
 from rkcached.cli import output
 from rkcached.cli.status import show
+from rkcached.engines.cache_headers import (
+    MEMORY,
+    MEMORY_MAGIC,
+    RKLLM_VERSION,
+    SEQUENCE_MAGIC,
+    SESSION_MAGIC,
+    WORDS,
+)
 from rkcached.errors import FormatError, SourceError
 from rkcached.sources.problems import NAME
 from rkcached.sources.records import Key
@@ -37,14 +40,6 @@ from rkcached.store.sidecar import Sidecar, names_artifact, parse_sidecar
 
 UNKNOWN = "not a prompt cache that rkcached knows"
 
-_WORDS: Final = struct.Struct("<III")
-_MEMORY: Final = struct.Struct("<8sIQ")
-_MEMORY_MAGIC: Final = b"RKCMEMKV"
-_SEQUENCE_MAGIC: Final = 0x67677371  # "ggsq": llama.cpp, state of one sequence
-_SESSION_MAGIC: Final = (
-    0x6767736E  # "ggsn": llama.cpp, a whole session; RKLLM 1.1, which descends from it
-)
-_RKLLM_VERSION: Final = 8
 _MAX_TOKENS: Final = 1 << 22
 """Beyond the context of any model, so that a damaged count is not read."""
 _MAX_ID: Final = 1 << 24
@@ -198,26 +193,26 @@ def _read(fd: int, length: int, offset: int = 0) -> bytes:
 
 def _read_content(path: Path, fd: int, size: int) -> _Content:
     """Errors: FormatError, with what the file is instead."""
-    head = _read(fd, _MEMORY.size)
+    head = _read(fd, MEMORY.size)
     if not head:
         raise FormatError(f"{path} is empty", hint="a prompt cache that was not written to its end")
-    if head.startswith(_MEMORY_MAGIC):
+    if head.startswith(MEMORY_MAGIC):
         return _memory_content(path, fd, size, head)
     return _llama_content(path, fd, size, head)
 
 
 def _llama_content(path: Path, fd: int, size: int, head: bytes) -> _Content:
     """Files of llama.cpp, and those of RKLLM, which descends from it."""
-    if len(head) < _WORDS.size:
+    if len(head) < WORDS.size:
         begins = head[:4] in {
-            word.to_bytes(4, "little") for word in (_SEQUENCE_MAGIC, _SESSION_MAGIC)
+            word.to_bytes(4, "little") for word in (SEQUENCE_MAGIC, SESSION_MAGIC)
         }
-        if begins or _MEMORY_MAGIC.startswith(head):
+        if begins or MEMORY_MAGIC.startswith(head):
             _truncated(path, size, "it ends within its header")
         raise FormatError(f"{path} is {UNKNOWN}: it has {size} bytes, fewer than a header")
-    magic, version, count = _WORDS.unpack_from(head)
-    fits = count <= _MAX_TOKENS and _WORDS.size + 4 * count <= size
-    if magic == _SEQUENCE_MAGIC:
+    magic, version, count = WORDS.unpack_from(head)
+    fits = count <= _MAX_TOKENS and WORDS.size + 4 * count <= size
+    if magic == SEQUENCE_MAGIC:
         if not fits:
             _truncated(path, size, f"its header says {count:,} tokens")
         return _Content(
@@ -225,17 +220,17 @@ def _llama_content(path: Path, fd: int, size: int, head: bytes) -> _Content:
             form=f"llama.cpp (sequence state, version {version})",
             tokens=_unpacked(_ids(path, fd, size, count)),
         )
-    if magic == _SESSION_MAGIC and version != _RKLLM_VERSION:
+    if magic == SESSION_MAGIC and version != RKLLM_VERSION:
         raise FormatError(
             f"{path} is {UNKNOWN}: it is a session of llama.cpp, version {version}",
             hint="rkcached keeps the state of single sequences, which begin with ggsq",
         )
-    if magic == _SESSION_MAGIC and not fits:
+    if magic == SESSION_MAGIC and not fits:
         _truncated(path, size, f"its header says {count:,} tokens")
-    if version == _RKLLM_VERSION and fits:
+    if version == RKLLM_VERSION and fits:
         tokens = _ids(path, fd, size, count)
         if count and all(0 <= token < _MAX_ID for token in tokens):
-            which = "1.1" if magic == _SESSION_MAGIC else f"with the architecture number {magic}"
+            which = "1.1" if magic == SESSION_MAGIC else f"with the architecture number {magic}"
             return _Content(
                 engine="rkllm", form=f"RKLLM {which}, as far as its header tells", tokens=tokens
             )
@@ -246,22 +241,22 @@ def _llama_content(path: Path, fd: int, size: int, head: bytes) -> _Content:
 
 
 def _memory_content(path: Path, fd: int, size: int, head: bytes) -> _Content:
-    if len(head) < _MEMORY.size:
+    if len(head) < MEMORY.size:
         _truncated(path, size, "it ends within its header")
-    _, version, count = _MEMORY.unpack(head)
-    wanted = _MEMORY.size + 9 * count
+    _, version, count = MEMORY.unpack(head)
+    wanted = MEMORY.size + 9 * count
     if count > _MAX_TOKENS or size < wanted:
         _truncated(path, size, f"its header says {count:,} tokens")
     if size > wanted:
         raise FormatError(
             f"{path} is damaged: {count:,} tokens take {wanted:,} bytes, it has {size:,}"
         )
-    tokens = array("i", list(_read(fd, count, _MEMORY.size)))
+    tokens = array("i", list(_read(fd, count, MEMORY.size)))
     return _Content(engine="memory", form=f"the memory engine (version {version})", tokens=tokens)
 
 
 def _ids(path: Path, fd: int, size: int, count: int) -> array[int]:
-    data = _read(fd, 4 * count, _WORDS.size)
+    data = _read(fd, 4 * count, WORDS.size)
     if len(data) != 4 * count:
         _truncated(path, size, "it ended while it was read")
     return array("i", [token for (token,) in struct.iter_unpack("<i", data)])

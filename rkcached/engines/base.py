@@ -22,15 +22,17 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-SAMPLING_FIELDS = (
+SAMPLING_PARAMETERS = (
     "temperature",
     "top_k",
     "top_p",
     "repeat_penalty",
     "frequency_penalty",
     "presence_penalty",
-    "seed",
 )
+"""Of `Sampling`, the parameters that llama.cpp and RKLLM know by the same names."""
+
+SAMPLING_FIELDS = (*SAMPLING_PARAMETERS, "seed")
 """Of `Sampling`, what decides about the next token."""
 
 

@@ -1,4 +1,4 @@
-"""The names of the engines, as the manifest writes them."""
+"""Choices that the manifest and the engines share, as the manifest writes them."""
 
 from __future__ import annotations
 
@@ -6,6 +6,15 @@ from enum import StrEnum
 
 
 class EngineKind(StrEnum):
+    """The names of the engines."""
+
     RKLLM = "rkllm"
     LLAMACPP = "llamacpp"
     MEMORY = "memory"
+
+
+class Pooling(StrEnum):
+    """How an embedding model's states of all tokens become one vector."""
+
+    MEAN = "mean"
+    LAST = "last"

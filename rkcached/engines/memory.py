@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import os
 import signal
-import struct
 import threading
 import time
 from array import array
@@ -33,6 +32,7 @@ from rkcached.engines.base import (
     Sampling,
     Token,
 )
+from rkcached.engines.cache_headers import MEMORY, MEMORY_MAGIC
 from rkcached.errors import (
     Aborted,
     ArtifactLoadError,
@@ -48,8 +48,6 @@ _MODEL_MAX_BYTES = 1 << 20
 
 # Magic, version, number of tokens; then the tokens and the number of each position (8 bytes, native
 # order).
-_HEADER = struct.Struct("<8sIQ")
-_STATE_MAGIC = b"RKCMEMKV"
 _STATE_VERSION = 1
 
 _MASK = (1 << 64) - 1
@@ -180,14 +178,14 @@ class MemoryEngine:
             raise ArtifactLoadError(
                 f"cannot read the prompt cache {path}: {error.strerror}"
             ) from error
-        if len(data) < _HEADER.size or not data.startswith(_STATE_MAGIC):
+        if len(data) < MEMORY.size or not data.startswith(MEMORY_MAGIC):
             raise ArtifactLoadError(f"{path} is not a prompt cache of this engine")
-        _, version, count = _HEADER.unpack_from(data)
+        _, version, count = MEMORY.unpack_from(data)
         if version != _STATE_VERSION:
             raise ArtifactLoadError(
                 f"{path} has version {version}, this engine reads {_STATE_VERSION}"
             )
-        if len(data) != _HEADER.size + count * 9:
+        if len(data) != MEMORY.size + count * 9:
             raise ArtifactLoadError(
                 f"{path} is damaged: {len(data)} bytes do not hold {count} tokens"
             )
@@ -195,8 +193,8 @@ class MemoryEngine:
             raise ArtifactLoadError(
                 f"{path} has {count} tokens, the context holds {self._info.context_tokens}"
             )
-        split = _HEADER.size + count
-        self._tokens += data[_HEADER.size : split]
+        split = MEMORY.size + count
+        self._tokens += data[MEMORY.size : split]
         self._states.frombytes(data[split:])
         return int(count)
 
@@ -317,7 +315,7 @@ class MemoryEngine:
 
     def _save(self, path: Path) -> None:
         self._enter("save")
-        header = _HEADER.pack(_STATE_MAGIC, _STATE_VERSION, len(self._tokens))
+        header = MEMORY.pack(MEMORY_MAGIC, _STATE_VERSION, len(self._tokens))
         try:
             path.write_bytes(header + self._tokens + self._states.tobytes())
         except OSError as error:

@@ -41,6 +41,10 @@ def _inspect_nothing(path: Path, _: ReadHeader) -> ModelFacts:
     return ModelFacts(files=(path,))
 
 
+def _unknown(_: Path) -> None:
+    return None
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineEntry:
     artifact_suffix: str
@@ -53,6 +57,12 @@ class EngineEntry:
     """What such a model file is called, for messages."""
     locate_runtime: Callable[[Path, str | None], RuntimeFiles]
     """Takes `engine.library` and `engine.abi` of the manifest. Errors: RkcachedError."""
+    on_npu: bool = False
+    """Runs on the board's NPU, which holds one model at a time."""
+    names_library: bool = False
+    """The manifest names its runtime library and the library's ABI."""
+    thread_per_core: bool = False
+    """Takes a thread for each core where the manifest names no number of threads."""
     compiles_schemas: bool = False
     """A JSON schema becomes a grammar, which is compiled by llguidance."""
     model_files: Callable[[Path], tuple[Path, ...]] = _alone
@@ -61,6 +71,9 @@ class EngineEntry:
     inspect_model: Callable[[Path, ReadHeader], ModelFacts] = _inspect_nothing
     """What the engine opens for a model. Errors: SourceError if it would not load these files;
     OSError."""
+    state_bytes_per_token: Callable[[Path], float | None] = _unknown
+    """Size of a prompt cache for each token, by the model's file; None where that is not known.
+    Errors: OSError."""
 
 
 def _locate_rkllm(library: Path, abi: str | None) -> RuntimeFiles:
@@ -105,9 +118,10 @@ ENGINES: dict[EngineKind, EngineEntry] = {
         model_magic=b"",  # undocumented
         model_format="RKLLM model",
         locate_runtime=_locate_rkllm,
+        on_npu=True,
+        names_library=True,
     ),
     EngineKind.LLAMACPP: EngineEntry(
-        compiles_schemas=True,
         artifact_suffix=".llama_cache",
         implementation="rkcached.engines.llamacpp.engine:LlamaCppEngine",
         model_magic=gguf.MAGIC,
@@ -115,6 +129,9 @@ ENGINES: dict[EngineKind, EngineEntry] = {
         locate_runtime=_locate_xllamacpp,
         model_files=gguf.shards,
         inspect_model=gguf.inspect,
+        state_bytes_per_token=gguf.state_bytes_per_token,
+        thread_per_core=True,
+        compiles_schemas=True,
     ),
     EngineKind.MEMORY: EngineEntry(
         artifact_suffix=".memory_cache",

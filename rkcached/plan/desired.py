@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from rkcached.engines.kinds import EngineKind
+from rkcached.engines.registry import ENGINES
 from rkcached.errors import TemplateError, TemplateExhausted
 from rkcached.messages.template import ChatTemplate, Compile
 from rkcached.plan.fingerprint import Fingerprint, Value, fingerprint
@@ -228,7 +228,7 @@ class Resolver:
             }
             | (
                 _rkllm_identity(manifest, config, source)
-                if manifest.engine.kind is EngineKind.RKLLM
+                if ENGINES[manifest.engine.kind].names_library
                 else {}
             )
         )
@@ -317,7 +317,7 @@ def _shared_components(manifest: Manifest, model: DesiredModel) -> dict[str, Val
         "thinking": model.config.thinking,
         "params.max_context_len": model.config.params.max_context_len,
     }
-    if manifest.engine.kind is EngineKind.RKLLM:
+    if ENGINES[manifest.engine.kind].names_library:
         components |= _rkllm_components(model.config, source) | {"engine.abi": manifest.engine.abi}
     return components | _sampling_components(manifest, model.config.sampling(None))
 

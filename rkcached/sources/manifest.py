@@ -28,7 +28,7 @@ from pydantic import (
 )
 from pydantic_core import CoreSchema
 
-from rkcached.engines.kinds import EngineKind
+from rkcached.engines.kinds import EngineKind, Pooling
 from rkcached.errors import ManifestError, Problem
 from rkcached.messages.builtin import BUILTIN
 from rkcached.sources import values
@@ -71,13 +71,6 @@ class Verify(StrEnum):
     OFF = "off"
     HIT = "hit"
     EXACT = "exact"
-
-
-class Pooling(StrEnum):
-    """How an embedding model's states of all tokens become one vector."""
-
-    MEAN = "mean"
-    LAST = "last"
 
 
 class FingerprintMode(StrEnum):

@@ -13,7 +13,6 @@ from pathlib import Path
 import structlog
 
 from rkcached import errors
-from rkcached.engines.kinds import EngineKind
 from rkcached.engines.registry import ENGINES
 from rkcached.host.access import refusal
 from rkcached.host.digests import Signature, settled, signature_of
@@ -116,7 +115,7 @@ def inputs(
             folders.append(Path(pattern).parent)
             with contextlib.suppress(OSError):  # the look says so
                 files.extend(links(pattern))
-    if manifest.engine.kind is EngineKind.RKLLM:
+    if engine.names_library:
         files.append(manifest.engine.library)  # also while it is missing or no library
     with contextlib.suppress(errors.RkcachedError):
         files.extend(engine.locate_runtime(manifest.engine.library, manifest.engine.abi).files)

@@ -17,11 +17,12 @@ from pydantic import (
     WithJsonSchema,
 )
 
+from rkcached.engines.rkllm.abi import ABIS
 from rkcached.messages.builtin import BUILTIN
 from rkcached.sources.problems import NAME, nearest_of_all, wrong
 from rkcached.sources.yaml_reader import show
 
-RKLLM_ABIS: Final = ("1.1.0", "1.2.0", "1.2.1b1", "1.2.1", "1.3.0")
+RKLLM_ABIS: Final = tuple(abi.name for abi in ABIS)
 """The first version of each binary interface of RKLLM that the binding speaks."""
 
 

@@ -19,7 +19,8 @@ import pytest
 import tokenizers
 
 from rkcached.engines.base import FinishReason, ModelSpec, NpuOptions, RunStats, Sampling, Token
-from rkcached.engines.rkllm.engine import Pooling, RkllmEngine
+from rkcached.engines.kinds import Pooling
+from rkcached.engines.rkllm.engine import RkllmEngine
 from rkcached.engines.rkllm.library import Library
 from rkcached.errors import (
     ContextExceeded,
@@ -310,9 +311,9 @@ def test_a_lora_adapter_changes_the_answer(make: Any, group: str, tmp_path: Path
 def test_the_last_hidden_layer_is_an_array(make: Any, group: str) -> None:
     """n_tokens x embd_size in float32, copied before the library reuses its buffer; or pooled."""
     engine = make(group, embd_size=24)
-    hidden = engine.last_hidden_layer(QUESTION, Pooling.NONE)
+    hidden = engine.last_hidden_layer(QUESTION, None)
     assert (hidden.shape, hidden.dtype.name) == ((len(QUESTION) + 1, 24), "float32")
-    assert hidden.tolist() == engine.last_hidden_layer(QUESTION, Pooling.NONE).tolist()
+    assert hidden.tolist() == engine.last_hidden_layer(QUESTION, None).tolist()
     assert hidden.mean(axis=0).tolist() == engine.last_hidden_layer(QUESTION).tolist()
     assert hidden[-1].tolist() == engine.last_hidden_layer(QUESTION, Pooling.LAST).tolist()
     assert hidden[-1].tolist() != engine.last_hidden_layer("Another text.", Pooling.LAST).tolist()

@@ -17,7 +17,7 @@ from rkcached.cli.bench.machine import available_bytes
 from rkcached.cli.bench.results import DirectRun, ModelFacts, State
 from rkcached.cli.board import model_bytes
 from rkcached.engines.base import Sampling
-from rkcached.engines.kinds import EngineKind
+from rkcached.engines.registry import ENGINES
 from rkcached.errors import RkcachedError
 from rkcached.messages.template import Message
 from rkcached.plan.desired import DesiredModel
@@ -65,7 +65,7 @@ def model_facts(
 def _threads(look: Look, daemon: int) -> int | None:
     """None where the runtime decides."""
     engine = look.manifest.engine
-    if engine.kind is not EngineKind.LLAMACPP or engine.threads:
+    if engine.threads or not ENGINES[engine.kind].thread_per_core:
         return engine.threads or None
     try:
         return len(os.sched_getaffinity(daemon))

@@ -33,6 +33,7 @@ from rkcached.cli.bench.results import (
 )
 from rkcached.cli.client import Client
 from rkcached.engines.kinds import EngineKind
+from rkcached.engines.registry import ENGINES
 from rkcached.errors import (
     DaemonUnreachable,
     ModelLoadError,
@@ -95,7 +96,7 @@ def run(settings: Settings, wanted: Sequence[str], options: Options, console: Co
                 )
                 keys = list(kept.lengths)
             look, why = _try_look(places)
-            on_npu = before["engine"] == EngineKind.RKLLM
+            on_npu = ENGINES[EngineKind(before["engine"])].on_npu
             direct = not on_npu if options.direct is None else options.direct
             bench = _Bench(client, options.runs, kept.lengths, look, shown, direct=direct)
             if on_npu and direct:

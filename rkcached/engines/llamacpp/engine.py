@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from rkcached.engines.base import (
+    SAMPLING_PARAMETERS,
     Embedding,
     EngineInfo,
     FinishReason,
@@ -34,6 +35,7 @@ from rkcached.engines.base import (
     RunStats,
     Sampling,
 )
+from rkcached.engines.llamacpp.gguf import MAGIC
 from rkcached.engines.llamacpp.run import Grammar, Run
 from rkcached.errors import (
     Aborted,
@@ -65,21 +67,10 @@ _BATCH_TOKENS = 128
 # change. On ARM a spin is one cheap `yield`, so the same number is short already.
 _SPIN_COUNT = "3000"
 
-_GGUF_MAGIC = b"GGUF"
 _SOCKET_NAME = "llama.sock"
 _STATE_NAME = "state.bin"
 _SOCKET_PATH_MAX = 107  # sun_path holds 108 bytes, the last one is 0
 _IDLE_TIMEOUT_S = 60.0
-
-# Ours and llama.cpp's have the same names.
-_SAMPLING_FIELDS = (
-    "temperature",
-    "top_k",
-    "top_p",
-    "repeat_penalty",
-    "frequency_penalty",
-    "presence_penalty",
-)
 
 
 class LlamaCppEngine:
@@ -298,12 +289,12 @@ def _import_library() -> Any:
 def _check_model_file(path: Path) -> None:
     try:
         with path.open("rb") as file:
-            magic = file.read(len(_GGUF_MAGIC))
+            magic = file.read(len(MAGIC))
     except OSError as error:
         raise ModelLoadError(
             f"cannot read the model {path}: {error.strerror}", hint="check the path"
         ) from error
-    if magic != _GGUF_MAGIC:
+    if magic != MAGIC:
         raise ModelLoadError(
             f"{path} is not a GGUF file", hint="the llama.cpp engine loads GGUF models only"
         )
@@ -339,7 +330,7 @@ def _params(library: Any, spec: ModelSpec, socket_path: str) -> Any:
 
 def _sampling_options(sampling: Sampling) -> dict[str, Any]:
     options: dict[str, Any] = {"n_predict": sampling.max_new_tokens, "stop": list(sampling.stop)}
-    for name in _SAMPLING_FIELDS:
+    for name in SAMPLING_PARAMETERS:
         if (value := getattr(sampling, name)) is not None:
             options[name] = value
     if sampling.json_schema:

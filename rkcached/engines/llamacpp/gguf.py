@@ -45,6 +45,9 @@ _LENGTH: Final = struct.Struct("<Q")
 _TYPE: Final = struct.Struct("<I")
 _ARRAY_START: Final = struct.Struct("<IQ")
 
+_BYTES_PER_VALUE: Final = 2
+"""llama.cpp keeps keys and values in 16 bits each."""
+
 _SHARD: Final = re.compile(r"(?P<prefix>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf", re.DOTALL)
 """How llama.cpp names the files of a split model, counted from 1."""
 
@@ -91,6 +94,27 @@ def read_header(path: Path) -> Header | None:
             except ValueError:
                 return None
     return None
+
+
+def state_bytes_per_token(path: Path) -> float | None:
+    """Size of a token's keys and values, by what the header says of the layers.
+
+    None if they are not all of one kind, or it does not say. Errors: OSError.
+    """
+    header = read_header(path)
+    integers = header.integers if header is not None else {}
+
+    def of(name: str) -> int:
+        return next((value for key, value in integers.items() if key.endswith(name)), 0)
+
+    heads = of(".attention.head_count")
+    heads_kv = of(".attention.head_count_kv")
+    if not heads or not heads_kv:
+        return None
+
+    width = of(".embedding_length") // heads
+    widths = (of(".attention.key_length") or width) + (of(".attention.value_length") or width)
+    return of(".block_count") * heads_kv * widths * _BYTES_PER_VALUE
 
 
 def shards(path: Path) -> tuple[Path, ...]:

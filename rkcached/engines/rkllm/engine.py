@@ -13,11 +13,11 @@ import contextlib
 import ctypes
 import os
 import time
-from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rkcached.engines.base import (
+    SAMPLING_PARAMETERS,
     Embedding,
     EngineInfo,
     ModelSpec,
@@ -26,7 +26,8 @@ from rkcached.engines.base import (
     RunStats,
     Sampling,
 )
-from rkcached.engines.rkllm import cache_file
+from rkcached.engines.cache_headers import read_rkllm
+from rkcached.engines.kinds import Pooling
 from rkcached.engines.rkllm.abi import (
     Abi,
     InferMode,
@@ -38,7 +39,7 @@ from rkcached.engines.rkllm.abi import (
 )
 from rkcached.engines.rkllm.handle import Current, OwnedHandle, Stopper
 from rkcached.engines.rkllm.library import CallError, Library
-from rkcached.engines.rkllm.params import PER_RUN, is_greedy, merged, model_param, sampling_param
+from rkcached.engines.rkllm.params import is_greedy, merged, model_param, sampling_param
 from rkcached.engines.rkllm.run import Run
 from rkcached.engines.rkllm.tokenizer import load_tokenizer
 from rkcached.errors import (
@@ -58,14 +59,6 @@ _FINISH_TIMEOUT_S = 2.0
 
 _LORA_NAME = b"rkcached"
 _MAX_BATCH = 8
-
-
-class Pooling(StrEnum):
-    """How the hidden states of all tokens become one vector."""
-
-    MEAN = "mean"
-    LAST = "last"
-    NONE = "none"
 
 
 class RkllmEngine:
@@ -117,7 +110,7 @@ class RkllmEngine:
             measures_prefill=abi.measures,
             aborts_prefill=False,  # load or run after an aborted save-run is reported to crash
             keeps_state=abi.keeps_state,
-            run_sampling=PER_RUN if abi.samples_per_run else (),
+            run_sampling=SAMPLING_PARAMETERS if abi.samples_per_run else (),
             greedy=abi.samples_per_run or is_greedy(self._fixed),
         )
 
@@ -147,7 +140,7 @@ class RkllmEngine:
         self._run(run, prompt, save_to=save_to)
         tokens = run.prompt_ids or run.prefill_tokens
         if not self.abi.measures and not tokens:
-            header = cache_file.read_header(save_to)
+            header = read_rkllm(save_to)
             tokens = header.n_tokens if header is not None else 0
         return RunStats(
             finish=run.finish(self._info.context_tokens),
@@ -160,7 +153,7 @@ class RkllmEngine:
 
     def load(self, path: Path) -> int:
         self.clear()
-        header = cache_file.read_header(path)
+        header = read_rkllm(path)
         if header is None:
             raise ArtifactLoadError(f"{path} is missing, empty or too short to be a prompt cache")
         try:
@@ -223,7 +216,7 @@ class RkllmEngine:
         return Embedding(vector=vector, tokens=tokens)
 
     def last_hidden_layer(
-        self, prompt: str | tuple[int, ...], pooling: Pooling = Pooling.MEAN
+        self, prompt: str | tuple[int, ...], pooling: Pooling | None = Pooling.MEAN
     ) -> np.ndarray[Any, Any]:
         """The last layer's hidden states: (n_tokens, embd_size) float32, or (embd_size,) when pooled."""
         run = Run(Sampling(max_new_tokens=1), limit=1, wants_hidden=True)
@@ -239,7 +232,7 @@ class RkllmEngine:
                 return hidden.mean(axis=0)  # type: ignore[no-any-return]  # numpy leaves the result of a reduction open
             case Pooling.LAST:
                 return hidden[-1]  # type: ignore[no-any-return]  # and that of an index
-            case Pooling.NONE:
+            case None:
                 return hidden
 
     def abort(self) -> None:
@@ -327,7 +320,7 @@ class RkllmEngine:
             raise SamplingFixed("RKLLM takes no seed", param="seed", hint="leave seed out")
         if self.abi.samples_per_run:
             return
-        for name in PER_RUN:
+        for name in SAMPLING_PARAMETERS:
             wanted, fixed = getattr(sampling, name), getattr(self._fixed, name)
             if (
                 wanted is None

@@ -7,19 +7,9 @@ from typing import Any
 
 import msgspec
 
-from rkcached.engines.base import ModelSpec, Sampling
+from rkcached.engines.base import SAMPLING_PARAMETERS, ModelSpec, Sampling
 from rkcached.engines.rkllm.abi import SamplingParam
 from rkcached.engines.rkllm.library import Library, zeroed_reserved
-
-PER_RUN = (
-    "temperature",
-    "top_k",
-    "top_p",
-    "repeat_penalty",
-    "frequency_penalty",
-    "presence_penalty",
-)
-"""Sampling parameters that RKLLM has, by their names there and here."""
 
 
 def model_param(library: Library, spec: ModelSpec, sampling: Sampling) -> Any:
@@ -31,7 +21,7 @@ def model_param(library: Library, spec: ModelSpec, sampling: Sampling) -> Any:
         param.max_context_len = spec.context_tokens
     param.max_new_tokens = sampling.max_new_tokens
     sampler = sampling_param(sampling)
-    for name in PER_RUN:
+    for name in SAMPLING_PARAMETERS:
         if getattr(sampling, name) is not None or name in ("top_k", "top_p", "temperature"):
             setattr(param, name, getattr(sampler, name))
     param.is_async = False
@@ -58,7 +48,9 @@ def model_param(library: Library, spec: ModelSpec, sampling: Sampling) -> Any:
 
 
 def merged(fixed: Sampling, wanted: Sampling) -> Sampling:
-    given = {name: value for name in PER_RUN if (value := getattr(wanted, name)) is not None}
+    given = {
+        name: value for name in SAMPLING_PARAMETERS if (value := getattr(wanted, name)) is not None
+    }
     return msgspec.structs.replace(fixed, **given)
 
 
