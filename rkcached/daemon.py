@@ -25,6 +25,7 @@ import structlog
 from rkcached import __version__
 from rkcached.api.cache_routes import CacheApi
 from rkcached.api.metrics import Metrics
+from rkcached.api.prepare import Preparation
 from rkcached.api.requests import ChatRequest
 from rkcached.api.responses import ChatCompletion
 from rkcached.api.routes import Api
@@ -189,8 +190,9 @@ async def _serve(
     api = Api(
         reconciler=reconciler,
         serving=serving,
+        preparation=Preparation(reconciler),
         caches=CacheApi(reconciler, serving, workers, stored),
-        embeddings=Embeddings(reconciler, serving.preparation, workers, gates),
+        embeddings=Embeddings(reconciler, workers, gates),
         events=events,
         metrics=Metrics(events, reconciler, serving, workers),
         make_status=lambda urgent_first=False: status(
@@ -251,6 +253,7 @@ async def _serve(
         for task in (reconciling, announcing, signalled, *reloads):
             task.cancel()
         events.close()
+        api.close()
         await serving.close(grace_s)
         everyone.stop()
         admin.stop()

@@ -35,6 +35,7 @@ from rkcached.errors import RequestError
 from rkcached.plan.desired import DesiredModel
 from rkcached.reconcile.loop import Reconciler
 from rkcached.serving.dispatcher import Serving
+from rkcached.serving.models import find_model
 from rkcached.sources.manifest import NAME, NAME_RULE, RESERVED_PROMPT
 from rkcached.sources.reader import MAX_PROMPT_BYTES
 from rkcached.sources.records import Key
@@ -217,7 +218,7 @@ class CacheApi:
                 yield b": still lent\n\n"
 
     def _model_answer(self, kind: str, name: str, started: float) -> Response:
-        model = self._serving.preparation.model(name)
+        model = find_model(self._reconciler.snapshot, name)
         took_ms = round((time.monotonic() - started) * 1000, 1)
         shown = model_status(name, model, self._workers)
         return answer(
@@ -374,7 +375,7 @@ class CacheApi:
         """Also one that is in trouble: it may be well again. Errors: RequestError 404."""
         name: str = request.path_params["model"]
         if name not in self._reconciler.snapshot.desired.models:
-            self._serving.preparation.model(name)
+            find_model(self._reconciler.snapshot, name)
         return name
 
     def _key(self, request: Request, prompt: str) -> Key:

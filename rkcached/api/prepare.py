@@ -1,4 +1,4 @@
-"""From a request to what an engine is asked: which model and prompt, the rendered text, the sampling. Or why not.
+"""Turns a checked body into a job for serving: model and prompt, rendered text, sampling, schema.
 
 Every refusal is a RequestError with its HTTP status, OpenAI's code and the next thing to do.
 """
@@ -17,6 +17,7 @@ from rkcached import errors
 from rkcached.api.requests import (
     ChatRequest,
     CompletionRequest,
+    EmbeddingRequest,
     JsonObject,
     JsonSchema,
     NamedTool,
@@ -28,39 +29,21 @@ from rkcached.errors import RequestError
 from rkcached.messages.reply import Reply
 from rkcached.messages.template import ChatTemplate, Message, ToolStyle
 from rkcached.plan.desired import DesiredModel
+from rkcached.reconcile.loop import Reconciler
 from rkcached.reconcile.snapshot import Snapshot
+from rkcached.serving.embeddings import EmbeddingInput
+from rkcached.serving.failures import as_request_error
+from rkcached.serving.job import Job
+from rkcached.serving.models import find_embedding_model, find_text_model
 from rkcached.sources.records import Key, Trouble
 from rkcached.worker.schemas import MAX_SCHEMA_BYTES, SchemaChecker
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Job:
-    """A request, ready to run."""
-
-    model: DesiredModel
-    named: Key | None
-    """The prompt that was asked for by name."""
-    prompt: str
-    """The whole rendered request."""
-    sampling: Sampling
-    cold: bool
-    accepted: float
-    """Monotonic seconds."""
-    with_tools: bool = False
-    text: str = "messages"
-    """The parameter that has the text."""
-    binds: str = ""
-    """The parameter that says what the answer must look like."""
-    correct: Callable[[str, str], Awaitable[str]] | None = None
-    """From an answer that does not fit its schema, and why, the request to try once more with."""
-
 
 _ANY_OBJECT = {"type": "object"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Demand:
-    """What a request wants its answer to be."""
+    """What a request demands of its answer."""
 
     tools: tuple[Tool, ...] = ()
     """Those that the model is shown."""
@@ -70,54 +53,48 @@ class _Demand:
     """The schema is that of a tool call."""
 
     @property
-    def binds(self) -> str:
-        """The parameter that the schema is of."""
+    def schema_param(self) -> str:
+        """The parameter that the schema comes from."""
         return "tools" if self.is_call else "response_format"
 
 
 class Preparation:
-    def __init__(self, view: Callable[[], Snapshot]) -> None:
-        self._view = view
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="render")
-        """For templates that may wait: they are rendered one by one, and a slow one keeps no other
-        thread."""
-        self._schemas = SchemaChecker()
+    def __init__(self, reconciler: Reconciler) -> None:
+        self._reconciler = reconciler
+        # Templates that may wait are rendered one by one, so a slow one blocks no other thread.
+        self._render_thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="render")
         self._schema_thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="schema")
+        self._schemas = SchemaChecker()
+
+    def close(self) -> None:
+        """Stop checking schemas: the requests that wait for a check are refused."""
+        self._schemas.kill()
 
     async def chat(self, request: ChatRequest, accepted: float) -> tuple[Job, Reply]:
-        """Check a request against what is declared, and render it. Errors: RequestError."""
-        name, slash, wanted = request.model.partition("/")
-        model = self._answering(name)
+        """Check a request against what is declared, and render it.
+
+        `accepted` is in monotonic seconds. Errors: RequestError.
+        """
+        snapshot = self._reconciler.snapshot
+        model = find_text_model(snapshot, request.model.partition("/")[0])
         demand = _demand(request, model)
-        param, cache = "model", request.wanted_cache
-        if isinstance(cache, str) and wanted and cache != wanted:
-            raise RequestError(
-                400,
-                f"model names the prompt {wanted!r}, cache names {cache!r}",
-                code="conflict",
-                param="cache",
-            )
-        if isinstance(cache, str):
-            param, wanted = "cache" if request.cache is not None else "use_cache", cache
+        named, param = _named_prompt(request)
+
         messages = [message.plain() for message in request.messages]
-        named = Key(name, wanted) if wanted or slash else None
         if named is not None:
-            messages = self._with_prompt(named, messages, param)
+            messages = _with_prompt(snapshot, named, messages, param)
         if any("\0" in message["content"] for message in messages):
             raise _nul("messages")
         tools = [tool.plain() for tool in demand.tools]
         prompt = await self._render(model.template, messages, tools)
-        values: dict[str, Any] = (
-            model.config.sampling(named.prompt if named else None) | request.sampling()
-        )
 
-        async def correct(answer: str, why: str) -> str:
-            wanted = f"{why}. Answer with nothing but JSON that fits this JSON schema: {values['json_schema']}"
-            said = [Message(role="assistant", content=answer), Message(role="user", content=wanted)]
-            return await self._render(model.template, [*messages, *said], tools)
-
+        declared = model.config.sampling(named.prompt if named else None)
+        values: dict[str, Any] = declared | request.sampling()
+        correct = None
         if demand.schema is not None:
             values["json_schema"] = await self._checked(demand)
+            correct = self._second_try(model.template, messages, tools, values["json_schema"])
+
         job = Job(
             model=model,
             named=named,
@@ -126,8 +103,8 @@ class Preparation:
             cold=request.wanted_cache is False,
             accepted=accepted,
             with_tools=bool(demand.tools),
-            binds=demand.binds,
-            correct=correct if demand.schema is not None else None,
+            schema_param=demand.schema_param,
+            correct=correct,
         )
         reply = Reply(
             style=model.template.tools if demand.tools else None,
@@ -137,47 +114,11 @@ class Preparation:
         )
         return job, reply
 
-    async def _checked(self, demand: _Demand) -> str:
-        """The schema as text, which a run can be held to. Errors: RequestError."""
-        text = json.dumps(demand.schema)
-        if demand.schema == _ANY_OBJECT:
-            return text
-        try:
-            if len(text) > MAX_SCHEMA_BYTES:
-                raise errors.SchemaInvalid(
-                    f"the schema is larger than {MAX_SCHEMA_BYTES:,} bytes", hint="simplify it"
-                )
-            compiled = ENGINES[self._view().manifest.engine.kind].compiles_schemas
-            check = functools.partial(self._schemas.check, text, compiled=compiled)
-            await asyncio.get_running_loop().run_in_executor(self._schema_thread, check)
-        except errors.RkcachedError as error:
-            raise as_request_error(error, binds=demand.binds) from error
-        return text
-
-    def close(self) -> None:
-        """Stop looking at schemas: what waits for that is refused."""
-        self._schemas.kill()
-
-    async def _render(
-        self, template: ChatTemplate, messages: Sequence[Message], tools: Sequence[dict[str, Any]]
-    ) -> str:
-        """Errors: RequestError."""
-        try:
-            if not template.may_wait:
-                return template.render(messages, tools)
-            loop = asyncio.get_running_loop()
-            return await loop.run_in_executor(self._thread, template.render, messages, tools)
-        except errors.TemplateExhausted as error:
-            raise RequestError(
-                503, error.message, code="template_exhausted", hint=error.hint
-            ) from error
-        except errors.TemplateError as error:
-            raise RequestError(
-                400, error.message, code="template_error", param="messages", hint=error.hint
-            ) from error
-
     def completion(self, request: CompletionRequest, accepted: float) -> Job:
-        """Check a request whose text goes to the model as it is. Errors: RequestError."""
+        """Check a request whose text goes to the model as it is.
+
+        `accepted` is in monotonic seconds. Errors: RequestError.
+        """
         name, _, prompt = request.model.partition("/")
         if prompt or isinstance(request.wanted_cache, str):
             raise RequestError(
@@ -197,111 +138,160 @@ class Preparation:
             )
         if "\0" in request.text:
             raise _nul("prompt")
-        model = self._answering(name)
+
+        model = find_text_model(self._reconciler.snapshot, name)
         values: dict[str, Any] = model.config.sampling(None) | request.sampling()
         return Job(
             model=model,
             named=None,
             prompt=request.text,
-            text="prompt",
+            text_param="prompt",
             sampling=Sampling(**values),
             cold=request.wanted_cache is False,
             accepted=accepted,
         )
 
-    def embedding(self, name: str) -> DesiredModel:
-        """A model that makes vectors. Errors: RequestError."""
-        model = self.model(name)
-        if not model.config.embedding:
-            raise RequestError(
-                400,
-                f"the model {name!r} makes no embeddings",
-                code="model_not_embedding",
-                param="model",
-                hint="ask a model that the manifest declares with embedding: true",
-            )
-        return model
+    def embedding(self, request: EmbeddingRequest) -> tuple[str, list[EmbeddingInput]]:
+        """The name of the model and the inputs. Errors: RequestError."""
+        model = find_embedding_model(self._reconciler.snapshot, request.model)
+        inputs = list(request.each())
+        if any(isinstance(content, str) and "\0" in content for content in inputs):
+            raise _nul("input")
+        return model.name, inputs
 
-    def _answering(self, name: str) -> DesiredModel:
-        model = self.model(name)
-        if model.config.embedding:
+    async def _render(
+        self, template: ChatTemplate, messages: Sequence[Message], tools: Sequence[dict[str, Any]]
+    ) -> str:
+        """Errors: RequestError."""
+        try:
+            if not template.may_wait:
+                return template.render(messages, tools)
+            loop = asyncio.get_running_loop()
+            return await loop.run_in_executor(self._render_thread, template.render, messages, tools)
+        except errors.TemplateExhausted as error:
             raise RequestError(
-                400,
-                f"the model {name!r} makes embeddings only",
-                code="model_is_embedding",
-                param="model",
-                hint="use /v1/embeddings",
-            )
-        return model
+                503, error.message, code="template_exhausted", hint=error.hint
+            ) from error
+        except errors.TemplateError as error:
+            raise RequestError(
+                400, error.message, code="template_error", param="messages", hint=error.hint
+            ) from error
 
-    def model(self, name: str) -> DesiredModel:
-        view = self._view()
-        model = view.model(name)
-        if model is None:
-            known = ", ".join(sorted(view.desired.models)) or "none"
-            raise RequestError(
-                404,
-                f"the model {name!r} does not exist; known models: {known}",
-                code="model_not_found",
-                param="model",
-            )
-        if isinstance(model, Trouble):
-            raise RequestError(
-                503,
-                f"the model {name!r} cannot be used: {model.message}",
-                code="model_unavailable",
-                hint=model.hint,
-            )
-        return model
+    def _second_try(
+        self,
+        template: ChatTemplate,
+        messages: Sequence[Message],
+        tools: Sequence[dict[str, Any]],
+        schema: str,
+    ) -> Callable[[str, str], Awaitable[str]]:
+        """Renders the conversation with the answer that does not fit, and with the reason."""
 
-    def _with_prompt(self, key: Key, messages: list[Message], param: str) -> list[Message]:
-        """The messages with the prompt as their system message."""
-        view = self._view()
-        text = view.desired.texts.get(key)
-        if text is None:
-            declared = view.desired.prompts.get(key)
-            if declared is None and (unlisted := view.desired.unlisted.get(key.model)) is not None:
-                message = f"the prompt {key} is not known: {unlisted.message}"
-                raise RequestError(503, message, code="prompt_blocked", hint=unlisted.hint)
-            if declared is None:
-                known = (
-                    ", ".join(k.prompt for k in view.desired.prompts if k.model == key.model)
-                    or "none"
+        async def correct(answer: str, why: str) -> str:
+            order = f"Answer with nothing but JSON that fits this JSON schema: {schema}"
+            more = [
+                Message(role="assistant", content=answer),
+                Message(role="user", content=f"{why}. {order}"),
+            ]
+            return await self._render(template, [*messages, *more], tools)
+
+        return correct
+
+    async def _checked(self, demand: _Demand) -> str:
+        """The schema as text, once a run can be held to it. Errors: RequestError."""
+        text = json.dumps(demand.schema)
+        if demand.schema == _ANY_OBJECT:
+            return text
+
+        try:
+            if len(text) > MAX_SCHEMA_BYTES:
+                raise errors.SchemaInvalid(
+                    f"the schema is larger than {MAX_SCHEMA_BYTES:,} bytes", hint="simplify it"
                 )
-                raise RequestError(
-                    404,
-                    f"the model {key.model!r} has no prompt {key.prompt!r}; known prompts: {known}",
-                    code="prompt_not_found",
-                    param=param,
-                )
-            trouble = declared.trouble or Trouble(message="it has no text")
-            raise RequestError(
-                503,
-                f"the prompt {key} cannot be used: {trouble.message}",
-                code="prompt_blocked",
-                hint=trouble.hint,
-            )
-        systems = [message["content"] for message in messages if message["role"] == "system"]
-        if any(system.rstrip("\r\n") != text for system in systems):
-            raise RequestError(
-                409,
-                f"the request has a system message of its own, and it is not the prompt {key}",
-                code="system_message_conflict",
-                param="messages",
-                hint=f"leave the system message out, or ask for the model {key.model!r} without a prompt",
-            )
-        return [
-            Message(role="system", content=text),
-            *(m for m in messages if m["role"] != "system"),
-        ]
+            compiled = ENGINES[self._reconciler.snapshot.manifest.engine.kind].compiles_schemas
+            check = functools.partial(self._schemas.check, text, compiled=compiled)
+            await asyncio.get_running_loop().run_in_executor(self._schema_thread, check)
+        except errors.RkcachedError as error:
+            raise as_request_error(error, schema_param=demand.schema_param) from error
+        return text
+
+
+def _named_prompt(request: ChatRequest) -> tuple[Key | None, str]:
+    """The prompt that `model` or `cache` names, and the parameter that does. Errors: RequestError."""
+    model, slash, prompt = request.model.partition("/")
+    cache = request.wanted_cache
+    if not isinstance(cache, str):
+        named = Key(model, prompt) if slash else None
+        return named, "model"
+
+    if prompt and cache != prompt:
+        raise RequestError(
+            400,
+            f"model names the prompt {prompt!r}, cache names {cache!r}",
+            code="conflict",
+            param="cache",
+        )
+    return Key(model, cache), "cache" if request.cache is not None else "use_cache"
+
+
+def _with_prompt(
+    snapshot: Snapshot, key: Key, messages: list[Message], param: str
+) -> list[Message]:
+    """The messages with the prompt as their system message. Errors: RequestError."""
+    text = snapshot.desired.texts.get(key)
+    if text is None:
+        raise _no_text(snapshot, key, param)
+
+    systems = [message["content"] for message in messages if message["role"] == "system"]
+    if any(system.rstrip("\r\n") != text for system in systems):
+        raise RequestError(
+            409,
+            f"the request has a system message of its own, and it is not the prompt {key}",
+            code="system_message_conflict",
+            param="messages",
+            hint="leave the system message out, "
+            f"or ask for the model {key.model!r} without a prompt",
+        )
+    others = [message for message in messages if message["role"] != "system"]
+    return [Message(role="system", content=text), *others]
+
+
+def _no_text(snapshot: Snapshot, key: Key, param: str) -> RequestError:
+    """The reason why a prompt that was named has no text."""
+    declared = snapshot.desired.prompts.get(key)
+    if declared is not None:
+        trouble = declared.trouble or Trouble(message="it has no text")
+        return RequestError(
+            503,
+            f"the prompt {key} cannot be used: {trouble.message}",
+            code="prompt_blocked",
+            hint=trouble.hint,
+        )
+
+    unlisted = snapshot.desired.unlisted.get(key.model)
+    if unlisted is not None:
+        return RequestError(
+            503,
+            f"the prompt {key} is not known: {unlisted.message}",
+            code="prompt_blocked",
+            hint=unlisted.hint,
+        )
+
+    names = [other.prompt for other in snapshot.desired.prompts if other.model == key.model]
+    known = ", ".join(names) or "none"
+    return RequestError(
+        404,
+        f"the model {key.model!r} has no prompt {key.prompt!r}; known prompts: {known}",
+        code="prompt_not_found",
+        param=param,
+    )
 
 
 def _demand(request: ChatRequest, model: DesiredModel) -> _Demand:
     """Tools and format of the answer. Errors: RequestError for what cannot be had."""
     choice = request.tool_choice
     tools = () if choice == "none" else tuple(request.tools or ())
-    wanted = request.response_format
-    if not tools and (isinstance(choice, NamedTool) or choice == "required"):
+    must_call = isinstance(choice, NamedTool) or choice == "required"
+    if must_call and not tools:
         raise RequestError(
             400, "there are no tools to choose from", code="invalid_value", param="tool_choice"
         )
@@ -311,26 +301,19 @@ def _demand(request: ChatRequest, model: DesiredModel) -> _Demand:
             f"the chat template of {model.name!r} cannot show tools",
             code="unsupported_parameter",
             param="tools",
-            hint="leave tools out, or name a chat_template that knows them, such as chatml or llama3",
+            hint="leave tools out, or name a chat_template that knows them, "
+            "such as chatml or llama3",
         )
+
     style = model.template.tools or ToolStyle.HERMES
     if isinstance(choice, NamedTool):
-        known = {tool.function.name: tool for tool in tools}
-        if choice.function.name not in known:
-            said = f"there is no tool {choice.function.name!r}"
-            raise RequestError(
-                400,
-                said,
-                code="invalid_value",
-                param="tool_choice",
-                hint=f"one of {', '.join(known)}",
-            )
-        return _Demand(
-            tools=tools, schema=known[choice.function.name].call_schema(style), is_call=True
-        )
+        schema = _chosen_tool(choice, tools).call_schema(style)
+        return _Demand(tools=tools, schema=schema, is_call=True)
     if choice == "required":
         calls = [tool.call_schema(style, f"#/anyOf/{at}") for at, tool in enumerate(tools)]
         return _Demand(tools=tools, schema={"anyOf": calls}, is_call=True)
+
+    wanted = request.response_format
     if isinstance(wanted, JsonObject | JsonSchema) and tools:
         raise RequestError(
             400,
@@ -346,55 +329,19 @@ def _demand(request: ChatRequest, model: DesiredModel) -> _Demand:
     return _Demand(tools=tools)
 
 
-_FACES: dict[type[errors.RkcachedError], tuple[int, str, str | None, int]] = {
-    errors.InputInvalid: (400, "invalid_value", "input", 0),
-    errors.SchemaMismatch: (422, "answer_does_not_fit", None, 0),
-    errors.ModelLoadError: (503, "model_unavailable", None, 5),
-    errors.RuntimeLibraryError: (503, "model_unavailable", None, 5),
-    errors.WorkerUnavailable: (503, "worker_unavailable", None, 5),
-    errors.ModelReplaced: (503, "model_unavailable", None, 1),
-    errors.WorkerTimeout: (504, "worker_timeout", None, 0),
-    errors.WorkerDied: (502, "worker_died", None, 0),
-}
-"""Status, code, param and seconds until a retry makes sense."""
-
-
-def as_request_error(
-    error: errors.RkcachedError, *, text: str = "messages", binds: str = "response_format"
-) -> RequestError:
-    """The HTTP face of every error that a run can end with; `text` and `binds` are the parameters that it is about."""
-    match error:
-        case RequestError():
-            return error
-        case errors.ContextExceeded():
-            return RequestError(
-                400,
-                f"the request has {error.tokens} tokens, the context holds {error.limit}",
-                code="context_length_exceeded",
-                param=text,
-                hint=error.remedy(text),
-            )
-        case errors.SamplingFixed():
-            param = error.param or None
-            return RequestError(
-                400, error.message, code="unsupported_parameter", param=param, hint=error.hint
-            )
-        case errors.SchemaInvalid():
-            return RequestError(
-                400, error.message, code="invalid_schema", param=binds, hint=error.hint
-            )
-        case _:
-            status, code, param, retry_after_s = _FACES.get(
-                type(error), (500, "engine_error", None, 0)
-            )
-            return RequestError(
-                status,
-                error.message,
-                code=code,
-                param=param,
-                hint=error.hint,
-                retry_after_s=retry_after_s,
-            )
+def _chosen_tool(choice: NamedTool, tools: Sequence[Tool]) -> Tool:
+    """Errors: RequestError for a tool that the request does not have."""
+    known = {tool.function.name: tool for tool in tools}
+    name = choice.function.name
+    if name not in known:
+        raise RequestError(
+            400,
+            f"there is no tool {name!r}",
+            code="invalid_value",
+            param="tool_choice",
+            hint=f"one of {', '.join(known)}",
+        )
+    return known[name]
 
 
 def _nul(param: str) -> RequestError:

@@ -13,8 +13,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-NOT_MEASURED = "reuse is not measured by this runtime"
-"""The reason in an answer, and in the status, where nobody can say what a prompt cache spared."""
+from rkcached.serving.report import CacheReport, Usage
 
 
 def _is_none(value: object) -> bool:
@@ -44,36 +43,6 @@ class ErrorAnswer(Answer):
     """OpenAI's error envelope."""
 
     error: ErrorDetail
-
-
-class PromptTokensDetails(Answer):
-    cached_tokens: int
-
-
-class Usage(Answer):
-    prompt_tokens: int
-    completion_tokens: int
-    total_tokens: int
-    prompt_tokens_details: PromptTokensDetails | None = Field(
-        description="null where the runtime measures nothing."
-    )
-
-
-class CacheReport(Answer):
-    """What rkcached did for this answer. All of it was measured."""
-
-    cache: str | None = Field(description="The prompt whose cache was loaded.")
-    state: str = Field(
-        description="hit, loaded (nobody measured more), miss (loaded, did not help), cold, or why the wanted one was "
-        "not used: stale, missing, building, uncacheable, blocked, quarantined, corrupt, uncached."
-    )
-    reason: str = ""
-    cached_tokens: int | None = Field(description="null where the runtime measures nothing.")
-    ttft_ms: float = Field(description="Request accepted to first token written.")
-    queue_ms: float
-    load_ms: float
-    prefill_ms: float
-    decode_tokens_per_s: float
 
 
 class LikelyToken(Answer):

@@ -42,7 +42,7 @@ from rkcached.api.exchange import (
 )
 from rkcached.api.metrics import CONTENT_TYPE, Metrics
 from rkcached.api.page import page
-from rkcached.api.prepare import Job
+from rkcached.api.prepare import Preparation
 from rkcached.api.requests import (
     ChatRequest,
     CompletionRequest,
@@ -68,8 +68,10 @@ from rkcached.api.writer import ChatWriter, CompletionWriter, Writer
 from rkcached.errors import ManifestError, RequestError
 from rkcached.reconcile.events import Events
 from rkcached.reconcile.loop import Reconciler
-from rkcached.serving.dispatcher import End, Serving, Text
+from rkcached.serving.dispatcher import Serving
 from rkcached.serving.embeddings import Embeddings
+from rkcached.serving.job import End, Job, Text
+from rkcached.serving.models import find_model
 from rkcached.sources.records import Key
 
 log = structlog.get_logger()
@@ -86,6 +88,7 @@ class Api:
         *,
         reconciler: Reconciler,
         serving: Serving,
+        preparation: Preparation,
         caches: CacheApi,
         embeddings: Embeddings,
         events: Events,
@@ -100,8 +103,13 @@ class Api:
         self._metrics = metrics
         self._reconciler = reconciler
         self._serving = serving
+        self._preparation = preparation
         self._status = make_status
         self._reload = reload
+
+    def close(self) -> None:
+        """Refuse the requests that are still being prepared."""
+        self._preparation.close()
 
     def app(self, *, admin_socket: Path | None = None) -> ASGIApp:
         """All endpoints; with `admin_socket`, those that change something are refused and referred to it."""
@@ -282,7 +290,7 @@ class Api:
 
     async def _model(self, request: Request) -> Response:
         name, _, prompt = request.path_params["name"].partition("/")
-        self._serving.preparation.model(name)
+        find_model(self._reconciler.snapshot, name)
         if prompt and Key(name, prompt) not in self._reconciler.snapshot.desired.prompts:
             raise RequestError(
                 404,
@@ -295,19 +303,20 @@ class Api:
     async def _chat(self, request: Request) -> Response:
         accepted = time.monotonic()
         body = await read_record(ChatRequest, request)
-        job, reply = await self._serving.preparation.chat(body, accepted)
+        job, reply = await self._preparation.chat(body, accepted)
         writer = ChatWriter(body.model, reply, one_call=body.parallel_tool_calls is False)
         return await self._answer(request, body, job, writer)
 
     async def _complete(self, request: Request) -> Response:
         accepted = time.monotonic()
         body = await read_record(CompletionRequest, request)
-        job = self._serving.preparation.completion(body, accepted)
+        job = self._preparation.completion(body, accepted)
         return await self._answer(request, body, job, CompletionWriter(body.model))
 
     async def _embed(self, request: Request) -> Response:
         body = await read_record(EmbeddingRequest, request)
-        made = await unless_gone(request, self._embeddings.make(body))
+        model, inputs = self._preparation.embedding(body)
+        made = await unless_gone(request, self._embeddings.make(model, inputs))
         if isinstance(made, Response):
             return made
         vectors, tokens = made

@@ -17,13 +17,14 @@ from typing import TYPE_CHECKING, Any
 import pydantic_core
 
 from rkcached import __version__
-from rkcached.api.responses import NOT_MEASURED, RecentAnswer, Status
+from rkcached.api.responses import RecentAnswer, Status
 from rkcached.host import disk
 from rkcached.host.digests import Reading
 from rkcached.plan.desired import DesiredModel
 from rkcached.plan.planner import Blocked, DesiredPrompt, State, urgency
 from rkcached.reconcile.events import Event, Events
 from rkcached.reconcile.snapshot import Snapshot
+from rkcached.serving.report import NOT_MEASURED
 from rkcached.sources.records import Key, Trouble
 from rkcached.store.sidecar import StoredArtifact
 from rkcached.worker.protocol import VerifyMode

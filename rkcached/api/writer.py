@@ -10,7 +10,7 @@ from typing import Any, Protocol
 from rkcached.api.responses import Answer, ChatCompletion, TextCompletion
 from rkcached.engines.base import FinishReason, TokenLogprob
 from rkcached.messages.reply import Delta, Reply
-from rkcached.serving.dispatcher import End, Text
+from rkcached.serving.job import End, Text
 
 
 class Writer(Protocol):
@@ -54,7 +54,7 @@ class ChatWriter:
         }
         yield self._chunk({}) | {
             "choices": [{"index": 0, **finish, "logprobs": None}],
-            "rkcached": end.report.model_dump(),
+            "rkcached": end.report,
         }
 
     def usage(self, end: End) -> dict[str, Any]:
@@ -62,7 +62,7 @@ class ChatWriter:
             **self._head,
             "object": "chat.completion.chunk",
             "choices": [],
-            "usage": end.usage.model_dump(),
+            "usage": end.usage,
         }
 
     def whole(self, texts: Iterable[Text], end: End) -> Answer:
@@ -138,14 +138,14 @@ class CompletionWriter:
         yield self._chunk(text.text, self._logprobs([text]))
 
     def last(self, end: End) -> Iterator[dict[str, Any]]:
-        yield self._chunk("", None, end.finish.value) | {"rkcached": end.report.model_dump()}
+        yield self._chunk("", None, end.finish.value) | {"rkcached": end.report}
 
     def usage(self, end: End) -> dict[str, Any]:
         return {
             **self._head,
             "object": "text_completion",
             "choices": [],
-            "usage": end.usage.model_dump(),
+            "usage": end.usage,
         }
 
     def whole(self, texts: Iterable[Text], end: End) -> Answer:

@@ -23,6 +23,7 @@ import structlog
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
 
+from rkcached.api.prepare import Preparation
 from rkcached.api.requests import ChatRequest
 from rkcached.engines.memory import MemoryEngine, expected_text
 from rkcached.errors import RequestError
@@ -34,7 +35,8 @@ from rkcached.reconcile import loop, observer, verdicts
 from rkcached.reconcile.events import Event, Events
 from rkcached.reconcile.loop import Reconciler
 from rkcached.reconcile.observer import Observer
-from rkcached.serving.dispatcher import End, Serving, Text
+from rkcached.serving.dispatcher import Serving
+from rkcached.serving.job import End, Text
 from rkcached.sources.manifest_file import ManifestFile, read_manifest
 from rkcached.sources.records import Key
 from rkcached.sources.stored_texts import StoredTexts
@@ -172,6 +174,7 @@ class Storm(RuleBasedStateMachine):
             events=self.events,
         )
         self.serving = Serving(self.reconciler, self.workers, gates, self.events)
+        self.preparation = Preparation(self.reconciler)
         self.observer = Observer(Store(self.cache), stored)
         self.running = asyncio.create_task(self.reconciler.run())
         await asyncio.wait(
@@ -185,6 +188,7 @@ class Storm(RuleBasedStateMachine):
         with contextlib.suppress(asyncio.CancelledError):
             await self.running
         self.events.close()
+        self.preparation.close()
         await self.serving.close(1.0)
         await self.workers.stop()
         self.store.close()
@@ -467,7 +471,7 @@ class Storm(RuleBasedStateMachine):
             }
         )
         try:
-            job, _ = await self.serving.preparation.chat(request, time.monotonic())
+            job, _ = await self.preparation.chat(request, time.monotonic())
             parts = [part async for part in self.serving.run(job)]
         except RequestError:
             return None

@@ -1,0 +1,51 @@
+"""A request that is ready to run, and the pieces of its answer."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+
+from rkcached.engines.base import FinishReason, Sampling, TokenLogprob
+from rkcached.plan.desired import DesiredModel
+from rkcached.serving.report import CacheReport, Usage
+from rkcached.sources.records import Key
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """A request, checked and rendered."""
+
+    model: DesiredModel
+    named: Key | None
+    """The prompt that the client asks for by name."""
+    prompt: str
+    """The whole rendered request."""
+    sampling: Sampling
+    cold: bool
+    """Use no prompt cache, and none of the KV state."""
+    accepted: float
+    """Monotonic seconds."""
+    with_tools: bool = False
+    text_param: str = "messages"
+    """The request's parameter that holds the text; errors name it."""
+    schema_param: str = "response_format"
+    """The request's parameter that holds the schema of the answer; errors name it."""
+    correct: Callable[[str, str], Awaitable[str]] | None = None
+    """Renders a second try from an answer that does not fit the schema, and the reason."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Text:
+    """A piece of an answer."""
+
+    text: str
+    logprobs: tuple[TokenLogprob, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class End:
+    """The end of an answer."""
+
+    finish: FinishReason
+    usage: Usage
+    report: CacheReport
