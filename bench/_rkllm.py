@@ -189,9 +189,7 @@ async def _answer(worker: Worker, tokens: int) -> list[_Arrival]:
             arrivals.append(_Arrival(time.perf_counter(), event.text))
 
     sampling = Sampling(max_new_tokens=tokens)
-    answer = await worker.run(
-        lambda number: protocol.Generate(id=number, prompt=PROMPT, sampling=sampling), on_event
-    )
+    answer = await worker.run(protocol.Generate(prompt=PROMPT, sampling=sampling), on_event)
     if (
         not isinstance(answer, protocol.Done)
         or not _complete(answer.stats, tokens)

@@ -95,9 +95,7 @@ def _deep(
     )
     worker = workers.get(worker_model(look.manifest.engine, model))
     try:
-        checked = runner.run(
-            worker.run(lambda operation_id: protocol.Check(id=operation_id, cache=cache))
-        )
+        checked = runner.run(worker.run(protocol.Check(cache=cache)))
     except RkcachedError as error:
         return error.message, ""
     tokens = checked.tokens if isinstance(checked, protocol.Checked) else 0

@@ -177,21 +177,16 @@ class Builder:
         on_progress: Callable[[int, int], None],
     ) -> protocol.Built:
         worker: Worker | None = None
-        operation_id = 0
         wanted_aside = False
         aside: set[asyncio.Task[None]] = set()
 
-        def make(new_id: int) -> protocol.Build:
-            nonlocal operation_id
-            operation_id = new_id
-            return protocol.Build(
-                id=new_id,
-                prefix=prefix,
-                probe=probe,
-                path=str(staged),
-                verify=protocol.VerifyMode(request.cache.verify.value),
-                min_tokens=request.cache.min_tokens,
-            )
+        operation = protocol.Build(
+            prefix=prefix,
+            probe=probe,
+            path=str(staged),
+            verify=protocol.VerifyMode(request.cache.verify.value),
+            min_tokens=request.cache.min_tokens,
+        )
 
         def on_event(event: protocol.FromWorker) -> None:
             if isinstance(event, protocol.Progress):
@@ -200,13 +195,8 @@ class Builder:
         def step_aside() -> None:
             nonlocal wanted_aside
             wanted_aside = True
-            if (
-                operation_id
-                and worker is not None
-                and worker.info is not None
-                and worker.info.aborts_prefill
-            ):
-                aside.add(asyncio.ensure_future(worker.abort(operation_id)))
+            if worker is not None and worker.info is not None and worker.info.aborts_prefill:
+                aside.add(asyncio.ensure_future(worker.abort(operation)))
 
         async with self._gates.hold(
             request.model.name,
@@ -226,7 +216,7 @@ class Builder:
                 ) from error
             if wanted_aside:  # a request came while the model was loaded
                 raise Aborted("made room for a live request")
-            built = await worker.run(make, on_event)
+            built = await worker.run(operation, on_event)
         if not isinstance(built, protocol.Built):
             raise TypeError(built)
         return built

@@ -304,17 +304,12 @@ class Serving:
 
     async def _generate(self, worker: Worker, ongoing: _Ongoing) -> protocol.Done:
         job = ongoing.job
-        cache = _cache_file(ongoing)
-
-        def make(operation_id: int) -> protocol.Generate:
-            ongoing.loading = False  # it may be the second try
-            return protocol.Generate(
-                id=operation_id,
-                prompt=job.prompt,
-                sampling=job.sampling,
-                cache=cache,
-                cold=job.cold,
-            )
+        operation = protocol.Generate(
+            prompt=job.prompt,
+            sampling=job.sampling,
+            cache=_cache_file(ongoing),
+            cold=job.cold,
+        )
 
         def on_event(event: protocol.FromWorker) -> None:
             match event:
@@ -324,13 +319,15 @@ class Serving:
                     ongoing.loading = False
                     ongoing.load_ms = event.load_ms
                     ongoing.load_error = event if event.error else None
+                case protocol.Failed():
+                    ongoing.loading = False  # the worker lives, and may run it again
                 case protocol.Piece():
                     ongoing.answering = True
                     ongoing.pieces.put_nowait(Text(text=event.text, logprobs=event.logprobs))
                 case _:
                     pass
 
-        done = await worker.run(make, on_event)
+        done = await worker.run(operation, on_event)
         if not isinstance(done, protocol.Done):
             raise TypeError(done)
         return done

@@ -52,17 +52,19 @@ class Embeddings:
 
     async def _embed(self, name: str, content: EmbeddingInput) -> protocol.Embedded:
         engine = self._reconciler.snapshot.manifest.engine
-
-        def make(operation_id: int) -> protocol.Embed:
-            if isinstance(content, str):
-                return protocol.Embed(id=operation_id, text=content)
-            return protocol.Embed(id=operation_id, tokens=content)
+        operation = _operation(content)
 
         async with self._gates.hold(name, Priority.LIVE, concurrent=engine.concurrent):
             model = find_embedding_model(self._reconciler.snapshot, name)
             worker = self._workers.get(worker_model(engine, model))
-            result = await worker.run(make)
+            result = await worker.run(operation)
 
         if not isinstance(result, protocol.Embedded):
             raise TypeError(result)
         return result
+
+
+def _operation(content: EmbeddingInput) -> protocol.Embed:
+    if isinstance(content, str):
+        return protocol.Embed(text=content)
+    return protocol.Embed(tokens=content)

@@ -1,13 +1,14 @@
 """Messages between daemon and worker, and their framing. Sans-I/O: bytes in, messages out.
 
 A frame is a u32 little-endian length and that many bytes of JSON. The daemon sends one operation at
-a time and may send `Abort` while it runs; the worker answers with events that end in `Done`,
-`Built`, `Checked`, `Embedded` or `Failed`. Anything else on the wire is a `ProtocolError`, after
-which the connection is of no use.
+a time, each with an id of its own, and may send `Abort` while it runs. The worker answers with
+events that end in `Done`, `Built`, `Checked`, `Embedded` or `Failed`. Anything else on the wire is a
+`ProtocolError`, after which the connection is of no use.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from enum import StrEnum
 
@@ -21,6 +22,8 @@ MAX_FRAME_BYTES = 16 << 20
 """Larger than any prompt; a length beyond it is garbage, not a message."""
 
 _LENGTH_BYTES = 4
+
+_new_id = itertools.count(1).__next__  # 0 is the answer to Start
 
 
 class ProtocolError(Exception):
@@ -65,7 +68,7 @@ class Build(msgspec.Struct, frozen=True, kw_only=True, tag="build"):
     Answer: Progress*, then Built or Failed.
     """
 
-    id: int
+    id: int = msgspec.field(default_factory=_new_id)
     prefix: str
     probe: str
     """A whole rendered request that starts with the prefix."""
@@ -77,7 +80,7 @@ class Build(msgspec.Struct, frozen=True, kw_only=True, tag="build"):
 class Generate(msgspec.Struct, frozen=True, kw_only=True, tag="generate"):
     """Answer a request. Answer: (Loading, Loaded)?, Piece*, then Done or Failed."""
 
-    id: int
+    id: int = msgspec.field(default_factory=_new_id)
     prompt: str
     sampling: Sampling
     cache: CacheFile | None = None
@@ -88,14 +91,14 @@ class Generate(msgspec.Struct, frozen=True, kw_only=True, tag="generate"):
 class Check(msgspec.Struct, frozen=True, kw_only=True, tag="check"):
     """Load a prompt cache to see that it can be. Answer: Checked or Failed."""
 
-    id: int
+    id: int = msgspec.field(default_factory=_new_id)
     cache: CacheFile
 
 
 class Embed(msgspec.Struct, frozen=True, kw_only=True, tag="embed"):
     """Make a vector of a text, or of tokens. Answer: Embedded or Failed."""
 
-    id: int
+    id: int = msgspec.field(default_factory=_new_id)
     text: str = ""
     tokens: tuple[int, ...] = ()
     """Instead of `text`."""

@@ -100,7 +100,7 @@ class Worker:
         self._received: deque[bytes] = deque()
         self._lines = LibraryLines(model.name)
         self._scratch: Scratch | None = None
-        self._next_id = 0
+        self._running_id = 0  # of the operation that runs; 0 for none
         self._idle_timer: asyncio.TimerHandle | None = None
         self._stopping: asyncio.Task[None] | None = None
         self._watcher: asyncio.Task[None] | None = None
@@ -282,13 +282,14 @@ class Worker:
 
     async def run(
         self,
-        make: Callable[[int], protocol.Operation],
+        operation: protocol.Operation,
         on_event: Callable[[protocol.FromWorker], None] | None = None,
     ) -> protocol.Answer:
-        """Start the worker if needed, run one operation and return its answer; events before it go to `on_event`.
+        """Start the worker if needed, run one operation and return its answer.
 
-        `make` gets the operation's id. When the caller is cancelled, the operation is aborted and waited for. If the
-        engine fails because somebody deleted its scratch folder, and no piece of an answer is out, it is run again.
+        `on_event` gets the events before the answer, and `Failed`. When the caller is cancelled, the
+        operation is aborted and waited for. If the engine fails because somebody deleted its scratch
+        folder, and no piece of an answer is out, the operation is run again by a new process.
         Errors: EngineError from the engine; WorkerDied, WorkerTimeout, WorkerUnavailable.
         """
         answering = False
@@ -300,24 +301,23 @@ class Worker:
                 on_event(event)
 
         try:
-            return await self._run_once(make, note)
+            return await self._run_once(operation, note)
         except Aborted:
             raise
         except EngineError:
             if answering or not self._lost_scratch():
                 raise
-        return await self._run_once(make, on_event)
+        return await self._run_once(operation, on_event)
 
     async def _run_once(
         self,
-        make: Callable[[int], protocol.Operation],
+        operation: protocol.Operation,
         on_event: Callable[[protocol.FromWorker], None] | None,
     ) -> protocol.Answer:
         await self.ensure()
         self._cancel_idle_timer()
-        self._next_id += 1
-        operation = make(self._next_id)
         self._lines.forget()
+        self._running_id = operation.id
         self.state = WorkerState.BUSY
         running = asyncio.create_task(self._exchange(operation, on_event))
         try:
@@ -326,14 +326,17 @@ class Worker:
             await _to_the_end(self._abandon(operation, running))
             raise
         finally:
+            self._running_id = 0
             if self.state is WorkerState.BUSY:
                 self.state = WorkerState.READY
                 self._arm_idle_timer()
 
-    async def abort(self, operation_id: int) -> None:
-        """Ask for an early end of the running operation, which then still gets its answer."""
+    async def abort(self, operation: protocol.Operation) -> None:
+        """Ask for an early end of this operation, if it runs. It still gets its answer."""
+        if operation.id != self._running_id:
+            return
         with contextlib.suppress(WorkerError):
-            await self._send(protocol.Abort(id=operation_id))
+            await self._send(protocol.Abort(id=operation.id))
 
     async def _exchange(
         self, operation: protocol.Operation, on_event: Callable[[protocol.FromWorker], None] | None
@@ -349,6 +352,8 @@ class Worker:
                     return event
                 case protocol.Failed():
                     self._failures = 0  # the engine refused; the worker is well
+                    if on_event is not None:
+                        on_event(event)
                     await self._lines.catch_up()
                     raise self._lines.explain(
                         protocol.engine_error(event, self.model.trained_tokens)
@@ -364,7 +369,7 @@ class Worker:
 
         An engine that does not let go in time is killed.
         """
-        await self.abort(operation.id)
+        await self.abort(operation)
         done, _ = await asyncio.wait({running}, timeout=self._deadlines.stop_s)
         if not done:
             running.cancel()

@@ -59,17 +59,16 @@ async def test_a_library_that_hangs_is_killed(
     )
     worker = Worker(hosted, deadlines=deadlines, backoff=Backoff())
 
-    def operation(number: int) -> protocol.Operation:
+    def operation() -> protocol.Operation:
         if planned == "load:hang" and cache.exists():
             signature = signature_of(cache.stat())
             file = protocol.CacheFile(path=str(cache), signature=signature, fingerprint="1")
-            return protocol.Check(id=number, cache=file)
-        return protocol.Generate(id=number, prompt="hello", sampling=GREEDY)
+            return protocol.Check(cache=file)
+        return protocol.Generate(prompt="hello", sampling=GREEDY)
 
     try:
         await worker.run(
-            lambda number: protocol.Build(
-                id=number,
+            protocol.Build(
                 prefix="You keep a cafe. ",
                 probe="You keep a cafe. What is there?",
                 path=str(cache),
@@ -81,14 +80,14 @@ async def test_a_library_that_hangs_is_killed(
             await worker.stop()
         stuck.touch()
         with pytest.raises(WorkerTimeout, match=r"said nothing for \d s"):
-            await worker.run(operation)
+            await worker.run(operation())
         assert (worker.state, worker.pid, list(scratch.iterdir())) == (
             WorkerState.BACKOFF,
             None,
             [],
         )
         stuck.unlink()
-        await worker.run(operation)
+        await worker.run(operation())
     finally:
         await worker.stop()
     assert (worker.pid, list(scratch.iterdir())) == (None, [])

@@ -122,9 +122,7 @@ class Site:
             if isinstance(event, protocol.Piece):
                 pieces.append(event.text)
 
-        done = await worker.run(
-            lambda n: protocol.Generate(id=n, prompt=PROMPT, sampling=sampling), on_event
-        )
+        done = await worker.run(protocol.Generate(prompt=PROMPT, sampling=sampling), on_event)
         assert isinstance(done, protocol.Done)
         return "".join(pieces), done
 
@@ -188,21 +186,18 @@ async def test_a_worker_starts_answers_and_stops(site: Site) -> None:
 async def test_a_build_reports_progress_and_proves_itself(site: Site) -> None:
     """Through the wire as in a test of the session alone."""
     worker, events = site.worker(), list[protocol.FromWorker]()
-    built = await worker.run(
-        lambda n: protocol.Build(
-            id=n,
-            prefix="You keep",
-            probe=PROMPT,
-            path=str(site.root / "built"),
-            verify=protocol.VerifyMode.EXACT,
-            min_tokens=0,
-        ),
-        events.append,
+    operation = protocol.Build(
+        prefix="You keep",
+        probe=PROMPT,
+        path=str(site.root / "built"),
+        verify=protocol.VerifyMode.EXACT,
+        min_tokens=0,
     )
+    built = await worker.run(operation, events.append)
     site.note(worker)
     assert isinstance(built, protocol.Built)
     assert built.tokens == 8
-    assert events[-1] == protocol.Progress(id=1, done_tokens=8, total_tokens=8)
+    assert events[-1] == protocol.Progress(id=operation.id, done_tokens=8, total_tokens=8)
 
 
 async def test_an_engines_refusal_leaves_the_worker_running(site: Site) -> None:
@@ -401,8 +396,7 @@ async def test_a_crash_while_building_is_told(site: Site) -> None:
     worker = site.worker(MemoryModel(faults=(Fault(op="prefill", kind="segfault"),)))
     with pytest.raises(WorkerDied, match="SIGSEGV"):
         await worker.run(
-            lambda n: protocol.Build(
-                id=n,
+            protocol.Build(
                 prefix="a",
                 probe="ab",
                 path="/dev/null",
@@ -679,14 +673,24 @@ async def test_a_request_that_is_cancelled_twice_still_ends_in_order(site: Site)
 
 
 async def test_an_abort_ends_the_request_with_what_it_has(site: Site) -> None:
-    """It still gets its answer, marked as aborted."""
+    """It still gets its answer, marked as aborted. An abort of another operation ends nothing."""
     worker = site.worker(SLOW)
     await worker.ensure()
-    asking = asyncio.create_task(site.ask(worker, ENDLESS))
+    site.note(worker)
+    events: list[protocol.FromWorker] = []
+    operation = protocol.Generate(prompt=PROMPT, sampling=ENDLESS)
+    running = asyncio.create_task(worker.run(operation, events.append))
     await until(lambda: worker.state is WorkerState.BUSY)
-    await worker.abort(1)
-    text, done = await asking
+
+    await worker.abort(protocol.Generate(prompt=PROMPT, sampling=ENDLESS))
+    await until(lambda: any(isinstance(event, protocol.Piece) for event in events))
+    assert not running.done()
+
+    await worker.abort(operation)
+    done = await running
+    assert isinstance(done, protocol.Done)
     assert done.stats.finish is FinishReason.ABORT
+    text = "".join(event.text for event in events if isinstance(event, protocol.Piece))
     assert expected_text(site.model.read_bytes(), PROMPT, ENDLESS).startswith(text)
 
 
