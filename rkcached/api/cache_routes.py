@@ -16,7 +16,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from rkcached import errors
-from rkcached.api.endpoints import EVENT_STREAM, Endpoint
+from rkcached.api.endpoints import EVENT_STREAM, endpoint
 from rkcached.api.exchange import Streamed, answer, read_record, unless_gone
 from rkcached.api.requests import CollectRequest, GenerateBinaryRequest, ModelRequest, StoreRequest
 from rkcached.api.responses import (
@@ -67,117 +67,25 @@ class CacheApi:
         self._workers = workers
         self._stored = stored
 
-    def endpoints(self) -> list[Endpoint]:
-        return [
-            Endpoint(
-                method="GET",
-                path="/v1/models/available",
-                handler=self._available,
-                summary="Every model, and its worker.",
-                answers={200: ModelStatusList},
-            ),
-            Endpoint(
-                method="GET",
-                path="/v1/models/loaded",
-                handler=self._loaded,
-                summary="Those that are loaded.",
-                answers={200: ModelStatusList},
-            ),
-            Endpoint(
-                method="POST",
-                path="/v1/models/load",
-                handler=self._load,
-                summary="Load a model now.",
-                body=ModelRequest,
-                answers={200: ModelAction},
-                errors=(404, 502, 503, 504),
-                changes=True,
-            ),
-            Endpoint(
-                method="POST",
-                path="/v1/models/unload",
-                handler=self._unload,
-                summary="Unload a model. It is loaded again when it is needed.",
-                body=ModelRequest,
-                answers={200: ModelAction},
-                errors=(404, 503),
-                changes=True,
-            ),
-            Endpoint(
-                method="POST",
-                path="/v1/models/lend",
-                handler=self._lend,
-                summary="Unload a model, and hold its turn on the engine until the client closes the connection.",
-                body=ModelRequest,
-                answers={200: None},
-                media=(EVENT_STREAM,),
-                errors=(404, 503),
-                changes=True,
-            ),
-            Endpoint(
-                method="GET",
-                path="/v1/cache/{model}",
-                handler=self._list,
-                summary="The prompts of a model and their caches.",
-                answers={200: CacheList},
-                errors=(404, 503),
-            ),
-            Endpoint(
-                method="POST",
-                path="/v1/cache/{model}",
-                handler=self._store,
-                summary="Store a text, and build its prompt cache.",
-                body=StoreRequest,
-                answers={200: CacheCreated, 202: CacheAccepted},
-                errors=(404, 409, 503),
-                changes=True,
-            ),
-            Endpoint(
-                method="POST",
-                path="/v1/cache/{model}/generate-binary",
-                handler=self._generate_binary,
-                summary="Build a prompt cache anew, of its text or of a new one.",
-                body=GenerateBinaryRequest,
-                answers={200: BinaryCacheCreated},
-                errors=(404, 409, 503),
-                changes=True,
-            ),
-            Endpoint(
-                method="GET",
-                path="/v1/cache/{model}/{name}",
-                handler=self._get,
-                summary="One prompt and its cache.",
-                answers={200: CacheEntry},
-                errors=(400, 404, 503),
-            ),
-            Endpoint(
-                method="DELETE",
-                path="/v1/cache/{model}/{name}",
-                handler=self._delete,
-                summary="Delete a stored text and its cache.",
-                answers={200: CacheDeleted},
-                errors=(400, 404, 409, 503),
-                changes=True,
-            ),
-            Endpoint(
-                method="POST",
-                path="/v1/gc",
-                handler=self._collect,
-                summary="Remove artifacts that no prompt uses, and the quarantine; list what is not the store's.",
-                body=CollectRequest,
-                answers={200: Collected},
-                errors=(503,),
-                changes=True,
-            ),
-        ]
-
     # Models
 
+    @endpoint(
+        "GET",
+        "/v1/models/available",
+        summary="Every model, and its worker.",
+        answers={200: ModelStatusList},
+    )
     async def _available(self, _: Request) -> Response:
         models = self._reconciler.snapshot.desired.models
         shown = [model_status(name, model, self._workers) for name, model in models.items()]
         return answer(ModelStatusList.model_validate({"data": shown}))
 
+    @endpoint(
+        "GET",
+        "/v1/models/loaded",
+        summary="Those that are loaded.",
+        answers={200: ModelStatusList},
+    )
     async def _loaded(self, _: Request) -> Response:
         models = self._reconciler.snapshot.desired.models
         shown = [model_status(name, model, self._workers) for name, model in models.items()]
@@ -187,18 +95,46 @@ class CacheApi:
             )
         )
 
+    @endpoint(
+        "POST",
+        "/v1/models/load",
+        summary="Load a model now.",
+        body=ModelRequest,
+        answers={200: ModelAction},
+        errors=(404, 502, 503, 504),
+        admin=True,
+    )
     async def _load(self, request: Request) -> Response:
         body = await read_record(ModelRequest, request)
         started = time.monotonic()
         await self._serving.load(body.model)
         return self._model_answer("model.loaded", body.model, started)
 
+    @endpoint(
+        "POST",
+        "/v1/models/unload",
+        summary="Unload a model. It is loaded again when it is needed.",
+        body=ModelRequest,
+        answers={200: ModelAction},
+        errors=(404, 503),
+        admin=True,
+    )
     async def _unload(self, request: Request) -> Response:
         body = await read_record(ModelRequest, request)
         started = time.monotonic()
         await self._serving.unload(body.model)
         return self._model_answer("model.unloaded", body.model, started)
 
+    @endpoint(
+        "POST",
+        "/v1/models/lend",
+        summary="Unload a model, and hold its turn on the engine until the client closes the connection.",
+        body=ModelRequest,
+        answers={200: None},
+        media=(EVENT_STREAM,),
+        errors=(404, 503),
+        admin=True,
+    )
     async def _lend(self, request: Request) -> Response:
         body = await read_record(ModelRequest, request)
         lending = self._lending(body.model)
@@ -227,17 +163,40 @@ class CacheApi:
 
     # Caches
 
+    @endpoint(
+        "GET",
+        "/v1/cache/{model}",
+        summary="The prompts of a model and their caches.",
+        answers={200: CacheList},
+        errors=(404, 503),
+    )
     async def _list(self, request: Request) -> Response:
         model = self._known_model(request)
         keys = [key for key in self._reconciler.snapshot.assessments if key.model == model]
         return answer(CacheList.model_validate({"data": [self._describe(key) for key in keys]}))
 
+    @endpoint(
+        "GET",
+        "/v1/cache/{model}/{name}",
+        summary="One prompt and its cache.",
+        answers={200: CacheEntry},
+        errors=(400, 404, 503),
+    )
     async def _get(self, request: Request) -> Response:
         key = self._key(request, request.path_params["name"])
         if key not in self._reconciler.snapshot.assessments:
             raise _no_cache(key)
         return answer(CacheEntry.model_validate(self._describe(key)))
 
+    @endpoint(
+        "POST",
+        "/v1/cache/{model}",
+        summary="Store a text, and build its prompt cache.",
+        body=StoreRequest,
+        answers={200: CacheCreated, 202: CacheAccepted},
+        errors=(404, 409, 503),
+        admin=True,
+    )
     async def _store(self, request: Request) -> Response:
         body = await read_record(StoreRequest, request)
         key = self._key(request, body.cache_name)
@@ -250,6 +209,15 @@ class CacheApi:
         await self._built(key, anew=False)
         return answer(CacheCreated.model_validate(self._describe(key)))
 
+    @endpoint(
+        "POST",
+        "/v1/cache/{model}/generate-binary",
+        summary="Build a prompt cache anew, of its text or of a new one.",
+        body=GenerateBinaryRequest,
+        answers={200: BinaryCacheCreated},
+        errors=(404, 409, 503),
+        admin=True,
+    )
     async def _generate_binary(self, request: Request) -> Response:
         body = await read_record(GenerateBinaryRequest, request)
         key = self._key(request, body.cache_name)
@@ -273,6 +241,14 @@ class CacheApi:
             )
         )
 
+    @endpoint(
+        "DELETE",
+        "/v1/cache/{model}/{name}",
+        summary="Delete a stored text and its cache.",
+        answers={200: CacheDeleted},
+        errors=(400, 404, 409, 503),
+        admin=True,
+    )
     async def _delete(self, request: Request) -> Response:
         key = self._key(request, request.path_params["name"])
         desired = self._reconciler.snapshot.desired
@@ -294,6 +270,15 @@ class CacheApi:
             ) from error
         return answer(CacheDeleted(model=key.model, cache_name=key.prompt))
 
+    @endpoint(
+        "POST",
+        "/v1/gc",
+        summary="Remove artifacts that no prompt uses, and the quarantine; list what is not the store's.",
+        body=CollectRequest,
+        answers={200: Collected},
+        errors=(503,),
+        admin=True,
+    )
     async def _collect(self, request: Request) -> Response:
         body = await read_record(CollectRequest, request)
         try:

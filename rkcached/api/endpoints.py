@@ -1,17 +1,17 @@
-"""The table of endpoints, and what is made of it: the routes, and the API's own description.
+"""Declares endpoints beside their handlers, and makes of them the routes and /openapi.json.
 
-An endpoint names the records of its body and of its answers, so /openapi.json cannot promise
-anything else.
+A declaration names the records of the body and of the answers, and handlers use the same records,
+so the description cannot promise anything else.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Awaitable, Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from http import HTTPStatus
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
@@ -24,6 +24,7 @@ from rkcached.api.responses import ErrorAnswer
 from rkcached.errors import RequestError
 
 Handler = Callable[[Request], Awaitable[Response]]
+Method = TypeVar("Method", bound=Callable[..., Awaitable[Response]])
 
 EVENT_STREAM = "text/event-stream"
 _EVENT = {"type": "object", "properties": {"data": {"type": "string"}, "event": {"type": "string"}}}
@@ -35,21 +36,71 @@ class Endpoint:
     method: str
     path: str
     """As Starlette writes it: `/v1/cache/{model}`; `{name:path}` takes slashes."""
-    handler: Handler
+    handler: Callable[..., Awaitable[Response]]
     summary: str
     body: type[BaseModel] | None = None
     answers: Mapping[int, type[BaseModel] | None] = field(default_factory=dict)
     """By status; None for one that has no JSON."""
     media: tuple[str, ...] = ()
-    """What else the first answer may be than JSON."""
+    """Media types of the first answer other than JSON."""
     errors: tuple[int, ...] = ()
-    """What every endpoint can answer is not named: 500."""
-    changes: bool = False
-    """It changes something, so it is refused on the socket for everyone."""
+    """Without 500, which every endpoint can answer."""
+    admin: bool = False
+    """It changes something, so the socket for everyone refuses it."""
+
+
+_DECLARED = "rkcached_endpoint"
+
+
+def endpoint(
+    method: str,
+    path: str,
+    *,
+    summary: str,
+    answers: Mapping[int, type[BaseModel] | None],
+    body: type[BaseModel] | None = None,
+    media: tuple[str, ...] = (),
+    errors: tuple[int, ...] = (),
+    admin: bool = False,
+) -> Callable[[Method], Method]:
+    """Declare the method below as the handler of an endpoint; see `Endpoint` for the arguments."""
+
+    def declare(handler: Method) -> Method:
+        declared = Endpoint(
+            method=method,
+            path=path,
+            handler=handler,
+            summary=summary,
+            body=body,
+            answers=answers,
+            media=media,
+            errors=errors,
+            admin=admin,
+        )
+        setattr(handler, _DECLARED, declared)
+        return handler
+
+    return declare
+
+
+def declared_endpoint(handler: Handler) -> Endpoint:
+    """What `endpoint` declared of this handler."""
+    declared: Endpoint = getattr(handler, _DECLARED)
+    return declared
+
+
+def endpoints_of(handlers: object) -> list[Endpoint]:
+    """The endpoints that methods of this object declare, in the order of its class."""
+    names = [name for name, method in vars(type(handlers)).items() if hasattr(method, _DECLARED)]
+    methods = [getattr(handlers, name) for name in names]
+    return [replace(declared_endpoint(method), handler=method) for method in methods]
 
 
 def routes(endpoints: Iterable[Endpoint], *, admin_socket: Path | None) -> list[Route]:
-    """One route for each path; with `admin_socket`, changes are refused and referred to it."""
+    """One route for each path; with `admin_socket`, changes are refused and referred to it.
+
+    Of several routes that match, the first one wins, so `{name:path}` comes last.
+    """
 
     async def refused(_: Request) -> Response:
         raise RequestError(
@@ -57,15 +108,18 @@ def routes(endpoints: Iterable[Endpoint], *, admin_socket: Path | None) -> list[
         )
 
     by_path: dict[str, dict[str, Handler]] = defaultdict(dict)
-    for endpoint in endpoints:
-        allowed = admin_socket is None or not endpoint.changes
-        by_path[endpoint.path][endpoint.method] = endpoint.handler if allowed else refused
-    return [_route(path, handlers) for path, handlers in by_path.items()]
+    for declared in endpoints:
+        allowed = admin_socket is None or not declared.admin
+        by_path[declared.path][declared.method] = declared.handler if allowed else refused
+
+    paths = sorted(by_path, key=lambda path: ":path}" in path)
+    return [_route(path, by_path[path]) for path in paths]
 
 
 def _route(path: str, handlers: dict[str, Handler]) -> Route:
     async def dispatch(request: Request) -> Response:
-        return await handlers["GET" if request.method == "HEAD" else request.method](request)
+        method = "GET" if request.method == "HEAD" else request.method
+        return await handlers[method](request)
 
     return Route(path, dispatch, methods=list(handlers))
 
@@ -73,30 +127,25 @@ def _route(path: str, handlers: dict[str, Handler]) -> Route:
 def describe(endpoints: Iterable[Endpoint], *, everyone: bool) -> dict[str, Any]:
     """The OpenAPI document. `everyone`: of the socket on which changes are refused."""
     endpoints = tuple(endpoints)
-    bodies = {(e.body, "validation") for e in endpoints if e.body is not None}
-    answers = {
-        (record, "serialization")
-        for e in endpoints
-        for record in e.answers.values()
-        if record is not None
-    }
-    wanted = sorted(
-        bodies | answers | {(ErrorAnswer, "serialization")},
-        key=lambda pair: (pair[0].__name__, pair[1]),
-    )
     # mypy takes the pairs for tuple[..., str]: a literal is lost in sorted()
-    names, schemas = models_json_schema(wanted, ref_template="#/components/schemas/{model}")  # type: ignore[arg-type]
+    names, schemas = models_json_schema(
+        _records(endpoints),  # type: ignore[arg-type]
+        ref_template="#/components/schemas/{model}",
+    )
+
     paths: dict[str, dict[str, Any]] = defaultdict(dict)
-    for endpoint in endpoints:
-        paths[endpoint.path.replace(":path}", "}")][endpoint.method.lower()] = _operation(
-            endpoint, names, refused=everyone and endpoint.changes
-        )
+    for declared in endpoints:
+        path = declared.path.replace(":path}", "}")
+        refused = everyone and declared.admin
+        paths[path][declared.method.lower()] = _operation(declared, names, refused=refused)
+
     return {
         "openapi": "3.1.0",
         "info": {
             "title": "rkcached",
             "version": __version__,
-            "description": "Language models with prompt caches that are kept fresh, on a Unix socket.",
+            "description": "Language models with prompt caches that are kept fresh, "
+            "on a Unix socket.",
         },
         "servers": [
             {
@@ -109,41 +158,42 @@ def describe(endpoints: Iterable[Endpoint], *, everyone: bool) -> dict[str, Any]
     }
 
 
-def _operation(endpoint: Endpoint, names: Mapping[Any, Any], *, refused: bool) -> dict[str, Any]:
-    parameters = [
-        {
-            "name": step[1:-1].removesuffix(":path"),
-            "in": "path",
-            "required": True,
-            "schema": {"type": "string"},
-        }
-        for step in endpoint.path.split("/")
-        if step.startswith("{")
-    ]
-    operation: dict[str, Any] = {
-        "summary": endpoint.summary,
-        "operationId": endpoint.handler.__name__.strip("_"),
-        "responses": {
-            str(status): _answer(
-                status, names[record, "serialization"] if record else None, endpoint.media
-            )
-            for status, record in endpoint.answers.items()
-        },
-    }
+def _records(endpoints: Iterable[Endpoint]) -> list[tuple[type[BaseModel], str]]:
+    """The records of all bodies and answers, each with its mode in Pydantic."""
+    records: set[tuple[type[BaseModel], str]] = {(ErrorAnswer, "serialization")}
+    for declared in endpoints:
+        if declared.body is not None:
+            records.add((declared.body, "validation"))
+        for record in declared.answers.values():
+            if record is not None:
+                records.add((record, "serialization"))
+    return sorted(records, key=lambda pair: (pair[0].__name__, pair[1]))
+
+
+def _operation(declared: Endpoint, names: Mapping[Any, Any], *, refused: bool) -> dict[str, Any]:
+    """One operation of the document. `refused`: it answers with 403 on this socket."""
+    responses = {}
+    for status, record in declared.answers.items():
+        schema = names[record, "serialization"] if record else None
+        responses[str(status)] = _answer(status, schema, declared.media)
+
+    failures = {500, *declared.errors}
+    if declared.body is not None:
+        failures |= {400, 413, 415}
+    if refused:
+        failures.add(403)
     error = names[ErrorAnswer, "serialization"]
-    failures = {
-        *endpoint.errors,
-        *((400, 413, 415) if endpoint.body else ()),
-        *((403,) if refused else ()),
-        500,
+    responses |= {str(status): _answer(status, error, ()) for status in sorted(failures)}
+
+    operation: dict[str, Any] = {
+        "summary": declared.summary,
+        "operationId": declared.handler.__name__.strip("_"),
+        "responses": responses,
     }
-    operation["responses"] |= {
-        str(status): _answer(status, error, ()) for status in sorted(failures)
-    }
-    if parameters:
+    if parameters := _parameters(declared.path):
         operation["parameters"] = parameters
-    if endpoint.body is not None:
-        schema = names[endpoint.body, "validation"]
+    if declared.body is not None:
+        schema = names[declared.body, "validation"]
         operation["requestBody"] = {
             "required": True,
             "content": {"application/json": {"schema": schema}},
@@ -151,14 +201,29 @@ def _operation(endpoint: Endpoint, names: Mapping[Any, Any], *, refused: bool) -
     return operation
 
 
+def _parameters(path: str) -> list[dict[str, Any]]:
+    """The parameters in a path, as Starlette writes it."""
+    steps = [step for step in path.split("/") if step.startswith("{")]
+    return [
+        {
+            "name": step[1:-1].removesuffix(":path"),
+            "in": "path",
+            "required": True,
+            "schema": {"type": "string"},
+        }
+        for step in steps
+    ]
+
+
 def _answer(
     status: int, schema: Mapping[str, Any] | None, media: tuple[str, ...]
 ) -> dict[str, Any]:
-    content: dict[str, Any] = {
-        kind: {"schema": _EVENT if kind == EVENT_STREAM else _TEXT} for kind in media
-    }
+    content: dict[str, Any] = {}
+    for kind in media:
+        content[kind] = {"schema": _EVENT if kind == EVENT_STREAM else _TEXT}
     if schema is not None:
         content["application/json"] = {"schema": schema}
+
     request_id = {
         "schema": {"type": "string"},
         "description": "Names this exchange, also in the daemon's log.",

@@ -1,8 +1,7 @@
-"""HTTP routes.
+"""Handlers of inference, models and the daemon itself, and the app made of all endpoints.
 
-Reads a request, asks serving or the reconciler, writes the answer in OpenAI's shapes.
-
-Every expected failure becomes OpenAI's error envelope. A client that goes away stops its
+A handler reads its request, asks serving or the reconciler, and writes the answer in OpenAI's
+shapes. Every expected failure becomes OpenAI's error envelope. A client that goes away stops its
 generation.
 """
 
@@ -27,7 +26,14 @@ from starlette.types import ASGIApp
 
 from rkcached.api.bodies import error_body
 from rkcached.api.cache_routes import CacheApi
-from rkcached.api.endpoints import EVENT_STREAM, Endpoint, describe, routes
+from rkcached.api.endpoints import (
+    EVENT_STREAM,
+    declared_endpoint,
+    describe,
+    endpoint,
+    endpoints_of,
+    routes,
+)
 from rkcached.api.exchange import (
     DEFECT,
     Exchanges,
@@ -77,7 +83,9 @@ from rkcached.sources.records import Key
 log = structlog.get_logger()
 
 HEARTBEAT_S = 15.0
-"""A client of the event stream that went away is noticed at the latest after this."""
+"""A client of the event stream that went away is noticed after this time at the latest."""
+
+_FAILURES = (404, 409, 422, 502, 503, 504)  # of requests that a model answers
 
 
 class Api:
@@ -96,40 +104,39 @@ class Api:
         make_status: Callable[..., Status],
         reload: Callable[[], Awaitable[None]],
     ) -> None:
-        self._told_starting = False
-        self._embeddings = embeddings
-        self._caches = caches
-        self._events = events
-        self._metrics = metrics
         self._reconciler = reconciler
         self._serving = serving
         self._preparation = preparation
+        self._caches = caches
+        self._embeddings = embeddings
+        self._events = events
+        self._metrics = metrics
         self._status = make_status
         self._reload = reload
+        self._logged_starting = False
 
     def close(self) -> None:
         """Refuse the requests that are still being prepared."""
         self._preparation.close()
 
     def app(self, *, admin_socket: Path | None = None) -> ASGIApp:
-        """All endpoints; with `admin_socket`, those that change something are refused and referred to it."""
+        """All endpoints; with `admin_socket`, those that change something are refused."""
 
         @functools.cache
         def description() -> dict[str, Any]:  # takes 50 ms, and few ask
             return describe(endpoints, everyone=admin_socket is not None)
 
+        @endpoint(
+            "GET", "/openapi.json", summary="This description.", answers={200: ApiDescription}
+        )
         async def openapi(_: Request) -> Response:
             return JSONResponse(description())
 
-        summary = "This description."
-        itself = Endpoint(
-            method="GET",
-            path="/openapi.json",
-            handler=openapi,
-            summary=summary,
-            answers={200: ApiDescription},
-        )
-        endpoints = [*self._endpoints(), itself]
+        endpoints = [
+            *endpoints_of(self),
+            *endpoints_of(self._caches),
+            declared_endpoint(openapi),
+        ]
         handlers: dict[Any, Callable[[Request, Any], Response]] = {
             RequestError: refuse,
             404: no_route,
@@ -142,190 +149,59 @@ class Api:
         app.router.redirect_slashes = False
         return Exchanges(app)
 
-    def _endpoints(self) -> list[Endpoint]:
-        refusals = (404, 409, 422, 502, 503, 504)
-        """Of requests that a model answers."""
-        return [
-            Endpoint(
-                method="POST",
-                path="/v1/chat/completions",
-                handler=self._chat,
-                summary="Answer a conversation.",
-                body=ChatRequest,
-                answers={200: ChatCompletion},
-                media=(EVENT_STREAM,),
-                errors=refusals,
-            ),
-            Endpoint(
-                method="POST",
-                path="/v1/completions",
-                handler=self._complete,
-                summary="Go on with a text.",
-                body=CompletionRequest,
-                answers={200: TextCompletion},
-                media=(EVENT_STREAM,),
-                errors=refusals,
-            ),
-            Endpoint(
-                method="POST",
-                path="/v1/embeddings",
-                handler=self._embed,
-                summary="Make vectors of texts.",
-                body=EmbeddingRequest,
-                answers={200: EmbeddingList},
-                errors=refusals,
-            ),
-            Endpoint(
-                method="GET",
-                path="/v1/models",
-                handler=self._models,
-                summary="Models, and their prompts as `model/prompt`.",
-                answers={200: ModelList},
-            ),
-            *self._caches.endpoints(),
-            Endpoint(
-                method="POST",
-                path="/v1/reload",
-                handler=self._post_reload,
-                summary="Read the manifest and look at everything again.",
-                answers={200: ManifestReloaded},
-                errors=(422,),
-                changes=True,
-            ),
-            Endpoint(
-                method="GET",
-                path="/v1/models/{name:path}",
-                handler=self._model,
-                summary="One of them.",
-                answers={200: ModelCard},
-                errors=(404, 503),
-            ),
-            Endpoint(
-                method="GET",
-                path="/v1/status",
-                handler=self._get_status,
-                summary="What the daemon is and does.",
-                answers={200: Status},
-            ),
-            Endpoint(
-                method="GET",
-                path="/",
-                handler=self._page,
-                summary="The same as a page for a browser, which follows the events.",
-                answers={200: None},
-                media=("text/html",),
-            ),
-            Endpoint(
-                method="GET",
-                path="/v1/events",
-                handler=self._get_events,
-                summary="Every change of a prompt, a build, a worker or the summary, and every answer, as it happens.",
-                answers={200: None},
-                media=(EVENT_STREAM,),
-            ),
-            Endpoint(
-                method="GET",
-                path="/metrics",
-                handler=self._get_metrics,
-                summary="For Prometheus.",
-                answers={200: None},
-                media=("text/plain",),
-            ),
-            Endpoint(
-                method="GET",
-                path="/healthz",
-                handler=self._healthz,
-                summary="Is the daemon alive?",
-                answers={200: Health},
-            ),
-            Endpoint(
-                method="GET",
-                path="/readyz",
-                handler=self._readyz,
-                summary="Does the first plan exist?",
-                answers={200: Readiness, 503: Readiness},
-            ),
-        ]
+    # Inference
 
-    async def _healthz(self, _: Request) -> Response:
-        return answer(Health())
-
-    async def _readyz(self, _: Request) -> Response:
-        ready = self._reconciler.snapshot.ready
-        if not ready and not self._told_starting:
-            self._told_starting = True  # once: whoever waits for it asks each second
-            log.warning("not ready", status=503, reason="not all files have been read yet")
-        return answer(
-            Readiness(status="ready" if ready else "starting"), status=200 if ready else 503
-        )
-
-    async def _get_metrics(self, _: Request) -> Response:
-        return Response(self._metrics.text(), media_type=CONTENT_TYPE)
-
-    async def _get_events(self, _: Request) -> Response:
-        return Streamed(_event_stream(self._events), media_type=EVENT_STREAM)
-
-    async def _get_status(self, request: Request) -> Response:
-        if request.query_params.get("look") == "true" and self._reconciler.snapshot.ready:
-            await self._reconciler.next_look()
-        return Streamed(pieces(self._status()), media_type="application/json")
-
-    async def _page(self, _: Request) -> Response:
-        return page(self._status(urgent_first=True))
-
-    async def _post_reload(self, _: Request) -> Response:
-        try:
-            await self._reload()
-        except ManifestError as error:
-            refusal = RequestError(422, error.message, code="manifest_rejected", hint=error.hint)
-            said = error_body(refusal)
-            said["error"]["problems"] = [asdict(problem) for problem in error.problems]
-            return JSONResponse(said, status_code=422)
-        return answer(ManifestReloaded(summary=self._status().summary))
-
-    async def _models(self, _: Request) -> Response:
-        snapshot = self._reconciler.snapshot
-        names = [*snapshot.desired.models, *(str(key) for key in snapshot.desired.prompts)]
-        return answer(ModelList(data=[ModelCard(id=name) for name in names]))
-
-    async def _model(self, request: Request) -> Response:
-        name, _, prompt = request.path_params["name"].partition("/")
-        find_model(self._reconciler.snapshot, name)
-        if prompt and Key(name, prompt) not in self._reconciler.snapshot.desired.prompts:
-            raise RequestError(
-                404,
-                f"the model {name!r} has no prompt {prompt!r}",
-                code="prompt_not_found",
-                param="model",
-            )
-        return answer(ModelCard(id=request.path_params["name"]))
-
+    @endpoint(
+        "POST",
+        "/v1/chat/completions",
+        summary="Answer a conversation.",
+        body=ChatRequest,
+        answers={200: ChatCompletion},
+        media=(EVENT_STREAM,),
+        errors=_FAILURES,
+    )
     async def _chat(self, request: Request) -> Response:
         accepted = time.monotonic()
         body = await read_record(ChatRequest, request)
         job, reply = await self._preparation.chat(body, accepted)
+
         writer = ChatWriter(body.model, reply, one_call=body.parallel_tool_calls is False)
         return await self._answer(request, body, job, writer)
 
+    @endpoint(
+        "POST",
+        "/v1/completions",
+        summary="Go on with a text.",
+        body=CompletionRequest,
+        answers={200: TextCompletion},
+        media=(EVENT_STREAM,),
+        errors=_FAILURES,
+    )
     async def _complete(self, request: Request) -> Response:
         accepted = time.monotonic()
         body = await read_record(CompletionRequest, request)
         job = self._preparation.completion(body, accepted)
         return await self._answer(request, body, job, CompletionWriter(body.model))
 
+    @endpoint(
+        "POST",
+        "/v1/embeddings",
+        summary="Make vectors of texts.",
+        body=EmbeddingRequest,
+        answers={200: EmbeddingList},
+        errors=_FAILURES,
+    )
     async def _embed(self, request: Request) -> Response:
         body = await read_record(EmbeddingRequest, request)
         model, inputs = self._preparation.embedding(body)
-        made = await unless_gone(request, self._embeddings.make(model, inputs))
-        if isinstance(made, Response):
-            return made
-        vectors, tokens = made
-        plain = body.encoding_format != "base64"
+        result = await unless_gone(request, self._embeddings.make(model, inputs))
+        if isinstance(result, Response):
+            return result
+
+        vectors, tokens = result
+        encode = _base64 if body.encoding_format == "base64" else _floats
         data = [
-            OneEmbedding(
-                index=at, embedding=_floats(vector) if plain else base64.b64encode(vector).decode()
-            )
-            for at, vector in enumerate(vectors)
+            OneEmbedding(index=at, embedding=encode(vector)) for at, vector in enumerate(vectors)
         ]
         usage = EmbeddingUsage(prompt_tokens=tokens, total_tokens=tokens)
         return answer(EmbeddingList(data=data, model=body.model, usage=usage))
@@ -336,22 +212,143 @@ class Api:
         events = self._serving.run(job)
         if not body.stream:
             return await unless_gone(request, _whole(events, writer))
+
         # The first event decides between an error status and a stream.
         first = await unless_gone(request, anext(events))
         if isinstance(first, Response):
             await events.aclose()
             return first
+
         with_usage = body.stream_options is not None and body.stream_options.include_usage
         stream = _stream(first, events, writer, request, with_usage=with_usage)
         return Streamed(stream, media_type=EVENT_STREAM)
 
+    # Models
+
+    @endpoint(
+        "GET",
+        "/v1/models",
+        summary="Models, and their prompts as `model/prompt`.",
+        answers={200: ModelList},
+    )
+    async def _models(self, _: Request) -> Response:
+        desired = self._reconciler.snapshot.desired
+        names = [*desired.models, *map(str, desired.prompts)]
+        return answer(ModelList(data=[ModelCard(id=name) for name in names]))
+
+    @endpoint(
+        "GET",
+        "/v1/models/{name:path}",
+        summary="One of them.",
+        answers={200: ModelCard},
+        errors=(404, 503),
+    )
+    async def _model(self, request: Request) -> Response:
+        snapshot = self._reconciler.snapshot
+        name, _, prompt = request.path_params["name"].partition("/")
+        find_model(snapshot, name)
+        if prompt and Key(name, prompt) not in snapshot.desired.prompts:
+            raise RequestError(
+                404,
+                f"the model {name!r} has no prompt {prompt!r}",
+                code="prompt_not_found",
+                param="model",
+            )
+        return answer(ModelCard(id=request.path_params["name"]))
+
+    # The daemon
+
+    @endpoint(
+        "POST",
+        "/v1/reload",
+        summary="Read the manifest and look at everything again.",
+        answers={200: ManifestReloaded},
+        errors=(422,),
+        admin=True,
+    )
+    async def _post_reload(self, _: Request) -> Response:
+        try:
+            await self._reload()
+        except ManifestError as error:
+            refusal = RequestError(422, error.message, code="manifest_rejected", hint=error.hint)
+            body = error_body(refusal)
+            body["error"]["problems"] = [asdict(problem) for problem in error.problems]
+            return JSONResponse(body, status_code=422)
+        return answer(ManifestReloaded(summary=self._status().summary))
+
+    @endpoint(
+        "GET",
+        "/v1/status",
+        summary="What the daemon is and does.",
+        answers={200: Status},
+    )
+    async def _get_status(self, request: Request) -> Response:
+        if request.query_params.get("look") == "true" and self._reconciler.snapshot.ready:
+            await self._reconciler.next_look()
+        return Streamed(pieces(self._status()), media_type="application/json")
+
+    @endpoint(
+        "GET",
+        "/",
+        summary="The same as a page for a browser, which follows the events.",
+        answers={200: None},
+        media=("text/html",),
+    )
+    async def _page(self, _: Request) -> Response:
+        return page(self._status(urgent_first=True))
+
+    @endpoint(
+        "GET",
+        "/v1/events",
+        summary="Every change of a prompt, a build, a worker or the summary, and every answer, "
+        "as it happens.",
+        answers={200: None},
+        media=(EVENT_STREAM,),
+    )
+    async def _get_events(self, _: Request) -> Response:
+        return Streamed(_event_stream(self._events), media_type=EVENT_STREAM)
+
+    @endpoint(
+        "GET",
+        "/metrics",
+        summary="For Prometheus.",
+        answers={200: None},
+        media=("text/plain",),
+    )
+    async def _get_metrics(self, _: Request) -> Response:
+        return Response(self._metrics.text(), media_type=CONTENT_TYPE)
+
+    @endpoint(
+        "GET",
+        "/healthz",
+        summary="Is the daemon alive?",
+        answers={200: Health},
+    )
+    async def _healthz(self, _: Request) -> Response:
+        return answer(Health())
+
+    @endpoint(
+        "GET",
+        "/readyz",
+        summary="Does the first plan exist?",
+        answers={200: Readiness, 503: Readiness},
+    )
+    async def _readyz(self, _: Request) -> Response:
+        if self._reconciler.snapshot.ready:
+            return answer(Readiness(status="ready"))
+
+        if not self._logged_starting:
+            self._logged_starting = True  # once: who waits for the daemon asks each second
+            log.warning("not ready", status=503, reason="not all files have been read yet")
+        return answer(Readiness(status="starting"), status=503)
+
 
 async def _whole(events: AsyncIterator[Text | End], writer: Writer) -> Response:
-    pieces: list[Text] = []
+    texts: list[Text] = []
     async for event in events:
         if isinstance(event, End):
-            return answer(writer.whole(pieces, event))
-        pieces.append(event)
+            return answer(writer.whole(texts, event))
+        texts.append(event)
     raise RuntimeError("an answer without an end")
 
 
@@ -365,7 +362,7 @@ async def _stream(
 ) -> AsyncGenerator[bytes, None]:
     """Server-sent events.
 
-    Left early (the client went away), it closes `rest`, which stops the generation.
+    If the client goes away, this closes `rest`, which stops the generation.
     """
 
     async def events() -> AsyncIterator[Text | End]:
@@ -378,8 +375,10 @@ async def _stream(
             if isinstance(event, Text):
                 chunks = [_sse(chunk) for chunk in writer.chunks(event)]
             else:
-                usage = [writer.usage(event)] if with_usage else []
-                chunks = [*map(_sse, [*writer.last(event), *usage]), b"data: [DONE]\n\n"]
+                chunks = [_sse(chunk) for chunk in writer.last(event)]
+                if with_usage:
+                    chunks.append(_sse(writer.usage(event)))
+                chunks.append(b"data: [DONE]\n\n")
             if chunks:
                 yield b"".join(chunks)
     except RequestError as error:
@@ -388,6 +387,10 @@ async def _stream(
     finally:
         with contextlib.suppress(RequestError):
             await rest.aclose()
+
+
+def _base64(vector: bytes) -> str:
+    return base64.b64encode(vector).decode()
 
 
 def _floats(vector: bytes) -> list[float]:
@@ -399,15 +402,17 @@ def _floats(vector: bytes) -> list[float]:
 
 
 async def _event_stream(events: Events) -> AsyncGenerator[bytes, None]:
-    """Server-sent events; a comment first, so that the client knows that it is heard, and after each silence."""
+    """Server-sent events, with a comment at once and after each silence.
+
+    The first comment shows the client that the stream has begun.
+    """
     yield b": listening\n\n"
     async for event in events.stream(HEARTBEAT_S):
         if event is None:
             yield b": still here\n\n"
         else:
-            yield f"event: {event.kind}\n".encode() + _sse(
-                {"time": round(event.time, 3), **event.fields}
-            )
+            data = {"time": round(event.time, 3), **event.fields}
+            yield f"event: {event.kind}\n".encode() + _sse(data)
 
 
 def _sse(data: dict[str, Any]) -> bytes:
