@@ -4,24 +4,33 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import inspect
 import logging
+import os
+import tomllib
 from collections.abc import AsyncGenerator, AsyncIterator
+from importlib import metadata
 from pathlib import Path
 
+import h11
 import httpx
 import pytest
 import structlog
+import uvicorn
+from packaging.requirements import Requirement
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from rkcached.api import server
-from rkcached.api.exchange import DEFECT, Exchanges, Streamed, error_response
+from rkcached.api.exchange import DEFECT, PEER, Exchanges, Streamed, error_response
 from rkcached.api.server import SOCKET_MODE, HttpServer, OwnSocket
 from tests.waiting import DEADLINE_S
 
+ROOT = Path(__file__).parents[2]
 GRACE_S = 2
 PIECES, PIECE = 400, b"x" * 65_536
 """Far more than the socket's and the server's buffers take."""
@@ -145,3 +154,58 @@ async def test_a_defect_has_its_traceback_in_the_log() -> None:
     assert "in break_down" in crash["exception"]
     assert "builtins.KeyError" in lines
     assert "said-by-somebody" not in crash["exception"]
+
+
+def test_uvicorn_is_a_version_that_was_tried() -> None:
+    """Our server overrides and reads parts of uvicorn that its authors may change in any release."""
+    dependencies = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+    (text,) = (text for text in dependencies if Requirement(text).name == "uvicorn")
+    bounds = Requirement(text).specifier
+    assert {bound.operator for bound in bounds} == {">=", "<"}
+    installed = metadata.version("uvicorn")
+    assert installed in bounds, f"uvicorn {installed}: try it, then move the bound {bounds}"
+
+
+def test_what_we_override_of_uvicorn_is_there() -> None:
+    """A method that uvicorn calls by another name would leave ours without an effect."""
+    overridden = {
+        H11Protocol: (
+            "connection_made",
+            "connection_lost",
+            "data_received",
+            "pause_writing",
+            "resume_writing",
+        ),
+        uvicorn.Server: ("shutdown", "main_loop", "capture_signals"),
+    }
+    for theirs, names in overridden.items():
+        (ours,) = (part for part in (server._Connection, HttpServer) if issubclass(part, theirs))
+        for name in names:
+            assert name in vars(ours)
+            before = inspect.signature(getattr(theirs, name))
+            after = inspect.signature(getattr(ours, name))
+            assert list(before.parameters) == list(after.parameters), name
+
+
+async def test_what_we_read_of_uvicorn_is_there(site: Site) -> None:
+    """Of a server and of a connection in the middle of an answer."""
+    _, writer = await site.ask()
+    (connection,) = site.server.server_state.connections
+    assert isinstance(connection, server._Connection)
+    assert connection.connections is site.server.server_state.connections
+    assert not connection.transport.is_closing()
+    assert connection.loop is asyncio.get_running_loop()
+    assert connection.conn.their_state is h11.MUST_CLOSE  # as the client asked for it
+    assert connection.app_state[PEER]["pid"] == os.getpid()
+    assert connection.flow.read_paused in (False, True)
+    assert connection.flow.write_paused in (False, True)
+    assert connection.cycle is not None
+    assert connection.cycle.response_started
+    assert connection._deadline is None
+    assert len(site.server.servers) == 1
+    assert site.server.lifespan.state == {}
+    assert not site.server.should_exit
+    assert inspect.iscoroutinefunction(site.server.on_tick)
+    writer.close()
+    with contextlib.suppress(OSError):
+        await writer.wait_closed()
