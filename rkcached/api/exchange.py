@@ -211,7 +211,7 @@ async def _while_listened_to(receive: Receive) -> AsyncIterator[None]:
     The body runs in its caller's task: a task of its own would wake up one turn of the loop later,
     each time.
     """
-    task, left = asyncio.current_task(), False
+    task, left, is_over = asyncio.current_task(), False, False
 
     async def disconnected() -> None:
         while (await receive())["type"] != "http.disconnect":
@@ -219,7 +219,9 @@ async def _while_listened_to(receive: Receive) -> AsyncIterator[None]:
 
     def leave(watcher: asyncio.Task[None]) -> None:
         nonlocal left
-        if task is not None and not watcher.cancelled():
+        # Removing a callback that the loop is about to call comes too late: the body has ended, and
+        # what its caller does next must not be cancelled.
+        if task is not None and not is_over and not watcher.cancelled():
             left = True
             task.cancel()
 
@@ -232,6 +234,7 @@ async def _while_listened_to(receive: Receive) -> AsyncIterator[None]:
             raise
         raise _GoneError from None
     finally:
+        is_over = True
         watcher.remove_done_callback(leave)
         watcher.cancel()
 

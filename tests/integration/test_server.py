@@ -22,11 +22,11 @@ from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from rkcached.api import server
-from rkcached.api.exchange import DEFECT, PEER, Exchanges, Streamed, error_response
+from rkcached.api.exchange import DEFECT, PEER, Exchanges, Streamed, error_response, unless_gone
 from rkcached.api.server import SOCKET_MODE, HttpServer, OwnSocket
 from tests.waiting import DEADLINE_S
 
@@ -209,3 +209,25 @@ async def test_what_we_read_of_uvicorn_is_there(site: Site) -> None:
     writer.close()
     with contextlib.suppress(OSError):
         await writer.wait_closed()
+
+
+async def test_a_client_that_leaves_just_as_its_answer_is_there() -> None:
+    """What comes after is not cancelled for it.
+
+    Regression: the stream that began with this answer was, and the log had a traceback.
+    """
+    gone = asyncio.Event()
+
+    async def receive() -> Message:
+        await gone.wait()
+        return {"type": "http.disconnect"}
+
+    async def work() -> str:
+        await asyncio.sleep(0)  # whoever listens for the client is listening
+        gone.set()
+        await asyncio.sleep(0)  # and has heard of it, but has not been asked what to do
+        return "the answer"
+
+    request = Request({"type": "http", "path": "/", "headers": []}, receive)
+    assert await unless_gone(request, work()) == "the answer"
+    await asyncio.sleep(0.01)

@@ -333,7 +333,7 @@ def test_sixty_four_clients_that_come_and_go(workspace: Workspace, small_model: 
     workspace.write("cook.md", "You are a ship's cook. You answer in one short sentence. " * 4)
     workspace.write(
         "manifest.yaml",
-        f"version: 1\nengine: {{kind: llamacpp}}\nmodels:\n  m:\n    path: {small_model}\n"
+        f"version: 1\nengine: {{kind: llamacpp, threads: 1}}\nmodels:\n  m:\n    path: {small_model}\n"
         "    params: {max_context_len: 512, max_new_tokens: 8, temperature: 0}\n"
         "    prompts: {cook: cook.md}\n",
     )
