@@ -47,7 +47,7 @@ def register(tmp_path_factory: pytest.TempPathFactory, small_model: Path) -> Ite
     space.write("clerk.md", SYSTEM)
     space.write(
         "manifest.yaml",
-        f"version: 1\nengine: {{kind: llamacpp}}\nmodels:\n  m:\n    path: {small_model}\n"
+        f"version: 1\nengine: {{kind: llamacpp, threads: 1}}\nmodels:\n  m:\n    path: {small_model}\n"
         "    params: {max_context_len: 1024, max_new_tokens: 64, temperature: 0}\n    prompts: {clerk: clerk.md}\n"
         f"  vectors: {{path: {small_model}, embedding: true, pooling: mean, params: {{max_context_len: 512, "
         "max_new_tokens: 8}}\n",

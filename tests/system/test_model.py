@@ -25,17 +25,17 @@ from tests.waiting import BEFORE_RESCAN_S, DEADLINE_S, wait_until
 pytestmark = pytest.mark.model
 
 SYSTEM = (
-    "You are a ship's cook. You answer in one short sentence, and you never forget the salt. " * 6
+    "You are a ship's cook. You answer in one short sentence, and you never forget the salt. " * 3
 )
 
 
 @pytest.fixture
 def ship(workspace: Workspace, small_model: Path) -> Iterator[Workspace]:
-    """A daemon with one prompt of about 120 tokens on the real model."""
+    """A daemon with one prompt of about 65 tokens on the real model."""
     workspace.write("cook.md", SYSTEM)
     workspace.write(
         "manifest.yaml",
-        f"version: 1\nengine: {{kind: llamacpp}}\nmodels:\n  m:\n    path: {small_model}\n"
+        f"version: 1\nengine: {{kind: llamacpp, threads: 1}}\nmodels:\n  m:\n    path: {small_model}\n"
         "    params: {max_context_len: 1024, max_new_tokens: 32, temperature: 0}\n    prompts: {cook: cook.md}\n",
     )
     workspace.start()
@@ -75,7 +75,7 @@ def test_edit_rebuild_serve_restart(ship: Workspace) -> None:
 
 def test_requests_go_before_a_build(ship: Workspace) -> None:
     """Several that come during a build are all answered before it ends; then it is built, once."""
-    ship.write("long.md", SYSTEM * 6)
+    ship.write("long.md", SYSTEM * 12)
     ship.write(
         "manifest.yaml",
         ship.manifest.read_text().replace("{cook: cook.md}", "{cook: cook.md, long: long.md}"),
@@ -135,12 +135,12 @@ def test_split_model(workspace: Workspace, small_model: Path) -> None:
     workspace.write("cook.md", SYSTEM)
     workspace.write(
         "manifest.yaml",
-        f"version: 1\nengine: {{kind: llamacpp}}\nmodels:\n  m:\n    path: {first.name}\n"
+        f"version: 1\nengine: {{kind: llamacpp, threads: 1}}\nmodels:\n  m:\n    path: {first.name}\n"
         "    params: {max_context_len: 1024, max_new_tokens: 8, temperature: 0}\n    prompts: {cook: cook.md}\n",
     )
     assert " MB in 2 files" in workspace.cli("doctor").stdout
     workspace.start()
-    workspace.wait_state("cook", "fresh", 60)
+    workspace.wait_state("cook", "fresh")
     assert workspace.ask("m/cook")["rkcached"]["state"] == "hit"
     text = workspace.ask("m/cook", cache=False)["choices"][0]["message"]["content"]
     good = second.read_bytes()
@@ -161,7 +161,11 @@ def test_split_model(workspace: Workspace, small_model: Path) -> None:
         workspace.write("other", other).replace(second)
 
     damage_weights(1)
-    wait_until(lambda: len(workspace.built()) == 2, "it was built with the new second file", 60)
+    wait_until(
+        lambda: len(workspace.built()) == 2,
+        "it was built with the new second file",
+        BEFORE_RESCAN_S,
+    )
     workspace.wait_settled()
     report = workspace.ask("m/cook")
     assert report["rkcached"]["state"] == "hit"
@@ -173,7 +177,7 @@ def test_split_model(workspace: Workspace, small_model: Path) -> None:
     assert "stale" in explained
     assert "model.digest" in explained
     workspace.start()
-    wait_until(lambda: len(workspace.built()) == 3, "it was built after the start", 60)
+    wait_until(lambda: len(workspace.built()) == 3, "it was built after the start")
     workspace.wait_settled()
     assert workspace.ask("m/cook")["rkcached"]["state"] == "hit"
 
@@ -294,7 +298,7 @@ def test_a_context_beyond_the_models_own(workspace: Workspace, small_model: Path
     def declare(context_tokens: int) -> None:
         workspace.write(
             "manifest.yaml",
-            f"version: 1\nengine: {{kind: llamacpp}}\nmodels:\n  m:\n    path: {small_model}\n    params:\n"
+            f"version: 1\nengine: {{kind: llamacpp, threads: 1}}\nmodels:\n  m:\n    path: {small_model}\n    params:\n"
             f"      max_context_len: {context_tokens}\n    prompts: {{long: long.md}}\n",
         )
 

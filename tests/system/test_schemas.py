@@ -83,7 +83,7 @@ def test_no_free_prose_where_a_schema_is_not_in_force(
     workspace.write("a.md", "You are brief.\n")
     workspace.write(
         "manifest.yaml",
-        f"version: 1\nengine: {{kind: llamacpp}}\nmodels:\n  m:\n    path: {small_model}\n"
+        f"version: 1\nengine: {{kind: llamacpp, threads: 1}}\nmodels:\n  m:\n    path: {small_model}\n"
         "    params: {max_context_len: 1024}\n    prompts: {a: a.md}\n",
     )
     workspace.start()

@@ -64,7 +64,7 @@ def test_llama_cpp_survives_a_deleted_scratch_folder(
     workspace.write("a.md", "You are the keeper of a lighthouse. You know every ship.\n" * 4)
     workspace.write(
         "manifest.yaml",
-        f"version: 1\nengine: {{kind: llamacpp}}\nmodels:\n  m:\n    path: {small_model}\n"
+        f"version: 1\nengine: {{kind: llamacpp, threads: 1}}\nmodels:\n  m:\n    path: {small_model}\n"
         "    params: {max_context_len: 512, max_new_tokens: 8, temperature: 0}\n    prompts: {a: a.md}\n",
     )
     workspace.start()
