@@ -18,7 +18,7 @@ from rkcached.cli.bench.samples import median, spread
 from rkcached.cli.demo.runner import MODEL
 from rkcached.engines.base import Sampling
 from rkcached.plan.desired import DesiredModel
-from rkcached.reconcile.observer import Look, Observer
+from rkcached.reconcile.observer import Observation, Observer
 from rkcached.sources.manifest_file import read_manifest
 from rkcached.sources.records import Key
 from rkcached.store.store import Store
@@ -128,7 +128,9 @@ def measure_share(bench: Bench) -> list[Figure]:
 class _Pairs:
     """Runs a request in both ways, the order changing from pair to pair; each engine sees the same sequence."""
 
-    def __init__(self, ask: _Asker, engine: DirectEngine, look: Look, model: DesiredModel) -> None:
+    def __init__(
+        self, ask: _Asker, engine: DirectEngine, look: Observation, model: DesiredModel
+    ) -> None:
         self._ask = ask
         self._engine = engine
         self._look = look
@@ -212,5 +214,5 @@ def _difference(name: str, samples: list[float]) -> Figure:
     )
 
 
-def look_at(workspace: Workspace) -> Look:
-    return Observer(Store(workspace.store)).look(read_manifest(workspace.manifest))
+def look_at(workspace: Workspace) -> Observation:
+    return Observer(Store(workspace.store)).observe(read_manifest(workspace.manifest))

@@ -1,5 +1,10 @@
 """The composition root: builds every part once, connects them, and takes them down in order.
 
+Each part is made after the parts that it uses. Three things are made first, because those below
+tell those above by them: `Events` (what happened), `Published` (the snapshot of the reconciler's
+state) and `Wake` (look again). So nothing is bound late: what is called back is a method of a part
+that exists, or one with its first arguments filled in.
+
 Start: lock the store, open the sockets or take systemd's, look once, serve, be ready. Stop
 (SIGTERM, SIGINT): accept no more, let running answers end within `serving.shutdown_grace_s`, stop
 the build, end the workers, remove our sockets.
@@ -11,13 +16,15 @@ import asyncio
 import contextlib
 import ctypes
 import faulthandler
+import functools
 import gc
 import itertools
 import os
 import signal
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import structlog
@@ -45,8 +52,10 @@ from rkcached.host import logs
 from rkcached.host.settings import Settings
 from rkcached.host.systemd import Service, listen_fds
 from rkcached.host.watch import Watcher
-from rkcached.reconcile.events import Events
+from rkcached.reconcile.events import Event, Events
 from rkcached.reconcile.loop import Reconciler
+from rkcached.reconcile.snapshot import Published
+from rkcached.reconcile.wake import Wake
 from rkcached.serving.dispatcher import Serving
 from rkcached.serving.embeddings import Embeddings
 from rkcached.sources.manifest import Manifest
@@ -154,6 +163,95 @@ def _listening(passed: list[socket.socket], path: Path, mode: int) -> Iterator[L
         own.close()
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Parts:
+    """What is run and taken down; the other parts are known to these."""
+
+    events: Events
+    published: Published
+    headline: _Headline
+    workers: Workers
+    watcher: Watcher
+    reconciler: Reconciler
+    serving: Serving
+    reloading: _Reloading
+    api: Api
+    everyone: HttpServer
+    admin: HttpServer
+
+    @property
+    def servers(self) -> tuple[HttpServer, HttpServer]:
+        return self.everyone, self.admin
+
+
+def _build(
+    settings: Settings, manifest: Manifest, store: Store, stored: StoredTexts, service: Service
+) -> _Parts:
+    """Make every part, each after those that it uses."""
+    events = Events()
+    published = Published(manifest, store.digests)
+    wake = Wake()
+    headline = _Headline(events, published, service)
+
+    workers = Workers(
+        on_state=functools.partial(_tell_worker, events),
+        room=functools.partial(_room, published),
+    )
+    gates = Gates()
+    watcher = Watcher(wake.look_again)
+    reconciler = Reconciler(
+        published=published,
+        wake=wake,
+        store=store,
+        stored=stored,
+        workers=workers,
+        gates=gates,
+        watcher=watcher,
+        events=events,
+        service=service,
+        on_turn=headline.tell,
+    )
+    reloading = _Reloading(reconciler, headline, service)
+
+    serving = Serving(reconciler, workers, gates, events)
+    api = Api(
+        reconciler=reconciler,
+        serving=serving,
+        preparation=Preparation(reconciler),
+        caches=CacheApi(reconciler, serving, workers, stored),
+        embeddings=Embeddings(reconciler, workers, gates),
+        events=events,
+        metrics=Metrics(events, reconciler, serving, workers),
+        make_status=functools.partial(
+            status,
+            started=time.time(),
+            published=published,
+            serving=serving,
+            workers=workers,
+            store=store,
+            recent=Recent(events),
+            watcher=watcher,
+        ),
+        reload=reloading.reload,
+    )
+    for_everyone = OnceLooked(api.app(admin_socket=settings.admin_socket), reconciler.ready)
+    for_admin = OnceLooked(api.app(), reconciler.ready)
+
+    return _Parts(
+        events=events,
+        published=published,
+        headline=headline,
+        workers=workers,
+        watcher=watcher,
+        reconciler=reconciler,
+        serving=serving,
+        reloading=reloading,
+        api=api,
+        everyone=HttpServer(for_everyone, grace_s=1),
+        admin=HttpServer(for_admin, grace_s=1),
+    )
+
+
 async def _serve(
     settings: Settings,
     manifest: Manifest,
@@ -163,71 +261,20 @@ async def _serve(
     *,
     service: Service,
 ) -> None:
-    started = time.time()
-    loop = asyncio.get_running_loop()
-    events = Events()
-    workers = Workers(
-        on_state=lambda worker: _tell_worker(events, worker),
-        room=lambda: _room(reconciler.snapshot.manifest),
-    )
-    gates = Gates()
-    watcher = Watcher(lambda changed: reconciler.look_again(changed))  # noqa: PLW0108 - which is made below
-    headline = _Headline(events, service)
-    reconciler = Reconciler(
-        manifest_path=settings.manifest,
-        manifest=manifest,
-        store=store,
-        stored=stored,
-        workers=workers,
-        gates=gates,
-        watcher=watcher,
-        events=events,
-        service=service,
-        on_turn=lambda: headline.tell(summary(reconciler.snapshot)),
-    )
-    serving = Serving(reconciler, workers, gates, events)
-    recent = Recent(events)
-    api = Api(
-        reconciler=reconciler,
-        serving=serving,
-        preparation=Preparation(reconciler),
-        caches=CacheApi(reconciler, serving, workers, stored),
-        embeddings=Embeddings(reconciler, workers, gates),
-        events=events,
-        metrics=Metrics(events, reconciler, serving, workers),
-        make_status=lambda urgent_first=False: status(
-            started=started,
-            snapshot=reconciler.snapshot,
-            serving=serving,
-            workers=workers,
-            store=store,
-            recent=recent,
-            polling=watcher.polling,
-            urgent_first=urgent_first,
-        ),
-        reload=lambda: _reload(reconciler, service),
-    )
-    everyone = HttpServer(
-        OnceLooked(api.app(admin_socket=settings.admin_socket), reconciler.ready), grace_s=1
-    )
-    admin = HttpServer(OnceLooked(api.app(), reconciler.ready), grace_s=1)
+    parts = _build(settings, manifest, store, stored, service)
     stopping = asyncio.Event()
+    loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stopping.set)
-    reloads: set[asyncio.Task[None]] = set()
-    loop.add_signal_handler(signal.SIGHUP, lambda: _hang_up(reloads, reconciler, service))
+    loop.add_signal_handler(signal.SIGHUP, parts.reloading.hang_up)
     if service.notified:
-        status_line = _Soon(lambda: service.status(summary(reconciler.snapshot)))
-        events.listen(
-            lambda event: status_line.call() if event.kind in ("artifact", "build") else None
-        )
-    service.status(summary(reconciler.snapshot))
-    reconciling = asyncio.create_task(reconciler.run())
-    serving_http = asyncio.create_task(_serve_both((everyone, admin), listeners))
-    announcing = asyncio.create_task(
-        _announce(reconciler, (everyone, admin), settings.socket, service)
-    )
-    keeping = asyncio.create_task(_keep_sockets((everyone, admin), listeners))
+        parts.events.listen(parts.headline.take)
+    parts.headline.show()
+
+    reconciling = asyncio.create_task(parts.reconciler.run())
+    serving_http = asyncio.create_task(_serve_both(parts.servers, listeners))
+    announcing = asyncio.create_task(_announce(parts, settings.socket, service))
+    keeping = asyncio.create_task(_keep_sockets(parts.servers, listeners))
     signalled = asyncio.create_task(stopping.wait())
     log.info(
         "starting",
@@ -235,30 +282,35 @@ async def _serve(
         manifest=str(settings.manifest),
         cache_dir=str(settings.cache_dir),
     )
+
     try:
         # A signal ends us; so does a part that ends, which none should.
         await asyncio.wait(
             {reconciling, serving_http, signalled}, return_when=asyncio.FIRST_COMPLETED
         )
     finally:
-        log.info("stopping", running=serving.running)
-        grace_s = reconciler.snapshot.manifest.serving.shutdown_grace_s
+        log.info("stopping", running=parts.serving.running)
+        grace_s = parts.published.now.manifest.serving.shutdown_grace_s
         service.stopping(grace_s=grace_s)
         service.status("stopping")
+
         keeping.cancel()
-        everyone.stop_accepting()
-        admin.stop_accepting()
+        for server in parts.servers:
+            server.stop_accepting()
         await asyncio.sleep(LINGER_S)
-        watcher.close()
-        for task in (reconciling, announcing, signalled, *reloads):
+
+        parts.watcher.close()
+        parts.reloading.close()
+        for task in (reconciling, announcing, signalled):
             task.cancel()
-        events.close()
-        api.close()
-        await serving.close(grace_s)
-        everyone.stop()
-        admin.stop()
+        parts.events.close()
+        parts.api.close()
+        await parts.serving.close(grace_s)
+        for server in parts.servers:
+            server.stop()
         results = await asyncio.gather(reconciling, serving_http, return_exceptions=True)
-        await workers.stop()
+        await parts.workers.stop()
+
     for result in results:
         if isinstance(result, Exception):
             raise result  # a defect: the service manager sees a failure and starts us again
@@ -286,9 +338,9 @@ async def _keep_sockets(
     await asyncio.gather(*(own.keep(server) for own, server in pairs))
 
 
-def _room(manifest: Manifest) -> Room:
+def _room(published: Published) -> Room:
     """An NPU runs one model at a time: one is loaded, unless the manifest says otherwise."""
-    engine = manifest.engine
+    engine = published.now.manifest.engine
     one = ENGINES[engine.kind].on_npu and not engine.concurrent
     return room_in_memory(1 if engine.max_loaded is None and one else engine.max_loaded)
 
@@ -303,82 +355,94 @@ def _tell_worker(events: Events, worker: Worker) -> None:
     )
 
 
-async def _announce(
-    reconciler: Reconciler,
-    servers: tuple[HttpServer, HttpServer],
-    socket_path: Path,
-    service: Service,
-) -> None:
-    """Ready is who answers on both sockets and has a plan; what the plan asks for is built afterwards."""
-    for server in servers:
+async def _announce(parts: _Parts, socket_path: Path, service: Service) -> None:
+    """Say that the daemon is ready: it answers on both sockets and has a plan.
+
+    What the plan asks for is built afterwards.
+    """
+    for server in parts.servers:
         await server.answering.wait()
-    await reconciler.ready.wait()
-    service.status(
-        summary(reconciler.snapshot)
-    )  # who waited for the start must not read that it goes on
+    await parts.reconciler.ready.wait()
+
+    parts.headline.show()  # who waited for the start must not read that it goes on
     service.ready()
     ChatRequest.model_rebuild()  # put off while we started; the first request need not pay for it
     ChatCompletion.model_rebuild()
+
+    snapshot = parts.published.now
     log.info(
         "ready",
         socket=str(socket_path),
-        prompts=len(reconciler.snapshot.assessments),
-        fresh=len(reconciler.snapshot.index),
+        prompts=len(snapshot.assessments),
+        fresh=len(snapshot.index),
     )
 
 
-async def _reload(reconciler: Reconciler, service: Service) -> None:
-    """Look at the manifest and everything else now.
-
-    Errors: ManifestError; the last good one then stays in force.
-    """
-    service.reloading()
-    try:
-        await reconciler.next_look()
-    finally:
-        service.status(summary(reconciler.snapshot))
-        service.ready()
-    if reconciler.snapshot.manifest_error is not None:
-        raise ManifestError(reconciler.snapshot.manifest_error.problems)
-
-
-def _hang_up(reloads: set[asyncio.Task[None]], reconciler: Reconciler, service: Service) -> None:
-    async def reload() -> None:
-        with contextlib.suppress(ManifestError):  # the log has it
-            await _reload(reconciler, service)
-
-    task = asyncio.create_task(reload())
-    reloads.add(task)
-    task.add_done_callback(reloads.discard)
-
-
 class _Headline:
-    """Tells systemd and the listeners what the daemon says of itself in one line, when that changed."""
+    """The daemon's state in one line, for systemd and for the listeners."""
 
-    def __init__(self, events: Events, service: Service) -> None:
+    def __init__(self, events: Events, published: Published, service: Service) -> None:
         self._events = events
+        self._published = published
         self._service = service
-        self._told = ""
+        self._known = ""
+        self._scheduled = False
 
-    def tell(self, line: str) -> None:
+    def show(self) -> None:
+        """Give systemd the line of this moment."""
+        self._scheduled = False
+        self._service.status(summary(self._published.now))
+
+    def tell(self) -> None:
+        """As `show`; the listeners get it, too, if it changed."""
+        line = summary(self._published.now)
         self._service.status(line)
-        if line != self._told:
-            self._told = line
+        if line != self._known:
+            self._known = line
             self._events.publish("summary", summary=line)
 
-
-class _Soon:
-    """Calls once after any number of wishes, when the present step of the loop is over."""
-
-    def __init__(self, action: Callable[[], None]) -> None:
-        self._action = action
-        self._scheduled = False
-
-    def call(self) -> None:
-        if not self._scheduled:
+    def take(self, event: Event) -> None:
+        """Show the line anew after changes of artifacts and builds, once for any number of them."""
+        if event.kind in ("artifact", "build") and not self._scheduled:
             self._scheduled = True
-            asyncio.get_running_loop().call_soon(self._now)
+            asyncio.get_running_loop().call_soon(self.show)
 
-    def _now(self) -> None:
-        self._scheduled = False
-        self._action()
+
+class _Reloading:
+    """Looks at everything now, because a client or a signal asks for it."""
+
+    def __init__(self, reconciler: Reconciler, headline: _Headline, service: Service) -> None:
+        self._reconciler = reconciler
+        self._headline = headline
+        self._service = service
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    async def reload(self) -> None:
+        """Look at the manifest and everything else.
+
+        Errors: ManifestError; the last good one then stays in force.
+        """
+        self._service.reloading()
+        try:
+            await self._reconciler.next_look()
+        finally:
+            self._headline.show()
+            self._service.ready()
+
+        error = self._reconciler.snapshot.manifest_error
+        if error is not None:
+            raise ManifestError(error.problems)
+
+    def hang_up(self) -> None:
+        """SIGHUP came."""
+        task = asyncio.create_task(self._reload_quietly())
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _reload_quietly(self) -> None:
+        with contextlib.suppress(ManifestError):  # the log has it
+            await self.reload()
+
+    def close(self) -> None:
+        for task in self._tasks:
+            task.cancel()

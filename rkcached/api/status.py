@@ -23,13 +23,14 @@ from rkcached.host.digests import Reading
 from rkcached.plan.desired import DesiredModel
 from rkcached.plan.planner import Blocked, DesiredPrompt, State, urgency
 from rkcached.reconcile.events import Event, Events
-from rkcached.reconcile.snapshot import Snapshot
+from rkcached.reconcile.snapshot import Published, Snapshot
 from rkcached.serving.report import NOT_MEASURED
 from rkcached.sources.records import Key, Trouble
 from rkcached.store.sidecar import StoredArtifact
 from rkcached.worker.protocol import VerifyMode
 
 if TYPE_CHECKING:  # `explain` needs this module, and nothing of the daemon
+    from rkcached.host.watch import Watcher
     from rkcached.serving.dispatcher import Serving
     from rkcached.store.store import Store
     from rkcached.worker.pool import Workers
@@ -57,18 +58,19 @@ class Recent:
 def status(
     *,
     started: float,
-    snapshot: Snapshot,
+    published: Published,
     serving: Serving,
     workers: Workers,
     store: Store,
     recent: Recent,
-    polling: bool,
+    watcher: Watcher,
     urgent_first: bool = False,
 ) -> Status:
     """The document. `started` is in Unix seconds.
 
     Prompts are in the manifest's order, or with `urgent_first` in the order for people.
     """
+    snapshot = published.now
     manifest_error = snapshot.manifest_error
     building = [snapshot.building.key] if snapshot.building else []
     keys = list(snapshot.assessments)
@@ -104,7 +106,7 @@ def status(
             "quarantine_bytes": snapshot.quarantine_bytes,
             "free_bytes": disk.free_bytes(store.root),
         },
-        "watching": "polling" if polling else "inotify",
+        "watching": "polling" if watcher.polling else "inotify",
         "reconcile": {
             "looks": snapshot.looks,
             "last_look_ms": round(snapshot.last_look_ms, 1),

@@ -15,7 +15,7 @@ from rkcached.cli.plan import action_data
 from rkcached.cli.status import show
 from rkcached.errors import SourceError
 from rkcached.host.settings import Settings
-from rkcached.reconcile.observer import Look
+from rkcached.reconcile.observer import Observation
 from rkcached.sources.records import Key
 
 
@@ -31,7 +31,7 @@ def run(settings: Settings, prompt: str, *, want_json: bool) -> int:
     return os.EX_OK
 
 
-def explain_data(look: Look, key: Key) -> dict[str, Any]:
+def explain_data(look: Observation, key: Key) -> dict[str, Any]:
     """The explanation as data.
 
     Errors: SourceError for a prompt that nobody declares and the store does not have.

@@ -9,32 +9,32 @@ from pathlib import Path
 from rkcached.cli.service_view import view_of
 from rkcached.errors import SourceError, StoreError
 from rkcached.host.settings import Settings
-from rkcached.reconcile.observer import Look, Observer
+from rkcached.reconcile.observer import Observation, Observer
 from rkcached.sources.manifest_file import inputs, read_manifest
 from rkcached.sources.stored_texts import StoredTexts
 from rkcached.store import marks
 from rkcached.store.store import Store
 
 
-def look_at(settings: Settings) -> Look:
+def look_at(settings: Settings) -> Observation:
     """Read manifest, files and store. Errors: ManifestError; SourceError, StoreError of the store."""
     observer = Observer(Store(settings.cache_dir), StoredTexts(settings.state_dir))
-    look = observer.look(read_manifest(settings.manifest))
+    look = observer.observe(read_manifest(settings.manifest))
     if look.store_trouble is not None:
         need_store(settings)
         raise look.store_trouble
     return look
 
 
-def look_as_service(settings: Settings, *, ask: bool = False) -> Look:
+def look_as_service(settings: Settings, *, ask: bool = False) -> Observation:
     """Look, and correct it by what the daemon sees differently."""
     look = look_at(settings)
     return view_of(settings, look.manifest, look.sources, ask=ask).over(look)
 
 
-def inputs_of(settings: Settings, look: Look) -> tuple[list[Path], list[Path]]:
+def inputs_of(settings: Settings, look: Observation) -> tuple[list[Path], list[Path]]:
     """The files and folders that a look depends on."""
-    return inputs(look.manifest, settings.manifest, StoredTexts(settings.state_dir))
+    return inputs(look.manifest, StoredTexts(settings.state_dir))
 
 
 def need_store(settings: Settings) -> None:

@@ -19,8 +19,8 @@ from rkcached.host import places, unit
 from rkcached.host.access import hidden
 from rkcached.host.settings import Settings
 from rkcached.plan.desired import Desired
-from rkcached.plan.planner import Assessment, Blocked, State, plan
-from rkcached.reconcile.observer import Look
+from rkcached.plan.planner import Assessment, Blocked, State
+from rkcached.reconcile.observer import Observation
 from rkcached.sources.manifest import Manifest
 from rkcached.sources.records import Key, RuntimeSource, Sources, Trouble
 
@@ -90,12 +90,11 @@ class ServiceView:
                 found[key] = trouble
         return found
 
-    def over(self, look: Look) -> Look:
+    def over(self, look: Observation) -> Observation:
         """The look, with the daemon's assessments of what it knows better than the caller."""
-        assessments = tuple(self._assessment(own, look) for own in look.assessments)
-        return replace(look, assessments=assessments, actions=plan(assessments))
+        return look.with_assessments(tuple(self._assessment(own, look) for own in look.assessments))
 
-    def _assessment(self, own: Assessment, look: Look) -> Assessment:
+    def _assessment(self, own: Assessment, look: Observation) -> Assessment:
         seen = self.prompts.get(own.key)
         if seen is None and (trouble := self.models.get(own.key.model)) is not None:
             seen = Seen(state=State.BLOCKED, trouble=trouble)

@@ -17,7 +17,7 @@ from rkcached.host.settings import Settings
 from rkcached.plan.desired import DesiredModel
 from rkcached.plan.planner import State
 from rkcached.plan.worker_model import worker_model
-from rkcached.reconcile.observer import Look
+from rkcached.reconcile.observer import Observation
 from rkcached.sources.records import Key
 from rkcached.store.sidecar import StoredArtifact
 from rkcached.store.store import Store
@@ -50,7 +50,7 @@ def run(settings: Settings, prompts: Sequence[str], *, deep: bool, want_json: bo
 
 
 def verify_artifacts(
-    cache_dir: Path, look: Look, keys: Sequence[Key], *, deep: bool
+    cache_dir: Path, look: Observation, keys: Sequence[Key], *, deep: bool
 ) -> Iterator[dict[str, Any]]:
     """One result for each key: whether it is good, and the finding in words."""
     store = Store(cache_dir)
@@ -74,7 +74,7 @@ def verify_artifacts(
 
 
 def _deep(
-    runner: asyncio.Runner, workers: Workers, look: Look, key: Key, artifact: StoredArtifact
+    runner: asyncio.Runner, workers: Workers, look: Observation, key: Key, artifact: StoredArtifact
 ) -> tuple[str, str]:
     """Load it.
 

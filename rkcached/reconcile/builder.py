@@ -34,6 +34,7 @@ from rkcached.messages.template import ChatTemplate, Message
 from rkcached.plan.desired import DesiredModel
 from rkcached.plan.planner import Build, over_budget
 from rkcached.plan.worker_model import worker_model
+from rkcached.reconcile.build_queue import REQUESTED
 from rkcached.sources.manifest import CacheConfig, EngineConfig
 from rkcached.store.sidecar import Figures, Sidecar, StoredArtifact
 from rkcached.store.store import Store
@@ -45,9 +46,6 @@ from rkcached.worker.supervisor import Worker
 PROBE_QUESTION = "Answer in one sentence: what are you for?"
 """Asked twice after every build: on the state in memory, and on the state from the file."""
 
-
-REQUESTED = "requested"
-"""Reason of a build that somebody asked for and waits for."""
 
 REQUESTED_PATIENCE_S = 2.0
 """Such a build sits out a worker's rest of this length; others are planned again."""

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from rkcached.errors import RkcachedError
-from rkcached.reconcile.observer import Look
+from rkcached.reconcile.observer import Observation
 from rkcached.sources.records import Key
 from rkcached.store.garbage import Named, Rubbish, find_rubbish, remove_rubbish
 from rkcached.store.store import Store
@@ -31,7 +31,11 @@ class Collection:
     named: Named = field(default_factory=lambda: Named((), ()))
 
     async def find(
-        self, store: Store, look: Look, building: Key | None, inputs: tuple[list[Path], list[Path]]
+        self,
+        store: Store,
+        look: Observation,
+        building: Key | None,
+        inputs: tuple[list[Path], list[Path]],
     ) -> None:
         """Before anything is removed: orphans go by themselves.
 
@@ -77,7 +81,7 @@ class Collection:
             self.future.exception()  # its caller may be gone
 
 
-def named_in(look: Look, files: Iterable[Path], folders: Iterable[Path]) -> Named:
+def named_in(look: Observation, files: Iterable[Path], folders: Iterable[Path]) -> Named:
     """Everything that the manifest of this look names; `files` and `folders` are its inputs.
 
     Blocking.
@@ -87,7 +91,12 @@ def named_in(look: Look, files: Iterable[Path], folders: Iterable[Path]) -> Name
 
 
 def find(
-    store: Store, look: Look, named: Named, building: Key | None = None, *, strangers: bool = False
+    store: Store,
+    look: Observation,
+    named: Named,
+    building: Key | None = None,
+    *,
+    strangers: bool = False,
 ) -> list[Rubbish]:
     """As `find_rubbish`, for what this look saw. Blocking."""
     return find_rubbish(

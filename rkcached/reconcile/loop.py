@@ -1,11 +1,14 @@
 """The reconciler: look, plan, act, until there is nothing to do.
 
-The single writer of the store and of the snapshot that others read.
+It is the single writer of the store, and of the snapshot that others read.
 
 It is level-triggered. Events, signals, timers and finished builds all mean the same, "look again";
-what to do comes only from comparing the manifest with the disk. Everything here runs on the event
-loop except the looking itself, which reads files in a thread, one look at a time. One build runs at
-a time; a build that nobody wants any more is stopped.
+what to do comes only from comparing the manifest with the disk. A look observes all of it
+(`observer`), publishes what it saw (`snapshot`), adopts, retires and removes (`actions`), and fills
+the queue of builds (`build_queue`), which run one at a time (`build_runner`).
+
+Everything here runs on the event loop except the observing, which reads files in a thread, one look
+at a time.
 """
 
 from __future__ import annotations
@@ -14,9 +17,8 @@ import asyncio
 import contextlib
 import math
 import time
-from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping
+from collections.abc import Callable, Coroutine, Iterable
 from dataclasses import replace
-from pathlib import Path
 
 import structlog
 
@@ -24,31 +26,23 @@ from rkcached import errors
 from rkcached.host.systemd import Service
 from rkcached.host.watch import Follower, places
 from rkcached.plan.desired import DesiredModel
-from rkcached.plan.planner import (
-    PASSING_RETRY_S,
-    Action,
-    Adopt,
-    Assessment,
-    Blocked,
-    Build,
-    Remove,
-    Retire,
-    State,
-)
+from rkcached.plan.planner import Build, State
+from rkcached.reconcile.actions import Actor
 from rkcached.reconcile.announcer import Announcer
-from rkcached.reconcile.attempts import Attempts, blames_model
-from rkcached.reconcile.builder import REQUESTED, Builder, BuildRequest, size_if_same
+from rkcached.reconcile.build_queue import REQUESTED, BuildQueue, next_retry_at
+from rkcached.reconcile.build_runner import BuildRunner
+from rkcached.reconcile.builder import Builder
 from rkcached.reconcile.collection import Collection
 from rkcached.reconcile.events import Events
+from rkcached.reconcile.failures import QUARANTINE_AFTER, Failures, quarantined
 from rkcached.reconcile.index import FreshIndex
-from rkcached.reconcile.observer import Look, Observer
-from rkcached.reconcile.patience import Patience
-from rkcached.reconcile.snapshot import BuildProgress, Published, Snapshot
-from rkcached.reconcile.verdicts import QUARANTINE_AFTER, quarantined
-from rkcached.reconcile.waiters import BuildRequests
+from rkcached.reconcile.observer import Glimpse, Observation, Observer
+from rkcached.reconcile.snapshot import Published, Snapshot
+from rkcached.reconcile.waiters import Waiters
+from rkcached.reconcile.wake import Wake
 from rkcached.sources.manifest import Manifest
 from rkcached.sources.manifest_file import ManifestFile, inputs
-from rkcached.sources.records import Declaration, Key, Trouble
+from rkcached.sources.records import Key, Trouble
 from rkcached.sources.stored_texts import StoredTexts
 from rkcached.store.garbage import Rubbish
 from rkcached.store.sidecar import StoredArtifact
@@ -58,24 +52,14 @@ from rkcached.worker.pool import Workers
 
 log = structlog.get_logger()
 
-SETTLE_S = 0.2
-"""Quiet time after the last event before looking: an editor's save is several events."""
-
-MAX_SETTLE_S = 5.0
-"""Look at the latest this long after the first event, even if they never stop."""
-
 RESCAN_S = 60.0
 """Look at the latest this long after the last look: events can be lost."""
 
 STORE_RETRY_S = 5.0
 """Look again after a look at a store that cannot be read."""
 
-ACT_S = 5.0
-"""A look stops adopting and putting aside after so long, and the next one goes on: an edit does not
-wait for them."""
-
-MAX_GLANCED_FILES = 64
-"""More files than these are not worth a glance before the look."""
+SHORTEST_WAIT_S = 0.05
+"""Retries that are due do not make the loop spin."""
 
 
 class Reconciler:
@@ -84,8 +68,8 @@ class Reconciler:
     def __init__(
         self,
         *,
-        manifest_path: Path,
-        manifest: Manifest,
+        published: Published,
+        wake: Wake,
         store: Store,
         stored: StoredTexts,
         workers: Workers,
@@ -95,52 +79,60 @@ class Reconciler:
         service: Service | None = None,
         on_turn: Callable[[], None] = lambda: None,
     ) -> None:
-        """`service` is told that the loop is alive.
+        """`published` holds the manifest to begin with. `service` hears that the loop is alive.
 
         `on_turn` is called after each look, and now and then during the first.
         """
-        self._service = service or Service()
-        self._on_turn = on_turn
-        self._announcer = Announcer(events)
-        self._published = Published(manifest, store.digests)
-        self._manifest_file = ManifestFile(manifest_path, manifest)
         self.ready = asyncio.Event()
         """Set once the first look is over and a plan exists."""
+        self._published = published
+        self._wake = wake
         self._store = store
-        self._observer = Observer(store, stored)
         self._stored = stored
-        self._curious: list[asyncio.Event] = []
-        self._collections: list[Collection] = []
         self._workers = workers
         self._gates = gates
         self._watcher = watcher
-        self._builder = Builder(store, workers, gates)
-        self._wake = asyncio.Event()
-        self._last_event = 0.0
-        self._first_event = 0.0
-        self._hurry = True
-        self._pending: dict[Key, Build] = {}
-        self._requests = BuildRequests()
-        self._looking = False
-        self._retiring: set[asyncio.Task[None]] = set()
-        self._changed: set[str] = set()
-        """Files known to have changed since the last look."""
+        self._service = service or Service()
+        self._on_turn = on_turn
+
+        manifest = published.now.manifest
+        self._manifest_file = ManifestFile(manifest.file, manifest)
+        self._observer = Observer(store, stored)
+        self._announcer = Announcer(events)
+        self._failures = Failures()
+        self._waiters = Waiters()
+        self._queue = BuildQueue()
+        self._actor = Actor(
+            store=store,
+            published=published,
+            announcer=self._announcer,
+            failures=self._failures,
+            wake=wake,
+        )
+        self._builds = BuildRunner(
+            store=store,
+            builder=Builder(store, workers, gates),
+            queue=self._queue,
+            failures=self._failures,
+            waiters=self._waiters,
+            announcer=self._announcer,
+            published=published,
+            watcher=watcher,
+            wake=wake,
+            on_end=self._changed_beside_a_look,
+        )
+
+        # Counts changes of the store that were made outside of a look.
         self._generation = 0
-        """Counts changes of the store that were made outside of a look."""
-        self._attempts = Attempts()
-        self._unadopted: set[Key] = set()
-        """Prompts whose last adoption failed."""
-        self._patience = Patience()
-        self._declared: Mapping[Key, Declaration] = {}
-        """By the last look."""
-        self._build_task: asyncio.Task[None] | None = None
-        self._last_started: Key | None = None
-        self._later: asyncio.TimerHandle | None = None
-        """Starts a build that must wait until then."""
+        # Who waits for a look that begins after the question.
+        self._curious: list[asyncio.Event] = []
+        self._collections: list[Collection] = []
+        # Tasks that stop workers of models that are gone.
+        self._retiring: set[asyncio.Task[None]] = set()
 
     @property
     def snapshot(self) -> Snapshot:
-        """What everybody else may know of all this, at this moment."""
+        """Everything that others may know of all this, at this moment."""
         return self._published.now
 
     # What others may ask for; all on the event loop
@@ -150,14 +142,14 @@ class Reconciler:
 
         `now` skips waiting for it to settle.
         """
-        if len(self._changed) <= MAX_GLANCED_FILES:
-            self._changed.update(changed)
-        moment = asyncio.get_running_loop().time()
-        if not self._wake.is_set():
-            self._first_event = moment
-        self._last_event = moment
-        self._hurry = self._hurry or now
-        self._wake.set()
+        self._wake.look_again(changed, now=now)
+
+    async def next_look(self) -> None:
+        """Return when a look that begins after this call has ended."""
+        event = asyncio.Event()
+        self._curious.append(event)
+        self.look_again(now=True)
+        await event.wait()
 
     async def regenerate(self, key: Key) -> StoredArtifact:
         """Build this prompt anew, even if it is fresh.
@@ -166,29 +158,22 @@ class Reconciler:
         """
         desired = self.snapshot.desired.prompts.get(key)
         if desired is None:
-            raise errors.SourceError(
-                f"{key} is not declared", hint="`rkcached status` lists what is"
-            )
+            hint = "`rkcached status` lists what is"
+            raise errors.SourceError(f"{key} is not declared", hint=hint)
         if desired.fingerprint is None:
             trouble = desired.trouble or Trouble(message="it has no text")
             raise errors.SourceError(f"{key} cannot be built: {trouble.message}", hint=trouble.hint)
-        self._attempts.forgive_model(key.model)
-        future = self._requests.ask(key, anew=True)
+
+        self._failures.forgive_model(key.model)
+        future = self._waiters.ask(key, anew=True)
         self.look_again(now=True)
         return await asyncio.shield(future)
 
     async def freshen(self, key: Key) -> StoredArtifact:
         """The artifact of a prompt whose text was just written. Errors: as regenerate."""
-        future = self._requests.ask(key, anew=False)
+        future = self._waiters.ask(key, anew=False)
         self.look_again(now=True)
         return await asyncio.shield(future)
-
-    async def next_look(self) -> None:
-        """Return when a look that begins after this call has ended."""
-        event = asyncio.Event()
-        self._curious.append(event)
-        self.look_again(now=True)
-        await event.wait()
 
     async def forget(self, key: Key) -> None:
         """A text was deleted on purpose: its prompt caches go, too, and none is kept as retired.
@@ -209,6 +194,7 @@ class Reconciler:
         self._collections.append(collection)
         self.look_again(now=True)
         rubbish = await collection.future
+
         if not dry_run:
             await self.next_look()  # what did not fit may fit now
         return rubbish
@@ -224,26 +210,29 @@ class Reconciler:
         """
         if self.snapshot.artifacts.get(key) != artifact:
             return  # replaced meanwhile
+
         fingerprint = artifact.sidecar.fingerprint
-        faults = self._attempts.load_fault(fingerprint)
+        faults = self._failures.load_fault(fingerprint)
         log.error(
             "artifact not loadable", model=key.model, prompt=key.prompt, why=why, times=faults
         )
         if died and faults < QUARANTINE_AFTER:
             return
+
         self._published.put(self.snapshot.unserved(key))
-        self._generation += 1
+        self._changed_beside_a_look()
         with contextlib.suppress(errors.StoreError):
             await asyncio.to_thread(self._store.quarantine, key)
             if faults >= QUARANTINE_AFTER:
                 verdict = quarantined(fingerprint, f"loading it failed {faults} times: {why}")
                 await asyncio.to_thread(self._store.write_verdict, key, verdict)
+
         log.error("artifact quarantined", model=key.model, prompt=key.prompt, why=why)
         self.look_again(now=True)
 
     def artifact_served(self, artifact: StoredArtifact) -> None:
         """A request was answered from it."""
-        self._attempts.served(artifact.sidecar.fingerprint)
+        self._failures.served(artifact.sidecar.fingerprint)
 
     # The loop
 
@@ -251,53 +240,50 @@ class Reconciler:
         """Reconcile until cancelled; then the running build is stopped and nothing of it is left."""
         try:
             while True:
-                await self._settle()
-                await self._watched(self._glance_and_look())
-                self._start_next_build()
+                await self._wake.settle()
+                await self._alive_during(self._glance_and_look())
+                self._builds.start_next()
                 self._on_turn()
                 await self._wait()
         finally:
-            if self._later is not None:
-                self._later.cancel()
-            await self._stop_build()
+            await self._builds.close()
             for task in self._retiring:
                 task.cancel()
-            self._requests.cancel()
+            self._waiters.cancel()
             for collection in self._collections:
                 collection.future.cancel()
 
     async def _wait(self) -> None:
-        """Until something wakes us, the next retry, or the next rescan."""
-        retries = [
-            a.action.retry_at
-            for a in self.snapshot.assessments.values()
-            if isinstance(a.action, Blocked)
-        ]
-        due = [at - time.time() for at in retries if at > 0]
-        rescan_s = RESCAN_S if self.snapshot.store_trouble is None else STORE_RETRY_S
+        """Return when something wakes us, or the next retry or rescan is due."""
+        snapshot = self.snapshot
         loop = asyncio.get_running_loop()
-        end = loop.time() + max(0.05, min([rescan_s, *due]))
-        while True:
+        rescan_s = RESCAN_S if snapshot.store_trouble is None else STORE_RETRY_S
+        retry_s = next_retry_at(snapshot.assessments.values()) - time.time()
+        end = loop.time() + max(SHORTEST_WAIT_S, min(rescan_s, retry_s))
+
+        while loop.time() < end:
             building = self.snapshot.building
             if building is None or not self._workers.overdue(building.started):
                 self._service.beat()
+
             left_s = end - loop.time()
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(min(left_s, self._service.pulse_s or left_s)):
                     await self._wake.wait()
                     return
-            if loop.time() >= end:
-                return
 
-    async def _watched(self, look: Coroutine[None, None, None]) -> None:
-        """Wait for a look, which may read large files for minutes; alive is one that gets on with it."""
-        task, steps = asyncio.create_task(look), self._store.digests.steps
+    async def _alive_during(self, look: Coroutine[None, None, None]) -> None:
+        """Wait for a look, which may read large files for minutes; alive is one that gets on."""
+        task = asyncio.create_task(look)
+        steps = self._store.digests.steps
         try:
             while not (await asyncio.wait({task}, timeout=self._service.pulse_s))[0]:
-                if steps != (steps := self._store.digests.steps):
-                    self._service.beat()
-                    if not self.ready.is_set():
-                        self._on_turn()
+                if self._store.digests.steps == steps:
+                    continue
+                steps = self._store.digests.steps
+                self._service.beat()
+                if not self.ready.is_set():
+                    self._on_turn()
         except asyncio.CancelledError:
             task.cancel()
             with contextlib.suppress(asyncio.CancelledError):
@@ -305,133 +291,9 @@ class Reconciler:
             raise
         task.result()
 
-    async def _settle(self) -> None:
-        """Wait until events have been quiet for a while, so that half of a save is not looked at."""
-        loop = asyncio.get_running_loop()
-        while self._wake.is_set() and not self._hurry:
-            quiet_at = min(self._last_event + SETTLE_S, self._first_event + MAX_SETTLE_S)
-            if loop.time() >= quiet_at:
-                break
-            await asyncio.sleep(quiet_at - loop.time())
-        self._hurry = False
-        self._wake.clear()
-
-    async def _glance_and_look(self) -> None:
-        changed, self._changed = self._changed, set()
-        if 0 < len(changed) <= MAX_GLANCED_FILES and self.snapshot.building is None:
-            await self._glance(changed)
-        await self._look()
-
-    async def _glance(self, changed: set[str]) -> None:
-        """Start the build of an edited prompt at once: with thousands of prompts, the look that follows takes a while.
-
-        It is the look that decides: a build that it does not want is stopped.
-        """
-        before, generation = self.snapshot, self._generation
-        manifest = await self._read_manifest()
-        if manifest is not before.manifest or before.store_trouble is not None:
-            return
-        glimpses = await asyncio.to_thread(
-            self._observer.glance, manifest, changed, before.index.all()
-        )
-        glimpses = [one for one in glimpses if not self._attempts.blames(one.prompt.key.model)]
-        if not glimpses or generation != self._generation:
-            return
-        now = self.snapshot
-        prompts, texts = dict(now.desired.prompts), dict(now.desired.texts)
-        assessments, index = dict(now.assessments), now.index
-        for one in glimpses:
-            key = one.prompt.key
-            prompts[key], texts[key] = one.prompt, one.text
-            index = index.without(key)
-            assessments[key] = one.assessment
-            self._announcer.state(one.assessment)
-        self._published.change(
-            desired=replace(now.desired, prompts=prompts, texts=texts),
-            assessments=assessments,
-            index=index,
-        )
-        builds = {one.build.key: one.build for one in glimpses}
-        self._pending = (
-            builds | self._pending | builds
-        )  # the first to be built, with the text of now
-        self._start_next_build()
-
-    async def _look(self) -> None:
-        started = time.perf_counter()
-        opened, curious, collections = self._requests.open(), self._curious, self._collections
-        self._curious, self._collections = [], []
-        self._looking = True  # a build may end while we look, but no other starts
-        try:
-            look, generation = await self._observe()
-            running = self.snapshot.building
-            building = running.key if running is not None else None
-            self._note_store(look)
-            self._publish(look)
-            self._declared = look.sources.prompts
-            self._patience.looked(look.desired.fingerprint, asyncio.get_running_loop().time())
-            files, folders = inputs(look.manifest, self._manifest_file.path, self._stored)
-            self._watcher.follow(await asyncio.to_thread(places, files, folders))
-            self._retire_workers(look)
-            for collection in collections:
-                await collection.find(self._store, look, building, (files, folders))
-            if await self._stop_unwanted_build(look):
-                building = None
-            acted = await self._act(look)
-            for collection in collections:
-                await collection.finish(self._store, acted)
-            await self._tidy(look)
-            anew = self._requests.looked(opened, self.snapshot.assessments, self.snapshot.artifacts)
-            self._pending = self._builds_to_do(look, anew, building)
-            await self._forget_verdicts(look)
-        finally:
-            self._looking = False
-        for event in curious:
-            event.set()
-        with contextlib.suppress(OSError):
-            await asyncio.to_thread(self._store.digests.save)
-        took_ms = (time.perf_counter() - started) * 1000
-        self._published.change(looks=self.snapshot.looks + 1, last_look_ms=took_ms, ready=True)
-        log.debug(
-            "looked",
-            took_ms=round(took_ms, 1),
-            builds=len(self._pending),
-            changed=len(acted),
-        )
-        self.ready.set()
-        # What cannot be removed is tried again at the next look, not at once.
-        if acted or generation != self._generation:
-            self.look_again(now=True)
-        if generation != self._generation:
-            # a build or a request found something out since: the next look plans with that
-            self._pending.clear()
-
-    async def _tidy(self, look: Look) -> None:
-        """The quarantine keeps what the budget leaves it."""
-        limit = look.manifest.cache.max_bytes
-        room = math.inf if limit is None else max(0, limit - self.snapshot.used_bytes())
-        with contextlib.suppress(errors.StoreError):
-            await asyncio.to_thread(self._store.tidy, look.inventory, room)
-        self._published.change(quarantine_bytes=sum(look.inventory.quarantined.values()))
-
-    def _note_store(self, look: Look) -> None:
-        error, before = look.store_trouble, self.snapshot.store_trouble
-        if error is not None and (before is None or before.message != error.message):
-            log.error("store not readable", error=error.message, hint=error.hint)
-
-    async def _observe(self) -> tuple[Look, int]:
-        """A look during which the store did not change.
-
-        As no build starts meanwhile, two looks are the most.
-        """
-        while True:
-            generation = self._generation
-            manifest = await self._read_manifest()
-            look = await asyncio.to_thread(
-                self._observer.look, manifest, self._attempts.verdicts(self.snapshot.desired)
-            )
-            if generation == self._generation:
-                return look, generation
+    def _changed_beside_a_look(self) -> None:
+        """A build or a request changed the store, or found something out about it."""
+        self._generation += 1
 
     async def _read_manifest(self) -> Manifest:
         """The manifest in force, after another look at its file."""
@@ -439,88 +301,194 @@ class Reconciler:
         self._published.change(manifest_error=self._manifest_file.error)
         return manifest
 
-    async def _stop_unwanted_build(self, look: Look) -> bool:
-        """Whether there was one."""
-        running = self.snapshot.building
-        if running is None:
-            return False
-        wanted = look.desired.fingerprint(running.key)
-        if wanted is not None and wanted.digest == running.fingerprint:
-            return False
-        log.info(
-            "build stopped",
-            model=running.key.model,
-            prompt=running.key.prompt,
-            reason="no longer wanted",
-        )
-        if wanted is not None:
-            self._patience.stopped(running.key, wanted.digest, asyncio.get_running_loop().time())
-        await self._stop_build()
-        return True
+    # A glance
 
-    def _builds_to_do(
-        self, look: Look, requested: list[Key], building: Key | None
-    ) -> dict[Key, Build]:
-        """Requested builds first, then the plan's; without the one that ran when the look saw the store.
+    async def _glance_and_look(self) -> None:
+        changed = self._wake.take_changed()
+        if changed and self.snapshot.building is None:
+            await self._glance(changed)
+        await self._look()
 
-        That one may have ended since: what the look saw of it is then out of date, and the next look comes at once.
+    async def _glance(self, changed: set[str]) -> None:
+        """Start the build of an edited prompt at once: with thousands of prompts, a look takes long.
+
+        It is the look that decides: a build that it does not want is stopped.
         """
-        builds = {}
-        for key in requested:
-            if (wanted := look.desired.fingerprint(key)) is not None:
-                builds[key] = Build(key=key, reason=REQUESTED, fingerprint=wanted)
-            else:
-                error = errors.SourceError(
-                    f"{key} can no longer be built", hint=f"see `rkcached explain {key}`"
-                )
-                self._requests.answer(key, error)
-        for action in look.actions:
-            if isinstance(action, Build):
-                builds.setdefault(action.key, action)
-        if building is not None:
-            builds.pop(building, None)
-        return builds
+        before = self.snapshot
+        generation = self._generation
+        manifest = await self._read_manifest()
+        if manifest is not before.manifest or before.store_trouble is not None:
+            return
 
-    def _publish(self, look: Look) -> None:
-        artifacts = look.inventory.artifacts
-        fresh = {}
-        for assessment in look.assessments:
-            artifact = artifacts.get(assessment.key)
-            if assessment.state is State.FRESH and artifact is not None:
-                fresh[assessment.key] = artifact
-        if new := set(look.sources.skipped_files) - set(self.snapshot.skipped_files):
-            log.info(
-                "prompt files skipped",
-                files=sorted(new),
-                reason="their names cannot be a prompt's",
-                hint="rename them to make prompts of them",
+        glimpses = [
+            glimpse
+            for glimpse in await asyncio.to_thread(
+                self._observer.glance, manifest, changed, before.index.all()
             )
-        shown = {one.key: one for one in look.assessments if not one.retired}
+            if not self._failures.blames(glimpse.prompt.key.model)
+        ]
+        if not glimpses or generation != self._generation:
+            return
+
+        self._publish_glimpses(glimpses)
+        self._queue.put_first(glimpse.build for glimpse in glimpses)
+        self._builds.start_next()
+
+    def _publish_glimpses(self, glimpses: Iterable[Glimpse]) -> None:
+        snapshot = self.snapshot
+        prompts = dict(snapshot.desired.prompts)
+        texts = dict(snapshot.desired.texts)
+        assessments = dict(snapshot.assessments)
+        index = snapshot.index
+
+        for glimpse in glimpses:
+            key = glimpse.prompt.key
+            prompts[key] = glimpse.prompt
+            texts[key] = glimpse.text
+            assessments[key] = glimpse.assessment
+            index = index.without(key)
+            self._announcer.state(glimpse.assessment)
+
         self._published.change(
-            manifest=look.manifest,
-            desired=look.desired,
+            desired=replace(snapshot.desired, prompts=prompts, texts=texts),
+            assessments=assessments,
+            index=index,
+        )
+
+    # A look
+
+    async def _look(self) -> None:
+        started = time.perf_counter()
+        asked = self._waiters.asked()
+        curious, self._curious = self._curious, []
+        collections, self._collections = self._collections, []
+
+        self._builds.paused = True  # a build may end while we look, but no other starts
+        try:
+            observation, generation = await self._observe()
+            acted = await self._act(observation, asked, collections)
+        finally:
+            self._builds.paused = False
+
+        for event in curious:
+            event.set()
+        with contextlib.suppress(OSError):
+            await asyncio.to_thread(self._store.digests.save)
+
+        took_ms = (time.perf_counter() - started) * 1000
+        looks = self.snapshot.looks + 1
+        self._published.change(looks=looks, last_look_ms=took_ms, ready=True)
+        self.ready.set()
+        log.debug("looked", took_ms=round(took_ms, 1), builds=len(self._queue), changed=len(acted))
+
+        # What cannot be removed is tried again at the next look, not at once.
+        if acted or generation != self._generation:
+            self.look_again(now=True)
+        if generation != self._generation:
+            # A build or a request found something out since: the next look plans with that.
+            self._queue.clear()
+
+    async def _observe(self) -> tuple[Observation, int]:
+        """Observe while the store does not change; returns the generation of that time, too.
+
+        As no build starts meanwhile, two attempts are the most.
+        """
+        while True:
+            generation = self._generation
+            manifest = await self._read_manifest()
+            verdicts = self._failures.verdicts(self.snapshot.desired)
+            observation = await asyncio.to_thread(self._observer.observe, manifest, verdicts)
+            if generation == self._generation:
+                return observation, generation
+
+    async def _act(
+        self, observation: Observation, asked: Iterable[Key], collections: Iterable[Collection]
+    ) -> set[Key]:
+        """Publish what was seen, do what the plan asks for, and queue the builds.
+
+        Returns the keys of what was adopted, retired and removed.
+        """
+        running = self.snapshot.building
+        building = running.key if running is not None else None
+
+        self._publish(observation)
+        self._builds.declared = observation.sources.prompts
+        self._queue.observed(observation.desired.fingerprint, asyncio.get_running_loop().time())
+        files, folders = inputs(observation.manifest, self._stored)
+        self._watcher.follow(await asyncio.to_thread(places, files, folders))
+        self._retire_workers(observation)
+
+        for collection in collections:
+            await collection.find(self._store, observation, building, (files, folders))
+        if await self._builds.stop_unwanted(observation):
+            building = None
+        acted = await self._actor.act(observation)
+        for collection in collections:
+            await collection.finish(self._store, acted)
+
+        await self._tidy(observation)
+        anew = self._waiters.observed(asked, self.snapshot.assessments, self.snapshot.artifacts)
+        requested = self._requested(anew, observation)
+        self._queue.plan(requested, observation.actions, but=building)
+        await self._forget_verdicts(observation)
+        return acted
+
+    def _publish(self, observation: Observation) -> None:
+        self._note_news(observation)
+        inventory = observation.inventory
+        shown = {one.key: one for one in observation.assessments if not one.retired}
+        fresh = {
+            key: inventory.artifacts[key]
+            for key, assessment in shown.items()
+            if assessment.state is State.FRESH and key in inventory.artifacts
+        }
+        unreadable = {key: found.size_bytes for key, found in inventory.unreadable.items()}
+
+        self._published.change(
+            manifest=observation.manifest,
+            desired=observation.desired,
+            skipped_files=observation.sources.skipped_files,
             assessments=shown,
-            artifacts=dict(artifacts),
+            artifacts=dict(inventory.artifacts),
             index=FreshIndex(fresh),
-            unreadable_bytes={
-                key: found.size_bytes for key, found in look.inventory.unreadable.items()
-            },
-            retired=dict(look.inventory.retired),
-            foreign_bytes=sum(look.inventory.foreign.values()),
-            quarantine_bytes=sum(look.inventory.quarantined.values()),
-            skipped_files=look.sources.skipped_files,
-            store_trouble=look.store_trouble,
+            unreadable_bytes=unreadable,
+            retired=dict(inventory.retired),
+            foreign_bytes=sum(inventory.foreign.values()),
+            quarantine_bytes=sum(inventory.quarantined.values()),
+            store_trouble=observation.store_trouble,
         )
         for assessment in shown.values():
             self._announcer.state(assessment)
-        self._announcer.forget_all_but(set(self.snapshot.assessments))
-        unlisted = tuple(map(str, look.sources.unlisted_models.values()))
-        self._announcer.notices((*look.desired.notices, *unlisted))
+        self._announcer.forget_all_but(set(shown))
 
-    def _retire_workers(self, look: Look) -> None:
-        """Stop workers of models that are gone; a model that changed is replaced when it is next used."""
+    def _note_news(self, observation: Observation) -> None:
+        """Log what is wrong with the store and the sources, once for each change."""
+        before = self.snapshot
+        error = observation.store_trouble
+        known = before.store_trouble.message if before.store_trouble is not None else ""
+        if error is not None and error.message != known:
+            log.error("store not readable", error=error.message, hint=error.hint)
+
+        if skipped := set(observation.sources.skipped_files) - set(before.skipped_files):
+            log.info(
+                "prompt files skipped",
+                files=sorted(skipped),
+                reason="their names cannot be a prompt's",
+                hint="rename them to make prompts of them",
+            )
+
+        unlisted = map(str, observation.sources.unlisted_models.values())
+        self._announcer.notices((*observation.desired.notices, *unlisted))
+
+    def _retire_workers(self, observation: Observation) -> None:
+        """Stop workers of models that are gone.
+
+        That of a model that changed is replaced when it is next used.
+        """
         wanted = {
-            name for name, model in look.desired.models.items() if isinstance(model, DesiredModel)
+            name
+            for name, model in observation.desired.models.items()
+            if isinstance(model, DesiredModel)
         }
         for name in {worker.model.name for worker in self._workers.all()} - wanted:
             task = asyncio.create_task(self._retire_worker(name))
@@ -533,311 +501,32 @@ class Reconciler:
             if not isinstance(self.snapshot.model(name), DesiredModel):
                 self._workers.drop(name)
 
-    # Acting
+    async def _tidy(self, observation: Observation) -> None:
+        """Remove what is left over in the store; the quarantine keeps what the budget leaves it."""
+        limit = observation.manifest.cache.max_bytes
+        room = math.inf if limit is None else max(0, limit - self.snapshot.used_bytes())
+        with contextlib.suppress(errors.StoreError):
+            await asyncio.to_thread(self._store.tidy, observation.inventory, room)
 
-    async def _act(self, look: Look) -> set[Key]:
-        """Carry out what the plan says but for the builds; returns the keys of what was done.
+        quarantine_bytes = sum(observation.inventory.quarantined.values())
+        self._published.change(quarantine_bytes=quarantine_bytes)
 
-        What takes too long is left to the next look, which comes at once.
-        """
-        started, done = time.monotonic(), set[Key]()
-        for action in look.actions:
-            self._store.digests.steps += 1
-            match action:
-                case Remove(retired=fingerprint) if fingerprint:
-                    changed = await self._remove_retired(action)
-                case Remove():
-                    changed = await self._remove(action, look)
-                case Retire() if time.monotonic() - started < ACT_S:
-                    changed = await self._retire(action, look)
-                case Adopt() if time.monotonic() - started < ACT_S:
-                    changed = await self._adopt(action, look)
-                case Retire() | Adopt():
-                    self.look_again(now=True)
-                    continue
-                case _:
-                    continue
-            if changed:
-                done.add(action.key)
-        return done
+    def _requested(self, keys: Iterable[Key], observation: Observation) -> list[Build]:
+        """The builds that somebody asked for; who asks for one that cannot be is answered."""
+        builds = []
+        for key in keys:
+            wanted = observation.desired.fingerprint(key)
+            if wanted is not None:
+                builds.append(Build(key=key, reason=REQUESTED, fingerprint=wanted))
+                continue
+            hint = f"see `rkcached explain {key}`"
+            error = errors.SourceError(f"{key} can no longer be built", hint=hint)
+            self._waiters.answer(key, error)
+        return builds
 
-    def _may_change(self, key: Key, look: Look) -> bool:
-        """Whether an artifact is as the look saw it: not if a build replaces it, or has."""
-        snapshot = self.snapshot
-        same = snapshot.artifacts.get(key) is look.inventory.artifacts.get(key)
-        return same and not snapshot.is_building(key)
-
-    async def _adopt(self, action: Adopt, look: Look) -> bool:
-        """Publish an artifact that the store has under another name. Whether it was."""
-        key, source = action.key, action.source
-        if not self._may_change(key, look) or (
-            source is not None and not self._may_change(source, look)
-        ):
-            return False
-
-        try:
-            artifact = await asyncio.to_thread(
-                self._store.adopt,
-                key,
-                action.fingerprint.digest,
-                source=source,
-                take=action.take,
-                retire=look.manifest.cache.keep_retired_s > 0,
-            )
-        except errors.StoreError as error:
-            if key not in self._unadopted:
-                _log_trouble("artifact not adopted", action, error)
-            blocked = Blocked(
-                key=key,
-                reason=error.message,
-                hint=error.hint,
-                retry_at=time.time() + PASSING_RETRY_S,
-            )
-            assessment = Assessment(
-                key=key, state=State.BLOCKED, reason=error.message, hint=error.hint, action=blocked
-            )
-            self._published.put(self.snapshot.with_assessment(assessment))
-            again = (
-                key not in self._unadopted
-            )  # the source may be out of use by now: the next look tells
-            self._unadopted.add(key)
-            return again
-        self._unadopted.discard(key)
-        if action.take and source is None:
-            self._published.put(self.snapshot.without_retired(action.fingerprint.digest))
-        elif action.take and source is not None:
-            self._published.put(self.snapshot.without_artifact(source))
-
-        log.info(
-            "artifact adopted",
-            model=key.model,
-            prompt=key.prompt,
-            state=State.FRESH.value,
-            reason=action.reason,
-            tokens=artifact.sidecar.tokens,
-            size_bytes=artifact.sidecar.size_bytes,
-        )
-        self._attempts.built(key)
-        self._is_fresh(key, artifact)
-        return True
-
-    async def _retire(self, action: Retire, look: Look) -> bool:
-        """Put an artifact aside that is no longer declared. Whether it was."""
-        if not self._may_change(action.key, look):
-            return False
-        try:
-            if action.verdict is not None:
-                await asyncio.to_thread(self._store.write_verdict, action.key, action.verdict)
-            await asyncio.to_thread(self._store.retire, action.key)
-        except errors.StoreError as error:
-            _log_trouble("artifact not retired", action, error)
-            return False
-        self._published.put(self.snapshot.without_artifact(action.key))
-        log.info(
-            "artifact retired",
-            model=action.key.model,
-            prompt=action.key.prompt,
-            reason=action.reason,
-        )
-        return True
-
-    async def _remove_retired(self, action: Remove) -> bool:
-        try:
-            await asyncio.to_thread(self._store.remove_retired, action.retired)
-        except errors.StoreError as error:
-            _log_trouble("retired artifact not removed", action, error)
-            return False
-        self._published.put(self.snapshot.without_retired(action.retired))
-        log.info(
-            "retired artifact removed",
-            model=action.key.model,
-            prompt=action.key.prompt,
-            reason=action.reason,
-        )
-        return True
-
-    async def _remove(self, action: Remove, look: Look) -> bool:
-        """Whether it was: not if it cannot be, nor if a build replaces what the look saw, or has."""
-        key = action.key
-        if not self._may_change(key, look):
-            return False
-        try:
-            if action.verdict is not None:
-                await asyncio.to_thread(self._store.write_verdict, key, action.verdict)
-            await asyncio.to_thread(self._store.remove, key)
-        except errors.StoreError as error:
-            _log_trouble("artifact not removed", action, error)
-            return False
-        self._published.put(self.snapshot.without_artifact(key))
-        log.info("artifact removed", model=key.model, prompt=key.prompt, reason=action.reason)
-        return True
-
-    async def _forget_verdicts(self, look: Look) -> None:
-        for key in look.inventory.verdicts.keys() - look.desired.prompts.keys():
-            if key.model not in look.sources.unlisted_models:
+    async def _forget_verdicts(self, observation: Observation) -> None:
+        """Remove verdicts on prompts that are not declared any more."""
+        undeclared = observation.inventory.verdicts.keys() - observation.desired.prompts.keys()
+        for key in undeclared:
+            if key.model not in observation.sources.unlisted_models:
                 await asyncio.to_thread(self._store.clear_verdict, key)
-
-    def _start_next_build(self) -> None:
-        while (
-            self.snapshot.building is None
-            and not self._looking
-            and (build := self._next_build()) is not None
-        ):
-            request = self._build_request(build)
-            if request is not None:
-                self._last_started = build.key
-                key, fingerprint = build.key, build.fingerprint.digest
-                progress = BuildProgress(
-                    key=key, reason=build.reason, fingerprint=fingerprint, started=time.monotonic()
-                )
-                self._published.change(building=progress)
-                self._announcer.build_started(build)
-                self._build_task = asyncio.create_task(self._build(request, progress))
-
-    def _next_build(self) -> Build | None:
-        """Take the first build that may begin now out of those that wait; if none may, come back when one may.
-
-        A prompt that was just built lets another go first, unless somebody waits for it.
-        """
-        loop, asked = asyncio.get_running_loop(), self._requests.open()
-        again: Key | None = None
-        due_at = math.inf
-        for key in self._pending:
-            due = (
-                0.0
-                if key in asked
-                else self._patience.due(key, self._files_of(key), self._watcher.writing)
-            )
-            if due > loop.time():
-                due_at = min(due_at, due)
-            elif key != self._last_started or key in asked:
-                return self._pending.pop(key)
-            else:
-                again = key
-
-        if again is not None:
-            return self._pending.pop(again)
-        if self._later is not None:
-            self._later.cancel()
-        if due_at < math.inf:
-            self._later = loop.call_at(due_at, self._start_next_build)
-        return None
-
-    def _files_of(self, key: Key) -> Iterator[str]:
-        """The files that a prompt and its model were made of when they were last looked at."""
-        if (declared := self._declared.get(key)) is not None:
-            yield from declared.files
-        if isinstance(model := self.snapshot.model(key.model), DesiredModel):
-            for path, _ in model.source.signatures:
-                yield path
-
-    def _build_request(self, build: Build) -> BuildRequest | None:
-        """What the build needs; None if it is no longer what is wanted, which the next look takes care of."""
-        key, snapshot = build.key, self.snapshot
-        model, wanted = snapshot.model(key.model), snapshot.desired.fingerprint(key)
-        if (
-            not isinstance(model, DesiredModel)
-            or wanted is None
-            or wanted.digest != build.fingerprint.digest
-        ):
-            return None
-        return BuildRequest(
-            action=build,
-            model=model,
-            text=snapshot.desired.texts[key],
-            engine=snapshot.manifest.engine,
-            cache=snapshot.manifest.cache,
-            claimed_bytes=snapshot.claimed_bytes(but=key),
-            foreign_bytes=snapshot.foreign_bytes,
-            needed_bytes=self._attempts.needed_bytes(key, wanted.digest)
-            or size_if_same(snapshot.artifacts.get(key), wanted.components),
-            first_try=self._attempts.first_try(
-                build.fingerprint.digest, asyncio.get_running_loop().time()
-            ),
-        )
-
-    async def _build(self, request: BuildRequest, progress: BuildProgress) -> None:
-        key = request.action.key
-
-        def on_progress(done: int, total: int) -> None:
-            self._published.change(building=replace(progress, done_tokens=done, total_tokens=total))
-
-        try:
-            try:
-                artifact = await self._builder.build(request, on_progress)
-            finally:
-                self._announcer.build_ended()
-        except errors.Aborted:
-            log.info("build stepped aside", model=key.model, prompt=key.prompt)
-            self._pending = {key: request.action, **self._pending}
-            self._last_started = None  # it goes on before others
-        except errors.RkcachedError as error:
-            await self._build_failed(request, error)
-        except Exception as error:  # a defect of ours: reported, and no reason to stop serving
-            log.exception("build crashed", model=key.model, prompt=key.prompt)
-            await self._build_failed(request, errors.RkcachedError(f"internal error: {error!r}"))
-        else:
-            self._built(request, artifact)
-        finally:
-            self._published.change(building=None)
-            self._generation += 1
-        # With more builds waiting there is no need to look at everything again in between; and a
-        # look that goes on takes notice by itself, for if each build asked for another one, there
-        # would be no more than one to a look.
-        if self._looking:
-            return
-        if self._pending and not self._wake.is_set():
-            self._start_next_build()
-        else:
-            self.look_again(now=True)
-
-    def _built(self, request: BuildRequest, artifact: StoredArtifact) -> None:
-        key, sidecar = request.action.key, artifact.sidecar
-        self._published.change(builds=self.snapshot.builds + 1)
-        self._attempts.built(key)
-        self._patience.built(key)
-        self._announcer.built(request, artifact)
-        self._is_fresh(key, artifact)
-        self._requests.answer(key, artifact)
-
-        # Prompts of the same text and parameters need no prefill any more: the next look adopts it
-        # for them.
-        twins = [
-            other
-            for other, build in self._pending.items()
-            if build.fingerprint.digest == sidecar.fingerprint and build.reason != REQUESTED
-        ]
-        for other in twins:
-            del self._pending[other]
-        if twins:
-            self.look_again(now=True)
-
-    def _is_fresh(self, key: Key, artifact: StoredArtifact) -> None:
-        """This artifact has just been published."""
-        snapshot = self.snapshot.with_artifact(key, artifact)
-        self._published.put(snapshot)
-        if snapshot.index.get(key) is artifact:
-            self._announcer.state(snapshot.assessments[key])
-
-    async def _build_failed(self, request: BuildRequest, error: errors.RkcachedError) -> None:
-        key, fingerprint = request.action.key, request.action.fingerprint.digest
-        stored = await asyncio.to_thread(self._store.read_verdict, key)
-        verdict = self._attempts.failed(key, request.model, fingerprint, error, stored)
-        self._announcer.build_failed(request, error, verdict)
-        if blames_model(error) or isinstance(error, errors.Uncacheable):
-            self._pending = {k: build for k, build in self._pending.items() if k.model != key.model}
-        if not blames_model(error):
-            with contextlib.suppress(errors.StoreError):
-                await asyncio.to_thread(self._store.write_verdict, key, verdict)
-        self._requests.answer(key, error)
-
-    async def _stop_build(self) -> None:
-        if self.snapshot.building is not None and self._build_task is not None:
-            self._build_task.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._build_task
-
-
-def _log_trouble(event: str, action: Action, error: errors.StoreError) -> None:
-    key = action.key
-    log.error(event, model=key.model, prompt=key.prompt, error=error.message, hint=error.hint)

@@ -48,7 +48,7 @@ KEPT_FREE = 0.05
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Look:
+class Observation:
     """One consistent look at manifest, sources and store, and what follows from it."""
 
     manifest: Manifest
@@ -61,6 +61,10 @@ class Look:
     store_trouble: errors.StoreError | None = None
     """Why the store cannot be read. The look goes on without it: no artifact is known, and none can
     be built."""
+
+    def with_assessments(self, assessments: tuple[Assessment, ...]) -> Observation:
+        """The same, but for these assessments and what to do about them."""
+        return replace(self, assessments=assessments, actions=plan(assessments))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,7 +102,9 @@ class Observer:
         self._assessments: dict[Key | str, Assessment] = {}
         """Of the last look: by prompt, and by fingerprint for retired artifacts."""
 
-    def look(self, manifest: Manifest, extra_verdicts: Mapping[Key, Verdict] | None = None) -> Look:
+    def observe(
+        self, manifest: Manifest, extra_verdicts: Mapping[Key, Verdict] | None = None
+    ) -> Observation:
         """Scan and assess. Blocking."""
         sources = self._reader.scan(manifest)
         desired = self._resolver.resolve(manifest, sources)
@@ -142,7 +148,7 @@ class Observer:
             for one in assess(prompts, observed, limits)
         }
         assessments = tuple(self._assessments.values())
-        return Look(
+        return Observation(
             manifest=manifest,
             sources=sources,
             desired=desired,

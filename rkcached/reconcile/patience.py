@@ -51,7 +51,7 @@ class Patience:
         stops = before.stops + 1 if before is not None else 1
         self._restless[key] = _Restless(fingerprint, stops, stopped=now, changed=now)
 
-    def looked(self, wanted: Callable[[Key], Fingerprint | None], now: float) -> None:
+    def observed(self, wanted: Callable[[Key], Fingerprint | None], now: float) -> None:
         """A look found what each prompt is to have: None if it cannot be built."""
         for key, restless in list(self._restless.items()):
             fingerprint = wanted(key)

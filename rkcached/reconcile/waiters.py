@@ -7,7 +7,7 @@ that was just written.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from rkcached.errors import RkcachedError, SourceError
@@ -25,7 +25,7 @@ class _Waiting:
     """A look has begun and ended since."""
 
 
-class BuildRequests:
+class Waiters:
     def __init__(self) -> None:
         self._waiting: dict[Key, _Waiting] = {}
 
@@ -39,19 +39,19 @@ class BuildRequests:
             waiting.anew, waiting.seen = waiting.anew or anew, False
         return waiting.future
 
-    def open(self) -> tuple[Key, ...]:
+    def asked(self) -> tuple[Key, ...]:
         """What a look that begins now will answer."""
         return tuple(self._waiting)
 
-    def looked(
+    def observed(
         self,
-        opened: tuple[Key, ...],
+        asked: Iterable[Key],
         assessments: Mapping[Key, Assessment],
         artifacts: Mapping[Key, StoredArtifact],
     ) -> list[Key]:
         """A look has ended: answer what it answers. Returns what is to be built anew."""
         anew = []
-        for key in opened:
+        for key in asked:
             waiting = self._waiting.get(key)
             if waiting is None:
                 continue

@@ -96,12 +96,10 @@ def manifest_text(path: Path) -> str:
         raise errors.ManifestError((problem,)) from error
 
 
-def inputs(
-    manifest: Manifest, manifest_path: Path, stored: StoredTexts
-) -> tuple[list[Path], list[Path]]:
+def inputs(manifest: Manifest, stored: StoredTexts) -> tuple[list[Path], list[Path]]:
     """The files, and the folders with any content, whose change may change the plan."""
     engine = ENGINES[manifest.engine.kind]
-    files = [manifest_path]
+    files = [manifest.file]
     folders: list[Path] = []
     for name, model in manifest.models.items():
         folders.append(stored.folder(name))

@@ -13,6 +13,8 @@ from rkcached.host.systemd import Service
 from rkcached.host.watch import Writing
 from rkcached.reconcile.events import Events
 from rkcached.reconcile.loop import Reconciler
+from rkcached.reconcile.snapshot import Published
+from rkcached.reconcile.wake import Wake
 from rkcached.sources.manifest_file import read_manifest
 from rkcached.sources.stored_texts import StoredTexts
 from rkcached.store.store import Store
@@ -37,8 +39,8 @@ async def reconciling(
     """
     workers = Workers()
     reconciler = Reconciler(
-        manifest_path=space.manifest,
-        manifest=read_manifest(space.manifest),
+        published=Published(read_manifest(space.manifest), store.digests),
+        wake=Wake(),
         store=store,
         stored=StoredTexts(space.root / "state"),
         workers=workers,

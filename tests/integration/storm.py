@@ -31,10 +31,12 @@ from rkcached.host import durable
 from rkcached.host.watch import Watcher
 from rkcached.plan.desired import DesiredModel
 from rkcached.plan.planner import Blocked, State, plan
-from rkcached.reconcile import loop, observer, verdicts
+from rkcached.reconcile import actions, failures, loop, observer, wake
 from rkcached.reconcile.events import Event, Events
 from rkcached.reconcile.loop import Reconciler
 from rkcached.reconcile.observer import Observer
+from rkcached.reconcile.snapshot import Published
+from rkcached.reconcile.wake import Wake
 from rkcached.serving.dispatcher import Serving
 from rkcached.serving.job import End, Text
 from rkcached.sources.manifest_file import ManifestFile, read_manifest
@@ -131,10 +133,11 @@ class Storm(RuleBasedStateMachine):
 
         self.outside.enter_context(
             replaced(
-                (loop, "SETTLE_S", 0.004),
+                (wake, "SETTLE_S", 0.004),
                 (loop, "time", self.clock),
                 (observer, "time", self.clock),
-                (verdicts, "time", self.clock),
+                (failures, "time", self.clock),
+                (actions, "time", self.clock),
                 (pool, "Worker", ThreadedWorker),
                 (durable, "write_new", full_write_new),
                 (MemoryEngine, "_save", full_save),
@@ -164,8 +167,8 @@ class Storm(RuleBasedStateMachine):
         self.watcher = Watcher(look_again)
         stored = StoredTexts(self.root / "state")
         self.reconciler = Reconciler(
-            manifest_path=self.manifest,
-            manifest=self.good,
+            published=Published(self.good, self.store.digests),
+            wake=Wake(),
             store=self.store,
             stored=stored,
             workers=self.workers,
@@ -522,8 +525,8 @@ class Storm(RuleBasedStateMachine):
             assessments = reconciler.snapshot.assessments.values()
             busy = (
                 reconciler.snapshot.building is not None
-                or reconciler._pending
-                or reconciler._looking
+                or len(reconciler._queue)
+                or reconciler._builds.paused
                 or reconciler._wake.is_set()
             )
             retries = [
@@ -547,8 +550,8 @@ class Storm(RuleBasedStateMachine):
     def _to_do(self) -> list[Any]:
         """What an independent look at the disk finds to do."""
         manifest = ManifestFile(self.manifest, self.reconciler._manifest_file.last_good).read()
-        look = self.observer.look(
-            manifest, self.reconciler._attempts.verdicts(self.reconciler.snapshot.desired)
+        look = self.observer.observe(
+            manifest, self.reconciler._failures.verdicts(self.reconciler.snapshot.desired)
         )
         todo: list[Any] = [
             action for action in plan(look.assessments) if not isinstance(action, Blocked)

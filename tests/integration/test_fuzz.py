@@ -24,7 +24,8 @@ from rkcached.errors import ManifestError, SourceError
 from rkcached.host import isolated
 from rkcached.host.digests import Digests
 from rkcached.plan.fingerprint import fingerprint
-from rkcached.reconcile.verdicts import MAX_RETRY_S, verdict_on
+from rkcached.plan.planner import MAX_RETRY_S
+from rkcached.reconcile.failures import verdict_on
 from rkcached.sources.manifest import parse
 from rkcached.sources.records import Key
 from rkcached.store.sidecar import Figures, Sidecar, names_artifact, parse_sidecar

@@ -94,7 +94,7 @@ async def edited(reconciler: Reconciler, store: HeldStore, *paths: Path) -> int:
     store.hold()
     reconciler.look_again([str(path) for path in paths], now=True)
     assert await asyncio.to_thread(store.reached.wait, 10)
-    if reconciler.snapshot.building is not None and (task := reconciler._build_task) is not None:
+    if reconciler.snapshot.building is not None and (task := reconciler._builds._task) is not None:
         await task
     return reconciler.snapshot.builds
 

@@ -79,15 +79,15 @@ async def test_a_build_that_steps_aside_during_a_look_is_not_forgotten(
     """A request took its model while the daemon looked; the build is made afterwards, without another event."""
     space, store = slow
     async with reconciling(space, store) as reconciler:
-        build, tried = reconciler._builder.build, asyncio.Event()
+        build, tried = reconciler._builds._builder.build, asyncio.Event()
 
         async def step_aside(*_: Any) -> Any:
-            monkeypatch.setattr(reconciler._builder, "build", build)
+            monkeypatch.setattr(reconciler._builds._builder, "build", build)
             assert await asyncio.to_thread(store.reached.wait, 10)
             tried.set()
             raise Aborted("a request needs the model")
 
-        monkeypatch.setattr(reconciler._builder, "build", step_aside)
+        monkeypatch.setattr(reconciler._builds._builder, "build", step_aside)
         await store.hold_up(reconciler)
         await tried.wait()
         await asyncio.to_thread(
@@ -112,7 +112,7 @@ async def test_what_a_build_finds_out_during_a_look_is_not_tried_again(
             assert await asyncio.to_thread(store.reached.wait, 10)
             raise Uncacheable("this model does not support saving prompt caches")
 
-        monkeypatch.setattr(reconciler._builder, "build", cannot_be_saved)
+        monkeypatch.setattr(reconciler._builds._builder, "build", cannot_be_saved)
         await store.hold_up(reconciler)
         await asyncio.to_thread(
             wait_until,

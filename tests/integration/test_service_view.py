@@ -27,7 +27,7 @@ def test_the_plan_follows_what_the_daemon_sees(tmp_path: Path) -> None:
         "models: {m: {path: m.model, params: {max_context_len: 4096}, prompts: {a: a.md}}}\n"
     )
     observer = Observer(Store(tmp_path / "cache"), StoredTexts(tmp_path / "state"))
-    look = observer.look(read_manifest(manifest))
+    look = observer.observe(read_manifest(manifest))
     assert [type(action) for action in look.actions] == [Build]
 
     trouble = Trouble(message="a.md is hidden from the service", hint="keep it elsewhere")

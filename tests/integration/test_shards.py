@@ -64,7 +64,7 @@ def test_each_file_of_a_split_model_is_part_of_its_identity(files: list[Path], n
 def test_all_files_of_a_split_model_are_watched(files: list[Path], tmp_path: Path) -> None:
     """Also one that is missing: that it comes is a change."""
     files[1].unlink()
-    watched, _ = inputs(manifest_of(files[0]), tmp_path / "manifest.yaml", StoredTexts(tmp_path))
+    watched, _ = inputs(manifest_of(files[0]), StoredTexts(tmp_path))
     assert set(files) <= set(watched)
 
 

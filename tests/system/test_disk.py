@@ -22,7 +22,7 @@ from test_serving import content, right_answer
 from rkcached.errors import ArtifactLoadError, EngineError, NoRoom, VerifyFailed, WorkerDied
 from rkcached.plan.planner import VerdictKind
 from rkcached.reconcile.builder import _blame_disk
-from rkcached.reconcile.verdicts import verdict_on
+from rkcached.reconcile.failures import verdict_on
 from tests.waiting import BEFORE_RESCAN_S, wait_until
 
 PAGE = 4096

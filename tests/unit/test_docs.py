@@ -14,7 +14,7 @@ import pytest
 from rkcached.host.settings import Settings
 from rkcached.plan.fingerprint import fingerprint
 from rkcached.plan.planner import State, VerdictKind
-from rkcached.reconcile.verdicts import QUARANTINE_AFTER
+from rkcached.reconcile.failures import QUARANTINE_AFTER
 from rkcached.store.sidecar import Figures, Sidecar
 from rkcached.store.store import MAX_QUARANTINED
 from tests.documents import DOCS, PAGES, README, ROOT

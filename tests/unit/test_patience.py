@@ -30,9 +30,9 @@ def test_nothing_is_waited_for_as_a_rule() -> None:
     """An edit is built at once, however often there is one."""
     patience = Patience()
     assert due(patience) == 0
-    patience.looked(wants(p=FIRST).get, 10)
+    patience.observed(wants(p=FIRST).get, 10)
     patience.built(P)
-    patience.looked(wants(p=SECOND).get, 10.1)
+    patience.observed(wants(p=SECOND).get, 10.1)
     assert due(patience) == 0
 
 
@@ -67,12 +67,12 @@ def test_each_change_prolongs_the_wait() -> None:
     """A look that finds the same does not. In the end it is built all the same."""
     patience = Patience()
     patience.stopped(P, FIRST.digest, 100)
-    patience.looked(wants(p=FIRST).get, 100.5)
+    patience.observed(wants(p=FIRST).get, 100.5)
     assert due(patience) == 100 + QUIET_S[0]
-    patience.looked(wants(p=SECOND).get, 100.9)
+    patience.observed(wants(p=SECOND).get, 100.9)
     assert due(patience) == 100.9 + QUIET_S[0]
     for second in range(101, 201):
-        patience.looked(wants(p=(FIRST, THIRD)[second % 2]).get, second)
+        patience.observed(wants(p=(FIRST, THIRD)[second % 2]).get, second)
     assert due(patience) == 100 + LONGEST_RESTLESS_S
 
 
@@ -80,5 +80,5 @@ def test_a_prompt_that_is_gone_is_forgotten() -> None:
     """When it comes back, it is new."""
     patience = Patience()
     patience.stopped(P, FIRST.digest, 100)
-    patience.looked(wants(q=FIRST).get, 101)
+    patience.observed(wants(q=FIRST).get, 101)
     assert due(patience) == 0

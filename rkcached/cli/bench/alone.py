@@ -21,7 +21,7 @@ from rkcached.engines.registry import ENGINES
 from rkcached.errors import RkcachedError
 from rkcached.messages.template import Message
 from rkcached.plan.desired import DesiredModel
-from rkcached.reconcile.observer import Look, Observer
+from rkcached.reconcile.observer import Observation, Observer
 from rkcached.sources.manifest_file import read_manifest
 from rkcached.sources.records import Key
 from rkcached.sources.stored_texts import StoredTexts
@@ -35,16 +35,16 @@ class NotPossible(Exception):
     """The engine cannot be measured alone; the message says why."""
 
 
-def look_at(manifest: Path, cache_dir: Path, state_dir: Path) -> Look:
+def look_at(manifest: Path, cache_dir: Path, state_dir: Path) -> Observation:
     """What the daemon sees. Errors: NotPossible."""
     try:
-        return Observer(Store(cache_dir), StoredTexts(state_dir)).look(read_manifest(manifest))
+        return Observer(Store(cache_dir), StoredTexts(state_dir)).observe(read_manifest(manifest))
     except (RkcachedError, OSError) as error:
         raise NotPossible(f"what the daemon reads cannot be read: {error}") from error
 
 
 def model_facts(
-    look: Look | None, engine: str, runtime: str | None, model: str, daemon: int = 0
+    look: Observation | None, engine: str, runtime: str | None, model: str, daemon: int = 0
 ) -> ModelFacts:
     """`daemon` is its process, whose cores llamacpp takes where the manifest names no number of threads."""
     found = look.desired.models.get(model) if look is not None else None
@@ -62,7 +62,7 @@ def model_facts(
     )
 
 
-def _threads(look: Look, daemon: int) -> int | None:
+def _threads(look: Observation, daemon: int) -> int | None:
     """None where the runtime decides."""
     engine = look.manifest.engine
     if engine.threads or not ENGINES[engine.kind].thread_per_core:
@@ -79,7 +79,7 @@ class Alone:
     Errors: NotPossible.
     """
 
-    def __init__(self, look: Look, model: str) -> None:
+    def __init__(self, look: Observation, model: str) -> None:
         found = look.desired.models.get(model)
         if not isinstance(found, DesiredModel):
             raise NotPossible(f"{model} cannot be used: {found or 'it is not in the manifest'}")

@@ -43,7 +43,7 @@ from rkcached.errors import (
     UsageError,
 )
 from rkcached.host.settings import Settings
-from rkcached.reconcile.observer import Look
+from rkcached.reconcile.observer import Observation
 from rkcached.sources.records import Key
 
 NOT_ON_NPU = (
@@ -159,7 +159,7 @@ class _Bench:
         client: Client,
         runs: int,
         lengths: Mapping[Key, int],
-        look: Look | None,
+        look: Observation | None,
         shown: Shown,
         *,
         direct: bool,
@@ -436,14 +436,14 @@ def _places(settings: Settings, status: dict[str, Any]) -> Settings:
     return Settings(**places)
 
 
-def _try_look(places: Settings) -> tuple[Look | None, str]:
+def _try_look(places: Settings) -> tuple[Observation | None, str]:
     try:
         return look_at(places.manifest, places.cache_dir, places.state_dir), ""
     except NotPossible as error:
         return None, str(error)
 
 
-def _context_tokens(look: Look | None, model: str) -> int | None:
+def _context_tokens(look: Observation | None, model: str) -> int | None:
     config = look.manifest.models.get(model) if look is not None else None
     return (config.params.max_context_len or None) if config is not None else None
 

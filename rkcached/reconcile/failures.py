@@ -1,21 +1,23 @@
-"""What was tried and failed since the start.
+"""What failed since the start, and what that means for the next attempt.
 
-The store remembers verdicts, too, but a full disk may not take them.
-
-On the event loop. A failure to load a model is not its prompts' fault: it is remembered for the
-model, in memory only.
+`Failures` remembers verdicts, as the store does: but a full disk may not take them. A failure to
+load a model is not its prompts' fault: it is remembered for the model, in memory only. On the event
+loop.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable
 from dataclasses import replace
 
 from rkcached import errors
 from rkcached.plan.desired import Desired, DesiredModel
-from rkcached.plan.planner import DesiredPrompt, Verdict
-from rkcached.reconcile.verdicts import verdict_on
-from rkcached.sources.records import Key
+from rkcached.plan.planner import MAX_RETRY_S, DesiredPrompt, Verdict, VerdictKind
+from rkcached.sources.records import Key, Trouble
+
+QUARANTINE_AFTER = 3
+"""Worker deaths or failed proofs on one fingerprint before it is left alone."""
 
 
 def blames_model(error: errors.RkcachedError) -> bool:
@@ -29,9 +31,9 @@ def blames_model(error: errors.RkcachedError) -> bool:
     )
 
 
-class Attempts:
+class Failures:
     def __init__(self) -> None:
-        self._failures: dict[Key, Verdict] = {}
+        self._by_prompt: dict[Key, Verdict] = {}
         self._model_failures: dict[str, tuple[str, Verdict]] = {}
         """By name: the identity of the model that failed, and the verdict."""
         self._first_tries: dict[str, float] = {}
@@ -58,18 +60,18 @@ class Attempts:
             verdict = verdict_on(error, fingerprint, attempts)
             self._model_failures[key.model] = (model.identity, verdict)
             return verdict
-        before = self._failures.get(key) or stored
+        before = self._by_prompt.get(key) or stored
         attempts = 1 + (
             before.attempts if before is not None and before.fingerprint == fingerprint else 0
         )
-        verdict = self._failures[key] = verdict_on(
+        verdict = self._by_prompt[key] = verdict_on(
             error, fingerprint, attempts, model=model.identity
         )
         return verdict
 
     def needed_bytes(self, key: Key, fingerprint: str) -> int:
         """What the artifact takes at the least, as far as earlier attempts tell."""
-        verdict = self._failures.get(key)
+        verdict = self._by_prompt.get(key)
         return (
             verdict.needed_bytes
             if verdict is not None and verdict.fingerprint == fingerprint
@@ -80,7 +82,7 @@ class Attempts:
         # this load lets builds end; the others are as patient as new ones
         self._first_tries.clear()
         self._model_failures.pop(key.model, None)
-        self._failures.pop(key, None)
+        self._by_prompt.pop(key, None)
 
     def blames(self, name: str) -> bool:
         """Whether this model could not be loaded."""
@@ -104,7 +106,7 @@ class Attempts:
 
         A model that could not be loaded blocks its prompts until it changes or may be tried again.
         """
-        verdicts = dict(self._failures)
+        verdicts = dict(self._by_prompt)
         prompts: Iterable[DesiredPrompt] = desired.prompts.values() if self._model_failures else ()
         for prompt in prompts:
             failure = self._model_failures.get(prompt.key.model)
@@ -117,3 +119,62 @@ class Attempts:
             ):
                 verdicts[prompt.key] = replace(failure[1], fingerprint=prompt.fingerprint.digest)
         return verdicts
+
+
+def verdict_on(
+    error: errors.RkcachedError, fingerprint: str, attempts: int, *, model: str = ""
+) -> Verdict:
+    """What a failed build means for the next attempt at the same fingerprint; `model` is the identity of its model."""
+    trouble = Trouble.of(error)
+    match error:
+        case errors.ContextExceeded():
+            return Verdict(
+                fingerprint=fingerprint,
+                kind=VerdictKind.TOO_LONG,
+                trouble=trouble,
+                tokens=error.tokens,
+            )
+        case errors.PromptTooShort():
+            return Verdict(
+                fingerprint=fingerprint,
+                kind=VerdictKind.TOO_SHORT,
+                trouble=trouble,
+                tokens=error.tokens,
+            )
+        case errors.BudgetExceeded():
+            return Verdict(
+                fingerprint=fingerprint,
+                kind=VerdictKind.OVER_BUDGET,
+                trouble=trouble,
+                needed_bytes=error.needed_bytes,
+            )
+        case errors.Uncacheable():
+            return Verdict(
+                fingerprint=fingerprint, kind=VerdictKind.UNCACHEABLE, trouble=trouble, model=model
+            )
+        case errors.WorkerDied() | errors.WorkerTimeout() | errors.VerifyFailed() if (
+            attempts >= QUARANTINE_AFTER
+        ):
+            return quarantined(fingerprint, f"building it failed {attempts} times: {error.message}")
+        case _:
+            retry_at = time.time() + min(
+                2.0 ** min(attempts, 10), MAX_RETRY_S
+            )  # 2.0**1024 is too large for a float
+            return Verdict(
+                fingerprint=fingerprint,
+                kind=VerdictKind.FAILED,
+                trouble=trouble,
+                attempts=attempts,
+                retry_at=retry_at,
+                needed_bytes=error.needed_bytes if isinstance(error, errors.NoRoom) else 0,
+            )
+
+
+def quarantined(fingerprint: str, why: str) -> Verdict:
+    hint = "change the prompt, its parameters or the model, or run `rkcached regenerate`"
+    return Verdict(
+        fingerprint=fingerprint,
+        kind=VerdictKind.QUARANTINED,
+        trouble=Trouble(message=why, hint=hint),
+        attempts=QUARANTINE_AFTER,
+    )

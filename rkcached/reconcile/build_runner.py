@@ -1,0 +1,264 @@
+"""Runs the builds of the queue, one at a time, and says what becomes of each.
+
+The queue decides which build is next, the builder carries it out. A build never starts while a look
+acts (`paused`), but one may end then. On the event loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+
+import structlog
+
+from rkcached import errors
+from rkcached.host.watch import Follower
+from rkcached.plan.desired import DesiredModel
+from rkcached.plan.planner import Build
+from rkcached.reconcile.actions import publish_artifact
+from rkcached.reconcile.announcer import Announcer
+from rkcached.reconcile.build_queue import BuildQueue
+from rkcached.reconcile.builder import Builder, BuildRequest, size_if_same
+from rkcached.reconcile.failures import Failures, blames_model
+from rkcached.reconcile.observer import Observation
+from rkcached.reconcile.snapshot import BuildProgress, Published
+from rkcached.reconcile.waiters import Waiters
+from rkcached.reconcile.wake import Wake
+from rkcached.sources.records import Declaration, Key
+from rkcached.store.sidecar import StoredArtifact
+from rkcached.store.store import Store
+
+log = structlog.get_logger()
+
+
+class BuildRunner:
+    """Takes builds from the queue while there are any."""
+
+    def __init__(
+        self,
+        *,
+        store: Store,
+        builder: Builder,
+        queue: BuildQueue,
+        failures: Failures,
+        waiters: Waiters,
+        announcer: Announcer,
+        published: Published,
+        watcher: Follower,
+        wake: Wake,
+        on_end: Callable[[], None],
+    ) -> None:
+        """`on_end` is called when a build has ended, before anything follows from that."""
+        self.paused = False
+        """A look is going on, and will start what it wants itself."""
+        self.declared: Mapping[Key, Declaration] = {}
+        """By the last look."""
+        self._store = store
+        self._builder = builder
+        self._queue = queue
+        self._failures = failures
+        self._waiters = waiters
+        self._announcer = announcer
+        self._published = published
+        self._watcher = watcher
+        self._wake = wake
+        self._on_end = on_end
+        self._task: asyncio.Task[None] | None = None
+        # Starts a build that must wait until then.
+        self._later: asyncio.TimerHandle | None = None
+
+    # Starting
+
+    def start_next(self) -> None:
+        """Start the first build that may begin now, unless one is running.
+
+        If none may, this is called again when one may.
+        """
+        while not self.paused and self._published.now.building is None:
+            build = self._next()
+            if build is None:
+                return
+            request = self._request(build)
+            if request is not None:
+                self._start(request)
+
+    def _next(self) -> Build | None:
+        loop = asyncio.get_running_loop()
+        build, due_at = self._queue.next(
+            loop.time(), self._waiters.asked(), self._files_of, self._watcher.writing
+        )
+        if build is not None:
+            return build
+
+        if self._later is not None:
+            self._later.cancel()
+        if due_at < math.inf:
+            self._later = loop.call_at(due_at, self.start_next)
+        return None
+
+    def _files_of(self, key: Key) -> Iterator[str]:
+        """The files that a prompt and its model were made of when they were last looked at."""
+        declared = self.declared.get(key)
+        if declared is not None:
+            yield from declared.files
+
+        model = self._published.now.model(key.model)
+        if isinstance(model, DesiredModel):
+            for path, _ in model.source.signatures:
+                yield path
+
+    def _request(self, build: Build) -> BuildRequest | None:
+        """Everything that the build needs; None if it is not what is wanted any more.
+
+        The next look takes care of that.
+        """
+        key = build.key
+        snapshot = self._published.now
+        model = snapshot.model(key.model)
+        wanted = snapshot.desired.fingerprint(key)
+        if not isinstance(model, DesiredModel) or wanted is None:
+            return None
+        if wanted.digest != build.fingerprint.digest:
+            return None
+
+        needed_bytes = self._failures.needed_bytes(key, wanted.digest)
+        if not needed_bytes:
+            needed_bytes = size_if_same(snapshot.artifacts.get(key), wanted.components)
+        first_try = self._failures.first_try(wanted.digest, asyncio.get_running_loop().time())
+        return BuildRequest(
+            action=build,
+            model=model,
+            text=snapshot.desired.texts[key],
+            engine=snapshot.manifest.engine,
+            cache=snapshot.manifest.cache,
+            claimed_bytes=snapshot.claimed_bytes(but=key),
+            foreign_bytes=snapshot.foreign_bytes,
+            needed_bytes=needed_bytes,
+            first_try=first_try,
+        )
+
+    def _start(self, request: BuildRequest) -> None:
+        build = request.action
+        progress = BuildProgress(
+            key=build.key,
+            reason=build.reason,
+            fingerprint=build.fingerprint.digest,
+            started=time.monotonic(),
+        )
+        self._queue.started(build.key)
+        self._published.change(building=progress)
+        self._announcer.build_started(build)
+        self._task = asyncio.create_task(self._run(request, progress))
+
+    # Running
+
+    async def _run(self, request: BuildRequest, progress: BuildProgress) -> None:
+        key = request.action.key
+
+        def on_progress(done: int, total: int) -> None:
+            now = replace(progress, done_tokens=done, total_tokens=total)
+            self._published.change(building=now)
+
+        try:
+            try:
+                artifact = await self._builder.build(request, on_progress)
+            finally:
+                self._announcer.build_ended()
+        except errors.Aborted:
+            log.info("build stepped aside", model=key.model, prompt=key.prompt)
+            self._queue.step_aside(request.action)
+        except errors.RkcachedError as error:
+            await self._failed(request, error)
+        except Exception as error:  # a defect of ours: reported, and no reason to stop serving
+            log.exception("build crashed", model=key.model, prompt=key.prompt)
+            await self._failed(request, errors.RkcachedError(f"internal error: {error!r}"))
+        else:
+            self._built(request, artifact)
+        finally:
+            self._published.change(building=None)
+            self._on_end()
+
+        self._go_on()
+
+    def _go_on(self) -> None:
+        """Start the next build, or ask for a look.
+
+        With more builds waiting there is no need to look at everything in between. A look that is
+        going on takes notice by itself: if each build asked for another one, there would be no more
+        than one build to a look.
+        """
+        if self.paused:
+            return
+        if len(self._queue) and not self._wake.is_set():
+            self.start_next()
+        else:
+            self._wake.look_again(now=True)
+
+    def _built(self, request: BuildRequest, artifact: StoredArtifact) -> None:
+        key = request.action.key
+        self._published.change(builds=self._published.now.builds + 1)
+        self._failures.built(key)
+        self._queue.built(key)
+        self._announcer.built(request, artifact)
+        publish_artifact(self._published, self._announcer, key, artifact)
+        self._waiters.answer(key, artifact)
+
+        # Prompts of the same text and parameters need no prefill any more: the next look adopts it
+        # for them.
+        if self._queue.drop_twins(artifact.sidecar.fingerprint):
+            self._wake.look_again(now=True)
+
+    async def _failed(self, request: BuildRequest, error: errors.RkcachedError) -> None:
+        key = request.action.key
+        stored = await asyncio.to_thread(self._store.read_verdict, key)
+        verdict = self._failures.failed(
+            key, request.model, request.action.fingerprint.digest, error, stored
+        )
+        self._announcer.build_failed(request, error, verdict)
+
+        if blames_model(error) or isinstance(error, errors.Uncacheable):
+            self._queue.drop_model(key.model)
+        if not blames_model(error):
+            with contextlib.suppress(errors.StoreError):
+                await asyncio.to_thread(self._store.write_verdict, key, verdict)
+        self._waiters.answer(key, error)
+
+    # Stopping
+
+    async def stop_unwanted(self, observation: Observation) -> bool:
+        """Stop the build that is running, if a look found that it is not wanted. Returns whether."""
+        running = self._published.now.building
+        if running is None:
+            return False
+        wanted = observation.desired.fingerprint(running.key)
+        if wanted is not None and wanted.digest == running.fingerprint:
+            return False
+
+        log.info(
+            "build stopped",
+            model=running.key.model,
+            prompt=running.key.prompt,
+            reason="no longer wanted",
+        )
+        if wanted is not None:
+            now = asyncio.get_running_loop().time()
+            self._queue.stopped(running.key, wanted.digest, now)
+        await self._stop_task()
+        return True
+
+    async def close(self) -> None:
+        """Stop the build that is running; nothing of it is left. Start no other."""
+        self.paused = True
+        if self._later is not None:
+            self._later.cancel()
+        await self._stop_task()
+
+    async def _stop_task(self) -> None:
+        if self._published.now.building is not None and self._task is not None:
+            self._task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._task
