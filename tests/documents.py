@@ -1,4 +1,7 @@
-"""The documents as their readers see them: which pages there are, and the blocks and commands on them."""
+"""The documents as their readers see them.
+
+Which pages there are, and the blocks and commands on them.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""GGUF files for tests: small ones out of nothing, and a real model split as `llama-gguf-split` does it."""
+"""GGUF files for tests.
+
+Small ones out of nothing, and a real model split as `llama-gguf-split` does it.
+"""
 
 from __future__ import annotations
 

@@ -44,12 +44,12 @@ from tests.rkllm_standin import standin
 from tests.rkllm_standin.tokens import byte_tokenizer
 
 HOME = (
-    "You are the assistant of a small house. Answer in one short sentence. Never invent a lamp or a room. "
-    * 4
+    "You are the assistant of a small house. Answer in one short sentence. Never invent a lamp or "
+    "a room. " * 4
 )
 CHESS = (
-    "You are a strict teacher of chess. Count slowly: 1, 2, 3, 4, 5. Every answer names one square only. "
-    * 4
+    "You are a strict teacher of chess. Count slowly: 1, 2, 3, 4, 5. Every answer names one "
+    "square only. " * 4
 )
 QUESTION = "Question: which lamp is on? Answer:"
 GREEDY = Sampling(max_new_tokens=12, temperature=0.0)
@@ -297,7 +297,10 @@ def test_prefill_reports_progress_from_none_to_all(case: Case, home: Saved) -> N
 
 
 def test_prefill_leaves_the_prompt_in_memory(case: Case, engine: Engine) -> None:
-    """The run after a prefill reuses all of it without a load; where a state ends with its run, nothing of it."""
+    """The run after a prefill reuses all of it without a load.
+
+    Where a state ends with its run, nothing of it.
+    """
     prompt = "A short prompt that stays. "
     count = build(engine, prompt, case.directory / "short.bin").stats.prompt_tokens
     cached = ask(engine, prompt + QUESTION).stats.cached_tokens
@@ -349,7 +352,10 @@ def test_the_state_begins_with_the_prompt_after_a_run(engine: Engine, home: Save
 def test_a_prompt_that_parts_from_the_state_reuses_the_common_beginning(
     case: Case, engine: Engine, home: Saved
 ) -> None:
-    """Half of the cached prompt with another ending takes about that half, and answers as it does cold."""
+    """Half of the cached prompt with another ending takes about that half.
+
+    Answers as it does cold.
+    """
     half = HOME[: len(HOME) // 2]
     engine.clear()
     cold = ask(engine, half + "#### Something else.")
@@ -367,7 +373,10 @@ def test_a_prompt_that_parts_from_the_state_reuses_the_common_beginning(
 def test_a_foreign_state_does_not_change_what_is_prefilled(
     case: Case, engine: Engine, home: Saved
 ) -> None:
-    """A prompt with another beginning takes nothing, or the BOS token that the engine puts before every prompt."""
+    """A prompt with another beginning takes nothing.
+
+    Or the BOS token that the engine puts before every prompt.
+    """
     engine.load(home.path)
     expected = case.added if engine.info.measures_prefill else None
     assert ask(engine, "1, 2, 3, 4,").stats.cached_tokens == expected
@@ -692,7 +701,10 @@ def embedder(case: Case) -> Engine:
 
 
 def test_an_embedding_depends_on_the_text_alone(embedder: Engine) -> None:
-    """The same vector for the same text, whatever came between; another one for another text, of the same length."""
+    """The same vector for the same text, whatever came between.
+
+    Another one for another text, of the same length.
+    """
     first = embedder.embed(HOME)
     other = embedder.embed(CHESS)
     assert embedder.embed(HOME).vector == pytest.approx(first.vector, abs=1e-5)
@@ -735,7 +747,10 @@ def test_details_of_tokens_come_only_where_they_are_asked_for_and_known(
 
 
 def test_json_is_all_that_a_bound_engine_writes(engine: Engine) -> None:
-    """Where an engine can be held to a schema; where not, its info says so and the session checks."""
+    """Where an engine can be held to a schema.
+
+    Where not, its info says so and the session checks.
+    """
     if not engine.info.constrains_json:
         return
     tokens: list[Token] = []

@@ -1,4 +1,7 @@
-"""One build of the memory engine in the store ROOT, as a daemon and its worker do it: `build_script.py ROOT TEXT`."""
+"""One build of the memory engine in the store ROOT.
+
+As a daemon and its worker do it: `build_script.py ROOT TEXT`.
+"""
 
 from __future__ import annotations
 

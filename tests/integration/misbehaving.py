@@ -109,7 +109,10 @@ class EatsMemory(_Misbehaving):
 
 
 class EatsMemoryAtLoad(MemoryEngine):
-    """Wants a gigabyte before it is ready, as a context that is too long does, and says in its log what failed."""
+    """Wants a gigabyte before it is ready, as a context that is too long does.
+
+    Says in its log what failed.
+    """
 
     def __init__(self, spec: ModelSpec) -> None:
         super().__init__(spec)

@@ -1,8 +1,10 @@
-"""A storm over the real reconciler, store, observer, watcher and serving, as a Hypothesis state machine.
+"""A storm over the real reconciler, store, observer, watcher and serving.
 
-The event loop only runs inside a rule, so a storm decides what has been seen of it and what has not. `calm` lets
-everything settle and then compares the daemon with a model of what it must be: the answer of every prompt, the plan,
-what was built, and every file of the store.
+As a Hypothesis state machine.
+
+The event loop only runs inside a rule, so a storm decides what has been seen of it and what has
+not. `calm` lets everything settle and then compares the daemon with a model of what it must be: the
+answer of every prompt, the plan, what was built, and every file of the store.
 """
 
 from __future__ import annotations
@@ -79,7 +81,10 @@ key_st = st.builds(Key, st.sampled_from(MODELS), st.sampled_from(NAMES))
 
 
 class Clock:
-    """The wall clock of the modules that make decisions by it; what it measures goes on with real time."""
+    """The wall clock of the modules that make decisions by it.
+
+    What it measures goes on with real time.
+    """
 
     def __init__(self) -> None:
         self.offset_s = 0.0
@@ -231,7 +236,10 @@ class Storm(RuleBasedStateMachine):
             lines += [
                 f"  {model}:",
                 f"    path: {model}.model",
-                f"    params: {{temperature: {temperatures[model]}, max_context_len: {CONTEXT_TOKENS}}}",
+                (
+                    f"    params: {{temperature: {temperatures[model]}, max_context_len: "
+                    f"{CONTEXT_TOKENS}}}"
+                ),
             ]
             lines += [f"    prompts: {{{named}}}"] if named else []
         self._replace(self.manifest, "\n".join(lines) + "\n")
@@ -450,7 +458,10 @@ class Storm(RuleBasedStateMachine):
 
     @rule(key=key_st, question=st.sampled_from(("hello", "and now?")))
     def ask(self, key: Key, question: str) -> None:
-        """In the middle of the storm: from a text and a model that there were since it was calm, whole."""
+        """In the middle of the storm.
+
+        From a text and a model that there were since it was calm, whole.
+        """
         self.step()
         answer = self.during(self._ask(key, question))
         if answer is None:
@@ -512,7 +523,10 @@ class Storm(RuleBasedStateMachine):
         await self._check()
 
     async def _wait_for_calm(self) -> None:
-        """No rescan, unless events were dropped or only the passing of time helps: else events must do it."""
+        """No rescan, unless events were dropped or only the passing of time helps.
+
+        Else events must do it.
+        """
         end = time.monotonic() + CALM_S
         if self.muted or self.unseen:
             self.muted = self.unseen = False

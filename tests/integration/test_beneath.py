@@ -1,4 +1,7 @@
-"""Removing beneath a folder: nothing outside of it, nothing through a link, nothing that came in between."""
+"""Removing beneath a folder.
+
+Nothing outside of it, nothing through a link, nothing that came in between.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""File systems whose times are whole seconds: what is remembered of a file must not outlive a second change in one."""
+"""File systems whose times are whole seconds.
+
+What is remembered of a file must not outlive a second change in one.
+"""
 
 from __future__ import annotations
 

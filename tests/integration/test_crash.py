@@ -1,8 +1,10 @@
-"""A build that is killed at each of its system calls: afterwards the store holds a whole artifact, or says what is not.
+"""A build that is killed at each of its system calls.
 
-strace kills the child with SIGKILL as it enters the nth of its calls of one kind; n goes on until the build gets to its
-end, for each kind of call that changes a file. A machine that loses power is not this test's: what was not synced then
-is the matter of the order in which `Store.commit` writes.
+Afterwards the store holds a whole artifact, or says what is not.
+
+strace kills the child with SIGKILL as it enters the nth of its calls of one kind; n goes on until
+the build gets to its end, for each kind of call that changes a file. A machine that loses power is
+not this test's: what was not synced then is the matter of the order in which `Store.commit` writes.
 """
 
 from __future__ import annotations
@@ -45,7 +47,10 @@ MODEL = '{"rkcached_memory_model": 1}'
 
 
 def killed_at(root: Path, call: str, nth: int, earlier: str | None) -> bool:
-    """Prepare a store, build in it and kill the build at its nth call; false when there was no such call."""
+    """Prepare a store, build in it and kill the build at its nth call.
+
+    False when there was no such call.
+    """
     root.mkdir()
     (root / "m.model").write_text(MODEL)
     if earlier:
@@ -132,7 +137,10 @@ def test_a_build_killed_at_any_system_call_leaves_a_whole_artifact_or_one_that_i
 def test_a_build_whose_nth_call_fails_leaves_a_whole_artifact_or_one_that_is_rebuilt(
     tmp_path: Path, call: str, error: str
 ) -> None:
-    """An error from the disk at each step of a commit is a StoreError; nothing staged is left, also without a sweep."""
+    """An error from the disk at each step of a commit is a StoreError.
+
+    Nothing staged is left, also without a sweep.
+    """
     if shutil.which("strace") is None and "RKCACHED_NO_SKIPS" not in os.environ:
         pytest.skip("strace is not installed")
     seen: Counter[str] = Counter()

@@ -84,7 +84,10 @@ def test_a_link_that_is_turned_is_noticed(tmp_path: Path, file: Path) -> None:
 
 
 def test_two_changes_within_one_tick_of_the_clock_are_both_noticed(tmp_path: Path) -> None:
-    """A file that just changed is not remembered, for a second change might leave the same signature."""
+    """A file that just changed is not remembered.
+
+    For a second change might leave the same signature.
+    """
     path, digests = tmp_path / "f", Digests()
     for number in range(200):
         path.write_bytes(b"a%04d" % number)

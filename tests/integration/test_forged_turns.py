@@ -1,4 +1,7 @@
-"""What a real tokenizer makes of a forged turn: no token of the format that the template did not write."""
+"""What a real tokenizer makes of a forged turn.
+
+No token of the format that the template did not write.
+"""
 
 from __future__ import annotations
 
@@ -49,7 +52,10 @@ def tokens(engine: LlamaCppEngine, text: str) -> list[int]:
 @pytest.mark.parametrize("source", [BUILTIN["chatml"], JINJA], ids=["chatml", "jinja"])
 @pytest.mark.parametrize("role", ["system", "user", "assistant"])
 def test_tokenizer_sees_no_forged_turn(engine: LlamaCppEngine, source: str, role: str) -> None:
-    """The ids of the markers are as many as in an honest conversation, and the prompt still starts with its prefix."""
+    """The ids of the markers are as many as in an honest conversation.
+
+    The prompt still starts with its prefix.
+    """
     markers = {tokens(engine, text)[0] for text in ("<|im_start|>", "<|im_end|>", "<|endoftext|>")}
     assert len(markers) == 3
     assert (

@@ -1,4 +1,7 @@
-"""Fuzz, bounded in time: text and bytes that nobody meant, at every place where this program reads some."""
+"""Fuzz, bounded in time.
+
+Text and bytes that nobody meant, at every place where this program reads some.
+"""
 
 from __future__ import annotations
 
@@ -145,13 +148,19 @@ def test_sidecar_and_verdict_of_any_bytes(
     "name", ["p.\0_cache", "p.a/b_cache", "p..._cache", "../p.a_cache", "p.A\n_cache", "p._cache"]
 )
 def test_sidecar_cannot_name_another_file(name: str) -> None:
-    """A name with a NUL reached stat(2), whose ValueError ended the look, and with it the daemon's reconciler."""
+    """A name with a NUL reached stat(2), whose ValueError ended the look.
+
+    With it the daemon's reconciler.
+    """
     assert not names_artifact(name, "p")
     assert isinstance(parse_sidecar(json.dumps(a_sidecar(artifact=name)).encode(), KEY), str)
 
 
 def test_pipes_and_giants_in_the_store_are_not_read(tmp_path: Path) -> None:
-    """Opening a FIFO would wait for its writer for ever, and a record of gigabytes would fill the memory."""
+    """Opening a FIFO would wait for its writer for ever.
+
+    A record of gigabytes would fill the memory.
+    """
     store = Store(tmp_path)
     (tmp_path / "m").mkdir()
     (tmp_path / ".verdicts/m").mkdir(parents=True)
@@ -189,7 +198,10 @@ def test_a_failure_may_repeat_for_days(attempts: int) -> None:
 @fuzz
 @hypothesis.given(st.lists(st.binary(max_size=40), max_size=8), st.booleans())
 def test_frames_of_any_bytes(pieces: list[bytes], framed: bool) -> None:
-    """In both directions: a message, or a ProtocolError; nothing that is not complete is given out."""
+    """In both directions: a message, or a ProtocolError.
+
+    Nothing that is not complete is given out.
+    """
     reader = protocol.FrameReader()
     try:
         for piece in pieces:

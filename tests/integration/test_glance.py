@@ -1,4 +1,7 @@
-"""An edited prompt is built before everything else is looked at, and only if that is sure to be right."""
+"""An edited prompt is built before everything else is looked at.
+
+Only if that is sure to be right.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +28,10 @@ MAX_BYTES = 1 << 20
 
 
 class HeldStore(Store):
-    """A store whose scan can be held up: a look does not get past it; and its commits: a build does not."""
+    """A store whose scan can be held up: a look does not get past it.
+
+    And its commits: a build does not.
+    """
 
     def __init__(self, root: Path) -> None:
         super().__init__(root)
@@ -100,7 +106,10 @@ async def edited(reconciler: Reconciler, store: HeldStore, *paths: Path) -> int:
 
 
 async def budget(space: Workspace, reconciler: Reconciler) -> None:
-    """Declare the prompts as before, with room for their caches, and for no more than 100,000 tokens."""
+    """Declare the prompts as before, with room for their caches.
+
+    For no more than 100,000 tokens.
+    """
     declare(space, f"cache: {{max_bytes: {MAX_BYTES}}}")
     await reconciler.next_look()
     assert reconciler.snapshot.manifest.cache.max_bytes == MAX_BYTES
@@ -232,7 +241,10 @@ async def test_a_text_that_does_not_fit_is_tried_once(
 async def test_what_is_being_replaced_is_not_removed(
     space: Workspace, store: HeldStore, reconciler: Reconciler
 ) -> None:
-    """A budget comes that has no room for it, while its build commits: both would change the same files at once."""
+    """A budget comes that has no room for it, while its build commits.
+
+    Both would change the same files at once.
+    """
     space.write("prompts/a.md", "much " * 30_000)
     await reconciler.next_look()
     await asyncio.to_thread(

@@ -141,7 +141,10 @@ def test_the_store_of_an_earlier_version_is_known_and_marked(earlier: Path) -> N
 
 @pytest.mark.parametrize("damage", ["no lock", "no sidecar", "empty", "only its own"])
 def test_what_is_left_of_an_earlier_store_is_enough(earlier: Path, damage: str) -> None:
-    """Artifacts copied without the files that begin with a dot; after a crash; before the first build."""
+    """Artifacts copied without the files that begin with a dot; after a crash.
+
+    Before the first build.
+    """
     match damage:
         case "no lock":
             for name in (".lock", ".digests.json"):
@@ -161,7 +164,10 @@ def test_what_is_left_of_an_earlier_store_is_enough(earlier: Path, damage: str) 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a file away")
 def test_the_tag_that_root_writes_is_the_owner_s_of_the_store(earlier: Path) -> None:
-    """`sudo rkcached gc` after an upgrade: else the daemon's user could not read whose the folder is."""
+    """`sudo rkcached gc` after an upgrade.
+
+    Else the daemon's user could not read whose the folder is.
+    """
     os.chown(earlier, 12345, 23456)
     opened(earlier)
     info = (earlier / "CACHEDIR.TAG").stat()

@@ -1,4 +1,7 @@
-"""Where things are when nobody says: for a user of this machine, for its root, and for the daemon under systemd."""
+"""Where things are when nobody says.
+
+For a user of this machine, for its root, and for the daemon under systemd.
+"""
 
 from __future__ import annotations
 

@@ -76,7 +76,10 @@ async def test_a_build_that_ends_during_a_look_is_not_done_again(
 async def test_a_build_that_steps_aside_during_a_look_is_not_forgotten(
     slow: tuple[Workspace, SlowTidying], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A request took its model while the daemon looked; the build is made afterwards, without another event."""
+    """A request took its model while the daemon looked.
+
+    The build is made afterwards, without another event.
+    """
     space, store = slow
     async with reconciling(space, store) as reconciler:
         build, tried = reconciler._builds._builder.build, asyncio.Event()
@@ -100,7 +103,10 @@ async def test_a_build_that_steps_aside_during_a_look_is_not_forgotten(
 async def test_what_a_build_finds_out_during_a_look_is_not_tried_again(
     slow: tuple[Workspace, SlowTidying], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A build finds its model uncacheable after the look saw the store: that look starts no build of the model."""
+    """A build finds its model uncacheable after the look saw the store.
+
+    That look starts no build of the model.
+    """
     space, store = slow
     space.write("prompts/b.md", "other " * 100)
     space.declare("{a: prompts/a.md, b: prompts/b.md}")
@@ -139,7 +145,10 @@ class NoRoomToCopy(Store):
 
 
 async def test_who_waits_for_an_adoption_that_fails_is_told(tmp_path: Path) -> None:
-    """A client that stores a text is not left hanging, and the failing is not repeated in a loop."""
+    """A client that stores a text is not left hanging.
+
+    The failing is not repeated in a loop.
+    """
     space, store = Workspace(tmp_path), NoRoomToCopy(tmp_path / "cache")
     space.memory_model()
     space.write("prompts/a.md", "The same text.")

@@ -1,4 +1,7 @@
-"""Chat templates of other people: whatever they do, it ends, and only the child that renders them is harmed."""
+"""Chat templates of other people.
+
+Whatever they do, it ends, and only the child that renders them is harmed.
+"""
 
 from __future__ import annotations
 
@@ -19,17 +22,20 @@ TIMEOUT_S = 2.0
 
 BOMBS = {
     "a long range": "{% for i in range(10**9) %}{{ i }}{% endfor %}",
-    "nested loops": "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
+    "nested loops": "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% "
+    "endfor %}",
     "a long text while compiling": "{{ 'a' * 10**10 }}",
     "a long number while compiling": "{{ 10 ** (10 ** 10) }}",
-    "doubling": "{% set n = namespace(x='a' * 64) %}{% for i in range(60) %}{% set n.x = n.x ~ n.x %}{% endfor %}",
+    "doubling": "{% set n = namespace(x='a' * 64) %}{% for i in range(60) %}{% set n.x = n.x ~ "
+    "n.x %}{% endfor %}",
     "a wide field": "{{ '%9999999999d' % 1 }}",
     "a wide field of format": "{{ '{:>9999999999}'.format(1) }}",
     "a wide filter": "{{ 'x' | center(9999999999) }}",
     "a long list": "{{ (range(99999) | list) * 99999 }}",
     "a deep indent": "{{ messages | tojson(indent=999999999) }}",
     "recursion": "{% macro f(n) %}{{ f(n + 1) }}{{ f(n + 1) }}{% endmacro %}{{ f(0) }}",
-    "wide recursion": "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(60) }}",
+    "wide recursion": "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% "
+    "endmacro %}{{ f(60) }}",
     "nested parentheses": "{{ " + "(" * 20_000 + "1" + ")" * 20_000 + " }}",
     "nested blocks": "{% if x %}" * 5_000 + "{% endif %}" * 5_000,
     "much output": "{% for i in range(99999) %}{{ 'x' * 999 }}{% endfor %}",
@@ -88,7 +94,10 @@ def test_builtin_templates_are_rendered_in_place(renderer: Renderer) -> None:
 
 @pytest.mark.parametrize("bomb", BOMBS)
 def test_bomb_ends(renderer: Renderer, bomb: str) -> None:
-    """Time, memory and text of a render are bounded, also while it is compiled; the next template is not harmed."""
+    """Time, memory and text of a render are bounded, also while it is compiled.
+
+    The next template is not harmed.
+    """
     before = psutil.Process().memory_info().rss
     with pytest.raises(TemplateError) as refused:
         elsewhere(renderer, BOMBS[bomb] + GOOD).render(MESSAGES)

@@ -66,7 +66,8 @@ def test_every_size_and_offset_is_the_compilers(abi: Abi, tmp_path: Path) -> Non
                 lines.append(f'printf("{name}.{field} %zu\\n", offsetof({name}, {field}));')
     source = tmp_path / "offsets.c"
     source.write_text(
-        f'#include <stddef.h>\n#include <stdio.h>\n#define ABI {NUMBERS[abi.name]}\n#include "abi.h"\n'
+        f"#include <stddef.h>\n#include <stdio.h>\n#define ABI {NUMBERS[abi.name]}\n"
+        '#include "abi.h"\n'
         f"int main(void) {{ {' '.join(lines)} return 0; }}\n"
     )
     program = tmp_path / "offsets"

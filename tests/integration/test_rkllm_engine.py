@@ -47,7 +47,10 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def make(built: Path, tmp_path: Path) -> Any:
-    """Load an engine of a group; keywords of the model file, and a dict of what else the spec says."""
+    """Load an engine of a group.
+
+    Keywords of the model file, and a dict of what else the spec says.
+    """
     engines: list[RkllmEngine] = []
 
     def load(group: str, spec: dict[str, Any] | None = None, **keys: object) -> RkllmEngine:
@@ -232,7 +235,10 @@ def ends_texts(tokenizer: Any) -> None:
 def test_a_tokenizer_gives_the_whole_prompt_and_no_more(
     make: Any, tmp_path: Path, spoil: Any, added: int
 ) -> None:
-    """Whatever the file orders: nothing is cut, filled or ended; what it puts before a text, BOS, is kept."""
+    """Whatever the file orders: nothing is cut, filled or ended.
+
+    What it puts before a text, BOS, is kept.
+    """
     engine = make("D", {"tokenizer": str(tokenizer_file(tmp_path / "tokenizer.json", spoil))})
     prompt = "Which lamp is on, and which is not? " * 4
     _, stats = ask(engine, prompt=prompt)
@@ -378,7 +384,10 @@ def test_a_slow_abort_is_waited_for(make: Any, group: str) -> None:
 
 @pytest.mark.parametrize("group", ["B", "D", "E"])
 def test_no_abort_is_lost(make: Any, group: str) -> None:
-    """Also one that comes when the run is ours already and the library's not yet: it forgets that."""
+    """Also one that comes when the run is ours already and the library's not yet.
+
+    It forgets that.
+    """
     engine = make(group, decode_tps=300)
     for _ in range(20):
         over = threading.Event()
@@ -419,15 +428,28 @@ def load():
     "life",
     [
         "e = load(); e.close(); e.close(); del e; gc.collect()",
-        "e = load(); e.generate('a', Sampling(max_new_tokens=3), lambda t: False); del e; gc.collect()",
-        "e = load(); e.generate('a', Sampling(max_new_tokens=3), lambda t: True); e.abort(); e.close(); e.abort()",
-        "a, b = load(), load(); a.close(); b.generate('a', Sampling(max_new_tokens=3), lambda t: False); b.close()",
+        (
+            "e = load(); e.generate('a', Sampling(max_new_tokens=3), lambda t: False); del e; "
+            "gc.collect()"
+        ),
+        (
+            "e = load(); e.generate('a', Sampling(max_new_tokens=3), lambda t: True); e.abort(); "
+            "e.close(); e.abort()"
+        ),
+        (
+            "a, b = load(), load(); a.close(); b.generate('a', Sampling(max_new_tokens=3), "
+            "lambda t: "
+            "False); b.close()"
+        ),
         "e = load(); e.clear(); e.clear(); sys.exit(0)",
     ],
     ids=["closed twice", "forgotten", "aborted around its end", "two handles", "never closed"],
 )
 def test_a_handle_is_destroyed_once(group: str, life: str, built: Path, tmp_path: Path) -> None:
-    """The stand-in ends the process with SIGABRT if it is destroyed again, used afterwards, or destroyed in a run."""
+    """The stand-in ends the process with SIGABRT if it is destroyed again, used afterwards.
+
+    Or destroyed in a run.
+    """
     model = standin.write_model(tmp_path / "m.rkllm")
     arguments = [model, standin.build(group, built), "1.1.0" if group == "B" else ""]
     done = subprocess.run(

@@ -38,7 +38,10 @@ GREEDY = Sampling(max_new_tokens=8, temperature=0.0)
 async def test_a_library_that_hangs_is_killed(
     planned: str, deadlines: Deadlines, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In a run, in the middle of an answer, over a cache or while loading: a timeout, no process, no scratch left."""
+    """In a run, in the middle of an answer, over a cache or while loading.
+
+    A timeout, no process, no scratch left.
+    """
     scratch = tmp_path / "scratch"
     scratch.mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(scratch))

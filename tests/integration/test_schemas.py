@@ -1,4 +1,7 @@
-"""Schemas of clients, looked at by the real child: whatever is wrong with one is SchemaInvalid, and nothing else."""
+"""Schemas of clients, looked at by the real child.
+
+Whatever is wrong with one is SchemaInvalid, and nothing else.
+"""
 
 from __future__ import annotations
 

@@ -37,7 +37,10 @@ PIECES, PIECE = 400, b"x" * 65_536
 
 
 class Site:
-    """A server whose every answer is PIECES long; `ended` has an item for each that is over, for whatever reason."""
+    """A server whose every answer is PIECES long; `ended` has an item for each that is over.
+
+    For whatever reason.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -78,7 +81,10 @@ async def site(tmp_path: Path) -> AsyncIterator[Site]:
 async def test_a_client_that_takes_nothing_loses_its_place(
     site: Site, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its answer ends and the connection is closed; one that takes its time with it gets the whole."""
+    """Its answer ends and the connection is closed.
+
+    One that takes its time with it gets the whole.
+    """
     monkeypatch.setattr(server, "STALLED_S", 0.5)
     _, stalled = await site.ask()
     reader, slow = await site.ask()
@@ -119,7 +125,10 @@ async def test_a_client_that_takes_nothing_does_not_disturb_the_end(
 
 
 async def test_a_defect_has_its_traceback_in_the_log() -> None:
-    """At error, with every line of ours that led there, and nothing of what was said: that may be a prompt."""
+    """At error, with every line of ours that led there, and nothing of what was said.
+
+    That may be a prompt.
+    """
     words = ["said", "by", "somebody"]
 
     async def break_down(_: Request) -> Response:

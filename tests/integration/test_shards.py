@@ -1,4 +1,7 @@
-"""Models that are split into several files: all of them are what the model is, and whatever is wrong is said."""
+"""Models that are split into several files.
+
+All of them are what the model is, and whatever is wrong is said.
+"""
 
 from __future__ import annotations
 
@@ -54,7 +57,10 @@ def trouble(path: Path) -> Trouble:
 
 @pytest.mark.parametrize("number", range(1, COUNT + 1))
 def test_each_file_of_a_split_model_is_part_of_its_identity(files: list[Path], number: int) -> None:
-    """Regression: a second file that was replaced left the caches fresh, and they answered with another text."""
+    """Regression: a second file that was replaced left the caches fresh.
+
+    They answered with another text.
+    """
     before = digest(files[0])
     path = files[number - 1]
     path.write_bytes(path.read_bytes() + b"other weights")
@@ -76,7 +82,10 @@ def test_a_worker_is_told_of_all_files(files: list[Path]) -> None:
 
 
 def test_one_file_has_its_own_digest(tmp_path: Path) -> None:
-    """A model of one file is what it always was: no cache becomes stale by an update of the daemon."""
+    """A model of one file is what it always was.
+
+    No cache becomes stale by an update of the daemon.
+    """
     path = tmp_path / "m.gguf"
     path.write_bytes(gguf(pair("llama.context_length", UINT32, 2048)))
     assert digest(path) == Digests().digest(path)
@@ -92,7 +101,10 @@ def test_one_file_has_its_own_digest(tmp_path: Path) -> None:
 def test_the_context_that_a_model_was_trained_for(
     tmp_path: Path, value: bytes, told: int | None
 ) -> None:
-    """The first file's header has it, by the name of its architecture; another key that ends alike is not it."""
+    """The first file's header has it, by the name of its architecture.
+
+    Another key that ends alike is not it.
+    """
     stretched = pair("llama.rope.scaling.original_context_length", UINT32, 2048)
     first = tmp_path / "m-00001-of-00002.gguf"
     first.write_bytes(gguf(stretched, value, *split_pairs(1, 2, 2), tensors=1))

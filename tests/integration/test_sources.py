@@ -1,4 +1,7 @@
-"""Reading inputs from disk: whatever is wrong with one is said in words, and is the trouble of that input alone."""
+"""Reading inputs from disk.
+
+Whatever is wrong with one is said in words, and is the trouble of that input alone.
+"""
 
 from __future__ import annotations
 
@@ -237,7 +240,10 @@ def test_a_declaration_knows_its_line_and_description(folder: Folder) -> None:
 def test_an_unchanged_prompt_is_not_read_again(
     folder: Folder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of one that did not change, no look keeps anything new; a file that may still change unseen is read again."""
+    """Of one that did not change, no look keeps anything new.
+
+    A file that may still change unseen is read again.
+    """
     settle(folder.prompt)
     first = folder.scan().prompts[P]
     read: list[Path] = []
@@ -266,7 +272,10 @@ def test_every_rewrite_is_noticed(folder: Folder) -> None:
 
 
 def test_a_second_change_within_one_tick_of_the_clock_is_noticed(folder: Folder) -> None:
-    """Regression: the text of the first was remembered, and taken for that of the second once the file had settled."""
+    """Regression: the text of the first was remembered.
+
+    Taken for that of the second once the file had settled.
+    """
     for number in range(50):
         folder.prompt.write_text(f"first  {number:04}")
         assert folder.text() == f"first  {number:04}"
@@ -326,7 +335,9 @@ def test_hidden_files_backups_and_folders_are_left_out(folder: Folder, extra: Pa
 def test_a_file_whose_name_cannot_be_a_prompts_is_skipped(
     folder: Folder, extra: Path, name: str
 ) -> None:
-    """It is no trouble, as nobody meant it to be a prompt; it is listed, once for all models, and the others are found.
+    """It is no trouble, as nobody meant it to be a prompt.
+
+    It is listed, once for all models, and the others are found.
 
     The name of one in another encoding is listed so that it can be printed and sent.
     """
@@ -367,7 +378,10 @@ def test_a_declared_file_may_have_any_name(folder: Folder, extra: Path) -> None:
 
 
 def test_a_second_prompt_of_one_name_is_told(folder: Folder, extra: Path) -> None:
-    """Whether by two endings, or by a declared prompt of that name: the manifest's is not replaced silently."""
+    """Whether by two endings, or by a declared prompt of that name.
+
+    The manifest's is not replaced silently.
+    """
     (extra / "a.md").write_text("one")
     (extra / "a.txt").write_text("two")
     assert "makes a second prompt named 'a'" in folder.found("extra/a.*")["a"]
@@ -487,9 +501,12 @@ def test_the_runtime_is_known_by_its_files(folder: Folder) -> None:
 def test_a_link_that_cannot_be_followed_blocks_its_own_prompt_only(
     folder: Folder, target: str, trouble: str
 ) -> None:
-    """Found by an administrator: a link into a closed directory took away every prompt of the folder.
+    """Found by an administrator.
 
-    One that leads nowhere was no prompt, so that what it had been made into was removed as nobody's.
+    A link into a closed directory took away every prompt of the folder.
+
+    One that leads nowhere was no prompt, so that what it had been made into was removed as
+    nobody's.
     """
     extra = folder.root / "extra"
     extra.mkdir()

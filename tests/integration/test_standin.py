@@ -92,7 +92,10 @@ def test_builds_once_for_each_content(built: Path) -> None:
 def test_a_reply_from_a_loaded_cache_equals_the_reply_before(
     group: str, keys: dict[str, str], built: Path, tmp_path: Path
 ) -> None:
-    """Saved, cleared, loaded and run again, in the same process and in another one, the text is the same."""
+    """Saved, cleared, loaded and run again.
+
+    In the same process and in another one, the text is the same.
+    """
     driver, cache = build_driver(group, built), tmp_path / "c.bin"
     model = write_model(tmp_path / "m.rkllm", **keys)
     first = reply(drive(driver, "live", model, cache))
@@ -103,7 +106,10 @@ def test_a_reply_from_a_loaded_cache_equals_the_reply_before(
 def test_a_flipped_byte_of_the_state_loads_and_changes_the_reply(
     group: str, built: Path, tmp_path: Path
 ) -> None:
-    """Damage inside the state goes unnoticed by the runtime, at every position: only the text shows it."""
+    """Damage inside the state goes unnoticed by the runtime, at every position.
+
+    Only the text shows it.
+    """
     driver, cache = build_driver(group, built), tmp_path / "c.bin"
     model = write_model(tmp_path / "m.rkllm")
     first = reply(drive(driver, "live", model, cache))

@@ -1,4 +1,7 @@
-"""The store on a real file system: an artifact is what its sidecar says, or it is reported and rebuilt."""
+"""The store on a real file system.
+
+An artifact is what its sidecar says, or it is reported and rebuilt.
+"""
 
 from __future__ import annotations
 
@@ -63,7 +66,10 @@ def make_sidecar(key: Key, data: bytes, prefix: bytes, artifact: str = "") -> Si
 
 
 def contents(content: str) -> tuple[bytes, bytes]:
-    """A prompt cache and its text; of one length for contents of one length, as parameters alone change."""
+    """A prompt cache and its text.
+
+    Of one length for contents of one length, as parameters alone change.
+    """
     return f"state of {content}".encode() * 50, f"You are {content}.".encode()
 
 
@@ -80,7 +86,10 @@ def publish(
 
 
 def corrupt(store: Store, key: Key = P) -> str:
-    """Why the artifact is corrupt, to the scan, to a scan that remembers nothing, and to a full check alike."""
+    """Why the artifact is corrupt, to the scan, to a scan that remembers nothing.
+
+    To a full check alike.
+    """
     said = {
         inventory.observed()[key].corrupt
         for inventory in (store.scan(), Store(store.root, Digests()).scan())
@@ -158,7 +167,9 @@ def test_names_with_dots_do_not_meet(store: Store) -> None:
 
 
 def test_files_are_private(store: Store) -> None:
-    """A KV state is as good as the prompt's text: 0640 in 0750, whatever the umask allows and the engine left.
+    """A KV state is as good as the prompt's text.
+
+    0640 in 0750, whatever the umask allows and the engine left.
 
     Only the tag, which tells nothing, is for everybody.
     """
@@ -347,7 +358,10 @@ def test_a_flipped_bit_in_a_sidecar_is_never_served_as_something_else(
 def test_a_sidecar_that_is_not_this_artifacts_is_reported(
     store: Store, folder: Path, change: dict[str, object], words: str
 ) -> None:
-    """Copied from elsewhere, pointing elsewhere, or of another version of the program: no path is followed."""
+    """Copied from elsewhere, pointing elsewhere, or of another version of the program.
+
+    No path is followed.
+    """
     path = folder / "p.json"
     document = msgspec.json.decode(path.read_bytes()) | change
     path.write_bytes(msgspec.json.encode(document))
@@ -499,7 +513,10 @@ def test_a_sidecar_is_known_by_its_first_lines(store: Store, folder: Path, kept:
 def test_a_folder_with_the_name_of_a_prompt_cache_is_not_taken_for_one(
     store: Store, folder: Path
 ) -> None:
-    """It is somebody's: no artifact, and moved aside, not removed, when the artifact needs its name."""
+    """It is somebody's.
+
+    No artifact, and moved aside, not removed, when the artifact needs its name.
+    """
     (folder / "other.memory_cache").mkdir()
     (folder / "other.memory_cache/thesis").write_text("years")
     assert Key("m", "other") not in store.scan().observed()
@@ -593,7 +610,10 @@ def test_a_second_owner_is_refused_and_told_who_the_first_is(store: Store) -> No
 def test_the_lock_goes_with_its_process(store: Store) -> None:
     """A crashed daemon does not lock out the next one."""
     store.close()
-    code = "import os, sys, pathlib, rkcached.store as s; s.Store(pathlib.Path(sys.argv[1])).open(); os._exit(1)"
+    code = (
+        "import os, sys, pathlib, rkcached.store as s; "
+        "s.Store(pathlib.Path(sys.argv[1])).open(); os._exit(1)"
+    )
     assert (
         subprocess.run(
             [sys.executable, "-c", code, str(store.root)],
@@ -682,7 +702,10 @@ def test_a_sparse_file_counts_by_what_it_takes(store: Store, folder: Path) -> No
 
 
 def test_what_is_not_the_stores_is_counted_once(store: Store, folder: Path) -> None:
-    """Files beside artifacts, and in the root; neither what is the store's own, nor folders, nor what links lead to."""
+    """Files beside artifacts, and in the root.
+
+    Neither what is the store's own, nor folders, nor what links lead to.
+    """
     (folder / "notes.txt").write_bytes(b"x" * 10)
     (folder / "lost.bin").write_bytes(b"x" * 20)
     (folder / "inner").mkdir()
@@ -735,7 +758,10 @@ STEPS = 40
 def test_a_crash_at_any_step_of_a_commit_leaves_no_wrong_artifact(
     tmp_path: Path, earlier: str | None
 ) -> None:
-    """The old artifact, the new one, or one that is reported: never a fresh verdict on bytes that do not match."""
+    """The old artifact, the new one, or one that is reported.
+
+    Never a fresh verdict on bytes that do not match.
+    """
     for nth in range(1, STEPS + 1):
         store = Store(tmp_path / str(nth))
         store.open()
@@ -841,7 +867,10 @@ def test_a_retired_artifact_is_adopted_under_another_name(
 
 @pytest.mark.parametrize("take", [True, False])
 def test_the_artifact_of_another_prompt_is_adopted(store: Store, folder: Path, take: bool) -> None:
-    """A renamed prompt takes it over; a copied one leaves the first where it is, in a file of its own."""
+    """A renamed prompt takes it over.
+
+    A copied one leaves the first where it is, in a file of its own.
+    """
     store.adopt(Q, fingerprint_of("one"), source=P, take=take)
     found = store.scan()
     assert set(found.artifacts) == ({Q} if take else {P, Q})

@@ -18,7 +18,10 @@ STEPS_EACH = 50
 
 
 def test_after_any_storm_every_prompt_is_fresh_and_no_answer_was_wrong() -> None:
-    """1,000 steps that are the same each time; RKCACHED_STORM_STEPS and RKCACHED_STORM_SEED for others."""
+    """1,000 steps that are the same each time.
+
+    RKCACHED_STORM_STEPS and RKCACHED_STORM_SEED for others.
+    """
     before = storm.steps
     run_state_machine_as_test(
         seed(int(SEED))(storm.Storm) if SEED else storm.Storm,
@@ -42,7 +45,10 @@ def test_after_any_storm_every_prompt_is_fresh_and_no_answer_was_wrong() -> None
 def test_a_model_that_was_loaded_between_two_replacements_is_not_taken_for_the_one_that_came_back() -> (
     None
 ):
-    """The worker loaded the file that was there for a moment, and a build of it got the fingerprint of the other."""
+    """The worker loaded the file that was there for a moment.
+
+    A build of it got the fingerprint of the other.
+    """
     one = storm.Storm()
     one.begin()
     try:

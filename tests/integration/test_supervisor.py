@@ -1,4 +1,7 @@
-"""Workers as real processes: whatever they do, the daemon knows how they ended and nothing of them stays behind."""
+"""Workers as real processes.
+
+Whatever they do, the daemon knows how they ended and nothing of them stays behind.
+"""
 
 from __future__ import annotations
 
@@ -334,7 +337,10 @@ def test_scratch_folders_are_swept_by_their_lock(site: Site) -> None:
 def test_scratch_folders_are_in_the_runtime_directory(
     site: Site, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In systemd's for the daemon, in the user's own, never in one that others may write; else the temporary one."""
+    """In systemd's for the daemon, in the user's own, never in one that others may write.
+
+    Else the temporary one.
+    """
     runtime, user, open_to_all = (site.root / name for name in ("runtime", "user", "open"))
     for folder in (runtime, user, open_to_all):
         folder.mkdir(mode=0o700)
@@ -489,7 +495,10 @@ async def test_a_death_while_idle_is_noticed(site: Site) -> None:
 
 
 async def test_a_defect_of_ours_in_a_start_leaves_no_process(site: Site) -> None:
-    """Regression: a setting that could not be sent left a process that nobody knew, and the next try left another."""
+    """Regression: a setting that could not be sent left a process that nobody knew.
+
+    The next try left another.
+    """
     worker = site.worker()
     worker.model = replace(worker.model, max_memory_bytes=object())  # type: ignore[arg-type]
     with pytest.raises(TypeError):
@@ -511,7 +520,10 @@ REFUSED = (
 
 
 async def test_a_worker_that_eats_memory_dies_of_its_limit_and_says_so(site: Site) -> None:
-    """The request fails, with the next step; the machine's memory is not used up, and the next worker starts."""
+    """The request fails, with the next step.
+
+    The machine's memory is not used up, and the next worker starts.
+    """
     worker = site.misbehaving("EatsMemory", max_memory_bytes=LIMIT)
     with pytest.raises(WorkerDied) as caught:
         await site.ask(worker)
@@ -537,7 +549,10 @@ async def test_without_a_limit_a_worker_takes_what_it_needs(site: Site) -> None:
 
 
 def test_a_mapped_model_file_is_not_counted(tmp_path: Path) -> None:
-    """A file four times the limit may be mapped and read, as llama.cpp does: its pages are the kernel's to take."""
+    """A file four times the limit may be mapped and read, as llama.cpp does.
+
+    Its pages are the kernel's to take.
+    """
     weights = tmp_path / "weights"
     with weights.open("wb") as file:
         file.truncate(4 * LIMIT)
@@ -555,7 +570,10 @@ def test_a_mapped_model_file_is_not_counted(tmp_path: Path) -> None:
 def test_a_worker_that_the_kernel_killed_for_memory_is_told_from_another_kill(
     tmp_path: Path,
 ) -> None:
-    """By the count of the daemon's own cgroup; where there is none, SIGKILL is all that is known."""
+    """By the count of the daemon's own cgroup.
+
+    Where there is none, SIGKILL is all that is known.
+    """
     own, group = tmp_path / "cgroup", tmp_path / "system.slice/rkcached.service"
     assert memory.kernel_kills(own, tmp_path) == 0
     own.write_text("4:memory:/x\n0::/system.slice/rkcached.service\n")
@@ -761,7 +779,10 @@ async def test_stopping_ends_a_running_request_with_an_error(site: Site) -> None
 
 
 async def test_workers_are_replaced_when_their_model_changes(site: Site) -> None:
-    """The same model has the same worker; another identity has another process, and the old one goes."""
+    """The same model has the same worker.
+
+    Another identity has another process, and the old one goes.
+    """
     workers = Workers(deadlines=PATIENT)
     first = workers.get(site.spec())
     assert workers.get(site.spec()) is first
@@ -797,7 +818,10 @@ async def test_workers_of_models_that_are_gone_are_stopped(site: Site) -> None:
 
 @pytest.mark.parametrize("busy", [False, True], ids=["idle", "busy"])
 def test_a_child_leaves_when_the_daemons_end_closes(tmp_path: Path, busy: bool) -> None:
-    """At once and with code 0, also in the middle of an answer; its scratch directory goes with it."""
+    """At once and with code 0, also in the middle of an answer.
+
+    Its scratch directory goes with it.
+    """
     model, scratch = tmp_path / "m.json", tmp_path / "scratch"
     model.write_bytes(msgspec.json.encode(MemoryModel(decode_us_per_token=50_000)))
     scratch.mkdir()

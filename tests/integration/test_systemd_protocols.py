@@ -76,7 +76,10 @@ def close(service: Service) -> None:
 
 
 def test_a_start_asks_for_time_until_it_is_ready(manager: Listener) -> None:
-    """Signs of life extend the time limit only while systemd waits; the watchdog is fed all along."""
+    """Signs of life extend the time limit only while systemd waits.
+
+    The watchdog is fed all along.
+    """
     service = Service()
     assert service.pulse_s == 0.1
     service.beat()
@@ -135,7 +138,10 @@ def test_what_is_meant_for_another_process_is_left_alone(
 
 
 def start_by_sockets(space: Workspace, names: str, listeners: list[socket.socket]) -> None:
-    """Start the daemon as systemd does, with these sockets under the names of LISTEN_FDNAMES; ours are closed."""
+    """Start the daemon as systemd does, with these sockets under the names of LISTEN_FDNAMES.
+
+    Ours are closed.
+    """
     order = " ".join(f"{fd}<&{listener.fileno()}" for fd, listener in enumerate(listeners, 3))
     said = f"LISTEN_PID=$$ LISTEN_FDS={len(listeners)} LISTEN_FDNAMES={names}"
     with space.log.open("ab") as log:
@@ -173,7 +179,10 @@ def space(tmp_path: Path) -> Iterator[Workspace]:
 
 
 def test_passed_sockets_are_used_and_stay(space: Workspace) -> None:
-    """As systemd starts us: the daemon answers on both, and neither changes their modes nor removes them."""
+    """As systemd starts us.
+
+    The daemon answers on both, and neither changes their modes nor removes them.
+    """
     paths = {"rkcached": space.root / "s.sock", "admin": space.root / "admin.sock"}
     # The other way round than they are asked for: the names count.
     start_by_sockets(
@@ -219,7 +228,10 @@ def test_every_socket_of_a_name_is_served(space: Workspace) -> None:
 def test_a_socket_that_nobody_would_serve(
     space: Workspace, names: str, kind: int, said: str
 ) -> None:
-    """The daemon does not start: it says what to set in the unit, and tells those that wait at its sockets."""
+    """The daemon does not start.
+
+    It says what to set in the unit, and tells those that wait at its sockets.
+    """
     listener = listening(space.root / "s.sock")
     other = socket.socket(socket.AF_UNIX, kind)
     other.bind(str(space.root / "other.sock"))
@@ -287,7 +299,10 @@ def test_an_event_is_an_entry_with_fields(journald: tuple[Journal, Listener]) ->
 
 
 def test_a_value_cannot_forge_a_field(journald: tuple[Journal, Listener]) -> None:
-    """Line breaks are data; our own fields, and names that the journal does not take, are not overwritten."""
+    """Line breaks are data.
+
+    Our own fields, and names that the journal does not take, are not overwritten.
+    """
     journal, listener = journald
     bad = {
         "reason": "a\nPRIORITY=0",
@@ -349,7 +364,10 @@ def service() -> Iterator[Service]:
 async def test_a_stuck_look_starves_the_watchdog(
     manager: Listener, nothing: Workspace, service: Service
 ) -> None:
-    """The event loop runs, but the reconcile loop waits for a disk: no sign of life, unless the reading gets on."""
+    """The event loop runs, but the reconcile loop waits for a disk.
+
+    No sign of life, unless the reading gets on.
+    """
     store = SlowDisk(nothing.cache)
     async with reconciling(nothing, store, service):
         await asyncio.to_thread(store.scanning.wait, 5)

@@ -1,4 +1,7 @@
-"""What is promised of watching, whatever library does it: few threads, no delay, nothing heard of reading, no leaks."""
+"""What is promised of watching, whatever library does it.
+
+Few threads, no delay, nothing heard of reading, no leaks.
+"""
 
 from __future__ import annotations
 
@@ -80,7 +83,10 @@ async def test_one_thread_for_all_folders(ear: Ear, files: list[Path], threads: 
 
 
 async def test_a_move_is_told_at_once(ear: Ear, files: list[Path]) -> None:
-    """A file that leaves is not held back until it may have arrived elsewhere, as watchdog's own observer does."""
+    """A file that leaves is not held back until it may have arrived elsewhere.
+
+    As watchdog's own observer does.
+    """
     ear.watcher.follow(places(files, []))
     took = []
     for file in files[:5]:
@@ -118,7 +124,10 @@ async def test_nothing_is_left_of_a_watcher(files: list[Path], threads: int) -> 
 
 
 async def test_without_descriptors_it_polls_and_leaks_none(ear: Ear, files: list[Path]) -> None:
-    """With one left it cannot watch, and takes not even that one; with more, the next call ends the polling."""
+    """With one left it cannot watch, and takes not even that one.
+
+    With more, the next call ends the polling.
+    """
     hoard: list[int] = []
     wanted = places(files, [])
     try:
@@ -143,7 +152,10 @@ async def test_without_descriptors_it_polls_and_leaks_none(ear: Ear, files: list
 
 
 async def test_a_folder_that_may_not_be_read(ear: Ear, tmp_path: Path) -> None:
-    """Its files are polled, which needs less permission than watching them, and the daemon says that it polls."""
+    """Its files are polled, which needs less permission than watching them.
+
+    The daemon says that it polls.
+    """
     file = tmp_path / "closed" / "file"
     file.parent.mkdir()
     file.write_text("before")
@@ -189,7 +201,10 @@ def wait_found(polled: Polled, path: Path, change: Callable[[], object]) -> None
 
 
 def test_polling_finds_each_kind_of_change(polled: Polled, tmp_path: Path) -> None:
-    """Written, also with the size and the time that it had; gone, back, and the folder replaced: but no other name."""
+    """Written, also with the size and the time that it had.
+
+    Gone, back, and the folder replaced: but no other name.
+    """
     poller, found = polled
     file, other, folder = tmp_path / "deep/file", tmp_path / "deep/other", tmp_path / "deep"
     folder.mkdir()
@@ -224,7 +239,10 @@ def test_polling_finds_each_kind_of_change(polled: Polled, tmp_path: Path) -> No
 
 
 def test_polling_finds_every_name_where_all_matter(polled: Polled, tmp_path: Path) -> None:
-    """Also beside a folder on the way to another place; a folder that is not there is waited for."""
+    """Also beside a folder on the way to another place.
+
+    A folder that is not there is waited for.
+    """
     poller, _ = polled
     deep = tmp_path / "sub/deep"
     poller.poll({str(tmp_path): None, str(deep): {"file"}})

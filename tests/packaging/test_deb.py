@@ -1,7 +1,10 @@
-"""The Debian packages: what is in them, and their life on a machine with a real systemd and without a network.
+"""The Debian packages.
 
-Building downloads the wheels for each Python and architecture, 200 MB, and keeps them in build/. Where something is
-missing these tests are skipped and say what they need, unless RKCACHED_NO_SKIPS is set.
+What is in them, and their life on a machine with a real systemd and without a network.
+
+Building downloads the wheels for each Python and architecture, 200 MB, and keeps them in build/.
+Where something is missing these tests are skipped and say what they need, unless RKCACHED_NO_SKIPS
+is set.
 """
 
 from __future__ import annotations
@@ -113,7 +116,10 @@ def architecture() -> str:
 
 @pytest.fixture(scope="module")
 def wheels() -> Iterator[ModuleType]:
-    """The module that collects wheels; the build script imports it by its bare name, so it is found the same way."""
+    """The module that collects wheels.
+
+    The build script imports it by its bare name, so it is found the same way.
+    """
     sys.path.insert(0, str(ROOT / "packaging"))
     try:
         import wheels
@@ -133,7 +139,10 @@ def unpacked(package: Path, target: Path) -> Path:
 def test_each_python_finds_its_wheels(
     packages: dict[str, Path], wheels: ModuleType, tmp_path: Path, debian: str, python: str
 ) -> None:
-    """On each Python and architecture the wheels in the packages are enough, without and with llama.cpp."""
+    """On each Python and architecture the wheels in the packages are enough.
+
+    Without and with llama.cpp.
+    """
     from packaging.requirements import Requirement
 
     main_roots = [Requirement("rkcached[rkllm]"), Requirement("pip")]
@@ -262,7 +271,10 @@ def installed(debian: Debian, packages: dict[str, Path]) -> Debian:
 
 
 def test_install(debian: Debian, packages: dict[str, Path]) -> None:
-    """Without a network and without a question: the sockets listen, and the first request starts the daemon."""
+    """Without a network and without a question.
+
+    The sockets listen, and the first request starts the daemon.
+    """
     machine = debian.machine
     debian.install(packages, "rkcached", "rkcached-cpu")
     assert debian.version() == __version__
@@ -274,8 +286,8 @@ def test_install(debian: Debian, packages: dict[str, Path]) -> None:
         "stat", "-c", "%A %U:%G %n", "/etc/rkcached", "/etc/rkcached/manifest.yaml"
     ).stdout
     assert (
-        modes
-        == "drwxr-x--- root:rkcached /etc/rkcached\n-rw-r----- root:rkcached /etc/rkcached/manifest.yaml\n"
+        modes == "drwxr-x--- root:rkcached /etc/rkcached\n"
+        "-rw-r----- root:rkcached /etc/rkcached/manifest.yaml\n"
     )
     # As it stands, nothing but the runtime library and the model is missing.
     found = machine.run("rkcached", "check", code=os.EX_CONFIG).stderr
@@ -292,7 +304,10 @@ def test_install(debian: Debian, packages: dict[str, Path]) -> None:
 def test_installed_in_a_chroot_the_image_starts(
     packages: dict[str, Path], folder: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    """Without a running systemd, without /proc and /dev/shm: all is compiled, quietly, and it boots."""
+    """Without a running systemd, without /proc and /dev/shm.
+
+    All is compiled, quietly, and it boots.
+    """
     if lack := lack_of_machine():
         missing(lack)
     machine = Machine(tmp_path_factory.mktemp("chroot"), {folder: "/debs"})
@@ -336,7 +351,10 @@ def test_installed_in_a_chroot_the_image_starts(
 def test_llama_cpp_goes_and_the_daemon_goes_on(
     installed: Debian, packages: dict[str, Path]
 ) -> None:
-    """With rkcached-cpu the environment has llama.cpp, without it not; a running daemon takes the new one."""
+    """With rkcached-cpu the environment has llama.cpp, without it not.
+
+    A running daemon takes the new one.
+    """
     machine = installed.machine
     before, pid = installed.artifacts(), machine.main_pid
     has_it = [f"{ENVIRONMENT}/bin/python", "-c", "import xllamacpp"]
@@ -434,7 +452,10 @@ def test_what_the_administrator_changed_stays(installed: Debian) -> None:
 
 
 def test_remove_and_purge(installed: Debian, packages: dict[str, Path]) -> None:
-    """Removal keeps configuration, caches and texts, and an installation finds them again; a purge leaves nothing."""
+    """Removal keeps configuration, caches and texts, and an installation finds them again.
+
+    A purge leaves nothing.
+    """
     machine = installed.machine
     before = installed.artifacts()
     installed.dpkg("--remove", "rkcached")

@@ -14,7 +14,10 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture(scope="module")
 def image() -> Iterator[ModuleType]:
-    """The module that makes environments in images; it imports its neighbours by their bare names."""
+    """The module that makes environments in images.
+
+    It imports its neighbours by their bare names.
+    """
     sys.path.insert(0, str(ROOT / "packaging"))
     try:
         import image
@@ -37,7 +40,10 @@ def program(path: Path, machine: int) -> None:
 def test_the_image_s_own_python_is_found(
     image: ModuleType, tmp_path: Path, link: str, number: int, machine: str
 ) -> None:
-    """Links are followed as they lead in the image, also absolute ones and those of Debian's alternatives."""
+    """Links are followed as they lead in the image.
+
+    Also absolute ones and those of Debian's alternatives.
+    """
     program(tmp_path / "usr/bin/python3.13", number)
     (tmp_path / "usr/bin/python3").symlink_to(link)
     (tmp_path / "etc/alternatives").mkdir(parents=True)

@@ -1,4 +1,7 @@
-"""A headless Chromium, driven over its DevTools protocol, and the way from a TCP port to a Unix socket."""
+"""A headless Chromium, driven over its DevTools protocol.
+
+The way from a TCP port to a Unix socket.
+"""
 
 from __future__ import annotations
 
@@ -99,7 +102,10 @@ class Browser:
         self._end()
 
     def _end(self) -> None:
-        """With its helpers: what Debian starts is a script, and a signal to it alone leaves the browser running."""
+        """With its helpers.
+
+        What Debian starts is a script, and a signal to it alone leaves the browser running.
+        """
         self._left.close()
         os.killpg(self._process.pid, signal.SIGTERM)
         self._process.wait(DEADLINE_S)

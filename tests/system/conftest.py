@@ -161,7 +161,10 @@ class Workspace:
         return self.log.read_text() if self.log.exists() else ""
 
     def logged(self, text: str) -> None:
-        """Wait until `text` is in the log: a line may be written after the answer that it is about was sent."""
+        """Wait until `text` is in the log.
+
+        A line may be written after the answer that it is about was sent.
+        """
         wait_until(
             lambda: text in self.log_text(), lambda: f"{text!r} is logged:\n{self.log_text()}"
         )
@@ -245,7 +248,10 @@ class Workspace:
 
 
 def damage(space: Workspace, path: Path) -> None:
-    """Put something else in the place of the fresh prompt cache of m/a, twelve times, and ask: each answer is right."""
+    """Put something else in the place of the fresh prompt cache of m/a, twelve times, and ask.
+
+    Each answer is right.
+    """
     chance = random.Random(7)
     expected = space.ask("m/a")["choices"][0]["message"]["content"]
     for round_ in range(12):
@@ -266,7 +272,10 @@ def damage(space: Workspace, path: Path) -> None:
 
 @pytest.fixture
 def workspace(tmp_path: Path) -> Iterator[Workspace]:
-    """An empty workspace; its daemon, if one was started, is ended, and must have left nothing behind."""
+    """An empty workspace.
+
+    Its daemon, if one was started, is ended, and must have left nothing behind.
+    """
     space = Workspace(tmp_path)
     yield space
     if space.process is not None:

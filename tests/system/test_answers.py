@@ -82,7 +82,10 @@ def test_reasoning_is_not_content(workspace: Workspace) -> None:
     ],
 )
 def test_tool_calls(workspace: Workspace, template: str, said: str) -> None:
-    """Both styles become tool_calls, whole and streamed; the tool's result goes back to the model."""
+    """Both styles become tool_calls, whole and streamed.
+
+    The tool's result goes back to the model.
+    """
     space = says(workspace, {"hello": said, "-5 C": "Cold."}, template=template)
     answer = choice(space.ask("m", max_tokens=200, tools=[WEATHER]))
     assert answer["finish_reason"] == "tool_calls"
@@ -101,7 +104,10 @@ def test_tool_calls(workspace: Workspace, template: str, said: str) -> None:
 
 
 def test_without_tools_a_call_is_text(workspace: Workspace) -> None:
-    """tool_choice none, or no tools at all: nothing is parsed; one call is what parallel_tool_calls false gives."""
+    """tool_choice none, or no tools at all: nothing is parsed.
+
+    One call is what parallel_tool_calls false gives.
+    """
     said = f"<tool_call>{CALL}</tool_call>"
     space = says(workspace, {"hello": said + said})
     for body in ({}, {"tools": [WEATHER], "tool_choice": "none"}):
@@ -159,7 +165,10 @@ def test_a_tool_can_be_demanded(workspace: Workspace) -> None:
 
 @pytest.mark.parametrize("wanted", ["required", {"type": "function", "function": {"name": "go"}}])
 def test_references_in_the_parameters_of_a_demanded_tool(workspace: Workspace, wanted: Any) -> None:
-    """They lead inside the parameters, as they were written, wherever these stand in the schema of the call."""
+    """They lead inside the parameters, as they were written.
+
+    Wherever these stand in the schema of the call.
+    """
     place = {
         "$defs": {"city": {"enum": ["Oslo"]}},
         "type": "object",
@@ -259,7 +268,10 @@ def test_half_a_character_in_arguments(workspace: Workspace) -> None:
 def test_an_engine_that_cannot_be_bound_may_think_and_call_as_it_learned(
     workspace: Workspace,
 ) -> None:
-    """Its answer is looked at without the reasoning, and without the tags that its template asks for."""
+    """Its answer is looked at without the reasoning.
+
+    Without the tags that its template asks for.
+    """
     script = {
         "think": '<think>\nhm\n</think>\n\n{"n": 1}',
         "call": f"<tool_call>\n{CALL}\n</tool_call>",
@@ -309,7 +321,10 @@ def test_a_template_that_cannot_show_tools_refuses_them(workspace: Workspace) ->
 
 
 def test_tools_and_the_prompt_cache(workspace: Workspace) -> None:
-    """Where the template shows tools after the prompt, the prompt cache serves; where before its end, it is cold."""
+    """Where the template shows tools after the prompt, the prompt cache serves.
+
+    Where before its end, it is cold.
+    """
     workspace.memory_model()
     workspace.memory_model("n.model")
     workspace.write("a.md", "You are prompt A.\n")
@@ -327,7 +342,10 @@ def test_tools_and_the_prompt_cache(workspace: Workspace) -> None:
 
 
 def test_embeddings(workspace: Workspace) -> None:
-    """A text, tokens, lists of both; as numbers or base64; of length 1; the same text gives the same vector."""
+    """A text, tokens, lists of both; as numbers or base64; of length 1.
+
+    The same text gives the same vector.
+    """
     workspace.memory_model()
     workspace.declare("{}", model="  v: {path: m.model, embedding: true}")
     workspace.start()

@@ -1,4 +1,7 @@
-"""`rkcached bench` and `rkcached compare`: real runs through the real daemon, and what is said of them."""
+"""`rkcached bench` and `rkcached compare`.
+
+Real runs through the real daemon, and what is said of them.
+"""
 
 from __future__ import annotations
 
@@ -71,7 +74,10 @@ def started(space: Workspace, *arguments: str) -> Iterator[subprocess.Popen[str]
 
 
 def test_each_state_is_what_it_says(slow: Workspace) -> None:
-    """Cold takes nothing from a cache, file loads it, memory has it; the parts are the whole; so on the engine."""
+    """Cold takes nothing from a cache, file loads it, memory has it; the parts are the whole.
+
+    So on the engine.
+    """
     found = measured(slow, "m/long", "--runs", "5")
     (prompt,) = found["prompts"]
     tokens = slow.prompt("long")["artifact"]["tokens"]
@@ -97,7 +103,10 @@ def test_each_state_is_what_it_says(slow: Workspace) -> None:
 
 
 def test_it_says_enough_to_repeat_it(slow: Workspace) -> None:
-    """Machine, versions, the model's file and digest, parameters; -o keeps the same, and the table fits 80 columns."""
+    """Machine, versions, the model's file and digest, parameters.
+
+    -o keeps the same, and the table fits 80 columns.
+    """
     kept = slow.root / "a.json"
     done = subprocess.run(
         slow.command("bench", "--runs", "2", "--no-direct", "-o", str(kept)),
@@ -146,7 +155,10 @@ def test_it_says_enough_to_repeat_it(slow: Workspace) -> None:
 
 @pytest.mark.parametrize("slow", [50], indirect=True, ids=["quick"])
 def test_sweep_leaves_nothing(slow: Workspace) -> None:
-    """Prompts near 128 to 2,048 tokens, and one cut to the context; drawn with their labels; all removed at the end."""
+    """Prompts near 128 to 2,048 tokens, and one cut to the context; drawn with their labels.
+
+    All removed at the end.
+    """
     svg, png = slow.root / "a.svg", slow.root / "a.png"
     found = measured(slow, "--sweep", "--runs", "1", "--plot", str(svg))
     lengths = [prompt["tokens"] for prompt in found["prompts"]]
@@ -181,7 +193,10 @@ def test_sweep_leaves_nothing(slow: Workspace) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_interrupted_sweep_leaves_nothing(slow: Workspace, number: signal.Signals) -> None:
-    """Ctrl-C: no stored prompt, no engine of its own, no traceback, and a sentence of what became of it."""
+    """Ctrl-C: no stored prompt, no engine of its own, no traceback.
+
+    A sentence of what became of it.
+    """
     with started(slow, "--sweep", "--runs", "1000") as process:
         wait_until(
             lambda: sum(prompt["state"] == "fresh" for prompt in slow.status()["prompts"]) > 2,
@@ -197,7 +212,10 @@ def test_interrupted_sweep_leaves_nothing(slow: Workspace, number: signal.Signal
 
 
 def test_interrupted_bench_keeps_what_it_has(slow: Workspace) -> None:
-    """Prompts that were measured before Ctrl-C are shown, drawn and kept; those that were not are named."""
+    """Prompts that were measured before Ctrl-C are shown, drawn and kept.
+
+    Those that were not are named.
+    """
     slow.write("longer.md", TEXT * 5)
     slow.declare("{long: long.md, longer: longer.md}")
     slow.wait_state("longer", "fresh")
@@ -211,8 +229,8 @@ def test_interrupted_bench_keeps_what_it_has(slow: Workspace) -> None:
         shown, said = process.communicate(timeout=DEADLINE_S)
         assert (process.returncode, said.strip()) == (130, "")
         assert (
-            "not to be trusted: interrupted, this is what was measured until then; not measured: m/longer"
-            in shown
+            "not to be trusted: interrupted, this is what was measured until then; not measured: "
+            "m/longer" in shown
         )
         found = json.loads(kept.read_text())
         assert found["ended"] == "interrupted"
@@ -251,7 +269,10 @@ def test_no_gain_is_explained(workspace: Workspace) -> None:
 
 
 def test_engine_that_cannot_be_loaded_twice(slow: Workspace) -> None:
-    """As where the daemon's worker has the NPU for itself: the socket is measured, and it is said why not more."""
+    """As where the daemon's worker has the NPU for itself.
+
+    The socket is measured, and it is said why not more.
+    """
     other = slow.write("other.yaml", slow.manifest.read_text().replace("m.model", "none.model"))
     found = measured(slow, "m/long", "--runs", "1", "-m", str(other))
     assert "none.model" in found["direct"]
@@ -328,12 +349,16 @@ def test_a_text_that_changed_is_not_compared(slow: Workspace) -> None:
 
 @pytest.mark.model
 def test_real_model(workspace: Workspace, small_model: Path) -> None:
-    """llama.cpp: the cold run is cold by the library's own count, and the file holds every token of the prompt."""
+    """llama.cpp: the cold run is cold by the library's own count.
+
+    The file holds every token of the prompt.
+    """
     workspace.write("cook.md", TEXT)
     workspace.write(
         "manifest.yaml",
         f"version: 1\nengine: {{kind: llamacpp}}\nmodels:\n  m:\n    path: {small_model}\n"
-        "    params: {max_context_len: 512, max_new_tokens: 32, temperature: 0}\n    prompts: {cook: cook.md}\n",
+        "    params: {max_context_len: 512, max_new_tokens: 32, temperature: 0}\n"
+        "    prompts: {cook: cook.md}\n",
     )
     workspace.start()
     workspace.wait_state("cook", "fresh")

@@ -1,4 +1,7 @@
-"""`rkcached bench` when something comes in between: what cannot be measured, other clients, signals, a terminal."""
+"""`rkcached bench` when something comes in between.
+
+What cannot be measured, other clients, signals, a terminal.
+"""
 
 from __future__ import annotations
 
@@ -191,7 +194,10 @@ def test_a_prompt_that_is_removed_meanwhile(three: Workspace) -> None:
 
 
 def test_a_prompt_that_is_edited_meanwhile(three: Workspace) -> None:
-    """Its figures are of two texts, so there are none; that is no word about what its cache gains."""
+    """Its figures are of two texts, so there are none.
+
+    That is no word about what its cache gains.
+    """
     with benching(three, "m/a", "--runs", "20") as bench:
         bench.wait_for_answers(12)
         three.write("a.md", TEXT.format("bridge"))
@@ -206,7 +212,10 @@ def test_a_prompt_that_is_edited_meanwhile(three: Workspace) -> None:
 
 
 def test_a_daemon_that_dies_does_not_take_what_was_measured(three: Workspace) -> None:
-    """The first prompt is whole, the second one has what it has; the third is named as not measured."""
+    """The first prompt is whole, the second one has what it has.
+
+    The third is named as not measured.
+    """
     three.write("d.md", TEXT.format("quay"))
     three.declare("{a: a.md, c: c.md, d: d.md}")
     three.wait_state("d", "fresh")
@@ -259,7 +268,10 @@ def test_a_sweep_refuses_the_name_of_a_prompt(three: Workspace) -> None:
 
 @pytest.mark.parametrize("three", [20], indirect=True, ids=["fast"])
 def test_a_sweep_removes_what_killed_ones_left(three: Workspace) -> None:
-    """Only what was stored by a process that is gone: a declared prompt of such a name is not its own to remove."""
+    """Only what was stored by a process that is gone.
+
+    A declared prompt of such a name is not its own to remove.
+    """
     three.declare("{a: a.md, bench-99999999-128: c.md}")
     three.wait_state("bench-99999999-128", "fresh")
     with three.http(admin=True) as admin:
@@ -334,7 +346,10 @@ class Terminal:
         return out
 
     def hang_up(self) -> None:
-        """What happens when its window is closed: its session gets SIGHUP, and nothing can be written any more."""
+        """What happens when its window is closed.
+
+        Its session gets SIGHUP, and nothing can be written any more.
+        """
         self._closed.set()
         self._reader.join(DEADLINE_S)
 
@@ -346,7 +361,10 @@ class Terminal:
 
 
 def test_progress_at_a_terminal(three: Workspace) -> None:
-    """What runs, how many answers are done of all, and time: one line of 80 columns that is gone at the end."""
+    """What runs, how many answers are done of all, and time.
+
+    One line of 80 columns that is gone at the end.
+    """
     terminal = Terminal(three, "m/a", "m/c", "--runs", "5", "--json")
     try:
         # What lasts for several of its ten pictures a second; a single run of a state may pass

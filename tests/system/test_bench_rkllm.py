@@ -1,4 +1,7 @@
-"""`rkcached bench` where the engine is an NPU: the stand-in refuses a model that another process has loaded."""
+"""`rkcached bench` where the engine is an NPU.
+
+The stand-in refuses a model that another process has loaded.
+"""
 
 from __future__ import annotations
 
@@ -21,14 +24,19 @@ pytestmark = pytest.mark.skipif(shutil.which("cc") is None, reason="needs a C co
 
 @pytest.fixture
 def npu(workspace: Workspace, tmp_path: Path) -> Workspace:
-    """A running daemon with a fresh prompt, on a runtime that measures; one process at a time may have the model."""
+    """A running daemon with a fresh prompt, on a runtime that measures.
+
+    One process at a time may have the model.
+    """
     workspace.write("librkllmrt.so", build("D", tmp_path / "built").read_bytes())
     write_model(tmp_path / "m.rkllm", npu_file=tmp_path / "npu")
     workspace.write("a.md", "You are the keeper of a lighthouse.\n" * 4)
     workspace.write(
         "manifest.yaml",
-        "version: 1\nengine: {kind: rkllm, library: librkllmrt.so}\nmodels:\n  m:\n    path: m.rkllm\n"
-        "    params: {max_context_len: 4096, max_new_tokens: 32, temperature: 0}\n    prompts: {a: a.md}\n",
+        "version: 1\nengine: {kind: rkllm, library: librkllmrt.so}\nmodels:\n  m:\n"
+        "    path: m.rkllm\n"
+        "    params: {max_context_len: 4096, max_new_tokens: 32, temperature: 0}\n"
+        "    prompts: {a: a.md}\n",
     )
     workspace.start()
     workspace.wait_state("a", "fresh")
@@ -43,7 +51,10 @@ def measured(space: Workspace, *arguments: str) -> dict[str, Any]:
 
 
 def test_a_model_is_not_loaded_twice_into_an_npu(npu: Workspace) -> None:
-    """Unless it is asked for, the engine alone is not measured; it is said why, and what would do it."""
+    """Unless it is asked for, the engine alone is not measured.
+
+    It is said why, and what would do it.
+    """
     found = measured(npu)
     (prompt,) = found["prompts"]
     assert "with --direct the daemon unloads it meanwhile" in found["direct"]
@@ -54,7 +65,10 @@ def test_a_model_is_not_loaded_twice_into_an_npu(npu: Workspace) -> None:
 
 
 def test_the_daemon_lends_a_model_that_must_not_be_loaded_twice(npu: Workspace) -> None:
-    """Asked for, the engine alone is measured while the daemon has nothing loaded; then all is as before."""
+    """Asked for, the engine alone is measured while the daemon has nothing loaded.
+
+    Then all is as before.
+    """
     found = measured(npu, "--direct")
     (prompt,) = found["prompts"]
     assert found["direct"] == ""

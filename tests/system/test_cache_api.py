@@ -31,7 +31,10 @@ def code(answer: dict[str, Any]) -> str:
 
 
 def test_a_stored_text_is_a_prompt_like_any_other(two_prompts: Workspace) -> None:
-    """Stored, built, used by name, listed; found again after a restart; deleted with its artifact."""
+    """Stored, built, used by name, listed; found again after a restart.
+
+    Deleted with its artifact.
+    """
     created = call(two_prompts, "POST", "/v1/cache/m", STORE)
     assert (created["object"], created["cache_name"], created["state"]) == (
         "cache.created",
@@ -100,7 +103,10 @@ def test_an_unchanged_text_is_not_built_again(two_prompts: Workspace) -> None:
 
 
 def test_nobody_has_to_wait(workspace: Workspace) -> None:
-    """With wait: false the answer is 202 and says where to look; a newer text overtakes the build of an older one."""
+    """With wait: false the answer is 202 and says where to look.
+
+    A newer text overtakes the build of an older one.
+    """
     workspace.memory_model(prefill_us_per_token=5_000)
     workspace.write("a.md", "a")
     workspace.declare("{a: a.md}")
@@ -146,7 +152,10 @@ def test_what_the_manifest_declares_is_the_manifests(two_prompts: Workspace) -> 
 
 
 def test_a_stored_text_yields_to_the_manifest(two_prompts: Workspace) -> None:
-    """Declared later under the same name, the manifest's text counts; the stored one is kept beside it."""
+    """Declared later under the same name, the manifest's text counts.
+
+    The stored one is kept beside it.
+    """
     call(two_prompts, "POST", "/v1/cache/m", STORE)
     two_prompts.write("k.md", "You are another keeper.")
     two_prompts.write(
@@ -204,7 +213,10 @@ def test_unknown_models(two_prompts: Workspace) -> None:
 
 
 def test_models_are_loaded_and_unloaded(two_prompts: Workspace) -> None:
-    """On demand, and again by the next request; available ones are listed with their worker's state."""
+    """On demand, and again by the next request.
+
+    Available ones are listed with their worker's state.
+    """
     unloaded = call(two_prompts, "POST", "/v1/models/unload", {"model": "m"})
     assert (unloaded["object"], unloaded["worker"]) == ("model.unloaded", "stopped")
     assert two_prompts.children() == []

@@ -44,7 +44,10 @@ def test_version_and_help(workspace: Workspace) -> None:
 
 def test_help_imports_little(workspace: Workspace) -> None:
     """Help does not import what only the daemon needs."""
-    code = "import sys; from rkcached.cli.main import cli; print(sorted(m for m in sys.modules if '.' not in m))"
+    code = (
+        "import sys; from rkcached.cli.main import cli; print(sorted(m for m in sys.modules if "
+        "'.' not in m))"
+    )
     loaded = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     ).stdout
@@ -64,7 +67,10 @@ def test_help_imports_little(workspace: Workspace) -> None:
 
 
 def test_a_command_loads_nothing_of_the_daemon_s_nor_of_bench_s(two_prompts: Workspace) -> None:
-    """No command but `run` watches files, and none but `bench` and `compare` computes with samples."""
+    """No command but `run` watches files.
+
+    None but `bench` and `compare` computes with samples.
+    """
     for arguments in (
         ["check"],
         ["plan"],
@@ -88,7 +94,10 @@ def test_a_command_loads_nothing_of_the_daemon_s_nor_of_bench_s(two_prompts: Wor
 
 
 def test_numpy_is_loaded_for_embeddings_only(workspace: Workspace) -> None:
-    """Not by the daemon, nor by a worker that answers and builds; by the worker of a model that makes vectors."""
+    """Not by the daemon, nor by a worker that answers and builds.
+
+    By the worker of a model that makes vectors.
+    """
 
     def with_numpy() -> list[str]:
         assert workspace.process is not None
@@ -121,7 +130,10 @@ def test_without_a_daemon(workspace: Workspace) -> None:
 
 
 def test_without_a_manifest(workspace: Workspace) -> None:
-    """Without a manifest every command that reads it says how to name one; the daemon exits with 78."""
+    """Without a manifest every command that reads it says how to name one.
+
+    The daemon exits with 78.
+    """
     for command in ("check", "plan", "run"):
         done = workspace.cli(command, code=os.EX_CONFIG)
         assert "manifest.yaml" in done.stderr
@@ -134,7 +146,8 @@ def test_check_reports_everything_at_once(workspace: Workspace) -> None:
         "manifest.yaml",
         "version: 1\nengine: {kind: lamacpp}\nmodels:\n  m:\n    path: m.model\n"
         "    params: {temprature: 0.7, top_p: 1.5}\n"
-        "    chat_template: chatlm\n    prompts:\n      Bad Name: x.md\n      a: a.md\n      a: b.md\n",
+        "    chat_template: chatlm\n    prompts:\n      Bad Name: x.md\n      a: a.md\n"
+        "      a: b.md\n",
     )
     done = workspace.cli("check", code=os.EX_CONFIG)
     for line, words in [
@@ -233,7 +246,10 @@ def test_a_template_is_reported_at_its_line(
 
 
 def test_each_file_is_reported_at_its_line(workspace: Workspace) -> None:
-    """Of a prompt's several files the one that is missing; of a model's the tokenizer; the library at the engine."""
+    """Of a prompt's several files the one that is missing; of a model's the tokenizer.
+
+    The library at the engine.
+    """
     workspace.write("a.md", "Text.")
     workspace.memory_model()
     workspace.write(
@@ -262,7 +278,8 @@ def test_with_a_wrong_engine_no_other_engine_is_missed(workspace: Workspace) -> 
     workspace.write("m.model", "a format of any engine")
     workspace.write(
         "manifest.yaml",
-        "version: 1\nengine: {kind: vllm}\nmodels:\n  m: {path: m.model, prompts: {gone: gone.md}}\n",
+        "version: 1\nengine: {kind: vllm}\nmodels:\n"
+        "  m: {path: m.model, prompts: {gone: gone.md}}\n",
     )
     assert [message.partition(":")[0] for _, message in problems(workspace)] == [
         "kind",
@@ -286,7 +303,10 @@ def test_a_manifest_in_another_encoding(workspace: Workspace) -> None:
 
 
 def test_files_that_no_prompt_can_be_named_by_are_listed(workspace: Workspace) -> None:
-    """A README in a prompts_from folder is no problem: check and plan list it and end well, the daemon tells of it."""
+    """A README in a prompts_from folder is no problem.
+
+    Check and plan list it and end well, the daemon tells of it.
+    """
     workspace.memory_model()
     for name in ("README.md", "System Prompt.md", "good.md"):
         workspace.write(f"more/{name}", "Text.\n" * 20)
@@ -310,7 +330,10 @@ def test_files_that_no_prompt_can_be_named_by_are_listed(workspace: Workspace) -
 def test_a_skipped_file_is_logged_once_and_becomes_a_prompt_by_its_name(
     workspace: Workspace,
 ) -> None:
-    """Each look sees it, one line tells of it; renamed it is built, and renamed back it is skipped again."""
+    """Each look sees it, one line tells of it.
+
+    Renamed it is built, and renamed back it is skipped again.
+    """
     workspace.memory_model()
     workspace.write("more/Rules.md", "Rules.\n" * 20)
     workspace.write("more/good.md", "Text.\n" * 20)
@@ -362,7 +385,10 @@ def test_bad_prompts_block_only_themselves(workspace: Workspace) -> None:
 
 
 def test_plan_and_explain_without_a_daemon(two_prompts: Workspace) -> None:
-    """Plan and explain see the same with and without a daemon; --exit-code tells drift; --json is the plan."""
+    """Plan and explain see the same with and without a daemon; --exit-code tells drift.
+
+    --json is the plan.
+    """
     assert "nothing to do, 2 fresh" in two_prompts.cli("plan", "--exit-code").stdout
     assert json.loads(two_prompts.cli("plan", "--json").stdout) == []
     assert two_prompts.stop() == 0
@@ -495,7 +521,10 @@ def test_status(workspace: Workspace) -> None:
 
 
 def test_min_tokens(workspace: Workspace) -> None:
-    """A prompt below cache.min_tokens is left uncached and says so; lowering the limit builds it, raising drops it."""
+    """A prompt below cache.min_tokens is left uncached and says so.
+
+    Lowering the limit builds it, raising drops it.
+    """
     workspace.memory_model()
     workspace.write("p.md", "Text.")
     workspace.declare("{p: p.md}", top="cache: {min_tokens: 1000}")
@@ -528,7 +557,10 @@ def test_no_gain(workspace: Workspace) -> None:
 
 
 def test_regenerate(two_prompts: Workspace) -> None:
-    """Regenerate builds fresh prompts anew and waits; unknown names are refused; M7's answer with --json."""
+    """Regenerate builds fresh prompts anew and waits; unknown names are refused.
+
+    M7's answer with --json.
+    """
     before = len(two_prompts.built())
     assert "[1/1] m/a 64 tokens" in two_prompts.cli("regenerate", "m/a").stdout
     assert two_prompts.built()[before:] == ["a"]
@@ -567,7 +599,10 @@ def test_regenerate_shows_how_far_it_is(workspace: Workspace) -> None:
 
 
 def test_verify(two_prompts: Workspace) -> None:
-    """Verify re-reads every artifact; --deep loads it; damage of any file is found and named; exit code 65."""
+    """Verify re-reads every artifact; --deep loads it; damage of any file is found and named.
+
+    Exit code 65.
+    """
     done = two_prompts.cli("verify", "--deep")
     assert done.stdout.count("matches its sidecar; loads, 64 tokens") == 2
     assert [r["ok"] for r in json.loads(two_prompts.cli("verify", "--deep", "--json").stdout)] == [
@@ -591,7 +626,10 @@ def test_verify(two_prompts: Workspace) -> None:
 
 
 def test_chat(two_prompts: Workspace) -> None:
-    """Chat streams an answer and says what was measured; it reads a pipe; --cold and --json work."""
+    """Chat streams an answer and says what was measured; it reads a pipe.
+
+    --cold and --json work.
+    """
     done = two_prompts.cli("chat", "m/a", "hello", "--max-tokens", "12")
     assert done.stdout.strip()
     assert "hit on a: first token after" in done.stderr
@@ -613,7 +651,10 @@ def test_schema(workspace: Workspace) -> None:
 
 
 def test_layout_and_modes(two_prompts: Workspace) -> None:
-    """The store's layout is {model}/{name}.memory_cache, .bin (the prefix), .json; private modes."""
+    """The store's layout is {model}/{name}.memory_cache, .bin (the prefix), .json.
+
+    Private modes.
+    """
     folder = two_prompts.cache / "m"
     assert sorted(p.name for p in folder.iterdir()) == [
         f"{name}.{suffix}" for name in "ab" for suffix in ("bin", "json", "memory_cache")
@@ -690,7 +731,10 @@ def test_cache_directory_not_writable(workspace: Workspace) -> None:
     ],
 )
 def test_model_file_unusable(workspace: Workspace, content: bytes, words: str) -> None:
-    """A model that is none, or truncated, blocks its prompts and refuses requests with the reason; then it heals."""
+    """A model that is none, or truncated, blocks its prompts and refuses requests with the reason.
+
+    Then it heals.
+    """
     workspace.write("m.model", content)
     workspace.write("p.md", "Text.")
     workspace.declare("{p: p.md}")
@@ -705,7 +749,10 @@ def test_model_file_unusable(workspace: Workspace, content: bytes, words: str) -
 
 
 def test_model_missing(workspace: Workspace) -> None:
-    """A missing model is said by check with the line of its path, and by the daemon, until it appears."""
+    """A missing model is said by check with the line of its path.
+
+    By the daemon, until it appears.
+    """
     workspace.write("p.md", "Text.")
     workspace.declare("{p: p.md}")
     assert "manifest.yaml:6: source missing" in workspace.cli("check", code=os.EX_CONFIG).stderr
@@ -716,10 +763,14 @@ def test_model_missing(workspace: Workspace) -> None:
 
 
 def test_system_message_impossible(workspace: Workspace) -> None:
-    """A template without system messages blocks the prompt with a hint, and requests without one work."""
+    """A template without system messages blocks the prompt with a hint.
+
+    Requests without one work.
+    """
     workspace.memory_model()
     template = (
-        "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
+        "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system role') "
+        "}}{% endif %}"
         "{{ m.content }}{% endfor %}"
     )
     workspace.write("t.jinja", template)
@@ -736,7 +787,10 @@ def test_system_message_impossible(workspace: Workspace) -> None:
 
 
 def test_budget(workspace: Workspace) -> None:
-    """What does not fit into cache.max_bytes is blocked with the numbers, in manifest order, until there is room."""
+    """What does not fit into cache.max_bytes is blocked with the numbers, in manifest order.
+
+    Until there is room.
+    """
     workspace.memory_model()
     for name in ("a", "b", "c"):
         workspace.write(f"{name}.md", name * 60_000)
@@ -764,7 +818,10 @@ def test_example_manifest_is_the_documentation(workspace: Workspace) -> None:
 
 
 def test_an_impossible_setting_is_one_sentence(workspace: Workspace) -> None:
-    """From the environment, as a service reads it: no traceback, and a code that is not tried again."""
+    """From the environment, as a service reads it.
+
+    No traceback, and a code that is not tried again.
+    """
     workspace.memory_model()
     workspace.declare("{}")
     command = [sys.executable, "-m", "rkcached", "run"]

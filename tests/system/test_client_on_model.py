@@ -17,8 +17,8 @@ from conftest import Workspace
 pytestmark = pytest.mark.model
 
 SYSTEM = (
-    "You are a clerk at a town's register. You answer with exactly what is asked for, and nothing else. "
-    * 3
+    "You are a clerk at a town's register. You answer with exactly what is asked for, and nothing "
+    "else. " * 3
 )
 WEATHER: Any = {
     "type": "function",
@@ -47,9 +47,12 @@ def register(tmp_path_factory: pytest.TempPathFactory, small_model: Path) -> Ite
     space.write("clerk.md", SYSTEM)
     space.write(
         "manifest.yaml",
-        f"version: 1\nengine: {{kind: llamacpp, threads: 1}}\nmodels:\n  m:\n    path: {small_model}\n"
-        "    params: {max_context_len: 1024, max_new_tokens: 64, temperature: 0}\n    prompts: {clerk: clerk.md}\n"
-        f"  vectors: {{path: {small_model}, embedding: true, pooling: mean, params: {{max_context_len: 512, "
+        "version: 1\nengine: {kind: llamacpp, threads: 1}\nmodels:\n  m:\n"
+        f"    path: {small_model}\n"
+        "    params: {max_context_len: 1024, max_new_tokens: 64, temperature: 0}\n"
+        "    prompts: {clerk: clerk.md}\n"
+        f"  vectors: {{path: {small_model}, embedding: true, pooling: mean, params: "
+        "{max_context_len: 512, "
         "max_new_tokens: 8}}\n",
     )
     space.start()
@@ -91,7 +94,10 @@ def test_chat_and_stream(client: openai.OpenAI) -> None:
 
 
 def test_json_schema(client: openai.OpenAI) -> None:
-    """The client's own parse() gets its record: the engine was held to the schema, also from a prompt cache."""
+    """The client's own parse() gets its record.
+
+    The engine was held to the schema, also from a prompt cache.
+    """
     answer = client.chat.completions.parse(
         model="m/clerk",
         messages=user("Name one person and an age, as JSON."),
@@ -122,7 +128,10 @@ def test_json_object(client: openai.OpenAI) -> None:
 def test_a_schema_that_the_engine_cannot_keep_to(
     client: openai.OpenAI, register: Workspace, *, stream: bool
 ) -> None:
-    """llama.cpp would silently ignore it; it is refused before a word is said, and is not in the log."""
+    """llama.cpp would silently ignore it.
+
+    It is refused before a word is said, and is not in the log.
+    """
     impossible = {
         "type": "array",
         "items": {"type": "string", "const": "my-own-word"},
@@ -164,7 +173,10 @@ def test_what_parse_returned_goes_back(client: openai.OpenAI) -> None:
 
 
 def test_tools(client: openai.OpenAI) -> None:
-    """A demanded call, whole and streamed, and the conversation that goes on with the tool's result."""
+    """A demanded call, whole and streamed.
+
+    The conversation that goes on with the tool's result.
+    """
     messages = user("What is the weather in Oslo?")
     asked: Any = {"model": "m", "tools": [WEATHER], "tool_choice": "required", "max_tokens": 80}
     choice = client.chat.completions.create(messages=messages, **asked).choices[0]

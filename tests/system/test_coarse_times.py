@@ -54,7 +54,10 @@ def test_two_saves_in_one_second_under_a_running_daemon(workspace: Workspace, di
 
 
 def test_a_store_with_coarse_times(workspace: Workspace, disk: Path) -> None:
-    """A prompt cache that was exchanged within the second of its commit is found out, and built again."""
+    """A prompt cache that was exchanged within the second of its commit is found out.
+
+    Built again.
+    """
     workspace.cache = disk / "cache"
     workspace.memory_model()
     workspace.write("a.md", "You are prompt A.")

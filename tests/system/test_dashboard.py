@@ -1,4 +1,6 @@
-"""docs/grafana-dashboard.json against Grafana's own records and, by a real Prometheus, against a real daemon's metrics.
+"""docs/grafana-dashboard.json against Grafana's own records and.
+
+By a real Prometheus, against a real daemon's metrics.
 
 No Grafana runs: what it would ask Prometheus is asked here.
 """
@@ -90,7 +92,10 @@ def test_every_name_is_a_metric(workspace: Workspace, dashboard: dict[str, Any])
 
 
 def test_memory_is_that_of_the_worker(two_prompts: Workspace) -> None:
-    """The worker's memory is what the system says of that process; the daemon's own is there, too."""
+    """The worker's memory is what the system says of that process.
+
+    The daemon's own is there, too.
+    """
     with two_prompts.http() as client:
         families = {f.name: f for f in text_string_to_metric_families(client.get("/metrics").text)}
     (sample,) = families["rkcached_worker_resident_bytes"].samples
@@ -158,7 +163,10 @@ class Prometheus:
 def test_every_panel_has_figures(
     workspace: Workspace, dashboard: dict[str, Any], tmp_path: Path
 ) -> None:
-    """Prometheus takes every expression, and answers it with numbers, once there were answers, builds and a crash."""
+    """Prometheus takes every expression.
+
+    Answers it with numbers, once there were answers, builds and a crash.
+    """
     workspace.memory_model()
     workspace.write("p.md", "Text.")
     workspace.declare("{p: p.md}", top="cache: {max_bytes: 2000000}")
@@ -201,7 +209,10 @@ def variable(dashboard: dict[str, Any], name: str) -> str:
 
 
 def test_grafana_knows_every_field(dashboard: dict[str, Any]) -> None:
-    """Read into Grafana's records and written again, nothing is lost: no field has a name that it does not know."""
+    """Read into Grafana's records and written again, nothing is lost.
+
+    No field has a name that it does not know.
+    """
     plugins.register_default_plugins()
     again = json.loads(encoder.JSONEncoder(sort_keys=True).encode(Dashboard.from_json(dashboard)))
     assert list(lost(dashboard, again)) == []
@@ -220,7 +231,10 @@ def lost(before: Any, after: Any, at: str = "") -> Any:
 
 
 def test_a_dashboard_that_can_be_imported(dashboard: dict[str, Any]) -> None:
-    """What an import needs is there, the data source is chosen by the reader, and no two panels overlap."""
+    """What an import needs is there, the data source is chosen by the reader.
+
+    No two panels overlap.
+    """
     assert dashboard["schemaVersion"] >= 36
     assert "id" not in dashboard
     assert dashboard["templating"]["list"][0]["type"] == "datasource"

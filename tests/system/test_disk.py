@@ -92,7 +92,10 @@ def prepare(space: Workspace) -> None:
 
 
 def answers_rightly(space: Workspace, changed: str, *, hits: bool = True) -> None:
-    """The prompt that was built before still hits, if its disk lets it; the one that changed is right, but cold."""
+    """The prompt that was built before still hits, if its disk lets it.
+
+    The one that changed is right, but cold.
+    """
     kept = space.ask("m/a")
     assert content(kept) == right_answer(space, KEPT)
     if hits:
@@ -118,7 +121,10 @@ def fresh_again(space: Workspace, text: str) -> None:
 
 
 def says(space: Workspace, name: str, *words: str) -> dict[str, Any]:
-    """The prompt is blocked for a reason that has these words, on the terminal, too, and it has a next step."""
+    """The prompt is blocked for a reason that has these words, on the terminal, too.
+
+    It has a next step.
+    """
 
     def shown() -> dict[str, Any] | None:
         """A retry in between may have found another reason."""
@@ -135,7 +141,10 @@ def says(space: Workspace, name: str, *words: str) -> dict[str, Any]:
 
 
 def test_a_full_disk_at_each_step_of_a_build(workspace: Workspace, disk: Disk) -> None:
-    """With so many pages left that each file of an artifact in turn does not fit: the reason has both numbers."""
+    """With so many pages left that each file of an artifact in turn does not fit.
+
+    The reason has both numbers.
+    """
     text_pages = 12
     prepare(workspace)
     text = "b" * (text_pages * PAGE - 200)
@@ -158,7 +167,10 @@ def test_a_full_disk_at_each_step_of_a_build(workspace: Workspace, disk: Disk) -
 
 
 def test_what_is_known_not_to_fit_is_not_begun(workspace: Workspace, disk: Disk) -> None:
-    """Built anew beside itself an artifact needs its size once more: that is known, and costs no prefill."""
+    """Built anew beside itself an artifact needs its size once more.
+
+    That is known, and costs no prefill.
+    """
     prepare(workspace)
     workspace.write("prompts/b.md", "Once.")
     workspace.start()
@@ -188,7 +200,10 @@ def test_what_is_known_not_to_fit_is_not_begun(workspace: Workspace, disk: Disk)
 def test_an_engine_that_fails_on_a_full_disk_is_not_blamed(
     disk: Disk, error: EngineError | WorkerDied
 ) -> None:
-    """One that does not notice leaves a file that it cannot load, or dies of it: no reason to give the prompt up."""
+    """One that does not notice leaves a file that it cannot load, or dies of it.
+
+    No reason to give the prompt up.
+    """
     staged = disk.root / "m.stage"
     staged.write_bytes(bytes(3 * PAGE))
     _blame_disk(staged, error)
@@ -223,7 +238,10 @@ def test_inodes_used_up(workspace: Workspace, disk: Disk) -> None:
 
 
 def test_mounted_read_only_and_back(workspace: Workspace, disk: Disk) -> None:
-    """A daemon has no file open for writing there, so it can be remounted under it; what is fresh is still used."""
+    """A daemon has no file open for writing there, so it can be remounted under it.
+
+    What is fresh is still used.
+    """
     prepare(workspace)
     workspace.write("prompts/b.md", "One.")
     workspace.start()
@@ -237,7 +255,10 @@ def test_mounted_read_only_and_back(workspace: Workspace, disk: Disk) -> None:
 
 
 def test_a_disk_that_fails_on_fsync(workspace: Workspace) -> None:
-    """An I/O error of each fsync, injected by strace: not published, said, and made good when the errors end."""
+    """An I/O error of each fsync, injected by strace.
+
+    Not published, said, and made good when the errors end.
+    """
     if shutil.which("strace") is None and "RKCACHED_NO_SKIPS" not in os.environ:
         pytest.skip("strace is not installed")
     prepare(workspace)
@@ -308,7 +329,10 @@ def not_writable(cache: Path) -> Callable[[], object]:
 def test_the_cache_directory_taken_away(
     workspace: Workspace, harm: Callable[[Path], Callable[[], object]]
 ) -> None:
-    """Moved, made anew, closed, and back: with the text changed meanwhile, no answer is that of the text before."""
+    """Moved, made anew, closed, and back.
+
+    With the text changed meanwhile, no answer is that of the text before.
+    """
     prepare(workspace)
     workspace.write("prompts/b.md", "One.")
     # Permissions do not bind root, so the daemon is started without the privilege that makes it so.

@@ -1,4 +1,7 @@
-"""An answer that is the daemon's fault has its cause in the log: one sentence at warning, whatever the endpoint."""
+"""An answer that is the daemon's fault has its cause in the log.
+
+One sentence at warning, whatever the endpoint.
+"""
 
 from __future__ import annotations
 
@@ -58,7 +61,10 @@ def told(space: Workspace, path: str, status: int, code: str) -> list[str]:
 def test_a_failed_answer_has_its_cause_in_the_log(
     troubled: Workspace, model: str, status: int, code: str
 ) -> None:
-    """The sentence that the client gets, with the request's id; once for each failed request, also in a stream."""
+    """The sentence that the client gets, with the request's id.
+
+    Once for each failed request, also in a stream.
+    """
     error = troubled.ask(model, status=status)["error"]
     assert error["code"] == code
     [cause] = wait_until(

@@ -1,6 +1,9 @@
-"""schemathesis, which we did not write, on the API's own description: valid and invalid requests to each operation.
+"""schemathesis, which we did not write, on the API's own description.
 
-It holds every answer to the description: its status, its type, its fields; and no request may be a server error.
+Valid and invalid requests to each operation.
+
+It holds every answer to the description: its status, its type, its fields; and no request may be a
+server error.
 """
 
 from __future__ import annotations

@@ -18,7 +18,10 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture
 def littered(two_prompts: Workspace) -> Workspace:
-    """A store that nobody has open: `a` and `b`, of which `b` is declared no more, and things that are not its own."""
+    """A store that nobody has open: `a` and `b`, of which `b` is declared no more.
+
+    Things that are not its own.
+    """
     space = two_prompts
     space.stop()
     space.declare("{a: prompts/a.md}")
@@ -69,8 +72,8 @@ def test_it_removes_what_serves_nobody_and_says_how_much(littered: Workspace) ->
     assert files(littered) == KEPT | STRANGERS
     again = littered.cli("gc").stdout
     assert (
-        f"removed 0 items, 0 B; 4 that are not the store's stay, {115 + link} B; store {littered.cache}\n"
-        in again
+        f"removed 0 items, 0 B; 4 that are not the store's stay, {115 + link} B; store "
+        f"{littered.cache}\n" in again
     )
 
 
@@ -109,7 +112,10 @@ def test_a_running_daemon_does_it(two_prompts: Workspace) -> None:
 
 
 def test_asked_over_http(two_prompts: Workspace) -> None:
-    """On the admin socket only; a dry run changes nothing; the status tells what there is to gain."""
+    """On the admin socket only; a dry run changes nothing.
+
+    The status tells what there is to gain.
+    """
     two_prompts.write("cache/m/notes.txt", "x" * 100)
     two_prompts.write("cache/.quarantine/m--a--0011/a.memory_cache", "x" * 1000)
     with two_prompts.http() as client:
@@ -178,7 +184,9 @@ def with_1_mib(space: Workspace, **models: str) -> None:
 
 
 def test_foreign_files_count_and_gc_gives_their_room_back(workspace: Workspace) -> None:
-    """What does not fit beside them is blocked with both numbers, in manifest order, and fresh when they are gone.
+    """What does not fit beside them is blocked with both numbers, in manifest order.
+
+    Fresh when they are gone.
 
     The quarantine never keeps a prompt from its room: it yields.
     """
@@ -214,7 +222,9 @@ def test_foreign_files_count_and_gc_gives_their_room_back(workspace: Workspace) 
 
 
 def test_an_edit_beside_a_prompt_that_does_not_fit(workspace: Workspace) -> None:
-    """It is built once, in the room that it had; the other one, whose size is known, is not tried again.
+    """It is built once, in the room that it had.
+
+    The other one, whose size is known, is not tried again.
 
     The edited one is all that its folder holds, and stays until the new one is there.
     """
@@ -244,7 +254,10 @@ def test_an_edit_beside_a_prompt_that_does_not_fit(workspace: Workspace) -> None
 
 
 def test_the_budget_follows_the_order_of_the_manifest(workspace: Workspace) -> None:
-    """Nothing but the order changes, of prompts or of models: the one that was moved up is fresh."""
+    """Nothing but the order changes, of prompts or of models.
+
+    The one that was moved up is fresh.
+    """
     workspace.memory_model(context_tokens=200_000)
     for name in "ab":
         workspace.write(f"{name}.md", name * 72_000)
@@ -275,7 +288,10 @@ def test_a_directory_that_is_no_store_is_left_alone(workspace: Workspace) -> Non
 
 
 def test_a_daemon_takes_no_folder_that_has_something_else_in_it(workspace: Workspace) -> None:
-    """Its own project, by `--cache-dir .`: it ends with the next step, and neither it nor gc changes anything."""
+    """Its own project, by `--cache-dir .`.
+
+    It ends with the next step, and neither it nor gc changes anything.
+    """
     workspace.memory_model()
     workspace.write("prompts/a.md", "You are prompt A.\n")
     workspace.write("src/package.json", "{}")
@@ -292,7 +308,10 @@ def test_a_daemon_takes_no_folder_that_has_something_else_in_it(workspace: Works
 
 
 def test_what_the_manifest_names_stays_whatever_is_said(littered: Workspace) -> None:
-    """Model, prompts and their folder, by a link or another name, within a folder, and the manifest itself."""
+    """Model, prompts and their folder, by a link or another name, within a folder.
+
+    The manifest itself.
+    """
     space = littered
     space.write("cache/things/models/m.model", (space.root / "m.model").read_bytes())
     space.write("cache/things/gone.txt", "x")
@@ -330,7 +349,10 @@ def test_what_the_manifest_names_stays_whatever_is_said(littered: Workspace) -> 
 
 
 def test_a_model_s_folder_that_is_a_link_is_not_entered(littered: Workspace) -> None:
-    """Nor is the quarantine: what they lead to stays, with gc, with --strangers and under the daemon."""
+    """Nor is the quarantine.
+
+    What they lead to stays, with gc, with --strangers and under the daemon.
+    """
     space = littered
     for name in ("a.json", "a.bin", "a.memory_cache", "notes.txt"):
         space.write(f"mine/{name}", "kept")
@@ -355,7 +377,10 @@ def test_a_model_s_folder_that_is_a_link_is_not_entered(littered: Workspace) -> 
 
 
 def test_the_default_store_of_a_checkout(workspace: Workspace) -> None:
-    """Its README and .gitignore are the store's own, and git sees nothing of what is built there."""
+    """Its README and .gitignore are the store's own.
+
+    Git sees nothing of what is built there.
+    """
     tracked = {"cache/README.md", "cache/.gitignore"}
     for name in (*tracked, ".gitignore"):
         workspace.write(name, (ROOT / name).read_bytes())
@@ -390,7 +415,10 @@ def test_the_default_store_of_a_checkout(workspace: Workspace) -> None:
 
 
 def test_json_files_of_others_are_no_orphans(two_prompts: Workspace) -> None:
-    """A file that is no sidecar and has no prompt cache beside it: the daemon leaves it, and so does gc."""
+    """A file that is no sidecar and has no prompt cache beside it.
+
+    The daemon leaves it, and so does gc.
+    """
     two_prompts.write("cache/web/package.json", "{}")
     two_prompts.write("cache/m/settings.json", "{}")
     two_prompts.write("cache/m/data.other_cache", "x")

@@ -1,4 +1,7 @@
-"""Hostile input to a running daemon: whatever comes, it lives, serves the others, and keeps its secrets."""
+"""Hostile input to a running daemon.
+
+Whatever comes, it lives, serves the others, and keeps its secrets.
+"""
 
 from __future__ import annotations
 
@@ -41,7 +44,10 @@ def answered_while(space: Workspace, work: Callable[[], Any]) -> int:
 
 
 def test_endless_template_blocks_its_own_model_only(workspace: Workspace) -> None:
-    """A .jinja file that never ends: its prompt is blocked and says why; all else is as if it were not there."""
+    """A .jinja file that never ends: its prompt is blocked and says why.
+
+    All else is as if it were not there.
+    """
     workspace.memory_model()
     workspace.write("a.md", "You are prompt A.\n")
     workspace.write("bad.jinja", ENDLESS)
@@ -68,7 +74,10 @@ def test_endless_template_blocks_its_own_model_only(workspace: Workspace) -> Non
 
 
 def test_endless_render_does_not_stop_the_loop(workspace: Workspace) -> None:
-    """A request that makes a template loop is refused; while it is rendered, others are answered as ever."""
+    """A request that makes a template loop is refused.
+
+    While it is rendered, others are answered as ever.
+    """
     workspace.memory_model()
     workspace.write("a.md", "You are prompt A.\n")
     workspace.write("t.jinja", ON_DEMAND)
@@ -115,7 +124,10 @@ TEXTS = [
 
 
 def test_names_and_texts_of_any_kind(two_prompts: Workspace) -> None:
-    """Names that are none and texts of any kind, through every way in: refused or answered, never an internal error."""
+    """Names that are none and texts of any kind, through every way in.
+
+    Refused or answered, never an internal error.
+    """
     space = two_prompts
     before = sorted(path for path in space.root.rglob("*") if "admin" not in path.name)
     with space.http(admin=True) as client:
@@ -153,7 +165,10 @@ def test_names_and_texts_of_any_kind(two_prompts: Workspace) -> None:
 
 
 def test_files_are_private_under_any_umask(workspace: Workspace) -> None:
-    """Whatever umask the daemon was started with: no file for others, directories 0750, files 0640, sockets as said."""
+    """Whatever umask the daemon was started with.
+
+    No file for others, directories 0750, files 0640, sockets as said.
+    """
     workspace.memory_model()
     workspace.write("a.md", "You are prompt A.\n")
     workspace.declare("{a: a.md}")
@@ -182,7 +197,10 @@ def test_files_are_private_under_any_umask(workspace: Workspace) -> None:
 
 
 def test_no_prompt_text_in_log_or_errors(workspace: Workspace) -> None:
-    """At the levels that are meant for people: not of prompts, questions, answers, stored texts or refused bodies."""
+    """At the levels that are meant for people.
+
+    Not of prompts, questions, answers, stored texts or refused bodies.
+    """
     workspace.memory_model(script={"say it": SECRET})
     workspace.write("a.md", f"You are {SECRET}.\n")
     workspace.write("bad.md", f"{SECRET}\0\n")
@@ -222,5 +240,8 @@ def test_no_prompt_text_in_log_or_errors(workspace: Workspace) -> None:
 
 
 def test_damaged_artifacts_are_never_loaded(two_prompts: Workspace) -> None:
-    """Random bytes put in the place of a prompt cache, of the same size and not: rebuilt, and never used."""
+    """Random bytes put in the place of a prompt cache, of the same size and not.
+
+    Rebuilt, and never used.
+    """
     damage(two_prompts, two_prompts.cache / "m/a.memory_cache")

@@ -54,7 +54,8 @@ def prepare(space: Workspace) -> None:
     space.write("a.md", "You are prompt A.\n" * 20)
     space.write(
         "manifest.yaml",
-        "version: 1\nengine: {kind: memory}\nmodels:\n  m:\n    path: m.model\n    chat_template: t.jinja\n"
+        "version: 1\nengine: {kind: memory}\nmodels:\n  m:\n    path: m.model\n"
+        "    chat_template: t.jinja\n"
         "    params: {max_context_len: 4096}\n    prompts: {a: a.md}\n",
     )
 
@@ -65,7 +66,10 @@ def hostile(workspace: Workspace) -> Path:
     folder, mark = workspace.root / "hostile", workspace.root / "mark"
     folder.mkdir()
     folder.chmod(0o777)
-    said = f"import sys\nwith open({str(mark)!r}, 'a') as mark:\n    print(__name__, sys.argv, file=mark)\n"
+    said = (
+        f"import sys\nwith open({str(mark)!r}, 'a') as mark:\n"
+        "    print(__name__, sys.argv, file=mark)\n"
+    )
     for name in HOSTILE:
         (folder / f"{name}.py").write_text(said)
     (folder / "encodings").mkdir()
@@ -97,7 +101,10 @@ def call(space: Workspace, folder: Path, *arguments: str, code: int = 0) -> str:
 
 
 def test_nothing_of_the_current_folder_is_run(workspace: Workspace, hostile: Path) -> None:
-    """Each command is called in a hostile folder, and so is the daemon: none of the folder's modules is run."""
+    """Each command is called in a hostile folder, and so is the daemon.
+
+    None of the folder's modules is run.
+    """
     prepare(workspace)
     workspace.launcher = [PROGRAM]
     workspace.folder = hostile
@@ -166,7 +173,10 @@ def test_nothing_of_the_current_folder_is_run_by_the_demo(
 
 
 def test_children_live_in_folders_of_their_own(workspace: Workspace, hostile: Path) -> None:
-    """A library that writes into its current folder, or loads from it, gets one that is nobody else's."""
+    """A library that writes into its current folder.
+
+    Or loads from it, gets one that is nobody else's.
+    """
     prepare(workspace)
     workspace.launcher, workspace.folder = [PROGRAM], hostile
     workspace.start()
@@ -217,7 +227,10 @@ def test_without_isolation_the_current_folder_is_left_early(
 
 
 def plant(folder: Path) -> Path:
-    """What pip would put into `folder`: the package and what it needs, without any path to the sources."""
+    """What pip would put into `folder`.
+
+    The package and what it needs, without any path to the sources.
+    """
     folder.mkdir(parents=True)
     (folder / "rkcached").symlink_to(ROOT / "rkcached")
     (site_packages,) = {
@@ -251,7 +264,10 @@ def base_python() -> str:
 def test_children_run_the_package_of_their_parent(
     workspace: Workspace, layout: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """`pip install --target` with PYTHONPATH, `pip install --user`, the .deb's way and pip's: all of it works."""
+    """`pip install --target` with PYTHONPATH, `pip install --user`, the .deb's way and pip's.
+
+    All of it works.
+    """
     package = ROOT / "rkcached"
     if layout == "PYTHONPATH":
         package = plant(workspace.root / "target") / "rkcached"

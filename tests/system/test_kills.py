@@ -1,4 +1,7 @@
-"""Workers that are killed at random while many clients ask: nobody gets a wrong text, and nothing is left behind."""
+"""Workers that are killed at random while many clients ask.
+
+Nobody gets a wrong text, and nothing is left behind.
+"""
 
 from __future__ import annotations
 
@@ -140,7 +143,10 @@ def known(code: str) -> str:
 
 
 def kill_a_worker(clients: Clients, chance: random.Random) -> None:
-    """In two of three cases one that has answered, so that the rests after failures in a row stay short."""
+    """In two of three cases one that has answered.
+
+    So that the rests after failures in a row stay short.
+    """
     space, answered = clients.space, clients.answered
     if chance.random() < 2 / 3:
         wait_until(lambda: clients.answered > answered, "a request was answered")
@@ -208,5 +214,6 @@ def test_killed_workers_give_no_wrong_answer_and_leave_nothing(workspace: Worksp
     (model,) = workspace.status()["models"]
     assert model["restarts"] > 0
     print(
-        f"{KILLS} kills, {model['restarts']} restarts, ends {dict(clients.ends)}, {before} = {held(workspace)}"
+        f"{KILLS} kills, {model['restarts']} restarts, ends {dict(clients.ends)}, {before} = "
+        f"{held(workspace)}"
     )

@@ -127,7 +127,10 @@ def at_a_terminal(
 
 
 def test_every_change_is_seen(two_prompts: Workspace) -> None:
-    """An answer, an edit, a broken manifest and its repair are on the screen without a key; q ends it."""
+    """An answer, an edit, a broken manifest and its repair are on the screen without a key.
+
+    Q ends it.
+    """
     with at_a_terminal(two_prompts) as terminal:
         terminal.wait_for("m/a", "m/b", "2 fresh", "0 running, 0 waiting", "answers: none yet")
         assert len(terminal.colours()) > 1
@@ -149,7 +152,10 @@ def test_every_change_is_seen(two_prompts: Workspace) -> None:
 
 
 def test_what_is_at_work_is_seen(workspace: Workspace) -> None:
-    """A build's tokens, who runs and who waits, and the disk against its budget, without an event for each."""
+    """A build's tokens, who runs and who waits.
+
+    The disk against its budget, without an event for each.
+    """
     workspace.memory_model(prefill_us_per_token=10_000, decode_us_per_token=150_000)
     workspace.write("prompts/a.md", "word " * 40)
     workspace.declare("{}", top="cache: {max_bytes: 2000000}")
@@ -192,7 +198,10 @@ def test_a_dumb_terminal(two_prompts: Workspace) -> None:
 
 
 def test_more_prompts_than_lines(workspace: Workspace) -> None:
-    """What needs attention comes first, keys bring what does not fit, and no line is lost at 80 columns."""
+    """What needs attention comes first, keys bring what does not fit.
+
+    No line is lost at 80 columns.
+    """
     workspace.memory_model()
     names = [
         f"a_prompt_with_a_name_that_is_too_long_for_80_columns_{number:02}" for number in range(30)
@@ -320,7 +329,10 @@ HOSTILE = "\x1b[31mred\x1b[2J \u202e\x9b5m"
 
 
 def test_nobody_commands_the_terminal(workspace: Workspace) -> None:
-    """What a manifest or a file name says is shown with escapes, in tables, lines, JSON lines and on the screen."""
+    """What a manifest or a file name says is shown with escapes.
+
+    In tables, lines, JSON lines and on the screen.
+    """
     workspace.memory_model()
     workspace.write("a.md", "You are prompt A.\n")
     name = workspace.write("b\x1b[2J\u202e.md", "").name
@@ -351,7 +363,10 @@ def test_nobody_commands_the_terminal(workspace: Workspace) -> None:
 
 
 def test_a_daemon_that_comes_back(two_prompts: Workspace) -> None:
-    """While the daemon is gone this is said, with the last state below; a new one is shown as soon as it answers."""
+    """While the daemon is gone this is said, with the last state below.
+
+    A new one is shown as soon as it answers.
+    """
     with at_a_terminal(two_prompts) as terminal:
         first = two_prompts.status()["pid"]
         terminal.wait_for(f"pid {first}", "m/a")
@@ -422,7 +437,10 @@ def piped(space: Workspace, arguments: list[str]) -> Iterator[Pipe]:
 
 @pytest.mark.parametrize("want_json", [False, True])
 def test_without_a_terminal(two_prompts: Workspace, *, want_json: bool) -> None:
-    """A pipe gets plain text, the whole once, then what changed (--json: a document each); it hears of a restart."""
+    """A pipe gets plain text, the whole once, then what changed (--json: a document each).
+
+    It hears of a restart.
+    """
     with piped(two_prompts, ["--json"] if want_json else []) as pipe:
         seen = pipe.heard("m/b" if not want_json else '"ready": true')
         two_prompts.ask("m/a")
@@ -480,7 +498,10 @@ def test_without_standard_output(two_prompts: Workspace) -> None:
 
 
 def test_only_what_changed(workspace: Workspace) -> None:
-    """A pipe gets a line, with the time, for each prompt that an edit touched, and none for the others."""
+    """A pipe gets a line, with the time, for each prompt that an edit touched.
+
+    None for the others.
+    """
     workspace.memory_model()
     for number in range(30):
         workspace.write(f"prompts/p{number:02}.md", f"You are {number}.\n")
@@ -512,5 +533,8 @@ def test_only_what_changed(workspace: Workspace) -> None:
 
 
 def test_nothing_to_watch(workspace: Workspace) -> None:
-    """Without a daemon at first it is the error of `rkcached status`: most likely the socket's name is wrong."""
+    """Without a daemon at first it is the error of `rkcached status`.
+
+    Most likely the socket's name is wrong.
+    """
     assert "no daemon answers" in workspace.cli("status", "--watch", code=os.EX_UNAVAILABLE).stderr

@@ -25,9 +25,11 @@ def run(*arguments: str, folder: Path) -> subprocess.CompletedProcess[str]:
 def test_the_growth_is_drawn(tmp_path: Path) -> None:
     """As text and lines in an SVG, with the aims; without such figures there is no picture."""
     script = (
-        "import sys; from pathlib import Path; from _pictures import draw_scale; from _results import Figure, Target\n"
+        "import sys; from pathlib import Path; from _pictures import draw_scale; from _results "
+        "import Figure, Target\n"
         "names = [(n, m) for n in (10, 10_000) for m in (1, 16) if n > m]\n"
-        "figures = [Figure(part='scale', name=f'{n:,} over {m}: resident memory', value=n / 100, unit='MB',\n"
+        "figures = [Figure(part='scale', name=f'{n:,} over {m}: resident memory', value=n / 100, "
+        "unit='MB',\n"
         "                  target=Target(limit=150) if n == 10_000 else None) for n, m in names]\n"
         "facts = {'cpu': 'a CPU', 'cores': 2, 'date': '2026-01-01T00:00:00'}\n"
         "draw_scale(figures, facts, Path(sys.argv[1])); draw_scale([], facts, Path(sys.argv[2]))\n"

@@ -1,4 +1,7 @@
-"""The whole program on a real model: SmolLM2-135M through llama.cpp, real KV caches, and the demo."""
+"""The whole program on a real model.
+
+SmolLM2-135M through llama.cpp, real KV caches, and the demo.
+"""
 
 from __future__ import annotations
 
@@ -35,8 +38,10 @@ def ship(workspace: Workspace, small_model: Path) -> Iterator[Workspace]:
     workspace.write("cook.md", SYSTEM)
     workspace.write(
         "manifest.yaml",
-        f"version: 1\nengine: {{kind: llamacpp, threads: 1}}\nmodels:\n  m:\n    path: {small_model}\n"
-        "    params: {max_context_len: 1024, max_new_tokens: 32, temperature: 0}\n    prompts: {cook: cook.md}\n",
+        "version: 1\nengine: {kind: llamacpp, threads: 1}\nmodels:\n  m:\n"
+        f"    path: {small_model}\n"
+        "    params: {max_context_len: 1024, max_new_tokens: 32, temperature: 0}\n"
+        "    prompts: {cook: cook.md}\n",
     )
     workspace.start()
     workspace.wait_state("cook", "fresh")
@@ -111,12 +116,16 @@ def test_no_tcp_port(ship: Workspace) -> None:
 
 
 def test_truncated_model(workspace: Workspace, small_model: Path) -> None:
-    """A truncated GGUF file blocks its prompts with llama.cpp's own reason; a file that is none is told from it."""
+    """A truncated GGUF file blocks its prompts with llama.cpp's own reason.
+
+    A file that is none is told from it.
+    """
     workspace.write("m.gguf", small_model.read_bytes()[:5_000_000])
     workspace.write("p.md", "Text.")
     workspace.write(
         "manifest.yaml",
-        "version: 1\nmodels:\n  m: {path: m.gguf, prompts: {p: p.md}}\n  n: {path: p.md, prompts: {p: p.md}}\n",
+        "version: 1\nmodels:\n  m: {path: m.gguf, prompts: {p: p.md}}\n"
+        "  n: {path: p.md, prompts: {p: p.md}}\n",
     )
     assert "p.md is not a GGUF model" in workspace.cli("check", code=os.EX_CONFIG).stderr
     workspace.start()
@@ -127,16 +136,21 @@ def test_truncated_model(workspace: Workspace, small_model: Path) -> None:
 
 
 def test_split_model(workspace: Workspace, small_model: Path) -> None:
-    """A changed second file makes the caches stale, under a running daemon and before a start; a missing one blocks.
+    """A changed second file makes the caches stale, under a running daemon and before a start.
 
-    Regression: only the first file was part of the identity. A hit then gave another text than a cold answer.
+    A missing one blocks.
+
+    Regression: only the first file was part of the identity. A hit then gave another text than a
+    cold answer.
     """
     first, second = split(small_model, workspace.root / "small")
     workspace.write("cook.md", SYSTEM)
     workspace.write(
         "manifest.yaml",
-        f"version: 1\nengine: {{kind: llamacpp, threads: 1}}\nmodels:\n  m:\n    path: {first.name}\n"
-        "    params: {max_context_len: 1024, max_new_tokens: 8, temperature: 0}\n    prompts: {cook: cook.md}\n",
+        "version: 1\nengine: {kind: llamacpp, threads: 1}\nmodels:\n  m:\n"
+        f"    path: {first.name}\n"
+        "    params: {max_context_len: 1024, max_new_tokens: 8, temperature: 0}\n"
+        "    prompts: {cook: cook.md}\n",
     )
     assert " MB in 2 files" in workspace.cli("doctor").stdout
     workspace.start()
@@ -196,7 +210,10 @@ def test_damaged_cache_is_never_loaded(ship: Workspace) -> None:
 
 
 def test_demo(tmp_path: Path, small_model: Path) -> None:
-    """The demo stays up after its table, says what to try, and Ctrl-C ends it cleanly with its daemon."""
+    """The demo stays up after its table, says what to try.
+
+    Ctrl-C ends it cleanly with its daemon.
+    """
     prompts = tmp_path / "demo/prompts"
     prompts.mkdir(parents=True)
     for name in ("reviewer", "greenhouse"):  # short ones, as a visitor may have written
@@ -288,7 +305,9 @@ def test_demo_once_again(tmp_path: Path, small_model: Path) -> None:
 
 
 def test_a_context_beyond_the_models_own(workspace: Workspace, small_model: Path) -> None:
-    """llama.cpp cuts it: check warns, status says so, and who does not fit is told the model's own context.
+    """llama.cpp cuts it.
+
+    Check warns, status says so, and who does not fit is told the model's own context.
 
     Regression: it was cut in silence, and the error said to raise max_context_len.
     """
@@ -298,7 +317,8 @@ def test_a_context_beyond_the_models_own(workspace: Workspace, small_model: Path
     def declare(context_tokens: int) -> None:
         workspace.write(
             "manifest.yaml",
-            f"version: 1\nengine: {{kind: llamacpp, threads: 1}}\nmodels:\n  m:\n    path: {small_model}\n    params:\n"
+            "version: 1\nengine: {kind: llamacpp, threads: 1}\nmodels:\n  m:\n"
+            f"    path: {small_model}\n    params:\n"
             f"      max_context_len: {context_tokens}\n    prompts: {{long: long.md}}\n",
         )
 
@@ -332,15 +352,20 @@ def test_memory_limit(workspace: Workspace, small_model: Path) -> None:
     """A limit that the model does not fit into is told as what it is; a larger one serves it."""
     workspace.write("cook.md", SYSTEM)
     manifest = (
-        f"version: 1\nengine: {{kind: llamacpp, threads: 1, max_memory_bytes: LIMIT}}\nmodels:\n  m:\n"
-        f"    path: {small_model}\n    params: {{max_context_len: 8192}}\n    prompts: {{cook: cook.md}}\n"
+        "version: 1\nengine: {kind: llamacpp, threads: 1, max_memory_bytes: LIMIT}\nmodels:\n"
+        "  m:\n"
+        f"    path: {small_model}\n    params: {{max_context_len: 8192}}\n"
+        "    prompts: {cook: cook.md}\n"
     )
     workspace.write("manifest.yaml", manifest.replace("LIMIT", "128MiB"))
     workspace.start()
     wait_until(
         lambda: workspace.status()["models"][0]["last_failure"], "the model could not be loaded"
     )
-    wanted = "it wanted more than engine.max_memory_bytes (134,217,728 bytes); raise that in the manifest"
+    wanted = (
+        "it wanted more than engine.max_memory_bytes (134,217,728 bytes); raise that in the "
+        "manifest"
+    )
     assert wanted in workspace.status()["models"][0]["last_failure"]
     assert wanted in workspace.wait_state("cook", "blocked")["reason"]
     workspace.logged(wanted)

@@ -103,7 +103,10 @@ def listener(two_prompts: Workspace) -> Iterator[Listener]:
 
 
 def test_events_tell_every_change(two_prompts: Workspace, listener: Listener) -> None:
-    """A prompt's way from stale to fresh, its build, the worker's states, an answer; and the end of the daemon."""
+    """A prompt's way from stale to fresh, its build, the worker's states, an answer.
+
+    And the end of the daemon.
+    """
     two_prompts.write("prompts/a.md", "another text")
     wait_until(
         lambda: listener.states("artifact", "a")[-1:] == ["fresh"], "it is fresh", BEFORE_RESCAN_S
@@ -123,7 +126,10 @@ def test_events_tell_every_change(two_prompts: Workspace, listener: Listener) ->
 
 
 def test_a_full_queue_refuses(workspace: Workspace) -> None:
-    """One request more than may wait gets 503 with Retry-After while they wait; the others are answered."""
+    """One request more than may wait gets 503 with Retry-After while they wait.
+
+    The others are answered.
+    """
     workspace.memory_model(decode_us_per_token=100_000)
     workspace.declare("{}", top="serving: {queue: 2}")
     workspace.start()
@@ -174,7 +180,10 @@ def test_a_client_that_leaves_while_it_sends(two_prompts: Workspace) -> None:
 
 @pytest.mark.parametrize("streaming", [False, True])
 def test_a_request_that_takes_too_long(workspace: Workspace, streaming: bool) -> None:
-    """504, or an error event in a stream that has begun; the generation stops and the next request is served."""
+    """504, or an error event in a stream that has begun.
+
+    The generation stops and the next request is served.
+    """
     workspace.memory_model(decode_us_per_token=100_000)
     workspace.declare(
         "{}", top="serving: {request_timeout_s: 5}"

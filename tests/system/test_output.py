@@ -1,4 +1,7 @@
-"""Where output goes: pipes that close, disks that are full, files that were there before; and what a wheel carries."""
+"""Where output goes: pipes that close, disks that are full, files that were there before.
+
+And what a wheel carries.
+"""
 
 from __future__ import annotations
 
@@ -232,7 +235,10 @@ def test_no_line_is_wrapped_where_no_terminal_is(workspace: Workspace, kept: Pat
 
 
 def test_a_wheel_carries_what_is_no_code(tmp_path: Path) -> None:
-    """The page, and the demo's manifest and prompts: without them the installed program fails, not the checkout's."""
+    """The page, and the demo's manifest and prompts.
+
+    Without them the installed program fails, not the checkout's.
+    """
     command = [
         sys.executable,
         "-m",

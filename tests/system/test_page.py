@@ -60,7 +60,9 @@ def test_the_page_on_both_sockets(described: Workspace) -> None:
 
 
 def test_the_page_in_a_browser(described: Workspace, tmp_path: Path) -> None:
-    """It shows the prompts, follows an edit and an answer without being loaded again, and a restart of the daemon.
+    """It shows the prompts, follows an edit and an answer without being loaded again.
+
+    A restart of the daemon.
 
     It asks nobody but the daemon and has no complaints; a phone's width and a dark scheme are fine.
     """
@@ -101,7 +103,10 @@ def test_the_page_in_a_browser(described: Workspace, tmp_path: Path) -> None:
             mobile=True,
         )
         assert browser.run("document.scrollingElement.scrollWidth") <= 360
-        told = "document.addEventListener('securitypolicyviolation', (event) => done(event.effectiveDirective))"
+        told = (
+            "document.addEventListener('securitypolicyviolation', (event) => "
+            "done(event.effectiveDirective))"
+        )
         asked = f"new Promise((done) => {{ {told}; fetch('http://127.0.0.1:1/').catch(() => 0) }})"
         assert browser.run(asked) == "connect-src"
 
@@ -112,7 +117,8 @@ def test_the_page_in_a_browser(described: Workspace, tmp_path: Path) -> None:
         browser.wait_for("!document.getElementById('gone').hidden")
         described.start()
         browser.wait_for(
-            f"document.getElementById('head').innerText.includes('pid {described.status()['pid']},')"
+            "document.getElementById('head').innerText.includes('pid "
+            f"{described.status()['pid']},')"
         )
         browser.wait_for("document.getElementById('gone').hidden")
         assert browser.run("globalThis.stays") == 1
@@ -120,9 +126,12 @@ def test_the_page_in_a_browser(described: Workspace, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("width", [1400, 1000, 992, 780, 380])
 def test_each_width_shows_all(workspace: Workspace, tmp_path: Path, width: int) -> None:
-    """Nothing is cut off or off the window: not a name of 64 letters, a state, a figure, a long note or a path.
+    """Nothing is cut off or off the window.
 
-    Where there is no room for columns, the state stands beside the name, and figures have theirs before them.
+    Not a name of 64 letters, a state, a figure, a long note or a path.
+
+    Where there is no room for columns, the state stands beside the name, and figures have theirs
+    before them.
     """
     workspace.memory_model(prefill_us_per_token=2000)
     workspace.write("prompts/a.md", "You are prompt A.\n" * 10)
@@ -146,7 +155,10 @@ def test_each_width_shows_all(workspace: Workspace, tmp_path: Path, width: int) 
         cells = (
             "[...document.querySelectorAll('tbody tr > *')].filter((cell) => cell.innerText.trim())"
         )
-        out = f"{cells}.filter((cell) => cell.scrollWidth > cell.clientWidth || !cell.checkVisibility()).length"
+        out = (
+            f"{cells}.filter((cell) => cell.scrollWidth > cell.clientWidth || "
+            "!cell.checkVisibility()).length"
+        )
         assert browser.run(out) == 0
         assert (
             browser.run(f"Math.max(...{cells}.map((cell) => cell.getBoundingClientRect().right))")
@@ -199,14 +211,18 @@ def test_the_units_of_the_guide(tmp_path: Path) -> None:
 
 @pytest.fixture
 def desk(tmp_path: Path) -> Iterator[Path]:
-    """The configuration of an ssh client that knows a host named `board`: a real sshd on this machine."""
+    """The configuration of an ssh client that knows a host named `board`.
+
+    A real sshd on this machine.
+    """
     sshd, port = need("sshd"), free_port()
     for name in ("host", "user"):
         subprocess.run(
             [need("ssh-keygen"), "-q", "-t", "ed25519", "-N", "", "-f", tmp_path / name], check=True
         )
     (tmp_path / "sshd_config").write_text(
-        f"ListenAddress 127.0.0.1:{port}\nHostKey {tmp_path / 'host'}\nPidFile none\nUsePAM no\nStrictModes no\n"
+        f"ListenAddress 127.0.0.1:{port}\nHostKey {tmp_path / 'host'}\nPidFile none\nUsePAM no\n"
+        "StrictModes no\n"
         f"AuthorizedKeysFile {tmp_path / 'user.pub'}\nPermitRootLogin prohibit-password\n"
     )
     (tmp_path / "ssh_config").write_text(
@@ -230,7 +246,10 @@ def desk(tmp_path: Path) -> Iterator[Path]:
 
 
 def test_the_ssh_command(described: Workspace, desk: Path) -> None:
-    """The guide's own line, but for port, socket and the desk's configuration, brings the page to a port."""
+    """The guide's own line.
+
+    But for port, socket and the desk's configuration, brings the page to a port.
+    """
     (command,) = re.findall(r"^ssh -N .*$", (ROOT / "docs/page.md").read_text(), re.MULTILINE)
     port = free_port()
     words = shlex.split(

@@ -56,7 +56,10 @@ def test_a_folder_that_is_empty_for_a_while(workspace: Workspace, folder: Path) 
         path.rename(away / path.name)
     none_left(workspace)
     shown = workspace.status()
-    notice = f"{folder}/*.md matches no file any more, but matched 2 files before: is the folder mounted?"
+    notice = (
+        f"{folder}/*.md matches no file any more, but matched 2 files before: is the folder "
+        "mounted?"
+    )
     assert shown["notices"] == [notice]
     assert shown["cache"]["retired"] == 2
     assert shown["cache"]["used_bytes"] == shown["cache"]["retired_bytes"] > 0
@@ -89,7 +92,10 @@ def mounted(workspace: Workspace) -> Iterator[Path]:
 
 
 def test_a_folder_that_is_unmounted(workspace: Workspace, mounted: Path) -> None:
-    """It is empty then and on another file system, which is said; other files in its place change nothing of that."""
+    """It is empty then and on another file system, which is said.
+
+    Other files in its place change nothing of that.
+    """
     workspace.memory_model()
     workspace.write("extra/one.md", "Extra one.\n")
     workspace.write("extra/two.md", "Extra two.\n")
@@ -120,7 +126,10 @@ def test_across_a_restart(workspace: Workspace, folder: Path) -> None:
 
 
 def test_another_branch_and_back(workspace: Workspace, folder: Path) -> None:
-    """`git checkout other && git checkout -`: the other branch's prompts are built once, and no prompt twice."""
+    """`git checkout other && git checkout -`.
+
+    The other branch's prompts are built once, and no prompt twice.
+    """
 
     def git(*arguments: str) -> None:
         who = ["-c", "user.name=t", "-c", "user.email=t@example.org"]

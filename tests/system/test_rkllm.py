@@ -1,4 +1,7 @@
-"""The daemon on RKLLM, over the stand-in for librkllmrt.so: the story, and every way a library can misbehave."""
+"""The daemon on RKLLM, over the stand-in for librkllmrt.so.
+
+The story, and every way a library can misbehave.
+"""
 
 from __future__ import annotations
 
@@ -144,7 +147,10 @@ def wait_built(space: Workspace, before: int, names: list[str]) -> None:
 
 
 def test_built_and_hit(board: Workspace) -> None:
-    """Each prompt is built and proved; an answer from its cache is a measured hit and says what a cold one says."""
+    """Each prompt is built and proved.
+
+    An answer from its cache is a measured hit and says what a cold one says.
+    """
     names = {path.name for path in (board.cache / "m").iterdir()}
     assert {
         f"{name}{suffix}" for name in "ab" for suffix in (".rkllm_cache", ".bin", ".json")
@@ -159,7 +165,10 @@ def test_built_and_hit(board: Workspace) -> None:
 
 
 def test_changes_of_the_prompts(board: Workspace) -> None:
-    """An edit rebuilds that prompt alone, and the next answer is from it; `touch` and a restart build nothing."""
+    """An edit rebuilds that prompt alone.
+
+    The next answer is from it; `touch` and a restart build nothing.
+    """
     old = cold(board)
     board.write("prompts/a.md", "You are prompt A, edited.\n")
     wait_built(board, 2, ["a"])
@@ -179,7 +188,10 @@ def test_changes_of_the_prompts(board: Workspace) -> None:
 
 
 def test_runtime_and_model_replaced(board: Workspace, library: Library) -> None:
-    """Another build of the library, and another model file, rebuild everything, and the next answer is theirs."""
+    """Another build of the library, and another model file, rebuild everything.
+
+    The next answer is theirs.
+    """
     old = hit(board)
     if "runtime version: 1.2.3" in board.log_text():
         install(board, library("D", version="1.2.2").read_bytes())
@@ -202,7 +214,10 @@ def test_runtime_and_model_replaced(board: Workspace, library: Library) -> None:
 def test_runtime_that_measures_nothing(
     workspace: Workspace, library: Library, group: str, engine: str
 ) -> None:
-    """Before 1.2.1 a cache is proved by time alone, and answers say that reuse is not measured; the text is right."""
+    """Before 1.2.1 a cache is proved by time alone, and answers say that reuse is not measured.
+
+    The text is right.
+    """
     run(prepared(workspace, library(group)), engine=engine, prefill_tps=1000)
     assert [workspace.prompt(name)["state"] for name in "ab"] == ["fresh", "fresh"]
     assert workspace.prompt("a")["artifact"]["verified"] == "time"
@@ -221,7 +236,10 @@ def test_runtime_that_measures_nothing(
 
 
 def test_streams_whole_characters(d: Workspace) -> None:
-    """Pieces are whole characters, however the library cuts its bytes and on whichever thread it calls back."""
+    """Pieces are whole characters.
+
+    However the library cuts its bytes and on whichever thread it calls back.
+    """
     run(d, waiting="bytes", callback_thread="own", null_text="yes", decode_tps=50)
     pieces, last = d.stream("m/a", max_tokens=32)
     text = "".join(pieces)
@@ -233,7 +251,10 @@ def test_streams_whole_characters(d: Workspace) -> None:
 
 
 def test_ends_of_answers(d: Workspace) -> None:
-    """Stop strings and max_tokens end an answer where they say, streamed or not; so does the model's own limit."""
+    """Stop strings and max_tokens end an answer where they say, streamed or not.
+
+    So does the model's own limit.
+    """
     run(d)
     full = cold(d, max_tokens=32)
     stop = full[9:12]
@@ -260,7 +281,8 @@ def send(space: Workspace, *, streaming: bool, until: Callable[[], bool]) -> Non
     with socket.socket(socket.AF_UNIX) as client:
         client.connect(str(space.socket))
         client.sendall(
-            f"POST /v1/chat/completions HTTP/1.1\r\nHost: d\r\nContent-Length: {len(data)}\r\n\r\n".encode()
+            f"POST /v1/chat/completions HTTP/1.1\r\nHost: d\r\nContent-Length: {len(data)}\r\n"
+            "\r\n".encode()
         )
         client.sendall(data)
         wait_until(until, "the request got that far")
@@ -292,7 +314,10 @@ def test_sampling_of_a_request(board: Workspace) -> None:
 
 
 def test_model_that_cannot_save(board: Workspace) -> None:
-    """One attempt makes all prompts of such a model uncacheable, for good, in the runtime's words; another heals."""
+    """One attempt makes all prompts of such a model uncacheable, for good, in the runtime's words.
+
+    Another heals.
+    """
     put_model(board, saves="no")
     for name in "ab":
         assert NO_SAVE in board.wait_state(name, "uncacheable")["reason"]
@@ -334,7 +359,10 @@ def test_lines_of_the_library(d: Workspace) -> None:
 def test_lines_that_the_library_does_not_flush(
     d: Workspace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """C keeps what is printed into a pipe until 4 kB are full; the reason of a failure must not wait for that."""
+    """C keeps what is printed into a pipe until 4 kB are full.
+
+    The reason of a failure must not wait for that.
+    """
     monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)
     install(d, build("D", d.root, defines={"NO_FLUSH": "1"}).read_bytes())
     run(d, saves="no", fault="token3:error")
@@ -362,7 +390,10 @@ def test_lines_that_the_library_does_not_flush(
     ],
 )
 def test_model_not_loaded(d: Workspace, planned: str, status: int, code: str, cause: str) -> None:
-    """A library that fails to load the model is an error that names the cause, and is tried again by itself."""
+    """A library that fails to load the model is an error that names the cause.
+
+    Is tried again by itself.
+    """
     switch(d, on=True)
     run(d, "{}", fault=planned)
     refused(d, status, code, cause)
@@ -372,7 +403,10 @@ def test_model_not_loaded(d: Workspace, planned: str, status: int, code: str, ca
 
 
 def test_build_without_a_model(d: Workspace) -> None:
-    """While the model cannot be loaded its prompts wait and say why; they are built soon after it can be."""
+    """While the model cannot be loaded its prompts wait and say why.
+
+    They are built soon after it can be.
+    """
     switch(d, on=True)
     run(d, settled=False, fault="init:oom")
     for name in "ab":
@@ -402,7 +436,10 @@ def test_crash_of_loading_is_no_prompts_fault(d: Workspace) -> None:
 
 
 def test_model_of_a_newer_toolkit(d: Workspace) -> None:
-    """A model that the runtime refuses blocks its prompts with the runtime's reason, until another file comes."""
+    """A model that the runtime refuses blocks its prompts with the runtime's reason.
+
+    Until another file comes.
+    """
     run(d, settled=False, toolkit="9.9.9")
     reason = "rkllm-toolkit 9.9.9, newer than this runtime 1.2.3"
     for name in "ab":
@@ -424,7 +461,10 @@ def test_model_of_a_newer_toolkit(d: Workspace) -> None:
 def test_failure_in_an_answer(
     d: Workspace, planned: str, status: int, code: str, cause: str
 ) -> None:
-    """A crash or an error in the middle is an HTTP error, or an error event; the next answer is a hit."""
+    """A crash or an error in the middle is an HTTP error, or an error event.
+
+    The next answer is a hit.
+    """
     run(d, fault=planned)
     right = hit(d)
     switch(d, on=True)
@@ -442,7 +482,10 @@ def test_failure_in_an_answer(
 
 
 def test_request_longer_than_the_context(d: Workspace) -> None:
-    """Without a tokenizer only the runtime can count: what it says of a refused run is in the error."""
+    """Without a tokenizer only the runtime can count.
+
+    What it says of a refused run is in the error.
+    """
     run(d, "{}")
     refused(
         d,
@@ -456,7 +499,10 @@ def test_request_longer_than_the_context(d: Workspace) -> None:
 
 @pytest.mark.parametrize(("crash", "name"), [("segv", "SIGSEGV"), ("abort", "SIGABRT")])
 def test_crash_over_a_cache(d: Workspace, crash: str, name: str) -> None:
-    """A crash while a cache is loaded is answered without it; after three the cache is quarantined, with the reason."""
+    """A crash while a cache is loaded is answered without it.
+
+    After three the cache is quarantined, with the reason.
+    """
     run(d, fault=f"load:{crash}")
     right = cold(d)
     switch(d, on=True)
@@ -474,7 +520,10 @@ def test_crash_over_a_cache(d: Workspace, crash: str, name: str) -> None:
 
 
 def test_crash_in_an_answer_is_not_the_caches_fault(d: Workspace) -> None:
-    """A cache that was loaded is not blamed for what comes after: it stays fresh however often the library crashes."""
+    """A cache that was loaded is not blamed for what comes after.
+
+    It stays fresh however often the library crashes.
+    """
     run(d, fault="run:segv")
     switch(d, on=True)
     for _ in range(4):
@@ -503,7 +552,10 @@ def test_crash_in_a_build(d: Workspace) -> None:
 
 @pytest.mark.parametrize(("crash", "name"), [("segv", "SIGSEGV"), ("abort", "SIGABRT")])
 def test_crash_while_unloading(d: Workspace, crash: str, name: str) -> None:
-    """A model that crashes when it is unloaded is logged and loaded again when needed; the daemon stops in order."""
+    """A model that crashes when it is unloaded is logged and loaded again when needed.
+
+    The daemon stops in order.
+    """
     switch(d, on=True)
     run(d, BOTH + "\n    idle_unload_s: 1", fault=f"destroy:{crash}")
     wait_until(lambda: not d.children(), "the model was unloaded")
@@ -516,7 +568,10 @@ def test_crash_while_unloading(d: Workspace, crash: str, name: str) -> None:
 
 
 def test_client_of_a_hung_library_goes(d: Workspace) -> None:
-    """A library that never returns is killed when its client goes, and the next request is served."""
+    """A library that never returns is killed when its client goes.
+
+    The next request is served.
+    """
     run(d, fault="run:hang")
     switch(d, on=True)
     send(d, streaming=True, until=lambda: model_status(d)["worker"] == "busy")
@@ -526,7 +581,10 @@ def test_client_of_a_hung_library_goes(d: Workspace) -> None:
 
 
 def test_a_hung_library_is_killed_in_time(d: Workspace) -> None:
-    """After engine.timeout_s its request is told, and the next one is served; status says who waits how long."""
+    """After engine.timeout_s its request is told, and the next one is served.
+
+    Status says who waits how long.
+    """
     run(d, engine=", timeout_s: 5", fault="run:hang")
     right = cold(d)
     switch(d, on=True)
@@ -571,7 +629,10 @@ def of_another_machine(runtime: bytes) -> bytes:
     ids=["text", "empty", "machine", "missing"],
 )
 def test_library_unusable(d: Workspace, spoil: Callable[[bytes], bytes] | None, cause: str) -> None:
-    """What is no runtime for this machine is told everywhere and loaded nowhere, until the right file comes."""
+    """What is no runtime for this machine is told everywhere and loaded nowhere.
+
+    Until the right file comes.
+    """
     path = d.root / "librkllmrt.so"
     good = path.read_bytes()
     path.unlink() if spoil is None else install(d, spoil(good))
@@ -624,12 +685,16 @@ def test_damaged_artifacts_are_never_loaded(board: Workspace) -> None:
 def test_check_warns_of_long_answers_in_builds(
     workspace: Workspace, library: Library, group: str, tokens: int, warned: bool
 ) -> None:
-    """Before 1.3.0 each build generates a whole answer: said with the cost and the remedy, and no problem."""
+    """Before 1.3.0 each build generates a whole answer.
+
+    Said with the cost and the remedy, and no problem.
+    """
     prepared(workspace, library(group))
     put_model(workspace)
     workspace.write(
         "manifest.yaml",
-        f"version: 1\nengine: {{kind: rkllm, library: {workspace.root / 'librkllmrt.so'}}}\nmodels:\n"
+        f"version: 1\nengine: {{kind: rkllm, library: {workspace.root / 'librkllmrt.so'}}}\n"
+        "models:\n"
         f"  m:\n    path: m.rkllm\n    params:\n      max_new_tokens: {tokens}\n",
     )
     done = workspace.cli("check")

@@ -1,4 +1,7 @@
-"""Schemas that no run can be held to: 400 before the first token, no worker dies, no prompt cache is blamed."""
+"""Schemas that no run can be held to.
+
+400 before the first token, no worker dies, no prompt cache is blamed.
+"""
 
 from __future__ import annotations
 
@@ -61,7 +64,10 @@ def test_hostile_schemas_cost_nobody_anything(two_prompts: Workspace) -> None:
 
 
 def test_a_number_that_no_float_holds_does_not_fit(workspace: Workspace) -> None:
-    """1e999 is infinity to Python, and infinity has no multiples: an answer that does not fit, and no crash."""
+    """1e999 is infinity to Python, and infinity has no multiples.
+
+    An answer that does not fit, and no crash.
+    """
     workspace.memory_model(script={"hello": "1e999"})
     workspace.declare("{}")
     workspace.start()
@@ -83,7 +89,8 @@ def test_no_free_prose_where_a_schema_is_not_in_force(
     workspace.write("a.md", "You are brief.\n")
     workspace.write(
         "manifest.yaml",
-        f"version: 1\nengine: {{kind: llamacpp, threads: 1}}\nmodels:\n  m:\n    path: {small_model}\n"
+        "version: 1\nengine: {kind: llamacpp, threads: 1}\nmodels:\n  m:\n"
+        f"    path: {small_model}\n"
         "    params: {max_context_len: 1024}\n    prompts: {a: a.md}\n",
     )
     workspace.start()

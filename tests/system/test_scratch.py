@@ -1,4 +1,7 @@
-"""Folders for a moment's use: who deletes them harms one worker for one request, and no daemon deletes another's."""
+"""Folders for a moment's use.
+
+Who deletes them harms one worker for one request, and no daemon deletes another's.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +36,10 @@ def folders(temporary: Path) -> list[Path]:
 
 
 def replaced(space: Workspace, temporary: Path) -> None:
-    """Delete the worker's folder: the very next request is answered, and the log has a warning with the reason."""
+    """Delete the worker's folder.
+
+    The very next request is answered, and the log has a warning with the reason.
+    """
     [folder] = folders(temporary)
     shutil.rmtree(folder)
     assert space.ask("m/a")["rkcached"]["state"] == "hit"
@@ -64,8 +70,10 @@ def test_llama_cpp_survives_a_deleted_scratch_folder(
     workspace.write("a.md", "You are the keeper of a lighthouse. You know every ship.\n" * 4)
     workspace.write(
         "manifest.yaml",
-        f"version: 1\nengine: {{kind: llamacpp, threads: 1}}\nmodels:\n  m:\n    path: {small_model}\n"
-        "    params: {max_context_len: 512, max_new_tokens: 8, temperature: 0}\n    prompts: {a: a.md}\n",
+        "version: 1\nengine: {kind: llamacpp, threads: 1}\nmodels:\n  m:\n"
+        f"    path: {small_model}\n"
+        "    params: {max_context_len: 512, max_new_tokens: 8, temperature: 0}\n"
+        "    prompts: {a: a.md}\n",
     )
     workspace.start()
     workspace.wait_state("a", "fresh")

@@ -1,4 +1,7 @@
-"""Asking the running daemon over its socket, on the memory engine, where a wrong cache would change the text."""
+"""Asking the running daemon over its socket, on the memory engine.
+
+Where a wrong cache would change the text.
+"""
 
 from __future__ import annotations
 
@@ -70,7 +73,10 @@ def test_prompt_by_cache_parameter(two_prompts: Workspace) -> None:
 
 
 def test_prompt_by_itself(two_prompts: Workspace) -> None:
-    """A request whose system message is a prompt finds its cache, final newline or not, with nothing said."""
+    """A request whose system message is a prompt finds its cache, final newline or not.
+
+    With nothing said.
+    """
     for text in ("You are prompt B.", "You are prompt B.\n"):
         messages = [{"role": "system", "content": text}, {"role": "user", "content": "hello"}]
         answer = two_prompts.ask("m", messages=messages)
@@ -149,7 +155,10 @@ def test_never_the_other_prompts_state(two_prompts: Workspace) -> None:
 
 
 def test_each_model_its_own(workspace: Workspace) -> None:
-    """Prompts of one name and one text in two models are two caches, and one is never given to the other model."""
+    """Prompts of one name and one text in two models are two caches.
+
+    One is never given to the other model.
+    """
     workspace.memory_model("m.model")
     workspace.memory_model("n.model", seed="n")
     workspace.write("p.md", "Shared text.")
@@ -231,7 +240,10 @@ def test_parameters_of_the_prompt(workspace: Workspace) -> None:
 
 
 def test_stale_is_answered_cold_and_current(workspace: Workspace) -> None:
-    """While its cache is rebuilt, a prompt is answered without it, from the new text; the build makes room."""
+    """While its cache is rebuilt, a prompt is answered without it, from the new text.
+
+    The build makes room.
+    """
     workspace.memory_model(prefill_us_per_token=1_000)
     text = "The old text of a prompt that takes a while to read. " * 20
     workspace.write("p.md", text)
@@ -254,7 +266,10 @@ def test_stale_is_answered_cold_and_current(workspace: Workspace) -> None:
 
 
 def test_client_gone_stops_generation(workspace: Workspace) -> None:
-    """When the client goes away, the generation stops, and the next request need not wait for it."""
+    """When the client goes away, the generation stops.
+
+    The next request need not wait for it.
+    """
     workspace.memory_model(decode_us_per_token=100_000)  # all of it would take 200 s
     workspace.write("p.md", "Text.")
     workspace.declare("{p: p.md}")
@@ -270,7 +285,10 @@ def test_client_gone_stops_generation(workspace: Workspace) -> None:
         data = json.dumps(body).encode()
         with socket.socket(socket.AF_UNIX) as client:
             client.connect(str(workspace.socket))
-            head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: d\r\nContent-Length: {len(data)}\r\n\r\n"
+            head = (
+                "POST /v1/chat/completions HTTP/1.1\r\nHost: d\r\n"
+                f"Content-Length: {len(data)}\r\n\r\n"
+            )
             client.sendall(head.encode() + data)
             wait_until(lambda: workspace.status()["running"] == 1, "the generation runs")
         wait_until(lambda: workspace.status()["running"] == 0, "the generation stopped")
@@ -287,7 +305,10 @@ def test_worker_killed_while_idle(two_prompts: Workspace) -> None:
 
 
 def test_worker_dies_in_an_answer(workspace: Workspace) -> None:
-    """A crash in the middle of an answer is a clear error: 502, or an error event; the next request works."""
+    """A crash in the middle of an answer is a clear error: 502, or an error event.
+
+    The next request works.
+    """
     workspace.memory_model(faults=[{"op": "generate", "kind": "segfault", "at": 40}])
     workspace.write("p.md", "Text.")
     workspace.declare("{p: p.md}")
@@ -315,7 +336,10 @@ def test_worker_dies_in_an_answer(workspace: Workspace) -> None:
 
 
 def test_worker_dies_over_a_cache(workspace: Workspace) -> None:
-    """A crash while a cache is loaded is answered without it, rightly; the cache itself is not blamed for one crash."""
+    """A crash while a cache is loaded is answered without it, rightly.
+
+    The cache itself is not blamed for one crash.
+    """
     workspace.memory_model(
         faults=[{"op": "load", "kind": "segfault", "at": 2}]
     )  # the first is the build's own proof
@@ -333,7 +357,10 @@ def test_worker_dies_over_a_cache(workspace: Workspace) -> None:
 
 
 def test_build_that_crashes_is_quarantined(workspace: Workspace) -> None:
-    """After three crashes a prompt is left alone, served cold, with the reason; another model file brings it back."""
+    """After three crashes a prompt is left alone, served cold, with the reason.
+
+    Another model file brings it back.
+    """
     workspace.hurry(reconcile__verdicts__MAX_RETRY_S=0.5)
     workspace.memory_model(faults=[{"op": "save", "kind": "segfault", "at": 1}])
     workspace.write("p.md", "You are prompt P.")
@@ -355,7 +382,10 @@ def test_build_that_crashes_is_quarantined(workspace: Workspace) -> None:
 
 
 def test_cache_that_crashes_the_worker_is_quarantined(workspace: Workspace) -> None:
-    """After three crashes over one prompt cache it is left alone, also after a restart; another text brings it back."""
+    """After three crashes over one prompt cache it is left alone, also after a restart.
+
+    Another text brings it back.
+    """
     workspace.memory_model(faults=[{"op": "load", "kind": "segfault", "at": 1}])
     workspace.write("p.md", "You are prompt P.")
     workspace.write("q.md", "You are prompt Q.")
@@ -384,7 +414,10 @@ def test_cache_that_crashes_the_worker_is_quarantined(workspace: Workspace) -> N
 
 
 def test_build_that_hangs_or_fails_does_not_stop_the_others(workspace: Workspace) -> None:
-    """A model that cannot save makes its prompts uncacheable, lastingly; the other model's are built."""
+    """A model that cannot save makes its prompts uncacheable, lastingly.
+
+    The other model's are built.
+    """
     workspace.memory_model("m.model", can_save=False)
     workspace.memory_model("n.model")
     workspace.write("p.md", "Text.")
@@ -403,7 +436,10 @@ def test_build_that_hangs_or_fails_does_not_stop_the_others(workspace: Workspace
 
 
 def test_artifact_damaged_under_the_daemon(two_prompts: Workspace) -> None:
-    """A prompt cache that was damaged on disk is never used: the answer is right, and the cache is rebuilt."""
+    """A prompt cache that was damaged on disk is never used.
+
+    The answer is right, and the cache is rebuilt.
+    """
     path = two_prompts.cache / "m/a.memory_cache"
     right = right_answer(two_prompts, "You are prompt A.")
     two_prompts.ask("m/b")  # so that b, not a, is in memory
@@ -433,7 +469,10 @@ def test_store_deleted_under_the_daemon(two_prompts: Workspace) -> None:
 
 
 def test_store_that_cannot_be_written(two_prompts: Workspace) -> None:
-    """A file in place of the store is shown, requests are answered, nothing storms, and it heals when the file goes."""
+    """A file in place of the store is shown, requests are answered, nothing storms.
+
+    It heals when the file goes.
+    """
     shutil.rmtree(two_prompts.cache)
     two_prompts.cache.write_text("in the way")
     two_prompts.hang_up()
@@ -450,7 +489,10 @@ def test_store_that_cannot_be_written(two_prompts: Workspace) -> None:
 
 
 def test_failures_are_remembered_without_a_disk(workspace: Workspace) -> None:
-    """Where a verdict cannot be written, as on a full disk, the pause between attempts grows all the same."""
+    """Where a verdict cannot be written.
+
+    As on a full disk, the pause between attempts grows all the same.
+    """
     workspace.memory_model(
         faults=[{"op": "save", "kind": "error", "at": number} for number in (1, 2)]
     )
@@ -519,7 +561,10 @@ def test_many_clients(two_prompts: Workspace) -> None:
 
 @pytest.mark.parametrize("phase", ["build", "reply"])
 def test_sigterm(workspace: Workspace, phase: str) -> None:
-    """SIGTERM during a build or a reply ends the daemon before them; no temporary file and no child is left."""
+    """SIGTERM during a build or a reply ends the daemon before them.
+
+    No temporary file and no child is left.
+    """
     workspace.memory_model(prefill_us_per_token=2_000_000, decode_us_per_token=1_000_000)
     workspace.write("p.md", "A prompt that takes several seconds to read." * 3)
     workspace.declare("{p: p.md}" if phase == "build" else "{}")
@@ -550,7 +595,10 @@ def test_sigterm(workspace: Workspace, phase: str) -> None:
 
 
 def test_kill_nine_leaves_no_child(two_prompts: Workspace) -> None:
-    """A daemon that is killed takes its workers along, and the next one starts on its socket and store."""
+    """A daemon that is killed takes its workers along.
+
+    The next one starts on its socket and store.
+    """
     children = two_prompts.children()
     two_prompts.stop(signal.SIGKILL)
     assert psutil.wait_procs(children, timeout=DEADLINE_S)[1] == []

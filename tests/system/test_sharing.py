@@ -1,4 +1,7 @@
-"""Several models and several clients on one daemon: who is loaded, who waits, who is told to come back."""
+"""Several models and several clients on one daemon.
+
+Who is loaded, who waits, who is told to come back.
+"""
 
 from __future__ import annotations
 
@@ -80,7 +83,10 @@ def test_an_npu_holds_one_model(
 
 
 def test_a_model_that_replies_is_never_unloaded(workspace: Workspace) -> None:
-    """Two models may run at once but only one fits: the second request waits for the end of the first answer."""
+    """Two models may run at once but only one fits.
+
+    The second request waits for the end of the first answer.
+    """
     three_models(workspace, ", concurrent: true, max_loaded: 1", decode_us_per_token=20_000)
     with ThreadPoolExecutor(2) as pool:
         slow = pool.submit(workspace.ask, "x", max_tokens=60)
@@ -94,7 +100,10 @@ def test_a_model_that_replies_is_never_unloaded(workspace: Workspace) -> None:
 
 
 def test_the_access_log_names_who_asked(two_prompts: Workspace) -> None:
-    """One line an exchange: path, status, uid, pid and the request's id; not a word of what was said."""
+    """One line an exchange: path, status, uid, pid and the request's id.
+
+    Not a word of what was said.
+    """
     need("curl")
     body = json.dumps(
         {"model": "m/a", "messages": [{"role": "user", "content": "a secret question"}]}
@@ -170,7 +179,10 @@ def test_stopping_lets_replies_end_in_their_grace(workspace: Workspace, grace_s:
 
 
 def test_a_slow_reader_stops_nobody(workspace: Workspace) -> None:
-    """Somebody who does not read a long stream keeps neither the model nor the daemon; what he reads later is whole."""
+    """Somebody who does not read a long stream keeps neither the model nor the daemon.
+
+    What he reads later is whole.
+    """
     workspace.memory_model(context_tokens=100_000)
     workspace.declare("{}", params="{max_context_len: 100000}")
     workspace.start()
@@ -194,7 +206,10 @@ def test_a_slow_reader_stops_nobody(workspace: Workspace) -> None:
 
 @pytest.mark.parametrize("waits", [False, True], ids=["in prefill", "in the queue"])
 def test_a_client_that_goes_away_frees_its_place(workspace: Workspace, *, waits: bool) -> None:
-    """Its prefill is stopped at once, or it is no longer waited for; the next request has its turn."""
+    """Its prefill is stopped at once, or it is no longer waited for.
+
+    The next request has its turn.
+    """
     workspace.memory_model(prefill_us_per_token=500_000)
     workspace.declare("{}")
     workspace.start()
@@ -223,7 +238,10 @@ def test_a_client_that_goes_away_frees_its_place(workspace: Workspace, *, waits:
 
 
 def test_a_prefix_in_memory_is_not_read_again(workspace: Workspace) -> None:
-    """The second request to one prompt takes nothing from the disk; the other prompt's next one does."""
+    """The second request to one prompt takes nothing from the disk.
+
+    The other prompt's next one does.
+    """
     workspace.memory_model()
     for name in "ab":
         workspace.write(f"{name}.md", f"You are prompt {name}. " * 100)
@@ -245,7 +263,10 @@ def test_a_prefix_in_memory_is_not_read_again(workspace: Workspace) -> None:
 
 
 def test_two_prompts_in_turn(two_prompts: Workspace) -> None:
-    """Two hundred questions, now to the one, now to the other: never an answer from the other one's state."""
+    """Two hundred questions, now to the one, now to the other.
+
+    Never an answer from the other one's state.
+    """
     right = {name: right_answer(two_prompts, f"You are prompt {name.upper()}.") for name in "ab"}
     for number in range(200):
         name = "ab"[number % 2]
@@ -265,7 +286,8 @@ def test_two_prompts_in_turn_on_rkllm(
     workspace.write("b.md", "You are prompt B.\n")
     workspace.write(
         "manifest.yaml",
-        f"version: 1\nengine: {{kind: rkllm, library: {library}}}\nmodels:\n  m:\n    path: m.rkllm\n"
+        f"version: 1\nengine: {{kind: rkllm, library: {library}}}\nmodels:\n  m:\n"
+        "    path: m.rkllm\n"
         "    params: {temperature: 0}\n    prompts: {a: a.md, b: b.md}\n",
     )
     workspace.start()
@@ -329,11 +351,15 @@ class Crowd:
 
 @pytest.mark.model
 def test_sixty_four_clients_that_come_and_go(workspace: Workspace, small_model: Path) -> None:
-    """On the real model, each hanging up at a whim: no error but 503, nothing leaks, the caches still hit."""
+    """On the real model, each hanging up at a whim.
+
+    No error but 503, nothing leaks, the caches still hit.
+    """
     workspace.write("cook.md", "You are a ship's cook. You answer in one short sentence. " * 4)
     workspace.write(
         "manifest.yaml",
-        f"version: 1\nengine: {{kind: llamacpp, threads: 1}}\nmodels:\n  m:\n    path: {small_model}\n"
+        "version: 1\nengine: {kind: llamacpp, threads: 1}\nmodels:\n  m:\n"
+        f"    path: {small_model}\n"
         "    params: {max_context_len: 512, max_new_tokens: 8, temperature: 0}\n"
         "    prompts: {cook: cook.md}\n",
     )

@@ -56,7 +56,10 @@ def impatient(workspace: Workspace) -> None:
 
 @pytest.fixture
 def settled(two_prompts: Workspace) -> Iterator[Workspace]:
-    """A daemon that must be as well afterwards as before: answering from its cache, with no descriptor lost."""
+    """A daemon that must be as well afterwards as before.
+
+    Answering from its cache, with no descriptor lost.
+    """
     two_prompts.ask("m/a")
     before = fds(two_prompts)
     yield two_prompts
@@ -66,7 +69,10 @@ def settled(two_prompts: Workspace) -> Iterator[Workspace]:
 
 
 def test_second_daemon_is_refused(settled: Workspace) -> None:
-    """On the same cache, and on the same socket with another cache: it says why; the first does not notice."""
+    """On the same cache, and on the same socket with another cache: it says why.
+
+    The first does not notice.
+    """
     on_cache = settled.cli("run", "--socket", str(settled.root / "other.sock"), code=75)
     on_socket = settled.cli("run", "--cache-dir", str(settled.root / "other"), code=73)
 
@@ -86,7 +92,10 @@ def test_stale_lock_and_sockets(two_prompts: Workspace) -> None:
 @pytest.mark.usefixtures("watchful")
 @pytest.mark.parametrize("name", ["s.sock", "admin.sock"])
 def test_deleted_socket_comes_back(settled: Workspace, name: str) -> None:
-    """A daemon that cannot be reached is of no use: the socket is made again, with its mode, and goes at the end."""
+    """A daemon that cannot be reached is of no use.
+
+    The socket is made again, with its mode, and goes at the end.
+    """
     path = settled.root / name
     mode = path.stat().st_mode
     for _ in range(2):
@@ -105,7 +114,10 @@ def answers(path: Path) -> bool:
 
 @pytest.mark.usefixtures("watchful")
 def test_socket_taken_by_another_is_left_alone(two_prompts: Workspace) -> None:
-    """A file in the place of the deleted socket is not ours to remove; when it goes, the socket comes back."""
+    """A file in the place of the deleted socket is not ours to remove.
+
+    When it goes, the socket comes back.
+    """
     two_prompts.socket.unlink()
     two_prompts.socket.write_text("mine")
     two_prompts.logged("socket lost")
@@ -175,7 +187,11 @@ def test_half_requests(settled: Workspace, cut: int) -> None:
         b"\r\n" * 10_000 + b"NONSENSE\r\n\r\n",
         b"GET / HTTP/1.1\r\nHost: d\r\nContent-Length: -1\r\n\r\n",
         b"POST / HTTP/1.1\r\nHost: d\r\nTransfer-Encoding: chunked\r\n\r\nffffffffffffffffffff\r\n",
-        b"GET /nowhere HTTP/1.1\r\nHost: d\r\nContent-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
+        (
+            b"GET /nowhere HTTP/1.1\r\nHost: d\r\nContent-Length: 5\r\n"
+            b"Transfer-Encoding: chunked\r\n"
+            b"\r\n0\r\n\r\n"
+        ),
     ],
 )
 def test_giant_and_wrong_headers(settled: Workspace, junk: bytes) -> None:
@@ -203,7 +219,10 @@ def test_pipelined_requests(settled: Workspace) -> None:
 
 
 def test_thousand_connections(settled: Workspace) -> None:
-    """Beyond the limit each is told so at once; the daemon has files left for its work, and all is well afterwards."""
+    """Beyond the limit each is told so at once.
+
+    The daemon has files left for its work, and all is well afterwards.
+    """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, 4096), hard))
     try:

@@ -1,4 +1,7 @@
-"""`rkcached status`: what it says before the first look is over, which figures it shows, and in what order."""
+"""`rkcached status`.
+
+What it says before the first look is over, which figures it shows, and in what order.
+"""
 
 from __future__ import annotations
 
@@ -125,7 +128,10 @@ def test_what_needs_somebody_comes_first(workspace: Workspace) -> None:
 
 
 def test_exit_code(two_prompts: Workspace) -> None:
-    """0 when all is fresh, 2 when something is not, also while the manifest is rejected; not with --watch."""
+    """0 when all is fresh, 2 when something is not, also while the manifest is rejected.
+
+    Not with --watch.
+    """
     two_prompts.cli("status", "--exit-code")
     good = two_prompts.manifest.read_text()
     two_prompts.write("manifest.yaml", "version: 7\n")

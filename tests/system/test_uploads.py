@@ -1,4 +1,7 @@
-"""Files that grow for a while, and files that never rest: few builds are begun, and other prompts get theirs."""
+"""Files that grow for a while, and files that never rest.
+
+Few builds are begun, and other prompts get theirs.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +24,10 @@ def started(space: Workspace) -> list[str]:
 
 
 def upload(space: Workspace, stream: BufferedWriter, pieces: list[bytes]) -> None:
-    """Write these, each after a look at what was there before; a writer is never silent for long."""
+    """Write these, each after a look at what was there before.
+
+    A writer is never silent for long.
+    """
     for piece in pieces:
         looks = space.status()["reconcile"]["looks"]
         stream.write(piece)
@@ -100,7 +106,10 @@ def slow(workspace: Workspace) -> Path:
 
 
 def test_a_prompt_that_never_rests_leaves_room_for_others(workspace: Workspace, slow: Path) -> None:
-    """Regression: rewritten whenever its build began, it was the first to be built each time, and nothing else was."""
+    """Regression: rewritten whenever its build began, it was the first to be built each time.
+
+    Nothing else was.
+    """
     end = time.monotonic() + DEADLINE_S
     edition = 0
     while workspace.prompt("b")["state"] != "fresh":

@@ -1,4 +1,7 @@
-"""`rkcached wait`: it ends when prompt caches are fresh, or says why they never will be, or what it waits for."""
+"""`rkcached wait`: it ends when prompt caches are fresh, or says why they never will be.
+
+Or what it waits for.
+"""
 
 from __future__ import annotations
 
@@ -80,7 +83,10 @@ def test_a_change_made_just_before_counts(two_prompts: Workspace) -> None:
 
 
 def test_it_hears_of_the_build(workspace: Workspace, waiting: Waiting) -> None:
-    """It begins before the daemon, and ends when the last prompt is fresh, without asking again and again."""
+    """It begins before the daemon.
+
+    Ends when the last prompt is fresh, without asking again and again.
+    """
     workspace.memory_model(prefill_us_per_token=2_000)
     for name in "ab":
         workspace.write(f"{name}.md", f"You are {name}. " * 20)

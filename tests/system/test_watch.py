@@ -1,6 +1,9 @@
-"""Every way a prompt, a manifest or a model can change, against the running daemon: exactly the right rebuilds.
+"""Every way a prompt, a manifest or a model can change, against the running daemon.
 
-Where a change must cause no build, a later edit of another prompt is awaited: what was built by then is all there is.
+Exactly the right rebuilds.
+
+Where a change must cause no build, a later edit of another prompt is awaited: what was built by
+then is all there is.
 """
 
 from __future__ import annotations
@@ -98,7 +101,10 @@ def test_sed_in_place(two_prompts: Workspace) -> None:
 
 
 def test_link_retargeted(workspace: Workspace) -> None:
-    """A prompt that is a link follows the link when it is pointed elsewhere, and when its target is edited."""
+    """A prompt that is a link follows the link when it is pointed elsewhere.
+
+    When its target is edited.
+    """
     workspace.memory_model()
     workspace.write("texts/one.md", "Text one.\n")
     workspace.write("texts/two.md", "Text two.\n")
@@ -173,7 +179,10 @@ def test_reverted_before_it_settles(two_prompts: Workspace) -> None:
 
 
 def test_deleted_and_back(two_prompts: Workspace) -> None:
-    """A deleted prompt is blocked; its artifact is kept, not served by name, and fresh when the same text returns."""
+    """A deleted prompt is blocked.
+
+    Its artifact is kept, not served by name, and fresh when the same text returns.
+    """
     before = len(two_prompts.built())
     path = two_prompts.root / "prompts/a.md"
     text = path.read_text()
@@ -218,7 +227,10 @@ def test_directory_replaced(two_prompts: Workspace) -> None:
 
 
 def test_parameter_of_one_prompt(two_prompts: Workspace) -> None:
-    """A parameter changed for one prompt rebuilds that one, and the reason names it, old and new."""
+    """A parameter changed for one prompt rebuilds that one.
+
+    The reason names it, old and new.
+    """
     before = len(two_prompts.built())
     two_prompts.declare("{a: {files: prompts/a.md, params: {temperature: 0.2}}, b: prompts/b.md}")
     wait_build(two_prompts, "a", before)
@@ -254,7 +266,10 @@ def test_model_replaced(two_prompts: Workspace) -> None:
 
 
 def test_prompt_added_removed_renamed(two_prompts: Workspace) -> None:
-    """An added prompt is built, a removed one is put aside, and a renamed one takes its prompt cache along."""
+    """An added prompt is built, a removed one is put aside.
+
+    A renamed one takes its prompt cache along.
+    """
     before = len(two_prompts.built())
     two_prompts.write("prompts/c.md", "You are prompt C.\n")
     two_prompts.declare("{a: prompts/a.md, b: prompts/b.md, c: prompts/c.md}")
@@ -271,7 +286,10 @@ def test_prompt_added_removed_renamed(two_prompts: Workspace) -> None:
 
 
 def test_new_file_of_a_pattern(workspace: Workspace) -> None:
-    """A file that matches prompts_from becomes a prompt; deleted, it is none any more; hidden files never are."""
+    """A file that matches prompts_from becomes a prompt; deleted, it is none any more.
+
+    Hidden files never are.
+    """
     workspace.memory_model()
     workspace.write("extra/one.md", "Extra one.\n")
     workspace.declare("{}", model="    prompts_from: extra/*.md\n")
@@ -286,7 +304,10 @@ def test_new_file_of_a_pattern(workspace: Workspace) -> None:
 
 
 def test_pattern_directory_gone(workspace: Workspace) -> None:
-    """When a prompts_from directory vanishes, its artifacts are kept; nobody said that the prompts are gone."""
+    """When a prompts_from directory vanishes, its artifacts are kept.
+
+    Nobody said that the prompts are gone.
+    """
     workspace.memory_model()
     workspace.write("extra/one.md", "Extra one.\n")
     workspace.declare("{}", model="    prompts_from: extra/*.md\n")
@@ -300,7 +321,10 @@ def test_pattern_directory_gone(workspace: Workspace) -> None:
 
 
 def test_broken_manifest(two_prompts: Workspace) -> None:
-    """A broken manifest changes nothing and is shown with file:line; edits still count; mended, it is applied."""
+    """A broken manifest changes nothing and is shown with file:line; edits still count.
+
+    Mended, it is applied.
+    """
     good = two_prompts.manifest.read_text()
     two_prompts.manifest.write_text(good.replace("max_context_len", "max_contxt_len"))
     (problem,) = wait_until(

@@ -1,4 +1,7 @@
-"""What may go wrong with watching, against the running daemon: nothing is missed for longer than one rescan."""
+"""What may go wrong with watching, against the running daemon.
+
+Nothing is missed for longer than one rescan.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +31,10 @@ PROMPTS = int(os.environ.get("RKCACHED_WATCH_PROMPTS", "300"))
 
 
 def in_namespace(setup: str) -> list[str]:
-    """What runs a daemon as root of a user namespace of its own, where limits and mounts are nobody else's."""
+    """What runs a daemon as root of a user namespace of its own.
+
+    Where limits and mounts are nobody else's.
+    """
     unshare = [need("unshare"), "--user", "--map-root-user", "--mount"]
     if subprocess.run([*unshare, "true"], capture_output=True, check=False).returncode != 0:
         (pytest.fail if os.environ.get("RKCACHED_NO_SKIPS") else pytest.skip)(
@@ -80,7 +86,10 @@ def watches(space: Workspace) -> int:
 
 
 def burst(folder: Path) -> None:
-    """So many events of names that nobody watches; no two in a row are the same, so the kernel keeps each."""
+    """So many events of names that nobody watches.
+
+    No two in a row are the same, so the kernel keeps each.
+    """
     one, other = folder / "noise.one", folder / "noise.other"
     one.write_bytes(b"")
     for _ in range(EVENTS // 4):  # a rename is two events
@@ -90,7 +99,10 @@ def burst(folder: Path) -> None:
 
 
 def test_more_events_than_the_kernel_keeps(two_prompts: Workspace) -> None:
-    """After an overflow, which tells nothing of an edit behind it, there is one look, and the edit is in it."""
+    """After an overflow, which tells nothing of an edit behind it, there is one look.
+
+    The edit is in it.
+    """
     assert two_prompts.process is not None
     looks = two_prompts.status()["reconcile"]["looks"]
     two_prompts.process.send_signal(signal.SIGSTOP)
@@ -117,7 +129,10 @@ def test_more_events_than_the_kernel_keeps(two_prompts: Workspace) -> None:
 
 
 def test_a_burst_leaves_nothing_in_memory(two_prompts: Workspace) -> None:
-    """While the daemon reads them, or fails to: memory is what it was, and so is the time until an edit is noticed."""
+    """While the daemon reads them, or fails to.
+
+    Memory is what it was, and so is the time until an edit is noticed.
+    """
     edit(two_prompts, "a")
     before = resident_mb(two_prompts)
     for _ in range(2):
@@ -147,7 +162,10 @@ def test_a_burst_of_the_prompt_itself(two_prompts: Workspace) -> None:
     ("limit", "value"), [("max_inotify_instances", 0), ("max_inotify_watches", 3)]
 )
 def test_no_room_for_inotify(workspace: Workspace, limit: str, value: int) -> None:
-    """Out of inotify instances, or watches: it polls, and says so; with room again, the next look ends that."""
+    """Out of inotify instances, or watches: it polls, and says so.
+
+    With room again, the next look ends that.
+    """
     workspace.launcher = [
         *in_namespace(f"echo {value} > /proc/sys/user/{limit}"),
         *workspace.launcher,
@@ -197,7 +215,10 @@ def test_room_is_lost_while_it_runs(workspace: Workspace) -> None:
 
 
 def test_a_file_system_without_events(workspace: Workspace) -> None:
-    """A file that is changed beneath an overlay causes no event in it: the rescan finds it, here after 3 s."""
+    """A file that is changed beneath an overlay causes no event in it.
+
+    The rescan finds it, here after 3 s.
+    """
     lower, merged = workspace.root / "lower", workspace.root / "merged"
     for folder in (lower, merged, workspace.root / "empty"):
         folder.mkdir()
@@ -246,7 +267,10 @@ def moved_away(folder: Path) -> None:
 
 
 def made_again(folder: Path) -> None:
-    """Until it has the inode number that it had, where the file system gives numbers again, as ext4 does."""
+    """Until it has the inode number that it had.
+
+    Where the file system gives numbers again, as ext4 does.
+    """
     shutil.copytree(folder, folder.with_name("copy"))
     before = folder.stat().st_ino
     for _ in range(20):
@@ -259,7 +283,10 @@ def made_again(folder: Path) -> None:
 
 @pytest.fixture
 def on_disk() -> Iterator[Workspace]:
-    """Two prompts, deep down in a folder that is on a disk; a tmpfs never gives an inode number again."""
+    """Two prompts, deep down in a folder that is on a disk.
+
+    A tmpfs never gives an inode number again.
+    """
     with tempfile.TemporaryDirectory(dir="/var/tmp", prefix="rkcached-") as folder:
         space = Workspace(Path(folder))
         space.memory_model()
@@ -277,7 +304,10 @@ def on_disk() -> Iterator[Workspace]:
 def test_a_folder_on_the_way_is_replaced(
     on_disk: Workspace, folder: str, replace: Callable[[Path], None]
 ) -> None:
-    """The prompts' folder, its parent, and the parent of that: the new one is watched, twice in a row."""
+    """The prompts' folder, its parent, and the parent of that.
+
+    The new one is watched, twice in a row.
+    """
     for _ in range(2):
         replace(on_disk.root / folder)
         for leftover in ("old", "copy"):
@@ -287,7 +317,10 @@ def test_a_folder_on_the_way_is_replaced(
 
 
 def test_a_replaced_ancestor_is_noticed_without_another_event(on_disk: Workspace) -> None:
-    """A whole tree that is exchanged for another, far above the prompts: its texts count at once."""
+    """A whole tree that is exchanged for another, far above the prompts.
+
+    Its texts count at once.
+    """
     shutil.copytree(on_disk.root / "x", on_disk.root / "new")
     on_disk.write("new/y/prompts/a.md", "You come from afar.\n")
     (on_disk.root / "x").rename(on_disk.root / "old")
@@ -298,7 +331,10 @@ def test_a_replaced_ancestor_is_noticed_without_another_event(on_disk: Workspace
 
 
 def test_links_in_a_folder(workspace: Workspace) -> None:
-    """A loop of links is one prompt in trouble; mended, it is built; then the file that it leads to is watched."""
+    """A loop of links is one prompt in trouble; mended, it is built.
+
+    Then the file that it leads to is watched.
+    """
     workspace.memory_model()
     workspace.write("prompts/plain.md", "You are plain.\n")
     (workspace.root / "prompts/one.md").symlink_to("two.md")
@@ -328,7 +364,10 @@ def test_links_in_a_folder(workspace: Workspace) -> None:
 
 
 def test_many_prompts_in_a_folder(workspace: Workspace) -> None:
-    """Folders are watched, not files; an edit and a new file among many are noticed; nothing else is built."""
+    """Folders are watched, not files; an edit and a new file among many are noticed.
+
+    Nothing else is built.
+    """
     workspace.memory_model()
     for number in range(PROMPTS):
         workspace.write(f"prompts/p{number}.md", f"You are prompt {number}.\n")

@@ -1,4 +1,7 @@
-"""Bodies that are as large and as wrong as a body can be: refused at once, and everybody else is served meanwhile."""
+"""Bodies that are as large and as wrong as a body can be.
+
+Refused at once, and everybody else is served meanwhile.
+"""
 
 from __future__ import annotations
 
@@ -106,7 +109,10 @@ SLOW_S = 5.0
 
 
 def slowest_while(space: Workspace, work: Callable[[], None]) -> float:
-    """The longest that /healthz took on either socket, in seconds, while `work` went on in another thread."""
+    """The longest that /healthz took on either socket, in seconds.
+
+    While `work` went on in another thread.
+    """
     failed: list[BaseException] = []
 
     def run() -> None:
@@ -149,7 +155,10 @@ def daemon(workspace: Workspace) -> Workspace:
 
 
 def test_no_wrong_body_holds_the_others_up(daemon: Workspace) -> None:
-    """400 for each kind, on either socket, with an answer of a few words; /healthz answers on both in between."""
+    """400 for each kind, on either socket, with an answer of a few words.
+
+    /healthz answers on both in between.
+    """
     sockets = itertools.cycle((False, True))
 
     def work() -> None:

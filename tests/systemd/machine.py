@@ -90,7 +90,8 @@ class Machine:
         wait_until(
             lambda: self.run("systemctl", "is-system-running", code=None).stdout.strip() in up,
             lambda: (
-                f"systemd is up; its console:\n{(self._base / 'console').read_text(errors='replace')}"
+                "systemd is up; its console:\n"
+                f"{(self._base / 'console').read_text(errors='replace')}"
             ),
             BOOT_DEADLINE_S,
         )
@@ -164,7 +165,8 @@ class Machine:
         )
         if code is not None and done.returncode != code:
             pytest.fail(
-                f"{' '.join(command)} exited with {done.returncode}, not {code}:\n{done.stdout}\n{done.stderr}"
+                f"{' '.join(command)} exited with {done.returncode}, not {code}:\n{done.stdout}\n"
+                f"{done.stderr}"
             )
         return done
 
@@ -230,7 +232,10 @@ class Machine:
         params: str = "",
         **model: Any,
     ) -> None:
-        """A manifest with the model `m` of the memory engine (its keys: `model`), and these prompts as files."""
+        """A manifest with the model `m` of the memory engine (its keys: `model`).
+
+        These prompts as files.
+        """
         self.write(
             "/var/lib/rkcached-models/m.model", json.dumps({"rkcached_memory_model": 1, **model})
         )
@@ -239,14 +244,18 @@ class Machine:
         names = ", ".join(f"{name}: prompts/{name}.md" for name in prompts)
         self.write(
             "/etc/rkcached/manifest.yaml",
-            f"version: 1\nengine: {engine}\nmodels:\n  m:\n    path: /var/lib/rkcached-models/m.model\n"
+            f"version: 1\nengine: {engine}\nmodels:\n  m:\n"
+            "    path: /var/lib/rkcached-models/m.model\n"
             f"    params: {{max_context_len: 4096{params}}}\n    prompts: {{{names}}}\n",
         )
 
     def curl(
         self, path: str, body: Any = None, *, user: str = "", admin: bool = False
     ) -> tuple[int, dict[str, Any]]:
-        """Status and answer of one request through the socket; status 0 if curl could not connect."""
+        """Status and answer of one request through the socket.
+
+        Status 0 if curl could not connect.
+        """
         command = ["curl", "-sS", "--max-time", "50", "-w", "\n%{http_code}"]
         command += ["--unix-socket", ADMIN_SOCKET if admin else SOCKET]
         if body is not None:
@@ -309,7 +318,10 @@ class Machine:
 
 
 def make(machine: Machine, goal: str, **variables: str) -> str:
-    """`make install` or `make uninstall` in the machine; without a network, packages come from /wheels."""
+    """`make install` or `make uninstall` in the machine.
+
+    Without a network, packages come from /wheels.
+    """
     pip = {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": "/wheels"}
     given = [
         f"{name}={value}" for name, value in {"PYTHON": "/usr/bin/python3", **variables}.items()

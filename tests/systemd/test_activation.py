@@ -1,4 +1,7 @@
-"""From `make install` to the first answer: sockets, readiness, permissions, the sandbox as systemd sees it."""
+"""From `make install` to the first answer.
+
+Sockets, readiness, permissions, the sandbox as systemd sees it.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,10 @@ UNITS = (UNIT, "rkcached.socket", "rkcached-admin.socket")
 
 
 def test_the_first_connection_starts_the_daemon_and_is_answered(machine: Machine) -> None:
-    """With only the socket enabled: a question comes before there is a daemon, and gets its answer."""
+    """With only the socket enabled.
+
+    A question comes before there is a daemon, and gets its answer.
+    """
     machine.systemctl("enable", "rkcached.socket")
     assert machine.show("ActiveState") == "inactive"
     answer = machine.ask("m/a")
@@ -23,7 +29,10 @@ def test_the_first_connection_starts_the_daemon_and_is_answered(machine: Machine
 
 
 def test_ready_does_not_wait_for_builds(machine: Machine) -> None:
-    """`systemctl start` returns when the plan exists; the status line then says what is being built."""
+    """`systemctl start` returns when the plan exists.
+
+    The status line then says what is being built.
+    """
     machine.declare(
         {"a": "You are prompt A.\n" * 50, "b": "You are prompt B.\n" * 50},
         prefill_us_per_token=3000,
@@ -39,7 +48,10 @@ def test_nothing_is_lost_while_the_daemon_restarts(machine: Machine) -> None:
     """Requests that come during a restart wait in the socket for the next daemon."""
     machine.ask("m/a")
     before = machine.main_pid
-    curl = f"curl -sS --max-time 50 --unix-socket {SOCKET} -o /dev/null -w '%{{http_code}}\\n' http://d/v1/models"
+    curl = (
+        f"curl -sS --max-time 50 --unix-socket {SOCKET} -o /dev/null -w '%{{http_code}}\\n' "
+        "http://d/v1/models"
+    )
     asking = f"for i in $(seq 30); do {curl}; done & "
     codes = machine.run(
         "sh", "-c", f"{asking * 4} systemctl restart {UNIT}; systemctl restart {UNIT}; wait"
@@ -66,7 +78,10 @@ def test_every_stream_of_a_socket_unit_is_served(machine: Machine) -> None:
 
 
 def test_who_may_do_what(machine: Machine) -> None:
-    """The group may ask; changes are root's; anybody else gets permission denied, and no listing of names."""
+    """The group may ask; changes are root's.
+
+    Anybody else gets permission denied, and no listing of names.
+    """
     machine.run(
         "sh", "-c", "id member || useradd -G rkcached member; id stranger || useradd stranger"
     )
@@ -141,7 +156,10 @@ def test_the_system_s_places_are_found(machine: Machine) -> None:
 
 
 def test_an_upgrade_in_place_keeps_caches(machine: Machine) -> None:
-    """`make install` again: the manifest stays, the running daemon is restarted, and nothing is rebuilt."""
+    """`make install` again.
+
+    The manifest stays, the running daemon is restarted, and nothing is rebuilt.
+    """
     machine.ask("m/a")
     machine.wait_line("2 fresh")
     before, manifest = machine.main_pid, machine.read("/etc/rkcached/manifest.yaml")

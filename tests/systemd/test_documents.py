@@ -1,4 +1,7 @@
-"""The documents' commands for the service, typed on a booted machine; `sudo` is left out, as root types them."""
+"""The documents' commands for the service, typed on a booted machine; `sudo` is left out.
+
+As root types them.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,10 @@ BY_OTHERS = ("make ", "sudo make ", "sudo apt ", "sudoedit ", "curl ", "ssh ", "
 
 @pytest.fixture
 def fresh(machine: Machine) -> Iterator[Machine]:
-    """What `make install` leaves, with the engine `memory` and its model where the shipped manifest looks for one."""
+    """What `make install` leaves.
+
+    With the engine `memory` and its model where the shipped manifest looks for one.
+    """
     text = (ROOT / "etc/rkcached/manifest.yaml").read_text()
     assert f"path: {MODEL}" in text
     machine.write("/etc/rkcached/manifest.yaml", text.replace("kind: rkllm", "kind: memory"))
@@ -40,7 +46,10 @@ def typed(machine: Machine, command: str) -> str:
 
 
 def test_readme(fresh: Machine) -> None:
-    """From a package to the first answer: `wait` returns with the line that README shows, and a member may ask."""
+    """From a package to the first answer: `wait` returns with the line that README shows.
+
+    A member may ask.
+    """
     for command in commands(README):
         if command.startswith(BY_OTHERS):
             continue
@@ -51,7 +60,10 @@ def test_readme(fresh: Machine) -> None:
 
 
 def test_operating(fresh: Machine) -> None:
-    """The page about the service, in its order; a prompt that is installed as it says becomes fresh."""
+    """The page about the service, in its order.
+
+    A prompt that is installed as it says becomes fresh.
+    """
     fresh.write("/typed/new.md", "You are a new prompt.\n" * 20)
     shown = {}
     for command in commands(DOCS / "systemd.md"):
@@ -74,7 +86,10 @@ def test_operating(fresh: Machine) -> None:
 
 @pytest.mark.parametrize("page", ["manifest.md", "rkllm.md", "troubleshooting.md"])
 def test_other_pages(fresh: Machine, page: str) -> None:
-    """Library, model and prompt are put in place, the service starts, and every question is answered."""
+    """Library, model and prompt are put in place, the service starts.
+
+    Every question is answered.
+    """
     for name in ("new.md", "librkllmrt.so", "qwen3-0.6b.rkllm"):
         fresh.write(f"/typed/{name}", '{"rkcached_memory_model": 1}')
     fresh.systemctl("start", UNIT)
@@ -90,7 +105,10 @@ def test_other_pages(fresh: Machine, page: str) -> None:
 
 
 def test_the_port(fresh: Machine) -> None:
-    """The page's two units and its commands open a port on the loopback, and it answers as the page shows."""
+    """The page's two units and its commands open a port on the loopback.
+
+    It answers as the page shows.
+    """
     text = (DOCS / "page.md").read_text()
     units = re.findall(
         r"`(/etc/systemd/system/rkcached-port\.\w+)`:\n\n```ini\n(.*?)```", text, re.DOTALL

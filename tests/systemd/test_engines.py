@@ -1,4 +1,7 @@
-"""Real engines under the unit's sandbox: a build and a chat each, on llama.cpp and on the stand-in for RKLLM."""
+"""Real engines under the unit's sandbox.
+
+A build and a chat each, on llama.cpp and on the stand-in for RKLLM.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +39,10 @@ def warm_chat(machine: Machine, engine: str, model: str, more: str = "") -> None
 
 
 def test_the_npu_is_reachable_in_the_sandbox(machine: Machine) -> None:
-    """Its node belongs to the group render, as udev makes it; here another character device stands in for it."""
+    """Its node belongs to the group render, as udev makes it.
+
+    Here another character device stands in for it.
+    """
     machine.run(
         "sh", "-c", "mknod /dev/rknpu c 1 5 && chgrp render /dev/rknpu && chmod 660 /dev/rknpu"
     )
@@ -64,7 +70,10 @@ def test_rkllm_s_binding_under_the_sandbox(machine: Machine, tmp_path: Path) -> 
 
 
 def test_a_library_may_pin_its_threads(machine: Machine, tmp_path: Path) -> None:
-    """`npu.enabled_cpus` asks for it, and the sandbox refused sched_setaffinity: the model could not be loaded."""
+    """`npu.enabled_cpus` asks for it, and the sandbox refused sched_setaffinity.
+
+    The model could not be loaded.
+    """
     library = standin.build("D", tmp_path)
     machine.write("/opt/librkllmrt.so", library.read_bytes())
     machine.write(

@@ -1,4 +1,7 @@
-"""Commands on the service's manifest say what the service sees: running or not, asked by root or by a member."""
+"""Commands on the service's manifest say what the service sees.
+
+Running or not, asked by root or by a member.
+"""
 
 from __future__ import annotations
 
@@ -99,7 +102,10 @@ def test_a_prompt_of_root_alone(machine: Machine) -> None:
     machine.run("chmod", "600", "/etc/rkcached/prompts/b.md")
     machine.systemctl("start", UNIT)
     machine.wait_line("1 fresh, 1 blocked")
-    command = "sudo chgrp rkcached /etc/rkcached/prompts/b.md && sudo chmod 640 /etc/rkcached/prompts/b.md"
+    command = (
+        "sudo chgrp rkcached /etc/rkcached/prompts/b.md && sudo chmod 640 "
+        "/etc/rkcached/prompts/b.md"
+    )
     assert f"permission denied (`{command}`)" in machine.run("rkcached", "check", code=78).stderr
     [prompt] = [p for p in machine.status()["prompts"] if p["state"] == "blocked"]
     assert prompt["hint"] == f"`{command}`"
@@ -123,7 +129,10 @@ def test_a_folder_that_refuses(machine: Machine) -> None:
 
 def test_a_manifest_of_ones_own_is_looked_at_with_ones_own_eyes(at_home: Machine) -> None:
     """What the service may not see is nothing to it."""
-    text = "version: 1\nengine: {kind: memory}\nmodels: {m: {path: models/m.model, prompts: {a: a.md}}}\n"
+    text = (
+        "version: 1\nengine: {kind: memory}\n"
+        "models: {m: {path: models/m.model, prompts: {a: a.md}}}\n"
+    )
     at_home.write("/home/me/manifest.yaml", text)
     at_home.write("/home/me/a.md", "Be brief.")
     assert (

@@ -72,7 +72,10 @@ def test_a_killed_worker_is_a_failed_request_and_no_dead_service(watched: Machin
     watched.ask("m/a")
     before, [worker] = watched.main_pid, watched.worker_pids()
     body = '{"model": "m/a", "max_tokens": 400, "messages": [{"role": "user", "content": "hello"}]}'
-    asking = f"curl -sS --unix-socket /run/rkcached/rkcached.sock -d '{body}' http://localhost/v1/chat/completions"
+    asking = (
+        f"curl -sS --unix-socket /run/rkcached/rkcached.sock -d '{body}' "
+        "http://localhost/v1/chat/completions"
+    )
     answer = watched.run("sh", "-c", f"{asking} & sleep 0.7; kill -KILL {worker}; wait").stdout
     assert "was killed by SIGKILL" in answer
     assert watched.main_pid == before

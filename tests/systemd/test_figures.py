@@ -1,4 +1,6 @@
-"""The figures of the service: what does not depend on other programs is held, the rest is shown (`pytest -s`).
+"""The figures of the service.
+
+What does not depend on other programs is held, the rest is shown (`pytest -s`).
 
 docs/figures.md has what was measured on a machine that was left alone.
 """

@@ -1,7 +1,9 @@
-"""`make install DESTDIR=...`: an image that is made while it does not run starts by itself, whatever made it.
+"""`make install DESTDIR=...`.
 
-The image is this machine's root, or the one that RKCACHED_IMAGE_ROOT names, as mmdebstrap makes them with systemd,
-Python and curl.
+An image that is made while it does not run starts by itself, whatever made it.
+
+The image is this machine's root, or the one that RKCACHED_IMAGE_ROOT names, as mmdebstrap makes
+them with systemd, Python and curl.
 """
 
 from __future__ import annotations
@@ -76,7 +78,10 @@ def image(wheels: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ma
 
 
 def test_nothing_in_the_image_is_of_the_machine_that_made_it(image: Machine) -> None:
-    """Its Python is the image's, no path of the maker is in it, and the unit has what the image's systemd knows."""
+    """Its Python is the image's, no path of the maker is in it.
+
+    The unit has what the image's systemd knows.
+    """
     home = image.root / "usr/local/lib/rkcached"
     (packages,) = home.glob("lib/python3.*/site-packages")
     version = packages.parent.name
@@ -97,7 +102,10 @@ def test_nothing_in_the_image_is_of_the_machine_that_made_it(image: Machine) -> 
 
 
 def test_the_image_starts(image: Machine) -> None:
-    """At its first boot the user comes, may read what root configured, and the prompt becomes fresh."""
+    """At its first boot the user comes, may read what root configured.
+
+    The prompt becomes fresh.
+    """
     etc, models = image.root / "etc/rkcached", image.root / "srv/models"
     (etc / "manifest.yaml").write_text(MANIFEST)
     (etc / "prompts/mine.md").write_text("You are the appliance.\n" * 20)

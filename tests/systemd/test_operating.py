@@ -29,7 +29,10 @@ def test_an_edited_prompt_becomes_fresh_in_systemctl_status(running: Machine) ->
 
 
 def test_reload_puts_the_manifest_in_force(running: Machine) -> None:
-    """When `systemctl reload` returns, the new manifest is in force, and the process is the same."""
+    """When `systemctl reload` returns, the new manifest is in force.
+
+    The process is the same.
+    """
     before = running.main_pid
     running.declare({name: f"You are prompt {name}.\n" * 20 for name in "abc"})
     running.systemctl("reload", UNIT)
@@ -40,7 +43,10 @@ def test_reload_puts_the_manifest_in_force(running: Machine) -> None:
 
 
 def test_reload_of_a_broken_manifest_fails_and_changes_nothing(running: Machine) -> None:
-    """File and line are in the status line and in the journal; requests go on with the last good one."""
+    """File and line are in the status line and in the journal.
+
+    Requests go on with the last good one.
+    """
     good = running.read("/etc/rkcached/manifest.yaml")
     running.write("/etc/rkcached/manifest.yaml", good + "    promts: {}\n")
     assert "failed" in running.run("systemctl", "reload", UNIT, code=1).stderr
@@ -61,7 +67,10 @@ def test_reload_drops_no_request(running: Machine) -> None:
     running.systemctl("reload", UNIT)
     running.wait_line("2 fresh")
     body = '{"model": "m/a", "max_tokens": 100, "messages": [{"role": "user", "content": "hello"}]}'
-    asking = f"curl -sS --unix-socket /run/rkcached/rkcached.sock -d '{body}' http://localhost/v1/chat/completions"
+    asking = (
+        f"curl -sS --unix-socket /run/rkcached/rkcached.sock -d '{body}' "
+        "http://localhost/v1/chat/completions"
+    )
     answer = running.run("sh", "-c", f"{asking} & sleep 0.5; systemctl reload {UNIT}; wait").stdout
     assert '"completion_tokens":100' in answer
 
@@ -87,7 +96,10 @@ def test_restart_rebuilds_nothing(running: Machine) -> None:
 def test_stop_lets_a_reply_end_or_tells_it(
     running: Machine, tokens: int, grace_s: int, end: str
 ) -> None:
-    """One that ends within the grace is finished; one that takes minutes gets an error, and the stop does not wait."""
+    """One that ends within the grace is finished.
+
+    One that takes minutes gets an error, and the stop does not wait.
+    """
     running.declare({"a": "You are A.\n", "b": "You are B.\n"}, decode_us_per_token=50_000)
     manifest = running.read("/etc/rkcached/manifest.yaml")
     running.write(
@@ -95,7 +107,10 @@ def test_stop_lets_a_reply_end_or_tells_it(
     )
     running.systemctl("reload", UNIT)
     running.wait_line("2 fresh")
-    body = f'{{"model": "m/a", "max_tokens": {tokens}, "messages": [{{"role": "user", "content": "hello"}}]}}'
+    body = (
+        f'{{"model": "m/a", "max_tokens": {tokens}, "messages": [{{"role": "user", "content": '
+        '"hello"}]}'
+    )
     curl = "curl -sS --unix-socket /run/rkcached/rkcached.sock http://localhost/v1"
     asking = f"{curl}/chat/completions -d '{body}'"
     runs = f"""until {curl}/status | grep -q '"running":1'; do sleep 0.05; done"""
@@ -105,7 +120,10 @@ def test_stop_lets_a_reply_end_or_tells_it(
 
 
 def test_stop_ends_soon_during_a_build(machine: Machine) -> None:
-    """Long before the build is over, cleanly, with no half file; the next start builds what is missing."""
+    """Long before the build is over, cleanly, with no half file.
+
+    The next start builds what is missing.
+    """
     machine.declare({"a": "You are prompt A.\n" * 100}, prefill_us_per_token=1_000_000)
     machine.systemctl("start", UNIT)
     machine.wait_line("1 building m/a")
@@ -133,7 +151,10 @@ def test_a_manifest_that_never_was_good_is_not_tried_again(machine: Machine) -> 
 
 
 def test_who_asks_a_daemon_that_cannot_start_is_told_why(machine: Machine) -> None:
-    """The connection that starts it gets 503 with file and line, and does not start it over and over."""
+    """The connection that starts it gets 503 with file and line.
+
+    Does not start it over and over.
+    """
     good = machine.read("/etc/rkcached/manifest.yaml")
     machine.write("/etc/rkcached/manifest.yaml", "version: 1\nmodles: {}\n")
     status, answer = machine.curl("/v1/models")

@@ -1,4 +1,7 @@
-"""Why a file may not be read, and what lets it: by the mounts of a sandbox, and by modes with another user's eyes."""
+"""Why a file may not be read, and what lets it.
+
+By the mounts of a sandbox, and by modes with another user's eyes.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +29,10 @@ EMPTIED = """\
 488 439 0:62 / /home rw,relatime shared:185 - tmpfs tmpfs rw
 490 439 0:63 / /root rw,relatime shared:187 - tmpfs tmpfs rw
 473 464 0:64 / /run/user rw,relatime shared:171 - tmpfs tmpfs rw"""
-OPENED = "489 488 0:40 /home/me/my\\040models /home/me/my\\040models ro,relatime shared:186 - ext4 /dev/sda1 rw"
+OPENED = (
+    "489 488 0:40 /home/me/my\\040models /home/me/my\\040models ro,relatime shared:186 - "
+    "ext4 /dev/sda1 rw"
+)
 OWN_TMP = """\
 474 440 0:43 /systemd-private-ea2c-rkcached.service-8CP9zJ/tmp /tmp rw,nosuid shared:139 - tmpfs tmpfs rw
 490 439 0:40 /var/tmp/systemd-private-ea2c-rkcached.service-8eWmWM/tmp /var/tmp rw - ext4 /dev/sda1 rw"""

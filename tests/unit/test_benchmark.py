@@ -59,7 +59,10 @@ FIXED = MachineFacts(
 def test_it_says_when_a_figure_is_not_to_be_trusted(
     facts: dict[str, Any], steal_percent: float, runs: int, said: list[str]
 ) -> None:
-    """Clocks that move, a busy machine, a hypervisor that takes time, and few runs: a sentence each, and only then."""
+    """Clocks that move, a busy machine, a hypervisor that takes time, and few runs.
+
+    A sentence each, and only then.
+    """
     found = warnings(msgspec.structs.replace(FIXED, **facts), steal_percent, runs, [])
     assert len(found) == bool(said)
     assert all(words in found[0] for words in said)
@@ -146,9 +149,12 @@ FRESH = {"state": "fresh", "reason": "", "hint": "", "artifact": {"tokens": 90, 
 def test_too_short_is_what_costs_more_to_load_than_to_read(
     cold: list[Run], file: list[Run], said: str, advises: bool
 ) -> None:
-    """Noise is called noise, with the number of runs and their range, and no configuration is advised for it.
+    """Noise is called noise, with the number of runs and their range.
 
-    One slow answer of two was enough to advise a higher cache.min_tokens for a prompt whose cache spared 70 %.
+    No configuration is advised for it.
+
+    One slow answer of two was enough to advise a higher cache.min_tokens for a prompt whose cache
+    spared 70 %.
     """
     found = why_no_gain(FRESH, states(cold, file))
     assert said in found
@@ -171,7 +177,10 @@ def test_too_short_is_what_costs_more_to_load_than_to_read(
 def test_a_prompt_that_changed_is_not_one_without_gain(
     after: dict[str, Any], is_changed: bool
 ) -> None:
-    """The fingerprint tells, and before there is a new one the reason of the build; to be built anew is no change."""
+    """The fingerprint tells, and before there is a new one the reason of the build.
+
+    To be built anew is no change.
+    """
     assert changed(FRESH, {**FRESH, **after}) == is_changed
     assert not changed({"state": "uncached", "reason": "", "hint": ""}, {**FRESH, **after})
 

@@ -63,9 +63,12 @@ WRONG: list[tuple[type[Record], Any]] = [
 
 @pytest.mark.parametrize(("record", "body"), WRONG)
 def test_thousands_of_faults_are_a_handful_of_errors(record: type[Record], body: Any) -> None:
-    """Each error costs time; of as many faults as a body can have, only the first few become errors.
+    """Each error costs time.
 
-    The cause: each of 9,000 errors parsed the body again, which took 9 s, and nobody else was answered meanwhile.
+    Of as many faults as a body can have, only the first few become errors.
+
+    The cause: each of 9,000 errors parsed the body again, which took 9 s, and nobody else was
+    answered meanwhile.
     """
     data = json.dumps(body).encode()
 

@@ -26,11 +26,13 @@ from rkcached.sources.records import (
 RULES, PLAIN, OTHER = Key("m", "rules"), Key("m", "plain"), Key("n", "rules")
 TROUBLE = Trouble(message="the file is gone", hint="bring it back")
 NO_SYSTEM = (
-    "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+    "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system') }}{% "
+    "endif %}"
     "{% endfor %}"
 )
 PICKY = (
-    "{% for m in messages %}{% if m.content == 'Be rude.' %}{{ raise_exception('not that') }}{% endif %}"
+    "{% for m in messages %}{% if m.content == 'Be rude.' %}{{ raise_exception('not that') }}{% "
+    "endif %}"
     "{{ m.role }}: {{ m.content }}\n{% endfor %}"
 )
 
@@ -235,7 +237,10 @@ def test_another_template_changes_the_prompts_of_that_model() -> None:
 
 
 def test_a_template_that_renders_the_same_prefix_still_counts() -> None:
-    """It may render the request otherwise, and then its prompt cache would not be the request's beginning."""
+    """It may render the request otherwise.
+
+    Then its prompt cache would not be the request's beginning.
+    """
     after = World()
     after.templates["n"] = BUILTIN["chatml"] + "{# a comment #}"
     assert differing(World(), after) == {OTHER: ["template.digest"]}
@@ -355,7 +360,10 @@ def test_an_undeclared_prompt_has_no_fingerprint() -> None:
 
 
 def test_a_prompts_own_sampling_needs_a_runtime_that_can_change_it() -> None:
-    """Where sampling is fixed when the model is loaded, the prompt is in trouble; what equals the model's is fine."""
+    """Where sampling is fixed when the model is loaded, the prompt is in trouble.
+
+    What equals the model's is fine.
+    """
     world = World()
     world.models["m"]["prompts"] = {
         "rules": {"files": "r.md", "params": {"temperature": 0.2}},
@@ -381,7 +389,11 @@ def test_a_prompts_own_sampling_needs_a_runtime_that_can_change_it() -> None:
         (
             {},
             2048,
-            "is 4096, but the context is cut to the model's own, 2048 tokens (set max_context_len to 2048)",
+            (
+                "is 4096, but the context is cut to the model's own, 2048 tokens (set "
+                "max_context_len "
+                "to 2048)"
+            ),
         ),
         ({}, 512, "(set max_context_len to 512, and max_new_tokens to less than 512)"),
         ({"max_context_len": 8192}, 8192, ""),
@@ -392,7 +404,10 @@ def test_a_prompts_own_sampling_needs_a_runtime_that_can_change_it() -> None:
 def test_a_context_beyond_the_models_own(
     params: dict[str, int], trained: int | None, said: str
 ) -> None:
-    """It is said of that model, also when it is the default, and is no trouble; nothing is said where none is cut."""
+    """It is said of that model, also when it is the default, and is no trouble.
+
+    Nothing is said where none is cut.
+    """
     world = with_model("m", params=params)
     if trained is not None:
         world.trained["m"] = trained

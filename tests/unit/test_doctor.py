@@ -217,7 +217,10 @@ def test_the_sample_of_the_page(rock5: FakeBoard) -> None:
 
 
 def test_no_manifest(rock5: FakeBoard) -> None:
-    """Without a manifest the board alone is examined; a broken one is a failure beside the board's checks."""
+    """Without a manifest the board alone is examined.
+
+    A broken one is a failure beside the board's checks.
+    """
     report = rock5.examine(manifest=False)
     assert not report.failed
     assert outcomes(report)["manifest"] == "skip"
@@ -230,7 +233,10 @@ def test_no_manifest(rock5: FakeBoard) -> None:
 
 
 def test_governors(rock5: FakeBoard) -> None:
-    """A governor that changes the clock is a warning, with the command that sets it; held at the top is fine."""
+    """A governor that changes the clock is a warning, with the command that sets it.
+
+    Held at the top is fine.
+    """
     rock5.write(f"sys/class/devfreq/{NPU}/governor", "rknpu_ondemand\n")
     rock5.write(f"sys/class/devfreq/{NPU}/cur_freq", "300000000\n")
     rock5.write("sys/class/devfreq/dmc/governor", "dmc_ondemand\n")
@@ -254,7 +260,10 @@ def test_governors(rock5: FakeBoard) -> None:
 
 
 def test_no_permission(rock5: FakeBoard) -> None:
-    """Device nodes that this user may not open are a failure, with the group to join or the rule that is missing."""
+    """Device nodes that this user may not open are a failure.
+
+    With the group to join or the rule that is missing.
+    """
     nodes = [rock5.root / "dev/dri" / name for name in ("card1", "renderD129")]
     for node in nodes:
         node.chmod(0)
@@ -281,7 +290,10 @@ def test_group_to_join(rock5: FakeBoard) -> None:
 
 
 def test_device_nodes(rock5: FakeBoard) -> None:
-    """The NPU's nodes are found by uevent too, or are /dev/rknpu with the DMA heaps; without any it is a failure."""
+    """The NPU's nodes are found by uevent too, or are /dev/rknpu with the DMA heaps.
+
+    Without any it is a failure.
+    """
     for node in ("card1", "renderD129"):
         (rock5.root / "sys/class/drm" / node / "device").unlink()
     check = rock5.check("NPU devices")
@@ -302,7 +314,10 @@ def test_device_nodes(rock5: FakeBoard) -> None:
 
 
 def test_driver(rock5: FakeBoard) -> None:
-    """An old driver is a warning; one that cannot be read is skipped; the place in debugfs will do."""
+    """An old driver is a warning; one that cannot be read is skipped.
+
+    The place in debugfs will do.
+    """
     rock5.write("sys/module/rknpu/version", "0.9.6\n")
     check = rock5.check("NPU driver")
     assert check.outcome is Outcome.WARN
@@ -320,7 +335,10 @@ def test_driver(rock5: FakeBoard) -> None:
 
 
 def test_library(rock5: FakeBoard) -> None:
-    """A missing or wrong library is a failure with what was found; the manifest's engine.library is the one meant."""
+    """A missing or wrong library is a failure with what was found.
+
+    The manifest's engine.library is the one meant.
+    """
     library = rock5.root / "usr/lib/librkllmrt.so"
     elsewhere = rock5.root.parent / "elsewhere.so"
     library.rename(elsewhere)
@@ -353,14 +371,20 @@ def test_library(rock5: FakeBoard) -> None:
     ],
 )
 def test_toolkit(rock5: FakeBoard, tail: bytes, outcome: Outcome, words: str) -> None:
-    """A model made by a newer toolkit than the runtime is a failure; one that does not say is a warning."""
+    """A model made by a newer toolkit than the runtime is a failure.
+
+    One that does not say is a warning.
+    """
     rock5.model.write_bytes(b"x" * 100_000 + tail)
     check = rock5.check("model q")
     assert (check.outcome, words in check.finding) == (outcome, True), check.finding
 
 
 def test_model_files(rock5: FakeBoard) -> None:
-    """A missing model is a failure; without a runtime the toolkit is only shown; a pipe is not waited for."""
+    """A missing model is a failure; without a runtime the toolkit is only shown.
+
+    A pipe is not waited for.
+    """
     (rock5.root / "usr/lib/librkllmrt.so").unlink()
     assert "no runtime to compare" in rock5.check("model q").finding
     rock5.model.unlink()
@@ -377,7 +401,10 @@ def test_model_files(rock5: FakeBoard) -> None:
 
 
 def test_memory_and_disk(rock5: FakeBoard) -> None:
-    """Too little memory or disk is a warning that names the figures; the store's own files count as room."""
+    """Too little memory or disk is a warning that names the figures.
+
+    The store's own files count as room.
+    """
     with rock5.model.open("ab") as file:
         file.truncate(10_000_000_000)
     check = rock5.check("memory")
@@ -401,7 +428,10 @@ def test_memory_and_disk(rock5: FakeBoard) -> None:
 
 
 def test_what_the_caches_will_take(board: FakeBoard) -> None:
-    """By the model's header while none is built; by those that are built; never a number out of the air."""
+    """By the model's header while none is built; by those that are built.
+
+    Never a number out of the air.
+    """
     sizes = {
         "block_count": 30,
         "embedding_length": 576,
@@ -454,7 +484,10 @@ def test_prompts_that_cannot_be_read(board: FakeBoard) -> None:
 
 
 def test_no_npu(board: FakeBoard) -> None:
-    """A machine without an NPU says so first; that is a failure only where the manifest wants RKLLM."""
+    """A machine without an NPU says so first.
+
+    That is a failure only where the manifest wants RKLLM.
+    """
     names = ("board", "runtime library", "NPU devices", "NPU driver", "NPU clock")
     report = board.examine()
     assert printed(report).startswith(NO_NPU)
@@ -469,7 +502,10 @@ def test_no_npu(board: FakeBoard) -> None:
 
 
 def test_other_engine_on_a_board(rock5: FakeBoard) -> None:
-    """Where the manifest uses another engine, what RKLLM lacks is a warning, and its models are not RKLLM's."""
+    """Where the manifest uses another engine, what RKLLM lacks is a warning.
+
+    Its models are not RKLLM's.
+    """
     (rock5.root / "usr/lib/librkllmrt.so").unlink()
     rock5.model.write_bytes(b"GGUF")
     rock5.declare("{kind: llamacpp}")
@@ -497,7 +533,10 @@ def test_report_data(rock5: FakeBoard) -> None:
 
 
 def test_this_machine(tmp_path: Path) -> None:
-    """The installed program on this machine: an exit code that tells, a table or JSON, never a traceback."""
+    """The installed program on this machine.
+
+    An exit code that tells, a table or JSON, never a traceback.
+    """
     environment = {
         name: value for name, value in os.environ.items() if not name.startswith("RKCACHED_")
     }

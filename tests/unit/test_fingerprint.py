@@ -1,4 +1,7 @@
-"""The identity of a prompt cache: its encoding is frozen, its order free, and a difference is told by name."""
+"""The identity of a prompt cache.
+
+Its encoding is frozen, its order free, and a difference is told by name.
+"""
 
 from __future__ import annotations
 
@@ -46,7 +49,10 @@ def digest(**components: Value) -> str:
 
 
 def test_no_components_have_a_frozen_digest() -> None:
-    """A change of magic or version makes every prompt cache stale, so it must not happen unnoticed."""
+    """A change of magic or version makes every prompt cache stale.
+
+    So it must not happen unnoticed.
+    """
     assert digest() == "1f3ff4c0bb6a2b96ed5775c583f74da7c620de7a877a2b6823931d00988071e0"
 
 
@@ -120,7 +126,10 @@ def test_equal_numbers_are_one_value(left: Value, right: Value) -> None:
     ids=["true", "false", "none-empty", "none-false", "next-float", "unnormalised"],
 )
 def test_different_values_differ(left: Value, right: Value) -> None:
-    """True is not 1, nothing is not empty, a float counts to its last bit, and text is taken as it is."""
+    """True is not 1, nothing is not empty, a float counts to its last bit.
+
+    Text is taken as it is.
+    """
     assert digest(x=left) != digest(x=right)
 
 

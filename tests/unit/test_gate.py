@@ -53,7 +53,10 @@ class Crew:
         self._leave[name].set()
 
     async def settle(self) -> None:
-        """Let every task run until it waits: each turn of the loop wakes whoever was woken in the last."""
+        """Let every task run until it waits.
+
+        Each turn of the loop wakes whoever was woken in the last.
+        """
         for _ in range(6):
             await asyncio.sleep(0)
 
@@ -65,7 +68,10 @@ class Crew:
 
 
 async def test_one_holder_at_a_time_live_before_build() -> None:
-    """Builds wait for every live request that came in the meantime, each kind in the order of coming."""
+    """Builds wait for every live request that came in the meantime.
+
+    Each kind in the order of coming.
+    """
     crew = Crew()
     await crew.come("first", Priority.BUILD)
     for name, priority in [
@@ -153,7 +159,10 @@ async def test_a_waiter_cancelled_just_after_it_got_its_turn_passes_it_on() -> N
 
 
 async def test_a_waiter_cancelled_just_before_its_turn_is_passed_over() -> None:
-    """Regression: the holder woke a waiter whose task was being cancelled, and the gate was lost for good."""
+    """Regression: the holder woke a waiter whose task was being cancelled.
+
+    The gate was lost for good.
+    """
     crew = Crew()
     await crew.come("l1", Priority.LIVE)
     await crew.come("l2", Priority.LIVE)
@@ -194,7 +203,10 @@ STEPS = st.lists(
 @settings(max_examples=100)
 @given(STEPS)
 def test_the_gate_survives_any_history(steps: list[tuple[str, int]]) -> None:
-    """Coming, leaving and cancelling in any order, also within one step of the loop: afterwards it can be held."""
+    """Coming, leaving and cancelling in any order, also within one step of the loop.
+
+    Afterwards it can be held.
+    """
 
     async def play() -> None:
         crew = Crew()

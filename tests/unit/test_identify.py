@@ -1,4 +1,7 @@
-"""What a runtime library file is: small libraries made by the C compiler, then cut and damaged in every way."""
+"""What a runtime library file is.
+
+Small libraries made by the C compiler, then cut and damaged in every way.
+"""
 
 from __future__ import annotations
 
@@ -117,7 +120,10 @@ def test_version_across_pieces(compile_library: Compile) -> None:
 
 
 def test_wrapper(compile_library: Compile) -> None:
-    """A library that calls RKLLM but does not have it is no RKLLM library, though its strings name the functions."""
+    """A library that calls RKLLM but does not have it is no RKLLM library.
+
+    Though its strings name the functions.
+    """
     path = compile_library(
         "wrapper", set(), more="int rkllm_init(void); int go(void) { return rkllm_init(); }\n"
     )
@@ -168,7 +174,10 @@ def test_no_elf(tmp_path: Path, head: bytes, words: str) -> None:
 
 
 def test_wrong_elf(content: bytes, damaged: Path) -> None:
-    """32-bit, of another machine, big-endian, not a library, without functions: each has its sentence."""
+    """32-bit, of another machine, big-endian, not a library, without functions.
+
+    Each has its sentence.
+    """
 
     def changed(at: int, new: bytes) -> str:
         damaged.write_bytes(content[:at] + new + content[at + len(new) :])
@@ -227,7 +236,10 @@ CHANGES = st.lists(
 @example(changes=[(32, b"\xff" * 8)])
 @example(changes=[(56, b"\xff\xff")])
 def test_any_damage(content: bytes, damaged: Path, changes: list[tuple[int, bytes]]) -> None:
-    """Whatever bytes are changed, the outcome is facts or a RuntimeLibraryError, soon and without huge reads."""
+    """Whatever bytes are changed, the outcome is facts or a RuntimeLibraryError.
+
+    Soon and without huge reads.
+    """
     data = bytearray(content)
     for at, new in changes:
         at %= len(data)  # noqa: PLW2901
@@ -244,7 +256,10 @@ def test_any_damage(content: bytes, damaged: Path, changes: list[tuple[int, byte
 def test_damaged_dynamic_section(
     content: bytes, damaged: Path, entry: int, field: int, value: int
 ) -> None:
-    """The same for the entries of the dynamic section, where the sizes and addresses of all tables are."""
+    """The same for the entries of the dynamic section.
+
+    Where the sizes and addresses of all tables are.
+    """
     headers = (content[at : at + 56] for at in range(64, 64 + 56 * content[56], 56))
     start = next(int.from_bytes(h[8:16], "little") for h in headers if h[:4] == b"\2\0\0\0")
     at = start + 16 * entry + field
@@ -292,7 +307,10 @@ def test_too_old() -> None:
     ],
 )
 def test_no_version(like: str, words: str) -> None:
-    """Without a version nothing is guessed: what the functions suggest is said, and the key that decides."""
+    """Without a version nothing is guessed.
+
+    What the functions suggest is said, and the key that decides.
+    """
     said = abi_refusal(facts(None, FUNCTIONS[like]))
     assert "does not say which RKLLM version" in said
     assert f"suggest {words}" in said
@@ -303,7 +321,10 @@ def test_no_version(like: str, words: str) -> None:
     "version", ["1.2.4", "1.3.1", "1.4.0", "1.2.1b2", "2.0.0", "10.0.0", "1.1"]
 )
 def test_unknown_version(version: str) -> None:
-    """A version that the table does not have is refused, with the known ones and the key that decides."""
+    """A version that the table does not have is refused.
+
+    With the known ones and the key that decides.
+    """
     said = abi_refusal(facts(version, FUNCTIONS["1.3.0"]))
     assert f"RKLLM {version}, a version that this program does not know" in said
     assert "1.2.1b1" in said
@@ -326,7 +347,10 @@ def test_contradictions() -> None:
 
 
 def test_override() -> None:
-    """A named ABI is taken whatever the version says, as long as the functions it needs are there."""
+    """A named ABI is taken whatever the version says.
+
+    As long as the functions it needs are there.
+    """
     everything = FUNCTIONS["1.3.0"]
     for found in (facts(None, everything), facts("1.3.1", everything), facts("1.2.3", everything)):
         assert choose_abi(found, "1.3.0").group == "E"

@@ -149,7 +149,10 @@ def test_llamacpp(tmp_path: Path) -> None:
 
 
 def test_llamacpp_tokens(tmp_path: Path) -> None:
-    """Ids stand alone or packed by llama.cpp's server; in a packing that is not known they are left out."""
+    """Ids stand alone or packed by llama.cpp's server.
+
+    In a packing that is not known they are left out.
+    """
     path = tmp_path / "p.llama_cache"
     path.write_bytes(llama([7, 8, 9]))
     assert inspect(path)["tokens"] == {"count": 3, "first": [7, 8, 9], "last": [7, 8, 9]}
@@ -176,7 +179,10 @@ def test_rkllm(tmp_path: Path, magic: int, words: str) -> None:
 
 
 def test_no_file(tmp_path: Path) -> None:
-    """Missing, a directory, a pipe, a loop, an impossible name: each is told, and nothing blocks."""
+    """Missing, a directory, a pipe, a loop, an impossible name.
+
+    Each is told, and nothing blocks.
+    """
     assert "there is no file" in refusal(tmp_path / "gone", SourceError)
     assert "is a directory" in refusal(tmp_path, SourceError)
     os.mkfifo(tmp_path / "pipe")
@@ -295,7 +301,10 @@ def test_artifact_damaged(publish: Publish, memory_cache: bytes) -> None:
 
 
 def test_sidecar_of_nothing(publish: Publish, tmp_path: Path) -> None:
-    """A sidecar whose prompt cache is gone, of another name, damaged, or leading elsewhere is told as such."""
+    """A sidecar whose prompt cache is gone, of another name, damaged.
+
+    Or leading elsewhere is told as such.
+    """
     cache = publish()
     cache.unlink()
     assert (
@@ -354,7 +363,10 @@ def test_any_bytes(
 
 
 def test_the_command(publish: Publish, tmp_path: Path, memory_cache: bytes) -> None:
-    """The command prints a description or JSON, and its exit code tells good, damaged and missing."""
+    """The command prints a description or JSON.
+
+    Its exit code tells good, damaged and missing.
+    """
     cache = publish()
     done = program(cache)
     assert (done.returncode, done.stderr) == (0, "")

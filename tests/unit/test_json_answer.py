@@ -1,4 +1,7 @@
-"""An answer that must be JSON of a certain shape: what fits, what does not, and schemas that are none."""
+"""An answer that must be JSON of a certain shape.
+
+What fits, what does not, and schemas that are none.
+"""
 
 from __future__ import annotations
 
@@ -105,6 +108,9 @@ def test_what_is_no_schema_is_refused_before_the_run(schema: Any) -> None:
     ],
 )
 def test_a_schema_that_cannot_be_checked_is_refused(schema: Any) -> None:
-    """A reference is never fetched; one that leads to itself or nowhere is an error, not an endless loop."""
+    """A reference is never fetched.
+
+    One that leads to itself or nowhere is an error, not an endless loop.
+    """
     with pytest.raises(SchemaInvalid):
         check('"text"', schema)

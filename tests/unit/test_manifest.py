@@ -1,4 +1,7 @@
-"""The manifest: what parses and to what; what does not, and how every problem is reported with line and hint."""
+"""The manifest: what parses and to what.
+
+What does not, and how every problem is reported with line and hint.
+"""
 
 from __future__ import annotations
 
@@ -106,7 +109,10 @@ def test_long_form() -> None:
 
 
 def test_sampling_of_the_model() -> None:
-    """Without a prompt the sampling parameters are the model's, sorted, without the length of the context."""
+    """Without a prompt the sampling parameters are the model's, sorted.
+
+    Without the length of the context.
+    """
     sampling = (
         good(model("params: {temperature: 0, max_context_len: 8192}")).models["m"].sampling(None)
     )
@@ -165,7 +171,10 @@ def test_sizes(text: str, expected: int | None) -> None:
 
 
 def test_paths_are_relative_to_the_file() -> None:
-    """Relative paths start at the manifest's directory, by their letters alone; absolute ones stay."""
+    """Relative paths start at the manifest's directory, by their letters alone.
+
+    Absolute ones stay.
+    """
     text = model(
         "chat_template: ../t/x.jinja",
         "prompts: {a: ./p//a.md, b: /srv/b.md}",
@@ -206,7 +215,10 @@ def test_off_is_a_word() -> None:
 
 
 def test_words_that_old_yaml_mistakes_are_names() -> None:
-    """`on`, dates, times and leading zeros are text by YAML 1.2, so they can be names and file names."""
+    """`on`, dates, times and leading zeros are text by YAML 1.2.
+
+    So they can be names and file names.
+    """
     prompts = good(model("prompts: {on: off, 2024-01-01: 12:30, 007: 1_0}")).models["m"].prompts
     assert {n: p.files[0].name for n, p in prompts.items()} == {
         "on": "off",
@@ -224,7 +236,10 @@ def test_every_way_to_write_a_float(text: str) -> None:
 
 
 def test_anchors_and_merge_keys() -> None:
-    """Anchors and merge keys work; what stands beside `<<` wins, and earlier merges win over later ones."""
+    """Anchors and merge keys work.
+
+    What stands beside `<<` wins, and earlier merges win over later ones.
+    """
     text = (
         model("params: &p {top_k: 1, top_p: 0.5}")
         + "  n:\n    path: n\n    params: {<<: *p, top_k: 2}\n"
@@ -243,7 +258,10 @@ def test_byte_order_mark_and_crlf() -> None:
 
 
 def test_line_of() -> None:
-    """A place has the line of its key; what is not written has the line of the nearest thing around it."""
+    """A place has the line of its key.
+
+    What is not written has the line of the nearest thing around it.
+    """
     manifest = good(
         model("prompts:", "  a: a.md", "  b:", "    files:", "      - x.md", "      - y.md")
     )
@@ -543,7 +561,10 @@ def test_wrong_types(text: str, message: str) -> None:
     ],
 )
 def test_a_wrong_value_is_told_with_what_is_allowed(key: str, hint: str) -> None:
-    """A value of the wrong kind has the bounds, the keys or the form that is meant beside it, as one out of range."""
+    """A value of the wrong kind has the bounds, the keys or the form that is meant beside it.
+
+    As one out of range.
+    """
     assert problem(model(key)).hint == hint
 
 
@@ -607,7 +628,10 @@ def test_the_context_is_the_models() -> None:
 
 
 def test_duplicate_names() -> None:
-    """Two prompts of one name are a problem with both lines; YAML alone would keep the last in silence."""
+    """Two prompts of one name are a problem with both lines.
+
+    YAML alone would keep the last in silence.
+    """
     item = problem(model("prompts:", "  a: one.md", "  b: two.md", "  a: three.md"))
     assert (item.line, item.message) == (8, "duplicate key 'a', first given in line 6")
 
@@ -628,7 +652,10 @@ def test_duplicate_in_an_aliased_value_is_one_problem() -> None:
 def test_bad_names(name: str) -> None:
     """A name that could not be a file name is refused, for models and for prompts."""
     quoted = name if name.startswith('"') else f'"{name}"'
-    text = f"version: 1\nmodels:\n  {quoted}: {{path: m}}\n  m: {{path: m, prompts: {{{quoted}: p}}}}\n"
+    text = (
+        f"version: 1\nmodels:\n  {quoted}: {{path: m}}\n"
+        f"  m: {{path: m, prompts: {{{quoted}: p}}}}\n"
+    )
     assert [item.line for item in problems(text)] == [3, 4]
 
 
@@ -657,7 +684,10 @@ def test_a_bad_name_suggests_a_good_one() -> None:
     ],
 )
 def test_keys_that_are_not_text(key: str, what: str) -> None:
-    """A name that YAML reads as a number, boolean or null is refused: other programs would read it differently."""
+    """A name that YAML reads as a number, boolean or null is refused.
+
+    Other programs would read it differently.
+    """
     found = problems(f"version: 1\nmodels:\n  {key}: {{path: m}}\n")
     assert found[0].line == 3
     assert found[0].message.startswith(f"a key must be text, but '{key}' is ")
@@ -741,7 +771,10 @@ def test_documents_that_are_no_mapping(text: str, what: str) -> None:
     ],
 )
 def test_an_open_quote_is_told_where_it_opens(text: str, line: int) -> None:
-    """YAML notices it at the next quote or at the end of the file; what is to be mended is where it opens."""
+    """YAML notices it at the next quote or at the end of the file.
+
+    What is to be mended is where it opens.
+    """
     item = problem(text)
     assert item.line == line
     assert "the quote that opens here" in item.message
@@ -759,7 +792,10 @@ def test_an_open_bracket_is_named() -> None:
 
 
 def test_what_is_right_of_a_broken_manifest_is_usable() -> None:
-    """A wrong value is left out alone; a model or prompt that lacks something is left out with all it has."""
+    """A wrong value is left out alone.
+
+    A model or prompt that lacks something is left out with all it has.
+    """
     text = """\
 version: 2
 models:
@@ -806,7 +842,10 @@ def test_nothing_may_be_left(text: str) -> None:
 
 
 def test_keys_for_anchors() -> None:
-    """A key at the top that begins with x- has any content, for anchors to be used below, and changes nothing."""
+    """A key at the top that begins with x- has any content, for anchors to be used below.
+
+    Changes nothing.
+    """
     text = "x-params: &p {top_k: 1}\nx-list: [1, {a: b}]\n" + model("params: *p")
     assert good(text).models["m"].params.top_k == 1
     assert good("x-other: 5\n" + MINIMAL) == good(MINIMAL)
@@ -943,7 +982,10 @@ def sections(schema: Any) -> list[dict[str, Any]]:
 
 
 def test_schema() -> None:
-    """The schema is draft 2020-12, closed everywhere, and has no key that is not one of the manifest's."""
+    """The schema is draft 2020-12, closed everywhere.
+
+    Has no key that is not one of the manifest's.
+    """
     schema = json_schema()
     assert schema["$schema"] == "https://json-schema.org/draft/2020-12/schema"
     assert list(schema["properties"]) == ["version", "engine", "cache", "serving", "models"]

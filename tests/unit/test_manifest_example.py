@@ -94,7 +94,10 @@ def default(steps: tuple[str, ...], schema: dict[str, Any], *, required: bool) -
 def documented(
     schema: dict[str, Any], steps: tuple[str, ...] = ()
 ) -> Iterator[tuple[tuple[str, ...], str]]:
-    """Every key that the schema knows, as the way to it in the example, and the line that must stand above it."""
+    """Every key that the schema knows, as the way to it in the example.
+
+    The line that must stand above it.
+    """
     for option in alternatives(schema):
         for key, child in option.get("properties", {}).items():
             here = (
@@ -102,7 +105,10 @@ def documented(
                 if steps[:1] == ("models",) and key in ELSEWHERE
                 else (*steps, key)
             )
-            line = f"# {key}: {bounds(key, child)}, {default(here, child, required=key in option.get('required', []))}"
+            line = (
+                f"# {key}: {bounds(key, child)}, "
+                f"{default(here, child, required=key in option.get('required', []))}"
+            )
             yield here, line
             yield from documented(child, here)
         named = (
@@ -145,7 +151,10 @@ def test_keys_for_anchors_are_documented(example: Manifest) -> None:
 
 @pytest.mark.parametrize("steps", KEYS, ids=".".join)
 def test_each_key_is_documented(example: Manifest, steps: tuple[str, ...]) -> None:
-    """Each key is in the example, and its comment begins with its bounds and default as the schema has them."""
+    """Each key is in the example.
+
+    Its comment begins with its bounds and default as the schema has them.
+    """
     number = example.line_of(*steps)
     lines = TEXT.splitlines()
     assert lines[number - 1].strip().startswith(f"{steps[-1]}:"), (

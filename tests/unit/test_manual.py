@@ -1,4 +1,7 @@
-"""The man pages, completions and the files of etc/ say what the program has; none of them can fall behind it."""
+"""The man pages, completions and the files of etc/ say what the program has.
+
+None of them can fall behind it.
+"""
 
 from __future__ import annotations
 
@@ -170,7 +173,10 @@ def completed(script: str, shell: str, path: str) -> list[str]:
 def test_completion_in_bash(path_with_rkcached: str) -> None:
     """`rkcached pl` becomes plan and `rkcached plan --ex` becomes --exit-code."""
     script = f"source {ROOT}/completions/rkcached.bash\n"
-    script += "COMP_WORDS=({0}) COMP_CWORD={1}; _rkcached_completion rkcached; printf '%s\\n' \"${{COMPREPLY[@]}}\""
+    script += (
+        "COMP_WORDS=({0}) COMP_CWORD={1}; _rkcached_completion rkcached; printf '%s\\n' "
+        '"${{COMPREPLY[@]}}"'
+    )
     for line, word, expected in (
         ("rkcached pl", 1, ["plan"]),
         ("rkcached plan --ex", 2, ["--exit-code"]),
@@ -186,5 +192,8 @@ def test_completion_in_fish(path_with_rkcached: str) -> None:
 
 def test_completion_in_zsh(path_with_rkcached: str) -> None:
     """The script is loaded by name, and binds itself to the command."""
-    script = f"fpath=({ROOT}/completions $fpath); autoload -Uz compinit && compinit -D -u; print $_comps[rkcached]"
+    script = (
+        f"fpath=({ROOT}/completions $fpath); autoload -Uz compinit && compinit -D -u; print "
+        "$_comps[rkcached]"
+    )
     assert completed(script, "zsh", path_with_rkcached) == ["_rkcached"]

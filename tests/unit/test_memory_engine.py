@@ -1,4 +1,7 @@
-"""What only the memory engine promises: answers that can be told in advance, visible cache mix-ups, faults on order."""
+"""What only the memory engine promises.
+
+Answers that can be told in advance, visible cache mix-ups, faults on order.
+"""
 
 from __future__ import annotations
 
@@ -80,7 +83,10 @@ SAMPLINGS = st.builds(
 def test_expected_text_tells_every_answer(
     tmp_path_factory: pytest.TempPathFactory, prompt: str, sampling: Sampling
 ) -> None:
-    """For any prompt and sampling, from a cold state, and again from whatever the first run left."""
+    """For any prompt and sampling, from a cold state.
+
+    Again from whatever the first run left.
+    """
     path = write_model(
         tmp_path_factory.getbasetemp(), MemoryModel(context_tokens=256), "expected.json"
     )
@@ -94,7 +100,10 @@ def test_expected_text_tells_every_answer(
 
 
 def test_the_answer_depends_on_all_that_should_matter(tmp_path: Path) -> None:
-    """Another prompt, model, seed or penalty gives another text; a seed without temperature does not."""
+    """Another prompt, model, seed or penalty gives another text.
+
+    A seed without temperature does not.
+    """
     model = write_model(tmp_path, MemoryModel()).read_bytes()
     sibling = write_model(tmp_path, MemoryModel(seed="b")).read_bytes()
     warm = msgspec.structs.replace(SAMPLING, temperature=1.0)
@@ -127,7 +136,10 @@ def test_the_answer_from_a_loaded_cache_is_the_right_one(
 def test_a_cache_of_another_model_shows_in_the_answer(
     open_engine: OpenEngine, tmp_path: Path
 ) -> None:
-    """Its tokens match, its positions do not: the text is wrong, as it would be with a real KV cache."""
+    """Its tokens match, its positions do not.
+
+    The text is wrong, as it would be with a real KV cache.
+    """
     open_engine(MemoryModel(seed="other")).prefill(SYSTEM, save_to=tmp_path / "foreign.bin")
     engine = open_engine(MemoryModel(seed="mine"))
     engine.load(tmp_path / "foreign.bin")

@@ -1,4 +1,7 @@
-"""What a worker does with its engine: a build must prove itself, and an answer is right with or without its cache."""
+"""What a worker does with its engine.
+
+A build must prove itself, and an answer is right with or without its cache.
+"""
 
 from __future__ import annotations
 
@@ -45,7 +48,10 @@ class Counting(MemoryEngine):
 
 
 class Forgetful(MemoryEngine):
-    """Reports a successful prefill and writes no file, as a runtime does for a model that cannot save."""
+    """Reports a successful prefill and writes no file.
+
+    As a runtime does for a model that cannot save.
+    """
 
     def prefill(
         self, prompt: str, *, save_to: Path, on_progress: OnProgress | None = None
@@ -306,7 +312,10 @@ def test_whatever_replaces_the_state_makes_the_next_request_load(
 
 
 def test_a_load_is_announced_before_the_library_begins(bench: Bench) -> None:
-    """Only a death between the two events is the file's fault; a state that is in memory already is not loaded."""
+    """Only a death between the two events is the file's fault.
+
+    A state that is in memory already is not loaded.
+    """
     cache = bench.built_cache()
     session, _ = bench.session(MemoryEngine)
     bench.generate(session, cache)

@@ -137,7 +137,10 @@ def test_a_prompt_in_trouble_is_blocked_and_its_artifact_is_kept() -> None:
 
 
 def test_a_trouble_that_may_pass_is_looked_at_again() -> None:
-    """So whoever waits for the prompt does not give up: a file that is being written is complete some time."""
+    """So whoever waits for the prompt does not give up.
+
+    A file that is being written is complete some time.
+    """
     passing = replace(TROUBLE, passing=True)
     found = only(DesiredPrompt(key=KEY, trouble=passing), world(now=100.0))
     assert (
@@ -272,7 +275,10 @@ def test_an_artifact_goes_when_min_tokens_is_raised_above_it() -> None:
 
 
 def test_the_budget_is_spent_in_manifest_order() -> None:
-    """The first two fit exactly; the third goes, the fourth, which is smaller than what is left of nothing, too."""
+    """The first two fit exactly.
+
+    The third goes, the fourth, which is smaller than what is left of nothing, too.
+    """
     keys = [Key("m", name) for name in "dbca"]
     sizes = [600, 400, 1, 1]
     observed = world(
@@ -313,7 +319,10 @@ def test_over_budget_tells_what_is_needed_and_what_is_left() -> None:
 
 
 def test_an_artifact_over_budget_is_built_when_there_is_room() -> None:
-    """By raising the limit, by taking the limit away, or because what came before it became smaller."""
+    """By raising the limit, by taking the limit away.
+
+    Or because what came before it became smaller.
+    """
     first, second = Key("m", "first"), Key("m", "second")
     prompts = [desired(first), desired(second)]
     verdicts = {second: over_budget(WANTED.digest, 500, 600, 1000)}
@@ -336,7 +345,10 @@ def test_an_artifact_over_budget_is_built_when_there_is_room() -> None:
 
 
 def test_a_build_that_is_due_gets_its_room_from_later_prompts() -> None:
-    """Regression: the plan said build, the store said full, and the same build was repeated without end."""
+    """Regression: the plan said build, the store said full.
+
+    The same build was repeated without end.
+    """
     first, second = Key("m", "first"), Key("m", "second")
     verdicts = {first: over_budget(WANTED.digest, 400, 800, 1000)}
     found = assess(
@@ -380,7 +392,10 @@ def test_an_artifact_that_serves_nobody_makes_room_where_the_budget_is_short(
 
 
 def test_an_edited_prompt_keeps_its_room() -> None:
-    """Or what did not fit beside it would be built at each edit, and be removed when the edited one is there."""
+    """Or what did not fit beside it would be built at each edit.
+
+    Be removed when the edited one is there.
+    """
     first, second = Key("m", "first"), Key("m", "second")
     edited = [desired(first, made_of("new")), desired(second)]
     verdicts = {second: over_budget(WANTED.digest, 500, 600, 1000)}
@@ -604,7 +619,10 @@ def test_a_clock_that_jumps_lets_nothing_expire() -> None:
 
 @pytest.mark.parametrize("tightened", [Limits(min_tokens=101), Limits(max_bytes=999)])
 def test_what_the_limits_no_longer_allow_is_put_aside(tightened: Limits) -> None:
-    """With the verdict that keeps it from being built again; it is adopted when they are what they were."""
+    """With the verdict that keeps it from being built again.
+
+    It is adopted when they are what they were.
+    """
     (found,) = assess(
         [desired()], world(artifact()), replace(tightened, keep_retired_s=WEEK.keep_retired_s)
     )
@@ -713,7 +731,10 @@ def test_the_plan_of_a_fully_fresh_world_is_empty(prompts: list[DesiredPrompt]) 
 def test_each_prompt_has_one_state_and_at_most_one_action(
     prompts: list[DesiredPrompt], observed: Observed, limits: Limits
 ) -> None:
-    """Declared or not; the action is about this very prompt, and the same look gives the same plan."""
+    """Declared or not; the action is about this very prompt.
+
+    The same look gives the same plan.
+    """
     found = assess(prompts, observed, limits)
     assert {p.key for p in prompts} | set(observed.artifacts) == {
         one.key for one in found if not one.retired
@@ -764,7 +785,10 @@ def test_carrying_out_the_plan_leaves_nothing_to_do(
 def test_what_was_once_there_is_never_built_again_within_its_time(
     prompts: list[DesiredPrompt], observed: Observed, away: list[Key]
 ) -> None:
-    """Prompts that go away and come back, in any order: with room and time enough nothing is prefilled again."""
+    """Prompts that go away and come back, in any order.
+
+    With room and time enough nothing is prefilled again.
+    """
     observed = replace(observed, verdicts={}, unlisted_models=frozenset(), spare_bytes=None)
     limits = Limits(keep_retired_s=1000)
     prompts = [p for p in prompts if p.fingerprint]

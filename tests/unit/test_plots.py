@@ -134,7 +134,10 @@ def test_a_sweep_is_drawn_on_logarithmic_axes_in_plain_numbers() -> None:
 
 
 def test_where_the_time_goes_is_milliseconds_in_a_panel_for_cold_and_one_for_warm() -> None:
-    """In per cent of each bar nobody sees a gain; on one scale nobody sees what a warm answer is made of."""
+    """In per cent of each bar nobody sees a gain.
+
+    On one scale nobody sees what a warm answer is made of.
+    """
     figure, _ = drawn(results(prompt()))
     _, cold, warm = figure.axes
     assert ("cold" in cold.get_title(), "warm" in warm.get_title()) == (True, True)

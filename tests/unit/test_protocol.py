@@ -177,7 +177,10 @@ def test_events_survive_any_chunking(messages: list[FromWorker], cuts: list[int]
 
 @given(st.binary(max_size=60))
 def test_garbage_is_a_protocol_error_and_nothing_else(body: bytes) -> None:
-    """Neither end falls over what the other one, or a library that got hold of the descriptor, writes."""
+    """Neither end falls over what the other one.
+
+    Or a library that got hold of the descriptor, writes.
+    """
     for decode in (protocol.decode_to_worker, protocol.decode_from_worker):
         with pytest.raises(ProtocolError):
             decode(body)

@@ -26,7 +26,10 @@ def test_chance_counts_all_orders() -> None:
 
 
 def test_few_runs_cannot_tell() -> None:
-    """Five against five can be beyond a chance of 0.01, four against four cannot; equal runs are pure chance."""
+    """Five against five can be beyond a chance of 0.01, four against four cannot.
+
+    Equal runs are pure chance.
+    """
     assert least_chance(5, 5) == pytest.approx(2 / 252)
     assert least_chance(4, 4) > 0.01
     assert chance([1.0] * 5, [1.0] * 5) == 1.0

@@ -1,4 +1,7 @@
-"""What people read of a status: nothing in it commands a terminal, nothing is said twice, and it fits."""
+"""What people read of a status.
+
+Nothing in it commands a terminal, nothing is said twice, and it fits.
+"""
 
 from __future__ import annotations
 
@@ -112,7 +115,10 @@ def test_hostile_words(width: int) -> None:
 
 
 def test_json_is_the_same_document() -> None:
-    """--json says the same, with escapes of its own for what a terminal would obey; other letters stay."""
+    """--json says the same, with escapes of its own for what a terminal would obey.
+
+    Other letters stay.
+    """
     data = {"a": HOSTILE, "b": "größer 猫 \U000e0001"}
     for indent in (None, 2):
         text = show.json_text(data, indent=indent)
@@ -152,7 +158,10 @@ def test_a_state_says_it_all() -> None:
 
 
 def test_what_is_built_for_the_same_reason() -> None:
-    """Digests that only one prompt has keep no two reasons apart; other changes are told as they are."""
+    """Digests that only one prompt has keep no two reasons apart.
+
+    Other changes are told as they are.
+    """
     reason = "prefix.bytes: 706 -> 94{0}, prefix.digest: 43d9{0} -> a1b3{0}"
     prompts = [prompt(f"p{number}", "stale", reason.format(number)) for number in range(5)]
     lines = seen(
@@ -174,7 +183,10 @@ def test_no_gain_is_said_once() -> None:
 
 
 def test_a_build_before_its_worker() -> None:
-    """While one is said to be building, the model is not said to be stopped; the daemon's own words stay."""
+    """While one is said to be building, the model is not said to be stopped.
+
+    The daemon's own words stay.
+    """
     progress = {"done_tokens": 0, "total_tokens": 0, "elapsed_ms": 5}
     status = a_status([prompt("a", "building", "missing", progress=progress)])
     assert "model m: about to start" in seen(status)
@@ -186,7 +198,10 @@ def test_a_build_before_its_worker() -> None:
     ("width", "height"), [(20, 5), (40, 10), (60, 12), (80, 24), (109, 30), (110, 30), (200, 50)]
 )
 def test_every_prompt_can_be_reached(width: int, height: int) -> None:
-    """At each size nothing is wider or higher than the terminal, and from page to page no prompt is left out."""
+    """At each size nothing is wider or higher than the terminal.
+
+    From page to page no prompt is left out.
+    """
     artifact = {
         "tokens": 123456,
         "size_bytes": 123456789,
@@ -262,7 +277,10 @@ def test_keys(typed: bytes, keys: list[bytes], rest: bytes) -> None:
 
 
 def test_what_changed() -> None:
-    """A line for each prompt that changed or went, none for the others, and none for what changes by itself."""
+    """A line for each prompt that changed or went, none for the others.
+
+    None for what changes by itself.
+    """
     before = a_status([prompt("a", "fresh"), prompt("b", "fresh"), prompt("c", "fresh")])
     after = a_status([prompt("a", "fresh"), prompt("b", "stale", "text changed")], uptime_s=99.0)
     after["cache"] = {**after["cache"], "free_bytes": 5}

@@ -1,4 +1,7 @@
-"""The status and its page of thousands of prompts: in pieces, between which the event loop turns."""
+"""The status and its page of thousands of prompts.
+
+In pieces, between which the event loop turns.
+"""
 
 from __future__ import annotations
 

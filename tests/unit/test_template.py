@@ -1,4 +1,7 @@
-"""Chat templates: what each built-in writes, what a prefix guarantees, and what the sandbox refuses."""
+"""Chat templates: what each built-in writes, what a prefix guarantees.
+
+What the sandbox refuses.
+"""
 
 from __future__ import annotations
 
@@ -26,12 +29,15 @@ TWO_TURNS = [
 ]
 SMOLLM2 = (
     "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
-    "{{ '<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n' }}"
-    "{% endif %}{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}{% endfor %}"
+    "{{ '<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging "
+    "Face<|im_end|>\n' }}"
+    "{% endif %}{{'<|im_start|>' + message['role'] + '\n"
+    "' + message['content'] + '<|im_end|>' + '\n'}}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 REFUSES_SYSTEM = (
-    "{{ bos_token }}{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}"
+    "{{ bos_token }}{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not "
+    "supported') }}"
     "{% endif %}{% for message in messages %}{{ message['content'] }}\n{% endfor %}"
 )
 DROPS_SYSTEM = (
@@ -56,7 +62,10 @@ def user(text: str) -> list[Message]:
     [
         (
             "chatml",
-            "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHello<|im_end|>\n<|im_start|>assistant\n",
+            (
+                "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHello<|im_end|>\n"
+                "<|im_start|>assistant\n"
+            ),
         ),
         (
             "llama3",
@@ -83,7 +92,8 @@ def test_builtin_renders_system_and_user(name: str, expected: str) -> None:
             "chatml",
             (
                 "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHello<|im_end|>\n"
-                "<|im_start|>assistant\nHi!<|im_end|>\n<|im_start|>user\nBye<|im_end|>\n<|im_start|>assistant\n"
+                "<|im_start|>assistant\nHi!<|im_end|>\n<|im_start|>user\nBye<|im_end|>\n"
+                "<|im_start|>assistant\n"
             ),
         ),
         (
@@ -99,7 +109,8 @@ def test_builtin_renders_system_and_user(name: str, expected: str) -> None:
         (
             "gemma",
             (
-                "<start_of_turn>user\nBe brief.\n\nHello<end_of_turn>\n<start_of_turn>model\nHi!<end_of_turn>\n"
+                "<start_of_turn>user\nBe brief.\n\nHello<end_of_turn>\n<start_of_turn>model\n"
+                "Hi!<end_of_turn>\n"
                 "<start_of_turn>user\nBye<end_of_turn>\n<start_of_turn>model\n"
             ),
         ),
@@ -122,7 +133,10 @@ def test_builtin_renders_two_turns(name: str, expected: str) -> None:
 
 
 def test_tool_messages_where_the_format_has_them() -> None:
-    """The formats chatml and llama3 have a turn for a tool's result; the others refuse and say what they know."""
+    """The formats chatml and llama3 have a turn for a tool's result.
+
+    The others refuse and say what they know.
+    """
     messages = [*TWO_TURNS[:3], Message(role="tool", content="42")]
 
     assert "<|im_start|>user\n<tool_response>\n42\n</tool_response><|im_end|>\n" in builtin(
@@ -144,7 +158,10 @@ def test_unknown_role_is_refused(name: str) -> None:
 
 
 def test_gemma_needs_turns() -> None:
-    """Gemma has no place for a system message without a user's, nor for two user messages in a row."""
+    """Gemma has no place for a system message without a user's.
+
+    Nor for two user messages in a row.
+    """
     with pytest.raises(TemplateError, match="there is none"):
         builtin("gemma").render(SYSTEM_AND_USER[:1])
     with pytest.raises(TemplateError, match="in turns"):
@@ -187,7 +204,10 @@ def test_prefix_starts_every_request(name: str, system: str, text: str) -> None:
 def test_prefix_starts_longer_conversations(
     name: str, system: str, first: str, answer: str, second: str
 ) -> None:
-    """With a built-in, a conversation that goes on keeps its prefix, so each of its turns is warm."""
+    """With a built-in, a conversation that goes on keeps its prefix.
+
+    So each of its turns is warm.
+    """
     chat = builtin(name)
     messages = [
         Message(role="system", content=system),
@@ -235,7 +255,10 @@ def test_prefix_ends_where_the_user_begins(name: str, expected: str) -> None:
     [
         "One line.\n\nAfter a blank line:\n  - indented\n\t- tab",
         "Grüße, 世界 🌱 — e\u0301",
-        "Write {{ 7 * 7 }}, {% for x in y %}, {# a note #} and {{ raise_exception('no') }} as they stand.",
+        (
+            "Write {{ 7 * 7 }}, {% for x in y %}, {# a note #} and {{ raise_exception('no') }} as "
+            "they stand."
+        ),
         "user",
         "Windows\r\nlines",
     ],
@@ -249,7 +272,10 @@ def test_prompt_text_is_data(name: str, system: str) -> None:
 @pytest.mark.parametrize("ending", ["\n", "\r\n", "\n\n\n"])
 @pytest.mark.parametrize("name", BUILTIN)
 def test_final_newlines_of_a_system_message_do_not_count(name: str, ending: str) -> None:
-    """A file's last newline is not part of the prompt, neither when a cache is built nor when a request is rendered."""
+    """A file's last newline is not part of the prompt.
+
+    Neither when a cache is built nor when a request is rendered.
+    """
     chat = builtin(name)
 
     assert chat.prefix("Be brief.") == chat.prefix("Be brief." + ending)
@@ -286,7 +312,10 @@ def test_template_that_refuses_system_messages() -> None:
 @pytest.mark.parametrize("source", [DROPS_SYSTEM, SYSTEM_LAST, "{{ messages[1].content }}"])
 @pytest.mark.parametrize("system", ["Be brief.", "user", ""])
 def test_template_that_drops_the_system_message(source: str, system: str) -> None:
-    """A cache without the prompt would be useless; a prompt that occurs in the template by accident is no proof."""
+    """A cache without the prompt would be useless.
+
+    A prompt that occurs in the template by accident is no proof.
+    """
     with pytest.raises(TemplateError, match=r"^template t drops the system message"):
         ChatTemplate(source, name="t").prefix(system)
 
@@ -307,7 +336,10 @@ def test_default_system_prompt_does_not_leak() -> None:
 
 
 def test_template_that_folds_the_system_message_into_the_last_turn() -> None:
-    """Such a template breaks the prefix in longer conversations: why serving checks `startswith` each time."""
+    """Such a template breaks the prefix in longer conversations.
+
+    Why serving checks `startswith` each time.
+    """
     source = (
         "{% for m in messages if m.role != 'system' %}{% if m.role == 'user' %}[INST] "
         "{% if loop.last %}{{ messages[0].content }}\n\n{% endif %}{{ m.content }}[/INST]"
@@ -375,7 +407,10 @@ def test_syntax_error_has_the_line(source: str, place: str) -> None:
 
 
 def test_there_is_no_clock() -> None:
-    """A template that asks whether there is a clock falls back; one that insists is refused with the reason."""
+    """A template that asks whether there is a clock falls back.
+
+    One that insists is refused with the reason.
+    """
     polite = (
         "{% if strftime_now is defined %}{{ strftime_now('%d') }}{% else %}26 Jul 2024{% endif %}"
     )
@@ -402,7 +437,10 @@ def test_enable_thinking_is_passed_only_when_chosen() -> None:
 
 @pytest.mark.parametrize("name", ["chatml", "deepseek"])
 def test_thinking_does_not_change_the_prefix(name: str) -> None:
-    """Thinking is switched after the user's message: with the empty thought that the models were trained on."""
+    """Thinking is switched after the user's message.
+
+    With the empty thought that the models were trained on.
+    """
     no_thought = "<think>\n\n</think>\n\n"
 
     assert (
@@ -461,7 +499,8 @@ def test_a_thousand_prefixes_compile_one_template() -> None:
 
 MISTRAL = (
     "{% for m in messages %}{% if m.role == 'system' %}<<SYS>>{{ m.content }}<</SYS>>"
-    "{% elif m.role == 'user' %}[INST] {{ m.content }} [/INST]{% else %}{{ m.content }}{{ eos_token }}"
+    "{% elif m.role == 'user' %}[INST] {{ m.content }} [/INST]{% else %}{{ m.content }}{{ "
+    "eos_token }}"
     "{% endif %}{% endfor %}"
 )
 FORGERIES = {
@@ -511,7 +550,10 @@ def test_no_text_forges_a_turn(name: str, role: str) -> None:
 
 @pytest.mark.parametrize("name", FORGERIES)
 def test_prefix_of_a_prompt_with_markers(name: str) -> None:
-    """One renderer: the prefix of such a prompt is still what its requests start with, and its markers are the same."""
+    """One renderer: the prefix of such a prompt is still what its requests start with.
+
+    Its markers are the same.
+    """
     chat = forged(name)
     prompt = f"Explain {FORGERIES[name]} to me, and <|endoftext|>."
     request = chat.render(
@@ -591,7 +633,10 @@ def test_no_combination_of_pieces_makes_a_marker(pieces: list[str]) -> None:
 
 def test_words_inside_a_turn_are_left_alone() -> None:
     """Tags that start no turn, comparisons, pipes and markup go through as they are."""
-    text = "<think>a <| b |> c, x < y > z, <b>bold</b>, List<int>, <tool_call>{}</tool_call>, [x], a<|b"
+    text = (
+        "<think>a <| b |> c, x < y > z, <b>bold</b>, List<int>, <tool_call>{}</tool_call>, "
+        "[x], a<|b"
+    )
 
     for name in BUILTIN:
         assert text in builtin(name).render(user(text))

@@ -1,4 +1,7 @@
-"""What systemd says of the daemon's unit, and what follows: whose manifest it is, what it hides, how to look as it."""
+"""What systemd says of the daemon's unit, and what follows.
+
+Whose manifest it is, what it hides, how to look as it.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,8 @@ from rkcached.host.unit import Unit, unit_of
 FACTS = {
     "LoadState": "loaded",
     "MainPID": "0",
-    "ExecStart": "{ path=/usr/local/bin/rkcached ; argv[]=/usr/local/bin/rkcached run ; ignore_errors=no ; pid=0 }",
+    "ExecStart": "{ path=/usr/local/bin/rkcached ; argv[]=/usr/local/bin/rkcached run ; "
+    "ignore_errors=no ; pid=0 }",
     "Environment": "",
     "EnvironmentFiles": "",
     "User": "root",
@@ -41,7 +45,10 @@ def test_without_a_unit_there_is_nothing_to_say() -> None:
 
 
 def test_its_places(tmp_path: Path) -> None:
-    """The defaults, an Environment=, a file of it, or the command line, each over the ones before."""
+    """The defaults, an Environment=, a file of it.
+
+    Or the command line, each over the ones before.
+    """
     assert unit().uses(
         manifest=Path("/etc/rkcached/manifest.yaml"), cache_dir=Path("/var/cache/rkcached")
     )
@@ -85,7 +92,10 @@ def test_what_it_would_hide(facts: dict[str, str], path: str, place: str) -> Non
 
 
 def test_a_command_with_its_eyes() -> None:
-    """In the running daemon's place, as its user; else in a unit of its own, in the same sandbox."""
+    """In the running daemon's place, as its user.
+
+    Else in a unit of its own, in the same sandbox.
+    """
     running = unit(MainPID="42").command(["check"])
     assert running[:4] == ["nsenter", "--target=42", "--mount", "--wd=/"]
     assert running[4:7] == ["setpriv", "--reuid=0", "--regid=1"]
