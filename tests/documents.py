@@ -14,7 +14,10 @@ CONTRIBUTING = ROOT / "CONTRIBUTING.md"
 DOCS = ROOT / "docs"
 PAGES = (README, CONTRIBUTING, *sorted(DOCS.glob("*.md")))
 
-_PROGRAMS = "make|sudo|sudoedit|curl|python|python3|export|rkcached|systemctl|journalctl|ssh|pytest|git|apt|cp|install"
+_PROGRAMS = (
+    "make|sudo|sudoedit|curl|python|python3|export|rkcached|systemctl|journalctl|ssh|pytest|git|apt"
+    "|cp|install"
+)
 _COMMAND = re.compile(rf"(?:[A-Z_]+=\S+ )*(?:{_PROGRAMS})\b")
 
 

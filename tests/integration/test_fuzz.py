@@ -48,10 +48,14 @@ KEY = Key("m", "p")
 GOOD_MANIFEST = (Path(__file__).parents[2] / "etc/rkcached/manifest.example.yaml").read_text()
 YAML_PIECES = st.sampled_from(
     [
-        *("version: 1", "models:", "m:", "path: x", "prompts:", "{", "}", "[", "]", ": ", "\n", "\n  ", "\n    ", "\t"),
-        *("&a ", "*a", "<<: ", "!!python/object:os.system ", "!!int ", "!!binary ", "|", ">", "'", '"', "#", "---"),
-        *("1e999", ".nan", "-.inf", "9" * 5000, "0x10", "~", "null", "\u2028", "\x00", "\ud800", "\ufeff", "%YAML 9\n"),
-        *("params: {temperature: ", "max_bytes: ", "chat_template: ", "../" * 50, "a" * 10_000, "engine: {kind: "),
+        *("version: 1", "models:", "m:", "path: x", "prompts:", "{", "}", "[", "]", ": "),
+        *("\n", "\n  ", "\n    ", "\t"),
+        *("&a ", "*a", "<<: ", "!!python/object:os.system ", "!!int ", "!!binary "),
+        *("|", ">", "'", '"', "#", "---"),
+        *("1e999", ".nan", "-.inf", "9" * 5000, "0x10", "~", "null"),
+        *("\u2028", "\x00", "\ud800", "\ufeff", "%YAML 9\n"),
+        *("params: {temperature: ", "max_bytes: ", "chat_template: ", "engine: {kind: "),
+        *("../" * 50, "a" * 10_000),
     ]
 )  # fmt: skip
 
@@ -186,7 +190,10 @@ def test_pipes_and_giants_in_the_store_are_not_read(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("attempts", [1, 5, 1024, 10**9])
 def test_a_failure_may_repeat_for_days(attempts: int) -> None:
-    """At one attempt a minute, 2.0**attempts became too large for a float after 17 hours and ended the reconciler."""
+    """At one attempt a minute, 2.0**attempts became too large for a float after 17 hours.
+
+    That ended the reconciler.
+    """
     verdict = verdict_on(errors.ModelLoadError("broken"), "f", attempts)
 
     assert 0 < verdict.retry_at - time.time() <= MAX_RETRY_S
@@ -216,8 +223,16 @@ def test_frames_of_any_bytes(pieces: list[bytes], framed: bool) -> None:
 
 @fuzz
 @hypothesis.given(
-    st.sampled_from(["start", "build", "generate", "check", "embed", "abort", "ready", "loaded", "piece", "done"]),
-    st.dictionaries(st.sampled_from(["id", "prompt", "text", "spec", "stats", "cache", "path", "sampling"]), JSON),
+    st.sampled_from(
+        [
+            *("start", "build", "generate", "check", "embed", "abort"),
+            *("ready", "loaded", "piece", "done"),
+        ]
+    ),
+    st.dictionaries(
+        st.sampled_from(["id", "prompt", "text", "spec", "stats", "cache", "path", "sampling"]),
+        JSON,
+    ),
 )  # fmt: skip
 def test_messages_of_any_fields(tag: str, fields: dict[str, Any]) -> None:
     """A tag that exists with fields of any type: a message or a ProtocolError."""
@@ -299,7 +314,10 @@ def test_memory_engine_refuses_damaged_files(tmp_path: Path) -> None:
         b"RKCMEMKV" + (1).to_bytes(4, "little") + (5).to_bytes(8, "little") + b"hello" + bytes(40)
     )
     done = subprocess.run(
-        [sys.executable, "-c", LOAD_MANY, "rkcached.engines.memory", "MemoryEngine", str(model), str(good), "500"],
+        [
+            *(sys.executable, "-c", LOAD_MANY, "rkcached.engines.memory", "MemoryEngine"),
+            *(str(model), str(good), "500"),
+        ],
         capture_output=True, text=True, timeout=120, check=False,
     )  # fmt: skip
 

@@ -112,7 +112,7 @@ def test_the_folder_of_another_program_s_cache_is_refused(root: Path) -> None:
 
 
 def test_a_project_that_an_earlier_version_took_for_its_store_is_refused(root: Path) -> None:
-    """`--cache-dir .` of that version left its lock and a model's folder between the files of the project."""
+    """`--cache-dir .` of that version left a lock and a model's folder in the project."""
     store = Store(root)
     store.open()
     publish(store, P)

@@ -25,7 +25,7 @@ def short_path() -> Iterator[Path]:
 
 @pytest.fixture
 def home(short_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A user in an empty directory on a machine with the system's manifest and its daemon's directory."""
+    """A user in an empty directory on a machine with the system's manifest and daemon."""
     for name in ("MANIFEST", "CACHE_DIR", "STATE_DIR", "SOCKET", "ADMIN_SOCKET"):
         monkeypatch.delenv(f"RKCACHED_{name}", raising=False)
     for name in ("CACHE", "STATE", "RUNTIME"):

@@ -72,7 +72,7 @@ def elsewhere(renderer: Renderer, source: str) -> ChatTemplate:
 
 
 def test_same_text_as_in_place(renderer: Renderer) -> None:
-    """A render in the child is the render in this process, tools, errors and their lines included."""
+    """A render in the child is that in this process, tools, errors and their lines included."""
     for source in (*BUILTIN.values(), GOOD):
         theirs = elsewhere(renderer, source + "{# not built in #}")
         ours = ChatTemplate(source, name="ours")
@@ -132,7 +132,7 @@ def test_exhausted_template_rests(renderer: Renderer) -> None:
 
 
 def test_child_cannot_write_files(renderer: Renderer) -> None:
-    """Should a template find a way out of the sandbox, its process has no files to write and little to read."""
+    """Beyond the sandbox, a template's process has no files to write and little to read."""
     elsewhere(renderer, GOOD).render(MESSAGES)
     (child,) = psutil.Process().children()
 

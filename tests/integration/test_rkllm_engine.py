@@ -121,7 +121,7 @@ def test_engine_abi_speaks_to_a_library_of_unknown_version(
 
 
 def test_a_wrong_override_is_named(make: Any) -> None:
-    """When the model cannot be loaded, the override that contradicts the library is the next thing to mend."""
+    """When the model cannot be loaded, the hint is about the override that is not the library's."""
     with pytest.raises(ModelLoadError) as caught:
         make("D", {"abi": "1.3.0"})
     assert (
@@ -418,8 +418,11 @@ from pathlib import Path
 from rkcached.engines.base import ModelSpec, Sampling
 from rkcached.engines.rkllm.engine import RkllmEngine
 def load():
-    return RkllmEngine(ModelSpec(path=sys.argv[1], context_tokens=1024, library=sys.argv[2], abi=sys.argv[3],
-                                 sampling=Sampling(max_new_tokens=40, temperature=0.0)))
+    path, library, abi = sys.argv[1:4]
+    sampling = Sampling(max_new_tokens=40, temperature=0.0)
+    return RkllmEngine(
+        ModelSpec(path=path, context_tokens=1024, library=library, abi=abi, sampling=sampling)
+    )
 """
 
 

@@ -166,7 +166,7 @@ async def test_a_defect_has_its_traceback_in_the_log() -> None:
 
 
 def test_uvicorn_is_a_version_that_was_tried() -> None:
-    """Our server overrides and reads parts of uvicorn that its authors may change in any release."""
+    """Our server overrides parts of uvicorn that its authors may change in any release."""
     dependencies = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
     (text,) = (text for text in dependencies if Requirement(text).name == "uvicorn")
     bounds = Requirement(text).specifier

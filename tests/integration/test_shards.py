@@ -75,7 +75,7 @@ def test_all_files_of_a_split_model_are_watched(files: list[Path], tmp_path: Pat
 
 
 def test_a_worker_is_told_of_all_files(files: list[Path]) -> None:
-    """So that a model whose second file was replaced while it was loaded is not taken for the one that was digested."""
+    """A model whose second file was replaced while it was loaded is another one."""
     found = model(files[0])
     assert isinstance(found, ModelSource)
     assert [str(path) for path in files] == [path for path, _ in found.signatures]

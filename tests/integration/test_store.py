@@ -420,7 +420,7 @@ def test_a_store_that_cannot_be_listed_is_a_store_error(tmp_path: Path) -> None:
 
 
 def test_a_reader_sees_a_folder_vanish_without_harm(store: Store) -> None:
-    """Regression: a look without the lock failed while the owner removed the last artifact of a model."""
+    """Regression: a look without the lock failed while the last artifact of a model was removed."""
     done = threading.Event()
 
     def churn() -> None:
@@ -803,7 +803,7 @@ def outcome(root: Path) -> str:
 
 
 def test_thousands_of_artifacts_take_little_memory(store: Store) -> None:
-    """Regression: stat results of directory entries and records of integers took 5 KB more for each of them."""
+    """Regression: stat results and records of integers took 5 KB more for each of them."""
     for number in range(200):
         publish(store, Key("m", f"p{number:03d}"), f"{number:03d}")
     settle(*(store.root / "m").iterdir())

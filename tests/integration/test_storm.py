@@ -42,9 +42,7 @@ def test_after_any_storm_every_prompt_is_fresh_and_no_answer_was_wrong() -> None
     print(f"{storm.steps - before} steps")
 
 
-def test_a_model_that_was_loaded_between_two_replacements_is_not_taken_for_the_one_that_came_back() -> (
-    None
-):
+def test_a_model_loaded_between_two_replacements_is_not_the_one_that_came_back() -> None:
     """The worker loaded the file that was there for a moment.
 
     A build of it got the fingerprint of the other.

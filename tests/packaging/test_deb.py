@@ -369,7 +369,10 @@ def test_llama_cpp_goes_and_the_daemon_goes_on(
 
 
 def test_another_python(installed: Debian) -> None:
-    """When the system gets another Python, dpkg's trigger makes the environment anew and restarts the daemon."""
+    """When the system gets another Python, dpkg's trigger makes the environment anew.
+
+    It restarts the daemon, too.
+    """
     machine = installed.machine
     pid = machine.main_pid
     name = machine.run("readlink", ENVIRONMENT).stdout.strip()
@@ -433,7 +436,7 @@ def test_upgrade(installed: Debian, next_packages: dict[str, Path]) -> None:
 
 
 def test_what_the_administrator_changed_stays(installed: Debian) -> None:
-    """A socket that was disabled and a sample prompt that was deleted do not come back with the next configuration."""
+    """A disabled socket and a deleted sample prompt do not come back at the next configuration."""
     machine = installed.machine
     machine.run("rm", "-f", "/etc/rkcached/prompts/assistant.md")
     machine.systemctl(

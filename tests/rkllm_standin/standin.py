@@ -29,9 +29,9 @@ def build(
     version: str | None = None,
     defines: Mapping[str, str] | None = None,
 ) -> Path:
-    """Return the librkllmrt.so of this group, compiled below `directory` unless it is there already.
+    """Return the librkllmrt.so of this group, compiled below `directory` if it is not there.
 
-    `version` replaces the version string in the library (and puts one into group B, which has none);
+    `version` replaces the version string in the library, and group B, which has none, gets one;
     `defines={"NO_VERSION": "1"}` leaves it out.
     """
     given = {

@@ -28,7 +28,10 @@ def missing(what: str) -> None:
 
 
 class Port:
-    """systemd-socket-proxyd between a free port on the loopback and `target`, started as systemd starts it."""
+    """systemd-socket-proxyd between a free port on the loopback and `target`.
+
+    It is started as systemd starts it.
+    """
 
     def __init__(self, target: Path) -> None:
         if not PROXY.exists():

@@ -61,7 +61,7 @@ class Workspace:
         top: str = "",
         model: str = "",
     ) -> None:
-        """A manifest with the model `m`; `prompts` and the others are YAML flow mappings or lines."""
+        """A manifest with the model `m`; the arguments are YAML flow mappings or lines."""
         self.write(
             "manifest.yaml",
             f"version: 1\nengine: {{kind: memory}}\n{top}\nmodels:\n  m:\n    path: m.model\n"
@@ -94,7 +94,10 @@ class Workspace:
     def cli(
         self, *arguments: str, stdin: str | None = None, code: int | None = 0
     ) -> subprocess.CompletedProcess[str]:
-        """Run a command of the program in this workspace; `code` is what it must exit with (None: anything)."""
+        """Run a command of the program in this workspace.
+
+        It must exit with `code` (None: with any).
+        """
         done = subprocess.run(
             self.command(*arguments),
             env=self.environment,

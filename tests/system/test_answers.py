@@ -1,4 +1,4 @@
-"""What an answer may contain beside text, on a model of the memory engine that says what it is told to."""
+"""What an answer may contain beside text, on a model whose answers are written in its file."""
 
 from __future__ import annotations
 

@@ -263,7 +263,7 @@ def test_plain_completions(two_prompts: Workspace) -> None:
 
 
 def test_changes_are_the_administrators(two_prompts: Workspace) -> None:
-    """On the socket for everyone they get 403 that names the other one, which only its owner may open."""
+    """On the socket for everyone they get 403, which names the one that only its owner may open."""
     admin = two_prompts.root / "admin.sock"
     assert stat.S_IMODE(admin.stat().st_mode) == 0o600
     with two_prompts.http() as client:

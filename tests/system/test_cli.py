@@ -274,7 +274,7 @@ def test_a_wrong_key_hides_no_missing_file(workspace: Workspace) -> None:
 
 
 def test_with_a_wrong_engine_no_other_engine_is_missed(workspace: Workspace) -> None:
-    """Neither a library nor a model's format is complained of that the engine which is meant may not need."""
+    """No library and no format of a model is demanded that the right engine may not need."""
     workspace.write("m.model", "a format of any engine")
     workspace.write(
         "manifest.yaml",

@@ -65,7 +65,7 @@ def exposed(space: Workspace) -> dict[str, set[str]]:
 
 
 def test_every_name_is_a_metric(workspace: Workspace, dashboard: dict[str, Any]) -> None:
-    """Each series and each label that the dashboard asks for is there, after an answer, a build and a crash."""
+    """After an answer, a build and a crash, each series and label of the dashboard is there."""
     workspace.memory_model()
     workspace.write("p.md", "Text.")
     workspace.declare("{p: p.md}", top="cache: {max_bytes: 2000000}")

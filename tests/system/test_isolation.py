@@ -1,7 +1,8 @@
-"""Whose code runs: no command and no child of one takes a module from the folder that it is called in.
+"""Whose code runs: no command and no child of one loads a module from the current folder.
 
-A folder that somebody else can write may hold a `msgspec.py`, and `sudo rkcached check` would run it as root. And
-however the package was installed, its children run the very package of their parent.
+A folder that somebody else can write may hold a `msgspec.py`, and `sudo rkcached check` would run
+it as root. And however the package was installed, its children run the very package of their
+parent.
 """
 
 from __future__ import annotations

@@ -197,7 +197,7 @@ def test_split_model(workspace: Workspace, small_model: Path) -> None:
 
 
 def test_damaged_cache_is_never_loaded(ship: Workspace) -> None:
-    """A truncated prompt cache, over which llama.cpp would abort, is noticed, answered cold, and rebuilt."""
+    """llama.cpp would abort over a truncated prompt cache: it is noticed and rebuilt."""
     assert ship.stop() == 0
     path = ship.cache / "m/cook.llama_cache"
     path.write_bytes(path.read_bytes()[:-1000])

@@ -28,7 +28,7 @@ def samples(space: Workspace) -> dict[tuple[str, ...], float]:
 
 
 def test_metrics_count_what_happened(two_prompts: Workspace) -> None:
-    """Requests by state, times, tokens, builds by kind of reason, prompts by state, bytes, the manifest."""
+    """Requests and prompts by state, times, tokens, builds by reason, bytes, the manifest."""
     two_prompts.ask("m/a")
     two_prompts.ask("m/a", cache=False)
     two_prompts.write("prompts/a.md", "another text")

@@ -66,7 +66,10 @@ def run(
     engine: str = "",
     **keys: Any,
 ) -> Workspace:
-    """Start the daemon on `models` with these keys and prompts; `engine` adds to the manifest's engine."""
+    """Start the daemon on `models` with these keys and prompts.
+
+    `engine` adds to the manifest's engine.
+    """
     text = f"version: 1\nengine: {{kind: rkllm, library: librkllmrt.so{engine}}}\nmodels:\n"
     for name in models:
         put_model(space, name, **keys)
@@ -290,7 +293,10 @@ def send(space: Workspace, *, streaming: bool, until: Callable[[], bool]) -> Non
 
 @pytest.mark.parametrize("streaming", [True, False])
 def test_client_gone_stops_generation(d: Workspace, streaming: bool) -> None:
-    """When the client goes away, the generation is aborted and the next request is served by the same worker."""
+    """When the client goes away, the generation is aborted.
+
+    The next request is served by the same worker.
+    """
     run(d, "{}", decode_tps=1)  # all of it would take 300 s
     d.ask("m", max_tokens=1)
     (worker,) = d.children()
@@ -340,7 +346,7 @@ def test_model_that_cannot_save(board: Workspace) -> None:
 
 
 def test_lines_of_the_library(d: Workspace) -> None:
-    """What the library prints is logged with the model's name, at the level that the line begins with."""
+    """The library's lines are logged with the model's name, at the level they begin with."""
     run(d, saves="no", fault="token3:error")
     switch(d, on=True)
     d.ask("m", status=500)
@@ -675,7 +681,7 @@ def test_two_models(d: Workspace, concurrent: bool) -> None:
 
 
 def test_damaged_artifacts_are_never_loaded(board: Workspace) -> None:
-    """Bytes that nobody built never reach the runtime's loader, of which nobody knows what it does with them."""
+    """Bytes that nobody built never reach the runtime's loader, which may do anything."""
     damage(board, board.cache / "m/a.rkllm_cache")
 
 

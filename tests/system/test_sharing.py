@@ -278,7 +278,7 @@ def test_two_prompts_in_turn(two_prompts: Workspace) -> None:
 def test_two_prompts_in_turn_on_rkllm(
     workspace: Workspace, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    """The same on the stand-in for RKLLM's library, whose answers show the state that they came from."""
+    """The same on the stand-in for RKLLM's library, whose answers show the state behind them."""
     need("cc")
     library = build("E", tmp_path_factory.mktemp("standin"))
     write_model(workspace.root / "m.rkllm")

@@ -59,7 +59,7 @@ def test_rename_over(two_prompts: Workspace) -> None:
 
 
 def test_steps_of_vim(two_prompts: Workspace) -> None:
-    """The steps of vim's save (probe file 4913, backup by rename, new file, backup deleted) are one change."""
+    """A save of vim is one change: probe file 4913, backup by rename, new file, backup deleted."""
     before = len(two_prompts.built())
     folder = two_prompts.root / "prompts"
     probe = folder / "4913"
@@ -126,7 +126,7 @@ def test_link_retargeted(workspace: Workspace) -> None:
 
 
 def test_data_directory_swapped(workspace: Workspace) -> None:
-    """A ConfigMap-style update, which swaps the link `..data` to a new directory, rebuilds what differs."""
+    """An update as of a ConfigMap swaps the link `..data`, and rebuilds what differs."""
     workspace.memory_model()
     mount = workspace.root / "mount"
     workspace.write("mount/..1/a.md", "Config A.\n")

@@ -56,13 +56,16 @@ def test_the_npu_is_reachable_in_the_sandbox(machine: Machine) -> None:
 
 @pytest.mark.model
 def test_llama_cpp_under_the_sandbox(machine: Machine) -> None:
-    """Its threads, its memory maps and its compiled kernels live with no network and no writable code."""
+    """Threads, memory maps and compiled kernels live with no network and no writable code."""
     machine.run("test", "-r", "/small.gguf")
     warm_chat(machine, "{kind: llamacpp}", "/small.gguf")
 
 
 def test_rkllm_s_binding_under_the_sandbox(machine: Machine, tmp_path: Path) -> None:
-    """Callbacks through ctypes from the library's own thread, the library and the model where a board has them."""
+    """Callbacks come from the library's own thread.
+
+    The library and the model are where a board has them.
+    """
     library = standin.build("D", tmp_path)
     machine.write("/opt/librkllmrt.so", library.read_bytes())
     machine.write("/opt/m.rkllm", standin.write_model(tmp_path / "m.rkllm").read_bytes())

@@ -19,9 +19,12 @@ from rkcached.host.access import Refusal, hidden, hiding, mounts_in, refusal
 # As the kernel shows it to a process of a unit with systemd 252.
 ROOT = "439 1 0:40 / / ro,relatime shared:1 - overlay overlay rw"
 CLOSED = """\
-488 439 0:47 /systemd/inaccessible/dir /home ro,nosuid,nodev,noexec shared:185 master:6 - tmpfs tmpfs rw,mode=755
-489 439 0:47 /systemd/inaccessible/dir /root ro,nosuid,nodev,noexec shared:186 master:6 - tmpfs tmpfs rw,mode=755
-473 464 0:47 /systemd/inaccessible/dir /run/user ro,nosuid shared:171 master:6 - tmpfs tmpfs rw,mode=755"""
+488 439 0:47 /systemd/inaccessible/dir /home ro,nosuid,nodev,noexec shared:185 master:6 \
+- tmpfs tmpfs rw,mode=755
+489 439 0:47 /systemd/inaccessible/dir /root ro,nosuid,nodev,noexec shared:186 master:6 \
+- tmpfs tmpfs rw,mode=755
+473 464 0:47 /systemd/inaccessible/dir /run/user ro,nosuid shared:171 master:6 \
+- tmpfs tmpfs rw,mode=755"""
 IN_A_CONTAINER = (
     "488 439 0:47 /host/inaccessible/dir /home ro,nosuid,nodev,noexec - tmpfs tmpfs rw,mode=755"
 )
@@ -34,8 +37,10 @@ OPENED = (
     "ext4 /dev/sda1 rw"
 )
 OWN_TMP = """\
-474 440 0:43 /systemd-private-ea2c-rkcached.service-8CP9zJ/tmp /tmp rw,nosuid shared:139 - tmpfs tmpfs rw
-490 439 0:40 /var/tmp/systemd-private-ea2c-rkcached.service-8eWmWM/tmp /var/tmp rw - ext4 /dev/sda1 rw"""
+474 440 0:43 /systemd-private-ea2c-rkcached.service-8CP9zJ/tmp /tmp rw,nosuid shared:139 \
+- tmpfs tmpfs rw
+490 439 0:40 /var/tmp/systemd-private-ea2c-rkcached.service-8eWmWM/tmp /var/tmp rw \
+- ext4 /dev/sda1 rw"""
 
 
 @pytest.mark.parametrize(

@@ -83,7 +83,7 @@ def refusal(path: Path) -> str:
 
 @pytest.mark.parametrize("style", ["gnu", "sysv", "both"])
 def test_a_library(compile_library: Compile, style: str) -> None:
-    """Version, functions, machine and needed libraries are read, whichever table of names the linker made."""
+    """Version, functions, machine and needed libraries are read from either table of names."""
     banner = "RKLLM SDK (version: 1.2.1b1 | target: linux)"
     flags = (f"-Wl,--hash-style={style}", "-Wl,--no-as-needed", "-lm")
     path = compile_library(f"style_{style}", FUNCTIONS["1.2.1b1"], banner, *flags)

@@ -330,7 +330,7 @@ def test_sidecar_of_nothing(publish: Publish, tmp_path: Path) -> None:
 
 
 def test_leftover(publish: Publish, tmp_path: Path) -> None:
-    """A prompt cache of an engine that is no longer used is told from the one that the sidecar is about."""
+    """A prompt cache of an engine no longer used is not the one that the sidecar is about."""
     publish()
     old = tmp_path / "watch.man.llama_cache"
     old.write_bytes(llama([1, 2, 3]))

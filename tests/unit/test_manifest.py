@@ -1078,7 +1078,7 @@ def only_problems(text: str) -> None:
 @example("? !!merge {}\n: 5")
 @example("models: {? !!null x : {path: a}}")
 def test_any_text_parses_or_has_problems(text: str) -> None:
-    """No text makes anything but a manifest or a list of printable problems with lines in the text."""
+    """Any text makes a manifest or a list of printable problems with lines in the text."""
     only_problems(text)
 
 

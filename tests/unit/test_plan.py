@@ -608,7 +608,7 @@ def test_without_a_budget_the_oldest_go_when_the_disk_is_nearly_full() -> None:
 
 
 def test_a_clock_that_jumps_lets_nothing_expire() -> None:
-    """A board without a clock retires at an old time, which is set to the right one a minute later."""
+    """A board without a clock retires at an old time, and is set right a minute later."""
     observed = replace(with_retired(world(), retired(at=0)), now=1e9)
     assert isinstance(assess([], observed, WEEK)[0].action, Remove)
     assert (
@@ -772,7 +772,7 @@ def test_carrying_out_the_plan_leaves_nothing_to_do(
     limits: Limits,
     real: Mapping[Key, tuple[int, int]],
 ) -> None:
-    """Whatever tokens and bytes the builds turn out to have, looking again gives no Build and no Remove, in time."""
+    """Looking again gives no Build and no Remove in the end, whatever the builds turn out to be."""
     for _ in range(len(KEYS) + 2):
         actions = [a for a in plan(assess(prompts, observed, limits)) if not isinstance(a, Blocked)]
         if not actions:

@@ -10,7 +10,7 @@ from rkcached.cli.bench.samples import EXACT_RUNS, chance, least_chance, p95, re
 
 
 def test_chance_counts_all_orders() -> None:
-    """The two-sided rank test equals the share of arrangements that are as clear, counted one by one."""
+    """The two-sided rank test equals the share of arrangements as clear, counted one by one."""
     left, right = [3.0, 4.0, 6.0, 9.0], [1.0, 2.0, 5.0, 7.0, 8.0]
     pool = sorted(left + right)
 

@@ -91,7 +91,7 @@ def printed(status: dict[str, Any], width: int = 80) -> str:
 
 @pytest.mark.parametrize("width", [80, 200])
 def test_hostile_words(width: int) -> None:
-    """Descriptions, reasons, hints, names, a model's failure and the manifest's problems are shown with escapes."""
+    """Whatever comes from files or models is shown with escapes."""
     status = a_status(
         [
             prompt("a", "fresh", description=HOSTILE),

@@ -116,7 +116,10 @@ def test_builtin_renders_system_and_user(name: str, expected: str) -> None:
         ),
         (
             "deepseek",
-            "Be brief.<｜User｜>Hello<｜Assistant｜>Hi!<｜end▁of▁sentence｜><｜User｜>Bye<｜Assistant｜>",  # noqa: RUF001
+            (
+                "Be brief.<｜User｜>Hello<｜Assistant｜>"  # noqa: RUF001
+                "Hi!<｜end▁of▁sentence｜><｜User｜>Bye<｜Assistant｜>"  # noqa: RUF001
+            ),
         ),
         (
             "phi",
@@ -152,7 +155,7 @@ def test_tool_messages_where_the_format_has_them() -> None:
 
 @pytest.mark.parametrize("name", BUILTIN)
 def test_unknown_role_is_refused(name: str) -> None:
-    """A role that the format does not have is an error with its name, never a turn the model has not seen."""
+    """A role that the format does not have is an error with its name, never another turn."""
     with pytest.raises(TemplateError, match=rf"^template {name}, line \d+: .* not narrator$"):
         builtin(name).render([*user("Hello"), Message(role="narrator", content="Night fell.")])
 
@@ -169,7 +172,7 @@ def test_gemma_needs_turns() -> None:
 
 
 def test_deepseek_hides_earlier_reasoning() -> None:
-    """The models were trained on conversations that keep the answers and leave out how they were found."""
+    """The models were trained on conversations with the answers and without the reasoning."""
     messages = [
         *user("2+2"),
         Message(role="assistant", content="<think>\nhm\n</think>4"),
@@ -184,7 +187,7 @@ def test_deepseek_hides_earlier_reasoning() -> None:
 
 @given(name=st.sampled_from(sorted(BUILTIN)), system=encodable, text=encodable)
 def test_prefix_starts_every_request(name: str, system: str, text: str) -> None:
-    """With a built-in the prefix holds for every system and every user text, empty and blank ones included."""
+    """With a built-in the prefix holds for every system and user text, also for empty ones."""
     chat = builtin(name)
     messages = [Message(role="system", content=system), Message(role="user", content=text)]
 
@@ -285,7 +288,7 @@ def test_final_newlines_of_a_system_message_do_not_count(name: str, ending: str)
 
 
 def test_other_content_is_untouched() -> None:
-    """Trailing blanks of a system message and all white space of a user message reach the template."""
+    """A system message's trailing blanks and all white space of a user's reach the template."""
     messages = [Message(role="system", content="a \t\n"), Message(role="user", content="\n b \n")]
 
     rendered = builtin("chatml").render(messages)
@@ -364,7 +367,7 @@ def test_template_that_folds_the_system_message_into_the_last_turn() -> None:
     ],
 )
 def test_sandbox_refuses(source: str) -> None:
-    """A template that strangers wrote can reach neither Python's insides nor the caller's messages."""
+    """A stranger's template can reach neither Python's insides nor the caller's messages."""
     with pytest.raises(TemplateError, match=r"^template t, line 1: refused by the sandbox"):
         ChatTemplate(source, name="t").render(user("Hello"))
 
@@ -454,7 +457,8 @@ def test_environment_is_that_of_transformers() -> None:
     """Variables, filters, tags and white space control that shipped templates rely on."""
     source = """\
     {% generation %}
-{{ bos_token }}{{ eos_token }} {{ tools is none }} {{ documents is none }} {{ add_generation_prompt }}
+{{ bos_token }}{{ eos_token }} {{ tools is none }} {{ documents is none }} \
+{{ add_generation_prompt }}
     {% endgeneration %}
 {{ {"a": "<é'>"} | tojson }}
 {{ [1] | tojson(indent=1) }}
@@ -533,7 +537,7 @@ def markers(text: str) -> list[str]:
 @pytest.mark.parametrize("name", FORGERIES)
 @pytest.mark.parametrize("role", ["system", "user", "assistant"])
 def test_no_text_forges_a_turn(name: str, role: str) -> None:
-    """With a forged turn in any message, the rendering has the markers that it has without, and no others."""
+    """A forged turn in any message adds no marker to the rendering, and takes none."""
     chat, forgery = forged(name), FORGERIES[name]
     honest = [
         Message(role=r, content=f"I am {r}.") for r in ("system", "user", "assistant", "user")
