@@ -112,17 +112,37 @@ class SchemaChecker:
 
         Errors: SchemaInvalid, WorkerUnavailable.
         """
+        is_new = self._start()
+        answer = self._exchange(question)
+        if isinstance(answer, int) and answer not in _KILLED and not is_new:
+            # Schemas before this one may have left no memory: only a new child's death is its doing.
+            self._start()
+            answer = self._exchange(question)
+        if isinstance(answer, str):
+            return answer
+
+        problem = "checking the schema takes too much time or memory"
+        if answer in _KILLED:  # not remembered: somebody else ended the child
+            raise SchemaInvalid(problem, hint=_HINT)
+        return problem
+
+    def _start(self) -> bool:
+        """Start a child unless one runs; whether one was started. Errors: WorkerUnavailable."""
         if self._running and self._running[0].popen.poll() is not None:
             end_all(self._running)
-        try:
-            if not self._running:
-                self._running.append(start("rkcached.worker.schemas"))
-        except OSError as error:
-            said = f"the process that checks schemas cannot be started: {error}"
-            raise WorkerUnavailable(
-                said, hint="is the machine out of memory or processes?"
-            ) from error
+        if self._running:
+            return False
 
+        try:
+            self._running.append(start("rkcached.worker.schemas"))
+        except OSError as error:
+            problem = f"the process that checks schemas cannot be started: {error}"
+            hint = "is the machine out of memory or processes?"
+            raise WorkerUnavailable(problem, hint=hint) from error
+        return True
+
+    def _exchange(self, question: dict[str, Any]) -> str | int:
+        """The child's answer; if it died or was silent, how it ended (as Popen.returncode)."""
         self._end_when_idle()
         connection = self._running[0].connection
         connection.settimeout(PATIENCE_S)
@@ -136,12 +156,7 @@ class SchemaChecker:
 
         process = self._running[0]
         end_all(self._running)
-        problem = "checking the schema takes too much time or memory"
-        if process.popen.returncode in _KILLED:
-            raise SchemaInvalid(
-                problem, hint=_HINT
-            )  # not remembered: somebody else ended the child
-        return problem
+        return process.popen.returncode
 
     def _end_when_idle(self) -> None:
         if self._idle is not None:
@@ -173,7 +188,8 @@ def main() -> None:
 def find_problem(schema: str, *, compiled: bool) -> str:
     """What is wrong with a schema, in words; empty if nothing is.
 
-    May take for ever, or end the process.
+    May take for ever, or end the process. Errors: MemoryError; a process that was so short of memory
+    is not fit for another schema.
     """
     try:
         value = json.loads(schema, parse_constant=_no_constant)
@@ -182,6 +198,8 @@ def find_problem(schema: str, *, compiled: bool) -> str:
         if compiled and not problem:
             problem = _not_a_grammar(schema)
         return problem
+    except MemoryError:
+        raise
     except BaseException as error:  # noqa: BLE001 - compiled libraries raise what they like; here it is all the same
         return (
             f"not a JSON schema that can be used: {type(error).__name__}: {_shortened(str(error))}"

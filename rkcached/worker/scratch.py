@@ -3,8 +3,8 @@
 A worker's scratch folder holds its socket and a link for a moment, never a KV state, so it may be in memory. It is
 made in the runtime directory (systemd's for the daemon, the user's own otherwise), which no cleaner of temporary files
 walks through; where there is none, in the temporary directory. Each folder is locked (flock(2)) for as long as its
-daemon or its worker lives, and is swept when nobody holds the lock: a pid would mean nothing to a daemon in another
-PID namespace that shares the directory.
+daemon or its worker lives. It is swept when it has our mark and nobody holds the lock: a pid would
+mean nothing to a daemon in another PID namespace that shares the directory.
 """
 
 from __future__ import annotations
@@ -17,6 +17,9 @@ import tempfile
 from pathlib import Path
 
 PREFIX = "rkcached-scratch-"
+
+MARK = ".rkcached-scratch"
+"""The empty file by which a folder is known as ours: a name alone may be anybody's."""
 
 _TRIES = 10
 """A sweeper may take a folder between its making and its locking; not ten times in a row."""
@@ -37,8 +40,10 @@ class Scratch:
             if lock is None:
                 continue
             if _is_locked_by_us(lock) and _is_same(path, lock):
+                Path(path, MARK).touch(mode=0o600)
                 self.path, self.lock = path, lock
                 return
+
             os.close(lock)
         raise OSError(f"no scratch folder could be made in {parent()}")
 
@@ -79,14 +84,14 @@ def parent() -> str:
 
 
 def sweep() -> None:
-    """Remove the scratch folders that were left behind: ours, with nobody holding the lock."""
+    """Remove the scratch folders that were left behind: with our mark, and nobody holding the lock."""
     places = {parent(), tempfile.gettempdir()}
     for path in (path for place in places for path in Path(place).glob(f"{PREFIX}*")):
         lock = _open(str(path))
         if lock is None:
             continue
         try:
-            if os.fstat(lock).st_uid == os.geteuid() and _is_locked_by_us(lock):
+            if _is_marked(lock) and _is_locked_by_us(lock):
                 shutil.rmtree(path, ignore_errors=True)
         finally:
             os.close(lock)
@@ -97,6 +102,16 @@ def _open(path: str) -> int | None:
         return os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
     except OSError:
         return None
+
+
+def _is_marked(folder: int) -> bool:
+    """Whether this open folder is ours, and a scratch folder."""
+    try:
+        mark = os.stat(MARK, dir_fd=folder, follow_symlinks=False)
+    except OSError:
+        return False
+    its_owners = {os.fstat(folder).st_uid, mark.st_uid}
+    return stat.S_ISREG(mark.st_mode) and mark.st_size == 0 and its_owners == {os.geteuid()}
 
 
 def _is_locked_by_us(lock: int) -> bool:

@@ -6,6 +6,8 @@ Whatever is wrong with one is SchemaInvalid, and nothing else.
 from __future__ import annotations
 
 import json
+import os
+import signal
 from collections.abc import Iterator
 from typing import Any
 
@@ -100,6 +102,15 @@ ENDLESS = {
 """What llguidance compiles for longer than anybody waits."""
 
 
+def doubling(title: str, levels: int = 25) -> dict[str, Any]:
+    """A small schema that is evaluated twice as long with each level, and takes as much memory."""
+    schema: dict[str, Any] = {"title": title, "$ref": "#/$defs/d0", "$defs": {f"d{levels}": {}}}
+    for level in range(levels):
+        deeper = {"$ref": f"#/$defs/d{level + 1}"}
+        schema["$defs"][f"d{level}"] = {"anyOf": [deeper, {"allOf": [deeper, {"type": "object"}]}]}
+    return schema
+
+
 def as_text(schema: Any) -> str:
     return schema if isinstance(schema, str) else json.dumps(schema)
 
@@ -168,4 +179,27 @@ def test_a_verdict_is_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
         with pytest.raises(SchemaInvalid):
             checker.check(as_text(ENDLESS), compiled=True)
         monkeypatch.setattr("rkcached.worker.schemas.start", None)  # no child any more
+    checker.close()
+
+
+def test_a_schema_is_not_blamed_for_what_another_used_up() -> None:
+    """A child that is out of memory by one schema ended at the next one, which was refused from then on."""
+    checker = SchemaChecker()
+    checker.check("{}", compiled=True)
+    for at in range(3):
+        with pytest.raises(SchemaInvalid):
+            checker.check(as_text(doubling(f"number {at}")), compiled=True)
+        good = {"type": "object", "properties": {"a": {"type": "integer", "maximum": at}}}
+        checker.check(as_text(good), compiled=True)
+    checker.close()
+
+
+def test_a_used_child_s_death_blames_nobody() -> None:
+    """The schema is looked at again by a new child; only if that one dies of it, too, it is refused."""
+    checker = SchemaChecker()
+    checker.check("{}", compiled=True)
+    (process,) = checker._running
+    pid = process.popen.pid
+    os.kill(pid, signal.SIGABRT)
+    checker.check('{"type": "integer"}', compiled=True)
     checker.close()

@@ -334,6 +334,21 @@ def test_scratch_folders_are_swept_by_their_lock(site: Site) -> None:
     others.rmdir()
 
 
+def test_a_name_makes_no_scratch_folder(site: Site) -> None:
+    """A user's folder of such a name stays, with any mark that is not ours."""
+    notes = site.scratch / f"{scratch.PREFIX}mynotes"
+    notes.mkdir(mode=0o700)
+    (notes / "precious").write_text("keep me")
+    scratch.sweep()
+    (notes / scratch.MARK).symlink_to(notes / "precious")
+    scratch.sweep()
+    (notes / scratch.MARK).unlink()
+    (notes / scratch.MARK).write_text("a text of somebody else")
+    scratch.sweep()
+    assert (notes / "precious").read_text() == "keep me"
+    shutil.rmtree(notes)
+
+
 def test_scratch_folders_are_in_the_runtime_directory(
     site: Site, monkeypatch: pytest.MonkeyPatch
 ) -> None:
