@@ -1,6 +1,4 @@
-"""The worker process, started by `isolated`.
-
-Hosts one engine on the inherited socket that its argument names.
+"""The worker process. It hosts one engine on the inherited socket that its argument names.
 
 The main thread runs the engine; a reader thread receives operations and aborts. When the daemon
 goes away the socket ends and the process leaves at once, whatever the engine is doing. Only this
@@ -43,7 +41,7 @@ class _Channel:
         self.engine: Engine | None = None
         self.scratch_dir = ""
         self.idle = False
-        """The main thread waits for a message."""
+        """Whether the main thread waits for a message."""
 
     def send(self, message: protocol.FromWorker) -> None:
         try:
@@ -86,9 +84,9 @@ class _Channel:
             return b""
 
     def _leave(self) -> None:
-        """The daemon wants us gone, or is gone.
+        """End the process: the daemon has closed the socket, or is gone.
 
-        An idle engine is closed; a busy one may be deep in native code.
+        An idle engine is closed first; a busy one may be deep in native code.
         """
         if self.idle:
             self._inbox.put(None)
@@ -99,8 +97,10 @@ class _Channel:
 
 
 def _start(channel: _Channel, message: protocol.Start) -> Session:
+    """Load the model. Errors: EngineError."""
     channel.scratch_dir = message.spec.scratch_dir
     started = time.perf_counter()
+
     if message.max_memory_bytes is not None:
         try:
             memory.limit(message.max_memory_bytes)
@@ -108,10 +108,12 @@ def _start(channel: _Channel, message: protocol.Start) -> Session:
             raise EngineError(
                 f"engine.max_memory_bytes cannot be kept: {error}", hint="remove it"
             ) from error
+
     module, _, name = message.implementation.partition(":")
     engine: Engine = getattr(importlib.import_module(module), name)(message.spec)
     channel.engine = engine
-    channel.send(protocol.Ready(info=engine.info, load_ms=(time.perf_counter() - started) * 1000))
+    load_ms = (time.perf_counter() - started) * 1000
+    channel.send(protocol.Ready(info=engine.info, load_ms=load_ms))
     return Session(engine)
 
 
@@ -138,25 +140,25 @@ def _run(session: Session, channel: _Channel, operation: protocol.Operation) -> 
 
 
 def _print_at_once(libc: ctypes.CDLL) -> None:
-    """C's stdout is a pipe here, so what a library prints would wait for 4 kB, and be lost in a crash."""
+    """Make C's stdout line-buffered: in a pipe, a crash would lose the last 4 kB."""
     with contextlib.suppress(ValueError):  # a C library that names it otherwise
         libc.setvbuf(ctypes.c_void_p.in_dll(libc, "stdout"), None, _IOLBF, ctypes.c_size_t(0))
 
 
 def main() -> None:
     """Serve operations on the socket until the other end closes it."""
-    signal.signal(
-        signal.SIGINT, signal.SIG_IGN
-    )  # Ctrl-C is for the daemon, which then ends this process in order
+    # Ctrl-C is for the daemon, which then ends this process in order.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     libc = ctypes.CDLL(None)
     libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # even a daemon that was killed leaves no worker
     _print_at_once(libc)
-    with contextlib.suppress(
-        OSError
-    ):  # where memory runs out, the kernel takes this process and not the daemon
+    # Where memory runs out, the kernel kills this process and not the daemon.
+    with contextlib.suppress(OSError):
         Path("/proc/self/oom_score_adj").write_text(_OOM_SCORE_ADJ)
+
     channel = _Channel(socket.socket(fileno=int(sys.argv[1])))
     threading.Thread(target=channel.read_forever, name="reader", daemon=True).start()
+
     first = channel.receive()
     if first is None:
         return
@@ -167,9 +169,11 @@ def main() -> None:
     except EngineError as error:
         channel.send(protocol.failed(0, error))
         return
+
     while (message := channel.receive()) is not None:
         if isinstance(message, protocol.Start | protocol.Abort):
             raise protocol.ProtocolError(f"{type(message).__name__} is no operation")
         _run(session, channel, message)
+
     session.engine.close()
     shutil.rmtree(channel.scratch_dir, ignore_errors=True)

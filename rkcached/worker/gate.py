@@ -1,9 +1,9 @@
 """One operation at a time over all models, live requests before builds.
 
 Concurrent clients of an NPU are reported to panic some kernels, and on CPU cores they only slow
-each other. So whoever wants an engine to work holds the gate (`Gates` has one more for each model,
-for manifests that say `engine.concurrent`). A live request that has to wait behind a build asks it
-to step aside; a build that was kept waiting long enough gets its turn all the same. Used from the
+each other. So a caller holds the gate while its engine works (`Gates` has one more for each model,
+for manifests with `engine.concurrent`). A live request that has to wait behind a build asks the
+build to step aside; a build that has waited long enough gets its turn all the same. Used from the
 event loop only.
 """
 
@@ -17,8 +17,8 @@ from enum import IntEnum
 from typing import NamedTuple
 
 BUILD_PATIENCE_S = 60.0
-"""A build that was kept waiting this long goes before live requests, once, to its end: load must
-not starve it."""
+"""A build that has waited this long goes before live requests, once, to its end: load must not
+starve it."""
 
 
 class Priority(IntEnum):
@@ -60,11 +60,13 @@ class Gate:
         `since` (the loop's time) is when a build first tried: once its patience is over, it goes
         first and stays.
         """
-        first_try = asyncio.get_running_loop().time() if since is None else since
+        loop = asyncio.get_running_loop()
+        first_try = loop.time() if since is None else since
         if self._held:
             await self._wait(priority, first_try)
+
         self._held = True
-        patient = asyncio.get_running_loop().time() - first_try <= BUILD_PATIENCE_S
+        patient = loop.time() - first_try <= BUILD_PATIENCE_S
         self._yield_to_live = step_aside if patient else None
         try:
             if self.waiting_live:
@@ -80,19 +82,21 @@ class Gate:
         self._queues[priority].append(waiter)
         if priority is Priority.LIVE:
             self._ask_to_step_aside()
+
         try:
             await waiter.turn
         except asyncio.CancelledError:
             if not waiter.turn.cancelled():
+                # The turn came together with the cancellation: the next waiter takes it.
                 self._held = False
-                # the turn came together with the cancellation: somebody else takes it
                 self._pass_on()
             elif waiter in self._queues[priority]:
                 self._queues[priority].remove(waiter)
             raise
 
     def _ask_to_step_aside(self) -> None:
-        ask, self._yield_to_live = self._yield_to_live, None
+        ask = self._yield_to_live
+        self._yield_to_live = None
         if ask is not None:
             ask()
 
@@ -101,26 +105,26 @@ class Gate:
 
         The gate counts as held from now on, so that nobody slips in before it runs.
         """
-        live, builds = self._queues[Priority.LIVE], self._queues[Priority.BUILD]
+        live = self._queues[Priority.LIVE]
+        builds = self._queues[Priority.BUILD]
         for queue in (live, builds):
-            while (
-                queue and queue[0].turn.cancelled()
-            ):  # it will not run any more, but does not know it yet
+            # A cancelled waiter will not run any more, but has not taken itself off the queue yet.
+            while queue and queue[0].turn.cancelled():
                 queue.popleft()
+
         now = asyncio.get_running_loop().time()
-        queue = (
-            builds if builds and (not live or now - builds[0].since > BUILD_PATIENCE_S) else live
-        )
+        impatient = bool(builds) and now - builds[0].since > BUILD_PATIENCE_S
+        queue = builds if impatient or not live else live
         if queue:
             self._held = True
             queue.popleft().turn.set_result(None)
 
 
 class Gates:
-    """One gate for all models, and one for each: who may run concurrently holds only the latter.
+    """One gate for all models, and one for each model.
 
-    A model's own gate is always held, so its operations exclude each other also while the manifest
-    changes its mind.
+    A concurrent caller holds only the latter. A model's own gate is always held, so its operations
+    exclude each other also while the manifest changes `engine.concurrent`.
     """
 
     def __init__(self) -> None:
@@ -128,7 +132,7 @@ class Gates:
         self._own: dict[str, Gate] = {}
 
     def free(self, model: str, *, concurrent: bool) -> bool:
-        """Whether who comes now need not wait."""
+        """Whether a caller that comes now need not wait."""
         own = self._own.get(model)
         return (own is None or own.free) and (concurrent or self._shared.free)
 

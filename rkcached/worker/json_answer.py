@@ -1,9 +1,9 @@
 """Whether an answer is the JSON that its request asked for.
 
-Runs in the worker: a schema is a client's, and some take for ever to check. There is a limit to
-that, and the daemon never evaluates a schema itself; `schemas` has looked at it before, and
-whatever is raised here all the same makes the schema invalid and ends nothing. Nothing is fetched:
-a `$ref` leads inside the schema or nowhere.
+Runs in the worker: a schema comes from a client, and some take for ever to check. The check has a
+time limit, and the daemon never evaluates a schema itself. `schemas` has checked the schema before;
+if a library raises an error here all the same, the schema is invalid, and the worker goes on.
+Nothing is fetched: a `$ref` leads inside the schema or nowhere.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _DRESSED = (
     re.compile(r"<tool_call>(.*)</tool_call>", re.DOTALL),
     re.compile(r"<\|python_tag\|>(.*)", re.DOTALL),
 )
-"""What models put around JSON."""
+# What models put around JSON.
 
 
 class JsonAnswer:
@@ -47,20 +47,22 @@ class JsonAnswer:
         self._validator = _validator(schema)
 
     def check(self, text: str) -> str:
-        """The JSON in `text`, without its reasoning, and without the tags or the fence that models put around it.
+        """The JSON in `text`, without reasoning, tags and fences around it.
 
-        Errors: SchemaMismatch; SchemaInvalid if it takes too long to tell.
+        Errors: SchemaMismatch; SchemaInvalid if the check takes too long.
         """
-        said = text.rpartition("</think>")[2].strip()
+        answer = text.rpartition("</think>")[2].strip()
         for dress in _DRESSED:
-            if dressed := dress.fullmatch(said):
-                said = dressed[1].strip()
+            if dressed := dress.fullmatch(answer):
+                answer = dressed[1].strip()
+
         try:
-            value = json.loads(said, parse_constant=_no_constant, parse_float=_finite)
+            value = json.loads(answer, parse_constant=_no_constant, parse_float=_finite)
         except (ValueError, RecursionError) as error:
             raise SchemaMismatch(
                 f"the answer is not JSON: {error}", text=text, hint=_HINT
             ) from error
+
         try:
             with _limited():
                 problem = next(iter(self._validator.iter_errors(value)), None)
@@ -75,11 +77,12 @@ class JsonAnswer:
             raise SchemaInvalid(
                 f"the schema cannot be checked: {type(error).__name__}: {error}"
             ) from error
+
         if problem is not None:
             raise SchemaMismatch(
-                f"the answer does not fit the schema: {_said(problem)}", text=text, hint=_HINT
+                f"the answer does not fit the schema: {_words(problem)}", text=text, hint=_HINT
             )
-        return said
+        return answer
 
     def check_beginning(self, text: str) -> None:
         """Whether `text`, which was cut short, can go on to be JSON. Errors: SchemaMismatch."""
@@ -103,7 +106,10 @@ class _TooLongError(Exception):
 
 @contextlib.contextmanager
 def _limited() -> Iterator[None]:
-    """Interrupts its body, also a regular expression, where signals can do that: in a process's main thread."""
+    """Interrupt the body when its time is over, also within a regular expression.
+
+    That needs a signal, so it works in a process's main thread only.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -127,16 +133,18 @@ def _validator(schema: str) -> Validator:
         kind.check_schema(value)
         return kind(value, registry=referencing.Registry())
     except jsonschema.SchemaError as error:
-        raise SchemaInvalid(f"not a JSON schema: {_said(error)}") from error
+        raise SchemaInvalid(f"not a JSON schema: {_words(error)}") from error
     except _ENDS:
         raise
     except BaseException as error:
         raise SchemaInvalid(f"not a JSON schema: {error}") from error
 
 
-def _said(problem: Any) -> str:
+def _words(problem: Any) -> str:
     message = str(problem.message)
-    return f"{problem.json_path}: {message if len(message) <= 200 else message[:200] + '...'}"
+    if len(message) > 200:
+        message = message[:200] + "..."
+    return f"{problem.json_path}: {message}"
 
 
 def _no_constant(name: str) -> None:
@@ -144,7 +152,7 @@ def _no_constant(name: str) -> None:
 
 
 def _finite(text: str) -> float:
-    """A number that JSON can have and a float cannot is none: arithmetic with infinity fails in a schema's words."""
+    """Reject a number that a float cannot hold: arithmetic with infinity fails within a schema."""
     value = float(text)
     if not math.isfinite(value):
         raise ValueError(f"{text[:20]} is too large for a number")

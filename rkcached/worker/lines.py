@@ -1,10 +1,11 @@
-"""What a worker's library prints: log events of the right level, and the reasons that it tells nowhere else."""
+"""Makes log events of the lines that a worker's library prints, and finds reasons in them."""
 
 from __future__ import annotations
 
 import asyncio
 import re
 from collections import deque
+from collections.abc import Callable
 
 import structlog
 
@@ -14,12 +15,12 @@ log = structlog.get_logger()
 
 _KEPT_LINES = 20
 
+# llama.cpp's time since its start, which would make every message another one.
 _STAMP = re.compile(r"^\d+(\.\d+){3} ")
-"""llama.cpp's time since its start, which would make every message another one."""
 
+# The first letters of lines from RKLLM, its kernel driver's library and llama.cpp:
+# 'W rkllm: ...', 'E RKNN: ...'.
 _MARKED = re.compile(r"[IWED] ")
-"""How lines of RKLLM, its kernel driver's library and llama.cpp begin: 'W rkllm: ...', 'E RKNN:
-...'."""
 
 _LEVELS = {"E": "error", "W": "warning", "I": "info", "D": "debug"}
 
@@ -48,16 +49,19 @@ class LibraryLines:
         self._readers = tuple(asyncio.create_task(self._read(pipe)) for pipe in pipes)
 
     def forget(self) -> None:
-        """Last words belong to the operation in which they were said."""
+        """Drop the lines of the operation before."""
         self._recent.clear()
 
     async def catch_up(self) -> None:
-        """Let lines be read that were printed before an answer: they are in the pipe, but its turn may come later."""
+        """Read the lines that were printed before an answer, and may still be in the pipe."""
         for _ in range(4):
             await asyncio.sleep(0)
 
     async def end(self, timeout_s: float) -> None:
-        """Read to the end of the pipes, unless the library left a child of its own that keeps them open."""
+        """Read to the end of the pipes, for at most `timeout_s`.
+
+        The library may have left a child of its own that keeps them open.
+        """
         if self._readers:
             _, open_pipes = await asyncio.wait(self._readers, timeout=timeout_s)
             for task in open_pipes:
@@ -65,28 +69,29 @@ class LibraryLines:
             self._readers = ()
 
     def explain(self, error: EngineError) -> EngineError:
-        """A library tells the reason of a failed load or run, or of a save that saved nothing, in its log only."""
+        """The error with its reason, which a library prints and does not return.
+
+        That goes for a failed load or run, and for a save that saved nothing.
+        """
         match error:
             case ModelLoadError():
-                reasons = [
-                    line
-                    for line in self._recent
-                    if line.startswith("E ") or "error" in line.lower()
-                ]
+                reason = self._first(lambda line: line[:2] == "E " or "error" in line.lower())
             case Uncacheable():
-                reasons = [line for line in self._recent if line.startswith(("W ", "E "))]
+                reason = self._first(lambda line: line[:2] in ("W ", "E "))
             case _ if type(error) is EngineError:
-                reasons = [line for line in self._recent if line.startswith("E ")]
+                reason = self._first(lambda line: line[:2] == "E ")
             case _:
                 return error
-        return (
-            type(error)(f"{error.message}: {reasons[0].strip()}", hint=error.hint)
-            if reasons
-            else error
-        )
+
+        if not reason:
+            return error
+        return type(error)(f"{error.message}: {reason}", hint=error.hint)
+
+    def _first(self, matches: Callable[[str], bool]) -> str:
+        return next(filter(matches, self._recent), "").strip()
 
     async def _read(self, pipe: asyncio.StreamReader) -> None:
-        """A line of any length is taken in pieces, never refused."""
+        """Log each line. A line that is too long for the stream is dropped."""
         while True:
             try:
                 raw = await pipe.readline()

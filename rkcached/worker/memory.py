@@ -1,11 +1,11 @@
-"""A worker's memory: its limit, and a death for want of memory told as what it is.
+"""A worker's memory: its limit, and the reason of a refusal or a death when memory ran out.
 
 The limit is RLIMIT_DATA, what a process takes for itself: heap, private writable mappings, stacks.
 A model file that llama.cpp maps is not in it, for the kernel may take its pages back at any time;
 RLIMIT_AS would count it, and addresses that are merely reserved. A cgroup for each worker would
 count it, too, and needs systemd to delegate ours. None of the three sees the NPU's own buffers,
-which come from DMA heaps. Beyond the limit an allocation fails: a library says so in its log and
-refuses, or ends its process.
+which come from DMA heaps. Beyond the limit an allocation fails: a library logs that and refuses, or
+ends its process.
 """
 
 from __future__ import annotations
@@ -16,11 +16,12 @@ import signal
 from collections.abc import Iterable
 from pathlib import Path
 
+# The words of C++, Python, glibc and llama.cpp when an allocation fails.
 _WANT = re.compile(
-    r"bad_alloc|MemoryError|(out of|insufficient) memory|(cannot|failed to|unable to) (m?alloc|reserve)",
+    r"bad_alloc|MemoryError|(out of|insufficient) memory"
+    r"|(cannot|failed to|unable to) (m?alloc|reserve)",
     re.IGNORECASE,
 )
-"""What C++, Python, glibc and llama.cpp say when an allocation fails."""
 
 
 def limit(max_bytes: int) -> None:
@@ -29,7 +30,10 @@ def limit(max_bytes: int) -> None:
 
 
 def refused(lines: Iterable[str], max_bytes: int | None) -> str:
-    """Why memory was refused and what to do, if a process with this limit said in `lines` that it got none."""
+    """The reason and the next step, if `lines` of a process with this limit report a refusal.
+
+    Empty if they do not.
+    """
     if max_bytes is None or not any(map(_WANT.search, lines)):
         return ""
     return (
@@ -39,26 +43,30 @@ def refused(lines: Iterable[str], max_bytes: int | None) -> str:
 
 
 def killed(code: int, kills_before: int) -> str:
-    """Why the kernel killed a process and what to do, if it ended with `code` for want of memory."""
+    """The reason and the next step, if the kernel killed a process because memory ran out.
+
+    `code` is its exit code, `kills_before` the count of `kernel_kills` at its start. Empty if it
+    ended otherwise.
+    """
     if code != -signal.SIGKILL or kernel_kills() <= kills_before:
         return ""
     return (
-        "the kernel ended it, as memory ran out; lower params.max_context_len or engine.max_loaded, "
-        "or give the service more (MemoryMax)"
+        "the kernel ended it, as memory ran out; lower params.max_context_len "
+        "or engine.max_loaded, or give the service more (MemoryMax)"
     )
 
 
 def kernel_kills(
     proc: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")
 ) -> int:
-    """Processes of our cgroup (v2) that the kernel killed for want of memory, ever; 0 where it does not say."""
+    """How many processes of our cgroup (v2) the kernel has killed because memory ran out.
+
+    0 where that cannot be read.
+    """
     try:
-        group = next(
-            line for line in proc.read_text().splitlines() if line.startswith("0::")
-        ).removeprefix("0::/")
-        events = dict(
-            line.split() for line in (root / group / "memory.events").read_text().splitlines()
-        )
-        return int(events["oom_kill"])
+        lines = proc.read_text().splitlines()
+        group = next(line for line in lines if line.startswith("0::"))
+        events = (root / group.removeprefix("0::/") / "memory.events").read_text()
+        return int(dict(line.split() for line in events.splitlines())["oom_kill"])
     except (OSError, StopIteration, KeyError, ValueError):
         return 0

@@ -1,4 +1,4 @@
-"""What a worker hosts, and how long it is waited for."""
+"""Records that describe a worker: its model, its deadlines, its backoff."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from rkcached.host.digests import Signature, signature_of
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WorkerModel:
-    """What a worker hosts.
+    """The model that a worker hosts, and its options.
 
-    `identity` tells whether a running worker still hosts the right thing.
+    A worker whose model has another `identity` hosts the wrong thing, and is replaced.
     """
 
     name: str
@@ -25,15 +25,15 @@ class WorkerModel:
     timeout_s: float | None = None
     """Replaces the deadlines for loading and for silence."""
     max_memory_bytes: int | None = None
-    """What its process may take for itself."""
+    """Limit of the memory that its process takes for itself."""
     trained_tokens: int | None = None
     """The model's own context, if that is known."""
     signatures: tuple[tuple[str, Signature], ...] = field(default=(), compare=False)
-    """Path and signature of each file that `identity` was made of. A loaded model stays what it is
-    when they change."""
+    """Path and signature of each file that `identity` was made of. They may change after the model
+    is loaded."""
 
     def replaced_file(self) -> str:
-        """A file that is not the one which gave the model its identity, if any."""
+        """The path of a file that changed since the identity was made of it; empty if none did."""
         for path, signature in self.signatures:
             try:
                 if signature_of(os.stat(path)) == signature:  # noqa: PTH116 - paths are text in a specification
@@ -58,12 +58,13 @@ class Deadlines:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Backoff:
-    """Seconds before a worker is started again after its nth failure in a row; the first is forgiven."""
+    """Seconds before a worker is started again, doubled with each consecutive failure."""
 
     base_s: float = 0.25
     limit_s: float = 30.0
 
     def delay(self, failures: int) -> float:
-        return (
-            0.0 if failures <= 1 else min(self.base_s * 2.0 ** min(failures - 2, 20), self.limit_s)
-        )
+        """Seconds after so many consecutive failures; none after the first."""
+        if failures <= 1:
+            return 0.0
+        return min(self.base_s * 2.0 ** min(failures - 2, 20), self.limit_s)

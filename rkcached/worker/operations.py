@@ -1,7 +1,7 @@
-"""What a worker does with its engine: build a prompt cache and prove it, answer a request, check a cache.
+"""The operations of a worker: build a prompt cache and prove it, answer a request, check a cache.
 
-Plain functions over the engine port, so that they run the same in a child process and in a test. No success of the
-engine is believed without its effect.
+They use nothing but the engine port, so they run the same in a child process and in a test. A
+success that an engine reports counts only with its effect.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ PROBE_TOKENS = 8
 """Tokens of the probe's answer: enough that a wrong state shows, few enough to cost little."""
 
 _MIN_FREE_BYTES = 64 << 20
-"""A prompt cache of a small prompt fits into this: with less free, a missing file says nothing
-about the model."""
+# A prompt cache of a small prompt fits into this. With less free, a missing file is the disk's
+# fault, and no proof that the model cannot save its state.
 
 BOUNDARY_TOKENS = 4
 """A prefix may end inside a token of the longer text, so a hit may lack a few of the prefix's last
@@ -47,13 +47,12 @@ Emit = Callable[[protocol.FromWorker], None]
 
 
 class Session:
-    """One engine and what is known of its KV state. Used by one thread."""
+    """One engine and the content of its KV state. Used by one thread."""
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
+        # Fingerprint of the prompt cache that the KV state was loaded from and still begins with.
         self._resident = ""
-        """Fingerprint of the prompt cache that the KV state was loaded from and still begins with.
-        """
 
     def build(
         self, operation: protocol.Build, emit: Emit, stopped: Callable[[], bool]
@@ -63,7 +62,8 @@ class Session:
         Errors: PromptTooShort, ContextExceeded, Uncacheable, VerifyFailed, Aborted; then the file
         is of no use.
         """
-        engine, path = self.engine, Path(operation.path)
+        engine = self.engine
+        path = Path(operation.path)
         self._resident = ""
         tokens = engine.count_tokens(operation.prefix)
         self._check_length(operation, tokens)
@@ -76,10 +76,12 @@ class Session:
         started = time.perf_counter()
         prefill = engine.prefill(operation.prefix, save_to=path, on_progress=on_progress)
         prefill_ms = prefill.prefill_ms or _since(started)
+
         if not path.is_file() or path.stat().st_size == 0:
             raise _nothing_written(path)
         if tokens is None:
             self._check_length(operation, prefill.prompt_tokens)
+
         built = protocol.Built(id=operation.id, tokens=prefill.prompt_tokens, prefill_ms=prefill_ms)
         if operation.verify is VerifyMode.OFF:
             return built
@@ -96,22 +98,28 @@ class Session:
     def _prove(
         self, operation: protocol.Build, built: protocol.Built, stopped: Callable[[], bool]
     ) -> protocol.Built:
-        """Ask the probe on the state in memory (or cold, where none is kept), and again on the loaded file."""
-        info, path = self.engine.info, Path(operation.path)
+        """Run the probe on the state in memory, and again on the loaded file.
+
+        Where the engine keeps no state, the first run is cold. Errors: VerifyFailed, Aborted.
+        """
+        info = self.engine.info
         _, expected, before_ms = self._probe(operation.probe, stopped)
+        cold_ms = before_ms
+        if info.keeps_state:
+            cold_ms += built.prefill_ms
+
         self.engine.clear()
         started = time.perf_counter()
-        self.engine.load(path)
+        self.engine.load(Path(operation.path))
         load_ms = _since(started)
         after, answer, after_ms = self._probe(operation.probe, stopped)
-        warm_ms, cold_ms = (
-            load_ms + after_ms,
-            before_ms + (built.prefill_ms if info.keeps_state else 0.0),
-        )
+        warm_ms = load_ms + after_ms
+
         if after.cached_tokens is None:
             if warm_ms >= cold_ms:
                 raise VerifyFailed(
-                    f"the first token took {warm_ms:.0f} ms with the prompt cache and {cold_ms:.0f} ms without",
+                    f"the first token took {warm_ms:.0f} ms with the prompt cache "
+                    f"and {cold_ms:.0f} ms without",
                     hint="this runtime measures nothing else; the prompt cache is not published",
                 )
             proved = VerifyMode.TIME
@@ -122,9 +130,11 @@ class Session:
             )
         else:
             proved = operation.verify if info.greedy else VerifyMode.HIT
+
         if operation.verify is VerifyMode.EXACT and info.greedy and expected != answer:
             raise VerifyFailed(
-                "the probe's answer on the loaded cache differs from the answer on the state in memory",
+                "the probe's answer on the loaded cache differs "
+                "from the answer on the state in memory",
                 hint="the prompt cache is not what was prefilled; it is not published",
             )
         return msgspec.structs.replace(
@@ -136,21 +146,24 @@ class Session:
     ) -> protocol.Done:
         """Answer a request, from its prompt cache where that can be loaded.
 
-        The whole answer is checked in every case. An engine that cannot keep to a JSON schema
-        answers in one piece, after that; what another one was cut short of must be the beginning of
-        JSON. Errors: EngineError, among them SamplingFixed, SchemaInvalid and SchemaMismatch.
+        An answer that has a schema is checked as a whole. An engine that cannot keep to a schema
+        sends it in one piece, after the check; an answer that was cut short must be the beginning
+        of JSON. Errors: EngineError, among them SamplingFixed, SchemaInvalid and SchemaMismatch.
         """
-        info, sampling = self.engine.info, operation.sampling
+        info = self.engine.info
+        sampling = operation.sampling
         if sampling.logprobs is not None and not info.gives_logprobs:
             raise SamplingFixed(
                 "this engine gives no log-probabilities",
                 param="logprobs",
                 hint="leave logprobs out",
             )
+
         answer = _json_answer(sampling.json_schema) if sampling.json_schema else None
         withheld = answer is not None and not info.constrains_json
         if withheld:
             sampling = msgspec.structs.replace(sampling, json_schema="")
+
         text: list[str] = []
         self._bring_state(operation, emit)
 
@@ -186,9 +199,8 @@ class Session:
 
         self._resident = ""
         embedding = self.engine.embed(operation.tokens or operation.text)
-        vector = embedding.vector.astype(
-            np.float64
-        )  # a square of what float32 holds may be too large for it
+        # A square of what float32 holds may be too large for it.
+        vector = embedding.vector.astype(np.float64)
 
         length = np.linalg.norm(vector)
         if not length or not np.isfinite(length):
@@ -208,18 +220,18 @@ class Session:
     def _load(self, operation_id: int, cache: protocol.CacheFile, emit: Emit) -> protocol.Loaded:
         """Load exactly the file that was verified.
 
-        A failure leaves an empty KV state, so the run goes on cold.
-
-        Before the library touches the file, Loading is emitted: if it crashes or hangs then, the
-        file is to blame.
+        A failure leaves an empty KV state, so the run goes on cold. Before the library touches the
+        file, Loading is emitted: if it crashes or hangs then, the file is to blame.
         """
         started = time.perf_counter()
         self._resident = ""
+
         path = Path(cache.path)
         if not _is_file(path, cache.signature):
             return protocol.Loaded(
                 id=operation_id, error="the file was replaced since it was checked", replaced=True
             )
+
         emit(protocol.Loading(id=operation_id))
         try:
             tokens = self.engine.load(path)
@@ -230,15 +242,20 @@ class Session:
             return protocol.Loaded(
                 id=operation_id, error="the file was replaced while it was loaded", replaced=True
             )
+
         self._resident = cache.fingerprint
         return protocol.Loaded(id=operation_id, tokens=tokens, load_ms=_since(started))
 
     def _probe(
         self, prompt: str, stopped: Callable[[], bool]
     ) -> tuple[RunStats, list[Token], float]:
-        """Run the probe greedily; returns its figures, its traced tokens, and the time to the first in ms."""
+        """Run the probe greedily.
+
+        Returns its figures, its traced tokens, and the time to the first one in ms.
+        """
         if stopped():
             raise Aborted("the build was stopped")
+
         tokens: list[Token] = []
         first_ms: list[float] = []
         started = time.perf_counter()
@@ -258,24 +275,30 @@ class Session:
         stats = self.engine.generate(prompt, sampling, on_token, trace=True)
         if stopped():
             raise Aborted("the build was stopped")
-        return stats, tokens, first_ms[0] if first_ms else _since(started)
+        time_ms = first_ms[0] if first_ms else _since(started)
+        return stats, tokens, time_ms
 
 
 def _json_answer(schema: str) -> JsonAnswer:
-    from rkcached.worker.json_answer import JsonAnswer  # noqa: PLC0415 - its library is read by those who need it
+    # Imported here: few workers need its library.
+    from rkcached.worker.json_answer import JsonAnswer  # noqa: PLC0415
 
     return JsonAnswer(schema)
 
 
 def _nothing_written(path: Path) -> EngineError:
-    """Nothing came of a save that reported success: for want of room, or because this model has no such state."""
+    """The error of a save that reported success and wrote nothing.
+
+    The disk is full, or this model has no state to save.
+    """
     if shutil.disk_usage(path.parent).free < _MIN_FREE_BYTES:
         return EngineError(
             "the prompt cache could not be written: the disk is full", hint="free some space"
         )
     return Uncacheable(
         "the runtime reported success but wrote no prompt cache",
-        hint="this model cannot save its state with this runtime; requests are answered without a cache",
+        hint="this model cannot save its state with this runtime; "
+        "requests are answered without a cache",
     )
 
 

@@ -1,7 +1,7 @@
-"""All workers of the daemon: one for each model in use, replaced when what it must host has changed.
+"""All workers of the daemon: one for each model in use, replaced when its model has changed.
 
-Memory holds only so many models: who wants to load one more waits until there is room. The model that was idle for the
-longest is unloaded for it, never one that is at work.
+Memory holds only so many models: a worker that wants to load one more waits until there is room.
+The model that was idle for the longest is unloaded for it, never one that is at work.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from rkcached.worker.supervisor import Worker, WorkerState
 log = structlog.get_logger()
 
 MEMORY_SHARE = 0.75
-"""Of the machine's memory, what model files may take together where no number of models is set."""
+"""Share of the machine's memory for model files together, where no number of models is set."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,20 +34,19 @@ class Room:
 
 
 def room_in_memory(max_loaded: int | None) -> Room:
-    """So many models; without a number, as many as the machine's memory seems to hold."""
+    """Room for `max_loaded` models; without a number, as many as the machine's memory may hold."""
     if max_loaded is not None:
         return Room(models=max_loaded)
     physical = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return Room(file_bytes=int(physical * MEMORY_SHARE))
 
 
+# The rest of a build, without its waits for the worker, takes less: hashing, writing and syncing.
 _OVERDUE_S = 30.0
-"""What a build does besides waiting for its worker takes less: hashing, writing and syncing one
-file."""
 
 
 class Workers:
-    """All workers, by model. Who runs an operation, replaces or removes a worker holds the gate."""
+    """All workers, by model. A caller that runs, replaces or removes a worker holds the gate."""
 
     def __init__(
         self,
@@ -66,19 +65,20 @@ class Workers:
         self._workers: dict[str, Worker] = {}
         self._retired: set[asyncio.Task[None]] = set()
         self.lent = 0
-        """So many times somebody else has the engines to himself: our own are silent for as long.
-        """
+        """How many clients have borrowed a model: our own workers are silent meanwhile."""
 
     def all(self) -> tuple[Worker, ...]:
         return tuple(self._workers.values())
 
     def overdue(self, since: float) -> bool:
-        """Whether nothing was heard of any worker, nor happened `since` (monotonic seconds), for longer than may be.
+        """Whether all workers have been silent for longer than any deadline allows.
 
-        Then our own deadlines failed to end something.
+        `since`, in monotonic seconds, is when something happened last. If so, our own deadlines
+        failed to end something.
         """
         if self.lent:
             return False
+
         heard = max((worker.heard for worker in self.all()), default=since)
         patience_s = max(
             (worker.patience_s for worker in self.all()), default=self._deadlines.start_s
@@ -93,6 +93,7 @@ class Workers:
             return worker
         if worker is not None:
             self._retire(worker)
+
         worker = self._workers[model.name] = Worker(
             model,
             deadlines=self._deadlines,
@@ -120,28 +121,31 @@ class Workers:
         async with self._admitting:
             if self._retired:
                 await asyncio.wait(self._retired)
+
             while not self._fits(newcomer):
-                idle = [
-                    w for w in self._workers.values() if w.admitted and w.state is WorkerState.READY
-                ]
-                if idle:
-                    victim = min(idle, key=lambda worker: worker.since)
-                    log.info(
-                        "model unloaded",
-                        model=victim.model.name,
-                        reason=f"room for {newcomer.model.name}",
-                    )
-                    await victim.stop()
+                idle = self._longest_idle()
+                if idle is None:
+                    self._changed.clear()
+                    await self._changed.wait()
                     continue
-                self._changed.clear()
-                await self._changed.wait()
+                reason = f"room for {newcomer.model.name}"
+                log.info("model unloaded", model=idle.model.name, reason=reason)
+                await idle.stop()
+
             newcomer.admitted = True
 
+    def _longest_idle(self) -> Worker | None:
+        idle = [
+            worker
+            for worker in self._workers.values()
+            if worker.admitted and worker.state is WorkerState.READY
+        ]
+        return min(idle, key=lambda worker: worker.since, default=None)
+
     def _fits(self, newcomer: Worker) -> bool:
-        room, loaded = (
-            self._room(),
-            [worker for worker in self._workers.values() if worker.admitted],
-        )
+        """Whether there is room for one more model beside those that are loaded."""
+        room = self._room()
+        loaded = [worker for worker in self._workers.values() if worker.admitted]
         if not loaded:
             return True
         if room.models is not None and len(loaded) >= room.models:
@@ -159,6 +163,6 @@ def _file_bytes(worker: Worker) -> int:
     files = {worker.model.spec.path, *(path for path, _ in worker.model.signatures)}
     size_bytes = 0
     for path in files:
-        with contextlib.suppress(OSError):  # loading it says what is wrong
+        with contextlib.suppress(OSError):  # loading the model reports what is wrong
             size_bytes += Path(path).stat().st_size
     return size_bytes

@@ -2,8 +2,8 @@
 
 A frame is a u32 little-endian length and that many bytes of JSON. The daemon sends one operation at
 a time, each with an id of its own, and may send `Abort` while it runs. The worker answers with
-events that end in `Done`, `Built`, `Checked`, `Embedded` or `Failed`. Anything else on the wire is a
-`ProtocolError`, after which the connection is of no use.
+events that end in `Done`, `Built`, `Checked`, `Embedded` or `Failed`. Anything else on the wire is
+a `ProtocolError`, after which the connection is of no use.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class ProtocolError(Exception):
 
 
 class CacheFile(msgspec.Struct, frozen=True, kw_only=True):
-    """The prompt cache to load: not just a path, but the very file that was compared with its sidecar."""
+    """The prompt cache to load: not just a path, but the file that its sidecar describes."""
 
     path: str
     signature: Signature
@@ -50,7 +50,7 @@ class Start(msgspec.Struct, frozen=True, kw_only=True, tag="start"):
 
 
 class VerifyMode(StrEnum):
-    """What a build is asked to prove, and what it has proved."""
+    """How much a build must prove, and how much it has proved."""
 
     OFF = "off"
     TIME = "time"
@@ -125,7 +125,10 @@ class Progress(msgspec.Struct, frozen=True, kw_only=True, tag="progress"):
 
 
 class Loading(msgspec.Struct, frozen=True, kw_only=True, tag="loading"):
-    """The prompt cache is about to be loaded: a death between this and Loaded is the cache's fault, no other is."""
+    """The prompt cache is about to be loaded.
+
+    A death between this and Loaded is the cache's fault; no other death is.
+    """
 
     id: int
 
@@ -139,7 +142,7 @@ class Loaded(msgspec.Struct, frozen=True, kw_only=True, tag="loaded"):
     error: str = ""
     """Why it could not be loaded; then the KV state is empty."""
     replaced: bool = False
-    """The file is not the one that was meant; no fault of its content."""
+    """The path leads to another file now; the content of the right one is not at fault."""
 
 
 class Piece(msgspec.Struct, frozen=True, kw_only=True, tag="piece"):
@@ -248,19 +251,19 @@ def failed(operation_id: int, error: errors.EngineError) -> Failed:
 
     An engine's own subclass goes as the error of this program that it is.
     """
+    tokens = limit = 0
     if isinstance(error, errors.ContextExceeded | errors.PromptTooShort):
-        numbers = (error.tokens, error.limit)
-    else:
-        numbers = (0, 0)
+        tokens = error.tokens
+        limit = error.limit
+
+    ours = (cls for cls in type(error).__mro__ if cls.__module__ == errors.__name__)
     return Failed(
         id=operation_id,
-        error=next(
-            cls.__name__ for cls in type(error).__mro__ if cls.__module__ == errors.__name__
-        ),
+        error=next(ours).__name__,
         message=error.message,
         hint=error.hint,
-        tokens=numbers[0],
-        limit=numbers[1],
+        tokens=tokens,
+        limit=limit,
         param=error.param if isinstance(error, errors.SamplingFixed) else "",
         text=error.text if isinstance(error, errors.SchemaMismatch) else "",
     )
@@ -285,8 +288,7 @@ _PLAIN = {
 def engine_error(message: Failed, trained_tokens: int | None = None) -> errors.EngineError:
     """The error that a `Failed` stands for; the inverse of `failed`.
 
-    `trained_tokens` is the model's own context, which the daemon may know and an engine does not
-    tell.
+    `trained_tokens` is the model's own context, which the daemon may know and an engine does not.
     """
     match message.error:
         case "ContextExceeded":

@@ -1,10 +1,10 @@
-"""Looks at a JSON schema before a run, in a process that can be killed.
+"""Checks a JSON schema before a run, in a process that can be killed.
 
-A schema is a client's. What libraries do with one may take for ever, take gigabytes, or end the
+A schema comes from a client. A library may take for ever over one, take gigabytes, or end the
 process: a pattern is a program, `$ref` a loop, `maxItems` a number of grammar rules. So a schema is
 read, bounded, tried and, where the engine compiles it to a grammar, compiled once as a rehearsal,
-all in a child with limits of time and memory. Whatever goes wrong there is the same answer:
-SchemaInvalid. What is worth nothing here never reaches a worker, which holds a model.
+all in a child with limits of time and memory. Whatever goes wrong there has the same answer:
+SchemaInvalid. A bad schema never reaches a worker, which holds a model.
 
 Used from threads, one schema at a time; never from the event loop. The last verdicts are
 remembered.
@@ -49,20 +49,20 @@ PATIENCE_S = 60.0
 IDLE_S = 60.0
 """The child is worth 30 MB, and is ended when no schema came for so long."""
 
+# A child that ends so was not ended by the schema, but by us, a person, or the kernel when memory
+# ran out.
 _KILLED = (-signal.SIGKILL, -signal.SIGTERM)
-"""How a child ends that something other than the schema ended: we, a person, the kernel that is
-short of memory."""
 
 _REMEMBERED = 256
 _COUNTS = ("minItems", "maxItems", "minProperties", "maxProperties", "minContains")
 _LENGTHS = ("minLength", "maxLength")
 _DATA = frozenset({"enum", "const", "default", "examples"})
+# Keywords whose values are schemas by name.
 _NAMED = frozenset({"properties", "patternProperties", "$defs", "definitions", "dependentSchemas"})
-"""Keywords whose values are schemas by name."""
 
 _HINT = "simplify the schema, or set lower limits in it"
+# A schema that cannot be evaluated on these cannot check an answer either.
 _SAMPLES: tuple[Any, ...] = (None, True, 0, 1.5, "", "a", [], [0, "a"], {}, {"a": 1})
-"""A schema that cannot be evaluated on these is not one that an answer can be checked by."""
 
 
 class SchemaChecker:
@@ -76,7 +76,7 @@ class SchemaChecker:
         self._finalizer = weakref.finalize(self, end_all, self._running)
 
     def check(self, schema: str, *, compiled: bool) -> None:
-        """Whether a run can be held to it; `compiled`: the engine makes a grammar of it.
+        """Accept or reject a schema; `compiled`: the engine makes a grammar of it.
 
         Errors: SchemaInvalid; WorkerUnavailable if the child cannot be started.
         """
@@ -93,7 +93,7 @@ class SchemaChecker:
             raise SchemaInvalid(verdict, hint=_HINT)
 
     def kill(self) -> None:
-        """End the child now, whatever it is looking at; who waits for it hears that it is gone.
+        """End the child now, whatever it is doing. A check that waits for it fails.
 
         Does not wait.
         """
@@ -101,21 +101,22 @@ class SchemaChecker:
             process.popen.kill()
 
     def close(self) -> None:
-        """End the child after what it is looking at. It is started again if it is needed."""
+        """End the child after its present check. It is started again if it is needed."""
         with self._lock:
             if self._idle is not None:
                 self._idle.cancel()
             end_all(self._running)
 
     def _ask(self, question: dict[str, Any]) -> str:
-        """What is wrong with the schema; empty if nothing is.
+        """The problem of the schema in words, from the child; empty if there is none.
 
         Errors: SchemaInvalid, WorkerUnavailable.
         """
         is_new = self._start()
         answer = self._exchange(question)
         if isinstance(answer, int) and answer not in _KILLED and not is_new:
-            # Schemas before this one may have left no memory: only a new child's death is its doing.
+            # Schemas before this one may have used up the memory: only the death of a new child is
+            # the fault of this one.
             self._start()
             answer = self._exchange(question)
         if isinstance(answer, str):
@@ -127,7 +128,7 @@ class SchemaChecker:
         return problem
 
     def _start(self) -> bool:
-        """Start a child unless one runs; whether one was started. Errors: WorkerUnavailable."""
+        """Start a child unless one runs. True: it is a new one. Errors: WorkerUnavailable."""
         if self._running and self._running[0].popen.poll() is not None:
             end_all(self._running)
         if self._running:
@@ -142,7 +143,7 @@ class SchemaChecker:
         return True
 
     def _exchange(self, question: dict[str, Any]) -> str | int:
-        """The child's answer; if it died or was silent, how it ended (as Popen.returncode)."""
+        """The child's answer; if it died or was silent, its exit code (as Popen.returncode)."""
         self._end_when_idle()
         connection = self._running[0].connection
         connection.settimeout(PATIENCE_S)
@@ -170,26 +171,25 @@ class SchemaChecker:
 
 
 def main() -> None:
-    """Look at schemas for the daemon at the other end of the socket that the argument names, until it closes it."""
+    """Check schemas for the daemon, on the socket that the argument names, until that closes."""
     connection = socket.socket(fileno=int(sys.argv[1]))
     importlib.import_module("jsonschema")  # before memory is limited
     restrict()
     send(connection, b"ready")
     while (data := receive(connection, None)) is not None:
         question = json.loads(data)
-        signal.setitimer(
-            signal.ITIMER_PROF, CPU_LIMIT_S
-        )  # SIGPROF ends the process, whatever it is in
+        # SIGPROF ends the process, whatever it is doing.
+        signal.setitimer(signal.ITIMER_PROF, CPU_LIMIT_S)
         problem = find_problem(question["schema"], compiled=question["compiled"])
         signal.setitimer(signal.ITIMER_PROF, 0)
         send(connection, json.dumps(problem).encode())
 
 
 def find_problem(schema: str, *, compiled: bool) -> str:
-    """What is wrong with a schema, in words; empty if nothing is.
+    """The problem of a schema in words; empty if there is none.
 
-    May take for ever, or end the process. Errors: MemoryError; a process that was so short of memory
-    is not fit for another schema.
+    May take for ever, or end the process. Errors: MemoryError; a process that was so short of
+    memory is not fit for another schema.
     """
     try:
         value = json.loads(schema, parse_constant=_no_constant)
@@ -200,10 +200,9 @@ def find_problem(schema: str, *, compiled: bool) -> str:
         return problem
     except MemoryError:
         raise
-    except BaseException as error:  # noqa: BLE001 - compiled libraries raise what they like; here it is all the same
-        return (
-            f"not a JSON schema that can be used: {type(error).__name__}: {_shortened(str(error))}"
-        )
+    except BaseException as error:  # noqa: BLE001 - compiled libraries raise what they like
+        words = f"{type(error).__name__}: {_shortened(str(error))}"
+        return f"not a JSON schema that can be used: {words}"
 
 
 def _beyond_bounds(schema: Any) -> str:
@@ -216,18 +215,22 @@ def _beyond_bounds(schema: Any) -> str:
             if abs(value) > MAX_REPEATS:
                 return f"{keyword} is {value:,}; {MAX_REPEATS:,} is the most"
         if repeats > MAX_REPEATS:
-            return f"{keyword} is {value:,}; all counts of a schema together may be {MAX_REPEATS:,} at most"
+            limit = f"all counts of a schema together may be {MAX_REPEATS:,} at most"
+            return f"{keyword} is {value:,}; {limit}"
         if lengths > MAX_LENGTHS:
-            return f"{keyword} is {value:,}; all lengths of a schema together may be {MAX_LENGTHS:,} at most"
+            limit = f"all lengths of a schema together may be {MAX_LENGTHS:,} at most"
+            return f"{keyword} is {value:,}; {limit}"
         if keyword == "pattern" and isinstance(value, str) and len(value) > MAX_PATTERN_CHARACTERS:
-            return f"a pattern has {len(value):,} characters, at most {MAX_PATTERN_CHARACTERS:,} are accepted"
+            limit = f"at most {MAX_PATTERN_CHARACTERS:,} are accepted"
+            return f"a pattern has {len(value):,} characters, {limit}"
     return ""
 
 
 def _keywords(schema: Any) -> Iterator[tuple[str, Any]]:
-    """Every keyword and its value, at any depth; a key of `patternProperties` comes as a pattern, too.
+    """Every keyword and its value, at any depth.
 
-    Names of properties and of definitions are no keywords, and values that are data hold none.
+    A key of `patternProperties` comes as a pattern, too. Names of properties and of definitions are
+    no keywords, and values that are data hold none.
     """
     waiting = [schema]
     while waiting:
@@ -284,7 +287,7 @@ def _not_a_grammar(schema: str) -> str:
     try:
         llguidance = importlib.import_module("llguidance")
     except ImportError:
-        return ""  # then llama.cpp alone says what it cannot keep to
+        return ""  # then only llama.cpp finds out that it cannot keep to the schema
 
     matcher = llguidance.LLMatcher
     grammar = matcher.grammar_from_json_schema(schema)
@@ -293,11 +296,12 @@ def _not_a_grammar(schema: str) -> str:
         trial.compute_bitmask()
     if not trial.is_error():
         return ""
+
     first, *more = trial.get_error().splitlines()
-    details = [
-        line.removeprefix("error: ") for line in more if line.startswith("error: ")
-    ]  # of a pattern
-    return f"llama.cpp cannot keep to this schema: {_shortened(' '.join([first, *details[:1]]))}"
+    # Of a bad pattern, the next line with this mark has the details.
+    details = [line.removeprefix("error: ") for line in more if line.startswith("error: ")]
+    words = _shortened(" ".join([first, *details[:1]]))
+    return f"llama.cpp cannot keep to this schema: {words}"
 
 
 def _shortened(text: str) -> str:

@@ -1,10 +1,11 @@
-"""Private folders of workers: where they are, whose they are, and what becomes of those that were left behind.
+"""Private folders of workers: made, locked, and removed when they are left behind.
 
-A worker's scratch folder holds its socket and a link for a moment, never a KV state, so it may be in memory. It is
-made in the runtime directory (systemd's for the daemon, the user's own otherwise), which no cleaner of temporary files
-walks through; where there is none, in the temporary directory. Each folder is locked (flock(2)) for as long as its
-daemon or its worker lives. It is swept when it has our mark and nobody holds the lock: a pid would
-mean nothing to a daemon in another PID namespace that shares the directory.
+A worker's scratch folder holds its socket and a link for a moment, never a KV state, so it may be
+in memory. It is made in the runtime directory (systemd's for the daemon, the user's own otherwise),
+which no cleaner of temporary files walks through; where there is none, in the temporary directory.
+Each folder is locked (flock(2)) for as long as its daemon or its worker lives. It is swept when it
+has our mark and nobody holds the lock: a pid would mean nothing to a daemon in another PID
+namespace that shares the directory.
 """
 
 from __future__ import annotations
@@ -19,10 +20,10 @@ from pathlib import Path
 PREFIX = "rkcached-scratch-"
 
 MARK = ".rkcached-scratch"
-"""The empty file by which a folder is known as ours: a name alone may be anybody's."""
+"""An empty file that marks a folder as ours: another program may use a name like it."""
 
+# A sweeper may take a folder between its making and its locking, but not ten times in a row.
 _TRIES = 10
-"""A sweeper may take a folder between its making and its locking; not ten times in a row."""
 
 
 class Scratch:
@@ -34,6 +35,7 @@ class Scratch:
         """Inherited by the worker, so that the folder stays locked if the daemon is killed before
         it."""
         self._sockets: set[str] = set()
+
         for _ in range(_TRIES):
             path = tempfile.mkdtemp(prefix=PREFIX, dir=parent())
             lock = _open(path)
@@ -41,21 +43,21 @@ class Scratch:
                 continue
             if _is_locked_by_us(lock) and _is_same(path, lock):
                 Path(path, MARK).touch(mode=0o600)
-                self.path, self.lock = path, lock
+                self.path = path
+                self.lock = lock
                 return
-
             os.close(lock)
         raise OSError(f"no scratch folder could be made in {parent()}")
 
     def settle(self) -> None:
-        """Remember the sockets that the worker listens on; from now on, none of them may go.
+        """Remember the sockets that the worker listens on; from now on none of them may vanish.
 
         Errors: OSError.
         """
         self._sockets = self._find_sockets()
 
     def is_whole(self) -> bool:
-        """Whether the folder is the one that was made, with the sockets that it had when it settled."""
+        """Whether the folder and the sockets that it had when it settled are still there."""
         try:
             return _is_same(self.path, self.lock) and self._sockets <= self._find_sockets()
         except OSError:
@@ -75,7 +77,7 @@ class Scratch:
 
 
 def parent() -> str:
-    """The directory for scratch folders: the first of these that nobody else may write to, or the temporary one."""
+    """The runtime directory, if nobody else may write to it; otherwise the temporary one."""
     for name in ("RUNTIME_DIRECTORY", "XDG_RUNTIME_DIR"):
         folder = os.environ.get(name, "").split(":")[0]
         if folder and Path(folder).is_absolute() and _is_own(folder):
@@ -84,17 +86,22 @@ def parent() -> str:
 
 
 def sweep() -> None:
-    """Remove the scratch folders that were left behind: with our mark, and nobody holding the lock."""
-    places = {parent(), tempfile.gettempdir()}
-    for path in (path for place in places for path in Path(place).glob(f"{PREFIX}*")):
-        lock = _open(str(path))
-        if lock is None:
-            continue
-        try:
-            if _is_marked(lock) and _is_locked_by_us(lock):
-                shutil.rmtree(path, ignore_errors=True)
-        finally:
-            os.close(lock)
+    """Remove the scratch folders that were left behind: with our mark, and not locked."""
+    for place in {parent(), tempfile.gettempdir()}:
+        for path in Path(place).glob(f"{PREFIX}*"):
+            _sweep(path)
+
+
+def _sweep(path: Path) -> None:
+    lock = _open(str(path))
+    if lock is None:
+        return
+
+    try:
+        if _is_marked(lock) and _is_locked_by_us(lock):
+            shutil.rmtree(path, ignore_errors=True)
+    finally:
+        os.close(lock)
 
 
 def _open(path: str) -> int | None:
@@ -131,12 +138,12 @@ def _is_same(path: str, lock: int) -> bool:
 
 
 def _is_own(folder: str) -> bool:
-    """With sudo, XDG_RUNTIME_DIR may still be somebody else's."""
+    """Whether only we may write to it. With sudo, XDG_RUNTIME_DIR may still be another user's."""
     try:
-        found = Path(folder).stat()
+        status = Path(folder).stat()
     except OSError:
         return False
-    others_write = found.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
-    return (
-        found.st_uid == os.geteuid() and not others_write and os.access(folder, os.W_OK | os.X_OK)
-    )
+
+    if status.st_uid != os.geteuid() or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        return False
+    return os.access(folder, os.W_OK | os.X_OK)

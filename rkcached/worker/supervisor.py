@@ -4,8 +4,8 @@ A worker is a state machine, driven only from the event loop:
 
     STOPPED --ensure--> STARTING --Ready--> READY --operation--> BUSY --answer--> READY
        ^                    |                 |                     |
-       |                    +----- death -----+------- death -------+---> BACKOFF --delay over--> (as STOPPED)
-       +---- stop / idle / model replaced (from READY) ----+
+       |                    +----- death -----+------- death -------+---> BACKOFF
+       +---- stop / idle / model replaced (from READY) ----+              (then as STOPPED)
 
 A death is classified once: by signal, exit code, deadline or protocol violation. It fails the
 running operation and puts the worker into backoff, whose delay doubles up to a limit and is
@@ -84,7 +84,7 @@ class Worker:
         self.since = time.monotonic()
         """When it came into its state; monotonic seconds."""
         self.heard = self.since
-        """When it last said something or changed its state; monotonic seconds."""
+        """When it last sent something or changed its state; monotonic seconds."""
         self.info: EngineInfo | None = None
         self.restarts = 0
         self.last_failure = ""
@@ -92,8 +92,7 @@ class Worker:
         self._backoff = backoff
         self._failures = 0
         self._retry_at = 0.0
-        self._kernel_kills = 0
-        """Of our cgroup, when the process was started."""
+        self._kernel_kills = 0  # of our cgroup, when the process was started
         self._process: asyncio.subprocess.Process | None = None
         self._stream: tuple[asyncio.StreamReader, asyncio.StreamWriter] | None = None
         self._frames = protocol.FrameReader()
@@ -122,15 +121,13 @@ class Worker:
 
     def retry_in_s(self) -> float:
         """How long the backoff still lasts; 0 when the worker may be started."""
-        return (
-            max(0.0, self._retry_at - asyncio.get_running_loop().time())
-            if self.state is WorkerState.BACKOFF
-            else 0.0
-        )
+        if self.state is not WorkerState.BACKOFF:
+            return 0.0
+        return max(0.0, self._retry_at - asyncio.get_running_loop().time())
 
     @property
     def patience_s(self) -> float:
-        """A silence that is longer than this ends the worker."""
+        """Seconds of silence that end the worker."""
         return self.model.timeout_s or max(self._deadlines.start_s, self._deadlines.silence_s)
 
     # Life
@@ -142,13 +139,16 @@ class Worker:
         """
         if self._stopping is not None:
             await asyncio.shield(self._stopping)
+
         if self._process is not None and self.info is not None:
             if not self._lost_scratch():
                 return self.info
             await self._replace()
+
         if (wait_s := self.retry_in_s()) > 0:
             raise WorkerUnavailable(
-                f"the worker of {self.model.name} rests after {self._failures} failures in a row: {self.last_failure}",
+                f"the worker of {self.model.name} is backing off after {self._failures} "
+                f"consecutive failures: {self.last_failure}",
                 hint=f"it is started again in {wait_s:.1f} s",
             )
         return await self._start()
@@ -157,9 +157,9 @@ class Worker:
         return self._scratch is not None and not self._scratch.is_whole()
 
     async def _replace(self) -> None:
-        """End a process whose engine can do nothing any more.
+        """End a process whose engine lost its scratch folder.
 
-        No failure of it: the next one may start at once.
+        This is no failure: the next process may start at once.
         """
         folder = self._scratch.path if self._scratch is not None else ""
         self.restarts += 1
@@ -172,19 +172,18 @@ class Worker:
         self._lines.forget()
         self._received.clear()
         self._frames = protocol.FrameReader()
+
         model = self.model
         try:
             await self._admit(self)
             scratch = self._scratch = Scratch()
             process = await self._spawn(scratch)
-            spec = msgspec.structs.replace(model.spec, scratch_dir=scratch.path)
-            await self._send(
-                protocol.Start(
-                    implementation=model.implementation,
-                    spec=spec,
-                    max_memory_bytes=model.max_memory_bytes,
-                )
+            message = protocol.Start(
+                implementation=model.implementation,
+                spec=msgspec.structs.replace(model.spec, scratch_dir=scratch.path),
+                max_memory_bytes=model.max_memory_bytes,
             )
+            await self._send(message)
             answer = await self._receive(model.timeout_s or self._deadlines.start_s)
         except OSError as error:
             await self._end(kill=True)
@@ -198,39 +197,59 @@ class Worker:
             await _to_the_end(self._end())
             self.state = WorkerState.STOPPED
             raise
+
         match answer:
             case protocol.Ready():
-                if replaced := model.replaced_file():
-                    await self._end()
-                    self.state = WorkerState.STOPPED
-                    raise ModelReplaced(
-                        f"{replaced} changed while {model.name} was loaded, or since it was looked at",
-                        hint="it is looked at again; try again",
-                    )
-                with contextlib.suppress(
-                    OSError
-                ):  # it is gone already, and missed at the first operation
-                    scratch.settle()
-                self.info = answer.info
-                self.state = WorkerState.READY
-                self._watcher = asyncio.create_task(self._watch(process))
-                log.info(
-                    "model loaded", model=model.name, load_ms=round(answer.load_ms), pid=self.pid
-                )
+                await self._refuse_replaced_files()
+                self._take_ready(answer, scratch, process)
                 return answer.info
             case protocol.Failed():
                 await self._end()
-                refusal = self._lines.explain(protocol.engine_error(answer))
-                if want := memory.refused(
-                    (refusal.message, *self._lines.recent), model.max_memory_bytes
-                ):
-                    refusal = ModelLoadError(
-                        f"{model.name} cannot be loaded: {want}", hint="the log has its own words"
-                    )
-                self._rest(refusal.message)
+                refusal = self._explain_refusal(answer)
+                self._back_off(refusal.message)
                 raise refusal
             case _:
                 raise await self._broken(f"answered start with {type(answer).__name__}")
+
+    async def _refuse_replaced_files(self) -> None:
+        """End the process if it may have loaded other files than those of its model.
+
+        Errors: ModelReplaced.
+        """
+        replaced = self.model.replaced_file()
+        if not replaced:
+            return
+
+        await self._end()
+        self.state = WorkerState.STOPPED
+        raise ModelReplaced(
+            f"{replaced} changed while {self.model.name} was loaded, or since it was looked at",
+            hint="it is looked at again; try again",
+        )
+
+    def _take_ready(
+        self, answer: protocol.Ready, scratch: Scratch, process: asyncio.subprocess.Process
+    ) -> None:
+        # A scratch folder that is gone already is missed at the first operation.
+        with contextlib.suppress(OSError):
+            scratch.settle()
+
+        self.info = answer.info
+        self.state = WorkerState.READY
+        self._watcher = asyncio.create_task(self._watch(process))
+        load_ms = round(answer.load_ms)
+        log.info("model loaded", model=self.model.name, load_ms=load_ms, pid=self.pid)
+
+    def _explain_refusal(self, answer: protocol.Failed) -> EngineError:
+        """The error of a failed load, with the reason that the library printed."""
+        refusal = self._lines.explain(protocol.engine_error(answer))
+        lines = (refusal.message, *self._lines.recent)
+        if want := memory.refused(lines, self.model.max_memory_bytes):
+            return ModelLoadError(
+                f"{self.model.name} cannot be loaded: {want}",
+                hint="the log has the lines of the library",
+            )
+        return refusal
 
     async def _spawn(self, scratch: Scratch) -> asyncio.subprocess.Process:
         """Start the process, connect its socket and read what it prints.
@@ -255,6 +274,7 @@ class Worker:
             self._lines.follow(process)
             self._stream = await asyncio.open_connection(sock=ours)
             unless_connected.pop_all()
+
         if self.state is not WorkerState.STARTING:
             await self._end(kill=True)
             raise WorkerUnavailable(
@@ -287,9 +307,9 @@ class Worker:
     ) -> protocol.Answer:
         """Start the worker if needed, run one operation and return its answer.
 
-        `on_event` gets the events before the answer, and `Failed`. When the caller is cancelled, the
-        operation is aborted and waited for. If the engine fails because somebody deleted its scratch
-        folder, and no piece of an answer is out, the operation is run again by a new process.
+        `on_event` gets the events before the answer, and `Failed`. When the caller is cancelled,
+        the operation is aborted and waited for. If the engine fails because somebody deleted its
+        scratch folder, and no piece of an answer is out, a new process runs the operation again.
         Errors: EngineError from the engine; WorkerDied, WorkerTimeout, WorkerUnavailable.
         """
         answering = False
@@ -317,6 +337,7 @@ class Worker:
         await self.ensure()
         self._cancel_idle_timer()
         self._lines.forget()
+
         self._running_id = operation.id
         self.state = WorkerState.BUSY
         running = asyncio.create_task(self._exchange(operation, on_event))
@@ -346,6 +367,7 @@ class Worker:
             event = await self._receive(self.model.timeout_s or self._deadlines.silence_s)
             if isinstance(event, protocol.Ready) or event.id != operation.id:
                 raise await self._broken(f"sent {type(event).__name__} out of turn")
+
             match event:
                 case protocol.Done() | protocol.Built() | protocol.Checked() | protocol.Embedded():
                     self._failures = 0
@@ -365,19 +387,16 @@ class Worker:
     async def _abandon(
         self, operation: protocol.Operation, running: asyncio.Task[protocol.Answer]
     ) -> None:
-        """Nobody waits for the answer any more.
-
-        An engine that does not let go in time is killed.
-        """
+        """Abort an operation whose caller is gone; kill the process if it does not end in time."""
         await self.abort(operation)
         done, _ = await asyncio.wait({running}, timeout=self._deadlines.stop_s)
         if not done:
             running.cancel()
-            log.warning(
-                "worker stopped", model=self.model.name, reason="an aborted operation did not end"
-            )
+            reason = "an aborted operation did not end"
+            log.warning("worker stopped", model=self.model.name, reason=reason)
             await self._end()
             self.state = WorkerState.STOPPED
+
         with contextlib.suppress(asyncio.CancelledError, EngineError, WorkerError):
             await running
 
@@ -390,29 +409,31 @@ class Worker:
             self._stream[1].write(protocol.frame(message))
             await self._stream[1].drain()
         except OSError:
-            pass  # it died; reading says how
+            pass  # it died; the next read finds out how
 
     async def _receive(self, timeout_s: float) -> protocol.FromWorker:
         """The next event. Errors: WorkerDied, WorkerTimeout; the worker is then in backoff."""
         if self._stream is None:
             raise WorkerDied(f"the worker of {self.model.name} is gone")
+
         while not self._received:
             try:
                 async with asyncio.timeout(timeout_s):
                     data = await self._stream[0].read(1 << 16)
             except TimeoutError:
-                raise await self._died(
-                    f"said nothing for {timeout_s:.0f} s", WorkerTimeout, kill=True
-                ) from None
+                silence = f"sent nothing for {timeout_s:.0f} s"
+                raise await self._died(silence, WorkerTimeout, kill=True) from None
             except OSError:
                 data = b""
             if not data:
                 raise await self._died("")
+
             self.heard = time.monotonic()
             try:
                 self._received.extend(self._frames.feed(data))
             except protocol.ProtocolError as error:
                 raise await self._broken(str(error)) from error
+
         try:
             return protocol.decode_from_worker(self._received.popleft())
         except protocol.ProtocolError as error:
@@ -421,6 +442,7 @@ class Worker:
     # Death
 
     async def _broken(self, what: str) -> WorkerError:
+        """Kill a worker that broke the protocol. Returns the error to raise."""
         return await self._died(f"broke the protocol: {what}", kill=True)
 
     async def _died(
@@ -432,35 +454,39 @@ class Worker:
             return WorkerUnavailable(
                 f"the worker of {self.model.name} was stopped", hint="try again"
             )
+
         code = await self._end(kill=kill)
-        how = what if kill else _describe(code) + (f" {what}" if what else "")
+        how = what if kill else f"{_describe(code)} {what}".rstrip()
         want = memory.refused(self._lines.recent, self.model.max_memory_bytes)
         if want := want or memory.killed(code, self._kernel_kills):
             how = f"{how}: {want}"
+
         self.restarts += 1
-        self._rest(how)
-        log.error(
-            "worker died", model=self.model.name, how=how, retry_in_s=round(self.retry_in_s(), 2)
-        )
-        last = f"; its last words: {self._lines.last}" if self._lines.last else ""
+        self._back_off(how)
+        retry_in_s = round(self.retry_in_s(), 2)
+        log.error("worker died", model=self.model.name, how=how, retry_in_s=retry_in_s)
+
+        last = f"; its last line: {self._lines.last}" if self._lines.last else ""
         return error_type(
             f"the worker of {self.model.name} {how}{last}", hint="it is restarted; try again"
         )
 
-    def _rest(self, why: str) -> None:
+    def _back_off(self, why: str) -> None:
         self._failures += 1
         self.last_failure = why
         self._retry_at = asyncio.get_running_loop().time() + self._backoff.delay(self._failures)
         self.state = WorkerState.BACKOFF
 
     async def _end(self, *, kill: bool = False) -> int:
-        """Close the socket, wait for the process or kill it, and clean up; returns its exit code."""
+        """Close the socket, wait for the process or kill it, clean up; returns its exit code."""
         self._cancel_idle_timer()
-        process, stream = self._process, self._stream
+        process = self._process
+        stream = self._stream
         self._process = self._stream = self.info = None
-        code = 0
         if stream is not None:
             stream[1].close()
+
+        code = 0
         if process is not None:
             if kill:
                 _kill(process)
@@ -470,6 +496,7 @@ class Worker:
             except TimeoutError:
                 _kill(process)
                 code = await process.wait()
+
         self.admitted = False
         await self._lines.end(self._deadlines.stop_s)
         self._clean_up()
@@ -502,7 +529,7 @@ class Worker:
             self._stopping = asyncio.create_task(self._stop())
 
     async def _watch(self, process: asyncio.subprocess.Process) -> None:
-        """Notice a worker that dies while nobody talks to it."""
+        """Notice a worker that dies between two operations."""
         await process.wait()
         if self._process is process and self.state is WorkerState.READY and self._stopping is None:
             self._stopping = asyncio.create_task(self._bury())
@@ -515,7 +542,7 @@ class Worker:
 
 
 async def _to_the_end(work: Coroutine[Any, Any, object]) -> None:
-    """Do what a cancelled caller has to leave in order, even if it is cancelled once more."""
+    """Finish a cancelled caller's cleanup, even if the caller is cancelled again."""
     task: asyncio.Task[Any] = asyncio.create_task(work)
     while not task.done():
         with contextlib.suppress(asyncio.CancelledError):
@@ -523,6 +550,7 @@ async def _to_the_end(work: Coroutine[Any, Any, object]) -> None:
 
 
 def _describe(code: int) -> str:
+    """How a process ended, from its exit code."""
     if code >= 0:
         return f"exited with code {code}"
     if -code == signal.SIGILL:

@@ -82,7 +82,7 @@ async def test_a_library_that_hangs_is_killed(
         if planned == "init:hang":
             await worker.stop()
         stuck.touch()
-        with pytest.raises(WorkerTimeout, match=r"said nothing for \d s"):
+        with pytest.raises(WorkerTimeout, match=r"sent nothing for \d s"):
             await worker.run(operation())
         assert (worker.state, worker.pid, list(scratch.iterdir())) == (
             WorkerState.BACKOFF,

@@ -429,9 +429,7 @@ async def test_a_crash_while_building_is_told(site: Site) -> None:
 
 async def test_a_death_tells_the_last_words(site: Site) -> None:
     """A native library gives its reason in the log only."""
-    with pytest.raises(
-        WorkerDied, match=r"exited with code 4; its last words: rknn: out of memory"
-    ):
+    with pytest.raises(WorkerDied, match=r"exited with code 4; its last line: rknn: out of memory"):
         await site.misbehaving("FailsToLoad").ensure()
 
 
@@ -448,7 +446,7 @@ async def test_a_model_that_cannot_be_loaded_is_a_refusal_and_rests(site: Site) 
     for _ in range(2):
         with pytest.raises(ModelLoadError, match="is not a memory model"):
             await worker.ensure()
-    with pytest.raises(WorkerUnavailable, match="rests after 2 failures in a row"):
+    with pytest.raises(WorkerUnavailable, match="is backing off after 2 consecutive failures"):
         await worker.ensure()
     assert worker.state is WorkerState.BACKOFF
 
@@ -463,7 +461,7 @@ async def test_a_hang_is_killed_at_its_deadline(site: Site, op: str) -> None:
         model, deadlines=Deadlines(start_s=loading, silence_s=answering, stop_s=0.3)
     )
     async with asyncio.timeout(DEADLINE_S):
-        with pytest.raises(WorkerTimeout, match="said nothing for"):
+        with pytest.raises(WorkerTimeout, match="sent nothing for"):
             await site.ask(worker)
     assert (worker.state, worker.pid) == (WorkerState.BACKOFF, None)
 
@@ -492,7 +490,7 @@ async def test_a_process_that_a_library_left_behind_holds_nobody_up(site: Site) 
     descriptors = psutil.Process().num_fds()
     async with asyncio.timeout(DEADLINE_S):
         with pytest.raises(
-            WorkerDied, match="exited with code 5; its last words: sleeper"
+            WorkerDied, match="exited with code 5; its last line: sleeper"
         ) as caught:
             await site.ask(worker)
     os.kill(int(caught.value.message.split()[-1]), signal.SIGKILL)
@@ -637,7 +635,7 @@ async def test_failures_in_a_row_make_the_worker_rest_and_a_success_is_a_fresh_s
         await site.ask(worker)
     assert 0.0 < worker.retry_in_s() <= 0.2
     with pytest.raises(
-        WorkerUnavailable, match="rests after 2 failures in a row: exited with code 3"
+        WorkerUnavailable, match="is backing off after 2 consecutive failures: exited with code 3"
     ):
         await worker.ensure()
     await until(lambda: worker.retry_in_s() == 0.0)

@@ -116,5 +116,5 @@ def test_a_silent_worker_has_its_cause_in_the_log(workspace: Workspace) -> None:
     workspace.start()
     assert workspace.ask("m", status=504)["error"]["code"] == "worker_timeout"
     assert (
-        "said nothing for 8 s" in told(workspace, "/v1/chat/completions", 504, "worker_timeout")[0]
+        "sent nothing for 8 s" in told(workspace, "/v1/chat/completions", 504, "worker_timeout")[0]
     )
