@@ -280,7 +280,7 @@ class Serving:
         return None if artifact is None else (key, artifact)
 
     def _why_not(self, job: Job) -> tuple[str, str]:
-        """The state of the prompt that was named, and the reason why its cache cannot be used now."""
+        """The state of the named prompt, and the reason why its cache cannot be used now."""
         if job.named is None or job.cold:
             return "cold", ""
 
@@ -430,7 +430,7 @@ def _cache_file(ongoing: _Ongoing) -> protocol.CacheFile | None:
 
 
 def _outcome(ongoing: _Ongoing, cached_tokens: int | None) -> tuple[str, str]:
-    """The state that the answer reports, and the reason if no cache was used where one was wanted."""
+    """The state that the answer reports, and the reason where a wanted cache was not used."""
     if ongoing.load_error is not None:
         return "miss", ongoing.load_error.error
     if ongoing.chosen is None:
@@ -445,7 +445,7 @@ def _outcome(ongoing: _Ongoing, cached_tokens: int | None) -> tuple[str, str]:
 
 
 def _with_waiting(text: Text, waiting: asyncio.Queue[Text | None]) -> Text:
-    """A piece together with those that came while the one before it was written: one write for all."""
+    """A piece and those that came while the one before was written: one write for all of them."""
     if waiting.empty():
         return text
 

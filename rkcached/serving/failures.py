@@ -1,10 +1,11 @@
-"""Maps every error that a request can end with to a RequestError: HTTP status, code, param, hint."""
+"""Maps every error that can end a request to a RequestError: status, code, param and hint."""
 
 from __future__ import annotations
 
 from rkcached import errors
 from rkcached.errors import RequestError
 
+# Status, code, param, and the seconds until a retry makes sense.
 _STATUS: dict[type[errors.RkcachedError], tuple[int, str, str | None, int]] = {
     errors.InputInvalid: (400, "invalid_value", "input", 0),
     errors.SchemaMismatch: (422, "answer_does_not_fit", None, 0),
@@ -15,7 +16,6 @@ _STATUS: dict[type[errors.RkcachedError], tuple[int, str, str | None, int]] = {
     errors.WorkerTimeout: (504, "worker_timeout", None, 0),
     errors.WorkerDied: (502, "worker_died", None, 0),
 }
-# Status, code, param, and the seconds until a retry makes sense.
 
 
 def as_request_error(

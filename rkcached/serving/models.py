@@ -1,4 +1,4 @@
-"""Finds the model that a request names, or says why it cannot be used."""
+"""Finds the model that a request names. The error of one that cannot be used has the reason."""
 
 from __future__ import annotations
 

@@ -14,8 +14,8 @@ from rkcached.engines.base import RunStats
 NOT_MEASURED = "reuse is not measured by this runtime"
 """The reason in an answer, and in the status, where nobody can say what a prompt cache spared."""
 
-_AS_RECORD = {"extra": "forbid", "use_attribute_docstrings": True}
 # Pydantic reads this from a dataclass that is a field of one of the API's records.
+_AS_RECORD = {"extra": "forbid", "use_attribute_docstrings": True}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
