@@ -200,7 +200,7 @@ STEPS = st.lists(
 )
 
 
-@settings(max_examples=100)
+@settings(max_examples=100, deadline=None)
 @given(STEPS)
 def test_the_gate_survives_any_history(steps: list[tuple[str, int]]) -> None:
     """Coming, leaving and cancelling in any order, also within one step of the loop.
