@@ -18,7 +18,7 @@ from _daemon import BenchError, Daemon, Workspace, busy_ns
 from _results import Figure, Target, of_median
 from _workspaces import Bench, many
 
-from rkcached.reconcile.loop import SETTLE_S
+from rkcached.reconcile.wake import SETTLE_S
 
 PROMPTS = (10, 100, 1000, 10_000)
 MODELS = (1, 4, 16)
