@@ -1,4 +1,5 @@
-"""What Linux and systemd give us: file events, digests, durable writes, places, settings, logs, the service manager.
+"""What Linux and systemd give us.
 
-Nothing here knows of models or prompts. Every room may call it; it calls none but `errors`.
+File events, digests, durable writes, places, settings, logs, the service manager. Nothing here
+knows of models or prompts. Every room may call it; it calls none but `errors`.
 """

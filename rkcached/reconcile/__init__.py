@@ -1,6 +1,10 @@
 """Look, plan, act: makes the store what the manifest declares, and keeps it so.
 
-`loop` waits for events, has `observer` look at manifest, sources and store, carries the plan out,
-and starts one build at a time (`builder`). `snapshot` is what the rooms above may see of it. The
-daemon starts it; serving and the API read its snapshot and ask it for builds.
+`loop` waits until something wakes it (`wake`), and looks: `observer` compares manifest, sources and
+store; `snapshot` publishes what it saw; `actions` adopt, retire and remove; `build_queue` holds the
+builds, which `build_runner` and `builder` carry out one at a time. `failures` remembers what went
+wrong, `waiters` who waits for a build, `announcer` what the log and the listeners know.
+
+The daemon starts it. Serving and the API read its snapshot and ask it for builds; commands use the
+observer alone.
 """
