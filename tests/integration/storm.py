@@ -1,6 +1,6 @@
 """A storm over the real reconciler, store, observer, watcher and serving.
 
-As a Hypothesis state machine.
+It is a Hypothesis state machine.
 
 The event loop only runs inside a rule, so a storm decides what has been seen of it and what has
 not. `calm` lets everything settle and then compares the daemon with a model of what it must be: the

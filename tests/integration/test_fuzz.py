@@ -154,7 +154,7 @@ def test_sidecar_and_verdict_of_any_bytes(
 def test_sidecar_cannot_name_another_file(name: str) -> None:
     """A name with a NUL reached stat(2), whose ValueError ended the look.
 
-    With it the daemon's reconciler.
+    It also ended the daemon's reconciler.
     """
     assert not names_artifact(name, "p")
     assert isinstance(parse_sidecar(json.dumps(a_sidecar(artifact=name)).encode(), KEY), str)

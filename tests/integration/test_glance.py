@@ -106,9 +106,9 @@ async def edited(reconciler: Reconciler, store: HeldStore, *paths: Path) -> int:
 
 
 async def budget(space: Workspace, reconciler: Reconciler) -> None:
-    """Declare the prompts as before, with room for their caches.
+    """Declare the prompts as before.
 
-    For no more than 100,000 tokens.
+    There is room for their caches, and for no more than 100,000 tokens.
     """
     declare(space, f"cache: {{max_bytes: {MAX_BYTES}}}")
     await reconciler.next_look()

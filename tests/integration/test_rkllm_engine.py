@@ -449,9 +449,9 @@ def load():
     ids=["closed twice", "forgotten", "aborted around its end", "two handles", "never closed"],
 )
 def test_a_handle_is_destroyed_once(group: str, life: str, built: Path, tmp_path: Path) -> None:
-    """The stand-in ends the process with SIGABRT if it is destroyed again, used afterwards.
+    """The stand-in ends the process with SIGABRT if it is destroyed in a run.
 
-    Or destroyed in a run.
+    So it does if it is destroyed again, or used afterwards.
     """
     model = standin.write_model(tmp_path / "m.rkllm")
     arguments = [model, standin.build(group, built), "1.1.0" if group == "B" else ""]

@@ -195,7 +195,10 @@ def test_a_schema_is_not_blamed_for_what_another_used_up() -> None:
 
 
 def test_a_used_child_s_death_blames_nobody() -> None:
-    """The schema is looked at again by a new child; only if that one dies of it, too, it is refused."""
+    """The schema is looked at again by a new child.
+
+    Only if that one dies of it, too, it is refused.
+    """
     checker = SchemaChecker()
     checker.check("{}", compiled=True)
     (process,) = checker._running

@@ -37,9 +37,9 @@ PIECES, PIECE = 400, b"x" * 65_536
 
 
 class Site:
-    """A server whose every answer is PIECES long; `ended` has an item for each that is over.
+    """A server whose every answer is PIECES long.
 
-    For whatever reason.
+    `ended` has an item for each that is over, for whatever reason.
     """
 
     def __init__(self, path: Path) -> None:

@@ -86,9 +86,9 @@ def publish(
 
 
 def corrupt(store: Store, key: Key = P) -> str:
-    """Why the artifact is corrupt, to the scan, to a scan that remembers nothing.
+    """Why the artifact is corrupt.
 
-    To a full check alike.
+    A scan, a scan that remembers nothing and a full check agree on it.
     """
     said = {
         inventory.observed()[key].corrupt

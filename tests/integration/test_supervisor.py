@@ -354,7 +354,7 @@ def test_scratch_folders_are_in_the_runtime_directory(
 ) -> None:
     """In systemd's for the daemon, in the user's own, never in one that others may write.
 
-    Else the temporary one.
+    Where there is none, it is in the temporary folder.
     """
     runtime, user, open_to_all = (site.root / name for name in ("runtime", "user", "open"))
     for folder in (runtime, user, open_to_all):

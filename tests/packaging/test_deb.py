@@ -141,7 +141,7 @@ def test_each_python_finds_its_wheels(
 ) -> None:
     """On each Python and architecture the wheels in the packages are enough.
 
-    Without and with llama.cpp.
+    They are enough for llama.cpp, too.
     """
     from packaging.requirements import Requirement
 

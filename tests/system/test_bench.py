@@ -157,7 +157,7 @@ def test_it_says_enough_to_repeat_it(slow: Workspace) -> None:
 def test_sweep_leaves_nothing(slow: Workspace) -> None:
     """Prompts near 128 to 2,048 tokens, and one cut to the context; drawn with their labels.
 
-    All removed at the end.
+    All are removed at the end.
     """
     svg, png = slow.root / "a.svg", slow.root / "a.png"
     found = measured(slow, "--sweep", "--runs", "1", "--plot", str(svg))
@@ -195,7 +195,7 @@ def test_sweep_leaves_nothing(slow: Workspace) -> None:
 def test_interrupted_sweep_leaves_nothing(slow: Workspace, number: signal.Signals) -> None:
     """Ctrl-C: no stored prompt, no engine of its own, no traceback.
 
-    A sentence of what became of it.
+    A sentence tells what became of it.
     """
     with started(slow, "--sweep", "--runs", "1000") as process:
         wait_until(

@@ -246,9 +246,9 @@ def test_a_template_is_reported_at_its_line(
 
 
 def test_each_file_is_reported_at_its_line(workspace: Workspace) -> None:
-    """Of a prompt's several files the one that is missing; of a model's the tokenizer.
+    """The line of a missing file, of several of a prompt, too.
 
-    The library at the engine.
+    The line of a model's tokenizer, and that of the engine's library.
     """
     workspace.write("a.md", "Text.")
     workspace.memory_model()
@@ -599,9 +599,9 @@ def test_regenerate_shows_how_far_it_is(workspace: Workspace) -> None:
 
 
 def test_verify(two_prompts: Workspace) -> None:
-    """Verify re-reads every artifact; --deep loads it; damage of any file is found and named.
+    """Verify re-reads every artifact; --deep loads it.
 
-    Exit code 65.
+    Damage of any file is found and named, and the exit code is 65.
     """
     done = two_prompts.cli("verify", "--deep")
     assert done.stdout.count("matches its sidecar; loads, 64 tokens") == 2
@@ -653,7 +653,7 @@ def test_schema(workspace: Workspace) -> None:
 def test_layout_and_modes(two_prompts: Workspace) -> None:
     """The store's layout is {model}/{name}.memory_cache, .bin (the prefix), .json.
 
-    Private modes.
+    Their modes are private.
     """
     folder = two_prompts.cache / "m"
     assert sorted(p.name for p in folder.iterdir()) == [
@@ -749,9 +749,9 @@ def test_model_file_unusable(workspace: Workspace, content: bytes, words: str) -
 
 
 def test_model_missing(workspace: Workspace) -> None:
-    """A missing model is said by check with the line of its path.
+    """Check names a missing model with the line of its path.
 
-    By the daemon, until it appears.
+    So does the daemon, until the file appears.
     """
     workspace.write("p.md", "Text.")
     workspace.declare("{p: p.md}")

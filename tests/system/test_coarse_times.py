@@ -56,7 +56,7 @@ def test_two_saves_in_one_second_under_a_running_daemon(workspace: Workspace, di
 def test_a_store_with_coarse_times(workspace: Workspace, disk: Path) -> None:
     """A prompt cache that was exchanged within the second of its commit is found out.
 
-    Built again.
+    It is built again.
     """
     workspace.cache = disk / "cache"
     workspace.memory_model()

@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[2]
 def littered(two_prompts: Workspace) -> Workspace:
     """A store that nobody has open: `a` and `b`, of which `b` is declared no more.
 
-    Things that are not its own.
+    In it are also things that are not its own.
     """
     space = two_prompts
     space.stop()
@@ -186,7 +186,7 @@ def with_1_mib(space: Workspace, **models: str) -> None:
 def test_foreign_files_count_and_gc_gives_their_room_back(workspace: Workspace) -> None:
     """What does not fit beside them is blocked with both numbers, in manifest order.
 
-    Fresh when they are gone.
+    It becomes fresh when they are gone.
 
     The quarantine never keeps a prompt from its room: it yields.
     """
@@ -310,7 +310,7 @@ def test_a_daemon_takes_no_folder_that_has_something_else_in_it(workspace: Works
 def test_what_the_manifest_names_stays_whatever_is_said(littered: Workspace) -> None:
     """Model, prompts and their folder, by a link or another name, within a folder.
 
-    The manifest itself.
+    The manifest itself, too.
     """
     space = littered
     space.write("cache/things/models/m.model", (space.root / "m.model").read_bytes())

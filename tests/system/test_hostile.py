@@ -242,6 +242,6 @@ def test_no_prompt_text_in_log_or_errors(workspace: Workspace) -> None:
 def test_damaged_artifacts_are_never_loaded(two_prompts: Workspace) -> None:
     """Random bytes put in the place of a prompt cache, of the same size and not.
 
-    Rebuilt, and never used.
+    It is rebuilt, and never used.
     """
     damage(two_prompts, two_prompts.cache / "m/a.memory_cache")

@@ -105,7 +105,7 @@ def listener(two_prompts: Workspace) -> Iterator[Listener]:
 def test_events_tell_every_change(two_prompts: Workspace, listener: Listener) -> None:
     """A prompt's way from stale to fresh, its build, the worker's states, an answer.
 
-    And the end of the daemon.
+    The last event is the end of the daemon.
     """
     two_prompts.write("prompts/a.md", "another text")
     wait_until(

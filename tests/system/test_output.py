@@ -1,6 +1,6 @@
 """Where output goes: pipes that close, disks that are full, files that were there before.
 
-And what a wheel carries.
+At the end: the files that a wheel carries.
 """
 
 from __future__ import annotations

@@ -60,9 +60,9 @@ def test_the_page_on_both_sockets(described: Workspace) -> None:
 
 
 def test_the_page_in_a_browser(described: Workspace, tmp_path: Path) -> None:
-    """It shows the prompts, follows an edit and an answer without being loaded again.
+    """It shows the prompts, and follows an edit and an answer without being loaded again.
 
-    A restart of the daemon.
+    It also follows a restart of the daemon.
 
     It asks nobody but the daemon and has no complaints; a phone's width and a dark scheme are fine.
     """

@@ -398,7 +398,7 @@ def test_lines_that_the_library_does_not_flush(
 def test_model_not_loaded(d: Workspace, planned: str, status: int, code: str, cause: str) -> None:
     """A library that fails to load the model is an error that names the cause.
 
-    Is tried again by itself.
+    Loading is retried automatically.
     """
     switch(d, on=True)
     run(d, "{}", fault=planned)

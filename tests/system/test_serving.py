@@ -75,7 +75,7 @@ def test_prompt_by_cache_parameter(two_prompts: Workspace) -> None:
 def test_prompt_by_itself(two_prompts: Workspace) -> None:
     """A request whose system message is a prompt finds its cache, final newline or not.
 
-    With nothing said.
+    The request says nothing about it.
     """
     for text in ("You are prompt B.", "You are prompt B.\n"):
         messages = [{"role": "system", "content": text}, {"role": "user", "content": "hello"}]

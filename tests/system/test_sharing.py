@@ -102,7 +102,7 @@ def test_a_model_that_replies_is_never_unloaded(workspace: Workspace) -> None:
 def test_the_access_log_names_who_asked(two_prompts: Workspace) -> None:
     """One line an exchange: path, status, uid, pid and the request's id.
 
-    Not a word of what was said.
+    It has not a word of what was said.
     """
     need("curl")
     body = json.dumps(

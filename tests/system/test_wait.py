@@ -1,6 +1,6 @@
-"""`rkcached wait`: it ends when prompt caches are fresh, or says why they never will be.
+"""`rkcached wait`: it ends when prompt caches are fresh.
 
-Or what it waits for.
+Else it says why they never will be, or what it waits for.
 """
 
 from __future__ import annotations

@@ -103,7 +103,7 @@ def test_sed_in_place(two_prompts: Workspace) -> None:
 def test_link_retargeted(workspace: Workspace) -> None:
     """A prompt that is a link follows the link when it is pointed elsewhere.
 
-    When its target is edited.
+    It also follows when its target is edited.
     """
     workspace.memory_model()
     workspace.write("texts/one.md", "Text one.\n")

@@ -111,7 +111,7 @@ SLOW_S = 5.0
 def slowest_while(space: Workspace, work: Callable[[], None]) -> float:
     """The longest that /healthz took on either socket, in seconds.
 
-    While `work` went on in another thread.
+    Meanwhile `work` runs in another thread.
     """
     failed: list[BaseException] = []
 

@@ -44,10 +44,7 @@ def lack_of_machine() -> str:
 
 @pytest.fixture(scope="session")
 def wheels(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the wheels of everything that an installation needs.
-
-    For the machine's Python.
-    """
+    """A folder with the wheels that an installation needs, for the machine's Python."""
     if lack := lack_of_machine():
         (pytest.fail if os.environ.get("RKCACHED_NO_SKIPS") else pytest.skip)(lack)
     wheels, venv = tmp_path_factory.mktemp("wheels"), tmp_path_factory.mktemp("venv")
@@ -99,9 +96,9 @@ def installed(bare_machine: Machine) -> Machine:
 
 @pytest.fixture
 def machine(installed: Machine) -> Iterator[Machine]:
-    """Installed, the sockets listening, nothing in the store.
+    """Installed, the sockets listening, with a manifest of the prompts a and b.
 
-    A manifest with the prompts a and b.
+    The store is empty.
     """
     installed.tidy()
     installed.declare({"a": "You are prompt A.\n" * 20, "b": "You are prompt B.\n" * 20})

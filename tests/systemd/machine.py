@@ -232,9 +232,9 @@ class Machine:
         params: str = "",
         **model: Any,
     ) -> None:
-        """A manifest with the model `m` of the memory engine (its keys: `model`).
+        """Write a manifest with these prompts as files.
 
-        These prompts as files.
+        Its model `m` is of the memory engine; `model` has its keys.
         """
         self.write(
             "/var/lib/rkcached-models/m.model", json.dumps({"rkcached_memory_model": 1, **model})

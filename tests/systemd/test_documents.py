@@ -1,6 +1,6 @@
-"""The documents' commands for the service, typed on a booted machine; `sudo` is left out.
+"""The documents' commands for the service, typed on a booted machine.
 
-As root types them.
+Root types them, so `sudo` is left out.
 """
 
 from __future__ import annotations

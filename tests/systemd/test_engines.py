@@ -75,7 +75,7 @@ def test_rkllm_s_binding_under_the_sandbox(machine: Machine, tmp_path: Path) -> 
 def test_a_library_may_pin_its_threads(machine: Machine, tmp_path: Path) -> None:
     """`npu.enabled_cpus` asks for it, and the sandbox refused sched_setaffinity.
 
-    The model could not be loaded.
+    Then the model could not be loaded.
     """
     library = standin.build("D", tmp_path)
     machine.write("/opt/librkllmrt.so", library.read_bytes())

@@ -153,7 +153,7 @@ def test_a_manifest_that_never_was_good_is_not_tried_again(machine: Machine) -> 
 def test_who_asks_a_daemon_that_cannot_start_is_told_why(machine: Machine) -> None:
     """The connection that starts it gets 503 with file and line.
 
-    Does not start it over and over.
+    It does not start the daemon over and over.
     """
     good = machine.read("/etc/rkcached/manifest.yaml")
     machine.write("/etc/rkcached/manifest.yaml", "version: 1\nmodles: {}\n")

@@ -61,7 +61,7 @@ def test_it_says_when_a_figure_is_not_to_be_trusted(
 ) -> None:
     """Clocks that move, a busy machine, a hypervisor that takes time, and few runs.
 
-    A sentence each, and only then.
+    Each has its sentence, and there is none without them.
     """
     found = warnings(msgspec.structs.replace(FIXED, **facts), steal_percent, runs, [])
     assert len(found) == bool(said)
