@@ -183,7 +183,10 @@ def test_a_verdict_is_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_schema_is_not_blamed_for_what_another_used_up() -> None:
-    """A child that is out of memory by one schema ended at the next one, which was refused from then on."""
+    """A child that is out of memory by one schema ended at the next one.
+
+    That one was refused from then on.
+    """
     checker = SchemaChecker()
     checker.check("{}", compiled=True)
     for at in range(3):
