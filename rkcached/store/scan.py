@@ -205,6 +205,28 @@ def inspect(folder: Path, sidecar: Sidecar, digests: Digests) -> StoredArtifact:
     )
 
 
+def strangers(folder: Path, key: Key) -> list[Path]:
+    """The files in the places of this prompt's artifact that are not the store's.
+
+    A prompt cache there is the store's whatever else there is: a build that was cut off leaves one.
+    """
+    places = (f"{key.prompt}{suffix}" for suffix in (".json", ".bin", *CACHE_SUFFIXES))
+    names = {name for name in places if os.path.lexists(folder / name)}
+    damaged: dict[Key, str] = {}
+    try:
+        sidecar = read_sidecar(folder / f"{key.prompt}.json", key)
+    except OSError:
+        sidecar = ""
+    if isinstance(sidecar, Sidecar):
+        return []
+
+    if sidecar:
+        damaged[key] = sidecar
+    inventory = Inventory()
+    _scan_rest(folder, names, damaged, inventory)
+    return sorted(inventory.foreign)
+
+
 def prompt_of(name: str) -> str:
     """The prompt that a file with this name would belong to; nothing if the store has no such names."""
     stem, dot, suffix = name.rpartition(".")

@@ -49,6 +49,7 @@ from rkcached.store.scan import (
     prompt_of,
     read_sidecar,
     retired_sidecar,
+    strangers,
 )
 from rkcached.store.sidecar import Inventory, Sidecar, StoredArtifact
 
@@ -294,6 +295,11 @@ class Store:
             raise StoreError(
                 f"{named[0]} is named by the manifest, and would be overwritten",
                 hint="move it out of the store, or give the prompt another name",
+            )
+        if in_the_way := strangers(folder, key):
+            raise StoreError(
+                f"{in_the_way[0]} is not the store's, and would be overwritten",
+                hint="move it out of the store, or let `rkcached gc --strangers` remove it",
             )
         staged = folder / f"{STAGING}{key.prompt}-{secrets.token_hex(4)}"
         with self._writing(folder), self._folders:

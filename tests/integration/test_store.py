@@ -470,6 +470,21 @@ def test_a_file_that_the_manifest_names_is_neither_removed_nor_overwritten(
     assert not mine.exists()
 
 
+@pytest.mark.parametrize("name", ["p.bin", "p.json"])
+def test_a_file_that_is_not_the_store_s_is_never_overwritten(store: Store, name: str) -> None:
+    """Though it lies where a build would put its own: it is named, and stays until somebody moves it."""
+    mine = store.root / "m" / name
+    mine.parent.mkdir()
+    mine.write_text("notes of mine")
+    with pytest.raises(StoreError, match=f"{name} is not the store's") as refused:
+        store.stage(P)
+    assert "gc --strangers" in refused.value.hint
+    assert mine.read_text() == "notes of mine"
+    mine.unlink()
+    publish(store, P)
+    store.discard(store.stage(P))
+
+
 def test_a_folder_that_is_a_link_is_neither_written_nor_emptied(
     store: Store, tmp_path: Path
 ) -> None:
