@@ -438,3 +438,18 @@ def test_the_quarantine_s_bytes_are_those_that_are_left(workspace: Workspace) ->
     assert workspace.status()["reconcile"]["looks"] >= 1
     assert workspace.status()["cache"]["quarantine_bytes"] == 0
     assert not (workspace.cache / ".quarantine/m--a--0011").exists()
+
+
+def test_what_stays_is_not_overwritten_by_a_build(two_prompts: Workspace) -> None:
+    """A text of somebody's where a newly declared prompt's would be: blocked, named, built when it went."""
+    space = two_prompts
+    space.write("cache/m/notes.bin", "somebody's notes")
+    assert "notes.bin" in space.cli("gc").stdout
+    space.write("prompts/notes.md", "You take notes.")
+    space.declare("{a: prompts/a.md, b: prompts/b.md, notes: prompts/notes.md}")
+    prompt = space.wait_state("notes", "blocked")
+    assert f"{space.cache}/m/notes.bin is not the store's" in prompt["reason"]
+    assert "rkcached gc --strangers" in prompt["hint"]
+    assert (space.cache / "m/notes.bin").read_text() == "somebody's notes"
+    space.cli("gc", "--strangers")
+    space.wait_state("notes", "fresh")
