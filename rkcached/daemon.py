@@ -273,7 +273,7 @@ async def _serve(
 
     reconciling = asyncio.create_task(parts.reconciler.run())
     serving_http = asyncio.create_task(_serve_both(parts.servers, listeners))
-    announcing = asyncio.create_task(_announce(parts, settings.socket, service))
+    announcing = asyncio.create_task(_announce(parts, _addresses(listeners[0]), service))
     keeping = asyncio.create_task(_keep_sockets(parts.servers, listeners))
     signalled = asyncio.create_task(stopping.wait())
     log.info(
@@ -355,7 +355,13 @@ def _tell_worker(events: Events, worker: Worker) -> None:
     )
 
 
-async def _announce(parts: _Parts, socket_path: Path, service: Service) -> None:
+def _addresses(listening: Listening) -> str:
+    """Where clients reach this, which may be other than the settings say: systemd passes sockets."""
+    listeners = [listening.listener] if isinstance(listening, OwnSocket) else listening
+    return ", ".join(str(listener.getsockname()) for listener in listeners)
+
+
+async def _announce(parts: _Parts, addresses: str, service: Service) -> None:
     """Say that the daemon is ready: it answers on both sockets and has a plan.
 
     What the plan asks for is built afterwards.
@@ -372,7 +378,7 @@ async def _announce(parts: _Parts, socket_path: Path, service: Service) -> None:
     snapshot = parts.published.now
     log.info(
         "ready",
-        socket=str(socket_path),
+        socket=addresses,
         prompts=len(snapshot.assessments),
         fresh=len(snapshot.index),
     )

@@ -300,6 +300,9 @@ class Collected(Answer):
     strangers: list[Collectable] = Field(
         description="Files and folders that are not the store's; they stay."
     )
+    failed: list[Collectable] = Field(
+        description="Prompt caches that should have gone and could not be removed."
+    )
 
 
 class ManifestReloaded(Answer):

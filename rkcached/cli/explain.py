@@ -20,6 +20,7 @@ from rkcached.sources.records import Key
 
 
 def run(settings: Settings, prompt: str, *, want_json: bool) -> int:
+    looks.need_place(settings)
     look = looks.look_as_service(settings, ask=True)
     data = explain_data(look, names.key_of(prompt)) | {"store": str(settings.cache_dir)}
     if want_json:

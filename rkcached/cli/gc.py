@@ -28,11 +28,11 @@ def run(settings: Settings, *, dry_run: bool, strangers: bool, want_json: bool) 
     if want_json:
         total = sum(item["size_bytes"] for item in rubbish["items"])
         done = {"store": str(settings.cache_dir), "removed": not dry_run, "size_bytes": total}
-        listed = {name: rubbish[name] for name in ("items", "strangers")}
+        listed = {name: rubbish[name] for name in ("items", "strangers", "failed")}
         output.print_json({**done, **listed})
     else:
         _print(rubbish, settings.cache_dir, dry_run=dry_run)
-    return os.EX_OK
+    return os.EX_CANTCREAT if rubbish["failed"] else os.EX_OK
 
 
 def _collect(settings: Settings, *, dry_run: bool, strangers: bool) -> dict[str, Any]:
@@ -60,8 +60,10 @@ def _ask_daemon(settings: Settings, locked: StoreLocked, *, strangers: bool) -> 
 
 
 def _print(rubbish: dict[str, Any], store: Path, *, dry_run: bool) -> None:
-    items, strangers = rubbish["items"], rubbish["strangers"]
-    for item in (*items, *strangers):
+    items = rubbish["items"]
+    strangers = rubbish["strangers"]
+    failed = rubbish["failed"]
+    for item in (*items, *strangers, *failed):
         click.echo(printable(f"{size(item['size_bytes']):>9}  {item['path']}  {item['reason']}"))
 
     done = "would remove" if dry_run else "removed"
@@ -71,4 +73,6 @@ def _print(rubbish: dict[str, Any], store: Path, *, dry_run: bool) -> None:
     if strangers:
         left_bytes = sum(item["size_bytes"] for item in strangers)
         left = f"; {len(strangers)} that are not the store's stay, {size(left_bytes)}"
+    if failed:
+        left += f"; {len(failed)} could not be removed"
     click.echo(printable(f"{done} {what}, {size(total)}{left}; store {store}"))

@@ -37,6 +37,18 @@ def inputs_of(settings: Settings, look: Observation) -> tuple[list[Path], list[P
     return inputs(look.manifest, StoredTexts(settings.state_dir))
 
 
+def need_place(settings: Settings) -> None:
+    """Errors: as `need_store`, where the folder is none that the daemon would make a store of."""
+    try:
+        if not marks.why_not_ours(settings.cache_dir):
+            return
+    except FileNotFoundError:
+        return
+    except OSError:
+        pass
+    need_store(settings)
+
+
 def need_store(settings: Settings) -> None:
     """Errors: SourceError where there is no store; StoreError where that cannot be read."""
     try:

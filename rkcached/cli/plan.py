@@ -40,6 +40,7 @@ _SIGNS = {
 
 
 def run(settings: Settings, *, want_json: bool, exit_code: bool) -> int:
+    looks.need_place(settings)
     look = looks.look_as_service(settings)
     actions = look.actions
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from rkcached.errors import RkcachedError
@@ -57,19 +57,14 @@ class Collection:
         `removed` are the orphans that are gone.
         """
         if not self.dry_run:
-            found = [
-                one for one in self.rubbish if one.key is None or one.stays or one.key in removed
-            ]
+            orphans = [_outcome(one, removed) for one in self.rubbish if one.key is not None]
+            rest = [one for one in self.rubbish if one.key is None]
             try:
-                orphans = [one for one in found if one.key is not None]
                 for one in orphans:  # some were put aside by the look
-                    if one.key is not None:
+                    if one.key is not None and not one.stays:
                         await asyncio.to_thread(store.remove_retired_of, one.key)
-                rest = [one for one in found if one.key is None]
-                self.rubbish = [
-                    *orphans,
-                    *await asyncio.to_thread(remove_rubbish, store, rest, self.named),
-                ]
+                others = await asyncio.to_thread(remove_rubbish, store, rest, self.named)
+                self.rubbish = [*orphans, *others]
             except RkcachedError as error:
                 self._fail(error)
         if not self.future.done():  # who asked may have gone meanwhile
@@ -79,6 +74,14 @@ class Collection:
         if not self.future.done():
             self.future.set_exception(error)
             self.future.exception()  # its caller may be gone
+
+
+def _outcome(orphan: Rubbish, removed: set[Key]) -> Rubbish:
+    """What became of an orphan, which the look removes, retires or fails to."""
+    if orphan.stays or orphan.key in removed:
+        return orphan
+    why = "it could not be removed now: the daemon's log says why; it is tried again"
+    return replace(orphan, why=f"{orphan.why}; {why}", stays=True, failed=True)
 
 
 def named_in(look: Observation, files: Iterable[Path], folders: Iterable[Path]) -> Named:

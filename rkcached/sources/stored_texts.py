@@ -41,6 +41,7 @@ class StoredTexts:
     def write(self, key: Key, text: str) -> None:
         """Errors: StoreError; the text is then what it was."""
         path = self.path(key)
+        self._refuse_link(path.parent)
         try:
             path.parent.mkdir(mode=_DIRECTORY_MODE, parents=True, exist_ok=True)
             durable.replace(path, text.encode())
@@ -52,6 +53,7 @@ class StoredTexts:
     def delete(self, key: Key) -> bool:
         """Whether there was such a text. Errors: StoreError."""
         path = self.path(key)
+        self._refuse_link(path.parent)
         try:
             path.unlink()
             durable.sync_directory(path.parent)
@@ -61,3 +63,10 @@ class StoredTexts:
             hint = "check the state directory"
             raise StoreError(f"{path} cannot be removed: {error.strerror}", hint=hint) from error
         return True
+
+    def _refuse_link(self, folder: Path) -> None:
+        """Errors: StoreError where the folder of a model leads to somebody else's files."""
+        if folder.is_symlink():
+            raise StoreError(
+                f"{folder} is a link, so no text is stored or deleted in it", hint="remove the link"
+            )

@@ -44,6 +44,8 @@ class Rubbish:
     stays: bool = False
     """It is only listed; `why` says the reason."""
     stranger: bool = False
+    failed: bool = False
+    """It should have gone, and stays because it could not be removed."""
 
 
 class Named:
@@ -146,12 +148,13 @@ def remove_rubbish(store: Store, rubbish: Iterable[Rubbish], named: Named) -> li
 
 
 def as_data(rubbish: Iterable[Rubbish]) -> dict[str, list[dict[str, Any]]]:
-    """What goes (`items`) and what stays (`strangers`), as `rkcached gc --json` and the daemon print it."""
-    data: dict[str, list[dict[str, Any]]] = {"items": [], "strangers": []}
+    """What goes (`items`) and what stays (`strangers`, `failed`), as `rkcached gc --json` has it."""
+    data: dict[str, list[dict[str, Any]]] = {"items": [], "strangers": [], "failed": []}
     for one in rubbish:
         path = os.fsencode(one.path).decode(errors="backslashreplace")
         found = {"path": path, "size_bytes": one.size_bytes, "reason": one.why}
-        data["strangers" if one.stays else "items"].append(found)
+        kind = "failed" if one.failed else "strangers" if one.stays else "items"
+        data[kind].append(found)
     return data
 
 

@@ -15,11 +15,13 @@ from pathlib import Path
 
 import pytest
 
+from rkcached.errors import StoreError
 from rkcached.host.digests import Digests, signature_of
 from rkcached.messages.builtin import BUILTIN
 from rkcached.sources.manifest import parse
 from rkcached.sources.reader import MAX_PROMPT_BYTES, SourceReader
 from rkcached.sources.records import Key, ModelSource, PromptSource, RuntimeSource, Sources, Trouble
+from rkcached.sources.stored_texts import StoredTexts
 from tests.integration.test_digests import settle
 
 MODEL = b'{"rkcached_memory_model": 1}'
@@ -518,3 +520,19 @@ def test_a_link_that_cannot_be_followed_blocks_its_own_prompt_only(
     assert trouble in found["link"].message
     assert isinstance(found["open"], PromptSource)
     assert not sources.unlisted_models
+
+
+def test_no_text_is_stored_or_deleted_through_a_link(tmp_path: Path) -> None:
+    """A model's folder in the state directory that leads to a user's: his file of that name stays."""
+    home = tmp_path / "home"
+    home.mkdir()
+    (home / "f1.md").write_text("mine")
+    stored = StoredTexts(tmp_path / "state")
+    stored.write(Key("n", "f1"), "ours")
+    (tmp_path / "state/prompts/m").symlink_to(home)
+    with pytest.raises(StoreError, match="is a link"):
+        stored.write(Key("m", "f1"), "another text")
+    with pytest.raises(StoreError, match="is a link"):
+        stored.delete(Key("m", "f1"))
+    assert (home / "f1.md").read_text() == "mine"
+    assert stored.delete(Key("n", "f1"))

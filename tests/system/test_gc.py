@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 from pathlib import Path
@@ -453,3 +454,28 @@ def test_what_stays_is_not_overwritten_by_a_build(two_prompts: Workspace) -> Non
     assert (space.cache / "m/notes.bin").read_text() == "somebody's notes"
     space.cli("gc", "--strangers")
     space.wait_state("notes", "fresh")
+
+
+def test_what_could_not_be_removed_is_said(two_prompts: Workspace) -> None:
+    """The daemon cannot retire where its folder is a link: gc says that the orphan stays, with an exit code."""
+    space = two_prompts
+    elsewhere = space.root / "elsewhere"
+    elsewhere.mkdir()
+    shutil.rmtree(space.cache / ".retired", ignore_errors=True)
+    (space.cache / ".retired").symlink_to(elsewhere)
+    space.declare("{a: prompts/a.md}")
+    space.wait_state("b", "orphan")
+    done = space.cli("gc", code=os.EX_CANTCREAT)
+    assert "could not be removed" in done.stdout
+    assert "removed 0 items" in done.stdout
+    (space.cache / ".retired").unlink()
+    assert "could not" not in space.cli("gc").stdout
+
+
+def test_a_folder_that_the_daemon_refuses_is_promised_nothing(two_prompts: Workspace) -> None:
+    """`plan` and `explain` with the wrong --cache-dir: one sentence and an exit code, no plan."""
+    folder = two_prompts.root / "prompts"
+    for command in (["plan"], ["explain", "m/a"]):
+        done = two_prompts.cli(*command, "--cache-dir", str(folder), code=os.EX_NOINPUT)
+        assert done.stdout == ""
+        assert f"there is no store at {folder}" in done.stderr
