@@ -6,11 +6,8 @@ own.
 
 from __future__ import annotations
 
-import http.client
-import json
 import statistics
 import threading
-from pathlib import Path
 from typing import Any
 
 import psutil
@@ -18,6 +15,7 @@ from _daemon import BenchError, Daemon, busy_ns
 from _results import Figure, Target, of_median
 from _workspaces import PROMPTS, Bench, memory
 
+from rkcached.cli.bench.asking import ask
 from rkcached.cli.demo.runner import MODEL
 
 CLIENTS = 8
@@ -34,7 +32,7 @@ def measure_clients(bench: Bench) -> list[Figure]:
     """Shares with CLIENTS at once, CPU of a token, growth over REQUESTS."""
     with Daemon(bench.workspace(memory)) as daemon:
         daemon.wait_fresh()
-        daemon.ask(f"{MODEL}/{PROMPTS[0]}", "hello", max_tokens=4)
+        daemon.ask(_body("hello", max_tokens=4))
         return [*_shares(bench, daemon), _token_cpu(bench, daemon), _growth(daemon)]
 
 
@@ -44,17 +42,15 @@ def _shares(bench: Bench, daemon: Daemon) -> list[Figure]:
     failures: list[Exception] = []
 
     def client() -> None:
-        own = daemon.client()
         try:
-            asked = (f"{number:04d}" for number in range(bench.runs * ANSWERS_PER_RUN))
-            reports.extend(
-                own.ask(f"{MODEL}/{PROMPTS[0]}", question, max_tokens=8).report
-                for question in asked
-            )
+            with daemon.client() as own:
+                bodies = (
+                    _body(f"{number:04d}", max_tokens=8)
+                    for number in range(bench.runs * ANSWERS_PER_RUN)
+                )
+                reports.extend(ask(own, body).report for body in bodies)
         except Exception as error:  # noqa: BLE001 - it must leave the thread
             failures.append(error)
-        finally:
-            own.close()
 
     threads = [threading.Thread(target=client) for _ in range(CLIENTS)]
     for thread in threads:
@@ -94,45 +90,40 @@ def _token_cpu(bench: Bench, daemon: Daemon) -> Figure:
 
 
 def _stream(daemon: Daemon, tokens: int) -> None:
-    """Ask for a long answer, and read it with as little work as can be, for the machine is shared."""
-    client = daemon.client()
-    try:
-        client.drain(f"{MODEL}/{PROMPTS[0]}", "go on", max_tokens=tokens)
-    finally:
-        client.close()
+    """Stream an answer and drop it. Errors: BenchError unless it has all of its tokens."""
+    answer = daemon.ask(_body("go on", max_tokens=tokens))
+    if answer.usage["completion_tokens"] != tokens:
+        raise BenchError(f"the answer ended early{daemon.last_words()}")
 
 
 def _growth(daemon: Daemon) -> Figure:
-    """Resident memory of the daemon before and after many plain requests, a new connection every hundred."""
+    """Memory of the daemon before and after many plain requests, a new connection every hundred."""
     process = psutil.Process(daemon.pid)
-    body = json.dumps(
-        {
-            "model": f"{MODEL}/{PROMPTS[0]}",
-            "messages": [{"role": "user", "content": "x"}],
-            "max_tokens": 1,
-        }
-    )
-    connection = daemon.client().connection
+    body = _body("x", max_tokens=1)
     before = 0
-    for number in range(WARM_UP + REQUESTS):
-        if number == WARM_UP:
-            before = process.memory_info().rss
-        if number % 100 == 0:
-            connection.close()
-        connection.request("POST", "/v1/chat/completions", body)
-        with connection.getresponse() as response:
-            said = response.read()
-            if response.status != http.client.OK:
-                raise BenchError(f"HTTP {response.status}: {said[:200]!r}")
-    connection.close()
+    with daemon.client() as client:
+        for number in range(WARM_UP + REQUESTS):
+            if number == WARM_UP:
+                before = process.memory_info().rss
+            if number % 100 == 0:
+                client.close()
+            client.chat(body)
     grown = (process.memory_info().rss - before) / 1e6
-    note = (
-        f"from {before / 1e6:.1f} MB, after {WARM_UP} to warm up; log {_size(daemon.workspace.log)}"
+
+    log_mb = daemon.workspace.log.stat().st_size / 1e6
+    return Figure(
+        part="clients",
+        name=f"resident memory grown by {REQUESTS:,} requests",
+        value=grown,
+        unit="MB",
+        target=Target(limit=5),
+        note=f"from {before / 1e6:.1f} MB, after {WARM_UP} to warm up; log {log_mb:.1f} MB",
     )
-    target = Target(limit=5)
-    name = f"resident memory grown by {REQUESTS:,} requests"
-    return Figure(part="clients", name=name, value=grown, unit="MB", target=target, note=note)
 
 
-def _size(path: Path) -> str:
-    return f"{path.stat().st_size / 1e6:.1f} MB"
+def _body(question: str, *, max_tokens: int) -> dict[str, Any]:
+    return {
+        "model": f"{MODEL}/{PROMPTS[0]}",
+        "messages": [{"role": "user", "content": question}],
+        "max_tokens": max_tokens,
+    }

@@ -7,7 +7,6 @@ llama.cpp's own defaults. Besides the figures, what a user has to do and what is
 
 from __future__ import annotations
 
-import http.client
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -15,13 +14,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from _answers import look_at
-from _daemon import BenchError, Daemon, UnixConnection, Workspace, busy_ns
-from _peer import Peer, Streamed, stream
-from _results import Figure, Target, of_median
-from _workspaces import PEER_CONTEXT, PEER_TOKENS, Bench, peers, small_model
+from _daemon import BenchError, Daemon, busy_ns
+from _peer import Peer
+from _results import Figure, Target, difference, of_median
+from _workspaces import PEER_CONTEXT, PEER_TOKENS, Bench, peers
 
-from rkcached.cli.bench.samples import median, spread
+from rkcached.cli.bench.alone import look_at
+from rkcached.cli.bench.asking import Answer
+from rkcached.cli.bench.samples import median
+from rkcached.cli.launcher import Workspace, small_model
+from rkcached.errors import DaemonUnreachable, RkcachedError
 from rkcached.plan.desired import DesiredModel
 from rkcached.sources.records import Key
 from rkcached.worker.operations import BOUNDARY_TOKENS
@@ -54,9 +56,10 @@ class _Samples:
     per_token: list[float] = field(default_factory=list)
     cpu: list[float] = field(default_factory=list)
 
-    def add(self, answer: Streamed, cpu_ns: int) -> None:
+    def add(self, answer: Answer, cpu_ns: int) -> None:
+        prefill_ms = answer.report.get("prefill_ms", answer.last("timings").get("prompt_ms"))
         self.ttft.append(answer.ttft_ms)
-        self.rest.append(answer.ttft_ms - answer.prefill_ms)
+        self.rest.append(answer.ttft_ms - prefill_ms)
         self.per_token.append(answer.per_token_ms)
         self.cpu.append(cpu_ns / 1e6 / ANSWER_TOKENS)
 
@@ -69,7 +72,7 @@ class _Side:
         self.samples: dict[tuple[str, str], _Samples] = {}
 
     def launched(
-        self, ask: Callable[[str, str, str], Streamed], pids: Callable[[], list[int]]
+        self, ask: Callable[[str, str, str], Answer], pids: Callable[[], list[int]]
     ) -> None:
         self._ask = ask
         self._pids = pids
@@ -121,7 +124,7 @@ class _Texts:
     """The rendered prompts, from the same function that the daemon renders with."""
 
     def __init__(self, workspace: Workspace) -> None:
-        self._look = look_at(workspace)
+        self._look = look_at(workspace.manifest, workspace.store, workspace.root / "state")
         model = self._look.desired.models[MODEL]
         if not isinstance(model, DesiredModel):
             raise BenchError(f"the model cannot be used: {model}")
@@ -170,11 +173,9 @@ def _measure_in_turns(launch: int, runs: int, sides: list[_Side]) -> None:
             turn(prompt, "in memory")
 
 
-def _through_daemon(daemon: Daemon) -> Callable[[str, str, str], Streamed]:
-    connection = UnixConnection(daemon.workspace.socket)
-
-    def ask(prompt: str, question: str, how: str) -> Streamed:
-        answer = ask_daemon(connection, f"{MODEL}/{prompt}", question, cold=how == "cold")
+def _through_daemon(daemon: Daemon) -> Callable[[str, str, str], Answer]:
+    def ask(prompt: str, question: str, how: str) -> Answer:
+        answer = ask_daemon(daemon, f"{MODEL}/{prompt}", question, cold=how == "cold")
         report = answer.report
         if report["state"] != ("cold" if how == "cold" else "hit"):
             raise BenchError(f"{how}: {report}{daemon.last_words()}")
@@ -186,8 +187,8 @@ def _through_daemon(daemon: Daemon) -> Callable[[str, str, str], Streamed]:
 
 
 def ask_daemon(
-    connection: UnixConnection, model: str, question: str, *, cold: bool = False, system: str = ""
-) -> Streamed:
+    daemon: Daemon, model: str, question: str, *, cold: bool = False, system: str = ""
+) -> Answer:
     """Stream an answer.
 
     With `system`, the client sends the system message itself and names the model only.
@@ -195,25 +196,17 @@ def ask_daemon(
     messages = [{"role": "user", "content": question}]
     if system:
         messages.insert(0, {"role": "system", "content": system})
-    body: dict[str, Any] = {
-        "model": model,
-        "messages": messages,
-        "max_tokens": ANSWER_TOKENS,
-        "stream": True,
-    }
-    if cold:
-        body["cache"] = False
-    ready = connection.ready()
-    return stream(ready, "/v1/chat/completions", body, time.perf_counter())
+    body: dict[str, Any] = {"model": model, "messages": messages, "max_tokens": ANSWER_TOKENS}
+    return daemon.ask(body | {"cache": False} if cold else body)
 
 
-def _through_peer(peer: Peer, texts: _Texts, kind: str) -> Callable[[str, str, str], Streamed]:
-    def ask(prompt: str, question: str, how: str) -> Streamed:
+def _through_peer(peer: Peer, texts: _Texts, kind: str) -> Callable[[str, str, str], Answer]:
+    def ask(prompt: str, question: str, how: str) -> Answer:
         restore = prompt + kind if how in ("restored", "first") else ""
         answer = peer.ask(
             texts.request(prompt, question), ANSWER_TOKENS, restore=restore, cold=how == "cold"
         )
-        reused = answer.timings["cache_n"]
+        reused = answer.last("timings")["cache_n"]
         if reused if how == "cold" else reused < texts.tokens[prompt] - BOUNDARY_TOKENS:
             raise BenchError(f"{how}: llama.cpp's server reused {reused} tokens")
         return answer
@@ -236,10 +229,11 @@ def _figures(sides: list[_Side], texts: _Texts) -> Iterator[Figure]:
                 )
             of_ours, of_same = ours.samples[prompt, how], same.samples[prompt, how]
             limit = round(max(FLOOR_MS, SHARE * median(of_same.ttft)), 1) if how != "cold" else None
-            yield _difference(
-                "  rkcached less same settings, by pairs", of_ours.ttft, of_same.ttft, limit
-            )
-            yield _difference("    of it not prefill", of_ours.rest, of_same.rest, None)
+            target = Target(limit=limit) if limit is not None else None
+            name = "  rkcached less same settings, by pairs"
+            yield difference("peers", name, _less(of_ours.ttft, of_same.ttft), target)
+            rest = _less(of_ours.rest, of_same.rest)
+            yield difference("peers", "    of it not prefill", rest, None)
     for prompt in PEER_TOKENS:
         name = f"a token more, after {texts.tokens[prompt]:,}"
         for side in sides:
@@ -248,17 +242,8 @@ def _figures(sides: list[_Side], texts: _Texts) -> Iterator[Figure]:
             yield of_median("peers", f"{name}: {side.name}", samples.per_token, "ms", note=cpu)
 
 
-def _difference(name: str, ours: list[float], theirs: list[float], limit: float | None) -> Figure:
-    samples = tuple(a - b for a, b in zip(ours, theirs, strict=True))
-    return Figure(
-        part="peers",
-        name=name,
-        value=median(samples),
-        unit="ms",
-        target=Target(limit=limit) if limit is not None else None,
-        note=spread(samples),
-        samples=samples,
-    )
+def _less(ours: list[float], theirs: list[float]) -> list[float]:
+    return [a - b for a, b in zip(ours, theirs, strict=True)]
 
 
 # What a user has to do, and what is noticed
@@ -273,18 +258,17 @@ def _facts(workspace: Workspace, texts: _Texts) -> Iterator[Figure]:
     system, tokens = texts.system(prompt), texts.tokens[prompt]
     edited = f"Edited. {system}"
     yield from _facts_of_peer(workspace, texts, prompt, question, edited)
-    connection = UnixConnection(workspace.socket)
     ours = "rkcached"
     with Daemon(workspace) as daemon:
         daemon.wait_fresh()
-        answer = ask_daemon(connection, f"{MODEL}/{prompt}", question)
+        answer = ask_daemon(daemon, f"{MODEL}/{prompt}", question)
         yield _fact(
             f"first answer after a restart, reused of {tokens}",
             ours,
             answer.report["cached_tokens"],
             "1 call",
         )
-        answer = ask_daemon(connection, MODEL, question, system=system)
+        answer = ask_daemon(daemon, MODEL, question, system=system)
         yield _fact(
             "  the client sends the text, names no cache",
             ours,
@@ -294,31 +278,30 @@ def _facts(workspace: Workspace, texts: _Texts) -> Iterator[Figure]:
 
         source = workspace.root / "prompts" / f"{prompt}.md"
         seconds = _noticed(daemon, lambda: source.write_text(edited))
-        answer = ask_daemon(connection, f"{MODEL}/{prompt}", question)
+        answer = ask_daemon(daemon, f"{MODEL}/{prompt}", question)
         said = f"tokens reused; built anew without a command, {seconds:.1f} s after the save"
         yield _fact("after an edit of the prompt", ours, answer.report["cached_tokens"], said)
         _noticed(daemon, lambda: source.write_text(system))
 
         for name, damage in (("cut in half", _cut), ("one byte changed", _change_byte)):
             other = next(p for p in PEER_TOKENS if p != prompt)
-            ask_daemon(connection, f"{MODEL}/{other}", question)  # so that the file is needed
+            ask_daemon(daemon, f"{MODEL}/{other}", question)  # so that the file is needed
             damage(workspace.store / MODEL / f"{prompt}.llama_cache")
-            answer = ask_daemon(connection, f"{MODEL}/{prompt}", question)
+            answer = ask_daemon(daemon, f"{MODEL}/{prompt}", question)
             state = answer.report["state"]
             daemon.hang_up()
-            healed = _cached_again(connection, prompt, question)
+            healed = _cached_again(daemon, prompt, question)
             said = f"tokens reused, answer {state}; built anew, then {healed:,}"
             yield _fact(f"the file {name}", ours, answer.report["cached_tokens"], said)
 
         model = workspace.root / "model.gguf"
         daemon.wait_fresh()
         seconds = _noticed(daemon, lambda: _change_weights(model))
-        answer = ask_daemon(connection, f"{MODEL}/{prompt}", question)
+        answer = ask_daemon(daemon, f"{MODEL}/{prompt}", question)
         said = f"tokens reused, of a cache that was built with the new model; {seconds:.1f} s after the change"
         yield _fact(
             "after other weights in the model file", ours, answer.report["cached_tokens"], said
         )
-    connection.close()
 
 
 def _facts_of_peer(
@@ -352,17 +335,17 @@ def _facts_of_peer(
         peer.restore("kept.bin")
         answer = peer.ask(texts.request(prompt, question, system=edited), 1)
         said = f"of {tokens:,} tokens reused: slow, and nothing says so; save again by hand"
-        yield _fact("after an edit of the prompt", theirs, answer.timings["cache_n"], said)
+        yield _fact("after an edit of the prompt", theirs, answer.last("timings")["cache_n"], said)
     with serve() as peer:
         answer = peer.ask(request, 1)
         yield _fact(
             f"first answer after a restart, reused of {tokens}",
             theirs,
-            answer.timings["cache_n"],
+            answer.last("timings")["cache_n"],
             "no restore",
         )
         answer = peer.ask(request, 1, restore="kept.bin")
-        yield _fact("  restored by hand", theirs, answer.timings["cache_n"], "2 calls")
+        yield _fact("  restored by hand", theirs, answer.last("timings")["cache_n"], "2 calls")
 
     good = (slots / "kept.bin").read_bytes()
     for name, damage in (("cut in half", _cut), ("one byte changed", _change_byte)):
@@ -371,17 +354,16 @@ def _facts_of_peer(
         with serve() as peer:
             try:
                 answer = peer.ask(request, 1, restore="damaged.bin")
-            except (OSError, http.client.HTTPException) as error:
-                yield _fact(
-                    f"the file {name}", theirs, 0, f"the server {peer.death() or repr(error)}"
-                )
-            except BenchError as error:
-                yield _fact(f"the file {name}", theirs, 0, f"refused: {str(error)[:80]}")
+            except DaemonUnreachable as error:
+                end = peer.death() or error.message
+                yield _fact(f"the file {name}", theirs, 0, f"the server {end}")
+            except RkcachedError as error:
+                yield _fact(f"the file {name}", theirs, 0, f"refused: {error.message[:80]}")
             else:
                 yield _fact(
                     f"the file {name}",
                     theirs,
-                    answer.timings["cache_n"],
+                    answer.last("timings")["cache_n"],
                     "tokens reused, nothing is said",
                 )
     _change_weights(model)
@@ -389,7 +371,7 @@ def _facts_of_peer(
         answer = peer.ask(request, 1, restore="kept.bin")
         said = "tokens reused: the old model's state under the new one, and nothing is said"
         yield _fact(
-            "after other weights in the model file", theirs, answer.timings["cache_n"], said
+            "after other weights in the model file", theirs, answer.last("timings")["cache_n"], said
         )
     model.unlink()
 
@@ -398,11 +380,11 @@ def _fact(name: str, who: str, value: float, said: str) -> Figure:
     return Figure(part="peers", name=f"{name}: {who}", value=value, unit="", note=said)
 
 
-def _cached_again(connection: UnixConnection, prompt: str, question: str) -> int:
+def _cached_again(daemon: Daemon, prompt: str, question: str) -> int:
     """The tokens that the first answer from a cache reuses."""
     started = time.perf_counter()
     while time.perf_counter() - started < NOTICE_S:
-        report = ask_daemon(connection, f"{MODEL}/{prompt}", question).report
+        report = ask_daemon(daemon, f"{MODEL}/{prompt}", question).report
         if report["state"] == "hit":
             return int(report["cached_tokens"])
         time.sleep(0.05)

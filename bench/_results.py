@@ -21,7 +21,7 @@ from rich.table import Table
 from rkcached import __version__
 from rkcached.cli.bench.machine import QUIET_LOAD
 from rkcached.cli.bench.machine import machine as measured_machine
-from rkcached.cli.bench.samples import median, number, p95
+from rkcached.cli.bench.samples import median, number, p95, spread
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,6 +69,19 @@ def of_median(
         unit=unit,
         target=target,
         note=said,
+        samples=tuple(samples),
+    )
+
+
+def difference(part: str, name: str, samples: Sequence[float], target: Target | None) -> Figure:
+    """The median of differences in milliseconds, with their spread in the note."""
+    return Figure(
+        part=part,
+        name=name,
+        value=median(samples),
+        unit="ms",
+        target=target,
+        note=spread(samples),
         samples=tuple(samples),
     )
 

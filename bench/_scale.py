@@ -14,10 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
-from _daemon import BenchError, Daemon, Workspace, busy_ns
+from _daemon import BenchError, Daemon, busy_ns
 from _results import Figure, Target, of_median
 from _workspaces import Bench, many
 
+from rkcached.cli.launcher import Workspace
 from rkcached.reconcile.wake import SETTLE_S
 
 PROMPTS = (10, 100, 1000, 10_000)

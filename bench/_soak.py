@@ -26,10 +26,13 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from _daemon import BenchError, Daemon, Workspace
+from _daemon import Daemon
 
+from rkcached.cli.launcher import Workspace
 from rkcached.engines.base import Sampling
 from rkcached.engines.memory import expected_text
+from rkcached.errors import DaemonUnreachable, RequestError
+from rkcached.host.unix_http import UnixConnection
 
 LOOKS, LOOK_S = 20, 0.05
 STALE_S = 10.0
@@ -268,27 +271,29 @@ class Site:
 
     def _send(self, target: str, body: dict[str, Any]) -> Reply:
         """Errors: WrongAnswerError for an end that is neither an answer nor an error of ours."""
-        connection = self.daemon.client().connection
-        try:
-            connection.request(
-                "POST", target, json.dumps(body), {"Content-Type": "application/json"}
-            )
-            response = connection.getresponse()
-            data = response.read()
-        except (OSError, http.client.HTTPException) as error:
-            raise WrongAnswerError(f"the connection ended: {error!r}") from error
-        finally:
-            connection.close()
-        if response.status != http.HTTPStatus.OK:
-            return Reply(text="", failure=_failure(json.loads(data), response.status))
-        return _read_stream(data) if body["stream"] else _read_whole(json.loads(data))
+        chunks: list[dict[str, Any]] = []
+        failure = ""
+        with self.daemon.client() as client:
+            try:
+                if not body["stream"]:
+                    return _read_whole(client.request("POST", target, body))
+                for data in client.stream_data(target, body):
+                    chunks.append(json.loads(data))  # noqa: PERF401 - kept when an error follows
+            except RequestError as error:
+                if error.code not in _CLEAN:
+                    raise WrongAnswerError(f"HTTP {error.status}: {error}") from error
+                failure = error.code
+            except DaemonUnreachable as error:
+                raise WrongAnswerError(f"the connection ended: {error}") from error
+        return _read_chunks(chunks, failure)
 
     def _leave(self, request: tuple[str, dict[str, Any]], chance: random.Random) -> None:
         """A client that goes away, before or in the middle of its answer."""
-        connection = self.daemon.client().connection
+        target, body = request
+        connection = UnixConnection(self.workspace.socket)
         with contextlib.suppress(OSError, http.client.HTTPException):
-            connection.request("POST", request[0], json.dumps(request[1] | {"max_tokens": 200}))
-            if request[1]["stream"]:
+            connection.request("POST", target, json.dumps(body | {"max_tokens": 200}))
+            if body["stream"]:
                 connection.getresponse().read(chance.randrange(1, 400))
             else:
                 time.sleep(chance.random() / 2)
@@ -325,17 +330,12 @@ class Site:
     def settle(self, timeout_s: float) -> None:
         """Wait until all is fresh again, with no more than the daemon does on its own.
 
-        Errors: BenchError.
+        Errors: DaemonUnreachable, StillWaiting.
         """
-        deadline = time.monotonic() + timeout_s
-        while time.monotonic() < deadline:
-            self.daemon.check_alive()
-            status = self.daemon.status()
+        for status in self.daemon.statuses(timeout_s=timeout_s):
             states = {prompt["state"] for prompt in status["prompts"]}
             if status["manifest"]["ok"] and states == {"fresh"} and not status["running"]:
                 return
-            time.sleep(0.1)
-        raise BenchError(f"{self.name}: not all fresh after {timeout_s:.0f} s: {status['summary']}")
 
     def note_status(self) -> None:
         status = self.daemon.status()
@@ -387,37 +387,26 @@ def _message(message: dict[str, Any]) -> str:
     return (message.get("content") or "") + "".join(f"{c['name']}({c['arguments']})" for c in calls)
 
 
-def _read_stream(data: bytes) -> Reply:
-    events = [line[6:] for line in data.splitlines() if line.startswith(b"data: ")]
-    parts, failure = [], ""
+def _read_chunks(chunks: list[dict[str, Any]], failure: str) -> Reply:
+    """The reply of a stream; `failure` is the code of the error that ended it."""
+    parts: list[str] = []
     tokens: Tokens = ()
     report: dict[str, Any] = {}
     calls: dict[int, list[str]] = {}
-    for event in (json.loads(event) for event in events if event != b"[DONE]"):
-        if "error" in event:
-            failure = _failure(event, 200)
-        report = event.get("rkcached", report)
-        for choice in event.get("choices", ()):
+    for chunk in chunks:
+        report = chunk.get("rkcached", report)
+        for choice in chunk.get("choices", ()):
             tokens += _tokens(choice.get("logprobs") or {})
-            parts.append(
-                choice["text"] if "text" in choice else choice["delta"].get("content") or ""
-            )
-            for call in choice.get("delta", {}).get("tool_calls") or ():
-                said = call["function"]
-                calls.setdefault(call["index"], ["", ""])
-                calls[call["index"]][0] += said.get("name") or ""
-                calls[call["index"]][1] += said.get("arguments") or ""
-    if not failure and (not events or events[-1] != b"[DONE]"):
-        raise WrongAnswerError(f"a stream ended without an end: {data[-200:]!r}")
+            delta = choice.get("delta", {})
+            parts.append(choice["text"] if "text" in choice else delta.get("content") or "")
+            for call in delta.get("tool_calls") or ():
+                name, arguments = calls.setdefault(call["index"], ["", ""])
+                function = call["function"]
+                name += function.get("name") or ""
+                arguments += function.get("arguments") or ""
+                calls[call["index"]] = [name, arguments]
     text = "".join(parts) + "".join(f"{name}({arguments})" for name, arguments in calls.values())
     return Reply(text=text, tokens=tokens, report=report, failure=failure)
-
-
-def _failure(answer: dict[str, Any], status: int) -> str:
-    code = str(answer["error"]["code"])
-    if code not in _CLEAN:
-        raise WrongAnswerError(f"HTTP {status}: {answer['error']}")
-    return code
 
 
 def _replace(path: Path, text: str) -> None:

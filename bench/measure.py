@@ -17,15 +17,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
-from _answers import measure_share, measure_ttft
 from _clients import measure_clients
 from _daemon import BenchError
+from _gain import measure_share, measure_sweep, measure_ttft
 from _peers import measure_peers
 from _pictures import draw_scale
 from _results import Figure, document, machine, print_table
 from _rkllm import measure_rkllm
 from _scale import measure_scale
-from _sweep import measure_sweep
 from _upkeep import measure_edit, measure_idle
 from _workspaces import Bench
 from rich.console import Console

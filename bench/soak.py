@@ -22,13 +22,14 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import msgspec
-from _daemon import BenchError, Daemon, Workspace
+from _daemon import Daemon
 from _soak import QUESTIONS, Site, WrongAnswerError
-from _workspaces import small_model
 from rich.console import Console
 from rich.table import Table
 
+from rkcached.cli.launcher import Workspace, small_model
 from rkcached.engines.memory import MemoryModel
+from rkcached.errors import RkcachedError
 
 MEMORY_GROWTH_MB = 16.0
 """Resident, of the daemon, over the whole soak: the allocator's play, not a leak that a day would
@@ -90,7 +91,7 @@ class Soak:
         self._threads.append(thread)
 
     def watch(self, minutes: float) -> None:
-        """Say how it goes until the time is over. Errors: BenchError when a daemon ended."""
+        """Say how it goes until the time is over. Errors: DaemonUnreachable when a daemon ended."""
         end = time.monotonic() + minutes * 60
         while (left_s := end - time.monotonic()) > 0:
             time.sleep(min(REPORT_S, left_s))
@@ -157,7 +158,7 @@ def _soak(sites: list[Site], options: argparse.Namespace) -> dict[str, Any]:
         soak.start(sites[0], clients=3, pause_s=4.0)
         soak.start(sites[1], clients=6, pause_s=0.7)
         soak.watch(options.minutes)
-    except BenchError as error:
+    except RkcachedError as error:
         problems.append(str(error))
     finally:
         soak.stop()
@@ -170,7 +171,7 @@ def _soak(sites: list[Site], options: argparse.Namespace) -> dict[str, Any]:
             site.settle(SETTLE_S)
             site.note_status()
             site.ask(random.Random(options.seed))  # a worker that was killed last comes back
-        except (BenchError, WrongAnswerError) as error:
+        except (RkcachedError, WrongAnswerError) as error:
             problems.append(str(error))
     after = {site.name: site.held() for site in sites}
     for site in sites:
@@ -316,7 +317,7 @@ def _memory(root: Path) -> Workspace:
 
 def _made(root: Path, manifest: str) -> Workspace:
     root.mkdir(exist_ok=True)
-    workspace = Workspace(root=root)
+    workspace = Workspace.at(root)
     workspace.manifest.write_text(manifest)
     for name in ("first", "second", "guest"):
         (root / f"{name}.md").write_text(f"You are not here yet, {name}.\n")

@@ -67,6 +67,11 @@ class Client:
     def close(self) -> None:
         self._kept.close()
 
+    def ready(self) -> None:
+        """Connect now, so that the next request takes no time for it."""
+        with _translated():
+            self._connect(self._kept)
+
     def status(self, *, look: bool = False) -> dict[str, Any]:
         """The status document. `look`: the daemon looks at the files first."""
         return self.request("GET", "/v1/status?look=true" if look else "/v1/status")
@@ -99,20 +104,23 @@ class Client:
     def stream(self, body: dict[str, Any]) -> Iterator[dict[str, Any]]:
         """The chunks of a streamed answer."""
         for data in self.stream_data("/v1/chat/completions", {**body, "stream": True}):
-            if data == b"[DONE]":
-                return
-            chunk: dict[str, Any] = json.loads(data)
-            if "error" in chunk:
-                raise RequestError(502, chunk["error"]["message"], code=chunk["error"]["code"])
-            yield chunk
-        raise _broken_off("its answer has no end")
+            yield json.loads(data)
 
     def stream_data(self, path: str, body: dict[str, Any]) -> Iterator[bytes]:
-        """The data of each event of a stream, as it arrives; the last one is `[DONE]`."""
+        """The chunks of a streamed answer as they arrive, not parsed yet."""
         with self._lines("POST", path, body) as lines:
             for line in lines:
+                if line.startswith(b'data: {"error"'):
+                    error = json.loads(line[6:])["error"]
+                    raise RequestError(502, error["message"], code=error["code"])
+                if line == b"data: [DONE]":
+                    break
                 if line.startswith(b"data: "):
                     yield line[6:]
+            else:
+                raise _broken_off("its answer has no end")
+            for _ in lines:  # what follows belongs to this answer, too
+                pass
 
     @contextlib.contextmanager
     def lent(self, model: str) -> Iterator[None]:

