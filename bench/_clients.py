@@ -37,7 +37,7 @@ def measure_clients(bench: Bench) -> list[Figure]:
 
 
 def _shares(bench: Bench, daemon: Daemon) -> list[Figure]:
-    """Accepted to written, less the turns of others and the engine's work, as the daemon reports them."""
+    """The daemon's own time: accepted to written, less queue and engine, by its own report."""
     reports: list[dict[str, Any]] = []
     failures: list[Exception] = []
 

@@ -61,7 +61,10 @@ class Daemon(Launched):
         raise BenchError("the daemon gave no status")
 
     def ask(self, body: dict[str, Any]) -> Answer:
-        """Stream an answer over a connection that is kept. Errors: BenchError unless it is whole."""
+        """Stream an answer over a connection that is kept.
+
+        Errors: BenchError unless it is whole.
+        """
         answer = ask(self._asking, body)
         if not (answer.text_moments and answer.report):
             raise BenchError(f"an answer without text or report{self.last_words()}")

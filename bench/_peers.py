@@ -1,8 +1,9 @@
-"""llama.cpp's own server beside the daemon: the same model file, prompts, threads, batch and context, in turns.
+"""Compares the daemon with llama.cpp's own server, in turns and with the same settings.
 
-One question goes to both before the next one does, the first of them changing from turn to turn. All are started more
-than once, as two processes of one program may differ by some per cent for as long as they live. A second server keeps
-llama.cpp's own defaults. Besides the figures, what a user has to do and what is noticed: each row was tried here.
+One question goes to both before the next one does, the first of them changing from turn to turn.
+All are started more than once, as two processes of one program may differ by some per cent for as
+long as they live. A second server keeps llama.cpp's own defaults. Besides the figures, what a user
+has to do and what is noticed: each row was tried here.
 """
 
 from __future__ import annotations
@@ -65,7 +66,7 @@ class _Samples:
 
 
 class _Side:
-    """One of the servers over all its launches: what it is called, and how it answers each kind of request."""
+    """One of the servers over all its launches, and its answers to each kind of request."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -298,7 +299,10 @@ def _facts(workspace: Workspace, texts: _Texts) -> Iterator[Figure]:
         daemon.wait_fresh()
         seconds = _noticed(daemon, lambda: _change_weights(model))
         answer = ask_daemon(daemon, f"{MODEL}/{prompt}", question)
-        said = f"tokens reused, of a cache that was built with the new model; {seconds:.1f} s after the change"
+        said = (
+            f"tokens reused, of a cache that was built with the new model; {seconds:.1f} s after "
+            "the change"
+        )
         yield _fact(
             "after other weights in the model file", ours, answer.report["cached_tokens"], said
         )
@@ -417,7 +421,7 @@ def _change_byte(path: Path) -> None:
 
 
 def _change_weights(path: Path) -> None:
-    """Some bytes of a tensor near the file's end: a model of the same shape that answers otherwise."""
+    """Change some bytes of a tensor near the file's end: the model then answers otherwise."""
     with path.open("r+b") as stream:
         stream.seek(-(1 << 20), 2)
         stream.write(bytes(range(256)) * 64)

@@ -26,7 +26,10 @@ _COLOURS = {1: "#2f6f9f", 4: "#d9a441", 16: "#b5482f"}
 
 
 def draw_scale(figures: Sequence[Figure], facts: dict[str, Any], file: Path) -> None:
-    """Each figure against the number of prompts, on logarithmic axes; the aim at the largest as a mark."""
+    """Each figure against the number of prompts, on logarithmic axes.
+
+    The aim at the largest as a mark.
+    """
     found: dict[str, dict[int, list[tuple[int, float]]]] = defaultdict(lambda: defaultdict(list))
     aims: dict[str, tuple[int, float]] = {}
     for figure in figures:
@@ -78,7 +81,8 @@ def draw_scale(figures: Sequence[Figure], facts: dict[str, Any], file: Path) -> 
             axes.yaxis.set_minor_formatter("{x:,g}")
         max(drawing.axes, key=lambda axes: len(axes.lines)).legend()
         drawing.suptitle(
-            f"memory engine, prompts of 2 KB; {facts['cpu']}, {facts['cores']} cores, {facts['date'][:10]}",
+            f"memory engine, prompts of 2 KB; {facts['cpu']}, {facts['cores']} cores, "
+            f"{facts['date'][:10]}",
             fontsize=8,
         )
         drawing.savefig(file, metadata={"Date": None})

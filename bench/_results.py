@@ -114,11 +114,13 @@ def document(facts: dict[str, Any], figures: Sequence[Figure]) -> dict[str, Any]
 def print_table(console: Console, facts: dict[str, Any], figures: Sequence[Figure]) -> None:
     load = " ".join(f"{value:.2f}" for value in facts["load_average_at_start"])
     console.print(
-        f"{facts['date']}  {facts['cpu']}, {facts['cores']} cores, {facts['memory_bytes'] / 1e9:.1f} GB, "
+        f"{facts['date']}  {facts['cpu']}, {facts['cores']} cores, "
+        f"{facts['memory_bytes'] / 1e9:.1f} GB, "
         f"{facts['kernel']}, load {load}"
     )
     console.print(
-        f"python {facts['python']}, rkcached {facts['rkcached']} ({facts['commit']}), xllamacpp {facts['xllamacpp']}"
+        f"python {facts['python']}, rkcached {facts['rkcached']} ({facts['commit']}), xllamacpp "
+        f"{facts['xllamacpp']}"
     )
     table = Table(box=None, pad_edge=False)
     for name in ("part", "figure", "value", "target", "met", "note"):

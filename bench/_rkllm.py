@@ -1,8 +1,9 @@
-"""What the RKLLM binding costs: a token's way to the daemon, a worker's start, and memory over many prompt caches.
+"""Measures the RKLLM binding: a token's way, a worker's start, memory over many caches.
 
-The vendor's library is closed and needs an NPU, so all of it runs on the tests' stand-in, which is compiled here and is
-told to wait for nothing: what is left is the binding, the worker and the socket. Decoding, prefill and the time that
-the real library takes to load are not in these figures, and the CPU is not a board's.
+The vendor's library is closed and needs an NPU, so all of it runs on the tests' stand-in, which is
+compiled here and is told to wait for nothing: what is left is the binding, the worker and the
+socket. Decoding, prefill and the time that the real library takes to load are not in these figures,
+and the CPU is not a board's.
 """
 
 from __future__ import annotations
@@ -128,10 +129,10 @@ def _standin() -> Any:
 
 
 async def _measure_tokens(site: _Site, name: str, runs: int, bare: _Bare) -> list[Figure]:
-    """Three views of it: the interval at full speed, the CPU time of both sides, and the way of one token at rest.
+    """Measure a token's way: the interval at full speed, the CPU time, the way at rest.
 
-    At full speed both sides work at once, so the interval is that of the slower one; the CPU time is the sum. At rest
-    nothing overlaps, and each token has to wake a sleeping process.
+    At full speed both sides work at once, so the interval is that of the slower one; the CPU time
+    is the sum. At rest nothing overlaps, and each token has to wake a sleeping process.
     """
     intervals, working = [], []
     async with _worker(site.spec(site.quick, ANSWER_TOKENS)) as worker:
@@ -204,7 +205,7 @@ def _complete(stats: RunStats, tokens: int) -> bool:
 
 
 class StampingEngine(RkllmEngine):
-    """Says in place of each text when the binding was called back with it, by a clock that all processes share."""
+    """Replaces each text by the moment of its callback, by a clock that all processes share."""
 
     def generate(
         self, prompt: str, sampling: Sampling, on_token: OnToken, *, trace: bool = False
@@ -233,7 +234,10 @@ async def _worker(
 
 @contextmanager
 def _environment(**changes: str) -> Iterator[None]:
-    """For workers that are started meanwhile; empty is as good as unset for Python's own variables."""
+    """For workers that are started meanwhile.
+
+    Empty is as good as unset for Python's own variables.
+    """
     before = dict(os.environ)
     os.environ.update(changes)
     try:
@@ -251,7 +255,7 @@ def _busy_ns(worker: Worker) -> int:
 
 
 async def _bare_way_us(count: int) -> float:
-    """The least that a token at rest could take: bytes from one process to an asyncio stream of another."""
+    """Measure the least that a token could take: bytes to another process's asyncio stream."""
     ours, theirs = socket.socketpair()
     process = multiprocessing.get_context("spawn").Process(
         target=_send_stamps, args=(theirs, count), daemon=True
@@ -328,7 +332,10 @@ def _bare_us(library: Library, spec: ModelSpec, callback: Any, runs: int) -> flo
 async def _measure_start(
     site: _Site, name: str, runs: int, logged: list[MutableMapping[str, Any]]
 ) -> Figure:
-    """From before the process is spawned until the daemon has read Ready; the stand-in takes no time to load."""
+    """From before the process is spawned until the daemon has read Ready.
+
+    The stand-in takes no time to load.
+    """
     starts = []
     # An installed rkcached has its bytecode, whatever this shell says about writing it.
     with _environment(PYTHONDONTWRITEBYTECODE="", PYTHONPYCACHEPREFIX=str(site.root / "bytecode")):
@@ -365,8 +372,10 @@ def _measure_memory(site: _Site, name: str) -> Figure:
         unit="MB",
         target=Target(limit=2),
         note=(
-            f"{_SAID}; load, run, release in one process of {cycled.resident_mb:.0f} MB, after {WARM_CYCLES:,} to warm "
-            f"up; {cycled.cycle_us:.0f} us each; open files {cycled.more_files:+d}, threads {cycled.more_threads:+d}"
+            f"{_SAID}; load, run, release in one process of {cycled.resident_mb:.0f} MB, after "
+            f"{WARM_CYCLES:,} to warm "
+            f"up; {cycled.cycle_us:.0f} us each; open files {cycled.more_files:+d}, threads "
+            f"{cycled.more_threads:+d}"
         ),
         samples=cycled.growth_mb,
     )

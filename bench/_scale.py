@@ -127,7 +127,7 @@ class _Size:
         yield self._figure("descriptors", descriptors, "")
 
     def _edit(self, daemon: Daemon, log: _Log, turn: int) -> tuple[float, float]:
-        """Milliseconds from a save to the build that it causes, and to the artifact's commit record."""
+        """Save a prompt; milliseconds to the build that follows, and to its commit record."""
         number = self._prompts * turn // EDITS
         source = next(self._workspace.root.glob(f"prompts/*/prompt{number:05d}.md"))
         sidecar = self._workspace.store / source.parent.name / f"{source.stem}.json"
@@ -203,7 +203,7 @@ class _Log:
 
 
 def _nothing_to_do(daemon: Daemon) -> _Pass:
-    """A pass without work writes no log line, so its end is read off the CPU time of the process."""
+    """Time a pass without work: it logs nothing, so its end is read off the CPU time."""
     read, before = _io_bytes(daemon.pid, "rchar"), busy_ns(daemon.pid)
     started = time.perf_counter()
     daemon.hang_up()
@@ -216,7 +216,10 @@ def _nothing_to_do(daemon: Daemon) -> _Pass:
 
 
 def _wait_quiet(pid: int) -> tuple[int, float]:
-    """Wait until the process used no CPU for QUIET_S; its CPU time in ns, and the moment of its last use."""
+    """Wait until the process used no CPU for QUIET_S.
+
+    Its CPU time in ns, and the moment of its last use.
+    """
     seen, moment = busy_ns(pid), time.perf_counter()
     while (now := time.perf_counter()) - moment < QUIET_S:
         if (busy := busy_ns(pid)) != seen:

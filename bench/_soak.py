@@ -220,7 +220,7 @@ class Site:
         return self._references[key]
 
     def power(self) -> float:
-        """Of the wrong answers that the learned right ones would be to each other, the share that would be noticed."""
+        """The share of wrong answers that would be noticed, by swapping the right ones."""
         known = list(self._references.items())
         noticed = [
             not other.is_right(right)
@@ -323,7 +323,7 @@ class Site:
 
     @staticmethod
     def _descriptors(process: psutil.Process) -> int:
-        """At this moment: a connection that its client just closed is still there for some milliseconds."""
+        """Count them now; a connection that was just closed is there for some milliseconds more."""
         time.sleep(LOOK_S)
         return process.num_fds()
 

@@ -1,4 +1,4 @@
-"""The folders that daemons are measured on: the demo, its prompts on the memory engine, and many prompts.
+"""Makes the workspaces to measure on: the demo's prompts on two engines, many prompts.
 
 The first two are made once in a run, and their stores stay filled from part to part.
 """
@@ -60,7 +60,10 @@ def llama(root: Path) -> Workspace:
 
 
 def memory(root: Path) -> Workspace:
-    """The same prompts on an engine that computes next to nothing; its tokens are bytes, so the context is longer."""
+    """The same prompts on an engine that computes next to nothing.
+
+    Its tokens are bytes, so the context is longer.
+    """
     workspace = _made(
         root, _memory_manifest({runner.MODEL: {"prompts": {p: f"prompts/{p}.md" for p in PROMPTS}}})
     )
@@ -103,9 +106,10 @@ def alone(root: Path) -> Workspace:
 
 
 def many(root: Path, prompts: int, models: int) -> Workspace:
-    """Prompts of 2 KB over models of the memory engine: half of the models name theirs, half find them.
+    """Prompts of 2 KB over models of the memory engine: half of these name them, half find them.
 
-    With a budget that has room for all: it is the harder case, as each look adds up what the caches take.
+    With a budget that has room for all: it is the harder case, as each look adds up what the caches
+    take.
     """
     texts: list[dict[str, str]] = [{} for _ in range(models)]
     for number in range(prompts):

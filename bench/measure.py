@@ -1,7 +1,8 @@
-"""Measures the real daemon against its targets: `python bench/measure.py [--only PART ...] [--runs N] [--json FILE]`.
+"""Measures the real daemon against its targets: `python bench/measure.py --help`.
 
-Every part starts daemons of its own in a temporary workspace, which is removed at the end, also after Ctrl-C. A part
-checks that it measured what it says (a hit was a hit, a loaded file was loaded) and gives no figure otherwise.
+Every part starts daemons of its own in a temporary workspace, which is removed at the end, also
+after Ctrl-C. A part checks that it measured what it says (a hit was a hit, a loaded file was
+loaded) and gives no figure otherwise.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ PARTS: dict[str, Callable[[Bench], list[Figure]]] = {
 
 
 def main() -> int:
-    """Exit code 0 when every target was met, 1 when one was missed, 2 when a part could not be measured."""
+    """Exit code 0 when every target was met, 1 when one was missed, 2 when a part failed."""
     parser = argparse.ArgumentParser(description="Measure the real daemon against its targets.")
     parser.add_argument(
         "--only", nargs="+", choices=PARTS, metavar="PART", help=f"of: {', '.join(PARTS)}"
@@ -75,7 +76,8 @@ def main() -> int:
     facts = machine()
     if not facts["quiet_at_start"]:
         _say(
-            f"load average {facts['load_average_at_start'][0]:.2f}: others use this machine, do not trust the figures"
+            f"load average {facts['load_average_at_start'][0]:.2f}: others use this machine, do "
+            "not trust the figures"
         )
     figures: list[Figure] = []
     failed = False

@@ -1,9 +1,10 @@
-"""Soaks two daemons, one on a real model: `python bench/soak.py [--minutes N] [--seed N] [--json FILE]`.
+"""Soaks two daemons, one of them on a real model: `python bench/soak.py --help`.
 
-Clients ask in every way there is, and some go away; prompts are edited, manifests reloaded and broken, workers killed
-with SIGKILL: at random, by a printed seed. Every answer is checked (`_soak`). At the end nothing is disturbed any more
-but that each prompt is edited once, for a prompt whose builds were killed three times is left alone until it changes;
-then all must be fresh by itself, and the daemons must hold what they held after warming up.
+Clients ask in every way there is, and some go away; prompts are edited, manifests reloaded and
+broken, workers killed with SIGKILL: at random, by a printed seed. Every answer is checked
+(`_soak`). At the end nothing is disturbed any more but that each prompt is edited once, for a
+prompt whose builds were killed three times is left alone until it changes; then all must be fresh
+by itself, and the daemons must hold what they held after warming up.
 """
 
 from __future__ import annotations
@@ -99,7 +100,8 @@ class Soak:
                 site.daemon.check_alive()
                 site.note_status()
             said = "; ".join(
-                f"{s.name}: {s.counts['requests']} asked, {s.counts['hit']} hits, {s.counts['builds']} builds, "
+                f"{s.name}: {s.counts['requests']} asked, {s.counts['hit']} hits, "
+                f"{s.counts['builds']} builds, "
                 f"{s.counts['restarts']} restarts, {len(s.wrong)} wrong"
                 for s in self.sites
             )
@@ -113,7 +115,7 @@ class Soak:
 
 
 def main() -> int:
-    """Exit code 0 when nothing was wrong, 1 for a wrong answer, a leak or a daemon that is not all fresh at the end."""
+    """Exit code 1 for a wrong answer, a leak, or a daemon that is not all fresh at the end."""
     parser = argparse.ArgumentParser(description="Soak two daemons and check every answer.")
     parser.add_argument(
         "--minutes", type=float, default=10.0, metavar="N", help="how long to disturb (default 10)"
@@ -196,7 +198,7 @@ def _soak(sites: list[Site], options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _warm_up(sites: list[Site], seed: int) -> None:
-    """Ask until nothing grows any more, and learn what the real model says while nothing is disturbed."""
+    """Ask until nothing grows any more, and learn the real model's undisturbed answers."""
     real, memory = sites
     _console.print("asking the real model cold, for what is right ...", style="dim")
     for prompt in real.prompts:
@@ -219,7 +221,8 @@ def _leaks(name: str, before: dict[str, float], after: dict[str, float]) -> list
     found = []
     if (grown := after["memory"] - before["memory"]) > MEMORY_GROWTH_MB:
         found.append(
-            f"{name}: the daemon's resident memory grew by {grown:.1f} MB, more than {MEMORY_GROWTH_MB:g} MB"
+            f"{name}: the daemon's resident memory grew by {grown:.1f} MB, more than "
+            f"{MEMORY_GROWTH_MB:g} MB"
         )
     return found + [
         f"{name}: {after[what]:g} {what} at the end, {before[what]:g} at the start"

@@ -1,4 +1,4 @@
-"""The tables of docs/peers.md and docs/scale.md, from what `measure.py --json` kept: `python bench/tables.py FILE`."""
+"""Prints the tables of docs/peers.md and docs/scale.md: `tables.py FILE`, of measure.py --json."""
 
 from __future__ import annotations
 
@@ -21,8 +21,10 @@ def main() -> None:
     document = json.loads(Path(sys.argv[1]).read_text())
     facts = document["machine"]
     said = (
-        f"*{facts['cores']} cores of {facts['cpu']}, {facts['kernel']}, Python {facts['python']}, xllamacpp "
-        f"{facts['xllamacpp']}, load average {facts['load_average_at_start'][0]:.1f} at the start; commit "
+        f"*{facts['cores']} cores of {facts['cpu']}, {facts['kernel']}, Python {facts['python']}, "
+        "xllamacpp "
+        f"{facts['xllamacpp']}, load average {facts['load_average_at_start'][0]:.1f} at the start; "
+        "commit "
         f"{facts['commit']}, {facts['date'][:10]}.*"
     )
     print(textwrap.fill(said, 120))
@@ -36,7 +38,10 @@ def main() -> None:
 
 
 def _peers(figures: list[dict[str, Any]]) -> None:
-    """Times to first token, with the differences that follow them; then tokens; then what a user has to do."""
+    """Times to first token, with the differences that follow them.
+
+    Then tokens; then what a user has to do.
+    """
     times: dict[str, dict[str, str]] = {}
     tokens: dict[str, dict[str, str]] = defaultdict(dict)
     facts: dict[str, dict[str, str]] = defaultdict(dict)
@@ -93,7 +98,8 @@ def _scale(figures: list[dict[str, Any]]) -> None:
         sizes = list(next(iter(rows.values())))
         titles = " | ".join(f"{size} prompts" for size in sizes)
         print(
-            f"\n### {models} model{'s' * (models != '1')}\n\n| | {titles} | aim |\n|---|{'---:|' * (len(sizes) + 1)}"
+            f"\n### {models} model{'s' * (models != '1')}\n\n| | {titles} | aim "
+            f"|\n|---|{'---:|' * (len(sizes) + 1)}"
         )
         for what, cells in rows.items():
             print(

@@ -69,7 +69,8 @@ class Package:
         self.write(f"usr/share/lintian/overrides/{self.name}", overrides)
         self.install(ROOT / "CHANGELOG.md", folder / "changelog.gz", compress=True)
         entry = (
-            f"{self.name} ({self.version}) unstable; urgency=medium\n\n  * What is new is in changelog.gz.\n\n"
+            f"{self.name} ({self.version}) unstable; urgency=medium\n\n  * What is new is in "
+            "changelog.gz.\n\n"
             f" -- {self.maintainer}  {formatdate(self.date)}\n"
         )
         self.write(folder / "changelog.Debian.gz", gzip.compress(entry.encode(), mtime=0))

@@ -1,8 +1,9 @@
-"""Write what repeats the program: command and key lists of the man pages, keys in docs/manifest.md, completions.
+"""Writes what repeats the program: lists in man pages and docs/manifest.md, completions.
 
-The commands come from click, the manifest's keys from the documented example. The rest of a man page is written by hand
-in `man/*.in`, and the rest of docs/manifest.md in that file, above the generated part. The results are committed, so
-that an installation needs no tool; a test fails when they are out of date. Then run:
+The commands come from click, the manifest's keys from the documented example. The rest of a man
+page is written by hand in `man/*.in`, and the rest of docs/manifest.md in that file, above the
+generated part. The results are committed, so that an installation needs no tool; a test fails when
+they are out of date. Then run:
 
     make docs
 """
@@ -24,11 +25,16 @@ COMPLETIONS = {"bash": "rkcached.bash", "zsh": "_rkcached", "fish": "rkcached.fi
 _EXAMPLE = ROOT / "etc" / "rkcached" / "manifest.example.yaml"
 _KEYS_HEADING = "## Every key"
 """In docs/manifest.md, what follows this line is generated."""
-_KEYS_NOTE = """\
-Only `version`, `models` and each model's `path` are required. Relative paths start from the directory of the manifest;
-`~` and variables are not expanded. A key that is not listed here is an error. Keys at the top that begin with `x-` are
-the exception: rkcached ignores them, so they can hold values that several models share by YAML's anchors (`&`) and
-aliases (`*`). `NAME` stands for a name that you choose. In brackets: what the key accepts, and its default.
+_KEYS_TEXT = (
+    "Only `version`, `models` and each model's `path` are required. Relative paths start from the "
+    "directory of the manifest; `~` and variables are not expanded. A key that is not listed here "
+    "is an error. Keys at the top that begin with `x-` are the exception: rkcached ignores them, "
+    "so they can hold values that several models share by YAML's anchors (`&`) and aliases (`*`). "
+    "`NAME` stands for a name that you choose. In brackets: what the key accepts, and its "
+    "default."
+)
+_KEYS_NOTE = f"""\
+{textwrap.fill(_KEYS_TEXT, 120)}
 
 <!-- Made by `make docs` from etc/rkcached/manifest.example.yaml. -->"""
 _NAMED = ("models", "prompts")
@@ -132,7 +138,7 @@ def dotted(way: list[str]) -> str:
 
 
 def prose(text: str) -> Iterator[str]:
-    """Plain text as mdoc: a line for each sentence, and nothing in it that roff would take for its own."""
+    """Plain text as mdoc: a line for each sentence, escaped for roff."""
     for number, paragraph in enumerate(text.replace("\b", "").strip().split("\n\n")):
         if number:
             yield ".Pp"

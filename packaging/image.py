@@ -1,7 +1,8 @@
-"""Makes the daemon's Python environment inside an image that is not running: `make install DESTDIR=...` calls it.
+"""Makes the daemon's Python environment in an image; `make install DESTDIR=...` calls it.
 
-Nothing of this machine may show in the image. Its Python and its architecture are read from its files, or named, and
-the wheels are those for them. No program of the image has to run here, so one for another architecture is made as well.
+Nothing of this machine may show in the image. Its Python and its architecture are read from its
+files, or named, and the wheels are those for them. No program of the image has to run here, so one
+for another architecture is made as well.
 """
 
 from __future__ import annotations
@@ -33,7 +34,8 @@ def find_target(root: Path, python: str, machine: str) -> Target:
         found = re.fullmatch(r"python(3\.\d+)", program.name)
         if found is None or not program.is_file():
             raise SystemExit(
-                f"{root} has no /usr/bin/python3 that says which Python the image has: install Python there first, "
+                f"{root} has no /usr/bin/python3 that says which Python the image has: install "
+                "Python there first, "
                 "or name it: TARGET_PYTHON=3.13 TARGET_MACHINE=aarch64"
             )
         python = python or found[1]

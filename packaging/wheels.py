@@ -1,7 +1,8 @@
-"""Collects the wheels that a package carries: rkcached's own, and what it requires, for several Pythons at once.
+"""Collects the wheels of a package: rkcached and what it requires, for several Pythons.
 
-pip downloads for another Python and machine, but reads the conditions of requirements (`; python_version < "3.13"`) as
-if for its own. So what came is walked here as the target would see it, and what is missing is asked for once more.
+pip downloads for another Python and machine, but reads the conditions of requirements (`;
+python_version < "3.13"`) as if for its own. So what came is walked here as the target would see it,
+and what is missing is asked for once more.
 """
 
 from __future__ import annotations
@@ -116,7 +117,7 @@ class Wheel:
 def needed(
     roots: list[Requirement], wheels: list[Wheel], target: Target
 ) -> tuple[set[Wheel], set[str]]:
-    """The wheels that an installation of `roots` on the target takes, and the requirements that none of them meets."""
+    """The wheels that `roots` need on the target, and the requirements that none of them meets."""
     taken: set[Wheel] = set()
     missing: set[str] = set()
     seen: set[tuple[str, frozenset[str]]] = set()
@@ -150,9 +151,12 @@ def collect(
     cache: Path,
     like: frozenset[Wheel] = frozenset(),
 ) -> set[Wheel]:
-    """The wheels of everything that `roots` need on the target; what is not among our `own` is kept in `cache`.
+    """The wheels of everything that `roots` need on the target.
 
-    What another target got (`like`) is taken as it is where it fits, and in the same version where it does not.
+    What is not among our `own` is kept in `cache`.
+
+    What another target got (`like`) is taken as it is where it fits, and in the same version where
+    it does not.
     """
     made_here = {wheel.name: wheel for wheel in own}
     wanted = set()
@@ -196,7 +200,7 @@ def collect(
 def collect_all(
     roots: list[Requirement], own: list[Wheel], targets: list[Target], cache: Path
 ) -> dict[Target, set[Wheel]]:
-    """For each target, in the same versions: those of the first target, which must be the oldest Python."""
+    """The wheels for each target, in the versions of the first, which must be the oldest Python."""
     first = collect(roots, own, targets[0], cache)
     with ThreadPoolExecutor(3) as pool:
         rest = pool.map(
@@ -220,7 +224,7 @@ def build_own(source: Path, folder: Path) -> list[Wheel]:
 
 
 def unpack(wheels: set[Wheel], target: Target, folder: Path) -> None:
-    """Put the packages of these wheels into a folder of the target, without what they would add to its commands."""
+    """Put the packages of these wheels into a folder of the target, without their commands."""
     files = sorted(str(wheel.file) for wheel in wheels)
     # They were chosen for the target; pip would compare what Python they require with its own.
     options = [

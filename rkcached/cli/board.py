@@ -1,7 +1,7 @@
-"""What belongs to the machine, for `rkcached doctor`: SoC, runtime library, NPU devices, driver, clocks, memory.
+"""Checks the machine for `rkcached doctor`: SoC, library, NPU, driver, clocks, memory.
 
-Only reads, below `root`, so that a test can give it a board made of files. Each check is one sentence and the next
-thing to do.
+Only reads, below `root`, so that a test can give it a board made of files. Each check is one
+sentence and the next thing to do.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Outcome(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Check:
-    """One thing looked at: the finding in a sentence, and the next thing to do about it (may be empty)."""
+    """One check: the finding in a sentence, and the next thing to do about it (may be empty)."""
 
     name: str
     outcome: Outcome
@@ -85,7 +85,10 @@ class Board:
         ]
 
     def _fact(self, path: str | Path) -> str | None:
-        """A small file of the kernel's, without the white space and the NUL at its end; None when it cannot be read."""
+        """A small file of the kernel's, without the white space and the NUL at its end.
+
+        None when it cannot be read.
+        """
         file = self._below(path) if isinstance(path, str) else path
         try:
             with file.open("rb") as stream:
@@ -116,7 +119,7 @@ class Board:
         return Check(name=name, outcome=outcome, finding=finding, next_step=next_step)
 
     def _without_npu(self, name: str, finding: str, next_step: str = "") -> Check:
-        """Something of the NPU that this machine cannot have: no trouble unless the manifest wants it."""
+        """A check of an NPU that is not there: skipped unless the manifest needs the NPU."""
         if self._uses_rkllm:
             return Check(name=name, outcome=Outcome.FAIL, finding=finding, next_step=next_step)
         return Check(name=name, outcome=Outcome.SKIP, finding=finding)
@@ -185,7 +188,8 @@ class Board:
             return self._wanting(
                 name,
                 "no device node in /dev/dri belongs to an NPU, and there is no /dev/rknpu",
-                "boot the vendor's kernel (5.10 or 6.1) with its RKNPU driver; RKLLM cannot use that of mainline Linux",
+                "boot the vendor's kernel (5.10 or 6.1) with its RKNPU driver; RKLLM cannot use "
+                "that of mainline Linux",
             )
         closed = [
             node for node in nodes if not os.access(node, os.R_OK | os.W_OK, effective_ids=True)
@@ -248,7 +252,10 @@ class Board:
             )
             for folder in folders
         ]
-        command = f"echo performance | sudo tee {' '.join(self._shown(folder / 'governor') for folder in folders)}"
+        command = (
+            "echo performance | sudo tee "
+            f"{' '.join(self._shown(folder / 'governor') for folder in folders)}"
+        )
         return _judge_clocks(name, found, command)
 
     def cpu_clock(self) -> Check:
@@ -286,7 +293,10 @@ class Board:
             )
             return Check(name=name, outcome=Outcome.SKIP, finding=finding)
         needed = sizes[largest] * 5 // 4
-        finding = f"{words.size(available)} available; {largest}, the largest model, needs about {words.size(needed)}"
+        finding = (
+            f"{words.size(available)} available; {largest}, the largest model, needs about "
+            f"{words.size(needed)}"
+        )
         if available < needed:
             next_step = (
                 "end other programs, or use a smaller model; the figure is the file's size and 25 %"

@@ -1,4 +1,4 @@
-"""`rkcached chat`: one question or a conversation, streamed, with what was measured under each answer."""
+"""`rkcached chat`: one question or a conversation, streamed, with figures under each answer."""
 
 from __future__ import annotations
 

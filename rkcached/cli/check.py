@@ -1,4 +1,4 @@
-"""`rkcached check`: every problem of a manifest and of the files it names, with the line that names them."""
+"""`rkcached check`: every problem of a manifest and of the files it names, with its line."""
 
 from __future__ import annotations
 
@@ -142,7 +142,10 @@ def _prompt_line(manifest: Manifest, sources: Sources, key: Key, trouble: Troubl
 def _warnings(
     manifest: Manifest, sources: Sources, runtime: RuntimeSource | Trouble
 ) -> Iterator[str]:
-    """What works, but costs more or gives less than its owner may know; each begins with its line."""
+    """What works, but costs more or gives less than its owner may know.
+
+    Each begins with its line.
+    """
     for name, notice in cut_contexts(manifest, sources).items():
         yield f"{manifest.line_of('models', name, 'params', 'max_context_len')}: warning: {notice}"
 
@@ -154,9 +157,12 @@ def _warnings(
             continue
         line = manifest.line_of("models", name, "params", "max_new_tokens")
         yield (
-            f"{line}: warning: max_new_tokens of {name} is {tokens}, and RKLLM {runtime.version} generates an answer "
-            "of up to that many tokens at each build, while requests wait (lower it to what answers need, "
-            f"{MODEST_TOKENS} or less, or install runtime 1.3.0 or newer, which generates one token)"
+            f"{line}: warning: max_new_tokens of {name} is {tokens}, and RKLLM {runtime.version} "
+            "generates an answer "
+            "of up to that many tokens at each build, while requests wait (lower it to what "
+            "answers need, "
+            f"{MODEST_TOKENS} or less, or install runtime 1.3.0 or newer, which generates one "
+            "token)"
         )
 
 

@@ -115,7 +115,7 @@ def examine(manifest_file: Path | None, cache_dir: Path, *, root: Path = Path("/
 
 
 def as_service(report: Report, settings: Settings) -> Report:
-    """For root, where the manifest is the installed unit's: what the daemon may see and open, it finds itself."""
+    """The report with what the daemon itself may see and open, if root asks about its unit."""
     found = unit.installed()
     if os.geteuid() != 0 or found is None or not found.uses(manifest=settings.manifest):
         return report
@@ -332,8 +332,14 @@ def _rkllm_model(name: str, path: Path, size: int, runtime_version: str | None) 
         return Check(name=name, outcome=Outcome.OK, finding=finding)
     finding = f"{shown}, made by rkllm-toolkit {toolkit} for runtime {runtime_version}"
     if order(toolkit) > order(runtime_version):
-        finding = f"{shown}: made by rkllm-toolkit {toolkit}, which is newer than the runtime, {runtime_version}"
-        next_step = f"install runtime {toolkit} or newer, or convert the model with toolkit {runtime_version}"
+        finding = (
+            f"{shown}: made by rkllm-toolkit {toolkit}, which is newer than the runtime, "
+            f"{runtime_version}"
+        )
+        next_step = (
+            f"install runtime {toolkit} or newer, or convert the model with toolkit "
+            f"{runtime_version}"
+        )
         return Check(name=name, outcome=Outcome.FAIL, finding=finding, next_step=next_step)
     return Check(name=name, outcome=Outcome.OK, finding=finding)
 
@@ -382,7 +388,10 @@ def _estimate(manifest: Manifest, sources: Sources, cache_dir: Path) -> tuple[in
 
 
 def _bytes_per_letter(folder: Path) -> float | None:
-    """Of a model's prompt caches for each byte of text, by those that it has; None if it has none."""
+    """Of a model's prompt caches for each byte of text, by those that it has.
+
+    None if it has none.
+    """
     size_bytes = text_bytes = 0
     for path in folder.glob("*.json"):
         with contextlib.suppress(OSError, msgspec.MsgspecError, KeyError, ValueError):

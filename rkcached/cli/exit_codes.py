@@ -1,4 +1,4 @@
-"""How the program ends: exit codes, errors as sentences, and standard output that cannot be written."""
+"""Ends the program: exit codes, errors as sentences, output that cannot be written."""
 
 from __future__ import annotations
 
@@ -58,7 +58,9 @@ def _code_of(command: click.Command, arguments: Sequence[str] | None) -> int | s
 
 
 def _is_of_output(error: OSError) -> bool:
-    """What could not be written stays in the stream, so that another try fails, too; unless it was too much for that.
+    """What could not be written stays in the stream, so that another try fails, too.
+
+    Unless it was too much for that.
 
     No other file says these without its name: they are told where it is written.
     """

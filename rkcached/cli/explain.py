@@ -85,7 +85,8 @@ def print_explanation(console: Console, data: dict[str, Any]) -> None:
         built = show.when(artifact["built_at"])
         console.print(
             Text(
-                f"  built {built}: {artifact['tokens']} tokens, {words.size(artifact['size_bytes'])}"
+                f"  built {built}: {artifact['tokens']} tokens, "
+                f"{words.size(artifact['size_bytes'])}"
             )
         )
         if artifact["verified"] != "off":
@@ -93,7 +94,8 @@ def print_explanation(console: Console, data: dict[str, Any]) -> None:
             console.print(
                 Text(
                     f"  time to first token {artifact['cold_ttft_ms']:.0f} ms cold, "
-                    f"{artifact['warm_ttft_ms']:.0f} ms warm{gain} (verified: {artifact['verified']})"
+                    f"{artifact['warm_ttft_ms']:.0f} ms warm{gain} (verified: "
+                    f"{artifact['verified']})"
                 )
             )
     action = data["action"]["action"] if data["action"] else ""

@@ -86,7 +86,8 @@ def inspect(path: Path) -> dict[str, Any]:
         artifact = path.with_name(record.artifact)
         if artifact != path and not os.path.lexists(artifact):
             raise FormatError(
-                f"{path} belongs to {record.model}/{record.prompt}, whose prompt cache {record.artifact} is missing",
+                f"{path} belongs to {record.model}/{record.prompt}, whose prompt cache "
+                f"{record.artifact} is missing",
                 hint="it was not copied along, or not committed; the daemon builds it again",
             )
     elif path.suffix == ".json" and isinstance(record, str):
@@ -263,7 +264,7 @@ def _ids(path: Path, fd: int, size: int, count: int) -> array[int]:
 
 
 def _unpacked(values: array[int]) -> array[int] | None:
-    """The ids among the values that llama.cpp's server saves as tokens (seen in xllamacpp 2026.10)."""
+    """The ids among the values that llama.cpp's server saves (seen in xllamacpp 2026.10)."""
     if not values or values[0] != -1:
         return values
     if len(values) > 2 and values[1] == 1 and 0 <= values[2] <= len(values) - 3:

@@ -1,4 +1,7 @@
-"""Starts a daemon on a workspace of its own, for the demo and the benchmarks; finds the small model."""
+"""Starts a daemon on a workspace of its own, for the demo and the benchmarks.
+
+Finds the small model.
+"""
 
 from __future__ import annotations
 

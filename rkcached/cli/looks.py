@@ -17,7 +17,10 @@ from rkcached.store.store import Store
 
 
 def look_at(settings: Settings) -> Observation:
-    """Read manifest, files and store. Errors: ManifestError; SourceError, StoreError of the store."""
+    """Read manifest, files and store.
+
+    Errors: ManifestError; SourceError, StoreError of the store.
+    """
     observer = Observer(Store(settings.cache_dir), StoredTexts(settings.state_dir))
     look = observer.observe(read_manifest(settings.manifest))
     if look.store_trouble is not None:

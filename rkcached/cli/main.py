@@ -1,4 +1,6 @@
-"""The command line: declares commands and options. The work of a command is in the module of its name.
+"""The command line: declares commands and options.
+
+The work of a command is in the module of its name.
 
 A command imports its module when it runs, so that help is instant. Exit codes follow sysexits.h;
 `plan`, `status`, `wait`, `verify` and `bench` explain theirs in their help. An expected error is

@@ -1,4 +1,4 @@
-"""Options of the command line that several commands share, and how the places they name become settings."""
+"""Options that several commands share, and how the places they name become settings."""
 
 from __future__ import annotations
 
@@ -20,35 +20,40 @@ FLAGS = {
         "-m",
         type=PATH,
         metavar="FILE",
-        help="The YAML manifest; default: manifest.yaml here if it exists, else /etc/rkcached/manifest.yaml. "
+        help="The YAML manifest; default: manifest.yaml here if it exists, else "
+        "/etc/rkcached/manifest.yaml. "
         "[RKCACHED_MANIFEST]",
     ),
     "cache_dir": click.option(
         "--cache-dir",
         type=PATH,
         metavar="DIR",
-        help="The store; default: cache in the current folder; with the manifest /etc/rkcached/manifest.yaml it is "
+        help="The store; default: cache in the current folder; with the manifest "
+        "/etc/rkcached/manifest.yaml it is "
         "/var/cache/rkcached. [RKCACHED_CACHE_DIR]",
     ),
     "state_dir": click.option(
         "--state-dir",
         type=PATH,
         metavar="DIR",
-        help="Texts that clients stored; default: state beside the store; beside /var/cache/rkcached it is "
+        help="Texts that clients stored; default: state beside the store; beside "
+        "/var/cache/rkcached it is "
         "/var/lib/rkcached. [RKCACHED_STATE_DIR]",
     ),
     "admin_socket": click.option(
         "--admin-socket",
         type=PATH,
         metavar="PATH",
-        help="The socket for changes; default: admin.sock beside the other. [RKCACHED_ADMIN_SOCKET]",
+        help="The socket for changes; default: admin.sock beside the other. "
+        "[RKCACHED_ADMIN_SOCKET]",
     ),
     "socket": click.option(
         "--socket",
         "-s",
         type=PATH,
         metavar="PATH",
-        help="The Unix socket; default: rkcached.sock in $XDG_RUNTIME_DIR; in /run/rkcached if that is not set, or if "
+        help="The Unix socket; default: rkcached.sock in $XDG_RUNTIME_DIR; in /run/rkcached if "
+        "that is not set, or if "
         "only the system's daemon has a socket. [RKCACHED_SOCKET]",
     ),
 }

@@ -1,4 +1,4 @@
-"""`rkcached regenerate`: build prompt caches anew through the daemon, with a progress line at a terminal."""
+"""`rkcached regenerate`: have the daemon build prompt caches again, with a progress line."""
 
 from __future__ import annotations
 

@@ -49,7 +49,7 @@ class ServiceView:
     """With whose eyes that is, for a summary; empty where there is no service."""
 
     def without(self, runtime: RuntimeSource | Trouble) -> ServiceView:
-        """Without what is wrong with the engine itself, which is no trouble of a model's or prompt's own."""
+        """The view without troubles of the engine, which are no model's or prompt's own."""
 
         def of_engine(trouble: Trouble | None) -> bool:
             return trouble is not None and str(trouble) == str(runtime)
@@ -73,7 +73,10 @@ class ServiceView:
     def prompts_in_trouble(
         self, manifest: Manifest, sources: Sources, desired: Desired
     ) -> dict[Key, Trouble]:
-        """What is wrong with a model is said once, for the model; a prompt may have a trouble of its own besides."""
+        """What is wrong with a model is said once, for the model.
+
+        A prompt may have a trouble of its own besides.
+        """
         models, found = self.models_in_trouble(manifest, desired), {}
         for key, prompt in desired.prompts.items():
             declared = sources.prompts[key]
@@ -116,14 +119,14 @@ class ServiceView:
 def _of_both(
     own: Trouble | None, told: Trouble | None, files: Iterable[Path | str]
 ) -> Trouble | None:
-    """Of what the caller sees and what the daemon sees: his, where it sees the same, or he can know."""
+    """The caller's trouble where the daemon sees the same or the caller can know. Else its own."""
     if str(own) == str(told) or (told is None and _may_read(files)):
         return own
     return told
 
 
 def _may_read(files: Iterable[Path | str]) -> bool:
-    """Whether the caller may: what is wrong with their content he then sees as soon as the daemon, or sooner."""
+    """Whether the caller may read the files, and so sees what is wrong with their content."""
     for file in map(Path, files):
         try:
             file.stat()

@@ -1,4 +1,4 @@
-"""`rkcached verify`: artifacts against their sidecars and, when asked, against the model that has to load them."""
+"""`rkcached verify`: compare artifacts with their sidecars; with --deep, also load them."""
 
 from __future__ import annotations
 

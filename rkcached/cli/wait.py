@@ -98,10 +98,13 @@ def run(settings: Settings, names: Sequence[str], *, timeout_s: float, want_json
 def wait(
     socket: Path, names: Sequence[str], *, timeout_s: float, tell: Callable[[str], None]
 ) -> Waited:
-    """Wait until the prompts that MODEL or MODEL/PROMPT name are fresh; without names, all that are declared.
+    """Wait until the prompts that MODEL or MODEL/PROMPT name are fresh.
 
-    `tell` is called with what is waited for, when that changed. Errors: SourceError for a name that is not
-    declared, ManifestError while the daemon's manifest is rejected, NotAllowed, RequestError.
+    Without names, all that are declared.
+
+    `tell` is called with what is waited for, when that changed. Errors: SourceError for a name that
+    is not declared, ManifestError while the daemon's manifest is rejected, NotAllowed,
+    RequestError.
     """
     started = time.monotonic()
     inbox: _Inbox = queue.SimpleQueue()
@@ -188,7 +191,10 @@ def _chosen(names: Sequence[str], status: dict[str, Any]) -> list[dict[str, Any]
     troubled = {model["name"] for model in status["models"] if model["trouble"]}
     for name in names:
         if name not in known and name.partition("/")[0] not in troubled:
-            hint = f"known: {', '.join(known) or 'none'}; with `rkcached reload` the daemon reads the manifest now"
+            hint = (
+                f"known: {', '.join(known) or 'none'}; with `rkcached reload` the daemon reads the "
+                "manifest now"
+            )
             raise SourceError(f"{name!r} is not declared", hint=hint)
     return [
         one for one in declared if not names or one["model"] in names or show.name_of(one) in names

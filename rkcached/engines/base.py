@@ -204,15 +204,19 @@ class Engine(Protocol):
     def info(self) -> EngineInfo: ...
 
     def count_tokens(self, text: str) -> int | None:
-        """How many KV positions a prompt occupies, an added BOS token included; None if nobody can tell."""
+        """How many KV positions a prompt occupies, an added BOS token included.
+
+        None if nobody can tell.
+        """
 
     def prefill(
         self, prompt: str, *, save_to: Path, on_progress: OnProgress | None = None
     ) -> RunStats:
-        """Read `prompt` into a cleared KV state and write that state to `save_to` (created or replaced).
+        """Read `prompt` into a cleared KV state and write that state to `save_to`.
 
-        The file's state begins with exactly the prompt's tokens, and stays in memory if the engine keeps its state.
-        Errors: ContextExceeded; Uncacheable when the library cannot save; Aborted, then no file is promised.
+        `save_to` is created or replaced. The file's state begins with exactly the prompt's tokens,
+        and stays in memory if the engine keeps its state. Errors: ContextExceeded; Uncacheable when
+        the library cannot save; Aborted, then no file is promised.
         """
 
     def load(self, path: Path) -> int:
@@ -228,10 +232,13 @@ class Engine(Protocol):
     def generate(
         self, prompt: str, sampling: Sampling, on_token: OnToken, *, trace: bool = False
     ) -> RunStats:
-        """Prefill what `prompt` has beyond the KV state, then decode; the state afterwards begins with the prompt.
+        """Prefill what `prompt` has beyond the KV state, then decode.
+
+        The state afterwards begins with the prompt.
 
         At least one token of the prompt is always prefilled. With `trace`, tokens carry their ids.
-        Errors: ContextExceeded; SamplingFixed for a value that this engine cannot change in a run; EngineError.
+        Errors: ContextExceeded; SamplingFixed for a value that this engine cannot change in a run;
+        EngineError.
         """
 
     def embed(self, content: str | tuple[int, ...]) -> Embedding:

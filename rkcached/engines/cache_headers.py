@@ -1,4 +1,4 @@
-"""What the prompt cache file of each engine begins with, for the engines and for `rkcached inspect`.
+"""The headers of each engine's prompt cache files, for engines and `rkcached inspect`.
 
     llama.cpp  u32 'ggsq'        u32 version  u32 n  n i32 values      (llama_state_seq_save_file)
     RKLLM      u32 magic         u32 8        u32 n  n i32 ids         (undocumented)

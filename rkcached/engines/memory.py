@@ -1,9 +1,10 @@
-"""A deterministic engine without native code, for tests and for trying the program out without a model.
+"""A deterministic engine without native code, for tests and for trying the program.
 
-Its model is a small JSON file that also orders delays and faults. Tokens are the UTF-8 bytes of the text. Beside each
-token the KV state keeps a 64-bit number made from the one before it and the token, beginning with a hash of the model
-file. The answer is a pure function of the last number and the sampling; a loaded state is taken as it is, never
-recomputed. So a foreign, swapped or stale cache shows in the text, and `expected_text` tells the right answer.
+Its model is a small JSON file that also orders delays and faults. Tokens are the UTF-8 bytes of the
+text. Beside each token the KV state keeps a 64-bit number made from the one before it and the
+token, beginning with a hash of the model file. The answer is a pure function of the last number and
+the sampling; a loaded state is taken as it is, never recomputed. So a foreign, swapped or stale
+cache shows in the text, and `expected_text` tells the right answer.
 """
 
 from __future__ import annotations
@@ -93,7 +94,10 @@ _WORDS = tuple(
 
 
 class Fault(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What goes wrong at the `at`-th call of `op` in this process; with "generate", at the `at`-th new token."""
+    """What goes wrong at the `at`-th call of `op` in this process.
+
+    With "generate", at the `at`-th new token.
+    """
 
     op: Literal["init", "prefill", "save", "load", "generate", "close"]
     kind: Literal["segfault", "abort", "exit", "hang", "error", "garbage_stdout"]
@@ -257,7 +261,10 @@ class MemoryEngine:
             self._closed = True
 
     def _read(self, tokens: bytes, on_progress: OnProgress | None = None) -> bool:
-        """Extends the state to all of `tokens`, which begin with it; false when stopped on the way."""
+        """Extends the state to all of `tokens`, which begin with it.
+
+        False when stopped on the way.
+        """
         us = self._model.prefill_us_per_token
         step = max(1, min(_BATCH_TOKENS, _SLICE_US // us)) if us else _BATCH_TOKENS
         if on_progress:
@@ -345,7 +352,7 @@ class MemoryEngine:
 
 
 def expected_text(model_bytes: bytes, prompt: str, sampling: Sampling) -> str:
-    """The whole answer of a `MemoryEngine` with the model's own context length to `prompt`, from a correct state."""
+    """The whole answer of a `MemoryEngine` to `prompt`, from a correct state."""
     tokens = _encode(prompt)
     *_, last = _positions(_origin(model_bytes), tokens)
     room = msgspec.json.decode(model_bytes, type=MemoryModel).context_tokens - len(tokens)
@@ -383,7 +390,7 @@ def _positions(state: int, tokens: Iterable[int]) -> list[int]:
 
 
 def _answer(state: int, sampling: Sampling, room: int) -> tuple[bytes, int, FinishReason]:
-    """The answer's tokens, how many of them are text (behind them comes a stop string), and why it ends there."""
+    """The answer's tokens, how many come before a stop string, and why it ends there."""
     chosen: list[object] = [
         state,
         sampling.repeat_penalty,
@@ -415,7 +422,7 @@ def _answer(state: int, sampling: Sampling, room: int) -> tuple[bytes, int, Fini
 
 
 def _at_character(data: bytes, end: int) -> bool:
-    """Whether a character is complete before `end`: counts back to its first byte, which tells its length."""
+    """Whether a character is complete before `end`, by its first byte, which has its length."""
     begin = end - 1
     while data[begin] & 0xC0 == 0x80:
         begin -= 1

@@ -99,7 +99,8 @@ def _locate_xllamacpp(_library: Path, _abi: str | None) -> RuntimeFiles:
     if spec is None or not spec.submodule_search_locations:
         raise SourceError(
             "the package xllamacpp is not installed",
-            hint=f"install the Debian package rkcached-cpu, or run {sys.executable} -m pip install xllamacpp",
+            hint=f"install the Debian package rkcached-cpu, or run {sys.executable} -m pip install "
+            "xllamacpp",
         )
     folder = Path(spec.submodule_search_locations[0])
     return RuntimeFiles(

@@ -34,7 +34,9 @@ class Refusal(NamedTuple):
 
 
 def refusal(path: str | Path, error: OSError, *, folder: bool = False) -> Refusal | None:
-    """Why `path` could not be read; None if nobody refuses it: it is not there, or something else is wrong.
+    """Why `path` could not be read.
+
+    None if nobody refuses it: it is not there, or something else is wrong.
 
     `folder`: it was to be listed. Never raises.
     """
@@ -57,11 +59,15 @@ def _how_to_show(place: str, folder: Path) -> str:
         named = str(folder).replace("%", "%%")
         named = f'"{named}"' if re.search(r"\s", named) else named
         return (
-            f"`sudo systemctl edit rkcached`: under [Service] write ProtectHome=tmpfs and BindReadOnlyPaths={named}, "
+            "`sudo systemctl edit rkcached`: under [Service] write ProtectHome=tmpfs and "
+            f"BindReadOnlyPaths={named}, "
             "then `sudo systemctl restart rkcached`"
         )
     if place in ("/tmp", "/var/tmp"):  # noqa: S108 - compared, not used
-        return f"the service has a {place} of its own; keep the file elsewhere, for example below /var/lib"
+        return (
+            f"the service has a {place} of its own; keep the file elsewhere, for example below "
+            "/var/lib"
+        )
     return (
         f"take {place} out of the unit's InaccessiblePaths= (`sudo systemctl edit rkcached`), "
         "or keep the file somewhere else"
@@ -138,7 +144,10 @@ def _denied(real: Path, *, folder: bool) -> Refusal:
 
 
 def _whose(path: Path) -> str:
-    """Whose rights count for this process, as chmod calls them: u or g; empty where it is one of the others."""
+    """Whose rights count for this process, as chmod calls them: u or g.
+
+    Empty where it is one of the others.
+    """
     try:
         info = path.stat()
     except OSError:

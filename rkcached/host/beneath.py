@@ -164,7 +164,10 @@ def _removed(entry: Entry, spare: Callable[[os.stat_result], bool]) -> bool:
 
 
 def _mount_of(fd: int) -> str:
-    """The kernel's number of the mount that a folder is on, which a bind mount has, too; else its device's."""
+    """The kernel's number of the mount that a folder is on, which a bind mount has, too.
+
+    Else its device's.
+    """
     try:
         for line in Path(f"/proc/self/fdinfo/{fd}").read_text().splitlines():
             if line.startswith("mnt_id:"):

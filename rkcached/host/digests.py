@@ -166,10 +166,12 @@ class Digests:
         )
 
     def let_settle(self, path: Path) -> None:
-        """Wait until a file that just changed is settled, at most 6 s; nothing to do if its digest is remembered.
+        """Wait until a file that just changed is settled, at most 6 s.
 
-        For large files: one reading instead of two, and nobody is given a signature that another content may share.
-        Errors: OSError.
+        Nothing to do if its digest is remembered.
+
+        For large files: one reading instead of two, and nobody is given a signature that another
+        content may share. Errors: OSError.
         """
         info = path.stat()
         entry = self._entries.get(str(path))
@@ -197,7 +199,7 @@ class Digests:
             self._dirty = True
 
     def forget(self, path: Path) -> None:
-        """Read this file again the next time: its content was found not to be what is remembered."""
+        """Forget this file's digest, so that the file is read again the next time."""
         self._before.pop(str(path), None)
         self._entries.pop(str(path), None)
         self._dirty = True

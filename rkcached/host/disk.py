@@ -1,13 +1,20 @@
-"""What the disk under a folder has left, and what its refusals mean in words: numbers, and the next thing to do."""
+"""Writes files that survive a power cut; says what a disk has left, and what its refusals mean.
+
+A file is written under another name, synced and renamed, then its folder is synced.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
+import secrets
 from dataclasses import dataclass
 from pathlib import Path
 
-ROOM = "make room there; it is tried again without a hand"
+FILE_MODE = 0o640
+
+ROOM = "make room there; the daemon then retries automatically"
 
 BLOCK_BYTES = 4096
 """File systems give room in such pieces."""
@@ -62,7 +69,10 @@ def refusal(error: OSError, place: Path) -> tuple[str, str]:
             return no_inodes(disk)
         case errno.ENOSPC:
             return (
-                f"no space left: {disk.free_bytes:,} of {disk.size_bytes:,} bytes are free on {disk.mount}",
+                (
+                    f"no space left: {disk.free_bytes:,} of {disk.size_bytes:,} bytes are free on "
+                    f"{disk.mount}"
+                ),
                 ROOM,
             )
         case errno.EDQUOT:
@@ -85,5 +95,38 @@ def no_inodes(disk: Free) -> tuple[str, str]:
     """The disk takes no more files, however small."""
     return (
         f"no inodes are left on {disk.mount}, though {disk.free_bytes:,} bytes are free",
-        f"delete files there: `df -i {disk.mount}`; it is tried again without a hand",
+        f"delete files there: `df -i {disk.mount}`; the daemon then retries automatically",
     )
+
+
+def write_new(path: Path, data: bytes) -> None:
+    """A new file with this content, on the disk. Errors: OSError, also when it exists."""
+    with path.open("xb") as stream:
+        os.fchmod(stream.fileno(), FILE_MODE)
+        stream.write(data)
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+def replace(path: Path, data: bytes) -> None:
+    """The file has this content afterwards, or on any error the content that it had.
+
+    Errors: OSError.
+    """
+    temporary = path.with_name(f".{path.name}-{secrets.token_hex(4)}.tmp")
+    try:
+        write_new(temporary, data)
+        temporary.replace(path)
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+    sync_directory(path.parent)
+
+
+def sync_directory(folder: Path) -> None:
+    """What was renamed or removed in it is on the disk. Errors: OSError."""
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)

@@ -31,7 +31,10 @@ _PACKAGE = _HERE.parents[1]
 
 
 def command(module: str, *arguments: str) -> list[str]:
-    """The command line of a child that calls `main()` of a module of ours; `sys.argv` has the arguments."""
+    """The command line of a child that calls `main()` of a module of ours.
+
+    `sys.argv` has the arguments.
+    """
     flags = ["-I", "-P", "-X", f"utf8={sys.flags.utf8_mode}"]
     if sys.dont_write_bytecode:
         flags.append("-B")

@@ -1,7 +1,8 @@
-"""Writes log events to the systemd journal, one entry with fields for each: `journalctl MODEL=qwen3-0.6b`.
+"""Writes log events to the systemd journal, as entries with fields: `journalctl MODEL=...`.
 
-The protocol is documented at https://systemd.io/JOURNAL_NATIVE_PROTOCOL/. An entry is bounded in size, so that a
-datagram always carries it. Knows nothing of the program's log pipeline but what an event is: a name with fields.
+The protocol is documented at https://systemd.io/JOURNAL_NATIVE_PROTOCOL/. An entry is bounded in
+size, so that a datagram always carries it. Knows nothing of the program's log pipeline but what an
+event is: a name with fields.
 """
 
 from __future__ import annotations

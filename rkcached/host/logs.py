@@ -22,7 +22,7 @@ Event = MutableMapping[str, Any]
 
 
 def configure(level: str) -> None:
-    """Route this program's events and the libraries' log records to standard error or the journal, in one form."""
+    """Send our events and the libraries' log records to standard error or the journal."""
     journal = _journal()
     if journal is not None:
         logging.basicConfig(level=logging.WARNING, handlers=[JournalHandler(journal)])

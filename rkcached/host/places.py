@@ -23,7 +23,7 @@ def manifest() -> Path:
 
 
 def cache_dir(manifest: Path) -> Path:
-    """The system's store belongs to the system's manifest alone: another one would remove what it does not declare."""
+    """The store: the system's belongs to the system's manifest only, as others would empty it."""
     of_the_system = Path(os.path.abspath(manifest)) == SYSTEM_MANIFEST  # noqa: PTH100 - links are not followed
     return Path(_given("CACHE_DIRECTORY") or (SYSTEM_CACHE if of_the_system else "cache"))
 
@@ -44,7 +44,7 @@ def socket_to_open() -> Path:
 
 
 def socket_to_ask() -> Path:
-    """Where a client finds the daemon: the user's own if there is one, else the system's if it is installed."""
+    """Where a client finds the daemon: the user's own if there is one, else the system's."""
     own = socket_to_open()
     return (
         own if os.path.lexists(own) or not SYSTEM_RUNTIME.is_dir() else SYSTEM_RUNTIME / SOCKET_NAME

@@ -83,7 +83,7 @@ class _Entry:
 
 
 def _stat(path: str) -> os.stat_result:
-    """As lstat, with a time of modification that any change changes: a program can set back the true one."""
+    """lstat, with the time of change as mtime, because programs can set the true one back."""
     info = os.lstat(path)
     return os.stat_result((*info[:8], info.st_mtime_ns + info.st_ctime_ns, info[9]))
 

@@ -41,7 +41,7 @@ class Settings(BaseSettings):
             object.__setattr__(self, name, Path(os.path.abspath(getattr(self, name))))  # noqa: PTH100 - keeps links
 
     def of_client(self) -> Self:
-        """For who asks a daemon instead of being one: where one is to be found, unless somebody said where."""
+        """The settings of a client: the sockets where a daemon is found, unless they were given."""
         if "socket" in self.model_fields_set:
             return self
         socket = places.socket_to_ask()

@@ -110,7 +110,7 @@ def listen_fds() -> dict[str, list[socket.socket]]:
 
 
 def is_journal(fd: int) -> bool:
-    """Whether this descriptor is the stream to the journal that systemd opened for us (JOURNAL_STREAM)."""
+    """Whether this descriptor is the journal's stream that systemd opened (JOURNAL_STREAM)."""
     with contextlib.suppress(OSError):
         info = os.fstat(fd)
         return os.environ.get("JOURNAL_STREAM") == f"{info.st_dev}:{info.st_ino}"

@@ -1,7 +1,7 @@
-"""The daemon's unit, where one is installed: what it runs as, and how a command is run that sees what it sees.
+"""The daemon's installed unit: what it runs as, and how to run a command with its eyes.
 
-Facts come from systemd itself, so an administrator's drop-ins count. Where there is no systemd, no unit, or no answer,
-there is nothing to say, and a command looks with the eyes of who runs it.
+Facts come from systemd itself, so an administrator's drop-ins count. Where there is no systemd, no
+unit, or no answer, there is nothing to say, and a command looks with the eyes of who runs it.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ class Unit:
 
 
 def become_it(words: Sequence[str], **places: Path) -> None:
-    """For root, where these are the unit's places: runs `rkcached WORDS` with its eyes, and does not return.
+    """For root and the unit's places: run `rkcached WORDS` with its eyes, and do not return.
 
     Returns where that is not to be, or cannot be: then the caller looks with his own eyes.
     """
@@ -205,7 +205,7 @@ def _mounts(sandbox: Mapping[str, str]) -> list[Mount]:
 
 
 def _as_written(name: str, value: str) -> str:
-    """A property as a unit file has it: of binds systemd shows the paths without quotes, and wants each in some."""
+    """A property as a unit file has it; systemd shows paths of binds without their quotes."""
     if name not in ("BindPaths", "BindReadOnlyPaths"):
         return value
     return " ".join(f'"{source}":"{place}":{kind}' for source, place, kind in _BIND.findall(value))

@@ -11,7 +11,10 @@ from typing import Self
 
 
 class UnixConnection(http.client.HTTPConnection):
-    """A connection that can be kept between requests. Errors: OSError, http.client.HTTPException."""
+    """A connection that can be kept between requests.
+
+    Errors: OSError, http.client.HTTPException.
+    """
 
     def __init__(
         self, path: str | Path, *, connect_s: float | None = None, silence_s: float | None = None

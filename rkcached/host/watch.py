@@ -131,7 +131,7 @@ class Place:
 
 @dataclass(frozen=True, slots=True)
 class Writing:
-    """A file that is open for writing: when events told of the first and the last write, by the loop's clock."""
+    """A file that is open for writing, with the loop's times of its first and last write."""
 
     first: float
     last: float
@@ -201,9 +201,12 @@ class Watcher:
         self.polling = trouble is not None
 
     def _rearm(self, wanted: Mapping[str, Place]) -> tuple[OSError | None, Mapping[str, Place]]:
-        """Make the watches equal to what is wanted; returns why that is not possible, and for which places.
+        """Make the watches equal to what is wanted.
 
-        What changed before a folder was watched was perhaps looked at before: another look follows a new watch.
+        Returns why that is not possible, and for which places.
+
+        What changed before a folder was watched was perhaps looked at before: another look follows
+        a new watch.
         """
         try:
             inotify = self._open()
@@ -424,10 +427,10 @@ def places(files: Iterable[Path], folders: Iterable[Path]) -> dict[str, Place]:
 
 
 def trail(path: Path) -> list[tuple[str, str]]:
-    """The places (folder, name) whose change may change what `path` is, ending with the file's real folder.
+    """The places (folder, name) whose change may change `path`, the file's real folder last.
 
-    Every link on the way is a place; so is each folder, without a name. If something on the way does not exist, the
-    last place is where it would appear.
+    Every link on the way is a place; so is each folder, without a name. If something on the way
+    does not exist, the last place is where it would appear.
     """
     places: list[tuple[str, str]] = []
     folder, rest = "/", [part for part in Path(os.path.abspath(path)).parts if part != "/"]  # noqa: PTH100 - lexical

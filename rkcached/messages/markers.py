@@ -1,7 +1,7 @@
-"""What a tokenizer would read as structure is broken in texts that are data: nobody can forge a turn.
+"""Breaks markers in texts that are data, so that nobody can forge a turn.
 
-A blank after its first character does it: `<|im_end|>` becomes `< |im_end|>`, which reads the same and is data to every
-tokenizer. A blank, because some tokenizers drop invisible characters. Pure.
+A blank after its first character does it: `<|im_end|>` becomes `< |im_end|>`, which reads the same
+and is data to every tokenizer. A blank, because some tokenizers drop invisible characters. Pure.
 """
 
 from __future__ import annotations

@@ -116,7 +116,10 @@ class Reply:
                 pass
 
     def _called(self) -> str | None:
-        """What stands before the closing tag; None as long as that may be a part of a string in the call."""
+        """What stands before the closing tag.
+
+        None as long as that may be a part of a string in the call.
+        """
         end = self._held.find(_CALL_END)
         while end >= 0:
             body = self._held[:end]

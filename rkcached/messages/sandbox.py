@@ -158,7 +158,10 @@ class Renderer:
         return self._running[0]
 
     def _exchange(self, process: Process, data: bytes) -> dict[str, Any]:
-        """Errors: TimeoutError; OSError, EOFError, ValueError when the child is gone or talks nonsense."""
+        """Errors: TimeoutError.
+
+        OSError, EOFError, ValueError when the child is gone or talks nonsense.
+        """
         process.connection.settimeout(self._timeout_s)
         send(process.connection, data)
         body = receive(process.connection, self._timeout_s)
@@ -241,7 +244,7 @@ _compile = lru_cache(maxsize=64)(template.compile_here)
 
 
 def main() -> None:
-    """Render for the daemon at the other end of the socket that the argument names, until it closes it."""
+    """The child: render for the daemon over the socket in the argument, until it closes."""
     connection = socket.socket(fileno=int(sys.argv[1]))
     restrict()
     send(connection, b"ready")

@@ -162,13 +162,14 @@ class ChatTemplate:
         ):  # stripped, because many templates trim what they are given
             return prefix
         raise TemplateError(
-            f"template {self.name} drops the system message: it is not in the text before the user's message",
+            f"template {self.name} drops the system message: it is not in the text before the "
+            "user's message",
             hint="choose another chat_template, or one that writes the system message first",
         )
 
     @cached_property
     def _keeps_system(self) -> bool:
-        """Whether a text that no template contains by accident comes through, unlike a prompt that just says `user`."""
+        """Whether a text that no template contains by accident comes through."""
         return _SYSTEM_PROBE in self._common_prefix(_SYSTEM_PROBE)
 
     def _common_prefix(self, system: str) -> str:
@@ -188,7 +189,8 @@ class ChatTemplate:
             raise error from error.__cause__
         raise TemplateError(
             f"a system message is impossible with this template: {error.message}",
-            hint="choose another chat_template, or write a .jinja file that folds the system text into the first user "
+            hint="choose another chat_template, or write a .jinja file that folds the system text "
+            "into the first user "
             "message, as the built-in gemma does",
         ) from error
 
@@ -259,7 +261,10 @@ def _translate(name: str, error: Exception) -> TemplateError:
             )
         case jinja2.UndefinedError() if "strftime_now" in said:
             message = "it requires strftime_now, today's date, which prompts do not get"
-            hint = "a date makes a prompt cache stale each day: remove it, or ask `strftime_now is defined` first"
+            hint = (
+                "a date makes a prompt cache stale each day: remove it, or ask `strftime_now is "
+                "defined` first"
+            )
         case jinja2.TemplateSyntaxError():
             message, hint = f"syntax error: {said}", "chat templates are Jinja2; correct the line"
         case jinja2.exceptions.SecurityError():
@@ -291,7 +296,7 @@ def _line(error: Exception) -> int:
 
 
 def _common(left: str, right: str) -> str:
-    """The longest common prefix, by bisection: comparing slices is much faster than comparing characters."""
+    """The longest common prefix, by bisection: slices compare faster than characters."""
     low, high = 0, min(len(left), len(right))
     while low < high:
         middle = (low + high + 1) // 2

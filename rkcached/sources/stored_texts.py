@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from rkcached.errors import StoreError
-from rkcached.host import durable
+from rkcached.host import disk
 from rkcached.sources.records import Key
 
 _SUFFIX = ".md"
@@ -44,7 +44,7 @@ class StoredTexts:
         self._refuse_link(path.parent)
         try:
             path.parent.mkdir(mode=_DIRECTORY_MODE, parents=True, exist_ok=True)
-            durable.replace(path, text.encode())
+            disk.replace(path, text.encode())
         except OSError as error:
             raise StoreError(
                 f"{path} cannot be written: {error.strerror}", hint="check the state directory"
@@ -56,7 +56,7 @@ class StoredTexts:
         self._refuse_link(path.parent)
         try:
             path.unlink()
-            durable.sync_directory(path.parent)
+            disk.sync_directory(path.parent)
         except FileNotFoundError:
             return False
         except OSError as error:

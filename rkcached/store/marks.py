@@ -17,7 +17,7 @@ import stat
 from collections.abc import Iterator
 from pathlib import Path
 
-from rkcached.host import beneath, durable
+from rkcached.host import beneath, disk
 from rkcached.sources.manifest import NAME
 from rkcached.sources.records import Key
 from rkcached.store.scan import CACHE_SUFFIXES, prompt_of, read_sidecar
@@ -132,7 +132,7 @@ def tag(root: Path) -> None:
     temporary = root / f".{TAG}-{secrets.token_hex(4)}.tmp"
     with contextlib.suppress(OSError):  # the next start tries it again
         try:
-            durable.write_new(temporary, _TAG_TEXT)
+            disk.write_new(temporary, _TAG_TEXT)
             if os.geteuid() == 0:  # by root's gc, and the daemon's user must read it
                 owner = root.stat()
                 os.chown(temporary, owner.st_uid, owner.st_gid)

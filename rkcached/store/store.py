@@ -33,7 +33,7 @@ import msgspec
 
 from rkcached.engines.registry import ENGINES
 from rkcached.errors import StoreError, StoreLocked
-from rkcached.host import beneath, disk, durable
+from rkcached.host import beneath, disk
 from rkcached.host.digests import Digests, signature_of
 from rkcached.plan.planner import Verdict
 from rkcached.sources.manifest import NAME
@@ -118,7 +118,7 @@ class Store:
             device = (
                 self.root.stat().st_dev
             )  # of the folder: on an overlay, its files have other numbers
-            fd = os.open(self.root / marks.LOCK, _LOCK_FLAGS, durable.FILE_MODE)
+            fd = os.open(self.root / marks.LOCK, _LOCK_FLAGS, disk.FILE_MODE)
         except OSError as error:
             why, hint = disk.refusal(error, self.root)
             if isinstance(error, FileExistsError | NotADirectoryError | PermissionError):
@@ -305,7 +305,7 @@ class Store:
         with self._writing(folder), self._folders:
             _make_folder(folder)
             staged.touch(
-                mode=durable.FILE_MODE
+                mode=disk.FILE_MODE
             )  # a folder that takes no file says so before the prefill
             staged.unlink()
             self._staged.add(staged)
@@ -344,7 +344,7 @@ class Store:
         Errors: StoreError.
         """
         with self._writing(staged):
-            staged.chmod(durable.FILE_MODE)
+            staged.chmod(disk.FILE_MODE)
             with staged.open("rb") as stream:
                 os.fsync(stream.fileno())
                 digest = hashlib.file_digest(stream, "sha256").hexdigest()
@@ -366,8 +366,8 @@ class Store:
         text, record = folder / f"{staged.name}.bin", folder / f"{staged.name}.json"
         try:
             with self._writing(folder):
-                durable.write_new(text, prefix)
-                durable.write_new(
+                disk.write_new(text, prefix)
+                disk.write_new(
                     record, msgspec.json.format(msgspec.json.encode(sidecar, enc_hook=dict))
                 )
                 self._make_way(key, sidecar.artifact)
@@ -376,9 +376,9 @@ class Store:
                         self._put_aside(key, unless=sidecar.fingerprint, move=_link_or_rename)
                 staged.replace(path)
                 text.replace(folder / f"{key.prompt}.bin")
-                durable.sync_directory(folder)
+                disk.sync_directory(folder)
                 record.replace(folder / f"{key.prompt}.json")
-                durable.sync_directory(folder)
+                disk.sync_directory(folder)
                 for other in _artifacts_of(folder, key.prompt):  # one that another engine wrote
                     if other.name != sidecar.artifact:
                         self._unlink(key.model, other.name)
@@ -637,7 +637,7 @@ class Store:
                 _make_folder(folder)
             temporary = path.with_name(f".{path.name}.tmp")
             temporary.unlink(missing_ok=True)
-            durable.write_new(temporary, msgspec.json.encode(verdict))
+            disk.write_new(temporary, msgspec.json.encode(verdict))
             temporary.replace(path)
 
     def read_verdict(self, key: Key) -> Verdict | None:

@@ -29,7 +29,7 @@ from rkcached.api.prepare import Preparation
 from rkcached.api.requests import ChatRequest
 from rkcached.engines.memory import MemoryEngine, expected_text
 from rkcached.errors import RequestError
-from rkcached.host import durable
+from rkcached.host import disk
 from rkcached.host.watch import Watcher
 from rkcached.plan.desired import DesiredModel
 from rkcached.plan.planner import Blocked, State, plan
@@ -126,7 +126,7 @@ class Storm(RuleBasedStateMachine):
         self.outside = contextlib.ExitStack()
         self.outside.callback(structlog.configure, **structlog.get_config())
         structlog.configure(processors=[lambda *_: (_ for _ in ()).throw(structlog.DropEvent)])
-        write_new, save = durable.write_new, MemoryEngine._save
+        write_new, save = disk.write_new, MemoryEngine._save
 
         def full_write_new(path: Path, data: bytes) -> None:
             if self.full:
@@ -144,7 +144,7 @@ class Storm(RuleBasedStateMachine):
                 (failures, "time", self.clock),
                 (actions, "time", self.clock),
                 (pool, "Worker", ThreadedWorker),
-                (durable, "write_new", full_write_new),
+                (disk, "write_new", full_write_new),
                 (MemoryEngine, "_save", full_save),
             )
         )

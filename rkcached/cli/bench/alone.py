@@ -1,6 +1,7 @@
-"""The engine without the daemon, for the prompts of one model: what a request costs that goes through nothing else.
+"""Asks the engine of one model without the daemon: what a request costs by itself.
 
-It needs what the daemon needs: the manifest, the store, the model, and room in memory for a second one.
+It needs what the daemon needs: the manifest, the store, the model, and room in memory for a second
+one.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ def look_at(manifest: Path, cache_dir: Path, state_dir: Path) -> Observation:
 def model_facts(
     look: Observation | None, engine: str, runtime: str | None, model: str, daemon: int = 0
 ) -> ModelFacts:
-    """`daemon` is its process, whose cores llamacpp takes where the manifest names no number of threads."""
+    """`daemon` is its process, whose cores count where the manifest names no threads."""
     found = look.desired.models.get(model) if look is not None else None
     if look is None or not isinstance(found, DesiredModel):
         return ModelFacts(engine=engine, runtime=runtime)
@@ -86,7 +87,8 @@ class Alone:
         needed, available = model_bytes(look.manifest, found.config) * 5 // 4, available_bytes()
         if available and available < needed:
             raise NotPossible(
-                f"a second {model} needs about {words.size(needed)} of memory, {words.size(available)} are available"
+                f"a second {model} needs about {words.size(needed)} of memory, "
+                f"{words.size(available)} are available"
             )
         self._look = look
         self._model = found

@@ -170,7 +170,10 @@ def _why_not(state: State, report: dict[str, Any]) -> str:
     found, reason = report["state"], report["reason"]
     if state is State.COLD:
         if found != "cold" or report["load_ms"] or report["cached_tokens"]:
-            return f"an answer without cache took {report['cached_tokens']} tokens from one (state {found})"
+            return (
+                f"an answer without cache took {report['cached_tokens']} tokens from one (state "
+                f"{found})"
+            )
         return ""
     if found not in ("hit", "loaded"):
         said = f"the answer's state was {found}" + (f": {reason}" if reason else "")
@@ -178,5 +181,8 @@ def _why_not(state: State, report: dict[str, Any]) -> str:
     if state is State.FILE and not report["load_ms"]:
         return "the file was not loaded: other clients asked the same prompt in between"
     if state is State.MEMORY and report["load_ms"]:
-        return "the file was loaded again: this runtime keeps nothing between answers, or other clients asked meanwhile"
+        return (
+            "the file was loaded again: this runtime keeps nothing between answers, or other "
+            "clients asked meanwhile"
+        )
     return ""

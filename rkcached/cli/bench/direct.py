@@ -1,7 +1,8 @@
-"""An engine without the daemon: the worker's own class and settings, in a child that is asked over a pipe.
+"""Runs an engine without the daemon: the worker's class and settings, in a child of our own.
 
-The child takes the times itself, so the pipe costs nothing. It idles while it is not asked, so the daemon's worker and
-this engine take turns on the cores. It leaves when its pipe ends, however its parent did.
+The child takes the times itself, so the pipe costs nothing. It idles while it is not asked, so the
+daemon's worker and this engine take turns on the cores. It leaves when its pipe ends, however its
+parent did.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The machine that figures hold for, and whether it was quiet: read below `root`, so that a test can give its own."""
+"""Reads what machine it is and whether it is quiet, below `root`, so that tests can fake it."""
 
 from __future__ import annotations
 
@@ -37,7 +37,10 @@ def available_bytes(root: Path = Path("/")) -> int:
 
 
 def cpu_model(root: Path = Path("/")) -> str:
-    """The name from /proc/cpuinfo; ARM kernels give none there, but the device tree names the board."""
+    """The name from /proc/cpuinfo.
+
+    ARM kernels give none there, but the device tree names the board.
+    """
     match = re.search(r"^model name\s*:\s*(.+)$", _text(root / "proc/cpuinfo"), re.MULTILINE)
     return (
         match[1].strip()
@@ -47,7 +50,7 @@ def cpu_model(root: Path = Path("/")) -> str:
 
 
 class Steal:
-    """How much of all CPU time a hypervisor gave to others, from here to `percent()` (proc(5), /proc/stat)."""
+    """Measures how much CPU time a hypervisor gave to others, until `percent()` (/proc/stat)."""
 
     def __init__(self, root: Path = Path("/")) -> None:
         self._file = root / "proc/stat"

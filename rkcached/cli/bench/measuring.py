@@ -1,4 +1,4 @@
-"""The runs of one prompt of `rkcached bench`: each state through the socket, and on the engine alone."""
+"""Measures one prompt: each state through the socket, and on the engine alone."""
 
 from __future__ import annotations
 
@@ -13,7 +13,10 @@ from rkcached.sources.records import Key
 
 
 class Measuring:
-    """The runs of one prompt, in turns: cold, from the file, in memory; each through the socket and on the engine."""
+    """The runs of one prompt, in turns: cold, from the file, in memory.
+
+    Each through the socket and on the engine.
+    """
 
     def __init__(self, asker: Asker, alone: Alone | None, key: Key, shown: Shown) -> None:
         self._asker = asker
@@ -43,7 +46,7 @@ class Measuring:
             self.stopped = error
 
     def run_alone(self, alone: Alone) -> None:
-        """The same requests in the same order on the engine alone, after those through the socket."""
+        """Send the same requests in the same order to the engine alone, after the daemon's."""
         count = max(map(len, self._questions.values()))
         for number in range(count):
             for state in State:
@@ -86,7 +89,7 @@ class Measuring:
         ]
 
     def states(self) -> dict[State, Measured]:
-        """What could not be made once is not reported at all: what else came would be of another kind."""
+        """The runs of each state; none of a state that could not be made once."""
         found = {}
         for state in State:
             missing = self._why_missing(state)

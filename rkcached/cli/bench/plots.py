@@ -74,7 +74,8 @@ def check(file: Path) -> None:
     if not usable:
         raise ExtraMissing(
             "--plot needs matplotlib",
-            hint=f"{sys.executable} -m pip install matplotlib; or keep the results with -o FILE.json, and draw them "
+            hint=f"{sys.executable} -m pip install matplotlib; or keep the results with -o "
+            "FILE.json, and draw them "
             "where it is: rkcached bench --from FILE.json --plot OUT.svg",
         )
 
@@ -171,7 +172,10 @@ def _notes(results: Results) -> list[str]:
 def _lines(
     axes: Axes, results: Results, prompts: Sequence[PromptResult], models: list[str]
 ) -> dict[str, Artist]:
-    """Against prompt length, a line for each model and state, with the runs' range; the gain is at each warm point."""
+    """Against prompt length, a line for each model and state, with the runs' range.
+
+    The gain is at each warm point.
+    """
     from matplotlib.lines import Line2D  # noqa: PLC0415 - an extra
 
     shown: dict[str, Artist] = {}
@@ -343,6 +347,9 @@ def _median(prompt: PromptResult, state: State) -> float | None:
 
 
 def _gain(prompt: PromptResult, state: State) -> str:
-    """What a warm answer saves of the cold one's time to first token: "-95 %"; empty for the cold one."""
+    """What a warm answer saves of the cold one's time to first token: "-95 %".
+
+    Empty for the cold one.
+    """
     cold, warm = _median(prompt, State.COLD), _median(prompt, state)
     return f"{(warm / cold - 1) * 100:+.0f} %" if cold and warm and state is not State.COLD else ""

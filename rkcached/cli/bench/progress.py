@@ -1,4 +1,4 @@
-"""What `rkcached bench` is doing: at a terminal one line that is gone at the end, elsewhere a line for each prompt."""
+"""Shows what `rkcached bench` is doing: one line at a terminal, elsewhere one for each prompt."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What `rkcached bench --json` writes and `rkcached compare` reads: every run, and what they depend on.
+"""The document of `rkcached bench --json`: every run, and what the runs depend on.
 
 `SCHEMA` changes when a field is renamed, removed or means something else; a new field leaves it.
 """
@@ -18,7 +18,7 @@ import msgspec
 
 from rkcached.cli.bench.samples import median, p95
 from rkcached.errors import FormatError, SourceError, StoreError, UsageError
-from rkcached.host import durable
+from rkcached.host import disk
 
 SCHEMA = 1
 PROGRAM = "rkcached bench"
@@ -111,7 +111,7 @@ class Measured(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def _around(run: Run | DirectRun) -> float:
-    """All but loading and prefill: these are the same work in both, and vary by more than the daemon adds."""
+    """All but loading and prefill, which vary by more than the daemon adds."""
     return run.ttft_ms - run.load_ms - run.prefill_ms
 
 
@@ -139,7 +139,10 @@ class PromptResult(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def name(self) -> str:
-        """As one calls it; a prompt of a sweep goes by its length, for its name is of one session."""
+        """As one calls it.
+
+        A prompt of a sweep goes by its length, for its name is of one session.
+        """
         return (
             f"{self.model}/{self.prompt}"
             if self.length is None
@@ -259,7 +262,7 @@ def put(file: Path, fill: Callable[[Path], object]) -> None:
         finally:
             with contextlib.suppress(OSError):
                 temporary.unlink(missing_ok=True)
-        durable.sync_directory(place.parent)
+        disk.sync_directory(place.parent)
     except OSError as error:
         raise _not_written(file, error) from error
 

@@ -1,4 +1,4 @@
-"""`rkcached bench`: what a prompt cache gains, measured on the running daemon as its clients feel it."""
+"""Measures on the running daemon what its clients gain from each prompt cache."""
 
 from __future__ import annotations
 
@@ -110,7 +110,8 @@ def run(settings: Settings, wanted: Sequence[str], options: Options, console: Co
     ]
     if kept.left:
         said.append(
-            f"stored prompts are left in the daemon, which was gone: {len(kept.left)}; another sweep removes them"
+            f"stored prompts are left in the daemon, which was gone: {len(kept.left)}; another "
+            "sweep removes them"
         )
     not_asked = NOT_ON_NPU if options.direct is None else "not asked for"
     why_not_direct = [why if direct else not_asked, *bench.why_not_direct]
@@ -189,7 +190,7 @@ class _Bench:
         self.ended = Ended.WELL
 
     def measure(self, keys: Sequence[Key]) -> None:
-        """Until all are measured, the daemon is gone, or somebody interrupts: then what there is counts.
+        """Measure all, until the daemon is gone or somebody interrupts: then what there is counts.
 
         Errors: why there is nothing, if there is nothing.
         """
@@ -338,7 +339,10 @@ class _Bench:
         ).name
 
     def _why_nothing(self) -> RkcachedError:
-        """The error of the only prompt, or what all have met; its kind decides about the exit code."""
+        """The error of the only prompt, or what all have met.
+
+        Its kind decides about the exit code.
+        """
         error = self._errors[-1] if self._is_gone else self._errors[0]
         if not isinstance(error, RequestError):
             return error
@@ -425,7 +429,7 @@ def _models(status: dict[str, Any], wanted: Sequence[str]) -> list[str]:
 
 
 def _places(settings: Settings, status: dict[str, Any]) -> Settings:
-    """Where the daemon's manifest and store are: as it says itself, unless somebody named others."""
+    """The places of the daemon's manifest and store, by its own status unless others were named."""
     places: dict[str, Any] = {
         "manifest": Path(status["manifest"]["file"]),
         "cache_dir": Path(status["cache"]["directory"]),
@@ -454,7 +458,10 @@ def _status_of(status: dict[str, Any], key: Key) -> dict[str, Any]:
 
 
 def _unwind_on_signals() -> None:
-    """SIGTERM and SIGHUP unwind as Ctrl-C does, so that stored prompts and the engine go; nohup stays."""
+    """SIGTERM and SIGHUP unwind as Ctrl-C does, so that stored prompts and the engine go.
+
+    Nohup stays.
+    """
     signal.signal(signal.SIGTERM, _leave)
     if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
         signal.signal(signal.SIGHUP, _leave)

@@ -35,7 +35,10 @@ def spread(samples: Sequence[float]) -> str:
     low, high = ordered[ranks]
 
     first, third = np.quantile(ordered, _QUARTILES)
-    return f"quartiles {number(first)} to {number(third)}, 95 % CI {number(low)} to {number(high)}, n={count}"
+    return (
+        f"quartiles {number(first)} to {number(third)}, 95 % CI {number(low)} to {number(high)}, "
+        f"n={count}"
+    )
 
 
 def relative_spread(samples: Sequence[float]) -> float:
@@ -47,7 +50,7 @@ def relative_spread(samples: Sequence[float]) -> float:
 
 
 def chance(left: Sequence[float], right: Sequence[float]) -> float:
-    """How probable so clear an order of both is if nothing differs: the two-sided rank test of Mann and Whitney."""
+    """Probability of so clear an order by chance: the two-sided test of Mann and Whitney."""
     n, m = len(left), len(right)
     if not n or not m:
         return 1.0

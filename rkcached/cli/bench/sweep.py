@@ -22,7 +22,10 @@ from rkcached.sources.records import Key
 LENGTHS = (128, 256, 512, 1024, 2048, 4096)
 """Tokens."""
 
-_LINE = "the roof of the house opens when water and air are warm enough for the plants but never at night or in rain"
+_LINE = (
+    "the roof of the house opens when water and air are warm enough for the plants but never at "
+    "night or in rain"
+)
 _WORDS = _LINE.split()
 _SAMPLES = (20, 100)
 """Words of the two texts that tell the number of tokens of a word."""
@@ -123,7 +126,10 @@ def _delete(admin: Client, key: Key) -> None:
 
 
 def lengths(context_tokens: int | None, head: int) -> list[int]:
-    """Those of LENGTHS that leave room for question and answer; the first that does not is cut to the room there is."""
+    """Those of LENGTHS that leave room for question and answer.
+
+    The first that does not is cut to the room there is.
+    """
     if not context_tokens:
         return list(LENGTHS)
     room = context_tokens - head - ANSWER_TOKENS - 2 * len(QUESTION)
@@ -135,7 +141,10 @@ def lengths(context_tokens: int | None, head: int) -> list[int]:
 
 
 def text(number: int, words: int) -> str:
-    """So many words; texts of different numbers differ from the start, so that no cache serves another's prompt."""
+    """So many words.
+
+    Texts of different numbers differ from the start, so that no cache serves another's prompt.
+    """
     return " ".join(
         [f"{number}.", *(_WORDS[index % len(_WORDS)] for index in range(max(1, words)))]
     )

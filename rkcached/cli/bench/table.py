@@ -34,7 +34,10 @@ _COLUMNS = {
 
 def machine_line(machine: MachineFacts) -> str:
     board = f"{machine.board}, " if machine.board and machine.board != machine.cpu else ""
-    return f"{board}{machine.cpu}, {machine.cores} cores, {size(machine.memory_bytes)}, {machine.kernel}"
+    return (
+        f"{board}{machine.cpu}, {machine.cores} cores, {size(machine.memory_bytes)}, "
+        f"{machine.kernel}"
+    )
 
 
 def runs_words(runs: int) -> str:
@@ -46,7 +49,8 @@ def print_results(console: Console, results: Results) -> None:
     console.print(_text(f"{results.date}  {machine_line(results.machine)}"))
     console.print(
         _text(
-            f"rkcached {versions.daemon}, python {versions.python}, load {results.machine.load_average:.2f}"
+            f"rkcached {versions.daemon}, python {versions.python}, load "
+            f"{results.machine.load_average:.2f}"
         )
     )
     for name, model in results.models.items():
@@ -73,10 +77,13 @@ def print_results(console: Console, results: Results) -> None:
 
 def _legend(results: Results) -> Iterator[str]:
     yield "first: first token decoded and written; engine: ttft without the daemon"
-    yield "own: what daemon and socket add, (ttft - load - prefill) less the same of the engine alone"
+    yield (
+        "own: what daemon and socket add, (ttft - load - prefill) less the same of the engine alone"
+    )
     if any(_shares_question(prompt) for prompt in results.prompts):
         yield (
-            "cached above the prompt's tokens: in memory is the answer before, and the beginning of its question, "
+            "cached above the prompt's tokens: in memory is the answer before, and the beginning "
+            "of its question, "
             "which the next one shares"
         )
 
@@ -124,7 +131,8 @@ def _print_prompt(console: Console, prompt: PromptResult) -> None:
         if prompt.build_saw_no_gain:
             console.print(
                 _text(
-                    "its build saw no gain, as `rkcached status` says: that is one sample, these are more"
+                    "its build saw no gain, as `rkcached status` says: that is one sample, these "
+                    "are more"
                 )
             )
 

@@ -1,4 +1,4 @@
-"""What a reader must know about figures: why they are not to be trusted, and why a cache does not help. Pure."""
+"""Says why figures are not to be trusted, and why a cache does not help. Pure."""
 
 from __future__ import annotations
 
@@ -57,14 +57,16 @@ def warnings(
         )
     if machine.load_average > QUIET_LOAD:
         said.append(
-            f"the machine had just been busy: its load average was {machine.load_average:.2f} at the start"
+            f"the machine had just been busy: its load average was {machine.load_average:.2f} at "
+            "the start"
         )
     if steal_percent > MUCH_STEAL_PERCENT:
         said.append(f"the hypervisor gave {steal_percent:.1f} % of the CPU time to others")
     said.extend(_disturbed(prompts, meanwhile))
     if runs < ENOUGH_RUNS:
         said.append(
-            f"{runs} {'run is' if runs == 1 else 'runs are'} few: {ENOUGH_RUNS} or more make a median worth comparing"
+            f"{runs} {'run is' if runs == 1 else 'runs are'} few: {ENOUGH_RUNS} or more make a "
+            "median worth comparing"
         )
     wide = [
         f"{prompt.name} {state}{what} ({relative_spread(samples) * 100:.0f} %)"
@@ -82,7 +84,7 @@ def warnings(
 
 
 def _disturbed(prompts: Sequence[PromptResult], meanwhile: Meanwhile) -> list[str]:
-    """Others who had the daemon at the same time: by its own counts, and by what the runs waited for."""
+    """Warn of others who used the daemon at the same time, by its counts and by waiting runs."""
     said = []
     if meanwhile.answers > 0:
         answers = (
@@ -103,7 +105,8 @@ def _disturbed(prompts: Sequence[PromptResult], meanwhile: Meanwhile) -> list[st
     if waited:
         longest = f"up to {max(waited):,.0f} ms"
         said.append(
-            f"{len(waited)} of {len(runs)} runs waited for the engine, {longest}: somebody else had it"
+            f"{len(waited)} of {len(runs)} runs waited for the engine, {longest}: somebody else "
+            "had it"
         )
     return said
 
@@ -153,8 +156,10 @@ def why_no_gain(status: dict[str, Any], states: dict[State, Measured]) -> str:
         if load_ms >= spared_ms and _is_always_dear(cold, loaded):
             tokens = (status.get("artifact") or {}).get("tokens", 0)
             return (
-                f"the prompt is too short: loading {tokens:,} tokens takes {load_ms:.1f} ms and spares "
-                f"{spared_ms:.1f} ms of prefill; raise cache.min_tokens above {tokens:,} to leave it out"
+                f"the prompt is too short: loading {tokens:,} tokens takes {load_ms:.1f} ms and "
+                "spares "
+                f"{spared_ms:.1f} ms of prefill; raise cache.min_tokens above {tokens:,} to leave "
+                "it out"
             )
         if not few and not scattered:
             return (
@@ -182,6 +187,6 @@ def _spared_ms(cold: Measured, loaded: Measured) -> float:
 
 
 def _is_always_dear(cold: Measured, loaded: Measured) -> bool:
-    """The same by the quickest runs: whatever disturbs a run makes it slower, so these are the least disturbed."""
+    """Whether the quickest runs show it, too: they are the least disturbed."""
     least = min(loaded.samples("load_ms"))
     return least >= min(cold.samples("prefill_ms")) - min(loaded.samples("prefill_ms"))

@@ -208,7 +208,10 @@ def _invite(console: Console, workspace: Workspace) -> None:
         soft_wrap=True,
     )
     console.print("Ask over the socket, from another terminal:")
-    curl = f"  curl -s --unix-socket {workspace.socket} http://localhost/v1/chat/completions -d '{ask}'"
+    curl = (
+        f"  curl -s --unix-socket {workspace.socket} http://localhost/v1/chat/completions -d "
+        f"'{ask}'"
+    )
     console.print(curl, soft_wrap=True, markup=False)
     program = Path(sys.argv[0])
     if program.name != "rkcached":  # started as a module

@@ -1,1 +1,4 @@
-"""`rkcached status`: `command` chooses; `show` has the table, `live` the live view, `picture` draws it."""
+"""`rkcached status`: `command` chooses.
+
+`show` has the table, `live` the live view, `picture` draws it.
+"""

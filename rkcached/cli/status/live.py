@@ -224,7 +224,7 @@ class _Documents(_View):
 
 
 class _Changes(_View):
-    """For pipes, files and terminals that cannot go back: the whole once, then a line for each thing that changed."""
+    """For pipes, files and dumb terminals: the whole once, then a line for each change."""
 
     def __init__(self, console: Console) -> None:
         self._console = console

@@ -1,4 +1,4 @@
-"""What `rkcached status --watch` draws: a status as it fits on a terminal, in letters that the terminal has. Pure."""
+"""Draws a status as it fits on a terminal, for `rkcached status --watch`. Pure."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def picture(
     first: int = 0,
     scrolls: bool = True,
 ) -> Picture:
-    """What fits on the terminal of a status as `words.shown` gives it: troubles, then the prompts from `first` on.
+    """Draw what fits of a status as `words.shown` gives it: troubles, then prompts from `first` on.
 
     Prompts that need attention come first, then what is being built, then the others.
     """
@@ -115,7 +115,7 @@ def _wrapped(text: Text, console: Console) -> list[Text]:
 
 
 def _head(status: dict[str, Any], console: Console, *, gone: bool) -> list[Text]:
-    """All above the prompts, in at most half of the lines: what can be missed most easily is left out first."""
+    """All above the prompts, in at most half of the lines; the least important goes first."""
     width, height = console.size
     ascii_only = console.options.ascii_only
     models = [(1 if model["trouble"] else 5, show.model_line(model)) for model in status["models"]]
@@ -143,7 +143,10 @@ def _head(status: dict[str, Any], console: Console, *, gone: bool) -> list[Text]
 
 
 def _troubles(status: dict[str, Any], console: Console, *, most: int) -> list[Text]:
-    """Whole, over several lines where that is needed; how much is left out if there are more than `most`."""
+    """Whole, over several lines where that is needed.
+
+    How much is left out if there are more than `most`.
+    """
     lines = [line for one in show.troubles(status) for line in _wrapped(one, console)]
     if len(lines) > most:
         left = len(lines) - most + 1

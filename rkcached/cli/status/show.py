@@ -47,7 +47,10 @@ def skipped_files_line(files: Sequence[str]) -> str:
     """One line on the files of a prompts_from folder whose names cannot be a prompt's."""
     count = "1 file is" if len(files) == 1 else f"{len(files)} files are"
     names = ", ".join(files[:3]) + (", ..." if len(files) > 3 else "")
-    return f"{count} skipped: a prompt's name has only a-z 0-9 . _ - and begins with a letter or digit: {names}"
+    return (
+        f"{count} skipped: a prompt's name has only a-z 0-9 . _ - and begins with a letter or "
+        f"digit: {names}"
+    )
 
 
 def print_status(console: Console, status: dict[str, Any], *, stays: bool = False) -> None:
@@ -250,7 +253,7 @@ def notes_of(
     counts: Mapping[str, int],
     note: Callable[[dict[str, Any]], str],
 ) -> Iterator[tuple[str, str]]:
-    """Each note of these prompts once, and whose it is: a prompt's, or how many of all have it, as `counts` says."""
+    """Each note of these prompts once, with the prompt's name or the number that have it."""
     for text, prompt in {note(prompt): prompt for prompt in prompts}.items():
         if text:
             yield name_of(prompt) if counts[text] == 1 else f"{counts[text]} prompts", text

@@ -91,7 +91,8 @@ class LlamaCppEngine:
             self._server = library.Server(_params(library, spec, self._socket))
         except RuntimeError as error:
             raise ModelLoadError(
-                f"llama.cpp cannot load the model {spec.path}: it is truncated, or of an unknown kind",
+                f"llama.cpp cannot load the model {spec.path}: it is truncated, or of an unknown "
+                "kind",
                 hint="the lines above in the log say more",
             ) from error
         address = str(self._server.listening_address)

@@ -1,8 +1,9 @@
-"""Reads the header of a GGUF file: which files make up a model, and what context it was trained for.
+"""Reads the header of a GGUF file: the files of a model, and the context it was trained for.
 
-llama.cpp is given one file. If its header says that the model is split, llama.cpp opens the other files by their names
-as well (`llama-model-loader.cpp`). It opens nothing else for a model; `strace` shows that. The package `gguf` reads
-such files, too, but takes seconds for a vocabulary of 49,000 tokens because it makes an array of each.
+llama.cpp is given one file. If its header says that the model is split, llama.cpp opens the other
+files by their names as well (`llama-model-loader.cpp`). It opens nothing else for a model; `strace`
+shows that. The package `gguf` reads such files, too, but takes seconds for a vocabulary of 49,000
+tokens because it makes an array of each.
 """
 
 from __future__ import annotations
@@ -118,7 +119,10 @@ def state_bytes_per_token(path: Path) -> float | None:
 
 
 def shards(path: Path) -> tuple[Path, ...]:
-    """The files that belong to a split model by their names, if `path` is named like the first; else `path` alone."""
+    """The files that belong to a split model by their names, if `path` is named like the first.
+
+    Else `path` alone.
+    """
     name = _SHARD.fullmatch(path.name)
     if name is None or int(name["number"]) != 1:
         return (path,)
@@ -129,9 +133,10 @@ def shards(path: Path) -> tuple[Path, ...]:
 
 
 def inspect(path: Path, read: ReadHeader = read_header) -> ModelFacts:
-    """What the engine would open for `path`, once it is certain that it would take these files for one model.
+    """What the engine would open for `path`, after checking that the files are one model.
 
-    Errors: SourceError if files are missing, damaged or do not belong together; OSError if one cannot be read.
+    Errors: SourceError if files are missing, damaged or do not belong together; OSError if one
+    cannot be read.
     """
     header, name = read(path), _SHARD.fullmatch(path.name)
     if header is None:
@@ -154,8 +159,10 @@ def inspect(path: Path, read: ReadHeader = read_header) -> ModelFacts:
         raise SourceError(message, hint=f"name the first: path: {first}")
     if name is None or (int(name["number"]), int(name["count"])) != (1, count):
         raise SourceError(
-            f"{path} is the first of the {count} files of a split model, but its name does not say so",
-            hint=f"give all {count} files their original names, which end with -00001-of-{count:05}.gguf and so on",
+            f"{path} is the first of the {count} files of a split model, but its name does not say "
+            "so",
+            hint=f"give all {count} files their original names, which end with "
+            f"-00001-of-{count:05}.gguf and so on",
         )
 
     files = shards(path)
@@ -170,7 +177,8 @@ def _check_shards(files: tuple[Path, ...], first: Header, read: ReadHeader) -> N
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise SourceError(
-            f"{path} is the first of the {count} files of a split model, and {missing[0]}{more} cannot be found",
+            f"{path} is the first of the {count} files of a split model, and {missing[0]}{more} "
+            "cannot be found",
             hint=f"put all {count} files into {path.parent}",
         )
 
@@ -195,7 +203,8 @@ def _check_shards(files: tuple[Path, ...], first: Header, read: ReadHeader) -> N
     expected = first.integers.get("split.tensors.count", tensors)
     if tensors != expected:
         raise SourceError(
-            f"the {count} files of the split model {path} do not belong together: they have {tensors:,} tensors, "
+            f"the {count} files of the split model {path} do not belong together: they have "
+            f"{tensors:,} tensors, "
             f"the first says {expected:,}",
             hint=f"copy the {count} files again, from one place",
         )
@@ -220,7 +229,10 @@ def _trained_tokens(header: Header) -> int | None:
 
 
 def _parse(data: bytes) -> Header:
-    """Errors: struct.error or OverflowError if it goes on beyond `data`; ValueError if it is no such header."""
+    """Errors: struct.error or OverflowError if it goes on beyond `data`.
+
+    ValueError if it is no such header.
+    """
     magic, version, tensors, pairs = _START.unpack_from(data)
     if magic != MAGIC or version not in _VERSIONS:
         raise ValueError(version)

@@ -144,12 +144,13 @@ class Run:
 
 
 class Grammar:
-    """Proves, before each piece of an answer is delivered, that llama.cpp still holds the model to the JSON schema.
+    """Proves before each piece of an answer that llama.cpp still enforces the JSON schema.
 
-    llama.cpp goes on without a grammar that it cannot compile, or whose parser gives up or panics at any token, and
-    says so on stderr only, in ever other words. At our verbosity it prints errors only. So a run with a schema counts
-    as held to it as long as nothing at all has been printed. Until its end stderr goes to memory: what is in there
-    quotes the schema, which is a client's and stays out of the log.
+    llama.cpp goes on without a grammar that it cannot compile, or whose parser gives up or panics
+    at any token, and says so on stderr only, in ever other words. At our verbosity it prints errors
+    only. So a run with a schema counts as held to it as long as nothing at all has been printed.
+    Until its end stderr goes to memory: what is in there quotes the schema, which is a client's and
+    stays out of the log.
     """
 
     def __enter__(self) -> Self:
@@ -178,7 +179,7 @@ class Grammar:
 
 
 def _reason(printed: str) -> str:
-    """What llama.cpp said, without its stamp and its places in a grammar that the client did not write."""
+    """llama.cpp's message, without its time stamp and its places in the grammar."""
     lines = printed.splitlines()
     first = next((line for line in lines if " E " in line), lines[0] if lines else "")
     details = [

@@ -1,15 +1,16 @@
-"""The binary interface of librkllmrt.so, version by version, as data: structures, signatures, error rules.
+"""The binary interface of librkllmrt.so by version: structures, signatures, error rules.
 
-The vendor changes structures between versions without a new library name, and a structure of another version is a
-segmentation fault (rknn-llm #509, #522). So each layout has a record of its own, named after the first version that has
-it, and nothing here is guessed. Sizes and offsets are compared by tests with those that a C compiler gives for the
-vendor's headers. Nothing here loads a library; `library` does, and `engine` is the only user of the structures.
+The vendor changes structures between versions without a new library name, and a structure of
+another version is a segmentation fault (rknn-llm #509, #522). So each layout has a record of its
+own, named after the first version that has it, and nothing here is guessed. Sizes and offsets are
+compared by tests with those that a C compiler gives for the vendor's headers. Nothing here loads a
+library; `library` does, and `engine` is the only user of the structures.
 
     name      versions                group   what differs
-    1.1.0     1.1.0 to 1.1.4          B       no keep_history, no chat template call, no figures in the result
+    1.1.0     1.1.0 to 1.1.4          B       no keep_history, chat template call, result figures
     1.2.0     1.2.0                   C       clear_kv_cache takes two arguments
     1.2.1b1   1.2.1b1                 C       a larger Input
-    1.2.1     1.2.1, 1.2.2, 1.2.3     D       Input begins with role; the callback returns int; figures in the result
+    1.2.1     1.2.1, 1.2.2, 1.2.3     D       Input begins with role; callback returns int; figures
     1.3.0     1.3.0                   E       init takes a structure of callbacks; sampling per run
 """
 
@@ -562,7 +563,7 @@ class Abi:
 
     @property
     def keeps_state(self) -> bool:
-        """A run without history reuses the previous run's prefix, until clear_kv_cache (since 1.2.0)."""
+        """A run without history reuses the last prefix, until clear_kv_cache (since 1.2.0)."""
         return self.group != "B"
 
 

@@ -77,9 +77,15 @@ class RkllmEngine:
         try:
             self._handle = OwnedHandle(self._library, param, self._current)
         except CallError as error:
-            hint = "the model must be converted for this board, by a toolkit that is not newer than the runtime"
+            hint = (
+                "the model must be converted for this board, by a toolkit that is not newer than "
+                "the runtime"
+            )
             if spec.abi and not self._library.fits:
-                hint = f"the library says it is {self._library.version}: remove engine.abi {spec.abi} from the manifest"
+                hint = (
+                    f"the library says it is {self._library.version}: remove engine.abi {spec.abi} "
+                    "from the manifest"
+                )
             raise ModelLoadError(
                 f"RKLLM {self._library.version} cannot load the model {spec.path}", hint=hint
             ) from error
@@ -218,7 +224,7 @@ class RkllmEngine:
     def last_hidden_layer(
         self, prompt: str | tuple[int, ...], pooling: Pooling | None = Pooling.MEAN
     ) -> np.ndarray[Any, Any]:
-        """The last layer's hidden states: (n_tokens, embd_size) float32, or (embd_size,) when pooled."""
+        """The last layer's states: (n_tokens, embd_size) float32, or (embd_size,) when pooled."""
         run = Run(Sampling(max_new_tokens=1), limit=1, wants_hidden=True)
         self.clear()
         self._run(run, prompt, mode=InferMode.GET_LAST_HIDDEN_LAYER)
@@ -332,7 +338,8 @@ class RkllmEngine:
                 f"RKLLM {self._library.version} fixes {name} when the model is loaded: "
                 f"it is {_shown(fixed)}, this run asks for {wanted:g}",
                 param=name,
-                hint=f"leave {name} out, set it in the model's params, or use runtime 1.3.0 or newer",
+                hint=f"leave {name} out, set it in the model's params, or use runtime 1.3.0 or "
+                "newer",
             )
 
     def _count(self, run: Run, *, was_empty: bool) -> tuple[int, int | None]:

@@ -50,7 +50,7 @@ class Current:
 
 
 class Stopper:
-    """Calls rkllm_abort from a thread of its own: never from the callback, never outside of the run it is meant for."""
+    """Calls rkllm_abort from its own thread: never from the callback, only during its run."""
 
     def __init__(self, library: Library, handle: OwnedHandle, current: Current) -> None:
         self._library = library

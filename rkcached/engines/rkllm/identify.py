@@ -58,7 +58,10 @@ _MAX_SCAN: Final = 512 << 20
 _MAX_CHAIN: Final = 1 << 16
 _MAX_NAME: Final = 1024
 
-_GET_ONE = "install librkllmrt.so for aarch64 Linux from Rockchip's rknn-llm, or name it with `engine.library`"
+_GET_ONE = (
+    "install librkllmrt.so for aarch64 Linux from Rockchip's rknn-llm, or name it with "
+    "`engine.library`"
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,10 +104,13 @@ def identify(path: Path) -> LibraryFacts:
 
 
 def choose_abi(facts: LibraryFacts, override: str | None = None) -> Abi:
-    """The binary interface of a library: by its version, cross-checked by its functions; or the one it is told to take.
+    """The binary interface of a library: by its version, cross-checked by its functions.
 
-    `override` is the manifest's engine.abi, any known version; it is taken as long as the functions it needs are there.
-    Errors: RuntimeLibraryError, when version and functions do not add up. A wrong guess would be a crash at run time.
+    Or the one it is told to take.
+
+    `override` is the manifest's engine.abi, any known version; it is taken as long as the functions
+    it needs are there. Errors: RuntimeLibraryError, when version and functions do not add up. A
+    wrong guess would be a crash at run time.
     """
     if LOAD_PROMPT_CACHE not in facts.symbols:
         _refuse_old(facts, f"{facts.path} has no function {LOAD_PROMPT_CACHE}")
@@ -118,15 +124,21 @@ def choose_abi(facts: LibraryFacts, override: str | None = None) -> Abi:
         abi = known[override]
         if missing := abi.functions.keys() - facts.symbols:
             raise RuntimeLibraryError(
-                f"{facts.path} cannot be used with engine.abi {override}: it lacks {', '.join(sorted(missing))}",
-                hint=f"it says it is version {facts.version or 'unknown'}; its functions suggest {_suggested(facts)}",
+                f"{facts.path} cannot be used with engine.abi {override}: it lacks "
+                f"{', '.join(sorted(missing))}",
+                hint=f"it says it is version {facts.version or 'unknown'}; its functions suggest "
+                f"{_suggested(facts)}",
             )
         return abi
     names = ", ".join(abi.name for abi in ABIS)
-    name_it = f"known are {', '.join(known)}; if you know its ABI, set `engine.abi` in the manifest to one of {names}"
+    name_it = (
+        f"known are {', '.join(known)}; if you know its ABI, set `engine.abi` in the manifest to "
+        f"one of {names}"
+    )
     if facts.version is None:
         raise RuntimeLibraryError(
-            f"{facts.path} does not say which RKLLM version it is; its functions suggest {_suggested(facts)}",
+            f"{facts.path} does not say which RKLLM version it is; its functions suggest "
+            f"{_suggested(facts)}",
             hint=name_it,
         )
     if _OLDER.match(f"{facts.version}."):
@@ -185,8 +197,10 @@ def _identify(path: Path) -> LibraryFacts:
         symbols = frozenset(image.exported(strings, tags))
         if not symbols:
             raise RuntimeLibraryError(
-                f"{path} is not an RKLLM runtime: it exports no function whose name begins with {SYMBOL_PREFIX}",
-                hint="librkllmrt.so is meant; librknnrt.so, for example, is Rockchip's library for other networks",
+                f"{path} is not an RKLLM runtime: it exports no function whose name begins with "
+                f"{SYMBOL_PREFIX}",
+                hint="librkllmrt.so is meant; librknnrt.so, for example, is Rockchip's library for "
+                "other networks",
             )
         needed = tuple(image.name(strings, offset) for tag, offset in tags if tag == _DT_NEEDED)
         return LibraryFacts(
@@ -232,8 +246,10 @@ class _Image:
         self.machine = _MACHINES.get(machine, f"ELF machine {machine}")
         if self.machine != platform.machine():
             raise RuntimeLibraryError(
-                f"{self._path} is a library for {self.machine}, this machine is {platform.machine()}",
-                hint="RKLLM runs on boards with a Rockchip NPU; elsewhere use `engine: {kind: llamacpp}`"
+                f"{self._path} is a library for {self.machine}, this machine is "
+                f"{platform.machine()}",
+                hint="RKLLM runs on boards with a Rockchip NPU; elsewhere use `engine: {kind: "
+                "llamacpp}`"
                 if self.machine == "aarch64"
                 else _GET_ONE,
             )
@@ -316,7 +332,7 @@ class _Image:
         return strings[offset:end].decode(errors="replace")
 
     def exported(self, strings: bytes, tags: list[tuple[int, int]]) -> Iterator[str]:
-        """The rkllm_* names that dlsym would find: those of defined symbols, not those that the library asks for."""
+        """The rkllm_* names that dlsym would find: those of symbols that the library defines."""
         entries = dict(tags)
         count = self._count_symbols(entries)
         for at, info, _, section, *_ in _SYMBOL.iter_unpack(
@@ -326,7 +342,10 @@ class _Image:
                 yield self.name(strings, at)
 
     def _count_symbols(self, entries: dict[int, int]) -> int:
-        """Nothing states the length of the symbol table; the hash tables tell the last one that can be found."""
+        """Nothing states the length of the symbol table.
+
+        The hash tables tell the last one that can be found.
+        """
         if (address := entries.get(_DT_HASH)) is not None:
             (_, chains) = struct.unpack("<II", self.at_address(address, 8))
             return int(chains)

@@ -69,9 +69,11 @@ class Library:
             return
         seen = " and ".join(map(str, found)) or "neither"
         raise RuntimeLibraryError(
-            f"{self.path} says it is RKLLM {self.version}, but its default parameters are not laid out so: "
+            f"{self.path} says it is RKLLM {self.version}, but its default parameters are not laid "
+            "out so: "
             f"expected at offset {self.abi.probe_offset} of {offsets}, found at {seen}",
-            hint="it may be a newer or patched runtime; name the ABI it really has as engine.abi in the manifest",
+            hint="it may be a newer or patched runtime; name the ABI it really has as engine.abi "
+            "in the manifest",
         )
 
     def _default_bytes(self) -> bytes:
@@ -88,7 +90,7 @@ class CallError(EngineError):
 
 
 def zeroed_reserved(abi: Abi, param: Any) -> None:
-    """rkllm_createDefaultParam leaves the reserved bytes as they happen to be (decompiled 1.2.1b1)."""
+    """Zero what rkllm_createDefaultParam leaves as it happens to be (decompiled 1.2.1b1)."""
     reserved = param.extend_param.reserved
     ctypes.memset(reserved, 0, ctypes.sizeof(reserved))
     if abi.group in ("D", "E"):

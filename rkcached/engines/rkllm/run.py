@@ -148,7 +148,10 @@ class Run:
         return self._over and not (full and self._ends_itself)
 
     def _whole(self, text: bytes) -> str:
-        """A character that was waited for comes whole, or as its last bytes; nobody documents which."""
+        """A character that was waited for comes whole, or as its last bytes.
+
+        Nobody documents which.
+        """
         held, self._held = self._held, b""
         for candidate in (text, held + text):
             with contextlib.suppress(UnicodeDecodeError):

@@ -1,4 +1,4 @@
-"""A model's `tokenizer.json`: the whole text as tokens, with what the model expects before it and nothing behind it."""
+"""A model's `tokenizer.json`: a text as tokens, with what the model expects before it."""
 
 from __future__ import annotations
 
