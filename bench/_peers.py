@@ -280,8 +280,8 @@ def _facts(workspace: Workspace, texts: _Texts) -> Iterator[Figure]:
         source = workspace.root / "prompts" / f"{prompt}.md"
         seconds = _noticed(daemon, lambda: source.write_text(edited))
         answer = ask_daemon(daemon, f"{MODEL}/{prompt}", question)
-        said = f"tokens reused; built anew without a command, {seconds:.1f} s after the save"
-        yield _fact("after an edit of the prompt", ours, answer.report["cached_tokens"], said)
+        note = f"tokens reused; built anew without a command, {seconds:.1f} s after the save"
+        yield _fact("after an edit of the prompt", ours, answer.report["cached_tokens"], note)
         _noticed(daemon, lambda: source.write_text(system))
 
         for name, damage in (("cut in half", _cut), ("one byte changed", _change_byte)):
@@ -292,19 +292,19 @@ def _facts(workspace: Workspace, texts: _Texts) -> Iterator[Figure]:
             state = answer.report["state"]
             daemon.hang_up()
             healed = _cached_again(daemon, prompt, question)
-            said = f"tokens reused, answer {state}; built anew, then {healed:,}"
-            yield _fact(f"the file {name}", ours, answer.report["cached_tokens"], said)
+            note = f"tokens reused, answer {state}; built anew, then {healed:,}"
+            yield _fact(f"the file {name}", ours, answer.report["cached_tokens"], note)
 
         model = workspace.root / "model.gguf"
         daemon.wait_fresh()
         seconds = _noticed(daemon, lambda: _change_weights(model))
         answer = ask_daemon(daemon, f"{MODEL}/{prompt}", question)
-        said = (
+        note = (
             f"tokens reused, of a cache that was built with the new model; {seconds:.1f} s after "
             "the change"
         )
         yield _fact(
-            "after other weights in the model file", ours, answer.report["cached_tokens"], said
+            "after other weights in the model file", ours, answer.report["cached_tokens"], note
         )
 
 
@@ -338,8 +338,8 @@ def _facts_of_peer(
         )
         peer.restore("kept.bin")
         answer = peer.ask(texts.request(prompt, question, system=edited), 1)
-        said = f"of {tokens:,} tokens reused: slow, and nothing says so; save again by hand"
-        yield _fact("after an edit of the prompt", theirs, answer.last("timings")["cache_n"], said)
+        note = f"of {tokens:,} tokens reused: slow, and nothing says so; save again by hand"
+        yield _fact("after an edit of the prompt", theirs, answer.last("timings")["cache_n"], note)
     with serve() as peer:
         answer = peer.ask(request, 1)
         yield _fact(
@@ -373,15 +373,15 @@ def _facts_of_peer(
     _change_weights(model)
     with serve() as peer:
         answer = peer.ask(request, 1, restore="kept.bin")
-        said = "tokens reused: the old model's state under the new one, and nothing is said"
+        note = "tokens reused: the old model's state under the new one, and nothing is said"
         yield _fact(
-            "after other weights in the model file", theirs, answer.last("timings")["cache_n"], said
+            "after other weights in the model file", theirs, answer.last("timings")["cache_n"], note
         )
     model.unlink()
 
 
-def _fact(name: str, who: str, value: float, said: str) -> Figure:
-    return Figure(part="peers", name=f"{name}: {who}", value=value, unit="", note=said)
+def _fact(name: str, who: str, value: float, note: str) -> Figure:
+    return Figure(part="peers", name=f"{name}: {who}", value=value, unit="", note=note)
 
 
 def _cached_again(daemon: Daemon, prompt: str, question: str) -> int:

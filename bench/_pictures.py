@@ -30,7 +30,9 @@ def draw_scale(figures: Sequence[Figure], facts: dict[str, Any], file: Path) -> 
 
     The aim at the largest as a mark.
     """
-    found: dict[str, dict[int, list[tuple[int, float]]]] = defaultdict(lambda: defaultdict(list))
+    points_of: dict[str, dict[int, list[tuple[int, float]]]] = defaultdict(
+        lambda: defaultdict(list)
+    )
     aims: dict[str, tuple[int, float]] = {}
     for figure in figures:
         if (
@@ -39,15 +41,15 @@ def draw_scale(figures: Sequence[Figure], facts: dict[str, Any], file: Path) -> 
             and match[3] in _PANELS
         ):
             prompts = int(match[1].replace(",", ""))
-            found[match[3]][int(match[2])].append((prompts, figure.value))
+            points_of[match[3]][int(match[2])].append((prompts, figure.value))
             if figure.target is not None:
                 aims[match[3]] = (prompts, figure.target.limit)
-    if not found:
+    if not points_of:
         return
     with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": "rkcached", "font.size": 9}):
         drawing = Drawing(figsize=(10, 5.6), layout="constrained")
         for axes, (name, title) in zip(drawing.subplots(2, 3).flat, _PANELS.items(), strict=True):
-            for models, points in sorted(found[name].items()):
+            for models, points in sorted(points_of[name].items()):
                 label = f"{models} model{'s' * (models > 1)}"
                 axes.plot(
                     *zip(*sorted(points), strict=True),
@@ -56,7 +58,8 @@ def draw_scale(figures: Sequence[Figure], facts: dict[str, Any], file: Path) -> 
                     label=label,
                 )
             last, value = max(
-                (point for points in found[name].values() for point in points), default=(10, 1.0)
+                (point for points in points_of[name].values() for point in points),
+                default=(10, 1.0),
             )
             axes.plot(
                 [last / 10, last],

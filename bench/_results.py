@@ -61,14 +61,14 @@ def of_median(
     note: str = "",
 ) -> Figure:
     """The median of `samples`, with p95 and their number in the note."""
-    said = f"p95 {number(p95(samples))}, n={len(samples)}" + (f"; {note}" if note else "")
+    note_of = f"p95 {number(p95(samples))}, n={len(samples)}" + (f"; {note}" if note else "")
     return Figure(
         part=part,
         name=name,
         value=median(samples),
         unit=unit,
         target=target,
-        note=said,
+        note=note_of,
         samples=tuple(samples),
     )
 

@@ -421,7 +421,7 @@ def _cycle(spec: ModelSpec, cache: Path) -> _Cycled:
             cycles(SAMPLE_CYCLES)
             working_s += time.perf_counter() - started
             growth.append(_resident_mb(process) - base)
-        told = _Cycled(
+        cycled = _Cycled(
             resident_mb=base,
             growth_mb=tuple(growth),
             cycle_us=working_s / CYCLES * 1e6,
@@ -429,7 +429,7 @@ def _cycle(spec: ModelSpec, cache: Path) -> _Cycled:
             more_threads=process.num_threads() - threads,
         )
         engine.close()
-    return told
+    return cycled
 
 
 def _resident_mb(process: psutil.Process) -> float:

@@ -303,12 +303,12 @@ class Site:
     # What is looked at
 
     def workers(self) -> list[psutil.Process]:
-        found = []
+        workers = []
         for child in psutil.Process(self.daemon.pid).children():
             with contextlib.suppress(psutil.NoSuchProcess):
                 if "rkcached.worker.child" in " ".join(child.cmdline()):
-                    found.append(child)
-        return found
+                    workers.append(child)
+        return workers
 
     def held(self) -> dict[str, float]:
         """What the daemon's process holds."""
@@ -352,7 +352,7 @@ def rendered(text: str, question: str) -> str:
     """ChatML, as its authors describe it."""
     turns = (("system", text), ("user", question))
     return (
-        "".join(f"<|im_start|>{role}\n{said}<|im_end|>\n" for role, said in turns)
+        "".join(f"<|im_start|>{role}\n{text_of}<|im_end|>\n" for role, text_of in turns)
         + "<|im_start|>assistant\n"
     )
 

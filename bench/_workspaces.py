@@ -119,9 +119,9 @@ def many(root: Path, prompts: int, models: int) -> Workspace:
         texts[number % models][f"prompt{number:05d}"] = name
     wanted: dict[str, Any] = {}
     for number, named in enumerate(texts):
-        found = number % 2 == 0 and named
+        finds = number % 2 == 0 and named
         wanted[f"model{number}"] = (
-            {"prompts_from": [f"prompts/model{number}/*.md"]} if found else {"prompts": named}
+            {"prompts_from": [f"prompts/model{number}/*.md"]} if finds else {"prompts": named}
         )
         _write_model(root, f"model{number}")
     return _made(root, _memory_manifest(wanted, cache={"max_bytes": "1 GiB"}))

@@ -99,13 +99,13 @@ class Soak:
             for site in self.sites:
                 site.daemon.check_alive()
                 site.note_status()
-            said = "; ".join(
+            progress = "; ".join(
                 f"{s.name}: {s.counts['requests']} asked, {s.counts['hit']} hits, "
                 f"{s.counts['builds']} builds, "
                 f"{s.counts['restarts']} restarts, {len(s.wrong)} wrong"
                 for s in self.sites
             )
-            _console.print(f"{left_s / 60:5.1f} min left; {said}", style="dim")
+            _console.print(f"{left_s / 60:5.1f} min left; {progress}", style="dim")
 
     def stop(self) -> None:
         """End the threads, each after its request."""
@@ -218,13 +218,13 @@ def _warm_up(sites: list[Site], seed: int) -> None:
 
 
 def _leaks(name: str, before: dict[str, float], after: dict[str, float]) -> list[str]:
-    found = []
+    leaks = []
     if (grown := after["memory"] - before["memory"]) > MEMORY_GROWTH_MB:
-        found.append(
+        leaks.append(
             f"{name}: the daemon's resident memory grew by {grown:.1f} MB, more than "
             f"{MEMORY_GROWTH_MB:g} MB"
         )
-    return found + [
+    return leaks + [
         f"{name}: {after[what]:g} {what} at the end, {before[what]:g} at the start"
         for what in ("descriptors", "children", "zombies")
         if after[what] > before[what]
@@ -248,11 +248,12 @@ def _print_table(document: dict[str, Any]) -> None:
         )
     table.add_row("wrong answers", *(str(site["wrong"]) for site in sites.values()))
     for what, unit in (("memory", " MB"), ("descriptors", ""), ("children", "")):
-        said = (
+        texts = (
             f"{site['start'][what]:.1f} → {site['end'][what]:.1f}{unit}" for site in sites.values()
         )
         table.add_row(
-            f"{what}, start → end", *(text.replace(".0", "") if not unit else text for text in said)
+            f"{what}, start → end",
+            *(text.replace(".0", "") if not unit else text for text in texts),
         )
     _console.print(table)
 

@@ -20,14 +20,14 @@ def main() -> None:
     """Print what the file has figures for, as Markdown."""
     document = json.loads(Path(sys.argv[1]).read_text())
     facts = document["machine"]
-    said = (
+    caption = (
         f"*{facts['cores']} cores of {facts['cpu']}, {facts['kernel']}, Python {facts['python']}, "
         "xllamacpp "
         f"{facts['xllamacpp']}, load average {facts['load_average_at_start'][0]:.1f} at the start; "
         "commit "
         f"{facts['commit']}, {facts['date'][:10]}.*"
     )
-    print(textwrap.fill(said, 120))
+    print(textwrap.fill(caption, 120))
     parts: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for figure in document["figures"]:
         parts[figure["part"]].append(figure)

@@ -123,10 +123,10 @@ def documented_keys() -> Iterator[tuple[str, str, str]]:
         if line.strip().startswith("#"):
             comment.append(line.strip().removeprefix("#").strip())
             continue
-        if found := _KEY_LINE.match(line):
-            way[len(found["indent"]) // 2 :] = [found["key"]]
-            if comment and comment[0].startswith(f"{found['key']}: "):
-                accepts = comment[0].removeprefix(f"{found['key']}: ")
+        if match := _KEY_LINE.match(line):
+            way[len(match["indent"]) // 2 :] = [match["key"]]
+            if comment and comment[0].startswith(f"{match['key']}: "):
+                accepts = comment[0].removeprefix(f"{match['key']}: ")
                 yield dotted(way), accepts, " ".join(comment[1:])
         comment = []
 

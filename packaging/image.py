@@ -31,14 +31,14 @@ def find_target(root: Path, python: str, machine: str) -> Target:
     """
     if not python or not machine:
         program = _inside(root, Path("/usr/bin/python3"))
-        found = re.fullmatch(r"python(3\.\d+)", program.name)
-        if found is None or not program.is_file():
+        match = re.fullmatch(r"python(3\.\d+)", program.name)
+        if match is None or not program.is_file():
             raise SystemExit(
                 f"{root} has no /usr/bin/python3 that says which Python the image has: install "
                 "Python there first, "
                 "or name it: TARGET_PYTHON=3.13 TARGET_MACHINE=aarch64"
             )
-        python = python or found[1]
+        python = python or match[1]
         machine = machine or _machine_of(program)
 
     if tuple(map(int, python.split("."))) < OLDEST:

@@ -170,8 +170,8 @@ def collect(
         }
     folder = cache / f"{target.machine}-{target.python}"
     stamp = folder / "requirements.json"
-    said = json.dumps(sorted(wanted))
-    if not stamp.exists() or stamp.read_text() != said:
+    content = json.dumps(sorted(wanted))
+    if not stamp.exists() or stamp.read_text() != content:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
         others = [wheel for wheel in like if wheel.name not in made_here]
@@ -189,7 +189,7 @@ def collect(
             roots, [*own, *map(Wheel.read, sorted(folder.glob("*.whl")))], target
         )
         if not missing:
-            stamp.write_text(said)
+            stamp.write_text(content)
             return taken
         _download(missing, target, folder)
     raise SystemExit(

@@ -147,19 +147,22 @@ class Board:
             return Check(
                 name=name, outcome=Outcome.SKIP, finding="not looked for: there is no NPU to use it"
             )
-        path, told = self._below(str(EngineConfig().library)), None
+        path = self._below(str(EngineConfig().library))
+        override = None
         if manifest is not None and self._uses_rkllm:
-            told = manifest.engine.abi
+            override = manifest.engine.abi
             if "library" in manifest.engine.model_fields_set:
                 path = manifest.engine.library
         try:
             facts = identify(path)
-            abi = choose_abi(facts, told)
+            abi = choose_abi(facts, override)
         except RuntimeLibraryError as error:
             return self._wanting(name, error.message, error.hint)
         self.runtime_version = facts.version or abi.name
-        said = f"RKLLM {facts.version or '(version unknown)'}, ABI {abi.name} (group {abi.group})"
-        said += ", as engine.abi says" if told else ""
+        description = (
+            f"RKLLM {facts.version or '(version unknown)'}, ABI {abi.name} (group {abi.group})"
+        )
+        description += ", as engine.abi says" if override else ""
         if (
             facts.version is not None
             and facts.version not in abi.versions
@@ -169,10 +172,10 @@ class Board:
             return Check(
                 name=name,
                 outcome=Outcome.WARN,
-                finding=f"{path}: {said}, which contradicts",
+                finding=f"{path}: {description}, which contradicts",
                 next_step=step,
             )
-        return Check(name=name, outcome=Outcome.OK, finding=f"{path}: {said}")
+        return Check(name=name, outcome=Outcome.OK, finding=f"{path}: {description}")
 
     def devices(self) -> Check:
         name = "NPU devices"
@@ -211,7 +214,7 @@ class Board:
         if not self.has_npu:
             return self._without_npu(name, "there is no NPU driver")
         places = ("/sys/module/rknpu/version", "/sys/kernel/debug/rknpu/version")
-        found = next(
+        version = next(
             (
                 match[0]
                 for text in map(self._fact, places)
@@ -219,7 +222,7 @@ class Board:
             ),
             None,
         )
-        if found is None:
+        if version is None:
             finding = "the driver's version cannot be read"
             next_step = (
                 f"as root: sudo cat {places[1]}"
@@ -227,12 +230,12 @@ class Board:
                 else "is debugfs mounted, and the module loaded?"
             )
             return Check(name=name, outcome=Outcome.SKIP, finding=finding, next_step=next_step)
-        if tuple(map(int, found.split("."))) < OLDEST_DRIVER:
+        if tuple(map(int, version.split("."))) < OLDEST_DRIVER:
             wanted = ".".join(map(str, OLDEST_DRIVER))
-            finding = f"version {found} is older than {wanted}, which RKLLM asks for"
+            finding = f"version {version} is older than {wanted}, which RKLLM asks for"
             next_step = f"update the board's kernel to one with RKNPU driver {wanted} or newer"
             return Check(name=name, outcome=Outcome.WARN, finding=finding, next_step=next_step)
-        return Check(name=name, outcome=Outcome.OK, finding=f"version {found}")
+        return Check(name=name, outcome=Outcome.OK, finding=f"version {version}")
 
     def npu_clock(self) -> Check:
         name = "NPU clock"
@@ -244,7 +247,7 @@ class Board:
         return self._devfreq("DDR clock", self._glob("/sys/class/devfreq/dmc"))
 
     def _devfreq(self, name: str, folders: list[Path]) -> Check:
-        found = [
+        clocks = [
             _Clock(
                 governor=self._fact(folder / "governor") or "",
                 now=_megahertz(self._fact(folder / "cur_freq"), 1_000_000),
@@ -256,10 +259,10 @@ class Board:
             "echo performance | sudo tee "
             f"{' '.join(self._shown(folder / 'governor') for folder in folders)}"
         )
-        return _judge_clocks(name, found, command)
+        return _judge_clocks(name, clocks, command)
 
     def cpu_clock(self) -> Check:
-        found = [
+        clocks = [
             _Clock(
                 governor=self._fact(policy / "scaling_governor") or "",
                 now=_megahertz(self._fact(policy / "scaling_cur_freq"), 1000),
@@ -270,7 +273,7 @@ class Board:
         command = (
             "echo performance | sudo tee /sys/devices/system/cpu/cpufreq/policy*/scaling_governor"
         )
-        return _judge_clocks("CPU clock", found, command)
+        return _judge_clocks("CPU clock", clocks, command)
 
     def memory(self, manifest: Manifest) -> Check:
         """One model at a time is taken for granted: more of them fit or not by what else runs."""

@@ -103,21 +103,21 @@ def examine(manifest_file: Path | None, cache_dir: Path, *, root: Path = Path("/
     checks = [about_manifest, board.soc(), board.library(manifest), board.devices(), board.driver()]
     checks += [board.npu_clock(), board.ddr_clock(), board.cpu_clock()]
     if manifest is not None:
-        found = _look_at(manifest)
+        files = _look_at(manifest)
         checks += _engine(manifest)
-        checks += _models(manifest, board.runtime_version, found)
+        checks += _models(manifest, board.runtime_version, files)
         checks += [
-            _prompts(found),
+            _prompts(files),
             board.memory(manifest),
-            _disk(manifest, found.sources, cache_dir),
+            _disk(manifest, files.sources, cache_dir),
         ]
     return Report(npu=board.has_npu, checks=tuple(checks))
 
 
 def as_service(report: Report, settings: Settings) -> Report:
     """The report with what the daemon itself may see and open, if root asks about its unit."""
-    found = unit.installed()
-    if os.geteuid() != 0 or found is None or not found.uses(manifest=settings.manifest):
+    installed = unit.installed()
+    if os.geteuid() != 0 or installed is None or not installed.uses(manifest=settings.manifest):
         return report
     words = [
         "doctor",
@@ -126,22 +126,24 @@ def as_service(report: Report, settings: Settings) -> Report:
         f"--cache-dir={settings.cache_dir}",
     ]
     try:
-        said = subprocess.run(
-            found.command(words),
-            env={**isolated.environment(), unit.MARK: str(found.pid)},
+        output_of_service = subprocess.run(
+            installed.command(words),
+            env={**isolated.environment(), unit.MARK: str(installed.pid)},
             capture_output=True,
             text=True,
             timeout=_CHILD_S,
             check=False,
         ).stdout
-        its = {
-            one["name"]: Check(**{**one, "outcome": Outcome(one["outcome"])})
-            for one in json.loads(said)["checks"]
+        service_checks = {
+            check["name"]: Check(**{**check, "outcome": Outcome(check["outcome"])})
+            for check in json.loads(output_of_service)["checks"]
         }
     except (OSError, ValueError, KeyError, TypeError, subprocess.SubprocessError):
         return report
     checks = [
-        its.get(own.name, own) if own.name in _BY_ITSELF or own.name.startswith("model ") else own
+        service_checks.get(own.name, own)
+        if own.name in _BY_ITSELF or own.name.startswith("model ")
+        else own
         for own in report.checks
     ]
     return Report(npu=report.npu, checks=tuple(checks))
@@ -172,10 +174,10 @@ def print_report(console: Console, report: Report) -> None:
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
     for check in report.checks:
-        said = Text(check.finding, style="dim" if check.outcome is Outcome.SKIP else "")
+        text = Text(check.finding, style="dim" if check.outcome is Outcome.SKIP else "")
         if check.next_step:
-            said.append(f"\n{check.next_step}", style="dim")
-        table.add_row(Text(check.outcome.value, style=_STYLE[check.outcome]), check.name, said)
+            text.append(f"\n{check.next_step}", style="dim")
+        table.add_row(Text(check.outcome.value, style=_STYLE[check.outcome]), check.name, text)
     console.print(table)
     counts = Counter(check.outcome for check in report.checks)
     words = {
@@ -262,10 +264,10 @@ def _engine(manifest: Manifest) -> Iterator[Check]:
         yield Check(name="engine", outcome=Outcome.OK, finding=f"{kind.value} {runtime.version}")
 
 
-def _prompts(found: _Found) -> Check:
-    troubles = [*found.unlisted_models.values(), *found.prompts.values()]
+def _prompts(files: _Found) -> Check:
+    troubles = [*files.unlisted_models.values(), *files.prompts.values()]
     if not troubles:
-        finding = f"{_prompts_of(len(found.sources.prompts))}, all readable"
+        finding = f"{_prompts_of(len(files.sources.prompts))}, all readable"
         return Check(name="prompts", outcome=Outcome.OK, finding=finding)
     more = f", and {len(troubles) - 1} more with such problems" if len(troubles) > 1 else ""
     finding, next_step = (
@@ -275,10 +277,10 @@ def _prompts(found: _Found) -> Check:
     return Check(name="prompts", outcome=Outcome.FAIL, finding=finding, next_step=next_step)
 
 
-def _models(manifest: Manifest, runtime_version: str | None, found: _Found) -> Iterator[Check]:
+def _models(manifest: Manifest, runtime_version: str | None, files: _Found) -> Iterator[Check]:
     for model, config in manifest.models.items():
         name, path = f"model {model}", config.path
-        size, trouble = size_of(path), found.models.get(model)
+        size, trouble = size_of(path), files.models.get(model)
         if trouble is not None:
             yield Check(
                 name=name, outcome=Outcome.FAIL, finding=trouble.message, next_step=trouble.hint
@@ -314,17 +316,17 @@ def _rkllm_model(name: str, path: Path, size: int, runtime_version: str | None) 
     try:
         with path.open("rb") as file:
             file.seek(max(0, size - _TAIL_BYTES))
-            found = _TOOLKIT.findall(file.read(_TAIL_BYTES))
+            toolkits = _TOOLKIT.findall(file.read(_TAIL_BYTES))
     except OSError as error:
         return Check(
             name=name, outcome=Outcome.FAIL, finding=f"{path} cannot be read: {error.strerror}"
         )
     shown = f"{path}, {words.size(size)}"
-    if not found:
+    if not toolkits:
         finding = f"{shown}: it does not name the rkllm-toolkit that made it; not an RKLLM model?"
         next_step = "the RKLLM engine loads .rkllm files only, which rkllm-toolkit makes on a PC"
         return Check(name=name, outcome=Outcome.WARN, finding=finding, next_step=next_step)
-    toolkit = found[-1].decode().rstrip(".")
+    toolkit = toolkits[-1].decode().rstrip(".")
     if runtime_version is None:
         finding = (
             f"{shown}, made by rkllm-toolkit {toolkit}; there is no runtime to compare it with"
@@ -365,9 +367,9 @@ def _estimate(manifest: Manifest, sources: Sources, cache_dir: Path) -> tuple[in
     known_bytes = known = unknown = 0
     for name, config in manifest.models.items():
         texts = [
-            len(one.source.text.encode())
-            for key, one in sources.prompts.items()
-            if key.model == name and isinstance(one.source, PromptSource)
+            len(declared.source.text.encode())
+            for key, declared in sources.prompts.items()
+            if key.model == name and isinstance(declared.source, PromptSource)
         ]
         rate = _bytes_per_letter(cache_dir / name)
         if rate is None:
@@ -378,13 +380,13 @@ def _estimate(manifest: Manifest, sources: Sources, cache_dir: Path) -> tuple[in
         else:
             known += len(texts)
             known_bytes += round(sum(texts) * rate)
-    said = [f"about {words.size(known_bytes)} needed by {_prompts_of(known)}"] if known else []
-    said += (
+    parts = [f"about {words.size(known_bytes)} needed by {_prompts_of(known)}"] if known else []
+    parts += (
         [f"what {_prompts_of(unknown)} will take is not known before one is built"]
         if unknown
         else []
     )
-    return known_bytes, ", and ".join(said) or "no prompt needs space"
+    return known_bytes, ", and ".join(parts) or "no prompt needs space"
 
 
 def _bytes_per_letter(folder: Path) -> float | None:

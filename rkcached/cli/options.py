@@ -72,12 +72,12 @@ def _bad_setting(error: ValueError) -> SettingsError:
     )
 
 
-def _words(its: dict[str, Path], others: dict[str, Any]) -> list[str]:
+def _words(paths: dict[str, Path], others: dict[str, Any]) -> list[str]:
     """The command's own line again, with these places."""
     context = click.get_current_context()
     words = [
         str(context.info_name),
-        *(f"--{name.replace('_', '-')}={path}" for name, path in its.items()),
+        *(f"--{name.replace('_', '-')}={path}" for name, path in paths.items()),
     ]
     words += [
         option.opts[0]
@@ -85,12 +85,18 @@ def _words(its: dict[str, Path], others: dict[str, Any]) -> list[str]:
         if option.name in others and others[option.name] is True
     ]
     arguments = [
-        others[one.name] for one in context.command.params if isinstance(one, click.Argument)
+        others[argument.name]
+        for argument in context.command.params
+        if isinstance(argument, click.Argument)
     ]
     return [
         *words,
         "--",
-        *(word for one in arguments for word in ([one] if isinstance(one, str) else one)),
+        *(
+            word
+            for argument in arguments
+            for word in ([argument] if isinstance(argument, str) else argument)
+        ),
     ]
 
 
@@ -119,8 +125,8 @@ def places(
             if as_service:
                 from rkcached.host import unit
 
-                its = {name: getattr(settings, name) for name in names}
-                unit.become_it(_words(its, kwargs), **its)
+                paths = {name: getattr(settings, name) for name in names}
+                unit.become_it(_words(paths, kwargs), **paths)
             return command(settings=settings if listens else settings.of_client(), **kwargs)
 
         for name in reversed(names):

@@ -61,14 +61,14 @@ class ServiceView:
         return replace(self, models=models, prompts=prompts)
 
     def models_in_trouble(self, manifest: Manifest, desired: Desired) -> dict[str, Trouble]:
-        found = {}
+        troubles = {}
         for name, model in desired.models.items():
             trouble = model if isinstance(model, Trouble) else None
             if name in self.models:
                 trouble = _of_both(trouble, self.models[name], [manifest.models[name].path])
             if trouble is not None:
-                found[name] = trouble
-        return found
+                troubles[name] = trouble
+        return troubles
 
     def prompts_in_trouble(
         self, manifest: Manifest, sources: Sources, desired: Desired
@@ -77,7 +77,8 @@ class ServiceView:
 
         A prompt may have a trouble of its own besides.
         """
-        models, found = self.models_in_trouble(manifest, desired), {}
+        models = self.models_in_trouble(manifest, desired)
+        troubles: dict[Key, Trouble] = {}
         for key, prompt in desired.prompts.items():
             declared = sources.prompts[key]
             own = (
@@ -87,11 +88,13 @@ class ServiceView:
             )
             trouble = own if isinstance(own, Trouble) else None
             if (seen := self.prompts.get(key)) is not None:
-                told = None if str(seen.trouble) == str(models.get(key.model)) else seen.trouble
-                trouble = _of_both(trouble, told, declared.files)
+                of_daemon = (
+                    None if str(seen.trouble) == str(models.get(key.model)) else seen.trouble
+                )
+                trouble = _of_both(trouble, of_daemon, declared.files)
             if trouble is not None:
-                found[key] = trouble
-        return found
+                troubles[key] = trouble
+        return troubles
 
     def over(self, look: Observation) -> Observation:
         """The look, with the daemon's assessments of what it knows better than the caller."""
@@ -117,12 +120,12 @@ class ServiceView:
 
 
 def _of_both(
-    own: Trouble | None, told: Trouble | None, files: Iterable[Path | str]
+    own: Trouble | None, of_daemon: Trouble | None, files: Iterable[Path | str]
 ) -> Trouble | None:
     """The caller's trouble where the daemon sees the same or the caller can know. Else its own."""
-    if str(own) == str(told) or (told is None and _may_read(files)):
+    if str(own) == str(of_daemon) or (of_daemon is None and _may_read(files)):
         return own
-    return told
+    return of_daemon
 
 
 def _may_read(files: Iterable[Path | str]) -> bool:
@@ -149,12 +152,13 @@ def view_of(
     Who looks with its eyes, or has started it himself, needs to hear it only for what no eyes see,
     with `ask`: until it has looked again, it speaks of what was.
     """
-    seeing, found = os.environ.get(unit.MARK), unit.installed()
-    if found is not None and not found.uses(manifest=settings.manifest):
-        found = None
-    if found is None and not ask:
+    seeing = os.environ.get(unit.MARK)
+    installed = unit.installed()
+    if installed is not None and not installed.uses(manifest=settings.manifest):
+        installed = None
+    if installed is None and not ask:
         return ServiceView(whose=AS_SERVICE if seeing is not None else "")
-    if (socket := _socket(settings, found)) is not None:
+    if (socket := _socket(settings, installed)) is not None:
         status = _status(socket)
         if (
             status is not None
@@ -162,7 +166,7 @@ def view_of(
             and status["manifest"]["file"] == str(settings.manifest)
         ):
             return said_by(status)
-    return ServiceView() if found is None else hidden_by(found, manifest, sources)
+    return ServiceView() if installed is None else hidden_by(installed, manifest, sources)
 
 
 def said_by(status: Mapping[str, Any]) -> ServiceView:
@@ -185,12 +189,12 @@ def said_by(status: Mapping[str, Any]) -> ServiceView:
     return ServiceView(models=models, prompts=prompts, whose=AS_SERVICE)
 
 
-def hidden_by(found: unit.Unit, manifest: Manifest, sources: Sources) -> ServiceView:
+def hidden_by(installed: unit.Unit, manifest: Manifest, sources: Sources) -> ServiceView:
     """What the unit would hide of that which the manifest names."""
 
     def troubles(*paths: Path | str | None) -> Iterator[Trouble]:
-        for path in (one for one in paths if one is not None):
-            if place := found.hides(path):
+        for path in (given for given in paths if given is not None):
+            if place := installed.hides(path):
                 words = hidden(place, Path(os.path.realpath(path)).parent)
                 yield Trouble(message=f"{path} cannot be read: {words.reason}", hint=words.hint)
 
@@ -202,7 +206,7 @@ def hidden_by(found: unit.Unit, manifest: Manifest, sources: Sources) -> Service
             models.setdefault(name, trouble)
         for pattern in model.prompts_from:
             folder = Path(pattern).parent
-            if place := found.hides(folder):
+            if place := installed.hides(folder):
                 words = hidden(place, Path(os.path.realpath(folder)))
                 message = f"{folder} cannot be listed: {words.reason}"
                 unlisted.setdefault(name, Trouble(message=message, hint=words.hint))
@@ -218,11 +222,11 @@ def _blocked(own: Assessment) -> bool:
     return own.state is State.BLOCKED
 
 
-def _socket(settings: Settings, found: unit.Unit | None) -> Path | None:
+def _socket(settings: Settings, installed: unit.Unit | None) -> Path | None:
     """Where to ask; None where asking would start the daemon, or there is none."""
     system = Path(os.environ.get("RKCACHED_SOCKET") or places.SYSTEM_RUNTIME / places.SOCKET_NAME)
-    if found is not None:
-        return system if found.pid else None
+    if installed is not None:
+        return system if installed.pid else None
     if (pid := os.environ.get(unit.MARK)) is not None:
         return system if pid != "0" else None
     own = settings.socket

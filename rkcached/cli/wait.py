@@ -175,8 +175,8 @@ def _status(socket: Path, *, look: bool, patience_s: float) -> dict[str, Any]:
 def _check_manifest(status: dict[str, Any]) -> None:
     """Errors: ManifestError, as nobody knows then what is declared."""
     problems = []
-    for told in status["manifest"]["problems"]:
-        place, _, message = told.partition(": ")
+    for problem in status["manifest"]["problems"]:
+        place, _, message = problem.partition(": ")
         problems.append(Problem(file=place, line=0, message=message))
     if problems:
         raise ManifestError(tuple(problems))
@@ -197,7 +197,9 @@ def _chosen(names: Sequence[str], status: dict[str, Any]) -> list[dict[str, Any]
             )
             raise SourceError(f"{name!r} is not declared", hint=hint)
     return [
-        one for one in declared if not names or one["model"] in names or show.name_of(one) in names
+        prompt
+        for prompt in declared
+        if not names or prompt["model"] in names or show.name_of(prompt) in names
     ]
 
 
@@ -206,11 +208,11 @@ def _troubles(names: Sequence[str], status: dict[str, Any]) -> Iterator[NotFresh
     declared = [prompt for prompt in status["prompts"] if show.is_declared(prompt)]
     for model in status["models"]:
         own = [prompt for prompt in declared if prompt["model"] == model["name"]]
-        told = any(prompt["state"] in _LASTING for prompt in own)
+        explained = any(prompt["state"] in _LASTING for prompt in own)
         unknown = {name for name in names if name.partition("/")[0] == model["name"]} - set(
             map(show.name_of, own)
         )
-        if model["trouble"] and not told and (unknown or not names):
+        if model["trouble"] and not explained and (unknown or not names):
             yield NotFresh(f"model {model['name']}: {model['trouble']}")
 
 
@@ -225,13 +227,13 @@ def _never(prompt: dict[str, Any]) -> NotFresh | None:
 
 def _sentence(waiting: Sequence[dict[str, Any]]) -> str:
     """What each of them does, with the first few by name."""
-    told = [
+    parts = [
         f"{show.name_of(prompt)} is {prompt['state']}{_more(prompt)}"
         for prompt in waiting[:_MOST_NAMES]
     ]
-    if more := len(waiting) - len(told):
-        told.append(f"{more} more")
-    return printable(", ".join(told))
+    if more := len(waiting) - len(parts):
+        parts.append(f"{more} more")
+    return printable(", ".join(parts))
 
 
 def _more(prompt: dict[str, Any]) -> str:

@@ -221,7 +221,7 @@ class MemoryEngine:
         started = time.monotonic()
         finish, decoded = FinishReason.ABORT, 0
         if complete:
-            scripted = [said for marker, said in self._model.script.items() if marker in prompt]
+            scripted = [text for marker, text in self._model.script.items() if marker in prompt]
             finish, decoded = self._decode(sampling, on_token, trace=trace, scripted=scripted[-1:])
         return RunStats(
             finish=finish,
@@ -410,14 +410,14 @@ def _answer(state: int, sampling: Sampling, room: int) -> tuple[bytes, int, Fini
     answer = bytes(stream[:count])
     # Of several stop strings the one that is complete first ends the answer, as with any engine
     # that streams.
-    found = [
+    stops = [
         (at + len(stop), at)
         for stop in map(_encode, sampling.stop)
         if stop and (at := answer.find(stop)) >= 0
     ]
-    if not found:
+    if not stops:
         return answer, len(answer), FinishReason.LENGTH
-    end, begin = min(found)
+    end, begin = min(stops)
     return answer[:end], begin, FinishReason.STOP
 
 

@@ -37,15 +37,15 @@ def free(place: Path) -> Free:
     """Of the disk that `place` is on, or will be on once it is made. Errors: OSError."""
     while not place.exists() and place != place.parent:
         place = place.parent
-    found = os.statvfs(place)
+    figures = os.statvfs(place)
     mount = place
     while not mount.is_mount():
         mount = mount.parent
     return Free(
         mount=mount,
-        size_bytes=found.f_blocks * found.f_frsize,
-        free_bytes=found.f_bavail * found.f_frsize,
-        inodes=found.f_favail if found.f_files else None,
+        size_bytes=figures.f_blocks * figures.f_frsize,
+        free_bytes=figures.f_bavail * figures.f_frsize,
+        inodes=figures.f_favail if figures.f_files else None,
     )
 
 

@@ -57,11 +57,11 @@ def folders() -> list[str]:
 
     They are looked into last.
     """
-    found = [str(_PACKAGE.parent)]
+    places = [str(_PACKAGE.parent)]
     user_site = site.USER_SITE if site.ENABLE_USER_SITE else None
     if user_site is not None and user_site in sys.path and _is_own(user_site):
-        found.append(user_site)
-    return found
+        places.append(user_site)
+    return places
 
 
 def _is_own(folder: str) -> bool:

@@ -55,10 +55,10 @@ class Service:
 
         To be called by the reconcile loop alone.
         """
-        said = ["WATCHDOG=1"] if self._watchdog_s is not None else []
+        states = ["WATCHDOG=1"] if self._watchdog_s is not None else []
         if self._awaited:
-            said.append(f"EXTEND_TIMEOUT_USEC={int(_EXTENSION_S * 1e6)}")
-        self._tell(*said)
+            states.append(f"EXTEND_TIMEOUT_USEC={int(_EXTENSION_S * 1e6)}")
+        self._tell(*states)
 
     def ready(self) -> None:
         self._awaited = False

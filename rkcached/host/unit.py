@@ -111,12 +111,12 @@ def become_it(words: Sequence[str], **places: Path) -> None:
     """
     if os.geteuid() != 0:
         return
-    found = installed()
-    if found is None or not found.uses(**places):
+    unit = installed()
+    if unit is None or not unit.uses(**places):
         return
     with contextlib.suppress(KeyError, OSError):
-        command = found.command(words)
-        os.execvpe(command[0], command, {**isolated.environment(), MARK: str(found.pid)})  # noqa: S606 - a list, no shell
+        command = unit.command(words)
+        os.execvpe(command[0], command, {**isolated.environment(), MARK: str(unit.pid)})  # noqa: S606 - a list, no shell
 
 
 def installed() -> Unit | None:
@@ -140,11 +140,11 @@ def installed() -> Unit | None:
 
 def unit_of(facts: Mapping[str, str]) -> Unit | None:
     """By the properties that systemd shows; None if it is not loaded."""
-    found = re.match(r"\{ path=(.+?) ; argv\[\]=(.*?) ;", facts.get("ExecStart", ""))
-    if facts.get("LoadState") != "loaded" or found is None:
+    match = re.match(r"\{ path=(.+?) ; argv\[\]=(.*?) ;", facts.get("ExecStart", ""))
+    if facts.get("LoadState") != "loaded" or match is None:
         return None
     variables = _variables(facts)
-    for name, value in re.findall(r" --(manifest|cache-dir|state-dir)[ =](\S+)", found[2]):
+    for name, value in re.findall(r" --(manifest|cache-dir|state-dir)[ =](\S+)", match[2]):
         variables[f"RKCACHED_{name.replace('-', '_').upper()}"] = value
     defaults = {
         "manifest": places.SYSTEM_MANIFEST,
@@ -152,7 +152,7 @@ def unit_of(facts: Mapping[str, str]) -> Unit | None:
         "state_dir": places.SYSTEM_STATE,
     }
     return Unit(
-        program=found[1],
+        program=match[1],
         pid=int(facts.get("MainPID") or 0),
         places={
             name: Path(variables.get(f"RKCACHED_{name.upper()}") or place)

@@ -398,10 +398,10 @@ def places(files: Iterable[Path], folders: Iterable[Path]) -> dict[str, Place]:
 
     Reads links: may block.
     """
-    found: dict[str, set[str] | None] = {}
+    entries: dict[str, set[str] | None] = {}
 
     def add(folder: str, name: str) -> None:
-        if (names := found.setdefault(folder, set())) is not None and name:
+        if (names := entries.setdefault(folder, set())) is not None and name:
             names.add(name)
 
     by_folder: dict[Path, list[str]] = defaultdict(list)
@@ -416,14 +416,14 @@ def places(files: Iterable[Path], folders: Iterable[Path]) -> dict[str, Place]:
         if last != _ANY:  # the folder does not exist
             continue
         if parent in everything:
-            found[folder] = None
+            entries[folder] = None
         for name in by_folder.get(parent, ()):
             linked = os.path.islink(os.path.join(folder, name))  # noqa: PTH114, PTH118 - strings, as events carry them
             for place in trail(parent / name) if linked else [(folder, name)]:
                 add(*place)
 
     remote = _remote_devices()
-    return {folder: _place(folder, names, remote) for folder, names in found.items()}
+    return {folder: _place(folder, names, remote) for folder, names in entries.items()}
 
 
 def trail(path: Path) -> list[tuple[str, str]]:

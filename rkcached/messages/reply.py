@@ -173,8 +173,8 @@ class Reply:
 
     def _until(self, tag: str) -> tuple[str, str]:
         """Take the text before `tag`, and the tag; or what cannot be a part of it, and nothing."""
-        text, found, rest = self._held.partition(tag)
-        if found:
+        text, tag_found, rest = self._held.partition(tag)
+        if tag_found:
             self._held = rest
             return text, tag
         keep = next(

@@ -151,9 +151,9 @@ class Renderer:
             try:
                 self._running.append(start("rkcached.messages.sandbox"))
             except OSError as error:
-                said = f"the process that renders templates cannot be started: {error}"
+                message = f"the process that renders templates cannot be started: {error}"
                 raise TemplateExhausted(
-                    said, hint="is the machine out of memory or processes?"
+                    message, hint="is the machine out of memory or processes?"
                 ) from error
         return self._running[0]
 

@@ -48,16 +48,16 @@ def model_facts(
     look: Observation | None, engine: str, runtime: str | None, model: str, daemon: int = 0
 ) -> ModelFacts:
     """`daemon` is its process, whose cores count where the manifest names no threads."""
-    found = look.desired.models.get(model) if look is not None else None
-    if look is None or not isinstance(found, DesiredModel):
+    desired = look.desired.models.get(model) if look is not None else None
+    if look is None or not isinstance(desired, DesiredModel):
         return ModelFacts(engine=engine, runtime=runtime)
-    params: dict[str, float | int | None] = {**found.config.sampling(None)}
-    params["max_context_len"] = found.config.params.max_context_len
+    params: dict[str, float | int | None] = {**desired.config.sampling(None)}
+    params["max_context_len"] = desired.config.params.max_context_len
     return ModelFacts(
         engine=engine,
-        runtime=runtime or found.runtime.version,
-        file=str(found.config.path),
-        digest=found.source.digest,
+        runtime=runtime or desired.runtime.version,
+        file=str(desired.config.path),
+        digest=desired.source.digest,
         params=params,
         threads=_threads(look, daemon),
     )
@@ -81,20 +81,20 @@ class Alone:
     """
 
     def __init__(self, look: Observation, model: str) -> None:
-        found = look.desired.models.get(model)
-        if not isinstance(found, DesiredModel):
-            raise NotPossible(f"{model} cannot be used: {found or 'it is not in the manifest'}")
-        needed, available = model_bytes(look.manifest, found.config) * 5 // 4, available_bytes()
+        desired = look.desired.models.get(model)
+        if not isinstance(desired, DesiredModel):
+            raise NotPossible(f"{model} cannot be used: {desired or 'it is not in the manifest'}")
+        needed, available = model_bytes(look.manifest, desired.config) * 5 // 4, available_bytes()
         if available and available < needed:
             raise NotPossible(
                 f"a second {model} needs about {words.size(needed)} of memory, "
                 f"{words.size(available)} are available"
             )
         self._look = look
-        self._model = found
+        self._model = desired
         self._stack = contextlib.ExitStack()
         try:
-            self._engine = self._stack.enter_context(DirectEngine(look.manifest.engine, found))
+            self._engine = self._stack.enter_context(DirectEngine(look.manifest.engine, desired))
         except RkcachedError as error:
             raise NotPossible(f"a second {model} cannot be loaded: {error.message}") from error
 
@@ -119,13 +119,13 @@ class Alone:
         )
         time.sleep(PAUSE_S)
         try:
-            told = self._engine.ask(ask)
+            answer = self._engine.ask(ask)
         except RkcachedError as error:
             raise NotPossible(error.message) from error
         time.sleep(PAUSE_S)
         return DirectRun(
-            ttft_ms=round(told.ttft_ms, 3),
-            load_ms=round(told.load_ms, 3),
-            prefill_ms=round(told.stats.prefill_ms, 3),
-            cached_tokens=told.stats.cached_tokens,
+            ttft_ms=round(answer.ttft_ms, 3),
+            load_ms=round(answer.load_ms, 3),
+            prefill_ms=round(answer.stats.prefill_ms, 3),
+            cached_tokens=answer.stats.cached_tokens,
         )

@@ -167,17 +167,17 @@ def _run(ttft_ms: float, report: dict[str, Any], usage: dict[str, Any]) -> Run:
 
 def _why_not(state: State, report: dict[str, Any]) -> str:
     """Why an answer is not in the state it was to be in; empty if it is."""
-    found, reason = report["state"], report["reason"]
+    actual, reason = report["state"], report["reason"]
     if state is State.COLD:
-        if found != "cold" or report["load_ms"] or report["cached_tokens"]:
+        if actual != "cold" or report["load_ms"] or report["cached_tokens"]:
             return (
                 f"an answer without cache took {report['cached_tokens']} tokens from one (state "
-                f"{found})"
+                f"{actual})"
             )
         return ""
-    if found not in ("hit", "loaded"):
-        said = f"the answer's state was {found}" + (f": {reason}" if reason else "")
-        return said + (f"; {report['cached_tokens']} tokens were reused" if found == "miss" else "")
+    if actual not in ("hit", "loaded"):
+        why = f"the answer's state was {actual}" + (f": {reason}" if reason else "")
+        return why + (f"; {report['cached_tokens']} tokens were reused" if actual == "miss" else "")
     if state is State.FILE and not report["load_ms"]:
         return "the file was not loaded: other clients asked the same prompt in between"
     if state is State.MEMORY and report["load_ms"]:

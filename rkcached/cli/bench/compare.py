@@ -71,9 +71,11 @@ def compare(before: Results, after: Results) -> Comparison:
 
 def _warnings(before: Results, after: Results) -> Iterator[str]:
     """What both say once."""
-    for said in dict.fromkeys([*before.warnings, *after.warnings]):
-        sides = [name for name, one in (("A", before), ("B", after)) if said in one.warnings]
-        yield f"{' and '.join(sides)}: {said}"
+    for warning in dict.fromkeys([*before.warnings, *after.warnings]):
+        sides = [
+            name for name, results in (("A", before), ("B", after)) if warning in results.warnings
+        ]
+        yield f"{' and '.join(sides)}: {warning}"
 
 
 def _pairs(
@@ -90,8 +92,8 @@ def _named(results: Results) -> dict[str, PromptResult]:
 
 def _rows(name: str, before: PromptResult | None, after: PromptResult | None) -> Iterator[Row]:
     if before is None or after is None:
-        said = f"only in {'B' if before is None else 'A'}"
-        yield Row(prompt=name, what="", before=None, after=None, ratio=None, verdict=said)
+        verdict = f"only in {'B' if before is None else 'A'}"
+        yield Row(prompt=name, what="", before=None, after=None, ratio=None, verdict=verdict)
         return
     if _is_rewritten(before, after):
         yield Row(
@@ -122,18 +124,20 @@ def _is_rewritten(before: PromptResult, after: PromptResult) -> bool:
 
 
 def _row(name: str, what: str, before: Measured | None, after: Measured | None, figure: str) -> Row:
-    left, right = (one.samples(figure) if one is not None else [] for one in (before, after))
-    a, b = (one.median(figure) if one is not None else None for one in (before, after))
+    left = before.samples(figure) if before is not None else []
+    right = after.samples(figure) if after is not None else []
+    a = before.median(figure) if before is not None else None
+    b = after.median(figure) if after is not None else None
     ratio = _ratio(a, b)
     if a is None or b is None:
         lacking = [side for side, value in (("A", a), ("B", b)) if value is None]
-        said = f"not measured in {' and '.join(lacking)}"
-        return Row(prompt=name, what=what, before=a, after=b, ratio=None, verdict=said)
+        why = f"not measured in {' and '.join(lacking)}"
+        return Row(prompt=name, what=what, before=a, after=b, ratio=None, verdict=why)
     if nothing := [side for side, value in (("A", a), ("B", b)) if not value]:
-        said = f"not compared: 0 in {' and '.join(nothing)}"
-        return Row(prompt=name, what=what, before=a, after=b, ratio=None, verdict=said)
-    found = chance(left, right)
-    if found >= BEYOND or ratio is None or abs(ratio - 1) < WORTH:
+        why = f"not compared: 0 in {' and '.join(nothing)}"
+        return Row(prompt=name, what=what, before=a, after=b, ratio=None, verdict=why)
+    probability = chance(left, right)
+    if probability >= BEYOND or ratio is None or abs(ratio - 1) < WORTH:
         few = least_chance(len(left), len(right)) >= BEYOND
         verdict = "too few runs to tell" if few else "within the noise"
     else:
@@ -145,7 +149,7 @@ def _row(name: str, what: str, before: Measured | None, after: Measured | None, 
         after=b,
         ratio=ratio,
         verdict=verdict,
-        chance=round(found, 4),
+        chance=round(probability, 4),
     )
 
 
@@ -168,11 +172,13 @@ def _differences(before: Results, after: Results) -> Iterator[Difference]:
         a, b = left.get(what, "none"), right.get(what, "none")
         if a != b:
             yield Difference(what=what, before=_said(what, a), after=_said(what, b))
-    for name, one, other in _pairs(before, after):
-        if one is not None and other is not None and one.text_digest != other.text_digest:
+    for name, mine, other in _pairs(before, after):
+        if mine is not None and other is not None and mine.text_digest != other.text_digest:
             what = f"{name}: text"
             yield Difference(
-                what=what, before=_said(what, one.text_digest), after=_said(what, other.text_digest)
+                what=what,
+                before=_said(what, mine.text_digest),
+                after=_said(what, other.text_digest),
             )
 
 
@@ -199,7 +205,7 @@ def _said(what: str, value: Any) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, list | tuple):
-        listed = ", ".join(f"{one:,}" if isinstance(one, int) else str(one) for one in value)
+        listed = ", ".join(f"{item:,}" if isinstance(item, int) else str(item) for item in value)
         return (
             (f"{listed} tokens" if listed else "no sweep")
             if what == "parameters.sweep"

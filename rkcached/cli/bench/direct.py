@@ -122,10 +122,10 @@ class DirectEngine:
     def ask(self, ask: Ask) -> Told:
         """Run it. Errors: EngineError; WorkerDied, WorkerTimeout."""
         self._send(ask)
-        told = self._receive()
-        if told is None:
-            raise TypeError(told)
-        return told
+        answer = self._receive()
+        if answer is None:
+            raise TypeError(answer)
+        return answer
 
     def _send(self, message: Ask | tuple[str, ModelSpec]) -> None:
         try:

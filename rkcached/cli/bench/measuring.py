@@ -90,17 +90,17 @@ class Measuring:
 
     def states(self) -> dict[State, Measured]:
         """The runs of each state; none of a state that could not be made once."""
-        found = {}
+        measured = {}
         for state in State:
             missing = self._why_missing(state)
             if missing is None and self.stopped is not None and not self._runs[state]:
                 missing = self.stopped.message
-            found[state] = (
+            measured[state] = (
                 Measured(missing=missing)
                 if missing is not None
                 else Measured(runs=tuple(self._runs[state]), direct=self._whole(state)).summarised()
             )
-        return found
+        return measured
 
     def _why_missing(self, state: State) -> str | None:
         """A state follows those before it; None if all of them could be made."""

@@ -160,13 +160,13 @@ def _model(results: Results, name: str) -> str:
 
 def _notes(results: Results) -> list[str]:
     """Small print, a line each."""
-    said = [
-        textwrap.shorten(f"Not to be trusted: {one}", _LETTERS, placeholder=" ...")
-        for one in results.warnings
+    notes = [
+        textwrap.shorten(f"Not to be trusted: {warning}", _LETTERS, placeholder=" ...")
+        for warning in results.warnings
     ]
     if len(results.prompts) > MOST_PROMPTS:
-        said.append(f"These are the first {MOST_PROMPTS} of {len(results.prompts):,} prompts.")
-    return said
+        notes.append(f"These are the first {MOST_PROMPTS} of {len(results.prompts):,} prompts.")
+    return notes
 
 
 def _lines(
@@ -181,12 +181,12 @@ def _lines(
     shown: dict[str, Artist] = {}
     for state, (label, colour) in _STATES.items():
         for model, (marker, style) in zip(models, _MARKS * len(models), strict=False):
-            found = [
+            lines = [
                 (prompt.tokens or prompt.states[state].runs[0].prompt_tokens, samples, prompt)
                 for prompt in prompts
                 if prompt.model == model and (samples := _ttft(prompt, state))
             ]
-            points = sorted(found, key=lambda point: point[0])
+            points = sorted(lines, key=lambda point: point[0])
             if not points:
                 continue
             xs, ys = [x for x, _, _ in points], [median(samples) for _, samples, _ in points]

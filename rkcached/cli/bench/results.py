@@ -294,9 +294,9 @@ def read(path: Path) -> Results:
     if head.program != PROGRAM:
         raise FormatError(f"{path} is not a result of rkcached bench", hint=hint)
     if head.schema != SCHEMA:
-        said = f"{path} has schema {head.schema}, this program reads {SCHEMA}"
+        message = f"{path} has schema {head.schema}, this program reads {SCHEMA}"
         raise FormatError(
-            said, hint="measure again with this version, or compare with the one that wrote it"
+            message, hint="measure again with this version, or compare with the one that wrote it"
         )
     try:
         return msgspec.json.decode(data, type=Results)

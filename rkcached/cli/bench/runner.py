@@ -104,12 +104,12 @@ def run(settings: Settings, wanted: Sequence[str], options: Options, console: Co
             bench.measure(keys)
     runtimes = {model["name"]: model["runtime"] for model in bench.status["models"]}
     stolen = steal.percent()
-    said = [
+    warnings = [
         *bench.warnings,
         *trust.warnings(facts, stolen, options.runs, bench.prompts, bench.meanwhile()),
     ]
     if kept.left:
-        said.append(
+        warnings.append(
             f"stored prompts are left in the daemon, which was gone: {len(kept.left)}; another "
             "sweep removes them"
         )
@@ -135,7 +135,7 @@ def run(settings: Settings, wanted: Sequence[str], options: Options, console: Co
         prompts=tuple(bench.prompts),
         direct="; ".join(dict.fromkeys(filter(None, why_not_direct))),
         steal_percent=stolen,
-        warnings=tuple(said),
+        warnings=tuple(warnings),
         refused=(*kept.refused, *bench.refused),
         ended=bench.ended,
     )

@@ -47,24 +47,24 @@ def warnings(
     meanwhile: Meanwhile = Meanwhile(),
 ) -> list[str]:
     """Each a sentence."""
-    said = []
+    sentences = []
     if machine.clocks_fixed is None:
-        said.append("nobody says whether the clocks are fixed: no governor can be seen")
+        sentences.append("nobody says whether the clocks are fixed: no governor can be seen")
     elif not machine.clocks_fixed:
-        said.append(
+        sentences.append(
             "the clocks are not fixed; `rkcached doctor` says how: "
             + "; ".join(machine.clocks.values())
         )
     if machine.load_average > QUIET_LOAD:
-        said.append(
+        sentences.append(
             f"the machine had just been busy: its load average was {machine.load_average:.2f} at "
             "the start"
         )
     if steal_percent > MUCH_STEAL_PERCENT:
-        said.append(f"the hypervisor gave {steal_percent:.1f} % of the CPU time to others")
-    said.extend(_disturbed(prompts, meanwhile))
+        sentences.append(f"the hypervisor gave {steal_percent:.1f} % of the CPU time to others")
+    sentences.extend(_disturbed(prompts, meanwhile))
     if runs < ENOUGH_RUNS:
-        said.append(
+        sentences.append(
             f"{runs} {'run is' if runs == 1 else 'runs are'} few: {ENOUGH_RUNS} or more make a "
             "median worth comparing"
         )
@@ -76,26 +76,28 @@ def warnings(
         if relative_spread(samples := measured.samples(figure)) > MUCH_SPREAD
     ]
     if wide:
-        said.append(
+        sentences.append(
             f"half of the runs are spread over more than {MUCH_SPREAD * 100:.0f} % of the median: "
             + ", ".join(wide)
         )
-    return said
+    return sentences
 
 
 def _disturbed(prompts: Sequence[PromptResult], meanwhile: Meanwhile) -> list[str]:
     """Warn of others who used the daemon at the same time, by its counts and by waiting runs."""
-    said = []
+    sentences = []
     if meanwhile.answers > 0:
         answers = (
             "1 answer was" if meanwhile.answers == 1 else f"{meanwhile.answers:,} answers were"
         )
-        said.append(f"other clients asked the daemon meanwhile: {answers} not for this command")
+        sentences.append(
+            f"other clients asked the daemon meanwhile: {answers} not for this command"
+        )
     if meanwhile.builds > 0:
         builds = (
             "1 prompt cache" if meanwhile.builds == 1 else f"{meanwhile.builds:,} prompt caches"
         )
-        said.append(f"the daemon built {builds} meanwhile")
+        sentences.append(f"the daemon built {builds} meanwhile")
     runs = [
         run for prompt in prompts for measured in prompt.states.values() for run in measured.runs
     ]
@@ -104,11 +106,11 @@ def _disturbed(prompts: Sequence[PromptResult], meanwhile: Meanwhile) -> list[st
     ]
     if waited:
         longest = f"up to {max(waited):,.0f} ms"
-        said.append(
+        sentences.append(
             f"{len(waited)} of {len(runs)} runs waited for the engine, {longest}: somebody else "
             "had it"
         )
-    return said
+    return sentences
 
 
 def reductions(states: dict[State, Measured]) -> dict[State, float]:

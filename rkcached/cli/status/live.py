@@ -125,16 +125,16 @@ def _follow(
     while True:
         wait_s = max(0.0, asked + _PACE_S - time.monotonic()) if due else tick_s
         moved = False
-        for said in _hear(inbox, wait_s):
-            if said is _Heard.QUIT:
+        for news in _hear(inbox, wait_s):
+            if news is _Heard.QUIT:
                 return
-            if said is _Heard.CLOSED:
+            if news is _Heard.CLOSED:
                 raise BrokenPipeError
-            if isinstance(said, Move):
-                view.move(said)
+            if isinstance(news, Move):
+                view.move(news)
                 moved = True
             else:
-                gone = said is _Heard.GONE
+                gone = news is _Heard.GONE
                 due = not gone
         if moved or gone or not (due or (tick_s and _moving(status))):
             view.show(status, gone=gone)

@@ -86,12 +86,12 @@ class _Notes:
 
     def that_fit(self, prompts: Iterable[dict[str, Any]], lines: int) -> int:
         """How many fit with what is to be said of them, at least one."""
-        told = {""}
+        noted = {""}
         count = 0
         for prompt in prompts:
             lines -= 1
-            if (reason := brief_reason(prompt)) not in told:
-                told.add(reason)
+            if (reason := brief_reason(prompt)) not in noted:
+                noted.add(reason)
                 lines -= len(self.below([prompt]))
             if lines < 0:
                 break
@@ -135,7 +135,7 @@ def _head(status: dict[str, Any], console: Console, *, gone: bool) -> list[Text]
     ]
     by_weight = sorted(range(len(lines)), key=lambda at: lines[at][0])
     kept = [lines[at][1] for at in sorted(by_weight[: max(2, height // 2)])]
-    if hidden := sum(not any(line is one for one in kept) for _, line in models):
+    if hidden := sum(not any(line is kept_line for kept_line in kept) for _, line in models):
         queue.append(f"; {hidden} of {len(models)} models are not shown")
     for line in kept:
         line.truncate(width, overflow="ellipsis")
@@ -147,7 +147,7 @@ def _troubles(status: dict[str, Any], console: Console, *, most: int) -> list[Te
 
     How much is left out if there are more than `most`.
     """
-    lines = [line for one in show.troubles(status) for line in _wrapped(one, console)]
+    lines = [line for trouble in show.troubles(status) for line in _wrapped(trouble, console)]
     if len(lines) > most:
         left = len(lines) - most + 1
         lines[most - 1 :] = [
@@ -171,7 +171,7 @@ def _disk(status: dict[str, Any], *, ascii_only: bool) -> Text:
 
 def _times(status: dict[str, Any], width: int, *, ascii_only: bool) -> Iterator[Text]:
     """The last times to the first token, as many as there is room for beside their medians."""
-    times = [one["ttft_ms"] for one in status["recent"]]
+    times = [answer["ttft_ms"] for answer in status["recent"]]
     if times:
         text = "; ".join(filter(None, (f"last {times[-1]:.0f} ms", words.medians_of(status))))
         room = max(0, width - len("TTFT    ") - len(text) - 1)

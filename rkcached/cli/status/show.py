@@ -198,9 +198,9 @@ def retired_line(status: dict[str, Any]) -> str:
     retired, count = status["retired"], status["cache"]["retired"]
     if not retired:
         return ""
-    named = ", ".join(dict.fromkeys(name_of(one) for one in retired[:_NAMED]))
+    named = ", ".join(dict.fromkeys(name_of(artifact) for artifact in retired[:_NAMED]))
     more = f" and {count - _NAMED} more" if count > _NAMED else ""
-    until = when(min(one["kept_until"] for one in retired))
+    until = when(min(artifact["kept_until"] for artifact in retired))
     taken = words.size(status["cache"]["retired_bytes"])
     return (
         f"retired: {count} ({named}{more}), {taken}, kept until {until} or longer, if there is room"

@@ -191,11 +191,11 @@ def _check_shards(files: tuple[Path, ...], first: Header, read: ReadHeader) -> N
         if (header := read(file)) is None:
             raise _damaged(file)
 
-        said = header.integers.get("split.no", -1) + 1, header.integers.get("split.count", 0)
-        if said != (number, count):
+        stated = header.integers.get("split.no", -1) + 1, header.integers.get("split.count", 0)
+        if stated != (number, count):
             raise SourceError(
                 f"{file} is not file {number} of {count} of a split model, as its name says, "
-                f"but {said[0]} of {said[1]}",
+                f"but {stated[0]} of {stated[1]}",
                 hint=f"copy the {count} files again, from one place",
             )
         tensors += header.tensors
@@ -220,12 +220,12 @@ def _damaged(path: Path) -> SourceError:
 
 
 def _trained_tokens(header: Header) -> int | None:
-    said = (
+    stated = (
         value
         for key, value in header.integers.items()
         if key.endswith(".context_length") and value > 0
     )
-    return next(said, None)
+    return next(stated, None)
 
 
 def _parse(data: bytes) -> Header:

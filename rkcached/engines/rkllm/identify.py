@@ -165,10 +165,11 @@ def choose_abi(facts: LibraryFacts, override: str | None = None) -> Abi:
     return abi
 
 
-def _refuse_old(facts: LibraryFacts, found: str) -> NoReturn:
-    said = f" (it says {facts.version})" if facts.version and facts.version not in found else ""
+def _refuse_old(facts: LibraryFacts, finding: str) -> NoReturn:
+    stated = f" (it says {facts.version})" if facts.version and facts.version not in finding else ""
     raise RuntimeLibraryError(
-        f"{found}{said}: RKLLM 1.0.x cannot save prompt caches", hint="install RKLLM 1.1.0 or newer"
+        f"{finding}{stated}: RKLLM 1.0.x cannot save prompt caches",
+        hint="install RKLLM 1.1.0 or newer",
     )
 
 
@@ -373,9 +374,9 @@ class _Image:
         for offset in range(0, min(self._size, _MAX_SCAN), _PIECE):
             data = tail + os.pread(self._fd, _PIECE, offset)
             # A match at the very end may go on in the next piece, which begins with this tail.
-            found = _VERSION.search(data)
-            if found and (found.end() < len(data) or offset + _PIECE >= self._size):
-                return found[1].decode().rstrip(".")
+            match = _VERSION.search(data)
+            if match and (match.end() < len(data) or offset + _PIECE >= self._size):
+                return match[1].decode().rstrip(".")
             tail = data[-128:]
         return None
 

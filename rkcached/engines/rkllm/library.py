@@ -64,10 +64,10 @@ class Library:
         if not self.abi.probe_offset:
             return
         offsets = sorted({abi.probe_offset for abi in ABIS if abi.probe_offset})
-        found = [offset for offset in offsets if _has_defaults(self._default_bytes(), offset)]
-        if found == [self.abi.probe_offset]:
+        matching = [offset for offset in offsets if _has_defaults(self._default_bytes(), offset)]
+        if matching == [self.abi.probe_offset]:
             return
-        seen = " and ".join(map(str, found)) or "neither"
+        seen = " and ".join(map(str, matching)) or "neither"
         raise RuntimeLibraryError(
             f"{self.path} says it is RKLLM {self.version}, but its default parameters are not laid "
             "out so: "
