@@ -1,7 +1,8 @@
-"""JSON bodies in and errors out: a body becomes a record, or an error that names the first bad parameter. Pure.
+"""Makes a JSON body a record, or an error that names the first bad parameter. Pure.
 
-A body is a stranger's, and all of this runs on the event loop, so its cost is bounded by its size alone: the values
-of a body are counted while it arrives, it is parsed once, and validation ends with the first bad item of a list.
+A body may come from anyone, and all of this runs on the event loop, so its cost must depend on its
+size alone: the values of a body are counted while it arrives, it is parsed once, and validation
+ends with the first bad item of a list.
 """
 
 from __future__ import annotations
@@ -17,19 +18,17 @@ from rkcached.errors import RequestError
 
 Body = TypeVar("Body", bound=Record)
 
-_LOOKED_AT = 20
-"""So many errors of one body are compared; a union has one for each of its alternatives."""
+_MAX_COMPARED = 20  # errors of one body; a union has one for each of its alternatives
 
+# JSON's words for what pydantic calls by Python's.
 _WORDS = {
     "model_type": "should be an object",
     "model_attributes_type": "should be an object",
     "dict_type": "should be an object",
     "list_type": "should be an array",
 }
-"""JSON's words for what pydantic calls by Python's."""
 
-_SHOWN_CHARACTERS = 300
-"""An error may quote the body; this much of it is enough to find the place."""
+_MAX_QUOTED = 300  # characters of the body in an error: enough to find the place
 
 
 def parse_body(record: type[Body], data: bytes) -> Body:
@@ -65,15 +64,20 @@ def _refusal(value: Any, error: ValidationError) -> RequestError:
 
 def _most_telling(value: Any, error: ValidationError) -> tuple[str | None, ErrorDetails]:
     """The first problem and its place. Of a union's alternatives, the one that came furthest."""
-    problems = error.errors(include_url=False, include_input=False, include_context=False)[
-        :_LOOKED_AT
-    ]
-    found = [(_parameter(value, e["loc"], missing=e["type"] == "missing"), e) for e in problems]
-    place = found[0][0]
-    same = [(param, e) for param, e in found if f"{param}.".startswith(f"{place}.")]
-    param, telling = max(
-        same, key=lambda one: (one[0].count("."), not one[1]["type"].endswith("_type"))
-    )
+    problems = error.errors(include_url=False, include_input=False, include_context=False)
+    places = []
+    for problem in problems[:_MAX_COMPARED]:
+        missing = problem["type"] == "missing"
+        places.append((_parameter(value, problem["loc"], missing=missing), problem))
+
+    first = places[0][0]
+    same = [pair for pair in places if f"{pair[0]}.".startswith(f"{first}.")]
+
+    def depth(pair: tuple[str, ErrorDetails]) -> tuple[int, bool]:
+        param, problem = pair
+        return param.count("."), not problem["type"].endswith("_type")
+
+    param, telling = max(same, key=depth)
     return param or None, telling
 
 
@@ -83,7 +87,7 @@ def _parameter(body: Any, steps: tuple[str | int, ...], *, missing: bool) -> str
     Between its steps pydantic names the alternatives of unions, which are left out.
     """
     here = body
-    found = []
+    path = []
     for at, step in enumerate(steps):
         inside = (isinstance(here, dict) and step in here) or (
             isinstance(here, list) and isinstance(step, int)
@@ -91,18 +95,18 @@ def _parameter(body: Any, steps: tuple[str | int, ...], *, missing: bool) -> str
         if inside:
             here = here[step]
         if inside or (missing and at == len(steps) - 1):
-            found.append(_shortened(str(step)))
-    return ".".join(found)
+            path.append(_shortened(str(step)))
+    return ".".join(path)
 
 
 def _shortened(text: str) -> str:
-    if len(text) <= _SHOWN_CHARACTERS:
+    if len(text) <= _MAX_QUOTED:
         return text
-    return text[:_SHOWN_CHARACTERS] + "..."
+    return text[:_MAX_QUOTED] + "..."
 
 
 def error_body(error: RequestError) -> dict[str, Any]:
     """OpenAI's error envelope."""
     kind = "invalid_request_error" if error.status < 500 else "server_error"
-    message = error.message + (f" ({error.hint})" if error.hint else "")
+    message = f"{error.message} ({error.hint})" if error.hint else error.message
     return {"error": {"message": message, "type": kind, "param": error.param, "code": error.code}}

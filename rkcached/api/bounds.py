@@ -34,8 +34,7 @@ class ValueCounter:
     def __init__(self) -> None:
         self.count = 0
         self._in_string = False
-        self._escaped = False
-        """The last part ended with the first half of an escape."""
+        self._escaped = False  # the last part ended with the first half of an escape
 
     def feed(self, part: bytes) -> None:
         if not part:
@@ -58,7 +57,7 @@ class ValueCounter:
 
 
 class ArgumentsBudget:
-    """What the arguments of all earlier tool calls of one request may have together: they are JSON within JSON."""
+    """Bounds the arguments of all earlier tool calls of one request: they are JSON within JSON."""
 
     def __init__(self) -> None:
         self._characters = 0

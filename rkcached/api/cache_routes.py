@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Iterator
 from typing import Any
 
 from starlette.requests import Request
@@ -45,17 +45,7 @@ from rkcached.store.sidecar import StoredArtifact
 from rkcached.worker.pool import Workers
 
 LENT_HEARTBEAT_S = 15.0
-"""A client that went away without a word is noticed at the latest after this."""
-
-
-async def _with_first(
-    first: bytes, rest: AsyncGenerator[bytes, None]
-) -> AsyncGenerator[bytes, None]:
-    """Left early, it closes `rest`."""
-    async with contextlib.aclosing(rest):
-        yield first
-        async for chunk in rest:
-            yield chunk
+"""A client that went away without closing its connection is noticed after this at the latest."""
 
 
 class CacheApi:
@@ -76,9 +66,7 @@ class CacheApi:
         answers={200: ModelStatusList},
     )
     async def _available(self, _: Request) -> Response:
-        models = self._reconciler.snapshot.desired.models
-        shown = [model_status(name, model, self._workers) for name, model in models.items()]
-        return answer(ModelStatusList.model_validate({"data": shown}))
+        return answer(ModelStatusList.model_validate({"data": self._model_states()}))
 
     @endpoint(
         "GET",
@@ -87,13 +75,8 @@ class CacheApi:
         answers={200: ModelStatusList},
     )
     async def _loaded(self, _: Request) -> Response:
-        models = self._reconciler.snapshot.desired.models
-        shown = [model_status(name, model, self._workers) for name, model in models.items()]
-        return answer(
-            ModelStatusList.model_validate(
-                {"data": [one for one in shown if one["pid"] is not None]}
-            )
-        )
+        loaded = [state for state in self._model_states() if state["pid"] is not None]
+        return answer(ModelStatusList.model_validate({"data": loaded}))
 
     @endpoint(
         "POST",
@@ -128,7 +111,8 @@ class CacheApi:
     @endpoint(
         "POST",
         "/v1/models/lend",
-        summary="Unload a model, and hold its turn on the engine until the client closes the connection.",
+        summary="Unload a model, and hold its turn on the engine "
+        "until the client closes the connection.",
         body=ModelRequest,
         answers={200: None},
         media=(EVENT_STREAM,),
@@ -138,8 +122,7 @@ class CacheApi:
     async def _lend(self, request: Request) -> Response:
         body = await read_record(ModelRequest, request)
         lending = self._lending(body.model)
-        # The first event comes when it is the client's turn; until then an error can still be a
-        # status.
+        # The first event comes when it is the client's turn. Until then an error can be a status.
         first = await unless_gone(request, anext(lending))
         if isinstance(first, Response):
             await lending.aclose()
@@ -156,10 +139,13 @@ class CacheApi:
     def _model_answer(self, kind: str, name: str, started: float) -> Response:
         model = find_model(self._reconciler.snapshot, name)
         took_ms = round((time.monotonic() - started) * 1000, 1)
-        shown = model_status(name, model, self._workers)
-        return answer(
-            ModelAction.model_validate({"object": kind, "model": name, "took_ms": took_ms, **shown})
-        )
+        state = model_status(name, model, self._workers)
+        document = {"object": kind, "model": name, "took_ms": took_ms, **state}
+        return answer(ModelAction.model_validate(document))
+
+    def _model_states(self) -> list[dict[str, Any]]:
+        models = self._reconciler.snapshot.desired.models
+        return [model_status(name, model, self._workers) for name, model in models.items()]
 
     # Caches
 
@@ -173,7 +159,8 @@ class CacheApi:
     async def _list(self, request: Request) -> Response:
         model = self._known_model(request)
         keys = [key for key in self._reconciler.snapshot.assessments if key.model == model]
-        return answer(CacheList.model_validate({"data": [self._describe(key) for key in keys]}))
+        entries = list(map(self._describe, keys))
+        return answer(CacheList.model_validate({"data": entries}))
 
     @endpoint(
         "GET",
@@ -201,11 +188,13 @@ class CacheApi:
         body = await read_record(StoreRequest, request)
         key = self._key(request, body.cache_name)
         await self._write(key, body.content, "content")
+
         if not body.wait:
-            await self._reconciler.next_look()  # then the place to look is there
+            await self._reconciler.next_look()  # after that, the location exists
             location = f"/v1/cache/{key.model}/{key.prompt}"
             accepted = CacheAccepted(model=key.model, cache_name=key.prompt, location=location)
             return answer(accepted, status=202, headers={"Location": location})
+
         await self._built(key, anew=False)
         return answer(CacheCreated.model_validate(self._describe(key)))
 
@@ -224,20 +213,22 @@ class CacheApi:
         if body.prompt is not None:
             await self._write(key, body.prompt, "prompt")
         artifact = await self._built(key, anew=body.prompt is None)
-        size_mb = artifact.sidecar.size_bytes / 1_000_000
+
+        sidecar = artifact.sidecar
+        size_mb = sidecar.size_bytes / 1_000_000
         return answer(
             BinaryCacheCreated(
                 model=key.model,
                 cache_name=key.prompt,
                 size_mb=round(size_mb, 2),
-                ttft_ms=round(artifact.sidecar.figures.warm_ttft_ms, 1),
-                timestamp=int(artifact.sidecar.built_at),
+                ttft_ms=round(sidecar.figures.warm_ttft_ms, 1),
+                timestamp=int(sidecar.built_at),
                 message=f"Binary cache generated successfully ({size_mb:.2f} MB)",
-                tokens=artifact.sidecar.tokens,
-                prefill_ms=round(artifact.sidecar.figures.prefill_ms, 1),
-                cold_ttft_ms=round(artifact.sidecar.figures.cold_ttft_ms, 1),
-                build_ms=round(artifact.sidecar.build_ms, 1),
-                size_bytes=artifact.sidecar.size_bytes,
+                tokens=sidecar.tokens,
+                prefill_ms=round(sidecar.figures.prefill_ms, 1),
+                cold_ttft_ms=round(sidecar.figures.cold_ttft_ms, 1),
+                build_ms=round(sidecar.build_ms, 1),
+                size_bytes=sidecar.size_bytes,
             )
         )
 
@@ -254,26 +245,21 @@ class CacheApi:
         desired = self._reconciler.snapshot.desired
         if key in desired.prompts and key not in desired.stored:
             raise _declared(key, "remove it there")
-        try:
+
+        with _refusing_as("state_not_writable"):
             deleted = await asyncio.to_thread(self._stored.delete, key)
-        except errors.StoreError as error:
-            raise RequestError(
-                503, error.message, code="state_not_writable", hint=error.hint
-            ) from error
         if not deleted:
             raise _no_cache(key)
-        try:
+
+        with _refusing_as("store_not_writable"):
             await self._reconciler.forget(key)
-        except errors.StoreError as error:
-            raise RequestError(
-                503, error.message, code="store_not_writable", hint=error.hint
-            ) from error
         return answer(CacheDeleted(model=key.model, cache_name=key.prompt))
 
     @endpoint(
         "POST",
         "/v1/gc",
-        summary="Remove artifacts that no prompt uses, and the quarantine; list what is not the store's.",
+        summary="Remove artifacts that no prompt uses, and the quarantine; "
+        "list what is not the store's.",
         body=CollectRequest,
         answers={200: Collected},
         errors=(503,),
@@ -281,61 +267,41 @@ class CacheApi:
     )
     async def _collect(self, request: Request) -> Response:
         body = await read_record(CollectRequest, request)
-        try:
+        with _refusing_as("store_not_writable"):
             rubbish = await self._reconciler.collect(dry_run=body.dry_run, strangers=body.strangers)
-        except errors.StoreError as error:
-            raise RequestError(
-                503, error.message, code="store_not_writable", hint=error.hint
-            ) from error
+
         data = as_data(rubbish)
         total = sum(item["size_bytes"] for item in data["items"])
-        return answer(
-            Collected.model_validate({"removed": not body.dry_run, "size_bytes": total, **data})
-        )
+        document = {"removed": not body.dry_run, "size_bytes": total, **data}
+        return answer(Collected.model_validate(document))
 
     async def _write(self, key: Key, text: str, param: str) -> None:
         """Store a client's text. Errors: RequestError."""
         model = self._reconciler.snapshot.desired.models.get(key.model)
         if isinstance(model, DesiredModel) and model.config.embedding:
-            said = f"the model {key.model!r} makes embeddings only, so it has no prompts"
             raise RequestError(
-                400, said, code="model_is_embedding", hint="store it for a model that answers"
+                400,
+                f"the model {key.model!r} makes embeddings only, so it has no prompts",
+                code="model_is_embedding",
+                hint="store it for a model that answers",
             )
-        if not text.strip():
-            raise RequestError(
-                400, "the prompt is empty", code="empty_prompt", param=param, hint="send its text"
-            )
-        size = len(text.encode(errors="surrogatepass"))
-        if size > MAX_PROMPT_BYTES:
-            said = f"the prompt has {size:,} bytes, the limit is {MAX_PROMPT_BYTES:,}"
-            raise RequestError(413, said, code="prompt_too_large", param=param, hint="shorten it")
-        if "\0" in text or any("\ud800" <= letter <= "\udfff" for letter in text):
-            said = "the prompt has a NUL or half a surrogate pair"
-            raise RequestError(400, said, code="invalid_value", param=param, hint="send text")
+        _check_text(text, param)
+
         desired = self._reconciler.snapshot.desired
         if key in desired.prompts and key not in desired.stored:
             raise _declared(key, "change its file, or store this text under another name")
-        try:
+        with _refusing_as("state_not_writable"):
             await asyncio.to_thread(self._stored.write, key, text)
-        except errors.StoreError as error:
-            raise RequestError(
-                503, error.message, code="state_not_writable", hint=error.hint
-            ) from error
 
     async def _built(self, key: Key, *, anew: bool) -> StoredArtifact:
         """Wait for the artifact. Errors: RequestError."""
+        build = self._reconciler.regenerate if anew else self._reconciler.freshen
         try:
-            return await (
-                self._reconciler.regenerate(key) if anew else self._reconciler.freshen(key)
-            )
+            return await build(key)
         except errors.SourceError as error:
-            missing = key not in self._reconciler.snapshot.desired.prompts
-            raise RequestError(
-                404 if missing else 409,
-                error.message,
-                code="prompt_not_found" if missing else "prompt_blocked",
-                hint=error.hint,
-            ) from error
+            known = key in self._reconciler.snapshot.desired.prompts
+            status, code = (409, "prompt_blocked") if known else (404, "prompt_not_found")
+            raise RequestError(status, error.message, code=code, hint=error.hint) from error
         except (
             errors.ContextExceeded,
             errors.PromptTooShort,
@@ -357,7 +323,7 @@ class CacheApi:
         }
 
     def _known_model(self, request: Request) -> str:
-        """Also one that is in trouble: it may be well again. Errors: RequestError 404."""
+        """The name in the path, also of a model in trouble. Errors: RequestError 404."""
         name: str = request.path_params["model"]
         if name not in self._reconciler.snapshot.desired.models:
             find_model(self._reconciler.snapshot, name)
@@ -375,6 +341,52 @@ class CacheApi:
                 hint=NAME_RULE,
             )
         return Key(model, prompt)
+
+
+async def _with_first(
+    first: bytes, rest: AsyncGenerator[bytes, None]
+) -> AsyncGenerator[bytes, None]:
+    """Both in one stream. If the client goes away, this closes `rest`."""
+    async with contextlib.aclosing(rest):
+        yield first
+        async for chunk in rest:
+            yield chunk
+
+
+def _check_text(text: str, param: str) -> None:
+    """Errors: RequestError for a text that cannot be a prompt."""
+    if not text.strip():
+        raise RequestError(
+            400, "the prompt is empty", code="empty_prompt", param=param, hint="send its text"
+        )
+
+    size_bytes = len(text.encode(errors="surrogatepass"))
+    if size_bytes > MAX_PROMPT_BYTES:
+        raise RequestError(
+            413,
+            f"the prompt has {size_bytes:,} bytes, the limit is {MAX_PROMPT_BYTES:,}",
+            code="prompt_too_large",
+            param=param,
+            hint="shorten it",
+        )
+
+    if "\0" in text or any("\ud800" <= letter <= "\udfff" for letter in text):
+        raise RequestError(
+            400,
+            "the prompt has a NUL or half a surrogate pair",
+            code="invalid_value",
+            param=param,
+            hint="send text",
+        )
+
+
+@contextlib.contextmanager
+def _refusing_as(code: str) -> Iterator[None]:
+    """Answer a StoreError of the body with 503 and this code."""
+    try:
+        yield
+    except errors.StoreError as error:
+        raise RequestError(503, error.message, code=code, hint=error.hint) from error
 
 
 def _no_cache(key: Key) -> RequestError:

@@ -84,7 +84,7 @@ def endpoint(
 
 
 def declared_endpoint(handler: Handler) -> Endpoint:
-    """What `endpoint` declared of this handler."""
+    """The declaration of this handler by `endpoint`."""
     declared: Endpoint = getattr(handler, _DECLARED)
     return declared
 

@@ -1,4 +1,4 @@
-"""HTTP bodies in, errors out, and the identity of each exchange. What every route shares."""
+"""Shared by all handlers: bodies, answers, errors, streams; the id and log line of an exchange."""
 
 from __future__ import annotations
 
@@ -30,18 +30,20 @@ Result = TypeVar("Result")
 
 MAX_BODY_BYTES = 8 << 20
 
+# Bytes of a body between two turns of the event loop; counting their values takes a millisecond at
+# the most.
 _COUNTED_AT_ONCE = 32 << 10
-"""Bytes of a body between two turns of the event loop; counting its values takes a millisecond at
-the most."""
 
 PEER = "peer"
-"""Under this name the connection's state has the uid and pid of who opened it."""
+"""Key of the connection's state for the uid and pid of the process that opened it."""
 
+_CAUSE = "rkcached.cause"  # key of the request's scope for the error that it ended with
+
+# Asked so often that only a debug log shows them.
 _PROBES = frozenset({"/", "/healthz", "/readyz", "/metrics", "/v1/status"})
-"""Asked so often that only a debug log shows it."""
 
+# Ids that a client may choose; any other is replaced by ours.
 _REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
-"""What a client may name its request; anything else gets a name from us."""
 
 
 async def read_record(record: type[Body], request: Request) -> Body:
@@ -74,7 +76,10 @@ async def read_body(request: Request, *, max_values: int) -> bytes:
             code="unsupported_encoding",
             hint="send plain JSON",
         )
-    data, size_bytes, counter = bytearray(), 0, ValueCounter()
+
+    data = bytearray()
+    size_bytes = 0
+    counter = ValueCounter()
     try:
         async for part in request.stream():
             size_bytes += len(part)
@@ -92,9 +97,11 @@ async def read_body(request: Request, *, max_values: int) -> bytes:
         raise RequestError(499, "the client went away", code="client_gone") from error
 
     if counter.count > max_values:
-        said = f"the body has more than {max_values:,} values and keys"
         raise RequestError(
-            400, said, code="too_many_values", hint="send fewer messages, tools or inputs at once"
+            400,
+            f"the body has more than {max_values:,} values and keys",
+            code="too_many_values",
+            hint="send fewer messages, tools or inputs at once",
         )
     return bytes(data)
 
@@ -114,15 +121,15 @@ def error_response(error: RequestError) -> Response:
 
 
 def refuse(request: Request, error: RequestError) -> Response:
-    """The answer to a request that ended with this error; the log hears of it if it is the daemon's fault."""
+    """The answer to a request that ended with this error, which is logged if it is our fault."""
     remember(request, error)
     return error_response(error)
 
 
 def remember(request: Request, error: RequestError) -> None:
-    """Have the log tell why this request failed.
+    """Log later why this request failed.
 
-    For errors within a stream, too, whose status was sent before.
+    That includes errors within a stream, whose status was sent before.
     """
     request.scope[_CAUSE] = error
 
@@ -141,14 +148,11 @@ def no_route(request: Request, refusal: HTTPException) -> Response:
     return response
 
 
-_CAUSE = "rkcached.cause"
-"""Under this name the request's scope has the error that it ended with."""
-
 DEFECT = RequestError(500, "internal error; the daemon's log says more", code="internal_error")
 
 
 async def unless_gone(request: Request, work: Awaitable[Result]) -> Result | Response:
-    """Wait for `work`, but stop it when the client goes away. Nobody reads the answer then."""
+    """Wait for `work`, and cancel it if the client goes away: nobody reads the answer then."""
     try:
         async with _while_listened_to(request.receive):
             return await work
@@ -158,12 +162,14 @@ async def unless_gone(request: Request, work: Awaitable[Result]) -> Result | Res
 
 
 def _traceback(error: BaseException) -> str:
-    """As Python prints it, without what the exceptions say: that may quote a prompt."""
+    """As Python prints it, without the messages of the exceptions: they may quote a prompt."""
     chain: list[BaseException] = []
     cause: BaseException | None = error
     while cause is not None and cause not in chain:
         chain.append(cause)
-        cause = cause.__cause__ or (None if cause.__suppress_context__ else cause.__context__)
+        context = None if cause.__suppress_context__ else cause.__context__
+        cause = cause.__cause__ or context
+
     lines: list[str] = []
     for cause in reversed(chain):
         lines += ["Traceback (most recent call last):\n", *traceback.format_tb(cause.__traceback__)]
@@ -174,7 +180,7 @@ def _traceback(error: BaseException) -> str:
 class Streamed(Response):
     """A body in chunks.
 
-    Left early, the chunks' generator is closed, which stops what makes them.
+    If the client goes away, the generator of the chunks is closed, which ends the work behind it.
     """
 
     def __init__(
@@ -211,7 +217,9 @@ async def _while_listened_to(receive: Receive) -> AsyncIterator[None]:
     The body runs in its caller's task: a task of its own would wake up one turn of the loop later,
     each time.
     """
-    task, left, is_over = asyncio.current_task(), False, False
+    task = asyncio.current_task()
+    left = False
+    is_over = False
 
     async def disconnected() -> None:
         while (await receive())["type"] != "http.disconnect":
@@ -240,10 +248,11 @@ async def _while_listened_to(receive: Receive) -> AsyncIterator[None]:
 
 
 class Exchanges:
-    """ASGI: every answer carries X-Request-Id, the client's own where it sent a usable one; each exchange is logged.
+    """ASGI: gives every answer an X-Request-Id and logs each exchange.
 
-    The log has who asked (uid and pid, as the kernel tells them), never what was said. It has the cause of every
-    answer with a status of 500 or more: in one sentence at warning, or, for a defect, with its traceback at error.
+    The id is the client's own, where it sent a usable one. The log has the uid and pid of the
+    client, as the kernel knows them, and never a text. It has the cause of every answer with a
+    status of 500 or more: in one sentence at warning, or with its traceback at error for a defect.
     """
 
     def __init__(self, app: ASGIApp) -> None:
@@ -253,16 +262,10 @@ class Exchanges:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        given = next(
-            (
-                value.decode("latin-1")
-                for name, value in scope["headers"]
-                if name == b"x-request-id"
-            ),
-            "",
-        )
-        request_id = given if _REQUEST_ID.fullmatch(given) else f"req-{uuid.uuid4().hex}"
-        started, status = time.monotonic(), 0
+
+        request_id = _request_id(scope)
+        started = time.monotonic()
+        status = 0
 
         async def send_with_id(message: Message) -> None:
             nonlocal status
@@ -273,7 +276,7 @@ class Exchanges:
 
         try:
             await self._app(scope, receive, send_with_id)
-        except Exception as error:  # noqa: BLE001 - a defect; the client has been told
+        except Exception as error:  # noqa: BLE001 - a defect; the client has its 500
             log.error(
                 "request crashed",
                 path=scope["path"],
@@ -282,10 +285,10 @@ class Exchanges:
                 exception=_traceback(error),
             )
         else:
-            _tell_cause(scope, status, request_id)
+            _log_cause(scope, status, request_id)
         finally:
-            say = log.debug if scope["path"] in _PROBES else log.info
-            say(
+            write = log.debug if scope["path"] in _PROBES else log.info
+            write(
                 "request",
                 method=scope["method"],
                 path=scope["path"],
@@ -296,7 +299,19 @@ class Exchanges:
             )
 
 
-def _tell_cause(scope: Scope, status: int, request_id: str) -> None:
+def _request_id(scope: Scope) -> str:
+    """The client's own id, if it sent a usable one; otherwise a new one."""
+    given = b""
+    for name, value in scope["headers"]:
+        if name == b"x-request-id":
+            given = value
+            break
+
+    own = given.decode("latin-1")
+    return own if _REQUEST_ID.fullmatch(own) else f"req-{uuid.uuid4().hex}"
+
+
+def _log_cause(scope: Scope, status: int, request_id: str) -> None:
     cause: RequestError | None = scope.get(_CAUSE)
     if cause is not None and cause.status >= 500:
         log.warning(

@@ -1,4 +1,4 @@
-"""Prometheus metrics, kept by listening to what happens and by looking when they are asked for.
+"""Prometheus metrics: counters that listen to events, and gauges that are read on request.
 
 Names are part of the interface. Labels have few values: models, states, kinds of reasons; never a
 prompt's text.
@@ -98,13 +98,13 @@ class Metrics:
 
 
 def _kind_of(reason: str) -> str:
-    """A reason names digests and values; as a label it would have no end."""
+    """The kind of a reason. The reason itself has digests and values: too many for a label."""
     first = reason.partition(":")[0]
     return first if first in ("missing", "requested", "corrupt") else "stale"
 
 
 def resident_bytes(pid: int) -> int | None:
-    """None: it has just ended."""
+    """Resident memory of a process; None if it has just ended."""
     try:
         pages = Path(f"/proc/{pid}/statm").read_text(encoding="ascii").split()[1]
     except (OSError, IndexError):
@@ -113,7 +113,7 @@ def resident_bytes(pid: int) -> int | None:
 
 
 class _Now(Collector):
-    """What is looked up when somebody asks."""
+    """Gauges, read when Prometheus asks."""
 
     def __init__(self, reconciler: Reconciler, serving: Serving, workers: Workers) -> None:
         self._reconciler = reconciler
@@ -122,13 +122,16 @@ class _Now(Collector):
 
     def collect(self) -> Iterator[Metric]:
         snapshot = self._reconciler.snapshot
-        states = Counts((key.model, one.state.value) for key, one in snapshot.assessments.items())
+        states: Counts[tuple[str, str]] = Counts()
+        for key, assessment in snapshot.assessments.items():
+            states[key.model, assessment.state.value] += 1
         artifacts = GaugeMetricFamily(
             "rkcached_artifacts", "Prompts by state.", labels=("model", "state")
         )
         for (model, state), count in sorted(states.items()):
             artifacts.add_metric((model, state), count)
         yield artifacts
+
         yield GaugeMetricFamily(
             "rkcached_cache_bytes",
             "What counts against cache.max_bytes.",
@@ -141,19 +144,24 @@ class _Now(Collector):
         )
         if (budget := snapshot.manifest.cache.max_bytes) is not None:
             yield GaugeMetricFamily("rkcached_cache_max_bytes", "What they may take.", value=budget)
+
         waiting = GaugeMetricFamily(
             "rkcached_requests_waiting", "Requests that wait for their turn.", labels=["model"]
         )
         for model in snapshot.desired.models:
             waiting.add_metric([model], self._serving.waiting(model))
         yield waiting
+
         memory = GaugeMetricFamily(
             "rkcached_worker_resident_bytes", "Memory of a worker.", labels=["model"]
         )
         for worker in self._workers.all():
-            if worker.pid is not None and (size := resident_bytes(worker.pid)) is not None:
+            if worker.pid is None:
+                continue
+            if (size := resident_bytes(worker.pid)) is not None:
                 memory.add_metric([worker.model.name], size)
         yield memory
+
         good = snapshot.manifest_error is None
         yield GaugeMetricFamily(
             "rkcached_manifest_good", "1 if the manifest on disk is in force.", value=float(good)

@@ -1,8 +1,8 @@
 """`GET /`: the daemon's status as one HTML page, for a browser that reaches the socket.
 
-All of it is made here, from the document of `GET /v1/status`; the page's script hears the event
-stream, asks for the page again and takes over what changed. So there is one template, which escapes
-every value, and nothing else to load.
+All of it is made here, from the document of `GET /v1/status`. The page's script listens to the
+event stream, asks for the page again and takes over the changes. So there is one template, which
+escapes every value, and nothing else to load.
 """
 
 from __future__ import annotations
@@ -23,12 +23,16 @@ from rkcached.api.exchange import Streamed
 from rkcached.api.responses import Status
 from rkcached.api.status import PIECE
 
+# Only the page's own script and style run, and only the daemon is asked, whatever text is in the
+# page.
 _POLICY = (
-    "default-src 'none'; script-src 'sha256-{script}'; style-src 'sha256-{style}'; connect-src 'self'; img-src data:; "
+    "default-src 'none'; script-src 'sha256-{script}'; style-src 'sha256-{style}'; "
+    "connect-src 'self'; img-src data:; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
-"""Only the page's own script and style count, and only the daemon is asked, whatever a text in the
-page says."""
+
+# So many pieces of the template make one of the answer: the row of a prompt that has a cache is 21.
+_BUFFERED = 21 * PIECE
 
 
 def page(status: Status) -> Streamed:
@@ -45,16 +49,12 @@ async def _pieces(status: Status) -> AsyncGenerator[bytes]:
     """Row by row, as there may be thousands of prompts: the event loop turns between the pieces."""
     known = words.shown(status.model_dump(exclude={"prompts"}) | {"prompts": []})
     prompts = (words.shown_prompt(prompt.model_dump()) for prompt in status.prompts)
+
     stream = _template().stream(**_shown(known), prompts=prompts)
     stream.enable_buffering(_BUFFERED)
     for piece in stream:
         yield piece.encode()
         await asyncio.sleep(0)
-
-
-_BUFFERED = 21 * PIECE
-"""So many pieces of the template make one of the answer: the row of a prompt that has a cache is
-21."""
 
 
 @functools.cache

@@ -43,7 +43,7 @@ _ANY_OBJECT = {"type": "object"}
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Demand:
-    """What a request demands of its answer."""
+    """The demands of a request on its answer."""
 
     tools: tuple[Tool, ...] = ()
     """Those that the model is shown."""
@@ -216,7 +216,7 @@ class Preparation:
 
 
 def _named_prompt(request: ChatRequest) -> tuple[Key | None, str]:
-    """The prompt that `model` or `cache` names, and the parameter that does. Errors: RequestError."""
+    """The prompt that is named, if any, and the parameter that names it. Errors: RequestError."""
     model, slash, prompt = request.model.partition("/")
     cache = request.wanted_cache
     if not isinstance(cache, str):

@@ -1,7 +1,7 @@
-"""Records of the HTTP API: what a client may send. Pure. What it gets is in `answers`.
+"""Records of the HTTP API's requests. Pure. Those of the answers are in `responses`.
 
 The shapes are OpenAI's, with additions: `cache` in a request chooses a prompt, `top_k` and
-`repeat_penalty` are accepted. A parameter that is not supported is refused by name.
+`repeat_penalty` are accepted. A parameter that is not supported is rejected by name.
 """
 
 from __future__ import annotations
@@ -32,16 +32,15 @@ MAX_KEYS = 64
 Item = TypeVar("Item")
 
 Many = Annotated[list[Item], Field(fail_fast=True)]
-"""Validation of a list ends with its first bad item: the others would be as many errors, which
-nobody reads."""
+"""A list whose validation ends with the first bad item, as nobody reads an error for each."""
 
 Name = Annotated[str, Field(max_length=256)]
 """Of something that exists or not; errors repeat it."""
 
 
 class Record(BaseModel):
-    # strict: true is not 1, "16" is not 16; built when first needed: a start does not wait for what
-    # nobody asks
+    # strict: true is not 1, and "16" is not 16. A schema is built when it is first needed, so the
+    # start does not wait for schemas that nobody uses.
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, defer_build=True)
 
     max_values: ClassVar[int] = MAX_VALUES
@@ -73,7 +72,7 @@ class FunctionCall(Record):
         """Errors: ValueError."""
         value = json.loads(self.arguments or "{}", parse_constant=_no_constant)
         if not isinstance(value, dict):
-            raise ValueError("arguments are not a JSON object")  # noqa: TRY004 - pydantic and callers take ValueError
+            raise ValueError("arguments are not a JSON object")  # noqa: TRY004 - pydantic takes no other
         json.dumps(value, ensure_ascii=False).encode()  # half a surrogate pair is no text
         return value
 
@@ -83,6 +82,11 @@ class ToolCallRecord(Record):
     type: Literal["function"] = "function"
     function: FunctionCall
     index: int | None = None
+
+    def plain(self) -> dict[str, Any]:
+        """The call as chat templates expect it. Errors: ValueError."""
+        function = {"name": self.function.name, "arguments": self.function.parsed()}
+        return {"type": "function", "function": function}
 
     @field_validator("function")
     @classmethod
@@ -109,23 +113,26 @@ AnswerPart = Annotated[TextPart | RefusalPart, Field(discriminator="type")]
 
 
 def _text(content: str | Sequence[TextPart | RefusalPart] | None) -> str:
+    """The text of a message. Its parts are one text."""
     if isinstance(content, str):
         return content
-    return "".join(
-        part.text if isinstance(part, TextPart) else part.refusal for part in content or ()
-    )
+    return "".join(_part_text(part) for part in content or ())
 
 
-class _Said(Record):
+def _part_text(part: TextPart | RefusalPart) -> str:
+    return part.text if isinstance(part, TextPart) else part.refusal
+
+
+class _MessageRecord(Record):
     content: Content
     name: str | None = None
 
     def plain(self) -> Message:
-        """As templates know it: text parts are one text."""
+        """The message as chat templates expect it."""
         return Message(role=self.role, content=_text(self.content))  # type: ignore[attr-defined]
 
 
-class SystemMessage(_Said):
+class SystemMessage(_MessageRecord):
     role: Literal["system", "developer"]
 
     def plain(self) -> Message:
@@ -133,17 +140,17 @@ class SystemMessage(_Said):
         return Message(role="system", content=_text(self.content))
 
 
-class UserMessage(_Said):
+class UserMessage(_MessageRecord):
     role: Literal["user"]
 
 
-class ToolMessage(_Said):
+class ToolMessage(_MessageRecord):
     role: Literal["tool"]
     tool_call_id: str
 
 
 class AssistantMessage(Record):
-    """What an earlier answer said; it may be sent back as it came."""
+    """An earlier answer. It may be sent back as it came."""
 
     role: Literal["assistant"]
     content: str | Annotated[Many[AnswerPart], Field(min_length=1)] | None = None
@@ -157,7 +164,7 @@ class AssistantMessage(Record):
     parsed: Any = Field(default=None, description="What OpenAI's clients add; ignored.")
 
     @model_validator(mode="after")
-    def _says_something(self) -> Self:
+    def _has_content(self) -> Self:
         if self.content is None and not self.tool_calls:
             raise ValueError("an assistant message has content or tool_calls")
         return self
@@ -165,13 +172,7 @@ class AssistantMessage(Record):
     def plain(self) -> Message:
         message = Message(role="assistant", content=_text(self.content))
         if self.tool_calls:
-            message["tool_calls"] = [
-                {
-                    "type": "function",
-                    "function": {"name": call.function.name, "arguments": call.function.parsed()},
-                }
-                for call in self.tool_calls
-            ]
+            message["tool_calls"] = [call.plain() for call in self.tool_calls]
         if self.reasoning_content:
             message["reasoning_content"] = self.reasoning_content
         return message
@@ -183,7 +184,7 @@ ChatMessage = Annotated[
 
 
 def _moved(schema: Any, place: str) -> Any:
-    """A schema whose references lead to the same places when it stands at `place` of another one."""
+    """A copy of a schema whose references still work when it stands at `place` of another one."""
     if isinstance(schema, list):
         return [_moved(item, place) for item in schema]
     if not isinstance(schema, dict):
@@ -209,14 +210,17 @@ class Tool(Record):
     function: FunctionDefinition
 
     def plain(self) -> dict[str, Any]:
-        """As templates know it."""
+        """The tool as chat templates expect it."""
         return {
             "type": "function",
             "function": self.function.model_dump(exclude_none=True, exclude={"strict"}),
         }
 
     def call_schema(self, style: ToolStyle, place: str = "#") -> dict[str, Any]:
-        """JSON schema of a call, as a model of this style writes it; `place` is where it will stand in a larger one."""
+        """JSON schema of a call, as a model of this style writes it.
+
+        `place` is where it will stand in a larger schema.
+        """
         arguments = "parameters" if style is ToolStyle.LLAMA3 else "arguments"
         parameters = self.function.parameters or {"type": "object"}
         return {
@@ -266,7 +270,7 @@ class StreamOptions(Record):
     include_usage: bool = False
 
 
-def _one(value: object) -> object:
+def _listed(value: object) -> object:
     return [value] if isinstance(value, str) else value
 
 
@@ -285,12 +289,13 @@ class _AboutTheService(Record):
 
 
 class GenerationRequest(_AboutTheService):
-    """What chat and plain completions share."""
+    """The parameters that chat and plain completions share."""
 
     model: Name = Field(description="A model, or `model/prompt`.")
     cache: Annotated[Name, Field(min_length=1)] | bool | None = Field(
         default=None,
-        description="A prompt of the model; false: answer without any cache; nothing: the best that fits.",
+        description="A prompt of the model; false: answer without any cache; "
+        "nothing: the best that fits.",
     )
     use_cache: Annotated[Name, Field(min_length=1)] | bool | None = Field(
         default=None, description="Another word for cache."
@@ -303,7 +308,7 @@ class GenerationRequest(_AboutTheService):
     top_k: int | None = Field(default=None, ge=0, le=100_000)
     seed: int | None = Field(default=None, ge=-_INT63, lt=_INT63)
     stop: Annotated[
-        str | Annotated[Many[str], Field(max_length=4)] | None, BeforeValidator(_one)
+        str | Annotated[Many[str], Field(max_length=4)] | None, BeforeValidator(_listed)
     ] = None
     presence_penalty: float | None = Field(default=None, ge=-2, le=2)
     frequency_penalty: float | None = Field(default=None, ge=-2, le=2)
@@ -385,9 +390,10 @@ class CompletionRequest(GenerationRequest):
         return self.prompt if isinstance(self.prompt, str) else self.prompt[0]
 
     def sampling(self) -> dict[str, Any]:
-        return super().sampling() | (
-            {"logprobs": self.logprobs} if self.logprobs is not None else {}
-        )
+        wanted = super().sampling()
+        if self.logprobs is not None:
+            wanted["logprobs"] = self.logprobs
+        return wanted
 
 
 TokenIds = Annotated[Many[Annotated[int, Field(ge=0, lt=_INT32)]], Field(min_length=1)]
@@ -410,8 +416,8 @@ class EmbeddingRequest(_AboutTheService):
         elif isinstance(self.input[0], int):
             yield tuple(self.input)  # then all of them are numbers
         else:
-            for one in self.input:
-                yield one if isinstance(one, str) else tuple(one)
+            for item in self.input:
+                yield item if isinstance(item, str) else tuple(item)
 
 
 class StoreRequest(Record):

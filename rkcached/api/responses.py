@@ -1,9 +1,7 @@
-"""Records of the HTTP API: what a client gets.
+"""Records of the HTTP API's answers. Pure.
 
-Pure. They are what /openapi.json promises, so answers are made of them.
-
-The shapes are OpenAI's; `rkcached` in an answer says what happened. Figures in milliseconds were
-measured.
+Handlers make their answers of the records that /openapi.json promises. The shapes are OpenAI's;
+`rkcached` in an answer reports what was done for it. Figures in milliseconds were measured.
 """
 
 from __future__ import annotations
@@ -291,7 +289,7 @@ class Collectable(Answer):
 
 
 class Collected(Answer):
-    """What served nobody."""
+    """The files that no prompt uses."""
 
     object: Literal["cache.collected"] = "cache.collected"
     removed: bool = Field(description="false: it was only asked for.")
@@ -343,7 +341,7 @@ class StoreStatus(Answer):
 
 
 class Starting(Answer):
-    """What the first look does now."""
+    """The progress of the first look."""
 
     file: str = Field(description="The file that is being read; empty between files.")
     done_bytes: int
@@ -382,7 +380,7 @@ class RecentAnswer(Answer):
 
 
 class Status(Answer):
-    """What the daemon is and does, as `rkcached status --json` prints it."""
+    """The state of the daemon, as `rkcached status --json` prints it."""
 
     version: str
     pid: int

@@ -1,8 +1,9 @@
 """The listening socket and the HTTP server on it.
 
 A stale socket is replaced; one that a live daemon answers on, and a file that is no socket, are
-never touched. Clients are not trusted: who does not get on with a request, and who comes when too
-many are connected, is told so and closed; who does not take its answer is closed.
+never touched. Clients are not trusted: one that does not finish its request in time, and one that
+comes when too many are connected, gets an error and is closed; one that does not take its answer is
+closed.
 """
 
 from __future__ import annotations
@@ -37,24 +38,23 @@ HEAD_TIMEOUT_S = 10.0
 """From the connection, or the first byte of a later request, to the end of its headers."""
 
 BODY_SILENCE_S = 30.0
-"""A body may be slow, but not silent for so long."""
+"""A body may be slow, but no longer silent than this."""
 
 STALLED_S = 30.0
-"""A client that takes so little of its answer for so long is given up: its place is somebody
-else's."""
+"""A client that does not take its answer for this long is closed, which frees its place."""
 
 STALLED_AT_STOP_S = 0.5
-"""So long before the end of the grace, who takes nothing is given up, so that the others' answers
+"""Stalled clients are closed this long before the end of the grace, so that the answers of others
 can end."""
 
 TOO_MANY_AGAIN_S = 10.0
-"""So long after a warning of too many connections, the next one is logged."""
+"""Pause between two warnings of too many connections."""
 
 MAX_CONNECTIONS = 400
 """At each socket; fewer where the process may open few files."""
 
 SOCKET_CHECK_S = 5.0
-"""How long a socket that somebody deleted stays away."""
+"""A socket that somebody deleted is back after this time."""
 
 SOCKET_NAMES = ("rkcached", "admin")
 """FileDescriptorName of systemd's sockets, for requests and for changes."""
@@ -88,7 +88,7 @@ def open_socket(path: Path, mode: int = SOCKET_MODE) -> socket.socket:
 
 
 def remove_socket(path: Path, inode: int) -> None:
-    """Take our socket away, but not one that somebody else has put there."""
+    """Remove our socket, but not another one that has taken its path."""
     with contextlib.suppress(OSError):
         if path.lstat().st_ino == inode:
             path.unlink()
@@ -100,7 +100,7 @@ class OwnSocket:
     def __init__(self, path: Path, mode: int) -> None:
         self._path = path
         self._mode = mode
-        self._said = ""
+        self._last_error = ""
         self._open()
 
     def _open(self) -> None:
@@ -112,7 +112,7 @@ class OwnSocket:
         remove_socket(self._path, self._inode)
 
     async def keep(self, server: HttpServer) -> None:
-        """Open it anew whenever it is gone: a daemon that runs and cannot be reached would be of no use."""
+        """Open it again whenever it is gone, for as long as the daemon runs."""
         while True:
             await asyncio.sleep(SOCKET_CHECK_S)
             try:
@@ -124,27 +124,31 @@ class OwnSocket:
                 continue
             try:
                 self._open()
-            except SocketError as error:  # somebody else's, or no directory: said once, tried again
-                if error.message != self._said:
+            except SocketError as error:  # taken, or no directory: logged once, tried again
+                if error.message != self._last_error:
                     log.error("socket lost", socket=str(self._path), error=error.message)
-                self._said = error.message
+                self._last_error = error.message
                 continue
-            self._said = ""
+
+            self._last_error = ""
             log.warning("socket made again", socket=str(self._path), reason="it was deleted")
             await server.listen(self.listener)
 
 
 def check_passed(passed: Mapping[str, Iterable[socket.socket]]) -> None:
-    """Errors: SettingsError for a socket of systemd that we would not serve: its clients would wait for ever."""
+    """Reject a socket of systemd that we would not serve: its clients would wait for ever.
+
+    Errors: SettingsError.
+    """
     for name, sockets in passed.items():
-        for one in sockets:
+        for listener in sockets:
             if name not in SOCKET_NAMES:
                 raise SettingsError(
                     f"systemd passes a socket named {name!r}, which rkcached does not know",
-                    hint=f"set FileDescriptorName={SOCKET_NAMES[0]} in its .socket unit for requests, or "
-                    f"{SOCKET_NAMES[1]} for changes",
+                    hint=f"set FileDescriptorName={SOCKET_NAMES[0]} in its .socket unit "
+                    f"for requests, or {SOCKET_NAMES[1]} for changes",
                 )
-            if not one.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+            if not listener.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
                 raise SettingsError(
                     f"the socket that systemd passes as {name!r} does not listen for connections",
                     hint="its .socket unit must have ListenStream= and Accept=no",
@@ -152,7 +156,10 @@ def check_passed(passed: Mapping[str, Iterable[socket.socket]]) -> None:
 
 
 def refuse_waiting(listener: socket.socket, why: str) -> None:
-    """Tell every client that waits in this socket why it is not answered: else it would start us again at once."""
+    """Answer every client that waits in this socket with an error.
+
+    Otherwise systemd would start us again for it at once.
+    """
     refusal = _refusal("503 Service Unavailable", why, "not_started")
     with contextlib.suppress(OSError):  # nobody waits any more, or it is none that listens
         while True:
@@ -166,11 +173,15 @@ def refuse_waiting(listener: socket.socket, why: str) -> None:
 def _refusal(status: str, why: str, code: str) -> bytes:
     """A whole answer for a client whose request nobody reads."""
     kind = "server_error" if status.startswith("5") else "invalid_request_error"
-    body = json.dumps(
-        {"error": {"message": why, "type": kind, "param": None, "code": code}}
-    ).encode()
-    head = f"HTTP/1.1 {status}\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\nConnection: close"
-    return head.encode() + b"\r\n\r\n" + body
+    error = {"message": why, "type": kind, "param": None, "code": code}
+    body = json.dumps({"error": error}).encode()
+    head = [
+        f"HTTP/1.1 {status}",
+        "Content-Type: application/json",
+        f"Content-Length: {len(body)}",
+        "Connection: close",
+    ]
+    return "\r\n".join(head).encode() + b"\r\n\r\n" + body
 
 
 def _clear_stale(path: Path) -> None:
@@ -183,6 +194,7 @@ def _clear_stale(path: Path) -> None:
             f"{path} exists and is not a socket",
             hint="remove that file, or choose another --socket",
         )
+
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
         probe.settimeout(1.0)
         try:
@@ -201,10 +213,11 @@ def _clear_stale(path: Path) -> None:
 
 
 class _Connection(H11Protocol):
-    """Knows who is at the other end, as the kernel saw it when the connection was made (unix(7), SO_PEERCRED).
+    """A connection with deadlines, and with the uid and pid of its client.
 
-    uvicorn waits without end for the rest of a request. Here it has a deadline: a thousand clients that each send
-    half of one would otherwise keep everybody else out.
+    The kernel noted these when the connection was made (unix(7), SO_PEERCRED). uvicorn waits
+    without end for the rest of a request. Here a request has a deadline: otherwise a thousand
+    clients that each send half of one would keep everybody else out.
     """
 
     _deadline: asyncio.TimerHandle | None = None
@@ -214,16 +227,12 @@ class _Connection(H11Protocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         if len(self.connections) > _max_connections():
-            _tell_refused(len(self.connections))
-            transport.write(
-                _refusal(
-                    "503 Service Unavailable",
-                    "too many connections; try again",
-                    "too_many_connections",
-                )
-            )
+            _log_refused(len(self.connections))
+            why = "too many connections; try again"
+            transport.write(_refusal("503 Service Unavailable", why, "too_many_connections"))
             transport.close()
             return
+
         peer = transport.get_extra_info("socket")
         with contextlib.suppress(OSError):
             pid, uid, _ = struct.unpack(
@@ -238,7 +247,7 @@ class _Connection(H11Protocol):
         super().connection_lost(exc)
 
     def pause_writing(self) -> None:
-        """The client takes less than we have for it."""
+        """Called when the client takes less than we have for it."""
         super().pause_writing()
         self._stalled = self.loop.call_later(STALLED_S, self.transport.abort)
 
@@ -256,20 +265,20 @@ class _Connection(H11Protocol):
         self._await_more()
 
     def _await_more(self) -> None:
-        """Set the deadline for what the client has to send now.
+        """Set the deadline for the part that the client has to send now.
 
-        In its headers it stays where it was.
+        While it sends headers, the deadline stays where it was.
         """
         state = self.conn.their_state
         in_head = state is h11.IDLE
         if in_head and self._in_head:
             return
+
         self._clear_deadline()
         if not self.transport.is_closing() and (in_head or state is h11.SEND_BODY):
+            after_s = HEAD_TIMEOUT_S if in_head else BODY_SILENCE_S
             self._in_head = in_head
-            self._deadline = self.loop.call_later(
-                HEAD_TIMEOUT_S if in_head else BODY_SILENCE_S, self._too_late
-            )
+            self._deadline = self.loop.call_later(after_s, self._too_late)
 
     def _clear_deadline(self) -> None:
         self._in_head = False
@@ -283,23 +292,23 @@ class _Connection(H11Protocol):
         if self.flow.read_paused:  # we do not read: no fault of the client
             self._await_more()
             return
+
         if in_head or (self.cycle is not None and not self.cycle.response_started):
-            said = "headers did not end" if in_head else "body did not go on"
-            after_s = HEAD_TIMEOUT_S if in_head else BODY_SILENCE_S
-            why = f"the request's {said} within {after_s:g} s"
+            why = f"the request's body did not go on within {BODY_SILENCE_S:g} s"
+            if in_head:
+                why = f"the request's headers did not end within {HEAD_TIMEOUT_S:g} s"
             self.transport.write(_refusal("408 Request Timeout", why, "request_incomplete"))
         self.transport.close()
 
 
-_told_refused = 0.0
-"""When the log last heard that there are too many connections; monotonic seconds."""
+_logged_refused = 0.0  # monotonic seconds of the last warning of too many connections
 
 
-def _tell_refused(connections: int) -> None:
-    """Once in a while: who opens a thousand connections must not fill the log."""
-    global _told_refused  # noqa: PLW0603 - one log, however many sockets
-    if not _told_refused or time.monotonic() - _told_refused >= TOO_MANY_AGAIN_S:
-        _told_refused = time.monotonic()
+def _log_refused(connections: int) -> None:
+    """Warn once in a while: a client that opens a thousand connections must not fill the log."""
+    global _logged_refused  # noqa: PLW0603 - one log, however many sockets
+    if not _logged_refused or time.monotonic() - _logged_refused >= TOO_MANY_AGAIN_S:
+        _logged_refused = time.monotonic()
         log.warning(
             "connections refused",
             status=503,
@@ -309,19 +318,17 @@ def _tell_refused(connections: int) -> None:
 
 
 def _max_connections() -> int:
-    """Two sockets, and as many files again for everything else."""
+    """At each of two sockets, so that files are left for everything else."""
     limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    return (
-        MAX_CONNECTIONS
-        if limit == resource.RLIM_INFINITY
-        else max(16, min(MAX_CONNECTIONS, limit * 2 // 5))
-    )
+    if limit == resource.RLIM_INFINITY:
+        return MAX_CONNECTIONS
+    return max(16, min(MAX_CONNECTIONS, limit * 2 // 5))
 
 
 class OnceLooked:
-    """ASGI: lets requests that concern models wait for the first look.
+    """ASGI: makes requests that concern models wait for the first look.
 
-    A daemon that was started by this very request knows of no model yet.
+    A daemon that was started by such a request knows no model yet.
     """
 
     _AT_ONCE = frozenset({"/", "/healthz", "/readyz", "/metrics", "/v1/status", "/v1/events"})
@@ -331,40 +338,35 @@ class OnceLooked:
         self._looked = looked
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if (
-            not self._looked.is_set()
-            and scope["type"] == "http"
-            and scope["path"] not in self._AT_ONCE
-        ):
+        if scope["type"] == "http" and scope["path"] not in self._AT_ONCE:
             await self._looked.wait()
         await self._app(scope, receive, send)
 
 
 class HttpServer(uvicorn.Server):
-    """uvicorn on a socket of ours, without its signal handlers and without its ten wake-ups a second."""
+    """uvicorn on a socket of ours, without its signal handlers and its ten wake-ups a second."""
 
     def __init__(self, app: ASGIApp, *, grace_s: int) -> None:
-        super().__init__(
-            uvicorn.Config(
-                app,
-                access_log=False,
-                date_header=False,
-                http=_Connection,
-                lifespan="off",
-                log_config=None,
-                proxy_headers=False,
-                server_header=False,
-                timeout_graceful_shutdown=grace_s,
-                ws="none",
-            )
+        config = uvicorn.Config(
+            app,
+            access_log=False,
+            date_header=False,
+            http=_Connection,
+            lifespan="off",
+            log_config=None,
+            proxy_headers=False,
+            server_header=False,
+            timeout_graceful_shutdown=grace_s,
+            ws="none",
         )
+        super().__init__(config)
         self.servers = []  # until it has started, uvicorn has no such attribute
         self._grace_s = grace_s
         self._leave = asyncio.Event()
         self.answering = asyncio.Event()
 
     async def listen(self, listener: socket.socket) -> None:
-        """Go on with this socket instead of the one before."""
+        """Listen on this socket instead of the one before."""
 
         def connection() -> asyncio.Protocol:
             return _Connection(
@@ -378,24 +380,24 @@ class HttpServer(uvicorn.Server):
         self.servers = [server]
 
     def stop_accepting(self) -> None:
-        """Connections that come from now on wait in the socket: for the next daemon, where systemd holds it."""
+        """Leave new connections in the socket, for the next daemon where systemd holds it."""
         for server in self.servers:
             server.close()
 
     def stop(self) -> None:
-        """Refuse new connections, let running answers end within the grace, then return from `serve`."""
+        """Refuse connections, let answers end within the grace, then return from `serve`."""
         self.should_exit = True
         self._leave.set()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        give_up_s = max(0.0, self._grace_s - STALLED_AT_STOP_S)
-        timer = asyncio.get_running_loop().call_later(give_up_s, self._give_up_stalled)
+        after_s = max(0.0, self._grace_s - STALLED_AT_STOP_S)
+        timer = asyncio.get_running_loop().call_later(after_s, self._close_stalled)
         try:
             await super().shutdown(sockets)
         finally:
             timer.cancel()
 
-    def _give_up_stalled(self) -> None:
+    def _close_stalled(self) -> None:
         for connection in tuple(self.server_state.connections):
             if isinstance(connection, _Connection) and connection.flow.write_paused:
                 connection.transport.abort()

@@ -1,6 +1,6 @@
-"""What `GET /v1/status` says: one stable document from the daemon's parts.
+"""Makes the document of `GET /v1/status` from the daemon's parts.
 
-Pure reading, on the event loop.
+It only reads, on the event loop.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from rkcached.api.responses import RecentAnswer, Status
 from rkcached.host import disk
 from rkcached.host.digests import Reading
 from rkcached.plan.desired import DesiredModel
-from rkcached.plan.planner import Blocked, DesiredPrompt, State, urgency
+from rkcached.plan.planner import Assessment, Blocked, DesiredPrompt, State, urgency
 from rkcached.reconcile.events import Event, Events
 from rkcached.reconcile.snapshot import Published, Snapshot
 from rkcached.serving.report import NOT_MEASURED
@@ -38,8 +38,8 @@ if TYPE_CHECKING:  # `explain` needs this module, and nothing of the daemon
 RETIRED_SHOWN = 100
 
 PIECE = 32
-"""So many prompts are told of at a time: 0.3 ms of JSON, 1.1 ms of HTML (10,000 took 95 and 330 ms
-on an AMD EPYC)."""
+"""Prompts that are written between two turns of the event loop: 0.3 ms of JSON, 1.1 ms of HTML
+(10,000 took 95 and 330 ms on an AMD EPYC)."""
 
 
 class Recent:
@@ -71,7 +71,7 @@ def status(
     Prompts are in the manifest's order, or with `urgent_first` in the order for people.
     """
     snapshot = published.now
-    manifest_error = snapshot.manifest_error
+    problems = snapshot.manifest_error.problems if snapshot.manifest_error else ()
     building = [snapshot.building.key] if snapshot.building else []
     keys = list(snapshot.assessments)
     if urgent_first:
@@ -87,10 +87,8 @@ def status(
         "summary": summary(snapshot),
         "manifest": {
             "file": str(snapshot.manifest.file),
-            "ok": manifest_error is None,
-            "problems": [str(problem) for problem in manifest_error.problems]
-            if manifest_error
-            else [],
+            "ok": snapshot.manifest_error is None,
+            "problems": list(map(str, problems)),
             "skipped_files": list(snapshot.skipped_files),
         },
         "engine": snapshot.manifest.engine.kind.value,
@@ -115,13 +113,7 @@ def status(
         "answers": dict(serving.answers),
         "recent": list(recent.answers),
         "running": serving.running,
-        "models": [
-            {
-                **model_status(name, model, workers, snapshot.desired.unlisted.get(name)),
-                "waiting": serving.waiting(name),
-            }
-            for name, model in snapshot.desired.models.items()
-        ],
+        "models": _models(snapshot, serving, workers),
         "notices": list(snapshot.desired.notices),
         "retired": _retired(snapshot),
         "building": next(_prompts(snapshot, serving, building), None),
@@ -130,19 +122,31 @@ def status(
     return Status.model_validate(document)
 
 
+def _models(snapshot: Snapshot, serving: Serving, workers: Workers) -> list[dict[str, Any]]:
+    documents = []
+    for name, model in snapshot.desired.models.items():
+        document = model_status(name, model, workers, snapshot.desired.unlisted.get(name))
+        documents.append({**document, "waiting": serving.waiting(name)})
+    return documents
+
+
 def _retired(snapshot: Snapshot) -> list[dict[str, Any]]:
-    last = heapq.nlargest(RETIRED_SHOWN, snapshot.retired.values(), key=lambda one: one.retired_at)
+    """The caches that were retired last, the latest first."""
+    kept_s = snapshot.manifest.cache.keep_retired_s
+    last = heapq.nlargest(
+        RETIRED_SHOWN, snapshot.retired.values(), key=lambda retired: retired.retired_at
+    )
     return [
         {
-            "model": one.key.model,
-            "prompt": one.key.prompt,
-            "fingerprint": one.fingerprint,
-            "tokens": one.tokens,
-            "size_bytes": one.size_bytes,
-            "retired_at": round(one.retired_at, 3),
-            "kept_until": round(one.retired_at + snapshot.manifest.cache.keep_retired_s, 3),
+            "model": retired.key.model,
+            "prompt": retired.key.prompt,
+            "fingerprint": retired.fingerprint,
+            "tokens": retired.tokens,
+            "size_bytes": retired.size_bytes,
+            "retired_at": round(retired.retired_at, 3),
+            "kept_until": round(retired.retired_at + kept_s, 3),
         }
-        for one in last
+        for retired in last
     ]
 
 
@@ -172,7 +176,9 @@ async def pieces(status: Status) -> AsyncGenerator[bytes]:
     With thousands of prompts it takes a while, so the event loop turns between the pieces.
     """
     yield pydantic_core.to_json(status, exclude={"prompts"}).removesuffix(b"}") + b',"prompts":['
-    prompts, comma = iter(status.prompts), b""
+
+    prompts = iter(status.prompts)
+    comma = b""
     while some := tuple(itertools.islice(prompts, PIECE)):
         yield comma + b",".join(map(pydantic_core.to_json, some))
         comma = b","
@@ -181,28 +187,25 @@ async def pieces(status: Status) -> AsyncGenerator[bytes]:
 
 
 def summary(snapshot: Snapshot) -> str:
-    """One line: "12 fresh, 1 building qwen3-0.6b/system, 0 blocked", and what is wrong with manifest or store.
+    """One line: "12 fresh, 1 building qwen3-0.6b/system, 0 blocked", and the troubles.
 
-    Until the first look is over it says what that look does.
+    These are of manifest and store. Before the first look is over, the line is about that look.
     """
     if not snapshot.ready:
         return _first_look(snapshot.reading)
-    building = snapshot.building
-    assessments = snapshot.assessments
-    counts = Counter(
-        a.state for key, a in assessments.items() if building is None or building.key != key
-    )
-    others = [
-        f"{count} {state}"
-        for state, count in counts.items()
-        if state not in (State.FRESH, State.BLOCKED)
-    ]
-    parts = [
-        f"{counts[State.FRESH]} fresh",
-        *([f"1 building {building.key}"] if building is not None else []),
-        *others,
-        f"{counts[State.BLOCKED]} blocked",
-    ]
+
+    counts: Counter[State] = Counter()
+    for key, assessment in snapshot.assessments.items():
+        if not snapshot.is_building(key):
+            counts[assessment.state] += 1
+
+    parts = [f"{counts.pop(State.FRESH, 0)} fresh"]
+    blocked = f"{counts.pop(State.BLOCKED, 0)} blocked"
+    if snapshot.building is not None:
+        parts.append(f"1 building {snapshot.building.key}")
+    parts += [f"{count} {state}" for state, count in counts.items()]
+    parts.append(blocked)
+
     if snapshot.store_trouble is not None:
         parts.append(f"store not readable: {snapshot.store_trouble.message}")
     if snapshot.manifest_error is not None:
@@ -220,24 +223,38 @@ def _first_look(reading: Reading | None) -> str:
 def model_status(
     name: str, model: DesiredModel | Trouble, workers: Workers, unlisted: Trouble | None = None
 ) -> dict[str, Any]:
-    """`unlisted`: why some of its prompts are not known."""
-    embedding = isinstance(model, DesiredModel) and model.config.embedding
-    worker = next((worker for worker in workers.all() if worker.model.name == name), None)
-    return {
+    """A model and its worker. `unlisted`: the reason why some of its prompts are not known."""
+    document: dict[str, Any] = {
         "name": name,
-        "embedding": embedding,
-        "worker": worker.state.value if worker else "stopped",
-        "runtime": worker.info.runtime_version if worker and worker.info else None,
-        "measures_reuse": worker.info.measures_prefill if worker and worker.info else None,
-        "state_s": round(time.monotonic() - worker.since, 1) if worker else None,
-        "pid": worker.pid if worker else None,
-        "restarts": worker.restarts if worker else 0,
-        "last_failure": worker.last_failure if worker else "",
+        "embedding": isinstance(model, DesiredModel) and model.config.embedding,
+        "worker": "stopped",
+        "runtime": None,
+        "measures_reuse": None,
+        "state_s": None,
+        "pid": None,
+        "restarts": 0,
+        "last_failure": "",
         "trouble": str(model) if isinstance(model, Trouble) else str(unlisted or ""),
     }
+    worker = next((worker for worker in workers.all() if worker.model.name == name), None)
+    if worker is not None:
+        document |= {
+            "worker": worker.state.value,
+            "state_s": round(time.monotonic() - worker.since, 1),
+            "pid": worker.pid,
+            "restarts": worker.restarts,
+            "last_failure": worker.last_failure,
+        }
+    if worker is not None and worker.info is not None:
+        document |= {
+            "runtime": worker.info.runtime_version,
+            "measures_reuse": worker.info.measures_prefill,
+        }
+    return document
 
 
 def prompt_status(key: Key, snapshot: Snapshot, serving: Serving) -> dict[str, Any]:
+    """A prompt, its use and its cache."""
     assessment = snapshot.assessments[key]
     building = snapshot.building if snapshot.is_building(key) else None
     use = serving.uses.get(key)
@@ -247,9 +264,7 @@ def prompt_status(key: Key, snapshot: Snapshot, serving: Serving) -> dict[str, A
         "state": _state(key, snapshot),
         "reason": building.reason if building else assessment.reason,
         "hint": assessment.hint,
-        "retry_at": (assessment.action.retry_at or None)
-        if isinstance(assessment.action, Blocked)
-        else None,
+        "retry_at": _retry_at(assessment),
         "description": assessment.description,
         "hits": use.hits if use else 0,
         "misses": use.misses if use else 0,
@@ -261,20 +276,28 @@ def prompt_status(key: Key, snapshot: Snapshot, serving: Serving) -> dict[str, A
             "total_tokens": building.total_tokens,
             "elapsed_ms": round((time.monotonic() - building.started) * 1000),
         }
+
     artifact = snapshot.artifacts.get(key)
-    if (
-        artifact is not None
-        and not artifact.corrupt
-        and _is_of(snapshot.desired.prompts.get(key), artifact)
-    ):
-        shown["artifact"] = artifact_figures(artifact)
-        if assessment.state is State.FRESH and not shown["artifact"]["gain"]:
+    if artifact is None or artifact.corrupt:
+        return shown
+    if not _is_of(snapshot.desired.prompts.get(key), artifact):
+        return shown
+
+    shown["artifact"] = artifact_figures(artifact)
+    if assessment.state is State.FRESH:
+        figures = artifact.sidecar.figures
+        if not figures.gain:
             shown["reason"] = no_gain(artifact)
-        elif (
-            assessment.state is State.FRESH and artifact.sidecar.figures.verified == VerifyMode.TIME
-        ):
+        elif figures.verified == VerifyMode.TIME:
             shown["reason"] = f"fresh; {NOT_MEASURED}, so its proof is the time that it saves"
     return shown
+
+
+def _retry_at(assessment: Assessment) -> float | None:
+    """Unix seconds; None where time alone does not help."""
+    if not isinstance(assessment.action, Blocked):
+        return None
+    return assessment.action.retry_at or None
 
 
 def _state(key: Key, snapshot: Snapshot) -> str:
@@ -282,17 +305,18 @@ def _state(key: Key, snapshot: Snapshot) -> str:
 
 
 def _is_of(prompt: DesiredPrompt | None, artifact: StoredArtifact) -> bool:
-    """Whether the artifact was made from what is declared now; one that nobody declares stands for itself."""
+    """Whether the artifact was made from the prompt as it is declared now, or is undeclared."""
     if prompt is None:
         return True
-    return (
-        prompt.fingerprint is not None and prompt.fingerprint.digest == artifact.sidecar.fingerprint
-    )
+    if prompt.fingerprint is None:
+        return False
+    return prompt.fingerprint.digest == artifact.sidecar.fingerprint
 
 
 def artifact_figures(artifact: StoredArtifact) -> dict[str, Any]:
     """Size and measured figures of an artifact."""
-    sidecar, figures = artifact.sidecar, artifact.sidecar.figures
+    sidecar = artifact.sidecar
+    figures = sidecar.figures
     return {
         "tokens": sidecar.tokens,
         "size_bytes": sidecar.size_bytes,
@@ -309,5 +333,9 @@ def artifact_figures(artifact: StoredArtifact) -> dict[str, Any]:
 
 
 def no_gain(artifact: StoredArtifact) -> str:
+    """The reason in the status of a cache that saves no time."""
     figures = artifact.sidecar.figures
-    return f"no gain: {figures.warm_ttft_ms:.0f} ms with the cache, {figures.cold_ttft_ms:.0f} ms without"
+    return (
+        f"no gain: {figures.warm_ttft_ms:.0f} ms with the cache, "
+        f"{figures.cold_ttft_ms:.0f} ms without"
+    )

@@ -1,4 +1,4 @@
-"""Writes an answer in OpenAI's words, whole or in chunks: chat completions and plain ones."""
+"""Writes an answer in OpenAI's shapes, whole or in chunks: chat completions and plain ones."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ class Writer(Protocol):
     """Takes the pieces of one answer, then its end."""
 
     def chunks(self, text: Text) -> Iterator[dict[str, Any]]:
-        """What a stream sends of this piece."""
+        """The chunks of a stream for this piece."""
 
     def last(self, end: End) -> Iterator[dict[str, Any]]:
-        """What it sends when there are no more pieces; the report is in the last one."""
+        """The chunks after the last piece; the last one has the report."""
 
     def usage(self, end: End) -> dict[str, Any]: ...
 
@@ -31,23 +31,27 @@ class ChatWriter:
     def __init__(self, model: str, reply: Reply, *, one_call: bool) -> None:
         self._head = _head("chatcmpl", model)
         self._reply = reply
-        self._one_call = one_call
-        """A client that asked for no parallel calls gets the first one only."""
+        self._one_call = one_call  # a client that forbids parallel calls gets the first one only
         self._calls = 0
         self._begun = False
 
     def chunks(self, text: Text) -> Iterator[dict[str, Any]]:
-        deltas = [shown for delta in self._reply.feed(text.text) for shown in self._delta(delta)]
+        worded: list[dict[str, Any]] = []
+        for delta in self._reply.feed(text.text):
+            worded += self._delta(delta)
+
         logprobs = _chat_logprobs(text.logprobs)
-        if logprobs is not None and not deltas:
-            deltas = [{}]
-        for at, delta in enumerate(deltas):
-            yield self._chunk(delta, logprobs if at == 0 else None)
+        if logprobs is not None and not worded:
+            worded = [{}]
+        for words in worded:
+            yield self._chunk(words, logprobs)
+            logprobs = None  # once, in the first chunk
 
     def last(self, end: End) -> Iterator[dict[str, Any]]:
         for delta in self._reply.end():
-            for shown in self._delta(delta):
-                yield self._chunk(shown)
+            for worded in self._delta(delta):
+                yield self._chunk(worded)
+
         finish = {
             "finish_reason": self._finish(end),
             "delta": {} if self._begun else {"role": "assistant"},
@@ -66,18 +70,24 @@ class ChatWriter:
         }
 
     def whole(self, texts: Iterable[Text], end: End) -> Answer:
-        content, reasoning = "", ""
-        calls: list[dict[str, Any]] = []
         chosen: list[dict[str, Any]] = []
         deltas: list[Delta] = []
         for text in texts:
             deltas += self._reply.feed(text.text)
             chosen += _chosen(text.logprobs)
-        for delta in [*deltas, *self._reply.end()]:
+        deltas += self._reply.end()
+
+        content = ""
+        reasoning = ""
+        calls: list[dict[str, Any]] = []
+        for delta in deltas:
             content += delta.content
             reasoning += delta.reasoning
-            for shown in self._delta(delta):
-                calls += shown.get("tool_calls", ())
+            for worded in self._delta(delta):
+                calls += worded.get("tool_calls", ())
+        for call in calls:
+            del call["index"]  # only chunks have it
+
         message: dict[str, Any] = {
             "role": "assistant",
             "content": content if content or not calls else None,
@@ -85,9 +95,7 @@ class ChatWriter:
         if reasoning:
             message["reasoning_content"] = reasoning
         if calls:
-            message["tool_calls"] = [
-                {k: v for k, v in call.items() if k != "index"} for call in calls
-            ]
+            message["tool_calls"] = calls
         choice = {
             "index": 0,
             "message": message,
@@ -99,7 +107,7 @@ class ChatWriter:
         )
 
     def _delta(self, delta: Delta) -> Iterator[dict[str, Any]]:
-        """As OpenAI words it; nothing for a call too many."""
+        """As OpenAI words it; nothing for a second call where one is allowed."""
         if delta.call is not None:
             if self._one_call and self._calls:
                 return
@@ -121,7 +129,8 @@ class ChatWriter:
         self, delta: dict[str, Any], logprobs: dict[str, Any] | None = None
     ) -> dict[str, Any]:
         if not self._begun:
-            delta, self._begun = {"role": "assistant", **delta}, bool(delta)
+            self._begun = bool(delta)
+            delta = {"role": "assistant", **delta}
         choice = {"index": 0, "delta": delta, "logprobs": logprobs, "finish_reason": None}
         return {**self._head, "object": "chat.completion.chunk", "choices": [choice]}
 
@@ -170,18 +179,21 @@ class CompletionWriter:
         tokens = [token for text in texts for token in text.logprobs]
         if not tokens:
             return None
-        offsets = []
-        for token in tokens:
-            offsets.append(self._offset)
-            self._offset += len(token.text)
-        return {
-            "tokens": [token.text for token in tokens],
-            "token_logprobs": [token.logprob for token in tokens],
-            "top_logprobs": [
-                {other.text: other.logprob for other in token.likeliest} for token in tokens
-            ],
-            "text_offset": offsets,
+
+        logprobs: dict[str, list[Any]] = {
+            "tokens": [],
+            "token_logprobs": [],
+            "top_logprobs": [],
+            "text_offset": [],
         }
+        for token in tokens:
+            likeliest = {other.text: other.logprob for other in token.likeliest}
+            logprobs["tokens"].append(token.text)
+            logprobs["token_logprobs"].append(token.logprob)
+            logprobs["top_logprobs"].append(likeliest)
+            logprobs["text_offset"].append(self._offset)
+            self._offset += len(token.text)
+        return logprobs
 
 
 def _head(prefix: str, model: str) -> dict[str, Any]:
@@ -194,8 +206,7 @@ def _chat_logprobs(tokens: tuple[TokenLogprob, ...]) -> dict[str, Any] | None:
 
 def _chosen(tokens: tuple[TokenLogprob, ...]) -> list[dict[str, Any]]:
     return [
-        _likely(token) | {"top_logprobs": [_likely(other) for other in token.likeliest]}
-        for token in tokens
+        _likely(token) | {"top_logprobs": list(map(_likely, token.likeliest))} for token in tokens
     ]
 
 
