@@ -217,11 +217,11 @@ def _build(
     api = Api(
         reconciler=reconciler,
         serving=serving,
-        preparation=Preparation(reconciler),
+        preparation=Preparation(published),
         caches=CacheApi(reconciler, serving, workers, stored),
-        embeddings=Embeddings(reconciler, workers, gates),
+        embeddings=Embeddings(published, workers, gates),
         events=events,
-        metrics=Metrics(events, reconciler, serving, workers),
+        metrics=Metrics(events, published, serving, workers),
         make_status=functools.partial(
             status,
             started=time.time(),

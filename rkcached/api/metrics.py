@@ -22,7 +22,7 @@ from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from rkcached.reconcile.events import Event, Events
-from rkcached.reconcile.loop import Reconciler
+from rkcached.reconcile.snapshot import Published
 from rkcached.serving.dispatcher import Serving
 from rkcached.worker.pool import Workers
 
@@ -33,7 +33,7 @@ _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1.0, 1.5, 2.5, 5
 
 class Metrics:
     def __init__(
-        self, events: Events, reconciler: Reconciler, serving: Serving, workers: Workers
+        self, events: Events, published: Published, serving: Serving, workers: Workers
     ) -> None:
         self._registry = CollectorRegistry()
         model_state = ("model", "state")
@@ -69,7 +69,7 @@ class Metrics:
         self._deaths = Counter(
             "rkcached_worker_deaths", "Workers that died.", ("model",), registry=self._registry
         )
-        self._registry.register(_Now(reconciler, serving, workers))
+        self._registry.register(_Now(published, serving, workers))
         ProcessCollector(registry=self._registry)
         events.listen(self._take)
 
@@ -115,13 +115,13 @@ def resident_bytes(pid: int) -> int | None:
 class _Now(Collector):
     """Gauges, read when Prometheus asks."""
 
-    def __init__(self, reconciler: Reconciler, serving: Serving, workers: Workers) -> None:
-        self._reconciler = reconciler
+    def __init__(self, published: Published, serving: Serving, workers: Workers) -> None:
+        self._published = published
         self._serving = serving
         self._workers = workers
 
     def collect(self) -> Iterator[Metric]:
-        snapshot = self._reconciler.snapshot
+        snapshot = self._published.now
         states: Counts[tuple[str, str]] = Counts()
         for key, assessment in snapshot.assessments.items():
             states[key.model, assessment.state.value] += 1

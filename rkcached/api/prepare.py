@@ -29,8 +29,7 @@ from rkcached.errors import RequestError
 from rkcached.messages.reply import Reply
 from rkcached.messages.template import ChatTemplate, Message, ToolStyle
 from rkcached.plan.desired import DesiredModel
-from rkcached.reconcile.loop import Reconciler
-from rkcached.reconcile.snapshot import Snapshot
+from rkcached.reconcile.snapshot import Published, Snapshot
 from rkcached.serving.embeddings import EmbeddingInput
 from rkcached.serving.failures import as_request_error
 from rkcached.serving.job import Job
@@ -59,8 +58,8 @@ class _Demand:
 
 
 class Preparation:
-    def __init__(self, reconciler: Reconciler) -> None:
-        self._reconciler = reconciler
+    def __init__(self, published: Published) -> None:
+        self._published = published
         # Templates that may wait are rendered one by one, so a slow one blocks no other thread.
         self._render_thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="render")
         self._schema_thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="schema")
@@ -75,7 +74,7 @@ class Preparation:
 
         `accepted` is in monotonic seconds. Errors: RequestError.
         """
-        snapshot = self._reconciler.snapshot
+        snapshot = self._published.now
         model = find_text_model(snapshot, request.model.partition("/")[0])
         demand = _demand(request, model)
         named, param = _named_prompt(request)
@@ -139,7 +138,7 @@ class Preparation:
         if "\0" in request.text:
             raise _nul("prompt")
 
-        model = find_text_model(self._reconciler.snapshot, name)
+        model = find_text_model(self._published.now, name)
         values: dict[str, Any] = model.config.sampling(None) | request.sampling()
         return Job(
             model=model,
@@ -153,7 +152,7 @@ class Preparation:
 
     def embedding(self, request: EmbeddingRequest) -> tuple[str, list[EmbeddingInput]]:
         """The name of the model and the inputs. Errors: RequestError."""
-        model = find_embedding_model(self._reconciler.snapshot, request.model)
+        model = find_embedding_model(self._published.now, request.model)
         inputs = list(request.each())
         if any(isinstance(content, str) and "\0" in content for content in inputs):
             raise _nul("input")
@@ -207,7 +206,7 @@ class Preparation:
                 raise errors.SchemaInvalid(
                     f"the schema is larger than {MAX_SCHEMA_BYTES:,} bytes", hint="simplify it"
                 )
-            compiled = ENGINES[self._reconciler.snapshot.manifest.engine.kind].compiles_schemas
+            compiled = ENGINES[self._published.now.manifest.engine.kind].compiles_schemas
             check = functools.partial(self._schemas.check, text, compiled=compiled)
             await asyncio.get_running_loop().run_in_executor(self._schema_thread, check)
         except errors.RkcachedError as error:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from rkcached import errors
 from rkcached.plan.worker_model import worker_model
-from rkcached.reconcile.loop import Reconciler
+from rkcached.reconcile.snapshot import Published
 from rkcached.serving.failures import as_request_error, queue_full, timed_out
 from rkcached.serving.models import find_embedding_model
 from rkcached.worker import protocol
@@ -20,8 +20,8 @@ EmbeddingInput = str | tuple[int, ...]
 
 
 class Embeddings:
-    def __init__(self, reconciler: Reconciler, workers: Workers, gates: Gates) -> None:
-        self._reconciler = reconciler
+    def __init__(self, published: Published, workers: Workers, gates: Gates) -> None:
+        self._published = published
         self._workers = workers
         self._gates = gates
         self._requests: Counter[str] = Counter()  # by model, those that run or wait
@@ -31,7 +31,7 @@ class Embeddings:
 
         Errors: RequestError.
         """
-        config = self._reconciler.snapshot.manifest.serving
+        config = self._published.now.manifest.serving
         if self._requests[model] > config.queue:
             raise queue_full(model, config.queue)
 
@@ -51,11 +51,11 @@ class Embeddings:
         return vectors, sum(result.tokens for result in results)
 
     async def _embed(self, name: str, content: EmbeddingInput) -> protocol.Embedded:
-        engine = self._reconciler.snapshot.manifest.engine
+        engine = self._published.now.manifest.engine
         operation = _operation(content)
 
         async with self._gates.hold(name, Priority.LIVE, concurrent=engine.concurrent):
-            model = find_embedding_model(self._reconciler.snapshot, name)
+            model = find_embedding_model(self._published.now, name)
             worker = self._workers.get(worker_model(engine, model))
             result = await worker.run(operation)
 

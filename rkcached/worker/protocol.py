@@ -196,7 +196,7 @@ ToWorker = Start | Build | Generate | Check | Embed | Abort
 FromWorker = (
     Ready | Progress | Loading | Loaded | Piece | Done | Built | Checked | Embedded | Failed
 )
-Answer = Done | Built | Checked | Embedded
+Result = Done | Built | Checked | Embedded
 
 _to_worker = msgspec.json.Decoder(ToWorker)
 _from_worker = msgspec.json.Decoder(FromWorker)

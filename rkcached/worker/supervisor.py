@@ -304,7 +304,7 @@ class Worker:
         self,
         operation: protocol.Operation,
         on_event: Callable[[protocol.FromWorker], None] | None = None,
-    ) -> protocol.Answer:
+    ) -> protocol.Result:
         """Start the worker if needed, run one operation and return its answer.
 
         `on_event` gets the events before the answer, and `Failed`. When the caller is cancelled,
@@ -333,7 +333,7 @@ class Worker:
         self,
         operation: protocol.Operation,
         on_event: Callable[[protocol.FromWorker], None] | None,
-    ) -> protocol.Answer:
+    ) -> protocol.Result:
         await self.ensure()
         self._cancel_idle_timer()
         self._lines.forget()
@@ -361,7 +361,7 @@ class Worker:
 
     async def _exchange(
         self, operation: protocol.Operation, on_event: Callable[[protocol.FromWorker], None] | None
-    ) -> protocol.Answer:
+    ) -> protocol.Result:
         await self._send(operation)
         while True:
             event = await self._receive(self.model.timeout_s or self._deadlines.silence_s)
@@ -385,7 +385,7 @@ class Worker:
                         on_event(event)
 
     async def _abandon(
-        self, operation: protocol.Operation, running: asyncio.Task[protocol.Answer]
+        self, operation: protocol.Operation, running: asyncio.Task[protocol.Result]
     ) -> None:
         """Abort an operation whose caller is gone; kill the process if it does not end in time."""
         await self.abort(operation)

@@ -171,8 +171,9 @@ class Storm(RuleBasedStateMachine):
 
         self.watcher = Watcher(look_again)
         stored = StoredTexts(self.root / "state")
+        self.published = Published(self.good, self.store.digests)
         self.reconciler = Reconciler(
-            published=Published(self.good, self.store.digests),
+            published=self.published,
             wake=Wake(),
             store=self.store,
             stored=stored,
@@ -182,7 +183,7 @@ class Storm(RuleBasedStateMachine):
             events=self.events,
         )
         self.serving = Serving(self.reconciler, self.workers, gates, self.events)
-        self.preparation = Preparation(self.reconciler)
+        self.preparation = Preparation(self.published)
         self.observer = Observer(Store(self.cache), stored)
         self.running = asyncio.create_task(self.reconciler.run())
         await asyncio.wait(
