@@ -70,9 +70,9 @@ from rkcached.worker.supervisor import Worker
 log = structlog.get_logger()
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8
+# More than what asyncio reads into, 256 KiB: a mapping for each read would cost 0.1 ms for each
+# token.
 _LARGE_BYTES = 512 << 10
-"""More than what asyncio reads into, 256 KiB: a mapping for each read would cost 0.1 ms for each
-token."""
 
 Listening = OwnSocket | list[socket.socket]
 """A socket of our own, or all that systemd passes by one name."""
@@ -123,7 +123,10 @@ def run(settings: Settings) -> None:
 
 
 def _tell_rejected(service: Service, error: ManifestError | SettingsError) -> None:
-    """Say why there is no start, where systemd shows it; at a terminal the command says it itself."""
+    """Say why the daemon does not start, where systemd shows it.
+
+    At a terminal the command prints it itself.
+    """
     if isinstance(error, SettingsError):
         service.status(error.message)
         if service.notified:
@@ -135,13 +138,13 @@ def _tell_rejected(service: Service, error: ManifestError | SettingsError) -> No
 
 
 def _give_memory_back() -> None:
-    """Keep glibc from learning that large blocks are to stay, and from an arena for each thread (mallopt(3)).
+    """Have glibc return large blocks, and keep no arena for each thread (mallopt(3)).
 
-    Else the first status of 10,000 prompts stays for good: 20 MB. Arenas are of no use where one lock goes round.
+    Else the first status of 10,000 prompts stays for good: 20 MB. Arenas are of no use where one
+    lock goes round.
     """
-    if (
-        mallopt := getattr(ctypes.CDLL(None), "mallopt", None)
-    ) is not None:  # another libc has other rules
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:  # another libc has other rules
         mallopt(_M_MMAP_THRESHOLD, _LARGE_BYTES)
         mallopt(_M_TRIM_THRESHOLD, _LARGE_BYTES)
         mallopt(_M_ARENA_MAX, 1)
@@ -165,7 +168,7 @@ def _listening(passed: list[socket.socket], path: Path, mode: int) -> Iterator[L
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Parts:
-    """What is run and taken down; the other parts are known to these."""
+    """The parts that are run and taken down; they know the others."""
 
     events: Events
     published: Published
@@ -319,7 +322,10 @@ async def _serve(
 async def _serve_both(
     servers: tuple[HttpServer, HttpServer], listeners: tuple[Listening, Listening]
 ) -> None:
-    sockets = [[one.listener] if isinstance(one, OwnSocket) else one for one in listeners]
+    sockets = [
+        [listening.listener] if isinstance(listening, OwnSocket) else listening
+        for listening in listeners
+    ]
     await asyncio.gather(
         *(server.serve(some) for server, some in zip(servers, sockets, strict=True))
     )
@@ -341,8 +347,10 @@ async def _keep_sockets(
 def _room(published: Published) -> Room:
     """An NPU runs one model at a time: one is loaded, unless the manifest says otherwise."""
     engine = published.now.manifest.engine
-    one = ENGINES[engine.kind].on_npu and not engine.concurrent
-    return room_in_memory(1 if engine.max_loaded is None and one else engine.max_loaded)
+    max_loaded = engine.max_loaded
+    if max_loaded is None and ENGINES[engine.kind].on_npu and not engine.concurrent:
+        max_loaded = 1
+    return room_in_memory(max_loaded)
 
 
 def _tell_worker(events: Events, worker: Worker) -> None:

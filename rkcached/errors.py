@@ -4,31 +4,31 @@ Each error says what happened in its message and the next thing to do in its hin
 (command line, HTTP, log) can show it to a person without knowing what it is.
 
     RkcachedError
-    ├── UsageError               the command line was wrong                                   exit 64
-    │   └── ExtraMissing         an optional library is not installed                         exit 69
-    ├── OutputError              standard output cannot be written                            exit 74
-    ├── ManifestError            the manifest has problems: a list, each with file:line       exit 78
-    ├── SettingsError            a flag or variable has an impossible value                   exit 78
-    ├── SourceError              an input file is missing or unusable                         exit 66
+    ├── UsageError               the command line was wrong                              exit 64
+    │   └── ExtraMissing         an optional library is not installed                    exit 69
+    ├── OutputError              standard output cannot be written                       exit 74
+    ├── ManifestError            the manifest has problems: a list, each with file:line  exit 78
+    ├── SettingsError            a flag or variable has an impossible value              exit 78
+    ├── SourceError              an input file is missing or unusable                    exit 66
     │   └── SourceUnsettled      somebody is writing to it
-    ├── TemplateError            a chat template cannot render this                           exit 65
+    ├── TemplateError            a chat template cannot render this                      exit 65
     │   └── TemplateExhausted    it takes too much time or memory for that
-    ├── FormatError              a file is not a prompt cache, or a damaged one               exit 65
-    ├── StoreError               the store cannot be read or written                          exit 73
-    │   ├── StoreLocked          another daemon owns the cache directory                      exit 75
+    ├── FormatError              a file is not a prompt cache, or a damaged one          exit 65
+    ├── StoreError               the store cannot be read or written                     exit 73
+    │   ├── StoreLocked          another daemon owns the cache directory                 exit 75
     │   ├── BudgetExceeded       the artifact does not fit into cache.max_bytes
     │   └── NoRoom               the artifact does not fit on the disk: needed and free bytes
-    ├── SocketError              the socket path is unusable or taken                         exit 73
-    ├── DaemonUnreachable        nobody answers on the socket                                 exit 69
-    │   └── NotAllowed           its permissions keep us out                                  exit 77
-    ├── NotFresh                 a prompt cache will not become fresh by waiting              exit 65
-    ├── StillWaiting             it was not fresh in time                                     exit 75
-    ├── EngineError              the engine refused or failed; the worker lives on            exit 70
-    │   ├── ModelLoadError       the model file cannot be loaded                              exit 66
-    │   ├── RuntimeLibraryError  the engine's shared library is missing, damaged or unknown   exit 66
+    ├── SocketError              the socket path is unusable or taken                    exit 73
+    ├── DaemonUnreachable        nobody answers on the socket                            exit 69
+    │   └── NotAllowed           its permissions keep us out                             exit 77
+    ├── NotFresh                 a prompt cache will not become fresh by waiting         exit 65
+    ├── StillWaiting             it was not fresh in time                                exit 75
+    ├── EngineError              the engine refused or failed; the worker lives on       exit 70
+    │   ├── ModelLoadError       the model file cannot be loaded                         exit 66
+    │   ├── RuntimeLibraryError  the engine's shared library is missing, damaged or unknownexit 66
     │   ├── ArtifactLoadError    a prompt cache cannot be loaded; the KV state is cleared
     │   ├── ContextExceeded      the prompt is longer than the context: both numbers
-    │   ├── SamplingFixed        a run asks for sampling that the engine cannot change, or does not have
+    │   ├── SamplingFixed        a run asks for sampling that the engine cannot change or lacks
     │   ├── InputInvalid         tokens that the model does not have
     │   ├── SchemaInvalid        what an answer shall look like is no JSON schema
     │   ├── SchemaMismatch       the answer is not what the request's schema asks for
@@ -36,7 +36,7 @@ Each error says what happened in its message and the next thing to do in its hin
     │   ├── Uncacheable          the model cannot save its state with this runtime
     │   ├── VerifyFailed         a built prompt cache did not prove itself
     │   └── Aborted              the run was stopped on request
-    ├── WorkerError              the worker process failed                                    exit 70
+    ├── WorkerError              the worker process failed                               exit 70
     │   ├── WorkerDied           signal or exit code
     │   ├── WorkerTimeout        a deadline passed; the worker was killed
     │   ├── WorkerUnavailable    in backoff after failures, or shutting down
@@ -52,7 +52,10 @@ from typing import ClassVar
 
 
 class RkcachedError(Exception):
-    """Base of all expected errors: `message` says what happened, `hint` the next thing to do (may be empty)."""
+    """Base of all expected errors.
+
+    `message` says what happened, `hint` the next thing to do (it may be empty).
+    """
 
     exit_code: ClassVar[int] = os.EX_SOFTWARE
     passing: ClassVar[bool] = False
@@ -65,7 +68,7 @@ class RkcachedError(Exception):
 
 
 def printable(text: str) -> str:
-    """What others wrote, with escapes in place of letters that are not printed but obeyed."""
+    """A foreign text, with escapes in place of letters that terminals obey instead of printing."""
     if text.isprintable():
         return text
     return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
@@ -76,7 +79,7 @@ class UsageError(RkcachedError):
 
 
 class ExtraMissing(UsageError):
-    """What was asked for needs an optional library."""
+    """The command needs an optional library that is not installed."""
 
     exit_code = os.EX_UNAVAILABLE
 
@@ -184,7 +187,8 @@ class NotAllowed(DaemonUnreachable):
     def __init__(self, socket: str) -> None:
         super().__init__(
             f"permission denied on {socket}",
-            hint="members of the group rkcached may ask (`sudo adduser NAME rkcached`, then log in again); "
+            hint="members of the group rkcached may ask "
+            "(`sudo adduser NAME rkcached`, then log in again); "
             "changes are for root: sudo",
         )
 
@@ -196,7 +200,7 @@ class NotFresh(RkcachedError):
 
 
 class StillWaiting(RkcachedError):
-    """What was waited for did not come in time."""
+    """A prompt cache did not become fresh in time."""
 
     exit_code = os.EX_TEMPFAIL
 
@@ -210,7 +214,7 @@ class ModelLoadError(EngineError):
 
 
 class RuntimeLibraryError(EngineError):
-    """The engine's shared library cannot be used: missing, no such library, damaged, or of an unknown version."""
+    """The engine's shared library is missing, damaged, unknown, or another library."""
 
     exit_code = os.EX_NOINPUT
 
@@ -220,9 +224,10 @@ class ArtifactLoadError(EngineError):
 
 
 class ContextExceeded(EngineError):
-    """A prompt of `tokens` does not fit the context of `limit` tokens that the engine gave the model.
+    """A prompt of `tokens` does not fit the context of `limit` tokens that the model was given.
 
-    It gives none that is larger than the model's own, `trained_tokens`, where it knows that.
+    The engine gives none that is larger than the model's own, `trained_tokens`, where it knows
+    that.
     """
 
     def __init__(self, tokens: int, limit: int, trained_tokens: int | None = None) -> None:
@@ -241,7 +246,7 @@ class ContextExceeded(EngineError):
 
 
 class SamplingFixed(EngineError):
-    """The run asks for a sampling value (`param`) that this engine fixes when it loads the model, or does not have."""
+    """The run asks for a sampling value (`param`) that this engine fixes or does not have."""
 
     def __init__(self, message: str, *, param: str = "", hint: str = "") -> None:
         super().__init__(message, hint=hint)
@@ -253,7 +258,7 @@ class InputInvalid(EngineError):
 
 
 class SchemaInvalid(EngineError):
-    """What the request wants its answer to look like is no JSON schema, or one that cannot be checked."""
+    """The schema that the request gives is no JSON schema, or one that cannot be checked."""
 
 
 class SchemaMismatch(EngineError):
@@ -305,7 +310,7 @@ class WorkerUnavailable(WorkerError):
 
 
 class ModelReplaced(WorkerError):
-    """What was loaded is not what the last look found: another look tells what it is."""
+    """The model's files changed since the last look; another look finds out what they are."""
 
 
 class RequestError(RkcachedError):

@@ -1,4 +1,4 @@
-"""Tells the log and the listeners what becomes of prompts: one line and one event for each change, never for none."""
+"""Logs and publishes what becomes of prompts: one line and one event for each change."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ class Announcer:
         self._known: dict[Key, tuple[State, str]] = {}
         self._notices: tuple[str, ...] = ()
         self._building: Key | None = None
+        # Listeners heard that these are being built, and nothing since.
         self._unsettled: set[Key] = set()
-        """Listeners heard that these are being built, and nothing since."""
 
     def state(self, assessment: Assessment) -> None:
-        """What a look, or a build, says of a prompt."""
+        """A look or a build found this state of a prompt."""
         key, now = assessment.key, (assessment.state, assessment.reason)
         if key == self._building:
-            return  # told when the build ends
+            return  # it is announced when the build ends
         before = self._known.get(key)
         if before != now or key in self._unsettled:
             self._events.publish(
@@ -61,7 +61,7 @@ class Announcer:
             )
 
     def notices(self, now: tuple[str, ...]) -> None:
-        """What a look found strange about what the manifest declares."""
+        """Log what a look found strange about the inputs, once for each notice."""
         for notice in now:
             if notice not in self._notices:
                 log.warning("doubtful input", notice=notice)

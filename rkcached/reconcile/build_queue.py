@@ -1,4 +1,4 @@
-"""What is to be built, in which order, and what has to wait until when.
+"""The queue of builds: it decides which is next, and which has to wait until when.
 
 A look fills the queue with what its plan asks for. In between, an edit puts builds at its head, and
 failures and new artifacts take builds out. `next` gives the first build that may begin: not one

@@ -230,7 +230,7 @@ class BuildRunner:
     # Stopping
 
     async def stop_unwanted(self, observation: Observation) -> bool:
-        """Stop the build that is running, if a look found that it is not wanted. Returns whether."""
+        """Stop the running build if a look found that it is not wanted. Returns whether it did."""
         running = self._published.now.building
         if running is None:
             return False

@@ -57,8 +57,8 @@ FILES = 3
 FULL_BYTES = 1 << 16
 """Less is left free on a disk that was filled up: the last piece did not fit."""
 
+# Prompt caches that agree in these have one size.
 _SAME_SIZE = ("engine", "runtime.digest", "model.digest", "params.max_context_len", "prefix.digest")
-"""Prompt caches that agree in these have one size."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,7 +76,7 @@ class BuildRequest:
     foreign_bytes: int
     """Of the latter."""
     needed_bytes: int
-    """What the prompt cache takes at the least, if that is known; else 0."""
+    """The least that the prompt cache takes, if that is known; else 0."""
     first_try: float
     """The loop's time when this build was first started; it may have stepped aside since."""
 
@@ -117,15 +117,16 @@ class Builder:
             size_bytes, sha256 = await asyncio.to_thread(self._store.seal, staged)
             limit = request.cache.max_bytes
             if limit is not None and request.claimed_bytes + size_bytes > limit:
-                said = over_budget(
+                trouble = over_budget(
                     action.fingerprint.digest,
                     size_bytes,
                     request.claimed_bytes,
                     limit,
                     request.foreign_bytes,
                 ).trouble
-                hint = f"what comes after it in the manifest makes room, if that is enough; else {said.hint}"
-                raise BudgetExceeded(said.message, needed_bytes=size_bytes, hint=hint)
+                hint = "what comes after it in the manifest makes room, if that is enough; "
+                hint += f"else {trouble.hint}"
+                raise BudgetExceeded(trouble.message, needed_bytes=size_bytes, hint=hint)
             sidecar = Sidecar(
                 model=action.key.model,
                 prompt=action.key.prompt,
@@ -237,36 +238,38 @@ def _check_room(store: Store, folder: Path, cache_bytes: int, text_bytes: int) -
     Errors: NoRoom when it does not fit for certain; StoreError.
     """
     with contextlib.suppress(OSError):
-        found = disk.free(folder)
-        if found.inodes is not None and found.inodes < FILES:
-            message, hint = disk.no_inodes(found)
+        space = disk.free(folder)
+        if space.inodes is not None and space.inodes < FILES:
+            message, hint = disk.no_inodes(space)
             raise NoRoom(message, needed_bytes=0, hint=hint)
         needed_bytes = cache_bytes + text_bytes + (FILES * disk.BLOCK_BYTES if cache_bytes else 0)
-        if found.free_bytes < needed_bytes:
-            store.release(needed_bytes - found.free_bytes)
-            found = disk.free(folder)
-        if found.free_bytes < needed_bytes:
+        if space.free_bytes < needed_bytes:
+            store.release(needed_bytes - space.free_bytes)
+            space = disk.free(folder)
+        if space.free_bytes < needed_bytes:
             message = (
-                f"needs {needed_bytes:,} bytes, {found.free_bytes:,} are free on {found.mount}"
+                f"needs {needed_bytes:,} bytes, {space.free_bytes:,} are free on {space.mount}"
             )
             raise NoRoom(message, needed_bytes=cache_bytes, hint=disk.ROOM)
 
 
 def _blame_disk(staged: Path, error: EngineError | WorkerDied) -> None:
-    """What an engine says of a full disk differs, and one that does not notice leaves a file that it cannot load.
+    """Find out whether an engine failed because the disk is full.
 
-    Errors: NoRoom when it failed on a full disk; what it wrote until then tells how much it needs at the least.
+    Engines report that in different ways, and one that does not notice leaves a file that it cannot
+    load. Errors: NoRoom; what was written until then tells how much is needed at the least.
     """
     if type(error) is not EngineError and not isinstance(
         error, ArtifactLoadError | VerifyFailed | WorkerDied
     ):
         return
     with contextlib.suppress(OSError):
-        found = disk.free(staged.parent)
-        if found.free_bytes < FULL_BYTES:
+        space = disk.free(staged.parent)
+        if space.free_bytes < FULL_BYTES:
             written = staged.stat().st_size if staged.exists() else 0
-            had = written + found.free_bytes
-            message = f"needs more than the {had:,} bytes that were free on {found.mount}: {error.message}"
+            had = written + space.free_bytes
+            message = f"needs more than the {had:,} bytes that were free on {space.mount}: "
+            message += error.message
             raise NoRoom(message, needed_bytes=had + 1, hint=disk.ROOM) from error
 
 

@@ -1,4 +1,4 @@
-"""Garbage collection by a look: finds what serves nobody before the look acts, removes it afterwards.
+"""Garbage collection by a look: finds rubbish before the look acts, removes it afterwards.
 
 On the event loop, beside the reconciler; `rkcached gc` uses `named_in` and `find` without a daemon.
 """
@@ -57,12 +57,12 @@ class Collection:
         `removed` are the orphans that are gone.
         """
         if not self.dry_run:
-            orphans = [_outcome(one, removed) for one in self.rubbish if one.key is not None]
-            rest = [one for one in self.rubbish if one.key is None]
+            orphans = [_outcome(item, removed) for item in self.rubbish if item.key is not None]
+            rest = [item for item in self.rubbish if item.key is None]
             try:
-                for one in orphans:  # some were put aside by the look
-                    if one.key is not None and not one.stays:
-                        await asyncio.to_thread(store.remove_retired_of, one.key)
+                for item in orphans:  # some were put aside by the look
+                    if item.key is not None and not item.stays:
+                        await asyncio.to_thread(store.remove_retired_of, item.key)
                 others = await asyncio.to_thread(remove_rubbish, store, rest, self.named)
                 self.rubbish = [*orphans, *others]
             except RkcachedError as error:

@@ -1,4 +1,4 @@
-"""What happens in the daemon, told to whoever listens: metrics, and clients of the event stream.
+"""Events in the daemon, for whoever listens: metrics, and clients of the event stream.
 
 On the event loop.
 """
@@ -12,8 +12,8 @@ from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+# Events that wait for a slow reader; one that falls further behind is let go.
 _BACKLOG = 1000
-"""Events that wait for a slow reader; one that falls further behind is let go."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""What failed since the start, and what that means for the next attempt.
+"""Failures since the start, and what they mean for the next attempt.
 
 `Failures` remembers verdicts, as the store does: but a full disk may not take them. A failure to
 load a model is not its prompts' fault: it is remembered for the model, in memory only. On the event
@@ -34,13 +34,13 @@ def blames_model(error: errors.RkcachedError) -> bool:
 class Failures:
     def __init__(self) -> None:
         self._by_prompt: dict[Key, Verdict] = {}
+        # By name: the identity of the model that failed, and the verdict.
         self._model_failures: dict[str, tuple[str, Verdict]] = {}
-        """By name: the identity of the model that failed, and the verdict."""
         self._first_tries: dict[str, float] = {}
         self._load_faults: dict[str, int] = {}
 
     def first_try(self, fingerprint: str, now: float) -> float:
-        """When this build was first started (the loop's time): it may have stepped aside since."""
+        """The loop's time when this build was first started: it may have stepped aside since."""
         return self._first_tries.setdefault(fingerprint, now)
 
     def failed(
@@ -70,7 +70,7 @@ class Failures:
         return verdict
 
     def needed_bytes(self, key: Key, fingerprint: str) -> int:
-        """What the artifact takes at the least, as far as earlier attempts tell."""
+        """The least that the artifact takes, as far as earlier attempts show."""
         verdict = self._by_prompt.get(key)
         return (
             verdict.needed_bytes
@@ -93,7 +93,7 @@ class Failures:
         self._model_failures.pop(name, None)
 
     def load_fault(self, fingerprint: str) -> int:
-        """A request could not load the artifact with this fingerprint; returns how often since the last success."""
+        """A request could not load this artifact; returns how often since the last success."""
         faults = self._load_faults[fingerprint] = self._load_faults.get(fingerprint, 0) + 1
         return faults
 
@@ -102,7 +102,7 @@ class Failures:
         self._load_faults.pop(fingerprint, None)
 
     def verdicts(self, desired: Desired) -> dict[Key, Verdict]:
-        """What to consider beside the store's verdicts.
+        """The verdicts to consider beside the store's.
 
         A model that could not be loaded blocks its prompts until it changes or may be tried again.
         """
@@ -124,7 +124,10 @@ class Failures:
 def verdict_on(
     error: errors.RkcachedError, fingerprint: str, attempts: int, *, model: str = ""
 ) -> Verdict:
-    """What a failed build means for the next attempt at the same fingerprint; `model` is the identity of its model."""
+    """The verdict on a failed build, for the next attempt at the same fingerprint.
+
+    `model` is the identity of its model.
+    """
     trouble = Trouble.of(error)
     match error:
         case errors.ContextExceeded():

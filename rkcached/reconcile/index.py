@@ -16,8 +16,8 @@ from collections.abc import Mapping
 from rkcached.sources.records import Key
 from rkcached.store.sidecar import StoredArtifact
 
+# The keys of a model's prefixes, by length in bytes and by digest.
 _ByLength = Mapping[int, Mapping[str, Key]]
-"""The keys of a model's prefixes, by length in bytes and by digest."""
 
 
 class FreshIndex:
@@ -47,7 +47,7 @@ class FreshIndex:
         return self._artifacts
 
     def longest(self, model: str, rendered: bytes) -> Key | None:
-        """Find the key of the longest prefix that `rendered` (UTF-8) starts with, if there is one."""
+        """Find the key of the longest prefix that `rendered` (UTF-8) starts with, if any."""
         best = None
         hashed = 0
         sha = hashlib.sha256()

@@ -237,7 +237,7 @@ class Reconciler:
     # The loop
 
     async def run(self) -> None:
-        """Reconcile until cancelled; then the running build is stopped and nothing of it is left."""
+        """Reconcile until cancelled; then the running build is stopped without a trace."""
         try:
             while True:
                 await self._wake.settle()
@@ -310,9 +310,10 @@ class Reconciler:
         await self._look()
 
     async def _glance(self, changed: set[str]) -> None:
-        """Start the build of an edited prompt at once: with thousands of prompts, a look takes long.
+        """Start the build of an edited prompt at once.
 
-        It is the look that decides: a build that it does not want is stopped.
+        With thousands of prompts, a look takes long. It is the look that decides: a build that it
+        does not want is stopped.
         """
         before = self.snapshot
         generation = self._generation
@@ -436,13 +437,17 @@ class Reconciler:
     def _publish(self, observation: Observation) -> None:
         self._note_news(observation)
         inventory = observation.inventory
-        shown = {one.key: one for one in observation.assessments if not one.retired}
+        shown = {
+            assessment.key: assessment
+            for assessment in observation.assessments
+            if not assessment.retired
+        }
         fresh = {
             key: inventory.artifacts[key]
             for key, assessment in shown.items()
             if assessment.state is State.FRESH and key in inventory.artifacts
         }
-        unreadable = {key: found.size_bytes for key, found in inventory.unreadable.items()}
+        unreadable = {key: bad.size_bytes for key, bad in inventory.unreadable.items()}
 
         self._published.change(
             manifest=observation.manifest,

@@ -79,13 +79,13 @@ class Glimpse:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Last:
-    """What a glance takes from the look before it."""
+    """The parts of the last look that a glance needs."""
 
     sources: Sources
     models: Mapping[str, DesiredModel | Trouble]
     verdicts: dict[Key, Verdict]
+    # Fingerprints.
     retired: Collection[str]
-    """Fingerprints."""
 
 
 class Observer:
@@ -96,11 +96,10 @@ class Observer:
         self._reader = SourceReader(store.digests, stored)
         self._resolver = Resolver(Renderer().compile)
         self._last: _Last | None = None
+        # By fingerprint: when this process saw the retired artifact first, in monotonic seconds.
         self._retired_since: dict[str, float] = {}
-        """By fingerprint: when this process saw the retired artifact first, in monotonic seconds.
-        """
+        # Of the last look: by prompt, and by fingerprint for retired artifacts.
         self._assessments: dict[Key | str, Assessment] = {}
-        """Of the last look: by prompt, and by fingerprint for retired artifacts."""
 
     def observe(
         self, manifest: Manifest, extra_verdicts: Mapping[Key, Verdict] | None = None
@@ -144,8 +143,8 @@ class Observer:
             )
         before = self._assessments
         self._assessments = {
-            (place := one.retired or one.key): kept(before.get(place), one)
-            for one in assess(prompts, observed, limits)
+            (place := assessment.retired or assessment.key): kept(before.get(place), assessment)
+            for assessment in assess(prompts, observed, limits)
         }
         assessments = tuple(self._assessments.values())
         return Observation(
@@ -159,18 +158,21 @@ class Observer:
         )
 
     def _new_retired(self, inventory: Inventory, new_s: float) -> frozenset[str]:
-        """Which retired artifacts this process has known for less than that.
+        """Find the retired artifacts that this process has known for less than that.
 
         A board without a clock of its own starts with an old time, which then jumps.
         """
         now = time.monotonic()
-        self._retired_since = {one: self._retired_since.get(one, now) for one in inventory.retired}
-        return frozenset(one for one, since in self._retired_since.items() if now - since < new_s)
+        known = self._retired_since
+        self._retired_since = {digest: known.get(digest, now) for digest in inventory.retired}
+        return frozenset(
+            digest for digest, since in self._retired_since.items() if now - since < new_s
+        )
 
     def glance(
         self, manifest: Manifest, changed: set[str], fresh: Mapping[Key, StoredArtifact]
     ) -> list[Glimpse]:
-        """Which of the `fresh` prompts must be built because of files that changed. Blocking.
+        """Find the `fresh` prompts that must be built because of files that changed. Blocking.
 
         Everything else is taken to be as the last look saw it, so nothing but these files is read;
         a file is known by the prompts it was part of then, never by its name. A look must follow.
@@ -224,12 +226,15 @@ def _named(manifest: Manifest, sources: Sources) -> Iterator[str]:
 
 
 def _spare_bytes(store: Store) -> int | None:
-    """What the store's disk has free beyond what retired artifacts leave free; below 0 if it has less."""
+    """The free bytes of the store's disk beyond what retired artifacts leave free.
+
+    Below 0 if it has less. None: not known.
+    """
     try:
-        found = disk.free(store.root)
+        space = disk.free(store.root)
     except OSError:
         return None
-    return found.free_bytes - int(found.size_bytes * KEPT_FREE)
+    return space.free_bytes - int(space.size_bytes * KEPT_FREE)
 
 
 def _did_not_fit(prompt: DesiredPrompt, verdict: Verdict | None) -> bool:
@@ -242,13 +247,16 @@ def _did_not_fit(prompt: DesiredPrompt, verdict: Verdict | None) -> bool:
 
 
 def _spread(verdicts: dict[Key, Verdict], desired: Desired) -> dict[Key, Verdict]:
-    """A model that cannot be cached is so for all its prompts, until its file, the runtime or its parameters change."""
+    """Give each prompt of a model that cannot be cached a verdict that says so.
+
+    It holds until the model's file, the runtime or its parameters change.
+    """
     uncacheable = {
         v.model: v for v in verdicts.values() if v.kind is VerdictKind.UNCACHEABLE and v.model
     }
     for key, prompt in desired.prompts.items() if uncacheable else ():
         model = desired.models.get(key.model)
-        found = uncacheable.get(model.identity) if isinstance(model, DesiredModel) else None
-        if found is not None and prompt.fingerprint is not None:
-            verdicts[key] = replace(found, fingerprint=prompt.fingerprint.digest)
+        verdict = uncacheable.get(model.identity) if isinstance(model, DesiredModel) else None
+        if verdict is not None and prompt.fingerprint is not None:
+            verdicts[key] = replace(verdict, fingerprint=prompt.fingerprint.digest)
     return verdicts

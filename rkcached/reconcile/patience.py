@@ -1,4 +1,4 @@
-"""When a build of a text or a model that keeps changing may begin.
+"""Patience with texts and models that keep changing: when a build may begin.
 
 On the event loop; reads no file.
 
@@ -25,8 +25,8 @@ LONGEST_WRITING_S = 600.0
 """Nor one that writes for so long: a large model over a slow network."""
 
 QUIET_S = (1.0, 2.0, 4.0)
-"""How long the changes must have stopped after a build was stopped by one: the first time, the
-second, and so on."""
+"""A build that was stopped by a change waits until the changes have stopped for so long: the first
+time, the second, and so on."""
 
 LONGEST_RESTLESS_S = 30.0
 """A build that was stopped so long ago is begun anew even if the changes never stopped."""
@@ -36,8 +36,8 @@ LONGEST_RESTLESS_S = 30.0
 class _Restless:
     fingerprint: str
     stops: int
+    # When a build was last stopped.
     stopped: float
-    """When a build was last stopped."""
     changed: float
 
 
@@ -66,7 +66,10 @@ class Patience:
         self._restless.pop(key, None)
 
     def due(self, key: Key, files: Iterable[str], writing: Mapping[str, Writing]) -> float:
-        """The time at which a build of this prompt, made of these files, may begin; in the past if it may now."""
+        """The time at which a build of this prompt, made of these files, may begin.
+
+        It is in the past if the build may begin now.
+        """
         moment = 0.0
         for file in files:
             if (writer := writing.get(file)) is not None:

@@ -19,10 +19,10 @@ from rkcached.store.sidecar import StoredArtifact
 @dataclass(slots=True, kw_only=True)
 class _Waiting:
     future: asyncio.Future[StoredArtifact]
+    # Build it even if it is fresh.
     anew: bool
-    """Build it even if it is fresh."""
+    # A look has begun and ended since.
     seen: bool = False
-    """A look has begun and ended since."""
 
 
 class Waiters:
@@ -40,7 +40,7 @@ class Waiters:
         return waiting.future
 
     def asked(self) -> tuple[Key, ...]:
-        """What a look that begins now will answer."""
+        """The prompts that a look that begins now will answer for."""
         return tuple(self._waiting)
 
     def observed(
@@ -67,8 +67,8 @@ class Waiters:
             elif assessment.state is State.FRESH:
                 self.answer(key, artifacts[key])
             elif not isinstance(assessment.action, Build | Adopt):
-                said = f"{key} is {assessment.state.value}: {assessment.reason}"
-                self.answer(key, SourceError(said, hint=assessment.hint))
+                reason = f"{key} is {assessment.state.value}: {assessment.reason}"
+                self.answer(key, SourceError(reason, hint=assessment.hint))
         return anew
 
     def answer(self, key: Key, result: StoredArtifact | RkcachedError) -> None:

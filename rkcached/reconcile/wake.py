@@ -1,4 +1,4 @@
-"""What wakes the reconciler: a change that somebody noticed, and the wait until changes settle.
+"""Wakes the reconciler when somebody noticed a change, and waits until changes settle.
 
 Made before the parts that wake it, so that the watcher needs no reconciler. On the event loop.
 """
@@ -53,7 +53,7 @@ class Wake:
         await self._event.wait()
 
     async def settle(self) -> None:
-        """Wait until events have been quiet for a while, so that half of a save is not looked at."""
+        """Wait until events have been quiet for a while, so that no half of a save is looked at."""
         loop = asyncio.get_running_loop()
         while self._event.is_set() and not self._hurry:
             quiet_at = min(self._last_event + SETTLE_S, self._first_event + MAX_SETTLE_S)
