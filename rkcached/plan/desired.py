@@ -103,11 +103,11 @@ class Resolver:
 
     def __init__(self, compile_elsewhere: Compile | None = None) -> None:
         self._compile_elsewhere = compile_elsewhere
+        # By model; the same object for as long as nothing in it changes.
         self._shared: dict[str, dict[str, Value]] = {}
-        """By model; the same object for as long as nothing in it changes."""
         self._known: dict[Key, _Known] = {}
+        # As the last `resolve` gave them.
         self._prompts: Mapping[Key, DesiredPrompt] = {}
-        """As the last `resolve` gave them."""
         self._templates: dict[tuple[str, str, str, str, bool | None], ChatTemplate] = {}
 
     def resolve(self, manifest: Manifest, sources: Sources) -> Desired:

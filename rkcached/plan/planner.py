@@ -306,8 +306,8 @@ def plan(assessments: Iterable[Assessment]) -> tuple[Action, ...]:
 class _Source(NamedTuple):
     """Where an artifact of some fingerprint is, and what it takes."""
 
+    # None: it is retired.
     key: Key | None
-    """None: it is retired."""
     tokens: int
     size_bytes: int
     reason: str
@@ -385,10 +385,10 @@ def _take_sources(assessments: list[Assessment], declared: set[Key]) -> list[Ass
 class _Needed:
     """What the declared prompts have and are about to adopt."""
 
+    # By fingerprint: a prompt with a fresh artifact of it.
     served: Mapping[str, Key]
-    """By fingerprint: a prompt with a fresh artifact of it."""
+    # Fingerprints of artifacts that an action of this plan needs where they are.
     adopted: frozenset[str]
-    """Fingerprints of artifacts that an action of this plan needs where they are."""
 
     @classmethod
     def by(cls, assessments: Iterable[Assessment], observed: Observed) -> _Needed:

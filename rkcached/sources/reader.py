@@ -93,11 +93,11 @@ class SourceReader:
         self._prompts = _Memory[PromptSource]()
         self._templates = _Memory[str]()
         self._headers = _Memory[Header | None]()
+        # By the last scan.
         self._declared: Mapping[Key, Declaration] = {}
-        """By the last scan."""
+        # By prompts_from pattern: the device that its folder was on when it first matched, and how
+        # many it matched.
         self._found_on: dict[str, tuple[int, int]] = {}
-        """By prompts_from pattern: the device that its folder was on when it first matched, and how
-        many it matched."""
 
     def scan(self, manifest: Manifest) -> Sources:
         """Look at every input that the manifest names. Never raises for a bad input."""

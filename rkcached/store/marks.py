@@ -35,8 +35,8 @@ OWN_FOLDERS = frozenset({VERDICTS, QUARANTINE, RETIRED})
 OF_THE_DISK = frozenset({"lost+found"})
 """At the top of a file system of its own."""
 
+# A folder with these alone counts as empty.
 _LEAVES_EMPTY = frozenset({"README.md", ".gitignore"}) | OF_THE_DISK
-"""A folder with these alone counts as empty."""
 
 _SIGNATURE = b"Signature: 8a477f597d28d172789f06886806bc55"
 _OURS = b"created by rkcached"

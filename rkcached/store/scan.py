@@ -24,8 +24,8 @@ from rkcached.store.sidecar import Inventory, Sidecar, StoredArtifact, Unreadabl
 MAX_RECORD_BYTES = 1 << 20
 """A sidecar has some 2,000 bytes, a verdict fewer."""
 
+# The unit of st_blocks, whatever the file system's own is (stat(2)).
 _BLOCK_BYTES = 512
-"""The unit of st_blocks, whatever the file system's own is (stat(2))."""
 
 STAGING = ".stage-"
 """What the names of files begin with that a build has not published yet."""
@@ -38,8 +38,8 @@ class _Seen(NamedTuple):
     """A good artifact, and what its sidecar, prompt cache and text were like when it was looked at."""
 
     key: Key
+    # The name of the prompt cache.
     cache: str
-    """The name of the prompt cache."""
     signature: Signature
     artifact: StoredArtifact
 
@@ -47,8 +47,8 @@ class _Seen(NamedTuple):
 class _SeenRetired(NamedTuple):
     """A retired artifact, and what its folder and its files were like when it was looked at."""
 
+    # Names of sidecar, prompt cache and text.
     files: tuple[str, ...]
-    """Names of sidecar, prompt cache and text."""
     signature: Signature
     artifact: Retired
 
@@ -58,11 +58,11 @@ class Scan:
 
     def __init__(self, digests: Digests) -> None:
         self._digests = digests
+        # Good artifacts of this scan.
         self._now: dict[Key, _Seen] = {}
-        """Good artifacts of this scan."""
         self._before = self._now
+        # By fingerprint, of the last scan.
         self._retired: dict[str, _SeenRetired] = {}
-        """By fingerprint, of the last scan."""
 
     def turn(self) -> None:
         """A scan begins: what the one before it did not find is forgotten."""

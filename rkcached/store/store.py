@@ -70,16 +70,16 @@ class Store:
         self.digests = digests or Digests(root / ".digests.json")
         self._opened = False
         self._lock_fd = -1
+        # Of the file system that the store is on while it is open.
         self._device = -1
-        """Of the file system that the store is on while it is open."""
         self._taking = threading.Lock()
+        # What is being built now; whatever else is staged was left behind.
         self._staged: set[Path] = set()
-        """What is being built now; whatever else is staged was left behind."""
+        # Held where a folder of a model or of a retired artifact comes or goes.
         self._folders = threading.RLock()
-        """Held where a folder of a model or of a retired artifact comes or goes."""
         self._scan = Scan(self.digests)
+        # Files in the store's place that the manifest names: they stay, whatever their name is.
         self._spared: frozenset[Path] = frozenset()
-        """Files in the store's place that the manifest names: they stay, whatever their name is."""
 
     def spare(self, files: Iterable[Path | str]) -> None:
         """From now on, none of these is removed or taken for an artifact.
