@@ -361,7 +361,7 @@ def test_build_that_crashes_is_quarantined(workspace: Workspace) -> None:
 
     Another model file brings it back.
     """
-    workspace.hurry(reconcile__verdicts__MAX_RETRY_S=0.5)
+    workspace.hurry(reconcile__failures__MAX_RETRY_S=0.5)
     workspace.memory_model(faults=[{"op": "save", "kind": "segfault", "at": 1}])
     workspace.write("p.md", "You are prompt P.")
     workspace.write("q.md", "You are prompt Q.")
