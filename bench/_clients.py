@@ -1,4 +1,4 @@
-"""What the daemon costs with several clients, for each streamed token, and after many requests.
+"""Measures the daemon's cost with several clients, for each token, and after many requests.
 
 On the memory engine, which computes next to nothing, so that nearly all of the time is the daemon's
 own.

@@ -23,7 +23,7 @@ class Daemon(Launched):
 
     def __init__(self, workspace: Workspace) -> None:
         self.log_start = workspace.log.stat().st_size if workspace.log.exists() else 0
-        """Where this daemon's lines begin."""
+        """This daemon's lines begin here."""
         environment = {
             name: value
             for name, value in isolated.environment().items()

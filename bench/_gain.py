@@ -1,4 +1,4 @@
-"""What a cache gains and what the daemon adds, as `rkcached bench --json` measures it."""
+"""Reports what a cache gains and what the daemon adds, as `rkcached bench --json` measures it."""
 
 from __future__ import annotations
 

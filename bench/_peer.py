@@ -99,7 +99,7 @@ class Peer:
         return replace(answer, moments=tuple(moment + restore_s for moment in answer.moments))
 
     def death(self) -> str:
-        """What ended it, if it has ended."""
+        """Name the signal or exit code that ended it, if it has ended."""
         self.process.join(5)
         code = self.process.exitcode
         if code is None:

@@ -87,7 +87,10 @@ def difference(part: str, name: str, samples: Sequence[float], target: Target | 
 
 
 def machine() -> dict[str, Any]:
-    """What the figures depend on and the code does not say. Taken before anything is started."""
+    """Facts that the figures depend on and the code does not have.
+
+    Taken before anything is started.
+    """
     load = os.getloadavg()
     facts = measured_machine()
     return {
@@ -106,7 +109,7 @@ def machine() -> dict[str, Any]:
 
 
 def document(facts: dict[str, Any], figures: Sequence[Figure]) -> dict[str, Any]:
-    """What --json writes."""
+    """The document that --json writes."""
     rows = [asdict(figure) | {"met": figure.met} for figure in figures]
     return {"machine": facts | {"load_average_at_end": os.getloadavg()}, "figures": rows}
 

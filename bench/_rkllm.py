@@ -440,7 +440,7 @@ def _resident_mb(process: psutil.Process) -> float:
 
 
 def _in_child(work: Callable[..., Any], *arguments: Any) -> Any:
-    """What `work` returns in a fresh process: native code is not for this one.
+    """Run `work` in a fresh process and return its result: native code is not for this one.
 
     Errors: BenchError.
     """

@@ -1,4 +1,4 @@
-"""How the daemon's own work grows with prompts and models, from ten prompts to ten thousand.
+"""Measures how the daemon's own work grows, from ten prompts to ten thousand.
 
 The memory engine computes next to nothing, so what is seen is the daemon: scanning, planning,
 publishing, watching. Everything is read off from outside (its log, /proc), so that measuring adds
@@ -186,7 +186,7 @@ class _Log:
         self._at = daemon.log_start
 
     def skip(self) -> None:
-        """What was said so far does not count."""
+        """Skip the lines that are there now."""
         self._at = self._daemon.workspace.log.stat().st_size
 
     def wait(self, words: str) -> None:

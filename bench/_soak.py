@@ -54,7 +54,7 @@ QUESTIONS = ("Who are you?", "Who are you? Repeat your first sentence.")
 KINDS = ("chat", "chat", "chat", "tools", "completion")
 
 _CLEAN = {"worker_died", "worker_unavailable", "worker_timeout", "model_unavailable", "queue_full"}
-"""What a request may end with when its worker was killed."""
+"""A request may end with these errors when its worker was killed."""
 
 _TOOL = {
     "type": "function",
@@ -76,13 +76,13 @@ Tokens = tuple[tuple[str, dict[str, float]], ...]
 
 @dataclass(slots=True, kw_only=True)
 class Reply:
-    """What a client got, whole or up to the failure."""
+    """The answer that a client got, whole or up to the failure."""
 
     text: str
     tokens: Tokens = ()
     """Of a real model."""
     report: dict[str, Any] = field(default_factory=dict)
-    """What the daemon says of it; empty after a failure."""
+    """The daemon's report; empty after a failure."""
     failure: str = ""
 
     def is_right(self, right: Reply) -> bool:
@@ -169,7 +169,7 @@ class Site:
     # What asks
 
     def visit(self, chance: random.Random) -> None:
-        """What a client does again and again."""
+        """Ask and pause, as a client does again and again."""
         self.ask(chance)
         time.sleep(chance.random() * self.pause_s)
 
@@ -311,7 +311,7 @@ class Site:
         return workers
 
     def held(self) -> dict[str, float]:
-        """What the daemon's process holds."""
+        """Memory, descriptors and children of the daemon's process."""
         process = psutil.Process(self.daemon.pid)
         children = process.children(recursive=True)
         return {

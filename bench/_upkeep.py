@@ -1,4 +1,4 @@
-"""What the daemon does on its own: follow an edit, and rest.
+"""Measures what the daemon does on its own: follow an edit, and rest.
 
 Its work is watched from outside (files of the store, CPU time, memory), so that watching adds none.
 """

@@ -32,13 +32,13 @@ _LINE = "the roof opens when water and air are warm enough for plants but never 
 
 @dataclass(slots=True, kw_only=True)
 class Bench:
-    """What the parts share: how much to measure, and the workspaces, each made and filled once."""
+    """The state that the parts share: options, and the workspaces, each made and filled once."""
 
     root: Path
     runs: int
     idle_s: float
     pictures: Path | None = None
-    """Where pictures are to be drawn."""
+    """The folder to draw pictures in."""
     say: Callable[[str], None] = lambda _: None
     """Is told what is measured next."""
     _made: dict[str, Workspace] = field(default_factory=dict)

@@ -172,7 +172,7 @@ def fill_main(package: Package, wheels: set[Wheel]) -> None:
 
 
 def fill_cpu(package: Package, wheels: set[Wheel]) -> None:
-    """What llama.cpp needs besides."""
+    """Packages that llama.cpp needs besides."""
     package.write_wheels(wheels)
     package.write_documents(wheels)
 

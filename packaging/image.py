@@ -25,7 +25,9 @@ MAX_LINKS = 40
 
 
 def find_target(root: Path, python: str, machine: str) -> Target:
-    """What the image will run. `python` and `machine` are what its maker named, or empty.
+    """The Python and machine of the image.
+
+    `python` and `machine` are what its maker named, or empty.
 
     Raises SystemExit with the next step where neither the image nor its maker says so.
     """
@@ -47,7 +49,7 @@ def find_target(root: Path, python: str, machine: str) -> Target:
 
 
 def _inside(root: Path, path: Path) -> Path:
-    """Where a path of the image is, with its links followed as they are when it runs."""
+    """The place of a path of the image, with its links followed as they are when it runs."""
     for _ in range(MAX_LINKS):
         place = root / path.relative_to("/")
         if not place.is_symlink():

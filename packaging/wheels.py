@@ -36,7 +36,7 @@ target."""
 
 @dataclass(frozen=True, kw_only=True)
 class Target:
-    """What a wheel must run on."""
+    """The Python and machine that a wheel must run on."""
 
     machine: str
     python: str
@@ -258,7 +258,7 @@ def _download(wanted: set[str], target: Target, folder: Path, *options: str) -> 
 
 
 def _for(target: Target) -> list[str]:
-    """How pip is told of a target that is not its own."""
+    """Options that make pip choose wheels for another target."""
     interpreter = f"cp{target.python.replace('.', '')}"
     tags = ["--implementation", "cp", *(f"--abi={abi}" for abi in (interpreter, "abi3", "none"))]
     platforms = [f"--platform={platform}" for platform in target.platforms]

@@ -52,7 +52,7 @@ class Check:
 
 
 class Board:
-    """What belongs to the machine, read below `root`.
+    """The facts of the machine, read below `root`.
 
     `uses_rkllm` is None where no manifest says.
     """

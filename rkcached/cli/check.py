@@ -28,12 +28,12 @@ MODEST_TOKENS = 256
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Findings:
-    """What `check` has to say."""
+    """The results of `check`."""
 
     problems: tuple[Problem, ...]
     """In the order of their lines."""
     warnings: tuple[str, ...]
-    """What is no problem, but costs more or gives less than its owner may know; each with its file
+    """Things that work, but cost more or give less than their owner may know; each with its file
     and line."""
     skipped_files: tuple[str, ...]
     """In a prompts_from folder, but with names that no prompt can have."""
@@ -124,7 +124,7 @@ def _findings(
 def _troubles(
     manifest: Manifest, sources: Sources, desired: Desired, service: ServiceView
 ) -> Iterator[tuple[int, Trouble]]:
-    """What is wrong with the files that a manifest names, each with the line that names it."""
+    """Troubles of the files that a manifest names, each with the line that names the file."""
     for name, trouble in service.models_in_trouble(manifest, desired).items():
         yield manifest.line_of("models", name, *(trouble.place or ("path",))), trouble
     for name, trouble in {**sources.unlisted_models, **service.unlisted_models}.items():
@@ -142,7 +142,7 @@ def _prompt_line(manifest: Manifest, sources: Sources, key: Key, trouble: Troubl
 def _warnings(
     manifest: Manifest, sources: Sources, runtime: RuntimeSource | Trouble
 ) -> Iterator[str]:
-    """What works, but costs more or gives less than its owner may know.
+    """Warn of what works, but costs more or gives less than its owner may know.
 
     Each begins with its line.
     """

@@ -216,7 +216,7 @@ def _read_manifest(file: Path | None) -> tuple[Manifest | None, Check]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Found:
-    """What is wrong with the files that the manifest names, as the daemon sees them."""
+    """Troubles of the files that the manifest names, as the daemon sees them."""
 
     models: Mapping[str, Trouble]
     unlisted_models: Mapping[str, Trouble]
@@ -250,7 +250,7 @@ def _look_at(manifest: Manifest) -> _Found:
 
 
 def _engine(manifest: Manifest) -> Iterator[Check]:
-    """What is installed of an engine other than RKLLM, whose library is the board's."""
+    """Check the installation of an engine other than RKLLM, whose library is the board's."""
     kind = manifest.engine.kind
     if ENGINES[kind].on_npu:
         return

@@ -58,7 +58,7 @@ def _code_of(command: click.Command, arguments: Sequence[str] | None) -> int | s
 
 
 def _is_of_output(error: OSError) -> bool:
-    """What could not be written stays in the stream, so that another try fails, too.
+    """Whether the error is one of standard output: the text stays there, so a flush fails, too.
 
     Unless it was too much for that.
 
@@ -75,7 +75,7 @@ _OUTPUT = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 
 
 def _finish(stream: TextIO) -> None:
-    """What still cannot be written goes nowhere: Python would complain of it at its end."""
+    """Drop what still cannot be written, as Python would complain of it at its end."""
     try:
         stream.flush()
     except OSError:
@@ -83,7 +83,7 @@ def _finish(stream: TextIO) -> None:
 
 
 def exit_code(error: RkcachedError) -> int:
-    """What the daemon refused is the command's input, unless the daemon itself is in trouble."""
+    """The exit code of an error; a refused request is wrong input, unless the daemon has failed."""
     if not isinstance(error, RequestError):
         return error.exit_code
     by_status = {

@@ -65,7 +65,7 @@ _NEXT = {
     "adopt": "the daemon adopts that prompt cache at its next look, without a prefill",
     "retire": "the daemon retires it at its next look",
 }
-"""What follows, by action."""
+"""The next step of the daemon, by action."""
 
 
 def print_explanation(console: Console, data: dict[str, Any]) -> None:

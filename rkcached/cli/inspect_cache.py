@@ -49,7 +49,7 @@ _SHOWN_IDS: Final = 8
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Content:
-    """What the header of a prompt cache says."""
+    """The content of a prompt cache's header."""
 
     engine: str
     form: str
@@ -67,7 +67,7 @@ def run(file: Path, *, want_json: bool) -> int:
 
 
 def inspect(path: Path) -> dict[str, Any]:
-    """What `path` is, or the artifact that it is the sidecar or the text of.
+    """Inspect `path`, or the artifact that it is the sidecar or the text of.
 
     Blocking; hashes the file.
 

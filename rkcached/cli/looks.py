@@ -1,4 +1,4 @@
-"""What a command sees of manifest, files and store when it looks itself, without a daemon."""
+"""Looks at manifest, files and store without a daemon."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How commands write: consoles, a progress line, JSON. Imports rich only where it is used."""
+"""Writes for commands: consoles, a progress line, JSON. Imports rich only where it is used."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the daemon sees, put over what the caller of a command sees.
+"""Puts what the daemon sees over what the caller of a command sees.
 
 Who runs `check` may read more than the daemon, or less. Root looks with its eyes from the start
 (see `unit.become_it`). For others the word of a running daemon counts; where none runs, what its
@@ -40,7 +40,7 @@ class Seen:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServiceView:
-    """What is known of the daemon's view. Of what it does not name, the caller's own eyes tell."""
+    """The daemon's view, as far as it is known; for the rest the caller's own look counts."""
 
     models: Mapping[str, Trouble | None] = field(default_factory=dict)
     prompts: Mapping[Key, Seen] = field(default_factory=dict)
@@ -73,7 +73,7 @@ class ServiceView:
     def prompts_in_trouble(
         self, manifest: Manifest, sources: Sources, desired: Desired
     ) -> dict[Key, Trouble]:
-        """What is wrong with a model is said once, for the model.
+        """Troubles of prompts; that of a model is reported once, for the model.
 
         A prompt may have a trouble of its own besides.
         """
@@ -170,7 +170,7 @@ def view_of(
 
 
 def said_by(status: Mapping[str, Any]) -> ServiceView:
-    """What a status tells."""
+    """The view that a status document gives."""
     prompts = {}
     for prompt in status["prompts"]:
         troubled = prompt["state"] in _IN_TROUBLE
@@ -190,7 +190,7 @@ def said_by(status: Mapping[str, Any]) -> ServiceView:
 
 
 def hidden_by(installed: unit.Unit, manifest: Manifest, sources: Sources) -> ServiceView:
-    """What the unit would hide of that which the manifest names."""
+    """The view without the files that the unit hides."""
 
     def troubles(*paths: Path | str | None) -> Iterator[Trouble]:
         for path in (given for given in paths if given is not None):
@@ -223,7 +223,7 @@ def _blocked(own: Assessment) -> bool:
 
 
 def _socket(settings: Settings, installed: unit.Unit | None) -> Path | None:
-    """Where to ask; None where asking would start the daemon, or there is none."""
+    """The socket to ask; None where asking would start the daemon, or there is none."""
     system = Path(os.environ.get("RKCACHED_SOCKET") or places.SYSTEM_RUNTIME / places.SOCKET_NAME)
     if installed is not None:
         return system if installed.pid else None

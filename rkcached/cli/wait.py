@@ -54,7 +54,7 @@ _Inbox = queue.SimpleQueue[str | RkcachedError]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Waited:
-    """How the waiting ended. Without errors all are fresh."""
+    """The result of waiting. Without errors all are fresh."""
 
     waited_s: float
     prompts: list[dict[str, Any]]
@@ -217,7 +217,7 @@ def _troubles(names: Sequence[str], status: dict[str, Any]) -> Iterator[NotFresh
 
 
 def _never(prompt: dict[str, Any]) -> NotFresh | None:
-    """Why it will not become fresh by waiting; None if it may."""
+    """The reason why it will not become fresh by waiting; None if it may."""
     if prompt["state"] not in _LASTING or prompt["retry_at"] is not None:
         return None
     return NotFresh(
@@ -226,7 +226,7 @@ def _never(prompt: dict[str, Any]) -> NotFresh | None:
 
 
 def _sentence(waiting: Sequence[dict[str, Any]]) -> str:
-    """What each of them does, with the first few by name."""
+    """Name the first few prompts and their states, and count the others."""
     parts = [
         f"{show.name_of(prompt)} is {prompt['state']}{_more(prompt)}"
         for prompt in waiting[:_MOST_NAMES]

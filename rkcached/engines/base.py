@@ -37,7 +37,7 @@ SAMPLING_FIELDS = (*SAMPLING_PARAMETERS, "seed")
 
 
 class Sampling(msgspec.Struct, frozen=True, kw_only=True):
-    """How the next token is chosen. None leaves the engine's own default."""
+    """Parameters that choose the next token. None leaves the engine's own default."""
 
     max_new_tokens: int = 128
     temperature: float | None = None
@@ -59,7 +59,7 @@ class Sampling(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class NpuOptions(msgspec.Struct, frozen=True, kw_only=True):
-    """How RKLLM uses the board. None leaves the runtime's own default."""
+    """Options of RKLLM for the board. None leaves the runtime's own default."""
 
     enabled_cpus: tuple[int, ...] = ()
     """CPU numbers, 0 to 31."""
@@ -74,7 +74,7 @@ class NpuOptions(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
-    """What an engine needs to load a model."""
+    """All that an engine needs to load a model."""
 
     path: str
     context_tokens: int
@@ -88,7 +88,7 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
     abi: str = ""
     """The library's ABI by the name of a version; empty finds it."""
     sampling: Sampling | None = None
-    """What runs use that say nothing else; for engines that fix it when the model is loaded, all
+    """The default of runs; for engines that fix it when the model is loaded, all
     that they can do."""
     tokenizer: str = ""
     """A `tokenizer.json`, for engines that take tokens instead of text."""
@@ -161,7 +161,7 @@ class Token(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class RunStats(msgspec.Struct, frozen=True, kw_only=True):
-    """What one run did, as measured by the engine."""
+    """The figures of one run, as measured by the engine."""
 
     finish: FinishReason
     prompt_tokens: int
@@ -179,7 +179,7 @@ class RunStats(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Embedding(msgspec.Struct, frozen=True, kw_only=True, eq=False):
-    """What an embedding model makes of a text."""
+    """The vector that an embedding model makes of a text."""
 
     vector: NDArray[np.float32]
     """Of shape (width of the model's hidden layer,); not normalised."""
@@ -204,7 +204,7 @@ class Engine(Protocol):
     def info(self) -> EngineInfo: ...
 
     def count_tokens(self, text: str) -> int | None:
-        """How many KV positions a prompt occupies, an added BOS token included.
+        """Count the KV positions that a prompt occupies, an added BOS token included.
 
         None if nobody can tell.
         """

@@ -39,7 +39,7 @@ class RkllmHeader:
 
 
 def read_rkllm(path: Path) -> RkllmHeader | None:
-    """What a file of RKLLM says of itself; None if it is missing, unreadable or too short."""
+    """Read the header of a file of RKLLM; None if it is missing, unreadable or too short."""
     try:
         with path.open("rb") as file:
             data = file.read(WORDS.size)

@@ -14,7 +14,7 @@ class EngineKind(StrEnum):
 
 
 class Pooling(StrEnum):
-    """How an embedding model's states of all tokens become one vector."""
+    """The way in which the states of all tokens become one vector."""
 
     MEAN = "mean"
     LAST = "last"

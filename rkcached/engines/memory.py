@@ -94,7 +94,7 @@ _WORDS = tuple(
 
 
 class Fault(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What goes wrong at the `at`-th call of `op` in this process.
+    """A fault at the `at`-th call of `op` in this process.
 
     With "generate", at the `at`-th new token.
     """

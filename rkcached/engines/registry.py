@@ -54,7 +54,7 @@ class EngineEntry:
     model_magic: bytes
     """The first bytes of every model file."""
     model_format: str
-    """What such a model file is called, for messages."""
+    """The name of such a model file in messages."""
     locate_runtime: Callable[[Path, str | None], RuntimeFiles]
     """Takes `engine.library` and `engine.abi` of the manifest. Errors: RkcachedError."""
     on_npu: bool = False
@@ -69,8 +69,10 @@ class EngineEntry:
     """The files that may belong to a model, by the name of the one that the manifest names. Reads
     nothing."""
     inspect_model: Callable[[Path, ReadHeader], ModelFacts] = _inspect_nothing
-    """What the engine opens for a model. Errors: SourceError if it would not load these files;
-    OSError."""
+    """The files that the engine opens for a model.
+
+    Errors: SourceError if it would not load these files; OSError.
+    """
     state_bytes_per_token: Callable[[Path], float | None] = _unknown
     """Size of a prompt cache for each token, by the model's file; None where that is not known.
     Errors: OSError."""

@@ -28,7 +28,7 @@ class StopStrings:
         return text[: len(text) - hold]
 
     def rest(self) -> str:
-        """What was held back, once the stream has ended."""
+        """Return the text that was held back, once the stream has ended."""
         rest, self._held = self._held, ""
         return rest
 

@@ -1,4 +1,4 @@
-"""Why this process may not read what it was told to read, and what lets it.
+"""Explains why this process may not read a file, and how to allow it.
 
 Three things keep a daemon out: the sandbox of its unit, a folder on the way, and the file's own
 mode. The sandbox is read from the kernel's list of mounts, so that an administrator's drop-in
@@ -17,24 +17,24 @@ from pathlib import Path
 from typing import Final, NamedTuple
 
 HOMES: Final = ("/home", "/root", "/run/user")
-"""What ProtectHome= hides."""
+"""The folders that ProtectHome= hides."""
 
 _INACCESSIBLE: Final = re.compile(r"/(systemd|host)/inaccessible/[a-z]+$")
-"""What systemd mounts over a place that a unit must not see; `host` in a container."""
+"""The source that systemd mounts over a place that a unit must not see; `host` in a container."""
 
 _OWN_TMP: Final = re.compile(r"/systemd-private-[^/]+/tmp$")
 _ESCAPE: Final = re.compile(r"\\([0-7]{3})")
 
 
 class Refusal(NamedTuple):
-    """What refuses, and the next thing to do."""
+    """The reason of a refusal, and the next thing to do."""
 
     reason: str
     hint: str
 
 
 def refusal(path: str | Path, error: OSError, *, folder: bool = False) -> Refusal | None:
-    """Why `path` could not be read.
+    """Explain why `path` could not be read.
 
     None if nobody refuses it: it is not there, or something else is wrong.
 
@@ -158,7 +158,7 @@ def _whose(path: Path) -> str:
 
 
 def _sudo(whose: str) -> str:
-    """What a command begins with that changes a mode: only the owner may, and root."""
+    """The prefix of a command that changes a mode: only the owner may, and root."""
     return "" if whose == "u" else "sudo "
 
 

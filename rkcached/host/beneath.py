@@ -64,7 +64,7 @@ def opened(top: Path, folders: Sequence[str] = ()) -> Iterator[int]:
 
 
 def identity(top: Path, *names: str) -> Identity | None:
-    """What is there now, itself and not what a link leads to; None if nothing is.
+    """Identify what is there now, without following a link; None if nothing is.
 
     Errors: OSError.
     """

@@ -45,7 +45,7 @@ _PIECE_BYTES = 1 << 18
 
 
 Signature = NewType("Signature", bytes)
-"""What stat(2) says about the identity and the last change of a file, or of several: bytes, as many
+"""Identity and last change of a file, or of several, by stat(2): bytes, as many
 are kept."""
 
 _FIELDS = struct.Struct("<QQQqq")

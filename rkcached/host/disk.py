@@ -22,7 +22,7 @@ BLOCK_BYTES = 4096
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Free:
-    """What a user without privileges may still take.
+    """Space that a user without privileges may still take.
 
     A file system that counts no inodes has `inodes` None.
     """
@@ -50,7 +50,7 @@ def free(place: Path) -> Free:
 
 
 def free_bytes(place: Path) -> int | None:
-    """What `free` says; None where the file system does not say it."""
+    """The free bytes of `free`; None where the file system does not give them."""
     try:
         return free(place).free_bytes
     except OSError:
@@ -58,7 +58,7 @@ def free_bytes(place: Path) -> int | None:
 
 
 def refusal(error: OSError, place: Path) -> tuple[str, str]:
-    """Why `place` cannot be written, and what to do about it."""
+    """Explain why `place` cannot be written, and what to do about it."""
     why = error.strerror or str(error)
     try:
         disk = free(place)
@@ -124,7 +124,7 @@ def replace(path: Path, data: bytes) -> None:
 
 
 def sync_directory(folder: Path) -> None:
-    """What was renamed or removed in it is on the disk. Errors: OSError."""
+    """Sync what was renamed or removed in a folder. Errors: OSError."""
     fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(fd)

@@ -24,7 +24,7 @@ CWD = "/"
 """For children that need no folder: not the caller's, and nobody but root can write it."""
 
 _NOT_FOR_CHILDREN = ("PYTHON", "NOTIFY_SOCKET", "LISTEN_", "WATCHDOG_")
-"""What is meant for this process alone, by a person or by systemd."""
+"""Variables that are meant for this process alone, by a person or by systemd."""
 
 _HERE = Path(__file__).absolute()
 _PACKAGE = _HERE.parents[1]
@@ -53,7 +53,7 @@ def environment() -> dict[str, str]:
 
 
 def folders() -> list[str]:
-    """Where the child may look for modules besides the interpreter's own places.
+    """Folders that the child may import from, besides the interpreter's own.
 
     They are looked into last.
     """

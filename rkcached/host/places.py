@@ -1,4 +1,4 @@
-"""Where things are when nobody says: systemd's *_DIRECTORY, the user's own places, or the system's.
+"""Default places: systemd's *_DIRECTORY, the user's own, or the system's.
 
 Apart from `settings` so that a command which must be quick needs no validation library.
 """
@@ -36,7 +36,7 @@ def state_dir(cache_dir: Path) -> Path:
 
 
 def socket_to_open() -> Path:
-    """Where a daemon listens."""
+    """The socket that a daemon opens."""
     return (
         Path(_given("RUNTIME_DIRECTORY") or os.environ.get("XDG_RUNTIME_DIR") or SYSTEM_RUNTIME)
         / SOCKET_NAME
@@ -44,7 +44,7 @@ def socket_to_open() -> Path:
 
 
 def socket_to_ask() -> Path:
-    """Where a client finds the daemon: the user's own if there is one, else the system's."""
+    """The socket that a client asks: the user's own if there is one, else the system's."""
     own = socket_to_open()
     return (
         own if os.path.lexists(own) or not SYSTEM_RUNTIME.is_dir() else SYSTEM_RUNTIME / SOCKET_NAME

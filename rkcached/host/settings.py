@@ -1,6 +1,6 @@
-"""Where things are: from flags, the environment (RKCACHED_*, systemd's *_DIRECTORY), or defaults.
+"""Places of files and sockets: from flags, the environment, or defaults, in this order.
 
-In this order.
+The environment has RKCACHED_* and systemd's *_DIRECTORY.
 """
 
 from __future__ import annotations

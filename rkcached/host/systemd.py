@@ -1,4 +1,4 @@
-"""What systemd and the daemon tell each other: readiness, status and watchdog out, sockets in.
+"""Talks to systemd: readiness, status and watchdog out, sockets in.
 
 Started by anybody else, everything here does nothing. Facts: sd_notify(3), sd_listen_fds(3),
 sd_watchdog_enabled(3).
@@ -18,7 +18,7 @@ _FIRST_FD = 3
 """SD_LISTEN_FDS_START."""
 
 _EXTENSION_S = 60.0
-"""How much time each sign of life asks for while systemd waits for us: far more than until the next
+"""Time that each sign of life asks for while systemd waits for us: far more than until the next
 one."""
 
 _STOP_S = 6.0
@@ -45,7 +45,7 @@ class Service:
 
     @property
     def pulse_s(self) -> float | None:
-        """How often `beat` is wanted, in seconds; None for never."""
+        """The interval of `beat` in seconds; None for never."""
         if self._watchdog_s is not None:
             return self._watchdog_s / 2
         return _UNWATCHED_PULSE_S if self._notified and self._awaited else None

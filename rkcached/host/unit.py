@@ -47,13 +47,13 @@ _OF_TERMINALS: Final = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Unit:
-    """What systemd says of it."""
+    """Its properties, by systemd."""
 
     program: str
     pid: int
     """Of the daemon; 0 while it does not run."""
     places: Mapping[str, Path]
-    """What it is told to use: manifest, cache_dir, state_dir."""
+    """The places that its command line names: manifest, cache_dir, state_dir."""
     sandbox: Mapping[str, str]
     """The properties that decide what it sees, as systemd writes them."""
 

@@ -112,7 +112,7 @@ _ANY = "any"
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """What matters of a folder."""
+    """The parts of a folder that matter."""
 
     names: set[str] | None
     """None: everything in it; empty: only the folder itself."""
@@ -138,7 +138,7 @@ class Writing:
 
 
 class Follower(Protocol):
-    """What the reconciler needs of a watcher."""
+    """The watcher that the reconciler needs."""
 
     @property
     def writing(self) -> Mapping[str, Writing]:
@@ -270,7 +270,7 @@ class Watcher:
         return _Watch(number, callback, place)
 
     def _take(self, news: _News) -> None:
-        """What the listener heard, in the event loop."""
+        """Handle an event in the event loop."""
         if self._closed:
             return
         if news.lost:
@@ -301,7 +301,7 @@ class _Watch:
     number: WatchDescriptor
     id: CallbackId
     place: Place
-    """What was wanted of the folder when the watch was made."""
+    """The mask that the watch was made with."""
 
 
 @dataclass(slots=True)
@@ -318,7 +318,7 @@ class _News:
 
 
 class _Listener(WatchCallback):
-    """What watchdog's threads call.
+    """Receives the calls of watchdog's threads.
 
     It keeps what matters until the event loop takes it, much at a time.
     """
@@ -394,7 +394,7 @@ class _Listener(WatchCallback):
 
 
 def places(files: Iterable[Path], folders: Iterable[Path]) -> dict[str, Place]:
-    """Where these files and the content of these folders may change; they need not exist.
+    """The places where these files and folders may change; they need not exist.
 
     Reads links: may block.
     """

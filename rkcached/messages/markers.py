@@ -17,13 +17,13 @@ _MARKERS: Final = (
     r"(?:bos|eos|pad|unk)>",
     r"/?s>",  # Llama 2, Mistral
 )
-"""What starts and ends turns, after its `<`: a model's tokenizer may know more of them than its
+"""Words that start and end turns, after their `<`: a tokenizer may know more of them than its
 template writes."""
 
 _WRITTEN: Final = re.compile(
     r"</?[A-Za-z][\w.:-]{0,63}>|<<\w{1,32}>>|<</\w{1,32}>>|\[/?[A-Z][A-Z_]{1,31}\]"
 )
-"""What a template may write around messages: `<user>`, `<<SYS>>`, `[INST]`, `</tool_response>`."""
+"""Marks that a template may write around messages: `<user>`, `<<SYS>>`, `[INST]` and the like."""
 
 _WORDS: Final = frozenset(
     {"<think>", "</think>", "<tools>", "</tools>", "<tool_call>", "</tool_call>"}

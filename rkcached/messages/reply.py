@@ -1,4 +1,4 @@
-"""What a model wrote, taken apart as it comes: reasoning, content, tool calls. Pure.
+"""Takes a model's text apart as it comes: reasoning, content, tool calls. Pure.
 
 Tags may be cut anywhere between two pieces, so what could be the beginning of one is held back.
 Nothing is lost: what looks like a tool call and is none comes out as content, letter by letter.
@@ -79,7 +79,7 @@ class Reply:
             moved = before != (self._mode, len(self._held))
 
     def end(self) -> Iterator[Delta]:
-        """What was held back."""
+        """Return the text that was held back."""
         if self._mode is _Mode.START:
             self._drop_newlines()
         held, self._held = self._held, ""
@@ -116,7 +116,7 @@ class Reply:
                 pass
 
     def _called(self) -> str | None:
-        """What stands before the closing tag.
+        """The text before the closing tag.
 
         None as long as that may be a part of a string in the call.
         """

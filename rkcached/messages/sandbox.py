@@ -46,7 +46,7 @@ REST_S = 10.0
 core busy."""
 
 MEMORY_BYTES = 256 << 20
-"""What compiling and rendering may allocate."""
+"""Memory that compiling and rendering may allocate."""
 
 MAX_TEXT_BYTES = 16 << 20
 """As much as a message to a worker may have."""

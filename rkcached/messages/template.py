@@ -51,7 +51,7 @@ class Message(TypedDict):
 
 
 class ToolStyle(StrEnum):
-    """How a model writes a tool call, as its template shows it."""
+    """The form of a model's tool calls, as its template shows it."""
 
     HERMES = "hermes"
     """`<tool_call>` around `{"name": ..., "arguments": ...}`: Hermes, Qwen."""

@@ -37,7 +37,7 @@ class NotPossible(Exception):
 
 
 def look_at(manifest: Path, cache_dir: Path, state_dir: Path) -> Observation:
-    """What the daemon sees. Errors: NotPossible."""
+    """Look at the files as the daemon does. Errors: NotPossible."""
     try:
         return Observer(Store(cache_dir), StoredTexts(state_dir)).observe(read_manifest(manifest))
     except (RkcachedError, OSError) as error:

@@ -58,7 +58,7 @@ class Answer:
 
     @property
     def report(self) -> dict[str, Any]:
-        """What the daemon measured."""
+        """The daemon's own figures."""
         return self.last("rkcached")
 
     @property
@@ -166,7 +166,7 @@ def _run(ttft_ms: float, report: dict[str, Any], usage: dict[str, Any]) -> Run:
 
 
 def _why_not(state: State, report: dict[str, Any]) -> str:
-    """Why an answer is not in the state it was to be in; empty if it is."""
+    """Say why an answer is not in the wanted state; empty if it is."""
     actual, reason = report["state"], report["reason"]
     if state is State.COLD:
         if actual != "cold" or report["load_ms"] or report["cached_tokens"]:

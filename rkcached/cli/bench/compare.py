@@ -70,7 +70,7 @@ def compare(before: Results, after: Results) -> Comparison:
 
 
 def _warnings(before: Results, after: Results) -> Iterator[str]:
-    """What both say once."""
+    """The warnings of both; those that both have come once."""
     for warning in dict.fromkeys([*before.warnings, *after.warnings]):
         sides = [
             name for name, results in (("A", before), ("B", after)) if warning in results.warnings
@@ -117,7 +117,7 @@ def _rows(name: str, before: PromptResult | None, after: PromptResult | None) ->
 
 
 def _is_rewritten(before: PromptResult, after: PromptResult) -> bool:
-    """Where both say what the text was."""
+    """Whether the text changed; false where one does not have its digest."""
     return (
         bool(before.text_digest and after.text_digest) and before.text_digest != after.text_digest
     )
@@ -183,7 +183,7 @@ def _differences(before: Results, after: Results) -> Iterator[Difference]:
 
 
 def _facts(results: Results) -> dict[str, Any]:
-    """What figures depend on, flat: `machine.cpu`, `models.qwen.digest`.
+    """All that figures depend on, flat: `machine.cpu`, `models.qwen.digest`.
 
     The load is a warning's matter.
     """

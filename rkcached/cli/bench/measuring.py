@@ -29,7 +29,7 @@ class Measuring:
         self._missing: dict[State, str] = {}
         self.why_not_direct = ""
         self.stopped: RequestError | DaemonUnreachable | None = None
-        """What came instead of an answer. What was measured before is good."""
+        """The error that came instead of an answer; earlier runs are good."""
         self.steps = 0
         """Answers that were shown as done."""
 

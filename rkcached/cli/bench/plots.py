@@ -347,7 +347,7 @@ def _median(prompt: PromptResult, state: State) -> float | None:
 
 
 def _gain(prompt: PromptResult, state: State) -> str:
-    """What a warm answer saves of the cold one's time to first token: "-95 %".
+    """The share of the cold time to first token that a warm answer saves: "-95 %".
 
     Empty for the cold one.
     """

@@ -27,7 +27,7 @@ _MAX_BYTES = 256 << 20
 
 
 class State(StrEnum):
-    """Where an answer's prompt comes from."""
+    """The origin of an answer's prompt."""
 
     COLD = "cold"
     """Computed: nothing is taken from anywhere."""
@@ -52,7 +52,7 @@ class Run(msgspec.Struct, frozen=True, kw_only=True):
     """The rest of the daemon's own time to first token: decoding that token, and what the daemon
     does around it."""
     socket_ms: float
-    """What this client saw beyond that."""
+    """The rest of this client's time."""
     prompt_tokens: int
     cached_tokens: int | None
     """None where the runtime measures nothing."""
@@ -131,7 +131,7 @@ class PromptResult(msgspec.Struct, frozen=True, kw_only=True):
     """SHA-256 of its text in UTF-8; empty where it is not known, and of a sweep, which makes texts.
     """
     no_gain: str = ""
-    """Why its cache does not help, where it does not."""
+    """The reason why its cache does not help; empty if it does."""
     reduction: dict[State, float] = {}
     """By how much the warm states shorten the time to first token: 0.9 is to a tenth."""
     build_saw_no_gain: bool = False
@@ -158,7 +158,7 @@ class MachineFacts(msgspec.Struct, frozen=True, kw_only=True):
     memory_bytes: int
     kernel: str
     clocks: dict[str, str]
-    """What was found of each clock's governor and frequency."""
+    """Governor and frequency of each clock."""
     clocks_fixed: bool | None
     """None where no governor can be seen."""
     load_average: float
@@ -166,7 +166,7 @@ class MachineFacts(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ModelFacts(msgspec.Struct, frozen=True, kw_only=True):
-    """What an answer of the model depends on; None where the manifest could not be read."""
+    """All that an answer of the model depends on; None where the manifest could not be read."""
 
     engine: str
     runtime: str | None
@@ -207,15 +207,15 @@ class Results(msgspec.Struct, frozen=True, kw_only=True):
     models: dict[str, ModelFacts]
     prompts: tuple[PromptResult, ...]
     direct: str = ""
-    """Why the engine was not measured alone, where it was not."""
+    """The reason why the engine was not measured alone; empty if it was."""
     steal_percent: float = 0.0
     """Time that the hypervisor gave to others while it was measured."""
     warnings: tuple[str, ...] = ()
-    """Why the figures are not to be trusted."""
+    """Reasons not to trust the figures."""
     refused: tuple[str, ...] = ()
-    """What could not be measured at all, and why: prompts, and lengths of a sweep."""
+    """Parts that could not be measured at all, with the reason: prompts, and lengths of a sweep."""
     ended: Ended = Ended.WELL
-    """What ended it before its time: prompts are missing."""
+    """The event that ended it early, so that prompts are missing."""
 
 
 def to_json(data: msgspec.Struct) -> str:

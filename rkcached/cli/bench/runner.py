@@ -174,8 +174,10 @@ class _Bench:
         self._lengths = lengths
         self._direct = look if direct else None
         self.lender: Client | None = None
-        """Where to borrow a model that must not be loaded twice; the engine alone then follows the
-        daemon's runs."""
+        """The client to borrow a model with that must not be loaded twice.
+
+        The engine alone then follows the daemon's runs.
+        """
         self._look = look
         self._shown = shown
         self._asked = 0

@@ -67,7 +67,7 @@ def chance(left: Sequence[float], right: Sequence[float]) -> float:
 
 
 def least_chance(n: int, m: int) -> float:
-    """What `chance` says of so many runs when all of one side are above all of the other."""
+    """The result of `chance` for so many runs when all of one side are above all of the other."""
     return chance([1.0] * n, [0.0] * m)
 
 

@@ -35,12 +35,12 @@ _PROC = Path("/proc")
 
 @dataclass(slots=True)
 class Stored:
-    """What a sweep has stored."""
+    """Prompts that a sweep has stored."""
 
     lengths: dict[Key, int] = field(default_factory=dict)
     """Tokens that were chosen for each."""
     refused: list[str] = field(default_factory=list)
-    """What could not be stored, and why."""
+    """Prompts that could not be stored, with the reason."""
     left: list[Key] = field(default_factory=list)
     """At the end: those that could not be removed, for the daemon was gone."""
 

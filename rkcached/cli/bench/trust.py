@@ -19,7 +19,7 @@ of `compare`."""
 LONG_QUEUE = 0.05
 """Share of the time to first token."""
 LONG_QUEUE_MS = 5.0
-"""What is shorter is the daemon's own way from one answer to the next."""
+"""A shorter wait is the daemon's own way from one answer to the next."""
 
 CHANGED = "it changed while it was measured; measure it again"
 
@@ -32,7 +32,7 @@ _HELP = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Meanwhile:
-    """What else the daemon did while it was measured."""
+    """Other work that the daemon did while it was measured."""
 
     answers: int = 0
     """To others."""

@@ -49,7 +49,7 @@ class _Heard(Enum):
 
 
 class Move(Enum):
-    """Where to, in the list of prompts."""
+    """A move in the list of prompts."""
 
     UP = auto()
     DOWN = auto()
@@ -150,7 +150,7 @@ def _follow(
 
 
 def _hear(inbox: _Inbox, wait_s: float | None) -> Iterator[_Heard | Move]:
-    """What was said: waits for the first, takes the others that are there."""
+    """The news: waits for the first, takes the others that are there."""
     with contextlib.suppress(queue.Empty):
         yield inbox.get(timeout=wait_s)
         while True:

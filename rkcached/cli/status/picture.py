@@ -24,7 +24,7 @@ class Picture:
     first: int
     """The first prompt that is seen, from 0."""
     count: int
-    """How many prompts are seen."""
+    """The number of prompts that are seen."""
 
 
 def picture(
@@ -66,7 +66,7 @@ def picture(
 
 
 class _Notes:
-    """What is wrong with prompts, in lines below their table, where that has no room for notes."""
+    """Troubles of prompts, in lines below their table, where that has no room for notes."""
 
     def __init__(self, prompts: Sequence[dict[str, Any]], console: Console) -> None:
         self._console = console
@@ -85,7 +85,7 @@ class _Notes:
         return [line for note in notes for line in _wrapped(note, self._console)[:3]]
 
     def that_fit(self, prompts: Iterable[dict[str, Any]], lines: int) -> int:
-        """How many fit with what is to be said of them, at least one."""
+        """Count the prompts that fit with their notes, at least one."""
         noted = {""}
         count = 0
         for prompt in prompts:

@@ -23,7 +23,7 @@ WIDE = 110
 """Columns from which the table has room for notes; on a narrower terminal they follow it."""
 
 _NAME_WIDTH = 24
-"""What a name keeps before figures have room; less where no name is so long."""
+"""Columns that a name keeps before figures have room; fewer where no name is so long."""
 
 _FIGURES = ("cold", "warm", "hits", "tokens", "size")
 """The columns of figures. The last ones give way first."""
@@ -167,7 +167,7 @@ def name_of(prompt: dict[str, Any]) -> str:
 
 
 def troubles(status: dict[str, Any]) -> Iterator[Text]:
-    """What is wrong with the daemon as a whole; a line for each."""
+    """Troubles of the daemon as a whole; a line for each."""
     for problem in status["manifest"]["problems"]:
         yield Text(f"{REJECTED}: {problem}", style="bold red")
     if trouble := status["cache"]["trouble"]:
@@ -194,7 +194,7 @@ def _heading(status: dict[str, Any], *, stays: bool) -> Iterator[Text]:
 
 
 def retired_line(status: dict[str, Any]) -> str:
-    """Which prompt caches are kept though nobody declares them; empty if there are none."""
+    """Name the prompt caches that are kept though nobody declares them; empty without any."""
     retired, count = status["retired"], status["cache"]["retired"]
     if not retired:
         return ""
@@ -216,7 +216,7 @@ def answers_of(status: dict[str, Any]) -> str:
 
 
 def used_of(status: dict[str, Any]) -> str:
-    """What the store takes, of what it may, and what is left on the disk."""
+    """Size of the store, its limit, and free space on the disk."""
     cache = status["cache"]
     limit = f" of {words.size(cache['max_bytes'])}" if cache["max_bytes"] else ""
     kinds = {

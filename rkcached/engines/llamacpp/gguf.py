@@ -50,7 +50,7 @@ _BYTES_PER_VALUE: Final = 2
 """llama.cpp keeps keys and values in 16 bits each."""
 
 _SHARD: Final = re.compile(r"(?P<prefix>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf", re.DOTALL)
-"""How llama.cpp names the files of a split model, counted from 1."""
+"""llama.cpp's names for the files of a split model, counted from 1."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,7 +65,7 @@ class Header:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelFacts:
-    """What the files of a model say about it."""
+    """Facts about a model, from its files."""
 
     files: tuple[Path, ...]
     """Every file that the engine opens for the model; the one that the manifest names comes first.
@@ -133,7 +133,7 @@ def shards(path: Path) -> tuple[Path, ...]:
 
 
 def inspect(path: Path, read: ReadHeader = read_header) -> ModelFacts:
-    """What the engine would open for `path`, after checking that the files are one model.
+    """Find the files that the engine would open for `path`, and check that they are one model.
 
     Errors: SourceError if files are missing, damaged or do not belong together; OSError if one
     cannot be read.
@@ -261,7 +261,7 @@ def _parse(data: bytes) -> Header:
 
 
 def _end(data: bytes, at: int, kind: int) -> int:
-    """Where a text or a list that begins at `at` ends."""
+    """The end of a text or a list that begins at `at`."""
     if kind == _STRING:
         return at + int(_LENGTH.unpack_from(data, at)[0]) + _LENGTH.size
     if kind != _ARRAY:

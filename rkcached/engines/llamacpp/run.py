@@ -15,7 +15,7 @@ from rkcached.errors import ContextExceeded, EngineError, SchemaInvalid
 _READ_BYTES = 1 << 16
 
 _OF_GRAMMARS = (b"llg", b"grammar", b"lexer", b"schema")
-"""What llama.cpp prints about anything else is passed on to the log."""
+"""Lines of llama.cpp about anything else are passed on to the log."""
 
 _PREFACE = re.compile(r"^.*? E |llg error: |at \d+\(\d+\): |failed to compile JSON schema: ")
 

@@ -37,7 +37,7 @@ from typing import Any
 
 
 class CallState(IntEnum):
-    """Why the callback is called (enum LLMCallState)."""
+    """The reason of a callback (enum LLMCallState)."""
 
     NORMAL = 0
     WAITING = 1
@@ -62,14 +62,14 @@ class InferMode(IntEnum):
 
 
 class ErrorRule(Enum):
-    """How a function tells that it failed."""
+    """The way in which a function reports failure."""
 
     STATUS = "status"
     """0 is success, anything else is not."""
     NONE = "none"
     """It cannot fail, or cannot say so."""
     ANSWER = "answer"
-    """What it returns is an answer, not a status."""
+    """It returns an answer, not a status."""
 
 
 class Handle(ctypes.c_void_p):
@@ -517,7 +517,7 @@ class Abi:
     functions: Signatures
     error_rules: Mapping[str, ErrorRule]
     probe_offset: int
-    """Where a default parameter has embed_flash, then enabled_cpus_num; 0 where this version has
+    """Offset of embed_flash in a default parameter, then of enabled_cpus_num; 0 where this version has
     neither."""
 
     @property

@@ -71,7 +71,7 @@ class RkllmEngine:
         self._library = Library(Path(spec.library), spec.abi)
         abi = self._library.abi
         self._fixed = spec.sampling or Sampling()
-        """What the model is loaded with."""
+        """The parameters that the model is loaded with."""
         self._current = Current()
         param = model_param(self._library, spec, self._fixed)
         try:

@@ -1,4 +1,4 @@
-"""Who owns the handle of a loaded model, who is called back, and who may abort."""
+"""Owns the handle of a loaded model, receives its callbacks, and aborts its runs."""
 
 from __future__ import annotations
 

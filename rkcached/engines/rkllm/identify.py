@@ -1,4 +1,4 @@
-"""What a runtime library file is, without loading it.
+"""Identifies a runtime library file without loading it.
 
 Owns the reading of shared libraries (ELF64, by the generic ABI's tables) and the choice of the
 binary interface that goes with one. Only reads, with bounds on everything: whatever the file, the
@@ -66,7 +66,7 @@ _GET_ONE = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LibraryFacts:
-    """What a file says about itself."""
+    """Facts that a library file has about itself."""
 
     path: Path
     version: str | None
@@ -80,7 +80,7 @@ class LibraryFacts:
 
 
 def identify(path: Path) -> LibraryFacts:
-    """What the library at `path` is. Blocking; reads the file once.
+    """Identify the library at `path`. Blocking; reads the file once.
 
     Errors: RuntimeLibraryError, for whatever it is instead of an RKLLM runtime for this machine.
     """
@@ -174,7 +174,10 @@ def _refuse_old(facts: LibraryFacts, finding: str) -> NoReturn:
 
 
 def _suggested(facts: LibraryFacts) -> str:
-    """What the functions tell. They cannot tell 1.2.1 from 1.3.0, whose layouts differ."""
+    """The version that the functions suggest.
+
+    They cannot tell 1.2.1 from 1.3.0, whose layouts differ.
+    """
     for name, words in (
         ("rkllm_get_kv_cache_size", "1.2.1 or newer"),
         ("rkllm_set_chat_template", "1.2.0 or 1.2.1b1"),
@@ -295,7 +298,7 @@ class _Image:
         return data
 
     def offset_of(self, address: int) -> tuple[int, int]:
-        """Where an address is in the file, and how many bytes of its segment follow."""
+        """The place of an address in the file, and how many bytes of its segment follow."""
         for segment, offset, start, file_size, _ in self._segments:
             if segment == _PT_LOAD and start <= address < start + file_size:
                 return offset + address - start, file_size - (address - start)
@@ -369,7 +372,7 @@ class _Image:
         return self.damaged("its table of names has no end")
 
     def version(self) -> str | None:
-        """What the library will print when it starts (reported for 1.2.0 to 1.3.1)."""
+        """The version that the library prints when it starts (reported for 1.2.0 to 1.3.1)."""
         tail = b""
         for offset in range(0, min(self._size, _MAX_SCAN), _PIECE):
             data = tail + os.pread(self._fd, _PIECE, offset)
@@ -382,7 +385,7 @@ class _Image:
 
 
 def _looks_like(head: bytes) -> str:
-    """What a file that is no ELF file seems to be, by its first bytes."""
+    """Guess the kind of a file that is no ELF file, by its first bytes."""
     for magic, what in (
         (
             b"version https://git-lfs",

@@ -1,4 +1,4 @@
-"""What a model is loaded with and what a run is given, as the runtime's structures."""
+"""Makes the runtime's structures for loading a model and for a run."""
 
 from __future__ import annotations
 

@@ -44,7 +44,7 @@ def load_tokenizer(path: str) -> Tokenize | None:
 
 
 def _before(dressed: list[int], plain: list[int]) -> list[int]:
-    """What the tokenizer puts before a text."""
+    """The tokens that the tokenizer puts before a text."""
     for at in range(len(dressed) - len(plain) + 1):
         if dressed[at : at + len(plain)] == plain:
             return dressed[:at]
