@@ -53,8 +53,8 @@ GREEDY: dict[str, Any] = {"temperature": 0, "repeat_penalty": 1.0, "max_tokens":
 QUESTIONS = ("Who are you?", "Who are you? Repeat your first sentence.")
 KINDS = ("chat", "chat", "chat", "tools", "completion")
 
+# A request may end with these errors when its worker was killed.
 _CLEAN = {"worker_died", "worker_unavailable", "worker_timeout", "model_unavailable", "queue_full"}
-"""A request may end with these errors when its worker was killed."""
 
 _TOOL = {
     "type": "function",

@@ -260,16 +260,16 @@ def _print_table(document: dict[str, Any]) -> None:
 
 # The two sites
 
+# Texts of each prompt on the real model: few, so that what is right can be learned beforehand.
 _VERSIONS = 2
-"""Texts of each prompt on the real model: few, so that what is right can be learned beforehand."""
 
+# Who are you? is answered differently by each.
 _ROLES = {
     ("first", 0): ("a cook on a ship", "salt"),
     ("first", 1): ("a gardener", "tomatoes"),
     ("second", 0): ("a clockmaker", "brass"),
     ("second", 1): ("a pilot", "clouds"),
 }
-"""Who are you? is answered differently by each."""
 
 
 def _real_text(prompt: str, number: int) -> str:

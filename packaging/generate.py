@@ -23,8 +23,8 @@ from rkcached.cli.main import cli
 ROOT = Path(__file__).parents[1]
 COMPLETIONS = {"bash": "rkcached.bash", "zsh": "_rkcached", "fish": "rkcached.fish"}
 _EXAMPLE = ROOT / "etc" / "rkcached" / "manifest.example.yaml"
+# In docs/manifest.md, what follows this line is generated.
 _KEYS_HEADING = "## Every key"
-"""In docs/manifest.md, what follows this line is generated."""
 _KEYS_TEXT = (
     "Only `version`, `models` and each model's `path` are required. Relative paths start from the "
     "directory of the manifest; `~` and variables are not expanded. A key that is not listed here "
@@ -37,8 +37,8 @@ _KEYS_NOTE = f"""\
 {textwrap.fill(_KEYS_TEXT, 120)}
 
 <!-- Made by `make docs` from etc/rkcached/manifest.example.yaml. -->"""
+# Mappings whose keys are names that the administrator chooses.
 _NAMED = ("models", "prompts")
-"""Mappings whose keys are names that the administrator chooses."""
 _KEY_LINE = re.compile(r"(?P<indent> *)(?P<key>[^\s#:][^:]*):")
 
 

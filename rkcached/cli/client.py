@@ -23,14 +23,14 @@ from rkcached.errors import (
 )
 from rkcached.host.unix_http import UnixConnection
 
+# Connecting is quick or impossible; an answer takes as long as its model.
 _CONNECT_S = 10.0
-"""Connecting is quick or impossible; an answer takes as long as its model."""
 
+# The event stream has a sign of life every 15 s. One that is silent for longer is dead.
 _SILENCE_S = 40.0
-"""The event stream has a sign of life every 15 s. One that is silent for longer is dead."""
 
+# Between two attempts to connect to a daemon that is not there.
 _RETRY_S = 0.25
-"""Between two attempts to connect to a daemon that is not there."""
 
 START_IT = (
     "start it with `sudo systemctl start rkcached` or `rkcached run`, "

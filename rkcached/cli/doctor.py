@@ -48,11 +48,11 @@ NO_NPU: Final = (
     "no Rockchip NPU here: the RKLLM engine cannot run; `engine: {kind: llamacpp}` works here, "
     "and so do check, plan, explain, inspect and every other command"
 )
+# Of English text, roughly; other languages have fewer.
 _LETTERS_PER_TOKEN: Final = 4
-"""Of English text, roughly; other languages have fewer."""
 
+# Besides the models: what depends on who looks.
 _BY_ITSELF: Final = ("engine", "prompts", "disk", "NPU devices")
-"""Besides the models: what depends on who looks."""
 _CHILD_S: Final = 60.0
 
 _TOOLKIT: Final = re.compile(rb"rkllm-toolkit version: ([0-9][0-9A-Za-z.]{0,31})")

@@ -60,12 +60,12 @@ def explain_data(look: Observation, key: Key) -> dict[str, Any]:
     }
 
 
+# The next step of the daemon, by action.
 _NEXT = {
     "build": "the daemon builds it at its next look",
     "adopt": "the daemon adopts that prompt cache at its next look, without a prefill",
     "retire": "the daemon retires it at its next look",
 }
-"""The next step of the daemon, by action."""
 
 
 def print_explanation(console: Console, data: dict[str, Any]) -> None:

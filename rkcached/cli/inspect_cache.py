@@ -40,8 +40,8 @@ from rkcached.store.sidecar import Sidecar, names_artifact, parse_sidecar
 
 UNKNOWN = "not a prompt cache that rkcached knows"
 
+# Beyond the context of any model, so that a damaged count is not read.
 _MAX_TOKENS: Final = 1 << 22
-"""Beyond the context of any model, so that a damaged count is not read."""
 _MAX_ID: Final = 1 << 24
 _MAX_SIDECAR_BYTES: Final = 1 << 20
 _SHOWN_IDS: Final = 8

@@ -11,8 +11,8 @@ from rkcached.cli.client import Client
 from rkcached.errors import RequestError, RkcachedError
 from rkcached.host import places
 
+# A look that hashes a large model for the first time takes this long; usually 0.1 s.
 _TIMEOUT_S = 60.0
-"""A look that hashes a large model for the first time takes this long; usually 0.1 s."""
 
 
 def run(admin_socket: Path | None) -> int:

@@ -38,12 +38,11 @@ from rkcached.errors import (
 )
 from rkcached.host.settings import Settings
 
+# Events after which a prompt may be in another state; the first says that the daemon is there.
 _MATTERS = ("listening", "artifact", "build", "summary")
-"""Events after which a prompt may be in another state; the first says that the daemon is there."""
 
+# States that stay until somebody changes something, unless there is a time for the next attempt.
 _LASTING = ("blocked", "quarantined", "uncacheable", "uncached")
-"""States that stay until somebody changes something, unless there is a time for the next attempt.
-"""
 
 _MOST_NAMES = 3
 

@@ -19,8 +19,8 @@ from typing import Final, NamedTuple
 HOMES: Final = ("/home", "/root", "/run/user")
 """The folders that ProtectHome= hides."""
 
+# The source that systemd mounts over a place that a unit must not see; `host` in a container.
 _INACCESSIBLE: Final = re.compile(r"/(systemd|host)/inaccessible/[a-z]+$")
-"""The source that systemd mounts over a place that a unit must not see; `host` in a container."""
 
 _OWN_TMP: Final = re.compile(r"/systemd-private-[^/]+/tmp$")
 _ESCAPE: Final = re.compile(r"\\([0-7]{3})")

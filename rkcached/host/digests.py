@@ -24,20 +24,18 @@ import msgspec
 
 from rkcached.errors import SourceError, SourceUnsettled
 
+# A change may share its time with one that comes so much later: kernels tick every 1 to 10 ms.
 _FINE_NS = 50_000_000
-"""A change may share its time with one that comes so much later: kernels tick every 1 to 10 ms."""
 
+# The same for times that are multiples of the first number. Whole seconds are what FAT and exFAT
+# (ticks of 1 or 2 s), ext3, JFFS2, HFS+ and some file servers have. A finer file system has one now
+# and then as well, or a program set it: that costs one more reading, and only of a file that
+# changed within the last 3 s. One second of them allows for a file server whose clock differs.
 _COARSE_NS = ((1_000_000_000, 3_000_000_000), (100_000_000, 300_000_000))
-"""The same for times that are multiples of the first number.
 
-Whole seconds are what FAT and exFAT (ticks of 1 or 2 s), ext3, JFFS2, HFS+ and some file servers
-have. A finer file system has one now and then as well, or a program set it: that costs one more
-reading, and only of a file that changed within the last 3 s. One second of them allows for a file
-server whose clock differs."""
-
+# Of the memory's file. The first one, without a number, was kept by a rule that coarse times could
+# deceive.
 _VERSION = 2
-"""Of the memory's file. The first one, without a number, was kept by a rule that coarse times could
-deceive."""
 
 _ATTEMPTS = 3
 
@@ -111,10 +109,10 @@ class Digests:
 
     def __init__(self, file: Path | None = None) -> None:
         self._file = file
+        # Of the files asked for since the start.
         self._entries: dict[str, _Entry] = {}
-        """Of the files asked for since the start."""
+        # Of files that were known then, and nobody has asked for yet.
         self._before: dict[str, _Entry] = {}
-        """Of files that were known then, and nobody has asked for yet."""
         self._dirty = False
         self.hashed_files = 0
         """Files really read so far: what a test or a benchmark looks at."""

@@ -23,8 +23,8 @@ from pathlib import Path
 CWD = "/"
 """For children that need no folder: not the caller's, and nobody but root can write it."""
 
+# Variables that are meant for this process alone, by a person or by systemd.
 _NOT_FOR_CHILDREN = ("PYTHON", "NOTIFY_SOCKET", "LISTEN_", "WATCHDOG_")
-"""Variables that are meant for this process alone, by a person or by systemd."""
 
 _HERE = Path(__file__).absolute()
 _PACKAGE = _HERE.parents[1]

@@ -19,8 +19,8 @@ PRIORITIES = {"debug": 7, "info": 6, "warning": 4, "error": 3, "critical": 2}
 """syslog(3)'s, by the names of levels."""
 
 _MAX_VALUE_LETTERS = 16 << 10
+# Words that are too common to search for in everybody's journal.
 _RENAMED = {"STATE": "ARTIFACT_STATE"}
-"""Words that are too common to search for in everybody's journal."""
 
 _OWN = frozenset({"MESSAGE", "PRIORITY", "SYSLOG_IDENTIFIER", "EVENT"})
 _FIELD = re.compile(r"[A-Z][A-Z0-9_]{0,63}")

@@ -14,18 +14,17 @@ import time
 
 from sdnotify import SystemdNotifier
 
+# SD_LISTEN_FDS_START.
 _FIRST_FD = 3
-"""SD_LISTEN_FDS_START."""
 
+# Time that each sign of life asks for while systemd waits for us: far more than until the next one.
 _EXTENSION_S = 60.0
-"""Time that each sign of life asks for while systemd waits for us: far more than until the next
-one."""
 
+# To stop a build and to end every worker, also one that hangs.
 _STOP_S = 6.0
-"""To stop a build and to end every worker, also one that hangs."""
 
+# Signs of life during a start or a reload when the unit has no watchdog.
 _UNWATCHED_PULSE_S = 10.0
-"""Signs of life during a start or a reload when the unit has no watchdog."""
 
 
 class Service:
@@ -36,8 +35,8 @@ class Service:
         self._notifier = SystemdNotifier() if self._notified else None
         self._watchdog_s = _watchdog_s() if self._notified else None
         self._status = ""
+        # systemd waits for us to become ready, with a time limit.
         self._awaited = True
-        """systemd waits for us to become ready, with a time limit."""
 
     @property
     def notified(self) -> bool:

@@ -96,18 +96,18 @@ _NOT_WRITTEN = Mask(
     | InotifyConstants.IN_DELETE
 )
 
+# A file that was not written to for so long is not taken to be open any more.
 _FORGET_S = 60.0
-"""A file that was not written to for so long is not taken to be open any more."""
 
+# As the kernel's own limit for links on one path.
 _MAX_LINKS = 40
-"""As the kernel's own limit for links on one path."""
 
+# Names of changed files that are kept for the event loop; so many of them say no more than that
+# much changed.
 _MAX_NAMES = 1000
-"""Names of changed files that are kept for the event loop; so many of them say no more than that
-much changed."""
 
+# Stands for a file of a folder, whatever its name.
 _ANY = "any"
-"""Stands for a file of a folder, whatever its name."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,6 +10,8 @@ import re
 from collections.abc import Mapping
 from typing import Any, Final
 
+# Words that start and end turns, after their `<`: a tokenizer may know more of them than its
+# template writes.
 _MARKERS: Final = (
     r"\|[^<>\s]{1,80}\|>",  # <|im_end|>: ChatML, Llama 3, Phi, Qwen, Granite
     "\uff5c[^<>\\s]{1,80}\uff5c>",  # the same with fullwidth bars: DeepSeek
@@ -17,19 +19,17 @@ _MARKERS: Final = (
     r"(?:bos|eos|pad|unk)>",
     r"/?s>",  # Llama 2, Mistral
 )
-"""Words that start and end turns, after their `<`: a tokenizer may know more of them than its
-template writes."""
 
+# Marks that a template may write around messages: `<user>`, `<<SYS>>`, `[INST]` and the like.
 _WRITTEN: Final = re.compile(
     r"</?[A-Za-z][\w.:-]{0,63}>|<<\w{1,32}>>|<</\w{1,32}>>|\[/?[A-Z][A-Z_]{1,31}\]"
 )
-"""Marks that a template may write around messages: `<user>`, `<<SYS>>`, `[INST]` and the like."""
 
+# These stand inside a turn. An answer that is sent back may hold them, and a prompt may explain
+# them.
 _WORDS: Final = frozenset(
     {"<think>", "</think>", "<tools>", "</tools>", "<tool_call>", "</tool_call>"}
 )
-"""These stand inside a turn. An answer that is sent back may hold them, and a prompt may explain
-them."""
 
 _PLACEHOLDERS: Final = frozenset({"<function-name>", "<args-json-object>"})
 

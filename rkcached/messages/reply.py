@@ -67,8 +67,8 @@ class Reply:
         self._held = ""
         self._may_reason = not forced
         self._mode = _Mode.BARE_CALL if forced else _Mode.REASONING if reasons else _Mode.START
+        # The reasoning has not begun: its leading newlines are the template's, not the model's.
         self._at_line_start = True
-        """The reasoning has not begun: its leading newlines are the template's, not the model's."""
 
     def feed(self, text: str) -> Iterator[Delta]:
         self._held += text

@@ -74,8 +74,8 @@ class Renderer:
         self._timeout_s = timeout_s
         self._rest_s = rest_s
         self._lock = threading.Lock()
+        # By a template's source: until when it rests (monotonic), and why.
         self._resting: dict[str, tuple[float, TemplateExhausted]] = {}
-        """By a template's source: until when it rests (monotonic), and why."""
         self._running: list[Process] = []
         self._finalizer = weakref.finalize(self, end_all, self._running)
 

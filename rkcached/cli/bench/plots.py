@@ -41,15 +41,15 @@ _PARTS = {
     "first_decode_ms": ("first decode", "#c46a9a"),
     "socket_ms": ("socket", "#5c5c5c"),
 }
+# Of models: there is a colour for each state.
 _MARKS = (("o", "-"), ("s", "--"), ("^", ":"), ("D", "-."))
-"""Of models: there is a colour for each state."""
 
 _WIDTH, _LINE = 13.0, 0.17
 """Inches: of the figure, of a line of small text."""
+# In a line of small text.
 _LETTERS = 190
-"""In a line of small text."""
+# Letters of a name; a longer one loses its middle.
 _NAME = 44
-"""Letters of a name; a longer one loses its middle."""
 
 
 # Text stays text, names are no formulas, and the same results make the same file.

@@ -50,8 +50,8 @@ NOT_ON_NPU = (
     "the NPU would have to hold the model twice; with --direct the daemon unloads it meanwhile"
 )
 
+# So many prompts a warning names; it counts the others.
 _NAMED = 5
-"""So many prompts a warning names; it counts the others."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -27,8 +27,8 @@ _LINE = (
     "night or in rain"
 )
 _WORDS = _LINE.split()
+# Words of the two texts that tell the number of tokens of a word.
 _SAMPLES = (20, 100)
-"""Words of the two texts that tell the number of tokens of a word."""
 _NAME = re.compile(r"bench-(\d+)-\d+")
 _PROC = Path("/proc")
 

@@ -15,8 +15,8 @@ from rkcached.cli.bench.samples import number, p95
 from rkcached.errors import printable
 
 _HIGH = "high"
+# Runs; of fewer it is about the maximum, which then is shown as such.
 _ENOUGH_FOR_P95 = 20
-"""Runs; of fewer it is about the maximum, which then is shown as such."""
 
 _COLUMNS = {
     "ttft_ms": "ttft",

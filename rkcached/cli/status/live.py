@@ -33,8 +33,8 @@ from rkcached.cli.status import show
 from rkcached.cli.status.picture import GONE, brief_reason, picture
 from rkcached.errors import RkcachedError
 
+# Between two looks: nobody reads faster, and a busy daemon has better things to do.
 _PACE_S = 0.25
-"""Between two looks: nobody reads faster, and a busy daemon has better things to do."""
 
 _TICK_S = 1.0
 _ANSWER_S = 5.0
@@ -69,10 +69,10 @@ _KEYS: dict[bytes, Move | _Heard] = {
     **dict.fromkeys((b"G", b"\x1b[F", b"\x1bOF", b"\x1b[4~", b"\x1b[8~"), Move.BOTTOM),
 }
 
+# A letter; an escape sequence that is complete; or an escape that begins none.
 _ONE_KEY = re.compile(
     rb"[^\x1b]|\x1b(?:\[[0-?]*[ -/]*[@-~]|O[@-~]|(?=[^\[O]|\[[0-?]*[ -/]*[^ -~]|O[^@-~]))"
 )
-"""A letter; an escape sequence that is complete; or an escape that begins none."""
 
 _Inbox = queue.SimpleQueue[_Heard | Move]
 

@@ -22,14 +22,14 @@ from rkcached.plan.planner import (
 WIDE = 110
 """Columns from which the table has room for notes; on a narrower terminal they follow it."""
 
+# Columns that a name keeps before figures have room; fewer where no name is so long.
 _NAME_WIDTH = 24
-"""Columns that a name keeps before figures have room; fewer where no name is so long."""
 
+# The columns of figures. The last ones give way first.
 _FIGURES = ("cold", "warm", "hits", "tokens", "size")
-"""The columns of figures. The last ones give way first."""
 
+# So many retired prompt caches are named.
 _NAMED = 3
-"""So many retired prompt caches are named."""
 
 REJECTED = "manifest rejected, the last good one is in force"
 

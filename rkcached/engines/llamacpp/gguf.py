@@ -46,11 +46,11 @@ _LENGTH: Final = struct.Struct("<Q")
 _TYPE: Final = struct.Struct("<I")
 _ARRAY_START: Final = struct.Struct("<IQ")
 
+# llama.cpp keeps keys and values in 16 bits each.
 _BYTES_PER_VALUE: Final = 2
-"""llama.cpp keeps keys and values in 16 bits each."""
 
+# llama.cpp's names for the files of a split model, counted from 1.
 _SHARD: Final = re.compile(r"(?P<prefix>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf", re.DOTALL)
-"""llama.cpp's names for the files of a split model, counted from 1."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -14,8 +14,8 @@ from rkcached.errors import ContextExceeded, EngineError, SchemaInvalid
 
 _READ_BYTES = 1 << 16
 
+# Lines of llama.cpp about anything else are passed on to the log.
 _OF_GRAMMARS = (b"llg", b"grammar", b"lexer", b"schema")
-"""Lines of llama.cpp about anything else are passed on to the log."""
 
 _PREFACE = re.compile(r"^.*? E |llg error: |at \d+\(\d+\): |failed to compile JSON schema: ")
 

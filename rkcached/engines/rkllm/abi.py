@@ -517,7 +517,7 @@ class Abi:
     functions: Signatures
     error_rules: Mapping[str, ErrorRule]
     probe_offset: int
-    """Offset of embed_flash in a default parameter, then of enabled_cpus_num; 0 where this version has
+    """Offsets of embed_flash and enabled_cpus_num in a default parameter; 0 where this version has
     neither."""
 
     @property

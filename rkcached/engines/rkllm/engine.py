@@ -53,9 +53,8 @@ from rkcached.errors import (
 if TYPE_CHECKING:
     import numpy as np
 
+# rkllm_run returns after FINISH; if another thread brings the callback, it may be a moment late.
 _FINISH_TIMEOUT_S = 2.0
-"""rkllm_run returns after FINISH; if another thread brings the callback, it may be a moment late.
-"""
 
 _LORA_NAME = b"rkcached"
 _MAX_BATCH = 8
@@ -70,8 +69,8 @@ class RkllmEngine:
         self._tokenizer = load_tokenizer(spec.tokenizer)
         self._library = Library(Path(spec.library), spec.abi)
         abi = self._library.abi
+        # The parameters that the model is loaded with.
         self._fixed = spec.sampling or Sampling()
-        """The parameters that the model is loaded with."""
         self._current = Current()
         param = model_param(self._library, spec, self._fixed)
         try:
@@ -89,13 +88,13 @@ class RkllmEngine:
             raise ModelLoadError(
                 f"RKLLM {self._library.version} cannot load the model {spec.path}", hint=hint
             ) from error
+        # A prompt cache is loaded and was not released.
         self._loaded = False
-        """A prompt cache is loaded and was not released."""
+        # The KV state is known to be empty.
         self._empty = True
-        """The KV state is known to be empty."""
+        # rkllm_get_kv_cache_size less the tokens read and generated, as the last cold run showed
+        # it.
         self._kv_surplus = 0
-        """rkllm_get_kv_cache_size less the tokens read and generated, as the last cold run showed
-        it."""
         self._stopper = Stopper(self._library, self._handle, self._current)
         try:
             if self._library.has("rkllm_set_chat_template"):

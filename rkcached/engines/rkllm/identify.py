@@ -26,8 +26,8 @@ from rkcached.host.access import refusal
 SYMBOL_PREFIX: Final = "rkllm_"
 LOAD_PROMPT_CACHE: Final = "rkllm_load_prompt_cache"
 
+# Functions that tell versions apart, and the first ABI that has each (vendor headers).
 _SINCE: Final = {"rkllm_set_chat_template": "1.2.0", "rkllm_get_kv_cache_size": "1.2.1"}
-"""Functions that tell versions apart, and the first ABI that has each (vendor headers)."""
 
 _VERSION: Final = re.compile(rb"RKLLM SDK \(version: ([0-9][0-9A-Za-z.]{0,31})")
 _OLDER: Final = re.compile(r"(0|1\.0)\.")
@@ -52,8 +52,8 @@ _MACHINES: Final = {62: "x86_64", 183: "aarch64"}
 _FILE_TYPES: Final = {1: "an object file (.o)", 2: "a program", 4: "a core dump"}
 
 _PIECE: Final = 1 << 20
+# No table of a real library comes near; a damaged size must not become a huge read.
 _MAX_READ: Final = 16 << 20
-"""No table of a real library comes near; a damaged size must not become a huge read."""
 _MAX_SCAN: Final = 512 << 20
 _MAX_CHAIN: Final = 1 << 16
 _MAX_NAME: Final = 1024

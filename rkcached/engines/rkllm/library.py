@@ -16,9 +16,8 @@ from rkcached.engines.rkllm.abi import ABIS, Abi, ErrorRule
 from rkcached.engines.rkllm.identify import choose_abi, identify
 from rkcached.errors import EngineError, RuntimeLibraryError
 
+# More than any version's RKLLMParam. A result type that is too small would be a stack overwrite.
 _PROBE_BYTES = 512
-"""More than any version's RKLLMParam. A result type that is too small would be a stack overwrite.
-"""
 
 _EMBED_FLASH, _ENABLED_CPUS = 1, 4
 """Defaults of rkllm_createDefaultParam, the same in 1.2.0 to 1.3.0 (decompiled 1.2.1b1)."""

@@ -48,18 +48,18 @@ class Run:
         self.wanted_tokens = 0
         self.hidden: np.ndarray[Any, Any] | None = None
         self._wants_hidden = wants_hidden
+        # The library ends the run at `max_new_tokens`; an abort would race with that and could hit
+        # the next run.
         self._ends_itself = ends_itself
-        """The library ends the run at `max_new_tokens`; an abort would race with that and could hit
-        the next run."""
         self._on_token = on_token
         self._trace = trace
         self.limit = limit
         self._stops = StopStrings(sampling.stop)
+        # Bytes of a character that is not complete.
         self._held = b""
-        """Bytes of a character that is not complete."""
         self._ids: list[int] = []
+        # Nothing more is wanted.
         self._over = False
-        """Nothing more is wanted."""
         self._first = 0.0
         self._last = 0.0
         self._perf_prefill_ms = 0.0
