@@ -1,8 +1,8 @@
-"""From declarations to desires: what each declared prompt must be, given the manifest and the state of its sources.
+"""From declarations to desires: what each declared prompt must be, by manifest and sources.
 
-Pure. `Sources` is what `sources.scan` found on disk; `resolve` renders each prompt's prefix and takes its fingerprint.
-The same `DesiredModel` then serves requests, so the text a cache is built from and the text a request sends come out
-of one renderer.
+Pure. `sources/reader.py` makes the `Sources`; `resolve` renders each prompt's prefix and takes its
+fingerprint. The same `DesiredModel` then serves requests, so the text a cache is built from and the
+text a request sends come out of one renderer.
 """
 
 from __future__ import annotations
@@ -56,36 +56,43 @@ class Desired:
     stored: frozenset[Key] = frozenset()
     """Prompts that clients stored, and may delete."""
     notices: tuple[str, ...] = ()
-    """What seems wrong with what the manifest declares and can be used all the same, in words."""
+    """Sentences on what seems wrong in the manifest and can be used all the same."""
 
     unlisted: Mapping[str, Trouble] = field(default_factory=dict)
     """Models of which some prompts are not known, and why."""
 
     def fingerprint(self, key: Key) -> Fingerprint | None:
-        """What the artifact of this prompt must have; None if it is not declared or in trouble."""
+        """The one that its artifact must have; None if it is not declared or in trouble."""
         prompt = self.prompts.get(key)
         return None if prompt is None else prompt.fingerprint
 
 
 def cut_contexts(manifest: Manifest, sources: Sources) -> dict[str, str]:
-    """By model, in words: a context that the manifest declares larger than the model's own, which the engine cuts."""
-    found = {}
+    """By model: a sentence on a context that is declared larger than the model's own.
+
+    The engine cuts it.
+    """
+    sentences = {}
+
     for name, config in manifest.models.items():
-        source, params = sources.models[name], config.params
+        source = sources.models[name]
+        params = config.params
         own = source.trained_tokens if isinstance(source, ModelSource) else None
         if own is None or params.max_context_len <= own:
             continue
 
         more = f", and max_new_tokens to less than {own}" if params.max_new_tokens >= own else ""
-        found[name] = (
-            f"max_context_len of {name} is {params.max_context_len}, but the context is cut to the model's own, "
-            f"{own} tokens (set max_context_len to {own}{more})"
+        sentences[name] = (
+            f"max_context_len of {name} is {params.max_context_len}, "
+            f"but the context is cut to the model's own, {own} tokens "
+            f"(set max_context_len to {own}{more})"
         )
-    return found
+
+    return sentences
 
 
 class _Known(NamedTuple):
-    """A prompt's prefix (SHA-256 and length of its UTF-8 bytes) and fingerprint, and all that they were made from."""
+    """A prompt's prefix (SHA-256, length in bytes) and fingerprint, and what they were made from."""
 
     template: ChatTemplate
     source: PromptSource
@@ -96,7 +103,7 @@ class _Known(NamedTuple):
 
 
 class Resolver:
-    """Turns sources into desires, and remembers prefix digests and fingerprints: texts seldom change.
+    """Turns sources into desires, and remembers digests and fingerprints: texts seldom change.
 
     `compile_elsewhere` is for templates that are not built in.
     """
@@ -126,8 +133,10 @@ class Resolver:
             prompts[key] = prompt = self.resolve_one(declared, models[key.model], manifest)
             if prompt.fingerprint is not None and isinstance(declared.source, PromptSource):
                 texts[key] = declared.source.text
+
         for gone in self._known.keys() - prompts.keys():
             del self._known[gone]
+
         self._prompts = prompts
         stored = frozenset(key for key, declared in sources.prompts.items() if declared.stored)
         notices = (*sources.notices, *cut_contexts(manifest, sources).values())
@@ -145,29 +154,31 @@ class Resolver:
     ) -> DesiredPrompt:
         """A prompt of a model that the last `resolve` gave."""
         key = declared.key
-        found: Fingerprint | Trouble
+        result: Fingerprint | Trouble
         if isinstance(declared.source, Trouble):
-            found = declared.source
+            result = declared.source
         elif isinstance(model, Trouble):
-            found = model
+            result = model
         else:
             own = _sampling_components(manifest, model.config.own_sampling(key.prompt))
-            found = _fixed_sampling(model.config, key.prompt, model.runtime) or self._fingerprint(
+            result = _fixed_sampling(model.config, key.prompt, model.runtime) or self._fingerprint(
                 key, model, declared.source, own
             )
+
         prompt = DesiredPrompt(
             key=key,
             description=declared.description,
-            fingerprint=found if isinstance(found, Fingerprint) else None,
-            trouble=found if isinstance(found, Trouble) else None,
+            fingerprint=result if isinstance(result, Fingerprint) else None,
+            trouble=result if isinstance(result, Trouble) else None,
         )
         return kept(self._prompts.get(key), prompt)
 
     def _fingerprint(
         self, key: Key, model: DesiredModel, source: PromptSource, own: dict[str, Value]
     ) -> Fingerprint | Trouble:
-        """Made anew only if something of the model, the text, or what the prompt has of its own changed."""
-        shared, known = self._shared[key.model], self._known.get(key)
+        """Make it anew only if the model, the text, or something of the prompt's own changed."""
+        shared = self._shared[key.model]
+        known = self._known.get(key)
         if known is None or known.template is not model.template or known.source != source:
             try:
                 prefix = _prefix(model.template, source.text)
@@ -177,15 +188,17 @@ class Resolver:
             return known.fingerprint
         else:
             prefix = known.prefix
-        found: Fingerprint | Trouble
+
+        result: Fingerprint | Trouble
         if isinstance(prefix, Trouble):
-            found = prefix
+            result = prefix
         else:
-            found = fingerprint(
+            result = fingerprint(
                 shared | {"prefix.digest": prefix[0], "prefix.bytes": prefix[1]} | own
             )
-        self._known[key] = _Known(model.template, source, prefix, shared, own, found)
-        return found
+
+        self._known[key] = _Known(model.template, source, prefix, shared, own, result)
+        return result
 
     def _model(
         self, name: str, config: ModelConfig, manifest: Manifest, sources: Sources
@@ -215,7 +228,9 @@ class Resolver:
                 )
             except TemplateError as error:
                 return Trouble.of(error, "chat_template")
+
             self._templates[slot] = template
+
         identity = fingerprint(
             {
                 "engine": manifest.engine.kind.value,
@@ -245,7 +260,7 @@ class Resolver:
 def _rkllm_identity(
     manifest: Manifest, config: ModelConfig, source: ModelSource
 ) -> dict[str, Value]:
-    """What an RKLLM model is loaded with; the runtime fixes sampling then, too."""
+    """The values that an RKLLM model is loaded with; the runtime fixes sampling then, too."""
     return {
         "library": str(manifest.engine.library),
         "abi": manifest.engine.abi,
@@ -259,7 +274,7 @@ def _rkllm_identity(
 
 
 def _rkllm_components(config: ModelConfig, source: ModelSource) -> dict[str, Value]:
-    """What only RKLLM's prompt caches depend on.
+    """The components that only RKLLM's prompt caches depend on.
 
     Whether a LoRA adapter or the NPU's options matter, nobody says.
     """
@@ -276,18 +291,21 @@ def _rkllm_components(config: ModelConfig, source: ModelSource) -> dict[str, Val
 
 
 def _fixed_sampling(config: ModelConfig, prompt: str, runtime: RuntimeSource) -> Trouble | None:
-    """What keeps a prompt with sampling of its own from being asked, if the runtime cannot change it in a run."""
+    """The trouble of a prompt with sampling of its own, if the runtime fixes it for all runs."""
     if runtime.samples_per_run:
         return None
-    of_model, of_prompt = config.sampling(None), config.sampling(prompt)
+    of_model = config.sampling(None)
+    of_prompt = config.sampling(prompt)
     own = [
         name for name in of_prompt if name != "max_new_tokens" and of_prompt[name] != of_model[name]
     ]
     if not own:
         return None
     return Trouble(
-        message=f"RKLLM {runtime.version} fixes {', '.join(own)} when the model is loaded; no prompt can have its own",
-        hint="remove it from the prompt's params, set it in the model's, or use runtime 1.3.0 or newer",
+        message=f"RKLLM {runtime.version} fixes {', '.join(own)} when the model is loaded; "
+        "no prompt can have its own",
+        hint="remove it from the prompt's params, set it in the model's, "
+        "or use runtime 1.3.0 or newer",
     )
 
 
@@ -302,12 +320,14 @@ def _prefix(template: ChatTemplate, text: str) -> tuple[str, int] | Trouble:
         raise
     except TemplateError as error:
         return Trouble.of(error)
+
     return sys.intern(hashlib.sha256(data).hexdigest()), len(data)
 
 
 def _shared_components(manifest: Manifest, model: DesiredModel) -> dict[str, Value]:
-    """What the bytes of all prompt caches of a model depend on, by the names that a stale verdict shows."""
-    source, runtime = model.source, model.runtime
+    """The components of all prompt caches of a model, by the names that a stale verdict shows."""
+    source = model.source
+    runtime = model.runtime
     components: dict[str, Value] = {
         "engine": manifest.engine.kind.value,
         "runtime.version": runtime.version,

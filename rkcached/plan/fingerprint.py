@@ -57,7 +57,7 @@ def _places(names: tuple[str, ...]) -> dict[str, int]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fingerprint:
-    """`digest` is hexadecimal SHA-256; `components` are what it was made from, as canonical text."""
+    """`digest` is a SHA-256 in hexadecimal, made from `components`, which are canonical texts."""
 
     digest: str
     components: Mapping[str, str]
@@ -92,7 +92,7 @@ def fingerprint(components: Mapping[str, Value]) -> Fingerprint:
 
 
 def changes(old: Mapping[str, str], new: Mapping[str, str]) -> tuple[Change, ...]:
-    """What differs between two sets of components, by name."""
+    """List the differences between two sets of components, by name."""
     return tuple(
         Change(component=name, old=old.get(name), new=new.get(name))
         for name in sorted(old.keys() | new.keys())

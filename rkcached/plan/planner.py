@@ -68,7 +68,7 @@ class Retired:
 
 
 class VerdictKind(StrEnum):
-    """Why an earlier attempt at exactly this fingerprint gave no artifact, and what may change that."""
+    """Why an earlier attempt at this fingerprint gave no artifact, and what may change that."""
 
     FAILED = "failed"  # something passing: tried again at `retry_at`
     TOO_LONG = "too_long"  # lasting
@@ -136,7 +136,7 @@ class Build:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Adopt:
-    """Publish an artifact that the store has under another name: it has the very fingerprint that is wanted."""
+    """Publish an artifact of the wanted fingerprint that the store has under another name."""
 
     key: Key
     reason: str
@@ -203,7 +203,7 @@ class Assessment:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
-    """What the manifest allows the store."""
+    """The bounds that the manifest sets for the store."""
 
     max_bytes: int | None = None
     min_tokens: int = 0
@@ -212,7 +212,7 @@ class Limits:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Observed:
-    """What the disk says, at Unix time `now`."""
+    """The state of the disk at Unix time `now`."""
 
     artifacts: Mapping[Key, Artifact] = field(default_factory=dict)
     verdicts: Mapping[Key, Verdict] = field(default_factory=dict)
@@ -224,22 +224,22 @@ class Observed:
     retired: Mapping[str, Retired] = field(default_factory=dict)
     """By fingerprint."""
     spare_bytes: int | None = None
-    """What the store's disk has free beyond what shall stay free on it; below 0 if it has less.
+    """Free bytes of the store's disk beyond those that shall stay free; below 0 if it has less.
     None: not known."""
     new_retired: frozenset[str] = frozenset()
-    """Fingerprints of retired artifacts that this process has not known for long: however old they seem by a clock
-    that may just have been set, they do not expire."""
+    """Fingerprints of retired artifacts that this process has not known for long. They do not
+    expire, however old they seem by a clock that may just have been set."""
     now: float = 0.0
 
 
 def assess(
     desired: Sequence[DesiredPrompt], observed: Observed, limits: Limits
 ) -> tuple[Assessment, ...]:
-    """The state of every declared prompt in manifest order, of every undeclared artifact, of every retired one.
+    """Assess every declared prompt in manifest order, undeclared artifacts, and retired ones.
 
-    The budget goes to what is served, or will be, in manifest order. What is left goes to artifacts that serve nobody
-    now, so that whatever stays on disk fits, and a build that is due finds the room that was counted for it. The
-    retired ones get what is left then, the youngest first.
+    The budget goes to what is served, or will be, in manifest order. What is left goes to artifacts
+    that serve nobody now, so that whatever stays on disk fits, and a build that is due finds the
+    room that was counted for it. The retired ones get what is left then, the youngest first.
     """
     declared = {prompt.key for prompt in desired}
     sources = _sources(desired, observed)
@@ -254,6 +254,7 @@ def assess(
         if claimed_bytes := _claim(assessment, world):
             claims[prompt.key] = claimed_bytes
             world.claimed_bytes += claimed_bytes
+
         assessments.append(assessment)
 
     assessments = _take_sources(assessments, declared)
@@ -315,7 +316,7 @@ class _Source(NamedTuple):
 
 @dataclass(slots=True)
 class _World:
-    """What a prompt is assessed in.
+    """The world that a prompt is assessed in.
 
     `claimed_bytes` of the budget are taken by the prompts before it.
     """
@@ -340,35 +341,39 @@ class _World:
 
 
 def _sources(desired: Iterable[DesiredPrompt], observed: Observed) -> dict[str, _Source]:
-    """By fingerprint: the artifacts that a declared prompt wants and does not have in its own place."""
+    """By fingerprint: artifacts that a declared prompt wants and does not have in its own place."""
     wanted = set()
     for prompt in desired:
         artifact = observed.artifacts.get(prompt.key)
         if prompt.fingerprint is not None and not _matches(artifact, prompt.fingerprint.digest):
             wanted.add(prompt.fingerprint.digest)
 
-    found: dict[str, _Source] = {}
+    sources: dict[str, _Source] = {}
     for fingerprint in wanted & observed.retired.keys():
         retired = observed.retired[fingerprint]
         reason = f"the retired prompt cache of {retired.key} has the same text and parameters"
-        found[fingerprint] = _Source(None, retired.tokens, retired.size_bytes, reason)
-    if not wanted - found.keys():
-        return found
+        sources[fingerprint] = _Source(None, retired.tokens, retired.size_bytes, reason)
+
+    if not wanted - sources.keys():
+        return sources
 
     for key, artifact in observed.artifacts.items():
         if (
             artifact.fingerprint in wanted
-            and artifact.fingerprint not in found
+            and artifact.fingerprint not in sources
             and not artifact.corrupt
         ):
             # One that is no longer declared is renamed; a declared one stays and is copied.
             reason = f"the prompt cache of {key} has the same text and parameters"
-            found[artifact.fingerprint] = _Source(key, artifact.tokens, artifact.size_bytes, reason)
-    return found
+            sources[artifact.fingerprint] = _Source(
+                key, artifact.tokens, artifact.size_bytes, reason
+            )
+
+    return sources
 
 
 def _take_sources(assessments: list[Assessment], declared: set[Key]) -> list[Assessment]:
-    """Of the adoptions with one source, the last takes it over, unless a declared prompt keeps it."""
+    """Let the last of several adoptions take its source over, unless a declared prompt keeps it."""
     last: dict[str, int] = {}
     for position, assessment in enumerate(assessments):
         if isinstance(action := assessment.action, Adopt) and action.source not in declared:
@@ -378,12 +383,13 @@ def _take_sources(assessments: list[Assessment], declared: set[Key]) -> list[Ass
         assessment = assessments[position]
         if isinstance(action := assessment.action, Adopt):
             assessments[position] = replace(assessment, action=replace(action, take=True))
+
     return assessments
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Needed:
-    """What the declared prompts have and are about to adopt."""
+    """The artifacts that the declared prompts have and are about to adopt."""
 
     # By fingerprint: a prompt with a fresh artifact of it.
     served: Mapping[str, Key]
@@ -392,12 +398,15 @@ class _Needed:
 
     @classmethod
     def by(cls, assessments: Iterable[Assessment], observed: Observed) -> _Needed:
-        served, adopted = {}, set()
+        served = {}
+        adopted = set()
+
         for assessment in assessments:
             if assessment.state is State.FRESH:
                 served[observed.artifacts[assessment.key].fingerprint] = assessment.key
             elif isinstance(assessment.action, Adopt):
                 adopted.add(assessment.action.fingerprint.digest)
+
         return cls(served=served, adopted=frozenset(adopted))
 
 
@@ -406,7 +415,9 @@ def _matches(artifact: Artifact | None, fingerprint: str) -> bool:
 
 
 def _assess_one(prompt: DesiredPrompt, world: _World) -> Assessment:
-    key, wanted, artifact = prompt.key, prompt.fingerprint, world.observed.artifacts.get(prompt.key)
+    key = prompt.key
+    wanted = prompt.fingerprint
+    artifact = world.observed.artifacts.get(key)
     fresh = Assessment(key=key, state=State.FRESH, description=prompt.description)
 
     # Its inputs are unusable, so nobody knows what it should be. What exists is kept: the same text
@@ -436,15 +447,17 @@ def _assess_one(prompt: DesiredPrompt, world: _World) -> Assessment:
 
 
 def _within_limits(fresh: Assessment, artifact: Artifact, world: _World) -> Assessment:
-    """An artifact of the wanted fingerprint: the manifest's limits may have been tightened since it was built."""
+    """Assess an artifact of the wanted fingerprint: the limits may be tighter than they were."""
     limits = world.limits
     if artifact.tokens < limits.min_tokens:
         verdict = too_short(artifact.fingerprint, artifact.tokens, limits.min_tokens)
         return _dropped(fresh, State.UNCACHED, verdict, limits)
+
     if not world.fits(artifact.size_bytes):
         return _dropped(
             fresh, State.BLOCKED, world.unfit(artifact.fingerprint, artifact.size_bytes), limits
         )
+
     return fresh
 
 
@@ -453,9 +466,11 @@ def _built(base: Assessment, wanted: Fingerprint, artifact: Artifact | None) -> 
     if artifact is None:
         build = Build(key=base.key, reason="missing", fingerprint=wanted)
         return replace(base, state=State.MISSING, reason=build.reason, action=build)
+
     if artifact.corrupt:
         build = Build(key=base.key, reason=f"corrupt: {artifact.corrupt}", fingerprint=wanted)
         return replace(base, state=State.CORRUPT, reason=artifact.corrupt, action=build)
+
     changed = changes(artifact.components, wanted.components)
     build = Build(
         key=base.key, reason=", ".join(str(change) for change in changed), fingerprint=wanted
@@ -464,10 +479,11 @@ def _built(base: Assessment, wanted: Fingerprint, artifact: Artifact | None) -> 
 
 
 def _adopted(base: Assessment, wanted: Fingerprint, source: _Source, world: _World) -> Assessment:
-    """A prompt whose artifact the store has under another name; the manifest's limits hold for it, too."""
+    """Assess a prompt whose artifact the store has under another name; the limits hold, too."""
     if source.tokens < world.limits.min_tokens:
-        said = too_short(wanted.digest, source.tokens, world.limits.min_tokens).trouble
-        return replace(base, state=State.UNCACHED, reason=said.message, hint=said.hint)
+        trouble = too_short(wanted.digest, source.tokens, world.limits.min_tokens).trouble
+        return replace(base, state=State.UNCACHED, reason=trouble.message, hint=trouble.hint)
+
     if not world.fits(source.size_bytes):
         return _blocked(base, State.BLOCKED, world.unfit(wanted.digest, source.size_bytes).trouble)
 
@@ -480,7 +496,7 @@ def _adopted(base: Assessment, wanted: Fingerprint, source: _Source, world: _Wor
 
 
 def _by_verdict(base: Assessment, verdict: Verdict, world: _World) -> Assessment | None:
-    """What the verdict on earlier attempts says now; None if another attempt is due."""
+    """Assess a prompt by the verdict on earlier attempts; None if another attempt is due."""
     match verdict.kind:
         case VerdictKind.UNCACHEABLE:
             return _blocked(base, State.UNCACHEABLE, verdict.trouble)
@@ -489,12 +505,14 @@ def _by_verdict(base: Assessment, verdict: Verdict, world: _World) -> Assessment
         case VerdictKind.TOO_LONG:
             return _blocked(base, State.BLOCKED, verdict.trouble)
         case VerdictKind.TOO_SHORT if verdict.tokens < world.limits.min_tokens:
-            said = too_short(verdict.fingerprint, verdict.tokens, world.limits.min_tokens).trouble
-            return replace(base, state=State.UNCACHED, reason=said.message, hint=said.hint)
+            trouble = too_short(
+                verdict.fingerprint, verdict.tokens, world.limits.min_tokens
+            ).trouble
+            return replace(base, state=State.UNCACHED, reason=trouble.message, hint=trouble.hint)
         case VerdictKind.OVER_BUDGET if not world.fits(verdict.needed_bytes):
-            # Said anew, because the other artifacts may have grown or shrunk since.
-            said = world.unfit(verdict.fingerprint, verdict.needed_bytes).trouble
-            return _blocked(base, State.BLOCKED, said)
+            # Worded anew, because the other artifacts may have grown or shrunk since.
+            trouble = world.unfit(verdict.fingerprint, verdict.needed_bytes).trouble
+            return _blocked(base, State.BLOCKED, trouble)
         case VerdictKind.FAILED if (
             world.observed.now < verdict.retry_at <= world.observed.now + MAX_RETRY_S
         ):
@@ -506,12 +524,13 @@ def _by_verdict(base: Assessment, verdict: Verdict, world: _World) -> Assessment
 
 
 def _claim(assessment: Assessment, world: _World) -> int:
-    """The bytes of the budget that a prompt takes: its artifact's, or those that its next build needs.
+    """The bytes of the budget that a prompt takes, or that its next build needs.
 
-    Where nobody knows that, it is taken to be what the stale artifact has that it replaces, if there is room for it: or
-    an edit would let something be built in its place that has to go again.
+    Where nobody knows that, it is taken to be what the stale artifact has that it replaces, if
+    there is room for it: or an edit would let something be built in its place that has to go again.
     """
-    observed, artifact = world.observed, world.observed.artifacts.get(assessment.key)
+    observed = world.observed
+    artifact = observed.artifacts.get(assessment.key)
     if assessment.state is State.FRESH and artifact is not None:
         return artifact.size_bytes
     if isinstance(assessment.action, Adopt):
@@ -525,6 +544,7 @@ def _claim(assessment: Assessment, world: _World) -> int:
         and verdict.needed_bytes
     ):
         return verdict.needed_bytes
+
     if artifact is None or artifact.corrupt or world.limits.max_bytes is None:
         return 0
     return artifact.size_bytes if world.fits(artifact.size_bytes) else 0
@@ -533,10 +553,10 @@ def _claim(assessment: Assessment, world: _World) -> int:
 def _make_room(
     assessments: Sequence[Assessment], observed: Observed, limits: Limits, claims: Mapping[Key, int]
 ) -> Iterator[Assessment]:
-    """Keep an artifact that serves nobody (stale, corrupt, in trouble, undeclared) only where the budget has room.
+    """Remove artifacts that serve nobody (stale, corrupt, undeclared) where the budget is short.
 
-    It shares the room of the build that replaces it, as the one comes when the other goes; and what another prompt
-    takes over has that prompt's room.
+    It shares the room of the build that replaces it, as the one comes when the other goes; and what
+    another prompt takes over has that prompt's room.
     """
     if limits.max_bytes is None:
         yield from assessments
@@ -544,6 +564,7 @@ def _make_room(
 
     taken = {a.action.source for a in assessments if isinstance(a.action, Adopt) and a.action.take}
     claimed_bytes = observed.foreign_bytes + sum(claims.values())
+
     for assessment in assessments:
         artifact = observed.artifacts.get(assessment.key)
         served = assessment.state is State.FRESH
@@ -551,12 +572,14 @@ def _make_room(
         if artifact is None or served or leaves:
             yield assessment
             continue
+
         more_bytes = max(0, artifact.size_bytes - claims.get(assessment.key, 0))
         if claimed_bytes + more_bytes <= limits.max_bytes:
             claimed_bytes += more_bytes
             yield assessment
         else:
-            reason = f"makes room: it is {assessment.state}, and cache.max_bytes {limits.max_bytes:,} is short"
+            reason = f"makes room: it is {assessment.state}, "
+            reason += f"and cache.max_bytes {limits.max_bytes:,} is short"
             yield replace(assessment, action=Remove(key=assessment.key, reason=reason))
 
 
@@ -568,6 +591,7 @@ def _assess_orphan(key: Key, needed: _Needed, observed: Observed, limits: Limits
     if key.model in observed.unlisted_models:
         reason = "not declared, but kept: a prompts_from folder of this model cannot be listed"
         return replace(orphan, reason=reason)
+
     if artifact.fingerprint in needed.adopted:
         return replace(orphan, reason="not in the manifest; a declared prompt adopts it")
     if artifact.corrupt or artifact.fingerprint in needed.served or limits.keep_retired_s <= 0:
@@ -582,12 +606,15 @@ def _assess_retired(
     limits: Limits,
     claims: Mapping[Key, int],
 ) -> Iterator[Assessment]:
-    """Which retired artifacts stay: those that have not been there for too long, and fit; the youngest first.
+    """Keep retired artifacts that are young enough and fit, the youngest first.
 
     Where there is no budget they go when the disk is nearly full.
     """
     room_bytes = _room_for_retired(kept, observed, limits, claims)
-    for retired in sorted(observed.retired.values(), key=lambda one: one.retired_at, reverse=True):
+
+    for retired in sorted(
+        observed.retired.values(), key=lambda artifact: artifact.retired_at, reverse=True
+    ):
         reason = ""
         if retired.fingerprint in needed.adopted:
             pass
@@ -601,6 +628,7 @@ def _assess_retired(
             reason = "makes room: it is retired, and there is no space left for it"
         elif room_bytes is not None:
             room_bytes -= retired.size_bytes
+
         yield Assessment(
             key=retired.key,
             state=State.RETIRED,
@@ -619,15 +647,18 @@ def _room_for_retired(
     if limits.max_bytes is None:
         if observed.spare_bytes is None:
             return None
-        return observed.spare_bytes + sum(one.size_bytes for one in observed.retired.values())
+        retired_bytes = sum(artifact.size_bytes for artifact in observed.retired.values())
+        return observed.spare_bytes + retired_bytes
 
     sources = {a.action.source for a in kept if isinstance(a.action, Adopt) and a.action.take}
     taken_bytes = observed.foreign_bytes + sum(claims.values())
+
     for assessment in kept:
         artifact = observed.artifacts.get(assessment.key)
         leaves = isinstance(assessment.action, Remove) or assessment.key in sources
         if artifact is not None and not leaves:
             taken_bytes += max(0, artifact.size_bytes - claims.get(assessment.key, 0))
+
     return max(0, limits.max_bytes - taken_bytes)
 
 
@@ -659,7 +690,7 @@ def too_short(fingerprint: str, tokens: int, min_tokens: int) -> Verdict:
 def over_budget(
     fingerprint: str, needed_bytes: int, kept_bytes: int, max_bytes: int, foreign_bytes: int = 0
 ) -> Verdict:
-    """The verdict on an artifact of `needed_bytes` for which `kept_bytes` of `max_bytes` leave no room."""
+    """The verdict on an artifact of `needed_bytes`: `kept_bytes` of `max_bytes` leave no room."""
     left_bytes = max(0, max_bytes - kept_bytes)
     message = (
         f"needs {needed_bytes:,} bytes, {left_bytes:,} of cache.max_bytes {max_bytes:,} are left"
@@ -668,6 +699,7 @@ def over_budget(
     if foreign_bytes:
         hint += f"; {foreign_bytes:,} bytes are taken by files that are not the store's: "
         hint += "`rkcached gc --strangers` removes them"
+
     return Verdict(
         fingerprint=fingerprint,
         kind=VerdictKind.OVER_BUDGET,
