@@ -92,7 +92,7 @@ def cut_contexts(manifest: Manifest, sources: Sources) -> dict[str, str]:
 
 
 class _Known(NamedTuple):
-    """A prompt's prefix (SHA-256, length in bytes) and fingerprint, and what they were made from."""
+    """A prompt's prefix (SHA-256, length in bytes) and fingerprint, and what made them."""
 
     template: ChatTemplate
     source: PromptSource

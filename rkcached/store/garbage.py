@@ -1,9 +1,10 @@
-"""What serves nobody and may leave the store: orphans, retired artifacts, the quarantine; strangers, if somebody asks.
+"""Finds and removes rubbish: orphans, retired artifacts, the quarantine; strangers, if asked.
 
-The store's own is known by name and kind, and only by these. All else in its folder is a stranger's: listed with its
-size, and left until it is asked for. A file that the manifest names is never removed. Nothing is followed: links are
-removed as links, and no folder is reached through one. Removing needs the store's lock: the reconciler does it for
-`POST /v1/gc`, and `rkcached gc` where no daemon runs.
+The store's own is known by name and kind, and only by these. All else in its folder is a
+stranger's: listed with its size, and left until it is asked for. A file that the manifest names is
+never removed. Nothing is followed: links are removed as links, and no folder is reached through
+one. Removing needs the store's lock: the reconciler does it for `POST /v1/gc`, and `rkcached gc`
+where no daemon runs.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ class Rubbish:
 
 
 class Named:
-    """What the manifest names: nobody removes it, by whatever name or link it is reached.
+    """The files that the manifest names: nobody removes them, by whatever name or link.
 
     Of a folder, what is directly in it is named, too: prompts, and those that are to become
     prompts.
@@ -60,14 +61,17 @@ class Named:
         self._places: set[str] = set()
         self._identities: set[tuple[int, int]] = set()
         self._folders = {os.path.realpath(folder) for folder in folders}
+
         for file in files:
             self._places.add(os.path.join(os.path.realpath(file.parent), file.name))  # noqa: PTH118 - a link itself
             self._places.add(os.path.realpath(file))
+
             for follow in (True, False):
                 try:
                     info = file.stat(follow_symlinks=follow)
                 except OSError:
                     continue
+
                 self._identities.add((info.st_dev, info.st_ino))
 
     def spares(self, info: os.stat_result) -> bool:
@@ -88,7 +92,7 @@ class Named:
         every = self._places | self._folders
         if place in every or str(Path(place).parent) in self._folders:
             return True
-        return any(one.startswith(within) for one in every)
+        return any(path.startswith(within) for path in every)
 
 
 def find_rubbish(
@@ -107,6 +111,7 @@ def find_rubbish(
     Errors: StoreError.
     """
     actions = tuple(actions)
+
     try:
         orphans = list(_orphans(store, actions))
         quarantined = [
@@ -125,6 +130,7 @@ def find_rubbish(
             f"the store {store.root} cannot be read: {error.strerror}",
             hint="check the directory's permissions",
         ) from error
+
     return [*orphans, *retired, *quarantined, *others]
 
 
@@ -136,48 +142,55 @@ def remove_rubbish(store: Store, rubbish: Iterable[Rubbish], named: Named) -> li
     """
     store.spare(named.files())
     done = []
-    for one in rubbish:
-        if one.stays:
-            done.append(one)
-        elif one.key is not None:
-            store.remove(one.key)
-            done.append(one)
-        elif (outcome := _remove(store, one, named)) is not None:
+
+    for item in rubbish:
+        if item.stays:
+            done.append(item)
+        elif item.key is not None:
+            store.remove(item.key)
+            done.append(item)
+        elif (outcome := _remove(store, item, named)) is not None:
             done.append(outcome)
+
     return done
 
 
 def as_data(rubbish: Iterable[Rubbish]) -> dict[str, list[dict[str, Any]]]:
-    """What goes (`items`) and what stays (`strangers`, `failed`), as `rkcached gc --json` has it."""
+    """Rubbish that goes (`items`) or stays (`strangers`, `failed`), as `rkcached gc --json` has it."""
     data: dict[str, list[dict[str, Any]]] = {"items": [], "strangers": [], "failed": []}
-    for one in rubbish:
-        path = os.fsencode(one.path).decode(errors="backslashreplace")
-        found = {"path": path, "size_bytes": one.size_bytes, "reason": one.why}
-        kind = "failed" if one.failed else "strangers" if one.stays else "items"
-        data[kind].append(found)
+
+    for item in rubbish:
+        path = os.fsencode(item.path).decode(errors="backslashreplace")
+        shown = {"path": path, "size_bytes": item.size_bytes, "reason": item.why}
+        kind = "failed" if item.failed else "strangers" if item.stays else "items"
+        data[kind].append(shown)
+
     return data
 
 
-def _remove(store: Store, one: Rubbish, named: Named) -> Rubbish | None:
-    """What became of it; None if somebody else put another thing in its place.
+def _remove(store: Store, item: Rubbish, named: Named) -> Rubbish | None:
+    """Remove one thing. None: somebody else put another thing in its place.
 
     Errors: StoreError.
     """
-    names = one.path.relative_to(store.root).parts
+    names = item.path.relative_to(store.root).parts
+
     try:
-        if beneath.remove(store.root, *names, only=one.seen, spare=named.spares):
-            return one
-        if _identity(store, one.path) != one.seen:
+        if beneath.remove(store.root, *names, only=item.seen, spare=named.spares):
+            return item
+        if _identity(store, item.path) != item.seen:
             return None
         why = "something in it is named by the manifest, or is on another mount"
     except OSError as error:
-        if not one.stranger:
+        if not item.stranger:
             raise StoreError(
-                f"{one.path} cannot be removed: {error.strerror}",
+                f"{item.path} cannot be removed: {error.strerror}",
                 hint="check the directory's permissions",
             ) from error
+
         why = f"it cannot be removed: {error.strerror}"
-    return replace(one, why=f"not the store's; it stays, as {why}", stays=True)
+
+    return replace(item, why=f"not the store's; it stays, as {why}", stays=True)
 
 
 def _orphans(store: Store, actions: Iterable[Action]) -> Iterator[Rubbish]:
@@ -203,10 +216,11 @@ def _retired(store: Store, inventory: Inventory, actions: Iterable[Action]) -> I
         for action in actions
         if isinstance(action, Adopt) and action.source is None
     }
-    for one in inventory.retired.values():
-        if one.fingerprint not in adopted:
-            folder = store.root / marks.RETIRED / one.fingerprint
-            why = f"retired: built for {one.key}, and no prompt uses it now"
+
+    for artifact in inventory.retired.values():
+        if artifact.fingerprint not in adopted:
+            folder = store.root / marks.RETIRED / artifact.fingerprint
+            why = f"retired: built for {artifact.key}, and no prompt uses it now"
             yield Rubbish(
                 path=folder, size_bytes=size_of(folder), why=why, seen=_identity(store, folder)
             )
@@ -296,6 +310,7 @@ def _stranger(store: Store, names: tuple[str, ...], named: Named, *, goes: bool)
         why, stays = IN_USE, True
     elif stays:
         why = ASK
+
     return Rubbish(
         path=path, size_bytes=size_of(path), why=why, seen=seen, stays=stays, stranger=True
     )

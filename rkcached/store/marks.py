@@ -43,14 +43,15 @@ _OURS = b"created by rkcached"
 _TAG_TEXT = b"""\
 %b
 # This file is a cache directory tag %b.
-# It marks a store of prompt caches, which are built again when they are missing: backups may skip this folder.
+# It marks a store of prompt caches, which are built again when they are missing: backups may
+# skip this folder.
 # For information about cache directory tags see https://bford.info/cachedir/
 """ % (_SIGNATURE, _OURS)
 
 _TEMPORARY = re.compile(r"\.(digests\.json|CACHEDIR\.TAG-[0-9a-f]+)\.tmp")
 ASIDE = ".aside-"
-"""What a folder of the quarantine begins with that holds what others put where a file of ours goes:
-it stays."""
+"""A folder of the quarantine that begins so holds what others put where a file of ours goes: it
+stays."""
 
 _FINGERPRINT = re.compile(r"[0-9a-f]{64}")
 _VERDICT = re.compile(rf"{NAME.pattern}\.json|\.{NAME.pattern}\.json\.tmp")
@@ -93,6 +94,7 @@ def why_no_store(root: Path) -> str:
         return "it does not exist"
     except NotADirectoryError:
         return "it is not a folder"
+
     if _is_tagged(root):
         return ""
     theirs = [name for name in names if name not in _LEAVES_EMPTY]
@@ -130,12 +132,14 @@ def tag(root: Path) -> None:
     if _is_tagged(root):
         return
     temporary = root / f".{TAG}-{secrets.token_hex(4)}.tmp"
+
     with contextlib.suppress(OSError):  # the next start tries it again
         try:
             disk.write_new(temporary, _TAG_TEXT)
             if os.geteuid() == 0:  # by root's gc, and the daemon's user must read it
                 owner = root.stat()
                 os.chown(temporary, owner.st_uid, owner.st_gid)
+
             temporary.replace(root / TAG)
         finally:
             temporary.unlink(missing_ok=True)
@@ -152,12 +156,14 @@ def _is_tagged(root: Path) -> bool:
         if error.errno in (errno.ENOENT, errno.ELOOP, errno.ENXIO):
             return False
         raise
+
     try:
         if not stat.S_ISREG(os.fstat(fd).st_mode):
             return False
         text = os.pread(fd, 4096, 0)
     finally:
         os.close(fd)
+
     return text.startswith(_SIGNATURE) and _OURS in text
 
 
@@ -177,9 +183,10 @@ def _is_left_by_earlier(root: Path, name: str, *, locked: bool) -> bool:
         return False
     inside = os.listdir(path)  # noqa: PTH208 - names
     if locked and (
-        not inside or any(prompt_of(one) and one.endswith(CACHE_SUFFIXES) for one in inside)
+        not inside or any(prompt_of(file) and file.endswith(CACHE_SUFFIXES) for file in inside)
     ):
         return True
+
     return any(_sidecars(path, inside))
 
 

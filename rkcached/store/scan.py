@@ -1,6 +1,7 @@
-"""Looks at the artifacts in a folder of the store: which are what their sidecars say, and what else lies there.
+"""Scans the folders of a store: finds the artifacts that match their sidecars, and all the rest.
 
-Nothing is changed here. A good artifact is not looked at a second time until one of its files changes.
+Nothing is changed here. A good artifact is not looked at a second time until one of its files
+changes.
 """
 
 from __future__ import annotations
@@ -28,14 +29,14 @@ MAX_RECORD_BYTES = 1 << 20
 _BLOCK_BYTES = 512
 
 STAGING = ".stage-"
-"""What the names of files begin with that a build has not published yet."""
+"""The names of files begin so that a build has not published yet."""
 
 CACHE_SUFFIXES = tuple(engine.artifact_suffix for engine in ENGINES.values())
 """Of the names of prompt caches, with the dot."""
 
 
 class _Seen(NamedTuple):
-    """A good artifact, and what its sidecar, prompt cache and text were like when it was looked at."""
+    """A good artifact, and the state of its three files when it was looked at."""
 
     key: Key
     # The name of the prompt cache.
@@ -69,7 +70,7 @@ class Scan:
         self._before, self._now = self._now, {}
 
     def forget(self, key: Key) -> None:
-        """Compare this artifact's files with its sidecar again, though nothing about them seems to have changed."""
+        """Compare this artifact's files with its sidecar again, though they seem unchanged."""
         self._now.pop(key, None)
         self._before.pop(key, None)
 
@@ -80,6 +81,7 @@ class Scan:
         adopted.
         """
         before, self._retired = self._retired, {}
+
         for folder in folders:
             self._digests.steps += 1
             seen = before.get(name := folder.name)
@@ -88,24 +90,28 @@ class Scan:
                 or signature_of(*_infos(str(folder), (".", *seen.files))) != seen.signature
             ):
                 seen = look_at_retired(folder)
+
             if seen is None:
                 inventory.incomplete.append(folder)
                 continue
+
             self._retired[name] = seen
             inventory.retired[name] = seen.artifact
 
     def folder(self, folder: Path, inventory: Inventory) -> None:
         """Look at the artifacts of a model. Errors: OSError when the folder cannot be listed."""
         names: list[str] = []
-        with contextlib.suppress(
-            FileNotFoundError
-        ):  # a reader without the lock may see the owner remove it
-            names = sorted(os.listdir(folder))  # noqa: PTH208 - names: of tens of thousands, paths take too much
+        # A reader without the lock may see the owner remove the folder. Names, because paths of
+        # tens of thousands of files take too much memory.
+        with contextlib.suppress(FileNotFoundError):
+            names = sorted(os.listdir(folder))  # noqa: PTH208
+
+        # Files that are part of no artifact. Names and no paths, and few of them: there may be
+        # tens of thousands of files.
         rest = set(names)
-        """What is part of no artifact. Names and no paths, and few of them: there may be tens of
-        thousands of files."""
         damaged: dict[Key, str] = {}
         place = str(folder)
+
         for name in names:
             if not name.endswith(".json") or not NAME.fullmatch(name[:-5]):
                 continue
@@ -119,18 +125,21 @@ class Scan:
                     inventory.artifacts[seen.key] = seen.artifact
                     rest.difference_update(files)
                     continue
+
             with contextlib.suppress(FileNotFoundError):
                 record = _infos(place, (name,))
                 sidecar = read_sidecar(folder / name, key)
                 if isinstance(sidecar, str):
                     damaged[key] = sidecar
                     continue
+
                 files = _names(key, sidecar.artifact)
                 infos = record + _infos(place, files[1:])
                 inventory.artifacts[key] = artifact = inspect(folder, sidecar, self._digests)
                 rest.difference_update(files)
                 if not artifact.corrupt and len(infos) == len(files) and settled(*infos):
                     self._now[key] = _Seen(key, sidecar.artifact, signature_of(*infos), artifact)
+
         _scan_rest(folder, rest, damaged, inventory)
 
 
@@ -141,6 +150,7 @@ def retired_sidecar(folder: Path) -> Sidecar | str:
         sidecar = read_sidecar(folder / names[0], None) if names else "the sidecar is missing"
     except OSError as error:
         return f"the sidecar cannot be read: {error.strerror}"
+
     if not isinstance(sidecar, str) and sidecar.fingerprint != folder.name:
         return "the sidecar has another fingerprint"
     return sidecar
@@ -184,6 +194,7 @@ def inspect(folder: Path, sidecar: Sidecar, digests: Digests) -> StoredArtifact:
     path = folder / sidecar.artifact
     text = folder / f"{sidecar.prompt}.bin"
     corrupt, signature = "", None
+
     try:
         size = path.stat().st_size
         if size != sidecar.size_bytes:
@@ -200,6 +211,7 @@ def inspect(folder: Path, sidecar: Sidecar, digests: Digests) -> StoredArtifact:
         corrupt = f"{Path(error.filename or path).name} cannot be read: {error.strerror}"
     except SourceError as error:
         corrupt = error.message
+
     return StoredArtifact(
         folder=folder, sidecar=sidecar, signature=None if corrupt else signature, corrupt=corrupt
     )
@@ -217,6 +229,7 @@ def strangers(folder: Path, key: Key) -> list[Path]:
         sidecar = read_sidecar(folder / f"{key.prompt}.json", key)
     except OSError:
         sidecar = ""
+
     if isinstance(sidecar, Sidecar):
         return []
 
@@ -228,7 +241,7 @@ def strangers(folder: Path, key: Key) -> list[Path]:
 
 
 def prompt_of(name: str) -> str:
-    """The prompt that a file with this name would belong to; nothing if the store has no such names."""
+    """The prompt that a file of this name would belong to; empty if the store has no such names."""
     stem, dot, suffix = name.rpartition(".")
     ours = dot + suffix in (".json", ".bin", *CACHE_SUFFIXES)
     return stem if ours and NAME.fullmatch(stem) else ""
@@ -237,12 +250,13 @@ def prompt_of(name: str) -> str:
 def _scan_rest(
     folder: Path, names: set[str], damaged: Mapping[Key, str], inventory: Inventory
 ) -> None:
-    """Sort what lies beside the artifacts of a folder; `damaged` are those whose sidecar is none, and why.
+    """Sort the rest of a folder's files; `damaged` are artifacts without a usable sidecar.
 
-    A sidecar that is none is the store's if it begins as one, or with a prompt cache beside it; else it may be the JSON
-    file of another program.
+    A sidecar that is none is the store's if it begins as one, or with a prompt cache beside it;
+    else it may be the JSON file of another program.
     """
     caches: dict[Key, list[Path]] = {}
+
     for name in sorted(names):
         if (
             name.endswith(CACHE_SUFFIXES)
@@ -250,10 +264,11 @@ def _scan_rest(
             and not is_folder(folder / name)
         ):
             caches.setdefault(Key(folder.name, prompt), []).append(folder / name)
-    for key, found in caches.items():  # without a sidecar: of a commit that was cut off before it
+
+    for key, files in caches.items():  # without a sidecar: of a commit that was cut off before it
         if key not in inventory.artifacts and (key in damaged or f"{key.prompt}.json" not in names):
             why = damaged.get(key, "the sidecar is missing")
-            inventory.unreadable[key] = Unreadable(corrupt=why, size_bytes=_bytes(found))
+            inventory.unreadable[key] = Unreadable(corrupt=why, size_bytes=_bytes(files))
 
     for key, why in damaged.items():
         if key not in inventory.unreadable and _begins_as_sidecar(
@@ -277,7 +292,9 @@ def _begins_as_sidecar(path: Path, key: Key) -> bool:
             head = os.read(fd, 512)
         finally:
             os.close(fd)
+
         return f'"model": "{key.model}",\n  "prompt": "{key.prompt}",\n'.encode() in head
+
     return False
 
 
@@ -299,15 +316,15 @@ def _names(key: Key, cache: str) -> tuple[str, str, str]:
 
 def _infos(folder: str, names: Iterable[str]) -> list[os.stat_result]:
     """Of these files, one after the other; fewer, if one is gone."""
-    found = []
+    infos = []
     with contextlib.suppress(OSError):
         for name in names:
-            found.append(os.stat(f"{folder}/{name}"))  # noqa: PERF401, PTH116 - up to the one that is gone
-    return found
+            infos.append(os.stat(f"{folder}/{name}"))  # noqa: PERF401, PTH116 - until one is gone
+    return infos
 
 
 def _bytes(files: Iterable[Path]) -> int:
-    """What these take; nothing, if they are gone by now."""
+    """The bytes that these files take; 0 for those that are gone by now."""
     size_bytes = 0
     for path in files:
         with contextlib.suppress(FileNotFoundError):

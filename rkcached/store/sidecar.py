@@ -1,6 +1,7 @@
-"""The commit record of an artifact: its form on disk, and what is known of an artifact that was compared with it. Pure.
+"""The commit record of an artifact: its form on disk, and artifacts that were compared with it.
 
-A sidecar is believed only if it belongs to its place, names a file beside it, and its components give its fingerprint.
+A sidecar is believed only if it belongs to its place, names a file beside it, and its components
+give its fingerprint. Pure.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ _SUFFIX = re.compile(r"[a-z0-9]+_cache")
 
 
 class Figures(msgspec.Struct, frozen=True, kw_only=True):
-    """What the build measured. Times in milliseconds."""
+    """The measurements of a build. Times in milliseconds."""
 
     prefill_ms: float
     """Reading the prefix into an empty KV state."""
@@ -41,7 +42,7 @@ class Figures(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def gain(self) -> bool:
-        """Whether the cache was measured to help; an unverified one is not measured, and taken to."""
+        """Whether the cache was measured to help; one that was not measured counts as helping."""
         return self.verified == "off" or self.warm_ttft_ms < self.cold_ttft_ms
 
 
@@ -123,7 +124,7 @@ class Inventory:
     staged: list[Path] = field(default_factory=list)
     """Files of builds that run, or that left them."""
     quarantined: dict[Path, int] = field(default_factory=dict)
-    """What is kept in the quarantine, with its bytes; the oldest first."""
+    """Folders that are kept in the quarantine, with their bytes; the oldest first."""
     foreign: dict[Path, int] = field(default_factory=dict)
     """Files where the store puts its own, with their bytes, that are none of its."""
     retired: dict[str, Retired] = field(default_factory=dict)
@@ -142,6 +143,7 @@ def parse_sidecar(data: bytes, key: Key | None) -> Sidecar | str:
         sidecar = msgspec.json.decode(data, type=Sidecar)
     except (ValueError, RecursionError) as error:  # not JSON, not UTF-8, or not a sidecar
         return f"the sidecar is damaged: {error}"
+
     if sidecar.format != FORMAT_VERSION:
         return f"the sidecar has format {sidecar.format}, this program writes {FORMAT_VERSION}"
     named = Key(sidecar.model, sidecar.prompt)
@@ -163,6 +165,6 @@ def parse_sidecar(data: bytes, key: Key | None) -> Sidecar | str:
 
 
 def names_artifact(name: str, prompt: str) -> bool:
-    """Whether `name` is a prompt cache of `prompt`: guards against a sidecar that points elsewhere."""
+    """Whether `name` is a prompt cache of `prompt`: a sidecar must not point elsewhere."""
     stem, _, suffix = name.rpartition(".")
     return stem == prompt and _SUFFIX.fullmatch(suffix) is not None

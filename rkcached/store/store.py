@@ -1,9 +1,10 @@
 """Prompt caches on disk. Owns everything below the cache directory; nobody else writes there.
 
-    {model}/{name}.llama_cache    the prompt cache        {model}/{name}.bin    the prefix it was made from, UTF-8
-    {model}/{name}.json           the sidecar: the commit record, with size and SHA-256 of the other two
+    {model}/{name}.llama_cache    the prompt cache
+    {model}/{name}.bin            the prefix it was made from, UTF-8
+    {model}/{name}.json           the sidecar: the commit record, with size and SHA-256 of both
     .verdicts/{model}/{name}.json the outcome of attempts that gave no artifact
-    .retired/{fingerprint}/       artifacts that no prompt uses now, kept because their texts may come back
+    .retired/{fingerprint}/       artifacts that no prompt uses now; their texts may come back
     .quarantine/                  artifacts that failed when they were used
     .lock  .digests.json          and CACHEDIR.TAG, which marks the folder as a store
 
@@ -95,10 +96,10 @@ class Store:
     # Life
 
     def open(self) -> None:
-        """Create the directory or take one that is a store, lock it, and clear away what a crash left behind.
+        """Create the directory or take one that is a store, lock it, and clear away leftovers.
 
-        Errors: StoreError when it cannot be created or written, or is somebody else's folder; StoreLocked when another
-        daemon has it.
+        Errors: StoreError when it cannot be created or written, or is somebody else's folder;
+        StoreLocked when another daemon has it.
         """
         self._take()
         self._opened = True
@@ -113,45 +114,52 @@ class Store:
         try:
             self.root.mkdir(mode=DIRECTORY_MODE, parents=True, exist_ok=True)
             if why := marks.why_not_ours(self.root):
-                hint = "name an empty or a new folder with --cache-dir, or move what is not the store's out of this one"
+                hint = "name an empty or a new folder with --cache-dir, "
+                hint += "or move what is not the store's out of this one"
                 raise StoreError(f"{self.root} is not taken as a store: {why}", hint=hint)
-            device = (
-                self.root.stat().st_dev
-            )  # of the folder: on an overlay, its files have other numbers
+
+            # Of the folder: on an overlay, its files have other numbers.
+            device = self.root.stat().st_dev
             fd = os.open(self.root / marks.LOCK, _LOCK_FLAGS, disk.FILE_MODE)
         except OSError as error:
             why, hint = disk.refusal(error, self.root)
             if isinstance(error, FileExistsError | NotADirectoryError | PermissionError):
-                hint = "create it for this user, or name another one with --cache-dir or RKCACHED_CACHE_DIR"
+                hint = "create it for this user, "
+                hint += "or name another one with --cache-dir or RKCACHED_CACHE_DIR"
             elif error.errno == errno.ELOOP:
                 why, hint = f"{marks.LOCK} in it is a link", "remove the link"
+
             raise StoreError(
                 f"the cache directory {self.root} cannot be written: {why}", hint=hint
             ) from error
+
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             owner = os.pread(fd, 32, 0).decode(errors="replace").strip()
             os.close(fd)
             raise StoreLocked(
-                f"the cache directory {self.root} belongs to another daemon (pid {owner or 'unknown'})",
+                f"the cache directory {self.root} belongs to another daemon "
+                f"(pid {owner or 'unknown'})",
                 hint="stop that daemon, or use another cache directory",
             ) from error
+
         self._release()
         self._lock_fd = fd
         self._device = device
-        with contextlib.suppress(
-            OSError
-        ):  # who owns it is said to whom it is refused; a full disk may not take it
+
+        # The refusal of another daemon names the owner. A full disk may not take that.
+        with contextlib.suppress(OSError):
             writing = os.open(
                 self.root / marks.LOCK, os.O_WRONLY | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
             )
             with os.fdopen(writing, "w") as stream:
                 stream.write(f"{os.getpid()}\n")
+
         marks.tag(self.root)
 
     def _check_device(self) -> None:
-        """Errors: StoreError where another file system, with no store on it, is in the place of the store's own.
+        """Errors: StoreError where another file system, without a store, is in the store's place.
 
         Some have another device number after each mount, so a store that is there is taken.
         """
@@ -159,14 +167,13 @@ class Store:
             if self.root.stat().st_dev != self._device and marks.why_no_store(self.root):
                 raise StoreError(
                     f"{self.root} is on another file system than when the store was opened",
-                    hint="mount it again; to begin a new store in what is there now, restart the daemon",
+                    hint="mount it again; to begin a new store there, restart the daemon",
                 )
 
     def _release(self) -> None:
         if self._lock_fd >= 0:
-            fcntl.flock(
-                self._lock_fd, fcntl.LOCK_UN
-            )  # a child that is just being forked still has the descriptor
+            # A child that is just being forked still has the descriptor.
+            fcntl.flock(self._lock_fd, fcntl.LOCK_UN)
             os.close(self._lock_fd)
             self._lock_fd = -1
 
@@ -190,10 +197,12 @@ class Store:
         for name in beneath.names_in(self.root):
             if marks.is_temporary(name):
                 self._unlink(name)
+
         for model in beneath.names_in(self.root, marks.VERDICTS):
             for name in beneath.names_in(self.root, marks.VERDICTS, model):
                 if name.startswith(".") and name.endswith(".tmp"):
                     self._unlink(marks.VERDICTS, model, name)
+
         for folder in self._model_folders():
             for name in beneath.names_in(self.root, folder.name):
                 if name.startswith(STAGING):
@@ -236,16 +245,19 @@ class Store:
         self._scan.turn()
         for folder in self._model_folders():
             self._scan.folder(folder, inventory)
+
         self._scan.retired(self._retired(), inventory)
         with contextlib.suppress(FileNotFoundError):
             others = [name for name in sorted(os.listdir(self.root)) if not marks.is_own(name)]  # noqa: PTH208 - names
             inventory.foreign.update(foreign(self.root / name for name in others))
+
         self._leave_out_spared(inventory)
         inventory.quarantined.update((path, size_of(path)) for path in self._kept())
         for path in self.root.glob(".verdicts/*/*.json"):
             key = Key(path.parent.name, path.stem)
             if (verdict := self.read_verdict(key)) is not None:
                 inventory.verdicts[key] = verdict
+
         return inventory
 
     def _leave_out_spared(self, inventory: Inventory) -> None:
@@ -260,12 +272,13 @@ class Store:
             inventory.foreign.update(foreign([path]))
 
     def verify(self, key: Key) -> str:
-        """Read an artifact's files again, whatever is remembered of them; returns why it is corrupt, or nothing."""
+        """Read an artifact's files again; returns why it is corrupt, or nothing."""
         folder = self.root / key.model
         try:
             sidecar = read_sidecar(folder / f"{key.prompt}.json", key)
         except OSError as error:
             return f"the sidecar cannot be read: {error.strerror}"
+
         if isinstance(sidecar, str):
             return sidecar
         return inspect(folder, sidecar, Digests()).corrupt
@@ -296,12 +309,15 @@ class Store:
                 f"{named[0]} is named by the manifest, and would be overwritten",
                 hint="move it out of the store, or give the prompt another name",
             )
+
         if in_the_way := strangers(folder, key):
             raise StoreError(
                 f"{in_the_way[0]} is not the store's, and would be overwritten",
                 hint="move it out of the store, or let `rkcached gc --strangers` remove it",
             )
+
         staged = folder / f"{STAGING}{key.prompt}-{secrets.token_hex(4)}"
+
         with self._writing(folder), self._folders:
             _make_folder(folder)
             staged.touch(
@@ -309,6 +325,7 @@ class Store:
             )  # a folder that takes no file says so before the prefill
             staged.unlink()
             self._staged.add(staged)
+
         return staged
 
     def discard(self, staged: Path) -> None:
@@ -318,7 +335,7 @@ class Store:
             staged.unlink()
 
     def tidy(self, inventory: Inventory, quarantine_bytes: float) -> None:
-        """Remove what builds left that could not clear up after themselves, and what the quarantine has beyond that.
+        """Remove leftovers of builds, and what the quarantine has beyond `quarantine_bytes`.
 
         The inventory is what the store holds afterwards. Errors: StoreError.
         """
@@ -326,15 +343,19 @@ class Store:
             with self._writing(folder), self._folders:
                 if look_at_retired(folder) is None:  # else it was completed meanwhile
                     beneath.remove(self.root, marks.RETIRED, folder.name)
+
         for path in inventory.staged:
             if not any(path.name.startswith(staged.name) for staged in tuple(self._staged)):
                 with self._writing(path):
                     self._unlink(path.parent.name, path.name)
+
         excess = sum(inventory.quarantined.values()) - quarantine_bytes
+
         for path, size_bytes in tuple(inventory.quarantined.items()):
             if excess > 0:
                 with self._writing(path):
                     self._drop(path)
+
                 del inventory.quarantined[path]
                 excess -= size_bytes
 
@@ -353,17 +374,18 @@ class Store:
     def commit(
         self, key: Key, staged: Path, sidecar: Sidecar, prefix: bytes, *, retire: bool = False
     ) -> StoredArtifact:
-        """Publish a sealed file, its text and its sidecar, in this order, each step durable before the next.
+        """Publish a sealed file, its text, its sidecar; each step is durable before the next.
 
-        `retire`: put the artifact that it replaces aside, if that is of another fingerprint. Where that fails, the old
-        one is overwritten.
+        `retire`: put the artifact that it replaces aside, if that is of another fingerprint. Where
+        that fails, the old one is overwritten.
 
-        If it fails, the staged file is gone and the artifact is the old one, missing, or reported as corrupt.
-        Errors: StoreError.
+        If it fails, the staged file is gone and the artifact is the old one, missing, or reported
+        as corrupt. Errors: StoreError.
         """
         folder = self.root / key.model
         path = folder / sidecar.artifact
         text, record = folder / f"{staged.name}.bin", folder / f"{staged.name}.json"
+
         try:
             with self._writing(folder):
                 disk.write_new(text, prefix)
@@ -374,6 +396,7 @@ class Store:
                 if retire:
                     with contextlib.suppress(OSError, StoreError):
                         self._put_aside(key, unless=sidecar.fingerprint, move=_link_or_rename)
+
                 staged.replace(path)
                 text.replace(folder / f"{key.prompt}.bin")
                 disk.sync_directory(folder)
@@ -382,10 +405,12 @@ class Store:
                 for other in _artifacts_of(folder, key.prompt):  # one that another engine wrote
                     if other.name != sidecar.artifact:
                         self._unlink(key.model, other.name)
+
                 info = path.stat()
         finally:
             for leftover in (text, record, staged):
                 self.discard(leftover)
+
         self.digests.trust(path, info, sidecar.sha256)
         self.clear_verdict(key)
         return StoredArtifact(folder=folder, sidecar=sidecar, signature=signature_of(info))
@@ -398,10 +423,12 @@ class Store:
         A crash leaves the artifact in one of the two places, or it has to be built again.
         """
         folder = self.root / key.model
+
         with self._writing(folder):
             if not self._put_aside(key):
                 self.remove(key)
                 return
+
             self._drop_folder(folder)
 
     def _put_aside(
@@ -417,6 +444,7 @@ class Store:
             sidecar = read_sidecar(record, key)
         except FileNotFoundError:
             return False
+
         if (
             isinstance(sidecar, str)
             or sidecar.fingerprint == unless
@@ -429,6 +457,7 @@ class Store:
             return False
 
         target = self.root / marks.RETIRED / sidecar.fingerprint
+
         with self._folders:
             _make_folder(target.parent)
             beneath.remove(
@@ -437,24 +466,27 @@ class Store:
             _make_folder(target)
             for path in files:
                 move(path, target / path.name)
+
         self._scan.forget(key)
         return True
 
     def adopt(
         self, key: Key, fingerprint: str, *, source: Key | None, take: bool, retire: bool = False
     ) -> StoredArtifact:
-        """Publish under `key` the artifact of this fingerprint that another prompt has, or that was put aside (None).
+        """Publish under `key` an artifact that another prompt has, or that was put aside (None).
 
-        Its content is compared with its sidecar first. `take`: nothing of it is left where it was, and where the file
-        system has hard links nothing is copied. `retire` as for `commit`.
+        Its content is compared with its sidecar first. `take`: nothing of it is left where it was,
+        and where the file system has hard links nothing is copied. `retire` as for `commit`.
 
-        If it fails, what `key` had is as it was. A source that is not what its sidecar says is taken out of use: a
-        retired one is removed, another one is reported as corrupt. Errors: StoreError.
+        If it fails, what `key` had is as it was. A source that is not what its sidecar says is
+        taken out of use: a retired one is removed, another one is reported as corrupt. Errors:
+        StoreError.
         """
         folder = (
             self.root / marks.RETIRED / fingerprint if source is None else self.root / source.model
         )
         staged = self.stage(key)
+
         try:
             with self._writing(folder):
                 old = (
@@ -465,6 +497,7 @@ class Store:
                 if isinstance(old, str) or old.fingerprint != fingerprint:
                     why = old if isinstance(old, str) else "it has another fingerprint by now"
                     raise StoreError(f"{folder} cannot be adopted by {key}: {why}", hint=_AGAIN)
+
                 text = (folder / f"{old.prompt}.bin").read_bytes()
                 _place(folder / old.artifact, staged, link=take)
 
@@ -498,11 +531,12 @@ class Store:
         # Its file has lost a name, which is a change to its signature, though none to its content.
         with self._writing(artifact.path):
             info = artifact.path.stat()
+
         self.digests.trust(artifact.path, info, artifact.sidecar.sha256)
         return replace(artifact, signature=signature_of(info))
 
     def _disown(self, folder: Path, source: Key | None, sidecar: Sidecar) -> None:
-        """The content of this artifact was found not to be what its sidecar says, though nothing else told so."""
+        """The content of this artifact is not what its sidecar says: take it out of use."""
         if source is None:
             self.remove_retired(sidecar.fingerprint)
             return
@@ -515,10 +549,12 @@ class Store:
         if not marks.is_retired(fingerprint):
             raise ValueError(fingerprint)
         folder = self.root / marks.RETIRED / fingerprint
+
         with self._writing(folder), self._folders:
             for name in beneath.names_in(self.root, marks.RETIRED, fingerprint):
                 if name.endswith(".json"):
                     self._unlink(marks.RETIRED, fingerprint, name)
+
             beneath.remove(self.root, marks.RETIRED, fingerprint)
 
     def remove_retired_of(self, key: Key) -> None:
@@ -529,11 +565,12 @@ class Store:
                 self.remove_retired(folder.name)
 
     def release(self, needed_bytes: int) -> None:
-        """Delete retired artifacts, the oldest first, until so many bytes are given back or none is left.
+        """Delete retired artifacts, the oldest first, until so many bytes are free or none is left.
 
         Errors: StoreError.
         """
         released_bytes = 0
+
         for folder in sorted(self._retired(), key=lambda path: path.lstat().st_mtime_ns):
             if released_bytes >= needed_bytes:
                 return
@@ -552,12 +589,14 @@ class Store:
         Errors: StoreError.
         """
         folder = self.root / key.model
+
         with self._writing(folder):
             self._make_way(key)
             self._unlink(key.model, f"{key.prompt}.json")
             self._unlink(key.model, f"{key.prompt}.bin")
             for path in _artifacts_of(folder, key.prompt):
                 self._unlink(key.model, path.name)
+
             self._drop_folder(folder)
 
     def _drop_folder(self, folder: Path) -> None:
@@ -593,6 +632,7 @@ class Store:
         for path in places:
             with contextlib.suppress(OSError):  # an empty folder holds nothing of anybody's
                 path.rmdir()
+
         if in_the_way := sorted(path for path in places if path.is_dir() and not path.is_symlink()):
             self._keep(key, in_the_way, prefix=marks.ASIDE)
 
@@ -602,6 +642,7 @@ class Store:
         Errors: StoreError.
         """
         kept = self.root / marks.QUARANTINE
+
         with self._writing(kept):
             _make_folder(kept)
             target = kept / f"{prefix}{key.model}--{key.prompt}--{secrets.token_hex(4)}"
@@ -610,6 +651,7 @@ class Store:
                 if path not in self._spared and beneath.is_folder(path.parent):
                     with contextlib.suppress(FileNotFoundError):
                         path.rename(target / path.name)
+
             for old in self._kept()[:-MAX_QUARANTINED]:
                 self._drop(old)
 
@@ -619,22 +661,26 @@ class Store:
             beneath.remove(self.root, marks.QUARANTINE, kept.name)
 
     def _kept(self) -> list[Path]:
-        """What the store put into the quarantine, the oldest first."""
+        """The folders that the store put into the quarantine, the oldest first."""
         kept = self.root / marks.QUARANTINE
         ages = []
+
         for name in beneath.names_in(self.root, marks.QUARANTINE):
             with contextlib.suppress(FileNotFoundError):
                 info = (kept / name).lstat()
                 if marks.is_quarantined(name) and stat.S_ISDIR(info.st_mode):
                     ages.append((info.st_mtime_ns, kept / name))
+
         return [path for _, path in sorted(ages)]
 
     def write_verdict(self, key: Key, verdict: Verdict) -> None:
         """Remember why a fingerprint has no artifact. Errors: StoreError."""
         path = self._verdict_path(key)
+
         with self._writing(path):
             for folder in (path.parent.parent, path.parent):
                 _make_folder(folder)
+
             temporary = path.with_name(f".{path.name}.tmp")
             temporary.unlink(missing_ok=True)
             disk.write_new(temporary, msgspec.json.encode(verdict))
@@ -643,6 +689,7 @@ class Store:
     def read_verdict(self, key: Key) -> Verdict | None:
         """The verdict on a prompt. A damaged one only costs one more attempt."""
         path = self._verdict_path(key)
+
         try:
             info = path.stat()
             if not stat.S_ISREG(info.st_mode) or info.st_size > MAX_RECORD_BYTES:
@@ -669,6 +716,7 @@ class Store:
                 not self._has_lock_file()
             ):  # the directory was deleted or replaced under us: start anew in what is there
                 self._take()
+
         try:
             yield
         except OSError as error:
@@ -677,7 +725,7 @@ class Store:
 
 
 def _link_or_rename(source: Path, target: Path) -> None:
-    """Give a file a second name, so that the first is never without one; FAT has no links, so there it is renamed."""
+    """Give a file a second name, so that it is never without one. On FAT, rename it."""
     try:
         os.link(source, target)
     except OSError:
@@ -693,6 +741,7 @@ def _place(source: Path, target: Path, *, link: bool) -> None:
         with contextlib.suppress(OSError):  # FAT has no links
             os.link(source, target)
             return
+
     shutil.copyfile(source, target)
 
 
@@ -706,7 +755,10 @@ def size_of(path: Path) -> int:
 
 
 def _make_folder(path: Path) -> None:
-    """Errors: OSError; StoreError where a link is in its place: what is written there would leave the store."""
+    """Make a folder, unless a link is in its place: writes there would leave the store.
+
+    Errors: OSError; StoreError.
+    """
     path.mkdir(mode=DIRECTORY_MODE, exist_ok=True)
     if not beneath.is_folder(path):
         raise StoreError(
