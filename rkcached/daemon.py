@@ -364,7 +364,7 @@ def _tell_worker(events: Events, worker: Worker) -> None:
 
 
 def _addresses(listening: Listening) -> str:
-    """Where clients reach this, which may be other than the settings say: systemd passes sockets."""
+    """The addresses that clients reach: systemd may pass other sockets than the settings name."""
     listeners = [listening.listener] if isinstance(listening, OwnSocket) else listening
     return ", ".join(str(listener.getsockname()) for listener in listeners)
 

@@ -115,11 +115,13 @@ class EngineConfig(_Section):
         default=None,
         ge=1,
         le=64,
-        description="Models in memory at once. None: 1 with rkllm (unless concurrent), else what fits in memory.",
+        description="Models in memory at once. None: 1 with rkllm (unless concurrent), "
+        "else what fits in memory.",
     )
     max_memory_bytes: Size | None = Field(
         default=None,
-        description="What a worker may take, besides mapped model files and NPU buffers. None: no limit.",
+        description="What a worker may take, besides mapped model files and NPU buffers. "
+        "None: no limit.",
     )
 
 
@@ -144,7 +146,8 @@ class CacheConfig(_Section):
         default=604_800.0,
         ge=0,
         le=315_360_000,
-        description="How long to keep prompt caches that are no longer declared: they may come back. 0: not at all.",
+        description="How long to keep prompt caches that are no longer declared: "
+        "they may come back. 0: not at all.",
     )
 
 
@@ -172,7 +175,7 @@ class ServingConfig(_Section):
 
 
 class SamplingParams(_Section):
-    """What one prompt changes of its model's parameters."""
+    """The changes of one prompt to its model's parameters."""
 
     max_new_tokens: int | None = values.max_new_tokens(default=None)
     temperature: float | None = values.temperature(default=None)
@@ -326,11 +329,11 @@ class ModelConfig(_Section):
     @classmethod
     def _no_endpoint(cls, prompts: dict[str, PromptConfig]) -> dict[str, PromptConfig]:
         if RESERVED_PROMPT in prompts:
-            said = (
+            message = (
                 f"a prompt cannot be named {RESERVED_PROMPT!r}: "
                 f"/v1/cache/MODEL/{RESERVED_PROMPT} means something else"
             )
-            raise wrong(said, "choose another name")
+            raise wrong(message, "choose another name")
         return prompts
 
     @field_validator("prompts")
@@ -348,6 +351,7 @@ class ModelConfig(_Section):
                         for n, t in long.items()
                     ]
                 )
+
         return prompts
 
     @model_validator(mode="after")
@@ -361,15 +365,16 @@ class ModelConfig(_Section):
         return self
 
     def sampling(self, prompt: str | None) -> dict[str, int | float]:
-        """The effective sampling parameters: the model's, changed by the prompt's; sorted, without max_context_len.
+        """The effective sampling parameters, sorted: the model's, changed by the prompt's.
 
-        A prompt that the manifest does not name (one found by prompts_from) has the model's parameters.
+        A prompt that the manifest does not name (one found by prompts_from) has the model's
+        parameters.
         """
         values: dict[str, int | float] = self.params.model_dump(exclude={"max_context_len"})
         return dict(sorted((values | self.own_sampling(prompt)).items()))
 
     def own_sampling(self, prompt: str | None) -> dict[str, int | float]:
-        """What the manifest changes of the model's parameters for this prompt."""
+        """The changes of this prompt to the model's parameters, by the manifest."""
         declared = self.prompts.get(prompt) if prompt is not None else None
         if declared is None or not declared.params.model_fields_set:
             return {}
@@ -427,30 +432,36 @@ class Manifest(_Section):
         engine: EngineConfig | None = info.data.get("engine")
         if engine is None:
             return models
-        found: list[tuple[Steps, str, str]] = []
+        problems: list[tuple[Steps, str, str]] = []
+
         for name, model in models.items():
             if name in RESERVED_MODELS:
-                found.append(
+                problems.append(
                     (
                         (name,),
                         f"a model cannot be named {name!r}: /v1/models/{name} means something else",
                         "",
                     )
                 )
+
             if engine.kind is EngineKind.RKLLM:
                 tokens = model.params.max_context_len
                 if tokens % 32 or tokens > RKLLM_MAX_CONTEXT:
-                    message = f"max_context_len: RKLLM takes multiples of 32 up to {RKLLM_MAX_CONTEXT}, got {tokens}"
-                    found.append(
+                    message = "max_context_len: RKLLM takes multiples of 32 "
+                    message += f"up to {RKLLM_MAX_CONTEXT}, got {tokens}"
+                    problems.append(
                         ((name, "params", "max_context_len"), message, "4096 suits most models")
                     )
+
                 continue
+
             for key in ("tokenizer", "lora", "lora_scale", "npu"):
                 if key in model.model_fields_set:
                     hint = "remove it, or set engine.kind to rkllm"
-                    found.append(((name, key), f"{key} is for the rkllm engine only", hint))
-        if found:
-            raise all_wrong(found)
+                    problems.append(((name, key), f"{key} is for the rkllm engine only", hint))
+
+        if problems:
+            raise all_wrong(problems)
         return models
 
     @property
@@ -459,7 +470,10 @@ class Manifest(_Section):
         return self._file
 
     def line_of(self, *steps: str | int) -> int:
-        """The line of what is declared at `steps`, or of the nearest thing around it; 1-based, 0 if not parsed."""
+        """The line of what is declared at `steps`, or of the nearest thing around it.
+
+        1-based; 0 if nothing was parsed.
+        """
         return nearest_line(self._lines, steps)
 
     def __eq__(self, other: object) -> bool:
@@ -474,6 +488,7 @@ class Manifest(_Section):
             or self.__dict__ != other.__dict__
         ):
             return False
+
         return self._order() == other._order()
 
     def _order(self) -> list[tuple[str, list[str]]]:
@@ -496,7 +511,7 @@ _SECTIONS: Final[Sections] = {
 
 
 def parse(text: str, *, file: Path) -> Manifest:
-    """The manifest in `text`; relative paths are taken from the directory of `file`, which is not opened.
+    """The manifest in `text`; relative paths start at the directory of `file`, which is not opened.
 
     Raises ManifestError with every problem there is, in file order.
     """
@@ -508,7 +523,7 @@ def parse(text: str, *, file: Path) -> Manifest:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Usable:
-    """The part of a manifest that can be understood, and every problem of the rest, in file order."""
+    """The part of a manifest that can be understood, and all problems of the rest, in file order."""
 
     manifest: Manifest | None
     """Without what is wrong. None: nothing is left."""
@@ -541,8 +556,8 @@ def parse_usable(text: str, *, file: Path) -> Usable:
     if manifest is not None:
         manifest._file, manifest._lines = file, reader.lines  # noqa: SLF001 -- its own module
     # What an alias repeats is one problem.
-    found = tuple(sorted(dict.fromkeys(problems), key=lambda problem: problem.line))
-    return Usable(manifest=manifest, problems=found, engine_known=engine_known)
+    in_order = sorted(dict.fromkeys(problems), key=lambda problem: problem.line)
+    return Usable(manifest=manifest, problems=tuple(in_order), engine_known=engine_known)
 
 
 def _validate(
@@ -553,7 +568,7 @@ def _validate(
         return Manifest.model_validate(data, context={"base": base}), []
     except ValidationError as error:
         details = error.errors(include_url=False)
-    return None, [found for detail in details for found in explain(detail, _SECTIONS)]
+    return None, [problem for detail in details for problem in explain(detail, _SECTIONS)]
 
 
 def _leave_out(data: dict[str, Any], places: list[Steps]) -> bool:
@@ -570,6 +585,7 @@ def _leave_out(data: dict[str, Any], places: list[Steps]) -> bool:
 
     targets = {_there(data, steps) for steps in places}
     done = False
+
     for steps in sorted(targets, key=inner_and_last_first, reverse=True):
         if steps == ("version",) or (not steps and data.get("version") != 1):
             data["version"] = 1
@@ -578,14 +594,17 @@ def _leave_out(data: dict[str, Any], places: list[Steps]) -> bool:
             holder: Any = data
             for step in steps[:-1]:
                 holder = holder[step]
+
             del holder[steps[-1]]
             done = True
+
     return done
 
 
 def _there(data: dict[str, Any], steps: Steps) -> Steps:
     """The way to what is at `steps`, or to the nearest thing around it."""
     value: Any = data
+
     for depth, step in enumerate(steps):
         known = (
             step in value
@@ -595,6 +614,7 @@ def _there(data: dict[str, Any], steps: Steps) -> Steps:
         if not known:
             return steps[:depth]
         value = value[step]
+
     return steps
 
 

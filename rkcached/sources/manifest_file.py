@@ -43,6 +43,7 @@ class ManifestFile:
         with contextlib.suppress(OSError):
             info = self.path.stat()
             signature, lasting = signature_of(info), settled(info)
+
         if signature is not None and signature == self._signature:
             return self.last_good
         try:
@@ -55,16 +56,20 @@ class ManifestFile:
                         problem=str(problem),
                         consequence="the last good one stays in force",
                     )
+
             self.error = error
             self._signature = None
             return self.last_good
+
         if self.error is not None:
             log.info("manifest mended", file=str(self.path))
             self.error = None
+
         self._signature = signature if lasting else None
         if manifest != self.last_good:
             log.info("manifest applied", file=str(self.path), models=len(manifest.models))
             self.last_good = manifest
+
         return self.last_good
 
 
@@ -74,7 +79,7 @@ def read_manifest(path: Path) -> Manifest:
 
 
 def manifest_text(path: Path) -> str:
-    """What the manifest's file holds. Errors: ManifestError."""
+    """Read the text of the manifest's file. Errors: ManifestError."""
     try:
         info = path.stat()
         if stat.S_ISREG(info.st_mode) and info.st_size > MAX_MANIFEST_BYTES:
@@ -101,6 +106,7 @@ def inputs(manifest: Manifest, stored: StoredTexts) -> tuple[list[Path], list[Pa
     engine = ENGINES[manifest.engine.kind]
     files = [manifest.file]
     folders: list[Path] = []
+
     for name, model in manifest.models.items():
         folders.append(stored.folder(name))
         files.extend(engine.model_files(model.path))
@@ -109,12 +115,15 @@ def inputs(manifest: Manifest, stored: StoredTexts) -> tuple[list[Path], list[Pa
             files.append(Path(model.chat_template))
         for prompt in model.prompts.values():
             files.extend(prompt.files)
+
         for pattern in model.prompts_from:
             folders.append(Path(pattern).parent)
             with contextlib.suppress(OSError):  # the look says so
                 files.extend(links(pattern))
+
     if engine.names_library:
         files.append(manifest.engine.library)  # also while it is missing or no library
     with contextlib.suppress(errors.RkcachedError):
         files.extend(engine.locate_runtime(manifest.engine.library, manifest.engine.abi).files)
+
     return files, folders

@@ -47,7 +47,7 @@ def wrong(message: str, hint: str = "") -> PydanticCustomError:
 
 
 def all_wrong(problems: list[tuple[Steps, str, str]]) -> PydanticCustomError:
-    """One pydantic error for several problems, each at its place below the field that is being validated."""
+    """One pydantic error for several problems, each at its place below the validated field."""
     return PydanticCustomError("rkcached", "see problems", {"problems": problems})
 
 
@@ -107,6 +107,7 @@ def explain(error: ErrorDetails, sections: Sections) -> list[tuple[Steps, str, s
             )
         case _:
             message, hint = _explain_value(error, key, section.model_fields.get(key))
+
     return [(steps, message, hint)]
 
 
@@ -120,10 +121,8 @@ def _explain_value(error: ErrorDetails, key: str, field: FieldInfo | None) -> tu
             return f"{key}: unknown value {got}", nearest_of_all(error["input"], choices)
         case "too_long" | "string_too_long":
             unit = "characters" if kind == "string_too_long" else "entries"
-            return (
-                f"{key}: at most {context['max_length']} {unit} are allowed, got {len(error['input'])}",
-                "",
-            )
+            allowed = f"at most {context['max_length']} {unit} are allowed"
+            return f"{key}: {allowed}, got {len(error['input'])}", ""
         case "byte_size_unit":
             return (
                 f"max_bytes: unknown unit in {got}",
@@ -139,11 +138,12 @@ def _explain_value(error: ErrorDetails, key: str, field: FieldInfo | None) -> tu
             return f"{key}: {got} is out of range", "allowed is 1 MiB to 1 EiB"
         case _ if field and (bounds := _bounds(field)):
             return f"{key}: {got} is out of range", f"allowed is {bounds}"
+
     return f"{key}: {error['msg']}, got {got}", ""
 
 
 def _prompt_hint(key: str, value: object) -> str:
-    """What to write where something else stands than a prompt's file."""
+    """Suggest what to write where something else stands than a prompt's file."""
     if not isinstance(value, list):
         return "name the prompt's file"
     files = ", ".join(item if isinstance(item, str) else "..." for item in value[:3])
@@ -152,7 +152,7 @@ def _prompt_hint(key: str, value: object) -> str:
 
 
 def _type_hint(key: str, value: object, field: FieldInfo | None) -> str:
-    """What to write instead of a value of the wrong kind."""
+    """Suggest what to write instead of a value of the wrong kind."""
     if field is None:
         return ""
     if value is None and not field.is_required():
@@ -164,8 +164,9 @@ def _type_hint(key: str, value: object, field: FieldInfo | None) -> str:
         return ""
     first, choice = next(iter(section.model_fields.items()))
     if isinstance(choice.annotation, type) and issubclass(choice.annotation, StrEnum):
-        near = nearest_of_all(value, [str(one) for one in choice.annotation])
+        near = nearest_of_all(value, [str(member) for member in choice.annotation])
         return f"write `{key}: {{{first}: ...}}`; {near}"
+
     return f"its keys are {', '.join(section.model_fields)}"
 
 
@@ -181,4 +182,5 @@ def _bounds(field: FieldInfo) -> str:
             return f"{low}..{high}"
         case {"gt": low, "le": high}:
             return f"more than {low}, at most {high}"
+
     return ""

@@ -1,7 +1,7 @@
-"""Reads everything a prompt cache is made from: prompt files, model files, chat templates, the runtime library.
+"""Reads what prompt caches are made from: prompt files, model files, templates, the runtime.
 
-A file that did not change is not read again. Whatever is wrong with an input becomes a `Trouble` of that input alone;
-the scan itself never fails. Runs in a thread, one scan at a time.
+A file that did not change is not read again. Whatever is wrong with an input becomes a `Trouble` of
+that input alone; the scan itself never fails. Runs in a thread, one scan at a time.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ Content = TypeVar("Content")
 
 
 class _Placed(SourceError):
-    """What is wrong with one input, and the way in the manifest to what names it."""
+    """An error of one input, and the way in the manifest to what names it."""
 
     def __init__(self, error: SourceError, *place: str | int) -> None:
         super().__init__(error.message, hint=error.hint)
@@ -60,7 +60,7 @@ class _Made(NamedTuple, Generic[Content]):
 
 
 class _Memory(Generic[Content]):
-    """What was made of files, for as long as a scan asks for it and none of them changes."""
+    """A memory of what was made of files: kept while scans ask for it and no file changes."""
 
     def __init__(self) -> None:
         self._now: dict[tuple[str, ...], _Made[Content]] = {}
@@ -80,6 +80,7 @@ class _Memory(Generic[Content]):
             made = _Made(files, signature, make(files))
             if not lasting:  # a second change may leave the same signature
                 return made.content
+
         self._now[made.files] = made
         return made.content
 
@@ -110,9 +111,11 @@ class SourceReader:
         self._prompts.turn()
         self._templates.turn()
         self._headers.turn()
+
         for name, config in manifest.models.items():
             models[name] = self._model(config, engine)
             claimed: set[str] = set()
+
             for prompt, entry in config.prompts.items():
                 files = tuple(map(str, entry.files))
                 claimed.update(files)
@@ -126,29 +129,33 @@ class SourceReader:
                     description=entry.description,
                     line=line,
                 )
+
             for position, pattern in enumerate(config.prompts_from):
                 line = manifest.line_of("models", name, "prompts_from", position)
                 try:
-                    found = tuple(_matches(pattern))
+                    matched = tuple(_matches(pattern))
                 except OSError as error:
                     unlisted[name] = _unlisted(
                         Path(pattern).parent, error, "create the folder, or correct prompts_from"
                     )
                     continue
-                if notice := self._notice(pattern, len(found)):
+
+                if notice := self._notice(pattern, len(matched)):
                     notices[notice] = None
-                for path in found:
+                for path in matched:
                     if path in claimed:
                         continue  # declared by name, perhaps with parameters of its own
                     key = Key(name, _printable(_stem(path)))
                     if not NAME.fullmatch(key.prompt):
-                        skipped[_printable(path)] = (
-                            None  # a README, or a copy that a synchronising program made
-                        )
+                        # A README, or a copy that a synchronising program made.
+                        skipped[_printable(path)] = None
                         continue
+
                     self._declare(prompts, key, self._found(key, path, prompts), (path,), line=line)
+
             if self._stored is not None:
                 unlisted |= self._add_stored(name, self._stored, prompts)
+
         self._declared = prompts
         return Sources(
             runtime=self._runtime(manifest.engine),
@@ -160,7 +167,7 @@ class SourceReader:
         )
 
     def _notice(self, pattern: str, matched: int) -> str:
-        """What is strange about a prompts_from folder that can be listed: it may not be the one that is meant.
+        """A sentence on a prompts_from folder that may not be the one that is meant, or nothing.
 
         An unmounted folder is empty, and a folder on which another disk is mounted has other files.
         """
@@ -169,6 +176,7 @@ class SourceReader:
             device = folder.stat().st_dev
         except OSError:
             return ""
+
         first_device, before = self._found_on.get(pattern, (device, 0))
         if matched:
             self._found_on[pattern] = (first_device, matched)
@@ -177,9 +185,17 @@ class SourceReader:
             files = (
                 f"{pattern} matches {_files(matched)}" if matched else f"{pattern} matches no file"
             )
-            return f"{folder} is on another file system than when the daemon started, and {files} now: is it mounted?"
+            return (
+                f"{folder} is on another file system than when the daemon started, "
+                f"and {files} now: is it mounted?"
+            )
+
         if not matched and before:
-            return f"{pattern} matches no file any more, but matched {_files(before)} before: is the folder mounted?"
+            return (
+                f"{pattern} matches no file any more, but matched {_files(before)} before: "
+                "is the folder mounted?"
+            )
+
         return "" if matched else f"{pattern} matches no file"
 
     def _declare(
@@ -188,10 +204,10 @@ class SourceReader:
         key: Key,
         source: PromptSource | Trouble,
         files: tuple[str, ...],
-        **said: Any,
+        **fields: Any,
     ) -> None:
         declared = kept(
-            self._declared.get(key), Declaration(key=key, source=source, files=files, **said)
+            self._declared.get(key), Declaration(key=key, source=source, files=files, **fields)
         )
         prompts[declared.key] = declared
 
@@ -203,10 +219,12 @@ class SourceReader:
             keys = stored.keys(model)
         except OSError as error:
             return {model: _unlisted(stored.folder(model), error, "check its owner")}
+
         for key in keys:
             if key not in prompts and NAME.fullmatch(key.prompt):
                 files = (str(stored.path(key)),)
                 self._declare(prompts, key, self._prompt(files), files, stored=True)
+
         return {}
 
     def read_again(self, declared: Declaration) -> Declaration:
@@ -241,18 +259,22 @@ class SourceReader:
                 )
         except RkcachedError as error:
             return Trouble.of(error, "chat_template")
+
         try:
             if not stat.S_ISREG(
                 mode := config.path.stat().st_mode
             ):  # opening a FIFO would wait for its writer
                 kind = "a directory" if stat.S_ISDIR(mode) else "not a regular file"
                 return Trouble(message=f"{config.path} is {kind}", hint="name a model file")
+
             with config.path.open("rb") as stream:
                 if stream.read(len(engine.model_magic)) != engine.model_magic:
                     return Trouble(
                         message=f"{config.path} is not a {engine.model_format}",
-                        hint="set path to a file of that format, or engine.kind to the engine that reads it",
+                        hint="set path to a file of that format, "
+                        "or engine.kind to the engine that reads it",
                     )
+
             facts = engine.inspect_model(config.path, self._header)
             signatures: dict[str, Signature] = {}
             digests = []
@@ -260,6 +282,7 @@ class SourceReader:
                 self._digests.let_settle(path)
                 digest, signatures[str(path)] = self._digests.digest_and_signature(path)
                 digests.append(digest)
+
             return ModelSource(
                 digest=_one_digest(digests),
                 template_source=template,
@@ -301,6 +324,7 @@ class SourceReader:
             return Trouble(
                 message=f"the engine's library cannot be read: {error}", hint="install it again"
             )
+
         digest = hashlib.sha256(digests.encode()).hexdigest()
         return RuntimeSource(
             version=runtime.version, digest=digest, samples_per_run=runtime.samples_per_run
@@ -319,16 +343,17 @@ def _one_digest(digests: list[str]) -> str:
 
 def _infos(files: tuple[str, ...]) -> list[os.stat_result]:
     """Of these files, one after the other; fewer, if one is not there."""
-    found = []
+    infos = []
     with contextlib.suppress(OSError):
         for path in files:
-            found.append(os.stat(path))  # noqa: PERF401, PTH116 - up to the one that is not there
-    return found
+            infos.append(os.stat(path))  # noqa: PERF401, PTH116 - up to the one that is not there
+    return infos
 
 
 def _join(files: tuple[str, ...]) -> PromptSource:
     """The prompt that these files are. Errors: SourceError."""
     texts = []
+
     for position, path in enumerate(files):
         try:
             texts.append(
@@ -342,6 +367,7 @@ def _join(files: tuple[str, ...]) -> PromptSource:
         raise SourceError(
             f"{', '.join(files)}: the prompt is empty", hint="write the prompt's text into the file"
         )
+
     return PromptSource(text=text, digest=hashlib.sha256(text.encode()).hexdigest())
 
 
@@ -353,6 +379,7 @@ def _text(path: Path) -> str:
             raise SourceError(
                 f"{path} is a directory", hint="name a file, or use prompts_from with a pattern"
             )
+
         if not stat.S_ISREG(info.st_mode):
             raise SourceError(f"{path} is not a regular file", hint="name a text file")
         if info.st_size > MAX_PROMPT_BYTES:
@@ -360,6 +387,7 @@ def _text(path: Path) -> str:
                 f"{path} has {info.st_size:,} bytes, the limit is {MAX_PROMPT_BYTES:,}",
                 hint="shorten the prompt",
             )
+
         return _decode(path, path.read_bytes()[: MAX_PROMPT_BYTES + 1])
     except OSError as error:
         raise _unusable(path, error, "file") from error
@@ -388,19 +416,22 @@ def utf8(path: Path, data: bytes) -> str:
         file = shlex.quote(str(path))
         raise SourceError(
             f"{path} is {encoding}, not UTF-8",
-            hint=f"convert it: `iconv -f {encoding} -t UTF-8 {file} > {file}.new && mv {file}.new {file}`",
+            hint=f"convert it: `iconv -f {encoding} -t UTF-8 {file} > {file}.new "
+            f"&& mv {file}.new {file}`",
         )
+
     try:
         return data.decode().removeprefix("\ufeff")
     except UnicodeDecodeError as error:
         raise SourceError(
             f"{path} is not UTF-8: byte 0x{data[error.start]:02x} at offset {error.start}",
-            hint="save it as UTF-8 in the editor that wrote it, or convert it with iconv from the encoding it has",
+            hint="save it as UTF-8 in the editor that wrote it, "
+            "or convert it with iconv from the encoding it has",
         ) from error
 
 
 def _other_encoding(data: bytes) -> str:
-    """The name of the encoding that a text's byte order mark tells, if it is not UTF-8; empty if it tells none."""
+    """The encoding by a text's byte order mark, if it is not UTF-8; empty if there is no mark."""
     for mark, name in (
         (codecs.BOM_UTF32_LE, "UTF-32"),  # begins as UTF-16's does
         (codecs.BOM_UTF32_BE, "UTF-32"),
@@ -409,6 +440,7 @@ def _other_encoding(data: bytes) -> str:
     ):
         if data.startswith(mark):
             return name
+
     return ""
 
 
@@ -432,7 +464,7 @@ def _unlisted(folder: Path, error: OSError, hint: str) -> Trouble:
 
 
 def _printable(text: str) -> str:
-    """A file name as text that can be printed and sent: bytes that are not UTF-8 are shown escaped."""
+    """A file name as text that can be printed and sent; bytes that are not UTF-8 are escaped."""
     return text.encode(errors="backslashreplace").decode()
 
 
@@ -454,19 +486,21 @@ def _matches(pattern: str) -> Iterator[str]:
 
 
 def _matching(pattern: str) -> list[os.DirEntry[str]]:
-    """What a prompts_from pattern names, sorted; no hidden files, no editors' backups.
+    """List what a prompts_from pattern names, sorted; no hidden files, no editors' backups.
 
     Errors: OSError.
     """
     folder, _, wanted = pattern.rpartition("/")
     matches = re.compile(fnmatch.translate(wanted)).match
+
     with os.scandir(folder or "/") as entries:
-        found = [
+        matching = [
             entry
             for entry in entries
             if entry.name[0] != "." and entry.name[-1] != "~" and matches(entry.name)
         ]
-    return sorted(found, key=lambda entry: entry.name)
+
+    return sorted(matching, key=lambda entry: entry.name)
 
 
 def _stem(path: str) -> str:

@@ -54,7 +54,7 @@ class PromptSource:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelSource:
-    """The digest of a model file, what the file says of itself, and the source of its chat template."""
+    """The digest of a model file, the facts in it, and the source of its chat template."""
 
     digest: str
     template_source: str
@@ -88,7 +88,7 @@ class Declaration:
     stored: bool = False
     """A client stored the text; the manifest says nothing of it."""
     files: tuple[str, ...] = ()
-    """What the text was made of."""
+    """The files that the text was made of."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -103,7 +103,7 @@ class Sources:
     skipped_files: tuple[str, ...] = ()
     """Files that a prompts_from pattern names, but whose own names cannot be a prompt's."""
     notices: tuple[str, ...] = ()
-    """What seems wrong with prompts_from folders, in words."""
+    """Sentences on what seems wrong with prompts_from folders."""
 
 
 Thing = TypeVar("Thing")

@@ -1,6 +1,7 @@
-"""Prompt texts that clients stored over the socket: one file each, `prompts/{model}/{name}.md` in the state directory.
+"""Prompt texts that clients stored over the socket.
 
-A source like any other. What the manifest declares goes before a stored text of the same name. Blocking.
+Each is a file, `prompts/{model}/{name}.md` in the state directory, and a source like any other.
+What the manifest declares goes before a stored text of the same name. Blocking.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ class StoredTexts:
             names = sorted(path.name for path in self.folder(model).iterdir())
         except FileNotFoundError:
             return []
+
         return [
             Key(model, name.removesuffix(_SUFFIX))
             for name in names
@@ -42,6 +44,7 @@ class StoredTexts:
         """Errors: StoreError; the text is then what it was."""
         path = self.path(key)
         self._refuse_link(path.parent)
+
         try:
             path.parent.mkdir(mode=_DIRECTORY_MODE, parents=True, exist_ok=True)
             disk.replace(path, text.encode())
@@ -54,6 +57,7 @@ class StoredTexts:
         """Whether there was such a text. Errors: StoreError."""
         path = self.path(key)
         self._refuse_link(path.parent)
+
         try:
             path.unlink()
             disk.sync_directory(path.parent)
@@ -62,6 +66,7 @@ class StoredTexts:
         except OSError as error:
             hint = "check the state directory"
             raise StoreError(f"{path} cannot be removed: {error.strerror}", hint=hint) from error
+
         return True
 
     def _refuse_link(self, folder: Path) -> None:

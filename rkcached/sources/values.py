@@ -1,4 +1,4 @@
-"""The kinds of values in a manifest: names, paths, patterns, sizes, and parameters with their bounds. Pure."""
+"""The kinds of values in a manifest: names, paths, patterns, sizes, bounded parameters. Pure."""
 
 from __future__ import annotations
 
@@ -31,7 +31,10 @@ def _listed(value: object) -> object:
 
 
 def _absolute(path: Path | str, info: ValidationInfo) -> str:
-    """Join to the manifest's directory by the letters alone; links are not followed, `~` and variables not expanded."""
+    """Join to the manifest's directory by the letters alone.
+
+    Links are not followed, `~` and variables not expanded.
+    """
     text = str(path)
     if re.search("[\0\ud800-\udfff]", text):
         raise wrong(f"{info.field_name}: {show(text)} holds a character that no path can have")
@@ -39,6 +42,7 @@ def _absolute(path: Path | str, info: ValidationInfo) -> str:
         raise wrong(
             f"{info.field_name}: '~' is not expanded in {show(text)}", "write the absolute path"
         )
+
     base = (info.context or {}).get("base")
     return os.path.abspath(os.path.join(base, text)) if base else text  # noqa: PTH100, PTH118 -- resolve() reads links
 
@@ -56,11 +60,13 @@ def _pattern(value: str, info: ValidationInfo) -> str:
             f"prompts_from: {show(value)} names a directory",
             "say which files, for example 'prompts/*.md'",
         )
+
     if re.search(r"[*?\[]", head) or "**" in last:
         hint = "use one '*' for the file name, and one pattern for each directory"
         raise wrong(
             f"prompts_from: wildcards work only in the last part of a path, got {show(value)}", hint
         )
+
     return _absolute(value, info)
 
 

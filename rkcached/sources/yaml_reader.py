@@ -47,6 +47,7 @@ def show(value: object) -> str:
             return "a list"
         case dict():
             return "a mapping"
+
     text = repr(value)
     return text if len(text) <= 60 else text[:56] + "..." + text[-1]
 
@@ -58,7 +59,10 @@ def nearest_line(lines: Mapping[Steps, int], steps: Steps) -> int:
 
 
 class _Loader(_SafeLoader):
-    """Plain scalars by the core schema of YAML 1.2: no `yes` and `off`, no octal 010, no dates, no 12:30 = 750."""
+    """Plain scalars by the core schema of YAML 1.2.
+
+    No `yes` and `off`, no octal 010, no dates, no 12:30 = 750.
+    """
 
 
 _Loader.yaml_implicit_resolvers = {}
@@ -94,7 +98,7 @@ _KINDS: Final = {
 def _open_quote(
     error: yaml.MarkedYAMLError, last: yaml.Event | None
 ) -> tuple[int, str, str] | None:
-    """Line, message and hint if a quote that nobody closed is what broke the YAML, which shows only further down.
+    """Line, message and hint if an open quote broke the YAML, which shows only further down.
 
     `last` is the event before the error.
     """
@@ -123,7 +127,7 @@ def _open_quote(
 
 
 class YamlReader:
-    """Turns YAML text into plain data, remembering the line of every place in it and every problem on the way."""
+    """Turns YAML text into plain data; remembers the line of every place in it, and problems."""
 
     def __init__(self, file: Path) -> None:
         self.file = file
@@ -144,18 +148,20 @@ class YamlReader:
         self.problems.append(self.problem(node.start_mark.line + 1, message, hint))
 
     def read(self, text: str) -> dict[str, Any]:
-        """The document's data, with whatever could not be understood left out; raises when nothing can be."""
+        """The document's data, without what cannot be understood; raises when nothing can be."""
         if len(text) > MAX_CHARACTERS:
             raise self._fatal(
                 1, f"the manifest has {len(text)} characters, {MAX_CHARACTERS} are allowed"
             )
-        if found := Reader.NON_PRINTABLE.search(text):
-            line = text.count("\n", 0, found.start()) + 1
+
+        if match := Reader.NON_PRINTABLE.search(text):
+            line = text.count("\n", 0, match.start()) + 1
             raise self._fatal(
                 line,
-                f"character {found.group()!r} is not allowed in YAML",
+                f"character {match.group()!r} is not allowed in YAML",
                 "save the file as UTF-8 text",
             )
+
         root = self._compose(text)
         if root is None or (isinstance(root, yaml.ScalarNode) and not root.value):
             raise self._fatal(1, "the manifest is empty", "start with `version: 1` and `models:`")
@@ -165,11 +171,13 @@ class YamlReader:
             raise self._fatal(
                 root.start_mark.line + 1, message, "start with `version: 1` and `models:`"
             )
+
         return data
 
     def _compose(self, text: str) -> yaml.Node | None:
         depth = nodes = 0
         last: yaml.Event | None = None
+
         try:
             for event in yaml.parse(text, Loader=_Loader):  # first, flat: composing recurses in C
                 depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(
@@ -180,7 +188,9 @@ class YamlReader:
                     line = event.start_mark.line + 1 if event.start_mark else 1
                     what = _TOO_DEEP if depth > MAX_DEPTH else _TOO_MANY
                     raise self._fatal(line, what)
+
                 last = event
+
             return yaml.compose(text, Loader=_Loader)
         except yaml.MarkedYAMLError as error:
             if opened := _open_quote(error, last):
@@ -194,6 +204,7 @@ class YamlReader:
                 "nesting depth" in message
             ):  # libyaml's own limit, since PyYAML 6.0.4: reached before the first event
                 raise self._fatal(line, _TOO_DEEP) from error
+
             lines = text.splitlines()
             tab = line <= len(lines) and re.match(r"\s*\t", lines[line - 1])
             raise self._fatal(
@@ -212,10 +223,12 @@ class YamlReader:
             raise self._fatal(
                 line, "an alias refers to a value that contains it", "write the value out"
             )
+
         if len(self._open) >= MAX_DEPTH:
             raise self._fatal(line, _TOO_DEEP)
         kind = node.tag.removeprefix("tag:yaml.org,2002:")
         self._open.append(id(node))
+
         try:
             match node:
                 case yaml.MappingNode() if kind == "map":
@@ -226,17 +239,20 @@ class YamlReader:
                     ]
                 case yaml.ScalarNode() if kind in _SCALARS:
                     return _SCALARS[kind](node.value)
+
             self._note(node, f"the tag {show(node.tag)} is not supported", "remove the tag")
         except (ValueError, KeyError):
             self._note(node, f"{show(node.value)} cannot be read as {kind}", "write a plain value")
         finally:
             self._open.pop()
+
         return None
 
     def _mapping(self, node: yaml.MappingNode, steps: Steps) -> dict[str, object]:
         data: dict[str, object] = {}
         first: dict[str, int] = {}
         merged: list[yaml.Node] = []
+
         for key, value in node.value:
             if key.tag.endswith(":merge"):
                 merged += value.value if isinstance(value, yaml.SequenceNode) else [value]
@@ -257,13 +273,17 @@ class YamlReader:
                         f"a key must be text, but {show(key.value)} is {_KINDS[kind]}",
                         "put it in quotes",
                     )
+
                 first[key.value] = key.start_mark.line + 1
                 self.lines.setdefault((*steps, key.value), first[key.value])
                 data[key.value] = self._value(value, (*steps, key.value))
+
         for source in merged:
             below = self._value(source, steps)
             if not isinstance(below, dict):
                 self._note(source, f"'<<' merges mappings, got {show(below)}")
                 continue
+
             data = below | data
+
         return data

@@ -156,7 +156,7 @@ def remove_rubbish(store: Store, rubbish: Iterable[Rubbish], named: Named) -> li
 
 
 def as_data(rubbish: Iterable[Rubbish]) -> dict[str, list[dict[str, Any]]]:
-    """Rubbish that goes (`items`) or stays (`strangers`, `failed`), as `rkcached gc --json` has it."""
+    """Sort rubbish by what becomes of it: `items` go, `strangers` stay, `failed` could not go."""
     data: dict[str, list[dict[str, Any]]] = {"items": [], "strangers": [], "failed": []}
 
     for item in rubbish:
