@@ -244,7 +244,7 @@ def test_stale_is_answered_cold_and_current(workspace: Workspace) -> None:
 
     The build makes room.
     """
-    workspace.memory_model(prefill_us_per_token=1_000)
+    workspace.memory_model(prefill_us_per_token=3_000)
     text = "The old text of a prompt that takes a while to read. " * 20
     workspace.write("p.md", text)
     workspace.declare("{p: p.md}", params="{max_context_len: 8192}")
@@ -253,6 +253,11 @@ def test_stale_is_answered_cold_and_current(workspace: Workspace) -> None:
     new = text.replace("old", "new").strip()
     workspace.write("p.md", new)
     workspace.wait_state("p", "building")
+    # Before its prefill begins, a build holds no gate, and a request just goes first.
+    wait_until(
+        lambda: workspace.prompt("p").get("progress", {}).get("total_tokens"),
+        "the prefill has begun",
+    )
     answer = workspace.ask("m/p")
     assert right_answer(workspace, new) == content(answer)
     assert answer["rkcached"]["state"] in (
