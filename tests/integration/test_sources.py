@@ -523,7 +523,10 @@ def test_a_link_that_cannot_be_followed_blocks_its_own_prompt_only(
 
 
 def test_no_text_is_stored_or_deleted_through_a_link(tmp_path: Path) -> None:
-    """A model's folder in the state directory that leads to a user's: his file of that name stays."""
+    """A model's folder in the state directory that leads to a user's.
+
+    His file of that name stays.
+    """
     home = tmp_path / "home"
     home.mkdir()
     (home / "f1.md").write_text("mine")

@@ -472,7 +472,10 @@ def test_a_file_that_the_manifest_names_is_neither_removed_nor_overwritten(
 
 @pytest.mark.parametrize("name", ["p.bin", "p.json"])
 def test_a_file_that_is_not_the_store_s_is_never_overwritten(store: Store, name: str) -> None:
-    """Though it lies where a build would put its own: it is named, and stays until somebody moves it."""
+    """Though it lies where a build would put its own.
+
+    It is named, and stays until somebody moves it.
+    """
     mine = store.root / "m" / name
     mine.parent.mkdir()
     mine.write_text("notes of mine")

@@ -442,7 +442,10 @@ def test_the_quarantine_s_bytes_are_those_that_are_left(workspace: Workspace) ->
 
 
 def test_what_stays_is_not_overwritten_by_a_build(two_prompts: Workspace) -> None:
-    """A text of somebody's where a newly declared prompt's would be: blocked, named, built when it went."""
+    """A text of somebody's where a newly declared prompt's would be.
+
+    Blocked, named, built when it went.
+    """
     space = two_prompts
     space.write("cache/m/notes.bin", "somebody's notes")
     assert "notes.bin" in space.cli("gc").stdout
@@ -457,7 +460,10 @@ def test_what_stays_is_not_overwritten_by_a_build(two_prompts: Workspace) -> Non
 
 
 def test_what_could_not_be_removed_is_said(two_prompts: Workspace) -> None:
-    """The daemon cannot retire where its folder is a link: gc says that the orphan stays, with an exit code."""
+    """The daemon cannot retire where its folder is a link.
+
+    Gc says that the orphan stays, with an exit code.
+    """
     space = two_prompts
     elsewhere = space.root / "elsewhere"
     elsewhere.mkdir()
