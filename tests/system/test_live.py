@@ -345,7 +345,7 @@ def test_nobody_commands_the_terminal(workspace: Workspace) -> None:
     with (
         piped(workspace, []) as pipe,
         piped(workspace, ["--json"]) as documents,
-        at_a_terminal(workspace) as terminal,
+        at_a_terminal(workspace, size=(200, 24)) as terminal,
     ):
         seen = pipe.heard(r"b\x1b[2J\u202e.md: the prompt is empty")
         terminal.wait_for(r"\u202e")
