@@ -1,7 +1,7 @@
 """Measure how dense the code of a package is: `python scripts/density.py FOLDER [FOLDER ...]`.
 
-Prints one row for each folder. Dense code packs several steps into a line and leaves no blank line
-between them; it is short, and slow to read. The limits that we hold are in tests/unit/test_density.py.
+Prints one column for each folder. Dense code packs several steps into a line and leaves no blank
+line between them; it is short, and slow to read. tests/unit/test_density.py has our limits.
 """
 
 from __future__ import annotations

@@ -523,7 +523,7 @@ def parse(text: str, *, file: Path) -> Manifest:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Usable:
-    """The part of a manifest that can be understood, and all problems of the rest, in file order."""
+    """The part of a manifest that can be understood, and all problems of the rest in file order."""
 
     manifest: Manifest | None
     """Without what is wrong. None: nothing is left."""

@@ -1,4 +1,4 @@
-"""What people copy from docs/: commands, manifests and programs, run as they stand but for places."""
+"""Runs what people copy from docs/: commands, manifests and programs, as they stand."""
 
 from __future__ import annotations
 
@@ -150,7 +150,7 @@ def test_the_error_table_has_every_code() -> None:
 
 @pytest.mark.parametrize("page", [README, DOCS / "manifest.md"], ids=lambda page: page.name)
 def test_the_example_of_the_manifest(workspace: Workspace, page: Path) -> None:
-    """With its files `check` prints ok, as the page shows, and its prompts have the names that the page names."""
+    """With its files `check` prints ok, and its prompts have the names that the page names."""
     (text,) = blocks(page, "yaml")
     workspace.write("manifest.yaml", text.replace("kind: rkllm", "kind: memory"))
     workspace.memory_model("models/qwen3-0.6b.rkllm")
@@ -177,7 +177,10 @@ def test_the_manifest_for_a_board() -> None:
 
 
 def test_the_conversion(tmp_path: Path) -> None:
-    """It calls the toolkit's functions in their order, and stops at the first that fails; here a stand-in has them."""
+    """It calls the toolkit's functions in their order and stops at the first that fails.
+
+    A stand-in has them here.
+    """
     (code,) = blocks(RKLLM, "python")
     (tmp_path / "convert.py").write_text(code)
     (tmp_path / "rkllm").mkdir()
@@ -227,7 +230,8 @@ def _checked(space: Workspace, text: str) -> str:
 
 
 def _manifest(kind: str = "memory", *, model: str = "m.model", more: str = "") -> str:
-    return f"version: 1\nengine: {{kind: {kind}}}\nmodels:\n  m: {{path: {model}, prompts: {{a: a.md}}}}\n{more}"
+    engine = f"version: 1\nengine: {{kind: {kind}}}\n"
+    return f"{engine}models:\n  m: {{path: {model}, prompts: {{a: a.md}}}}\n{more}"
 
 
 def _running(space: Workspace, text: str = "You are A.\n") -> Workspace:
@@ -323,7 +327,7 @@ def test_other_symptoms_are_words_of_the_program() -> None:
 
 
 def test_a_quarantined_prompt_is_tried_again_when_it_is_regenerated(workspace: Workspace) -> None:
-    """As the page says; the model is still broken, so the build fails again, and the command says why."""
+    """As the page says. The model is still broken: the build fails again, with the reason."""
     assert "`rkcached regenerate MODEL/PROMPT`" in TROUBLE
     workspace.memory_model(faults=[{"op": "save", "kind": "segfault", "at": 1}])
     workspace.write("a.md", "You are A.\n")

@@ -58,7 +58,9 @@ ELSEWHERE = {
     "sudo install": ("tests/systemd/test_documents.py", "commands("),
     "sudo rkcached": ("tests/systemd/test_documents.py", "commands("),
 }
-"""The first words of a command line; who runs it, and the words there that do. The first that fits counts."""
+"""The first words of a command line; who runs it, and the words there that do.
+
+The first that fits counts."""
 
 ONLY_BY_OTHERS = ("rkcached demo", "rkcached run")
 
@@ -72,7 +74,8 @@ def board(workspace: Workspace) -> Workspace:
     workspace.write("system.md", "You are a helpful assistant.\n")
     workspace.write(
         "manifest.yaml",
-        "version: 1\nengine: {kind: memory}\nmodels:\n  qwen3-0.6b: {path: m.model, prompts: {system: system.md}}\n",
+        "version: 1\nengine: {kind: memory}\n"
+        "models:\n  qwen3-0.6b: {path: m.model, prompts: {system: system.md}}\n",
     )
     workspace.start()
     workspace.wait_settled()
@@ -80,7 +83,7 @@ def board(workspace: Workspace) -> Workspace:
 
 
 def test_every_command_of_the_tables(board: Workspace) -> None:
-    """As it stands, with all its options, names put in for the capitals; each ends well and without a traceback."""
+    """As it stands, with all its options and names for the capitals; each ends well, untraced."""
     artifact = board.cache / "qwen3-0.6b" / "system.memory_cache"
     for name in ("A.json", "B.json"):
         board.cli("bench", "--runs", "1", "--no-direct", "-o", str(board.root / name))
@@ -154,7 +157,7 @@ def test_every_command_in_words_exists(page: Path) -> None:
 
 
 def test_the_environment(tmp_path: Path) -> None:
-    """The page's own lines in a shell, on a copy of this tree: the program starts from its path, with all its data."""
+    """The page's own lines in a shell, on a copy of this tree: the program has all its data."""
     need("git")
     files = subprocess.run(
         ["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, check=True

@@ -35,7 +35,7 @@ def anchors(page: Path) -> set[str]:
 
 @pytest.mark.parametrize("page", [*PAGES, ROOT / "CHANGELOG.md"], ids=lambda page: page.name)
 def test_links_lead_somewhere(page: Path) -> None:
-    """Every link to a file of the project leads to one that is there, and to a heading that it has."""
+    """Every link to a file of the project leads to one that is there, and to a real heading."""
     for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
         if "://" in target:
             continue
@@ -58,7 +58,7 @@ def test_lines_have_at_most_120_letters(page: Path) -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_modules_that_are_named_are_there(page: Path) -> None:
-    """A test file that a page sends its reader to exists, and the test in it, where one is named."""
+    """A test file that a page sends its reader to exists, and so does the test that it names."""
     for name, _, test in re.findall(r"(tests/[\w/]+\.py)(::(\w+))?", page.read_text()):
         assert (ROOT / name).is_file(), name
         assert not test or test in functions(ROOT / name), f"{name}::{test}"
