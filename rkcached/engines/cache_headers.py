@@ -45,6 +45,7 @@ def read_rkllm(path: Path) -> RkllmHeader | None:
             data = file.read(WORDS.size)
     except OSError:
         return None
+
     if len(data) < WORDS.size:
         return None
 

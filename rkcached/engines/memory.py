@@ -157,11 +157,13 @@ class MemoryEngine:
                 "this model cannot save its KV state",
                 hint="set can_save in the model file, or serve it without caches",
             )
+
         tokens = self._check_prompt(prompt)
         self.clear()
         started = time.monotonic()
         if not self._read(tokens, on_progress):
             raise Aborted("the prefill was stopped on request")
+
         prefill_ms = _ms_since(started)
         self._save(save_to)
         return RunStats(
@@ -182,8 +184,10 @@ class MemoryEngine:
             raise ArtifactLoadError(
                 f"cannot read the prompt cache {path}: {error.strerror}"
             ) from error
+
         if len(data) < MEMORY.size or not data.startswith(MEMORY_MAGIC):
             raise ArtifactLoadError(f"{path} is not a prompt cache of this engine")
+
         _, version, count = MEMORY.unpack_from(data)
         if version != _STATE_VERSION:
             raise ArtifactLoadError(
@@ -197,6 +201,7 @@ class MemoryEngine:
             raise ArtifactLoadError(
                 f"{path} has {count} tokens, the context holds {self._info.context_tokens}"
             )
+
         split = MEMORY.size + count
         self._tokens += data[MEMORY.size : split]
         self._states.frombytes(data[split:])
@@ -212,6 +217,7 @@ class MemoryEngine:
         self._check_open()
         if sampling.max_new_tokens < 0:
             raise EngineError(f"max_new_tokens is {sampling.max_new_tokens}, which is below 0")
+
         tokens = self._check_prompt(prompt)
         cached = min(_common_prefix(self._tokens, tokens), len(tokens) - 1)
         self._truncate(cached)
@@ -219,10 +225,12 @@ class MemoryEngine:
         complete = self._read(tokens)
         prefill_ms = _ms_since(started)
         started = time.monotonic()
-        finish, decoded = FinishReason.ABORT, 0
+        finish = FinishReason.ABORT
+        decoded = 0
         if complete:
             scripted = [text for marker, text in self._model.script.items() if marker in prompt]
             finish, decoded = self._decode(sampling, on_token, trace=trace, scripted=scripted[-1:])
+
         return RunStats(
             finish=finish,
             prompt_tokens=len(tokens),
@@ -242,6 +250,7 @@ class MemoryEngine:
             )
         if not isinstance(content, str) and any(token not in range(256) for token in content):
             raise InputInvalid("a token is not in the vocabulary: tokens are bytes")
+
         tokens = self._check_tokens(
             _encode(content) if isinstance(content, str) else bytes(content)
         )
@@ -269,13 +278,16 @@ class MemoryEngine:
         step = max(1, min(_BATCH_TOKENS, _SLICE_US // us)) if us else _BATCH_TOKENS
         if on_progress:
             on_progress(len(self._tokens), len(tokens))
+
         while len(self._tokens) < len(tokens):
             batch = tokens[len(self._tokens) : len(self._tokens) + step]
             if self._wait(us * len(batch)):
                 return False
+
             self._extend(batch)
             if on_progress:
                 on_progress(len(self._tokens), len(tokens))
+
         return True
 
     def _decode(
@@ -289,22 +301,27 @@ class MemoryEngine:
                 if len(answer) <= min(sampling.max_new_tokens, room)
                 else FinishReason.LENGTH
             )
+
             answer = answer[: min(sampling.max_new_tokens, room)]
             shown = len(answer)
         else:
             answer, shown, finish = _answer(self._states[-1], sampling, room)
+
         begin = 0  # of the character that is not whole yet
         for end in range(1, len(answer) + 1):
             if self._wait(self._model.decode_us_per_token):
                 return FinishReason.ABORT, end - 1
+
             self._enter("generate")
             self._extend(answer[end - 1 : end])
             if end > shown or not _at_character(answer, end):
                 continue
+
             piece = answer[begin:end]
             begin = end
             if on_token(Token(text=piece.decode(), ids=tuple(piece) if trace else ())):
                 return FinishReason.ABORT, end
+
         return finish, len(answer)
 
     def _wait(self, us: int) -> bool:
@@ -369,8 +386,10 @@ def _read_model(path: str) -> tuple[MemoryModel, int]:
         raise ModelLoadError(
             f"cannot read the model {path}: {error.strerror}", hint="check the path"
         ) from error
+
     if not data.startswith(MODEL_MAGIC):
         raise ModelLoadError(f"{path} is not a memory model", hint=hint)
+
     try:
         return msgspec.json.decode(data, type=MemoryModel), _origin(data)
     except msgspec.DecodeError as error:
@@ -397,16 +416,19 @@ def _answer(state: int, sampling: Sampling, room: int) -> tuple[bytes, int, Fini
         sampling.frequency_penalty,
         sampling.presence_penalty,
     ]
+
     if sampling.temperature is not None and sampling.temperature > 0:
         chosen += [sampling.temperature, sampling.top_k, sampling.top_p, sampling.seed]
     key = _origin(msgspec.json.encode(chosen))
     count = min(sampling.max_new_tokens, room)
     stream = bytearray()
+
     while len(stream) < count:
         key = (
             key * 6364136223846793005 + 1442695040888963407
         ) & _MASK  # Knuth's MMIX generator: high bits are good
         stream += _WORDS[(key >> 32) % len(_WORDS)]
+
     answer = bytes(stream[:count])
     # Of several stop strings the one that is complete first ends the answer, as with any engine
     # that streams.
@@ -415,8 +437,10 @@ def _answer(state: int, sampling: Sampling, room: int) -> tuple[bytes, int, Fini
         for stop in map(_encode, sampling.stop)
         if stop and (at := answer.find(stop)) >= 0
     ]
+
     if not stops:
         return answer, len(answer), FinishReason.LENGTH
+
     end, begin = min(stops)
     return answer[:end], begin, FinishReason.STOP
 
@@ -465,5 +489,6 @@ def _fail(fault: Fault) -> None:
             os._exit(3)
         case "hang":
             pass
+
     while True:  # hang; after a signal, wait for it to arrive
         time.sleep(60)

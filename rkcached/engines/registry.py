@@ -79,11 +79,14 @@ class EngineEntry:
 
 
 def _locate_rkllm(library: Path, abi: str | None) -> RuntimeFiles:
-    facts, signature = _rkllm_facts.__wrapped__, None
+    facts = _rkllm_facts.__wrapped__
+    signature = None
     with contextlib.suppress(OSError):  # identify says what is wrong
         info = library.stat()
         if settled(info):
-            facts, signature = _rkllm_facts, signature_of(info)
+            facts = _rkllm_facts
+            signature = signature_of(info)
+
     version, samples_per_run = facts(library, signature, abi)
     return RuntimeFiles(version=version, files=(library,), samples_per_run=samples_per_run)
 
@@ -104,6 +107,7 @@ def _locate_xllamacpp(_library: Path, _abi: str | None) -> RuntimeFiles:
             hint=f"install the Debian package rkcached-cpu, or run {sys.executable} -m pip install "
             "xllamacpp",
         )
+
     folder = Path(spec.submodule_search_locations[0])
     return RuntimeFiles(
         version=importlib.metadata.version("xllamacpp"), files=tuple(sorted(folder.glob("*.so")))

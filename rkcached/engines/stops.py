@@ -17,19 +17,23 @@ class StopStrings:
             return ""
         if not self._stops:
             return text
+
         text = self._held + text
         # The one that is complete first ends the answer.
         ends = [(at + len(stop), at) for stop in self._stops if (at := text.find(stop)) >= 0]
         if ends:
-            self.found, self._held = True, ""
+            self.found = True
+            self._held = ""
             return text[: min(ends)[1]]
+
         hold = max((_overlap(text, stop) for stop in self._stops), default=0)
         self._held = text[len(text) - hold :]
         return text[: len(text) - hold]
 
     def rest(self) -> str:
         """Return the text that was held back, once the stream has ended."""
-        rest, self._held = self._held, ""
+        rest = self._held
+        self._held = ""
         return rest
 
 

@@ -42,6 +42,7 @@ def refusal(path: str | Path, error: OSError, *, folder: bool = False) -> Refusa
     """
     if not isinstance(error, PermissionError | FileNotFoundError | NotADirectoryError):
         return None
+
     real = Path(os.path.realpath(path))
     if place := hiding(str(real), _mounts_of_this_process()):
         return hidden(place, real if folder else real.parent)
@@ -63,11 +64,13 @@ def _how_to_show(place: str, folder: Path) -> str:
             f"BindReadOnlyPaths={named}, "
             "then `sudo systemctl restart rkcached`"
         )
+
     if place in ("/tmp", "/var/tmp"):  # noqa: S108 - compared, not used
         return (
             f"the service has a {place} of its own; keep the file elsewhere, for example below "
             "/var/lib"
         )
+
     return (
         f"take {place} out of the unit's InaccessiblePaths= (`sudo systemctl edit rkcached`), "
         "or keep the file somewhere else"
@@ -93,6 +96,7 @@ def mounts_in(text: str) -> list[Mount]:
                 _ESCAPE.sub(lambda found: chr(int(found[1], 8)), field) for field in fields[3:5]
             )
             mounts.append(Mount(root, place, after.split(" ")[0]))
+
     return mounts
 
 
@@ -104,6 +108,7 @@ def hiding(path: str, mounts: Sequence[Mount]) -> str:
             nearest = mount
     if _INACCESSIBLE.search(nearest.root) or _OWN_TMP.search(nearest.root):
         return nearest.place
+
     # ProtectHome=tmpfs puts one over each; a machine may have a /home of that kind for reasons of
     # its own.
     emptied = {mount.place for mount in mounts if mount.kind == "tmpfs"}.issuperset(HOMES)
@@ -131,12 +136,16 @@ def _denied(real: Path, *, folder: bool) -> Refusal:
             whose = _whose(parent) or "o"
             command = f"{_sudo(whose)}chmod {whose}+x {shlex.quote(str(parent))}"
             return Refusal(f"permission denied by the folder {parent}", f"`{command}`")
+
     wanted = os.R_OK | (os.X_OK if folder else 0)
     if os.access(real, wanted, effective_ids=True):  # perhaps a security module
         return Refusal("permission denied", f"let the group {_our_group()} read it")
-    name, rights = shlex.quote(str(real)), "rx" if folder else "r"
+
+    name = shlex.quote(str(real))
+    rights = "rx" if folder else "r"
     if whose := _whose(real):
         return Refusal("permission denied", f"`{_sudo(whose)}chmod {whose}+{rights} {name}`")
+
     grant = "g+rx" if folder else "640"
     return Refusal(
         "permission denied", f"`sudo chgrp {_our_group()} {name} && sudo chmod {grant} {name}`"
@@ -152,6 +161,7 @@ def _whose(path: Path) -> str:
         info = path.stat()
     except OSError:
         return ""
+
     if info.st_uid == os.geteuid():
         return "u"
     return "g" if info.st_gid in {os.getegid(), *os.getgroups()} else ""

@@ -136,6 +136,7 @@ def remove(
             now = os.stat(name, dir_fd=parent, follow_symlinks=False)
             if only is not None and Identity.of(now) != only:
                 return False
+
             stays = False
             for entry in walk(parent, name):
                 stays |= not _removed(entry, spare)
@@ -152,6 +153,7 @@ def _removed(entry: Entry, spare: Callable[[os.stat_result], bool]) -> bool:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(entry.name, dir_fd=entry.parent)
         return True
+
     try:
         os.rmdir(entry.name, dir_fd=entry.parent)
     except FileNotFoundError:
@@ -160,6 +162,7 @@ def _removed(entry: Entry, spare: Callable[[os.stat_result], bool]) -> bool:
         if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.EBUSY):
             return False
         raise
+
     return True
 
 
@@ -174,4 +177,5 @@ def _mount_of(fd: int) -> str:
                 return line
     except OSError:  # /proc is not mounted
         pass
+
     return str(os.fstat(fd).st_dev)

@@ -72,7 +72,8 @@ def _unsettled_ns(*infos: os.stat_result) -> int:
     Both times count: some file systems have no time of the last change of their own, and show an
     older one instead.
     """
-    now, wait_ns = time.time_ns(), 0
+    now = time.time_ns()
+    wait_ns = 0
     for info in infos:
         for moment in (info.st_ctime_ns, info.st_mtime_ns):
             window_ns = next(
@@ -80,6 +81,7 @@ def _unsettled_ns(*infos: os.stat_result) -> int:
             )
             if abs(now - moment) <= window_ns:
                 wait_ns = max(wait_ns, moment + window_ns - now + 1)
+
     return wait_ns
 
 
@@ -121,6 +123,7 @@ class Digests:
         that it gets on."""
         self.reading: Reading | None = None
         """For other threads, which only read it."""
+
         if file is not None:
             with contextlib.suppress(
                 OSError, ValueError, RecursionError
@@ -142,23 +145,28 @@ class Digests:
         info = path.stat()
         if not stat.S_ISREG(info.st_mode):  # opening a FIFO would wait for its writer
             raise SourceError(f"{path} is not a regular file", hint="put a regular file there")
+
         if (before := self._before.pop(name, None)) is not None:
             self._entries.setdefault(name, _Entry(before.signature, sys.intern(before.digest)))
         entry = self._entries.get(name)
         if entry is not None and entry.signature == signature_of(info):
             return entry.digest, entry.signature
+
         for _ in range(_ATTEMPTS):
             with path.open("rb") as stream:
                 info = os.fstat(stream.fileno())
-                signature, lasting = signature_of(info), settled(info)
+                signature = signature_of(info)
+                lasting = settled(info)
                 digest = self._sha256(stream)
                 after = signature_of(os.fstat(stream.fileno()))
+
             self.hashed_files += 1
             if signature == after:
                 if lasting:
                     self._entries[name] = _Entry(signature, digest)
                     self._dirty = True
                 return digest, signature
+
         raise SourceUnsettled(
             f"{path} is being written to", hint="it is read again when it no longer changes"
         )
@@ -178,9 +186,11 @@ class Digests:
             self.steps += 1
 
     def _sha256(self, stream: BufferedReader) -> str:
-        digest, piece = hashlib.sha256(), memoryview(bytearray(_PIECE_BYTES))
+        digest = hashlib.sha256()
+        piece = memoryview(bytearray(_PIECE_BYTES))
         reading = Reading(path=str(stream.name), total_bytes=os.fstat(stream.fileno()).st_size)
         self.reading = reading
+
         try:
             while size := stream.readinto(piece):
                 digest.update(piece[:size])
@@ -188,6 +198,7 @@ class Digests:
                 self.steps += 1
         finally:
             self.reading = None
+
         return sys.intern(digest.hexdigest())
 
     def trust(self, path: Path, info: os.stat_result, digest: str) -> None:
@@ -209,6 +220,7 @@ class Digests:
         """
         if not self._dirty or self._file is None:
             return
+
         temporary = self._file.with_name(self._file.name + ".tmp")
         try:
             temporary.touch(mode=0o640)
@@ -217,4 +229,5 @@ class Digests:
         finally:  # of a full disk, half a file would take what is left
             with contextlib.suppress(OSError):
                 temporary.unlink(missing_ok=True)
+
         self._dirty = False

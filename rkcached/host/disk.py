@@ -41,6 +41,7 @@ def free(place: Path) -> Free:
     mount = place
     while not mount.is_mount():
         mount = mount.parent
+
     return Free(
         mount=mount,
         size_bytes=figures.f_blocks * figures.f_frsize,
@@ -64,6 +65,7 @@ def refusal(error: OSError, place: Path) -> tuple[str, str]:
         disk = free(place)
     except OSError:
         return why, "check the directory's permissions"
+
     match error.errno:
         case errno.ENOSPC if disk.inodes == 0:
             return no_inodes(disk)
@@ -120,6 +122,7 @@ def replace(path: Path, data: bytes) -> None:
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
+
     sync_directory(path.parent)
 
 

@@ -79,6 +79,7 @@ def _take_package() -> None:
     )
     if spec is None or spec.loader is None:
         raise ImportError(f"{_PACKAGE} is no package")
+
     module = importlib.util.module_from_spec(spec)
     sys.modules[_PACKAGE.name] = module
     spec.loader.exec_module(module)

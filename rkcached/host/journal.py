@@ -69,6 +69,7 @@ def entry(*, level: str, message: str, event: str, fields: Mapping[str, Any]) ->
         "SYSLOG_IDENTIFIER": "rkcached",
         **({"EVENT": event} if event else {}),
     }
+
     names = {_RENAMED.get(name.upper(), name.upper()): str(value) for name, value in fields.items()}
     given = {
         name: value for name, value in names.items() if name not in _OWN and _FIELD.fullmatch(name)

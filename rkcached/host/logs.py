@@ -30,6 +30,7 @@ def configure(level: str) -> None:
         logging.basicConfig(
             level=logging.WARNING, stream=sys.stderr, format="%(levelname)-7s %(name)s: %(message)s"
         )
+
     logging.getLogger("watchdog").setLevel(
         logging.ERROR
     )  # that events were lost, `watch` says itself
@@ -69,18 +70,21 @@ class _Entries:
         self._journal = journal
 
     def __call__(self, _logger: object, _method: str, event: Event) -> str:
-        level, name = event.pop("level"), event.pop("event")
+        level = event.pop("level")
+        name = event.pop("event")
         message = _message(name, event)
         try:
             self._journal.send(level=level, message=message, event=name, fields=event)
         except OSError:
             return message
+
         raise structlog.DropEvent
 
 
 def _line(_logger: object, _method: str, event: Event) -> str:
     stamp = time.strftime("%H:%M:%S")
-    level, name = event.pop("level"), event.pop("event")
+    level = event.pop("level")
+    name = event.pop("event")
     return f"{stamp} {level:<7} {_message(name, event)}"
 
 

@@ -59,6 +59,7 @@ class Poller(FileSystemEventHandler):
             event, DirModifiedEvent
         ):  # something in it came or went, which is an event of its own
             return
+
         for path in (event.src_path, event.dest_path):
             if path:
                 self._found(os.fsdecode(path))
@@ -68,6 +69,7 @@ class Poller(FileSystemEventHandler):
         if names is not None:
             # Of an entry, watchdog takes the name only.
             return cast("Iterator[os.DirEntry[str]]", map(_Entry, list(names)))
+
         try:
             with os.scandir(folder) as entries:
                 return iter(list(entries))
@@ -102,8 +104,10 @@ def _tree(places: Tree) -> Tree:
             above, name = os.path.split(below)
             add(above, [name])
             below = above
+
         if names is None:
             tree[folder] = None
         else:
             add(folder, names)
+
     return tree

@@ -44,6 +44,7 @@ class Settings(BaseSettings):
         """The settings of a client: the sockets where a daemon is found, unless they were given."""
         if "socket" in self.model_fields_set:
             return self
+
         socket = places.socket_to_ask()
         admin = (
             self.admin_socket

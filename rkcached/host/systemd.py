@@ -95,16 +95,19 @@ def listen_fds() -> dict[str, list[socket.socket]]:
     """
     if os.environ.get("LISTEN_PID") != str(os.getpid()):
         return {}
+
     count = int(os.environ.get("LISTEN_FDS", "0"))
     names = list(filter(None, os.environ.get("LISTEN_FDNAMES", "").split(":")))
     names += ["unknown"] * (count - len(names))  # as sd_listen_fds_with_names(3) calls them
     sockets: dict[str, list[socket.socket]] = {}
+
     for fd, name in zip(range(_FIRST_FD, _FIRST_FD + count), names, strict=False):
         os.set_inheritable(fd, False)
         if stat.S_ISSOCK(os.fstat(fd).st_mode):
             passed = socket.socket(fileno=fd)
             passed.setblocking(False)
             sockets.setdefault(name, []).append(passed)
+
     return sockets
 
 

@@ -80,11 +80,13 @@ class Unit:
                 self.program,
                 *words,
             ]
+
         settings = [
             f"--property={name}={_as_written(name, value)}"
             for name, value in self.sandbox.items()
             if value
         ]
+
         variables = [
             f"--setenv={name}={os.environ[name]}" for name in _OF_TERMINALS if name in os.environ
         ]
@@ -101,6 +103,7 @@ class Unit:
             for name in self.sandbox.get("SupplementaryGroups", "").split()
         ]
         groups = ",".join(map(str, dict.fromkeys([*os.getgrouplist(user.pw_name, group), *more])))
+
         return ["setpriv", f"--reuid={user.pw_uid}", f"--regid={group}", f"--groups={groups}"]
 
 
@@ -111,6 +114,7 @@ def become_it(words: Sequence[str], **places: Path) -> None:
     """
     if os.geteuid() != 0:
         return
+
     unit = installed()
     if unit is None or not unit.uses(**places):
         return
@@ -125,6 +129,7 @@ def installed() -> Unit | None:
         return None
     if not any(Path(folder, "systemd/system", NAME).exists() for folder in _FOLDERS):
         return None
+
     try:
         shown = subprocess.run(
             ["systemctl", "show", NAME, "--property", ",".join(_FACTS)],  # noqa: S607 - found by PATH, as by hand
@@ -135,6 +140,7 @@ def installed() -> Unit | None:
         ).stdout
     except (OSError, ValueError, subprocess.SubprocessError):
         return None
+
     return unit_of(dict(line.partition("=")[::2] for line in shown.splitlines()))
 
 
@@ -143,6 +149,7 @@ def unit_of(facts: Mapping[str, str]) -> Unit | None:
     match = re.match(r"\{ path=(.+?) ; argv\[\]=(.*?) ;", facts.get("ExecStart", ""))
     if facts.get("LoadState") != "loaded" or match is None:
         return None
+
     variables = _variables(facts)
     for name, value in re.findall(r" --(manifest|cache-dir|state-dir)[ =](\S+)", match[2]):
         variables[f"RKCACHED_{name.replace('-', '_').upper()}"] = value
@@ -173,12 +180,14 @@ def _variables(facts: Mapping[str, str]) -> dict[str, str]:
             lines = Path(name).read_text(errors="replace").splitlines()
         except OSError:
             continue
+
         words += [
             word
             for line in lines
             if not line.lstrip().startswith(("#", ";"))
             for word in _words(line)
         ]
+
     return {name: value for name, _, value in (word.partition("=") for word in words)}
 
 
@@ -198,6 +207,7 @@ def _mounts(sandbox: Mapping[str, str]) -> list[Mount]:
         for name in ("BindPaths", "BindReadOnlyPaths")
         for bind in _BIND.findall(sandbox[name])
     ]
+
     if sandbox["ProtectHome"] == "yes":
         shown = [path for path in shown if not hiding(path, [_closed(place) for place in HOMES])]
     paths = [path.lstrip("-+") for path in _words(sandbox["InaccessiblePaths"])]

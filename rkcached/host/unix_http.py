@@ -34,6 +34,7 @@ class UnixConnection(http.client.HTTPConnection):
         except BaseException:
             connection.close()
             raise
+
         self.sock = connection
 
     def ready(self) -> Self:

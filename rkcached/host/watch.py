@@ -187,6 +187,7 @@ class Watcher:
         """
         if self._closed:
             return
+
         with self._listener.lock:
             self._listener.wanted = wanted
             trouble, unwatched = self._rearm(wanted)
@@ -198,6 +199,7 @@ class Watcher:
             log.warning("polling instead of inotify", error=trouble.strerror, hint=_hint(trouble))
         elif trouble is None and self.polling:
             log.info("inotify instead of polling")
+
         self.polling = trouble is not None
 
     def _rearm(self, wanted: Mapping[str, Place]) -> tuple[OSError | None, Mapping[str, Place]]:
@@ -223,8 +225,10 @@ class Watcher:
                 self._listener.forget(folder, watch.number)
                 inotify.remove_callbacks([(watch.number, watch.id)])
 
-        trouble, added = None, False
+        trouble = None
+        added = False
         unwatched: dict[str, Place] = {}
+
         for folder, place in wanted.items():
             if place.identity is None or folder in self._watches:
                 continue
@@ -254,6 +258,7 @@ class Watcher:
             # Not get_instance(): that one is the whole process's, and nobody closes it.
             self._inotify = InotifyFD()
             self._inotify.start()
+
         return self._inotify
 
     def _add(self, inotify: InotifyFD, folder: str, place: Place) -> _Watch:
@@ -267,16 +272,19 @@ class Watcher:
             inotify.remove_callbacks([(number, callback)])
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), folder)
         self._listener.folders[number].add(folder)
+
         return _Watch(number, callback, place)
 
     def _take(self, news: _News) -> None:
         """Handle an event in the event loop."""
         if self._closed:
             return
+
         if news.lost:
             log.warning(
                 "file events lost", hint="there were too many at once; every file is checked now"
             )
+
         for folder, watch in list(self._watches.items()):
             if watch.number in news.ended:
                 del self._watches[folder]
@@ -287,10 +295,12 @@ class Watcher:
         now = asyncio.get_running_loop().time()
         if news.lost:
             self.writing.clear()
+
         for path, is_open in news.writing.items():
             before = self.writing.pop(path, None)
             if is_open:
                 self.writing[path] = Writing(before.first if before is not None else now, now)
+
         for path, writing in list(self.writing.items()):
             if writing.last < now - _FORGET_S:
                 del self.writing[path]
@@ -373,6 +383,7 @@ class _Listener(WatchCallback):
         news = self._tell()
         if len(news.changed) < _MAX_NAMES:
             news.changed.add(path)
+
         if events & _WRITTEN and len(news.writing) < _MAX_NAMES:
             news.writing[path] = True
         elif events & _NOT_WRITTEN:
@@ -388,7 +399,8 @@ class _Listener(WatchCallback):
 
     def _deliver(self) -> None:
         with self.lock:
-            news, self._news = self._news, None
+            news = self._news
+            self._news = None
         if news is not None:
             self._take(news)
 
@@ -408,6 +420,7 @@ def places(files: Iterable[Path], folders: Iterable[Path]) -> dict[str, Place]:
     for path in files:
         by_folder[path.parent].append(path.name)
     everything = set(folders)
+
     for parent in by_folder.keys() | everything:
         *way, (folder, last) = trail(parent / _ANY)
         for place in way:
@@ -415,8 +428,10 @@ def places(files: Iterable[Path], folders: Iterable[Path]) -> dict[str, Place]:
         add(folder, last)
         if last != _ANY:  # the folder does not exist
             continue
+
         if parent in everything:
             entries[folder] = None
+
         for name in by_folder.get(parent, ()):
             linked = os.path.islink(os.path.join(folder, name))  # noqa: PTH114, PTH118 - strings, as events carry them
             for place in trail(parent / name) if linked else [(folder, name)]:
@@ -435,20 +450,25 @@ def trail(path: Path) -> list[tuple[str, str]]:
     places: list[tuple[str, str]] = []
     folder, rest = "/", [part for part in Path(os.path.abspath(path)).parts if part != "/"]  # noqa: PTH100 - lexical
     links = 0
+
     while rest:
-        name, rest = rest[0], rest[1:]
+        name = rest[0]
+        rest = rest[1:]
         here = os.path.join(folder, name)  # noqa: PTH118 - strings, as events carry them
+
         if os.path.islink(here) and links < _MAX_LINKS:  # noqa: PTH114
             links += 1
             places.append((folder, name))
             target = os.path.normpath(os.path.join(folder, os.readlink(here)))  # noqa: PTH115, PTH118
-            folder, rest = "/", [part for part in target.split("/") if part] + rest
+            folder = "/"
+            rest = [part for part in target.split("/") if part] + rest
         elif rest and os.path.isdir(here):  # noqa: PTH112
             folder = here
             places.append((folder, ""))
         else:
             places.append((folder, name))
             break
+
     return places
 
 
@@ -470,6 +490,7 @@ def _remote_devices() -> set[int]:
             if kind in REMOTE or kind.startswith("fuse."):
                 major, minor = mount.split()[2].split(":")
                 devices.add(os.makedev(int(major), int(minor)))
+
     return devices
 
 

@@ -14,8 +14,10 @@ from typing import Any, Final
 
 from rkcached.messages.template import ToolStyle
 
-_THINK, _THINK_END = "<think>", "</think>"
-_CALL, _CALL_END = "<tool_call>", "</tool_call>"
+_THINK = "<think>"
+_THINK_END = "</think>"
+_CALL = "<tool_call>"
+_CALL_END = "</tool_call>"
 _PYTHON_TAG: Final = "<|python_tag|>"
 
 
@@ -82,7 +84,9 @@ class Reply:
         """Return the text that was held back."""
         if self._mode is _Mode.START:
             self._drop_newlines()
-        held, self._held = self._held, ""
+        held = self._held
+        self._held = ""
+
         match self._mode:
             case _Mode.REASONING:
                 yield from _some(Delta(reasoning=held))
@@ -110,7 +114,8 @@ class Reply:
                 body = self._called()
                 if body is not None:
                     call = _call(body)
-                    self._held, self._mode = self._held[len(body) + len(_CALL_END) :], _Mode.START
+                    self._held = self._held[len(body) + len(_CALL_END) :]
+                    self._mode = _Mode.START
                     yield Delta(call=call) if call else Delta(content=_CALL + body + _CALL_END)
             case _Mode.BARE_CALL:
                 pass
@@ -126,6 +131,7 @@ class Reply:
             if not _ends_in_a_string(body):
                 return body
             end = self._held.find(_CALL_END, end + 1)
+
         return None
 
     def _reason(self) -> Iterator[Delta]:
@@ -135,7 +141,8 @@ class Reply:
         text, tag = self._until(_THINK_END)
         yield from _some(Delta(reasoning=text))
         if tag:
-            self._mode, self._may_reason = _Mode.START, False
+            self._mode = _Mode.START
+            self._may_reason = False
 
     def _start(self) -> None:
         """Decide what begins here, as soon as that is certain."""
@@ -147,20 +154,23 @@ class Reply:
             tags.append(_PYTHON_TAG)
         if any(tag.startswith(text[: len(tag)]) and len(text) < len(tag) for tag in tags):
             return  # also when there is only white space
+
         if self._may_reason and text.startswith(_THINK):
-            self._held, self._mode, self._may_reason = (
-                text.removeprefix(_THINK),
-                _Mode.REASONING,
-                False,
-            )
+            self._held = text.removeprefix(_THINK)
+            self._mode = _Mode.REASONING
+            self._may_reason = False
         elif self._style is ToolStyle.HERMES and text.startswith(_CALL):
-            self._held, self._mode, self._may_reason = text.removeprefix(_CALL), _Mode.CALL, False
+            self._held = text.removeprefix(_CALL)
+            self._mode = _Mode.CALL
+            self._may_reason = False
         elif self._style is ToolStyle.LLAMA3 and text.startswith((_PYTHON_TAG, "{")):
-            self._held, self._mode = text.removeprefix(_PYTHON_TAG), _Mode.BARE_CALL
+            self._held = text.removeprefix(_PYTHON_TAG)
+            self._mode = _Mode.BARE_CALL
         else:
             self._drop_newlines()
             if self._held:
-                self._mode, self._may_reason = _Mode.CONTENT, False
+                self._mode = _Mode.CONTENT
+                self._may_reason = False
 
     def _drop_newlines(self) -> None:
         """Those between a tag and the content are not content."""
@@ -168,7 +178,8 @@ class Reply:
             self._held = self._held.lstrip("\n")
 
     def _all(self) -> tuple[str, str]:
-        text, self._held = self._held, ""
+        text = self._held
+        self._held = ""
         return text, ""
 
     def _until(self, tag: str) -> tuple[str, str]:
@@ -182,23 +193,30 @@ class Reply:
         )
         cut = len(text) - keep
         self._held = text[cut:]
+
         return text[:cut], ""
 
     def _bare_calls(self, text: str) -> list[ToolCall]:
         """The calls that `text` consists of, all to known tools; else none."""
-        decoder, calls, at = json.JSONDecoder(), [], 0
+        decoder = json.JSONDecoder()
+        calls = []
+        at = 0
         text = text.strip()
+
         while at < len(text):
             try:
                 value, at = decoder.raw_decode(text, at)
                 call = _of_value(value)
             except (ValueError, RecursionError):
                 return []
+
             if call is None or call.name not in self._tools:
                 return []
+
             calls.append(call)
             while at < len(text) and text[at] in "; \r\n\t":
                 at += 1
+
         return calls
 
 
@@ -209,6 +227,7 @@ def _ends_in_a_string(text: str) -> bool:
         return error.msg.startswith("Unterminated string")
     except (ValueError, RecursionError):
         return False
+
     return False
 
 
@@ -223,11 +242,13 @@ def _of_value(value: Any) -> ToolCall | None:
     """Errors: ValueError, RecursionError."""
     if not isinstance(value, dict) or not isinstance(value.get("name"), str) or not value["name"]:
         return None
+
     arguments = value.get("arguments", value.get("parameters", {}))
     if isinstance(arguments, str):  # some models write the object as text
         arguments = json.loads(arguments)
     if not isinstance(arguments, dict):
         return None
+
     value["name"].encode()
     written = json.dumps(arguments, ensure_ascii=False, allow_nan=False)
     if not _is_text(written):

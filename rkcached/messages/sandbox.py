@@ -107,6 +107,7 @@ class Renderer:
             "messages": messages,
             "timeout_s": self._timeout_s,
         }
+
         data = json.dumps(question).encode()
         with self._lock:
             self._refuse_resting(source)
@@ -121,10 +122,13 @@ class Renderer:
                 raise self._exhausted(
                     source, f"template {name}: it ended the process that rendered it"
                 ) from None
+
             if answer.get("exhausted"):
                 raise self._exhausted(source, answer["error"])
+
         if "error" in answer:
             raise TemplateError(answer["error"], hint=answer["hint"])
+
         text: str = answer["text"]
         return text
 
@@ -147,6 +151,7 @@ class Renderer:
         """The running child, or a new one. Errors: TemplateExhausted."""
         if self._running and self._running[0].popen.poll() is not None:
             end_all(self._running)
+
         if not self._running:
             try:
                 self._running.append(start("rkcached.messages.sandbox"))
@@ -155,6 +160,7 @@ class Renderer:
                 raise TemplateExhausted(
                     message, hint="is the machine out of memory or processes?"
                 ) from error
+
         return self._running[0]
 
     def _exchange(self, process: Process, data: bytes) -> dict[str, Any]:
@@ -167,6 +173,7 @@ class Renderer:
         body = receive(process.connection, self._timeout_s)
         if body is None:
             raise EOFError
+
         answer = json.loads(body)
         if not isinstance(answer, dict) or not {"text", "error"} & answer.keys():
             raise ValueError(answer)
@@ -199,15 +206,18 @@ def start(module: str) -> Process:
             cwd=isolated.CWD,
             start_new_session=True,
         )
+
     process = Process(popen, ours)
     try:
         ready = receive(ours, START_TIMEOUT_S)
     except BaseException:  # whatever ends us here, Ctrl-C too: nobody else knows the process yet
         process.end()
         raise
+
     if ready is None:
         process.end()
         raise BrokenPipeError("it ended at once")
+
     return process
 
 
@@ -223,17 +233,20 @@ def receive(connection: socket.socket, timeout_s: float | None) -> bytes | None:
     deadline = None if timeout_s is None else time.monotonic() + timeout_s
     data = bytearray()
     wanted = _LENGTH_BYTES
+
     while len(data) < wanted:
         if deadline is not None:
             connection.settimeout(max(1e-3, deadline - time.monotonic()))
         part = connection.recv(min(1 << 20, wanted - len(data)))
         if not part:
             return None
+
         data += part
         if len(data) == _LENGTH_BYTES == wanted:
             wanted += int.from_bytes(data, "little")
             if deadline is not None and wanted > 8 * MAX_TEXT_BYTES:  # a text in JSON's escapes
                 raise ValueError(wanted)
+
     return bytes(data[_LENGTH_BYTES:])
 
 
@@ -248,6 +261,7 @@ def main() -> None:
     connection = socket.socket(fileno=int(sys.argv[1]))
     restrict()
     send(connection, b"ready")
+
     while (data := receive(connection, None)) is not None:
         question = json.loads(data)
         # By the kernel, and while the daemon cannot: also one that was killed leaves no endless
@@ -277,11 +291,13 @@ def _answer(question: dict[str, Any]) -> dict[str, Any]:
             if question["messages"] is None
             else write(question["variables"], question["messages"])
         )
+
         if len(text) > MAX_TEXT_BYTES:
             return {
                 "error": f"template {name}: it wrote {len(text):,} characters",
                 "exhausted": True,
             }
+
         return {"text": text}
     except TemplateExhausted as error:
         return {"error": error.message, "exhausted": True}

@@ -115,6 +115,7 @@ class ChatTemplate:
             "tools": None,
             "documents": None,
         }
+
         if thinking is not None:
             self._variables["enable_thinking"] = thinking
         self.may_wait = compile_elsewhere is not None and source not in BUILTIN.values()
@@ -137,7 +138,9 @@ class ChatTemplate:
             else message
             for message in messages
         ]
-        copies, shown = self._as_data(copies), self._as_data(list(tools))
+
+        copies = self._as_data(copies)
+        shown = self._as_data(list(tools))
         return self._write(self._variables | {"tools": shown or None}, copies)
 
     def prefix(self, system: str) -> str:
@@ -157,10 +160,12 @@ class ChatTemplate:
             prefix = self._common_prefix(system)
         except TemplateError as error:
             self._refuse_system(error)
+
         if (
             kept and self._as_data(system.strip()) in prefix
         ):  # stripped, because many templates trim what they are given
             return prefix
+
         raise TemplateError(
             f"template {self.name} drops the system message: it is not in the text before the "
             "user's message",
@@ -187,6 +192,7 @@ class ChatTemplate:
             self.render([Message(role="user", content=_USER_TEXTS[0])])
         except TemplateError:
             raise error from error.__cause__
+
         raise TemplateError(
             f"a system message is impossible with this template: {error.message}",
             hint="choose another chat_template, or write a .jinja file that folds the system text "
@@ -254,6 +260,7 @@ def _translate(name: str, error: Exception) -> TemplateError:
     place = f"template {name}, line {line}" if line else f"template {name}"
     kind = type(error).__name__
     said = str(error) or kind
+
     match error:
         case MemoryError():
             return TemplateExhausted(
@@ -266,17 +273,18 @@ def _translate(name: str, error: Exception) -> TemplateError:
                 "defined` first"
             )
         case jinja2.TemplateSyntaxError():
-            message, hint = f"syntax error: {said}", "chat templates are Jinja2; correct the line"
+            message = f"syntax error: {said}"
+            hint = "chat templates are Jinja2; correct the line"
         case jinja2.exceptions.SecurityError():
-            message, hint = (
-                f"refused by the sandbox: {said}",
-                "a chat template may only read its variables",
-            )
+            message = f"refused by the sandbox: {said}"
+            hint = "a chat template may only read its variables"
         case jinja2.TemplateError():
-            message, hint = said, "change the messages, or choose another chat_template"
+            message = said
+            hint = "change the messages, or choose another chat_template"
         case _:
             message = said if said == kind else f"{kind}: {said}"
             hint = "the template cannot handle these messages; choose another chat_template"
+
     return TemplateError(f"{place}: {message}", hint=hint)
 
 
@@ -297,13 +305,15 @@ def _line(error: Exception) -> int:
 
 def _common(left: str, right: str) -> str:
     """The longest common prefix, by bisection: slices compare faster than characters."""
-    low, high = 0, min(len(left), len(right))
+    low = 0
+    high = min(len(left), len(right))
     while low < high:
         middle = (low + high + 1) // 2
         if left[low:middle] == right[low:middle]:
             low = middle
         else:
             high = middle - 1
+
     return left[:low]
 
 
@@ -313,4 +323,5 @@ def _digest(*parts: str) -> str:
         data = part.encode("utf-8", "surrogatepass")
         digest.update(len(data).to_bytes(8, "big"))
         digest.update(data)
+
     return digest.hexdigest()

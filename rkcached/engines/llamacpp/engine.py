@@ -81,11 +81,13 @@ class LlamaCppEngine:
         _check_model_file(Path(spec.path))
         self._scratch = Path(spec.scratch_dir)
         self._socket = str(self._scratch / _SOCKET_NAME)
+
         if len(os.fsencode(self._socket)) > _SOCKET_PATH_MAX:
             raise EngineError(
                 f"the socket path {self._socket} is longer than {_SOCKET_PATH_MAX} bytes",
                 hint="use a shorter runtime directory",
             )
+
         self._abort = threading.Event()
         try:
             self._server = library.Server(_params(library, spec, self._socket))
@@ -95,12 +97,14 @@ class LlamaCppEngine:
                 "kind",
                 hint="the lines above in the log say more",
             ) from error
+
         address = str(self._server.listening_address)
         if not address.startswith("unix://"):
             self.close()
             raise EngineError(
                 f"llama.cpp listens on {address} instead of a Unix socket, so it was closed"
             )
+
         # The server's own thread answers this, so it runs from here on. A server that was closed at
         # once was once seen to wait for that thread for ever, with xllamacpp 2026.10: it had
         # started after it was told to end.
@@ -136,6 +140,7 @@ class LlamaCppEngine:
         )
         if run.finish is FinishReason.ABORT:
             raise Aborted("the prefill was stopped on request")
+
         try:
             saved = self._slot("save", save_to)["n_saved"]
         except _RefusedError as error:
@@ -143,10 +148,12 @@ class LlamaCppEngine:
                 raise Uncacheable(
                     f"llama.cpp cannot save the KV state of this model: {error.message}"
                 ) from error
+
             raise EngineError(
                 f"llama.cpp cannot write the prompt cache {save_to}: {error.message}",
                 hint="check that the disk has room",
             ) from error
+
         if saved != run.prompt_tokens:
             raise EngineError(f"llama.cpp saved {saved} tokens of a prompt of {run.prompt_tokens}")
         return run.stats(count_decoded=False)
@@ -169,6 +176,7 @@ class LlamaCppEngine:
         self._abort.clear()
         if sampling.max_new_tokens < 0:
             raise EngineError(f"max_new_tokens is {sampling.max_new_tokens}, which is below 0")
+
         # With n_predict 0 llama.cpp still samples one piece of text, which nobody asked for.
         decodes = sampling.max_new_tokens > 0
         options = _sampling_options(sampling) | ({"logprobs": 1} if trace else {})
@@ -178,6 +186,7 @@ class LlamaCppEngine:
             if grammar is not None:
                 run.before_each = grammar.check
             self._run(run, prompt, options)
+
         return run.stats(count_decoded=decodes)
 
     def embed(self, content: str | tuple[int, ...]) -> Embedding:
@@ -185,6 +194,7 @@ class LlamaCppEngine:
 
         if self._server is None:
             raise EngineError("the engine is closed")
+
         answer = self._server.handle_embeddings(
             {"input": content if isinstance(content, str) else [list(content)]}
         )
@@ -193,6 +203,7 @@ class LlamaCppEngine:
                 raise ContextExceeded(int(error["n_prompt_tokens"]), int(error["n_ctx"]))
             kind = InputInvalid if error.get("code") == http.HTTPStatus.BAD_REQUEST else EngineError
             raise kind(f"llama.cpp refused the text: {error.get('message')}")
+
         vector = np.array(answer["data"][0]["embedding"], np.float32)
         return Embedding(vector=vector, tokens=answer["usage"]["prompt_tokens"])
 
@@ -208,6 +219,7 @@ class LlamaCppEngine:
             raise EngineError("the engine is closed")
         if not prompt:
             raise EngineError("the prompt is empty")  # llama.cpp would give an empty answer
+
         request = {
             "prompt": prompt,
             "id_slot": 0,
@@ -217,10 +229,12 @@ class LlamaCppEngine:
             "return_progress": True,
             **options,
         }
+
         try:
             self._server.handle_completions(request, run)
         except RuntimeError as error:
             raise EngineError(f"llama.cpp refused the request: {error}") from error
+
         if run.stopped:
             self._wait_idle()
         run.raise_failure()
@@ -239,12 +253,14 @@ class LlamaCppEngine:
     def _slot(self, action: str, path: Path | None = None) -> Any:
         if path is None:
             return self._request("POST", f"/slots/0?action={action}", {})
+
         link = self._scratch / _STATE_NAME
         try:
             link.unlink(missing_ok=True)
             link.symlink_to(path.absolute())
         except OSError as error:
             raise EngineError(f"cannot make the link {link}: {error.strerror}") from error
+
         try:
             return self._request("POST", f"/slots/0?action={action}", {"filename": _STATE_NAME})
         finally:
@@ -253,6 +269,7 @@ class LlamaCppEngine:
     def _request(self, method: str, target: str, body: dict[str, Any] | None = None) -> Any:
         if self._server is None:
             raise EngineError("the engine is closed")
+
         connection = UnixConnection(self._socket)
         try:
             connection.request(method, target, None if body is None else json.dumps(body))
@@ -262,10 +279,12 @@ class LlamaCppEngine:
             raise EngineError(f"llama.cpp does not answer {method} {target}: {error}") from error
         finally:
             connection.close()
+
         if response.status != http.HTTPStatus.OK:
             refused = _RefusedError(str(answer.get("error", {}).get("message", answer)))
             refused.status = response.status
             raise refused
+
         return answer
 
 
@@ -278,6 +297,7 @@ class _RefusedError(EngineError):
 def _import_library() -> Any:
     if platform.machine() == "x86_64":
         os.environ.setdefault("GOMP_SPINCOUNT", _SPIN_COUNT)
+
     try:
         return importlib.import_module("xllamacpp")
     except ImportError as error:
@@ -295,6 +315,7 @@ def _check_model_file(path: Path) -> None:
         raise ModelLoadError(
             f"cannot read the model {path}: {error.strerror}", hint="check the path"
         ) from error
+
     if magic != MAGIC:
         raise ModelLoadError(
             f"{path} is not a GGUF file", hint="the llama.cpp engine loads GGUF models only"
@@ -311,12 +332,14 @@ def _params(library: Any, spec: ModelSpec, socket_path: str) -> Any:
     )
     params.n_parallel = 1
     params.n_batch = _BATCH_TOKENS
+
     if spec.pooling:
         params.embedding = True
         params.pooling_type = getattr(
             library.llama_pooling_type, f"LLAMA_POOLING_TYPE_{spec.pooling.upper()}"
         )
         params.n_batch = params.n_ubatch = spec.context_tokens  # a text is read in one batch
+
     params.cpuparams.n_threads = threads
     params.cpuparams_batch.n_threads = threads
     params.warmup = True  # 0.1 s here, or in the first run
@@ -326,6 +349,7 @@ def _params(library: Any, spec: ModelSpec, socket_path: str) -> Any:
     params.hostnames = [socket_path]
     params.ui = False
     params.verbosity = 1  # errors only, on stderr
+
     return params
 
 
@@ -340,4 +364,5 @@ def _sampling_options(sampling: Sampling) -> dict[str, Any]:
         options["logprobs"] = max(1, sampling.logprobs)
     if sampling.seed is not None:
         options["seed"] = sampling.seed % 0xFFFFFFFF  # 32 bits, and the last value means random
+
     return options

@@ -94,6 +94,7 @@ def read_header(path: Path) -> Header | None:
                     return None
             except ValueError:
                 return None
+
     return None
 
 
@@ -126,6 +127,7 @@ def shards(path: Path) -> tuple[Path, ...]:
     name = _SHARD.fullmatch(path.name)
     if name is None or int(name["number"]) != 1:
         return (path,)
+
     return tuple(
         _shard(path, number, int(name["count"]))
         for number in range(1, max(1, int(name["count"])) + 1)
@@ -138,7 +140,8 @@ def inspect(path: Path, read: ReadHeader = read_header) -> ModelFacts:
     Errors: SourceError if files are missing, damaged or do not belong together; OSError if one
     cannot be read.
     """
-    header, name = read(path), _SHARD.fullmatch(path.name)
+    header = read(path)
+    name = _SHARD.fullmatch(path.name)
     if header is None:
         if name is not None:
             raise _damaged(path)
@@ -155,8 +158,10 @@ def inspect(path: Path, read: ReadHeader = read_header) -> ModelFacts:
             if name
             else f"the file that ends with -00001-of-{count:05}.gguf"
         )
+
         message = f"{path} is file {number} of {count} of a split model"
         raise SourceError(message, hint=f"name the first: path: {first}")
+
     if name is None or (int(name["number"]), int(name["count"])) != (1, count):
         raise SourceError(
             f"{path} is the first of the {count} files of a split model, but its name does not say "
@@ -172,8 +177,10 @@ def inspect(path: Path, read: ReadHeader = read_header) -> ModelFacts:
 
 def _check_shards(files: tuple[Path, ...], first: Header, read: ReadHeader) -> None:
     """Errors: SourceError, OSError."""
-    path, count = files[0], len(files)
+    path = files[0]
+    count = len(files)
     missing = [file.name for file in files if not file.exists()]
+
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise SourceError(
@@ -198,6 +205,7 @@ def _check_shards(files: tuple[Path, ...], first: Header, read: ReadHeader) -> N
                 f"but {stated[0]} of {stated[1]}",
                 hint=f"copy the {count} files again, from one place",
             )
+
         tensors += header.tensors
 
     expected = first.integers.get("split.tensors.count", tensors)

@@ -63,6 +63,7 @@ class Run:
         except BaseException as error:  # noqa: BLE001 - xllamacpp would drop it; raise_failure raises it again
             self._raised = error
             wants_end = True
+
         self.stopped = wants_end or self._abort.is_set()
         return self.stopped
 
@@ -75,6 +76,7 @@ class Run:
                     int(self._error["n_prompt_tokens"]), int(self._error["n_ctx"])
                 )
             raise EngineError(f"llama.cpp refused the request: {self._error.get('message')}")
+
         if self.finish is FinishReason.ABORT and not self.stopped:
             raise EngineError("llama.cpp ended the run without a result")
 
@@ -92,12 +94,14 @@ class Run:
         if (error := chunk.get("error")) is not None:
             self._error = error
             return False
+
         if (progress := chunk.get("prompt_progress")) is not None:
             self._take_progress(progress)
             return False
         if self.before_each is not None:
             self.before_each()
         choice = chunk["choices"][0]
+
         if (
             choice["finish_reason"] is not None
         ):  # the last chunk; one before it may have timings as well
@@ -116,6 +120,7 @@ class Run:
                 self._logprobs.append(entry["logprob"])
                 if self._likeliest is not None:
                     self._details.append(_detail(entry, self._likeliest))
+
         return self._deliver(choice["text"])
 
     def _take_progress(self, progress: dict[str, Any]) -> None:
@@ -131,12 +136,14 @@ class Run:
         # piece.
         if not text or self._on_token is None:
             return False
+
         token = Token(
             text=text,
             ids=tuple(self._ids),
             logprobs=tuple(self._logprobs),
             details=tuple(self._details),
         )
+
         self._ids.clear()
         self._logprobs.clear()
         self._details.clear()

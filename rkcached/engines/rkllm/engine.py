@@ -73,6 +73,7 @@ class RkllmEngine:
         self._fixed = spec.sampling or Sampling()
         self._current = Current()
         param = model_param(self._library, spec, self._fixed)
+
         try:
             self._handle = OwnedHandle(self._library, param, self._current)
         except CallError as error:
@@ -85,9 +86,11 @@ class RkllmEngine:
                     f"the library says it is {self._library.version}: remove engine.abi {spec.abi} "
                     "from the manifest"
                 )
+
             raise ModelLoadError(
                 f"RKLLM {self._library.version} cannot load the model {spec.path}", hint=hint
             ) from error
+
         # A prompt cache is loaded and was not released.
         self._loaded = False
         # The KV state is known to be empty.
@@ -96,10 +99,12 @@ class RkllmEngine:
         # it.
         self._kv_surplus = 0
         self._stopper = Stopper(self._library, self._handle, self._current)
+
         try:
             if self._library.has("rkllm_set_chat_template"):
                 # Prompts come rendered; since 1.2.0 the runtime would wrap them once more.
                 self._call("rkllm_set_chat_template", b"", b"", b"")
+
             if spec.lora:
                 adapter = LoraAdapter(os.fsencode(spec.lora), _LORA_NAME, spec.lora_scale)
                 self._call("rkllm_load_lora", ctypes.byref(adapter))
@@ -109,6 +114,7 @@ class RkllmEngine:
             raise ModelLoadError(
                 f"RKLLM {self._library.version} refused {what}: {error.message}"
             ) from error
+
         self._info = EngineInfo(
             runtime_version=self._library.version,
             context_tokens=int(param.max_context_len),
@@ -140,6 +146,7 @@ class RkllmEngine:
         del on_progress  # the runtime tells nothing during a prefill
         if not save_to.parent.is_dir():
             raise EngineError(f"cannot write the prompt cache {save_to}: its directory is missing")
+
         self.clear()
         run = Run(Sampling(max_new_tokens=1), limit=1, saves=True)
         self._run(run, prompt, save_to=save_to)
@@ -147,6 +154,7 @@ class RkllmEngine:
         if not self.abi.measures and not tokens:
             header = read_rkllm(save_to)
             tokens = header.n_tokens if header is not None else 0
+
         return RunStats(
             finish=run.finish(self._info.context_tokens),
             prompt_tokens=tokens,
@@ -161,6 +169,7 @@ class RkllmEngine:
         header = read_rkllm(path)
         if header is None:
             raise ArtifactLoadError(f"{path} is missing, empty or too short to be a prompt cache")
+
         try:
             self._call("rkllm_load_prompt_cache", os.fsencode(path))
         except CallError as error:
@@ -168,19 +177,24 @@ class RkllmEngine:
             raise ArtifactLoadError(
                 f"RKLLM cannot load the prompt cache {path}: {error.message}"
             ) from error
-        self._loaded, self._empty = True, False
+
+        self._loaded = True
+        self._empty = False
         return header.n_tokens
 
     def clear(self) -> None:
         if self._empty and not self._loaded:
             return  # nobody says what the runtime answers when there is nothing to clear
+
         if self._loaded:
             self._loaded = False
             self._call("rkllm_release_prompt_cache")
+
         if self.abi.group in ("D", "E"):
             self._call("rkllm_clear_kv_cache", 0, None, None)
         elif self.abi.group == "C":
             self._call("rkllm_clear_kv_cache", 0)
+
         self._empty = True
 
     def generate(
@@ -188,9 +202,11 @@ class RkllmEngine:
     ) -> RunStats:
         if sampling.max_new_tokens < 0:
             raise EngineError(f"max_new_tokens is {sampling.max_new_tokens}, which is below 0")
+
         self._refuse_fixed(sampling)
         was_empty = self._empty
-        limit, natural = sampling.max_new_tokens, True
+        limit = sampling.max_new_tokens
+        natural = True
         if not self.abi.samples_per_run:
             natural = limit >= self._fixed.max_new_tokens
             limit = min(limit, self._fixed.max_new_tokens)
@@ -201,6 +217,7 @@ class RkllmEngine:
         self._run(run, prompt)
         run.deliver_rest()
         prompt_tokens, cached = self._count(run, was_empty=was_empty)
+
         return RunStats(
             finish=run.finish(self._info.context_tokens, prompt_tokens),
             prompt_tokens=prompt_tokens,
@@ -216,6 +233,7 @@ class RkllmEngine:
                 "the model was not loaded for embeddings",
                 hint="set embedding: true in the manifest",
             )
+
         vector = self.last_hidden_layer(content, Pooling(self._spec.pooling))
         tokens = len(content) if isinstance(content, tuple) else self.count_tokens(content) or 0
         return Embedding(vector=vector, tokens=tokens)
@@ -232,6 +250,7 @@ class RkllmEngine:
             raise EngineError(
                 "the runtime gave no hidden layer for this model", hint="is it an embedding model?"
             )
+
         match pooling:
             case Pooling.MEAN:
                 return hidden.mean(axis=0)  # type: ignore[no-any-return]  # numpy leaves the result of a reduction open
@@ -267,12 +286,14 @@ class RkllmEngine:
         """
         if self._handle.destroyed:
             raise EngineError("the engine is closed")
+
         data = _encode(prompt) if isinstance(prompt, str) else b""
         abi = self.abi
         run_input = abi.input()
         if abi.group in ("D", "E"):
             run_input.role = b"user"
             run_input.enable_thinking = self._spec.thinking
+
         if self._tokenizer is not None or not isinstance(prompt, str):
             ids = (
                 list(prompt)
@@ -281,9 +302,11 @@ class RkllmEngine:
                 if self._tokenizer
                 else []
             )
+
             run.prompt_ids = len(ids)
             if len(ids) >= self._info.context_tokens:
                 raise ContextExceeded(len(ids), self._info.context_tokens)
+
             array = (ctypes.c_int32 * len(ids))(*ids)
             run_input.input_type = InputType.TOKEN
             run_input.token_input = TokenInput(
@@ -292,6 +315,7 @@ class RkllmEngine:
         else:
             run_input.input_type = InputType.PROMPT
             run_input.prompt_input = data
+
         infer = abi.infer_param()
         infer.mode = mode
         cache = PromptCacheParam(1, os.fsencode(save_to) if save_to is not None else None)
@@ -307,6 +331,7 @@ class RkllmEngine:
         self._empty = False
         run.started = time.perf_counter()
         self._current.begin(run, self._stopper)
+
         try:
             self._call("rkllm_run", ctypes.byref(run_input), ctypes.byref(infer), None)
             run.finished.wait(_FINISH_TIMEOUT_S)
@@ -317,6 +342,7 @@ class RkllmEngine:
             self._current.end()
             if not abi.keeps_state:
                 self._empty = True
+
         run.raise_failure()
 
     def _refuse_fixed(self, sampling: Sampling) -> None:
@@ -325,14 +351,17 @@ class RkllmEngine:
             raise SamplingFixed("RKLLM takes no seed", param="seed", hint="leave seed out")
         if self.abi.samples_per_run:
             return
+
         for name in SAMPLING_PARAMETERS:
-            wanted, fixed = getattr(sampling, name), getattr(self._fixed, name)
+            wanted = getattr(sampling, name)
+            fixed = getattr(self._fixed, name)
             if (
                 wanted is None
                 or wanted == fixed
                 or (name == "temperature" and wanted == 0 and self._info.greedy)
             ):
                 continue
+
             raise SamplingFixed(
                 f"RKLLM {self._library.version} fixes {name} when the model is loaded: "
                 f"it is {_shown(fixed)}, this run asks for {wanted:g}",
@@ -345,16 +374,20 @@ class RkllmEngine:
         """Tokens of the prompt, and how many of them came from the KV state."""
         if not self.abi.measures:
             return run.prompt_ids, 0 if was_empty else None
+
         prefilled = run.prefill_tokens
         if run.prompt_ids:
             return run.prompt_ids, max(0, run.prompt_ids - prefilled)
+
         positions = self._kv_positions()
         if was_empty:
             if positions is not None:
                 self._kv_surplus = positions - prefilled - run.new_tokens
             return prefilled, 0
+
         if positions is None:
             return prefilled, None
+
         prompt_tokens = max(prefilled, positions - run.new_tokens - self._kv_surplus)
         return prompt_tokens, prompt_tokens - prefilled
 
@@ -374,17 +407,20 @@ def _encode(prompt: str) -> bytes:
     """Errors: EngineError for text that a C string cannot hold."""
     if not prompt:
         raise EngineError("the prompt is empty")
+
     try:
         data = prompt.encode()
     except UnicodeEncodeError as error:
         raise EngineError(
             f"the text is not valid Unicode: {error.reason} at {error.start}"
         ) from error
+
     if b"\0" in data:
         raise EngineError(
             f"the text has a NUL byte at {data.index(0)}",
             hint="the runtime would stop reading there",
         )
+
     return data
 
 
@@ -396,5 +432,6 @@ def _check_model_file(path: Path) -> None:
         raise ModelLoadError(
             f"cannot read the model {path}: {error.strerror}", hint="check the path"
         ) from error
+
     if not first:
         raise ModelLoadError(f"the model {path} is empty", hint="copy it again")

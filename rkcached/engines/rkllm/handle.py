@@ -28,7 +28,8 @@ class Current:
 
     def begin(self, run: Run, stopper: Stopper) -> None:
         with self.ended:
-            self.run, self._stopper = run, stopper
+            self.run = run
+            self._stopper = stopper
 
     def end(self) -> None:
         with self.ended:
@@ -39,11 +40,13 @@ class Current:
         run = self.run
         if run is None:
             return 0
+
         try:
             wants_end = run.take(result.contents if result else None, state)
         except BaseException as error:  # noqa: BLE001 - must not reach C; raise_failure raises it again
             run.stop_because(error)
             wants_end = True
+
         if wants_end and not run.saves and self._stopper is not None:
             self._stopper.stop(run)
         return 0
@@ -96,11 +99,13 @@ class OwnedHandle:
         self.value = Handle()
         callback = library.abi.callback(current.on_result)
         given = callback
+
         if library.abi.callbacks is not None:
             given = library.abi.callbacks(result_callback=callback)
             argument = ctypes.byref(given)
         else:
             argument = given
+
         library.call("rkllm_init", ctypes.byref(self.value), ctypes.byref(param), argument)
         kept = (callback, given, param)
         self._finalizer = weakref.finalize(self, _destroy, library, self.value, kept)

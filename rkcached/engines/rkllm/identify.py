@@ -38,16 +38,15 @@ _DYNAMIC: Final = struct.Struct("<qQ")
 _SYMBOL: Final = struct.Struct("<IBBHQQ")
 _GNU_HASH: Final = struct.Struct("<IIII")
 
-_PT_LOAD, _PT_DYNAMIC = 1, 2
-_DT_NULL, _DT_NEEDED, _DT_HASH, _DT_STRTAB, _DT_SYMTAB, _DT_STRSZ, _DT_GNU_HASH = (
-    0,
-    1,
-    4,
-    5,
-    6,
-    10,
-    0x6FFFFEF5,
-)
+_PT_LOAD = 1
+_PT_DYNAMIC = 2
+_DT_NULL = 0
+_DT_NEEDED = 1
+_DT_HASH = 4
+_DT_STRTAB = 5
+_DT_SYMTAB = 6
+_DT_STRSZ = 10
+_DT_GNU_HASH = 0x6FFFFEF5
 _MACHINES: Final = {62: "x86_64", 183: "aarch64"}
 _FILE_TYPES: Final = {1: "an object file (.o)", 2: "a program", 4: "a core dump"}
 
@@ -92,6 +91,7 @@ def identify(path: Path) -> LibraryFacts:
             raise RuntimeLibraryError(
                 f"there is no runtime library at {path}", hint=_GET_ONE
             ) from error
+
         reason, hint = refused or (
             error.strerror,
             "check its permissions, and those of the directories above it",
@@ -121,6 +121,7 @@ def choose_abi(facts: LibraryFacts, override: str | None = None) -> Abi:
                 f"engine.abi is {override!r}, which is no known RKLLM version",
                 hint=f"known are {', '.join(known)}",
             )
+
         abi = known[override]
         if missing := abi.functions.keys() - facts.symbols:
             raise RuntimeLibraryError(
@@ -129,7 +130,9 @@ def choose_abi(facts: LibraryFacts, override: str | None = None) -> Abi:
                 hint=f"it says it is version {facts.version or 'unknown'}; its functions suggest "
                 f"{_suggested(facts)}",
             )
+
         return abi
+
     names = ", ".join(abi.name for abi in ABIS)
     name_it = (
         f"known are {', '.join(known)}; if you know its ABI, set `engine.abi` in the manifest to "
@@ -141,6 +144,7 @@ def choose_abi(facts: LibraryFacts, override: str | None = None) -> Abi:
             f"{_suggested(facts)}",
             hint=name_it,
         )
+
     if _OLDER.match(f"{facts.version}."):
         _refuse_old(facts, f"{facts.path} is RKLLM {facts.version}")
     if facts.version not in known:
@@ -148,6 +152,7 @@ def choose_abi(facts: LibraryFacts, override: str | None = None) -> Abi:
             f"{facts.path} is RKLLM {facts.version}, a version that this program does not know",
             hint=name_it,
         )
+
     abi = known[facts.version]
     order = [each.name for each in ABIS]
     newer = [name for name, since in _SINCE.items() if order.index(abi.name) < order.index(since)]
@@ -157,11 +162,13 @@ def choose_abi(facts: LibraryFacts, override: str | None = None) -> Abi:
     contradictions += [
         f"it has {name}, which came with {_SINCE[name]}" for name in newer if name in facts.symbols
     ]
+
     if contradictions:
         raise RuntimeLibraryError(
             f"{facts.path} says it is RKLLM {facts.version}, but {'; '.join(contradictions)}",
             hint=name_it,
         )
+
     return abi
 
 
@@ -185,6 +192,7 @@ def _suggested(facts: LibraryFacts) -> str:
     ):
         if name in facts.symbols:
             return words
+
     return "1.0.x"
 
 
@@ -194,11 +202,13 @@ def _identify(path: Path) -> LibraryFacts:
         what = "a directory" if stat.S_ISDIR(kind) else "not a regular file"
         raise RuntimeLibraryError(f"{path} is {what}, not a runtime library", hint=_GET_ONE)
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+
     try:
         image = _Image(path, fd, os.fstat(fd).st_size)
         machine = image.machine
         strings, tags = image.dynamic()
         symbols = frozenset(image.exported(strings, tags))
+
         if not symbols:
             raise RuntimeLibraryError(
                 f"{path} is not an RKLLM runtime: it exports no function whose name begins with "
@@ -206,6 +216,7 @@ def _identify(path: Path) -> LibraryFacts:
                 hint="librkllmrt.so is meant; librknnrt.so, for example, is Rockchip's library for "
                 "other networks",
             )
+
         needed = tuple(image.name(strings, offset) for tag, offset in tags if tag == _DT_NEEDED)
         return LibraryFacts(
             path=path, version=image.version(), symbols=symbols, machine=machine, needed=needed
@@ -221,7 +232,9 @@ class _Image:
     """
 
     def __init__(self, path: Path, fd: int, size: int) -> None:
-        self._path, self._fd, self._size = path, fd, size
+        self._path = path
+        self._fd = fd
+        self._size = size
         self.machine = ""
         self._segments: list[tuple[int, int, int, int, int]] = []
         head = os.pread(fd, 512, 0)
@@ -231,6 +244,7 @@ class _Image:
             raise RuntimeLibraryError(
                 f"{path} is {_looks_like(head)}, not a shared library", hint=_GET_ONE
             )
+
         self._read_header(head)
 
     def _read_header(self, head: bytes) -> None:
@@ -238,6 +252,7 @@ class _Image:
             raise RuntimeLibraryError(
                 f"{self._path} is a 32-bit library; RKLLM needs a 64-bit one", hint=_GET_ONE
             )
+
         if len(head) < _HEADER.size:
             self.damaged("it ends within the ELF header")
         ident, kind, machine, _, _, at, _, _, _, entry_size, count, *_ = _HEADER.unpack_from(head)
@@ -247,6 +262,7 @@ class _Image:
             raise RuntimeLibraryError(
                 f"{self._path} is a library for a big-endian machine", hint=_GET_ONE
             )
+
         self.machine = _MACHINES.get(machine, f"ELF machine {machine}")
         if self.machine != platform.machine():
             raise RuntimeLibraryError(
@@ -257,11 +273,13 @@ class _Image:
                 if self.machine == "aarch64"
                 else _GET_ONE,
             )
+
         if kind != 3:
             what = _FILE_TYPES.get(kind, f"of ELF type {kind}")
             raise RuntimeLibraryError(
                 f"{self._path} is {what}, not a shared library", hint=_GET_ONE
             )
+
         if entry_size != _PROGRAM_HEADER.size:
             self.damaged(f"its program headers have {entry_size} bytes each")
         table = self.read(at, count * entry_size)
@@ -290,11 +308,13 @@ class _Image:
         if length > _MAX_READ:
             self.damaged(f"a table of {length:,} bytes is not believed")
         data = b""
+
         while len(data) < length:  # a read may stop short; at nothing, the file shrank under us
             piece = os.pread(self._fd, length - len(data), offset + len(data))
             if not piece:
                 self.damaged("it ended while it was read")
             data += piece
+
         return data
 
     def offset_of(self, address: int) -> tuple[int, int]:
@@ -324,6 +344,7 @@ class _Image:
             if tag == _DT_NULL:
                 break
             tags.append((tag, value))
+
         entries = dict(tags)
         if not {_DT_STRTAB, _DT_STRSZ, _DT_SYMTAB} <= entries.keys():
             self.damaged("its dynamic section names no strings or symbols")
@@ -355,6 +376,7 @@ class _Image:
             return int(chains)
         if (address := entries.get(_DT_GNU_HASH)) is None:
             return 0
+
         buckets, first, filters, _ = _GNU_HASH.unpack(self.at_address(address, _GNU_HASH.size))
         address += _GNU_HASH.size + 8 * filters
         last = max(
@@ -363,12 +385,14 @@ class _Image:
         )
         if last < first:
             return int(first)
+
         address += 4 * buckets + 4 * (last - first)
         _, room = self.offset_of(address)
         chain = self.at_address(address, min(room - room % 4, 4 * _MAX_CHAIN))
         for index, (value,) in enumerate(struct.iter_unpack("<I", chain), start=last):
             if value & 1:  # ends the chain of the last bucket
                 return int(index) + 1
+
         return self.damaged("its table of names has no end")
 
     def version(self) -> str | None:
@@ -381,6 +405,7 @@ class _Image:
             if match and (match.end() < len(data) or offset + _PIECE >= self._size):
                 return match[1].decode().rstrip(".")
             tail = data[-128:]
+
         return None
 
 
@@ -398,11 +423,13 @@ def _looks_like(head: bytes) -> str:
     ):
         if head.startswith(magic):
             return what
+
     text = head.lstrip().lower()
     if text.startswith((b"<!doctype", b"<html")):
         return "a web page (the download went wrong)"
     if b"gnu ld script" in text or re.search(rb"\b(?:input|group)\s*\(", text):
         return "a GNU ld script"
+
     printable = all((byte >= 32 and byte != 127) or byte in b"\t\n\f\r" for byte in head)
     return "a text file" if printable and _is_utf8(head) else "a file of another kind"
 
@@ -414,4 +441,5 @@ def _is_utf8(head: bytes) -> bool:
         return (
             error.end >= len(head) and error.reason == "unexpected end of data"
         )  # cut within a character
+
     return True

@@ -19,7 +19,8 @@ from rkcached.errors import EngineError, RuntimeLibraryError
 # More than any version's RKLLMParam. A result type that is too small would be a stack overwrite.
 _PROBE_BYTES = 512
 
-_EMBED_FLASH, _ENABLED_CPUS = 1, 4
+_EMBED_FLASH = 1
+_ENABLED_CPUS = 4
 """Defaults of rkllm_createDefaultParam, the same in 1.2.0 to 1.3.0 (decompiled 1.2.1b1)."""
 
 
@@ -41,12 +42,14 @@ class Library:
             self._cdll = ctypes.CDLL(str(path))
         except OSError as error:
             raise _not_loaded(path, str(error)) from error
+
         if not override:
             self._check_layout()
         self._functions: dict[str, Any] = {}
         for name, signature in self.abi.functions.items():
             function = self._cdll[name]  # a function object of our own, unlike the attribute
-            function.restype, function.argtypes = signature.result, signature.arguments
+            function.restype = signature.result
+            function.argtypes = signature.arguments
             if self.abi.error_rules[name] is ErrorRule.STATUS:
                 function.errcheck = _checker(name)  # type: ignore[assignment]  # an int, as restype says
             self._functions[name] = function
@@ -62,10 +65,12 @@ class Library:
         """Compare where the defaults are with where this ABI has them."""
         if not self.abi.probe_offset:
             return
+
         offsets = sorted({abi.probe_offset for abi in ABIS if abi.probe_offset})
         matching = [offset for offset in offsets if _has_defaults(self._default_bytes(), offset)]
         if matching == [self.abi.probe_offset]:
             return
+
         seen = " and ".join(map(str, matching)) or "neither"
         raise RuntimeLibraryError(
             f"{self.path} says it is RKLLM {self.version}, but its default parameters are not laid "
@@ -80,7 +85,8 @@ class Library:
             _fields_ = (("data", ctypes.c_uint8 * _PROBE_BYTES),)
 
         create = self._cdll["rkllm_createDefaultParam"]
-        create.restype, create.argtypes = Oversized, ()
+        create.restype = Oversized
+        create.argtypes = ()
         return bytes(create().data)
 
 
@@ -99,7 +105,9 @@ def zeroed_reserved(abi: Abi, param: Any) -> None:
 
 def _has_defaults(data: bytes, offset: int) -> bool:
     """Base domain 0 (4 bytes before), embed_flash, number of CPUs."""
-    domain, flash, cpus = data[offset - 4 : offset], data[offset], data[offset + 1]
+    domain = data[offset - 4 : offset]
+    flash = data[offset]
+    cpus = data[offset + 1]
     return domain == bytes(4) and (flash, cpus) == (_EMBED_FLASH, _ENABLED_CPUS)
 
 
@@ -122,6 +130,7 @@ def _not_loaded(path: Path, reason: str) -> RuntimeLibraryError:
         package = packages.get(missing)
         hint = f"apt install {package}" if package else f"install the package that has {missing}"
         return RuntimeLibraryError(f"{path} needs {missing}, which is not installed", hint=hint)
+
     return RuntimeLibraryError(
         f"{path} cannot be loaded: {reason}",
         hint="take librkllmrt.so for Linux aarch64 from the vendor's release",

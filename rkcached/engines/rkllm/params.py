@@ -25,23 +25,28 @@ def model_param(library: Library, spec: ModelSpec, sampling: Sampling) -> Any:
         if getattr(sampling, name) is not None or name in ("top_k", "top_p", "temperature"):
             setattr(param, name, getattr(sampler, name))
     param.is_async = False
-    extend, npu = param.extend_param, spec.npu
+    extend = param.extend_param
+    npu = spec.npu
     extend.base_domain_id = npu.base_domain_id
     if library.abi.group == "B":
         return param
+
     if npu.n_keep is not None:
         param.n_keep = npu.n_keep
     if npu.embed_flash is not None:
         extend.embed_flash = npu.embed_flash
+
     if npu.enabled_cpus:
         cpus = set(npu.enabled_cpus)
         extend.enabled_cpus_num = len(cpus)
         extend.enabled_cpus_mask = sum(1 << cpu for cpu in cpus)
     elif extend.enabled_cpus_mask.bit_count() != extend.enabled_cpus_num:
         # Left unset on some boards: the last ones are the fast ones.
-        count, last = extend.enabled_cpus_num, os.cpu_count() or 1
+        count = extend.enabled_cpus_num
+        last = os.cpu_count() or 1
         extend.enabled_cpus_mask = sum(1 << cpu for cpu in range(max(0, last - count), last))
         extend.enabled_cpus_num = min(count, last)
+
     if library.abi.group == "E":
         param.ignore_eos_token = npu.ignore_eos
     return param

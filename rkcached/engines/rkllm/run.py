@@ -79,6 +79,7 @@ class Run:
             return FinishReason.STOP
         if self.aborted:
             return FinishReason.ABORT
+
         full = self.wanted_tokens >= self.limit or prompt_tokens + self.new_tokens >= context_tokens
         return FinishReason.LENGTH if full else FinishReason.STOP
 
@@ -87,6 +88,7 @@ class Run:
         self._last = time.perf_counter()
         if result is None and state in (CallState.NORMAL, CallState.WAITING):
             return False
+
         match state:
             case CallState.FINISH:
                 if hasattr(result, "perf"):
@@ -109,7 +111,8 @@ class Run:
                 return False
 
     def stop_because(self, error: BaseException) -> None:
-        self._raised, self._over = error, True
+        self._raised = error
+        self._over = True
 
     def deliver_rest(self) -> None:
         """Text that was held back because a stop string could have begun with it."""
@@ -133,16 +136,19 @@ class Run:
         self.new_tokens += 1
         if self._over or self._on_token is None:
             return False
+
         if self.limit == 0:
             self._over = True
             return True
         self.wanted_tokens += 1
         if self._trace:
             self._ids.append(token_id)
+
         if waiting:
             self._held += text or b""
         elif text:
             self._deliver(self._stops.feed(self._whole(text)))
+
         full = self.wanted_tokens >= self.limit
         self._over = self._stops.found or self.aborted or full
         return self._over and not (full and self._ends_itself)
@@ -152,7 +158,8 @@ class Run:
 
         Nobody documents which.
         """
-        held, self._held = self._held, b""
+        held = self._held
+        self._held = b""
         for candidate in (text, held + text):
             with contextlib.suppress(UnicodeDecodeError):
                 return candidate.decode()
@@ -161,7 +168,9 @@ class Run:
     def _deliver(self, text: str) -> None:
         if not text or self._on_token is None:
             return
-        ids, self._ids = tuple(self._ids), []
+
+        ids = tuple(self._ids)
+        self._ids = []
         if self._on_token(Token(text=text, ids=ids)):
             self.aborted = True
 
@@ -169,6 +178,7 @@ class Run:
         """Copies: the runtime's buffer is its own again once the callback returns."""
         if not layer.hidden_states or layer.num_tokens <= 0:
             return
+
         import numpy as np  # noqa: PLC0415 - 100 ms that only embeddings need
 
         shape = (int(layer.num_tokens), int(layer.embd_size))

@@ -19,6 +19,7 @@ def load_tokenizer(path: str) -> Tokenize | None:
     """
     if not path:
         return None
+
     try:
         import tokenizers  # noqa: PLC0415 - 50 ms that only models with a tokenizer need
     except ImportError as error:
@@ -26,6 +27,7 @@ def load_tokenizer(path: str) -> Tokenize | None:
             f"the tokenizer {path} needs the package tokenizers",
             hint=f"{sys.executable} -m pip install tokenizers",
         ) from error
+
     try:
         tokenizer = tokenizers.Tokenizer.from_file(path)
     except Exception as error:  # the library has no class of its own for it
@@ -33,6 +35,7 @@ def load_tokenizer(path: str) -> Tokenize | None:
             f"{path} is not a tokenizer: {error}",
             hint="name the tokenizer.json that the model came with",
         ) from error
+
     tokenizer.no_truncation()
     tokenizer.no_padding()
     before = _before(tokenizer.encode("a").ids, tokenizer.encode("a", add_special_tokens=False).ids)
