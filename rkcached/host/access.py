@@ -34,11 +34,9 @@ class Refusal(NamedTuple):
 
 
 def refusal(path: str | Path, error: OSError, *, folder: bool = False) -> Refusal | None:
-    """Explain why `path` could not be read.
+    """Explain why `path` could not be read, or listed if it is a `folder`.
 
-    None if nobody refuses it: it is not there, or something else is wrong.
-
-    `folder`: it was to be listed. Never raises.
+    Returns None if nobody refuses it: it is not there, or something else is wrong. Never raises.
     """
     if not isinstance(error, PermissionError | FileNotFoundError | NotADirectoryError):
         return None
@@ -46,7 +44,10 @@ def refusal(path: str | Path, error: OSError, *, folder: bool = False) -> Refusa
     real = Path(os.path.realpath(path))
     if place := hiding(str(real), _mounts_of_this_process()):
         return hidden(place, real if folder else real.parent)
-    return _denied(real, folder=folder) if isinstance(error, PermissionError) else None
+
+    if isinstance(error, PermissionError):
+        return _denied(real, folder=folder)
+    return None
 
 
 def hidden(place: str, folder: Path) -> Refusal:
@@ -58,7 +59,8 @@ def _how_to_show(place: str, folder: Path) -> str:
     if place in HOMES:
         # Below a folder that ProtectHome=yes closes, systemd mounts nothing.
         named = str(folder).replace("%", "%%")
-        named = f'"{named}"' if re.search(r"\s", named) else named
+        if re.search(r"\s", named):
+            named = f'"{named}"'
         return (
             "`sudo systemctl edit rkcached`: under [Service] write ProtectHome=tmpfs and "
             f"BindReadOnlyPaths={named}, "
@@ -86,7 +88,7 @@ class Mount(NamedTuple):
 
 
 def mounts_in(text: str) -> list[Mount]:
-    """Of the text of a mountinfo file: see proc(5)."""
+    """Parse the text of a mountinfo file: see proc(5)."""
     mounts = []
     for line in text.splitlines():
         before, _, after = line.partition(" - ")
@@ -103,16 +105,18 @@ def mounts_in(text: str) -> list[Mount]:
 def hiding(path: str, mounts: Sequence[Mount]) -> str:
     """The place that hides `path` (absolute, without links); empty if nothing does."""
     nearest = Mount("/", "/", "")
+
     for mount in mounts:  # of two on one place, the later one lies on top
         if len(mount.place) >= len(nearest.place) and is_below(path, mount.place):
             nearest = mount
     if _INACCESSIBLE.search(nearest.root) or _OWN_TMP.search(nearest.root):
         return nearest.place
 
-    # ProtectHome=tmpfs puts one over each; a machine may have a /home of that kind for reasons of
-    # its own.
+    # ProtectHome=tmpfs puts a tmpfs over each home; one alone may be a machine's own choice.
     emptied = {mount.place for mount in mounts if mount.kind == "tmpfs"}.issuperset(HOMES)
-    return nearest.place if emptied and nearest.place in HOMES else ""
+    if emptied and nearest.place in HOMES:
+        return nearest.place
+    return ""
 
 
 def is_below(path: str, place: str) -> bool:
@@ -130,33 +134,36 @@ def _mounts_of_this_process() -> tuple[Mount, ...]:
 
 
 def _denied(real: Path, *, folder: bool) -> Refusal:
-    """By the modes on the way: the first folder that refuses, else the file itself."""
+    """Name the first folder on the way whose mode refuses, else the file itself."""
     for parent in reversed(real.parents):
         if not os.access(parent, os.X_OK, effective_ids=True):
             whose = _whose(parent) or "o"
             command = f"{_sudo(whose)}chmod {whose}+x {shlex.quote(str(parent))}"
             return Refusal(f"permission denied by the folder {parent}", f"`{command}`")
 
-    wanted = os.R_OK | (os.X_OK if folder else 0)
+    if folder:
+        wanted = os.R_OK | os.X_OK
+        rights = "rx"
+        grant = "g+rx"
+    else:
+        wanted = os.R_OK
+        rights = "r"
+        grant = "640"
+
     if os.access(real, wanted, effective_ids=True):  # perhaps a security module
         return Refusal("permission denied", f"let the group {_our_group()} read it")
 
     name = shlex.quote(str(real))
-    rights = "rx" if folder else "r"
     if whose := _whose(real):
         return Refusal("permission denied", f"`{_sudo(whose)}chmod {whose}+{rights} {name}`")
 
-    grant = "g+rx" if folder else "640"
     return Refusal(
         "permission denied", f"`sudo chgrp {_our_group()} {name} && sudo chmod {grant} {name}`"
     )
 
 
 def _whose(path: Path) -> str:
-    """Whose rights count for this process, as chmod calls them: u or g.
-
-    Empty where it is one of the others.
-    """
+    """The letter that chmod has for this process: u or g, empty if it is one of the others."""
     try:
         info = path.stat()
     except OSError:
@@ -164,7 +171,9 @@ def _whose(path: Path) -> str:
 
     if info.st_uid == os.geteuid():
         return "u"
-    return "g" if info.st_gid in {os.getegid(), *os.getgroups()} else ""
+    if info.st_gid in {os.getegid(), *os.getgroups()}:
+        return "g"
+    return ""
 
 
 def _sudo(whose: str) -> str:

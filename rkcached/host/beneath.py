@@ -124,11 +124,10 @@ def remove(
 ) -> bool:
     """Remove what `names` lead to from `top`, with all that is in it; returns whether it is gone.
 
-    Nothing happens if it is no longer the one that was seen (`only`). What `spare` says yes to
-    stays, and so do the folders that hold it, and what another mount holds. Guaranteed is that
-    nothing outside of `top` is removed, and nothing that has another name; a file that takes this
-    name between the last look and the removal is not told from the one before it. Errors: OSError;
-    what was removed until then is gone.
+    Nothing happens if it is no longer the one that was seen (`only`). What `spare` accepts stays,
+    and so do the folders that hold it, and what another mount holds. Nothing outside of `top` is
+    removed, and nothing that has another name; but a file that takes this name between the check
+    and the removal is removed, too. Errors: OSError; what was removed until then is gone.
     """
     *folders, name = names
     try:
@@ -167,9 +166,9 @@ def _removed(entry: Entry, spare: Callable[[os.stat_result], bool]) -> bool:
 
 
 def _mount_of(fd: int) -> str:
-    """The kernel's number of the mount that a folder is on, which a bind mount has, too.
+    """The kernel's number of the mount that a folder is on, else its device.
 
-    Else its device's.
+    Bind mounts have a number of their own as well.
     """
     try:
         for line in Path(f"/proc/self/fdinfo/{fd}").read_text().splitlines():

@@ -33,8 +33,8 @@ _FINE_NS = 50_000_000
 # changed within the last 3 s. One second of them allows for a file server whose clock differs.
 _COARSE_NS = ((1_000_000_000, 3_000_000_000), (100_000_000, 300_000_000))
 
-# Of the memory's file. The first one, without a number, was kept by a rule that coarse times could
-# deceive.
+# The version of the memory's file. The first one, without a number, was kept by a rule that coarse
+# times could deceive.
 _VERSION = 2
 
 _ATTEMPTS = 3
@@ -43,8 +43,7 @@ _PIECE_BYTES = 1 << 18
 
 
 Signature = NewType("Signature", bytes)
-"""Identity and last change of a file, or of several, by stat(2): bytes, as many
-are kept."""
+"""Identity and last change of one or several files, by stat(2). Bytes are small: many are kept."""
 
 _FIELDS = struct.Struct("<QQQqq")
 
@@ -111,25 +110,25 @@ class Digests:
 
     def __init__(self, file: Path | None = None) -> None:
         self._file = file
-        # Of the files asked for since the start.
+        # The files that were asked for since the start.
         self._entries: dict[str, _Entry] = {}
-        # Of files that were known then, and nobody has asked for yet.
+        # The files that were known at the start, and that nobody has asked for yet.
         self._before: dict[str, _Entry] = {}
         self._dirty = False
         self.hashed_files = 0
-        """Files really read so far: what a test or a benchmark looks at."""
+        """The number of files that were really read. Tests and benchmarks look at it."""
         self.steps = 0
-        """Grows with each file asked for and each piece read: who waits for a long reading sees
-        that it gets on."""
+        """Grows with each file asked for and each piece read. Whoever waits for a long reading
+        sees that it gets on."""
         self.reading: Reading | None = None
-        """For other threads, which only read it."""
+        """The file that is being read. Other threads only read this attribute."""
 
         if file is not None:
-            with contextlib.suppress(
-                OSError, ValueError, RecursionError
-            ):  # a damaged memory only costs re-hashing
+            # A damaged memory only costs re-hashing.
+            with contextlib.suppress(OSError, ValueError, RecursionError):
                 kept = msgspec.json.decode(file.read_bytes(), type=_Kept)
-                self._before = kept.files if kept.version == _VERSION else {}
+                if kept.version == _VERSION:
+                    self._before = kept.files
 
     def digest(self, path: Path) -> str:
         """Hexadecimal SHA-256 of the file's content.
@@ -174,10 +173,10 @@ class Digests:
     def let_settle(self, path: Path) -> None:
         """Wait until a file that just changed is settled, at most 6 s.
 
-        Nothing to do if its digest is remembered.
+        There is nothing to do if its digest is remembered.
 
-        For large files: one reading instead of two, and nobody is given a signature that another
-        content may share. Errors: OSError.
+        A large file is then read once instead of twice, and nobody is given a signature that
+        another content may share. Errors: OSError.
         """
         info = path.stat()
         entry = self._entries.get(str(path))
@@ -214,7 +213,7 @@ class Digests:
         self._dirty = True
 
     def save(self) -> None:
-        """Write the memory if it changed: of the files asked for since the start.
+        """Write the memory of the files that were asked for since the start, if it changed.
 
         Errors: OSError.
         """
@@ -226,7 +225,7 @@ class Digests:
             temporary.touch(mode=0o640)
             temporary.write_bytes(msgspec.json.encode(_Kept(_VERSION, self._entries)))
             temporary.replace(self._file)
-        finally:  # of a full disk, half a file would take what is left
+        finally:  # on a full disk, half a file would take the rest of the space
             with contextlib.suppress(OSError):
                 temporary.unlink(missing_ok=True)
 

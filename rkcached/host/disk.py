@@ -1,4 +1,4 @@
-"""Writes files that survive a power cut; says what a disk has left, and what its refusals mean.
+"""Writes files that survive a power cut; measures free space, and explains a disk's refusals.
 
 A file is written under another name, synced and renamed, then its folder is synced.
 """
@@ -34,14 +34,15 @@ class Free:
 
 
 def free(place: Path) -> Free:
-    """Of the disk that `place` is on, or will be on once it is made. Errors: OSError."""
+    """The space of the disk that `place` is on, or will be on once it is made. Errors: OSError."""
     while not place.exists() and place != place.parent:
         place = place.parent
-    figures = os.statvfs(place)
+
     mount = place
     while not mount.is_mount():
         mount = mount.parent
 
+    figures = os.statvfs(place)
     return Free(
         mount=mount,
         size_bytes=figures.f_blocks * figures.f_frsize,
@@ -70,13 +71,11 @@ def refusal(error: OSError, place: Path) -> tuple[str, str]:
         case errno.ENOSPC if disk.inodes == 0:
             return no_inodes(disk)
         case errno.ENOSPC:
-            return (
-                (
-                    f"no space left: {disk.free_bytes:,} of {disk.size_bytes:,} bytes are free on "
-                    f"{disk.mount}"
-                ),
-                ROOM,
+            reason = (
+                f"no space left: {disk.free_bytes:,} of {disk.size_bytes:,} bytes are free on "
+                f"{disk.mount}"
             )
+            return reason, ROOM
         case errno.EDQUOT:
             return (
                 f"{why}: {disk.free_bytes:,} bytes are free on {disk.mount}",

@@ -4,7 +4,7 @@ An interpreter looks for modules in the current folder, in PYTHONPATH and in the
 site-packages. Whoever can write one of these decides what a child runs: `sudo rkcached check` in a
 folder with a foreign `msgspec.py` ran it as root. So every child is started with -I and -P and by
 the absolute path of this file, which then takes the package that it is a part of. Modules of others
-come from the interpreter's own places, and from two more that -I leaves out and the parent tells in
+come from the interpreter's own places, and from two more that -I leaves out and the parent names in
 the arguments: the folder that the package lies in (`pip install --target`), and the user's
 site-packages, where the parent uses it and it belongs to who runs it (`pip install --user`).
 
@@ -58,8 +58,11 @@ def folders() -> list[str]:
     They are looked into last.
     """
     places = [str(_PACKAGE.parent)]
-    user_site = site.USER_SITE if site.ENABLE_USER_SITE else None
-    if user_site is not None and user_site in sys.path and _is_own(user_site):
+    user_site = site.USER_SITE
+    if not site.ENABLE_USER_SITE or user_site is None:
+        return places
+
+    if user_site in sys.path and _is_own(user_site):
         places.append(user_site)
     return places
 

@@ -1,8 +1,8 @@
 """Writes log events to the systemd journal, as entries with fields: `journalctl MODEL=...`.
 
 The protocol is documented at https://systemd.io/JOURNAL_NATIVE_PROTOCOL/. An entry is bounded in
-size, so that a datagram always carries it. Knows nothing of the program's log pipeline but what an
-event is: a name with fields.
+size, so that a datagram always carries it. This module only knows events, which are names with
+fields, and not the program's log pipeline.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 SOCKET = "/run/systemd/journal/socket"
 
 PRIORITIES = {"debug": 7, "info": 6, "warning": 4, "error": 3, "critical": 2}
-"""syslog(3)'s, by the names of levels."""
+"""The priorities of syslog(3), by the names of levels."""
 
 _MAX_VALUE_LETTERS = 16 << 10
 # Words that are too common to search for in everybody's journal.
@@ -67,13 +67,15 @@ def entry(*, level: str, message: str, event: str, fields: Mapping[str, Any]) ->
         "MESSAGE": message,
         "PRIORITY": str(PRIORITIES.get(level, 6)),
         "SYSLOG_IDENTIFIER": "rkcached",
-        **({"EVENT": event} if event else {}),
     }
+    if event:
+        own["EVENT"] = event
 
     names = {_RENAMED.get(name.upper(), name.upper()): str(value) for name, value in fields.items()}
     given = {
         name: value for name, value in names.items() if name not in _OWN and _FIELD.fullmatch(name)
     }
+
     return b"".join(_field(name, value) for name, value in {**own, **given}.items())
 
 

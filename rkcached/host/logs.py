@@ -31,9 +31,9 @@ def configure(level: str) -> None:
             level=logging.WARNING, stream=sys.stderr, format="%(levelname)-7s %(name)s: %(message)s"
         )
 
-    logging.getLogger("watchdog").setLevel(
-        logging.ERROR
-    )  # that events were lost, `watch` says itself
+    # `watch` itself logs that events were lost.
+    logging.getLogger("watchdog").setLevel(logging.ERROR)
+
     structlog.configure(
         processors=[
             structlog.processors.add_log_level,
@@ -91,14 +91,15 @@ def _line(_logger: object, _method: str, event: Event) -> str:
 def _message(name: str, event: Event) -> str:
     trace = event.pop("exception", "")
     fields = " ".join(f"{key}={_value(value)}" for key, value in event.items())
-    return f"{name} {fields}".rstrip() + (f"\n{trace}" if trace else "")
+    line = f"{name} {fields}".rstrip()
+    if trace:
+        line += f"\n{trace}"
+    return line
 
 
 def _value(value: object) -> str:
-    """A value that can be told from the next field: quoted if it has blanks, always on one line."""
+    """The value on one line, quoted if it has blanks: the next field is not a part of it."""
     text = str(value)
-    return (
-        repr(text)
-        if any(c.isspace() or c in "\"'=" for c in text) or not text.isprintable()
-        else text
-    )
+    if any(c.isspace() or c in "\"'=" for c in text) or not text.isprintable():
+        return repr(text)
+    return text

@@ -19,45 +19,49 @@ ADMIN_NAME = "admin.sock"
 
 def manifest() -> Path:
     here = Path("manifest.yaml")
-    return here if here.exists() else SYSTEM_MANIFEST
+    if here.exists():
+        return here
+    return SYSTEM_MANIFEST
 
 
 def cache_dir(manifest: Path) -> Path:
     """The store: the system's belongs to the system's manifest only, as others would empty it."""
-    of_the_system = Path(os.path.abspath(manifest)) == SYSTEM_MANIFEST  # noqa: PTH100 - links are not followed
-    return Path(_given("CACHE_DIRECTORY") or (SYSTEM_CACHE if of_the_system else "cache"))
+    if given := _given("CACHE_DIRECTORY"):
+        return Path(given)
+    if Path(os.path.abspath(manifest)) == SYSTEM_MANIFEST:  # noqa: PTH100 - links are not followed
+        return SYSTEM_CACHE
+    return Path("cache")
 
 
 def state_dir(cache_dir: Path) -> Path:
-    return Path(
-        _given("STATE_DIRECTORY")
-        or (SYSTEM_STATE if cache_dir == SYSTEM_CACHE else cache_dir.parent / "state")
-    )
+    if given := _given("STATE_DIRECTORY"):
+        return Path(given)
+    if cache_dir == SYSTEM_CACHE:
+        return SYSTEM_STATE
+    return cache_dir.parent / "state"
 
 
 def socket_to_open() -> Path:
     """The socket that a daemon opens."""
-    return (
-        Path(_given("RUNTIME_DIRECTORY") or os.environ.get("XDG_RUNTIME_DIR") or SYSTEM_RUNTIME)
-        / SOCKET_NAME
-    )
+    given = _given("RUNTIME_DIRECTORY") or os.environ.get("XDG_RUNTIME_DIR")
+    return Path(given or SYSTEM_RUNTIME) / SOCKET_NAME
 
 
 def socket_to_ask() -> Path:
     """The socket that a client asks: the user's own if there is one, else the system's."""
     own = socket_to_open()
-    return (
-        own if os.path.lexists(own) or not SYSTEM_RUNTIME.is_dir() else SYSTEM_RUNTIME / SOCKET_NAME
-    )
+    if os.path.lexists(own) or not SYSTEM_RUNTIME.is_dir():
+        return own
+    return SYSTEM_RUNTIME / SOCKET_NAME
 
 
 def admin_socket_to_ask() -> Path:
-    """As the environment says, or beside the other one."""
+    """The socket that the environment names, else the one beside the other socket."""
     if given := os.environ.get("RKCACHED_ADMIN_SOCKET"):
         return Path(given)
     return Path(os.environ.get("RKCACHED_SOCKET") or socket_to_ask()).parent / ADMIN_NAME
 
 
 def _given(name: str) -> str:
-    """A variable of systemd may name several directories; ours is the first."""
+    """Read a variable of systemd. It may name several directories; ours is the first."""
     return os.environ.get(name, "").split(":")[0]

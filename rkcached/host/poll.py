@@ -1,8 +1,7 @@
 """Polls folders and files where the kernel reports no changes, by watchdog's polling observer.
 
 One thread serves all of them, whatever their number, and never the event loop: a file system may
-hang. What is found is a hint as events are, and what a poll misses the next look of the reconciler
-finds.
+hang. A finding is only a hint, as events are; the reconciler's next look finds what a poll misses.
 """
 
 from __future__ import annotations
@@ -55,9 +54,8 @@ class Poller(FileSystemEventHandler):
         self._tree = _tree(places)
 
     def on_any_event(self, event: FileSystemEvent) -> None:
-        if isinstance(
-            event, DirModifiedEvent
-        ):  # something in it came or went, which is an event of its own
+        # Something in the folder came or went, which is an event of its own.
+        if isinstance(event, DirModifiedEvent):
             return
 
         for path in (event.src_path, event.dest_path):
@@ -67,15 +65,14 @@ class Poller(FileSystemEventHandler):
     def _entries(self, folder: str | None) -> Iterator[os.DirEntry[str]]:
         names = self._tree.get(folder or "/", set())
         if names is not None:
-            # Of an entry, watchdog takes the name only.
+            # watchdog uses only the name of an entry.
             return cast("Iterator[os.DirEntry[str]]", map(_Entry, list(names)))
 
         try:
             with os.scandir(folder) as entries:
                 return iter(list(entries))
-        except (
-            OSError
-        ):  # a poll shall not fail as a whole; the look, which is next, says what is wrong
+        except OSError:
+            # A poll shall not fail as a whole. The look that comes next reports the problem.
             return iter(())
 
 

@@ -27,7 +27,7 @@ class Settings(BaseSettings):
     state_dir: Path = Path()
     socket: Path = Field(default_factory=places.socket_to_open)
     admin_socket: Path = Path()
-    """For changes; by default beside the other one."""
+    """The socket for changes; by default it lies beside the other one."""
     log_level: LogLevel = "info"
 
     def model_post_init(self, _: object) -> None:
@@ -37,6 +37,7 @@ class Settings(BaseSettings):
             object.__setattr__(self, "state_dir", places.state_dir(self.cache_dir))
         if "admin_socket" not in self.model_fields_set:
             object.__setattr__(self, "admin_socket", self.socket.parent / places.ADMIN_NAME)
+
         for name in ("manifest", "cache_dir", "state_dir", "socket", "admin_socket"):
             object.__setattr__(self, name, Path(os.path.abspath(getattr(self, name))))  # noqa: PTH100 - keeps links
 
@@ -46,9 +47,8 @@ class Settings(BaseSettings):
             return self
 
         socket = places.socket_to_ask()
-        admin = (
-            self.admin_socket
-            if "admin_socket" in self.model_fields_set
-            else socket.parent / places.ADMIN_NAME
-        )
+        admin = self.admin_socket
+        if "admin_socket" not in self.model_fields_set:
+            admin = socket.parent / places.ADMIN_NAME
+
         return self.model_copy(update={"socket": socket, "admin_socket": admin})

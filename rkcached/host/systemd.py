@@ -32,8 +32,12 @@ class Service:
 
     def __init__(self) -> None:
         self._notified = bool(os.environ.get("NOTIFY_SOCKET"))
-        self._notifier = SystemdNotifier() if self._notified else None
-        self._watchdog_s = _watchdog_s() if self._notified else None
+        self._notifier: SystemdNotifier | None = None
+        self._watchdog_s: float | None = None
+        if self._notified:
+            self._notifier = SystemdNotifier()
+            self._watchdog_s = _watchdog_s()
+
         self._status = ""
         # systemd waits for us to become ready, with a time limit.
         self._awaited = True
@@ -47,51 +51,56 @@ class Service:
         """The interval of `beat` in seconds; None for never."""
         if self._watchdog_s is not None:
             return self._watchdog_s / 2
-        return _UNWATCHED_PULSE_S if self._notified and self._awaited else None
+        if self._notified and self._awaited:
+            return _UNWATCHED_PULSE_S
+        return None
 
     def beat(self) -> None:
-        """The caller is alive and gets on with its work.
+        """Report that the caller is alive and gets on with its work.
 
-        To be called by the reconcile loop alone.
+        Only the reconcile loop may call it.
         """
-        states = ["WATCHDOG=1"] if self._watchdog_s is not None else []
+        states = []
+        if self._watchdog_s is not None:
+            states.append("WATCHDOG=1")
         if self._awaited:
             states.append(f"EXTEND_TIMEOUT_USEC={int(_EXTENSION_S * 1e6)}")
-        self._tell(*states)
+
+        self._notify(*states)
 
     def ready(self) -> None:
         self._awaited = False
-        self._tell("READY=1")
+        self._notify("READY=1")
 
     def reloading(self) -> None:
-        """To be followed by `ready`."""
+        """Report a reload. `ready` has to follow."""
         self._awaited = True
-        self._tell(
+        self._notify(
             "RELOADING=1", f"MONOTONIC_USEC={time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1000}"
         )
 
     def stopping(self, *, grace_s: float) -> None:
-        """The end takes a moment longer than `grace_s`: running answers may end within it."""
-        self._tell("STOPPING=1", f"EXTEND_TIMEOUT_USEC={int((grace_s + _STOP_S) * 1e6)}")
+        """Report the stop. It takes a moment longer than `grace_s`, in which answers may end."""
+        self._notify("STOPPING=1", f"EXTEND_TIMEOUT_USEC={int((grace_s + _STOP_S) * 1e6)}")
 
     def status(self, text: str) -> None:
-        """The line that `systemctl status` shows. Sent if it changed."""
+        """Send the line that `systemctl status` shows, if it changed."""
         line = " ".join(text.split())
         if line != self._status:
             self._status = line
-            self._tell(f"STATUS={line}")
+            self._notify(f"STATUS={line}")
 
-    def _tell(self, *assignments: str) -> None:
+    def _notify(self, *assignments: str) -> None:
         if self._notifier is not None and assignments:
-            # The package encodes as Latin-1, systemd reads UTF-8: give it the letters that become
-            # our bytes.
+            # The package encodes as Latin-1, but systemd reads UTF-8. So it is given the letters
+            # that become our bytes.
             self._notifier.notify("\n".join(assignments).encode(errors="replace").decode("latin-1"))
 
 
 def listen_fds() -> dict[str, list[socket.socket]]:
-    """The sockets that systemd opened for this process, by FileDescriptorName. To be called once.
+    """The sockets that systemd opened for this process, by FileDescriptorName. Call it once.
 
-    One name may have several: each ListenStream of a unit is a socket of its own.
+    One name may have several sockets: each ListenStream of a unit opens its own.
     """
     if os.environ.get("LISTEN_PID") != str(os.getpid()):
         return {}

@@ -1,7 +1,7 @@
 """The daemon's installed unit: what it runs as, and how to run a command with its eyes.
 
 Facts come from systemd itself, so an administrator's drop-ins count. Where there is no systemd, no
-unit, or no answer, there is nothing to say, and a command looks with the eyes of who runs it.
+unit, or no answer, nothing is known, and a command looks with the eyes of who runs it.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ class Unit:
         return hiding(os.path.realpath(path), _mounts(self.sandbox))
 
     def command(self, words: Sequence[str]) -> list[str]:
-        """For root: runs `rkcached WORDS` as its user, in its sandbox."""
+        """The command with which root runs `rkcached WORDS` as its user, in its sandbox."""
         if self.pid:
             return [
                 "nsenter",
@@ -96,21 +96,22 @@ class Unit:
     def _as_user(self) -> list[str]:
         """Errors: KeyError for a user or group that is not there."""
         user = pwd.getpwnam(self.sandbox.get("User") or "root")
-        named = self.sandbox.get("Group")
-        group = grp.getgrnam(named).gr_gid if named else user.pw_gid
+        group = user.pw_gid
+        if named := self.sandbox.get("Group"):
+            group = grp.getgrnam(named).gr_gid
+
         more = [
             grp.getgrnam(name).gr_gid
             for name in self.sandbox.get("SupplementaryGroups", "").split()
         ]
         groups = ",".join(map(str, dict.fromkeys([*os.getgrouplist(user.pw_name, group), *more])))
-
         return ["setpriv", f"--reuid={user.pw_uid}", f"--regid={group}", f"--groups={groups}"]
 
 
 def become_it(words: Sequence[str], **places: Path) -> None:
     """For root and the unit's places: run `rkcached WORDS` with its eyes, and do not return.
 
-    Returns where that is not to be, or cannot be: then the caller looks with his own eyes.
+    It returns if that is not wanted or not possible: then the caller looks with its own eyes.
     """
     if os.geteuid() != 0:
         return
@@ -124,7 +125,7 @@ def become_it(words: Sequence[str], **places: Path) -> None:
 
 
 def installed() -> Unit | None:
-    """None where there is none, or nobody to ask. Blocking: 10 to 20 ms where there is one."""
+    """The installed unit; None if there is none, or no systemd. Blocks for 10 to 20 ms."""
     if os.environ.get(MARK) or not Path("/run/systemd/system").is_dir():
         return None
     if not any(Path(folder, "systemd/system", NAME).exists() for folder in _FOLDERS):
@@ -145,7 +146,7 @@ def installed() -> Unit | None:
 
 
 def unit_of(facts: Mapping[str, str]) -> Unit | None:
-    """By the properties that systemd shows; None if it is not loaded."""
+    """The unit with the properties that systemd shows; None if it is not loaded."""
     match = re.match(r"\{ path=(.+?) ; argv\[\]=(.*?) ;", facts.get("ExecStart", ""))
     if facts.get("LoadState") != "loaded" or match is None:
         return None
@@ -158,21 +159,19 @@ def unit_of(facts: Mapping[str, str]) -> Unit | None:
         "cache_dir": places.SYSTEM_CACHE,
         "state_dir": places.SYSTEM_STATE,
     }
-    return Unit(
-        program=match[1],
-        pid=int(facts.get("MainPID") or 0),
-        places={
-            name: Path(variables.get(f"RKCACHED_{name.upper()}") or place)
-            for name, place in defaults.items()
-        },
-        sandbox={name: facts.get(name, "") for name in _SANDBOX},
-    )
+    named = {
+        name: Path(variables.get(f"RKCACHED_{name.upper()}") or place)
+        for name, place in defaults.items()
+    }
+    sandbox = {name: facts.get(name, "") for name in _SANDBOX}
+
+    return Unit(program=match[1], pid=int(facts.get("MainPID") or 0), places=named, sandbox=sandbox)
 
 
 def _variables(facts: Mapping[str, str]) -> dict[str, str]:
-    """Of its environment; files come after, as with systemd.
+    """The variables of its environment; files come after, as with systemd.
 
-    One that cannot be read says nothing.
+    A file that cannot be read is skipped.
     """
     words = _words(facts.get("Environment", ""))
     for name in re.findall(r"(/.*?) \(ignore_errors=\w+\)", facts.get("EnvironmentFiles", "")):
@@ -181,14 +180,11 @@ def _variables(facts: Mapping[str, str]) -> dict[str, str]:
         except OSError:
             continue
 
-        words += [
-            word
-            for line in lines
-            if not line.lstrip().startswith(("#", ";"))
-            for word in _words(line)
-        ]
+        for line in lines:
+            if not line.lstrip().startswith(("#", ";")):
+                words += _words(line)
 
-    return {name: value for name, _, value in (word.partition("=") for word in words)}
+    return dict(word.partition("=")[::2] for word in words)
 
 
 def _words(text: str) -> list[str]:
@@ -199,17 +195,19 @@ def _words(text: str) -> list[str]:
 
 
 def _mounts(sandbox: Mapping[str, str]) -> list[Mount]:
-    """As they would be in it: what is hidden, and what is shown below that."""
-    closed = [*(HOMES if sandbox["ProtectHome"] in ("yes", "tmpfs") else ())]
-    closed += ["/tmp", "/var/tmp"] if sandbox["PrivateTmp"] not in ("", "no") else []  # noqa: S108 - compared only
-    shown = [
-        bind[1]
-        for name in ("BindPaths", "BindReadOnlyPaths")
-        for bind in _BIND.findall(sandbox[name])
-    ]
+    """The mounts in its sandbox: what is hidden, and what is shown below that."""
+    closed: list[str] = []
+    if sandbox["ProtectHome"] in ("yes", "tmpfs"):
+        closed += HOMES
+    if sandbox["PrivateTmp"] not in ("", "no"):
+        closed += ["/tmp", "/var/tmp"]  # noqa: S108 - compared only
 
+    shown = [bind[1] for bind in _BIND.findall(sandbox["BindPaths"])]
+    shown += [bind[1] for bind in _BIND.findall(sandbox["BindReadOnlyPaths"])]
     if sandbox["ProtectHome"] == "yes":
-        shown = [path for path in shown if not hiding(path, [_closed(place) for place in HOMES])]
+        homes = list(map(_closed, HOMES))
+        shown = [path for path in shown if not hiding(path, homes)]
+
     paths = [path.lstrip("-+") for path in _words(sandbox["InaccessiblePaths"])]
     return [*map(_closed, closed), *(Mount(path, path, "") for path in shown), *map(_closed, paths)]
 

@@ -1,6 +1,6 @@
 """Turns file system events into "look again". Carries no decision: the next scan finds out.
 
-The names that events have are passed on, and say where to look first; nothing depends on them.
+The names that events have are passed on as hints where to look first; nothing depends on them.
 
 Watches folders, not files, because editors replace files; of each path it watches every folder in
 which a link on the way lies, so that a retargeted link or a swapped `..data` folder is noticed; and
@@ -8,10 +8,10 @@ each folder on the way for being moved or deleted itself. A folder that does not
 awaited in its nearest existing ancestor.
 
 watchdog watches. Its `InotifyFD` reads one inotify descriptor in one thread, whatever the number of
-folders; the kernel says when it lost events, and that is an event like any other. Where the kernel
-has no room for a watch, and on file systems that other machines change, its polling observer looks
-at the same places. Its threads only post to the event loop. Whatever all of them miss is found when
-the reconciler looks again, once a minute.
+folders; when the kernel drops events, it sends one for that, too. Where the kernel has no room for
+a watch, and on file systems that other machines change, its polling observer looks at the same
+places. Its threads only post to the event loop. Whatever all of them miss is found when the
+reconciler looks again, once a minute.
 """
 
 from __future__ import annotations
@@ -96,14 +96,13 @@ _NOT_WRITTEN = Mask(
     | InotifyConstants.IN_DELETE
 )
 
-# A file that was not written to for so long is not taken to be open any more.
+# After so long without a write, a file counts as closed.
 _FORGET_S = 60.0
 
 # As the kernel's own limit for links on one path.
 _MAX_LINKS = 40
 
-# Names of changed files that are kept for the event loop; so many of them say no more than that
-# much changed.
+# So many names of changed files are kept for the event loop; more only mean that much changed.
 _MAX_NAMES = 1000
 
 # Stands for a file of a folder, whatever its name.
@@ -117,13 +116,15 @@ class Place:
     names: set[str] | None
     """None: everything in it; empty: only the folder itself."""
     identity: tuple[int, int] | None
-    """Device and inode, to tell a folder from the one that replaces it. None: it is not there."""
+    """Device and inode, which the folder that replaces it does not share. None: it is not there."""
     remote: bool = False
-    """It may change without an event, because its file system is not of this machine alone."""
+    """Whether it may change without an event, because other machines use its file system, too."""
 
     @property
     def events(self) -> Mask:
-        return _ITSELF if self.names is not None and not self.names else _CONTENT
+        if self.names is not None and not self.names:
+            return _ITSELF
+        return _CONTENT
 
     def follows(self, name: str) -> bool:
         return self.names is None or name in self.names
@@ -142,7 +143,7 @@ class Follower(Protocol):
 
     @property
     def writing(self) -> Mapping[str, Writing]:
-        """The files that are open for writing, as far as events tell: polled ones never are."""
+        """The files that are open for writing, as far as events show it; polls never do."""
         ...
 
     def follow(self, wanted: Mapping[str, Place]) -> None: ...
@@ -151,11 +152,11 @@ class Follower(Protocol):
 class Watcher:
     """Calls `look_again` in the event loop whenever something that is followed may have changed.
 
-    It is given the paths that are known to have: none, if no more is known than that something did.
+    It is given the paths that have changed for certain; none, if only a change is known, not where.
     """
 
     def __init__(self, look_again: Callable[[Collection[str]], None]) -> None:
-        """To be made in the event loop that it shall call."""
+        """Make it in the event loop that it shall call."""
         self._look_again = look_again
         self._listener = _Listener(self._take)
         self._inotify: InotifyFD | None = None
@@ -169,7 +170,7 @@ class Watcher:
         self.writing: dict[str, Writing] = {}
 
     def close(self) -> None:
-        """Stop watching; no call of `look_again` after it returned. Idempotent."""
+        """Stop watching: `look_again` is not called after this returned. Idempotent."""
         self._closed = True
         self._watches.clear()
         for poller in (self._unwatched, self._remote):
@@ -183,7 +184,7 @@ class Watcher:
     def follow(self, wanted: Mapping[str, Place]) -> None:
         """Watch exactly these places.
 
-        What cannot be watched is polled, and tried again by the next call.
+        What cannot be watched is polled, and the next call retries to watch it.
         """
         if self._closed:
             return
@@ -207,8 +208,8 @@ class Watcher:
 
         Returns why that is not possible, and for which places.
 
-        What changed before a folder was watched was perhaps looked at before: another look follows
-        a new watch.
+        A folder may have changed after the last look and before its watch began: so another look
+        follows a new watch.
         """
         try:
             inotify = self._open()
@@ -217,10 +218,8 @@ class Watcher:
 
         for folder, watch in list(self._watches.items()):
             now = wanted.get(folder)
-            if now is None or (now.identity, now.events) != (
-                watch.place.identity,
-                watch.place.events,
-            ):
+            old = watch.place
+            if now is None or now.identity != old.identity or now.events != old.events:
                 del self._watches[folder]
                 self._listener.forget(folder, watch.number)
                 inotify.remove_callbacks([(watch.number, watch.id)])
@@ -239,7 +238,7 @@ class Watcher:
                 added = True  # it went after it was looked at
             except OSError as error:
                 if isinstance(error, PermissionError) and place.events == _ITSELF:
-                    continue  # that a folder on the way is moved, a rescan may tell
+                    continue  # the next look finds out that a folder on the way was moved
                 trouble = error
                 unwatched[folder] = place
 
@@ -264,15 +263,15 @@ class Watcher:
     def _add(self, inotify: InotifyFD, folder: str, place: Place) -> _Watch:
         """Watch a folder.
 
-        Its place is of before: had it been replaced in between, the next look would see that.
+        The folder may have been replaced since its place was read: the next look sees that.
         """
         callback = CallbackId(next(self._ids))
         number = inotify.add_callback(os.fsencode(folder), place.events, self._listener, callback)
         if number < 0:  # watchdog passes over a missing permission
             inotify.remove_callbacks([(number, callback)])
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), folder)
-        self._listener.folders[number].add(folder)
 
+        self._listener.folders[number].add(folder)
         return _Watch(number, callback, place)
 
     def _take(self, news: _News) -> None:
@@ -288,6 +287,7 @@ class Watcher:
         for folder, watch in list(self._watches.items()):
             if watch.number in news.ended:
                 del self._watches[folder]
+
         self._note_writing(news)
         self._look_again(news.changed)
 
@@ -298,8 +298,13 @@ class Watcher:
 
         for path, is_open in news.writing.items():
             before = self.writing.pop(path, None)
-            if is_open:
-                self.writing[path] = Writing(before.first if before is not None else now, now)
+            if not is_open:
+                continue
+
+            if before is None:
+                self.writing[path] = Writing(now, now)
+            else:
+                self.writing[path] = Writing(before.first, now)
 
         for path, writing in list(self.writing.items()):
             if writing.last < now - _FORGET_S:
@@ -316,21 +321,21 @@ class _Watch:
 
 @dataclass(slots=True)
 class _News:
-    """That something matters; and more, if more is known."""
+    """Something that matters happened; the fields hold what more is known."""
 
     changed: set[str] = field(default_factory=set)
     ended: set[WatchDescriptor] = field(default_factory=set)
     """Watches that ended with their folders."""
     writing: dict[str, bool] = field(default_factory=dict)
-    """Of files that were written to or closed: whether they are open for writing after that."""
+    """The files that were written to or closed, and whether they are open for writing now."""
     lost: bool = False
-    """There were more events than the kernel keeps."""
+    """Whether the kernel dropped events, because there were more than it keeps."""
 
 
 class _Listener(WatchCallback):
     """Receives the calls of watchdog's threads.
 
-    It keeps what matters until the event loop takes it, much at a time.
+    It keeps what matters until the event loop takes it, in batches.
     """
 
     def __init__(self, take: Callable[[_News], None]) -> None:
@@ -341,10 +346,10 @@ class _Listener(WatchCallback):
         """Guards all that is here: whoever makes watches holds it until they are in `folders`."""
         self.wanted: Mapping[str, Place] = {}
         self.folders: dict[WatchDescriptor, set[str]] = defaultdict(set)
-        """Of each watch, several where one folder is mounted at two places."""
+        """The folders of each watch: two if one folder is mounted at two places."""
 
     def forget(self, folder: str, watch: WatchDescriptor) -> None:
-        """This watch is no longer for this folder. The lock is held."""
+        """Note that this watch is no longer for this folder. The lock is held."""
         folders = self.folders.get(watch, set())
         folders.discard(folder)
         if not folders:
@@ -355,32 +360,32 @@ class _Listener(WatchCallback):
         with self.lock:
             for folder in self.folders.get(event.wd, ()):
                 if not name:
-                    self._tell()
+                    self._collect()
                 elif (place := self.wanted.get(folder)) is not None and place.follows(name):
                     self._changed(os.path.join(folder, name), event.mask)  # noqa: PTH118 - strings, as the scan's
 
     def on_watch_deleted(self, wd: WatchDescriptor) -> None:
         with self.lock:
             if self.folders.pop(wd, None) is not None:
-                self._tell().ended.add(wd)
+                self._collect().ended.add(wd)
 
     def on_queue_overflow(self) -> None:
         """Called once, not for each folder, because all of them share this one callback."""
         with self.lock:
-            self._tell().lost = True
+            self._collect().lost = True
 
     def polled(self, path: str) -> None:
-        """A poll found this path changed, made or gone."""
+        """Take a path that a poll found changed, made or gone."""
         folder, name = os.path.split(path)
         with self.lock:
             place = self.wanted.get(folder)
             if place is not None and place.follows(name):
                 self._changed(path)
             elif path in self.wanted:
-                self._tell()
+                self._collect()
 
     def _changed(self, path: str, events: int = 0) -> None:
-        news = self._tell()
+        news = self._collect()
         if len(news.changed) < _MAX_NAMES:
             news.changed.add(path)
 
@@ -389,8 +394,8 @@ class _Listener(WatchCallback):
         elif events & _NOT_WRITTEN:
             news.writing[path] = False
 
-    def _tell(self) -> _News:
-        """Have the event loop take what is added to the result. The lock is held."""
+    def _collect(self) -> _News:
+        """The news that the event loop takes next, to be added to. The lock is held."""
         if self._news is None:
             self._news = _News()
             with contextlib.suppress(RuntimeError):  # the loop is closed
@@ -401,6 +406,7 @@ class _Listener(WatchCallback):
         with self.lock:
             news = self._news
             self._news = None
+
         if news is not None:
             self._take(news)
 
@@ -433,12 +439,18 @@ def places(files: Iterable[Path], folders: Iterable[Path]) -> dict[str, Place]:
             entries[folder] = None
 
         for name in by_folder.get(parent, ()):
-            linked = os.path.islink(os.path.join(folder, name))  # noqa: PTH114, PTH118 - strings, as events carry them
-            for place in trail(parent / name) if linked else [(folder, name)]:
+            for place in _trail_in(folder, name, parent):
                 add(*place)
 
     remote = _remote_devices()
     return {folder: _place(folder, names, remote) for folder, names in entries.items()}
+
+
+def _trail_in(folder: str, name: str, parent: Path) -> list[tuple[str, str]]:
+    """The trail of a file in `parent`, whose own trail is known and ends in `folder`."""
+    if os.path.islink(os.path.join(folder, name)):  # noqa: PTH114, PTH118 - strings, as events carry them
+        return trail(parent / name)
+    return [(folder, name)]
 
 
 def trail(path: Path) -> list[tuple[str, str]]:
@@ -448,7 +460,8 @@ def trail(path: Path) -> list[tuple[str, str]]:
     does not exist, the last place is where it would appear.
     """
     places: list[tuple[str, str]] = []
-    folder, rest = "/", [part for part in Path(os.path.abspath(path)).parts if part != "/"]  # noqa: PTH100 - lexical
+    folder = "/"
+    rest = [part for part in Path(os.path.abspath(path)).parts if part != "/"]  # noqa: PTH100 - lexical
     links = 0
 
     while rest:
