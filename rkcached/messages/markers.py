@@ -25,8 +25,7 @@ _WRITTEN: Final = re.compile(
     r"</?[A-Za-z][\w.:-]{0,63}>|<<\w{1,32}>>|<</\w{1,32}>>|\[/?[A-Z][A-Z_]{1,31}\]"
 )
 
-# These stand inside a turn. An answer that is sent back may hold them, and a prompt may explain
-# them.
+# Words inside a turn: an answer that is sent back may hold them, and a prompt may explain them.
 _WORDS: Final = frozenset(
     {"<think>", "</think>", "<tools>", "</tools>", "<tool_call>", "</tool_call>"}
 )
@@ -46,7 +45,8 @@ class Markers:
         rests: dict[str, list[str]] = {"<": list(_MARKERS)}
         for token in sorted(token for token in written if len(token) > 1):
             rests.setdefault(token[0], []).append(re.escape(token[1:]))
-        # Consumes only the first character of a marker: they may overlap.
+
+        # A match consumes only the first character of a marker, because markers may overlap.
         pattern = "|".join(
             f"{re.escape(first)}(?={'|'.join(rest)})" for first, rest in rests.items()
         )
@@ -57,7 +57,8 @@ class Markers:
         """A copy in which no text, at any depth, holds a marker."""
         match value:
             case str():
-                if not any(first in value for first in self._first):  # as is usual: much faster
+                # Most texts hold none, and this check is much faster.
+                if not any(first in value for first in self._first):
                     return value
                 return self._first_character.sub(r"\g<0> ", value)
             case list() | tuple():

@@ -30,7 +30,7 @@ class ToolCall:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Delta:
-    """One of the three."""
+    """A piece of an answer: exactly one of the three."""
 
     content: str = ""
     reasoning: str = ""
@@ -39,13 +39,13 @@ class Delta:
 
 class _Mode(Enum):
     START = auto()
-    """Nothing but white space yet, or a tag has just ended."""
+    """There is nothing but white space yet, or a tag has just ended."""
     REASONING = auto()
     CONTENT = auto()
     CALL = auto()
-    """Inside <tool_call>."""
+    """The text is inside <tool_call>."""
     BARE_CALL = auto()
-    """The rest is one or more calls as Llama writes them; only its end tells."""
+    """The rest is one or more calls as Llama writes them, or content: that is known at its end."""
 
 
 class Reply:
@@ -68,7 +68,12 @@ class Reply:
         self._tools = tools
         self._held = ""
         self._may_reason = not forced
-        self._mode = _Mode.BARE_CALL if forced else _Mode.REASONING if reasons else _Mode.START
+        self._mode = _Mode.START
+        if forced:
+            self._mode = _Mode.BARE_CALL
+        elif reasons:
+            self._mode = _Mode.REASONING
+
         # The reasoning has not begun: its leading newlines are the template's, not the model's.
         self._at_line_start = True
 
@@ -84,18 +89,19 @@ class Reply:
         """Return the text that was held back."""
         if self._mode is _Mode.START:
             self._drop_newlines()
+
         held = self._held
         self._held = ""
-
         match self._mode:
             case _Mode.REASONING:
                 yield from _some(Delta(reasoning=held))
             case _Mode.CALL:  # many models end before the closing tag
-                call = _call(held)
-                yield Delta(call=call) if call else Delta(content=_CALL + held)
+                yield _call_or_content(held, _CALL + held)
             case _Mode.BARE_CALL:
-                calls = self._bare_calls(held)
-                yield from [Delta(call=call) for call in calls] or _some(Delta(content=held))
+                if calls := self._bare_calls(held):
+                    yield from (Delta(call=call) for call in calls)
+                else:
+                    yield from _some(Delta(content=held))
             case _:
                 yield from _some(Delta(content=held))
 
@@ -106,19 +112,27 @@ class Reply:
             case _Mode.REASONING:
                 yield from self._reason()
             case _Mode.CONTENT:
-                text, tag = self._until(_CALL) if self._style is ToolStyle.HERMES else self._all()
-                yield from _some(Delta(content=text))
-                if tag:
-                    self._mode = _Mode.CALL
+                yield from self._take_content()
             case _Mode.CALL:
                 body = self._called()
                 if body is not None:
-                    call = _call(body)
                     self._held = self._held[len(body) + len(_CALL_END) :]
                     self._mode = _Mode.START
-                    yield Delta(call=call) if call else Delta(content=_CALL + body + _CALL_END)
+                    yield _call_or_content(body, _CALL + body + _CALL_END)
             case _Mode.BARE_CALL:
                 pass
+
+    def _take_content(self) -> Iterator[Delta]:
+        if self._style is not ToolStyle.HERMES:
+            text = self._held
+            self._held = ""
+            yield from _some(Delta(content=text))
+            return
+
+        text, tag = self._until(_CALL)
+        yield from _some(Delta(content=text))
+        if tag:
+            self._mode = _Mode.CALL
 
     def _called(self) -> str | None:
         """The text before the closing tag.
@@ -138,6 +152,7 @@ class Reply:
         if self._at_line_start:
             self._held = self._held.lstrip("\n")
             self._at_line_start = not self._held
+
         text, tag = self._until(_THINK_END)
         yield from _some(Delta(reasoning=text))
         if tag:
@@ -147,7 +162,9 @@ class Reply:
     def _start(self) -> None:
         """Decide what begins here, as soon as that is certain."""
         text = self._held.lstrip()
-        tags = [_THINK] if self._may_reason else []
+        tags = []
+        if self._may_reason:
+            tags.append(_THINK)
         if self._style is ToolStyle.HERMES:
             tags.append(_CALL)
         if self._style is ToolStyle.LLAMA3:
@@ -173,14 +190,9 @@ class Reply:
                 self._may_reason = False
 
     def _drop_newlines(self) -> None:
-        """Those between a tag and the content are not content."""
+        """Drop the newlines between a tag and the content: they are not content."""
         if not self._may_reason:
             self._held = self._held.lstrip("\n")
-
-    def _all(self) -> tuple[str, str]:
-        text = self._held
-        self._held = ""
-        return text, ""
 
     def _until(self, tag: str) -> tuple[str, str]:
         """Take the text before `tag`, and the tag; or what cannot be a part of it, and nothing."""
@@ -188,12 +200,12 @@ class Reply:
         if tag_found:
             self._held = rest
             return text, tag
+
         keep = next(
             (n for n in range(min(len(tag) - 1, len(text)), 0, -1) if text.endswith(tag[:n])), 0
         )
         cut = len(text) - keep
         self._held = text[cut:]
-
         return text[:cut], ""
 
     def _bare_calls(self, text: str) -> list[ToolCall]:
@@ -218,6 +230,13 @@ class Reply:
                 at += 1
 
         return calls
+
+
+def _call_or_content(body: str, content: str) -> Delta:
+    """The call that `body` is; else `content`, the text as it was written."""
+    if call := _call(body):
+        return Delta(call=call)
+    return Delta(content=content)
 
 
 def _ends_in_a_string(text: str) -> bool:
@@ -265,4 +284,6 @@ def _is_text(text: str) -> bool:
 
 
 def _some(delta: Delta) -> list[Delta]:
-    return [delta] if delta.content or delta.reasoning else []
+    if delta.content or delta.reasoning:
+        return [delta]
+    return []

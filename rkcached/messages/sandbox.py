@@ -39,7 +39,7 @@ RENDER_TIMEOUT_S = 2.0
 """A render takes a millisecond. An overloaded board may take a hundred times as long."""
 
 START_TIMEOUT_S = 30.0
-"""From exec to the first answer."""
+"""The limit of the time from exec to the first answer."""
 
 REST_S = 10.0
 """A template that used up its time or memory is refused at once for so long: it must not keep a
@@ -49,7 +49,7 @@ MEMORY_BYTES = 256 << 20
 """Memory that compiling and rendering may allocate."""
 
 MAX_TEXT_BYTES = 16 << 20
-"""As much as a message to a worker may have."""
+"""The longest text, as long as a message to a worker may be."""
 
 _LENGTH_BYTES = 4
 _KEPT_VARIABLES = ("PATH", "LANG", "LC_")
@@ -74,13 +74,13 @@ class Renderer:
         self._timeout_s = timeout_s
         self._rest_s = rest_s
         self._lock = threading.Lock()
-        # By a template's source: until when it rests (monotonic), and why.
+        # The templates that are refused, by source, with the end of that time (monotonic) and why.
         self._resting: dict[str, tuple[float, TemplateExhausted]] = {}
         self._running: list[Process] = []
         self._finalizer = weakref.finalize(self, end_all, self._running)
 
     def compile(self, source: str, name: str) -> Write:
-        """As `template.compile_here`, elsewhere. Errors: TemplateError, TemplateExhausted."""
+        """Do as `template.compile_here`, in the child. Errors: TemplateError, TemplateExhausted."""
         self._ask(source, name, {}, None)
 
         def write(variables: Mapping[str, Any], messages: Sequence[Message]) -> str:
@@ -107,8 +107,8 @@ class Renderer:
             "messages": messages,
             "timeout_s": self._timeout_s,
         }
-
         data = json.dumps(question).encode()
+
         with self._lock:
             self._refuse_resting(source)
             process = self._process()
@@ -134,14 +134,16 @@ class Renderer:
 
     def _refuse_resting(self, source: str) -> None:
         now = time.monotonic()
-        for resting in [known for known, (until, _) in self._resting.items() if until <= now]:
-            del self._resting[resting]
+        for known, (until, _) in list(self._resting.items()):
+            if until <= now:
+                del self._resting[known]
+
         if source in self._resting:
             error = self._resting[source][1]
             raise TemplateExhausted(error.message, hint=error.hint)
 
     def _exhausted(self, source: str, message: str) -> TemplateExhausted:
-        """The child is of no more use, and its template rests."""
+        """End the child, which is of no more use, and refuse its template for some time."""
         end_all(self._running)
         error = TemplateExhausted(message, hint=_HINT)
         self._resting[source] = (time.monotonic() + self._rest_s, error)
@@ -164,10 +166,7 @@ class Renderer:
         return self._running[0]
 
     def _exchange(self, process: Process, data: bytes) -> dict[str, Any]:
-        """Errors: TimeoutError.
-
-        OSError, EOFError, ValueError when the child is gone or talks nonsense.
-        """
+        """Errors: TimeoutError; OSError, EOFError, ValueError if the child is gone or broken."""
         process.connection.settimeout(self._timeout_s)
         send(process.connection, data)
         body = receive(process.connection, self._timeout_s)
@@ -186,11 +185,15 @@ def end_all(running: list[Process]) -> None:
 
 
 def start(module: str) -> Process:
-    """A child that runs a module of ours, and has said that it is ready.
+    """Start a child that runs a module of ours, and wait until it is ready.
 
     Errors: OSError; TimeoutError when the machine is too busy to start a process.
     """
+    environment = {
+        name: value for name, value in os.environ.items() if name.startswith(_KEPT_VARIABLES)
+    }
     ours, theirs = socket.socketpair()
+
     with theirs:
         popen = subprocess.Popen(
             isolated.command(module, str(theirs.fileno())),
@@ -198,11 +201,7 @@ def start(module: str) -> Process:
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
-            env={
-                name: value
-                for name, value in os.environ.items()
-                if name.startswith(_KEPT_VARIABLES)
-            },
+            env=environment,
             cwd=isolated.CWD,
             start_new_session=True,
         )
@@ -210,14 +209,13 @@ def start(module: str) -> Process:
     process = Process(popen, ours)
     try:
         ready = receive(ours, START_TIMEOUT_S)
-    except BaseException:  # whatever ends us here, Ctrl-C too: nobody else knows the process yet
+    except BaseException:  # also for Ctrl-C: nobody else knows the process yet
         process.end()
         raise
 
     if ready is None:
         process.end()
         raise BrokenPipeError("it ended at once")
-
     return process
 
 
@@ -230,13 +228,17 @@ def receive(connection: socket.socket, timeout_s: float | None) -> bytes | None:
 
     Errors: TimeoutError, OSError; ValueError for one that is too long.
     """
-    deadline = None if timeout_s is None else time.monotonic() + timeout_s
+    deadline: float | None = None
+    if timeout_s is not None:
+        deadline = time.monotonic() + timeout_s
+
     data = bytearray()
     wanted = _LENGTH_BYTES
 
     while len(data) < wanted:
         if deadline is not None:
             connection.settimeout(max(1e-3, deadline - time.monotonic()))
+
         part = connection.recv(min(1 << 20, wanted - len(data)))
         if not part:
             return None
@@ -250,7 +252,7 @@ def receive(connection: socket.socket, timeout_s: float | None) -> bytes | None:
     return bytes(data[_LENGTH_BYTES:])
 
 
-# The child
+# The rest runs in the child.
 
 
 _compile = lru_cache(maxsize=64)(template.compile_here)
@@ -264,8 +266,7 @@ def main() -> None:
 
     while (data := receive(connection, None)) is not None:
         question = json.loads(data)
-        # By the kernel, and while the daemon cannot: also one that was killed leaves no endless
-        # loop behind.
+        # The kernel ends a loop that does not end, also when the daemon was killed and cannot.
         signal.setitimer(signal.ITIMER_REAL, question["timeout_s"] + 1)
         send(connection, json.dumps(_answer(question)).encode())
         signal.setitimer(signal.ITIMER_REAL, 0)
@@ -284,13 +285,11 @@ def restrict() -> None:
 
 def _answer(question: dict[str, Any]) -> dict[str, Any]:
     name = question["name"]
+    text = ""
     try:
         write = _compile(question["source"], name)
-        text = (
-            ""
-            if question["messages"] is None
-            else write(question["variables"], question["messages"])
-        )
+        if question["messages"] is not None:
+            text = write(question["variables"], question["messages"])
 
         if len(text) > MAX_TEXT_BYTES:
             return {

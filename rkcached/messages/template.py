@@ -35,14 +35,14 @@ from rkcached.errors import TemplateError, TemplateExhausted
 from rkcached.messages.builtin import BUILTIN
 from rkcached.messages.markers import Markers
 
-# User texts for `prefix`: they share no first character, not even after trim, upper or lower; nor
-# their length.
+# User texts for `prefix`. They share no first character, not even after trim, upper or lower, and
+# they differ in length.
 _USER_TEXTS: Final = ("Q", "7 + 5?\nü")
 _SYSTEM_PROBE: Final = "Zq4-probe-of-the-system-message"
 
 
 class Message(TypedDict):
-    """As chat templates know it. A call's `function` has a name and its arguments as an object."""
+    """A message as templates get it. A call's `function` has a name and an object, `arguments`."""
 
     role: str
     content: str
@@ -63,8 +63,8 @@ Write = Callable[[Mapping[str, Any], Sequence[Message]], str]
 """Renders variables and messages. Errors: TemplateError."""
 
 Compile = Callable[[str, str], Write]
-"""From a template's source and name. Errors: TemplateError, with the line in the template, if it
-does not parse."""
+"""Compiles a template, from its source and name. Errors: TemplateError, with the line in the
+template, if it does not parse."""
 
 
 def compile_here(source: str, name: str) -> Write:
@@ -115,14 +115,17 @@ class ChatTemplate:
             "tools": None,
             "documents": None,
         }
-
         if thinking is not None:
             self._variables["enable_thinking"] = thinking
-        self.may_wait = compile_elsewhere is not None and source not in BUILTIN.values()
-        """Rendering waits for another process: not in the event loop."""
-        self._write = (compile_elsewhere if compile_elsewhere and self.may_wait else compile_here)(
-            source, name
-        )
+
+        self.may_wait = False
+        """Whether rendering waits for another process: then not in the event loop."""
+        compile_it: Compile = compile_here
+        if compile_elsewhere is not None and source not in BUILTIN.values():
+            self.may_wait = True
+            compile_it = compile_elsewhere
+
+        self._write = compile_it(source, name)
 
     def render(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] = ()) -> str:
         """The text of a request, up to and including the header of the answer.
@@ -132,12 +135,12 @@ class ChatTemplate:
         Newlines at the end of a system message are dropped: those of a prompt file are not part of
         the prompt.
         """
-        copies: list[Any] = [
-            {**message, "content": message["content"].rstrip("\r\n")}
-            if message["role"] == "system"
-            else message
-            for message in messages
-        ]
+        copies: list[Any] = []
+        for message in messages:
+            if message["role"] == "system":
+                copies.append({**message, "content": message["content"].rstrip("\r\n")})
+            else:
+                copies.append(message)
 
         copies = self._as_data(copies)
         shown = self._as_data(list(tools))
@@ -161,9 +164,8 @@ class ChatTemplate:
         except TemplateError as error:
             self._refuse_system(error)
 
-        if (
-            kept and self._as_data(system.strip()) in prefix
-        ):  # stripped, because many templates trim what they are given
+        # Stripped, because many templates trim their messages.
+        if kept and self._as_data(system.strip()) in prefix:
             return prefix
 
         raise TemplateError(
@@ -179,15 +181,14 @@ class ChatTemplate:
 
     def _common_prefix(self, system: str) -> str:
         system_message = Message(role="system", content=system)
-        return _common(
-            *(
-                self.render([system_message, Message(role="user", content=text)])
-                for text in _USER_TEXTS
-            )
-        )
+        texts = [
+            self.render([system_message, Message(role="user", content=text)])
+            for text in _USER_TEXTS
+        ]
+        return _common(*texts)
 
     def _refuse_system(self, error: TemplateError) -> NoReturn:
-        """Says that the system message is at fault, if the template renders without it."""
+        """Blame the system message, if the template renders without it; else raise `error`."""
         try:
             self.render([Message(role="user", content=_USER_TEXTS[0])])
         except TemplateError:
@@ -196,8 +197,7 @@ class ChatTemplate:
         raise TemplateError(
             f"a system message is impossible with this template: {error.message}",
             hint="choose another chat_template, or write a .jinja file that folds the system text "
-            "into the first user "
-            "message, as the built-in gemma does",
+            "into the first user message, as the built-in gemma does",
         ) from error
 
 
@@ -218,7 +218,9 @@ def _tool_style(source: str) -> ToolStyle | None:
         return None
     if "<tool_call>" in source:
         return ToolStyle.HERMES
-    return ToolStyle.LLAMA3 if '"parameters"' in source and "ipython" in source else None
+    if '"parameters"' in source and "ipython" in source:
+        return ToolStyle.LLAMA3
+    return None
 
 
 def _raise_exception(message: str) -> NoReturn:
@@ -256,33 +258,36 @@ def _compile(source: str) -> jinja2.Template:
 
 
 def _translate(name: str, error: Exception) -> TemplateError:
-    line = _line(error)
-    place = f"template {name}, line {line}" if line else f"template {name}"
+    place = f"template {name}"
+    if line := _line(error):
+        place += f", line {line}"
     kind = type(error).__name__
-    said = str(error) or kind
+    text = str(error) or kind
 
     match error:
         case MemoryError():
             return TemplateExhausted(
                 f"{place}: it needs more memory than a render may have", hint="correct the line"
             )
-        case jinja2.UndefinedError() if "strftime_now" in said:
+        case jinja2.UndefinedError() if "strftime_now" in text:
             message = "it requires strftime_now, today's date, which prompts do not get"
             hint = (
                 "a date makes a prompt cache stale each day: remove it, or ask `strftime_now is "
                 "defined` first"
             )
         case jinja2.TemplateSyntaxError():
-            message = f"syntax error: {said}"
+            message = f"syntax error: {text}"
             hint = "chat templates are Jinja2; correct the line"
         case jinja2.exceptions.SecurityError():
-            message = f"refused by the sandbox: {said}"
+            message = f"refused by the sandbox: {text}"
             hint = "a chat template may only read its variables"
         case jinja2.TemplateError():
-            message = said
+            message = text
             hint = "change the messages, or choose another chat_template"
         case _:
-            message = said if said == kind else f"{kind}: {said}"
+            message = text
+            if text != kind:
+                message = f"{kind}: {text}"
             hint = "the template cannot handle these messages; choose another chat_template"
 
     return TemplateError(f"{place}: {message}", hint=hint)
@@ -291,16 +296,16 @@ def _translate(name: str, error: Exception) -> TemplateError:
 def _line(error: Exception) -> int:
     """The 1-based line of the template where this happened, or 0.
 
-    Jinja2 puts its own lines into the traceback.
+    Jinja2 puts the template's lines into the traceback.
     """
     if isinstance(error, jinja2.TemplateSyntaxError):
         return error.lineno
-    lines = [
-        line
-        for frame, line in walk_tb(error.__traceback__)
-        if frame.f_code.co_filename == "<template>"
-    ]
-    return lines[-1] if lines else 0
+
+    last = 0
+    for frame, line in walk_tb(error.__traceback__):
+        if frame.f_code.co_filename == "<template>":
+            last = line
+    return last
 
 
 def _common(left: str, right: str) -> str:
