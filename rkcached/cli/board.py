@@ -89,9 +89,10 @@ class Board:
 
         None when it cannot be read.
         """
-        file = self._below(path) if isinstance(path, str) else path
+        if isinstance(path, str):
+            path = self._below(path)
         try:
-            with file.open("rb") as stream:
+            with path.open("rb") as stream:
                 return stream.read(_MAX_FACT_BYTES).decode(errors="replace").strip("\0 \t\r\n")
         except OSError:
             return None
@@ -134,7 +135,9 @@ class Board:
                 outcome=Outcome.OK,
                 finding=f"{self.model or 'a board'}, {self._soc.upper()}",
             )
-        here = f"{self.model} is" if self.model else "this machine is"
+        here = "this machine is"
+        if self.model:
+            here = f"{self.model} is"
         if not self.has_npu:
             next_step = "use `engine: {kind: llamacpp}` on this machine, or run this on the board"
             return self._without_npu("board", f"{here} no board with one of {supported}", next_step)
@@ -162,7 +165,8 @@ class Board:
         description = (
             f"RKLLM {facts.version or '(version unknown)'}, ABI {abi.name} (group {abi.group})"
         )
-        description += ", as engine.abi says" if override else ""
+        if override:
+            description += ", as engine.abi says"
         if (
             facts.version is not None
             and facts.version not in abi.versions
@@ -179,11 +183,9 @@ class Board:
 
     def devices(self) -> Check:
         name = "NPU devices"
-        heap = (
-            self._glob("/dev/dma_heap/*")
-            if any(node.name == "rknpu" for node in self._nodes)
-            else []
-        )
+        heap = []
+        if any(node.name == "rknpu" for node in self._nodes):
+            heap = self._glob("/dev/dma_heap/*")
         nodes = [*self._nodes, *heap]
         if not self.has_npu:
             return self._without_npu(name, "there is no device node of an NPU")
@@ -224,11 +226,9 @@ class Board:
         )
         if version is None:
             finding = "the driver's version cannot be read"
-            next_step = (
-                f"as root: sudo cat {places[1]}"
-                if os.geteuid()
-                else "is debugfs mounted, and the module loaded?"
-            )
+            next_step = "is debugfs mounted, and the module loaded?"
+            if os.geteuid():
+                next_step = f"as root: sudo cat {places[1]}"
             return Check(name=name, outcome=Outcome.SKIP, finding=finding, next_step=next_step)
         if tuple(map(int, version.split("."))) < OLDEST_DRIVER:
             wanted = ".".join(map(str, OLDEST_DRIVER))
@@ -323,11 +323,9 @@ class _Clock:
         )
 
     def __str__(self) -> str:
-        return (
-            f"{self.governor} ({self.now:.0f} of {self.most:.0f} MHz)"
-            if self.now and self.most
-            else self.governor
-        )
+        if self.now and self.most:
+            return f"{self.governor} ({self.now:.0f} of {self.most:.0f} MHz)"
+        return self.governor
 
 
 def _judge_clocks(name: str, clocks: list[_Clock], command: str) -> Check:
@@ -342,7 +340,9 @@ def _judge_clocks(name: str, clocks: list[_Clock], command: str) -> Check:
 
 
 def _megahertz(text: str | None, per_megahertz: int) -> float:
-    return int(text) / per_megahertz if text and text.isascii() and text.isdigit() else 0.0
+    if text and text.isascii() and text.isdigit():
+        return int(text) / per_megahertz
+    return 0.0
 
 
 def _how_to_open(nodes: list[Path]) -> str:
@@ -371,7 +371,9 @@ def size_of(path: Path) -> int | None:
         info = path.stat()
     except OSError:
         return None
-    return info.st_size if stat.S_ISREG(info.st_mode) else None
+    if stat.S_ISREG(info.st_mode):
+        return info.st_size
+    return None
 
 
 def model_bytes(manifest: Manifest, config: ModelConfig) -> int:

@@ -98,9 +98,14 @@ class Conversation:
 
 def _measured(report: dict[str, Any], usage: dict[str, Any]) -> str:
     cache = f"{report['state']} on {report['cache']}" if report["cache"] else report["state"]
-    reason = f" ({report['reason']})" if report["reason"] else ""
-    cached, total = report["cached_tokens"], usage["prompt_tokens"]
-    reuse = "" if cached is None else f"{cached} of {total} prompt tokens from the cache, "
+    reason = ""
+    if report["reason"]:
+        reason = f" ({report['reason']})"
+    cached = report["cached_tokens"]
+    total = usage["prompt_tokens"]
+    reuse = ""
+    if cached is not None:
+        reuse = f"{cached} of {total} prompt tokens from the cache, "
     return (
         f"[{cache}{reason}: first token after {report['ttft_ms']:.0f} ms, {reuse}"
         f"{report['decode_tokens_per_s']:.0f} tokens/s]"

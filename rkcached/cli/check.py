@@ -62,7 +62,9 @@ def run(settings: Settings, *, want_json: bool) -> int:
         click.echo(printable(skipped_files_line(findings.skipped_files)), err=True)
     if not want_json:
         click.echo(f"{settings.manifest}: {findings.summary}", err=bool(findings.problems))
-    return os.EX_CONFIG if findings.problems else os.EX_OK
+    if findings.problems:
+        return os.EX_CONFIG
+    return os.EX_OK
 
 
 def check_manifest(settings: Settings) -> Findings:
@@ -86,7 +88,9 @@ def check_manifest(settings: Settings) -> Findings:
     service = view_of(settings, manifest, sources).without(runtime)
     troubles = list(_troubles(manifest, sources, desired, service))
     if isinstance(runtime, Trouble) and usable.engine_known:
-        key = "library" if ENGINES[manifest.engine.kind].names_library else "kind"
+        key = "kind"
+        if ENGINES[manifest.engine.kind].names_library:
+            key = "library"
         troubles.append((manifest.line_of("engine", key), runtime))
 
     problems = list(usable.problems)

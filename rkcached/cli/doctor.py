@@ -89,7 +89,9 @@ def run(settings: Settings, *, want_json: bool) -> int:
         output.print_json(report_data(report))
     else:
         print_report(output.console(), report)
-    return 1 if report.failed else os.EX_OK
+    if report.failed:
+        return 1
+    return os.EX_OK
 
 
 def examine(manifest_file: Path | None, cache_dir: Path, *, root: Path = Path("/")) -> Report:
@@ -98,7 +100,9 @@ def examine(manifest_file: Path | None, cache_dir: Path, *, root: Path = Path("/
     Blocking; never raises for what it finds. Without a manifest: the board alone.
     """
     manifest, about_manifest = _read_manifest(manifest_file)
-    engine = ENGINES[manifest.engine.kind] if manifest else None
+    engine = None
+    if manifest:
+        engine = ENGINES[manifest.engine.kind]
     board = Board(root, uses_rkllm=engine.on_npu if engine else None)
     checks = [about_manifest, board.soc(), board.library(manifest), board.devices(), board.driver()]
     checks += [board.npu_clock(), board.ddr_clock(), board.cpu_clock()]
@@ -209,7 +213,9 @@ def _read_manifest(file: Path | None) -> tuple[Manifest | None, Check]:
         return None, Check(
             name="manifest", outcome=Outcome.FAIL, finding=finding, next_step=next_step
         )
-    models = "1 model" if len(manifest.models) == 1 else f"{len(manifest.models)} models"
+    models = "1 model"
+    if len(manifest.models) != 1:
+        models = f"{len(manifest.models)} models"
     finding = f"{file}: engine {manifest.engine.kind.value}, {models}"
     return manifest, Check(name="manifest", outcome=Outcome.OK, finding=finding)
 
@@ -269,18 +275,20 @@ def _prompts(files: _Found) -> Check:
     if not troubles:
         finding = f"{_prompts_of(len(files.sources.prompts))}, all readable"
         return Check(name="prompts", outcome=Outcome.OK, finding=finding)
-    more = f", and {len(troubles) - 1} more with such problems" if len(troubles) > 1 else ""
-    finding, next_step = (
-        troubles[0].message + more,
-        troubles[0].hint or "`rkcached check` names its line",
-    )
+    more = ""
+    if len(troubles) > 1:
+        more = f", and {len(troubles) - 1} more with such problems"
+    finding = troubles[0].message + more
+    next_step = troubles[0].hint or "`rkcached check` names its line"
     return Check(name="prompts", outcome=Outcome.FAIL, finding=finding, next_step=next_step)
 
 
 def _models(manifest: Manifest, runtime_version: str | None, files: _Found) -> Iterator[Check]:
     for model, config in manifest.models.items():
-        name, path = f"model {model}", config.path
-        size, trouble = size_of(path), files.models.get(model)
+        name = f"model {model}"
+        path = config.path
+        size = size_of(path)
+        trouble = files.models.get(model)
         if trouble is not None:
             yield Check(
                 name=name, outcome=Outcome.FAIL, finding=trouble.message, next_step=trouble.hint
@@ -380,7 +388,9 @@ def _estimate(manifest: Manifest, sources: Sources, cache_dir: Path) -> tuple[in
         else:
             known += len(texts)
             known_bytes += round(sum(texts) * rate)
-    parts = [f"about {words.size(known_bytes)} needed by {_prompts_of(known)}"] if known else []
+    parts = []
+    if known:
+        parts = [f"about {words.size(known_bytes)} needed by {_prompts_of(known)}"]
     parts += (
         [f"what {_prompts_of(unknown)} will take is not known before one is built"]
         if unknown
@@ -399,15 +409,22 @@ def _bytes_per_letter(folder: Path) -> float | None:
         with contextlib.suppress(OSError, msgspec.MsgspecError, KeyError, ValueError):
             sidecar = msgspec.json.decode(path.read_bytes(), type=Sidecar)
             letters = int(sidecar.components["prefix.bytes"])
-            size_bytes, text_bytes = size_bytes + sidecar.size_bytes, text_bytes + letters
-    return size_bytes / text_bytes if text_bytes else None
+            size_bytes = size_bytes + sidecar.size_bytes
+            text_bytes = text_bytes + letters
+    if text_bytes:
+        return size_bytes / text_bytes
+    return None
 
 
 def _by_model(engine: EngineEntry, path: Path) -> float | None:
     """The same by the model's file. Errors: OSError."""
     of_token = engine.state_bytes_per_token(path)
-    return None if of_token is None else of_token / _LETTERS_PER_TOKEN
+    if of_token is None:
+        return None
+    return of_token / _LETTERS_PER_TOKEN
 
 
 def _prompts_of(count: int) -> str:
-    return "1 prompt" if count == 1 else f"{count} prompts"
+    if count == 1:
+        return "1 prompt"
+    return f"{count} prompts"

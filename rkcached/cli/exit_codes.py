@@ -46,7 +46,9 @@ def _code_of(command: click.Command, arguments: Sequence[str] | None) -> int | s
     except click.ClickException as error:
         with contextlib.suppress(OSError):
             error.show()
-        return os.EX_USAGE if isinstance(error, click.UsageError) else error.exit_code
+        if isinstance(error, click.UsageError):
+            return os.EX_USAGE
+        return error.exit_code
     except (click.Abort, KeyboardInterrupt):
         return 130
     except SystemExit as left:
@@ -54,7 +56,9 @@ def _code_of(command: click.Command, arguments: Sequence[str] | None) -> int | s
         if sys.stdout is not output or isinstance(left.__context__, BrokenPipeError):
             raise BrokenPipeError from left
         return left.code
-    return code if isinstance(code, int) else os.EX_OK
+    if isinstance(code, int):
+        return code
+    return os.EX_OK
 
 
 def _is_of_output(error: OSError) -> bool:

@@ -80,25 +80,30 @@ def print_explanation(console: Console, data: dict[str, Any]) -> None:
         console.print(Text(f"  {data['reason']}"))
     if data["hint"]:
         console.print(Text(f"  {data['hint']}", style="dim"))
-    artifact = data["artifact"]
-    if artifact:
-        built = show.when(artifact["built_at"])
-        console.print(
-            Text(
-                f"  built {built}: {artifact['tokens']} tokens, "
-                f"{words.size(artifact['size_bytes'])}"
-            )
-        )
-        if artifact["verified"] != "off":
-            gain = "" if artifact["gain"] else "; no gain"
-            console.print(
-                Text(
-                    f"  time to first token {artifact['cold_ttft_ms']:.0f} ms cold, "
-                    f"{artifact['warm_ttft_ms']:.0f} ms warm{gain} (verified: "
-                    f"{artifact['verified']})"
-                )
-            )
-    action = data["action"]["action"] if data["action"] else ""
+    if data["artifact"]:
+        _print_artifact(console, data["artifact"])
+
+    action = ""
+    if data["action"]:
+        action = data["action"]["action"]
     if action in _NEXT:
         console.print(Text(f"  {_NEXT[action]}"))
     console.print(Text(f"  store {data['store']}", style="dim"), soft_wrap=True)
+
+
+def _print_artifact(console: Console, artifact: dict[str, Any]) -> None:
+    built = show.when(artifact["built_at"])
+    console.print(
+        Text(f"  built {built}: {artifact['tokens']} tokens, {words.size(artifact['size_bytes'])}")
+    )
+    if artifact["verified"] != "off":
+        gain = ""
+        if not artifact["gain"]:
+            gain = "; no gain"
+        console.print(
+            Text(
+                f"  time to first token {artifact['cold_ttft_ms']:.0f} ms cold, "
+                f"{artifact['warm_ttft_ms']:.0f} ms warm{gain} (verified: "
+                f"{artifact['verified']})"
+            )
+        )

@@ -32,7 +32,9 @@ def run(settings: Settings, *, dry_run: bool, strangers: bool, want_json: bool) 
         output.print_json({**done, **listed})
     else:
         _print(rubbish, settings.cache_dir, dry_run=dry_run)
-    return os.EX_CANTCREAT if rubbish["failed"] else os.EX_OK
+    if rubbish["failed"]:
+        return os.EX_CANTCREAT
+    return os.EX_OK
 
 
 def _collect(settings: Settings, *, dry_run: bool, strangers: bool) -> dict[str, Any]:
@@ -66,8 +68,12 @@ def _print(rubbish: dict[str, Any], store: Path, *, dry_run: bool) -> None:
     for item in (*items, *strangers, *failed):
         click.echo(printable(f"{size(item['size_bytes']):>9}  {item['path']}  {item['reason']}"))
 
-    done = "would remove" if dry_run else "removed"
-    what = "1 item" if len(items) == 1 else f"{len(items)} items"
+    done = "removed"
+    if dry_run:
+        done = "would remove"
+    what = "1 item"
+    if len(items) != 1:
+        what = f"{len(items)} items"
     total = sum(item["size_bytes"] for item in items)
     left = ""
     if strangers:

@@ -63,7 +63,9 @@ def run(file: Path, *, want_json: bool) -> int:
         output.print_json(data)
     else:
         print_inspection(output.console(), data)
-    return os.EX_DATAERR if data["problem"] else os.EX_OK
+    if data["problem"]:
+        return os.EX_DATAERR
+    return os.EX_OK
 
 
 def inspect(path: Path) -> dict[str, Any]:
@@ -114,19 +116,22 @@ def _tokens_data(ids: array[int]) -> dict[str, Any]:
 
 
 def print_inspection(console: Console, data: dict[str, Any]) -> None:
-    tokens, sidecar = data["tokens"], data["sidecar"]
+    tokens = data["tokens"]
+    sidecar = data["sidecar"]
     console.print(Text(f"{data['file']}: a prompt cache of {data['format']}", style="bold"))
-    count = f"{tokens['count']:,} tokens" if tokens else "an unknown number of tokens"
+    count = "an unknown number of tokens"
+    if tokens:
+        count = f"{tokens['count']:,} tokens"
     console.print(
         Text(f"  {count}, {words.size(data['size_bytes'])} ({data['size_bytes']:,} bytes)")
     )
     if tokens:
         rest = tokens["count"] - len(tokens["first"])
-        last = (
-            tokens["last"] if rest > _SHOWN_IDS else tokens["last"][_SHOWN_IDS - rest :]
-        )  # in short ones they overlap
-        between = ["..."] if rest > _SHOWN_IDS else []
-        ids = " ".join(map(str, [*tokens["first"], *between, *last]))
+        if rest > _SHOWN_IDS:
+            shown = [*tokens["first"], "...", *tokens["last"]]
+        else:  # the first and the last ids overlap
+            shown = [*tokens["first"], *tokens["last"][_SHOWN_IDS - rest :]]
+        ids = " ".join(map(str, shown))
         console.print(Text(f"  token ids {ids}", style="dim"))
     if sidecar:
         built = show.when(sidecar["built_at"])
@@ -146,7 +151,9 @@ def _open(path: Path) -> tuple[int, int]:
         if not stat.S_ISREG(
             kind := path.stat().st_mode
         ):  # opening a pipe would wait for its writer
-            what = "a directory" if stat.S_ISDIR(kind) else "not a regular file"
+            what = "not a regular file"
+            if stat.S_ISDIR(kind):
+                what = "a directory"
             raise SourceError(
                 f"{path} is {what}", hint="name a prompt cache, its sidecar or its text"
             )
@@ -157,8 +164,12 @@ def _open(path: Path) -> tuple[int, int]:
             f"there is no file {path}", hint="`rkcached plan` lists what is declared"
         ) from error
     except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "no file can have this name"
-        hint = "artifacts are private: ask as the daemon's user" if _is_refusal(error) else ""
+        reason: str | None = "no file can have this name"
+        if isinstance(error, OSError):
+            reason = error.strerror
+        hint = ""
+        if _is_refusal(error):
+            hint = "artifacts are private: ask as the daemon's user"
         raise SourceError(f"{path} cannot be read: {reason}", hint=hint) from error
 
 
@@ -231,7 +242,9 @@ def _llama_content(path: Path, fd: int, size: int, head: bytes) -> _Content:
     if version == RKLLM_VERSION and fits:
         tokens = _ids(path, fd, size, count)
         if count and all(0 <= token < _MAX_ID for token in tokens):
-            which = "1.1" if magic == SESSION_MAGIC else f"with the architecture number {magic}"
+            which = "1.1"
+            if magic != SESSION_MAGIC:
+                which = f"with the architecture number {magic}"
             return _Content(
                 engine="rkllm", form=f"RKLLM {which}, as far as its header tells", tokens=tokens
             )
@@ -320,7 +333,9 @@ def _compare(
         if names_artifact(artifact.name, record.prompt):
             why += ", so it is a leftover"
         return {"sidecar": None, "problem": why}
-    sha256 = _sha256(fd) if size == record.size_bytes else ""
+    sha256 = ""
+    if size == record.size_bytes:
+        sha256 = _sha256(fd)
     problems = []
     if size != record.size_bytes:
         problems.append(f"it has {size:,} bytes, its sidecar says {record.size_bytes:,}")
@@ -329,7 +344,9 @@ def _compare(
     if tokens is not None and tokens != record.tokens:
         problems.append(f"it has {tokens:,} tokens, its sidecar says {record.tokens:,}")
     text = artifact.with_name(f"{record.prompt}.bin")
-    text_matches = _has_digest(text, record.text_sha256) if os.path.lexists(text) else None
+    text_matches = None
+    if os.path.lexists(text):
+        text_matches = _has_digest(text, record.text_sha256)
     if text_matches is False:
         problems.append(f"{text.name} does not have the SHA-256 of its sidecar")
     return {
@@ -362,7 +379,8 @@ def _has_digest(path: Path, sha256: str) -> bool:
 
 
 def _sha256(fd: int) -> str:
-    hasher, offset = hashlib.sha256(), 0
+    hasher = hashlib.sha256()
+    offset = 0
     while piece := _read(fd, 1 << 20, offset):
         hasher.update(piece)
         offset += len(piece)

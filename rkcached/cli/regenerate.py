@@ -25,7 +25,9 @@ def run(settings: Settings, prompts: Sequence[str], *, everything: bool, want_js
         raise UsageError("nothing to regenerate", hint="name MODEL or MODEL/PROMPT, or use --all")
 
     declared = declared_prompts(settings.socket)
-    wanted = declared if everything else names.matching(prompts, declared)
+    wanted: Sequence[tuple[str, str]] = declared
+    if not everything:
+        wanted = names.matching(prompts, declared)
     console = output.console(quiet=want_json)
     answers, refusals = regenerate(settings.socket, settings.admin_socket, wanted, console)
     if want_json:
@@ -33,7 +35,9 @@ def run(settings: Settings, prompts: Sequence[str], *, everything: bool, want_js
 
     for refusal in refusals:
         exit_codes.complain(refusal)
-    return exit_codes.exit_code(refusals[0]) if refusals else os.EX_OK
+    if refusals:
+        return exit_codes.exit_code(refusals[0])
+    return os.EX_OK
 
 
 def declared_prompts(socket: Path) -> list[tuple[str, str]]:
@@ -51,7 +55,8 @@ def regenerate(
 
     Errors: DaemonUnreachable.
     """
-    answers, refusals = [], []
+    answers = []
+    refusals = []
     with ThreadPoolExecutor(1) as pool:
         for number, (model, prompt) in enumerate(wanted, 1):
             name = f"[{number}/{len(wanted)}] {model}/{prompt}"

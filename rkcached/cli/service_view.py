@@ -63,7 +63,9 @@ class ServiceView:
     def models_in_trouble(self, manifest: Manifest, desired: Desired) -> dict[str, Trouble]:
         troubles = {}
         for name, model in desired.models.items():
-            trouble = model if isinstance(model, Trouble) else None
+            trouble = None
+            if isinstance(model, Trouble):
+                trouble = model
             if name in self.models:
                 trouble = _of_both(trouble, self.models[name], [manifest.models[name].path])
             if trouble is not None:
@@ -81,16 +83,15 @@ class ServiceView:
         troubles: dict[Key, Trouble] = {}
         for key, prompt in desired.prompts.items():
             declared = sources.prompts[key]
-            own = (
-                declared.source
-                if isinstance(desired.models[key.model], Trouble)
-                else prompt.trouble
-            )
-            trouble = own if isinstance(own, Trouble) else None
+            trouble = prompt.trouble
+            if isinstance(desired.models[key.model], Trouble):
+                trouble = None
+                if isinstance(declared.source, Trouble):
+                    trouble = declared.source
             if (seen := self.prompts.get(key)) is not None:
-                of_daemon = (
-                    None if str(seen.trouble) == str(models.get(key.model)) else seen.trouble
-                )
+                of_daemon = None
+                if str(seen.trouble) != str(models.get(key.model)):
+                    of_daemon = seen.trouble
                 trouble = _of_both(trouble, of_daemon, declared.files)
             if trouble is not None:
                 troubles[key] = trouble
@@ -107,12 +108,14 @@ class ServiceView:
         if seen is None or seen.state not in set(State):
             return own
         if seen.trouble is not None:
-            reason, hint = seen.trouble.message, seen.trouble.hint
+            reason = seen.trouble.message
+            hint = seen.trouble.hint
             blocked = Blocked(key=own.key, reason=reason, hint=hint)
             return replace(
                 own, state=State(seen.state), reason=reason, hint=hint, changes=(), action=blocked
             )
-        declared, model = look.sources.prompts.get(own.key), look.manifest.models.get(own.key.model)
+        declared = look.sources.prompts.get(own.key)
+        model = look.manifest.models.get(own.key.model)
         files = [*(declared.files if declared else ()), *([model.path] if model else ())]
         if own.state is not State.BLOCKED or _may_read(files):
             return own
@@ -165,16 +168,20 @@ def view_of(
             and status["ready"]
             and status["manifest"]["file"] == str(settings.manifest)
         ):
-            return said_by(status)
-    return ServiceView() if installed is None else hidden_by(installed, manifest, sources)
+            return _view_in(status)
+    if installed is None:
+        return ServiceView()
+    return hidden_by(installed, manifest, sources)
 
 
-def said_by(status: Mapping[str, Any]) -> ServiceView:
+def _view_in(status: Mapping[str, Any]) -> ServiceView:
     """The view that a status document gives."""
     prompts = {}
     for prompt in status["prompts"]:
         troubled = prompt["state"] in _IN_TROUBLE
-        trouble = Trouble(message=prompt["reason"], hint=prompt["hint"]) if troubled else None
+        trouble = None
+        if troubled:
+            trouble = Trouble(message=prompt["reason"], hint=prompt["hint"])
         prompts[Key(prompt["model"], prompt["prompt"])] = Seen(
             state=prompt["state"], trouble=trouble
         )
@@ -201,7 +208,9 @@ def hidden_by(installed: unit.Unit, manifest: Manifest, sources: Sources) -> Ser
     models: dict[str, Trouble | None] = {}
     unlisted: dict[str, Trouble] = {}
     for name, model in manifest.models.items():
-        template = model.chat_template if model.chat_template.startswith("/") else None
+        template = None
+        if model.chat_template.startswith("/"):
+            template = model.chat_template
         for trouble in troubles(model.path, template, model.tokenizer, model.lora):
             models.setdefault(name, trouble)
         for pattern in model.prompts_from:
@@ -226,11 +235,17 @@ def _socket(settings: Settings, installed: unit.Unit | None) -> Path | None:
     """The socket to ask; None where asking would start the daemon, or there is none."""
     system = Path(os.environ.get("RKCACHED_SOCKET") or places.SYSTEM_RUNTIME / places.SOCKET_NAME)
     if installed is not None:
-        return system if installed.pid else None
+        if installed.pid:
+            return system
+        return None
     if (pid := os.environ.get(unit.MARK)) is not None:
-        return system if pid != "0" else None
+        if pid != "0":
+            return system
+        return None
     own = settings.socket
-    return own if own.parent != places.SYSTEM_RUNTIME and own.exists() else None
+    if own.parent != places.SYSTEM_RUNTIME and own.exists():
+        return own
+    return None
 
 
 def _status(socket: Path) -> dict[str, Any] | None:

@@ -30,13 +30,17 @@ def run(settings: Settings, prompts: Sequence[str], *, deep: bool, want_json: bo
     looks.need_store(settings)
     look = looks.look_as_service(settings)
     stored = [Key(*key) for key in (*look.inventory.artifacts, *look.inventory.unreadable)]
-    chosen = names.matching(prompts, stored) if prompts else stored
+    chosen = stored
+    if prompts:
+        chosen = names.matching(prompts, stored)
 
     results = []
     for result in verify_artifacts(settings.cache_dir, look, chosen, deep=deep):
         results.append(result)
         if not want_json:
-            mark = "ok" if result["ok"] else "FAILED"
+            mark = "FAILED"
+            if result["ok"]:
+                mark = "ok"
             name = f"{result['model']}/{result['prompt']}"
             click.echo(printable(f"{mark:<7} {name}  {result['detail']}"))
 
@@ -44,9 +48,13 @@ def run(settings: Settings, prompts: Sequence[str], *, deep: bool, want_json: bo
     if want_json:
         output.print_json(results)
     else:
-        what = f"{good} of {len(results)} good" if results else "no artifacts"
+        what = "no artifacts"
+        if results:
+            what = f"{good} of {len(results)} good"
         click.echo(printable(f"{what} in the store {settings.cache_dir}"))
-    return os.EX_OK if good == len(results) else os.EX_DATAERR
+    if good == len(results):
+        return os.EX_OK
+    return os.EX_DATAERR
 
 
 def verify_artifacts(
@@ -98,7 +106,9 @@ def _deep(
         checked = runner.run(worker.run(protocol.Check(cache=cache)))
     except RkcachedError as error:
         return error.message, ""
-    tokens = checked.tokens if isinstance(checked, protocol.Checked) else 0
+    tokens = 0
+    if isinstance(checked, protocol.Checked):
+        tokens = checked.tokens
     if tokens != artifact.sidecar.tokens:
         return f"loads, but has {tokens} tokens instead of {artifact.sidecar.tokens}", ""
     return "", f"matches its sidecar; loads, {tokens} tokens"

@@ -62,13 +62,17 @@ class Waited:
 
     @property
     def exit_code(self) -> int:
-        return self.errors[0].exit_code if self.errors else os.EX_OK
+        if self.errors:
+            return self.errors[0].exit_code
+        return os.EX_OK
 
     def data(self) -> dict[str, Any]:
         """As `--json` prints it."""
         outcome = "fresh"
         if self.errors:
-            outcome = "timeout" if isinstance(self.errors[0], StillWaiting) else "never"
+            outcome = "never"
+            if isinstance(self.errors[0], StillWaiting):
+                outcome = "timeout"
         return {
             "outcome": outcome,
             "waited_s": round(self.waited_s, 3),
@@ -109,7 +113,8 @@ def wait(
     inbox: _Inbox = queue.SimpleQueue()
     threading.Thread(target=_listen, args=(socket, inbox), daemon=True).start()
     looked = False
-    waits_for, hint = f"no daemon answers on {socket}", START_IT
+    waits_for = f"no daemon answers on {socket}"
+    hint = START_IT
     prompts: list[dict[str, Any]] = []
 
     while (left_s := started + timeout_s - time.monotonic()) > 0:
@@ -120,7 +125,8 @@ def wait(
         if isinstance(heard, NotAllowed | RequestError):
             raise heard
         if isinstance(heard, RkcachedError):
-            waits_for, hint = heard.message, heard.hint
+            waits_for = heard.message
+            hint = heard.hint
             continue
 
         try:
@@ -131,7 +137,8 @@ def wait(
         except DaemonUnreachable as error:
             waits_for = error.message
             continue
-        looked, hint = status["ready"], _MORE_TIME
+        looked = status["ready"]
+        hint = _MORE_TIME
         if not looked:
             waits_for = f"the daemon is {status['summary']}"
             continue

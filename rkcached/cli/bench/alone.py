@@ -48,7 +48,9 @@ def model_facts(
     look: Observation | None, engine: str, runtime: str | None, model: str, daemon: int = 0
 ) -> ModelFacts:
     """`daemon` is its process, whose cores count where the manifest names no threads."""
-    desired = look.desired.models.get(model) if look is not None else None
+    desired = None
+    if look is not None:
+        desired = look.desired.models.get(model)
     if look is None or not isinstance(desired, DesiredModel):
         return ModelFacts(engine=engine, runtime=runtime)
     params: dict[str, float | int | None] = {**desired.config.sampling(None)}
@@ -84,7 +86,8 @@ class Alone:
         desired = look.desired.models.get(model)
         if not isinstance(desired, DesiredModel):
             raise NotPossible(f"{model} cannot be used: {desired or 'it is not in the manifest'}")
-        needed, available = model_bytes(look.manifest, desired.config) * 5 // 4, available_bytes()
+        needed = model_bytes(look.manifest, desired.config) * 5 // 4
+        available = available_bytes()
         if available and available < needed:
             raise NotPossible(
                 f"a second {model} needs about {words.size(needed)} of memory, "
@@ -103,7 +106,8 @@ class Alone:
 
     def ask(self, key: Key, state: State, question: str, answer_tokens: int) -> DirectRun:
         """The same request that the daemon got. Errors: NotPossible."""
-        artifact, text = self._look.inventory.artifacts.get(key), self._look.desired.texts.get(key)
+        artifact = self._look.inventory.artifacts.get(key)
+        text = self._look.desired.texts.get(key)
         if text is None or (artifact is None and state is not State.COLD):
             raise NotPossible(f"{key} is not in the store that the manifest belongs to")
         values: dict[str, Any] = {

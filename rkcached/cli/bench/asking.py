@@ -95,7 +95,9 @@ def question(number: int, model: str, *, answer_tokens: int, cold: bool = False)
         "messages": [{"role": "user", "content": f"{number % 1000:03d}: {QUESTION}"}],
         "max_tokens": answer_tokens,
     }
-    return body | {"cache": False} if cold else body
+    if cold:
+        return body | {"cache": False}
+    return body
 
 
 class NotMade(Exception):
@@ -167,7 +169,8 @@ def _run(ttft_ms: float, report: dict[str, Any], usage: dict[str, Any]) -> Run:
 
 def _why_not(state: State, report: dict[str, Any]) -> str:
     """Say why an answer is not in the wanted state; empty if it is."""
-    actual, reason = report["state"], report["reason"]
+    actual = report["state"]
+    reason = report["reason"]
     if state is State.COLD:
         if actual != "cold" or report["load_ms"] or report["cached_tokens"]:
             return (

@@ -44,9 +44,7 @@ def bench(
     for file in filter(None, (files.output, files.plot)):
         results.check_writable(file)
 
-    measured = (
-        _measure(settings, names, options) if files.kept is None else results.read(files.kept)
-    )
+    measured = _results(settings, names, options, files.kept)
 
     with contextlib.ExitStack() as keeping:  # each is tried, whatever becomes of the others
         if files.plot is not None:
@@ -61,7 +59,9 @@ def bench(
     if files.kept is not None:
         return os.EX_OK
     runner.end(measured)
-    return 1 if measured.refused else os.EX_OK
+    if measured.refused:
+        return 1
+    return os.EX_OK
 
 
 def compare(before: Path, after: Path, *, want_json: bool) -> int:
@@ -73,11 +73,21 @@ def compare(before: Path, after: Path, *, want_json: bool) -> int:
     return os.EX_OK
 
 
+def _results(
+    settings: Settings, names: Sequence[str], options: runner.Options, kept: Path | None
+) -> results.Results:
+    if kept is not None:
+        return results.read(kept)
+    return _measure(settings, names, options)
+
+
 def _measure(settings: Settings, names: Sequence[str], options: runner.Options) -> results.Results:
     try:
         return runner.run(settings, names, options, Console(stderr=True, highlight=False))
     except KeyboardInterrupt:
-        left = "; the sweep's prompts were removed" if options.sweep else ""
+        left = ""
+        if options.sweep:
+            left = "; the sweep's prompts were removed"
         with contextlib.suppress(OSError):  # the terminal may be closed
             click.echo(f"interrupted: nothing of it was kept{left}", err=True)
         raise

@@ -81,7 +81,8 @@ def _warnings(before: Results, after: Results) -> Iterator[str]:
 def _pairs(
     before: Results, after: Results
 ) -> Iterator[tuple[str, PromptResult | None, PromptResult | None]]:
-    left, right = _named(before), _named(after)
+    left = _named(before)
+    right = _named(after)
     for name in dict.fromkeys([*left, *right]):
         yield name, left.get(name), right.get(name)
 
@@ -124,10 +125,12 @@ def _is_rewritten(before: PromptResult, after: PromptResult) -> bool:
 
 
 def _row(name: str, what: str, before: Measured | None, after: Measured | None, figure: str) -> Row:
-    left = before.samples(figure) if before is not None else []
-    right = after.samples(figure) if after is not None else []
-    a = before.median(figure) if before is not None else None
-    b = after.median(figure) if after is not None else None
+    before = before or Measured()
+    after = after or Measured()
+    left = before.samples(figure)
+    right = after.samples(figure)
+    a = before.median(figure)
+    b = after.median(figure)
     ratio = _ratio(a, b)
     if a is None or b is None:
         lacking = [side for side, value in (("A", a), ("B", b)) if value is None]
@@ -155,30 +158,38 @@ def _row(name: str, what: str, before: Measured | None, after: Measured | None, 
 
 def _ratio(before: float | None, after: float | None) -> float | None:
     """None where either is 0, too: nothing is a multiple of that."""
-    return round(after / before, 4) if before and after else None
+    if before and after:
+        return round(after / before, 4)
+    return None
 
 
 def _mega(count: int | None) -> float | None:
-    return None if count is None else count / 1e6
+    if count is None:
+        return None
+    return count / 1e6
 
 
 def _thousandth(value: float | None) -> float | None:
-    return None if value is None else value / 1000
+    if value is None:
+        return None
+    return value / 1000
 
 
 def _differences(before: Results, after: Results) -> Iterator[Difference]:
-    left, right = _facts(before), _facts(after)
+    left = _facts(before)
+    right = _facts(after)
     for what in dict.fromkeys([*left, *right]):
-        a, b = left.get(what, "none"), right.get(what, "none")
+        a = left.get(what, "none")
+        b = right.get(what, "none")
         if a != b:
-            yield Difference(what=what, before=_said(what, a), after=_said(what, b))
+            yield Difference(what=what, before=_in_words(what, a), after=_in_words(what, b))
     for name, mine, other in _pairs(before, after):
         if mine is not None and other is not None and mine.text_digest != other.text_digest:
             what = f"{name}: text"
             yield Difference(
                 what=what,
-                before=_said(what, mine.text_digest),
-                after=_said(what, other.text_digest),
+                before=_in_words(what, mine.text_digest),
+                after=_in_words(what, other.text_digest),
             )
 
 
@@ -201,15 +212,20 @@ def _flat(way: str, values: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
             yield f"{way}{name}", value
 
 
-def _said(what: str, value: Any) -> str:
+def _in_words(what: str, value: Any) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, list | tuple):
         listed = ", ".join(f"{item:,}" if isinstance(item, int) else str(item) for item in value)
-        return (
-            (f"{listed} tokens" if listed else "no sweep")
-            if what == "parameters.sweep"
-            else listed or "none"
-        )
-    text = "unknown" if value is None or value == "" else str(value)
-    return f"{text[:12]}..." if len(text) == 64 and text.isalnum() else text
+        if what == "parameters.sweep":
+            if listed:
+                return f"{listed} tokens"
+            return "no sweep"
+        return listed or "none"
+    if value is None or value == "":
+        return "unknown"
+
+    text = str(value)
+    if len(text) == 64 and text.isalnum():
+        return f"{text[:12]}..."
+    return text

@@ -50,7 +50,7 @@ class Ask:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Told:
+class Timed:
     ttft_ms: float
     load_ms: float
     stats: RunStats
@@ -119,7 +119,7 @@ class DirectEngine:
             self._process.wait()
         self._scratch.remove()
 
-    def ask(self, ask: Ask) -> Told:
+    def ask(self, ask: Ask) -> Timed:
         """Run it. Errors: EngineError; WorkerDied, WorkerTimeout."""
         self._send(ask)
         answer = self._receive()
@@ -133,12 +133,12 @@ class DirectEngine:
         except OSError as error:
             raise self._died() from error
 
-    def _receive(self) -> Told | None:
+    def _receive(self) -> Timed | None:
         """The next answer; None when the engine is ready."""
         try:
             if not self._pipe.poll(SILENCE_S):
                 raise WorkerTimeout(f"the engine said nothing for {SILENCE_S:.0f} s")
-            answer: Told | str | None = self._pipe.recv()
+            answer: Timed | str | None = self._pipe.recv()
         except (OSError, EOFError) as error:
             raise self._died() from error
         if isinstance(answer, str):
@@ -175,7 +175,7 @@ def main() -> None:
     engine.close()
 
 
-def _run(engine: Engine, ask: Ask) -> Told:
+def _run(engine: Engine, ask: Ask) -> Timed:
     first = 0.0
 
     def on_token(token: Token) -> bool:
@@ -190,4 +190,4 @@ def _run(engine: Engine, ask: Ask) -> Told:
         engine.load(ask.load)
     loaded = time.perf_counter()
     stats = engine.generate(ask.prompt, ask.sampling, on_token)
-    return Told(ttft_ms=(first - started) * 1000, load_ms=(loaded - started) * 1000, stats=stats)
+    return Timed(ttft_ms=(first - started) * 1000, load_ms=(loaded - started) * 1000, stats=stats)

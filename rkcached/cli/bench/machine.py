@@ -42,11 +42,9 @@ def cpu_model(root: Path = Path("/")) -> str:
     ARM kernels give none there, but the device tree names the board.
     """
     match = re.search(r"^model name\s*:\s*(.+)$", _text(root / "proc/cpuinfo"), re.MULTILINE)
-    return (
-        match[1].strip()
-        if match
-        else _text(root / "proc/device-tree/model").strip("\0\n") or platform.machine()
-    )
+    if match:
+        return match[1].strip()
+    return _text(root / "proc/device-tree/model").strip("\0\n") or platform.machine()
 
 
 class Steal:
@@ -60,16 +58,22 @@ class Steal:
         stolen, total = (
             now - before for now, before in zip(self._read(), self._before, strict=True)
         )
-        return round(100 * stolen / total, 2) if total > 0 else 0.0
+        if total > 0:
+            return round(100 * stolen / total, 2)
+        return 0.0
 
     def _read(self) -> tuple[int, int]:
         fields = [int(word) for word in _text(self._file).partition("\n")[0].split()[1:9]]
-        return (fields[7], sum(fields)) if len(fields) == 8 else (0, 0)
+        if len(fields) == 8:
+            return (fields[7], sum(fields))
+        return (0, 0)
 
 
 def _memory_bytes(root: Path, name: str) -> int:
     match = re.search(rf"^{name}:\s+(\d+) kB", _text(root / "proc/meminfo"), re.MULTILINE)
-    return int(match[1]) * 1024 if match else 0
+    if match:
+        return int(match[1]) * 1024
+    return 0
 
 
 def _text(path: Path) -> str:

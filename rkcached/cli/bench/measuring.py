@@ -106,15 +106,15 @@ class Measuring:
         """A state follows those before it; None if all of them could be made."""
         for earlier in State:
             if earlier in self._missing:
-                return (
-                    self._missing[earlier]
-                    if earlier is state
-                    else f"{earlier}: {self._missing[earlier]}"
-                )
+                if earlier is state:
+                    return self._missing[earlier]
+                return f"{earlier}: {self._missing[earlier]}"
             if earlier is state:
                 break
         return None
 
     def _whole(self, state: State) -> tuple[DirectRun, ...]:
         """Pairs need both."""
-        return () if self.why_not_direct else tuple(self._direct[state])
+        if self.why_not_direct:
+            return ()
+        return tuple(self._direct[state])

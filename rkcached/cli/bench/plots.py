@@ -84,7 +84,9 @@ def plot(results: Results, file: Path) -> None:
     """Draw `results` into `file`, which on any error stays as it was. Errors: StoreError."""
     import matplotlib as mpl  # noqa: PLC0415 - an extra
 
-    metadata = {"Date": None} if file.suffix.lower() == ".svg" else None
+    metadata = None
+    if file.suffix.lower() == ".svg":
+        metadata = {"Date": None}
     with mpl.rc_context(_STYLE), warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # a letter that the font does not have
         figure = _figure(results)
@@ -94,12 +96,18 @@ def plot(results: Results, file: Path) -> None:
 def _figure(results: Results) -> Figure:
     from matplotlib.figure import Figure  # noqa: PLC0415 - an extra
 
-    prompts, sweep = results.prompts[:MOST_PROMPTS], bool(results.parameters.sweep)
-    head, notes = _wrapped(_title(results)), _wrapped(_notes(results))
+    prompts = results.prompts[:MOST_PROMPTS]
+    sweep = bool(results.parameters.sweep)
+    head = _wrapped(_title(results))
+    notes = _wrapped(_notes(results))
     models = list(dict.fromkeys(prompt.model for prompt in prompts))
-    rows = len(models) if sweep else 1
+    rows = 1
+    if sweep:
+        rows = len(models)
     top = (len(head) + 1) * _LINE
-    small = 0.14 * len(notes) + 0.35 if notes else 0.15
+    small = 0.15
+    if notes:
+        small = 0.14 * len(notes) + 0.35
     bottom = small + (rows + 2) * _LINE
     height = (
         top + bottom + max(4.2 if sweep else 2.0, 0.9 + (0.45 if sweep else 0.55) * len(prompts))
@@ -189,7 +197,8 @@ def _lines(
             points = sorted(lines, key=lambda point: point[0])
             if not points:
                 continue
-            xs, ys = [x for x, _, _ in points], [median(samples) for _, samples, _ in points]
+            xs = [x for x, _, _ in points]
+            ys = [median(samples) for _, samples, _ in points]
             low = [y - min(samples) for y, (_, samples, _) in zip(ys, points, strict=True)]
             high = [
                 max(0.0, p95(samples) - y) for y, (_, samples, _) in zip(ys, points, strict=True)
@@ -242,7 +251,8 @@ def _plain(axis: Any, ratio: float) -> None:
 
 def _bars(axes: Axes, prompts: Sequence[PromptResult]) -> dict[str, Artist]:
     """Three bars for each prompt, each with its figure and what it saves."""
-    height, most = 0.8 / len(_STATES), 0.0
+    height = 0.8 / len(_STATES)
+    most = 0.0
     for row, (state, (_, colour)) in enumerate(_STATES.items()):
         known = [
             (at, middle, prompt)
@@ -273,7 +283,8 @@ def _stack(
         for row, state in enumerate(states)
         if _median(prompt, state) is not None
     ]
-    places, ends = [place for place, _, _ in bars], [0.0] * len(bars)
+    places = [place for place, _, _ in bars]
+    ends = [0.0] * len(bars)
     for figure, (_, colour) in _PARTS.items():
         widths = [max(0.0, prompt.states[state].median(figure) or 0.0) for _, state, prompt in bars]
         axes.barh(places, widths, height * 0.92, left=ends, color=colour)
@@ -337,13 +348,15 @@ def _rows(axes: Axes, prompts: Sequence[PromptResult]) -> None:
 def _ttft(prompt: PromptResult, state: State) -> list[float]:
     """Of a logarithmic axis, which has no 0."""
     known = prompt.states.get(state)
-    return (
-        [sample for sample in known.samples("ttft_ms") if sample > 0] if known is not None else []
-    )
+    if known is not None:
+        return [sample for sample in known.samples("ttft_ms") if sample > 0]
+    return []
 
 
 def _median(prompt: PromptResult, state: State) -> float | None:
-    return prompt.states[state].median("ttft_ms") if state in prompt.states else None
+    if state in prompt.states:
+        return prompt.states[state].median("ttft_ms")
+    return None
 
 
 def _gain(prompt: PromptResult, state: State) -> str:
@@ -351,5 +364,8 @@ def _gain(prompt: PromptResult, state: State) -> str:
 
     Empty for the cold one.
     """
-    cold, warm = _median(prompt, State.COLD), _median(prompt, state)
-    return f"{(warm / cold - 1) * 100:+.0f} %" if cold and warm and state is not State.COLD else ""
+    cold = _median(prompt, State.COLD)
+    warm = _median(prompt, state)
+    if cold and warm and state is not State.COLD:
+        return f"{(warm / cold - 1) * 100:+.0f} %"
+    return ""

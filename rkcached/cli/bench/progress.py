@@ -61,7 +61,8 @@ class Shown:
         self._say(f"{model}: {doing}")
 
     def plan(self, *, prompts: int, answers: int) -> None:
-        self._prompts, self._total = prompts, answers
+        self._prompts = prompts
+        self._total = answers
         self._progress.reset(self._task, total=answers)
 
     def prompt(self, name: str) -> None:

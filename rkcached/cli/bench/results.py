@@ -100,7 +100,9 @@ class Measured(msgspec.Struct, frozen=True, kw_only=True):
 
     def median(self, figure: str) -> float | None:
         samples = self.samples(figure)
-        return median(samples) if samples else None
+        if samples:
+            return median(samples)
+        return None
 
     def summarised(self) -> Measured:
         figures = (*Run.__struct_fields__, "direct_ttft_ms", "daemon_share_ms")
@@ -143,11 +145,9 @@ class PromptResult(msgspec.Struct, frozen=True, kw_only=True):
 
         A prompt of a sweep goes by its length, for its name is of one session.
         """
-        return (
-            f"{self.model}/{self.prompt}"
-            if self.length is None
-            else f"{self.model}, {self.length:,} tokens"
-        )
+        if self.length is None:
+            return f"{self.model}/{self.prompt}"
+        return f"{self.model}, {self.length:,} tokens"
 
 
 class MachineFacts(msgspec.Struct, frozen=True, kw_only=True):
@@ -231,7 +231,9 @@ def check_writable(file: Path) -> None:
     if file.is_dir():
         raise _not_written(file, IsADirectoryError(errno.EISDIR, "it is a directory"))
     # A file is replaced, which takes its folder, too; a pipe or a device is written itself.
-    needed = [file] if file.exists() else []
+    needed = []
+    if file.exists():
+        needed = [file]
     if not needed or file.is_file():
         needed.append(file.resolve().parent)
     if not all(os.access(place, os.W_OK) for place in needed):
@@ -269,11 +271,9 @@ def put(file: Path, fill: Callable[[Path], object]) -> None:
 
 def _not_written(file: Path, error: OSError) -> StoreError:
     full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-    hint = (
-        "free some space, or name a file elsewhere"
-        if full
-        else "name a file in a folder that you may write to"
-    )
+    hint = "name a file in a folder that you may write to"
+    if full:
+        hint = "free some space, or name a file elsewhere"
     return StoreError(f"cannot write {file}: {error.strerror or error}", hint=hint)
 
 

@@ -74,10 +74,13 @@ def run(settings: Settings, wanted: Sequence[str], options: Options, console: Co
     """
     _check(wanted, options)
     _unwind_on_signals()
-    facts, steal = machine(), Steal()
+    facts = machine()
+    steal = Steal()
     with Client(settings.socket) as client:
         before = client.status()
-        keys = [] if options.sweep else _keys(before, wanted)
+        keys = []
+        if not (options.sweep):
+            keys = _keys(before, wanted)
         models = _models(before, wanted)
         places = _places(settings, before)
         kept = sweep.Stored()
@@ -113,7 +116,9 @@ def run(settings: Settings, wanted: Sequence[str], options: Options, console: Co
             f"stored prompts are left in the daemon, which was gone: {len(kept.left)}; another "
             "sweep removes them"
         )
-    not_asked = NOT_ON_NPU if options.direct is None else "not asked for"
+    not_asked = "not asked for"
+    if options.direct is None:
+        not_asked = NOT_ON_NPU
     why_not_direct = [why if direct else not_asked, *bench.why_not_direct]
     return Results(
         schema=SCHEMA,
@@ -212,8 +217,12 @@ class _Bench:
             self.ended = Ended.DAEMON_GONE
         if self.ended is not Ended.WELL:
             rest = [self._name(key) for key in left]
-            more = f" and {len(rest) - _NAMED} more" if len(rest) > _NAMED else ""
-            not_measured = f"; not measured: {', '.join(rest[:_NAMED])}{more}" if rest else ""
+            more = ""
+            if len(rest) > _NAMED:
+                more = f" and {len(rest) - _NAMED} more"
+            not_measured = ""
+            if rest:
+                not_measured = f"; not measured: {', '.join(rest[:_NAMED])}{more}"
             self.warnings.append(
                 f"{self.ended}, this is what was measured until then{not_measured}"
             )
@@ -263,9 +272,12 @@ class _Bench:
             return None
 
     def _measure(self, key: Key, alone: Alone | None) -> None:
-        before, name = _status_of(self.status, key), self._name(key)
+        before = _status_of(self.status, key)
+        name = self._name(key)
         self._shown.prompt(name)
-        text = self._look.desired.texts.get(key) if self._look is not None else None
+        text = None
+        if self._look is not None:
+            text = self._look.desired.texts.get(key)
         if self._is_another(key, before):
             text = None
             if alone is not None:  # it would compute what was there at first
@@ -348,11 +360,9 @@ class _Bench:
         error = self._errors[-1] if self._is_gone else self._errors[0]
         if not isinstance(error, RequestError):
             return error
-        more = (
-            f"; {len(self._errors) - 1} more could not be measured either"
-            if len(self._errors) > 1
-            else ""
-        )
+        more = ""
+        if len(self._errors) > 1:
+            more = f"; {len(self._errors) - 1} more could not be measured either"
         hint = "`rkcached status` says what is wrong with each prompt"
         kinds: dict[str, type[RkcachedError]] = {
             "prompt_blocked": SourceError,
@@ -450,8 +460,12 @@ def _try_look(places: Settings) -> tuple[Observation | None, str]:
 
 
 def _context_tokens(look: Observation | None, model: str) -> int | None:
-    config = look.manifest.models.get(model) if look is not None else None
-    return (config.params.max_context_len or None) if config is not None else None
+    config = None
+    if look is not None:
+        config = look.manifest.models.get(model)
+    if config is not None:
+        return config.params.max_context_len or None
+    return None
 
 
 def _status_of(status: dict[str, Any], key: Key) -> dict[str, Any]:

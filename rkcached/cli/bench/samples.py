@@ -26,7 +26,8 @@ def p95(samples: Sequence[float]) -> float:
 
 def spread(samples: Sequence[float]) -> str:
     """Quartiles, and the 95 % confidence interval of the median from order statistics."""
-    ordered, count = np.sort(samples), len(samples)
+    ordered = np.sort(samples)
+    count = len(samples)
     if count < 6:  # fewer have no such interval
         return f"from {number(ordered[0])} to {number(ordered[-1])}, n={count}"
 
@@ -51,7 +52,8 @@ def relative_spread(samples: Sequence[float]) -> float:
 
 def chance(left: Sequence[float], right: Sequence[float]) -> float:
     """Probability of so clear an order by chance: the two-sided test of Mann and Whitney."""
-    n, m = len(left), len(right)
+    n = len(left)
+    m = len(right)
     if not n or not m:
         return 1.0
 
@@ -82,5 +84,9 @@ def _orders(n: int, m: int, wins: int) -> int:
 
 
 def number(value: float) -> str:
-    digits = 0 if abs(value) >= 1000 else 1 if abs(value) >= 10 else 2
+    digits = 0
+    if not (abs(value) >= 1000):
+        digits = 2
+        if abs(value) >= 10:
+            digits = 1
     return f"{value:z,.{digits}f}"

@@ -134,7 +134,9 @@ def lengths(context_tokens: int | None, head: int) -> list[int]:
         return list(LENGTHS)
     room = context_tokens - head - ANSWER_TOKENS - 2 * len(QUESTION)
     fitting = [tokens for tokens in LENGTHS if tokens <= room]
-    largest = fitting[-1] if fitting else 0
+    largest = 0
+    if fitting:
+        largest = fitting[-1]
     if largest < LENGTHS[-1] and room > largest * 1.25:
         fitting.append(room)
     return fitting
@@ -155,7 +157,8 @@ def _measure(client: Client, model: str) -> tuple[int, float]:
 
     A turn more tells what is not the message's.
     """
-    user, assistant = {"role": "user", "content": "?"}, {"role": "assistant", "content": "?"}
+    user = {"role": "user", "content": "?"}
+    assistant = {"role": "assistant", "content": "?"}
 
     def count(words: int, *turns: dict[str, str]) -> int:
         messages = [{"role": "system", "content": text(words, words)}, *turns]
@@ -165,7 +168,9 @@ def _measure(client: Client, model: str) -> tuple[int, float]:
         return int(answer["usage"]["prompt_tokens"])
 
     few, many = _SAMPLES
-    short, long, longer = count(few, user), count(many, user), count(many, user, assistant, user)
+    short = count(few, user)
+    long = count(many, user)
+    longer = count(many, user, assistant, user)
     per_word = (long - short) / (many - few)
     if per_word <= 0:
         raise SourceError(

@@ -33,7 +33,9 @@ _COLUMNS = {
 
 
 def machine_line(machine: MachineFacts) -> str:
-    board = f"{machine.board}, " if machine.board and machine.board != machine.cpu else ""
+    board = ""
+    if machine.board and machine.board != machine.cpu:
+        board = f"{machine.board}, "
     return (
         f"{board}{machine.cpu}, {machine.cores} cores, {size(machine.memory_bytes)}, "
         f"{machine.kernel}"
@@ -41,7 +43,9 @@ def machine_line(machine: MachineFacts) -> str:
 
 
 def runs_words(runs: int) -> str:
-    return "1 run" if runs == 1 else f"median of {runs:,} runs"
+    if runs == 1:
+        return "1 run"
+    return f"median of {runs:,} runs"
 
 
 def print_results(console: Console, results: Results) -> None:
@@ -54,7 +58,9 @@ def print_results(console: Console, results: Results) -> None:
         )
     )
     for name, model in results.models.items():
-        digest = f", sha256 {model.digest[:12]}" if model.digest else ""
+        digest = ""
+        if model.digest:
+            digest = f", sha256 {model.digest[:12]}"
         console.print(
             _text(f"{name}: {model.engine} {model.runtime or 'of an unknown version'}{digest}")
         )
@@ -90,7 +96,9 @@ def _legend(results: Results) -> Iterator[str]:
 
 def _shares_question(prompt: PromptResult) -> bool:
     known = prompt.states.get(State.MEMORY)
-    cached = known.median("cached_tokens") if known is not None else None
+    cached = None
+    if known is not None:
+        cached = known.median("cached_tokens")
     return cached is not None and prompt.tokens is not None and cached > prompt.tokens
 
 
@@ -100,30 +108,40 @@ def _text(words: str, style: str = "") -> Text:
 
 
 def _print_prompt(console: Console, prompt: PromptResult) -> None:
-    built = (
-        f"{prompt.tokens:,} tokens, {size(prompt.size_bytes)}"
-        if prompt.tokens is not None
-        else "no cache"
-    )
-    seconds = f", built in {prompt.build_ms / 1000:.1f} s" if prompt.build_ms is not None else ""
-    console.print(_text(f"{prompt.name}  {built}{seconds}", style="bold"))
+    console.print(_text(f"{prompt.name}  {_built(prompt)}", style="bold"))
     table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="dim")
     table.add_column("", no_wrap=True)
     for figure, title in _COLUMNS.items():
-        shown = "max" if figure == _HIGH and not _has_p95(prompt) else title
+        shown = title
+        if figure == _HIGH and not _has_p95(prompt):
+            shown = "max"
         table.add_column(shown, justify="right", no_wrap=True)
     for state, measured in prompt.states.items():
         if not measured.missing:
             table.add_row(state, *(_cell(prompt, state, figure) for figure in _COLUMNS))
     console.print(table)
+    _print_gain(console, prompt)
+
+
+def _built(prompt: PromptResult) -> str:
+    """The prompt cache's size, and the time that its build took."""
+    built = "no cache"
+    if prompt.tokens is not None:
+        built = f"{prompt.tokens:,} tokens, {size(prompt.size_bytes)}"
+    if prompt.build_ms is not None:
+        built += f", built in {prompt.build_ms / 1000:.1f} s"
+    return built
+
+
+def _print_gain(console: Console, prompt: PromptResult) -> None:
+    saved = []
     for state, measured in prompt.states.items():
         if measured.missing and not prompt.no_gain:
             console.print(_text(f"{state}: not measured: {measured.missing}", style="dim"))
-    saved = [
-        f"{share * 100:.0f} % {_FROM[state]}"
-        for state, share in prompt.reduction.items()
-        if share > 0
-    ]
+    for state, share in prompt.reduction.items():
+        if share > 0:
+            saved.append(f"{share * 100:.0f} % {_FROM[state]}")
+
     if prompt.no_gain:
         console.print(_text(f"no gain: {prompt.no_gain}", style="yellow"))
     elif saved:
@@ -151,11 +169,15 @@ def _cell(prompt: PromptResult, state: State, figure: str) -> str:
     summary = prompt.states[state].summary
     if figure == _HIGH:
         samples = prompt.states[state].samples("ttft_ms")
-        return number(p95(samples) if _has_p95(prompt) else max(samples)) if samples else "-"
+        if samples:
+            return number(p95(samples) if _has_p95(prompt) else max(samples))
+        return "-"
     if figure not in summary:
         return "-"
     value = summary[figure].median
-    return f"{value:,.0f}" if figure == "cached_tokens" else number(value)
+    if figure == "cached_tokens":
+        return f"{value:,.0f}"
+    return number(value)
 
 
 def print_comparison(console: Console, comparison: Comparison) -> None:
@@ -176,7 +198,9 @@ def print_comparison(console: Console, comparison: Comparison) -> None:
         if row.prompt != name:
             name = row.prompt
             table.add_row(_text(name, style="bold"))
-        ratio = f"{row.ratio:.2f}" if row.ratio is not None else ""
+        ratio = ""
+        if row.ratio is not None:
+            ratio = f"{row.ratio:.2f}"
         cells = [number(value) if value is not None else "-" for value in (row.before, row.after)]
         table.add_row(
             f"  {row.what}", *cells, ratio, Text(row.verdict, style=style.get(row.verdict, ""))

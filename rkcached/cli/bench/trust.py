@@ -87,16 +87,16 @@ def _disturbed(prompts: Sequence[PromptResult], meanwhile: Meanwhile) -> list[st
     """Warn of others who used the daemon at the same time, by its counts and by waiting runs."""
     sentences = []
     if meanwhile.answers > 0:
-        answers = (
-            "1 answer was" if meanwhile.answers == 1 else f"{meanwhile.answers:,} answers were"
-        )
+        answers = "1 answer was"
+        if meanwhile.answers != 1:
+            answers = f"{meanwhile.answers:,} answers were"
         sentences.append(
             f"other clients asked the daemon meanwhile: {answers} not for this command"
         )
     if meanwhile.builds > 0:
-        builds = (
-            "1 prompt cache" if meanwhile.builds == 1 else f"{meanwhile.builds:,} prompt caches"
-        )
+        builds = "1 prompt cache"
+        if meanwhile.builds != 1:
+            builds = f"{meanwhile.builds:,} prompt caches"
         sentences.append(f"the daemon built {builds} meanwhile")
     runs = [
         run for prompt in prompts for measured in prompt.states.values() for run in measured.runs
@@ -114,7 +114,9 @@ def _disturbed(prompts: Sequence[PromptResult], meanwhile: Meanwhile) -> list[st
 
 
 def reductions(states: dict[State, Measured]) -> dict[State, float]:
-    cold = states[State.COLD].median("ttft_ms") if State.COLD in states else None
+    cold = None
+    if State.COLD in states:
+        cold = states[State.COLD].median("ttft_ms")
     return {
         state: round(1 - warm / cold, 4)
         for state, measured in states.items()
@@ -124,7 +126,8 @@ def reductions(states: dict[State, Measured]) -> dict[State, float]:
 
 def changed(before: dict[str, Any], after: dict[str, Any]) -> bool:
     """Whether a fresh prompt's cache is no longer of what it was, by what the daemon says of it."""
-    had, has = before.get("artifact"), after.get("artifact")
+    had = before.get("artifact")
+    has = after.get("artifact")
     if before["state"] != "fresh" or had is None:
         return False
     if has is not None and has["fingerprint"] != had["fingerprint"]:
@@ -140,7 +143,8 @@ def why_no_gain(status: dict[str, Any], states: dict[State, Measured]) -> str:
     not measured: then nobody knows. Only time that was measured at the file itself is a reason to
     change the configuration.
     """
-    loaded, cold = states[State.FILE], states[State.COLD]
+    loaded = states[State.FILE]
+    cold = states[State.COLD]
     if loaded.missing:
         state = status["state"]
         if state == "fresh":
@@ -154,7 +158,8 @@ def why_no_gain(status: dict[str, Any], states: dict[State, Measured]) -> str:
     few = min(len(before), len(after)) < ENOUGH_RUNS
     scattered = max(relative_spread(before), relative_spread(after)) > MUCH_SPREAD
     if median(after) >= median(before):
-        load_ms, spared_ms = loaded.median("load_ms") or 0.0, _spared_ms(cold, loaded)
+        load_ms = loaded.median("load_ms") or 0.0
+        spared_ms = _spared_ms(cold, loaded)
         if load_ms >= spared_ms and _is_always_dear(cold, loaded):
             tokens = (status.get("artifact") or {}).get("tokens", 0)
             return (
@@ -169,7 +174,11 @@ def why_no_gain(status: dict[str, Any], states: dict[State, Measured]) -> str:
                 "but the answers took longer"
             )
     ranges = ", ".join(f"{state} {spread(values)}" for state, values in samples.items())
-    runs = "so few" if few else "such scattered" if scattered else "such close"
+    runs = "such close"
+    if few:
+        runs = "so few"
+    elif scattered:
+        runs = "such scattered"
     return f"nothing can be told of {runs} runs: {ranges}; measure with more --runs"
 
 
@@ -178,7 +187,8 @@ def _is_clear_gain(cold: Sequence[float], file: Sequence[float]) -> bool:
 
     Few runs must be far apart, as their order is none.
     """
-    before, after = median(cold), median(file)
+    before = median(cold)
+    after = median(file)
     if min(len(cold), len(file)) < ENOUGH_RUNS:
         return max(file) < min(cold) and after < before * (1 - MUCH_SPREAD)
     return after < before and chance(cold, file) < SURELY

@@ -86,7 +86,9 @@ def _daemon(workspace: Workspace, console: Console) -> Iterator[Daemon]:
     """The daemon, with its log on standard error; above whatever is drawn at a terminal."""
     # SIGTERM ends the demo as Ctrl-C does, daemon included.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    log = subprocess.PIPE if console.is_terminal else None
+    log = None
+    if console.is_terminal:
+        log = subprocess.PIPE
     with contextlib.ExitStack() as stack:
         daemon = Daemon(workspace, log=log)
         relay = threading.Thread(
@@ -135,8 +137,11 @@ def _wait_until_settled(console: Console, daemon: Daemon) -> dict[str, Any]:
 def _advance(progress: Progress, task: TaskID, prompt: dict[str, Any]) -> None:
     tokens = prompt.get("progress") or {}
     if prompt["state"] == "building" and tokens.get("total_tokens"):
-        done, total = tokens["done_tokens"], tokens["total_tokens"]
-        note = f"{done} of {total} tokens" if done < total else "proving it"
+        done = tokens["done_tokens"]
+        total = tokens["total_tokens"]
+        note = "proving it"
+        if done < total:
+            note = f"{done} of {total} tokens"
         progress.update(task, completed=done, total=total, note=note)
     elif prompt["state"] == "fresh":
         figures = prompt["artifact"]

@@ -31,4 +31,6 @@ def run(settings: Settings, *, want_json: bool, watch: bool, exit_code: bool) ->
         output.print_json(status)
     else:
         show.print_status(output.console(), status)
-    return NOT_ALL_FRESH if exit_code and not show.all_fresh(status) else os.EX_OK
+    if exit_code and not show.all_fresh(status):
+        return NOT_ALL_FRESH
+    return os.EX_OK

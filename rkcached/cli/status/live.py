@@ -123,7 +123,9 @@ def _follow(
     gone = due = False
     asked = 0.0
     while True:
-        wait_s = max(0.0, asked + _PACE_S - time.monotonic()) if due else tick_s
+        wait_s = tick_s
+        if due:
+            wait_s = max(0.0, asked + _PACE_S - time.monotonic())
         moved = False
         for news in _hear(inbox, wait_s):
             if news is _Heard.QUIT:
@@ -141,7 +143,8 @@ def _follow(
             continue
         if time.monotonic() < asked + _PACE_S:
             continue
-        due, asked = False, time.monotonic()
+        due = False
+        asked = time.monotonic()
         try:
             status = client.status()
         except RkcachedError:
@@ -203,7 +206,8 @@ def _keys(inbox: _Inbox) -> Iterator[None]:
 
 def split_keys(typed: bytes) -> tuple[list[bytes], bytes]:
     """The keys, and the beginning of an escape sequence of which more will come."""
-    keys, at = [], 0
+    keys = []
+    at = 0
     while key := _ONE_KEY.match(typed, at):
         keys.append(key[0])
         at = key.end()
@@ -217,9 +221,14 @@ class _Documents(_View):
         self._known: object = None
 
     def show(self, status: dict[str, Any], *, gone: bool) -> None:
-        known = "gone" if gone else (facts_of(status), status["cache"]["used_bytes"])
+        document = status
+        known: object = (facts_of(status), status["cache"]["used_bytes"])
+        if gone:
+            document = {"gone": True}
+            known = "gone"
+
         if known != self._known:
-            print(show.json_text({"gone": True} if gone else status), flush=True)  # noqa: T201 - for a program
+            print(show.json_text(document), flush=True)  # noqa: T201 - for a program
         self._known = known
 
 
@@ -278,10 +287,12 @@ def facts_of(status: dict[str, Any]) -> dict[str, str]:
 
 
 def _prompt_line(prompt: dict[str, Any]) -> str:
-    artifact = prompt.get("artifact") if prompt["state"] == "fresh" else None
-    figures = (
-        f", {artifact['tokens']} tokens, {words.size(artifact['size_bytes'])}" if artifact else ""
-    )
+    artifact = None
+    if prompt["state"] == "fresh":
+        artifact = prompt.get("artifact")
+    figures = ""
+    if artifact:
+        figures = f", {artifact['tokens']} tokens, {words.size(artifact['size_bytes'])}"
     if artifact and artifact["verified"] != "off":
         figures += (
             f", cold {artifact['cold_ttft_ms']:.0f} ms, warm {artifact['warm_ttft_ms']:.0f} ms"
@@ -312,7 +323,8 @@ class _Screen(_View):
 
     def show(self, status: dict[str, Any], *, gone: bool) -> None:
         if status is not self._raw:
-            self._raw, self._shown = status, words.shown(status)
+            self._raw = status
+            self._shown = words.shown(status)
         seen = picture(
             self._shown,
             self._live.console,
@@ -320,7 +332,8 @@ class _Screen(_View):
             first=self._first,
             scrolls=sys.stdin.isatty(),
         )
-        self._first, self._page = seen.first, max(1, seen.count)
+        self._first = seen.first
+        self._page = max(1, seen.count)
         self._live.update(Group(*seen.parts), refresh=True)
 
     def move(self, move: Move) -> None:

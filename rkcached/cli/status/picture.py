@@ -107,7 +107,9 @@ def brief_reason(prompt: dict[str, Any]) -> str:
     reason = words.reason_of(prompt)
     if reason.startswith("no gain: "):
         return "no gain, see cold and warm"
-    return _TEXT_CHANGED.sub("its text changed", reason) if " -> " in reason else reason
+    if " -> " in reason:
+        return _TEXT_CHANGED.sub("its text changed", reason)
+    return reason
 
 
 def _wrapped(text: Text, console: Console) -> list[Text]:
@@ -162,8 +164,11 @@ def _queue(status: dict[str, Any]) -> Text:
 
 
 def _disk(status: dict[str, Any], *, ascii_only: bool) -> Text:
-    used, limit = status["cache"]["used_bytes"], status["cache"]["max_bytes"]
-    bar = f"{_bar(used / limit, ascii_only=ascii_only)} " if limit else ""
+    used = status["cache"]["used_bytes"]
+    limit = status["cache"]["max_bytes"]
+    bar = ""
+    if limit:
+        bar = f"{_bar(used / limit, ascii_only=ascii_only)} "
     return Text(
         f"disk    {bar}{show.used_of(status)}", style="yellow" if limit and used > limit else ""
     )
@@ -175,19 +180,20 @@ def _times(status: dict[str, Any], width: int, *, ascii_only: bool) -> Iterator[
     if times:
         text = "; ".join(filter(None, (f"last {times[-1]:.0f} ms", words.medians_of(status))))
         room = max(0, width - len("TTFT    ") - len(text) - 1)
-        line = show.sparkline(times[-room:], ascii_only=ascii_only) if room else ""
+        line = ""
+        if room:
+            line = show.sparkline(times[-room:], ascii_only=ascii_only)
         yield Text(f"TTFT    {line} {text}" if line else f"TTFT    {text}")
 
 
 def _build(status: dict[str, Any], *, ascii_only: bool) -> Iterator[Text]:
     if prompt := status["building"]:
         progress = prompt["progress"]
-        done, total = progress["done_tokens"], progress["total_tokens"]
-        bar = (
-            f"{_bar(done / total, ascii_only=ascii_only)} {done} of {total} tokens, "
-            if total
-            else ""
-        )
+        done = progress["done_tokens"]
+        total = progress["total_tokens"]
+        bar = ""
+        if total:
+            bar = f"{_bar(done / total, ascii_only=ascii_only)} {done} of {total} tokens, "
         yield Text(
             f"build   {bar}{progress['elapsed_ms'] / 1000:.0f} s, {show.name_of(prompt)}",
             style="cyan",

@@ -45,7 +45,9 @@ _STATE_STYLE = {
 
 def skipped_files_line(files: Sequence[str]) -> str:
     """One line on the files of a prompts_from folder whose names cannot be a prompt's."""
-    count = "1 file is" if len(files) == 1 else f"{len(files)} files are"
+    count = "1 file is"
+    if len(files) != 1:
+        count = f"{len(files)} files are"
     names = ", ".join(files[:3]) + (", ..." if len(files) > 3 else "")
     return (
         f"{count} skipped: a prompt's name has only a-z 0-9 . _ - and begins with a letter or "
@@ -59,7 +61,8 @@ def print_status(console: Console, status: dict[str, Any], *, stays: bool = Fals
     `stays`: it is read later, too, so it tells nothing that changes by itself.
     """
     status = words.shown(status)
-    prompts, wide = urgent_first(status["prompts"]), console.width >= WIDE
+    prompts = urgent_first(status["prompts"])
+    wide = console.width >= WIDE
     for line in (*troubles(status), *_heading(status, stays=stays)):
         console.print(line)
     if retired := retired_line(status):
@@ -114,7 +117,8 @@ def prompt_table(
     prompts: Sequence[dict[str, Any]], width: int, *, notes: bool, overflow: OverflowMethod = "fold"
 ) -> Table:
     """Name and state, and the figures for which `width` has room beside them."""
-    rows, one_line = [_row(prompt) for prompt in prompts], overflow != "fold"
+    rows = [_row(prompt) for prompt in prompts]
+    one_line = overflow != "fold"
     figures = _that_fit(rows, width)
     table = Table(box=None, pad_edge=False, header_style="bold")
     # On a narrow terminal names and notes give way, as these columns may wrap; figures do not.
@@ -195,11 +199,14 @@ def _heading(status: dict[str, Any], *, stays: bool) -> Iterator[Text]:
 
 def retired_line(status: dict[str, Any]) -> str:
     """Name the prompt caches that are kept though nobody declares them; empty without any."""
-    retired, count = status["retired"], status["cache"]["retired"]
+    retired = status["retired"]
+    count = status["cache"]["retired"]
     if not retired:
         return ""
     named = ", ".join(dict.fromkeys(name_of(artifact) for artifact in retired[:_NAMED]))
-    more = f" and {count - _NAMED} more" if count > _NAMED else ""
+    more = ""
+    if count > _NAMED:
+        more = f" and {count - _NAMED} more"
     until = when(min(artifact["kept_until"] for artifact in retired))
     taken = words.size(status["cache"]["retired_bytes"])
     return (
@@ -218,7 +225,9 @@ def answers_of(status: dict[str, Any]) -> str:
 def used_of(status: dict[str, Any]) -> str:
     """Size of the store, its limit, and free space on the disk."""
     cache = status["cache"]
-    limit = f" of {words.size(cache['max_bytes'])}" if cache["max_bytes"] else ""
+    limit = ""
+    if cache["max_bytes"]:
+        limit = f" of {words.size(cache['max_bytes'])}"
     kinds = {
         "orphan": "orphan",
         "retired": "retired",
@@ -229,9 +238,9 @@ def used_of(status: dict[str, Any]) -> str:
     shares = ", ".join(
         f"{words.size(size_bytes)} {kind}" for size_bytes, kind in taken if size_bytes
     )
-    free = (
-        "" if cache["free_bytes"] is None else f", disk has {words.size(cache['free_bytes'])} free"
-    )
+    free = ""
+    if cache["free_bytes"] is not None:
+        free = f", disk has {words.size(cache['free_bytes'])} free"
     return f"{words.size(cache['used_bytes'])}{limit}" + (f" ({shares})" if shares else "") + free
 
 
@@ -243,7 +252,9 @@ def model_line(model: dict[str, Any]) -> Text:
 
 def sparkline(values: Sequence[float], *, ascii_only: bool = False) -> str:
     """A letter for each value, the higher the larger; the largest fills its line."""
-    steps = "_.:-=+*#" if ascii_only else "▁▂▃▄▅▆▇█"
+    steps = "▁▂▃▄▅▆▇█"
+    if ascii_only:
+        steps = "_.:-=+*#"
     top = max(values, default=0.0) or 1.0
     return "".join(steps[min(int(value / top * len(steps)), len(steps) - 1)] for value in values)
 
