@@ -91,6 +91,7 @@ class Board:
         """
         if isinstance(path, str):
             path = self._below(path)
+
         try:
             with path.open("rb") as stream:
                 return stream.read(_MAX_FACT_BYTES).decode(errors="replace").strip("\0 \t\r\n")
@@ -108,10 +109,12 @@ class Board:
                 parent = os.readlink(device).rpartition("/")[2]  # noqa: PTH115 - a fake root's link may lead nowhere
             except OSError:
                 parent = ""
+
             if _NPU_DEVICE.fullmatch(parent) or _NPU_DEVICE.search(
                 self._fact(device / "uevent") or ""
             ):
                 yield node
+
         yield from self._glob("/dev/rknpu")
 
     def _wanting(self, name: str, finding: str, next_step: str = "") -> Check:
@@ -135,9 +138,11 @@ class Board:
                 outcome=Outcome.OK,
                 finding=f"{self.model or 'a board'}, {self._soc.upper()}",
             )
+
         here = "this machine is"
         if self.model:
             here = f"{self.model} is"
+
         if not self.has_npu:
             next_step = "use `engine: {kind: llamacpp}` on this machine, or run this on the board"
             return self._without_npu("board", f"{here} no board with one of {supported}", next_step)
@@ -150,23 +155,27 @@ class Board:
             return Check(
                 name=name, outcome=Outcome.SKIP, finding="not looked for: there is no NPU to use it"
             )
+
         path = self._below(str(EngineConfig().library))
         override = None
         if manifest is not None and self._uses_rkllm:
             override = manifest.engine.abi
             if "library" in manifest.engine.model_fields_set:
                 path = manifest.engine.library
+
         try:
             facts = identify(path)
             abi = choose_abi(facts, override)
         except RuntimeLibraryError as error:
             return self._wanting(name, error.message, error.hint)
+
         self.runtime_version = facts.version or abi.name
         description = (
             f"RKLLM {facts.version or '(version unknown)'}, ABI {abi.name} (group {abi.group})"
         )
         if override:
             description += ", as engine.abi says"
+
         if (
             facts.version is not None
             and facts.version not in abi.versions
@@ -179,6 +188,7 @@ class Board:
                 finding=f"{path}: {description}, which contradicts",
                 next_step=step,
             )
+
         return Check(name=name, outcome=Outcome.OK, finding=f"{path}: {description}")
 
     def devices(self) -> Check:
@@ -186,9 +196,11 @@ class Board:
         heap = []
         if any(node.name == "rknpu" for node in self._nodes):
             heap = self._glob("/dev/dma_heap/*")
+
         nodes = [*self._nodes, *heap]
         if not self.has_npu:
             return self._without_npu(name, "there is no device node of an NPU")
+
         if not self._nodes:
             return self._wanting(
                 name,
@@ -196,6 +208,7 @@ class Board:
                 "boot the vendor's kernel (5.10 or 6.1) with its RKNPU driver; RKLLM cannot use "
                 "that of mainline Linux",
             )
+
         closed = [
             node for node in nodes if not os.access(node, os.R_OK | os.W_OK, effective_ids=True)
         ]
@@ -204,17 +217,20 @@ class Board:
             return Check(
                 name=name, outcome=Outcome.OK, finding=f"{names} can be opened by this user"
             )
+
         finding = f"{names} cannot be opened by this user for reading and writing"
         if len(closed) < len(nodes):  # which of them a runtime opens differs by kernel and version
             return Check(
                 name=name, outcome=Outcome.WARN, finding=finding, next_step=_how_to_open(closed)
             )
+
         return self._wanting(name, finding, _how_to_open(closed))
 
     def driver(self) -> Check:
         name = "NPU driver"
         if not self.has_npu:
             return self._without_npu(name, "there is no NPU driver")
+
         places = ("/sys/module/rknpu/version", "/sys/kernel/debug/rknpu/version")
         version = next(
             (
@@ -230,11 +246,13 @@ class Board:
             if os.geteuid():
                 next_step = f"as root: sudo cat {places[1]}"
             return Check(name=name, outcome=Outcome.SKIP, finding=finding, next_step=next_step)
+
         if tuple(map(int, version.split("."))) < OLDEST_DRIVER:
             wanted = ".".join(map(str, OLDEST_DRIVER))
             finding = f"version {version} is older than {wanted}, which RKLLM asks for"
             next_step = f"update the board's kernel to one with RKNPU driver {wanted} or newer"
             return Check(name=name, outcome=Outcome.WARN, finding=finding, next_step=next_step)
+
         return Check(name=name, outcome=Outcome.OK, finding=f"version {version}")
 
     def npu_clock(self) -> Check:
@@ -287,6 +305,7 @@ class Board:
                 outcome=Outcome.SKIP,
                 finding="/proc/meminfo does not say what is available",
             )
+
         available = int(match[1]) * 1024
         sizes = {model: model_bytes(manifest, config) for model, config in manifest.models.items()}
         largest = max(sizes, key=lambda model: sizes[model])
@@ -295,6 +314,7 @@ class Board:
                 f"{words.size(available)} available; there is no model file to compare it with"
             )
             return Check(name=name, outcome=Outcome.SKIP, finding=finding)
+
         needed = sizes[largest] * 5 // 4
         finding = (
             f"{words.size(available)} available; {largest}, the largest model, needs about "
@@ -305,6 +325,7 @@ class Board:
                 "end other programs, or use a smaller model; the figure is the file's size and 25 %"
             )
             return Check(name=name, outcome=Outcome.WARN, finding=finding, next_step=next_step)
+
         return Check(name=name, outcome=Outcome.OK, finding=finding)
 
 
@@ -332,9 +353,11 @@ def _judge_clocks(name: str, clocks: list[_Clock], command: str) -> Check:
     known = [clock for clock in clocks if clock.governor]
     if not known:
         return Check(name=name, outcome=Outcome.SKIP, finding="no governor can be seen")
+
     finding = "governor " + ", ".join(dict.fromkeys(map(str, known)))
     if all(clock.at_most for clock in known):
         return Check(name=name, outcome=Outcome.OK, finding=finding)
+
     finding += ": figures will be lower and vary"
     return Check(name=name, outcome=Outcome.WARN, finding=finding, next_step=command)
 
@@ -355,6 +378,7 @@ def _how_to_open(nodes: list[Path]) -> str:
                 groups.add(grp.getgrgid(info.st_gid).gr_name)
         except (OSError, KeyError):
             continue
+
     if not groups:
         return 'a udev rule must give them to a group, for example GROUP="render", MODE="0660"'
     return (

@@ -29,6 +29,7 @@ def run(
         options["max_tokens"] = max_tokens
     if cold:
         options["cache"] = False
+
     conversation = Conversation(settings.socket, options, want_json=want_json)
 
     if message is None and not sys.stdin.isatty():
@@ -37,10 +38,12 @@ def run(
             raise UsageError(
                 "there is no question", hint="give it as an argument or on standard input"
             )
+
     if message is not None:
         conversation.ask(message)
     else:
         conversation.talk()
+
     return os.EX_OK
 
 
@@ -64,9 +67,11 @@ class Conversation:
             if self._want_json:
                 click.echo(json.dumps(client.chat(body), indent=2, ensure_ascii=False))
                 return
+
             pieces: list[str] = []
             report: dict[str, Any] = {}
             usage: dict[str, Any] = {}
+
             for chunk in client.stream({**body, "stream_options": {"include_usage": True}}):
                 report = chunk.get("rkcached", report)
                 usage = chunk.get("usage", usage)
@@ -74,6 +79,7 @@ class Conversation:
                     text = choice["delta"].get("content", "")
                     pieces.append(text)
                     click.echo(text, nl=False)
+
         click.echo()
         click.secho(_measured(report, usage), dim=True, err=True)
         self._messages = [*messages, {"role": "assistant", "content": "".join(pieces)}]
@@ -90,6 +96,7 @@ class Conversation:
             except click.Abort:
                 click.echo(err=True)
                 return
+
             try:
                 self.ask(question)
             except RkcachedError as error:
@@ -101,6 +108,7 @@ def _measured(report: dict[str, Any], usage: dict[str, Any]) -> str:
     reason = ""
     if report["reason"]:
         reason = f" ({report['reason']})"
+
     cached = report["cached_tokens"]
     total = usage["prompt_tokens"]
     reuse = ""

@@ -56,10 +56,12 @@ def run(settings: Settings, *, want_json: bool) -> int:
 
     for warning in findings.warnings:
         click.echo(printable(warning), err=True)
+
     if findings.skipped_files:
         from rkcached.cli.status.show import skipped_files_line
 
         click.echo(printable(skipped_files_line(findings.skipped_files)), err=True)
+
     if not want_json:
         click.echo(f"{settings.manifest}: {findings.summary}", err=bool(findings.problems))
     if findings.problems:
@@ -74,16 +76,19 @@ def check_manifest(settings: Settings) -> Findings:
         usable = parse_usable(manifest_text(manifest_file), file=manifest_file)
     except ManifestError as error:
         return _findings(list(error.problems), (), (), "")
+
     if usable.manifest is None:
         return _findings(list(usable.problems), (), (), "")
 
     manifest = usable.manifest
     if not usable.engine_known:
         manifest = manifest.model_copy(update={"engine": EngineConfig(kind=_takes_any_file())})
+
     sources = SourceReader(Digests()).scan(manifest)
     runtime = sources.runtime
     if isinstance(runtime, Trouble):  # told once, and what else is wrong is told beside it
         sources = replace(sources, runtime=RuntimeSource(version="", digest=""))
+
     desired = Resolver(Renderer().compile).resolve(manifest, sources)
     service = view_of(settings, manifest, sources).without(runtime)
     troubles = list(_troubles(manifest, sources, desired, service))
@@ -98,6 +103,7 @@ def check_manifest(settings: Settings) -> Findings:
         problems.append(
             Problem(file=str(manifest_file), line=line, message=trouble.message, hint=trouble.hint)
         )
+
     warnings = tuple(
         f"{manifest_file}:{warning}" for warning in _warnings(manifest, sources, runtime)
     )
@@ -155,10 +161,12 @@ def _warnings(
 
     if isinstance(runtime, Trouble) or runtime.samples_per_run:
         return
+
     for name, model in manifest.models.items():
         tokens = model.params.max_new_tokens
         if model.embedding or tokens <= MODEST_TOKENS:
             continue
+
         line = manifest.line_of("models", name, "params", "max_new_tokens")
         yield (
             f"{line}: warning: max_new_tokens of {name} is {tokens}, and RKLLM {runtime.version} "

@@ -119,6 +119,7 @@ class Client:
                     yield line[6:]
             else:
                 raise _broken_off("its answer has no end")
+
             for _ in lines:  # what follows belongs to this answer, too
                 pass
 
@@ -176,6 +177,7 @@ class Client:
         connection = self._new_connection() if is_second else self._kept
         self._in_use = True
         is_whole = False
+
         try:
             with _translated():
                 self._connect(connection)
@@ -183,6 +185,7 @@ class Client:
                 response = connection.getresponse()
                 if response.status != HTTPStatus.OK:
                     _refuse(response.status, response.read())
+
             with response:
                 yield response
                 is_whole = response.isclosed()
@@ -252,6 +255,7 @@ def _refuse(status: int, body: bytes) -> NoReturn:
     except (ValueError, KeyError, TypeError):
         text = body.decode(errors="replace")[:200]
         raise RequestError(status, f"HTTP {status}: {text}", code="unknown") from None
+
     if problems:
         raise ManifestError(problems)
     raise error

@@ -89,6 +89,7 @@ def run(settings: Settings, *, want_json: bool) -> int:
         output.print_json(report_data(report))
     else:
         print_report(output.console(), report)
+
     if report.failed:
         return 1
     return os.EX_OK
@@ -103,6 +104,7 @@ def examine(manifest_file: Path | None, cache_dir: Path, *, root: Path = Path("/
     engine = None
     if manifest:
         engine = ENGINES[manifest.engine.kind]
+
     board = Board(root, uses_rkllm=engine.on_npu if engine else None)
     checks = [about_manifest, board.soc(), board.library(manifest), board.devices(), board.driver()]
     checks += [board.npu_clock(), board.ddr_clock(), board.cpu_clock()]
@@ -115,6 +117,7 @@ def examine(manifest_file: Path | None, cache_dir: Path, *, root: Path = Path("/
             board.memory(manifest),
             _disk(manifest, files.sources, cache_dir),
         ]
+
     return Report(npu=board.has_npu, checks=tuple(checks))
 
 
@@ -123,6 +126,7 @@ def as_service(report: Report, settings: Settings) -> Report:
     installed = unit.installed()
     if os.geteuid() != 0 or installed is None or not installed.uses(manifest=settings.manifest):
         return report
+
     words = [
         "doctor",
         "--json",
@@ -144,12 +148,14 @@ def as_service(report: Report, settings: Settings) -> Report:
         }
     except (OSError, ValueError, KeyError, TypeError, subprocess.SubprocessError):
         return report
+
     checks = [
         service_checks.get(own.name, own)
         if own.name in _BY_ITSELF or own.name.startswith("model ")
         else own
         for own in report.checks
     ]
+
     return Report(npu=report.npu, checks=tuple(checks))
 
 
@@ -173,15 +179,18 @@ def report_data(report: Report) -> dict[str, Any]:
 def print_report(console: Console, report: Report) -> None:
     if not report.npu:
         console.print(Text(NO_NPU, style="bold"))
+
     table = Table.grid(padding=(0, 2))
     table.add_column(no_wrap=True)
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
+
     for check in report.checks:
         text = Text(check.finding, style="dim" if check.outcome is Outcome.SKIP else "")
         if check.next_step:
             text.append(f"\n{check.next_step}", style="dim")
         table.add_row(Text(check.outcome.value, style=_STYLE[check.outcome]), check.name, text)
+
     console.print(table)
     counts = Counter(check.outcome for check in report.checks)
     words = {
@@ -205,6 +214,7 @@ def _read_manifest(file: Path | None) -> tuple[Manifest | None, Check]:
             finding=finding,
             next_step="name one with --manifest",
         )
+
     try:
         manifest = read_manifest(file)
     except ManifestError as error:
@@ -213,9 +223,11 @@ def _read_manifest(file: Path | None) -> tuple[Manifest | None, Check]:
         return None, Check(
             name="manifest", outcome=Outcome.FAIL, finding=finding, next_step=next_step
         )
+
     models = "1 model"
     if len(manifest.models) != 1:
         models = f"{len(manifest.models)} models"
+
     finding = f"{file}: engine {manifest.engine.kind.value}, {models}"
     return manifest, Check(name="manifest", outcome=Outcome.OK, finding=finding)
 
@@ -243,6 +255,7 @@ def _look_at(manifest: Manifest) -> _Found:
     runtime = sources.runtime
     if isinstance(runtime, Trouble):
         sources = replace(sources, runtime=RuntimeSource(version="", digest=""))
+
     desired = Resolver(Renderer().compile).resolve(manifest, sources)
     service = view_of(Settings(manifest=manifest.file).of_client(), manifest, sources).without(
         runtime
@@ -260,6 +273,7 @@ def _engine(manifest: Manifest) -> Iterator[Check]:
     kind = manifest.engine.kind
     if ENGINES[kind].on_npu:
         return
+
     try:
         runtime = ENGINES[kind].locate_runtime(manifest.engine.library, manifest.engine.abi)
     except RkcachedError as error:
@@ -275,9 +289,11 @@ def _prompts(files: _Found) -> Check:
     if not troubles:
         finding = f"{_prompts_of(len(files.sources.prompts))}, all readable"
         return Check(name="prompts", outcome=Outcome.OK, finding=finding)
+
     more = ""
     if len(troubles) > 1:
         more = f", and {len(troubles) - 1} more with such problems"
+
     finding = troubles[0].message + more
     next_step = troubles[0].hint or "`rkcached check` names its line"
     return Check(name="prompts", outcome=Outcome.FAIL, finding=finding, next_step=next_step)
@@ -289,6 +305,7 @@ def _models(manifest: Manifest, runtime_version: str | None, files: _Found) -> I
         path = config.path
         size = size_of(path)
         trouble = files.models.get(model)
+
         if trouble is not None:
             yield Check(
                 name=name, outcome=Outcome.FAIL, finding=trouble.message, next_step=trouble.hint
@@ -329,17 +346,20 @@ def _rkllm_model(name: str, path: Path, size: int, runtime_version: str | None) 
         return Check(
             name=name, outcome=Outcome.FAIL, finding=f"{path} cannot be read: {error.strerror}"
         )
+
     shown = f"{path}, {words.size(size)}"
     if not toolkits:
         finding = f"{shown}: it does not name the rkllm-toolkit that made it; not an RKLLM model?"
         next_step = "the RKLLM engine loads .rkllm files only, which rkllm-toolkit makes on a PC"
         return Check(name=name, outcome=Outcome.WARN, finding=finding, next_step=next_step)
+
     toolkit = toolkits[-1].decode().rstrip(".")
     if runtime_version is None:
         finding = (
             f"{shown}, made by rkllm-toolkit {toolkit}; there is no runtime to compare it with"
         )
         return Check(name=name, outcome=Outcome.OK, finding=finding)
+
     finding = f"{shown}, made by rkllm-toolkit {toolkit} for runtime {runtime_version}"
     if order(toolkit) > order(runtime_version):
         finding = (
@@ -351,6 +371,7 @@ def _rkllm_model(name: str, path: Path, size: int, runtime_version: str | None) 
             f"{runtime_version}"
         )
         return Check(name=name, outcome=Outcome.FAIL, finding=finding, next_step=next_step)
+
     return Check(name=name, outcome=Outcome.OK, finding=finding)
 
 
@@ -364,6 +385,7 @@ def _disk(manifest: Manifest, sources: Sources, cache_dir: Path) -> Check:
     else:
         wanted, estimate = _estimate(manifest, sources, cache_dir)
         finding += estimate
+
     if free + used < wanted:
         next_step = "make room, name a larger disk with --cache-dir, or set cache.max_bytes"
         return Check(name="disk", outcome=Outcome.WARN, finding=finding, next_step=next_step)
@@ -383,14 +405,17 @@ def _estimate(manifest: Manifest, sources: Sources, cache_dir: Path) -> tuple[in
         if rate is None:
             with contextlib.suppress(OSError):
                 rate = _by_model(ENGINES[manifest.engine.kind], config.path)
+
         if rate is None:
             unknown += len(texts)
         else:
             known += len(texts)
             known_bytes += round(sum(texts) * rate)
+
     parts = []
     if known:
         parts = [f"about {words.size(known_bytes)} needed by {_prompts_of(known)}"]
+
     parts += (
         [f"what {_prompts_of(unknown)} will take is not known before one is built"]
         if unknown
@@ -411,6 +436,7 @@ def _bytes_per_letter(folder: Path) -> float | None:
             letters = int(sidecar.components["prefix.bytes"])
             size_bytes = size_bytes + sidecar.size_bytes
             text_bytes = text_bytes + letters
+
     if text_bytes:
         return size_bytes / text_bytes
     return None

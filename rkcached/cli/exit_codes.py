@@ -30,8 +30,10 @@ def run(command: click.Command, arguments: Sequence[str] | None) -> NoReturn:
         )
         complain(failed)
         code = failed.exit_code
+
     for stream in filter(None, (sys.__stdout__, sys.__stderr__)):
         _finish(stream)
+
     sys.exit(code)
 
 
@@ -56,6 +58,7 @@ def _code_of(command: click.Command, arguments: Sequence[str] | None) -> int | s
         if sys.stdout is not output or isinstance(left.__context__, BrokenPipeError):
             raise BrokenPipeError from left
         return left.code
+
     if isinstance(code, int):
         return code
     return os.EX_OK
@@ -72,6 +75,7 @@ def _is_of_output(error: OSError) -> bool:
         sys.stdout.flush()
     except OSError:
         return True
+
     return error.filename is None and error.errno in _OUTPUT
 
 
@@ -90,12 +94,14 @@ def exit_code(error: RkcachedError) -> int:
     """The exit code of an error; a refused request is wrong input, unless the daemon has failed."""
     if not isinstance(error, RequestError):
         return error.exit_code
+
     by_status = {
         404: os.EX_NOINPUT,
         502: os.EX_SOFTWARE,
         503: os.EX_UNAVAILABLE,
         504: os.EX_UNAVAILABLE,
     }
+
     return by_status.get(error.status, os.EX_DATAERR if error.status < 500 else os.EX_SOFTWARE)
 
 
@@ -105,6 +111,7 @@ def complain(error: RkcachedError) -> None:
         lines = [str(problem) for problem in error.problems]
     else:
         lines = [f"error: {error.message}", *([f"hint: {error.hint}"] if error.hint else [])]
+
     with contextlib.suppress(OSError):
         for line in lines:
             click.echo(printable(line), err=True)

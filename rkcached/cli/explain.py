@@ -41,6 +41,7 @@ def explain_data(look: Observation, key: Key) -> dict[str, Any]:
     if assessment is None:
         known = ", ".join(str(a.key) for a in look.assessments) or "none"
         raise SourceError(f"there is no prompt {key}", hint=f"known: {known}")
+
     wanted = look.desired.fingerprint(key)
     artifact = look.inventory.artifacts.get(key)
     return {
@@ -73,11 +74,13 @@ def print_explanation(console: Console, data: dict[str, Any]) -> None:
     console.print(Text(f"{data['model']}/{data['prompt']}: {data['state']}", style="bold"))
     if data["description"]:
         console.print(Text(f"  {data['description']}", style="dim"))
+
     if data["lines"]:
         for line in data["lines"]:
             console.print(Text(f"  {line}"))
     elif data["reason"]:
         console.print(Text(f"  {data['reason']}"))
+
     if data["hint"]:
         console.print(Text(f"  {data['hint']}", style="dim"))
     if data["artifact"]:
@@ -88,6 +91,7 @@ def print_explanation(console: Console, data: dict[str, Any]) -> None:
         action = data["action"]["action"]
     if action in _NEXT:
         console.print(Text(f"  {_NEXT[action]}"))
+
     console.print(Text(f"  store {data['store']}", style="dim"), soft_wrap=True)
 
 
@@ -100,6 +104,7 @@ def _print_artifact(console: Console, artifact: dict[str, Any]) -> None:
         gain = ""
         if not artifact["gain"]:
             gain = "; no gain"
+
         console.print(
             Text(
                 f"  time to first token {artifact['cold_ttft_ms']:.0f} ms cold, "

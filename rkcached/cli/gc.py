@@ -32,6 +32,7 @@ def run(settings: Settings, *, dry_run: bool, strangers: bool, want_json: bool) 
         output.print_json({**done, **listed})
     else:
         _print(rubbish, settings.cache_dir, dry_run=dry_run)
+
     if rubbish["failed"]:
         return os.EX_CANTCREAT
     return os.EX_OK
@@ -43,6 +44,7 @@ def _collect(settings: Settings, *, dry_run: bool, strangers: bool) -> dict[str,
     try:
         if not dry_run:
             store.open()
+
         look = looks.look_at(settings)
         named = collection.named_in(look, *looks.inputs_of(settings, look))
         rubbish = collection.find(store, look, named, strangers=strangers)
@@ -65,20 +67,25 @@ def _print(rubbish: dict[str, Any], store: Path, *, dry_run: bool) -> None:
     items = rubbish["items"]
     strangers = rubbish["strangers"]
     failed = rubbish["failed"]
+
     for item in (*items, *strangers, *failed):
         click.echo(printable(f"{size(item['size_bytes']):>9}  {item['path']}  {item['reason']}"))
 
     done = "removed"
     if dry_run:
         done = "would remove"
+
     what = "1 item"
     if len(items) != 1:
         what = f"{len(items)} items"
+
     total = sum(item["size_bytes"] for item in items)
     left = ""
     if strangers:
         left_bytes = sum(item["size_bytes"] for item in strangers)
         left = f"; {len(strangers)} that are not the store's stay, {size(left_bytes)}"
+
     if failed:
         left += f"; {len(failed)} could not be removed"
+
     click.echo(printable(f"{done} {what}, {size(total)}{left}; store {store}"))

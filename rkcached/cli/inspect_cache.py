@@ -63,6 +63,7 @@ def run(file: Path, *, want_json: bool) -> int:
         output.print_json(data)
     else:
         print_inspection(output.console(), data)
+
     if data["problem"]:
         return os.EX_DATAERR
     return os.EX_OK
@@ -81,6 +82,7 @@ def inspect(path: Path) -> dict[str, Any]:
     os.close(fd)
     record = _record_beside(path)
     artifact = path
+
     if isinstance(record, Sidecar) and path.name in {
         f"{record.prompt}.json",
         f"{record.prompt}.bin",
@@ -94,6 +96,7 @@ def inspect(path: Path) -> dict[str, Any]:
             )
     elif path.suffix == ".json" and isinstance(record, str):
         raise FormatError(f"{path} is {UNKNOWN}, nor the sidecar of one: {record}")
+
     fd, size = _open(artifact)
     try:
         content = _read_content(artifact, fd, size)
@@ -122,6 +125,7 @@ def print_inspection(console: Console, data: dict[str, Any]) -> None:
     count = "an unknown number of tokens"
     if tokens:
         count = f"{tokens['count']:,} tokens"
+
     console.print(
         Text(f"  {count}, {words.size(data['size_bytes'])} ({data['size_bytes']:,} bytes)")
     )
@@ -133,10 +137,12 @@ def print_inspection(console: Console, data: dict[str, Any]) -> None:
             shown = [*tokens["first"], *tokens["last"][_SHOWN_IDS - rest :]]
         ids = " ".join(map(str, shown))
         console.print(Text(f"  token ids {ids}", style="dim"))
+
     if sidecar:
         built = show.when(sidecar["built_at"])
         console.print(Text(f"  artifact of {sidecar['model']}/{sidecar['prompt']}, built {built}"))
         console.print(Text(f"  fingerprint {sidecar['fingerprint']}", style="dim"))
+
     if data["problem"]:
         console.print(Text(f"  {data['problem']}", style="red"))
     elif sidecar:
@@ -157,6 +163,7 @@ def _open(path: Path) -> tuple[int, int]:
             raise SourceError(
                 f"{path} is {what}", hint="name a prompt cache, its sidecar or its text"
             )
+
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         return fd, os.fstat(fd).st_size
     except FileNotFoundError as error:
@@ -197,6 +204,7 @@ def _read(fd: int, length: int, offset: int = 0) -> bytes:
         raise SourceError(
             f"reading failed: {error.strerror}", hint="see the kernel's log for the disk"
         ) from error
+
     return data
 
 
@@ -222,6 +230,7 @@ def _llama_content(path: Path, fd: int, size: int, head: bytes) -> _Content:
         if begins or MEMORY_MAGIC.startswith(head):
             _truncated(path, size, "it ends within its header")
         raise FormatError(f"{path} is {UNKNOWN}: it has {size} bytes, fewer than a header")
+
     magic, version, count = WORDS.unpack_from(head)
     fits = count <= _MAX_TOKENS and WORDS.size + 4 * count <= size
     if magic == SEQUENCE_MAGIC:
@@ -232,13 +241,16 @@ def _llama_content(path: Path, fd: int, size: int, head: bytes) -> _Content:
             form=f"llama.cpp (sequence state, version {version})",
             tokens=_unpacked(_ids(path, fd, size, count)),
         )
+
     if magic == SESSION_MAGIC and version != RKLLM_VERSION:
         raise FormatError(
             f"{path} is {UNKNOWN}: it is a session of llama.cpp, version {version}",
             hint="rkcached keeps the state of single sequences, which begin with ggsq",
         )
+
     if magic == SESSION_MAGIC and not fits:
         _truncated(path, size, f"its header says {count:,} tokens")
+
     if version == RKLLM_VERSION and fits:
         tokens = _ids(path, fd, size, count)
         if count and all(0 <= token < _MAX_ID for token in tokens):
@@ -248,6 +260,7 @@ def _llama_content(path: Path, fd: int, size: int, head: bytes) -> _Content:
             return _Content(
                 engine="rkllm", form=f"RKLLM {which}, as far as its header tells", tokens=tokens
             )
+
     raise FormatError(
         f"{path} is {UNKNOWN}",
         hint="known are the files of llama.cpp, of RKLLM, and of the memory engine",
@@ -257,14 +270,17 @@ def _llama_content(path: Path, fd: int, size: int, head: bytes) -> _Content:
 def _memory_content(path: Path, fd: int, size: int, head: bytes) -> _Content:
     if len(head) < MEMORY.size:
         _truncated(path, size, "it ends within its header")
+
     _, version, count = MEMORY.unpack(head)
     wanted = MEMORY.size + 9 * count
     if count > _MAX_TOKENS or size < wanted:
         _truncated(path, size, f"its header says {count:,} tokens")
+
     if size > wanted:
         raise FormatError(
             f"{path} is damaged: {count:,} tokens take {wanted:,} bytes, it has {size:,}"
         )
+
     tokens = array("i", list(_read(fd, count, MEMORY.size)))
     return _Content(engine="memory", form=f"the memory engine (version {version})", tokens=tokens)
 
@@ -300,26 +316,31 @@ def _record_beside(path: Path) -> Sidecar | str | None:
     place = path.with_suffix(".json") if path.suffix else path.with_name(f"{path.name}.json")
     if not os.path.lexists(place):
         return None
+
     try:
         fd, size = _open(place)
     except SourceError as error:
         return f"the sidecar cannot be used: {error.message}"
+
     try:
         if size > _MAX_SIDECAR_BYTES:
             return f"{place.name} is too large to be a sidecar"
         data = _read(fd, size)
     finally:
         os.close(fd)
+
     try:
         claimed = msgspec.json.decode(data, type=Sidecar)
     except (ValueError, RecursionError):
         return f"{place.name} is no sidecar, or a damaged one"
+
     # Away from the store, the folder's name is not the model's: it is checked against itself.
     parsed = parse_sidecar(data, Key(claimed.model, claimed.prompt))
     if isinstance(parsed, Sidecar) and not (
         NAME.fullmatch(parsed.prompt) and parsed.prompt == place.stem
     ):
         return f"{place.name} belongs to {parsed.model}/{parsed.prompt}, under another name"
+
     return parsed
 
 
@@ -328,21 +349,26 @@ def _compare(
 ) -> dict[str, Any]:
     if not isinstance(record, Sidecar):
         return {"sidecar": None, "problem": record or ""}
+
     if artifact.name != record.artifact:
         why = f"the sidecar beside it is that of {record.artifact}"
         if names_artifact(artifact.name, record.prompt):
             why += ", so it is a leftover"
         return {"sidecar": None, "problem": why}
+
     sha256 = ""
     if size == record.size_bytes:
         sha256 = _sha256(fd)
+
     problems = []
     if size != record.size_bytes:
         problems.append(f"it has {size:,} bytes, its sidecar says {record.size_bytes:,}")
     elif sha256 != record.sha256:
         problems.append("it does not have the SHA-256 of its sidecar")
+
     if tokens is not None and tokens != record.tokens:
         problems.append(f"it has {tokens:,} tokens, its sidecar says {record.tokens:,}")
+
     text = artifact.with_name(f"{record.prompt}.bin")
     text_matches = None
     if os.path.lexists(text):
@@ -372,6 +398,7 @@ def _has_digest(path: Path, sha256: str) -> bool:
         fd, _ = _open(path)
     except SourceError:
         return False
+
     try:
         return _sha256(fd) == sha256
     finally:

@@ -120,6 +120,7 @@ class Daemon:
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.wait()
+
         if self.workspace.socket.parent != self.workspace.root:
             shutil.rmtree(self.workspace.socket.parent, ignore_errors=True)
 
@@ -152,9 +153,11 @@ class Daemon:
                     raise
                 time.sleep(0.02)  # the socket is not there yet
                 continue
+
             answered = True
             yield status
             time.sleep(every_s)
+
         raise StillWaiting(f"not all is fresh after {timeout_s:.0f} s{self.last_words()}")
 
     def check_alive(self) -> None:
@@ -186,6 +189,7 @@ def small_model() -> Path:
     folders = None
     if spec is not None:
         folders = spec.submodule_search_locations
+
     for folder in folders or ():
         for path in sorted(Path(folder).glob("*.gguf")):
             return path

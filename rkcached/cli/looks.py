@@ -49,6 +49,7 @@ def need_place(settings: Settings) -> None:
         return
     except OSError:
         pass
+
     need_store(settings)
 
 
@@ -61,6 +62,7 @@ def need_store(settings: Settings) -> None:
             f"the store {settings.cache_dir} cannot be read: {error.strerror}",
             hint="check the directory's permissions",
         ) from error
+
     if not why:
         return
 
@@ -73,4 +75,5 @@ def need_store(settings: Settings) -> None:
         if beside != settings.cache_dir and not marks.why_no_store(beside):
             named = shlex.quote(str(beside))
             hint = f"there is a store beside the manifest: use --cache-dir {named}"
+
     raise SourceError(f"there is no store at {settings.cache_dir}: {why}", hint=hint)

@@ -28,4 +28,5 @@ def matching(wanted: Sequence[str], known: Sequence[tuple[str, str]]) -> list[Ke
         if not any(text in (key.model, str(key)) for key in keys):
             names = ", ".join(map(str, keys)) or "none"
             raise SourceError(f"there is no {text!r}", hint=f"known: {names}")
+
     return [key for key in keys if key.model in wanted or str(key) in wanted]

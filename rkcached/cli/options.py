@@ -89,6 +89,7 @@ def _words(paths: dict[str, Path], others: dict[str, Any]) -> list[str]:
         for argument in context.command.params
         if isinstance(argument, click.Argument)
     ]
+
     return [
         *words,
         "--",
@@ -115,6 +116,7 @@ def places(
             # all that a daemon imports stays: looking for garbage in it takes a tenth of its start
             if listens:
                 gc.disable()
+
             from rkcached.host.settings import Settings
 
             given = {name: kwargs.pop(name) for name in names}
@@ -122,11 +124,13 @@ def places(
                 settings = Settings(**{k: v for k, v in given.items() if v is not None})
             except ValueError as error:
                 raise _bad_setting(error) from None
+
             if as_service:
                 from rkcached.host import unit
 
                 paths = {name: getattr(settings, name) for name in names}
                 unit.become_it(_words(paths, kwargs), **paths)
+
             return command(settings=settings if listens else settings.of_client(), **kwargs)
 
         for name in reversed(names):

@@ -93,14 +93,17 @@ def print_plan(
         reason = Text(printable(data["reason"]))
         if data.get("hint"):
             reason.append(f"\n{printable(data['hint'])}", style="dim")
+
         what = Text(f"{sign} {data['action']}", style=style)
         table.add_row(what, Text(printable(str(action.key))), reason)
+
     if actions:
         console.print(table)
 
     words = [f"{counts[name]} to {name}" for name in _SIGNS if name != "blocked" and counts[name]]
     if counts["blocked"]:
         words.append(f"{counts['blocked']} blocked")
+
     fresh = sum(assessment.state is State.FRESH for assessment in assessments)
     summary = ", ".join([*(words or ["nothing to do"]), f"{fresh} fresh"])
     console.print(Text(printable(f"{summary}; store {store}")), soft_wrap=True)

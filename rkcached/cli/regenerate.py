@@ -28,6 +28,7 @@ def run(settings: Settings, prompts: Sequence[str], *, everything: bool, want_js
     wanted: Sequence[tuple[str, str]] = declared
     if not everything:
         wanted = names.matching(prompts, declared)
+
     console = output.console(quiet=want_json)
     answers, refusals = regenerate(settings.socket, settings.admin_socket, wanted, console)
     if want_json:
@@ -64,18 +65,21 @@ def regenerate(
             if console.is_terminal:
                 with console.status(_escaped(name)) as line:
                     _follow(socket, future, line, name, (model, prompt))
+
             try:
                 answer = future.result()
             except RequestError as error:
                 console.print(f"{name} failed", markup=False)
                 refusals.append(error)
                 continue
+
             seconds = answer["build_ms"] / 1000
             size = words.size(answer["size_bytes"])
             console.print(
                 f"{name} {answer['tokens']} tokens, {size} in {seconds:.1f} s", markup=False
             )
             answers.append(answer)
+
     return answers, refusals
 
 
@@ -91,6 +95,7 @@ def _follow(
     while not wait([future], timeout=_REFRESH_S).done:
         with Client(socket) as client:
             prompts = client.status()["prompts"]
+
         progress = next(
             (p.get("progress") for p in prompts if (p["model"], p["prompt"]) == key), None
         )

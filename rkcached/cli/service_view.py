@@ -70,6 +70,7 @@ class ServiceView:
                 trouble = _of_both(trouble, self.models[name], [manifest.models[name].path])
             if trouble is not None:
                 troubles[name] = trouble
+
         return troubles
 
     def prompts_in_trouble(
@@ -88,13 +89,16 @@ class ServiceView:
                 trouble = None
                 if isinstance(declared.source, Trouble):
                     trouble = declared.source
+
             if (seen := self.prompts.get(key)) is not None:
                 of_daemon = None
                 if str(seen.trouble) != str(models.get(key.model)):
                     of_daemon = seen.trouble
                 trouble = _of_both(trouble, of_daemon, declared.files)
+
             if trouble is not None:
                 troubles[key] = trouble
+
         return troubles
 
     def over(self, look: Observation) -> Observation:
@@ -107,6 +111,7 @@ class ServiceView:
             seen = Seen(state=State.BLOCKED, trouble=trouble)
         if seen is None or seen.state not in set(State):
             return own
+
         if seen.trouble is not None:
             reason = seen.trouble.message
             hint = seen.trouble.hint
@@ -114,6 +119,7 @@ class ServiceView:
             return replace(
                 own, state=State(seen.state), reason=reason, hint=hint, changes=(), action=blocked
             )
+
         declared = look.sources.prompts.get(own.key)
         model = look.manifest.models.get(own.key.model)
         files = [*(declared.files if declared else ()), *([model.path] if model else ())]
@@ -140,8 +146,10 @@ def _may_read(files: Iterable[Path | str]) -> bool:
             return False
         except OSError:
             continue
+
         if not os.access(file, os.R_OK, effective_ids=True):
             return False
+
     return True
 
 
@@ -161,6 +169,7 @@ def view_of(
         installed = None
     if installed is None and not ask:
         return ServiceView(whose=AS_SERVICE if seeing is not None else "")
+
     if (socket := _socket(settings, installed)) is not None:
         status = _status(socket)
         if (
@@ -169,6 +178,7 @@ def view_of(
             and status["manifest"]["file"] == str(settings.manifest)
         ):
             return _view_in(status)
+
     if installed is None:
         return ServiceView()
     return hidden_by(installed, manifest, sources)
@@ -185,6 +195,7 @@ def _view_in(status: Mapping[str, Any]) -> ServiceView:
         prompts[Key(prompt["model"], prompt["prompt"])] = Seen(
             state=prompt["state"], trouble=trouble
         )
+
     # Of a model there is one text; its prompts have message and hint apart.
     apart = {str(seen.trouble): seen.trouble for seen in prompts.values()}
     models = {
@@ -193,6 +204,7 @@ def _view_in(status: Mapping[str, Any]) -> ServiceView:
         else None
         for model in status["models"]
     }
+
     return ServiceView(models=models, prompts=prompts, whose=AS_SERVICE)
 
 
@@ -211,14 +223,17 @@ def hidden_by(installed: unit.Unit, manifest: Manifest, sources: Sources) -> Ser
         template = None
         if model.chat_template.startswith("/"):
             template = model.chat_template
+
         for trouble in troubles(model.path, template, model.tokenizer, model.lora):
             models.setdefault(name, trouble)
+
         for pattern in model.prompts_from:
             folder = Path(pattern).parent
             if place := installed.hides(folder):
                 words = hidden(place, Path(os.path.realpath(folder)))
                 message = f"{folder} cannot be listed: {words.reason}"
                 unlisted.setdefault(name, Trouble(message=message, hint=words.hint))
+
     prompts = {
         key: Seen(state=State.BLOCKED, trouble=trouble)
         for key, declared in sources.prompts.items()
@@ -238,10 +253,12 @@ def _socket(settings: Settings, installed: unit.Unit | None) -> Path | None:
         if installed.pid:
             return system
         return None
+
     if (pid := os.environ.get(unit.MARK)) is not None:
         if pid != "0":
             return system
         return None
+
     own = settings.socket
     if own.parent != places.SYSTEM_RUNTIME and own.exists():
         return own

@@ -52,6 +52,7 @@ def run(settings: Settings, prompts: Sequence[str], *, deep: bool, want_json: bo
         if results:
             what = f"{good} of {len(results)} good"
         click.echo(printable(f"{what} in the store {settings.cache_dir}"))
+
     if good == len(results):
         return os.EX_OK
     return os.EX_DATAERR
@@ -71,6 +72,7 @@ def verify_artifacts(
                 artifact = look.inventory.artifacts.get(key)
                 if deep and not finding and artifact is not None:
                     finding, detail = _deep(runner, workers, look, key, artifact)
+
                 yield {
                     "model": key.model,
                     "prompt": key.prompt,
@@ -96,6 +98,7 @@ def _deep(
         or artifact.signature is None
     ):
         return "", f"matches its sidecar; not loaded, because it is {state.value}"
+
     cache = protocol.CacheFile(
         path=str(artifact.path),
         signature=artifact.signature,
@@ -106,6 +109,7 @@ def _deep(
         checked = runner.run(worker.run(protocol.Check(cache=cache)))
     except RkcachedError as error:
         return error.message, ""
+
     tokens = 0
     if isinstance(checked, protocol.Checked):
         tokens = checked.tokens

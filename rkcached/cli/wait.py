@@ -73,6 +73,7 @@ class Waited:
             outcome = "never"
             if isinstance(self.errors[0], StillWaiting):
                 outcome = "timeout"
+
         return {
             "outcome": outcome,
             "waited_s": round(self.waited_s, 3),
@@ -89,10 +90,12 @@ def run(settings: Settings, names: Sequence[str], *, timeout_s: float, want_json
 
     with output.progress_line() as tell:
         result = wait(settings.socket, names, timeout_s=timeout_s, tell=tell)
+
     if want_json:
         output.print_json(result.data())
     elif not result.errors:
         click.echo(f"{len(result.prompts)} fresh, after {result.waited_s:.1f} s")
+
     for error in result.errors:
         exit_codes.complain(error)
     return result.exit_code
@@ -124,6 +127,7 @@ def wait(
             break
         if isinstance(heard, NotAllowed | RequestError):
             raise heard
+
         if isinstance(heard, RkcachedError):
             waits_for = heard.message
             hint = heard.hint
@@ -137,6 +141,7 @@ def wait(
         except DaemonUnreachable as error:
             waits_for = error.message
             continue
+
         looked = status["ready"]
         hint = _MORE_TIME
         if not looked:
@@ -148,9 +153,11 @@ def wait(
         waited_s = time.monotonic() - started
         if lasting := [*_troubles(names, status), *filter(None, map(_never, prompts))]:
             return Waited(waited_s=waited_s, prompts=prompts, errors=tuple(lasting))
+
         waiting = [prompt for prompt in prompts if prompt["state"] != "fresh"]
         if not waiting:
             return Waited(waited_s=waited_s, prompts=prompts)
+
         waits_for = f"{len(prompts) - len(waiting)} of {len(prompts)} fresh; {_sentence(waiting)}"
 
     late = StillWaiting(f"time is up after {timeout_s:g} s: {waits_for}", hint=hint)
@@ -195,6 +202,7 @@ def _chosen(names: Sequence[str], status: dict[str, Any]) -> list[dict[str, Any]
         show.name_of(prompt) for prompt in declared
     ]
     troubled = {model["name"] for model in status["models"] if model["trouble"]}
+
     for name in names:
         if name not in known and name.partition("/")[0] not in troubled:
             hint = (
@@ -202,6 +210,7 @@ def _chosen(names: Sequence[str], status: dict[str, Any]) -> list[dict[str, Any]
                 "manifest now"
             )
             raise SourceError(f"{name!r} is not declared", hint=hint)
+
     return [
         prompt
         for prompt in declared

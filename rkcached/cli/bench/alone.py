@@ -53,6 +53,7 @@ def model_facts(
         desired = look.desired.models.get(model)
     if look is None or not isinstance(desired, DesiredModel):
         return ModelFacts(engine=engine, runtime=runtime)
+
     params: dict[str, float | int | None] = {**desired.config.sampling(None)}
     params["max_context_len"] = desired.config.params.max_context_len
     return ModelFacts(
@@ -70,6 +71,7 @@ def _threads(look: Observation, daemon: int) -> int | None:
     engine = look.manifest.engine
     if engine.threads or not ENGINES[engine.kind].thread_per_core:
         return engine.threads or None
+
     try:
         return len(os.sched_getaffinity(daemon))
     except OSError:
@@ -86,6 +88,7 @@ class Alone:
         desired = look.desired.models.get(model)
         if not isinstance(desired, DesiredModel):
             raise NotPossible(f"{model} cannot be used: {desired or 'it is not in the manifest'}")
+
         needed = model_bytes(look.manifest, desired.config) * 5 // 4
         available = available_bytes()
         if available and available < needed:
@@ -93,9 +96,11 @@ class Alone:
                 f"a second {model} needs about {words.size(needed)} of memory, "
                 f"{words.size(available)} are available"
             )
+
         self._look = look
         self._model = desired
         self._stack = contextlib.ExitStack()
+
         try:
             self._engine = self._stack.enter_context(DirectEngine(look.manifest.engine, desired))
         except RkcachedError as error:
@@ -110,6 +115,7 @@ class Alone:
         text = self._look.desired.texts.get(key)
         if text is None or (artifact is None and state is not State.COLD):
             raise NotPossible(f"{key} is not in the store that the manifest belongs to")
+
         values: dict[str, Any] = {
             **self._model.config.sampling(key.prompt),
             "max_new_tokens": answer_tokens,
@@ -122,10 +128,12 @@ class Alone:
             cold=state is State.COLD,
         )
         time.sleep(PAUSE_S)
+
         try:
             answer = self._engine.ask(ask)
         except RkcachedError as error:
             raise NotPossible(error.message) from error
+
         time.sleep(PAUSE_S)
         return DirectRun(
             ttft_ms=round(answer.ttft_ms, 3),

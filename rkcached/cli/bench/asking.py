@@ -82,6 +82,7 @@ def ask(client: Client, body: dict[str, Any], path: str = CHAT) -> Answer:
     received: list[bytes] = []
     body = {**body, "stream": True, "stream_options": {"include_usage": True}}
     started = time.perf_counter()
+
     for data in client.stream_data(path, body):
         moments.append(time.perf_counter() - started)
         received.append(data)
@@ -127,6 +128,7 @@ class Asker:
             why = _why_not(state, report)
             if not why:
                 return run, asked
+
         raise NotMade(why)
 
     def _once(
@@ -178,14 +180,18 @@ def _why_not(state: State, report: dict[str, Any]) -> str:
                 f"{actual})"
             )
         return ""
+
     if actual not in ("hit", "loaded"):
         why = f"the answer's state was {actual}" + (f": {reason}" if reason else "")
         return why + (f"; {report['cached_tokens']} tokens were reused" if actual == "miss" else "")
+
     if state is State.FILE and not report["load_ms"]:
         return "the file was not loaded: other clients asked the same prompt in between"
+
     if state is State.MEMORY and report["load_ms"]:
         return (
             "the file was loaded again: this runtime keeps nothing between answers, or other "
             "clients asked meanwhile"
         )
+
     return ""

@@ -41,6 +41,7 @@ def bench(
         _refuse_beside_from()
     if files.plot is not None:
         plots.check(files.plot)
+
     for file in filter(None, (files.output, files.plot)):
         results.check_writable(file)
 
@@ -51,6 +52,7 @@ def bench(
             keeping.callback(plots.plot, measured, files.plot)
         if files.output is not None:
             keeping.callback(results.write, measured, files.output)
+
         if want_json:
             click.echo(results.to_json(measured))
         else:
@@ -58,6 +60,7 @@ def bench(
 
     if files.kept is not None:
         return os.EX_OK
+
     runner.end(measured)
     if measured.refused:
         return 1

@@ -62,6 +62,7 @@ def compare(before: Results, after: Results) -> Comparison:
             "the results have no prompt in common",
             hint="measure the same prompts, or both with --sweep",
         )
+
     return Comparison(
         differences=tuple(_differences(before, after)),
         rows=tuple(row for name, a, b in pairs for row in _rows(name, a, b)),
@@ -96,6 +97,7 @@ def _rows(name: str, before: PromptResult | None, after: PromptResult | None) ->
         verdict = f"only in {'B' if before is None else 'A'}"
         yield Row(prompt=name, what="", before=None, after=None, ratio=None, verdict=verdict)
         return
+
     if _is_rewritten(before, after):
         yield Row(
             prompt=name,
@@ -106,8 +108,10 @@ def _rows(name: str, before: PromptResult | None, after: PromptResult | None) ->
             verdict="not compared: its text changed",
         )
         return
+
     for state, figure, what in _FIGURES:
         yield _row(name, what, before.states.get(state), after.states.get(state), figure)
+
     for what, a, b in (
         ("file, MB", _mega(before.size_bytes), _mega(after.size_bytes)),
         ("build, s", _thousandth(before.build_ms), _thousandth(after.build_ms)),
@@ -132,19 +136,23 @@ def _row(name: str, what: str, before: Measured | None, after: Measured | None, 
     a = before.median(figure)
     b = after.median(figure)
     ratio = _ratio(a, b)
+
     if a is None or b is None:
         lacking = [side for side, value in (("A", a), ("B", b)) if value is None]
         why = f"not measured in {' and '.join(lacking)}"
         return Row(prompt=name, what=what, before=a, after=b, ratio=None, verdict=why)
+
     if nothing := [side for side, value in (("A", a), ("B", b)) if not value]:
         why = f"not compared: 0 in {' and '.join(nothing)}"
         return Row(prompt=name, what=what, before=a, after=b, ratio=None, verdict=why)
+
     probability = chance(left, right)
     if probability >= BEYOND or ratio is None or abs(ratio - 1) < WORTH:
         few = least_chance(len(left), len(right)) >= BEYOND
         verdict = "too few runs to tell" if few else "within the noise"
     else:
         verdict = "faster" if (b < a) == figure.endswith("_ms") else "slower"
+
     return Row(
         prompt=name,
         what=what,
@@ -183,6 +191,7 @@ def _differences(before: Results, after: Results) -> Iterator[Difference]:
         b = right.get(what, "none")
         if a != b:
             yield Difference(what=what, before=_in_words(what, a), after=_in_words(what, b))
+
     for name, mine, other in _pairs(before, after):
         if mine is not None and other is not None and mine.text_digest != other.text_digest:
             what = f"{name}: text"
@@ -215,6 +224,7 @@ def _flat(way: str, values: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
 def _in_words(what: str, value: Any) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
+
     if isinstance(value, list | tuple):
         listed = ", ".join(f"{item:,}" if isinstance(item, int) else str(item) for item in value)
         if what == "parameters.sweep":
@@ -222,6 +232,7 @@ def _in_words(what: str, value: Any) -> str:
                 return f"{listed} tokens"
             return "no sweep"
         return listed or "none"
+
     if value is None or value == "":
         return "unknown"
 

@@ -74,6 +74,7 @@ class DirectEngine:
             self._scratch = Scratch()
         except OSError as error:
             raise EngineError(f"the engine's process cannot be started: {error}") from error
+
         spec = msgspec.structs.replace(hosted.spec, scratch_dir=self._scratch.path)
         self._pipe, theirs = Pipe()
         with theirs:
@@ -91,6 +92,7 @@ class DirectEngine:
                 self._pipe.close()
                 self._scratch.remove()
                 raise EngineError(f"the engine's process cannot be started: {error}") from error
+
         self._hosted = (hosted.implementation, spec)
 
     def __enter__(self) -> Self:
@@ -141,6 +143,7 @@ class DirectEngine:
             answer: Timed | str | None = self._pipe.recv()
         except (OSError, EOFError) as error:
             raise self._died() from error
+
         if isinstance(answer, str):
             raise EngineError(answer)
         return answer
@@ -165,6 +168,7 @@ def main() -> None:
         except (RkcachedError, ImportError) as error:
             pipe.send(str(error))
             return
+
         pipe.send(None)
         while True:
             ask = pipe.recv()
@@ -172,6 +176,7 @@ def main() -> None:
                 pipe.send(_run(engine, ask))
             except RkcachedError as error:
                 pipe.send(error.message)
+
     engine.close()
 
 
@@ -185,9 +190,11 @@ def _run(engine: Engine, ask: Ask) -> Timed:
 
     if ask.cold:
         engine.clear()
+
     started = time.perf_counter()
     if ask.load is not None:
         engine.load(ask.load)
+
     loaded = time.perf_counter()
     stats = engine.generate(ask.prompt, ask.sampling, on_token)
     return Timed(ttft_ms=(first - started) * 1000, load_ms=(loaded - started) * 1000, stats=stats)

@@ -69,6 +69,7 @@ class Measuring:
         except NotMade as error:
             self._missing[state] = str(error)
             return
+
         self._runs[state].append(run)
         self._questions[state].append(question)
         self._step()
@@ -95,11 +96,13 @@ class Measuring:
             missing = self._why_missing(state)
             if missing is None and self.stopped is not None and not self._runs[state]:
                 missing = self.stopped.message
+
             measured[state] = (
                 Measured(missing=missing)
                 if missing is not None
                 else Measured(runs=tuple(self._runs[state]), direct=self._whole(state)).summarised()
             )
+
         return measured
 
     def _why_missing(self, state: State) -> str | None:
@@ -111,6 +114,7 @@ class Measuring:
                 return f"{earlier}: {self._missing[earlier]}"
             if earlier is state:
                 break
+
         return None
 
     def _whole(self, state: State) -> tuple[DirectRun, ...]:

@@ -65,12 +65,14 @@ def check(file: Path) -> None:
     """Before anything is measured. Errors: UsageError; ExtraMissing without the library."""
     if file.suffix.lower() not in SUFFIXES:
         raise UsageError(f"{file} is neither SVG nor PNG", hint="end its name in .svg or .png")
+
     try:
         usable = importlib.util.find_spec("matplotlib") is not None
         if usable:
             import matplotlib.figure  # noqa: F401, PLC0415 - an extra
     except (ImportError, OSError):  # it is there, but not what it needs
         usable = False
+
     if not usable:
         raise ExtraMissing(
             "--plot needs matplotlib",
@@ -87,6 +89,7 @@ def plot(results: Results, file: Path) -> None:
     metadata = None
     if file.suffix.lower() == ".svg":
         metadata = {"Date": None}
+
     with mpl.rc_context(_STYLE), warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # a letter that the font does not have
         figure = _figure(results)
@@ -104,10 +107,12 @@ def _figure(results: Results) -> Figure:
     rows = 1
     if sweep:
         rows = len(models)
+
     top = (len(head) + 1) * _LINE
     small = 0.15
     if notes:
         small = 0.14 * len(notes) + 0.35
+
     bottom = small + (rows + 2) * _LINE
     height = (
         top + bottom + max(4.2 if sweep else 2.0, 0.9 + (0.45 if sweep else 0.55) * len(prompts))
@@ -123,8 +128,10 @@ def _figure(results: Results) -> Figure:
     _stack(cold, prompts, (State.COLD,), "Where a cold answer's time goes\n(a scale of its own)")
     parts = _stack(warm, prompts, _WARM, "Where a warm answer's time goes\n(a scale of its own)")
     _rows(cold if sweep else first, prompts)
+
     for axes in (warm,) if sweep else (cold, warm):
         axes.tick_params(labelleft=False)
+
     figure.text(0.5, 1 - _LINE / 2 / height, "\n".join(head), ha="center", va="top", fontsize=8)
     for legend, columns, at in (
         (shown, len(_STATES), small + 1.5 * _LINE),
@@ -141,6 +148,7 @@ def _figure(results: Results) -> Figure:
             borderpad=0,
             labelspacing=0.2,
         )
+
     figure.text(
         0.01, 0.1 / height, "\n".join(notes), ha="left", va="bottom", fontsize=7, color="#555555"
     )
@@ -197,6 +205,7 @@ def _lines(
             points = sorted(lines, key=lambda point: point[0])
             if not points:
                 continue
+
             xs = [x for x, _, _ in points]
             ys = [median(samples) for _, samples, _ in points]
             low = [y - min(samples) for y, (_, samples, _) in zip(ys, points, strict=True)]
@@ -206,6 +215,7 @@ def _lines(
             line: dict[str, Any] = {"color": colour, "marker": marker, "linestyle": style}
             axes.errorbar(xs, ys, yerr=[low, high], markersize=4, capsize=3, **line)
             shown[f"{_model(results, model)}, {label}"] = Line2D([], [], markersize=4, **line)
+
             for x, y, (_, _, prompt) in zip(xs, ys, points, strict=True):
                 above = y >= max(_median(prompt, warm) or 0.0 for warm in _WARM)
                 warm_samples = [samples for warm in _WARM if (samples := _ttft(prompt, warm))] or [
@@ -222,6 +232,7 @@ def _lines(
                     fontsize=7,
                     color=colour,
                 )
+
     axes.set(
         xlabel="prompt length (tokens)",
         ylabel="time to first token (ms)",
@@ -229,8 +240,10 @@ def _lines(
     )
     axes.set(xscale="log", yscale="log")
     axes.margins(0.08, 0.15)
+
     for axis, (low_end, high_end) in ((axes.xaxis, axes.get_xlim()), (axes.yaxis, axes.get_ylim())):
         _plain(axis, high_end / low_end)
+
     axes.grid(visible=True, color="#dddddd", linewidth=0.6)
     axes.set_axisbelow(True)
     return shown
@@ -262,8 +275,10 @@ def _bars(axes: Axes, prompts: Sequence[PromptResult]) -> dict[str, Artist]:
         places = [at + (row - 1) * height for at, _, _ in known]
         axes.barh(places, [middle for _, middle, _ in known], height, color=colour)
         most = max([most, *(middle for _, middle, _ in known)])
+
         for place, (_, middle, prompt) in zip(places, known, strict=True):
             _beside(axes, middle, place, f"{number(middle)} ms  {_gain(prompt, state)}".rstrip())
+
     axes.set(xlabel="time to first token (ms)", title="Time to first token")
     axes.set_xlim(0, most * 1.3 or 1.0)
     return _patches(_STATES.values())
@@ -285,10 +300,12 @@ def _stack(
     ]
     places = [place for place, _, _ in bars]
     ends = [0.0] * len(bars)
+
     for figure, (_, colour) in _PARTS.items():
         widths = [max(0.0, prompt.states[state].median(figure) or 0.0) for _, state, prompt in bars]
         axes.barh(places, widths, height * 0.92, left=ends, color=colour)
         ends = [end + width for end, width in zip(ends, widths, strict=True)]
+
     for place, end, (_, state, prompt) in zip(places, ends, bars, strict=True):
         where = {State.COLD: "", State.FILE: "file", State.MEMORY: "memory"}[state]
         _beside(
@@ -297,6 +314,7 @@ def _stack(
             place,
             f"{where} {number(_median(prompt, state) or end)} ms  {_gain(prompt, state)}".strip(),
         )
+
     if not bars:
         axes.text(
             0.5,
@@ -307,6 +325,7 @@ def _stack(
             va="center",
             color="#555555",
         )
+
     axes.set(xlabel="median of each part (ms)", title=title)
     axes.set_xlim(0, max(ends, default=0.0) * (1.3 if len(states) == 1 else 1.9) or 1.0)
     return _patches(_PARTS.values())
@@ -341,6 +360,7 @@ def _rows(axes: Axes, prompts: Sequence[PromptResult]) -> None:
         names.append(
             name if len(name) <= _NAME else f"{name[: _NAME // 2]}...{name[-_NAME // 2 + 3 :]}"
         )
+
     axes.set_yticks(range(len(prompts)), names)
     axes.set_ylim(max(1, len(prompts)) - 0.5, -0.5)
 

@@ -90,11 +90,13 @@ class Measured(msgspec.Struct, frozen=True, kw_only=True):
         """One figure of every run; empty where it was not measured."""
         if figure == "direct_ttft_ms":
             return [run.ttft_ms for run in self.direct]
+
         if figure == "daemon_share_ms":
             return [
                 _around(run) - _around(alone)
                 for run, alone in zip(self.runs, self.direct, strict=False)
             ]
+
         values = [getattr(run, figure) for run in self.runs]
         return [value for value in values if value is not None]
 
@@ -228,8 +230,10 @@ def check_writable(file: Path) -> None:
         raise UsageError(
             "- is no file's name here", hint="say --json to have the results on standard output"
         )
+
     if file.is_dir():
         raise _not_written(file, IsADirectoryError(errno.EISDIR, "it is a directory"))
+
     # A file is replaced, which takes its folder, too; a pipe or a device is written itself.
     needed = []
     if file.exists():
@@ -252,6 +256,7 @@ def put(file: Path, fill: Callable[[Path], object]) -> None:
         if file.exists() and not file.is_file():
             fill(file)
             return
+
         place = file.resolve()  # a link stays one
         temporary = place.with_name(f".{place.stem[:64]}-{secrets.token_hex(4)}{place.suffix}")
         try:
@@ -264,6 +269,7 @@ def put(file: Path, fill: Callable[[Path], object]) -> None:
         finally:
             with contextlib.suppress(OSError):
                 temporary.unlink(missing_ok=True)
+
         disk.sync_directory(place.parent)
     except OSError as error:
         raise _not_written(file, error) from error
@@ -286,18 +292,22 @@ def read(path: Path) -> Results:
         raise SourceError(
             f"cannot read {path}: {error.strerror}", hint="name a file of `rkcached bench -o`"
         ) from error
+
     hint = "write one with `rkcached bench -o FILE`"
     try:
         head = msgspec.json.decode(data, type=_Head)
     except (ValueError, RecursionError) as error:
         raise FormatError(f"{path} is not a result of rkcached bench", hint=hint) from error
+
     if head.program != PROGRAM:
         raise FormatError(f"{path} is not a result of rkcached bench", hint=hint)
+
     if head.schema != SCHEMA:
         message = f"{path} has schema {head.schema}, this program reads {SCHEMA}"
         raise FormatError(
             message, hint="measure again with this version, or compare with the one that wrote it"
         )
+
     try:
         return msgspec.json.decode(data, type=Results)
     except (ValueError, RecursionError) as error:

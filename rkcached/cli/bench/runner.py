@@ -76,14 +76,17 @@ def run(settings: Settings, wanted: Sequence[str], options: Options, console: Co
     _unwind_on_signals()
     facts = machine()
     steal = Steal()
+
     with Client(settings.socket) as client:
         before = client.status()
         keys = []
-        if not (options.sweep):
+        if not options.sweep:
             keys = _keys(before, wanted)
+
         models = _models(before, wanted)
         places = _places(settings, before)
         kept = sweep.Stored()
+
         with contextlib.ExitStack() as stack:
             shown = stack.enter_context(Shown(console))
             if options.sweep:
@@ -98,13 +101,16 @@ def run(settings: Settings, wanted: Sequence[str], options: Options, console: Co
                     )
                 )
                 keys = list(kept.lengths)
+
             look, why = _try_look(places)
             on_npu = ENGINES[EngineKind(before["engine"])].on_npu
             direct = not on_npu if options.direct is None else options.direct
             bench = _Bench(client, options.runs, kept.lengths, look, shown, direct=direct)
             if on_npu and direct:
                 bench.lender = stack.enter_context(Client(settings.admin_socket))
+
             bench.measure(keys)
+
     runtimes = {model["name"]: model["runtime"] for model in bench.status["models"]}
     stolen = steal.percent()
     warnings = [
@@ -116,9 +122,11 @@ def run(settings: Settings, wanted: Sequence[str], options: Options, console: Co
             f"stored prompts are left in the daemon, which was gone: {len(kept.left)}; another "
             "sweep removes them"
         )
+
     not_asked = "not asked for"
     if options.direct is None:
         not_asked = NOT_ON_NPU
+
     why_not_direct = [why if direct else not_asked, *bench.why_not_direct]
     return Results(
         schema=SCHEMA,
@@ -150,6 +158,7 @@ def end(results: Results) -> None:
     """Once they are shown and kept. Errors: what ended it before its time."""
     if results.ended is Ended.INTERRUPTED:
         raise KeyboardInterrupt
+
     if results.ended is Ended.DAEMON_GONE:
         raise DaemonUnreachable(
             "the daemon went away: what was measured until then is all there is",
@@ -211,18 +220,22 @@ class _Bench:
             if not self.prompts:
                 raise
             self.ended = Ended.INTERRUPTED
+
         if not self.prompts and self._errors:
             raise self._why_nothing()
         if self._is_gone:
             self.ended = Ended.DAEMON_GONE
+
         if self.ended is not Ended.WELL:
             rest = [self._name(key) for key in left]
             more = ""
             if len(rest) > _NAMED:
                 more = f" and {len(rest) - _NAMED} more"
+
             not_measured = ""
             if rest:
                 not_measured = f"; not measured: {', '.join(rest[:_NAMED])}{more}"
+
             self.warnings.append(
                 f"{self.ended}, this is what was measured until then{not_measured}"
             )
@@ -232,13 +245,16 @@ class _Bench:
         for model in dict.fromkeys(key.model for key in keys):
             if self._is_gone:
                 break
+
             with contextlib.ExitStack() as loaded:
                 alone = self._start(model)
                 if alone is not None:
                     loaded.callback(alone.close)
+
                 of_model = [key for key in keys if key.model == model]
                 if alone is None and self._direct is not None and self.lender is None:
                     self._shown.drop(len(of_model) * self._runs * len(State))
+
                 for key in of_model:
                     if not self._is_gone:
                         self._measure(key, alone)
@@ -264,6 +280,7 @@ class _Bench:
     def _start(self, model: str) -> Alone | None:
         if self._direct is None or self.lender is not None:
             return None
+
         self._shown.preparing(model, "loading a second one")
         try:
             return Alone(self._direct, model)
@@ -278,26 +295,32 @@ class _Bench:
         text = None
         if self._look is not None:
             text = self._look.desired.texts.get(key)
+
         if self._is_another(key, before):
             text = None
             if alone is not None:  # it would compute what was there at first
                 alone = None
                 self.why_not_direct.append(f"{name} changed meanwhile")
                 self._shown.drop(self._runs * len(State))
+
         borrows = self.lender is not None and self._direct is not None
         if self._is_another(key, before) and borrows:
             borrows = False
             self.why_not_direct.append(f"{name} changed meanwhile")
+
         asker = Asker(self._client, *key)
         measuring = Measuring(asker, alone, key, self._shown)
         measuring.run(self._runs)
         if borrows and measuring.stopped is None:
             self._measure_borrowed(key, measuring)
+
         self._shown.drop(self._answers(direct=alone is not None or borrows) - measuring.steps)
         self._asked += asker.answers
         self.why_not_direct.append(measuring.why_not_direct)
+
         with contextlib.suppress(DaemonUnreachable, RequestError):  # the next question says so
             self.status = self._client.status()
+
         stopped = measuring.stopped
         if stopped is not None:
             self._errors.append(stopped)
@@ -306,18 +329,22 @@ class _Bench:
                     stopped.message if str(key) in stopped.message else f"{name}: {stopped.message}"
                 )
                 return
+
             self.warnings.append(
                 f"{name}: {min(measuring.counts())} of {self._runs} runs, then {stopped.message}"
             )
+
         states = measuring.states()
         if trust.changed(before, _status_of(self.status, key)):
             states = dict.fromkeys(State, Measured(missing=trust.CHANGED))
+
         self.prompts.append(_result(key, self._lengths.get(key), text, before, states))
 
     def _measure_borrowed(self, key: Key, measuring: Measuring) -> None:
         """The engine alone, while the daemon has the model unloaded and waits."""
         if self.lender is None or self._direct is None:
             return
+
         self._shown.preparing(key.model, "borrowing it from the daemon")
         try:
             with (
@@ -360,9 +387,11 @@ class _Bench:
         error = self._errors[-1] if self._is_gone else self._errors[0]
         if not isinstance(error, RequestError):
             return error
+
         more = ""
         if len(self._errors) > 1:
             more = f"; {len(self._errors) - 1} more could not be measured either"
+
         hint = "`rkcached status` says what is wrong with each prompt"
         kinds: dict[str, type[RkcachedError]] = {
             "prompt_blocked": SourceError,
@@ -415,11 +444,13 @@ def _keys(status: dict[str, Any], wanted: Sequence[str]) -> list[Key]:
         if not any(text in (key.model, str(key)) for key in known):
             names = ", ".join(map(str, known)) or "none"
             raise SourceError(f"there is no prompt of {text!r}", hint=f"known: {names}")
+
     chosen = [key for key in known if not wanted or key.model in wanted or str(key) in wanted]
     if not chosen:
         raise SourceError(
             "the daemon has no prompts", hint="declare one in the manifest, or measure with --sweep"
         )
+
     return chosen
 
 
@@ -433,10 +464,12 @@ def _models(status: dict[str, Any], wanted: Sequence[str]) -> list[str]:
                 f"there is no model {name!r} that answers",
                 hint=f"known: {', '.join(known) or 'none'}",
             )
+
     if not known:
         raise SourceError(
             "the daemon has no model that answers", hint="declare one in the manifest"
         )
+
     return [name for name in known if not named or name in named]
 
 

@@ -71,23 +71,27 @@ def stored(
                         raise
                     kept.refused.append(f"{model}: {error.message}")
                     continue
+
                 for tokens in lengths(context_tokens(model), head):
                     key = Key(
                         model, f"bench-{os.getpid()}-{tokens:05d}"
                     )  # the budget goes by name: short ones first
                     on_step(model, f"building a prompt of {tokens:,} tokens")
                     tried.append(key)
+
                     try:
                         admin.store(*key, text(tokens, round((tokens - head) / per_word)))
                     except RequestError as error:
                         kept.refused.append(f"{model}, {tokens:,} tokens: {error.message}")
                     else:
                         kept.lengths[key] = tokens
+
         if not kept.lengths:
             raise SourceError(
                 f"no prompt could be stored: {'; '.join(kept.refused)}",
                 hint="the manifest says what fits",
             )
+
         yield kept
     finally:
         kept.left = _remove(admin_socket, tried)
@@ -109,10 +113,12 @@ def _is_bench(pid: int) -> bool:
     """Whether another process of this number is a running `rkcached bench`."""
     if pid == os.getpid():
         return False
+
     try:
         words = (_PROC / str(pid) / "cmdline").read_bytes().split(b"\0")
     except OSError:
         return False
+
     return b"bench" in words and any(b"rkcached" in word for word in words)
 
 
@@ -132,6 +138,7 @@ def lengths(context_tokens: int | None, head: int) -> list[int]:
     """
     if not context_tokens:
         return list(LENGTHS)
+
     room = context_tokens - head - ANSWER_TOKENS - 2 * len(QUESTION)
     fitting = [tokens for tokens in LENGTHS if tokens <= room]
     largest = 0
@@ -172,10 +179,12 @@ def _measure(client: Client, model: str) -> tuple[int, float]:
     long = count(many, user)
     longer = count(many, user, assistant, user)
     per_word = (long - short) / (many - few)
+
     if per_word <= 0:
         raise SourceError(
             f"{model} does not say how many tokens a request has", hint="measure declared prompts"
         )
+
     return max(0, round(short - per_word * few - (longer - long))), per_word
 
 
@@ -187,6 +196,7 @@ def _remove(admin_socket: Path, keys: Sequence[Key]) -> list[Key]:
     kept_off = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     before = [signal.signal(number, signal.SIG_IGN) for number in kept_off]
     left = list(keys)
+
     try:
         with Client(admin_socket) as admin:
             while left:
@@ -197,4 +207,5 @@ def _remove(admin_socket: Path, keys: Sequence[Key]) -> list[Key]:
     finally:
         for number, handler in zip(kept_off, before, strict=True):
             signal.signal(number, handler)
+
     return left

@@ -57,26 +57,32 @@ def print_results(console: Console, results: Results) -> None:
             f"{results.machine.load_average:.2f}"
         )
     )
+
     for name, model in results.models.items():
         digest = ""
         if model.digest:
             digest = f", sha256 {model.digest[:12]}"
+
         console.print(
             _text(f"{name}: {model.engine} {model.runtime or 'of an unknown version'}{digest}")
         )
         if model.digest:
             console.print(_text(f"  {model.file}"), overflow="fold", no_wrap=False)
+
     console.print(_text(f"{runs_words(results.parameters.runs)}, milliseconds", style="dim"))
     for prompt in results.prompts:
         console.print()
         _print_prompt(console, prompt)
+
     console.print()
     for line in _legend(results):
         console.print(_text(line, style="dim"))
     if results.direct:
         console.print(_text(f"the engine was not measured alone: {results.direct}"))
+
     for warning in results.warnings:
         console.print(_text(f"not to be trusted: {warning}", style="yellow"))
+
     for refusal in results.refused:
         console.print(_text(f"not measured: {refusal}", style="yellow"))
 
@@ -111,14 +117,17 @@ def _print_prompt(console: Console, prompt: PromptResult) -> None:
     console.print(_text(f"{prompt.name}  {_built(prompt)}", style="bold"))
     table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="dim")
     table.add_column("", no_wrap=True)
+
     for figure, title in _COLUMNS.items():
         shown = title
         if figure == _HIGH and not _has_p95(prompt):
             shown = "max"
         table.add_column(shown, justify="right", no_wrap=True)
+
     for state, measured in prompt.states.items():
         if not measured.missing:
             table.add_row(state, *(_cell(prompt, state, figure) for figure in _COLUMNS))
+
     console.print(table)
     _print_gain(console, prompt)
 
@@ -138,6 +147,7 @@ def _print_gain(console: Console, prompt: PromptResult) -> None:
     for state, measured in prompt.states.items():
         if measured.missing and not prompt.no_gain:
             console.print(_text(f"{state}: not measured: {measured.missing}", style="dim"))
+
     for state, share in prompt.reduction.items():
         if share > 0:
             saved.append(f"{share * 100:.0f} % {_FROM[state]}")
@@ -172,8 +182,10 @@ def _cell(prompt: PromptResult, state: State, figure: str) -> str:
         if samples:
             return number(p95(samples) if _has_p95(prompt) else max(samples))
         return "-"
+
     if figure not in summary:
         return "-"
+
     value = summary[figure].median
     if figure == "cached_tokens":
         return f"{value:,.0f}"
@@ -183,28 +195,35 @@ def _cell(prompt: PromptResult, state: State, figure: str) -> str:
 def print_comparison(console: Console, comparison: Comparison) -> None:
     for difference in comparison.differences:
         console.print(_text(f"{difference.what}: {difference.before} -> {difference.after}"))
+
     if not comparison.differences:
         console.print(
             _text("no difference is known of machine, versions, model files, parameters and texts")
         )
+
     table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold")
     table.add_column("", no_wrap=True)
     for title in ("A", "B", "B/A"):
         table.add_column(title, justify="right", no_wrap=True)
+
     table.add_column("verdict")
     style = {"faster": "green", "slower": "red"}
     name = ""
+
     for row in comparison.rows:
         if row.prompt != name:
             name = row.prompt
             table.add_row(_text(name, style="bold"))
+
         ratio = ""
         if row.ratio is not None:
             ratio = f"{row.ratio:.2f}"
+
         cells = [number(value) if value is not None else "-" for value in (row.before, row.after)]
         table.add_row(
             f"  {row.what}", *cells, ratio, Text(row.verdict, style=style.get(row.verdict, ""))
         )
+
     console.print(table)
     for warning in comparison.warnings:
         console.print(_text(f"not to be trusted: {warning}", style="yellow"))

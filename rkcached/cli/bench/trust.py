@@ -55,19 +55,23 @@ def warnings(
             "the clocks are not fixed; `rkcached doctor` says how: "
             + "; ".join(machine.clocks.values())
         )
+
     if machine.load_average > QUIET_LOAD:
         sentences.append(
             f"the machine had just been busy: its load average was {machine.load_average:.2f} at "
             "the start"
         )
+
     if steal_percent > MUCH_STEAL_PERCENT:
         sentences.append(f"the hypervisor gave {steal_percent:.1f} % of the CPU time to others")
+
     sentences.extend(_disturbed(prompts, meanwhile))
     if runs < ENOUGH_RUNS:
         sentences.append(
             f"{runs} {'run is' if runs == 1 else 'runs are'} few: {ENOUGH_RUNS} or more make a "
             "median worth comparing"
         )
+
     wide = [
         f"{prompt.name} {state}{what} ({relative_spread(samples) * 100:.0f} %)"
         for prompt in prompts
@@ -80,6 +84,7 @@ def warnings(
             f"half of the runs are spread over more than {MUCH_SPREAD * 100:.0f} % of the median: "
             + ", ".join(wide)
         )
+
     return sentences
 
 
@@ -93,11 +98,13 @@ def _disturbed(prompts: Sequence[PromptResult], meanwhile: Meanwhile) -> list[st
         sentences.append(
             f"other clients asked the daemon meanwhile: {answers} not for this command"
         )
+
     if meanwhile.builds > 0:
         builds = "1 prompt cache"
         if meanwhile.builds != 1:
             builds = f"{meanwhile.builds:,} prompt caches"
         sentences.append(f"the daemon built {builds} meanwhile")
+
     runs = [
         run for prompt in prompts for measured in prompt.states.values() for run in measured.runs
     ]
@@ -110,6 +117,7 @@ def _disturbed(prompts: Sequence[PromptResult], meanwhile: Meanwhile) -> list[st
             f"{len(waited)} of {len(runs)} runs waited for the engine, {longest}: somebody else "
             "had it"
         )
+
     return sentences
 
 
@@ -132,6 +140,7 @@ def changed(before: dict[str, Any], after: dict[str, Any]) -> bool:
         return False
     if has is not None and has["fingerprint"] != had["fingerprint"]:
         return True
+
     rebuilt = after["state"] == "building" and " -> " in after["reason"]
     return rebuilt or after["state"] in ("stale", "uncached")
 
@@ -151,10 +160,12 @@ def why_no_gain(status: dict[str, Any], states: dict[State, Measured]) -> str:
             return ""
         parts = [_HELP.get(state, f"it is {state}"), status["reason"], status["hint"]]
         return "; ".join(part for part in parts if part)
+
     samples = {state: states[state].samples("ttft_ms") for state in (State.COLD, State.FILE)}
     before, after = samples.values()
     if not before or not after or _is_clear_gain(before, after):
         return ""
+
     few = min(len(before), len(after)) < ENOUGH_RUNS
     scattered = max(relative_spread(before), relative_spread(after)) > MUCH_SPREAD
     if median(after) >= median(before):
@@ -168,17 +179,20 @@ def why_no_gain(status: dict[str, Any], states: dict[State, Measured]) -> str:
                 f"{spared_ms:.1f} ms of prefill; raise cache.min_tokens above {tokens:,} to leave "
                 "it out"
             )
+
         if not few and not scattered:
             return (
                 f"loading takes {load_ms:.1f} ms and spares {spared_ms:.1f} ms of prefill, "
                 "but the answers took longer"
             )
+
     ranges = ", ".join(f"{state} {spread(values)}" for state, values in samples.items())
     runs = "such close"
     if few:
         runs = "so few"
     elif scattered:
         runs = "such scattered"
+
     return f"nothing can be told of {runs} runs: {ranges}; measure with more --runs"
 
 

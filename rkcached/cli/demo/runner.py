@@ -40,6 +40,7 @@ def run_demo(directory: Path, model: Path | None, *, once: bool) -> int:
     _write_workspace(root, (model or small_model()).absolute())
     workspace = Workspace.at(root)
     console.print(f"workspace {root}", soft_wrap=True)
+
     with _daemon(workspace, console) as daemon:
         status = _wait_until_settled(console, daemon)
         rows = [
@@ -49,20 +50,24 @@ def run_demo(directory: Path, model: Path | None, *, once: bool) -> int:
         ]
         console.print(_table(rows))
         troubled = [prompt for prompt in status["prompts"] if prompt["state"] != "fresh"]
+
         for prompt in troubled:
             console.print(
                 f"{prompt['model']}/{prompt['prompt']} is {prompt['state']}: {prompt['reason']}"
             )
+
         good = bool(rows) and not troubled and all(row["state"] == "hit" for row in rows)
         if not good:
             console.print("not every prompt cache was hit", style="bold red")
         if once:
             return 0 if good else 1
+
         _invite(console, workspace)
         with contextlib.suppress(KeyboardInterrupt):
             daemon.process.wait()
             console.print("the daemon ended; its log is above", style="bold red")
             return 1
+
     console.print("stopped")
     return 0 if good else 1
 
@@ -74,6 +79,7 @@ def _write_workspace(workspace: Path, model: Path) -> None:
     for name in _FILES:
         if not (workspace / name).exists():
             (workspace / name).write_bytes(data.joinpath(name).read_bytes())
+
     manifest = workspace / "manifest.yaml"
     if not manifest.exists():
         manifest.write_text(
@@ -89,6 +95,7 @@ def _daemon(workspace: Workspace, console: Console) -> Iterator[Daemon]:
     log = None
     if console.is_terminal:
         log = subprocess.PIPE
+
     with contextlib.ExitStack() as stack:
         daemon = Daemon(workspace, log=log)
         relay = threading.Thread(
@@ -131,6 +138,7 @@ def _wait_until_settled(console: Console, daemon: Daemon) -> dict[str, Any]:
                 _advance(progress, tasks[name], prompt)
             if is_settled(status):
                 return status
+
     raise DaemonUnreachable("the daemon does not answer", hint="its log is above")
 
 
@@ -187,6 +195,7 @@ def _table(rows: list[dict[str, Any]]) -> Table:
         "file\nsize",
     ):
         table.add_column(name, justify="left" if name == "prompt" else "right", no_wrap=True)
+
     for row in rows:
         table.add_row(
             row["prompt"],
@@ -197,6 +206,7 @@ def _table(rows: list[dict[str, Any]]) -> Table:
             str(row["cached"]),
             words.size(row["size"]),
         )
+
     return table
 
 
@@ -221,7 +231,9 @@ def _invite(console: Console, workspace: Workspace) -> None:
     program = Path(sys.argv[0])
     if program.name != "rkcached":  # started as a module
         program = Path("rkcached")
+
     console.print("Watch it, and measure more than one question:")
     for command in ("status --watch", "bench"):
         console.print(f"  {program} {command} -s {workspace.socket}", soft_wrap=True, markup=False)
+
     console.print("Ctrl-C ends the demo.")

@@ -19,6 +19,7 @@ def run(settings: Settings, *, want_json: bool, watch: bool, exit_code: bool) ->
             "--watch does not end, so it gives no exit code",
             hint="`rkcached wait` ends when all is fresh",
         )
+
     if watch:
         from rkcached.cli.status import live
 
@@ -27,10 +28,12 @@ def run(settings: Settings, *, want_json: bool, watch: bool, exit_code: bool) ->
 
     with Client(settings.socket) as client:
         status = client.status()
+
     if want_json:
         output.print_json(status)
     else:
         show.print_status(output.console(), status)
+
     if exit_code and not show.all_fresh(status):
         return NOT_ALL_FRESH
     return os.EX_OK

@@ -100,6 +100,7 @@ def watch(socket: Path, console: Console, *, want_json: bool = False) -> None:
             threading.Thread(
                 target=_await_closed, args=(sys.stdout.fileno(), inbox), daemon=True
             ).start()
+
         signal.signal(
             signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM)
         )  # the terminal is put right
@@ -122,33 +123,40 @@ def _follow(
     view.show(status, gone=False)
     gone = due = False
     asked = 0.0
+
     while True:
         wait_s = tick_s
         if due:
             wait_s = max(0.0, asked + _PACE_S - time.monotonic())
+
         moved = False
         for news in _hear(inbox, wait_s):
             if news is _Heard.QUIT:
                 return
             if news is _Heard.CLOSED:
                 raise BrokenPipeError
+
             if isinstance(news, Move):
                 view.move(news)
                 moved = True
             else:
                 gone = news is _Heard.GONE
                 due = not gone
+
         if moved or gone or not (due or (tick_s and _moving(status))):
             view.show(status, gone=gone)
             continue
+
         if time.monotonic() < asked + _PACE_S:
             continue
+
         due = False
         asked = time.monotonic()
         try:
             status = client.status()
         except RkcachedError:
             gone = True
+
         view.show(status, gone=gone)
 
 
@@ -185,6 +193,7 @@ def _keys(inbox: _Inbox) -> Iterator[None]:
     if not sys.stdin.isatty():
         yield
         return
+
     stdin = sys.stdin.fileno()
     before = termios.tcgetattr(stdin)
 
@@ -229,6 +238,7 @@ class _Documents(_View):
 
         if known != self._known:
             print(show.json_text(document), flush=True)  # noqa: T201 - for a program
+
         self._known = known
 
 
@@ -252,6 +262,7 @@ class _Changes(_View):
             else:
                 self._say(changes(self._facts, facts))
             self._facts = facts
+
         self._gone = gone
 
     def _whole(self, status: dict[str, Any]) -> str:
@@ -273,6 +284,7 @@ def facts_of(status: dict[str, Any]) -> dict[str, str]:
     facts = {show.name_of(prompt): _prompt_line(prompt) for prompt in status["prompts"]}
     for model in status["models"]:
         facts[f"model {model['name']}"] = show.model_line({**model, "state_s": 0}).plain
+
     problems = "; ".join(status["manifest"]["problems"])
     trouble = status["cache"]["trouble"]
     facts |= {
@@ -283,6 +295,7 @@ def facts_of(status: dict[str, Any]) -> dict[str, str]:
         "answers": f"answers: {show.answers_of(status)}",
         "summary": words.summary_of(status),
     }
+
     return facts
 
 
@@ -290,13 +303,16 @@ def _prompt_line(prompt: dict[str, Any]) -> str:
     artifact = None
     if prompt["state"] == "fresh":
         artifact = prompt.get("artifact")
+
     figures = ""
     if artifact:
         figures = f", {artifact['tokens']} tokens, {words.size(artifact['size_bytes'])}"
+
     if artifact and artifact["verified"] != "off":
         figures += (
             f", cold {artifact['cold_ttft_ms']:.0f} ms, warm {artifact['warm_ttft_ms']:.0f} ms"
         )
+
     reason = brief_reason(prompt)
     return f"{show.name_of(prompt)} {prompt['state']}{figures}" + (f": {reason}" if reason else "")
 
@@ -325,6 +341,7 @@ class _Screen(_View):
         if status is not self._raw:
             self._raw = status
             self._shown = words.shown(status)
+
         seen = picture(
             self._shown,
             self._live.console,

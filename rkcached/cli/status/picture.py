@@ -43,17 +43,20 @@ def picture(
     head = _head(status, console, gone=gone)
     if not status["prompts"]:
         return Picture(parts=[*head, show.no_prompts(status)], first=0, count=0)
+
     prompts = show.urgent_first(status["prompts"])
     notes = _Notes(prompts, console)
     room = height - len(head) - 1
     if notes.that_fit(prompts, room) < len(prompts):
         room -= 1
+
     first = max(0, min(first, len(prompts) - notes.that_fit(reversed(prompts), room)))
     count = notes.that_fit(itertools.islice(prompts, first, None), room)
     seen = prompts[first : first + count]
     parts: list[RenderableType] = [*head]
     parts.append(show.prompt_table(seen, width, notes=width >= show.WIDE, overflow="ellipsis"))
     parts += notes.below(seen)[: max(0, room - count)]
+
     if count < len(prompts):
         span = f"{first + 1}-{first + count}" if count > 1 else f"{first + 1}"
         last = Text(
@@ -62,6 +65,7 @@ def picture(
         )
         last.truncate(width, overflow="ellipsis")
         parts.append(last)
+
     return Picture(parts=parts, first=first, count=count)
 
 
@@ -78,6 +82,7 @@ class _Notes:
         """Each reason once, in at most three lines."""
         if not self._counts:
             return []
+
         notes = [
             Text(": ".join(note), style="dim")
             for note in show.notes_of(prompts, self._counts, brief_reason)
@@ -96,6 +101,7 @@ class _Notes:
             if lines < 0:
                 break
             count += 1
+
         return max(1, count)
 
 
@@ -139,6 +145,7 @@ def _head(status: dict[str, Any], console: Console, *, gone: bool) -> list[Text]
     kept = [lines[at][1] for at in sorted(by_weight[: max(2, height // 2)])]
     if hidden := sum(not any(line is kept_line for kept_line in kept) for _, line in models):
         queue.append(f"; {hidden} of {len(models)} models are not shown")
+
     for line in kept:
         line.truncate(width, overflow="ellipsis")
     return kept
@@ -155,6 +162,7 @@ def _troubles(status: dict[str, Any], console: Console, *, most: int) -> list[Te
         lines[most - 1 :] = [
             Text(f"{left} more lines: `rkcached status`, `rkcached check`", style="bold red")
         ]
+
     return lines
 
 
@@ -194,6 +202,7 @@ def _build(status: dict[str, Any], *, ascii_only: bool) -> Iterator[Text]:
         bar = ""
         if total:
             bar = f"{_bar(done / total, ascii_only=ascii_only)} {done} of {total} tokens, "
+
         yield Text(
             f"build   {bar}{progress['elapsed_ms'] / 1000:.0f} s, {show.name_of(prompt)}",
             style="cyan",

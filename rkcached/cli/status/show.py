@@ -48,6 +48,7 @@ def skipped_files_line(files: Sequence[str]) -> str:
     count = "1 file is"
     if len(files) != 1:
         count = f"{len(files)} files are"
+
     names = ", ".join(files[:3]) + (", ..." if len(files) > 3 else "")
     return (
         f"{count} skipped: a prompt's name has only a-z 0-9 . _ - and begins with a letter or "
@@ -63,13 +64,16 @@ def print_status(console: Console, status: dict[str, Any], *, stays: bool = Fals
     status = words.shown(status)
     prompts = urgent_first(status["prompts"])
     wide = console.width >= WIDE
+
     for line in (*troubles(status), *_heading(status, stays=stays)):
         console.print(line)
     if retired := retired_line(status):
         console.print(Text(retired, style="dim"))
+
     if not prompts:
         console.print(no_prompts(status))
         return
+
     console.print(prompt_table(prompts, console.width, notes=wide))
     for who, note in (
         () if wide else notes_of(prompts, Counter(map(words.note_of, prompts)), words.note_of)
@@ -126,10 +130,12 @@ def prompt_table(
         "prompt", min_width=min(_NAME_WIDTH, max(cell_len(row["prompt"]) for row in rows))
     )
     table.add_column("state", no_wrap=True)
+
     for name in figures:
         table.add_column(name, justify="right", no_wrap=True)
     if notes:
         table.add_column("note", style="dim")
+
     for prompt, row in zip(prompts, rows, strict=True):
         table.add_row(
             Text(row["prompt"], overflow=overflow, no_wrap=one_line),
@@ -137,6 +143,7 @@ def prompt_table(
             *(Text(row[name]) for name in figures),
             *([Text(words.note_of(prompt), overflow=overflow, no_wrap=one_line)] if notes else []),
         )
+
     return table
 
 
@@ -176,13 +183,16 @@ def troubles(status: dict[str, Any]) -> Iterator[Text]:
         yield Text(f"{REJECTED}: {problem}", style="bold red")
     if trouble := status["cache"]["trouble"]:
         yield Text(f"the store cannot be read: {trouble}", style="bold red")
+
     for notice in status["notices"]:
         yield Text(notice, style="yellow")
+
     if status["watching"] == "polling":
         yield Text(
             "polling instead of inotify: not everything can be watched, the log says why",
             style="yellow",
         )
+
     if files := status["manifest"].get("skipped_files"):
         yield Text(skipped_files_line(files), style="dim")
 
@@ -203,10 +213,12 @@ def retired_line(status: dict[str, Any]) -> str:
     count = status["cache"]["retired"]
     if not retired:
         return ""
+
     named = ", ".join(dict.fromkeys(name_of(artifact) for artifact in retired[:_NAMED]))
     more = ""
     if count > _NAMED:
         more = f" and {count - _NAMED} more"
+
     until = when(min(artifact["kept_until"] for artifact in retired))
     taken = words.size(status["cache"]["retired_bytes"])
     return (
@@ -228,6 +240,7 @@ def used_of(status: dict[str, Any]) -> str:
     limit = ""
     if cache["max_bytes"]:
         limit = f" of {words.size(cache['max_bytes'])}"
+
     kinds = {
         "orphan": "orphan",
         "retired": "retired",
