@@ -1,4 +1,4 @@
-"""The engine port: what the rest of the program asks of an inference library.
+"""The engine port: the calls and records that every inference library is wrapped into.
 
 An engine holds one loaded model and one KV state. It is synchronous and used by one thread at a
 time; only `abort` may be called from another thread. It lives in a worker process, so it may crash
@@ -30,10 +30,10 @@ SAMPLING_PARAMETERS = (
     "frequency_penalty",
     "presence_penalty",
 )
-"""Of `Sampling`, the parameters that llama.cpp and RKLLM know by the same names."""
+"""The fields of `Sampling` that llama.cpp and RKLLM know by the same names."""
 
 SAMPLING_FIELDS = (*SAMPLING_PARAMETERS, "seed")
-"""Of `Sampling`, what decides about the next token."""
+"""The fields of `Sampling` that decide about the next token."""
 
 
 class Sampling(msgspec.Struct, frozen=True, kw_only=True):
@@ -51,11 +51,11 @@ class Sampling(msgspec.Struct, frozen=True, kw_only=True):
     stop: tuple[str, ...] = ()
     """Generation ends before the first of these strings; it is not part of the text."""
     json_schema: str = ""
-    """A JSON schema as text: only such JSON may be generated. For engines whose info says
+    """A JSON schema as text: only such JSON may be generated. For engines whose info has
     `constrains_json`."""
     logprobs: int | None = None
-    """Give each token's log-probability, and those of so many likeliest ones, where info says
-    `gives_logprobs`."""
+    """Give each token's log-probability, and those of so many likeliest ones. For engines whose
+    info has `gives_logprobs`."""
 
 
 class NpuOptions(msgspec.Struct, frozen=True, kw_only=True):
@@ -88,8 +88,7 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
     abi: str = ""
     """The library's ABI by the name of a version; empty finds it."""
     sampling: Sampling | None = None
-    """The default of runs; for engines that fix it when the model is loaded, all
-    that they can do."""
+    """The default of runs. Engines that fix it when the model is loaded can do nothing else."""
     tokenizer: str = ""
     """A `tokenizer.json`, for engines that take tokens instead of text."""
     lora: str = ""
@@ -107,29 +106,30 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     runtime_version: str
     context_tokens: int
     measures_prefill: bool
-    """`RunStats.cached_tokens` comes from the library's own count."""
+    """Whether `RunStats.cached_tokens` comes from the library's own count."""
     aborts_prefill: bool
-    """`abort` ends a prefill that is to be saved within about a second, and the engine stays
-    usable."""
+    """Whether `abort` ends a prefill that is to be saved within about a second, and the engine
+    stays usable."""
     keeps_state: bool = True
-    """The KV state outlives a run; else a prompt cache serves the one run after its load."""
+    """Whether the KV state outlives a run; else a prompt cache serves the one run after its load.
+    """
     run_sampling: tuple[str, ...] = SAMPLING_FIELDS
     """Fields of `Sampling` that a run may set; the others stay as they were when the model was
     loaded."""
     greedy: bool = True
-    """A run can be made to repeat itself exactly: temperature 0, per run or since the model was
-    loaded."""
+    """Whether a run can be made to repeat itself exactly: temperature 0, per run or since the model
+    was loaded."""
     constrains_json: bool = False
-    """`Sampling.json_schema` works."""
+    """Whether `Sampling.json_schema` works."""
     gives_logprobs: bool = False
-    """`Sampling.logprobs` works."""
+    """Whether `Sampling.logprobs` works."""
 
 
 class FinishReason(StrEnum):
     STOP = "stop"
     """End-of-sequence token or a stop string."""
     LENGTH = "length"
-    """`max_new_tokens` reached, or the context is full."""
+    """`max_new_tokens` was reached, or the context is full."""
     ABORT = "abort"
     """`abort` was called, or the receiver asked for it."""
 
@@ -153,11 +153,11 @@ class Token(msgspec.Struct, frozen=True, kw_only=True):
 
     text: str
     ids: tuple[int, ...] = ()
-    """Token ids, only where the run was asked for them (`trace=True`)."""
+    """The token ids, only if the run was asked for them (`trace=True`)."""
     logprobs: tuple[float, ...] = ()
     """Natural log-probabilities beside `ids`, where the engine has them."""
     details: tuple[TokenLogprob, ...] = ()
-    """Only where `Sampling.logprobs` asked for them."""
+    """The log-probabilities that `Sampling.logprobs` asked for."""
 
 
 class RunStats(msgspec.Struct, frozen=True, kw_only=True):
@@ -165,9 +165,9 @@ class RunStats(msgspec.Struct, frozen=True, kw_only=True):
 
     finish: FinishReason
     prompt_tokens: int
-    """0 where neither the library nor a tokenizer can tell."""
+    """0 if neither the library nor a tokenizer counts them."""
     cached_tokens: int | None
-    """Of `prompt_tokens`, those that were taken from the KV state; None where the library does not
+    """The part of `prompt_tokens` that was taken from the KV state; None if the library does not
     measure it."""
     prefill_ms: float
     decode_tokens: int
@@ -175,7 +175,9 @@ class RunStats(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def prefill_tokens(self) -> int | None:
-        return None if self.cached_tokens is None else self.prompt_tokens - self.cached_tokens
+        if self.cached_tokens is None:
+            return None
+        return self.prompt_tokens - self.cached_tokens
 
 
 class Embedding(msgspec.Struct, frozen=True, kw_only=True, eq=False):
@@ -184,7 +186,7 @@ class Embedding(msgspec.Struct, frozen=True, kw_only=True, eq=False):
     vector: NDArray[np.float32]
     """Of shape (width of the model's hidden layer,); not normalised."""
     tokens: int
-    """0 where nobody can tell."""
+    """0 if nothing counts them."""
 
 
 OnToken = Callable[[Token], bool]
@@ -206,7 +208,7 @@ class Engine(Protocol):
     def count_tokens(self, text: str) -> int | None:
         """Count the KV positions that a prompt occupies, an added BOS token included.
 
-        None if nobody can tell.
+        None if nothing counts them.
         """
 
     def prefill(
@@ -227,7 +229,7 @@ class Engine(Protocol):
         """
 
     def clear(self) -> None:
-        """Forget the KV state: the next run is cold."""
+        """Drop the KV state: the next run is cold."""
 
     def generate(
         self, prompt: str, sampling: Sampling, on_token: OnToken, *, trace: bool = False
@@ -248,7 +250,7 @@ class Engine(Protocol):
         """
 
     def abort(self) -> None:
-        """From any thread: end the current run soon. Without a run, it does nothing."""
+        """End the current run soon, from any thread. Without a run, it does nothing."""
 
     def close(self) -> None:
         """Free the model. Idempotent."""

@@ -4,7 +4,7 @@ Its model is a small JSON file that also orders delays and faults. Tokens are th
 text. Beside each token the KV state keeps a 64-bit number made from the one before it and the
 token, beginning with a hash of the model file. The answer is a pure function of the last number and
 the sampling; a loaded state is taken as it is, never recomputed. So a foreign, swapped or stale
-cache shows in the text, and `expected_text` tells the right answer.
+cache shows in the text, and `expected_text` returns the right answer.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ _MODEL_MAX_BYTES = 1 << 20
 _STATE_VERSION = 1
 
 _MASK = (1 << 64) - 1
-_PRIME = 0x100000001B3  # FNV-1a's: enough to tell states apart, and one multiplication per byte
+_PRIME = 0x100000001B3  # FNV-1a's: states differ, for one multiplication per byte
 _BATCH_TOKENS = 256
 _SLICE_US = 20_000  # a slow prefill reports its progress about this often
 
@@ -221,9 +221,11 @@ class MemoryEngine:
         tokens = self._check_prompt(prompt)
         cached = min(_common_prefix(self._tokens, tokens), len(tokens) - 1)
         self._truncate(cached)
+
         started = time.monotonic()
         complete = self._read(tokens)
         prefill_ms = _ms_since(started)
+
         started = time.monotonic()
         finish = FinishReason.ABORT
         decoded = 0
@@ -251,13 +253,14 @@ class MemoryEngine:
         if not isinstance(content, str) and any(token not in range(256) for token in content):
             raise InputInvalid("a token is not in the vocabulary: tokens are bytes")
 
-        tokens = self._check_tokens(
-            _encode(content) if isinstance(content, str) else bytes(content)
-        )
+        if isinstance(content, str):
+            tokens = self._check_prompt(content)
+        else:
+            tokens = self._check_tokens(bytes(content))
+
         last = _positions(self._origin, tokens)[-1]
-        vector = np.frombuffer(last.to_bytes(8, "little"), np.uint8).astype(
-            np.float32
-        ) - np.float32(127.5)
+        numbers = np.frombuffer(last.to_bytes(8, "little"), np.uint8)
+        vector = numbers.astype(np.float32) - np.float32(127.5)
         return Embedding(vector=vector, tokens=len(tokens))
 
     def abort(self) -> None:
@@ -270,12 +273,12 @@ class MemoryEngine:
             self._closed = True
 
     def _read(self, tokens: bytes, on_progress: OnProgress | None = None) -> bool:
-        """Extends the state to all of `tokens`, which begin with it.
-
-        False when stopped on the way.
-        """
+        """Extend the state to all of `tokens`, which begin with it. False if it was stopped."""
         us = self._model.prefill_us_per_token
-        step = max(1, min(_BATCH_TOKENS, _SLICE_US // us)) if us else _BATCH_TOKENS
+        step = _BATCH_TOKENS
+        if us:
+            step = max(1, min(_BATCH_TOKENS, _SLICE_US // us))
+
         if on_progress:
             on_progress(len(self._tokens), len(tokens))
 
@@ -295,15 +298,12 @@ class MemoryEngine:
     ) -> tuple[FinishReason, int]:
         room = self._info.context_tokens - len(self._tokens)
         if scripted:
-            answer = _encode(scripted[0])
-            finish = (
-                FinishReason.STOP
-                if len(answer) <= min(sampling.max_new_tokens, room)
-                else FinishReason.LENGTH
-            )
-
-            answer = answer[: min(sampling.max_new_tokens, room)]
+            whole = _encode(scripted[0])
+            answer = whole[: min(sampling.max_new_tokens, room)]
             shown = len(answer)
+            finish = FinishReason.STOP
+            if shown < len(whole):
+                finish = FinishReason.LENGTH
         else:
             answer, shown, finish = _answer(self._states[-1], sampling, room)
 
@@ -319,14 +319,17 @@ class MemoryEngine:
 
             piece = answer[begin:end]
             begin = end
-            if on_token(Token(text=piece.decode(), ids=tuple(piece) if trace else ())):
+            ids = tuple(piece) if trace else ()
+            if on_token(Token(text=piece.decode(), ids=ids)):
                 return FinishReason.ABORT, end
 
         return finish, len(answer)
 
     def _wait(self, us: int) -> bool:
-        """Lets the time of some work pass; true when the run was stopped."""
-        return self._abort.wait(us / 1e6) if us else self._abort.is_set()
+        """Let the time of some work pass. True if the run was stopped."""
+        if us:
+            return self._abort.wait(us / 1e6)
+        return self._abort.is_set()
 
     def _extend(self, tokens: bytes) -> None:
         state = self._states[-1] if self._states else self._origin
@@ -360,7 +363,7 @@ class MemoryEngine:
             raise EngineError("the engine is closed")
 
     def _enter(self, op: str) -> None:
-        """Counts a call of `op` and lets the fault happen that the model file orders for it."""
+        """Count a call of `op`, and let the fault happen that the model file orders for it."""
         self._check_open()
         self._calls[op] += 1
         for fault in self._model.faults:
@@ -424,20 +427,17 @@ def _answer(state: int, sampling: Sampling, room: int) -> tuple[bytes, int, Fini
     stream = bytearray()
 
     while len(stream) < count:
-        key = (
-            key * 6364136223846793005 + 1442695040888963407
-        ) & _MASK  # Knuth's MMIX generator: high bits are good
+        # Knuth's MMIX generator: its high bits are good.
+        key = (key * 6364136223846793005 + 1442695040888963407) & _MASK
         stream += _WORDS[(key >> 32) % len(_WORDS)]
 
+    # The stop string that is complete first ends the answer, as with any engine that streams.
     answer = bytes(stream[:count])
-    # Of several stop strings the one that is complete first ends the answer, as with any engine
-    # that streams.
     stops = [
         (at + len(stop), at)
         for stop in map(_encode, sampling.stop)
         if stop and (at := answer.find(stop)) >= 0
     ]
-
     if not stops:
         return answer, len(answer), FinishReason.LENGTH
 
@@ -450,8 +450,12 @@ def _at_character(data: bytes, end: int) -> bool:
     begin = end - 1
     while data[begin] & 0xC0 == 0x80:
         begin -= 1
-    lead = data[begin]
-    return end - begin == (1 if lead < 0x80 else 2 if lead < 0xE0 else 3 if lead < 0xF0 else 4)
+
+    length = 1
+    for least in (0x80, 0xE0, 0xF0):
+        if data[begin] >= least:
+            length += 1
+    return end - begin == length
 
 
 def _common_prefix(left: bytes | bytearray, right: bytes) -> int:

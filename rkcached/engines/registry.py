@@ -1,4 +1,4 @@
-"""The table of engines: what the program must know about each without loading its native code.
+"""The table of engines: the facts that the program needs without loading any native code.
 
 `locate_runtime` finds the library on disk, so that its digest becomes part of every fingerprint;
 the class itself is imported by name, and only inside a worker.
@@ -30,7 +30,7 @@ class RuntimeFiles:
     version: str
     files: tuple[Path, ...]
     samples_per_run: bool = True
-    """Sampling can differ from run to run; else it is fixed when a model is loaded."""
+    """Whether sampling can differ from run to run; else it is fixed when a model is loaded."""
 
 
 def _alone(path: Path) -> tuple[Path, ...]:
@@ -48,7 +48,7 @@ def _unknown(_: Path) -> None:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineEntry:
     artifact_suffix: str
-    """Of the prompt cache's file name, with the dot."""
+    """The end of a prompt cache's file name, with the dot."""
     implementation: str
     """`module:class`, imported by the worker only."""
     model_magic: bytes
@@ -58,30 +58,30 @@ class EngineEntry:
     locate_runtime: Callable[[Path, str | None], RuntimeFiles]
     """Takes `engine.library` and `engine.abi` of the manifest. Errors: RkcachedError."""
     on_npu: bool = False
-    """Runs on the board's NPU, which holds one model at a time."""
+    """Whether it runs on the board's NPU, which holds one model at a time."""
     names_library: bool = False
-    """The manifest names its runtime library and the library's ABI."""
+    """Whether the manifest names its runtime library and the library's ABI."""
     thread_per_core: bool = False
-    """Takes a thread for each core where the manifest names no number of threads."""
+    """Whether it takes a thread for each core if the manifest names no number of threads."""
     compiles_schemas: bool = False
-    """A JSON schema becomes a grammar, which is compiled by llguidance."""
+    """Whether llguidance compiles a JSON schema to a grammar."""
     model_files: Callable[[Path], tuple[Path, ...]] = _alone
-    """The files that may belong to a model, by the name of the one that the manifest names. Reads
-    nothing."""
+    """The files that may belong to a model, by the name of the one that the manifest names. It
+    reads nothing."""
     inspect_model: Callable[[Path, ReadHeader], ModelFacts] = _inspect_nothing
     """The files that the engine opens for a model.
 
     Errors: SourceError if it would not load these files; OSError.
     """
     state_bytes_per_token: Callable[[Path], float | None] = _unknown
-    """Size of a prompt cache for each token, by the model's file; None where that is not known.
-    Errors: OSError."""
+    """The bytes of a prompt cache for each token, by the model's file; None if not known. Errors:
+    OSError."""
 
 
 def _locate_rkllm(library: Path, abi: str | None) -> RuntimeFiles:
     facts = _rkllm_facts.__wrapped__
     signature = None
-    with contextlib.suppress(OSError):  # identify says what is wrong
+    with contextlib.suppress(OSError):  # `identify` raises an error that explains it
         info = library.stat()
         if settled(info):
             facts = _rkllm_facts
@@ -93,7 +93,7 @@ def _locate_rkllm(library: Path, abi: str | None) -> RuntimeFiles:
 
 @functools.lru_cache(maxsize=4)
 def _rkllm_facts(library: Path, _: Signature | None, abi: str | None) -> tuple[str, bool]:
-    """Reads the file once for each signature. Errors: RuntimeLibraryError."""
+    """Read the file once for each signature. Errors: RuntimeLibraryError."""
     facts = identify(library)
     chosen = choose_abi(facts, abi)
     return facts.version or chosen.name, chosen.samples_per_run

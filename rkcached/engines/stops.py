@@ -1,4 +1,4 @@
-"""Stop strings over a stream of text: what may be shown, and whether the answer ends. Pure."""
+"""Finds stop strings in a stream of text: how much may be shown, and whether it ends. Pure."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class StopStrings:
             return text
 
         text = self._held + text
-        # The one that is complete first ends the answer.
+        # The stop string that is complete first ends the answer.
         ends = [(at + len(stop), at) for stop in self._stops if (at := text.find(stop)) >= 0]
         if ends:
             self.found = True

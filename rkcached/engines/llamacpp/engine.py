@@ -11,7 +11,6 @@ is meant. A truncated file makes llama.cpp abort the process: callers check size
 
 from __future__ import annotations
 
-import contextlib
 import http.client
 import importlib
 import importlib.metadata
@@ -106,8 +105,8 @@ class LlamaCppEngine:
             )
 
         # The server's own thread answers this, so it runs from here on. A server that was closed at
-        # once was once seen to wait for that thread for ever, with xllamacpp 2026.10: it had
-        # started after it was told to end.
+        # once was once seen to wait for that thread for ever, with xllamacpp 2026.10: the thread
+        # had started after the request to end.
         self._request("GET", "/slots")
         settings = self._request("GET", "/props")["default_generation_settings"]
         self._info = EngineInfo(
@@ -179,12 +178,17 @@ class LlamaCppEngine:
 
         # With n_predict 0 llama.cpp still samples one piece of text, which nobody asked for.
         decodes = sampling.max_new_tokens > 0
-        options = _sampling_options(sampling) | ({"logprobs": 1} if trace else {})
+        options = _sampling_options(sampling)
+        if trace:
+            options["logprobs"] = 1
+
         take = on_token if decodes else None
         run = Run(self._abort, on_token=take, likeliest=sampling.logprobs)
-        with Grammar() if sampling.json_schema else contextlib.nullcontext() as grammar:
-            if grammar is not None:
+        if sampling.json_schema:
+            with Grammar() as grammar:
                 run.before_each = grammar.check
+                self._run(run, prompt, options)
+        else:
             self._run(run, prompt, options)
 
         return run.stats(count_decoded=decodes)
@@ -195,14 +199,16 @@ class LlamaCppEngine:
         if self._server is None:
             raise EngineError("the engine is closed")
 
-        answer = self._server.handle_embeddings(
-            {"input": content if isinstance(content, str) else [list(content)]}
-        )
+        given = content if isinstance(content, str) else [list(content)]
+        answer = self._server.handle_embeddings({"input": given})
         if (error := answer.get("error")) is not None:
             if error.get("type") == "exceed_context_size_error":
                 raise ContextExceeded(int(error["n_prompt_tokens"]), int(error["n_ctx"]))
-            kind = InputInvalid if error.get("code") == http.HTTPStatus.BAD_REQUEST else EngineError
-            raise kind(f"llama.cpp refused the text: {error.get('message')}")
+
+            message = f"llama.cpp refused the text: {error.get('message')}"
+            if error.get("code") == http.HTTPStatus.BAD_REQUEST:
+                raise InputInvalid(message)
+            raise EngineError(message)
 
         vector = np.array(answer["data"][0]["embedding"], np.float32)
         return Embedding(vector=vector, tokens=answer["usage"]["prompt_tokens"])
@@ -214,7 +220,7 @@ class LlamaCppEngine:
         self._server = None  # its destructor stops the threads and frees the model
 
     def _run(self, run: Run, prompt: str, options: dict[str, Any]) -> Run:
-        """Starts a run on the slot and returns when it has ended."""
+        """Start a run on the slot, and return when it has ended."""
         if self._server is None:
             raise EngineError("the engine is closed")
         if not prompt:
@@ -225,7 +231,7 @@ class LlamaCppEngine:
             "id_slot": 0,
             "cache_prompt": True,
             "stream": True,
-            # without it, nothing calls back during a prefill and no abort gets through
+            # Without it, nothing calls back during a prefill and no abort gets through.
             "return_progress": True,
             **options,
         }
@@ -241,7 +247,7 @@ class LlamaCppEngine:
         return run
 
     def _wait_idle(self) -> None:
-        """Waits for the batch that was under way when a run was stopped."""
+        """Wait for the batch that was under way when a run was stopped."""
         deadline = time.monotonic() + _IDLE_TIMEOUT_S
         while self._request("GET", "/slots")[0]["is_processing"]:
             if time.monotonic() > deadline:
@@ -270,9 +276,10 @@ class LlamaCppEngine:
         if self._server is None:
             raise EngineError("the engine is closed")
 
+        content = None if body is None else json.dumps(body)
         connection = UnixConnection(self._socket)
         try:
-            connection.request(method, target, None if body is None else json.dumps(body))
+            connection.request(method, target, content)
             response = connection.getresponse()
             answer = json.loads(response.read())
         except (OSError, http.client.HTTPException, ValueError) as error:
@@ -284,7 +291,6 @@ class LlamaCppEngine:
             refused = _RefusedError(str(answer.get("error", {}).get("message", answer)))
             refused.status = response.status
             raise refused
-
         return answer
 
 
@@ -327,9 +333,8 @@ def _params(library: Any, spec: ModelSpec, socket_path: str) -> Any:
     params = library.CommonParams()
     params.model.path = spec.path
     params.n_ctx = spec.context_tokens
-    params.fit_params = (
-        False  # saves 0.3 s, and keeps llama.cpp from changing the context by the memory it finds
-    )
+    # This saves 0.3 s, and keeps llama.cpp from changing the context by the memory it finds.
+    params.fit_params = False
     params.n_parallel = 1
     params.n_batch = _BATCH_TOKENS
 
@@ -364,5 +369,4 @@ def _sampling_options(sampling: Sampling) -> dict[str, Any]:
         options["logprobs"] = max(1, sampling.logprobs)
     if sampling.seed is not None:
         options["seed"] = sampling.seed % 0xFFFFFFFF  # 32 bits, and the last value means random
-
     return options

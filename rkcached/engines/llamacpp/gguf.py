@@ -1,6 +1,6 @@
 """Reads the header of a GGUF file: the files of a model, and the context it was trained for.
 
-llama.cpp is given one file. If its header says that the model is split, llama.cpp opens the other
+llama.cpp is given one file. If its header states that the model is split, it opens the other
 files by their names as well (`llama-model-loader.cpp`). It opens nothing else for a model; `strace`
 shows that. The package `gguf` reads such files, too, but takes seconds for a vocabulary of 49,000
 tokens because it makes an array of each.
@@ -58,7 +58,7 @@ class Header:
     """The part of a GGUF header that matters here."""
 
     tensors: int
-    """Tensors in this file."""
+    """The number of tensors in this file."""
     integers: dict[str, int]
     """The metadata that are whole numbers."""
 
@@ -71,8 +71,8 @@ class ModelFacts:
     """Every file that the engine opens for the model; the one that the manifest names comes first.
     """
     trained_tokens: int | None = None
-    """The context that the model was trained for, if the file says so. llama.cpp's server gives it
-    none larger."""
+    """The context that the model was trained for, if the file states it. llama.cpp's server gives
+    it none larger."""
 
 
 ReadHeader = Callable[[Path], Header | None]
@@ -99,12 +99,13 @@ def read_header(path: Path) -> Header | None:
 
 
 def state_bytes_per_token(path: Path) -> float | None:
-    """Size of a token's keys and values, by what the header says of the layers.
+    """The bytes of a token's keys and values, by the layers that the header describes.
 
-    None if they are not all of one kind, or it does not say. Errors: OSError.
+    None if the layers are not all of one kind, or not described. Errors: OSError.
     """
-    header = read_header(path)
-    integers = header.integers if header is not None else {}
+    integers: dict[str, int] = {}
+    if (header := read_header(path)) is not None:
+        integers = header.integers
 
     def of(name: str) -> int:
         return next((value for key, value in integers.items() if key.endswith(name)), 0)
@@ -120,18 +121,13 @@ def state_bytes_per_token(path: Path) -> float | None:
 
 
 def shards(path: Path) -> tuple[Path, ...]:
-    """The files that belong to a split model by their names, if `path` is named like the first.
-
-    Else `path` alone.
-    """
+    """The files of a split model, if `path` is named like the first of them; else `path` alone."""
     name = _SHARD.fullmatch(path.name)
     if name is None or int(name["number"]) != 1:
         return (path,)
 
-    return tuple(
-        _shard(path, number, int(name["count"]))
-        for number in range(1, max(1, int(name["count"])) + 1)
-    )
+    count = int(name["count"])
+    return tuple(_shard(path, number, count) for number in range(1, max(1, count) + 1))
 
 
 def inspect(path: Path, read: ReadHeader = read_header) -> ModelFacts:
@@ -145,7 +141,7 @@ def inspect(path: Path, read: ReadHeader = read_header) -> ModelFacts:
     if header is None:
         if name is not None:
             raise _damaged(path)
-        return ModelFacts(files=(path,))  # what is wrong with it, the engine says when it loads it
+        return ModelFacts(files=(path,))  # the engine explains what is wrong when it loads it
 
     count = header.integers.get("split.count", 0)
     trained_tokens = _trained_tokens(header)
@@ -153,12 +149,9 @@ def inspect(path: Path, read: ReadHeader = read_header) -> ModelFacts:
         return ModelFacts(files=(path,), trained_tokens=trained_tokens)
 
     if (number := header.integers.get("split.no", 0) + 1) != 1:
-        first = (
-            _shard(path, 1, count).name
-            if name
-            else f"the file that ends with -00001-of-{count:05}.gguf"
-        )
-
+        first = f"the file that ends with -00001-of-{count:05}.gguf"
+        if name is not None:
+            first = _shard(path, 1, count).name
         message = f"{path} is file {number} of {count} of a split model"
         raise SourceError(message, hint=f"name the first: path: {first}")
 
@@ -180,9 +173,10 @@ def _check_shards(files: tuple[Path, ...], first: Header, read: ReadHeader) -> N
     path = files[0]
     count = len(files)
     missing = [file.name for file in files if not file.exists()]
-
     if missing:
-        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        more = ""
+        if len(missing) > 1:
+            more = f" and {len(missing) - 1} more"
         raise SourceError(
             f"{path} is the first of the {count} files of a split model, and {missing[0]}{more} "
             "cannot be found",
@@ -212,8 +206,7 @@ def _check_shards(files: tuple[Path, ...], first: Header, read: ReadHeader) -> N
     if tensors != expected:
         raise SourceError(
             f"the {count} files of the split model {path} do not belong together: they have "
-            f"{tensors:,} tensors, "
-            f"the first says {expected:,}",
+            f"{tensors:,} tensors, the first says {expected:,}",
             hint=f"copy the {count} files again, from one place",
         )
 
@@ -237,9 +230,9 @@ def _trained_tokens(header: Header) -> int | None:
 
 
 def _parse(data: bytes) -> Header:
-    """Errors: struct.error or OverflowError if it goes on beyond `data`.
+    """Parse a header.
 
-    ValueError if it is no such header.
+    Errors: struct.error or OverflowError if it goes on beyond `data`; ValueError if it is none.
     """
     magic, version, tensors, pairs = _START.unpack_from(data)
     if magic != MAGIC or version not in _VERSIONS:
@@ -247,6 +240,7 @@ def _parse(data: bytes) -> Header:
 
     integers = {}
     at = _START.size
+
     for _ in range(pairs):
         (length,) = _LENGTH.unpack_from(data, at)
         at += _LENGTH.size

@@ -14,14 +14,14 @@ from rkcached.errors import ContextExceeded, EngineError, SchemaInvalid
 
 _READ_BYTES = 1 << 16
 
-# Lines of llama.cpp about anything else are passed on to the log.
+# Words in llama.cpp's lines about grammars. Lines about anything else are passed on to the log.
 _OF_GRAMMARS = (b"llg", b"grammar", b"lexer", b"schema")
 
 _PREFACE = re.compile(r"^.*? E |llg error: |at \d+\(\d+\): |failed to compile JSON schema: ")
 
 
 class Run:
-    """Receives the chunks of one run; a true answer stops it.
+    """Receives the chunks of one run; its answer to a chunk is true to stop the run.
 
     First come chunks with the progress of the prefill (the first before any work), then one for
     each token whose text is complete, then one with the reason for the end and the timings. A run
@@ -52,8 +52,7 @@ class Run:
         self._likeliest = likeliest
         self._details: list[TokenLogprob] = []
         self.before_each: Callable[[], None] | None = None
-        """Called before each token is delivered, and before the end; what it raises ends the run.
-        """
+        """Is called before each token is delivered, and before the end. An error ends the run."""
         self._error: dict[str, Any] | None = None
         self._raised: BaseException | None = None
 
@@ -81,13 +80,20 @@ class Run:
             raise EngineError("llama.cpp ended the run without a result")
 
     def stats(self, *, count_decoded: bool) -> RunStats:
+        """The figures; those of decoding are 0 unless they are to be counted."""
+        decode_tokens = 0
+        decode_ms = 0.0
+        if count_decoded:
+            decode_tokens = self._decode_tokens
+            decode_ms = self._decode_ms
+
         return RunStats(
             finish=self.finish,
             prompt_tokens=self.prompt_tokens,
             cached_tokens=self._cached_tokens,
             prefill_ms=self._prefill_ms,
-            decode_tokens=self._decode_tokens if count_decoded else 0,
-            decode_ms=self._decode_ms if count_decoded else 0.0,
+            decode_tokens=decode_tokens,
+            decode_ms=decode_ms,
         )
 
     def _take(self, chunk: dict[str, Any]) -> bool:
@@ -98,13 +104,13 @@ class Run:
         if (progress := chunk.get("prompt_progress")) is not None:
             self._take_progress(progress)
             return False
+
         if self.before_each is not None:
             self.before_each()
-        choice = chunk["choices"][0]
 
-        if (
-            choice["finish_reason"] is not None
-        ):  # the last chunk; one before it may have timings as well
+        choice = chunk["choices"][0]
+        # The reason marks the last chunk; the one before it may have timings as well.
+        if choice["finish_reason"] is not None:
             timings = chunk["timings"]
             self.finish = FinishReason(choice["finish_reason"])
             self.prompt_tokens = timings["cache_n"] + timings["prompt_n"]
@@ -132,8 +138,7 @@ class Run:
             self._on_progress(progress["processed"], progress["total"])
 
     def _deliver(self, text: str) -> bool:
-        # A token without text may be the beginning of a stop string; its id then goes with the next
-        # piece.
+        # A token without text may begin a stop string; its id then goes with the next piece.
         if not text or self._on_token is None:
             return False
 
@@ -143,7 +148,6 @@ class Run:
             logprobs=tuple(self._logprobs),
             details=tuple(self._details),
         )
-
         self._ids.clear()
         self._logprobs.clear()
         self._details.clear()
@@ -154,10 +158,10 @@ class Grammar:
     """Proves before each piece of an answer that llama.cpp still enforces the JSON schema.
 
     llama.cpp goes on without a grammar that it cannot compile, or whose parser gives up or panics
-    at any token, and says so on stderr only, in ever other words. At our verbosity it prints errors
-    only. So a run with a schema counts as held to it as long as nothing at all has been printed.
-    Until its end stderr goes to memory: what is in there quotes the schema, which is a client's and
-    stays out of the log.
+    at any token, and reports that on stderr only, in many different words. At our verbosity it
+    prints errors only. So a run with a schema counts as held to it as long as nothing at all has
+    been printed. Until its end stderr goes to memory: its text quotes the schema, which is a
+    client's and stays out of the log.
     """
 
     def __enter__(self) -> Self:
@@ -178,6 +182,7 @@ class Grammar:
         """Errors: SchemaInvalid when llama.cpp has printed anything since the run began."""
         if os.fstat(self._kept).st_size == 0:
             return
+
         printed = os.pread(self._kept, _READ_BYTES, 0).decode(errors="replace")
         raise SchemaInvalid(
             f"llama.cpp cannot keep to this schema: {_reason(printed)}",
@@ -187,11 +192,10 @@ class Grammar:
 
 def _reason(printed: str) -> str:
     """llama.cpp's message, without its time stamp and its places in the grammar."""
-    lines = printed.splitlines()
-    first = next((line for line in lines if " E " in line), lines[0] if lines else "")
-    details = [
-        line.removeprefix("error: ") for line in lines if line.startswith("error: ")
-    ]  # of a pattern
+    lines = printed.splitlines() or [""]
+    first = next((line for line in lines if " E " in line), lines[0])
+    # The details of a pattern that is wrong.
+    details = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
     return " ".join([_PREFACE.sub("", first).strip(), *details[:1]])[:200]
 
 

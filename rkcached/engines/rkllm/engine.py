@@ -86,17 +86,15 @@ class RkllmEngine:
                     f"the library says it is {self._library.version}: remove engine.abi {spec.abi} "
                     "from the manifest"
                 )
-
             raise ModelLoadError(
                 f"RKLLM {self._library.version} cannot load the model {spec.path}", hint=hint
             ) from error
 
-        # A prompt cache is loaded and was not released.
+        # Whether a prompt cache is loaded and was not released.
         self._loaded = False
-        # The KV state is known to be empty.
+        # Whether the KV state is known to be empty.
         self._empty = True
-        # rkllm_get_kv_cache_size less the tokens read and generated, as the last cold run showed
-        # it.
+        # rkllm_get_kv_cache_size minus the tokens read and generated, by the last cold run.
         self._kv_surplus = 0
         self._stopper = Stopper(self._library, self._handle, self._current)
 
@@ -110,7 +108,9 @@ class RkllmEngine:
                 self._call("rkllm_load_lora", ctypes.byref(adapter))
         except CallError as error:
             self.close()
-            what = f"the LoRA adapter {spec.lora}" if spec.lora else "a raw chat template"
+            what = "a raw chat template"
+            if spec.lora:
+                what = f"the LoRA adapter {spec.lora}"
             raise ModelLoadError(
                 f"RKLLM {self._library.version} refused {what}: {error.message}"
             ) from error
@@ -134,16 +134,18 @@ class RkllmEngine:
         return self._library.abi
 
     def count_tokens(self, text: str) -> int | None:
-        return len(self._tokenizer(text)) if self._tokenizer is not None else None
+        if self._tokenizer is None:
+            return None
+        return len(self._tokenizer(text))
 
     def prefill(
         self, prompt: str, *, save_to: Path, on_progress: OnProgress | None = None
     ) -> RunStats:
-        """A run that saves.
+        """Run and save the state.
 
-        Until 1.2.3 it also generates a whole answer, as nothing but an abort would end it.
+        Until 1.2.3 this also generates a whole answer, as nothing but an abort would end it.
         """
-        del on_progress  # the runtime tells nothing during a prefill
+        del on_progress  # the runtime reports nothing during a prefill
         if not save_to.parent.is_dir():
             raise EngineError(f"cannot write the prompt cache {save_to}: its directory is missing")
 
@@ -151,9 +153,8 @@ class RkllmEngine:
         run = Run(Sampling(max_new_tokens=1), limit=1, saves=True)
         self._run(run, prompt, save_to=save_to)
         tokens = run.prompt_ids or run.prefill_tokens
-        if not self.abi.measures and not tokens:
-            header = read_rkllm(save_to)
-            tokens = header.n_tokens if header is not None else 0
+        if not self.abi.measures and not tokens and (header := read_rkllm(save_to)) is not None:
+            tokens = header.n_tokens
 
         return RunStats(
             finish=run.finish(self._info.context_tokens),
@@ -184,7 +185,7 @@ class RkllmEngine:
 
     def clear(self) -> None:
         if self._empty and not self._loaded:
-            return  # nobody says what the runtime answers when there is nothing to clear
+            return  # it is not documented what the runtime does when there is nothing to clear
 
         if self._loaded:
             self._loaded = False
@@ -211,13 +212,13 @@ class RkllmEngine:
             natural = limit >= self._fixed.max_new_tokens
             limit = min(limit, self._fixed.max_new_tokens)
         limit = min(limit, self._info.context_tokens)  # more never fits, and C takes 32 bits
+
         run = Run(
             sampling, limit=limit, on_token=on_token, trace=trace, ends_itself=natural and limit > 0
         )
         self._run(run, prompt)
         run.deliver_rest()
         prompt_tokens, cached = self._count(run, was_empty=was_empty)
-
         return RunStats(
             finish=run.finish(self._info.context_tokens, prompt_tokens),
             prompt_tokens=prompt_tokens,
@@ -235,8 +236,9 @@ class RkllmEngine:
             )
 
         vector = self.last_hidden_layer(content, Pooling(self._spec.pooling))
-        tokens = len(content) if isinstance(content, tuple) else self.count_tokens(content) or 0
-        return Embedding(vector=vector, tokens=tokens)
+        if isinstance(content, tuple):
+            return Embedding(vector=vector, tokens=len(content))
+        return Embedding(vector=vector, tokens=self.count_tokens(content) or 0)
 
     def last_hidden_layer(
         self, prompt: str | tuple[int, ...], pooling: Pooling | None = Pooling.MEAN
@@ -282,27 +284,20 @@ class RkllmEngine:
     ) -> None:
         """Run and wait for the end.
 
-        Whatever the library gets a pointer to lives in this frame until it returns.
+        Whatever the library gets a pointer to lives in this frame until the run returns.
         """
         if self._handle.destroyed:
             raise EngineError("the engine is closed")
 
         data = _encode(prompt) if isinstance(prompt, str) else b""
+        ids = self._ids_of(prompt)
         abi = self.abi
         run_input = abi.input()
         if abi.group in ("D", "E"):
             run_input.role = b"user"
             run_input.enable_thinking = self._spec.thinking
 
-        if self._tokenizer is not None or not isinstance(prompt, str):
-            ids = (
-                list(prompt)
-                if not isinstance(prompt, str)
-                else self._tokenizer(prompt)
-                if self._tokenizer
-                else []
-            )
-
+        if ids is not None:
             run.prompt_ids = len(ids)
             if len(ids) >= self._info.context_tokens:
                 raise ContextExceeded(len(ids), self._info.context_tokens)
@@ -318,20 +313,20 @@ class RkllmEngine:
 
         infer = abi.infer_param()
         infer.mode = mode
-        cache = PromptCacheParam(1, os.fsencode(save_to) if save_to is not None else None)
         if save_to is not None:
+            cache = PromptCacheParam(1, os.fsencode(save_to))
             infer.prompt_cache_params = ctypes.pointer(cache)
-        lora = LoraParam(_LORA_NAME)
         if self._spec.lora:
+            lora = LoraParam(_LORA_NAME)
             infer.lora_params = ctypes.pointer(lora)
-        sampler = sampling_param(merged(self._fixed, run.sampling))
         if abi.samples_per_run:
+            sampler = sampling_param(merged(self._fixed, run.sampling))
             infer.sampling_params = ctypes.pointer(sampler)
             infer.max_new_tokens = max(1, run.limit)  # 0 would mean the model's own
+
         self._empty = False
         run.started = time.perf_counter()
         self._current.begin(run, self._stopper)
-
         try:
             self._call("rkllm_run", ctypes.byref(run_input), ctypes.byref(infer), None)
             run.finished.wait(_FINISH_TIMEOUT_S)
@@ -345,8 +340,16 @@ class RkllmEngine:
 
         run.raise_failure()
 
+    def _ids_of(self, prompt: str | tuple[int, ...]) -> list[int] | None:
+        """The prompt's tokens; None if the runtime has to make them."""
+        if not isinstance(prompt, str):
+            return list(prompt)
+        if self._tokenizer is None:
+            return None
+        return self._tokenizer(prompt)
+
     def _refuse_fixed(self, sampling: Sampling) -> None:
-        """Errors: SamplingFixed for what this runtime cannot do in a run."""
+        """Errors: SamplingFixed for a value that this runtime cannot change in a run."""
         if sampling.seed is not None:
             raise SamplingFixed("RKLLM takes no seed", param="seed", hint="leave seed out")
         if self.abi.samples_per_run:
@@ -355,11 +358,9 @@ class RkllmEngine:
         for name in SAMPLING_PARAMETERS:
             wanted = getattr(sampling, name)
             fixed = getattr(self._fixed, name)
-            if (
-                wanted is None
-                or wanted == fixed
-                or (name == "temperature" and wanted == 0 and self._info.greedy)
-            ):
+            if wanted is None or wanted == fixed:
+                continue
+            if name == "temperature" and wanted == 0 and self._info.greedy:
                 continue
 
             raise SamplingFixed(
@@ -371,9 +372,9 @@ class RkllmEngine:
             )
 
     def _count(self, run: Run, *, was_empty: bool) -> tuple[int, int | None]:
-        """Tokens of the prompt, and how many of them came from the KV state."""
+        """The number of the prompt's tokens, and how many of them came from the KV state."""
         if not self.abi.measures:
-            return run.prompt_ids, 0 if was_empty else None
+            return run.prompt_ids, (0 if was_empty else None)
 
         prefilled = run.prefill_tokens
         if run.prompt_ids:
@@ -400,7 +401,9 @@ class RkllmEngine:
 
 
 def _shown(value: float | None) -> str:
-    return "the runtime's default" if value is None else f"{value:g}"
+    if value is None:
+        return "the runtime's default"
+    return f"{value:g}"
 
 
 def _encode(prompt: str) -> bytes:
@@ -420,7 +423,6 @@ def _encode(prompt: str) -> bytes:
             f"the text has a NUL byte at {data.index(0)}",
             hint="the runtime would stop reading there",
         )
-
     return data
 
 

@@ -17,7 +17,7 @@ _ABORT_AGAIN_S = 0.1
 
 
 class Current:
-    """The run that goes on, and what the library calls back."""
+    """The run that goes on, and the callback that the library calls."""
 
     def __init__(self) -> None:
         self.run: Run | None = None
@@ -36,13 +36,14 @@ class Current:
             self.run = None
 
     def on_result(self, result: Any, _userdata: Any, state: int) -> int:
-        """The callback. Always 0, "go on": 1 would pause the run for ever."""
+        """The callback. It always returns 0, "go on": 1 would pause the run for ever."""
         run = self.run
         if run is None:
             return 0
 
         try:
-            wants_end = run.take(result.contents if result else None, state)
+            contents = result.contents if result else None
+            wants_end = run.take(contents, state)
         except BaseException as error:  # noqa: BLE001 - must not reach C; raise_failure raises it again
             run.stop_because(error)
             wants_end = True
@@ -75,13 +76,12 @@ class Stopper:
 
     def _work(self) -> None:
         while (run := self._queue.get()) is not None:
-            # Again until it works: the library forgets an abort that comes before its run has
-            # really begun.
+            # Retry until it works: the library drops an abort that comes before its run has begun.
             while self._abort(run) and not run.finished.wait(_ABORT_AGAIN_S):
                 pass
 
     def _abort(self, run: Run) -> bool:
-        """Whether the run still goes on."""
+        """Abort the run. Returns whether it still goes on."""
         with self._current.ended, contextlib.suppress(CallError):
             if self._current.run is not run or run.finished.is_set():
                 return False
@@ -92,19 +92,17 @@ class Stopper:
 class OwnedHandle:
     """Owns an LLMHandle, and the callback and parameters it was made with.
 
-    Destroyed once, by whoever is first.
+    It is destroyed once, by `destroy` or by the garbage collector.
     """
 
     def __init__(self, library: Library, param: Any, current: Current) -> None:
         self.value = Handle()
         callback = library.abi.callback(current.on_result)
         given = callback
-
+        argument = given
         if library.abi.callbacks is not None:
             given = library.abi.callbacks(result_callback=callback)
             argument = ctypes.byref(given)
-        else:
-            argument = given
 
         library.call("rkllm_init", ctypes.byref(self.value), ctypes.byref(param), argument)
         kept = (callback, given, param)

@@ -3,8 +3,8 @@
 Owns the reading of shared libraries (ELF64, by the generic ABI's tables) and the choice of the
 binary interface that goes with one. Only reads, with bounds on everything: whatever the file, the
 outcome is facts or a RuntimeLibraryError. It reads in pieces and maps nothing, because a file that
-shrinks while mapped kills the process. Used by the daemon (fingerprint), by `doctor`, and by the
-binding before it loads anything.
+shrinks while mapped kills the process. The daemon (fingerprint), `doctor` and, before it loads
+anything, the binding use it.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from rkcached.host.access import refusal
 SYMBOL_PREFIX: Final = "rkllm_"
 LOAD_PROMPT_CACHE: Final = "rkllm_load_prompt_cache"
 
-# Functions that tell versions apart, and the first ABI that has each (vendor headers).
+# Functions that only some versions have, and the first ABI that has each (vendor headers).
 _SINCE: Final = {"rkllm_set_chat_template": "1.2.0", "rkllm_get_kv_cache_size": "1.2.1"}
 
 _VERSION: Final = re.compile(rb"RKLLM SDK \(version: ([0-9][0-9A-Za-z.]{0,31})")
@@ -65,15 +65,15 @@ _GET_ONE = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LibraryFacts:
-    """Facts that a library file has about itself."""
+    """Facts about a library, from its file."""
 
     path: Path
     version: str | None
-    """As it stands in the file, letters included (1.2.1b1); None where it does not say."""
+    """The version that the file states, letters included (1.2.1b1); None if it states none."""
     symbols: frozenset[str]
     """The functions it exports whose names begin with `rkllm_`."""
     machine: str
-    """As platform.machine() names it."""
+    """The processor, as platform.machine() names it."""
     needed: tuple[str, ...]
     """The libraries it must be loaded with (DT_NEEDED)."""
 
@@ -81,7 +81,7 @@ class LibraryFacts:
 def identify(path: Path) -> LibraryFacts:
     """Identify the library at `path`. Blocking; reads the file once.
 
-    Errors: RuntimeLibraryError, for whatever it is instead of an RKLLM runtime for this machine.
+    Errors: RuntimeLibraryError if it is anything else than an RKLLM runtime for this machine.
     """
     try:
         return _identify(path)
@@ -92,10 +92,10 @@ def identify(path: Path) -> LibraryFacts:
                 f"there is no runtime library at {path}", hint=_GET_ONE
             ) from error
 
-        reason, hint = refused or (
-            error.strerror,
-            "check its permissions, and those of the directories above it",
-        )
+        reason = error.strerror
+        hint = "check its permissions, and those of the directories above it"
+        if refused is not None:
+            reason, hint = refused
         raise RuntimeLibraryError(
             f"the runtime library {path} cannot be read: {reason}", hint=hint
         ) from error
@@ -106,14 +106,13 @@ def identify(path: Path) -> LibraryFacts:
 def choose_abi(facts: LibraryFacts, override: str | None = None) -> Abi:
     """The binary interface of a library: by its version, cross-checked by its functions.
 
-    Or the one it is told to take.
-
-    `override` is the manifest's engine.abi, any known version; it is taken as long as the functions
-    it needs are there. Errors: RuntimeLibraryError, when version and functions do not add up. A
-    wrong guess would be a crash at run time.
+    `override` is the manifest's engine.abi, any known version: it is taken instead, if the
+    functions that it needs are there. Errors: RuntimeLibraryError if version and functions
+    contradict each other. A wrong guess would be a crash at run time.
     """
     if LOAD_PROMPT_CACHE not in facts.symbols:
         _refuse_old(facts, f"{facts.path} has no function {LOAD_PROMPT_CACHE}")
+
     known = {version: abi for abi in ABIS for version in abi.versions}
     if override is not None:
         if override not in known:
@@ -130,7 +129,6 @@ def choose_abi(facts: LibraryFacts, override: str | None = None) -> Abi:
                 hint=f"it says it is version {facts.version or 'unknown'}; its functions suggest "
                 f"{_suggested(facts)}",
             )
-
         return abi
 
     names = ", ".join(abi.name for abi in ABIS)
@@ -154,26 +152,30 @@ def choose_abi(facts: LibraryFacts, override: str | None = None) -> Abi:
         )
 
     abi = known[facts.version]
-    order = [each.name for each in ABIS]
-    newer = [name for name, since in _SINCE.items() if order.index(abi.name) < order.index(since)]
-    contradictions = [
-        f"it does not have {name}" for name in sorted(abi.functions.keys() - facts.symbols)
-    ]
-    contradictions += [
-        f"it has {name}, which came with {_SINCE[name]}" for name in newer if name in facts.symbols
-    ]
-
-    if contradictions:
+    if contradictions := _contradictions(facts, abi):
         raise RuntimeLibraryError(
             f"{facts.path} says it is RKLLM {facts.version}, but {'; '.join(contradictions)}",
             hint=name_it,
         )
-
     return abi
 
 
+def _contradictions(facts: LibraryFacts, abi: Abi) -> list[str]:
+    """The functions that the library lacks or has against its version."""
+    order = [each.name for each in ABIS]
+    missing = sorted(abi.functions.keys() - facts.symbols)
+    contradictions = [f"it does not have {name}" for name in missing]
+
+    for name, since in _SINCE.items():
+        if name in facts.symbols and order.index(abi.name) < order.index(since):
+            contradictions.append(f"it has {name}, which came with {since}")
+    return contradictions
+
+
 def _refuse_old(facts: LibraryFacts, finding: str) -> NoReturn:
-    stated = f" (it says {facts.version})" if facts.version and facts.version not in finding else ""
+    stated = ""
+    if facts.version and facts.version not in finding:
+        stated = f" (it says {facts.version})"
     raise RuntimeLibraryError(
         f"{finding}{stated}: RKLLM 1.0.x cannot save prompt caches",
         hint="install RKLLM 1.1.0 or newer",
@@ -183,7 +185,7 @@ def _refuse_old(facts: LibraryFacts, finding: str) -> NoReturn:
 def _suggested(facts: LibraryFacts) -> str:
     """The version that the functions suggest.
 
-    They cannot tell 1.2.1 from 1.3.0, whose layouts differ.
+    1.2.1 and 1.3.0 have the same functions, though their layouts differ.
     """
     for name, words in (
         ("rkllm_get_kv_cache_size", "1.2.1 or newer"),
@@ -192,7 +194,6 @@ def _suggested(facts: LibraryFacts) -> str:
     ):
         if name in facts.symbols:
             return words
-
     return "1.0.x"
 
 
@@ -201,14 +202,13 @@ def _identify(path: Path) -> LibraryFacts:
     if not stat.S_ISREG(kind):  # opening a pipe would wait for its writer
         what = "a directory" if stat.S_ISDIR(kind) else "not a regular file"
         raise RuntimeLibraryError(f"{path} is {what}, not a runtime library", hint=_GET_ONE)
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
 
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     try:
         image = _Image(path, fd, os.fstat(fd).st_size)
         machine = image.machine
         strings, tags = image.dynamic()
         symbols = frozenset(image.exported(strings, tags))
-
         if not symbols:
             raise RuntimeLibraryError(
                 f"{path} is not an RKLLM runtime: it exports no function whose name begins with "
@@ -226,7 +226,7 @@ def _identify(path: Path) -> LibraryFacts:
 
 
 class _Image:
-    """A shared library being read.
+    """Reads a shared library.
 
     Every read is checked against the file's size; addresses go through PT_LOAD.
     """
@@ -237,6 +237,7 @@ class _Image:
         self._size = size
         self.machine = ""
         self._segments: list[tuple[int, int, int, int, int]] = []
+
         head = os.pread(fd, 512, 0)
         if not head:
             raise RuntimeLibraryError(f"{path} is empty", hint=_GET_ONE)
@@ -244,7 +245,6 @@ class _Image:
             raise RuntimeLibraryError(
                 f"{path} is {_looks_like(head)}, not a shared library", hint=_GET_ONE
             )
-
         self._read_header(head)
 
     def _read_header(self, head: bytes) -> None:
@@ -255,6 +255,7 @@ class _Image:
 
         if len(head) < _HEADER.size:
             self.damaged("it ends within the ELF header")
+
         ident, kind, machine, _, _, at, _, _, _, entry_size, count, *_ = _HEADER.unpack_from(head)
         if ident[4] != 2 or ident[5] not in {1, 2}:
             self.damaged("its ELF header makes no sense")
@@ -265,14 +266,7 @@ class _Image:
 
         self.machine = _MACHINES.get(machine, f"ELF machine {machine}")
         if self.machine != platform.machine():
-            raise RuntimeLibraryError(
-                f"{self._path} is a library for {self.machine}, this machine is "
-                f"{platform.machine()}",
-                hint="RKLLM runs on boards with a Rockchip NPU; elsewhere use `engine: {kind: "
-                "llamacpp}`"
-                if self.machine == "aarch64"
-                else _GET_ONE,
-            )
+            self._refuse_machine()
 
         if kind != 3:
             what = _FILE_TYPES.get(kind, f"of ELF type {kind}")
@@ -282,19 +276,23 @@ class _Image:
 
         if entry_size != _PROGRAM_HEADER.size:
             self.damaged(f"its program headers have {entry_size} bytes each")
+
         table = self.read(at, count * entry_size)
-        for (
-            segment,
-            _,
-            offset,
-            address,
-            _,
-            file_size,
-            memory_size,
-            _,
-        ) in _PROGRAM_HEADER.iter_unpack(table):
+        for entry in _PROGRAM_HEADER.iter_unpack(table):
+            segment, _, offset, address, _, file_size, memory_size, _ = entry
             if segment in {_PT_LOAD, _PT_DYNAMIC}:
                 self._segments.append((segment, offset, address, file_size, memory_size))
+
+    def _refuse_machine(self) -> NoReturn:
+        hint = _GET_ONE
+        if self.machine == "aarch64":
+            hint = (
+                "RKLLM runs on boards with a Rockchip NPU; elsewhere use `engine: {kind: llamacpp}`"
+            )
+        raise RuntimeLibraryError(
+            f"{self._path} is a library for {self.machine}, this machine is {platform.machine()}",
+            hint=hint,
+        )
 
     def damaged(self, why: str) -> NoReturn:
         raise RuntimeLibraryError(
@@ -307,8 +305,8 @@ class _Image:
             self.damaged(f"it has {self._size:,} bytes, but refers to byte {offset + length:,}")
         if length > _MAX_READ:
             self.damaged(f"a table of {length:,} bytes is not believed")
-        data = b""
 
+        data = b""
         while len(data) < length:  # a read may stop short; at nothing, the file shrank under us
             piece = os.pread(self._fd, length - len(data), offset + len(data))
             if not piece:
@@ -338,6 +336,7 @@ class _Image:
         )
         if where is None:
             self.damaged("it has no dynamic section")
+
         offset, size = where
         tags: list[tuple[int, int]] = []
         for tag, value in _DYNAMIC.iter_unpack(self.read(offset, size - size % _DYNAMIC.size)):
@@ -360,29 +359,27 @@ class _Image:
         """The rkllm_* names that dlsym would find: those of symbols that the library defines."""
         entries = dict(tags)
         count = self._count_symbols(entries)
-        for at, info, _, section, *_ in _SYMBOL.iter_unpack(
-            self.at_address(entries[_DT_SYMTAB], count * _SYMBOL.size) if count else b""
-        ):
+        if not count:
+            return
+
+        table = self.at_address(entries[_DT_SYMTAB], count * _SYMBOL.size)
+        for at, info, _, section, *_ in _SYMBOL.iter_unpack(table):
             if section and info >> 4 and strings.startswith(SYMBOL_PREFIX.encode(), at):
                 yield self.name(strings, at)
 
     def _count_symbols(self, entries: dict[int, int]) -> int:
-        """Nothing states the length of the symbol table.
-
-        The hash tables tell the last one that can be found.
-        """
+        """Count the symbols up to the last one in the hash tables: no field states their number."""
         if (address := entries.get(_DT_HASH)) is not None:
-            (_, chains) = struct.unpack("<II", self.at_address(address, 8))
+            _, chains = struct.unpack("<II", self.at_address(address, 8))
             return int(chains)
+
         if (address := entries.get(_DT_GNU_HASH)) is None:
             return 0
 
         buckets, first, filters, _ = _GNU_HASH.unpack(self.at_address(address, _GNU_HASH.size))
         address += _GNU_HASH.size + 8 * filters
-        last = max(
-            (index for (index,) in struct.iter_unpack("<I", self.at_address(address, 4 * buckets))),
-            default=0,
-        )
+        table = self.at_address(address, 4 * buckets)
+        last = max((index for (index,) in struct.iter_unpack("<I", table)), default=0)
         if last < first:
             return int(first)
 
@@ -404,6 +401,7 @@ class _Image:
             match = _VERSION.search(data)
             if match and (match.end() < len(data) or offset + _PIECE >= self._size):
                 return match[1].decode().rstrip(".")
+
             tail = data[-128:]
 
         return None
@@ -431,15 +429,15 @@ def _looks_like(head: bytes) -> str:
         return "a GNU ld script"
 
     printable = all((byte >= 32 and byte != 127) or byte in b"\t\n\f\r" for byte in head)
-    return "a text file" if printable and _is_utf8(head) else "a file of another kind"
+    if printable and _is_utf8(head):
+        return "a text file"
+    return "a file of another kind"
 
 
 def _is_utf8(head: bytes) -> bool:
     try:
         head.decode()
     except UnicodeDecodeError as error:
-        return (
-            error.end >= len(head) and error.reason == "unexpected end of data"
-        )  # cut within a character
-
+        # The text may be cut within a character.
+        return error.end >= len(head) and error.reason == "unexpected end of data"
     return True

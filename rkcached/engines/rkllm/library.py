@@ -1,4 +1,4 @@
-"""A loaded librkllmrt.so: found to be what it claims, its signatures set, its errors raised.
+"""A loaded librkllmrt.so: its ABI is checked, its signatures are set, its errors are raised.
 
 Three witnesses must agree before a structure is handed to it: the version in the file, the symbols
 it exports, and where a default parameter has its values. Loads native code: for worker processes
@@ -19,9 +19,9 @@ from rkcached.errors import EngineError, RuntimeLibraryError
 # More than any version's RKLLMParam. A result type that is too small would be a stack overwrite.
 _PROBE_BYTES = 512
 
+# Defaults of rkllm_createDefaultParam, the same in 1.2.0 to 1.3.0 (decompiled 1.2.1b1).
 _EMBED_FLASH = 1
 _ENABLED_CPUS = 4
-"""Defaults of rkllm_createDefaultParam, the same in 1.2.0 to 1.3.0 (decompiled 1.2.1b1)."""
 
 
 class Library:
@@ -36,8 +36,9 @@ class Library:
         self.abi = choose_abi(facts, override or None)
         self.version = facts.version or self.abi.name
         self.fits = facts.version is None or self.version in self.abi.versions
-        """The ABI is the one of the version that the library states; an override may say otherwise.
+        """Whether the ABI is that of the version that the library states: an override may differ.
         """
+
         try:
             self._cdll = ctypes.CDLL(str(path))
         except OSError as error:
@@ -45,17 +46,18 @@ class Library:
 
         if not override:
             self._check_layout()
+
         self._functions: dict[str, Any] = {}
         for name, signature in self.abi.functions.items():
             function = self._cdll[name]  # a function object of our own, unlike the attribute
             function.restype = signature.result
             function.argtypes = signature.arguments
             if self.abi.error_rules[name] is ErrorRule.STATUS:
-                function.errcheck = _checker(name)  # type: ignore[assignment]  # an int, as restype says
+                function.errcheck = _checker(name)  # type: ignore[assignment]  # an int, by its restype
             self._functions[name] = function
 
     def call(self, name: str, *arguments: Any) -> Any:
-        """Errors: CallError where the function reports failure. The GIL is released meanwhile."""
+        """Call a function, without the GIL. Errors: CallError if the function reports failure."""
         return self._functions[name](*arguments)
 
     def has(self, name: str) -> bool:
@@ -74,8 +76,7 @@ class Library:
         seen = " and ".join(map(str, matching)) or "neither"
         raise RuntimeLibraryError(
             f"{self.path} says it is RKLLM {self.version}, but its default parameters are not laid "
-            "out so: "
-            f"expected at offset {self.abi.probe_offset} of {offsets}, found at {seen}",
+            f"out so: expected at offset {self.abi.probe_offset} of {offsets}, found at {seen}",
             hint="it may be a newer or patched runtime; name the ABI it really has as engine.abi "
             "in the manifest",
         )
@@ -95,7 +96,7 @@ class CallError(EngineError):
 
 
 def zeroed_reserved(abi: Abi, param: Any) -> None:
-    """Zero what rkllm_createDefaultParam leaves as it happens to be (decompiled 1.2.1b1)."""
+    """Zero the bytes that rkllm_createDefaultParam leaves unset (decompiled 1.2.1b1)."""
     reserved = param.extend_param.reserved
     ctypes.memset(reserved, 0, ctypes.sizeof(reserved))
     if abi.group in ("D", "E"):
@@ -104,7 +105,7 @@ def zeroed_reserved(abi: Abi, param: Any) -> None:
 
 
 def _has_defaults(data: bytes, offset: int) -> bool:
-    """Base domain 0 (4 bytes before), embed_flash, number of CPUs."""
+    """Whether base domain 0 (4 bytes before), embed_flash and the number of CPUs are there."""
     domain = data[offset - 4 : offset]
     flash = data[offset]
     cpus = data[offset + 1]
@@ -123,12 +124,13 @@ def _checker(name: str) -> Callable[[int, Any, Any], int]:
 
 
 def _not_loaded(path: Path, reason: str) -> RuntimeLibraryError:
-    """The dynamic linker's reason, with the package that has what is missing."""
+    """The error with the dynamic linker's reason, and the package that has what is missing."""
     packages = {"libgomp.so.1": "libgomp1", "libomp.so": "libomp5", "libomp.so.5": "libomp5"}
     missing = reason.partition(":")[0]
     if "cannot open shared object file" in reason and missing != str(path):
-        package = packages.get(missing)
-        hint = f"apt install {package}" if package else f"install the package that has {missing}"
+        hint = f"install the package that has {missing}"
+        if package := packages.get(missing):
+            hint = f"apt install {package}"
         return RuntimeLibraryError(f"{path} needs {missing}, which is not installed", hint=hint)
 
     return RuntimeLibraryError(

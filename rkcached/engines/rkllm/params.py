@@ -13,18 +13,20 @@ from rkcached.engines.rkllm.library import Library, zeroed_reserved
 
 
 def model_param(library: Library, spec: ModelSpec, sampling: Sampling) -> Any:
-    """The runtime's defaults, with what the manifest says. Reserved bytes are zero."""
+    """The runtime's defaults, changed by the manifest. Reserved bytes are zero."""
     param = library.call("rkllm_createDefaultParam")
     zeroed_reserved(library.abi, param)
     param.model_path = os.fsencode(spec.path)
     if spec.context_tokens:
         param.max_context_len = spec.context_tokens
     param.max_new_tokens = sampling.max_new_tokens
+    param.is_async = False
+
     sampler = sampling_param(sampling)
     for name in SAMPLING_PARAMETERS:
         if getattr(sampling, name) is not None or name in ("top_k", "top_p", "temperature"):
             setattr(param, name, getattr(sampler, name))
-    param.is_async = False
+
     extend = param.extend_param
     npu = spec.npu
     extend.base_domain_id = npu.base_domain_id
@@ -41,7 +43,7 @@ def model_param(library: Library, spec: ModelSpec, sampling: Sampling) -> Any:
         extend.enabled_cpus_num = len(cpus)
         extend.enabled_cpus_mask = sum(1 << cpu for cpu in cpus)
     elif extend.enabled_cpus_mask.bit_count() != extend.enabled_cpus_num:
-        # Left unset on some boards: the last ones are the fast ones.
+        # The mask is unset on some boards: take the last CPUs, which are the fast ones.
         count = extend.enabled_cpus_num
         last = os.cpu_count() or 1
         extend.enabled_cpus_mask = sum(1 << cpu for cpu in range(max(0, last - count), last))
@@ -60,19 +62,18 @@ def merged(fixed: Sampling, wanted: Sampling) -> Sampling:
 
 
 def sampling_param(sampling: Sampling) -> SamplingParam:
-    """RKLLM's own defaults where nothing is given.
+    """A run's sampling, with RKLLM's own defaults for what is not given.
 
-    What temperature 0 does is unknown; one candidate is greedy.
+    The effect of temperature 0 is unknown, so a greedy run has one candidate instead.
     """
-    greedy = is_greedy(sampling)
 
     def given(value: float | None, default: float) -> float:
         return default if value is None else value
 
-    return SamplingParam(
-        top_k=1 if greedy else int(given(sampling.top_k, 40)),
-        top_p=1.0 if greedy else given(sampling.top_p, 0.9),
-        temperature=1.0 if greedy else given(sampling.temperature, 0.8),
+    param = SamplingParam(
+        top_k=int(given(sampling.top_k, 40)),
+        top_p=given(sampling.top_p, 0.9),
+        temperature=given(sampling.temperature, 0.8),
         repeat_penalty=given(sampling.repeat_penalty, 1.1),
         frequency_penalty=given(sampling.frequency_penalty, 0.0),
         presence_penalty=given(sampling.presence_penalty, 0.0),
@@ -80,6 +81,11 @@ def sampling_param(sampling: Sampling) -> SamplingParam:
         mirostat_tau=5.0,
         mirostat_eta=0.1,
     )
+    if is_greedy(sampling):
+        param.top_k = 1
+        param.top_p = 1.0
+        param.temperature = 1.0
+    return param
 
 
 def is_greedy(sampling: Sampling) -> bool:

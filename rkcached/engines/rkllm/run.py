@@ -1,6 +1,6 @@
-"""One run of the RKLLM runtime, as its callback tells it.
+"""One run of the RKLLM runtime: the results of its callbacks become tokens and figures.
 
-Knows the library's results, calls nothing of it.
+This module knows the library's results, and calls no function of it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class Run:
-    """One run: what the callback collects, on whichever thread it comes."""
+    """Collects the results of one run, on whichever thread the callback comes."""
 
     def __init__(
         self,
@@ -35,16 +35,16 @@ class Run:
     ) -> None:
         self.sampling = sampling
         self.saves = saves
-        """An aborted run that saves leaves the runtime in a state that crashes: it goes to its end.
-        """
+        """A run that saves goes to its end: aborted, it would leave the runtime in a state that
+        crashes."""
         self.prompt_ids = 0
-        """Tokens of the prompt, where a tokenizer counted them."""
+        """The number of the prompt's tokens, if a tokenizer counted them."""
         self.started = 0.0
         self.finished = threading.Event()
         self.aborted = False
         self.prefill_tokens = 0
         self.new_tokens = 0
-        """Tokens that the runtime generated, whether we wanted them or not."""
+        """The number of tokens that the runtime generated, wanted or not."""
         self.wanted_tokens = 0
         self.hidden: np.ndarray[Any, Any] | None = None
         self._wants_hidden = wants_hidden
@@ -55,10 +55,10 @@ class Run:
         self._trace = trace
         self.limit = limit
         self._stops = StopStrings(sampling.stop)
-        # Bytes of a character that is not complete.
+        # The bytes of a character that is not complete.
         self._held = b""
         self._ids: list[int] = []
-        # Nothing more is wanted.
+        # Whether nothing more is wanted.
         self._over = False
         self._first = 0.0
         self._last = 0.0
@@ -72,7 +72,9 @@ class Run:
 
     @property
     def decode_ms(self) -> float:
-        return (self._last - self._first) * 1000 if self._first else 0.0
+        if not self._first:
+            return 0.0
+        return (self._last - self._first) * 1000
 
     def finish(self, context_tokens: int, prompt_tokens: int = 0) -> FinishReason:
         if self._stops.found:
@@ -80,11 +82,13 @@ class Run:
         if self.aborted:
             return FinishReason.ABORT
 
-        full = self.wanted_tokens >= self.limit or prompt_tokens + self.new_tokens >= context_tokens
-        return FinishReason.LENGTH if full else FinishReason.STOP
+        context_full = prompt_tokens + self.new_tokens >= context_tokens
+        if context_full or self.wanted_tokens >= self.limit:
+            return FinishReason.LENGTH
+        return FinishReason.STOP
 
     def take(self, result: Any, state: int) -> bool:
-        """One callback; a true answer asks for the run's end."""
+        """Take the result of one callback; a true answer asks for the run's end."""
         self._last = time.perf_counter()
         if result is None and state in (CallState.NORMAL, CallState.WAITING):
             return False
@@ -115,7 +119,7 @@ class Run:
         self._over = True
 
     def deliver_rest(self) -> None:
-        """Text that was held back because a stop string could have begun with it."""
+        """Deliver the text that was held back because it could have begun a stop string."""
         rest = self._stops.rest()
         if rest and not self._over:
             self._deliver(rest)
@@ -140,10 +144,10 @@ class Run:
         if self.limit == 0:
             self._over = True
             return True
+
         self.wanted_tokens += 1
         if self._trace:
             self._ids.append(token_id)
-
         if waiting:
             self._held += text or b""
         elif text:
@@ -154,12 +158,13 @@ class Run:
         return self._over and not (full and self._ends_itself)
 
     def _whole(self, text: bytes) -> str:
-        """A character that was waited for comes whole, or as its last bytes.
+        """Complete a character that was waited for.
 
-        Nobody documents which.
+        It comes whole, or as its last bytes: that is not documented.
         """
         held = self._held
         self._held = b""
+
         for candidate in (text, held + text):
             with contextlib.suppress(UnicodeDecodeError):
                 return candidate.decode()
@@ -175,13 +180,12 @@ class Run:
             self.aborted = True
 
     def _take_hidden(self, layer: Any) -> None:
-        """Copies: the runtime's buffer is its own again once the callback returns."""
+        """Copy the states: the runtime's buffer is its own again once the callback returns."""
         if not layer.hidden_states or layer.num_tokens <= 0:
             return
 
         import numpy as np  # noqa: PLC0415 - 100 ms that only embeddings need
 
         shape = (int(layer.num_tokens), int(layer.embd_size))
-        self.hidden = np.ctypeslib.as_array(layer.hidden_states, shape=shape).astype(
-            np.float32, copy=True
-        )
+        states = np.ctypeslib.as_array(layer.hidden_states, shape=shape)
+        self.hidden = states.astype(np.float32, copy=True)

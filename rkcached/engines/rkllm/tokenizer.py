@@ -11,11 +11,11 @@ Tokenize = Callable[[str], list[int]]
 
 
 def load_tokenizer(path: str) -> Tokenize | None:
-    """None without a path. Errors: ModelLoadError.
+    """Load a tokenizer; None without a path. Errors: ModelLoadError.
 
-    Files that training scripts saved may order to cut or to fill every text; a prompt must be
-    neither. They may also put a token behind each text, which would end the prompt in the middle of
-    the conversation: only BOS is kept.
+    A file that a training script saved may cut or pad every text: both are switched off. It may
+    also put a token behind each text, which would end the prompt in the middle of the conversation:
+    only BOS is kept.
     """
     if not path:
         return None
