@@ -72,7 +72,7 @@ async def read_body(request: Request, *, max_values: int) -> bytes:
     if request.headers.get("content-encoding", "identity") != "identity":
         raise RequestError(
             415,
-            "bodies are taken uncompressed only",
+            "compressed request bodies are not accepted",
             code="unsupported_encoding",
             hint="send plain JSON",
         )

@@ -316,7 +316,7 @@ def _demand(request: ChatRequest, model: DesiredModel) -> _Demand:
     if isinstance(wanted, JsonObject | JsonSchema) and tools:
         raise RequestError(
             400,
-            "an answer cannot be free to call tools and bound to a format",
+            "tools and a JSON response_format cannot be combined",
             code="unsupported_parameter",
             param="response_format",
             hint="leave one of tools and response_format out",
@@ -349,5 +349,5 @@ def _nul(param: str) -> RequestError:
         "the text has a NUL character",
         code="invalid_value",
         param=param,
-        hint="many runtimes stop reading there",
+        hint="remove it: many runtimes stop reading there",
     )

@@ -318,7 +318,7 @@ class GenerationRequest(_AboutTheService):
     @model_validator(mode="after")
     def _one_cache(self) -> Self:
         if self.cache is not None and self.use_cache is not None and self.cache != self.use_cache:
-            raise ValueError("cache and use_cache are two words for one thing, and name two")
+            raise ValueError("cache and use_cache mean the same, but have different values")
         return self
 
     @property
@@ -364,7 +364,7 @@ class ChatRequest(GenerationRequest):
             self.max_tokens,
         ):
             raise ValueError(
-                "max_tokens and max_completion_tokens are two words for one thing, and differ"
+                "max_tokens and max_completion_tokens mean the same, but have different values"
             )
         return self
 

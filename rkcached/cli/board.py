@@ -242,7 +242,7 @@ class Board:
         )
         if version is None:
             finding = "the driver's version cannot be read"
-            next_step = "is debugfs mounted, and the module loaded?"
+            next_step = "mount debugfs, and check with lsmod that the module rknpu is loaded"
             if os.geteuid():
                 next_step = f"as root: sudo cat {places[1]}"
             return Check(name=name, outcome=Outcome.SKIP, finding=finding, next_step=next_step)

@@ -34,9 +34,11 @@ _RETRY_S = 0.25
 
 START_IT = (
     "start it with `sudo systemctl start rkcached` or `rkcached run`, "
-    "or name its socket with --socket"
+    "or name its socket with RKCACHED_SOCKET"
 )
 """The next step where no daemon answers."""
+
+_SEE_LOG = "see its log: `journalctl -u rkcached`"
 
 
 class Client:
@@ -219,7 +221,7 @@ def follow(socket: Path) -> Iterator[str | RkcachedError]:
         try:
             with Client(socket, patience_s=_SILENCE_S) as client:
                 yield from client.events()
-            yield DaemonUnreachable("the daemon has ended", hint="its log says why")
+            yield DaemonUnreachable("the daemon has ended", hint=_SEE_LOG)
         except RkcachedError as error:
             yield error
         time.sleep(_RETRY_S)
@@ -243,7 +245,7 @@ def _translated() -> Iterator[None]:
 
 
 def _broken_off(why: str) -> DaemonUnreachable:
-    return DaemonUnreachable(f"the daemon broke off: {why}", hint="its log says why")
+    return DaemonUnreachable(f"the daemon broke the connection: {why}", hint=_SEE_LOG)
 
 
 def _refuse(status: int, body: bytes) -> NoReturn:

@@ -26,7 +26,8 @@ def run(command: click.Command, arguments: Sequence[str] | None) -> NoReturn:
         if not _is_of_output(error):
             raise
         failed = OutputError(
-            f"standard output cannot be written: {error.strerror}", hint="send it elsewhere"
+            f"standard output cannot be written: {error.strerror}",
+            hint="redirect it to another file, or make room on that disk",
         )
         complain(failed)
         code = failed.exit_code

@@ -63,9 +63,9 @@ def explain_data(look: Observation, key: Key) -> dict[str, Any]:
 
 # The next step of the daemon, by action.
 _NEXT = {
-    "build": "the daemon builds it at its next look",
-    "adopt": "the daemon adopts that prompt cache at its next look, without a prefill",
-    "retire": "the daemon retires it at its next look",
+    "build": "the daemon builds it at its next check",
+    "adopt": "the daemon adopts that prompt cache at its next check, without a prefill",
+    "retire": "the daemon retires it at its next check",
 }
 
 

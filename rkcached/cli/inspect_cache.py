@@ -92,7 +92,7 @@ def inspect(path: Path) -> dict[str, Any]:
             raise FormatError(
                 f"{path} belongs to {record.model}/{record.prompt}, whose prompt cache "
                 f"{record.artifact} is missing",
-                hint="it was not copied along, or not committed; the daemon builds it again",
+                hint="copy the prompt cache, too, or let the daemon build it again",
             )
     elif path.suffix == ".json" and isinstance(record, str):
         raise FormatError(f"{path} is {UNKNOWN}, nor the sidecar of one: {record}")
@@ -176,7 +176,7 @@ def _open(path: Path) -> tuple[int, int]:
             reason = error.strerror
         hint = ""
         if _is_refusal(error):
-            hint = "artifacts are private: ask as the daemon's user"
+            hint = "prompt caches are private: use sudo"
         raise SourceError(f"{path} cannot be read: {reason}", hint=hint) from error
 
 

@@ -52,7 +52,7 @@ def cli() -> None:
 @click.option(
     "--log-level",
     type=click.Choice(["debug", "info", "warning", "error"]),
-    help="[RKCACHED_LOG_LEVEL]",
+    help="The least severe lines to log; default: info. [RKCACHED_LOG_LEVEL]",
 )
 def run(settings: Settings, log_level: str | None) -> int:
     """Run the daemon in the foreground.
@@ -223,7 +223,7 @@ def verify(settings: Settings, prompts: Sequence[str], deep: bool, want_json: bo
 )
 @as_json
 def gc(settings: Settings, *, dry_run: bool, strangers: bool, want_json: bool) -> int:
-    """Remove artifacts that no prompt uses now, and quarantined ones, and say how much it was.
+    """Remove prompt caches that no prompt uses now, and quarantined ones, and print their size.
 
     Files and folders that are not the store's are only listed. A running daemon owns the store, so
     the command asks it, over its socket for changes, to remove them. Exit code 66 when there is no
@@ -306,7 +306,7 @@ def chat(
 @click.option(
     "--sweep",
     is_flag=True,
-    help="Measure prompts of 128 to 4,096 tokens, stored for as long as it takes.",
+    help="Measure prompts of 128 to 4,096 tokens, which the daemon stores only for this.",
 )
 @click.option(
     "--direct/--no-direct",

@@ -158,7 +158,7 @@ class Reconciler:
         """
         desired = self.snapshot.desired.prompts.get(key)
         if desired is None:
-            hint = "`rkcached status` lists what is"
+            hint = "`rkcached status` lists what is declared"
             raise errors.SourceError(f"{key} is not declared", hint=hint)
         if desired.fingerprint is None:
             trouble = desired.trouble or Trouble(message="it has no text")

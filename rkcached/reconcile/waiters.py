@@ -58,10 +58,8 @@ class Waiters:
             waiting.seen = True
             assessment = assessments.get(key)
             if assessment is None:
-                self.answer(
-                    key,
-                    SourceError(f"{key} is not declared", hint="`rkcached status` lists what is"),
-                )
+                hint = "`rkcached status` lists what is declared"
+                self.answer(key, SourceError(f"{key} is not declared", hint=hint))
             elif waiting.anew:
                 anew.append(key)
             elif assessment.state is State.FRESH:

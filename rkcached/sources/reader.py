@@ -450,7 +450,7 @@ def _unusable(path: Path, error: OSError, noun: str) -> SourceError:
     match error:
         case FileNotFoundError() | NotADirectoryError():
             return SourceError(
-                f"source missing: {path}", hint=f"create the {noun}, or correct its path"
+                f"source missing: {path}", hint=f"put the {noun} there, or correct its path"
             )
         case _:
             return SourceError(

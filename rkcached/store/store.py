@@ -60,7 +60,7 @@ MAX_QUARANTINED = 8
 
 _LOCK_FLAGS = os.O_RDONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
 
-_AGAIN = "it is planned again at the next look"
+_AGAIN = "it is planned again at the next check"
 
 
 class Store:

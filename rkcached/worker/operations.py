@@ -120,13 +120,15 @@ class Session:
                 raise VerifyFailed(
                     f"the first token took {warm_ms:.0f} ms with the prompt cache "
                     f"and {cold_ms:.0f} ms without",
-                    hint="this runtime measures nothing else; the prompt cache is not published",
+                    hint="the cache saves no time, so it is not used; "
+                    "raise cache.min_tokens to leave the prompt out",
                 )
             proved = VerifyMode.TIME
         elif after.cached_tokens < built.tokens - BOUNDARY_TOKENS:
             raise VerifyFailed(
                 f"after loading, {after.cached_tokens} of {built.tokens} tokens were reused",
-                hint="the prompt cache does not help; it is not published",
+                hint="the cache does not help, so it is not used; "
+                "`rkcached regenerate` builds it again",
             )
         else:
             proved = operation.verify if info.greedy else VerifyMode.HIT
@@ -135,7 +137,7 @@ class Session:
             raise VerifyFailed(
                 "the probe's answer on the loaded cache differs "
                 "from the answer on the state in memory",
-                hint="the prompt cache is not what was prefilled; it is not published",
+                hint="the cache is wrong, so it is not used; `rkcached regenerate` builds it again",
             )
         return msgspec.structs.replace(
             built, load_ms=load_ms, cold_ttft_ms=cold_ms, warm_ttft_ms=warm_ms, verified=proved

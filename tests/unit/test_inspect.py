@@ -201,7 +201,7 @@ def test_unreadable(tmp_path: Path) -> None:
     finally:
         if root:
             os.seteuid(0)
-    assert "daemon's user" in caught.value.hint
+    assert "use sudo" in caught.value.hint
 
 
 @pytest.mark.parametrize(

@@ -89,7 +89,7 @@ def stored(
         if not kept.lengths:
             raise SourceError(
                 f"no prompt could be stored: {'; '.join(kept.refused)}",
-                hint="the manifest says what fits",
+                hint="raise params.max_context_len or cache.max_bytes in the manifest",
             )
 
         yield kept

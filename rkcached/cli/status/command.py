@@ -16,7 +16,7 @@ NOT_ALL_FRESH = 2
 def run(settings: Settings, *, want_json: bool, watch: bool, exit_code: bool) -> int:
     if watch and exit_code:
         raise UsageError(
-            "--watch does not end, so it gives no exit code",
+            "--watch and --exit-code cannot be combined",
             hint="`rkcached wait` ends when all is fresh",
         )
 

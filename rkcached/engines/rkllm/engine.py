@@ -421,7 +421,7 @@ def _encode(prompt: str) -> bytes:
     if b"\0" in data:
         raise EngineError(
             f"the text has a NUL byte at {data.index(0)}",
-            hint="the runtime would stop reading there",
+            hint="remove it: the runtime would stop reading there",
         )
     return data
 
