@@ -1,13 +1,18 @@
-"""Which tests stay together when several processes run them."""
+"""Settings of all tests: which stay together when several processes run them, and Hypothesis's."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from hypothesis import settings
 
 if TYPE_CHECKING:
     from xdist.scheduler import LoadScopeScheduling
+
+# How long an example takes says more of the machine than of the program.
+settings.register_profile("rkcached", deadline=None)
+settings.load_profile("rkcached")
 
 TOGETHER = ("tests/system/test_client_on_model.py", "tests/system/test_fuzz_api.py")
 """Files of tests/system whose tests share a daemon; elsewhere there each test has its own."""

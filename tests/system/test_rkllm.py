@@ -591,7 +591,9 @@ def test_a_hung_library_is_killed_in_time(d: Workspace) -> None:
 
     Status says who waits how long.
     """
-    run(d, engine=", timeout_s: 5", fault="run:hang")
+    run(
+        d, engine=", timeout_s: 12", fault="run:hang"
+    )  # a worker starts within that, on a busy machine
     right = cold(d)
     switch(d, on=True)
     with ThreadPoolExecutor() as pool:
@@ -604,7 +606,7 @@ def test_a_hung_library_is_killed_in_time(d: Workspace) -> None:
         switch(d, on=False)
         assert hung.result(DEADLINE_S)["error"]["code"] == "worker_timeout"
         assert content(waiting.result(DEADLINE_S))
-    assert re.search(r"model m: busy for \d s, 1 waiting", shown)
+    assert re.search(r"model m: busy for \d+ s, 1 waiting", shown)
     assert right == content(d.ask("m/a"))
 
 
