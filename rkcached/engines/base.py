@@ -142,7 +142,7 @@ class TokenLogprob(msgspec.Struct, frozen=True, kw_only=True):
     data: tuple[int, ...] = ()
     """Its bytes: a token may be a part of a character."""
     likeliest: tuple[TokenLogprob, ...] = ()
-    """As many of the likeliest tokens at this place as the run asked for."""
+    """The likeliest tokens at this place, as many as the run asked for."""
 
 
 class Token(msgspec.Struct, frozen=True, kw_only=True):
@@ -184,7 +184,7 @@ class Embedding(msgspec.Struct, frozen=True, kw_only=True, eq=False):
     """The vector that an embedding model makes of a text."""
 
     vector: NDArray[np.float32]
-    """Of shape (width of the model's hidden layer,); not normalised."""
+    """Its shape is (width of the model's hidden layer,); it is not normalised."""
     tokens: int
     """0 if nothing counts them."""
 

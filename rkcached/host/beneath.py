@@ -85,7 +85,7 @@ def is_folder(path: Path) -> bool:
 
 
 def is_folder_in(parent: int, name: str) -> bool:
-    """As `is_folder`, from a descriptor. Errors: OSError."""
+    """Whether `name` in the folder `parent` is a folder itself. Errors: OSError."""
     return stat.S_ISDIR(os.stat(name, dir_fd=parent, follow_symlinks=False).st_mode)
 
 
@@ -145,7 +145,10 @@ def remove(
 
 
 def _removed(entry: Entry, spare: Callable[[os.stat_result], bool]) -> bool:
-    """Errors: OSError, but for a folder that is not empty or that something is mounted on."""
+    """Remove an entry, and return whether it is gone.
+
+    Errors: OSError; none for a folder that is not empty, or that something is mounted on.
+    """
     if not entry.is_folder:
         if spare(entry.info):
             return False

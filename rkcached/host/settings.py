@@ -39,7 +39,8 @@ class Settings(BaseSettings):
             object.__setattr__(self, "admin_socket", self.socket.parent / places.ADMIN_NAME)
 
         for name in ("manifest", "cache_dir", "state_dir", "socket", "admin_socket"):
-            object.__setattr__(self, name, Path(os.path.abspath(getattr(self, name))))  # noqa: PTH100 - keeps links
+            absolute = os.path.abspath(getattr(self, name))  # noqa: PTH100 - it keeps links
+            object.__setattr__(self, name, Path(absolute))
 
     def of_client(self) -> Self:
         """The settings of a client: the sockets where a daemon is found, unless they were given."""

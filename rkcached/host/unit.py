@@ -51,7 +51,7 @@ class Unit:
 
     program: str
     pid: int
-    """Of the daemon; 0 while it does not run."""
+    """The daemon's process; 0 while it does not run."""
     places: Mapping[str, Path]
     """The places that its command line names: manifest, cache_dir, state_dir."""
     sandbox: Mapping[str, str]
@@ -119,9 +119,11 @@ def become_it(words: Sequence[str], **places: Path) -> None:
     unit = installed()
     if unit is None or not unit.uses(**places):
         return
+
     with contextlib.suppress(KeyError, OSError):
         command = unit.command(words)
-        os.execvpe(command[0], command, {**isolated.environment(), MARK: str(unit.pid)})  # noqa: S606 - a list, no shell
+        environment = {**isolated.environment(), MARK: str(unit.pid)}
+        os.execvpe(command[0], command, environment)  # noqa: S606 - a list, no shell
 
 
 def installed() -> Unit | None:
@@ -131,9 +133,10 @@ def installed() -> Unit | None:
     if not any(Path(folder, "systemd/system", NAME).exists() for folder in _FOLDERS):
         return None
 
+    command = ["systemctl", "show", NAME, "--property", ",".join(_FACTS)]
     try:
         shown = subprocess.run(
-            ["systemctl", "show", NAME, "--property", ",".join(_FACTS)],  # noqa: S607 - found by PATH, as by hand
+            command,
             capture_output=True,
             text=True,
             timeout=_ANSWER_S,

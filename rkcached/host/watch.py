@@ -362,7 +362,8 @@ class _Listener(WatchCallback):
                 if not name:
                     self._collect()
                 elif (place := self.wanted.get(folder)) is not None and place.follows(name):
-                    self._changed(os.path.join(folder, name), event.mask)  # noqa: PTH118 - strings, as the scan's
+                    path = os.path.join(folder, name)  # noqa: PTH118 - strings, as the scan's
+                    self._changed(path, event.mask)
 
     def on_watch_deleted(self, wd: WatchDescriptor) -> None:
         with self.lock:
@@ -448,7 +449,8 @@ def places(files: Iterable[Path], folders: Iterable[Path]) -> dict[str, Place]:
 
 def _trail_in(folder: str, name: str, parent: Path) -> list[tuple[str, str]]:
     """The trail of a file in `parent`, whose own trail is known and ends in `folder`."""
-    if os.path.islink(os.path.join(folder, name)):  # noqa: PTH114, PTH118 - strings, as events carry them
+    # Paths are strings here, as events carry them.
+    if os.path.islink(os.path.join(folder, name)):  # noqa: PTH114, PTH118
         return trail(parent / name)
     return [(folder, name)]
 
@@ -461,7 +463,8 @@ def trail(path: Path) -> list[tuple[str, str]]:
     """
     places: list[tuple[str, str]] = []
     folder = "/"
-    rest = [part for part in Path(os.path.abspath(path)).parts if part != "/"]  # noqa: PTH100 - lexical
+    absolute = Path(os.path.abspath(path))  # noqa: PTH100 - it keeps links
+    rest = [part for part in absolute.parts if part != "/"]
     links = 0
 
     while rest:
@@ -472,9 +475,9 @@ def trail(path: Path) -> list[tuple[str, str]]:
         if os.path.islink(here) and links < _MAX_LINKS:  # noqa: PTH114
             links += 1
             places.append((folder, name))
-            target = os.path.normpath(os.path.join(folder, os.readlink(here)))  # noqa: PTH115, PTH118
+            target = os.path.join(folder, os.readlink(here))  # noqa: PTH115, PTH118
             folder = "/"
-            rest = [part for part in target.split("/") if part] + rest
+            rest = [part for part in os.path.normpath(target).split("/") if part] + rest
         elif rest and os.path.isdir(here):  # noqa: PTH112
             folder = here
             places.append((folder, ""))

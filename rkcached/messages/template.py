@@ -106,7 +106,7 @@ class ChatTemplate:
         self.name = name
         self.digest = _digest(source, bos_token, eos_token)
         self.tools = _tool_style(source)
-        """None: this template cannot show tools to the model."""
+        """The form of tool calls; None if this template cannot show tools to the model."""
         self._as_data = Markers(source, bos_token, eos_token).as_data
         self._variables: dict[str, Any] = {
             "bos_token": bos_token,

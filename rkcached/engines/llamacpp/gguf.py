@@ -169,7 +169,7 @@ def inspect(path: Path, read: ReadHeader = read_header) -> ModelFacts:
 
 
 def _check_shards(files: tuple[Path, ...], first: Header, read: ReadHeader) -> None:
-    """Errors: SourceError, OSError."""
+    """Check that the files are one split model. Errors: SourceError, OSError."""
     path = files[0]
     count = len(files)
     missing = [file.name for file in files if not file.exists()]

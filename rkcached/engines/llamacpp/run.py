@@ -59,7 +59,7 @@ class Run:
     def __call__(self, chunk: dict[str, Any]) -> bool:
         try:
             wants_end = self._take(chunk)
-        except BaseException as error:  # noqa: BLE001 - xllamacpp would drop it; raise_failure raises it again
+        except BaseException as error:  # noqa: BLE001 - xllamacpp drops it; raise_failure has it
             self._raised = error
             wants_end = True
 

@@ -253,11 +253,12 @@ class RkllmEngine:
                 "the runtime gave no hidden layer for this model", hint="is it an embedding model?"
             )
 
+        # numpy leaves the types of a reduction and of an index open.
         match pooling:
             case Pooling.MEAN:
-                return hidden.mean(axis=0)  # type: ignore[no-any-return]  # numpy leaves the result of a reduction open
+                return hidden.mean(axis=0)  # type: ignore[no-any-return]
             case Pooling.LAST:
-                return hidden[-1]  # type: ignore[no-any-return]  # and that of an index
+                return hidden[-1]  # type: ignore[no-any-return]
             case None:
                 return hidden
 

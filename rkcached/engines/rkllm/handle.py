@@ -44,7 +44,7 @@ class Current:
         try:
             contents = result.contents if result else None
             wants_end = run.take(contents, state)
-        except BaseException as error:  # noqa: BLE001 - must not reach C; raise_failure raises it again
+        except BaseException as error:  # noqa: BLE001 - it must not reach C; raise_failure has it
             run.stop_because(error)
             wants_end = True
 

@@ -53,7 +53,8 @@ class Library:
             function.restype = signature.result
             function.argtypes = signature.arguments
             if self.abi.error_rules[name] is ErrorRule.STATUS:
-                function.errcheck = _checker(name)  # type: ignore[assignment]  # an int, by its restype
+                # The result is an int, by its restype.
+                function.errcheck = _checker(name)  # type: ignore[assignment]
             self._functions[name] = function
 
     def call(self, name: str, *arguments: Any) -> Any:
