@@ -54,7 +54,7 @@ class Check:
 class Board:
     """The facts of the machine, read below `root`.
 
-    `uses_rkllm` is None where no manifest says.
+    `uses_rkllm` is None without a manifest.
     """
 
     def __init__(self, root: Path, *, uses_rkllm: bool | None) -> None:
@@ -101,7 +101,7 @@ class Board:
     def _npu_nodes(self) -> Iterator[Path]:
         """The device nodes of the NPU.
 
-        Numbers vary by kernel, so its parent device tells which they are.
+        Numbers vary by kernel, so the parent device identifies them.
         """
         for node in self._glob("/dev/dri/renderD*", "/dev/dri/card*"):
             device = self._below(f"/sys/class/drm/{node.name}/device")

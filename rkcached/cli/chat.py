@@ -87,7 +87,7 @@ class Conversation:
     def talk(self) -> None:
         """A conversation at the terminal, until end of file (Ctrl-D).
 
-        A refused question is told and forgotten.
+        A refused question is reported and forgotten.
         """
         click.secho("Ctrl-D ends the conversation.", dim=True, err=True)
         while True:

@@ -86,7 +86,7 @@ def check_manifest(settings: Settings) -> Findings:
 
     sources = SourceReader(Digests()).scan(manifest)
     runtime = sources.runtime
-    if isinstance(runtime, Trouble):  # told once, and what else is wrong is told beside it
+    if isinstance(runtime, Trouble):  # reported once, beside the other problems
         sources = replace(sources, runtime=RuntimeSource(version="", digest=""))
 
     desired = Resolver(Renderer().compile).resolve(manifest, sources)

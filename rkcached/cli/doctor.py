@@ -2,8 +2,8 @@
 
 Only reads: /sys, /proc, /dev, the runtime library, the ends of model files. What belongs to the
 board is read below `root`, so that a test can give it a board made of files; what the manifest
-names is read where the manifest says. Each check is one sentence and one next step, and none stops
-the others. What only RKLLM needs is a failure where the manifest asks for it or says nothing, and
+names is read at the paths that it names. Each check is one sentence and one next step, and none stops
+the others. What only RKLLM needs is a failure where the manifest asks for it or is absent, and
 no more than a warning where it asks for another engine.
 """
 

@@ -70,7 +70,7 @@ def _is_of_output(error: OSError) -> bool:
 
     Unless it was too much for that.
 
-    No other file says these without its name: they are told where it is written.
+    An error of any other file carries its name, and is reported where that is written.
     """
     try:
         sys.stdout.flush()

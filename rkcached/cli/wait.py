@@ -1,6 +1,6 @@
 """`rkcached wait`: return when prompt caches are fresh, or say why they never will be.
 
-A thread hears the daemon's events and tells the loop here, which asks for the status when the
+A thread hears the daemon's events and wakes the loop here, which asks for the status when the
 daemon is there and after each event that can matter. A daemon that is not there yet, or that goes,
 is waited for.
 """
@@ -38,7 +38,7 @@ from rkcached.errors import (
 )
 from rkcached.host.settings import Settings
 
-# Events after which a prompt may be in another state; the first says that the daemon is there.
+# Events after which a prompt may be in another state; the first means that the daemon is there.
 _MATTERS = ("listening", "artifact", "build", "summary")
 
 # States that stay until somebody changes something, unless there is a time for the next attempt.
@@ -57,7 +57,7 @@ class Waited:
 
     waited_s: float
     prompts: list[dict[str, Any]]
-    """Those that were asked for, as the status has them; empty where no daemon told of them."""
+    """Those that were asked for, as the status has them; empty where no daemon answered."""
     errors: tuple[RkcachedError, ...] = ()
 
     @property
@@ -88,8 +88,8 @@ def run(settings: Settings, names: Sequence[str], *, timeout_s: float, want_json
             "--timeout: nan is not a number of seconds", hint="name some, as in --timeout 60"
         )
 
-    with output.progress_line() as tell:
-        result = wait(settings.socket, names, timeout_s=timeout_s, tell=tell)
+    with output.progress_line() as report:
+        result = wait(settings.socket, names, timeout_s=timeout_s, report=report)
 
     if want_json:
         output.print_json(result.data())
@@ -102,13 +102,13 @@ def run(settings: Settings, names: Sequence[str], *, timeout_s: float, want_json
 
 
 def wait(
-    socket: Path, names: Sequence[str], *, timeout_s: float, tell: Callable[[str], None]
+    socket: Path, names: Sequence[str], *, timeout_s: float, report: Callable[[str], None]
 ) -> Waited:
     """Wait until the prompts that MODEL or MODEL/PROMPT name are fresh.
 
     Without names, all that are declared.
 
-    `tell` is called with what is waited for, when that changed. Errors: SourceError for a name that
+    `report` is called with what is waited for, when that changed. Errors: SourceError for a name that
     is not declared, ManifestError while the daemon's manifest is rejected, NotAllowed,
     RequestError.
     """
@@ -121,7 +121,7 @@ def wait(
     prompts: list[dict[str, Any]] = []
 
     while (left_s := started + timeout_s - time.monotonic()) > 0:
-        tell(waits_for)
+        report(waits_for)
         heard = _last_heard(inbox, left_s)
         if heard is None:
             break
@@ -171,7 +171,7 @@ def _listen(socket: Path, inbox: _Inbox) -> None:
 
 
 def _last_heard(inbox: _Inbox, patience_s: float) -> str | RkcachedError | None:
-    """The last that was heard, as it says how things are now; None if there is nothing in time."""
+    """The newest of the events that came; None if none comes in time."""
     heard = None
     with contextlib.suppress(queue.Empty):
         heard = inbox.get(timeout=patience_s)
@@ -219,7 +219,7 @@ def _chosen(names: Sequence[str], status: dict[str, Any]) -> list[dict[str, Any]
 
 
 def _troubles(names: Sequence[str], status: dict[str, Any]) -> Iterator[NotFresh]:
-    """Of models that are meant and whose prompts do not tell: not all of them may be known."""
+    """Troubles of named models that no prompt explains: not all prompts may be known."""
     declared = [prompt for prompt in status["prompts"] if show.is_declared(prompt)]
     for model in status["models"]:
         own = [prompt for prompt in declared if prompt["model"] == model["name"]]

@@ -33,7 +33,7 @@ PAUSE_S = 0.02
 
 
 class NotPossible(Exception):
-    """The engine cannot be measured alone; the message says why."""
+    """The engine cannot be measured alone; the message is the reason."""
 
 
 def look_at(manifest: Path, cache_dir: Path, state_dir: Path) -> Observation:

@@ -1,6 +1,6 @@
 """One answer through the socket, in a state that is made on purpose and proven by the answer.
 
-cold     The request says `"cache": false`: the worker forgets its KV state, and loads nothing.
+cold     The request has `"cache": false`: the worker forgets its KV state, and loads nothing.
          Proven by the state `cold`, no time for loading, and no cached token.
 file     It follows a cold answer, after which nothing that the worker has in memory came from a
          prompt cache, so it must load the file. Proven by the state `hit` and a time for loading.
@@ -25,7 +25,7 @@ from rkcached.cli.bench.results import Run, State
 from rkcached.cli.client import Client
 
 ANSWER_TOKENS = 16
-"""Enough that the speed of decoding can be told."""
+"""Enough to measure the speed of decoding."""
 QUESTION = "In one sentence, what is your most important rule?"
 TRIES = 3
 CHAT = "/v1/chat/completions"
@@ -102,7 +102,7 @@ def question(number: int, model: str, *, answer_tokens: int, cold: bool = False)
 
 
 class NotMade(Exception):
-    """A state could not be made; the message says why."""
+    """A state could not be made; the message is the reason."""
 
 
 class Asker:

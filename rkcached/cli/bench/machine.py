@@ -32,7 +32,7 @@ def machine(root: Path = Path("/")) -> MachineFacts:
 
 
 def available_bytes(root: Path = Path("/")) -> int:
-    """Memory that a new process may take; 0 where nobody says."""
+    """Memory that a new process may take; 0 where that is unknown."""
     return _memory_bytes(root, "MemAvailable")
 
 

@@ -78,7 +78,7 @@ class Summary(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Measured(msgspec.Struct, frozen=True, kw_only=True):
-    """The runs of a prompt in one state; `missing` says why there are none."""
+    """The runs of a prompt in one state; `missing` is the reason why there are none."""
 
     runs: tuple[Run, ...] = ()
     direct: tuple[DirectRun, ...] = ()
@@ -139,7 +139,7 @@ class PromptResult(msgspec.Struct, frozen=True, kw_only=True):
     reduction: dict[State, float] = {}
     """By how much the warm states shorten the time to first token: 0.9 is to a tenth."""
     build_saw_no_gain: bool = False
-    """As `rkcached status` says, of the one sample that a build takes."""
+    """As `rkcached status` shows, of the one sample that a build takes."""
 
     @property
     def name(self) -> str:

@@ -318,7 +318,9 @@ class _Bench:
         self._asked += asker.answers
         self.why_not_direct.append(measuring.why_not_direct)
 
-        with contextlib.suppress(DaemonUnreachable, RequestError):  # the next question says so
+        with contextlib.suppress(
+            DaemonUnreachable, RequestError
+        ):  # the next question fails likewise
             self.status = self._client.status()
 
         stopped = measuring.stopped

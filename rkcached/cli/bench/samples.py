@@ -43,7 +43,7 @@ def spread(samples: Sequence[float]) -> str:
 
 
 def relative_spread(samples: Sequence[float]) -> float:
-    """Distance of the quartiles as a share of the median; 0 where that says nothing."""
+    """Distance of the quartiles as a share of the median; 0 where that means nothing."""
     if len(samples) < 2 or (middle := median(samples)) <= 0:
         return 0.0
     first, third = np.quantile(samples, _QUARTILES)

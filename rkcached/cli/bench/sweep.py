@@ -1,6 +1,6 @@
 """Prompts of chosen lengths, stored in the running daemon for as long as they are measured.
 
-No tokenizer is needed: three answers tell how many tokens a text of words has. What is reported is
+No tokenizer is needed: three answers show how many tokens a text of words has. What is reported is
 the length that the prompt cache really has.
 """
 
@@ -27,7 +27,7 @@ _LINE = (
     "night or in rain"
 )
 _WORDS = _LINE.split()
-# Words of the two texts that tell the number of tokens of a word.
+# Words of the two texts that give the number of tokens of a word.
 _SAMPLES = (20, 100)
 _NAME = re.compile(r"bench-(\d+)-\d+")
 _PROC = Path("/proc")
@@ -162,7 +162,7 @@ def text(number: int, words: int) -> str:
 def _measure(client: Client, model: str) -> tuple[int, float]:
     """Tokens of a system message without its words, and of each word.
 
-    A turn more tells what is not the message's.
+    One more turn shows what is not the message's.
     """
     user = {"role": "user", "content": "?"}
     assistant = {"role": "assistant", "content": "?"}

@@ -1,4 +1,4 @@
-"""Says why figures are not to be trusted, and why a cache does not help. Pure."""
+"""Explains why figures are not to be trusted, and why a cache does not help. Pure."""
 
 from __future__ import annotations
 
@@ -133,7 +133,7 @@ def reductions(states: dict[State, Measured]) -> dict[State, float]:
 
 
 def changed(before: dict[str, Any], after: dict[str, Any]) -> bool:
-    """Whether a fresh prompt's cache is no longer of what it was, by what the daemon says of it."""
+    """Whether a fresh prompt's cache is no longer of what it was, by its entries in the status."""
     had = before.get("artifact")
     has = after.get("artifact")
     if before["state"] != "fresh" or had is None:
@@ -146,7 +146,7 @@ def changed(before: dict[str, Any], after: dict[str, Any]) -> bool:
 
 
 def why_no_gain(status: dict[str, Any], states: dict[State, Measured]) -> str:
-    """`status` is what the daemon says of the prompt.
+    """`status` is the prompt's entry in the daemon's status.
 
     Empty where loading its cache is quicker than computing it, and where a cache is there but was
     not measured: then nobody knows. Only time that was measured at the file itself is a reason to

@@ -1,7 +1,7 @@
 """`rkcached status --watch`: the daemon's state as it changes.
 
 One thread hears the event stream, another the keyboard, a third the end of whoever reads the
-output; all only tell the loop, which asks for the status when something happened, at most four
+output; all only notify the loop, which asks for the status when something happened, at most four
 times a second. What has no event (tokens of a build, how long something takes) is asked for once a
 second while there is any. A daemon that goes is waited for.
 """
@@ -174,15 +174,15 @@ def _moving(status: dict[str, Any]) -> bool:
 
 
 def _listen(socket: Path, inbox: _Inbox) -> None:
-    """Tells of each event, of the daemon's end, and of its return."""
+    """Report each event, of the daemon's end, and of its return."""
     for heard in follow(socket):
         inbox.put(_Heard.GONE if isinstance(heard, RkcachedError) else _Heard.CHANGE)
 
 
 def _await_closed(output: int, inbox: _Inbox) -> None:
-    """Tells when a pipe's reader is gone: the next line would find out, and may be hours away."""
+    """Report when a pipe's reader is gone: the next line would find out, and may be hours away."""
     poll = select.poll()
-    poll.register(output, 0)  # errors and the end are told unasked
+    poll.register(output, 0)  # errors and the end are always reported
     poll.poll()
     inbox.put(_Heard.CLOSED)
 

@@ -59,7 +59,7 @@ def skipped_files_line(files: Sequence[str]) -> str:
 def print_status(console: Console, status: dict[str, Any], *, stays: bool = False) -> None:
     """The status as it is now.
 
-    `stays`: it is read later, too, so it tells nothing that changes by itself.
+    `stays`: it is read later, too, so it has nothing that changes by itself.
     """
     status = words.shown(status)
     prompts = urgent_first(status["prompts"])
