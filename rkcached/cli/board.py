@@ -232,21 +232,17 @@ class Board:
             return self._without_npu(name, "there is no NPU driver")
 
         places = ("/sys/module/rknpu/version", "/sys/kernel/debug/rknpu/version")
-        version = next(
-            (
-                match[0]
-                for text in map(self._fact, places)
-                if (match := _VERSION.search(text or ""))
-            ),
-            None,
-        )
-        if version is None:
+        match = None
+        for place in places:
+            match = match or _VERSION.search(self._fact(place) or "")
+        if match is None:
             finding = "the driver's version cannot be read"
             next_step = "mount debugfs, and check with lsmod that the module rknpu is loaded"
             if os.geteuid():
                 next_step = f"as root: sudo cat {places[1]}"
             return Check(name=name, outcome=Outcome.SKIP, finding=finding, next_step=next_step)
 
+        version = match[0]
         if tuple(map(int, version.split("."))) < OLDEST_DRIVER:
             wanted = ".".join(map(str, OLDEST_DRIVER))
             finding = f"version {version} is older than {wanted}, which RKLLM asks for"
@@ -265,18 +261,19 @@ class Board:
         return self._devfreq("DDR clock", self._glob("/sys/class/devfreq/dmc"))
 
     def _devfreq(self, name: str, folders: list[Path]) -> Check:
-        clocks = [
-            _Clock(
-                governor=self._fact(folder / "governor") or "",
+        clocks = []
+        files = []
+        for folder in folders:
+            governor = folder / "governor"
+            files.append(self._shown(governor))
+            clock = _Clock(
+                governor=self._fact(governor) or "",
                 now=_megahertz(self._fact(folder / "cur_freq"), 1_000_000),
                 most=_megahertz(self._fact(folder / "max_freq"), 1_000_000),
             )
-            for folder in folders
-        ]
-        command = (
-            "echo performance | sudo tee "
-            f"{' '.join(self._shown(folder / 'governor') for folder in folders)}"
-        )
+            clocks.append(clock)
+
+        command = f"echo performance | sudo tee {' '.join(files)}"
         return _judge_clocks(name, clocks, command)
 
     def cpu_clock(self) -> Check:

@@ -2,8 +2,8 @@
 
 Only reads: /sys, /proc, /dev, the runtime library, the ends of model files. What belongs to the
 board is read below `root`, so that a test can give it a board made of files; what the manifest
-names is read at the paths that it names. Each check is one sentence and one next step, and none stops
-the others. What only RKLLM needs is a failure where the manifest asks for it or is absent, and
+names is read where that is. Each check is one sentence and one next step, and none stops the
+others. What only RKLLM needs is a failure where the manifest asks for it or is absent, and
 no more than a warning where it asks for another engine.
 """
 
@@ -101,11 +101,11 @@ def examine(manifest_file: Path | None, cache_dir: Path, *, root: Path = Path("/
     Blocking; never raises for what it finds. Without a manifest: the board alone.
     """
     manifest, about_manifest = _read_manifest(manifest_file)
-    engine = None
+    uses_rkllm = None
     if manifest:
-        engine = ENGINES[manifest.engine.kind]
+        uses_rkllm = ENGINES[manifest.engine.kind].on_npu
 
-    board = Board(root, uses_rkllm=engine.on_npu if engine else None)
+    board = Board(root, uses_rkllm=uses_rkllm)
     checks = [about_manifest, board.soc(), board.library(manifest), board.devices(), board.driver()]
     checks += [board.npu_clock(), board.ddr_clock(), board.cpu_clock()]
     if manifest is not None:
@@ -149,14 +149,12 @@ def as_service(report: Report, settings: Settings) -> Report:
     except (OSError, ValueError, KeyError, TypeError, subprocess.SubprocessError):
         return report
 
-    checks = [
-        service_checks.get(own.name, own)
-        if own.name in _BY_ITSELF or own.name.startswith("model ")
-        else own
-        for own in report.checks
-    ]
+    def seen_by_service(own: Check) -> Check:
+        if own.name in _BY_ITSELF or own.name.startswith("model "):
+            return service_checks.get(own.name, own)
+        return own
 
-    return Report(npu=report.npu, checks=tuple(checks))
+    return Report(npu=report.npu, checks=tuple(map(seen_by_service, report.checks)))
 
 
 def report_data(report: Report) -> dict[str, Any]:
@@ -164,15 +162,16 @@ def report_data(report: Report) -> dict[str, Any]:
     return {
         "ready": not report.failed,
         "npu": report.npu,
-        "checks": [
-            {
-                "name": c.name,
-                "outcome": c.outcome.value,
-                "finding": c.finding,
-                "next_step": c.next_step,
-            }
-            for c in report.checks
-        ],
+        "checks": list(map(_check_data, report.checks)),
+    }
+
+
+def _check_data(check: Check) -> dict[str, str]:
+    return {
+        "name": check.name,
+        "outcome": check.outcome.value,
+        "finding": check.finding,
+        "next_step": check.next_step,
     }
 
 
@@ -416,11 +415,8 @@ def _estimate(manifest: Manifest, sources: Sources, cache_dir: Path) -> tuple[in
     if known:
         parts = [f"about {words.size(known_bytes)} needed by {_prompts_of(known)}"]
 
-    parts += (
-        [f"what {_prompts_of(unknown)} will take is not known before one is built"]
-        if unknown
-        else []
-    )
+    if unknown:
+        parts.append(f"what {_prompts_of(unknown)} will take is not known before one is built")
     return known_bytes, ", and ".join(parts) or "no prompt needs space"
 
 

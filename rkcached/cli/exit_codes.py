@@ -111,7 +111,9 @@ def complain(error: RkcachedError) -> None:
     if isinstance(error, ManifestError):
         lines = [str(problem) for problem in error.problems]
     else:
-        lines = [f"error: {error.message}", *([f"hint: {error.hint}"] if error.hint else [])]
+        lines = [f"error: {error.message}"]
+        if error.hint:
+            lines.append(f"hint: {error.hint}")
 
     with contextlib.suppress(OSError):
         for line in lines:

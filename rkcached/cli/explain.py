@@ -43,7 +43,19 @@ def explain_data(look: Observation, key: Key) -> dict[str, Any]:
         raise SourceError(f"there is no prompt {key}", hint=f"known: {known}")
 
     wanted = look.desired.fingerprint(key)
+    components = None
+    if wanted:
+        components = dict(wanted.components)
+
     artifact = look.inventory.artifacts.get(key)
+    figures = None
+    if artifact:
+        figures = artifact_figures(artifact)
+
+    action = None
+    if assessment.action:
+        action = action_data(assessment.action)
+
     return {
         "model": key.model,
         "prompt": key.prompt,
@@ -54,9 +66,9 @@ def explain_data(look: Observation, key: Key) -> dict[str, Any]:
         "changes": [
             {"component": c.component, "old": c.old, "new": c.new} for c in assessment.changes
         ],
-        "action": action_data(assessment.action) if assessment.action else None,
-        "wanted": dict(wanted.components) if wanted else None,
-        "artifact": artifact_figures(artifact) if artifact else None,
+        "action": action,
+        "wanted": components,
+        "artifact": figures,
         "lines": [str(change) for change in assessment.changes],
     }
 

@@ -101,14 +101,20 @@ def inspect(path: Path) -> dict[str, Any]:
     try:
         content = _read_content(artifact, fd, size)
         ids = content.tokens
+        count = None
+        data = None
+        if ids is not None:
+            count = len(ids)
+            data = _tokens_data(ids)
+
         return {
             "file": _shown(artifact),
             "given": _shown(path),
             "engine": content.engine,
             "format": content.form,
             "size_bytes": size,
-            "tokens": None if ids is None else _tokens_data(ids),
-            **_compare(artifact, fd, size, None if ids is None else len(ids), record),
+            "tokens": data,
+            **_compare(artifact, fd, size, count, record),
         }
     finally:
         os.close(fd)

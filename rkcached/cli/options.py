@@ -75,30 +75,19 @@ def _bad_setting(error: ValueError) -> SettingsError:
 def _words(paths: dict[str, Path], others: dict[str, Any]) -> list[str]:
     """The command's own line again, with these places."""
     context = click.get_current_context()
-    words = [
-        str(context.info_name),
-        *(f"--{name.replace('_', '-')}={path}" for name, path in paths.items()),
-    ]
-    words += [
-        option.opts[0]
-        for option in context.command.params
-        if option.name in others and others[option.name] is True
-    ]
-    arguments = [
-        others[argument.name]
-        for argument in context.command.params
-        if isinstance(argument, click.Argument)
-    ]
+    words = [str(context.info_name)]
+    for name, path in paths.items():
+        words.append(f"--{name.replace('_', '-')}={path}")
 
-    return [
-        *words,
-        "--",
-        *(
-            word
-            for argument in arguments
-            for word in ([argument] if isinstance(argument, str) else argument)
-        ),
-    ]
+    arguments: list[str] = []
+    for parameter in context.command.params:
+        value: Any = others.get(str(parameter.name))
+        if value is True:
+            words.append(parameter.opts[0])
+        if isinstance(parameter, click.Argument):
+            arguments += [value] if isinstance(value, str) else value
+
+    return [*words, "--", *arguments]
 
 
 def places(

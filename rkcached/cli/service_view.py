@@ -122,7 +122,12 @@ class ServiceView:
 
         declared = look.sources.prompts.get(own.key)
         model = look.manifest.models.get(own.key.model)
-        files = [*(declared.files if declared else ()), *([model.path] if model else ())]
+        files: list[Path | str] = []
+        if declared:
+            files += declared.files
+        if model:
+            files.append(model.path)
+
         if own.state is not State.BLOCKED or _may_read(files):
             return own
         return replace(own, state=State(seen.state), reason="", hint="", action=None)
@@ -198,25 +203,18 @@ def _view_in(status: Mapping[str, Any]) -> ServiceView:
 
     # Of a model there is one text; its prompts have message and hint apart.
     apart = {str(seen.trouble): seen.trouble for seen in prompts.values()}
-    models = {
-        model["name"]: apart.get(model["trouble"], Trouble(message=model["trouble"]))
-        if model["trouble"]
-        else None
-        for model in status["models"]
-    }
+    models: dict[str, Trouble | None] = {}
+    for model in status["models"]:
+        text = model["trouble"]
+        models[model["name"]] = None
+        if text:
+            models[model["name"]] = apart.get(text, Trouble(message=text))
 
     return ServiceView(models=models, prompts=prompts, whose=AS_SERVICE)
 
 
 def hidden_by(installed: unit.Unit, manifest: Manifest, sources: Sources) -> ServiceView:
     """The view without the files that the unit hides."""
-
-    def troubles(*paths: Path | str | None) -> Iterator[Trouble]:
-        for path in (given for given in paths if given is not None):
-            if place := installed.hides(path):
-                words = hidden(place, Path(os.path.realpath(path)).parent)
-                yield Trouble(message=f"{path} cannot be read: {words.reason}", hint=words.hint)
-
     models: dict[str, Trouble | None] = {}
     unlisted: dict[str, Trouble] = {}
     for name, model in manifest.models.items():
@@ -224,7 +222,7 @@ def hidden_by(installed: unit.Unit, manifest: Manifest, sources: Sources) -> Ser
         if model.chat_template.startswith("/"):
             template = model.chat_template
 
-        for trouble in troubles(model.path, template, model.tokenizer, model.lora):
+        for trouble in _hidden_files(installed, model.path, template, model.tokenizer, model.lora):
             models.setdefault(name, trouble)
 
         for pattern in model.prompts_from:
@@ -234,16 +232,20 @@ def hidden_by(installed: unit.Unit, manifest: Manifest, sources: Sources) -> Ser
                 message = f"{folder} cannot be listed: {words.reason}"
                 unlisted.setdefault(name, Trouble(message=message, hint=words.hint))
 
-    prompts = {
-        key: Seen(state=State.BLOCKED, trouble=trouble)
-        for key, declared in sources.prompts.items()
-        for trouble in troubles(*declared.files)
-    }
+    prompts = {}
+    for key, declared in sources.prompts.items():
+        for trouble in _hidden_files(installed, *declared.files):
+            prompts[key] = Seen(state=State.BLOCKED, trouble=trouble)
+
     return ServiceView(models=models, prompts=prompts, unlisted_models=unlisted, whose=AS_CALLER)
 
 
-def _blocked(own: Assessment) -> bool:
-    return own.state is State.BLOCKED
+def _hidden_files(installed: unit.Unit, *paths: Path | str | None) -> Iterator[Trouble]:
+    """A trouble for each file that the unit hides."""
+    for path in paths:
+        if path is not None and (place := installed.hides(path)):
+            words = hidden(place, Path(os.path.realpath(path)).parent)
+            yield Trouble(message=f"{path} cannot be read: {words.reason}", hint=words.hint)
 
 
 def _socket(settings: Settings, installed: unit.Unit | None) -> Path | None:

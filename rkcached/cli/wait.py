@@ -108,8 +108,8 @@ def wait(
 
     Without names, all that are declared.
 
-    `report` is called with what is waited for, when that changed. Errors: SourceError for a name that
-    is not declared, ManifestError while the daemon's manifest is rejected, NotAllowed,
+    `report` is called with what is waited for, when that changed. Errors: SourceError for a name
+    that is not declared, ManifestError while the daemon's manifest is rejected, NotAllowed,
     RequestError.
     """
     started = time.monotonic()
@@ -198,9 +198,8 @@ def _check_manifest(status: dict[str, Any]) -> None:
 def _chosen(names: Sequence[str], status: dict[str, Any]) -> list[dict[str, Any]]:
     """The declared prompts that are named, in the manifest's order. Errors: SourceError."""
     declared = [prompt for prompt in status["prompts"] if show.is_declared(prompt)]
-    known = [model["name"] for model in status["models"]] + [
-        show.name_of(prompt) for prompt in declared
-    ]
+    known = [model["name"] for model in status["models"]]
+    known += map(show.name_of, declared)
     troubled = {model["name"] for model in status["models"] if model["trouble"]}
 
     for name in names:
@@ -211,11 +210,9 @@ def _chosen(names: Sequence[str], status: dict[str, Any]) -> list[dict[str, Any]
             )
             raise SourceError(f"{name!r} is not declared", hint=hint)
 
-    return [
-        prompt
-        for prompt in declared
-        if not names or prompt["model"] in names or show.name_of(prompt) in names
-    ]
+    if not names:
+        return declared
+    return [p for p in declared if p["model"] in names or show.name_of(p) in names]
 
 
 def _troubles(names: Sequence[str], status: dict[str, Any]) -> Iterator[NotFresh]:
@@ -224,9 +221,8 @@ def _troubles(names: Sequence[str], status: dict[str, Any]) -> Iterator[NotFresh
     for model in status["models"]:
         own = [prompt for prompt in declared if prompt["model"] == model["name"]]
         explained = any(prompt["state"] in _LASTING for prompt in own)
-        unknown = {name for name in names if name.partition("/")[0] == model["name"]} - set(
-            map(show.name_of, own)
-        )
+        named = {name for name in names if name.partition("/")[0] == model["name"]}
+        unknown = named - set(map(show.name_of, own))
         if model["trouble"] and not explained and (unknown or not names):
             yield NotFresh(f"model {model['name']}: {model['trouble']}")
 

@@ -182,8 +182,12 @@ def _why_not(state: State, report: dict[str, Any]) -> str:
         return ""
 
     if actual not in ("hit", "loaded"):
-        why = f"the answer's state was {actual}" + (f": {reason}" if reason else "")
-        return why + (f"; {report['cached_tokens']} tokens were reused" if actual == "miss" else "")
+        why = f"the answer's state was {actual}"
+        if reason:
+            why += f": {reason}"
+        if actual == "miss":
+            why += f"; {report['cached_tokens']} tokens were reused"
+        return why
 
     if state is State.FILE and not report["load_ms"]:
         return "the file was not loaded: other clients asked the same prompt in between"

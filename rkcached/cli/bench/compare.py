@@ -221,12 +221,18 @@ def _flat(way: str, values: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
             yield f"{way}{name}", value
 
 
+def _item_in_words(item: Any) -> str:
+    if isinstance(item, int):
+        return f"{item:,}"
+    return str(item)
+
+
 def _in_words(what: str, value: Any) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
 
     if isinstance(value, list | tuple):
-        listed = ", ".join(f"{item:,}" if isinstance(item, int) else str(item) for item in value)
+        listed = ", ".join(map(_item_in_words, value))
         if what == "parameters.sweep":
             if listed:
                 return f"{listed} tokens"

@@ -17,8 +17,15 @@ QUIET_LOAD = 0.5
 def machine(root: Path = Path("/")) -> MachineFacts:
     """Taken before anything is started: what runs then is somebody else's."""
     board = Board(root, uses_rkllm=None)
-    checks = [board.cpu_clock(), *([board.npu_clock(), board.ddr_clock()] if board.has_npu else [])]
+    checks = [board.cpu_clock()]
+    if board.has_npu:
+        checks += [board.npu_clock(), board.ddr_clock()]
+
     known = [check for check in checks if check.outcome is not Outcome.SKIP]
+    clocks_fixed = None
+    if known:
+        clocks_fixed = all(check.outcome is Outcome.OK for check in known)
+
     return MachineFacts(
         board=board.model,
         cpu=cpu_model(root),
@@ -26,7 +33,7 @@ def machine(root: Path = Path("/")) -> MachineFacts:
         memory_bytes=_memory_bytes(root, "MemTotal"),
         kernel=f"{platform.system()} {platform.release()} {platform.machine()}",
         clocks={check.name: check.finding for check in checks},
-        clocks_fixed=all(check.outcome is Outcome.OK for check in known) if known else None,
+        clocks_fixed=clocks_fixed,
         load_average=round(os.getloadavg()[0], 2),
     )
 
@@ -55,9 +62,9 @@ class Steal:
         self._before = self._read()
 
     def percent(self) -> float:
-        stolen, total = (
-            now - before for now, before in zip(self._read(), self._before, strict=True)
-        )
+        now = self._read()
+        stolen = now[0] - self._before[0]
+        total = now[1] - self._before[1]
         if total > 0:
             return round(100 * stolen / total, 2)
         return 0.0

@@ -97,11 +97,11 @@ class Measuring:
             if missing is None and self.stopped is not None and not self._runs[state]:
                 missing = self.stopped.message
 
-            measured[state] = (
-                Measured(missing=missing)
-                if missing is not None
-                else Measured(runs=tuple(self._runs[state]), direct=self._whole(state)).summarised()
-            )
+            if missing is not None:
+                measured[state] = Measured(missing=missing)
+                continue
+            runs = tuple(self._runs[state])
+            measured[state] = Measured(runs=runs, direct=self._whole(state)).summarised()
 
         return measured
 

@@ -114,9 +114,8 @@ def _figure(results: Results) -> Figure:
         small = 0.14 * len(notes) + 0.35
 
     bottom = small + (rows + 2) * _LINE
-    height = (
-        top + bottom + max(4.2 if sweep else 2.0, 0.9 + (0.45 if sweep else 0.55) * len(prompts))
-    )
+    least, row_height = (4.2, 0.45) if sweep else (2.0, 0.55)
+    height = top + bottom + max(least, 0.9 + row_height * len(prompts))
     figure = Figure(figsize=(_WIDTH, height), layout="constrained")
     engine: Any = figure.get_layout_engine()
     engine.set(rect=(0, bottom / height, 1, 1 - (top + bottom) / height), wspace=0.03)
@@ -169,9 +168,9 @@ def _title(results: Results) -> list[str]:
 
 def _model(results: Results, name: str) -> str:
     facts = results.models.get(name)
-    return printable(
-        f"{name} ({facts.engine} {facts.runtime or 'of an unknown version'})" if facts else name
-    )
+    if not facts:
+        return printable(name)
+    return printable(f"{name} ({facts.engine} {facts.runtime or 'of an unknown version'})")
 
 
 def _notes(results: Results) -> list[str]:
@@ -217,21 +216,7 @@ def _lines(
             shown[f"{_model(results, model)}, {label}"] = Line2D([], [], markersize=4, **line)
 
             for x, y, (_, _, prompt) in zip(xs, ys, points, strict=True):
-                above = y >= max(_median(prompt, warm) or 0.0 for warm in _WARM)
-                warm_samples = [samples for warm in _WARM if (samples := _ttft(prompt, warm))] or [
-                    [y]
-                ]
-                free = max(map(p95, warm_samples)) if above else min(map(min, warm_samples))
-                axes.annotate(
-                    _gain(prompt, state),
-                    (x, free),
-                    xytext=(0, 3 if above else -3),
-                    textcoords="offset points",
-                    ha="center",
-                    va="bottom" if above else "top",
-                    fontsize=7,
-                    color=colour,
-                )
+                _note_gain(axes, prompt, state, (x, y))
 
     axes.set(
         xlabel="prompt length (tokens)",
@@ -247,6 +232,32 @@ def _lines(
     axes.grid(visible=True, color="#dddddd", linewidth=0.6)
     axes.set_axisbelow(True)
     return shown
+
+
+def _note_gain(axes: Axes, prompt: PromptResult, state: State, point: tuple[float, float]) -> None:
+    """Write the gain above the warm runs' range at the slower state, below it at the other."""
+    x, y = point
+    medians = [_median(prompt, warm) or 0.0 for warm in _WARM]
+    ranges = list(filter(None, [_ttft(prompt, warm) for warm in _WARM])) or [[y]]
+    if y >= max(medians):
+        place = (x, max(map(p95, ranges)))
+        offset = 3
+        edge = "bottom"
+    else:
+        place = (x, min(map(min, ranges)))
+        offset = -3
+        edge = "top"
+
+    axes.annotate(
+        _gain(prompt, state),
+        place,
+        xytext=(0, offset),
+        textcoords="offset points",
+        ha="center",
+        va=edge,
+        fontsize=7,
+        color=_STATES[state][1],
+    )
 
 
 def _plain(axis: Any, ratio: float) -> None:
@@ -355,14 +366,19 @@ def _rows(axes: Axes, prompts: Sequence[PromptResult]) -> None:
     alone = len({prompt.model for prompt in prompts}) == 1
     names = []
     for prompt in prompts:
-        own = prompt.prompt if prompt.length is None else f"{prompt.length:,} tokens"
-        name = printable(own if alone else prompt.name)
-        names.append(
-            name if len(name) <= _NAME else f"{name[: _NAME // 2]}...{name[-_NAME // 2 + 3 :]}"
-        )
+        name = prompt.name
+        if alone:
+            name = prompt.prompt if prompt.length is None else f"{prompt.length:,} tokens"
+        names.append(_shortened(printable(name)))
 
     axes.set_yticks(range(len(prompts)), names)
     axes.set_ylim(max(1, len(prompts)) - 0.5, -0.5)
+
+
+def _shortened(name: str) -> str:
+    if len(name) <= _NAME:
+        return name
+    return f"{name[: _NAME // 2]}...{name[-_NAME // 2 + 3 :]}"
 
 
 def _ttft(prompt: PromptResult, state: State) -> list[float]:

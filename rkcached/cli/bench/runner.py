@@ -327,9 +327,10 @@ class _Bench:
         if stopped is not None:
             self._errors.append(stopped)
             if not measuring.counts():
-                self.refused.append(
-                    stopped.message if str(key) in stopped.message else f"{name}: {stopped.message}"
-                )
+                refusal = stopped.message
+                if str(key) not in refusal:
+                    refusal = f"{name}: {refusal}"
+                self.refused.append(refusal)
                 return
 
             self.warnings.append(
@@ -412,16 +413,21 @@ def _result(
     states: dict[State, Measured],
 ) -> PromptResult:
     artifact = status.get("artifact") or {}
+    build_ms = None
+    if artifact:
+        build_ms = round(artifact["build_ms"], 1)
+    text_digest = ""
+    if text is not None and length is None:
+        text_digest = hashlib.sha256(text.encode()).hexdigest()
+
     return PromptResult(
         model=key.model,
         prompt=key.prompt,
         tokens=artifact.get("tokens"),
         size_bytes=artifact.get("size_bytes"),
-        build_ms=round(artifact["build_ms"], 1) if artifact else None,
+        build_ms=build_ms,
         length=length,
-        text_digest=hashlib.sha256(text.encode()).hexdigest()
-        if text is not None and length is None
-        else "",
+        text_digest=text_digest,
         states=states,
         no_gain=trust.why_no_gain(status, states),
         reduction=trust.reductions(states),

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from rkcached.cli.bench.machine import QUIET_LOAD
-from rkcached.cli.bench.results import MachineFacts, Measured, PromptResult, State
+from rkcached.cli.bench.results import MachineFacts, Measured, PromptResult, Run, State
 from rkcached.cli.bench.samples import chance, median, relative_spread, spread
 
 ENOUGH_RUNS = 5
@@ -72,20 +72,22 @@ def warnings(
             "median worth comparing"
         )
 
-    wide = [
-        f"{prompt.name} {state}{what} ({relative_spread(samples) * 100:.0f} %)"
-        for prompt in prompts
-        for state, measured in prompt.states.items()
-        for figure, what in (("ttft_ms", ""), ("decode_tokens_per_s", " tok/s"))
-        if relative_spread(samples := measured.samples(figure)) > MUCH_SPREAD
-    ]
-    if wide:
+    if wide := list(_wide_spreads(prompts)):
         sentences.append(
             f"half of the runs are spread over more than {MUCH_SPREAD * 100:.0f} % of the median: "
             + ", ".join(wide)
         )
 
     return sentences
+
+
+def _wide_spreads(prompts: Sequence[PromptResult]) -> Iterator[str]:
+    for prompt in prompts:
+        for state, measured in prompt.states.items():
+            for figure, what in (("ttft_ms", ""), ("decode_tokens_per_s", " tok/s")):
+                share = relative_spread(measured.samples(figure))
+                if share > MUCH_SPREAD:
+                    yield f"{prompt.name} {state}{what} ({share * 100:.0f} %)"
 
 
 def _disturbed(prompts: Sequence[PromptResult], meanwhile: Meanwhile) -> list[str]:
@@ -105,31 +107,40 @@ def _disturbed(prompts: Sequence[PromptResult], meanwhile: Meanwhile) -> list[st
             builds = f"{meanwhile.builds:,} prompt caches"
         sentences.append(f"the daemon built {builds} meanwhile")
 
-    runs = [
-        run for prompt in prompts for measured in prompt.states.values() for run in measured.runs
-    ]
-    waited = [
-        run.queue_ms for run in runs if run.queue_ms > max(LONG_QUEUE_MS, LONG_QUEUE * run.ttft_ms)
-    ]
+    count = 0
+    waited = []
+    for prompt in prompts:
+        for measured in prompt.states.values():
+            count += len(measured.runs)
+            waited += [run.queue_ms for run in measured.runs if _waited_long(run)]
+
     if waited:
         longest = f"up to {max(waited):,.0f} ms"
         sentences.append(
-            f"{len(waited)} of {len(runs)} runs waited for the engine, {longest}: somebody else "
-            "had it"
+            f"{len(waited)} of {count} runs waited for the engine, {longest}: somebody else had it"
         )
 
     return sentences
 
 
+def _waited_long(run: Run) -> bool:
+    return run.queue_ms > max(LONG_QUEUE_MS, LONG_QUEUE * run.ttft_ms)
+
+
 def reductions(states: dict[State, Measured]) -> dict[State, float]:
-    cold = None
-    if State.COLD in states:
-        cold = states[State.COLD].median("ttft_ms")
-    return {
-        state: round(1 - warm / cold, 4)
-        for state, measured in states.items()
-        if state is not State.COLD and cold and (warm := measured.median("ttft_ms")) is not None
-    }
+    if State.COLD not in states:
+        return {}
+    cold = states[State.COLD].median("ttft_ms")
+    if not cold:
+        return {}
+
+    shares: dict[State, float] = {}
+    for state, measured in states.items():
+        warm = measured.median("ttft_ms")
+        if state is not State.COLD and warm is not None:
+            shares[state] = round(1 - warm / cold, 4)
+
+    return shares
 
 
 def changed(before: dict[str, Any], after: dict[str, Any]) -> bool:

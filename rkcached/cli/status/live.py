@@ -314,7 +314,10 @@ def _prompt_line(prompt: dict[str, Any]) -> str:
         )
 
     reason = brief_reason(prompt)
-    return f"{show.name_of(prompt)} {prompt['state']}{figures}" + (f": {reason}" if reason else "")
+    line = f"{show.name_of(prompt)} {prompt['state']}{figures}"
+    if reason:
+        line += f": {reason}"
+    return line
 
 
 def changes(before: dict[str, str], now: dict[str, str]) -> Iterator[str]:

@@ -137,28 +137,32 @@ def prompt_table(
         table.add_column("note", style="dim")
 
     for prompt, row in zip(prompts, rows, strict=True):
-        table.add_row(
+        cells = [
             Text(row["prompt"], overflow=overflow, no_wrap=one_line),
             Text(row["state"], style=_STATE_STYLE.get(row["state"], "red")),
-            *(Text(row[name]) for name in figures),
-            *([Text(words.note_of(prompt), overflow=overflow, no_wrap=one_line)] if notes else []),
-        )
+        ]
+        cells += [Text(row[name]) for name in figures]
+        if notes:
+            cells.append(Text(words.note_of(prompt), overflow=overflow, no_wrap=one_line))
+        table.add_row(*cells)
 
     return table
 
 
 def _row(prompt: dict[str, Any]) -> dict[str, str]:
-    artifact = prompt.get("artifact") or {}
-    measured = artifact and artifact["verified"] != "off"
-    return {
-        "prompt": name_of(prompt),
-        "state": prompt["state"],
-        "tokens": str(artifact.get("tokens", "")),
-        "size": words.size(artifact["size_bytes"]) if artifact else "",
-        "cold": f"{artifact['cold_ttft_ms']:.0f} ms" if measured else "",
-        "warm": f"{artifact['warm_ttft_ms']:.0f} ms" if measured else "",
-        "hits": words.hits_of(prompt),
-    }
+    row = dict.fromkeys(("tokens", "size", "cold", "warm"), "")
+    row["prompt"] = name_of(prompt)
+    row["state"] = prompt["state"]
+    row["hits"] = words.hits_of(prompt)
+
+    if artifact := prompt.get("artifact"):
+        row["tokens"] = str(artifact["tokens"])
+        row["size"] = words.size(artifact["size_bytes"])
+        if artifact["verified"] != "off":
+            row["cold"] = f"{artifact['cold_ttft_ms']:.0f} ms"
+            row["warm"] = f"{artifact['warm_ttft_ms']:.0f} ms"
+
+    return row
 
 
 def _that_fit(rows: Sequence[dict[str, str]], width: int) -> list[str]:
@@ -247,14 +251,17 @@ def used_of(status: dict[str, Any]) -> str:
         "foreign": "not the store's",
         "quarantine": "quarantine",
     }
-    taken = [(cache[f"{name}_bytes"], kind) for name, kind in kinds.items()]
-    shares = ", ".join(
-        f"{words.size(size_bytes)} {kind}" for size_bytes, kind in taken if size_bytes
-    )
-    free = ""
+    shares = []
+    for name, kind in kinds.items():
+        if size_bytes := cache[f"{name}_bytes"]:
+            shares.append(f"{words.size(size_bytes)} {kind}")
+
+    text = f"{words.size(cache['used_bytes'])}{limit}"
+    if shares:
+        text += f" ({', '.join(shares)})"
     if cache["free_bytes"] is not None:
-        free = f", disk has {words.size(cache['free_bytes'])} free"
-    return f"{words.size(cache['used_bytes'])}{limit}" + (f" ({shares})" if shares else "") + free
+        text += f", disk has {words.size(cache['free_bytes'])} free"
+    return text
 
 
 def model_line(model: dict[str, Any]) -> Text:
