@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import click
 
@@ -44,12 +45,7 @@ class Findings:
 def run(settings: Settings, *, want_json: bool) -> int:
     findings = check_manifest(settings)
     if want_json:
-        output.print_json(
-            [
-                {"file": p.file, "line": p.line, "message": p.message, "hint": p.hint}
-                for p in findings.problems
-            ]
-        )
+        output.print_json(list(map(_problem_data, findings.problems)))
     else:
         for problem in findings.problems:
             click.echo(printable(str(problem)), err=True)
@@ -67,6 +63,15 @@ def run(settings: Settings, *, want_json: bool) -> int:
     if findings.problems:
         return os.EX_CONFIG
     return os.EX_OK
+
+
+def _problem_data(problem: Problem) -> dict[str, Any]:
+    return {
+        "file": problem.file,
+        "line": problem.line,
+        "message": problem.message,
+        "hint": problem.hint,
+    }
 
 
 def check_manifest(settings: Settings) -> Findings:

@@ -142,10 +142,10 @@ def as_service(report: Report, settings: Settings) -> Report:
             timeout=_CHILD_S,
             check=False,
         ).stdout
-        service_checks = {
-            check["name"]: Check(**{**check, "outcome": Outcome(check["outcome"])})
-            for check in json.loads(output_of_service)["checks"]
-        }
+        service_checks = {}
+        for check in json.loads(output_of_service)["checks"]:
+            outcome = Outcome(check["outcome"])
+            service_checks[check["name"]] = Check(**{**check, "outcome": outcome})
     except (OSError, ValueError, KeyError, TypeError, subprocess.SubprocessError):
         return report
 
@@ -395,11 +395,11 @@ def _estimate(manifest: Manifest, sources: Sources, cache_dir: Path) -> tuple[in
     """The bytes that the prompts' caches will take, as far as that can be known, and in words."""
     known_bytes = known = unknown = 0
     for name, config in manifest.models.items():
-        texts = [
-            len(declared.source.text.encode())
-            for key, declared in sources.prompts.items()
-            if key.model == name and isinstance(declared.source, PromptSource)
-        ]
+        texts = []
+        for key, declared in sources.prompts.items():
+            if key.model == name and isinstance(declared.source, PromptSource):
+                texts.append(len(declared.source.text.encode()))
+
         rate = _bytes_per_letter(cache_dir / name)
         if rate is None:
             with contextlib.suppress(OSError):

@@ -96,13 +96,14 @@ def _follow(
         with Client(socket) as client:
             prompts = client.status()["prompts"]
 
-        progress = next(
-            (p.get("progress") for p in prompts if (p["model"], p["prompt"]) == key), None
-        )
-        if progress and progress["total_tokens"]:
-            line.update(
-                _escaped(f"{name} {progress['done_tokens']} of {progress['total_tokens']} tokens")
-            )
+        for prompt in prompts:
+            progress = prompt.get("progress")
+            if (prompt["model"], prompt["prompt"]) != key or not progress:
+                continue
+            done = progress["done_tokens"]
+            total = progress["total_tokens"]
+            if total:
+                line.update(_escaped(f"{name} {done} of {total} tokens"))
 
 
 def _escaped(text: str) -> str:

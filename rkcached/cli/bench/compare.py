@@ -73,9 +73,11 @@ def compare(before: Results, after: Results) -> Comparison:
 def _warnings(before: Results, after: Results) -> Iterator[str]:
     """The warnings of both; those that both have come once."""
     for warning in dict.fromkeys([*before.warnings, *after.warnings]):
-        sides = [
-            name for name, results in (("A", before), ("B", after)) if warning in results.warnings
-        ]
+        sides = []
+        if warning in before.warnings:
+            sides.append("A")
+        if warning in after.warnings:
+            sides.append("B")
         yield f"{' and '.join(sides)}: {warning}"
 
 

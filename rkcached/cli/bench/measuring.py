@@ -83,11 +83,12 @@ class Measuring:
 
     def counts(self) -> list[int]:
         """Runs of each state that has some."""
-        return [
-            len(self._runs[state])
-            for state in State
-            if self._runs[state] and self._why_missing(state) is None
-        ]
+        counts = []
+        for state, runs in self._runs.items():
+            if runs and self._why_missing(state) is None:
+                counts.append(len(runs))
+
+        return counts
 
     def states(self) -> dict[State, Measured]:
         """The runs of each state; none of a state that could not be made once."""

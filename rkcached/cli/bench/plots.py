@@ -196,21 +196,21 @@ def _lines(
     shown: dict[str, Artist] = {}
     for state, (label, colour) in _STATES.items():
         for model, (marker, style) in zip(models, _MARKS * len(models), strict=False):
-            lines = [
-                (prompt.tokens or prompt.states[state].runs[0].prompt_tokens, samples, prompt)
-                for prompt in prompts
-                if prompt.model == model and (samples := _ttft(prompt, state))
-            ]
-            points = sorted(lines, key=lambda point: point[0])
+            points = _points(prompts, model, state)
             if not points:
                 continue
 
-            xs = [x for x, _, _ in points]
-            ys = [median(samples) for _, samples, _ in points]
-            low = [y - min(samples) for y, (_, samples, _) in zip(ys, points, strict=True)]
-            high = [
-                max(0.0, p95(samples) - y) for y, (_, samples, _) in zip(ys, points, strict=True)
-            ]
+            xs = []
+            ys = []
+            low = []
+            high = []
+            for x, samples, _ in points:
+                y = median(samples)
+                xs.append(x)
+                ys.append(y)
+                low.append(y - min(samples))
+                high.append(max(0.0, p95(samples) - y))
+
             line: dict[str, Any] = {"color": colour, "marker": marker, "linestyle": style}
             axes.errorbar(xs, ys, yerr=[low, high], markersize=4, capsize=3, **line)
             shown[f"{_model(results, model)}, {label}"] = Line2D([], [], markersize=4, **line)
@@ -232,6 +232,20 @@ def _lines(
     axes.grid(visible=True, color="#dddddd", linewidth=0.6)
     axes.set_axisbelow(True)
     return shown
+
+
+def _points(
+    prompts: Sequence[PromptResult], model: str, state: State
+) -> list[tuple[int, list[float], PromptResult]]:
+    """Length, samples and prompt of each point of a line, by length."""
+    points = []
+    for prompt in prompts:
+        samples = _ttft(prompt, state)
+        if prompt.model == model and samples:
+            tokens = prompt.tokens or prompt.states[state].runs[0].prompt_tokens
+            points.append((tokens, samples, prompt))
+
+    return sorted(points, key=lambda point: point[0])
 
 
 def _note_gain(axes: Axes, prompt: PromptResult, state: State, point: tuple[float, float]) -> None:

@@ -108,9 +108,11 @@ class Measured(msgspec.Struct, frozen=True, kw_only=True):
 
     def summarised(self) -> Measured:
         figures = (*Run.__struct_fields__, "direct_ttft_ms", "daemon_share_ms")
-        known = {
-            figure: Summary.of(samples) for figure in figures if (samples := self.samples(figure))
-        }
+        known = {}
+        for figure in figures:
+            if samples := self.samples(figure):
+                known[figure] = Summary.of(samples)
+
         return msgspec.structs.replace(self, summary=known)
 
 

@@ -169,10 +169,7 @@ _FROM = {State.FILE: "from the file", State.MEMORY: "in memory"}
 
 
 def _has_p95(prompt: PromptResult) -> bool:
-    return (
-        max((len(measured.runs) for measured in prompt.states.values()), default=0)
-        >= _ENOUGH_FOR_P95
-    )
+    return any(len(measured.runs) >= _ENOUGH_FOR_P95 for measured in prompt.states.values())
 
 
 def _cell(prompt: PromptResult, state: State, figure: str) -> str:

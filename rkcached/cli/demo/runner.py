@@ -43,13 +43,15 @@ def run_demo(directory: Path, model: Path | None, *, once: bool) -> int:
 
     with _daemon(workspace, console) as daemon:
         status = _wait_until_settled(console, daemon)
-        rows = [
-            _compare(workspace.socket, prompt)
-            for prompt in status["prompts"]
-            if prompt["state"] == "fresh"
-        ]
+        rows = []
+        troubled = []
+        for prompt in status["prompts"]:
+            if prompt["state"] == "fresh":
+                rows.append(_compare(workspace.socket, prompt))
+            else:
+                troubled.append(prompt)
+
         console.print(_table(rows))
-        troubled = [prompt for prompt in status["prompts"] if prompt["state"] != "fresh"]
 
         for prompt in troubled:
             console.print(

@@ -129,7 +129,6 @@ def _head(status: dict[str, Any], console: Console, *, gone: bool) -> list[Text]
     models = [(1 if model["trouble"] else 5, show.model_line(model)) for model in status["models"]]
     queue = _queue(status)
     lines = [
-        *([(0, Text(f"{GONE}; this is how it was", style="bold reverse"))] if gone else []),
         *((0, line) for line in _troubles(status, console, most=max(3, height // 3))),
         (6, show.daemon_line(status, age=show.since(status["started_at"]))),
         (0, Text(words.summary_of(status), style="bold")),
@@ -141,6 +140,9 @@ def _head(status: dict[str, Any], console: Console, *, gone: bool) -> list[Text]
         *((2, line) for line in _build(status, ascii_only=ascii_only)),
         (8, Text()),
     ]
+    if gone:
+        lines.insert(0, (0, Text(f"{GONE}; this is how it was", style="bold reverse")))
+
     by_weight = sorted(range(len(lines)), key=lambda at: lines[at][0])
     kept = [lines[at][1] for at in sorted(by_weight[: max(2, height // 2)])]
     if hidden := sum(not any(line is kept_line for kept_line in kept) for _, line in models):
