@@ -63,10 +63,12 @@ class Board:
         self._nodes = list(self._npu_nodes())
         self.model = self._fact("/proc/device-tree/model") or ""
         compatible = re.split("[\0\n]", self._fact("/proc/device-tree/compatible") or "")
-        names = [
-            entry.removeprefix("rockchip,") for entry in compatible if entry.startswith("rockchip,")
-        ]
-        self._soc = next((name for name in names if _SOC.fullmatch(name)), "")
+        self._soc = ""
+        for entry in reversed(compatible):
+            vendor, _, name = entry.partition(",")
+            if vendor == "rockchip" and _SOC.fullmatch(name):
+                self._soc = name
+
         self.has_npu = bool(self._soc or self._nodes)
         self.runtime_version: str | None = None
 
@@ -80,9 +82,11 @@ class Board:
         return f"/{path.relative_to(self._root)}"
 
     def _glob(self, *patterns: str) -> list[Path]:
-        return [
-            path for pattern in patterns for path in sorted(self._root.glob(pattern.lstrip("/")))
-        ]
+        paths: list[Path] = []
+        for pattern in patterns:
+            paths += sorted(self._root.glob(pattern.lstrip("/")))
+
+        return paths
 
     def _fact(self, path: str | Path) -> str | None:
         """A small file of the kernel's, without the white space and the NUL at its end.
@@ -266,25 +270,26 @@ class Board:
         for folder in folders:
             governor = folder / "governor"
             files.append(self._shown(governor))
-            clock = _Clock(
-                governor=self._fact(governor) or "",
-                now=_megahertz(self._fact(folder / "cur_freq"), 1_000_000),
-                most=_megahertz(self._fact(folder / "max_freq"), 1_000_000),
-            )
-            clocks.append(clock)
+            now = folder / "cur_freq"
+            clocks.append(self._clock(governor, now, folder / "max_freq", 1_000_000))
 
         command = f"echo performance | sudo tee {' '.join(files)}"
         return _judge_clocks(name, clocks, command)
 
+    def _clock(self, governor: Path, now: Path, most: Path, per_megahertz: int) -> _Clock:
+        return _Clock(
+            governor=self._fact(governor) or "",
+            now=_megahertz(self._fact(now), per_megahertz),
+            most=_megahertz(self._fact(most), per_megahertz),
+        )
+
     def cpu_clock(self) -> Check:
-        clocks = [
-            _Clock(
-                governor=self._fact(policy / "scaling_governor") or "",
-                now=_megahertz(self._fact(policy / "scaling_cur_freq"), 1000),
-                most=_megahertz(self._fact(policy / "scaling_max_freq"), 1000),
-            )
-            for policy in self._glob("/sys/devices/system/cpu/cpufreq/policy*")
-        ]
+        clocks = []
+        for policy in self._glob("/sys/devices/system/cpu/cpufreq/policy*"):
+            governor = policy / "scaling_governor"
+            now = policy / "scaling_cur_freq"
+            clocks.append(self._clock(governor, now, policy / "scaling_max_freq", 1000))
+
         command = (
             "echo performance | sudo tee /sys/devices/system/cpu/cpufreq/policy*/scaling_governor"
         )

@@ -292,17 +292,19 @@ def _bars(axes: Axes, prompts: Sequence[PromptResult]) -> dict[str, Artist]:
     height = 0.8 / len(_STATES)
     most = 0.0
     for row, (state, (_, colour)) in enumerate(_STATES.items()):
-        known = [
-            (at, middle, prompt)
-            for at, prompt in enumerate(prompts)
-            if (middle := _median(prompt, state))
-        ]
-        places = [at + (row - 1) * height for at, _, _ in known]
-        axes.barh(places, [middle for _, middle, _ in known], height, color=colour)
-        most = max([most, *(middle for _, middle, _ in known)])
+        places = []
+        widths = []
+        labels = []
+        for at, prompt in enumerate(prompts):
+            if middle := _median(prompt, state):
+                places.append(at + (row - 1) * height)
+                widths.append(middle)
+                labels.append(f"{number(middle)} ms  {_gain(prompt, state)}".rstrip())
 
-        for place, (_, middle, prompt) in zip(places, known, strict=True):
-            _beside(axes, middle, place, f"{number(middle)} ms  {_gain(prompt, state)}".rstrip())
+        axes.barh(places, widths, height, color=colour)
+        most = max([most, *widths])
+        for width, place, label in zip(widths, places, labels, strict=True):
+            _beside(axes, width, place, label)
 
     axes.set(xlabel="time to first token (ms)", title="Time to first token")
     axes.set_xlim(0, most * 1.3 or 1.0)
@@ -317,12 +319,13 @@ def _stack(
     Cold and warm answers have a panel each: one would hide the other.
     """
     height = 0.8 / len(states) * (0.7 if len(states) == 1 else 1)
-    bars = [
-        (at + (row - (len(states) - 1) / 2) * height, state, prompt)
-        for at, prompt in enumerate(prompts)
-        for row, state in enumerate(states)
-        if _median(prompt, state) is not None
-    ]
+    bars = []
+    for at, prompt in enumerate(prompts):
+        for row, state in enumerate(states):
+            if _median(prompt, state) is not None:
+                place = at + (row - (len(states) - 1) / 2) * height
+                bars.append((place, state, prompt))
+
     places = [place for place, _, _ in bars]
     ends = [0.0] * len(bars)
 

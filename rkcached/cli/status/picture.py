@@ -74,20 +74,21 @@ class _Notes:
 
     def __init__(self, prompts: Sequence[dict[str, Any]], console: Console) -> None:
         self._console = console
-        self._counts = (
-            Counter(map(brief_reason, prompts)) if console.width < show.WIDE else Counter[str]()
-        )
+        self._counts = Counter[str]()
+        if console.width < show.WIDE:
+            self._counts.update(map(brief_reason, prompts))
 
     def below(self, prompts: Sequence[dict[str, Any]]) -> list[Text]:
         """Each reason once, in at most three lines."""
         if not self._counts:
             return []
 
-        notes = [
-            Text(": ".join(note), style="dim")
-            for note in show.notes_of(prompts, self._counts, brief_reason)
-        ]
-        return [line for note in notes for line in _wrapped(note, self._console)[:3]]
+        lines: list[Text] = []
+        for note in show.notes_of(prompts, self._counts, brief_reason):
+            text = Text(": ".join(note), style="dim")
+            lines += _wrapped(text, self._console)[:3]
+
+        return lines
 
     def that_fit(self, prompts: Iterable[dict[str, Any]], lines: int) -> int:
         """Count the prompts that fit with their notes, at least one."""
