@@ -39,8 +39,8 @@ def explain_data(look: Observation, key: Key) -> dict[str, Any]:
     """
     assessment = next((a for a in look.assessments if a.key == key), None)
     if assessment is None:
-        known = ", ".join(str(a.key) for a in look.assessments) or "none"
-        raise SourceError(f"there is no prompt {key}", hint=f"known: {known}")
+        known = (str(a.key) for a in look.assessments)
+        raise SourceError(f"there is no prompt {key}", hint=names.hint_for(str(key), known))
 
     wanted = look.desired.fingerprint(key)
     components = None

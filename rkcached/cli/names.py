@@ -2,10 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import difflib
+from collections.abc import Iterable, Sequence
 
 from rkcached.errors import SourceError, UsageError
 from rkcached.sources.records import Key
+
+MAX_LISTED = 10
+"""A hint names so many prompts at most: a manifest may have thousands."""
+
+
+def hint_for(text: str, known: Iterable[str]) -> str:
+    """The names that `text` may have meant: all of them if they are few, else the most similar."""
+    names = list(known)
+    if not names:
+        return "known: none"
+    if len(names) <= MAX_LISTED:
+        return f"known: {', '.join(names)}"
+
+    similar = difflib.get_close_matches(text, names, n=MAX_LISTED)
+    listed = similar or names[:MAX_LISTED]
+    return f"known: {', '.join(listed)} and {len(names) - len(listed):,} more"
 
 
 def key_of(text: str) -> Key:
@@ -26,7 +43,6 @@ def matching(wanted: Sequence[str], known: Sequence[tuple[str, str]]) -> list[Ke
     keys = [Key(*key) for key in known]
     for text in wanted:
         if not any(text in (key.model, str(key)) for key in keys):
-            names = ", ".join(map(str, keys)) or "none"
-            raise SourceError(f"there is no {text!r}", hint=f"known: {names}")
+            raise SourceError(f"there is no {text!r}", hint=hint_for(text, map(str, keys)))
 
     return [key for key in keys if key.model in wanted or str(key) in wanted]

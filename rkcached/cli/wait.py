@@ -22,6 +22,7 @@ import click
 
 from rkcached.cli import exit_codes, output
 from rkcached.cli.client import START_IT, Client, follow
+from rkcached.cli.names import hint_for
 from rkcached.cli.status import show
 from rkcached.errors import (
     DaemonUnreachable,
@@ -205,8 +206,7 @@ def _chosen(names: Sequence[str], status: dict[str, Any]) -> list[dict[str, Any]
     for name in names:
         if name not in known and name.partition("/")[0] not in troubled:
             hint = (
-                f"known: {', '.join(known) or 'none'}; with `rkcached reload` the daemon reads the "
-                "manifest now"
+                f"{hint_for(name, known)}; with `rkcached reload` the daemon reads the manifest now"
             )
             raise SourceError(f"{name!r} is not declared", hint=hint)
 

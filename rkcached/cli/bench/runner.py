@@ -32,6 +32,7 @@ from rkcached.cli.bench.results import (
     Versions,
 )
 from rkcached.cli.client import Client
+from rkcached.cli.names import hint_for
 from rkcached.engines.kinds import EngineKind
 from rkcached.engines.registry import ENGINES
 from rkcached.errors import (
@@ -450,8 +451,8 @@ def _keys(status: dict[str, Any], wanted: Sequence[str]) -> list[Key]:
     known = [Key(p["model"], p["prompt"]) for p in status["prompts"] if p["state"] != "orphan"]
     for text in wanted:
         if not any(text in (key.model, str(key)) for key in known):
-            names = ", ".join(map(str, known)) or "none"
-            raise SourceError(f"there is no prompt of {text!r}", hint=f"known: {names}")
+            hint = hint_for(text, map(str, known))
+            raise SourceError(f"there is no prompt of {text!r}", hint=hint)
 
     chosen = [key for key in known if not wanted or key.model in wanted or str(key) in wanted]
     if not chosen:
@@ -469,8 +470,7 @@ def _models(status: dict[str, Any], wanted: Sequence[str]) -> list[str]:
     for name in named:
         if name not in known:
             raise SourceError(
-                f"there is no model {name!r} that answers",
-                hint=f"known: {', '.join(known) or 'none'}",
+                f"there is no model {name!r} that answers", hint=hint_for(name, known)
             )
 
     if not known:
