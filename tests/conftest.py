@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Generator
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -30,6 +32,16 @@ def scope(nodeid: str) -> str:
     if file.startswith("tests/system/") and file not in TOGETHER:
         return nodeid
     return file
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, Any, Any]:
+    """Where RKCACHED_NO_SKIPS is set, a test that skips has failed: CI has everything."""
+    report = yield
+    if report.skipped and "RKCACHED_NO_SKIPS" in os.environ:
+        report.outcome = "failed"
+        report.longrepr = f"{item.nodeid} may not skip here: {report.longrepr[2]}"
+    return report
 
 
 @pytest.hookimpl(optionalhook=True)

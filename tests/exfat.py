@@ -20,7 +20,6 @@ def exfat(folder: Path) -> Iterator[Path]:
 
     Needs root and Debian's exfat-fuse, exfatprogs.
     """
-    strict = "RKCACHED_NO_SKIPS" in os.environ
     programs = ("mkfs.exfat", "mount.exfat-fuse", "losetup")
     missing = [
         program
@@ -28,9 +27,7 @@ def exfat(folder: Path) -> Iterator[Path]:
         if shutil.which(program, path=f"{os.environ['PATH']}:/sbin:/usr/sbin") is None
     ]
     if missing or os.geteuid() != 0:
-        (pytest.fail if strict else pytest.skip)(
-            f"needs root and {', '.join(programs)}; missing: {missing}"
-        )
+        pytest.skip(f"needs root and {', '.join(programs)}; missing: {missing}")
     image, place = folder / "exfat.img", folder / "disk"
     with image.open("wb") as stream:
         stream.truncate(SIZE_BYTES)
@@ -38,7 +35,7 @@ def exfat(folder: Path) -> Iterator[Path]:
     try:
         device = _run("losetup", "--find", "--show", str(image)).strip()
     except subprocess.CalledProcessError as error:
-        (pytest.fail if strict else pytest.skip)(f"there is no loop device here: {error.stderr}")
+        pytest.skip(f"there is no loop device here: {error.stderr}")
     try:
         _run("mkfs.exfat", device)
         _run("mount.exfat-fuse", device, str(place))

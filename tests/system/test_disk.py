@@ -66,13 +66,11 @@ class Disk:
 @pytest.fixture
 def disk(workspace: Workspace, request: pytest.FixtureRequest) -> Iterator[Disk]:
     """A disk of 1 MiB, or of the options that the test gives, in the place of the store."""
-    if os.geteuid() != 0 and "RKCACHED_NO_SKIPS" not in os.environ:
+    if os.geteuid() != 0:
         pytest.skip("mounting a file system needs root")
     try:
         made = Disk(workspace.cache, getattr(request, "param", "size=1m"))
     except (OSError, subprocess.CalledProcessError) as error:
-        if "RKCACHED_NO_SKIPS" in os.environ:
-            raise
         pytest.skip(f"a tmpfs cannot be mounted here: {getattr(error, 'stderr', error)!r}")
     yield made
     try:
@@ -259,7 +257,7 @@ def test_a_disk_that_fails_on_fsync(workspace: Workspace) -> None:
 
     Not published, said, and made good when the errors end.
     """
-    if shutil.which("strace") is None and "RKCACHED_NO_SKIPS" not in os.environ:
+    if shutil.which("strace") is None:
         pytest.skip("strace is not installed")
     prepare(workspace)
     workspace.write("prompts/b.md", "One.")

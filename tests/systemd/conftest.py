@@ -46,7 +46,7 @@ def lack_of_machine() -> str:
 def wheels(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the wheels that an installation needs, for the machine's Python."""
     if lack := lack_of_machine():
-        (pytest.fail if os.environ.get("RKCACHED_NO_SKIPS") else pytest.skip)(lack)
+        pytest.skip(lack)
     wheels, venv = tmp_path_factory.mktemp("wheels"), tmp_path_factory.mktemp("venv")
     subprocess.run(
         ["/usr/bin/python3", "-m", "venv", str(venv)], check=True

@@ -43,7 +43,7 @@ def image(wheels: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ma
     future.
     """
     if lack := lack_of_machine():
-        (pytest.fail if os.environ.get("RKCACHED_NO_SKIPS") else pytest.skip)(lack)
+        pytest.skip(lack)
     tools = tmp_path_factory.mktemp("tools")
     (tools / "systemctl").write_text("#!/bin/sh\necho systemd 999\n")
     (tools / "systemctl").chmod(0o755)
