@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Callable
 
 import structlog
 
@@ -74,9 +75,9 @@ class Actor:
                 case Remove(retired=fingerprint) if fingerprint:
                     changed = await self._remove_retired(action)
                 case Remove():
-                    changed = await self._remove(action, observation)
+                    changed = await self._take_out(action, observation, self._store.remove)
                 case Retire() if in_time:
-                    changed = await self._retire(action, observation)
+                    changed = await self._take_out(action, observation, self._store.retire)
                 case Adopt() if in_time:
                     changed = await self._adopt(action, observation)
                 case Retire() | Adopt():
@@ -159,40 +160,29 @@ class Actor:
         self._published.put(self._published.now.with_assessment(assessment))
         return first_time
 
-    async def _retire(self, action: Retire, observation: Observation) -> bool:
-        """Put an artifact aside that no prompt uses. Returns whether it was."""
+    async def _take_out(
+        self, action: Retire | Remove, observation: Observation, take: Callable[[Key], None]
+    ) -> bool:
+        """Retire or remove the artifact of a prompt, by `take`. Returns whether it was done."""
         key = action.key
+        done = "artifact removed"
+        not_done = "artifact not removed"
+        if isinstance(action, Retire):
+            done = "artifact retired"
+            not_done = "artifact not retired"
         if not self._may_change(key, observation):
             return False
 
         try:
             if action.verdict is not None:
                 await asyncio.to_thread(self._store.write_verdict, key, action.verdict)
-            await asyncio.to_thread(self._store.retire, key)
+            await asyncio.to_thread(take, key)
         except errors.StoreError as error:
-            _log_trouble("artifact not retired", action, error)
+            _log_trouble(not_done, action, error)
             return False
 
         self._published.put(self._published.now.without_artifact(key))
-        log.info("artifact retired", model=key.model, prompt=key.prompt, reason=action.reason)
-        return True
-
-    async def _remove(self, action: Remove, observation: Observation) -> bool:
-        """Take an artifact out of the store. Returns whether it was."""
-        key = action.key
-        if not self._may_change(key, observation):
-            return False
-
-        try:
-            if action.verdict is not None:
-                await asyncio.to_thread(self._store.write_verdict, key, action.verdict)
-            await asyncio.to_thread(self._store.remove, key)
-        except errors.StoreError as error:
-            _log_trouble("artifact not removed", action, error)
-            return False
-
-        self._published.put(self._published.now.without_artifact(key))
-        log.info("artifact removed", model=key.model, prompt=key.prompt, reason=action.reason)
+        log.info(done, model=key.model, prompt=key.prompt, reason=action.reason)
         return True
 
     async def _remove_retired(self, action: Remove) -> bool:

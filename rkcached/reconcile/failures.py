@@ -8,12 +8,11 @@ loop.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
 from dataclasses import replace
 
 from rkcached import errors
 from rkcached.plan.desired import Desired, DesiredModel
-from rkcached.plan.planner import MAX_RETRY_S, DesiredPrompt, Verdict, VerdictKind
+from rkcached.plan.planner import MAX_RETRY_S, Verdict, VerdictKind
 from rkcached.sources.records import Key, Trouble
 
 QUARANTINE_AFTER = 3
@@ -54,29 +53,24 @@ class Failures:
         """A build failed. `stored` is what the store remembers of this prompt."""
         if blames_model(error):
             identity, before = self._model_failures.get(key.model, ("", None))
-            attempts = 1 + (
-                before.attempts if before is not None and identity == model.identity else 0
-            )
+            attempts = _next_attempt(before, is_same=identity == model.identity)
             verdict = verdict_on(error, fingerprint, attempts)
             self._model_failures[key.model] = (model.identity, verdict)
             return verdict
+
         before = self._by_prompt.get(key) or stored
-        attempts = 1 + (
-            before.attempts if before is not None and before.fingerprint == fingerprint else 0
-        )
-        verdict = self._by_prompt[key] = verdict_on(
-            error, fingerprint, attempts, model=model.identity
-        )
+        is_same = before is not None and before.fingerprint == fingerprint
+        attempts = _next_attempt(before, is_same=is_same)
+        verdict = verdict_on(error, fingerprint, attempts, model=model.identity)
+        self._by_prompt[key] = verdict
         return verdict
 
     def needed_bytes(self, key: Key, fingerprint: str) -> int:
         """The least that the artifact takes, as far as earlier attempts show."""
         verdict = self._by_prompt.get(key)
-        return (
-            verdict.needed_bytes
-            if verdict is not None and verdict.fingerprint == fingerprint
-            else 0
-        )
+        if verdict is None or verdict.fingerprint != fingerprint:
+            return 0
+        return verdict.needed_bytes
 
     def built(self, key: Key) -> None:
         # this load lets builds end; the others are as patient as new ones
@@ -107,18 +101,32 @@ class Failures:
         A model that could not be loaded blocks its prompts until it changes or may be tried again.
         """
         verdicts = dict(self._by_prompt)
-        prompts: Iterable[DesiredPrompt] = desired.prompts.values() if self._model_failures else ()
-        for prompt in prompts:
-            failure = self._model_failures.get(prompt.key.model)
-            model = desired.models.get(prompt.key.model)
-            if (
-                failure
-                and prompt.fingerprint
-                and isinstance(model, DesiredModel)
-                and model.identity == failure[0]
-            ):
-                verdicts[prompt.key] = replace(failure[1], fingerprint=prompt.fingerprint.digest)
+        failed = {
+            name: verdict
+            for name, (identity, verdict) in self._model_failures.items()
+            if _identity_of(desired, name) == identity
+        }
+        if not failed:
+            return verdicts
+
+        for key, prompt in desired.prompts.items():
+            if key.model in failed and prompt.fingerprint is not None:
+                digest = prompt.fingerprint.digest
+                verdicts[key] = replace(failed[key.model], fingerprint=digest)
         return verdicts
+
+
+def _identity_of(desired: Desired, name: str) -> str | None:
+    """The identity of a model as it is declared now; None if it cannot be used."""
+    model = desired.models.get(name)
+    return model.identity if isinstance(model, DesiredModel) else None
+
+
+def _next_attempt(before: Verdict | None, *, is_same: bool) -> int:
+    """The number of this attempt, counted from 1. `before` counts if it is on the same thing."""
+    if before is None or not is_same:
+        return 1
+    return before.attempts + 1
 
 
 def verdict_on(
@@ -160,15 +168,13 @@ def verdict_on(
         ):
             return quarantined(fingerprint, f"building it failed {attempts} times: {error.message}")
         case _:
-            retry_at = time.time() + min(
-                2.0 ** min(attempts, 10), MAX_RETRY_S
-            )  # 2.0**1024 is too large for a float
+            pause_s = min(2.0 ** min(attempts, 10), MAX_RETRY_S)  # 2.0**1024 is no float
             return Verdict(
                 fingerprint=fingerprint,
                 kind=VerdictKind.FAILED,
                 trouble=trouble,
                 attempts=attempts,
-                retry_at=retry_at,
+                retry_at=time.time() + pause_s,
                 needed_bytes=error.needed_bytes if isinstance(error, errors.NoRoom) else 0,
             )
 
