@@ -8,7 +8,9 @@ it looks there no more.
 import os
 import sys
 
-if not sys.flags.safe_path and sys.path and sys.path[0] in {"", os.getcwd()}:  # noqa: PTH109 - as Python writes it
+if (
+    not sys.flags.safe_path and sys.path and sys.path[0] in {"", os.getcwd()}  # noqa: PTH109 - as Python writes it
+):
     del sys.path[0]
 
 from rkcached.cli.main import main

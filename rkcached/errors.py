@@ -2,46 +2,47 @@
 
 Each error says what happened in its message and the next thing to do in its hint, so that any edge
 (command line, HTTP, log) can show it to a person without knowing what it is.
+The numbers are exit codes.
 
     RkcachedError
-    ├── UsageError               the command line was wrong                              exit 64
-    │   └── ExtraMissing         an optional library is not installed                    exit 69
-    ├── OutputError              standard output cannot be written                       exit 74
-    ├── ManifestError            the manifest has problems: a list, each with file:line  exit 78
-    ├── SettingsError            a flag or variable has an impossible value              exit 78
-    ├── SourceError              an input file is missing or unusable                    exit 66
-    │   └── SourceUnsettled      somebody is writing to it
-    ├── TemplateError            a chat template cannot render this                      exit 65
-    │   └── TemplateExhausted    it takes too much time or memory for that
-    ├── FormatError              a file is not a prompt cache, or a damaged one          exit 65
-    ├── StoreError               the store cannot be read or written                     exit 73
-    │   ├── StoreLocked          another daemon owns the cache directory                 exit 75
-    │   ├── BudgetExceeded       the artifact does not fit into cache.max_bytes
-    │   └── NoRoom               the artifact does not fit on the disk: needed and free bytes
-    ├── SocketError              the socket path is unusable or taken                    exit 73
-    ├── DaemonUnreachable        nobody answers on the socket                            exit 69
-    │   └── NotAllowed           its permissions keep us out                             exit 77
-    ├── NotFresh                 a prompt cache will not become fresh by waiting         exit 65
-    ├── StillWaiting             it was not fresh in time                                exit 75
-    ├── EngineError              the engine refused or failed; the worker lives on       exit 70
-    │   ├── ModelLoadError       the model file cannot be loaded                         exit 66
-    │   ├── RuntimeLibraryError  the engine's shared library is missing, damaged or unknownexit 66
-    │   ├── ArtifactLoadError    a prompt cache cannot be loaded; the KV state is cleared
-    │   ├── ContextExceeded      the prompt is longer than the context: both numbers
-    │   ├── SamplingFixed        a run asks for sampling that the engine cannot change or lacks
-    │   ├── InputInvalid         tokens that the model does not have
-    │   ├── SchemaInvalid        what an answer shall look like is no JSON schema
-    │   ├── SchemaMismatch       the answer is not what the request's schema asks for
-    │   ├── PromptTooShort       below cache.min_tokens: both numbers
-    │   ├── Uncacheable          the model cannot save its state with this runtime
-    │   ├── VerifyFailed         a built prompt cache did not prove itself
-    │   └── Aborted              the run was stopped on request
-    ├── WorkerError              the worker process failed                               exit 70
-    │   ├── WorkerDied           signal or exit code
-    │   ├── WorkerTimeout        a deadline passed; the worker was killed
-    │   ├── WorkerUnavailable    in backoff after failures, or shutting down
-    │   └── ModelReplaced        the model's files are no longer those that were looked at
-    └── RequestError             a client's request cannot be served: HTTP status, code, param
+      UsageError              the command line was wrong                                   64
+        ExtraMissing          an optional library is not installed                         69
+      OutputError             standard output cannot be written                            74
+      ManifestError           the manifest has problems: a list, each with file:line       78
+      SettingsError           a flag or variable has an impossible value                   78
+      SourceError             an input file is missing or unusable                         66
+        SourceUnsettled       somebody is writing to it
+      TemplateError           a chat template cannot render this                           65
+        TemplateExhausted     it takes too much time or memory for that
+      FormatError             a file is not a prompt cache, or a damaged one               65
+      StoreError              the store cannot be read or written                          73
+        StoreLocked           another daemon owns the cache directory                      75
+        BudgetExceeded        the artifact does not fit into cache.max_bytes
+        NoRoom                the artifact does not fit on the disk: needed and free bytes
+      SocketError             the socket path is unusable or taken                         73
+      DaemonUnreachable       nobody answers on the socket                                 69
+        NotAllowed            its permissions keep us out                                  77
+      NotFresh                a prompt cache will not become fresh by waiting              65
+      StillWaiting            it was not fresh in time                                     75
+      EngineError             the engine refused or failed; the worker lives on            70
+        ModelLoadError        the model file cannot be loaded                              66
+        RuntimeLibraryError   the engine's shared library is missing, damaged or unknown   66
+        ArtifactLoadError     a prompt cache cannot be loaded; the KV state is cleared
+        ContextExceeded       the prompt is longer than the context: both numbers
+        SamplingFixed         a run asks for sampling that the engine cannot change or lacks
+        InputInvalid          tokens that the model does not have
+        SchemaInvalid         what an answer shall look like is no JSON schema
+        SchemaMismatch        the answer is not what the request's schema asks for
+        PromptTooShort        below cache.min_tokens: both numbers
+        Uncacheable           the model cannot save its state with this runtime
+        VerifyFailed          a built prompt cache did not prove itself
+        Aborted               the run was stopped on request
+      WorkerError             the worker process failed                                    70
+        WorkerDied            signal or exit code
+        WorkerTimeout         a deadline passed; the worker was killed
+        WorkerUnavailable     in backoff after failures, or shutting down
+        ModelReplaced         the model's files are no longer those that were looked at
+      RequestError            a client's request cannot be served: HTTP status, code, param
 """
 
 from __future__ import annotations

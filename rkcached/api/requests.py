@@ -72,7 +72,8 @@ class FunctionCall(Record):
         """Errors: ValueError."""
         value = json.loads(self.arguments or "{}", parse_constant=_no_constant)
         if not isinstance(value, dict):
-            raise ValueError("arguments are not a JSON object")  # noqa: TRY004 - pydantic takes no other
+            # pydantic takes no TypeError for a problem of the input.
+            raise ValueError("arguments are not a JSON object")  # noqa: TRY004
         json.dumps(value, ensure_ascii=False).encode()  # half a surrogate pair is no text
         return value
 
@@ -129,6 +130,7 @@ class _MessageRecord(Record):
 
     def plain(self) -> Message:
         """The message as chat templates expect it."""
+        # Each kind of message has a role of its own, which this base does not declare.
         return Message(role=self.role, content=_text(self.content))  # type: ignore[attr-defined]
 
 

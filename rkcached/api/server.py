@@ -224,6 +224,7 @@ class _Connection(H11Protocol):
     _in_head = False
     _stalled: asyncio.TimerHandle | None = None
 
+    # asyncio declares a BaseTransport; that of a socket is a Transport, as uvicorn says, too.
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         if len(self.connections) > _max_connections():

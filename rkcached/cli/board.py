@@ -110,7 +110,8 @@ class Board:
         for node in self._glob("/dev/dri/renderD*", "/dev/dri/card*"):
             device = self._below(f"/sys/class/drm/{node.name}/device")
             try:
-                parent = os.readlink(device).rpartition("/")[2]  # noqa: PTH115 - a fake root's link may lead nowhere
+                # A fake root's link may lead nowhere.
+                parent = os.readlink(device).rpartition("/")[2]  # noqa: PTH115 - text, not a path
             except OSError:
                 parent = ""
 

@@ -31,7 +31,7 @@ class UnixConnection(http.client.HTTPConnection):
             connection.settimeout(self._connect_s)
             connection.connect(self._path)
             connection.settimeout(self._silence_s)
-        except BaseException:
+        except OSError:
             connection.close()
             raise
 

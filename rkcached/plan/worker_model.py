@@ -25,7 +25,8 @@ def worker_model(engine: EngineConfig, model: DesiredModel) -> WorkerModel:
             threads=engine.threads,
             library=str(engine.library),
             abi=engine.abi or "",
-            sampling=Sampling(**config.sampling(None)),  # type: ignore[arg-type]  # by name, from the manifest
+            # The manifest checked each by its name.
+            sampling=Sampling(**config.sampling(None)),  # type: ignore[arg-type]
             tokenizer=str(config.tokenizer or ""),
             lora=str(config.lora or ""),
             lora_scale=config.lora_scale,

@@ -83,7 +83,8 @@ def manifest_text(path: Path) -> str:
     try:
         info = path.stat()
         if stat.S_ISREG(info.st_mode) and info.st_size > MAX_MANIFEST_BYTES:
-            raise OSError(errno.EFBIG, f"{info.st_size:,} bytes are too many")  # noqa: TRY301 - said below
+            why = f"{info.st_size:,} bytes are too many"
+            raise OSError(errno.EFBIG, why)  # noqa: TRY301 - translated below
         if not stat.S_ISREG(info.st_mode):  # reading a pipe would wait for its writer
             raise OSError(errno.EINVAL, "it is not a regular file")  # noqa: TRY301
         return utf8(path, path.read_bytes())

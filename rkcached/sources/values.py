@@ -44,7 +44,9 @@ def _absolute(path: Path | str, info: ValidationInfo) -> str:
         )
 
     base = (info.context or {}).get("base")
-    return os.path.abspath(os.path.join(base, text)) if base else text  # noqa: PTH100, PTH118 -- resolve() reads links
+    if not base:
+        return text
+    return os.path.abspath(os.path.join(base, text))  # noqa: PTH100, PTH118 - resolve() reads links
 
 
 def _path(value: object, info: ValidationInfo) -> object:

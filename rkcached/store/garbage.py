@@ -63,7 +63,8 @@ class Named:
         self._folders = {os.path.realpath(folder) for folder in folders}
 
         for file in files:
-            self._places.add(os.path.join(os.path.realpath(file.parent), file.name))  # noqa: PTH118 - a link itself
+            its_folder = os.path.realpath(file.parent)
+            self._places.add(os.path.join(its_folder, file.name))  # noqa: PTH118 - a link itself
             self._places.add(os.path.realpath(file))
 
             for follow in (True, False):
@@ -301,7 +302,8 @@ def _beside_artifacts(
 
 def _stranger(store: Store, names: tuple[str, ...], named: Named, *, goes: bool) -> Rubbish:
     path = store.root.joinpath(*names)
-    place = os.path.join(os.path.realpath(store.root), *names)  # noqa: PTH118 - a link in it is not followed
+    root = os.path.realpath(store.root)
+    place = os.path.join(root, *names)  # noqa: PTH118 - a link in it is not followed
     seen = beneath.identity(store.root, *names)
     why, stays = "not the store's", not goes
     if named.holds(place) or named.has(seen):

@@ -146,7 +146,8 @@ class Scan:
 def retired_sidecar(folder: Path) -> Sidecar | str:
     """The sidecar of the artifact that a folder of the retired ones holds, or why it holds none."""
     try:
-        names = [name for name in os.listdir(folder) if name.endswith(".json")]  # noqa: PTH208 - names
+        names = os.listdir(folder)  # noqa: PTH208 - names
+        names = [name for name in names if name.endswith(".json")]
         sidecar = read_sidecar(folder / names[0], None) if names else "the sidecar is missing"
     except OSError as error:
         return f"the sidecar cannot be read: {error.strerror}"

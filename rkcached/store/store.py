@@ -248,7 +248,8 @@ class Store:
 
         self._scan.retired(self._retired(), inventory)
         with contextlib.suppress(FileNotFoundError):
-            others = [name for name in sorted(os.listdir(self.root)) if not marks.is_own(name)]  # noqa: PTH208 - names
+            names = sorted(os.listdir(self.root))  # noqa: PTH208 - names
+            others = [name for name in names if not marks.is_own(name)]
             inventory.foreign.update(foreign(self.root / name for name in others))
 
         self._leave_out_spared(inventory)

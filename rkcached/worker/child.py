@@ -66,7 +66,8 @@ class _Channel:
                 for body in frames.feed(data):
                     self._take(protocol.decode_to_worker(body))
         except protocol.ProtocolError as error:
-            print(f"E rkcached: the daemon sent {error}", file=sys.stderr, flush=True)  # noqa: T201 - becomes a log line
+            sys.stderr.write(f"E rkcached: the daemon sent {error}\n")  # becomes a log line
+            sys.stderr.flush()
         self._leave()
 
     def _take(self, message: protocol.ToWorker) -> None:

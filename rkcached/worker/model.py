@@ -36,7 +36,8 @@ class WorkerModel:
         """The path of a file that changed since the identity was made of it; empty if none did."""
         for path, signature in self.signatures:
             try:
-                if signature_of(os.stat(path)) == signature:  # noqa: PTH116 - paths are text in a specification
+                info = os.stat(path)  # noqa: PTH116 - paths are text in a specification
+                if signature_of(info) == signature:
                     continue
             except OSError:
                 pass

@@ -258,7 +258,8 @@ class _Changes(_View):
         else:
             facts = facts_of(status)
             if self._facts is None:
-                print(f"{show.when(time.time())}\n{self._whole(status)}", flush=True)  # noqa: T201 - as it is
+                whole = f"{show.when(time.time())}\n{self._whole(status)}"
+                print(whole, flush=True)  # noqa: T201 - as it is
             else:
                 self._say(changes(self._facts, facts))
             self._facts = facts
@@ -272,7 +273,8 @@ class _Changes(_View):
 
     def _say(self, lines: Iterable[str]) -> None:
         for line in lines:
-            print(f"{show.when(time.time())} {line}", flush=True)  # noqa: T201 - without wrapping or markup
+            dated = f"{show.when(time.time())} {line}"
+            print(dated, flush=True)  # noqa: T201 - without wrapping or markup
 
 
 def facts_of(status: dict[str, Any]) -> dict[str, str]:
