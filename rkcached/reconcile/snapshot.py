@@ -194,4 +194,7 @@ def _without(mapping: Mapping[Name, Thing], name: Name) -> Mapping[Name, Thing]:
     """The same mapping if the name is not in it."""
     if name not in mapping:
         return mapping
-    return {other: thing for other, thing in mapping.items() if other != name}
+
+    rest = dict(mapping)
+    del rest[name]
+    return rest
