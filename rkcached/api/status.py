@@ -21,7 +21,7 @@ from rkcached.api.responses import RecentAnswer, Status
 from rkcached.host import disk
 from rkcached.host.digests import Reading
 from rkcached.plan.desired import DesiredModel
-from rkcached.plan.planner import Assessment, Blocked, DesiredPrompt, State, urgency
+from rkcached.plan.records import Assessment, Blocked, DesiredPrompt, State, urgency
 from rkcached.reconcile.events import Event, Events
 from rkcached.reconcile.snapshot import Published, Snapshot
 from rkcached.serving.report import NOT_MEASURED

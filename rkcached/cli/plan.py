@@ -17,16 +17,7 @@ from rkcached.cli import looks, output
 from rkcached.cli.status.show import skipped_files_line
 from rkcached.errors import printable
 from rkcached.host.settings import Settings
-from rkcached.plan.planner import (
-    Action,
-    Adopt,
-    Assessment,
-    Blocked,
-    Build,
-    Remove,
-    Retire,
-    State,
-)
+from rkcached.plan.records import Action, Adopt, Assessment, Blocked, Build, Remove, Retire, State
 
 SOMETHING_TO_DO = 2
 

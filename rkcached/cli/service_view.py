@@ -19,7 +19,7 @@ from rkcached.host import places, unit
 from rkcached.host.access import hidden
 from rkcached.host.settings import Settings
 from rkcached.plan.desired import Desired
-from rkcached.plan.planner import Assessment, Blocked, State
+from rkcached.plan.records import Assessment, Blocked, State
 from rkcached.reconcile.observer import Observation
 from rkcached.sources.manifest import Manifest
 from rkcached.sources.records import Key, RuntimeSource, Sources, Trouble

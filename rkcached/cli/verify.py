@@ -15,7 +15,7 @@ from rkcached.errors import RkcachedError, printable
 from rkcached.host import logs
 from rkcached.host.settings import Settings
 from rkcached.plan.desired import DesiredModel
-from rkcached.plan.planner import State
+from rkcached.plan.records import State
 from rkcached.plan.worker_model import worker_model
 from rkcached.reconcile.observer import Observation
 from rkcached.sources.records import Key

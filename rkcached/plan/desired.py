@@ -17,7 +17,7 @@ from rkcached.engines.registry import ENGINES
 from rkcached.errors import TemplateError, TemplateExhausted
 from rkcached.messages.template import ChatTemplate, Compile
 from rkcached.plan.fingerprint import Fingerprint, Value, fingerprint
-from rkcached.plan.planner import DesiredPrompt
+from rkcached.plan.records import DesiredPrompt
 from rkcached.sources.manifest import FingerprintMode, Manifest, ModelConfig
 from rkcached.sources.records import (
     Declaration,

@@ -13,7 +13,7 @@ from collections.abc import Callable
 import structlog
 
 from rkcached import errors
-from rkcached.plan.planner import (
+from rkcached.plan.records import (
     PASSING_RETRY_S,
     Action,
     Adopt,

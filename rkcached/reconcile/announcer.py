@@ -5,7 +5,7 @@ from __future__ import annotations
 import structlog
 
 from rkcached import errors
-from rkcached.plan.planner import Assessment, Build, State, Verdict
+from rkcached.plan.records import Assessment, Build, State, Verdict
 from rkcached.reconcile.builder import BuildRequest
 from rkcached.reconcile.events import Events
 from rkcached.sources.records import Key

@@ -16,7 +16,7 @@ from collections.abc import Callable, Container, Iterable, Mapping
 
 from rkcached.host.watch import Writing
 from rkcached.plan.fingerprint import Fingerprint
-from rkcached.plan.planner import Action, Assessment, Blocked, Build
+from rkcached.plan.records import Action, Assessment, Blocked, Build
 from rkcached.reconcile.patience import Patience
 from rkcached.sources.records import Key
 

@@ -18,7 +18,7 @@ import structlog
 from rkcached import errors
 from rkcached.host.watch import Follower
 from rkcached.plan.desired import DesiredModel
-from rkcached.plan.planner import Build
+from rkcached.plan.records import Build
 from rkcached.reconcile.actions import publish_artifact
 from rkcached.reconcile.announcer import Announcer
 from rkcached.reconcile.build_queue import BuildQueue

@@ -32,7 +32,7 @@ from rkcached.errors import (
 from rkcached.host import disk
 from rkcached.messages.template import ChatTemplate, Message
 from rkcached.plan.desired import DesiredModel
-from rkcached.plan.planner import Build, over_budget
+from rkcached.plan.records import Build, over_budget
 from rkcached.plan.worker_model import worker_model
 from rkcached.reconcile.build_queue import REQUESTED
 from rkcached.sources.manifest import CacheConfig, EngineConfig

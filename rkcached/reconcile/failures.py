@@ -12,7 +12,7 @@ from dataclasses import replace
 
 from rkcached import errors
 from rkcached.plan.desired import Desired, DesiredModel
-from rkcached.plan.planner import MAX_RETRY_S, Verdict, VerdictKind
+from rkcached.plan.records import MAX_RETRY_S, Verdict, VerdictKind
 from rkcached.sources.records import Key, Trouble
 
 QUARANTINE_AFTER = 3

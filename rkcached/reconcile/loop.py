@@ -26,7 +26,7 @@ from rkcached import errors
 from rkcached.host.systemd import Service
 from rkcached.host.watch import Follower, places
 from rkcached.plan.desired import DesiredModel
-from rkcached.plan.planner import Build, State
+from rkcached.plan.records import Build, State
 from rkcached.reconcile.actions import Actor
 from rkcached.reconcile.announcer import Announcer
 from rkcached.reconcile.build_queue import REQUESTED, BuildQueue, next_retry_at

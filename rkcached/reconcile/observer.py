@@ -17,7 +17,8 @@ from rkcached import errors
 from rkcached.host import disk
 from rkcached.messages.sandbox import Renderer
 from rkcached.plan.desired import Desired, DesiredModel, Resolver
-from rkcached.plan.planner import (
+from rkcached.plan.planner import assess, plan
+from rkcached.plan.records import (
     Action,
     Assessment,
     Build,
@@ -26,8 +27,6 @@ from rkcached.plan.planner import (
     Observed,
     Verdict,
     VerdictKind,
-    assess,
-    plan,
 )
 from rkcached.sources.manifest import Manifest
 from rkcached.sources.reader import SourceReader

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 from rkcached.errors import ManifestError, StoreError
 from rkcached.host.digests import Digests, Reading
 from rkcached.plan.desired import Desired, DesiredModel
-from rkcached.plan.planner import Assessment, Retired, State
+from rkcached.plan.records import Assessment, Retired, State
 from rkcached.reconcile.index import FreshIndex
 from rkcached.sources.manifest import Manifest
 from rkcached.sources.records import Key, Trouble

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from rkcached.errors import RkcachedError, SourceError
-from rkcached.plan.planner import Adopt, Assessment, Build, State
+from rkcached.plan.records import Adopt, Assessment, Build, State
 from rkcached.sources.records import Key
 from rkcached.store.sidecar import StoredArtifact
 

@@ -20,7 +20,7 @@ import structlog
 from rkcached import errors
 from rkcached.engines.base import RunStats
 from rkcached.plan.desired import DesiredModel
-from rkcached.plan.planner import State
+from rkcached.plan.records import State
 from rkcached.plan.worker_model import worker_model
 from rkcached.reconcile.events import Events
 from rkcached.reconcile.loop import Reconciler

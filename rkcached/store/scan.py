@@ -17,7 +17,7 @@ from rkcached.engines.registry import ENGINES
 from rkcached.errors import SourceError
 from rkcached.host.beneath import is_folder
 from rkcached.host.digests import Digests, Signature, settled, signature_of
-from rkcached.plan.planner import Retired
+from rkcached.plan.records import Retired
 from rkcached.sources.manifest import NAME
 from rkcached.sources.records import Key
 from rkcached.store.sidecar import Inventory, Sidecar, StoredArtifact, Unreadable, parse_sidecar

@@ -16,7 +16,7 @@ import msgspec
 
 from rkcached.host.digests import Signature
 from rkcached.plan.fingerprint import fingerprint
-from rkcached.plan.planner import Artifact, Retired, Verdict
+from rkcached.plan.records import Artifact, Retired, Verdict
 from rkcached.sources.records import Key
 
 FORMAT_VERSION = 1

@@ -32,7 +32,8 @@ from rkcached.errors import RequestError
 from rkcached.host import disk
 from rkcached.host.watch import Watcher
 from rkcached.plan.desired import DesiredModel
-from rkcached.plan.planner import Blocked, State, plan
+from rkcached.plan.planner import plan
+from rkcached.plan.records import Blocked, State
 from rkcached.reconcile import actions, failures, loop, observer, wake
 from rkcached.reconcile.events import Event, Events
 from rkcached.reconcile.loop import Reconciler

@@ -27,7 +27,7 @@ from rkcached.errors import ManifestError, SourceError
 from rkcached.host import isolated
 from rkcached.host.digests import Digests
 from rkcached.plan.fingerprint import fingerprint
-from rkcached.plan.planner import MAX_RETRY_S
+from rkcached.plan.records import MAX_RETRY_S
 from rkcached.reconcile.failures import verdict_on
 from rkcached.sources.manifest import parse
 from rkcached.sources.records import Key

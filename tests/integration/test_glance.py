@@ -14,7 +14,7 @@ import pytest
 from conftest import Workspace
 
 from rkcached.host.watch import Watcher, places
-from rkcached.plan.planner import State
+from rkcached.plan.records import State
 from rkcached.reconcile.loop import Reconciler
 from rkcached.sources.records import Key
 from rkcached.store.sidecar import Inventory, Sidecar, StoredArtifact

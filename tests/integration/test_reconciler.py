@@ -11,7 +11,7 @@ import pytest
 from conftest import Workspace
 
 from rkcached.errors import Aborted, SourceError, StoreError, Uncacheable
-from rkcached.plan.planner import State
+from rkcached.plan.records import State
 from rkcached.reconcile.loop import Reconciler
 from rkcached.sources.records import Key
 from rkcached.store.sidecar import StoredArtifact

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 from rkcached.cli.service_view import Seen, ServiceView
-from rkcached.plan.planner import Blocked, Build
+from rkcached.plan.records import Blocked, Build
 from rkcached.reconcile.observer import Observer
 from rkcached.sources.manifest_file import read_manifest
 from rkcached.sources.records import Key, Trouble

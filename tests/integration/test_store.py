@@ -26,7 +26,7 @@ import pytest
 from rkcached.errors import StoreError, StoreLocked
 from rkcached.host.digests import Digests
 from rkcached.plan.fingerprint import fingerprint
-from rkcached.plan.planner import Retired, Verdict, VerdictKind
+from rkcached.plan.records import Retired, Verdict, VerdictKind
 from rkcached.sources.records import Key, Trouble
 from rkcached.store.marks import TAG
 from rkcached.store.scan import STAGING

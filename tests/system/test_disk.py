@@ -20,7 +20,7 @@ from conftest import Workspace, need
 from test_serving import content, right_answer
 
 from rkcached.errors import ArtifactLoadError, EngineError, NoRoom, VerifyFailed, WorkerDied
-from rkcached.plan.planner import VerdictKind
+from rkcached.plan.records import VerdictKind
 from rkcached.reconcile.builder import _blame_disk
 from rkcached.reconcile.failures import verdict_on
 from tests.waiting import BEFORE_RESCAN_S, wait_until

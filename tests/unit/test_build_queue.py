@@ -8,7 +8,7 @@ from pathlib import Path
 from rkcached.host.watch import Writing
 from rkcached.plan.desired import Desired
 from rkcached.plan.fingerprint import Fingerprint, fingerprint
-from rkcached.plan.planner import Assessment, Blocked, Build, State
+from rkcached.plan.records import Assessment, Blocked, Build, State
 from rkcached.reconcile.build_queue import REQUESTED, BuildQueue, next_retry_at
 from rkcached.reconcile.observer import Observation
 from rkcached.sources.manifest import parse

@@ -13,7 +13,7 @@ import pytest
 
 from rkcached.host.settings import Settings
 from rkcached.plan.fingerprint import fingerprint
-from rkcached.plan.planner import State, VerdictKind
+from rkcached.plan.records import State, VerdictKind
 from rkcached.reconcile.failures import QUARANTINE_AFTER
 from rkcached.store.sidecar import Figures, Sidecar
 from rkcached.store.store import MAX_QUARANTINED

@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rkcached.plan.fingerprint import Fingerprint, fingerprint
-from rkcached.plan.planner import (
+from rkcached.plan.planner import assess, plan
+from rkcached.plan.records import (
     PASSING_RETRY_S,
     Action,
     Adopt,
@@ -26,9 +27,7 @@ from rkcached.plan.planner import (
     State,
     Verdict,
     VerdictKind,
-    assess,
     over_budget,
-    plan,
     too_short,
 )
 from rkcached.sources.records import Key, Trouble

@@ -11,7 +11,7 @@ import pytest
 from rkcached.host.digests import Digests, Reading
 from rkcached.plan.desired import Desired
 from rkcached.plan.fingerprint import fingerprint
-from rkcached.plan.planner import Assessment, DesiredPrompt, State
+from rkcached.plan.records import Assessment, DesiredPrompt, State
 from rkcached.reconcile.snapshot import BuildProgress, Published, Snapshot
 from rkcached.sources.manifest import parse
 from rkcached.sources.records import Key

@@ -15,9 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from rkcached.api import words
-from rkcached.plan.planner import (
-    urgency,
-)
+from rkcached.plan.records import urgency
 
 WIDE = 110
 """Columns from which the table has room for notes; on a narrower terminal they follow it."""
