@@ -2,16 +2,11 @@
 
 The names that events have are passed on as hints where to look first; nothing depends on them.
 
-Watches folders, not files, because editors replace files; of each path it watches every folder in
-which a link on the way lies, so that a retargeted link or a swapped `..data` folder is noticed; and
-each folder on the way for being moved or deleted itself. A folder that does not exist yet is
-awaited in its nearest existing ancestor.
-
-watchdog watches. Its `InotifyFD` reads one inotify descriptor in one thread, whatever the number of
-folders; when the kernel drops events, it sends one for that, too. Where the kernel has no room for
-a watch, and on file systems that other machines change, its polling observer looks at the same
-places. Its threads only post to the event loop. Whatever all of them miss is found when the
-reconciler looks again, once a minute.
+`trails` finds the folders to watch, and watchdog watches them. Its `InotifyFD` reads one inotify
+descriptor in one thread, whatever the number of folders; when the kernel drops events, it sends one
+for that, too. Where the kernel has no room for a watch, and on file systems that other machines
+change, its polling observer looks at the same places. Its threads only post to the event loop.
+Whatever all of them miss is found when the reconciler looks again, once a minute.
 """
 
 from __future__ import annotations
@@ -23,9 +18,8 @@ import itertools
 import os
 import threading
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Protocol
 
 import structlog
@@ -40,6 +34,7 @@ from watchdog.observers.inotify_c import (
 )
 
 from rkcached.host.poll import Poller
+from rkcached.host.trails import Place
 
 log = structlog.get_logger()
 
@@ -67,25 +62,6 @@ POLL_S = 1.0
 REMOTE_POLL_S = 5.0
 """The same for remote file systems, where each poll may cost requests to another machine."""
 
-REMOTE = frozenset(
-    [
-        "9p",
-        "afs",
-        "beegfs",
-        "ceph",
-        "cifs",
-        "fuse",
-        "lustre",
-        "nfs",
-        "nfs4",
-        "smb3",
-        "vboxsf",
-        "virtiofs",
-    ]
-)
-"""Types of file systems that may change without an event on this machine; so may all named
-`fuse.*`."""
-
 _WRITTEN = Mask(InotifyConstants.IN_MODIFY)
 _NOT_WRITTEN = Mask(
     # Whoever wrote to it has closed it, or this is another file.
@@ -99,35 +75,8 @@ _NOT_WRITTEN = Mask(
 # After so long without a write, a file counts as closed.
 _FORGET_S = 60.0
 
-# As the kernel's own limit for links on one path.
-_MAX_LINKS = 40
-
 # So many names of changed files are kept for the event loop; more only mean that much changed.
 _MAX_NAMES = 1000
-
-# Stands for a file of a folder, whatever its name.
-_ANY = "any"
-
-
-@dataclass(frozen=True, slots=True)
-class Place:
-    """The parts of a folder that matter."""
-
-    names: set[str] | None
-    """None: everything in it; empty: only the folder itself."""
-    identity: tuple[int, int] | None
-    """Device and inode, which the folder that replaces it does not share. None: it is not there."""
-    remote: bool = False
-    """Whether it may change without an event, because other machines use its file system, too."""
-
-    @property
-    def events(self) -> Mask:
-        if self.names is not None and not self.names:
-            return _ITSELF
-        return _CONTENT
-
-    def follows(self, name: str) -> bool:
-        return self.names is None or name in self.names
 
 
 @dataclass(frozen=True, slots=True)
@@ -217,9 +166,7 @@ class Watcher:
             return error, wanted
 
         for folder, watch in list(self._watches.items()):
-            now = wanted.get(folder)
-            old = watch.place
-            if now is None or now.identity != old.identity or now.events != old.events:
+            if not watch.suits(wanted.get(folder)):
                 del self._watches[folder]
                 self._listener.forget(folder, watch.number)
                 inotify.remove_callbacks([(watch.number, watch.id)])
@@ -237,7 +184,7 @@ class Watcher:
             except (FileNotFoundError, NotADirectoryError):
                 added = True  # it went after it was looked at
             except OSError as error:
-                if isinstance(error, PermissionError) and place.events == _ITSELF:
+                if isinstance(error, PermissionError) and place.is_only_itself:
                     continue  # the next look finds out that a folder on the way was moved
                 trouble = error
                 unwatched[folder] = place
@@ -266,7 +213,8 @@ class Watcher:
         The folder may have been replaced since its place was read: the next look sees that.
         """
         callback = CallbackId(next(self._ids))
-        number = inotify.add_callback(os.fsencode(folder), place.events, self._listener, callback)
+        mask = _ITSELF if place.is_only_itself else _CONTENT
+        number = inotify.add_callback(os.fsencode(folder), mask, self._listener, callback)
         if number < 0:  # watchdog passes over a missing permission
             inotify.remove_callbacks([(number, callback)])
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), folder)
@@ -316,7 +264,13 @@ class _Watch:
     number: WatchDescriptor
     id: CallbackId
     place: Place
-    """The mask that the watch was made with."""
+    """The place that the watch was made for."""
+
+    def suits(self, place: Place | None) -> bool:
+        """Whether it watches the folder of this place, for the events that matter there."""
+        if place is None or place.identity != self.place.identity:
+            return False
+        return place.is_only_itself == self.place.is_only_itself
 
 
 @dataclass(slots=True)
@@ -410,104 +364,6 @@ class _Listener(WatchCallback):
 
         if news is not None:
             self._take(news)
-
-
-def places(files: Iterable[Path], folders: Iterable[Path]) -> dict[str, Place]:
-    """The places where these files and folders may change; they need not exist.
-
-    Reads links: may block.
-    """
-    entries: dict[str, set[str] | None] = {}
-
-    def add(folder: str, name: str) -> None:
-        if (names := entries.setdefault(folder, set())) is not None and name:
-            names.add(name)
-
-    by_folder: dict[Path, list[str]] = defaultdict(list)
-    for path in files:
-        by_folder[path.parent].append(path.name)
-    everything = set(folders)
-
-    for parent in by_folder.keys() | everything:
-        *way, (folder, last) = trail(parent / _ANY)
-        for place in way:
-            add(*place)
-        add(folder, last)
-        if last != _ANY:  # the folder does not exist
-            continue
-
-        if parent in everything:
-            entries[folder] = None
-
-        for name in by_folder.get(parent, ()):
-            for place in _trail_in(folder, name, parent):
-                add(*place)
-
-    remote = _remote_devices()
-    return {folder: _place(folder, names, remote) for folder, names in entries.items()}
-
-
-def _trail_in(folder: str, name: str, parent: Path) -> list[tuple[str, str]]:
-    """The trail of a file in `parent`, whose own trail is known and ends in `folder`."""
-    # Paths are strings here, as events carry them.
-    if os.path.islink(os.path.join(folder, name)):  # noqa: PTH114, PTH118
-        return trail(parent / name)
-    return [(folder, name)]
-
-
-def trail(path: Path) -> list[tuple[str, str]]:
-    """The places (folder, name) whose change may change `path`, the file's real folder last.
-
-    Every link on the way is a place; so is each folder, without a name. If something on the way
-    does not exist, the last place is where it would appear.
-    """
-    places: list[tuple[str, str]] = []
-    folder = "/"
-    absolute = Path(os.path.abspath(path))  # noqa: PTH100 - it keeps links
-    rest = [part for part in absolute.parts if part != "/"]
-    links = 0
-
-    while rest:
-        name = rest[0]
-        rest = rest[1:]
-        here = os.path.join(folder, name)  # noqa: PTH118 - strings, as events carry them
-
-        if os.path.islink(here) and links < _MAX_LINKS:  # noqa: PTH114
-            links += 1
-            places.append((folder, name))
-            target = os.path.join(folder, os.readlink(here))  # noqa: PTH115, PTH118
-            folder = "/"
-            rest = [part for part in os.path.normpath(target).split("/") if part] + rest
-        elif rest and os.path.isdir(here):  # noqa: PTH112
-            folder = here
-            places.append((folder, ""))
-        else:
-            places.append((folder, name))
-            break
-
-    return places
-
-
-def _place(folder: str, names: set[str] | None, remote_devices: Collection[int]) -> Place:
-    try:
-        info = os.stat(folder)  # noqa: PTH116
-    except OSError:
-        return Place(names, None)
-    return Place(names, (info.st_dev, info.st_ino), remote=info.st_dev in remote_devices)
-
-
-def _remote_devices() -> set[int]:
-    """The devices of all mounted file systems that may change without an event."""
-    devices = set()
-    with contextlib.suppress(OSError):  # without /proc, none is known
-        for line in Path("/proc/self/mountinfo").read_text(errors="replace").splitlines():
-            mount, _, source = line.partition(" - ")
-            kind = source.partition(" ")[0]
-            if kind in REMOTE or kind.startswith("fuse."):
-                major, minor = mount.split()[2].split(":")
-                devices.add(os.makedev(int(major), int(minor)))
-
-    return devices
 
 
 def _hint(error: OSError) -> str:

@@ -24,7 +24,8 @@ import structlog
 
 from rkcached import errors
 from rkcached.host.systemd import Service
-from rkcached.host.watch import Follower, places
+from rkcached.host.trails import places
+from rkcached.host.watch import Follower
 from rkcached.plan.desired import DesiredModel
 from rkcached.plan.records import Build, State
 from rkcached.reconcile.actions import Actor

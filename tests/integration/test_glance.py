@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 from conftest import Workspace
 
-from rkcached.host.watch import Watcher, places
+from rkcached.host.trails import places
+from rkcached.host.watch import Watcher
 from rkcached.plan.records import State
 from rkcached.reconcile.loop import Reconciler
 from rkcached.sources.records import Key

@@ -15,7 +15,8 @@ from pathlib import Path
 import pytest
 
 from rkcached.host.poll import Poller
-from rkcached.host.watch import Watcher, places
+from rkcached.host.trails import places
+from rkcached.host.watch import Watcher
 from tests.waiting import wait_until
 
 FOLDERS = 40

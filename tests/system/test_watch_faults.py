@@ -243,7 +243,7 @@ def test_a_file_system_that_other_machines_change(workspace: Workspace) -> None:
     for folder in (lower, merged, workspace.root / "empty"):
         folder.mkdir()
     mount = f"mount -t overlay overlay -o lowerdir={lower}:{workspace.root}/empty {merged}"
-    workspace.hurry(host__watch__REMOTE={"overlay"}, host__watch__REMOTE_POLL_S=1.0)
+    workspace.hurry(host__trails__REMOTE={"overlay"}, host__watch__REMOTE_POLL_S=1.0)
     workspace.launcher = [*in_namespace(mount), *workspace.launcher]
     workspace.memory_model()
     workspace.write("lower/a.md", "You are prompt A.\n")
