@@ -36,7 +36,8 @@ from rkcached.plan.desired import DesiredModel
 from rkcached.reconcile.loop import Reconciler
 from rkcached.serving.dispatcher import Serving
 from rkcached.serving.models import find_model
-from rkcached.sources.manifest import NAME, NAME_RULE, RESERVED_PROMPT
+from rkcached.sources.manifest import RESERVED_PROMPT
+from rkcached.sources.problems import NAME, NAME_RULE
 from rkcached.sources.reader import MAX_PROMPT_BYTES
 from rkcached.sources.records import Key
 from rkcached.sources.stored_texts import StoredTexts

@@ -18,8 +18,9 @@ from rkcached.host.digests import Digests
 from rkcached.host.settings import Settings
 from rkcached.messages.sandbox import Renderer
 from rkcached.plan.desired import Desired, Resolver, cut_contexts
-from rkcached.sources.manifest import EngineConfig, Manifest, parse_usable
+from rkcached.sources.manifest import EngineConfig, Manifest
 from rkcached.sources.manifest_file import manifest_text
+from rkcached.sources.parser import parse_usable
 from rkcached.sources.reader import SourceReader
 from rkcached.sources.records import Key, RuntimeSource, Sources, Trouble
 

@@ -16,7 +16,8 @@ from rkcached import errors
 from rkcached.engines.registry import ENGINES
 from rkcached.host.access import refusal
 from rkcached.host.digests import Signature, settled, signature_of
-from rkcached.sources.manifest import Manifest, parse
+from rkcached.sources.manifest import Manifest
+from rkcached.sources.parser import parse
 from rkcached.sources.reader import links, utf8
 from rkcached.sources.stored_texts import StoredTexts
 

@@ -25,7 +25,8 @@ from rkcached.errors import RkcachedError, SourceError
 from rkcached.host.access import Refusal, refusal
 from rkcached.host.digests import Digests, Signature, settled, signature_of
 from rkcached.messages.builtin import BUILTIN
-from rkcached.sources.manifest import NAME, EngineConfig, Manifest, ModelConfig
+from rkcached.sources.manifest import EngineConfig, Manifest, ModelConfig
+from rkcached.sources.problems import NAME
 from rkcached.sources.records import (
     Declaration,
     Key,

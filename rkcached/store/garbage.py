@@ -19,7 +19,7 @@ from typing import Any
 from rkcached.errors import StoreError
 from rkcached.host import beneath
 from rkcached.plan.records import Action, Adopt, Remove, Retire
-from rkcached.sources.manifest import NAME
+from rkcached.sources.problems import NAME
 from rkcached.sources.records import Key
 from rkcached.store import marks
 from rkcached.store.scan import prompt_of

@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from rkcached.host import beneath, disk
-from rkcached.sources.manifest import NAME
+from rkcached.sources.problems import NAME
 from rkcached.sources.records import Key
 from rkcached.store.scan import CACHE_SUFFIXES, prompt_of, read_sidecar
 from rkcached.store.sidecar import Sidecar

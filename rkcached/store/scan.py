@@ -18,7 +18,7 @@ from rkcached.errors import SourceError
 from rkcached.host.beneath import is_folder
 from rkcached.host.digests import Digests, Signature, settled, signature_of
 from rkcached.plan.records import Retired
-from rkcached.sources.manifest import NAME
+from rkcached.sources.problems import NAME
 from rkcached.sources.records import Key
 from rkcached.store.sidecar import Inventory, Sidecar, StoredArtifact, Unreadable, parse_sidecar
 

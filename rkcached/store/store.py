@@ -37,7 +37,7 @@ from rkcached.errors import StoreError, StoreLocked
 from rkcached.host import beneath, disk
 from rkcached.host.digests import Digests, signature_of
 from rkcached.plan.records import Verdict
-from rkcached.sources.manifest import NAME
+from rkcached.sources.problems import NAME
 from rkcached.sources.records import Key
 from rkcached.store import marks
 from rkcached.store.scan import (

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from rkcached.host.digests import Digests, settled, signature_of
-from rkcached.sources.manifest import parse
 from rkcached.sources.manifest_file import ManifestFile, read_manifest
+from rkcached.sources.parser import parse
 from rkcached.sources.reader import SourceReader
 from rkcached.sources.records import Key, ModelSource, PromptSource
 from tests.exfat import exfat

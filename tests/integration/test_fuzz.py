@@ -29,7 +29,7 @@ from rkcached.host.digests import Digests
 from rkcached.plan.fingerprint import fingerprint
 from rkcached.plan.records import MAX_RETRY_S
 from rkcached.reconcile.failures import verdict_on
-from rkcached.sources.manifest import parse
+from rkcached.sources.parser import parse
 from rkcached.sources.records import Key
 from rkcached.store.sidecar import Figures, Sidecar, names_artifact, parse_sidecar
 from rkcached.store.store import Store

@@ -14,8 +14,9 @@ import pytest
 from rkcached.engines.llamacpp.gguf import inspect, read_header
 from rkcached.errors import SourceError
 from rkcached.host.digests import Digests
-from rkcached.sources.manifest import Manifest, parse
+from rkcached.sources.manifest import Manifest
 from rkcached.sources.manifest_file import inputs
+from rkcached.sources.parser import parse
 from rkcached.sources.reader import SourceReader
 from rkcached.sources.records import ModelSource, Trouble
 from rkcached.sources.stored_texts import StoredTexts

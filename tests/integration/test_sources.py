@@ -18,7 +18,7 @@ import pytest
 from rkcached.errors import StoreError
 from rkcached.host.digests import Digests, signature_of
 from rkcached.messages.builtin import BUILTIN
-from rkcached.sources.manifest import parse
+from rkcached.sources.parser import parse
 from rkcached.sources.reader import MAX_PROMPT_BYTES, SourceReader
 from rkcached.sources.records import Key, ModelSource, PromptSource, RuntimeSource, Sources, Trouble
 from rkcached.sources.stored_texts import StoredTexts

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from conftest import Workspace, need
 
-from rkcached.sources.manifest import parse
+from rkcached.sources.parser import parse
 from tests.documents import DOCS, README, ROOT, blocks, commands
 
 API = DOCS / "http-api.md"

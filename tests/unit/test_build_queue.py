@@ -11,7 +11,7 @@ from rkcached.plan.fingerprint import Fingerprint, fingerprint
 from rkcached.plan.records import Assessment, Blocked, Build, State
 from rkcached.reconcile.build_queue import REQUESTED, BuildQueue, next_retry_at
 from rkcached.reconcile.observer import Observation
-from rkcached.sources.manifest import parse
+from rkcached.sources.parser import parse
 from rkcached.sources.records import Key, RuntimeSource, Sources
 from rkcached.store.sidecar import Inventory
 

@@ -12,7 +12,8 @@ import yaml
 from rkcached.messages.builtin import BUILTIN
 from rkcached.plan.desired import Desired, DesiredModel, Resolver, cut_contexts
 from rkcached.plan.fingerprint import changes
-from rkcached.sources.manifest import Manifest, parse
+from rkcached.sources.manifest import Manifest
+from rkcached.sources.parser import parse
 from rkcached.sources.records import (
     Declaration,
     Key,

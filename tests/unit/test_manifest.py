@@ -18,8 +18,6 @@ from rkcached.engines.kinds import EngineKind
 from rkcached.errors import ManifestError, Problem
 from rkcached.messages.builtin import BUILTIN
 from rkcached.sources.manifest import (
-    NAME,
-    RKLLM_ABIS,
     FingerprintMode,
     Manifest,
     ModelConfig,
@@ -28,9 +26,10 @@ from rkcached.sources.manifest import (
     SamplingParams,
     Verify,
     json_schema,
-    parse,
-    parse_usable,
 )
+from rkcached.sources.parser import parse, parse_usable
+from rkcached.sources.problems import NAME
+from rkcached.sources.values import RKLLM_ABIS
 from rkcached.sources.yaml_reader import MAX_CHARACTERS, MAX_NODES
 
 FILE = Path("/etc/rkcached/manifest.yaml")

@@ -14,7 +14,8 @@ from typing import Any
 
 import pytest
 
-from rkcached.sources.manifest import Manifest, json_schema, parse
+from rkcached.sources.manifest import Manifest, json_schema
+from rkcached.sources.parser import parse
 
 EXAMPLE = Path(__file__).parents[2] / "etc" / "rkcached" / "manifest.example.yaml"
 TEXT = EXAMPLE.read_text(encoding="utf-8")

@@ -21,7 +21,8 @@ import pytest
 from rkcached import errors
 from rkcached.cli.main import cli
 from rkcached.host.settings import Settings
-from rkcached.sources.manifest import json_schema, parse
+from rkcached.sources.manifest import json_schema
+from rkcached.sources.parser import parse
 
 ROOT = Path(__file__).parents[2]
 COMMAND_PAGE = (ROOT / "man" / "rkcached.1").read_text(encoding="utf-8")

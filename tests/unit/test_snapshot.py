@@ -13,7 +13,7 @@ from rkcached.plan.desired import Desired
 from rkcached.plan.fingerprint import fingerprint
 from rkcached.plan.records import Assessment, DesiredPrompt, State
 from rkcached.reconcile.snapshot import BuildProgress, Published, Snapshot
-from rkcached.sources.manifest import parse
+from rkcached.sources.parser import parse
 from rkcached.sources.records import Key
 from rkcached.store.sidecar import Figures, Sidecar, StoredArtifact
 
