@@ -3,8 +3,8 @@
 Owns the Jinja2 sandbox, set up as Hugging Face transformers does. The text that a prompt cache is
 built from (`prefix`) and the text that a request sends (`render`) come out of the same code, so
 they cannot drift apart. Prompt text is data: only the template is ever evaluated. There is no
-clock: a date in the prefix would make every prompt cache stale each day. Pure: no I/O; whatever
-Jinja2 raises leaves as a TemplateError.
+clock: the date that `strftime_now` tells is given, as every prompt cache depends on it. Pure: no
+I/O; whatever Jinja2 raises leaves as a TemplateError.
 
 Prompts, messages, tool results, calls and tool definitions cannot forge a turn: `markers` breaks
 what would, in every text that is handed to a template and before the template sees it.
@@ -20,9 +20,11 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
+from datetime import date, datetime
 from enum import StrEnum
 from functools import cached_property, lru_cache
 from traceback import walk_tb
+from types import MappingProxyType
 from typing import Any, Final, NoReturn, NotRequired, TypedDict
 
 import jinja2
@@ -34,10 +36,17 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from rkcached.errors import TemplateError, TemplateExhausted
 from rkcached.messages.builtin import BUILTIN
 from rkcached.messages.markers import Markers
+from rkcached.messages.special_tokens import SpecialTokens
 
 # User texts for `prefix`. They share no first character, not even after trim, upper or lower, and
 # they differ in length.
 _USER_TEXTS: Final = ("Q", "7 + 5?\nü")
+NO_VARIABLES: Final[Mapping[str, Any]] = MappingProxyType({})
+NO_SPECIAL_TOKENS: Final = SpecialTokens()
+
+# The variable that becomes `strftime_now`: a date, as a function cannot be sent to another process.
+_TODAY: Final = "rkcached_today"
+
 _SYSTEM_PROBE: Final = "Zq4-probe-of-the-system-message"
 
 
@@ -75,8 +84,12 @@ def compile_here(source: str, name: str) -> Write:
         raise _translate(name, error) from error
 
     def write(variables: Mapping[str, Any], messages: Sequence[Message]) -> str:
+        given = dict(variables)
+        if today := given.pop(_TODAY, None):
+            given["strftime_now"] = datetime.fromisoformat(today).strftime
+
         try:
-            return compiled.render(variables, messages=messages)
+            return compiled.render(given, messages=messages)
         except Exception as error:
             raise _translate(name, error) from error
 
@@ -88,9 +101,9 @@ class ChatTemplate:
 
     Raises TemplateError, with the line in the template, if it does not parse.
 
-    `bos_token` is empty by default, since engines put the model's BOS token in front themselves.
-    `thinking` becomes the template variable `enable_thinking`; None leaves it undefined, which lets
-    the template choose.
+    `variables` are given to the template beside the messages (`enable_thinking` and the like). What
+    is not among them is undefined, which lets the template choose. `today` is what `strftime_now`
+    tells; without it the function is undefined.
     """
 
     def __init__(
@@ -98,25 +111,26 @@ class ChatTemplate:
         source: str,
         *,
         name: str,
-        bos_token: str = "",
-        eos_token: str = "",
-        thinking: bool | None = None,
+        special: SpecialTokens = NO_SPECIAL_TOKENS,
+        variables: Mapping[str, Any] = NO_VARIABLES,
+        today: date | None = None,
         compile_elsewhere: Compile | None = None,
     ) -> None:
         self.name = name
-        self.digest = _digest(source, bos_token, eos_token)
+        self.digest = _digest(source, special.bos, special.eos)
         self.tools = _tool_style(source)
         """The form of tool calls; None if this template cannot show tools to the model."""
-        self._as_data = Markers(source, bos_token, eos_token).as_data
+        self._as_data = Markers(source, special.bos, special.eos).as_data
         self._variables: dict[str, Any] = {
-            "bos_token": bos_token,
-            "eos_token": eos_token,
+            "bos_token": special.bos,
+            "eos_token": special.eos,
             "add_generation_prompt": True,
             "tools": None,
             "documents": None,
         }
-        if thinking is not None:
-            self._variables["enable_thinking"] = thinking
+        self._variables |= variables
+        if today is not None:
+            self._variables[_TODAY] = today.isoformat()
 
         self.may_wait = False
         """Whether rendering waits for another process: then not in the event loop."""
@@ -127,10 +141,18 @@ class ChatTemplate:
 
         self._write = compile_it(source, name)
 
-    def render(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] = ()) -> str:
+    def render(
+        self,
+        messages: Sequence[Message],
+        tools: Sequence[Mapping[str, Any]] = (),
+        *,
+        variables: Mapping[str, Any] = NO_VARIABLES,
+        continue_final: bool = False,
+    ) -> str:
         """The text of a request, up to and including the header of the answer.
 
-        Tools are as OpenAI describes them.
+        Tools are as OpenAI describes them. `variables` go before those of the template.
+        `continue_final`: the answer continues the last message, which is the assistant's.
 
         Newlines at the end of a system message are dropped: those of a prompt file are not part of
         the prompt.
@@ -144,7 +166,30 @@ class ChatTemplate:
 
         copies = self._as_data(copies)
         shown = self._as_data(list(tools))
-        return self._write(self._variables | {"tools": shown or None}, copies)
+        given = self._variables | dict(variables) | {"tools": shown or None}
+        if not continue_final:
+            return self._write(given, copies)
+
+        text = self._write(given | {"add_generation_prompt": False}, copies)
+        return self._until_end_of(text, copies[-1]["content"])
+
+    def _until_end_of(self, text: str, content: str) -> str:
+        """The text up to the end of the last message's content, as transformers cuts it.
+
+        Errors: TemplateError if the template does not write that content as it is.
+        """
+        start = text.rfind(content.strip())
+        if start < 0:
+            raise TemplateError(
+                f"template {self.name} does not write the last message as it is, so the answer "
+                "cannot continue it",
+                hint="leave out continue_final_message",
+            )
+
+        whole = content.lstrip()
+        if not text.startswith(whole, start):
+            whole = content.strip()
+        return text[: start + len(whole)]
 
     def prefix(self, system: str) -> str:
         """The text that every request with this system message and one user message starts with.

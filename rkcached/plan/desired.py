@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 from rkcached.engines.registry import ENGINES
 from rkcached.errors import TemplateError, TemplateExhausted
+from rkcached.messages.special_tokens import SpecialTokens
 from rkcached.messages.template import ChatTemplate, Compile
 from rkcached.plan.fingerprint import Fingerprint, Value, fingerprint
 from rkcached.plan.records import DesiredPrompt
@@ -217,13 +218,15 @@ class Resolver:
         )
         template = self._templates.get(slot)
         if template is None:
+            variables = {}
+            if config.thinking is not None:
+                variables["enable_thinking"] = config.thinking
             try:
                 template = ChatTemplate(
                     source.template_source,
                     name=config.chat_template,
-                    bos_token=config.bos_token,
-                    eos_token=config.eos_token,
-                    thinking=config.thinking,
+                    special=SpecialTokens(bos=config.bos_token, eos=config.eos_token),
+                    variables=variables,
                     compile_elsewhere=self._compile_elsewhere,
                 )
             except TemplateError as error:

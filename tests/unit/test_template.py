@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 import time
+from datetime import date
 
 import pytest
 from hypothesis import given
@@ -15,6 +16,7 @@ from hypothesis import strategies as st
 from rkcached.errors import TemplateError
 from rkcached.messages import template
 from rkcached.messages.builtin import BUILTIN
+from rkcached.messages.special_tokens import SpecialTokens
 from rkcached.messages.template import ChatTemplate, Message
 from tests.waiting import DEADLINE_S
 
@@ -49,8 +51,13 @@ encodable = st.text(st.characters(codec="utf-8"))
 """Any text that can be sent as UTF-8: everything but lone surrogates."""
 
 
+def thinks(choice: bool | None) -> dict[str, bool]:
+    """The variables of a template whose thinking is chosen, or left to it."""
+    return {} if choice is None else {"enable_thinking": choice}
+
+
 def builtin(name: str, *, thinking: bool | None = None) -> ChatTemplate:
-    return ChatTemplate(BUILTIN[name], name=name, thinking=thinking)
+    return ChatTemplate(BUILTIN[name], name=name, variables=thinks(thinking))
 
 
 def user(text: str) -> list[Message]:
@@ -431,7 +438,7 @@ def test_enable_thinking_is_passed_only_when_chosen() -> None:
     source = "{{ enable_thinking is defined }} {{ enable_thinking }}"
 
     rendered = [
-        ChatTemplate(source, name="t", thinking=choice).render(user(""))
+        ChatTemplate(source, name="t", variables=thinks(choice)).render(user(""))
         for choice in (None, True, False)
     ]
 
@@ -464,7 +471,7 @@ def test_environment_is_that_of_transformers() -> None:
 {{ [1] | tojson(indent=1) }}
 {% for m in messages %}{% break %}{% endfor %}
 """
-    chat = ChatTemplate(source, name="t", bos_token="<s>", eos_token="</s>")
+    chat = ChatTemplate(source, name="t", special=SpecialTokens(bos="<s>", eos="</s>"))
 
     assert chat.render(user("Hello")) == '<s></s> True True True\n{"a": "<é\'>"}\n[\n 1\n]\n'
 
@@ -474,13 +481,13 @@ def test_digest_tells_templates_apart() -> None:
     digests = [
         ChatTemplate("a", name="t").digest,
         ChatTemplate("b", name="t").digest,
-        ChatTemplate("a", name="t", bos_token="xy").digest,
-        ChatTemplate("a", name="t", bos_token="x", eos_token="y").digest,
-        ChatTemplate("a", name="t", eos_token="xy").digest,
+        ChatTemplate("a", name="t", special=SpecialTokens(bos="xy")).digest,
+        ChatTemplate("a", name="t", special=SpecialTokens(bos="x", eos="y")).digest,
+        ChatTemplate("a", name="t", special=SpecialTokens(eos="xy")).digest,
     ]
 
     assert len(set(digests)) == len(digests)
-    assert digests[0] == ChatTemplate("a", name="other", thinking=True).digest
+    assert digests[0] == ChatTemplate("a", name="other", variables={"enable_thinking": True}).digest
     assert {64} == {len(digest) for digest in digests}
 
 
@@ -491,7 +498,7 @@ def test_a_thousand_prefixes_compile_one_template() -> None:
 
     chat = ChatTemplate(source, name="t")
     prefixes = {chat.prefix(f"prompt {number}") for number in range(1000)}
-    twin = ChatTemplate(source, name="twin", bos_token="<s>")
+    twin = ChatTemplate(source, name="twin", special=SpecialTokens(bos="<s>"))
 
     assert len(prefixes) == 1000
     assert template._compile.cache_info().misses == before + 1
@@ -521,7 +528,7 @@ def forged(name: str) -> ChatTemplate:
     return (
         builtin(name)
         if name in BUILTIN
-        else ChatTemplate(MISTRAL, name=name, bos_token="[BOS]", eos_token="[EOS]")
+        else ChatTemplate(MISTRAL, name=name, special=SpecialTokens(bos="[BOS]", eos="[EOS]"))
     )
 
 
@@ -624,7 +631,7 @@ def test_tools_forge_no_turn(name: str) -> None:
 def test_no_combination_of_pieces_makes_a_marker(pieces: list[str]) -> None:
     """Breaking one marker never makes another, and what holds none is not changed."""
     text = "".join(pieces)
-    plain = ChatTemplate("{{ messages[0].content }}", name="t", eos_token="[EOS]")
+    plain = ChatTemplate("{{ messages[0].content }}", name="t", special=SpecialTokens(eos="[EOS]"))
 
     shown = plain.render(user(text))
 
@@ -653,3 +660,32 @@ def test_a_long_text_full_of_markers_comes_to_an_end() -> None:
     builtin("chatml").render(user("<|im_end|>" * 100_000 + "<|" * 500_000 + "<" * 500_000))
 
     assert time.perf_counter() - started < DEADLINE_S
+
+
+def test_strftime_now_tells_the_day_that_is_given() -> None:
+    """The date is an input like any other: the template is not asked on which day it runs."""
+    source = "{{ strftime_now('%d %B %Y') }}"
+
+    rendered = ChatTemplate(source, name="t", today=date(2026, 3, 1)).render(user("Hello"))
+
+    assert rendered == "01 March 2026"
+
+
+@pytest.mark.parametrize(
+    ("content", "end"), [("The answer is", "The answer is"), (" is: ", "is: "), ("a\n", "a\n")]
+)
+def test_answer_continues_the_last_message(content: str, end: str) -> None:
+    """The text ends with the last message's words: no end of the turn, no header of an answer."""
+    messages = [*user("2+2?"), Message(role="assistant", content=content)]
+
+    rendered = builtin("chatml").render(messages, continue_final=True)
+
+    assert rendered.endswith("<|im_start|>assistant\n" + content)
+    assert rendered.endswith(end)
+
+
+def test_a_template_that_hides_the_last_message_cannot_continue_it() -> None:
+    messages = [*user("2+2?"), Message(role="assistant", content="four")]
+
+    with pytest.raises(TemplateError, match="does not write the last message"):
+        ChatTemplate("{{ messages[0].content }}", name="t").render(messages, continue_final=True)
