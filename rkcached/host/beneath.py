@@ -116,6 +116,15 @@ def walk(parent: int, name: str, depth: int = 0) -> Iterator[Entry]:
     yield Entry(parent, name, info)
 
 
+def size_of(path: Path) -> int:
+    """Bytes of a file, or of all files in a folder; nothing is followed."""
+    size_bytes = 0
+    with contextlib.suppress(OSError), opened(path.parent) as parent:
+        for entry in walk(parent, path.name):
+            size_bytes += 0 if entry.is_folder else entry.info.st_size
+    return size_bytes
+
+
 def remove(
     top: Path,
     *names: str,

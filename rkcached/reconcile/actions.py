@@ -175,7 +175,7 @@ class Actor:
 
         try:
             if action.verdict is not None:
-                await asyncio.to_thread(self._store.write_verdict, key, action.verdict)
+                await asyncio.to_thread(self._store.verdicts.write, key, action.verdict)
             await asyncio.to_thread(take, key)
         except errors.StoreError as error:
             _log_trouble(not_done, action, error)
@@ -187,7 +187,7 @@ class Actor:
 
     async def _remove_retired(self, action: Remove) -> bool:
         try:
-            await asyncio.to_thread(self._store.remove_retired, action.retired)
+            await asyncio.to_thread(self._store.retired.remove, action.retired)
         except errors.StoreError as error:
             _log_trouble("retired artifact not removed", action, error)
             return False

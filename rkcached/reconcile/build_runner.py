@@ -214,7 +214,7 @@ class BuildRunner:
 
     async def _failed(self, request: BuildRequest, error: errors.RkcachedError) -> None:
         key = request.action.key
-        stored = await asyncio.to_thread(self._store.read_verdict, key)
+        stored = await asyncio.to_thread(self._store.verdicts.read, key)
         verdict = self._failures.failed(
             key, request.model, request.action.fingerprint.digest, error, stored
         )
@@ -224,7 +224,7 @@ class BuildRunner:
             self._queue.drop_model(key.model)
         if not blames_model(error):
             with contextlib.suppress(errors.StoreError):
-                await asyncio.to_thread(self._store.write_verdict, key, verdict)
+                await asyncio.to_thread(self._store.verdicts.write, key, verdict)
         self._waiters.answer(key, error)
 
     # Stopping

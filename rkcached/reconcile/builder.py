@@ -103,7 +103,7 @@ class Builder:
                 f"{action.key} changed since the build was planned", hint="it is planned again"
             )
         started = time.monotonic()
-        staged = await asyncio.to_thread(self._store.stage, action.key)
+        staged = await asyncio.to_thread(self._store.staging.begin, action.key)
         try:
             text_bytes = len(prefix.encode())
             await asyncio.to_thread(
@@ -114,7 +114,7 @@ class Builder:
             except (EngineError, WorkerDied) as error:
                 await asyncio.to_thread(_blame_disk, staged, error)
                 raise
-            size_bytes, sha256 = await asyncio.to_thread(self._store.seal, staged)
+            size_bytes, sha256 = await asyncio.to_thread(self._store.staging.seal, staged)
             limit = request.cache.max_bytes
             if limit is not None and request.claimed_bytes + size_bytes > limit:
                 trouble = over_budget(
@@ -165,7 +165,7 @@ class Builder:
                     raise NoRoom(error.message, needed_bytes=size_bytes, hint=error.hint) from error
                 raise
         finally:
-            self._store.discard(staged)
+            self._store.staging.discard(staged)
 
     async def _prefill(
         self,
@@ -244,7 +244,7 @@ def _check_room(store: Store, folder: Path, cache_bytes: int, text_bytes: int) -
             raise NoRoom(message, needed_bytes=0, hint=hint)
         needed_bytes = cache_bytes + text_bytes + (FILES * disk.BLOCK_BYTES if cache_bytes else 0)
         if space.free_bytes < needed_bytes:
-            store.release(needed_bytes - space.free_bytes)
+            store.retired.release(needed_bytes - space.free_bytes)
             space = disk.free(folder)
         if space.free_bytes < needed_bytes:
             message = (

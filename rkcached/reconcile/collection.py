@@ -62,7 +62,7 @@ class Collection:
             try:
                 for item in orphans:  # some were put aside by the look
                     if item.key is not None and not item.stays:
-                        await asyncio.to_thread(store.remove_retired_of, item.key)
+                        await asyncio.to_thread(store.retired.remove_of, item.key)
                 others = await asyncio.to_thread(remove_rubbish, store, rest, self.named)
                 self.rubbish = [*orphans, *others]
             except RkcachedError as error:

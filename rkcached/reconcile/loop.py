@@ -182,7 +182,7 @@ class Reconciler:
         Errors: StoreError.
         """
         await self.next_look()
-        await asyncio.to_thread(self._store.remove_retired_of, key)
+        await asyncio.to_thread(self._store.retired.remove_of, key)
         await self.next_look()
 
     async def collect(self, *, dry_run: bool, strangers: bool = False) -> list[Rubbish]:
@@ -226,7 +226,7 @@ class Reconciler:
             await asyncio.to_thread(self._store.quarantine, key)
             if faults >= QUARANTINE_AFTER:
                 verdict = quarantined(fingerprint, f"loading it failed {faults} times: {why}")
-                await asyncio.to_thread(self._store.write_verdict, key, verdict)
+                await asyncio.to_thread(self._store.verdicts.write, key, verdict)
 
         log.error("artifact quarantined", model=key.model, prompt=key.prompt, why=why)
         self.look_again(now=True)
@@ -535,4 +535,4 @@ class Reconciler:
         undeclared = observation.inventory.verdicts.keys() - observation.desired.prompts.keys()
         for key in undeclared:
             if key.model not in observation.sources.unlisted_models:
-                await asyncio.to_thread(self._store.clear_verdict, key)
+                await asyncio.to_thread(self._store.verdicts.clear, key)

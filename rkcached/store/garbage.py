@@ -24,7 +24,7 @@ from rkcached.sources.records import Key
 from rkcached.store import marks
 from rkcached.store.scan import prompt_of
 from rkcached.store.sidecar import Inventory
-from rkcached.store.store import Store, size_of
+from rkcached.store.store import Store
 
 ASK = "not the store's: --strangers removes it"
 NAMED = "not the store's; it stays, as the manifest names it"
@@ -204,7 +204,7 @@ def _orphans(store: Store, actions: Iterable[Action]) -> Iterator[Rubbish]:
             files = [folder / name for name in names if prompt_of(name) == action.key.prompt]
             yield Rubbish(
                 path=folder / f"{action.key.prompt}.json",
-                size_bytes=sum(map(size_of, files)),
+                size_bytes=sum(map(beneath.size_of, files)),
                 why=action.reason,
                 key=action.key,
             )
@@ -220,10 +220,13 @@ def _retired(store: Store, inventory: Inventory, actions: Iterable[Action]) -> I
 
     for artifact in inventory.retired.values():
         if artifact.fingerprint not in adopted:
-            folder = store.root / marks.RETIRED / artifact.fingerprint
+            folder = store.retired.folder(artifact.fingerprint)
             why = f"retired: built for {artifact.key}, and no prompt uses it now"
             yield Rubbish(
-                path=folder, size_bytes=size_of(folder), why=why, seen=_identity(store, folder)
+                path=folder,
+                size_bytes=beneath.size_of(folder),
+                why=why,
+                seen=_identity(store, folder),
             )
 
 
@@ -314,7 +317,7 @@ def _stranger(store: Store, names: tuple[str, ...], named: Named, *, goes: bool)
         why = ASK
 
     return Rubbish(
-        path=path, size_bytes=size_of(path), why=why, seen=seen, stays=stays, stranger=True
+        path=path, size_bytes=beneath.size_of(path), why=why, seen=seen, stays=stays, stranger=True
     )
 
 

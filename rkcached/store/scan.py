@@ -143,6 +143,15 @@ class Scan:
         _scan_rest(folder, rest, damaged, inventory)
 
 
+def model_folders(root: Path) -> Iterator[Path]:
+    """The folders of models in a store, in order of their names. Errors: OSError."""
+    with contextlib.suppress(FileNotFoundError), os.scandir(root) as entries:
+        names = sorted(
+            e.name for e in entries if NAME.fullmatch(e.name) and e.is_dir(follow_symlinks=False)
+        )
+        yield from (root / name for name in names)
+
+
 def retired_sidecar(folder: Path) -> Sidecar | str:
     """The sidecar of the artifact that a folder of the retired ones holds, or why it holds none."""
     try:

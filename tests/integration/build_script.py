@@ -23,7 +23,7 @@ def build(root: Path, text: str) -> None:
     store = Store(root / "cache")
     store.open()
     session = Session(MemoryEngine(ModelSpec(path=str(root / "m.model"), context_tokens=0)))
-    staged = store.stage(key)
+    staged = store.staging.begin(key)
     operation = protocol.Build(
         id=1,
         prefix=text,
@@ -34,9 +34,9 @@ def build(root: Path, text: str) -> None:
     )
     session.build(operation, lambda _: None, lambda: False)
     try:
-        store.seal(staged)
+        store.staging.seal(staged)
     except StoreError:
-        store.discard(staged)
+        store.staging.discard(staged)
         raise
     store.commit(key, staged, make_sidecar(key, staged.read_bytes(), text.encode()), text.encode())
     store.close()

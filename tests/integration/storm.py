@@ -45,7 +45,8 @@ from rkcached.serving.job import End, Text
 from rkcached.sources.manifest_file import ManifestFile, read_manifest
 from rkcached.sources.records import Key
 from rkcached.sources.stored_texts import StoredTexts
-from rkcached.store.store import MAX_QUARANTINED, Store
+from rkcached.store.quarantine import MAX_QUARANTINED
+from rkcached.store.store import Store
 from rkcached.worker import pool
 from rkcached.worker.gate import Gates
 from rkcached.worker.model import Backoff

@@ -29,9 +29,10 @@ from rkcached.plan.fingerprint import fingerprint
 from rkcached.plan.records import Retired, Verdict, VerdictKind
 from rkcached.sources.records import Key, Trouble
 from rkcached.store.marks import TAG
+from rkcached.store.quarantine import MAX_QUARANTINED
 from rkcached.store.scan import STAGING
 from rkcached.store.sidecar import Figures, Sidecar, StoredArtifact
-from rkcached.store.store import MAX_QUARANTINED, Store
+from rkcached.store.store import Store
 from tests.integration.test_digests import settle
 
 P, Q = Key("m", "p"), Key("m", "q")
@@ -77,9 +78,9 @@ def publish(
     store: Store, key: Key, content: str = "one", artifact: str = "", *, retire: bool = False
 ) -> StoredArtifact:
     data, prefix = contents(content)
-    staged = store.stage(key)
+    staged = store.staging.begin(key)
     staged.write_bytes(data)
-    size_bytes, sha256 = store.seal(staged)
+    size_bytes, sha256 = store.staging.seal(staged)
     sidecar = make_sidecar(key, data, prefix, artifact)
     assert (sidecar.size_bytes, sidecar.sha256) == (size_bytes, sha256)
     return store.commit(key, staged, sidecar, prefix, retire=retire)
@@ -178,7 +179,7 @@ def test_files_are_private(store: Store) -> None:
         publish(store, P)
         publish(store, Q)
         store.quarantine(Q)
-        store.write_verdict(Q, VERDICT)
+        store.verdicts.write(Q, VERDICT)
         settle(store.root / "m/p.memory_cache")
         store.scan()
         store.close()
@@ -195,7 +196,7 @@ def test_files_are_private(store: Store) -> None:
 
 def test_a_commit_clears_the_verdict_on_earlier_attempts(store: Store) -> None:
     """It succeeded."""
-    store.write_verdict(P, VERDICT)
+    store.verdicts.write(P, VERDICT)
     publish(store, P)
     assert store.scan().verdicts == {}
 
@@ -203,7 +204,7 @@ def test_a_commit_clears_the_verdict_on_earlier_attempts(store: Store) -> None:
 def test_a_commit_that_fails_leaves_the_old_artifact_and_no_rubbish(store: Store) -> None:
     """The staged file vanished: the store says so in words."""
     old = publish(store, P)
-    staged = store.stage(P)
+    staged = store.staging.begin(P)
     data, prefix = contents("two")
     with pytest.raises(StoreError, match="cannot be written: No such file"):
         store.commit(P, staged, make_sidecar(P, data, prefix), prefix)
@@ -213,18 +214,18 @@ def test_a_commit_that_fails_leaves_the_old_artifact_and_no_rubbish(store: Store
 
 def test_a_discarded_stage_is_gone(store: Store) -> None:
     """Also if it was never written, and twice."""
-    staged = store.stage(P)
-    store.discard(staged)
+    staged = store.staging.begin(P)
+    store.staging.discard(staged)
     staged.write_bytes(b"x")
     for _ in range(2):
-        store.discard(staged)
+        store.staging.discard(staged)
     assert names(store.root / "m") == set()
 
 
 def test_sealing_a_file_that_is_not_there_is_a_store_error(store: Store) -> None:
     """Never a bare OSError."""
     with pytest.raises(StoreError):
-        store.seal(store.stage(P))
+        store.staging.seal(store.staging.begin(P))
 
 
 # --- what can be wrong with an artifact ---
@@ -461,7 +462,7 @@ def test_a_file_that_the_manifest_names_is_neither_removed_nor_overwritten(
     for way in (mine, mine.resolve()):
         store.spare([way, Path("/elsewhere/q.bin")])
         with pytest.raises(StoreError, match=r"p\.bin is named by the manifest"):
-            store.stage(P)
+            store.staging.begin(P)
         store.remove(P)
         store.quarantine(P)
         assert mine.read_bytes() == contents("one")[1]
@@ -480,12 +481,12 @@ def test_a_file_that_is_not_the_store_s_is_never_overwritten(store: Store, name:
     mine.parent.mkdir()
     mine.write_text("notes of mine")
     with pytest.raises(StoreError, match=f"{name} is not the store's") as refused:
-        store.stage(P)
+        store.staging.begin(P)
     assert "gc --strangers" in refused.value.hint
     assert mine.read_text() == "notes of mine"
     mine.unlink()
     publish(store, P)
-    store.discard(store.stage(P))
+    store.staging.discard(store.staging.begin(P))
 
 
 def test_a_folder_that_is_a_link_is_neither_written_nor_emptied(
@@ -503,14 +504,14 @@ def test_a_folder_that_is_a_link_is_neither_written_nor_emptied(
             (store.root / name).rename(tmp_path / f"was {name}")
         (store.root / name).symlink_to(elsewhere)
     with pytest.raises(StoreError, match="is a link"):
-        store.stage(P)
+        store.staging.begin(P)
     with pytest.raises(StoreError, match="is a link"):
-        store.write_verdict(P, VERDICT)
+        store.verdicts.write(P, VERDICT)
     with pytest.raises(StoreError, match="is a link"):
         store.quarantine(P)
     with contextlib.suppress(StoreError):
         store.remove(P)
-    store.clear_verdict(P)
+    store.verdicts.clear(P)
     store.tidy(store.scan(), 0)
     store.close()
     store.open()
@@ -548,11 +549,11 @@ def test_a_folder_with_the_name_of_a_prompt_cache_is_not_taken_for_one(
 
 def test_a_folder_into_which_something_is_built_stays(store: Store, folder: Path) -> None:
     """Its last artifact goes while the worker has not written the next one's file yet."""
-    staged = store.stage(Q)
+    staged = store.staging.begin(Q)
     store.remove(P)
     assert names(folder) == set()
     staged.write_bytes(b"the engine's")
-    store.discard(staged)
+    store.staging.discard(staged)
     store.remove(Q)
     assert not folder.exists()
 
@@ -594,19 +595,19 @@ def test_a_verdict_comes_back_as_it_was_written(store: Store) -> None:
         needed_bytes=5,
         tokens=7,
     )
-    store.write_verdict(P, other)
-    store.write_verdict(P, VERDICT)
-    store.write_verdict(Q, other)
+    store.verdicts.write(P, other)
+    store.verdicts.write(P, VERDICT)
+    store.verdicts.write(Q, other)
     assert Store(store.root).scan().verdicts == {P: VERDICT, Q: other}
-    store.clear_verdict(P)
-    store.clear_verdict(P)
+    store.verdicts.clear(P)
+    store.verdicts.clear(P)
     assert store.scan().verdicts == {Q: other}
 
 
 @pytest.mark.parametrize("content", [b"", b"{}", b'{"fingerprint":"\xff"}', b"[" * 9999])
 def test_a_damaged_verdict_is_none(store: Store, content: bytes) -> None:
     """It costs one more attempt, no more."""
-    store.write_verdict(P, VERDICT)
+    store.verdicts.write(P, VERDICT)
     (store.root / ".verdicts/m/p.json").write_bytes(content)
     assert store.scan().verdicts == {}
 
@@ -647,10 +648,10 @@ def test_without_the_lock_nothing_is_written(tmp_path: Path) -> None:
     """A reader cannot harm the owner's store."""
     store = Store(tmp_path)
     for write in (
-        lambda: store.stage(P),
+        lambda: store.staging.begin(P),
         lambda: store.remove(P),
         lambda: store.quarantine(P),
-        lambda: store.write_verdict(P, VERDICT),
+        lambda: store.verdicts.write(P, VERDICT),
     ):
         with pytest.raises(StoreError, match="not open for writing"):
             write()
@@ -687,9 +688,9 @@ def test_what_a_build_could_not_clear_away_goes_at_the_next_look(
     store: Store, folder: Path
 ) -> None:
     """Its folder was elsewhere when it ended. What is being built now stays."""
-    left, running = store.stage(P), store.stage(Q)
+    left, running = store.staging.begin(P), store.staging.begin(Q)
     away = folder.rename(folder.with_name("away"))
-    store.discard(left)
+    store.staging.discard(left)
     away.rename(folder)
     for path in (left, running, running.with_name(running.name + ".bin")):
         path.write_bytes(b"half")
@@ -729,7 +730,7 @@ def test_what_is_not_the_stores_is_counted_once(store: Store, folder: Path) -> N
     (folder / "inner").mkdir()
     (folder / "inner/file").write_bytes(b"x" * 40)
     (store.root / "stray").symlink_to("/dev/zero")
-    store.write_verdict(Q, VERDICT)
+    store.verdicts.write(Q, VERDICT)
     (folder / "q.memory_cache").write_bytes(b"x" * 80)
     found = store.scan()
     assert found.foreign == {
@@ -984,12 +985,12 @@ def test_the_oldest_retired_artifacts_give_back_what_is_needed(store: Store) -> 
         publish(store, P, content)
         store.retire(P)
         os.utime(store.root / ".retired" / fingerprint_of(content), (at, at))
-    store.release(1)
+    store.retired.release(1)
     assert {one.fingerprint for one in store.scan().retired.values()} == {
         fingerprint_of("two"),
         fingerprint_of("six"),
     }
-    store.release(1 << 30)
+    store.retired.release(1 << 30)
     assert store.scan().retired == {}
 
 
@@ -998,7 +999,7 @@ def test_all_retired_artifacts_of_a_prompt_can_be_deleted(store: Store) -> None:
     for key, content in ((P, "one"), (P, "two"), (Q, "six")):
         publish(store, key, content)
         store.retire(key)
-    store.remove_retired_of(P)
+    store.retired.remove_of(P)
     assert only_retired(store).key == Q
 
 
@@ -1019,5 +1020,5 @@ def test_a_folder_with_a_name_that_is_no_fingerprint_is_left_alone(store: Store)
     stranger.mkdir()
     inventory = store.scan()
     store.tidy(inventory, 0)
-    store.release(1 << 30)
+    store.retired.release(1 << 30)
     assert stranger.exists()

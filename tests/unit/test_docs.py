@@ -15,8 +15,8 @@ from rkcached.host.settings import Settings
 from rkcached.plan.fingerprint import fingerprint
 from rkcached.plan.records import State, VerdictKind
 from rkcached.reconcile.failures import QUARANTINE_AFTER
+from rkcached.store.quarantine import MAX_QUARANTINED
 from rkcached.store.sidecar import Figures, Sidecar
-from rkcached.store.store import MAX_QUARANTINED
 from tests.documents import DOCS, PAGES, README, ROOT
 
 STORE = (DOCS / "store.md").read_text()

@@ -1,0 +1,95 @@
+"""Files of builds that are not published yet, beside the artifacts that they become."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import secrets
+from collections.abc import Iterable
+from pathlib import Path
+
+from rkcached.errors import StoreError
+from rkcached.host import beneath, disk
+from rkcached.sources.records import Key
+from rkcached.store.scan import STAGING, model_folders, prompt_of, strangers
+from rkcached.store.writer import Writer, make_folder
+
+
+class Staging:
+    """The files that are being built now; whatever else is staged was left behind."""
+
+    def __init__(self, writer: Writer) -> None:
+        self._writer = writer
+        self._staged: set[Path] = set()
+
+    def begin(self, key: Key) -> Path:
+        """A name in the target directory for a prompt cache to be written to.
+
+        Errors: StoreError.
+        """
+        folder = self._writer.root / key.model
+        if named := sorted(
+            path
+            for path in self._writer.spared
+            if path.parent == folder and prompt_of(path.name) == key.prompt
+        ):
+            raise StoreError(
+                f"{named[0]} is named by the manifest, and would be overwritten",
+                hint="move it out of the store, or give the prompt another name",
+            )
+
+        if in_the_way := strangers(folder, key):
+            raise StoreError(
+                f"{in_the_way[0]} is not the store's, and would be overwritten",
+                hint="move it out of the store, or let `rkcached gc --strangers` remove it",
+            )
+
+        staged = folder / f"{STAGING}{key.prompt}-{secrets.token_hex(4)}"
+
+        with self._writer.writing(folder), self._writer.folders:
+            make_folder(folder)
+            # A folder that takes no file says so before the prefill.
+            staged.touch(mode=disk.FILE_MODE)
+            staged.unlink()
+            self._staged.add(staged)
+
+        return staged
+
+    def discard(self, staged: Path) -> None:
+        """Forget a staged file. Idempotent."""
+        self._staged.discard(staged)
+        with contextlib.suppress(OSError):
+            staged.unlink()
+
+    def seal(self, staged: Path) -> tuple[int, str]:
+        """Make a staged file durable and private; returns its size in bytes and SHA-256.
+
+        Errors: StoreError.
+        """
+        with self._writer.writing(staged):
+            staged.chmod(disk.FILE_MODE)
+            with staged.open("rb") as stream:
+                os.fsync(stream.fileno())
+                digest = hashlib.file_digest(stream, "sha256").hexdigest()
+                return os.fstat(stream.fileno()).st_size, digest
+
+    def expects(self, folder: Path) -> bool:
+        """Whether a build will put its file into this folder of a model."""
+        return any(staged.parent == folder for staged in tuple(self._staged))
+
+    def remove_leftovers(self, paths: Iterable[Path]) -> None:
+        """Remove those of these staged files that no build is writing. Errors: StoreError."""
+        for path in paths:
+            if not any(path.name.startswith(staged.name) for staged in tuple(self._staged)):
+                with self._writer.writing(path):
+                    self._writer.unlink(path.parent.name, path.name)
+
+    def sweep(self) -> None:
+        """Remove what interrupted builds staged. Errors: OSError."""
+        root = self._writer.root
+
+        for folder in model_folders(root):
+            for name in beneath.names_in(root, folder.name):
+                if name.startswith(STAGING):
+                    self._writer.unlink(folder.name, name)
