@@ -38,9 +38,9 @@ from rkcached.serving.dispatcher import Serving
 from rkcached.serving.models import find_model
 from rkcached.sources.manifest import RESERVED_PROMPT
 from rkcached.sources.problems import NAME, NAME_RULE
-from rkcached.sources.reader import MAX_PROMPT_BYTES
 from rkcached.sources.records import Key
 from rkcached.sources.stored_texts import StoredTexts
+from rkcached.sources.text_files import MAX_PROMPT_BYTES
 from rkcached.store.garbage import as_data
 from rkcached.store.sidecar import StoredArtifact
 from rkcached.worker.pool import Workers

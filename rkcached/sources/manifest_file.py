@@ -18,8 +18,9 @@ from rkcached.host.access import refusal
 from rkcached.host.digests import Signature, settled, signature_of
 from rkcached.sources.manifest import Manifest
 from rkcached.sources.parser import parse
-from rkcached.sources.reader import links, utf8
+from rkcached.sources.patterns import links
 from rkcached.sources.stored_texts import StoredTexts
+from rkcached.sources.text_files import utf8
 
 log = structlog.get_logger()
 

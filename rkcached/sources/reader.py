@@ -6,15 +6,11 @@ that input alone; the scan itself never fails. Runs in a thread, one scan at a t
 
 from __future__ import annotations
 
-import codecs
 import contextlib
-import fnmatch
 import hashlib
 import os
-import re
-import shlex
 import stat
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar
@@ -26,6 +22,7 @@ from rkcached.host.access import Refusal, refusal
 from rkcached.host.digests import Digests, Signature, settled, signature_of
 from rkcached.messages.builtin import BUILTIN
 from rkcached.sources.manifest import EngineConfig, Manifest, ModelConfig
+from rkcached.sources.patterns import matches, stem
 from rkcached.sources.problems import NAME
 from rkcached.sources.records import (
     Declaration,
@@ -38,10 +35,7 @@ from rkcached.sources.records import (
     kept,
 )
 from rkcached.sources.stored_texts import StoredTexts
-
-MAX_PROMPT_BYTES = 1 << 20
-"""A prompt beyond this is a mistake: it is some 250,000 tokens."""
-
+from rkcached.sources.text_files import read_text, unusable
 
 Content = TypeVar("Content")
 
@@ -134,7 +128,7 @@ class SourceReader:
             for position, pattern in enumerate(config.prompts_from):
                 line = manifest.line_of("models", name, "prompts_from", position)
                 try:
-                    matched = tuple(_matches(pattern))
+                    matched = tuple(matches(pattern))
                 except OSError as error:
                     unlisted[name] = _unlisted(
                         Path(pattern).parent, error, "create the folder, or correct prompts_from"
@@ -146,7 +140,7 @@ class SourceReader:
                 for path in matched:
                     if path in claimed:
                         continue  # declared by name, perhaps with parameters of its own
-                    key = Key(name, _printable(_stem(path)))
+                    key = Key(name, _printable(stem(path)))
                     if not NAME.fullmatch(key.prompt):
                         # A README, or a copy that a synchronising program made.
                         skipped[_printable(path)] = None
@@ -256,7 +250,7 @@ class SourceReader:
             template = BUILTIN.get(config.chat_template)
             if template is None:
                 template = self._templates.of(
-                    (config.chat_template,), lambda files: _text(Path(files[0]))
+                    (config.chat_template,), lambda files: read_text(Path(files[0]))
                 )
         except RkcachedError as error:
             return Trouble.of(error, "chat_template")
@@ -297,7 +291,7 @@ class SourceReader:
         except RkcachedError as error:
             return Trouble.of(error)
         except OSError as error:
-            return Trouble.of(_unusable(Path(error.filename or config.path), error, "model file"))
+            return Trouble.of(unusable(Path(error.filename or config.path), error, "model file"))
 
     def _header(self, path: Path) -> Header | None:
         return self._headers.of((str(path),), lambda files: read_header(Path(files[0])))
@@ -313,7 +307,7 @@ class SourceReader:
             return digest
         except OSError as error:
             key = "lora" if noun == "LoRA adapter" else noun
-            raise _Placed(_unusable(path, error, noun), key) from error
+            raise _Placed(unusable(path, error, noun), key) from error
 
     def _runtime(self, engine: EngineConfig) -> RuntimeSource | Trouble:
         try:
@@ -357,11 +351,10 @@ def _join(files: tuple[str, ...]) -> PromptSource:
 
     for position, path in enumerate(files):
         try:
-            texts.append(
-                _text(Path(path)).rstrip("\r\n")
-            )  # the final newline is not part of a prompt
+            text = read_text(Path(path))
         except SourceError as error:
             raise _Placed(error, "files", position) from error
+        texts.append(text.rstrip("\r\n"))  # the final newline is not part of a prompt
 
     text = "\n\n".join(texts)  # as paragraphs
     if not text.strip():
@@ -372,91 +365,8 @@ def _join(files: tuple[str, ...]) -> PromptSource:
     return PromptSource(text=text, digest=hashlib.sha256(text.encode()).hexdigest())
 
 
-def _text(path: Path) -> str:
-    """The text of a file. Errors: SourceError, with what is wrong and what to do."""
-    try:
-        info = path.stat()
-        if stat.S_ISDIR(info.st_mode):
-            raise SourceError(
-                f"{path} is a directory", hint="name a file, or use prompts_from with a pattern"
-            )
-
-        if not stat.S_ISREG(info.st_mode):
-            raise SourceError(f"{path} is not a regular file", hint="name a text file")
-        if info.st_size > MAX_PROMPT_BYTES:
-            raise SourceError(
-                f"{path} has {info.st_size:,} bytes, the limit is {MAX_PROMPT_BYTES:,}",
-                hint="shorten the prompt",
-            )
-
-        return _decode(path, path.read_bytes()[: MAX_PROMPT_BYTES + 1])
-    except OSError as error:
-        raise _unusable(path, error, "file") from error
-
-
 def _files(number: int) -> str:
     return "1 file" if number == 1 else f"{number} files"
-
-
-def _decode(path: Path, data: bytes) -> str:
-    """UTF-8 text without its byte order mark, and nothing that no text has. Errors: SourceError."""
-    if b"\0" in data and not _other_encoding(data):
-        raise SourceError(
-            f"{path} contains a NUL byte at offset {data.index(0)}",
-            hint="a prompt is a UTF-8 text file, not a binary",
-        )
-    return utf8(path, data)
-
-
-def utf8(path: Path, data: bytes) -> str:
-    """The text in the file's data, without its byte order mark.
-
-    Errors: SourceError, with what the file is instead.
-    """
-    if encoding := _other_encoding(data):
-        file = shlex.quote(str(path))
-        raise SourceError(
-            f"{path} is {encoding}, not UTF-8",
-            hint=f"convert it: `iconv -f {encoding} -t UTF-8 {file} > {file}.new "
-            f"&& mv {file}.new {file}`",
-        )
-
-    try:
-        return data.decode().removeprefix("\ufeff")
-    except UnicodeDecodeError as error:
-        raise SourceError(
-            f"{path} is not UTF-8: byte 0x{data[error.start]:02x} at offset {error.start}",
-            hint="save it as UTF-8 in the editor that wrote it, "
-            "or convert it with iconv from the encoding it has",
-        ) from error
-
-
-def _other_encoding(data: bytes) -> str:
-    """The encoding by a text's byte order mark, if it is not UTF-8; empty if there is no mark."""
-    for mark, name in (
-        (codecs.BOM_UTF32_LE, "UTF-32"),  # begins as UTF-16's does
-        (codecs.BOM_UTF32_BE, "UTF-32"),
-        (codecs.BOM_UTF16_LE, "UTF-16"),
-        (codecs.BOM_UTF16_BE, "UTF-16"),
-    ):
-        if data.startswith(mark):
-            return name
-
-    return ""
-
-
-def _unusable(path: Path, error: OSError, noun: str) -> SourceError:
-    if (refused := refusal(path, error)) is not None:
-        return SourceError(f"{path} cannot be read: {refused.reason}", hint=refused.hint)
-    match error:
-        case FileNotFoundError() | NotADirectoryError():
-            return SourceError(
-                f"source missing: {path}", hint=f"put the {noun} there, or correct its path"
-            )
-        case _:
-            return SourceError(
-                f"{path} cannot be read: {error.strerror or error}", hint="see the system's log"
-            )
 
 
 def _unlisted(folder: Path, error: OSError, hint: str) -> Trouble:
@@ -467,56 +377,3 @@ def _unlisted(folder: Path, error: OSError, hint: str) -> Trouble:
 def _printable(text: str) -> str:
     """A file name as text that can be printed and sent; bytes that are not UTF-8 are escaped."""
     return text.encode(errors="backslashreplace").decode()
-
-
-def links(pattern: str) -> list[Path]:
-    """The links among the files that a prompts_from pattern names. Errors: OSError."""
-    return [Path(entry.path) for entry in _matching(pattern) if entry.is_symlink()]
-
-
-def _matches(pattern: str) -> Iterator[str]:
-    """The files that a prompts_from pattern names, sorted; and the links that cannot be followed.
-
-    Errors: OSError.
-    """
-    for entry in _matching(pattern):
-        if entry.is_file(follow_symlinks=False) or (
-            entry.is_symlink() and _may_be_read(entry.path)
-        ):
-            yield entry.path
-
-
-def _matching(pattern: str) -> list[os.DirEntry[str]]:
-    """List what a prompts_from pattern names, sorted; no hidden files, no editors' backups.
-
-    Errors: OSError.
-    """
-    folder, _, wanted = pattern.rpartition("/")
-    matches = re.compile(fnmatch.translate(wanted)).match
-
-    with os.scandir(folder or "/") as entries:
-        matching = [
-            entry
-            for entry in entries
-            if entry.name[0] != "." and entry.name[-1] != "~" and matches(entry.name)
-        ]
-
-    return sorted(matching, key=lambda entry: entry.name)
-
-
-def _stem(path: str) -> str:
-    """As `Path.stem` has it, which for thousands of files takes long."""
-    name = path.rpartition("/")[2]
-    dot = name.rfind(".")
-    return name[:dot] if 0 < dot < len(name) - 1 else name
-
-
-def _may_be_read(link: str) -> bool:
-    """Whether it leads to a file.
-
-    One that leads nowhere is a prompt in trouble: what was made of it is kept.
-    """
-    try:
-        return stat.S_ISREG(os.stat(link).st_mode)  # noqa: PTH116
-    except OSError:
-        return True

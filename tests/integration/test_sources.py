@@ -19,9 +19,10 @@ from rkcached.errors import StoreError
 from rkcached.host.digests import Digests, signature_of
 from rkcached.messages.builtin import BUILTIN
 from rkcached.sources.parser import parse
-from rkcached.sources.reader import MAX_PROMPT_BYTES, SourceReader
+from rkcached.sources.reader import SourceReader
 from rkcached.sources.records import Key, ModelSource, PromptSource, RuntimeSource, Sources, Trouble
 from rkcached.sources.stored_texts import StoredTexts
+from rkcached.sources.text_files import MAX_PROMPT_BYTES
 from tests.integration.test_digests import settle
 
 MODEL = b'{"rkcached_memory_model": 1}'
