@@ -26,8 +26,9 @@ from rkcached.api.requests import (
 from rkcached.engines.base import Sampling
 from rkcached.engines.registry import ENGINES
 from rkcached.errors import RequestError
+from rkcached.messages.message import Message
 from rkcached.messages.reply import Reply
-from rkcached.messages.template import ChatTemplate, Message, ToolStyle
+from rkcached.messages.template import ChatTemplate, ToolStyle
 from rkcached.plan.desired import DesiredModel
 from rkcached.reconcile.snapshot import Published, Snapshot
 from rkcached.serving.embeddings import EmbeddingInput

@@ -21,7 +21,8 @@ from pydantic import (
 )
 
 from rkcached.api.bounds import MAX_TOKEN_IDS, MAX_VALUES, ArgumentsBudget
-from rkcached.messages.template import Message, ToolStyle
+from rkcached.messages.message import Message
+from rkcached.messages.template import ToolStyle
 
 _INT32 = 2**31
 _INT63 = 2**63

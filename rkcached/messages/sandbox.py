@@ -33,7 +33,8 @@ from typing import Any
 from rkcached.errors import TemplateError, TemplateExhausted
 from rkcached.host import isolated
 from rkcached.messages import template
-from rkcached.messages.template import Message, Write
+from rkcached.messages.message import Message
+from rkcached.messages.template import Write
 
 RENDER_TIMEOUT_S = 2.0
 """A render takes a millisecond. An overloaded board may take a hundred times as long."""

@@ -25,7 +25,7 @@ from enum import StrEnum
 from functools import cached_property, lru_cache
 from traceback import walk_tb
 from types import MappingProxyType
-from typing import Any, Final, NoReturn, NotRequired, TypedDict
+from typing import Any, Final, NoReturn
 
 import jinja2
 from jinja2 import nodes
@@ -34,8 +34,10 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from rkcached.errors import TemplateError, TemplateExhausted
+from rkcached.messages.adapt import ADAPTATIONS, Adaptation
 from rkcached.messages.builtin import BUILTIN
 from rkcached.messages.markers import Markers
+from rkcached.messages.message import Message
 from rkcached.messages.special_tokens import SpecialTokens
 
 # User texts for `prefix`. They share no first character, not even after trim, upper or lower, and
@@ -47,16 +49,7 @@ NO_SPECIAL_TOKENS: Final = SpecialTokens()
 # The variable that becomes `strftime_now`: a date, as a function cannot be sent to another process.
 _TODAY: Final = "rkcached_today"
 
-_SYSTEM_PROBE: Final = "Zq4-probe-of-the-system-message"
-
-
-class Message(TypedDict):
-    """A message as templates get it. A call's `function` has a name and an object, `arguments`."""
-
-    role: str
-    content: str
-    tool_calls: NotRequired[list[dict[str, Any]]]
-    reasoning_content: NotRequired[str]
+_SYSTEM_PROBES: Final = ("Zq4-probe", "8 + 4 + 9.")
 
 
 class ToolStyle(StrEnum):
@@ -140,6 +133,8 @@ class ChatTemplate:
             compile_it = compile_elsewhere
 
         self._write = compile_it(source, name)
+        # The adaptations that this template needs, by name, once they were tried.
+        self._needed: dict[str, bool] = {}
 
     def render(
         self,
@@ -164,7 +159,7 @@ class ChatTemplate:
             else:
                 copies.append(message)
 
-        copies = self._as_data(copies)
+        copies = self._as_data(self._adapted(copies))
         shown = self._as_data(list(tools))
         given = self._variables | dict(variables) | {"tools": shown or None}
         if not continue_final:
@@ -172,6 +167,31 @@ class ChatTemplate:
 
         text = self._write(given | {"add_generation_prompt": False}, copies)
         return self._until_end_of(text, copies[-1]["content"])
+
+    def _adapted(self, messages: Sequence[Message]) -> Sequence[Message]:
+        """The messages in a form that this template takes: see `adapt`."""
+        for adaptation in ADAPTATIONS:
+            if any(map(adaptation.concerns, messages)) and self._needs(adaptation):
+                messages = adaptation.change(messages)
+        return messages
+
+    def _needs(self, adaptation: Adaptation) -> bool:
+        """Try the template, once for all requests. Errors: TemplateExhausted."""
+        if adaptation.name not in self._needed:
+            refused = self._refuses(adaptation.probe)
+            changed = adaptation.change(adaptation.probe)
+            self._needed[adaptation.name] = refused and not self._refuses(changed)
+        return self._needed[adaptation.name]
+
+    def _refuses(self, messages: Sequence[Message]) -> bool:
+        """Errors: TemplateExhausted."""
+        try:
+            self._write(self._variables, messages)
+        except TemplateExhausted:
+            raise
+        except TemplateError:
+            return True
+        return False
 
     def _until_end_of(self, text: str, content: str) -> str:
         """The text up to the end of the last message's content, as transformers cuts it.
@@ -200,50 +220,46 @@ class ChatTemplate:
         the common part ends where they begin. A template may look at the text before it writes, or
         treat a longer conversation otherwise: serving checks `startswith(prefix)`.
 
-        Raises TemplateError if the template refuses system messages, or writes no such text before
-        the user's.
+        A template may alter the system message: SmolLM3's takes `/no_think` out of it, and writes
+        another header. Raises TemplateError if nothing of it is left before the user's text.
         """
-        try:
-            kept = self._keeps_system
-            prefix = self._common_prefix(system)
-        except TemplateError as error:
-            self._refuse_system(error)
-
-        # Stripped, because many templates trim their messages.
-        if kept and self._as_data(system.strip()) in prefix:
-            return prefix
-
-        raise TemplateError(
-            f"template {self.name} drops the system message: it is not in the text before the "
-            "user's message",
-            hint="choose another chat_template, or one that writes the system message first",
-        )
+        nothing = self._prefix_of_nothing
+        prefix = self._common_prefix(system)
+        if system.strip() and prefix == nothing:
+            raise TemplateError(
+                f"template {self.name} leaves nothing of this system message: the text before the "
+                "user's message is the same for an empty one",
+                hint="choose another chat_template, or change the prompt",
+            )
+        return prefix
 
     @cached_property
-    def _keeps_system(self) -> bool:
-        """Whether a text that no template contains by accident comes through."""
-        return _SYSTEM_PROBE in self._common_prefix(_SYSTEM_PROBE)
+    def _prefix_of_nothing(self) -> str:
+        """The prefix of an empty system message.
+
+        Errors: TemplateError if it is that of every system message.
+        """
+        first, second = map(self._common_prefix, _SYSTEM_PROBES)
+        if first != second:
+            return self._common_prefix("")
+
+        hint = "choose another chat_template, or one that writes the system message first"
+        first, second = (self._asked(system, _USER_TEXTS[0]) for system in _SYSTEM_PROBES)
+        if first == second:
+            raise TemplateError(f"template {self.name} drops the system message", hint=hint)
+        raise TemplateError(
+            f"template {self.name} writes the system message after the user's, where no prompt "
+            "cache can hold it",
+            hint=hint,
+        )
 
     def _common_prefix(self, system: str) -> str:
-        system_message = Message(role="system", content=system)
-        texts = [
-            self.render([system_message, Message(role="user", content=text)])
-            for text in _USER_TEXTS
-        ]
-        return _common(*texts)
+        return _common(*(self._asked(system, text) for text in _USER_TEXTS))
 
-    def _refuse_system(self, error: TemplateError) -> NoReturn:
-        """Blame the system message, if the template renders without it; else raise `error`."""
-        try:
-            self.render([Message(role="user", content=_USER_TEXTS[0])])
-        except TemplateError:
-            raise error from error.__cause__
-
-        raise TemplateError(
-            f"a system message is impossible with this template: {error.message}",
-            hint="choose another chat_template, or write a .jinja file that folds the system text "
-            "into the first user message, as the built-in gemma does",
-        ) from error
+    def _asked(self, system: str, user: str) -> str:
+        return self.render(
+            [Message(role="system", content=system), Message(role="user", content=user)]
+        )
 
 
 class _Generation(Extension):

@@ -30,7 +30,8 @@ from rkcached.errors import (
     WorkerTimeout,
 )
 from rkcached.host import disk
-from rkcached.messages.template import ChatTemplate, Message
+from rkcached.messages.message import Message
+from rkcached.messages.template import ChatTemplate
 from rkcached.plan.desired import DesiredModel
 from rkcached.plan.records import Build, over_budget
 from rkcached.plan.worker_model import worker_model

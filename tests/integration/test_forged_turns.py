@@ -15,7 +15,8 @@ from rkcached.cli.launcher import small_model
 from rkcached.engines.base import ModelSpec
 from rkcached.engines.llamacpp.engine import LlamaCppEngine
 from rkcached.messages.builtin import BUILTIN
-from rkcached.messages.template import ChatTemplate, Message
+from rkcached.messages.message import Message
+from rkcached.messages.template import ChatTemplate
 
 pytestmark = pytest.mark.model
 

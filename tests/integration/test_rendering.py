@@ -12,8 +12,9 @@ import pytest
 
 from rkcached.errors import TemplateError, TemplateExhausted
 from rkcached.messages.builtin import BUILTIN
+from rkcached.messages.message import Message
 from rkcached.messages.sandbox import Renderer
-from rkcached.messages.template import ChatTemplate, Message
+from rkcached.messages.template import ChatTemplate
 from tests.waiting import wait_until
 
 MESSAGES = [Message(role="system", content="Be brief."), Message(role="user", content="Hello ü")]

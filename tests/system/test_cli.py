@@ -763,11 +763,8 @@ def test_model_missing(workspace: Workspace) -> None:
     workspace.wait_state("p", "fresh", BEFORE_RESCAN_S)
 
 
-def test_system_message_impossible(workspace: Workspace) -> None:
-    """A template without system messages blocks the prompt with a hint.
-
-    Requests without one work.
-    """
+def test_system_message_refused(workspace: Workspace) -> None:
+    """With a template without system messages, the prompt opens the user's turn, and is cached."""
     workspace.memory_model()
     template = (
         "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system role') "
@@ -778,11 +775,19 @@ def test_system_message_impossible(workspace: Workspace) -> None:
     workspace.write("p.md", "Text.")
     workspace.declare("{p: p.md}", model="    chat_template: t.jinja\n")
     workspace.start()
-    shown = workspace.wait_state("p", "blocked")
-    assert (
-        "no system role" in shown["reason"] + shown["hint"]
-        or "system message is impossible" in shown["reason"]
-    )
+    workspace.wait_state("p", "fresh")
+    report = workspace.ask("m/p")["rkcached"]
+    assert (report["state"], report["cached_tokens"]) == ("hit", len("Text.\n\n"))
+
+
+def test_system_message_dropped(workspace: Workspace) -> None:
+    """A template that drops it blocks the prompt. Requests without one work."""
+    workspace.memory_model()
+    workspace.write("t.jinja", "{{ messages[-1].content }}")
+    workspace.write("p.md", "Text.")
+    workspace.declare("{p: p.md}", model="    chat_template: t.jinja\n")
+    workspace.start()
+    assert "drops the system message" in workspace.wait_state("p", "blocked")["reason"]
     assert workspace.ask("m")["rkcached"]["state"] == "cold"
     workspace.ask("m/p", status=503)
 

@@ -20,7 +20,8 @@ from conftest import Workspace
 from rkcached.engines.base import Sampling
 from rkcached.engines.memory import expected_text
 from rkcached.messages.builtin import BUILTIN
-from rkcached.messages.template import ChatTemplate, Message
+from rkcached.messages.message import Message
+from rkcached.messages.template import ChatTemplate
 from tests.waiting import DEADLINE_S, wait_until
 
 SAMPLING = Sampling(

@@ -26,11 +26,6 @@ from rkcached.sources.records import (
 
 RULES, PLAIN, OTHER = Key("m", "rules"), Key("m", "plain"), Key("n", "rules")
 TROUBLE = Trouble(message="the file is gone", hint="bring it back")
-NO_SYSTEM = (
-    "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system') }}{% "
-    "endif %}"
-    "{% endfor %}"
-)
 PICKY = (
     "{% for m in messages %}{% if m.content == 'Be rude.' %}{{ raise_exception('not that') }}{% "
     "endif %}"
@@ -334,13 +329,13 @@ def test_a_template_that_does_not_parse_is_its_models_trouble() -> None:
     assert set(troubles(world.resolve())) == {OTHER}
 
 
-def test_a_template_that_refuses_system_messages_still_answers_requests() -> None:
+def test_a_template_that_drops_system_messages_still_answers_requests() -> None:
     """The prompts are in trouble; the model is not."""
     world = World()
-    world.templates["n"] = NO_SYSTEM + "{{ messages[-1].content }}"
+    world.templates["n"] = "{{ messages[-1].content }}"
     desired = world.resolve()
     assert set(troubles(desired)) == {OTHER}
-    assert "a system message is impossible with this template" in troubles(desired)[OTHER]
+    assert "drops the system message" in troubles(desired)[OTHER]
     assert isinstance(desired.models["n"], DesiredModel)
 
 

@@ -16,8 +16,9 @@ from hypothesis import strategies as st
 from rkcached.errors import TemplateError
 from rkcached.messages import template
 from rkcached.messages.builtin import BUILTIN
+from rkcached.messages.message import Message
 from rkcached.messages.special_tokens import SpecialTokens
-from rkcached.messages.template import ChatTemplate, Message
+from rkcached.messages.template import ChatTemplate
 from tests.waiting import DEADLINE_S
 
 SYSTEM_AND_USER = [
@@ -44,6 +45,13 @@ REFUSES_SYSTEM = (
 )
 DROPS_SYSTEM = (
     "{% for m in messages if m.role != 'system' %}<user>{{ m.content }}</user>{% endfor %}"
+)
+# As SmolLM3's template does.
+SWITCHES = (
+    "{% set text = messages[0].content %}"
+    "Mode: {{ '/no_think' if '/no_think' in text else '/think' }}\n"
+    "{{ text.replace('/no_think', '').replace('/think', '').rstrip() }}\n"
+    "User: {{ messages[1].content }}"
 )
 SYSTEM_LAST = "{{ messages[1].content }}{{ messages[0].content }}"
 
@@ -307,27 +315,46 @@ def test_other_content_is_untouched() -> None:
 
 
 def test_template_that_refuses_system_messages() -> None:
-    """A prompt cannot be cached with such a template; the error says why and what to do."""
+    """The system message opens the first user's turn, so that a prompt can be cached."""
     chat = ChatTemplate(REFUSES_SYSTEM, name="gemma2.jinja")
 
-    with pytest.raises(
-        TemplateError, match=r"^a system message is impossible .*System role not supported$"
-    ) as caught:
-        chat.prefix("Be brief.")
-
-    assert "folds the system text into the first user message" in caught.value.hint
+    assert chat.prefix("Be brief.") == "Be brief.\n\n"
+    assert chat.render(SYSTEM_AND_USER) == "Be brief.\n\nHello\n"
+    assert chat.render(TWO_TURNS).startswith(chat.prefix("Be brief."))
     assert chat.render(user("Hello")) == "Hello\n"
 
 
-@pytest.mark.parametrize("source", [DROPS_SYSTEM, SYSTEM_LAST, "{{ messages[1].content }}"])
+@pytest.mark.parametrize("source", [DROPS_SYSTEM, "{{ messages[1].content }}"])
 @pytest.mark.parametrize("system", ["Be brief.", "user", ""])
 def test_template_that_drops_the_system_message(source: str, system: str) -> None:
     """A cache without the prompt would be useless.
 
     A prompt that occurs in the template by accident is no proof.
     """
-    with pytest.raises(TemplateError, match=r"^template t drops the system message"):
+    with pytest.raises(TemplateError, match=r"^template t drops the system message$"):
         ChatTemplate(source, name="t").prefix(system)
+
+
+@pytest.mark.parametrize("system", ["Be brief.", ""])
+def test_template_that_writes_the_system_message_last(system: str) -> None:
+    """It does not drop it, and the error does not say so."""
+    with pytest.raises(TemplateError, match=r"^template t writes the system message after the"):
+        ChatTemplate(SYSTEM_LAST, name="t").prefix(system)
+
+
+def test_template_that_alters_the_system_message() -> None:
+    """A switch in the prompt works: the text before the user's is what the template makes of it."""
+    chat = ChatTemplate(SWITCHES, name="smollm3.jinja")
+
+    assert chat.prefix("Be brief. /no_think") == "Mode: /no_think\nBe brief.\nUser: "
+    assert chat.prefix("/no_think") == "Mode: /no_think\n\nUser: "
+    assert chat.prefix("Be brief.") == "Mode: /think\nBe brief.\nUser: "
+
+
+def test_template_that_leaves_nothing_of_a_system_message() -> None:
+    """Then a prompt would have no effect, and the error says what the template does to it."""
+    with pytest.raises(TemplateError, match=r"^template t leaves nothing of this system message:"):
+        ChatTemplate(SWITCHES, name="t").prefix("/think")
 
 
 def test_template_that_fails_anyway() -> None:

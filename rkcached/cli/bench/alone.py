@@ -20,7 +20,7 @@ from rkcached.cli.board import model_bytes
 from rkcached.engines.base import Sampling
 from rkcached.engines.registry import ENGINES
 from rkcached.errors import RkcachedError
-from rkcached.messages.template import Message
+from rkcached.messages.message import Message
 from rkcached.plan.desired import DesiredModel
 from rkcached.reconcile.observer import Observation, Observer
 from rkcached.sources.manifest_file import read_manifest
