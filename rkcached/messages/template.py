@@ -178,12 +178,12 @@ class ChatTemplate:
     def _needs(self, adaptation: Adaptation) -> bool:
         """Try the template, once for all requests. Errors: TemplateExhausted."""
         if adaptation.name not in self._needed:
-            refused = self._refuses(adaptation.probe)
-            changed = adaptation.change(adaptation.probe)
-            self._needed[adaptation.name] = refused and not self._refuses(changed)
+            probe = list(adaptation.probe)
+            refused = self._refuses(probe)
+            self._needed[adaptation.name] = refused and not self._refuses(adaptation.change(probe))
         return self._needed[adaptation.name]
 
-    def _refuses(self, messages: Sequence[Message]) -> bool:
+    def _refuses(self, messages: list[Message]) -> bool:
         """Errors: TemplateExhausted."""
         try:
             self._write(self._variables, messages)

@@ -128,6 +128,14 @@ def test_other_templates_get_the_ids_as_they_came(given_id: str) -> None:
     assert ChatTemplate(ANY_ID, name="t").render(called(given_id)) == f"[{given_id}]({given_id})"
 
 
+def test_a_template_that_adds_lists_has_a_system_turn() -> None:
+    """As those of Ministral 3 and Devstral 2 do: what is tried is what requests have, a list."""
+    source = "{% for m in [] + messages + [] %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+    messages = [message("system", "s"), message("user", "u")]
+
+    assert ChatTemplate(source, name="t").render(messages) == "<system>s<user>u"
+
+
 def test_templates_are_tried_once() -> None:
     """Not at each request: a template that is not built in costs a turn of another process."""
     tried: list[Any] = []
