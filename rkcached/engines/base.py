@@ -7,6 +7,10 @@ without taking the daemon along.
 The KV state is a sequence of token positions. A run reuses the longest common prefix of its
 prompt's tokens with the state and prefills only the rest; this makes a wrong or foreign state slow,
 never wrong.
+
+A prompt is text in which control tokens are written as the model's template writes them. An engine
+whose tokens a vocabulary states also takes the marks of `messages.special_tokens` in it: what
+stands between them is read without control tokens.
 """
 
 from __future__ import annotations

@@ -1,23 +1,44 @@
-"""Breaks markers in texts that are data, so that nobody can forge a turn.
+"""Keeps texts that are data from becoming structure: nobody can forge a turn, or any other token.
 
-A blank after its first character does it: `<|im_end|>` becomes `< |im_end|>`, which reads the same
-and is data to every tokenizer. A blank, because some tokenizers drop invisible characters. Pure.
+A chat template writes control tokens (`<|im_end|>`) around texts of users. Where such a text holds
+one itself, the tokenizer must read it as letters. `Markers` hides from a template every character
+of the texts that could begin a control token, and puts it back into what the template wrote. Each
+control token that appears only then was made of data, wherever the template moved, joined or cut
+the texts. Its surroundings are enclosed in marks for an engine that can tokenize a part of a text
+without control tokens, and nothing is altered; for other engines a blank after the first character
+breaks the token: `<|im_end|>` becomes `< |im_end|>`, which reads the same. A blank, because some
+tokenizers drop invisible characters.
+
+The control tokens are those that the model's tokenizer states. If none is known, they are guessed:
+the forms in which the known families write theirs, and whatever of that kind stands in the template
+itself. A guess also breaks some harmless words, and knows no form that nobody has listed. Pure.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, Final
 
-# Words that start and end turns, after their `<`: a tokenizer may know more of them than its
-# template writes.
-_MARKERS: Final = (
-    r"\|[^<>\s]{1,80}\|>",  # <|im_end|>: ChatML, Llama 3, Phi, Qwen, Granite
-    "\uff5c[^<>\\s]{1,80}\uff5c>",  # the same with fullwidth bars: DeepSeek
-    r"/?(?:start|end)_of_turn>",  # Gemma
-    r"(?:bos|eos|pad|unk)>",
-    r"/?s>",  # Llama 2, Mistral
+from rkcached.messages.special_tokens import PLAIN_END, PLAIN_START, SpecialTokens
+
+# The forms of the families' control tokens: a tokenizer may know more of them than its template
+# writes.
+_FORMS: Final = (
+    r"<\|[^<>\s]{1,80}\|>",  # <|im_end|>: ChatML, Llama 3, Phi, Qwen, Granite
+    "<\uff5c[^<>\\s]{1,80}\uff5c>",  # the same with fullwidth bars: DeepSeek
+    r"<\|(?:turn|channel|think|tool\w{0,9})>|<(?:turn|channel|tool\w{0,9})\|>",  # Gemma 4
+    r"</?(?:start|end)_of_turn>",  # Gemma
+    r"<(?:bos|eos|pad|unk)>",
+    r"</?s>",  # Llama 2, Mistral
+    r"<_[a-z]{1,32}>",  # <_user>: TeleChat2
+    "<(?:用户|AI)>",  # MiniCPM
+)
+
+# Forms that do not begin with `<`, each with what a template that writes them has in it.
+_BRACKETS: Final = (
+    ("[|", r"\[\|[a-z]{1,32}\|\]"),  # [|user|]: EXAONE
+    ("]~", r"\]~!?b[\[\]]|\[e~\["),  # ]~!b[, ]~b] and [e~[: MiniMax
 )
 
 # Marks that a template may write around messages: `<user>`, `<<SYS>>`, `[INST]` and the like.
@@ -32,38 +53,167 @@ _WORDS: Final = frozenset(
 
 _PLACEHOLDERS: Final = frozenset({"<function-name>", "<args-json-object>"})
 
+_LITERAL: Final = re.compile(r"'((?:[^'\\\n]|\\.){1,200})'|\"((?:[^\"\\\n]|\\.){1,200})\"")
+
+# Unicode's noncharacters are for the use inside a program, so no text has them: the first two
+# enclose plain text, the others stand for hidden characters.
+_NONCHARACTERS: Final = re.compile("[\ufdd0-\ufdef]")
+_FIRST_STAND_IN: Final = 0xFDD2
+_MAX_STAND_INS: Final = 0xFDEF - _FIRST_STAND_IN + 1
+_REPLACEMENT: Final = "\ufffd"
+
+
+class _Tokens:
+    """The control tokens, as a tokenizer finds them: the longest at each place."""
+
+    def __init__(self, tokens: frozenset[str]) -> None:
+        self._tokens = tokens
+        self._lengths: dict[str, tuple[int, ...]] = {}
+        for first in {token[0] for token in tokens}:
+            lengths = {len(token) for token in tokens if token[0] == first}
+            self._lengths[first] = tuple(sorted(lengths, reverse=True))
+
+        # A vocabulary may have thousands of them, which begin in a few ways.
+        beginnings = sorted({re.escape(token[:4]) for token in tokens})
+        self._beginning = re.compile("|".join(beginnings) or r"(?!)")
+        self.firsts = frozenset(self._lengths)
+
+    def places(self, text: str) -> Iterator[tuple[int, int]]:
+        """Start and end of each token in a text, also of those that overlap."""
+        at = 0
+        while match := self._beginning.search(text, at):
+            start = match.start()
+            at = start + 1
+            for length in self._lengths[text[start]]:
+                if text[start : start + length] in self._tokens:
+                    yield start, start + length
+                    break
+
+    def hides(self, word: str) -> bool:
+        """Whether a token may begin where the word does."""
+        return any(token.startswith(word) or word.startswith(token) for token in self._tokens)
+
+
+class _Guesses:
+    """The control tokens of a template whose tokenizer nobody knows."""
+
+    def __init__(self, source: str, *named: str) -> None:
+        written = {*_WRITTEN.findall(source), *named} - _WORDS - _PLACEHOLDERS
+        tokens = sorted(token for token in written if len(token) > 1)
+        forms = [*_FORMS, *map(re.escape, tokens)]
+        firsts = {"<", *(token[0] for token in tokens)}
+        for sign, form in _BRACKETS:
+            if sign in source:
+                forms.append(form)
+                firsts |= {"[", "]"}
+
+        self._pattern = re.compile("|".join(forms))
+        self.firsts = frozenset(firsts)
+
+    def places(self, text: str) -> Iterator[tuple[int, int]]:
+        at = 0
+        while match := self._pattern.search(text, at):
+            yield match.span()
+            at = match.start() + 1
+
+    def hides(self, word: str) -> bool:
+        return len(word) < 3 or self._pattern.match(word) is not None
+
 
 class Markers:
-    """The markers of one template.
+    """The control tokens of one template's model.
 
-    They are the forms in which the known families write theirs, and whatever else of that kind
-    stands in the template itself or is its bos_token or eos_token.
+    `takes_tokens`: the engine reads what stands between `PLAIN_START` and `PLAIN_END` without
+    control tokens.
     """
 
-    def __init__(self, source: str, bos_token: str, eos_token: str) -> None:
-        written = {*_WRITTEN.findall(source), bos_token, eos_token} - _WORDS - _PLACEHOLDERS
-        rests: dict[str, list[str]] = {"<": list(_MARKERS)}
-        for token in sorted(token for token in written if len(token) > 1):
-            rests.setdefault(token[0], []).append(re.escape(token[1:]))
+    def __init__(self, source: str, special: SpecialTokens, *, takes_tokens: bool = False) -> None:
+        self._tokens: _Tokens | _Guesses
+        self._encloses = takes_tokens and special.control is not None
+        if special.control is None:
+            self._tokens = _Guesses(source, special.bos, special.eos)
+        else:
+            # Templates look for some words in texts, to hide earlier reasoning for example.
+            words = {word for word in _WORDS if word in source}
+            tokens = special.control - words
+            self._tokens = _Tokens(frozenset(token for token in tokens if len(token) > 1))
 
-        # A match consumes only the first character of a marker, because markers may overlap.
-        pattern = "|".join(
-            f"{re.escape(first)}(?={'|'.join(rest)})" for first, rest in rests.items()
-        )
-        self._first_character = re.compile(pattern)
-        self._first = tuple(rests)
+        firsts = sorted(self._tokens.firsts)[:_MAX_STAND_INS]
+        self._stand_ins = [(first, chr(_FIRST_STAND_IN + at)) for at, first in enumerate(firsts)]
+        self._kept = [(self._hidden(word), word) for word in self._looked_for(source)]
 
-    def as_data(self, value: Any) -> Any:
-        """A copy in which no text, at any depth, holds a marker."""
+    def hide(self, value: Any) -> Any:
+        """A copy in which no text, at any depth, has a character that could begin a control token.
+
+        Words that the template looks for stay, and each text keeps its length.
+        """
         match value:
             case str():
-                # Most texts hold none, and this check is much faster.
-                if not any(first in value for first in self._first):
-                    return value
-                return self._first_character.sub(r"\g<0> ", value)
+                if not value.isascii():
+                    value = _NONCHARACTERS.sub(_REPLACEMENT, value)
+
+                hidden = self._hidden(value)
+                if hidden is not value:
+                    for hidden_word, word in self._kept:
+                        hidden = hidden.replace(hidden_word, word)
+                return hidden
             case list() | tuple():
-                return [self.as_data(item) for item in value]
+                return [self.hide(item) for item in value]
             case Mapping():
-                return {self.as_data(key): self.as_data(item) for key, item in value.items()}
+                return {self.hide(key): self.hide(item) for key, item in value.items()}
             case _:
                 return value
+
+    def protect(self, written: str) -> str:
+        """The text for the engine, of what a template wrote about hidden texts.
+
+        No data in it can be read as a control token.
+        """
+        text = written
+        if not written.isascii():
+            for first, stand_in in self._stand_ins:
+                text = text.replace(stand_in, first)
+        if text == written:
+            return written
+
+        parts = []
+        at = 0
+        for start, end in (*self._tokens.places(written), (len(text), len(text))):
+            if start < at:
+                continue  # the tokenizer reads the first of two that overlap
+
+            data = text[at:start]
+            if next(self._tokens.places(data), None) is not None:
+                data = f"{PLAIN_START}{data}{PLAIN_END}" if self._encloses else self._broken(data)
+            parts += [data, text[start:end]]
+            at = end
+
+        return "".join(parts)
+
+    def _hidden(self, text: str) -> str:
+        """The text itself, if it has no character that could begin a control token."""
+        for first, stand_in in self._stand_ins:
+            text = text.replace(first, stand_in)
+        return text
+
+    def _looked_for(self, source: str) -> list[str]:
+        """The words that the template may look for in a text, from a first character on."""
+        words = set(_WORDS)
+        for single, double in _LITERAL.findall(source):
+            literal = single or double
+            for first, _ in self._stand_ins:
+                _, found, rest = literal.partition(first)
+                if found:
+                    words.add(first + rest)
+
+        return [word for word in sorted(words, key=len) if not self._tokens.hides(word)]
+
+    def _broken(self, text: str) -> str:
+        """A blank after the first character of each control token, also of those that overlap."""
+        parts = []
+        at = 0
+        for start, _ in self._tokens.places(text):
+            parts += [text[at : start + 1], " "]
+            at = start + 1
+
+        return "".join([*parts, text[at:]])

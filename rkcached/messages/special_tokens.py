@@ -1,8 +1,10 @@
-"""The special tokens of a model, as its tokenizer states them. Pure."""
+"""The special tokens of a model, as its tokenizer states them, and texts without them. Pure."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Final
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -21,3 +23,28 @@ class SpecialTokens:
     """The text of the end-of-sequence token."""
     adds_bos: bool = False
     """Whether the engine puts BOS in front of a prompt itself: then the text must not have it."""
+
+
+PLAIN_START: Final = "\ufdd0"
+PLAIN_END: Final = "\ufdd1"
+"""A prompt's text between these two marks is read without control tokens: `<|im_end|>` is letters
+there. Engines that can do so drop the marks. They are noncharacters of Unicode, so no text has
+them."""
+
+
+def pieces(prompt: str) -> Iterator[tuple[str, bool]]:
+    """The parts of a prompt in order, each with whether it has control tokens.
+
+    A mark without its partner ends with the text.
+    """
+    for at, part in enumerate(prompt.split(PLAIN_START)):
+        if at == 0:
+            if part:
+                yield part, True
+            continue
+
+        plain, _, rest = part.partition(PLAIN_END)
+        if plain:
+            yield plain, False
+        if rest:
+            yield rest, True

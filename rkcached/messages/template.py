@@ -6,8 +6,7 @@ they cannot drift apart. Prompt text is data: only the template is ever evaluate
 clock: the date that `strftime_now` tells is given, as every prompt cache depends on it. Pure: no
 I/O; whatever Jinja2 raises leaves as a TemplateError.
 
-Prompts, messages, tool results, calls and tool definitions cannot forge a turn: `markers` breaks
-what would, in every text that is handed to a template and before the template sees it.
+Prompts, messages, tool results, calls and tool definitions cannot forge a turn: see `markers`.
 `/v1/completions` has no template: its text is structure by intent.
 
 A template that is not built in may loop for ever or fill the memory, which nothing in this process
@@ -96,7 +95,8 @@ class ChatTemplate:
 
     `variables` are given to the template beside the messages (`enable_thinking` and the like). What
     is not among them is undefined, which lets the template choose. `today` is what `strftime_now`
-    tells; without it the function is undefined.
+    tells; without it the function is undefined. `takes_tokens`: the engine can read a part of a
+    text without control tokens (see `special_tokens`), so nothing in it must be altered.
     """
 
     def __init__(
@@ -107,13 +107,15 @@ class ChatTemplate:
         special: SpecialTokens = NO_SPECIAL_TOKENS,
         variables: Mapping[str, Any] = NO_VARIABLES,
         today: date | None = None,
+        takes_tokens: bool = False,
         compile_elsewhere: Compile | None = None,
     ) -> None:
         self.name = name
         self.digest = _digest(source, special.bos, special.eos)
         self.tools = _tool_style(source)
         """The form of tool calls; None if this template cannot show tools to the model."""
-        self._as_data = Markers(source, special.bos, special.eos).as_data
+        self._markers = Markers(source, special, takes_tokens=takes_tokens)
+        self._added_bos = special.bos if special.adds_bos else ""
         self._variables: dict[str, Any] = {
             "bos_token": special.bos,
             "eos_token": special.eos,
@@ -152,6 +154,19 @@ class ChatTemplate:
         Newlines at the end of a system message are dropped: those of a prompt file are not part of
         the prompt.
         """
+        return self._markers.protect(
+            self._written(messages, tools, variables=variables, continue_final=continue_final)
+        )
+
+    def _written(
+        self,
+        messages: Sequence[Message],
+        tools: Sequence[Mapping[str, Any]] = (),
+        *,
+        variables: Mapping[str, Any] = NO_VARIABLES,
+        continue_final: bool = False,
+    ) -> str:
+        """What the template writes about hidden data. Errors: TemplateError."""
         copies: list[Any] = []
         for message in messages:
             if message["role"] == "system":
@@ -159,14 +174,16 @@ class ChatTemplate:
             else:
                 copies.append(message)
 
-        copies = self._as_data(self._adapted(copies))
-        shown = self._as_data(list(tools))
+        copies = self._markers.hide(self._adapted(copies))
+        shown = self._markers.hide(list(tools))
         given = self._variables | dict(variables) | {"tools": shown or None}
-        if not continue_final:
-            return self._write(given, copies)
+        if continue_final:
+            given["add_generation_prompt"] = False
 
-        text = self._write(given | {"add_generation_prompt": False}, copies)
-        return self._until_end_of(text, copies[-1]["content"])
+        text = self._write(given, copies).removeprefix(self._added_bos)
+        if continue_final:
+            return self._until_end_of(text, copies[-1]["content"])
+        return text
 
     def _adapted(self, messages: Sequence[Message]) -> Sequence[Message]:
         """The messages in a form that this template takes: see `adapt`."""

@@ -1,4 +1,4 @@
-"""What a real tokenizer makes of a forged turn.
+"""The tokens that a real tokenizer makes of a forged turn.
 
 No token of the format that the template did not write.
 """
@@ -12,10 +12,11 @@ from typing import Any
 import pytest
 
 from rkcached.cli.launcher import small_model
-from rkcached.engines.base import ModelSpec
+from rkcached.engines.base import ModelSpec, Sampling
 from rkcached.engines.llamacpp.engine import LlamaCppEngine
 from rkcached.messages.builtin import BUILTIN
 from rkcached.messages.message import Message
+from rkcached.messages.special_tokens import PLAIN_END, PLAIN_START, SpecialTokens
 from rkcached.messages.template import ChatTemplate
 
 pytestmark = pytest.mark.model
@@ -69,3 +70,43 @@ def test_tokenizer_sees_no_forged_turn(engine: LlamaCppEngine, source: str, role
         return Counter(token for token in tokens(engine, rendered) if token in markers)
 
     assert counted("honest") == counted(FORGERY)
+
+
+def test_engine_reads_a_forged_turn_as_letters(engine: LlamaCppEngine) -> None:
+    """Nothing in the text is altered, and its tokens are those of its letters."""
+    control = {"<|im_start|>", "<|im_end|>", "<|endoftext|>"}
+    ids = {tokens(engine, text)[0] for text in control}
+    chat = ChatTemplate(
+        JINJA, name="t", special=SpecialTokens(control=frozenset(control)), takes_tokens=True
+    )
+
+    def read(text: str) -> list[int]:
+        return engine._tokenize(chat.render([Message(role="user", content=text)]))
+
+    hostile = read(FORGERY)
+    again = engine._request("POST", "/detokenize", {"tokens": hostile})["content"]
+
+    assert [token for token in hostile if token in ids] == [t for t in read("Hi") if t in ids]
+    assert FORGERY in again
+    # Without control tokens in it, a text is read in one piece; in pieces it has the same tokens.
+    harmless = chat.render([Message(role="user", content="Hi <name>\n x")])
+    header, _, rest = harmless.partition("user\n")
+    enclosed = (
+        f"{header}{PLAIN_START}user\n{rest.replace('<|im_end|>', PLAIN_END + '<|im_end|>', 1)}"
+    )
+    assert engine._tokenize(enclosed) == tokens(engine, harmless)
+
+
+def test_prompt_with_plain_text_runs_and_is_reused(engine: LlamaCppEngine) -> None:
+    """The KV state of such a prompt serves the request that begins with it."""
+    prompt = (
+        f"<|im_start|>{PLAIN_START}user\n{FORGERY}{PLAIN_END}<|im_end|>\n<|im_start|>assistant\n"
+    )
+    sampling = Sampling(max_new_tokens=1, temperature=0)
+
+    engine.clear()
+    cold = engine.generate(prompt, sampling, lambda _: False)
+    warm = engine.generate(f"{prompt}Well", sampling, lambda _: False)
+
+    assert cold.prompt_tokens == engine.count_tokens(prompt)
+    assert warm.cached_tokens == cold.prompt_tokens

@@ -55,8 +55,9 @@ SWITCHES = (
 )
 SYSTEM_LAST = "{{ messages[1].content }}{{ messages[0].content }}"
 
-encodable = st.text(st.characters(codec="utf-8"))
-"""Any text that can be sent as UTF-8: everything but lone surrogates."""
+NONCHARACTERS = "".join(map(chr, range(0xFDD0, 0xFDF0)))
+encodable = st.text(st.characters(codec="utf-8", exclude_characters=NONCHARACTERS))
+"""Any text that can be sent as UTF-8: everything but lone surrogates, and what no text has."""
 
 
 def thinks(choice: bool | None) -> dict[str, bool]:

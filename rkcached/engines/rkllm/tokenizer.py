@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable
 
 from rkcached.errors import ModelLoadError
+from rkcached.messages.special_tokens import pieces
 
 Tokenize = Callable[[str], list[int]]
 
@@ -15,7 +16,7 @@ def load_tokenizer(path: str) -> Tokenize | None:
 
     A file that a training script saved may cut or pad every text: both are switched off. It may
     also put a token behind each text, which would end the prompt in the middle of the conversation:
-    only BOS is kept.
+    only BOS is kept. A part of a prompt that is plain text gets no control tokens.
     """
     if not path:
         return None
@@ -41,7 +42,11 @@ def load_tokenizer(path: str) -> Tokenize | None:
     before = _before(tokenizer.encode("a").ids, tokenizer.encode("a", add_special_tokens=False).ids)
 
     def tokenize(text: str) -> list[int]:
-        return [*before, *tokenizer.encode(text, add_special_tokens=False).ids]
+        tokens = list(before)
+        for part, has_control_tokens in pieces(text):
+            tokenizer.encode_special_tokens = not has_control_tokens  # then they are plain text
+            tokens += tokenizer.encode(part, add_special_tokens=False).ids
+        return tokens
 
     return tokenize
 
