@@ -166,7 +166,7 @@ class ChatTemplate:
         variables: Mapping[str, Any] = NO_VARIABLES,
         continue_final: bool = False,
     ) -> str:
-        """What the template writes about hidden data. Errors: TemplateError."""
+        """The template's text about hidden data. Errors: TemplateError."""
         copies: list[Any] = []
         for message in messages:
             if message["role"] == "system":

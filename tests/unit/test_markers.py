@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rkcached.messages.markers import Markers
-from rkcached.messages.special_tokens import PLAIN_END, PLAIN_START, SpecialTokens, pieces
 from rkcached.messages.message import Message
+from rkcached.messages.special_tokens import PLAIN_END, PLAIN_START, SpecialTokens, pieces
 from rkcached.messages.template import ChatTemplate
 from tests.waiting import DEADLINE_S
 
