@@ -16,10 +16,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import signal
-import socket
 import time
-from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine
 from enum import StrEnum
 from typing import Any
@@ -38,11 +35,9 @@ from rkcached.errors import (
     WorkerTimeout,
     WorkerUnavailable,
 )
-from rkcached.host import isolated
 from rkcached.worker import memory, protocol
-from rkcached.worker.lines import LibraryLines
 from rkcached.worker.model import Backoff, Deadlines, WorkerModel
-from rkcached.worker.scratch import Scratch
+from rkcached.worker.process import WorkerProcess, describe
 
 log = structlog.get_logger()
 
@@ -92,13 +87,7 @@ class Worker:
         self._backoff = backoff
         self._failures = 0
         self._retry_at = 0.0
-        self._kernel_kills = 0  # of our cgroup, when the process was started
-        self._process: asyncio.subprocess.Process | None = None
-        self._stream: tuple[asyncio.StreamReader, asyncio.StreamWriter] | None = None
-        self._frames = protocol.FrameReader()
-        self._received: deque[bytes] = deque()
-        self._lines = LibraryLines(model.name)
-        self._scratch: Scratch | None = None
+        self._process = WorkerProcess(model.name, stop_s=deadlines.stop_s)
         self._running_id = 0  # of the operation that runs; 0 for none
         self._idle_timer: asyncio.TimerHandle | None = None
         self._stopping: asyncio.Task[None] | None = None
@@ -117,7 +106,8 @@ class Worker:
 
     @property
     def pid(self) -> int | None:
-        return self._process.pid if self._process is not None else None
+        handle = self._process.handle
+        return handle.pid if handle is not None else None
 
     def retry_in_s(self) -> float:
         """How long the backoff still lasts; 0 when the worker may be started."""
@@ -140,8 +130,8 @@ class Worker:
         if self._stopping is not None:
             await asyncio.shield(self._stopping)
 
-        if self._process is not None and self.info is not None:
-            if not self._lost_scratch():
+        if self._process.handle is not None and self.info is not None:
+            if not self._process.lost_scratch():
                 return self.info
             await self._replace()
 
@@ -153,37 +143,30 @@ class Worker:
             )
         return await self._start()
 
-    def _lost_scratch(self) -> bool:
-        return self._scratch is not None and not self._scratch.is_whole()
-
     async def _replace(self) -> None:
         """End a process whose engine lost its scratch folder.
 
         This is no failure: the next process may start at once.
         """
-        folder = self._scratch.path if self._scratch is not None else ""
         self.restarts += 1
-        self.last_failure = f"its scratch folder was deleted: {folder}"
+        self.last_failure = f"its scratch folder was deleted: {self._process.scratch_dir}"
         log.warning("worker restarted", model=self.model.name, reason=self.last_failure)
         await self.stop()
 
     async def _start(self) -> EngineInfo:
         self.state = WorkerState.STARTING
-        self._lines.forget()
-        self._received.clear()
-        self._frames = protocol.FrameReader()
-
         model = self.model
+
         try:
             await self._admit(self)
-            scratch = self._scratch = Scratch()
-            process = await self._spawn(scratch)
+            process = await self._process.start()
+            await self._refuse_stopped()
             message = protocol.Start(
                 implementation=model.implementation,
-                spec=msgspec.structs.replace(model.spec, scratch_dir=scratch.path),
+                spec=msgspec.structs.replace(model.spec, scratch_dir=self._process.scratch_dir),
                 max_memory_bytes=model.max_memory_bytes,
             )
-            await self._send(message)
+            await self._process.send(message)
             answer = await self._receive(model.timeout_s or self._deadlines.start_s)
         except OSError as error:
             await self._end(kill=True)
@@ -201,7 +184,7 @@ class Worker:
         match answer:
             case protocol.Ready():
                 await self._refuse_replaced_files()
-                self._take_ready(answer, scratch, process)
+                self._take_ready(answer, process)
                 return answer.info
             case protocol.Failed():
                 await self._end()
@@ -210,6 +193,15 @@ class Worker:
                 raise refusal
             case _:
                 raise await self._broken(f"answered start with {type(answer).__name__}")
+
+    async def _refuse_stopped(self) -> None:
+        """End the process if somebody stopped the worker while it was started.
+
+        Errors: WorkerUnavailable.
+        """
+        if self.state is not WorkerState.STARTING:
+            await self._end(kill=True)
+            raise self._stopped()
 
     async def _refuse_replaced_files(self) -> None:
         """End the process if it may have loaded other files than those of its model.
@@ -227,13 +219,8 @@ class Worker:
             hint="it is looked at again; try again",
         )
 
-    def _take_ready(
-        self, answer: protocol.Ready, scratch: Scratch, process: asyncio.subprocess.Process
-    ) -> None:
-        # A scratch folder that is gone already is missed at the first operation.
-        with contextlib.suppress(OSError):
-            scratch.settle()
-
+    def _take_ready(self, answer: protocol.Ready, process: asyncio.subprocess.Process) -> None:
+        self._process.settle()
         self.info = answer.info
         self.state = WorkerState.READY
         self._watcher = asyncio.create_task(self._watch(process))
@@ -242,45 +229,14 @@ class Worker:
 
     def _explain_refusal(self, answer: protocol.Failed) -> EngineError:
         """The error of a failed load, with the reason that the library printed."""
-        refusal = self._lines.explain(protocol.engine_error(answer))
-        lines = (refusal.message, *self._lines.recent)
+        refusal = self._process.lines.explain(protocol.engine_error(answer))
+        lines = (refusal.message, *self._process.lines.recent)
         if want := memory.refused(lines, self.model.max_memory_bytes):
             return ModelLoadError(
                 f"{self.model.name} cannot be loaded: {want}",
                 hint="the log has the lines of the library",
             )
         return refusal
-
-    async def _spawn(self, scratch: Scratch) -> asyncio.subprocess.Process:
-        """Start the process, connect its socket and read what it prints.
-
-        Errors: OSError, WorkerUnavailable.
-        """
-        ours, theirs = socket.socketpair()
-        with contextlib.ExitStack() as unless_connected:
-            unless_connected.callback(ours.close)
-            self._kernel_kills = memory.kernel_kills()
-            with theirs:
-                process = self._process = await asyncio.create_subprocess_exec(
-                    *isolated.command("rkcached.worker.child", str(theirs.fileno())),
-                    pass_fds=(theirs.fileno(), scratch.lock),
-                    stdin=asyncio.subprocess.DEVNULL,
-                    stdout=asyncio.subprocess.PIPE,
-                    stderr=asyncio.subprocess.PIPE,
-                    env=isolated.environment(),
-                    cwd=scratch.path,
-                    start_new_session=True,
-                )
-            self._lines.follow(process)
-            self._stream = await asyncio.open_connection(sock=ours)
-            unless_connected.pop_all()
-
-        if self.state is not WorkerState.STARTING:
-            await self._end(kill=True)
-            raise WorkerUnavailable(
-                f"the worker of {self.model.name} was stopped", hint="try again"
-            )
-        return process
 
     async def stop(self) -> None:
         """End the process: it leaves when its socket closes, or is killed. Idempotent."""
@@ -293,7 +249,7 @@ class Worker:
             code = await self._end()
             self.state = WorkerState.STOPPED
             if code:
-                self.last_failure = f"{_describe(code)} while it was stopped"
+                self.last_failure = f"{describe(code)} while it was stopped"
                 log.warning("worker ended badly", model=self.model.name, how=self.last_failure)
         finally:
             self._stopping = None
@@ -325,7 +281,7 @@ class Worker:
         except Aborted:
             raise
         except EngineError:
-            if answering or not self._lost_scratch():
+            if answering or not self._process.lost_scratch():
                 raise
         return await self._run_once(operation, on_event)
 
@@ -336,7 +292,7 @@ class Worker:
     ) -> protocol.Result:
         await self.ensure()
         self._cancel_idle_timer()
-        self._lines.forget()
+        self._process.lines.forget()
 
         self._running_id = operation.id
         self.state = WorkerState.BUSY
@@ -357,12 +313,12 @@ class Worker:
         if operation.id != self._running_id:
             return
         with contextlib.suppress(WorkerError):
-            await self._send(protocol.Abort(id=operation.id))
+            await self._process.send(protocol.Abort(id=operation.id))
 
     async def _exchange(
         self, operation: protocol.Operation, on_event: Callable[[protocol.FromWorker], None] | None
     ) -> protocol.Result:
-        await self._send(operation)
+        await self._process.send(operation)
         while True:
             event = await self._receive(self.model.timeout_s or self._deadlines.silence_s)
             if isinstance(event, protocol.Ready) or event.id != operation.id:
@@ -376,8 +332,8 @@ class Worker:
                     self._failures = 0  # the engine refused; the worker is well
                     if on_event is not None:
                         on_event(event)
-                    await self._lines.catch_up()
-                    raise self._lines.explain(
+                    await self._process.lines.catch_up()
+                    raise self._process.lines.explain(
                         protocol.engine_error(event, self.model.trained_tokens)
                     )
                 case _:
@@ -400,42 +356,18 @@ class Worker:
         with contextlib.suppress(asyncio.CancelledError, EngineError, WorkerError):
             await running
 
-    # The wire
-
-    async def _send(self, message: protocol.ToWorker) -> None:
-        if self._stream is None:
-            raise WorkerDied(f"the worker of {self.model.name} is gone")
-        try:
-            self._stream[1].write(protocol.frame(message))
-            await self._stream[1].drain()
-        except OSError:
-            pass  # it died; the next read finds out how
-
     async def _receive(self, timeout_s: float) -> protocol.FromWorker:
         """The next event. Errors: WorkerDied, WorkerTimeout; the worker is then in backoff."""
-        if self._stream is None:
-            raise WorkerDied(f"the worker of {self.model.name} is gone")
-
-        while not self._received:
-            try:
-                async with asyncio.timeout(timeout_s):
-                    data = await self._stream[0].read(1 << 16)
-            except TimeoutError:
-                silence = f"sent nothing for {timeout_s:.0f} s"
-                raise await self._died(silence, WorkerTimeout, kill=True) from None
-            except OSError:
-                data = b""
-            if not data:
-                raise await self._died("")
-
-            self.heard = time.monotonic()
-            try:
-                self._received.extend(self._frames.feed(data))
-            except protocol.ProtocolError as error:
-                raise await self._broken(str(error)) from error
-
         try:
-            return protocol.decode_from_worker(self._received.popleft())
+            while not self._process.has_received():
+                await self._process.receive(timeout_s)
+                self.heard = time.monotonic()
+            return self._process.take()
+        except TimeoutError:
+            silence = f"sent nothing for {timeout_s:.0f} s"
+            raise await self._died(silence, WorkerTimeout, kill=True) from None
+        except EOFError:
+            raise await self._died("") from None
         except protocol.ProtocolError as error:
             raise await self._broken(str(error)) from error
 
@@ -449,16 +381,14 @@ class Worker:
         self, what: str, error_type: type[WorkerError] = WorkerDied, *, kill: bool = False
     ) -> WorkerError:
         """Classify the death, clean up, and enter backoff. Returns the error to raise."""
-        process = self._process
-        if process is None:  # it was stopped on purpose while somebody waited for it
-            return WorkerUnavailable(
-                f"the worker of {self.model.name} was stopped", hint="try again"
-            )
+        if self._process.handle is None:  # stopped on purpose while somebody waited for it
+            return self._stopped()
 
         code = await self._end(kill=kill)
-        how = what if kill else f"{_describe(code)} {what}".rstrip()
-        want = memory.refused(self._lines.recent, self.model.max_memory_bytes)
-        if want := want or memory.killed(code, self._kernel_kills):
+        how = what if kill else f"{describe(code)} {what}".rstrip()
+        lines = self._process.lines
+        want = memory.refused(lines.recent, self.model.max_memory_bytes)
+        if want := want or memory.killed(code, self._process.kernel_kills):
             how = f"{how}: {want}"
 
         self.restarts += 1
@@ -466,10 +396,13 @@ class Worker:
         retry_in_s = round(self.retry_in_s(), 2)
         log.error("worker died", model=self.model.name, how=how, retry_in_s=retry_in_s)
 
-        last = f"; its last line: {self._lines.last}" if self._lines.last else ""
+        last = f"; its last line: {lines.last}" if lines.last else ""
         return error_type(
             f"the worker of {self.model.name} {how}{last}", hint="it is restarted; try again"
         )
+
+    def _stopped(self) -> WorkerUnavailable:
+        return WorkerUnavailable(f"the worker of {self.model.name} was stopped", hint="try again")
 
     def _back_off(self, why: str) -> None:
         self._failures += 1
@@ -478,34 +411,13 @@ class Worker:
         self.state = WorkerState.BACKOFF
 
     async def _end(self, *, kill: bool = False) -> int:
-        """Close the socket, wait for the process or kill it, clean up; returns its exit code."""
+        """End the process, and clean up after it; returns its exit code."""
         self._cancel_idle_timer()
-        process = self._process
-        stream = self._stream
-        self._process = self._stream = self.info = None
-        if stream is not None:
-            stream[1].close()
-
-        code = 0
-        if process is not None:
-            if kill:
-                _kill(process)
-            try:
-                async with asyncio.timeout(self._deadlines.stop_s):
-                    code = await process.wait()
-            except TimeoutError:
-                _kill(process)
-                code = await process.wait()
-
+        self.info = None
+        code = await self._process.end(kill=kill)
         self.admitted = False
-        await self._lines.end(self._deadlines.stop_s)
-        self._clean_up()
+        await self._process.clean_up()
         return code
-
-    def _clean_up(self) -> None:
-        if self._scratch is not None:
-            self._scratch.remove()
-            self._scratch = None
 
     # Idle
 
@@ -531,7 +443,9 @@ class Worker:
     async def _watch(self, process: asyncio.subprocess.Process) -> None:
         """Notice a worker that dies between two operations."""
         await process.wait()
-        if self._process is process and self.state is WorkerState.READY and self._stopping is None:
+        if self._process.handle is not process or self._stopping is not None:
+            return
+        if self.state is WorkerState.READY:
             self._stopping = asyncio.create_task(self._bury())
 
     async def _bury(self) -> None:
@@ -547,20 +461,3 @@ async def _to_the_end(work: Coroutine[Any, Any, object]) -> None:
     while not task.done():
         with contextlib.suppress(asyncio.CancelledError):
             await asyncio.shield(task)
-
-
-def _describe(code: int) -> str:
-    """How a process ended, from its exit code."""
-    if code >= 0:
-        return f"exited with code {code}"
-    if -code == signal.SIGILL:
-        return "was killed by SIGILL: the library uses an instruction that this CPU does not have"
-    try:
-        return f"was killed by {signal.Signals(-code).name}"
-    except ValueError:
-        return f"was killed by signal {-code}"
-
-
-def _kill(process: asyncio.subprocess.Process) -> None:
-    with contextlib.suppress(ProcessLookupError):
-        process.kill()

@@ -420,8 +420,8 @@ class Storm(RuleBasedStateMachine):
     def kill_worker(self, model: str) -> None:
         self.step()
         for worker in self.workers.all():
-            if worker.model.name == model and worker._process is not None:
-                worker._process.kill()
+            if worker.model.name == model and worker._process.handle is not None:
+                worker._process.handle.kill()
                 self.kills += 1
 
     @rule()

@@ -15,6 +15,8 @@ from typing import Any
 
 from rkcached.errors import EngineError
 from rkcached.worker import child, protocol
+from rkcached.worker.model import Deadlines, WorkerModel
+from rkcached.worker.process import WorkerProcess
 from rkcached.worker.supervisor import Worker
 
 
@@ -77,10 +79,12 @@ class ThreadProcess:
         session.engine.close()
 
 
+class ThreadedWorkerProcess(WorkerProcess):
+    async def _execute(self, theirs: socket.socket, _: object) -> Any:
+        return ThreadProcess(theirs)
+
+
 class ThreadedWorker(Worker):
-    async def _spawn(self, _: object) -> Any:
-        ours, theirs = socket.socketpair()
-        process: Any = ThreadProcess(theirs)
-        self._process = process
-        self._stream = await asyncio.open_connection(sock=ours)
-        return process
+    def __init__(self, model: WorkerModel, *, deadlines: Deadlines, **options: Any) -> None:
+        super().__init__(model, deadlines=deadlines, **options)
+        self._process = ThreadedWorkerProcess(model.name, stop_s=deadlines.stop_s)

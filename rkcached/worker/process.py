@@ -1,0 +1,171 @@
+"""The process of a worker: its socket, its scratch folder, and the lines that it prints.
+
+It is started, heard and ended here; what that means for the worker is for `supervisor` to say.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import signal
+import socket
+from collections import deque
+
+from rkcached.errors import WorkerDied
+from rkcached.host import isolated
+from rkcached.worker import memory, protocol
+from rkcached.worker.lines import LibraryLines
+from rkcached.worker.scratch import Scratch
+
+_READ_BYTES = 1 << 16
+
+
+class WorkerProcess:
+    """One process after the other. On the event loop."""
+
+    def __init__(self, model: str, *, stop_s: float) -> None:
+        """`stop_s`: seconds from asking a process to leave to killing it."""
+        self._model = model
+        self._stop_s = stop_s
+        self.handle: asyncio.subprocess.Process | None = None
+        """The process that runs now."""
+        self.lines = LibraryLines(model)
+        self.kernel_kills = 0
+        """Of our cgroup, when the process was started."""
+        self._stream: tuple[asyncio.StreamReader, asyncio.StreamWriter] | None = None
+        self._frames = protocol.FrameReader()
+        self._received: deque[bytes] = deque()
+        self._scratch: Scratch | None = None
+
+    @property
+    def scratch_dir(self) -> str:
+        return self._scratch.path if self._scratch is not None else ""
+
+    def settle(self) -> None:
+        """The engine has made its sockets: from now on, none of them may vanish."""
+        # A scratch folder that is gone already is missed at the first operation.
+        if self._scratch is not None:
+            with contextlib.suppress(OSError):
+                self._scratch.settle()
+
+    def lost_scratch(self) -> bool:
+        """Whether somebody deleted its scratch folder, or a socket in it."""
+        return self._scratch is not None and not self._scratch.is_whole()
+
+    async def start(self) -> asyncio.subprocess.Process:
+        """Start the process, connect its socket and read what it prints.
+
+        If that fails, `end` and `clean_up` take away what there is of it. Errors: OSError.
+        """
+        self.lines.forget()
+        self._received.clear()
+        self._frames = protocol.FrameReader()
+        self._scratch = Scratch()
+
+        ours, theirs = socket.socketpair()
+        with contextlib.ExitStack() as unless_connected:
+            unless_connected.callback(ours.close)
+            self.kernel_kills = memory.kernel_kills()
+            handle = self.handle = await self._execute(theirs, self._scratch)
+            self.lines.follow(handle)
+            self._stream = await asyncio.open_connection(sock=ours)
+            unless_connected.pop_all()
+
+        return handle
+
+    async def _execute(self, theirs: socket.socket, scratch: Scratch) -> asyncio.subprocess.Process:
+        with theirs:
+            return await asyncio.create_subprocess_exec(
+                *isolated.command("rkcached.worker.child", str(theirs.fileno())),
+                pass_fds=(theirs.fileno(), scratch.lock),
+                stdin=asyncio.subprocess.DEVNULL,
+                stdout=asyncio.subprocess.PIPE,
+                stderr=asyncio.subprocess.PIPE,
+                env=isolated.environment(),
+                cwd=scratch.path,
+                start_new_session=True,
+            )
+
+    async def send(self, message: protocol.ToWorker) -> None:
+        """Errors: WorkerDied if none runs; of one that dies now, the next read finds out how."""
+        if self._stream is None:
+            raise self._gone()
+        with contextlib.suppress(OSError):
+            self._stream[1].write(protocol.frame(message))
+            await self._stream[1].drain()
+
+    def has_received(self) -> bool:
+        """Whether there is an event to take."""
+        return bool(self._received)
+
+    def take(self) -> protocol.FromWorker:
+        """The next of the events that were received. Errors: ProtocolError."""
+        return protocol.decode_from_worker(self._received.popleft())
+
+    async def receive(self, timeout_s: float) -> None:
+        """Wait until it sends something.
+
+        Errors: WorkerDied if none runs; TimeoutError; EOFError when it closed its socket;
+        ProtocolError.
+        """
+        if self._stream is None:
+            raise self._gone()
+
+        try:
+            async with asyncio.timeout(timeout_s):
+                data = await self._stream[0].read(_READ_BYTES)
+        except TimeoutError:
+            raise
+        except OSError:
+            data = b""
+
+        if not data:
+            raise EOFError
+        self._received.extend(self._frames.feed(data))
+
+    async def end(self, *, kill: bool = False) -> int:
+        """Close the socket, and wait for the process or kill it; returns its exit code."""
+        handle = self.handle
+        stream = self._stream
+        self.handle = self._stream = None
+        self._received.clear()
+        if stream is not None:
+            stream[1].close()
+        if handle is None:
+            return 0
+
+        if kill:
+            _kill(handle)
+        try:
+            async with asyncio.timeout(self._stop_s):
+                return await handle.wait()
+        except TimeoutError:
+            _kill(handle)
+            return await handle.wait()
+
+    async def clean_up(self) -> None:
+        """Read the last lines of a process that has ended, and remove its scratch folder."""
+        await self.lines.end(self._stop_s)
+        if self._scratch is not None:
+            self._scratch.remove()
+            self._scratch = None
+
+    def _gone(self) -> WorkerDied:
+        return WorkerDied(f"the worker of {self._model} is gone")
+
+
+def describe(code: int) -> str:
+    """How a process ended, from its exit code."""
+    if code >= 0:
+        return f"exited with code {code}"
+    if -code == signal.SIGILL:
+        return "was killed by SIGILL: the library uses an instruction that this CPU does not have"
+    try:
+        return f"was killed by {signal.Signals(-code).name}"
+    except ValueError:
+        return f"was killed by signal {-code}"
+
+
+def _kill(process: asyncio.subprocess.Process) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        process.kill()
