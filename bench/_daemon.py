@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import signal
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
 from rkcached.cli.bench.asking import Answer, ask
@@ -35,14 +34,9 @@ class Daemon(Launched):
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._asking.close()
-        super().__exit__(kind, error, trace)
+        super().__exit__()
 
     def hang_up(self) -> None:
         """SIGHUP: the daemon looks again at once."""

@@ -12,7 +12,6 @@ import time
 from dataclasses import replace
 from multiprocessing.connection import Connection
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
 from _daemon import BenchError
@@ -52,12 +51,7 @@ class Peer:
             raise BenchError("llama.cpp's server did not start")
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._client.close()
         self._pipe.close()  # it leaves when its pipe ends
         self.process.join(5)
