@@ -16,7 +16,6 @@ import time
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, Pipe
 from pathlib import Path
-from types import TracebackType
 from typing import Self
 
 import msgspec
@@ -54,11 +53,6 @@ class Timed:
     ttft_ms: float
     load_ms: float
     stats: RunStats
-
-    @property
-    def around_ms(self) -> float:
-        """Of the time to first token, all but loading the file and the prefill."""
-        return self.ttft_ms - self.load_ms - self.stats.prefill_ms
 
 
 class DirectEngine:
@@ -104,12 +98,7 @@ class DirectEngine:
             raise
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def close(self) -> None:

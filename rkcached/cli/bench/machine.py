@@ -1,4 +1,4 @@
-"""Reads what machine it is and whether it is quiet, below `root`, so that tests can fake it."""
+"""Reads what machine it is, and whether it is quiet."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ QUIET_LOAD = 0.5
 """Load average (1 min) above which figures are not to be trusted."""
 
 
-def machine(root: Path = Path("/")) -> MachineFacts:
+def machine() -> MachineFacts:
     """Taken before anything is started: what runs then is somebody else's."""
-    board = Board(root, uses_rkllm=None)
+    board = Board(Path("/"), uses_rkllm=None)
     checks = [board.cpu_clock()]
     if board.has_npu:
         checks += [board.npu_clock(), board.ddr_clock()]
@@ -28,9 +28,9 @@ def machine(root: Path = Path("/")) -> MachineFacts:
 
     return MachineFacts(
         board=board.model,
-        cpu=cpu_model(root),
+        cpu=_cpu_model(),
         cores=len(os.sched_getaffinity(0)),
-        memory_bytes=_memory_bytes(root, "MemTotal"),
+        memory_bytes=_memory_bytes("MemTotal"),
         kernel=f"{platform.system()} {platform.release()} {platform.machine()}",
         clocks={check.name: check.finding for check in checks},
         clocks_fixed=clocks_fixed,
@@ -38,27 +38,26 @@ def machine(root: Path = Path("/")) -> MachineFacts:
     )
 
 
-def available_bytes(root: Path = Path("/")) -> int:
+def available_bytes() -> int:
     """Memory that a new process may take; 0 where that is unknown."""
-    return _memory_bytes(root, "MemAvailable")
+    return _memory_bytes("MemAvailable")
 
 
-def cpu_model(root: Path = Path("/")) -> str:
+def _cpu_model() -> str:
     """The name from /proc/cpuinfo.
 
     ARM kernels give none there, but the device tree names the board.
     """
-    match = re.search(r"^model name\s*:\s*(.+)$", _text(root / "proc/cpuinfo"), re.MULTILINE)
+    match = re.search(r"^model name\s*:\s*(.+)$", _text("cpuinfo"), re.MULTILINE)
     if match:
         return match[1].strip()
-    return _text(root / "proc/device-tree/model").strip("\0\n") or platform.machine()
+    return _text("device-tree/model").strip("\0\n") or platform.machine()
 
 
 class Steal:
     """Measures how much CPU time a hypervisor gave to others, until `percent()` (/proc/stat)."""
 
-    def __init__(self, root: Path = Path("/")) -> None:
-        self._file = root / "proc/stat"
+    def __init__(self) -> None:
         self._before = self._read()
 
     def percent(self) -> float:
@@ -70,21 +69,22 @@ class Steal:
         return 0.0
 
     def _read(self) -> tuple[int, int]:
-        fields = [int(word) for word in _text(self._file).partition("\n")[0].split()[1:9]]
+        fields = [int(word) for word in _text("stat").partition("\n")[0].split()[1:9]]
         if len(fields) == 8:
             return (fields[7], sum(fields))
         return (0, 0)
 
 
-def _memory_bytes(root: Path, name: str) -> int:
-    match = re.search(rf"^{name}:\s+(\d+) kB", _text(root / "proc/meminfo"), re.MULTILINE)
+def _memory_bytes(name: str) -> int:
+    match = re.search(rf"^{name}:\s+(\d+) kB", _text("meminfo"), re.MULTILINE)
     if match:
         return int(match[1]) * 1024
     return 0
 
 
-def _text(path: Path) -> str:
+def _text(name: str) -> str:
+    """A file of /proc; empty where there is none."""
     try:
-        return path.read_text(errors="replace")
+        return Path("/proc", name).read_text(errors="replace")
     except OSError:
         return ""
