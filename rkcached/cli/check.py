@@ -17,7 +17,8 @@ from rkcached.errors import ManifestError, Problem, printable
 from rkcached.host.digests import Digests
 from rkcached.host.settings import Settings
 from rkcached.messages.sandbox import Renderer
-from rkcached.plan.desired import Desired, Resolver, cut_contexts
+from rkcached.plan import remarks
+from rkcached.plan.desired import Desired, Resolver
 from rkcached.sources.manifest import EngineConfig, Manifest
 from rkcached.sources.manifest_file import manifest_text
 from rkcached.sources.parser import parse_usable
@@ -162,8 +163,8 @@ def _warnings(
 
     Each begins with its line.
     """
-    for name, notice in cut_contexts(manifest, sources).items():
-        yield f"{manifest.line_of('models', name, 'params', 'max_context_len')}: warning: {notice}"
+    for remark in remarks.notices(manifest, sources):
+        yield f"{manifest.line_of(*remark.place)}: warning: {remark.text}"
 
     if isinstance(runtime, Trouble) or runtime.samples_per_run:
         return

@@ -30,7 +30,7 @@ from rkcached.api import words
 from rkcached.cli import output
 from rkcached.cli.board import Board, Check, Outcome, model_bytes, order, size_of
 from rkcached.cli.service_view import view_of
-from rkcached.engines.llamacpp.gguf import read_header
+from rkcached.engines.llamacpp.header import read_header
 from rkcached.engines.registry import ENGINES, EngineEntry
 from rkcached.errors import ManifestError, RkcachedError, SourceError
 from rkcached.host import disk, isolated, unit

@@ -219,7 +219,7 @@ def hidden_by(installed: unit.Unit, manifest: Manifest, sources: Sources) -> Ser
     unlisted: dict[str, Trouble] = {}
     for name, model in manifest.models.items():
         template = None
-        if model.chat_template.startswith("/"):
+        if model.chat_template is not None and model.chat_template.startswith("/"):
             template = model.chat_template
 
         for trouble in _hidden_files(installed, model.path, template, model.tokenizer, model.lora):

@@ -17,10 +17,14 @@ from pathlib import Path
 
 from rkcached.engines.kinds import EngineKind
 from rkcached.engines.llamacpp import gguf
-from rkcached.engines.llamacpp.gguf import ModelFacts, ReadHeader
+from rkcached.engines.llamacpp.gguf import ModelFacts
+from rkcached.engines.llamacpp.header import MAGIC as GGUF_MAGIC
+from rkcached.engines.llamacpp.header import ReadHeader
 from rkcached.engines.rkllm.identify import choose_abi, identify
 from rkcached.errors import SourceError
 from rkcached.host.digests import Signature, settled, signature_of
+from rkcached.messages.builtin import BUILTIN
+from rkcached.messages.tokenizer_facts import TokenizerFacts
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,6 +43,12 @@ def _alone(path: Path) -> tuple[Path, ...]:
 
 def _inspect_nothing(path: Path, _: ReadHeader) -> ModelFacts:
     return ModelFacts(files=(path,))
+
+
+def _inspect_memory(path: Path, _: ReadHeader) -> ModelFacts:
+    """The memory engine reads any text; ChatML is the form that it is given."""
+    own = TokenizerFacts(template=BUILTIN["chatml"], template_origin="chatml of the memory engine")
+    return ModelFacts(files=(path,), tokenizer=own)
 
 
 def _unknown(_: Path) -> None:
@@ -61,6 +71,8 @@ class EngineEntry:
     """Whether it runs on the board's NPU, which holds one model at a time."""
     names_library: bool = False
     """Whether the manifest names its runtime library and the library's ABI."""
+    takes_tokenizer: bool = False
+    """Whether the manifest names the files of the model's tokenizer."""
     thread_per_core: bool = False
     """Whether it takes a thread for each core if the manifest names no number of threads."""
     reads_plain_text: bool = False
@@ -129,12 +141,13 @@ ENGINES: dict[EngineKind, EngineEntry] = {
         model_format="RKLLM model",
         locate_runtime=_locate_rkllm,
         on_npu=True,
+        takes_tokenizer=True,
         names_library=True,
     ),
     EngineKind.LLAMACPP: EngineEntry(
         artifact_suffix=".llama_cache",
         implementation="rkcached.engines.llamacpp.engine:LlamaCppEngine",
-        model_magic=gguf.MAGIC,
+        model_magic=GGUF_MAGIC,
         model_format="GGUF model",
         locate_runtime=_locate_xllamacpp,
         model_files=gguf.shards,
@@ -149,6 +162,7 @@ ENGINES: dict[EngineKind, EngineEntry] = {
         implementation="rkcached.engines.memory:MemoryEngine",
         model_magic=b'{"rkcached_memory_model"',
         model_format="memory-engine model",
+        inspect_model=_inspect_memory,
         locate_runtime=_locate_memory,
     ),
 }

@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import hashlib
 import sys
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Hashable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 from rkcached.engines.registry import ENGINES
 from rkcached.errors import TemplateError, TemplateExhausted
 from rkcached.messages.special_tokens import SpecialTokens
 from rkcached.messages.template import ChatTemplate, Compile
+from rkcached.plan import remarks
 from rkcached.plan.fingerprint import Fingerprint, Value, fingerprint
 from rkcached.plan.records import DesiredPrompt
 from rkcached.sources.manifest import FingerprintMode, Manifest, ModelConfig
@@ -68,30 +69,6 @@ class Desired:
         return None if prompt is None else prompt.fingerprint
 
 
-def cut_contexts(manifest: Manifest, sources: Sources) -> dict[str, str]:
-    """By model: a sentence on a context that is declared larger than the model's own.
-
-    The engine cuts it.
-    """
-    sentences = {}
-
-    for name, config in manifest.models.items():
-        source = sources.models[name]
-        params = config.params
-        own = source.trained_tokens if isinstance(source, ModelSource) else None
-        if own is None or params.max_context_len <= own:
-            continue
-
-        more = f", and max_new_tokens to less than {own}" if params.max_new_tokens >= own else ""
-        sentences[name] = (
-            f"max_context_len of {name} is {params.max_context_len}, "
-            f"but the context is cut to the model's own, {own} tokens "
-            f"(set max_context_len to {own}{more})"
-        )
-
-    return sentences
-
-
 class _Known(NamedTuple):
     """A prompt's prefix (SHA-256, length in bytes) and fingerprint, and what made them."""
 
@@ -116,7 +93,7 @@ class Resolver:
         self._known: dict[Key, _Known] = {}
         # As the last `resolve` gave them.
         self._prompts: Mapping[Key, DesiredPrompt] = {}
-        self._templates: dict[tuple[str, str, str, str, bool | None], ChatTemplate] = {}
+        self._templates: dict[tuple[Hashable, ...], ChatTemplate] = {}
 
     def resolve(self, manifest: Manifest, sources: Sources) -> Desired:
         models = {
@@ -140,7 +117,10 @@ class Resolver:
 
         self._prompts = prompts
         stored = frozenset(key for key, declared in sources.prompts.items() if declared.stored)
-        notices = (*sources.notices, *cut_contexts(manifest, sources).values())
+        notices = (
+            *sources.notices,
+            *(remark.text for remark in remarks.notices(manifest, sources)),
+        )
         return Desired(
             models=models,
             prompts=prompts,
@@ -209,13 +189,8 @@ class Resolver:
             return source
         if isinstance(sources.runtime, Trouble):
             return sources.runtime
-        slot = (
-            source.template_source,
-            config.chat_template,
-            config.bos_token,
-            config.eos_token,
-            config.thinking,
-        )
+        special = _special_tokens(config, source)
+        slot = (source.template, special, config.thinking)
         template = self._templates.get(slot)
         if template is None:
             variables = {}
@@ -223,14 +198,14 @@ class Resolver:
                 variables["enable_thinking"] = config.thinking
             try:
                 template = ChatTemplate(
-                    source.template_source,
-                    name=config.chat_template,
-                    special=SpecialTokens(bos=config.bos_token, eos=config.eos_token),
+                    source.template.text,
+                    name=source.template.name,
+                    special=special,
                     variables=variables,
                     compile_elsewhere=self._compile_elsewhere,
                 )
             except TemplateError as error:
-                return Trouble.of(error, "chat_template")
+                return Trouble.of(error, source.template.place)
 
             self._templates[slot] = template
 
@@ -258,6 +233,16 @@ class Resolver:
             runtime=sources.runtime,
             identity=identity.digest,
         )
+
+
+def _special_tokens(config: ModelConfig, source: ModelSource) -> SpecialTokens:
+    """The model's own, but for those that the manifest states."""
+    special = source.tokenizer.special_in(source.template.text)
+    if config.bos_token is not None:
+        special = replace(special, bos=config.bos_token)
+    if config.eos_token is not None:
+        special = replace(special, eos=config.eos_token)
+    return special
 
 
 def _rkllm_identity(

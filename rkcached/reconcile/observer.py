@@ -219,7 +219,8 @@ def _named(manifest: Manifest, sources: Sources) -> Iterator[str]:
         yield from (
             str(path) for path in (model.path, model.tokenizer, model.lora) if path is not None
         )
-        yield model.chat_template
+        if model.chat_template is not None:
+            yield model.chat_template
     for declared in sources.prompts.values():
         yield from declared.files
 

@@ -248,14 +248,19 @@ class ModelConfig(_Section):
     """A model and the prompts that are kept ready for it."""
 
     path: FilePath = Field(description="The model file; of a split GGUF model, the first one.")
-    chat_template: Template = Field(
-        default="chatml", description=f"{', '.join(BUILTIN)}, or a .jinja file."
+    chat_template: Template | None = Field(
+        default=None,
+        description=f"{', '.join(BUILTIN)}, or a .jinja file. None: the model's own.",
     )
-    bos_token: str = Field(
-        default="", max_length=64, description="What a .jinja template gets as bos_token."
+    bos_token: str | None = Field(
+        default=None,
+        max_length=64,
+        description="What a template gets as bos_token. None: the model's own.",
     )
-    eos_token: str = Field(
-        default="", max_length=64, description="What a .jinja template gets as eos_token."
+    eos_token: str | None = Field(
+        default=None,
+        max_length=64,
+        description="What a template gets as eos_token. None: the model's own.",
     )
     thinking: bool | None = Field(
         default=None, strict=True, description="enable_thinking, for templates that know it."

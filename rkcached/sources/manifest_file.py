@@ -114,7 +114,7 @@ def inputs(manifest: Manifest, stored: StoredTexts) -> tuple[list[Path], list[Pa
         folders.append(stored.folder(name))
         files.extend(engine.model_files(model.path))
         files.extend(path for path in (model.tokenizer, model.lora) if path is not None)
-        if model.chat_template.startswith("/"):
+        if model.chat_template is not None and model.chat_template.startswith("/"):
             files.append(Path(model.chat_template))
         for prompt in model.prompts.values():
             files.extend(prompt.files)

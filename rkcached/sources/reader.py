@@ -15,12 +15,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar
 
-from rkcached.engines.llamacpp.gguf import Header, read_header
+from rkcached.engines.llamacpp.header import Header, read_header
 from rkcached.engines.registry import ENGINES, EngineEntry
 from rkcached.errors import RkcachedError, SourceError
 from rkcached.host.access import Refusal, refusal
 from rkcached.host.digests import Digests, Signature, settled, signature_of
 from rkcached.messages.builtin import BUILTIN
+from rkcached.messages.tokenizer_facts import MAX_TEMPLATE_BYTES, TokenizerFacts
 from rkcached.sources.manifest import EngineConfig, Manifest, ModelConfig
 from rkcached.sources.patterns import matches, stem
 from rkcached.sources.problems import NAME
@@ -31,11 +32,16 @@ from rkcached.sources.records import (
     PromptSource,
     RuntimeSource,
     Sources,
+    TemplateOrigin,
+    TemplateSource,
     Trouble,
     kept,
 )
 from rkcached.sources.stored_texts import StoredTexts
 from rkcached.sources.text_files import read_text, unusable
+
+ASSUMED_TEMPLATE = "chatml"
+"""The template of a model for which nothing names one: most models were trained with it."""
 
 Content = TypeVar("Content")
 
@@ -247,15 +253,7 @@ class SourceReader:
 
     def _model(self, config: ModelConfig, engine: EngineEntry) -> ModelSource | Trouble:
         try:
-            template = BUILTIN.get(config.chat_template)
-            if template is None:
-                template = self._templates.of(
-                    (config.chat_template,), lambda files: read_text(Path(files[0]))
-                )
-        except RkcachedError as error:
-            return Trouble.of(error, "chat_template")
-
-        try:
+            template = self._named_template(config)
             if not stat.S_ISREG(
                 mode := config.path.stat().st_mode
             ):  # opening a FIFO would wait for its writer
@@ -280,7 +278,8 @@ class SourceReader:
 
             return ModelSource(
                 digest=_one_digest(digests),
-                template_source=template,
+                template=template or _own_template(facts.tokenizer),
+                tokenizer=facts.tokenizer,
                 tokenizer_digest=self._optional(config.tokenizer, "tokenizer", signatures),
                 lora_digest=self._optional(config.lora, "LoRA adapter", signatures),
                 trained_tokens=facts.trained_tokens,
@@ -292,6 +291,20 @@ class SourceReader:
             return Trouble.of(error)
         except OSError as error:
             return Trouble.of(unusable(Path(error.filename or config.path), error, "model file"))
+
+    def _named_template(self, config: ModelConfig) -> TemplateSource | None:
+        """The template that the manifest names; None if it names none. Errors: _Placed."""
+        name = config.chat_template
+        if name is None:
+            return None
+        if name in BUILTIN:
+            return TemplateSource(text=BUILTIN[name], name=name, origin=TemplateOrigin.BUILT_IN)
+
+        try:
+            text = self._templates.of((name,), lambda files: read_text(Path(files[0])))
+        except SourceError as error:
+            raise _Placed(error, "chat_template") from error
+        return TemplateSource(text=text, name=name, origin=TemplateOrigin.FILE)
 
     def _header(self, path: Path) -> Header | None:
         return self._headers.of((str(path),), lambda files: read_header(Path(files[0])))
@@ -324,6 +337,28 @@ class SourceReader:
         return RuntimeSource(
             version=runtime.version, digest=digest, samples_per_run=runtime.samples_per_run
         )
+
+
+def _own_template(facts: TokenizerFacts) -> TemplateSource:
+    """The template of the model itself, or chatml if it has none. Errors: _Placed."""
+    if facts.template_bytes > MAX_TEMPLATE_BYTES:
+        error = SourceError(
+            f"{facts.template_origin} has {facts.template_bytes:,} bytes, the limit is "
+            f"{MAX_TEMPLATE_BYTES:,}",
+            hint="name a chat_template",
+        )
+        raise _Placed(error, facts.place)
+
+    if not facts.template:
+        return TemplateSource(
+            text=BUILTIN[ASSUMED_TEMPLATE], name=ASSUMED_TEMPLATE, origin=TemplateOrigin.ASSUMED
+        )
+    return TemplateSource(
+        text=facts.template,
+        name=facts.template_origin,
+        origin=TemplateOrigin.MODEL,
+        place=facts.place,
+    )
 
 
 def _one_digest(digests: list[str]) -> str:

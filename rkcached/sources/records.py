@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from enum import StrEnum
 from typing import NamedTuple, TypeVar
 
 from rkcached.errors import RkcachedError
 from rkcached.host.digests import Signature
+from rkcached.messages.tokenizer_facts import TokenizerFacts
 
 
 class Key(NamedTuple):
@@ -52,12 +54,39 @@ class PromptSource:
     digest: str
 
 
+class TemplateOrigin(StrEnum):
+    """The place that a chat template comes from."""
+
+    BUILT_IN = "built-in"
+    """The manifest names one that is part of the program."""
+    FILE = "file"
+    """The manifest names a file that has it."""
+    MODEL = "model"
+    """The model's own files have it."""
+    ASSUMED = "assumed"
+    """Nothing names one."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TemplateSource:
+    """The source of a chat template, and where it comes from."""
+
+    text: str
+    name: str
+    """For messages: a built-in name, or the file that has it."""
+    origin: TemplateOrigin
+    place: str = "chat_template"
+    """The key of the model in the manifest that leads to it."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelSource:
     """The digest of a model file, the facts in it, and the source of its chat template."""
 
     digest: str
-    template_source: str
+    template: TemplateSource
+    tokenizer: TokenizerFacts = field(default_factory=TokenizerFacts)
+    """The facts that the model's files state of its special tokens."""
     tokenizer_digest: str = ""
     lora_digest: str = ""
     trained_tokens: int | None = None

@@ -143,7 +143,7 @@ def test_a_prompt_has_the_text_of_the_second_save(disk: Path) -> None:
             source, model = sources.prompts[Key("m", "p")].source, sources.models["m"]
             assert isinstance(source, PromptSource)
             assert isinstance(model, ModelSource)
-            assert (source.text, model.template_source) == (text, text)
+            assert (source.text, model.template.text) == (text, text)
 
 
 def test_a_manifest_is_that_of_the_second_save(disk: Path) -> None:

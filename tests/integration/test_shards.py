@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from rkcached.engines.llamacpp.gguf import inspect, read_header
+from rkcached.engines.llamacpp.gguf import inspect
+from rkcached.engines.llamacpp.header import read_header
 from rkcached.errors import SourceError
 from rkcached.host.digests import Digests
 from rkcached.sources.manifest import Manifest

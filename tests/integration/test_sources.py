@@ -20,7 +20,16 @@ from rkcached.host.digests import Digests, signature_of
 from rkcached.messages.builtin import BUILTIN
 from rkcached.sources.parser import parse
 from rkcached.sources.reader import SourceReader
-from rkcached.sources.records import Key, ModelSource, PromptSource, RuntimeSource, Sources, Trouble
+from rkcached.sources.records import (
+    Key,
+    ModelSource,
+    PromptSource,
+    RuntimeSource,
+    Sources,
+    TemplateOrigin,
+    TemplateSource,
+    Trouble,
+)
 from rkcached.sources.stored_texts import StoredTexts
 from rkcached.sources.text_files import MAX_PROMPT_BYTES
 from tests.integration.test_digests import settle
@@ -433,10 +442,14 @@ def test_a_model_has_the_digest_of_its_file_and_a_template(folder: Folder) -> No
     """A built-in one, or the text of a file; the file is read again when it changes."""
     first = folder.scan().models["m"]
     assert isinstance(first, ModelSource)
-    assert first.template_source == BUILTIN["chatml"]
+    assert first.template.text == BUILTIN["chatml"]
     (folder.root / "t.jinja").write_text("{{ 1 }}")
     second = folder.scan(more="chat_template: t.jinja").models["m"]
-    assert second == ModelSource(digest=first.digest, template_source="{{ 1 }}")
+    assert isinstance(second, ModelSource)
+    assert second.digest == first.digest
+    assert second.template == TemplateSource(
+        text="{{ 1 }}", name=str(folder.root / "t.jinja"), origin=TemplateOrigin.FILE
+    )
     folder.model.write_bytes(MODEL + b" ")
     third = folder.scan().models["m"]
     assert isinstance(third, ModelSource)

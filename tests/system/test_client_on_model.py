@@ -49,6 +49,7 @@ def register(tmp_path_factory: pytest.TempPathFactory, small_model: Path) -> Ite
         "manifest.yaml",
         "version: 1\nengine: {kind: llamacpp, threads: 1}\nmodels:\n  m:\n"
         f"    path: {small_model}\n"
+        "    chat_template: chatml\n"  # the model's own cannot show tools
         "    params: {max_context_len: 1024, max_new_tokens: 64, temperature: 0}\n"
         "    prompts: {clerk: clerk.md}\n"
         f"  vectors: {{path: {small_model}, embedding: true, pooling: mean, params: "

@@ -10,7 +10,8 @@ import pytest
 import yaml
 
 from rkcached.messages.builtin import BUILTIN
-from rkcached.plan.desired import Desired, DesiredModel, Resolver, cut_contexts
+from rkcached.plan import remarks
+from rkcached.plan.desired import Desired, DesiredModel, Resolver
 from rkcached.plan.fingerprint import changes
 from rkcached.sources.manifest import Manifest
 from rkcached.sources.parser import parse
@@ -21,6 +22,8 @@ from rkcached.sources.records import (
     PromptSource,
     RuntimeSource,
     Sources,
+    TemplateOrigin,
+    TemplateSource,
     Trouble,
 )
 
@@ -74,7 +77,9 @@ class World:
                 if isinstance(digest, Trouble)
                 else ModelSource(
                     digest=digest,
-                    template_source=self.templates[name],
+                    template=TemplateSource(
+                        text=self.templates[name], name="chatml", origin=TemplateOrigin.BUILT_IN
+                    ),
                     trained_tokens=self.trained.get(name),
                 )
                 for name, digest in self.digests.items()
@@ -407,11 +412,11 @@ def test_a_context_beyond_the_models_own(
     world = with_model("m", params=params)
     if trained is not None:
         world.trained["m"] = trained
-    found = cut_contexts(world.parsed(), world.sources())
-    assert list(found) == (["m"] if said else [])
-    assert said in found.get("m", "")
+    found = remarks.notices(world.parsed(), world.sources())
+    assert [remark.place[1] for remark in found] == (["m"] if said else [])
+    assert all(said in remark.text for remark in found)
     desired = world.resolve()
-    assert desired.notices == tuple(found.values())
+    assert desired.notices == tuple(remark.text for remark in found)
     assert isinstance(desired.models["m"], DesiredModel)
 
 

@@ -75,8 +75,9 @@ def test_defaults() -> None:
     assert manifest.cache.verify is Verify.EXACT
     assert manifest.cache.fingerprint is FingerprintMode.FULL
     assert manifest.cache.min_tokens == 0
-    assert config.chat_template == "chatml"
-    assert config.bos_token == config.eos_token == ""
+    assert config.chat_template is None
+    assert config.bos_token is None
+    assert config.eos_token is None
     assert config.thinking is None
     assert config.idle_unload_s is None
     assert config.params == ModelParams()

@@ -34,7 +34,7 @@ from rkcached.engines.base import (
     RunStats,
     Sampling,
 )
-from rkcached.engines.llamacpp.gguf import MAGIC
+from rkcached.engines.llamacpp.header import MAGIC
 from rkcached.engines.llamacpp.run import Grammar, Run
 from rkcached.errors import (
     Aborted,

@@ -1,66 +1,26 @@
-"""Reads the header of a GGUF file: the files of a model, and the context it was trained for.
+"""The files of a GGUF model, and the facts that their headers state of it.
 
 llama.cpp is given one file. If its header states that the model is split, it opens the other
 files by their names as well (`llama-model-loader.cpp`). It opens nothing else for a model; `strace`
-shows that. The package `gguf` reads such files, too, but takes seconds for a vocabulary of 49,000
-tokens because it makes an array of each.
+shows that.
 """
 
 from __future__ import annotations
 
 import re
-import struct
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
+from rkcached.engines.llamacpp.header import Header, ReadHeader, read_header
 from rkcached.errors import SourceError
-
-MAGIC: Final = b"GGUF"
-
-# A header is read in one piece, which is made larger until it is enough. The largest vocabularies
-# take some 20 MB.
-_PIECES_BYTES: Final = (1 << 20, 8 << 20, 64 << 20)
-
-# gguf_type of ggml's gguf.h: the numbers, as struct has them; then the two that have a length.
-_NUMBERS: Final = {
-    0: struct.Struct("<B"),
-    1: struct.Struct("<b"),
-    2: struct.Struct("<H"),
-    3: struct.Struct("<h"),
-    4: struct.Struct("<I"),
-    5: struct.Struct("<i"),
-    6: struct.Struct("<f"),
-    7: struct.Struct("<?"),
-    10: struct.Struct("<Q"),
-    11: struct.Struct("<q"),
-    12: struct.Struct("<d"),
-}
-_STRING: Final = 8
-_ARRAY: Final = 9
-
-_VERSIONS: Final = (2, 3)
-_START: Final = struct.Struct("<4sIQQ")
-_LENGTH: Final = struct.Struct("<Q")
-_TYPE: Final = struct.Struct("<I")
-_ARRAY_START: Final = struct.Struct("<IQ")
+from rkcached.messages.tokenizer_facts import TokenizerFacts
 
 # llama.cpp keeps keys and values in 16 bits each.
 _BYTES_PER_VALUE: Final = 2
 
 # llama.cpp's names for the files of a split model, counted from 1.
 _SHARD: Final = re.compile(r"(?P<prefix>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf", re.DOTALL)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Header:
-    """The part of a GGUF header that matters here."""
-
-    tensors: int
-    """The number of tensors in this file."""
-    integers: dict[str, int]
-    """The metadata that are whole numbers."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,29 +33,8 @@ class ModelFacts:
     trained_tokens: int | None = None
     """The context that the model was trained for, if the file states it. llama.cpp's server gives
     it none larger."""
-
-
-ReadHeader = Callable[[Path], Header | None]
-
-
-def read_header(path: Path) -> Header | None:
-    """The header of a file; None if it is damaged, cut off, or of a version that is not known.
-
-    Errors: OSError.
-    """
-    with path.open("rb") as stream:
-        data = b""
-        for size_bytes in _PIECES_BYTES:
-            data += stream.read(size_bytes - len(data))
-            try:
-                return _parse(data)
-            except (struct.error, OverflowError):  # the header is longer than what was read
-                if len(data) < size_bytes:
-                    return None
-            except ValueError:
-                return None
-
-    return None
+    tokenizer: TokenizerFacts = field(default_factory=TokenizerFacts)
+    """The facts that the files state of the chat template and the special tokens."""
 
 
 def state_bytes_per_token(path: Path) -> float | None:
@@ -143,10 +82,14 @@ def inspect(path: Path, read: ReadHeader = read_header) -> ModelFacts:
             raise _damaged(path)
         return ModelFacts(files=(path,))  # the engine explains what is wrong when it loads it
 
+    if header.tokenizer.refusal:
+        hint = "copy the file again, or take it from another source"
+        raise SourceError(header.tokenizer.refusal, hint=hint)
+
     count = header.integers.get("split.count", 0)
     trained_tokens = _trained_tokens(header)
     if count <= 1:
-        return ModelFacts(files=(path,), trained_tokens=trained_tokens)
+        return ModelFacts(files=(path,), trained_tokens=trained_tokens, tokenizer=header.tokenizer)
 
     if (number := header.integers.get("split.no", 0) + 1) != 1:
         first = f"the file that ends with -00001-of-{count:05}.gguf"
@@ -165,7 +108,7 @@ def inspect(path: Path, read: ReadHeader = read_header) -> ModelFacts:
 
     files = shards(path)
     _check_shards(files, header, read)
-    return ModelFacts(files=files, trained_tokens=trained_tokens)
+    return ModelFacts(files=files, trained_tokens=trained_tokens, tokenizer=header.tokenizer)
 
 
 def _check_shards(files: tuple[Path, ...], first: Header, read: ReadHeader) -> None:
@@ -227,56 +170,3 @@ def _trained_tokens(header: Header) -> int | None:
         if key.endswith(".context_length") and value > 0
     )
     return next(stated, None)
-
-
-def _parse(data: bytes) -> Header:
-    """Parse a header.
-
-    Errors: struct.error or OverflowError if it goes on beyond `data`; ValueError if it is none.
-    """
-    magic, version, tensors, pairs = _START.unpack_from(data)
-    if magic != MAGIC or version not in _VERSIONS:
-        raise ValueError(version)
-
-    integers = {}
-    at = _START.size
-
-    for _ in range(pairs):
-        (length,) = _LENGTH.unpack_from(data, at)
-        at += _LENGTH.size
-        key = data[at : at + length]
-        at += length
-        (kind,) = _TYPE.unpack_from(data, at)
-        at += _TYPE.size
-
-        if (number := _NUMBERS.get(kind)) is not None:
-            (value,) = number.unpack_from(data, at)
-            if type(value) is int:
-                integers[key.decode(errors="replace")] = value
-            at += number.size
-        else:
-            at = _end(data, at, kind)
-
-    if at > len(data):
-        raise OverflowError(at)
-    return Header(tensors=tensors, integers=integers)
-
-
-def _end(data: bytes, at: int, kind: int) -> int:
-    """The end of a text or a list that begins at `at`."""
-    if kind == _STRING:
-        return at + int(_LENGTH.unpack_from(data, at)[0]) + _LENGTH.size
-    if kind != _ARRAY:
-        raise ValueError(kind)
-
-    element, count = _ARRAY_START.unpack_from(data, at)
-    at += _ARRAY_START.size
-    if (number := _NUMBERS.get(element)) is not None:
-        return at + int(count) * number.size
-    if element != _STRING:
-        raise ValueError(element)  # llama.cpp has no lists of lists either
-
-    unpack = _LENGTH.unpack_from
-    for _ in range(count):
-        at += unpack(data, at)[0] + 8
-    return at

@@ -1,0 +1,71 @@
+"""The facts that a model's own files state of its chat template and its special tokens. Pure."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field, replace
+from typing import Final
+
+from rkcached.messages.special_tokens import SpecialTokens
+
+MAX_TEMPLATE_BYTES: Final = 1 << 20
+"""The longest template. The largest known ones have some 20,000 bytes."""
+
+MAX_CONTROL_TOKENS: Final = 1 << 16
+"""The most control tokens that a vocabulary may have. Gemma 3 has some 6,500."""
+
+MAX_TOKEN_CHARACTERS: Final = 256
+"""The longest special token. A longer one is not one that a template writes."""
+
+# A tag inside a turn, such as <think> or <tool_call>. Prompts may explain those, and tokenizers
+# that have them do not call them special.
+_TAG: Final = re.compile(r"</?[a-z][a-z0-9_]*>")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenizerFacts:
+    """The chat template and the special tokens of a model, with the places that state them."""
+
+    template: str = ""
+    """The source of its chat template; empty if there is none, or one that is too long."""
+    template_bytes: int = 0
+    """The size of the template, also of one that is longer than `MAX_TEMPLATE_BYTES`."""
+    template_origin: str = ""
+    """The file that has the template, and where in it."""
+    place: str = "path"
+    """The key of the model in the manifest that leads to that file."""
+    special: SpecialTokens = field(default_factory=SpecialTokens)
+    special_origin: str = ""
+    """The file that states the control tokens, and where in it."""
+    added: frozenset[str] = frozenset()
+    """Tokens that are found in any text before it is split, but are not control tokens."""
+    refusal: str = ""
+    """Why no model can be used that states such things; empty if it can."""
+
+    def special_in(self, template: str) -> SpecialTokens:
+        """The special tokens of a model that is used with this template.
+
+        Some models do not declare the tokens around their turns as control tokens (EXAONE's
+        `[|user|]`, TeleChat2's `<_user>`). Those that the template writes act as such.
+        """
+        special = self.special
+        if special.control is None:
+            return special
+
+        written = {token for token in self.added if token in template and not _TAG.fullmatch(token)}
+        return replace(special, control=special.control | written)
+
+
+def combined(default: str, with_tools: str) -> str:
+    """One template for a model that has a second one for requests with tools.
+
+    transformers and llama.cpp choose in the same way. The empty expressions keep `trim_blocks` and
+    `lstrip_blocks` from changing what the two begin and end with; the first keeps its lines.
+    """
+    return (
+        "{% if not tools %}{{ '' }}"
+        + default.removesuffix("\n")
+        + "{{ '' }}{% else %}{{ '' }}"
+        + with_tools.removesuffix("\n")
+        + "{{ '' }}{% endif %}"
+    )

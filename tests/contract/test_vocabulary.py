@@ -1,0 +1,58 @@
+"""llama.cpp itself finds the template and the special tokens that we find in a model's header."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from rkcached.cli.launcher import small_model
+from rkcached.engines.base import ModelSpec, Sampling
+from rkcached.engines.llamacpp.engine import LlamaCppEngine
+from rkcached.engines.llamacpp.header import read_header
+from tests.gguf_files import UINT32, flag_pair, pair, rewrite, text_pair
+
+pytestmark = pytest.mark.model
+
+ADD_BOS = "tokenizer.ggml.add_bos_token"
+BEFORE = "tokenizer.ggml.pre"
+BOS = "tokenizer.ggml.bos_token_id"
+
+CASES: dict[str, dict[str, bytes | None]] = {
+    "as-it-is": {},
+    "silent": {ADD_BOS: None},
+    "adding": {ADD_BOS: flag_pair(ADD_BOS, True)},
+    "silent-llama3": {ADD_BOS: None, BEFORE: text_pair(BEFORE, "llama-bpe")},
+    "llama3-that-does-not": {BEFORE: text_pair(BEFORE, "llama-bpe")},
+    "silent-tekken": {ADD_BOS: None, BEFORE: text_pair(BEFORE, "tekken")},
+    "another-bos": {BOS: pair(BOS, UINT32, 0), ADD_BOS: flag_pair(ADD_BOS, True)},
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_llama_cpp_agrees(tmp_path: Path, case: str) -> None:
+    """On the template, BOS and EOS, whether it adds BOS, and which texts are one token."""
+    path = tmp_path / "m.gguf"
+    rewrite(small_model(), path, CASES[case])
+    header = read_header(path)
+    assert header is not None
+    own = header.tokenizer
+    engine = LlamaCppEngine(
+        ModelSpec(path=str(path), context_tokens=64, scratch_dir=str(tmp_path), sampling=Sampling())
+    )
+    try:
+        props = engine._request("GET", "/props")
+        assert props["chat_template"] == own.template
+        assert (props["bos_token"], props["eos_token"]) == (own.special.bos, own.special.eos)
+
+        plain = {"content": "lamp", "add_special": False}
+        dressed = engine._request("POST", "/tokenize", plain | {"add_special": True})["tokens"]
+        bare = engine._request("POST", "/tokenize", plain)["tokens"]
+        assert (len(dressed) == len(bare) + 1) is own.special.adds_bos
+
+        assert own.special.control
+        for token in sorted(own.special.control):
+            asked = {"content": f"a{token}b", "add_special": False, "parse_special": True}
+            assert len(engine._request("POST", "/tokenize", asked)["tokens"]) == 3, token
+    finally:
+        engine.close()
