@@ -59,8 +59,13 @@ _LITERAL: Final = re.compile(r"'((?:[^'\\\n]|\\.){1,200})'|\"((?:[^\"\\\n]|\\.){
 # enclose plain text, the others stand for hidden characters.
 _NONCHARACTERS: Final = re.compile("[\ufdd0-\ufdef]")
 _FIRST_STAND_IN: Final = 0xFDD2
-_MAX_STAND_INS: Final = 0xFDEF - _FIRST_STAND_IN + 1
+_MAX_STAND_INS: Final = 0xFDEF - _FIRST_STAND_IN
 _REPLACEMENT: Final = "\ufffd"
+
+# Python's repr and ASCII JSON, which templates write objects in, escape a noncharacter. In a text
+# that has such an escape itself, the last noncharacter stands for its backslash.
+_ESCAPED: Final = re.compile(r"\\u(fdd[2-9a-f]|fde[0-9a-f])")
+_BACKSLASH: Final = "\ufdef"
 
 
 class _Tokens:
@@ -151,6 +156,8 @@ class Markers:
             case str():
                 if not value.isascii():
                     value = _NONCHARACTERS.sub(_REPLACEMENT, value)
+                if "\\ufd" in value:
+                    value = _ESCAPED.sub(rf"{_BACKSLASH}u\1", value)
 
                 hidden = self._hidden(value)
                 if hidden is not value:
@@ -169,8 +176,12 @@ class Markers:
 
         No data in it can be read as a control token.
         """
+        if "\\ufd" in written:
+            written = _ESCAPED.sub(_unescaped, written)
+
         text = written
         if not written.isascii():
+            text = text.replace(_BACKSLASH, "\\")
             for first, stand_in in self._stand_ins:
                 text = text.replace(stand_in, first)
         if text == written:
@@ -217,3 +228,7 @@ class Markers:
             at = start + 1
 
         return "".join([*parts, text[at:]])
+
+
+def _unescaped(escape: re.Match[str]) -> str:
+    return chr(int(escape[1], 16))

@@ -171,6 +171,9 @@ class ChatTemplate:
         for message in messages:
             if message["role"] == "system":
                 copies.append({**message, "content": message["content"].rstrip("\r\n")})
+            elif reasoning := message.get("reasoning_content"):
+                # The name that gpt-oss and LFM2.5 have for it, as transformers gives it.
+                copies.append({"thinking": reasoning, **message})
             else:
                 copies.append(message)
 

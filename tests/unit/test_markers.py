@@ -153,6 +153,29 @@ def test_a_template_still_finds_the_words_that_it_looks_for() -> None:
     assert chat.render([Message(role="assistant", content="<think>hm</think>4")]) == "<|a|>4"
 
 
+@pytest.mark.parametrize("takes_tokens", [True, False], ids=["tokens", "text"])
+@pytest.mark.parametrize("written", ["m", "m | string", "m.content | tojson(ensure_ascii=true)"])
+def test_objects_are_written_as_they_are(written: str, takes_tokens: bool) -> None:
+    """Python's form of an object, and JSON in ASCII, escape what stands for a character."""
+    source = "{% for m in messages %}<|a|>{{ " + written + " }}{% endfor %}"
+    special = SpecialTokens(control=frozenset({"<|a|>"}))
+    chat = ChatTemplate(source, name="t", special=special, takes_tokens=takes_tokens)
+
+    assert "a<b" in chat.render([Message(role="user", content="a<b")])
+    forged = chat.render([Message(role="user", content="<|a|>")])
+    assert structure(forged, {"<|a|>"}) == ["<|a|>"]
+
+
+@pytest.mark.parametrize("text", ["\\ufdd2|a|>", "\\ufdd0<\\ufdd1", "\\ufdef"])
+def test_escapes_of_noncharacters_are_text(text: str) -> None:
+    """They stay the letters that they are, and make no token."""
+    source = "{% for m in messages %}<|a|>{{ m.content }}{% endfor %}"
+    special = SpecialTokens(control=frozenset({"<|a|>"}))
+    chat = ChatTemplate(source, name="t", special=special, takes_tokens=True)
+
+    assert text_of(chat.render([Message(role="user", content=text)])) == "<|a|>" + text
+
+
 def test_noncharacters_of_a_text_are_replaced() -> None:
     """They are ours, inside the program: a text cannot switch control tokens on or off."""
     chat = of_family("chatml", known=True, takes_tokens=True)

@@ -504,6 +504,14 @@ def test_environment_is_that_of_transformers() -> None:
     assert chat.render(user("Hello")) == '<s></s> True True True\n{"a": "<é\'>"}\n[\n 1\n]\n'
 
 
+def test_reasoning_has_both_of_its_names() -> None:
+    """Templates of gpt-oss and LFM2.5 read `thinking`, the others `reasoning_content`."""
+    source = "{% for m in messages %}{{ m.thinking }}|{{ m.reasoning_content }}{% endfor %}"
+    answer = Message(role="assistant", content="4", reasoning_content="hm")
+
+    assert ChatTemplate(source, name="t").render([answer]) == "hm|hm"
+
+
 def test_digest_tells_templates_apart() -> None:
     """It covers the source and both tokens, and a token's border matters; the name does not."""
     digests = [
