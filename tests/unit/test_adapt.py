@@ -87,7 +87,8 @@ def test_prefix_starts_every_request_with_a_folded_prompt(
     ]
 
     assert chat.render(messages).startswith(chat.prefix(system))
-    assert chat.prefix(system).endswith(system.rstrip("\r\n").lstrip() + "\n\n") or not system
+    if system.strip():
+        assert chat.prefix(system).endswith(system.rstrip("\r\n").lstrip() + "\n\n")
 
 
 def test_a_refusal_that_has_another_cause_stays_as_it_is() -> None:
