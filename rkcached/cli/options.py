@@ -12,7 +12,8 @@ import click
 
 from rkcached.errors import SettingsError
 
-PATH = click.Path(path_type=Path)
+# click would refuse what may not be read itself, as a mistake on the command line.
+PATH = click.Path(path_type=Path, readable=False)
 
 FLAGS = {
     "manifest": click.option(
