@@ -122,7 +122,12 @@ class _Guesses:
             at = match.start() + 1
 
     def hides(self, word: str) -> bool:
-        return len(word) < 3 or self._pattern.match(word) is not None
+        """Whether a token may begin where the word does.
+
+        It may if the word is open: what follows it in a text could close it.
+        """
+        is_open = ">" not in word and "]" not in word[1:]
+        return is_open or self._pattern.match(word) is not None
 
 
 class Markers:
@@ -208,14 +213,19 @@ class Markers:
         return text
 
     def _looked_for(self, source: str) -> list[str]:
-        """The words that the template may look for in a text, from a first character on."""
+        """The parts of the words that the template may look for in a text.
+
+        Each begins with a character that could begin a control token, and has no other such: a
+        word may have a control token behind another.
+        """
+        firsts = re.escape("".join(first for first, _ in self._stand_ins))
+        if not firsts:
+            return []
+
+        part = re.compile(rf"[{firsts}][^{firsts}\\]*")
         words = set(_WORDS)
         for single, double in _LITERAL.findall(source):
-            literal = single or double
-            for first, _ in self._stand_ins:
-                _, found, rest = literal.partition(first)
-                if found:
-                    words.add(first + rest)
+            words.update(part.findall(single or double))
 
         return [word for word in sorted(words, key=len) if not self._tokens.hides(word)]
 
