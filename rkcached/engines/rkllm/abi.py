@@ -1,4 +1,4 @@
-"""The binary interface of librkllmrt.so by version: structures, signatures, error rules.
+"""The binary interface of librkllmrt.so by version: structures and signatures.
 
 The vendor changes structures between versions without a new library name, and a structure of
 another version is a segmentation fault (rknn-llm #509, #522). So each layout has a record of its
@@ -32,7 +32,7 @@ from ctypes import (
     c_void_p,
 )
 from dataclasses import dataclass
-from enum import Enum, IntEnum
+from enum import IntEnum
 from typing import Any
 
 
@@ -59,17 +59,6 @@ class InferMode(IntEnum):
     GENERATE = 0
     GET_LAST_HIDDEN_LAYER = 1
     GET_LOGITS = 2
-
-
-class ErrorRule(Enum):
-    """The way in which a function reports failure."""
-
-    STATUS = "status"
-    """0 is success, anything else is not."""
-    NONE = "none"
-    """It cannot fail, or cannot say so."""
-    ANSWER = "answer"
-    """It returns an answer, not a status."""
 
 
 class Handle(ctypes.c_void_p):
@@ -414,6 +403,8 @@ class Signature:
     result: Any
     """ctypes type, or None for void."""
     arguments: tuple[Any, ...]
+    is_status: bool = True
+    """Whether the result says if the function failed: 0 is success, anything else is not."""
 
 
 Signatures = Mapping[str, Signature]
@@ -423,7 +414,7 @@ def _functions_110(param: Any, run_input: Any, infer: Any, callback: Any) -> dic
     """The functions that every version since 1.1.0 has."""
     return {
         # RKLLMParam rkllm_createDefaultParam();
-        "rkllm_createDefaultParam": Signature(param, ()),
+        "rkllm_createDefaultParam": Signature(param, (), is_status=False),
         # int rkllm_init(LLMHandle *handle, RKLLMParam *param, LLMResultCallback callback);
         "rkllm_init": Signature(c_int, (POINTER(Handle), POINTER(param), callback)),
         # int rkllm_run(LLMHandle handle, RKLLMInput *input, RKLLMInferParam *infer_params, void
@@ -434,8 +425,8 @@ def _functions_110(param: Any, run_input: Any, infer: Any, callback: Any) -> dic
         "rkllm_run_async": Signature(c_int, (Handle, POINTER(run_input), POINTER(infer), c_void_p)),
         # int rkllm_abort(LLMHandle handle);
         "rkllm_abort": Signature(c_int, (Handle,)),
-        # int rkllm_is_running(LLMHandle handle);
-        "rkllm_is_running": Signature(c_int, (Handle,)),
+        # int rkllm_is_running(LLMHandle handle);  0 while a run goes on
+        "rkllm_is_running": Signature(c_int, (Handle,), is_status=False),
         # int rkllm_destroy(LLMHandle handle);
         "rkllm_destroy": Signature(c_int, (Handle,)),
         # int rkllm_load_lora(LLMHandle handle, RKLLMLoraAdapter *lora_adapter);
@@ -472,30 +463,6 @@ _SINCE_121: Signatures = {
     "rkllm_set_cross_attn_params": Signature(c_int, (Handle, POINTER(CrossAttnParam))),
 }
 
-ERROR_RULES_110: Mapping[str, ErrorRule] = {
-    "rkllm_createDefaultParam": ErrorRule.NONE,
-    "rkllm_init": ErrorRule.STATUS,
-    "rkllm_run": ErrorRule.STATUS,
-    "rkllm_run_async": ErrorRule.STATUS,
-    "rkllm_abort": ErrorRule.STATUS,
-    "rkllm_is_running": ErrorRule.ANSWER,  # 0 while a run goes on
-    "rkllm_destroy": ErrorRule.STATUS,
-    "rkllm_load_lora": ErrorRule.STATUS,
-    "rkllm_load_prompt_cache": ErrorRule.STATUS,
-    "rkllm_release_prompt_cache": ErrorRule.STATUS,
-}
-ERROR_RULES_120: Mapping[str, ErrorRule] = {
-    **ERROR_RULES_110,
-    "rkllm_clear_kv_cache": ErrorRule.STATUS,
-    "rkllm_set_chat_template": ErrorRule.STATUS,
-}
-ERROR_RULES_121: Mapping[str, ErrorRule] = {
-    **ERROR_RULES_120,
-    "rkllm_get_kv_cache_size": ErrorRule.STATUS,
-    "rkllm_set_function_tools": ErrorRule.STATUS,
-    "rkllm_set_cross_attn_params": ErrorRule.STATUS,
-}
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Abi:
@@ -515,7 +482,6 @@ class Abi:
     callbacks: Any = None
     """Structure that `rkllm_init` takes instead of the callback alone."""
     functions: Signatures
-    error_rules: Mapping[str, ErrorRule]
     probe_offset: int
     """Offsets of embed_flash and enabled_cpus_num in a default parameter; 0 where this version has
     neither."""
@@ -578,7 +544,6 @@ ABIS: tuple[Abi, ...] = (
         result=Result110,
         callback=Callback110,
         functions=_functions_110(Param110, Input110, InferParam110, Callback110),
-        error_rules=ERROR_RULES_110,
         probe_offset=0,
     ),
     Abi(
@@ -591,7 +556,6 @@ ABIS: tuple[Abi, ...] = (
         result=Result120,
         callback=Callback120,
         functions={**_functions_110(Param120, Input110, InferParam120, Callback120), **_SINCE_120},
-        error_rules=ERROR_RULES_120,
         probe_offset=92,
     ),
     Abi(
@@ -604,7 +568,6 @@ ABIS: tuple[Abi, ...] = (
         result=Result120,
         callback=Callback120,
         functions={**_functions_110(Param120, Input1211, InferParam120, Callback120), **_SINCE_120},
-        error_rules=ERROR_RULES_120,
         probe_offset=92,
     ),
     Abi(
@@ -617,7 +580,6 @@ ABIS: tuple[Abi, ...] = (
         result=Result121,
         callback=Callback121,
         functions={**_functions_110(Param121, Input121, InferParam120, Callback121), **_SINCE_121},
-        error_rules=ERROR_RULES_121,
         probe_offset=92,
     ),
     Abi(
@@ -635,7 +597,6 @@ ABIS: tuple[Abi, ...] = (
             **_functions_110(Param130, Input130, InferParam130, POINTER(Callbacks130)),
             **_SINCE_121,
         },
-        error_rules=ERROR_RULES_121,
         probe_offset=64,
     ),
 )

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from rkcached.engines.rkllm.abi import ABIS, Abi, ErrorRule
+from rkcached.engines.rkllm.abi import ABIS, Abi
 from rkcached.engines.rkllm.identify import choose_abi, identify
 from rkcached.errors import EngineError, RuntimeLibraryError
 
@@ -52,7 +52,7 @@ class Library:
             function = self._cdll[name]  # a function object of our own, unlike the attribute
             function.restype = signature.result
             function.argtypes = signature.arguments
-            if self.abi.error_rules[name] is ErrorRule.STATUS:
+            if signature.is_status:
                 # The result is an int, by its restype.
                 function.errcheck = _checker(name)  # type: ignore[assignment]
             self._functions[name] = function
