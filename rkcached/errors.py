@@ -75,6 +75,10 @@ def printable(text: str) -> str:
     return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
 
 
+def counted(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
 class UsageError(RkcachedError):
     exit_code = os.EX_USAGE
 
@@ -111,9 +115,8 @@ class ManifestError(RkcachedError):
     exit_code = os.EX_CONFIG
 
     def __init__(self, problems: tuple[Problem, ...]) -> None:
-        count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
         super().__init__(
-            f"{count} in the manifest: {problems[0]}",
+            f"{counted(len(problems), 'problem')} in the manifest: {problems[0]}",
             hint="run `rkcached check` to see all of them",
         )
         self.problems = problems

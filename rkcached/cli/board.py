@@ -41,7 +41,7 @@ class Outcome(StrEnum):
     SKIP = "skip"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class Check:
     """One check: the finding in a sentence, and the next thing to do about it (may be empty)."""
 
@@ -125,24 +125,20 @@ class Board:
     def _wanting(self, name: str, finding: str, next_step: str = "") -> Check:
         """Something that RKLLM needs is not as it must be."""
         outcome = Outcome.WARN if self._uses_rkllm is False else Outcome.FAIL
-        return Check(name=name, outcome=outcome, finding=finding, next_step=next_step)
+        return Check(name, outcome, finding, next_step)
 
     def _without_npu(self, name: str, finding: str, next_step: str = "") -> Check:
         """A check of an NPU that is not there: skipped unless the manifest needs the NPU."""
         if self._uses_rkllm:
-            return Check(name=name, outcome=Outcome.FAIL, finding=finding, next_step=next_step)
-        return Check(name=name, outcome=Outcome.SKIP, finding=finding)
+            return Check(name, Outcome.FAIL, finding, next_step)
+        return Check(name, Outcome.SKIP, finding)
 
     # Checks
 
     def soc(self) -> Check:
         supported = ", ".join(_SOCS).upper()
         if self._soc:
-            return Check(
-                name="board",
-                outcome=Outcome.OK,
-                finding=f"{self.model or 'a board'}, {self._soc.upper()}",
-            )
+            return Check("board", Outcome.OK, f"{self.model or 'a board'}, {self._soc.upper()}")
 
         here = "this machine is"
         if self.model:
@@ -157,9 +153,7 @@ class Board:
         """The runtime library; sets `runtime_version`."""
         name = "runtime library"
         if not self.has_npu and not self._uses_rkllm:
-            return Check(
-                name=name, outcome=Outcome.SKIP, finding="not looked for: there is no NPU to use it"
-            )
+            return Check(name, Outcome.SKIP, "not looked for: there is no NPU to use it")
 
         path = self._below(str(EngineConfig().library))
         override = None
@@ -187,14 +181,9 @@ class Board:
             and any(facts.version in known.versions for known in ABIS)
         ):
             step = "remove engine.abi from the manifest: a wrong one crashes the worker"
-            return Check(
-                name=name,
-                outcome=Outcome.WARN,
-                finding=f"{path}: {description}, which contradicts",
-                next_step=step,
-            )
+            return Check(name, Outcome.WARN, f"{path}: {description}, which contradicts", step)
 
-        return Check(name=name, outcome=Outcome.OK, finding=f"{path}: {description}")
+        return Check(name, Outcome.OK, f"{path}: {description}")
 
     def devices(self) -> Check:
         name = "NPU devices"
@@ -219,15 +208,11 @@ class Board:
         ]
         names = ", ".join(map(self._shown, closed or nodes))
         if not closed:
-            return Check(
-                name=name, outcome=Outcome.OK, finding=f"{names} can be opened by this user"
-            )
+            return Check(name, Outcome.OK, f"{names} can be opened by this user")
 
         finding = f"{names} cannot be opened by this user for reading and writing"
         if len(closed) < len(nodes):  # which of them a runtime opens differs by kernel and version
-            return Check(
-                name=name, outcome=Outcome.WARN, finding=finding, next_step=_how_to_open(closed)
-            )
+            return Check(name, Outcome.WARN, finding, _how_to_open(closed))
 
         return self._wanting(name, finding, _how_to_open(closed))
 
@@ -245,16 +230,16 @@ class Board:
             next_step = "mount debugfs, and check with lsmod that the module rknpu is loaded"
             if os.geteuid():
                 next_step = f"as root: sudo cat {places[1]}"
-            return Check(name=name, outcome=Outcome.SKIP, finding=finding, next_step=next_step)
+            return Check(name, Outcome.SKIP, finding, next_step)
 
         version = match[0]
         if tuple(map(int, version.split("."))) < OLDEST_DRIVER:
             wanted = ".".join(map(str, OLDEST_DRIVER))
             finding = f"version {version} is older than {wanted}, which RKLLM asks for"
             next_step = f"update the board's kernel to one with RKNPU driver {wanted} or newer"
-            return Check(name=name, outcome=Outcome.WARN, finding=finding, next_step=next_step)
+            return Check(name, Outcome.WARN, finding, next_step)
 
-        return Check(name=name, outcome=Outcome.OK, finding=f"version {version}")
+        return Check(name, Outcome.OK, f"version {version}")
 
     def npu_clock(self) -> Check:
         name = "NPU clock"
@@ -303,11 +288,7 @@ class Board:
             r"^MemAvailable:\s+(\d+) kB", self._fact("/proc/meminfo") or "", re.MULTILINE
         )
         if match is None:
-            return Check(
-                name=name,
-                outcome=Outcome.SKIP,
-                finding="/proc/meminfo does not say what is available",
-            )
+            return Check(name, Outcome.SKIP, "/proc/meminfo does not say what is available")
 
         available = int(match[1]) * 1024
         sizes = {model: model_bytes(manifest, config) for model, config in manifest.models.items()}
@@ -316,7 +297,7 @@ class Board:
             finding = (
                 f"{words.size(available)} available; there is no model file to compare it with"
             )
-            return Check(name=name, outcome=Outcome.SKIP, finding=finding)
+            return Check(name, Outcome.SKIP, finding)
 
         needed = sizes[largest] * 5 // 4
         finding = (
@@ -327,9 +308,9 @@ class Board:
             next_step = (
                 "end other programs, or use a smaller model; the figure is the file's size and 25 %"
             )
-            return Check(name=name, outcome=Outcome.WARN, finding=finding, next_step=next_step)
+            return Check(name, Outcome.WARN, finding, next_step)
 
-        return Check(name=name, outcome=Outcome.OK, finding=finding)
+        return Check(name, Outcome.OK, finding)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -355,14 +336,14 @@ class _Clock:
 def _judge_clocks(name: str, clocks: list[_Clock], command: str) -> Check:
     known = [clock for clock in clocks if clock.governor]
     if not known:
-        return Check(name=name, outcome=Outcome.SKIP, finding="no governor can be seen")
+        return Check(name, Outcome.SKIP, "no governor can be seen")
 
     finding = "governor " + ", ".join(dict.fromkeys(map(str, known)))
     if all(clock.at_most for clock in known):
-        return Check(name=name, outcome=Outcome.OK, finding=finding)
+        return Check(name, Outcome.OK, finding)
 
     finding += ": figures will be lower and vary"
-    return Check(name=name, outcome=Outcome.WARN, finding=finding, next_step=command)
+    return Check(name, Outcome.WARN, finding, command)
 
 
 def _megahertz(text: str | None, per_megahertz: int) -> float:

@@ -13,7 +13,7 @@ from rkcached.cli import output
 from rkcached.cli.service_view import ServiceView, view_of
 from rkcached.engines.kinds import EngineKind
 from rkcached.engines.registry import ENGINES
-from rkcached.errors import ManifestError, Problem, printable
+from rkcached.errors import ManifestError, Problem, counted, printable
 from rkcached.host.digests import Digests
 from rkcached.host.settings import Settings
 from rkcached.messages.sandbox import Renderer
@@ -114,9 +114,7 @@ def check_manifest(settings: Settings) -> Findings:
     warnings = tuple(
         f"{manifest_file}:{warning}" for warning in _warnings(manifest, sources, runtime)
     )
-    ok = (
-        f"ok, {_counted(len(manifest.models), 'model')}, {_counted(len(desired.prompts), 'prompt')}"
-    )
+    ok = f"ok, {counted(len(manifest.models), 'model')}, {counted(len(desired.prompts), 'prompt')}"
     if service.whose:
         ok += f", {service.whose}"
     return _findings(problems, warnings, sources.skipped_files, ok)
@@ -134,7 +132,7 @@ def _findings(
         problems=tuple(sorted(problems, key=lambda problem: problem.line)),
         warnings=warnings,
         skipped_files=skipped,
-        summary=_counted(len(problems), "problem") if problems else ok,
+        summary=counted(len(problems), "problem") if problems else ok,
     )
 
 
@@ -183,7 +181,3 @@ def _warnings(
             f"{MODEST_TOKENS} or less, or install runtime 1.3.0 or newer, which generates one "
             "token)"
         )
-
-
-def _counted(number: int, noun: str) -> str:
-    return f"{number} {noun}" + ("" if number == 1 else "s")

@@ -16,7 +16,7 @@ import re
 import subprocess
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from io import BufferedReader
 from pathlib import Path
 from typing import Any, Final
@@ -32,7 +32,7 @@ from rkcached.cli.board import Board, Check, Outcome, model_bytes, order, size_o
 from rkcached.cli.service_view import view_of
 from rkcached.engines.llamacpp.header import read_header
 from rkcached.engines.registry import ENGINES, EngineEntry
-from rkcached.errors import ManifestError, RkcachedError, SourceError
+from rkcached.errors import ManifestError, RkcachedError, SourceError, counted
 from rkcached.host import disk, isolated, unit
 from rkcached.host.digests import Digests
 from rkcached.host.settings import Settings
@@ -162,16 +162,7 @@ def report_data(report: Report) -> dict[str, Any]:
     return {
         "ready": not report.failed,
         "npu": report.npu,
-        "checks": list(map(_check_data, report.checks)),
-    }
-
-
-def _check_data(check: Check) -> dict[str, str]:
-    return {
-        "name": check.name,
-        "outcome": check.outcome.value,
-        "finding": check.finding,
-        "next_step": check.next_step,
+        "checks": list(map(asdict, report.checks)),
     }
 
 
@@ -207,28 +198,18 @@ def print_report(console: Console, report: Report) -> None:
 def _read_manifest(file: Path | None) -> tuple[Manifest | None, Check]:
     if file is None:
         finding = "no manifest, so only the board is examined"
-        return None, Check(
-            name="manifest",
-            outcome=Outcome.SKIP,
-            finding=finding,
-            next_step="name one with --manifest",
-        )
+        return None, Check("manifest", Outcome.SKIP, finding, "name one with --manifest")
 
     try:
         manifest = read_manifest(file)
     except ManifestError as error:
         finding = f"{error.message}; only the board is examined"
         next_step = f"rkcached check --manifest {file}"
-        return None, Check(
-            name="manifest", outcome=Outcome.FAIL, finding=finding, next_step=next_step
-        )
+        return None, Check("manifest", Outcome.FAIL, finding, next_step)
 
-    models = "1 model"
-    if len(manifest.models) != 1:
-        models = f"{len(manifest.models)} models"
-
+    models = counted(len(manifest.models), "model")
     finding = f"{file}: engine {manifest.engine.kind.value}, {models}"
-    return manifest, Check(name="manifest", outcome=Outcome.OK, finding=finding)
+    return manifest, Check("manifest", Outcome.OK, finding)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -276,18 +257,16 @@ def _engine(manifest: Manifest) -> Iterator[Check]:
     try:
         runtime = ENGINES[kind].locate_runtime(manifest.engine.library, manifest.engine.abi)
     except RkcachedError as error:
-        yield Check(
-            name="engine", outcome=Outcome.FAIL, finding=error.message, next_step=error.hint
-        )
+        yield Check("engine", Outcome.FAIL, error.message, error.hint)
     else:
-        yield Check(name="engine", outcome=Outcome.OK, finding=f"{kind.value} {runtime.version}")
+        yield Check("engine", Outcome.OK, f"{kind.value} {runtime.version}")
 
 
 def _prompts(files: _Found) -> Check:
     troubles = [*files.unlisted_models.values(), *files.prompts.values()]
     if not troubles:
-        finding = f"{_prompts_of(len(files.sources.prompts))}, all readable"
-        return Check(name="prompts", outcome=Outcome.OK, finding=finding)
+        finding = f"{counted(len(files.sources.prompts), 'prompt')}, all readable"
+        return Check("prompts", Outcome.OK, finding)
 
     more = ""
     if len(troubles) > 1:
@@ -295,7 +274,7 @@ def _prompts(files: _Found) -> Check:
 
     finding = troubles[0].message + more
     next_step = troubles[0].hint or "`rkcached check` names its line"
-    return Check(name="prompts", outcome=Outcome.FAIL, finding=finding, next_step=next_step)
+    return Check("prompts", Outcome.FAIL, finding, next_step)
 
 
 def _models(manifest: Manifest, runtime_version: str | None, files: _Found) -> Iterator[Check]:
@@ -306,13 +285,11 @@ def _models(manifest: Manifest, runtime_version: str | None, files: _Found) -> I
         trouble = files.models.get(model)
 
         if trouble is not None:
-            yield Check(
-                name=name, outcome=Outcome.FAIL, finding=trouble.message, next_step=trouble.hint
-            )
+            yield Check(name, Outcome.FAIL, trouble.message, trouble.hint)
         elif size is None:
             finding = f"{path} is not a file" if os.path.lexists(path) else f"{path} is missing"
             next_step = "`rkcached check` names its line"
-            yield Check(name=name, outcome=Outcome.FAIL, finding=finding, next_step=next_step)
+            yield Check(name, Outcome.FAIL, finding, next_step)
         elif ENGINES[manifest.engine.kind].on_npu:
             yield _rkllm_model(name, path, size, runtime_version)
         else:
@@ -324,16 +301,16 @@ def _other_model(name: str, manifest: Manifest, config: ModelConfig) -> Check:
     try:
         files = ENGINES[manifest.engine.kind].inspect_model(config.path, read_header).files
     except SourceError as error:
-        return Check(name=name, outcome=Outcome.FAIL, finding=error.message, next_step=error.hint)
+        return Check(name, Outcome.FAIL, error.message, error.hint)
     except OSError as error:
         finding = f"{error.filename or config.path} cannot be read: {error.strerror}"
         next_step = "check its permissions, and those of the directories above it"
-        return Check(name=name, outcome=Outcome.FAIL, finding=finding, next_step=next_step)
+        return Check(name, Outcome.FAIL, finding, next_step)
 
     finding = f"{config.path}, {words.size(model_bytes(manifest, config))}"
     if len(files) > 1:
         finding += f" in {len(files)} files"
-    return Check(name=name, outcome=Outcome.OK, finding=finding)
+    return Check(name, Outcome.OK, finding)
 
 
 def _rkllm_model(name: str, path: Path, size: int, runtime_version: str | None) -> Check:
@@ -342,22 +319,20 @@ def _rkllm_model(name: str, path: Path, size: int, runtime_version: str | None) 
             file.seek(max(0, size - _TAIL_BYTES))
             toolkits = _TOOLKIT.findall(file.read(_TAIL_BYTES))
     except OSError as error:
-        return Check(
-            name=name, outcome=Outcome.FAIL, finding=f"{path} cannot be read: {error.strerror}"
-        )
+        return Check(name, Outcome.FAIL, f"{path} cannot be read: {error.strerror}")
 
     shown = f"{path}, {words.size(size)}"
     if not toolkits:
         finding = f"{shown}: it does not name the rkllm-toolkit that made it; not an RKLLM model?"
         next_step = "the RKLLM engine loads .rkllm files only, which rkllm-toolkit makes on a PC"
-        return Check(name=name, outcome=Outcome.WARN, finding=finding, next_step=next_step)
+        return Check(name, Outcome.WARN, finding, next_step)
 
     toolkit = toolkits[-1].decode().rstrip(".")
     if runtime_version is None:
         finding = (
             f"{shown}, made by rkllm-toolkit {toolkit}; there is no runtime to compare it with"
         )
-        return Check(name=name, outcome=Outcome.OK, finding=finding)
+        return Check(name, Outcome.OK, finding)
 
     finding = f"{shown}, made by rkllm-toolkit {toolkit} for runtime {runtime_version}"
     if order(toolkit) > order(runtime_version):
@@ -369,9 +344,9 @@ def _rkllm_model(name: str, path: Path, size: int, runtime_version: str | None) 
             f"install runtime {toolkit} or newer, or convert the model with toolkit "
             f"{runtime_version}"
         )
-        return Check(name=name, outcome=Outcome.FAIL, finding=finding, next_step=next_step)
+        return Check(name, Outcome.FAIL, finding, next_step)
 
-    return Check(name=name, outcome=Outcome.OK, finding=finding)
+    return Check(name, Outcome.OK, finding)
 
 
 def _disk(manifest: Manifest, sources: Sources, cache_dir: Path) -> Check:
@@ -387,8 +362,8 @@ def _disk(manifest: Manifest, sources: Sources, cache_dir: Path) -> Check:
 
     if free + used < wanted:
         next_step = "make room, name a larger disk with --cache-dir, or set cache.max_bytes"
-        return Check(name="disk", outcome=Outcome.WARN, finding=finding, next_step=next_step)
-    return Check(name="disk", outcome=Outcome.OK, finding=finding)
+        return Check("disk", Outcome.WARN, finding, next_step)
+    return Check("disk", Outcome.OK, finding)
 
 
 def _estimate(manifest: Manifest, sources: Sources, cache_dir: Path) -> tuple[int, str]:
@@ -413,10 +388,12 @@ def _estimate(manifest: Manifest, sources: Sources, cache_dir: Path) -> tuple[in
 
     parts = []
     if known:
-        parts = [f"about {words.size(known_bytes)} needed by {_prompts_of(known)}"]
+        parts = [f"about {words.size(known_bytes)} needed by {counted(known, 'prompt')}"]
 
     if unknown:
-        parts.append(f"what {_prompts_of(unknown)} will take is not known before one is built")
+        parts.append(
+            f"what {counted(unknown, 'prompt')} will take is not known before one is built"
+        )
     return known_bytes, ", and ".join(parts) or "no prompt needs space"
 
 
@@ -444,9 +421,3 @@ def _by_model(engine: EngineEntry, path: Path) -> float | None:
     if of_token is None:
         return None
     return of_token / _LETTERS_PER_TOKEN
-
-
-def _prompts_of(count: int) -> str:
-    if count == 1:
-        return "1 prompt"
-    return f"{count} prompts"

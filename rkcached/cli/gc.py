@@ -11,7 +11,7 @@ import click
 from rkcached.api.words import size
 from rkcached.cli import looks, output
 from rkcached.cli.client import Client
-from rkcached.errors import StoreLocked, printable
+from rkcached.errors import StoreLocked, counted, printable
 from rkcached.host.settings import Settings
 from rkcached.reconcile import collection
 from rkcached.store import garbage
@@ -75,10 +75,6 @@ def _print(rubbish: dict[str, Any], store: Path, *, dry_run: bool) -> None:
     if dry_run:
         done = "would remove"
 
-    what = "1 item"
-    if len(items) != 1:
-        what = f"{len(items)} items"
-
     total = sum(item["size_bytes"] for item in items)
     left = ""
     if strangers:
@@ -88,4 +84,5 @@ def _print(rubbish: dict[str, Any], store: Path, *, dry_run: bool) -> None:
     if failed:
         left += f"; {len(failed)} could not be removed"
 
+    what = counted(len(items), "item")
     click.echo(printable(f"{done} {what}, {size(total)}{left}; store {store}"))
