@@ -20,6 +20,7 @@ import signal
 import socket
 import sys
 import threading
+import warnings
 import weakref
 from collections import OrderedDict
 from collections.abc import Iterator
@@ -59,6 +60,18 @@ _LENGTHS = ("minLength", "maxLength")
 _DATA = frozenset({"enum", "const", "default", "examples"})
 # Keywords whose values are schemas by name.
 _NAMED = frozenset({"properties", "patternProperties", "$defs", "definitions", "dependentSchemas"})
+
+# llguidance may give up on a part with more alternatives than these; it does so at 2,000 states.
+_MANY_CHOICES = 100
+# The bytes that an answer may begin with, in the order in which they are tried, and how many of
+# them are written on trial: they lead into objects, lists and texts.
+_OPENING = (*b'{["', *range(0x21, 0x7F))
+_FIRST_BYTES = 10
+
+MAX_EXACT = 2**53
+"""llguidance reads numbers as JavaScript does."""
+
+_EXACT = frozenset({"const", "enum", "minimum", "maximum", "multipleOf"})
 
 _HINT = "simplify the schema, or set lower limits in it"
 # A schema that cannot be evaluated on these cannot check an answer either.
@@ -196,10 +209,12 @@ def find_problem(schema: str, *, compiled: bool) -> str:
         json.dumps(value, allow_nan=False)  # 1e999 is JSON, but no number
         problem = _beyond_bounds(value) or _not_a_schema(value)
         if compiled and not problem:
-            problem = _not_a_grammar(schema)
+            problem = _read_otherwise(value) or _not_a_grammar(value)
         return problem
     except MemoryError:
         raise
+    except RecursionError:
+        return "not a JSON schema that can be used: its references go in a circle"
     except BaseException as error:  # noqa: BLE001 - compiled libraries raise what they like
         words = f"{type(error).__name__}: {_shortened(str(error))}"
         return f"not a JSON schema that can be used: {words}"
@@ -254,6 +269,9 @@ def _not_a_schema(schema: Any) -> str:
     import jsonschema  # noqa: PLC0415 - only the child needs it
     import referencing.jsonschema  # noqa: PLC0415
 
+    if isinstance(schema, dict) and not isinstance(schema.get("$schema", ""), str):
+        return "not a JSON schema: $.$schema: it names a version, as a text"
+
     kind = jsonschema.validators.validator_for(schema, default=jsonschema.Draft202012Validator)
     try:
         kind.check_schema(schema)
@@ -282,26 +300,124 @@ def _not_a_schema(schema: Any) -> str:
     return ""
 
 
-def _not_a_grammar(schema: str) -> str:
-    """Compile it as llama.cpp will, by the same library. Errors: whatever that raises."""
+def _read_otherwise(schema: Any) -> str:
+    """A keyword that llguidance reads otherwise than the JSON schema says, in words; or nothing.
+
+    It would write what no check of the answer accepts.
+    """
+    for keyword, value in _keywords(schema):
+        if keyword.startswith("x-guidance"):
+            return f"{keyword} is not accepted"
+
+        if keyword == "pattern" and isinstance(value, str):
+            re.purge()  # a pattern that is remembered gives no warning again
+            with warnings.catch_warnings():
+                warnings.simplefilter("error", FutureWarning)
+                try:
+                    re.compile(value)
+                except FutureWarning:  # [[:alpha:]] and [a&&b]: sets in sets, in Rust only
+                    return f"the pattern {_shortened(value)} has a set within a set"
+
+        values = value if keyword == "enum" and isinstance(value, list) else [value]
+        if keyword in _EXACT and any(map(_is_inexact, values)):
+            return f"{keyword} has a whole number beyond 2^53, which cannot be written exactly"
+
+    return ""
+
+
+def _is_inexact(value: Any) -> bool:
+    return isinstance(value, int) and abs(value) > MAX_EXACT
+
+
+def _not_a_grammar(schema: Any) -> str:
+    """Compile it as llama.cpp will, by the same library. Errors: whatever that raises.
+
+    A part that the answer may reach only later is tried on its own, as no error may come after the
+    first token.
+    """
     try:
         llguidance = importlib.import_module("llguidance")
     except ImportError:
         return ""  # then only llama.cpp finds out that it cannot keep to the schema
 
     matcher = llguidance.LLMatcher
-    grammar = matcher.grammar_from_json_schema(schema)
-    trial = matcher(llguidance.LLTokenizer("byte"), grammar, log_level=0)
-    if not trial.is_error():
-        trial.compute_bitmask()
-    if not trial.is_error():
-        return ""
+    tokens = llguidance.LLTokenizer("byte")
 
-    first, *more = trial.get_error().splitlines()
+    for part in (schema, *_demanding_parts(schema)):
+        grammar = matcher.grammar_from_json_schema(json.dumps(part))
+        trial = matcher(tokens, grammar, log_level=0)
+        _write_the_beginning(trial)
+        if trial.is_error():
+            return f"llama.cpp cannot keep to this schema: {_words_of(trial.get_error())}"
+
+    return ""
+
+
+def _demanding_parts(schema: Any) -> Iterator[Any]:
+    """The parts that llguidance may give up on, each as what an object must have."""
+    whole = _moved(schema, "#/$defs/whole")
+
+    for place, part in _parts(schema):
+        choices = sum(len(part.get(keyword, ())) for keyword in ("properties", "anyOf", "oneOf"))
+        if "pattern" in part or choices > _MANY_CHOICES:
+            yield {
+                "$defs": {"whole": whole},
+                "type": "object",
+                "properties": {"a": {"$ref": f"#/$defs/whole{place}"}},
+                "required": ["a"],
+            }
+
+
+def _parts(schema: Any) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The schemas in a schema, at any depth, each with its JSON pointer."""
+    waiting: list[tuple[str, Any, bool]] = [("", schema, True)]
+    while waiting:
+        place, here, is_schema = waiting.pop()
+        if isinstance(here, list):
+            waiting += [(f"{place}/{at}", value, True) for at, value in enumerate(here)]
+        if not isinstance(here, dict):
+            continue
+
+        if is_schema:
+            yield place, here
+        for key, value in here.items():
+            if is_schema and key in _DATA:
+                continue
+            name = key.replace("~", "~0").replace("/", "~1")
+            waiting.append((f"{place}/{name}", value, not (is_schema and key in _NAMED)))
+
+
+def _moved(schema: Any, place: str) -> Any:
+    """A copy of a schema whose references still work when it stands at `place` of another one."""
+    if isinstance(schema, list):
+        return [_moved(item, place) for item in schema]
+    if not isinstance(schema, dict):
+        return schema
+
+    moved = {key: _moved(value, place) for key, value in schema.items()}
+    reference = schema.get("$ref")
+    if isinstance(reference, str) and (reference == "#" or reference.startswith("#/")):
+        moved["$ref"] = place + reference[1:]
+    return moved
+
+
+def _write_the_beginning(trial: Any) -> None:
+    """Begin an answer: llguidance finds some limits only when it goes into an object or a text."""
+    for _ in range(_FIRST_BYTES):
+        if trial.is_error() or trial.is_stopped():
+            return
+        allowed = trial.compute_bitmask()
+        byte = next((byte for byte in _OPENING if allowed[byte // 8] >> byte % 8 & 1), None)
+        if byte is None:
+            return
+        trial.try_consume_tokens([byte])
+
+
+def _words_of(error: str) -> str:
+    first, *more = error.splitlines()
     # Of a bad pattern, the next line with this mark has the details.
     details = [line.removeprefix("error: ") for line in more if line.startswith("error: ")]
-    words = _shortened(" ".join([first, *details[:1]]))
-    return f"llama.cpp cannot keep to this schema: {words}"
+    return _shortened(" ".join([first, *details[:1]]))
 
 
 def _shortened(text: str) -> str:

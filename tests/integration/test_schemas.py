@@ -122,6 +122,78 @@ def checker() -> Iterator[SchemaChecker]:
     checker.close()
 
 
+def within(schema: Any) -> dict[str, Any]:
+    """A schema that an answer comes to only after its first property."""
+    return {
+        "type": "object",
+        "properties": {"a": {"const": 1}, "b": schema},
+        "required": ["a", "b"],
+        "additionalProperties": False,
+    }
+
+
+TOO_MANY: list[Any] = [
+    {"type": "object", "properties": {f"k{at}": {"type": "string"} for at in range(900)}},
+    {"type": "string", "pattern": "^((a{100}){100}){10}$"},
+    {"anyOf": [{"type": "array", "items": {"const": at}} for at in range(2100)]},
+    {"type": "array", "items": {"anyOf": [within({"const": at}) for at in range(2100)]}},
+]
+READ_OTHERWISE: list[Any] = [
+    {"x-guidance": {"item_separator": "####"}, "type": "object"},
+    {"x-guidance": {"lenient": True}, "type": "array", "uniqueItems": True},
+    {"const": 12345678901234567890123},
+    {"enum": ["a", -(2**60)]},
+    {"type": "string", "pattern": "^[[:alpha:]]{3}$"},
+    {"type": "string", "pattern": "^[a-z&&[^b]]{3}$"},
+]
+
+
+@pytest.mark.parametrize("place", ["root", "property", "definition"])
+@pytest.mark.parametrize("schema", TOO_MANY + READ_OTHERWISE, ids=lambda s: as_text(s)[:60])
+def test_a_grammar_that_would_fail_later_is_refused_before(
+    checker: SchemaChecker, schema: Any, place: str
+) -> None:
+    """Wherever it stands: after the first token there is no way back to an error."""
+    placed = {
+        "root": schema,
+        "property": within(schema),
+        "definition": within({"$ref": "#/$defs/d"}) | {"$defs": {"d": schema}},
+    }[place]
+
+    with pytest.raises(SchemaInvalid):
+        checker.check(json.dumps(placed), compiled=True)
+
+
+def test_honest_schemas_with_many_parts_pass(checker: SchemaChecker) -> None:
+    """Patterns, choices and references in many places take milliseconds each."""
+    part = {"type": "string", "pattern": "^[a-z]{1,20}$"}
+    schema = {
+        "type": "object",
+        "properties": {f"k{at}": part for at in range(60)}
+        | {"kind": {"enum": [f"v{at}" for at in range(300)]}, "again": {"$ref": "#"}},
+        "required": [f"k{at}" for at in range(60)],
+    }
+
+    checker.check(json.dumps(schema), compiled=True)
+
+
+@pytest.mark.parametrize(
+    ("schema", "words"),
+    [
+        ({"$ref": "#"}, "in a circle"),
+        ({"$schema": 5}, r"\$schema"),
+        ({"x-guidance": {}}, "x-guidance is not accepted"),
+        ({"const": 2**60}, "beyond 2\\^53"),
+    ],
+)
+def test_reasons_are_sentences(checker: SchemaChecker, schema: Any, words: str) -> None:
+    """No name of a Python exception: the reader is somebody who wrote a schema."""
+    with pytest.raises(SchemaInvalid, match=words) as raised:
+        checker.check(json.dumps(schema), compiled=True)
+
+    assert "Error:" not in raised.value.message
+
+
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("schema", GOOD, ids=as_text)
 def test_a_good_schema_passes(checker: SchemaChecker, schema: Any, *, compiled: bool) -> None:
