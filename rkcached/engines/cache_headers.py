@@ -13,7 +13,6 @@ file.
 from __future__ import annotations
 
 import struct
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
@@ -32,14 +31,11 @@ MEMORY: Final = struct.Struct("<8sIQ")
 MEMORY_MAGIC: Final = b"RKCMEMKV"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RkllmHeader:
-    magic: int
-    n_tokens: int
+def rkllm_tokens(path: Path) -> int | None:
+    """The tokens that a file of RKLLM has by its header.
 
-
-def read_rkllm(path: Path) -> RkllmHeader | None:
-    """Read the header of a file of RKLLM; None if it is missing, unreadable or too short."""
+    None if it is missing, unreadable or too short.
+    """
     try:
         with path.open("rb") as file:
             data = file.read(WORDS.size)
@@ -49,5 +45,5 @@ def read_rkllm(path: Path) -> RkllmHeader | None:
     if len(data) < WORDS.size:
         return None
 
-    magic, _, n_tokens = WORDS.unpack(data)
-    return RkllmHeader(magic=magic, n_tokens=n_tokens)
+    _, _, n_tokens = WORDS.unpack(data)
+    return int(n_tokens)

@@ -26,7 +26,7 @@ from rkcached.engines.base import (
     RunStats,
     Sampling,
 )
-from rkcached.engines.cache_headers import read_rkllm
+from rkcached.engines.cache_headers import rkllm_tokens
 from rkcached.engines.kinds import Pooling
 from rkcached.engines.rkllm.abi import (
     Abi,
@@ -153,8 +153,8 @@ class RkllmEngine:
         run = Run(Sampling(max_new_tokens=1), limit=1, saves=True)
         self._run(run, prompt, save_to=save_to)
         tokens = run.prompt_ids or run.prefill_tokens
-        if not self.abi.measures and not tokens and (header := read_rkllm(save_to)) is not None:
-            tokens = header.n_tokens
+        if not self.abi.measures and not tokens:
+            tokens = rkllm_tokens(save_to) or 0
 
         return RunStats(
             finish=run.finish(self._info.context_tokens),
@@ -167,8 +167,8 @@ class RkllmEngine:
 
     def load(self, path: Path) -> int:
         self.clear()
-        header = read_rkllm(path)
-        if header is None:
+        tokens = rkllm_tokens(path)
+        if tokens is None:
             raise ArtifactLoadError(f"{path} is missing, empty or too short to be a prompt cache")
 
         try:
@@ -181,7 +181,7 @@ class RkllmEngine:
 
         self._loaded = True
         self._empty = False
-        return header.n_tokens
+        return tokens
 
     def clear(self) -> None:
         if self._empty and not self._loaded:

@@ -41,7 +41,6 @@ _GNU_HASH: Final = struct.Struct("<IIII")
 _PT_LOAD = 1
 _PT_DYNAMIC = 2
 _DT_NULL = 0
-_DT_NEEDED = 1
 _DT_HASH = 4
 _DT_STRTAB = 5
 _DT_SYMTAB = 6
@@ -74,8 +73,6 @@ class LibraryFacts:
     """The functions it exports whose names begin with `rkllm_`."""
     machine: str
     """The processor, as platform.machine() names it."""
-    needed: tuple[str, ...]
-    """The libraries it must be loaded with (DT_NEEDED)."""
 
 
 def identify(path: Path) -> LibraryFacts:
@@ -207,8 +204,7 @@ def _identify(path: Path) -> LibraryFacts:
     try:
         image = _Image(path, fd, os.fstat(fd).st_size)
         machine = image.machine
-        strings, tags = image.dynamic()
-        symbols = frozenset(image.exported(strings, tags))
+        symbols = frozenset(image.exported())
         if not symbols:
             raise RuntimeLibraryError(
                 f"{path} is not an RKLLM runtime: it exports no function whose name begins with "
@@ -217,10 +213,7 @@ def _identify(path: Path) -> LibraryFacts:
                 "other networks",
             )
 
-        needed = tuple(image.name(strings, offset) for tag, offset in tags if tag == _DT_NEEDED)
-        return LibraryFacts(
-            path=path, version=image.version(), symbols=symbols, machine=machine, needed=needed
-        )
+        return LibraryFacts(path=path, version=image.version(), symbols=symbols, machine=machine)
     finally:
         os.close(fd)
 
@@ -328,8 +321,8 @@ class _Image:
             self.damaged(f"a table at {address:#x} leaves its segment")
         return self.read(offset, length)
 
-    def dynamic(self) -> tuple[bytes, list[tuple[int, int]]]:
-        """The dynamic string table, and the entries of the dynamic section."""
+    def _dynamic(self) -> dict[int, int]:
+        """The entries of the dynamic section, by tag."""
         where = next(
             ((offset, size) for kind, offset, _, size, _ in self._segments if kind == _PT_DYNAMIC),
             None,
@@ -338,26 +331,26 @@ class _Image:
             self.damaged("it has no dynamic section")
 
         offset, size = where
-        tags: list[tuple[int, int]] = []
+        entries: dict[int, int] = {}
         for tag, value in _DYNAMIC.iter_unpack(self.read(offset, size - size % _DYNAMIC.size)):
             if tag == _DT_NULL:
                 break
-            tags.append((tag, value))
+            entries[tag] = value
 
-        entries = dict(tags)
         if not {_DT_STRTAB, _DT_STRSZ, _DT_SYMTAB} <= entries.keys():
             self.damaged("its dynamic section names no strings or symbols")
-        return self.at_address(entries[_DT_STRTAB], entries[_DT_STRSZ]), tags
+        return entries
 
-    def name(self, strings: bytes, offset: int) -> str:
+    def _name(self, strings: bytes, offset: int) -> str:
         end = strings.find(b"\0", offset, offset + _MAX_NAME)
         if end < 0:
             self.damaged("a name leaves the string table")
         return strings[offset:end].decode(errors="replace")
 
-    def exported(self, strings: bytes, tags: list[tuple[int, int]]) -> Iterator[str]:
+    def exported(self) -> Iterator[str]:
         """The rkllm_* names that dlsym would find: those of symbols that the library defines."""
-        entries = dict(tags)
+        entries = self._dynamic()
+        strings = self.at_address(entries[_DT_STRTAB], entries[_DT_STRSZ])
         count = self._count_symbols(entries)
         if not count:
             return
@@ -365,7 +358,7 @@ class _Image:
         table = self.at_address(entries[_DT_SYMTAB], count * _SYMBOL.size)
         for at, info, _, section, *_ in _SYMBOL.iter_unpack(table):
             if section and info >> 4 and strings.startswith(SYMBOL_PREFIX.encode(), at):
-                yield self.name(strings, at)
+                yield self._name(strings, at)
 
     def _count_symbols(self, entries: dict[int, int]) -> int:
         """Count the symbols up to the last one in the hash tables: no field states their number."""
