@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Container, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -242,9 +242,9 @@ def _strangers(
         if name in marks.OWN_FOLDERS and not beneath.is_folder(path):
             yield (name,)
         elif name == marks.QUARANTINE:
-            yield from _in_quarantine(store)
+            yield from _among(store, name, marks.is_quarantined)
         elif name == marks.RETIRED:
-            yield from _among_retired(store)
+            yield from _among(store, name, marks.is_retired)
         elif name == marks.VERDICTS:
             yield from _in_verdicts(store)
         elif marks.is_own(name):
@@ -258,18 +258,11 @@ def _strangers(
             yield (name,)
 
 
-def _in_quarantine(store: Store) -> Iterator[tuple[str, ...]]:
-    for name in beneath.names_in(store.root, marks.QUARANTINE):
-        if not (
-            marks.is_quarantined(name) and beneath.is_folder(store.root / marks.QUARANTINE / name)
-        ):
-            yield marks.QUARANTINE, name
-
-
-def _among_retired(store: Store) -> Iterator[tuple[str, ...]]:
-    for name in beneath.names_in(store.root, marks.RETIRED):
-        if not (marks.is_retired(name) and beneath.is_folder(store.root / marks.RETIRED / name)):
-            yield marks.RETIRED, name
+def _among(store: Store, place: str, is_own: Callable[[str], bool]) -> Iterator[tuple[str, ...]]:
+    """Whatever is not one of the store's own folders in this place."""
+    for name in beneath.names_in(store.root, place):
+        if not (is_own(name) and beneath.is_folder(store.root / place / name)):
+            yield place, name
 
 
 def _in_verdicts(store: Store) -> Iterator[tuple[str, ...]]:
