@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Awaitable, Callable, Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import KW_ONLY, dataclass, replace
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any, TypeVar
@@ -31,56 +31,39 @@ _EVENT = {"type": "object", "properties": {"data": {"type": "string"}, "event": 
 _TEXT = {"type": "string"}
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+_DECLARED = "rkcached_endpoint"
+
+
+def _undeclared(_: Request) -> Awaitable[Response]:
+    raise NotImplementedError
+
+
+@dataclass(frozen=True, slots=True)
 class Endpoint:
+    """A declaration. As a decorator, it declares the method below as its handler."""
+
     method: str
     path: str
     """As Starlette writes it: `/v1/cache/{model}`; `{name:path}` takes slashes."""
-    handler: Callable[..., Awaitable[Response]]
+    _: KW_ONLY
     summary: str
-    body: type[BaseModel] | None = None
-    answers: Mapping[int, type[BaseModel] | None] = field(default_factory=dict)
+    answers: Mapping[int, type[BaseModel] | None]
     """By status; None for one that has no JSON."""
+    body: type[BaseModel] | None = None
     media: tuple[str, ...] = ()
     """Media types of the first answer other than JSON."""
     errors: tuple[int, ...] = ()
     """Without 500, which every endpoint can answer."""
     admin: bool = False
     """It changes something, so the socket for everyone refuses it."""
+    handler: Callable[..., Awaitable[Response]] = _undeclared
 
-
-_DECLARED = "rkcached_endpoint"
-
-
-def endpoint(
-    method: str,
-    path: str,
-    *,
-    summary: str,
-    answers: Mapping[int, type[BaseModel] | None],
-    body: type[BaseModel] | None = None,
-    media: tuple[str, ...] = (),
-    errors: tuple[int, ...] = (),
-    admin: bool = False,
-) -> Callable[[Method], Method]:
-    """Declare the method below as the handler of an endpoint; see `Endpoint` for the arguments."""
-
-    def declare(handler: Method) -> Method:
-        declared = Endpoint(
-            method=method,
-            path=path,
-            handler=handler,
-            summary=summary,
-            body=body,
-            answers=answers,
-            media=media,
-            errors=errors,
-            admin=admin,
-        )
-        setattr(handler, _DECLARED, declared)
+    def __call__(self, handler: Method) -> Method:
+        setattr(handler, _DECLARED, replace(self, handler=handler))
         return handler
 
-    return declare
+
+endpoint = Endpoint
 
 
 def declared_endpoint(handler: Handler) -> Endpoint:
