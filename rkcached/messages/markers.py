@@ -35,15 +35,18 @@ _FORMS: Final = (
     "<(?:用户|AI)>",  # MiniCPM
 )
 
-# Forms that do not begin with `<`, each with what a template that writes them has in it.
+# Forms that do not begin with `<`: what a template that writes them has in it, the form, and the
+# characters that it begins with.
 _BRACKETS: Final = (
-    ("[|", r"\[\|[a-z]{1,32}\|\]"),  # [|user|]: EXAONE
-    ("]~", r"\]~!?b[\[\]]|\[e~\["),  # ]~!b[, ]~b] and [e~[: MiniMax
+    ("[|", r"\[\|[a-z]{1,32}\|\]", "["),  # [|user|]: EXAONE
+    ("]~", r"\]~!?b[\[\]]|\[e~\[", "[]"),  # ]~!b[, ]~b] and [e~[: MiniMax
+    ("[gMASK]", r"\[gMASK\]", "["),  # GLM
+    ("\u3008|", "\u3008\\|[A-Z]{1,32}\\|\u3009", "\u3008"),  # EOS in such brackets: Laguna
 )
 
 # Marks that a template may write around messages: `<user>`, `<<SYS>>`, `[INST]` and the like.
 _WRITTEN: Final = re.compile(
-    r"</?[A-Za-z][\w.:-]{0,63}>|<<\w{1,32}>>|<</\w{1,32}>>|\[/?[A-Z][A-Z_]{1,31}\]"
+    r"</?\|?[A-Za-z][\w.:-]{0,63}\|?>|<<\w{1,32}>>|<</\w{1,32}>>|\[/?[A-Z][A-Z_]{1,31}\]"
 )
 
 # Words inside a turn: an answer that is sent back may hold them, and a prompt may explain them.
@@ -107,10 +110,10 @@ class _Guesses:
         tokens = sorted(token for token in written if len(token) > 1)
         forms = [*_FORMS, *map(re.escape, tokens)]
         firsts = {"<", *(token[0] for token in tokens)}
-        for sign, form in _BRACKETS:
+        for sign, form, beginnings in _BRACKETS:
             if sign in source:
                 forms.append(form)
-                firsts |= {"[", "]"}
+                firsts.update(beginnings)
 
         self._pattern = re.compile("|".join(forms))
         self.firsts = frozenset(firsts)

@@ -37,6 +37,14 @@ FAMILIES = {
         "{% for m in messages %}]~b]{{ m.role }}\n{{ m.content }}[e~[\n{% endfor %}",
         {"]~b]", "[e~[", "]~!b["},
     ),
+    "glm": (
+        "[gMASK]<sop>{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}{% endfor %}",
+        {"[gMASK]", "<sop>", "<|system|>", "<|user|>", "<|assistant|>"},
+    ),
+    "laguna": (
+        "〈|EOS|〉{% for m in messages %}<user>{{ m.content }}</user>{% endfor %}",
+        {"〈|EOS|〉", "<user>", "</user>"},
+    ),
     "minicpm": (
         "{% for m in messages %}<用户>{{ m.content }}<AI>{% endfor %}",
         {"<用户>", "<AI>", "<s>", "</s>"},
