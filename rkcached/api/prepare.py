@@ -11,7 +11,7 @@ import json
 from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from rkcached import errors
 from rkcached.api.requests import (
@@ -24,11 +24,13 @@ from rkcached.api.requests import (
     Tool,
 )
 from rkcached.engines.base import Sampling
+from rkcached.engines.kinds import EngineKind
 from rkcached.engines.registry import ENGINES
 from rkcached.errors import RequestError
+from rkcached.messages.detection import AnswerForm
 from rkcached.messages.message import Message
 from rkcached.messages.reply import Reply
-from rkcached.messages.template import ChatTemplate, ToolStyle
+from rkcached.messages.template import ChatTemplate
 from rkcached.plan.desired import DesiredModel
 from rkcached.reconcile.snapshot import Published, Snapshot
 from rkcached.serving.embeddings import EmbeddingInput
@@ -39,6 +41,8 @@ from rkcached.sources.records import Key, Trouble
 from rkcached.worker.schemas import MAX_SCHEMA_BYTES, SchemaChecker
 
 _ANY_OBJECT = {"type": "object"}
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,7 +81,8 @@ class Preparation:
         """
         snapshot = self._published.now
         model = find_text_model(snapshot, request.model.partition("/")[0])
-        demand = _demand(request, model)
+        form = await self._in_template(model.template, lambda: model.template.answer)
+        demand = _demand(request, model, form, snapshot.manifest.engine.kind)
         named, param = _named_prompt(request)
 
         messages = [message.plain() for message in request.messages]
@@ -91,7 +96,9 @@ class Preparation:
         declared = model.config.sampling(named.prompt if named else None)
         values: dict[str, Any] = declared | request.sampling()
         correct = None
-        if demand.schema is not None:
+        if demand.schema is None:
+            values["shown_tokens"] = _shown_tokens(form, demand)
+        else:
             values["json_schema"] = await self._checked(demand)
             correct = self._second_try(model.template, messages, tools, values["json_schema"])
 
@@ -107,10 +114,11 @@ class Preparation:
             correct=correct,
         )
         reply = Reply(
-            style=model.template.tools if demand.tools else None,
-            tools=frozenset(tool.function.name for tool in demand.tools),
+            form=form.calls if demand.tools else None,
+            tools={tool.function.name: tool.arguments_schema for tool in demand.tools},
+            marks=form.marks,
             forced=demand.is_call,
-            reasons=prompt.rstrip().endswith("<think>") and demand.schema is None,
+            reasons=form.marks.begun(prompt) and demand.schema is None,
         )
         return job, reply
 
@@ -163,11 +171,15 @@ class Preparation:
         self, template: ChatTemplate, messages: Sequence[Message], tools: Sequence[dict[str, Any]]
     ) -> str:
         """Errors: RequestError."""
+        return await self._in_template(template, lambda: template.render(messages, tools))
+
+    async def _in_template(self, template: ChatTemplate, work: Callable[[], Result]) -> Result:
+        """Do what renders the template. Errors: RequestError."""
         try:
             if not template.may_wait:
-                return template.render(messages, tools)
+                return work()
             loop = asyncio.get_running_loop()
-            return await loop.run_in_executor(self._render_thread, template.render, messages, tools)
+            return await loop.run_in_executor(self._render_thread, work)
         except errors.TemplateExhausted as error:
             raise RequestError(
                 503, error.message, code="template_exhausted", hint=error.hint
@@ -286,7 +298,17 @@ def _no_text(snapshot: Snapshot, key: Key, param: str) -> RequestError:
     )
 
 
-def _demand(request: ChatRequest, model: DesiredModel) -> _Demand:
+def _shown_tokens(form: AnswerForm, demand: _Demand) -> tuple[str, ...]:
+    """The tokens that an engine has to print for an answer to be taken apart."""
+    tokens = form.marks.shown_tokens
+    if demand.tools and form.calls is not None:
+        tokens += form.calls.shown_tokens
+    return tuple(dict.fromkeys(tokens))
+
+
+def _demand(
+    request: ChatRequest, model: DesiredModel, form: AnswerForm, kind: EngineKind
+) -> _Demand:
     """Tools and format of the answer. Errors: RequestError for what cannot be had."""
     choice = request.tool_choice
     tools = () if choice == "none" else tuple(request.tools or ())
@@ -295,22 +317,15 @@ def _demand(request: ChatRequest, model: DesiredModel) -> _Demand:
         raise RequestError(
             400, "there are no tools to choose from", code="invalid_value", param="tool_choice"
         )
-    if tools and model.template.tools is None:
-        raise RequestError(
-            400,
-            f"the chat template of {model.name!r} cannot show tools",
-            code="unsupported_parameter",
-            param="tools",
-            hint="leave tools out, or name a chat_template that knows them, "
-            "such as chatml or llama3",
-        )
+    if tools:
+        _refuse_tools(model, form, kind, must_call=must_call)
 
-    style = model.template.tools or ToolStyle.HERMES
+    arguments = "arguments" if form.calls is None else form.calls.arguments_key
     if isinstance(choice, NamedTool):
-        schema = _chosen_tool(choice, tools).call_schema(style)
+        schema = _chosen_tool(choice, tools).call_schema(arguments)
         return _Demand(tools=tools, schema=schema, is_call=True)
     if choice == "required":
-        calls = [tool.call_schema(style, f"#/anyOf/{at}") for at, tool in enumerate(tools)]
+        calls = [tool.call_schema(arguments, f"#/anyOf/{at}") for at, tool in enumerate(tools)]
         return _Demand(tools=tools, schema={"anyOf": calls}, is_call=True)
 
     wanted = request.response_format
@@ -327,6 +342,32 @@ def _demand(request: ChatRequest, model: DesiredModel) -> _Demand:
     if isinstance(wanted, JsonSchema):
         return _Demand(schema=wanted.json_schema.schema_)
     return _Demand(tools=tools)
+
+
+def _refuse_tools(
+    model: DesiredModel, form: AnswerForm, kind: EngineKind, *, must_call: bool
+) -> None:
+    """Errors: RequestError if calls would not come back as calls."""
+    if form.calls is None:
+        raise RequestError(
+            400,
+            f"the chat template of {model.name!r} {form.why}",
+            code="unsupported_parameter",
+            param="tools",
+            hint="leave tools out, or name a chat_template that knows them, "
+            "such as chatml or llama3",
+        )
+
+    # A call that must come is demanded as plain JSON, in which no control token stands.
+    if form.calls.control and not must_call and not ENGINES[kind].prints_control_tokens:
+        raise RequestError(
+            400,
+            f"the model {model.name!r} writes calls with control tokens ({form.calls.name}), "
+            f"which the engine {kind} does not print",
+            code="unsupported_parameter",
+            param="tools",
+            hint="leave tools out, or demand a call with tool_choice: required",
+        )
 
 
 def _chosen_tool(choice: NamedTool, tools: Sequence[Tool]) -> Tool:

@@ -22,7 +22,6 @@ from pydantic import (
 
 from rkcached.api.bounds import MAX_TOKEN_IDS, MAX_VALUES, ArgumentsBudget
 from rkcached.messages.message import Message
-from rkcached.messages.template import ToolStyle
 
 _INT32 = 2**31
 _INT63 = 2**63
@@ -212,6 +211,11 @@ class Tool(Record):
     type: Literal["function"]
     function: FunctionDefinition
 
+    @property
+    def arguments_schema(self) -> dict[str, Any]:
+        """JSON schema of its arguments."""
+        return self.function.parameters or {"type": "object"}
+
     def plain(self) -> dict[str, Any]:
         """The tool as chat templates expect it."""
         return {
@@ -219,18 +223,16 @@ class Tool(Record):
             "function": self.function.model_dump(exclude_none=True, exclude={"strict"}),
         }
 
-    def call_schema(self, style: ToolStyle, place: str = "#") -> dict[str, Any]:
-        """JSON schema of a call, as a model of this style writes it.
+    def call_schema(self, arguments: str, place: str = "#") -> dict[str, Any]:
+        """JSON schema of a call that has its arguments under this key.
 
         `place` is where it will stand in a larger schema.
         """
-        arguments = "parameters" if style is ToolStyle.LLAMA3 else "arguments"
-        parameters = self.function.parameters or {"type": "object"}
         return {
             "type": "object",
             "properties": {
                 "name": {"const": self.function.name},
-                arguments: _moved(parameters, f"{place}/properties/{arguments}"),
+                arguments: _moved(self.arguments_schema, f"{place}/properties/{arguments}"),
             },
             "required": ["name", arguments],
             "additionalProperties": False,

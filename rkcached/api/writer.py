@@ -114,7 +114,7 @@ class ChatWriter:
             function = {"name": delta.call.name, "arguments": delta.call.arguments}
             call = {
                 "index": self._calls,
-                "id": f"call_{uuid.uuid4().hex}",
+                "id": delta.call.id or f"call_{uuid.uuid4().hex}",
                 "type": "function",
                 "function": function,
             }

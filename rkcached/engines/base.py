@@ -57,6 +57,9 @@ class Sampling(msgspec.Struct, frozen=True, kw_only=True):
     json_schema: str = ""
     """A JSON schema as text: only such JSON may be generated. For engines whose info has
     `constrains_json`."""
+    shown_tokens: tuple[str, ...] = ()
+    """Control tokens that are printed nevertheless. What is no token of the model is ignored, and
+    so is all of it by engines that cannot (`EngineEntry.prints_control_tokens`)."""
     logprobs: int | None = None
     """Give each token's log-probability, and those of so many likeliest ones. For engines whose
     info has `gives_logprobs`."""

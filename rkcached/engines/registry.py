@@ -77,6 +77,8 @@ class EngineEntry:
     """Whether it takes a thread for each core if the manifest names no number of threads."""
     compiles_schemas: bool = False
     """Whether llguidance compiles a JSON schema to a grammar."""
+    prints_control_tokens: bool = True
+    """Whether it prints the control tokens that a request names (`Sampling.shown_tokens`)."""
     model_files: Callable[[Path], tuple[Path, ...]] = _alone
     """The files that may belong to a model, by the name of the one that the manifest names. It
     reads nothing."""
@@ -140,6 +142,7 @@ ENGINES: dict[EngineKind, EngineEntry] = {
         on_npu=True,
         takes_tokenizer=True,
         names_library=True,
+        prints_control_tokens=False,  # RKLLM decides about them when it loads a model
     ),
     EngineKind.LLAMACPP: EngineEntry(
         artifact_suffix=".llama_cache",

@@ -7,6 +7,7 @@ call ids of their own form: they raise, and the client cannot help it. Each such
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
@@ -96,6 +97,30 @@ def _short_id(whole: str) -> str:
     return usable[-_ID_LENGTH:].rjust(_ID_LENGTH, "0")
 
 
+def _has_calls(message: Message) -> bool:
+    return "tool_calls" in message
+
+
+def _arguments_as_text(messages: Sequence[Message]) -> list[Message]:
+    """Give the arguments of calls as JSON: Functionary's templates take no objects."""
+    changed = []
+    for message in messages:
+        copy = Message(**message)
+        if "tool_calls" in copy:
+            copy["tool_calls"] = [_with_text(call) for call in copy["tool_calls"]]
+        changed.append(copy)
+
+    return changed
+
+
+def _with_text(call: dict[str, Any]) -> dict[str, Any]:
+    function = call["function"]
+    arguments = function["arguments"]
+    if not isinstance(arguments, str):
+        arguments = json.dumps(arguments, ensure_ascii=False)
+    return call | {"function": function | {"arguments": arguments}}
+
+
 _LONG_ID: Final = "call_0123456789abcdef"
 
 ADAPTATIONS: Final = (
@@ -124,5 +149,24 @@ ADAPTATIONS: Final = (
         ),
         concerns=_has_id,
         change=_shorten_ids,
+    ),
+    Adaptation(
+        name="arguments",
+        probe=(
+            Message(role="user", content="u"),
+            Message(
+                role="assistant",
+                content="",
+                tool_calls=[
+                    {
+                        "id": "call12345",
+                        "type": "function",
+                        "function": {"name": "f", "arguments": {"a": "b"}},
+                    }
+                ],
+            ),
+        ),
+        concerns=_has_calls,
+        change=_arguments_as_text,
     ),
 )

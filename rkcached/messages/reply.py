@@ -1,31 +1,20 @@
 """Takes a model's text apart as it comes: reasoning, content, tool calls. Pure.
 
-Tags may be cut anywhere between two pieces, so what could be the beginning of one is held back.
+Marks may be cut anywhere between two pieces, so what could be the beginning of one is held back.
 Nothing is lost: what looks like a tool call and is none comes out as content, letter by letter.
+No character is looked at more than a few times, however long the answer is.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import Enum, auto
-from typing import Any, Final
 
-from rkcached.messages.template import ToolStyle
-
-_THINK = "<think>"
-_THINK_END = "</think>"
-_CALL = "<tool_call>"
-_CALL_END = "</tool_call>"
-_PYTHON_TAG: Final = "<|python_tag|>"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ToolCall:
-    name: str
-    arguments: str
-    """A JSON object as text."""
+from rkcached.messages.call_form import CallForm
+from rkcached.messages.call_readers import Read, ToolCall, Tools, json_calls
+from rkcached.messages.marks import MarkFinder, Opened
+from rkcached.messages.reasoning import THINK, Marks
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,34 +28,36 @@ class Delta:
 
 class _Mode(Enum):
     START = auto()
-    """There is nothing but white space yet, or a tag has just ended."""
+    """There is nothing but white space yet, or a mark has just ended."""
     REASONING = auto()
     CONTENT = auto()
     CALL = auto()
-    """The text is inside <tool_call>."""
+    """The text is between the marks of a call."""
     BARE_CALL = auto()
-    """The rest is one or more calls as Llama writes them, or content: that is known at its end."""
+    """The rest is one or more calls without marks, or content: that is known at its end."""
 
 
 class Reply:
     """Feed it the pieces of an answer, then end it.
 
-    `style` is how the model writes tool calls, None if it was given no tools; `tools` are their
-    names. `forced`: the whole answer is one call in JSON, as its schema demanded. `reasons`: the
-    prompt ended inside <think>.
+    `form` is how the model writes tool calls, None if it was given no tools; `tools` are those.
+    `marks` are around its reasoning. `forced`: the whole answer is one call in JSON, as its schema
+    demanded. `reasons`: the prompt ended inside reasoning.
     """
 
     def __init__(
         self,
         *,
-        style: ToolStyle | None = None,
-        tools: frozenset[str] = frozenset(),
+        form: CallForm | None = None,
+        tools: Tools | None = None,
+        marks: Marks = THINK,
         forced: bool = False,
         reasons: bool = False,
     ) -> None:
-        self._style = style
-        self._tools = tools
-        self._held = ""
+        self._form = form
+        self._tools = tools or {}
+        self._marks = marks
+        self._is_forced = forced
         self._may_reason = not forced
         self._mode = _Mode.START
         if forced:
@@ -74,216 +65,181 @@ class Reply:
         elif reasons:
             self._mode = _Mode.REASONING
 
+        opened: tuple[str, ...] = ()
+        opened_first: tuple[str, ...] = ()
+        self._bare: tuple[str, ...] = ()
+        if form is not None:
+            opened = form.opened(self._tools)
+            opened_first = form.opened_first(self._tools)
+            self._bare = form.bare
+        self._opened_first = frozenset(opened_first)
+        self._dropped_first = frozenset((*marks.dropped, *marks.dropped_first))
+        self._reasoning_end = MarkFinder(marks.closings)
+        again = marks.openings if marks.again else ()
+        self._content_end = MarkFinder((*opened, *marks.dropped, *again))
+
+        self._held = ""
+        self._blank: list[str] = []  # white space before the first mark or word
+        self._rest: list[str] = []  # the text of a bare call
+        self._before = ""  # white space before the opening of a call
+        self._opening = ""
+        self._call = Opened((), ())
+        self._is_after_mark = False
         # The reasoning has not begun: its leading newlines are the template's, not the model's.
         self._at_line_start = True
 
     def feed(self, text: str) -> Iterator[Delta]:
         self._held += text
-        moved = True
-        while moved and self._held:
-            before = (self._mode, len(self._held))
-            yield from self._step()
-            moved = before != (self._mode, len(self._held))
+        yield from self._go_on(final=False)
 
     def end(self) -> Iterator[Delta]:
         """Return the text that was held back."""
-        if self._mode is _Mode.START:
-            self._drop_newlines()
+        yield from self._go_on(final=True)
 
-        held = self._held
-        self._held = ""
-        match self._mode:
-            case _Mode.REASONING:
-                yield from _some(Delta(reasoning=held))
-            case _Mode.CALL:  # many models end before the closing tag
-                yield _call_or_content(held, _CALL + held)
-            case _Mode.BARE_CALL:
-                if calls := self._bare_calls(held):
-                    yield from (Delta(call=call) for call in calls)
-                else:
-                    yield from _some(Delta(content=held))
-            case _:
-                yield from _some(Delta(content=held))
-
-    def _step(self) -> Iterator[Delta]:
         match self._mode:
             case _Mode.START:
-                self._start()
-            case _Mode.REASONING:
-                yield from self._reason()
-            case _Mode.CONTENT:
-                yield from self._take_content()
-            case _Mode.CALL:
-                body = self._called()
-                if body is not None:
-                    self._held = self._held[len(body) + len(_CALL_END) :]
-                    self._mode = _Mode.START
-                    yield _call_or_content(body, _CALL + body + _CALL_END)
+                yield from self._content("".join(self._blank))
+            case _Mode.CALL:  # many models end before the closing mark
+                yield from self._calls_or_content("")
             case _Mode.BARE_CALL:
-                pass
+                yield from self._bare_calls("".join(self._rest))
 
-    def _take_content(self) -> Iterator[Delta]:
-        if self._style is not ToolStyle.HERMES:
-            text = self._held
-            self._held = ""
-            yield from _some(Delta(content=text))
+    def _go_on(self, *, final: bool) -> Iterator[Delta]:
+        moved = True
+        while moved and self._held:
+            before = (self._mode, len(self._held))
+            match self._mode:
+                case _Mode.START:
+                    yield from self._start(final=final)
+                case _Mode.REASONING:
+                    yield from self._reason(final=final)
+                case _Mode.CONTENT:
+                    yield from self._take_content(final=final)
+                case _Mode.CALL:
+                    yield from self._take_call()
+                case _Mode.BARE_CALL:
+                    self._rest.append(self._held)
+                    self._held = ""
+            moved = before != (self._mode, len(self._held))
+
+    def _start(self, *, final: bool) -> Iterator[Delta]:
+        """Decide what begins here, as soon as that is certain."""
+        text = self._held.lstrip()
+        self._blank.append(self._held[: len(self._held) - len(text)])
+        self._held = text
+        if not text:
             return
 
-        text, tag = self._until(_CALL)
-        yield from _some(Delta(content=text))
-        if tag:
+        marks = [*self._opened_first, *self._dropped_first, *self._bare]
+        if self._may_reason:
+            marks += self._marks.openings
+        if not final and any(len(text) < len(mark) and mark.startswith(text) for mark in marks):
+            return
+
+        begun = max((mark for mark in marks if text.startswith(mark)), key=len, default="")
+        if begun and begun in self._bare:
+            self._rest = self._blank
+            self._blank = []
+            self._mode = _Mode.BARE_CALL
+        elif begun:
+            self._held = text.removeprefix(begun)
+            self._begin(begun)
+        else:
+            blank = "".join(self._blank)
+            self._blank = []
+            self._mode = _Mode.CONTENT
+            self._may_reason = self._marks.again
+            yield from self._content(blank)
+
+    def _begin(self, mark: str) -> None:
+        """Go on after a mark."""
+        self._before = "".join(self._blank)
+        self._blank = []
+        self._is_after_mark = True
+        if mark in self._marks.openings:
+            self._mode = _Mode.REASONING
+            self._at_line_start = True
+            self._may_reason = self._marks.again
+        elif mark in self._dropped_first:
+            self._mode = _Mode.START
+        elif self._form is not None:
             self._mode = _Mode.CALL
+            self._may_reason = self._marks.again
+            self._opening = mark
+            self._call = Opened(self._form.closings, self._form.values)
 
-    def _called(self) -> str | None:
-        """The text before the closing tag.
-
-        None as long as that may be a part of a string in the call.
-        """
-        end = self._held.find(_CALL_END)
-        while end >= 0:
-            body = self._held[:end]
-            if not _ends_in_a_string(body):
-                return body
-            end = self._held.find(_CALL_END, end + 1)
-
-        return None
-
-    def _reason(self) -> Iterator[Delta]:
+    def _reason(self, *, final: bool) -> Iterator[Delta]:
         if self._at_line_start:
             self._held = self._held.lstrip("\n")
             self._at_line_start = not self._held
 
-        text, tag = self._until(_THINK_END)
-        yield from _some(Delta(reasoning=text))
-        if tag:
+        place, mark = self._reasoning_end.find(self._held, final=final)
+        text = self._held[:place]
+        self._held = self._held[place + len(mark) :]
+        if text:
+            yield Delta(reasoning=text)
+        if mark:
             self._mode = _Mode.START
-            self._may_reason = False
+            self._is_after_mark = True
+            self._may_reason = self._marks.again
 
-    def _start(self) -> None:
-        """Decide what begins here, as soon as that is certain."""
-        text = self._held.lstrip()
-        tags = []
-        if self._may_reason:
-            tags.append(_THINK)
-        if self._style is ToolStyle.HERMES:
-            tags.append(_CALL)
-        if self._style is ToolStyle.LLAMA3:
-            tags.append(_PYTHON_TAG)
-        if any(tag.startswith(text[: len(tag)]) and len(text) < len(tag) for tag in tags):
-            return  # also when there is only white space
+    def _take_content(self, *, final: bool) -> Iterator[Delta]:
+        place, mark = self._content_end.find(self._held, final=final)
+        text = self._held[:place]
+        self._held = self._held[place + len(mark) :]
+        if text:
+            yield Delta(content=text)
+        if mark:
+            self._begin(mark)
 
-        if self._may_reason and text.startswith(_THINK):
-            self._held = text.removeprefix(_THINK)
-            self._mode = _Mode.REASONING
-            self._may_reason = False
-        elif self._style is ToolStyle.HERMES and text.startswith(_CALL):
-            self._held = text.removeprefix(_CALL)
-            self._mode = _Mode.CALL
-            self._may_reason = False
-        elif self._style is ToolStyle.LLAMA3 and text.startswith((_PYTHON_TAG, "{")):
-            self._held = text.removeprefix(_PYTHON_TAG)
-            self._mode = _Mode.BARE_CALL
+    def _content(self, blank: str) -> Iterator[Delta]:
+        """White space before content: newlines after a mark are not content."""
+        if self._is_after_mark:
+            blank = blank.lstrip("\n")
+        if blank:
+            yield Delta(content=blank)
+
+    def _take_call(self) -> Iterator[Delta]:
+        closed = self._call.feed(self._held)
+        self._held = ""
+        if closed is not None:
+            closing, self._held = closed
+            yield from self._calls_or_content(closing)
+
+    def _calls_or_content(self, closing: str) -> Iterator[Delta]:
+        """The calls before the closing; else the text as it was written."""
+        form = self._form
+        body = self._call.body()
+        calls: list[ToolCall] = []
+        if form is not None and (closing or not form.must_close):
+            is_named = self._opening not in (*form.openings, *form.first)
+            calls = read_calls(form.read, self._opening + body if is_named else body, self._tools)
+
+        if calls:
+            self._mode = _Mode.START
+            yield from (Delta(call=call) for call in calls)
         else:
-            self._drop_newlines()
-            if self._held:
-                self._mode = _Mode.CONTENT
-                self._may_reason = False
+            self._mode = _Mode.CONTENT
+            yield Delta(content=self._before + self._opening + body + closing)
 
-    def _drop_newlines(self) -> None:
-        """Drop the newlines between a tag and the content: they are not content."""
-        if not self._may_reason:
-            self._held = self._held.lstrip("\n")
-
-    def _until(self, tag: str) -> tuple[str, str]:
-        """Take the text before `tag`, and the tag; or what cannot be a part of it, and nothing."""
-        text, tag_found, rest = self._held.partition(tag)
-        if tag_found:
-            self._held = rest
-            return text, tag
-
-        keep = next(
-            (n for n in range(min(len(tag) - 1, len(text)), 0, -1) if text.endswith(tag[:n])), 0
-        )
-        cut = len(text) - keep
-        self._held = text[cut:]
-        return text[:cut], ""
-
-    def _bare_calls(self, text: str) -> list[ToolCall]:
-        """The calls that `text` consists of, all to known tools; else none."""
-        decoder = json.JSONDecoder()
-        calls = []
-        at = 0
-        text = text.strip()
-
-        while at < len(text):
-            try:
-                value, at = decoder.raw_decode(text, at)
-                call = _of_value(value)
-            except (ValueError, RecursionError):
-                return []
-
-            if call is None or call.name not in self._tools:
-                return []
-
-            calls.append(call)
-            while at < len(text) and text[at] in "; \r\n\t":
-                at += 1
-
-        return calls
+    def _bare_calls(self, text: str) -> Iterator[Delta]:
+        """The calls that `text` consists of, all to known tools; else the text."""
+        read = _WHOLE_ANSWER
+        if self._form is not None and self._bare and not self._is_forced:
+            read = self._form.read
+        calls = read_calls(read, text.strip(), self._tools)
+        if calls and all(call.name in self._tools for call in calls):
+            yield from (Delta(call=call) for call in calls)
+        elif text:
+            yield Delta(content=text)
 
 
-def _call_or_content(body: str, content: str) -> Delta:
-    """The call that `body` is; else `content`, the text as it was written."""
-    if call := _call(body):
-        return Delta(call=call)
-    return Delta(content=content)
+_WHOLE_ANSWER = json_calls()
 
 
-def _ends_in_a_string(text: str) -> bool:
+def read_calls(read: Read, text: str, tools: Tools) -> list[ToolCall]:
+    """The calls that a text consists of; none if it is anything else."""
     try:
-        json.loads(text)
-    except json.JSONDecodeError as error:
-        return error.msg.startswith("Unterminated string")
+        return read(text, tools)
     except (ValueError, RecursionError):
-        return False
-
-    return False
-
-
-def _call(text: str) -> ToolCall | None:
-    try:
-        return _of_value(json.loads(text))
-    except (ValueError, RecursionError):
-        return None
-
-
-def _of_value(value: Any) -> ToolCall | None:
-    """Errors: ValueError, RecursionError."""
-    if not isinstance(value, dict) or not isinstance(value.get("name"), str) or not value["name"]:
-        return None
-
-    arguments = value.get("arguments", value.get("parameters", {}))
-    if isinstance(arguments, str):  # some models write the object as text
-        arguments = json.loads(arguments)
-    if not isinstance(arguments, dict):
-        return None
-
-    value["name"].encode()
-    written = json.dumps(arguments, ensure_ascii=False, allow_nan=False)
-    if not _is_text(written):
-        written = json.dumps(arguments)  # half a surrogate pair can only be written as an escape
-    return ToolCall(name=value["name"], arguments=written)
-
-
-def _is_text(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
-def _some(delta: Delta) -> list[Delta]:
-    if delta.content or delta.reasoning:
-        return [delta]
-    return []
+        return []

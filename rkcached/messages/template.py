@@ -20,7 +20,6 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from datetime import date, datetime
-from enum import StrEnum
 from functools import cached_property, lru_cache
 from traceback import walk_tb
 from types import MappingProxyType
@@ -35,6 +34,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from rkcached.errors import TemplateError, TemplateExhausted
 from rkcached.messages.adapt import ADAPTATIONS, Adaptation
 from rkcached.messages.builtin import BUILTIN
+from rkcached.messages.detection import AnswerForm, detect
 from rkcached.messages.markers import Markers
 from rkcached.messages.message import Message
 from rkcached.messages.special_tokens import SpecialTokens
@@ -49,15 +49,6 @@ NO_SPECIAL_TOKENS: Final = SpecialTokens()
 _TODAY: Final = "rkcached_today"
 
 _SYSTEM_PROBES: Final = ("Zq4-probe", "8 + 4 + 9.")
-
-
-class ToolStyle(StrEnum):
-    """The form of a model's tool calls, as its template shows it."""
-
-    HERMES = "hermes"
-    """`<tool_call>` around `{"name": ..., "arguments": ...}`: Hermes, Qwen."""
-    LLAMA3 = "llama3"
-    """The answer is `{"name": ..., "parameters": ...}`: Llama 3.1 and later."""
 
 
 Write = Callable[[Mapping[str, Any], Sequence[Message]], str]
@@ -112,8 +103,7 @@ class ChatTemplate:
     ) -> None:
         self.name = name
         self.digest = _digest(source, special.bos, special.eos)
-        self.tools = _tool_style(source)
-        """The form of tool calls; None if this template cannot show tools to the model."""
+        self._source = source
         self._markers = Markers(source, special, takes_tokens=takes_tokens)
         self._added_bos = special.bos if special.adds_bos else ""
         self._variables: dict[str, Any] = {
@@ -231,6 +221,14 @@ class ChatTemplate:
             whole = content.strip()
         return text[: start + len(whole)]
 
+    @cached_property
+    def answer(self) -> AnswerForm:
+        """How the model writes its answers. It takes some renderings to find out, once.
+
+        Errors: TemplateExhausted.
+        """
+        return detect(self._source, self.render)
+
     def prefix(self, system: str) -> str:
         """The text that every request with this system message and one user message starts with.
 
@@ -292,16 +290,6 @@ class _Generation(Extension):
         return nodes.Scope(
             parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=line
         )
-
-
-def _tool_style(source: str) -> ToolStyle | None:
-    if "tools" not in source:
-        return None
-    if "<tool_call>" in source:
-        return ToolStyle.HERMES
-    if '"parameters"' in source and "ipython" in source:
-        return ToolStyle.LLAMA3
-    return None
 
 
 def _raise_exception(message: str) -> NoReturn:

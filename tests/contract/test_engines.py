@@ -145,6 +145,16 @@ def rkllm_case(directory: Path, group: str, **keys: object) -> Case:
     )
 
 
+def llamacpp_case(directory: Path) -> Case:
+    return Case(
+        open=LlamaCppEngine,
+        model=small_model(),
+        context_tokens=512,
+        unit=" a",
+        directory=directory,
+    )
+
+
 RKLLM_CASES = ["B", "C", "C1", "D", "E", "D-tokens", "E-tokens", "B-tokens"]
 
 
@@ -163,13 +173,7 @@ def case(
     if request.param == "memory":
         case = memory_case(directory)
     elif request.param == "llamacpp":
-        case = Case(
-            open=LlamaCppEngine,
-            model=small_model(),
-            context_tokens=512,
-            unit=" a",
-            directory=directory,
-        )
+        case = llamacpp_case(directory)
     else:
         case = rkllm_case(directory, request.param.removeprefix("rkllm-"))
     yield case
@@ -751,6 +755,25 @@ def test_json_is_all_that_a_bound_engine_writes(engine: Engine) -> None:
     sampling = msgspec.structs.replace(GREEDY, max_new_tokens=40, json_schema=schema)
     engine.generate(QUESTION, sampling, lambda token: bool(tokens.append(token)))
     assert list(json.loads("".join(token.text for token in tokens))) == ["n"]
+
+
+def test_control_tokens_are_named_without_harm(engine: Engine) -> None:
+    """An engine that cannot print them ignores their names, and any name that is no token."""
+    sampling = msgspec.structs.replace(GREEDY, shown_tokens=("<|im_start|>", "no token at all"))
+    assert ask(engine, QUESTION, sampling).text == ask(engine, QUESTION, GREEDY).text
+
+
+@pytest.mark.model
+def test_llamacpp_prints_the_control_tokens_that_are_named(tmp_path: Path) -> None:
+    """It leaves them out of the text otherwise, and with them the marks of a call."""
+    case = llamacpp_case(tmp_path)
+    engine = case.load()
+    lines = "<|im_start|>a\n" * 20
+    hidden = ask(engine, lines, msgspec.structs.replace(GREEDY, max_new_tokens=6)).text
+    shown = msgspec.structs.replace(GREEDY, max_new_tokens=6, shown_tokens=("<|im_start|>",))
+    assert ask(engine, lines, shown).text == "<|im_start|>a\n" * 2
+    assert hidden == "a\n" * 2
+    engine.close()
 
 
 def test_close_is_idempotent_and_final(case: Case) -> None:

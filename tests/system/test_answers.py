@@ -320,6 +320,42 @@ def test_a_template_that_cannot_show_tools_refuses_them(workspace: Workspace) ->
     assert (error["param"], error["code"]) == ("tools", "unsupported_parameter")
 
 
+MISTRAL = """\
+{% if tools %}[AVAILABLE_TOOLS]{{ tools | tojson }}[/AVAILABLE_TOOLS]{% endif %}
+{% for message in messages %}
+[{{ message.role }}]{{ message.content }}
+{% for call in message.tool_calls or [] %}
+[TOOL_CALLS]{{ call.function.name }}[ARGS]{{ call.function.arguments | tojson }}
+{%- endfor %}
+</s>
+{% endfor %}
+[assistant]
+"""
+
+
+def test_calls_come_back_as_the_template_writes_them(workspace: Workspace) -> None:
+    """Of a template that somebody else wrote, rendered in another process."""
+    workspace.write("own.jinja", MISTRAL)
+    said = 'Let me see.[TOOL_CALLS]weather[ARGS]{"city": "Oslo"}[TOOL_CALLS]weather[ARGS]{}'
+    space = says(workspace, {"hello": said}, template="own.jinja")
+    answer = choice(space.ask("m", max_tokens=200, tools=[WEATHER]))
+    calls = [call["function"] for call in answer["message"]["tool_calls"]]
+    assert answer["message"]["content"] == "Let me see."
+    assert [json.loads(call["arguments"]) for call in calls] == [{"city": "Oslo"}, {}]
+    pieces, finish = deltas(space, tools=[WEATHER])
+    streamed = [call for piece in pieces for call in piece.get("tool_calls", ())]
+    assert ([call["function"] for call in streamed], finish) == (calls, "tool_calls")
+
+
+def test_calls_that_nobody_could_read_are_refused(workspace: Workspace) -> None:
+    """Before the model writes them, with the forms that can be read."""
+    workspace.write("own.jinja", MISTRAL.replace("[ARGS]", " with "))
+    space = says(workspace, {}, template="own.jinja")
+    error = space.ask("m", status=400, tools=[WEATHER])["error"]
+    assert (error["param"], error["code"]) == ("tools", "unsupported_parameter")
+    assert "in a form that is not known; known forms: Hermes" in error["message"]
+
+
 def test_tools_and_the_prompt_cache(workspace: Workspace) -> None:
     """Where the template shows tools after the prompt, the prompt cache serves.
 

@@ -709,3 +709,41 @@ def test_check_warns_of_long_answers_in_builds(
     assert "ok, 1 model" in done.stdout
     assert ("manifest.yaml:7: warning: max_new_tokens of m is 512" in done.stderr) is warned
     assert ("1.3.0" in done.stderr) is warned
+
+
+TOOL = {"type": "function", "function": {"name": "f"}}
+OWN = """\
+{% if tools %}{{ tools | tojson }}{% endif %}
+{% for message in messages %}
+<{{ message.role }}>{{ message.content }}
+{% for call in message.tool_calls or [] %}
+OPENING{{ call.function | tojson }}CLOSING
+{% endfor %}
+{% endfor %}
+<assistant>
+"""
+
+
+@pytest.mark.parametrize(
+    ("opening", "closing", "is_printed"),
+    [
+        ("<tool_call>", "</tool_call>", True),
+        ("<|START_ACTION|>", "<|END_ACTION|>", False),
+    ],
+)
+def test_calls_in_control_tokens_are_refused(
+    d: Workspace, opening: str, closing: str, is_printed: bool
+) -> None:
+    """RKLLM does not print them, so such a call would come back as text."""
+    d.write("own.jinja", OWN.replace("OPENING", opening).replace("CLOSING", closing))
+    put_model(d)
+    d.write(
+        "manifest.yaml",
+        "version: 1\nengine: {kind: rkllm, library: librkllmrt.so}\n"
+        "models:\n  m:\n    path: m.rkllm\n    chat_template: own.jinja\n    prompts: {}\n",
+    )
+    d.start()
+    if is_printed:
+        assert content(d.ask("m", tools=[TOOL]))
+    else:
+        refused(d, 400, "unsupported_parameter", "with control tokens", tools=[TOOL])

@@ -6,11 +6,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rkcached.messages.reply import Delta, Reply, ToolCall
-from rkcached.messages.template import ToolStyle
+from rkcached.messages.call_readers import ToolCall
+from rkcached.messages.calls import TABLE
+from rkcached.messages.reply import Delta, Reply
 
-HERMES = {"style": ToolStyle.HERMES, "tools": frozenset({"f", "g"})}
-LLAMA3 = {"style": ToolStyle.LLAMA3, "tools": frozenset({"f", "g"})}
+TOOLS: dict[str, dict[str, object]] = {"f": {}, "g": {}}
+FORMS = {form.name: form for form in TABLE}
+HERMES = {"form": FORMS["Hermes and Qwen (JSON in <tool_call>)"], "tools": TOOLS}
+LLAMA3 = {"form": FORMS["Llama 3 (JSON with parameters)"], "tools": TOOLS}
 F = ToolCall(name="f", arguments='{"a": 1}')
 G = ToolCall(name="g", arguments="{}")
 F_HERMES = '<tool_call>\n{"name": "f", "arguments": {"a": 1}}\n</tool_call>'
@@ -120,7 +123,7 @@ def test_cuts_do_not_matter(parts: list[str], widths: list[int], how: dict[str, 
 
 def test_content_is_not_kept_waiting() -> None:
     """What cannot be a tag's beginning comes out at once."""
-    reply = Reply(style=ToolStyle.HERMES, tools=frozenset({"f"}))
+    reply = Reply(**HERMES)
     assert [Delta(content="Hello")] == list(reply.feed("Hello"))
     assert [Delta(content=" and ")] == list(reply.feed(" and <too"))
     assert [Delta(content="<tools")] == list(reply.feed("ls"))

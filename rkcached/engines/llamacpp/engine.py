@@ -378,6 +378,8 @@ def _sampling_options(sampling: Sampling) -> dict[str, Any]:
             options[name] = value
     if sampling.json_schema:
         options["json_schema"] = json.loads(sampling.json_schema)
+    if sampling.shown_tokens:
+        options["preserved_tokens"] = list(sampling.shown_tokens)
     if sampling.logprobs is not None:
         options["logprobs"] = max(1, sampling.logprobs)
     if sampling.seed is not None:
