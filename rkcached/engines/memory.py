@@ -57,40 +57,11 @@ _BATCH_TOKENS = 256
 _SLICE_US = 20_000  # a slow prefill reports its progress about this often
 
 # More than one byte per character in about half of them: pieces of text must not split a character.
-_WORDS = tuple(
-    f"{word} ".encode()
-    for word in (
-        *(
-            "amber",
-            "café",
-            "river",
-            "über",
-            "cloud",
-            "🎉",
-            "stone",
-            "naïve",
-            "lamp",
-            "Zürich",
-            "green",
-            "½",
-            "paper",
-        ),
-        *(
-            "señor",
-            "window",
-            "→",
-            "quiet",
-            "jalapeño",
-            "metal",
-            "straße",
-            "orange",
-            "温度",
-            "garden",
-            "smörgås",
-            "🚀",
-        ),
-    )
+_TEXT = (
+    "amber café river über cloud 🎉 stone naïve lamp Zürich green ½ paper "
+    "señor window → quiet jalapeño metal straße orange 温度 garden smörgås 🚀"
 )
+_WORDS = tuple(word + b" " for word in _TEXT.encode().split())
 
 
 class Fault(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -219,7 +190,8 @@ class MemoryEngine:
             raise EngineError(f"max_new_tokens is {sampling.max_new_tokens}, which is below 0")
 
         tokens = self._check_prompt(prompt)
-        cached = min(_common_prefix(self._tokens, tokens), len(tokens) - 1)
+        common = os.path.commonprefix((bytes(self._tokens), tokens))  # noqa: RUF071 - of bytes
+        cached = min(len(common), len(tokens) - 1)
         self._truncate(cached)
 
         started = time.monotonic()
@@ -456,13 +428,6 @@ def _at_character(data: bytes, end: int) -> bool:
         if data[begin] >= least:
             length += 1
     return end - begin == length
-
-
-def _common_prefix(left: bytes | bytearray, right: bytes) -> int:
-    for at, (a, b) in enumerate(zip(left, right, strict=False)):
-        if a != b:
-            return at
-    return min(len(left), len(right))
 
 
 def _encode(text: str) -> bytes:

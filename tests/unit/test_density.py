@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
+import runpy
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -21,19 +20,12 @@ AT_MOST = {
 AT_LEAST = {"% blank in functions": 6, "comments /100": 2}
 
 
-def load() -> Any:
-    """The script as a module."""
-    spec = importlib.util.spec_from_file_location("density", ROOT / "scripts" / "density.py")
-    assert spec is not None
-    assert spec.loader is not None
-    density = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(density)
-    return density
+measure = runpy.run_path(str(ROOT / "scripts" / "density.py"))["measure"]
 
 
 @pytest.fixture(scope="module")
 def figures() -> dict[str, float]:
-    return load().measure(ROOT / "rkcached")
+    return measure(ROOT / "rkcached")
 
 
 @pytest.mark.parametrize(("name", "limit"), AT_MOST.items())
@@ -55,7 +47,7 @@ def test_what_it_counts(tmp_path: Path, figures: dict[str, float]) -> None:
         '"""What it is."""\n\n\ndef f(x):\n    a, b = 1, 2\n\n    c = a if x else b\n'
         "    a, b = b, a\n    return [c for _ in x]  # told\n"
     )
-    row = load().measure(tmp_path)
+    row = measure(tmp_path)
     lines = 6
     assert row["tuple assignments /1000"] == pytest.approx(1000 / lines)
     assert row["ternaries /1000"] == pytest.approx(1000 / lines)
