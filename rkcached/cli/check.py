@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import asdict, dataclass, replace
 
 import click
 
@@ -47,7 +46,7 @@ class Findings:
 def run(settings: Settings, *, want_json: bool) -> int:
     findings = check_manifest(settings)
     if want_json:
-        output.print_json(list(map(_problem_data, findings.problems)))
+        output.print_json(list(map(asdict, findings.problems)))
     else:
         for problem in findings.problems:
             click.echo(printable(str(problem)), err=True)
@@ -65,15 +64,6 @@ def run(settings: Settings, *, want_json: bool) -> int:
     if findings.problems:
         return os.EX_CONFIG
     return os.EX_OK
-
-
-def _problem_data(problem: Problem) -> dict[str, Any]:
-    return {
-        "file": problem.file,
-        "line": problem.line,
-        "message": problem.message,
-        "hint": problem.hint,
-    }
 
 
 def check_manifest(settings: Settings) -> Findings:

@@ -23,7 +23,7 @@ import referencing
 from jsonschema.protocols import Validator
 
 from rkcached.errors import SchemaInvalid, SchemaMismatch
-from rkcached.worker.schemas import MAX_SCHEMA_BYTES
+from rkcached.worker.schemas import MAX_SCHEMA_BYTES, no_constant, shortened
 
 CHECK_LIMIT_S = 5.0
 """Patterns and alternatives can make a check take for ever."""
@@ -57,7 +57,7 @@ class JsonAnswer:
                 answer = dressed[1].strip()
 
         try:
-            value = json.loads(answer, parse_constant=_no_constant, parse_float=_finite)
+            value = json.loads(answer, parse_constant=no_constant, parse_float=_finite)
         except (ValueError, RecursionError) as error:
             raise SchemaMismatch(
                 f"the answer is not JSON: {error}", text=text, hint=_HINT
@@ -141,14 +141,7 @@ def _validator(schema: str) -> Validator:
 
 
 def _words(problem: Any) -> str:
-    message = str(problem.message)
-    if len(message) > 200:
-        message = message[:200] + "..."
-    return f"{problem.json_path}: {message}"
-
-
-def _no_constant(name: str) -> None:
-    raise ValueError(f"{name} is not JSON")
+    return f"{problem.json_path}: {shortened(str(problem.message))}"
 
 
 def _finite(text: str) -> float:

@@ -205,7 +205,7 @@ def find_problem(schema: str, *, compiled: bool) -> str:
     memory is not fit for another schema.
     """
     try:
-        value = json.loads(schema, parse_constant=_no_constant)
+        value = json.loads(schema, parse_constant=no_constant)
         json.dumps(value, allow_nan=False)  # 1e999 is JSON, but no number
         problem = _beyond_bounds(value) or _not_a_schema(value)
         if compiled and not problem:
@@ -216,7 +216,7 @@ def find_problem(schema: str, *, compiled: bool) -> str:
     except RecursionError:
         return "not a JSON schema that can be used: its references go in a circle"
     except BaseException as error:  # noqa: BLE001 - compiled libraries raise what they like
-        words = f"{type(error).__name__}: {_shortened(str(error))}"
+        words = f"{type(error).__name__}: {shortened(str(error))}"
         return f"not a JSON schema that can be used: {words}"
 
 
@@ -276,7 +276,7 @@ def _not_a_schema(schema: Any) -> str:
     try:
         kind.check_schema(schema)
     except jsonschema.SchemaError as error:
-        return f"not a JSON schema: {error.json_path}: {_shortened(str(error.message))}"
+        return f"not a JSON schema: {error.json_path}: {shortened(str(error.message))}"
 
     for keyword, value in _keywords(schema):
         if keyword == "pattern" and isinstance(value, str):
@@ -290,7 +290,7 @@ def _not_a_schema(schema: Any) -> str:
     }
     for reference in references:
         if not isinstance(resolver.lookup(reference).contents, dict | bool):
-            return f"$ref {_shortened(reference)} leads to no schema"
+            return f"$ref {shortened(reference)} leads to no schema"
 
     # A loop shows where it is entered, which may be deep inside the schema.
     validator = kind(schema, registry=referencing.Registry())
@@ -316,7 +316,7 @@ def _read_otherwise(schema: Any) -> str:
                 try:
                     re.compile(value)
                 except FutureWarning:  # [[:alpha:]] and [a&&b]: sets in sets, in Rust only
-                    return f"the pattern {_shortened(value)} has a set within a set"
+                    return f"the pattern {shortened(value)} has a set within a set"
 
         values = value if keyword == "enum" and isinstance(value, list) else [value]
         if keyword in _EXACT and any(map(_is_inexact, values)):
@@ -417,12 +417,12 @@ def _words_of(error: str) -> str:
     first, *more = error.splitlines()
     # Of a bad pattern, the next line with this mark has the details.
     details = [line.removeprefix("error: ") for line in more if line.startswith("error: ")]
-    return _shortened(" ".join([first, *details[:1]]))
+    return shortened(" ".join([first, *details[:1]]))
 
 
-def _shortened(text: str) -> str:
+def shortened(text: str) -> str:
     return text if len(text) <= 200 else text[:200] + "..."
 
 
-def _no_constant(name: str) -> None:
+def no_constant(name: str) -> None:
     raise ValueError(f"{name} is not JSON")

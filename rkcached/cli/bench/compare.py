@@ -38,10 +38,10 @@ class Difference(msgspec.Struct, frozen=True, kw_only=True):
 
 class Row(msgspec.Struct, frozen=True, kw_only=True):
     prompt: str
-    what: str
-    before: float | None
-    after: float | None
-    ratio: float | None
+    what: str = ""
+    before: float | None = None
+    after: float | None = None
+    ratio: float | None = None
     verdict: str
     """faster, slower, within the noise, too few runs to tell, or why it is not compared."""
     chance: float | None = None
@@ -97,26 +97,19 @@ def _named(results: Results) -> dict[str, PromptResult]:
 def _rows(name: str, before: PromptResult | None, after: PromptResult | None) -> Iterator[Row]:
     if before is None or after is None:
         verdict = f"only in {'B' if before is None else 'A'}"
-        yield Row(prompt=name, what="", before=None, after=None, ratio=None, verdict=verdict)
+        yield Row(prompt=name, verdict=verdict)
         return
 
     if _is_rewritten(before, after):
-        yield Row(
-            prompt=name,
-            what="",
-            before=None,
-            after=None,
-            ratio=None,
-            verdict="not compared: its text changed",
-        )
+        yield Row(prompt=name, verdict="not compared: its text changed")
         return
 
     for state, figure, what in _FIGURES:
         yield _row(name, what, before.states.get(state), after.states.get(state), figure)
 
     for what, a, b in (
-        ("file, MB", _mega(before.size_bytes), _mega(after.size_bytes)),
-        ("build, s", _thousandth(before.build_ms), _thousandth(after.build_ms)),
+        ("file, MB", _divided(before.size_bytes, 1e6), _divided(after.size_bytes, 1e6)),
+        ("build, s", _divided(before.build_ms, 1000), _divided(after.build_ms, 1000)),
     ):
         if a is not None or b is not None:
             ratio = _ratio(a, b)
@@ -142,11 +135,11 @@ def _row(name: str, what: str, before: Measured | None, after: Measured | None, 
     if a is None or b is None:
         lacking = [side for side, value in (("A", a), ("B", b)) if value is None]
         why = f"not measured in {' and '.join(lacking)}"
-        return Row(prompt=name, what=what, before=a, after=b, ratio=None, verdict=why)
+        return Row(prompt=name, what=what, before=a, after=b, verdict=why)
 
     if nothing := [side for side, value in (("A", a), ("B", b)) if not value]:
         why = f"not compared: 0 in {' and '.join(nothing)}"
-        return Row(prompt=name, what=what, before=a, after=b, ratio=None, verdict=why)
+        return Row(prompt=name, what=what, before=a, after=b, verdict=why)
 
     probability = chance(left, right)
     if probability >= BEYOND or ratio is None or abs(ratio - 1) < WORTH:
@@ -173,16 +166,10 @@ def _ratio(before: float | None, after: float | None) -> float | None:
     return None
 
 
-def _mega(count: int | None) -> float | None:
-    if count is None:
-        return None
-    return count / 1e6
-
-
-def _thousandth(value: float | None) -> float | None:
+def _divided(value: float | None, by: float) -> float | None:
     if value is None:
         return None
-    return value / 1000
+    return value / by
 
 
 def _differences(before: Results, after: Results) -> Iterator[Difference]:
