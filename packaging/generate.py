@@ -19,6 +19,7 @@ import click
 from click.shell_completion import get_completion_class
 
 from rkcached.cli.main import cli
+from rkcached.messages.builtin import FORMATS
 
 ROOT = Path(__file__).parents[1]
 COMPLETIONS = {"bash": "rkcached.bash", "zsh": "_rkcached", "fish": "rkcached.fish"}
@@ -37,6 +38,12 @@ _KEYS_NOTE = f"""\
 {textwrap.fill(_KEYS_TEXT, 120)}
 
 <!-- Made by `make docs` from etc/rkcached/manifest.example.yaml. -->"""
+_TEMPLATES_TEXT = (
+    "Each writes the text that the model's own template writes, byte for byte, for system "
+    "messages, turns, tools, calls, results and reasoning. The one of TeleChat2, whose own could "
+    "not be had, writes what its documents say. Fine-tuned models have the format of the model "
+    "that they come from, unless their page says otherwise."
+)
 # Mappings whose keys are names that the administrator chooses.
 _NAMED = ("models", "prompts")
 _KEY_LINE = re.compile(r"(?P<indent> *)(?P<key>[^\s#:][^:]*):")
@@ -47,7 +54,7 @@ def everything() -> dict[Path, str]:
     made = {ROOT / "completions" / name: completion(shell) for shell, name in COMPLETIONS.items()}
     for page, lists in (
         ("rkcached.1", {"@COMMANDS@": commands()}),
-        ("rkcached-manifest.5", {"@KEYS@": keys()}),
+        ("rkcached-manifest.5", {"@KEYS@": keys(), "@TEMPLATES@": templates()}),
     ):
         text = (ROOT / "man" / f"{page}.in").read_text(encoding="utf-8")
         for mark, lines in lists.items():
@@ -56,7 +63,8 @@ def everything() -> dict[Path, str]:
     page_file = ROOT / "docs" / "manifest.md"
     by_hand = page_file.read_text(encoding="utf-8").partition(f"\n{_KEYS_HEADING}\n")[0]
     made[page_file] = (
-        "\n".join([f"{by_hand}\n{_KEYS_HEADING}\n", _KEYS_NOTE, *key_sections()]) + "\n"
+        "\n".join([f"{by_hand}\n{_KEYS_HEADING}\n", _KEYS_NOTE, *key_sections(), *template_table()])
+        + "\n"
     )
     return made
 
@@ -113,6 +121,21 @@ def key_sections() -> Iterator[str]:
 
     for above, lines in sections.items():
         yield from ["", f"### `{above}`" if above else "### At the top", "", *lines]
+
+
+def templates() -> Iterator[str]:
+    """Each built-in chat template in mdoc, with its models."""
+    for name, format_ in FORMATS.items():
+        yield f".It Li {name.replace('-', chr(92) + '-')}"
+        yield from prose(f"{format_.models}.")
+
+
+def template_table() -> Iterator[str]:
+    """Each built-in chat template in Markdown, with its models."""
+    yield from ["", "## Built-in chat templates", "", *textwrap.wrap(_TEMPLATES_TEXT, 120), ""]
+    yield from ["| model | `chat_template` |", "|---|---|"]
+    for name, format_ in FORMATS.items():
+        yield f"| {format_.models} | `{name}` |"
 
 
 def documented_keys() -> Iterator[tuple[str, str, str]]:

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from rkcached.engines.registry import ENGINES
+from rkcached.messages.builtin import OLD_NAMES
 from rkcached.sources.manifest import Manifest
 from rkcached.sources.records import ModelSource, Sources, TemplateOrigin
 
@@ -20,7 +21,11 @@ class Remark:
 
 def notices(manifest: Manifest, sources: Sources) -> tuple[Remark, ...]:
     """The remarks that `status` shows for as long as they are true."""
-    return (*_cut_contexts(manifest, sources), *_assumed_templates(manifest, sources))
+    return (
+        *_cut_contexts(manifest, sources),
+        *_assumed_templates(manifest, sources),
+        *_old_template_names(manifest),
+    )
 
 
 def _cut_contexts(manifest: Manifest, sources: Sources) -> Iterator[Remark]:
@@ -57,3 +62,18 @@ def _assumed_templates(manifest: Manifest, sources: Sources) -> Iterator[Remark]
             f"no chat template is known of {name}, so {source.template.name} is assumed ({remedy})"
         )
         yield Remark(text=text, place=("models", name))
+
+
+def _old_template_names(manifest: Manifest) -> Iterator[Remark]:
+    """Built-in templates by names that promise more models than they fit."""
+    for name, config in manifest.models.items():
+        better = OLD_NAMES.get(config.chat_template or "")
+        if better is None:
+            continue
+
+        text = (
+            f"chat_template {config.chat_template} of {name} is an old name that does not say "
+            f"which models it is for, and still works (write {better}, or the name of this "
+            "model's format: rkcached-manifest(5) lists them)"
+        )
+        yield Remark(text=text, place=("models", name, "chat_template"))

@@ -25,7 +25,7 @@ from pydantic import (
 from pydantic_core import CoreSchema
 
 from rkcached.engines.kinds import EngineKind, Pooling
-from rkcached.messages.builtin import BUILTIN
+from rkcached.messages.builtin import FORMATS
 from rkcached.sources import values
 from rkcached.sources.problems import all_wrong, wrong
 from rkcached.sources.values import Abi, FilePath, Name, Paths, Patterns, Size, Template
@@ -250,7 +250,7 @@ class ModelConfig(_Section):
     path: FilePath = Field(description="The model file; of a split GGUF model, the first one.")
     chat_template: Template | None = Field(
         default=None,
-        description=f"{', '.join(BUILTIN)}, or a .jinja file. None: the model's own.",
+        description=f"{', '.join(FORMATS)}, or a .jinja file. None: the model's own.",
     )
     bos_token: str | None = Field(
         default=None,

@@ -18,7 +18,7 @@ from pydantic import (
 )
 
 from rkcached.engines.rkllm.abi import ABIS
-from rkcached.messages.builtin import BUILTIN
+from rkcached.messages.builtin import BUILTIN, FORMATS
 from rkcached.sources.problems import NAME, nearest_of_all, wrong
 from rkcached.sources.yaml_reader import show
 
@@ -78,7 +78,7 @@ def _template(value: str, info: ValidationInfo) -> str:
     if value.endswith((".jinja", ".jinja2")):
         return _absolute(value, info)
     message = f"chat_template: {show(value)} is neither a built-in template nor a .jinja file"
-    raise wrong(message, nearest_of_all(value, BUILTIN))
+    raise wrong(message, nearest_of_all(value, FORMATS))
 
 
 def _abi(value: str | None) -> str | None:

@@ -315,7 +315,7 @@ def test_what_contradicts_itself_is_refused(two_prompts: Workspace) -> None:
 
 def test_a_template_that_cannot_show_tools_refuses_them(workspace: Workspace) -> None:
     """Never silence: the model would not have seen them."""
-    space = says(workspace, {}, template="phi")
+    space = says(workspace, {}, template="phi3")
     error = space.ask("m", status=400, tools=[WEATHER])["error"]
     assert (error["param"], error["code"]) == ("tools", "unsupported_parameter")
 

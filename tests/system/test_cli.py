@@ -146,7 +146,7 @@ def test_check_reports_everything_at_once(workspace: Workspace) -> None:
         "manifest.yaml",
         "version: 1\nengine: {kind: lamacpp}\nmodels:\n  m:\n    path: m.model\n"
         "    params: {temprature: 0.7, top_p: 1.5}\n"
-        "    chat_template: chatlm\n    prompts:\n      Bad Name: x.md\n      a: a.md\n"
+        "    chat_template: chatmll\n    prompts:\n      Bad Name: x.md\n      a: a.md\n"
         "      a: b.md\n",
     )
     done = workspace.cli("check", code=os.EX_CONFIG)
@@ -154,7 +154,7 @@ def test_check_reports_everything_at_once(workspace: Workspace) -> None:
         (2, ("lamacpp", "llamacpp")),
         (6, ("temprature", "temperature")),
         (6, ("top_p", "1.5")),
-        (7, ("chatlm", "chatml")),
+        (7, ("chatmll", "chatml")),
         (9, ("Bad Name",)),
         (11, ("'a'",)),
     ]:
@@ -166,6 +166,21 @@ def test_check_reports_everything_at_once(workspace: Workspace) -> None:
         )
     problems = json.loads(workspace.cli("check", "--json", code=os.EX_CONFIG).stdout)
     assert {2, 6, 7, 9, 11} <= {problem["line"] for problem in problems}
+
+
+def test_check_tells_the_new_name_of_a_template(workspace: Workspace) -> None:
+    """An old name of a built-in template works as before; its owner hears of a better one."""
+    workspace.memory_model()
+    for name in ("gemma", "gemma3"):
+        workspace.write(
+            "manifest.yaml",
+            "version: 1\nengine: {kind: memory}\nmodels:\n  m:\n    path: m.model\n"
+            f"    chat_template: {name}\n",
+        )
+        done = workspace.cli("check")
+        warned = "manifest.yaml:6: warning: chat_template gemma of m is an old name" in done.stderr
+        assert warned is (name == "gemma")
+        assert ("write gemma3" in done.stderr) is warned
 
 
 def test_check_shows_a_name_as_it_is(workspace: Workspace) -> None:

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from rkcached.engines.kinds import EngineKind
 from rkcached.errors import ManifestError, Problem
-from rkcached.messages.builtin import BUILTIN
+from rkcached.messages.builtin import BUILTIN, FORMATS
 from rkcached.sources.manifest import (
     FingerprintMode,
     Manifest,
@@ -555,8 +555,8 @@ def test_wrong_types(text: str, message: str) -> None:
         ("prompts: {a: [b.md, c.md]}", "write `a: {files: [b.md, c.md]}`"),
         ("prompts: {a: [b, c, d, e]}", "write `a: {files: [b, c, d, ...]}`"),
         (
-            "chat_template: chatlm",
-            "did you mean 'chatml'? known are chatml, llama3, gemma, deepseek, phi",
+            "chat_template: chatmll",
+            f"did you mean 'chatml'? known are {', '.join(FORMATS)}",
         ),
     ],
 )

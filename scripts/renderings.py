@@ -1,0 +1,141 @@
+"""Write what the models' own chat templates make of our conversations, for tests/unit.
+
+    python scripts/renderings.py FOLDER
+
+Run it with the referee, transformers 5.24.0 and jinja2 3.1.6, in an environment of its own. FOLDER
+holds `index.json` and the templates that it names, unpacked from published packages; each model's
+template is found in it by its SHA-256. What is written is facts: of each rendering the SHA-256, the
+length and both ends, and of each template its name, the package that has it and its SHA-256.
+
+The conversations stand in tests/unit/renderings/conversations.json. bos_token is empty, because
+engines add it, and the day is that of `TODAY`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+from dataclasses import dataclass, field
+from datetime import date, datetime, tzinfo
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Self
+
+from transformers.utils import chat_template_utils
+
+RENDERINGS = Path(__file__).parent.parent / "tests" / "unit" / "renderings"
+TODAY = date(2026, 3, 1)
+ENDS = 40
+"""So many characters of both ends are kept."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Own:
+    """A model's own template."""
+
+    name: str
+    """Of the template in the package that has it."""
+    sha256: str
+    eos: str = ""
+    dialect: str = ""
+    """The form of messages that it takes, if that is not OpenAI's."""
+    departures: dict[str, Any] = field(default_factory=dict)
+    """What ours does otherwise, for the test."""
+
+
+def main() -> None:
+    folder = Path(sys.argv[1])
+    conversations = json.loads((RENDERINGS / "conversations.json").read_text())
+    index = {entry["sha256"]: entry for entry in json.loads((folder / "index.json").read_text())}
+
+    chat_template_utils.datetime = _Clock
+    for builtin, own in json.loads((RENDERINGS / "templates.json").read_text()).items():
+        template = Own(**own)
+        entry = index[template.sha256]
+        source = (folder / entry["file"]).read_text()
+        kept = {
+            "template": {
+                "name": template.name,
+                "sha256": template.sha256,
+                "package": f"{entry['package']} {entry['version']}",
+                "path": entry["path"],
+            },
+            "referee": f"transformers {version('transformers')}, jinja2 {version('jinja2')}",
+            "today": TODAY.isoformat(),
+            "renderings": {
+                conversation["name"]: _rendering(
+                    source, template, conversation, conversations["tools"]
+                )
+                for conversation in conversations["conversations"]
+            },
+        }
+        text = json.dumps(kept, ensure_ascii=False, indent=1) + "\n"
+        (RENDERINGS / f"{builtin}.json").write_text(text)
+
+
+class _Clock(datetime):
+    """The clock of the referee's strftime_now, stopped."""
+
+    @classmethod
+    def now(cls, tz: tzinfo | None = None) -> Self:
+        return cls(TODAY.year, TODAY.month, TODAY.day, tzinfo=tz)
+
+
+def _rendering(
+    source: str, own: Own, conversation: dict[str, Any], tools: list[dict[str, Any]]
+) -> dict[str, Any]:
+    variables = {"add_generation_prompt": True, "bos_token": "", "eos_token": own.eos}
+    variables |= conversation.get("variables", {})
+    messages = conversation["messages"]
+    shown = tools if conversation.get("tools") else None
+    if own.dialect == "glm4":
+        messages = _as_glm4(messages, shown)
+
+    try:
+        texts, _ = chat_template_utils.render_jinja_template(
+            conversations=[messages],
+            tools=shown,
+            chat_template=source,
+            **variables,
+        )
+    except Exception as error:  # noqa: BLE001 - whatever a template raises, it refuses
+        return {"refused": f"{type(error).__name__}: {error}"}
+
+    text = texts[0]
+    return {
+        "sha256": hashlib.sha256(text.encode()).hexdigest(),
+        "length": len(text),
+        "start": text[:ENDS],
+        "end": text[-ENDS:],
+    }
+
+
+def _as_glm4(
+    messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None
+) -> list[dict[str, Any]]:
+    """The messages as the templates of GLM-4 take them.
+
+    GLM-4-9B-Chat has its tools in a message without a role's text; GLM-4-0414 ignores that message.
+    """
+    changed: list[dict[str, Any]] = []
+    if tools is not None:
+        changed.append({"role": "tools", "tools": tools})
+
+    for message in messages:
+        calls = message.get("tool_calls", [])
+        if message["role"] == "tool":
+            changed.append({"role": "observation", "content": message["content"]})
+        elif message["content"] or not calls:
+            changed.append(message)
+        for call in calls:
+            arguments = json.dumps(call["function"]["arguments"], ensure_ascii=False)
+            changed.append(
+                {"role": "assistant", "metadata": call["function"]["name"], "content": arguments}
+            )
+
+    return changed
+
+
+if __name__ == "__main__":
+    main()
