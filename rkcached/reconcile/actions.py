@@ -126,8 +126,7 @@ class Actor:
 
         log.info(
             "artifact adopted",
-            model=key.model,
-            prompt=key.prompt,
+            **key._asdict(),
             state=State.FRESH.value,
             reason=action.reason,
             tokens=artifact.sidecar.tokens,
@@ -182,7 +181,7 @@ class Actor:
             return False
 
         self._published.put(self._published.now.without_artifact(key))
-        log.info(done, model=key.model, prompt=key.prompt, reason=action.reason)
+        log.info(done, **key._asdict(), reason=action.reason)
         return True
 
     async def _remove_retired(self, action: Remove) -> bool:
@@ -194,9 +193,7 @@ class Actor:
 
         self._published.put(self._published.now.without_retired(action.retired))
         key = action.key
-        log.info(
-            "retired artifact removed", model=key.model, prompt=key.prompt, reason=action.reason
-        )
+        log.info("retired artifact removed", **key._asdict(), reason=action.reason)
         return True
 
 
@@ -212,4 +209,4 @@ def publish_artifact(
 
 def _log_trouble(event: str, action: Action, error: errors.StoreError) -> None:
     key = action.key
-    log.error(event, model=key.model, prompt=key.prompt, error=error.message, hint=error.hint)
+    log.error(event, **key._asdict(), error=error.message, hint=error.hint)

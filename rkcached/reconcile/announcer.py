@@ -32,8 +32,7 @@ class Announcer:
         if before != now or key in self._unsettled:
             self._events.publish(
                 "artifact",
-                model=key.model,
-                prompt=key.prompt,
+                **key._asdict(),
                 state=assessment.state.value,
                 reason=assessment.reason,
             )
@@ -49,16 +48,13 @@ class Announcer:
         ):
             log.warning(
                 "prompt not cached",
-                model=key.model,
-                prompt=key.prompt,
+                **key._asdict(),
                 state=assessment.state.value,
                 reason=assessment.reason,
                 hint=assessment.hint,
             )
         elif assessment.state is State.FRESH and before is not None and before[0] is State.BLOCKED:
-            log.info(
-                "prompt fresh again", model=key.model, prompt=key.prompt, state=State.FRESH.value
-            )
+            log.info("prompt fresh again", **key._asdict(), state=State.FRESH.value)
 
     def notices(self, now: tuple[str, ...]) -> None:
         """Log what a look found strange about the inputs, once for each notice."""
@@ -77,14 +73,11 @@ class Announcer:
         self._unsettled.add(key)
         log.info(
             "build started",
-            model=key.model,
-            prompt=key.prompt,
+            **key._asdict(),
             state="building",
             reason=build.reason,
         )
-        self._events.publish(
-            "artifact", model=key.model, prompt=key.prompt, state="building", reason=build.reason
-        )
+        self._events.publish("artifact", **key._asdict(), state="building", reason=build.reason)
 
     def build_ended(self) -> None:
         """However it did; what became of it follows."""
@@ -95,8 +88,7 @@ class Announcer:
         self._publish_build(request, "built", sidecar.build_ms)
         log.info(
             "artifact built",
-            model=key.model,
-            prompt=key.prompt,
+            **key._asdict(),
             state=State.FRESH.value,
             reason=request.action.reason,
             tokens=sidecar.tokens,
@@ -110,8 +102,7 @@ class Announcer:
         if not figures.gain:
             log.warning(
                 "no gain",
-                model=key.model,
-                prompt=key.prompt,
+                **key._asdict(),
                 hint="loading costs more than prefilling",
             )
 
@@ -122,8 +113,7 @@ class Announcer:
         self._publish_build(request, verdict.kind.value)
         log.error(
             "build failed",
-            model=key.model,
-            prompt=key.prompt,
+            **key._asdict(),
             error=error.message,
             hint=error.hint,
             attempts=verdict.attempts,
@@ -134,8 +124,7 @@ class Announcer:
         key, reason = request.action.key, request.action.reason
         self._events.publish(
             "build",
-            model=key.model,
-            prompt=key.prompt,
+            **key._asdict(),
             reason=reason,
             result=result,
             build_ms=round(build_ms, 1),

@@ -169,12 +169,12 @@ class BuildRunner:
             finally:
                 self._announcer.build_ended()
         except errors.Aborted:
-            log.info("build stepped aside", model=key.model, prompt=key.prompt)
+            log.info("build stepped aside", **key._asdict())
             self._queue.step_aside(request.action)
         except errors.RkcachedError as error:
             await self._failed(request, error)
         except Exception as error:  # a defect of ours: reported, and no reason to stop serving
-            log.exception("build crashed", model=key.model, prompt=key.prompt)
+            log.exception("build crashed", **key._asdict())
             await self._failed(request, errors.RkcachedError(f"internal error: {error!r}"))
         else:
             self._built(request, artifact)
@@ -240,8 +240,7 @@ class BuildRunner:
 
         log.info(
             "build stopped",
-            model=running.key.model,
-            prompt=running.key.prompt,
+            **running.key._asdict(),
             reason="no longer wanted",
         )
         if wanted is not None:

@@ -7,6 +7,7 @@ loop.
 
 from __future__ import annotations
 
+import functools
 import time
 from dataclasses import replace
 
@@ -136,43 +137,24 @@ def verdict_on(
 
     `model` is the identity of its model.
     """
-    trouble = Trouble.of(error)
+    verdict = functools.partial(Verdict, fingerprint=fingerprint, trouble=Trouble.of(error))
     match error:
         case errors.ContextExceeded():
-            return Verdict(
-                fingerprint=fingerprint,
-                kind=VerdictKind.TOO_LONG,
-                trouble=trouble,
-                tokens=error.tokens,
-            )
+            return verdict(kind=VerdictKind.TOO_LONG, tokens=error.tokens)
         case errors.PromptTooShort():
-            return Verdict(
-                fingerprint=fingerprint,
-                kind=VerdictKind.TOO_SHORT,
-                trouble=trouble,
-                tokens=error.tokens,
-            )
+            return verdict(kind=VerdictKind.TOO_SHORT, tokens=error.tokens)
         case errors.BudgetExceeded():
-            return Verdict(
-                fingerprint=fingerprint,
-                kind=VerdictKind.OVER_BUDGET,
-                trouble=trouble,
-                needed_bytes=error.needed_bytes,
-            )
+            return verdict(kind=VerdictKind.OVER_BUDGET, needed_bytes=error.needed_bytes)
         case errors.Uncacheable():
-            return Verdict(
-                fingerprint=fingerprint, kind=VerdictKind.UNCACHEABLE, trouble=trouble, model=model
-            )
+            return verdict(kind=VerdictKind.UNCACHEABLE, model=model)
         case errors.WorkerDied() | errors.WorkerTimeout() | errors.VerifyFailed() if (
             attempts >= QUARANTINE_AFTER
         ):
             return quarantined(fingerprint, f"building it failed {attempts} times: {error.message}")
         case _:
             pause_s = min(2.0 ** min(attempts, 10), MAX_RETRY_S)  # 2.0**1024 is no float
-            return Verdict(
-                fingerprint=fingerprint,
+            return verdict(
                 kind=VerdictKind.FAILED,
-                trouble=trouble,
                 attempts=attempts,
                 retry_at=time.time() + pause_s,
                 needed_bytes=error.needed_bytes if isinstance(error, errors.NoRoom) else 0,

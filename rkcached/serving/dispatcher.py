@@ -408,8 +408,7 @@ class Serving:
         use.misses += 1
         log.warning(
             "cache did not help",
-            model=key.model,
-            prompt=key.prompt,
+            **key._asdict(),
             cached_tokens=stats.cached_tokens,
         )
 
