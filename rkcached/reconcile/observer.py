@@ -32,6 +32,7 @@ from rkcached.sources.manifest import Manifest
 from rkcached.sources.reader import SourceReader
 from rkcached.sources.records import Key, PromptSource, Sources, Trouble, kept
 from rkcached.sources.stored_texts import StoredTexts
+from rkcached.store.scan import disown
 from rkcached.store.sidecar import Inventory, StoredArtifact
 from rkcached.store.store import Store
 
@@ -110,6 +111,7 @@ class Observer:
         self._store.spare(_named(manifest, sources))
         try:
             inventory = self._store.scan()
+            disown(inventory, self._store.root, desired.prompts)
         except errors.StoreError as error:
             inventory, trouble = Inventory(), error
         verdicts = {**inventory.verdicts, **(extra_verdicts or {})}

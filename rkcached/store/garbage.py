@@ -245,6 +245,7 @@ def _strangers(
             yield from _among(store, name, marks.is_quarantined)
         elif name == marks.RETIRED:
             yield from _among(store, name, marks.is_retired)
+            yield from _beside_retired(store)
         elif name == marks.VERDICTS:
             yield from _in_verdicts(store)
         elif marks.is_own(name):
@@ -256,6 +257,13 @@ def _strangers(
             yield from _beside_artifacts(store, inventory, name, building, known=name in models)
         else:
             yield (name,)
+
+
+def _beside_retired(store: Store) -> Iterator[tuple[str, ...]]:
+    """Whatever is no part of an artifact in the folders of the retired ones."""
+    for folder in store.retired.folders():
+        theirs = store.retired.strangers_in(folder.name)
+        yield from ((marks.RETIRED, folder.name, name) for name in theirs)
 
 
 def _among(store: Store, place: str, is_own: Callable[[str], bool]) -> Iterator[tuple[str, ...]]:

@@ -11,7 +11,7 @@ from pathlib import Path
 from rkcached.host import beneath
 from rkcached.sources.records import Key
 from rkcached.store import marks
-from rkcached.store.scan import look_at_retired, retired_sidecar
+from rkcached.store.scan import look_at_retired, prompt_of, retired_sidecar
 from rkcached.store.writer import Writer, make_folder
 
 
@@ -80,8 +80,21 @@ class RetiredArtifacts:
             self.remove(folder.name)
 
     def remove_incomplete(self, folders: Iterable[Path]) -> None:
-        """Remove those of these folders that hold no whole artifact. Errors: StoreError."""
+        """Remove those of these folders that hold no whole artifact, and nothing else.
+
+        Errors: StoreError.
+        """
         for folder in folders:
             with self._writer.writing(folder), self._writer.folders:
-                if look_at_retired(folder) is None:  # else it was completed meanwhile
+                if look_at_retired(folder) is not None:
+                    continue  # it was completed meanwhile
+                if not self.strangers_in(folder.name):
                     beneath.remove(self._writer.root, marks.RETIRED, folder.name)
+
+    def strangers_in(self, fingerprint: str) -> list[str]:
+        """The names in the folder of a retired artifact that the store gives to nothing there.
+
+        Errors: OSError.
+        """
+        names = beneath.names_in(self._writer.root, marks.RETIRED, fingerprint)
+        return [name for name in names if not prompt_of(name)]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import stat
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -250,6 +250,21 @@ def strangers(folder: Path, key: Key) -> list[Path]:
     return sorted(inventory.foreign)
 
 
+def disown(inventory: Inventory, root: Path, declared: Container[Key]) -> None:
+    """Take files for a stranger's where neither a sidecar nor a declared prompt makes them ours.
+
+    A prompt cache that somebody copied into the store is one, and so is a copy of a whole folder.
+    """
+    for key, artifact in list(inventory.unreadable.items()):
+        if artifact.ours or key in declared:
+            continue
+
+        del inventory.unreadable[key]
+        suffixes = (".json", ".bin", *CACHE_SUFFIXES)
+        files = (root / key.model / f"{key.prompt}{suffix}" for suffix in suffixes)
+        inventory.foreign.update(foreign(files))
+
+
 def prompt_of(name: str) -> str:
     """The prompt that a file of this name would belong to; empty if the store has no such names."""
     stem, dot, suffix = name.rpartition(".")
@@ -275,16 +290,17 @@ def _scan_rest(
         ):
             caches.setdefault(Key(folder.name, prompt), []).append(folder / name)
 
+    begun = {key for key in damaged if _begins_as_sidecar(folder / f"{key.prompt}.json", key)}
     for key, files in caches.items():  # without a sidecar: of a commit that was cut off before it
         if key not in inventory.artifacts and (key in damaged or f"{key.prompt}.json" not in names):
-            why = damaged.get(key, "the sidecar is missing")
-            inventory.unreadable[key] = Unreadable(corrupt=why, size_bytes=_bytes(files))
+            inventory.unreadable[key] = Unreadable(
+                corrupt=damaged.get(key, "the sidecar is missing"),
+                size_bytes=_bytes(files),
+                ours=key in begun,
+            )
 
-    for key, why in damaged.items():
-        if key not in inventory.unreadable and _begins_as_sidecar(
-            folder / f"{key.prompt}.json", key
-        ):
-            inventory.unreadable[key] = Unreadable(corrupt=why, size_bytes=0)
+    for key in begun - inventory.unreadable.keys():
+        inventory.unreadable[key] = Unreadable(corrupt=damaged[key], size_bytes=0, ours=True)
 
     for name in sorted(names):
         key = Key(folder.name, prompt_of(name))

@@ -106,6 +106,8 @@ class Unreadable:
 
     corrupt: str
     size_bytes: int
+    ours: bool
+    """Whether its sidecar, though damaged, begins as one that the store wrote for this place."""
     fingerprint: str = ""
     components: Mapping[str, str] = field(default_factory=dict)
     tokens: int = 0

@@ -112,6 +112,38 @@ def test_a_running_daemon_does_it(two_prompts: Workspace) -> None:
     assert two_prompts.built() == ["a", "b"]
 
 
+def test_files_that_only_look_like_caches_wait_for_gc(two_prompts: Workspace) -> None:
+    """A running daemon removes no file by its name alone, and no copy of a folder of its own.
+
+    They are strangers: listed, and removed if that is said.
+    """
+    space = two_prompts
+    shutil.copytree(space.cache / "m", space.cache / "m-backup")
+    shutil.copy(space.cache / "m/a.memory_cache", space.cache / "m/copied.memory_cache")
+    space.write("cache/m/vendor.rkllm_cache", "of the vendor")
+    precious = f"cache/.retired/{'0' * 64}/precious.txt"
+    space.write(precious, "years")
+    theirs = files(space) - KEPT - {"m/b.bin", "m/b.json", "m/b.memory_cache"}
+    assert len(theirs) == 9
+
+    for name in "ab":  # each is a look
+        space.write(f"prompts/{name}.md", f"Another text of {name}.")
+        wait_until(lambda name=name: space.built().count(name) == 2, f"a second build of {name}")
+
+    assert theirs <= files(space)
+    assert (space.root / precious).read_text() == "years"
+    shown = json.loads(space.cli("gc", "--dry-run", "--json").stdout)
+    listed = {str(Path(one["path"]).relative_to(space.cache)) for one in shown["strangers"]}
+    assert listed == {
+        "m-backup",
+        "m/copied.memory_cache",
+        "m/vendor.rkllm_cache",
+        precious.removeprefix("cache/"),
+    }
+    space.cli("gc", "--strangers")
+    assert not theirs & files(space)
+
+
 def test_asked_over_http(two_prompts: Workspace) -> None:
     """On the admin socket only; a dry run changes nothing.
 
