@@ -78,19 +78,19 @@ def json_between(
     )
 
 
-def xml_between(name: str, opening: str, closing: str) -> CallForm:
+def xml_between(name: str, *openings: str, closing: str) -> CallForm:
     """Qwen3-Coder's form: the call begins and ends with tags that have the function's name."""
     return CallForm(
         name=name,
-        openings=(opening,),
+        openings=openings,
         closings=(closing,),
         read=tagged(
             r"\s*(?:<function=)?(?P<name>[^>\s]+)>",
             r"<parameter=(?P<key>[^>\s]+)>\n?(?P<value>.*?)\n?</parameter>"
             r"(?=\s*(?:<parameter=|</function>|$))",
-            r"</function>|\s*$",
+            r"\s*$" if closing == "</function>" else r"</function>",
         ),
-        must_close=True,
+        must_close=closing == "</function>",
         values=(("<parameter=", "</parameter>"),),
     )
 

@@ -45,7 +45,13 @@ TABLE: Final[tuple[CallForm, ...]] = (
         values=STRINGS,
         told_by=(("<tool_call>", "args-json"), ("<tool_call>", "<args-dict>")),
     ),
-    xml_between("Qwen3-Coder and Nemotron 3 (XML in <tool_call>)", "<tool_call>", "</tool_call>"),
+    # These models leave the first mark out now and then.
+    xml_between(
+        "Qwen3-Coder and Nemotron 3 (XML in <tool_call>)",
+        "<tool_call>",
+        "<function=",
+        closing="</tool_call>",
+    ),
     pairs_between("GLM 4.5 (<arg_key> in <tool_call>)", "<tool_call>", "</tool_call>"),
     CallForm(
         name="Llama 3 (JSON with parameters)",
@@ -135,9 +141,9 @@ TABLE: Final[tuple[CallForm, ...]] = (
     ),
     CallForm(
         name="Kimi K2",
-        openings=("<|tool_calls_section_begin|>",),
+        openings=("<|tool_calls_section_begin|>", "<|tool_call_begin|>"),
         closings=("<|tool_calls_section_end|>",),
-        read=named_json(rf"<\|tool_call_begin\|>\s*{_KIMI_NAME}", r"\s*<\|tool_call_end\|>"),
+        read=named_json(rf"(?:<\|tool_call_begin\|>)?\s*{_KIMI_NAME}", r"\s*<\|tool_call_end\|>"),
         values=STRINGS,
         inner=("<|tool_call_begin|>", "<|tool_call_argument_begin|>", "<|tool_call_end|>"),
         control=True,
@@ -187,8 +193,8 @@ TABLE: Final[tuple[CallForm, ...]] = (
         "</tool_calls:opensource>",
         suffix=":opensource",
     ),
-    xml_between("Seed-OSS", "<seed:tool_call>", "</seed:tool_call>"),
-    xml_between("Zyphra", "<zyphra_tool_call>", "</zyphra_tool_call>"),
+    xml_between("Seed-OSS", "<seed:tool_call>", closing="</seed:tool_call>"),
+    xml_between("Zyphra", "<zyphra_tool_call>", closing="</zyphra_tool_call>"),
     json_between("Nemotron 2 (JSON in <TOOLCALL>)", "<TOOLCALL>", "</TOOLCALL>"),
     CallForm(
         name="Nemotron Mini",
@@ -278,7 +284,7 @@ TABLE: Final[tuple[CallForm, ...]] = (
         read=named_json(r"(?P<name>[^>\s]+)>\s*"),
         values=STRINGS,
     ),
-    xml_between("Qwen3-Coder without <tool_call>", "<function=", "</function>"),
+    xml_between("Qwen3-Coder without <tool_call>", "<function=", closing="</function>"),
     CallForm(
         name="Functionary 3.2",
         named_openings=(">>>{}\n",),

@@ -50,6 +50,7 @@ TABLE: Final[tuple[Marks, ...]] = (
         dropped=(
             "<|start|>assistant",
             "<|channel|>final<|message|>",
+            "<|channel|>final <|constrain|>json<|message|>",
             "<|channel|>commentary<|message|>",
             "<|end|>",
             "<|return|>",
@@ -93,9 +94,11 @@ TABLE: Final[tuple[Marks, ...]] = (
         found_by=("<|think|>", "<|content|>"),
     ),
     Marks(  # Muse
-        openings=(),
-        closings=(),
-        dropped=("<|eom|>", "<|start|>assistant"),
+        openings=("to=self<|message|>",),
+        closings=("<|eom|>",),
+        dropped=("<|eom|>", "<|eot|>", "<|start|>assistant"),
+        dropped_first=("to=user<|message|>",),
+        again=True,
         found_by=("<atem:function_calls>",),
     ),
     Marks(  # Hunyuan

@@ -30,6 +30,8 @@ class _Mode(Enum):
     START = auto()
     """There is nothing but white space yet, or a mark has just ended."""
     REASONING = auto()
+    DOUBT = auto()
+    """A call has begun within reasoning: it is one if the reasoning does not go on after it."""
     CONTENT = auto()
     CALL = auto()
     """The text is between the marks of a call."""
@@ -74,13 +76,14 @@ class Reply:
             self._bare = form.bare
         self._opened_first = frozenset(opened_first)
         self._dropped_first = frozenset((*marks.dropped, *marks.dropped_first))
-        self._reasoning_end = MarkFinder(marks.closings)
+        self._closed = MarkFinder(marks.closings)
+        self._reasoning_end = MarkFinder((*marks.closings, *opened))
         again = marks.openings if marks.again else ()
         self._content_end = MarkFinder((*opened, *marks.dropped, *again))
 
         self._held = ""
         self._blank: list[str] = []  # white space before the first mark or word
-        self._rest: list[str] = []  # the text of a bare call
+        self._rest: list[str] = []  # the text of a bare call, or of one in doubt
         self._before = ""  # white space before the opening of a call
         self._opening = ""
         self._call = Opened((), ())
@@ -103,6 +106,8 @@ class Reply:
                 yield from self._calls_or_content("")
             case _Mode.BARE_CALL:
                 yield from self._bare_calls("".join(self._rest))
+            case _Mode.DOUBT:
+                yield from self._calls_or_reasoning("".join(self._rest))
 
     def _go_on(self, *, final: bool) -> Iterator[Delta]:
         moved = True
@@ -113,6 +118,8 @@ class Reply:
                     yield from self._start(final=final)
                 case _Mode.REASONING:
                     yield from self._reason(final=final)
+                case _Mode.DOUBT:
+                    yield from self._wait_for_closing(final=final)
                 case _Mode.CONTENT:
                     yield from self._take_content(final=final)
                 case _Mode.CALL:
@@ -178,10 +185,34 @@ class Reply:
         self._held = self._held[place + len(mark) :]
         if text:
             yield Delta(reasoning=text)
+        if mark in self._marks.closings:
+            self._end_reasoning()
+        elif mark:
+            self._mode = _Mode.DOUBT
+            self._rest = [mark]
+
+    def _end_reasoning(self) -> None:
+        self._mode = _Mode.START
+        self._is_after_mark = True
+        self._may_reason = self._marks.again
+
+    def _wait_for_closing(self, *, final: bool) -> Iterator[Delta]:
+        """Hold back what follows a call, until the reasoning turns out to go on or to be over."""
+        place, mark = self._closed.find(self._held, final=final)
+        self._rest.append(self._held[:place])
+        self._held = self._held[place + len(mark) :]
         if mark:
-            self._mode = _Mode.START
-            self._is_after_mark = True
-            self._may_reason = self._marks.again
+            yield Delta(reasoning="".join(self._rest))
+            self._end_reasoning()
+
+    def _calls_or_reasoning(self, text: str) -> Iterator[Delta]:
+        """Models end their reasoning with a call now and then, without its closing."""
+        reply = Reply(form=self._form, tools=self._tools, marks=self._marks)
+        deltas = [*reply.feed(text), *reply.end()]
+        if any(delta.call is not None for delta in deltas):
+            yield from deltas
+        else:
+            yield Delta(reasoning=text)
 
     def _take_content(self, *, final: bool) -> Iterator[Delta]:
         place, mark = self._content_end.find(self._held, final=final)

@@ -78,6 +78,8 @@ EXAMPLES = [
         ),
         [G, H],
     ),
+    ("Qwen3-Coder and", f"{F_XML}\n</tool_call>\n<tool_call>{F_XML}</tool_call>", [F, F]),
+    ("Qwen3-Coder and", F_XML, [F]),
     ("Qwen3-Coder without", F_XML, [F]),
     ("Seed", f"<seed:tool_call>\n{F_XML}\n</seed:tool_call>", [F]),
     ("Zyphra", f"<zyphra_tool_call>\n{F_XML}\n</zyphra_tool_call>", [F]),
@@ -164,6 +166,11 @@ EXAMPLES = [
             "<|tool_call_end|><|tool_calls_section_end|>"
         ),
         [F, G],
+    ),
+    (
+        "Kimi K2",
+        f"<|tool_call_begin|>functions.f:0<|tool_call_argument_begin|>{F_JSON}<|tool_call_end|>",
+        [F],
     ),
     (
         "Kimi K3",
@@ -333,10 +340,11 @@ def test_cuts_do_not_matter_and_nothing_is_lost(name: str, data: st.DataObject) 
     cuts = sorted(data.draw(st.lists(st.integers(0, len(text)), max_size=8)))
     pieces = [text[a:b] for a, b in zip([0, *cuts], [*cuts, len(text)], strict=True)]
 
-    whole = split([text], form)
-    assert split(pieces, form) == whole
-    assert split(list(text), form) == whole
-    if not whole[2] and "think>" not in text:
+    reasons = data.draw(st.booleans())
+    whole = split([text], form, reasons=reasons)
+    assert split(pieces, form, reasons=reasons) == whole
+    assert split(list(text), form, reasons=reasons) == whole
+    if not reasons and not whole[2] and "think>" not in text:
         assert whole[0].replace("\n", "") == text.replace("\n", "")
 
 
@@ -414,6 +422,25 @@ def test_a_prompt_may_end_inside_reasoning(source: str, text: str) -> None:
     inside = text.removeprefix(opening)
     content, reasoning, _ = split(list(inside), None, marks, reasons=True)
     assert (content, reasoning.strip()) == ("Yes", "hm")
+
+
+@pytest.mark.parametrize("name", ["Hermes", "Qwen3-Coder and", "Kimi K2", "DeepSeek V4"])
+def test_a_call_may_end_reasoning(name: str) -> None:
+    """Without its closing, as some models do; before the closing, it is a thought."""
+    form = form_of(name)
+    call = next(text for other, text, _ in EXAMPLES if other == name)
+    _, reasoning, calls = split(list(f"I look.{call}"), form, reasons=True)
+    assert (reasoning, calls) == ("I look.", split([call], form)[2])
+    thought = f"I could write {call} but no"
+    assert split(list(f"{thought}</think>No."), form, reasons=True) == ("No.", thought, [])
+    broken = f"I look.{form.openings[0]} no call"
+    assert split(list(broken), form, reasons=True) == ("", broken, [])
+
+
+@pytest.mark.parametrize("cut", ["\n</parameter>", "</parameter>\n</function>", "7"])
+def test_xml_that_was_cut_off_is_no_call(cut: str) -> None:
+    text = f"<tool_call>{F_XML[: F_XML.index(cut)]}"
+    assert split([text], form_of("Qwen3-Coder and")) == (text, "", [])
 
 
 def test_gpt_oss_reasons_speaks_and_calls() -> None:
