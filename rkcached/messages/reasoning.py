@@ -78,6 +78,7 @@ TABLE: Final[tuple[Marks, ...]] = (
             "<|close|>message<|sep|>",
             "<|end_of_msg|>",
         ),
+        found_by=("<|open|>", "<|close|>", "<|sep|>", "think"),
     ),
     Marks(  # Functionary 3.2
         openings=(),
@@ -123,7 +124,11 @@ TABLE: Final[tuple[Marks, ...]] = (
         dropped=("[END FINAL RESPONSE]",),
     ),
     _pair("<|think:start|>", "<|think:end|>"),
-    _pair("<think:opensource>", "</think:opensource>"),
+    Marks(  # Hunyuan 3, whose template puts the names together
+        openings=("<think:opensource>",),
+        closings=("</think:opensource>",),
+        found_by=("<think{}>", "opensource"),
+    ),
     _pair("<longcat_think>", "</longcat_think>"),
     _pair("<mm:think>", "</mm:think>"),
     _pair("<seed:think>", "</seed:think>"),
@@ -132,6 +137,7 @@ TABLE: Final[tuple[Marks, ...]] = (
     _pair("<|start_think|>", "<|end_think|>"),
     _pair("<|thought_start|>", "<|thought_end|>"),
     _pair("<thought>", "</thought>"),
+    _pair("<reasoning>", "</reasoning>"),
 )
 
 

@@ -401,6 +401,11 @@ REASONED = [
         "Here is my thought process:hm Here is my response:Yes",
     ),
     ("<|think:start|><|think:end|>", "<|think:start|>hm<|think:end|>Yes"),
+    ("'<think{}>'.format(':opensource')", "<think:opensource>hm</think:opensource>Yes"),
+    (
+        "'<|open|>' ~ 'think' ~ '<|sep|>' '<|close|>'",
+        "<|open|>think<|sep|>hm<|close|>think<|sep|><|open|>response<|sep|>Yes<|end_of_msg|>",
+    ),
 ]
 
 
