@@ -4,8 +4,8 @@ It is the single writer of the store, and of the snapshot that others read.
 
 It is level-triggered. Events, signals, timers and finished builds all mean the same, "look again";
 what to do comes only from comparing the manifest with the disk. A look observes all of it
-(`observer`), publishes what it saw (`snapshot`), adopts, retires and removes (`actions`), and fills
-the queue of builds (`build_queue`), which run one at a time (`build_runner`).
+(`observer`), publishes what it saw (`publisher`), adopts, retires and removes (`actions`), and
+fills the queue of builds (`build_queue`), which run one at a time (`build_runner`).
 
 Everything here runs on the event loop except the observing, which reads files in a thread, one look
 at a time.
@@ -18,7 +18,6 @@ import contextlib
 import math
 import time
 from collections.abc import Callable, Coroutine, Iterable
-from dataclasses import replace
 
 import structlog
 
@@ -26,8 +25,7 @@ from rkcached import errors
 from rkcached.host.systemd import Service
 from rkcached.host.trails import places
 from rkcached.host.watch import Follower
-from rkcached.plan.desired import DesiredModel
-from rkcached.plan.records import Build, State
+from rkcached.plan.records import Build
 from rkcached.reconcile.actions import Actor
 from rkcached.reconcile.announcer import Announcer
 from rkcached.reconcile.build_queue import REQUESTED, BuildQueue, next_retry_at
@@ -36,9 +34,10 @@ from rkcached.reconcile.builder import Builder
 from rkcached.reconcile.collection import Collection
 from rkcached.reconcile.events import Events
 from rkcached.reconcile.failures import QUARANTINE_AFTER, Failures, quarantined
-from rkcached.reconcile.index import FreshIndex
-from rkcached.reconcile.observer import Glimpse, Observation, Observer
+from rkcached.reconcile.observer import Observation, Observer
+from rkcached.reconcile.publisher import Publisher
 from rkcached.reconcile.snapshot import Published, Snapshot
+from rkcached.reconcile.surplus import SurplusWorkers
 from rkcached.reconcile.waiters import Waiters
 from rkcached.reconcile.wake import Wake
 from rkcached.sources.manifest import Manifest
@@ -48,7 +47,7 @@ from rkcached.sources.stored_texts import StoredTexts
 from rkcached.store.garbage import Rubbish
 from rkcached.store.sidecar import StoredArtifact
 from rkcached.store.store import Store
-from rkcached.worker.gate import Gates, Priority
+from rkcached.worker.gate import Gates
 from rkcached.worker.pool import Workers
 
 log = structlog.get_logger()
@@ -91,7 +90,6 @@ class Reconciler:
         self._store = store
         self._stored = stored
         self._workers = workers
-        self._gates = gates
         self._watcher = watcher
         self._service = service or Service()
         self._on_turn = on_turn
@@ -100,6 +98,8 @@ class Reconciler:
         self._manifest_file = ManifestFile(manifest.file, manifest)
         self._observer = Observer(store, stored)
         self._announcer = Announcer(events)
+        self._publisher = Publisher(published, self._announcer)
+        self._surplus = SurplusWorkers(workers, gates, published)
         self._failures = Failures()
         self._waiters = Waiters()
         self._queue = BuildQueue()
@@ -128,8 +128,6 @@ class Reconciler:
         # Who waits for a look that begins after the question.
         self._curious: list[asyncio.Event] = []
         self._collections: list[Collection] = []
-        # Tasks that stop workers of models that are gone.
-        self._retiring: set[asyncio.Task[None]] = set()
 
     @property
     def snapshot(self) -> Snapshot:
@@ -248,8 +246,7 @@ class Reconciler:
                 await self._wait()
         finally:
             await self._builds.close()
-            for task in self._retiring:
-                task.cancel()
+            self._surplus.cancel()
             self._waiters.cancel()
             for collection in self._collections:
                 collection.future.cancel()
@@ -332,30 +329,9 @@ class Reconciler:
         if not glimpses or generation != self._generation:
             return
 
-        self._publish_glimpses(glimpses)
+        self._publisher.glimpses(glimpses)
         self._queue.put_first(glimpse.build for glimpse in glimpses)
         self._builds.start_next()
-
-    def _publish_glimpses(self, glimpses: Iterable[Glimpse]) -> None:
-        snapshot = self.snapshot
-        prompts = dict(snapshot.desired.prompts)
-        texts = dict(snapshot.desired.texts)
-        assessments = dict(snapshot.assessments)
-        index = snapshot.index
-
-        for glimpse in glimpses:
-            key = glimpse.prompt.key
-            prompts[key] = glimpse.prompt
-            texts[key] = glimpse.text
-            assessments[key] = glimpse.assessment
-            index = index.without(key)
-            self._announcer.state(glimpse.assessment)
-
-        self._published.change(
-            desired=replace(snapshot.desired, prompts=prompts, texts=texts),
-            assessments=assessments,
-            index=index,
-        )
 
     # A look
 
@@ -413,12 +389,12 @@ class Reconciler:
         running = self.snapshot.building
         building = running.key if running is not None else None
 
-        self._publish(observation)
+        self._publisher.look(observation)
         self._builds.declared = observation.sources.prompts
         self._queue.observed(observation.desired.fingerprint, asyncio.get_running_loop().time())
         files, folders = inputs(observation.manifest, self._stored)
         self._watcher.follow(await asyncio.to_thread(places, files, folders))
-        self._retire_workers(observation)
+        self._surplus.stop(observation.desired.models)
 
         for collection in collections:
             await collection.find(self._store, observation, building, (files, folders))
@@ -434,78 +410,6 @@ class Reconciler:
         self._queue.plan(requested, observation.actions, but=building)
         await self._forget_verdicts(observation)
         return acted
-
-    def _publish(self, observation: Observation) -> None:
-        self._note_news(observation)
-        inventory = observation.inventory
-        shown = {
-            assessment.key: assessment
-            for assessment in observation.assessments
-            if not assessment.retired
-        }
-        fresh = {
-            key: inventory.artifacts[key]
-            for key, assessment in shown.items()
-            if assessment.state is State.FRESH and key in inventory.artifacts
-        }
-        unreadable = {key: bad.size_bytes for key, bad in inventory.unreadable.items()}
-
-        self._published.change(
-            manifest=observation.manifest,
-            desired=observation.desired,
-            skipped_files=observation.sources.skipped_files,
-            assessments=shown,
-            artifacts=dict(inventory.artifacts),
-            index=FreshIndex(fresh),
-            unreadable_bytes=unreadable,
-            retired=dict(inventory.retired),
-            foreign_bytes=sum(inventory.foreign.values()),
-            quarantine_bytes=sum(inventory.quarantined.values()),
-            store_trouble=observation.store_trouble,
-        )
-        for assessment in shown.values():
-            self._announcer.state(assessment)
-        self._announcer.forget_all_but(set(shown))
-
-    def _note_news(self, observation: Observation) -> None:
-        """Log what is wrong with the store and the sources, once for each change."""
-        before = self.snapshot
-        error = observation.store_trouble
-        known = before.store_trouble.message if before.store_trouble is not None else ""
-        if error is not None and error.message != known:
-            log.error("store not readable", error=error.message, hint=error.hint)
-
-        if skipped := set(observation.sources.skipped_files) - set(before.skipped_files):
-            log.info(
-                "prompt files skipped",
-                files=sorted(skipped),
-                reason="their names cannot be a prompt's",
-                hint="rename them to make prompts of them",
-            )
-
-        unlisted = map(str, observation.sources.unlisted_models.values())
-        self._announcer.notices((*observation.desired.notices, *unlisted))
-
-    def _retire_workers(self, observation: Observation) -> None:
-        """Stop workers of models that are gone.
-
-        That of a model that changed is replaced when it is next used.
-        """
-        wanted = {
-            name
-            for name, model in observation.desired.models.items()
-            if isinstance(model, DesiredModel)
-        }
-        for name in {worker.model.name for worker in self._workers.all()} - wanted:
-            task = asyncio.create_task(self._retire_worker(name))
-            self._retiring.add(task)
-            task.add_done_callback(self._retiring.discard)
-
-    async def _retire_worker(self, name: str) -> None:
-        """Apart from the look, which need not wait for the answers that are running."""
-        async with self._gates.hold(name, Priority.BUILD):
-            if not isinstance(self.snapshot.model(name), DesiredModel):
-                self._workers.drop(name)
 
     async def _tidy(self, observation: Observation) -> None:
         """Remove what is left over in the store; the quarantine keeps what the budget leaves it."""
