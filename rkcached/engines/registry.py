@@ -75,6 +75,9 @@ class EngineEntry:
     """Whether the manifest names the files of the model's tokenizer."""
     thread_per_core: bool = False
     """Whether it takes a thread for each core if the manifest names no number of threads."""
+    reads_plain_text: bool = False
+    """Whether it can read a part of a prompt without control tokens (`messages.special_tokens`).
+    Every engine can that is given a tokenizer."""
     compiles_schemas: bool = False
     """Whether llguidance compiles a JSON schema to a grammar."""
     prints_control_tokens: bool = True
@@ -154,6 +157,7 @@ ENGINES: dict[EngineKind, EngineEntry] = {
         inspect_model=gguf.inspect,
         state_bytes_per_token=gguf.state_bytes_per_token,
         thread_per_core=True,
+        reads_plain_text=True,
         compiles_schemas=True,
     ),
     EngineKind.MEMORY: EngineEntry(

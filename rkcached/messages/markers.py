@@ -202,8 +202,8 @@ class Markers:
                 continue  # the tokenizer reads the first of two that overlap
 
             data = text[at:start]
-            if next(self._tokens.places(data), None) is not None:
-                data = f"{PLAIN_START}{data}{PLAIN_END}" if self._encloses else self._broken(data)
+            if (token := next(self._tokens.places(data), None)) is not None:
+                data = self._enclosed(data, token[0]) if self._encloses else self._broken(data)
             parts += [data, text[start:end]]
             at = end
 
@@ -231,6 +231,11 @@ class Markers:
             words.update(part.findall(single or double))
 
         return [word for word in sorted(words, key=len) if not self._tokens.hides(word)]
+
+    @staticmethod
+    def _enclosed(text: str, at: int) -> str:
+        """Plain text from the first token on: what stands before it is as in any other request."""
+        return f"{text[:at]}{PLAIN_START}{text[at:]}{PLAIN_END}"
 
     def _broken(self, text: str) -> str:
         """A blank after the first character of each control token, also of those that overlap."""

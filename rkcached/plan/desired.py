@@ -190,7 +190,10 @@ class Resolver:
         if isinstance(sources.runtime, Trouble):
             return sources.runtime
         special = _special_tokens(config, source)
-        slot = (source.template, special, config.thinking)
+        takes_tokens = ENGINES[manifest.engine.kind].reads_plain_text or bool(
+            source.tokenizer_digest
+        )
+        slot = (source.template, special, config.thinking, takes_tokens)
         template = self._templates.get(slot)
         if template is None:
             variables = {}
@@ -202,6 +205,7 @@ class Resolver:
                     name=source.template.name,
                     special=special,
                     variables=variables,
+                    takes_tokens=takes_tokens,
                     compile_elsewhere=self._compile_elsewhere,
                 )
             except TemplateError as error:
