@@ -203,14 +203,19 @@ def test_deepseek_hides_earlier_reasoning() -> None:
 
 @given(name=st.sampled_from(sorted(BUILTIN)), system=encodable, text=encodable)
 def test_prefix_starts_every_request(name: str, system: str, text: str) -> None:
-    """With a built-in the prefix holds for every system and user text, also for empty ones."""
-    chat = builtin(name)
+    """With a built-in the prefix holds for every system and user text, also for empty ones.
+
+    The text is in it as it is, if it has no control token. SmolLM3's format takes words like
+    "/think" out of it.
+    """
+    without_tokens = SpecialTokens(control=frozenset())
+    chat = ChatTemplate(BUILTIN[name], name=name, special=without_tokens)
     messages = [Message(role="system", content=system), Message(role="user", content=text)]
 
     prefix = chat.prefix(system)
 
     assert chat.render(messages).startswith(prefix)
-    assert system.strip() in prefix
+    assert system.strip() in prefix or (name == "smollm3" and "/" in system)
 
 
 @given(
