@@ -252,14 +252,19 @@ class ChatTemplate:
         return prefix
 
     @cached_property
-    def _prefix_of_nothing(self) -> str:
-        """The prefix of an empty system message.
+    def _prefix_of_nothing(self) -> str | None:
+        """The prefix of an empty system message; None if the template does not take one.
 
         Errors: TemplateError if it is that of every system message.
         """
         first, second = map(self._common_prefix, _SYSTEM_PROBES)
         if first != second:
-            return self._common_prefix("")
+            try:
+                return self._common_prefix("")
+            except TemplateExhausted:
+                raise
+            except TemplateError:
+                return None
 
         hint = "choose another chat_template, or one that writes the system message first"
         first, second = (self._asked(system, _USER_TEXTS[0]) for system in _SYSTEM_PROBES)

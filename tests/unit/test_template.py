@@ -363,6 +363,16 @@ def test_template_that_leaves_nothing_of_a_system_message() -> None:
         ChatTemplate(SWITCHES, name="t").prefix("/think")
 
 
+def test_template_that_takes_no_empty_system_message() -> None:
+    """Hunyuan's changes an empty one in place, which the sandbox refuses."""
+    source = (
+        "{% for m in messages %}{% if not m.content %}{{ raise_exception('empty') }}{% endif %}"
+        "<{{ m.role }}>{{ m.content }}{% endfor %}"
+    )
+
+    assert ChatTemplate(source, name="t").prefix("Be brief.") == "<system>Be brief.<user>"
+
+
 def test_template_that_fails_anyway() -> None:
     """If the template fails without a system message too, its own error comes through."""
     with pytest.raises(TemplateError, match=r"^template t, line 2: no way$"):
