@@ -50,10 +50,26 @@ def test_the_form_is_the_one_that_reads_what_is_written(call: str, name: str) ->
 
 
 def test_built_in_templates() -> None:
+    """The calls of each format that shows tools are read; some mark reasoning in their own way."""
     forms = {name: ChatTemplate(source, name=name).answer for name, source in BUILTIN.items()}
-    shown = {name: form.calls.name.split()[0] for name, form in forms.items() if form.calls}
-    assert shown == {"chatml": "Hermes", "llama3": "Llama"}
-    assert {form.marks for form in forms.values()} == {THINK}
+    shown: dict[str, set[str]] = {}
+    for name, form in forms.items():
+        if form.calls:
+            shown.setdefault(form.calls.name.partition(" (")[0], set()).add(name)
+        else:
+            assert form.why == "cannot show tools"
+
+    qwen3 = {"qwen3", "qwen3-instruct-2507", "qwen3-thinking-2507"}
+    assert shown == {
+        "Hermes and Qwen": {"chatml", "qwen2.5", *qwen3, "smollm3", "exaone4"},
+        "Qwen3-Coder and Nemotron 3": {"qwen3.5", "qwen3.5-small", "qwen3.6"},
+        "Llama 3": {"llama3", "llama3.1", "llama3.2", "llama3.3"},
+        "Gemma 4": {"gemma4", "gemma4-26b"},
+        "MiniCPM 3": {"minicpm3"},
+        "Functionary 3.2": {"glm4", "glm4-0414"},  # the name, a newline, the arguments as JSON
+    }
+    others = {name for name, form in forms.items() if form.marks != THINK}
+    assert others == {"gemma4", "gemma4-26b", "minicpm3"}
 
 
 def test_a_form_that_nobody_knows_is_named_as_unknown() -> None:
