@@ -91,7 +91,8 @@ class Preparation:
         if any("\0" in message["content"] for message in messages):
             raise _nul("messages")
         tools = [tool.plain() for tool in demand.tools]
-        prompt = await self._render(model.template, messages, tools)
+        template = model.template_for(named.prompt if named else None)
+        prompt = await self._render(template, messages, tools)
 
         declared = model.config.sampling(named.prompt if named else None)
         values: dict[str, Any] = declared | request.sampling()
@@ -100,7 +101,7 @@ class Preparation:
             values["shown_tokens"] = _shown_tokens(form, demand)
         else:
             values["json_schema"] = await self._checked(demand)
-            correct = self._second_try(model.template, messages, tools, values["json_schema"])
+            correct = self._second_try(template, messages, tools, values["json_schema"])
 
         job = Job(
             model=model,

@@ -151,7 +151,7 @@ def _warnings(
 
     Each begins with its line.
     """
-    for remark in remarks.notices(manifest, sources):
+    for remark in (*remarks.notices(manifest, sources), *remarks.warnings(manifest, sources)):
         yield f"{manifest.line_of(*remark.place)}: warning: {remark.text}"
 
     if isinstance(runtime, Trouble) or runtime.samples_per_run:

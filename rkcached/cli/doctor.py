@@ -15,7 +15,7 @@ import os
 import re
 import subprocess
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from io import BufferedReader
 from pathlib import Path
@@ -38,6 +38,7 @@ from rkcached.host.digests import Digests
 from rkcached.host.settings import Settings
 from rkcached.messages.sandbox import Renderer
 from rkcached.plan.desired import Resolver
+from rkcached.plan.remarks import Remark, notices
 from rkcached.sources.manifest import Manifest, ModelConfig
 from rkcached.sources.manifest_file import read_manifest
 from rkcached.sources.reader import SourceReader
@@ -220,6 +221,7 @@ class _Found:
     unlisted_models: Mapping[str, Trouble]
     prompts: Mapping[Key, Trouble]
     sources: Sources
+    remarks: Sequence[Remark]
 
 
 class _Unread(Digests):
@@ -245,6 +247,7 @@ def _look_at(manifest: Manifest) -> _Found:
         unlisted_models={**sources.unlisted_models, **service.unlisted_models},
         prompts=service.prompts_in_trouble(manifest, sources, desired),
         sources=sources,
+        remarks=notices(manifest, sources),
     )
 
 
@@ -291,9 +294,17 @@ def _models(manifest: Manifest, runtime_version: str | None, files: _Found) -> I
             next_step = "`rkcached check` names its line"
             yield Check(name, Outcome.FAIL, finding, next_step)
         elif ENGINES[manifest.engine.kind].on_npu:
-            yield _rkllm_model(name, path, size, runtime_version)
+            yield _with_remarks(_rkllm_model(name, path, size, runtime_version), files.remarks)
         else:
-            yield _other_model(name, manifest, config)
+            yield _with_remarks(_other_model(name, manifest, config), files.remarks)
+
+
+def _with_remarks(check: Check, remarks: Sequence[Remark]) -> Check:
+    """The check of a model, with what works but gives less than its owner may know."""
+    texts = [remark.text for remark in remarks if f"model {remark.place[1]}" == check.name]
+    if check.outcome is not Outcome.OK or not texts:
+        return check
+    return replace(check, outcome=Outcome.WARN, finding="; ".join((check.finding, *texts)))
 
 
 def _other_model(name: str, manifest: Manifest, config: ModelConfig) -> Check:

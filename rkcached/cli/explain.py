@@ -10,7 +10,7 @@ from rich.text import Text
 
 from rkcached.api import words
 from rkcached.api.status import artifact_figures
-from rkcached.cli import looks, names, output
+from rkcached.cli import explain_model, looks, names, output
 from rkcached.cli.plan import action_data
 from rkcached.cli.status import show
 from rkcached.errors import SourceError
@@ -19,16 +19,31 @@ from rkcached.reconcile.observer import Observation
 from rkcached.sources.records import Key
 
 
-def run(settings: Settings, prompt: str, *, want_json: bool) -> int:
+def run(settings: Settings, name: str, *, want_json: bool) -> int:
+    """Explain MODEL/PROMPT, or MODEL."""
+    if "/" not in name:
+        return _run_model(settings, name, want_json=want_json)
+
     looks.need_place(settings)
     look = looks.look_as_service(settings, ask=True)
-    data = explain_data(look, names.key_of(prompt)) | {"store": str(settings.cache_dir)}
+    data = explain_data(look, names.key_of(name)) | {"store": str(settings.cache_dir)}
     if want_json:
         output.print_json(data)
     else:
         print_explanation(output.console(), data)
 
     looks.need_store(settings)
+    return os.EX_OK
+
+
+def _run_model(settings: Settings, name: str, *, want_json: bool) -> int:
+    """Explain a model: it needs no store."""
+    look = looks.look_as_service(settings, ask=True)
+    data = explain_model.model_data(look, name)
+    if want_json:
+        output.print_json(data)
+    else:
+        explain_model.print_model(output.console(), data)
     return os.EX_OK
 
 

@@ -100,19 +100,20 @@ def plan(settings: Settings, want_json: bool, exit_code: bool) -> int:
 
 
 @cli.command()
-@click.argument("prompt", metavar="MODEL/PROMPT")
+@click.argument("name", metavar="MODEL[/PROMPT]")
 @places("manifest", "cache_dir", "state_dir", as_service=True)
 @as_json
-def explain(settings: Settings, prompt: str, want_json: bool) -> int:
+def explain(settings: Settings, name: str, want_json: bool) -> int:
     """Say whether a prompt cache is fresh, or name each component that changed, old -> new.
 
-    Needs no daemon.
+    Of a model without a prompt, show its chat template and its special tokens, and the files that
+    state them. Needs no daemon.
 
-    Exit code 66 when there is no store yet, or no such prompt.
+    Exit code 66 when there is no store yet, or no such prompt or model.
     """
     from rkcached.cli import explain as command
 
-    return command.run(settings, prompt, want_json=want_json)
+    return command.run(settings, name, want_json=want_json)
 
 
 @cli.command()

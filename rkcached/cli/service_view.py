@@ -22,6 +22,7 @@ from rkcached.plan.desired import Desired
 from rkcached.plan.records import Assessment, Blocked, State
 from rkcached.reconcile.observer import Observation
 from rkcached.sources.manifest import Manifest
+from rkcached.sources.manifest_file import model_files
 from rkcached.sources.records import Key, RuntimeSource, Sources, Trouble
 
 AS_SERVICE: Final = "as the daemon sees it"
@@ -218,11 +219,7 @@ def hidden_by(installed: unit.Unit, manifest: Manifest, sources: Sources) -> Ser
     models: dict[str, Trouble | None] = {}
     unlisted: dict[str, Trouble] = {}
     for name, model in manifest.models.items():
-        template = None
-        if model.chat_template is not None and model.chat_template.startswith("/"):
-            template = model.chat_template
-
-        for trouble in _hidden_files(installed, model.path, template, model.tokenizer, model.lora):
+        for trouble in _hidden_files(installed, model.path, *model_files(model)):
             models.setdefault(name, trouble)
 
         for pattern in model.prompts_from:

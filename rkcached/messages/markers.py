@@ -143,6 +143,8 @@ class Markers:
     def __init__(self, source: str, special: SpecialTokens, *, takes_tokens: bool = False) -> None:
         self._tokens: _Tokens | _Guesses
         self._encloses = takes_tokens and special.control is not None
+        # These are no plain text for the engine either.
+        self._always = _Tokens(frozenset(token for token in special.always if len(token) > 1))
         if special.control is None:
             self._tokens = _Guesses(source, special.bos, special.eos)
         else:
@@ -203,7 +205,10 @@ class Markers:
 
             data = text[at:start]
             if (token := next(self._tokens.places(data), None)) is not None:
-                data = self._enclosed(data, token[0]) if self._encloses else self._broken(data)
+                if self._encloses:
+                    data = self._enclosed(data, token[0])
+                else:
+                    data = _broken(data, self._tokens)
             parts += [data, text[start:end]]
             at = end
 
@@ -232,21 +237,21 @@ class Markers:
 
         return [word for word in sorted(words, key=len) if not self._tokens.hides(word)]
 
-    @staticmethod
-    def _enclosed(text: str, at: int) -> str:
+    def _enclosed(self, text: str, at: int) -> str:
         """Plain text from the first token on: what stands before it is as in any other request."""
-        return f"{text[:at]}{PLAIN_START}{text[at:]}{PLAIN_END}"
-
-    def _broken(self, text: str) -> str:
-        """A blank after the first character of each control token, also of those that overlap."""
-        parts = []
-        at = 0
-        for start, _ in self._tokens.places(text):
-            parts += [text[at : start + 1], " "]
-            at = start + 1
-
-        return "".join([*parts, text[at:]])
+        return f"{text[:at]}{PLAIN_START}{_broken(text[at:], self._always)}{PLAIN_END}"
 
 
 def _unescaped(escape: re.Match[str]) -> str:
     return chr(int(escape[1], 16))
+
+
+def _broken(text: str, tokens: _Tokens | _Guesses) -> str:
+    """A blank after the first character of each token, also of those that overlap."""
+    parts = []
+    at = 0
+    for start, _ in tokens.places(text):
+        parts += [text[at : start + 1], " "]
+        at = start + 1
+
+    return "".join([*parts, text[at:]])

@@ -17,6 +17,8 @@ class SpecialTokens:
 
     control: frozenset[str] | None = None
     """The texts that the tokenizer reads as control tokens; None if no tokenizer states them."""
+    always: frozenset[str] = frozenset()
+    """Those of the control tokens that a tokenizer finds in plain text, too: see `PLAIN_START`."""
     bos: str = ""
     """The text of the beginning-of-sequence token."""
     eos: str = ""

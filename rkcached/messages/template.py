@@ -331,6 +331,19 @@ def _compile(source: str) -> jinja2.Template:
     return _ENVIRONMENT.from_string(source)
 
 
+def names_in(source: str) -> frozenset[str]:
+    """The names of variables that a template looks at. Errors: TemplateError.
+
+    It is parsed, not compiled: Jinja2 evaluates constant expressions when it compiles, also in
+    `jinja2.meta`, and those of strangers may have no end.
+    """
+    try:
+        tree = _ENVIRONMENT.parse(source)
+    except Exception as error:
+        raise _translate("", error) from error
+    return frozenset(name.name for name in tree.find_all(nodes.Name) if name.ctx == "load")
+
+
 def _translate(name: str, error: Exception) -> TemplateError:
     place = f"template {name}"
     if line := _line(error):
@@ -344,11 +357,8 @@ def _translate(name: str, error: Exception) -> TemplateError:
                 f"{place}: it needs more memory than a render may have", hint="correct the line"
             )
         case jinja2.UndefinedError() if "strftime_now" in text:
-            message = "it requires strftime_now, today's date, which prompts do not get"
-            hint = (
-                "a date makes a prompt cache stale each day: remove it, or ask `strftime_now is "
-                "defined` first"
-            )
+            message = "it asks for the date by strftime_now, and none is stated"
+            hint = "set the model's template_date in the manifest"
         case jinja2.TemplateSyntaxError():
             message = f"syntax error: {text}"
             hint = "chat templates are Jinja2; correct the line"

@@ -39,6 +39,10 @@ class TokenizerFacts:
     """The file that states the control tokens, and where in it."""
     added: frozenset[str] = frozenset()
     """Tokens that are found in any text before it is split, but are not control tokens."""
+    ends: tuple[str, ...] = ()
+    """The tokens that end an answer, where the files state them apart from EOS."""
+    sampling: tuple[tuple[str, float], ...] = ()
+    """The sampling that the model's makers recommend. It is shown, never applied."""
     refusal: str = ""
     """Why no model can be used that states such things; empty if it can."""
 
@@ -53,7 +57,7 @@ class TokenizerFacts:
             return special
 
         written = {token for token in self.added if token in template and not _TAG.fullmatch(token)}
-        return replace(special, control=special.control | written)
+        return replace(special, control=special.control | written, always=special.always | written)
 
 
 def combined(default: str, with_tools: str) -> str:

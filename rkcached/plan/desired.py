@@ -9,15 +9,17 @@ from __future__ import annotations
 
 import hashlib
 import sys
-from collections.abc import Hashable, Mapping
-from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import date
+from typing import Any, NamedTuple
 
 from rkcached.engines.registry import ENGINES
 from rkcached.errors import TemplateError, TemplateExhausted
 from rkcached.messages.special_tokens import SpecialTokens
 from rkcached.messages.template import ChatTemplate, Compile
-from rkcached.plan import remarks
+from rkcached.plan import chat_templates, remarks
+from rkcached.plan.chat_templates import ChatTemplates
 from rkcached.plan.fingerprint import Fingerprint, Value, fingerprint
 from rkcached.plan.records import DesiredPrompt
 from rkcached.sources.manifest import FingerprintMode, Manifest, ModelConfig
@@ -43,9 +45,22 @@ class DesiredModel:
     name: str
     config: ModelConfig
     template: ChatTemplate
+    """For requests that name no prompt."""
     source: ModelSource
     runtime: RuntimeSource
     identity: str
+    special: SpecialTokens = field(default_factory=SpecialTokens)
+    """The special tokens of the model, as the manifest and the model's files state them."""
+    template_date: date | None = None
+    """The date that the template gets."""
+    prompt_templates: Mapping[str, ChatTemplate] = field(default_factory=dict)
+    """The templates of prompts with variables of their own, by the prompts' names."""
+
+    def template_for(self, prompt: str | None) -> ChatTemplate:
+        """The template of a prompt, or of requests that name none."""
+        if prompt is None:
+            return self.template
+        return self.prompt_templates.get(prompt, self.template)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,15 +102,15 @@ class Resolver:
     """
 
     def __init__(self, compile_elsewhere: Compile | None = None) -> None:
-        self._compile_elsewhere = compile_elsewhere
+        self._templates = ChatTemplates(compile_elsewhere)
         # By model; the same object for as long as nothing in it changes.
         self._shared: dict[str, dict[str, Value]] = {}
         self._known: dict[Key, _Known] = {}
         # As the last `resolve` gave them.
         self._prompts: Mapping[Key, DesiredPrompt] = {}
-        self._templates: dict[tuple[Hashable, ...], ChatTemplate] = {}
 
     def resolve(self, manifest: Manifest, sources: Sources) -> Desired:
+        self._templates.turn()
         models = {
             name: self._model(name, config, manifest, sources)
             for name, config in manifest.models.items()
@@ -142,6 +157,9 @@ class Resolver:
             result = model
         else:
             own = _sampling_components(manifest, model.config.own_sampling(key.prompt))
+            if key.prompt in model.prompt_templates:
+                variables = model.config.template_variables(key.prompt)
+                own |= chat_templates.variable_components(variables)
             result = _fixed_sampling(model.config, key.prompt, model.runtime) or self._fingerprint(
                 key, model, declared.source, own
             )
@@ -160,9 +178,10 @@ class Resolver:
         """Make it anew only if the model, the text, or something of the prompt's own changed."""
         shared = self._shared[key.model]
         known = self._known.get(key)
-        if known is None or known.template is not model.template or known.source != source:
+        template = model.template_for(key.prompt)
+        if known is None or known.template is not template or known.source != source:
             try:
-                prefix = _prefix(model.template, source.text)
+                prefix = _prefix(template, source.text)
             except TemplateExhausted as error:  # perhaps the machine was busy: not remembered
                 return Trouble.of(error)
         elif known.shared is shared and known.own == own:
@@ -178,7 +197,7 @@ class Resolver:
                 shared | {"prefix.digest": prefix[0], "prefix.bytes": prefix[1]} | own
             )
 
-        self._known[key] = _Known(model.template, source, prefix, shared, own, result)
+        self._known[key] = _Known(template, source, prefix, shared, own, result)
         return result
 
     def _model(
@@ -189,29 +208,24 @@ class Resolver:
             return source
         if isinstance(sources.runtime, Trouble):
             return sources.runtime
-        special = _special_tokens(config, source)
-        takes_tokens = ENGINES[manifest.engine.kind].reads_plain_text or bool(
-            source.tokenizer_digest
-        )
-        slot = (source.template, special, config.thinking, takes_tokens)
-        template = self._templates.get(slot)
-        if template is None:
-            variables = {}
-            if config.thinking is not None:
-                variables["enable_thinking"] = config.thinking
-            try:
-                template = ChatTemplate(
-                    source.template.text,
-                    name=source.template.name,
-                    special=special,
-                    variables=variables,
-                    takes_tokens=takes_tokens,
-                    compile_elsewhere=self._compile_elsewhere,
-                )
-            except TemplateError as error:
-                return Trouble.of(error, source.template.place)
+        engine = ENGINES[manifest.engine.kind]
+        special = chat_templates.special_tokens(config, source)
+        today = chat_templates.template_date(config, sources)
 
-            self._templates[slot] = template
+        def template_with(variables: Mapping[str, Any]) -> ChatTemplate:
+            return self._templates.of(
+                source, engine, special=special, variables=variables, today=today
+            )
+
+        try:
+            template = template_with(config.template_variables())
+            of_prompts = {
+                prompt: template_with(config.template_variables(prompt))
+                for prompt, declared in config.prompts.items()
+                if declared.chat_template_kwargs
+            }
+        except TemplateError as error:
+            return Trouble.of(error, source.template.place)
 
         identity = fingerprint(
             {
@@ -223,30 +237,19 @@ class Resolver:
                 "context": config.params.max_context_len,
                 "pooling": config.pooling.value if config.embedding else None,
             }
-            | (
-                _rkllm_identity(manifest, config, source)
-                if ENGINES[manifest.engine.kind].names_library
-                else {}
-            )
+            | (_rkllm_identity(manifest, config, source) if engine.names_library else {})
         )
         return DesiredModel(
             name=name,
             config=config,
             template=template,
+            prompt_templates=of_prompts,
+            special=special,
+            template_date=today,
             source=source,
             runtime=sources.runtime,
             identity=identity.digest,
         )
-
-
-def _special_tokens(config: ModelConfig, source: ModelSource) -> SpecialTokens:
-    """The model's own, but for those that the manifest states."""
-    special = source.tokenizer.special_in(source.template.text)
-    if config.bos_token is not None:
-        special = replace(special, bos=config.bos_token)
-    if config.eos_token is not None:
-        special = replace(special, eos=config.eos_token)
-    return special
 
 
 def _rkllm_identity(
@@ -259,7 +262,7 @@ def _rkllm_identity(
         "concurrent": manifest.engine.concurrent,
         "tokenizer": source.tokenizer_digest,
         "lora.path": str(config.lora or ""),
-        "thinking": config.thinking,
+        "thinking": config.thinks,
         **_rkllm_components(config, source),
         **{f"params.{name}": value for name, value in config.sampling(None).items()},
     }
@@ -326,9 +329,11 @@ def _shared_components(manifest: Manifest, model: DesiredModel) -> dict[str, Val
         "runtime.digest": runtime.digest,
         "model.digest": source.digest,
         "template.digest": model.template.digest,
-        "thinking": model.config.thinking,
         "params.max_context_len": model.config.params.max_context_len,
+        **chat_templates.variable_components(model.config.template_variables()),
     }
+    if model.template_date is not None:
+        components["template.date"] = model.template_date.isoformat()
     if ENGINES[manifest.engine.kind].names_library:
         components |= _rkllm_components(model.config, source) | {"engine.abi": manifest.engine.abi}
     return components | _sampling_components(manifest, model.config.sampling(None))

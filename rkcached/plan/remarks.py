@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any, Final
 
 from rkcached.engines.registry import ENGINES
+from rkcached.errors import TemplateError
 from rkcached.messages.builtin import OLD_NAMES
-from rkcached.sources.manifest import Manifest
+from rkcached.messages.template import names_in
+from rkcached.plan.chat_templates import special_tokens
+from rkcached.sources.manifest import THINKING, Manifest, ModelConfig
 from rkcached.sources.records import ModelSource, Sources, TemplateOrigin
+from rkcached.sources.values import TODAY
+
+_CLOCK: Final = "strftime_now"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,6 +33,60 @@ def notices(manifest: Manifest, sources: Sources) -> tuple[Remark, ...]:
         *_assumed_templates(manifest, sources),
         *_old_template_names(manifest),
     )
+
+
+def warnings(manifest: Manifest, sources: Sources) -> Iterator[Remark]:
+    """The remarks on chat templates that `check` alone shows."""
+    for name, config in manifest.models.items():
+        source = sources.models[name]
+        if not isinstance(source, ModelSource) or config.embedding:
+            continue
+
+        try:
+            used = names_in(source.template.text)
+        except TemplateError:
+            continue  # it is the model's trouble
+
+        place = ("models", name)
+        special = special_tokens(config, source)
+        for token, text in (("bos_token", special.bos), ("eos_token", special.eos)):
+            stated = text != "" or token in config.model_fields_set
+            if token in used and not stated:
+                yield Remark(
+                    text=f"the chat template of {name} writes {token}, which nothing states "
+                    f"(set {token})",
+                    place=place,
+                )
+
+        yield from _changes_nothing(name, config, used)
+        if config.template_date == TODAY and _CLOCK in used:
+            yield Remark(
+                text=f"template_date of {name} is today, so its prompt caches are built anew each "
+                "day, within a minute after midnight (state a date to keep them)",
+                place=(*place, "template_date"),
+            )
+
+
+def _changes_nothing(name: str, config: ModelConfig, used: frozenset[str]) -> Iterator[Remark]:
+    """Switches that the chat template does not look at."""
+    place = ("models", name)
+    if config.thinking is not None and THINKING not in used:
+        text = f"thinking of {name} changes nothing: its chat template does not use {THINKING}"
+        yield Remark(text=text, place=(*place, "thinking"))
+
+    if config.template_date is not None and _CLOCK not in used:
+        text = f"template_date of {name} changes nothing: its chat template does not use {_CLOCK}"
+        yield Remark(text=text, place=(*place, "template_date"))
+
+    stated: list[tuple[tuple[str | int, ...], Mapping[str, Any]]] = [
+        (place, config.chat_template_kwargs)
+    ]
+    for prompt, declared in config.prompts.items():
+        stated.append(((*place, "prompts", prompt), declared.chat_template_kwargs))
+    for where, variables in stated:
+        for variable in sorted(variables.keys() - used):
+            text = f"{variable} changes nothing: the chat template of {name} does not use it"
+            yield Remark(text=text, place=(*where, "chat_template_kwargs", variable))
 
 
 def _cut_contexts(manifest: Manifest, sources: Sources) -> Iterator[Remark]:

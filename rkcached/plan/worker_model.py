@@ -27,10 +27,10 @@ def worker_model(engine: EngineConfig, model: DesiredModel) -> WorkerModel:
             abi=engine.abi or "",
             # The manifest checked each by its name.
             sampling=Sampling(**config.sampling(None)),  # type: ignore[arg-type]
-            tokenizer=str(config.tokenizer or ""),
+            tokenizer=model.source.tokenizer_file,
             lora=str(config.lora or ""),
             lora_scale=config.lora_scale,
-            thinking=bool(config.thinking),
+            thinking=bool(config.thinks),
             pooling=config.pooling.value if config.embedding else "",
             npu=NpuOptions(**config.npu.model_dump()),
         ),

@@ -97,7 +97,8 @@ class Builder:
         StoreError.
         """
         action, model = request.action, request.model
-        prefix, probe = await asyncio.to_thread(_texts, model.template, request.text)
+        template = model.template_for(action.key.prompt)
+        prefix, probe = await asyncio.to_thread(_texts, template, request.text)
         components = action.fingerprint.components
         if hashlib.sha256(prefix.encode()).hexdigest() != components["prefix.digest"]:
             raise SourceError(

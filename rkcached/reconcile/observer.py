@@ -29,6 +29,7 @@ from rkcached.plan.records import (
     VerdictKind,
 )
 from rkcached.sources.manifest import Manifest
+from rkcached.sources.manifest_file import model_files
 from rkcached.sources.reader import SourceReader
 from rkcached.sources.records import Key, PromptSource, Sources, Trouble, kept
 from rkcached.sources.stored_texts import StoredTexts
@@ -218,11 +219,7 @@ def _named(manifest: Manifest, sources: Sources) -> Iterator[str]:
     """The files that the manifest names, itself among them."""
     yield str(manifest.file)
     for model in manifest.models.values():
-        yield from (
-            str(path) for path in (model.path, model.tokenizer, model.lora) if path is not None
-        )
-        if model.chat_template is not None:
-            yield model.chat_template
+        yield from map(str, (model.path, *model_files(model)))
     for declared in sources.prompts.values():
         yield from declared.files
 

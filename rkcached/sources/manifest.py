@@ -28,7 +28,17 @@ from rkcached.engines.kinds import EngineKind, Pooling
 from rkcached.messages.builtin import FORMATS
 from rkcached.sources import values
 from rkcached.sources.problems import all_wrong, wrong
-from rkcached.sources.values import Abi, FilePath, Name, Paths, Patterns, Size, Template
+from rkcached.sources.values import (
+    Abi,
+    FilePath,
+    Name,
+    Paths,
+    Patterns,
+    Size,
+    Template,
+    TemplateDate,
+    TemplateVariables,
+)
 from rkcached.sources.yaml_reader import Steps, nearest_line, show
 
 RESERVED_MODELS: Final = ("available", "load", "loaded", "unload")
@@ -36,6 +46,9 @@ RESERVED_PROMPT: Final = "generate-binary"
 """The HTTP API has another meaning for these."""
 
 RKLLM_MAX_CONTEXT: Final = 16_384
+
+THINKING: Final = "enable_thinking"
+"""The variable of a chat template that `thinking` is the short form of."""
 
 
 class Verify(StrEnum):
@@ -206,6 +219,9 @@ class PromptConfig(_Section):
     description: str = Field(
         default="", max_length=1000, description="Shown wherever caches are listed."
     )
+    chat_template_kwargs: TemplateVariables = Field(
+        default_factory=dict, description="Changes to the model's chat_template_kwargs."
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -262,11 +278,20 @@ class ModelConfig(_Section):
         max_length=64,
         description="What a template gets as eos_token. None: the model's own.",
     )
+    template_date: TemplateDate = Field(
+        default=None,
+        description="The date for templates that ask for it: YYYY-MM-DD, or today.",
+    )
     thinking: bool | None = Field(
         default=None, strict=True, description="enable_thinking, for templates that know it."
     )
+    chat_template_kwargs: TemplateVariables = Field(
+        default_factory=dict, description="Variables of the chat template, by name."
+    )
     tokenizer: FilePath | None = Field(
-        default=None, description="tokenizer.json: RKLLM then gets tokens, not text."
+        default=None,
+        description="Files of the model's tokenizer: a folder, tokenizer.json or "
+        "tokenizer_config.json. With a tokenizer.json, RKLLM gets tokens, not text.",
     )
     lora: FilePath | None = Field(
         default=None, description="A LoRA adapter for RKLLM, converted for the model."
@@ -341,6 +366,33 @@ class ModelConfig(_Section):
                 "pooling is for embedding models only", "remove it, or add `embedding: true`"
             )
         return self
+
+    @model_validator(mode="after")
+    def _thinks_or_not(self) -> ModelConfig:
+        by_name = self.chat_template_kwargs.get(THINKING, self.thinking)
+        if self.thinking is not None and by_name != self.thinking:
+            stated = str(self.thinking).lower()
+            raise wrong(
+                f"thinking is {stated}, but chat_template_kwargs has {THINKING}: {show(by_name)}",
+                "keep one of them",
+            )
+        return self
+
+    def template_variables(self, prompt: str | None = None) -> dict[str, Any]:
+        """The variables of the chat template: the model's, changed by the prompt's."""
+        variables = dict(self.chat_template_kwargs)
+        if self.thinking is not None:
+            variables[THINKING] = self.thinking
+        declared = self.prompts.get(prompt) if prompt is not None else None
+        if declared is not None:
+            variables |= declared.chat_template_kwargs
+        return variables
+
+    @property
+    def thinks(self) -> bool | None:
+        """Whether the model reasons before it answers. None: that is left to the template."""
+        value = self.template_variables().get(THINKING)
+        return value if isinstance(value, bool) else None
 
     def sampling(self, prompt: str | None) -> dict[str, int | float]:
         """The effective sampling parameters, sorted: the model's, changed by the prompt's.

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import stat
+from collections.abc import Iterator
 from pathlib import Path
 
 import structlog
@@ -16,7 +17,9 @@ from rkcached import errors
 from rkcached.engines.registry import ENGINES
 from rkcached.host.access import refusal
 from rkcached.host.digests import Signature, settled, signature_of
-from rkcached.sources.manifest import Manifest
+from rkcached.messages.builtin import BUILTIN
+from rkcached.sources import tokenizer_files
+from rkcached.sources.manifest import Manifest, ModelConfig
 from rkcached.sources.parser import parse
 from rkcached.sources.patterns import links
 from rkcached.sources.stored_texts import StoredTexts
@@ -104,6 +107,19 @@ def manifest_text(path: Path) -> str:
         raise errors.ManifestError((problem,)) from error
 
 
+def model_files(model: ModelConfig) -> Iterator[Path]:
+    """The files that the manifest names for a model, besides its own and its prompts'.
+
+    Where it names a folder, all that are looked for in it, whether they are there or not.
+    """
+    if model.chat_template is not None and model.chat_template not in BUILTIN:
+        yield from tokenizer_files.candidates(Path(model.chat_template))
+    if model.tokenizer is not None:
+        yield from tokenizer_files.candidates(model.tokenizer)
+    if model.lora is not None:
+        yield model.lora
+
+
 def inputs(manifest: Manifest, stored: StoredTexts) -> tuple[list[Path], list[Path]]:
     """The files, and the folders with any content, whose change may change the plan."""
     engine = ENGINES[manifest.engine.kind]
@@ -113,9 +129,7 @@ def inputs(manifest: Manifest, stored: StoredTexts) -> tuple[list[Path], list[Pa
     for name, model in manifest.models.items():
         folders.append(stored.folder(name))
         files.extend(engine.model_files(model.path))
-        files.extend(path for path in (model.tokenizer, model.lora) if path is not None)
-        if model.chat_template is not None and model.chat_template.startswith("/"):
-            files.append(Path(model.chat_template))
+        files.extend(model_files(model))
         for prompt in model.prompts.values():
             files.extend(prompt.files)
 

@@ -6,23 +6,20 @@ that input alone; the scan itself never fails. Runs in a thread, one scan at a t
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import os
-import stat
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from datetime import date
 from pathlib import Path
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Any
 
-from rkcached.engines.llamacpp.header import Header, read_header
-from rkcached.engines.registry import ENGINES, EngineEntry
+from rkcached.engines.registry import ENGINES
 from rkcached.errors import RkcachedError, SourceError
 from rkcached.host.access import Refusal, refusal
-from rkcached.host.digests import Digests, Signature, settled, signature_of
-from rkcached.messages.builtin import BUILTIN
-from rkcached.messages.tokenizer_facts import MAX_TEMPLATE_BYTES, TokenizerFacts
-from rkcached.sources.manifest import EngineConfig, Manifest, ModelConfig
+from rkcached.host.digests import Digests
+from rkcached.sources.manifest import EngineConfig, Manifest
+from rkcached.sources.memory import Memory, Placed
+from rkcached.sources.model_reader import ModelReader
 from rkcached.sources.patterns import matches, stem
 from rkcached.sources.problems import NAME
 from rkcached.sources.records import (
@@ -32,69 +29,27 @@ from rkcached.sources.records import (
     PromptSource,
     RuntimeSource,
     Sources,
-    TemplateOrigin,
-    TemplateSource,
     Trouble,
     kept,
 )
 from rkcached.sources.stored_texts import StoredTexts
-from rkcached.sources.text_files import read_text, unusable
-
-ASSUMED_TEMPLATE = "chatml"
-"""The template of a model for which nothing names one: most models were trained with it."""
-
-Content = TypeVar("Content")
-
-
-class _Placed(SourceError):
-    """An error of one input, and the way in the manifest to what names it."""
-
-    def __init__(self, error: SourceError, *place: str | int) -> None:
-        super().__init__(error.message, hint=error.hint)
-        self.place = place
-
-
-class _Made(NamedTuple, Generic[Content]):
-    files: tuple[str, ...]
-    signature: Signature
-    content: Content
-
-
-class _Memory(Generic[Content]):
-    """A memory of what was made of files: kept while scans ask for it and no file changes."""
-
-    def __init__(self) -> None:
-        self._now: dict[tuple[str, ...], _Made[Content]] = {}
-        self._before = self._now
-
-    def turn(self) -> None:
-        """A scan begins: what the one before did not ask for is forgotten."""
-        self._before, self._now = self._now, {}
-
-    def of(self, files: tuple[str, ...], make: Callable[[tuple[str, ...]], Content]) -> Content:
-        """Make it anew only if a file changed. Errors: what `make` raises."""
-        infos = _infos(files)
-        signature = signature_of(*infos)
-        made = self._now.get(files) or self._before.get(files)
-        if made is None or made.signature != signature:
-            lasting = len(infos) == len(files) and settled(*infos)
-            made = _Made(files, signature, make(files))
-            if not lasting:  # a second change may leave the same signature
-                return made.content
-
-        self._now[made.files] = made
-        return made.content
+from rkcached.sources.text_files import read_text
 
 
 class SourceReader:
     """Scans sources and remembers texts by the signature of their files. One thread at a time."""
 
-    def __init__(self, digests: Digests, stored: StoredTexts | None = None) -> None:
+    def __init__(
+        self,
+        digests: Digests,
+        stored: StoredTexts | None = None,
+        today: Callable[[], date] = date.today,
+    ) -> None:
+        self._today = today
         self._digests = digests
         self._stored = stored
-        self._prompts = _Memory[PromptSource]()
-        self._templates = _Memory[str]()
-        self._headers = _Memory[Header | None]()
+        self._prompts = Memory[PromptSource]()
+        self._models = ModelReader(digests)
         # By the last scan.
         self._declared: Mapping[Key, Declaration] = {}
         # By prompts_from pattern: the device that its folder was on when it first matched, and how
@@ -110,11 +65,10 @@ class SourceReader:
         skipped: dict[str, None] = {}
         notices: dict[str, None] = {}
         self._prompts.turn()
-        self._templates.turn()
-        self._headers.turn()
+        self._models.turn()
 
         for name, config in manifest.models.items():
-            models[name] = self._model(config, engine)
+            models[name] = self._models.model(config, engine)
             claimed: set[str] = set()
 
             for prompt, entry in config.prompts.items():
@@ -165,6 +119,7 @@ class SourceReader:
             unlisted_models=unlisted,
             skipped_files=tuple(skipped),
             notices=tuple(notices),
+            today=self._today(),
         )
 
     def _notice(self, pattern: str, matched: int) -> str:
@@ -246,81 +201,10 @@ class SourceReader:
     def _prompt(self, files: tuple[str, ...]) -> PromptSource | Trouble:
         try:
             return self._prompts.of(files, _join)
-        except _Placed as error:
+        except Placed as error:
             return Trouble.of(error, *error.place)
         except RkcachedError as error:
             return Trouble.of(error)
-
-    def _model(self, config: ModelConfig, engine: EngineEntry) -> ModelSource | Trouble:
-        try:
-            template = self._named_template(config)
-            if not stat.S_ISREG(
-                mode := config.path.stat().st_mode
-            ):  # opening a FIFO would wait for its writer
-                kind = "a directory" if stat.S_ISDIR(mode) else "not a regular file"
-                return Trouble(message=f"{config.path} is {kind}", hint="name a model file")
-
-            with config.path.open("rb") as stream:
-                if stream.read(len(engine.model_magic)) != engine.model_magic:
-                    return Trouble(
-                        message=f"{config.path} is not a {engine.model_format}",
-                        hint="set path to a file of that format, "
-                        "or engine.kind to the engine that reads it",
-                    )
-
-            facts = engine.inspect_model(config.path, self._header)
-            signatures: dict[str, Signature] = {}
-            digests = []
-            for path in facts.files:
-                self._digests.let_settle(path)
-                digest, signatures[str(path)] = self._digests.digest_and_signature(path)
-                digests.append(digest)
-
-            return ModelSource(
-                digest=_one_digest(digests),
-                template=template or _own_template(facts.tokenizer),
-                tokenizer=facts.tokenizer,
-                tokenizer_digest=self._optional(config.tokenizer, "tokenizer", signatures),
-                lora_digest=self._optional(config.lora, "LoRA adapter", signatures),
-                trained_tokens=facts.trained_tokens,
-                signatures=tuple(signatures.items()),
-            )
-        except _Placed as error:
-            return Trouble.of(error, *error.place)
-        except RkcachedError as error:
-            return Trouble.of(error)
-        except OSError as error:
-            return Trouble.of(unusable(Path(error.filename or config.path), error, "model file"))
-
-    def _named_template(self, config: ModelConfig) -> TemplateSource | None:
-        """The template that the manifest names; None if it names none. Errors: _Placed."""
-        name = config.chat_template
-        if name is None:
-            return None
-        if name in BUILTIN:
-            return TemplateSource(text=BUILTIN[name], name=name, origin=TemplateOrigin.BUILT_IN)
-
-        try:
-            text = self._templates.of((name,), lambda files: read_text(Path(files[0])))
-        except SourceError as error:
-            raise _Placed(error, "chat_template") from error
-        return TemplateSource(text=text, name=name, origin=TemplateOrigin.FILE)
-
-    def _header(self, path: Path) -> Header | None:
-        return self._headers.of((str(path),), lambda files: read_header(Path(files[0])))
-
-    def _optional(self, path: Path | None, noun: str, signatures: dict[str, Signature]) -> str:
-        """The digest of a file that a model may have; adds its signature. Errors: SourceError."""
-        if path is None:
-            return ""
-        try:
-            if not path.is_file():
-                raise FileNotFoundError(path)
-            digest, signatures[str(path)] = self._digests.digest_and_signature(path)
-            return digest
-        except OSError as error:
-            key = "lora" if noun == "LoRA adapter" else noun
-            raise _Placed(unusable(path, error, noun), key) from error
 
     def _runtime(self, engine: EngineConfig) -> RuntimeSource | Trouble:
         try:
@@ -339,47 +223,6 @@ class SourceReader:
         )
 
 
-def _own_template(facts: TokenizerFacts) -> TemplateSource:
-    """The template of the model itself, or chatml if it has none. Errors: _Placed."""
-    if facts.template_bytes > MAX_TEMPLATE_BYTES:
-        error = SourceError(
-            f"{facts.template_origin} has {facts.template_bytes:,} bytes, the limit is "
-            f"{MAX_TEMPLATE_BYTES:,}",
-            hint="name a chat_template",
-        )
-        raise _Placed(error, facts.place)
-
-    if not facts.template:
-        return TemplateSource(
-            text=BUILTIN[ASSUMED_TEMPLATE], name=ASSUMED_TEMPLATE, origin=TemplateOrigin.ASSUMED
-        )
-    return TemplateSource(
-        text=facts.template,
-        name=facts.template_origin,
-        origin=TemplateOrigin.MODEL,
-        place=facts.place,
-    )
-
-
-def _one_digest(digests: list[str]) -> str:
-    """The digest of a model that has these files, in this order.
-
-    That of a single file is the file's own.
-    """
-    return (
-        digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
-    )
-
-
-def _infos(files: tuple[str, ...]) -> list[os.stat_result]:
-    """Of these files, one after the other; fewer, if one is not there."""
-    infos = []
-    with contextlib.suppress(OSError):
-        for path in files:
-            infos.append(os.stat(path))  # noqa: PERF401, PTH116 - up to the one that is not there
-    return infos
-
-
 def _join(files: tuple[str, ...]) -> PromptSource:
     """The prompt that these files are. Errors: SourceError."""
     texts = []
@@ -388,7 +231,7 @@ def _join(files: tuple[str, ...]) -> PromptSource:
         try:
             text = read_text(Path(path))
         except SourceError as error:
-            raise _Placed(error, "files", position) from error
+            raise Placed(error, "files", position) from error
         texts.append(text.rstrip("\r\n"))  # the final newline is not part of a prompt
 
     text = "\n\n".join(texts)  # as paragraphs

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from datetime import date
 from enum import StrEnum
 from typing import NamedTuple, TypeVar
 
@@ -87,7 +88,10 @@ class ModelSource:
     template: TemplateSource
     tokenizer: TokenizerFacts = field(default_factory=TokenizerFacts)
     """The facts that the model's files state of its special tokens."""
+    tokenizer_file: str = ""
+    """A `tokenizer.json` for an engine that then gets tokens, not text."""
     tokenizer_digest: str = ""
+    """Of all files that the manifest names as the model's tokenizer."""
     lora_digest: str = ""
     trained_tokens: int | None = None
     """The model's own context, if the file tells it: the engine gives it none that is larger."""
@@ -133,6 +137,8 @@ class Sources:
     """Files that a prompts_from pattern names, but whose own names cannot be a prompt's."""
     notices: tuple[str, ...] = ()
     """Sentences on what seems wrong with prompts_from folders."""
+    today: date | None = None
+    """The day of this look, for templates that get it."""
 
 
 Thing = TypeVar("Thing")

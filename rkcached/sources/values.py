@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
 import re
+from datetime import date
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Final
+from typing import Annotated, Any, Final, Literal
 
 from pydantic import (
     AfterValidator,
@@ -24,6 +27,32 @@ from rkcached.sources.yaml_reader import show
 
 RKLLM_ABIS: Final = tuple(abi.name for abi in ABIS)
 """The first version of each binary interface of RKLLM that the binding speaks."""
+
+
+TODAY: Final = "today"
+"""The value of `template_date` that stands for the day of the look."""
+
+OWN_VARIABLES: Final = frozenset(
+    {
+        "messages",
+        "tools",
+        "bos_token",
+        "eos_token",
+        "add_generation_prompt",
+        "strftime_now",
+        "raise_exception",
+        "rkcached_today",
+    }
+)
+"""The variables of a chat template that are the program's to set."""
+
+MAX_VARIABLES_BYTES: Final = 16 << 10
+"""The most bytes of a template's variables, as JSON."""
+
+_KWARGS: Final = "chat_template_kwargs"
+
+TEMPLATE_SUFFIXES: Final = (".jinja", ".jinja2")
+"""The endings of a file that is a template as a whole."""
 
 
 def _listed(value: object) -> object:
@@ -75,10 +104,44 @@ def _pattern(value: str, info: ValidationInfo) -> str:
 def _template(value: str, info: ValidationInfo) -> str:
     if value in BUILTIN:
         return value
-    if value.endswith((".jinja", ".jinja2")):
+    # A folder is known by its slash: a word without one is a name that was mistyped.
+    if value.endswith((*TEMPLATE_SUFFIXES, ".json")) or "/" in value:
         return _absolute(value, info)
     message = f"chat_template: {show(value)} is neither a built-in template nor a .jinja file"
     raise wrong(message, nearest_of_all(value, FORMATS))
+
+
+def _date(value: object) -> object:
+    if value is None or value == TODAY or isinstance(value, date):
+        return value
+    if isinstance(value, str) and re.fullmatch(r"\d{4}-\d\d-\d\d", value):
+        with contextlib.suppress(ValueError):
+            return date.fromisoformat(value)
+    raise wrong(
+        f"template_date: expected a date, got {show(value)}", "write YYYY-MM-DD, or `today`"
+    )
+
+
+def _variables(value: object) -> object:
+    """Check a mapping of variables, which may hold any JSON."""
+    if not isinstance(value, dict):
+        raise wrong(
+            f"{_KWARGS}: expected a mapping, got {show(value)}", "write {enable_thinking: false}"
+        )
+
+    for name in value:
+        if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z_]\w{0,63}", name):
+            raise wrong(f"{_KWARGS}: {show(name)} cannot be the name of a variable")
+        if name in OWN_VARIABLES:
+            raise wrong(f"{_KWARGS}: {name} is not for a manifest to set", "remove it")
+
+    try:
+        size = len(json.dumps(value, allow_nan=False))
+    except (TypeError, ValueError, RecursionError):
+        raise wrong(f"{_KWARGS}: it holds what JSON cannot express") from None
+    if size > MAX_VARIABLES_BYTES:
+        raise wrong(f"{_KWARGS}: {size:,} bytes are too many, at most {MAX_VARIABLES_BYTES:,}")
+    return value
 
 
 def _abi(value: str | None) -> str | None:
@@ -105,6 +168,12 @@ _SIZE_SCHEMA = {
 _ABI_SCHEMA: dict[str, Any] = {
     "anyOf": [{"type": "string", "enum": list(RKLLM_ABIS)}, {"type": "null"}]
 }
+_DATE_SCHEMA: dict[str, Any] = {
+    "anyOf": [
+        {"type": "string", "pattern": rf"^(?:{TODAY}|\d{{4}}-\d\d-\d\d)$"},
+        {"type": "null"},
+    ]
+}
 _PATHS_SCHEMA = {
     "anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}, "maxItems": 64}]
 }
@@ -113,6 +182,12 @@ Name = Annotated[str, Field(pattern=f"^{NAME.pattern}$")]
 FilePath = Annotated[Path, BeforeValidator(_path)]
 _Pattern = Annotated[str, AfterValidator(_pattern)]
 Template = Annotated[str, AfterValidator(_template)]
+TemplateDate = Annotated[
+    date | Literal["today"] | None, BeforeValidator(_date), WithJsonSchema(_DATE_SCHEMA)
+]
+TemplateVariables = Annotated[
+    dict[str, Any], BeforeValidator(_variables), WithJsonSchema({"type": "object"})
+]
 Abi = Annotated[str | None, AfterValidator(_abi), WithJsonSchema(_ABI_SCHEMA)]
 Paths = Annotated[
     tuple[FilePath, ...], BeforeValidator(_listed), WithJsonSchema(_PATHS_SCHEMA | {"minItems": 1})

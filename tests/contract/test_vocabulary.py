@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from rkcached.cli.launcher import small_model
-from rkcached.engines.base import ModelSpec, Sampling
+from rkcached.engines.base import ModelSpec
 from rkcached.engines.llamacpp.engine import LlamaCppEngine
 from rkcached.engines.llamacpp.header import read_header
 from tests.gguf_files import UINT32, flag_pair, pair, rewrite, text_pair
@@ -29,6 +29,33 @@ CASES: dict[str, dict[str, bytes | None]] = {
 }
 
 
+def load(path: Path) -> LlamaCppEngine:
+    return LlamaCppEngine(
+        ModelSpec(path=str(path), context_tokens=64, scratch_dir=str(path.parent))
+    )
+
+
+def test_tokens_that_plain_text_has(tmp_path: Path) -> None:
+    """Without `parse_special` llama.cpp finds the marks of gpt-oss, but no other control token."""
+    path = tmp_path / "m.gguf"
+    data = small_model().read_bytes()
+    assert data.count(b"<issue_start>") == 1
+    path.write_bytes(data.replace(b"<issue_start>", b"<|constrain|>"))
+    header = read_header(path)
+    assert header is not None
+    special = header.tokenizer.special
+    assert special.always == {"<|constrain|>"}
+    engine = load(path)
+    try:
+        for token in sorted(special.control or ()):
+            asked = {"content": f"a{token}b", "add_special": False, "parse_special": False}
+            tokens = engine._request("POST", "/tokenize", asked)["tokens"]
+            assert (len(tokens) == 3) is (token in special.always), token
+    finally:
+        engine.close()
+        path.unlink()
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_llama_cpp_agrees(tmp_path: Path, case: str) -> None:
     """On the template, BOS and EOS, whether it adds BOS, and which texts are one token."""
@@ -37,9 +64,7 @@ def test_llama_cpp_agrees(tmp_path: Path, case: str) -> None:
     header = read_header(path)
     assert header is not None
     own = header.tokenizer
-    engine = LlamaCppEngine(
-        ModelSpec(path=str(path), context_tokens=64, scratch_dir=str(tmp_path), sampling=Sampling())
-    )
+    engine = load(path)
     try:
         props = engine._request("GET", "/props")
         assert props["chat_template"] == own.template
@@ -56,3 +81,4 @@ def test_llama_cpp_agrees(tmp_path: Path, case: str) -> None:
             assert len(engine._request("POST", "/tokenize", asked)["tokens"]) == 3, token
     finally:
         engine.close()
+        path.unlink()

@@ -11,6 +11,7 @@ import pwd
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
+from datetime import date
 from pathlib import Path
 
 import pytest
@@ -454,6 +455,14 @@ def test_a_model_has_the_digest_of_its_file_and_a_template(folder: Folder) -> No
     third = folder.scan().models["m"]
     assert isinstance(third, ModelSource)
     assert first.digest != third.digest
+
+
+def test_the_day_is_an_input(folder: Folder) -> None:
+    """As a file's text is, so that what follows from it needs no clock."""
+    days = iter([date(2025, 1, 1), date(2025, 1, 2)])
+    folder.reader = SourceReader(Digests(), today=lambda: next(days))
+    assert folder.scan().today == date(2025, 1, 1)
+    assert folder.scan().today == date(2025, 1, 2)
 
 
 BAD_MODELS = {

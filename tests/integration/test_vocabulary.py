@@ -9,7 +9,6 @@ import pytest
 
 from rkcached.engines.llamacpp.gguf import inspect
 from rkcached.engines.llamacpp.header import read_header
-from rkcached.errors import SourceError
 from rkcached.host.digests import Digests
 from rkcached.messages.tokenizer_facts import TokenizerFacts
 from rkcached.plan.desired import Desired, DesiredModel, Resolver
@@ -65,6 +64,15 @@ def test_the_special_tokens(path: Path) -> None:
     assert (found.special.bos, found.special.eos) == ("<s>", "</s>")
     assert found.added == {"[|user|]", "<think>"}
     assert found.special_origin == f"tokenizer.ggml.token_type of {path}"
+
+
+def test_tokens_that_are_found_in_plain_text(path: Path) -> None:
+    """Of gpt-oss llama.cpp makes user-defined tokens at load, whatever the file says."""
+    marks = dict.fromkeys(("<|channel|>", "<|end|>", "<|im_start|>"), CONTROL)
+    special = facts(path, *vocabulary(marks)).special
+    assert special.control == set(marks)
+    assert special.always == {"<|channel|>", "<|end|>"}
+    assert facts(path, *vocabulary({"<|end|>": CONTROL})).special.always == set()
 
 
 def test_a_vocabulary_without_types(path: Path) -> None:
@@ -203,8 +211,10 @@ def test_tokens_that_are_no_text_or_too_long(path: Path) -> None:
 def test_control_tokens_beyond_all_bounds(path: Path) -> None:
     """They are refused with the number."""
     path.write_bytes(gguf(*vocabulary({f"<{number}>": CONTROL for number in range(70_000)})))
-    with pytest.raises(SourceError, match="states 70,000 control tokens, the limit is 65,536"):
-        inspect(path)
+    source, _ = resolve(path)
+    assert isinstance(source, Trouble)
+    assert "states 70,000 control tokens, the limit is 65,536" in source.message
+    assert source.hint
 
 
 # --- as the manifest uses it ---

@@ -260,6 +260,58 @@ def test_a_template_is_reported_at_its_line(
     assert line == line_of(workspace, "chat_template:"), message
 
 
+def test_a_model_is_explained(workspace: Workspace) -> None:
+    """Its template and its tokens with their origins, for people and for programs."""
+    workspace.memory_model()
+    workspace.write("t.jinja", "{{ x }}{{ strftime_now('%Y') }}{{ messages[0].content }}")
+    own = "{files: a.md, chat_template_kwargs: {x: 2}}"
+    workspace.write("a.md", "Text.")
+    lines = (
+        "chat_template: t.jinja",
+        "template_date: 2025-01-31",
+        "bos_token: <s>",
+        "chat_template_kwargs: {x: 1}",
+    )
+    workspace.declare(f"{{a: {own}}}", model="".join(f"    {line}\n" for line in lines))
+    text = workspace.cli("explain", "m").stdout
+    assert f"chat template: {workspace.root / 't.jinja'} (named by the manifest), digest " in text
+    assert "date: 2025-01-31" in text
+    assert "variables: x 1" in text
+    assert "variables of a: x 2" in text
+    assert "BOS: <s>\n" in text
+    assert "EOS: none known" in text
+    assert "control tokens: not known" in text
+    data = json.loads(workspace.cli("explain", "m", "--json").stdout)
+    assert data["template"]["origin"] == "file"
+    assert data["prompts"] == {"a": {"variables": {"x": 2}}}
+    assert data["trouble"] is None
+    assert "known: m" in workspace.cli("explain", "n", code=os.EX_NOINPUT).stderr
+    workspace.write("t.jinja", "{% if %}")
+    assert "syntax error" in workspace.cli("explain", "m").stdout
+
+
+@pytest.mark.model
+def test_a_gguf_model_is_explained(workspace: Workspace, small_model: Path) -> None:
+    """By what its metadata state."""
+    text = f"version: 1\nmodels: {{m: {{path: {small_model}, thinking: true}}}}\n"
+    workspace.write("manifest.yaml", text)
+    data = json.loads(workspace.cli("explain", "m", "--json").stdout)
+    assert data["template"]["origin"] == "model"
+    assert data["template"]["name"] == f"tokenizer.chat_template of {small_model}"
+    assert data["special_tokens"] == {
+        "bos": "<|im_start|>",
+        "eos": "<|im_end|>",
+        "ends": [],
+        "engine_adds_bos": False,
+        "control_tokens": 17,
+        "control_tokens_of": f"tokenizer.ggml.token_type of {small_model}",
+    }
+    warning = workspace.cli("check").stderr
+    assert (
+        "thinking of m changes nothing: its chat template does not use enable_thinking" in warning
+    )
+
+
 def test_each_file_is_reported_at_its_line(workspace: Workspace) -> None:
     """The line of a missing file, of several of a prompt, too.
 
@@ -436,7 +488,7 @@ def test_plan_and_explain_without_a_daemon(two_prompts: Workspace) -> None:
     data = json.loads(two_prompts.cli("explain", "m/a", "--json").stdout)
     assert data["changes"] == [{"component": "params.temperature", "old": "0.8", "new": "0.2"}]
     assert "known: " in two_prompts.cli("explain", "m/zzz", code=os.EX_NOINPUT).stderr
-    assert "MODEL/PROMPT" in two_prompts.cli("explain", "m", code=os.EX_USAGE).stderr
+    assert "MODEL/PROMPT" in two_prompts.cli("explain", "m/", code=os.EX_USAGE).stderr
 
 
 @pytest.mark.parametrize("place", ["missing", "empty", "checkout", "project"])

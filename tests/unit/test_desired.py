@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from datetime import date
 from pathlib import Path
 
 import pytest
 import yaml
 
 from rkcached.messages.builtin import BUILTIN
+from rkcached.messages.special_tokens import SpecialTokens
+from rkcached.messages.tokenizer_facts import TokenizerFacts
 from rkcached.plan import remarks
 from rkcached.plan.desired import Desired, DesiredModel, Resolver
 from rkcached.plan.fingerprint import changes
@@ -58,6 +61,8 @@ class World:
         default_factory=lambda: {"m": "11" * 32, "n": "22" * 32}
     )
     trained: dict[str, int] = field(default_factory=dict)
+    tokenizers: dict[str, TokenizerFacts] = field(default_factory=dict)
+    today: date | None = None
     templates: dict[str, str] = field(
         default_factory=lambda: {"m": BUILTIN["chatml"], "n": BUILTIN["chatml"]}
     )
@@ -80,6 +85,7 @@ class World:
                     template=TemplateSource(
                         text=self.templates[name], name="chatml", origin=TemplateOrigin.BUILT_IN
                     ),
+                    tokenizer=self.tokenizers.get(name, TokenizerFacts()),
                     trained_tokens=self.trained.get(name),
                 )
                 for name, digest in self.digests.items()
@@ -88,6 +94,7 @@ class World:
                 key: Declaration(key=key, source=source(text), description=str(key))
                 for key, text in self.texts.items()
             },
+            today=self.today,
         )
 
     def resolve(self, resolver: Resolver | None = None) -> Desired:
@@ -427,3 +434,171 @@ def test_what_is_strange_of_folders_and_of_contexts_is_said_together() -> None:
     folder, context = Resolver().resolve(world.parsed(), sources).notices
     assert folder == "p/*.md matches no file"
     assert context.startswith("max_context_len of n is 4096")
+
+
+# --- what a template gets beside the messages ---
+
+DATED = "{{ strftime_now('%d %b %Y') }} {% for m in messages %}[{{ m.content }}]{% endfor %}"
+
+
+def dated(stated: str | None, today: date | None = None) -> World:
+    world = with_model("n", **({} if stated is None else {"template_date": stated}))
+    world.templates["n"] = DATED
+    world.today = today
+    return world
+
+
+def rendered(world: World, key: Key = OTHER) -> str:
+    model = world.resolve().models[key.model]
+    assert isinstance(model, DesiredModel)
+    return model.template_for(key.prompt).prefix("Be brief.")
+
+
+def test_a_stated_date_is_part_of_the_prompt() -> None:
+    """The clock has no part in it."""
+    assert rendered(dated("2024-07-26")).startswith("26 Jul 2024 [Be brief.]")
+    assert differing(dated("2024-07-26"), dated("2024-07-26", date(2030, 1, 1))) == {}
+    changed = differing(dated("2024-07-26"), dated("2024-07-27"))
+    assert changed == {OTHER: ["prefix.digest", "template.date"]}
+
+
+def test_today_is_the_day_of_the_look() -> None:
+    """The prompt caches are stale on the next."""
+    first, second = (dated("today", date(2025, 1, day)) for day in (1, 2))
+    assert rendered(first).startswith("01 Jan 2025 ")
+    assert differing(first, second) == {OTHER: ["prefix.digest", "template.date"]}
+    resolver = Resolver()
+    old = first.resolve(resolver).fingerprint(OTHER)
+    assert old == first.resolve(resolver).fingerprint(OTHER)
+    assert old != second.resolve(resolver).fingerprint(OTHER)
+
+
+def test_a_template_that_needs_a_date_and_gets_none() -> None:
+    """The trouble names the key that helps."""
+    prompt = dated(None).resolve().prompts[OTHER]
+    assert prompt.trouble is not None
+    assert "it asks for the date by strftime_now, and none is stated" in prompt.trouble.message
+    assert prompt.trouble.hint == "set the model's template_date in the manifest"
+
+
+def test_what_is_not_set_is_no_component() -> None:
+    """Fingerprints of manifests without these keys stay as they were."""
+    wanted = World().resolve().fingerprint(OTHER)
+    assert wanted is not None
+    assert not {"template.date", "chat_template_kwargs"} & wanted.components.keys()
+    assert wanted.components["thinking"] == "unset"
+
+
+SWITCHED = "{{ effort }}{{ enable_thinking }} {% for m in messages %}[{{ m.content }}]{% endfor %}"
+
+
+def switched(**more: object) -> World:
+    world = with_model("n", **more)
+    world.templates["n"] = SWITCHED
+    return world
+
+
+def test_variables_of_the_template() -> None:
+    """They are part of the prompt and of the fingerprint."""
+    low, high = (switched(chat_template_kwargs={"effort": e}) for e in ("low", "high"))
+    assert rendered(low).startswith("low [Be brief.]")
+    changed = differing(low, high)
+    assert changed == {OTHER: ["chat_template_kwargs", "prefix.bytes", "prefix.digest"]}
+
+
+def test_thinking_is_the_short_form_of_its_variable() -> None:
+    """Both ways of writing it are one."""
+    short, long = (
+        switched(thinking=False),
+        switched(chat_template_kwargs={"enable_thinking": False}),
+    )
+    assert rendered(short) == rendered(long)
+    assert differing(short, long) == {}
+
+
+def test_a_prompt_with_variables_of_its_own() -> None:
+    """Two prompts of one file have both variants; the model's other requests have its own."""
+    slow = {"files": "r.md", "chat_template_kwargs": {"enable_thinking": True}}
+    world = switched(thinking=False, prompts={"rules": "r.md", "slow": slow})
+    key = Key("n", "slow")
+    world.texts[key] = world.texts[OTHER]
+    assert rendered(world, key).startswith("True [")
+    assert rendered(world).startswith("False [")
+    desired = world.resolve()
+    was, now = desired.fingerprint(OTHER), desired.fingerprint(key)
+    assert was is not None
+    assert now is not None
+    components = [change.component for change in changes(was.components, now.components)]
+    assert components == ["prefix.bytes", "prefix.digest", "thinking"]
+    model = desired.models["n"]
+    assert isinstance(model, DesiredModel)
+    assert model.template_for(None).prefix("x") == model.template_for("rules").prefix("x")
+
+
+def said(world: World) -> list[tuple[tuple[str | int, ...], str]]:
+    found = remarks.warnings(world.parsed(), world.sources())
+    return [(remark.place[2:], remark.text) for remark in found]
+
+
+def test_switches_that_change_nothing() -> None:
+    """Each with its key; nothing is said of those that the template knows."""
+    world = with_model(
+        "n",
+        thinking=True,
+        template_date="2025-01-01",
+        chat_template_kwargs={"effort": "low"},
+        prompts={"rules": {"files": "r.md", "chat_template_kwargs": {"style": 1}}},
+    )
+    world.templates["n"] = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    assert said(world) == [
+        (
+            ("thinking",),
+            "thinking of n changes nothing: its chat template does not use enable_thinking",
+        ),
+        (
+            ("template_date",),
+            "template_date of n changes nothing: its chat template does not use strftime_now",
+        ),
+        (
+            ("chat_template_kwargs", "effort"),
+            "effort changes nothing: the chat template of n does not use it",
+        ),
+        (
+            ("prompts", "rules", "chat_template_kwargs", "style"),
+            "style changes nothing: the chat template of n does not use it",
+        ),
+    ]
+    world.templates["n"] = SWITCHED + "{{ strftime_now('%d') }}{{ style }}"
+    assert said(world) == []
+
+
+def test_a_date_that_changes_each_day() -> None:
+    """What it costs is said."""
+    (found,) = said(dated("today", date(2025, 1, 1)))
+    assert found[0] == ("template_date",)
+    assert "is today, so its prompt caches are built anew each day" in found[1]
+    assert said(dated("2025-01-01")) == []
+
+
+def test_a_token_that_the_template_writes_and_nothing_states() -> None:
+    """TinyLlama's `</s>` would be missing before the user's turn."""
+    world = World()
+    world.templates["n"] = (
+        "{{ bos_token }}{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}"
+    )
+    assert [text for _, text in said(world)] == [
+        "the chat template of n writes bos_token, which nothing states (set bos_token)",
+        "the chat template of n writes eos_token, which nothing states (set eos_token)",
+    ]
+    world.tokenizers["n"] = TokenizerFacts(special=SpecialTokens(bos="<s>", eos="</s>"))
+    assert said(world) == []
+    world.tokenizers = {}
+    world.models["n"] |= {"bos_token": "", "eos_token": "</s>"}  # an empty one is stated, too
+    assert said(world) == []
+
+
+def test_a_template_that_would_not_end_is_not_evaluated_for_its_names() -> None:
+    """Jinja2 computes constants when it compiles."""
+    world = with_model("n", thinking=True)
+    world.templates["n"] = "{{ 'a' * 10 ** 12 }}{{ messages }}"
+    assert [place for place, _ in said(world)] == [("thinking",)]

@@ -75,7 +75,7 @@ class FakeBoard:
     def declare(self, engine: str, *, cache: str = "{}", more: str = "") -> None:
         self.manifest.write_text(
             f"version: 1\nengine: {engine}\ncache: {cache}\nmodels:\n  q:\n    path: {self.model}\n"
-            f"    prompts: {{a: a.md, b: b.md}}\n{more}"
+            f"    chat_template: chatml\n    prompts: {{a: a.md, b: b.md}}\n{more}"
         )
 
     def rock5(self) -> None:
@@ -197,6 +197,16 @@ def test_everything_right(rock5: FakeBoard) -> None:
         assert words in text, words
     assert NO_NPU not in text
     assert "renderD128" not in text
+
+
+def test_a_template_that_is_assumed(rock5: FakeBoard) -> None:
+    """The model's check warns of it, with the remedy."""
+    text = rock5.manifest.read_text()
+    rock5.manifest.write_text(text.replace("    chat_template: chatml\n", ""))
+    check = rock5.check("model q")
+    assert check.outcome is Outcome.WARN
+    assert "no chat template is known of q, so chatml is assumed" in check.finding
+    assert "set tokenizer to the files of its Hugging Face repository" in check.finding
 
 
 def test_the_sample_of_the_page(rock5: FakeBoard) -> None:

@@ -6,6 +6,7 @@ What does not, and how every problem is reported with line and hint.
 from __future__ import annotations
 
 import re
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -401,6 +402,72 @@ def test_unknown_values(section: str, message: str, hint: str) -> None:
     """A closed choice names the value, the nearest choice if one is near, and all of them."""
     item = problem(f"{MINIMAL}{section}\n")
     assert (item.line, item.message, item.hint) == (5, message, hint)
+
+
+@pytest.mark.parametrize(
+    ("written", "expected"),
+    [("2025-01-31", date(2025, 1, 31)), ("today", "today"), ("'2024-02-29'", date(2024, 2, 29))],
+)
+def test_the_date_of_a_template(written: str, expected: object) -> None:
+    """A day, or the word for the day at hand."""
+    assert good(model(f"template_date: {written}")).models["m"].template_date == expected
+
+
+@pytest.mark.parametrize("written", ["tomorrow", "2025-02-30", "20250131", "31.1.2025", "5", "[]"])
+def test_what_is_no_date(written: str) -> None:
+    """Nothing is guessed."""
+    item = problem(model(f"template_date: {written}"))
+    assert item.message.startswith("template_date: expected a date, got ")
+    assert item.hint == "write YYYY-MM-DD, or `today`"
+    assert item.line == 5
+
+
+def test_variables_of_a_template() -> None:
+    """The model's, changed by the prompt's; `thinking` is the short form of one."""
+    text = model(
+        "thinking: false",
+        "chat_template_kwargs: {reasoning_effort: low, documents: [{title: a}]}",
+        "prompts:",
+        "  plain: p.md",
+        "  slow: {files: p.md, chat_template_kwargs: {enable_thinking: true}}",
+    )
+    config = good(text).models["m"]
+    own = {"reasoning_effort": "low", "documents": [{"title": "a"}]}
+    assert config.template_variables() == own | {"enable_thinking": False}
+    assert config.template_variables("plain") == config.template_variables()
+    assert config.template_variables("found by a pattern") == config.template_variables()
+    assert config.template_variables("slow") == own | {"enable_thinking": True}
+    assert config.thinks is False
+
+
+@pytest.mark.parametrize(
+    ("written", "message"),
+    [
+        ("7", "chat_template_kwargs: expected a mapping, got 7"),
+        ("{'a b': 1}", "chat_template_kwargs: 'a b' cannot be the name of a variable"),
+        ("{messages: []}", "chat_template_kwargs: messages is not for a manifest to set"),
+        ("{x: .inf}", "chat_template_kwargs: it holds what JSON cannot express"),
+        (
+            f"{{x: {'y' * 20_000}}}",
+            "chat_template_kwargs: 20,009 bytes are too many, at most 16,384",
+        ),
+    ],
+)
+def test_variables_that_cannot_be(written: str, message: str) -> None:
+    """For a model and for a prompt alike."""
+    assert problem(model(f"chat_template_kwargs: {written}")).message == message
+    prompt = f"prompts: {{p: {{files: p.md, chat_template_kwargs: {written}}}}}"
+    assert problem(model(prompt)).message == message
+
+
+def test_thinking_and_its_variable_may_not_differ() -> None:
+    """The same value twice is fine."""
+    both = model("thinking: true", "chat_template_kwargs: {enable_thinking: false}")
+    item = problem(both)
+    assert item.message == "thinking is true, but chat_template_kwargs has enable_thinking: false"
+    assert item.hint == "keep one of them"
+    same = good(model("thinking: true", "chat_template_kwargs: {enable_thinking: true}"))
+    assert same.models["m"].template_variables() == {"enable_thinking": True}
 
 
 def rkllm(*lines: str) -> str:

@@ -285,3 +285,15 @@ def test_many_tokens_and_many_texts_take_linear_time() -> None:
 
     assert shown.startswith(PLAIN_START)
     assert time.perf_counter() - started < DEADLINE_S
+
+
+def test_a_token_that_plain_text_has_is_broken_in_it() -> None:
+    """The engine would read it there, too: a mark does not help."""
+    special = SpecialTokens(
+        control=frozenset({"<|im_end|>", "[|user|]"}), always=frozenset({"[|user|]"})
+    )
+    chat = ChatTemplate(
+        "[|user|]{{ messages[0].content }}<|im_end|>", name="t", special=special, takes_tokens=True
+    )
+    text = chat.render([Message(role="user", content="a<|im_end|>b[|user|]c")])
+    assert text == f"[|user|]a{PLAIN_START}<|im_end|>b[ |user|]c{PLAIN_END}<|im_end|>"

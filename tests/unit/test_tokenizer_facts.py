@@ -22,6 +22,7 @@ def test_an_added_token_that_the_template_writes_is_a_control_token(token: str) 
     """EXAONE, TeleChat2, MiniMax and MiniCPM do not all declare the marks of their turns."""
     found = facts(token, "<br>").special_in(f"{token}{{{{ messages[0].content }}}}")
     assert found.control == {"<|end|>", token}
+    assert found.always == {token}
     assert found.bos == "<s>"
 
 

@@ -123,7 +123,7 @@ class Alone:
         messages = [Message(role="system", content=text), Message(role="user", content=question)]
         ask = Ask(
             load=artifact.path if artifact is not None and state is State.FILE else None,
-            prompt=self._model.template.render(messages),
+            prompt=self._model.template_for(key.prompt).render(messages),
             sampling=Sampling(**values),
             cold=state is State.COLD,
         )

@@ -82,10 +82,6 @@ def inspect(path: Path, read: ReadHeader = read_header) -> ModelFacts:
             raise _damaged(path)
         return ModelFacts(files=(path,))  # the engine explains what is wrong when it loads it
 
-    if header.tokenizer.refusal:
-        hint = "copy the file again, or take it from another source"
-        raise SourceError(header.tokenizer.refusal, hint=hint)
-
     count = header.integers.get("split.count", 0)
     trained_tokens = _trained_tokens(header)
     if count <= 1:

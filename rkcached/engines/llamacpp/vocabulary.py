@@ -93,6 +93,10 @@ _TAKEN_FOR_CONTROL: Final = (
     "<|repo_name|>",
     "<|file_sep|>",
 )
+# llama.cpp makes user-defined tokens of gpt-oss's marks, which it then finds in any text.
+_TAKEN_FOR_USER_DEFINED: Final = ("<|channel|>", "<|message|>", "<|start|>", "<|constrain|>")
+_WITH_THESE: Final = "<|end|>"
+
 _LENGTH_BYTES: Final = 8
 _TYPE_BYTES: Final = 4
 
@@ -153,6 +157,7 @@ def tokenizer_facts(metadata: Metadata, path: Path) -> TokenizerFacts:
         origin = f"{_TEMPLATE} and .tool_use of {path}"
 
     control: frozenset[str] | None = None
+    always: frozenset[str] = frozenset()
     refusal = ""
     numbers = list(metadata.of_type(_UNKNOWN, _CONTROL))
     if len(numbers) > MAX_CONTROL_TOKENS:
@@ -161,7 +166,8 @@ def tokenizer_facts(metadata: Metadata, path: Path) -> TokenizerFacts:
         )
     elif metadata.tokens:
         stated = set(map(metadata.special_text, numbers)) - {""}
-        control = frozenset(stated | set(filter(metadata.has_token, _TAKEN_FOR_CONTROL)))
+        always = frozenset(_found_in_any_text(metadata))
+        control = always.union(stated, filter(metadata.has_token, _TAKEN_FOR_CONTROL))
 
     bos, eos = _first_and_last(metadata)
     return TokenizerFacts(
@@ -170,6 +176,7 @@ def tokenizer_facts(metadata: Metadata, path: Path) -> TokenizerFacts:
         template_origin=origin,
         special=SpecialTokens(
             control=control,
+            always=always,
             bos=metadata.special_text(bos),
             eos=metadata.special_text(eos),
             adds_bos=_adds_bos(metadata),
@@ -178,6 +185,14 @@ def tokenizer_facts(metadata: Metadata, path: Path) -> TokenizerFacts:
         added=frozenset(map(metadata.special_text, metadata.of_type(_USER_DEFINED))) - {""},
         refusal=refusal,
     )
+
+
+def _found_in_any_text(metadata: Metadata) -> Iterator[str]:
+    """The control tokens that llama.cpp finds without `parse_special`, too."""
+    tokens = list(filter(metadata.has_token, _TAKEN_FOR_USER_DEFINED))
+    yield from tokens
+    if tokens and metadata.has_token(_WITH_THESE):
+        yield _WITH_THESE
 
 
 def _first_and_last(metadata: Metadata) -> tuple[int | None, int | None]:
