@@ -1,4 +1,4 @@
-"""Measures the daemon's cost with several clients, for each token, and after many requests.
+"""Measures the daemon's cost with several clients, and after many requests.
 
 On the memory engine, which computes next to nothing, so that nearly all of the time is the daemon's
 own.
@@ -7,12 +7,12 @@ own.
 from __future__ import annotations
 
 import statistics
-import threading
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import psutil
-from _daemon import BenchError, Daemon, busy_ns
-from _results import Figure, Target, of_median
+from _daemon import BenchError, Daemon
+from _figures import Figure, of_median
 from _workspaces import PROMPTS, Bench, memory
 
 from rkcached.cli.bench.asking import ask
@@ -22,78 +22,38 @@ CLIENTS = 8
 ANSWERS_PER_RUN = 50
 """Of each client."""
 
-STREAMS_PER_RUN = 3
-STREAM_TOKENS = 2000
 WARM_UP = 500
 REQUESTS = 10_000
 
 
 def measure_clients(bench: Bench) -> list[Figure]:
-    """Shares with CLIENTS at once, CPU of a token, growth over REQUESTS."""
+    """Shares with CLIENTS at once, growth over REQUESTS."""
     with Daemon(bench.workspace(memory)) as daemon:
         daemon.wait_fresh()
         daemon.ask(_body("hello", max_tokens=4))
-        return [*_shares(bench, daemon), _token_cpu(bench, daemon), _growth(daemon)]
+        return [*_shares(bench, daemon), _growth(daemon)]
 
 
 def _shares(bench: Bench, daemon: Daemon) -> list[Figure]:
     """The daemon's own time: accepted to written, less queue and engine, by its own report."""
-    reports: list[dict[str, Any]] = []
-    failures: list[Exception] = []
 
-    def client() -> None:
-        try:
-            with daemon.client() as own:
-                bodies = (
-                    _body(f"{number:04d}", max_tokens=8)
-                    for number in range(bench.runs * ANSWERS_PER_RUN)
-                )
-                reports.extend(ask(own, body).report for body in bodies)
-        except Exception as error:  # noqa: BLE001 - it must leave the thread
-            failures.append(error)
+    def client(_: int) -> list[dict[str, Any]]:
+        questions = [f"{number:04d}" for number in range(bench.runs * ANSWERS_PER_RUN)]
+        with daemon.client() as own:
+            return [ask(own, _body(question, max_tokens=8)).report for question in questions]
 
-    threads = [threading.Thread(target=client) for _ in range(CLIENTS)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    if failures:
-        raise BenchError(f"a client failed: {failures[0]}")
+    with ThreadPoolExecutor(CLIENTS) as pool:
+        reports = [report for reports in pool.map(client, range(CLIENTS)) for report in reports]
     if any(report["state"] != "hit" for report in reports):
         raise BenchError("an answer was no hit")
+
     shares = [r["ttft_ms"] - r["queue_ms"] - r["load_ms"] - r["prefill_ms"] for r in reports]
-    p99 = statistics.quantiles(shares, n=100, method="inclusive")[-1]
     name = f"{CLIENTS} clients: accepted to written, less queue, load, prefill"
+    p99 = statistics.quantiles(shares, n=100, method="inclusive")[-1]
     return [
-        of_median("clients", name, shares, "ms", target=Target(limit=2)),
-        Figure(
-            part="clients",
-            name="  p99",
-            value=p99,
-            unit="ms",
-            target=Target(limit=6),
-            note=f"n={len(shares)}",
-        ),
+        of_median("clients", name, shares, "ms", aim=2),
+        Figure(part="clients", name="  p99", value=p99, unit="ms", aim=6, note=f"n={len(shares)}"),
     ]
-
-
-def _token_cpu(bench: Bench, daemon: Daemon) -> Figure:
-    """CPU of the daemon alone, for each token of a stream."""
-    costs = []
-    for _ in range(bench.runs * STREAMS_PER_RUN):
-        before = busy_ns(daemon.pid)
-        _stream(daemon, STREAM_TOKENS)
-        costs.append((busy_ns(daemon.pid) - before) / 1e6 / STREAM_TOKENS)
-    return of_median(
-        "clients", "daemon's CPU for a streamed token", costs, "ms", target=Target(limit=0.2)
-    )
-
-
-def _stream(daemon: Daemon, tokens: int) -> None:
-    """Stream an answer and drop it. Errors: BenchError unless it has all of its tokens."""
-    answer = daemon.ask(_body("go on", max_tokens=tokens))
-    if answer.usage["completion_tokens"] != tokens:
-        raise BenchError(f"the answer ended early{daemon.last_words()}")
 
 
 def _growth(daemon: Daemon) -> Figure:
@@ -108,16 +68,14 @@ def _growth(daemon: Daemon) -> Figure:
             if number % 100 == 0:
                 client.close()
             client.chat(body)
-    grown = (process.memory_info().rss - before) / 1e6
 
-    log_mb = daemon.workspace.log.stat().st_size / 1e6
     return Figure(
         part="clients",
         name=f"resident memory grown by {REQUESTS:,} requests",
-        value=grown,
+        value=(process.memory_info().rss - before) / 1e6,
         unit="MB",
-        target=Target(limit=5),
-        note=f"from {before / 1e6:.1f} MB, after {WARM_UP} to warm up; log {log_mb:.1f} MB",
+        aim=5,
+        note=f"from {before / 1e6:.1f} MB, after {WARM_UP} to warm up",
     )
 
 

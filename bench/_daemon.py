@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from pathlib import Path
 from typing import Any, Self
 
@@ -53,6 +54,14 @@ class Daemon(Launched):
                     f"not every prompt can be cached: {status['summary']}{self.last_words()}"
                 )
         raise BenchError("the daemon gave no status")
+
+    def wait_built(self, prompts: int, *, timeout_s: float) -> None:
+        """Wait until so many caches are committed, by the store alone. Errors: BenchError."""
+        while sum(1 for _ in self.workspace.store.glob("*/prompt*.json")) < prompts:
+            self.check_alive()
+            if time.perf_counter() - self.started > timeout_s:
+                raise BenchError(f"not all built after {timeout_s:.0f} s{self.last_words()}")
+            time.sleep(0.2)
 
     def ask(self, body: dict[str, Any]) -> Answer:
         """Stream an answer over a connection that is kept.

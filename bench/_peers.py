@@ -10,14 +10,15 @@ from __future__ import annotations
 
 import shutil
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from _daemon import BenchError, Daemon, busy_ns
+from _daemon import BenchError, Daemon
+from _figures import Figure, difference, of_median
 from _peer import Peer
-from _results import Figure, Target, difference, of_median
 from _workspaces import PEER_CONTEXT, PEER_TOKENS, Bench, peers
 
 from rkcached.cli.bench.alone import look_at
@@ -30,6 +31,7 @@ from rkcached.sources.records import Key
 from rkcached.worker.operations import BOUNDARY_TOKENS
 
 MODEL = "small"
+OURS, SAME, PLAIN = "rkcached", "llama.cpp, same settings", "llama.cpp, its defaults"
 ANSWER_TOKENS = 32
 LAUNCHES = 4
 """Of the daemon and both servers. Each has one cold run, which costs some twenty seconds at the
@@ -48,43 +50,11 @@ SHARE, FLOOR_MS = 0.05, 2.0
 NOTICE_S = 600.0
 BUILD_TIMEOUT_S = 1200.0
 
+Ask = Callable[[str, str, str], Answer]
+"""Asks about a prompt, with a question, in a state: "cold", "first", "restored", "in memory"."""
 
-@dataclass(slots=True, kw_only=True)
-class _Samples:
-    ttft: list[float] = field(default_factory=list)
-    rest: list[float] = field(default_factory=list)
-    """Of it, what is not prefill."""
-    per_token: list[float] = field(default_factory=list)
-    cpu: list[float] = field(default_factory=list)
-
-    def add(self, answer: Answer, cpu_ns: int) -> None:
-        prefill_ms = answer.report.get("prefill_ms", answer.last("timings").get("prompt_ms"))
-        self.ttft.append(answer.ttft_ms)
-        self.rest.append(answer.ttft_ms - prefill_ms)
-        self.per_token.append(answer.per_token_ms)
-        self.cpu.append(cpu_ns / 1e6 / ANSWER_TOKENS)
-
-
-class _Side:
-    """One of the servers over all its launches, and its answers to each kind of request."""
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-        self.samples: dict[tuple[str, str], _Samples] = {}
-
-    def launched(
-        self, ask: Callable[[str, str, str], Answer], pids: Callable[[], list[int]]
-    ) -> None:
-        self._ask = ask
-        self._pids = pids
-
-    def run(self, prompt: str, question: str, how: str) -> None:
-        pids = self._pids()
-        before = sum(map(busy_ns, pids))
-        answer = self._ask(prompt, question, how)
-        cpu = sum(map(busy_ns, pids)) - before
-        self.samples.setdefault((prompt, how), _Samples()).add(answer, cpu)
-        time.sleep(PAUSE_S)
+Answers = dict[tuple[str, str, str], list[Answer]]
+"""By side, prompt and state."""
 
 
 def measure_peers(bench: Bench) -> list[Figure]:
@@ -96,11 +66,9 @@ def measure_peers(bench: Bench) -> list[Figure]:
         daemon.wait_fresh(timeout_s=BUILD_TIMEOUT_S)
         texts = _Texts(workspace)
     bench.say("what a user has to do")
-    facts = list(_facts(workspace, texts))  # first, for they may fail
-    shutil.copyfile(
-        small_model(), workspace.root / "model.gguf"
-    )  # whose weights one of them changed
-    sides = [_Side("rkcached"), _Side("llama.cpp, same settings"), _Side("llama.cpp, its defaults")]
+    facts = [*_facts_of_peer(workspace, texts), *_facts(workspace, texts)]  # first: they may fail
+    shutil.copyfile(small_model(), workspace.root / "model.gguf")  # one of them changed its weights
+    answers: Answers = defaultdict(list)
     for launch in range(LAUNCHES):
         bench.say(f"launch {launch + 1} of {LAUNCHES}")
         with (
@@ -109,16 +77,17 @@ def measure_peers(bench: Bench) -> list[Figure]:
             Peer(small_model(), PEER_CONTEXT, slots, tuned=False) as plain,
         ):
             daemon.wait_fresh(timeout_s=BUILD_TIMEOUT_S)
-            sides[0].launched(_through_daemon(daemon), lambda: _pids_of(daemon))
-            for side, server, kind in zip(
-                sides[1:], (same, plain), ("-same.bin", "-plain.bin"), strict=True
-            ):
-                if not launch:
-                    for prompt in PEER_TOKENS:
-                        server.save(texts.prefix(prompt), prompt + kind)
-                side.launched(_through_peer(server, texts, kind), lambda pid=server.pid: [pid])
-            _measure_in_turns(launch, -(-bench.runs * PAIRS_PER_RUN // LAUNCHES), sides)
-    return [*_figures(sides, texts), *facts]
+            sides: dict[str, Ask] = {
+                OURS: partial(_through_daemon, daemon),
+                SAME: _through_peer(same, texts, "-same.bin"),
+                PLAIN: _through_peer(plain, texts, "-plain.bin"),
+            }
+            if launch == 0:
+                for prompt in PEER_TOKENS:
+                    same.save(texts.prefix(prompt), f"{prompt}-same.bin")
+                    plain.save(texts.prefix(prompt), f"{prompt}-plain.bin")
+            _measure_in_turns(launch, -(-bench.runs * PAIRS_PER_RUN // LAUNCHES), sides, answers)
+    return [*_times(answers, texts), *_rates(answers, texts), *facts]
 
 
 class _Texts:
@@ -130,9 +99,8 @@ class _Texts:
         if not isinstance(model, DesiredModel):
             raise BenchError(f"the model cannot be used: {model}")
         self._model = model
-        self.tokens = {
-            key.prompt: a.sidecar.tokens for key, a in self._look.inventory.artifacts.items()
-        }
+        artifacts = self._look.inventory.artifacts
+        self.tokens = {key.prompt: artifact.sidecar.tokens for key, artifact in artifacts.items()}
 
     def prefix(self, prompt: str) -> str:
         return self._model.template.prefix(self.system(prompt))
@@ -150,19 +118,17 @@ class _Texts:
 # Time to first token, and the tokens after it
 
 
-def _measure_in_turns(launch: int, runs: int, sides: list[_Side]) -> None:
+def _measure_in_turns(launch: int, runs: int, sides: dict[str, Ask], answers: Answers) -> None:
     count = 200 * launch
 
-    def turn(prompt: str, how: str) -> None:
+    def turn(prompt: str, state: str) -> None:
         nonlocal count
         count += 1
+        question = f"{count % 1000:03d}: In one sentence, what is your most important rule?"
         at = count % len(sides)
-        for side in (*sides[at:], *sides[:at]):
-            side.run(
-                prompt,
-                f"{count % 1000:03d}: In one sentence, what is your most important rule?",
-                how,
-            )
+        for side in [*sides][at:] + [*sides][:at]:
+            answers[side, prompt, state].append(sides[side](prompt, question, state))
+            time.sleep(PAUSE_S)
 
     turn(next(iter(PEER_TOKENS)), "first")  # the daemon loads its model with the first request
     for prompt in PEER_TOKENS:
@@ -174,17 +140,15 @@ def _measure_in_turns(launch: int, runs: int, sides: list[_Side]) -> None:
             turn(prompt, "in memory")
 
 
-def _through_daemon(daemon: Daemon) -> Callable[[str, str, str], Answer]:
-    def ask(prompt: str, question: str, how: str) -> Answer:
-        answer = ask_daemon(daemon, f"{MODEL}/{prompt}", question, cold=how == "cold")
-        report = answer.report
-        if report["state"] != ("cold" if how == "cold" else "hit"):
-            raise BenchError(f"{how}: {report}{daemon.last_words()}")
-        if how in ("restored", "in memory") and (report["load_ms"] > 0) != (how == "restored"):
-            raise BenchError(f"not {how}: {report}")
-        return answer
-
-    return ask
+def _through_daemon(daemon: Daemon, prompt: str, question: str, state: str) -> Answer:
+    is_cold = state == "cold"
+    answer = ask_daemon(daemon, f"{MODEL}/{prompt}", question, cold=is_cold)
+    report = answer.report
+    if report["state"] != ("cold" if is_cold else "hit"):
+        raise BenchError(f"{state}: {report}{daemon.last_words()}")
+    if state in ("restored", "in memory") and (report["load_ms"] > 0) != (state == "restored"):
+        raise BenchError(f"not {state}: {report}")
+    return answer
 
 
 def ask_daemon(
@@ -201,198 +165,120 @@ def ask_daemon(
     return daemon.ask(body | {"cache": False} if cold else body)
 
 
-def _through_peer(peer: Peer, texts: _Texts, kind: str) -> Callable[[str, str, str], Answer]:
-    def ask(prompt: str, question: str, how: str) -> Answer:
-        restore = prompt + kind if how in ("restored", "first") else ""
-        answer = peer.ask(
-            texts.request(prompt, question), ANSWER_TOKENS, restore=restore, cold=how == "cold"
-        )
-        reused = answer.last("timings")["cache_n"]
-        if reused if how == "cold" else reused < texts.tokens[prompt] - BOUNDARY_TOKENS:
-            raise BenchError(f"{how}: llama.cpp's server reused {reused} tokens")
+def _through_peer(peer: Peer, texts: _Texts, kind: str) -> Ask:
+    def ask(prompt: str, question: str, state: str) -> Answer:
+        restore = prompt + kind if state in ("restored", "first") else ""
+        request = texts.request(prompt, question)
+        answer = peer.ask(request, ANSWER_TOKENS, restore=restore, cold=state == "cold")
+        reused = _reused(answer)
+        if reused if state == "cold" else reused < texts.tokens[prompt] - BOUNDARY_TOKENS:
+            raise BenchError(f"{state}: llama.cpp's server reused {reused} tokens")
         return answer
 
     return ask
 
 
-def _pids_of(daemon: Daemon) -> list[int]:
-    return [daemon.pid, *(model["pid"] for model in daemon.status()["models"] if model["pid"])]
-
-
-def _figures(sides: list[_Side], texts: _Texts) -> Iterator[Figure]:
-    ours, same, _ = sides
+def _times(answers: Answers, texts: _Texts) -> Iterator[Figure]:
+    table = "time to first token"
     for prompt in PEER_TOKENS:
-        for how in ("cold", "restored", "in memory"):
-            name = f"{texts.tokens[prompt]:,} tokens, {how}"
-            for side in sides:
-                yield of_median(
-                    "peers", f"{name}: {side.name}", side.samples[prompt, how].ttft, "ms"
-                )
-            of_ours, of_same = ours.samples[prompt, how], same.samples[prompt, how]
-            limit = round(max(FLOOR_MS, SHARE * median(of_same.ttft)), 1) if how != "cold" else None
-            target = Target(limit=limit) if limit is not None else None
-            name = "  rkcached less same settings, by pairs"
-            yield difference("peers", name, _less(of_ours.ttft, of_same.ttft), target)
-            rest = _less(of_ours.rest, of_same.rest)
-            yield difference("peers", "    of it not prefill", rest, None)
+        for state in ("cold", "restored", "in memory"):
+            name = f"{texts.tokens[prompt]:,} tokens, {state}"
+            ttft = {}
+            for side in (OURS, SAME, PLAIN):
+                ttft[side] = [answer.ttft_ms for answer in answers[side, prompt, state]]
+                yield of_median("peers", name, ttft[side], "ms", table=table, column=side)
+
+            aim = None
+            if state != "cold":
+                aim = round(max(FLOOR_MS, SHARE * median(ttft[SAME])), 1)
+            column = "rkcached less same settings, by pairs"
+            yield difference(
+                "peers", name, ttft[OURS], ttft[SAME], table=table, column=column, aim=aim
+            )
+            ours, theirs = (
+                [answer.ttft_ms - _prefill_ms(answer) for answer in answers[side, prompt, state]]
+                for side in (OURS, SAME)
+            )
+            yield difference("peers", name, ours, theirs, table=table, column="of it not prefill")
+
+
+def _rates(answers: Answers, texts: _Texts) -> Iterator[Figure]:
     for prompt in PEER_TOKENS:
-        name = f"a token more, after {texts.tokens[prompt]:,}"
-        for side in sides:
-            samples = side.samples[prompt, "in memory"]
-            cpu = f"CPU of the whole answer {median(samples.cpu):.1f} ms a token"
-            yield of_median("peers", f"{name}: {side.name}", samples.per_token, "ms", note=cpu)
+        name = f"{texts.tokens[prompt]:,} tokens"
+        for side in (OURS, SAME, PLAIN):
+            samples = [answer.per_token_ms for answer in answers[side, prompt, "in memory"]]
+            table = "a token more, after"
+            yield of_median("peers", name, samples, "ms", table=table, column=side)
 
 
-def _less(ours: list[float], theirs: list[float]) -> list[float]:
-    return [a - b for a, b in zip(ours, theirs, strict=True)]
+def _prefill_ms(answer: Answer) -> float:
+    return float(answer.report.get("prefill_ms", answer.last("timings").get("prompt_ms")))
 
 
-# What a user has to do, and what is noticed
+def _reused(answer: Answer) -> int:
+    """Tokens, as llama.cpp's server says."""
+    return int(answer.last("timings")["cache_n"])
+
+
+# What a user has to do, and what is noticed: each a number that was seen, and what it means
+
+_PROMPT = list(PEER_TOKENS)[1]
+_QUESTION = "What is your most important rule?"
+
+_ONE_CACHE = "calls to make one cache"
+_WARM_ANSWER = "calls for a warm answer"
+_EDITED = "after an edit of the prompt"
+_RESTARTED = "first answer after a restart"
+_WEIGHTS = "after other weights in the model file"
+
+
+def _fact(name: str, who: str, value: float, note: str) -> Figure:
+    table = "what a user has to do"
+    return Figure(part="peers", table=table, name=name, column=who, value=value, unit="", note=note)
 
 
 def _facts(workspace: Workspace, texts: _Texts) -> Iterator[Figure]:
-    """Each is a number that was seen, and what it means.
+    """The daemon's. The model is a copy, because it is swapped."""
+    system = texts.system(_PROMPT)
 
-    The model is a copy, because it is swapped.
-    """
-    prompt, question = list(PEER_TOKENS)[1], "What is your most important rule?"
-    system, tokens = texts.system(prompt), texts.tokens[prompt]
-    edited = f"Edited. {system}"
-    yield from _facts_of_peer(workspace, texts, prompt, question, edited)
-    ours = "rkcached"
+    def fact(name: str, answer: Answer, note: str) -> Figure:
+        return _fact(name, OURS, answer.report["cached_tokens"], note)
+
     with Daemon(workspace) as daemon:
-        daemon.wait_fresh()
-        answer = ask_daemon(daemon, f"{MODEL}/{prompt}", question)
-        yield _fact(
-            f"first answer after a restart, reused of {tokens}",
-            ours,
-            answer.report["cached_tokens"],
-            "1 call",
-        )
-        answer = ask_daemon(daemon, MODEL, question, system=system)
-        yield _fact(
-            "  the client sends the text, names no cache",
-            ours,
-            answer.report["cached_tokens"],
-            "found by text",
-        )
 
-        source = workspace.root / "prompts" / f"{prompt}.md"
-        seconds = _noticed(daemon, lambda: source.write_text(edited))
-        answer = ask_daemon(daemon, f"{MODEL}/{prompt}", question)
+        def ask() -> Answer:
+            return ask_daemon(daemon, f"{MODEL}/{_PROMPT}", _QUESTION)
+
+        daemon.wait_fresh()
+        yield fact(_RESTARTED, ask(), "tokens reused, 1 call")
+        answer = ask_daemon(daemon, MODEL, _QUESTION, system=system)
+        yield fact("the client sends the text, names no cache", answer, "found by text")
+
+        source = workspace.root / "prompts" / f"{_PROMPT}.md"
+        seconds = _noticed(daemon, lambda: source.write_text(_edit(system)))
         note = f"tokens reused; built anew without a command, {seconds:.1f} s after the save"
-        yield _fact("after an edit of the prompt", ours, answer.report["cached_tokens"], note)
+        yield fact(_EDITED, ask(), note)
         _noticed(daemon, lambda: source.write_text(system))
 
-        for name, damage in (("cut in half", _cut), ("one byte changed", _change_byte)):
-            other = next(p for p in PEER_TOKENS if p != prompt)
-            ask_daemon(daemon, f"{MODEL}/{other}", question)  # so that the file is needed
-            damage(workspace.store / MODEL / f"{prompt}.llama_cache")
-            answer = ask_daemon(daemon, f"{MODEL}/{prompt}", question)
-            state = answer.report["state"]
+        for name, damage in _DAMAGES.items():
+            other = next(iter(PEER_TOKENS))
+            ask_daemon(daemon, f"{MODEL}/{other}", _QUESTION)  # so that the file is needed
+            damage(workspace.store / MODEL / f"{_PROMPT}.llama_cache")
+            answer = ask()
             daemon.hang_up()
-            healed = _cached_again(daemon, prompt, question)
-            note = f"tokens reused, answer {state}; built anew, then {healed:,}"
-            yield _fact(f"the file {name}", ours, answer.report["cached_tokens"], note)
+            statuses = daemon.statuses(every_s=0.05, timeout_s=NOTICE_S)
+            again = (ask().report for _ in statuses)
+            healed = next(report["cached_tokens"] for report in again if report["state"] == "hit")
+            note = f"tokens reused, answer {answer.report['state']}; built anew, then {healed:,}"
+            yield fact(name, answer, note)
 
-        model = workspace.root / "model.gguf"
         daemon.wait_fresh()
-        seconds = _noticed(daemon, lambda: _change_weights(model))
-        answer = ask_daemon(daemon, f"{MODEL}/{prompt}", question)
+        seconds = _noticed(daemon, lambda: _change_weights(workspace.root / "model.gguf"))
         note = (
             f"tokens reused, of a cache that was built with the new model; {seconds:.1f} s after "
             "the change"
         )
-        yield _fact(
-            "after other weights in the model file", ours, answer.report["cached_tokens"], note
-        )
-
-
-def _facts_of_peer(
-    workspace: Workspace, texts: _Texts, prompt: str, question: str, edited: str
-) -> Iterator[Figure]:
-    theirs, slots, tokens = "llama.cpp", workspace.root / "slots", texts.tokens[prompt]
-    model = workspace.root / "swapped.gguf"
-    shutil.copyfile(small_model(), model)
-    request = texts.request(prompt, question)
-
-    def serve() -> Peer:
-        return Peer(model, PEER_CONTEXT, slots, tuned=True)
-
-    with serve() as peer:
-        peer.save(texts.prefix(prompt), "kept.bin")
-        yield _fact(
-            "calls to make one cache",
-            theirs,
-            peer.calls,
-            "prefill, save; its file's name is the user's",
-        )
-        yield _fact("calls to make one cache", "rkcached", 0, "the prompt's file in the manifest")
-        first = peer.calls
-        peer.ask(request, 1, restore="kept.bin")
-        yield _fact(
-            "calls for a warm answer", theirs, peer.calls - first, "restore a named file, ask"
-        )
-        yield _fact(
-            "calls for a warm answer", "rkcached", 1, "names the prompt, or just sends its text"
-        )
-        peer.restore("kept.bin")
-        answer = peer.ask(texts.request(prompt, question, system=edited), 1)
-        note = f"of {tokens:,} tokens reused: slow, and nothing says so; save again by hand"
-        yield _fact("after an edit of the prompt", theirs, answer.last("timings")["cache_n"], note)
-    with serve() as peer:
-        answer = peer.ask(request, 1)
-        yield _fact(
-            f"first answer after a restart, reused of {tokens}",
-            theirs,
-            answer.last("timings")["cache_n"],
-            "no restore",
-        )
-        answer = peer.ask(request, 1, restore="kept.bin")
-        yield _fact("  restored by hand", theirs, answer.last("timings")["cache_n"], "2 calls")
-
-    good = (slots / "kept.bin").read_bytes()
-    for name, damage in (("cut in half", _cut), ("one byte changed", _change_byte)):
-        (slots / "damaged.bin").write_bytes(good)
-        damage(slots / "damaged.bin")
-        with serve() as peer:
-            try:
-                answer = peer.ask(request, 1, restore="damaged.bin")
-            except DaemonUnreachable as error:
-                end = peer.death() or error.message
-                yield _fact(f"the file {name}", theirs, 0, f"the server {end}")
-            except RkcachedError as error:
-                yield _fact(f"the file {name}", theirs, 0, f"refused: {error.message[:80]}")
-            else:
-                yield _fact(
-                    f"the file {name}",
-                    theirs,
-                    answer.last("timings")["cache_n"],
-                    "tokens reused, nothing is said",
-                )
-    _change_weights(model)
-    with serve() as peer:
-        answer = peer.ask(request, 1, restore="kept.bin")
-        note = "tokens reused: the old model's state under the new one, and nothing is said"
-        yield _fact(
-            "after other weights in the model file", theirs, answer.last("timings")["cache_n"], note
-        )
-    model.unlink()
-
-
-def _fact(name: str, who: str, value: float, note: str) -> Figure:
-    return Figure(part="peers", name=f"{name}: {who}", value=value, unit="", note=note)
-
-
-def _cached_again(daemon: Daemon, prompt: str, question: str) -> int:
-    """The tokens that the first answer from a cache reuses."""
-    started = time.perf_counter()
-    while time.perf_counter() - started < NOTICE_S:
-        report = ask_daemon(daemon, f"{MODEL}/{prompt}", question).report
-        if report["state"] == "hit":
-            return int(report["cached_tokens"])
-        time.sleep(0.05)
-    raise BenchError(f"{prompt} was not cached again within {NOTICE_S:.0f} s")
+        yield fact(_WEIGHTS, ask(), note)
 
 
 def _noticed(daemon: Daemon, change: Callable[[], object]) -> float:
@@ -400,13 +286,70 @@ def _noticed(daemon: Daemon, change: Callable[[], object]) -> float:
     before = [prompt["artifact"]["fingerprint"] for prompt in daemon.status()["prompts"]]
     started = time.perf_counter()
     change()
-    while time.perf_counter() - started < NOTICE_S:
-        status = daemon.status()
-        now = [prompt.get("artifact", {}).get("fingerprint") for prompt in status["prompts"]]
-        if now != before and {prompt["state"] for prompt in status["prompts"]} == {"fresh"}:
-            return time.perf_counter() - started
-        time.sleep(0.05)
-    raise BenchError(f"a change was not noticed within {NOTICE_S:.0f} s{daemon.last_words()}")
+
+    def is_done(status: dict[str, Any]) -> bool:
+        prompts = status["prompts"]
+        now = [prompt.get("artifact", {}).get("fingerprint") for prompt in prompts]
+        return now != before and {prompt["state"] for prompt in prompts} == {"fresh"}
+
+    next(filter(is_done, daemon.statuses(every_s=0.05, timeout_s=NOTICE_S)))
+    return time.perf_counter() - started
+
+
+def _facts_of_peer(workspace: Workspace, texts: _Texts) -> Iterator[Figure]:
+    slots = workspace.root / "slots"
+    tokens = texts.tokens[_PROMPT]
+    request = texts.request(_PROMPT, _QUESTION)
+    model = workspace.root / "swapped.gguf"
+    shutil.copyfile(small_model(), model)
+
+    def fact(name: str, value: int, note: str) -> Figure:
+        return _fact(name, "llama.cpp's server", value, note)
+
+    def serve() -> Peer:
+        return Peer(model, PEER_CONTEXT, slots, tuned=True)
+
+    with serve() as peer:
+        peer.save(texts.prefix(_PROMPT), "kept.bin")
+        yield _fact(_ONE_CACHE, OURS, 0, "the prompt's file in the manifest")
+        yield fact(_ONE_CACHE, peer.calls, "prefill, save; its file's name is the user's")
+        first = peer.calls
+        peer.ask(request, 1, restore="kept.bin")
+        yield _fact(_WARM_ANSWER, OURS, 1, "names the prompt, or just sends its text")
+        yield fact(_WARM_ANSWER, peer.calls - first, "restore a named file, ask")
+        peer.restore("kept.bin")
+        edited = texts.request(_PROMPT, _QUESTION, system=_edit(texts.system(_PROMPT)))
+        note = f"of {tokens:,} tokens reused: slow, and nothing says so; save again by hand"
+        yield fact(_EDITED, _reused(peer.ask(edited, 1)), note)
+
+    with serve() as peer:
+        yield fact(_RESTARTED, _reused(peer.ask(request, 1)), "no restore")
+        answer = peer.ask(request, 1, restore="kept.bin")
+        yield fact("restored by hand", _reused(answer), "tokens reused, 2 calls")
+
+    for name, damage in _DAMAGES.items():
+        shutil.copyfile(slots / "kept.bin", slots / "damaged.bin")
+        damage(slots / "damaged.bin")
+        with serve() as peer:
+            try:
+                answer = peer.ask(request, 1, restore="damaged.bin")
+            except DaemonUnreachable as error:
+                yield fact(name, 0, f"the server {peer.death() or error.message}")
+            except RkcachedError as error:
+                yield fact(name, 0, f"refused: {error.message[:80]}")
+            else:
+                yield fact(name, _reused(answer), "tokens reused, nothing is said")
+
+    _change_weights(model)
+    with serve() as peer:
+        answer = peer.ask(request, 1, restore="kept.bin")
+        note = "tokens reused: the old model's state under the new one, and nothing is said"
+        yield fact(_WEIGHTS, _reused(answer), note)
+    model.unlink()
+
+
+def _edit(system: str) -> str:
+    return f"Edited. {system}"
 
 
 def _cut(path: Path) -> None:
@@ -418,6 +361,9 @@ def _change_byte(path: Path) -> None:
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 0xFF
     path.write_bytes(data)
+
+
+_DAMAGES = {"the file cut in half": _cut, "the file one byte changed": _change_byte}
 
 
 def _change_weights(path: Path) -> None:

@@ -10,16 +10,15 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import psutil
 from _daemon import BenchError, Daemon, busy_ns
-from _results import Figure, Target, of_median
+from _figures import Figure, of_median
 from _workspaces import Bench, many
 
 from rkcached.cli.launcher import Workspace
-from rkcached.reconcile.wake import SETTLE_S
 
 PROMPTS = (10, 100, 1000, 10_000)
 MODELS = (1, 4, 16)
@@ -30,14 +29,12 @@ LINE_TIMEOUT_S = 60
 QUIET_S = 0.5
 """A daemon that used no CPU for this long has finished what it was asked to do."""
 
-_AIMED_AT = max(PROMPTS)
-
 
 def measure_scale(bench: Bench) -> list[Figure]:
-    """Each size over each number of models. The aims hold for the largest."""
+    """Each number of models over each size. The aims hold for the largest."""
     figures: list[Figure] = []
-    for prompts in PROMPTS:
-        for models in MODELS:
+    for models in MODELS:
+        for prompts in PROMPTS:
             if prompts < models:
                 continue
             bench.say(f"{prompts:,} prompts over {models}")
@@ -47,13 +44,6 @@ def measure_scale(bench: Bench) -> list[Figure]:
     return figures
 
 
-@dataclass(slots=True, kw_only=True)
-class _Pass:
-    wall_ms: float
-    cpu_ms: float
-    read_bytes: int
-
-
 class _Size:
     """One number of prompts over one number of models."""
 
@@ -61,7 +51,10 @@ class _Size:
         self._bench = bench
         self._workspace = workspace
         self._prompts = prompts
-        self._name = f"{prompts:,} over {models}"
+        table = "1 model" if models == 1 else f"{models} models"
+        place = {"part": "scale", "table": table, "column": f"{prompts:,} prompts"}
+        self._figure = partial(Figure, **place)
+        self._median = partial(of_median, **place)
 
     def measure(self) -> list[Figure]:
         return [*self._built(), *self._restarted()]
@@ -71,60 +64,47 @@ class _Size:
         with Daemon(self._workspace) as daemon:
             _Log(daemon).wait(" ready ")
             first_plan_s = time.perf_counter() - daemon.started
-            while sum(1 for _ in self._sidecars()) < self._prompts:
-                daemon.check_alive()
-                if time.perf_counter() - daemon.started > BUILD_ALL_TIMEOUT_S:
-                    raise BenchError(
-                        f"not all built after {BUILD_ALL_TIMEOUT_S} s{daemon.last_words()}"
-                    )
-                time.sleep(0.2)
+            daemon.wait_built(self._prompts, timeout_s=BUILD_ALL_TIMEOUT_S)
             daemon.wait_fresh()
             build_all_s = time.perf_counter() - daemon.started - first_plan_s
-        yield self._figure("start to the first plan", first_plan_s, "s")
-        yield self._figure("build of all", build_all_s, "s")
-        yield self._figure("  each", build_all_s / self._prompts * 1000, "ms")
+        each_ms = build_all_s / self._prompts * 1000
+        yield self._figure(name="start to the first plan", value=first_plan_s, unit="s")
+        yield self._figure(name="build of all", value=build_all_s, unit="s")
+        yield self._figure(name="  each", value=each_ms, unit="ms")
 
     def _restarted(self) -> Iterator[Figure]:
         """The second start, on the filled store: passes with nothing to do, then edits."""
+        aim = self._aim
         with Daemon(self._workspace) as daemon:
             log = _Log(daemon)
             log.wait(" ready ")
-            yield self._figure("restart to ready", time.perf_counter() - daemon.started, "s")
+            ready_s = time.perf_counter() - daemon.started
             daemon.wait_fresh()
-            yield self._figure(
-                "restart to all seen fresh", time.perf_counter() - daemon.started, "s"
-            )
+            fresh_s = time.perf_counter() - daemon.started
             _wait_quiet(daemon.pid)
             passes = [_nothing_to_do(daemon) for _ in range(self._bench.runs)]
-            memory = psutil.Process(daemon.pid).memory_info().rss
+            wall_ms, cpu_ms, read_bytes = zip(*passes, strict=True)
+            memory = psutil.Process(daemon.pid).memory_info().rss / 1e6
             watches, descriptors = _watches(daemon.pid)
-            planned, published = zip(
-                *(self._edit(daemon, log, turn) for turn in range(EDITS)), strict=True
-            )
-            most = _status_bytes(daemon.pid, "VmHWM")
-        yield self._median(
-            "nothing to do: SIGHUP to rest", [p.wall_ms for p in passes], "ms", limit=1000
-        )
-        yield self._median("  CPU", [p.cpu_ms for p in passes], "ms")
-        yield self._median(
-            "  bytes read",
-            [float(p.read_bytes) for p in passes],
-            "B",
-            note="rchar; nothing is hashed anew",
-        )
-        yield self._median(
-            "edit to its build started",
-            planned,
-            "ms",
-            limit=300,
-            note=f"{SETTLE_S * 1000:.0f} settle",
-        )
-        yield self._median("edit to published", published, "ms")
-        yield self._figure(
-            "resident memory", memory / 1e6, "MB", limit=150, note=f"peak {most / 1e6:.0f}"
-        )
-        yield self._figure("inotify watches", watches, "")
-        yield self._figure("descriptors", descriptors, "")
+            edits = [self._edit(daemon, log, turn) for turn in range(EDITS)]
+            planned, published = zip(*edits, strict=True)
+            peak = _peak_mb(daemon.pid)
+        yield self._figure(name="restart to ready", value=ready_s, unit="s")
+        yield self._figure(name="restart to all seen fresh", value=fresh_s, unit="s")
+        name = "nothing to do: SIGHUP to rest"
+        yield self._median(name=name, samples=wall_ms, unit="ms", aim=aim(1000))
+        yield self._median(name="  CPU", samples=cpu_ms, unit="ms")
+        yield self._median(name="  bytes read", samples=read_bytes, unit="B")
+        name = "edit to its build started"
+        yield self._median(name=name, samples=planned, unit="ms", aim=aim(300))
+        yield self._median(name="edit to published", samples=published, unit="ms")
+        yield self._figure(name="resident memory", value=memory, unit="MB", aim=aim(150))
+        yield self._figure(name="  at its peak", value=peak, unit="MB")
+        yield self._figure(name="inotify watches", value=watches, unit="")
+        yield self._figure(name="descriptors", value=descriptors, unit="")
+
+    def _aim(self, limit: float) -> float | None:
+        return limit if self._prompts == max(PROMPTS) else None
 
     def _edit(self, daemon: Daemon, log: _Log, turn: int) -> tuple[float, float]:
         """Save a prompt; milliseconds to the build that follows, and to its commit record."""
@@ -144,38 +124,6 @@ class _Size:
         published = time.perf_counter()
         _wait_quiet(daemon.pid)
         return (planned - started) * 1000, (published - started) * 1000
-
-    def _sidecars(self) -> Iterator[str]:
-        for folder in self._workspace.store.glob("model*"):
-            yield from (path.name for path in folder.glob("prompt*.json"))
-
-    def _figure(
-        self, name: str, value: float, unit: str, *, limit: float | None = None, note: str = ""
-    ) -> Figure:
-        return Figure(
-            part="scale",
-            name=f"{self._name}: {name}",
-            value=value,
-            unit=unit,
-            target=self._target(limit),
-            note=note,
-        )
-
-    def _median(
-        self,
-        name: str,
-        samples: list[float] | tuple[float, ...],
-        unit: str,
-        *,
-        limit: float | None = None,
-        note: str = "",
-    ) -> Figure:
-        return of_median(
-            "scale", f"{self._name}: {name}", samples, unit, target=self._target(limit), note=note
-        )
-
-    def _target(self, limit: float | None) -> Target | None:
-        return None if limit is None or self._prompts < _AIMED_AT else Target(limit=limit)
 
 
 class _Log:
@@ -202,17 +150,19 @@ class _Log:
         raise BenchError(f"the log does not say{words}{self._daemon.last_words()}")
 
 
-def _nothing_to_do(daemon: Daemon) -> _Pass:
-    """Time a pass without work: it logs nothing, so its end is read off the CPU time."""
-    read, before = _io_bytes(daemon.pid, "rchar"), busy_ns(daemon.pid)
+def _nothing_to_do(daemon: Daemon) -> tuple[float, float, float]:
+    """Milliseconds, those of the CPU, and bytes read of a pass without work.
+
+    It logs nothing, so its end is read off the CPU time.
+    """
+    process = psutil.Process(daemon.pid)
+    read = process.io_counters().read_chars
+    before = busy_ns(daemon.pid)
     started = time.perf_counter()
     daemon.hang_up()
     last, ended = _wait_quiet(daemon.pid)
-    return _Pass(
-        wall_ms=(ended - started) * 1000,
-        cpu_ms=(last - before) / 1e6,
-        read_bytes=_io_bytes(daemon.pid, "rchar") - read,
-    )
+    read_bytes = process.io_counters().read_chars - read
+    return (ended - started) * 1000, (last - before) / 1e6, float(read_bytes)
 
 
 def _wait_quiet(pid: int) -> tuple[int, float]:
@@ -234,14 +184,7 @@ def _watches(pid: int) -> tuple[int, int]:
     return sum(info.read_text().count("inotify wd:") for info in infos), len(infos)
 
 
-def _io_bytes(pid: int, name: str) -> int:
-    return next(
-        int(line.split()[1])
-        for line in Path(f"/proc/{pid}/io").read_text().splitlines()
-        if name in line
-    )
-
-
-def _status_bytes(pid: int, name: str) -> int:
-    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name))
+def _peak_mb(pid: int) -> float:
+    """The most memory that was resident at once (proc(5))."""
+    words = Path(f"/proc/{pid}/status").read_text().split()
+    return int(words[words.index("VmHWM:") + 1]) * 1024 / 1e6

@@ -12,7 +12,7 @@ from typing import Any
 
 import psutil
 from _daemon import BenchError, Daemon, busy_ns
-from _results import Figure, Target, of_median
+from _figures import Figure, of_median
 from _workspaces import PROMPTS, Bench, llama
 
 from rkcached.cli.demo.runner import MODEL
@@ -40,17 +40,11 @@ def measure_edit(bench: Bench) -> list[Figure]:
             builds.append(build_ms)
             rest.append(total_ms - build_ms)
         _edit(daemon, source, original)
+    note = f"at most {max(rest):.0f}"
     return [
         of_median("edit", "edit to published", totals, "ms"),
         of_median("edit", "of that, the build", builds, "ms"),
-        of_median(
-            "edit",
-            "  the rest",
-            rest,
-            "ms",
-            target=Target(limit=500),
-            note=f"at most {max(rest):.0f}",
-        ),
+        of_median("edit", "  the rest", rest, "ms", aim=500, note=note),
     ]
 
 
@@ -97,50 +91,15 @@ def measure_idle(bench: Bench) -> list[Figure]:
         if process.children() or any(model["pid"] for model in status["models"]):
             raise BenchError("a model is loaded though nothing was to build")
         time.sleep(IDLE_SETTLE_S)
-        busy, before, started = busy_ns(daemon.pid), process.cpu_times(), time.perf_counter()
-        switches = _switches(process)
+        busy = busy_ns(daemon.pid)
+        started = time.perf_counter()
         time.sleep(bench.idle_s)
-        own, after = (busy_ns(daemon.pid) - busy) / 1e9, process.cpu_times()
+        own_s = (busy_ns(daemon.pid) - busy) / 1e9
         seconds = time.perf_counter() - started
-        wakes = (_switches(process) - switches) / seconds
-        full = process.memory_full_info()
-    children = (
-        after.children_user + after.children_system - before.children_user - before.children_system
-    )
-    note = (
-        f"{own:.3f} s in {seconds:.0f} s, children {children:z.2f} s; {wakes:.1f} wake-ups a second"
-    )
+        memory = process.memory_info().rss / 1e6
+    percent = own_s / seconds * 100
+    note = f"{own_s:.3f} s in {seconds:.0f} s"
     return [
-        Figure(
-            part="idle",
-            name="CPU of one core",
-            value=own / seconds * 100,
-            unit="%",
-            target=Target(limit=0.5),
-            note=note,
-        ),
-        Figure(
-            part="idle",
-            name="resident memory (RSS)",
-            value=full.rss / 1e6,
-            unit="MB",
-            target=Target(limit=80),
-        ),
-        Figure(
-            part="idle",
-            name="proportional memory (PSS)",
-            value=full.pss / 1e6,
-            unit="MB",
-            note="no worker",
-        ),
+        Figure(part="idle", name="CPU of one core", value=percent, unit="%", aim=0.5, note=note),
+        Figure(part="idle", name="resident memory (RSS)", value=memory, unit="MB", aim=80),
     ]
-
-
-def _switches(process: psutil.Process) -> int:
-    """Voluntary context switches of all threads: how often the process was woken."""
-    total = 0
-    for task in Path(f"/proc/{process.pid}/task").iterdir():
-        for line in (task / "status").read_text().splitlines():
-            if line.startswith("voluntary_ctxt_switches"):
-                total += int(line.split()[1])
-    return total

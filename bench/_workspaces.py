@@ -81,28 +81,14 @@ def peers(root: Path) -> Workspace:
         (root / "prompts" / f"{name}.md").write_text(
             " ".join(words[: round(tokens * _WORDS_PER_TOKEN)]) + "\n"
         )
-    params = {"max_context_len": PEER_CONTEXT, "max_new_tokens": 64, "temperature": 0.0}
-    prompts = {name: f"prompts/{name}.md" for name in PEER_TOKENS}
-    model = {"path": "model.gguf", "chat_template": "chatml", "params": params, "prompts": prompts}
-    return _made(
-        root, json.dumps({"version": 1, "engine": {"kind": "llamacpp"}, "models": {"small": model}})
-    )
+    return _made(root, _llama_manifest("model.gguf", *PEER_TOKENS))
 
 
 def alone(root: Path) -> Workspace:
     """SmolLM2-135M with a context of 4,096 tokens and one short prompt."""
     (root / "prompts").mkdir(parents=True)
     (root / "prompts/short.md").write_text(f"{_LINE}.\n")
-    params = {"max_context_len": PEER_CONTEXT, "max_new_tokens": 64, "temperature": 0.0}
-    model: dict[str, Any] = {
-        "path": str(small_model()),
-        "chat_template": "chatml",
-        "params": params,
-    }
-    model["prompts"] = {"short": "prompts/short.md"}
-    return _made(
-        root, json.dumps({"version": 1, "engine": {"kind": "llamacpp"}, "models": {"small": model}})
-    )
+    return _made(root, _llama_manifest(str(small_model()), "short"))
 
 
 def many(root: Path, prompts: int, models: int) -> Workspace:
@@ -134,8 +120,18 @@ def _made(root: Path, manifest: str) -> Workspace:
     return workspace
 
 
-def _memory_manifest(models: Mapping[str, Mapping[str, Any]], **others: Any) -> str:
+def _llama_manifest(path: str, *prompts: str) -> str:
     """JSON is YAML."""
+    model = {
+        "path": path,
+        "chat_template": "chatml",
+        "params": {"max_context_len": PEER_CONTEXT, "max_new_tokens": 64, "temperature": 0.0},
+        "prompts": {name: f"prompts/{name}.md" for name in prompts},
+    }
+    return json.dumps({"version": 1, "engine": {"kind": "llamacpp"}, "models": {"small": model}})
+
+
+def _memory_manifest(models: Mapping[str, Mapping[str, Any]], **others: Any) -> str:
     params = {"max_context_len": 16384, "max_new_tokens": 64, "temperature": 0.0}
     whole = {
         name: {"path": f"{name}.json", "params": params, **model} for name, model in models.items()

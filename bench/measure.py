@@ -16,14 +16,13 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import NoReturn
 
 from _clients import measure_clients
 from _daemon import BenchError
+from _figures import Figure, document, is_quiet, machine, print_tables
 from _gain import measure_share, measure_sweep, measure_ttft
 from _peers import measure_peers
 from _pictures import draw_scale
-from _results import Figure, document, machine, print_table
 from _rkllm import measure_rkllm
 from _scale import measure_scale
 from _upkeep import measure_edit, measure_idle
@@ -32,7 +31,8 @@ from rich.console import Console
 
 from rkcached.errors import RkcachedError
 
-FILE_COLUMNS = 160
+FILE_COLUMNS = 1000
+"""Enough for the longest row: the tables of a file are Markdown, which has no second line."""
 
 _say = Console(stderr=True, highlight=False).print
 
@@ -72,11 +72,12 @@ def main() -> int:
     options = parser.parse_args()
     if options.runs < 1:
         parser.error("--runs is at least 1")
-    signal.signal(signal.SIGTERM, _leave)
+    # SIGTERM unwinds as Ctrl-C does, so that daemons and workspaces go.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     facts = machine()
-    if not facts["quiet_at_start"]:
+    if not is_quiet(facts):
         _say(
-            f"load average {facts['load_average_at_start'][0]:.2f}: others use this machine, do "
+            f"load average {facts['load_average']:.2f}: others use this machine, do "
             "not trust the figures"
         )
     figures: list[Figure] = []
@@ -100,11 +101,8 @@ def main() -> int:
         draw_scale(figures, facts, options.pictures / "scale.svg")
     if options.json is not None:
         options.json.write_text(json.dumps(document(facts, figures), indent=1) + "\n")
-    print_table(
-        Console(highlight=False, width=None if sys.stdout.isatty() else FILE_COLUMNS),
-        facts,
-        figures,
-    )
+    width = None if sys.stdout.isatty() else FILE_COLUMNS
+    print_tables(Console(highlight=False, width=width), facts, figures)
     if failed:
         return 2
     return 1 if any(figure.met is False for figure in figures) else 0
@@ -112,11 +110,6 @@ def main() -> int:
 
 def _step(part: str, step: str) -> None:
     _say(f"{time.strftime('%H:%M:%S')} {part}: {step}", markup=False)
-
-
-def _leave(_number: int, _frame: object) -> NoReturn:
-    """SIGTERM unwinds as Ctrl-C does, so that daemons and workspaces go."""
-    raise KeyboardInterrupt
 
 
 if __name__ == "__main__":

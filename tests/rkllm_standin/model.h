@@ -18,7 +18,7 @@
 typedef struct {
     char arch[256], platform[256], fault[256], fault_file[256], fault_count_file[256], npu_file[256];
     int max_context, embd_size, prefill_tps, decode_tps, load_ms, eos_after, abort_ms;
-    int saves, callback_thread, null_text, waiting, abort_breaks, noisy, pins;
+    int saves, callback_thread, null_text, waiting, stamps, abort_breaks, noisy, pins;
 } Model;
 
 /* Name and default. A WORD is one of two words, the first meaning 0, the second 1. */
@@ -42,6 +42,7 @@ static const struct {
     WORD(callback_thread, "caller", "own", "caller"),   /* own: callbacks come from a second thread */
     WORD(null_text, "no", "yes", "no"),                 /* yes: special tokens come as NORMAL without text */
     WORD(waiting, "empty", "bytes", "empty"),           /* the text of WAITING callbacks */
+    WORD(stamps, "no", "yes", "no"),                    /* yes: each text is the microsecond of its callback */
     NUMBER(eos_after, "0"),                             /* new tokens until a run finishes, 0 = never */
     NUMBER(abort_ms, "0"),                              /* how late an abort takes effect */
     WORD(abort_breaks, "no", "yes", "yes"),             /* yes: after an aborted save-run, run and load crash */

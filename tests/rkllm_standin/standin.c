@@ -432,6 +432,7 @@ static bool generate(Run *run, int limit, bool greedy)
     Handle *h = run->h;
     const char *rest = ""; /* bytes to come of a character that has begun */
     char begun[8] = "";    /* bytes of it that have come */
+    char stamp[24];
     while (!aborted(h) && h->n_kv < h->param.max_context_len) {
         int made = run->n_generated;
         bool eos = h->model.eos_after > 0 && made >= h->model.eos_after;
@@ -460,6 +461,10 @@ static bool generate(Run *run, int limit, bool greedy)
         bool waiting = rest && *rest;
         const char *text = !rest || (waiting && !h->model.waiting) ? NULL : begun;
         rest = rest ? rest : "";
+        if (text && h->model.stamps) {
+            snprintf(stamp, sizeof stamp, "%lld", now_us());
+            text = stamp;
+        }
         if (call_back(run, text, token, waiting ? RKLLM_RUN_WAITING : RKLLM_RUN_NORMAL) == 1)
             return false;
         if (run->n_generated == 3 && fault(&h->model, "token3") != 0) {
