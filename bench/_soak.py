@@ -15,7 +15,6 @@ import contextlib
 import http.client
 import json
 import math
-import os
 import random
 import threading
 import time
@@ -28,7 +27,6 @@ from typing import Any
 import psutil
 from _daemon import Daemon
 
-from rkcached.cli.launcher import Workspace
 from rkcached.engines.base import Sampling
 from rkcached.engines.memory import expected_text
 from rkcached.errors import DaemonUnreachable, RequestError
@@ -51,6 +49,7 @@ KEPT_REFERENCES = 500
 TOKENS = 12
 GREEDY: dict[str, Any] = {"temperature": 0, "repeat_penalty": 1.0, "max_tokens": TOKENS}
 QUESTIONS = ("Who are you?", "Who are you? Repeat your first sentence.")
+PROMPTS = ("first", "second")
 KINDS = ("chat", "chat", "chat", "tools", "completion")
 
 # A request may end with these errors when its worker was killed.
@@ -105,9 +104,7 @@ class Site:
     """A daemon, the texts that its prompts had, and what was counted."""
 
     name: str
-    workspace: Workspace
     daemon: Daemon
-    model: str
     write_manifest: Callable[[int], str]
     """The manifest's text; its number makes variants that differ in what they cost."""
     text: Callable[[str, int], str]
@@ -117,7 +114,6 @@ class Site:
     pause."""
     memory_model: bytes = b""
     """The model file, if this is the memory engine."""
-    prompts: tuple[str, ...] = ("first", "second")
     counts: Counter[str] = field(default_factory=Counter)
     failures: Counter[str] = field(default_factory=Counter)
     wrong: list[str] = field(default_factory=list)
@@ -128,17 +124,24 @@ class Site:
 
     # What changes
 
+    def restore(self, timeout_s: float) -> None:
+        """Give every prompt another text, and wait until all is fresh. Errors: as `settle`."""
+        for prompt in PROMPTS:
+            self.edit(prompt)
+        self.declare(1)
+        self.settle(timeout_s)
+
     def edit(self, prompt: str) -> None:
         """Give a prompt another text, as editors do: write beside, rename over."""
         self._edits += 1
         text = self.text(prompt, self._edits)
         with self._lock:
             self._texts.setdefault(prompt, []).append((time.monotonic(), text))
-        _replace(self.workspace.root / f"{prompt}.md", text + "\n")
+        replace(self.daemon.workspace.root / f"{prompt}.md", f"{text}\n".encode())
         self.counts["edits"] += 1
 
     def declare(self, variant: int) -> None:
-        _replace(self.workspace.manifest, self.write_manifest(variant))
+        replace(self.daemon.workspace.manifest, self.write_manifest(variant).encode())
         self.counts["reloads"] += 1
 
     def disturb(self, chance: random.Random) -> None:
@@ -149,13 +152,14 @@ class Site:
             case "kill":
                 self._kill(chance)
             case "edit":
-                self.edit(chance.choice(self.prompts))
+                self.edit(chance.choice(PROMPTS))
             case "touch":
-                (self.workspace.root / f"{chance.choice(self.prompts)}.md").touch()
+                (self.daemon.workspace.root / f"{chance.choice(PROMPTS)}.md").touch()
             case "declare":
                 self.declare(chance.randrange(1000))
             case "break":
-                _replace(self.workspace.manifest, "version: 1\nmodels: {m: {path: [}}\n")
+                broken = b"version: 1\nmodels: {m: {path: [}}\n"
+                replace(self.daemon.workspace.manifest, broken)
             case _:
                 self.daemon.hang_up()
 
@@ -175,20 +179,18 @@ class Site:
 
     def ask(self, chance: random.Random) -> None:
         """One request of some kind, and the check of its answer."""
-        kind, prompt, question = (
-            chance.choice(KINDS),
-            chance.choice(self.prompts),
-            chance.choice(QUESTIONS),
-        )
-        stream, cold = chance.random() < 0.6, chance.random() < 0.1
+        kind = chance.choice(KINDS)
+        prompt = chance.choice(PROMPTS)
+        question = chance.choice(QUESTIONS)
+        stream = chance.random() < 0.6
+        cold = chance.random() < 0.1
         asked = time.monotonic()
         text = self._possible(prompt, asked)[-1] if kind == "completion" else None
+        request = self._request(kind, prompt, question, text, stream=stream, cold=cold)
         if chance.random() < 0.08:
-            self._leave(
-                self._request(kind, prompt, question, text, stream=stream, cold=cold), chance
-            )
+            self._leave(*request, chance)
             return
-        reply = self._send(*self._request(kind, prompt, question, text, stream=stream, cold=cold))
+        reply = self._send(*request)
         texts = [text] if text is not None else self._possible(prompt, asked)
         self.counts["requests"] += 1
         self.counts["clean failures" if reply.failure else reply.report["state"]] += 1
@@ -211,8 +213,8 @@ class Site:
             return Reply(text=expected_text(self.memory_model, rendered(text, question), _SAMPLING))
         key = (kind, text, question)
         while key not in self._references:
-            target, body = self._request(kind, "", question, text, stream=False, cold=True)
-            reply = self._send(target, body)
+            request = self._request(kind, "", question, text, stream=False, cold=True)
+            reply = self._send(*request)
             if not reply.failure:
                 self._references[key] = reply
             if len(self._references) > KEPT_REFERENCES:  # the memory engine's texts never end
@@ -256,14 +258,14 @@ class Site:
             assert text is not None
             return "/v1/completions", {
                 **body,
-                "model": self.model,
+                "model": "m",
                 "prompt": rendered(text, question),
             }
         messages = [{"role": "user", "content": question}]
         if text is None:
-            body["model"] = f"{self.model}/{prompt}"
+            body["model"] = f"m/{prompt}"
         else:
-            body["model"] = self.model
+            body["model"] = "m"
             messages.insert(0, {"role": "system", "content": text})
         if kind == "tools":
             body["tools"] = [_TOOL]
@@ -287,10 +289,9 @@ class Site:
                 raise WrongAnswerError(f"the connection ended: {error}") from error
         return _read_chunks(chunks, failure)
 
-    def _leave(self, request: tuple[str, dict[str, Any]], chance: random.Random) -> None:
+    def _leave(self, target: str, body: dict[str, Any], chance: random.Random) -> None:
         """A client that goes away, before or in the middle of its answer."""
-        target, body = request
-        connection = UnixConnection(self.workspace.socket)
+        connection = UnixConnection(self.daemon.workspace.socket)
         with contextlib.suppress(OSError, http.client.HTTPException):
             connection.request("POST", target, json.dumps(body | {"max_tokens": 200}))
             if body["stream"]:
@@ -340,12 +341,8 @@ class Site:
     def note_status(self) -> None:
         status = self.daemon.status()
         self.counts["builds"] = status["reconcile"]["builds"]
-        self.counts["restarts"] = self.workspace.log.read_text(errors="replace").count(
-            " worker died "
-        )
-        self.counts["prompts seen quarantined"] += sum(
-            p["state"] == "quarantined" for p in status["prompts"]
-        )
+        log = self.daemon.workspace.log.read_text(errors="replace")
+        self.counts["restarts"] = log.count(" worker died ")
 
 
 def rendered(text: str, question: str) -> str:
@@ -409,7 +406,9 @@ def _read_chunks(chunks: list[dict[str, Any]], failure: str) -> Reply:
     return Reply(text=text, tokens=tokens, report=report, failure=failure)
 
 
-def _replace(path: Path, text: str) -> None:
+def replace(path: Path, data: bytes) -> None:
+    """As editors do; a folder that is not there is made."""
+    path.parent.mkdir(exist_ok=True)
     beside = path.with_name(f".{path.name}.new")
-    beside.write_text(text)
-    os.replace(beside, path)  # noqa: PTH105
+    beside.write_bytes(data)
+    beside.replace(path)

@@ -10,6 +10,7 @@ by itself, and the daemons must hold what they held after warming up.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import random
 import secrets
@@ -18,13 +19,14 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import msgspec
 from _daemon import Daemon
-from _soak import QUESTIONS, Site, WrongAnswerError
+from _soak import PROMPTS, QUESTIONS, Site, WrongAnswerError, replace
 from rich.console import Console
 from rich.table import Table
 
@@ -129,13 +131,15 @@ def main() -> int:
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write what was counted to FILE")
     options = parser.parse_args()
-    signal.signal(signal.SIGTERM, _leave)
+    # SIGTERM unwinds as Ctrl-C does, so that daemons and workspaces go.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     _console.print(f"seed {options.seed}, {options.minutes:g} min")
-    with tempfile.TemporaryDirectory(prefix="rkcached-soak-") as root:
-        real, memory = _real(Path(root) / "real"), _memory(Path(root) / "memory")
-        with Daemon(real) as real_daemon, Daemon(memory) as memory_daemon:
-            sites = [_real_site(real, real_daemon), _memory_site(memory, memory_daemon)]
-            document = _soak(sites, options)
+    with (
+        tempfile.TemporaryDirectory(prefix="rkcached-soak-") as root,
+        _real(Path(root) / "real") as real,
+        _memory(Path(root) / "memory") as memory,
+    ):
+        document = _soak([real, memory], options)
     _print_table(document)
     if options.json is not None:
         options.json.write_text(json.dumps(document, indent=1) + "\n")
@@ -149,10 +153,7 @@ def _soak(sites: list[Site], options: argparse.Namespace) -> dict[str, Any]:
     problems: list[str] = []
     for site in sites:
         site.daemon.wait_fresh()
-        for prompt in site.prompts:
-            site.edit(prompt)
-        site.declare(1)
-        site.settle(SETTLE_S)
+        site.restore(SETTLE_S)
     _warm_up(sites, options.seed)
     before = {site.name: site.held() for site in sites}
     started = time.monotonic()
@@ -167,10 +168,7 @@ def _soak(sites: list[Site], options: argparse.Namespace) -> dict[str, Any]:
     took_s = time.monotonic() - started
     for site in sites:
         try:
-            for prompt in site.prompts:
-                site.edit(prompt)
-            site.declare(1)
-            site.settle(SETTLE_S)
+            site.restore(SETTLE_S)
             site.note_status()
             site.ask(random.Random(options.seed))  # a worker that was killed last comes back
         except (RkcachedError, WrongAnswerError) as error:
@@ -179,29 +177,24 @@ def _soak(sites: list[Site], options: argparse.Namespace) -> dict[str, Any]:
     for site in sites:
         problems += [f"{site.name}: {wrong}" for wrong in site.wrong]
         problems += _leaks(site.name, before[site.name], after[site.name])
-    shown = {
-        site.name: {
-            "counts": dict(site.counts),
-            "failures": dict(site.failures),
+    shown = {}
+    for site in sites:
+        shown[site.name] = {
+            "counts": site.counts,
+            "failures": site.failures,
             "wrong": len(site.wrong),
             "start": before[site.name],
             "end": after[site.name],
         }
-        for site in sites
-    }
-    return {
-        "seed": options.seed,
-        "minutes": round(took_s / 60, 2),
-        "sites": shown,
-        "problems": problems,
-    }
+    minutes = round(took_s / 60, 2)
+    return {"seed": options.seed, "minutes": minutes, "sites": shown, "problems": problems}
 
 
 def _warm_up(sites: list[Site], seed: int) -> None:
     """Ask until nothing grows any more, and learn the real model's undisturbed answers."""
     real, memory = sites
     _console.print("asking the real model cold, for what is right ...", style="dim")
-    for prompt in real.prompts:
+    for prompt in PROMPTS:
         for number in range(_VERSIONS):
             for question in QUESTIONS:
                 for kind in ("chat", "tools", "completion"):
@@ -244,7 +237,7 @@ def _print_table(document: dict[str, Any]) -> None:
     for row in ROWS:
         table.add_row(
             "hits" if row == "hit" else row,
-            *(str(site["counts"].get(row, 0)) for site in sites.values()),
+            *(str(site["counts"][row]) for site in sites.values()),
         )
     table.add_row("wrong answers", *(str(site["wrong"]) for site in sites.values()))
     for what, unit in (("memory", " MB"), ("descriptors", ""), ("children", "")):
@@ -302,61 +295,47 @@ def _manifest(kind: str, path: str, variant: int) -> str:
         "kind": kind,
         "threads": 1,
     }  # with one for each core, a busy machine makes them wait for each other
-    models = {"m": {"path": path, "params": params, "prompts": prompts}}
+    model = {"path": path, "chat_template": "chatml", "params": params, "prompts": prompts}
     return f"# variant {variant}\n" + json.dumps(
-        {"version": 1, "engine": engine, "models": models}, indent=1
+        {"version": 1, "engine": engine, "models": {"m": model}}, indent=1
     )
 
 
-def _real(root: Path) -> Workspace:
-    return _made(root, _manifest("llamacpp", str(small_model()), 0))
+@contextlib.contextmanager
+def _real(root: Path) -> Iterator[Site]:
+    manifest = partial(_manifest, "llamacpp", str(small_model()))
+    with _daemon(root, manifest(0)) as daemon:
+        yield Site(
+            name="SmolLM2-135M",
+            daemon=daemon,
+            write_manifest=manifest,
+            text=_real_text,
+            pause_s=3.0,
+        )
 
 
-def _memory(root: Path) -> Workspace:
-    root.mkdir()
-    model = MemoryModel(prefill_us_per_token=50, decode_us_per_token=1000)
-    (root / "m.json").write_bytes(msgspec.json.encode(model))
-    return _made(root, _manifest("memory", "m.json", 0))
+@contextlib.contextmanager
+def _memory(root: Path) -> Iterator[Site]:
+    manifest = partial(_manifest, "memory", "m.json")
+    model = msgspec.json.encode(MemoryModel(prefill_us_per_token=50, decode_us_per_token=1000))
+    replace(root / "m.json", model)
+    with _daemon(root, manifest(0)) as daemon:
+        yield Site(
+            name="memory",
+            daemon=daemon,
+            write_manifest=manifest,
+            text=_memory_text,
+            pause_s=1.0,
+            memory_model=model,
+        )
 
 
-def _made(root: Path, manifest: str) -> Workspace:
-    root.mkdir(exist_ok=True)
+def _daemon(root: Path, manifest: str) -> Daemon:
+    for name in (*PROMPTS, "guest"):
+        replace(root / f"{name}.md", f"You are not here yet, {name}.\n".encode())
     workspace = Workspace.at(root)
-    workspace.manifest.write_text(manifest)
-    for name in ("first", "second", "guest"):
-        (root / f"{name}.md").write_text(f"You are not here yet, {name}.\n")
-    return workspace
-
-
-def _real_site(workspace: Workspace, daemon: Daemon) -> Site:
-    model = str(small_model())
-    return Site(
-        name="SmolLM2-135M",
-        workspace=workspace,
-        daemon=daemon,
-        model="m",
-        write_manifest=lambda variant: _manifest("llamacpp", model, variant),
-        text=_real_text,
-        pause_s=3.0,
-    )
-
-
-def _memory_site(workspace: Workspace, daemon: Daemon) -> Site:
-    return Site(
-        name="memory",
-        workspace=workspace,
-        daemon=daemon,
-        model="m",
-        write_manifest=lambda variant: _manifest("memory", "m.json", variant),
-        text=_memory_text,
-        pause_s=1.0,
-        memory_model=(workspace.root / "m.json").read_bytes(),
-    )
-
-
-def _leave(_number: int, _frame: object) -> NoReturn:
-    """SIGTERM unwinds as Ctrl-C does, so that daemons and workspaces go."""
-    raise KeyboardInterrupt
+    replace(workspace.manifest, manifest.encode())
+    return Daemon(workspace)
 
 
 if __name__ == "__main__":
