@@ -90,6 +90,7 @@ class Peer:
         restore_s = time.perf_counter() - started
         self.calls += 1
         answer = ask(self._client, body, "/v1/completions")
+        self._client.close()  # so does the server after a stream, but a moment later
         return replace(answer, moments=tuple(moment + restore_s for moment in answer.moments))
 
     def death(self) -> str:
