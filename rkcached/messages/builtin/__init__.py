@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
-from importlib import resources
+from pathlib import Path
 from types import MappingProxyType
 from typing import Final
 
@@ -108,8 +108,8 @@ class _Builtin(Mapping[str, str]):
 
 @cache
 def _source(pieces: tuple[str, ...]) -> str:
-    folder = resources.files(__name__)
-    return "".join(folder.joinpath(f"{piece}.jinja").read_text("utf-8") for piece in pieces)
+    folder = Path(__file__).parent
+    return "".join((folder / f"{piece}.jinja").read_text("utf-8") for piece in pieces)
 
 
 BUILTIN: Final[Mapping[str, str]] = _Builtin()
