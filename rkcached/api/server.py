@@ -63,17 +63,25 @@ SOCKET_MODE = 0o660
 ADMIN_MODE = 0o600
 
 
+OPTIONS = {
+    SOCKET_MODE: "--socket or RKCACHED_SOCKET",
+    ADMIN_MODE: "--admin-socket or RKCACHED_ADMIN_SOCKET",
+}
+"""What names the socket of a mode."""
+
+
 def open_socket(path: Path, mode: int = SOCKET_MODE) -> socket.socket:
     """Listen on a Unix socket at `path`. Errors: SocketError with the next step."""
+    option = OPTIONS[mode]
     length = len(os.fsencode(path))
     if length > MAX_PATH_BYTES:
         raise SocketError(
             f"the socket path has {length} bytes, the system allows {MAX_PATH_BYTES}: {path}",
-            hint="name a shorter one with --socket or RKCACHED_SOCKET",
+            hint=f"name a shorter one with {option}",
         )
     try:
         path.parent.mkdir(mode=0o750, parents=True, exist_ok=True)
-        _clear_stale(path)
+        _clear_stale(path, option)
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         listener.bind(str(path))
         path.chmod(mode)
@@ -81,7 +89,7 @@ def open_socket(path: Path, mode: int = SOCKET_MODE) -> socket.socket:
     except OSError as error:
         raise SocketError(
             f"cannot listen on {path}: {error.strerror}",
-            hint="choose another path with --socket or RKCACHED_SOCKET",
+            hint=f"choose another path with {option}",
         ) from error
     listener.setblocking(False)
     return listener
@@ -184,7 +192,7 @@ def _refusal(status: str, why: str, code: str) -> bytes:
     return "\r\n".join(head).encode() + b"\r\n\r\n" + body
 
 
-def _clear_stale(path: Path) -> None:
+def _clear_stale(path: Path, option: str) -> None:
     try:
         mode = path.lstat().st_mode
     except FileNotFoundError:
@@ -192,7 +200,7 @@ def _clear_stale(path: Path) -> None:
     if not stat.S_ISSOCK(mode):
         raise SocketError(
             f"{path} exists and is not a socket",
-            hint="remove that file, or choose another --socket",
+            hint=f"remove that file, or choose another path with {option}",
         )
 
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
@@ -208,7 +216,7 @@ def _clear_stale(path: Path) -> None:
             pass
     raise SocketError(
         f"another daemon listens on {path}",
-        hint="stop it, or choose another path with --socket or RKCACHED_SOCKET",
+        hint=f"stop it, or choose another path with {option}",
     )
 
 

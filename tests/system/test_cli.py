@@ -758,6 +758,20 @@ def test_socket_taken(two_prompts: Workspace) -> None:
     assert two_prompts.ask("m/a")["rkcached"]["state"] == "hit"
 
 
+def test_the_other_socket_taken(two_prompts: Workspace) -> None:
+    """The socket for changes lies beside the one that --socket names: its own option is named."""
+    other = ("--cache-dir", str(two_prompts.root / "other"))
+    beside = ("--socket", str(two_prompts.root / "other.sock"))
+    done = two_prompts.cli("run", *other, *beside, code=os.EX_CANTCREAT)
+    assert f"another daemon listens on {two_prompts.root / 'admin.sock'}" in done.stderr
+    assert "choose another path with --admin-socket or RKCACHED_ADMIN_SOCKET" in done.stderr
+    (two_prompts.root / "file").write_text("precious")
+    named = (*beside, "--admin-socket", str(two_prompts.root / "file"))
+    done = two_prompts.cli("run", *other, *named, code=os.EX_CANTCREAT)
+    assert "is not a socket" in done.stderr
+    assert "--admin-socket" in done.stderr
+
+
 def test_socket_stale_or_no_socket(workspace: Workspace) -> None:
     """A socket that nobody listens on is replaced; a file that is no socket is never touched."""
     workspace.memory_model()
