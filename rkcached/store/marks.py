@@ -123,6 +123,8 @@ def _who_else(names: list[str], root: Path) -> str:
     strangers = sorted(name for name in names if not _is_left_by_earlier(root, name, locked=locked))
     if not strangers:
         return ""
+    if strangers == [TAG]:
+        return f"its {TAG} is that of another program, whose cache it is"
     more = f" and {len(strangers) - 1:,} more" if len(strangers) > 1 else ""
     return f"it contains {strangers[0]!r}{more}, but not the {TAG} that marks a store"
 

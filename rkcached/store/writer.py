@@ -114,25 +114,13 @@ class Writer:
         """
         try:
             self.root.mkdir(mode=DIRECTORY_MODE, parents=True, exist_ok=True)
-            if why := marks.why_not_ours(self.root):
-                hint = "name an empty or a new folder with --cache-dir, "
-                hint += "or move what is not the store's out of this one"
-                raise StoreError(f"{self.root} is not taken as a store: {why}", hint=hint)
+            _check_ours(self.root)
 
             # Of the folder: on an overlay, its files have other numbers.
             device = self.root.stat().st_dev
             fd = os.open(self.root / marks.LOCK, _LOCK_FLAGS, disk.FILE_MODE)
         except OSError as error:
-            why, hint = disk.refusal(error, self.root)
-            if isinstance(error, FileExistsError | NotADirectoryError | PermissionError):
-                hint = "create it for this user, "
-                hint += "or name another one with --cache-dir or RKCACHED_CACHE_DIR"
-            elif error.errno == errno.ELOOP:
-                why, hint = f"{marks.LOCK} in it is a link", "remove the link"
-
-            raise StoreError(
-                f"the cache directory {self.root} cannot be written: {why}", hint=hint
-            ) from error
+            raise _unusable(self.root, error) from error
 
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -172,6 +160,69 @@ class Writer:
             return os.path.samestat(os.fstat(self._lock_fd), (self.root / marks.LOCK).stat())
         except OSError:
             return False
+
+
+def check_place(root: Path, *, may_write: bool = True) -> None:
+    """Find out whether `open` would take this folder. Makes and changes nothing.
+
+    `may_write` is False where another user will write. Errors: StoreError, as `open` raises it.
+    """
+    nearest = root
+    while not os.path.lexists(nearest):
+        nearest = nearest.parent
+
+    try:
+        if nearest == root:
+            _check_ours(root)
+        elif not nearest.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
+
+        if may_write:
+            _check_writable(nearest)
+        if (root / marks.LOCK).is_symlink():
+            raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))  # noqa: TRY301
+    except OSError as error:
+        raise _unusable(root, error) from error
+
+
+def _check_writable(folder: Path) -> None:
+    """Errors: OSError, as the attempt to write would raise it."""
+    if os.access(folder, os.W_OK | os.X_OK, effective_ids=True):
+        return
+
+    number = errno.EACCES
+    if os.statvfs(folder).f_flag & os.ST_RDONLY:
+        number = errno.EROFS
+    raise OSError(number, os.strerror(number))
+
+
+def _check_ours(root: Path) -> None:
+    """Errors: StoreError for the folder of somebody else; OSError."""
+    if why := marks.why_not_ours(root):
+        hint = "name an empty or a new folder with --cache-dir, "
+        hint += "or move what is not the store's out of this one"
+        raise StoreError(f"{root} is not taken as a store: {why}", hint=hint)
+
+
+def _unusable(root: Path, error: OSError) -> StoreError:
+    """The error of a folder in which no store can be made or opened."""
+    another = "name another folder with --cache-dir or RKCACHED_CACHE_DIR"
+    why, hint = disk.refusal(error, root)
+
+    if os.path.islink(root) and not os.path.exists(root):  # noqa: PTH110, PTH114 - never raise
+        why = f"it is a link to {root.readlink()}, which does not exist"
+        hint = f"make that folder, or {another}"
+    elif isinstance(error, FileExistsError | NotADirectoryError):
+        in_the_way = next(place for place in (root, *root.parents) if os.path.lexists(place))
+        why = f"{in_the_way} is not a folder"
+        hint = another
+    elif isinstance(error, PermissionError):
+        hint = f"create it for this user, or {another}"
+    elif error.errno == errno.ELOOP:
+        why = f"{marks.LOCK} in it is a link"
+        hint = "remove the link"
+
+    return StoreError(f"the cache directory {root} cannot be written: {why}", hint=hint)
 
 
 def make_folder(path: Path) -> None:

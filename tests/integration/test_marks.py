@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import pytest
 from rkcached.errors import StoreError
 from rkcached.store import marks
 from rkcached.store.store import Store
+from rkcached.store.writer import check_place
 from tests.integration.test_store import P, publish
 
 SIGNATURE = b"Signature: 8a477f597d28d172789f06886806bc55"
@@ -38,7 +40,7 @@ def opened(root: Path) -> Store:
 def refused(root: Path) -> str:
     """The folder is refused with the next step, and nothing in it changes. Returns the message."""
     before = content(root)
-    with pytest.raises(StoreError, match="is not taken as a store: it contains ") as error:
+    with pytest.raises(StoreError, match=r"is not taken as a store: (it contains|its) ") as error:
         Store(root).open()
     assert "--cache-dir" in error.value.hint
     assert content(root) == before
@@ -203,3 +205,86 @@ def test_a_lock_that_is_a_link_is_not_written_through(root: Path) -> None:
     with pytest.raises(StoreError, match=r"\.lock in it is a link"):
         Store(root).open()
     assert victim.read_text() == "mine"
+
+
+# The words for a folder that is not taken
+
+
+def said(root: Path) -> str:
+    """The error of opening a store there, which the check without opening it foresees."""
+    with pytest.raises(StoreError) as foreseen:
+        check_place(root)
+    store = Store(root)
+    with pytest.raises(StoreError) as caught:
+        store.open()
+    store.close()
+    assert (foreseen.value.message, foreseen.value.hint) == (
+        caught.value.message,
+        caught.value.hint,
+    )
+    return f"{caught.value.message}; {caught.value.hint}"
+
+
+def test_a_file_or_a_link_to_nowhere_in_its_place(root: Path) -> None:
+    """It was "File exists; create it for this user"."""
+    root.write_text("mine")
+    words = "name another folder with --cache-dir or RKCACHED_CACHE_DIR"
+    assert said(root).endswith(f"cannot be written: {root} is not a folder; {words}")
+    assert said(root / "in/it").endswith(f": {root} is not a folder; {words}")
+    root.unlink()
+    root.symlink_to("nowhere")
+    assert said(root).endswith(
+        f": it is a link to nowhere, which does not exist; make that folder, or {words}"
+    )
+    (root.parent / "nowhere").mkdir()
+    check_place(root)
+    opened(root)
+
+
+def test_the_tag_of_another_program_is_called_that(root: Path) -> None:
+    """It was "it contains 'CACHEDIR.TAG', but not the CACHEDIR.TAG that marks a store"."""
+    root.mkdir()
+    (root / "CACHEDIR.TAG").write_bytes(SIGNATURE + b"\n# created by pytest\n")
+    assert "its CACHEDIR.TAG is that of another program" in said(root)
+
+
+def test_folders_that_are_foreseen_to_be_taken(root: Path, earlier: Path) -> None:
+    """A store, an empty folder and one that can be made; nothing is made by asking."""
+    check_place(earlier)
+    check_place(root.parent / "new/store")
+    assert [path.name for path in root.parent.iterdir()] == [earlier.name]
+    (root.parent / "empty").mkdir()
+    check_place(root.parent / "empty")
+    assert list((root.parent / "empty").iterdir()) == []
+
+
+def test_a_folder_of_others_is_foreseen_to_be_refused(root: Path) -> None:
+    """By its content, its mode and its lock."""
+    root.mkdir()
+    (root / "thesis.txt").write_text("mine")
+    assert "is not taken as a store: it contains 'thesis.txt'" in said(root)
+    (root / "thesis.txt").unlink()
+    (root / ".lock").symlink_to("lock")
+    assert ".lock in it is a link; remove the link" in said(root)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can look as another user")
+def test_a_folder_that_another_user_may_write_is_foreseen_to_be_refused() -> None:
+    """Also one that is to be made there; and where another user will write, it is no reason."""
+    parent = Path(tempfile.mkdtemp(dir="/tmp"))
+    try:
+        parent.chmod(0o755)
+        groups = os.getgroups()
+        os.setgroups([])
+        os.seteuid(1)
+        try:
+            for place in (parent, parent / "new"):
+                assert "cannot be written: Permission denied; create it for this user" in said(
+                    place
+                )
+                check_place(place, may_write=False)
+        finally:
+            os.seteuid(0)
+            os.setgroups(groups)
+    finally:
+        parent.rmdir()
