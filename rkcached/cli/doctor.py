@@ -9,7 +9,6 @@ no more than a warning where it asks for another engine.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import re
@@ -21,7 +20,6 @@ from io import BufferedReader
 from pathlib import Path
 from typing import Any, Final
 
-import msgspec
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -30,10 +28,11 @@ from rkcached.api import words
 from rkcached.cli import output
 from rkcached.cli.board import Board, Check, Outcome, model_bytes, order, size_of
 from rkcached.cli.service_view import view_of
+from rkcached.cli.store_check import store_check
 from rkcached.engines.llamacpp.header import read_header
-from rkcached.engines.registry import ENGINES, EngineEntry
+from rkcached.engines.registry import ENGINES
 from rkcached.errors import ManifestError, RkcachedError, SourceError, counted
-from rkcached.host import disk, isolated, unit
+from rkcached.host import isolated, unit
 from rkcached.host.digests import Digests
 from rkcached.host.settings import Settings
 from rkcached.messages.sandbox import Renderer
@@ -42,16 +41,12 @@ from rkcached.plan.remarks import Remark, notices
 from rkcached.sources.manifest import Manifest, ModelConfig
 from rkcached.sources.manifest_file import read_manifest
 from rkcached.sources.reader import SourceReader
-from rkcached.sources.records import Key, PromptSource, RuntimeSource, Sources, Trouble
-from rkcached.store.sidecar import Sidecar
+from rkcached.sources.records import Key, RuntimeSource, Sources, Trouble
 
 NO_NPU: Final = (
     "no Rockchip NPU here: the RKLLM engine cannot run; `engine: {kind: llamacpp}` works here, "
     "and so do check, plan, explain, inspect and every other command"
 )
-# Of English text, roughly; other languages have fewer.
-_LETTERS_PER_TOKEN: Final = 4
-
 # Besides the models: what depends on who looks.
 _BY_ITSELF: Final = ("engine", "prompts", "disk", "NPU devices")
 _CHILD_S: Final = 60.0
@@ -116,7 +111,7 @@ def examine(manifest_file: Path | None, cache_dir: Path, *, root: Path = Path("/
         checks += [
             _prompts(files),
             board.memory(manifest),
-            _disk(manifest, files.sources, cache_dir),
+            store_check(manifest, files.sources, cache_dir),
         ]
 
     return Report(npu=board.has_npu, checks=tuple(checks))
@@ -358,77 +353,3 @@ def _rkllm_model(name: str, path: Path, size: int, runtime_version: str | None) 
         return Check(name, Outcome.FAIL, finding, next_step)
 
     return Check(name, Outcome.OK, finding)
-
-
-def _disk(manifest: Manifest, sources: Sources, cache_dir: Path) -> Check:
-    free = disk.free_bytes(cache_dir) or 0
-    used = sum(size_of(path) or 0 for path in cache_dir.glob("*/*_cache"))
-    finding = f"{words.size(free)} free at {cache_dir}, {words.size(used)} in the store; "
-    if manifest.cache.max_bytes:
-        wanted = int(manifest.cache.max_bytes)
-        finding += f"{words.size(wanted)} allowed by cache.max_bytes"
-    else:
-        wanted, estimate = _estimate(manifest, sources, cache_dir)
-        finding += estimate
-
-    if free + used < wanted:
-        next_step = "make room, name a larger disk with --cache-dir, or set cache.max_bytes"
-        return Check("disk", Outcome.WARN, finding, next_step)
-    return Check("disk", Outcome.OK, finding)
-
-
-def _estimate(manifest: Manifest, sources: Sources, cache_dir: Path) -> tuple[int, str]:
-    """The bytes that the prompts' caches will take, as far as that can be known, and in words."""
-    known_bytes = known = unknown = 0
-    for name, config in manifest.models.items():
-        texts = []
-        for key, declared in sources.prompts.items():
-            if key.model == name and isinstance(declared.source, PromptSource):
-                texts.append(len(declared.source.text.encode()))
-
-        rate = _bytes_per_letter(cache_dir / name)
-        if rate is None:
-            with contextlib.suppress(OSError):
-                rate = _by_model(ENGINES[manifest.engine.kind], config.path)
-
-        if rate is None:
-            unknown += len(texts)
-        else:
-            known += len(texts)
-            known_bytes += round(sum(texts) * rate)
-
-    parts = []
-    if known:
-        parts = [f"about {words.size(known_bytes)} needed by {counted(known, 'prompt')}"]
-
-    if unknown:
-        parts.append(
-            f"what {counted(unknown, 'prompt')} will take is not known before one is built"
-        )
-    return known_bytes, ", and ".join(parts) or "no prompt needs space"
-
-
-def _bytes_per_letter(folder: Path) -> float | None:
-    """Of a model's prompt caches for each byte of text, by those that it has.
-
-    None if it has none.
-    """
-    size_bytes = text_bytes = 0
-    for path in folder.glob("*.json"):
-        with contextlib.suppress(OSError, msgspec.MsgspecError, KeyError, ValueError):
-            sidecar = msgspec.json.decode(path.read_bytes(), type=Sidecar)
-            letters = int(sidecar.components["prefix.bytes"])
-            size_bytes = size_bytes + sidecar.size_bytes
-            text_bytes = text_bytes + letters
-
-    if text_bytes:
-        return size_bytes / text_bytes
-    return None
-
-
-def _by_model(engine: EngineEntry, path: Path) -> float | None:
-    """The same by the model's file. Errors: OSError."""
-    of_token = engine.state_bytes_per_token(path)
-    if of_token is None:
-        return None
-    return of_token / _LETTERS_PER_TOKEN

@@ -22,6 +22,7 @@ from rich.console import Console
 
 from rkcached.cli.doctor import NO_NPU, Check, Outcome, Report, examine, print_report, report_data
 from rkcached.engines.rkllm.abi import ABIS
+from rkcached.store.marks import tag
 from tests.documents import DOCS, blocks
 from tests.gguf_files import UINT32, gguf, pair
 
@@ -429,6 +430,7 @@ def test_memory_and_disk(rock5: FakeBoard) -> None:
     rock5.declare("{kind: rkllm}", cache="{max_bytes: 2MiB}")
     assert rock5.check("disk").outcome is Outcome.OK
     (rock5.cache / "q").mkdir(parents=True)
+    tag(rock5.cache)
     (rock5.cache / "q/a.rkllm_cache").write_bytes(b"x" * 5000)
     assert "5.0 kB in the store" in rock5.check("disk").finding
     rock5.declare("{kind: rkllm}")
@@ -455,12 +457,35 @@ def test_what_the_caches_will_take(board: FakeBoard) -> None:
     # 2 prompts of 360 letters are some 180 tokens, of 23,040 bytes each: SmolLM2-135M.
     assert "about 4.1 MB needed by 2 prompts" in board.check("disk").finding
     (board.cache / "q").mkdir(parents=True)
+    tag(board.cache)
     (board.cache / "q/broken.json").write_text("{}")
     (board.cache / "q/a.json").write_text(SIDECAR)
     assert "about 1.4 MB needed by 2 prompts" in board.check("disk").finding
     board.model.write_bytes(gguf())
     (board.cache / "q/a.json").unlink()
     assert "what 2 prompts will take is not known" in board.check("disk").finding
+
+
+def test_a_folder_that_the_daemon_would_refuse(board: FakeBoard) -> None:
+    """It is a failure in the words of `rkcached run`; it was "ok, 0 B in the store"."""
+    board.model.write_bytes(gguf())
+    board.declare("{kind: llamacpp}")
+    assert board.check("disk").outcome is Outcome.OK
+    board.cache.mkdir()
+    assert board.check("disk").outcome is Outcome.OK
+    (board.cache / "thesis.txt").write_text("mine")
+    check = board.check("disk")
+    assert check.outcome is Outcome.FAIL
+    assert check.finding.endswith(
+        "is not taken as a store: it contains 'thesis.txt', but not the CACHEDIR.TAG that marks a "
+        "store"
+    )
+    assert "--cache-dir" in check.next_step
+    (board.cache / "thesis.txt").unlink()
+    board.cache.rmdir()
+    with nobody():
+        check = board.check("disk")
+    assert (check.outcome, "Permission denied" in check.finding) == (Outcome.FAIL, True)
 
 
 def test_an_engine_that_is_not_installed(board: FakeBoard, monkeypatch: pytest.MonkeyPatch) -> None:
