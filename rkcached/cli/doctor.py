@@ -9,10 +9,8 @@ no more than a warning where it asks for another engine.
 
 from __future__ import annotations
 
-import json
 import os
 import re
-import subprocess
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -25,14 +23,13 @@ from rich.table import Table
 from rich.text import Text
 
 from rkcached.api import words
-from rkcached.cli import output
+from rkcached.cli import output, service_checks
 from rkcached.cli.board import Board, Check, Outcome, model_bytes, order, size_of
 from rkcached.cli.service_view import view_of
 from rkcached.cli.store_check import store_check
 from rkcached.engines.llamacpp.header import read_header
 from rkcached.engines.registry import ENGINES
 from rkcached.errors import ManifestError, RkcachedError, SourceError, counted
-from rkcached.host import isolated, unit
 from rkcached.host.digests import Digests
 from rkcached.host.settings import Settings
 from rkcached.messages.sandbox import Renderer
@@ -47,10 +44,6 @@ NO_NPU: Final = (
     "no Rockchip NPU here: the RKLLM engine cannot run; `engine: {kind: llamacpp}` works here, "
     "and so do check, plan, explain, inspect and every other command"
 )
-# Besides the models: what depends on who looks.
-_BY_ITSELF: Final = ("engine", "prompts", "disk", "NPU devices")
-_CHILD_S: Final = 60.0
-
 _TOOLKIT: Final = re.compile(rb"rkllm-toolkit version: ([0-9][0-9A-Za-z.]{0,31})")
 _TAIL_BYTES: Final = 64 << 10
 
@@ -79,7 +72,7 @@ def run(settings: Settings, *, want_json: bool) -> int:
     named = "manifest" in settings.model_fields_set or os.path.lexists(settings.manifest)
     report = examine(settings.manifest if named else None, settings.cache_dir)
     if named:
-        report = as_service(report, settings)
+        report = replace(report, checks=service_checks.merged(report.checks, settings))
 
     if want_json:
         output.print_json(report_data(report))
@@ -115,42 +108,6 @@ def examine(manifest_file: Path | None, cache_dir: Path, *, root: Path = Path("/
         ]
 
     return Report(npu=board.has_npu, checks=tuple(checks))
-
-
-def as_service(report: Report, settings: Settings) -> Report:
-    """The report with what the daemon itself may see and open, if root asks about its unit."""
-    installed = unit.installed()
-    if os.geteuid() != 0 or installed is None or not installed.uses(manifest=settings.manifest):
-        return report
-
-    words = [
-        "doctor",
-        "--json",
-        f"--manifest={settings.manifest}",
-        f"--cache-dir={settings.cache_dir}",
-    ]
-    try:
-        output_of_service = subprocess.run(
-            installed.command(words),
-            env={**isolated.environment(), unit.MARK: str(installed.pid)},
-            capture_output=True,
-            text=True,
-            timeout=_CHILD_S,
-            check=False,
-        ).stdout
-        service_checks = {}
-        for check in json.loads(output_of_service)["checks"]:
-            outcome = Outcome(check["outcome"])
-            service_checks[check["name"]] = Check(**{**check, "outcome": outcome})
-    except (OSError, ValueError, KeyError, TypeError, subprocess.SubprocessError):
-        return report
-
-    def seen_by_service(own: Check) -> Check:
-        if own.name in _BY_ITSELF or own.name.startswith("model "):
-            return service_checks.get(own.name, own)
-        return own
-
-    return Report(npu=report.npu, checks=tuple(map(seen_by_service, report.checks)))
 
 
 def report_data(report: Report) -> dict[str, Any]:

@@ -7,9 +7,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 from machine import UNIT, Machine
+
+from tests.rkllm_standin import standin
 
 HIDDEN = "/home/me/models/m.model cannot be read: /home is hidden from the service"
 DROP_IN = "ProtectHome=tmpfs and BindReadOnlyPaths=/home/me/models"
@@ -40,6 +44,12 @@ def stop(machine: Machine) -> None:
     assert machine.main_pid == 0
 
 
+def doctors_report(machine: Machine, *, code: int = 0, user: str = "") -> dict[str, Any]:
+    """The checks of doctor by name."""
+    printed = machine.run("rkcached", "doctor", "--json", code=code, user=user).stdout
+    return {check["name"]: check for check in json.loads(printed)["checks"]}
+
+
 def says_hidden(machine: Machine, user: str) -> None:
     """Each command, in the same words."""
     check = machine.run("rkcached", "check", user=user, code=78).stderr
@@ -68,8 +78,7 @@ def test_a_model_in_home_while_the_daemon_runs(at_home: Machine) -> None:
 def test_the_doctor_says_what_the_service_sees(at_home: Machine) -> None:
     """A model that root could read is a failure of the service; a member is told, too."""
     for user in ("", "me"):
-        report = json.loads(at_home.run("rkcached", "doctor", "--json", user=user, code=1).stdout)
-        [model] = [check for check in report["checks"] if check["name"] == "model m"]
+        model = doctors_report(at_home, user=user, code=1)["model m"]
         assert (model["outcome"], model["finding"]) == ("fail", HIDDEN)
         assert DROP_IN in model["next_step"]
 
@@ -113,6 +122,58 @@ def test_a_prompt_of_root_alone(machine: Machine) -> None:
     machine.run("rkcached", "check")
     machine.systemctl("reload", UNIT)
     machine.wait_line("2 fresh")
+
+
+@pytest.mark.parametrize("running", [True, False], ids=["running", "stopped"])
+def test_a_manifest_of_root_alone(machine: Machine, running: bool) -> None:
+    """Each command has the daemon's words for it, and doctor fails, though root could read it.
+
+    The commands once ended with 64, a mistake on the command line, and doctor said that all is ok.
+    """
+    machine.systemctl("start", UNIT)
+    machine.wait_line("2 fresh")
+    if not running:
+        stop(machine)
+    manifest = "/etc/rkcached/manifest.yaml"
+    machine.run("sh", "-c", f"chown root:root {manifest}; chmod 640 {manifest}")
+    command = f"sudo chgrp rkcached {manifest} && sudo chmod 640 {manifest}"
+    words = f"{manifest}: the manifest cannot be read: permission denied (`{command}`)"
+    for looking in (["check"], ["plan"], ["verify"], ["explain", "m/a"]):
+        assert words in machine.run("rkcached", *looking, code=78).stderr
+    report = doctors_report(machine, code=1)
+    assert report["manifest"]["outcome"] == "fail"
+    assert words in report["manifest"]["finding"]
+    assert not {"model m", "prompts", "memory", "disk"} & report.keys()  # root's look is no help
+    machine.run("sh", "-c", command.replace("sudo ", ""))
+    machine.run("rkcached", "check")
+    assert doctors_report(machine)["manifest"]["outcome"] == "ok"
+
+
+@pytest.mark.parametrize("running", [True, False], ids=["running", "stopped"])
+def test_a_runtime_library_of_root_alone(machine: Machine, tmp_path: Path, running: bool) -> None:
+    """Doctor looked with root's eyes, and said that it is ok."""
+    library = "/opt/librkllmrt.so"
+    machine.write(library, standin.build("D", tmp_path).read_bytes())
+    machine.write("/opt/m.rkllm", standin.write_model(tmp_path / "m.rkllm").read_bytes())
+    machine.write(
+        "/etc/rkcached/manifest.yaml",
+        f"version: 1\nengine: {{kind: rkllm, library: {library}}}\nmodels:\n  m:\n"
+        "    path: /opt/m.rkllm\n    chat_template: chatml\n    prompts: {a: prompts/a.md}\n",
+    )
+    machine.run("sh", "-c", f"chown root:root {library} && chmod 700 {library}")
+    if running:
+        machine.systemctl("start", UNIT)
+    words = f"the runtime library {library} cannot be read: permission denied"
+    command = f"sudo chgrp rkcached {library} && sudo chmod 640 {library}"
+    assert f"{words} (`{command}`)" in machine.run("rkcached", "check", code=78).stderr
+    check = doctors_report(machine, code=1)["runtime library"]
+    assert (check["outcome"], check["finding"], check["next_step"]) == (
+        "fail",
+        words,
+        f"`{command}`",
+    )
+    machine.run("sh", "-c", command.replace("sudo ", ""))
+    assert doctors_report(machine, code=1)["runtime library"]["outcome"] == "ok"  # it has no NPU
 
 
 def test_a_folder_that_refuses(machine: Machine) -> None:
