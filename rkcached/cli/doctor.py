@@ -69,7 +69,7 @@ class Report:
 
 def run(settings: Settings, *, want_json: bool) -> int:
     # Without a name, a manifest that is not there is no mistake.
-    named = "manifest" in settings.model_fields_set or os.path.lexists(settings.manifest)
+    named = "manifest" in settings.model_fields_set or not _is_missing(settings.manifest)
     report = examine(settings.manifest if named else None, settings.cache_dir)
     if named:
         report = replace(report, checks=service_checks.merged(report.checks, settings))
@@ -82,6 +82,17 @@ def run(settings: Settings, *, want_json: bool) -> int:
     if report.failed:
         return 1
     return os.EX_OK
+
+
+def _is_missing(path: Path) -> bool:
+    """Whether it is known not to be there: who may not look into its folder does not know."""
+    try:
+        path.lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        return True
+    except OSError:
+        return False
+    return False
 
 
 def examine(manifest_file: Path | None, cache_dir: Path, *, root: Path = Path("/")) -> Report:

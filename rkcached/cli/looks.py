@@ -7,13 +7,13 @@ import shlex
 from pathlib import Path
 
 from rkcached.cli.service_view import view_of
-from rkcached.errors import SourceError, StoreError
+from rkcached.errors import SourceError
 from rkcached.host.settings import Settings
 from rkcached.reconcile.observer import Observation, Observer
 from rkcached.sources.manifest_file import inputs, read_manifest
 from rkcached.sources.stored_texts import StoredTexts
 from rkcached.store import marks
-from rkcached.store.store import Store
+from rkcached.store.store import Store, unreadable
 
 
 def look_at(settings: Settings) -> Observation:
@@ -58,10 +58,7 @@ def need_store(settings: Settings) -> None:
     try:
         why = marks.why_no_store(settings.cache_dir)
     except OSError as error:
-        raise StoreError(
-            f"the store {settings.cache_dir} cannot be read: {error.strerror}",
-            hint="check the directory's permissions",
-        ) from error
+        raise unreadable(settings.cache_dir, error) from error
 
     if not why:
         return

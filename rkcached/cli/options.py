@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import gc
+import shlex
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -91,6 +93,11 @@ def _words(paths: dict[str, Path], others: dict[str, Any]) -> list[str]:
     return [*words, "--", *arguments]
 
 
+def _as_typed() -> str:
+    """The command line, as its caller typed it."""
+    return shlex.join(["rkcached", *sys.argv[1:]])
+
+
 def places(
     *names: str, listens: bool = False, as_service: bool = False
 ) -> Callable[[Callable[..., int]], Callable[..., int]]:
@@ -121,7 +128,14 @@ def places(
                 paths = {name: getattr(settings, name) for name in names}
                 unit.become_it(_words(paths, kwargs), **paths)
 
-            return command(settings=settings if listens else settings.of_client(), **kwargs)
+            if listens or "manifest" not in names:
+                return command(settings=settings if listens else settings.of_client(), **kwargs)
+
+            from rkcached.host import access, unit
+
+            advice = functools.partial(unit.advice, settings.manifest, _as_typed())
+            with access.advising(advice):
+                return command(settings=settings.of_client(), **kwargs)
 
         for name in reversed(names):
             with_settings = FLAGS[name](with_settings)

@@ -259,7 +259,7 @@ def _socket(settings: Settings, installed: unit.Unit | None) -> Path | None:
         return None
 
     own = settings.socket
-    if own.parent != places.SYSTEM_RUNTIME and own.exists():
+    if own.parent != places.SYSTEM_RUNTIME and os.path.lexists(own):
         return own
     return None
 

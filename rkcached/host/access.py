@@ -3,21 +3,35 @@
 Three things keep a daemon out: the sandbox of its unit, a folder on the way, and the file's own
 mode. The sandbox is read from the kernel's list of mounts, so that an administrator's drop-in
 counts and nothing is guessed.
+
+A person may be kept from the service's files, too, and on purpose. Then no mode is to be changed,
+which could take the file from the service: who asks uses sudo or joins the group.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import grp
 import os
+import pwd
 import re
 import shlex
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Final, NamedTuple
 
 HOMES: Final = ("/home", "/root", "/run/user")
 """The folders that ProtectHome= hides."""
+
+GROUP: Final = "rkcached"
+"""The service's group, unless its unit names another."""
+
+_CONFIGURATION: Final = "/etc/rkcached"
+
+# What a command says instead of how to change a mode; nothing where it looks at files of its own.
+_advice: ContextVar[Callable[[], str]] = ContextVar("advice", default=str)
 
 # The source that systemd mounts over a place that a unit must not see; `host` in a container.
 _INACCESSIBLE: Final = re.compile(r"/(systemd|host)/inaccessible/[a-z]+$")
@@ -48,6 +62,38 @@ def refusal(path: str | Path, error: OSError, *, folder: bool = False) -> Refusa
     if isinstance(error, PermissionError):
         return _denied(real, folder=folder)
     return None
+
+
+@contextlib.contextmanager
+def advising(advice: Callable[[], str]) -> Iterator[None]:
+    """Until the end, this is the hint of each refusal, unless it is empty.
+
+    It is asked for when something is refused.
+    """
+    token = _advice.set(advice)
+    try:
+        yield
+    finally:
+        _advice.reset(token)
+
+
+def explained(path: str | Path, error: OSError, *, folder: bool = False, hint: str) -> Refusal:
+    """As `refusal`; where nobody refuses it, the error's own words and this hint."""
+    refused = refusal(path, error, folder=folder)
+    if refused is not None:
+        return refused
+    return Refusal(error.strerror or str(error), hint)
+
+
+def how_to_join(group: str) -> str:
+    """What makes this user a member of the group; empty for one who is."""
+    try:
+        if grp.getgrnam(group).gr_gid in {os.getegid(), *os.getgroups()}:
+            return ""
+        user = pwd.getpwuid(os.geteuid()).pw_name
+    except KeyError:
+        return ""
+    return f"`sudo adduser {user} {group}`, then log in again"
 
 
 def hidden(place: str, folder: Path) -> Refusal:
@@ -139,8 +185,32 @@ def _denied(real: Path, *, folder: bool) -> Refusal:
         if not os.access(parent, os.X_OK, effective_ids=True):
             whose = _whose(parent) or "o"
             command = f"{_sudo(whose)}chmod {whose}+x {shlex.quote(str(parent))}"
-            return Refusal(f"permission denied by the folder {parent}", f"`{command}`")
+            hint = _as_a_person(parent) or f"`{command}`"
+            return Refusal(f"permission denied by the folder {parent}", hint)
 
+    return Refusal("permission denied", _as_a_person(real) or _how_to_read(real, folder=folder))
+
+
+def _as_a_person(path: Path) -> str:
+    """The hint for somebody who is kept from the service's files; empty for the service."""
+    if advice := _advice.get()():
+        return advice
+    if _whose(path):
+        return ""
+
+    # Of the files themselves only these are known to be the service's.
+    try:
+        group = grp.getgrnam(GROUP).gr_gid
+        shared = path.stat().st_gid == group
+    except (KeyError, OSError):
+        return ""
+
+    if os.getegid() == group or not (shared or is_below(str(path), _CONFIGURATION)):
+        return ""
+    return how_to_join(GROUP) or "`sudo rkcached check` says what the service sees"
+
+
+def _how_to_read(real: Path, *, folder: bool) -> str:
     if folder:
         wanted = os.R_OK | os.X_OK
         rights = "rx"
@@ -151,15 +221,12 @@ def _denied(real: Path, *, folder: bool) -> Refusal:
         grant = "640"
 
     if os.access(real, wanted, effective_ids=True):  # perhaps a security module
-        return Refusal("permission denied", f"let the group {_our_group()} read it")
+        return f"let the group {_our_group()} read it"
 
     name = shlex.quote(str(real))
     if whose := _whose(real):
-        return Refusal("permission denied", f"`{_sudo(whose)}chmod {whose}+{rights} {name}`")
-
-    return Refusal(
-        "permission denied", f"`sudo chgrp {_our_group()} {name} && sudo chmod {grant} {name}`"
-    )
+        return f"`{_sudo(whose)}chmod {whose}+{rights} {name}`"
+    return f"`sudo chgrp {_our_group()} {name} && sudo chmod {grant} {name}`"
 
 
 def _whose(path: Path) -> str:

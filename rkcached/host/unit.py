@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Final
 
 from rkcached.host import isolated, places
-from rkcached.host.access import HOMES, Mount, hiding
+from rkcached.host.access import GROUP, HOMES, Mount, hiding, how_to_join
 
 NAME: Final = "rkcached.service"
 MARK: Final = "RKCACHED_AS_SERVICE"
@@ -124,6 +124,24 @@ def become_it(words: Sequence[str], **places: Path) -> None:
         command = unit.command(words)
         environment = {**isolated.environment(), MARK: str(unit.pid)}
         os.execvpe(command[0], command, environment)  # noqa: S606 - a list, no shell
+
+
+def advice(manifest: Path, command: str) -> str:
+    """What shows a person the files of the unit's manifest, which a `command` may not read.
+
+    Empty for another manifest, for root and for who looks with the service's eyes.
+    """
+    if os.geteuid() == 0:
+        return ""
+
+    unit = installed()
+    if unit is None or not unit.uses(manifest=manifest):
+        return ""
+
+    with_sudo = f"run it with sudo: `sudo {command}`"
+    if joining := how_to_join(unit.sandbox.get("Group") or GROUP):
+        return f"{with_sudo}; or {joining}"
+    return with_sudo
 
 
 def installed() -> Unit | None:

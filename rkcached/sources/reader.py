@@ -15,7 +15,7 @@ from typing import Any
 
 from rkcached.engines.registry import ENGINES
 from rkcached.errors import RkcachedError, SourceError
-from rkcached.host.access import Refusal, refusal
+from rkcached.host.access import explained
 from rkcached.host.digests import Digests
 from rkcached.sources.manifest import EngineConfig, Manifest
 from rkcached.sources.memory import Memory, Placed
@@ -248,7 +248,7 @@ def _files(number: int) -> str:
 
 
 def _unlisted(folder: Path, error: OSError, hint: str) -> Trouble:
-    refused = refusal(folder, error, folder=True) or Refusal(error.strerror or str(error), hint)
+    refused = explained(folder, error, folder=True, hint=hint)
     return Trouble(message=f"{folder} cannot be listed: {refused.reason}", hint=refused.hint)
 
 

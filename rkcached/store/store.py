@@ -29,6 +29,7 @@ import msgspec
 
 from rkcached.errors import StoreError
 from rkcached.host import beneath, disk
+from rkcached.host.access import explained
 from rkcached.host.digests import Digests, signature_of
 from rkcached.sources.records import Key
 from rkcached.store import marks
@@ -115,10 +116,7 @@ class Store:
             self._writer.check_device()
             return self._look()
         except OSError as error:
-            raise StoreError(
-                f"the store {self.root} cannot be read: {error.strerror}",
-                hint="check the directory's permissions",
-            ) from error
+            raise unreadable(self.root, error) from error
 
     def _look(self) -> Inventory:
         inventory = Inventory()
@@ -384,6 +382,13 @@ class Store:
 
         if in_the_way := sorted(path for path in places if path.is_dir() and not path.is_symlink()):
             self._quarantine.keep(key, in_the_way, prefix=marks.ASIDE)
+
+
+def unreadable(root: Path, error: OSError) -> StoreError:
+    """The error of a store of which something cannot be read."""
+    place = Path(error.filename or root)
+    why, hint = explained(place, error, folder=place == root, hint="see the system's log")
+    return StoreError(f"the store {root} cannot be read: {why}", hint=hint)
 
 
 def _link_or_rename(source: Path, target: Path) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+from pathlib import Path
 
 import pytest
 from conftest import Workspace
@@ -21,17 +22,20 @@ WEAK = (
 )
 
 
-def refused(space: Workspace, *arguments: str, code: int) -> str:
+def refused(
+    space: Workspace, *arguments: str, code: int, folder: Path | None = None, **environment: str
+) -> str:
     """What a command prints as an error, without the right to open everything."""
     if os.geteuid() != 0:
         pytest.skip("only root can give up what lets root open everything")
+    variables = {**space.environment, **environment}
     done = subprocess.run(
         [*WEAK, *space.command(*arguments)],
-        env=space.environment,
+        env={name: value for name, value in variables.items() if value},
         capture_output=True,
         text=True,
         timeout=DEADLINE_S,
-        cwd=space.root,
+        cwd=folder or space.root,
         check=False,
     )
     assert done.returncode == code, (done.returncode, done.stdout, done.stderr)
@@ -67,3 +71,12 @@ def test_other_files_that_may_not_be_read(two_prompts: Workspace) -> None:
         error = refused(two_prompts, *command, *places, code=os.EX_CANTCREAT)
         assert f"the store {two_prompts.cache} cannot be read: " in error
     two_prompts.cache.chmod(0o750)
+
+
+def test_places_that_may_not_be_searched(two_prompts: Workspace) -> None:
+    """In such a folder no manifest is found, and behind one no daemon. It was a traceback."""
+    closed = two_prompts.root / "closed"
+    closed.mkdir(mode=0)
+    error = refused(two_prompts, "check", code=os.EX_CONFIG, folder=closed, RKCACHED_MANIFEST="")
+    assert "the manifest cannot be read" in error
+    refused(two_prompts, "explain", "m/a", code=os.EX_OK, RKCACHED_SOCKET=str(closed / "s.sock"))

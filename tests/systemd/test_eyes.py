@@ -6,6 +6,7 @@ Running or not, asked by root or by a member.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -174,6 +175,60 @@ def test_a_runtime_library_of_root_alone(machine: Machine, tmp_path: Path, runni
     )
     machine.run("sh", "-c", command.replace("sudo ", ""))
     assert doctors_report(machine, code=1)["runtime library"]["outcome"] == "ok"  # it has no NPU
+
+
+@pytest.fixture
+def people(machine: Machine) -> Iterator[Machine]:
+    """A member of the group, al, and bob, who is in no group; the daemon has run."""
+    machine.run("useradd", "--groups", "rkcached", "al")
+    machine.run("useradd", "bob")
+    machine.systemctl("start", UNIT)
+    machine.wait_line("2 fresh")
+    yield machine
+    machine.run("userdel", "al")
+    machine.run("userdel", "bob")
+
+
+LOOKING = (["check"], ["plan"], ["explain", "m/a"], ["verify"], ["gc", "--dry-run"])
+
+
+@pytest.mark.parametrize("running", [True, False], ids=["running", "stopped"])
+def test_a_plain_user_is_told_to_use_sudo_or_to_join(people: Machine, running: bool) -> None:
+    """He was told to open the folder for everybody, and then to take the manifest from the service.
+
+    Doctor said that there is no manifest.
+    """
+    if not running:
+        stop(people)
+    for looking in LOOKING:
+        done = people.run("rkcached", *looking, user="bob", code=None)
+        command = f"`sudo rkcached {' '.join(looking)}`"
+        hint = f"run it with sudo: {command}; or `sudo adduser bob rkcached`, then log in again"
+        assert (done.returncode, hint in done.stderr) == (78 if looking == ["check"] else 73, True)
+        assert not re.search("chgrp|chmod|check the directory", done.stderr)
+    report = doctors_report(people, user="bob", code=1)
+    assert report["manifest"]["outcome"] == "fail"
+    assert "permission denied by the folder /etc/rkcached" in report["manifest"]["finding"]
+    assert "`sudo rkcached doctor --json`" in report["manifest"]["finding"]
+    error = people.run("rkcached", "run", user="bob", code=78).stderr
+    assert "(`sudo adduser bob rkcached`, then log in again)" in error
+
+
+def test_a_member_is_told_to_use_sudo(people: Machine) -> None:
+    """A manifest of root's group is the service's trouble, too: sudo says how to mend it."""
+    stop(people)
+    manifest = "/etc/rkcached/manifest.yaml"
+    people.run("sh", "-c", f"chown root:root {manifest} && chmod 640 {manifest}")
+    for looking in LOOKING:
+        error = people.run("rkcached", *looking, user="al", code=78).stderr
+        assert f"run it with sudo: `sudo rkcached {' '.join(looking)}`" in error
+        assert not re.search("chgrp|chmod|adduser", error)
+    people.run("chgrp", "rkcached", manifest)
+    people.run("chmod", "600", "/etc/rkcached/prompts/b.md")
+    error = people.run("rkcached", "check", user="al", code=78).stderr
+    assert (
+        "b.md cannot be read: permission denied (run it with sudo: `sudo rkcached check`)" in error
+    )
 
 
 def test_a_folder_that_refuses(machine: Machine) -> None:

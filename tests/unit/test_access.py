@@ -14,7 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from rkcached.host.access import Refusal, hidden, hiding, mounts_in, refusal
+from rkcached.host import access
+from rkcached.host.access import Refusal, advising, hidden, hiding, mounts_in, refusal
 
 # As the kernel shows it to a process of a unit with systemd 252.
 ROOT = "439 1 0:40 / / ro,relatime shared:1 - overlay overlay rw"
@@ -100,14 +101,14 @@ def place() -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def daemon() -> Iterator[None]:
-    """As a user of the group daemon, which every Debian has."""
+def daemon(number: int = 1, others: tuple[int, ...] = ()) -> Iterator[None]:
+    """As the user daemon, in its group alone. Every Debian has both; 2 is the user bin."""
     if os.geteuid() != 0:
         pytest.skip("only root can look as another user")
     groups = os.getgroups()
-    os.setgroups([])
-    os.setegid(1)
-    os.seteuid(1)
+    os.setgroups(others)
+    os.setegid(number)
+    os.seteuid(number)
     try:
         yield
     finally:
@@ -168,6 +169,67 @@ def test_a_folder_that_may_not_be_listed(place: Path) -> None:
     (place / "in").chmod(0o711)
     hint = f"`sudo chgrp daemon {place}/in && sudo chmod g+rx {place}/in`"
     assert refused(place / "in", folder=True) == ("permission denied", hint)
+
+
+# The service's files, as a person sees them
+
+
+@pytest.fixture
+def of_daemon(place: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The group daemon is that of the service, and its configuration is in the place."""
+    monkeypatch.setattr(access, "GROUP", "daemon")
+    monkeypatch.setattr(access, "_CONFIGURATION", str(place))
+    return place
+
+
+def refused_to_bin(path: Path, *others: int) -> Refusal | None:
+    with daemon(2, others):
+        try:
+            path.read_bytes()
+        except OSError as error:
+            return refusal(path, error)
+    return None
+
+
+def test_nobody_takes_a_file_from_the_service(of_daemon: Path) -> None:
+    """A person was told to give it to his own group, and to open the folder for everybody."""
+    file = of_daemon / "in/p.md"
+    join = "`sudo adduser bin daemon`, then log in again"
+    os.chown(file, 0, 1)
+    file.chmod(0o640)
+    assert refused_to_bin(file) == ("permission denied", join)
+    os.chown(of_daemon / "in", 0, 1)
+    (of_daemon / "in").chmod(0o750)
+    assert refused_to_bin(file) == (f"permission denied by the folder {of_daemon}/in", join)
+    assert refused_to_bin(file, 1) is None
+
+
+def test_a_member_asks_what_the_service_sees(of_daemon: Path) -> None:
+    """The service may not read it either, or it is the service's own."""
+    file = of_daemon / "in/p.md"
+    file.chmod(0o640)
+    hint = "`sudo rkcached check` says what the service sees"
+    assert refused_to_bin(file, 1) == ("permission denied", hint)
+    assert refused(file) == (
+        "permission denied",
+        f"`sudo chgrp daemon {file} && sudo chmod 640 {file}`",
+    )
+
+
+def test_the_advice_of_a_command_comes_first(place: Path) -> None:
+    """It is asked for at a refusal only."""
+    asked = []
+
+    def advice() -> str:
+        asked.append(True)
+        return "use sudo"
+
+    with advising(advice):
+        assert refused(place / "in/p.md") is None
+        assert asked == []
+        (place / "in/p.md").chmod(0o600)
+        assert refused(place / "in/p.md") == ("permission denied", "use sudo")
+    assert "chgrp" in str(refused(place / "in/p.md"))
 
 
 def test_what_is_not_there_is_refused_by_nobody(place: Path) -> None:
