@@ -32,6 +32,7 @@ import structlog
 from rkcached import __version__
 from rkcached.api.cache_routes import CacheApi
 from rkcached.api.metrics import Metrics
+from rkcached.api.passed import check_passed, refuse_waiting
 from rkcached.api.prepare import Preparation
 from rkcached.api.requests import ChatRequest
 from rkcached.api.responses import ChatCompletion
@@ -42,8 +43,6 @@ from rkcached.api.server import (
     HttpServer,
     OnceLooked,
     OwnSocket,
-    check_passed,
-    refuse_waiting,
 )
 from rkcached.api.status import Recent, status, summary
 from rkcached.engines.registry import ENGINES
@@ -103,7 +102,7 @@ def run(settings: Settings) -> None:
     except (ManifestError, SettingsError) as error:
         _tell_rejected(service, error)
         for listener in itertools.chain.from_iterable(passed.values()):
-            refuse_waiting(listener, error.message)
+            refuse_waiting(listener, error)
         raise
     store = Store(settings.cache_dir)
     stored = StoredTexts(settings.state_dir)

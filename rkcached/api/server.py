@@ -10,14 +10,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import os
 import resource
 import socket
 import stat
 import struct
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 
 import h11
@@ -27,7 +26,8 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from rkcached.api.exchange import PEER
-from rkcached.errors import SettingsError, SocketError
+from rkcached.api.passed import refusal
+from rkcached.errors import SocketError
 
 log = structlog.get_logger()
 
@@ -55,9 +55,6 @@ MAX_CONNECTIONS = 400
 
 SOCKET_CHECK_S = 5.0
 """A socket that somebody deleted is back after this time."""
-
-SOCKET_NAMES = ("rkcached", "admin")
-"""FileDescriptorName of systemd's sockets, for requests and for changes."""
 
 SOCKET_MODE = 0o660
 ADMIN_MODE = 0o600
@@ -143,55 +140,6 @@ class OwnSocket:
             await server.listen(self.listener)
 
 
-def check_passed(passed: Mapping[str, Iterable[socket.socket]]) -> None:
-    """Reject a socket of systemd that we would not serve: its clients would wait for ever.
-
-    Errors: SettingsError.
-    """
-    for name, sockets in passed.items():
-        for listener in sockets:
-            if name not in SOCKET_NAMES:
-                raise SettingsError(
-                    f"systemd passes a socket named {name!r}, which rkcached does not know",
-                    hint=f"set FileDescriptorName={SOCKET_NAMES[0]} in its .socket unit "
-                    f"for requests, or {SOCKET_NAMES[1]} for changes",
-                )
-            if not listener.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
-                raise SettingsError(
-                    f"the socket that systemd passes as {name!r} does not listen for connections",
-                    hint="its .socket unit must have ListenStream= and Accept=no",
-                )
-
-
-def refuse_waiting(listener: socket.socket, why: str) -> None:
-    """Answer every client that waits in this socket with an error.
-
-    Otherwise systemd would start us again for it at once.
-    """
-    refusal = _refusal("503 Service Unavailable", why, "not_started")
-    with contextlib.suppress(OSError):  # nobody waits any more, or it is none that listens
-        while True:
-            connection, _ = listener.accept()
-            with connection, contextlib.suppress(OSError):
-                connection.settimeout(0.2)
-                connection.recv(1 << 16)
-                connection.sendall(refusal)
-
-
-def _refusal(status: str, why: str, code: str) -> bytes:
-    """A whole answer for a client whose request nobody reads."""
-    kind = "server_error" if status.startswith("5") else "invalid_request_error"
-    error = {"message": why, "type": kind, "param": None, "code": code}
-    body = json.dumps({"error": error}).encode()
-    head = [
-        f"HTTP/1.1 {status}",
-        "Content-Type: application/json",
-        f"Content-Length: {len(body)}",
-        "Connection: close",
-    ]
-    return "\r\n".join(head).encode() + b"\r\n\r\n" + body
-
-
 def _clear_stale(path: Path, option: str) -> None:
     try:
         mode = path.lstat().st_mode
@@ -238,7 +186,7 @@ class _Connection(H11Protocol):
         if len(self.connections) > _max_connections():
             _log_refused(len(self.connections))
             why = "too many connections; try again"
-            transport.write(_refusal("503 Service Unavailable", why, "too_many_connections"))
+            transport.write(refusal("503 Service Unavailable", why, "too_many_connections"))
             transport.close()
             return
 
@@ -306,7 +254,7 @@ class _Connection(H11Protocol):
             why = f"the request's body did not go on within {BODY_SILENCE_S:g} s"
             if in_head:
                 why = f"the request's headers did not end within {HEAD_TIMEOUT_S:g} s"
-            self.transport.write(_refusal("408 Request Timeout", why, "request_incomplete"))
+            self.transport.write(refusal("408 Request Timeout", why, "request_incomplete"))
         self.transport.close()
 
 

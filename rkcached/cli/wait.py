@@ -126,7 +126,7 @@ def wait(
         heard = _last_heard(inbox, left_s)
         if heard is None:
             break
-        if isinstance(heard, NotAllowed | RequestError):
+        if isinstance(heard, NotAllowed | RequestError | ManifestError):
             raise heard
 
         if isinstance(heard, RkcachedError):

@@ -6,6 +6,7 @@ import asyncio
 import fcntl
 import json
 import os
+import select
 import signal
 import socket
 import stat
@@ -252,6 +253,24 @@ def test_a_socket_that_nobody_would_serve(
     assert said in told
     assert "hint: " in told
     assert "Traceback" not in told
+
+
+def test_a_manifest_that_never_was_good(space: Workspace) -> None:
+    """Who waits is told its problems, and ends as with a daemon that runs: with 78, not 69."""
+    space.write("manifest.yaml", "version: 7\n")
+    for command in (["wait"], ["status"], ["regenerate", "m/a"]):
+        listener = listening(space.root / "s.sock")
+        with subprocess.Popen(
+            space.command(*command), env=space.environment, stderr=subprocess.PIPE, text=True
+        ) as client:
+            assert select.select([listener], [], [], DEADLINE_S)[0]  # it is connected
+            start_by_sockets(space, "rkcached", [listener])
+            _, error = client.communicate(timeout=DEADLINE_S)
+        assert client.returncode == os.EX_CONFIG, error
+        assert error.startswith(f"{space.manifest}:1: ")
+        assert space.process is not None
+        assert space.process.wait(DEADLINE_S) == os.EX_CONFIG
+        (space.root / "s.sock").unlink()
 
 
 # The journal
