@@ -183,6 +183,9 @@ class ModelStatus(Answer):
 
 class WaitedModel(ModelStatus):
     waiting: int = Field(description="Requests that wait for their turn.")
+    notices: list[str] = Field(
+        description="Of the notices: those on its prompts_from folders that have no file."
+    )
 
 
 class ModelAction(ModelStatus):

@@ -64,7 +64,7 @@ OPTIONS = {
     SOCKET_MODE: "--socket or RKCACHED_SOCKET",
     ADMIN_MODE: "--admin-socket or RKCACHED_ADMIN_SOCKET",
 }
-"""What names the socket of a mode."""
+"""By the mode of a socket: how its path is named."""
 
 
 def open_socket(path: Path, mode: int = SOCKET_MODE) -> socket.socket:

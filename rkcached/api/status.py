@@ -126,7 +126,8 @@ def _models(snapshot: Snapshot, serving: Serving, workers: Workers) -> list[dict
     documents = []
     for name, model in snapshot.desired.models.items():
         document = model_status(name, model, workers, snapshot.desired.unlisted.get(name))
-        documents.append({**document, "waiting": serving.waiting(name)})
+        doubts = snapshot.desired.doubts.get(name, ())
+        documents.append({**document, "waiting": serving.waiting(name), "notices": list(doubts)})
     return documents
 
 

@@ -232,6 +232,10 @@ def _prompts(files: _Found) -> Check:
     troubles = [*files.unlisted_models.values(), *files.prompts.values()]
     if not troubles:
         finding = f"{counted(len(files.sources.prompts), 'prompt')}, all readable"
+        empty = [notice.text for notices in files.sources.notices.values() for notice in notices]
+        if empty:
+            next_step = "mount the folder or put its files back; or take it out of prompts_from"
+            return Check("prompts", Outcome.WARN, f"{finding}; {empty[0]}", next_step)
         return Check("prompts", Outcome.OK, finding)
 
     more = ""

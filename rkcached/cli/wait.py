@@ -49,6 +49,8 @@ _MOST_NAMES = 3
 
 _MORE_TIME = "give it more time with --timeout; `rkcached status` shows the progress"
 
+_FILES_ARE_GONE = "mount the folder or put its files back; or take it out of prompts_from"
+
 _Inbox = queue.SimpleQueue[str | RkcachedError]
 
 
@@ -216,15 +218,23 @@ def _chosen(names: Sequence[str], status: dict[str, Any]) -> list[dict[str, Any]
 
 
 def _troubles(names: Sequence[str], status: dict[str, Any]) -> Iterator[NotFresh]:
-    """Troubles of named models that no prompt explains: not all prompts may be known."""
+    """Troubles of named models that no prompt explains: not all prompts may be known.
+
+    Nor are they where a prompts_from folder has no file.
+    """
     declared = [prompt for prompt in status["prompts"] if show.is_declared(prompt)]
     for model in status["models"]:
         own = [prompt for prompt in declared if prompt["model"] == model["name"]]
         explained = any(prompt["state"] in _LASTING for prompt in own)
         named = {name for name in names if name.partition("/")[0] == model["name"]}
         unknown = named - set(map(show.name_of, own))
-        if model["trouble"] and not explained and (unknown or not names):
+        if names and not unknown:
+            continue
+
+        if model["trouble"] and not explained:
             yield NotFresh(f"model {model['name']}: {model['trouble']}")
+        for notice in model["notices"]:
+            yield NotFresh(f"model {model['name']}: {notice}", hint=_FILES_ARE_GONE)
 
 
 def _never(prompt: dict[str, Any]) -> NotFresh | None:

@@ -86,7 +86,7 @@ def explained(path: str | Path, error: OSError, *, folder: bool = False, hint: s
 
 
 def how_to_join(group: str) -> str:
-    """What makes this user a member of the group; empty for one who is."""
+    """How this user becomes a member of the group; empty for one who is."""
     try:
         if grp.getgrnam(group).gr_gid in {os.getegid(), *os.getgroups()}:
             return ""

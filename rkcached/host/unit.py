@@ -127,7 +127,7 @@ def become_it(words: Sequence[str], **places: Path) -> None:
 
 
 def advice(manifest: Path, command: str) -> str:
-    """What shows a person the files of the unit's manifest, which a `command` may not read.
+    """The next step of a person whose `command` may not read the files of the unit's manifest.
 
     Empty for another manifest, for root and for who looks with the service's eyes.
     """

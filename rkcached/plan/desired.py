@@ -75,6 +75,8 @@ class Desired:
     notices: tuple[str, ...] = ()
     """Sentences on what seems wrong in the manifest and can be used all the same."""
 
+    doubts: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """By model, those on folders without a file: prompts may be missing that its owner declared."""
     unlisted: Mapping[str, Trouble] = field(default_factory=dict)
     """Models of which some prompts are not known, and why."""
 
@@ -132,16 +134,18 @@ class Resolver:
 
         self._prompts = prompts
         stored = frozenset(key for key, declared in sources.prompts.items() if declared.stored)
-        notices = (
-            *sources.notices,
-            *(remark.text for remark in remarks.notices(manifest, sources)),
-        )
+        doubts = {
+            name: tuple(notice.text for notice in notices if notice.is_empty)
+            for name, notices in sources.notices.items()
+        }
+        texts_of_remarks = (remark.text for remark in remarks.notices(manifest, sources))
         return Desired(
             models=models,
             prompts=prompts,
             texts=texts,
             stored=stored,
-            notices=notices,
+            notices=tuple(dict.fromkeys(texts_of_remarks)),  # two models may share a folder
+            doubts=doubts,
             unlisted=sources.unlisted_models,
         )
 

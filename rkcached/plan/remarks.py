@@ -29,10 +29,18 @@ class Remark:
 def notices(manifest: Manifest, sources: Sources) -> tuple[Remark, ...]:
     """The remarks that `status` shows for as long as they are true."""
     return (
+        *_doubtful_folders(sources),
         *_cut_contexts(manifest, sources),
         *_assumed_templates(manifest, sources),
         *_old_template_names(manifest),
     )
+
+
+def _doubtful_folders(sources: Sources) -> Iterator[Remark]:
+    """Folders of prompts that may not be those that are meant."""
+    for name, notices_of_folders in sources.notices.items():
+        for notice in notices_of_folders:
+            yield Remark(text=notice.text, place=("models", name, "prompts_from"))
 
 
 def warnings(manifest: Manifest, sources: Sources) -> Iterator[Remark]:

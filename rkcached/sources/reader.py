@@ -24,6 +24,7 @@ from rkcached.sources.patterns import matches, stem
 from rkcached.sources.problems import NAME
 from rkcached.sources.records import (
     Declaration,
+    FolderNotice,
     Key,
     ModelSource,
     PromptSource,
@@ -63,7 +64,7 @@ class SourceReader:
         models: dict[str, ModelSource | Trouble] = {}
         unlisted: dict[str, Trouble] = {}
         skipped: dict[str, None] = {}
-        notices: dict[str, None] = {}
+        notices: dict[str, tuple[FolderNotice, ...]] = {}
         self._prompts.turn()
         self._models.turn()
 
@@ -95,8 +96,9 @@ class SourceReader:
                     )
                     continue
 
-                if notice := self._notice(pattern, len(matched)):
-                    notices[notice] = None
+                if text := self._notice(pattern, len(matched)):
+                    notice = FolderNotice(text, is_empty=not matched)
+                    notices[name] = (*notices.get(name, ()), notice)
                 for path in matched:
                     if path in claimed:
                         continue  # declared by name, perhaps with parameters of its own
@@ -118,7 +120,7 @@ class SourceReader:
             prompts=prompts,
             unlisted_models=unlisted,
             skipped_files=tuple(skipped),
-            notices=tuple(notices),
+            notices=notices,
             today=self._today(),
         )
 

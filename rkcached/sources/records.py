@@ -124,6 +124,14 @@ class Declaration:
     """The files that the text was made of."""
 
 
+class FolderNotice(NamedTuple):
+    """A sentence on a prompts_from folder that may not be the one that is meant."""
+
+    text: str
+    is_empty: bool
+    """No file matches the pattern, so prompts may be missing."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sources:
     """Everything read from disk for one look at the world."""
@@ -135,8 +143,8 @@ class Sources:
     """Models of which a prompts_from folder cannot be listed, and why."""
     skipped_files: tuple[str, ...] = ()
     """Files that a prompts_from pattern names, but whose own names cannot be a prompt's."""
-    notices: tuple[str, ...] = ()
-    """Sentences on what seems wrong with prompts_from folders."""
+    notices: Mapping[str, tuple[FolderNotice, ...]] = field(default_factory=dict)
+    """By model: what seems wrong with its prompts_from folders."""
     today: date | None = None
     """The day of this look, for templates that get it."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -63,14 +64,24 @@ def test_a_folder_that_is_empty_for_a_while(workspace: Workspace, folder: Path) 
     assert shown["notices"] == [notice]
     assert shown["cache"]["retired"] == 2
     assert shown["cache"]["used_bytes"] == shown["cache"]["retired_bytes"] > 0
-    printed = workspace.cli("status").stdout
+    printed = workspace.cli("status", "--exit-code", code=2).stdout
     assert "matches no file any more" in printed
+    for names in ((), ("m",)):
+        waited = workspace.cli("wait", *names, "--timeout", "9", code=os.EX_DATAERR).stderr
+        assert f"error: model m: {notice}\nhint: mount the folder or put its files back" in waited
     assert "retired: 2 (m/" in printed
+    assert f": warning: {folder}/*.md matches no file\n" in workspace.cli("check").stderr
+    checks = json.loads(workspace.cli("doctor", "--json", code=None).stdout)["checks"]
+    [about] = [check for check in checks if check["name"] == "prompts"]
+    assert about["outcome"] == "warn"
+    assert about["finding"] == f"0 prompts, all readable; {folder}/*.md matches no file"
     for path in away.iterdir():
         path.rename(folder / path.name)
     all_fresh(workspace, "one", "two")
     assert retired(workspace) == []
     assert sorted(workspace.built()) == ["one", "two"]
+    workspace.cli("status", "--exit-code")
+    workspace.cli("wait", "--timeout", "9")
 
 
 @pytest.fixture

@@ -20,6 +20,7 @@ from rkcached.sources.manifest import Manifest
 from rkcached.sources.parser import parse
 from rkcached.sources.records import (
     Declaration,
+    FolderNotice,
     Key,
     ModelSource,
     PromptSource,
@@ -430,7 +431,8 @@ def test_a_context_beyond_the_models_own(
 def test_what_is_strange_of_folders_and_of_contexts_is_said_together() -> None:
     """And of a model in trouble that is all that is said."""
     world = World(trained={"n": 1024}, digests={"m": TROUBLE, "n": "22" * 32})
-    sources = replace(world.sources(), notices=("p/*.md matches no file",))
+    notice = FolderNotice("p/*.md matches no file", is_empty=True)
+    sources = replace(world.sources(), notices={"m": (notice,)})
     folder, context = Resolver().resolve(world.parsed(), sources).notices
     assert folder == "p/*.md matches no file"
     assert context.startswith("max_context_len of n is 4096")

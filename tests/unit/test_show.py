@@ -36,6 +36,7 @@ def a_status(prompts: list[dict[str, Any]], **more: Any) -> dict[str, Any]:
         "name": "m",
         "worker": "stopped",
         "trouble": "",
+        "notices": [],
         "last_failure": "",
         "restarts": 0,
         "waiting": 0,

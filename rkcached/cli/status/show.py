@@ -89,9 +89,12 @@ def is_declared(prompt: dict[str, Any]) -> bool:
 
 
 def all_fresh(status: dict[str, Any]) -> bool:
-    """Whether the daemon knows what is declared, and all of it is fresh."""
+    """Whether the daemon knows what is declared, and all of it is fresh.
+
+    Where a prompts_from folder has no file, it does not.
+    """
     prompts = filter(is_declared, status["prompts"])
-    troubled = any(model["trouble"] for model in status["models"])
+    troubled = any(model["trouble"] or model["notices"] for model in status["models"])
     known = status["ready"] and status["manifest"]["ok"] and not troubled
     return known and all(prompt["state"] == "fresh" for prompt in prompts)
 
