@@ -21,6 +21,7 @@ from rkcached.engines.registry import ENGINES
 from rkcached.engines.rkllm.abi import ABIS
 from rkcached.engines.rkllm.identify import choose_abi, identify
 from rkcached.errors import RuntimeLibraryError
+from rkcached.host import cpus
 from rkcached.sources.manifest import EngineConfig, Manifest, ModelConfig
 
 OLDEST_DRIVER: Final = (0, 9, 8)
@@ -280,6 +281,16 @@ class Board:
             "echo performance | sudo tee /sys/devices/system/cpu/cpufreq/policy*/scaling_governor"
         )
         return _judge_clocks("CPU clock", clocks, command)
+
+    def cpus(self, manifest: Manifest) -> Iterator[Check]:
+        """Warn of models whose threads shall run on CPUs that are not there."""
+        findings = []
+        for name, model in manifest.models.items():
+            if absent := cpus.absent(model.npu.enabled_cpus, self._root):
+                findings.append(f"npu.enabled_cpus of {name}: {absent}")
+
+        if findings:
+            yield Check("CPUs", Outcome.WARN, "; ".join(findings), "name others, or leave it out")
 
     def memory(self, manifest: Manifest) -> Check:
         """One model at a time is taken for granted: more of them fit or not by what else runs."""

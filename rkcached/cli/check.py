@@ -13,6 +13,7 @@ from rkcached.cli.service_view import ServiceView, view_of
 from rkcached.engines.kinds import EngineKind
 from rkcached.engines.registry import ENGINES
 from rkcached.errors import ManifestError, Problem, counted, printable
+from rkcached.host import cpus
 from rkcached.host.digests import Digests
 from rkcached.host.settings import Settings
 from rkcached.messages.sandbox import Renderer
@@ -153,6 +154,11 @@ def _warnings(
     """
     for remark in (*remarks.notices(manifest, sources), *remarks.warnings(manifest, sources)):
         yield f"{manifest.line_of(*remark.place)}: warning: {remark.text}"
+
+    for name, model in manifest.models.items():
+        if absent := cpus.absent(model.npu.enabled_cpus):
+            line = manifest.line_of("models", name, "npu", "enabled_cpus")
+            yield f"{line}: warning: npu.enabled_cpus of {name}: {absent}"
 
     if isinstance(runtime, Trouble) or runtime.samples_per_run:
         return

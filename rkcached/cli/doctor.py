@@ -112,6 +112,7 @@ def examine(manifest_file: Path | None, cache_dir: Path, *, root: Path = Path("/
         files = _look_at(manifest)
         checks += _engine(manifest)
         checks += _models(manifest, board.runtime_version, files)
+        checks += board.cpus(manifest)
         checks += [
             _prompts(files),
             board.memory(manifest),

@@ -347,6 +347,14 @@ def test_the_boards_options_reach_the_library(
         make(group, {"npu": NpuOptions(base_domain_id=99)})
 
 
+def test_a_cpu_that_is_not_there_is_named(make: Any) -> None:
+    """Where the library cannot pin its threads; it was said that the model must be converted."""
+    with pytest.raises(ModelLoadError) as caught:
+        make("D", {"npu": NpuOptions(enabled_cpus=(31,))}, pins="yes")
+    hint = caught.value.hint
+    assert hint.startswith("correct npu.enabled_cpus of the model: CPU 31 does not exist here, ")
+
+
 def test_the_end_of_sequence_can_be_ignored(make: Any) -> None:
     """Since 1.3."""
     assert ask(make("E", eos_after=9))[1].decode_tokens == 9

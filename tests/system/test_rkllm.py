@@ -345,6 +345,26 @@ def test_model_that_cannot_save(board: Workspace) -> None:
     assert hit(board, "m/b") == cold(board, "m/b")
 
 
+def test_a_cpu_that_is_not_there(d: Workspace) -> None:
+    """Check and doctor warn of it, and the build that fails for it names it."""
+    put_model(d, pins="yes")
+    d.write(
+        "manifest.yaml",
+        "version: 1\nengine: {kind: rkllm, library: librkllmrt.so}\nmodels:\n  m:\n"
+        "    path: m.rkllm\n    chat_template: chatml\n    npu: {enabled_cpus: [0, 31]}\n"
+        "    prompts: {a: prompts/a.md}\n",
+    )
+    absent = "CPU 31 does not exist here, this machine has CPUs 0"
+    assert f":7: warning: npu.enabled_cpus of m: {absent}" in d.cli("check").stderr
+    assert absent in d.cli("doctor", code=None).stdout.replace("\n", " ")
+    d.write("manifest.yaml", d.manifest.read_text().replace("[0, 31]", "[31]"))
+    d.start()
+    blocked = d.wait_state("a", "blocked")
+    assert "cannot load the model" in blocked["reason"]
+    assert f"correct npu.enabled_cpus of the model: {absent}" in blocked["hint"]
+    d.stop()
+
+
 def test_lines_of_the_library(d: Workspace) -> None:
     """The library's lines are logged with the model's name, at the level they begin with."""
     run(d, saves="no", fault="token3:error")

@@ -560,6 +560,20 @@ def test_other_boards(rock5: FakeBoard) -> None:
     assert "RK3588" in check.finding
 
 
+def test_cpus_that_are_not_there(rock5: FakeBoard) -> None:
+    """A warning; nothing where all exist, or where the kernel does not say."""
+    rock5.declare("{kind: rkllm}", more="    npu: {enabled_cpus: [4, 7, 9, 10]}\n")
+    assert "CPUs" not in outcomes(rock5.examine())
+    rock5.write("sys/devices/system/cpu/present", "0-7\n")
+    check = rock5.check("CPUs")
+    assert (check.outcome, check.finding) == (
+        Outcome.WARN,
+        "npu.enabled_cpus of q: CPUs 9, 10 do not exist here, this machine has CPUs 0-7",
+    )
+    rock5.declare("{kind: rkllm}", more="    npu: {enabled_cpus: [4, 7]}\n")
+    assert "CPUs" not in outcomes(rock5.examine())
+
+
 def test_report_data(rock5: FakeBoard) -> None:
     """The JSON has every check with its next step."""
     data = json.loads(json.dumps(report_data(rock5.examine())))

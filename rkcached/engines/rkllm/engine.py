@@ -49,6 +49,7 @@ from rkcached.errors import (
     ModelLoadError,
     SamplingFixed,
 )
+from rkcached.host import cpus
 
 if TYPE_CHECKING:
     import numpy as np
@@ -81,6 +82,8 @@ class RkllmEngine:
                 "the model must be converted for this board, by a toolkit that is not newer than "
                 "the runtime"
             )
+            if absent := cpus.absent(spec.npu.enabled_cpus):
+                hint = f"correct npu.enabled_cpus of the model: {absent}"
             if spec.abi and not self._library.fits:
                 hint = (
                     f"the library says it is {self._library.version}: remove engine.abi {spec.abi} "
