@@ -105,7 +105,7 @@ def print_explanation(console: Console, data: dict[str, Any]) -> None:
     if data["lines"]:
         for line in data["lines"]:
             console.print(Text(f"  {line}"))
-    elif data["reason"]:
+    elif data["reason"] not in ("", data["state"]):
         console.print(Text(f"  {data['reason']}"))
 
     if data["hint"]:

@@ -530,6 +530,8 @@ def test_without_a_store_every_command_that_looks_at_one_says_so(
             assert done.stdout == ""
         elif command == ["plan"]:
             assert f"2 to build, 0 fresh; store {elsewhere}" in done.stdout
+        elif command == ["explain", "m/a"]:
+            assert done.stdout.count("missing") == 1  # it was printed as the reason, too
         elif "--json" in command:
             reasons = [action["reason"] for action in json.loads(done.stdout)]
             assert reasons == ["missing", "missing"]
