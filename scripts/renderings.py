@@ -1,14 +1,15 @@
 """Write what the models' own chat templates make of our conversations, for tests/unit.
 
-    python scripts/renderings.py FOLDER
+    make test-templates     (once: it installs the referee and downloads the packages)
+    .venv/bin/python scripts/renderings.py
 
-Run it with the referee, transformers 5.24.0 and jinja2 3.1.6, in an environment of its own. FOLDER
-holds `index.json` and the templates that it names, unpacked from published packages; each model's
-template is found in it by its SHA-256. What is written is facts: of each rendering the SHA-256, the
-length and both ends, and of each template its name, the package that has it and its SHA-256.
+Each model's template is found by its SHA-256 in the packages of tests/corpus. What is written is
+facts: of each template the name, its package with the version, and its SHA-256; of each rendering
+the SHA-256, the length and both ends.
 
 The conversations stand in tests/unit/renderings/conversations.json. bos_token is empty, because
-engines add it, and the day is that of `TODAY`.
+engines add it, and the day is that of `TODAY`. The data were made with transformers 5.24.0 and
+jinja2 3.1.6; each file says so.
 """
 
 from __future__ import annotations
@@ -24,7 +25,13 @@ from typing import Any, Self
 
 from transformers.utils import chat_template_utils
 
-RENDERINGS = Path(__file__).parent.parent / "tests" / "unit" / "renderings"
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+
+from tests.corpus.collection import samples  # noqa: E402 - the tests are no installed package
+from tests.corpus.packages import PACKAGES  # noqa: E402
+
+RENDERINGS = ROOT / "tests" / "unit" / "renderings"
 TODAY = date(2026, 3, 1)
 ENDS = 40
 """So many characters of both ends are kept."""
@@ -34,9 +41,10 @@ ENDS = 40
 class Own:
     """A model's own template."""
 
-    name: str
-    """Of the template in the package that has it."""
     sha256: str
+    name: str = ""
+    """The package and the model under which it has the same text, if the corpus has that by the
+    name of another model."""
     eos: str = ""
     dialect: str = ""
     """The form of messages that it takes, if that is not OpenAI's."""
@@ -45,27 +53,25 @@ class Own:
 
 
 def main() -> None:
-    folder = Path(sys.argv[1])
     conversations = json.loads((RENDERINGS / "conversations.json").read_text())
-    index = {entry["sha256"]: entry for entry in json.loads((folder / "index.json").read_text())}
+    every = {sample.sha256: sample for sample in samples()}
+    versions = {package.name: package.version for package in PACKAGES}
 
     chat_template_utils.datetime = _Clock
     for builtin, own in json.loads((RENDERINGS / "templates.json").read_text()).items():
         template = Own(**own)
-        entry = index[template.sha256]
-        source = (folder / entry["file"]).read_text()
+        sample = every[template.sha256]
+        package, _, name = sample.name.rpartition("/")
         kept = {
             "template": {
-                "name": template.name,
+                "name": template.name or f"{package} {versions[package]}: {name}",
                 "sha256": template.sha256,
-                "package": f"{entry['package']} {entry['version']}",
-                "path": entry["path"],
             },
             "referee": f"transformers {version('transformers')}, jinja2 {version('jinja2')}",
             "today": TODAY.isoformat(),
             "renderings": {
                 conversation["name"]: _rendering(
-                    source, template, conversation, conversations["tools"]
+                    sample.source, template, conversation, conversations["tools"]
                 )
                 for conversation in conversations["conversations"]
             },
