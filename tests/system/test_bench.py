@@ -57,15 +57,8 @@ def started(space: Workspace, *arguments: str) -> Iterator[subprocess.Popen[str]
 
     It is killed at the end if it is still there.
     """
-    with subprocess.Popen(
-        space.command("bench", *arguments),
-        env=space.environment,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    ) as process:
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with space.popen("bench", *arguments, **pipes, start_new_session=True) as process:
         try:
             yield process
         finally:
@@ -108,14 +101,7 @@ def test_it_says_enough_to_repeat_it(slow: Workspace) -> None:
     -o keeps the same, and the table fits 80 columns.
     """
     kept = slow.root / "a.json"
-    done = subprocess.run(
-        slow.command("bench", "--runs", "2", "--no-direct", "-o", str(kept)),
-        env={**slow.environment, "COLUMNS": "80"},
-        capture_output=True,
-        text=True,
-        timeout=DEADLINE_S,
-        check=True,
-    )
+    done = slow.cli("bench", "--runs", "2", "--no-direct", "-o", str(kept), COLUMNS="80")
     assert done.stderr.splitlines() == [
         "measuring m/long, 1 of 2",
         "measuring m/tiny, 2 of 2",

@@ -56,10 +56,11 @@ class Bench:
     def __init__(self, space: Workspace, *arguments: str) -> None:
         self._said = space.root / "bench.stderr"
         with self._said.open("w") as said:
-            self.process = subprocess.Popen(
-                space.command("bench", "--json", "--no-direct", *arguments),
-                env=space.environment,
-                stdin=subprocess.DEVNULL,
+            self.process = space.popen(
+                "bench",
+                "--json",
+                "--no-direct",
+                *arguments,
                 stdout=subprocess.PIPE,
                 stderr=said,
                 text=True,

@@ -99,5 +99,4 @@ def test_requests_wait_while_a_model_is_lent(npu: Workspace) -> None:
         assert waiting.result()["rkcached"]["state"] == "hit"
         with pytest.raises(RequestError, match="none"), admin.lent("none"):
             pass
-    with npu.http() as client:
-        assert client.post("/v1/models/lend", json=body).status_code == 403
+    assert npu.request("POST", "/v1/models/lend", json=body).status_code == 403

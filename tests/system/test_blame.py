@@ -21,8 +21,7 @@ def crashing(space: Workspace, op: str, at: int, kind: str = "segfault") -> Work
 def outcome(space: Workspace, **body: Any) -> str:
     """The state of the cache that an answer reports, or the code of its error."""
     request = {"model": "m/a", "messages": [{"role": "user", "content": "hello"}], **body}
-    with space.http() as client:
-        answer = client.post("/v1/chat/completions", json=request).json()
+    answer = space.request("POST", "/v1/chat/completions", json=request).json()
     state: str = answer["rkcached"]["state"] if "rkcached" in answer else answer["error"]["code"]
     return state
 

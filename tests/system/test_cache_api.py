@@ -250,8 +250,9 @@ def test_plain_completions(two_prompts: Workspace) -> None:
     whole = call(two_prompts, "POST", "/v1/completions", body)
     assert (whole["object"], whole["choices"][0]["finish_reason"]) == ("text_completion", "length")
     assert whole["usage"]["prompt_tokens"] == len("Once upon a time")
-    with two_prompts.http() as client:
-        lines = client.post("/v1/completions", json={**body, "stream": True}).text.split("\n\n")
+    lines = two_prompts.request(
+        "POST", "/v1/completions", json={**body, "stream": True}
+    ).text.split("\n\n")
     chunks = [
         json.loads(line.removeprefix("data: "))
         for line in lines

@@ -111,11 +111,11 @@ def test_numpy_is_loaded_for_embeddings_only(workspace: Workspace) -> None:
     workspace.wait_settled()
     assert workspace.ask("m/a")["rkcached"]["state"] == "hit"
     assert with_numpy() == []
-    with workspace.http() as client:
-        made = client.post(
-            "/v1/embeddings",
-            json={"model": "vectors", "input": "hello", "encoding_format": "float"},
-        )
+    made = workspace.request(
+        "POST",
+        "/v1/embeddings",
+        json={"model": "vectors", "input": "hello", "encoding_format": "float"},
+    )
     assert made.status_code == 200, made.text
     assert len(with_numpy()) == 1
     assert str(workspace.process.pid if workspace.process else 0) not in with_numpy()
@@ -652,11 +652,9 @@ def test_regenerate_shows_how_far_it_is(workspace: Workspace) -> None:
     workspace.start()
     workspace.wait_state("a", "fresh")
     ours, theirs = pty.openpty()
-    command = workspace.command("regenerate", "m/a")
     environment = {**workspace.environment, "TERM": "xterm"}
-    with subprocess.Popen(
-        command, env=environment, stdin=theirs, stdout=theirs, stderr=theirs
-    ) as process:
+    ends = {"stdin": theirs, "stdout": theirs, "stderr": theirs}
+    with workspace.popen("regenerate", "m/a", env=environment, **ends) as process:
         os.close(theirs)
         shown = b""
         with contextlib.suppress(OSError):  # EIO: the other end is closed
@@ -913,12 +911,6 @@ def test_an_impossible_setting_is_one_sentence(workspace: Workspace) -> None:
     """
     workspace.memory_model()
     workspace.declare("{}")
-    command = [sys.executable, "-m", "rkcached", "run"]
-    environment = {**workspace.environment, "RKCACHED_LOG_LEVEL": "loud"}
-    done = subprocess.run(
-        command, env=environment, capture_output=True, text=True, check=False, cwd=workspace.root
-    )
-    assert done.returncode == 78
+    done = workspace.cli("run", code=78, RKCACHED_LOG_LEVEL="loud")
     assert done.stderr.startswith("error: log-level: ")
     assert "RKCACHED_LOG_LEVEL" in done.stderr
-    assert "Traceback" not in done.stderr

@@ -73,8 +73,9 @@ def test_a_failed_answer_has_its_cause_in_the_log(
     assert error["message"].partition(" (")[0] in cause
     if model == "breaks":
         return  # once in the life of its process
-    with troubled.http() as client:
-        answer = client.post("/v1/chat/completions", json={"model": model, "stream": True, **HELLO})
+    answer = troubled.request(
+        "POST", "/v1/chat/completions", json={"model": model, "stream": True, **HELLO}
+    )
     assert code in answer.text
     wait_until(
         lambda: troubled.log_text().count(" request failed ") == 2,

@@ -63,8 +63,7 @@ def described(space: Workspace, *, admin: bool) -> dict[str, Any]:
     Model names are narrowed to a few, else nearly all requests were 404.
     """
     description: dict[str, Any]
-    with space.http(admin=admin) as client:
-        description = client.get("/openapi.json").json()
+    description = space.request("GET", "/openapi.json", admin=admin).json()
     for schema in description["components"]["schemas"].values():
         model = schema.get("properties", {}).get("model")
         if model and model.get("type") == "string" and schema.get("title", "").endswith("Request"):

@@ -151,8 +151,7 @@ def test_asked_over_http(two_prompts: Workspace) -> None:
     """
     two_prompts.write("cache/m/notes.txt", "x" * 100)
     two_prompts.write("cache/.quarantine/m--a--0011/a.memory_cache", "x" * 1000)
-    with two_prompts.http() as client:
-        assert client.post("/v1/gc", json={}).status_code == 403
+    assert two_prompts.request("POST", "/v1/gc", json={}).status_code == 403
     with two_prompts.http(admin=True) as client:
         dry = client.post("/v1/gc", json={"dry_run": True}).json()
         shown = two_prompts.status()["cache"]

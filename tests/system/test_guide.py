@@ -249,8 +249,7 @@ def _rejected_while_running(space: Workspace) -> str:
 
 
 def _asked(space: Workspace, path: str, body: dict[str, Any]) -> str:
-    with _running(space).http() as client:
-        return client.post(path, json=body).text
+    return _running(space).request("POST", path, json=body).text
 
 
 def _too_long(space: Workspace) -> str:

@@ -385,14 +385,9 @@ class Pipe:
     """`status --watch` without a terminal; what it said so far, by lines."""
 
     def __init__(self, space: Workspace, arguments: list[str]) -> None:
-        self.process = subprocess.Popen(
-            space.command("status", "--watch", *arguments),
-            env=space.environment,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
+        self.process = space.popen(
+            "status", "--watch", *arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE
         )
-        assert self.process.stdout is not None
         self.said: list[str] = []
         self._stdout = self.process.stdout
         self._reader = threading.Thread(target=self._read)
@@ -463,13 +458,9 @@ def test_without_a_terminal(two_prompts: Workspace, *, want_json: bool) -> None:
 @pytest.mark.parametrize("want_json", [False, True])
 def test_a_pipe_whose_reader_has_enough(two_prompts: Workspace, *, want_json: bool) -> None:
     """`| head -n 1` ends it at once, though nothing changes that would be a next line."""
-    command = two_prompts.command("status", "--watch", *(["--json"] if want_json else []))
-    with subprocess.Popen(
-        command, env=two_prompts.environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    ) as all_:
+    command = ("status", "--watch", *(["--json"] if want_json else []))
+    with two_prompts.popen(*command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as all_:
         try:
-            assert all_.stdout is not None
-            assert all_.stderr is not None
             while not re.search(rb'"ready":true|m/b', all_.stdout.read1().replace(b" ", b"")):
                 pass
             all_.stdout.close()

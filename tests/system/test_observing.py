@@ -18,8 +18,7 @@ from tests.waiting import BEFORE_RESCAN_S, DEADLINE_S, wait_until
 
 def samples(space: Workspace) -> dict[tuple[str, ...], float]:
     """Every sample by its name and label values, as Prometheus' own parser reads them."""
-    with space.http() as client:
-        text = client.get("/metrics").text
+    text = space.request("GET", "/metrics").text
     found = {}
     for family in text_string_to_metric_families(text):
         for sample in family.samples:
@@ -159,10 +158,9 @@ def test_a_burst_fills_the_queue_exactly(workspace: Workspace) -> None:
     workspace.ask("m", max_tokens=1)
 
     def one(_: int) -> int:
-        with workspace.http() as client:
-            return client.post(
-                "/v1/completions", json={"model": "m", "prompt": "x", "max_tokens": 20}
-            ).status_code
+        return workspace.request(
+            "POST", "/v1/completions", json={"model": "m", "prompt": "x", "max_tokens": 20}
+        ).status_code
 
     with ThreadPoolExecutor(4) as pool:
         assert sorted(pool.map(one, range(4))) == [200, 200, 200, 503]
@@ -196,8 +194,7 @@ def test_a_request_that_takes_too_long(workspace: Workspace, streaming: bool) ->
         "max_tokens": 100,
         "stream": streaming,
     }
-    with workspace.http() as client:
-        answer = client.post("/v1/chat/completions", json=body)
+    answer = workspace.request("POST", "/v1/chat/completions", json=body)
     if streaming:
         assert '"code": "request_timeout"' in answer.text.replace('"code":"', '"code": "')
     else:

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import Workspace
+from conftest import Workspace, tmpfs
 
 from tests.waiting import DEADLINE_S
 
@@ -42,18 +42,8 @@ def kept(workspace: Workspace) -> Path:
 def full_disk(tmp_path: Path) -> Iterator[Path]:
     """A folder on a file system without a free byte."""
     folder = tmp_path / "full"
-    folder.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=16k", "rkcached-test", str(folder)]
-    try:
-        subprocess.run(command, check=True, capture_output=True)
-    except (OSError, subprocess.CalledProcessError) as error:
-        pytest.skip(
-            f"a tmpfs cannot be mounted here, which needs root: {getattr(error, 'stderr', error)!r}"
-        )
-    try:
+    with tmpfs(folder, "size=16k"):
         yield folder
-    finally:
-        subprocess.run(["umount", str(folder)], check=True, capture_output=True)
 
 
 def fill(folder: Path) -> None:
@@ -127,14 +117,8 @@ def test_a_standard_error_that_is_full_changes_no_exit_code(workspace: Workspace
     """Nobody can be told, but a script still sees what it was."""
     with Path("/dev/full").open("w") as full:
         for command, code in (("status", 69), ("nonsense", 64), ("bench -o -", 64)):
-            done = subprocess.run(
-                workspace.command(*command.split()),
-                env=workspace.environment,
-                stderr=full,
-                timeout=DEADLINE_S,
-                check=False,
-            )
-            assert (command, done.returncode) == (command, code)
+            with workspace.popen(*command.split(), stderr=full) as process:
+                assert (command, process.wait(DEADLINE_S)) == (command, code)
 
 
 def test_a_full_disk_costs_neither_the_results_nor_the_older_file(

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import Workspace, need
+from conftest import Workspace, need, tmpfs
 
 from tests.waiting import wait_until
 
@@ -18,13 +18,17 @@ from tests.waiting import wait_until
 @pytest.fixture
 def folder(workspace: Workspace) -> Path:
     """Of the prompts `one` and `two`, which a running daemon has built."""
-    workspace.memory_model()
-    workspace.write("extra/one.md", "Extra one.\n")
-    workspace.write("extra/two.md", "Extra two.\n")
-    workspace.declare("{}", model="    prompts_from: extra/*.md\n")
-    workspace.start()
-    all_fresh(workspace, "one", "two")
+    start_extra(workspace)
     return workspace.root / "extra"
+
+
+def start_extra(space: Workspace) -> None:
+    space.memory_model()
+    space.write("extra/one.md", "Extra one.\n")
+    space.write("extra/two.md", "Extra two.\n")
+    space.declare("{}", model="    prompts_from: extra/*.md\n")
+    space.start()
+    all_fresh(space, "one", "two")
 
 
 def all_fresh(space: Workspace, *names: str) -> None:
@@ -88,18 +92,8 @@ def test_a_folder_that_is_empty_for_a_while(workspace: Workspace, folder: Path) 
 def mounted(workspace: Workspace) -> Iterator[Path]:
     """A prompts folder on a file system of its own."""
     folder = workspace.root / "extra"
-    folder.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=1m", "rkcached-test", str(folder)]
-    try:
-        subprocess.run(command, check=True, capture_output=True)
-    except (OSError, subprocess.CalledProcessError) as error:
-        pytest.skip(
-            f"a tmpfs cannot be mounted here, which needs root: {getattr(error, 'stderr', error)!r}"
-        )
-    try:
+    with tmpfs(folder, "size=1m"):
         yield folder
-    finally:
-        subprocess.run(["umount", "-l", folder], check=False, capture_output=True)
 
 
 def test_a_folder_that_is_unmounted(workspace: Workspace, mounted: Path) -> None:
@@ -107,12 +101,7 @@ def test_a_folder_that_is_unmounted(workspace: Workspace, mounted: Path) -> None
 
     Other files in its place change nothing of that.
     """
-    workspace.memory_model()
-    workspace.write("extra/one.md", "Extra one.\n")
-    workspace.write("extra/two.md", "Extra two.\n")
-    workspace.declare("{}", model="    prompts_from: extra/*.md\n")
-    workspace.start()
-    all_fresh(workspace, "one", "two")
+    start_extra(workspace)
     subprocess.run(["umount", "-l", mounted], check=True)
     workspace.hang_up()
     none_left(workspace)

@@ -128,8 +128,7 @@ def refused(
     assert error["code"] == code
     assert cause in error["message"]
     assert space.status()["ready"]
-    with space.http() as client:
-        assert client.get("/healthz").json() == {"status": "ok"}
+    assert space.request("GET", "/healthz").json() == {"status": "ok"}
 
 
 def model_status(space: Workspace) -> dict[str, Any]:

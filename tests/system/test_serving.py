@@ -636,8 +636,7 @@ def test_kill_nine_leaves_no_child(two_prompts: Workspace) -> None:
 )
 def test_bad_bodies(two_prompts: Workspace, body: bytes, code: str) -> None:
     """What is no request gets a 400 in OpenAI's envelope, and the daemon goes on."""
-    with two_prompts.http() as client:
-        response = client.post("/v1/chat/completions", content=body)
+    response = two_prompts.request("POST", "/v1/chat/completions", content=body)
     assert (400, code) == (response.status_code, response.json()["error"]["code"])
     assert two_prompts.ask("m/a")["rkcached"]["state"] == "hit"
 

@@ -38,8 +38,7 @@ def three_models(space: Workspace, engine: str, **settings: Any) -> None:
 
 
 def loaded(space: Workspace) -> list[str]:
-    with space.http() as client:
-        return [model["name"] for model in client.get("/v1/models/loaded").json()["data"]]
+    return [model["name"] for model in space.request("GET", "/v1/models/loaded").json()["data"]]
 
 
 def test_the_longest_idle_model_makes_room(workspace: Workspace) -> None:

@@ -101,8 +101,7 @@ def test_deleted_socket_comes_back(settled: Workspace, name: str) -> None:
     for _ in range(2):
         path.unlink()
         wait_until(lambda: answers(path), "the socket is back")
-        with settled.http(admin=name == "admin.sock") as client:
-            assert client.get("/healthz").status_code == 200
+        assert settled.request("GET", "/healthz", admin=name == "admin.sock").status_code == 200
         assert path.stat().st_mode == mode
     settled.logged("socket made again")
 

@@ -54,8 +54,7 @@ def test_starting(starting: Workspace) -> None:
         told = starting.cli("status", "--exit-code", code=2).stdout
         assert "no prompts are declared" not in told
         assert re.search(words, told.replace("\n", ""))
-        with starting.http() as client:
-            page = client.get("/").text
+        page = starting.request("GET", "/").text
         assert re.search(rf"<title>{words}", page)
         assert "data-moving" in page
         assert "no prompts are declared" not in page
@@ -68,14 +67,8 @@ def test_starting(starting: Workspace) -> None:
 
 def test_watch_sees_the_start(starting: Workspace) -> None:
     """--watch begins while the daemon starts, and shows the prompts when they are known."""
-    process = subprocess.Popen(
-        starting.command("status", "--watch", "--json"),
-        env=starting.environment,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
+    process = starting.popen("status", "--watch", "--json", stdout=subprocess.PIPE, text=True)
     try:
-        assert process.stdout is not None
         assert json.loads(process.stdout.readline())["starting"]["file"]
         finish(starting)
         assert any(json.loads(line)["summary"].startswith("1 fresh") for line in process.stdout)
@@ -99,8 +92,7 @@ def test_no_figures_of_an_older_text(two_prompts: Workspace) -> None:
     )
     assert re.fullmatch(r"m/a +blocked +- +the prompt has .*", row), row
     assert two_prompts.prompt("b")["artifact"]["tokens"]
-    with two_prompts.http() as client:
-        assert "artifact" not in client.get("/v1/cache/m/a").json()
+    assert "artifact" not in two_prompts.request("GET", "/v1/cache/m/a").json()
 
 
 def test_what_needs_somebody_comes_first(workspace: Workspace) -> None:
@@ -120,8 +112,7 @@ def test_what_needs_somebody_comes_first(workspace: Workspace) -> None:
         if line.startswith("m/")
     ]
     assert rows == ["m/d", "m/b", "m/c", "m/a"]
-    with workspace.http() as client:
-        page = client.get("/").text
+    page = workspace.request("GET", "/").text
     assert re.findall(r"<span>(m/\w)</span>", page) == rows
     told = json.loads(workspace.cli("status", "--json", "--exit-code", code=2).stdout)
     assert [prompt["prompt"] for prompt in told["prompts"]] == ["c", "d", "a", "b"]

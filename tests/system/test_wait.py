@@ -39,14 +39,8 @@ class Waiting:
         self._started: list[subprocess.Popen[str]] = []
 
     def start(self, *arguments: str) -> subprocess.Popen[str]:
-        process = subprocess.Popen(
-            self._space.command("wait", *FOR_LONG, *arguments),
-            env=self._space.environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            cwd=self._space.root,
-        )
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        process = self._space.popen("wait", *FOR_LONG, *arguments, text=True, **pipes)
         self._started.append(process)
         return process
 
@@ -199,11 +193,9 @@ def test_a_socket_that_one_may_not_open(two_prompts: Workspace) -> None:
 def test_progress_at_a_terminal(slow: Workspace) -> None:
     """Standard error says what is waited for, where it is a terminal."""
     ours, theirs = pty.openpty()
-    process = subprocess.Popen(
-        slow.command("wait", *FOR_LONG),
-        env={**slow.environment, "TERM": "xterm"},
-        stdout=subprocess.DEVNULL,
-        stderr=theirs,
+    environment = {**slow.environment, "TERM": "xterm"}
+    process = slow.popen(
+        "wait", *FOR_LONG, env=environment, stdout=subprocess.DEVNULL, stderr=theirs
     )
     try:
         os.close(theirs)

@@ -137,8 +137,7 @@ def slowest_while(space: Workspace, work: Callable[[], None]) -> float:
 
 
 def refuse(space: Workspace, path: str, body: bytes, *, admin: bool) -> None:
-    with space.http(admin=admin) as client:
-        response = client.post(path, content=body)
+    response = space.request("POST", path, content=body, admin=admin)
     error: dict[str, Any] = response.json()["error"]
     assert response.status_code == 400, error
     assert len(response.content) < 2000
