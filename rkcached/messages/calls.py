@@ -286,16 +286,16 @@ TABLE: Final[tuple[CallForm, ...]] = (
     ),
     xml_between("Qwen3-Coder without <tool_call>", "<function=", closing="</function>"),
     CallForm(
+        name="GLM 4 (the name, then JSON)",
+        named_first=("{}\n{{",),
+        read=named_json(r"(?P<name>[\w.-]+)\n"),
+        told_by=(("在调用上述函数时",),),
+    ),
+    CallForm(
         name="Functionary 3.2",
         named_openings=(">>>{}\n",),
         named_first=("{}\n",),
-        read=named_json(r"(?:>>>)?(?P<name>[^\n]+)\n"),
-    ),
-    CallForm(
-        name="GLM 4 (the name, then JSON)",
-        named_first=("{}\n{{",),
-        read=named_json(r"(?P<name>[^\n]+)\n"),
-        told_by=(("在调用上述函数时",),),
+        read=named_json(r"(?:>>>)?(?P<name>[\w.-]+)\n"),
     ),
     CallForm(
         name="Solar",

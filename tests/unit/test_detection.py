@@ -66,7 +66,7 @@ def test_built_in_templates() -> None:
         "Llama 3": {"llama3", "llama3.1", "llama3.2", "llama3.3"},
         "Gemma 4": {"gemma4", "gemma4-26b"},
         "MiniCPM 3": {"minicpm3"},
-        "Functionary 3.2": {"glm4", "glm4-0414"},  # the name, a newline, the arguments as JSON
+        "GLM 4": {"glm4", "glm4-0414"},  # the name, a newline, the arguments as JSON
     }
     others = {name for name, form in forms.items() if form.marks != THINK}
     assert others == {"gemma4", "gemma4-26b", "minicpm3"}
