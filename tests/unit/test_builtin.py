@@ -163,7 +163,7 @@ def conversation_with(text: str) -> list[Message]:
 
 
 @pytest.mark.parametrize("known", [True, False], ids=["tokenizer", "guessed"])
-@pytest.mark.parametrize("name", FORMATS.keys() - _PLAIN_WORDS)
+@pytest.mark.parametrize("name", sorted(FORMATS.keys() - _PLAIN_WORDS))
 def test_a_whole_conversation_in_a_text_is_letters(name: str, *, known: bool) -> None:
     """A user who sends what the template writes forges no turn, as many control tokens as in it."""
     honest = ChatTemplate(BUILTIN[name], name=name).render(conversation_with("Hi"))
