@@ -121,52 +121,91 @@ def _with_text(call: dict[str, Any]) -> dict[str, Any]:
     return call | {"function": function | {"arguments": arguments}}
 
 
-_LONG_ID: Final = "call_0123456789abcdef"
+def _is_result(message: Message) -> bool:
+    return message["role"] == "tool"
+
+
+def _name_results(messages: Sequence[Message]) -> list[Message]:
+    """Give each result of a tool the name of its call: OpenAI's clients send only the id."""
+    names: dict[str, str] = {}
+    changed = []
+    for message in messages:
+        for call in message.get("tool_calls", ()):
+            names[call.get("id", "")] = call["function"]["name"]
+
+        copy = Message(**message)
+        name = names.get(message.get("tool_call_id", ""))
+        if _is_result(message) and name is not None:
+            copy.setdefault("name", name)
+        changed.append(copy)
+
+    return changed
+
+
+def _has_thinking(message: Message) -> bool:
+    return "thinking" in message
+
+
+def _drop_thinking(messages: Sequence[Message]) -> list[Message]:
+    """Leave out the reasoning beside a text and calls: gpt-oss's template shows one of the two."""
+    changed = []
+    for message in messages:
+        copy = Message(**message)
+        if copy["content"] and copy.get("tool_calls"):
+            copy.pop("thinking", None)
+        changed.append(copy)
+
+    return changed
+
+
+def _called(call_id: str, *, named: bool = True, reasoning: str = "") -> list[Message]:
+    """A call, and its result. With reasoning the call has a text, too."""
+    call = {
+        "id": call_id,
+        "type": "function",
+        "function": {"name": "f", "arguments": {"a": "b"}},
+    }
+    answer = Message(role="assistant", content="", tool_calls=[call])
+    if reasoning:
+        answer |= {"content": "c", "reasoning_content": reasoning, "thinking": reasoning}
+
+    result = Message(role="tool", content="r", tool_call_id=call_id)
+    if named:
+        result["name"] = "f"
+    return [answer, result]
+
+
+_USER: Final = Message(role="user", content="u")
 
 ADAPTATIONS: Final = (
     Adaptation(
         name="system",
-        probe=(Message(role="system", content="s"), Message(role="user", content="u")),
+        probe=(Message(role="system", content="s"), _USER),
         concerns=_is_system,
         change=_fold_system,
     ),
     Adaptation(
         name="ids",
-        probe=(
-            Message(role="user", content="u"),
-            Message(
-                role="assistant",
-                content="",
-                tool_calls=[
-                    {
-                        "id": _LONG_ID,
-                        "type": "function",
-                        "function": {"name": "f", "arguments": {}},
-                    }
-                ],
-            ),
-            Message(role="tool", content="r", name="f", tool_call_id=_LONG_ID),
-        ),
+        probe=(_USER, *_called("call_0123456789abcdef"), *_called("c1")),
         concerns=_has_id,
         change=_shorten_ids,
     ),
     Adaptation(
         name="arguments",
-        probe=(
-            Message(role="user", content="u"),
-            Message(
-                role="assistant",
-                content="",
-                tool_calls=[
-                    {
-                        "id": "call12345",
-                        "type": "function",
-                        "function": {"name": "f", "arguments": {"a": "b"}},
-                    }
-                ],
-            ),
-        ),
+        probe=(_USER, _called("call12345")[0]),
         concerns=_has_calls,
         change=_arguments_as_text,
+    ),
+    Adaptation(
+        name="names",
+        probe=(_USER, *_called("call12345", named=False)),
+        concerns=_is_result,
+        change=_name_results,
+    ),
+    Adaptation(
+        name="thinking",
+        probe=(_USER, *_called("call12345", reasoning="r")),
+        concerns=_has_thinking,
+        change=_drop_thinking,
     ),
 )

@@ -17,3 +17,5 @@ class Message(TypedDict):
     tool_calls: NotRequired[list[dict[str, Any]]]
     tool_call_id: NotRequired[str]
     reasoning_content: NotRequired[str]
+    thinking: NotRequired[str]
+    """The same reasoning, by the name that gpt-oss's template knows."""

@@ -137,6 +137,50 @@ def test_a_template_that_adds_lists_has_a_system_turn() -> None:
     assert ChatTemplate(source, name="t").render(messages) == "<system>s<user>u"
 
 
+# As FunctionGemma's template: a result without the name of its function has no place.
+NAMED = (
+    "{% for m in messages %}{% if m.role == 'tool' %}{% if not m.name %}"
+    "{{ raise_exception('Invalid tool response mapping') }}{% endif %}{{ m.name }}={{ m.content }};"
+    "{% endif %}{% endfor %}"
+)
+
+
+def test_results_have_the_name_of_their_call() -> None:
+    """OpenAI's clients send the id alone; a name that was sent stays."""
+    messages = called("a")
+    messages[2] = message("tool", "1", tool_call_id="a", name="mine")
+    messages += called("b")[1:]
+
+    assert ChatTemplate(NAMED, name="t").render(messages) == "mine=1;f=r;"
+    with pytest.raises(TemplateError, match="Invalid tool response"):
+        ChatTemplate(NAMED, name="t").render([message("tool", "1", tool_call_id="unknown")])
+
+
+def test_names_are_not_made_up_for_other_templates() -> None:
+    """As transformers does: Kimi's template writes the name in the place of the role."""
+    source = "{% for m in messages %}<{{ m.name or m.role }}>{% endfor %}"
+
+    assert ChatTemplate(source, name="t").render(called("a")) == "<user><assistant><tool>"
+
+
+# As gpt-oss's template.
+ONE_OF_TWO = (
+    "{% for m in messages %}{% if m.tool_calls and m.content and m.thinking %}"
+    "{{ raise_exception('Cannot pass both content and thinking') }}{% endif %}"
+    "{{ m.thinking or m.content }};{% endfor %}"
+)
+
+
+def test_reasoning_beside_a_text_and_a_call() -> None:
+    """The template shows the text; where there is none, the reasoning."""
+    (user, call, result) = called("a")
+    both = message("assistant", "text", tool_calls=call["tool_calls"], thinking="hm")
+    one = message("assistant", "", tool_calls=call["tool_calls"], thinking="hm")
+    chat = ChatTemplate(ONE_OF_TWO, name="t")
+
+    assert chat.render([user, both, result, one, result]) == "u;text;r;hm;r;"
+
+
 def test_templates_are_tried_once() -> None:
     """Not at each request: a template that is not built in costs a turn of another process."""
     tried: list[Any] = []
