@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails, from_json
 
 from rkcached.api.bounds import ArgumentsBudget
-from rkcached.api.requests import Record
+from rkcached.api.record import Record
 from rkcached.errors import RequestError
 
 Body = TypeVar("Body", bound=Record)

@@ -7,6 +7,7 @@ in a body of some megabytes would hold everybody else up for seconds.
 from __future__ import annotations
 
 import re
+from typing import Any
 
 MAX_VALUES = 32_768
 """Values and keys of a body: two thousand messages with calls, or the schemas of two hundred tools.
@@ -18,9 +19,30 @@ MAX_TOKEN_IDS = 300_000
 MAX_ARGUMENTS_CHARACTERS = 256 << 10
 """Of all earlier tool calls of one request: more than any context of a small model holds."""
 
+MAX_DEPTH = 32
+"""Of the JSON that reaches a template: what works on it calls itself for each level."""
+
 _ESCAPE = re.compile(rb"\\.", re.DOTALL)
 _STRING = re.compile(rb'"[^"]*"')
 _MARKS = (b",", b":", b"[", b"{")
+
+
+def is_deeper(value: Any, levels: int) -> bool:
+    """Whether lists and objects stand in each other to a greater depth."""
+    inside = [value]
+    for _ in range(levels + 1):
+        nested: list[Any] = []
+        for item in inside:
+            if isinstance(item, dict):
+                nested += item.values()
+            elif isinstance(item, list):
+                nested += item
+
+        if not nested:
+            return False
+        inside = nested
+
+    return True
 
 
 class ValueCounter:

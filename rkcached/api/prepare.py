@@ -6,6 +6,7 @@ Every refusal is a RequestError with its HTTP status, OpenAI's code and the next
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import json
 from collections.abc import Awaitable, Callable, Sequence
@@ -14,6 +15,13 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from rkcached import errors
+from rkcached.api.conversation import (
+    Conversation,
+    exhausted,
+    template_refused,
+    text_arguments_refused,
+)
+from rkcached.api.named_prompt import named_prompt, with_prompt
 from rkcached.api.requests import (
     ChatRequest,
     CompletionRequest,
@@ -29,15 +37,15 @@ from rkcached.engines.registry import ENGINES
 from rkcached.errors import RequestError
 from rkcached.messages.detection import AnswerForm
 from rkcached.messages.message import Message
+from rkcached.messages.reasoning import Marks
 from rkcached.messages.reply import Reply
 from rkcached.messages.template import ChatTemplate
 from rkcached.plan.desired import DesiredModel
-from rkcached.reconcile.snapshot import Published, Snapshot
+from rkcached.reconcile.snapshot import Published
 from rkcached.serving.embeddings import EmbeddingInput
 from rkcached.serving.failures import as_request_error
 from rkcached.serving.job import Job
 from rkcached.serving.models import find_embedding_model, find_text_model
-from rkcached.sources.records import Key, Trouble
 from rkcached.worker.schemas import MAX_SCHEMA_BYTES, SchemaChecker
 
 _ANY_OBJECT = {"type": "object"}
@@ -81,18 +89,24 @@ class Preparation:
         """
         snapshot = self._published.now
         model = find_text_model(snapshot, request.model.partition("/")[0])
-        form = await self._in_template(model.template, lambda: model.template.answer)
+        form = await self._answer_form(model.template)
         demand = _demand(request, model, form, snapshot.manifest.engine.kind)
-        named, param = _named_prompt(request)
+        named, param = named_prompt(request)
 
         messages = [message.plain() for message in request.messages]
         if named is not None:
-            messages = _with_prompt(snapshot, named, messages, param)
-        if any("\0" in message["content"] for message in messages):
+            messages = with_prompt(snapshot, named, messages, param)
+
+        conversation = Conversation(
+            template=model.template_for(named.prompt if named else None),
+            sent=request.messages,
+            messages=messages,
+            tools=[tool.plain() for tool in demand.tools],
+            variables=request.variables(),
+        )
+        prompt, continued = await self._prompt(conversation, request, demand)
+        if "\0" in prompt:
             raise _nul("messages")
-        tools = [tool.plain() for tool in demand.tools]
-        template = model.template_for(named.prompt if named else None)
-        prompt = await self._render(template, messages, tools)
 
         declared = model.config.sampling(named.prompt if named else None)
         values: dict[str, Any] = declared | request.sampling()
@@ -101,7 +115,7 @@ class Preparation:
             values["shown_tokens"] = _shown_tokens(form, demand)
         else:
             values["json_schema"] = await self._checked(demand)
-            correct = self._second_try(template, messages, tools, values["json_schema"])
+            correct = self._second_try(conversation, values["json_schema"])
 
         job = Job(
             model=model,
@@ -111,6 +125,7 @@ class Preparation:
             cold=request.wanted_cache is False,
             accepted=accepted,
             with_tools=bool(demand.tools),
+            variables=tuple(conversation.variables),
             schema_param=demand.schema_param,
             correct=correct,
         )
@@ -119,7 +134,7 @@ class Preparation:
             tools={tool.function.name: tool.arguments_schema for tool in demand.tools},
             marks=form.marks,
             forced=demand.is_call,
-            reasons=form.marks.begun(prompt) and demand.schema is None,
+            reasons=_reasons(form.marks, prompt, continued) and demand.schema is None,
         )
         return job, reply
 
@@ -168,34 +183,71 @@ class Preparation:
             raise _nul("input")
         return model.name, inputs
 
-    async def _render(
-        self, template: ChatTemplate, messages: Sequence[Message], tools: Sequence[dict[str, Any]]
-    ) -> str:
+    async def _prompt(
+        self, conversation: Conversation, request: ChatRequest, demand: _Demand
+    ) -> tuple[str, str]:
+        """The rendered request, and the text that the answer continues, if any.
+
+        Errors: RequestError.
+        """
+        if request.must_continue and demand.schema is not None:
+            raise RequestError(
+                400,
+                f"an answer that continues a message cannot be bound by {demand.schema_param}",
+                code="unsupported_parameter",
+                param="continue_final_message",
+                hint=f"leave out continue_final_message or {demand.schema_param}",
+            )
+        if request.continues and demand.schema is None:
+            last = conversation.messages[-1]["content"]
+            try:
+                if last.strip():
+                    return await self._write(conversation, continue_final=True), last
+                conversation = conversation.without_last()
+            except errors.TemplateError as error:
+                # Who did not ask for it gets an answer of its own.
+                if request.must_continue or isinstance(error, errors.TemplateExhausted):
+                    raise await self._refusal(error, conversation) from error
+
+        try:
+            return await self._write(conversation), ""
+        except errors.TemplateError as error:
+            raise await self._refusal(error, conversation) from error
+
+    async def _answer_form(self, template: ChatTemplate) -> AnswerForm:
         """Errors: RequestError."""
-        return await self._in_template(template, lambda: template.render(messages, tools))
+        try:
+            return await self._in_template(template, lambda: template.answer)
+        except errors.TemplateExhausted as error:
+            raise exhausted(error) from error
+
+    async def _write(self, conversation: Conversation, *, continue_final: bool = False) -> str:
+        """Errors: TemplateError."""
+        render = functools.partial(conversation.render, continue_final=continue_final)
+        return await self._in_template(conversation.template, render)
 
     async def _in_template(self, template: ChatTemplate, work: Callable[[], Result]) -> Result:
-        """Do what renders the template. Errors: RequestError."""
-        try:
-            if not template.may_wait:
-                return work()
-            loop = asyncio.get_running_loop()
-            return await loop.run_in_executor(self._render_thread, work)
-        except errors.TemplateExhausted as error:
-            raise RequestError(
-                503, error.message, code="template_exhausted", hint=error.hint
-            ) from error
-        except errors.TemplateError as error:
-            raise RequestError(
-                400, error.message, code="template_error", param="messages", hint=error.hint
-            ) from error
+        """Do what renders the template. Errors: TemplateError."""
+        if not template.may_wait:
+            return work()
+        return await asyncio.get_running_loop().run_in_executor(self._render_thread, work)
+
+    async def _refusal(
+        self, error: errors.TemplateError, conversation: Conversation
+    ) -> RequestError:
+        """The answer to a request that its template cannot render, and why."""
+        if isinstance(error, errors.TemplateExhausted):
+            return exhausted(error)
+
+        repaired = conversation.with_objects()
+        if repaired is not None:
+            with contextlib.suppress(errors.TemplateError):
+                await self._write(repaired)
+                return text_arguments_refused(error, conversation.sent)
+        return template_refused(error, conversation.sent)
 
     def _second_try(
-        self,
-        template: ChatTemplate,
-        messages: Sequence[Message],
-        tools: Sequence[dict[str, Any]],
-        schema: str,
+        self, conversation: Conversation, schema: str
     ) -> Callable[[str, str], Awaitable[str]]:
         """Renders the conversation with the answer that does not fit, and with the reason."""
 
@@ -205,7 +257,10 @@ class Preparation:
                 Message(role="assistant", content=answer),
                 Message(role="user", content=f"{why}. {order}"),
             ]
-            return await self._render(template, [*messages, *more], tools)
+            try:
+                return await self._write(conversation.with_more(more))
+            except errors.TemplateError as error:
+                raise await self._refusal(error, conversation) from error
 
         return correct
 
@@ -226,77 +281,6 @@ class Preparation:
         except errors.RkcachedError as error:
             raise as_request_error(error, schema_param=demand.schema_param) from error
         return text
-
-
-def _named_prompt(request: ChatRequest) -> tuple[Key | None, str]:
-    """The prompt that is named, if any, and the parameter that names it. Errors: RequestError."""
-    model, slash, prompt = request.model.partition("/")
-    cache = request.wanted_cache
-    if not isinstance(cache, str):
-        named = Key(model, prompt) if slash else None
-        return named, "model"
-
-    if prompt and cache != prompt:
-        raise RequestError(
-            400,
-            f"model names the prompt {prompt!r}, cache names {cache!r}",
-            code="conflict",
-            param="cache",
-        )
-    return Key(model, cache), "cache" if request.cache is not None else "use_cache"
-
-
-def _with_prompt(
-    snapshot: Snapshot, key: Key, messages: list[Message], param: str
-) -> list[Message]:
-    """The messages with the prompt as their system message. Errors: RequestError."""
-    text = snapshot.desired.texts.get(key)
-    if text is None:
-        raise _no_text(snapshot, key, param)
-
-    systems = [message["content"] for message in messages if message["role"] == "system"]
-    if any(system.rstrip("\r\n") != text for system in systems):
-        raise RequestError(
-            409,
-            f"the request has a system message of its own, and it is not the prompt {key}",
-            code="system_message_conflict",
-            param="messages",
-            hint="leave the system message out, "
-            f"or ask for the model {key.model!r} without a prompt",
-        )
-    others = [message for message in messages if message["role"] != "system"]
-    return [Message(role="system", content=text), *others]
-
-
-def _no_text(snapshot: Snapshot, key: Key, param: str) -> RequestError:
-    """The reason why a prompt that was named has no text."""
-    declared = snapshot.desired.prompts.get(key)
-    if declared is not None:
-        trouble = declared.trouble or Trouble(message="it has no text")
-        return RequestError(
-            503,
-            f"the prompt {key} cannot be used: {trouble.message}",
-            code="prompt_blocked",
-            hint=trouble.hint,
-        )
-
-    unlisted = snapshot.desired.unlisted.get(key.model)
-    if unlisted is not None:
-        return RequestError(
-            503,
-            f"the prompt {key} is not known: {unlisted.message}",
-            code="prompt_blocked",
-            hint=unlisted.hint,
-        )
-
-    names = [other.prompt for other in snapshot.desired.prompts if other.model == key.model]
-    known = ", ".join(names) or "none"
-    return RequestError(
-        404,
-        f"the model {key.model!r} has no prompt {key.prompt!r}; known prompts: {known}",
-        code="prompt_not_found",
-        param=param,
-    )
 
 
 def _shown_tokens(form: AnswerForm, demand: _Demand) -> tuple[str, ...]:
@@ -384,6 +368,13 @@ def _chosen_tool(choice: NamedTool, tools: Sequence[Tool]) -> Tool:
             hint=f"one of {', '.join(known)}",
         )
     return known[name]
+
+
+def _reasons(marks: Marks, prompt: str, continued: str) -> bool:
+    """Whether the answer begins with reasoning: the prompt, or what it continues, is inside it."""
+    if not continued:
+        return marks.begun(prompt)
+    return max(map(continued.rfind, marks.openings)) > max(map(continued.rfind, marks.closings))
 
 
 def _nul(param: str) -> RequestError:

@@ -1,188 +1,24 @@
 """Records of the HTTP API's requests. Pure. Those of the answers are in `responses`.
 
 The shapes are OpenAI's, with additions: `cache` in a request chooses a prompt, `top_k` and
-`repeat_penalty` are accepted. A parameter that is not supported is rejected by name.
+`repeat_penalty` are accepted. A parameter that is not supported is rejected by name. The messages
+of a chat are in `chat_messages`, the variables of its template in `variables`.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Sequence
-from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
+from collections.abc import Iterator
+from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    ValidationInfo,
-    field_validator,
-    model_validator,
-)
+from pydantic import BeforeValidator, Field, model_validator
 
-from rkcached.api.bounds import MAX_TOKEN_IDS, MAX_VALUES, ArgumentsBudget
-from rkcached.messages.message import Message
+from rkcached.api.bounds import MAX_TOKEN_IDS
+from rkcached.api.chat_messages import AssistantMessage, ChatMessage
+from rkcached.api.record import ForeignFields, Many, Name, Record
+from rkcached.api.variables import TemplateVariables
 
 _INT32 = 2**31
 _INT63 = 2**63
-
-MAX_KEYS = 64
-"""No record has half as many. Each unknown key of an object would be an error of its own."""
-
-Item = TypeVar("Item")
-
-Many = Annotated[list[Item], Field(fail_fast=True)]
-"""A list whose validation ends with the first bad item, as nobody reads an error for each."""
-
-Name = Annotated[str, Field(max_length=256)]
-"""Of something that exists or not; errors repeat it."""
-
-
-class Record(BaseModel):
-    # strict: true is not 1, and "16" is not 16. A schema is built when it is first needed, so the
-    # start does not wait for schemas that nobody uses.
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, defer_build=True)
-
-    max_values: ClassVar[int] = MAX_VALUES
-    """A body of this kind may have so many values and keys."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _has_few_keys(cls, value: Any) -> Any:
-        if isinstance(value, dict) and len(value) > MAX_KEYS:
-            raise ValueError(f"an object of {len(value):,} keys, at most {MAX_KEYS} are accepted")
-        return value
-
-
-class TextPart(Record):
-    type: Literal["text"]
-    text: str
-
-
-def _no_constant(name: str) -> None:
-    raise ValueError(f"{name} is not JSON")
-
-
-class FunctionCall(Record):
-    name: str
-    arguments: str = Field(description="A JSON object as text.")
-    parsed_arguments: Any = Field(default=None, description="What OpenAI's clients add; ignored.")
-
-    def parsed(self) -> dict[str, Any]:
-        """Errors: ValueError."""
-        value = json.loads(self.arguments or "{}", parse_constant=_no_constant)
-        if not isinstance(value, dict):
-            # pydantic takes no TypeError for a problem of the input.
-            raise ValueError("arguments are not a JSON object")  # noqa: TRY004
-        json.dumps(value, ensure_ascii=False).encode()  # half a surrogate pair is no text
-        return value
-
-
-class ToolCallRecord(Record):
-    id: str
-    type: Literal["function"] = "function"
-    function: FunctionCall
-    index: int | None = None
-
-    def plain(self) -> dict[str, Any]:
-        """The call as chat templates expect it. Errors: ValueError."""
-        function = {"name": self.function.name, "arguments": self.function.parsed()}
-        return {"type": "function", "function": function}
-
-    @field_validator("function")
-    @classmethod
-    def _has_arguments(cls, function: FunctionCall, info: ValidationInfo) -> FunctionCall:
-        if isinstance(info.context, ArgumentsBudget):
-            info.context.spend(function.arguments)
-
-        try:
-            function.parsed()
-        except RecursionError as error:
-            raise ValueError("arguments are nested too deeply") from error
-        return function
-
-
-class RefusalPart(Record):
-    """Of an earlier answer of somebody else's."""
-
-    type: Literal["refusal"]
-    refusal: str
-
-
-Content = str | Annotated[Many[TextPart], Field(min_length=1)]
-AnswerPart = Annotated[TextPart | RefusalPart, Field(discriminator="type")]
-
-
-def _text(content: str | Sequence[TextPart | RefusalPart] | None) -> str:
-    """The text of a message. Its parts are one text."""
-    if isinstance(content, str):
-        return content
-    return "".join(_part_text(part) for part in content or ())
-
-
-def _part_text(part: TextPart | RefusalPart) -> str:
-    return part.text if isinstance(part, TextPart) else part.refusal
-
-
-class _MessageRecord(Record):
-    content: Content
-    name: str | None = None
-
-    def plain(self) -> Message:
-        """The message as chat templates expect it."""
-        # Each kind of message has a role of its own, which this base does not declare.
-        return Message(role=self.role, content=_text(self.content))  # type: ignore[attr-defined]
-
-
-class SystemMessage(_MessageRecord):
-    role: Literal["system", "developer"]
-
-    def plain(self) -> Message:
-        """`developer` is another word for `system`."""
-        return Message(role="system", content=_text(self.content))
-
-
-class UserMessage(_MessageRecord):
-    role: Literal["user"]
-
-
-class ToolMessage(_MessageRecord):
-    role: Literal["tool"]
-    tool_call_id: str
-
-
-class AssistantMessage(Record):
-    """An earlier answer. It may be sent back as it came."""
-
-    role: Literal["assistant"]
-    content: str | Annotated[Many[AnswerPart], Field(min_length=1)] | None = None
-    tool_calls: Many[ToolCallRecord] | None = None
-    reasoning_content: str | None = None
-    name: str | None = None
-    refusal: None = None
-    audio: None = None
-    function_call: None = None
-    annotations: list[Any] | None = None
-    parsed: Any = Field(default=None, description="What OpenAI's clients add; ignored.")
-
-    @model_validator(mode="after")
-    def _has_content(self) -> Self:
-        if self.content is None and not self.tool_calls:
-            raise ValueError("an assistant message has content or tool_calls")
-        return self
-
-    def plain(self) -> Message:
-        message = Message(role="assistant", content=_text(self.content))
-        if self.tool_calls:
-            message["tool_calls"] = [call.plain() for call in self.tool_calls]
-        if self.reasoning_content:
-            message["reasoning_content"] = self.reasoning_content
-        return message
-
-
-ChatMessage = Annotated[
-    SystemMessage | UserMessage | AssistantMessage | ToolMessage, Field(discriminator="role")
-]
 
 
 def _moved(schema: Any, place: str) -> Any:
@@ -207,7 +43,7 @@ class FunctionDefinition(Record):
     strict: bool | None = None
 
 
-class Tool(Record):
+class Tool(ForeignFields):
     type: Literal["function"]
     function: FunctionDefinition
 
@@ -348,7 +184,7 @@ class GenerationRequest(_AboutTheService):
         return {name: value for name, value in wanted.items() if value is not None}
 
 
-class ChatRequest(GenerationRequest):
+class ChatRequest(GenerationRequest, TemplateVariables):
     """`POST /v1/chat/completions`."""
 
     messages: Many[ChatMessage] = Field(min_length=1)
@@ -359,6 +195,50 @@ class ChatRequest(GenerationRequest):
     tools: Many[Tool] | None = Field(default=None, max_length=128)
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
     parallel_tool_calls: bool | None = None
+    continue_final_message: bool | None = Field(
+        default=None,
+        description="The answer goes on with the last message, which is the assistant's. Without "
+        "a value it does so if there is such a message.",
+    )
+    add_generation_prompt: bool | None = Field(
+        default=None, description="The opposite of continue_final_message."
+    )
+
+    @property
+    def continues(self) -> bool:
+        """Whether the answer goes on with the last message.
+
+        llama.cpp's server does so whenever that is an answer, vLLM if it is told to.
+        """
+        if self.must_continue is not None:
+            return self.must_continue
+        return self._ends_with_an_answer()
+
+    @property
+    def must_continue(self) -> bool | None:
+        """The client's own words about that."""
+        if self.continue_final_message is None and self.add_generation_prompt is not None:
+            return not self.add_generation_prompt
+        return self.continue_final_message
+
+    def _ends_with_an_answer(self) -> bool:
+        last = self.messages[-1]
+        return isinstance(last, AssistantMessage) and not last.tool_calls
+
+    @model_validator(mode="after")
+    def _continues_an_answer(self) -> Self:
+        wanted = self.continue_final_message
+        header = self.add_generation_prompt
+        if wanted is not None and wanted == header:
+            value = str(wanted).lower()
+            raise ValueError(
+                f"continue_final_message and add_generation_prompt are both {value}, but one is "
+                "the opposite of the other"
+            )
+        if self.continues and not self._ends_with_an_answer():
+            name = "continue_final_message" if wanted else "add_generation_prompt: false"
+            raise ValueError(f"{name} needs a message of the assistant's at the end, without calls")
+        return self
 
     @model_validator(mode="after")
     def _goes_together(self) -> Self:

@@ -169,7 +169,8 @@ class ChatTemplate:
 
         copies = self._markers.hide(self._adapted(copies))
         shown = self._markers.hide(list(tools))
-        given = self._variables | dict(variables) | {"tools": shown or None}
+        wanted = {name: self._markers.hide(value) for name, value in variables.items()}
+        given = self._variables | wanted | {"tools": shown or None}
         if continue_final:
             given["add_generation_prompt"] = False
 

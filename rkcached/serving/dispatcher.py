@@ -293,6 +293,9 @@ class Serving:
             return assessment.state.value, assessment.reason
         if assessment is not None and job.with_tools:
             return "cold", "the tools stand inside the prompt's text"
+        if assessment is not None and job.variables:
+            names = ", ".join(job.variables)
+            return "cold", f"the request's variables change the prompt's text: {names}"
         return "cold", ""
 
     def _worker(self, requested: DesiredModel) -> Worker:

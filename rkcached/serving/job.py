@@ -26,6 +26,8 @@ class Job:
     accepted: float
     """Monotonic seconds."""
     with_tools: bool = False
+    variables: tuple[str, ...] = ()
+    """The names of the template's variables that the request sets."""
     text_param: str = "messages"
     """The request's parameter that holds the text; errors name it."""
     schema_param: str = "response_format"

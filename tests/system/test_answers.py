@@ -211,7 +211,7 @@ def test_references_in_the_parameters_of_a_demanded_tool(workspace: Workspace, w
             "missing_parameter",
         ),
         ({"response_format": {"type": "xml"}}, "response_format", "invalid_value"),
-        ({"messages": [{"role": "assistant"}]}, "messages.0", "invalid_value"),
+        ({"messages": [{"role": "user"}]}, "messages.0.content", "missing_parameter"),
         (
             {"messages": [{"role": "tool", "content": "x"}]},
             "messages.0.tool_call_id",
@@ -241,7 +241,7 @@ HALF = '{"a": "\\ud800"}'
 
 
 def test_half_a_character_in_arguments(workspace: Workspace) -> None:
-    """From a client it is a 400; from a model it comes as the escape that it was.
+    """It comes from a model as the escape that it was, and goes back to it as the same text.
 
     Neither is a crash, or in the log.
     """
@@ -254,8 +254,7 @@ def test_half_a_character_in_arguments(workspace: Workspace) -> None:
         {"role": "assistant", "tool_calls": [call]},
         {"role": "tool", "tool_call_id": "1", "content": ""},
     ]
-    error = space.ask("m", status=400, messages=messages)["error"]
-    assert error["param"] == "messages.1.tool_calls.0.function"
+    space.ask("m", messages=messages)
     (said,) = choice(space.ask("m", max_tokens=200, tools=[WEATHER]))["message"]["tool_calls"]
     assert said["function"]["arguments"] == HALF
     pieces, _ = deltas(space, tools=[WEATHER])

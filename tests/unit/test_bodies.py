@@ -43,7 +43,7 @@ WRONG: list[tuple[type[Record], Any]] = [
     (ChatRequest, chat(messages=[{"role": "assistant", "content": [{"type": "image"}] * ITEMS}])),
     (ChatRequest, assistant([1] * ITEMS)),
     (ChatRequest, assistant([{"function": {}}] * ITEMS)),
-    (ChatRequest, assistant([arguments("[")] * ITEMS)),
+    (ChatRequest, assistant([arguments("[" * 100)] * ITEMS)),
     (ChatRequest, chat(tools=[1] * ITEMS)),
     (ChatRequest, chat(tools=[{"type": "function", "function": {"name": "?"}}] * 128)),
     (ChatRequest, chat(stop=[1] * ITEMS)),

@@ -1,0 +1,43 @@
+"""The base of all records of requests: what it refuses costs little. Pure."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, ClassVar, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from rkcached.api.bounds import MAX_VALUES
+
+MAX_KEYS = 64
+"""No record has half as many. Each unknown key of an object would be an error of its own."""
+
+Item = TypeVar("Item")
+
+Many = Annotated[list[Item], Field(fail_fast=True)]
+"""A list whose validation ends with the first bad item, as nobody reads an error for each."""
+
+Name = Annotated[str, Field(max_length=256)]
+"""Of something that exists or not; errors repeat it."""
+
+
+class Record(BaseModel):
+    # strict: true is not 1, and "16" is not 16. A schema is built when it is first needed, so the
+    # start does not wait for schemas that nobody uses.
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, defer_build=True)
+
+    max_values: ClassVar[int] = MAX_VALUES
+    """A body of this kind may have so many values and keys."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _has_few_keys(cls, value: Any) -> Any:
+        if isinstance(value, dict) and len(value) > MAX_KEYS:
+            raise ValueError(f"an object of {len(value):,} keys, at most {MAX_KEYS} are accepted")
+        return value
+
+
+class ForeignFields(Record):
+    """Fields that programs between a client and us add. They are accepted, and change nothing."""
+
+    cache_control: Any = Field(default=None, description="Anthropic's; ignored.")
+    provider_specific_fields: Any = Field(default=None, description="LiteLLM's; ignored.")
