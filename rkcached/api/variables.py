@@ -14,25 +14,12 @@ from pydantic import Field, field_validator, model_validator
 
 from rkcached.api.bounds import is_deeper
 from rkcached.api.record import Many, Name, Record
+from rkcached.sources.values import OWN_VARIABLES
 
 MAX_VARIABLES = 32
 MAX_VARIABLES_BYTES = 64 << 10
 MAX_VARIABLES_DEPTH = 16
 """A tool in `custom_tools`, with the schema of its arguments, has about ten levels."""
-
-RESERVED: Final = frozenset(
-    {
-        "messages",
-        "tools",
-        "bos_token",
-        "eos_token",
-        "add_generation_prompt",
-        "strftime_now",
-        "raise_exception",
-        "rkcached_today",
-    }
-)
-"""The variables that are the server's to set."""
 
 _KWARGS: Final = "chat_template_kwargs"
 
@@ -86,7 +73,7 @@ class TemplateVariables(Record):
         if len(variables) > MAX_VARIABLES:
             raise ValueError(f"it has more than {MAX_VARIABLES} variables")
         for name in variables:
-            if name in RESERVED:
+            if name in OWN_VARIABLES:
                 raise ValueError(f"{name} cannot be set here")
         if is_deeper(variables, MAX_VARIABLES_DEPTH):
             raise ValueError(f"it is nested deeper than {MAX_VARIABLES_DEPTH} levels")

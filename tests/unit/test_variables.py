@@ -13,9 +13,9 @@ from rkcached.api.variables import (
     MAX_VARIABLES,
     MAX_VARIABLES_BYTES,
     MAX_VARIABLES_DEPTH,
-    RESERVED,
 )
 from rkcached.errors import RequestError
+from rkcached.sources.values import OWN_VARIABLES
 
 USER = {"role": "user", "content": "hello"}
 ANSWER = {"role": "assistant", "content": "The answer is"}
@@ -100,7 +100,7 @@ def test_contradictions_are_refused_with_both_names(
     assert "contradict" in error.message
 
 
-@pytest.mark.parametrize("name", sorted(RESERVED))
+@pytest.mark.parametrize("name", sorted(OWN_VARIABLES))
 def test_some_variables_are_not_a_clients_to_set(name: str) -> None:
     error = refused(chat_template_kwargs={name: True})
 
