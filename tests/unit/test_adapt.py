@@ -87,8 +87,9 @@ def test_prefix_starts_every_request_with_a_folded_prompt(
     ]
 
     assert chat.render(messages).startswith(chat.prefix(system))
-    if system.strip():
-        assert chat.prefix(system).endswith(system.rstrip("\r\n").lstrip() + "\n\n")
+    if system.strip():  # a blank may break what looks like a control token
+        folded = system.rstrip("\r\n").lstrip() + "\n\n"
+        assert chat.prefix(system).replace(" ", "").endswith(folded.replace(" ", ""))
 
 
 def test_a_refusal_that_has_another_cause_stays_as_it_is() -> None:
