@@ -128,8 +128,8 @@ def explain(settings: Settings, name: str, want_json: bool) -> int:
 @click.option(
     "--exit-code",
     is_flag=True,
-    help="Exit with 2 when a declared prompt is not fresh, or a prompts_from folder has no file; 0 "
-    "when all are.",
+    help="Exit with 2 when a declared prompt is not fresh, or the files of a prompts_from folder "
+    "are gone; with 0 when all are fresh.",
 )
 def status(*, settings: Settings, want_json: bool, watch: bool, exit_code: bool) -> int:
     """Show models and prompts of the running daemon: state, reason, size, cold and warm times.
@@ -161,9 +161,9 @@ def wait(*, settings: Settings, prompts: Sequence[str], timeout_s: float, want_j
 
     The daemon looks at the files first, so a change made just before counts. If no daemon runs yet,
     or it is being restarted, the command waits for it. Exit code 0 when all are fresh, 65 when one
-    needs more than waiting, or a prompts_from folder has no file (it says why), 75 when time is up
-    (it says what is not fresh yet), 66 for a name that is not declared, 78 while the manifest is
-    rejected.
+    needs more than waiting, or the files of a prompts_from folder are gone (it says why), 75 when
+    time is up (it says what is not fresh yet), 66 for a name that is not declared, 78 while the
+    manifest is rejected.
     """
     from rkcached.cli import wait as command
 

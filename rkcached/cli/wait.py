@@ -220,7 +220,7 @@ def _chosen(names: Sequence[str], status: dict[str, Any]) -> list[dict[str, Any]
 def _troubles(names: Sequence[str], status: dict[str, Any]) -> Iterator[NotFresh]:
     """Troubles of named models that no prompt explains: not all prompts may be known.
 
-    Nor are they where a prompts_from folder has no file.
+    Nor are they where the files of a prompts_from folder are gone.
     """
     declared = [prompt for prompt in status["prompts"] if show.is_declared(prompt)]
     for model in status["models"]:

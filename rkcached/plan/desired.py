@@ -135,7 +135,7 @@ class Resolver:
         self._prompts = prompts
         stored = frozenset(key for key, declared in sources.prompts.items() if declared.stored)
         doubts = {
-            name: tuple(notice.text for notice in notices if notice.is_empty)
+            name: tuple(notice.text for notice in notices if notice.lacks_prompts)
             for name, notices in sources.notices.items()
         }
         texts_of_remarks = (remark.text for remark in remarks.notices(manifest, sources))

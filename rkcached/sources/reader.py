@@ -96,8 +96,8 @@ class SourceReader:
                     )
                     continue
 
-                if text := self._notice(pattern, len(matched)):
-                    notice = FolderNotice(text, is_empty=not matched)
+                has_others = bool(config.prompts)
+                if notice := self._notice(pattern, len(matched), has_others=has_others):
                     notices[name] = (*notices.get(name, ()), notice)
                 for path in matched:
                     if path in claimed:
@@ -124,37 +124,40 @@ class SourceReader:
             today=self._today(),
         )
 
-    def _notice(self, pattern: str, matched: int) -> str:
-        """A sentence on a prompts_from folder that may not be the one that is meant, or nothing.
+    def _notice(self, pattern: str, matched: int, *, has_others: bool) -> FolderNotice | None:
+        """A doubt whether a prompts_from folder is the one that is meant.
 
         An unmounted folder is empty, and a folder on which another disk is mounted has other files.
+        `has_others`: the model has prompts by name, so the folder may be for prompts to come.
         """
         folder = Path(pattern).parent
         try:
             device = folder.stat().st_dev
         except OSError:
-            return ""
+            return None
 
         first_device, before = self._found_on.get(pattern, (device, 0))
         if matched:
             self._found_on[pattern] = (first_device, matched)
 
         if device != first_device:
-            files = (
-                f"{pattern} matches {_files(matched)}" if matched else f"{pattern} matches no file"
-            )
-            return (
+            files = f"matches {_files(matched)}" if matched else "matches no file"
+            text = (
                 f"{folder} is on another file system than when the daemon started, "
-                f"and {files} now: is it mounted?"
+                f"and {pattern} {files} now: is it mounted?"
             )
+            return FolderNotice(text, lacks_prompts=not matched)
 
         if not matched and before:
-            return (
+            text = (
                 f"{pattern} matches no file any more, but matched {_files(before)} before: "
                 "is the folder mounted?"
             )
+            return FolderNotice(text, lacks_prompts=True)
 
-        return "" if matched else f"{pattern} matches no file"
+        if not matched:
+            return FolderNotice(f"{pattern} matches no file", lacks_prompts=not has_others)
+        return None
 
     def _declare(
         self,

@@ -128,8 +128,8 @@ class FolderNotice(NamedTuple):
     """A sentence on a prompts_from folder that may not be the one that is meant."""
 
     text: str
-    is_empty: bool
-    """No file matches the pattern, so prompts may be missing."""
+    lacks_prompts: bool
+    """Prompts are probably missing, not yet to come."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -88,6 +88,18 @@ def test_a_folder_that_is_empty_for_a_while(workspace: Workspace, folder: Path) 
     workspace.cli("wait", "--timeout", "9")
 
 
+def test_a_folder_for_prompts_to_come(workspace: Workspace) -> None:
+    """Beside prompts that are named it may be empty from the start: a notice, and no failure."""
+    (workspace.root / "extra").mkdir()
+    workspace.write("prompts/a.md", "You are prompt A.")
+    workspace.memory_model()
+    workspace.declare("{a: prompts/a.md}", model="    prompts_from: extra/*.md\n")
+    workspace.start()
+
+    workspace.cli("wait", "--timeout", "30")
+    assert "matches no file" in workspace.cli("status", "--exit-code").stdout
+
+
 @pytest.fixture
 def mounted(workspace: Workspace) -> Iterator[Path]:
     """A prompts folder on a file system of its own."""

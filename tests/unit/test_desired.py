@@ -431,7 +431,7 @@ def test_a_context_beyond_the_models_own(
 def test_what_is_strange_of_folders_and_of_contexts_is_said_together() -> None:
     """And of a model in trouble that is all that is said."""
     world = World(trained={"n": 1024}, digests={"m": TROUBLE, "n": "22" * 32})
-    notice = FolderNotice("p/*.md matches no file", is_empty=True)
+    notice = FolderNotice("p/*.md matches no file", lacks_prompts=True)
     sources = replace(world.sources(), notices={"m": (notice,)})
     folder, context = Resolver().resolve(world.parsed(), sources).notices
     assert folder == "p/*.md matches no file"

@@ -91,7 +91,7 @@ def is_declared(prompt: dict[str, Any]) -> bool:
 def all_fresh(status: dict[str, Any]) -> bool:
     """Whether the daemon knows what is declared, and all of it is fresh.
 
-    Where a prompts_from folder has no file, it does not.
+    Where the files of a prompts_from folder are gone, it does not.
     """
     prompts = filter(is_declared, status["prompts"])
     troubled = any(model["trouble"] or model["notices"] for model in status["models"])
