@@ -102,6 +102,7 @@ TABLE: Final[tuple[Marks, ...]] = (
         again=True,
         found_by=("<atem:function_calls>",),
     ),
+    _pair("<|start_think|>", "<|end_think|>"),
     Marks(  # Hunyuan
         openings=("<think>",),
         closings=("</think>",),
@@ -134,7 +135,6 @@ TABLE: Final[tuple[Marks, ...]] = (
     _pair("<seed:think>", "</seed:think>"),
     _pair("[THINK]", "[/THINK]"),
     _pair("<|inner_prefix|>", "<|inner_suffix|>"),
-    _pair("<|start_think|>", "<|end_think|>"),
     _pair("<|thought_start|>", "<|thought_end|>"),
     _pair("<thought>", "</thought>"),
     _pair("<reasoning>", "</reasoning>"),

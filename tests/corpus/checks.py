@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
 from rkcached.errors import TemplateError
 from rkcached.messages.template import ChatTemplate
-from tests.corpus import forgery, referee
+from tests.corpus import answers, forgery, referee
 from tests.corpus.collection import Sample
 from tests.corpus.conversations import CONVERSATIONS, TOOL_NAME, Conversation
 
@@ -19,6 +20,8 @@ class Check(StrEnum):
     IDENTICAL = "identical"
     PREFIX = "prefix"
     FORGED = "forged"
+    CALLS = "calls"
+    REASONING = "reasoning"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,6 +71,7 @@ def checked(sample: Sample) -> Report:
     if report.counts[Check.IDENTICAL, "both refuse"] == len(CONVERSATIONS):
         report.find(Check.IDENTICAL, "all", "neither side renders any conversation")
     _check_forgeries(sample, control, report)
+    _check_answers(chats[()], report)
     return report
 
 
@@ -157,3 +161,18 @@ def _check_forgeries(sample: Sample, control: frozenset[str], report: Report) ->
         report.count(Check.FORGED, f"{mode.name}: {'forged' if found else 'safe'}")
         for place in found[:3]:
             report.find(Check.FORGED, mode.name, place)
+
+
+def _check_answers(chat: ChatTemplate, report: Report) -> None:
+    for check, outcomes in (
+        (Check.CALLS, answers.calls(chat)),
+        (Check.REASONING, answers.reasoning(chat)),
+    ):
+        _count_outcomes(check, outcomes, report)
+
+
+def _count_outcomes(check: Check, outcomes: Iterator[tuple[str, str, str]], report: Report) -> None:
+    for case, outcome, detail in outcomes:
+        report.count(check, f"{case}: {outcome}" if case else outcome)
+        if detail:
+            report.find(check, case, detail)
