@@ -18,6 +18,7 @@ import pydantic_core
 
 from rkcached import __version__
 from rkcached.api.responses import RecentAnswer, Status
+from rkcached.engines.kinds import VerifyMode
 from rkcached.host import disk
 from rkcached.host.digests import Reading
 from rkcached.plan.desired import DesiredModel
@@ -27,7 +28,6 @@ from rkcached.reconcile.snapshot import Published, Snapshot
 from rkcached.serving.report import NOT_MEASURED
 from rkcached.sources.records import Key, Trouble
 from rkcached.store.sidecar import StoredArtifact
-from rkcached.worker.protocol import VerifyMode
 
 if TYPE_CHECKING:  # `explain` needs this module, and nothing of the daemon
     from rkcached.host.watch import Watcher

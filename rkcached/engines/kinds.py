@@ -13,6 +13,19 @@ class EngineKind(StrEnum):
     MEMORY = "memory"
 
 
+class VerifyMode(StrEnum):
+    """How much a build must prove, and how much it has proved."""
+
+    OFF = "off"
+    TIME = "time"
+    """Never asked for: the most that can be proved where the library measures nothing. Loading it
+    is faster."""
+    HIT = "hit"
+    """After loading it, only the probe was prefilled."""
+    EXACT = "exact"
+    """And the probe's answer has the same tokens."""
+
+
 class Pooling(StrEnum):
     """The way in which the states of all tokens become one vector."""
 

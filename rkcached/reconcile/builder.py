@@ -185,7 +185,7 @@ class Builder:
             prefix=prefix,
             probe=probe,
             path=str(staged),
-            verify=protocol.VerifyMode(request.cache.verify.value),
+            verify=request.cache.verify,
             min_tokens=request.cache.min_tokens,
         )
 

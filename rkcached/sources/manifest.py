@@ -24,7 +24,7 @@ from pydantic import (
 )
 from pydantic_core import CoreSchema
 
-from rkcached.engines.kinds import EngineKind, Pooling
+from rkcached.engines.kinds import EngineKind, Pooling, VerifyMode
 from rkcached.messages.builtin import FORMATS
 from rkcached.sources import values
 from rkcached.sources.problems import all_wrong, wrong
@@ -49,14 +49,6 @@ RKLLM_MAX_CONTEXT: Final = 16_384
 
 THINKING: Final = "enable_thinking"
 """The variable of a chat template that `thinking` is the short form of."""
-
-
-class Verify(StrEnum):
-    """How much a new prompt cache must prove before it is published."""
-
-    OFF = "off"
-    HIT = "hit"
-    EXACT = "exact"
 
 
 class FingerprintMode(StrEnum):
@@ -118,8 +110,9 @@ class CacheConfig(_Section):
         default=None,
         description="Budget of the prompt caches: bytes, or with a unit. None is no limit.",
     )
-    verify: Verify = Field(
-        default=Verify.EXACT, description="Proof required of a new prompt cache before it is used."
+    verify: Literal[VerifyMode.OFF, VerifyMode.HIT, VerifyMode.EXACT] = Field(
+        default=VerifyMode.EXACT,
+        description="Proof required of a new prompt cache before it is used.",
     )
     fingerprint: FingerprintMode = Field(
         default=FingerprintMode.FULL,

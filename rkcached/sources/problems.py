@@ -11,7 +11,7 @@ import difflib
 import re
 from collections.abc import Iterable, Mapping
 from enum import StrEnum
-from typing import Final, TypeAlias
+from typing import Final, TypeAlias, get_args
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
@@ -118,6 +118,9 @@ def _explain_value(error: ErrorDetails, key: str, field: FieldInfo | None) -> tu
             field and isinstance(field.annotation, type) and issubclass(field.annotation, StrEnum)
         ):
             choices = [str(choice) for choice in field.annotation]
+            return f"{key}: unknown value {got}", nearest_of_all(error["input"], choices)
+        case "literal_error" if field:
+            choices = [str(choice) for choice in get_args(field.annotation)]
             return f"{key}: unknown value {got}", nearest_of_all(error["input"], choices)
         case "too_long" | "string_too_long":
             unit = "characters" if kind == "string_too_long" else "entries"

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from rkcached.engines.base import Engine, FinishReason, RunStats, Sampling, Token
+from rkcached.engines.kinds import VerifyMode
 from rkcached.errors import (
     Aborted,
     ArtifactLoadError,
@@ -27,7 +28,6 @@ from rkcached.errors import (
 )
 from rkcached.host.digests import Signature, signature_of
 from rkcached.worker import protocol
-from rkcached.worker.protocol import VerifyMode
 
 if TYPE_CHECKING:
     from rkcached.worker.json_answer import JsonAnswer

@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from enum import StrEnum
 
 import msgspec
 
 from rkcached import errors
 from rkcached.engines.base import EngineInfo, ModelSpec, RunStats, Sampling, TokenLogprob
+from rkcached.engines.kinds import VerifyMode
 from rkcached.host.digests import Signature
 
 MAX_FRAME_BYTES = 16 << 20
@@ -47,19 +47,6 @@ class Start(msgspec.Struct, frozen=True, kw_only=True, tag="start"):
     implementation: str
     spec: ModelSpec
     max_memory_bytes: int | None = None
-
-
-class VerifyMode(StrEnum):
-    """How much a build must prove, and how much it has proved."""
-
-    OFF = "off"
-    TIME = "time"
-    """Never asked for: the most that can be proved where the library measures nothing. Loading it
-    is faster."""
-    HIT = "hit"
-    """After loading it, only the probe was prefilled."""
-    EXACT = "exact"
-    """And the probe's answer has the same tokens."""
 
 
 class Build(msgspec.Struct, frozen=True, kw_only=True, tag="build"):

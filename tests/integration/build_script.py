@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 from rkcached.engines.base import ModelSpec
+from rkcached.engines.kinds import VerifyMode
 from rkcached.engines.memory import MemoryEngine
 from rkcached.errors import StoreError
 from rkcached.sources.records import Key
@@ -29,7 +30,7 @@ def build(root: Path, text: str) -> None:
         prefix=text,
         probe=text + " Well?",
         path=str(staged),
-        verify=protocol.VerifyMode.EXACT,
+        verify=VerifyMode.EXACT,
         min_tokens=0,
     )
     session.build(operation, lambda _: None, lambda: False)

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from rkcached.engines.base import ModelSpec, Sampling
+from rkcached.engines.kinds import VerifyMode
 from rkcached.errors import WorkerTimeout
 from rkcached.host.digests import signature_of
 from rkcached.worker import protocol
@@ -74,7 +75,7 @@ async def test_a_library_that_hangs_is_killed(
                 prefix="You keep a cafe. ",
                 probe="You keep a cafe. What is there?",
                 path=str(cache),
-                verify=protocol.VerifyMode.EXACT,
+                verify=VerifyMode.EXACT,
                 min_tokens=0,
             )
         )

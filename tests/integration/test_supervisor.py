@@ -24,6 +24,7 @@ import psutil
 import pytest
 
 from rkcached.engines.base import FinishReason, ModelSpec, Sampling
+from rkcached.engines.kinds import VerifyMode
 from rkcached.engines.memory import Fault, MemoryModel, expected_text
 from rkcached.errors import (
     EngineError,
@@ -193,7 +194,7 @@ async def test_a_build_reports_progress_and_proves_itself(site: Site) -> None:
         prefix="You keep",
         probe=PROMPT,
         path=str(site.root / "built"),
-        verify=protocol.VerifyMode.EXACT,
+        verify=VerifyMode.EXACT,
         min_tokens=0,
     )
     built = await worker.run(operation, events.append)
@@ -421,7 +422,7 @@ async def test_a_crash_while_building_is_told(site: Site) -> None:
                 prefix="a",
                 probe="ab",
                 path="/dev/null",
-                verify=protocol.VerifyMode.OFF,
+                verify=VerifyMode.OFF,
                 min_tokens=0,
             )
         )

@@ -15,7 +15,7 @@ import yaml
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from rkcached.engines.kinds import EngineKind
+from rkcached.engines.kinds import EngineKind, VerifyMode
 from rkcached.errors import ManifestError, Problem
 from rkcached.messages.builtin import BUILTIN, FORMATS
 from rkcached.sources.manifest import (
@@ -25,7 +25,6 @@ from rkcached.sources.manifest import (
     ModelParams,
     PromptConfig,
     SamplingParams,
-    Verify,
     json_schema,
 )
 from rkcached.sources.parser import parse, parse_usable
@@ -73,7 +72,7 @@ def test_defaults() -> None:
     assert manifest.engine.kind is EngineKind.LLAMACPP
     assert manifest.engine.threads == 0
     assert manifest.cache.max_bytes is None
-    assert manifest.cache.verify is Verify.EXACT
+    assert manifest.cache.verify is VerifyMode.EXACT
     assert manifest.cache.fingerprint is FingerprintMode.FULL
     assert manifest.cache.min_tokens == 0
     assert config.chat_template is None
@@ -212,7 +211,7 @@ def test_builtin_templates(name: str) -> None:
 def test_off_is_a_word() -> None:
     """YAML 1.1 reads a bare `off` as false; here it is the word, as the documentation writes it."""
     manifest = good(f"{MINIMAL}cache: {{verify: off}}\n")
-    assert manifest.cache.verify is Verify.OFF
+    assert manifest.cache.verify is VerifyMode.OFF
 
 
 def test_words_that_old_yaml_mistakes_are_names() -> None:

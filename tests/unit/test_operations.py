@@ -13,6 +13,7 @@ import msgspec
 import pytest
 
 from rkcached.engines.base import FinishReason, ModelSpec, OnProgress, RunStats, Sampling
+from rkcached.engines.kinds import VerifyMode
 from rkcached.engines.memory import MemoryEngine, MemoryModel, expected_text
 from rkcached.errors import (
     Aborted,
@@ -25,7 +26,6 @@ from rkcached.errors import (
 from rkcached.host.digests import signature_of
 from rkcached.worker import protocol
 from rkcached.worker.operations import Session
-from rkcached.worker.protocol import VerifyMode
 
 PREFIX = "You keep a café in Zürich. "
 PROBE = PREFIX + "What are you for?"

@@ -19,13 +19,13 @@ from rkcached.engines.base import (
     Sampling,
     TokenLogprob,
 )
+from rkcached.engines.kinds import VerifyMode
 from rkcached.worker import protocol
 from rkcached.worker.protocol import (
     FrameReader,
     FromWorker,
     ProtocolError,
     ToWorker,
-    VerifyMode,
     frame,
 )
 
