@@ -336,7 +336,7 @@ class StoreStatus(Answer):
     retired_bytes: int = Field(description="Of used_bytes: the retired prompt caches.")
     foreign_bytes: int = Field(description="Of used_bytes: files that are not the store's.")
     quarantine_bytes: int = Field(
-        description="Beside used_bytes: kept for a post-mortem where max_bytes leaves room."
+        description="Beside used_bytes: kept for inspection while max_bytes leaves room."
     )
     free_bytes: int | None = Field(
         description="Left on the file system of the store; null where it does not say."

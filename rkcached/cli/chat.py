@@ -113,7 +113,7 @@ def _measured(report: dict[str, Any], usage: dict[str, Any]) -> str:
     total = usage["prompt_tokens"]
     reuse = ""
     if cached is not None:
-        reuse = f"{cached} of {total} prompt tokens from the cache, "
+        reuse = f"{cached} of {total} prompt tokens reused, "
     return (
         f"[{cache}{reason}: first token after {report['ttft_ms']:.0f} ms, {reuse}"
         f"{report['decode_tokens_per_s']:.0f} tokens/s]"

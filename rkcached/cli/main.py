@@ -73,8 +73,8 @@ def check(settings: Settings, want_json: bool) -> int:
     """List every problem of the manifest and of its files, with file:line and what to do.
 
     It also lists warnings, and files that are skipped because their names cannot be a prompt's.
-    With sudo it checks the service's own manifest as the service sees the files. Exit code 0 when
-    there is no problem, 78 otherwise.
+    With sudo it checks the service's own manifest as the service sees the files. The exit code is 0
+    when there is no problem, 78 otherwise.
     """
     from rkcached.cli import check as command
 
@@ -90,9 +90,9 @@ def check(settings: Settings, want_json: bool) -> int:
 def plan(settings: Settings, want_json: bool, exit_code: bool) -> int:
     """Print what would be built, adopted, retired and removed, and why.
 
-    Changes nothing; needs no daemon.
+    It changes nothing, and needs no daemon.
 
-    Exit code 66 when there is no store yet; each prompt is then shown as missing.
+    The exit code is 66 when there is no store yet; each prompt is then shown as missing.
     """
     from rkcached.cli import plan as command
 
@@ -106,10 +106,10 @@ def plan(settings: Settings, want_json: bool, exit_code: bool) -> int:
 def explain(settings: Settings, name: str, want_json: bool) -> int:
     """Say whether a prompt cache is fresh, or name each component that changed, old -> new.
 
-    Of a model without a prompt, show its chat template and its special tokens, and the files that
-    state them. Needs no daemon.
+    For a model without a prompt, show its chat template and its special tokens, and the files that
+    state them. The command needs no daemon.
 
-    Exit code 66 when there is no store yet, or no such prompt or model.
+    The exit code is 66 when there is no store yet, or no such prompt or model.
     """
     from rkcached.cli import explain as command
 
@@ -136,7 +136,7 @@ def status(*, settings: Settings, want_json: bool, watch: bool, exit_code: bool)
 
     The times are those to the first token. Prompts that need attention come first; --json keeps the
     manifest's order. Figures are shown only for the text that is declared now. With --watch and no
-    terminal it prints a line for each change, with --json a document in a line.
+    terminal it prints a line for each change; --json makes each line a JSON document.
     """
     from rkcached.cli.status import command
 
@@ -160,10 +160,10 @@ def wait(*, settings: Settings, prompts: Sequence[str], timeout_s: float, want_j
     """Wait until prompt caches are fresh: those that are named, or all that are declared.
 
     The daemon looks at the files first, so a change made just before counts. If no daemon runs yet,
-    or it is being restarted, the command waits for it. Exit code 0 when all are fresh, 65 when one
-    needs more than waiting, or the files of a prompts_from folder are gone (it says why), 75 when
-    time is up (it says what is not fresh yet), 66 for a name that is not declared, 78 while the
-    manifest is rejected.
+    or it is being restarted, the command waits for it. The exit code is 0 when all are fresh, 65
+    when one needs more than waiting, or the files of a prompts_from folder are gone (it says why),
+    75 when time is up (it says what is not fresh yet), 66 for a name that is not declared, 78 while
+    the manifest is rejected.
     """
     from rkcached.cli import wait as command
 
@@ -177,8 +177,8 @@ def reload(admin_socket: Path | None) -> int:
 
     `systemctl reload` does this.
 
-    Returns when the manifest is in force. Exit code 78 when it is broken; the last good one then
-    stays in force.
+    It returns when the manifest is in force. The exit code is 78 when the manifest is broken; the
+    last good one then stays in force.
     """
     from rkcached.cli import reload as command
 
@@ -193,7 +193,7 @@ def reload(admin_socket: Path | None) -> int:
 def regenerate(
     settings: Settings, prompts: Sequence[str], everything: bool, want_json: bool
 ) -> int:
-    """Build prompt caches again, even if they are fresh. Waits until they are published."""
+    """Build prompt caches again, even if they are fresh, and wait until they are published."""
     from rkcached.cli import regenerate as command
 
     return command.run(settings, prompts, everything=everything, want_json=want_json)
@@ -207,9 +207,9 @@ def regenerate(
 def verify(settings: Settings, prompts: Sequence[str], deep: bool, want_json: bool) -> int:
     """Check every artifact against its sidecar: size and SHA-256 of prompt cache and text.
 
-    Changes nothing.
+    It changes nothing.
 
-    Exit code 0 when all are good, 65 otherwise, 66 when there is no store.
+    The exit code is 0 when all are good, 65 otherwise, 66 when there is no store.
     """
     from rkcached.cli import verify as command
 
@@ -229,8 +229,8 @@ def gc(settings: Settings, *, dry_run: bool, strangers: bool, want_json: bool) -
     """Remove prompt caches that no prompt uses now, and quarantined ones, and print their size.
 
     Files and folders that are not the store's are only listed. A running daemon owns the store, so
-    the command asks it, over its socket for changes, to remove them. Exit code 66 when there is no
-    store.
+    the command asks it, over its socket for changes, to remove them. The exit code is 66 when there
+    is no store.
     """
     from rkcached.cli import gc as command
 
@@ -244,8 +244,8 @@ def inspect(file: Path, want_json: bool) -> int:
     """Say what a prompt cache file is, and whether the sidecar beside it matches.
 
     It prints engine, tokens and size. FILE may come from anywhere; it may also be the sidecar or
-    the text of an artifact. Exit code 0 when all is well, 65 for a file that is no prompt cache, is
-    damaged or does not match its sidecar, 66 when it cannot be read.
+    the text of an artifact. The exit code is 0 when all is well, 65 for a file that is no prompt
+    cache, is damaged or does not match its sidecar, 66 when it cannot be read.
     """
     from rkcached.cli import inspect_cache as command
 
@@ -258,11 +258,11 @@ def inspect(file: Path, want_json: bool) -> int:
 def doctor(settings: Settings, want_json: bool) -> int:
     """Check whether this board is ready.
 
-    Looks at the NPU, the runtime library, its driver, the clocks, and at what the manifest needs of
-    files, memory and disk.
+    It looks at the NPU, the runtime library, its driver, the clocks, and at what the manifest needs
+    of files, memory and disk.
 
-    Works without a manifest, too. Exit code 1 when something failed, 0 otherwise; a warning is not
-    a failure.
+    It works without a manifest, too. The exit code is 1 when something failed, 0 otherwise; a
+    warning is not a failure.
     """
     from rkcached.cli import doctor as command
 
@@ -349,7 +349,7 @@ def bench(
     the model a second time. On rkllm only --direct does this, and the daemon unloads the model
     meanwhile, as an NPU should not hold it twice. It warns where the figures are not to be trusted,
     and says why a cache does not help. Ctrl-C ends it and keeps the prompts that were measured
-    until then. Exit code 1 where some could not be measured at all.
+    until then. The exit code is 1 if some could not be measured at all.
     """
     from rkcached.cli.bench import command, runner
 
@@ -365,8 +365,8 @@ def bench(
 def compare(before: Path, after: Path, want_json: bool) -> int:
     """Compare two results of `rkcached bench`, as before and after an upgrade, prompt by prompt.
 
-    First it prints what differs of machine, versions, models and parameters; then medians, their
-    ratio, and whether it is beyond the noise of the runs. Exit code 65 for a file that is no
+    First it prints what differs in machine, versions, models and parameters; then medians, their
+    ratio, and whether it is beyond the noise of the runs. The exit code is 65 for a file that is no
     result.
     """
     from rkcached.cli.bench import command
@@ -402,7 +402,7 @@ def schema() -> int:
     "--once", is_flag=True, help="End after the table; exit code 0 only if every cache was hit."
 )
 def demo(directory: Path, model: Path | None, once: bool) -> int:
-    """See it work: start the daemon on a small workspace, and compare cold with warm answers."""
+    """Show what caches gain: start the daemon with a small model; compare cold and warm answers."""
     from rkcached.cli.demo import runner
 
     return runner.run_demo(directory, model, once=once)

@@ -382,7 +382,7 @@ def _make_room(
             yield assessment
         else:
             reason = f"makes room: it is {assessment.state}, "
-            reason += f"and cache.max_bytes {limits.max_bytes:,} is short"
+            reason += f"and cache.max_bytes {limits.max_bytes:,} is too small for it"
             yield replace(assessment, action=Remove(key=assessment.key, reason=reason))
 
 

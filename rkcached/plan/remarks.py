@@ -128,7 +128,7 @@ def _assumed_templates(manifest: Manifest, sources: Sources) -> Iterator[Remark]
         if ENGINES[manifest.engine.kind].takes_tokenizer:
             remedy = "set tokenizer to the files of its Hugging Face repository, or chat_template"
         text = (
-            f"no chat template is known of {name}, so {source.template.name} is assumed ({remedy})"
+            f"no chat template is known for {name}, so {source.template.name} is assumed ({remedy})"
         )
         yield Remark(text=text, place=("models", name))
 

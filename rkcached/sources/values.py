@@ -133,7 +133,7 @@ def _variables(value: object) -> object:
         if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z_]\w{0,63}", name):
             raise wrong(f"{_KWARGS}: {show(name)} cannot be the name of a variable")
         if name in OWN_VARIABLES:
-            raise wrong(f"{_KWARGS}: {name} is not for a manifest to set", "remove it")
+            raise wrong(f"{_KWARGS}: {name} cannot be set in a manifest", "remove it")
 
     try:
         size = len(json.dumps(value, allow_nan=False))

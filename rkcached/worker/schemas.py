@@ -73,7 +73,7 @@ MAX_EXACT = 2**53
 
 _EXACT = frozenset({"const", "enum", "minimum", "maximum", "multipleOf"})
 
-_HINT = "simplify the schema, or set lower limits in it"
+_HINT = "correct or simplify the schema, or set lower limits in it"
 # A schema that cannot be evaluated on these cannot check an answer either.
 _SAMPLES: tuple[Any, ...] = (None, True, 0, 1.5, "", "a", [], [0, "a"], {}, {"a": 1})
 
@@ -214,9 +214,9 @@ def find_problem(schema: str, *, compiled: bool) -> str:
     except MemoryError:
         raise
     except RecursionError:
-        return "not a JSON schema that can be used: its references go in a circle"
+        return "not a JSON schema that can be used: its references form a loop"
     except BaseException as error:  # noqa: BLE001 - compiled libraries raise what they like
-        words = f"{type(error).__name__}: {shortened(str(error))}"
+        words = shortened(str(error)) or "the library that reads it failed"
         return f"not a JSON schema that can be used: {words}"
 
 
@@ -270,7 +270,7 @@ def _not_a_schema(schema: Any) -> str:
     import referencing.jsonschema  # noqa: PLC0415
 
     if isinstance(schema, dict) and not isinstance(schema.get("$schema", ""), str):
-        return "not a JSON schema: $.$schema: it names a version, as a text"
+        return "not a JSON schema: $.$schema: it must be a text that names a version"
 
     kind = jsonschema.validators.validator_for(schema, default=jsonschema.Draft202012Validator)
     try:

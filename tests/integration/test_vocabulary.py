@@ -266,7 +266,10 @@ def test_a_model_without_a_template_is_asked_in_chatml(path: Path) -> None:
     assert isinstance(source, ModelSource)
     assert source.template.origin is TemplateOrigin.ASSUMED
     assert desired.notices == (
-        "no chat template is known of m, so chatml is assumed (set chat_template to the right one)",
+        (
+            "no chat template is known for m, so chatml is assumed "
+            "(set chat_template to the right one)"
+        ),
     )
     assert resolve(path, "embedding: true")[1].notices == ()
     assert resolve(path, "chat_template: chatml")[1].notices == ()

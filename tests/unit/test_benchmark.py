@@ -102,7 +102,7 @@ FRESH = {"state": "fresh", "reason": "", "hint": "", "artifact": {"tokens": 90, 
         (
             [run(30)] * 5,
             [run(10, 40)] * 5,
-            "the prompt is too short: loading 90 tokens takes 40.0 ms and spares 20",
+            "the prompt is too short: loading 90 tokens takes 40.0 ms and saves 20",
             True,
         ),
         ([run(30)] * 2, [run(10, 40)] * 2, "the prompt is too short", True),

@@ -206,7 +206,7 @@ def test_a_template_that_is_assumed(rock5: FakeBoard) -> None:
     rock5.manifest.write_text(text.replace("    chat_template: chatml\n", ""))
     check = rock5.check("model q")
     assert check.outcome is Outcome.WARN
-    assert "no chat template is known of q, so chatml is assumed" in check.finding
+    assert "no chat template is known for q, so chatml is assumed" in check.finding
     assert "set tokenizer to the files of its Hugging Face repository" in check.finding
 
 

@@ -444,7 +444,7 @@ def test_variables_of_a_template() -> None:
     [
         ("7", "chat_template_kwargs: expected a mapping, got 7"),
         ("{'a b': 1}", "chat_template_kwargs: 'a b' cannot be the name of a variable"),
-        ("{messages: []}", "chat_template_kwargs: messages is not for a manifest to set"),
+        ("{messages: []}", "chat_template_kwargs: messages cannot be set in a manifest"),
         ("{x: .inf}", "chat_template_kwargs: it holds what JSON cannot express"),
         (
             f"{{x: {'y' * 20_000}}}",

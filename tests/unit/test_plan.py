@@ -384,10 +384,8 @@ def test_an_artifact_that_serves_nobody_makes_room_where_the_budget_is_short(
     short = assess(prompts, observed, Limits(max_bytes=999))[1]
     assert [state, state] == [fits.state, short.state]
     assert not isinstance(fits.action, Remove)
-    assert (
-        Remove(key=idle, reason=f"makes room: it is {state}, and cache.max_bytes 999 is short")
-        == short.action
-    )
+    reason = f"makes room: it is {state}, and cache.max_bytes 999 is too small for it"
+    assert Remove(key=idle, reason=reason) == short.action
 
 
 def test_an_edited_prompt_keeps_its_room() -> None:

@@ -142,7 +142,7 @@ def end(results: Results) -> None:
 
     if results.ended is Ended.DAEMON_GONE:
         raise DaemonUnreachable(
-            "the daemon went away: what was measured until then is all there is",
+            "the daemon ended: the results have only what was measured until then",
             hint="its log says why; measure the rest when it is back",
         )
 

@@ -195,7 +195,7 @@ def print_comparison(console: Console, comparison: Comparison) -> None:
 
     if not comparison.differences:
         console.print(
-            _text("no difference is known of machine, versions, model files, parameters and texts")
+            _text("no difference is known in machine, versions, model files, parameters and texts")
         )
 
     table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold")

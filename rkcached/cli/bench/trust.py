@@ -49,7 +49,7 @@ def warnings(
     """Each a sentence."""
     sentences = []
     if machine.clocks_fixed is None:
-        sentences.append("nobody says whether the clocks are fixed: no governor can be seen")
+        sentences.append("it is not known whether the clocks are fixed: no governor can be seen")
     elif not machine.clocks_fixed:
         sentences.append(
             "the clocks are not fixed; `rkcached doctor` says how: "
@@ -117,7 +117,7 @@ def _disturbed(prompts: Sequence[PromptResult], meanwhile: Meanwhile) -> list[st
     if waited:
         longest = f"up to {max(waited):,.0f} ms"
         sentences.append(
-            f"{len(waited)} of {count} runs waited for the engine, {longest}: somebody else had it"
+            f"{len(waited)} of {count} runs waited for the engine, {longest}: others used it"
         )
 
     return sentences
@@ -186,14 +186,14 @@ def why_no_gain(status: dict[str, Any], states: dict[State, Measured]) -> str:
             tokens = (status.get("artifact") or {}).get("tokens", 0)
             return (
                 f"the prompt is too short: loading {tokens:,} tokens takes {load_ms:.1f} ms and "
-                "spares "
+                "saves "
                 f"{spared_ms:.1f} ms of prefill; raise cache.min_tokens above {tokens:,} to leave "
                 "it out"
             )
 
         if not few and not scattered:
             return (
-                f"loading takes {load_ms:.1f} ms and spares {spared_ms:.1f} ms of prefill, "
+                f"loading takes {load_ms:.1f} ms and saves {spared_ms:.1f} ms of prefill, "
                 "but the answers took longer"
             )
 
