@@ -52,10 +52,20 @@ def _refusal(value: Any, error: ValidationError) -> RequestError:
     match first["type"]:
         case "extra_forbidden":
             return RequestError(
-                400, f"{param} is not supported", code="unsupported_parameter", param=param
+                400,
+                f"{param} is not supported",
+                code="unsupported_parameter",
+                param=param,
+                hint="leave it out",
             )
         case "missing":
-            return RequestError(400, f"{param} is missing", code="missing_parameter", param=param)
+            return RequestError(
+                400,
+                f"{param} is missing",
+                code="missing_parameter",
+                param=param,
+                hint="add it to the body",
+            )
         case _:
             problem = _WORDS.get(first["type"], first["msg"].removeprefix("Value error, "))
             message = f"{param or 'the body'}: {_shortened(problem)}"

@@ -87,7 +87,8 @@ def print_model(console: Console, data: dict[str, Any]) -> None:
     def line(text: str, style: str = "") -> None:
         console.print(Text(f"  {text}", style=style), soft_wrap=True)
 
-    console.print(Text(f"{data['model']}: {data['engine']}, {data['path']}", style="bold"))
+    heading = Text(f"{data['model']}: {data['engine']}, {data['path']}", style="bold")
+    console.print(heading, soft_wrap=True)
     if data["trouble"] is not None:
         line(data["trouble"])
         line(data["hint"], "dim")

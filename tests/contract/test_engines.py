@@ -764,9 +764,11 @@ def test_control_tokens_are_named_without_harm(engine: Engine) -> None:
 
 
 @pytest.mark.model
-def test_llamacpp_prints_the_control_tokens_that_are_named(tmp_path: Path) -> None:
+def test_llamacpp_prints_the_control_tokens_that_are_named(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:
     """It leaves them out of the text otherwise, and with them the marks of a call."""
-    case = llamacpp_case(tmp_path)
+    case = llamacpp_case(tmp_path_factory.mktemp("t"))  # the path of a socket is short
     engine = case.load()
     lines = "<|im_start|>a\n" * 20
     hidden = ask(engine, lines, msgspec.structs.replace(GREEDY, max_new_tokens=6)).text

@@ -383,7 +383,9 @@ class Storm(RuleBasedStateMachine):
     def damage(self, key: Key, what: str, how: str) -> None:
         self.step()
         path = self.cache / key.model / (key.prompt + what)
-        self.damaged |= {Path(key.model, key.prompt + suffix) for suffix in (".bin", ".json")}
+        # Without its sidecar, a prompt cache that nobody declares is a stranger's, and stays.
+        suffixes = [".bin", ".json", *([".memory_cache"] if what == ".json" else [])]
+        self.damaged |= {Path(key.model, key.prompt + suffix) for suffix in suffixes}
         with contextlib.suppress(OSError):
             data = path.read_bytes()
             if how == "truncate":
@@ -413,6 +415,9 @@ class Storm(RuleBasedStateMachine):
                 first.rename(between)
                 second.rename(first)
                 between.rename(second)
+                if suffix == ".json":
+                    strays = (Path(key.model, f"{key.prompt}.memory_cache") for key in (one, other))
+                    self.damaged |= {*strays}
         self.unseen = True
         self.changed(one, other)
 

@@ -39,6 +39,7 @@ GOOD: list[Any] = [
         "$ref": "#/$defs/t",
     },
     {"type": "string", "pattern": "^[a-z]{1,64}$"},
+    {"type": "string", "pattern": "^[^a]--&&\\[[\\[\\]]$"},
     {"type": "number", "multipleOf": 0.01},
     {"anyOf": [{"type": "null"}, {"enum": ["a", "b"]}]},
     {"$schema": "https://json-schema.org/draft/2020-12/schema", "type": "integer", "minimum": 0},
@@ -145,6 +146,7 @@ READ_OTHERWISE: list[Any] = [
     {"enum": ["a", -(2**60)]},
     {"type": "string", "pattern": "^[[:alpha:]]{3}$"},
     {"type": "string", "pattern": "^[a-z&&[^b]]{3}$"},
+    {"type": "string", "pattern": "[a[b]]"},
 ]
 
 

@@ -342,7 +342,7 @@ def test_a_folder_that_nobody_may_read(repository: Repository) -> None:
         file=repository.root / "manifest.yaml",
     )
     above = repository.root
-    while above.name and str(above).startswith(tempfile.gettempdir() + "/"):
+    while above.name and above.is_relative_to(tempfile.gettempdir()):
         above.chmod(0o755)
         above = above.parent
 

@@ -346,7 +346,7 @@ def test_the_cache_directory_taken_away(
     try:
         workspace.write("prompts/b.md", "Two.")
         if harm in (closed, not_writable):
-            found = says(workspace, "b", "Permission denied")
+            found = says(workspace, "b", "ermission denied")
             assert str(workspace.cache) in found["reason"]
             answers_rightly(workspace, "Two.", hits=False)
         else:

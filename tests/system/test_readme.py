@@ -89,7 +89,7 @@ def test_every_command_of_the_tables(board: Workspace) -> None:
         board.cli("bench", "--runs", "1", "--no-direct", "-o", str(board.root / name))
     fill_in = {
         "MODEL/PROMPT": "qwen3-0.6b/system",
-        "MODEL ": "qwen3-0.6b ",
+        "MODEL": "qwen3-0.6b",
         "--plot FILE": f"--plot {board.root / 'out.svg'}",
         "FILE": str(artifact),
         "A.json": str(board.root / "A.json"),

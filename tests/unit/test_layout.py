@@ -19,7 +19,7 @@ FILE = re.compile(r"`([\w.-]+/(?:[\w./-]*)|[\w-]+\.(?:py|toml))`")
 """A file or a folder in a page: it has a slash, or the ending of a module."""
 
 
-MADE = {"dist/", "build/"}
+MADE = {"dist/", "build/", ".venv/corpus"}
 """By `make`."""
 
 

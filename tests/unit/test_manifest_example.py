@@ -86,7 +86,7 @@ def default(steps: tuple[str, ...], schema: dict[str, Any], *, required: bool) -
             return f"default {json.dumps(value)}"
         case int() | float() as number:
             return f"default {number:g}"
-        case str(word) if "$ref" in schema:
+        case str(word) if schema.keys() & {"$ref", "enum"}:
             return f"default {word}"
         case value:
             return f"default {json.dumps(value)}"
