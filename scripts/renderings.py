@@ -7,9 +7,9 @@ Each model's template is found by its SHA-256 in the packages of tests/corpus. W
 facts: of each template the name, its package with the version, and its SHA-256; of each rendering
 the SHA-256, the length and both ends.
 
-The conversations stand in tests/unit/renderings/conversations.json. bos_token is empty, because
-engines add it, and the day is that of `TODAY`. The data were made with transformers 5.24.0 and
-jinja2 3.1.6; each file says so.
+The conversations stand in tests/unit/renderings/conversations.json. Every template is given the
+bos_token `BOS` and the day `TODAY`. The data were made with transformers 5.24.0 and jinja2 3.1.6;
+each file says so.
 """
 
 from __future__ import annotations
@@ -33,6 +33,8 @@ from tests.corpus.packages import PACKAGES  # noqa: E402
 
 RENDERINGS = ROOT / "tests" / "unit" / "renderings"
 TODAY = date(2026, 3, 1)
+BOS = "<test-bos>"
+"""No template and no conversation has it."""
 ENDS = 40
 """So many characters of both ends are kept."""
 
@@ -69,6 +71,7 @@ def main() -> None:
             },
             "referee": f"transformers {version('transformers')}, jinja2 {version('jinja2')}",
             "today": TODAY.isoformat(),
+            "bos": BOS,
             "renderings": {
                 conversation["name"]: _rendering(
                     sample.source, template, conversation, conversations["tools"]
@@ -91,7 +94,7 @@ class _Clock(datetime):
 def _rendering(
     source: str, own: Own, conversation: dict[str, Any], tools: list[dict[str, Any]]
 ) -> dict[str, Any]:
-    variables = {"add_generation_prompt": True, "bos_token": "", "eos_token": own.eos}
+    variables = {"add_generation_prompt": True, "bos_token": BOS, "eos_token": own.eos}
     variables |= conversation.get("variables", {})
     messages = conversation["messages"]
     shown = tools if conversation.get("tools") else None

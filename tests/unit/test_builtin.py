@@ -33,9 +33,15 @@ def kept(name: str) -> dict[str, Any]:
     return data
 
 
-def rendered(name: str, conversation: dict[str, Any], today: date) -> str:
+def rendered(name: str, conversation: dict[str, Any], *, adds_bos: bool = False) -> str:
+    facts = kept(name)
     tools = _CONVERSATIONS["tools"] if conversation.get("tools") else ()
-    template = ChatTemplate(BUILTIN[name], name=name, today=today)
+    template = ChatTemplate(
+        BUILTIN[name],
+        name=name,
+        special=SpecialTokens(bos=facts["bos"], adds_bos=adds_bos),
+        today=date.fromisoformat(facts["today"]),
+    )
     return template.render(
         conversation["messages"], tools, variables=conversation.get("variables", {})
     )
@@ -68,16 +74,15 @@ def test_same_text_as_the_models_own_template(name: str, conversation: dict[str,
     """
     facts = kept(name)
     own = facts["renderings"][conversation["name"]]
-    today = date.fromisoformat(facts["today"])
     departures = _OWN[name].get("departures", {})
     departs = {departures[trait]["ours"] for trait in traits(conversation) & departures.keys()}
 
     if "refuses" in departs or (not departs and "refused" in own):
         with pytest.raises(TemplateError):
-            rendered(name, conversation, today)
+            rendered(name, conversation)
         return
 
-    text = rendered(name, conversation, today)
+    text = rendered(name, conversation)
     ours = {
         "sha256": hashlib.sha256(text.encode()).hexdigest(),
         "length": len(text),
@@ -88,6 +93,20 @@ def test_same_text_as_the_models_own_template(name: str, conversation: dict[str,
         assert own != ours
     else:
         assert own == ours
+
+
+@pytest.mark.parametrize("name", _OWN)
+def test_bos_as_the_models_own_template_writes_it(name: str) -> None:
+    """At the start or nowhere. Where the engine adds it, the text is the same without it."""
+    facts = kept(name)
+    conversation = _CONVERSATIONS["conversations"][0]
+    own = facts["renderings"][conversation["name"]]
+
+    text = rendered(name, conversation)
+
+    assert text.startswith(facts["bos"]) == own["start"].startswith(facts["bos"])
+    assert text.count(facts["bos"]) <= 1
+    assert rendered(name, conversation, adds_bos=True) == text.removeprefix(facts["bos"])
 
 
 def test_each_builtin_has_renderings() -> None:

@@ -1,8 +1,9 @@
 """The built-in chat templates, by name. Data: `template` renders them, the manifest names them.
 
-Each writes what the model's own template writes, byte for byte, without its BOS token, which the
-engine adds. Where ours departs from that, its comment says so: what the model's own loses without a
-word, ours refuses. tests/unit/test_builtin.py compares them with renderings of the models' own.
+Each writes what the model's own template writes, byte for byte, with its BOS token if the model's
+own writes that. Where ours departs from that, its comment says so: what the model's own loses
+without a word, ours refuses. tests/unit/test_builtin.py compares them with renderings of the
+models' own.
 """
 
 from __future__ import annotations
@@ -46,17 +47,45 @@ FORMATS: Final[Mapping[str, Format]] = MappingProxyType(
         "qwen3.5": Format("Qwen3.5 from 4B on", ("_qwen3.5_turns", "qwen3.5")),
         "qwen3.5-small": Format("Qwen3.5 0.8B and 2B", ("_qwen3.5_turns", "qwen3.5-small")),
         "qwen3.6": Format("Qwen3.6", ("_json_values", "_qwen3.5_turns", "qwen3.5")),
-        "llama3": Format("Llama 3", ("llama3",)),
-        "llama3.1": Format("Llama 3.1", ("llama3.1", "_llama3.1_turns")),
-        "llama3.2": Format("Llama 3.2", ("llama3.2", "_llama3.1_turns")),
-        "llama3.3": Format("Llama 3.3", ("llama3.1", "_llama3.1_turns")),
-        "deepseek-r1-distill": Format(
-            "DeepSeek-R1-Distill-Qwen and -Llama", ("deepseek-r1-distill",)
+        "llama3": Format(
+            "Llama 3",
+            (
+                "_bos",
+                "llama3",
+            ),
         ),
-        "gemma2": Format("Gemma, Gemma 2", ("gemma3",)),
-        "gemma3": Format("Gemma 3, Gemma 3n", ("gemma3",)),
-        "gemma4": Format("Gemma 4 E2B and E4B", ("gemma4",)),
-        "gemma4-26b": Format("Gemma 4 26B-A4B and 31B", ("_empty_thought", "gemma4")),
+        "llama3.1": Format("Llama 3.1", ("_bos", "llama3.1", "_llama3.1_turns")),
+        "llama3.2": Format("Llama 3.2", ("_bos", "llama3.2", "_llama3.1_turns")),
+        "llama3.3": Format("Llama 3.3", ("_bos", "llama3.1", "_llama3.1_turns")),
+        "deepseek-r1-distill": Format(
+            "DeepSeek-R1-Distill-Qwen and -Llama",
+            (
+                "_bos",
+                "deepseek-r1-distill",
+            ),
+        ),
+        "gemma2": Format(
+            "Gemma, Gemma 2",
+            (
+                "_bos",
+                "gemma3",
+            ),
+        ),
+        "gemma3": Format(
+            "Gemma 3, Gemma 3n",
+            (
+                "_bos",
+                "gemma3",
+            ),
+        ),
+        "gemma4": Format(
+            "Gemma 4 E2B and E4B",
+            (
+                "_bos",
+                "gemma4",
+            ),
+        ),
+        "gemma4-26b": Format("Gemma 4 26B-A4B and 31B", ("_bos", "_empty_thought", "gemma4")),
         "phi3": Format("Phi-3-mini", ("phi3",)),
         "phi3.5": Format("Phi-3.5-mini", ("phi3.5",)),
         "phi4": Format("Phi-4", ("phi4",)),
@@ -65,8 +94,20 @@ FORMATS: Final[Mapping[str, Format]] = MappingProxyType(
         "minicpm3": Format("MiniCPM3", ("minicpm3",)),
         "minicpm4": Format("MiniCPM4", ("_chatml_turns",)),
         "minicpm4.1": Format("MiniCPM4.1", ("_chatml_turns", "minicpm4.1")),
-        "internlm2": Format("InternLM2, InternLM2.5", ("_chatml_turns",)),
-        "internlm3": Format("InternLM3", ("_chatml_turns",)),
+        "internlm2": Format(
+            "InternLM2, InternLM2.5",
+            (
+                "_bos",
+                "_chatml_turns",
+            ),
+        ),
+        "internlm3": Format(
+            "InternLM3",
+            (
+                "_bos",
+                "_chatml_turns",
+            ),
+        ),
         "tinyllama": Format("TinyLlama-Chat", ("zephyr",)),
         "zephyr": Format("Zephyr", ("zephyr",)),
         "chatglm3": Format("ChatGLM3", ("chatglm3",)),
@@ -77,7 +118,13 @@ FORMATS: Final[Mapping[str, Format]] = MappingProxyType(
         "smollm3": Format("SmolLM3", ("_hermes", "smollm3")),
         "exaone3.5": Format("EXAONE 3.0, EXAONE 3.5", ("exaone3.5",)),
         "exaone4": Format("EXAONE 4.0", ("exaone4",)),
-        "rwkv": Format("RWKV World", ("rwkv",)),
+        "rwkv": Format(
+            "RWKV World",
+            (
+                "_bos",
+                "rwkv",
+            ),
+        ),
     }
 )
 
@@ -93,7 +140,7 @@ class _Builtin(Mapping[str, str]):
 
     def __getitem__(self, name: str) -> str:
         if name == "deepseek":
-            return _source(("deepseek",))
+            return _source(("_bos", "deepseek"))
         return _source(FORMATS[OLD_NAMES.get(name, name)].pieces)
 
     def __contains__(self, name: object) -> bool:
