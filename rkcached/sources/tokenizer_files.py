@@ -7,6 +7,7 @@ read as a whole, within bounds; of `tokenizer.json`, which has the vocabulary, l
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 from collections.abc import Iterator, Mapping
@@ -75,17 +76,49 @@ def candidates(path: Path) -> tuple[Path, ...]:
 
 
 def present(path: Path) -> tuple[Path, ...]:
-    """The files that `path` stands for. Errors: SourceError if there is none, OSError."""
+    """The files that `path` stands for.
+
+    Errors: SourceError if there is none, or if one of these names is not that of a file; OSError.
+    """
     if not stat.S_ISDIR(path.stat().st_mode):
         return (path,)
 
-    files = tuple(file for file in candidates(path) if file.is_file())
+    files = tuple(filter(_is_there, candidates(path)))
     if not {TOKENIZER, CONFIG} & {file.name for file in files}:
         raise SourceError(
             f"{path} has neither {TOKENIZER} nor {CONFIG}",
             hint="put those of the model's Hugging Face repository there",
         )
     return files
+
+
+def _is_there(file: Path) -> bool:
+    """Whether a folder has this file.
+
+    A name that leads to no file is not taken for an absent one, as the model would then be read
+    otherwise without a word. Errors: SourceError, OSError.
+    """
+    try:
+        is_link = stat.S_ISLNK(file.lstat().st_mode)
+    except FileNotFoundError:
+        return False
+
+    try:
+        mode = file.stat().st_mode
+    except OSError as error:
+        if not is_link or error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
+            raise
+        raise SourceError(
+            f"{file} is a link that leads to no file",
+            hint="copy the folder again with the files that its links lead to (cp -rL), "
+            "or remove the link",
+        ) from error
+
+    if stat.S_ISDIR(mode):
+        raise SourceError(f"{file} is a directory", hint="put the file there, or remove it")
+    if not stat.S_ISREG(mode):
+        raise SourceError(f"{file} is not a regular file", hint="put the file there, or remove it")
+    return True
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

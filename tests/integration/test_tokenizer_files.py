@@ -303,7 +303,7 @@ BAD: Mapping[str, tuple[Callable[[Path], None], str]] = {
     "list": (a_list, "is no file of a tokenizer"),
     "deep": (deep, "is no file of a tokenizer"),
     "no-text": (no_text, "is no file of a tokenizer"),
-    "fifo": (fifo, "has neither tokenizer.json nor tokenizer_config.json"),
+    "fifo": (fifo, "tokenizer_config.json is not a regular file"),
     "broken-tokenizer": (broken_tokenizer, "tokenizer.json is no file of a tokenizer"),
     "too-many": (too_many, "states 70,000 control tokens, the limit is 65,536"),
 }
@@ -318,6 +318,57 @@ def test_what_is_wrong_with_such_files_is_said(repository: Repository, case: str
     assert words in found.message
     assert found.hint
     assert found.place == ("tokenizer",)
+
+
+def broken_link(file: Path) -> None:
+    file.symlink_to("../../blobs/0a1b2c")
+
+
+def link_through_a_file(file: Path) -> None:
+    file.symlink_to(file.parent / "tokenizer_config.json" / "x")
+
+
+def link_loop(file: Path) -> None:
+    file.symlink_to(file.name)
+
+
+NO_FILES: Mapping[str, tuple[Callable[[Path], None], str]] = {
+    "broken-link": (broken_link, "is a link that leads to no file"),
+    "link-through-a-file": (link_through_a_file, "is a link that leads to no file"),
+    "link-loop": (link_loop, "is a link that leads to no file"),
+    "fifo": (os.mkfifo, "is not a regular file"),
+    "directory": (Path.mkdir, "is a directory"),
+}
+
+
+@pytest.mark.parametrize("case", NO_FILES)
+@pytest.mark.parametrize("name", ["tokenizer.json", "chat_template.jinja", "chat_template.json"])
+@pytest.mark.parametrize("key", ["tokenizer", "chat_template"])
+def test_a_name_that_leads_to_no_file_is_not_absent(
+    repository: Repository, case: str, name: str, key: str
+) -> None:
+    """A copy of a cache of Hugging Face is full of such links; the tokens would silently change."""
+    make, words = NO_FILES[case]
+    other = repository.root / "other"
+    other.mkdir()
+    (other / "tokenizer_config.json").write_text(json.dumps(CONFIG))
+    make(other / name)
+
+    if key == "tokenizer":
+        found = repository.trouble("other")
+    else:
+        found = repository.trouble(more="chat_template: other/")
+    assert found.message == f"{other / name} {words}"
+    assert "remove" in found.hint
+    assert found.place == (key,)
+
+
+def test_a_link_to_a_file_is_one(repository: Repository) -> None:
+    repository.tokenizer()
+    file = repository.folder / "tokenizer.json"
+    file.rename(repository.root / "blob")
+    file.symlink_to("../blob")
+    assert repository.source().tokenizer_file == str(file)
 
 
 @pytest.mark.parametrize("name", ["nowhere", "hf/nowhere.json"])
