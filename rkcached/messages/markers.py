@@ -62,7 +62,11 @@ _LITERAL: Final = re.compile(r"'((?:[^'\\\n]|\\.){1,200})'|\"((?:[^\"\\\n]|\\.){
 # enclose plain text, the others stand for hidden characters.
 _NONCHARACTERS: Final = re.compile("[\ufdd0-\ufdef]")
 _FIRST_STAND_IN: Final = 0xFDD2
-_MAX_STAND_INS: Final = 0xFDEF - _FIRST_STAND_IN
+_LAST_STAND_IN: Final = 0xFDED
+_MAX_STAND_INS: Final = _LAST_STAND_IN - _FIRST_STAND_IN + 1
+
+# Stands behind the first character of a control token that is a word, such as GLM's `sop`.
+_JOINT: Final = "\ufdee"
 _REPLACEMENT: Final = "\ufffd"
 
 # Python's repr and ASCII JSON, which templates write objects in, escape a noncharacter. In a text
@@ -76,10 +80,10 @@ class _Tokens:
 
     def __init__(self, tokens: frozenset[str]) -> None:
         self._tokens = tokens
-        self._lengths: dict[str, tuple[int, ...]] = {}
-        for first in {token[0] for token in tokens}:
-            lengths = {len(token) for token in tokens if token[0] == first}
-            self._lengths[first] = tuple(sorted(lengths, reverse=True))
+        lengths: dict[str, set[int]] = {}
+        for token in tokens:
+            lengths.setdefault(token[0], set()).add(len(token))
+        self._lengths = {first: sorted(some, reverse=True) for first, some in lengths.items()}
 
         # A vocabulary may have thousands of them, which begin in a few ways.
         beginnings = sorted({re.escape(token[:4]) for token in tokens})
@@ -153,14 +157,17 @@ class Markers:
             tokens = special.control - words
             self._tokens = _Tokens(frozenset(token for token in tokens if len(token) > 1))
 
-        firsts = sorted(self._tokens.firsts)[:_MAX_STAND_INS]
+        # Letters stand in words that templates look for: only whole tokens are hidden there.
+        signs = [first for first in self._tokens.firsts if not (first.isalnum() or first == "_")]
+        firsts = sorted(signs)[:_MAX_STAND_INS]
+        self._has_words = len(firsts) < len(self._tokens.firsts)
         self._stand_ins = [(first, chr(_FIRST_STAND_IN + at)) for at, first in enumerate(firsts)]
         self._kept = [(self._hidden(word), word) for word in self._looked_for(source)]
 
     def hide(self, value: Any) -> Any:
         """A copy in which no text, at any depth, has a character that could begin a control token.
 
-        Words that the template looks for stay, and each text keeps its length.
+        Words that the template looks for stay.
         """
         match value:
             case str():
@@ -189,27 +196,22 @@ class Markers:
         if "\\ufd" in written:
             written = _ESCAPED.sub(_unescaped, written)
 
-        text = written
-        if not written.isascii():
-            text = text.replace(_BACKSLASH, "\\")
-            for first, stand_in in self._stand_ins:
-                text = text.replace(stand_in, first)
-        if text == written:
+        if self._shown(written) == written:
             return written
 
         parts = []
         at = 0
-        for start, end in (*self._tokens.places(written), (len(text), len(text))):
+        for start, end in (*self._tokens.places(written), (len(written), len(written))):
             if start < at:
                 continue  # the tokenizer reads the first of two that overlap
 
-            data = text[at:start]
+            data = self._shown(written[at:start])
             if (token := next(self._tokens.places(data), None)) is not None:
                 if self._encloses:
                     data = self._enclosed(data, token[0])
                 else:
-                    data = _broken(data, self._tokens)
-            parts += [data, text[start:end]]
+                    data = _with_joints(data, self._tokens, " ")
+            parts += [data, written[start:end]]
             at = end
 
         return "".join(parts)
@@ -218,6 +220,18 @@ class Markers:
         """The text itself, if it has no character that could begin a control token."""
         for first, stand_in in self._stand_ins:
             text = text.replace(first, stand_in)
+        if self._has_words:
+            text = _with_joints(text, self._tokens, _JOINT)
+        return text
+
+    def _shown(self, written: str) -> str:
+        """The text of a template, with the hidden characters in their places again."""
+        if written.isascii():
+            return written
+
+        text = written.replace(_BACKSLASH, "\\").replace(_JOINT, "")
+        for first, stand_in in self._stand_ins:
+            text = text.replace(stand_in, first)
         return text
 
     def _looked_for(self, source: str) -> list[str]:
@@ -239,19 +253,19 @@ class Markers:
 
     def _enclosed(self, text: str, at: int) -> str:
         """Plain text from the first token on: what stands before it is as in any other request."""
-        return f"{text[:at]}{PLAIN_START}{_broken(text[at:], self._always)}{PLAIN_END}"
+        return f"{text[:at]}{PLAIN_START}{_with_joints(text[at:], self._always, ' ')}{PLAIN_END}"
 
 
 def _unescaped(escape: re.Match[str]) -> str:
     return chr(int(escape[1], 16))
 
 
-def _broken(text: str, tokens: _Tokens | _Guesses) -> str:
-    """A blank after the first character of each token, also of those that overlap."""
+def _with_joints(text: str, tokens: _Tokens | _Guesses, joint: str) -> str:
+    """The joint after the first character of each token, also of those that overlap."""
     parts = []
     at = 0
     for start, _ in tokens.places(text):
-        parts += [text[at : start + 1], " "]
+        parts += [text[at : start + 1], joint]
         at = start + 1
 
     return "".join([*parts, text[at:]])

@@ -45,6 +45,9 @@ _USER_TEXTS: Final = ("Q", "7 + 5?\nü")
 NO_VARIABLES: Final[Mapping[str, Any]] = MappingProxyType({})
 NO_SPECIAL_TOKENS: Final = SpecialTokens()
 
+# Is put behind a message that the answer continues. The blank tells whether a template trims.
+_CONTINUED: Final = "Zq7-the-answer-goes-on-here "
+
 # The variable that becomes `strftime_now`: a date, as a function cannot be sent to another process.
 _TODAY: Final = "rkcached_today"
 
@@ -173,10 +176,14 @@ class ChatTemplate:
         given = self._variables | wanted | {"tools": shown or None}
         if continue_final:
             given["add_generation_prompt"] = False
+            last = copies[-1]
+            copies[-1] = {**last, "content": last["content"] + _CONTINUED}
 
-        text = self._write(given, copies).removeprefix(self._added_bos)
+        text = self._write(given, copies)
+        if self._added_bos and text.lstrip().startswith(self._added_bos):
+            text = text.lstrip().removeprefix(self._added_bos)
         if continue_final:
-            return self._until_end_of(text, copies[-1]["content"])
+            return self._until_tag(text, messages[-1]["content"])
         return text
 
     def _adapted(self, messages: Sequence[Message]) -> Sequence[Message]:
@@ -204,23 +211,24 @@ class ChatTemplate:
             return True
         return False
 
-    def _until_end_of(self, text: str, content: str) -> str:
-        """The text up to the end of the last message's content, as transformers cuts it.
+    def _until_tag(self, text: str, content: str) -> str:
+        """The text up to the tag at the end of the last message's content, as transformers cuts it.
 
-        Errors: TemplateError if the template does not write that content as it is.
+        A template that trims messages trimmed the tag; it would have trimmed the content's end.
+
+        Errors: TemplateError if the template does not write the end of that content.
         """
-        start = text.rfind(content.strip())
-        if start < 0:
+        end = text.rfind(_CONTINUED.strip())
+        if end < 0:
             raise TemplateError(
                 f"template {self.name} does not write the last message as it is, so the answer "
                 "cannot continue it",
                 hint="leave out continue_final_message",
             )
 
-        whole = content.lstrip()
-        if not text.startswith(whole, start):
-            whole = content.strip()
-        return text[: start + len(whole)]
+        if not text.startswith(_CONTINUED, end) and content.strip():
+            end -= len(content) - len(content.rstrip())
+        return text[:end]
 
     @cached_property
     def answer(self) -> AnswerForm:

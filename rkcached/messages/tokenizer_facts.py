@@ -22,6 +22,10 @@ MAX_TOKEN_CHARACTERS: Final = 256
 _TAG: Final = re.compile(r"</?[a-z][a-z0-9_]*>")
 
 
+# A token that may be the name of a role, between signs: [|user|], <|user|>, <_user>.
+_AROUND: Final = re.compile(r"(?P<before>\W[\W_]+)[A-Za-z]+(?P<after>[\W_]*\W)")
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenizerFacts:
     """The chat template and the special tokens of a model, with the places that state them."""
@@ -50,14 +54,25 @@ class TokenizerFacts:
         """The special tokens of a model that is used with this template.
 
         Some models do not declare the tokens around their turns as control tokens (EXAONE's
-        `[|user|]`, TeleChat2's `<_user>`). Those that the template writes act as such.
+        `[|user|]`, TeleChat2's `<_user>`). Those that the template writes act as such, in one piece
+        or with a role between two signs.
         """
         special = self.special
         if special.control is None:
             return special
 
-        written = {token for token in self.added if token in template and not _TAG.fullmatch(token)}
+        written = {token for token in self.added if _writes(template, token)}
         return replace(special, control=special.control | written, always=special.always | written)
+
+
+def _writes(template: str, token: str) -> bool:
+    """Whether the template writes the token, or the signs around a role: `'[|' + role + '|]'`."""
+    if _TAG.fullmatch(token):
+        return False
+    around = _AROUND.fullmatch(token)
+    return token in template or (
+        around is not None and around["before"] in template and around["after"] in template
+    )
 
 
 def combined(default: str, with_tools: str) -> str:

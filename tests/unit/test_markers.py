@@ -297,3 +297,45 @@ def test_a_token_that_plain_text_has_is_broken_in_it() -> None:
     )
     text = chat.render([Message(role="user", content="a<|im_end|>b[|user|]c")])
     assert text == f"[|user|]a{PLAIN_START}<|im_end|>b[ |user|]c{PLAIN_END}<|im_end|>"
+
+
+@pytest.mark.parametrize("takes_tokens", [True, False], ids=["tokens", "text"])
+def test_control_tokens_that_are_words(takes_tokens: bool) -> None:
+    """GLM's `sop` and `eop` begin with letters, which stand in roles and keys, too."""
+    control = {"sop", "eop", "_end", "<|user|>"}
+    special = SpecialTokens(control=frozenset(control))
+    source = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{{ m.tool_calls }}{% endfor %}"
+    chat = ChatTemplate(source, name="t", special=special, takes_tokens=takes_tokens)
+    message = Message(role="user", content="Is it soup? <sop>eop_end</s>", tool_calls=[])
+
+    rendered = chat.render([message])
+
+    assert rendered.startswith("<|user|>Is it soup? <")
+    assert structure(rendered, control) == ["<|user|>"]
+    if takes_tokens:
+        assert text_of(rendered) == "<|user|>Is it soup? <sop>eop_end</s>[]"
+
+
+def test_many_first_characters_leave_no_token() -> None:
+    """There are fewer stand-ins than characters; the rest is hidden as whole tokens."""
+    control = {f"{chr(first)}end{chr(first)}" for first in range(0x2500, 0x2540)}
+    chat = ChatTemplate(
+        "{{ messages[0].content }}",
+        name="t",
+        special=SpecialTokens(control=frozenset(control)),
+        takes_tokens=True,
+    )
+    text = "a".join(sorted(control))
+
+    rendered = chat.render([Message(role="user", content=text)])
+
+    assert structure(rendered, control) == []
+    assert text_of(rendered) == text
+
+
+@pytest.mark.parametrize("before", ["", " ", "\n\n"])
+def test_bos_behind_white_space_is_not_doubled(before: str) -> None:
+    source = before + "{{ '' }}{{ bos_token }}{{ messages[0].content }}"
+    added = SpecialTokens(control=frozenset({"<s>"}), bos="<s>", adds_bos=True)
+
+    assert ChatTemplate(source, name="t", special=added).render(conversation("")) == "Be brief."

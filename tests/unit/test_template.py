@@ -735,6 +735,19 @@ def test_answer_continues_the_last_message(content: str, end: str) -> None:
     assert rendered.endswith(end)
 
 
+@pytest.mark.parametrize("name", ["chatml", "llama3.1", "gemma3", "phi4"])
+@pytest.mark.parametrize("content", ["end", "i", "id", "of", "turn", "d", "user", ""])
+def test_a_short_last_message_is_found_where_it_stands(name: str, content: str) -> None:
+    """The same letters stand in the marks of the template, behind the message and before it."""
+    messages = [*user("2+2?"), Message(role="assistant", content=content)]
+    header = builtin(name).render([*user("2+2?"), Message(role="assistant", content="Zq")])
+    start = header.rindex("Zq")
+
+    rendered = builtin(name).render(messages, continue_final=True)
+
+    assert rendered == header[:start] + content
+
+
 def test_a_template_that_hides_the_last_message_cannot_continue_it() -> None:
     messages = [*user("2+2?"), Message(role="assistant", content="four")]
 

@@ -26,6 +26,22 @@ def test_an_added_token_that_the_template_writes_is_a_control_token(token: str) 
     assert found.bos == "<s>"
 
 
+@pytest.mark.parametrize(
+    ("token", "template"),
+    [
+        ("[|user|]", "{{ '[|' + m.role + '|]' }}"),
+        ("[|endofturn|]", "{{ '[|' + m.role + '|]' }}"),
+        ("<|user|>", "<|{{ m.role }}|>"),
+        ("<_user>", "<_{{ m.role }}>"),
+    ],
+)
+def test_an_added_token_that_the_template_puts_together_is_one(token: str, template: str) -> None:
+    """EXAONE's template and ChatGLM's write the role between two signs."""
+    found = facts(token, "<br>", "|]x").special_in(template)
+    assert found.control == {"<|end|>", token}
+    assert found.always == {token}
+
+
 @pytest.mark.parametrize("token", ["<think>", "</think>", "<tool_call>", "<arg_key>"])
 def test_a_tag_inside_a_turn_is_none(token: str) -> None:
     """A prompt may explain it."""
