@@ -64,6 +64,28 @@ class TokenizerFacts:
         written = {token for token in self.added if _writes(template, token)}
         return replace(special, control=special.control | written, always=special.always | written)
 
+    def completed_by(self, other: TokenizerFacts) -> TokenizerFacts:
+        """These facts, with the tokens of the file of another template where they state none.
+
+        A token that is known not to be in the vocabulary is left out: it would be read as letters.
+        """
+        own = self.special
+        bos = own.bos or _known_in(own.control, other.special.bos)
+        eos = own.eos or _known_in(own.control, other.special.eos)
+        if own.control is not None:
+            return replace(self, special=replace(own, bos=bos, eos=eos))
+        return replace(
+            self,
+            special=replace(own, bos=bos, eos=eos, control=other.special.control),
+            special_origin=other.special_origin,
+            added=other.added,
+            refusal=self.refusal or other.refusal,
+        )
+
+
+def _known_in(control: frozenset[str] | None, token: str) -> str:
+    return token if control is None or token in control else ""
+
 
 def _writes(template: str, token: str) -> bool:
     """Whether the template writes the token, or the signs around a role: `'[|' + role + '|]'`."""

@@ -43,7 +43,7 @@ class ModelReader:
     def model(self, config: ModelConfig, engine: EngineEntry) -> ModelSource | Trouble:
         """Look at everything that a model is made of. Never raises for a bad input."""
         try:
-            template = self._named_template(config)
+            template, beside = self._named_template(config)
             if not stat.S_ISREG(
                 mode := config.path.stat().st_mode
             ):  # opening a FIFO would wait for its writer
@@ -70,6 +70,14 @@ class ModelReader:
                     place=(own.facts.place,),
                 )
 
+            tokenizer = own.facts.completed_by(beside)
+            if tokenizer.refusal:
+                return Trouble(
+                    message=tokenizer.refusal,
+                    hint="name another file, or a built-in template",
+                    place=("chat_template",),
+                )
+
             digests = []
             for path in facts.files:
                 self._digests.let_settle(path)
@@ -79,7 +87,7 @@ class ModelReader:
             return ModelSource(
                 digest=_one_digest(digests),
                 template=template or _own_template(own.facts),
-                tokenizer=own.facts,
+                tokenizer=tokenizer,
                 tokenizer_file=own.file,
                 tokenizer_digest=own.digest,
                 lora_digest=self._lora(config.lora, signatures),
@@ -93,19 +101,25 @@ class ModelReader:
         except OSError as error:
             return Trouble.of(unusable(Path(error.filename or config.path), error, "model file"))
 
-    def _named_template(self, config: ModelConfig) -> TemplateSource | None:
-        """The template that the manifest names; None if it names none. Errors: Placed."""
+    def _named_template(self, config: ModelConfig) -> tuple[TemplateSource | None, TokenizerFacts]:
+        """The template that the manifest names, and what else is stated beside it.
+
+        None if it names none. Errors: Placed.
+        """
         name = config.chat_template
+        nothing = TokenizerFacts()
         if name is None:
-            return None
+            return None, nothing
         if name in BUILTIN:
-            return TemplateSource(text=BUILTIN[name], name=name, origin=TemplateOrigin.BUILT_IN)
+            source = TemplateSource(text=BUILTIN[name], name=name, origin=TemplateOrigin.BUILT_IN)
+            return source, nothing
 
         path = Path(name)
         try:
             if path.suffix in TEMPLATE_SUFFIXES:
                 text = self._templates.of((name,), lambda files: read_text(Path(files[0])))
-                return TemplateSource(text=text, name=name, origin=TemplateOrigin.FILE)
+                source = TemplateSource(text=text, name=name, origin=TemplateOrigin.FILE)
+                return source, nothing
 
             facts = self._tokenizer_files(path).facts
         except SourceError as error:
@@ -118,9 +132,10 @@ class ModelReader:
                 f"{path} has no chat template", hint="name another file, or a built-in template"
             )
             raise Placed(missing, "chat_template")
-        return TemplateSource(
+        source = TemplateSource(
             text=facts.template, name=facts.template_origin, origin=TemplateOrigin.FILE
         )
+        return source, facts
 
     def _header(self, path: Path) -> Header | None:
         return self._headers.of((str(path),), lambda files: read_header(Path(files[0])))

@@ -16,6 +16,7 @@ from rkcached.engines.rkllm.tokenizer import load_tokenizer
 from rkcached.host.digests import Digests
 from rkcached.messages.tokenizer_facts import TokenizerFacts
 from rkcached.plan.desired import Desired, DesiredModel, Resolver
+from rkcached.plan.remarks import warnings
 from rkcached.plan.worker_model import worker_model
 from rkcached.sources.manifest_file import inputs
 from rkcached.sources.parser import parse
@@ -431,7 +432,7 @@ def test_values_of_other_kinds_count_as_not_stated(repository: Repository) -> No
 
 @pytest.mark.parametrize("template", ["./hf", "hf/", "hf/tokenizer_config.json"])
 def test_such_files_as_a_chat_template(repository: Repository, template: str) -> None:
-    """Of them the template alone is taken."""
+    """The tokens that the template needs are taken with it."""
     text = (
         "version: 1\nengine: {kind: memory}\n"
         f"models: {{m: {{path: m.json, chat_template: {template}}}}}\n"
@@ -442,9 +443,61 @@ def test_such_files_as_a_chat_template(repository: Repository, template: str) ->
     assert isinstance(found, ModelSource)
     assert found.template.text == TEMPLATE
     assert found.template.origin is TemplateOrigin.FILE
-    assert found.tokenizer.special.bos == ""
+    assert (found.tokenizer.special.bos, found.tokenizer.special.eos) == ("<s>", "</s>")
     watched, _ = inputs(manifest, StoredTexts(repository.root / "stored"))
     assert repository.folder / "tokenizer_config.json" in watched
+
+
+def test_tokens_beside_a_template(repository: Repository) -> None:
+    """The model has no tokenizer: they are those of the template's file, but for the manifest's."""
+    template = "chat_template: hf/tokenizer_config.json"
+    model = resolved(repository, "null", template).models["m"]
+    assert isinstance(model, DesiredModel)
+    assert (model.special.bos, model.special.eos) == ("<s>", "</s>")
+    assert model.special.control == {"<s>", "</s>"}
+    assert model.source.tokenizer.added == {"<think>"}
+    assert model.source.tokenizer.special_origin.endswith("tokenizer_config.json")
+    # The runtime adds BOS to a text.
+    assert model.template.prefix("Be brief.").startswith("[Be brief.]</s>")
+    assert warned(repository, template) == []
+
+    model = resolved(repository, "null", f"{template}, eos_token: <e>").models["m"]
+    assert isinstance(model, DesiredModel)
+    assert (model.special.bos, model.special.eos) == ("<s>", "<e>")
+
+
+def warned(repository: Repository, more: str) -> list[str]:
+    """The texts of what `check` remarks about templates."""
+    text = f"version: 1\nengine: {{kind: rkllm}}\nmodels: {{m: {{path: m.rkllm, {more}}}}}\n"
+    manifest = parse(text, file=repository.root / "manifest.yaml")
+    return [remark.text for remark in warnings(manifest, repository.reader.scan(manifest))]
+
+
+def test_the_models_own_tokens_are_stronger_than_those_beside_a_template(
+    repository: Repository,
+) -> None:
+    """A token that is not in its vocabulary is not taken: it would be letters."""
+    other = repository.root / "other"
+    other.mkdir()
+    (other / "tokenizer_config.json").write_text(
+        json.dumps(CONFIG | {"bos_token": "<b>", "eos_token": "<e>"})
+    )
+    decoder = {"1": {"content": "<s>", "special": True}, "2": {"content": "<e>", "special": True}}
+    repository.config(eos_token=None, added_tokens_decoder=decoder)
+    found = repository.source(more="chat_template: other/").tokenizer.special
+    assert (found.bos, found.eos) == ("<s>", "<e>")
+    assert found.control == {"<s>", "<e>"}
+
+    repository.config(bos_token=None, eos_token="</s>", added_tokens_decoder=decoder)
+    found = repository.source(more="chat_template: other/").tokenizer.special
+    assert (found.bos, found.eos) == ("", "</s>")
+
+
+def test_too_many_tokens_beside_a_template(repository: Repository) -> None:
+    too_many(repository.folder)
+    found = repository.trouble("null", more="chat_template: hf/")
+    assert "states 70,000 control tokens" in found.message
+    assert found.place == ("chat_template",)
 
 
 def test_files_without_a_template(repository: Repository) -> None:
