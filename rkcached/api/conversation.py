@@ -9,6 +9,7 @@ from typing import Any
 from rkcached import errors
 from rkcached.api.chat_messages import AssistantMessage, ChatMessage, UserMessage
 from rkcached.errors import RequestError
+from rkcached.messages.adapt import whole_tools
 from rkcached.messages.message import Message
 from rkcached.messages.template import ChatTemplate
 
@@ -25,9 +26,24 @@ class Conversation:
     variables: Mapping[str, Any]
 
     def render(self, *, continue_final: bool = False) -> str:
+        """The text. A template that refuses tools without a description gets them with one.
+
+        Errors: TemplateError.
+        """
+        try:
+            return self._render(self.tools, continue_final=continue_final)
+        except errors.TemplateExhausted:
+            raise
+        except errors.TemplateError:
+            whole = whole_tools(self.tools)
+            if whole == self.tools:
+                raise
+            return self._render(whole, continue_final=continue_final)
+
+    def _render(self, tools: Sequence[Mapping[str, Any]], *, continue_final: bool) -> str:
         """Errors: TemplateError."""
         return self.template.render(
-            self.messages, self.tools, variables=self.variables, continue_final=continue_final
+            self.messages, tools, variables=self.variables, continue_final=continue_final
         )
 
     def with_more(self, messages: Sequence[Message]) -> Conversation:
@@ -35,6 +51,10 @@ class Conversation:
 
     def without_last(self) -> Conversation:
         return replace(self, messages=self.messages[:-1])
+
+    def without_tools(self) -> Conversation | None:
+        """None if there are none."""
+        return replace(self, tools=()) if self.tools else None
 
     def with_objects(self) -> Conversation | None:
         """The conversation with empty arguments where a call's are not an object.
@@ -88,6 +108,18 @@ def _text_arguments(messages: Sequence[ChatMessage]) -> Iterator[tuple[str, str,
             if isinstance(call.function.parsed(), str):
                 place = f"messages.{at}.tool_calls.{number}.function.arguments"
                 yield place, call.id, call.function.name
+
+
+def tools_refused(error: errors.TemplateError) -> RequestError:
+    """The template takes the same conversation without tools."""
+    return RequestError(
+        400,
+        f"{error.message} (the chat template takes these messages, but not with these tools)",
+        code="template_error",
+        param="tools",
+        hint="state the type and the description of each parameter of the tools, or leave tools "
+        "out",
+    )
 
 
 def template_refused(error: errors.TemplateError, messages: Sequence[ChatMessage]) -> RequestError:

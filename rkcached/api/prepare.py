@@ -6,7 +6,6 @@ Every refusal is a RequestError with its HTTP status, OpenAI's code and the next
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import functools
 import json
 from collections.abc import Awaitable, Callable, Sequence
@@ -20,6 +19,7 @@ from rkcached.api.conversation import (
     exhausted,
     template_refused,
     text_arguments_refused,
+    tools_refused,
 )
 from rkcached.api.named_prompt import named_prompt, with_prompt
 from rkcached.api.requests import (
@@ -207,7 +207,7 @@ class Preparation:
             except errors.TemplateError as error:
                 # Who did not ask for it gets an answer of its own.
                 if request.must_continue or isinstance(error, errors.TemplateExhausted):
-                    raise await self._refusal(error, conversation) from error
+                    raise await self._refusal(error, conversation, continue_final=True) from error
 
         try:
             return await self._write(conversation), ""
@@ -233,18 +233,27 @@ class Preparation:
         return await asyncio.get_running_loop().run_in_executor(self._render_thread, work)
 
     async def _refusal(
-        self, error: errors.TemplateError, conversation: Conversation
+        self, error: errors.TemplateError, conversation: Conversation, continue_final: bool = False
     ) -> RequestError:
         """The answer to a request that its template cannot render, and why."""
         if isinstance(error, errors.TemplateExhausted):
             return exhausted(error)
 
         repaired = conversation.with_objects()
-        if repaired is not None:
-            with contextlib.suppress(errors.TemplateError):
-                await self._write(repaired)
-                return text_arguments_refused(error, conversation.sent)
+        if repaired is not None and await self._can_write(repaired, continue_final):
+            return text_arguments_refused(error, conversation.sent)
+
+        bare = conversation.without_tools()
+        if bare is not None and await self._can_write(bare, continue_final):
+            return tools_refused(error)
         return template_refused(error, conversation.sent)
+
+    async def _can_write(self, conversation: Conversation, continue_final: bool) -> bool:
+        try:
+            await self._write(conversation, continue_final=continue_final)
+        except errors.TemplateError:
+            return False
+        return True
 
     def _second_try(
         self, conversation: Conversation, schema: str

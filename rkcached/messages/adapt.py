@@ -3,12 +3,15 @@
 Clients do not know which template a server uses. Some templates have no system turn, and some want
 call ids of their own form: they raise, and the client cannot help it. Each such habit is an
 `Adaptation`: a conversation to try the template with, and what to change if it refuses that.
+
+OpenAI's tools need neither a description nor parameters, and some templates raise without them:
+`whole_tools` adds them.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -32,6 +35,21 @@ class Adaptation:
     concerns: Callable[[Message], bool]
     """Whether there is something to change in a conversation with this message."""
     change: Change
+
+
+def whole_tools(tools: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The tools with an empty description and an empty object of parameters where they have none.
+
+    Makes changed copies.
+    """
+    changed = []
+    for tool in tools:
+        function = {"description": "", **tool["function"]}
+        parameters = function.get("parameters", {})
+        function["parameters"] = {"type": "object", "properties": {}, **parameters}
+        changed.append({**tool, "function": function})
+
+    return changed
 
 
 def _is_system(message: Message) -> bool:

@@ -116,6 +116,66 @@ def test_a_system_message_that_says_the_same_as_the_prompt(
     assert two_prompts.ask("m/a", messages=messages)["rkcached"]["state"] == "hit"
 
 
+# Tools
+
+# As gpt-oss's and Seed-OSS's templates: they want descriptions and parameters.
+WANTS_WHOLE_TOOLS = (
+    "{% for t in tools or [] %}{{ '//' + t.function.description }} {{ t.function.name }}"
+    "({% for name, kind in t.function.parameters.properties | items %}"
+    "{{ name + ':' + kind.type }},{% endfor %});{% endfor %}"
+    "{% for m in messages %}{{ m.role }}: {{ m.content }}\n"
+    "{% for c in m.tool_calls or [] %}<tool_call>\n"
+    '{"name": "{{ c.function.name }}", "arguments": {{ c.function.arguments | tojson }}}'
+    "\n</tool_call>{% endfor %}{% endfor %}"
+)
+
+
+def tool(**function: Any) -> dict[str, Any]:
+    return {"type": "function", "function": {"name": "f", **function}}
+
+
+@pytest.mark.parametrize(
+    ("sent", "shown"),
+    [
+        (tool(), "// f();"),
+        (tool(description="d"), "//d f();"),
+        (tool(description=None, parameters={"type": "object"}), "// f();"),
+        (tool(parameters={"properties": {"a": {"type": "string"}}}), "// f(a:string,);"),
+    ],
+)
+def test_tools_without_what_a_template_wants(
+    workspace: Workspace, sent: dict[str, Any], shown: str
+) -> None:
+    """OpenAI's clients may leave out the description and the parameters."""
+    space = daemon(workspace, WANTS_WHOLE_TOOLS, {shown: "right"})
+
+    assert said(space.ask("m", messages=[HELLO], tools=[sent])) == "right"
+
+
+def test_other_templates_get_tools_as_they_came(workspace: Workspace) -> None:
+    whole = "'//' + t.function.description"
+    template = WANTS_WHOLE_TOOLS.replace(whole, "t.function | tojson")
+    template = template.replace("t.function.parameters.properties", "{}")
+    space = daemon(workspace, template, {'{"name": "f"} f();': "right"})
+
+    assert said(space.ask("m", messages=[HELLO], tools=[tool()])) == "right"
+
+
+def test_tools_that_a_template_refuses(workspace: Workspace) -> None:
+    """The error is about the tools, unless the messages alone are refused, too."""
+    template = WANTS_WHOLE_TOOLS + "{% if messages[-1].content == 'x' %}{{ 1 + none }}{% endif %}"
+    space = daemon(workspace, template, {})
+    bad = tool(parameters={"properties": {"a": {"enum": [1, 2]}}})
+    both = [{"role": "user", "content": "x"}]
+
+    error = space.ask("m", messages=[HELLO], tools=[bad], status=400)["error"]
+    assert error["param"] == "tools"
+    assert "no attribute 'type'" in error["message"]
+    error = space.ask("m", messages=both, tools=[tool()], status=400)["error"]
+    assert error["param"] == "messages"
+    assert "NoneType" in error["message"]
+
+
 # Variables
 
 SHOWS = (
