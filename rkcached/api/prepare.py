@@ -11,7 +11,7 @@ import json
 from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 from rkcached import errors
 from rkcached.api.conversation import (
@@ -22,6 +22,7 @@ from rkcached.api.conversation import (
     tools_refused,
 )
 from rkcached.api.named_prompt import named_prompt, with_prompt
+from rkcached.api.rendering import RenderThread
 from rkcached.api.requests import (
     ChatRequest,
     CompletionRequest,
@@ -50,8 +51,6 @@ from rkcached.worker.schemas import MAX_SCHEMA_BYTES, SchemaChecker
 
 _ANY_OBJECT = {"type": "object"}
 
-Result = TypeVar("Result")
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Demand:
@@ -73,8 +72,7 @@ class _Demand:
 class Preparation:
     def __init__(self, published: Published) -> None:
         self._published = published
-        # Templates that may wait are rendered one by one, so a slow one blocks no other thread.
-        self._render_thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="render")
+        self._render_thread = RenderThread()
         self._schema_thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="schema")
         self._schemas = SchemaChecker()
 
@@ -89,7 +87,7 @@ class Preparation:
         """
         snapshot = self._published.now
         model = find_text_model(snapshot, request.model.partition("/")[0])
-        form = await self._answer_form(model.template)
+        form = await self._answer_form(model.template, with_tools=bool(_tools(request)))
         demand = _demand(request, model, form, snapshot.manifest.engine.kind)
         named, param = named_prompt(request)
 
@@ -214,23 +212,19 @@ class Preparation:
         except errors.TemplateError as error:
             raise await self._refusal(error, conversation) from error
 
-    async def _answer_form(self, template: ChatTemplate) -> AnswerForm:
-        """Errors: RequestError."""
+    async def _answer_form(self, template: ChatTemplate, *, with_tools: bool) -> AnswerForm:
+        """How the answer is written. The template is tried for tools only. Errors: RequestError."""
+        if not with_tools:
+            return AnswerForm(marks=template.marks)
         try:
-            return await self._in_template(template, lambda: template.answer)
+            return await self._render_thread.do(template, lambda: template.answer)
         except errors.TemplateExhausted as error:
             raise exhausted(error) from error
 
     async def _write(self, conversation: Conversation, *, continue_final: bool = False) -> str:
         """Errors: TemplateError."""
         render = functools.partial(conversation.render, continue_final=continue_final)
-        return await self._in_template(conversation.template, render)
-
-    async def _in_template(self, template: ChatTemplate, work: Callable[[], Result]) -> Result:
-        """Do what renders the template. Errors: TemplateError."""
-        if not template.may_wait:
-            return work()
-        return await asyncio.get_running_loop().run_in_executor(self._render_thread, work)
+        return await self._render_thread.do(conversation.template, render)
 
     async def _refusal(
         self, error: errors.TemplateError, conversation: Conversation, continue_final: bool = False
@@ -305,7 +299,7 @@ def _demand(
 ) -> _Demand:
     """Tools and format of the answer. Errors: RequestError for what cannot be had."""
     choice = request.tool_choice
-    tools = () if choice == "none" else tuple(request.tools or ())
+    tools = _tools(request)
     must_call = isinstance(choice, NamedTool) or choice == "required"
     if must_call and not tools:
         raise RequestError(
@@ -336,6 +330,11 @@ def _demand(
     if isinstance(wanted, JsonSchema):
         return _Demand(schema=wanted.json_schema.schema_)
     return _Demand(tools=tools)
+
+
+def _tools(request: ChatRequest) -> tuple[Tool, ...]:
+    """The tools that the model is shown."""
+    return () if request.tool_choice == "none" else tuple(request.tools or ())
 
 
 def _refuse_tools(

@@ -3,16 +3,18 @@
 A template writes an earlier answer with tool calls as the model is to write the next one. So a
 known call goes in, and the form that reads exactly that call in what comes out is the model's: who
 shows tools can read the calls, by proof. Some templates drop earlier calls; for these, only the
-words by which they tell the model a form are left.
+words by which they tell the model a form are left. It takes some dozen renderings at most, and a
+slow template is given up.
 """
 
 from __future__ import annotations
 
 import json
 import re
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, ParamSpec
 
 from rkcached.errors import TemplateError, TemplateExhausted
 from rkcached.messages.call_form import CallForm
@@ -24,7 +26,15 @@ from rkcached.messages.reply import Reply
 Render = Callable[[Sequence[Any], Sequence[Any]], str]
 """Renders messages and tools. Errors: TemplateError."""
 
+TRIALS_S: Final = 2.0
+"""Limit of the time of all renderings that try a template, but for the last of them. They take
+some milliseconds, and requests for other models wait."""
+
+_MAX_CHARACTERS: Final = 1 << 16
+"""The longest rendering that is looked at. Our conversations are short."""
+
 _NAME: Final = "look_up"
+_USER: Final = {"role": "user", "content": "Q"}
 _CONTENT: Final = "Zq4-probe-of-the-answer"
 _PARAMETERS: Final = {
     "type": "object",
@@ -82,6 +92,29 @@ class _Probe:
     end: int
 
 
+Given = ParamSpec("Given")
+
+
+def within_limit(name: str, write: Callable[Given, str]) -> Callable[Given, str]:
+    """Write as `write` does, to try the template `name`, for a time that begins now.
+
+    Errors: TemplateExhausted when the time is used up.
+    """
+    deadline = time.monotonic() + TRIALS_S
+
+    def limited(*args: Given.args, **kwargs: Given.kwargs) -> str:
+        if time.monotonic() > deadline:
+            raise TemplateExhausted(
+                f"template {name}: it is too slow to find out within {TRIALS_S:g} s what it takes "
+                "and how it writes calls",
+                hint="choose another chat_template, or find what makes it slow",
+            )
+
+        return write(*args, **kwargs)
+
+    return limited
+
+
 def detect(source: str, render: Render) -> AnswerForm:
     """Errors: TemplateExhausted."""
     marks = marks_of(source)
@@ -110,18 +143,30 @@ def detect(source: str, render: Render) -> AnswerForm:
     )
 
 
-def _shown(render: Render) -> str:
-    return render([{"role": "user", "content": "Q"}], [_TOOL])
+def _shown(render: Render, *more: dict[str, Any]) -> str:
+    """A question, tools, and more messages. Errors: TemplateError."""
+    text = render([_USER, *more], [_TOOL])
+    if len(text) > _MAX_CHARACTERS:
+        raise TemplateError(f"it writes {len(text):,} characters about a short conversation")
+    return text
 
 
 def _probes(render: Render, prompt: str) -> Iterator[_Probe]:
     """The conversations that the template renders with their calls, the most telling first."""
+    try:
+        plain = _shown(render, {"role": "assistant", "content": _CONTENT})
+    except TemplateExhausted:
+        raise
+    except TemplateError:
+        return
+
+    tail = plain.rpartition(_CONTENT)[2]
     for arguments in _ARGUMENTS:
         for many in (True, False):
             for with_results in (False, True):
                 for ids in _IDS:
                     probe = _probe(
-                        render, prompt, arguments, ids, many=many, with_results=with_results
+                        render, prompt, tail, arguments, ids, many=many, with_results=with_results
                     )
                     if probe is not None:
                         yield probe
@@ -130,12 +175,14 @@ def _probes(render: Render, prompt: str) -> Iterator[_Probe]:
 def _probe(
     render: Render,
     prompt: str,
+    tail: str,
     values: dict[str, Any],
     ids: str,
     *,
     many: bool,
     with_results: bool,
 ) -> _Probe | None:
+    """`tail`: what follows an answer without calls."""
     arguments = [values]
     if many:
         arguments.append({"text": "ü"})
@@ -145,7 +192,6 @@ def _probe(
         function = {"name": _NAME, "arguments": each}
         calls.append({"id": ids.format(at), "type": "function", "function": function})
 
-    user = {"role": "user", "content": "Q"}
     with_calls = {"role": "assistant", "content": "", "tool_calls": calls}
     results = []
     if with_results:
@@ -155,15 +201,13 @@ def _probe(
         ]
 
     try:
-        whole = render([user, with_calls, *results], [_TOOL])
-        plain = render([user, {"role": "assistant", "content": _CONTENT}], [_TOOL])
+        whole = _shown(render, with_calls, *results)
     except TemplateExhausted:
         raise
     except TemplateError:
         return None
 
     begin = _common_length(prompt, whole)
-    tail = plain.rpartition(_CONTENT)[2]
     end = len(whole) - _common_length(tail[::-1], whole[::-1])
     if _NAME not in whole[max(0, begin - len(_NAME)) :]:
         return None

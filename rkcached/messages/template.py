@@ -19,6 +19,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
+from copy import copy
 from datetime import date, datetime
 from functools import cached_property, lru_cache
 from traceback import walk_tb
@@ -34,9 +35,10 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from rkcached.errors import TemplateError, TemplateExhausted
 from rkcached.messages.adapt import ADAPTATIONS, Adaptation
 from rkcached.messages.builtin import BUILTIN
-from rkcached.messages.detection import AnswerForm, detect
+from rkcached.messages.detection import AnswerForm, detect, within_limit
 from rkcached.messages.markers import Markers
 from rkcached.messages.message import Message
+from rkcached.messages.reasoning import Marks, marks_of
 from rkcached.messages.special_tokens import SpecialTokens
 
 # User texts for `prefix`. They share no first character, not even after trim, upper or lower, and
@@ -188,23 +190,26 @@ class ChatTemplate:
 
     def _adapted(self, messages: Sequence[Message]) -> Sequence[Message]:
         """The messages in a form that this template takes: see `adapt`."""
+        write = within_limit(self.name, self._write)
         for adaptation in ADAPTATIONS:
-            if any(map(adaptation.concerns, messages)) and self._needs(adaptation):
+            if any(map(adaptation.concerns, messages)) and self._needs(adaptation, write):
                 messages = adaptation.change(messages)
         return messages
 
-    def _needs(self, adaptation: Adaptation) -> bool:
+    def _needs(self, adaptation: Adaptation, write: Write) -> bool:
         """Try the template, once for all requests. Errors: TemplateExhausted."""
         if adaptation.name not in self._needed:
             probe = list(adaptation.probe)
-            refused = self._refuses(probe)
-            self._needed[adaptation.name] = refused and not self._refuses(adaptation.change(probe))
+            needed = self._refuses(probe, write)
+            if needed:
+                needed = not self._refuses(adaptation.change(probe), write)
+            self._needed[adaptation.name] = needed
         return self._needed[adaptation.name]
 
-    def _refuses(self, messages: list[Message]) -> bool:
+    def _refuses(self, messages: list[Message], write: Write) -> bool:
         """Errors: TemplateExhausted."""
         try:
-            self._write(self._variables, messages)
+            write(self._variables, messages)
         except TemplateExhausted:
             raise
         except TemplateError:
@@ -236,7 +241,14 @@ class ChatTemplate:
 
         Errors: TemplateExhausted.
         """
-        return detect(self._source, self.render)
+        tried = copy(self)
+        tried._write = within_limit(self.name, self._write)  # noqa: SLF001 - a copy of this one
+        return detect(self._source, tried.render)
+
+    @cached_property
+    def marks(self) -> Marks:
+        """The marks around reasoning. Nothing is rendered to find them."""
+        return marks_of(self._source)
 
     def prefix(self, system: str) -> str:
         """The text that every request with this system message and one user message starts with.

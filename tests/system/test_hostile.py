@@ -9,12 +9,16 @@ import json
 import os
 import stat
 import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
 from conftest import Workspace, damage
 
+from rkcached.messages.template import compile_here
+
 ENDLESS = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+SLOW = "{% for i in range(ROUNDS) %}{% for j in range(1000) %}{% endfor %}{% endfor %}"
 ON_DEMAND = (
     "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n"
     "{% if 'bomb' in m.content %}" + ENDLESS + "{% endif %}{% endfor %}"
@@ -41,6 +45,47 @@ def answered_while(space: Workspace, work: Callable[[], Any]) -> int:
             done.wait(0.01)
     thread.join()
     return answered
+
+
+def test_slow_template_delays_its_own_model_only(workspace: Workspace) -> None:
+    """Each render is within its limit. Trying it is limited as a whole, and only for tools.
+
+    However many requests wait for it, another model's request waits for one of them.
+    """
+    workspace.memory_model()
+    rest = "{{ tools }}{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    begun = time.monotonic()
+    compile_here(SLOW.replace("ROUNDS", "1000"), "t")({}, [])
+    rounds = int(1000 * 0.5 / (time.monotonic() - begun))  # half a second: a quarter of the limit
+    workspace.write("slow.jinja", SLOW.replace("ROUNDS", str(rounds)) + rest)
+    workspace.write("own.jinja", rest)
+    workspace.declare(
+        "{}",
+        model="    chat_template: own.jinja\n  slow: {path: m.model, chat_template: slow.jinja}\n",
+    )
+    workspace.start()
+    workspace.ask("m")
+
+    tools = [{"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}]
+    refusals: list[dict[str, Any]] = []
+    waiting = [
+        threading.Thread(
+            target=lambda: refusals.append(workspace.ask("slow", status=503, tools=tools))
+        )
+        for _ in range(4)
+    ]
+    for thread in waiting:
+        thread.start()
+
+    time.sleep(0.2)  # the first is being rendered
+    begun = time.monotonic()
+    workspace.ask("m")
+    assert time.monotonic() - begun < 8
+    assert any(thread.is_alive() for thread in waiting)
+    for thread in waiting:
+        thread.join()
+    assert len(refusals) == 4
+    assert refusals[0]["error"]["code"] == "template_exhausted"
 
 
 def test_endless_template_blocks_its_own_model_only(workspace: Workspace) -> None:

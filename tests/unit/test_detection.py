@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import time
+from typing import Any
+
 import pytest
 
 from rkcached.errors import TemplateError, TemplateExhausted
 from rkcached.messages.builtin import BUILTIN
-from rkcached.messages.detection import AnswerForm, detect
+from rkcached.messages.detection import TRIALS_S, AnswerForm, detect
 from rkcached.messages.reasoning import THINK
-from rkcached.messages.template import ChatTemplate
+from rkcached.messages.template import ChatTemplate, Write, compile_here
 
 TURNS = """\
 {% for message in messages %}<|{{ message.role }}|>{{ message.content }}
@@ -113,6 +116,41 @@ def test_a_template_that_is_out_of_time_is_asked_again() -> None:
 
     with pytest.raises(TemplateExhausted):
         detect("", render)
+
+
+def test_a_slow_template_is_given_up() -> None:
+    """The limit holds for all renderings together, also for those that try what it refuses.
+
+    Its marks are found without one.
+    """
+    rendered = []
+
+    def slow(source: str, name: str) -> Write:
+        write = compile_here(source, name)
+
+        def late(variables: Any, messages: Any) -> str:
+            rendered.append(messages)
+            time.sleep(0.4)
+            return write(variables, messages)
+
+        return late
+
+    unknown = TOOLS + TURNS.replace("CALL", "<<{{ f.name }}: {{ f.arguments | tojson }}>>")
+    chat = ChatTemplate(unknown, name="t", compile_elsewhere=slow)
+    assert chat.marks == THINK
+    assert rendered == []
+
+    begun = time.monotonic()
+    with pytest.raises(TemplateExhausted, match=r"template t: it is too slow .* within 2 s"):
+        _ = chat.answer
+    assert time.monotonic() - begun < 2 * TRIALS_S
+    assert len(rendered) < 8
+
+
+def test_a_template_that_writes_much_is_not_read() -> None:
+    found = answer("", before="{{ 'x' * 100_000 }}{% if tools %}{{ tools }}{% endif %}")
+    assert found.calls is None
+    assert "characters about a short conversation" in found.why
 
 
 def test_calls_are_tried_with_results_too() -> None:
