@@ -238,7 +238,9 @@ TABLE: Final[tuple[CallForm, ...]] = (
     CallForm(
         name="HyperCLOVA X",
         first=("-> tool/function_call\n",),
+        closings=("<|im_end|>",),
         read=json_calls(),
+        values=STRINGS,
     ),
     CallForm(
         name="LFM2 (Python calls)",

@@ -138,6 +138,16 @@ TABLE: Final[tuple[Marks, ...]] = (
     _pair("<|thought_start|>", "<|thought_end|>"),
     _pair("<thought>", "</thought>"),
     _pair("<reasoning>", "</reasoning>"),
+    _pair("<|reasoning|>", "<|end_reasoning|>"),
+    Marks(  # HyperCLOVA X, whose reasoning and answer are two turns
+        openings=("/think\n",),
+        closings=("<|im_end|>",),
+        dropped=("<|im_end|>", "<|im_start|>assistant"),
+        found_by=("<|im_start|>assistant/think\n",),
+    ),
+    # Some templates that write <think> have the other name as a word.
+    THINK,
+    _pair("<thinking>", "</thinking>"),
 )
 
 

@@ -406,6 +406,13 @@ REASONED = [
         "'<|open|>' ~ 'think' ~ '<|sep|>' '<|close|>'",
         "<|open|>think<|sep|>hm<|close|>think<|sep|><|open|>response<|sep|>Yes<|end_of_msg|>",
     ),
+    ("<|reasoning|>\\n<|end_reasoning|>", "<|reasoning|>\nhm\n<|end_reasoning|>\nYes"),
+    (
+        r"<|im_start|>assistant/think\n",
+        "/think\nhm<|im_end|>\n<|im_start|>assistant\nYes<|im_end|>",
+    ),
+    ("<thinking></thinking>", "<thinking>hm</thinking>Yes"),
+    ("<thinking></thinking> <think></think>", "<think>hm</think>Yes"),
 ]
 
 
@@ -457,6 +464,16 @@ def test_gpt_oss_reasons_speaks_and_calls() -> None:
     marks = marks_of("<|channel|>analysis<|message|>")
     content, reasoning, calls = split(list(text), FORMS["gpt-oss (harmony)"], marks)
     assert (content, reasoning, plain(calls)) == ("Let me see.", "hm", [F])
+
+
+def test_hyperclova_reasons_and_calls_in_two_turns() -> None:
+    call = f"<|im_start|>assistant -> tool/function_call\n[{F_CALL}]<|im_end|>"
+    marks = marks_of(r"<|im_start|>assistant/think\n")
+    for text in (f"/think\nhm<|im_end|>\n{call}", f"\nhm<|im_end|>\n{call}"):
+        content, reasoning, calls = split(list(text), FORMS["HyperCLOVA X"], marks)
+        assert (content + reasoning).strip() == "hm"
+        assert bool(reasoning) == text.startswith("/think")
+        assert plain(calls) == [F]
 
 
 def test_kimi_gives_the_ids_that_its_template_wants_back() -> None:
