@@ -7,9 +7,11 @@ from pathlib import Path
 import pytest
 
 from rkcached.cli.launcher import small_model
-from rkcached.engines.base import ModelSpec
+from rkcached.engines.base import ModelSpec, Sampling
 from rkcached.engines.llamacpp.engine import LlamaCppEngine
 from rkcached.engines.llamacpp.header import read_header
+from rkcached.messages.message import Message
+from rkcached.messages.template import ChatTemplate
 from tests.gguf_files import UINT32, flag_pair, pair, rewrite, text_pair
 
 pytestmark = pytest.mark.model
@@ -82,3 +84,36 @@ def test_llama_cpp_agrees(tmp_path: Path, case: str) -> None:
     finally:
         engine.close()
         path.unlink()
+
+
+def test_bos_comes_once(tmp_path: Path) -> None:
+    """A template that writes it has as many tokens on a vocabulary that adds one as on another.
+
+    None is lost and none is doubled: the engine reads exactly one, at the start.
+    """
+    counts = []
+    for adds in (True, False):
+        path = tmp_path / str(adds) / "m.gguf"
+        path.parent.mkdir()
+        bos = {BOS: pair(BOS, UINT32, 0), ADD_BOS: flag_pair(ADD_BOS, adds)}
+        rewrite(small_model(), path, bos)
+        header = read_header(path)
+        assert header is not None
+        special = header.tokenizer.special
+        assert special.adds_bos is adds
+        source = "{{ bos_token }}{% for m in messages %}{{ m.content }}{% endfor %}"
+        chat = ChatTemplate(source, name="t", special=special, takes_tokens=True)
+        prompt = chat.render([Message(role="user", content=f"Why {special.bos} is a token?")])
+        engine = load(path)
+        try:
+            ids = engine._tokenize(prompt)
+            ran = engine.generate(prompt, Sampling(max_new_tokens=1), lambda _: False)
+        finally:
+            engine.close()
+            path.unlink()
+
+        assert (ids[0], ids.count(0)) == (0, 1)
+        assert ran.prompt_tokens == len(ids)
+        counts.append(len(ids))
+
+    assert counts[0] == counts[1]
