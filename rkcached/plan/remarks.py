@@ -57,8 +57,9 @@ def warnings(manifest: Manifest, sources: Sources) -> Iterator[Remark]:
 
         place = ("models", name)
         special = special_tokens(config, source)
-        for token, text in (("bos_token", special.bos), ("eos_token", special.eos)):
-            stated = text != "" or token in config.model_fields_set
+        known = {"bos_token": special.bos != "" or special.adds_bos, "eos_token": special.eos != ""}
+        for token, is_known in known.items():
+            stated = is_known or token in config.model_fields_set
             if token in used and not stated:
                 yield Remark(
                     text=f"the chat template of {name} writes {token}, which nothing states "

@@ -594,6 +594,11 @@ def test_a_token_that_the_template_writes_and_nothing_states() -> None:
     ]
     world.tokenizers["n"] = TokenizerFacts(special=SpecialTokens(bos="<s>", eos="</s>"))
     assert said(world) == []
+    # An engine that adds BOS needs none in the text.
+    world.tokenizers["n"] = TokenizerFacts(special=SpecialTokens(adds_bos=True))
+    assert [text for _, text in said(world)] == [
+        "the chat template of n writes eos_token, which nothing states (set eos_token)",
+    ]
     world.tokenizers = {}
     world.models["n"] |= {"bos_token": "", "eos_token": "</s>"}  # an empty one is stated, too
     assert said(world) == []
