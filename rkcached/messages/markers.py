@@ -162,7 +162,7 @@ class Markers:
         firsts = sorted(signs)[:_MAX_STAND_INS]
         self._has_words = len(firsts) < len(self._tokens.firsts)
         self._stand_ins = [(first, chr(_FIRST_STAND_IN + at)) for at, first in enumerate(firsts)]
-        self._kept = [(self._hidden(word), word) for word in self._looked_for(source)]
+        self._kept = list(self._patterns_of(self._looked_for(source)))
 
     def hide(self, value: Any) -> Any:
         """A copy in which no text, at any depth, has a character that could begin a control token.
@@ -173,13 +173,13 @@ class Markers:
             case str():
                 if not value.isascii():
                     value = _NONCHARACTERS.sub(_REPLACEMENT, value)
-                if "\\ufd" in value:
+                if _may_be_escaped(value):
                     value = _ESCAPED.sub(rf"{_BACKSLASH}u\1", value)
 
                 hidden = self._hidden(value)
                 if hidden is not value:
-                    for hidden_word, word in self._kept:
-                        hidden = hidden.replace(hidden_word, word)
+                    for pattern, first in self._kept:
+                        hidden = pattern.sub(first, hidden)
                 return hidden
             case list() | tuple():
                 return [self.hide(item) for item in value]
@@ -193,10 +193,10 @@ class Markers:
 
         No data in it can be read as a control token.
         """
-        if "\\ufd" in written:
+        if _may_be_escaped(written):
             written = _ESCAPED.sub(_unescaped, written)
 
-        if self._shown(written) == written:
+        if not self._has_hidden(written):
             return written
 
         parts = []
@@ -223,6 +223,12 @@ class Markers:
         if self._has_words:
             text = _with_joints(text, self._tokens, _JOINT)
         return text
+
+    def _has_hidden(self, written: str) -> bool:
+        if written.isascii():
+            return False
+        marks = (_BACKSLASH, _JOINT, *(stand_in for _, stand_in in self._stand_ins))
+        return any(mark in written for mark in marks)
 
     def _shown(self, written: str) -> str:
         """The text of a template, with the hidden characters in their places again."""
@@ -251,9 +257,20 @@ class Markers:
 
         return [word for word in sorted(words, key=len) if not self._tokens.hides(word)]
 
+    def _patterns_of(self, words: list[str]) -> Iterator[tuple[re.Pattern[str], str]]:
+        """For each first character: the places of its stand-in where one of the words begins."""
+        for first, stand_in in self._stand_ins:
+            rests = [re.escape(word[1:]) for word in words if word[0] == first]
+            if rests:
+                yield re.compile(f"{stand_in}(?={'|'.join(rests)})"), first
+
     def _enclosed(self, text: str, at: int) -> str:
         """Plain text from the first token on: what stands before it is as in any other request."""
         return f"{text[:at]}{PLAIN_START}{_with_joints(text[at:], self._always, ' ')}{PLAIN_END}"
+
+
+def _may_be_escaped(text: str) -> bool:
+    return "\\" in text and "\\ufd" in text  # the search for one character is much faster
 
 
 def _unescaped(escape: re.Match[str]) -> str:
