@@ -287,10 +287,11 @@ async def test_the_watcher_says_which_file(space: Workspace) -> None:
         async with asyncio.timeout(DEADLINE_S):
             await told.wait()
         assert set(heard) == {str(named)}
-        told.clear()
         new = space.write("more/c.md", "any name in this folder matters")
         async with asyncio.timeout(DEADLINE_S):
-            await told.wait()
+            while str(new) not in heard:  # one change may be told twice
+                told.clear()
+                await told.wait()
         assert set(heard) == {str(named), str(new)}
     finally:
         watcher.close()
