@@ -16,22 +16,10 @@ from rkcached.api.bounds import MAX_TOKEN_IDS
 from rkcached.api.chat_messages import AssistantMessage, ChatMessage
 from rkcached.api.record import ForeignFields, Many, Name, Record
 from rkcached.api.variables import TemplateVariables
+from rkcached.worker.schema_tree import relocated
 
 _INT32 = 2**31
 _INT63 = 2**63
-
-
-def _moved(schema: Any, place: str) -> Any:
-    """A copy of a schema whose references still work when it stands at `place` of another one."""
-    if isinstance(schema, list):
-        return [_moved(item, place) for item in schema]
-    if not isinstance(schema, dict):
-        return schema
-    moved = {key: _moved(value, place) for key, value in schema.items()}
-    reference = schema.get("$ref")
-    if isinstance(reference, str) and (reference == "#" or reference.startswith("#/")):
-        moved["$ref"] = place + reference[1:]
-    return moved
 
 
 class FunctionDefinition(Record):
@@ -68,7 +56,7 @@ class Tool(ForeignFields):
             "type": "object",
             "properties": {
                 "name": {"const": self.function.name},
-                arguments: _moved(self.arguments_schema, f"{place}/properties/{arguments}"),
+                arguments: relocated(self.arguments_schema, f"{place}/properties/{arguments}"),
             },
             "required": ["name", arguments],
             "additionalProperties": False,

@@ -27,6 +27,7 @@ from typing import Any
 
 from rkcached.errors import SchemaInvalid, WorkerUnavailable
 from rkcached.messages.sandbox import Process, end_all, receive, restrict, send, start
+from rkcached.worker.schema_tree import keywords, parts, relocated
 
 MAX_SCHEMA_BYTES = 64 << 10
 
@@ -56,10 +57,6 @@ _KILLED = (-signal.SIGKILL, -signal.SIGTERM)
 _REMEMBERED = 256
 _COUNTS = ("minItems", "maxItems", "minProperties", "maxProperties", "minContains")
 _LENGTHS = ("minLength", "maxLength")
-_DATA = frozenset({"enum", "const", "default", "examples"})
-# Keywords whose values are schemas by name.
-_NAMED = frozenset({"properties", "patternProperties", "$defs", "definitions", "dependentSchemas"})
-
 # llguidance may give up on a part with more alternatives than these; it does so at 2,000 states.
 _MANY_CHOICES = 100
 # The bytes that an answer may begin with, in the order in which they are tried, and how many of
@@ -224,7 +221,7 @@ def find_problem(schema: str, *, compiled: bool) -> str:
 
 def _beyond_bounds(schema: Any) -> str:
     repeats = lengths = 0.0
-    for keyword, value in _keywords(schema):
+    for keyword, value in keywords(schema):
         if keyword in _COUNTS and isinstance(value, int | float):
             repeats += abs(value)
         if keyword in _LENGTHS and isinstance(value, int | float):
@@ -243,29 +240,6 @@ def _beyond_bounds(schema: Any) -> str:
     return ""
 
 
-def _keywords(schema: Any) -> Iterator[tuple[str, Any]]:
-    """Every keyword and its value, at any depth.
-
-    A key of `patternProperties` comes as a pattern, too. Names of properties and of definitions are
-    no keywords, and values that are data hold none.
-    """
-    waiting = [schema]
-    while waiting:
-        here = waiting.pop()
-        if isinstance(here, list):
-            waiting += here
-        if not isinstance(here, dict):
-            continue
-        for key, value in here.items():
-            yield key, value
-            if key in _DATA:
-                continue
-            named = key in _NAMED and isinstance(value, dict)
-            waiting += value.values() if named else (value,)
-            if key == "patternProperties" and isinstance(value, dict):
-                yield from (("pattern", pattern) for pattern in value)
-
-
 def _not_a_schema(schema: Any) -> str:
     """Errors: whatever the libraries raise."""
     import jsonschema  # noqa: PLC0415 - only the child needs it
@@ -280,15 +254,13 @@ def _not_a_schema(schema: Any) -> str:
     except jsonschema.SchemaError as error:
         return f"not a JSON schema: {error.json_path}: {shortened(str(error.message))}"
 
-    for keyword, value in _keywords(schema):
+    for keyword, value in keywords(schema):
         if keyword == "pattern" and isinstance(value, str):
             re.compile(value)
     root = referencing.jsonschema.DRAFT202012.create_resource(schema)
     resolver = referencing.Registry().resolver_with_root(root)
     references = {
-        value
-        for keyword, value in _keywords(schema)
-        if keyword == "$ref" and isinstance(value, str)
+        value for keyword, value in keywords(schema) if keyword == "$ref" and isinstance(value, str)
     }
     for reference in references:
         if not isinstance(resolver.lookup(reference).contents, dict | bool):
@@ -307,7 +279,7 @@ def _read_otherwise(schema: Any) -> str:
 
     It would write what no check of the answer accepts.
     """
-    for keyword, value in _keywords(schema):
+    for keyword, value in keywords(schema):
         if keyword.startswith("x-guidance"):
             return f"{keyword} is not accepted"
 
@@ -366,9 +338,9 @@ def _not_a_grammar(schema: Any) -> str:
 
 def _demanding_parts(schema: Any) -> Iterator[Any]:
     """The parts that llguidance may give up on, each as what an object must have."""
-    whole = _moved(schema, "#/$defs/whole")
+    whole = relocated(schema, "#/$defs/whole")
 
-    for place, part in _parts(schema):
+    for place, part in parts(schema):
         choices = sum(len(part.get(keyword, ())) for keyword in ("properties", "anyOf", "oneOf"))
         if "pattern" in part or choices > _MANY_CHOICES:
             yield {
@@ -377,39 +349,6 @@ def _demanding_parts(schema: Any) -> Iterator[Any]:
                 "properties": {"a": {"$ref": f"#/$defs/whole{place}"}},
                 "required": ["a"],
             }
-
-
-def _parts(schema: Any) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The schemas in a schema, at any depth, each with its JSON pointer."""
-    waiting: list[tuple[str, Any, bool]] = [("", schema, True)]
-    while waiting:
-        place, here, is_schema = waiting.pop()
-        if isinstance(here, list):
-            waiting += [(f"{place}/{at}", value, True) for at, value in enumerate(here)]
-        if not isinstance(here, dict):
-            continue
-
-        if is_schema:
-            yield place, here
-        for key, value in here.items():
-            if is_schema and key in _DATA:
-                continue
-            name = key.replace("~", "~0").replace("/", "~1")
-            waiting.append((f"{place}/{name}", value, not (is_schema and key in _NAMED)))
-
-
-def _moved(schema: Any, place: str) -> Any:
-    """A copy of a schema whose references still work when it stands at `place` of another one."""
-    if isinstance(schema, list):
-        return [_moved(item, place) for item in schema]
-    if not isinstance(schema, dict):
-        return schema
-
-    moved = {key: _moved(value, place) for key, value in schema.items()}
-    reference = schema.get("$ref")
-    if isinstance(reference, str) and (reference == "#" or reference.startswith("#/")):
-        moved["$ref"] = place + reference[1:]
-    return moved
 
 
 def _write_the_beginning(trial: Any) -> None:
