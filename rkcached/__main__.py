@@ -8,9 +8,7 @@ it looks there no more.
 import os
 import sys
 
-if (
-    not sys.flags.safe_path and sys.path and sys.path[0] in {"", os.getcwd()}  # noqa: PTH109 - as Python writes it
-):
+if not sys.flags.safe_path and sys.path[:1] in ([""], [os.getcwd()]):  # noqa: PTH109 - as there
     del sys.path[0]
 
 from rkcached.cli.main import main

@@ -101,7 +101,8 @@ TABLE: Final[tuple[CallForm, ...]] = (
         openings=("<｜tool▁calls▁begin｜>",),
         closings=("<｜tool▁calls▁end｜>",),
         read=named_json(
-            r"<｜tool▁call▁begin｜>(?P<name>[\w.-]+)<｜tool▁sep｜>", "<｜tool▁call▁end｜>"
+            r"<｜tool▁call▁begin｜>(?P<name>[\w.-]+)<｜tool▁sep｜>",
+            "<｜tool▁call▁end｜>",
         ),
         values=STRINGS,
         inner=("<｜tool▁call▁begin｜>", "<｜tool▁sep｜>", "<｜tool▁call▁end｜>"),
@@ -110,7 +111,12 @@ TABLE: Final[tuple[CallForm, ...]] = (
     attributes_between(
         "DeepSeek V3.2", "<｜DSML｜function_calls>", "</｜DSML｜function_calls>", "｜DSML｜"
     ),
-    attributes_between("DeepSeek V4", "<｜DSML｜tool_calls>", "</｜DSML｜tool_calls>", "｜DSML｜"),
+    attributes_between(
+        "DeepSeek V4",
+        "<｜DSML｜tool_calls>",
+        "</｜DSML｜tool_calls>",
+        "｜DSML｜",
+    ),
     CallForm(
         name="Gemma 4",
         openings=("<|tool_call>",),
@@ -133,7 +139,8 @@ TABLE: Final[tuple[CallForm, ...]] = (
         first=("to=functions.",),
         closings=("<|call|>", "<|end|>"),
         read=named_json(
-            r"(?P<name>[\w.-]+)(?:\s*<\|channel\|>\w+)?\s*(?:<\|constrain\|>)?\s*\w*\s*<\|message\|>"
+            r"(?P<name>[\w.-]+)(?:\s*<\|channel\|>\w+)?\s*"
+            r"(?:<\|constrain\|>)?\s*\w*\s*<\|message\|>"
         ),
         values=STRINGS,
         inner=("<|message|>", "<|constrain|>"),

@@ -32,9 +32,8 @@ from typing import Any
 
 from rkcached.errors import TemplateError, TemplateExhausted
 from rkcached.host import isolated
-from rkcached.messages import template
+from rkcached.messages.environment import Write, compile_here
 from rkcached.messages.message import Message
-from rkcached.messages.template import Write
 
 RENDER_TIMEOUT_S = 2.0
 """A render takes a millisecond. An overloaded board may take a hundred times as long."""
@@ -81,7 +80,7 @@ class Renderer:
         self._finalizer = weakref.finalize(self, end_all, self._running)
 
     def compile(self, source: str, name: str) -> Write:
-        """Do as `template.compile_here`, in the child. Errors: TemplateError, TemplateExhausted."""
+        """Do as `compile_here`, in the child. Errors: TemplateError, TemplateExhausted."""
         self._ask(source, name, {}, None)
 
         def write(variables: Mapping[str, Any], messages: Sequence[Message]) -> str:
@@ -256,7 +255,7 @@ def receive(connection: socket.socket, timeout_s: float | None) -> bytes | None:
 # The rest runs in the child.
 
 
-_compile = lru_cache(maxsize=64)(template.compile_here)
+_compile = lru_cache(maxsize=64)(compile_here)
 
 
 def main() -> None:

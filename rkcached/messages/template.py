@@ -1,41 +1,33 @@
 """Chat templates: the one place where messages become the text that a model reads.
 
-Owns the Jinja2 sandbox, set up as Hugging Face transformers does. The text that a prompt cache is
-built from (`prefix`) and the text that a request sends (`render`) come out of the same code, so
-they cannot drift apart. Prompt text is data: only the template is ever evaluated. There is no
-clock: the date that `strftime_now` tells is given, as every prompt cache depends on it. Pure: no
-I/O; whatever Jinja2 raises leaves as a TemplateError.
+The text that a prompt cache is built from (`prefix`) and the text that a request sends (`render`)
+come out of the same code, so they cannot drift apart. Prompt text is data: only the template is
+ever evaluated, by `environment`. The date that `strftime_now` tells is given, as every prompt cache
+depends on it. Pure: no I/O; whatever Jinja2 raises leaves as a TemplateError.
 
 Prompts, messages, tool results, calls and tool definitions cannot forge a turn: see `markers`.
 `/v1/completions` has no template: its text is structure by intent.
 
 A template that is not built in may loop for ever or fill the memory, which nothing in this process
-can bound: who holds one gives `ChatTemplate` another `compile`, that of `rendering`, which works in
+can bound: who holds one gives `ChatTemplate` another `compile`, that of `sandbox`, which works in
 a process that can be killed.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from copy import copy
-from datetime import date, datetime
-from functools import cached_property, lru_cache
-from traceback import walk_tb
+from datetime import date
+from functools import cached_property
 from types import MappingProxyType
-from typing import Any, Final, NoReturn
-
-import jinja2
-from jinja2 import nodes
-from jinja2.ext import Extension
-from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
+from typing import Any, Final
 
 from rkcached.errors import TemplateError, TemplateExhausted
 from rkcached.messages.adapt import ADAPTATIONS, Adaptation
 from rkcached.messages.builtin import BUILTIN
 from rkcached.messages.detection import AnswerForm, detect, within_limit
+from rkcached.messages.environment import TODAY, Compile, Write, compile_here
 from rkcached.messages.markers import Markers
 from rkcached.messages.message import Message
 from rkcached.messages.reasoning import Marks, marks_of
@@ -50,38 +42,7 @@ NO_SPECIAL_TOKENS: Final = SpecialTokens()
 # Is put behind a message that the answer continues. The blank tells whether a template trims.
 _CONTINUED: Final = "Zq7-the-answer-goes-on-here "
 
-# The variable that becomes `strftime_now`: a date, as a function cannot be sent to another process.
-_TODAY: Final = "rkcached_today"
-
 _SYSTEM_PROBES: Final = ("Zq4-probe", "8 + 4 + 9.")
-
-
-Write = Callable[[Mapping[str, Any], Sequence[Message]], str]
-"""Renders variables and messages. Errors: TemplateError."""
-
-Compile = Callable[[str, str], Write]
-"""Compiles a template, from its source and name. Errors: TemplateError, with the line in the
-template, if it does not parse."""
-
-
-def compile_here(source: str, name: str) -> Write:
-    """Compile a template in this process: for those that are trusted to end."""
-    try:
-        compiled = _compile(source)
-    except Exception as error:
-        raise _translate(name, error) from error
-
-    def write(variables: Mapping[str, Any], messages: Sequence[Message]) -> str:
-        given = dict(variables)
-        if today := given.pop(_TODAY, None):
-            given["strftime_now"] = datetime.fromisoformat(today).strftime
-
-        try:
-            return compiled.render(given, messages=messages)
-        except Exception as error:
-            raise _translate(name, error) from error
-
-    return write
 
 
 class ChatTemplate:
@@ -120,7 +81,7 @@ class ChatTemplate:
         }
         self._variables |= variables
         if today is not None:
-            self._variables[_TODAY] = today.isoformat()
+            self._variables[TODAY] = today.isoformat()
 
         self.may_wait = False
         """Whether rendering waits for another process: then not in the event loop."""
@@ -304,113 +265,6 @@ class ChatTemplate:
         return self.render(
             [Message(role="system", content=system), Message(role="user", content=user)]
         )
-
-
-class _Generation(Extension):
-    """`{% generation %}` marks the assistant's words for training; here its body passes through."""
-
-    tags = {"generation"}  # noqa: RUF012  as the base class declares it
-
-    def parse(self, parser: Parser) -> nodes.Node:
-        line = next(parser.stream).lineno
-        return nodes.Scope(
-            parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=line
-        )
-
-
-def _raise_exception(message: str) -> NoReturn:
-    raise jinja2.TemplateError(message)
-
-
-def _tojson(
-    value: Any,
-    ensure_ascii: bool = False,
-    indent: int | None = None,
-    separators: tuple[str, str] | None = None,
-    sort_keys: bool = False,
-) -> str:
-    """JSON as models were trained on it; Jinja2's own filter escapes HTML."""
-    return json.dumps(
-        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
-    )
-
-
-def _environment() -> ImmutableSandboxedEnvironment:
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, "jinja2.ext.loopcontrols"]
-    )
-    environment.filters["tojson"] = _tojson
-    environment.globals["raise_exception"] = _raise_exception
-    return environment
-
-
-_ENVIRONMENT: Final = _environment()
-
-
-@lru_cache(maxsize=64)
-def _compile(source: str) -> jinja2.Template:
-    return _ENVIRONMENT.from_string(source)
-
-
-def names_in(source: str) -> frozenset[str]:
-    """The names of variables that a template looks at. Errors: TemplateError.
-
-    It is parsed, not compiled: Jinja2 evaluates constant expressions when it compiles, also in
-    `jinja2.meta`, and those of strangers may have no end.
-    """
-    try:
-        tree = _ENVIRONMENT.parse(source)
-    except Exception as error:
-        raise _translate("", error) from error
-    return frozenset(name.name for name in tree.find_all(nodes.Name) if name.ctx == "load")
-
-
-def _translate(name: str, error: Exception) -> TemplateError:
-    place = f"template {name}"
-    if line := _line(error):
-        place += f", line {line}"
-    kind = type(error).__name__
-    text = str(error) or kind
-
-    match error:
-        case MemoryError():
-            return TemplateExhausted(
-                f"{place}: it needs more memory than a render may have", hint="correct the line"
-            )
-        case jinja2.UndefinedError() if "strftime_now" in text:
-            message = "it asks for the date by strftime_now, and none is stated"
-            hint = "set the model's template_date in the manifest"
-        case jinja2.TemplateSyntaxError():
-            message = f"syntax error: {text}"
-            hint = "chat templates are Jinja2; correct the line"
-        case jinja2.exceptions.SecurityError():
-            message = f"refused by the sandbox: {text}"
-            hint = "a chat template may only read its variables"
-        case jinja2.TemplateError():
-            message = text
-            hint = "change the messages, or choose another chat_template"
-        case _:
-            message = text
-            if text != kind:
-                message = f"{kind}: {text}"
-            hint = "the template cannot handle these messages; choose another chat_template"
-
-    return TemplateError(f"{place}: {message}", hint=hint)
-
-
-def _line(error: Exception) -> int:
-    """The 1-based line of the template where this happened, or 0.
-
-    Jinja2 puts the template's lines into the traceback.
-    """
-    if isinstance(error, jinja2.TemplateSyntaxError):
-        return error.lineno
-
-    last = 0
-    for frame, line in walk_tb(error.__traceback__):
-        if frame.f_code.co_filename == "<template>":
-            last = line
-    return last
 
 
 def _common(left: str, right: str) -> str:

@@ -9,8 +9,9 @@ from datetime import date
 from typing import Any
 
 from rkcached.engines.registry import EngineEntry
+from rkcached.messages.environment import Compile
 from rkcached.messages.special_tokens import SpecialTokens
-from rkcached.messages.template import ChatTemplate, Compile
+from rkcached.messages.template import ChatTemplate
 from rkcached.plan.fingerprint import Value
 from rkcached.sources.manifest import ModelConfig
 from rkcached.sources.records import ModelSource, Sources

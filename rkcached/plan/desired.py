@@ -16,8 +16,9 @@ from typing import Any, NamedTuple
 
 from rkcached.engines.registry import ENGINES
 from rkcached.errors import TemplateError, TemplateExhausted
+from rkcached.messages.environment import Compile
 from rkcached.messages.special_tokens import SpecialTokens
-from rkcached.messages.template import ChatTemplate, Compile
+from rkcached.messages.template import ChatTemplate
 from rkcached.plan import chat_templates, remarks
 from rkcached.plan.chat_templates import ChatTemplates
 from rkcached.plan.fingerprint import Fingerprint, Value, fingerprint

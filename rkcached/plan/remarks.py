@@ -9,7 +9,7 @@ from typing import Any, Final
 from rkcached.engines.registry import ENGINES
 from rkcached.errors import TemplateError
 from rkcached.messages.builtin import OLD_NAMES
-from rkcached.messages.template import names_in
+from rkcached.messages.environment import names_in
 from rkcached.plan.chat_templates import special_tokens
 from rkcached.sources.manifest import THINKING, Manifest, ModelConfig
 from rkcached.sources.records import ModelSource, Sources, TemplateOrigin

@@ -15,7 +15,7 @@ from typing import Any
 
 from conftest import Workspace, damage
 
-from rkcached.messages.template import compile_here
+from rkcached.messages.environment import compile_here
 
 ENDLESS = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
 SLOW = "{% for i in range(ROUNDS) %}{% for j in range(1000) %}{% endfor %}{% endfor %}"
@@ -77,7 +77,7 @@ def test_slow_template_delays_its_own_model_only(workspace: Workspace) -> None:
     for thread in waiting:
         thread.start()
 
-    time.sleep(0.2)  # the first is being rendered
+    time.sleep(0.2)  # nothing tells that the first is being rendered; later is right, too
     begun = time.monotonic()
     workspace.ask("m")
     assert time.monotonic() - begun < 8

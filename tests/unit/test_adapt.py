@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 
 from rkcached.errors import TemplateError, TemplateExhausted
 from rkcached.messages.builtin import BUILTIN
+from rkcached.messages.environment import Write, compile_here
 from rkcached.messages.message import Message
-from rkcached.messages.template import ChatTemplate, Write, compile_here
+from rkcached.messages.template import ChatTemplate
 
 # As Gemma 2's template.
 NO_SYSTEM = (

@@ -10,8 +10,9 @@ import pytest
 from rkcached.errors import TemplateError, TemplateExhausted
 from rkcached.messages.builtin import BUILTIN
 from rkcached.messages.detection import TRIALS_S, AnswerForm, detect
+from rkcached.messages.environment import Write, compile_here
 from rkcached.messages.reasoning import THINK
-from rkcached.messages.template import ChatTemplate, Write, compile_here
+from rkcached.messages.template import ChatTemplate
 
 TURNS = """\
 {% for message in messages %}<|{{ message.role }}|>{{ message.content }}
@@ -130,7 +131,7 @@ def test_a_slow_template_is_given_up() -> None:
 
         def late(variables: Any, messages: Any) -> str:
             rendered.append(messages)
-            time.sleep(0.4)
+            time.sleep(0.4)  # how slow the template is: no wait for anything
             return write(variables, messages)
 
         return late

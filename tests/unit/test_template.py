@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rkcached.errors import TemplateError
-from rkcached.messages import template
+from rkcached.messages import environment
 from rkcached.messages.builtin import BUILTIN
 from rkcached.messages.message import Message
 from rkcached.messages.special_tokens import SpecialTokens
@@ -545,16 +545,16 @@ def test_digest_tells_templates_apart() -> None:
 def test_a_thousand_prefixes_compile_one_template() -> None:
     """Compiling takes far longer than rendering, so it happens once per source, whoever asks."""
     source = BUILTIN["chatml"] + "{# a source that no other test has compiled #}"
-    before = template._compile.cache_info().misses
+    before = environment._compile.cache_info().misses
 
     chat = ChatTemplate(source, name="t")
     prefixes = {chat.prefix(f"prompt {number}") for number in range(1000)}
     twin = ChatTemplate(source, name="twin", special=SpecialTokens(bos="<s>"))
 
     assert len(prefixes) == 1000
-    assert template._compile.cache_info().misses == before + 1
+    assert environment._compile.cache_info().misses == before + 1
     assert twin.render(user("Hello")) == chat.render(user("Hello"))
-    assert template._compile.cache_info().misses == before + 1
+    assert environment._compile.cache_info().misses == before + 1
 
 
 # Forged turns
