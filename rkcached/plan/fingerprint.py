@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 FORMAT_VERSION = 1
@@ -98,6 +98,18 @@ def changes(old: Mapping[str, str], new: Mapping[str, str]) -> tuple[Change, ...
         for name in sorted(old.keys() | new.keys())
         if old.get(name) != new.get(name)
     )
+
+
+def reason_of(changed: Iterable[Change]) -> str:
+    """Why a prompt cache is stale. Size and digest of its text would say nothing to a reader."""
+    reasons = []
+    for change in changed:
+        reason = str(change)
+        if change.component.startswith("prefix."):
+            reason = "its text changed"
+        reasons.append(reason)
+
+    return ", ".join(dict.fromkeys(reasons))
 
 
 @functools.lru_cache(maxsize=1024)  # most components are the same for all prompts of a model

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple, assert_never
 
-from rkcached.plan.fingerprint import Fingerprint, changes
+from rkcached.plan.fingerprint import Fingerprint, changes, reason_of
 from rkcached.plan.records import (
     MAX_RETRY_S,
     PASSING_RETRY_S,
@@ -275,9 +275,7 @@ def _built(base: Assessment, wanted: Fingerprint, artifact: Artifact | None) -> 
         return replace(base, state=State.CORRUPT, reason=artifact.corrupt, action=build)
 
     changed = changes(artifact.components, wanted.components)
-    build = Build(
-        key=base.key, reason=", ".join(str(change) for change in changed), fingerprint=wanted
-    )
+    build = Build(key=base.key, reason=reason_of(changed), fingerprint=wanted)
     return replace(base, state=State.STALE, reason=build.reason, changes=changed, action=build)
 
 

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rkcached.plan.fingerprint import Change, Value, changes, fingerprint
+from rkcached.plan.fingerprint import Change, Value, changes, fingerprint, reason_of
 
 FULL: dict[str, Value] = {
     "engine": "memory",
@@ -173,3 +173,11 @@ def test_digests_are_shortened_and_nothing_else_is() -> None:
     change = Change(component="x", old="0123456789abcdef" * 4, new="0123456789ABCDEF" * 4)
     assert str(change) == "x: 0123456789ab -> " + "0123456789ABCDEF" * 4
     assert f"x: {'a' * 63} -> absent" == str(Change(component="x", old="a" * 63, new=None))
+
+
+def test_a_reason_names_a_changed_text_once() -> None:
+    """Its size and digest are no words for a reader; other components are told as they are."""
+    old = {"params.top_k": "1", "prefix.bytes": "706", "prefix.digest": "ab"}
+    new = {"params.top_k": "2", "prefix.bytes": "940", "prefix.digest": "cd"}
+
+    assert reason_of(changes(old, new)) == "params.top_k: 1 -> 2, its text changed"

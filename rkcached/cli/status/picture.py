@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -106,16 +105,11 @@ class _Notes:
         return max(1, count)
 
 
-_TEXT_CHANGED = re.compile(r"prefix\.\w+: [^\s,]+ -> [^\s,]+(?:, prefix\.\w+: [^\s,]+ -> [^\s,]+)*")
-
-
 def brief_reason(prompt: dict[str, Any]) -> str:
     """Without figures that only this prompt has, so that those of many prompts are the same."""
     reason = words.reason_of(prompt)
     if reason.startswith("no gain: "):
         return "no gain, see cold and warm"
-    if " -> " in reason:
-        return _TEXT_CHANGED.sub("its text changed", reason)
     return reason
 
 
