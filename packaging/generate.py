@@ -39,10 +39,12 @@ _KEYS_NOTE = f"""\
 
 <!-- Made by `make docs` from etc/rkcached/manifest.example.yaml. -->"""
 _TEMPLATES_TEXT = (
-    "Each writes the text that the model's own template writes, byte for byte, for system "
-    "messages, turns, tools, calls, results and reasoning. The one of TeleChat2, whose own could "
-    "not be had, writes what its documents say. Fine-tuned models have the format of the model "
-    "that they come from, unless their page says otherwise."
+    "Each writes the text that the model's own template writes, byte for byte. They differ only "
+    "where the model's own refuses system messages, or refuses, loses or garbles tools, calls or "
+    "their results, or the model was not trained on them: there the built-in one writes them as a "
+    "related model does, or refuses them. The one of TeleChat2, whose own was not available, "
+    "writes what its documents say. Fine-tuned models have the format of the model that they come "
+    "from, unless their page says otherwise."
 )
 # Mappings whose keys are names that the administrator chooses.
 _NAMED = ("models", "prompts")

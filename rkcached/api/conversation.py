@@ -126,7 +126,7 @@ def template_refused(error: errors.TemplateError, messages: Sequence[ChatMessage
     hint = error.hint
     at = _out_of_turn(messages)
     if "altern" in error.message and at is not None:
-        hint = f"messages.{at} is the first that is not in turn; {hint}"
+        hint = f"at messages.{at} user and assistant stop taking turns; {hint}"
     return RequestError(400, error.message, code="template_error", param="messages", hint=hint)
 
 

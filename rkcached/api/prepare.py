@@ -194,7 +194,8 @@ class Preparation:
                 f"an answer that continues a message cannot be bound by {demand.schema_param}",
                 code="unsupported_parameter",
                 param="continue_final_message",
-                hint=f"leave out continue_final_message or {demand.schema_param}",
+                hint=f"leave out {demand.schema_param}, or continue_final_message and "
+                "add_generation_prompt",
             )
         if request.continues and demand.schema is None:
             last = conversation.messages[-1]["content"]

@@ -221,11 +221,11 @@ class ChatRequest(GenerationRequest, TemplateVariables):
             value = str(wanted).lower()
             raise ValueError(
                 f"continue_final_message and add_generation_prompt are both {value}, but one is "
-                "the opposite of the other"
+                "the opposite of the other; leave one of them out"
             )
         if self.continues and not self._ends_with_an_answer():
             name = "continue_final_message" if wanted else "add_generation_prompt: false"
-            raise ValueError(f"{name} needs a message of the assistant's at the end, without calls")
+            raise ValueError(f"{name} needs a last message of the assistant's, without tool calls")
         return self
 
     @model_validator(mode="after")

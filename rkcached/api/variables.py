@@ -74,7 +74,7 @@ class TemplateVariables(Record):
             raise ValueError(f"it has more than {MAX_VARIABLES} variables")
         for name in variables:
             if name in OWN_VARIABLES:
-                raise ValueError(f"{name} cannot be set here")
+                raise ValueError(f"{name} cannot be set here, as rkcached sets it; leave it out")
         if is_deeper(variables, MAX_VARIABLES_DEPTH):
             raise ValueError(f"it is nested deeper than {MAX_VARIABLES_DEPTH} levels")
         if len(json.dumps(variables)) > MAX_VARIABLES_BYTES:
@@ -94,5 +94,7 @@ class TemplateVariables(Record):
         for param, name, value in self._wishes():
             other, agreed = known.setdefault(name, (param, value))
             if agreed != value:
-                raise ValueError(f"{other} and {param} contradict each other about {name}")
+                raise ValueError(
+                    f"{other} and {param} contradict each other about {name}; leave one of them out"
+                )
         return self

@@ -290,7 +290,8 @@ class Board:
                 findings.append(f"npu.enabled_cpus of {name}: {absent}")
 
         if findings:
-            yield Check("CPUs", Outcome.WARN, "; ".join(findings), "name others, or leave it out")
+            next_step = "list CPUs that exist, or remove npu.enabled_cpus"
+            yield Check("CPUs", Outcome.WARN, "; ".join(findings), next_step)
 
     def memory(self, manifest: Manifest) -> Check:
         """One model at a time is taken for granted: more of them fit or not by what else runs."""

@@ -107,7 +107,8 @@ def print_model(console: Console, data: dict[str, Any]) -> None:
     for text in _token_lines(data["special_tokens"]):
         line(text)
     if data["recommended_sampling"]:
-        line(f"recommended, but not applied: {_pairs(data['recommended_sampling'])}")
+        recommended = _pairs(data["recommended_sampling"])
+        line(f"sampling recommended by its makers, not applied (set params): {recommended}")
 
 
 def _token_lines(tokens: dict[str, Any]) -> list[str]:
@@ -121,7 +122,9 @@ def _token_lines(tokens: dict[str, Any]) -> list[str]:
 
     control = "control tokens: not known, so their usual forms are guessed"
     if tokens["control_tokens"] is not None:
-        control = f"control tokens: {tokens['control_tokens']}, by {tokens['control_tokens_of']}"
+        control = (
+            f"control tokens: {tokens['control_tokens']}, stated by {tokens['control_tokens_of']}"
+        )
     return [bos, eos, control]
 
 

@@ -31,8 +31,8 @@ def merged(checks: Sequence[Check], settings: Settings) -> tuple[Check, ...]:
     try:
         seen = _checks_of(installed, settings)
     except (OSError, ValueError, KeyError, TypeError, subprocess.SubprocessError) as error:
-        finding = f"what the service sees is not known, this is what root sees: {error}"
-        next_step = "`sudo rkcached check`, and `systemctl status rkcached`"
+        finding = f"cannot look as the service does, so this is what root sees: {error}"
+        next_step = "run `sudo rkcached check`, and read `systemctl status rkcached`"
         return (*checks, Check("service", Outcome.WARN, finding, next_step))
 
     return tuple(_of_both(own, seen[own.name]) for own in checks if own.name in seen)

@@ -105,8 +105,8 @@ def within_limit(name: str, write: Callable[Given, str]) -> Callable[Given, str]
     def limited(*args: Given.args, **kwargs: Given.kwargs) -> str:
         if time.monotonic() > deadline:
             raise TemplateExhausted(
-                f"template {name}: it is too slow to find out within {TRIALS_S:g} s what it takes "
-                "and how it writes calls",
+                f"template {name} is too slow: {TRIALS_S:g} s were not enough to find out what it "
+                "takes and how it writes calls",
                 hint="choose another chat_template, or find what makes it slow",
             )
 
@@ -147,7 +147,7 @@ def _shown(render: Render, *more: dict[str, Any]) -> str:
     """A question, tools, and more messages. Errors: TemplateError."""
     text = render([_USER, *more], [_TOOL])
     if len(text) > _MAX_CHARACTERS:
-        raise TemplateError(f"it writes {len(text):,} characters about a short conversation")
+        raise TemplateError(f"it writes {len(text):,} characters for a short conversation")
     return text
 
 

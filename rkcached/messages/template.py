@@ -189,7 +189,7 @@ class ChatTemplate:
             raise TemplateError(
                 f"template {self.name} does not write the last message as it is, so the answer "
                 "cannot continue it",
-                hint="leave out continue_final_message",
+                hint="leave out continue_final_message and add_generation_prompt",
             )
 
         if not text.startswith(_CONTINUED, end) and content.strip():

@@ -62,8 +62,8 @@ def warnings(manifest: Manifest, sources: Sources) -> Iterator[Remark]:
             stated = is_known or token in config.model_fields_set
             if token in used and not stated:
                 yield Remark(
-                    text=f"the chat template of {name} writes {token}, which nothing states "
-                    f"(set {token})",
+                    text=f"the chat template of {name} writes {token}, which neither the "
+                    f"model's files nor the manifest state (set {token})",
                     place=place,
                 )
 
@@ -125,9 +125,12 @@ def _assumed_templates(manifest: Manifest, sources: Sources) -> Iterator[Remark]
         if source.template.origin is not TemplateOrigin.ASSUMED:
             continue
 
-        remedy = "set chat_template to the right one"
+        remedy = "set chat_template to one that rkcached-manifest(5) lists, or a .jinja file"
         if ENGINES[manifest.engine.kind].takes_tokenizer:
-            remedy = "set tokenizer to the files of its Hugging Face repository, or chat_template"
+            remedy = (
+                "set tokenizer to the files of its Hugging Face repository, "
+                "or chat_template to the model's format"
+            )
         text = (
             f"no chat template is known for {name}, so {source.template.name} is assumed ({remedy})"
         )

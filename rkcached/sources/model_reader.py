@@ -193,7 +193,7 @@ def _own_template(facts: TokenizerFacts) -> TemplateSource:
         error = SourceError(
             f"{facts.template_origin} has {facts.template_bytes:,} bytes, the limit is "
             f"{MAX_TEMPLATE_BYTES:,}",
-            hint="name a chat_template",
+            hint="set chat_template in the manifest",
         )
         raise Placed(error, facts.place)
 

@@ -115,9 +115,15 @@ def _is_there(file: Path) -> bool:
         ) from error
 
     if stat.S_ISDIR(mode):
-        raise SourceError(f"{file} is a directory", hint="put the file there, or remove it")
+        raise SourceError(
+            f"{file} is a directory",
+            hint="remove it, or put the file of that name in its place",
+        )
     if not stat.S_ISREG(mode):
-        raise SourceError(f"{file} is not a regular file", hint="put the file there, or remove it")
+        raise SourceError(
+            f"{file} is not a regular file",
+            hint="remove it, or put the file of that name in its place",
+        )
     return True
 
 
@@ -217,7 +223,10 @@ def _bytes(file: Path) -> bytes:
     with file.open("rb") as stream:
         data = stream.read(_MAX_BYTES + 1)
     if len(data) > _MAX_BYTES:
-        raise SourceError(f"{file} has more than {_MAX_BYTES:,} bytes", hint="copy the file again")
+        raise SourceError(
+            f"{file} has more than {_MAX_BYTES:,} bytes, too many for a tokenizer's file",
+            hint="copy the file again, or name the right one",
+        )
     return data
 
 

@@ -131,14 +131,20 @@ def _variables(value: object) -> object:
 
     for name in value:
         if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z_]\w{0,63}", name):
-            raise wrong(f"{_KWARGS}: {show(name)} cannot be the name of a variable")
+            raise wrong(
+                f"{_KWARGS}: {show(name)} cannot be the name of a variable",
+                "use letters, digits and _, at most 64, with no digit first",
+            )
         if name in OWN_VARIABLES:
             raise wrong(f"{_KWARGS}: {name} cannot be set in a manifest", "remove it")
 
     try:
         size = len(json.dumps(value, allow_nan=False))
     except (TypeError, ValueError, RecursionError):
-        raise wrong(f"{_KWARGS}: it holds what JSON cannot express") from None
+        raise wrong(
+            f"{_KWARGS}: it holds what JSON cannot express",
+            "a date must be in quotes; .inf and .nan are not possible",
+        ) from None
     if size > MAX_VARIABLES_BYTES:
         raise wrong(f"{_KWARGS}: {size:,} bytes are too many, at most {MAX_VARIABLES_BYTES:,}")
     return value

@@ -284,7 +284,7 @@ def _read_otherwise(schema: Any) -> str:
             return f"{keyword} is not accepted"
 
         if keyword == "pattern" and isinstance(value, str) and _has_nested_set(value):
-            return f"the pattern {shortened(value)} has a set within a set"
+            return f"the pattern {shortened(value)} has a set of characters, [...], within another"
 
         values = value if keyword == "enum" and isinstance(value, list) else [value]
         if keyword in _EXACT and any(map(_is_inexact, values)):

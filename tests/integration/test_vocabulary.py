@@ -268,7 +268,7 @@ def test_a_model_without_a_template_is_asked_in_chatml(path: Path) -> None:
     assert desired.notices == (
         (
             "no chat template is known for m, so chatml is assumed "
-            "(set chat_template to the right one)"
+            "(set chat_template to one that rkcached-manifest(5) lists, or a .jinja file)"
         ),
     )
     assert resolve(path, "embedding: true")[1].notices == ()
@@ -290,5 +290,5 @@ def test_a_template_that_is_too_long(path: Path) -> None:
     source, _ = resolve(path)
     assert isinstance(source, Trouble)
     assert source.message.endswith("has 1,048,577 bytes, the limit is 1,048,576")
-    assert source.hint == "name a chat_template"
+    assert source.hint == "set chat_template in the manifest"
     assert isinstance(resolve(path, "chat_template: chatml")[0], ModelSource)

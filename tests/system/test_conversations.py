@@ -103,7 +103,7 @@ def test_a_message_that_is_not_in_turn_is_named(workspace: Workspace) -> None:
     error = space.ask("m", messages=messages, status=400)["error"]
 
     assert "roles must alternate" in error["message"]
-    assert "messages.2 is the first that is not in turn" in error["message"]
+    assert "at messages.2 user and assistant stop taking turns" in error["message"]
 
 
 @pytest.mark.parametrize("system", ["", "You are prompt A.\r\n", "You are prompt A."])

@@ -589,15 +589,24 @@ def test_a_token_that_the_template_writes_and_nothing_states() -> None:
         "{{ bos_token }}{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}"
     )
     assert [text for _, text in said(world)] == [
-        "the chat template of n writes bos_token, which nothing states (set bos_token)",
-        "the chat template of n writes eos_token, which nothing states (set eos_token)",
+        (
+            "the chat template of n writes bos_token, which neither the model's files nor the "
+            "manifest state (set bos_token)"
+        ),
+        (
+            "the chat template of n writes eos_token, which neither the model's files nor the "
+            "manifest state (set eos_token)"
+        ),
     ]
     world.tokenizers["n"] = TokenizerFacts(special=SpecialTokens(bos="<s>", eos="</s>"))
     assert said(world) == []
     # An engine that adds BOS needs none in the text.
     world.tokenizers["n"] = TokenizerFacts(special=SpecialTokens(adds_bos=True))
     assert [text for _, text in said(world)] == [
-        "the chat template of n writes eos_token, which nothing states (set eos_token)",
+        (
+            "the chat template of n writes eos_token, which neither the model's files nor the "
+            "manifest state (set eos_token)"
+        ),
     ]
     world.tokenizers = {}
     world.models["n"] |= {"bos_token": "", "eos_token": "</s>"}  # an empty one is stated, too

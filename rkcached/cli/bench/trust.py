@@ -117,7 +117,8 @@ def _disturbed(prompts: Sequence[PromptResult], meanwhile: Meanwhile) -> list[st
     if waited:
         longest = f"up to {max(waited):,.0f} ms"
         sentences.append(
-            f"{len(waited)} of {count} runs waited for the engine, {longest}: others used it"
+            f"{len(waited)} of {count} runs waited for the engine, {longest}, as other requests or "
+            "builds used it; measure again while nothing else runs"
         )
 
     return sentences

@@ -194,7 +194,7 @@ def troubles(status: dict[str, Any]) -> Iterator[Text]:
 
     if status["watching"] == "polling":
         yield Text(
-            "polling instead of inotify: not everything can be watched; the log says why",
+            "polling instead of inotify: changes are noticed some seconds later; the log says why",
             style="yellow",
         )
 
@@ -227,7 +227,8 @@ def retired_line(status: dict[str, Any]) -> str:
     until = when(min(artifact["kept_until"] for artifact in retired))
     taken = words.size(status["cache"]["retired_bytes"])
     return (
-        f"retired: {count} ({named}{more}), {taken}, kept at least until {until} if there is room"
+        f"retired: {count} ({named}{more}), {taken}, "
+        f"kept at least until {until} unless space is short"
     )
 
 
