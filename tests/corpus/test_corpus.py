@@ -1,4 +1,4 @@
-"""A thousand real chat templates: they render as transformers renders them, and none is forged.
+"""957 real chat templates: they render as transformers renders them, and none is forged.
 
 The templates come from packages when this runs (`packages`), by `make test-templates`. transformers
 is the referee. The findings that we know of are in `known.toml`, each with its reason.

@@ -555,19 +555,25 @@ def test_switches_that_change_nothing() -> None:
     assert said(world) == [
         (
             ("thinking",),
-            "thinking of n changes nothing: its chat template does not use enable_thinking",
+            (
+                "thinking of n changes nothing: its chat template does not use enable_thinking "
+                "(remove it)"
+            ),
         ),
         (
             ("template_date",),
-            "template_date of n changes nothing: its chat template does not use strftime_now",
+            (
+                "template_date of n changes nothing: its chat template does not use strftime_now "
+                "(remove it)"
+            ),
         ),
         (
             ("chat_template_kwargs", "effort"),
-            "effort changes nothing: the chat template of n does not use it",
+            "effort changes nothing: the chat template of n does not use it (remove it)",
         ),
         (
             ("prompts", "rules", "chat_template_kwargs", "style"),
-            "style changes nothing: the chat template of n does not use it",
+            "style changes nothing: the chat template of n does not use it (remove it)",
         ),
     ]
     world.templates["n"] = SWITCHED + "{{ strftime_now('%d') }}{{ style }}"
