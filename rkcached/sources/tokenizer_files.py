@@ -84,9 +84,9 @@ def present(path: Path) -> tuple[Path, ...]:
         return (path,)
 
     files = tuple(filter(_is_there, candidates(path)))
-    if not {TOKENIZER, CONFIG} & {file.name for file in files}:
+    if not {TOKENIZER, CONFIG, TEMPLATE} & {file.name for file in files}:
         raise SourceError(
-            f"{path} has neither {TOKENIZER} nor {CONFIG}",
+            f"{path} has none of {TOKENIZER}, {CONFIG} and {TEMPLATE}",
             hint="put those of the model's Hugging Face repository there",
         )
     return files

@@ -367,9 +367,10 @@ class Store:
         )
 
     def _make_way(self, key: Key, artifact: str = "") -> None:
-        """Nobody but us puts anything where our files go: a directory there is moved away.
+        """Move away what is not ours where our files go: directories, and lone prompt caches.
 
-        Errors: StoreError.
+        A crash may leave a prompt cache without text and sidecar, and so may a user who copies one
+        here: it costs little to keep both. Errors: StoreError.
         """
         folder = self.root / key.model
         if not beneath.is_folder(folder):
@@ -380,8 +381,12 @@ class Store:
             with contextlib.suppress(OSError):  # an empty folder holds nothing of anybody's
                 path.rmdir()
 
-        if in_the_way := sorted(path for path in places if path.is_dir() and not path.is_symlink()):
-            self._quarantine.keep(key, in_the_way, prefix=marks.ASIDE)
+        in_the_way = [path for path in places if path.is_dir() and not path.is_symlink()]
+        beside = (folder / f"{key.prompt}.json", folder / f"{key.prompt}.bin")
+        if not any(map(os.path.lexists, beside)):
+            in_the_way += _artifacts_of(folder, key.prompt)
+        if in_the_way:
+            self._quarantine.keep(key, sorted(set(in_the_way)), prefix=marks.ASIDE)
 
 
 def unreadable(root: Path, error: OSError) -> StoreError:

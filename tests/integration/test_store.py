@@ -489,6 +489,24 @@ def test_a_file_that_is_not_the_store_s_is_never_overwritten(store: Store, name:
     store.staging.discard(store.staging.begin(P))
 
 
+@pytest.mark.parametrize("take_out", [False, True], ids=["built", "removed"])
+def test_a_lone_file_with_the_name_of_a_cache_is_kept(store: Store, take_out: bool) -> None:
+    """Without text and sidecar nobody knows whose it is: it is moved, with its bytes."""
+    place = store.root / P.model / f"{P.prompt}.memory_cache"
+    place.parent.mkdir(exist_ok=True)
+    place.write_text("my only copy")
+
+    if take_out:
+        store.remove(P)
+    else:
+        publish(store, P)
+
+    [kept] = (store.root / ".quarantine").rglob("*.memory_cache")
+    assert kept.read_text() == "my only copy"
+    assert kept.parent.name.startswith(".aside-")
+    assert place.exists() is not take_out
+
+
 def test_a_folder_that_is_a_link_is_neither_written_nor_emptied(
     store: Store, tmp_path: Path
 ) -> None:

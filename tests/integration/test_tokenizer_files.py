@@ -299,7 +299,10 @@ def too_many(folder: Path) -> None:
 
 
 BAD: Mapping[str, tuple[Callable[[Path], None], str]] = {
-    "empty": (remove_all, "has neither tokenizer.json nor tokenizer_config.json"),
+    "empty": (
+        remove_all,
+        "has none of tokenizer.json, tokenizer_config.json and chat_template.jinja",
+    ),
     "cut-off": (cut_off, "tokenizer_config.json is no file of a tokenizer"),
     "list": (a_list, "is no file of a tokenizer"),
     "deep": (deep, "is no file of a tokenizer"),
