@@ -94,7 +94,7 @@ class JsonAnswer:
             ) from error
 
 
-_HINT = "ask again, allow more tokens, or say in the messages what the JSON shall contain"
+_HINT = "ask again, leave out stop, allow more tokens, or say in the messages what JSON to write"
 
 
 _ENDS = (KeyboardInterrupt, SystemExit)
