@@ -168,7 +168,7 @@ def test_too_short_is_what_costs_more_to_load_than_to_read(
     [
         ({}, False),
         ({"state": "stale"}, True),
-        ({"state": "building", "reason": "text: 0123 -> 4567"}, True),
+        ({"state": "building", "reason": "its text changed", "artifact": None}, True),
         ({"state": "building", "reason": "requested"}, False),
         ({"artifact": {"tokens": 90, "fingerprint": "g"}}, True),
         ({"state": "missing", "artifact": None}, False),
@@ -177,7 +177,7 @@ def test_too_short_is_what_costs_more_to_load_than_to_read(
 def test_a_prompt_that_changed_is_not_one_without_gain(
     after: dict[str, Any], is_changed: bool
 ) -> None:
-    """The fingerprint tells, and before there is a new one the reason of the build.
+    """The fingerprint tells, and before there is a new one, that the old cache does not fit.
 
     To be built anew is no change.
     """

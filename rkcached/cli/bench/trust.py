@@ -145,16 +145,17 @@ def reductions(states: dict[State, Measured]) -> dict[State, float]:
 
 
 def changed(before: dict[str, Any], after: dict[str, Any]) -> bool:
-    """Whether a fresh prompt's cache is no longer of what it was, by its entries in the status."""
+    """Whether a fresh prompt's cache is no longer of what it was, by its entries in the status.
+
+    A cache that does not fit its prompt is not shown. One that is built anew on request fits.
+    """
     had = before.get("artifact")
     has = after.get("artifact")
     if before["state"] != "fresh" or had is None:
         return False
-    if has is not None and has["fingerprint"] != had["fingerprint"]:
-        return True
-
-    rebuilt = after["state"] == "building" and " -> " in after["reason"]
-    return rebuilt or after["state"] in ("stale", "uncached")
+    if has is not None:
+        return bool(has["fingerprint"] != had["fingerprint"]) or after["state"] == "stale"
+    return after["state"] in ("building", "stale", "uncached")
 
 
 def why_no_gain(status: dict[str, Any], states: dict[State, Measured]) -> str:
