@@ -9,7 +9,7 @@ import struct
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-UINT16, INT32, UINT32, BOOL, STRING, ARRAY = 2, 5, 4, 7, 8, 9
+UINT16, INT32, UINT32, FLOAT32, BOOL, STRING, ARRAY = 2, 5, 4, 6, 7, 8, 9
 ALIGNMENT = 32
 
 
@@ -27,6 +27,10 @@ def pair(key: str, kind: int, value: int) -> bytes:
 
 def text_pair(key: str, value: str) -> bytes:
     return text(key) + struct.pack("<I", STRING) + text(value)
+
+
+def float_pair(key: str, value: float) -> bytes:
+    return text(key) + struct.pack("<If", FLOAT32, value)
 
 
 def flag_pair(key: str, value: bool) -> bytes:
@@ -71,8 +75,8 @@ def rewrite(model: Path, path: Path, metadata: Mapping[str, bytes | None]) -> No
     _, end = _tensor_infos(data, infos_at, tensors)
     out = struct.pack("<4sIQQ", b"GGUF", 3, tensors, len(kept)) + b"".join(kept)
     out += data[infos_at:end]
-    out += bytes(_aligned(len(out)) - len(out))
-    path.write_bytes(out + data[_aligned(end) :])
+    out += bytes(aligned(len(out)) - len(out))
+    path.write_bytes(out + data[aligned(end) :])
 
 
 def gguf(*pairs: bytes, tensors: int = 0, version: int = 3) -> bytes:
@@ -101,7 +105,7 @@ def split(model: Path, prefix: Path, count: int = 2) -> list[Path]:
     _, _, tensors, pairs = struct.unpack_from("<4sIQQ", data)
     infos_at = _pair_starts(data, pairs)[-1]
     infos, end = _tensor_infos(data, infos_at, tensors)
-    metadata, body = data[24:infos_at], data[_aligned(end) :]
+    metadata, body = data[24:infos_at], data[aligned(end) :]
     ends = [offset for _, offset in infos[1:]] + [len(body)]
     share = -(-tensors // count)
 
@@ -119,14 +123,14 @@ def split(model: Path, prefix: Path, count: int = 2) -> list[Path]:
         for index in own:
             head, offset = infos[index]
             out += head + struct.pack("<Q", offset - start)
-        out += bytes(_aligned(len(out)) - len(out)) + body[start : ends[own[-1]]]
+        out += bytes(aligned(len(out)) - len(out)) + body[start : ends[own[-1]]]
         path = prefix.with_name(f"{prefix.name}-{number:05}-of-{count:05}.gguf")
         path.write_bytes(out)
         paths.append(path)
     return paths
 
 
-def _aligned(at: int) -> int:
+def aligned(at: int) -> int:
     return -(-at // ALIGNMENT) * ALIGNMENT
 
 

@@ -5,8 +5,8 @@ time; only `abort` may be called from another thread. It lives in a worker proce
 without taking the daemon along.
 
 The KV state is a sequence of token positions. A run reuses the longest common prefix of its
-prompt's tokens with the state and prefills only the rest; this makes a wrong or foreign state slow,
-never wrong.
+prompt's tokens with the state, as far as the state can be taken back to it (`EngineInfo.rewinds`),
+and prefills only the rest; this makes a wrong or foreign state slow, never wrong.
 
 A prompt is text in which control tokens are written as the model's template writes them. An engine
 whose tokens a vocabulary states also takes the marks of `messages.special_tokens` in it: what
@@ -120,6 +120,12 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     keeps_state: bool = True
     """Whether the KV state outlives a run; else a prompt cache serves the one run after its load.
     """
+    rewinds: bool = True
+    """Whether a run can reuse any beginning of the KV state.
+
+    If not, it reuses the whole state, or a checkpoint up to 5 tokens before the end of the prompt
+    that was read last, or nothing: a recurrent state cannot be taken back, and a sliding window
+    lacks the tokens before it."""
     run_sampling: tuple[str, ...] = SAMPLING_FIELDS
     """Fields of `Sampling` that a run may set; the others stay as they were when the model was
     loaded."""

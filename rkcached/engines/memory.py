@@ -84,6 +84,8 @@ class MemoryModel(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     decode_us_per_token: int = 0
     load_ms: int = 0
     can_save: bool = True
+    rewinds: bool = True
+    """See `EngineInfo.rewinds`."""
     seed: str = ""
     """Any text: models with different seeds give different answers."""
     script: dict[str, str] = {}
@@ -100,7 +102,11 @@ class MemoryEngine:
         self._embeds = bool(spec.pooling)
         context = min(spec.context_tokens or self._model.context_tokens, self._model.context_tokens)
         self._info = EngineInfo(
-            runtime_version="1", context_tokens=context, measures_prefill=True, aborts_prefill=True
+            runtime_version="1",
+            context_tokens=context,
+            measures_prefill=True,
+            aborts_prefill=True,
+            rewinds=self._model.rewinds,
         )
         self._tokens = bytearray()
         self._states = array("Q")
@@ -192,6 +198,8 @@ class MemoryEngine:
         tokens = self._check_prompt(prompt)
         common = os.path.commonprefix((bytes(self._tokens), tokens))  # noqa: RUF071 - of bytes
         cached = min(len(common), len(tokens) - 1)
+        if cached < len(self._tokens) and not self._model.rewinds:
+            cached = 0
         self._truncate(cached)
 
         started = time.monotonic()

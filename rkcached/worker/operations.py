@@ -39,9 +39,9 @@ _MIN_FREE_BYTES = 64 << 20
 # A prompt cache of a small prompt fits into this. With less free, a missing file is the disk's
 # fault, and no proof that the model cannot save its state.
 
-BOUNDARY_TOKENS = 4
-"""A prefix may end inside a token of the longer text, so a hit may lack a few of the prefix's last
-tokens."""
+BOUNDARY_TOKENS = 5
+"""A hit may lack so many of the prefix's last tokens: the prefix may end inside a token of the
+longer text, and a state that cannot be taken back may go on from a checkpoint before its end."""
 
 Emit = Callable[[protocol.FromWorker], None]
 

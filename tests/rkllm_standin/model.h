@@ -18,7 +18,7 @@
 typedef struct {
     char arch[256], platform[256], fault[256], fault_file[256], fault_count_file[256], npu_file[256];
     int max_context, embd_size, prefill_tps, decode_tps, load_ms, eos_after, abort_ms;
-    int saves, callback_thread, null_text, waiting, stamps, abort_breaks, noisy, pins;
+    int saves, rewinds, callback_thread, null_text, waiting, stamps, abort_breaks, noisy, pins;
 } Model;
 
 /* Name and default. A WORD is one of two words, the first meaning 0, the second 1. */
@@ -39,6 +39,7 @@ static const struct {
     NUMBER(decode_tps, "0"),
     NUMBER(load_ms, "0"),
     WORD(saves, "no", "yes", "yes"),                    /* no: a save-run warns and writes nothing */
+    WORD(rewinds, "no", "yes", "yes"),                  /* no: a state is reused as a whole, or not at all */
     WORD(callback_thread, "caller", "own", "caller"),   /* own: callbacks come from a second thread */
     WORD(null_text, "no", "yes", "no"),                 /* yes: special tokens come as NORMAL without text */
     WORD(waiting, "empty", "bytes", "empty"),           /* the text of WAITING callbacks */

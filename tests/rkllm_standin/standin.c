@@ -390,6 +390,8 @@ static void prefill(Run *run, const int32_t *tokens, int n)
     if (!keep_history) {
         while (reused < h->n_kv && reused < n - 1 && h->kv[reused].token == tokens[reused])
             reused++;
+        if (reused < h->n_kv && !h->model.rewinds)
+            reused = 0;
         h->n_kv = reused;
     }
     for (int i = reused; i < n && !aborted(h); i++) {

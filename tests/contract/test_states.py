@@ -1,0 +1,150 @@
+"""What llama.cpp's states promise: attention to all, sliding windows, recurrences, mixtures.
+
+The models are tiny ones with random weights, written for the test. Reuse is what llama.cpp counts,
+and each answer is compared with the cold one: a state that was taken back to a place whose tokens
+it lacks would show in the log-probabilities.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from rkcached.engines.base import ModelSpec, RunStats, Sampling, Token
+from rkcached.engines.llamacpp.engine import LlamaCppEngine
+from rkcached.worker.operations import BOUNDARY_TOKENS
+from tests import tiny_models
+
+pytestmark = pytest.mark.model
+
+SYSTEM = (
+    "<|im_start|>system\n"
+    + "You are the keeper of a lighthouse, and then of the boat. " * 4
+    + "<|im_end|>\n<|im_start|>user\n"
+)
+"""More tokens than the window has."""
+END = "<|im_end|>\n<|im_start|>assistant\n"
+QUESTION = SYSTEM + "Is it on?" + END
+OTHER = SYSTEM + "And who was there then, in the fog?" + END
+INSIDE_A_TOKEN = SYSTEM + "\n\nIs it on?" + END
+"""The last line break of SYSTEM is one token with the next one."""
+ELSEWHERE = SYSTEM[:150] + "#### Something else." + END
+
+
+class Answer:
+    """The tokens of an answer, and what was reused for it."""
+
+    def __init__(self, stats: RunStats, tokens: list[Token]) -> None:
+        self.cached = stats.cached_tokens or 0
+        self.prompt = stats.prompt_tokens
+        self.ids = [one for token in tokens for one in token.ids]
+        self.logprobs = [one for token in tokens for one in token.logprobs]
+
+    def equals(self, other: Answer) -> bool:
+        """The same tokens. Batches of other sizes give slightly other numbers."""
+        return self.ids == other.ids and self.logprobs == pytest.approx(other.logprobs, abs=0.004)
+
+
+class Bench:
+    """An engine on a tiny model, and a second one, as after a restart."""
+
+    def __init__(self, kind: str, folder: Path) -> None:
+        self.kind = kind
+        self.folder = folder
+        self.model = tiny_models.KINDS[kind](folder / "m.gguf")
+        self.engine = self._load("a")
+        self.other = self._load("b")
+        self.path = folder / "cache"
+        self.saved = self.engine.prefill(SYSTEM, save_to=self.path).prompt_tokens
+
+    def _load(self, scratch: str) -> LlamaCppEngine:
+        (self.folder / scratch).mkdir(mode=0o700)
+        return LlamaCppEngine(
+            ModelSpec(
+                path=str(self.model),
+                context_tokens=1024,
+                threads=1,
+                scratch_dir=str(self.folder / scratch),
+            )
+        )
+
+    def cold(self, prompt: str) -> Answer:
+        self.other.clear()
+        return ask(self.other, prompt)
+
+    def loaded(self, prompt: str) -> Answer:
+        self.other.clear()
+        assert self.other.load(self.path) == self.saved
+        return ask(self.other, prompt)
+
+
+def ask(engine: LlamaCppEngine, prompt: str) -> Answer:
+    tokens: list[Token] = []
+
+    def collect(token: Token) -> bool:
+        tokens.append(token)
+        return False
+
+    sampling = Sampling(max_new_tokens=8, temperature=0.0)
+    return Answer(engine.generate(prompt, sampling, collect, trace=True), tokens)
+
+
+@pytest.fixture(scope="module", params=list(tiny_models.KINDS))
+def bench(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Bench]:
+    bench = Bench(request.param, tmp_path_factory.mktemp("s"))  # the path of a socket is short
+    yield bench
+    bench.engine.close()
+    bench.other.close()
+
+
+def test_the_engine_knows_whether_its_state_can_be_taken_back(bench: Bench) -> None:
+    """It was measured when the model was loaded."""
+    assert bench.engine.info.rewinds == (bench.kind == "plain")
+
+
+@pytest.mark.parametrize("prompt", [QUESTION, OTHER, INSIDE_A_TOKEN])
+def test_a_loaded_state_spares_the_prompt(bench: Bench, prompt: str) -> None:
+    """All of it but the last few tokens, and the answer is the cold one."""
+    warm = bench.loaded(prompt)
+    assert bench.saved - BOUNDARY_TOKENS <= warm.cached <= bench.saved
+    assert warm.equals(bench.cold(prompt))
+
+
+def test_a_state_in_memory_spares_the_prompt_too(bench: Bench) -> None:
+    """Right after it was built."""
+    bench.engine.prefill(SYSTEM, save_to=bench.folder / "again")
+    warm = ask(bench.engine, QUESTION)
+    assert bench.saved - BOUNDARY_TOKENS <= warm.cached <= bench.saved
+    assert warm.equals(bench.cold(QUESTION))
+
+
+@pytest.mark.parametrize("back", [1, 2, 3, 5, 6, 10, 20, 30, 60, 150])
+def test_a_state_is_never_taken_back_to_a_place_that_it_lacks(bench: Bench, back: int) -> None:
+    """A prompt that leaves the saved one earlier answers as it does cold, whatever was reused."""
+    prompt = SYSTEM[:-back] + "#### Something else." + END
+    warm = bench.loaded(prompt)
+    assert warm.equals(bench.cold(prompt))
+    if not bench.engine.info.rewinds and back > 2 * BOUNDARY_TOKENS:
+        assert warm.cached == 0
+
+
+def test_a_conversation_continues_its_state(bench: Bench) -> None:
+    """What was read and answered is not read again."""
+    first = bench.loaded(QUESTION)
+    tokens = bench.other.count_tokens(QUESTION)
+    text: list[str] = []
+    bench.other.load(bench.path)
+    bench.other.generate(
+        QUESTION,
+        Sampling(max_new_tokens=8, temperature=0.0),
+        lambda token: bool(text.append(token.text)),
+    )
+    turn = QUESTION + "".join(text) + "<|im_end|>\n<|im_start|>user\nWhy?" + END
+    second = ask(bench.other, turn)
+    assert second.cached >= tokens - BOUNDARY_TOKENS
+    assert second.equals(bench.cold(turn))
+    assert first.prompt == tokens
