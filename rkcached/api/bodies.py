@@ -10,25 +10,14 @@ from __future__ import annotations
 from typing import Any, TypeVar
 
 from pydantic import ValidationError
-from pydantic_core import ErrorDetails, from_json
+from pydantic_core import from_json
 
-from rkcached.api.bounds import ArgumentsBudget
-from rkcached.api.record import Record
 from rkcached.errors import RequestError
+from rkcached.messages.bounds import ArgumentsBudget
+from rkcached.messages.faults import first_fault
+from rkcached.messages.record import Record
 
 Body = TypeVar("Body", bound=Record)
-
-_MAX_COMPARED = 20  # errors of one body; a union has one for each of its alternatives
-
-# JSON's words for what pydantic calls by Python's.
-_WORDS = {
-    "model_type": "should be an object",
-    "model_attributes_type": "should be an object",
-    "dict_type": "should be an object",
-    "list_type": "should be an array",
-}
-
-_MAX_QUOTED = 300  # characters of the body in an error: enough to find the place
 
 
 def parse_body(record: type[Body], data: bytes) -> Body:
@@ -48,8 +37,9 @@ def parse_body(record: type[Body], data: bytes) -> Body:
 
 
 def _refusal(value: Any, error: ValidationError) -> RequestError:
-    param, first = _most_telling(value, error)
-    match first["type"]:
+    fault = first_fault(value, error)
+    param = fault.place
+    match fault.kind:
         case "extra_forbidden":
             return RequestError(
                 400,
@@ -67,52 +57,8 @@ def _refusal(value: Any, error: ValidationError) -> RequestError:
                 hint="add it to the body",
             )
         case _:
-            problem = _WORDS.get(first["type"], first["msg"].removeprefix("Value error, "))
-            message = f"{param or 'the body'}: {_shortened(problem)}"
+            message = f"{param or 'the body'}: {fault.words}"
             return RequestError(400, message, code="invalid_value", param=param)
-
-
-def _most_telling(value: Any, error: ValidationError) -> tuple[str | None, ErrorDetails]:
-    """The first problem and its place. Of a union's alternatives, the one that came furthest."""
-    problems = error.errors(include_url=False, include_input=False, include_context=False)
-    places = []
-    for problem in problems[:_MAX_COMPARED]:
-        missing = problem["type"] == "missing"
-        places.append((_parameter(value, problem["loc"], missing=missing), problem))
-
-    first = places[0][0]
-    same = [pair for pair in places if f"{pair[0]}.".startswith(f"{first}.")]
-
-    def depth(pair: tuple[str, ErrorDetails]) -> tuple[int, bool]:
-        param, problem = pair
-        return param.count("."), not problem["type"].endswith("_type")
-
-    param, telling = max(same, key=depth)
-    return param or None, telling
-
-
-def _parameter(body: Any, steps: tuple[str | int, ...], *, missing: bool) -> str:
-    """The place in the body; empty for the body itself.
-
-    Between its steps pydantic names the alternatives of unions, which are left out.
-    """
-    here = body
-    path = []
-    for at, step in enumerate(steps):
-        inside = (isinstance(here, dict) and step in here) or (
-            isinstance(here, list) and isinstance(step, int)
-        )
-        if inside:
-            here = here[step]
-        if inside or (missing and at == len(steps) - 1):
-            path.append(_shortened(str(step)))
-    return ".".join(path)
-
-
-def _shortened(text: str) -> str:
-    if len(text) <= _MAX_QUOTED:
-        return text
-    return text[:_MAX_QUOTED] + "..."
 
 
 def error_body(error: RequestError) -> dict[str, Any]:

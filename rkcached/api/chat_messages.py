@@ -13,9 +13,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationInfo, field_validator
 
-from rkcached.api.bounds import MAX_DEPTH, ArgumentsBudget, is_deeper
-from rkcached.api.record import ForeignFields, Many
+from rkcached.messages.bounds import MAX_DEPTH, ArgumentsBudget, is_deeper
 from rkcached.messages.message import Message
+from rkcached.messages.record import ForeignFields, Many
 
 
 class TextPart(ForeignFields):

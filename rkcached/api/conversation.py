@@ -9,7 +9,6 @@ from typing import Any
 from rkcached import errors
 from rkcached.api.chat_messages import AssistantMessage, ChatMessage, UserMessage
 from rkcached.errors import RequestError
-from rkcached.messages.adapt import whole_tools
 from rkcached.messages.message import Message
 from rkcached.messages.template import ChatTemplate
 
@@ -26,24 +25,9 @@ class Conversation:
     variables: Mapping[str, Any]
 
     def render(self, *, continue_final: bool = False) -> str:
-        """The text. A template that refuses tools without a description gets them with one.
-
-        Errors: TemplateError.
-        """
-        try:
-            return self._render(self.tools, continue_final=continue_final)
-        except errors.TemplateExhausted:
-            raise
-        except errors.TemplateError:
-            whole = whole_tools(self.tools)
-            if whole == self.tools:
-                raise
-            return self._render(whole, continue_final=continue_final)
-
-    def _render(self, tools: Sequence[Mapping[str, Any]], *, continue_final: bool) -> str:
-        """Errors: TemplateError."""
+        """The text. Errors: TemplateError."""
         return self.template.render(
-            self.messages, tools, variables=self.variables, continue_final=continue_final
+            self.messages, self.tools, variables=self.variables, continue_final=continue_final
         )
 
     def with_more(self, messages: Sequence[Message]) -> Conversation:

@@ -20,9 +20,9 @@ from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from rkcached.api.bodies import Body, error_body, parse_body
-from rkcached.api.bounds import ValueCounter
 from rkcached.api.responses import Answer
 from rkcached.errors import RequestError
+from rkcached.messages.bounds import ValueCounter
 
 log = structlog.get_logger()
 

@@ -8,9 +8,8 @@ from __future__ import annotations
 import asyncio
 import functools
 import json
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from typing import Any
 
 from rkcached import errors
@@ -21,19 +20,15 @@ from rkcached.api.conversation import (
     text_arguments_refused,
     tools_refused,
 )
+from rkcached.api.demand import ANY_OBJECT, Demand, demand_of, shown_tools
 from rkcached.api.named_prompt import named_prompt, with_prompt
 from rkcached.api.rendering import RenderThread
 from rkcached.api.requests import (
     ChatRequest,
     CompletionRequest,
     EmbeddingRequest,
-    JsonObject,
-    JsonSchema,
-    NamedTool,
-    Tool,
 )
 from rkcached.engines.base import Sampling
-from rkcached.engines.kinds import EngineKind
 from rkcached.engines.registry import ENGINES
 from rkcached.errors import RequestError
 from rkcached.messages.detection import AnswerForm
@@ -41,32 +36,14 @@ from rkcached.messages.message import Message
 from rkcached.messages.reasoning import Marks
 from rkcached.messages.reply import Reply
 from rkcached.messages.template import ChatTemplate
-from rkcached.plan.desired import DesiredModel
-from rkcached.reconcile.snapshot import Published
+from rkcached.messages.tools import ToolSet
+from rkcached.reconcile.snapshot import Published, Snapshot
 from rkcached.serving.embeddings import EmbeddingInput
 from rkcached.serving.failures import as_request_error
 from rkcached.serving.job import Job
 from rkcached.serving.models import find_embedding_model, find_text_model
+from rkcached.sources.records import Key
 from rkcached.worker.schemas import MAX_SCHEMA_BYTES, SchemaChecker
-
-_ANY_OBJECT = {"type": "object"}
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Demand:
-    """The demands of a request on its answer."""
-
-    tools: tuple[Tool, ...] = ()
-    """Those that the model is shown."""
-    schema: dict[str, Any] | None = None
-    """Of the JSON that the whole answer must be."""
-    is_call: bool = False
-    """The schema is that of a tool call."""
-
-    @property
-    def schema_param(self) -> str:
-        """The parameter that the schema comes from."""
-        return "tools" if self.is_call else "response_format"
 
 
 class Preparation:
@@ -87,9 +64,10 @@ class Preparation:
         """
         snapshot = self._published.now
         model = find_text_model(snapshot, request.model.partition("/")[0])
-        form = await self._answer_form(model.template, with_tools=bool(_tools(request)))
-        demand = _demand(request, model, form, snapshot.manifest.engine.kind)
         named, param = named_prompt(request)
+        shown = shown_tools(request, _declared_tools(snapshot, named))
+        form = await self._answer_form(model.template, with_tools=bool(shown.tools))
+        demand = demand_of(request, shown, model, form, snapshot.manifest.engine.kind)
 
         messages = [message.plain() for message in request.messages]
         if named is not None:
@@ -182,7 +160,7 @@ class Preparation:
         return model.name, inputs
 
     async def _prompt(
-        self, conversation: Conversation, request: ChatRequest, demand: _Demand
+        self, conversation: Conversation, request: ChatRequest, demand: Demand
     ) -> tuple[str, str]:
         """The rendered request, and the text that the answer continues, if any.
 
@@ -268,10 +246,10 @@ class Preparation:
 
         return correct
 
-    async def _checked(self, demand: _Demand) -> str:
+    async def _checked(self, demand: Demand) -> str:
         """The schema as text, once a run can be held to it. Errors: RequestError."""
         text = json.dumps(demand.schema)
-        if demand.schema == _ANY_OBJECT:
+        if demand.schema == ANY_OBJECT:
             return text
 
         try:
@@ -287,96 +265,20 @@ class Preparation:
         return text
 
 
-def _shown_tokens(form: AnswerForm, demand: _Demand) -> tuple[str, ...]:
+def _declared_tools(snapshot: Snapshot, named: Key | None) -> ToolSet | None:
+    """The tools that belong to the prompt, as its text does."""
+    if named is None:
+        return None
+    prompt = snapshot.desired.prompts.get(named)
+    return None if prompt is None else prompt.tools
+
+
+def _shown_tokens(form: AnswerForm, demand: Demand) -> tuple[str, ...]:
     """The tokens that an engine has to print for an answer to be taken apart."""
     tokens = form.marks.shown_tokens
     if demand.tools and form.calls is not None:
         tokens += form.calls.shown_tokens
     return tuple(dict.fromkeys(tokens))
-
-
-def _demand(
-    request: ChatRequest, model: DesiredModel, form: AnswerForm, kind: EngineKind
-) -> _Demand:
-    """Tools and format of the answer. Errors: RequestError for what cannot be had."""
-    choice = request.tool_choice
-    tools = _tools(request)
-    must_call = isinstance(choice, NamedTool) or choice == "required"
-    if must_call and not tools:
-        raise RequestError(
-            400, "there are no tools to choose from", code="invalid_value", param="tool_choice"
-        )
-    if tools:
-        _refuse_tools(model, form, kind, must_call=must_call)
-
-    arguments = "arguments" if form.calls is None else form.calls.arguments_key
-    if isinstance(choice, NamedTool):
-        schema = _chosen_tool(choice, tools).call_schema(arguments)
-        return _Demand(tools=tools, schema=schema, is_call=True)
-    if choice == "required":
-        calls = [tool.call_schema(arguments, f"#/anyOf/{at}") for at, tool in enumerate(tools)]
-        return _Demand(tools=tools, schema={"anyOf": calls}, is_call=True)
-
-    wanted = request.response_format
-    if isinstance(wanted, JsonObject | JsonSchema) and tools:
-        raise RequestError(
-            400,
-            "tools and a JSON response_format cannot be combined",
-            code="unsupported_parameter",
-            param="response_format",
-            hint="leave one of tools and response_format out",
-        )
-    if isinstance(wanted, JsonObject):
-        return _Demand(schema=_ANY_OBJECT)
-    if isinstance(wanted, JsonSchema):
-        return _Demand(schema=wanted.json_schema.schema_)
-    return _Demand(tools=tools)
-
-
-def _tools(request: ChatRequest) -> tuple[Tool, ...]:
-    """The tools that the model is shown."""
-    return () if request.tool_choice == "none" else tuple(request.tools or ())
-
-
-def _refuse_tools(
-    model: DesiredModel, form: AnswerForm, kind: EngineKind, *, must_call: bool
-) -> None:
-    """Errors: RequestError if calls would not come back as calls."""
-    if form.calls is None:
-        raise RequestError(
-            400,
-            f"the chat template of {model.name!r} {form.why}",
-            code="unsupported_parameter",
-            param="tools",
-            hint="leave tools out, or name a chat_template that knows them, "
-            "such as chatml or llama3",
-        )
-
-    # A call that must come is demanded as plain JSON, in which no control token stands.
-    if form.calls.control and not must_call and not ENGINES[kind].prints_control_tokens:
-        raise RequestError(
-            400,
-            f"the model {model.name!r} writes calls with control tokens ({form.calls.name}), "
-            f"which the engine {kind} does not print",
-            code="unsupported_parameter",
-            param="tools",
-            hint="leave tools out, or demand a call with tool_choice: required",
-        )
-
-
-def _chosen_tool(choice: NamedTool, tools: Sequence[Tool]) -> Tool:
-    """Errors: RequestError for a tool that the request does not have."""
-    known = {tool.function.name: tool for tool in tools}
-    name = choice.function.name
-    if name not in known:
-        raise RequestError(
-            400,
-            f"there is no tool {name!r}",
-            code="invalid_value",
-            param="tool_choice",
-            hint=f"one of {', '.join(known)}",
-        )
-    return known[name]
 
 
 def _reasons(marks: Marks, prompt: str, continued: str) -> bool:

@@ -12,55 +12,14 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from rkcached.api.bounds import MAX_TOKEN_IDS
 from rkcached.api.chat_messages import AssistantMessage, ChatMessage
-from rkcached.api.record import ForeignFields, Many, Name, Record
 from rkcached.api.variables import TemplateVariables
-from rkcached.worker.schema_tree import relocated
+from rkcached.messages.bounds import MAX_TOKEN_IDS
+from rkcached.messages.record import Many, Name, Record
+from rkcached.messages.tools import ToolList
 
 _INT32 = 2**31
 _INT63 = 2**63
-
-
-class FunctionDefinition(Record):
-    name: str = Field(pattern=r"^[a-zA-Z0-9_.-]{1,64}$")
-    description: str | None = None
-    parameters: dict[str, Any] | None = Field(
-        default=None, description="JSON schema of the arguments."
-    )
-    strict: bool | None = None
-
-
-class Tool(ForeignFields):
-    type: Literal["function"]
-    function: FunctionDefinition
-
-    @property
-    def arguments_schema(self) -> dict[str, Any]:
-        """JSON schema of its arguments."""
-        return self.function.parameters or {"type": "object"}
-
-    def plain(self) -> dict[str, Any]:
-        """The tool as chat templates expect it."""
-        return {
-            "type": "function",
-            "function": self.function.model_dump(exclude_none=True, exclude={"strict"}),
-        }
-
-    def call_schema(self, arguments: str, place: str = "#") -> dict[str, Any]:
-        """JSON schema of a call that has its arguments under this key.
-
-        `place` is where it will stand in a larger schema.
-        """
-        return {
-            "type": "object",
-            "properties": {
-                "name": {"const": self.function.name},
-                arguments: relocated(self.arguments_schema, f"{place}/properties/{arguments}"),
-            },
-            "required": ["name", arguments],
-            "additionalProperties": False,
-        }
 
 
 class NamedFunction(Record):
@@ -180,7 +139,7 @@ class ChatRequest(GenerationRequest, TemplateVariables):
     logprobs: bool | None = None
     top_logprobs: int | None = Field(default=None, ge=0, le=20)
     response_format: ResponseFormat | None = None
-    tools: Many[Tool] | None = Field(default=None, max_length=128)
+    tools: ToolList | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
     parallel_tool_calls: bool | None = None
     continue_final_message: bool | None = Field(

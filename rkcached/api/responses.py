@@ -229,6 +229,7 @@ class PromptStatus(Answer):
         description="Unix seconds of the next attempt; null where time alone does not help."
     )
     description: str
+    tools: list[str] = Field(description="The names of the tools that belong to it.")
     hits: int
     misses: int
     last_used: float | None = Field(description="Unix seconds.")

@@ -259,6 +259,11 @@ def prompt_status(key: Key, snapshot: Snapshot, serving: Serving) -> dict[str, A
     assessment = snapshot.assessments[key]
     building = snapshot.building if snapshot.is_building(key) else None
     use = serving.uses.get(key)
+    desired = snapshot.desired.prompts.get(key)
+    tools = None
+    if desired is not None:
+        tools = desired.tools
+
     shown: dict[str, Any] = {
         "model": key.model,
         "prompt": key.prompt,
@@ -267,6 +272,7 @@ def prompt_status(key: Key, snapshot: Snapshot, serving: Serving) -> dict[str, A
         "hint": assessment.hint,
         "retry_at": _retry_at(assessment),
         "description": assessment.description,
+        "tools": list(tools.names) if tools is not None else [],
         "hits": use.hits if use else 0,
         "misses": use.misses if use else 0,
         "last_used": use.last_used if use else None,
@@ -281,7 +287,7 @@ def prompt_status(key: Key, snapshot: Snapshot, serving: Serving) -> dict[str, A
     artifact = snapshot.artifacts.get(key)
     if artifact is None or artifact.corrupt:
         return shown
-    if not _is_of(snapshot.desired.prompts.get(key), artifact):
+    if not _is_of(desired, artifact):
         return shown
 
     shown["artifact"] = artifact_figures(artifact)

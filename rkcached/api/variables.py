@@ -12,8 +12,8 @@ from typing import Annotated, Any, Final, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from rkcached.api.bounds import is_deeper
-from rkcached.api.record import Many, Name, Record
+from rkcached.messages.bounds import is_deeper
+from rkcached.messages.record import Many, Name, Record
 from rkcached.sources.values import OWN_VARIABLES
 
 MAX_VARIABLES = 32

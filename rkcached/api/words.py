@@ -8,7 +8,7 @@ from __future__ import annotations
 import statistics
 from typing import Any
 
-from rkcached.errors import printable
+from rkcached.errors import counted, printable
 
 _LONG_S = 2.0
 """A worker that has been starting or busy for this long is shown with the time."""
@@ -125,10 +125,16 @@ def reason_of(prompt: dict[str, Any]) -> str:
 
 
 def note_of(prompt: dict[str, Any]) -> str:
-    """A build's progress; the reason for the state; where there is none, the description."""
+    """A build's progress; the reason for the state; where there is none, what the prompt is."""
     progress = prompt.get("progress")
     reason = reason_of(prompt)
     if progress and progress["total_tokens"]:
         done = f"{progress['done_tokens']} of {progress['total_tokens']} tokens"
         return f"{done}, {reason}" if reason else done
-    return reason or str(prompt["description"])
+    if reason:
+        return reason
+
+    parts = [prompt["description"]]
+    if tools := prompt.get("tools"):
+        parts.append(counted(len(tools), "tool"))
+    return ", ".join(filter(None, parts))

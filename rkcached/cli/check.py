@@ -106,6 +106,9 @@ def check_manifest(settings: Settings) -> Findings:
         f"{manifest_file}:{warning}" for warning in _warnings(manifest, sources, runtime)
     )
     ok = f"ok, {counted(len(manifest.models), 'model')}, {counted(len(desired.prompts), 'prompt')}"
+    tools = sum(len(prompt.tools.names) for prompt in desired.prompts.values() if prompt.tools)
+    if tools:
+        ok += f", {counted(tools, 'tool')}"
     if service.whose:
         ok += f", {service.whose}"
     return _findings(problems, warnings, sources.skipped_files, ok)

@@ -62,6 +62,10 @@ def explain_data(look: Observation, key: Key) -> dict[str, Any]:
     if wanted:
         components = dict(wanted.components)
 
+    tools = None
+    if key in look.desired.prompts:
+        tools = look.desired.prompts[key].tools
+
     artifact = look.inventory.artifacts.get(key)
     figures = None
     if artifact:
@@ -78,6 +82,7 @@ def explain_data(look: Observation, key: Key) -> dict[str, Any]:
         "reason": assessment.reason,
         "hint": assessment.hint,
         "description": assessment.description,
+        "tools": list(tools.names) if tools is not None else [],
         "changes": [
             {"component": c.component, "old": c.old, "new": c.new} for c in assessment.changes
         ],
@@ -101,6 +106,9 @@ def print_explanation(console: Console, data: dict[str, Any]) -> None:
     console.print(Text(f"{data['model']}/{data['prompt']}: {data['state']}", style="bold"))
     if data["description"]:
         console.print(Text(f"  {data['description']}", style="dim"))
+
+    if data["tools"]:
+        console.print(Text(f"  tools: {', '.join(data['tools'])}", style="dim"))
 
     if data["lines"]:
         for line in data["lines"]:

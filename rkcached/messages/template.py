@@ -24,7 +24,7 @@ from types import MappingProxyType
 from typing import Any, Final
 
 from rkcached.errors import TemplateError, TemplateExhausted
-from rkcached.messages.adapt import ADAPTATIONS, Adaptation
+from rkcached.messages.adapt import ADAPTATIONS, Adaptation, whole_tools
 from rkcached.messages.builtin import BUILTIN
 from rkcached.messages.detection import AnswerForm, detect, within_limit
 from rkcached.messages.environment import TODAY, Compile, Write, compile_here
@@ -108,11 +108,22 @@ class ChatTemplate:
         `continue_final`: the answer continues the last message, which is the assistant's.
 
         Newlines at the end of a system message are dropped: those of a prompt file are not part of
-        the prompt.
+        the prompt. A template that refuses tools without a description gets them with one.
         """
-        return self._markers.protect(
-            self._written(messages, tools, variables=variables, continue_final=continue_final)
-        )
+        try:
+            text = self._written(
+                messages, tools, variables=variables, continue_final=continue_final
+            )
+        except TemplateExhausted:
+            raise
+        except TemplateError:
+            whole = whole_tools(tools)
+            if whole == list(tools):
+                raise
+            text = self._written(
+                messages, whole, variables=variables, continue_final=continue_final
+            )
+        return self._markers.protect(text)
 
     def _written(
         self,
@@ -211,8 +222,10 @@ class ChatTemplate:
         """The marks around reasoning. Nothing is rendered to find them."""
         return marks_of(self._source)
 
-    def prefix(self, system: str) -> str:
+    def prefix(self, system: str, tools: Sequence[Mapping[str, Any]] = ()) -> str:
         """The text that every request with this system message and one user message starts with.
+
+        With `tools`, every such request that brings these.
 
         It is the longest common prefix of two renderings that differ in the user's text alone. The
         idea of the proof: what a template writes before it looks at the user's text cannot depend
@@ -224,7 +237,10 @@ class ChatTemplate:
         another header. Raises TemplateError if nothing of it is left before the user's text.
         """
         nothing = self._prefix_of_nothing
-        prefix = self._common_prefix(system)
+        if tools:
+            nothing = self._prefix_without_system(tools)
+
+        prefix = self._common_prefix(system, tools)
         if system.strip() and prefix == nothing:
             raise TemplateError(
                 f"template {self.name} leaves nothing of this system message: the text before the "
@@ -235,21 +251,25 @@ class ChatTemplate:
 
     @cached_property
     def _prefix_of_nothing(self) -> str | None:
+        """Of requests without tools. Errors: TemplateError."""
+        return self._prefix_without_system(())
+
+    def _prefix_without_system(self, tools: Sequence[Mapping[str, Any]]) -> str | None:
         """The prefix of an empty system message; None if the template does not take one.
 
         Errors: TemplateError if it is that of every system message.
         """
-        first, second = map(self._common_prefix, _SYSTEM_PROBES)
+        first, second = (self._common_prefix(system, tools) for system in _SYSTEM_PROBES)
         if first != second:
             try:
-                return self._common_prefix("")
+                return self._common_prefix("", tools)
             except TemplateExhausted:
                 raise
             except TemplateError:
                 return None
 
         hint = "choose another chat_template, or one that writes the system message first"
-        first, second = (self._asked(system, _USER_TEXTS[0]) for system in _SYSTEM_PROBES)
+        first, second = (self._asked(system, _USER_TEXTS[0], tools) for system in _SYSTEM_PROBES)
         if first == second:
             raise TemplateError(f"template {self.name} drops the system message", hint=hint)
         raise TemplateError(
@@ -258,13 +278,12 @@ class ChatTemplate:
             hint=hint,
         )
 
-    def _common_prefix(self, system: str) -> str:
-        return _common(*(self._asked(system, text) for text in _USER_TEXTS))
+    def _common_prefix(self, system: str, tools: Sequence[Mapping[str, Any]]) -> str:
+        return _common(*(self._asked(system, text, tools) for text in _USER_TEXTS))
 
-    def _asked(self, system: str, user: str) -> str:
-        return self.render(
-            [Message(role="system", content=system), Message(role="user", content=user)]
-        )
+    def _asked(self, system: str, user: str, tools: Sequence[Mapping[str, Any]]) -> str:
+        messages = [Message(role="system", content=system), Message(role="user", content=user)]
+        return self.render(messages, tools)
 
 
 def _common(left: str, right: str) -> str:

@@ -19,9 +19,10 @@ from rkcached.errors import TemplateError, TemplateExhausted
 from rkcached.messages.environment import Compile
 from rkcached.messages.special_tokens import SpecialTokens
 from rkcached.messages.template import ChatTemplate
+from rkcached.messages.tools import ToolSet
 from rkcached.plan import chat_templates, remarks
 from rkcached.plan.chat_templates import ChatTemplates
-from rkcached.plan.fingerprint import Fingerprint, Value, fingerprint
+from rkcached.plan.fingerprint import TOOLS_DIGEST, Fingerprint, Value, fingerprint
 from rkcached.plan.records import DesiredPrompt
 from rkcached.sources.manifest import FingerprintMode, Manifest, ModelConfig
 from rkcached.sources.records import (
@@ -165,15 +166,22 @@ class Resolver:
             if key.prompt in model.prompt_templates:
                 variables = model.config.template_variables(key.prompt)
                 own |= chat_templates.variable_components(variables)
+            if declared.source.tools is not None:
+                own[TOOLS_DIGEST] = declared.source.tools.digest
             result = _fixed_sampling(model.config, key.prompt, model.runtime) or self._fingerprint(
                 key, model, declared.source, own
             )
+
+        tools = None
+        if isinstance(declared.source, PromptSource) and isinstance(result, Fingerprint):
+            tools = declared.source.tools
 
         prompt = DesiredPrompt(
             key=key,
             description=declared.description,
             fingerprint=result if isinstance(result, Fingerprint) else None,
             trouble=result if isinstance(result, Trouble) else None,
+            tools=tools,
         )
         return kept(self._prompts.get(key), prompt)
 
@@ -186,7 +194,7 @@ class Resolver:
         template = model.template_for(key.prompt)
         if known is None or known.template is not template or known.source != source:
             try:
-                prefix = _prefix(template, source.text)
+                prefix = _prefix(template, source)
             except TemplateExhausted as error:  # perhaps the machine was busy: not remembered
                 return Trouble.of(error)
         elif known.shared is shared and known.own == own:
@@ -309,19 +317,52 @@ def _fixed_sampling(config: ModelConfig, prompt: str, runtime: RuntimeSource) ->
     )
 
 
-def _prefix(template: ChatTemplate, text: str) -> tuple[str, int] | Trouble:
+def _prefix(template: ChatTemplate, source: PromptSource) -> tuple[str, int] | Trouble:
     """SHA-256 and length (both of the UTF-8 bytes) of the text that is prefilled for this prompt.
 
     Errors: TemplateExhausted.
     """
     try:
-        data = template.prefix(text).encode()
+        if source.tools is None:
+            text = template.prefix(source.text)
+        else:
+            text = _prefix_with_tools(template, source.text, source.tools)
     except TemplateExhausted:
         raise
+    except _ToolsRefused as error:
+        return Trouble.of(error, "tools")
     except TemplateError as error:
         return Trouble.of(error)
 
+    data = text.encode()
     return sys.intern(hashlib.sha256(data).hexdigest()), len(data)
+
+
+class _ToolsRefused(TemplateError):
+    """The template takes the prompt, but not its tools."""
+
+
+def _prefix_with_tools(template: ChatTemplate, text: str, tools: ToolSet) -> str:
+    """Errors: _ToolsRefused, TemplateError."""
+    form = template.answer
+    if form.calls is None:
+        raise _ToolsRefused(
+            f"template {template.name} {form.why}",
+            hint="remove `tools:` from the prompt, or name a chat_template that knows tools, such "
+            "as chatml or llama3",
+        )
+
+    try:
+        return template.prefix(text, tools.plain())
+    except TemplateExhausted:
+        raise
+    except TemplateError as error:
+        template.prefix(text)  # if it refuses the text as well, that is the reason
+        raise _ToolsRefused(
+            f"{error.message} (the template takes this prompt, but not with these tools)",
+            hint="state the type and the description of each parameter of the tools, or remove "
+            "`tools:` from the prompt",
+        ) from error
 
 
 def _shared_components(manifest: Manifest, model: DesiredModel) -> dict[str, Value]:

@@ -18,6 +18,9 @@ FORMAT_VERSION = 1
 """Part of every fingerprint. Raise it when a component changes its meaning: all prompt caches
 become stale."""
 
+TOOLS_DIGEST = "tools.digest"
+"""The component that the tools of a prompt are."""
+
 _MAGIC = b"rkcached fingerprint\0"
 
 Value = str | int | float | bool | None
@@ -101,12 +104,20 @@ def changes(old: Mapping[str, str], new: Mapping[str, str]) -> tuple[Change, ...
 
 
 def reason_of(changed: Iterable[Change]) -> str:
-    """Why a prompt cache is stale. Size and digest of its text would say nothing to a reader."""
+    """Why a prompt cache is stale. Size and digest of its text would say nothing to a reader.
+
+    Its tools are a part of its text: if they changed, nothing is known of the rest.
+    """
+    changed = tuple(changed)
+    of_text = "its text changed"
+    if any(change.component == TOOLS_DIGEST for change in changed):
+        of_text = "its tools changed"
+
     reasons = []
     for change in changed:
         reason = str(change)
-        if change.component.startswith("prefix."):
-            reason = "its text changed"
+        if change.component.startswith(("prefix.", TOOLS_DIGEST)):
+            reason = of_text
         reasons.append(reason)
 
     return ", ".join(dict.fromkeys(reasons))

@@ -12,6 +12,7 @@ from enum import StrEnum
 from typing import Protocol
 
 from rkcached.errors import PromptTooShort
+from rkcached.messages.tools import ToolSet
 from rkcached.plan.fingerprint import Change, Fingerprint
 from rkcached.sources.records import Key, Trouble
 
@@ -32,6 +33,8 @@ class DesiredPrompt:
     description: str = ""
     fingerprint: Fingerprint | None = None
     trouble: Trouble | None = None
+    tools: ToolSet | None = None
+    """Those that belong to it, as its text does; None also while it is in trouble."""
 
 
 class Artifact(Protocol):

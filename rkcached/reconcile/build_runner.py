@@ -133,6 +133,7 @@ class BuildRunner:
             action=build,
             model=model,
             text=snapshot.desired.texts[key],
+            tools=snapshot.desired.prompts[key].tools,
             engine=snapshot.manifest.engine,
             cache=snapshot.manifest.cache,
             claimed_bytes=snapshot.claimed_bytes(but=key),

@@ -32,6 +32,7 @@ from rkcached.errors import (
 from rkcached.host import disk
 from rkcached.messages.message import Message
 from rkcached.messages.template import ChatTemplate
+from rkcached.messages.tools import ToolSet
 from rkcached.plan.desired import DesiredModel
 from rkcached.plan.records import Build, over_budget
 from rkcached.plan.worker_model import worker_model
@@ -70,6 +71,8 @@ class BuildRequest:
     model: DesiredModel
     text: str
     """The system message."""
+    tools: ToolSet | None
+    """Those that belong to the prompt."""
     engine: EngineConfig
     cache: CacheConfig
     claimed_bytes: int
@@ -98,7 +101,7 @@ class Builder:
         """
         action, model = request.action, request.model
         template = model.template_for(action.key.prompt)
-        prefix, probe = await asyncio.to_thread(_texts, template, request.text)
+        prefix, probe = await asyncio.to_thread(_texts, template, request.text, request.tools)
         components = action.fingerprint.components
         if hashlib.sha256(prefix.encode()).hexdigest() != components["prefix.digest"]:
             raise SourceError(
@@ -279,7 +282,8 @@ def _is_full(error: StoreError) -> bool:
     return isinstance(error.__cause__, OSError) and error.__cause__.errno == errno.ENOSPC
 
 
-def _texts(template: ChatTemplate, text: str) -> tuple[str, str]:
+def _texts(template: ChatTemplate, text: str, tools: ToolSet | None) -> tuple[str, str]:
     """The prefix of a prompt and a whole request that starts with it. Errors: TemplateError."""
+    shown = tools.plain() if tools is not None else []
     probe = [Message(role="system", content=text), Message(role="user", content=PROBE_QUESTION)]
-    return template.prefix(text), template.render(probe)
+    return template.prefix(text, shown), template.render(probe, shown)

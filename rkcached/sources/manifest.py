@@ -206,6 +206,11 @@ class PromptConfig(_Section):
     files: Paths = Field(
         min_length=1, max_length=64, description="The prompt's files, joined in this order."
     )
+    tools: FilePath | None = Field(
+        default=None,
+        description="A JSON file with the tools that belong to the prompt, as OpenAI's API has "
+        "them.",
+    )
     params: SamplingParams = Field(
         default_factory=SamplingParams, description="Changes to the model's parameters."
     )

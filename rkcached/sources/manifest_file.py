@@ -132,6 +132,8 @@ def inputs(manifest: Manifest, stored: StoredTexts) -> tuple[list[Path], list[Pa
         files.extend(model_files(model))
         for prompt in model.prompts.values():
             files.extend(prompt.files)
+            if prompt.tools is not None:
+                files.append(prompt.tools)
 
         for pattern in model.prompts_from:
             folders.append(Path(pattern).parent)

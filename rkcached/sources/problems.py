@@ -28,6 +28,9 @@ NAME_RULE: Final = (
     "a name has 1 to 64 of the characters a-z 0-9 . _ - and starts with a letter or a digit"
 )
 
+# A key that people call `variables`.
+_VARIABLES: Final = "chat_template_kwargs"
+
 _EXPECTED: Final = {
     "int_type": "a whole number",
     "float_type": "a number",
@@ -98,7 +101,7 @@ def explain(error: ErrorDetails, sections: Sections) -> list[tuple[Steps, str, s
                 "move it to the model's params",
             )
         case "extra_forbidden":
-            message, hint = f"unknown key {show(key)}", nearest(key, section.model_fields)
+            message, hint = f"unknown key {show(key)}", _known_key(key, section)
         case "string_pattern_mismatch":
             near = re.sub(r"[^a-z0-9._-]+", "-", key.lower()).strip("-._")[:64]
             message, hint = (
@@ -109,6 +112,13 @@ def explain(error: ErrorDetails, sections: Sections) -> list[tuple[Steps, str, s
             message, hint = _explain_value(error, key, section.model_fields.get(key))
 
     return [(steps, message, hint)]
+
+
+def _known_key(word: str, section: type[BaseModel]) -> str:
+    """Suggest a key of the section instead of a word that is none."""
+    if word == "variables" and _VARIABLES in section.model_fields:
+        return f"write `{_VARIABLES}: ...`"
+    return nearest(word, section.model_fields)
 
 
 def _explain_value(error: ErrorDetails, key: str, field: FieldInfo | None) -> tuple[str, str]:

@@ -17,6 +17,7 @@ from rkcached.engines.registry import ENGINES
 from rkcached.errors import RkcachedError, SourceError
 from rkcached.host.access import explained
 from rkcached.host.digests import Digests
+from rkcached.messages.tools import ToolSet, parse_tools
 from rkcached.sources.manifest import EngineConfig, Manifest
 from rkcached.sources.memory import Memory, Placed
 from rkcached.sources.model_reader import ModelReader
@@ -34,7 +35,7 @@ from rkcached.sources.records import (
     kept,
 )
 from rkcached.sources.stored_texts import StoredTexts
-from rkcached.sources.text_files import read_text
+from rkcached.sources.text_files import TOOLS, read_text
 
 
 class SourceReader:
@@ -50,6 +51,7 @@ class SourceReader:
         self._digests = digests
         self._stored = stored
         self._prompts = Memory[PromptSource]()
+        self._tools = Memory[ToolSet]()
         self._models = ModelReader(digests)
         # By the last scan.
         self._declared: Mapping[Key, Declaration] = {}
@@ -66,25 +68,12 @@ class SourceReader:
         skipped: dict[str, None] = {}
         notices: dict[str, tuple[FolderNotice, ...]] = {}
         self._prompts.turn()
+        self._tools.turn()
         self._models.turn()
 
         for name, config in manifest.models.items():
             models[name] = self._models.model(config, engine)
-            claimed: set[str] = set()
-
-            for prompt, entry in config.prompts.items():
-                files = tuple(map(str, entry.files))
-                claimed.update(files)
-                line = manifest.line_of("models", name, "prompts", prompt)
-                source = self._prompt(files)
-                self._declare(
-                    prompts,
-                    Key(name, prompt),
-                    source,
-                    files,
-                    description=entry.description,
-                    line=line,
-                )
+            claimed = self._add_named(name, manifest, prompts)
 
             for position, pattern in enumerate(config.prompts_from):
                 line = manifest.line_of("models", name, "prompts_from", position)
@@ -123,6 +112,31 @@ class SourceReader:
             notices=notices,
             today=self._today(),
         )
+
+    def _add_named(
+        self, model: str, manifest: Manifest, prompts: dict[Key, Declaration]
+    ) -> set[str]:
+        """The prompts that the manifest names; returns their files."""
+        claimed: set[str] = set()
+        for prompt, entry in manifest.models[model].prompts.items():
+            files = tuple(map(str, entry.files))
+            tools_file = str(entry.tools or "")
+            source = self._prompt(files, tools_file)
+            if tools_file:
+                files = (*files, tools_file)
+
+            claimed.update(files)
+            self._declare(
+                prompts,
+                Key(model, prompt),
+                source,
+                files,
+                has_tools=bool(tools_file),
+                description=entry.description,
+                line=manifest.line_of("models", model, "prompts", prompt),
+            )
+
+        return claimed
 
     def _notice(self, pattern: str, matched: int, *, has_others: bool) -> FolderNotice | None:
         """A doubt whether a prompts_from folder is the one that is meant.
@@ -189,8 +203,8 @@ class SourceReader:
         return {}
 
     def read_again(self, declared: Declaration) -> Declaration:
-        """The same declaration, with the text that its files have now."""
-        return replace(declared, source=self._prompt(declared.files))
+        """The same declaration, with the text and the tools that its files have now."""
+        return replace(declared, source=self._prompt(declared.text_files, declared.tools_file))
 
     def _found(
         self, key: Key, path: str, prompts: dict[Key, Declaration]
@@ -203,9 +217,13 @@ class SourceReader:
             )
         return self._prompt((path,))
 
-    def _prompt(self, files: tuple[str, ...]) -> PromptSource | Trouble:
+    def _prompt(self, files: tuple[str, ...], tools_file: str = "") -> PromptSource | Trouble:
         try:
-            return self._prompts.of(files, _join)
+            source = self._prompts.of(files, _join)
+            if not tools_file:
+                return source
+            tools = self._tools.of((tools_file,), _read_tools)
+            return replace(source, tools=tools)
         except Placed as error:
             return Trouble.of(error, *error.place)
         except RkcachedError as error:
@@ -246,6 +264,15 @@ def _join(files: tuple[str, ...]) -> PromptSource:
         )
 
     return PromptSource(text=text, digest=hashlib.sha256(text.encode()).hexdigest())
+
+
+def _read_tools(files: tuple[str, ...]) -> ToolSet:
+    """The tools in the one file that a prompt names for them. Errors: SourceError."""
+    (path,) = files
+    try:
+        return parse_tools(read_text(Path(path), TOOLS), name=path)
+    except SourceError as error:
+        raise Placed(error, "tools") from error
 
 
 def _files(number: int) -> str:

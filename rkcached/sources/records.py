@@ -15,6 +15,7 @@ from typing import NamedTuple, TypeVar
 from rkcached.errors import RkcachedError
 from rkcached.host.digests import Signature
 from rkcached.messages.tokenizer_facts import TokenizerFacts
+from rkcached.messages.tools import ToolSet
 
 
 class Key(NamedTuple):
@@ -49,10 +50,12 @@ class Trouble:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PromptSource:
-    """The text of a prompt, joined from its files."""
+    """The text of a prompt, joined from its files, and its tools."""
 
     text: str
     digest: str
+    """Of the text."""
+    tools: ToolSet | None = None
 
 
 class TemplateOrigin(StrEnum):
@@ -121,7 +124,18 @@ class Declaration:
     stored: bool = False
     """A client stored the text; the manifest says nothing of it."""
     files: tuple[str, ...] = ()
-    """The files that the text was made of."""
+    """The files that the prompt was made of: those of its text, and last the one of its tools."""
+    has_tools: bool = False
+    """The last file is the one of its tools."""
+
+    @property
+    def text_files(self) -> tuple[str, ...]:
+        return self.files[:-1] if self.has_tools else self.files
+
+    @property
+    def tools_file(self) -> str:
+        """Empty if the prompt declares no tools."""
+        return self.files[-1] if self.has_tools else ""
 
 
 class FolderNotice(NamedTuple):

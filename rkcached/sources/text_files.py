@@ -13,35 +13,43 @@ from rkcached.host.access import refusal
 MAX_PROMPT_BYTES = 1 << 20
 """A prompt beyond this is a mistake: it is some 250,000 tokens."""
 
+PROMPT = "prompt"
+TOOLS = "file of tools"
+"""Nouns for what a file is."""
 
-def read_text(path: Path) -> str:
-    """The text of a file. Errors: SourceError, with what is wrong and what to do."""
+
+def read_text(path: Path, noun: str = PROMPT) -> str:
+    """The text of a file. Errors: SourceError, with what is wrong and what to do.
+
+    `noun` says what the file is.
+    """
     try:
         info = path.stat()
         if stat.S_ISDIR(info.st_mode):
-            raise SourceError(
-                f"{path} is a directory", hint="name a file, or use prompts_from with a pattern"
-            )
+            hint = "name a file"
+            if noun == PROMPT:
+                hint += ", or use prompts_from with a pattern"
+            raise SourceError(f"{path} is a directory", hint=hint)
 
         if not stat.S_ISREG(info.st_mode):
             raise SourceError(f"{path} is not a regular file", hint="name a text file")
         if info.st_size > MAX_PROMPT_BYTES:
             raise SourceError(
                 f"{path} has {info.st_size:,} bytes, the limit is {MAX_PROMPT_BYTES:,}",
-                hint="shorten the prompt",
+                hint=f"shorten the {noun}",
             )
 
-        return _decode(path, path.read_bytes()[: MAX_PROMPT_BYTES + 1])
+        return _decode(path, path.read_bytes()[: MAX_PROMPT_BYTES + 1], noun)
     except OSError as error:
         raise unusable(path, error, "file") from error
 
 
-def _decode(path: Path, data: bytes) -> str:
+def _decode(path: Path, data: bytes, noun: str) -> str:
     """UTF-8 text without its byte order mark, and nothing that no text has. Errors: SourceError."""
     if b"\0" in data and not _other_encoding(data):
         raise SourceError(
             f"{path} contains a NUL byte at offset {data.index(0)}",
-            hint="a prompt is a UTF-8 text file, not a binary",
+            hint=f"a {noun} is a UTF-8 text file, not a binary",
         )
     return utf8(path, data)
 

@@ -6,11 +6,13 @@ Whatever is wrong with one is said in words, and is the trouble of that input al
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import pwd
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from datetime import date
 from pathlib import Path
 
@@ -19,6 +21,7 @@ import pytest
 from rkcached.errors import StoreError
 from rkcached.host.digests import Digests, signature_of
 from rkcached.messages.builtin import BUILTIN
+from rkcached.sources.manifest_file import inputs
 from rkcached.sources.parser import parse
 from rkcached.sources.reader import SourceReader
 from rkcached.sources.records import (
@@ -298,6 +301,94 @@ def test_a_second_change_within_one_tick_of_the_clock_is_noticed(folder: Folder)
             break
     settle(folder.prompt)
     assert folder.text() == f"second {number:04}"
+
+
+# --- tools ---
+
+TOOL = {"type": "function", "function": {"name": "get_weather"}}
+WITH_TOOLS = "{p: {files: p.md, tools: extra/tools.json}}"
+
+
+def write_tools(folder: Folder, content: bytes) -> Path:
+    path = folder.root / "extra/tools.json"
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(content)
+    return path
+
+
+def test_the_tools_of_a_prompt(folder: Folder) -> None:
+    """They are read from a path beside the manifest, and an edit is seen."""
+    path = write_tools(folder, json.dumps([TOOL]).encode())
+    source = folder.scan(WITH_TOOLS).prompts[P].source
+    assert isinstance(source, PromptSource)
+    assert source.tools is not None
+    assert source.tools.plain() == [TOOL]
+    assert folder.scan().prompts[P].source == replace(source, tools=None)
+
+    settle(path)
+    again = folder.scan(WITH_TOOLS).prompts[P].source
+    assert again == source
+    path.write_text(json.dumps([TOOL]).replace("get_weather", "get_time"))
+    changed = folder.scan(WITH_TOOLS).prompts[P].source
+    assert isinstance(changed, PromptSource)
+    assert changed.tools is not None
+    assert changed.tools.names == ("get_time",)
+
+
+def test_the_file_of_tools_is_followed(folder: Folder) -> None:
+    """It is one of the prompt's files, read again when it changes, and no prompt by itself."""
+    path = write_tools(folder, json.dumps([TOOL]).encode())
+    sources = folder.scan(WITH_TOOLS, more="prompts_from: 'extra/*.json'")
+    assert list(sources.prompts) == [P]
+    declared = sources.prompts[P]
+    assert declared.text_files == (str(folder.prompt),)
+    assert declared.files == (str(folder.prompt), str(path))
+
+    path.write_text(json.dumps([TOOL, TOOL]))
+    again = folder.reader.read_again(declared).source
+    assert isinstance(again, PromptSource)
+    assert again.text == "Be brief."
+    assert again.tools is not None
+    assert len(again.tools.names) == 2
+
+    text = f"version: 1\nmodels: {{m: {{path: m.json, prompts: {WITH_TOOLS}}}}}"
+    manifest = parse(text, file=folder.root / "manifest.yaml")
+    files, _ = inputs(manifest, StoredTexts(folder.root))
+    assert path in files
+
+
+@pytest.mark.parametrize(
+    ("content", "message", "hint"),
+    [
+        (None, "source missing", "put the file there"),
+        (b"[", "tools.json:1: not JSON", "write ["),
+        (b"{}", "the tools should be an array", "write ["),
+        ("[]".encode("utf-16"), "is UTF-16, not UTF-8", "iconv"),
+        (b"[" + b" " * MAX_PROMPT_BYTES + b"]", "the limit is 1,048,576", "shorten the file of"),
+        (b"\0", "NUL byte at offset 0", "a file of tools is a UTF-8 text file"),
+    ],
+    ids=["missing", "no-json", "no-array", "utf-16", "large", "binary"],
+)
+def test_wrong_tools_are_the_trouble_of_their_prompt(
+    folder: Folder, content: bytes | None, message: str, hint: str
+) -> None:
+    """At the manifest's line of the tools; the text is not blamed."""
+    if content is not None:
+        write_tools(folder, content)
+    trouble = folder.trouble(WITH_TOOLS)
+    assert message in trouble.message
+    assert hint in trouble.hint
+    assert "extra/tools.json" in trouble.message
+    assert trouble.place == ("tools",)
+    assert folder.text() == "Be brief."
+
+
+def test_a_folder_is_no_file_of_tools(folder: Folder) -> None:
+    """Nor is a pattern of use for them."""
+    (folder.root / "extra/tools.json").mkdir(parents=True)
+    trouble = folder.trouble(WITH_TOOLS)
+    assert trouble.message.endswith("is a directory")
+    assert trouble.hint == "name a file"
 
 
 # --- prompts_from ---

@@ -12,9 +12,14 @@ from pydantic import ValidationError
 from pydantic_core import from_json
 
 from rkcached.api.bodies import parse_body
-from rkcached.api.bounds import MAX_ARGUMENTS_CHARACTERS, MAX_VALUES, ArgumentsBudget, ValueCounter
 from rkcached.api.requests import ChatRequest, CompletionRequest, EmbeddingRequest, Record
 from rkcached.errors import RequestError
+from rkcached.messages.bounds import (
+    MAX_ARGUMENTS_CHARACTERS,
+    MAX_VALUES,
+    ArgumentsBudget,
+    ValueCounter,
+)
 
 ITEMS = MAX_VALUES // 4
 CALL = {"id": "c", "type": "function", "function": {"name": "f", "arguments": "{}"}}

@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rkcached.api.bodies import parse_body
-from rkcached.api.bounds import MAX_DEPTH, is_deeper
 from rkcached.api.requests import ChatRequest
 from rkcached.errors import RequestError
+from rkcached.messages.bounds import MAX_DEPTH, is_deeper
 
 USER = {"role": "user", "content": "hello"}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from datetime import date
@@ -11,11 +12,13 @@ import pytest
 import yaml
 
 from rkcached.messages.builtin import BUILTIN
+from rkcached.messages.message import Message
 from rkcached.messages.special_tokens import SpecialTokens
 from rkcached.messages.tokenizer_facts import TokenizerFacts
+from rkcached.messages.tools import parse_tools
 from rkcached.plan import remarks
 from rkcached.plan.desired import Desired, DesiredModel, Resolver
-from rkcached.plan.fingerprint import changes
+from rkcached.plan.fingerprint import changes, reason_of
 from rkcached.sources.manifest import Manifest
 from rkcached.sources.parser import parse
 from rkcached.sources.records import (
@@ -58,6 +61,7 @@ class World:
     texts: dict[Key, str | Trouble] = field(
         default_factory=lambda: {RULES: "Be brief.", PLAIN: "Be kind.", OTHER: "Be brief."}
     )
+    tools: dict[Key, list[dict[str, object]]] = field(default_factory=dict)
     digests: dict[str, str | Trouble] = field(
         default_factory=lambda: {"m": "11" * 32, "n": "22" * 32}
     )
@@ -92,7 +96,9 @@ class World:
                 for name, digest in self.digests.items()
             },
             prompts={
-                key: Declaration(key=key, source=source(text), description=str(key))
+                key: Declaration(
+                    key=key, source=source(text, self.tools.get(key)), description=str(key)
+                )
                 for key, text in self.texts.items()
             },
             today=self.today,
@@ -102,10 +108,13 @@ class World:
         return (resolver or Resolver()).resolve(self.parsed(), self.sources())
 
 
-def source(text: str | Trouble) -> PromptSource | Trouble:
-    return (
-        text if isinstance(text, Trouble) else PromptSource(text=text, digest=f"digest of {text}")
-    )
+def source(
+    text: str | Trouble, tools: list[dict[str, object]] | None = None
+) -> PromptSource | Trouble:
+    if isinstance(text, Trouble):
+        return text
+    of_prompt = None if tools is None else parse_tools(json.dumps(tools), name="tools.json")
+    return PromptSource(text=text, digest=f"digest of {text}", tools=of_prompt)
 
 
 def differing(before: World, after: World) -> dict[Key, list[str]]:
@@ -624,3 +633,160 @@ def test_a_template_that_would_not_end_is_not_evaluated_for_its_names() -> None:
     world = with_model("n", thinking=True)
     world.templates["n"] = "{{ 'a' * 10 ** 12 }}{{ messages }}"
     assert [place for place, _ in said(world)] == [("thinking",)]
+
+
+# --- tools that belong to a prompt ---
+
+
+def tool(description: str = "The weather of a city.", **parameters: object) -> dict[str, object]:
+    schema = {"type": "object", "properties": parameters or {"city": {"type": "string"}}}
+    function = {"name": "get_weather", "description": description, "parameters": schema}
+    return {"type": "function", "function": function}
+
+
+def with_tools(*tools: dict[str, object], template: str = "chatml") -> World:
+    world = World()
+    world.templates["m"] = BUILTIN[template]
+    world.tools[RULES] = list(tools)
+    return world
+
+
+@pytest.mark.parametrize("template", ["qwen3.5", "chatml", "llama3"])
+def test_a_request_with_the_same_tools_begins_with_the_prefix(template: str) -> None:
+    """Whether the template writes them before, inside or after the system text."""
+    desired = with_tools(tool(), template=template).resolve()
+    model = desired.models["m"]
+    assert isinstance(model, DesiredModel)
+    prefix = model.template.prefix("Be brief.", [tool()])
+    wanted = desired.fingerprint(RULES)
+    assert wanted is not None
+    assert wanted.components["prefix.bytes"] == str(len(prefix.encode()))
+    assert "get_weather" in prefix
+    assert "Be brief." in prefix
+    for question in ("Hello", "7 + 5"):
+        messages = [
+            Message(role="system", content="Be brief."),
+            Message(role="user", content=question),
+        ]
+        text = model.template.render(messages, [tool()])
+        assert text.startswith(prefix)
+        assert text.removeprefix(prefix).startswith(question)
+
+
+def test_tools_change_that_prompt_alone() -> None:
+    """As a component of their own, and the stale verdict says so in words."""
+    before, after = with_tools(tool()), with_tools(tool("The weather of a town."))
+    changed = differing(before, after)
+    assert changed == {RULES: ["prefix.digest", "tools.digest"]}
+    assert set(differing(World(), before)) == {RULES}
+
+    old, new = before.resolve().fingerprint(RULES), after.resolve().fingerprint(RULES)
+    assert old is not None
+    assert new is not None
+    assert reason_of(changes(old.components, new.components)) == "its tools changed"
+
+
+def test_a_prompt_without_tools_has_no_component_of_them() -> None:
+    """Caches that were built before are as fresh as they were."""
+    plain = with_tools(tool()).resolve().fingerprint(PLAIN)
+    assert plain is not None
+    assert "tools.digest" not in plain.components
+
+
+def test_the_order_of_keys_counts_only_if_the_template_writes_it() -> None:
+    """Also for a resolver that knows the prompt from before."""
+    first = tool(city={"type": "string"}, days={"type": "integer"})
+    other = tool(days={"type": "integer"}, city={"type": "string"})
+    resolver = Resolver()
+    before = with_tools(first).resolve(resolver).fingerprint(RULES)
+    after = with_tools(other).resolve(resolver).fingerprint(RULES)
+    assert before is not None
+    assert after is not None
+    written = changes(before.components, after.components)
+    assert [change.component for change in written] == ["prefix.digest"]
+
+    sorts = BUILTIN["chatml"].replace("tojson", "tojson(sort_keys=true)")
+    worlds = with_tools(first), with_tools(other)
+    for world in worlds:
+        world.templates["m"] = sorts
+    assert differing(*worlds) == {}
+
+
+def test_the_prompt_has_its_tools() -> None:
+    """Builds and requests take them from there."""
+    prompts = with_tools(tool()).resolve().prompts
+    tools = prompts[RULES].tools
+    assert tools is not None
+    assert tools.plain() == [tool()]
+    assert prompts[PLAIN].tools is None
+
+
+@pytest.mark.parametrize(
+    ("template", "message", "hint"),
+    [
+        (BUILTIN["smollm2"], "template chatml cannot show tools", "remove `tools:`"),
+        (
+            BUILTIN["chatml"].replace(
+                "{",
+                "{% if tools and tools[0].function.description == 'Bad.' %}"
+                "{{ raise_exception('no such tool') }}{% endif %}{",
+                1,
+            ),
+            "no such tool (the template takes this prompt, but not with these tools)",
+            "remove `tools:`",
+        ),
+        (
+            "{% if tools %}{% set messages = messages | rejectattr('role', 'eq', 'system') "
+            "| list %}{% endif %}" + BUILTIN["chatml"],
+            "drops the system message (the template takes this prompt, but not with these tools)",
+            "remove `tools:`",
+        ),
+    ],
+    ids=["knows-none", "refuses-these", "drops-the-text"],
+)
+def test_tools_that_the_template_does_not_take_block_the_prompt(
+    template: str, message: str, hint: str
+) -> None:
+    """That prompt alone, with the reason and the next step, at the line of its tools."""
+    world = with_tools(tool("Bad."))
+    world.templates["m"] = template
+    prompts = world.resolve().prompts
+    trouble = prompts[RULES].trouble
+    assert trouble is not None
+    assert message in trouble.message
+    assert hint in trouble.hint
+    assert trouble.place == ("tools",)
+    assert prompts[RULES].tools is None
+    assert prompts[PLAIN].trouble is None
+
+
+def test_tools_are_not_blamed_for_a_text_that_the_template_refuses() -> None:
+    """The reason is that of the text."""
+    world = with_tools(tool())
+    picky = "{% if messages[0].content == 'Be rude.' %}{{ raise_exception('not that') }}{% endif %}"
+    world.templates["m"] = picky + BUILTIN["chatml"]
+    world.texts[RULES] = "Be rude."
+    trouble = world.resolve().prompts[RULES].trouble
+    assert trouble is not None
+    assert "not that" in trouble.message
+    assert "tools" not in trouble.message
+
+
+def test_a_tool_without_a_description_is_written_as_in_a_request() -> None:
+    """A template that fails without one gets an empty one, both times."""
+    bare = {"type": "function", "function": {"name": "get_weather"}}
+    world = with_tools(bare)
+    world.templates["m"] = BUILTIN["chatml"].replace(
+        "{",
+        "{% for t in tools or [] %}{% if t.function.description is not defined %}"
+        "{{ raise_exception('no description') }}{% endif %}{% endfor %}{",
+        1,
+    )
+    desired = world.resolve()
+    assert desired.prompts[RULES].trouble is None
+    model = desired.models["m"]
+    assert isinstance(model, DesiredModel)
+    messages = [Message(role="system", content="Be brief."), Message(role="user", content="Hi")]
+    text = model.template.render(messages, [bare])
+    assert text.startswith(model.template.prefix("Be brief.", [bare]))
+    assert '"description": ""' in text

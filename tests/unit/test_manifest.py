@@ -349,6 +349,13 @@ def test_the_error_as_text() -> None:
         (model("params: {topk: 1}"), 5, "topk", "did you mean 'top_k'?"),
         (model("prompts:", "  a: {file: a.md, files: b.md}"), 6, "file", "did you mean 'files'?"),
         (
+            model("prompts:", "  a: {files: b.md, variables: {x: 1}}"),
+            6,
+            "variables",
+            "write `chat_template_kwargs: ...`",
+        ),
+        (model("variables: {x: 1}"), 5, "variables", "write `chat_template_kwargs: ...`"),
+        (
             model("prompts:", "  a: {files: b.md, params: {temp: 1}}"),
             6,
             "temp",

@@ -81,7 +81,8 @@ def default(steps: tuple[str, ...], schema: dict[str, Any], *, required: bool) -
         case None if "default" not in schema:
             return "default empty"
         case None:
-            return "default the model's" if "prompts" in steps else "default none"
+            of_prompt = "prompts" in steps and "params" in steps
+            return "default the model's" if of_prompt else "default none"
         case bool() as value:
             return f"default {json.dumps(value)}"
         case int() | float() as number:

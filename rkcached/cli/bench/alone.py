@@ -121,9 +121,11 @@ class Alone:
             "max_new_tokens": answer_tokens,
         }
         messages = [Message(role="system", content=text), Message(role="user", content=question)]
+        declared = self._look.desired.prompts[key].tools
+        tools = declared.plain() if declared is not None else []
         ask = Ask(
             load=artifact.path if artifact is not None and state is State.FILE else None,
-            prompt=self._model.template_for(key.prompt).render(messages),
+            prompt=self._model.template_for(key.prompt).render(messages, tools),
             sampling=Sampling(**values),
             cold=state is State.COLD,
         )

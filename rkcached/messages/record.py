@@ -6,7 +6,7 @@ from typing import Annotated, Any, ClassVar, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from rkcached.api.bounds import MAX_VALUES
+from rkcached.messages.bounds import MAX_VALUES
 
 MAX_KEYS = 64
 """No record has half as many. Each unknown key of an object would be an error of its own."""

@@ -1,0 +1,74 @@
+"""The first fault of a JSON value that a record refuses: its place, and what is wrong. Pure."""
+
+from __future__ import annotations
+
+from typing import Any, Final, NamedTuple
+
+from pydantic import ValidationError
+from pydantic_core import ErrorDetails
+
+_MAX_COMPARED: Final = 20  # errors of one value; a union has one for each of its alternatives
+
+# JSON's words for what pydantic calls by Python's.
+_WORDS: Final = {
+    "model_type": "should be an object",
+    "model_attributes_type": "should be an object",
+    "dict_type": "should be an object",
+    "list_type": "should be an array",
+}
+
+_MAX_QUOTED: Final = 300  # characters of the value in an error: enough to find the place
+
+
+class Fault(NamedTuple):
+    kind: str
+    """Pydantic's name for it, such as `missing`."""
+    place: str | None
+    """The way to it, joined by dots; None for the value as a whole."""
+    words: str
+    """As the end of a sentence about the place."""
+
+
+def first_fault(value: Any, error: ValidationError) -> Fault:
+    """The first fault. Of a union's alternatives, the one that came furthest."""
+    problems = error.errors(include_url=False, include_input=False, include_context=False)
+    places = []
+    for problem in problems[:_MAX_COMPARED]:
+        missing = problem["type"] == "missing"
+        places.append((_place(value, problem["loc"], missing=missing), problem))
+
+    first = places[0][0]
+    same = [pair for pair in places if f"{pair[0]}.".startswith(f"{first}.")]
+
+    def depth(pair: tuple[str, ErrorDetails]) -> tuple[int, bool]:
+        place, problem = pair
+        return place.count("."), not problem["type"].endswith("_type")
+
+    place, telling = max(same, key=depth)
+    kind = telling["type"]
+    words = _WORDS.get(kind, telling["msg"].removeprefix("Value error, "))
+    return Fault(kind=kind, place=place or None, words=_shortened(words))
+
+
+def _place(value: Any, steps: tuple[str | int, ...], *, missing: bool) -> str:
+    """The place in the value; empty for the value itself.
+
+    Between its steps pydantic names the alternatives of unions, which are left out.
+    """
+    here = value
+    path = []
+    for at, step in enumerate(steps):
+        inside = (isinstance(here, dict) and step in here) or (
+            isinstance(here, list) and isinstance(step, int)
+        )
+        if inside:
+            here = here[step]
+        if inside or (missing and at == len(steps) - 1):
+            path.append(_shortened(str(step)))
+    return ".".join(path)
+
+
+def _shortened(text: str) -> str:
+    if len(text) <= _MAX_QUOTED:
+        return text
+    return text[:_MAX_QUOTED] + "..."
