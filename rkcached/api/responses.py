@@ -207,6 +207,9 @@ class BuildProgress(Answer):
 
 class ArtifactFigures(Answer):
     tokens: int
+    reused_tokens: int = Field(
+        description="Of these, taken from a prompt cache that begins alike, when it was built."
+    )
     size_bytes: int
     built_at: float = Field(description="Unix seconds.")
     build_ms: float

@@ -326,6 +326,7 @@ def artifact_figures(artifact: StoredArtifact) -> dict[str, Any]:
     figures = sidecar.figures
     return {
         "tokens": sidecar.tokens,
+        "reused_tokens": figures.reused_tokens,
         "size_bytes": sidecar.size_bytes,
         "built_at": sidecar.built_at,
         "build_ms": round(sidecar.build_ms, 1),

@@ -136,6 +136,9 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     """Whether `Sampling.json_schema` works."""
     gives_logprobs: bool = False
     """Whether `Sampling.logprobs` works."""
+    saves_continued: bool = True
+    """Whether a state that was loaded and then continued is known to be saved right. Where nobody
+    says so, it is compared with one that was read as a whole."""
 
 
 class FinishReason(StrEnum):
@@ -225,13 +228,27 @@ class Engine(Protocol):
         """
 
     def prefill(
-        self, prompt: str, *, save_to: Path, on_progress: OnProgress | None = None
+        self,
+        prompt: str,
+        *,
+        save_to: Path,
+        on_progress: OnProgress | None = None,
+        keep_state: bool = False,
     ) -> RunStats:
         """Read `prompt` into a cleared KV state and write that state to `save_to`.
 
-        `save_to` is created or replaced. The file's state begins with exactly the prompt's tokens,
-        and stays in memory if the engine keeps its state. Errors: ContextExceeded; Uncacheable when
-        the library cannot save; Aborted, then no file is promised.
+        With `keep_state` the state is not cleared: the prompt's beginning that is in it is reused,
+        and only the rest is read. `save_to` is created or replaced. The file's state begins with
+        exactly the prompt's tokens, and stays in memory if the engine keeps its state. Errors:
+        ContextExceeded; Uncacheable when the library cannot save; Aborted, then no file is
+        promised.
+        """
+
+    def save(self, path: Path) -> int:
+        """Write the KV state to `path`; returns its number of tokens.
+
+        After a prefill that was aborted, that is what it has read. For engines whose info has
+        `aborts_prefill`. Errors: EngineError; then no file is promised.
         """
 
     def load(self, path: Path) -> int:

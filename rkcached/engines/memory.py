@@ -125,7 +125,12 @@ class MemoryEngine:
         return len(_encode(text))
 
     def prefill(
-        self, prompt: str, *, save_to: Path, on_progress: OnProgress | None = None
+        self,
+        prompt: str,
+        *,
+        save_to: Path,
+        on_progress: OnProgress | None = None,
+        keep_state: bool = False,
     ) -> RunStats:
         self._abort.clear()
         self._enter("prefill")
@@ -136,21 +141,32 @@ class MemoryEngine:
             )
 
         tokens = self._check_prompt(prompt)
-        self.clear()
+        if not keep_state:
+            self.clear()
+        cached = self._rewind(tokens)
         started = time.monotonic()
         if not self._read(tokens, on_progress):
             raise Aborted("the prefill was stopped on request")
 
         prefill_ms = _ms_since(started)
-        self._save(save_to)
+        self.save(save_to)
         return RunStats(
             finish=FinishReason.LENGTH,
             prompt_tokens=len(tokens),
-            cached_tokens=0,
+            cached_tokens=cached,
             prefill_ms=prefill_ms,
             decode_tokens=0,
             decode_ms=0.0,
         )
+
+    def save(self, path: Path) -> int:
+        self._enter("save")
+        header = MEMORY.pack(MEMORY_MAGIC, _STATE_VERSION, len(self._tokens))
+        try:
+            path.write_bytes(header + self._tokens + self._states.tobytes())
+        except OSError as error:
+            raise EngineError(f"cannot write the prompt cache {path}: {error.strerror}") from error
+        return len(self._tokens)
 
     def load(self, path: Path) -> int:
         self.clear()
@@ -196,11 +212,7 @@ class MemoryEngine:
             raise EngineError(f"max_new_tokens is {sampling.max_new_tokens}, which is below 0")
 
         tokens = self._check_prompt(prompt)
-        common = os.path.commonprefix((bytes(self._tokens), tokens))  # noqa: RUF071 - of bytes
-        cached = min(len(common), len(tokens) - 1)
-        if cached < len(self._tokens) and not self._model.rewinds:
-            cached = 0
-        self._truncate(cached)
+        cached = self._rewind(tokens)
 
         started = time.monotonic()
         complete = self._read(tokens)
@@ -251,6 +263,15 @@ class MemoryEngine:
             self._enter("close")
             self.clear()
             self._closed = True
+
+    def _rewind(self, tokens: bytes) -> int:
+        """Keep what the state has of the beginning of `tokens`; at least one is read anew."""
+        common = os.path.commonprefix((bytes(self._tokens), tokens))  # noqa: RUF071 - of bytes
+        cached = min(len(common), len(tokens) - 1)
+        if cached < len(self._tokens) and not self._model.rewinds:
+            cached = 0
+        self._truncate(cached)
+        return cached
 
     def _read(self, tokens: bytes, on_progress: OnProgress | None = None) -> bool:
         """Extend the state to all of `tokens`, which begin with it. False if it was stopped."""
@@ -319,14 +340,6 @@ class MemoryEngine:
     def _truncate(self, count: int) -> None:
         del self._tokens[count:]
         del self._states[count:]
-
-    def _save(self, path: Path) -> None:
-        self._enter("save")
-        header = MEMORY.pack(MEMORY_MAGIC, _STATE_VERSION, len(self._tokens))
-        try:
-            path.write_bytes(header + self._tokens + self._states.tobytes())
-        except OSError as error:
-            raise EngineError(f"cannot write the prompt cache {path}: {error.strerror}") from error
 
     def _check_prompt(self, prompt: str) -> bytes:
         return self._check_tokens(_encode(prompt))

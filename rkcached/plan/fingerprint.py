@@ -123,6 +123,16 @@ def reason_of(changed: Iterable[Change]) -> str:
     return ", ".join(dict.fromkeys(reasons))
 
 
+OF_TEXT = frozenset({"prefix.digest", "prefix.bytes", TOOLS_DIGEST})
+"""The components that a prompt's own text makes."""
+
+
+def differ_in_text_only(one: Mapping[str, str], other: Mapping[str, str]) -> bool:
+    """Whether all components but those of the text are the same."""
+    names = (one.keys() | other.keys()) - OF_TEXT
+    return all(one.get(name) == other.get(name) for name in names)
+
+
 @functools.lru_cache(maxsize=1024)  # most components are the same for all prompts of a model
 def _part(text: str) -> bytes:
     data = text.encode()

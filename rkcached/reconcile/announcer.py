@@ -6,7 +6,7 @@ import structlog
 
 from rkcached import errors
 from rkcached.plan.records import Assessment, Build, State, Verdict
-from rkcached.reconcile.builder import BuildRequest
+from rkcached.reconcile.build_request import BuildRequest
 from rkcached.reconcile.events import Events
 from rkcached.sources.records import Key
 from rkcached.store.sidecar import StoredArtifact
@@ -92,6 +92,7 @@ class Announcer:
             state=State.FRESH.value,
             reason=request.action.reason,
             tokens=sidecar.tokens,
+            reused_tokens=figures.reused_tokens,
             prefill_ms=round(figures.prefill_ms),
             build_ms=round(sidecar.build_ms),
             size_bytes=sidecar.size_bytes,

@@ -22,7 +22,8 @@ from rkcached.plan.records import Build
 from rkcached.reconcile.actions import publish_artifact
 from rkcached.reconcile.announcer import Announcer
 from rkcached.reconcile.build_queue import BuildQueue
-from rkcached.reconcile.builder import Builder, BuildRequest, size_if_same
+from rkcached.reconcile.build_request import BuildRequest
+from rkcached.reconcile.builder import Builder, size_if_same
 from rkcached.reconcile.failures import Failures, blames_model
 from rkcached.reconcile.observer import Observation
 from rkcached.reconcile.snapshot import BuildProgress, Published
@@ -140,6 +141,7 @@ class BuildRunner:
             foreign_bytes=snapshot.foreign_bytes,
             needed_bytes=needed_bytes,
             first_try=first_try,
+            artifacts=snapshot.artifacts,
         )
 
     def _start(self, request: BuildRequest) -> None:
@@ -232,6 +234,7 @@ class BuildRunner:
 
     async def stop_unwanted(self, observation: Observation) -> bool:
         """Stop the running build if a look found that it is not wanted. Returns whether it did."""
+        self._builder.forget_partial(observation.desired.fingerprint)
         running = self._published.now.building
         if running is None:
             return False
@@ -256,6 +259,7 @@ class BuildRunner:
         if self._later is not None:
             self._later.cancel()
         await self._stop_task()
+        self._builder.close()
 
     async def _stop_task(self) -> None:
         if self._published.now.building is not None and self._task is not None:

@@ -39,6 +39,8 @@ class Figures(msgspec.Struct, frozen=True, kw_only=True):
     """First token of the probe with the cache: loading the file, then the probe."""
     verified: str
     """How the artifact was proven: exact, hit or off."""
+    reused_tokens: int = 0
+    """The build took these from another prompt cache; the rest was read."""
 
     @property
     def gain(self) -> bool:
@@ -64,6 +66,9 @@ class Sidecar(msgspec.Struct, frozen=True, kw_only=True):
     """Unix seconds."""
     build_ms: float
     figures: Figures
+    answer_sha256: str = ""
+    """Of the answer that proved it, by which a build that goes on from it sees that it is as it
+    was. Empty: it was not proven so."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -6,6 +6,7 @@ success that an engine reports counts only with its effect.
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 import time
 from collections.abc import Callable
@@ -39,6 +40,9 @@ _MIN_FREE_BYTES = 64 << 20
 # A prompt cache of a small prompt fits into this. With less free, a missing file is the disk's
 # fault, and no proof that the model cannot save its state.
 
+KEEP_MS = 300.0
+"""The part that an aborted build has read is kept if reading it took longer than that."""
+
 BOUNDARY_TOKENS = 5
 """A hit may lack so many of the prefix's last tokens: the prefix may end inside a token of the
 longer text, and a state that cannot be taken back may go on from a checkpoint before its end."""
@@ -53,6 +57,8 @@ class Session:
         self.engine = engine
         # Fingerprint of the prompt cache that the KV state was loaded from and still begins with.
         self._resident = ""
+        # A state that was loaded, continued and saved was as good as one that was read as a whole.
+        self._continues = engine.info.saves_continued
 
     def build(
         self, operation: protocol.Build, emit: Emit, stopped: Callable[[], bool]
@@ -62,30 +68,165 @@ class Session:
         Errors: PromptTooShort, ContextExceeded, Uncacheable, VerifyFailed, Aborted; then the file
         is of no use.
         """
+        self._resident = ""
+        try:
+            built = self._read(operation, emit, stopped)
+            if operation.verify is VerifyMode.OFF:
+                return built
+            return self._prove_read(operation, built, emit, stopped)
+        except VerifyFailed:
+            self.engine.clear()  # no answer may begin with what was not proven
+            raise
+
+    def _read(
+        self, operation: protocol.Build, emit: Emit, stopped: Callable[[], bool]
+    ) -> protocol.Built:
+        """Prefill and save: from the base, or from the beginning.
+
+        Errors: as for `build`. When it is aborted, the partial state is kept.
+        """
         engine = self.engine
         path = Path(operation.path)
-        self._resident = ""
         tokens = engine.count_tokens(operation.prefix)
         self._check_length(operation, tokens)
 
+        base = operation.base
+        base_error = ""
+        if base is not None:
+            base_error = self._bring_base(base, operation, emit, stopped)
+            if base_error:
+                base = None
+
+        first_done: int | None = None
+        last_done = 0
+
         def on_progress(done: int, total: int) -> None:
+            nonlocal first_done, last_done
+            if first_done is None:
+                first_done = done
+            last_done = done
             emit(protocol.Progress(id=operation.id, done_tokens=done, total_tokens=total))
             if stopped():
                 engine.abort()  # again: the first may have come just before this prefill began
 
         started = time.perf_counter()
-        prefill = engine.prefill(operation.prefix, save_to=path, on_progress=on_progress)
+        try:
+            prefill = engine.prefill(
+                operation.prefix,
+                save_to=path,
+                on_progress=on_progress,
+                keep_state=base is not None,
+            )
+        except Aborted:
+            read_ms = _since(started)
+            if last_done > (first_done or 0) and read_ms > KEEP_MS:
+                self._keep(operation, emit, read_ms + _share(base, first_done or 0))
+            raise
+
+        reused = prefill.cached_tokens or 0
         prefill_ms = prefill.prefill_ms or _since(started)
 
         if not path.is_file() or path.stat().st_size == 0:
             raise _nothing_written(path)
         if tokens is None:
             self._check_length(operation, prefill.prompt_tokens)
+        return protocol.Built(
+            id=operation.id,
+            tokens=prefill.prompt_tokens,
+            prefill_ms=prefill_ms + _share(base, reused),
+            reused_tokens=reused,
+            base_error=base_error,
+        )
 
-        built = protocol.Built(id=operation.id, tokens=prefill.prompt_tokens, prefill_ms=prefill_ms)
-        if operation.verify is VerifyMode.OFF:
-            return built
-        return self._prove(operation, built, stopped)
+    def _bring_base(
+        self,
+        base: protocol.Base,
+        operation: protocol.Build,
+        emit: Emit,
+        stopped: Callable[[], bool],
+    ) -> str:
+        """Load a base; returns why it is of no use, and then the state is empty.
+
+        One that was proven must answer its probe as it did then. Errors: Aborted.
+        """
+        info = self.engine.info
+        comparable = operation.verify is VerifyMode.EXACT and info.greedy
+        if not info.measures_prefill:
+            return "this runtime does not count reused tokens"
+        if not info.rewinds and not base.is_beginning:
+            return "this model's state cannot be taken back to where the texts part"
+        if not self._continues and not comparable:
+            return "this runtime is not known to continue a prompt cache, and cannot be compared"
+
+        if comparable and base.answer:
+            if error := self._load_base(base, operation, emit):
+                return error
+            _, tokens, _ = self._probe(base.probe, stopped)
+            if _digest(tokens) != base.answer:
+                self.engine.clear()
+                return "its answer is another one than when it was proven"
+
+        return self._load_base(base, operation, emit)
+
+    def _load_base(self, base: protocol.Base, operation: protocol.Build, emit: Emit) -> str:
+        """Load the file of a base; returns why that failed, if it did."""
+        loaded = self._load(operation.id, base.cache, emit)
+        self._resident = ""
+        return loaded.error
+
+    def _keep(self, operation: protocol.Build, emit: Emit, prefill_ms: float) -> None:
+        """Save what an aborted prefill has read, if somebody wants it."""
+        if not operation.partial or not self.engine.info.aborts_prefill:
+            return
+        path = Path(operation.partial)
+        try:
+            tokens = self.engine.save(path)
+        except EngineError:
+            path.unlink(missing_ok=True)
+            return
+        emit(protocol.Kept(id=operation.id, tokens=tokens, prefill_ms=prefill_ms))
+
+    def _prove_read(
+        self,
+        operation: protocol.Build,
+        built: protocol.Built,
+        emit: Emit,
+        stopped: Callable[[], bool],
+    ) -> protocol.Built:
+        """Prove what was read and saved. When it is aborted, the file is kept as partial state.
+
+        Errors: VerifyFailed, Aborted.
+        """
+        started = time.perf_counter()
+        try:
+            proven = self._prove(operation, built, stopped)
+            if built.reused_tokens and not self._continues:
+                self._compare_with_whole(operation, proven, stopped)
+        except Aborted:
+            if operation.partial and built.prefill_ms > KEEP_MS:
+                Path(operation.path).replace(operation.partial)
+                emit(
+                    protocol.Kept(id=operation.id, tokens=built.tokens, prefill_ms=built.prefill_ms)
+                )
+            raise
+        return msgspec.structs.replace(proven, proof_ms=_since(started))
+
+    def _compare_with_whole(
+        self, operation: protocol.Build, proven: protocol.Built, stopped: Callable[[], bool]
+    ) -> None:
+        """Read the probe as a whole: the state that was continued must answer like that, too.
+
+        Once is enough. Errors: VerifyFailed, Aborted.
+        """
+        self.engine.clear()
+        _, tokens, _ = self._probe(operation.probe, stopped)
+        if _digest(tokens) != proven.answer:
+            raise VerifyFailed(
+                "the probe's answer on a continued prompt cache differs from the answer on one "
+                "that was read as a whole",
+                hint="prompt caches of this model are built as a whole",
+            )
+        self._continues = True
 
     def _check_length(self, operation: protocol.Build, tokens: int | None) -> None:
         """Errors: PromptTooShort, ContextExceeded."""
@@ -112,7 +253,11 @@ class Session:
         started = time.perf_counter()
         self.engine.load(Path(operation.path))
         load_ms = _since(started)
-        after, answer, after_ms = self._probe(operation.probe, stopped)
+        try:
+            after, answer, after_ms = self._probe(operation.probe, stopped)
+        except Aborted:
+            self.engine.clear()  # no answer may begin with what was not proven
+            raise
         warm_ms = load_ms + after_ms
 
         if after.cached_tokens is None:
@@ -140,7 +285,12 @@ class Session:
                 hint="the cache is wrong, so it is not used; `rkcached regenerate` builds it again",
             )
         return msgspec.structs.replace(
-            built, load_ms=load_ms, cold_ttft_ms=cold_ms, warm_ttft_ms=warm_ms, verified=proved
+            built,
+            load_ms=load_ms,
+            cold_ttft_ms=cold_ms,
+            warm_ttft_ms=warm_ms,
+            verified=proved,
+            answer=_digest(answer) if proved is VerifyMode.EXACT else "",
         )
 
     def generate(
@@ -279,6 +429,19 @@ class Session:
             raise Aborted("the build was stopped")
         time_ms = first_ms[0] if first_ms else _since(started)
         return stats, tokens, time_ms
+
+
+def _share(base: protocol.Base | None, tokens: int) -> float:
+    """How long reading these first tokens of a base took, in milliseconds."""
+    if base is None or not base.tokens:
+        return 0.0
+    return base.prefill_ms * min(tokens, base.tokens) / base.tokens
+
+
+def _digest(tokens: list[Token]) -> str:
+    """SHA-256 of a traced answer."""
+    answer = [(token.text, token.ids) for token in tokens]
+    return hashlib.sha256(msgspec.json.encode(answer)).hexdigest()
 
 
 def _json_answer(schema: str) -> JsonAnswer:

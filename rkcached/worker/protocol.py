@@ -38,6 +38,21 @@ class CacheFile(msgspec.Struct, frozen=True, kw_only=True):
     fingerprint: str
 
 
+class Base(msgspec.Struct, frozen=True, kw_only=True):
+    """A prompt cache that begins as the prefix of a build does: only the rest is read."""
+
+    cache: CacheFile
+    tokens: int
+    prefill_ms: float
+    """Reading its tokens took so long."""
+    is_beginning: bool = True
+    """Its whole text is a beginning of the prefix: nothing of it has to be taken back."""
+    probe: str = ""
+    """The whole request that it was proven with; empty if it was not proven."""
+    answer: str = ""
+    """The digest of the probe's answer at that time."""
+
+
 # Daemon to worker
 
 
@@ -52,7 +67,7 @@ class Start(msgspec.Struct, frozen=True, kw_only=True, tag="start"):
 class Build(msgspec.Struct, frozen=True, kw_only=True, tag="build"):
     """Prefill `prefix`, save it to `path`, prove it with `probe`.
 
-    Answer: Progress*, then Built or Failed.
+    Answer: Loading?, Progress*, then Built, or Kept? and Failed.
     """
 
     id: int = msgspec.field(default_factory=_new_id)
@@ -62,6 +77,10 @@ class Build(msgspec.Struct, frozen=True, kw_only=True, tag="build"):
     path: str
     verify: VerifyMode
     min_tokens: int
+    base: Base | None = None
+    """Goes on from this one, if it can."""
+    partial: str = ""
+    """Where the state goes if the build is aborted. Empty: nowhere."""
 
 
 class Generate(msgspec.Struct, frozen=True, kw_only=True, tag="generate"):
@@ -111,6 +130,15 @@ class Progress(msgspec.Struct, frozen=True, kw_only=True, tag="progress"):
     total_tokens: int
 
 
+class Kept(msgspec.Struct, frozen=True, kw_only=True, tag="kept"):
+    """A build is aborted; what it has read of its prefix is in its `partial` file."""
+
+    id: int
+    tokens: int
+    prefill_ms: float
+    """Reading these tokens took so long."""
+
+
 class Loading(msgspec.Struct, frozen=True, kw_only=True, tag="loading"):
     """The prompt cache is about to be loaded.
 
@@ -147,10 +175,19 @@ class Built(msgspec.Struct, frozen=True, kw_only=True, tag="built"):
     id: int
     tokens: int
     prefill_ms: float
+    """Reading the prefix into an empty state; what came from a base counts as it took then."""
     load_ms: float = 0.0
     cold_ttft_ms: float = 0.0
     warm_ttft_ms: float = 0.0
     verified: VerifyMode = VerifyMode.OFF
+    reused_tokens: int = 0
+    """Of `tokens`, those that came from the base."""
+    base_error: str = ""
+    """Why the base was not used, without any fault of the engine's."""
+    answer: str = ""
+    """The digest of the probe's answer, if it was compared; see `Base.answer`."""
+    proof_ms: float = 0.0
+    """The build took so long after its prefill."""
 
 
 class Checked(msgspec.Struct, frozen=True, kw_only=True, tag="checked"):
@@ -181,7 +218,7 @@ class Failed(msgspec.Struct, frozen=True, kw_only=True, tag="failed"):
 Operation = Build | Generate | Check | Embed
 ToWorker = Start | Build | Generate | Check | Embed | Abort
 FromWorker = (
-    Ready | Progress | Loading | Loaded | Piece | Done | Built | Checked | Embedded | Failed
+    Ready | Progress | Kept | Loading | Loaded | Piece | Done | Built | Checked | Embedded | Failed
 )
 Result = Done | Built | Checked | Embedded
 

@@ -426,6 +426,84 @@ def test_abort_stops_a_prefill_and_the_engine_goes_on(
     assert (expected.ids, expected.text) == (answer.ids, answer.text)
 
 
+MORE = "The lamp of the kitchen is broken. "
+
+
+def test_a_prefill_that_keeps_the_state_reads_only_the_rest(
+    case: Case, engine: Engine, other: Engine, home: Saved
+) -> None:
+    """Its file answers like the state in memory, after a restart, and nothing of it is read again.
+
+    An engine that does not count what it reuses may refuse.
+    """
+    path = case.directory / "longer.bin"
+    engine.load(home.path)
+    try:
+        stats = engine.prefill(HOME + MORE, save_to=path, keep_state=True)
+    except EngineError:
+        assert not engine.info.measures_prefill
+        return
+    whole = build(other, HOME + MORE, case.directory / "whole.bin").stats
+    assert stats.prompt_tokens == whole.prompt_tokens == other.load(path)
+    assert stats.cached_tokens is not None
+    assert home.stats.prompt_tokens - 2 <= stats.cached_tokens <= home.stats.prompt_tokens
+    in_memory = ask(engine, HOME + MORE + QUESTION)
+    loaded = ask(other, HOME + MORE + QUESTION)
+    assert in_memory.stats.cached_tokens == loaded.stats.cached_tokens
+    assert stats.prompt_tokens - 1 <= (loaded.stats.cached_tokens or 0) <= stats.prompt_tokens
+    assert (in_memory.ids, in_memory.logprobs) == (loaded.ids, loaded.logprobs)
+
+
+def test_a_prefill_that_keeps_the_state_may_go_back(
+    case: Case, engine: Engine, other: Engine, home: Saved
+) -> None:
+    """A text that parts from the state takes the common beginning; nothing stays of the rest."""
+    if not engine.info.measures_prefill:
+        return
+    text = HOME[: len(HOME) // 2] + "#### Something else altogether."
+    path = case.directory / "parted.bin"
+    engine.load(home.path)
+    stats = engine.prefill(text, save_to=path, keep_state=True)
+    assert 0 <= (stats.cached_tokens or 0) < home.stats.prompt_tokens
+    assert bool(stats.cached_tokens) is engine.info.rewinds
+    assert stats.prompt_tokens == other.load(path)
+    assert ask(engine, text + QUESTION).ids == ask(other, text + QUESTION).ids
+
+
+def test_what_an_aborted_prefill_has_read_can_be_saved(
+    case: Case, engine: Engine, other: Engine
+) -> None:
+    """And continued, by another process too: its answer is that of a prefill without a break."""
+    path = case.directory / "aborted-part.bin"
+    text = case.unit * (case.context_tokens - 100)
+    if not engine.info.aborts_prefill:
+        with pytest.raises(EngineError):
+            engine.save(path)
+        return
+
+    def abort(done: int, _total: int) -> None:
+        if done:
+            engine.abort()
+
+    with pytest.raises(Aborted):
+        engine.prefill(text, save_to=case.directory / "aborted.bin", on_progress=abort)
+    saved = engine.save(path)
+    assert 0 < saved < case.context_tokens - 100
+    assert other.load(path) == saved
+    done: list[int] = []
+    stats = other.prefill(
+        text,
+        save_to=case.directory / "continued.bin",
+        on_progress=lambda now, _total: done.append(now),
+        keep_state=True,
+    )
+    assert (stats.cached_tokens, done[0], done[-1]) == (saved, saved, stats.prompt_tokens)
+    continued = ask(other, text + QUESTION)
+    whole = build(engine, text, case.directory / "unbroken.bin")
+    assert whole.stats.prompt_tokens == stats.prompt_tokens
+    assert ask(engine, text + QUESTION).text == continued.text
+
+
 def test_abort_ends_a_run_that_still_reads_its_prompt(case: Case, engine: Engine) -> None:
     """A run, unlike a prefill, returns what it did: nothing decoded, no text."""
     engine.clear()

@@ -34,7 +34,7 @@ from rkcached.host.watch import Watcher
 from rkcached.plan.desired import DesiredModel
 from rkcached.plan.planner import plan
 from rkcached.plan.records import Blocked, State
-from rkcached.reconcile import actions, failures, loop, observer, wake
+from rkcached.reconcile import actions, bases, failures, loop, observer, wake
 from rkcached.reconcile.events import Event, Events
 from rkcached.reconcile.loop import Reconciler
 from rkcached.reconcile.observer import Observer
@@ -47,7 +47,7 @@ from rkcached.sources.records import Key
 from rkcached.sources.stored_texts import StoredTexts
 from rkcached.store.quarantine import MAX_QUARANTINED
 from rkcached.store.store import Store
-from rkcached.worker import pool
+from rkcached.worker import operations, pool
 from rkcached.worker.gate import Gates
 from rkcached.worker.model import Backoff
 from rkcached.worker.pool import Workers
@@ -128,15 +128,15 @@ class Storm(RuleBasedStateMachine):
         self.outside = contextlib.ExitStack()
         self.outside.callback(structlog.configure, **structlog.get_config())
         structlog.configure(processors=[lambda *_: (_ for _ in ()).throw(structlog.DropEvent)])
-        write_new, save = disk.write_new, MemoryEngine._save
+        write_new, save = disk.write_new, MemoryEngine.save
 
         def full_write_new(path: Path, data: bytes) -> None:
             if self.full:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             write_new(path, data)
 
-        def full_save(engine: MemoryEngine, path: Path) -> None:
-            save(engine, Path("/dev/full") if self.full else path)
+        def full_save(engine: MemoryEngine, path: Path) -> int:
+            return save(engine, Path("/dev/full") if self.full else path)
 
         self.outside.enter_context(
             replaced(
@@ -147,7 +147,9 @@ class Storm(RuleBasedStateMachine):
                 (actions, "time", self.clock),
                 (pool, "Worker", ThreadedWorker),
                 (disk, "write_new", full_write_new),
-                (MemoryEngine, "_save", full_save),
+                (MemoryEngine, "save", full_save),
+                (bases, "worth_loading", lambda *_: True),  # else these builds are too quick
+                (operations, "KEEP_MS", 0.0),
             )
         )
         self.runner = asyncio.Runner()

@@ -16,7 +16,7 @@
 #include <unistd.h>
 
 typedef struct {
-    char arch[256], platform[256], fault[256], fault_file[256], fault_count_file[256], npu_file[256];
+    char arch[256], platform[256], continued[256], fault[256], fault_file[256], fault_count_file[256], npu_file[256];
     int max_context, embd_size, prefill_tps, decode_tps, load_ms, eos_after, abort_ms;
     int saves, rewinds, callback_thread, null_text, waiting, stamps, abort_breaks, noisy, pins;
 } Model;
@@ -47,6 +47,7 @@ static const struct {
     NUMBER(eos_after, "0"),                             /* new tokens until a run finishes, 0 = never */
     NUMBER(abort_ms, "0"),                              /* how late an abort takes effect */
     WORD(abort_breaks, "no", "yes", "yes"),             /* yes: after an aborted save-run, run and load crash */
+    TEXT(continued, "saved"),                           /* what a save-run makes of a loaded cache, see check_continued() */
     WORD(noisy, "no", "yes", "yes"),                    /* "I rkllm:" lines */
     WORD(pins, "no", "yes", "no"),                      /* yes: threads stay on the enabled_cpus */
     TEXT(npu_file, ""),                                 /* one process at a time may have a model with this key */
@@ -99,6 +100,17 @@ static int set_key(Model *model, const char *name, const char *value)
     return fail("unknown model key: %s", name);
 }
 
+/* What a save-run makes of a loaded prompt cache, which nobody documents: it continues and saves it; it reads the whole
+ * prompt all the same; the state that it continues is wrong; it crashes. */
+static int check_continued(const char *continued)
+{
+    static const char *const KNOWN[] = {"saved", "ignored", "spoilt", "crash"};
+    for (size_t i = 0; i < sizeof KNOWN / sizeof *KNOWN; i++)
+        if (strcmp(continued, KNOWN[i]) == 0)
+            return 0;
+    return fail("unknown value of model key continued: %s", continued);
+}
+
 /* A fault that never fires because of a typing error would make a test pass for nothing. */
 static int check_fault(const char *fault)
 {
@@ -149,6 +161,8 @@ static int read_model(Model *model, const char *path)
     if (status == 0 && version_number(toolkit) > version_number(RUNTIME_VERSION))
         status = fail("model was converted with rkllm-toolkit %s, newer than this runtime %s", toolkit,
                       RUNTIME_VERSION);
+    if (status == 0)
+        status = check_continued(model->continued);
     return status ? status : check_fault(model->fault);
 }
 

@@ -403,6 +403,19 @@ static void prefill(Run *run, const int32_t *tokens, int n)
     run->prefilled = now_us();
 }
 
+/* A run that saves begins on a loaded cache: what becomes of that is the model file's to say. */
+static void continue_cache(Handle *h)
+{
+    const char *how = h->model.continued;
+    if (strcmp(how, "ignored") == 0)
+        h->n_kv = 0;
+    else if (strcmp(how, "spoilt") == 0)
+        for (int i = 0; i < h->n_kv; i++)
+            set_position(h, i, h->kv[i].token, mix(h->kv[i].state));
+    else if (strcmp(how, "crash") == 0)
+        raise(SIGSEGV);
+}
+
 /* The modes that return numbers: one callback with a row of `width` floats for each of the last n positions. */
 static void give_numbers(Run *run, int n, int width)
 {
@@ -521,6 +534,8 @@ static int perform(Run *run)
         return fail("prompt is too long: %zu tokens, context %d", before + n, h->param.max_context_len);
     }
     run->start = now_us();
+    if (save && h->cache_loaded)
+        continue_cache(h);
     prefill(run, tokens, (int)n);
     free(tokens);
     const char *path = save && cache->prompt_cache_path ? cache->prompt_cache_path : "./prompt_cache.bin";

@@ -21,8 +21,8 @@ from test_serving import content, right_answer
 
 from rkcached.errors import ArtifactLoadError, EngineError, NoRoom, VerifyFailed, WorkerDied
 from rkcached.plan.records import VerdictKind
-from rkcached.reconcile.builder import _blame_disk
 from rkcached.reconcile.failures import verdict_on
+from rkcached.reconcile.prefills import blame_disk
 from tests.waiting import BEFORE_RESCAN_S, wait_until
 
 PAGE = 4096
@@ -204,12 +204,12 @@ def test_an_engine_that_fails_on_a_full_disk_is_not_blamed(
     """
     staged = disk.root / "m.stage"
     staged.write_bytes(bytes(3 * PAGE))
-    _blame_disk(staged, error)
+    blame_disk(staged, error)
     disk.leave(1)
     with pytest.raises(
         NoRoom, match=f"more than the {4 * PAGE:,} bytes that were free on {disk.root}"
     ) as caught:
-        _blame_disk(staged, error)
+        blame_disk(staged, error)
     assert caught.value.needed_bytes == 4 * PAGE + 1
     verdict = verdict_on(caught.value, "f", attempts=10)
     assert (verdict.kind, verdict.needed_bytes) == (VerdictKind.FAILED, 4 * PAGE + 1)

@@ -54,9 +54,16 @@ class Forgetful(MemoryEngine):
     """
 
     def prefill(
-        self, prompt: str, *, save_to: Path, on_progress: OnProgress | None = None
+        self,
+        prompt: str,
+        *,
+        save_to: Path,
+        on_progress: OnProgress | None = None,
+        keep_state: bool = False,
     ) -> RunStats:
-        stats = super().prefill(prompt, save_to=save_to, on_progress=on_progress)
+        stats = super().prefill(
+            prompt, save_to=save_to, on_progress=on_progress, keep_state=keep_state
+        )
         save_to.unlink()
         return stats
 
@@ -65,9 +72,16 @@ class Empty(MemoryEngine):
     """Writes an empty file."""
 
     def prefill(
-        self, prompt: str, *, save_to: Path, on_progress: OnProgress | None = None
+        self,
+        prompt: str,
+        *,
+        save_to: Path,
+        on_progress: OnProgress | None = None,
+        keep_state: bool = False,
     ) -> RunStats:
-        stats = super().prefill(prompt, save_to=save_to, on_progress=on_progress)
+        stats = super().prefill(
+            prompt, save_to=save_to, on_progress=on_progress, keep_state=keep_state
+        )
         save_to.write_bytes(b"")
         return stats
 
@@ -76,9 +90,16 @@ class Wrong(MemoryEngine):
     """Saves the right tokens with a wrong state, which only the answer shows."""
 
     def prefill(
-        self, prompt: str, *, save_to: Path, on_progress: OnProgress | None = None
+        self,
+        prompt: str,
+        *,
+        save_to: Path,
+        on_progress: OnProgress | None = None,
+        keep_state: bool = False,
     ) -> RunStats:
-        stats = super().prefill(prompt, save_to=save_to, on_progress=on_progress)
+        stats = super().prefill(
+            prompt, save_to=save_to, on_progress=on_progress, keep_state=keep_state
+        )
         data = bytearray(save_to.read_bytes())
         data[-1] ^= 1
         save_to.write_bytes(data)

@@ -80,10 +80,28 @@ INFOS = st.builds(
     aborts_prefill=st.booleans(),
 )
 
+BASES = st.builds(
+    protocol.Base,
+    cache=CACHES,
+    tokens=COUNT,
+    prefill_ms=MS,
+    is_beginning=st.booleans(),
+    probe=TEXT,
+    answer=TEXT,
+)
+
 TO_WORKER: dict[type, st.SearchStrategy[ToWorker]] = {
     protocol.Start: st.builds(protocol.Start, implementation=TEXT, spec=SPECS),
     protocol.Build: st.builds(
-        protocol.Build, id=ID, prefix=TEXT, probe=TEXT, path=TEXT, verify=MODES, min_tokens=COUNT
+        protocol.Build,
+        id=ID,
+        prefix=TEXT,
+        probe=TEXT,
+        path=TEXT,
+        verify=MODES,
+        min_tokens=COUNT,
+        base=st.none() | BASES,
+        partial=TEXT,
     ),
     protocol.Generate: st.builds(
         protocol.Generate,
@@ -102,6 +120,7 @@ TO_WORKER: dict[type, st.SearchStrategy[ToWorker]] = {
 FROM_WORKER: dict[type, st.SearchStrategy[FromWorker]] = {
     protocol.Ready: st.builds(protocol.Ready, info=INFOS, load_ms=MS),
     protocol.Progress: st.builds(protocol.Progress, id=ID, done_tokens=COUNT, total_tokens=COUNT),
+    protocol.Kept: st.builds(protocol.Kept, id=ID, tokens=COUNT, prefill_ms=MS),
     protocol.Loading: st.builds(protocol.Loading, id=ID),
     protocol.Loaded: st.builds(
         protocol.Loaded, id=ID, tokens=COUNT, load_ms=MS, error=TEXT, replaced=st.booleans()
@@ -117,6 +136,10 @@ FROM_WORKER: dict[type, st.SearchStrategy[FromWorker]] = {
         cold_ttft_ms=MS,
         warm_ttft_ms=MS,
         verified=MODES,
+        reused_tokens=COUNT,
+        base_error=TEXT,
+        answer=TEXT,
+        proof_ms=MS,
     ),
     protocol.Checked: st.builds(protocol.Checked, id=ID, tokens=COUNT),
     protocol.Embedded: st.builds(

@@ -140,10 +140,16 @@ class LlamaCppEngine:
         return len(self._tokenize(text))
 
     def prefill(
-        self, prompt: str, *, save_to: Path, on_progress: OnProgress | None = None
+        self,
+        prompt: str,
+        *,
+        save_to: Path,
+        on_progress: OnProgress | None = None,
+        keep_state: bool = False,
     ) -> RunStats:
         self._abort.clear()
-        self.clear()
+        if not keep_state:
+            self.clear()
         # llama.cpp refuses a prompt that leaves no room for one token, also when none is asked for.
         run = self._run(
             Run(self._abort, on_progress=on_progress), prompt, {"n_predict": 0, "temperature": 0}
@@ -151,8 +157,14 @@ class LlamaCppEngine:
         if run.finish is FinishReason.ABORT:
             raise Aborted("the prefill was stopped on request")
 
+        saved = self.save(save_to)
+        if saved != run.prompt_tokens:
+            raise EngineError(f"llama.cpp saved {saved} tokens of a prompt of {run.prompt_tokens}")
+        return run.stats(count_decoded=False)
+
+    def save(self, path: Path) -> int:
         try:
-            saved = self._slot("save", save_to)["n_saved"]
+            return int(self._slot("save", path)["n_saved"])
         except _RefusedError as error:
             if error.status == http.HTTPStatus.NOT_IMPLEMENTED:
                 raise Uncacheable(
@@ -160,13 +172,9 @@ class LlamaCppEngine:
                 ) from error
 
             raise EngineError(
-                f"llama.cpp cannot write the prompt cache {save_to}: {error.message}",
+                f"llama.cpp cannot write the prompt cache {path}: {error.message}",
                 hint="check that the disk has room",
             ) from error
-
-        if saved != run.prompt_tokens:
-            raise EngineError(f"llama.cpp saved {saved} tokens of a prompt of {run.prompt_tokens}")
-        return run.stats(count_decoded=False)
 
     def load(self, path: Path) -> int:
         try:

@@ -123,6 +123,7 @@ class RkllmEngine:
             context_tokens=int(param.max_context_len),
             measures_prefill=abi.measures,
             aborts_prefill=False,  # load or run after an aborted save-run is reported to crash
+            saves_continued=False,  # nobody says what a save-run makes of a loaded prompt cache
             keeps_state=abi.keeps_state,
             run_sampling=SAMPLING_PARAMETERS if abi.samples_per_run else (),
             greedy=abi.samples_per_run or is_greedy(self._fixed),
@@ -142,7 +143,12 @@ class RkllmEngine:
         return len(self._tokenizer(text))
 
     def prefill(
-        self, prompt: str, *, save_to: Path, on_progress: OnProgress | None = None
+        self,
+        prompt: str,
+        *,
+        save_to: Path,
+        on_progress: OnProgress | None = None,
+        keep_state: bool = False,
     ) -> RunStats:
         """Run and save the state.
 
@@ -152,21 +158,31 @@ class RkllmEngine:
         if not save_to.parent.is_dir():
             raise EngineError(f"cannot write the prompt cache {save_to}: its directory is missing")
 
-        self.clear()
+        if not keep_state:
+            self.clear()
+        was_empty = self._empty
         run = Run(Sampling(max_new_tokens=1), limit=1, saves=True)
         self._run(run, prompt, save_to=save_to)
-        tokens = run.prompt_ids or run.prefill_tokens
-        if not self.abi.measures and not tokens:
-            tokens = rkllm_tokens(save_to) or 0
+
+        cached = 0
+        if was_empty:
+            tokens = run.prompt_ids or run.prefill_tokens
+            if not self.abi.measures and not tokens:
+                tokens = rkllm_tokens(save_to) or 0
+        else:
+            tokens, cached = self._count_continued(run, save_to)
 
         return RunStats(
             finish=run.finish(self._info.context_tokens),
             prompt_tokens=tokens,
-            cached_tokens=0,
+            cached_tokens=cached,
             prefill_ms=run.prefill_ms,
             decode_tokens=0,
             decode_ms=0.0,
         )
+
+    def save(self, path: Path) -> int:
+        raise EngineError(f"RKLLM writes {path} in a run only", hint="build the prompt cache anew")
 
     def load(self, path: Path) -> int:
         self.clear()
@@ -395,6 +411,19 @@ class RkllmEngine:
 
         prompt_tokens = max(prefilled, positions - run.new_tokens - self._kv_surplus)
         return prompt_tokens, prompt_tokens - prefilled
+
+    def _count_continued(self, run: Run, saved: Path) -> tuple[int, int]:
+        """The figures of a save-run on a state that was not empty, as `_count` has them.
+
+        They count only if the file says the same. Errors: EngineError.
+        """
+        tokens, cached = self._count(run, was_empty=False)
+        in_file = rkllm_tokens(saved)
+        if cached is None or tokens != in_file:
+            raise EngineError(
+                f"RKLLM read {tokens} tokens and saved {in_file} after a prompt cache was loaded"
+            )
+        return tokens, cached
 
     def _kv_positions(self) -> int | None:
         sizes = (ctypes.c_int * _MAX_BATCH)()
