@@ -80,7 +80,7 @@ def completion(shell: str) -> str:
 
 
 def commands() -> Iterator[str]:
-    for name, command in cli.commands.items():
+    for name, command in leaves(cli):
         context = click.Context(command, info_name=name)
         options = [parameter for parameter in command.params if isinstance(parameter, click.Option)]
         arguments = [
@@ -100,6 +100,15 @@ def commands() -> Iterator[str]:
             yield from prose(option.help or "")
         if options:
             yield ".El"
+
+
+def leaves(group: click.Group, above: str = "") -> Iterator[tuple[str, click.Command]]:
+    """Each command with its whole name; of a group, those in it."""
+    for name, command in group.commands.items():
+        if isinstance(command, click.Group):
+            yield from leaves(command, f"{above}{name} ")
+        else:
+            yield f"{above}{name}", command
 
 
 def keys() -> Iterator[str]:

@@ -11,7 +11,7 @@ from typing import Any
 import click
 
 from rkcached.cli.client import Client
-from rkcached.errors import RkcachedError, UsageError
+from rkcached.errors import RkcachedError, UsageError, printable
 from rkcached.host.settings import Settings
 
 
@@ -79,6 +79,10 @@ class Conversation:
                     text = choice["delta"].get("content", "")
                     pieces.append(text)
                     click.echo(text, nl=False)
+                    for call in choice["delta"].get("tool_calls", ()):
+                        if any(pieces):
+                            click.echo()
+                        click.secho(_shown(call["function"]), dim=True)
 
         click.echo()
         click.secho(_measured(report, usage), dim=True, err=True)
@@ -101,6 +105,11 @@ class Conversation:
                 self.ask(question)
             except RkcachedError as error:
                 click.secho(f"error: {error.message}", fg="red", err=True)
+
+
+def _shown(function: dict[str, str]) -> str:
+    """A call of a tool that the prompt declares, as a line. Nobody here can carry it out."""
+    return printable(f"[the model calls {function['name']} with {function['arguments']}]")
 
 
 def _measured(report: dict[str, Any], usage: dict[str, Any]) -> str:

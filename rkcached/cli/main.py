@@ -252,6 +252,48 @@ def inspect(file: Path, want_json: bool) -> int:
     return command.run(file, want_json=want_json)
 
 
+@cli.group()
+def prompts() -> None:
+    """Find prompts that are worth a cache."""
+
+
+@prompts.command("import")
+@click.argument("file", metavar="FILE.jsonl", type=PATH)
+@places("manifest")
+@click.option(
+    "--to",
+    "folder",
+    type=PATH,
+    default=Path("prompts"),
+    show_default=True,
+    metavar="FOLDER",
+    help="Where to write the files.",
+)
+@click.option(
+    "--at-least",
+    type=click.IntRange(min=1),
+    default=2,
+    show_default=True,
+    metavar="N",
+    help="Leave out what began fewer requests.",
+)
+@as_json
+def import_prompts(
+    *, settings: Settings, file: Path, folder: Path, at_least: int, want_json: bool
+) -> int:
+    """Make prompts of recorded requests: of each system message, with its tools, that came often.
+
+    FILE.jsonl has the body of a chat completion in each line, alone or as `body`, as in OpenAI's
+    batches. Requests that begin alike become one prompt: a file for its text, and one for its
+    tools. The command prints the lines for the manifest, and how many requests each prompt would
+    have served. It overwrites no file, and needs no daemon. The exit code is 65 for a file without
+    a request.
+    """
+    from rkcached.cli import prompts as command
+
+    return command.run(settings, file, folder, at_least=at_least, want_json=want_json)
+
+
 @cli.command()
 @places("manifest", "cache_dir")
 @as_json

@@ -81,6 +81,10 @@ class ToolSet:
         """The tools as chat templates expect them."""
         return [tool.plain() for tool in self.tools]
 
+    def for_people(self) -> str:
+        """The text of a file with them."""
+        return json.dumps(self.plain(), ensure_ascii=False, indent=2) + "\n"
+
     @property
     def names(self) -> tuple[str, ...]:
         return tuple(tool.function.name for tool in self.tools)

@@ -181,13 +181,23 @@ def test_the_commands_show_the_tools(workspace: Workspace) -> None:
     assert len(explained["wanted"]["tools.digest"]) == 64
 
 
+def test_chat_shows_the_calls(workspace: Workspace) -> None:
+    """Who asks at a terminal brings no tools, but the prompt has some."""
+    space = harbour(workspace, script={"hello": f"Wait.<tool_call>\n{CALL}\n</tool_call>"})
+    done = space.cli("chat", "m/clerk", "hello")
+    assert done.stdout == 'Wait.\n[the model calls weather with {"city": "Oslo"}]\n\n'
+
+
 def test_bench_measures_with_the_tools(workspace: Workspace) -> None:
     """The engine alone gets the text that the daemon sends."""
     space = harbour(workspace)
     done = space.cli("bench", "m/clerk", "--runs", "1", "--json")
     (measured,) = json.loads(done.stdout)["prompts"]
     tokens = space.prompt("clerk")["artifact"]["tokens"]
-    assert f'"cached_tokens": {tokens}' in json.dumps(measured), done.stdout
+    from_file = measured["states"]["file"]
+    for run in (*from_file["runs"], *from_file["direct"]):
+        assert run["cached_tokens"] == tokens
+    assert len(from_file["direct"]) == 1
 
 
 # --- on the small model ---

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
 from pathlib import Path
 
+import click
 import pytest
 from conftest import Workspace, need
 
@@ -44,6 +46,7 @@ ELSEWHERE = {
     "rkcached status --watch": ("tests/system/test_live.py", '"--watch"'),
     "rkcached bench": ("tests/system/test_guide.py", "test_every_command_about_measuring"),
     "rkcached compare": ("tests/system/test_guide.py", "test_every_command_about_measuring"),
+    "rkcached prompts import": ("tests/system/test_import.py", "commands(MANIFEST)"),
     "rkcached doctor": ("tests/system/test_readme.py", "test_every_command_of_the_tables"),
     "rkcached check": ("tests/system/test_readme.py", "test_every_command_of_the_tables"),
     "rkcached status": ("tests/system/test_readme.py", "test_every_command_of_the_tables"),
@@ -87,7 +90,11 @@ def test_every_command_of_the_tables(board: Workspace) -> None:
     artifact = board.cache / "qwen3-0.6b" / "system.memory_cache"
     for name in ("A.json", "B.json"):
         board.cli("bench", "--runs", "1", "--no-direct", "-o", str(board.root / name))
+    request = {"messages": [{"role": "system", "content": "Be brief."}]}
+    recorded = board.write("requests.jsonl", json.dumps(request))
     fill_in = {
+        "FILE.jsonl": str(recorded),
+        "FOLDER": str(board.root / "imported"),
         "MODEL/PROMPT": "qwen3-0.6b/system",
         "MODEL": "qwen3-0.6b",
         "--plot FILE": f"--plot {board.root / 'out.svg'}",
@@ -138,21 +145,22 @@ def test_every_command_of_the_blocks_is_run_somewhere(page: Path) -> None:
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_every_command_in_words_exists(page: Path) -> None:
     """With its options."""
-    named = [
+    in_words = [
         command
         for command in commands_in_words(page)
         if not command.startswith("rkcached fingerprint\\0")
     ]
-    for command in named + [
+    for command in in_words + [
         line.removeprefix("sudo ") for line in commands(page) if "rkcached " in line
     ]:
         program, *words = command.replace("[", " ").replace("]", " ").split()
         if program != "rkcached":
             continue
         assert words[0] in cli.commands, command
-        options = {
-            name for parameter in cli.commands[words[0]].params for name in parameter.opts
-        } | {"--help"}
+        named = cli.commands[words[0]]
+        if isinstance(named, click.Group):
+            named = named.commands[words[1]]
+        options = {name for parameter in named.params for name in parameter.opts} | {"--help"}
         assert {word for word in words if word.startswith("-")} <= options, command
 
 

@@ -1,0 +1,301 @@
+"""`rkcached prompts import`: the prompts that recorded requests begin with, as files.
+
+It reads bodies of chat completions, one a line, and groups those that begin alike: with the same
+system message and the same tools, for the same model. What came often enough is worth a prompt
+cache. No daemon is asked, and no file is overwritten.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final, NamedTuple
+
+import click
+import pydantic_core
+import yaml
+
+from rkcached.cli import output
+from rkcached.errors import SourceError, StoreError, counted, printable
+from rkcached.host.settings import Settings
+from rkcached.messages.tools import ToolSet, parse_tools
+from rkcached.sources.problems import NAME
+from rkcached.sources.text_files import MAX_PROMPT_BYTES
+
+_WORDS_IN_NAME: Final = 5
+_SHOWN_SKIPPED: Final = 5
+
+
+class Beginning(NamedTuple):
+    """The part that requests have in common, and that a prompt cache can hold."""
+
+    model: str
+    text: str
+    tools: ToolSet | None
+
+
+@dataclass(slots=True)
+class Recording:
+    """The requests of a file."""
+
+    beginnings: Counter[Beginning] = field(default_factory=Counter)
+    skipped: list[tuple[int, str]] = field(default_factory=list)
+    """The number of each line that is of no use, and the reason."""
+    requests: int = 0
+
+
+class Imported(NamedTuple):
+    """A prompt that was written."""
+
+    name: str
+    requests: int
+    beginning: Beginning
+    text_file: Path
+    tools_file: Path | None
+
+
+def run(settings: Settings, file: Path, folder: Path, *, at_least: int, want_json: bool) -> int:
+    """Write the prompts that begin at least so many of the file's requests into `folder`."""
+    recording = read_requests(file)
+    imported: list[Imported] = []
+    for beginning, requests in recording.beginnings.most_common():
+        if requests >= at_least:
+            imported.append(_write(beginning, requests, folder, imported))
+
+    base = Path(os.path.abspath(settings.manifest)).parent  # noqa: PTH100 - resolve() reads links
+    manifest = _manifest_part(imported, base)
+    if want_json:
+        output.print_json(_data(recording, imported, manifest))
+    else:
+        _print(recording, imported, manifest, at_least=at_least)
+
+    if recording.requests == 0:
+        return os.EX_DATAERR
+    return os.EX_OK
+
+
+# Reading
+
+
+def read_requests(file: Path) -> Recording:
+    """The requests of a file that has a JSON object in each line. Errors: SourceError."""
+    recording = Recording()
+    try:
+        with file.open("rb") as lines:
+            for number, line in enumerate(lines, 1):
+                if not line.strip():
+                    continue
+                try:
+                    beginning = _beginning(line)
+                except _Useless as useless:
+                    recording.skipped.append((number, str(useless)))
+                    recording.requests += useless.is_request
+                else:
+                    recording.beginnings[beginning] += 1
+                    recording.requests += 1
+    except OSError as error:
+        raise SourceError(
+            f"{file} cannot be read: {error.strerror}", hint="name a file with a request a line"
+        ) from error
+
+    return recording
+
+
+class _Useless(Exception):
+    """A line that begins with nothing that a prompt cache could hold; the message is the reason."""
+
+    def __init__(self, reason: str, *, is_request: bool = False) -> None:
+        super().__init__(reason)
+        self.is_request = is_request
+
+
+def _beginning(line: bytes) -> Beginning:
+    """Errors: _Useless."""
+    try:
+        record = pydantic_core.from_json(line.removeprefix(b"\xef\xbb\xbf"), allow_inf_nan=False)
+    except ValueError as error:
+        raise _Useless(f"it is not JSON: {error}") from None
+
+    body = record
+    if isinstance(record, dict) and isinstance(record.get("body"), dict):
+        body = record["body"]  # OpenAI's batch format
+    messages = body.get("messages") if isinstance(body, dict) else None
+    if not isinstance(messages, list) or not messages:
+        raise _Useless("it is no chat completion: it has no messages")
+
+    text = _system_text(messages[0]).rstrip("\r\n")
+    if not text.strip():
+        raise _Useless("it does not begin with a system message", is_request=True)
+    if "\0" in text or text[0] == "\ufeff" or len(text.encode()) > MAX_PROMPT_BYTES:
+        raise _Useless("its system message is no text that a prompt can be", is_request=True)
+
+    return Beginning(model=str(body.get("model", "")), text=text, tools=_tools(body))
+
+
+def _system_text(message: object) -> str:
+    """Empty for a message that is none of the system's, or has no text."""
+    if not isinstance(message, dict) or message.get("role") not in ("system", "developer"):
+        return ""
+    content = message.get("content")
+    if isinstance(content, str):
+        return content
+
+    parts = content if isinstance(content, list) else []
+    texts = [part.get("text") for part in parts if isinstance(part, dict)]
+    return "\n".join(text for text in texts if isinstance(text, str))
+
+
+def _tools(body: Mapping[str, Any]) -> ToolSet | None:
+    """The tools that the model is shown. Errors: _Useless."""
+    tools = body.get("tools")
+    if not tools or body.get("tool_choice") == "none":
+        return None
+    try:
+        return parse_tools(pydantic_core.to_json(tools).decode(), name="tools")
+    except SourceError as error:
+        raise _Useless(error.message, is_request=True) from error
+
+
+# Writing
+
+
+def _write(beginning: Beginning, requests: int, folder: Path, others: list[Imported]) -> Imported:
+    """Write the files of a prompt, under the first name that is free. Errors: StoreError."""
+    taken = {other.name for other in others}
+    tools = None if beginning.tools is None else beginning.tools.for_people()
+    for name in _names(beginning.text):
+        text_file = folder / f"{name}.md"
+        tools_file = None if tools is None else folder / f"{name}.tools.json"
+        if name in taken or not _is_free(text_file, beginning.text + "\n"):
+            continue
+        if tools_file is not None and not _is_free(tools_file, tools or ""):
+            continue
+
+        _create(text_file, beginning.text + "\n")
+        if tools_file is not None:
+            _create(tools_file, tools or "")
+        return Imported(name, requests, beginning, text_file, tools_file)
+
+    raise AssertionError("there is always another number")
+
+
+def _names(text: str) -> Iterator[str]:
+    """Names for a prompt, made of the first words of its text."""
+    words = re.findall(r"[a-z0-9]+", text.lower())[:_WORDS_IN_NAME]
+    name = "-".join(words)[:48] or "prompt"
+    yield name
+    number = 2
+    while True:
+        yield f"{name}-{number}"
+        number += 1
+
+
+def _is_free(file: Path, content: str) -> bool:
+    """Whether there is no such file, or one with just this content. Errors: StoreError."""
+    try:
+        return file.read_bytes() == content.encode()
+    except FileNotFoundError:
+        return True
+    except OSError as error:
+        raise _not_written(file, error) from error
+
+
+def _create(file: Path, content: str) -> None:
+    """Errors: StoreError."""
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with file.open("xb") as opened:
+            opened.write(content.encode())
+    except FileExistsError:
+        return  # with this content
+    except OSError as error:
+        raise _not_written(file, error) from error
+
+
+def _not_written(file: Path, error: OSError) -> StoreError:
+    return StoreError(
+        f"{file} cannot be written: {error.strerror}", hint="name another folder with --to"
+    )
+
+
+# Showing
+
+
+def _manifest_part(imported: list[Imported], base: Path) -> str:
+    """The lines for a manifest in the folder `base`."""
+    models: dict[str, dict[str, Any]] = {}
+    for prompt in imported:
+        entry: dict[str, Any] = {"files": _path(prompt.text_file, base)}
+        if prompt.tools_file is not None:
+            entry["tools"] = _path(prompt.tools_file, base)
+        model = models.setdefault(_model_name(prompt.beginning.model), {"prompts": {}})
+        model["prompts"][prompt.name] = entry
+
+    if not models:
+        return ""
+    return yaml.safe_dump({"models": models}, sort_keys=False, allow_unicode=True, width=100)
+
+
+def _model_name(named: str) -> str:
+    return named if NAME.fullmatch(named) else "MODEL"
+
+
+def _path(file: Path, base: Path) -> str:
+    """As a manifest in `base` names it."""
+    whole = Path(os.path.abspath(file))  # noqa: PTH100 - resolve() reads links
+    return str(whole.relative_to(base) if whole.is_relative_to(base) else whole)
+
+
+def _data(recording: Recording, imported: list[Imported], manifest: str) -> dict[str, Any]:
+    prompts = []
+    for prompt in imported:
+        tools = prompt.beginning.tools
+        prompts.append(
+            {
+                "model": prompt.beginning.model,
+                "name": prompt.name,
+                "requests": prompt.requests,
+                "characters": len(prompt.beginning.text),
+                "tools": list(tools.names) if tools is not None else [],
+                "text_file": str(prompt.text_file),
+                "tools_file": str(prompt.tools_file) if prompt.tools_file is not None else None,
+            }
+        )
+
+    return {
+        "requests": recording.requests,
+        "served": sum(prompt.requests for prompt in imported),
+        "prompts": prompts,
+        "skipped": [{"line": line, "reason": reason} for line, reason in recording.skipped],
+        "manifest": manifest,
+    }
+
+
+def _print(recording: Recording, imported: list[Imported], manifest: str, *, at_least: int) -> None:
+    """The lines for the manifest go to standard output, all else is a comment there."""
+    served = sum(prompt.requests for prompt in imported)
+    requests = counted(recording.requests, "request")
+    if imported:
+        click.echo(f"# {served} of {requests} would have been served from these prompts:")
+    else:
+        click.echo(f"# Of {requests}, no {at_least} begin alike, with a system message.")
+
+    for prompt in imported:
+        tools = prompt.beginning.tools
+        shown = "no tools" if tools is None else counted(len(tools.names), "tool")
+        line = f"{prompt.name}: {counted(prompt.requests, 'request')}, {shown}"
+        click.echo(printable(f"#   {line}"))
+
+    if imported:
+        click.echo("# Put this into the manifest, under the model that is to answer them:")
+        click.echo(manifest, nl=False)
+
+    for number, reason in recording.skipped[:_SHOWN_SKIPPED]:
+        click.echo(printable(f"line {number} is left out: {reason}"), err=True)
+    more = len(recording.skipped) - _SHOWN_SKIPPED
+    if more > 0:
+        click.echo(f"{counted(more, 'more line')} left out; --json names each", err=True)
