@@ -101,8 +101,8 @@ def tools_refused(error: errors.TemplateError) -> RequestError:
         f"{error.message} (the chat template takes these messages, but not with these tools)",
         code="template_error",
         param="tools",
-        hint="state the type and the description of each parameter of the tools, or leave tools "
-        "out",
+        hint="state the type and the description of each parameter of the tools, or leave them out "
+        '(tool_choice: "none" leaves out those that a prompt declares, too)',
     )
 
 

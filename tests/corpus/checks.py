@@ -152,6 +152,18 @@ def _check_prefix(chat: ChatTemplate, conversation: Conversation, report: Report
         where = "tools before" if before else "tools after"
     outcome = "true" if text.startswith(prefix) else "false"
     report.count(Check.PREFIX, f"with tools, {where}: {outcome}")
+    outcome = _outcome_if_declared(chat, conversation, text)
+    report.count(Check.PREFIX, f"with declared tools, {where}: {outcome}")
+
+
+def _outcome_if_declared(chat: ChatTemplate, conversation: Conversation, text: str) -> str:
+    """Whether the conversation begins with the prefix of its system message and its tools."""
+    system = conversation.messages[0]["content"]
+    try:
+        prefix = chat.prefix(system, conversation.tools)
+    except TemplateError:
+        return "no prefix"
+    return "true" if text.startswith(prefix) else "false"
 
 
 def _check_forgeries(sample: Sample, control: frozenset[str], report: Report) -> None:
