@@ -13,6 +13,7 @@ import functools
 import struct
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from contextlib import AbstractContextManager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -305,8 +306,10 @@ class Api:
         answers={200: None},
         media=(EVENT_STREAM,),
     )
-    async def _get_events(self, _: Request) -> Response:
-        return Streamed(_event_stream(self._events), media_type=EVENT_STREAM)
+    async def _get_events(self, request: Request) -> Response:
+        waits_for = request.query_params.getlist("waits_for")
+        hurrying = self._reconciler.hurrying(waits_for)
+        return Streamed(_event_stream(self._events, hurrying), media_type=EVENT_STREAM)
 
     @endpoint(
         "GET",
@@ -401,18 +404,22 @@ def _floats(vector: bytes) -> list[float]:
     return [value for (value,) in struct.iter_unpack("<f", vector)]
 
 
-async def _event_stream(events: Events) -> AsyncGenerator[bytes, None]:
+async def _event_stream(
+    events: Events, hurrying: AbstractContextManager[None]
+) -> AsyncGenerator[bytes, None]:
     """Server-sent events, with a comment at once and after each silence.
 
-    The first comment shows the client that the stream has begun.
+    The first comment shows the client that the stream has begun. What the client waits for is
+    hurried until it goes.
     """
-    yield b": listening\n\n"
-    async for event in events.stream(HEARTBEAT_S):
-        if event is None:
-            yield b": still here\n\n"
-        else:
-            data = {"time": round(event.time, 3), **event.fields}
-            yield f"event: {event.kind}\n".encode() + _sse(data)
+    with hurrying:
+        yield b": listening\n\n"
+        async for event in events.stream(HEARTBEAT_S):
+            if event is None:
+                yield b": still here\n\n"
+            else:
+                data = {"time": round(event.time, 3), **event.fields}
+                yield f"event: {event.kind}\n".encode() + _sse(data)
 
 
 def _sse(data: dict[str, Any]) -> bytes:

@@ -22,7 +22,7 @@ from rkcached.engines.kinds import VerifyMode
 from rkcached.host import disk
 from rkcached.host.digests import Reading
 from rkcached.plan.desired import DesiredModel
-from rkcached.plan.records import Assessment, Blocked, DesiredPrompt, State, urgency
+from rkcached.plan.records import Assessment, Blocked, Build, DesiredPrompt, State, urgency
 from rkcached.reconcile.events import Event, Events
 from rkcached.reconcile.snapshot import Published, Snapshot
 from rkcached.serving.report import NOT_MEASURED
@@ -206,6 +206,8 @@ def summary(snapshot: Snapshot) -> str:
         parts.append(f"1 building {snapshot.building.key}")
     parts += [f"{count} {state}" for state, count in counts.items()]
     parts.append(blocked)
+    if snapshot.held:
+        parts.append(f"builds wait {snapshot.held}")
 
     if snapshot.store_trouble is not None:
         parts.append(f"store not readable: {snapshot.store_trouble.message}")
@@ -258,6 +260,11 @@ def prompt_status(key: Key, snapshot: Snapshot, serving: Serving) -> dict[str, A
     """A prompt, its use and its cache."""
     assessment = snapshot.assessments[key]
     building = snapshot.building if snapshot.is_building(key) else None
+    reason = assessment.reason
+    if building:
+        reason = building.reason
+    elif snapshot.held and isinstance(assessment.action, Build):
+        reason = f"{reason}; waits {snapshot.held}"
     use = serving.uses.get(key)
     desired = snapshot.desired.prompts.get(key)
     tools = None
@@ -268,7 +275,7 @@ def prompt_status(key: Key, snapshot: Snapshot, serving: Serving) -> dict[str, A
         "model": key.model,
         "prompt": key.prompt,
         "state": _state(key, snapshot),
-        "reason": building.reason if building else assessment.reason,
+        "reason": reason,
         "hint": assessment.hint,
         "retry_at": _retry_at(assessment),
         "description": assessment.description,

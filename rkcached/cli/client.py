@@ -6,11 +6,11 @@ import contextlib
 import http.client
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any, NoReturn, Self
-from urllib.parse import quote
+from urllib.parse import quote, urlencode
 
 from rkcached.errors import (
     DaemonUnreachable,
@@ -129,13 +129,15 @@ class Client:
             next(lines, b"")
             yield
 
-    def events(self) -> Iterator[str]:
+    def events(self, waits_for: Sequence[str] = ()) -> Iterator[str]:
         """The kind of each event.
 
-        First "listening", and "still here" after each silence. Ends with the daemon.
+        The builds of what `waits_for` names (MODEL/PROMPT, MODEL, or * for all) are not held back
+        meanwhile. First "listening", and "still here" after each silence. Ends with the daemon.
         """
         kind = ""
-        with self._lines("GET", "/v1/events") as lines:
+        query = urlencode([("waits_for", name) for name in waits_for])
+        with self._lines("GET", f"/v1/events?{query}" if query else "/v1/events") as lines:
             for line in lines:
                 if line.startswith((b"event: ", b": ")):
                     kind = line.partition(b": ")[2].decode()
@@ -206,7 +208,7 @@ class Client:
         return UnixConnection(self._socket, connect_s=_CONNECT_S, silence_s=self._patience_s)
 
 
-def follow(socket: Path) -> Iterator[str | RkcachedError]:
+def follow(socket: Path, waits_for: Sequence[str] = ()) -> Iterator[str | RkcachedError]:
     """The kinds of events, as `Client.events` has them, of this daemon and of the next. Never ends.
 
     An error each time that no daemon answers; it then tries again.
@@ -214,7 +216,7 @@ def follow(socket: Path) -> Iterator[str | RkcachedError]:
     while True:
         try:
             with Client(socket, patience_s=_SILENCE_S) as client:
-                yield from client.events()
+                yield from client.events(waits_for)
             yield DaemonUnreachable("the daemon has ended", hint=_SEE_LOG)
         except RkcachedError as error:
             yield error

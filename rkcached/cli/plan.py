@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import time
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, assert_never
 
@@ -18,6 +20,7 @@ from rkcached.cli.status.show import skipped_files_line
 from rkcached.errors import printable
 from rkcached.host.settings import Settings
 from rkcached.plan.records import Action, Adopt, Assessment, Blocked, Build, Remove, Retire, State
+from rkcached.reconcile.build_times import Hold, hold
 
 SOMETHING_TO_DO = 2
 
@@ -33,7 +36,9 @@ _SIGNS = {
 def run(settings: Settings, *, want_json: bool, exit_code: bool) -> int:
     looks.need_place(settings)
     look = looks.look_as_service(settings)
-    actions = look.actions
+    # Nobody knows here when somebody asked last.
+    held = hold(look.manifest.cache.build, time.time(), None)
+    actions = [_with_wait(action, held) for action in look.actions]
 
     if want_json:
         output.print_json([action_data(action) for action in actions])
@@ -46,6 +51,13 @@ def run(settings: Settings, *, want_json: bool, exit_code: bool) -> int:
     if exit_code and any(not isinstance(action, Blocked) for action in actions):
         return SOMETHING_TO_DO
     return os.EX_OK
+
+
+def _with_wait(action: Action, held: Hold | None) -> Action:
+    """The same action; a build that is held back says so."""
+    if held is None or not isinstance(action, Build):
+        return action
+    return replace(action, reason=f"{action.reason}; waits {held.why}")
 
 
 def action_data(action: Action) -> dict[str, Any]:

@@ -117,7 +117,9 @@ def wait(
     """
     started = time.monotonic()
     inbox: _Inbox = queue.SimpleQueue()
-    threading.Thread(target=_listen, args=(socket, inbox), daemon=True).start()
+    waits_for_all = ("*",)
+    listening = (socket, inbox, names or waits_for_all)
+    threading.Thread(target=_listen, args=listening, daemon=True).start()
     looked = False
     waits_for = f"no daemon answers on {socket}"
     hint = START_IT
@@ -167,8 +169,8 @@ def wait(
     return Waited(waited_s=time.monotonic() - started, prompts=prompts, errors=(late,))
 
 
-def _listen(socket: Path, inbox: _Inbox) -> None:
-    for heard in follow(socket):
+def _listen(socket: Path, inbox: _Inbox, names: Sequence[str]) -> None:
+    for heard in follow(socket, names):
         if isinstance(heard, RkcachedError) or heard in _MATTERS:
             inbox.put(heard)
 

@@ -1,8 +1,10 @@
 """The queue of builds: it decides which is next, and which has to wait until when.
 
 A look fills the queue with what its plan asks for. In between, an edit puts builds at its head, and
-failures and new artifacts take builds out. `next` gives the first build that may begin: not one
-whose text or model is still being written (`patience`), and not twice the same while others wait.
+failures and new artifacts take builds out. After those at the head come the prompts that requests
+ask for most, then the others in the plan's order. `next` gives the first build that may begin: not
+one whose text or model is still being written (`patience`), none while builds are held back
+(`build_times`) unless somebody waits for it, and not twice the same while others wait.
 A build that waits for a retry is not in the queue: the planner blocks it until then, and
 `next_retry_at` says when to look again.
 
@@ -24,16 +26,27 @@ REQUESTED = "requested"
 """The reason of a build that somebody asked for and waits for."""
 
 
-class BuildQueue:
-    """The builds that wait, the first to be built first."""
+Rank = Callable[[Key], tuple[float, ...]]
+"""The place of a prompt by its use: the smaller, the more it is asked for."""
 
-    def __init__(self) -> None:
-        self._builds: dict[Key, Build] = {}
+
+def _unranked(_: Key) -> tuple[float, ...]:
+    return ()
+
+
+class BuildQueue:
+    """The builds that wait."""
+
+    def __init__(self, rank: Rank = _unranked) -> None:
+        self._rank = rank
+        # Those that go before the others, in their order.
+        self._head: dict[Key, Build] = {}
+        self._rest: dict[Key, Build] = {}
         self._patience = Patience()
         self._last_started: Key | None = None
 
     def __len__(self) -> int:
-        return len(self._builds)
+        return len(self._head) + len(self._rest)
 
     # Filling
 
@@ -45,34 +58,39 @@ class BuildQueue:
         `but` was being built when the look saw the store. It may have ended since: what the look
         saw of it is then out of date, and the next look comes at once.
         """
-        builds = {build.key: build for build in requested}
+        self._head = {build.key: build for build in requested}
+        self._rest = {}
         for action in actions:
-            if isinstance(action, Build):
-                builds.setdefault(action.key, action)
+            if isinstance(action, Build) and action.key not in self._head:
+                self._rest[action.key] = action
 
         if but is not None:
-            builds.pop(but, None)
-        self._builds = builds
+            self._take(but)
 
     def put_first(self, builds: Iterable[Build]) -> None:
         """Put these at the head, in place of older builds of the same prompts."""
         first = {build.key: build for build in builds}
-        rest = {key: build for key, build in self._builds.items() if key not in first}
-        self._builds = first | rest
+        for key in first:
+            self._take(key)
+        self._head = first | self._head
 
     def step_aside(self, build: Build) -> None:
         """A build was interrupted by a request. It goes on before others."""
-        self._builds = {build.key: build, **self._builds}
+        newer = self._take(build.key)
+        self._head = {build.key: newer or build, **self._head}
         self._last_started = None
 
     # Emptying
 
     def clear(self) -> None:
-        self._builds.clear()
+        self._head.clear()
+        self._rest.clear()
 
     def drop_model(self, name: str) -> None:
         """No prompt of this model can be built now."""
-        self._builds = {key: build for key, build in self._builds.items() if key.model != name}
+        for key in self._in_order():
+            if key.model == name:
+                self._take(key)
 
     def drop_twins(self, fingerprint: str) -> bool:
         """An artifact of this fingerprint was published: other prompts adopt it, and need no build.
@@ -81,11 +99,11 @@ class BuildQueue:
         """
         twins = [
             key
-            for key, build in self._builds.items()
+            for key, build in (self._head | self._rest).items()
             if build.fingerprint.digest == fingerprint and build.reason != REQUESTED
         ]
         for key in twins:
-            del self._builds[key]
+            self._take(key)
         return bool(twins)
 
     # Taking
@@ -96,26 +114,43 @@ class BuildQueue:
         asked: Container[Key],
         files_of: Callable[[Key], Iterable[str]],
         writing: Mapping[str, Writing],
+        *,
+        held_until: float = 0.0,
+        hurried: Container[Key] = (),
     ) -> tuple[Build | None, float]:
         """Take the first build that may begin now; if none may, say when one may (else: infinity).
 
-        Times are the loop's. Somebody waits for the prompts in `asked`: they need no patience, and
-        may be built twice in a row. `files_of` names the files that a prompt is made of.
+        Times are the loop's. `files_of` names the files that a prompt is made of. Builds are held
+        back until `held_until`, but for those of the prompts in `asked` and `hurried`, for which
+        somebody waits. Those in `asked` need no patience, and may be built twice in a row.
         """
         again: Key | None = None
         due_at = math.inf
-        for key in self._builds:
-            due = 0.0 if key in asked else self._patience.due(key, files_of(key), writing)
+        for key in self._in_order():
+            if key in asked:
+                due = 0.0
+            elif held_until > now and key not in hurried:
+                due = held_until
+            else:
+                due = self._patience.due(key, files_of(key), writing)
+
             if due > now:
                 due_at = min(due_at, due)
             elif key != self._last_started or key in asked:
-                return self._builds.pop(key), now
+                return self._take(key), now
             else:
                 again = key  # the last one lets another go first
 
         if again is not None:
-            return self._builds.pop(again), now
+            return self._take(again), now
         return None, due_at
+
+    def _in_order(self) -> list[Key]:
+        return [*self._head, *sorted(self._rest, key=self._rank)]
+
+    def _take(self, key: Key) -> Build | None:
+        """Take a build out, if it is there."""
+        return self._head.pop(key, None) or self._rest.pop(key, None)
 
     def started(self, key: Key) -> None:
         self._last_started = key

@@ -23,6 +23,7 @@ from rkcached.reconcile.actions import publish_artifact
 from rkcached.reconcile.announcer import Announcer
 from rkcached.reconcile.build_queue import BuildQueue
 from rkcached.reconcile.build_request import BuildRequest
+from rkcached.reconcile.build_times import Hold, hold
 from rkcached.reconcile.builder import Builder, size_if_same
 from rkcached.reconcile.failures import Failures, blames_model
 from rkcached.reconcile.observer import Observation
@@ -32,6 +33,7 @@ from rkcached.reconcile.wake import Wake
 from rkcached.sources.records import Declaration, Key
 from rkcached.store.sidecar import StoredArtifact
 from rkcached.store.store import Store
+from rkcached.worker.gate import Gates
 
 log = structlog.get_logger()
 
@@ -51,6 +53,7 @@ class BuildRunner:
         published: Published,
         watcher: Follower,
         wake: Wake,
+        gates: Gates,
         on_end: Callable[[], None],
     ) -> None:
         """`on_end` is called when a build has ended, before anything follows from that."""
@@ -67,10 +70,12 @@ class BuildRunner:
         self._published = published
         self._watcher = watcher
         self._wake = wake
+        self._gates = gates
         self._on_end = on_end
         self._task: asyncio.Task[None] | None = None
         # Starts a build that must wait until then.
         self._later: asyncio.TimerHandle | None = None
+        gates.when_quiet(self.start_next)
 
     # Starting
 
@@ -89,9 +94,17 @@ class BuildRunner:
 
     def _next(self) -> Build | None:
         loop = asyncio.get_running_loop()
+        config = self._published.now.manifest.cache.build
+        held = hold(config, time.time(), self._gates.quiet_s())
         build, due_at = self._queue.next(
-            loop.time(), self._waiters.asked(), self._files_of, self._watcher.writing
+            loop.time(),
+            self._waiters.asked(),
+            self._files_of,
+            self._watcher.writing,
+            held_until=loop.time() + held.for_s if held is not None else 0.0,
+            hurried=self._waiters.hurried,
         )
+        self._tell_held(held if len(self._queue) else None)
         if build is not None:
             return build
 
@@ -100,6 +113,13 @@ class BuildRunner:
         if due_at < math.inf:
             self._later = loop.call_at(due_at, self.start_next)
         return None
+
+    def _tell_held(self, held: Hold | None) -> None:
+        why = held.why if held is not None else ""
+        if why != self._published.now.held:
+            self._published.change(held=why)
+            if why:
+                log.info("builds wait", why=why, builds=len(self._queue))
 
     def _files_of(self, key: Key) -> Iterator[str]:
         """The files that a prompt and its model were made of when they were last looked at."""

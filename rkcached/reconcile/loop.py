@@ -17,7 +17,7 @@ import asyncio
 import contextlib
 import math
 import time
-from collections.abc import Callable, Coroutine, Iterable
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
 
 import structlog
 
@@ -32,6 +32,7 @@ from rkcached.reconcile.build_queue import REQUESTED, BuildQueue, next_retry_at
 from rkcached.reconcile.build_runner import BuildRunner
 from rkcached.reconcile.builder import Builder
 from rkcached.reconcile.collection import Collection
+from rkcached.reconcile.demand import Demand
 from rkcached.reconcile.events import Events
 from rkcached.reconcile.failures import QUARANTINE_AFTER, Failures, quarantined
 from rkcached.reconcile.observer import Observation, Observer
@@ -85,6 +86,8 @@ class Reconciler:
         """
         self.ready = asyncio.Event()
         """Set once the first look is over and a plan exists."""
+        self.demand = Demand()
+        """Serving says here what requests ask for."""
         self._published = published
         self._wake = wake
         self._store = store
@@ -102,7 +105,7 @@ class Reconciler:
         self._surplus = SurplusWorkers(workers, gates, published)
         self._failures = Failures()
         self._waiters = Waiters()
-        self._queue = BuildQueue()
+        self._queue = BuildQueue(self.demand.rank)
         self._actor = Actor(
             store=store,
             published=published,
@@ -120,6 +123,7 @@ class Reconciler:
             published=published,
             watcher=watcher,
             wake=wake,
+            gates=gates,
             on_end=self._changed_beside_a_look,
         )
 
@@ -173,6 +177,13 @@ class Reconciler:
         future = self._waiters.ask(key, anew=False)
         self.look_again(now=True)
         return await asyncio.shield(future)
+
+    @contextlib.contextmanager
+    def hurrying(self, names: Sequence[str]) -> Iterator[None]:
+        """Somebody waits for these prompts (`Hurried.waiting`): their builds are not held back."""
+        with self._waiters.hurried.waiting(names):
+            self._builds.start_next()
+            yield
 
     async def forget(self, key: Key) -> None:
         """A text was deleted on purpose: its prompt caches go, too, and none is kept as retired.

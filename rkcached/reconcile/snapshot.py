@@ -70,6 +70,8 @@ class Snapshot:
     reading: Reading | None = None
     """Until then: the file that is being read."""
     building: BuildProgress | None = None
+    held: str = ""
+    """The words after "waits" for builds that may not begin now; empty if none is held back."""
     looks: int = 0
     """Finished since the start."""
     last_look_ms: float = 0.0

@@ -7,13 +7,18 @@ that was just written.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable, Mapping
+import contextlib
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from rkcached.errors import RkcachedError, SourceError
 from rkcached.plan.records import Adopt, Assessment, Build, State
 from rkcached.sources.records import Key
 from rkcached.store.sidecar import StoredArtifact
+
+ALL = "*"
+"""Stands for every prompt; no model has that name."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -25,8 +30,31 @@ class _Waiting:
     seen: bool = False
 
 
+class Hurried:
+    """Prompts that somebody waits to become fresh, in whatever way: by name, by model, or all."""
+
+    def __init__(self) -> None:
+        self._names: Counter[str] = Counter()
+
+    def __contains__(self, key: object) -> bool:
+        if not isinstance(key, Key):
+            return False
+        return any(self._names[name] for name in (ALL, key.model, str(key)))
+
+    @contextlib.contextmanager
+    def waiting(self, names: Sequence[str]) -> Iterator[None]:
+        """Somebody waits for these while the context lasts: MODEL/PROMPT, MODEL, or ALL."""
+        self._names.update(names)
+        try:
+            yield
+        finally:
+            self._names -= Counter(names)
+
+
 class Waiters:
     def __init__(self) -> None:
+        self.hurried = Hurried()
+        """Their builds are not held back."""
         self._waiting: dict[Key, _Waiting] = {}
 
     def ask(self, key: Key, *, anew: bool) -> asyncio.Future[StoredArtifact]:

@@ -172,6 +172,8 @@ class Serving:
         if self._closing:
             raise stopping()
         self._refuse_beyond_the_queue(job.model)
+        if job.named is not None:
+            self._reconciler.demand.asks_for(job.named)
 
         ongoing = _Ongoing(job=job)
         work = asyncio.create_task(self._work(ongoing))
@@ -375,7 +377,7 @@ class Serving:
 
         self.answers[state] += 1
         if loaded is not None:
-            self._count_use(*loaded, state, stats)
+            self._count_use(job, *loaded, state, stats)
 
         report = CacheReport(
             cache=None if loaded is None else loaded[0].prompt,
@@ -400,7 +402,11 @@ class Serving:
         )
         return End(finish=stats.finish, usage=usage_of(stats), report=report)
 
-    def _count_use(self, key: Key, artifact: StoredArtifact, state: str, stats: RunStats) -> None:
+    def _count_use(
+        self, job: Job, key: Key, artifact: StoredArtifact, state: str, stats: RunStats
+    ) -> None:
+        if key != job.named:
+            self._reconciler.demand.asks_for(key)
         use = self.uses.setdefault(key, PromptUse())
         use.last_used = time.time()
         if state in ("hit", "loaded"):

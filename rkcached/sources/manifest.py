@@ -38,6 +38,7 @@ from rkcached.sources.values import (
     Template,
     TemplateDate,
     TemplateVariables,
+    Window,
 )
 from rkcached.sources.yaml_reader import Steps, nearest_line, show
 
@@ -103,6 +104,21 @@ class EngineConfig(_Section):
     )
 
 
+class BuildConfig(_Section):
+    """When builds may begin. One that somebody waits for begins at once."""
+
+    idle_s: float = values.number(
+        default=0.0,
+        ge=0,
+        le=86_400,
+        description="Begin no build before nobody has asked for so long.",
+    )
+    window: Window = Field(
+        default=None,
+        description="Begin builds at this local time only: 02:00-05:00. None: at any time.",
+    )
+
+
 class CacheConfig(_Section):
     """The store of prompt caches."""
 
@@ -128,6 +144,7 @@ class CacheConfig(_Section):
         description="How long to keep prompt caches that are no longer declared: "
         "they may come back. 0: not at all.",
     )
+    build: BuildConfig = Field(default_factory=BuildConfig, description="When builds may begin.")
 
 
 class ServingConfig(_Section):

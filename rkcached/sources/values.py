@@ -158,6 +158,24 @@ def _abi(value: str | None) -> str | None:
     )
 
 
+def _window(value: object) -> object:
+    """Check the part of a day: its beginning and its end, which may be on the next day."""
+    if value is None:
+        return None
+    if not isinstance(value, str) or not re.fullmatch(_WINDOW, value):
+        raise wrong(
+            f"window: expected a time of day, got {show(value)}", 'write "02:00-05:00", in quotes'
+        )
+
+    begin, _, end = value.partition("-")
+    if begin == end:
+        raise wrong(
+            f"window: {value} begins and ends at the same time",
+            "leave it out if builds may begin at any time",
+        )
+    return value
+
+
 def _size(value: object) -> object:
     if isinstance(value, str) and re.fullmatch(r"\s*\d{1,18}(\.\d{1,9})?\s*[A-Za-z]*\s*", value):
         return value
@@ -168,6 +186,11 @@ def _size(value: object) -> object:
     )
 
 
+_CLOCK = r"(?:[01]\d|2[0-3]):[0-5]\d"
+_WINDOW = f"{_CLOCK}-{_CLOCK}"
+_WINDOW_SCHEMA: dict[str, Any] = {
+    "anyOf": [{"type": "string", "pattern": f"^{_WINDOW}$"}, {"type": "null"}]
+}
 _SIZE_SCHEMA = {
     "anyOf": [{"type": "integer", "minimum": 1 << 20, "maximum": 1 << 60}, {"type": "string"}]
 }
@@ -194,6 +217,7 @@ TemplateDate = Annotated[
 TemplateVariables = Annotated[
     dict[str, Any], BeforeValidator(_variables), WithJsonSchema({"type": "object"})
 ]
+Window = Annotated[str | None, BeforeValidator(_window), WithJsonSchema(_WINDOW_SCHEMA)]
 Abi = Annotated[str | None, AfterValidator(_abi), WithJsonSchema(_ABI_SCHEMA)]
 Paths = Annotated[
     tuple[FilePath, ...], BeforeValidator(_listed), WithJsonSchema(_PATHS_SCHEMA | {"minItems": 1})

@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 from collections import deque
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from enum import IntEnum
 from typing import NamedTuple
 
@@ -130,6 +131,21 @@ class Gates:
     def __init__(self) -> None:
         self._shared = Gate()
         self._own: dict[str, Gate] = {}
+        # Live callers that hold a gate or wait for one.
+        self._live = 0
+        # The loop's time when the last of them went.
+        self._quiet_since = -math.inf
+        self._when_quiet: list[Callable[[], None]] = []
+
+    def quiet_s(self) -> float | None:
+        """For how many seconds no live caller has held a gate or waited; None while one does."""
+        if self._live:
+            return None
+        return asyncio.get_running_loop().time() - self._quiet_since
+
+    def when_quiet(self, listener: Callable[[], None]) -> None:
+        """Call it each time that the last live caller goes. It must neither raise nor wait."""
+        self._when_quiet.append(listener)
 
     def free(self, model: str, *, concurrent: bool) -> bool:
         """Whether a caller that comes now need not wait."""
@@ -149,9 +165,23 @@ class Gates:
         """As `Gate.hold`, for one model."""
         own = self._own.setdefault(model, Gate())
         async with contextlib.AsyncExitStack() as held:
+            if priority is Priority.LIVE:
+                held.enter_context(self._counted())
             if not concurrent:
                 await held.enter_async_context(
                     self._shared.hold(priority, step_aside=step_aside, since=since)
                 )
             await held.enter_async_context(own.hold(priority, step_aside=step_aside, since=since))
             yield
+
+    @contextlib.contextmanager
+    def _counted(self) -> Iterator[None]:
+        self._live += 1
+        try:
+            yield
+        finally:
+            self._live -= 1
+            if not self._live:
+                self._quiet_since = asyncio.get_running_loop().time()
+                for listener in self._when_quiet:
+                    listener()

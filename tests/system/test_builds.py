@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import signal
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -182,3 +185,99 @@ def test_rkllm_goes_on_from_a_prompt_cache_where_that_is_shown_to_work(
     assert log.count("prompt caches built as a whole") == (not reused)
     assert says in log
     assert log.count("build begins anew") <= 2
+
+
+# --- when they begin, and in which order ---
+
+
+def local_time(text: str) -> str:
+    """The TZ in which it is this time of day now, HH:MM:SS."""
+    hours, minutes, seconds = map(int, text.split(":"))
+    west_s = int(time.time() - (hours * 3600 + minutes * 60 + seconds)) % 86_400
+    return f"RKC+{west_s // 3600:02}:{west_s // 60 % 60:02}:{west_s % 60:02}"
+
+
+NIGHT = 'cache: {build: {window: "02:00-05:00"}}'
+
+
+def test_builds_wait_for_their_window(
+    workspace: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Requests are answered meanwhile, and when it opens the builds begin: by a timer."""
+    monkeypatch.setenv("TZ", local_time("01:59:40"))
+    on_the_memory_model(workspace, us=0, top=NIGHT, a="You are A.", b="You are B.")
+    workspace.start()
+    assert workspace.prompt("a")["reason"] == "missing; waits for 02:00"
+    assert workspace.prompt("a")["state"] == "missing"
+    assert "builds wait for 02:00" in workspace.status()["summary"]
+    assert workspace.ask("m/a")["rkcached"]["state"] == "missing"
+    assert workspace.built() == []
+    workspace.wait_settled()
+    assert sorted(workspace.built()) == ["a", "b"]
+    assert workspace.status()["reconcile"]["looks"] < 5
+    assert workspace.prompt("a")["reason"] == ""
+    assert "builds wait" not in workspace.status()["summary"]
+
+
+def test_who_waits_for_a_build_gets_it_at_once(
+    workspace: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By `regenerate`, by storing a text, or by `wait`; the others still wait for the window."""
+    monkeypatch.setenv("TZ", local_time("12:00:00"))
+    texts = {name: f"You are {name}." for name in "abcd"}
+    on_the_memory_model(workspace, us=0, top=NIGHT, **texts)
+    workspace.start("--admin-socket", str(workspace.root / "admin.sock"))
+    workspace.cli("wait", "m/b", "--timeout", "60")
+    assert workspace.built() == ["b"]
+    workspace.cli("regenerate", "m/c")
+    stored = {"cache_name": "stored", "content": "You are stored."}
+    answer = workspace.request("POST", "/v1/cache/m", admin=True, json=stored)
+    assert answer.status_code == 200, answer.text
+    assert workspace.built() == ["b", "c", "stored"]
+    assert workspace.prompt("a")["reason"] == "missing; waits for 02:00"
+    plan = json.loads(workspace.cli("plan", "--json").stdout)
+    assert {action["reason"] for action in plan} == {"missing; waits for 02:00"}
+    workspace.write("b.md", "You are another b.")
+    found = wait_until(
+        lambda: (now := workspace.prompt("b"))["state"] == "stale" and now, "it is stale"
+    )
+    assert found["reason"] == "its text changed; waits for 02:00"
+    workspace.cli("wait", "--timeout", "60")
+    assert sorted(workspace.built()) == ["a", "b", "b", "c", "d", "stored"]
+
+
+def test_builds_wait_until_nobody_asks(workspace: Workspace) -> None:
+    """For so many seconds after the end of the last request, which is an event: nothing polls."""
+    on_the_memory_model(workspace, us=0, top="cache: {build: {idle_s: 3}}", a="You are A.")
+    workspace.memory_model(decode_us_per_token=50_000)
+    workspace.start()
+    workspace.wait_state("a", "fresh")  # nobody has ever asked
+    asking = threading.Thread(target=workspace.ask, args=("m", "hello"), kwargs={"max_tokens": 200})
+    asking.start()
+    wait_until(lambda: workspace.status()["running"], "a request runs")
+    workspace.write("a.md", "You are another A.")
+    reason = "its text changed; waits until nobody has asked for 3 s"
+    wait_until(lambda: workspace.prompt("a")["reason"] == reason, "it waits")
+    plan = json.loads(workspace.cli("plan", "--json").stdout)
+    assert [action["reason"] for action in plan] == [reason]
+    asking.join()
+    ended = time.monotonic()
+    assert workspace.built() == ["a"]
+    workspace.wait_state("a", "fresh")
+    assert time.monotonic() - ended > 2.5
+    assert workspace.status()["reconcile"]["looks"] < 8
+
+
+def test_what_requests_ask_for_is_built_first(
+    workspace: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The most wanted before the others, and those in the manifest's order."""
+    monkeypatch.setenv("TZ", local_time("12:00:00"))
+    texts = {name: f"You are {name}." for name in "abcd"}
+    on_the_memory_model(workspace, us=0, top=NIGHT, **texts)
+    workspace.start()
+    for name in ("c", "d", "d"):
+        assert workspace.ask(f"m/{name}")["rkcached"]["state"] == "missing"
+    workspace.declare("{a: a.md, b: b.md, c: c.md, d: d.md}")
+    workspace.wait_settled()
+    assert workspace.built() == ["d", "c", "a", "b"]

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 from rkcached.host.watch import Writing
 from rkcached.plan.desired import Desired
 from rkcached.plan.fingerprint import Fingerprint, fingerprint
 from rkcached.plan.records import Assessment, Blocked, Build, State
 from rkcached.reconcile.build_queue import REQUESTED, BuildQueue, next_retry_at
+from rkcached.reconcile.demand import Demand
 from rkcached.reconcile.observer import Observation
+from rkcached.reconcile.waiters import Waiters
 from rkcached.sources.parser import parse
 from rkcached.sources.records import Key, RuntimeSource, Sources
 from rkcached.store.sidecar import Inventory
 
-A, B, C = Key("m", "a"), Key("m", "b"), Key("n", "c")
+A, B, C, D = Key("m", "a"), Key("m", "b"), Key("n", "c"), Key("n", "d")
 TEXT, OTHER = fingerprint({"text": "one"}), fingerprint({"text": "other"})
 
 
@@ -105,6 +108,63 @@ def test_twins_of_a_new_artifact_are_adopted_and_not_built() -> None:
     assert queue.drop_twins(TEXT.digest)
     assert not queue.drop_twins(TEXT.digest)
     assert (take(queue), take(queue), take(queue)) == (A, C, None)
+
+
+def test_what_requests_ask_for_most_comes_first() -> None:
+    """Then what they asked for last, then the plan's order; it counts when a build is taken."""
+    demand = Demand()
+    queue = BuildQueue(demand.rank)
+    queue.plan([], [build(key) for key in (A, B, C, D)], but=None)
+    for key in (C, B, D, D):
+        demand.asks_for(key)
+    assert take(queue) == D
+    demand.asks_for(C)
+    assert (take(queue), take(queue), take(queue)) == (C, B, A)
+
+
+def test_use_does_not_overtake_what_is_at_the_head() -> None:
+    """Who waits for a build, has just edited a text, or was interrupted goes before others."""
+    demand = Demand()
+    demand.asks_for(C)
+    queue = BuildQueue(demand.rank)
+    queue.plan([build(D, REQUESTED)], [build(A), build(B), build(C)], but=None)
+    queue.put_first([build(B)])
+    assert [take(queue) for _ in range(2)] == [B, D]
+    queue.step_aside(build(D))
+    assert [take(queue) for _ in range(3)] == [D, C, A]
+
+
+def test_what_stepped_aside_has_its_newest_text() -> None:
+    """A look may have queued another build of it meanwhile."""
+    queue = queue_of(build(B), build(A, wanted=OTHER))
+    queue.step_aside(build(A))
+    first, _ = queue.next(0.0, (), lambda _: (), {})
+    assert first == build(A, wanted=OTHER)
+
+
+def test_builds_that_are_held_back_wait_but_for_those_that_somebody_waits_for() -> None:
+    """The queue says when to come back."""
+    queue = queue_of(build(A), build(B), build(C))
+
+    def next_of(now: float, *, asked: tuple[Key, ...] = (), hurried: tuple[Key, ...] = ()) -> Any:
+        return queue.next(now, asked, lambda _: (), {}, held_until=9.0, hurried=hurried)
+
+    assert next_of(1.0) == (None, 9.0)
+    assert next_of(1.0, asked=(C,))[0] == build(C)
+    assert next_of(1.0, hurried=(B,))[0] == build(B)
+    assert next_of(1.0, hurried=(B,)) == (None, 9.0)
+    assert next_of(9.0)[0] == build(A)
+
+
+def test_who_hurries_names_prompts_models_or_all() -> None:
+    """For as long as somebody does; nothing is left of it."""
+    hurried = Waiters().hurried
+    with hurried.waiting(["m/a"]), hurried.waiting(["m/a", "n"]):
+        assert [key in hurried for key in (A, B, C)] == [True, False, True]
+    with hurried.waiting(["*"]):
+        assert all(key in hurried for key in (A, B, C))
+    assert not any(key in hurried for key in (A, B, C))
+    assert not hurried._names
 
 
 def test_the_next_retry_is_the_earliest_that_time_alone_may_help() -> None:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+import math
+from collections.abc import AsyncIterator, Callable
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rkcached.worker import gate as gate_module
-from rkcached.worker.gate import Gate, Priority
+from rkcached.worker.gate import Gate, Gates, Priority
 from tests.waiting import DEADLINE_S
 
 
@@ -190,6 +191,33 @@ async def test_a_holder_that_fails_or_is_cancelled_opens_the_gate() -> None:
             raise ValueError("inside")
     async with crew.gate.hold(Priority.LIVE):
         pass
+
+
+async def test_it_is_quiet_when_no_live_caller_holds_or_waits() -> None:
+    """Builds do not count. Who wants to know is told each time that the last one goes."""
+    gates = Gates()
+    told: list[float | None] = []
+    gates.when_quiet(lambda: told.append(gates.quiet_s()))
+    assert gates.quiet_s() == math.inf
+    async with gates.hold("m", Priority.BUILD):
+        assert gates.quiet_s() == math.inf
+        live = asyncio.create_task(anext(held(gates)))
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        assert gates.quiet_s() is None
+        live.cancel()
+        await asyncio.gather(live, return_exceptions=True)
+        assert len(told) == 1
+    async with gates.hold("m", Priority.LIVE), gates.hold("n", Priority.LIVE, concurrent=True):
+        assert gates.quiet_s() is None
+    assert len(told) == 2
+    assert told[1] is not None
+    assert 0 <= told[1] < DEADLINE_S
+
+
+async def held(gates: Gates) -> AsyncIterator[None]:
+    async with gates.hold("m", Priority.LIVE):
+        yield
 
 
 STEPS = st.lists(
