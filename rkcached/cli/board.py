@@ -10,7 +10,7 @@ import grp
 import os
 import re
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -293,8 +293,11 @@ class Board:
             next_step = "list CPUs that exist, or remove npu.enabled_cpus"
             yield Check("CPUs", Outcome.WARN, "; ".join(findings), next_step)
 
-    def memory(self, manifest: Manifest) -> Check:
-        """One model at a time is taken for granted: more of them fit or not by what else runs."""
+    def memory(self, manifest: Manifest, windowed_bytes: Mapping[str, int]) -> Check:
+        """One model at a time is taken for granted: more of them fit or not by what else runs.
+
+        `windowed_bytes`: what the contexts of models with sliding windows take.
+        """
         name = "memory"
         match = re.search(
             r"^MemAvailable:\s+(\d+) kB", self._fact("/proc/meminfo") or "", re.MULTILINE
@@ -303,23 +306,36 @@ class Board:
             return Check(name, Outcome.SKIP, "/proc/meminfo does not say what is available")
 
         available = int(match[1]) * 1024
-        sizes = {model: model_bytes(manifest, config) for model, config in manifest.models.items()}
+        sizes = {}
+        for model, config in manifest.models.items():
+            size = model_bytes(manifest, config)
+            sizes[model] = size * 5 // 4 + windowed_bytes.get(model, 0)
+
         largest = max(sizes, key=lambda model: sizes[model])
-        if not sizes[largest]:
+        needed = sizes[largest]
+        if not needed:
             finding = (
                 f"{words.size(available)} available; there is no model file to compare it with"
             )
             return Check(name, Outcome.SKIP, finding)
 
-        needed = sizes[largest] * 5 // 4
         finding = (
             f"{words.size(available)} available; {largest}, the largest model, needs about "
             f"{words.size(needed)}"
         )
+        of_context = windowed_bytes.get(largest, 0)
+        if of_context:
+            finding += (
+                f", {words.size(of_context)} of them for its context, as its sliding windows are "
+                "kept in full for the prompt caches"
+            )
+
         if available < needed:
             next_step = (
                 "end other programs, or use a smaller model; the figure is the file's size and 25 %"
             )
+            if of_context:
+                next_step += ", and the context: a smaller max_context_len takes less"
             return Check(name, Outcome.WARN, finding, next_step)
 
         return Check(name, Outcome.OK, finding)

@@ -9,6 +9,7 @@ no more than a warning where it asks for another engine.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 from collections import Counter
@@ -27,6 +28,7 @@ from rkcached.cli import output, service_checks
 from rkcached.cli.board import Board, Check, Outcome, model_bytes, order, size_of
 from rkcached.cli.service_view import view_of
 from rkcached.cli.store_check import store_check
+from rkcached.cli.windows import context_bytes
 from rkcached.engines.llamacpp.header import read_header
 from rkcached.engines.registry import ENGINES
 from rkcached.errors import ManifestError, RkcachedError, SourceError, counted
@@ -38,7 +40,7 @@ from rkcached.plan.remarks import Remark, notices
 from rkcached.sources.manifest import Manifest, ModelConfig
 from rkcached.sources.manifest_file import read_manifest
 from rkcached.sources.reader import SourceReader
-from rkcached.sources.records import Key, RuntimeSource, Sources, Trouble
+from rkcached.sources.records import Key, ModelSource, RuntimeSource, Sources, Trouble
 
 NO_NPU: Final = (
     "no Rockchip NPU here: the RKLLM engine cannot run; `engine: {kind: llamacpp}` works here, "
@@ -115,7 +117,7 @@ def examine(manifest_file: Path | None, cache_dir: Path, *, root: Path = Path("/
         checks += board.cpus(manifest)
         checks += [
             _prompts(files),
-            board.memory(manifest),
+            board.memory(manifest, _windowed_bytes(manifest, files.sources)),
             store_check(manifest, files.sources, cache_dir),
         ]
 
@@ -213,6 +215,19 @@ def _look_at(manifest: Manifest) -> _Found:
         sources=sources,
         remarks=notices(manifest, sources),
     )
+
+
+def _windowed_bytes(manifest: Manifest, sources: Sources) -> dict[str, int]:
+    """The bytes that the context of each model with sliding windows takes in memory."""
+    engine = ENGINES[manifest.engine.kind]
+    sizes = {}
+    for name, config in manifest.models.items():
+        source = sources.models[name]
+        if isinstance(source, ModelSource):
+            with contextlib.suppress(OSError):
+                sizes[name] = context_bytes(engine, config, source)
+
+    return sizes
 
 
 def _engine(manifest: Manifest) -> Iterator[Check]:

@@ -1,7 +1,8 @@
-"""The part of `rkcached explain` about a model: its chat template and its special tokens."""
+"""The part of `rkcached explain` about a model: its chat template, special tokens and state."""
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any, Final
 
 from rich.console import Console
@@ -9,6 +10,9 @@ from rich.text import Text
 
 from rkcached.api import words
 from rkcached.cli import names
+from rkcached.cli.windows import context_bytes
+from rkcached.engines.registry import ENGINES, EngineEntry
+from rkcached.engines.states import StateKind
 from rkcached.errors import SourceError
 from rkcached.plan.desired import DesiredModel
 from rkcached.reconcile.observer import Observation
@@ -39,11 +43,39 @@ def model_data(look: Observation, name: str) -> dict[str, Any]:
         "template": None,
         "special_tokens": None,
         "recommended_sampling": {},
+        "state": {
+            "kind": StateKind.UNKNOWN.value,
+            "window_tokens": 0,
+            "context_bytes": 0,
+            "explanation": "",
+        },
         "prompts": {},
     }
     if isinstance(model, Trouble):
         return data | {"trouble": model.message, "hint": model.hint}
-    return data | _model_facts(model)
+
+    engine = ENGINES[look.manifest.engine.kind]
+    return data | _model_facts(model) | {"state": _state(engine, model)}
+
+
+def _state(engine: EngineEntry, model: DesiredModel) -> dict[str, Any]:
+    """The kind of state that a prompt cache saves, and what it means."""
+    state = model.source.state
+    explanation = state.explanation()
+    taken_bytes = 0
+    with contextlib.suppress(OSError):
+        taken_bytes = context_bytes(engine, model.config, model.source)
+    if taken_bytes:
+        explanation += (
+            f"; the context takes {words.size(taken_bytes)} of memory, as windows are kept in full"
+        )
+
+    return {
+        "kind": state.kind.value,
+        "window_tokens": state.window_tokens,
+        "context_bytes": taken_bytes,
+        "explanation": explanation,
+    }
 
 
 def _model_facts(model: DesiredModel) -> dict[str, Any]:
@@ -106,6 +138,8 @@ def print_model(console: Console, data: dict[str, Any]) -> None:
 
     for text in _token_lines(data["special_tokens"]):
         line(text)
+    if explanation := data["state"]["explanation"]:
+        line("state: " + explanation.replace("; ", "\n    "))
     if data["recommended_sampling"]:
         recommended = _pairs(data["recommended_sampling"])
         line(f"sampling recommended by its makers, not applied (set params): {recommended}")

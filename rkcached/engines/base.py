@@ -101,6 +101,9 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
     lora: str = ""
     lora_scale: float = 1.0
     thinking: bool = False
+    window_tokens: int = 0
+    """The tokens that a layer with a sliding window attends to; 0 if no layer is known to have one.
+    """
     pooling: str = ""
     """Not empty for an embedding model: `mean` or `last`, how the states of all tokens become one
     vector."""
@@ -123,9 +126,8 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     rewinds: bool = True
     """Whether a run can reuse any beginning of the KV state.
 
-    If not, it reuses the whole state, or a checkpoint up to 5 tokens before the end of the prompt
-    that was read last, or nothing: a recurrent state cannot be taken back, and a sliding window
-    lacks the tokens before it."""
+    If not, it reuses the whole state, or all but its last few tokens, or nothing: a recurrent state
+    cannot be taken back, and a saved sliding window lacks the tokens before it."""
     run_sampling: tuple[str, ...] = SAMPLING_FIELDS
     """Fields of `Sampling` that a run may set; the others stay as they were when the model was
     loaded."""

@@ -31,6 +31,7 @@ def worker_model(engine: EngineConfig, model: DesiredModel) -> WorkerModel:
             lora=str(config.lora or ""),
             lora_scale=config.lora_scale,
             thinking=bool(config.thinks),
+            window_tokens=model.source.state.window_tokens,
             pooling=config.pooling.value if config.embedding else "",
             npu=NpuOptions(**config.npu.model_dump()),
         ),

@@ -92,6 +92,7 @@ class ModelReader:
                 tokenizer_digest=own.digest,
                 lora_digest=self._lora(config.lora, signatures),
                 trained_tokens=facts.trained_tokens,
+                state=facts.state,
                 signatures=tuple(signatures.items()),
             )
         except Placed as error:

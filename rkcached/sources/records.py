@@ -12,6 +12,7 @@ from datetime import date
 from enum import StrEnum
 from typing import NamedTuple, TypeVar
 
+from rkcached.engines.states import StateFacts
 from rkcached.errors import RkcachedError
 from rkcached.host.digests import Signature
 from rkcached.messages.tokenizer_facts import TokenizerFacts
@@ -98,6 +99,8 @@ class ModelSource:
     lora_digest: str = ""
     trained_tokens: int | None = None
     """The model's own context, if the file tells it: the engine gives it none that is larger."""
+    state: StateFacts = field(default_factory=StateFacts)
+    """The kind of state that a prompt cache of it saves, as its files state it."""
     signatures: tuple[tuple[str, Signature], ...] = field(default=(), compare=False)
     """Path and signature of each file that has one of these digests: no part of what the model is.
     """

@@ -338,11 +338,13 @@ class Session:
 
     def _bring_state(self, operation: protocol.Generate, emit: Emit) -> None:
         """Load the prompt cache of the request, unless the KV state begins with it already."""
+        info = self.engine.info
+        stays = info.keeps_state and info.rewinds
         if operation.cold:
             self.engine.clear()
         if operation.cache is None:
             self._resident = ""
-        elif operation.cache.fingerprint != self._resident or not self.engine.info.keeps_state:
+        elif operation.cache.fingerprint != self._resident or not stays:
             emit(self._load(operation.id, operation.cache, emit))
 
     def embed(self, operation: protocol.Embed) -> protocol.Embedded:

@@ -411,6 +411,31 @@ def test_model_files(rock5: FakeBoard) -> None:
     assert "is not a regular file" in rock5.check("model q").finding
 
 
+def test_memory_of_sliding_windows(rock5: FakeBoard) -> None:
+    """They are kept in full, so the context counts: it may be larger than the model."""
+    facts = {
+        "attention.head_count": 8,
+        "attention.head_count_kv": 4,
+        "attention.key_length": 256,
+        "attention.value_length": 256,
+        "attention.sliding_window": 1024,
+        "block_count": 34,
+        "context_length": 131_072,
+        "embedding_length": 2560,
+    }
+    pairs = [pair(f"gemma3.{name}", UINT32, value) for name, value in facts.items()]
+    rock5.model.write_bytes(gguf(*pairs))
+    rock5.declare("{kind: llamacpp}")
+    check = rock5.check("memory")
+    assert check.outcome is Outcome.OK
+    assert "570.4 MB of them for its context, as its sliding windows are kept" in check.finding
+
+    rock5.write("proc/meminfo", "MemAvailable: 400000 kB\n")
+    check = rock5.check("memory")
+    assert check.outcome is Outcome.WARN
+    assert "a smaller max_context_len takes less" in check.next_step
+
+
 def test_memory_and_disk(rock5: FakeBoard) -> None:
     """Too little memory or disk is a warning that names the figures.
 

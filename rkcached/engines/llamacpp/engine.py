@@ -68,15 +68,11 @@ _BATCH_TOKENS = 128
 # change. On ARM a spin is one cheap `yield`, so the same number is short already.
 _SPIN_COUNT = "3000"
 
-# The state of most models is a cache of every token's keys and values, which can be cut anywhere. A
-# recurrent state cannot be taken back at all, and the cache of a sliding window soon lacks the
-# tokens before it. For such models, and for no others, llama.cpp keeps checkpoints: copies of that
-# part of the state as it was four tokens before the end of a prompt, which a slot's file contains,
-# too. A run then goes on from the state as a whole or from a checkpoint. One is enough, as a prompt
-# cache is loaded again for each request that does not continue the one before.
-# `swa_full`, which keeps all tokens of windows, is no way out: the file has those of the last
-# window only, and llama.cpp takes such a state back into the gap. Gemma 3 with random weights and a
-# window of 32 tokens, 216 tokens loaded, 20 of them taken back: log-probabilities 0.2 off.
+# A recurrent state cannot be taken back to an earlier token. For such models, and for no others,
+# llama.cpp keeps checkpoints: copies of the state as it was four tokens before the end of a prompt.
+# A slot's file has them, too. So a run goes on from the whole state, or from a checkpoint where the
+# prompt's last token joins the next one. One is enough, as a prompt cache is loaded again for each
+# request that does not go on from the one before.
 _CHECKPOINTS = 1
 
 _SOCKET_NAME = "llama.sock"
@@ -101,6 +97,9 @@ class LlamaCppEngine:
             )
 
         self._abort = threading.Event()
+        self._window_tokens = spec.window_tokens
+        # The KV state has all layers from this token on; 0 if it was not loaded from a file.
+        self._whole_from = 0
         try:
             self._server = library.Server(_params(library, spec, self._socket))
         except RuntimeError as error:
@@ -178,15 +177,21 @@ class LlamaCppEngine:
 
     def load(self, path: Path) -> int:
         try:
-            return int(self._slot("restore", path)["n_restored"])
+            tokens = int(self._slot("restore", path)["n_restored"])
         except _RefusedError as error:
             self.clear()
             raise ArtifactLoadError(
                 f"llama.cpp cannot load the prompt cache {path}: {error.message}"
             ) from error
 
+        self._whole_from = 0
+        if 0 < self._window_tokens < tokens:
+            self._whole_from = tokens - 1  # whose window ends where the file's begins
+        return tokens
+
     def clear(self) -> None:
         self._slot("erase")
+        self._whole_from = 0
 
     def generate(
         self, prompt: str, sampling: Sampling, on_token: OnToken, *, trace: bool = False
@@ -240,6 +245,9 @@ class LlamaCppEngine:
 
     def _rewinds(self) -> bool:
         """Find out whether a state of two tokens can be taken back to the first of them."""
+        if self._window_tokens:
+            return False  # those from files cannot
+
         cached_tokens = 0
         with contextlib.suppress(EngineError):  # a model that only makes embeddings
             for second in (1, 2):
@@ -282,6 +290,17 @@ class LlamaCppEngine:
             **options,
         }
 
+        run.least_cached = self._whole_from
+        self._complete(request, run)
+        if run.lacks_tokens:
+            self.clear()
+            run.least_cached = 0
+            self._complete(request, run)
+
+        run.raise_failure()
+        return run
+
+    def _complete(self, request: dict[str, Any], run: Run) -> None:
         try:
             self._server.handle_completions(request, run)
         except RuntimeError as error:
@@ -289,8 +308,6 @@ class LlamaCppEngine:
 
         if run.stopped:
             self._wait_idle()
-        run.raise_failure()
-        return run
 
     def _wait_idle(self) -> None:
         """Wait for the batch that was under way when a run was stopped."""
@@ -396,6 +413,9 @@ def _params(library: Any, spec: ModelSpec, socket_path: str) -> Any:
     params.warmup = True  # 0.1 s here, or in the first run
     params.cache_ram_mib = 0  # no second cache of old prompts behind our back
     params.n_ctx_checkpoints = _CHECKPOINTS
+    # Without it llama.cpp does not even continue a state from a file, as it counts one token more
+    # than the window needs.
+    params.swa_full = spec.window_tokens > 0
     params.slot_save_path = f"{spec.scratch_dir.rstrip('/')}/"
     params.hostnames = [socket_path]
     params.ui = False

@@ -8,16 +8,27 @@ shows that.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Final
 
 from rkcached.engines.llamacpp.header import Header, ReadHeader, read_header
+from rkcached.engines.states import StateFacts, StateKind
 from rkcached.errors import SourceError
 from rkcached.messages.tokenizer_facts import TokenizerFacts
 
 # llama.cpp keeps keys and values in 16 bits each.
 _BYTES_PER_VALUE: Final = 2
+
+# The ends of the keys by which files describe layers with a recurrent state: state space models,
+# RWKV, short convolutions, linear attention. llama.cpp's list of such architectures is in its code.
+_RECURRENCES: Final = (
+    ".ssm.conv_kernel",
+    ".ssm.state_size",
+    ".wkv.head_size",
+    ".shortconv.l_cache",
+    ".kda.head_dim",
+)
 
 # llama.cpp's names for the files of a split model, counted from 1.
 _SHARD: Final = re.compile(r"(?P<prefix>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf", re.DOTALL)
@@ -35,16 +46,22 @@ class ModelFacts:
     it none larger."""
     tokenizer: TokenizerFacts = field(default_factory=TokenizerFacts)
     """The facts that the files state of the chat template and the special tokens."""
+    state: StateFacts = field(default_factory=StateFacts)
 
 
 def state_bytes_per_token(path: Path) -> float | None:
-    """The bytes of a token's keys and values, by the layers that the header describes.
+    """The bytes of a token's keys and values in memory, by the layers that the header describes.
 
-    None if the layers are not all of one kind, or not described. Errors: OSError.
+    A prompt cache has as many, or fewer if there are windows. None if the layers are not all of one
+    kind, or not described. Errors: OSError.
     """
-    integers: dict[str, int] = {}
-    if (header := read_header(path)) is not None:
-        integers = header.integers
+    header = read_header(path)
+    if header is None:
+        return None
+
+    integers = header.integers
+    if _state(header).kind is StateKind.RECURRENT:
+        return None
 
     def of(name: str) -> int:
         return next((value for key, value in integers.items() if key.endswith(name)), 0)
@@ -83,9 +100,14 @@ def inspect(path: Path, read: ReadHeader = read_header) -> ModelFacts:
         return ModelFacts(files=(path,))  # the engine explains what is wrong when it loads it
 
     count = header.integers.get("split.count", 0)
-    trained_tokens = _trained_tokens(header)
+    facts = ModelFacts(
+        files=(path,),
+        trained_tokens=_trained_tokens(header),
+        tokenizer=header.tokenizer,
+        state=_state(header),
+    )
     if count <= 1:
-        return ModelFacts(files=(path,), trained_tokens=trained_tokens, tokenizer=header.tokenizer)
+        return facts
 
     if (number := header.integers.get("split.no", 0) + 1) != 1:
         first = f"the file that ends with -00001-of-{count:05}.gguf"
@@ -104,7 +126,7 @@ def inspect(path: Path, read: ReadHeader = read_header) -> ModelFacts:
 
     files = shards(path)
     _check_shards(files, header, read)
-    return ModelFacts(files=files, trained_tokens=trained_tokens, tokenizer=header.tokenizer)
+    return replace(facts, files=files)
 
 
 def _check_shards(files: tuple[Path, ...], first: Header, read: ReadHeader) -> None:
@@ -166,3 +188,23 @@ def _trained_tokens(header: Header) -> int | None:
         if key.endswith(".context_length") and value > 0
     )
     return next(stated, None)
+
+
+def _state(header: Header) -> StateFacts:
+    """The kind of the model's state, by the layers that its metadata describe."""
+    kind = StateKind.UNKNOWN
+    window_tokens = 0
+    is_recurrent = False
+    for key, value in header.integers.items():
+        if key.endswith(".attention.sliding_window"):
+            window_tokens = max(window_tokens, value)
+        elif key.endswith(".attention.head_count") and value:
+            kind = StateKind.ATTENTION
+        elif key.endswith(_RECURRENCES) and value:
+            is_recurrent = True
+
+    if is_recurrent:
+        kind = StateKind.RECURRENT
+    elif window_tokens:
+        kind = StateKind.WINDOW
+    return StateFacts(kind=kind, window_tokens=window_tokens)

@@ -53,6 +53,11 @@ class Run:
         self._details: list[TokenLogprob] = []
         self.before_each: Callable[[], None] | None = None
         """Is called before each token is delivered, and before the end. An error ends the run."""
+        self.least_cached = 0
+        """The run must reuse so many tokens of the KV state, or none: layers with windows lack the
+        tokens before. llama.cpp would reuse fewer, and answer from a state with a gap."""
+        self.lacks_tokens = False
+        """It was stopped because it would have reused fewer. The run can begin again."""
         self._error: dict[str, Any] | None = None
         self._raised: BaseException | None = None
 
@@ -103,7 +108,8 @@ class Run:
 
         if (progress := chunk.get("prompt_progress")) is not None:
             self._take_progress(progress)
-            return False
+            self.lacks_tokens = 0 < self._cached_tokens < self.least_cached
+            return self.lacks_tokens
 
         if self.before_each is not None:
             self.before_each()
