@@ -299,6 +299,12 @@ class Exchanges:
             )
 
 
+def uid_of(request: Request) -> int:
+    """The user of the process that opened the request's connection; -1 if that is not known."""
+    peer: dict[str, int] = request.scope.get("state", {}).get(PEER, {})
+    return peer.get("uid", -1)
+
+
 def _request_id(scope: Scope) -> str:
     """The client's own id, if it sent a usable one; otherwise a new one."""
     given = b""

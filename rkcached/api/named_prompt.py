@@ -28,28 +28,40 @@ def named_prompt(request: ChatRequest) -> tuple[Key | None, str]:
 
 
 def with_prompt(snapshot: Snapshot, key: Key, messages: list[Message], param: str) -> list[Message]:
-    """The messages with the prompt as their system message. Errors: RequestError."""
+    """The messages with the prompt as their system message, or as the beginning of it.
+
+    Errors: RequestError.
+    """
     text = snapshot.desired.texts.get(key)
     if text is None:
         raise _no_text(snapshot, key, param)
 
     systems = [message["content"] for message in messages if message["role"] == "system"]
-    if any(system.strip() and not _is_same(system, text) for system in systems):
-        raise RequestError(
-            409,
-            f"the request has a system message of its own, and it is not the prompt {key}",
-            code="system_message_conflict",
-            param="messages",
-            hint="leave the system message out, "
-            f"or ask for the model {key.model!r} without a prompt",
-        )
+    systems = [system for system in systems if system.strip()]
     others = [message for message in messages if message["role"] != "system"]
-    return [Message(role="system", content=text), *others]
+    wanted = _lines(text)
+    if all(_lines(system).rstrip("\n") == wanted for system in systems):
+        return [Message(role="system", content=text), *others]
+
+    first = _lines(systems[0])
+    if messages[0]["role"] == "system" and first.startswith(wanted):
+        longer = text + first[len(wanted) :]
+        rest = [message for message in messages[1:] if message["content"].strip()]
+        return [Message(role="system", content=longer), *rest]
+
+    raise RequestError(
+        409,
+        f"the request has a system message of its own, which does not begin with the prompt {key}",
+        code="system_message_conflict",
+        param="messages",
+        hint="leave the system message out, begin it with the prompt's text, "
+        f"or ask for the model {key.model!r} without a prompt",
+    )
 
 
-def _is_same(system: str, text: str) -> bool:
-    """Whether they have the same lines, however these end."""
-    return system.rstrip("\r\n").replace("\r\n", "\n") == text.replace("\r\n", "\n")
+def _lines(text: str) -> str:
+    """The same lines, with one way to end them."""
+    return text.replace("\r\n", "\n")
 
 
 def _no_text(snapshot: Snapshot, key: Key, param: str) -> RequestError:

@@ -40,7 +40,7 @@ from rkcached.messages.tools import ToolSet
 from rkcached.reconcile.snapshot import Published, Snapshot
 from rkcached.serving.embeddings import EmbeddingInput
 from rkcached.serving.failures import as_request_error
-from rkcached.serving.job import Job
+from rkcached.serving.job import Job, Part
 from rkcached.serving.models import find_embedding_model, find_text_model
 from rkcached.sources.records import Key
 from rkcached.worker.schemas import MAX_SCHEMA_BYTES, SchemaChecker
@@ -57,10 +57,10 @@ class Preparation:
         """Stop checking schemas: the requests that wait for a check are refused."""
         self._schemas.kill()
 
-    async def chat(self, request: ChatRequest, accepted: float) -> tuple[Job, Reply]:
+    async def chat(self, request: ChatRequest, accepted: float, owner: int) -> tuple[Job, Reply]:
         """Check a request against what is declared, and render it.
 
-        `accepted` is in monotonic seconds. Errors: RequestError.
+        `accepted` is in monotonic seconds, `owner` the client's uid. Errors: RequestError.
         """
         snapshot = self._published.now
         model = find_text_model(snapshot, request.model.partition("/")[0])
@@ -100,6 +100,8 @@ class Preparation:
             sampling=Sampling(**values),
             cold=request.wanted_cache is False,
             accepted=accepted,
+            owner=owner,
+            parts=tuple(map(_part, messages)),
             with_tools=bool(demand.tools),
             variables=tuple(conversation.variables),
             schema_param=demand.schema_param,
@@ -114,10 +116,10 @@ class Preparation:
         )
         return job, reply
 
-    def completion(self, request: CompletionRequest, accepted: float) -> Job:
+    def completion(self, request: CompletionRequest, accepted: float, owner: int) -> Job:
         """Check a request whose text goes to the model as it is.
 
-        `accepted` is in monotonic seconds. Errors: RequestError.
+        `accepted` is in monotonic seconds, `owner` the client's uid. Errors: RequestError.
         """
         name, _, prompt = request.model.partition("/")
         if prompt or isinstance(request.wanted_cache, str):
@@ -149,6 +151,8 @@ class Preparation:
             sampling=Sampling(**values),
             cold=request.wanted_cache is False,
             accepted=accepted,
+            owner=owner,
+            parts=(Part("the prompt", request.text),),
         )
 
     def embedding(self, request: EmbeddingRequest) -> tuple[str, list[EmbeddingInput]]:
@@ -271,6 +275,19 @@ def _declared_tools(snapshot: Snapshot, named: Key | None) -> ToolSet | None:
         return None
     prompt = snapshot.desired.prompts.get(named)
     return None if prompt is None else prompt.tools
+
+
+_PART_NAMES = {
+    "system": "the system message",
+    "user": "a message of the user",
+    "assistant": "an answer of the assistant",
+    "tool": "the result of a tool",
+}
+
+
+def _part(message: Message) -> Part:
+    role = message["role"]
+    return Part(_PART_NAMES.get(role, f"a message of {role}"), message["content"])
 
 
 def _shown_tokens(form: AnswerForm, demand: Demand) -> tuple[str, ...]:

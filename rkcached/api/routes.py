@@ -45,6 +45,7 @@ from rkcached.api.exchange import (
     read_record,
     refuse,
     remember,
+    uid_of,
     unless_gone,
 )
 from rkcached.api.metrics import CONTENT_TYPE, Metrics
@@ -164,7 +165,7 @@ class Api:
     async def _chat(self, request: Request) -> Response:
         accepted = time.monotonic()
         body = await read_record(ChatRequest, request)
-        job, reply = await self._preparation.chat(body, accepted)
+        job, reply = await self._preparation.chat(body, accepted, uid_of(request))
 
         writer = ChatWriter(body.model, reply, one_call=body.parallel_tool_calls is False)
         return await self._answer(request, body, job, writer)
@@ -181,7 +182,7 @@ class Api:
     async def _complete(self, request: Request) -> Response:
         accepted = time.monotonic()
         body = await read_record(CompletionRequest, request)
-        job = self._preparation.completion(body, accepted)
+        job = self._preparation.completion(body, accepted, uid_of(request))
         return await self._answer(request, body, job, CompletionWriter(body.model))
 
     @endpoint(

@@ -77,6 +77,11 @@ class Change:
     old: str | None
     new: str | None
 
+    @property
+    def is_of_text(self) -> bool:
+        """Whether it changes nothing but the text that is prefilled."""
+        return self.component.startswith(("prefix.", TOOLS_DIGEST))
+
     def __str__(self) -> str:
         return f"{self.component}: {_short(self.old)} -> {_short(self.new)}"
 
@@ -116,7 +121,7 @@ def reason_of(changed: Iterable[Change]) -> str:
     reasons = []
     for change in changed:
         reason = str(change)
-        if change.component.startswith(("prefix.", TOOLS_DIGEST)):
+        if change.is_of_text:
             reason = of_text
         reasons.append(reason)
 

@@ -7,11 +7,15 @@ from dataclasses import replace
 
 import structlog
 
+from rkcached.plan.desired import Desired
+from rkcached.plan.fingerprint import changes
 from rkcached.plan.records import State
 from rkcached.reconcile.announcer import Announcer
-from rkcached.reconcile.index import FreshIndex
+from rkcached.reconcile.index import ArtifactIndex
 from rkcached.reconcile.observer import Glimpse, Observation
 from rkcached.reconcile.snapshot import Published
+from rkcached.sources.records import Key
+from rkcached.store.sidecar import StoredArtifact
 
 log = structlog.get_logger()
 
@@ -37,6 +41,11 @@ class Publisher:
             for key, assessment in shown.items()
             if assessment.state is State.FRESH and key in inventory.artifacts
         }
+        old = {
+            key: artifact
+            for key, artifact in inventory.artifacts.items()
+            if key not in fresh and _differs_by_text(artifact, observation.desired)
+        }
         unreadable = {key: bad.size_bytes for key, bad in inventory.unreadable.items()}
 
         self._published.change(
@@ -45,7 +54,7 @@ class Publisher:
             skipped_files=observation.sources.skipped_files,
             assessments=shown,
             artifacts=dict(inventory.artifacts),
-            index=FreshIndex(fresh),
+            index=ArtifactIndex(fresh, old),
             unreadable_bytes=unreadable,
             retired=dict(inventory.retired),
             foreign_bytes=sum(inventory.foreign.values()),
@@ -69,7 +78,7 @@ class Publisher:
             prompts[key] = glimpse.prompt
             texts[key] = glimpse.text
             assessments[key] = glimpse.assessment
-            index = index.without(key)
+            index = index.outdated(key)
             self._announcer.state(glimpse.assessment)
 
         self._published.change(
@@ -96,3 +105,14 @@ class Publisher:
 
         unlisted = map(str, observation.sources.unlisted_models.values())
         self._announcer.notices((*observation.desired.notices, *unlisted))
+
+
+def _differs_by_text(artifact: StoredArtifact, desired: Desired) -> bool:
+    """Whether it is what its prompt is to have, but for the text.
+
+    The beginning that both texts share is right in it, then.
+    """
+    wanted = desired.fingerprint(Key(artifact.sidecar.model, artifact.sidecar.prompt))
+    if wanted is None or artifact.corrupt:
+        return False
+    return all(change.is_of_text for change in changes(artifact.components, wanted.components))

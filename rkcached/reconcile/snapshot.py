@@ -17,7 +17,7 @@ from rkcached.errors import ManifestError, StoreError
 from rkcached.host.digests import Digests, Reading
 from rkcached.plan.desired import Desired, DesiredModel
 from rkcached.plan.records import Assessment, Retired, State
-from rkcached.reconcile.index import FreshIndex
+from rkcached.reconcile.index import ArtifactIndex
 from rkcached.sources.manifest import Manifest
 from rkcached.sources.records import Key, Trouble
 from rkcached.store.sidecar import StoredArtifact
@@ -54,7 +54,7 @@ class Snapshot:
     # The store
     assessments: Mapping[Key, Assessment] = field(default_factory=dict)
     artifacts: Mapping[Key, StoredArtifact] = field(default_factory=dict)
-    index: FreshIndex = field(default_factory=FreshIndex)
+    index: ArtifactIndex = field(default_factory=ArtifactIndex)
     unreadable_bytes: Mapping[Key, int] = field(default_factory=dict)
     """Of artifacts without a usable sidecar."""
     retired: Mapping[str, Retired] = field(default_factory=dict)
@@ -127,6 +127,7 @@ class Snapshot:
             self,
             artifacts={**self.artifacts, key: artifact},
             unreadable_bytes=_without(self.unreadable_bytes, key),
+            index=self.index.without(key),
         )
         prompt = self.desired.prompts.get(key)
         if prompt is None or prompt.fingerprint is None:

@@ -15,24 +15,26 @@ from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field, replace
 
+import msgspec
 import structlog
 
 from rkcached import errors
-from rkcached.engines.base import RunStats
+from rkcached.engines.base import EngineInfo, RunStats
 from rkcached.plan.desired import DesiredModel
 from rkcached.plan.records import State
 from rkcached.plan.worker_model import worker_model
 from rkcached.reconcile.events import Events
+from rkcached.reconcile.index import Match
 from rkcached.reconcile.loop import Reconciler
 from rkcached.serving.failures import as_request_error, queue_full, stopping, timed_out
 from rkcached.serving.job import End, Job, Text
 from rkcached.serving.models import find_model
-from rkcached.serving.report import NOT_MEASURED, CacheReport, decode_rate, usage_of
+from rkcached.serving.report import CacheReport, decode_rate, usage_of
+from rkcached.serving.reuse import Found, find, load_bytes, outcome
 from rkcached.sources.records import Key
 from rkcached.store.sidecar import StoredArtifact
 from rkcached.worker import protocol
 from rkcached.worker.gate import Gates, Priority
-from rkcached.worker.operations import BOUNDARY_TOKENS
 from rkcached.worker.pool import Workers
 from rkcached.worker.supervisor import Worker
 
@@ -57,12 +59,10 @@ class _Ongoing:
     """A request while it is answered. Times are in monotonic seconds, 0 before they are known."""
 
     job: Job
-    chosen: tuple[Key, StoredArtifact] | None = None
-    """The prompt cache to load."""
-    unchosen: tuple[str, str] = ("cold", "")
-    """The state and reason to report if no prompt cache was chosen."""
+    found: Found = field(default_factory=Found)
     started: float = 0.0
     """When its turn came first."""
+    model_load_s: float = 0.0
     load_ms: float = 0.0
     load_error: protocol.Loaded | None = None
     loading: bool = False
@@ -226,18 +226,24 @@ class Serving:
             job = ongoing.job
             try:
                 async with self._turn(job.model.name):
-                    self._choose(ongoing, death)
+                    found = self._find(job)
+                    ongoing.found = found.without(death) if death else found
                     ongoing.started = ongoing.started or time.monotonic()
                     worker = self._worker(job.model)
+                    info = await self._load_model(worker, ongoing)
+                    ongoing.found = replace(ongoing.found, rewinds=info.rewinds)
                     done = await self._generate(worker, ongoing)
             except errors.WorkerUnavailable as error:
                 await self._wait_for(worker, error)
             except (errors.WorkerDied, errors.WorkerTimeout) as error:
-                if ongoing.chosen is None or not ongoing.loading:
+                chosen = ongoing.found.chosen
+                if chosen is None or not ongoing.loading:
                     raise
                 # The client has seen nothing yet: answer without the prompt cache.
                 ongoing.loading = False
-                await self._reconciler.artifact_failed(*ongoing.chosen, error.message, died=True)
+                await self._reconciler.artifact_failed(
+                    chosen.key, chosen.artifact, error.message, died=True
+                )
                 death = error.message
             except errors.ModelReplaced as error:
                 await self._look_again(ongoing, error)
@@ -251,8 +257,8 @@ class Serving:
                 prompt = await job.correct(error.text, error.message)
                 ongoing.job = replace(job, prompt=prompt, correct=None)
             else:
-                if ongoing.load_error is not None and ongoing.chosen is not None:
-                    self._report_load_error(ongoing.chosen, ongoing.load_error)
+                if ongoing.load_error is not None and ongoing.found.chosen is not None:
+                    self._report_load_error(ongoing.found.chosen, ongoing.load_error)
                 return done.stats
 
     def _turn(self, model: str) -> AbstractAsyncContextManager[None]:
@@ -260,45 +266,27 @@ class Serving:
         concurrent = self._reconciler.snapshot.manifest.engine.concurrent
         return self._gates.hold(model, Priority.LIVE, concurrent=concurrent)
 
-    def _choose(self, ongoing: _Ongoing, death: str) -> None:
-        """Pick the prompt cache to load, or the state and reason to report without one."""
-        if death:
-            ongoing.chosen = None
-            ongoing.unchosen = ("miss", death)
-        else:
-            ongoing.chosen = self._longest_prefix(ongoing.job)
-            ongoing.unchosen = self._why_not(ongoing.job)
-
-    def _longest_prefix(self, job: Job) -> tuple[Key, StoredArtifact] | None:
-        """The longest prompt cache that is a prefix of this request, and fresh at this moment."""
+    def _find(self, job: Job) -> Found:
+        """The prompt cache to load for this request, as things are at this moment."""
         if job.cold:
+            return Found()
+        found = find(self._reconciler.snapshot.index, job)
+        return replace(found, unready=self._unready(job.named))
+
+    def _unready(self, named: Key | None) -> tuple[str, str] | None:
+        """The state of the named prompt and the reason, if its cache cannot be used now."""
+        if named is None:
             return None
 
-        index = self._reconciler.snapshot.index
-        key = index.longest(job.model.name, job.prompt.encode())
-        if key is None:
-            return None
-        artifact = index.get(key)
-        return None if artifact is None else (key, artifact)
-
-    def _why_not(self, job: Job) -> tuple[str, str]:
-        """The state of the named prompt, and the reason why its cache cannot be used now."""
-        if job.named is None or job.cold:
-            return "cold", ""
-
-        progress = self._reconciler.snapshot.building
-        if progress is not None and progress.key == job.named:
+        snapshot = self._reconciler.snapshot
+        progress = snapshot.building
+        if progress is not None and progress.key == named:
             return "building", progress.reason
 
-        assessment = self._reconciler.snapshot.assessments.get(job.named)
-        if assessment is not None and assessment.state is not State.FRESH:
-            return assessment.state.value, assessment.reason
-        if assessment is not None and job.with_tools:
-            return "cold", "the tools stand inside the prompt's text"
-        if assessment is not None and job.variables:
-            names = ", ".join(job.variables)
-            return "cold", f"the request's variables change the prompt's text: {names}"
-        return "cold", ""
+        assessment = snapshot.assessments.get(named)
+        if assessment is None or assessment.state is State.FRESH:
+            return None
+        return assessment.state.value, assessment.reason
 
     def _worker(self, requested: DesiredModel) -> Worker:
         """The worker of the model as it is declared now."""
@@ -307,14 +295,35 @@ class Serving:
         model = current if isinstance(current, DesiredModel) else requested
         return self._workers.get(worker_model(snapshot.manifest.engine, model))
 
+    async def _load_model(self, worker: Worker, ongoing: _Ongoing) -> EngineInfo:
+        """Load the model if it is not loaded, and note how long that took.
+
+        Errors: as `Worker.ensure`.
+        """
+        is_loaded = worker.info is not None
+        started = time.monotonic()
+        info = await worker.ensure()
+        if not is_loaded:
+            ongoing.model_load_s += time.monotonic() - started
+        return info
+
     async def _generate(self, worker: Worker, ongoing: _Ongoing) -> protocol.Done:
         job = ongoing.job
         operation = protocol.Generate(
             prompt=job.prompt,
             sampling=job.sampling,
-            cache=_cache_file(ongoing),
+            owner=job.owner,
             cold=job.cold,
         )
+        chosen = ongoing.found.chosen
+        if chosen is not None:
+            operation = msgspec.structs.replace(
+                operation,
+                cache=_cache_file(chosen.artifact),
+                common_bytes=chosen.common_bytes,
+                is_whole=chosen.is_whole,
+                load_bytes=load_bytes(chosen),
+            )
 
         def on_event(event: protocol.FromWorker) -> None:
             match event:
@@ -354,15 +363,13 @@ class Serving:
         ongoing.looked = True
         await self._reconciler.next_look()
 
-    def _report_load_error(
-        self, chosen: tuple[Key, StoredArtifact], event: protocol.Loaded
-    ) -> None:
+    def _report_load_error(self, chosen: Match, event: protocol.Loaded) -> None:
         if event.replaced:
             self._reconciler.look_again(now=True)
             return
 
         task = asyncio.create_task(
-            self._reconciler.artifact_failed(*chosen, event.error, died=False)
+            self._reconciler.artifact_failed(chosen.key, chosen.artifact, event.error, died=False)
         )
         self._background.add(task)
         task.add_done_callback(self._background.discard)
@@ -372,20 +379,25 @@ class Serving:
     def _end(self, ongoing: _Ongoing, stats: RunStats) -> End:
         now = time.monotonic()
         job = ongoing.job
-        loaded = ongoing.chosen if ongoing.load_error is None else None
-        state, reason = _outcome(ongoing, stats.cached_tokens)
+        if ongoing.load_error is not None:
+            loaded = None
+            state, reason = "miss", ongoing.load_error.error
+        else:
+            loaded = ongoing.found.chosen
+            state, reason = outcome(ongoing.found, job, stats)
 
         self.answers[state] += 1
         if loaded is not None:
-            self._count_use(job, *loaded, state, stats)
+            self._count_use(job, loaded, state, stats)
 
         report = CacheReport(
-            cache=None if loaded is None else loaded[0].prompt,
+            cache=None if loaded is None else loaded.key.prompt,
             state=state,
             reason=reason,
             cached_tokens=stats.cached_tokens,
             ttft_ms=_ms((ongoing.first_written or now) - job.accepted),
             queue_ms=_ms(ongoing.started - job.accepted),
+            model_load_ms=_ms(ongoing.model_load_s),
             load_ms=round(ongoing.load_ms, 2),
             prefill_ms=round(stats.prefill_ms, 2),
             decode_tokens_per_s=decode_rate(stats),
@@ -402,32 +414,25 @@ class Serving:
         )
         return End(finish=stats.finish, usage=usage_of(stats), report=report)
 
-    def _count_use(
-        self, job: Job, key: Key, artifact: StoredArtifact, state: str, stats: RunStats
-    ) -> None:
-        if key != job.named:
-            self._reconciler.demand.asks_for(key)
-        use = self.uses.setdefault(key, PromptUse())
+    def _count_use(self, job: Job, loaded: Match, state: str, stats: RunStats) -> None:
+        if loaded.key != job.named:
+            self._reconciler.demand.asks_for(loaded.key)
+        use = self.uses.setdefault(loaded.key, PromptUse())
         use.last_used = time.time()
         if state in ("hit", "loaded"):
             use.hits += 1
-            self._reconciler.artifact_served(artifact)
-            return
+            self._reconciler.artifact_served(loaded.artifact)
+        elif state == "miss":
+            use.misses += 1
+            log.warning(
+                "cache did not help",
+                **loaded.key._asdict(),
+                cached_tokens=stats.cached_tokens,
+            )
 
-        use.misses += 1
-        log.warning(
-            "cache did not help",
-            **key._asdict(),
-            cached_tokens=stats.cached_tokens,
-        )
 
-
-def _cache_file(ongoing: _Ongoing) -> protocol.CacheFile | None:
-    """The file of the chosen prompt cache, for the worker."""
-    if ongoing.chosen is None:
-        return None
-
-    _, artifact = ongoing.chosen
+def _cache_file(artifact: StoredArtifact) -> protocol.CacheFile | None:
+    """The file of a prompt cache, for the worker."""
     if artifact.signature is None:
         return None
     return protocol.CacheFile(
@@ -435,21 +440,6 @@ def _cache_file(ongoing: _Ongoing) -> protocol.CacheFile | None:
         signature=artifact.signature,
         fingerprint=artifact.sidecar.fingerprint,
     )
-
-
-def _outcome(ongoing: _Ongoing, cached_tokens: int | None) -> tuple[str, str]:
-    """The state that the answer reports, and the reason where a wanted cache was not used."""
-    if ongoing.load_error is not None:
-        return "miss", ongoing.load_error.error
-    if ongoing.chosen is None:
-        return ongoing.unchosen
-    if cached_tokens is None:
-        return "loaded", NOT_MEASURED
-
-    _, artifact = ongoing.chosen
-    if cached_tokens >= artifact.sidecar.tokens - BOUNDARY_TOKENS:
-        return "hit", ""
-    return "miss", "the prompt cache was loaded but not reused"
 
 
 def _with_waiting(text: Text, waiting: asyncio.Queue[Text | None]) -> Text:

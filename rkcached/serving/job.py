@@ -4,11 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from rkcached.engines.base import FinishReason, Sampling, TokenLogprob
 from rkcached.plan.desired import DesiredModel
 from rkcached.serving.report import CacheReport, Usage
 from rkcached.sources.records import Key
+from rkcached.worker.held import NOBODY
+
+
+class Part(NamedTuple):
+    """A part of a request that its user knows, such as the system message."""
+
+    name: str
+    text: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,6 +34,10 @@ class Job:
     """Use no prompt cache, and none of the KV state."""
     accepted: float
     """Monotonic seconds."""
+    owner: int = NOBODY
+    """The uid of the client."""
+    parts: tuple[Part, ...] = ()
+    """The messages, in the order in which the prompt has them."""
     with_tools: bool = False
     variables: tuple[str, ...] = ()
     """The names of the template's variables that the request sets."""

@@ -45,14 +45,18 @@ class CacheReport:
     cache: str | None
     """The prompt whose cache was loaded."""
     state: str
-    """hit, loaded (nobody measured more), miss (loaded, did not help), cold, or why the wanted one
-    was not used: stale, missing, building, uncacheable, blocked, quarantined, corrupt, uncached."""
+    """hit, partial (a part of a prompt's text, or of an earlier request, was reused), loaded
+    (nobody measured more), miss (loaded, did not help), cold, or why the wanted one was not used:
+    stale, missing, building, uncacheable, blocked, quarantined, corrupt, uncached."""
     reason: str = ""
+    """Why not more was reused."""
     cached_tokens: int | None
     """null where the runtime measures nothing."""
     ttft_ms: float
     """Request accepted to first token written."""
     queue_ms: float
+    model_load_ms: float
+    """Loading the model; 0 where it was in memory."""
     load_ms: float
     prefill_ms: float
     decode_tokens_per_s: float

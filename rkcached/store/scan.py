@@ -7,6 +7,7 @@ changes.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import stat
 from collections.abc import Container, Iterable, Iterator, Mapping
@@ -24,6 +25,9 @@ from rkcached.store.sidecar import Inventory, Sidecar, StoredArtifact, Unreadabl
 
 MAX_RECORD_BYTES = 1 << 20
 """A sidecar has some 2,000 bytes, a verdict fewer."""
+
+MAX_TEXT_BYTES = 16 << 20
+"""No worker takes a longer message."""
 
 # The unit of st_blocks, whatever the file system's own is (stat(2)).
 _BLOCK_BYTES = 512
@@ -202,8 +206,8 @@ def read_sidecar(path: Path, key: Key | None) -> Sidecar | str:
 def inspect(folder: Path, sidecar: Sidecar, digests: Digests) -> StoredArtifact:
     """The artifact of a sidecar, its files compared with it; whatever is wrong is said in it."""
     path = folder / sidecar.artifact
-    text = folder / f"{sidecar.prompt}.bin"
-    corrupt, signature = "", None
+    text_file = folder / f"{sidecar.prompt}.bin"
+    corrupt, signature, text = "", None, b""
 
     try:
         size = path.stat().st_size
@@ -211,10 +215,11 @@ def inspect(folder: Path, sidecar: Sidecar, digests: Digests) -> StoredArtifact:
             corrupt = f"{path.name} has {size:,} bytes, its sidecar says {sidecar.size_bytes:,}"
         else:
             digest, signature = digests.digest_and_signature(path)
+            text = _read_text(text_file)
             if digest != sidecar.sha256:
                 corrupt = f"{path.name} does not have the SHA-256 of its sidecar"
-            elif digests.digest(text) != sidecar.text_sha256:
-                corrupt = f"{text.name} does not have the SHA-256 of its sidecar"
+            elif hashlib.sha256(text).hexdigest() != sidecar.text_sha256:
+                corrupt = f"{text_file.name} does not have the SHA-256 of its sidecar"
     except FileNotFoundError as error:
         corrupt = f"{Path(error.filename).name} is missing"
     except OSError as error:
@@ -222,9 +227,21 @@ def inspect(folder: Path, sidecar: Sidecar, digests: Digests) -> StoredArtifact:
     except SourceError as error:
         corrupt = error.message
 
-    return StoredArtifact(
-        folder=folder, sidecar=sidecar, signature=None if corrupt else signature, corrupt=corrupt
-    )
+    if corrupt:
+        return StoredArtifact(folder=folder, sidecar=sidecar, signature=None, corrupt=corrupt)
+    return StoredArtifact(folder=folder, sidecar=sidecar, signature=signature, text=text)
+
+
+def _read_text(path: Path) -> bytes:
+    """The text of an artifact, or so much that it is seen to be none. Errors: OSError."""
+    with open(path, "rb", opener=_at_once) as stream:
+        size_bytes = os.fstat(stream.fileno()).st_size
+        return stream.read(min(size_bytes, MAX_TEXT_BYTES) + 1)
+
+
+def _at_once(path: str, flags: int) -> int:
+    """Open a file; one that is a FIFO without waiting for its writer."""
+    return os.open(path, flags | os.O_NONBLOCK)
 
 
 def strangers(folder: Path, key: Key) -> list[Path]:

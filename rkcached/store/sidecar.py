@@ -81,6 +81,8 @@ class StoredArtifact:
     """Of the prompt cache file with the sidecar's digest: the file that may be loaded. None when
     corrupt."""
     corrupt: str = ""
+    text: bytes = b""
+    """The prefix that the prompt cache was made from (UTF-8), where that is not corrupt."""
 
     @property
     def path(self) -> Path:

@@ -211,7 +211,9 @@ class Store:
 
         self.digests.trust(path, info, sidecar.sha256)
         self.verdicts.clear(key)
-        return StoredArtifact(folder=folder, sidecar=sidecar, signature=signature_of(info))
+        return StoredArtifact(
+            folder=folder, sidecar=sidecar, signature=signature_of(info), text=prefix
+        )
 
     def retire(self, key: Key) -> None:
         """Put an artifact aside that no prompt uses now.

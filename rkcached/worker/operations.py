@@ -29,6 +29,7 @@ from rkcached.errors import (
 )
 from rkcached.host.digests import Signature, signature_of
 from rkcached.worker import protocol
+from rkcached.worker.held import Held, Step
 
 if TYPE_CHECKING:
     from rkcached.worker.json_answer import JsonAnswer
@@ -55,8 +56,7 @@ class Session:
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
-        # Fingerprint of the prompt cache that the KV state was loaded from and still begins with.
-        self._resident = ""
+        self._held = Held()
         # A state that was loaded, continued and saved was as good as one that was read as a whole.
         self._continues = engine.info.saves_continued
 
@@ -68,7 +68,7 @@ class Session:
         Errors: PromptTooShort, ContextExceeded, Uncacheable, VerifyFailed, Aborted; then the file
         is of no use.
         """
-        self._resident = ""
+        self._held = Held()
         try:
             built = self._read(operation, emit, stopped)
             if operation.verify is VerifyMode.OFF:
@@ -171,7 +171,7 @@ class Session:
     def _load_base(self, base: protocol.Base, operation: protocol.Build, emit: Emit) -> str:
         """Load the file of a base; returns why that failed, if it did."""
         loaded = self._load(operation.id, base.cache, emit)
-        self._resident = ""
+        self._held = Held()
         return loaded.error
 
     def _keep(self, operation: protocol.Build, emit: Emit, prefill_ms: float) -> None:
@@ -320,13 +320,15 @@ class Session:
         self._bring_state(operation, emit)
 
         def on_token(token: Token) -> bool:
-            if answer is not None:
-                text.append(token.text)
+            text.append(token.text)
             if token.text and not withheld:
                 emit(protocol.Piece(id=operation.id, text=token.text, logprobs=token.details))
             return stopped()
 
+        self._held = Held(owner=operation.owner)
         stats = self.engine.generate(operation.prompt, sampling, on_token)
+        if not operation.cold:
+            self._held = Held((operation.prompt + "".join(text)).encode(), operation.owner)
         if answer is not None and not stopped():
             if withheld:
                 emit(protocol.Piece(id=operation.id, text=answer.check("".join(text))))
@@ -337,21 +339,19 @@ class Session:
         return protocol.Done(id=operation.id, stats=stats)
 
     def _bring_state(self, operation: protocol.Generate, emit: Emit) -> None:
-        """Load the prompt cache of the request, unless the KV state begins with it already."""
-        info = self.engine.info
-        stays = info.keeps_state and info.rewinds
-        if operation.cold:
-            self.engine.clear()
-        if operation.cache is None:
-            self._resident = ""
-        elif operation.cache.fingerprint != self._resident or not stays:
+        """Load the prompt cache of the request, unless the KV state has as much of the prompt."""
+        step = self._held.step(operation, self.engine.info)
+        if step is Step.LOAD and operation.cache is not None:
             emit(self._load(operation.id, operation.cache, emit))
+        elif step is Step.CLEAR:
+            self._held = Held()
+            self.engine.clear()
 
     def embed(self, operation: protocol.Embed) -> protocol.Embedded:
         """The vector of a text or of tokens, of length 1. Errors: EngineError."""
         import numpy as np  # noqa: PLC0415 - 100 ms that only embeddings need
 
-        self._resident = ""
+        self._held = Held()
         embedding = self.engine.embed(operation.tokens or operation.text)
         # A square of what float32 holds may be too large for it.
         vector = embedding.vector.astype(np.float64)
@@ -365,7 +365,6 @@ class Session:
 
     def check(self, operation: protocol.Check, emit: Emit) -> protocol.Checked:
         """Load a prompt cache. Errors: ArtifactLoadError."""
-        self._resident = ""
         loaded = self._load(operation.id, operation.cache, emit)
         if loaded.error:
             raise ArtifactLoadError(loaded.error)
@@ -378,10 +377,10 @@ class Session:
         file, Loading is emitted: if it crashes or hangs then, the file is to blame.
         """
         started = time.perf_counter()
-        self._resident = ""
-
         path = Path(cache.path)
+        self._held = Held()
         if not _is_file(path, cache.signature):
+            self.engine.clear()
             return protocol.Loaded(
                 id=operation_id, error="the file was replaced since it was checked", replaced=True
             )
@@ -397,7 +396,6 @@ class Session:
                 id=operation_id, error="the file was replaced while it was loaded", replaced=True
             )
 
-        self._resident = cache.fingerprint
         return protocol.Loaded(id=operation_id, tokens=tokens, load_ms=_since(started))
 
     def _probe(

@@ -90,6 +90,14 @@ class Generate(msgspec.Struct, frozen=True, kw_only=True, tag="generate"):
     prompt: str
     sampling: Sampling
     cache: CacheFile | None = None
+    common_bytes: int = 0
+    """The prompt (UTF-8) begins as the text of `cache` does, for so long."""
+    is_whole: bool = True
+    """Whether that is all of the text of `cache`."""
+    load_bytes: float = 0.0
+    """In the time that loading `cache` takes, so many bytes of the prompt are prefilled."""
+    owner: int = -1
+    """The uid of the client. What one asked and was answered is reused for nobody else."""
     cold: bool = False
     """Forget the KV state first, so that nothing is reused."""
 

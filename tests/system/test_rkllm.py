@@ -535,6 +535,7 @@ def test_crash_over_a_cache(d: Workspace, crash: str, name: str) -> None:
         answer = d.ask("m/a")
         assert (right, "miss") == (content(answer), answer["rkcached"]["state"])
         assert name in answer["rkcached"]["reason"]
+        cold(d)  # the state in memory is not used again
     shown = d.wait_state("a", "quarantined")
     assert "loading it failed 3 times" in shown["reason"]
     assert name in shown["reason"]

@@ -265,7 +265,8 @@ def test_stale_is_answered_cold_and_current(workspace: Workspace) -> None:
         "building",
         "stale",
     )  # stale once the build has stepped aside
-    assert answer["rkcached"]["cache"] is None
+    same = len(text[: text.index("old")])
+    assert same <= answer["rkcached"]["cached_tokens"] < same + 100
     workspace.logged("build stepped aside")
     workspace.wait_settled()
     assert workspace.ask("m/p")["rkcached"]["state"] == "hit"
@@ -402,6 +403,7 @@ def test_cache_that_crashes_the_worker_is_quarantined(workspace: Workspace) -> N
     workspace.wait_settled()
     for _ in range(3):
         assert right_answer(workspace, "You are prompt P.") == content(workspace.ask("m/p"))
+        workspace.ask("m/p", cache=False)  # the state in memory is not used again
     shown = workspace.wait_state("p", "quarantined")
     assert "loading it failed 3 times" in shown["reason"]
     assert "SIGSEGV" in shown["reason"]

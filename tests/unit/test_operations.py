@@ -15,6 +15,7 @@ import pytest
 from rkcached.engines.base import FinishReason, ModelSpec, OnProgress, RunStats, Sampling
 from rkcached.engines.kinds import VerifyMode
 from rkcached.engines.memory import MemoryEngine, MemoryModel, expected_text
+from rkcached.engines.prefix import common_bytes
 from rkcached.errors import (
     Aborted,
     ArtifactLoadError,
@@ -124,6 +125,7 @@ class Bench:
         self.events: list[protocol.FromWorker] = []
         self.stop = False
         self.next_id = 0
+        self.prefixes: dict[str, str] = {}
 
     def session(
         self, cls: type[EngineType], model: MemoryModel | None = None
@@ -158,6 +160,7 @@ class Bench:
 
     def built_cache(self, name: str = "a", prefix: str = PREFIX) -> protocol.CacheFile:
         """A good prompt cache from another session."""
+        self.prefixes[name] = prefix
         path = self.model.parent / f"{name}.cache"
         _, engine = self.session(MemoryEngine)
         engine.prefill(prefix, save_to=path)
@@ -172,11 +175,21 @@ class Bench:
         *,
         prompt: str = REQUEST,
         cold: bool = False,
+        owner: int = 1000,
+        load_bytes: float = 0.0,
     ) -> tuple[str, RunStats]:
         self.next_id += 1
         self.events.clear()
+        text = "" if cache is None else self.prefixes.get(cache.fingerprint, PREFIX)
         operation = protocol.Generate(
-            id=self.next_id, prompt=prompt, sampling=SAMPLING, cache=cache, cold=cold
+            id=self.next_id,
+            prompt=prompt,
+            sampling=SAMPLING,
+            cache=cache,
+            common_bytes=common_bytes(text.encode(), prompt.encode()),
+            load_bytes=load_bytes,
+            owner=owner,
+            cold=cold,
         )
         done = session.generate(operation, self.emit, lambda: self.stop)
         assert done.id == self.next_id
