@@ -30,6 +30,7 @@ from rkcached.errors import (
 from rkcached.host.digests import Signature, signature_of
 from rkcached.worker import protocol
 from rkcached.worker.held import Held, Step
+from rkcached.worker.traces import LIKELIEST, agree
 
 if TYPE_CHECKING:
     from rkcached.worker.json_answer import JsonAnswer
@@ -278,7 +279,8 @@ class Session:
         else:
             proved = operation.verify if info.greedy else VerifyMode.HIT
 
-        if operation.verify is VerifyMode.EXACT and info.greedy and expected != answer:
+        is_exact = operation.verify is VerifyMode.EXACT and info.greedy
+        if is_exact and not agree(expected, answer, moved=not info.rewinds):
             raise VerifyFailed(
                 "the probe's answer on the loaded cache differs "
                 "from the answer on the state in memory",
@@ -418,11 +420,14 @@ class Session:
             tokens.append(token)
             return stopped()
 
-        fields = self.engine.info.run_sampling
+        info = self.engine.info
+        fields = info.run_sampling
+        compares = info.gives_logprobs and not info.rewinds
         sampling = Sampling(
             max_new_tokens=PROBE_TOKENS,
             temperature=0.0 if "temperature" in fields else None,
             seed=0 if "seed" in fields else None,
+            logprobs=LIKELIEST if compares else None,
         )
         stats = self.engine.generate(prompt, sampling, on_token, trace=True)
         if stopped():

@@ -78,6 +78,30 @@ def test_a_prompt_is_built_reused_and_kept(coast: Workspace) -> None:
     assert len(coast.built()) == 3
 
 
+def test_a_conversation_goes_on_from_its_state(coast: Workspace) -> None:
+    """The second turn reads neither the prompt nor the first turn again."""
+    first = {"role": "user", "content": "Is it on?"}
+    answer = coast.ask("m/keeper", "Is it on?", max_tokens=8)
+    text = answer["choices"][0]["message"]["content"]
+    said = {"role": "assistant", "content": text}
+    turn = {"role": "user", "content": "Who was there?"}
+    report = coast.ask("m/keeper", messages=[first, said, turn])["rkcached"]
+    assert report["state"] == "hit"
+    assert report["cached_tokens"] >= answer["usage"]["prompt_tokens"] - BOUNDARY_TOKENS
+
+
+def test_what_cannot_be_taken_back_is_said(coast: Workspace, kind: str) -> None:
+    """A request that shares half of a prompt is told why it cannot reuse that half."""
+    half = SYSTEM[: len(SYSTEM) // 2] + "#### Something else."
+    messages = [{"role": "system", "content": half}, {"role": "user", "content": "Is it on?"}]
+    report = coast.ask("m", messages=messages)["rkcached"]
+    assert report["reason"].startswith("differs from m/keeper after ")
+    cannot = "this model's state cannot be taken back to there"
+    assert (cannot in report["reason"]) == (kind != "plain")
+    if kind != "plain":
+        assert report["cached_tokens"] == 0
+
+
 def test_explain_says_what_the_state_is(coast: Workspace, kind: str) -> None:
     """In words and as data."""
     words = {
