@@ -4,12 +4,11 @@ It is the one that shares the longest beginning: of a prompt that begins alike, 
 before an edit at its end. A model whose runtime turns out not to continue a prompt cache rightly is
 built as a whole from then on, until it changes or the daemon starts anew.
 
-On the event loop, except `choose`, which reads files.
+On the event loop; reads no file.
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -19,8 +18,8 @@ from rkcached.errors import RkcachedError, WorkerDied, WorkerTimeout
 from rkcached.host.digests import signature_of
 from rkcached.plan.fingerprint import Fingerprint, differ_in_text_only
 from rkcached.plan.records import Build
+from rkcached.reconcile.index import ArtifactIndex, Match
 from rkcached.sources.records import Key
-from rkcached.store.sidecar import StoredArtifact
 from rkcached.store.staging import Staging
 from rkcached.worker import protocol
 
@@ -44,26 +43,20 @@ class Bases:
 
     def choose(
         self,
-        artifacts: Mapping[Key, StoredArtifact],
+        index: ArtifactIndex,
         model: str,
         components: Mapping[str, str],
         prefix: str,
         probe: str,
     ) -> protocol.Base | None:
-        """The base for a prefix, if there is one that is worth its load. Blocking."""
-        usable = {
-            key: artifact
-            for key, artifact in artifacts.items()
-            if key.model == model and _is_usable(artifact, components)
-        }
-        found = best_base(usable, model, prefix.encode())
-        if found is None:
+        """The base for a prefix, if there is one that is worth its load."""
+        match = index.closest(model, prefix.encode())
+        if match is None or not worth_loading(match):
             return None
 
-        artifact, common_bytes = found
-        if artifact.signature is None or not worth_loading(artifact, common_bytes):
+        artifact = match.artifact
+        if artifact.signature is None or not differ_in_text_only(artifact.components, components):
             return None
-        text = _text(artifact)
         return protocol.Base(
             cache=protocol.CacheFile(
                 path=str(artifact.path),
@@ -72,8 +65,8 @@ class Bases:
             ),
             tokens=artifact.tokens,
             prefill_ms=artifact.sidecar.figures.prefill_ms,
-            is_beginning=common_bytes == len(text),
-            probe=text.decode() + probe.removeprefix(prefix),
+            is_beginning=match.is_whole,
+            probe=artifact.text.decode() + probe.removeprefix(prefix),
             answer=artifact.sidecar.answer_sha256,
         )
 
@@ -144,42 +137,12 @@ class Partials:
         self._build = self._path = self._base = None
 
 
-def best_base(
-    artifacts: Mapping[Key, StoredArtifact], model: str, prefix: bytes
-) -> tuple[StoredArtifact, int] | None:
-    """The model's artifact whose text has the longest beginning in common with `prefix`.
-
-    Returns it with that length in bytes, if there is any. Blocking.
-    """
-    best: tuple[StoredArtifact, int] | None = None
-    for key, artifact in artifacts.items():
-        if key.model != model:
-            continue
-        common_bytes = len(os.path.commonprefix((_text(artifact), prefix)))  # noqa: RUF071 - bytes
-        if common_bytes and (best is None or common_bytes > best[1]):
-            best = (artifact, common_bytes)
-    return best
-
-
-def worth_loading(artifact: StoredArtifact, common_bytes: int) -> bool:
+def worth_loading(match: Match) -> bool:
     """Whether reading what is shared takes longer than loading it and asking for its proof.
 
     By the figures that were measured when it was built; one that was not measured is taken to be.
     """
+    artifact = match.artifact
     figures = artifact.sidecar.figures
-    text_bytes = int(artifact.components["prefix.bytes"])
-    spared_ms = figures.prefill_ms * common_bytes / max(1, text_bytes)
+    spared_ms = figures.prefill_ms * match.common_bytes / max(1, len(artifact.text))
     return spared_ms > figures.load_ms + figures.warm_ttft_ms
-
-
-def _is_usable(artifact: StoredArtifact, components: Mapping[str, str]) -> bool:
-    """Whether it is whole, and of the same model and parameters."""
-    return artifact.signature is not None and differ_in_text_only(artifact.components, components)
-
-
-def _text(artifact: StoredArtifact) -> bytes:
-    """The text that it was made from; empty if that is gone."""
-    try:
-        return (artifact.folder / f"{artifact.sidecar.prompt}.bin").read_bytes()
-    except OSError:
-        return b""

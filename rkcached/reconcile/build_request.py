@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from rkcached.messages.tools import ToolSet
 from rkcached.plan.desired import DesiredModel
 from rkcached.plan.records import Build
+from rkcached.reconcile.index import ArtifactIndex
 from rkcached.sources.manifest import CacheConfig, EngineConfig
-from rkcached.sources.records import Key
-from rkcached.store.sidecar import StoredArtifact
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,5 +31,5 @@ class BuildRequest:
     """The least that the prompt cache takes, if that is known; else 0."""
     first_try: float
     """The loop's time when this build was first started; it may have stepped aside since."""
-    artifacts: Mapping[Key, StoredArtifact] = field(default_factory=dict)
-    """Of the store: one that begins alike may be continued."""
+    index: ArtifactIndex = field(default_factory=ArtifactIndex)
+    """Of the store: a prompt cache that begins alike may be continued."""

@@ -161,7 +161,7 @@ class BuildRunner:
             foreign_bytes=snapshot.foreign_bytes,
             needed_bytes=needed_bytes,
             first_try=first_try,
-            artifacts=snapshot.artifacts,
+            index=snapshot.index,
         )
 
     def _start(self, request: BuildRequest) -> None:
@@ -183,8 +183,15 @@ class BuildRunner:
         key = request.action.key
 
         def on_progress(done: int, total: int) -> None:
-            now = replace(progress, done_tokens=done, total_tokens=total)
-            self._published.change(building=now)
+            nonlocal progress
+            costs = self._builder.costs(request.model)
+            progress = replace(
+                progress.read(done, total, time.monotonic()),
+                proof_s=costs.proof_s,
+                aside_s=costs.aside_s,
+                keeps_state=costs.keeps_state,
+            )
+            self._published.change(building=progress)
 
         try:
             try:

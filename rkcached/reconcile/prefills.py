@@ -59,6 +59,8 @@ class BuildCosts:
     proof_s: float | None = None
     aside_s: float | None = None
     """From the wish of a request until the engine was free."""
+    keeps_state: bool = False
+    """A run goes on from what an interrupted one has read."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -117,7 +119,7 @@ class Prefills:
         Errors: as for `run`.
         """
         partial = self.partials.of(request.action)
-        base = partial or await self._choose(request, texts)
+        base = partial or self._choose(request, texts)
         if base is None:
             return None
 
@@ -148,7 +150,7 @@ class Prefills:
             self._bases.give_up(request.model.identity, request.model.name, why)
         return built
 
-    async def _choose(self, request: BuildRequest, texts: _Texts) -> protocol.Base | None:
+    def _choose(self, request: BuildRequest, texts: _Texts) -> protocol.Base | None:
         """A prompt cache of the store to go on from.
 
         Who asks for a build of what is there gets one of the whole.
@@ -157,9 +159,8 @@ class Prefills:
             return None
         if not self._bases.may_help(request.model.identity):
             return None
-        return await asyncio.to_thread(
-            self._bases.choose,
-            request.artifacts,
+        return self._bases.choose(
+            request.index,
             request.model.name,
             request.action.fingerprint.components,
             texts.prefix,
@@ -217,11 +218,12 @@ class Prefills:
         if request.action.reason == REQUESTED and rest_s <= PATIENCE_S:
             await asyncio.sleep(rest_s)
         try:
-            await worker.ensure()
+            info = await worker.ensure()
         except (WorkerDied, WorkerTimeout) as error:  # no prompt was touched yet
             raise ModelLoadError(
                 f"the model cannot be loaded: {error.message}", hint=error.hint
             ) from error
+        self.costs(request.model).keeps_state = info.keeps_state
         return worker
 
 

@@ -37,6 +37,30 @@ class BuildProgress:
     """Monotonic seconds."""
     done_tokens: int = 0
     total_tokens: int = 0
+    read_from: int = 0
+    """The tokens that it had when it began to read: of another prompt cache, or from before."""
+    read_since: float = 0.0
+    """When it began to read."""
+    read_at: float = 0.0
+    """When it had read `done_tokens`."""
+    proof_s: float | None = None
+    """The proof after the prefill took so long, the last time; None: not known."""
+    aside_s: float | None = None
+    """Making room for a request took so long, the last time; None: not known."""
+    keeps_state: bool = False
+    """A request that interrupts it goes on from what it has read."""
+
+    def read(self, done: int, total: int, now: float) -> BuildProgress:
+        """It has read so many tokens by this time."""
+        first = not self.read_at
+        return replace(
+            self,
+            done_tokens=done,
+            total_tokens=total,
+            read_from=done if first else self.read_from,
+            read_since=now if first else self.read_since,
+            read_at=now,
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -31,6 +31,7 @@ from rkcached.serving.job import End, Job, Text
 from rkcached.serving.models import find_model
 from rkcached.serving.report import CacheReport, decode_rate, usage_of
 from rkcached.serving.reuse import Found, find, load_bytes, outcome
+from rkcached.serving.waiting import sooner_to_wait
 from rkcached.sources.records import Key
 from rkcached.store.sidecar import StoredArtifact
 from rkcached.worker import protocol
@@ -225,7 +226,7 @@ class Serving:
         while True:
             job = ongoing.job
             try:
-                async with self._turn(job.model.name):
+                async with self._turn(job.model.name, asks=not self._waits_for_build(job)):
                     found = self._find(job)
                     ongoing.found = found.without(death) if death else found
                     ongoing.started = ongoing.started or time.monotonic()
@@ -261,10 +262,17 @@ class Serving:
                     self._report_load_error(ongoing.found.chosen, ongoing.load_error)
                 return done.stats
 
-    def _turn(self, model: str) -> AbstractAsyncContextManager[None]:
-        """Wait for this model's turn on the engine, and hold it."""
+    def _turn(self, model: str, *, asks: bool = True) -> AbstractAsyncContextManager[None]:
+        """Wait for this model's turn on the engine, and hold it; a build steps aside if it asks."""
         concurrent = self._reconciler.snapshot.manifest.engine.concurrent
-        return self._gates.hold(model, Priority.LIVE, concurrent=concurrent)
+        return self._gates.hold(model, Priority.LIVE, concurrent=concurrent, asks=asks)
+
+    def _waits_for_build(self, job: Job) -> bool:
+        """Whether the prompt is being built, and the end of that comes sooner than an answer."""
+        progress = self._reconciler.snapshot.building
+        if progress is None or progress.key != job.named or job.cold:
+            return False
+        return sooner_to_wait(progress, time.monotonic())
 
     def _find(self, job: Job) -> Found:
         """The prompt cache to load for this request, as things are at this moment."""

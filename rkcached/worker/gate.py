@@ -53,10 +53,12 @@ class Gate:
         *,
         step_aside: Callable[[], None] | None = None,
         since: float | None = None,
+        asks: bool = True,
     ) -> AsyncIterator[None]:
         """Hold the gate.
 
-        `step_aside` is called at most once, when a live request comes to wait behind this holder.
+        `step_aside` is called at most once, when a live request comes to wait behind this holder;
+        not for one that does not ask.
 
         `since` (the loop's time) is when a build first tried: once its patience is over, it goes
         first and stays.
@@ -64,7 +66,7 @@ class Gate:
         loop = asyncio.get_running_loop()
         first_try = loop.time() if since is None else since
         if self._held:
-            await self._wait(priority, first_try)
+            await self._wait(priority, first_try, asks=asks)
 
         self._held = True
         patient = loop.time() - first_try <= BUILD_PATIENCE_S
@@ -78,10 +80,10 @@ class Gate:
             self._yield_to_live = None
             self._pass_on()
 
-    async def _wait(self, priority: Priority, since: float) -> None:
+    async def _wait(self, priority: Priority, since: float, *, asks: bool) -> None:
         waiter = _Waiter(asyncio.get_running_loop().create_future(), since)
         self._queues[priority].append(waiter)
-        if priority is Priority.LIVE:
+        if priority is Priority.LIVE and asks:
             self._ask_to_step_aside()
 
         try:
@@ -161,6 +163,7 @@ class Gates:
         concurrent: bool = False,
         step_aside: Callable[[], None] | None = None,
         since: float | None = None,
+        asks: bool = True,
     ) -> AsyncIterator[None]:
         """As `Gate.hold`, for one model."""
         own = self._own.setdefault(model, Gate())
@@ -169,9 +172,11 @@ class Gates:
                 held.enter_context(self._counted())
             if not concurrent:
                 await held.enter_async_context(
-                    self._shared.hold(priority, step_aside=step_aside, since=since)
+                    self._shared.hold(priority, step_aside=step_aside, since=since, asks=asks)
                 )
-            await held.enter_async_context(own.hold(priority, step_aside=step_aside, since=since))
+            await held.enter_async_context(
+                own.hold(priority, step_aside=step_aside, since=since, asks=asks)
+            )
             yield
 
     @contextlib.contextmanager

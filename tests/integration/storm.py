@@ -495,7 +495,7 @@ class Storm(RuleBasedStateMachine):
             }
         )
         try:
-            job, _ = await self.preparation.chat(request, time.monotonic())
+            job, _ = await self.preparation.chat(request, time.monotonic(), 1)
             parts = [part async for part in self.serving.run(job)]
         except RequestError:
             return None

@@ -42,11 +42,12 @@ CALLS = (
     *("unlink", "unlinkat", "mkdir", "mkdirat", "rmdir", "chmod", "fchmod", "fchmodat", "flock"),
 )
 """Whichever of them this C library makes of ours."""
-OLD, NEW = "You are the old one.", "You are the new one."
+OLD = "You are the old one."
+NEW = "You are the new one. " + "You read more than a batch. " * 14
 MODEL = '{"rkcached_memory_model": 1}'
 
 
-def killed_at(root: Path, call: str, nth: int, earlier: str | None) -> bool:
+def killed_at(root: Path, call: str, nth: int, earlier: str | None, how: tuple[str, ...]) -> bool:
     """Prepare a store, build in it and kill the build at its nth call.
 
     False when there was no such call.
@@ -65,7 +66,7 @@ def killed_at(root: Path, call: str, nth: int, earlier: str | None) -> bool:
     ]
     environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1"}
     done = subprocess.run(
-        [*command, str(root), NEW],
+        [*command, str(root), NEW, *how],
         cwd=Path(__file__).parents[2],
         env=environment,
         capture_output=True,
@@ -101,11 +102,18 @@ def outcome(root: Path) -> str:
         store.close()
 
 
-@pytest.mark.parametrize("earlier", [None, OLD], ids=["first", "replacement"])
+@pytest.mark.parametrize(
+    ("earlier", "how"),
+    [(None, ()), (OLD, ()), (OLD, ("continued",))],
+    ids=["first", "replacement", "continued"],
+)
 def test_a_build_killed_at_any_system_call_leaves_a_whole_artifact_or_one_that_is_rebuilt(
-    tmp_path: Path, earlier: str | None
+    tmp_path: Path, earlier: str | None, how: tuple[str, ...]
 ) -> None:
-    """And the build after it makes it whole, wherever the one before was cut off."""
+    """And the build after it makes it whole, wherever the one before was cut off.
+
+    Also one that goes on from the old artifact, steps aside, and goes on from what it had read.
+    """
     if shutil.which("strace") is None:
         pytest.skip("strace is not installed")
     seen: Counter[str] = Counter()
@@ -115,7 +123,7 @@ def test_a_build_killed_at_any_system_call_leaves_a_whole_artifact_or_one_that_i
         while killed:
             nth += 1
             root = tmp_path / f"{call}-{nth}"
-            killed = killed_at(root, call, nth, earlier)
+            killed = killed_at(root, call, nth, earlier, how)
             before = outcome(root)
             if killed:
                 seen[before] += 1

@@ -114,6 +114,20 @@ def test_a_build_that_steps_aside_goes_on_where_it_was(workspace: Workspace) -> 
     assert workspace.ask("m/a")["rkcached"]["state"] == "hit"
 
 
+def test_a_request_for_a_prompt_that_is_being_built_takes_what_was_read(
+    workspace: Workspace,
+) -> None:
+    """The build steps aside for it, and the request goes on where the build was."""
+    on_the_memory_model(workspace, a=RULES)
+    workspace.start()
+    done = wait_until(lambda: (now := progress(workspace)) > 400 and now, "much is read")
+    answer = workspace.ask("m/a", "hello", max_tokens=1)
+    assert answer["rkcached"]["state"] in ("building", "partial")
+    assert answer["rkcached"]["cached_tokens"] >= done
+    figures = workspace.wait_state("a", "fresh")["artifact"]
+    assert figures["reused_tokens"] >= done
+
+
 def test_an_edit_forgets_what_the_build_before_it_had_read(workspace: Workspace) -> None:
     """It was of another text."""
     on_the_memory_model(workspace, us=4000, a=RULES)

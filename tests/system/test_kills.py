@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import threading
 import time
 from collections import Counter
@@ -42,9 +43,9 @@ PROMPTS = ("a", "b", "c")
 
 
 def text(name: str, edit: int) -> str:
-    return (
-        f"You are prompt {name}, edit {edit}. " + "You keep a café and never forget the salt. " * 8
-    )
+    """An edit is at the end, so that its build goes on from the prompt cache before it."""
+    rules = "You keep a café and never forget the salt. " * 16
+    return f"You are prompt {name}. {rules}This is edit {edit}."
 
 
 def right(model: bytes, system: str, question: str) -> str:
@@ -171,7 +172,7 @@ def test_killed_workers_give_no_wrong_answer_and_leave_nothing(workspace: Worksp
     Each request is answered rightly or fails with its reason; then all is fresh, and the daemon
     holds what it held. RKCACHED_KILLS and RKCACHED_KILLS_SEED for more and others.
     """
-    workspace.memory_model(prefill_us_per_token=50, decode_us_per_token=500)
+    workspace.memory_model(prefill_us_per_token=100, decode_us_per_token=500)
     for name in PROMPTS:
         workspace.write(f"{name}.md", text(name, 0))
     workspace.declare("{a: a.md, b: b.md, c: c.md}")
@@ -213,6 +214,7 @@ def test_killed_workers_give_no_wrong_answer_and_leave_nothing(workspace: Worksp
     )
     (model,) = workspace.status()["models"]
     assert model["restarts"] > 0
+    assert re.search(r"artifact built .* reused_tokens=[1-9]", workspace.log_text())
     print(
         f"{KILLS} kills, {model['restarts']} restarts, ends {dict(clients.ends)}, {before} = "
         f"{held(workspace)}"

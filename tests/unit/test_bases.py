@@ -12,8 +12,12 @@ import pytest
 from rkcached.engines.base import EngineInfo, ModelSpec, OnProgress, RunStats, Sampling
 from rkcached.engines.kinds import VerifyMode
 from rkcached.engines.memory import MemoryEngine, MemoryModel, expected_text
-from rkcached.errors import Aborted, EngineError, VerifyFailed
+from rkcached.errors import Aborted, EngineError, VerifyFailed, WorkerDied
 from rkcached.host.digests import signature_of
+from rkcached.reconcile.bases import Bases
+from rkcached.reconcile.index import ArtifactIndex
+from rkcached.sources.records import Key
+from rkcached.store.sidecar import Figures, Sidecar, StoredArtifact
 from rkcached.worker import protocol
 from rkcached.worker.operations import KEEP_MS, Session
 
@@ -289,3 +293,87 @@ def test_a_state_that_cannot_be_kept_leaves_no_file(tmp_path: Path) -> None:
         bench.build(bench.session(Full), NEW)
     assert not (tmp_path / "partial").exists()
     assert not [event for event in bench.events if isinstance(event, protocol.Kept)]
+
+
+# --- the choice ---
+
+
+def stored(name: str, text: str, *, temperature: str = "0", **figures: float) -> StoredArtifact:
+    """An artifact of 1 ms to a byte, which loads in 5 ms and answers in 20."""
+    components = {"params.temperature": temperature, "prefix.digest": text}
+    return StoredArtifact(
+        folder=Path("/cache/m"),
+        sidecar=Sidecar(
+            model="m",
+            prompt=name,
+            artifact=f"{name}.memory_cache",
+            fingerprint=f"of {name}",
+            components=components,
+            size_bytes=1,
+            sha256="",
+            text_sha256="",
+            tokens=len(text),
+            built_at=0.0,
+            build_ms=0.0,
+            figures=Figures(
+                prefill_ms=figures.get("prefill_ms", float(len(text))),
+                load_ms=5.0,
+                cold_ttft_ms=0.0,
+                warm_ttft_ms=20.0,
+                verified="exact",
+            ),
+            answer_sha256="answer",
+        ),
+        signature=(1, 2, 3, 4, 5),
+        text=text.encode(),
+    )
+
+
+def chosen(artifact: StoredArtifact, text: str = NEW, *, old: bool = False) -> protocol.Base | None:
+    by_key = {Key("m", artifact.sidecar.prompt): artifact}
+    index = ArtifactIndex({}, by_key) if old else ArtifactIndex(by_key)
+    components = {"params.temperature": "0", "prefix.digest": text}
+    return Bases().choose(index, "m", components, text, text + TAIL)
+
+
+@pytest.mark.parametrize("old", [True, False])
+def test_what_begins_alike_is_gone_on_from(*, old: bool) -> None:
+    """Of another prompt, or of this one before an edit."""
+    base = chosen(stored("a", OLD), old=old)
+    assert base is not None
+    assert (base.cache.path, base.tokens, base.is_beginning) == (
+        "/cache/m/a.memory_cache",
+        len(OLD),
+        False,
+    )
+    assert (base.probe, base.answer) == (OLD + TAIL, "answer")
+    beginning = chosen(stored("a", OLD), OLD + "And more.")
+    assert beginning is not None
+    assert beginning.is_beginning
+
+
+def test_what_shares_little_is_not_worth_its_load() -> None:
+    """By what was measured: 25 ms to load and ask, against what reading it took."""
+    assert chosen(stored("a", NEW[:30] + "another end" * 20)) is not None
+    assert chosen(stored("a", NEW[:15] + "another end" * 20)) is None
+    assert chosen(stored("a", OLD, prefill_ms=20.0)) is None
+
+
+def test_what_differs_in_more_than_its_text_is_left_alone() -> None:
+    """Its state may be another one."""
+    assert chosen(stored("a", OLD, temperature="1")) is None
+
+
+def test_a_model_is_given_up_when_its_runtime_shows_that_it_cannot() -> None:
+    """A worker that dies may have done so for another reason, once."""
+    bases = Bases()
+    bases.failed("one", "m", WorkerDied("killed"))
+    assert bases.may_help("one")
+    bases.helped("one")
+    bases.failed("one", "m", WorkerDied("killed"))
+    assert bases.may_help("one")
+    bases.failed("one", "m", WorkerDied("killed"))
+    assert not bases.may_help("one")
+    bases.failed("other", "m", VerifyFailed("wrong"))
+    assert not bases.may_help("other")
+    assert bases.may_help("third")

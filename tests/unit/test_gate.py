@@ -99,6 +99,28 @@ async def test_a_build_is_asked_once_to_step_aside_for_live_requests() -> None:
     await crew.finish()
 
 
+async def test_a_live_request_that_does_not_ask_waits_for_the_end_of_a_build() -> None:
+    """It still goes before the next build; another one that asks is heard."""
+    gate = Gate()
+    asked: list[str] = []
+    order: list[str] = []
+
+    async def hold(name: str, priority: Priority, *, asks: bool) -> None:
+        async with gate.hold(priority, asks=asks):
+            order.append(name)
+
+    async with gate.hold(Priority.BUILD, step_aside=lambda: asked.append("build")):
+        tasks = [asyncio.create_task(hold("other build", Priority.BUILD, asks=True))]
+        tasks.append(asyncio.create_task(hold("patient", Priority.LIVE, asks=False)))
+        await asyncio.sleep(0)
+        assert asked == []
+        tasks.append(asyncio.create_task(hold("hasty", Priority.LIVE, asks=True)))
+        await asyncio.sleep(0)
+        assert asked == ["build"]
+    await asyncio.gather(*tasks)
+    assert order == ["patient", "hasty", "other build"]
+
+
 async def test_a_build_that_got_its_turn_by_patience_is_not_asked(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
