@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,24 +27,37 @@ IDLE_SETTLE_S = 3.0
 
 
 def measure_edit(bench: Bench) -> list[Figure]:
-    """A saved prompt file, until the status shows its new artifact, minus the build itself."""
+    """A saved prompt file, until the status shows its new artifact, minus the build itself.
+
+    After an edit at the end of a prompt of 1,100 tokens only the end is read; after one at its
+    beginning, everything.
+    """
     workspace = bench.workspace(llama)
-    source = workspace.root / "prompts" / f"{PROMPTS[0]}.md"
+    source = workspace.root / "prompts" / f"{PROMPTS[1]}.md"
     original = source.read_text()
-    totals, builds, rest = [], [], []
+    figures: list[Figure] = []
     with Daemon(workspace) as daemon:
         daemon.wait_fresh()
         _edit(daemon, source, f"{original}\nEdition 0.\n")  # this one starts the worker too
-        for run in range(bench.runs):
-            total_ms, build_ms = _edit(daemon, source, f"{original}\nEdition {run % 9 + 1}.\n")
-            totals.append(total_ms)
-            builds.append(build_ms)
-            rest.append(total_ms - build_ms)
+        for place, form in (("end", "{1}\nEdition {0}.\n"), ("beginning", "Edition {0}.\n{1}")):
+            figures += _measure_edits(
+                daemon, source, place, [form.format(run + 1, original) for run in range(bench.runs)]
+            )
         _edit(daemon, source, original)
+    return figures
+
+
+def _measure_edits(daemon: Daemon, source: Path, place: str, texts: Sequence[str]) -> list[Figure]:
+    totals, builds, rest = [], [], []
+    for text in texts:
+        total_ms, build_ms = _edit(daemon, source, text)
+        totals.append(total_ms)
+        builds.append(build_ms)
+        rest.append(total_ms - build_ms)
     note = f"at most {max(rest):.0f}"
     return [
-        of_median("edit", "edit to published", totals, "ms"),
-        of_median("edit", "of that, the build", builds, "ms"),
+        of_median("edit", f"edit at the {place} to published", totals, "ms"),
+        of_median("edit", "  of that, the build", builds, "ms"),
         of_median("edit", "  the rest", rest, "ms", aim=500, note=note),
     ]
 
