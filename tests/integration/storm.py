@@ -230,11 +230,16 @@ class Storm(RuleBasedStateMachine):
         self.during(self.start())
 
     def declare(
-        self, prompts: dict[str, list[str]], temperatures: dict[str, float], max_bytes: int | None
+        self,
+        prompts: dict[str, list[str]],
+        temperatures: dict[str, float],
+        max_bytes: int | None,
+        idle_s: float = 0.0,
     ) -> None:
         self.declared, self.max_bytes = prompts, max_bytes
-        lines = ["version: 1", "engine: {kind: memory}"]
-        lines += [f"cache: {{max_bytes: {max_bytes}}}"] if max_bytes else []
+        lines = ["version: 1", "engine: {kind: memory}", "cache:"]
+        lines += [f"  build: {{idle_s: {idle_s}}}"]
+        lines += [f"  max_bytes: {max_bytes}"] if max_bytes else []
         lines += ["models:"]
         for model in MODELS:
             named = ", ".join(f"{name}: prompts/{name}.md" for name in prompts[model])
@@ -346,10 +351,13 @@ class Storm(RuleBasedStateMachine):
         n=prompts_st,
         warm=st.sampled_from((0.0, 0.5)),
         max_bytes=st.sampled_from((None, None, None, MAX_BYTES)),
+        idle_s=st.sampled_from((0.0, 0.0, 0.02)),
     )
-    def manifest_well(self, m: list[str], n: list[str], warm: float, max_bytes: int | None) -> None:
+    def manifest_well(
+        self, m: list[str], n: list[str], warm: float, max_bytes: int | None, idle_s: float
+    ) -> None:
         self.step()
-        self.declare({"m": m, "n": n}, {"m": warm, "n": 0.0}, max_bytes)
+        self.declare({"m": m, "n": n}, {"m": warm, "n": 0.0}, max_bytes, idle_s)
         self.good = read_manifest(self.manifest)
         self.changed(*self.recent_texts)
 
@@ -418,8 +426,12 @@ class Storm(RuleBasedStateMachine):
                 second.rename(first)
                 between.rename(second)
                 if suffix == ".json":
-                    strays = (Path(key.model, f"{key.prompt}.memory_cache") for key in (one, other))
-                    self.damaged |= {*strays}
+                    # Where nobody declares them, such sidecars are strangers', and what they name.
+                    self.damaged |= {
+                        Path(key.model, key.prompt + stray)
+                        for key in (one, other)
+                        for stray in (".memory_cache", ".bin", ".json")
+                    }
         self.unseen = True
         self.changed(one, other)
 
