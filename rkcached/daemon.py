@@ -45,6 +45,7 @@ from rkcached.api.server import (
     OwnSocket,
 )
 from rkcached.api.status import Recent, status, summary
+from rkcached.api.suggest_routes import SuggestApi
 from rkcached.engines.registry import ENGINES
 from rkcached.errors import ManifestError, SettingsError
 from rkcached.host import logs
@@ -57,6 +58,7 @@ from rkcached.reconcile.snapshot import Published
 from rkcached.reconcile.wake import Wake
 from rkcached.serving.dispatcher import Serving
 from rkcached.serving.embeddings import Embeddings
+from rkcached.serving.learning import Learning
 from rkcached.sources.manifest import Manifest
 from rkcached.sources.manifest_file import read_manifest
 from rkcached.sources.stored_texts import StoredTexts
@@ -215,12 +217,14 @@ def _build(
     )
     reloading = _Reloading(reconciler, headline, service)
 
-    serving = Serving(reconciler, workers, gates, events)
+    learning = Learning(reconciler, stored)
+    serving = Serving(reconciler, workers, gates, events, on_answer=learning.answered)
     api = Api(
         reconciler=reconciler,
         serving=serving,
         preparation=Preparation(published),
         caches=CacheApi(reconciler, serving, workers, stored),
+        suggestions=SuggestApi(learning),
         embeddings=Embeddings(published, workers, gates),
         events=events,
         metrics=Metrics(events, published, serving, workers),
@@ -233,6 +237,7 @@ def _build(
             store=store,
             recent=Recent(events),
             watcher=watcher,
+            learning=learning,
         ),
         reload=reloading.reload,
     )

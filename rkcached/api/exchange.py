@@ -305,6 +305,11 @@ def uid_of(request: Request) -> int:
     return peer.get("uid", -1)
 
 
+def viewer_of(request: Request) -> int | None:
+    """The user whose own things the answer may show; None: everybody's, on the admin socket."""
+    return None if request.app.state.is_admin else uid_of(request)
+
+
 def _request_id(scope: Scope) -> str:
     """The client's own id, if it sent a usable one; otherwise a new one."""
     given = b""

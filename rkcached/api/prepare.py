@@ -40,7 +40,7 @@ from rkcached.messages.tools import ToolSet
 from rkcached.reconcile.snapshot import Published, Snapshot
 from rkcached.serving.embeddings import EmbeddingInput
 from rkcached.serving.failures import as_request_error
-from rkcached.serving.job import Job, Part
+from rkcached.serving.job import SYSTEM_MESSAGE, Job, Part
 from rkcached.serving.models import find_embedding_model, find_text_model
 from rkcached.sources.records import Key
 from rkcached.worker.schemas import MAX_SCHEMA_BYTES, SchemaChecker
@@ -278,7 +278,7 @@ def _declared_tools(snapshot: Snapshot, named: Key | None) -> ToolSet | None:
 
 
 _PART_NAMES = {
-    "system": "the system message",
+    "system": SYSTEM_MESSAGE,
     "user": "a message of the user",
     "assistant": "an answer of the assistant",
     "tool": "the result of a tool",

@@ -271,6 +271,13 @@ class GenerateBinaryRequest(Record):
     )
 
 
+class SuggestRequest(Record):
+    """`POST /v1/suggestions`."""
+
+    id: Name = Field(description="Of a suggestion.")
+    name: Name = Field(description="The name of the prompt to be.")
+
+
 class ModelRequest(Record):
     """`POST /v1/models/load` and `/unload`."""
 

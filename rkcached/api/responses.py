@@ -386,6 +386,29 @@ class RecentAnswer(Answer):
     ttft_ms: float
 
 
+class SuggestedPrompt(Answer):
+    """A beginning that requests repeat, and that would be worth a prompt cache."""
+
+    id: str = Field(description="Of this daemon, until it ends.")
+    model: str
+    uid: int = Field(description="The user whose requests these are.")
+    tokens: int = Field(description="An estimate; 0 where nothing counts tokens.")
+    size_bytes: int
+    requests: int = Field(description="So many began with it.")
+    prefilled: int = Field(description="So many of them had to prefill it.")
+    prefill_ms: float = Field(description="The mean of these.")
+    next_step: str
+    prompt: str | None = Field(
+        description="The name that the text of the next request with it was to be stored by."
+    )
+    outcome: str = Field(description='Of that: "waiting", "stored", or why nothing was.')
+
+
+class SuggestionList(Answer):
+    object: Literal["list"] = "list"
+    data: list[SuggestedPrompt]
+
+
 class Status(Answer):
     """The state of the daemon, as `rkcached status --json` prints it."""
 
@@ -409,6 +432,10 @@ class Status(Answer):
     models: list[WaitedModel]
     notices: list[str] = Field(
         description="What seems wrong with what the manifest declares, in words."
+    )
+    suggestions: list[SuggestedPrompt] = Field(
+        description="The beginnings that cost most, of the user who asks; on the socket for "
+        "changes, of all users."
     )
     retired: list[RetiredStatus] = Field(
         description="The last 100 that were retired, the latest first."

@@ -47,6 +47,7 @@ from rkcached.api.exchange import (
     remember,
     uid_of,
     unless_gone,
+    viewer_of,
 )
 from rkcached.api.metrics import CONTENT_TYPE, Metrics
 from rkcached.api.page import page
@@ -72,6 +73,7 @@ from rkcached.api.responses import (
     TextCompletion,
 )
 from rkcached.api.status import pieces
+from rkcached.api.suggest_routes import SuggestApi
 from rkcached.api.writer import ChatWriter, CompletionWriter, Writer
 from rkcached.errors import ManifestError, RequestError
 from rkcached.reconcile.events import Events
@@ -100,6 +102,7 @@ class Api:
         serving: Serving,
         preparation: Preparation,
         caches: CacheApi,
+        suggestions: SuggestApi,
         embeddings: Embeddings,
         events: Events,
         metrics: Metrics,
@@ -110,6 +113,7 @@ class Api:
         self._serving = serving
         self._preparation = preparation
         self._caches = caches
+        self._suggestions = suggestions
         self._embeddings = embeddings
         self._events = events
         self._metrics = metrics
@@ -137,6 +141,7 @@ class Api:
         endpoints = [
             *endpoints_of(self),
             *endpoints_of(self._caches),
+            *endpoints_of(self._suggestions),
             declared_endpoint(openapi),
         ]
         handlers: dict[Any, Callable[[Request, Any], Response]] = {
@@ -149,6 +154,7 @@ class Api:
             routes=routes(endpoints, admin_socket=admin_socket), exception_handlers=handlers
         )
         app.router.redirect_slashes = False
+        app.state.is_admin = admin_socket is None
         return Exchanges(app)
 
     # Inference
@@ -268,7 +274,7 @@ class Api:
         errors=(422,),
         admin=True,
     )
-    async def _post_reload(self, _: Request) -> Response:
+    async def _post_reload(self, request: Request) -> Response:
         try:
             await self._reload()
         except ManifestError as error:
@@ -276,7 +282,7 @@ class Api:
             body = error_body(refusal)
             body["error"]["problems"] = [asdict(problem) for problem in error.problems]
             return JSONResponse(body, status_code=422)
-        return answer(ManifestReloaded(summary=self._status().summary))
+        return answer(ManifestReloaded(summary=self._status(viewer=viewer_of(request)).summary))
 
     @endpoint(
         "GET",
@@ -287,7 +293,8 @@ class Api:
     async def _get_status(self, request: Request) -> Response:
         if request.query_params.get("look") == "true" and self._reconciler.snapshot.ready:
             await self._reconciler.next_look()
-        return Streamed(pieces(self._status()), media_type="application/json")
+        status = self._status(viewer=viewer_of(request))
+        return Streamed(pieces(status), media_type="application/json")
 
     @endpoint(
         "GET",
@@ -296,8 +303,8 @@ class Api:
         answers={200: None},
         media=("text/html",),
     )
-    async def _page(self, _: Request) -> Response:
-        return page(self._status(urgent_first=True))
+    async def _page(self, request: Request) -> Response:
+        return page(self._status(viewer=viewer_of(request), urgent_first=True))
 
     @endpoint(
         "GET",

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import pydantic_core
 
 from rkcached import __version__
-from rkcached.api.responses import RecentAnswer, Status
+from rkcached.api.responses import RecentAnswer, Status, SuggestedPrompt
 from rkcached.engines.kinds import VerifyMode
 from rkcached.host import disk
 from rkcached.host.digests import Reading
@@ -25,6 +25,7 @@ from rkcached.plan.desired import DesiredModel
 from rkcached.plan.records import Assessment, Blocked, Build, DesiredPrompt, State, urgency
 from rkcached.reconcile.events import Event, Events
 from rkcached.reconcile.snapshot import Published, Snapshot
+from rkcached.serving.declarable import TOOLS_HINT
 from rkcached.serving.report import NOT_MEASURED
 from rkcached.sources.records import Key, Trouble
 from rkcached.store.sidecar import StoredArtifact
@@ -32,10 +33,13 @@ from rkcached.store.sidecar import StoredArtifact
 if TYPE_CHECKING:  # `explain` needs this module, and nothing of the daemon
     from rkcached.host.watch import Watcher
     from rkcached.serving.dispatcher import Serving
+    from rkcached.serving.learning import Learning, Wish
+    from rkcached.serving.repeats import Suggestion
     from rkcached.store.store import Store
     from rkcached.worker.pool import Workers
 
 RETIRED_SHOWN = 100
+SUGGESTIONS_SHOWN = 10
 
 PIECE = 32
 """Prompts that are written between two turns of the event loop: 0.3 ms of JSON, 1.1 ms of HTML
@@ -64,9 +68,11 @@ def status(
     store: Store,
     recent: Recent,
     watcher: Watcher,
+    learning: Learning,
+    viewer: int | None,
     urgent_first: bool = False,
 ) -> Status:
-    """The document. `started` is in Unix seconds.
+    """The document for this user; None: on the admin socket. `started` is in Unix seconds.
 
     Prompts are in the manifest's order, or with `urgent_first` in the order for people.
     """
@@ -115,6 +121,7 @@ def status(
         "running": serving.running,
         "models": _models(snapshot, serving, workers),
         "notices": list(snapshot.desired.notices),
+        "suggestions": suggested(learning, viewer)[:SUGGESTIONS_SHOWN],
         "retired": _retired(snapshot),
         "building": next(_prompts(snapshot, serving, building), None),
         "prompts": _prompts(snapshot, serving, keys),
@@ -129,6 +136,43 @@ def _models(snapshot: Snapshot, serving: Serving, workers: Workers) -> list[dict
         doubts = snapshot.desired.doubts.get(name, ())
         documents.append({**document, "waiting": serving.waiting(name), "notices": list(doubts)})
     return documents
+
+
+def suggested(learning: Learning, viewer: int | None) -> list[SuggestedPrompt]:
+    """The beginnings that this user repeats; what costs most comes first."""
+    return [
+        suggested_prompt(suggestion, learning.wish_for(suggestion))
+        for suggestion in learning.suggestions(viewer)
+    ]
+
+
+def suggested_prompt(suggestion: Suggestion, wish: Wish | None) -> SuggestedPrompt:
+    """A suggestion, and what became of the wish to store it."""
+    step = f"`rkcached suggest {suggestion.id} --write NAME` stores it as a prompt"
+    if suggestion.system_bytes == 0:
+        step = "send it as the system message: only that can be declared"
+    elif suggestion.beyond_system and suggestion.with_tools:
+        step = TOOLS_HINT
+
+    outcome = ""
+    if wish is not None:
+        outcome = wish.outcome or "waiting"
+        step = f"the next request that begins so is stored as {wish.key}"
+        if wish.outcome:
+            step = wish.hint
+    return SuggestedPrompt(
+        id=suggestion.id,
+        model=suggestion.model,
+        uid=suggestion.owner,
+        tokens=suggestion.tokens,
+        size_bytes=suggestion.size_bytes,
+        requests=suggestion.requests,
+        prefilled=suggestion.prefilled,
+        prefill_ms=round(suggestion.prefill_ms, 1),
+        next_step=step,
+        prompt=wish.key.prompt if wish is not None else None,
+        outcome=outcome,
+    )
 
 
 def _retired(snapshot: Snapshot) -> list[dict[str, Any]]:

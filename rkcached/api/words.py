@@ -96,6 +96,24 @@ def medians_of(status: dict[str, Any]) -> str:
     return f"medians: {', '.join(medians)}" if medians else ""
 
 
+def suggestion_of(suggestion: dict[str, Any]) -> str:
+    """The length of a beginning, how many requests had it, and what that cost."""
+    what = size(suggestion["size_bytes"])
+    if suggestion["tokens"]:
+        what = f"{suggestion['tokens']:,} tokens"
+
+    requests, prefilled = suggestion["requests"], suggestion["prefilled"]
+    text = f"{what} began {requests:,} requests of uid {suggestion['uid']}"
+    if prefilled < requests:
+        text += f" and were prefilled in {prefilled:,} of them"
+
+    seconds = suggestion["prefill_ms"] / 1000
+    each = f"{seconds:.1f} s"
+    if seconds < 1:
+        each = f"{suggestion['prefill_ms']:.0f} ms"
+    return f"{text}, {each} each"
+
+
 def worker_of(model: dict[str, Any]) -> str:
     """A worker's state, since when if that is long, how many requests wait, and what is wrong."""
     text: str = model["worker"]

@@ -94,6 +94,15 @@ class Client:
         """Delete a stored text and its cache. On the admin socket."""
         self.request("DELETE", f"/v1/cache/{quote(model)}/{quote(prompt)}")
 
+    def suggestions(self) -> list[dict[str, Any]]:
+        """Beginnings that requests repeat: the caller's, or on the admin socket everybody's."""
+        data: list[dict[str, Any]] = self.request("GET", "/v1/suggestions")["data"]
+        return data
+
+    def store_next(self, suggestion: str, name: str) -> dict[str, Any]:
+        """Have the next request with this beginning stored as a prompt."""
+        return self.request("POST", "/v1/suggestions", {"id": suggestion, "name": name})
+
     def chat(self, body: dict[str, Any]) -> dict[str, Any]:
         return self.request("POST", "/v1/chat/completions", body)
 
@@ -170,7 +179,7 @@ class Client:
     def _response(
         self, method: str, path: str, body: dict[str, Any] | None
     ) -> Iterator[http.client.HTTPResponse]:
-        """An answer whose status is 200."""
+        """An answer whose status is 200 or 202."""
         is_second = self._in_use
         connection = self._new_connection() if is_second else self._kept
         self._in_use = True
@@ -181,7 +190,7 @@ class Client:
                 self._connect(connection)
                 _send(connection, method, path, body)
                 response = connection.getresponse()
-                if response.status != HTTPStatus.OK:
+                if response.status not in (HTTPStatus.OK, HTTPStatus.ACCEPTED):
                     _refuse(response.status, response.read())
 
             with response:

@@ -295,6 +295,32 @@ def import_prompts(
 
 
 @cli.command()
+@click.argument("suggestion", metavar="[ID]", required=False)
+@places("socket", "admin_socket")
+@click.option(
+    "--write",
+    "name",
+    metavar="NAME",
+    help="Store the text of the next request that begins so, as the prompt NAME.",
+)
+@as_json
+def suggest(
+    *, settings: Settings, suggestion: str | None, name: str | None, want_json: bool
+) -> int:
+    """List what began several requests and was prefilled again: it is worth a prompt.
+
+    It lists your own requests' beginnings; who may open the socket for changes sees those of all
+    users. The daemon keeps no text of them, so --write takes it from the next request, whose
+    system message becomes a stored prompt, which all users share: all of it, or its whole lines
+    within the beginning. ID, the first word of a suggestion, may be left out if there is only one.
+    The exit code is 66 if there is no such suggestion.
+    """
+    from rkcached.cli import suggest as command
+
+    return command.run(settings, suggestion, name, want_json=want_json)
+
+
+@cli.command()
 @places("manifest", "cache_dir")
 @as_json
 def doctor(settings: Settings, want_json: bool) -> int:

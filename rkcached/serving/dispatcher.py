@@ -11,7 +11,7 @@ import asyncio
 import contextlib
 import time
 from collections import Counter
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field, replace
 
@@ -43,6 +43,8 @@ log = structlog.get_logger()
 
 BACKOFF_PATIENCE_S = 2.0
 """A request waits for a worker in backoff for this long, before it is refused."""
+
+OnAnswer = Callable[[Job, Found, RunStats], None]
 
 
 @dataclass(slots=True, kw_only=True)
@@ -80,9 +82,16 @@ class _Ongoing:
 
 class Serving:
     def __init__(
-        self, reconciler: Reconciler, workers: Workers, gates: Gates, events: Events
+        self,
+        reconciler: Reconciler,
+        workers: Workers,
+        gates: Gates,
+        events: Events,
+        on_answer: OnAnswer = lambda *_: None,
     ) -> None:
+        """`on_answer` is called with each request that was answered, and how."""
         self._events = events
+        self._on_answer = on_answer
         self._reconciler = reconciler
         self._workers = workers
         self._gates = gates
@@ -397,6 +406,7 @@ class Serving:
         self.answers[state] += 1
         if loaded is not None:
             self._count_use(job, loaded, state, stats)
+        self._on_answer(job, ongoing.found, stats)
 
         report = CacheReport(
             cache=None if loaded is None else loaded.key.prompt,

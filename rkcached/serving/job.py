@@ -12,6 +12,9 @@ from rkcached.serving.report import CacheReport, Usage
 from rkcached.sources.records import Key
 from rkcached.worker.held import NOBODY
 
+SYSTEM_MESSAGE = "the system message"
+"""The name of that part."""
+
 
 class Part(NamedTuple):
     """A part of a request that its user knows, such as the system message."""

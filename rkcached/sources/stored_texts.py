@@ -53,6 +53,13 @@ class StoredTexts:
                 f"{path} cannot be written: {error.strerror}", hint="check the state directory"
             ) from error
 
+    def create(self, key: Key, text: str) -> None:
+        """As `write`, for a text that is not there yet. Errors: StoreError, also if it is."""
+        path = self.path(key)
+        if path.exists():
+            raise StoreError(f"there is a stored text {key} already", hint="choose another name")
+        self.write(key, text)
+
     def delete(self, key: Key) -> bool:
         """Whether there was such a text. Errors: StoreError."""
         path = self.path(key)

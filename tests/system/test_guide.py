@@ -151,7 +151,7 @@ def test_the_error_table_has_every_code() -> None:
 @pytest.mark.parametrize("page", [README, DOCS / "manifest.md"], ids=lambda page: page.name)
 def test_the_example_of_the_manifest(workspace: Workspace, page: Path) -> None:
     """With its files `check` prints ok, and its prompts have the names that the page names."""
-    (text,) = blocks(page, "yaml")
+    text = blocks(page, "yaml")[0]
     workspace.write("manifest.yaml", text.replace("kind: rkllm", "kind: memory"))
     workspace.memory_model("models/qwen3-0.6b.rkllm")
     for name in re.findall(r"prompts/[a-z_/]+\.md", text):

@@ -69,11 +69,31 @@ def a_status(prompts: list[dict[str, Any]], **more: Any) -> dict[str, Any]:
         "running": 0,
         "models": [{**model, "state_s": None}],
         "notices": [],
+        "suggestions": [],
         "retired": [],
         "building": next((one for one in prompts if "progress" in one), None),
         "prompts": prompts,
         **more,
     }
+
+
+def suggestion(**more: Any) -> dict[str, Any]:
+    counts = {"tokens": 1911, "size_bytes": 8000, "requests": 34, "prefilled": 34}
+    return {"id": "3f2a", "model": "m", "uid": 1000, "prefill_ms": 6240.0, **counts, **more}
+
+
+def test_what_is_repeated_is_one_line() -> None:
+    """What costs most, with the next step; counts that are not known are left out."""
+    first = suggestion()
+    line = "model m: 1,911 tokens began 34 requests of uid 1000, 6.2 s each; declare them?"
+    assert f"{line} `rkcached suggest` says how\n" in printed(
+        a_status([], suggestions=[first]), 200
+    )
+    both = [first, suggestion(prefilled=2, tokens=0, prefill_ms=80.4)]
+    assert "says how (and 1 more)" in printed(a_status([], suggestions=both), 200)
+    assert words.suggestion_of(both[1]) == (
+        "8.0 kB began 34 requests of uid 1000 and were prefilled in 2 of them, 80 ms each"
+    )
 
 
 def seen(status: dict[str, Any], width: int = 80, height: int = 24, **options: Any) -> list[str]:

@@ -210,6 +210,23 @@ def _heading(status: dict[str, Any], *, stays: bool) -> Iterator[Text]:
     yield Text(words.summary_of(status), style="bold")
     yield Text(f"engine {status['engine']}, cache {used_of(status)}, answers: {answers_of(status)}")
     yield from map(model_line, status["models"])
+    if suggestion := suggestion_line(status):
+        yield Text(suggestion, style="cyan")
+
+
+def suggestion_line(status: dict[str, Any]) -> str:
+    """The beginning that is repeated at the highest cost; empty if nothing is."""
+    if not status["suggestions"]:
+        return ""
+
+    first = status["suggestions"][0]
+    more = ""
+    if len(status["suggestions"]) > 1:
+        more = f" (and {len(status['suggestions']) - 1} more)"
+    return (
+        f"model {first['model']}: {words.suggestion_of(first)}; declare them? "
+        f"`rkcached suggest` says how{more}"
+    )
 
 
 def retired_line(status: dict[str, Any]) -> str:

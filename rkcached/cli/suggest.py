@@ -1,0 +1,81 @@
+"""`rkcached suggest`: the beginnings that requests repeat and that no prompt cache has.
+
+Whoever may open the socket for changes is shown those of all users.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import click
+
+from rkcached.api import words
+from rkcached.cli import output
+from rkcached.cli.client import Client
+from rkcached.errors import DaemonUnreachable, NotAllowed, SourceError, UsageError, printable
+from rkcached.host.settings import Settings
+
+
+def run(settings: Settings, wanted: str | None, name: str | None, *, want_json: bool) -> int:
+    """List suggestions, or with `name` have the next request of one of them stored."""
+    with _client(settings) as client:
+        found = client.suggestions()
+        if wanted is not None:
+            found = [suggestion for suggestion in found if suggestion["id"] == wanted]
+            if not found:
+                raise SourceError(
+                    f"there is no suggestion {wanted!r}",
+                    hint="`rkcached suggest` lists them; those of before a restart are forgotten",
+                )
+
+        if name is not None:
+            found = [client.store_next(_only(found)["id"], name)]
+
+    if want_json:
+        output.print_json(found)
+    else:
+        _print(found)
+    return os.EX_OK
+
+
+@contextlib.contextmanager
+def _client(settings: Settings) -> Iterator[Client]:
+    """A client on the socket for changes, or if that is not to be had on the other."""
+    with contextlib.ExitStack() as closing:
+        client = closing.enter_context(Client(settings.admin_socket))
+        try:
+            client.ready()
+        except (NotAllowed, DaemonUnreachable):
+            client = closing.enter_context(Client(settings.socket))
+        yield client
+
+
+def _only(found: list[dict[str, Any]]) -> dict[str, Any]:
+    """The one suggestion that is meant. Errors: SourceError, UsageError."""
+    if not found:
+        raise SourceError(
+            "no beginning was repeated yet that no prompt has",
+            hint="it takes three requests that begin alike and are prefilled again",
+        )
+    if len(found) > 1:
+        ids = ", ".join(suggestion["id"] for suggestion in found[:5])
+        raise UsageError(
+            f"there are {len(found)} suggestions", hint=f"name one before --write: {ids}"
+        )
+    return found[0]
+
+
+def _print(found: list[dict[str, Any]]) -> None:
+    if not found:
+        click.echo("nothing was repeated and prefilled again that no prompt has")
+
+    for suggestion in found:
+        line = f"{suggestion['id']}  {suggestion['model']}: {words.suggestion_of(suggestion)}"
+        click.echo(printable(line))
+        if suggestion["outcome"] not in ("", "waiting"):
+            click.echo(printable(f"  {suggestion['prompt']}: {suggestion['outcome']}"))
+        if suggestion["next_step"]:
+            click.echo(printable(f"  {suggestion['next_step']}"))
