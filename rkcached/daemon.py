@@ -56,6 +56,7 @@ from rkcached.reconcile.events import Event, Events
 from rkcached.reconcile.loop import Reconciler
 from rkcached.reconcile.snapshot import Published
 from rkcached.reconcile.wake import Wake
+from rkcached.serving.conversations import Conversations
 from rkcached.serving.dispatcher import Serving
 from rkcached.serving.embeddings import Embeddings
 from rkcached.serving.learning import Learning
@@ -178,6 +179,7 @@ class _Parts:
     watcher: Watcher
     reconciler: Reconciler
     serving: Serving
+    conversations: Conversations
     reloading: _Reloading
     api: Api
     everyone: HttpServer
@@ -197,9 +199,11 @@ def _build(
     wake = Wake()
     headline = _Headline(events, published, service)
 
+    conversations = Conversations(store.conversations, published)
     workers = Workers(
         on_state=functools.partial(_tell_worker, events),
         room=functools.partial(_room, published),
+        keeper=conversations,
     )
     gates = Gates()
     watcher = Watcher(wake.look_again)
@@ -218,7 +222,9 @@ def _build(
     reloading = _Reloading(reconciler, headline, service)
 
     learning = Learning(reconciler, stored)
-    serving = Serving(reconciler, workers, gates, events, on_answer=learning.answered)
+    serving = Serving(
+        reconciler, workers, gates, events, conversations, on_answer=learning.answered
+    )
     api = Api(
         reconciler=reconciler,
         serving=serving,
@@ -235,6 +241,7 @@ def _build(
             serving=serving,
             workers=workers,
             store=store,
+            conversations=conversations,
             recent=Recent(events),
             watcher=watcher,
             learning=learning,
@@ -252,6 +259,7 @@ def _build(
         watcher=watcher,
         reconciler=reconciler,
         serving=serving,
+        conversations=conversations,
         reloading=reloading,
         api=api,
         everyone=HttpServer(for_everyone, grace_s=1),
@@ -278,6 +286,7 @@ async def _serve(
         parts.events.listen(parts.headline.take)
     parts.headline.show()
 
+    await parts.conversations.open()
     reconciling = asyncio.create_task(parts.reconciler.run())
     serving_http = asyncio.create_task(_serve_both(parts.servers, listeners))
     announcing = asyncio.create_task(_announce(parts, _addresses(listeners[0]), service))
@@ -317,6 +326,7 @@ async def _serve(
             server.stop()
         results = await asyncio.gather(reconciling, serving_http, return_exceptions=True)
         await parts.workers.stop()
+        await parts.conversations.close()
 
     for result in results:
         if isinstance(result, Exception):

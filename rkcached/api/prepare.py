@@ -102,6 +102,7 @@ class Preparation:
             accepted=accepted,
             owner=owner,
             parts=tuple(map(_part, messages)),
+            goes_on=any(message["role"] == "assistant" for message in messages),
             with_tools=bool(demand.tools),
             variables=tuple(conversation.variables),
             schema_param=demand.schema_param,

@@ -342,6 +342,8 @@ class StoreStatus(Answer):
     quarantine_bytes: int = Field(
         description="Beside used_bytes: kept for inspection while max_bytes leaves room."
     )
+    conversations: int = Field(description="Saved conversations.")
+    conversation_bytes: int = Field(description="Beside used_bytes: the saved conversations.")
     free_bytes: int | None = Field(
         description="Left on the file system of the store; null where it does not say."
     )

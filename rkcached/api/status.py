@@ -25,6 +25,7 @@ from rkcached.plan.desired import DesiredModel
 from rkcached.plan.records import Assessment, Blocked, Build, DesiredPrompt, State, urgency
 from rkcached.reconcile.events import Event, Events
 from rkcached.reconcile.snapshot import Published, Snapshot
+from rkcached.serving.conversations import Conversations
 from rkcached.serving.declarable import TOOLS_HINT
 from rkcached.serving.report import NOT_MEASURED
 from rkcached.sources.records import Key, Trouble
@@ -66,6 +67,7 @@ def status(
     serving: Serving,
     workers: Workers,
     store: Store,
+    conversations: Conversations,
     recent: Recent,
     watcher: Watcher,
     learning: Learning,
@@ -108,6 +110,8 @@ def status(
             "retired_bytes": snapshot.retired_bytes(),
             "foreign_bytes": snapshot.foreign_bytes,
             "quarantine_bytes": snapshot.quarantine_bytes,
+            "conversations": conversations.count,
+            "conversation_bytes": conversations.size_bytes,
             "free_bytes": disk.free_bytes(store.root),
         },
         "watching": "polling" if watcher.polling else "inotify",

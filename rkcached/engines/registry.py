@@ -78,6 +78,8 @@ class EngineEntry:
     reads_plain_text: bool = False
     """Whether it can read a part of a prompt without control tokens (`messages.special_tokens`).
     Every engine can that is given a tokenizer."""
+    saves_at_once: bool = False
+    """Whether it saves its KV state without running the model (`Engine.save`)."""
     compiles_schemas: bool = False
     """Whether llguidance compiles a JSON schema to a grammar."""
     prints_control_tokens: bool = True
@@ -158,6 +160,7 @@ ENGINES: dict[EngineKind, EngineEntry] = {
         state_bytes_per_token=gguf.state_bytes_per_token,
         thread_per_core=True,
         reads_plain_text=True,
+        saves_at_once=True,
         compiles_schemas=True,
     ),
     EngineKind.MEMORY: EngineEntry(
@@ -167,5 +170,6 @@ ENGINES: dict[EngineKind, EngineEntry] = {
         model_format="memory-engine model",
         inspect_model=_inspect_memory,
         locate_runtime=_locate_memory,
+        saves_at_once=True,
     ),
 }

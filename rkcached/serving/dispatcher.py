@@ -11,7 +11,7 @@ import asyncio
 import contextlib
 import time
 from collections import Counter
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field, replace
 
@@ -26,6 +26,7 @@ from rkcached.plan.worker_model import worker_model
 from rkcached.reconcile.events import Events
 from rkcached.reconcile.index import Match
 from rkcached.reconcile.loop import Reconciler
+from rkcached.serving.conversations import Conversations
 from rkcached.serving.failures import as_request_error, queue_full, stopping, timed_out
 from rkcached.serving.job import End, Job, Text
 from rkcached.serving.models import find_model
@@ -87,9 +88,11 @@ class Serving:
         workers: Workers,
         gates: Gates,
         events: Events,
+        conversations: Conversations,
         on_answer: OnAnswer = lambda *_: None,
     ) -> None:
         """`on_answer` is called with each request that was answered, and how."""
+        self._conversations = conversations
         self._events = events
         self._on_answer = on_answer
         self._reconciler = reconciler
@@ -236,25 +239,17 @@ class Serving:
             job = ongoing.job
             try:
                 async with self._turn(job.model.name, asks=not self._waits_for_build(job)):
-                    found = self._find(job)
+                    worker = self._worker(job.model)
+                    found = await self._find(job, worker)
                     ongoing.found = found.without(death) if death else found
                     ongoing.started = ongoing.started or time.monotonic()
-                    worker = self._worker(job.model)
                     info = await self._load_model(worker, ongoing)
                     ongoing.found = replace(ongoing.found, rewinds=info.rewinds)
                     done = await self._generate(worker, ongoing)
             except errors.WorkerUnavailable as error:
                 await self._wait_for(worker, error)
             except (errors.WorkerDied, errors.WorkerTimeout) as error:
-                chosen = ongoing.found.chosen
-                if chosen is None or not ongoing.loading:
-                    raise
-                # The client has seen nothing yet: answer without the prompt cache.
-                ongoing.loading = False
-                await self._reconciler.artifact_failed(
-                    chosen.key, chosen.artifact, error.message, died=True
-                )
-                death = error.message
+                death = await self._blame_file(ongoing, error)
             except errors.ModelReplaced as error:
                 await self._look_again(ongoing, error)
             except errors.SchemaMismatch as error:
@@ -267,8 +262,7 @@ class Serving:
                 prompt = await job.correct(error.text, error.message)
                 ongoing.job = replace(job, prompt=prompt, correct=None)
             else:
-                if ongoing.load_error is not None and ongoing.found.chosen is not None:
-                    self._report_load_error(ongoing.found.chosen, ongoing.load_error)
+                self._note_load(ongoing)
                 return done.stats
 
     def _turn(self, model: str, *, asks: bool = True) -> AbstractAsyncContextManager[None]:
@@ -283,12 +277,15 @@ class Serving:
             return False
         return sooner_to_wait(progress, time.monotonic())
 
-    def _find(self, job: Job) -> Found:
-        """The prompt cache to load for this request, as things are at this moment."""
+    async def _find(self, job: Job, worker: Worker) -> Found:
+        """The file to load for this request, as things are at this moment."""
         if job.cold:
             return Found()
         found = find(self._reconciler.snapshot.index, job)
-        return replace(found, unready=self._unready(job.named))
+        resumed = await self._conversations.find(job, worker.model.identity)
+        if resumed is not None and not resumed.has_more_than(found.chosen):
+            resumed = None
+        return replace(found, resumed=resumed, unready=self._unready(job.named))
 
     def _unready(self, named: Key | None) -> tuple[str, str] | None:
         """The state of the named prompt and the reason, if its cache cannot be used now."""
@@ -331,9 +328,18 @@ class Serving:
             sampling=job.sampling,
             owner=job.owner,
             cold=job.cold,
+            goes_on=job.goes_on,
         )
         chosen = ongoing.found.chosen
-        if chosen is not None:
+        resumed = ongoing.found.resumed
+        if resumed is not None:
+            operation = msgspec.structs.replace(
+                operation,
+                cache=resumed.file,
+                common_bytes=resumed.common_bytes,
+                is_whole=resumed.is_whole,
+            )
+        elif chosen is not None:
             operation = msgspec.structs.replace(
                 operation,
                 cache=_cache_file(chosen.artifact),
@@ -380,14 +386,51 @@ class Serving:
         ongoing.looked = True
         await self._reconciler.next_look()
 
-    def _report_load_error(self, chosen: Match, event: protocol.Loaded) -> None:
-        if event.replaced:
-            self._reconciler.look_again(now=True)
+    # Files that could not be loaded
+
+    async def _blame_file(self, ongoing: _Ongoing, error: errors.WorkerError) -> str:
+        """A worker died. The reason to answer without the prompt cache that it was loading.
+
+        Without a saved conversation, the next try takes another file. Errors: `error`, if no file
+        was being loaded.
+        """
+        found = ongoing.found
+        if not ongoing.loading:
+            raise error
+
+        # The client has seen nothing yet.
+        ongoing.loading = False
+        if found.resumed is not None:
+            await self._conversations.drop(found.resumed, error.message)
+            return ""
+        if found.chosen is None:
+            raise error
+        await self._reconciler.artifact_failed(
+            found.chosen.key, found.chosen.artifact, error.message, died=True
+        )
+        return error.message
+
+    def _note_load(self, ongoing: _Ongoing) -> None:
+        """Note that the file of a request was used, or have what could not be loaded healed."""
+        found = ongoing.found
+        failure = ongoing.load_error
+        healing: Coroutine[None, None, None]
+        if failure is None:
+            if found.resumed is not None:
+                self._conversations.used(found.resumed)
             return
 
-        task = asyncio.create_task(
-            self._reconciler.artifact_failed(chosen.key, chosen.artifact, event.error, died=False)
-        )
+        if found.resumed is not None:
+            healing = self._conversations.drop(found.resumed, failure.error)
+        elif failure.replaced or found.chosen is None:
+            self._reconciler.look_again(now=True)
+            return
+        else:
+            healing = self._reconciler.artifact_failed(
+                found.chosen.key, found.chosen.artifact, failure.error, died=False
+            )
+
+        task = asyncio.create_task(healing)
         self._background.add(task)
         task.add_done_callback(self._background.discard)
 

@@ -41,6 +41,8 @@ class Job:
     """The uid of the client."""
     parts: tuple[Part, ...] = ()
     """The messages, in the order in which the prompt has them."""
+    goes_on: bool = False
+    """The conversation has an answer already."""
     with_tools: bool = False
     variables: tuple[str, ...] = ()
     """The names of the template's variables that the request sets."""

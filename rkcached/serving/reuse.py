@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 
 from rkcached.engines.base import RunStats
 from rkcached.reconcile.index import ArtifactIndex, Match
+from rkcached.serving.conversations import Resumed
 from rkcached.serving.job import Job, Part
 from rkcached.serving.report import NOT_MEASURED
 from rkcached.worker.operations import BOUNDARY_TOKENS
@@ -34,6 +35,8 @@ class Found:
     """The prompt cache to load."""
     nearest: Match | None = None
     """The prompt cache that begins most like the request, whether or not it is worth its load."""
+    resumed: Resumed | None = None
+    """A saved conversation to load instead: the request shares more with it."""
     unready: tuple[str, str] | None = None
     """The state of the prompt that the request names, and why, if that is not fresh."""
     rewinds: bool = True

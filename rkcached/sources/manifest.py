@@ -119,6 +119,23 @@ class BuildConfig(_Section):
     )
 
 
+class ConversationsConfig(_Section):
+    """The states of conversations that are kept, to go on where they were."""
+
+    max_bytes: Size | None = Field(
+        default=None,
+        description="Budget of saved conversations, beside that of the prompt caches. "
+        "None: 512 MiB with llamacpp; with rkllm none is saved, as a save is a run.",
+    )
+    keep_s: float = values.number(
+        default=86_400.0,
+        ge=0,
+        le=31_536_000,
+        description="Delete a saved conversation that nobody went on with for so long. "
+        "0: save none.",
+    )
+
+
 class CacheConfig(_Section):
     """The store of prompt caches."""
 
@@ -136,6 +153,10 @@ class CacheConfig(_Section):
     )
     min_tokens: int = values.whole(
         default=0, ge=0, le=1_048_576, description="Shorter prompts are not cached."
+    )
+    conversations: ConversationsConfig = Field(
+        default_factory=ConversationsConfig,
+        description="Saved states of conversations, each reused for its own user only.",
     )
     keep_retired_s: float = values.number(
         default=604_800.0,

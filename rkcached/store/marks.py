@@ -25,11 +25,12 @@ from rkcached.store.sidecar import Sidecar
 
 LOCK, DIGESTS, TAG = ".lock", ".digests.json", "CACHEDIR.TAG"
 VERDICTS, QUARANTINE, RETIRED = ".verdicts", ".quarantine", ".retired"
+CONVERSATIONS = ".conversations"
 
 OWN_FILES = frozenset({LOCK, DIGESTS, TAG, "README.md", ".gitignore"})
 """At the top of a store; the last two come with a checkout."""
 
-OWN_FOLDERS = frozenset({VERDICTS, QUARANTINE, RETIRED})
+OWN_FOLDERS = frozenset({VERDICTS, QUARANTINE, RETIRED, CONVERSATIONS})
 """At the top of a store, beside the models' folders."""
 
 OF_THE_DISK = frozenset({"lost+found"})

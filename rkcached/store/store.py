@@ -5,6 +5,7 @@
     {model}/{name}.json           the sidecar: the commit record, with size and SHA-256 of both
     .verdicts/{model}/{name}.json the outcome of attempts that gave no artifact
     .retired/{fingerprint}/       artifacts that no prompt uses now; their texts may come back
+    .conversations/{model}/       saved states of conversations
     .quarantine/                  artifacts that failed when they were used
     .lock  .digests.json          and CACHEDIR.TAG, which marks the folder as a store
 
@@ -33,6 +34,7 @@ from rkcached.host.access import explained
 from rkcached.host.digests import Digests, signature_of
 from rkcached.sources.records import Key
 from rkcached.store import marks
+from rkcached.store.conversations import ConversationFiles
 from rkcached.store.quarantine import Quarantine
 from rkcached.store.retired import RetiredArtifacts
 from rkcached.store.scan import (
@@ -63,6 +65,7 @@ class Store:
         self.staging = Staging(self._writer)
         self.verdicts = Verdicts(self._writer)
         self.retired = RetiredArtifacts(self._writer)
+        self.conversations = ConversationFiles(self._writer)
         self._quarantine = Quarantine(self._writer)
         self._scan = Scan(self.digests)
 

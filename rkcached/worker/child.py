@@ -131,6 +131,8 @@ def _run(session: Session, channel: _Channel, operation: protocol.Operation) -> 
                 answer = session.generate(operation, channel.send, stopped)
             case protocol.Check():
                 answer = session.check(operation, channel.send)
+            case protocol.Keep():
+                answer = session.keep(operation, channel.send)
             case protocol.Embed():
                 answer = session.embed(operation)
             case _:

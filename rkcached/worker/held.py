@@ -17,6 +17,17 @@ from rkcached.worker import protocol
 NOBODY = -1
 """The owner of a state in which nothing is private."""
 
+_WORTH_KEEPING_BYTES = 64
+"""A conversation that has less beyond the file that it began with, some 16 tokens, is read again as
+quickly."""
+
+_WORTH_GUESSING_BYTES = 4096
+"""Nobody knows whether a first question is followed by another one. With so much text, some 1,000
+tokens, it is worth a file."""
+
+_ENDING_BYTES = 64
+"""The last bytes of a rendered request, where the answer begins, may be others in the next one."""
+
 
 class Step(Enum):
     """How the state is brought to what a prompt can best be answered from."""
@@ -32,13 +43,19 @@ class Held(NamedTuple):
 
     text: bytes = b""
     owner: int = NOBODY
+    asked_bytes: int = 0
+    """The length of the request that it ends with; the answer comes after it."""
+    cached_bytes: int = 0
+    """So much of it is in a file: of a prompt cache, or of a saved conversation."""
+    goes_on: bool = False
+    """See `protocol.Generate`."""
 
     def step(self, operation: protocol.Generate, info: EngineInfo) -> Step:
         """The step to take before this run."""
-        must_go = operation.cold or self.owner not in (NOBODY, operation.owner)
+        must_go = operation.cold or not self._is_open_to(operation)
         has_bytes = 0
         if info.keeps_state and not must_go:
-            has_bytes = common_bytes(self.text, operation.prompt.encode())
+            has_bytes = self._common_bytes(operation)
             if not info.rewinds and has_bytes < len(self.text):
                 has_bytes = 0
 
@@ -47,3 +64,20 @@ class Held(NamedTuple):
         if is_usable and gained_bytes > operation.load_bytes:
             return Step.LOAD
         return Step.CLEAR if must_go else Step.KEEP
+
+    def is_continued_by(self, operation: protocol.Generate) -> bool:
+        """Whether this run goes on with the conversation."""
+        shared = self._common_bytes(operation)
+        return self._is_open_to(operation) and shared >= self.asked_bytes - _ENDING_BYTES
+
+    @property
+    def is_worth_keeping(self) -> bool:
+        """Whether it is a conversation that would have to be read again."""
+        least = _WORTH_KEEPING_BYTES if self.goes_on else _WORTH_GUESSING_BYTES
+        return self.owner != NOBODY and len(self.text) - self.cached_bytes >= least
+
+    def _is_open_to(self, operation: protocol.Generate) -> bool:
+        return self.owner in (NOBODY, operation.owner)
+
+    def _common_bytes(self, operation: protocol.Generate) -> int:
+        return common_bytes(self.text, operation.prompt.encode())

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from rkcached.engines.base import ModelSpec
 from rkcached.host.digests import Signature, signature_of
+from rkcached.worker import protocol
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,6 +45,16 @@ class WorkerModel:
                 pass
             return path
         return ""
+
+
+class Keeper(Protocol):
+    """Keeps the states of conversations that something else takes the place of in memory."""
+
+    def place(self, model: WorkerModel) -> str:
+        """The path of a new file for a state; empty if none is kept."""
+
+    def take(self, model: WorkerModel, saved: protocol.Saved) -> None:
+        """A state is in its file now."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

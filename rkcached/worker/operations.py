@@ -69,6 +69,7 @@ class Session:
         Errors: PromptTooShort, ContextExceeded, Uncacheable, VerifyFailed, Aborted; then the file
         is of no use.
         """
+        self._make_way(operation, emit, by_run=True)
         self._held = Held()
         try:
             built = self._read(operation, emit, stopped)
@@ -330,7 +331,14 @@ class Session:
         self._held = Held(owner=operation.owner)
         stats = self.engine.generate(operation.prompt, sampling, on_token)
         if not operation.cold:
-            self._held = Held((operation.prompt + "".join(text)).encode(), operation.owner)
+            asked = operation.prompt.encode()
+            self._held = Held(
+                text=asked + "".join(text).encode(),
+                owner=operation.owner,
+                asked_bytes=len(asked),
+                cached_bytes=operation.common_bytes,
+                goes_on=operation.goes_on,
+            )
         if answer is not None and not stopped():
             if withheld:
                 emit(protocol.Piece(id=operation.id, text=answer.check("".join(text))))
@@ -342,6 +350,8 @@ class Session:
 
     def _bring_state(self, operation: protocol.Generate, emit: Emit) -> None:
         """Load the prompt cache of the request, unless the KV state has as much of the prompt."""
+        if not self._held.is_continued_by(operation):
+            self._make_way(operation, emit)
         step = self._held.step(operation, self.engine.info)
         if step is Step.LOAD and operation.cache is not None:
             emit(self._load(operation.id, operation.cache, emit))
@@ -367,10 +377,59 @@ class Session:
 
     def check(self, operation: protocol.Check, emit: Emit) -> protocol.Checked:
         """Load a prompt cache. Errors: ArtifactLoadError."""
+        self._make_way(operation, emit, by_run=True)
         loaded = self._load(operation.id, operation.cache, emit)
         if loaded.error:
             raise ArtifactLoadError(loaded.error)
         return protocol.Checked(id=operation.id, tokens=loaded.tokens)
+
+    def keep(self, operation: protocol.Keep, emit: Emit) -> protocol.Checked:
+        """Save the conversation in memory, which stays there. No error: then it is not saved."""
+        self._make_way(operation, emit, by_run=True)
+        return protocol.Checked(id=operation.id, tokens=0)
+
+    def _make_way(
+        self,
+        operation: protocol.Generate | protocol.Build | protocol.Check | protocol.Keep,
+        emit: Emit,
+        *,
+        by_run: bool = False,
+    ) -> None:
+        """Save the conversation in memory, before something else takes its place.
+
+        `by_run`: also where that takes a run of the engine, which no request waits for. What cannot
+        be saved is read again.
+        """
+        held = self._held
+        if not operation.keep_at or not held.is_worth_keeping:
+            return
+
+        path = Path(operation.keep_at)
+        started = time.perf_counter()
+        try:
+            if self.engine.info.aborts_prefill:
+                tokens = self.engine.save(path)
+            elif by_run and self._continues and self.engine.info.keeps_state:
+                text = held.text.decode()
+                tokens = self.engine.prefill(text, save_to=path, keep_state=True).prompt_tokens
+            else:
+                return
+        except EngineError:
+            path.unlink(missing_ok=True)
+            return
+
+        self._held = held._replace(cached_bytes=len(held.text))
+        emit(
+            protocol.Saved(
+                id=operation.id,
+                path=str(path),
+                text=held.text.decode(),
+                asked_bytes=held.asked_bytes,
+                owner=held.owner,
+                tokens=tokens,
+                save_ms=_since(started),
+            )
+        )
 
     def _load(self, operation_id: int, cache: protocol.CacheFile, emit: Emit) -> protocol.Loaded:
         """Load exactly the file that was verified.

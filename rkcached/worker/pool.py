@@ -16,7 +16,7 @@ from pathlib import Path
 
 import structlog
 
-from rkcached.worker.model import Backoff, Deadlines, WorkerModel
+from rkcached.worker.model import Backoff, Deadlines, Keeper, WorkerModel
 from rkcached.worker.supervisor import Worker, WorkerState
 
 log = structlog.get_logger()
@@ -55,7 +55,9 @@ class Workers:
         backoff: Backoff | None = None,
         on_state: Callable[[Worker], None] = lambda _: None,
         room: Callable[[], Room] = Room,
+        keeper: Keeper | None = None,
     ) -> None:
+        self._keeper = keeper
         self._tell_state = on_state
         self._room = room
         self._admitting = asyncio.Lock()
@@ -100,6 +102,7 @@ class Workers:
             backoff=self._backoff,
             on_state=self._on_state,
             admit=self._admit,
+            keeper=self._keeper,
         )
         return worker
 

@@ -81,6 +81,8 @@ class Build(msgspec.Struct, frozen=True, kw_only=True, tag="build"):
     """Goes on from this one, if it can."""
     partial: str = ""
     """Where the state goes if the build is aborted. Empty: nowhere."""
+    keep_at: str = ""
+    """See `Generate`."""
 
 
 class Generate(msgspec.Struct, frozen=True, kw_only=True, tag="generate"):
@@ -100,6 +102,11 @@ class Generate(msgspec.Struct, frozen=True, kw_only=True, tag="generate"):
     """The uid of the client. What one asked and was answered is reused for nobody else."""
     cold: bool = False
     """Forget the KV state first, so that nothing is reused."""
+    goes_on: bool = False
+    """The prompt has an answer in it: a conversation that goes on, and is likely to again."""
+    keep_at: str = ""
+    """A new file for the state of a conversation whose place this operation takes. Empty: it is
+    lost."""
 
 
 class Check(msgspec.Struct, frozen=True, kw_only=True, tag="check"):
@@ -107,6 +114,15 @@ class Check(msgspec.Struct, frozen=True, kw_only=True, tag="check"):
 
     id: int = msgspec.field(default_factory=_new_id)
     cache: CacheFile
+    keep_at: str = ""
+    """See `Generate`."""
+
+
+class Keep(msgspec.Struct, frozen=True, kw_only=True, tag="keep"):
+    """Save the state of the conversation in memory, if it is one. Answer: Saved?, then Checked."""
+
+    id: int = msgspec.field(default_factory=_new_id)
+    keep_at: str
 
 
 class Embed(msgspec.Struct, frozen=True, kw_only=True, tag="embed"):
@@ -168,6 +184,20 @@ class Loaded(msgspec.Struct, frozen=True, kw_only=True, tag="loaded"):
     """The path leads to another file now; the content of the right one is not at fault."""
 
 
+class Saved(msgspec.Struct, frozen=True, kw_only=True, tag="saved"):
+    """The state of a conversation is in a file: something else takes its place in memory."""
+
+    id: int
+    path: str
+    text: str
+    """All that was asked and answered."""
+    asked_bytes: int
+    """The length of what was asked (UTF-8)."""
+    owner: int
+    tokens: int
+    save_ms: float
+
+
 class Piece(msgspec.Struct, frozen=True, kw_only=True, tag="piece"):
     id: int
     text: str
@@ -223,10 +253,21 @@ class Failed(msgspec.Struct, frozen=True, kw_only=True, tag="failed"):
     text: str = ""
 
 
-Operation = Build | Generate | Check | Embed
-ToWorker = Start | Build | Generate | Check | Embed | Abort
+Operation = Build | Generate | Check | Keep | Embed
+ToWorker = Start | Build | Generate | Check | Keep | Embed | Abort
 FromWorker = (
-    Ready | Progress | Kept | Loading | Loaded | Piece | Done | Built | Checked | Embedded | Failed
+    Ready
+    | Progress
+    | Kept
+    | Loading
+    | Loaded
+    | Saved
+    | Piece
+    | Done
+    | Built
+    | Checked
+    | Embedded
+    | Failed
 )
 Result = Done | Built | Checked | Embedded
 

@@ -36,10 +36,14 @@ from rkcached.errors import (
     WorkerUnavailable,
 )
 from rkcached.worker import memory, protocol
-from rkcached.worker.model import Backoff, Deadlines, WorkerModel
+from rkcached.worker.model import Backoff, Deadlines, Keeper, WorkerModel
 from rkcached.worker.process import WorkerProcess, describe
 
 log = structlog.get_logger()
+
+
+KEEP_S = 1.0
+"""A worker that ends has so long to save the conversation in its memory."""
 
 
 class WorkerState(StrEnum):
@@ -69,8 +73,10 @@ class Worker:
         backoff: Backoff,
         on_state: Callable[[Worker], None] = lambda _: None,
         admit: AdmitWorker = _admit_all,
+        keeper: Keeper | None = None,
     ) -> None:
         self.model = model
+        self._keeper = keeper
         self._admit = admit
         self.admitted = False
         """It may hold a model in memory: from the admission until its process is gone."""
@@ -246,6 +252,7 @@ class Worker:
 
     async def _stop(self) -> None:
         try:
+            await self._keep_conversation()
             code = await self._end()
             self.state = WorkerState.STOPPED
             if code:
@@ -253,6 +260,16 @@ class Worker:
                 log.warning("worker ended badly", model=self.model.name, how=self.last_failure)
         finally:
             self._stopping = None
+
+    async def _keep_conversation(self) -> None:
+        """Have the conversation in memory saved, if the worker is idle and that takes no time."""
+        if self._keeper is None or self.state is not WorkerState.READY:
+            return
+        if not (place := self._keeper.place(self.model)):
+            return
+        with contextlib.suppress(EngineError, WorkerError, TimeoutError):
+            async with asyncio.timeout(KEEP_S):
+                await self._exchange(protocol.Keep(keep_at=place), None)
 
     # Operations
 
@@ -276,6 +293,9 @@ class Worker:
             if on_event is not None:
                 on_event(event)
 
+        if self._keeper is not None and not isinstance(operation, protocol.Embed | protocol.Keep):
+            place = self._keeper.place(self.model)
+            operation = msgspec.structs.replace(operation, keep_at=place)
         try:
             return await self._run_once(operation, note)
         except Aborted:
@@ -328,6 +348,9 @@ class Worker:
                 case protocol.Done() | protocol.Built() | protocol.Checked() | protocol.Embedded():
                     self._failures = 0
                     return event
+                case protocol.Saved():
+                    if self._keeper is not None:
+                        self._keeper.take(self.model, event)
                 case protocol.Failed():
                     self._failures = 0  # the engine refused; the worker is well
                     if on_event is not None:

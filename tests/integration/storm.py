@@ -40,6 +40,7 @@ from rkcached.reconcile.loop import Reconciler
 from rkcached.reconcile.observer import Observer
 from rkcached.reconcile.snapshot import Published
 from rkcached.reconcile.wake import Wake
+from rkcached.serving.conversations import Conversations
 from rkcached.serving.dispatcher import Serving
 from rkcached.serving.job import End, Text
 from rkcached.sources.manifest_file import ManifestFile, read_manifest
@@ -153,6 +154,7 @@ class Storm(RuleBasedStateMachine):
             )
         )
         self.runner = asyncio.Runner()
+        self.talks: dict[tuple[Key, int], list[dict[str, str]]] = {}
 
     # The daemon
 
@@ -164,7 +166,11 @@ class Storm(RuleBasedStateMachine):
         self.store.open()
         self.events = Events()
         self.events.listen(self._on_event)
-        self.workers = Workers(backoff=Backoff(base_s=0.001, limit_s=0.002))
+        self.published = Published(self.good, self.store.digests)
+        self.conversations = Conversations(self.store.conversations, self.published)
+        self.workers = Workers(
+            backoff=Backoff(base_s=0.001, limit_s=0.002), keeper=self.conversations
+        )
         gates = Gates()
 
         def look_again(changed: Collection[str]) -> None:
@@ -175,7 +181,6 @@ class Storm(RuleBasedStateMachine):
 
         self.watcher = Watcher(look_again)
         stored = StoredTexts(self.root / "state")
-        self.published = Published(self.good, self.store.digests)
         self.reconciler = Reconciler(
             published=self.published,
             wake=Wake(),
@@ -186,9 +191,12 @@ class Storm(RuleBasedStateMachine):
             watcher=self.watcher,
             events=self.events,
         )
-        self.serving = Serving(self.reconciler, self.workers, gates, self.events)
+        self.serving = Serving(
+            self.reconciler, self.workers, gates, self.events, self.conversations
+        )
         self.preparation = Preparation(self.published)
         self.observer = Observer(Store(self.cache), stored)
+        await self.conversations.open()
         self.running = asyncio.create_task(self.reconciler.run())
         await asyncio.wait(
             {asyncio.create_task(self.reconciler.ready.wait()), self.running},
@@ -204,6 +212,7 @@ class Storm(RuleBasedStateMachine):
         self.preparation.close()
         await self.serving.close(1.0)
         await self.workers.stop()
+        await self.conversations.close()
         self.store.close()
 
     def _on_event(self, event: Event) -> None:
@@ -498,16 +507,40 @@ class Storm(RuleBasedStateMachine):
         }
         assert text in right, f"a wrong answer for {key}: {job.prompt!r}"
 
+    @rule(key=key_st, owner=st.sampled_from((1000, 1001)))
+    def talk(self, key: Key, owner: int) -> None:
+        """A user goes on with a conversation.
+
+        Each answer is right, wherever its state comes from: memory, a prompt cache or a saved file.
+        """
+        self.step()
+        said = self.talks.setdefault((key, owner), [])
+        del said[:-6]
+        while said and said[0]["role"] != "user":
+            del said[0]
+        messages = [*said, {"role": "user", "content": f"and then, {owner}? " * 4}]
+        answer = self.during(self._ask_on(key, messages, owner))
+        if answer is None:
+            return
+        text, job, _ = answer
+        models = self.recent_models[key.model]
+        right = {expected_text(model, job.prompt, job.sampling) for model in models}
+        assert text in right, f"a wrong answer for {key}: {job.prompt!r}"
+        said[:] = [*messages, {"role": "assistant", "content": text}]
+
     async def _ask(self, key: Key, question: str) -> Any:
+        return await self._ask_on(key, [{"role": "user", "content": question}])
+
+    async def _ask_on(self, key: Key, messages: list[dict[str, str]], owner: int = 1) -> Any:
         request = ChatRequest.model_validate(
             {
                 "model": f"{key.model}/{key.prompt}",
-                "messages": [{"role": "user", "content": question}],
+                "messages": messages,
                 "max_tokens": 12,
             }
         )
         try:
-            job, _ = await self.preparation.chat(request, time.monotonic(), 1)
+            job, _ = await self.preparation.chat(request, time.monotonic(), owner)
             parts = [part async for part in self.serving.run(job)]
         except RequestError:
             return None
@@ -689,7 +722,8 @@ class Storm(RuleBasedStateMachine):
         files = {
             path.relative_to(self.cache) for path in self.cache.rglob("*") if not path.is_dir()
         }
-        stray = {path for path in files - allowed if path.parts[0] != ".quarantine"}
+        elsewhere = {".quarantine", ".conversations"}
+        stray = {path for path in files - allowed if path.parts[0] not in elsewhere}
         assert not stray, f"stray files: {stray}"
         artifacts = self.reconciler.snapshot.artifacts.values()
         used = sum(one.size_bytes for one in (*artifacts, *retired))

@@ -192,9 +192,9 @@ def test_a_search_among_ten_thousand_prompts_takes_less_than_a_millisecond() -> 
         request = (
             house + f"You are number {number * 31:05}. Today is Friday.".encode() + b"x" * 4000
         )
-        started = time.perf_counter()
+        started = time.thread_time()  # others use the machine, too
         closest, whole = index.closest("m", request), index.longest("m", request)
-        took.append(time.perf_counter() - started)
+        took.append(time.thread_time() - started)
         assert closest is not None
         assert whole is not None
         assert closest.common_bytes >= whole.common_bytes > len(house)

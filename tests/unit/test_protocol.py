@@ -117,6 +117,8 @@ TO_WORKER: dict[type, st.SearchStrategy[ToWorker]] = {
     ),
     protocol.Abort: st.builds(protocol.Abort, id=ID),
 }
+TO_WORKER[protocol.Keep] = st.builds(protocol.Keep, id=ID, keep_at=TEXT)
+
 FROM_WORKER: dict[type, st.SearchStrategy[FromWorker]] = {
     protocol.Ready: st.builds(protocol.Ready, info=INFOS, load_ms=MS),
     protocol.Progress: st.builds(protocol.Progress, id=ID, done_tokens=COUNT, total_tokens=COUNT),
@@ -124,6 +126,16 @@ FROM_WORKER: dict[type, st.SearchStrategy[FromWorker]] = {
     protocol.Loading: st.builds(protocol.Loading, id=ID),
     protocol.Loaded: st.builds(
         protocol.Loaded, id=ID, tokens=COUNT, load_ms=MS, error=TEXT, replaced=st.booleans()
+    ),
+    protocol.Saved: st.builds(
+        protocol.Saved,
+        id=ID,
+        path=TEXT,
+        text=TEXT,
+        asked_bytes=COUNT,
+        owner=COUNT,
+        tokens=COUNT,
+        save_ms=MS,
     ),
     protocol.Piece: st.builds(protocol.Piece, id=ID, text=TEXT, logprobs=LOGPROBS),
     protocol.Done: st.builds(protocol.Done, id=ID, stats=STATS),

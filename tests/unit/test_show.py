@@ -61,6 +61,8 @@ def a_status(prompts: list[dict[str, Any]], **more: Any) -> dict[str, Any]:
             "retired_bytes": 0,
             "foreign_bytes": 0,
             "quarantine_bytes": 0,
+            "conversations": 0,
+            "conversation_bytes": 0,
             "free_bytes": 2_000_000,
         },
         "watching": "inotify",

@@ -1,0 +1,243 @@
+"""Keeps the states of conversations, so that each goes on where it was when another came between.
+
+A worker saves the state in its memory when something else takes its place: another conversation, a
+build, the end of the process. The file is reused for the user whose conversation it is, and for
+nobody else. The oldest go when there is no room in `cache.conversations.max_bytes`, and each when
+nobody went on with it for `cache.conversations.keep_s`.
+
+All of it is on the event loop; files are hashed and removed in threads.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from typing import NamedTuple
+
+import msgspec
+import structlog
+
+from rkcached.engines.prefix import common_bytes
+from rkcached.engines.registry import ENGINES
+from rkcached.errors import StoreError
+from rkcached.reconcile.index import Match
+from rkcached.reconcile.snapshot import Published
+from rkcached.serving.job import Job
+from rkcached.store.conversations import ConversationFiles, Record, SavedConversation
+from rkcached.worker import protocol
+from rkcached.worker.model import WorkerModel
+
+log = structlog.get_logger()
+
+DEFAULT_MAX_BYTES = 512 << 20
+
+_LEAST_BYTES = 64
+"""So much more than another state has, some 16 tokens, is worth the load of a file."""
+
+_ENDING_BYTES = 64
+"""Where the answer begins, a rendered request may end otherwise than it goes on in the next one."""
+
+
+class Resumed(NamedTuple):
+    """A saved conversation that a request goes on with."""
+
+    saved: SavedConversation
+    common_bytes: int
+    """The request begins as its text does, for so long (UTF-8)."""
+
+    @property
+    def is_whole(self) -> bool:
+        return self.common_bytes == len(self.saved.text)
+
+    def has_more_than(self, match: Match | None) -> bool:
+        """Whether it spares more than this prompt cache does, if there is one."""
+        return self.common_bytes >= (match.common_bytes if match else 0) + _LEAST_BYTES
+
+    @property
+    def file(self) -> protocol.CacheFile:
+        return protocol.CacheFile(
+            path=str(self.saved.path), signature=self.saved.signature, fingerprint=""
+        )
+
+
+class Conversations:
+    """The saved conversations of all models."""
+
+    def __init__(self, files: ConversationFiles, published: Published) -> None:
+        self._files = files
+        self._published = published
+        # The one that was used last is the last.
+        self._saved: list[SavedConversation] = []
+        self._sealing: set[asyncio.Task[None]] = set()
+        self._expiry: asyncio.TimerHandle | None = None
+
+    @property
+    def count(self) -> int:
+        return len(self._saved)
+
+    @property
+    def size_bytes(self) -> int:
+        return sum(saved.record.size_bytes for saved in self._saved)
+
+    async def open(self) -> None:
+        """Take over what an earlier daemon saved."""
+        found = await asyncio.to_thread(self._files.all)
+        self._saved = sorted(found, key=lambda saved: saved.record.used_at) + self._saved
+        await self._shrink()
+
+    async def close(self) -> None:
+        """Wait until what was saved has its record. Workers save the last when they are stopped."""
+        if self._expiry is not None:
+            self._expiry.cancel()
+        while self._sealing:
+            await asyncio.wait(self._sealing)
+
+    # For workers
+
+    def place(self, model: WorkerModel) -> str:
+        """The path of a new file for a state; empty if none is kept."""
+        if not self._max_bytes() or not self._keep_s():
+            return ""
+        try:
+            return str(self._files.place(model.name))
+        except StoreError as error:
+            log.warning("conversations not saved", model=model.name, error=error.message)
+            return ""
+
+    def take(self, model: WorkerModel, saved: protocol.Saved) -> None:
+        """A state is in its file now."""
+        task = asyncio.create_task(self._seal(model, saved))
+        self._sealing.add(task)
+        task.add_done_callback(self._sealing.discard)
+
+    async def _seal(self, model: WorkerModel, saved: protocol.Saved) -> None:
+        record = Record(
+            model=model.name,
+            identity=model.identity,
+            owner=saved.owner,
+            text=saved.text,
+            asked_bytes=saved.asked_bytes,
+            tokens=saved.tokens,
+            size_bytes=0,
+            sha256="",
+            used_at=time.time(),
+        )
+        path = self._files.root / model.name / saved.path.rpartition("/")[2]
+        try:
+            sealed = await asyncio.to_thread(self._files.seal, path, record)
+        except StoreError as error:
+            log.warning("conversation not saved", model=model.name, error=error.message)
+            return
+
+        before = [other for other in self._saved if _is_earlier(other, sealed)]
+        self._saved.append(sealed)
+        log.debug(
+            "conversation saved",
+            model=model.name,
+            tokens=saved.tokens,
+            save_ms=round(saved.save_ms, 1),
+        )
+        await self._remove(before)
+        await self._shrink()
+
+    # For requests
+
+    async def find(self, job: Job, identity: str) -> Resumed | None:
+        """The saved conversation of the same user that shares the longest beginning with this."""
+        while self._sealing:  # what was just saved may be the one
+            await asyncio.wait(self._sealing)
+
+        rendered = job.prompt.encode()
+        best: Resumed | None = None
+        for saved in self._saved:
+            record = saved.record
+            if (record.model, record.identity, record.owner) != (
+                job.model.name,
+                identity,
+                job.owner,
+            ):
+                continue
+            shared = common_bytes(saved.text, rendered)
+            if shared > (0 if best is None else best.common_bytes):
+                best = Resumed(saved, shared)
+
+        return best
+
+    def used(self, resumed: Resumed) -> None:
+        """A request goes on with it."""
+        if resumed.saved in self._saved:
+            self._saved.remove(resumed.saved)
+            record = msgspec.structs.replace(resumed.saved.record, used_at=time.time())
+            self._saved.append(
+                SavedConversation(
+                    path=resumed.saved.path,
+                    record=record,
+                    text=resumed.saved.text,
+                    signature=resumed.saved.signature,
+                )
+            )
+
+    async def drop(self, resumed: Resumed, why: str) -> None:
+        """It could not be loaded."""
+        log.warning("conversation lost", model=resumed.saved.record.model, why=why)
+        await self._remove([saved for saved in self._saved if saved.path == resumed.saved.path])
+
+    # Room
+
+    def _max_bytes(self) -> int:
+        manifest = self._published.now.manifest
+        stated = manifest.cache.conversations.max_bytes
+        if stated is not None:
+            return stated
+        return DEFAULT_MAX_BYTES if ENGINES[manifest.engine.kind].saves_at_once else 0
+
+    def _keep_s(self) -> float:
+        return self._published.now.manifest.cache.conversations.keep_s
+
+    async def _shrink(self) -> None:
+        """Remove what is too old, and then the oldest until the rest fits."""
+        keep_s = self._keep_s()
+        limit = time.time() - keep_s
+        gone = [saved for saved in self._saved if saved.record.used_at < limit]
+        size_bytes = self.size_bytes - sum(saved.record.size_bytes for saved in gone)
+        for saved in self._saved:
+            if size_bytes <= self._max_bytes():
+                break
+            if saved not in gone:
+                gone.append(saved)
+                size_bytes -= saved.record.size_bytes
+
+        await self._remove(gone)
+        self._wait_for_expiry(keep_s)
+
+    def _wait_for_expiry(self, keep_s: float) -> None:
+        if self._expiry is not None:
+            self._expiry.cancel()
+            self._expiry = None
+        if self._saved:
+            oldest = min(saved.record.used_at for saved in self._saved)
+            after_s = max(1.0, oldest + keep_s - time.time())
+            self._expiry = asyncio.get_running_loop().call_later(after_s, self._expire)
+
+    def _expire(self) -> None:
+        task = asyncio.create_task(self._shrink())
+        self._sealing.add(task)
+        task.add_done_callback(self._sealing.discard)
+
+    async def _remove(self, gone: list[SavedConversation]) -> None:
+        for saved in gone:
+            with contextlib.suppress(ValueError):
+                self._saved.remove(saved)
+            await asyncio.to_thread(self._files.remove, saved.path)
+
+
+def _is_earlier(other: SavedConversation, saved: SavedConversation) -> bool:
+    """Whether this is the same conversation as it was before its last question."""
+    mine = saved.record
+    theirs = other.record
+    if (theirs.model, theirs.owner) != (mine.model, mine.owner):
+        return False
+    if theirs.identity != mine.identity:
+        return True  # of no use to the worker that runs now
+    return common_bytes(other.text, saved.text) >= theirs.asked_bytes - _ENDING_BYTES

@@ -1,0 +1,153 @@
+"""Saved states of conversations, beside the prompt caches. They are their users' and nobody else's.
+
+    .conversations/{model}/{name}.state    the KV state
+    .conversations/{model}/{name}.json     the record: text, owner, size and SHA-256
+
+A file counts only with its record, which is written after it. Neither is synced: one that is soon
+replaced never reaches the disk, and one that a power cut damaged does not have its SHA-256 any
+more.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import secrets
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+
+from rkcached.errors import StoreError
+from rkcached.host import beneath
+from rkcached.host.digests import Signature, signature_of
+from rkcached.store import marks
+from rkcached.store.writer import Writer, make_folder
+
+FOLDER_MODE = 0o700
+FILE_MODE = 0o600
+
+_STATE = ".state"
+_NAME = re.compile(r"([0-9a-f]{16})\.(state|json|tmp)")
+
+
+class Record(msgspec.Struct, frozen=True, kw_only=True):
+    """A saved conversation, as its record stands on disk."""
+
+    format: int = 1
+    model: str
+    identity: str
+    """Of the worker that saved it: another one cannot use it."""
+    owner: int
+    """The uid of its user."""
+    text: str
+    asked_bytes: int
+    """The length of what was asked (UTF-8); the answer comes after it."""
+    tokens: int
+    size_bytes: int
+    sha256: str
+    used_at: float
+    """Unix seconds."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SavedConversation:
+    """A saved conversation, and the file that was compared with its record."""
+
+    path: Path
+    record: Record
+    text: bytes
+    signature: Signature
+
+
+class ConversationFiles:
+    """The saved conversations of a store."""
+
+    def __init__(self, writer: Writer) -> None:
+        self._writer = writer
+
+    @property
+    def root(self) -> Path:
+        return self._writer.root / marks.CONVERSATIONS
+
+    def place(self, model: str) -> Path:
+        """The path of a new file for a state. Errors: StoreError."""
+        folder = self._writer.root / marks.CONVERSATIONS / model
+        if not folder.is_dir():
+            with self._writer.writing(folder), self._writer.folders:
+                for part in (folder.parent, folder):
+                    make_folder(part)
+                    part.chmod(FOLDER_MODE)
+
+        return folder / f"{secrets.token_hex(8)}{_STATE}"
+
+    def seal(self, path: Path, record: Record) -> SavedConversation:
+        """Write the record of a state that is in its file. Size and digest are filled in here.
+
+        Errors: StoreError; then the file is gone.
+        """
+        try:
+            with self._writer.writing(path):
+                path.chmod(FILE_MODE)
+                with path.open("rb") as stream:
+                    digest = hashlib.file_digest(stream, "sha256").hexdigest()
+                    info = os.fstat(stream.fileno())
+                record = msgspec.structs.replace(record, size_bytes=info.st_size, sha256=digest)
+                written = path.with_suffix(".tmp")
+                written.write_bytes(msgspec.json.encode(record))
+                written.chmod(FILE_MODE)
+                written.replace(path.with_suffix(".json"))
+        except StoreError:
+            self.remove(path)
+            raise
+
+        return SavedConversation(
+            path=path, record=record, text=record.text.encode(), signature=signature_of(info)
+        )
+
+    def remove(self, path: Path) -> None:
+        """Delete a saved conversation, its record first. Idempotent."""
+        model = path.parent.name
+        for suffix in (".json", ".tmp", _STATE):
+            try:
+                self._writer.unlink(marks.CONVERSATIONS, model, f"{path.stem}{suffix}")
+            except OSError:
+                continue
+
+    def all(self) -> list[SavedConversation]:
+        """Every saved conversation that is what its record says.
+
+        What else has the name of one is removed: a crash left it, or its disk damaged it.
+        """
+        found = []
+        root = self._writer.root
+        for model in beneath.names_in(root, marks.CONVERSATIONS):
+            names = beneath.names_in(root, marks.CONVERSATIONS, model)
+            ours = filter(None, map(_NAME.fullmatch, names))
+            for stem in sorted({match[1] for match in ours}):
+                path = root / marks.CONVERSATIONS / model / f"{stem}{_STATE}"
+                saved = _read(path)
+                if saved is None:
+                    self.remove(path)
+                else:
+                    found.append(saved)
+
+        return found
+
+
+def _read(path: Path) -> SavedConversation | None:
+    """The conversation in this file; None if it is not what a record beside it says."""
+    try:
+        record = msgspec.json.decode(path.with_suffix(".json").read_bytes(), type=Record)
+        with path.open("rb") as stream:
+            digest = hashlib.file_digest(stream, "sha256").hexdigest()
+            info = os.fstat(stream.fileno())
+    except (OSError, ValueError, RecursionError):
+        return None
+
+    if (digest, info.st_size) != (record.sha256, record.size_bytes):
+        return None
+    return SavedConversation(
+        path=path, record=record, text=record.text.encode(), signature=signature_of(info)
+    )
