@@ -223,7 +223,12 @@ def _build(
 
     learning = Learning(reconciler, stored)
     serving = Serving(
-        reconciler, workers, gates, events, conversations, on_answer=learning.answered
+        reconciler=reconciler,
+        workers=workers,
+        gates=gates,
+        events=events,
+        conversations=conversations,
+        on_answer=learning.answered,
     )
     api = Api(
         reconciler=reconciler,

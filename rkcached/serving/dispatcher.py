@@ -84,6 +84,7 @@ class _Ongoing:
 class Serving:
     def __init__(
         self,
+        *,
         reconciler: Reconciler,
         workers: Workers,
         gates: Gates,

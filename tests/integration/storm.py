@@ -192,7 +192,11 @@ class Storm(RuleBasedStateMachine):
             events=self.events,
         )
         self.serving = Serving(
-            self.reconciler, self.workers, gates, self.events, self.conversations
+            reconciler=self.reconciler,
+            workers=self.workers,
+            gates=gates,
+            events=self.events,
+            conversations=self.conversations,
         )
         self.preparation = Preparation(self.published)
         self.observer = Observer(Store(self.cache), stored)

@@ -366,7 +366,10 @@ def test_the_error_as_text() -> None:
             MINIMAL + "cache: {x: 1}",
             5,
             "x",
-            "known are max_bytes, verify, fingerprint, min_tokens, conversations, keep_retired_s, build",
+            (
+                "known are max_bytes, verify, fingerprint, min_tokens, conversations, "
+                "keep_retired_s, build"
+            ),
         ),
     ],
 )
