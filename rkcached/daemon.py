@@ -60,6 +60,7 @@ from rkcached.serving.conversations import Conversations
 from rkcached.serving.dispatcher import Serving
 from rkcached.serving.embeddings import Embeddings
 from rkcached.serving.learning import Learning
+from rkcached.serving.resting import Resting
 from rkcached.sources.manifest import Manifest
 from rkcached.sources.manifest_file import read_manifest
 from rkcached.sources.stored_texts import StoredTexts
@@ -180,6 +181,7 @@ class _Parts:
     reconciler: Reconciler
     serving: Serving
     conversations: Conversations
+    resting: Resting
     reloading: _Reloading
     api: Api
     everyone: HttpServer
@@ -222,13 +224,14 @@ def _build(
     reloading = _Reloading(reconciler, headline, service)
 
     learning = Learning(reconciler, stored)
+    resting = Resting(published, workers, gates, conversations)
     serving = Serving(
         reconciler=reconciler,
         workers=workers,
         gates=gates,
         events=events,
         conversations=conversations,
-        on_answer=learning.answered,
+        on_answer=(learning.answered, resting.answered),
     )
     api = Api(
         reconciler=reconciler,
@@ -265,6 +268,7 @@ def _build(
         reconciler=reconciler,
         serving=serving,
         conversations=conversations,
+        resting=resting,
         reloading=reloading,
         api=api,
         everyone=HttpServer(for_everyone, grace_s=1),
@@ -322,6 +326,7 @@ async def _serve(
 
         parts.watcher.close()
         parts.reloading.close()
+        parts.resting.close()
         for task in (reconciling, announcing, signalled):
             task.cancel()
         parts.events.close()

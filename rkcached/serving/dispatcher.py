@@ -11,7 +11,7 @@ import asyncio
 import contextlib
 import time
 from collections import Counter
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field, replace
 
@@ -90,9 +90,9 @@ class Serving:
         gates: Gates,
         events: Events,
         conversations: Conversations,
-        on_answer: OnAnswer = lambda *_: None,
+        on_answer: Sequence[OnAnswer] = (),
     ) -> None:
-        """`on_answer` is called with each request that was answered, and how."""
+        """Each of `on_answer` is called with each request that was answered, and how."""
         self._conversations = conversations
         self._events = events
         self._on_answer = on_answer
@@ -450,7 +450,8 @@ class Serving:
         self.answers[state] += 1
         if loaded is not None:
             self._count_use(job, loaded, state, stats)
-        self._on_answer(job, ongoing.found, stats)
+        for tell in self._on_answer:
+            tell(job, ongoing.found, stats)
 
         report = CacheReport(
             cache=None if loaded is None else loaded.key.prompt,

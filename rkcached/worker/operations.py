@@ -409,9 +409,8 @@ class Session:
         try:
             if self.engine.info.aborts_prefill:
                 tokens = self.engine.save(path)
-            elif by_run and self._continues and self.engine.info.keeps_state:
-                text = held.text.decode()
-                tokens = self.engine.prefill(text, save_to=path, keep_state=True).prompt_tokens
+            elif by_run and self.engine.info.keeps_state:
+                tokens = self._save_by_run(held.text.decode(), path)
             else:
                 return
         except EngineError:
@@ -430,6 +429,35 @@ class Session:
                 save_ms=_since(started),
             )
         )
+
+    def _save_by_run(self, text: str, path: Path) -> int:
+        """Save the state of `text`, which is in memory, in a run; returns its number of tokens.
+
+        Nobody says what a runtime writes of a state that was continued. So once, the answer to a
+        probe on the file is compared with the one on memory. Errors: EngineError.
+        """
+
+        def stopped() -> bool:
+            return False
+
+        info = self.engine.info
+        if self._continues:
+            return self.engine.prefill(text, save_to=path, keep_state=True).prompt_tokens
+        if not info.greedy:
+            raise VerifyFailed("answers of this runtime cannot be compared")
+
+        _, before, _ = self._probe(text, stopped)
+        saved = self.engine.prefill(text, save_to=path, keep_state=True)
+        self.engine.clear()
+        self.engine.load(path)
+        _, after, _ = self._probe(text, stopped)
+        if before != after:
+            self.engine.clear()
+            self._held = Held()
+            raise VerifyFailed("the saved state answers otherwise than the one in memory")
+
+        self._continues = True
+        return saved.prompt_tokens
 
     def _load(self, operation_id: int, cache: protocol.CacheFile, emit: Emit) -> protocol.Loaded:
         """Load exactly the file that was verified.

@@ -767,3 +767,40 @@ def test_calls_in_control_tokens_are_refused(
         assert content(d.ask("m", tools=[TOOL]))
     else:
         refused(d, 400, "unsupported_parameter", "with control tokens", tools=[TOOL])
+
+
+def test_a_conversation_is_saved_when_it_rests(d: Workspace) -> None:
+    """A save is a run here: no request waits for it, and the manifest has to ask for it."""
+    d.hurry(serving__resting__REST_S=0.2)
+    run(d)
+    d.write(
+        "manifest.yaml",
+        f"{d.manifest.read_text()}cache: {{conversations: {{max_bytes: 64MiB}}}}\n",
+    )
+    d.wait_settled()
+    talk = HELLO * 1
+    for _ in range(2):
+        answer = d.ask("m/a", messages=talk)
+        question = {"role": "user", "content": "Tell me more of all that, please. " * 4}
+        talk = [*talk, answer["choices"][0]["message"], question]
+    d.ask("m/a", messages=talk)
+    wait_until(lambda: d.status()["cache"]["conversations"] == 1, "the conversation was saved")
+
+    d.ask("m/b", "Something else?")
+    again = [*talk[:-1], {"role": "user", "content": "And then?"}]
+    right = d.ask("m/a", messages=again, cache=False)
+    d.ask("m/b", "Something else?")
+    answer = d.ask("m/a", messages=again)
+    assert content(answer) == content(right)
+    tokens = d.prompt("a")["artifact"]["tokens"]
+    assert answer["rkcached"]["cached_tokens"] > tokens + 20
+
+
+def test_a_conversation_is_not_saved_unless_the_manifest_says_so(d: Workspace) -> None:
+    d.hurry(serving__resting__REST_S=0.1)
+    run(d)
+    talk = [*HELLO, {"role": "assistant", "content": "Hi."}, *HELLO]
+    d.ask("m/a", messages=talk)
+    time.sleep(0.5)
+    assert d.status()["cache"]["conversations"] == 0
+    assert not (d.cache / ".conversations").exists()

@@ -12,7 +12,14 @@ from typing import TypeVar
 import msgspec
 import pytest
 
-from rkcached.engines.base import FinishReason, ModelSpec, OnProgress, RunStats, Sampling
+from rkcached.engines.base import (
+    EngineInfo,
+    FinishReason,
+    ModelSpec,
+    OnProgress,
+    RunStats,
+    Sampling,
+)
 from rkcached.engines.kinds import VerifyMode
 from rkcached.engines.memory import MemoryEngine, MemoryModel, expected_text
 from rkcached.engines.prefix import common_bytes
@@ -177,6 +184,8 @@ class Bench:
         cold: bool = False,
         owner: int = 1000,
         load_bytes: float = 0.0,
+        goes_on: bool = False,
+        keep_at: Path | None = None,
     ) -> tuple[str, RunStats]:
         self.next_id += 1
         self.events.clear()
@@ -190,6 +199,8 @@ class Bench:
             load_bytes=load_bytes,
             owner=owner,
             cold=cold,
+            goes_on=goes_on,
+            keep_at=str(keep_at or ""),
         )
         done = session.generate(operation, self.emit, lambda: self.stop)
         assert done.id == self.next_id
@@ -460,3 +471,83 @@ def test_a_check_refuses_a_damaged_or_replaced_file(bench: Bench) -> None:
     damaged = msgspec.structs.replace(cache, signature=signature_of(Path(cache.path).stat()))
     with pytest.raises(ArtifactLoadError, match="not a prompt cache"):
         session.check(protocol.Check(id=4, cache=damaged), bench.emit)
+
+
+# --- conversations ---
+
+TALK = REQUEST + " Fish.</s> And for supper, if you please, what would you cook then?"
+OTHER = "Somebody else asks about the weather on the other side of the sea today. " * 2
+
+
+def saved(bench: Bench) -> list[protocol.Saved]:
+    return [event for event in bench.events if isinstance(event, protocol.Saved)]
+
+
+def test_a_conversation_is_saved_before_another_takes_its_place(
+    bench: Bench, tmp_path: Path
+) -> None:
+    """What is saved is all of it, and it comes back; going on with it saves nothing."""
+    session, engine = bench.session(MemoryEngine)
+    file = tmp_path / "talk.state"
+    said, _ = bench.generate(session, prompt=TALK, goes_on=True, keep_at=file)
+    bench.generate(session, prompt=TALK + said + " More!", goes_on=True, keep_at=file)
+    assert saved(bench) == []
+
+    bench.generate(session, prompt=OTHER, keep_at=file)
+    (event,) = saved(bench)
+    assert event.text.startswith(TALK + said + " More!")
+    assert (event.path, event.owner) == (str(file), 1000)
+    assert engine.load(file) == event.tokens >= len(TALK + said + " More!")
+
+
+@pytest.mark.parametrize(
+    ("goes_on", "prompt"), [(False, TALK), (True, REQUEST[:20])], ids=["first question", "short"]
+)
+def test_what_is_soon_read_again_is_not_saved(
+    bench: Bench, tmp_path: Path, *, goes_on: bool, prompt: str
+) -> None:
+    session, _ = bench.session(MemoryEngine)
+    bench.generate(session, prompt=prompt, goes_on=goes_on)
+    bench.generate(session, prompt=OTHER, keep_at=tmp_path / "talk.state")
+    assert saved(bench) == []
+    assert not (tmp_path / "talk.state").exists()
+
+
+def test_a_conversation_is_saved_once(bench: Bench, tmp_path: Path) -> None:
+    session, _ = bench.session(MemoryEngine)
+    bench.generate(session, prompt=TALK, goes_on=True)
+    for name in ("one", "two"):
+        operation = protocol.Keep(id=90, keep_at=str(tmp_path / name))
+        session.keep(operation, bench.emit)
+    assert [event.path for event in saved(bench)] == [str(tmp_path / "one")]
+
+
+class Continuing(MemoryEngine):
+    """Saves its state in a run only, and nobody says whether it does so right."""
+
+    @property
+    def info(self) -> EngineInfo:
+        return msgspec.structs.replace(super().info, aborts_prefill=False, saves_continued=False)
+
+
+class Spoiling(Continuing, Wrong):
+    """It writes another state than the one in memory."""
+
+
+@pytest.mark.parametrize(("cls", "is_saved"), [(Continuing, True), (Spoiling, False)])
+def test_a_save_that_takes_a_run_is_proven(
+    bench: Bench, tmp_path: Path, cls: type[MemoryEngine], *, is_saved: bool
+) -> None:
+    """It never delays a request; a state that answers otherwise is dropped."""
+    session, _ = bench.session(cls)
+    file = tmp_path / "talk.state"
+    bench.generate(session, prompt=TALK, goes_on=True)
+    bench.generate(session, prompt=OTHER, keep_at=file)
+    assert saved(bench) == []
+
+    bench.generate(session, prompt=TALK, goes_on=True)
+    session.keep(protocol.Keep(id=91, keep_at=str(file)), bench.emit)
+    assert bool(saved(bench)) is is_saved
+    assert file.exists() is is_saved
+    text, _ = bench.generate(session, prompt=TALK)
+    assert text == bench.right_answer(TALK)
