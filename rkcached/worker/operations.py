@@ -446,11 +446,12 @@ class Session:
         if not info.greedy:
             raise VerifyFailed("answers of this runtime cannot be compared")
 
-        _, before, _ = self._probe(text, stopped)
+        probe = f"{text}\n"  # longer, so that the whole state counts
+        _, before, _ = self._probe(probe, stopped)
         saved = self.engine.prefill(text, save_to=path, keep_state=True)
         self.engine.clear()
         self.engine.load(path)
-        _, after, _ = self._probe(text, stopped)
+        _, after, _ = self._probe(probe, stopped)
         if before != after:
             self.engine.clear()
             self._held = Held()
