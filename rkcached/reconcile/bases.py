@@ -14,6 +14,7 @@ from pathlib import Path
 
 import structlog
 
+from rkcached.engines.kinds import VerifyMode
 from rkcached.errors import RkcachedError, WorkerDied, WorkerTimeout
 from rkcached.host.digests import signature_of
 from rkcached.plan.fingerprint import Fingerprint, differ_in_text_only
@@ -140,9 +141,11 @@ class Partials:
 def worth_loading(match: Match) -> bool:
     """Whether reading what is shared takes longer than loading it and asking for its proof.
 
-    By the figures that were measured when it was built; one that was not measured is taken to be.
+    By the figures that were measured when it was built; one that was not proven has none.
     """
     artifact = match.artifact
     figures = artifact.sidecar.figures
+    if figures.verified == VerifyMode.OFF:
+        return False
     spared_ms = figures.prefill_ms * match.common_bytes / max(1, len(artifact.text))
     return spared_ms > figures.load_ms + figures.warm_ttft_ms

@@ -298,7 +298,14 @@ def test_a_state_that_cannot_be_kept_leaves_no_file(tmp_path: Path) -> None:
 # --- the choice ---
 
 
-def stored(name: str, text: str, *, temperature: str = "0", **figures: float) -> StoredArtifact:
+def stored(
+    name: str,
+    text: str,
+    *,
+    temperature: str = "0",
+    verified: str = "exact",
+    **figures: float,
+) -> StoredArtifact:
     """An artifact of 1 ms to a byte, which loads in 5 ms and answers in 20."""
     components = {"params.temperature": temperature, "prefix.digest": text}
     return StoredArtifact(
@@ -320,7 +327,7 @@ def stored(name: str, text: str, *, temperature: str = "0", **figures: float) ->
                 load_ms=5.0,
                 cold_ttft_ms=0.0,
                 warm_ttft_ms=20.0,
-                verified="exact",
+                verified=verified,
             ),
             answer_sha256="answer",
         ),
@@ -357,6 +364,11 @@ def test_what_shares_little_is_not_worth_its_load() -> None:
     assert chosen(stored("a", NEW[:30] + "another end" * 20)) is not None
     assert chosen(stored("a", NEW[:15] + "another end" * 20)) is None
     assert chosen(stored("a", OLD, prefill_ms=20.0)) is None
+
+
+def test_what_was_not_proven_is_left_alone() -> None:
+    """With `verify: off` nobody measured whether its load is worth it, nor whether it is right."""
+    assert chosen(stored("a", OLD, verified="off")) is None
 
 
 def test_what_differs_in_more_than_its_text_is_left_alone() -> None:
