@@ -245,8 +245,9 @@ class Serving:
                     ongoing.found = found.without(death) if death else found
                     ongoing.started = ongoing.started or time.monotonic()
                     info = await self._load_model(worker, ongoing)
-                    ongoing.found = replace(ongoing.found, rewinds=info.rewinds)
+                    ongoing.found = ongoing.found.on(rewinds=info.rewinds)
                     done = await self._generate(worker, ongoing)
+                    ongoing.found = replace(ongoing.found, rewinds=done.rewinds)
             except errors.WorkerUnavailable as error:
                 await self._wait_for(worker, error)
             except (errors.WorkerDied, errors.WorkerTimeout) as error:

@@ -33,6 +33,8 @@ class Found:
 
     chosen: Match | None = None
     """The prompt cache to load."""
+    whole: Match | None = None
+    """The longest prompt cache whose text the request begins with."""
     nearest: Match | None = None
     """The prompt cache that begins most like the request, whether or not it is worth its load."""
     resumed: Resumed | None = None
@@ -48,6 +50,13 @@ class Found:
         """The same, for a try that loads nothing after this death."""
         return replace(self, chosen=None, death=death)
 
+    def on(self, *, rewinds: bool) -> Found:
+        """The same, for a model that may only be able to reuse a prompt cache as a whole."""
+        chosen = self.chosen
+        if chosen is not None and not chosen.is_whole and not rewinds:
+            chosen = self.whole
+        return replace(self, chosen=chosen, rewinds=rewinds)
+
 
 def find(index: ArtifactIndex, job: Job) -> Found:
     """The prompt cache to load for a request, if that is worth it.
@@ -59,13 +68,13 @@ def find(index: ArtifactIndex, job: Job) -> Found:
     whole = index.longest(model, rendered)
     nearest = index.closest(model, rendered)
     if nearest is None or (whole is not None and nearest.common_bytes <= whole.common_bytes):
-        return Found(chosen=whole, nearest=whole)
+        return Found(chosen=whole, whole=whole, nearest=whole)
 
     least_ms = 0.0 if whole is None else _gain_ms(whole)
     head_bytes = _head_bytes(rendered, job.parts)
     shares_enough = _tokens(nearest, but_bytes=head_bytes) >= LEAST_TOKENS
     is_worth_it = shares_enough and _gain_ms(nearest) > least_ms
-    return Found(chosen=nearest if is_worth_it else whole, nearest=nearest)
+    return Found(chosen=nearest if is_worth_it else whole, whole=whole, nearest=nearest)
 
 
 def load_bytes(match: Match) -> float:
@@ -104,7 +113,7 @@ def outcome(found: Found, job: Job, stats: RunStats) -> tuple[str, str]:
         return "cold", "the request asks for no cache"
 
     if chosen is not None and chosen.is_whole:
-        return _of_whole(chosen, cached_tokens)
+        return _of_whole(chosen, cached_tokens, rewinds=found.rewinds)
     if found.unready is not None:
         return found.unready
     if cached_tokens is None:
@@ -117,11 +126,13 @@ def outcome(found: Found, job: Job, stats: RunStats) -> tuple[str, str]:
     return ("partial" if is_partial else "cold"), reason
 
 
-def _of_whole(chosen: Match, cached_tokens: int | None) -> tuple[str, str]:
+def _of_whole(chosen: Match, cached_tokens: int | None, *, rewinds: bool) -> tuple[str, str]:
     if cached_tokens is None:
         return "loaded", NOT_MEASURED
     if cached_tokens >= chosen.artifact.tokens - BOUNDARY_TOKENS:
         return "hit", ""
+    if not rewinds:
+        return "miss", "this model's state cannot be taken back to the prompt's end"
     return "miss", "the prompt cache was loaded but not reused"
 
 

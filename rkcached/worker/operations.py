@@ -17,6 +17,7 @@ import msgspec
 
 from rkcached.engines.base import Engine, FinishReason, RunStats, Sampling, Token
 from rkcached.engines.kinds import VerifyMode
+from rkcached.engines.prefix import common_bytes
 from rkcached.errors import (
     Aborted,
     ArtifactLoadError,
@@ -45,6 +46,9 @@ _MIN_FREE_BYTES = 64 << 20
 KEEP_MS = 300.0
 """The part that an aborted build has read is kept if reading it took longer than that."""
 
+# So many bytes of text are more than one token in any vocabulary.
+_SURELY_A_TOKEN_BYTES = 128
+
 BOUNDARY_TOKENS = 5
 """A hit may lack so many of the prefix's last tokens: the prefix may end inside a token of the
 longer text, and a state that cannot be taken back may go on from a checkpoint before its end."""
@@ -58,8 +62,10 @@ class Session:
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
         self._held = Held()
+        # As the engine says, and as its runs have shown.
+        self._info = engine.info
         # A state that was loaded, continued and saved was as good as one that was read as a whole.
-        self._continues = engine.info.saves_continued
+        self._continues = self._info.saves_continued
 
     def build(
         self, operation: protocol.Build, emit: Emit, stopped: Callable[[], bool]
@@ -151,7 +157,7 @@ class Session:
 
         One that was proven must answer its probe as it did then. Errors: Aborted.
         """
-        info = self.engine.info
+        info = self._info
         comparable = operation.verify is VerifyMode.EXACT and info.greedy
         if not info.measures_prefill:
             return "this runtime does not count reused tokens"
@@ -178,7 +184,7 @@ class Session:
 
     def _keep(self, operation: protocol.Build, emit: Emit, prefill_ms: float) -> None:
         """Save what an aborted prefill has read, if somebody wants it."""
-        if not operation.partial or not self.engine.info.aborts_prefill:
+        if not operation.partial or not self._info.aborts_prefill:
             return
         path = Path(operation.partial)
         try:
@@ -232,7 +238,7 @@ class Session:
 
     def _check_length(self, operation: protocol.Build, tokens: int | None) -> None:
         """Errors: PromptTooShort, ContextExceeded."""
-        limit = self.engine.info.context_tokens
+        limit = self._info.context_tokens
         if tokens is not None and tokens < operation.min_tokens:
             raise PromptTooShort(tokens, operation.min_tokens)
         if tokens is not None and tokens >= limit:
@@ -245,7 +251,7 @@ class Session:
 
         Where the engine keeps no state, the first run is cold. Errors: VerifyFailed, Aborted.
         """
-        info = self.engine.info
+        info = self._info
         _, expected, before_ms = self._probe(operation.probe, stopped)
         cold_ms = before_ms
         if info.keeps_state:
@@ -305,7 +311,7 @@ class Session:
         sends it in one piece, after the check; an answer that was cut short must be the beginning
         of JSON. Errors: EngineError, among them SamplingFixed, SchemaInvalid and SchemaMismatch.
         """
-        info = self.engine.info
+        info = self._info
         sampling = operation.sampling
         if sampling.logprobs is not None and not info.gives_logprobs:
             raise SamplingFixed(
@@ -320,7 +326,7 @@ class Session:
             sampling = msgspec.structs.replace(sampling, json_schema="")
 
         text: list[str] = []
-        self._bring_state(operation, emit)
+        taken_back_bytes = self._bring_state(operation, emit)
 
         def on_token(token: Token) -> bool:
             text.append(token.text)
@@ -346,18 +352,32 @@ class Session:
                 answer.check("".join(text))
             else:
                 answer.check_beginning("".join(text))
-        return protocol.Done(id=operation.id, stats=stats)
 
-    def _bring_state(self, operation: protocol.Generate, emit: Emit) -> None:
-        """Load the prompt cache of the request, unless the KV state has as much of the prompt."""
+        if taken_back_bytes >= _SURELY_A_TOKEN_BYTES and stats.cached_tokens == 0:
+            self._info = msgspec.structs.replace(self._info, rewinds=False)
+        return protocol.Done(id=operation.id, stats=stats, rewinds=self._info.rewinds)
+
+    def _bring_state(self, operation: protocol.Generate, emit: Emit) -> int:
+        """Load the prompt cache of the request, unless the KV state has as much of the prompt.
+
+        Returns the bytes of the prompt in the state, if it is kept and has to be taken back to
+        them; else 0.
+        """
         if not self._held.is_continued_by(operation):
             self._make_way(operation, emit)
-        step = self._held.step(operation, self.engine.info)
+
+        held = self._held
+        step = held.step(operation, self._info)
+        if step is Step.KEEP:
+            shared_bytes = common_bytes(held.text, operation.prompt.encode())
+            return shared_bytes if shared_bytes < len(held.text) else 0
+
         if step is Step.LOAD and operation.cache is not None:
             emit(self._load(operation.id, operation.cache, emit))
-        elif step is Step.CLEAR:
+        else:
             self._held = Held()
             self.engine.clear()
+        return 0
 
     def embed(self, operation: protocol.Embed) -> protocol.Embedded:
         """The vector of a text or of tokens, of length 1. Errors: EngineError."""
@@ -407,9 +427,9 @@ class Session:
         path = Path(operation.keep_at)
         started = time.perf_counter()
         try:
-            if self.engine.info.aborts_prefill:
+            if self._info.aborts_prefill:
                 tokens = self.engine.save(path)
-            elif by_run and self.engine.info.keeps_state:
+            elif by_run and self._info.keeps_state:
                 tokens = self._save_by_run(held.text.decode(), path)
             else:
                 return
@@ -440,7 +460,7 @@ class Session:
         def stopped() -> bool:
             return False
 
-        info = self.engine.info
+        info = self._info
         if self._continues:
             return self.engine.prefill(text, save_to=path, keep_state=True).prompt_tokens
         if not info.greedy:
@@ -508,7 +528,7 @@ class Session:
             tokens.append(token)
             return stopped()
 
-        info = self.engine.info
+        info = self._info
         fields = info.run_sampling
         compares = info.gives_logprobs and not info.rewinds
         sampling = Sampling(

@@ -207,6 +207,8 @@ class Piece(msgspec.Struct, frozen=True, kw_only=True, tag="piece"):
 class Done(msgspec.Struct, frozen=True, kw_only=True, tag="done"):
     id: int
     stats: RunStats
+    rewinds: bool = True
+    """See `EngineInfo.rewinds`: as the engine says, or as a run has shown."""
 
 
 class Built(msgspec.Struct, frozen=True, kw_only=True, tag="built"):

@@ -347,6 +347,8 @@ class Worker:
             match event:
                 case protocol.Done() | protocol.Built() | protocol.Checked() | protocol.Embedded():
                     self._failures = 0
+                    if isinstance(event, protocol.Done):
+                        self._learn(event)
                     return event
                 case protocol.Saved():
                     if self._keeper is not None:
@@ -362,6 +364,12 @@ class Worker:
                 case _:
                     if on_event is not None:
                         on_event(event)
+
+    def _learn(self, done: protocol.Done) -> None:
+        """Note that a run has shown what no library states."""
+        if self.info is not None and self.info.rewinds and not done.rewinds:
+            self.info = msgspec.structs.replace(self.info, rewinds=False)
+            log.info("state cannot be taken back", model=self.model.name)
 
     async def _abandon(
         self, operation: protocol.Operation, running: asyncio.Task[protocol.Result]

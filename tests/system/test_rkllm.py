@@ -318,6 +318,39 @@ def test_sampling_of_a_request(board: Workspace) -> None:
     assert hit(board) == hit(board, temperature=0)
 
 
+@pytest.mark.parametrize("group", ["D", "E"])
+def test_state_that_cannot_be_taken_back(
+    workspace: Workspace, library: Library, group: str
+) -> None:
+    """The first request that it costs a hit shows it; then the cache is loaded for each request.
+
+    Every answer is right, a conversation goes on, and another prompt changes nothing.
+    """
+    board = prepared(workspace, library(group))
+    for name in "ab":
+        board.write(f"prompts/{name}.md", f"You are prompt {name}. " * 12)
+    run(board, rewinds="no")
+    expected = {name: cold(board, f"m/{name}") for name in "ab"}
+
+    def state(name: str, question: str = "hello") -> tuple[str, str]:
+        answer = board.ask(f"m/{name}", question)
+        if question == "hello":
+            assert content(answer) == expected[name]
+        return answer["rkcached"]["state"], answer["rkcached"]["reason"]
+
+    assert state("a", "Who are you?") == ("hit", "")
+    told = "this model's state cannot be taken back to the prompt's end"
+    assert state("a") == ("miss", told)
+    board.logged("state cannot be taken back model=m")
+    for name in "aabab":
+        assert state(name) == ("hit", "")
+
+    said = {"role": "assistant", "content": expected["b"]}
+    turn = {"role": "user", "content": "And then?"}
+    report = board.ask("m/b", messages=[*HELLO, said, turn])["rkcached"]
+    assert report["cached_tokens"] > board.prompt("b")["artifact"]["tokens"] + len(expected["b"])
+
+
 def test_model_that_cannot_save(board: Workspace) -> None:
     """One attempt makes all prompts of such a model uncacheable, for good, in the runtime's words.
 

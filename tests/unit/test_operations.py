@@ -55,6 +55,14 @@ class Counting(MemoryEngine):
         return super().load(path)
 
 
+class Onward(Counting):
+    """Cannot take its state back on a model with `rewinds: false`, and does not say so."""
+
+    @property
+    def info(self) -> EngineInfo:
+        return msgspec.structs.replace(super().info, rewinds=True)
+
+
 class Forgetful(MemoryEngine):
     """Reports a successful prefill and writes no file.
 
@@ -196,6 +204,7 @@ class Bench:
             sampling=SAMPLING,
             cache=cache,
             common_bytes=common_bytes(text.encode(), prompt.encode()),
+            is_whole=prompt.startswith(text),
             load_bytes=load_bytes,
             owner=owner,
             cold=cold,
@@ -551,3 +560,33 @@ def test_a_save_that_takes_a_run_is_proven(
     assert file.exists() is is_saved
     text, _ = bench.generate(session, prompt=TALK)
     assert text == bench.right_answer(TALK)
+
+
+@pytest.mark.parametrize("rewinds", [True, False])
+def test_a_session_learns_whether_a_state_can_be_taken_back(bench: Bench, rewinds: bool) -> None:
+    """One answer shows that it cannot; from then on the prompt cache is loaded for each request.
+
+    But for one that goes on from the last.
+    """
+    prefix = PREFIX * 6
+    session, engine = bench.session(Onward, MemoryModel(rewinds=rewinds))
+    engine.prefill(prefix, save_to=bench.path)
+    engine.clear()
+    bench.prefixes["a"] = prefix
+    cache = protocol.CacheFile(
+        path=str(bench.path), signature=signature_of(bench.path.stat()), fingerprint="a"
+    )
+
+    reused = []
+    for question in ("Was gibt es heute?", "Hot tea?", "And tomorrow?"):
+        text, stats = bench.generate(session, cache, prompt=prefix + question)
+        assert text == bench.right_answer(prefix + question)
+        reused.append(stats.cached_tokens)
+    told = prefix + "And tomorrow?" + text
+    assert len(text.encode()) == SAMPLING.max_new_tokens  # no character was cut
+    _, last = bench.generate(session, cache, prompt=told + " Und dann?")
+
+    tokens = len(prefix.encode())
+    assert reused == ([tokens] * 3 if rewinds else [tokens, 0, tokens])
+    assert engine.loads == (1 if rewinds else 2)
+    assert last.cached_tokens == len(told.encode())
