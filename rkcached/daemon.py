@@ -46,12 +46,12 @@ from rkcached.api.server import (
 )
 from rkcached.api.status import Recent, status, summary
 from rkcached.api.suggest_routes import SuggestApi
-from rkcached.engines.registry import ENGINES
 from rkcached.errors import ManifestError, SettingsError
 from rkcached.host import logs
 from rkcached.host.settings import Settings
 from rkcached.host.systemd import Service, listen_fds
 from rkcached.host.watch import Watcher
+from rkcached.plan.worker_model import max_loaded
 from rkcached.reconcile.events import Event, Events
 from rkcached.reconcile.loop import Reconciler
 from rkcached.reconcile.snapshot import Published
@@ -60,8 +60,9 @@ from rkcached.serving.conversations import Conversations
 from rkcached.serving.dispatcher import Serving
 from rkcached.serving.embeddings import Embeddings
 from rkcached.serving.learning import Learning
+from rkcached.serving.preload import Preloader
 from rkcached.serving.resting import Resting
-from rkcached.sources.manifest import Manifest
+from rkcached.sources.manifest import Manifest, ReadyWhen
 from rkcached.sources.manifest_file import read_manifest
 from rkcached.sources.stored_texts import StoredTexts
 from rkcached.store.store import Store
@@ -182,6 +183,7 @@ class _Parts:
     serving: Serving
     conversations: Conversations
     resting: Resting
+    preloader: Preloader
     reloading: _Reloading
     api: Api
     everyone: HttpServer
@@ -208,6 +210,7 @@ def _build(
         keeper=conversations,
     )
     gates = Gates()
+    preloader = Preloader(published, workers, gates, events)
     watcher = Watcher(wake.look_again)
     reconciler = Reconciler(
         published=published,
@@ -219,7 +222,7 @@ def _build(
         watcher=watcher,
         events=events,
         service=service,
-        on_turn=headline.tell,
+        on_turn=functools.partial(_after_look, headline, preloader),
     )
     reloading = _Reloading(reconciler, headline, service)
 
@@ -250,6 +253,7 @@ def _build(
             workers=workers,
             store=store,
             conversations=conversations,
+            preloader=preloader,
             recent=Recent(events),
             watcher=watcher,
             learning=learning,
@@ -269,6 +273,7 @@ def _build(
         serving=serving,
         conversations=conversations,
         resting=resting,
+        preloader=preloader,
         reloading=reloading,
         api=api,
         everyone=HttpServer(for_everyone, grace_s=1),
@@ -297,6 +302,7 @@ async def _serve(
 
     await parts.conversations.open()
     reconciling = asyncio.create_task(parts.reconciler.run())
+    preloading = asyncio.create_task(parts.preloader.run(parts.reconciler))
     serving_http = asyncio.create_task(_serve_both(parts.servers, listeners))
     announcing = asyncio.create_task(_announce(parts, _addresses(listeners[0]), service))
     keeping = asyncio.create_task(_keep_sockets(parts.servers, listeners))
@@ -327,14 +333,16 @@ async def _serve(
         parts.watcher.close()
         parts.reloading.close()
         parts.resting.close()
-        for task in (reconciling, announcing, signalled):
+        for task in (reconciling, preloading, announcing, signalled):
             task.cancel()
         parts.events.close()
         parts.api.close()
         await parts.serving.close(grace_s)
         for server in parts.servers:
             server.stop()
-        results = await asyncio.gather(reconciling, serving_http, return_exceptions=True)
+        results = await asyncio.gather(
+            reconciling, preloading, serving_http, return_exceptions=True
+        )
         await parts.workers.stop()
         await parts.conversations.close()
 
@@ -368,13 +376,13 @@ async def _keep_sockets(
     await asyncio.gather(*(own.keep(server) for own, server in pairs))
 
 
+def _after_look(headline: _Headline, preloader: Preloader) -> None:
+    headline.tell()
+    preloader.look()
+
+
 def _room(published: Published) -> Room:
-    """An NPU runs one model at a time: one is loaded, unless the manifest says otherwise."""
-    engine = published.now.manifest.engine
-    max_loaded = engine.max_loaded
-    if max_loaded is None and ENGINES[engine.kind].on_npu and not engine.concurrent:
-        max_loaded = 1
-    return room_in_memory(max_loaded)
+    return room_in_memory(max_loaded(published.now.manifest.engine))
 
 
 def _tell_worker(events: Events, worker: Worker) -> None:
@@ -384,6 +392,7 @@ def _tell_worker(events: Events, worker: Worker) -> None:
         state=worker.state.value,
         pid=worker.pid,
         why=worker.last_failure,
+        loaded_ms=worker.load_ms if worker.just_loaded else None,
     )
 
 
@@ -396,13 +405,17 @@ def _addresses(listening: Listening) -> str:
 async def _announce(parts: _Parts, addresses: str, service: Service) -> None:
     """Say that the daemon is ready: it answers on both sockets and has a plan.
 
-    What the plan asks for is built afterwards.
+    With `engine.ready: loaded` the models that have preload are loaded, too, as far as they can
+    be. What the plan asks for is built afterwards.
     """
     for server in parts.servers:
         await server.answering.wait()
     await parts.reconciler.ready.wait()
+    if parts.published.now.manifest.engine.ready is ReadyWhen.LOADED:
+        await parts.preloader.tried.wait()
 
     parts.headline.show()  # who waited for the start must not read that it goes on
+    parts.reloading.announced = True
     service.ready()
     ChatRequest.model_rebuild()  # put off while we started; the first request need not pay for it
     ChatCompletion.model_rebuild()
@@ -454,18 +467,22 @@ class _Reloading:
         self._headline = headline
         self._service = service
         self._tasks: set[asyncio.Task[None]] = set()
+        self.announced = False
+        """Systemd was told that the daemon is ready: a reload must not do that earlier."""
 
     async def reload(self) -> None:
         """Look at the manifest and everything else.
 
         Errors: ManifestError; the last good one then stays in force.
         """
-        self._service.reloading()
+        if self.announced:
+            self._service.reloading()
         try:
             await self._reconciler.next_look()
         finally:
             self._headline.show()
-            self._service.ready()
+            if self.announced:
+                self._service.ready()
 
         error = self._reconciler.snapshot.manifest_error
         if error is not None:

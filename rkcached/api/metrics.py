@@ -29,6 +29,7 @@ from rkcached.worker.pool import Workers
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1.0, 1.5, 2.5, 5.0, 10.0, 30.0)
+_LOAD_SECONDS = (0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 20.0, 30.0, 60.0, 120.0, 300.0)
 
 
 class Metrics:
@@ -52,6 +53,13 @@ class Metrics:
             "Request accepted to its turn.",
             model_state,
             buckets=_SECONDS,
+            registry=self._registry,
+        )
+        self._model_load = Histogram(
+            "rkcached_model_load_seconds",
+            "Loading a model, from the start of its process.",
+            ("model",),
+            buckets=_LOAD_SECONDS,
             registry=self._registry,
         )
         self._tokens = Counter(
@@ -91,6 +99,8 @@ class Metrics:
                 self._builds.labels(
                     fields["model"], _kind_of(fields["reason"]), fields["result"]
                 ).inc()
+            case "worker" if fields["loaded_ms"] is not None:
+                self._model_load.labels(fields["model"]).observe(fields["loaded_ms"] / 1000)
             case "worker" if fields["state"] == "backoff":
                 self._deaths.labels(fields["model"]).inc()
             case _:

@@ -176,6 +176,9 @@ class ModelStatus(Answer):
     measures_reuse: bool | None
     state_s: float | None = Field(description="Seconds in this state.")
     pid: int | None
+    model_load_ms: float | None = Field(
+        description="How long loading it took the last time; null if that was not measured."
+    )
     restarts: int
     last_failure: str
     trouble: str
@@ -183,6 +186,10 @@ class ModelStatus(Answer):
 
 class WaitedModel(ModelStatus):
     waiting: int = Field(description="Requests that wait for their turn.")
+    preload: list[str] | None = Field(
+        description="The prompts that are loaded ahead with the model; null if it is not."
+    )
+    preload_trouble: str = Field(description="Why it could not be loaded ahead.")
     notices: list[str] = Field(
         description="Of the notices: those on its prompts_from folders that have no file."
     )

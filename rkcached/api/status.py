@@ -35,6 +35,7 @@ if TYPE_CHECKING:  # `explain` needs this module, and nothing of the daemon
     from rkcached.host.watch import Watcher
     from rkcached.serving.dispatcher import Serving
     from rkcached.serving.learning import Learning, Wish
+    from rkcached.serving.preload import Preloader
     from rkcached.serving.repeats import Suggestion
     from rkcached.store.store import Store
     from rkcached.worker.pool import Workers
@@ -68,6 +69,7 @@ def status(
     workers: Workers,
     store: Store,
     conversations: Conversations,
+    preloader: Preloader,
     recent: Recent,
     watcher: Watcher,
     learning: Learning,
@@ -123,7 +125,7 @@ def status(
         "answers": dict(serving.answers),
         "recent": list(recent.answers),
         "running": serving.running,
-        "models": _models(snapshot, serving, workers),
+        "models": _models(snapshot, serving, workers, preloader),
         "notices": list(snapshot.desired.notices),
         "suggestions": suggested(learning, viewer)[:SUGGESTIONS_SHOWN],
         "retired": _retired(snapshot),
@@ -133,12 +135,23 @@ def status(
     return Status.model_validate(document)
 
 
-def _models(snapshot: Snapshot, serving: Serving, workers: Workers) -> list[dict[str, Any]]:
+def _models(
+    snapshot: Snapshot, serving: Serving, workers: Workers, preloader: Preloader
+) -> list[dict[str, Any]]:
     documents = []
     for name, model in snapshot.desired.models.items():
         document = model_status(name, model, workers, snapshot.desired.unlisted.get(name))
         doubts = snapshot.desired.doubts.get(name, ())
-        documents.append({**document, "waiting": serving.waiting(name), "notices": list(doubts)})
+        preload = snapshot.manifest.models[name].preload
+        documents.append(
+            {
+                **document,
+                "waiting": serving.waiting(name),
+                "preload": None if preload is None else list(preload),
+                "preload_trouble": preloader.trouble(name),
+                "notices": list(doubts),
+            }
+        )
     return documents
 
 
@@ -283,6 +296,7 @@ def model_status(
         "measures_reuse": None,
         "state_s": None,
         "pid": None,
+        "model_load_ms": None,
         "restarts": 0,
         "last_failure": "",
         "trouble": str(model) if isinstance(model, Trouble) else str(unlisted or ""),
@@ -293,6 +307,7 @@ def model_status(
             "worker": worker.state.value,
             "state_s": round(time.monotonic() - worker.since, 1),
             "pid": worker.pid,
+            "model_load_ms": None if worker.load_ms is None else round(worker.load_ms, 1),
             "restarts": worker.restarts,
             "last_failure": worker.last_failure,
         }

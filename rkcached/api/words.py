@@ -121,9 +121,11 @@ def worker_of(model: dict[str, Any]) -> str:
         text += f" for {duration(model['state_s'])}"
     if model["waiting"]:
         text += f", {model['waiting']} waiting"
+    if model.get("preload") is not None:
+        text += ", " + " ".join(("preload", *model["preload"]))
     if model["restarts"]:
         text += f", {model['restarts']} restarts"
-    if note := model["trouble"] or model["last_failure"]:
+    if note := model["trouble"] or model.get("preload_trouble") or model["last_failure"]:
         text += f" ({note})"
     return text
 

@@ -11,7 +11,9 @@ from rkcached.errors import TemplateError
 from rkcached.messages.builtin import OLD_NAMES
 from rkcached.messages.environment import names_in
 from rkcached.plan.chat_templates import special_tokens
+from rkcached.plan.worker_model import max_loaded
 from rkcached.sources.manifest import THINKING, Manifest, ModelConfig
+from rkcached.sources.problems import nearest
 from rkcached.sources.records import ModelSource, Sources, TemplateOrigin
 from rkcached.sources.values import TODAY
 
@@ -33,6 +35,8 @@ def notices(manifest: Manifest, sources: Sources) -> tuple[Remark, ...]:
         *_cut_contexts(manifest, sources),
         *_assumed_templates(manifest, sources),
         *_old_template_names(manifest),
+        *_preloads_without_room(manifest),
+        *_unknown_preloads(manifest, sources),
     )
 
 
@@ -44,7 +48,8 @@ def _doubtful_folders(sources: Sources) -> Iterator[Remark]:
 
 
 def warnings(manifest: Manifest, sources: Sources) -> Iterator[Remark]:
-    """The remarks on chat templates that `check` alone shows."""
+    """The remarks that `check` alone shows."""
+    yield from _unloaded_preloads(manifest)
     for name, config in manifest.models.items():
         source = sources.models[name]
         if not isinstance(source, ModelSource) or config.embedding:
@@ -74,6 +79,49 @@ def warnings(manifest: Manifest, sources: Sources) -> Iterator[Remark]:
                 "day, within a minute after midnight (state a date to keep them)",
                 place=(*place, "template_date"),
             )
+
+
+def _preloads_without_room(manifest: Manifest) -> Iterator[Remark]:
+    """Models that are not loaded at the start, because others before them take all the room."""
+    limit = max_loaded(manifest.engine)
+    names = [name for name, config in manifest.models.items() if config.preload is not None]
+    if limit is None:
+        return
+
+    winners = ", ".join(names[:limit])
+    fit = "1 model fits" if limit == 1 else f"{limit} models fit"
+    for name in names[limit:]:
+        text = (
+            f"preload of {name} waits for room: {fit} (engine.max_loaded), and {winners} comes "
+            "first in the manifest (raise engine.max_loaded if the memory holds both, or remove "
+            "one preload)"
+        )
+        yield Remark(text=text, place=("models", name, "preload"))
+
+
+def _unknown_preloads(manifest: Manifest, sources: Sources) -> Iterator[Remark]:
+    """Prompts that no file is, where files are prompts."""
+    for name, config in manifest.models.items():
+        known = [key.prompt for key in sources.prompts if key.model == name]
+        for prompt in config.preload or ():
+            if prompt in known or name in sources.unlisted_models:
+                continue
+            hint = nearest(prompt, known) if known else "no file is a prompt"
+            text = f"preload of {name}: there is no prompt {prompt!r} ({hint})"
+            yield Remark(text=text, place=("models", name, "preload"))
+
+
+def _unloaded_preloads(manifest: Manifest) -> Iterator[Remark]:
+    """Models that are loaded ahead only until they are unloaded."""
+    for name, config in manifest.models.items():
+        if config.preload is None or config.idle_unload_s is None:
+            continue
+        text = (
+            f"{name} has preload and idle_unload_s: after {config.idle_unload_s:g} idle seconds it "
+            "is unloaded, and stays so until somebody asks or the daemon starts (remove "
+            "idle_unload_s to keep it loaded)"
+        )
+        yield Remark(text=text, place=("models", name, "idle_unload_s"))
 
 
 def _changes_nothing(name: str, config: ModelConfig, used: frozenset[str]) -> Iterator[Remark]:

@@ -1,15 +1,29 @@
-"""From a desired model to the worker that hosts it: one place for builds, requests and commands.
+"""From what is declared to the workers: one place for builds, requests and commands.
 
 Pure.
 """
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from rkcached.engines.base import ModelSpec, NpuOptions, Sampling
 from rkcached.engines.registry import ENGINES
-from rkcached.plan.desired import DesiredModel
 from rkcached.sources.manifest import EngineConfig
 from rkcached.worker.model import WorkerModel
+
+if TYPE_CHECKING:  # it has remarks on how many models fit
+    from rkcached.plan.desired import DesiredModel
+
+
+def max_loaded(engine: EngineConfig) -> int | None:
+    """How many models may be loaded at once; None for as many as the memory holds.
+
+    An NPU runs one model at a time: one is loaded, unless the manifest says otherwise.
+    """
+    if engine.max_loaded is None and ENGINES[engine.kind].on_npu and not engine.concurrent:
+        return 1
+    return engine.max_loaded
 
 
 def worker_model(engine: EngineConfig, model: DesiredModel) -> WorkerModel:

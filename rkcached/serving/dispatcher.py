@@ -31,10 +31,9 @@ from rkcached.serving.failures import as_request_error, queue_full, stopping, ti
 from rkcached.serving.job import End, Job, Text
 from rkcached.serving.models import find_model
 from rkcached.serving.report import CacheReport, decode_rate, usage_of
-from rkcached.serving.reuse import Found, find, load_bytes, outcome
+from rkcached.serving.reuse import Found, cache_file, find, load_bytes, outcome
 from rkcached.serving.waiting import sooner_to_wait
 from rkcached.sources.records import Key
-from rkcached.store.sidecar import StoredArtifact
 from rkcached.worker import protocol
 from rkcached.worker.gate import Gates, Priority
 from rkcached.worker.pool import Workers
@@ -169,7 +168,7 @@ class Serving:
             try:
                 for worker in self._workers.all():
                     if worker.model.name == name or not concurrent:
-                        await worker.stop()
+                        await worker.make_room()
                 log.info("model lent", model=name)
                 yield
             finally:
@@ -344,7 +343,7 @@ class Serving:
         elif chosen is not None:
             operation = msgspec.structs.replace(
                 operation,
-                cache=_cache_file(chosen.artifact),
+                cache=cache_file(chosen.artifact),
                 common_bytes=chosen.common_bytes,
                 is_whole=chosen.is_whole,
                 load_bytes=load_bytes(chosen),
@@ -493,17 +492,6 @@ class Serving:
                 **loaded.key._asdict(),
                 cached_tokens=stats.cached_tokens,
             )
-
-
-def _cache_file(artifact: StoredArtifact) -> protocol.CacheFile | None:
-    """The file of a prompt cache, for the worker."""
-    if artifact.signature is None:
-        return None
-    return protocol.CacheFile(
-        path=str(artifact.path),
-        signature=artifact.signature,
-        fingerprint=artifact.sidecar.fingerprint,
-    )
 
 
 def _with_waiting(text: Text, waiting: asyncio.Queue[Text | None]) -> Text:

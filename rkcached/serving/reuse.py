@@ -15,6 +15,8 @@ from rkcached.reconcile.index import ArtifactIndex, Match
 from rkcached.serving.conversations import Resumed
 from rkcached.serving.job import Job, Part
 from rkcached.serving.report import NOT_MEASURED
+from rkcached.store.sidecar import StoredArtifact
+from rkcached.worker import protocol
 from rkcached.worker.operations import BOUNDARY_TOKENS
 
 LEAST_TOKENS = 16
@@ -75,6 +77,17 @@ def find(index: ArtifactIndex, job: Job) -> Found:
     shares_enough = _tokens(nearest, but_bytes=head_bytes) >= LEAST_TOKENS
     is_worth_it = shares_enough and _gain_ms(nearest) > least_ms
     return Found(chosen=nearest if is_worth_it else whole, whole=whole, nearest=nearest)
+
+
+def cache_file(artifact: StoredArtifact) -> protocol.CacheFile | None:
+    """The file of a prompt cache, for the worker; None if nobody knows which file it is."""
+    if artifact.signature is None:
+        return None
+    return protocol.CacheFile(
+        path=str(artifact.path),
+        signature=artifact.signature,
+        fingerprint=artifact.sidecar.fingerprint,
+    )
 
 
 def load_bytes(match: Match) -> float:

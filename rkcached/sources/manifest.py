@@ -27,13 +27,14 @@ from pydantic_core import CoreSchema
 from rkcached.engines.kinds import EngineKind, Pooling, VerifyMode
 from rkcached.messages.builtin import FORMATS
 from rkcached.sources import values
-from rkcached.sources.problems import all_wrong, wrong
+from rkcached.sources.problems import all_wrong, nearest, wrong
 from rkcached.sources.values import (
     Abi,
     FilePath,
     Name,
     Paths,
     Patterns,
+    Preload,
     Size,
     Template,
     TemplateDate,
@@ -57,6 +58,13 @@ class FingerprintMode(StrEnum):
 
     FULL = "full"
     KV = "kv"
+
+
+class ReadyWhen(StrEnum):
+    """When the daemon tells systemd that it is ready."""
+
+    PLANNED = "planned"
+    LOADED = "loaded"
 
 
 class _Section(BaseModel):
@@ -96,6 +104,11 @@ class EngineConfig(_Section):
         le=64,
         description="Models in memory at once. None: 1 with rkllm (unless concurrent), "
         "else what fits in memory.",
+    )
+    ready: ReadyWhen = Field(
+        default=ReadyWhen.PLANNED,
+        description="Tell systemd that the daemon is ready when it answers and has a plan, or when "
+        "it also has loaded the models that have preload.",
     )
     max_memory_bytes: Size | None = Field(
         default=None,
@@ -357,6 +370,11 @@ class ModelConfig(_Section):
         max_length=64,
         description="Patterns such as prompts/*.md; each file is a prompt named by its stem.",
     )
+    preload: Preload = Field(
+        default=False,
+        validate_default=True,
+        description="Load the model at the start: true, or prompts whose caches are loaded, too.",
+    )
     idle_unload_s: float | None = values.number(
         default=None,
         ge=1,
@@ -401,6 +419,22 @@ class ModelConfig(_Section):
             raise wrong(
                 "pooling is for embedding models only", "remove it, or add `embedding: true`"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _preloads_what_is_declared(self) -> ModelConfig:
+        """The files that a pattern finds are known to a look only."""
+        problems: list[tuple[Steps, str, str]] = []
+        for name in self.preload or ():
+            if name in self.prompts or self.prompts_from:
+                continue
+            hint = "write `preload: true` for the model alone"
+            if self.prompts:
+                hint = nearest(name, self.prompts)
+            problems.append((("preload",), f"preload: there is no prompt {name!r}", hint))
+
+        if problems:
+            raise all_wrong(problems)
         return self
 
     @model_validator(mode="after")

@@ -22,7 +22,7 @@ from pydantic import (
 
 from rkcached.engines.rkllm.abi import ABIS
 from rkcached.messages.builtin import BUILTIN, FORMATS
-from rkcached.sources.problems import NAME, nearest_of_all, wrong
+from rkcached.sources.problems import NAME, NAME_RULE, nearest_of_all, wrong
 from rkcached.sources.yaml_reader import show
 
 RKLLM_ABIS: Final = tuple(abi.name for abi in ABIS)
@@ -50,6 +50,9 @@ MAX_VARIABLES_BYTES: Final = 16 << 10
 """The most bytes of a template's variables, as JSON."""
 
 _KWARGS: Final = "chat_template_kwargs"
+
+MAX_PRELOADED: Final = 64
+"""The most prompts of a model whose caches are loaded ahead."""
 
 TEMPLATE_SUFFIXES: Final = (".jinja", ".jinja2")
 """The endings of a file that is a template as a whole."""
@@ -176,6 +179,30 @@ def _window(value: object) -> object:
     return value
 
 
+def _preload(value: object) -> object:
+    """Check what is loaded ahead: nothing, the model alone, or the model with these prompts."""
+    if value is False or value is None:
+        return None
+    if value is True:
+        return ()
+
+    names = [value] if isinstance(value, str) else value
+    if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
+        raise wrong(
+            f"preload: expected true, a prompt or a list of prompts, got {show(value)}",
+            "true loads the model alone",
+        )
+    if not names:
+        raise wrong("preload: the list is empty", "write `preload: true` for the model alone")
+    if len(names) > MAX_PRELOADED:
+        raise wrong(f"preload: at most {MAX_PRELOADED} entries are allowed, got {len(names)}")
+
+    for name in names:
+        if not NAME.fullmatch(name):
+            raise wrong(f"preload: {show(name)} cannot be the name of a prompt", NAME_RULE)
+    return tuple(dict.fromkeys(names))
+
+
 def _size(value: object) -> object:
     if isinstance(value, str) and re.fullmatch(r"\s*\d{1,18}(\.\d{1,9})?\s*[A-Za-z]*\s*", value):
         return value
@@ -190,6 +217,13 @@ _CLOCK = r"(?:[01]\d|2[0-3]):[0-5]\d"
 _WINDOW = f"{_CLOCK}-{_CLOCK}"
 _WINDOW_SCHEMA: dict[str, Any] = {
     "anyOf": [{"type": "string", "pattern": f"^{_WINDOW}$"}, {"type": "null"}]
+}
+_PRELOAD_SCHEMA: dict[str, Any] = {
+    "anyOf": [
+        {"type": "boolean"},
+        {"type": "string", "pattern": f"^{NAME.pattern}$"},
+        {"type": "array", "items": {"type": "string"}, "minItems": 1, "maxItems": MAX_PRELOADED},
+    ]
 }
 _SIZE_SCHEMA = {
     "anyOf": [{"type": "integer", "minimum": 1 << 20, "maximum": 1 << 60}, {"type": "string"}]
@@ -218,6 +252,11 @@ TemplateVariables = Annotated[
     dict[str, Any], BeforeValidator(_variables), WithJsonSchema({"type": "object"})
 ]
 Window = Annotated[str | None, BeforeValidator(_window), WithJsonSchema(_WINDOW_SCHEMA)]
+Preload = Annotated[
+    tuple[str, ...] | None,
+    BeforeValidator(_preload),
+    WithJsonSchema(_PRELOAD_SCHEMA),
+]
 Abi = Annotated[str | None, AfterValidator(_abi), WithJsonSchema(_ABI_SCHEMA)]
 Paths = Annotated[
     tuple[FilePath, ...], BeforeValidator(_listed), WithJsonSchema(_PATHS_SCHEMA | {"minItems": 1})

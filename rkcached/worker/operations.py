@@ -396,11 +396,17 @@ class Session:
         return protocol.Embedded(id=operation.id, vector=unit.tobytes(), tokens=embedding.tokens)
 
     def check(self, operation: protocol.Check, emit: Emit) -> protocol.Checked:
-        """Load a prompt cache. Errors: ArtifactLoadError."""
+        """Load a prompt cache, unless the KV state has its text. Errors: ArtifactLoadError."""
+        text = operation.text.encode()
+        if text and self.engine.info.keeps_state and self._held.text.startswith(text):
+            return protocol.Checked(id=operation.id, tokens=0)
+
         self._make_way(operation, emit, by_run=True)
         loaded = self._load(operation.id, operation.cache, emit)
+        emit(loaded)
         if loaded.error:
             raise ArtifactLoadError(loaded.error)
+        self._held = Held(text, cached_bytes=len(text))
         return protocol.Checked(id=operation.id, tokens=loaded.tokens)
 
     def keep(self, operation: protocol.Keep, emit: Emit) -> protocol.Checked:

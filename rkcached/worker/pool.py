@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -72,6 +72,23 @@ class Workers:
     def all(self) -> tuple[Worker, ...]:
         return tuple(self._workers.values())
 
+    def of(self, name: str) -> Worker | None:
+        """The worker of a model, whichever version of it that hosts."""
+        return self._workers.get(name)
+
+    def to_unload_for(self, newcomer: Worker, keep: Collection[str]) -> list[Worker] | None:
+        """The idle models that have to go before this one fits, but none of `keep`.
+
+        Empty if it fits; None if it would not fit without them either.
+        """
+        idle = [worker for worker in self._idle() if worker.model.name not in keep]
+        going: list[Worker] = []
+        while not self._fits(newcomer, but=going):
+            if not idle:
+                return None
+            going.append(idle.pop(0))
+        return going
+
     def overdue(self, since: float) -> bool:
         """Whether all workers have been silent for longer than any deadline allows.
 
@@ -126,29 +143,32 @@ class Workers:
                 await asyncio.wait(self._retired)
 
             while not self._fits(newcomer):
-                idle = self._longest_idle()
-                if idle is None:
+                idle = self._idle()
+                if not idle:
                     self._changed.clear()
                     await self._changed.wait()
                     continue
                 reason = f"room for {newcomer.model.name}"
-                log.info("model unloaded", model=idle.model.name, reason=reason)
-                await idle.stop()
+                log.info("model unloaded", model=idle[0].model.name, reason=reason)
+                await idle[0].make_room()
 
             newcomer.admitted = True
 
-    def _longest_idle(self) -> Worker | None:
+    def _idle(self) -> list[Worker]:
+        """The loaded models that do nothing, first the one that is idle for the longest."""
         idle = [
             worker
             for worker in self._workers.values()
             if worker.admitted and worker.state is WorkerState.READY
         ]
-        return min(idle, key=lambda worker: worker.since, default=None)
+        return sorted(idle, key=lambda worker: worker.since)
 
-    def _fits(self, newcomer: Worker) -> bool:
-        """Whether there is room for one more model beside those that are loaded."""
+    def _fits(self, newcomer: Worker, but: Collection[Worker] = ()) -> bool:
+        """Whether there is room for one more model beside those that are loaded, `but` these."""
         room = self._room()
-        loaded = [worker for worker in self._workers.values() if worker.admitted]
+        loaded = [
+            worker for worker in self._workers.values() if worker.admitted and worker not in but
+        ]
         if not loaded:
             return True
         if room.models is not None and len(loaded) >= room.models:

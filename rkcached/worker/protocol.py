@@ -110,10 +110,15 @@ class Generate(msgspec.Struct, frozen=True, kw_only=True, tag="generate"):
 
 
 class Check(msgspec.Struct, frozen=True, kw_only=True, tag="check"):
-    """Load a prompt cache to see that it can be. Answer: Checked or Failed."""
+    """Load a prompt cache, to see that it can be or to have it ready for the next request.
+
+    Answer: (Loading, Loaded)?, then Checked or Failed.
+    """
 
     id: int = msgspec.field(default_factory=_new_id)
     cache: CacheFile
+    text: str = ""
+    """The text of `cache`. A KV state that begins with it already is kept; empty: none is."""
     keep_at: str = ""
     """See `Generate`."""
 
@@ -233,6 +238,7 @@ class Built(msgspec.Struct, frozen=True, kw_only=True, tag="built"):
 class Checked(msgspec.Struct, frozen=True, kw_only=True, tag="checked"):
     id: int
     tokens: int
+    """0 if it was not loaded, as the KV state begins with its text already."""
 
 
 class Embedded(msgspec.Struct, frozen=True, kw_only=True, tag="embedded"):

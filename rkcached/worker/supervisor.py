@@ -80,6 +80,12 @@ class Worker:
         self._admit = admit
         self.admitted = False
         """It may hold a model in memory: from the admission until its process is gone."""
+        self.made_room = False
+        """It was stopped for another model, and not started since."""
+        self.load_ms: float | None = None
+        """How long loading took the last time, from the start of the process."""
+        self.just_loaded = False
+        """Only while `on_state` hears of it."""
         self._on_state = on_state
         self._state = WorkerState.STOPPED
         self.since = time.monotonic()
@@ -165,6 +171,8 @@ class Worker:
 
         try:
             await self._admit(self)
+            self.made_room = False
+            started = time.monotonic()
             process = await self._process.start()
             await self._refuse_stopped()
             message = protocol.Start(
@@ -190,6 +198,7 @@ class Worker:
         match answer:
             case protocol.Ready():
                 await self._refuse_replaced_files()
+                self.load_ms = (time.monotonic() - started) * 1000
                 self._take_ready(answer, process)
                 return answer.info
             case protocol.Failed():
@@ -228,7 +237,9 @@ class Worker:
     def _take_ready(self, answer: protocol.Ready, process: asyncio.subprocess.Process) -> None:
         self._process.settle()
         self.info = answer.info
+        self.just_loaded = True
         self.state = WorkerState.READY
+        self.just_loaded = False
         self._watcher = asyncio.create_task(self._watch(process))
         load_ms = round(answer.load_ms)
         log.info("model loaded", model=self.model.name, load_ms=load_ms, pid=self.pid)
@@ -249,6 +260,11 @@ class Worker:
         if self._stopping is None:
             self._stopping = asyncio.create_task(self._stop())
         await asyncio.shield(self._stopping)
+
+    async def make_room(self) -> None:
+        """Stop, because the memory is needed for another model."""
+        self.made_room = self.made_room or self.info is not None
+        await self.stop()
 
     async def _stop(self) -> None:
         try:

@@ -837,3 +837,34 @@ def test_a_conversation_is_not_saved_unless_the_manifest_says_so(d: Workspace) -
     time.sleep(0.5)
     assert d.status()["cache"]["conversations"] == 0
     assert not (d.cache / ".conversations").exists()
+
+
+@pytest.mark.parametrize(("group", "engine"), [("B", ", abi: 1.1.0"), ("D", ""), ("E", "")])
+def test_a_preloaded_prompt_is_in_the_runtime_before_a_request(
+    workspace: Workspace, library: Library, group: str, engine: str
+) -> None:
+    """Where the runtime keeps no state, its cache file is read instead, and each answer loads it.
+
+    After another prompt the runtime goes back to it.
+    """
+    space = prepared(workspace, library(group))
+    space.hurry(serving__preload__QUIET_S=0.2)
+    run(space, BOTH + "\n    preload: a", engine=engine, prefill_tps=1000)
+    space.logged("prompt cache read" if group == "B" else "prompt preloaded")
+    assert space.stop() == 0
+    space.start()
+    if group == "B":
+        wait_until(lambda: space.log_text().count("prompt cache read") == 2, "it was read again")
+        report = space.ask("m/a")["rkcached"]
+        assert report["model_load_ms"] == 0
+        assert report["load_ms"] > 0
+        return
+
+    wait_until(lambda: space.log_text().count("prompt preloaded") >= 2, "it was loaded again")
+    report = space.ask("m/a")["rkcached"]
+    assert (report["model_load_ms"], report["load_ms"], report["state"]) == (0, 0, "hit")
+    before = space.log_text().count("prompt preloaded")
+    assert hit(space, "m/b")
+    wait_until(lambda: space.log_text().count("prompt preloaded") > before, "it went back")
+    report = space.ask("m/a")["rkcached"]
+    assert (report["load_ms"], report["state"]) == (0, "hit")

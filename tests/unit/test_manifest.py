@@ -93,6 +93,35 @@ def test_short_and_long_form_are_one() -> None:
     assert prompts["a"].files == (Path("/etc/rkcached/p.md"),)
 
 
+@pytest.mark.parametrize(
+    ("written", "preload"),
+    [
+        ("false", None),
+        ("true", ()),
+        ("a", ("a",)),
+        ("[b, a, b]", ("b", "a")),
+    ],
+)
+def test_preload(written: str, preload: tuple[str, ...] | None) -> None:
+    """Nothing, the model alone, or the model with prompts in their order."""
+    text = model(f"preload: {written}", "prompts: {a: a.md, b: b.md}")
+    assert good(text).models["m"].preload == preload
+    assert good(MINIMAL).models["m"].preload is None
+
+
+def test_each_unknown_prompt_of_preload_is_a_problem() -> None:
+    """With the nearest name; where files are prompts, only a look can tell."""
+    text = model("preload: [cok, a, cap]", "prompts: {cook: a.md, a: b.md}")
+    found = [(problem.line, problem.message, problem.hint) for problem in problems(text)]
+    assert found == [
+        (5, "preload: there is no prompt 'cok'", "did you mean 'cook'?"),
+        (5, "preload: there is no prompt 'cap'", "known are cook, a"),
+    ]
+    (alone,) = problems(model("preload: cook"))
+    assert alone.hint == "write `preload: true` for the model alone"
+    good(model("preload: cook", "prompts_from: '*.md'"))
+
+
 def test_long_form() -> None:
     """The long form has several files in their order, parameters and a description."""
     text = model(
@@ -600,6 +629,11 @@ def test_out_of_range(text: str, message: str, hint: str) -> None:
         (model("bos_token: 1"), "bos_token: expected text, got 1"),
         (model("chat_template: []"), "chat_template: expected text, got a list"),
         (model("idle_unload_s: never"), "idle_unload_s: expected a number, got 'never'"),
+        (
+            model("preload: 3"),
+            "preload: expected true, a prompt or a list of prompts, got 3",
+        ),
+        (model("preload: []"), "preload: the list is empty"),
         (MINIMAL + "cache: {max_bytes: 1.5}", "max_bytes: expected a size, got 1.5"),
         (MINIMAL + "cache: {max_bytes: true}", "max_bytes: expected a size, got true"),
         (MINIMAL + "cache: {max_bytes: -5}", "max_bytes: expected a size, got -5"),

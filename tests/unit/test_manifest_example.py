@@ -44,6 +44,8 @@ def bounds(key: str, schema: dict[str, Any]) -> str:
     match {option["type"]: option for option in alternatives(schema)}:
         case {"object": _}:
             return "mapping"
+        case {"boolean": _, "array": option}:
+            return f"true | false, a name or {option['minItems']}..{option['maxItems']} names"
         case {"array": option}:
             noun = "numbers" if option["items"]["type"] == "integer" else "paths"
             return f"{schema.get('minItems', 0)}..{option['maxItems']} {noun}"

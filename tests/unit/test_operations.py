@@ -590,3 +590,34 @@ def test_a_session_learns_whether_a_state_can_be_taken_back(bench: Bench, rewind
     assert reused == ([tokens] * 3 if rewinds else [tokens, 0, tokens])
     assert engine.loads == (1 if rewinds else 2)
     assert last.cached_tokens == len(told.encode())
+
+
+def test_a_check_with_its_text_leaves_the_state_for_the_next_request(bench: Bench) -> None:
+    """That request loads nothing; a second check finds the state there, and after another not."""
+    cache = bench.built_cache()
+    session, engine = bench.session(Counting)
+    check = protocol.Check(id=4, cache=cache, text=PREFIX)
+    assert session.check(check, bench.emit).tokens == TOKENS
+    text, stats = bench.generate(session, cache)
+    assert (text, stats.cached_tokens) == (bench.right_answer(), TOKENS)
+    assert session.check(check, bench.emit).tokens == 0
+    assert engine.loads == 1
+
+    session.generate(
+        protocol.Generate(id=5, prompt="Another café.", sampling=SAMPLING),
+        bench.emit,
+        lambda: False,
+    )
+    assert session.check(check, bench.emit).tokens == TOKENS
+    assert engine.loads == 2
+
+
+def test_a_check_that_fails_leaves_nothing(bench: Bench) -> None:
+    """The next request is answered cold, and the daemon hears whose fault it was."""
+    cache = bench.built_cache()
+    session, _ = bench.session(MemoryEngine)
+    Path(cache.path).write_bytes(b"x")
+    with pytest.raises(ArtifactLoadError):
+        session.check(protocol.Check(id=4, cache=cache, text=PREFIX), bench.emit)
+    text, stats = bench.generate(session)
+    assert (text, stats.cached_tokens) == (bench.right_answer(), 0)

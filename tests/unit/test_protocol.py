@@ -111,7 +111,7 @@ TO_WORKER: dict[type, st.SearchStrategy[ToWorker]] = {
         cache=st.none() | CACHES,
         cold=st.booleans(),
     ),
-    protocol.Check: st.builds(protocol.Check, id=ID, cache=CACHES),
+    protocol.Check: st.builds(protocol.Check, id=ID, cache=CACHES, text=TEXT),
     protocol.Embed: st.builds(
         protocol.Embed, id=ID, text=TEXT, tokens=st.lists(COUNT, max_size=4).map(tuple)
     ),

@@ -22,7 +22,8 @@ MANY = 20 * PIECE
 
 def a_document(prompts: Iterator[dict[str, Any]]) -> Status:
     cache = {**a_status([])["cache"], "directory": "/c"}
-    model = {"embedding": False, "runtime": None, "measures_reuse": None, "pid": None}
+    unknown = ("runtime", "measures_reuse", "pid", "model_load_ms", "preload")
+    model = {"embedding": False, **dict.fromkeys(unknown), "preload_trouble": ""}
     return Status.model_validate(
         {
             **a_status([]),
