@@ -172,7 +172,7 @@ def test_what_is_at_work_is_seen(workspace: Workspace) -> None:
         terminal.wait_for("1 running, 2 waiting", "busy")
         for one in asked:
             one.result()
-        terminal.wait_for("0 running, 0 waiting", "3 cold")
+        terminal.wait_for("0 running, 0 waiting", "1 cold", "2 partial")
         terminal.process.send_signal(signal.SIGINT)
         assert terminal.end() == 0
 
