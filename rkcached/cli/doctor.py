@@ -24,9 +24,9 @@ from rich.table import Table
 from rich.text import Text
 
 from rkcached.api import words
-from rkcached.cli import output, service_checks
+from rkcached.cli import first_answer, output, service_checks
 from rkcached.cli.board import Board, Check, Outcome, model_bytes, order, size_of
-from rkcached.cli.service_view import view_of
+from rkcached.cli.service_view import running_status, view_of
 from rkcached.cli.store_check import store_check
 from rkcached.cli.windows import context_bytes
 from rkcached.engines.llamacpp.header import read_header
@@ -119,6 +119,7 @@ def examine(manifest_file: Path | None, cache_dir: Path, *, root: Path = Path("/
             _prompts(files),
             board.memory(manifest, _windowed_bytes(manifest, files.sources)),
             store_check(manifest, files.sources, cache_dir),
+            *first_answer.checks(manifest, files.status),
         ]
 
     return Report(npu=board.has_npu, checks=tuple(checks))
@@ -188,6 +189,8 @@ class _Found:
     prompts: Mapping[Key, Trouble]
     sources: Sources
     remarks: Sequence[Remark]
+    status: dict[str, Any] | None
+    """Of the daemon that runs with this manifest."""
 
 
 class _Unread(Digests):
@@ -205,15 +208,15 @@ def _look_at(manifest: Manifest) -> _Found:
         sources = replace(sources, runtime=RuntimeSource(version="", digest=""))
 
     desired = Resolver(Renderer().compile).resolve(manifest, sources)
-    service = view_of(Settings(manifest=manifest.file).of_client(), manifest, sources).without(
-        runtime
-    )
+    settings = Settings(manifest=manifest.file).of_client()
+    service = view_of(settings, manifest, sources).without(runtime)
     return _Found(
         models=service.models_in_trouble(manifest, desired),
         unlisted_models={**sources.unlisted_models, **service.unlisted_models},
         prompts=service.prompts_in_trouble(manifest, sources, desired),
         sources=sources,
         remarks=notices(manifest, sources),
+        status=running_status(settings),
     )
 
 

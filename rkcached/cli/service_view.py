@@ -176,18 +176,28 @@ def view_of(
     if installed is None and not ask:
         return ServiceView(whose=AS_SERVICE if seeing is not None else "")
 
-    if (socket := _socket(settings, installed)) is not None:
-        status = _status(socket)
-        if (
-            status is not None
-            and status["ready"]
-            and status["manifest"]["file"] == str(settings.manifest)
-        ):
-            return _view_in(status)
+    if (status := running_status(settings)) is not None:
+        return _view_in(status)
 
     if installed is None:
         return ServiceView()
     return hidden_by(installed, manifest, sources)
+
+
+def running_status(settings: Settings) -> dict[str, Any] | None:
+    """The status of the daemon that runs with this manifest; None if none is known to.
+
+    It is asked if that does not start it. `settings` are those of a client.
+    """
+    installed = unit.installed()
+    if installed is not None and not installed.uses(manifest=settings.manifest):
+        installed = None
+
+    socket = _socket(settings, installed)
+    status = _status(socket) if socket is not None else None
+    if status is None or not status["ready"]:
+        return None
+    return status if status["manifest"]["file"] == str(settings.manifest) else None
 
 
 def _view_in(status: Mapping[str, Any]) -> ServiceView:

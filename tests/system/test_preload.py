@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
@@ -363,3 +364,34 @@ def test_loads_are_counted_in_the_metrics(ship: Workspace) -> None:
     figures = dict(line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#"))
     assert float(figures['rkcached_model_load_seconds_count{model="m"}']) == 2
     assert float(figures['rkcached_model_load_seconds_sum{model="m"}']) > 0
+
+
+def test_bench_and_doctor_say_how_long_the_first_answer_takes(ship: Workspace) -> None:
+    """The answer that the model was loaded for is measured apart, and counts for no prompt."""
+    ship.memory_model(load_ms=300)
+    ship.declare(FILES)
+    ship.start()
+    ship.wait_settled()
+    assert ship.stop() == 0
+    ship.start()
+    ship.wait_settled()
+    name = "first answer of m"
+    found = json.loads(ship.cli("doctor", "--json", code=None).stdout)["checks"]
+    check = next(check for check in found if check["name"] == name)
+    assert (check["outcome"], check["next_step"]) == ("skip", "rkcached bench m")
+
+    kept = ship.root / "kept.json"
+    shown = ship.cli("bench", "--runs", "1", "--no-direct", "-o", str(kept)).stdout
+    first = json.loads(kept.read_text())["first_answers"]["m"]
+    assert first["ttft_ms"] > first["model_load_ms"] > 300
+    assert first["first_decode_ms"] < first["model_load_ms"]
+    assert "ms for loading the model" in shown
+
+    found = json.loads(ship.cli("doctor", "--json", code=None).stdout)["checks"]
+    check = next(check for check in found if check["name"] == name)
+    assert check["outcome"] == "ok"
+    assert " from cook (model " in check["finding"]
+    assert model(ship)["model_load_ms"] > 300
+
+    again = json.loads(ship.cli("bench", "m/cook", "--runs", "1", "--no-direct", "--json").stdout)
+    assert again["first_answers"] == {}

@@ -153,9 +153,8 @@ def _has_text(chunk: dict[str, Any]) -> bool:
 
 def _run(ttft_ms: float, report: dict[str, Any], usage: dict[str, Any]) -> Run:
     inside: float = report["ttft_ms"]
-    first_decode_ms = max(
-        0.0, inside - report["queue_ms"] - report["load_ms"] - report["prefill_ms"]
-    )
+    parts_ms = sum(report[f"{part}_ms"] for part in ("queue", "model_load", "load", "prefill"))
+    first_decode_ms = max(0.0, inside - parts_ms)
     return Run(
         ttft_ms=round(ttft_ms, 3),
         queue_ms=report["queue_ms"],
@@ -166,6 +165,7 @@ def _run(ttft_ms: float, report: dict[str, Any], usage: dict[str, Any]) -> Run:
         prompt_tokens=usage["prompt_tokens"],
         cached_tokens=report["cached_tokens"],
         decode_tokens_per_s=report["decode_tokens_per_s"],
+        model_load_ms=report["model_load_ms"],
     )
 
 

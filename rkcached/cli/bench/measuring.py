@@ -27,6 +27,8 @@ class Measuring:
         self._direct: dict[State, list[DirectRun]] = {state: [] for state in State}
         self._questions: dict[State, list[str]] = {state: [] for state in State}
         self._missing: dict[State, str] = {}
+        self.first_answer: dict[str, Run] = {}
+        """By model: the answer that it was loaded for; empty if it was in memory."""
         self.why_not_direct = ""
         self.stopped: RequestError | DaemonUnreachable | None = None
         """The error that came instead of an answer; earlier runs are good."""
@@ -37,7 +39,9 @@ class Measuring:
         """The first answer is not counted: it may have to load the model."""
         try:
             with contextlib.suppress(NotMade):
-                self._asker.ask(State.COLD)
+                first, _ = self._asker.ask(State.COLD)
+                if first.model_load_ms:
+                    self.first_answer[self._key.model] = first
             for number in range(1, count + 1):
                 for state in State:
                     if self._why_missing(state) is None:

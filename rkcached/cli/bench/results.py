@@ -57,6 +57,8 @@ class Run(msgspec.Struct, frozen=True, kw_only=True):
     cached_tokens: int | None
     """None where the runtime measures nothing."""
     decode_tokens_per_s: float
+    model_load_ms: float = 0.0
+    """Of the first answer after the model was loaded; else 0."""
 
 
 class DirectRun(msgspec.Struct, frozen=True, kw_only=True):
@@ -118,7 +120,10 @@ class Measured(msgspec.Struct, frozen=True, kw_only=True):
 
 def _around(run: Run | DirectRun) -> float:
     """All but loading and prefill, which vary by more than the daemon adds."""
-    return run.ttft_ms - run.load_ms - run.prefill_ms
+    around_ms = run.ttft_ms - run.load_ms - run.prefill_ms
+    if isinstance(run, Run):
+        around_ms -= run.model_load_ms
+    return around_ms
 
 
 class PromptResult(msgspec.Struct, frozen=True, kw_only=True):
@@ -210,6 +215,9 @@ class Results(msgspec.Struct, frozen=True, kw_only=True):
     parameters: Parameters
     models: dict[str, ModelFacts]
     prompts: tuple[PromptResult, ...]
+    first_answers: dict[str, Run] = {}
+    """By model: the answer that the model was loaded for; it is no run of a prompt. Not of a model
+    that was in memory already."""
     direct: str = ""
     """The reason why the engine was not measured alone; empty if it was."""
     steal_percent: float = 0.0

@@ -127,6 +127,7 @@ def run(settings: Settings, wanted: Sequence[str], options: Options, console: Co
             for name in models
         },
         prompts=tuple(bench.prompts),
+        first_answers=bench.first_answers,
         direct="; ".join(dict.fromkeys(filter(None, why_not_direct))),
         steal_percent=stolen,
         warnings=tuple(warnings),

@@ -12,7 +12,7 @@ from rkcached.cli.bench.alone import Alone, NotPossible
 from rkcached.cli.bench.asking import Asker
 from rkcached.cli.bench.measuring import Measuring
 from rkcached.cli.bench.progress import Shown
-from rkcached.cli.bench.results import Ended, Measured, PromptResult, State
+from rkcached.cli.bench.results import Ended, Measured, PromptResult, Run, State
 from rkcached.cli.client import Client
 from rkcached.errors import (
     DaemonUnreachable,
@@ -62,6 +62,8 @@ class Series:
         self.status = self._first
         """The last one."""
         self.prompts: list[PromptResult] = []
+        self.first_answers: dict[str, Run] = {}
+        """By model: the answer that it was loaded for."""
         self.refused: list[str] = []
         self.warnings: list[str] = []
         self.why_not_direct: list[str] = []
@@ -199,6 +201,7 @@ class Series:
                 f"{name}: {min(measuring.counts())} of {self._runs} runs, then {stopped.message}"
             )
 
+        self.first_answers |= measuring.first_answer
         states = measuring.states()
         if trust.changed(before, _status_of(self.status, key)):
             states = dict.fromkeys(State, Measured(missing=trust.CHANGED))

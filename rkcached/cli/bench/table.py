@@ -68,6 +68,14 @@ def print_results(console: Console, results: Results) -> None:
         )
         if model.digest:
             console.print(_text(f"  {model.file}"), overflow="fold", no_wrap=False)
+        if name in results.first_answers:
+            first = results.first_answers[name]
+            console.print(
+                _text(
+                    f"  first answer after {number(first.ttft_ms)} ms, of them "
+                    f"{number(first.model_load_ms)} ms for loading the model"
+                )
+            )
 
     console.print(_text(f"{runs_words(results.parameters.runs)}, milliseconds", style="dim"))
     for prompt in results.prompts:
