@@ -17,7 +17,7 @@ from rkcached.serving.job import Job, Part
 from rkcached.serving.report import NOT_MEASURED
 from rkcached.store.sidecar import StoredArtifact
 from rkcached.worker import protocol
-from rkcached.worker.operations import BOUNDARY_TOKENS
+from rkcached.worker.building import BOUNDARY_TOKENS
 
 LEAST_TOKENS = 16
 """Fewer are not worth a word, beyond the beginning that a chat template gives to every request."""

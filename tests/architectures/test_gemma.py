@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from conftest import Workspace
 
-from rkcached.worker.operations import PROBE_TOKENS
+from rkcached.worker.engine_state import PROBE_TOKENS
 from rkcached.worker.traces import ROUNDING
 from tests.architectures.gemma import gemma
 from tests.waiting import wait_until

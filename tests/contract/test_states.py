@@ -14,7 +14,7 @@ import pytest
 
 from rkcached.engines.base import ModelSpec, RunStats, Sampling, Token
 from rkcached.engines.llamacpp.engine import LlamaCppEngine
-from rkcached.worker.operations import BOUNDARY_TOKENS
+from rkcached.worker.building import BOUNDARY_TOKENS
 from tests import tiny_models
 
 pytestmark = pytest.mark.model

@@ -17,7 +17,7 @@ from rkcached.host.digests import signature_of
 from rkcached.sources.records import Key
 from rkcached.store.sidecar import StoredArtifact
 from rkcached.store.store import Store
-from rkcached.worker import operations, protocol
+from rkcached.worker import building, protocol
 from rkcached.worker.operations import Session
 from tests.integration.test_store import make_sidecar
 
@@ -73,7 +73,7 @@ def step_aside(session: Session, store: Store, text: str, base: protocol.Base) -
     """A build from this base that is interrupted after a batch; returns what it has read."""
     staged, partial = store.staging.begin(KEY), store.staging.begin(KEY)
     events: list[protocol.FromWorker] = []
-    operations.KEEP_MS = 0.0
+    building.KEEP_MS = 0.0
 
     def stopped() -> bool:
         return sum(isinstance(event, protocol.Progress) for event in events) > 1

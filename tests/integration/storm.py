@@ -48,7 +48,7 @@ from rkcached.sources.records import Key
 from rkcached.sources.stored_texts import StoredTexts
 from rkcached.store.quarantine import MAX_QUARANTINED
 from rkcached.store.store import Store
-from rkcached.worker import operations, pool
+from rkcached.worker import building, pool
 from rkcached.worker.gate import Gates
 from rkcached.worker.model import Backoff
 from rkcached.worker.pool import Workers
@@ -150,7 +150,7 @@ class Storm(RuleBasedStateMachine):
                 (disk, "write_new", full_write_new),
                 (MemoryEngine, "save", full_save),
                 (bases, "worth_loading", lambda *_: True),  # else these builds are too quick
-                (operations, "KEEP_MS", 0.0),
+                (building, "KEEP_MS", 0.0),
             )
         )
         self.runner = asyncio.Runner()

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from conftest import Workspace
 
-from rkcached.worker.operations import BOUNDARY_TOKENS
+from rkcached.worker.building import BOUNDARY_TOKENS
 from tests import tiny_models
 from tests.waiting import BEFORE_RESCAN_S, wait_until
 

@@ -19,7 +19,8 @@ from rkcached.reconcile.index import ArtifactIndex
 from rkcached.sources.records import Key
 from rkcached.store.sidecar import Figures, Sidecar, StoredArtifact
 from rkcached.worker import protocol
-from rkcached.worker.operations import KEEP_MS, Session
+from rkcached.worker.building import KEEP_MS
+from rkcached.worker.operations import Session
 
 OLD = "You keep a café in Zürich. You never forget the salt. " * 4
 NEW = OLD[:-20] + "You never forget the pepper, either. "

@@ -1,0 +1,107 @@
+"""An engine and the content of its KV state: loading a file into it, and asking it a probe."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from rkcached.engines.base import Engine, RunStats, Sampling, Token
+from rkcached.errors import Aborted, ArtifactLoadError
+from rkcached.host.digests import Signature, signature_of
+from rkcached.worker import protocol
+from rkcached.worker.held import Held
+from rkcached.worker.traces import LIKELIEST
+
+PROBE_TOKENS = 8
+"""Tokens of the probe's answer: enough that a wrong state shows, few enough to cost little."""
+
+Emit = Callable[[protocol.FromWorker], None]
+
+
+class EngineState:
+    """One engine and the content of its KV state. Used by one thread."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self.held = Held()
+        self.info = engine.info
+        """As the engine says, and as its runs have shown."""
+        self.continues = self.info.saves_continued
+        """A state that was loaded, continued and saved was as good as one that was read as a
+        whole."""
+
+    def load(self, operation_id: int, cache: protocol.CacheFile, emit: Emit) -> protocol.Loaded:
+        """Load exactly the file that was verified.
+
+        A failure leaves an empty KV state, so the run goes on cold. Before the library touches the
+        file, Loading is emitted: if it crashes or hangs then, the file is to blame.
+        """
+        started = time.perf_counter()
+        path = Path(cache.path)
+        self.held = Held()
+        if not _is_file(path, cache.signature):
+            self.engine.clear()
+            return protocol.Loaded(
+                id=operation_id, error="the file was replaced since it was checked", replaced=True
+            )
+
+        emit(protocol.Loading(id=operation_id))
+        try:
+            tokens = self.engine.load(path)
+        except ArtifactLoadError as error:
+            return protocol.Loaded(id=operation_id, error=error.message)
+        if not _is_file(path, cache.signature):
+            self.engine.clear()
+            return protocol.Loaded(
+                id=operation_id, error="the file was replaced while it was loaded", replaced=True
+            )
+
+        return protocol.Loaded(id=operation_id, tokens=tokens, load_ms=since(started))
+
+    def probe(
+        self, prompt: str, stopped: Callable[[], bool]
+    ) -> tuple[RunStats, list[Token], float]:
+        """Run the probe greedily.
+
+        Returns its figures, its traced tokens, and the time to the first one in ms.
+        """
+        if stopped():
+            raise Aborted("the build was stopped")
+
+        tokens: list[Token] = []
+        first_ms: list[float] = []
+        started = time.perf_counter()
+
+        def on_token(token: Token) -> bool:
+            if not first_ms:
+                first_ms.append(since(started))
+            tokens.append(token)
+            return stopped()
+
+        info = self.info
+        fields = info.run_sampling
+        compares = info.gives_logprobs and not info.rewinds
+        sampling = Sampling(
+            max_new_tokens=PROBE_TOKENS,
+            temperature=0.0 if "temperature" in fields else None,
+            seed=0 if "seed" in fields else None,
+            logprobs=LIKELIEST if compares else None,
+        )
+        stats = self.engine.generate(prompt, sampling, on_token, trace=True)
+        if stopped():
+            raise Aborted("the build was stopped")
+        time_ms = first_ms[0] if first_ms else since(started)
+        return stats, tokens, time_ms
+
+
+def _is_file(path: Path, signature: Signature) -> bool:
+    try:
+        return signature_of(path.stat()) == signature
+    except OSError:
+        return False
+
+
+def since(started: float) -> float:
+    """Milliseconds since `started`, a value of `time.perf_counter`."""
+    return (time.perf_counter() - started) * 1000
