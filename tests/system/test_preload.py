@@ -7,6 +7,7 @@ import os
 import signal
 import socket
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -395,3 +396,27 @@ def test_bench_and_doctor_say_how_long_the_first_answer_takes(ship: Workspace) -
 
     again = json.loads(ship.cli("bench", "m/cook", "--runs", "1", "--no-direct", "--json").stdout)
     assert again["first_answers"] == {}
+
+
+def test_nothing_is_loaded_while_somebody_asks(ship: Workspace) -> None:
+    """A model whose worker died comes back after the answer of another."""
+    ship.memory_model("x.model")
+    ship.memory_model("y.model", decode_us_per_token=80_000)
+    ship.write(
+        "manifest.yaml",
+        "version: 1\nengine: {kind: memory}\nmodels:\n"
+        "  x: {path: x.model, preload: cook, prompts: {cook: cook.md}}\n  y: {path: y.model}\n",
+    )
+    ship.start()
+    wait_preloaded(ship)
+    ship.ask("y", max_tokens=1)
+    with ThreadPoolExecutor() as pool:
+        answer = pool.submit(ship.ask, "y")
+        wait_until(lambda: model(ship, "y")["worker"] == "busy", "the answer is under way")
+        os.kill(model(ship, "x")["pid"], signal.SIGKILL)
+        wait_until(lambda: model(ship, "x")["worker"] == "backoff", "the death was noticed")
+        answer.result()
+    wait_preloaded(ship, 2)
+    log = ship.log_text()
+    asked = log.rindex("path=/v1/chat/completions")
+    assert asked < log.rindex("model loaded")
