@@ -10,6 +10,7 @@ import shutil
 import tempfile
 import time
 from dataclasses import replace
+from enum import StrEnum
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, Self
@@ -23,31 +24,50 @@ from rkcached.engines.llamacpp.engine import _params
 
 START_S = 60
 SOCKET = "peer.sock"
+ANY_SLOT = -1
+"""The server chooses."""
+AUTOMATIC = -1
+"""Slots: four, which share the context."""
+SLOTS = 4
+
+
+class Settings(StrEnum):
+    """What the server is started with."""
+
+    SAME = "the daemon's settings"
+    DEFAULTS = "its own"
+    CACHING = "the daemon's, and its own caches: four slots, and the prompt cache in RAM"
 
 
 class Peer:
     """The server, from `with` to its end.
 
-    `tuned`: with the daemon's settings; else with its own defaults.
+    One that has a single slot, or is to use but one, gets that slot's number with each request.
     """
 
-    def __init__(self, model: Path, context_tokens: int, slots: Path, *, tuned: bool) -> None:
+    def __init__(
+        self, model: Path, context_tokens: int, slots: Path, settings: Settings = Settings.SAME
+    ) -> None:
         self._scratch = tempfile.mkdtemp(prefix="rkcached-")
-        self._slots = slots
+        self._slot = ANY_SLOT if settings is Settings.CACHING else 0
         self.calls = 0
         """HTTP calls so far: what a user has to send."""
         context = multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()
         spec = ModelSpec(path=str(model), context_tokens=context_tokens, scratch_dir=self._scratch)
         self.process = context.Process(
-            target=_serve, args=(theirs, spec, str(slots), tuned), daemon=True
+            target=_serve, args=(theirs, spec, str(slots), settings), daemon=True
         )
         self.process.start()
         theirs.close()
         self._client = Client(Path(self._scratch, SOCKET))
 
     def __enter__(self) -> Self:
-        if not self._pipe.poll(START_S) or self._pipe.recv() != "ready":
+        try:
+            is_ready = self._pipe.poll(START_S) and self._pipe.recv() == "ready"
+        except EOFError:
+            is_ready = False
+        if not is_ready:
             raise BenchError("llama.cpp's server did not start")
         return self
 
@@ -59,6 +79,11 @@ class Peer:
             self.process.kill()
             self.process.join()
         shutil.rmtree(self._scratch, ignore_errors=True)
+
+    def slots(self) -> int:
+        """Their number."""
+        found: Any = self._client.request("GET", "/slots")
+        return len(found)
 
     @property
     def pid(self) -> int:
@@ -82,7 +107,7 @@ class Peer:
     def ask(self, prompt: str, max_tokens: int, *, restore: str = "", cold: bool = False) -> Answer:
         """Stream an answer, after restoring a file if one is named; both count."""
         body = {"prompt": prompt, "max_tokens": max_tokens, "temperature": 0}
-        body |= {"id_slot": 0, "cache_prompt": not cold}
+        body |= {"id_slot": self._slot, "cache_prompt": not cold}
         self._client.ready()
         started = time.perf_counter()
         if restore:
@@ -102,19 +127,24 @@ class Peer:
         return f"ended by signal {-code}" if code < 0 else f"ended with code {code}"
 
 
-def _serve(pipe: Connection, spec: ModelSpec, slots: str, tuned: bool) -> None:
+def _serve(pipe: Connection, spec: ModelSpec, slots: str, settings: Settings) -> None:
     """The child."""
     with open(os.devnull, "wb") as nowhere:  # noqa: PTH123 - a device, not a path
         for number in (1, 2):
             os.dup2(nowhere.fileno(), number)
     library = importlib.import_module("xllamacpp")
     socket = str(Path(spec.scratch_dir, SOCKET))
-    if tuned:
-        params = _params(library, spec, socket)
-    else:
+    if settings is Settings.DEFAULTS:
         params = library.CommonParams()
         params.model.path = spec.path
         params.hostnames = [socket]
+    else:
+        params = _params(library, spec, socket)
+
+    if settings is Settings.CACHING:
+        params.n_parallel = AUTOMATIC  # as in the program llama-server; xllamacpp's own is one slot
+        params.cache_ram_mib = library.CommonParams().cache_ram_mib
+        params.n_ctx_checkpoints = library.CommonParams().n_ctx_checkpoints
     params.slot_save_path = f"{slots}/"
     server = library.Server(params)
     pipe.send("ready")

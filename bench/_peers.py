@@ -18,7 +18,7 @@ from typing import Any
 
 from _daemon import BenchError, Daemon
 from _figures import Figure, difference, of_median
-from _peer import Peer
+from _peer import Peer, Settings
 from _workspaces import PEER_CONTEXT, PEER_TOKENS, Bench, peers
 
 from rkcached.cli.bench.alone import look_at
@@ -73,8 +73,8 @@ def measure_peers(bench: Bench) -> list[Figure]:
         bench.say(f"launch {launch + 1} of {LAUNCHES}")
         with (
             Daemon(workspace) as daemon,
-            Peer(small_model(), PEER_CONTEXT, slots, tuned=True) as same,
-            Peer(small_model(), PEER_CONTEXT, slots, tuned=False) as plain,
+            Peer(small_model(), PEER_CONTEXT, slots) as same,
+            Peer(small_model(), PEER_CONTEXT, slots, Settings.DEFAULTS) as plain,
         ):
             daemon.wait_fresh(timeout_s=BUILD_TIMEOUT_S)
             sides: dict[str, Ask] = {
@@ -307,7 +307,7 @@ def _facts_of_peer(workspace: Workspace, texts: _Texts) -> Iterator[Figure]:
         return _fact(name, "llama.cpp's server", value, note)
 
     def serve() -> Peer:
-        return Peer(model, PEER_CONTEXT, slots, tuned=True)
+        return Peer(model, PEER_CONTEXT, slots)
 
     with serve() as peer:
         peer.save(texts.prefix(_PROMPT), "kept.bin")

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import msgspec
+from _programs import HOUSE, OTHER, Tool
 
 from rkcached.cli.demo import runner
 from rkcached.cli.launcher import Workspace, small_model
@@ -24,6 +25,9 @@ PROMPTS = ("greenhouse", "reviewer")
 
 PEER_CONTEXT = 4096
 PEER_TOKENS = {"short": 256, "middle": 1000, "long": 3000}
+
+SHAPES_CONTEXT = 8192
+"""The whole of the model's. The server's slots share it."""
 
 _WORDS_PER_TOKEN = 0.8
 _TEXT_BYTES = 2048
@@ -82,6 +86,34 @@ def peers(root: Path) -> Workspace:
             " ".join(words[: round(tokens * _WORDS_PER_TOKEN)]) + "\n"
         )
     return _made(root, _llama_manifest("model.gguf", *PEER_TOKENS))
+
+
+def shapes(root: Path) -> Workspace:
+    """SmolLM2-135M, a declared prompt of some 600 tokens, and a short one of another program.
+
+    `declare_shapes` says with which tools.
+    """
+    (root / "prompts").mkdir(parents=True)
+    _copy_prompt(root, PROMPTS[0], HOUSE)
+    (root / "prompts" / f"{OTHER}.md").write_text(f"You keep the log. {_LINE}.\n" * 8)
+    # The server's own, as memory that two processes share is counted by halves.
+    shutil.copyfile(small_model(), root / "model.gguf")
+    return _made(root, _shapes_manifest())
+
+
+def declare_shapes(workspace: Workspace, tools: Sequence[Tool]) -> None:
+    """Write the manifest of `shapes`, with these tools for the declared prompt."""
+    (workspace.root / "tools.json").write_text(json.dumps(tools))
+    workspace.manifest.write_text(_shapes_manifest(with_tools=bool(tools)))
+
+
+def _shapes_manifest(*, with_tools: bool = False) -> str:
+    manifest = json.loads(_llama_manifest(str(small_model()), HOUSE, OTHER))
+    model = manifest["models"]["small"]
+    model["params"]["max_context_len"] = SHAPES_CONTEXT
+    if with_tools:
+        model["prompts"][HOUSE] = {"files": f"prompts/{HOUSE}.md", "tools": "tools.json"}
+    return json.dumps(manifest | {"cache": {"keep_retired_s": 0}})
 
 
 def alone(root: Path) -> Workspace:
@@ -151,8 +183,12 @@ def _write_model(root: Path, name: str) -> None:
 def _copy_prompts(root: Path) -> None:
     (root / "prompts").mkdir()
     for name in PROMPTS:
-        data = resources.files("rkcached.cli.demo").joinpath(f"prompts/{name}.md").read_bytes()
-        (root / "prompts" / f"{name}.md").write_bytes(data)
+        _copy_prompt(root, name, name)
+
+
+def _copy_prompt(root: Path, source: str, name: str) -> None:
+    data = resources.files("rkcached.cli.demo").joinpath(f"prompts/{source}.md").read_bytes()
+    (root / "prompts" / f"{name}.md").write_bytes(data)
 
 
 def _text(number: int) -> str:

@@ -25,6 +25,7 @@ from _peers import measure_peers
 from _pictures import draw_scale
 from _rkllm import measure_rkllm
 from _scale import measure_scale
+from _shapes import measure_shapes
 from _upkeep import measure_edit, measure_idle
 from _workspaces import Bench
 from rich.console import Console
@@ -45,6 +46,7 @@ PARTS: dict[str, Callable[[Bench], list[Figure]]] = {
     "sweep": measure_sweep,
     "scale": measure_scale,
     "peers": measure_peers,
+    "shapes": measure_shapes,
     "rkllm": measure_rkllm,
 }
 
