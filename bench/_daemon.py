@@ -63,13 +63,13 @@ class Daemon(Launched):
                 raise BenchError(f"not all built after {timeout_s:.0f} s{self.last_words()}")
             time.sleep(0.2)
 
-    def ask(self, body: dict[str, Any]) -> Answer:
+    def ask(self, body: dict[str, Any], *, may_call: bool = False) -> Answer:
         """Stream an answer over a connection that is kept.
 
-        Errors: BenchError unless it is whole.
+        `may_call`: it may be a call, without text. Errors: BenchError unless it is whole.
         """
         answer = ask(self._asking, body)
-        if not (answer.text_moments and answer.report):
+        if not ((answer.text_moments or may_call) and answer.report):
             raise BenchError(f"an answer without text or report{self.last_words()}")
         return answer
 

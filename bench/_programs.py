@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 Message = dict[str, Any]
@@ -246,9 +246,14 @@ def _agent_loop(number: int) -> list[Turn]:
         call = {"id": call_id, "type": "function", "function": function}
         asked = {"role": "assistant", "content": "", "tool_calls": [call]}
         result = {"role": "tool", "tool_call_id": call_id, "content": _RESULTS[step]}
-        row = "agent loop, six tools declared, step 4" if step == len(_STEPS) - 1 else ""
-        turns.append(Turn(adds=(asked, result), row=row))
-    return turns
+        turns.append(Turn(adds=(asked, result)))
+
+    # The answer is begun, so that it is no call, whose first token no client sees by itself.
+    begun = {"role": "assistant", "content": "The roof opens at night because"}
+    last = replace(
+        turns[-1], adds=(*turns[-1].adds, begun), row="agent loop, six tools declared, step 4"
+    )
+    return [*turns[:-1], last]
 
 
 SHAPES = (

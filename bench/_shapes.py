@@ -169,7 +169,8 @@ class _Texts:
 
     def request(self, messages: list[Message], tools: tuple[Tool, ...]) -> str:
         plain: list[Any] = [_with_objects(message) for message in messages]
-        return self._template.render(plain, tools)
+        is_begun = messages[-1]["role"] == "assistant"
+        return self._template.render(plain, tools, continue_final=is_begun)
 
 
 def _with_objects(message: Message) -> Message:
@@ -218,7 +219,8 @@ class _Run:
         for place, turn in enumerate(self._measured):
             samples = self._ask(turn, sides, others=not restarted)
             self._check(samples[OURS], samples[THEIRS], restarted=restarted, first=place == 0)
-            taken += [(turn.row, side, sample) for side, sample in samples.items()]
+            if not was_held_back(samples[OURS].answer):
+                taken += [(turn.row, side, sample) for side, sample in samples.items()]
         return taken
 
     def _ask(self, turn: Turn, sides: tuple[Side, Side], *, others: bool) -> dict[str, Sample]:
@@ -268,7 +270,7 @@ class _Ours:
 
     def ask(self, messages: list[Message], tools: tuple[Tool, ...]) -> Sample:
         body: dict[str, Any] = {"model": MODEL, "messages": messages, "max_tokens": ANSWER_TOKENS}
-        answer = self._daemon.ask(body | {"tools": tools} if tools else body)
+        answer = self._daemon.ask(body | {"tools": tools} if tools else body, may_call=True)
         sent = answer.usage["prompt_tokens"]
         reused = answer.report["cached_tokens"]
         return Sample(answer=answer, messages=messages, sent=sent, reused=reused)
@@ -323,6 +325,11 @@ def per_token_ms(answer: Answer) -> float:
     return (moments[-1] - moments[0]) / (tokens_of(answer) - 1) * 1000
 
 
+def was_held_back(answer: Answer) -> bool:
+    """Whether nothing was streamed before the end, as with a call: its first token has no time."""
+    return len(answer.text_moments) < 2 <= tokens_of(answer)
+
+
 def _was_ended_by_model(answer: Answer) -> bool:
     for chunk in answer.chunks:
         for choice in chunk.get("choices", ()):
@@ -338,9 +345,9 @@ def _times(samples: Samples, table: str) -> Iterator[Figure]:
     for row in _rows(samples, table):
         ours, theirs = samples[table, row, OURS], samples[table, row, THEIRS]
 
-        yield _tokens(table, row, "tokens sent", [sample.sent for sample in ours])
-        yield _tokens(table, row, f"reused: {OURS}", [sample.reused for sample in ours])
-        yield _tokens(table, row, f"reused: {THEIRS}", [sample.reused for sample in theirs])
+        for side, taken in ((OURS, ours), (THEIRS, theirs)):
+            yield _tokens(table, row, f"sent: {side}", [sample.sent for sample in taken])
+            yield _tokens(table, row, f"reused: {side}", [sample.reused for sample in taken])
 
         ttft = {}
         for side in (OURS, THEIRS):

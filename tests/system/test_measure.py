@@ -125,8 +125,8 @@ def test_programs_send_what_the_tables_say(tmp_path: Path) -> None:
     assert [len(messages) for _, messages in asked["two conversations"]] == [1, 1, 3, 3, 5, 5, 7, 7]
     last = asked["agent"][-1][1]
     roles = [message["role"] for message in last]
-    assert roles == ["user", *["assistant", "tool"] * 3]
-    assert last[-2]["tool_calls"][0]["id"] == last[-1]["tool_call_id"]
+    assert roles == ["user", *["assistant", "tool"] * 3, "assistant"]
+    assert last[-3]["tool_calls"][0]["id"] == last[-2]["tool_call_id"]
     assert [(tools, declared) for name, tools, declared, _ in seen if tools] == [
         (1, 0),
         (1, 1),
@@ -174,10 +174,10 @@ def test_the_tables_of_programs(tmp_path: Path) -> None:
         for line in table.splitlines()
         if line.startswith("| ")
     ]
-    plain = ["plain", "620", "600", "599", "103.0 ms", "100.0 ms", "3.00 ms", "5 ms, met"]
-    date = ["date", "620", "600", "600", "1,103 ms", "100.0 ms", "1,003 ms", "5 ms, missed"]
+    plain = ["plain", "620", "600", "620", "599", "103.0 ms", "100.0 ms", "3.00 ms", "5 ms, met"]
+    date = ["date", "620", "600", "620", "600", "1,103 ms", "100.0 ms", "1,003 ms", "5 ms, missed"]
     assert cells[:2] == [plain, date]
-    assert cells[2][4:] == ["100.0 ms", "2,000 ms", "-1,900 ms", "0.00 ms", "0 ms, met"]
+    assert cells[2][5:] == ["100.0 ms", "2,000 ms", "-1,900 ms", "0.00 ms", "0 ms, met"]
     assert [row[0] for row in cells] == ["plain", "date", "plain", "date", "plain"]
     assert cells[4][1:] == ["100.0 tokens/s", "100.0 tokens/s", "0.00 ms", "0.1 ms, met"]
 
