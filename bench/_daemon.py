@@ -55,6 +55,15 @@ class Daemon(Launched):
                 )
         raise BenchError("the daemon gave no status")
 
+    def wait_preloaded(self, *, timeout_s: float = 300.0) -> None:
+        """Wait until a prompt that the manifest preloads is in memory. Errors: BenchError."""
+        deadline = time.perf_counter() + timeout_s
+        while b" prompt preloaded " not in self.workspace.log.read_bytes()[self.log_start :]:
+            self.check_alive()
+            if time.perf_counter() > deadline:
+                raise BenchError(f"nothing preloaded after {timeout_s:.0f} s{self.last_words()}")
+            time.sleep(0.05)
+
     def wait_built(self, prompts: int, *, timeout_s: float) -> None:
         """Wait until so many caches are committed, by the store alone. Errors: BenchError."""
         while sum(1 for _ in self.workspace.store.glob("*/prompt*.json")) < prompts:

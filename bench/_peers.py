@@ -28,7 +28,7 @@ from rkcached.cli.launcher import Workspace, small_model
 from rkcached.errors import DaemonUnreachable, RkcachedError
 from rkcached.plan.desired import DesiredModel
 from rkcached.sources.records import Key
-from rkcached.worker.operations import BOUNDARY_TOKENS
+from rkcached.worker.building import BOUNDARY_TOKENS
 
 MODEL = "small"
 OURS, SAME, PLAIN = "rkcached", "llama.cpp, same settings", "llama.cpp, its defaults"

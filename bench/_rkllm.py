@@ -32,8 +32,8 @@ from rkcached.engines.kinds import EngineKind
 from rkcached.engines.registry import ENGINES
 from rkcached.engines.rkllm.engine import RkllmEngine
 from rkcached.worker import protocol
+from rkcached.worker.building import BOUNDARY_TOKENS
 from rkcached.worker.model import Backoff, Deadlines, WorkerModel
-from rkcached.worker.operations import BOUNDARY_TOKENS
 from rkcached.worker.supervisor import Worker
 
 GROUPS = {"D": "1.2", "E": "1.3"}

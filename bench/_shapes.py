@@ -120,6 +120,7 @@ def _measure_shape(
             ) as peer,
         ):
             daemon.wait_fresh(timeout_s=BUILD_TIMEOUT_S)
+            daemon.wait_preloaded()
             if peer.slots() != SLOTS:
                 raise BenchError(f"llama.cpp's server has {peer.slots()} slots")
             sides = _Ours(daemon), _Theirs(peer, texts)

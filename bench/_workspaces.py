@@ -111,6 +111,7 @@ def _shapes_manifest(*, with_tools: bool = False) -> str:
     manifest = json.loads(_llama_manifest(str(small_model()), HOUSE, OTHER))
     model = manifest["models"]["small"]
     model["params"]["max_context_len"] = SHAPES_CONTEXT
+    model["preload"] = HOUSE  # as the server has its model before it answers
     if with_tools:
         model["prompts"][HOUSE] = {"files": f"prompts/{HOUSE}.md", "tools": "tools.json"}
     return json.dumps(manifest | {"cache": {"keep_retired_s": 0}})
