@@ -111,11 +111,11 @@ def test_preload(written: str, preload: tuple[str, ...] | None) -> None:
 
 def test_each_unknown_prompt_of_preload_is_a_problem() -> None:
     """With the nearest name; where files are prompts, only a look can tell."""
-    text = model("preload: [cok, a, cap]", "prompts: {cook: a.md, a: b.md}")
+    text = model("preload: [cok, a, zzz]", "prompts: {cook: a.md, a: b.md}")
     found = [(problem.line, problem.message, problem.hint) for problem in problems(text)]
     assert found == [
         (5, "preload: there is no prompt 'cok'", "did you mean 'cook'?"),
-        (5, "preload: there is no prompt 'cap'", "known are cook, a"),
+        (5, "preload: there is no prompt 'zzz'", "known are cook, a"),
     ]
     (alone,) = problems(model("preload: cook"))
     assert alone.hint == "write `preload: true` for the model alone"
