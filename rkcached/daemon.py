@@ -222,7 +222,7 @@ def _build(
         watcher=watcher,
         events=events,
         service=service,
-        on_turn=functools.partial(_after_look, headline, preloader),
+        on_turn=functools.partial(_after_look, headline, preloader, conversations),
     )
     reloading = _Reloading(reconciler, headline, service)
 
@@ -376,9 +376,10 @@ async def _keep_sockets(
     await asyncio.gather(*(own.keep(server) for own, server in pairs))
 
 
-def _after_look(headline: _Headline, preloader: Preloader) -> None:
+def _after_look(headline: _Headline, preloader: Preloader, conversations: Conversations) -> None:
     headline.tell()
     preloader.look()
+    conversations.look()
 
 
 def _room(published: Published) -> Room:

@@ -11,8 +11,9 @@ All of it is on the event loop; files are hashed and removed in threads.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import time
+from dataclasses import replace
+from pathlib import Path
 from typing import NamedTuple
 
 import msgspec
@@ -71,6 +72,11 @@ class Conversations:
         self._saved: list[SavedConversation] = []
         self._sealing: set[asyncio.Task[None]] = set()
         self._expiry: asyncio.TimerHandle | None = None
+        # By model: the file that its worker may be writing.
+        self._placed: dict[str, Path] = {}
+        # The limits when there was room made the last time, and what was said last.
+        self._limits = (0, 0.0)
+        self._trouble = ""
 
     @property
     def count(self) -> int:
@@ -82,9 +88,18 @@ class Conversations:
 
     async def open(self) -> None:
         """Take over what an earlier daemon saved."""
-        found = await asyncio.to_thread(self._files.all)
+        try:
+            found = await asyncio.to_thread(self._files.all)
+        except OSError as error:
+            log.warning("conversations not read", place=error.filename, error=error.strerror)
+            found = []
         self._saved = sorted(found, key=lambda saved: saved.record.used_at) + self._saved
         await self._shrink()
+
+    def look(self) -> None:
+        """The limits in the manifest may be others now."""
+        if (self._max_bytes(), self._keep_s()) != self._limits:
+            self._begin_to_shrink()
 
     async def close(self) -> None:
         """Wait until what was saved has its record. Workers save the last when they are stopped."""
@@ -97,16 +112,26 @@ class Conversations:
 
     def place(self, model: WorkerModel) -> str:
         """The path of a new file for a state; empty if none is kept."""
+        if (unfinished := self._placed.pop(model.name, None)) is not None:
+            self._files.remove(unfinished)  # its worker died while it saved, or saved nothing
         if not self._max_bytes() or not self._keep_s():
             return ""
+
         try:
-            return str(self._files.place(model.name))
+            path = self._files.place(model.name)
         except StoreError as error:
-            log.warning("conversations not saved", model=model.name, error=error.message)
+            if error.message != self._trouble:
+                self._trouble = error.message
+                log.warning("conversations not saved", model=model.name, error=error.message)
             return ""
+
+        self._trouble = ""
+        self._placed[model.name] = path
+        return str(path)
 
     def take(self, model: WorkerModel, saved: protocol.Saved) -> None:
         """A state is in its file now."""
+        self._placed.pop(model.name, None)
         task = asyncio.create_task(self._seal(model, saved))
         self._sealing.add(task)
         task.add_done_callback(self._sealing.discard)
@@ -166,17 +191,8 @@ class Conversations:
 
     def used(self, resumed: Resumed) -> None:
         """A request goes on with it."""
-        if resumed.saved in self._saved:
-            self._saved.remove(resumed.saved)
-            record = msgspec.structs.replace(resumed.saved.record, used_at=time.time())
-            self._saved.append(
-                SavedConversation(
-                    path=resumed.saved.path,
-                    record=record,
-                    text=resumed.saved.text,
-                    signature=resumed.saved.signature,
-                )
-            )
+        if self._forget(resumed.saved):
+            self._saved.append(_used_at(time.time(), resumed.saved))
 
     async def drop(self, resumed: Resumed, why: str) -> None:
         """It could not be loaded."""
@@ -197,12 +213,14 @@ class Conversations:
 
     async def _shrink(self) -> None:
         """Remove what is too old, and then the oldest until the rest fits."""
-        keep_s = self._keep_s()
-        limit = time.time() - keep_s
-        gone = [saved for saved in self._saved if saved.record.used_at < limit]
+        max_bytes, keep_s = self._limits = (self._max_bytes(), self._keep_s())
+        now = time.time()
+        self._saved = [_used_by(now, saved) for saved in self._saved]
+        limit = now - keep_s
+        gone = [saved for saved in self._saved if saved.record.used_at < limit or not keep_s]
         size_bytes = self.size_bytes - sum(saved.record.size_bytes for saved in gone)
         for saved in self._saved:
-            if size_bytes <= self._max_bytes():
+            if size_bytes <= max_bytes:
                 break
             if saved not in gone:
                 gone.append(saved)
@@ -218,18 +236,34 @@ class Conversations:
         if self._saved:
             oldest = min(saved.record.used_at for saved in self._saved)
             after_s = max(1.0, oldest + keep_s - time.time())
-            self._expiry = asyncio.get_running_loop().call_later(after_s, self._expire)
+            self._expiry = asyncio.get_running_loop().call_later(after_s, self._begin_to_shrink)
 
-    def _expire(self) -> None:
+    def _begin_to_shrink(self) -> None:
         task = asyncio.create_task(self._shrink())
         self._sealing.add(task)
         task.add_done_callback(self._sealing.discard)
 
+    def _forget(self, gone: SavedConversation) -> bool:
+        """Returns whether it was known. By its path: the time of its use may be another one now."""
+        left = [saved for saved in self._saved if saved.path != gone.path]
+        was_known = len(left) < len(self._saved)
+        self._saved = left
+        return was_known
+
     async def _remove(self, gone: list[SavedConversation]) -> None:
         for saved in gone:
-            with contextlib.suppress(ValueError):
-                self._saved.remove(saved)
+            self._forget(saved)
             await asyncio.to_thread(self._files.remove, saved.path)
+
+
+def _used_at(moment: float, saved: SavedConversation) -> SavedConversation:
+    record = msgspec.structs.replace(saved.record, used_at=moment)
+    return replace(saved, record=record)
+
+
+def _used_by(now: float, saved: SavedConversation) -> SavedConversation:
+    """The same, not used later than now: the clock was set back since."""
+    return _used_at(now, saved) if saved.record.used_at > now else saved
 
 
 def _is_earlier(other: SavedConversation, saved: SavedConversation) -> bool:

@@ -10,11 +10,14 @@ more.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import re
 import secrets
+import stat
 from dataclasses import dataclass
+from io import BufferedReader
 from pathlib import Path
 
 import msgspec
@@ -74,9 +77,10 @@ class ConversationFiles:
     def place(self, model: str) -> Path:
         """The path of a new file for a state. Errors: StoreError."""
         folder = self._writer.root / marks.CONVERSATIONS / model
-        if not folder.is_dir():
+        parts = (folder.parent, folder)
+        if not all(map(beneath.is_folder, parts)):
             with self._writer.writing(folder), self._writer.folders:
-                for part in (folder.parent, folder):
+                for part in parts:
                     make_folder(part)
                     part.chmod(FOLDER_MODE)
 
@@ -118,7 +122,8 @@ class ConversationFiles:
     def all(self) -> list[SavedConversation]:
         """Every saved conversation that is what its record says.
 
-        What else has the name of one is removed: a crash left it, or its disk damaged it.
+        What else has the name of one is removed: a crash left it, or its disk damaged it. Errors:
+        OSError for a folder that cannot be listed.
         """
         found = []
         root = self._writer.root
@@ -139,8 +144,9 @@ class ConversationFiles:
 def _read(path: Path) -> SavedConversation | None:
     """The conversation in this file; None if it is not what a record beside it says."""
     try:
-        record = msgspec.json.decode(path.with_suffix(".json").read_bytes(), type=Record)
-        with path.open("rb") as stream:
+        record = msgspec.json.decode(_bytes_of(path.with_suffix(".json")), type=Record)
+        text = record.text.encode()
+        with _opened(path) as stream:
             digest = hashlib.file_digest(stream, "sha256").hexdigest()
             info = os.fstat(stream.fileno())
     except (OSError, ValueError, RecursionError):
@@ -148,6 +154,19 @@ def _read(path: Path) -> SavedConversation | None:
 
     if (digest, info.st_size) != (record.sha256, record.size_bytes):
         return None
-    return SavedConversation(
-        path=path, record=record, text=record.text.encode(), signature=signature_of(info)
-    )
+    return SavedConversation(path=path, record=record, text=text, signature=signature_of(info))
+
+
+def _bytes_of(path: Path) -> bytes:
+    with _opened(path) as stream:
+        return stream.read()
+
+
+def _opened(path: Path) -> BufferedReader:
+    """Open a file to read it. Errors: OSError, also for a link, a pipe or a device."""
+    fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    stream = os.fdopen(fd, "rb")
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        stream.close()
+        raise OSError(errno.EINVAL, "it is no file", str(path))
+    return stream

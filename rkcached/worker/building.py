@@ -5,6 +5,7 @@ A success that an engine reports counts only with its effect.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import shutil
 import time
@@ -168,7 +169,8 @@ class Builder:
         try:
             tokens = self._state.engine.save(path)
         except EngineError:
-            path.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                path.unlink()
             return
         emit(protocol.Kept(id=operation.id, tokens=tokens, prefill_ms=prefill_ms))
 

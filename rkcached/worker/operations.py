@@ -6,6 +6,7 @@ success that an engine reports counts only with its effect.
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -181,7 +182,8 @@ class Session:
             else:
                 return
         except EngineError:
-            path.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                path.unlink()
             return
 
         self._state.held = held._replace(cached_bytes=len(held.text))

@@ -531,6 +531,16 @@ def test_a_conversation_is_saved_once(bench: Bench, tmp_path: Path) -> None:
     assert [event.path for event in saved(bench)] == [str(tmp_path / "one")]
 
 
+def test_a_conversation_that_cannot_be_saved_costs_no_answer(bench: Bench, tmp_path: Path) -> None:
+    """Somebody put a file in the place of the folder, so there is nothing to clear away, either."""
+    (tmp_path / "m").write_text("mine")
+    session, _ = bench.session(MemoryEngine)
+    bench.generate(session, prompt=TALK, goes_on=True)
+    said, _ = bench.generate(session, prompt=OTHER, keep_at=tmp_path / "m/talk.state")
+    assert said
+    assert saved(bench) == []
+
+
 class Continuing(MemoryEngine):
     """Saves its state in a run only, and nobody says whether it does so right."""
 
