@@ -187,9 +187,9 @@ class ModelStatus(Answer):
 class WaitedModel(ModelStatus):
     waiting: int = Field(description="Requests that wait for their turn.")
     preload: list[str] | None = Field(
-        description="The prompts that are loaded ahead with the model; null if it is not."
+        description="The prompts that are preloaded with the model; null if it has no preload."
     )
-    preload_trouble: str = Field(description="Why it could not be loaded ahead.")
+    preload_trouble: str = Field(description="Why it could not be preloaded.")
     notices: list[str] = Field(
         description="Of the notices: those on its prompts_from folders that have no file."
     )
@@ -398,19 +398,20 @@ class RecentAnswer(Answer):
 class SuggestedPrompt(Answer):
     """A beginning that requests repeat, and that would be worth a prompt cache."""
 
-    id: str = Field(description="Of this daemon, until it ends.")
+    id: str = Field(description="It is forgotten when the daemon ends.")
     model: str
     uid: int = Field(description="The user whose requests these are.")
     tokens: int = Field(description="An estimate; 0 where nothing counts tokens.")
     size_bytes: int
-    requests: int = Field(description="So many began with it.")
-    prefilled: int = Field(description="So many of them had to prefill it.")
-    prefill_ms: float = Field(description="The mean of these.")
+    requests: int = Field(description="How many began with it.")
+    prefilled: int = Field(description="How many of them had to prefill it.")
+    prefill_ms: float = Field(description="How long that took, on average.")
     next_step: str
     prompt: str | None = Field(
-        description="The name that the text of the next request with it was to be stored by."
+        description="The prompt that the next request with it is to be stored as; null if nobody "
+        "asked for that."
     )
-    outcome: str = Field(description='Of that: "waiting", "stored", or why nothing was.')
+    outcome: str = Field(description='Of that: "waiting", "stored", or why nothing was stored.')
 
 
 class SuggestionList(Answer):

@@ -167,7 +167,7 @@ def suggested_prompt(suggestion: Suggestion, wish: Wish | None) -> SuggestedProm
     """A suggestion, and what became of the wish to store it."""
     step = f"`rkcached suggest {suggestion.id} --write NAME` stores it as a prompt"
     if suggestion.system_bytes == 0:
-        step = "send it as the system message: only that can be declared"
+        step = "send it as the system message: only that can become a prompt"
     elif suggestion.beyond_system and suggestion.with_tools:
         step = TOOLS_HINT
 

@@ -104,14 +104,13 @@ def suggestion_of(suggestion: dict[str, Any]) -> str:
 
     requests, prefilled = suggestion["requests"], suggestion["prefilled"]
     text = f"{what} began {requests:,} requests of uid {suggestion['uid']}"
-    if prefilled < requests:
-        text += f" and were prefilled in {prefilled:,} of them"
+    of_them = "all" if prefilled >= requests else f"{prefilled:,}"
 
     seconds = suggestion["prefill_ms"] / 1000
     each = f"{seconds:.1f} s"
     if seconds < 1:
         each = f"{suggestion['prefill_ms']:.0f} ms"
-    return f"{text}, {each} each"
+    return f"{text} and were prefilled in {of_them} of them, {each} each time"
 
 
 def worker_of(model: dict[str, Any]) -> str:

@@ -32,8 +32,8 @@ def checks(manifest: Manifest, status: dict[str, Any] | None) -> Iterator[Check]
 def _of_model(title: str, name: str, config: ModelConfig, status: dict[str, Any]) -> Check:
     model: dict[str, Any] = next(m for m in status["models"] if m["name"] == name)
     if trouble := model.get("preload_trouble"):
-        next_step = "`rkcached status` says what is wrong with the model"
-        return Check(title, Outcome.WARN, f"it could not be loaded ahead: {trouble}", next_step)
+        next_step = "the daemon's log says what to do: `journalctl -u rkcached`"
+        return Check(title, Outcome.WARN, f"it could not be preloaded: {trouble}", next_step)
 
     prompt = _first_prompt(name, config, status)
     artifact = prompt.get("artifact") or {}
@@ -49,11 +49,11 @@ def _of_model(title: str, name: str, config: ModelConfig, status: dict[str, Any]
     if not is_ahead:
         if model.get("model_load_ms") is None:
             finding = "not measured yet: the model was not loaded since the daemon started"
-            return Check(title, Outcome.SKIP, finding, f"{_BENCH} {name}")
+            return Check(title, Outcome.SKIP, finding, f"run `{_BENCH} {name}`")
         parts["model"] = model["model_load_ms"]
 
     shown = ", ".join(f"{part} {_seconds(ms)}" for part, ms in reversed(parts.items()))
-    finding = f"{_seconds(sum(parts.values()))} from {prompt['prompt']} ({shown}), as last measured"
+    finding = f"{_seconds(sum(parts.values()))} with {prompt['prompt']} ({shown}), as last measured"
     next_step = ""
     if config.preload is None:
         next_step = f"`preload: {prompt['prompt']}` loads model and cache before somebody asks"

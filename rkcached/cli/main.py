@@ -275,7 +275,7 @@ def prompts() -> None:
     default=2,
     show_default=True,
     metavar="N",
-    help="Leave out what began fewer requests.",
+    help="Make no prompt of what fewer requests begin with.",
 )
 @as_json
 def import_prompts(
@@ -307,13 +307,15 @@ def import_prompts(
 def suggest(
     *, settings: Settings, suggestion: str | None, name: str | None, want_json: bool
 ) -> int:
-    """List what began several requests and was prefilled again: it is worth a prompt.
+    """List the beginnings that your requests repeat, and that would be worth a prompt.
 
-    It lists your own requests' beginnings; who may open the socket for changes sees those of all
-    users. The daemon keeps no text of them, so --write takes it from the next request, whose
-    system message becomes a stored prompt, which all users share: all of it, or its whole lines
-    within the beginning. ID, the first word of a suggestion, may be left out if there is only one.
-    The exit code is 66 if there is no such suggestion.
+    A beginning is listed when three requests had it, no prompt has it, and it was prefilled more
+    than once. Who may open the socket for changes sees those of all users.
+
+    The daemon keeps no text of requests, so --write takes it from the next one that begins so: its
+    system message, or the whole lines of it within the beginning, becomes a stored prompt, which
+    all users share. ID, the first word of a suggestion, may be left out if there is only one. The
+    exit code is 66 if there is no such suggestion.
     """
     from rkcached.cli import suggest as command
 

@@ -99,7 +99,8 @@ def read_requests(file: Path) -> Recording:
                     recording.requests += 1
     except OSError as error:
         raise SourceError(
-            f"{file} cannot be read: {error.strerror}", hint="name a file with a request a line"
+            f"{file} cannot be read: {error.strerror}",
+            hint="name a file that has a request in each line",
         ) from error
 
     return recording
@@ -125,13 +126,17 @@ def _beginning(line: bytes) -> Beginning:
         body = record["body"]  # OpenAI's batch format
     messages = body.get("messages") if isinstance(body, dict) else None
     if not isinstance(messages, list) or not messages:
-        raise _Useless("it is no chat completion: it has no messages")
+        raise _Useless("it is no request for a chat completion: it has no messages")
 
     text = _system_text(messages[0]).rstrip("\r\n")
     if not text.strip():
         raise _Useless("it does not begin with a system message", is_request=True)
     if "\0" in text or text[0] == "\ufeff" or len(text.encode()) > MAX_PROMPT_BYTES:
-        raise _Useless("its system message is no text that a prompt can be", is_request=True)
+        raise _Useless(
+            "its system message cannot be a prompt: it has a NUL character, begins with a byte "
+            f"order mark, or has more than {MAX_PROMPT_BYTES:,} bytes",
+            is_request=True,
+        )
 
     return Beginning(model=str(body.get("model", "")), text=text, tools=_tools(body))
 
@@ -282,7 +287,10 @@ def _print(recording: Recording, imported: list[Imported], manifest: str, *, at_
     if imported:
         click.echo(f"# {served} of {requests} would have been served from these prompts:")
     else:
-        click.echo(f"# Of {requests}, no {at_least} begin alike, with a system message.")
+        click.echo(
+            f"# No prompt was made: of {requests}, fewer than {at_least} have the same system "
+            "message and tools."
+        )
 
     for prompt in imported:
         tools = prompt.beginning.tools

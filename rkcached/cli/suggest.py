@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Final
 
 import click
 
@@ -17,6 +17,11 @@ from rkcached.cli import output
 from rkcached.cli.client import Client
 from rkcached.errors import DaemonUnreachable, NotAllowed, SourceError, UsageError, printable
 from rkcached.host.settings import Settings
+
+_WHAT_IT_TAKES: Final = (
+    "it takes three requests that begin alike, with a beginning that is no prompt and was "
+    "prefilled more than once"
+)
 
 
 def run(settings: Settings, wanted: str | None, name: str | None, *, want_json: bool) -> int:
@@ -57,20 +62,20 @@ def _only(found: list[dict[str, Any]]) -> dict[str, Any]:
     """The one suggestion that is meant. Errors: SourceError, UsageError."""
     if not found:
         raise SourceError(
-            "no beginning was repeated yet that no prompt has",
-            hint="it takes three requests that begin alike and are prefilled again",
+            "there is no suggestion yet",
+            hint=f"{_WHAT_IT_TAKES}; then run `rkcached suggest` again",
         )
     if len(found) > 1:
         ids = ", ".join(suggestion["id"] for suggestion in found[:5])
         raise UsageError(
-            f"there are {len(found)} suggestions", hint=f"name one before --write: {ids}"
+            f"there are {len(found)} suggestions", hint=f"name the one to store: {ids}"
         )
     return found[0]
 
 
 def _print(found: list[dict[str, Any]]) -> None:
     if not found:
-        click.echo("nothing was repeated and prefilled again that no prompt has")
+        click.echo(f"no suggestion yet: {_WHAT_IT_TAKES}")
 
     for suggestion in found:
         line = f"{suggestion['id']}  {suggestion['model']}: {words.suggestion_of(suggestion)}"

@@ -90,10 +90,11 @@ def _preloads_without_room(manifest: Manifest) -> Iterator[Remark]:
 
     winners = ", ".join(names[:limit])
     fit = "1 model fits" if limit == 1 else f"{limit} models fit"
+    come = "comes" if limit == 1 else "come"
     for name in names[limit:]:
         text = (
-            f"preload of {name} waits for room: {fit} (engine.max_loaded), and {winners} comes "
-            "first in the manifest (raise engine.max_loaded if the memory holds both, or remove "
+            f"preload of {name} waits for room: {fit} (engine.max_loaded), and {winners} {come} "
+            "first in the manifest (raise engine.max_loaded if the memory holds more, or remove "
             "one preload)"
         )
         yield Remark(text=text, place=("models", name, "preload"))
@@ -106,7 +107,7 @@ def _unknown_preloads(manifest: Manifest, sources: Sources) -> Iterator[Remark]:
         for prompt in config.preload or ():
             if prompt in known or name in sources.unlisted_models:
                 continue
-            hint = nearest(prompt, known) if known else "no file is a prompt"
+            hint = nearest(prompt, known) if known else "prompts_from finds no file"
             text = f"preload of {name}: there is no prompt {prompt!r} ({hint})"
             yield Remark(text=text, place=("models", name, "preload"))
 

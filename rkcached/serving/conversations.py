@@ -196,7 +196,7 @@ class Conversations:
 
     async def drop(self, resumed: Resumed, why: str) -> None:
         """It could not be loaded."""
-        log.warning("conversation lost", model=resumed.saved.record.model, why=why)
+        log.warning("saved conversation not loaded", model=resumed.saved.record.model, why=why)
         await self._remove([saved for saved in self._saved if saved.path == resumed.saved.path])
 
     # Room

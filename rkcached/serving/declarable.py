@@ -51,11 +51,11 @@ def text_to_declare(job: Job, rendered: bytes, size_bytes: int) -> str:
     if not system.text:
         raise SourceError(
             "the requests have no system message that the chat template writes as it is",
-            hint="send what repeats as the system message",
+            hint="send what repeats as the system message: only that can become a prompt",
         )
     if size_bytes >= system.end + BLOCK and job.with_tools:
         raise SourceError(
-            "the beginning has the tools of the requests in it, beyond the system message",
+            "the beginning goes on after the system message, with the tools of the requests",
             hint=TOOLS_HINT,
         )
 
@@ -65,8 +65,8 @@ def text_to_declare(job: Job, rendered: bytes, size_bytes: int) -> str:
         text = inside[: inside.rfind(b"\n") + 1].decode().rstrip("\r\n")
     if not text.strip():
         raise SourceError(
-            "the beginning has no whole line of the system message",
-            hint="put what changes from request to request after what does not",
+            "the requests have no whole line of the system message in common",
+            hint="put what changes from request to request on lines behind all that stays",
         )
 
     if len(text.encode()) > MAX_PROMPT_BYTES:
@@ -92,12 +92,14 @@ def check_that_it_begins(job: Job, rendered: bytes, text: str) -> None:
     if common_bytes(prefix, rendered) >= needed_bytes:
         return
 
-    hint = "ask without a named prompt, or declare it in the manifest"
+    hint = "ask without naming a prompt, or declare the text in the manifest"
     if job.with_tools:
         hint = TOOLS_HINT
     elif job.variables:
         names = ", ".join(job.variables)
         hint = f"declare the prompt in the manifest with {names} as chat_template_kwargs"
     raise SourceError(
-        "the chat template writes something else before the text of these requests", hint=hint
+        "before the text, the chat template writes something else for a stored prompt than for "
+        "these requests",
+        hint=hint,
     )

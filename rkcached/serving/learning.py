@@ -170,7 +170,8 @@ class Learning:
             text = text_to_declare(job, rendered, wish.size_bytes)
             await asyncio.to_thread(check_that_it_begins, job, rendered, text)
             if key in self._reconciler.snapshot.desired.prompts:
-                wish.outcome = f"there is a prompt {key} meanwhile"
+                wish.outcome = f"there is a prompt {key} by now"
+                wish.hint = "choose another name: nothing is overwritten"
                 return
             await asyncio.to_thread(self._stored.create, key, text)
         except RkcachedError as error:

@@ -257,7 +257,9 @@ class Preloader:
         if known.tried:
             for other in self._others(worker) or ():
                 log.info(
-                    "model unloaded", model=other.model.name, reason=f"{worker.model.name} returns"
+                    "model unloaded",
+                    model=other.model.name,
+                    reason=f"preload of {worker.model.name}",
                 )
                 await other.make_room()
         known.tried = True

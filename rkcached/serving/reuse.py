@@ -159,7 +159,7 @@ def _why_not_more(
         if is_partial:
             return "no prompt begins like this request; it goes on from an earlier one"
         if job.named is not None and (cause := _cause(job)):
-            return f"the text begins otherwise than {job.named}: {cause}"
+            return f"the request begins otherwise than {job.named}: {cause}"
         return "no prompt begins like this request"
     if cached_tokens > _tokens(nearest) + LEAST_TOKENS:
         return f"the request goes on from an earlier one, beyond what it shares with {nearest.key}"
@@ -183,7 +183,7 @@ def _why_not_more(
 def _cause(job: Job) -> str:
     """The parameters of a request that change the text beside its messages."""
     if job.with_tools:
-        return "the tools; declare them with the prompt (tools: FILE)"
+        return "the request's tools; declare them with the prompt (tools: FILE)"
     if job.variables:
         names = ", ".join(job.variables)
         return f"the request's variables ({names}); declare them with the prompt"

@@ -124,7 +124,7 @@ class BuildConfig(_Section):
         default=0.0,
         ge=0,
         le=86_400,
-        description="Begin no build before nobody has asked for so long.",
+        description="Begin a build only when no request has run or waited for this many seconds.",
     )
     window: Window = Field(
         default=None,
@@ -138,13 +138,13 @@ class ConversationsConfig(_Section):
     max_bytes: Size | None = Field(
         default=None,
         description="Budget of saved conversations, beside that of the prompt caches. "
-        "None: 512 MiB with llamacpp; with rkllm none is saved, as a save is a run.",
+        "None: 512 MiB with llamacpp; with rkllm none is saved, as the model has to run for it.",
     )
     keep_s: float = values.number(
         default=86_400.0,
         ge=0,
         le=31_536_000,
-        description="Delete a saved conversation that nobody went on with for so long. "
+        description="Delete a saved conversation that nobody went on with for this many seconds. "
         "0: save none.",
     )
 

@@ -372,7 +372,7 @@ def test_tools_and_the_prompt_cache(workspace: Workspace) -> None:
     report = workspace.ask("n/a", tools=[WEATHER])["rkcached"]
     assert report["state"] == "partial"
     assert report["reason"].endswith(
-        "after the system message: the tools; declare them with the prompt (tools: FILE)"
+        "after the system message: the request's tools; declare them with the prompt (tools: FILE)"
     )
 
 

@@ -133,7 +133,7 @@ def test_lines_of_no_use_are_told(workspace: Workspace) -> None:
     ("arguments", "code", "words"),
     [
         (["nowhere.jsonl"], os.EX_NOINPUT, "cannot be read: No such file"),
-        (["none.jsonl"], os.EX_DATAERR, "it is no chat completion"),
+        (["none.jsonl"], os.EX_DATAERR, "it is no request for a chat completion"),
         (["ok.jsonl", "--to", "ok.jsonl"], os.EX_CANTCREAT, "cannot be written"),
         (["ok.jsonl", "--at-least", "0"], os.EX_USAGE, "--at-least"),
     ],
@@ -151,5 +151,8 @@ def test_what_cannot_be_imported(
 def test_nothing_came_often(workspace: Workspace) -> None:
     """It says so, and writes nothing."""
     done = workspace.cli("prompts", "import", record(workspace, request("a"), request("b", "B.")))
-    assert done.stdout == "# Of 2 requests, no 2 begin alike, with a system message.\n"
+    assert done.stdout == (
+        "# No prompt was made: of 2 requests, fewer than 2 have the same system message and "
+        "tools.\n"
+    )
     assert not (workspace.root / "prompts").exists()

@@ -74,7 +74,7 @@ def test_what_repeats_is_suggested(space: Workspace) -> None:
     """By the third request: tokens, requests, uid and time, in status and in the command."""
     repeat(space, 2)
     assert suggestions(space) == []
-    assert "nothing was repeated" in space.cli("suggest").stdout
+    assert "no suggestion yet: it takes three requests" in space.cli("suggest").stdout
 
     repeat(space, 1)
     (found,) = suggestions(space)
@@ -84,7 +84,7 @@ def test_what_repeats_is_suggested(space: Workspace) -> None:
     assert found["prefill_ms"] > 0
     assert space.status()["suggestions"] == [found]
 
-    line = f"{found['tokens']:,} tokens began 3 requests of uid {os.geteuid()}, "
+    line = f"{found['tokens']:,} tokens began 3 requests of uid {os.geteuid()} and "
     assert line in space.cli("suggest").stdout
     assert f"rkcached suggest {found['id']} --write NAME" in space.cli("suggest").stdout
     assert f"model m: {line}" in space.cli("status").stdout
@@ -133,7 +133,7 @@ def test_what_cannot_be_stored_says_why(space: Workspace) -> None:
     write(space, "house")
     repeat(space, 1, tools=[TOOL])
     wait_until(
-        lambda: "has the tools of the requests" in suggestions(space)[0]["outcome"],
+        lambda: "with the tools of the requests" in suggestions(space)[0]["outcome"],
         "it says why nothing was stored",
     )
     assert not (space.root / "state/prompts/m/house.md").exists()
@@ -143,7 +143,7 @@ def test_what_cannot_be_stored_says_why(space: Workspace) -> None:
         body = {"model": "m", "prompt": f"{SECRET} {number}", "max_tokens": 2}
         assert space.request("POST", "/v1/completions", json=body).status_code == 200
     steps = [found["next_step"] for found in suggestions(space)]
-    assert "send it as the system message: only that can be declared" in steps
+    assert "send it as the system message: only that can become a prompt" in steps
 
 
 def test_names_and_ids_that_cannot_be(space: Workspace) -> None:

@@ -158,7 +158,7 @@ def test_a_file_that_is_swapped_while_the_daemon_runs_is_not_loaded(talk: Worksp
     right = talk.ask("m/house", messages=messages, cache=False, max_tokens=16)
     assert answer["choices"] == right["choices"]
     assert "the file was replaced" in answer["rkcached"]["reason"]
-    talk.logged("conversation lost")
+    talk.logged("saved conversation not loaded")
 
 
 def test_the_manifest_may_have_none_saved(workspace: Workspace) -> None:

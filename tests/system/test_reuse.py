@@ -80,7 +80,7 @@ def test_what_programs_add_does_not_cost_the_whole_prompt(ship: Workspace) -> No
         (ask(ship, HOUSE, memory), ""),
         (
             ask(ship, HOUSE, tools=[TOOL]),
-            "after the system message: the tools; declare them with the prompt (tools: FILE)",
+            "after the system message: the request's tools; declare them with the prompt",
         ),
     ):
         assert report["cached_tokens"] >= whole - 8, report

@@ -39,7 +39,7 @@ def test_the_parts_are_those_that_were_measured() -> None:
     check = checked(status_of())
     assert check.outcome is Outcome.OK
     assert check.finding == (
-        "1.8 s from cook (model 1.5 s, cache 200 ms, question 120 ms), as last measured"
+        "1.8 s with cook (model 1.5 s, cache 200 ms, question 120 ms), as last measured"
     )
     assert check.next_step.startswith("`preload: cook`")
 
@@ -47,11 +47,11 @@ def test_the_parts_are_those_that_were_measured() -> None:
 def test_what_is_preloaded_takes_no_time() -> None:
     """Of the first prompt neither model nor cache; unless the model is not in memory now."""
     check = checked(status_of(), ", preload: cook")
-    assert check.finding == "120 ms from cook (question 120 ms), as last measured"
+    assert check.finding == "120 ms with cook (question 120 ms), as last measured"
     check = checked(status_of(), ", preload: true")
-    assert check.finding.startswith("320 ms from cook (cache 200 ms, question 120 ms)")
+    assert check.finding.startswith("320 ms with cook (cache 200 ms, question 120 ms)")
     check = checked(status_of(worker="stopped"), ", preload: cook")
-    assert check.finding.startswith("1.8 s from cook (model 1.5 s")
+    assert check.finding.startswith("1.8 s with cook (model 1.5 s")
 
 
 @pytest.mark.parametrize(

@@ -87,14 +87,15 @@ def suggestion(**more: Any) -> dict[str, Any]:
 def test_what_is_repeated_is_one_line() -> None:
     """What costs most, with the next step; counts that are not known are left out."""
     first = suggestion()
-    line = "model m: 1,911 tokens began 34 requests of uid 1000, 6.2 s each; declare them?"
-    assert f"{line} `rkcached suggest` says how\n" in printed(
-        a_status([], suggestions=[first]), 200
+    line = (
+        "model m: 1,911 tokens began 34 requests of uid 1000 and were prefilled in all of them, "
+        "6.2 s each time; `rkcached suggest` says how to make a prompt of them"
     )
+    assert f"{line}\n" in printed(a_status([], suggestions=[first]), 200)
     both = [first, suggestion(prefilled=2, tokens=0, prefill_ms=80.4)]
-    assert "says how (and 1 more)" in printed(a_status([], suggestions=both), 200)
+    assert "make a prompt of them (and 1 more)" in printed(a_status([], suggestions=both), 200)
     assert words.suggestion_of(both[1]) == (
-        "8.0 kB began 34 requests of uid 1000 and were prefilled in 2 of them, 80 ms each"
+        "8.0 kB began 34 requests of uid 1000 and were prefilled in 2 of them, 80 ms each time"
     )
 
 

@@ -224,8 +224,8 @@ def suggestion_line(status: dict[str, Any]) -> str:
     if len(status["suggestions"]) > 1:
         more = f" (and {len(status['suggestions']) - 1} more)"
     return (
-        f"model {first['model']}: {words.suggestion_of(first)}; declare them? "
-        f"`rkcached suggest` says how{more}"
+        f"model {first['model']}: {words.suggestion_of(first)}; "
+        f"`rkcached suggest` says how to make a prompt of them{more}"
     )
 
 
