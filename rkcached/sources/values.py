@@ -167,7 +167,8 @@ def _window(value: object) -> object:
         return None
     if not isinstance(value, str) or not re.fullmatch(_WINDOW, value):
         raise wrong(
-            f"window: expected a time of day, got {show(value)}", 'write "02:00-05:00", in quotes'
+            f"window: expected two times of day, got {show(value)}",
+            'write "02:00-05:00", in quotes',
         )
 
     begin, _, end = value.partition("-")

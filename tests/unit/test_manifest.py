@@ -644,12 +644,12 @@ def test_out_of_range(text: str, message: str, hint: str) -> None:
         (MINIMAL + "cache: {max_bytes: 2 GiX}", "max_bytes: unknown unit in '2 GiX'"),
         (MINIMAL + "cache: {build: 5}", "build: expected a mapping, got 5"),
         (MINIMAL + "cache: {build: {idle_s: 1m}}", "idle_s: expected a number, got '1m'"),
-        (MINIMAL + "cache: {build: {window: 2-5}}", "window: expected a time of day, got '2-5'"),
+        (MINIMAL + "cache: {build: {window: 2-5}}", "window: expected two times of day, got '2-5'"),
         (
             MINIMAL + "cache: {build: {window: '02:00-24:00'}}",
-            "window: expected a time of day, got '02:00-24:00'",
+            "window: expected two times of day, got '02:00-24:00'",
         ),
-        (MINIMAL + "cache: {build: {window: 120}}", "window: expected a time of day, got 120"),
+        (MINIMAL + "cache: {build: {window: 120}}", "window: expected two times of day, got 120"),
         (
             MINIMAL + "cache: {build: {window: '02:00-02:00'}}",
             "window: 02:00-02:00 begins and ends at the same time",
