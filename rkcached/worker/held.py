@@ -21,9 +21,9 @@ _WORTH_KEEPING_BYTES = 64
 """A conversation that has less beyond the file that it began with, some 16 tokens, is read again as
 quickly."""
 
-_WORTH_GUESSING_BYTES = 4096
-"""Nobody knows whether a first question is followed by another one. With so much text, some 1,000
-tokens, it is worth a file."""
+_WORTH_GUESSING_BYTES = 512
+"""Nobody knows whether a first question is followed by another one, or sent again with the same
+tools. With so much text, some 128 tokens, it is worth a file."""
 
 _ENDING_BYTES = 64
 """The last bytes of a rendered request, where the answer begins, may be others in the next one."""
