@@ -17,6 +17,10 @@ from rkcached.worker import protocol
 NOBODY = -1
 """The owner of a state in which nothing is private."""
 
+UNKNOWN = -2
+"""The owner of a state that a client left whose user the kernel does not tell, as over TCP. It is
+open to nobody, not even to the next such client."""
+
 _WORTH_KEEPING_BYTES = 64
 """A conversation that has less beyond the file that it began with, some 16 tokens, is read again as
 quickly."""
@@ -74,10 +78,15 @@ class Held(NamedTuple):
     def is_worth_keeping(self) -> bool:
         """Whether it is a conversation that would have to be read again."""
         least = _WORTH_KEEPING_BYTES if self.goes_on else _WORTH_GUESSING_BYTES
-        return self.owner != NOBODY and len(self.text) - self.cached_bytes >= least
+        return self.owner not in (NOBODY, UNKNOWN) and len(self.text) - self.cached_bytes >= least
 
     def _is_open_to(self, operation: protocol.Generate) -> bool:
-        return self.owner in (NOBODY, operation.owner)
+        return self.owner in (NOBODY, owner_of(operation)) and self.owner != UNKNOWN
 
     def _common_bytes(self, operation: protocol.Generate) -> int:
         return common_bytes(self.text, operation.prompt.encode())
+
+
+def owner_of(operation: protocol.Generate) -> int:
+    """Whose the state is that this run leaves."""
+    return UNKNOWN if operation.owner == NOBODY else operation.owner

@@ -20,7 +20,7 @@ from rkcached.errors import ArtifactLoadError, EngineError, SamplingFixed, Verif
 from rkcached.worker import protocol
 from rkcached.worker.building import Builder
 from rkcached.worker.engine_state import Emit, EngineState, since
-from rkcached.worker.held import Held, Step
+from rkcached.worker.held import Held, Step, owner_of
 
 if TYPE_CHECKING:
     from rkcached.worker.json_answer import JsonAnswer
@@ -76,13 +76,13 @@ class Session:
                 emit(protocol.Piece(id=operation.id, text=token.text, logprobs=token.details))
             return stopped()
 
-        self._state.held = Held(owner=operation.owner)
+        self._state.held = Held(owner=owner_of(operation))
         stats = self.engine.generate(operation.prompt, sampling, on_token)
         if not operation.cold:
             asked = operation.prompt.encode()
             self._state.held = Held(
                 text=asked + "".join(text).encode(),
-                owner=operation.owner,
+                owner=owner_of(operation),
                 asked_bytes=len(asked),
                 cached_bytes=operation.common_bytes,
                 goes_on=operation.goes_on,

@@ -33,6 +33,7 @@ from rkcached.errors import (
 )
 from rkcached.host.digests import signature_of
 from rkcached.worker import protocol
+from rkcached.worker.held import NOBODY
 from rkcached.worker.operations import Session
 
 PREFIX = "You keep a café in Zürich. "
@@ -538,6 +539,19 @@ def test_a_conversation_that_cannot_be_saved_costs_no_answer(bench: Bench, tmp_p
     bench.generate(session, prompt=TALK, goes_on=True)
     said, _ = bench.generate(session, prompt=OTHER, keep_at=tmp_path / "m/talk.state")
     assert said
+    assert saved(bench) == []
+
+
+@pytest.mark.parametrize("next_owner", [NOBODY, 1000])
+def test_a_client_whose_user_is_not_known_leaves_nothing_to_others(
+    bench: Bench, tmp_path: Path, next_owner: int
+) -> None:
+    """Over TCP, which socket activation may bring, the kernel tells no user: all are -1."""
+    session, _ = bench.session(MemoryEngine)
+    bench.generate(session, prompt=TALK, goes_on=True, owner=NOBODY)
+    file = tmp_path / "talk.state"
+    _, stats = bench.generate(session, prompt=TALK, owner=next_owner, keep_at=file)
+    assert stats.cached_tokens == 0
     assert saved(bench) == []
 
 
