@@ -68,6 +68,7 @@ from rkcached.sources.stored_texts import StoredTexts
 from rkcached.store.store import Store
 from rkcached.worker import scratch
 from rkcached.worker.gate import Gates
+from rkcached.worker.held import NOBODY
 from rkcached.worker.pool import Room, Workers, room_in_memory
 from rkcached.worker.supervisor import Worker
 
@@ -226,7 +227,7 @@ def _build(
     )
     reloading = _Reloading(reconciler, headline, service)
 
-    learning = Learning(reconciler, stored)
+    learning = Learning(reconciler, stored, events)
     resting = Resting(published, workers, gates, conversations)
     serving = Serving(
         reconciler=reconciler,
@@ -240,7 +241,7 @@ def _build(
         reconciler=reconciler,
         serving=serving,
         preparation=Preparation(published),
-        caches=CacheApi(reconciler, serving, workers, stored),
+        caches=CacheApi(reconciler, serving, workers, stored, learning),
         suggestions=SuggestApi(learning),
         embeddings=Embeddings(published, workers, gates),
         events=events,
@@ -443,11 +444,11 @@ class _Headline:
     def show(self) -> None:
         """Give systemd the line of this moment."""
         self._scheduled = False
-        self._service.status(summary(self._published.now))
+        self._service.status(summary(self._published.now.seen_by(NOBODY)))
 
     def tell(self) -> None:
         """As `show`; the listeners get it, too, if it changed."""
-        line = summary(self._published.now)
+        line = summary(self._published.now.seen_by(NOBODY))
         self._service.status(line)
         if line != self._known:
             self._known = line

@@ -17,7 +17,7 @@ from starlette.responses import Response
 
 from rkcached import errors
 from rkcached.api.endpoints import EVENT_STREAM, endpoint
-from rkcached.api.exchange import Streamed, answer, read_record, unless_gone
+from rkcached.api.exchange import Streamed, answer, read_record, unless_gone, viewer_of
 from rkcached.api.requests import CollectRequest, GenerateBinaryRequest, ModelRequest, StoreRequest
 from rkcached.api.responses import (
     BinaryCacheCreated,
@@ -34,7 +34,9 @@ from rkcached.api.status import model_status, prompt_status
 from rkcached.errors import RequestError
 from rkcached.plan.desired import DesiredModel
 from rkcached.reconcile.loop import Reconciler
+from rkcached.reconcile.snapshot import Snapshot
 from rkcached.serving.dispatcher import Serving
+from rkcached.serving.learning import Learning
 from rkcached.serving.models import find_model
 from rkcached.sources.manifest import RESERVED_PROMPT
 from rkcached.sources.problems import NAME, NAME_RULE
@@ -51,12 +53,18 @@ LENT_HEARTBEAT_S = 15.0
 
 class CacheApi:
     def __init__(
-        self, reconciler: Reconciler, serving: Serving, workers: Workers, stored: StoredTexts
+        self,
+        reconciler: Reconciler,
+        serving: Serving,
+        workers: Workers,
+        stored: StoredTexts,
+        learning: Learning,
     ) -> None:
         self._reconciler = reconciler
         self._serving = serving
         self._workers = workers
         self._stored = stored
+        self._learning = learning
 
     # Models
 
@@ -159,8 +167,10 @@ class CacheApi:
     )
     async def _list(self, request: Request) -> Response:
         model = self._known_model(request)
-        keys = [key for key in self._reconciler.snapshot.assessments if key.model == model]
-        entries = list(map(self._describe, keys))
+        snapshot = self._reconciler.snapshot.seen_by(viewer_of(request))
+        entries = [
+            self._describe(key, snapshot) for key in snapshot.assessments if key.model == model
+        ]
         return answer(CacheList.model_validate({"data": entries}))
 
     @endpoint(
@@ -172,9 +182,10 @@ class CacheApi:
     )
     async def _get(self, request: Request) -> Response:
         key = self._key(request, request.path_params["name"])
-        if key not in self._reconciler.snapshot.assessments:
+        snapshot = self._reconciler.snapshot.seen_by(viewer_of(request))
+        if key not in snapshot.assessments:
             raise _no_cache(key)
-        return answer(CacheEntry.model_validate(self._describe(key)))
+        return answer(CacheEntry.model_validate(self._describe(key, snapshot)))
 
     @endpoint(
         "POST",
@@ -197,7 +208,7 @@ class CacheApi:
             return answer(accepted, status=202, headers={"Location": location})
 
         await self._built(key, anew=False)
-        return answer(CacheCreated.model_validate(self._describe(key)))
+        return answer(CacheCreated.model_validate(self._describe(key, self._reconciler.snapshot)))
 
     @endpoint(
         "POST",
@@ -248,7 +259,10 @@ class CacheApi:
             raise _declared(key, "remove it there")
 
         with _refusing_as("state_not_writable"):
-            deleted = await asyncio.to_thread(self._stored.delete, key)
+            if key in desired.learned:
+                deleted = await self._learning.forget(key)
+            else:
+                deleted = await asyncio.to_thread(self._stored.delete, key)
         if not deleted:
             raise _no_cache(key)
 
@@ -289,6 +303,14 @@ class CacheApi:
         _check_text(text, param)
 
         desired = self._reconciler.snapshot.desired
+        if key in desired.learned:
+            raise RequestError(
+                409,
+                f"{key} was learned from requests",
+                code="prompt_exists",
+                param="cache_name",
+                hint="store this text under another name",
+            )
         if key in desired.prompts and key not in desired.stored:
             raise _declared(key, "change its file, or store this text under another name")
         with _refusing_as("state_not_writable"):
@@ -315,12 +337,11 @@ class CacheApi:
         except errors.RkcachedError as error:
             raise RequestError(503, error.message, code="build_failed", hint=error.hint) from error
 
-    def _describe(self, key: Key) -> dict[str, Any]:
-        stored = key in self._reconciler.snapshot.desired.stored
+    def _describe(self, key: Key, snapshot: Snapshot) -> dict[str, Any]:
         return {
             "cache_name": key.prompt,
-            "stored": stored,
-            **prompt_status(key, self._reconciler.snapshot, self._serving),
+            "stored": key in snapshot.desired.stored,
+            **prompt_status(key, snapshot, self._serving),
         }
 
     def _known_model(self, request: Request) -> str:

@@ -24,6 +24,7 @@ from prometheus_client.registry import Collector
 from rkcached.reconcile.events import Event, Events
 from rkcached.reconcile.snapshot import Published
 from rkcached.serving.dispatcher import Serving
+from rkcached.worker.held import NOBODY
 from rkcached.worker.pool import Workers
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -132,8 +133,9 @@ class _Now(Collector):
 
     def collect(self) -> Iterator[Metric]:
         snapshot = self._published.now
+        for_all = snapshot.seen_by(NOBODY)
         states: Counts[tuple[str, str]] = Counts()
-        for key, assessment in snapshot.assessments.items():
+        for key, assessment in for_all.assessments.items():
             states[key.model, assessment.state.value] += 1
         artifacts = GaugeMetricFamily(
             "rkcached_artifacts", "Prompts by state.", labels=("model", "state")

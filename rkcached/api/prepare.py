@@ -65,6 +65,8 @@ class Preparation:
         snapshot = self._published.now
         model = find_text_model(snapshot, request.model.partition("/")[0])
         named, param = named_prompt(request)
+        if named is not None:
+            snapshot = snapshot.seen_by(owner)
         shown = shown_tools(request, _declared_tools(snapshot, named))
         form = await self._answer_form(model.template, with_tools=bool(shown.tools))
         demand = demand_of(request, shown, model, form, snapshot.manifest.engine.kind)

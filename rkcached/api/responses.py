@@ -239,6 +239,7 @@ class PromptStatus(Answer):
         description="Unix seconds of the next attempt; null where time alone does not help."
     )
     description: str
+    learned: bool = Field(description="The daemon made it of what requests repeat.")
     tools: list[str] = Field(description="The names of the tools that belong to it.")
     hits: int
     misses: int

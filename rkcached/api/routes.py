@@ -14,7 +14,7 @@ import struct
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import AbstractContextManager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +76,7 @@ from rkcached.api.status import pieces
 from rkcached.api.suggest_routes import SuggestApi
 from rkcached.api.writer import ChatWriter, CompletionWriter, Writer
 from rkcached.errors import ManifestError, RequestError
-from rkcached.reconcile.events import Events
+from rkcached.reconcile.events import Event, Events
 from rkcached.reconcile.loop import Reconciler
 from rkcached.serving.dispatcher import Serving
 from rkcached.serving.embeddings import Embeddings
@@ -239,8 +239,8 @@ class Api:
         summary="Models, and their prompts as `model/prompt`.",
         answers={200: ModelList},
     )
-    async def _models(self, _: Request) -> Response:
-        desired = self._reconciler.snapshot.desired
+    async def _models(self, request: Request) -> Response:
+        desired = self._reconciler.snapshot.seen_by(viewer_of(request)).desired
         names = [*desired.models, *map(str, desired.prompts)]
         return answer(ModelList(data=[ModelCard(id=name) for name in names]))
 
@@ -252,7 +252,7 @@ class Api:
         errors=(404, 503),
     )
     async def _model(self, request: Request) -> Response:
-        snapshot = self._reconciler.snapshot
+        snapshot = self._reconciler.snapshot.seen_by(viewer_of(request))
         name, _, prompt = request.path_params["name"].partition("/")
         find_model(snapshot, name)
         if prompt and Key(name, prompt) not in snapshot.desired.prompts:
@@ -317,7 +317,21 @@ class Api:
     async def _get_events(self, request: Request) -> Response:
         waits_for = request.query_params.getlist("waits_for")
         hurrying = self._reconciler.hurrying(waits_for)
-        return Streamed(_event_stream(self._events, hurrying), media_type=EVENT_STREAM)
+        viewer = viewer_of(request)
+        shown = functools.partial(self._as_seen, viewer)
+        return Streamed(_event_stream(self._events, hurrying, shown), media_type=EVENT_STREAM)
+
+    def _as_seen(self, viewer: int | None, event: Event) -> Event | None:
+        """The event as this user may see it; None if it is about a prompt of another user's."""
+        prompt = event.fields.get("prompt")
+        if prompt is None:
+            return event
+        key = Key(event.fields["model"], prompt)
+        if self._reconciler.snapshot.may_see(viewer, key):
+            return event
+        if event.kind == "answer":
+            return replace(event, fields={**event.fields, "prompt": None})
+        return None
 
     @endpoint(
         "GET",
@@ -413,7 +427,9 @@ def _floats(vector: bytes) -> list[float]:
 
 
 async def _event_stream(
-    events: Events, hurrying: AbstractContextManager[None]
+    events: Events,
+    hurrying: AbstractContextManager[None],
+    as_seen: Callable[[Event], Event | None],
 ) -> AsyncGenerator[bytes, None]:
     """Server-sent events, with a comment at once and after each silence.
 
@@ -425,9 +441,9 @@ async def _event_stream(
         async for event in events.stream(HEARTBEAT_S):
             if event is None:
                 yield b": still here\n\n"
-            else:
-                data = {"time": round(event.time, 3), **event.fields}
-                yield f"event: {event.kind}\n".encode() + _sse(data)
+            elif (seen := as_seen(event)) is not None:
+                data = {"time": round(seen.time, 3), **seen.fields}
+                yield f"event: {seen.kind}\n".encode() + _sse(data)
 
 
 def _sse(data: dict[str, Any]) -> bytes:

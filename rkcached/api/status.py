@@ -80,7 +80,7 @@ def status(
 
     Prompts are in the manifest's order, or with `urgent_first` in the order for people.
     """
-    snapshot = published.now
+    snapshot = published.now.seen_by(viewer)
     problems = snapshot.manifest_error.problems if snapshot.manifest_error else ()
     building = [snapshot.building.key] if snapshot.building else []
     keys = list(snapshot.assessments)
@@ -123,7 +123,7 @@ def status(
             "builds": snapshot.builds,
         },
         "answers": dict(serving.answers),
-        "recent": list(recent.answers),
+        "recent": [_as_seen(answer, snapshot, viewer) for answer in recent.answers],
         "running": serving.running,
         "models": _models(snapshot, serving, workers, preloader),
         "notices": list(snapshot.desired.notices),
@@ -153,6 +153,13 @@ def _models(
             }
         )
     return documents
+
+
+def _as_seen(answer: RecentAnswer, snapshot: Snapshot, viewer: int | None) -> RecentAnswer:
+    """The answer, without the name of a prompt of another user's."""
+    if answer.prompt is None or snapshot.may_see(viewer, Key(answer.model, answer.prompt)):
+        return answer
+    return answer.model_copy(update={"prompt": None})
 
 
 def suggested(learning: Learning, viewer: int | None) -> list[SuggestedPrompt]:
@@ -342,6 +349,7 @@ def prompt_status(key: Key, snapshot: Snapshot, serving: Serving) -> dict[str, A
         "hint": assessment.hint,
         "retry_at": _retry_at(assessment),
         "description": assessment.description,
+        "learned": key in snapshot.desired.learned,
         "tools": list(tools.names) if tools is not None else [],
         "hits": use.hits if use else 0,
         "misses": use.misses if use else 0,

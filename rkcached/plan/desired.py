@@ -22,7 +22,13 @@ from rkcached.messages.template import ChatTemplate
 from rkcached.messages.tools import ToolSet
 from rkcached.plan import chat_templates, remarks
 from rkcached.plan.chat_templates import ChatTemplates
-from rkcached.plan.fingerprint import TOOLS_DIGEST, Fingerprint, Value, fingerprint
+from rkcached.plan.fingerprint import (
+    OWNER,
+    TOOLS_DIGEST,
+    Fingerprint,
+    Value,
+    fingerprint,
+)
 from rkcached.plan.records import DesiredPrompt
 from rkcached.sources.manifest import FingerprintMode, Manifest, ModelConfig
 from rkcached.sources.records import (
@@ -35,6 +41,7 @@ from rkcached.sources.records import (
     Trouble,
     kept,
 )
+from rkcached.worker.held import NOBODY
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,6 +81,8 @@ class Desired:
     """The system message of each usable prompt."""
     stored: frozenset[Key] = frozenset()
     """Prompts that clients stored, and may delete."""
+    learned: Mapping[Key, int] = field(default_factory=dict)
+    """Those among them that the daemon learned, and the uid of whom they serve, or NOBODY."""
     notices: tuple[str, ...] = ()
     """Sentences on what seems wrong in the manifest and can be used all the same."""
 
@@ -146,6 +155,11 @@ class Resolver:
             prompts=prompts,
             texts=texts,
             stored=stored,
+            learned={
+                key: NOBODY if declared.owner is None else declared.owner
+                for key, declared in sources.prompts.items()
+                if declared.learned
+            },
             notices=tuple(dict.fromkeys(texts_of_remarks)),  # two models may share a folder
             doubts=doubts,
             unlisted=sources.unlisted_models,
@@ -166,6 +180,8 @@ class Resolver:
             if key.prompt in model.prompt_templates:
                 variables = model.config.template_variables(key.prompt)
                 own |= chat_templates.variable_components(variables)
+            if declared.owner is not None:
+                own[OWNER] = declared.owner
             if declared.source.tools is not None:
                 own[TOOLS_DIGEST] = declared.source.tools.digest
             result = _fixed_sampling(model.config, key.prompt, model.runtime) or self._fingerprint(

@@ -14,12 +14,17 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
+from rkcached.worker.held import NOBODY
+
 FORMAT_VERSION = 1
 """Part of every fingerprint. Raise it when a component changes its meaning: all prompt caches
 become stale."""
 
 TOOLS_DIGEST = "tools.digest"
 """The component that the tools of a prompt are."""
+
+OWNER = "owner"
+"""The component that keeps a learned prompt for its user."""
 
 _MAGIC = b"rkcached fingerprint\0"
 
@@ -128,13 +133,18 @@ def reason_of(changed: Iterable[Change]) -> str:
     return ", ".join(dict.fromkeys(reasons))
 
 
+def owner_in(components: Mapping[str, str]) -> int:
+    """The uid of the only user whom a prompt cache with these components serves, or NOBODY."""
+    return int(components.get(OWNER, NOBODY))
+
+
 OF_TEXT = frozenset({"prefix.digest", "prefix.bytes", TOOLS_DIGEST})
 """The components that a prompt's own text makes."""
 
 
 def differ_in_text_only(one: Mapping[str, str], other: Mapping[str, str]) -> bool:
-    """Whether all components but those of the text are the same."""
-    names = (one.keys() | other.keys()) - OF_TEXT
+    """Whether all components but those of the text, and whose it is, are the same."""
+    names = (one.keys() | other.keys()) - OF_TEXT - {OWNER}
     return all(one.get(name) == other.get(name) for name in names)
 
 

@@ -15,6 +15,7 @@ from rkcached.errors import PromptTooShort
 from rkcached.messages.tools import ToolSet
 from rkcached.plan.fingerprint import Change, Fingerprint
 from rkcached.sources.records import Key, Trouble
+from rkcached.worker.held import NOBODY
 
 MAX_RETRY_S = 60.0
 """No failed attempt waits longer for the next one; a time further ahead was written by a clock that
@@ -67,6 +68,8 @@ class Retired:
     size_bytes: int
     retired_at: float
     """Unix seconds."""
+    owner: int = NOBODY
+    """The uid of the only user whom it served."""
 
 
 class VerdictKind(StrEnum):

@@ -17,7 +17,7 @@ import structlog
 from rkcached.engines.kinds import VerifyMode
 from rkcached.errors import RkcachedError, WorkerDied, WorkerTimeout
 from rkcached.host.digests import signature_of
-from rkcached.plan.fingerprint import Fingerprint, differ_in_text_only
+from rkcached.plan.fingerprint import Fingerprint, differ_in_text_only, owner_in
 from rkcached.plan.records import Build
 from rkcached.reconcile.index import ArtifactIndex, Match
 from rkcached.sources.records import Key
@@ -51,7 +51,7 @@ class Bases:
         probe: str,
     ) -> protocol.Base | None:
         """The base for a prefix, if there is one that is worth its load."""
-        match = index.closest(model, prefix.encode())
+        match = index.closest(model, prefix.encode(), owner_in(components))
         if match is None or not worth_loading(match):
             return None
 

@@ -105,7 +105,7 @@ class Reconciler:
         self._surplus = SurplusWorkers(workers, gates, published)
         self._failures = Failures()
         self._waiters = Waiters()
-        self._queue = BuildQueue(self.demand.rank)
+        self._queue = BuildQueue(self._rank)
         self._actor = Actor(
             store=store,
             published=published,
@@ -299,6 +299,10 @@ class Reconciler:
                 await task
             raise
         task.result()
+
+    def _rank(self, key: Key) -> tuple[float, ...]:
+        """Declared prompts are built before learned ones; first those that are asked for most."""
+        return (float(key in self.snapshot.desired.learned), *self.demand.rank(key))
 
     def _changed_beside_a_look(self) -> None:
         """A build or a request changed the store, or found something out about it."""

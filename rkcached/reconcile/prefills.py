@@ -29,6 +29,7 @@ from rkcached.errors import (
 )
 from rkcached.host import disk
 from rkcached.plan.desired import DesiredModel
+from rkcached.plan.fingerprint import owner_in
 from rkcached.plan.worker_model import worker_model
 from rkcached.reconcile.bases import Bases, Partials
 from rkcached.reconcile.build_queue import REQUESTED
@@ -188,6 +189,7 @@ class Prefills:
             verify=request.cache.verify,
             min_tokens=request.cache.min_tokens,
             base=base,
+            owner=owner_in(build.fingerprint.components),
             partial=str(partial),
         )
         attempt = _Attempt(operation, on_progress)

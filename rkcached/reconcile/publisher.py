@@ -16,6 +16,7 @@ from rkcached.reconcile.observer import Glimpse, Observation
 from rkcached.reconcile.snapshot import Published
 from rkcached.sources.records import Key
 from rkcached.store.sidecar import StoredArtifact
+from rkcached.worker.held import NOBODY
 
 log = structlog.get_logger()
 
@@ -51,6 +52,7 @@ class Publisher:
         self._published.change(
             manifest=observation.manifest,
             desired=observation.desired,
+            private=_private(observation),
             skipped_files=observation.sources.skipped_files,
             assessments=shown,
             artifacts=dict(inventory.artifacts),
@@ -105,6 +107,14 @@ class Publisher:
 
         unlisted = map(str, observation.sources.unlisted_models.values())
         self._announcer.notices((*observation.desired.notices, *unlisted))
+
+
+def _private(observation: Observation) -> dict[Key, int]:
+    """The keys that serve one user only. One that is to be built is declared before."""
+    artifacts = observation.inventory.artifacts
+    owners = {key: artifact.owner for key, artifact in artifacts.items()}
+    owners |= observation.desired.learned
+    return {key: owner for key, owner in owners.items() if owner != NOBODY}
 
 
 def _differs_by_text(artifact: StoredArtifact, desired: Desired) -> bool:

@@ -9,7 +9,7 @@ All of this is on the event loop. Only the reconciler and its parts change it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
@@ -18,9 +18,11 @@ from rkcached.host.digests import Digests, Reading
 from rkcached.plan.desired import Desired, DesiredModel
 from rkcached.plan.records import Assessment, Retired, State
 from rkcached.reconcile.index import ArtifactIndex
+from rkcached.sources.learned_texts import LEARNED
 from rkcached.sources.manifest import Manifest
 from rkcached.sources.records import Key, Trouble
 from rkcached.store.sidecar import StoredArtifact
+from rkcached.worker.held import NOBODY
 
 Name = TypeVar("Name", Key, str)
 Thing = TypeVar("Thing")
@@ -75,6 +77,9 @@ class Snapshot:
     skipped_files: tuple[str, ...] = ()
     """In a prompts_from folder, but with names that no prompt can have."""
 
+    private: Mapping[Key, int] = field(default_factory=dict)
+    """The prompts, and artifacts without a prompt, that serve one user only, by uid."""
+
     # The store
     assessments: Mapping[Key, Assessment] = field(default_factory=dict)
     artifacts: Mapping[Key, StoredArtifact] = field(default_factory=dict)
@@ -107,6 +112,54 @@ class Snapshot:
 
     def is_building(self, key: Key) -> bool:
         return self.building is not None and self.building.key == key
+
+    # Whose it is
+
+    def may_see(self, viewer: int | None, key: Key) -> bool:
+        """Whether this user (None: everybody's administrator) may know of a prompt.
+
+        One that is not known any more may have been a user's own.
+        """
+        if viewer is None:
+            return True
+        if key in self.private:
+            return self.private[key] == viewer
+        is_known = key in self.desired.prompts or key in self.artifacts
+        return is_known or not key.prompt.startswith(LEARNED)
+
+    def seen_by(self, viewer: int | None) -> Snapshot:
+        """The snapshot without prompts and prompt caches that serve other users only."""
+        if viewer is None:
+            return self
+
+        hidden = {key for key, owner in self.private.items() if owner != viewer}
+        retired = {
+            digest: artifact
+            for digest, artifact in self.retired.items()
+            if artifact.owner in (NOBODY, viewer)
+        }
+        if not hidden and len(retired) == len(self.retired):
+            return self
+
+        building = self.building
+        if building is not None and building.key in hidden:
+            building = None
+        desired = replace(
+            self.desired,
+            prompts=_but(self.desired.prompts, hidden),
+            texts=_but(self.desired.texts, hidden),
+            stored=self.desired.stored - hidden,
+            learned=_but(self.desired.learned, hidden),
+        )
+        return replace(
+            self,
+            desired=desired,
+            assessments=_but(self.assessments, hidden),
+            artifacts=_but(self.artifacts, hidden),
+            unreadable_bytes=_but(self.unreadable_bytes, hidden),
+            retired=retired,
+            building=building,
+        )
 
     # Sizes
 
@@ -215,6 +268,10 @@ class Published:
     def change(self, **changes: Any) -> None:
         """For the reconciler and its parts only: fields of the snapshot by name."""
         self._now = replace(self._now, **changes)
+
+
+def _but(mapping: Mapping[Key, Thing], hidden: Container[Key]) -> Mapping[Key, Thing]:
+    return {key: thing for key, thing in mapping.items() if key not in hidden}
 
 
 def _without(mapping: Mapping[Name, Thing], name: Name) -> Mapping[Name, Thing]:

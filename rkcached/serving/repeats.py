@@ -29,6 +29,9 @@ MAX_TABLES: Final = 16
 AFTER: Final = 3
 """So many requests make a beginning worth a suggestion."""
 
+LEAST_PREFILLED: Final = 2
+"""Of these, so many must have prefilled it: the first one always does."""
+
 _ID_BYTES: Final = 6
 
 
@@ -47,6 +50,19 @@ class Noted(NamedTuple):
     """Where the system message ends in `rendered`; 0 if there is none, or the template changed it.
     """
     with_tools: bool = False
+
+
+class Counted(NamedTuple):
+    """A beginning of a request, and how often it came."""
+
+    id: str
+    size_bytes: int
+    requests: int
+    prefilled: int
+
+    def is_worth_it(self, after: int) -> bool:
+        """Whether it came at least `after` times and was prefilled more than once."""
+        return self.requests >= after and self.prefilled >= LEAST_PREFILLED
 
 
 @dataclass(slots=True)
@@ -108,8 +124,8 @@ class Repeats:
         self._key = key
         self._tables: OrderedDict[tuple[str, int], _Table] = OrderedDict()
 
-    def note(self, model: str, owner: int, request: Noted) -> list[str]:
-        """Count the beginnings of a request; returns their ids, the longest first."""
+    def note(self, model: str, owner: int, request: Noted) -> list[Counted]:
+        """Count the beginnings of a request; returns those, the longest first."""
         table = self._table(model, owner)
         length = len(request.rendered)
         share_tokens = request.prompt_tokens / max(1, length)
@@ -140,7 +156,7 @@ class Repeats:
             table.move_to_end(digest)
         while len(table) > MAX_BEGINNINGS:
             table.popitem(last=False)
-        return [_id(digest) for digest in path]
+        return [_counted(digest, table) for digest in path if digest in table]
 
     def suggestions(self, owner: int | None = None, *, after: int = AFTER) -> list[Suggestion]:
         """The beginnings that came at least `after` times and were prefilled more than once.
@@ -193,7 +209,7 @@ def _worth_it(model: str, owner: int, table: _Table, after: int) -> Iterator[Sug
             longer[beginning.parent] = max(longer.get(beginning.parent, 0), beginning.requests)
 
     for digest, beginning in table.items():
-        if beginning.requests < after or beginning.prefilled < 2:
+        if beginning.requests < after or beginning.prefilled < LEAST_PREFILLED:
             continue
         if longer.get(digest, 0) >= beginning.requests:
             continue
@@ -209,6 +225,11 @@ def _worth_it(model: str, owner: int, table: _Table, after: int) -> Iterator[Sug
             system_bytes=beginning.system_bytes,
             with_tools=beginning.with_tools,
         )
+
+
+def _counted(digest: bytes, table: _Table) -> Counted:
+    known = table[digest]
+    return Counted(_id(digest), known.size, known.requests, known.prefilled)
 
 
 def _id(digest: bytes) -> str:

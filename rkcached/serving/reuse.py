@@ -67,8 +67,8 @@ def find(index: ArtifactIndex, job: Job) -> Found:
     """
     model = job.model.name
     rendered = job.prompt.encode()
-    whole = index.longest(model, rendered)
-    nearest = index.closest(model, rendered)
+    whole = index.longest(model, rendered, job.owner)
+    nearest = index.closest(model, rendered, job.owner)
     if nearest is None or (whole is not None and nearest.common_bytes <= whole.common_bytes):
         return Found(chosen=whole, whole=whole, nearest=whole)
 

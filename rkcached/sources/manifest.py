@@ -149,6 +149,24 @@ class ConversationsConfig(_Section):
     )
 
 
+class LearnConfig(_Section):
+    """Prompts that the daemon makes of what requests repeat."""
+
+    max_bytes: Size = Field(
+        default="256MiB",
+        description="What their prompt caches may take together; the least recently used go.",
+        validate_default=True,
+    )
+    after: int = values.whole(
+        default=3, ge=2, le=1000, description="So many requests with it make a prompt of a text."
+    )
+    share: bool = Field(
+        default=False,
+        strict=True,
+        description="Let them serve all users, not only the one whose requests had the text.",
+    )
+
+
 class CacheConfig(_Section):
     """The store of prompt caches."""
 
@@ -179,6 +197,9 @@ class CacheConfig(_Section):
         "they may come back. 0: not at all.",
     )
     build: BuildConfig = Field(default_factory=BuildConfig, description="When builds may begin.")
+    learn: LearnConfig | None = Field(
+        default=None, description="Learn prompts from what requests repeat. None: do not."
+    )
 
 
 class ServingConfig(_Section):

@@ -18,6 +18,7 @@ from rkcached.errors import RkcachedError, SourceError
 from rkcached.host.access import explained
 from rkcached.host.digests import Digests
 from rkcached.messages.tools import ToolSet, parse_tools
+from rkcached.sources.learned_texts import Learned
 from rkcached.sources.manifest import EngineConfig, Manifest
 from rkcached.sources.memory import Memory, Placed
 from rkcached.sources.model_reader import ModelReader
@@ -102,6 +103,8 @@ class SourceReader:
             if self._stored is not None:
                 unlisted |= self._add_stored(name, self._stored, prompts)
 
+        # After all others, which come first where there is little room.
+        unlisted |= self._add_learned(manifest, prompts)
         self._declared = prompts
         return Sources(
             runtime=self._runtime(manifest.engine),
@@ -201,6 +204,40 @@ class SourceReader:
                 self._declare(prompts, key, self._prompt(files), files, stored=True)
 
         return {}
+
+    def _add_learned(
+        self, manifest: Manifest, prompts: dict[Key, Declaration]
+    ) -> dict[str, Trouble]:
+        """The texts that the daemon learned; returns why those of a model cannot be listed."""
+        unlisted: dict[str, Trouble] = {}
+        config = manifest.cache.learn
+        if self._stored is None or config is None:
+            return unlisted
+
+        texts = self._stored.learned
+        found: list[Learned] = []
+        for model in manifest.models:
+            try:
+                found += texts.all(model, shared=config.share)
+            except OSError as error:
+                unlisted[model] = _unlisted(texts.folder(model), error, "check its owner")
+
+        for key, owner, path in found:
+            if key in prompts or not NAME.fullmatch(key.prompt):
+                continue
+            of = "" if owner is None else f" of uid {owner}"
+            files = (str(path),)
+            self._declare(
+                prompts,
+                key,
+                self._prompt(files),
+                files,
+                stored=True,
+                learned=True,
+                owner=owner,
+                description=f"learned from requests{of}",
+            )
+        return unlisted
 
     def read_again(self, declared: Declaration) -> Declaration:
         """The same declaration, with the text and the tools that its files have now."""

@@ -126,6 +126,10 @@ class Declaration:
     """In the manifest, for messages."""
     stored: bool = False
     """A client stored the text; the manifest says nothing of it."""
+    learned: bool = False
+    """The daemon stored it, because requests repeated it."""
+    owner: int | None = None
+    """The uid of the only user whom it serves; None: everybody."""
     files: tuple[str, ...] = ()
     """The files that the prompt was made of: those of its text, and last the one of its tools."""
     has_tools: bool = False

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from rkcached.errors import StoreError
 from rkcached.host import disk
+from rkcached.sources.learned_texts import LearnedTexts
 from rkcached.sources.records import Key
 
 _SUFFIX = ".md"
@@ -19,6 +20,7 @@ _DIRECTORY_MODE = 0o750
 class StoredTexts:
     def __init__(self, state_dir: Path) -> None:
         self._root = state_dir / "prompts"
+        self.learned = LearnedTexts(state_dir)
 
     def folder(self, model: str) -> Path:
         return self._root / model

@@ -18,6 +18,7 @@ from rkcached.engines.registry import ENGINES
 from rkcached.errors import SourceError
 from rkcached.host.beneath import is_folder
 from rkcached.host.digests import Digests, Signature, settled, signature_of
+from rkcached.plan.fingerprint import owner_in
 from rkcached.plan.records import Retired
 from rkcached.sources.problems import NAME
 from rkcached.sources.records import Key
@@ -186,6 +187,7 @@ def look_at_retired(folder: Path) -> _SeenRetired | None:
         tokens=sidecar.tokens,
         size_bytes=sidecar.size_bytes,
         retired_at=infos[0].st_mtime,
+        owner=owner_in(sidecar.components),
     )
     return _SeenRetired(files, signature_of(*infos), artifact)
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import msgspec
 
 from rkcached.host.digests import Signature
-from rkcached.plan.fingerprint import fingerprint
+from rkcached.plan.fingerprint import fingerprint, owner_in
 from rkcached.plan.records import Artifact, Retired, Verdict
 from rkcached.sources.records import Key
 
@@ -96,6 +96,11 @@ class StoredArtifact:
     @property
     def components(self) -> Mapping[str, str]:
         return self.sidecar.components
+
+    @property
+    def owner(self) -> int:
+        """The uid of the only user whom it serves, or NOBODY."""
+        return owner_in(self.sidecar.components)
 
     @property
     def tokens(self) -> int:

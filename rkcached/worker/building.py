@@ -55,7 +55,7 @@ class Builder:
         Errors: PromptTooShort, ContextExceeded, Uncacheable, VerifyFailed, Aborted; then the file
         is of no use.
         """
-        self._state.held = Held()
+        self._state.held = Held(owner=operation.owner)
         try:
             built = self._read(operation, emit, stopped)
             if operation.verify is VerifyMode.OFF:
@@ -158,7 +158,7 @@ class Builder:
     def _load_base(self, base: protocol.Base, operation: protocol.Build, emit: Emit) -> str:
         """Load the file of a base; returns why that failed, if it did."""
         loaded = self._state.load(operation.id, base.cache, emit)
-        self._state.held = Held()
+        self._state.held = Held(owner=operation.owner)
         return loaded.error
 
     def _keep(self, operation: protocol.Build, emit: Emit, prefill_ms: float) -> None:

@@ -79,6 +79,8 @@ class Build(msgspec.Struct, frozen=True, kw_only=True, tag="build"):
     min_tokens: int
     base: Base | None = None
     """Goes on from this one, if it can."""
+    owner: int = -1
+    """The uid of the only user whom the prompt cache serves."""
     partial: str = ""
     """Where the state goes if the build is aborted. Empty: nowhere."""
     keep_at: str = ""

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import re
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -191,3 +194,252 @@ def test_nobody_sees_what_others_repeat(space: Workspace) -> None:
     with as_user(12001):
         ask(space, SECRET, "hello")
     space.wait_state("house", "fresh")
+
+
+# Learning without being asked
+
+
+LEARN = "cache: {learn: {after: 3}}"
+
+
+@pytest.fixture
+def learner(workspace: Workspace) -> Workspace:
+    """A daemon that learns, on the memory engine."""
+    workspace.memory_model()
+    workspace.write("other.md", "A carpenter speaks. " * 20)
+    workspace.declare("{other: other.md}", top=LEARN, model="    chat_template: chatml\n")
+    workspace.start()
+    workspace.wait_state("other", "fresh")
+    open_to_all(workspace)
+    return workspace
+
+
+def learned(space: Workspace, *, admin: bool = True) -> list[dict[str, Any]]:
+    """Those that are fresh."""
+    prompts = space.request("GET", "/v1/status", admin=admin).json()["prompts"]
+    return [p for p in prompts if p["learned"] and p["state"] == "fresh"]
+
+
+def wait_learned(space: Workspace, count: int = 1) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = wait_until(
+        lambda: prompts if len(prompts := learned(space)) == count else None,
+        lambda: f"{count} are learned: {space.status()['prompts']}",
+    )
+    return found
+
+
+def test_what_repeats_is_learned(learner: Workspace) -> None:
+    """The fourth request is a hit, also after a restart; deleting it is left to the admin."""
+    repeat(learner)
+    (prompt,) = wait_learned(learner)
+    name = prompt["prompt"]
+    assert re.fullmatch(r"learned-[0-9a-f]{12}", name)
+    assert prompt["description"] == f"learned from requests of uid {os.geteuid()}"
+    report = ask(learner, SECRET, "and now?")
+    assert (report["cache"], report["state"]) == (name, "hit")
+    assert "Marigold" not in learner.log_text()
+    assert learner.cli("status", "--exit-code").stdout
+
+    learner.stop()
+    learner.start()
+    wait_learned(learner)
+    assert ask(learner, SECRET, "again?")["state"] == "hit"
+    assert learner.request("DELETE", f"/v1/cache/m/{name}").status_code == 403
+    assert learner.request("DELETE", f"/v1/cache/m/{name}", admin=True).status_code == 200
+    assert learned(learner) == []
+    assert list((learner.root / "state/learned").glob("**/*.md")) == []
+    assert ask(learner, SECRET, "gone?")["state"] == "cold"
+
+
+def test_without_the_key_nothing_is_learned(space: Workspace) -> None:
+    """Nor is used what was learned before."""
+    repeat(space, 5)
+    assert not (space.root / "state/learned").exists()
+
+
+@needs_root
+def test_what_is_learned_serves_its_user_only(learner: Workspace) -> None:
+    """Others neither use it, nor see it anywhere, nor can they name it."""
+    with as_user(12001):
+        repeat(learner)
+    (prompt,) = wait_learned(learner)
+    name = prompt["prompt"]
+    with as_user(12001):
+        assert [p["prompt"] for p in learned(learner, admin=False)] == [name]
+        assert ask(learner, SECRET, "mine?")["state"] == "hit"
+        assert learner.ask(f"m/{name}")["rkcached"]["state"] == "hit"
+
+    with as_user(12002):
+        report = ask(learner, SECRET, "mine?")
+        assert (report["cache"], report["state"]) == (None, "cold")
+        assert report["cached_tokens"] < 40
+        error = learner.ask(f"m/{name}", status=404)["error"]
+        unknown = learner.ask("m/learned-000000000000", status=404)["error"]
+        assert error["code"] == unknown["code"] == "prompt_not_found"
+        assert error["message"].replace(name, "") == unknown["message"].replace(
+            "learned-000000000000", ""
+        )
+        for path in ("/v1/status", "/v1/cache/m", "/v1/models", "/metrics", "/"):
+            shown = learner.request("GET", path).text
+            assert "learned-" not in shown, path
+            assert "Marigold" not in shown
+        assert learner.request("GET", f"/v1/cache/m/{name}").status_code == 404
+        assert learner.request("GET", f"/v1/models/m/{name}").status_code == 404
+        assert learner.status()["summary"] == "1 fresh, 0 blocked"
+        assert 'state="fresh"} 1.0' in learner.request("GET", "/metrics").text
+        assert write(learner, name, 404, id="ab")["error"]["code"] == "suggestion_not_found"
+
+    # As soon as he repeats it himself, he has one of his own.
+    with as_user(12002):
+        repeat(learner)
+    names = {p["prompt"] for p in wait_learned(learner, 2)}
+    assert name in names
+    with as_user(12002):
+        (mine,) = learned(learner, admin=False)
+        assert mine["prompt"] != name
+        assert ask(learner, SECRET, "mine?")["cache"] == mine["prompt"]
+
+
+@needs_root
+def test_events_are_for_whom_they_concern(learner: Workspace) -> None:
+    """Another user's stream has no event of it, and its own user's has all."""
+    with contextlib.ExitStack() as closing:
+        lines = {}
+        for uid in (12001, 12002):
+            client = closing.enter_context(learner.http())
+            with as_user(uid):
+                stream = closing.enter_context(client.stream("GET", "/v1/events"))
+                lines[uid] = stream.iter_lines()
+                next(lines[uid])
+
+        with as_user(12001):
+            repeat(learner)
+        wait_learned(learner)
+        with as_user(12001):
+            ask(learner, SECRET, "hit?")
+            learner.ask("m/other", question="the last one", max_tokens=3)
+        assert "learned-" in heard(lines[12001])
+        assert "learned-" not in heard(lines[12002])
+
+
+def heard(lines: Iterator[str]) -> str:
+    """The events until nine requests were answered: three pairs, one more, and the last one."""
+    text = ""
+    answers = 0
+    for line in lines:
+        text += line + "\n"
+        answers += line == "event: answer"
+        if answers == 9:
+            return text + next(lines)
+    raise AssertionError(text)
+
+
+@needs_root
+def test_shared_prompts_serve_everybody(workspace: Workspace) -> None:
+    workspace.memory_model()
+    workspace.write("other.md", "A carpenter speaks. " * 20)
+    top = "cache: {learn: {share: true}}"
+    workspace.declare("{other: other.md}", top=top, model="    chat_template: chatml\n")
+    workspace.start()
+    workspace.wait_state("other", "fresh")
+    open_to_all(workspace)
+    with as_user(12001):
+        repeat(workspace)
+    (prompt,) = wait_learned(workspace)
+    assert prompt["description"] == "learned from requests"
+    with as_user(12002):
+        assert ask(workspace, SECRET, "ours?")["cache"] == prompt["prompt"]
+
+
+def test_what_is_not_used_makes_room(workspace: Workspace) -> None:
+    """The least recently used goes first; one that is too large alone is not learned again."""
+    workspace.memory_model(context_tokens=500_000)
+    workspace.write("other.md", "A carpenter speaks. " * 20)
+    workspace.declare(
+        "{other: other.md}",
+        params="{max_context_len: 500000}",
+        top="cache: {learn: {max_bytes: 1MiB}, conversations: {keep_s: 0}}",
+        model="    chat_template: chatml\n",
+    )
+    workspace.start()
+    workspace.wait_state("other", "fresh")
+    texts = [f"Cook {number}.\n{RULES * 33}" for number in range(3)]
+    for text in texts[:2]:
+        repeat(workspace, system=text)
+    first, second = wait_learned(workspace, 2)
+    sizes = [prompt["artifact"]["size_bytes"] for prompt in (first, second)]
+    assert sum(sizes) < 1 << 20 < sum(sizes) * 1.5
+    used = ask(workspace, texts[0], "still there?")["cache"]
+    unused = next(p["prompt"] for p in (first, second) if p["prompt"] != used)
+
+    repeat(workspace, system=texts[2])
+    workspace.logged(f"learned prompt dropped model=m prompt={unused} reason='makes room'")
+    wait_until(lambda: unused not in {p["prompt"] for p in learned(workspace)}, "it has gone")
+    assert used in {p["prompt"] for p in wait_learned(workspace, 2)}
+    assert len(list((workspace.root / "state/learned").glob("**/*.md"))) == 2
+    assert workspace.status()["cache"]["retired"] == 0
+
+    large = f"Cook 4.\n{RULES * 120}"
+    repeat(workspace, system=large)
+    wait_until(
+        lambda: workspace.log_text().count("learned prompt dropped") == 2, "the large one goes"
+    )
+    wait_learned(workspace, 2)
+    built = workspace.status()["reconcile"]["builds"]
+    repeat(workspace, 5, system=large)
+    workspace.hang_up()
+    assert workspace.status()["reconcile"]["builds"] == built
+    assert {p["prompt"] for p in wait_learned(workspace, 2)} > {used}
+
+
+def test_declared_prompts_are_built_first(learner: Workspace) -> None:
+    """However often the learned one is asked for."""
+    repeat(learner)
+    (prompt,) = wait_learned(learner)
+    for number in range(3):
+        ask(learner, SECRET, f"{number}?")
+    learner.write("last.md", "This one is new. " * 20)
+    learner.declare(
+        "{other: other.md, last: last.md}",
+        params="{max_context_len: 2048}",
+        top=LEARN,
+        model="    chat_template: chatml\n",
+    )
+    before = len(learner.built())
+    learner.hang_up()
+    learner.wait_settled()
+    wait_until(lambda: len(learner.built()) == before + 3, "all are built anew")
+    assert learner.built()[-1] == prompt["prompt"]
+
+
+@pytest.mark.model
+@needs_root
+def test_a_real_model_learns(workspace: Workspace, small_model: Path) -> None:
+    """Three requests prefill the text, the fourth has it; another user's prefills all."""
+    workspace.write("other.md", "You are a carpenter. " * 20)
+    workspace.write(
+        "manifest.yaml",
+        f"version: 1\nengine: {{kind: llamacpp}}\n{LEARN}\nmodels:\n  m:\n"
+        f"    path: {small_model}\n    chat_template: chatml\n"
+        "    params: {max_context_len: 2048, max_new_tokens: 8, temperature: 0}\n"
+        "    prompts: {other: other.md}\n",
+    )
+    workspace.start()
+    workspace.wait_state("other", "fresh")
+    open_to_all(workspace)
+    with as_user(12001):
+        for number in range(3):
+            assert ask(workspace, SECRET, f"{number}?")["cached_tokens"] < 16
+    (prompt,) = wait_learned(workspace)
+
+    with as_user(12002):  # the build has left the text in the engine
+        messages = [{"role": "system", "content": SECRET}, {"role": "user", "content": "mine?"}]
+        report = workspace.ask("m", messages=messages, max_tokens=2)["rkcached"]
+        assert (report["state"], report["cached_tokens"]) == ("cold", 0)
+
+    with as_user(12001):
+        report = ask(workspace, SECRET, "4?")
+    assert (report["cache"], report["state"]) == (prompt["prompt"], "hit")
+    assert report["cached_tokens"] >= prompt["artifact"]["tokens"] - 5
+    with as_user(12002):
+        assert ask(workspace, SECRET, "4?")["cached_tokens"] < 16

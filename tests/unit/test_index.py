@@ -18,13 +18,13 @@ FIGURES = Figures(prefill_ms=2.0, load_ms=1.0, cold_ttft_ms=3.0, warm_ttft_ms=1.
 A, B, C = Key("m", "a"), Key("m", "b"), Key("m", "c")
 
 
-def stored(key: Key, prefix: bytes) -> StoredArtifact:
+def stored(key: Key, prefix: bytes, owner: int | None = None) -> StoredArtifact:
     sidecar = Sidecar(
         model=key.model,
         prompt=key.prompt,
         artifact=f"{key.prompt}.memory_cache",
         fingerprint="",
-        components={},
+        components={} if owner is None else {"owner": str(owner)},
         size_bytes=1,
         sha256="",
         text_sha256="",
@@ -55,6 +55,27 @@ def test_the_longest_prefix_wins() -> None:
     assert longest(one, "m", b"You are kind") == A
     other = index_of(c=b"You are not", a=b"You are", b=b"You")
     assert longest(other, "m", b"You are not") == C
+
+
+def test_what_serves_one_user_is_found_by_nobody_else() -> None:
+    """He is served from what is everybody's, too; the longer one of both wins."""
+    index = index_of(a=b"You", c=b"You are kin to all")
+    index = index.with_artifact(B, stored(B, b"You are kind", owner=7))
+    for find in (index.longest, index.closest):
+        match = find("m", b"You are kind!", 7)
+        assert match is not None
+        assert match.key == B
+    match = index.longest("m", b"You are kind!")
+    assert match is not None
+    assert (match.key, index.longest("m", b"You are kind!", 8)) == (A, match)
+    match = index.closest("m", b"You are kin to all!", 7)
+    assert match is not None
+    assert match.key == C
+    assert index.outdated(B).closest("m", b"You are kin", 8) == index.closest("m", b"You are kin")
+
+    mine = index.with_artifact(B, stored(B, b"I am", owner=8))
+    assert mine.longest("m", b"I am", 7) is None
+    assert mine.without(B).longest("m", b"I am", 8) is None
 
 
 def test_a_prefix_may_be_the_whole_request() -> None:

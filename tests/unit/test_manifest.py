@@ -397,7 +397,7 @@ def test_the_error_as_text() -> None:
             "x",
             (
                 "known are max_bytes, verify, fingerprint, min_tokens, conversations, "
-                "keep_retired_s, build"
+                "keep_retired_s, build, learn"
             ),
         ),
     ],

@@ -27,6 +27,7 @@ def prompt(name: str, state: str, reason: str = "", **more: Any) -> dict[str, An
         "reason": reason,
         "hint": "",
         "description": "",
+        "learned": False,
         "tools": [],
     }
     return {**base, "retry_at": None, "hits": 0, "misses": 0, "last_used": None, **more}

@@ -11,7 +11,7 @@ import pytest
 from rkcached.host.digests import Digests, Reading
 from rkcached.plan.desired import Desired
 from rkcached.plan.fingerprint import fingerprint
-from rkcached.plan.records import Assessment, DesiredPrompt, State
+from rkcached.plan.records import Assessment, DesiredPrompt, Retired, State
 from rkcached.reconcile.snapshot import BuildProgress, Published, Snapshot
 from rkcached.sources.parser import parse
 from rkcached.sources.records import Key
@@ -85,6 +85,43 @@ def test_an_artifact_that_nobody_declares_is_gone_with_its_state() -> None:
     snapshot = snapshot.with_assessment(Assessment(key=orphan, state=State.ORPHAN))
     assert orphan not in snapshot.without_artifact(orphan).assessments
     assert A in snapshot.without_artifact(A).assessments
+
+
+def test_a_user_sees_nothing_that_serves_another() -> None:
+    """Neither prompts nor artifacts, retired ones and the running build among them."""
+    gone = Key("m", "learned-0123456789ab")
+    retired = Retired(key=gone, fingerprint="f", tokens=1, size_bytes=1, retired_at=0.0, owner=1000)
+    snapshot = snapshot_of(2)
+    assert snapshot.seen_by(1001) is snapshot
+    snapshot = replace(
+        snapshot,
+        desired=replace(
+            snapshot.desired, texts={A: "a", B: "b"}, stored=frozenset({A}), learned={A: 1000}
+        ),
+        private={A: 1000},
+        retired={"f": retired},
+        building=BuildProgress(key=A, reason="missing", fingerprint="f", started=0.0),
+    )
+    assert snapshot.seen_by(None) is snapshot
+    mine = snapshot.seen_by(1000)
+    assert (mine.assessments, mine.retired, mine.building) == (
+        snapshot.assessments,
+        snapshot.retired,
+        snapshot.building,
+    )
+
+    other = snapshot.seen_by(1001)
+    of_other = other.desired
+    shown = (of_other.prompts, of_other.texts, other.assessments, other.artifacts)
+    assert all(set(things) == {B} for things in shown)
+    assert (of_other.stored, of_other.learned) == (frozenset(), {})
+    assert (other.unreadable_bytes, other.retired, other.building) == ({}, {}, None)
+
+    assert snapshot.may_see(1000, A)
+    assert not snapshot.may_see(1001, A)
+    assert snapshot.may_see(1001, B)
+    assert not snapshot.may_see(1000, gone)  # whose it was is not known any more
+    assert snapshot.may_see(None, gone)
 
 
 def test_progress_copies_nothing_that_grows_with_the_prompts() -> None:

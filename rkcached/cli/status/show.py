@@ -84,8 +84,8 @@ def no_prompts(status: dict[str, Any]) -> Text:
 
 
 def is_declared(prompt: dict[str, Any]) -> bool:
-    """Whether the manifest declares it, and not only the store has it."""
-    return prompt["state"] not in ("orphan", "retired")
+    """Whether somebody declared it: not only the store has it, nor did the daemon learn it."""
+    return prompt["state"] not in ("orphan", "retired") and not prompt["learned"]
 
 
 def all_fresh(status: dict[str, Any]) -> bool:
