@@ -379,7 +379,7 @@ def test_bench_and_doctor_say_how_long_the_first_answer_takes(ship: Workspace) -
     name = "first answer of m"
     found = json.loads(ship.cli("doctor", "--json", code=None).stdout)["checks"]
     check = next(check for check in found if check["name"] == name)
-    assert (check["outcome"], check["next_step"]) == ("skip", "rkcached bench m")
+    assert (check["outcome"], check["next_step"]) == ("skip", "run `rkcached bench m`")
 
     kept = ship.root / "kept.json"
     shown = ship.cli("bench", "--runs", "1", "--no-direct", "-o", str(kept)).stdout
@@ -391,7 +391,7 @@ def test_bench_and_doctor_say_how_long_the_first_answer_takes(ship: Workspace) -
     found = json.loads(ship.cli("doctor", "--json", code=None).stdout)["checks"]
     check = next(check for check in found if check["name"] == name)
     assert check["outcome"] == "ok"
-    assert " from cook (model " in check["finding"]
+    assert " with cook (model " in check["finding"]
     assert model(ship)["model_load_ms"] > 300
 
     again = json.loads(ship.cli("bench", "m/cook", "--runs", "1", "--no-direct", "--json").stdout)
