@@ -24,6 +24,9 @@ TOOL = {
     "function": {"name": "ring", "description": "Ring. " * 99, "parameters": {"type": "object"}},
 }
 
+FORGET = "cache: {conversations: {keep_s: 0}}"
+"""What repeats has to be prefilled again: no saved conversation has it."""
+
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can be two users")
 
 
@@ -32,7 +35,7 @@ def space(workspace: Workspace) -> Workspace:
     """A daemon on the memory engine, with one declared prompt that shares nothing with SECRET."""
     workspace.memory_model()
     workspace.write("other.md", "A carpenter speaks. " * 20)
-    workspace.declare("{other: other.md}", model="    chat_template: chatml\n")
+    workspace.declare("{other: other.md}", top=FORGET, model="    chat_template: chatml\n")
     workspace.start()
     workspace.wait_state("other", "fresh")
     return workspace
@@ -129,6 +132,14 @@ def test_a_part_of_the_system_message_is_stored_to_a_line_end(space: Workspace) 
     assert (report["cache"], report["state"]) == ("house", "partial")
 
 
+def test_what_a_saved_conversation_has_is_not_suggested(space: Workspace) -> None:
+    """It need not be prefilled again."""
+    space.declare("{other: other.md}", model="    chat_template: chatml\n")
+    space.hang_up()
+    repeat(space, 4, system=SECRET * 2)
+    assert suggestions(space) == []
+
+
 def test_what_cannot_be_stored_says_why(space: Workspace) -> None:
     """Tools are declared in the manifest, and a text without a system message not at all."""
     repeat(space, tools=[TOOL])
@@ -199,7 +210,7 @@ def test_nobody_sees_what_others_repeat(space: Workspace) -> None:
 # Learning without being asked
 
 
-LEARN = "cache: {learn: {after: 3}}"
+LEARN = "cache: {learn: {after: 3}, conversations: {keep_s: 0}}"
 
 
 @pytest.fixture
@@ -338,7 +349,7 @@ def heard(lines: Iterator[str]) -> str:
 def test_shared_prompts_serve_everybody(workspace: Workspace) -> None:
     workspace.memory_model()
     workspace.write("other.md", "A carpenter speaks. " * 20)
-    top = "cache: {learn: {share: true}}"
+    top = "cache: {learn: {share: true}, conversations: {keep_s: 0}}"
     workspace.declare("{other: other.md}", top=top, model="    chat_template: chatml\n")
     workspace.start()
     workspace.wait_state("other", "fresh")
