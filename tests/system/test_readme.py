@@ -46,6 +46,7 @@ ELSEWHERE = {
     "rkcached status --watch": ("tests/system/test_live.py", '"--watch"'),
     "rkcached bench": ("tests/system/test_guide.py", "test_every_command_about_measuring"),
     "rkcached compare": ("tests/system/test_guide.py", "test_every_command_about_measuring"),
+    "rkcached suggest": ("tests/system/test_learning.py", 'cli("suggest")'),
     "rkcached prompts import": ("tests/system/test_import.py", "commands(MANIFEST)"),
     "rkcached doctor": ("tests/system/test_readme.py", "test_every_command_of_the_tables"),
     "rkcached check": ("tests/system/test_readme.py", "test_every_command_of_the_tables"),
