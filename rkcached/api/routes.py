@@ -322,16 +322,20 @@ class Api:
         return Streamed(_event_stream(self._events, hurrying, shown), media_type=EVENT_STREAM)
 
     def _as_seen(self, viewer: int | None, event: Event) -> Event | None:
-        """The event as this user may see it; None if it is about a prompt of another user's."""
+        """The event as this user may see it; None if it is about what is another user's.
+
+        The figures of an answer tell what was asked before it.
+        """
+        if event.kind == "answer":
+            fields = dict(event.fields)
+            owner = fields.pop("owner")
+            return replace(event, fields=fields) if viewer in (None, owner) else None
+
         prompt = event.fields.get("prompt")
         if prompt is None:
             return event
         key = Key(event.fields["model"], prompt)
-        if self._reconciler.snapshot.may_see(viewer, key):
-            return event
-        if event.kind == "answer":
-            return replace(event, fields={**event.fields, "prompt": None})
-        return None
+        return event if self._reconciler.snapshot.may_see(viewer, key) else None
 
     @endpoint(
         "GET",

@@ -25,7 +25,6 @@ from rkcached.plan.desired import DesiredModel
 from rkcached.plan.records import Assessment, Blocked, Build, DesiredPrompt, State, urgency
 from rkcached.reconcile.events import Event, Events
 from rkcached.reconcile.snapshot import Published, Snapshot
-from rkcached.serving.conversations import Conversations
 from rkcached.serving.declarable import TOOLS_HINT
 from rkcached.serving.report import NOT_MEASURED
 from rkcached.sources.records import Key, Trouble
@@ -33,6 +32,7 @@ from rkcached.store.sidecar import StoredArtifact
 
 if TYPE_CHECKING:  # `explain` needs this module, and nothing of the daemon
     from rkcached.host.watch import Watcher
+    from rkcached.serving.conversations import Conversations
     from rkcached.serving.dispatcher import Serving
     from rkcached.serving.learning import Learning, Wish
     from rkcached.serving.preload import Preloader
@@ -52,13 +52,19 @@ class Recent:
     """The last answers, oldest first."""
 
     def __init__(self, events: Events) -> None:
-        self.answers: deque[RecentAnswer] = deque(maxlen=40)
+        # With the uid of each one's client.
+        self._answers: deque[tuple[int, RecentAnswer]] = deque(maxlen=40)
         events.listen(self._take)
+
+    def of(self, viewer: int | None) -> list[RecentAnswer]:
+        """Those to this user; None: to all."""
+        return [answer for owner, answer in self._answers if viewer in (None, owner)]
 
     def _take(self, event: Event) -> None:
         if event.kind == "answer":
             shown = {name: event.fields[name] for name in ("model", "prompt", "state", "ttft_ms")}
-            self.answers.append(RecentAnswer(time=round(event.time, 3), **shown))
+            answer = RecentAnswer(time=round(event.time, 3), **shown)
+            self._answers.append((event.fields["owner"], answer))
 
 
 def status(
@@ -81,6 +87,7 @@ def status(
     Prompts are in the manifest's order, or with `urgent_first` in the order for people.
     """
     snapshot = published.now.seen_by(viewer)
+    saved = conversations.of(viewer)
     problems = snapshot.manifest_error.problems if snapshot.manifest_error else ()
     building = [snapshot.building.key] if snapshot.building else []
     keys = list(snapshot.assessments)
@@ -112,8 +119,8 @@ def status(
             "retired_bytes": snapshot.retired_bytes(),
             "foreign_bytes": snapshot.foreign_bytes,
             "quarantine_bytes": snapshot.quarantine_bytes,
-            "conversations": conversations.count,
-            "conversation_bytes": conversations.size_bytes,
+            "conversations": len(saved),
+            "conversation_bytes": sum(one.record.size_bytes for one in saved),
             "free_bytes": disk.free_bytes(store.root),
         },
         "watching": "polling" if watcher.polling else "inotify",
@@ -123,7 +130,7 @@ def status(
             "builds": snapshot.builds,
         },
         "answers": dict(serving.answers),
-        "recent": [_as_seen(answer, snapshot, viewer) for answer in recent.answers],
+        "recent": recent.of(viewer),
         "running": serving.running,
         "models": _models(snapshot, serving, workers, preloader),
         "notices": list(snapshot.desired.notices),
@@ -153,13 +160,6 @@ def _models(
             }
         )
     return documents
-
-
-def _as_seen(answer: RecentAnswer, snapshot: Snapshot, viewer: int | None) -> RecentAnswer:
-    """The answer, without the name of a prompt of another user's."""
-    if answer.prompt is None or snapshot.may_see(viewer, Key(answer.model, answer.prompt)):
-        return answer
-    return answer.model_copy(update={"prompt": None})
 
 
 def suggested(learning: Learning, viewer: int | None) -> list[SuggestedPrompt]:

@@ -78,9 +78,9 @@ class Conversations:
         self._limits = (0, 0.0)
         self._trouble = ""
 
-    @property
-    def count(self) -> int:
-        return len(self._saved)
+    def of(self, viewer: int | None) -> list[SavedConversation]:
+        """Those of this user; None: all."""
+        return [saved for saved in self._saved if viewer in (None, saved.record.owner)]
 
     @property
     def size_bytes(self) -> int:

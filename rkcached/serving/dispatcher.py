@@ -467,6 +467,7 @@ class Serving:
         )
         self._events.publish(
             "answer",
+            owner=job.owner,
             model=job.model.name,
             prompt=report.cache,
             state=state,

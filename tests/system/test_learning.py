@@ -7,6 +7,7 @@ import json
 import os
 import re
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -329,19 +330,27 @@ def test_events_are_for_whom_they_concern(learner: Workspace) -> None:
         with as_user(12001):
             ask(learner, SECRET, "hit?")
             learner.ask("m/other", question="the last one", max_tokens=3)
-        assert "learned-" in heard(lines[12001])
-        assert "learned-" not in heard(lines[12002])
+        began = time.time()
+        with as_user(12002):
+            learner.ask("m/other", question="the only one", max_tokens=3)
+        # Three pairs, one more, and the last one.
+        assert "learned-" in heard(lines[12001], answers=9)
+        text = heard(lines[12002], answers=1)
+        assert "learned-" not in text
+        only = json.loads(text.splitlines()[-1].removeprefix("data: "))
+        assert only["time"] >= round(began, 3) - 0.001, "the first answer in it is his own"
 
 
-def heard(lines: Iterator[str]) -> str:
-    """The events until nine requests were answered: three pairs, one more, and the last one."""
+def heard(lines: Iterator[str], *, answers: int) -> str:
+    """The events until so many answers."""
     text = ""
-    answers = 0
     for line in lines:
         text += line + "\n"
-        answers += line == "event: answer"
-        if answers == 9:
-            return text + next(lines)
+        answers -= line == "event: answer"
+        if answers == 0:
+            figures = next(lines)
+            assert '"owner"' not in figures
+            return text + figures
     raise AssertionError(text)
 
 

@@ -213,13 +213,17 @@ def test_a_saved_conversation_is_its_users_alone(talk: Workspace) -> None:
         ann.turn()
         ann.turn()
     talk.ask("m/house", "Something else? " * 10)
-    wait_until(lambda: saved(talk) == 1, "the conversation was saved")
+    wait_until(lambda: list(talk.cache.glob(".conversations/m/*.json")), "it was saved")
     tokens = talk.prompt("house")["artifact"]["tokens"]
     messages = [*ann.messages, ASKS]
     with as_user(12002):
         other = talk.ask("m/house", messages=messages, max_tokens=4)["rkcached"]
     assert other["cached_tokens"] == tokens
+    with as_user(12002):
+        assert saved(talk) == 0
+        assert len(talk.status()["recent"]) == 1, "his own answer, and none of hers"
     with as_user(12001):
+        assert saved(talk) == 1
         own = talk.ask("m/house", messages=messages, max_tokens=4)["rkcached"]
     assert own["cached_tokens"] > tokens + 300
 
