@@ -62,13 +62,13 @@ class Place:
         saved = protocol.Saved(
             id=1, path=str(path), text=text, asked_bytes=200, owner=7, tokens=9, save_ms=1.0
         )
-        known = self.talks.count
+        known = len(self.talks.of(None))
         self.talks.take(MODEL, saved)
         await self.until(known + 1)
 
     async def until(self, count: int) -> None:
         async with asyncio.timeout(DEADLINE_S):
-            while self.talks.count != count:  # noqa: ASYNC110 - it tells nobody
+            while len(self.talks.of(None)) != count:  # noqa: ASYNC110 - it tells nobody
                 await asyncio.sleep(0.01)
 
     async def restart(self) -> None:
@@ -116,7 +116,7 @@ async def test_a_pipe_or_a_link_in_place_of_a_record_is_not_read(place: Place) -
             path.rename(place.root / "elsewhere.json")
             path.symlink_to(place.root / "elsewhere.json")
     await place.restart()
-    assert place.talks.count == 0
+    assert len(place.talks.of(None)) == 0
     assert place.names("") == []
     assert (place.root / "elsewhere.json").exists()
 
@@ -132,7 +132,7 @@ async def test_a_folder_of_somebody_else_stops_no_daemon(place: Place) -> None:
         await place.restart()
     finally:
         os.seteuid(0)
-    assert place.talks.count == 0
+    assert len(place.talks.of(None)) == 0
 
 
 @pytest.mark.parametrize("limits", ["{keep_s: 0}", "{max_bytes: 1MiB}"])
@@ -141,12 +141,12 @@ async def test_a_limit_holds_as_soon_as_it_is_declared(place: Place, limits: str
     for number in range(3):
         await place.save(talk(number), size_bytes=700_000)
     place.talks.look()
-    assert place.talks.count == 3
+    assert len(place.talks.of(None)) == 3
     place.limit(limits)
     place.talks.look()
     await place.until(0 if "keep_s" in limits else 1)
     await place.talks.close()
-    assert len(place.names(".state")) == place.talks.count
+    assert len(place.names(".state")) == len(place.talks.of(None))
 
 
 async def test_a_clock_that_was_ahead_keeps_nothing_for_years(place: Place) -> None:
@@ -158,7 +158,7 @@ async def test_a_clock_that_was_ahead_keeps_nothing_for_years(place: Place) -> N
     )
     place.limit("{keep_s: 1}")
     await place.restart()
-    assert place.talks.count == 1
+    assert len(place.talks.of(None)) == 1
     await place.until(0)
 
 
@@ -170,4 +170,4 @@ async def test_what_a_worker_left_that_died_over_a_save_goes(place: Place) -> No
     place.talks.place(MODEL)
     assert len(place.names(".state")) == 1
     await place.restart()
-    assert place.talks.count == 1
+    assert len(place.talks.of(None)) == 1
