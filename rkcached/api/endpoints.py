@@ -35,7 +35,7 @@ _DECLARED = "rkcached_endpoint"
 
 
 def _undeclared(_: Request) -> Awaitable[Response]:
-    raise NotImplementedError
+    raise NotImplementedError  # a defect: an endpoint that was never put above a method
 
 
 @dataclass(frozen=True, slots=True)

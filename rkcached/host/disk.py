@@ -16,6 +16,10 @@ FILE_MODE = 0o640
 
 ROOM = "make room there; the daemon then retries automatically"
 
+KEPT_FREE = 0.05
+"""This share of a disk is not taken by what can be made again: retired prompt caches, and saved
+conversations."""
+
 BLOCK_BYTES = 4096
 """File systems give room in such pieces."""
 
@@ -49,6 +53,18 @@ def free(place: Path) -> Free:
         free_bytes=figures.f_bavail * figures.f_frsize,
         inodes=figures.f_favail if figures.f_files else None,
     )
+
+
+def spare_bytes(place: Path) -> int | None:
+    """The free bytes of the disk beyond the share that is left free (`KEPT_FREE`).
+
+    Below 0 if it has less. None: not known.
+    """
+    try:
+        space = free(place)
+    except OSError:
+        return None
+    return space.free_bytes - int(space.size_bytes * KEPT_FREE)
 
 
 def free_bytes(place: Path) -> int | None:

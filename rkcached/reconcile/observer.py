@@ -44,9 +44,6 @@ MAX_MANIFEST_BYTES = 4 << 20
 NEW_S = 3600.0
 """A retired artifact does not expire before it was seen for so long, whatever the clock says."""
 
-KEPT_FREE = 0.05
-"""This share of the store's disk is not taken by retired artifacts."""
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Observation:
@@ -128,7 +125,7 @@ class Observer:
             unlisted_models=frozenset(sources.unlisted_models),
             foreign_bytes=sum(inventory.foreign.values()),
             retired=inventory.retired,
-            spare_bytes=_spare_bytes(self._store),
+            spare_bytes=disk.spare_bytes(self._store.root),
             new_retired=self._new_retired(inventory, min(manifest.cache.keep_retired_s, NEW_S)),
             now=time.time(),
         )
@@ -222,18 +219,6 @@ def _named(manifest: Manifest, sources: Sources) -> Iterator[str]:
         yield from map(str, (model.path, *model_files(model)))
     for declared in sources.prompts.values():
         yield from declared.files
-
-
-def _spare_bytes(store: Store) -> int | None:
-    """The free bytes of the store's disk beyond what retired artifacts leave free.
-
-    Below 0 if it has less. None: not known.
-    """
-    try:
-        space = disk.free(store.root)
-    except OSError:
-        return None
-    return space.free_bytes - int(space.size_bytes * KEPT_FREE)
 
 
 def _did_not_fit(prompt: DesiredPrompt, verdict: Verdict | None) -> bool:

@@ -98,17 +98,18 @@ class Prefills:
         the next attempt; EngineError, WorkerError, NoRoom.
         """
         texts = _Texts(prefix=prefix, probe=probe)
+        goes_on = False
         try:
             built = await self._from_base(request, texts, staged, on_progress)
             if built is None:
                 built = await self._prefill(request, texts, staged, on_progress, None)
         except Aborted:
+            goes_on = True
             raise
-        except BaseException:
-            self.partials.drop()
-            raise
+        finally:
+            if not goes_on:
+                self.partials.drop()
 
-        self.partials.drop()
         self.costs(request.model).proof_s = built.proof_ms / 1000
         return built
 

@@ -22,6 +22,7 @@ import structlog
 from rkcached.engines.prefix import common_bytes
 from rkcached.engines.registry import ENGINES
 from rkcached.errors import StoreError
+from rkcached.host import disk
 from rkcached.reconcile.index import Match
 from rkcached.reconcile.snapshot import Published
 from rkcached.serving.job import Job
@@ -74,8 +75,8 @@ class Conversations:
         self._expiry: asyncio.TimerHandle | None = None
         # By model: the file that its worker may be writing.
         self._placed: dict[str, Path] = {}
-        # The limits when there was room made the last time, and what was said last.
-        self._limits = (0, 0.0)
+        # As it was when the old ones were removed the last time, and what was said last.
+        self._kept_s = 0.0
         self._trouble = ""
 
     def of(self, viewer: int | None) -> list[SavedConversation]:
@@ -97,8 +98,10 @@ class Conversations:
         await self._shrink()
 
     def look(self) -> None:
-        """The limits in the manifest may be others now."""
-        if (self._max_bytes(), self._keep_s()) != self._limits:
+        """The manifest, or the room on the disk, may be another now."""
+        manifest = self._published.now.manifest
+        is_unused = any(saved.record.model not in manifest.models for saved in self._saved)
+        if is_unused or self._room() < self.size_bytes or self._keep_s() != self._kept_s:
             self._begin_to_shrink()
 
     async def close(self) -> None:
@@ -114,7 +117,7 @@ class Conversations:
         """The path of a new file for a state; empty if none is kept."""
         if (unfinished := self._placed.pop(model.name, None)) is not None:
             self._files.remove(unfinished)  # its worker died while it saved, or saved nothing
-        if not self._max_bytes() or not self._keep_s():
+        if not self._room() or not self._keep_s():
             return ""
 
         try:
@@ -201,26 +204,40 @@ class Conversations:
 
     # Room
 
-    def _max_bytes(self) -> int:
+    def _room(self) -> int:
+        """The bytes that they may take: of their budget, and of what is free on the disk."""
         manifest = self._published.now.manifest
-        stated = manifest.cache.conversations.max_bytes
-        if stated is not None:
-            return stated
-        return DEFAULT_MAX_BYTES if ENGINES[manifest.engine.kind].saves_at_once else 0
+        max_bytes: int | None = manifest.cache.conversations.max_bytes
+        if max_bytes is None:
+            saves_at_once = ENGINES[manifest.engine.kind].saves_at_once
+            max_bytes = DEFAULT_MAX_BYTES if saves_at_once else 0
+
+        spare_bytes = disk.spare_bytes(self._files.root)
+        if spare_bytes is None:
+            return max_bytes
+        return max(0, min(max_bytes, self.size_bytes + spare_bytes))
 
     def _keep_s(self) -> float:
         return self._published.now.manifest.cache.conversations.keep_s
 
     async def _shrink(self) -> None:
-        """Remove what is too old, and then the oldest until the rest fits."""
-        max_bytes, keep_s = self._limits = (self._max_bytes(), self._keep_s())
+        """Remove what is too old or of no declared model, and the oldest until the rest fits."""
+        manifest = self._published.now.manifest
+        room_bytes = self._room()
+        keep_s = self._kept_s = self._keep_s()
         now = time.time()
         self._saved = [_used_by(now, saved) for saved in self._saved]
         limit = now - keep_s
-        gone = [saved for saved in self._saved if saved.record.used_at < limit or not keep_s]
+        gone = [
+            saved
+            for saved in self._saved
+            if saved.record.used_at < limit
+            or not keep_s
+            or saved.record.model not in manifest.models
+        ]
         size_bytes = self.size_bytes - sum(saved.record.size_bytes for saved in gone)
         for saved in self._saved:
-            if size_bytes <= max_bytes:
+            if size_bytes <= room_bytes:
                 break
             if saved not in gone:
                 gone.append(saved)

@@ -42,9 +42,10 @@ class Place:
         self.published = Published(self.manifest(), self.store.digests)
         self.talks = Conversations(self.store.conversations, self.published)
 
-    def manifest(self, limits: str = "{}") -> Manifest:
+    def manifest(self, limits: str = "{}", model: str = "m") -> Manifest:
         text = f"version: 1\nengine: {{kind: memory}}\ncache: {{conversations: {limits}}}\n"
-        return parse(f"{text}models: {{m: {{path: m.model}}}}\n", file=self.root / "manifest.yaml")
+        text += f"models: {{{model}: {{path: m.model}}}}\n"
+        return parse(text, file=self.root / "manifest.yaml")
 
     def limit(self, limits: str) -> None:
         """A manifest with these limits comes into force."""
@@ -147,6 +148,17 @@ async def test_a_limit_holds_as_soon_as_it_is_declared(place: Place, limits: str
     await place.until(0 if "keep_s" in limits else 1)
     await place.talks.close()
     assert len(place.names(".state")) == len(place.talks.of(None))
+
+
+async def test_those_of_a_model_that_is_no_longer_declared_go(place: Place) -> None:
+    await place.save(talk(1))
+    place.talks.look()
+    assert len(place.talks.of(None)) == 1
+    place.published.change(manifest=place.manifest(model="other"))
+    place.talks.look()
+    await place.until(0)
+    await place.talks.close()
+    assert place.names(".state") == []
 
 
 async def test_a_clock_that_was_ahead_keeps_nothing_for_years(place: Place) -> None:

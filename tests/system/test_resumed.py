@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Workspace
+from conftest import Workspace, tmpfs
 from test_reuse import as_user
 
 from tests.waiting import wait_until
@@ -199,6 +199,31 @@ def test_the_oldest_make_room(workspace: Workspace) -> None:
     assert workspace.status()["cache"]["conversation_bytes"] <= 1 << 20
     assert len(list(workspace.cache.glob(".conversations/m/*.state"))) == saved(workspace)
     assert many[-1].new_tokens() <= limit(many[-1])
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can mount a disk of 6 MB")
+def test_a_disk_that_fills_up_is_left_to_prompt_caches(workspace: Workspace) -> None:
+    """Some of four conversations of 400 kB are kept, and a twentieth of the disk stays free."""
+    with tmpfs(workspace.cache, "size=6m"):
+        workspace.memory_model(context_tokens=131_072)
+        workspace.write("house.md", HOUSE)
+        workspace.declare("{house: house.md}", params="{max_context_len: 131072}")
+        workspace.start()
+        workspace.wait_state("house", "fresh")
+        free = os.statvfs(workspace.cache)
+        workspace.write("cache/of-another", bytes(free.f_bavail * free.f_frsize - (1 << 20)))
+        many = [Conversation(workspace, name * 5_000) for name in ("Ann", "Bob", "Cid", "Dan")]
+        for _ in range(3):
+            for one in many:
+                one.turn()
+        wait_until(lambda: 1 <= saved(workspace) < 4, "some are kept")
+
+        def has_room() -> bool:
+            disk = os.statvfs(workspace.cache)
+            return disk.f_bavail >= disk.f_blocks // 20
+
+        wait_until(has_room, "a twentieth of the disk is free")
+        assert workspace.stop() == 0
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can be two users")
