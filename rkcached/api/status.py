@@ -129,7 +129,7 @@ def status(
             "last_look_ms": round(snapshot.last_look_ms, 1),
             "builds": snapshot.builds,
         },
-        "answers": dict(serving.answers),
+        "answers": dict(serving.tally.answers),
         "recent": recent.of(viewer),
         "running": serving.running,
         "models": _models(snapshot, serving, workers, preloader),
@@ -335,7 +335,7 @@ def prompt_status(key: Key, snapshot: Snapshot, serving: Serving) -> dict[str, A
         reason = building.reason
     elif snapshot.held and isinstance(assessment.action, Build):
         reason = f"{reason}; waits {snapshot.held}"
-    use = serving.uses.get(key)
+    use = serving.tally.uses.get(key)
     desired = snapshot.desired.prompts.get(key)
     tools = None
     if desired is not None:

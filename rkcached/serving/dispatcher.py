@@ -10,10 +10,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections import Counter
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Sequence
 from contextlib import AbstractAsyncContextManager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
 import msgspec
 import structlog
@@ -24,14 +23,14 @@ from rkcached.plan.desired import DesiredModel
 from rkcached.plan.records import State
 from rkcached.plan.worker_model import worker_model
 from rkcached.reconcile.events import Events
-from rkcached.reconcile.index import Match
 from rkcached.reconcile.loop import Reconciler
 from rkcached.serving.conversations import Conversations
 from rkcached.serving.failures import as_request_error, queue_full, stopping, timed_out
 from rkcached.serving.job import End, Job, Text
 from rkcached.serving.models import find_model
-from rkcached.serving.report import CacheReport, decode_rate, usage_of
-from rkcached.serving.reuse import Found, cache_file, find, load_bytes, outcome
+from rkcached.serving.ongoing import Ongoing
+from rkcached.serving.reuse import Found, cache_file, find, load_bytes
+from rkcached.serving.tally import OnAnswer, Tally
 from rkcached.serving.waiting import sooner_to_wait
 from rkcached.sources.records import Key
 from rkcached.worker import protocol
@@ -43,41 +42,6 @@ log = structlog.get_logger()
 
 BACKOFF_PATIENCE_S = 2.0
 """A request waits for a worker in backoff for this long, before it is refused."""
-
-OnAnswer = Callable[[Job, Found, RunStats], None]
-
-
-@dataclass(slots=True, kw_only=True)
-class PromptUse:
-    """How requests used a prompt since the daemon started."""
-
-    hits: int = 0
-    misses: int = 0
-    last_used: float = 0.0
-    """Unix seconds."""
-
-
-@dataclass(slots=True, kw_only=True)
-class _Ongoing:
-    """A request while it is answered. Times are in monotonic seconds, 0 before they are known."""
-
-    job: Job
-    found: Found = field(default_factory=Found)
-    started: float = 0.0
-    """When its turn came first."""
-    model_load_s: float = 0.0
-    load_ms: float = 0.0
-    load_error: protocol.Loaded | None = None
-    loading: bool = False
-    """The worker is loading the prompt cache: only a death now is the cache's fault."""
-    looked: bool = False
-    """The model had changed, and was looked at again."""
-    answering: bool = False
-    """The client may have seen a piece."""
-    first_written: float = 0.0
-    """When the first piece had been taken, which for a stream means: sent."""
-    pieces: asyncio.Queue[Text | None] = field(default_factory=asyncio.Queue)
-    """Of the answer, as they come; None when the work has ended."""
 
 
 class Serving:
@@ -93,15 +57,11 @@ class Serving:
     ) -> None:
         """Each of `on_answer` is called with each request that was answered, and how."""
         self._conversations = conversations
-        self._events = events
-        self._on_answer = on_answer
         self._reconciler = reconciler
         self._workers = workers
         self._gates = gates
-        self.answers: Counter[str] = Counter()
-        """Answers by state of the cache, since the start."""
-        self.uses: dict[Key, PromptUse] = {}
-        self._works: dict[asyncio.Task[RunStats], _Ongoing] = {}
+        self.tally = Tally(reconciler, events, on_answer)
+        self._works: dict[asyncio.Task[RunStats], Ongoing] = {}
         self._closing = False
         self._background: set[asyncio.Task[None]] = set()
 
@@ -188,18 +148,18 @@ class Serving:
         if job.named is not None:
             self._reconciler.demand.asks_for(job.named)
 
-        ongoing = _Ongoing(job=job)
+        ongoing = Ongoing(job=job)
         work = asyncio.create_task(self._work(ongoing))
         self._works[work] = ongoing
         work.add_done_callback(self._works.pop)
         work.add_done_callback(lambda _: ongoing.pieces.put_nowait(None))
         try:
             while (text := await self._next(ongoing)) is not None:
-                yield _with_waiting(text, ongoing.pieces)
+                yield ongoing.with_waiting(text)
                 ongoing.first_written = ongoing.first_written or time.monotonic()
             if not work.done() or work.cancelled():
                 raise stopping()
-            yield self._end(ongoing, work.result())
+            yield self.tally.end(ongoing, work.result())
         except errors.RkcachedError as error:
             raise as_request_error(
                 error, text_param=job.text_param, schema_param=job.schema_param
@@ -218,7 +178,7 @@ class Serving:
         if waiting >= manifest.serving.queue:
             raise queue_full(model.name, waiting)
 
-    async def _next(self, ongoing: _Ongoing) -> Text | None:
+    async def _next(self, ongoing: Ongoing) -> Text | None:
         """The next piece. Errors: RequestError when the request took too long."""
         limit_s = self._reconciler.snapshot.manifest.serving.request_timeout_s
         if limit_s is None or not ongoing.pieces.empty():
@@ -232,7 +192,7 @@ class Serving:
             hint = "serving.request_timeout_s in the manifest is the limit"
             raise timed_out(limit_s, hint=hint) from None
 
-    async def _work(self, ongoing: _Ongoing) -> RunStats:
+    async def _work(self, ongoing: Ongoing) -> RunStats:
         """Run the request until it is answered; retry where the cause is not the request itself."""
         death = ""  # the reason of a worker's death over the prompt cache
         while True:
@@ -310,7 +270,7 @@ class Serving:
         model = current if isinstance(current, DesiredModel) else requested
         return self._workers.get(worker_model(snapshot.manifest.engine, model))
 
-    async def _load_model(self, worker: Worker, ongoing: _Ongoing) -> EngineInfo:
+    async def _load_model(self, worker: Worker, ongoing: Ongoing) -> EngineInfo:
         """Load the model if it is not loaded, and note how long that took.
 
         Errors: as `Worker.ensure`.
@@ -322,7 +282,7 @@ class Serving:
             ongoing.model_load_s += time.monotonic() - started
         return info
 
-    async def _generate(self, worker: Worker, ongoing: _Ongoing) -> protocol.Done:
+    async def _generate(self, worker: Worker, ongoing: Ongoing) -> protocol.Done:
         job = ongoing.job
         operation = protocol.Generate(
             prompt=job.prompt,
@@ -377,7 +337,7 @@ class Serving:
             raise error
         await asyncio.sleep(wait_s)
 
-    async def _look_again(self, ongoing: _Ongoing, error: errors.ModelReplaced) -> None:
+    async def _look_again(self, ongoing: Ongoing, error: errors.ModelReplaced) -> None:
         """Have the reconciler look at the model again, once for each request.
 
         Errors: `error`, the second time.
@@ -389,7 +349,7 @@ class Serving:
 
     # Files that could not be loaded
 
-    async def _blame_file(self, ongoing: _Ongoing, error: errors.WorkerError) -> str:
+    async def _blame_file(self, ongoing: Ongoing, error: errors.WorkerError) -> str:
         """A worker died. The reason to answer without the prompt cache that it was loading.
 
         Without a saved conversation, the next try takes another file. Errors: `error`, if no file
@@ -411,7 +371,7 @@ class Serving:
         )
         return error.message
 
-    def _note_load(self, ongoing: _Ongoing) -> None:
+    def _note_load(self, ongoing: Ongoing) -> None:
         """Note that the file of a request was used, or have what could not be loaded healed."""
         found = ongoing.found
         failure = ongoing.load_error
@@ -434,83 +394,3 @@ class Serving:
         task = asyncio.create_task(healing)
         self._background.add(task)
         task.add_done_callback(self._background.discard)
-
-    # Measuring
-
-    def _end(self, ongoing: _Ongoing, stats: RunStats) -> End:
-        now = time.monotonic()
-        job = ongoing.job
-        if ongoing.load_error is not None:
-            loaded = None
-            state, reason = "miss", ongoing.load_error.error
-        else:
-            loaded = ongoing.found.chosen
-            state, reason = outcome(ongoing.found, job, stats)
-
-        self.answers[state] += 1
-        if loaded is not None:
-            self._count_use(job, loaded, state, stats)
-        for tell in self._on_answer:
-            tell(job, ongoing.found, stats)
-
-        report = CacheReport(
-            cache=None if loaded is None else loaded.key.prompt,
-            state=state,
-            reason=reason,
-            cached_tokens=stats.cached_tokens,
-            ttft_ms=_ms((ongoing.first_written or now) - job.accepted),
-            queue_ms=_ms(ongoing.started - job.accepted),
-            model_load_ms=_ms(ongoing.model_load_s),
-            load_ms=round(ongoing.load_ms, 2),
-            prefill_ms=round(stats.prefill_ms, 2),
-            decode_tokens_per_s=decode_rate(stats),
-        )
-        self._events.publish(
-            "answer",
-            owner=job.owner,
-            model=job.model.name,
-            prompt=report.cache,
-            state=state,
-            ttft_ms=report.ttft_ms,
-            queue_ms=report.queue_ms,
-            cached_tokens=stats.cached_tokens,
-            prefill_tokens=stats.prefill_tokens,
-        )
-        return End(finish=stats.finish, usage=usage_of(stats), report=report)
-
-    def _count_use(self, job: Job, loaded: Match, state: str, stats: RunStats) -> None:
-        if loaded.key != job.named:
-            self._reconciler.demand.asks_for(loaded.key)
-        use = self.uses.setdefault(loaded.key, PromptUse())
-        use.last_used = time.time()
-        if state in ("hit", "loaded"):
-            use.hits += 1
-            self._reconciler.artifact_served(loaded.artifact)
-        elif state == "miss":
-            use.misses += 1
-            log.warning(
-                "cache did not help",
-                **loaded.key._asdict(),
-                cached_tokens=stats.cached_tokens,
-            )
-
-
-def _with_waiting(text: Text, waiting: asyncio.Queue[Text | None]) -> Text:
-    """A piece and those that came while the one before was written: one write for all of them."""
-    if waiting.empty():
-        return text
-
-    pieces = [text]
-    while not waiting.empty():
-        piece = waiting.get_nowait()
-        if piece is None:
-            waiting.put_nowait(None)
-            break
-        pieces.append(piece)
-
-    logprobs = tuple(token for piece in pieces for token in piece.logprobs)
-    return Text(text="".join(piece.text for piece in pieces), logprobs=logprobs)
-
-
-def _ms(seconds: float) -> float:
-    return round(seconds * 1000, 2)
