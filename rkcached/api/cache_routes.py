@@ -1,6 +1,6 @@
 """HTTP routes of prompt caches and of loaded models: the operations beside inference.
 
-A text that a client stores is a file, a source like any other; the reconciler does the rest, and
+The text of a stored prompt is a file, a source like any other; the reconciler does the rest, and
 the call waits for it.
 """
 
@@ -247,7 +247,7 @@ class CacheApi:
     @endpoint(
         "DELETE",
         "/v1/cache/{model}/{name}",
-        summary="Delete a stored text and its cache.",
+        summary="Delete a stored or learned prompt and its cache.",
         answers={200: CacheDeleted},
         errors=(400, 404, 409, 503),
         admin=True,

@@ -267,7 +267,8 @@ class GenerateBinaryRequest(Record):
 
     cache_name: Name
     prompt: str | None = Field(
-        default=None, description="A new text to store; without it, the stored text is used."
+        default=None,
+        description="A new text to store; without it, the stored prompt keeps its own.",
     )
 
 

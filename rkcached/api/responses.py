@@ -215,7 +215,7 @@ class BuildProgress(Answer):
 class ArtifactFigures(Answer):
     tokens: int
     reused_tokens: int = Field(
-        description="Of these, taken from a prompt cache that begins alike, when it was built."
+        description="Of these, so many came from a prompt cache that begins alike."
     )
     size_bytes: int
     built_at: float = Field(description="Unix seconds.")
@@ -256,7 +256,9 @@ class CacheEntry(PromptStatus):
     """A prompt and its cache."""
 
     cache_name: str
-    stored: bool = Field(description="A client stored the text, and may delete it.")
+    stored: bool = Field(
+        description="A client stored it, or the daemon learned it: it can be deleted."
+    )
 
 
 class CacheCreated(CacheEntry):
@@ -350,8 +352,10 @@ class StoreStatus(Answer):
     quarantine_bytes: int = Field(
         description="Beside used_bytes: kept for inspection while max_bytes leaves room."
     )
-    conversations: int = Field(description="Saved conversations.")
-    conversation_bytes: int = Field(description="Beside used_bytes: the saved conversations.")
+    conversations: int = Field(
+        description="Saved conversations of your user; on the admin socket of all."
+    )
+    conversation_bytes: int = Field(description="What these take, beside used_bytes.")
     free_bytes: int | None = Field(
         description="Left on the file system of the store; null where it does not say."
     )
@@ -438,7 +442,10 @@ class Status(Answer):
     watching: Literal["polling", "inotify"]
     reconcile: ReconcileStatus
     answers: dict[str, int] = Field(description="By state of the cache, since the start.")
-    recent: list[RecentAnswer] = Field(description="The last 40 answers, oldest first.")
+    recent: list[RecentAnswer] = Field(
+        description="Those of the last 40 answers that your user got, oldest first; on the admin "
+        "socket all."
+    )
     running: int
     models: list[WaitedModel]
     notices: list[str] = Field(

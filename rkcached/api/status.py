@@ -331,11 +331,17 @@ def prompt_status(key: Key, snapshot: Snapshot, serving: Serving) -> dict[str, A
     assessment = snapshot.assessments[key]
     building = snapshot.building if snapshot.is_building(key) else None
     reason = assessment.reason
+    hint = assessment.hint
     if building:
         reason = building.reason
     elif snapshot.held and isinstance(assessment.action, Build):
         reason = f"{reason}; waits {snapshot.held}"
+<<<<<<< HEAD
     use = serving.tally.uses.get(key)
+=======
+        hint = hint or "`rkcached wait MODEL/PROMPT` has it built now"
+    use = serving.uses.get(key)
+>>>>>>> be885d8 (docs, api, sources: stored and learned prompts have one name each, and their errors a next step)
     desired = snapshot.desired.prompts.get(key)
     tools = None
     if desired is not None:
@@ -346,7 +352,7 @@ def prompt_status(key: Key, snapshot: Snapshot, serving: Serving) -> dict[str, A
         "prompt": key.prompt,
         "state": _state(key, snapshot),
         "reason": reason,
-        "hint": assessment.hint,
+        "hint": hint,
         "retry_at": _retry_at(assessment),
         "description": assessment.description,
         "learned": key in snapshot.desired.learned,

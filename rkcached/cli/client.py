@@ -91,7 +91,7 @@ class Client:
         self.request("POST", f"/v1/cache/{quote(model)}", {"cache_name": prompt, "content": text})
 
     def delete(self, model: str, prompt: str) -> None:
-        """Delete a stored text and its cache. On the admin socket."""
+        """Delete a stored prompt and its cache. On the admin socket."""
         self.request("DELETE", f"/v1/cache/{quote(model)}/{quote(prompt)}")
 
     def suggestions(self) -> list[dict[str, Any]]:

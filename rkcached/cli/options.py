@@ -39,7 +39,7 @@ FLAGS = {
         "--state-dir",
         type=PATH,
         metavar="DIR",
-        help="Texts that clients stored; default: state beside the store; beside "
+        help="The texts of stored and of learned prompts; default: state beside the store; beside "
         "/var/cache/rkcached it is "
         "/var/lib/rkcached. [RKCACHED_STATE_DIR]",
     ),

@@ -107,7 +107,9 @@ def _unknown_preloads(manifest: Manifest, sources: Sources) -> Iterator[Remark]:
         for prompt in config.preload or ():
             if prompt in known or name in sources.unlisted_models:
                 continue
-            hint = nearest(prompt, known) if known else "prompts_from finds no file"
+            hint = "prompts_from finds no file: correct it, or write `preload: true`"
+            if known:
+                hint = nearest(prompt, known)
             text = f"preload of {name}: there is no prompt {prompt!r} ({hint})"
             yield Remark(text=text, place=("models", name, "preload"))
 

@@ -92,7 +92,12 @@ class Conversations:
         try:
             found = await asyncio.to_thread(self._files.all)
         except OSError as error:
-            log.warning("conversations not read", place=error.filename, error=error.strerror)
+            log.warning(
+                "conversations not read",
+                place=error.filename,
+                error=error.strerror,
+                hint="check the owner of that folder",
+            )
             found = []
         self._saved = sorted(found, key=lambda saved: saved.record.used_at) + self._saved
         await self._shrink()
@@ -125,7 +130,12 @@ class Conversations:
         except StoreError as error:
             if error.message != self._trouble:
                 self._trouble = error.message
-                log.warning("conversations not saved", model=model.name, error=error.message)
+                log.warning(
+                    "conversations not saved",
+                    model=model.name,
+                    error=error.message,
+                    hint=error.hint,
+                )
             return ""
 
         self._trouble = ""
@@ -155,7 +165,9 @@ class Conversations:
         try:
             sealed = await asyncio.to_thread(self._files.seal, path, record)
         except StoreError as error:
-            log.warning("conversation not saved", model=model.name, error=error.message)
+            log.warning(
+                "conversation not saved", model=model.name, error=error.message, hint=error.hint
+            )
             return
 
         before = [other for other in self._saved if _is_earlier(other, sealed)]

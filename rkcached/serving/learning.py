@@ -105,7 +105,7 @@ class Learning:
                 f"{name!r} cannot name a prompt",
                 code="invalid_name",
                 param="name",
-                hint=NAME_RULE,
+                hint=_hint_for(name),
             )
 
         key = Key(suggestion.model, name)
@@ -289,11 +289,19 @@ class Learning:
         """Let go what was used least recently, until the prompt caches fit."""
         async with self._making_room:
             while (key := await self._one_too_many()) is not None:
-                log.info("learned prompt dropped", **key._asdict(), reason="makes room")
+                reason = "makes room"
+                if key in self._too_large:
+                    reason = "larger than cache.learn.max_bytes"
+                log.info("learned prompt dropped", **key._asdict(), reason=reason)
                 try:
                     await self.forget(key)
                 except StoreError as error:
-                    log.warning("learned prompt stays", **key._asdict(), why=error.message)
+                    log.warning(
+                        "learned prompt stays",
+                        **key._asdict(),
+                        why=error.message,
+                        hint=error.hint,
+                    )
                     return
 
     async def _one_too_many(self) -> Key | None:
@@ -342,3 +350,12 @@ class Learning:
         with contextlib.suppress(OSError):
             return self._stored.learned.all(model, shared=True)
         return []
+
+
+def _hint_for(name: str) -> str:
+    """The next step after a name that no stored prompt can have."""
+    if name == RESERVED_PROMPT:
+        return f"choose another name: {name!r} is an address of its own in the HTTP API"
+    if name.startswith(LEARNED):
+        return f"choose another name: those of learned prompts begin with {LEARNED!r}"
+    return NAME_RULE

@@ -80,4 +80,6 @@ class Resting:
                 try:
                     await worker.run(protocol.Keep(keep_at=place))
                 except RkcachedError as error:
-                    log.warning("conversation not saved", model=name, error=error.message)
+                    log.warning(
+                        "conversation not saved", model=name, error=error.message, hint=error.hint
+                    )

@@ -1,7 +1,7 @@
-"""Prompt texts that clients stored over the socket.
+"""The texts of stored prompts: those that clients stored over the socket.
 
 Each is a file, `prompts/{model}/{name}.md` in the state directory, and a source like any other.
-What the manifest declares goes before a stored text of the same name. Blocking.
+What the manifest declares goes before a stored prompt of the same name. Blocking.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class StoredTexts:
         """As `write`, for a text that is not there yet. Errors: StoreError, also if it is."""
         path = self.path(key)
         if path.exists():
-            raise StoreError(f"there is a stored text {key} already", hint="choose another name")
+            raise StoreError(f"there is a stored prompt {key} already", hint="choose another name")
         self.write(key, text)
 
     def delete(self, key: Key) -> bool:

@@ -196,7 +196,10 @@ def _preload(value: object) -> object:
     if not names:
         raise wrong("preload: the list is empty", "write `preload: true` for the model alone")
     if len(names) > MAX_PRELOADED:
-        raise wrong(f"preload: at most {MAX_PRELOADED} entries are allowed, got {len(names)}")
+        raise wrong(
+            f"preload: at most {MAX_PRELOADED} entries are allowed, got {len(names)}",
+            "name those that are asked for most",
+        )
 
     for name in names:
         if not NAME.fullmatch(name):

@@ -222,6 +222,7 @@ def test_builds_wait_for_their_window(
     on_the_memory_model(workspace, us=0, top=NIGHT, a="You are A.", b="You are B.")
     workspace.start()
     assert workspace.prompt("a")["reason"] == "missing; waits for 02:00"
+    assert workspace.prompt("a")["hint"] == "`rkcached wait MODEL/PROMPT` has it built now"
     assert workspace.prompt("a")["state"] == "missing"
     assert "builds wait for 02:00" in workspace.status()["summary"]
     assert workspace.ask("m/a")["rkcached"]["state"] == "missing"
@@ -230,6 +231,7 @@ def test_builds_wait_for_their_window(
     assert sorted(workspace.built()) == ["a", "b"]
     assert workspace.status()["reconcile"]["looks"] < 5
     assert workspace.prompt("a")["reason"] == ""
+    assert workspace.prompt("a")["hint"] == ""
     assert "builds wait" not in workspace.status()["summary"]
 
 

@@ -167,6 +167,9 @@ def test_names_and_ids_that_cannot_be(space: Workspace) -> None:
     (found,) = suggestions(space)
     assert write(space, "other", 409)["error"]["code"] == "prompt_exists"
     assert write(space, "../x", 400)["error"]["code"] == "invalid_name"
+    assert "characters a-z" in write(space, "../x", 400)["error"]["message"]
+    for name in ("learned-x", "generate-binary"):
+        assert "choose another name" in write(space, name, 400)["error"]["message"]
     assert write(space, "x", 404, id="ab")["error"]["code"] == "suggestion_not_found"
     space.write("state/prompts/m/taken.md", "")
     assert "nothing is overwritten" in write(space, "taken", 409)["error"]["message"]
@@ -404,6 +407,7 @@ def test_what_is_not_used_makes_room(workspace: Workspace) -> None:
     wait_until(
         lambda: workspace.log_text().count("learned prompt dropped") == 2, "the large one goes"
     )
+    workspace.logged("reason='larger than cache.learn.max_bytes'")
     wait_learned(workspace, 2)
     built = workspace.status()["reconcile"]["builds"]
     repeat(workspace, 5, system=large)

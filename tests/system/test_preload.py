@@ -348,6 +348,9 @@ def test_a_prompt_of_a_folder_that_is_not_there_is_said(ship: Workspace) -> None
         "manifest.yaml:10: warning: preload of m: there is no prompt 'cok' (did you mean 'cook'?)"
     )
     assert said in ship.cli("check").stderr
+    ship.declare("{}", model="    prompts_from: prompts/*.txt\n    preload: cook\n")
+    step = "(prompts_from finds no file: correct it, or write `preload: true`)"
+    assert step in ship.cli("check").stderr
     ship.declare("{}", model="    prompts_from: prompts/*.md\n    preload: cook\n")
     assert "warning" not in ship.cli("check").stderr
     ship.start()

@@ -616,6 +616,7 @@ def test_this_machine(tmp_path: Path) -> None:
     environment = {
         name: value for name, value in os.environ.items() if not name.startswith("RKCACHED_")
     }
+    environment["COLUMNS"] = "400"  # no line breaks, however long the folder's name is
 
     def doctor(*arguments: str) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-m", "rkcached", "doctor", *arguments]

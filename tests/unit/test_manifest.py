@@ -850,6 +850,14 @@ def test_too_many_files() -> None:
     assert item.message == "files: at most 64 entries are allowed, got 65"
 
 
+def test_too_many_prompts_to_preload() -> None:
+    """At most 64, and the error says which to choose."""
+    names = ", ".join(f"p{number}" for number in range(65))
+    item = problem(model(f"preload: [{names}]", "prompts_from: '*.md'"))
+    assert item.message == "preload: at most 64 entries are allowed, got 65"
+    assert item.hint == "name those that are asked for most"
+
+
 def test_too_long_text() -> None:
     """Text has a limit too, and the message does not repeat the text."""
     item = problem(model(f"prompts: {{a: {{files: a, description: {'x' * 1001}}}}}"))
