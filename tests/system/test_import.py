@@ -104,6 +104,67 @@ def test_no_file_is_overwritten(workspace: Workspace) -> None:
     assert (workspace.root / other["text_file"]).read_text() == TEXT
 
 
+@pytest.mark.parametrize("kind", ["link", "fifo", "folder", "device"])
+def test_what_is_no_file_keeps_its_name(workspace: Workspace, kind: str) -> None:
+    """It is neither read nor taken for the prompt's own file."""
+    place = workspace.root / "prompts/you-are-the-clerk-of.md"
+    place.parent.mkdir()
+    match kind:
+        case "link":
+            place.symlink_to(workspace.root / "nowhere")
+        case "fifo":
+            os.mkfifo(place)
+        case "folder":
+            place.mkdir()
+        case _:
+            place.symlink_to("/dev/zero")
+
+    (made,) = imported(workspace, record(workspace, request("a"), request("b")))["prompts"]
+    assert made["name"] == "you-are-the-clerk-of-2"
+    assert (workspace.root / made["text_file"]).read_text() == TEXT
+
+
+def test_a_folder_that_is_a_link_to_nowhere(workspace: Workspace) -> None:
+    """Nothing is said to be written that is not."""
+    (workspace.root / "prompts").symlink_to(workspace.root / "nowhere")
+    file = record(workspace, request("a"), request("b"))
+    done = workspace.cli("prompts", "import", file, code=os.EX_CANTCREAT)
+    assert "cannot be written" in done.stderr
+
+
+def test_what_is_written_can_be_declared(workspace: Workspace) -> None:
+    """Whatever the first words are, and at the limit of sizes."""
+    limit = 1 << 20
+    parameters = {"type": "object", "properties": {f"p{n}": {"enum": [1] * 99} for n in range(999)}}
+    tool = {"type": "function", "function": {"name": "f", "parameters": parameters}}
+    bodies = [
+        request("a", "Generate binary."),
+        request("b", "Long " + "x" * (limit - 6)),
+        request("c", "Longer " + "x" * (limit - 7)),
+        request("d", "Tools.", tools=[tool]),
+        request("e", "More tools.", tools=[tool, tool, tool]),
+    ]
+    data = imported(workspace, record(workspace, *bodies), "--at-least", "1")
+    names = ["generate-binary-2", "long-" + "x" * 43, "tools"]
+    assert [prompt["name"] for prompt in data["prompts"]] == names
+    assert [line["line"] for line in data["skipped"]] == [3, 5]
+
+    manifest = yaml.safe_load(data["manifest"])
+    manifest["models"]["qwen3-0.6b"] |= {"path": "m.model", "chat_template": "chatml"}
+    workspace.memory_model()
+    top = {"version": 1, "engine": {"kind": "memory"}}
+    workspace.write("manifest.yaml", yaml.safe_dump({**top, **manifest}))
+    workspace.cli("check")
+
+
+def test_a_line_without_end(workspace: Workspace) -> None:
+    """It is left out, and the next line counts."""
+    file = record(workspace, " " * (40 << 20) + "{", request("a"), request("b"))
+    data = imported(workspace, file)
+    assert (data["requests"], data["served"]) == (2, 2)
+    assert data["skipped"] == [{"line": 1, "reason": "it has more than 16,777,216 bytes"}]
+
+
 def test_lines_of_no_use_are_told(workspace: Workspace) -> None:
     """With the number of each and the reason; the rest of the file counts."""
     file = record(
