@@ -336,12 +336,8 @@ def prompt_status(key: Key, snapshot: Snapshot, serving: Serving) -> dict[str, A
         reason = building.reason
     elif snapshot.held and isinstance(assessment.action, Build):
         reason = f"{reason}; waits {snapshot.held}"
-<<<<<<< HEAD
-    use = serving.tally.uses.get(key)
-=======
         hint = hint or "`rkcached wait MODEL/PROMPT` has it built now"
-    use = serving.uses.get(key)
->>>>>>> be885d8 (docs, api, sources: stored and learned prompts have one name each, and their errors a next step)
+    use = serving.tally.uses.get(key)
     desired = snapshot.desired.prompts.get(key)
     tools = None
     if desired is not None:

@@ -704,7 +704,10 @@ def test_chat(two_prompts: Workspace) -> None:
     assert "64 of " in done.stderr
     piped = two_prompts.cli("chat", "m/a", "--max-tokens", "12", stdin="hello\n")
     assert piped.stdout == done.stdout
-    assert "[cold (the request asks for no cache): " in two_prompts.cli("chat", "m/a", "hello", "--cold").stderr
+    assert (
+        "[cold (the request asks for no cache): "
+        in two_prompts.cli("chat", "m/a", "hello", "--cold").stderr
+    )
     answer = json.loads(two_prompts.cli("chat", "m/a", "hello", "--json").stdout)
     assert answer["rkcached"]["state"] == "hit"
     assert "known models: m" in two_prompts.cli("chat", "nope", "hello", code=os.EX_NOINPUT).stderr

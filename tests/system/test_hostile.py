@@ -11,6 +11,7 @@ import stat
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from conftest import Workspace, damage
