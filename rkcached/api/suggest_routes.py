@@ -1,7 +1,7 @@
 """HTTP routes of suggestions: beginnings that requests repeat and that no prompt cache has.
 
 Who asks on the socket for everyone is shown what he repeats himself, and no sign of what others
-do.
+do. A prompt that is stored serves everybody, so that is a change like others.
 """
 
 from __future__ import annotations
@@ -38,8 +38,9 @@ class SuggestApi:
         body=SuggestRequest,
         answers={202: SuggestedPrompt},
         errors=(404, 409),
+        admin=True,
     )
     async def _store(self, request: Request) -> Response:
         body = await read_record(SuggestRequest, request)
-        suggestion, wish = self._learning.wish(viewer_of(request), body.id, body.name)
+        suggestion, wish = self._learning.wish(body.id, body.name)
         return answer(suggested_prompt(suggestion, wish), status=202)

@@ -310,7 +310,7 @@ def suggest(
     """List the beginnings that your requests repeat, and that would be worth a prompt.
 
     A beginning is listed when three requests had it, no prompt has it, and it was prefilled more
-    than once. Who may open the socket for changes sees those of all users.
+    than once. Who may open the socket for changes sees those of all users, and may use --write.
 
     The daemon keeps no text of requests, so --write takes it from the next one that begins so: its
     system message, or the whole lines of it within the beginning, becomes a stored prompt, which

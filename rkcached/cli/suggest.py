@@ -26,7 +26,7 @@ _WHAT_IT_TAKES: Final = (
 
 def run(settings: Settings, wanted: str | None, name: str | None, *, want_json: bool) -> int:
     """List suggestions, or with `name` have the next request of one of them stored."""
-    with _client(settings) as client:
+    with _client(settings, will_write=name is not None) as client:
         found = client.suggestions()
         if wanted is not None:
             found = [suggestion for suggestion in found if suggestion["id"] == wanted]
@@ -47,13 +47,18 @@ def run(settings: Settings, wanted: str | None, name: str | None, *, want_json: 
 
 
 @contextlib.contextmanager
-def _client(settings: Settings) -> Iterator[Client]:
-    """A client on the socket for changes, or if that is not to be had on the other."""
+def _client(settings: Settings, *, will_write: bool) -> Iterator[Client]:
+    """A client on the socket for changes; to read only, where that is not to be had, on the other.
+
+    Errors: NotAllowed, DaemonUnreachable.
+    """
     with contextlib.ExitStack() as closing:
         client = closing.enter_context(Client(settings.admin_socket))
         try:
             client.ready()
         except (NotAllowed, DaemonUnreachable):
+            if will_write:
+                raise
             client = closing.enter_context(Client(settings.socket))
         yield client
 

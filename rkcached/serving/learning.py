@@ -92,13 +92,13 @@ class Learning:
     def wish_for(self, suggestion: Suggestion) -> Wish | None:
         return self._wishes.get(suggestion.id)
 
-    def wish(self, viewer: int | None, wanted: str, name: str) -> tuple[Suggestion, Wish]:
+    def wish(self, wanted: str, name: str) -> tuple[Suggestion, Wish]:
         """Store the next request that has the beginning `wanted`, as a prompt of this name.
 
-        Errors: RequestError for an id that this user may not know, and for a name that is taken
-        or that no prompt can have.
+        Errors: RequestError for an id that is not known, and for a name that is taken or that no
+        prompt can have.
         """
-        suggestion = self._find(viewer, wanted)
+        suggestion = self._find(wanted)
         if not NAME.fullmatch(name) or name == RESERVED_PROMPT or name.startswith(LEARNED):
             raise RequestError(
                 400,
@@ -125,8 +125,8 @@ class Learning:
             del self._wishes[next(iter(self._wishes))]
         return suggestion, wish
 
-    def _find(self, viewer: int | None, wanted: str) -> Suggestion:
-        for suggestion in self.suggestions(viewer):
+    def _find(self, wanted: str) -> Suggestion:
+        for suggestion in self.suggestions(None):
             if suggestion.id == wanted:
                 return suggestion
         raise RequestError(
