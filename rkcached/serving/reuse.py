@@ -129,9 +129,10 @@ def outcome(found: Found, job: Job, stats: RunStats) -> tuple[str, str]:
         return _of_whole(chosen, cached_tokens, rewinds=found.rewinds)
     if found.unready is not None:
         return found.unready
-    if cached_tokens is None:
-        return ("cold", "") if chosen is None else ("loaded", NOT_MEASURED)
+    if cached_tokens is None and (chosen is not None or found.resumed is not None):
+        return "loaded", NOT_MEASURED
 
+    cached_tokens = cached_tokens or 0  # a new run on a runtime that counts none
     rendered = job.prompt.encode()
     head_tokens = _head_bytes(rendered, job.parts) / len(rendered) * stats.prompt_tokens
     is_partial = cached_tokens >= head_tokens + LEAST_TOKENS
@@ -164,20 +165,26 @@ def _why_not_more(
     if cached_tokens > _tokens(nearest) + LEAST_TOKENS:
         return f"the request goes on from an earlier one, beyond what it shares with {nearest.key}"
 
+    reason = _difference(nearest, job, rendered)
+    if not found.rewinds:
+        return f"{reason}; this model's state cannot be taken back to there"
+    if is_partial:
+        return reason
+    if found.chosen is not None:
+        return f"{reason}; it was loaded but not reused"
+    return f"{reason}; that is too little to be worth loading"
+
+
+def _difference(nearest: Match, job: Job, rendered: bytes) -> str:
+    """The place where the request and the nearest prompt part, and why they may."""
     at = nearest.common_bytes
     where = _place(rendered, at, job.parts)
     reason = f"differs from {nearest.key} after {_tokens(nearest):,} tokens, {where}"
     if where.startswith("in "):
-        if _TIMES.search(_line(rendered, at)):
-            reason += ": a date or a time?"
-    elif cause := _cause(job):
-        reason += f": {cause}"
-
-    if not found.rewinds:
-        reason += "; this model's state cannot be taken back to there"
-    elif not is_partial:
-        reason += "; that is too little to be worth loading"
-    return reason
+        is_time = _TIMES.search(_line(rendered, at))
+        return f"{reason}: a date or a time?" if is_time else reason
+    cause = _cause(job)
+    return f"{reason}: {cause}" if cause else reason
 
 
 def _cause(job: Job) -> str:

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import cast
 
+from rkcached.engines.base import FinishReason, RunStats, Sampling
+from rkcached.plan.desired import DesiredModel
 from rkcached.reconcile.index import Match
-from rkcached.serving.reuse import Found
+from rkcached.serving.job import Job
+from rkcached.serving.report import NOT_MEASURED
+from rkcached.serving.reuse import Found, outcome
 from rkcached.sources.records import Key
 from rkcached.store.sidecar import Figures, Sidecar, StoredArtifact
 
@@ -53,3 +58,39 @@ def test_a_worker_that_died_over_a_cache_loads_none() -> None:
     """Whatever else was found."""
     found = Found(chosen=PART, whole=WHOLE, nearest=PART).without("it crashed")
     assert found.on(rewinds=False).chosen is None
+
+
+def outcome_of(found: Found, cached_tokens: int | None) -> tuple[str, str]:
+    job = Job(
+        model=cast("DesiredModel", None),
+        named=None,
+        prompt="You are a cooper, who makes barrels.",
+        sampling=Sampling(),
+        cold=False,
+        accepted=0.0,
+    )
+    stats = RunStats(
+        finish=FinishReason.STOP,
+        prompt_tokens=36,
+        cached_tokens=cached_tokens,
+        prefill_ms=1.0,
+        decode_tokens=1,
+        decode_ms=1.0,
+    )
+    return outcome(found, job, stats)
+
+
+def test_a_runtime_that_counts_no_tokens_still_has_a_reason() -> None:
+    """What was loaded is not measured; where nothing was, the reason says what is missing."""
+    assert outcome_of(Found(chosen=PART, nearest=PART), None) == ("loaded", NOT_MEASURED)
+    state, reason = outcome_of(Found(nearest=PART), None)
+    assert state == "cold"
+    assert reason.endswith("; that is too little to be worth loading")
+    assert outcome_of(Found(), None) == ("cold", "no prompt begins like this request")
+
+
+def test_what_was_loaded_is_not_called_too_little_to_be_loaded() -> None:
+    """The engine's count says that it did not help."""
+    state, reason = outcome_of(Found(chosen=PART, nearest=PART), 0)
+    assert state == "cold"
+    assert reason.endswith("; it was loaded but not reused")
