@@ -12,6 +12,9 @@ from hypothesis import settings
 if TYPE_CHECKING:
     from xdist.scheduler import LoadScopeScheduling
 
+# A daemon that compiles its modules again at each start takes a third longer for it.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+
 # How long an example takes says more of the machine than of the program.
 settings.register_profile("rkcached", deadline=None)
 settings.load_profile("rkcached")

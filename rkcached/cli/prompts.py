@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import os
 import re
+import stat
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final, NamedTuple
+from typing import Any, BinaryIO, Final, NamedTuple
 
 import click
 import pydantic_core
@@ -23,8 +24,12 @@ from rkcached.cli import output
 from rkcached.errors import SourceError, StoreError, counted, printable
 from rkcached.host.settings import Settings
 from rkcached.messages.tools import ToolSet, parse_tools
+from rkcached.sources.manifest import RESERVED_PROMPT
 from rkcached.sources.problems import NAME
 from rkcached.sources.text_files import MAX_PROMPT_BYTES
+
+MAX_LINE_BYTES: Final = 16 << 20
+"""A request beyond this is none that the daemon would take."""
 
 _WORDS_IN_NAME: Final = 5
 _SHOWN_SKIPPED: Final = 5
@@ -86,8 +91,8 @@ def read_requests(file: Path) -> Recording:
     recording = Recording()
     try:
         with file.open("rb") as lines:
-            for number, line in enumerate(lines, 1):
-                if not line.strip():
+            for number, line in enumerate(_lines(lines), 1):
+                if line.isspace() and len(line) <= MAX_LINE_BYTES:
                     continue
                 try:
                     beginning = _beginning(line)
@@ -106,6 +111,15 @@ def read_requests(file: Path) -> Recording:
     return recording
 
 
+def _lines(file: BinaryIO) -> Iterator[bytes]:
+    """The lines of a file; of one that is too long only so much that it can be told."""
+    while line := file.readline(MAX_LINE_BYTES + 1):
+        rest = line
+        while len(rest) > MAX_LINE_BYTES and not rest.endswith(b"\n"):
+            rest = file.readline(MAX_LINE_BYTES + 1)
+        yield line
+
+
 class _Useless(Exception):
     """A line that begins with nothing that a prompt cache could hold; the message is the reason."""
 
@@ -116,6 +130,8 @@ class _Useless(Exception):
 
 def _beginning(line: bytes) -> Beginning:
     """Errors: _Useless."""
+    if len(line) > MAX_LINE_BYTES:
+        raise _Useless(f"it has more than {MAX_LINE_BYTES:,} bytes")
     try:
         record = pydantic_core.from_json(line.removeprefix(b"\xef\xbb\xbf"), allow_inf_nan=False)
     except ValueError as error:
@@ -131,7 +147,7 @@ def _beginning(line: bytes) -> Beginning:
     text = _system_text(messages[0]).rstrip("\r\n")
     if not text.strip():
         raise _Useless("it does not begin with a system message", is_request=True)
-    if "\0" in text or text[0] == "\ufeff" or len(text.encode()) > MAX_PROMPT_BYTES:
+    if "\0" in text or text[0] == "\ufeff" or len(_content(text)) > MAX_PROMPT_BYTES:
         raise _Useless(
             "its system message cannot be a prompt: it has a NUL character, begins with a byte "
             f"order mark, or has more than {MAX_PROMPT_BYTES:,} bytes",
@@ -160,9 +176,14 @@ def _tools(body: Mapping[str, Any]) -> ToolSet | None:
     if not tools or body.get("tool_choice") == "none":
         return None
     try:
-        return parse_tools(pydantic_core.to_json(tools).decode(), name="tools")
+        found = parse_tools(pydantic_core.to_json(tools).decode(), name="tools")
     except SourceError as error:
         raise _Useless(error.message, is_request=True) from error
+
+    if len(_tools_content(found)) > MAX_PROMPT_BYTES:
+        reason = f"a file of its tools would have more than {MAX_PROMPT_BYTES:,} bytes"
+        raise _Useless(reason, is_request=True)
+    return found
 
 
 # Writing
@@ -170,22 +191,33 @@ def _tools(body: Mapping[str, Any]) -> ToolSet | None:
 
 def _write(beginning: Beginning, requests: int, folder: Path, others: list[Imported]) -> Imported:
     """Write the files of a prompt, under the first name that is free. Errors: StoreError."""
-    taken = {other.name for other in others}
-    tools = None if beginning.tools is None else beginning.tools.for_people()
+    taken = {RESERVED_PROMPT, *(other.name for other in others)}
+    tools = beginning.tools
     for name in _names(beginning.text):
-        text_file = folder / f"{name}.md"
-        tools_file = None if tools is None else folder / f"{name}.tools.json"
-        if name in taken or not _is_free(text_file, beginning.text + "\n"):
-            continue
-        if tools_file is not None and not _is_free(tools_file, tools or ""):
+        contents = {folder / f"{name}.md": _content(beginning.text)}
+        tools_file = None
+        if tools is not None:
+            tools_file = folder / f"{name}.tools.json"
+            contents[tools_file] = _tools_content(tools)
+        if name in taken or not all(_is_free(file, data) for file, data in contents.items()):
             continue
 
-        _create(text_file, beginning.text + "\n")
-        if tools_file is not None:
-            _create(tools_file, tools or "")
-        return Imported(name, requests, beginning, text_file, tools_file)
+        for file, data in contents.items():
+            _create(file, data)
+        return Imported(name, requests, beginning, folder / f"{name}.md", tools_file)
 
     raise AssertionError("there is always another number")
+
+
+def _content(text: str) -> bytes:
+    """The file of a prompt with this text."""
+    return f"{text}\n".encode()
+
+
+def _tools_content(tools: ToolSet) -> bytes:
+    """The file of these tools: with line breaks, if it is not too large then."""
+    content = tools.for_people().encode()
+    return content if len(content) <= MAX_PROMPT_BYTES else f"{tools.text}\n".encode()
 
 
 def _names(text: str) -> Iterator[str]:
@@ -199,26 +231,31 @@ def _names(text: str) -> Iterator[str]:
         number += 1
 
 
-def _is_free(file: Path, content: str) -> bool:
-    """Whether there is no such file, or one with just this content. Errors: StoreError."""
+def _is_free(file: Path, content: bytes) -> bool:
+    """Whether nothing has this name, or a regular file with just this content.
+
+    Nothing else is opened: a device has no end. Errors: StoreError.
+    """
     try:
-        return file.read_bytes() == content.encode()
+        info = file.lstat()
+        if not stat.S_ISREG(info.st_mode) or info.st_size != len(content):
+            return False
+        return file.read_bytes() == content
     except FileNotFoundError:
         return True
     except OSError as error:
         raise _not_written(file, error) from error
 
 
-def _create(file: Path, content: str) -> None:
-    """Errors: StoreError."""
+def _create(file: Path, content: bytes) -> None:
+    """Write a file, unless it is there with this content. Errors: StoreError."""
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         with file.open("xb") as opened:
-            opened.write(content.encode())
-    except FileExistsError:
-        return  # with this content
+            opened.write(content)
     except OSError as error:
-        raise _not_written(file, error) from error
+        if not (isinstance(error, FileExistsError) and _is_free(file, content) and file.exists()):
+            raise _not_written(file, error) from error
 
 
 def _not_written(file: Path, error: OSError) -> StoreError:

@@ -9,13 +9,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from rkcached.errors import PromptTooShort
-from rkcached.messages.tools import ToolSet
 from rkcached.plan.fingerprint import Change, Fingerprint
 from rkcached.sources.records import Key, Trouble
 from rkcached.worker.held import NOBODY
+
+if TYPE_CHECKING:  # it reads JSON with a library that no command needs which only shows a plan
+    from rkcached.messages.tools import ToolSet
 
 MAX_RETRY_S = 60.0
 """No failed attempt waits longer for the next one; a time further ahead was written by a clock that

@@ -10,13 +10,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import date
 from enum import StrEnum
-from typing import NamedTuple, TypeVar
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 from rkcached.engines.states import StateFacts
 from rkcached.errors import RkcachedError
 from rkcached.host.digests import Signature
 from rkcached.messages.tokenizer_facts import TokenizerFacts
-from rkcached.messages.tools import ToolSet
+
+if TYPE_CHECKING:  # it reads JSON with a library that no command needs which only shows a plan
+    from rkcached.messages.tools import ToolSet
 
 
 class Key(NamedTuple):

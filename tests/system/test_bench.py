@@ -342,7 +342,8 @@ def test_real_model(workspace: Workspace, small_model: Path) -> None:
     workspace.write("cook.md", TEXT)
     workspace.write(
         "manifest.yaml",
-        f"version: 1\nengine: {{kind: llamacpp}}\nmodels:\n  m:\n    path: {small_model}\n"
+        "version: 1\nengine: {kind: llamacpp, threads: 1}\n"
+        f"models:\n  m:\n    path: {small_model}\n"
         "    params: {max_context_len: 512, max_new_tokens: 32, temperature: 0}\n"
         "    prompts: {cook: cook.md}\n",
     )

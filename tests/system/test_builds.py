@@ -24,7 +24,8 @@ RULES = "".join(
 def on_the_small_model(space: Workspace, small_model: Path, prompts: str, top: str = "") -> None:
     space.write(
         "manifest.yaml",
-        f"version: 1\nengine: {{kind: llamacpp}}\n{top}\nmodels:\n  m:\n    path: {small_model}\n"
+        f"version: 1\nengine: {{kind: llamacpp, threads: 1}}\n{top}\n"
+        f"models:\n  m:\n    path: {small_model}\n"
         f"    params: {{max_context_len: 2048, temperature: 0.0}}\n    prompts: {prompts}\n",
     )
 

@@ -135,7 +135,8 @@ def test_a_folder_that_is_a_link_to_nowhere(workspace: Workspace) -> None:
 def test_what_is_written_can_be_declared(workspace: Workspace) -> None:
     """Whatever the first words are, and at the limit of sizes."""
     limit = 1 << 20
-    parameters = {"type": "object", "properties": {f"p{n}": {"enum": [1] * 99} for n in range(999)}}
+    properties = {f"p{number}": {"enum": ["x" * 28] * 90} for number in range(300)}
+    parameters = {"type": "object", "properties": properties}  # too large with line breaks
     tool = {"type": "function", "function": {"name": "f", "parameters": parameters}}
     bodies = [
         request("a", "Generate binary."),

@@ -443,7 +443,7 @@ def test_a_real_model_learns(workspace: Workspace, small_model: Path) -> None:
     workspace.write("other.md", "You are a carpenter. " * 20)
     workspace.write(
         "manifest.yaml",
-        f"version: 1\nengine: {{kind: llamacpp}}\n{LEARN}\nmodels:\n  m:\n"
+        f"version: 1\nengine: {{kind: llamacpp, threads: 1}}\n{LEARN}\nmodels:\n  m:\n"
         f"    path: {small_model}\n    chat_template: chatml\n"
         "    params: {max_context_len: 2048, max_new_tokens: 8, temperature: 0}\n"
         "    prompts: {other: other.md}\n",

@@ -259,7 +259,7 @@ def test_two_conversations_on_a_real_model(workspace: Workspace, small_model: Pa
     workspace.write("house.md", HOUSE)
     workspace.write(
         "manifest.yaml",
-        "version: 1\nengine: {kind: llamacpp}\nmodels:\n  m:\n"
+        "version: 1\nengine: {kind: llamacpp, threads: 1}\nmodels:\n  m:\n"
         f"    path: {small_model}\n    chat_template: chatml\n"
         "    params: {max_context_len: 2048, max_new_tokens: 16, temperature: 0}\n"
         "    prompts: {house: house.md}\n",

@@ -43,7 +43,7 @@ def ship(workspace: Workspace, small_model: Path) -> Workspace:
     workspace.write("other.md", "You are a carpenter. " * 20)
     workspace.write(
         "manifest.yaml",
-        "version: 1\nengine: {kind: llamacpp}\nmodels:\n  m:\n"
+        "version: 1\nengine: {kind: llamacpp, threads: 1}\nmodels:\n  m:\n"
         f"    path: {small_model}\n    chat_template: chatml\n"
         "    params: {max_context_len: 2048, max_new_tokens: 8, temperature: 0}\n"
         "    prompts: {house: house.md, other: other.md}\n",
