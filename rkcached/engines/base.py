@@ -138,6 +138,8 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     """Whether `Sampling.json_schema` works."""
     gives_logprobs: bool = False
     """Whether `Sampling.logprobs` works."""
+    states: int = 1
+    """How many KV states are in memory at a time. They share the tokens of the context."""
     saves_continued: bool = True
     """Whether a state that was loaded and then continued is known to be saved right. Where nobody
     says so, it is compared with one that was read as a whole."""
@@ -215,13 +217,19 @@ OnProgress = Callable[[int, int], None]
 
 
 class Engine(Protocol):
-    """One loaded model with one KV state.
+    """One loaded model with a KV state, or some of them: `choose` says which one is meant.
 
     Errors are `EngineError`s; after any of them the engine stays usable.
     """
 
     @property
     def info(self) -> EngineInfo: ...
+
+    def choose(self, state: int, /) -> None:
+        """Let the calls that follow act on this KV state, from 0 to `EngineInfo.states` less 1."""
+
+    def has_state(self, state: int, /) -> bool:
+        """Whether this KV state is still there: another one that grew may have taken its room."""
 
     def count_tokens(self, text: str) -> int | None:
         """Count the KV positions that a prompt occupies, an added BOS token included.

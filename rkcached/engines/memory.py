@@ -86,6 +86,8 @@ class MemoryModel(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     can_save: bool = True
     rewinds: bool = True
     """See `EngineInfo.rewinds`."""
+    states: int = 1
+    """See `EngineInfo.states`."""
     seed: str = ""
     """Any text: models with different seeds give different answers."""
     script: dict[str, str] = {}
@@ -107,9 +109,11 @@ class MemoryEngine:
             measures_prefill=True,
             aborts_prefill=True,
             rewinds=self._model.rewinds,
+            states=self._model.states,
         )
-        self._tokens = bytearray()
-        self._states = array("Q")
+        # The tokens of each KV state, and the number of each position.
+        self._kept = [(bytearray(), array("Q")) for _ in range(self._model.states)]
+        self._tokens, self._states = self._kept[0]
         self._abort = threading.Event()
         self._calls: Counter[str] = Counter()
         self._closed = False
@@ -120,6 +124,12 @@ class MemoryEngine:
     @property
     def info(self) -> EngineInfo:
         return self._info
+
+    def choose(self, state: int, /) -> None:
+        self._tokens, self._states = self._kept[state]
+
+    def has_state(self, state: int, /) -> bool:
+        return bool(self._kept[state][0])
 
     def count_tokens(self, text: str) -> int:
         return len(_encode(text))
@@ -198,6 +208,7 @@ class MemoryEngine:
         split = MEMORY.size + count
         self._tokens += data[MEMORY.size : split]
         self._states.frombytes(data[split:])
+        self._share_context()
         return int(count)
 
     def clear(self) -> None:
@@ -261,7 +272,9 @@ class MemoryEngine:
     def close(self) -> None:
         if not self._closed:
             self._enter("close")
-            self.clear()
+            for tokens, states in self._kept:
+                del tokens[:]
+                del states[:]
             self._closed = True
 
     def _rewind(self, tokens: bytes) -> int:
@@ -336,6 +349,16 @@ class MemoryEngine:
         state = self._states[-1] if self._states else self._origin
         self._tokens += tokens
         self._states.extend(_positions(state, tokens))
+        self._share_context()
+
+    def _share_context(self) -> None:
+        """Drop the other states if the context does not hold all."""
+        if sum(len(tokens) for tokens, _ in self._kept) <= self._info.context_tokens:
+            return
+        for tokens, states in self._kept:
+            if tokens is not self._tokens:
+                del tokens[:]
+                del states[:]
 
     def _truncate(self, count: int) -> None:
         del self._tokens[count:]

@@ -10,7 +10,7 @@ from rkcached.engines.base import Engine, RunStats, Sampling, Token
 from rkcached.errors import Aborted, ArtifactLoadError
 from rkcached.host.digests import Signature, signature_of
 from rkcached.worker import protocol
-from rkcached.worker.held import Held
+from rkcached.worker.held import Held, free
 from rkcached.worker.traces import LIKELIEST
 
 PROBE_TOKENS = 8
@@ -24,12 +24,40 @@ class EngineState:
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
-        self.held = Held()
         self.info = engine.info
         """As the engine says, and as its runs have shown."""
         self.continues = self.info.saves_continued
         """A state that was loaded, continued and saved was as good as one that was read as a
         whole."""
+        self._helds = [Held()] * self.info.states
+        # The KV states in the order in which they were chosen; the last one is the chosen one.
+        self._order = list(range(self.info.states))
+
+    @property
+    def held(self) -> Held:
+        """The content of the chosen KV state."""
+        return self._helds[self._order[-1]]
+
+    @held.setter
+    def held(self, held: Held) -> None:
+        self._helds[self._order[-1]] = held
+
+    def in_order(self) -> dict[int, Held]:
+        """The content of each KV state, the least recently chosen first."""
+        for state, held in enumerate(self._helds):
+            if held.text and self.info.states > 1 and not self.engine.has_state(state):
+                self._helds[state] = Held()
+        return {state: self._helds[state] for state in self._order}
+
+    def choose(self, state: int) -> None:
+        """Let what follows act on this KV state."""
+        self._order.remove(state)
+        self._order.append(state)
+        self.engine.choose(state)
+
+    def choose_free(self) -> None:
+        """Choose an empty KV state, or else the one that was not chosen for the longest time."""
+        self.choose(free(self.in_order()))
 
     def load(self, operation_id: int, cache: protocol.CacheFile, emit: Emit) -> protocol.Loaded:
         """Load exactly the file that was verified.

@@ -1,4 +1,4 @@
-"""The text in an engine's KV state, as a session knows it, and whose text that is. Pure.
+"""The text in each KV state of an engine, as a session knows it, and whose text that is. Pure.
 
 The engine reuses whatever of its state a prompt begins with, by tokens. That would tell one user,
 by the time it takes, what another asked. So a state that holds more than declared text is only left
@@ -7,6 +7,7 @@ in the engine for the user who made it.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from enum import Enum
 from typing import NamedTuple
 
@@ -56,18 +57,17 @@ class Held(NamedTuple):
 
     def step(self, operation: protocol.Generate, info: EngineInfo) -> Step:
         """The step to take before this run."""
-        must_go = operation.cold or not self._is_open_to(operation)
-        has_bytes = 0
-        if info.keeps_state and not must_go:
-            has_bytes = self._common_bytes(operation)
-            if not info.rewinds and has_bytes < len(self.text):
-                has_bytes = 0
-
-        gained_bytes = operation.common_bytes - has_bytes
-        is_usable = operation.cache is not None and (operation.is_whole or info.rewinds)
-        if is_usable and gained_bytes > operation.load_bytes:
+        if _loaded_bytes(operation, info) > self.reused_bytes(operation, info):
             return Step.LOAD
+        must_go = operation.cold or not self._is_open_to(operation)
         return Step.CLEAR if must_go else Step.KEEP
+
+    def reused_bytes(self, operation: protocol.Generate, info: EngineInfo) -> int:
+        """So much of the run's prompt can be taken from this state."""
+        if operation.cold or not info.keeps_state or not self._is_open_to(operation):
+            return 0
+        has_bytes = self._common_bytes(operation)
+        return has_bytes if info.rewinds or has_bytes == len(self.text) else 0
 
     def is_continued_by(self, operation: protocol.Generate) -> bool:
         """Whether this run goes on with the conversation."""
@@ -85,6 +85,31 @@ class Held(NamedTuple):
 
     def _common_bytes(self, operation: protocol.Generate) -> int:
         return common_bytes(self.text, operation.prompt.encode())
+
+
+def state_for(helds: Mapping[int, Held], operation: protocol.Generate, info: EngineInfo) -> int:
+    """The KV state that a run had best go on from, or replace.
+
+    `helds`: what each state holds, the least recently used first. Where no state has as much of the
+    prompt as the file to load, a conversation that may go on is left alone.
+    """
+    best = max(helds, key=lambda state: helds[state].reused_bytes(operation, info))
+    held = helds[best]
+    least_bytes = max(_loaded_bytes(operation, info), 0)
+    if held.is_worth_keeping and not held.is_continued_by(operation):
+        least_bytes += _WORTH_GUESSING_BYTES
+    return best if held.reused_bytes(operation, info) > least_bytes else free(helds)
+
+
+def free(helds: Mapping[int, Held]) -> int:
+    """An empty KV state, or else the first."""
+    return next((state for state, held in helds.items() if not held.text), next(iter(helds)))
+
+
+def _loaded_bytes(operation: protocol.Generate, info: EngineInfo) -> float:
+    """So much of the prompt comes from the file of the run, less what loading it costs."""
+    is_usable = operation.cache is not None and (operation.is_whole or info.rewinds)
+    return operation.common_bytes - operation.load_bytes if is_usable else 0
 
 
 def owner_of(operation: protocol.Generate) -> int:

@@ -20,7 +20,7 @@ from rkcached.errors import ArtifactLoadError, EngineError, SamplingFixed, Verif
 from rkcached.worker import protocol
 from rkcached.worker.building import Builder
 from rkcached.worker.engine_state import Emit, EngineState, since
-from rkcached.worker.held import Held, Step, owner_of
+from rkcached.worker.held import Held, Step, owner_of, state_for
 
 if TYPE_CHECKING:
     from rkcached.worker.json_answer import JsonAnswer
@@ -41,6 +41,7 @@ class Session:
         self, operation: protocol.Build, emit: Emit, stopped: Callable[[], bool]
     ) -> protocol.Built:
         """Build a prompt cache and prove it. Errors: as `Builder.build`."""
+        self._state.choose_free()
         self._make_way(operation, emit, by_run=True)
         return self._builder.build(operation, emit, stopped)
 
@@ -105,6 +106,7 @@ class Session:
         Returns the bytes of the prompt in the state, if it is kept and has to be taken back to
         them; else 0.
         """
+        self._state.choose(state_for(self._state.in_order(), operation, self._state.info))
         if not self._state.held.is_continued_by(operation):
             self._make_way(operation, emit)
 
@@ -140,9 +142,12 @@ class Session:
     def check(self, operation: protocol.Check, emit: Emit) -> protocol.Checked:
         """Load a prompt cache, unless the KV state has its text. Errors: ArtifactLoadError."""
         text = operation.text.encode()
-        if text and self.engine.info.keeps_state and self._state.held.text.startswith(text):
-            return protocol.Checked(id=operation.id, tokens=0)
+        if text and self.engine.info.keeps_state:
+            for held in self._state.in_order().values():
+                if held.text.startswith(text):
+                    return protocol.Checked(id=operation.id, tokens=0)
 
+        self._state.choose_free()
         self._make_way(operation, emit, by_run=True)
         loaded = self._state.load(operation.id, operation.cache, emit)
         emit(loaded)
@@ -152,7 +157,8 @@ class Session:
         return protocol.Checked(id=operation.id, tokens=loaded.tokens)
 
     def keep(self, operation: protocol.Keep, emit: Emit) -> protocol.Checked:
-        """Save the conversation in memory, which stays there. No error: then it is not saved."""
+        """Save the conversation in a KV state, where it stays. No error: then it is not saved."""
+        self._state.choose(operation.state)
         self._make_way(operation, emit, by_run=True)
         return protocol.Checked(id=operation.id, tokens=0)
 

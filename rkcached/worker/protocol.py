@@ -126,10 +126,12 @@ class Check(msgspec.Struct, frozen=True, kw_only=True, tag="check"):
 
 
 class Keep(msgspec.Struct, frozen=True, kw_only=True, tag="keep"):
-    """Save the state of the conversation in memory, if it is one. Answer: Saved?, then Checked."""
+    """Save the conversation in one of the KV states, if it is one. Answer: Saved?, then Checked."""
 
     id: int = msgspec.field(default_factory=_new_id)
     keep_at: str
+    state: int = 0
+    """From 0 to `EngineInfo.states` less 1."""
 
 
 class Embed(msgspec.Struct, frozen=True, kw_only=True, tag="embed"):

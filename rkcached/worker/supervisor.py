@@ -268,7 +268,7 @@ class Worker:
 
     async def _stop(self) -> None:
         try:
-            await self._keep_conversation()
+            await self._keep_conversations()
             code = await self._end()
             self.state = WorkerState.STOPPED
             if code:
@@ -277,15 +277,16 @@ class Worker:
         finally:
             self._stopping = None
 
-    async def _keep_conversation(self) -> None:
-        """Have the conversation in memory saved, if the worker is idle and that takes no time."""
-        if self._keeper is None or self.state is not WorkerState.READY:
-            return
-        if not (place := self._keeper.place(self.model)):
+    async def _keep_conversations(self) -> None:
+        """Have the conversations in memory saved, if the worker is idle and that takes no time."""
+        if self._keeper is None or self.info is None or self.state is not WorkerState.READY:
             return
         with contextlib.suppress(EngineError, WorkerError, TimeoutError):
             async with asyncio.timeout(KEEP_S):
-                await self._exchange(protocol.Keep(keep_at=place), None)
+                for state in range(self.info.states):
+                    if not (place := self._keeper.place(self.model)):
+                        return
+                    await self._exchange(protocol.Keep(keep_at=place, state=state), None)
 
     # Operations
 

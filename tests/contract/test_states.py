@@ -164,3 +164,70 @@ def test_a_conversation_continues_its_state(bench: Bench) -> None:
     assert second.cached >= tokens - BOUNDARY_TOKENS
     assert second.equals(bench.cold(turn))
     assert first.prompt == tokens
+
+
+# Several states of one engine
+
+
+@pytest.fixture
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
+    bench = Bench("plain", tmp_path_factory.mktemp("p"))
+    yield bench
+    bench.engine.close()
+    bench.other.close()
+
+
+def test_each_state_goes_on_by_itself(plain: Bench) -> None:
+    """Two texts in turn: each reads only what is new, and answers as it does alone."""
+    engine = plain.engine
+    assert engine.info.states == 2
+    texts = (SYSTEM, "A tale of the sea. " * 30)
+    alone = [plain.cold(text + END) for text in texts]
+    for state, text in enumerate(texts):
+        engine.choose(state)
+        engine.clear()
+        ask(engine, text)
+    for state, text in enumerate(texts):
+        engine.choose(state)
+        answer = ask(engine, text + END)
+        assert answer.cached > answer.prompt - 20
+        assert answer.equals(alone[state])
+        assert engine.has_state(state)
+
+
+def test_a_file_is_loaded_into_the_chosen_state(plain: Bench) -> None:
+    """The other one stays as it is."""
+    engine = plain.engine
+    other = "A tale of the sea. " * 30
+    engine.choose(0)
+    before = ask(engine, other)
+    engine.choose(1)
+    assert engine.load(plain.path) == plain.saved
+    assert ask(engine, QUESTION).equals(plain.cold(QUESTION))
+    engine.choose(0)
+    after = ask(engine, other)
+    assert after.cached == after.prompt - 1
+    assert after.equals(before)
+
+
+def test_states_that_do_not_fit_together_give_way(plain: Bench) -> None:
+    """They share the context: a run or a load that needs the room of the others gets it."""
+    engine = plain.engine
+    engine.choose(1)
+    longest = "sea " * 230
+    answer = ask(engine, longest)
+    assert answer.prompt > 700
+    assert not engine.has_state(0)
+    engine.choose(0)
+    assert engine.load(plain.path) == plain.saved
+    assert ask(engine, QUESTION).equals(plain.cold(QUESTION))
+    engine.choose(1)
+    again = ask(engine, longest)
+    assert again.equals(answer)
+    assert not engine.has_state(0)
+    assert again.cached in (0, again.prompt - 1)
+
+
+def test_models_whose_states_cannot_go_back_have_one(bench: Bench) -> None:
+    """What they keep beside the tokens does not lie in the cells that states share."""
+    assert bench.engine.info.states == (2 if bench.kind == "plain" else 1)

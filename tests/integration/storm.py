@@ -271,7 +271,12 @@ class Storm(RuleBasedStateMachine):
         self._replace(
             self.root / f"{model}.model",
             json.dumps(
-                {"rkcached_memory_model": 1, "seed": seed, "context_tokens": CONTEXT_TOKENS}
+                {
+                    "rkcached_memory_model": 1,
+                    "seed": seed,
+                    "context_tokens": CONTEXT_TOKENS,
+                    "states": 1 + MODELS.index(model) % 2,
+                }
             ),
         )
 

@@ -7,10 +7,12 @@ import pytest
 
 from rkcached.engines.base import EngineInfo, Sampling
 from rkcached.worker import protocol
-from rkcached.worker.held import NOBODY, Held, Step
+from rkcached.worker.held import NOBODY, Held, Step, state_for
 
 CACHE = protocol.CacheFile(path="/cache/m/a.cache", signature=(1, 2, 3, 4, 5), fingerprint="f")
 PROMPT = "You are a cook. What is for dinner?"
+LONG = "You are a cook. " * 15 + "What is for dinner, and who comes? " * 2
+TALK = LONG[:245].encode() + b"Something else was said here. " * 4
 ANN, BOB = 1000, 1001
 INFO = EngineInfo(
     runtime_version="1", context_tokens=100, measures_prefill=True, aborts_prefill=True
@@ -25,9 +27,10 @@ def asked(
     owner: int = ANN,
     cold: bool = False,
     whole: bool = True,
+    prompt: str = PROMPT,
 ) -> protocol.Generate:
     return protocol.Generate(
-        prompt=PROMPT,
+        prompt=prompt,
         sampling=Sampling(),
         cache=CACHE if cache else None,
         common_bytes=common if cache else 0,
@@ -82,3 +85,29 @@ def test_a_state_that_cannot_go_back_is_only_continued(
 ) -> None:
     """As those of recurrent models."""
     assert held.step(operation, msgspec.structs.replace(INFO, rewinds=False)) is step
+
+
+@pytest.mark.parametrize(
+    ("helds", "operation", "state"),
+    [
+        # An empty state before one that is used; the least recently used before the others.
+        ({0: Held(b"x" * 99, ANN), 1: Held()}, asked(), 1),
+        ({1: Held(b"x" * 99, ANN), 0: Held(b"y" * 99, ANN)}, asked(), 1),
+        # The state that has more of the prompt than the file.
+        ({0: Held(), 1: Held(LONG.encode(), ANN)}, asked(prompt=LONG), 1),
+        # A conversation that begins with the prompt cache is not replaced by another one.
+        (
+            {0: Held(TALK, ANN, len(TALK), goes_on=True), 1: Held()},
+            asked(prompt=LONG, common=240),
+            1,
+        ),
+        ({0: Held(TALK[:-90], ANN, 270), 1: Held()}, asked(prompt=LONG, common=240), 0),
+        # Another user's, and a run that is to be cold.
+        ({0: Held(LONG.encode(), BOB), 1: Held()}, asked(prompt=LONG), 1),
+        ({0: Held(LONG.encode(), ANN), 1: Held()}, asked(prompt=LONG, cache=False, cold=True), 1),
+    ],
+)
+def test_the_state_for_a_run(
+    helds: dict[int, Held], operation: protocol.Generate, state: int
+) -> None:
+    assert state_for(helds, operation, INFO) == state

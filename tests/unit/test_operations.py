@@ -555,6 +555,49 @@ def test_a_client_whose_user_is_not_known_leaves_nothing_to_others(
     assert saved(bench) == []
 
 
+def test_two_conversations_stay_in_two_states(bench: Bench, tmp_path: Path) -> None:
+    """Neither is saved nor read again, and a build takes the place of the older one only."""
+    session, _ = bench.session(MemoryEngine, MemoryModel(states=2))
+    other = TALK.replace("You", "We")
+    for prompt in (TALK, other):
+        bench.generate(session, prompt=prompt, goes_on=True, keep_at=tmp_path / "a.state")
+        assert saved(bench) == []
+    for prompt in (TALK, other):
+        text, stats = bench.generate(session, prompt=prompt, keep_at=tmp_path / "a.state")
+        assert stats.cached_tokens == stats.prompt_tokens - 1
+        assert text == bench.right_answer(prompt)
+        assert saved(bench) == []
+
+    bench.build(session)
+    _, stats = bench.generate(session, prompt=other)
+    assert stats.cached_tokens == stats.prompt_tokens - 1
+    _, stats = bench.generate(session, prompt=REQUEST)
+    assert stats.cached_tokens is not None
+    assert stats.cached_tokens >= TOKENS
+
+
+def test_a_second_state_is_nobody_else_s(bench: Bench) -> None:
+    """Whichever state his conversation is in, another user gets nothing of it."""
+    session, _ = bench.session(MemoryEngine, MemoryModel(states=2))
+    for owner, prompt in ((1000, TALK), (1001, OTHER), (1001, TALK), (1000, OTHER)):
+        text, stats = bench.generate(session, prompt=prompt, owner=owner, goes_on=True)
+        assert stats.cached_tokens == 0, (owner, prompt)
+        assert text == bench.right_answer(prompt)
+
+
+def test_both_states_are_saved_at_the_end(bench: Bench, tmp_path: Path) -> None:
+    session, _ = bench.session(MemoryEngine, MemoryModel(states=2))
+    bench.generate(session, prompt=TALK, goes_on=True)
+    bench.generate(session, prompt=TALK.replace("You", "We"), goes_on=True)
+    bench.events.clear()
+    for state in range(2):
+        file = tmp_path / f"{state}.state"
+        session.keep(protocol.Keep(keep_at=str(file), state=state), bench.emit)
+    assert [event.path for event in saved(bench)] == [
+        str(tmp_path / f"{n}.state") for n in range(2)
+    ]
+
+
 class Continuing(MemoryEngine):
     """Saves its state in a run only, and nobody says whether it does so right."""
 

@@ -75,6 +75,10 @@ _SPIN_COUNT = "3000"
 # request that does not go on from the one before.
 _CHECKPOINTS = 1
 
+# The conversation of now and the one before, of which one may be a build. They share the cells of
+# one context, so more states take no more memory; but each token attends to the cells of all.
+_STATES = 2
+
 _SOCKET_NAME = "llama.sock"
 _STATE_NAME = "state.bin"
 _SOCKET_PATH_MAX = 107  # sun_path holds 108 bytes, the last one is 0
@@ -100,6 +104,9 @@ class LlamaCppEngine:
         self._window_tokens = spec.window_tokens
         # The KV state has all layers from this token on; 0 if it was not loaded from a file.
         self._whole_from = 0
+        # The KV state that is acted on, and the tokens of each: llama.cpp's slots.
+        self._state = 0
+        self._sizes = [0] * _states(spec)
         try:
             self._server = library.Server(_params(library, spec, self._socket))
         except RuntimeError as error:
@@ -121,12 +128,15 @@ class LlamaCppEngine:
         # had started after the request to end.
         self._request("GET", "/slots")
         settings = self._request("GET", "/props")["default_generation_settings"]
+        self._context_tokens = int(settings["n_ctx"])
+        rewinds = bool(spec.pooling) or self._rewinds()
         self._info = EngineInfo(
             runtime_version=importlib.metadata.version("xllamacpp"),
-            context_tokens=int(settings["n_ctx"]),
+            context_tokens=self._context_tokens,
             measures_prefill=True,
             aborts_prefill=True,
-            rewinds=bool(spec.pooling) or self._rewinds(),
+            rewinds=rewinds,
+            states=len(self._sizes) if rewinds else 1,
             constrains_json=True,
             gives_logprobs=True,
         )
@@ -134,6 +144,12 @@ class LlamaCppEngine:
     @property
     def info(self) -> EngineInfo:
         return self._info
+
+    def choose(self, state: int, /) -> None:
+        self._state = state
+
+    def has_state(self, state: int, /) -> bool:
+        return self._sizes[state] > 0
 
     def count_tokens(self, text: str) -> int:
         return len(self._tokenize(text))
@@ -177,20 +193,39 @@ class LlamaCppEngine:
 
     def load(self, path: Path) -> int:
         try:
-            tokens = int(self._slot("restore", path)["n_restored"])
+            try:
+                tokens = self._restore(path)
+            except _RefusedError:
+                if not self._drop_others():
+                    raise
+                tokens = self._restore(path)  # there may have been no room
         except _RefusedError as error:
             self.clear()
             raise ArtifactLoadError(
                 f"llama.cpp cannot load the prompt cache {path}: {error.message}"
             ) from error
 
+        self._sizes[self._state] = tokens
         self._whole_from = 0
         if 0 < self._window_tokens < tokens:
             self._whole_from = tokens - 1  # whose window ends where the file's begins
         return tokens
 
+    def _restore(self, path: Path) -> int:
+        return int(self._slot("restore", path)["n_restored"])
+
+    def _drop_others(self) -> bool:
+        """Clear the other KV states; whether there were any."""
+        chosen = self._state
+        others = [state for state, size in enumerate(self._sizes) if size and state != chosen]
+        for self._state in others:
+            self.clear()
+        self._state = chosen
+        return bool(others)
+
     def clear(self) -> None:
         self._slot("erase")
+        self._sizes[self._state] = 0
         self._whole_from = 0
 
     def generate(
@@ -282,7 +317,7 @@ class LlamaCppEngine:
             prompt = self._tokenize(prompt)
         request = {
             "prompt": prompt,
-            "id_slot": 0,
+            "id_slot": self._state,
             "cache_prompt": True,
             "stream": True,
             # Without it, nothing calls back during a prefill and no abort gets through.
@@ -297,6 +332,10 @@ class LlamaCppEngine:
             run.least_cached = 0
             self._complete(request, run)
 
+        if run.state_tokens:  # else the run was refused
+            self._sizes[self._state] = run.state_tokens
+        if sum(self._sizes) > self._context_tokens:
+            self._drop_others()  # llama.cpp did so when it needed the room
         run.raise_failure()
         return run
 
@@ -312,7 +351,7 @@ class LlamaCppEngine:
     def _wait_idle(self) -> None:
         """Wait for the batch that was under way when a run was stopped."""
         deadline = time.monotonic() + _IDLE_TIMEOUT_S
-        while self._request("GET", "/slots")[0]["is_processing"]:
+        while self._request("GET", "/slots")[self._state]["is_processing"]:
             if time.monotonic() > deadline:
                 raise EngineError(
                     f"llama.cpp is still busy {_IDLE_TIMEOUT_S:.0f} s after a run was stopped"
@@ -321,7 +360,7 @@ class LlamaCppEngine:
 
     def _slot(self, action: str, path: Path | None = None) -> Any:
         if path is None:
-            return self._request("POST", f"/slots/0?action={action}", {})
+            return self._request("POST", f"/slots/{self._state}?action={action}", {})
 
         link = self._scratch / _STATE_NAME
         try:
@@ -331,7 +370,8 @@ class LlamaCppEngine:
             raise EngineError(f"cannot make the link {link}: {error.strerror}") from error
 
         try:
-            return self._request("POST", f"/slots/0?action={action}", {"filename": _STATE_NAME})
+            target = f"/slots/{self._state}?action={action}"
+            return self._request("POST", target, {"filename": _STATE_NAME})
         finally:
             link.unlink(missing_ok=True)
 
@@ -391,6 +431,14 @@ def _check_model_file(path: Path) -> None:
         )
 
 
+def _states(spec: ModelSpec) -> int:
+    """How many KV states are kept of a model.
+
+    One with layers with windows gets one: what those need is more than the context has.
+    """
+    return 1 if spec.window_tokens or spec.pooling else _STATES
+
+
 def _params(library: Any, spec: ModelSpec, socket_path: str) -> Any:
     threads = spec.threads or len(os.sched_getaffinity(0))
     params = library.CommonParams()
@@ -398,7 +446,8 @@ def _params(library: Any, spec: ModelSpec, socket_path: str) -> Any:
     params.n_ctx = spec.context_tokens
     # This saves 0.3 s, and keeps llama.cpp from changing the context by the memory it finds.
     params.fit_params = False
-    params.n_parallel = 1
+    params.n_parallel = _states(spec)
+    params.kv_unified = True
     params.n_batch = _BATCH_TOKENS
 
     if spec.pooling:

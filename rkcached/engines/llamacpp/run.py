@@ -101,6 +101,11 @@ class Run:
             decode_ms=decode_ms,
         )
 
+    @property
+    def state_tokens(self) -> int:
+        """The tokens that the run has left in its KV state, at most."""
+        return self.prompt_tokens + self._decode_tokens
+
     def _take(self, chunk: dict[str, Any]) -> bool:
         if (error := chunk.get("error")) is not None:
             self._error = error

@@ -137,6 +137,12 @@ class RkllmEngine:
     def abi(self) -> Abi:
         return self._library.abi
 
+    def choose(self, _: int, /) -> None:
+        pass  # there is one
+
+    def has_state(self, _: int, /) -> bool:
+        return True  # nothing else takes its room
+
     def count_tokens(self, text: str) -> int | None:
         if self._tokenizer is None:
             return None
