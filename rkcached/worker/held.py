@@ -11,6 +11,8 @@ from collections.abc import Mapping
 from enum import Enum
 from typing import NamedTuple
 
+import msgspec
+
 from rkcached.engines.base import EngineInfo
 from rkcached.engines.prefix import common_bytes
 from rkcached.worker import protocol
@@ -91,8 +93,11 @@ def state_for(helds: Mapping[int, Held], operation: protocol.Generate, info: Eng
     """The KV state that a run had best go on from, or replace.
 
     `helds`: what each state holds, the least recently used first. Where no state has as much of the
-    prompt as the file to load, a conversation that may go on is left alone.
+    prompt as the file to load, a conversation that may go on is left alone. A cold run replaces
+    what it would have gone on from.
     """
+    if operation.cold:
+        operation = msgspec.structs.replace(operation, cold=False)
     best = max(helds, key=lambda state: helds[state].reused_bytes(operation, info))
     held = helds[best]
     least_bytes = max(_loaded_bytes(operation, info), 0)

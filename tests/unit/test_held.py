@@ -102,9 +102,9 @@ def test_a_state_that_cannot_go_back_is_only_continued(
             1,
         ),
         ({0: Held(TALK[:-90], ANN, 270), 1: Held()}, asked(prompt=LONG, common=240), 0),
-        # Another user's, and a run that is to be cold.
+        # Another user's is no choice. A run that is to be cold replaces what it could have reused.
         ({0: Held(LONG.encode(), BOB), 1: Held()}, asked(prompt=LONG), 1),
-        ({0: Held(LONG.encode(), ANN), 1: Held()}, asked(prompt=LONG, cache=False, cold=True), 1),
+        ({1: Held(), 0: Held(LONG.encode(), ANN)}, asked(prompt=LONG, cache=False, cold=True), 0),
     ],
 )
 def test_the_state_for_a_run(
