@@ -18,6 +18,9 @@ LOG_LEVELS = ("debug", "info", "warning", "error")
 
 _PLACES = ("manifest", "cache_dir", "state_dir", "socket", "admin_socket")
 
+NAMES = (*_PLACES, "log_level")
+"""Of all settings: each has a flag, and a variable RKCACHED_*."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:

@@ -295,6 +295,7 @@ def test_what_was_unloaded_on_purpose_stays_so(ship: Workspace, how: str) -> Non
     ship.start()
     wait_preloaded(ship)
     if how == "by hand":
+        ship.wait_settled()  # a build would load it again
         ship.request("POST", "/v1/models/unload", json={"model": "m"}, admin=True)
     else:
         said = "manifest.yaml:10: warning: m has preload and idle_unload_s: after 1 idle seconds"
