@@ -100,10 +100,11 @@ def state_for(helds: Mapping[int, Held], operation: protocol.Generate, info: Eng
         operation = msgspec.structs.replace(operation, cold=False)
     best = max(helds, key=lambda state: helds[state].reused_bytes(operation, info))
     held = helds[best]
-    least_bytes = max(_loaded_bytes(operation, info), 0)
+    loaded_bytes = _loaded_bytes(operation, info)
+    least_bytes = loaded_bytes if loaded_bytes > 0 else _WORTH_KEEPING_BYTES
     if held.is_worth_keeping and not held.is_continued_by(operation):
         least_bytes += _WORTH_GUESSING_BYTES
-    return best if held.reused_bytes(operation, info) > least_bytes else free(helds)
+    return best if held.reused_bytes(operation, info) >= least_bytes else free(helds)
 
 
 def free(helds: Mapping[int, Held]) -> int:

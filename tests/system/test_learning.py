@@ -453,6 +453,7 @@ def test_a_real_model_learns(workspace: Workspace, small_model: Path) -> None:
     open_to_all(workspace)
     with as_user(12001):
         for number in range(3):
+            workspace.ask("m", f"{number}: tell me of the sea. " * 40, max_tokens=2)
             assert ask(workspace, SECRET, f"{number}?")["cached_tokens"] < 16
     (prompt,) = wait_learned(workspace)
 

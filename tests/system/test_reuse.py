@@ -171,7 +171,7 @@ def test_one_user_does_not_learn_from_reuse_what_another_asked(ship: Workspace) 
 
     assert reused(12001) < 16
     assert reused(12001) > 100
-    assert reused(12002) == 0
+    assert reused(12002) < 16, "what a template writes at the beginning"
     assert reused(12002) > 100
 
     # What is declared is everybody's, and what was asked of it is not.

@@ -95,6 +95,8 @@ def test_a_state_that_cannot_go_back_is_only_continued(
         ({1: Held(b"x" * 99, ANN), 0: Held(b"y" * 99, ANN)}, asked(), 1),
         # The state that has more of the prompt than the file.
         ({0: Held(), 1: Held(LONG.encode(), ANN)}, asked(prompt=LONG), 1),
+        # The prompt cache that was loaded before is in memory still.
+        ({1: Held(), 0: Held(LONG[:240].encode())}, asked(prompt=LONG, common=240), 0),
         # A conversation that begins with the prompt cache is not replaced by another one.
         (
             {0: Held(TALK, ANN, len(TALK), goes_on=True), 1: Held()},
