@@ -183,7 +183,7 @@ def test_the_tables_of_programs(tmp_path: Path) -> None:
 
 
 def test_what_was_not_measured_has_no_table(tmp_path: Path) -> None:
-    """A prompt that was no hit, that stood in memory, other tokens; a server that was not new."""
+    """A prompt that was no hit, other tokens; a server that was not new."""
     script = ANSWERS + (
         "class Texts: systems = {'house': 'You are.'}\n"
         "def check(shape, ours, theirs, **others):\n"
@@ -195,7 +195,6 @@ def test_what_was_not_measured_has_no_table(tmp_path: Path) -> None:
         "check(0, good, good)\n"
         "check(0, sample(1, state='partial'), good)\n"
         "check(1, sample(1, state='partial'), good)\n"
-        "check(0, sample(1, load_ms=0.0), good)\n"
         "check(0, good, sample(1, sent=621))\n"
         "check(0, good, sample(1, sent=621, system='other'))\n"
         "check(0, good, good, restarted=True)\n"
@@ -209,7 +208,6 @@ def test_what_was_not_measured_has_no_table(tmp_path: Path) -> None:
         "taken",
         "refused",
         "taken",
-        "refused",
         "refused",
         "taken",
         "refused",
