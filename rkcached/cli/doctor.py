@@ -71,7 +71,7 @@ class Report:
 
 def run(settings: Settings, *, want_json: bool) -> int:
     # Without a name, a manifest that is not there is no mistake.
-    named = "manifest" in settings.given or not _is_missing(settings.manifest)
+    named = "manifest" in settings.model_fields_set or not _is_missing(settings.manifest)
     report = examine(settings.manifest if named else None, settings.cache_dir)
     if named:
         report = replace(report, checks=service_checks.merged(report.checks, settings))
@@ -208,7 +208,7 @@ def _look_at(manifest: Manifest) -> _Found:
         sources = replace(sources, runtime=RuntimeSource(version="", digest=""))
 
     desired = Resolver(Renderer().compile).resolve(manifest, sources)
-    settings = Settings.read(manifest=manifest.file).of_client()
+    settings = Settings(manifest=manifest.file).of_client()
     service = view_of(settings, manifest, sources).without(runtime)
     return _Found(
         models=service.models_in_trouble(manifest, desired),

@@ -13,13 +13,17 @@ import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from rkcached import __version__
 from rkcached.cli import exit_codes
 from rkcached.cli.options import FLAGS, PATH, as_json, places
-from rkcached.host.settings import LOG_LEVELS, Settings
+
+if TYPE_CHECKING:
+    from rkcached.host.settings import Settings
+
 
 MAX_WAIT_S = 31_536_000
 """A year."""
@@ -47,10 +51,10 @@ def cli() -> None:
 @places("manifest", "cache_dir", "state_dir", "socket", "admin_socket", listens=True)
 @click.option(
     "--log-level",
-    type=click.Choice(LOG_LEVELS),
+    type=click.Choice(["debug", "info", "warning", "error"]),
     help="The least severe lines to log; default: info. [RKCACHED_LOG_LEVEL]",
 )
-def run(settings: Settings) -> int:
+def run(settings: Settings, log_level: str | None) -> int:
     """Run the daemon in the foreground.
 
     It ends on SIGTERM or Ctrl-C, and looks for changes at once on SIGHUP. Under systemd it reports
@@ -58,7 +62,7 @@ def run(settings: Settings) -> int:
     """
     from rkcached import daemon
 
-    daemon.run(settings)
+    daemon.run(settings.model_copy(update={"log_level": log_level}) if log_level else settings)
     return os.EX_OK
 
 

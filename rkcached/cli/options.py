@@ -12,7 +12,7 @@ from typing import Any
 
 import click
 
-from rkcached.host.settings import Settings
+from rkcached.errors import SettingsError
 
 # click would refuse what may not be read itself, as a mistake on the command line.
 PATH = click.Path(path_type=Path, readable=False)
@@ -64,6 +64,17 @@ FLAGS = {
 as_json = click.option("--json", "want_json", is_flag=True, help="Print JSON.")
 
 
+def _bad_setting(error: ValueError) -> SettingsError:
+    """The validation library's first complaint, as one sentence."""
+    details: list[Any] = getattr(error, "errors", list)()
+    first = details[0] if details else {"loc": ("setting",), "msg": str(error)}
+    name = str(first["loc"][0])
+    return SettingsError(
+        f"{name.replace('_', '-')}: {first['msg']}",
+        hint=f"correct RKCACHED_{name.upper()}, or the flag of that name",
+    )
+
+
 def _words(paths: dict[str, Path], others: dict[str, Any]) -> list[str]:
     """The command's own line again, with these places."""
     context = click.get_current_context()
@@ -103,8 +114,13 @@ def places(
             if listens:
                 gc.disable()
 
+            from rkcached.host.settings import Settings
+
             given = {name: kwargs.pop(name) for name in names}
-            settings = Settings.read(log_level=kwargs.pop("log_level", None), **given)
+            try:
+                settings = Settings(**{k: v for k, v in given.items() if v is not None})
+            except ValueError as error:
+                raise _bad_setting(error) from None
 
             if as_service:
                 from rkcached.host import unit

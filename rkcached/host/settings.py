@@ -1,90 +1,55 @@
 """Places of files and sockets: from flags, the environment, or defaults, in this order.
 
-The environment has RKCACHED_* and systemd's *_DIRECTORY. Every command reads these, so no library
-is imported here.
+The environment has RKCACHED_* and systemd's *_DIRECTORY.
 """
 
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Self
+from typing import Literal, Self
 
-from rkcached.errors import SettingsError
+from pydantic import Field
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
 from rkcached.host import places
 
-LOG_LEVELS = ("debug", "info", "warning", "error")
-
-_PLACES = ("manifest", "cache_dir", "state_dir", "socket", "admin_socket")
-
-NAMES = (*_PLACES, "log_level")
-"""Of all settings: each has a flag, and a variable RKCACHED_*."""
+LogLevel = Literal["debug", "info", "warning", "error"]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Settings:
-    """Every path is absolute."""
+class Settings(BaseSettings):
+    """Every path is absolute once it is here."""
 
-    manifest: Path
-    cache_dir: Path
-    state_dir: Path
-    socket: Path
-    admin_socket: Path
+    model_config = SettingsConfigDict(env_prefix="RKCACHED_", frozen=True, extra="ignore")
+
+    manifest: Path = Field(default_factory=places.manifest)
+    cache_dir: Path = Path()
+    state_dir: Path = Path()
+    socket: Path = Field(default_factory=places.socket_to_open)
+    admin_socket: Path = Path()
     """The socket for changes; by default it lies beside the other one."""
-    log_level: str
-    """One of LOG_LEVELS."""
-    given: frozenset[str]
-    """The names of the places that a flag or the environment gave."""
+    log_level: LogLevel = "info"
 
-    @classmethod
-    def read(cls, *, log_level: str | None = None, **flags: Path | None) -> Self:
-        """Of the flags, None means that it was not given. Errors: SettingsError."""
-        given = {name: path for name in _PLACES if (path := _given(name, flags)) is not None}
-        manifest = given.get("manifest") or places.manifest()
-        cache_dir = given.get("cache_dir") or places.cache_dir(manifest)
-        state_dir = given.get("state_dir") or places.state_dir(cache_dir)
-        socket = given.get("socket") or places.socket_to_open()
-        admin_socket = given.get("admin_socket") or socket.parent / places.ADMIN_NAME
-        return cls(
-            manifest=_absolute(manifest),
-            cache_dir=_absolute(cache_dir),
-            state_dir=_absolute(state_dir),
-            socket=_absolute(socket),
-            admin_socket=_absolute(admin_socket),
-            log_level=_log_level(log_level),
-            given=frozenset(given),
-        )
+    def model_post_init(self, _: object) -> None:
+        if "cache_dir" not in self.model_fields_set:
+            object.__setattr__(self, "cache_dir", places.cache_dir(self.manifest))
+        if "state_dir" not in self.model_fields_set:
+            object.__setattr__(self, "state_dir", places.state_dir(self.cache_dir))
+        if "admin_socket" not in self.model_fields_set:
+            object.__setattr__(self, "admin_socket", self.socket.parent / places.ADMIN_NAME)
+
+        for name in ("manifest", "cache_dir", "state_dir", "socket", "admin_socket"):
+            absolute = os.path.abspath(getattr(self, name))  # noqa: PTH100 - it keeps links
+            object.__setattr__(self, name, Path(absolute))
 
     def of_client(self) -> Self:
         """The settings of a client: the sockets where a daemon is found, unless they were given."""
-        if "socket" in self.given:
+        if "socket" in self.model_fields_set:
             return self
 
         socket = places.socket_to_ask()
-        admin_socket = self.admin_socket
-        if "admin_socket" not in self.given:
-            admin_socket = socket.parent / places.ADMIN_NAME
-        return replace(self, socket=_absolute(socket), admin_socket=_absolute(admin_socket))
+        admin = self.admin_socket
+        if "admin_socket" not in self.model_fields_set:
+            admin = socket.parent / places.ADMIN_NAME
 
-
-def _given(name: str, flags: dict[str, Path | None]) -> Path | None:
-    """The path from its flag or its variable. A variable that is empty gives none."""
-    if (flag := flags.get(name)) is not None:
-        return flag
-    value = os.environ.get(f"RKCACHED_{name.upper()}")
-    return Path(value) if value else None
-
-
-def _absolute(path: Path) -> Path:
-    return Path(os.path.abspath(path))  # noqa: PTH100 - it keeps links
-
-
-def _log_level(flag: str | None) -> str:
-    level = flag or os.environ.get("RKCACHED_LOG_LEVEL") or "info"
-    if level not in LOG_LEVELS:
-        raise SettingsError(
-            f"log-level: {level!r} is none of {', '.join(LOG_LEVELS)}",
-            hint="correct RKCACHED_LOG_LEVEL, or the flag of that name",
-        )
-    return level
+        return self.model_copy(update={"socket": socket, "admin_socket": admin})

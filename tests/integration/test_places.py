@@ -42,38 +42,38 @@ def home(short_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_who_asks_finds_the_system_s_daemon(home: Path) -> None:
     """Unless this user has one, or somebody said where it is."""
-    assert Settings.read().of_client().socket == home / "system/runtime/rkcached.sock"
-    assert Settings.read().of_client().admin_socket == home / "system/runtime/admin.sock"
+    assert Settings().of_client().socket == home / "system/runtime/rkcached.sock"
+    assert Settings().of_client().admin_socket == home / "system/runtime/admin.sock"
     assert places.admin_socket_to_ask() == home / "system/runtime/admin.sock"
-    assert Settings.read(socket=Path("/elsewhere/x")).of_client().admin_socket == Path(
+    assert Settings(socket=Path("/elsewhere/x")).of_client().admin_socket == Path(
         "/elsewhere/admin.sock"
     )
     with socket.socket(socket.AF_UNIX) as own:
         own.bind(str(home / "user/rkcached.sock"))
-        assert Settings.read().of_client().socket == home / "user/rkcached.sock"
+        assert Settings().of_client().socket == home / "user/rkcached.sock"
 
 
 def test_a_daemon_never_takes_the_system_s_socket_by_itself(home: Path) -> None:
     """A user's `rkcached run` listens in the user's directory."""
-    assert Settings.read().socket == home / "user/rkcached.sock"
+    assert Settings().socket == home / "user/rkcached.sock"
 
 
 def test_without_a_system_s_daemon_the_user_s_socket_is_named(home: Path) -> None:
     """The message then says what a person would start."""
     (home / "system/runtime").rmdir()
-    assert Settings.read().of_client().socket == home / "user/rkcached.sock"
+    assert Settings().of_client().socket == home / "user/rkcached.sock"
 
 
 def test_the_system_s_store_belongs_to_the_system_s_manifest(home: Path) -> None:
     """A daemon on another manifest would remove from it what it does not declare."""
-    assert (Settings.read().cache_dir, Settings.read().state_dir) == (
+    assert (Settings().cache_dir, Settings().state_dir) == (
         home / "system/cache",
         home / "system/state",
     )
-    other = Settings.read(manifest=Path("other.yaml"))
+    other = Settings(manifest=Path("other.yaml"))
     assert (other.cache_dir, other.state_dir) == (home / "home/cache", home / "home/state")
     (home / "home/manifest.yaml").touch()
-    assert Settings.read().cache_dir == home / "home/cache"
+    assert Settings().cache_dir == home / "home/cache"
 
 
 @pytest.mark.usefixtures("home")
@@ -81,7 +81,7 @@ def test_systemd_s_directories_come_first(monkeypatch: pytest.MonkeyPatch) -> No
     """Of several in one variable, ours is the first."""
     for name in ("CACHE", "STATE", "RUNTIME"):
         monkeypatch.setenv(f"{name}_DIRECTORY", f"/{name.lower()}/rkcached:/other")
-    settings = Settings.read()
+    settings = Settings()
     assert settings.cache_dir == Path("/cache/rkcached")
     assert settings.state_dir == Path("/state/rkcached")
     assert settings.socket == Path("/runtime/rkcached/rkcached.sock")

@@ -11,7 +11,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from rkcached.host.settings import NAMES
+from rkcached.host.settings import Settings
 from rkcached.plan.fingerprint import fingerprint
 from rkcached.plan.records import State, VerdictKind
 from rkcached.reconcile.failures import QUARANTINE_AFTER
@@ -126,7 +126,9 @@ def test_exit_codes_and_variables_are_those_of_the_manual() -> None:
     assert [variable for _, variable in named] == [
         f"RKCACHED_{option.upper().replace('-', '_')}" for option, _ in named
     ]
-    assert {f"RKCACHED_{name.upper()}" for name in NAMES} == {variable for _, variable in named}
+    assert {f"RKCACHED_{name.upper()}" for name in Settings.model_fields} == {
+        variable for _, variable in named
+    }
 
 
 def test_the_sidecar_is_as_the_page_shows_it() -> None:

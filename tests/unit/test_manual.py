@@ -20,7 +20,7 @@ import pytest
 
 from rkcached import errors
 from rkcached.cli.main import cli
-from rkcached.host.settings import NAMES
+from rkcached.host.settings import Settings
 from rkcached.sources.manifest import json_schema
 from rkcached.sources.parser import parse
 
@@ -112,7 +112,7 @@ def test_the_manual_has_each_exit_code() -> None:
     assert {os.EX_OK, 1, 2, 130, 141} <= told
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", Settings.model_fields)
 def test_each_setting_is_documented(name: str) -> None:
     """Each RKCACHED_* variable is in rkcached(1) and, with its default, in etc/default/rkcached."""
     variable = f"RKCACHED_{name.upper()}"

@@ -200,9 +200,9 @@ def _places(settings: Settings, status: dict[str, Any]) -> Settings:
         "cache_dir": Path(status["cache"]["directory"]),
     }
     for name in ("manifest", "cache_dir", "state_dir"):
-        if name in settings.given:
+        if name in settings.model_fields_set:
             places[name] = getattr(settings, name)
-    return Settings.read(**places)
+    return Settings(**places)
 
 
 def _try_look(places: Settings) -> tuple[Observation | None, str]:
