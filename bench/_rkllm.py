@@ -25,7 +25,6 @@ import psutil
 from _daemon import BenchError
 from _figures import Figure, of_median
 from _workspaces import Bench
-from structlog.testing import capture_logs
 
 from rkcached.engines.base import FinishReason, ModelSpec, RunStats, Sampling
 from rkcached.engines.kinds import EngineKind
@@ -69,12 +68,11 @@ def measure_rkllm(bench: Bench) -> list[Figure]:
         slow = write_model(root / "slow.rkllm", decode_tps=RESTING_RATE, stamps="yes")
 
         name = f"RKLLM {version}"
-        with capture_logs():
-            figures += [
-                asyncio.run(_at_full_speed(quick, name, bench.runs)),
-                asyncio.run(_at_rest(_spec(library, slow), bench.runs)),
-                asyncio.run(_start(quick, name, bench.runs)),
-            ]
+        figures += [
+            asyncio.run(_at_full_speed(quick, name, bench.runs)),
+            asyncio.run(_at_rest(_spec(library, slow), bench.runs)),
+            asyncio.run(_start(quick, name, bench.runs)),
+        ]
         figures.append(_memory(quick, name, root / "cycles.rkcache"))
     return figures
 

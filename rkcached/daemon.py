@@ -27,8 +27,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import structlog
-
 from rkcached import __version__
 from rkcached.api.cache_routes import CacheApi
 from rkcached.api.metrics import Metrics
@@ -48,6 +46,7 @@ from rkcached.api.status import Recent, status, summary
 from rkcached.api.suggest_routes import SuggestApi
 from rkcached.errors import ManifestError, SettingsError
 from rkcached.host import logs
+from rkcached.host.logs import log
 from rkcached.host.settings import Settings
 from rkcached.host.systemd import Service, listen_fds
 from rkcached.host.watch import Watcher
@@ -71,8 +70,6 @@ from rkcached.worker.gate import Gates
 from rkcached.worker.held import NOBODY
 from rkcached.worker.pool import Room, Workers, room_in_memory
 from rkcached.worker.supervisor import Worker
-
-log = structlog.get_logger()
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8
 # More than what asyncio reads into, 256 KiB: a mapping for each read would cost 0.1 ms for each

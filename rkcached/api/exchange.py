@@ -12,7 +12,6 @@ from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Mapping
 from typing import TypeVar
 
 import pydantic_core
-import structlog
 from starlette.datastructures import MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
@@ -22,9 +21,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from rkcached.api.bodies import Body, error_body, parse_body
 from rkcached.api.responses import Answer
 from rkcached.errors import RequestError
+from rkcached.host.logs import log
 from rkcached.messages.bounds import ValueCounter
-
-log = structlog.get_logger()
 
 Result = TypeVar("Result")
 

@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
-import structlog
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
@@ -76,6 +75,7 @@ from rkcached.api.status import pieces
 from rkcached.api.suggest_routes import SuggestApi
 from rkcached.api.writer import ChatWriter, CompletionWriter, Writer
 from rkcached.errors import ManifestError, RequestError
+from rkcached.host.logs import log
 from rkcached.reconcile.events import Event, Events
 from rkcached.reconcile.loop import Reconciler
 from rkcached.serving.dispatcher import Serving
@@ -83,8 +83,6 @@ from rkcached.serving.embeddings import Embeddings
 from rkcached.serving.job import End, Job, Text
 from rkcached.serving.models import find_model
 from rkcached.sources.records import Key
-
-log = structlog.get_logger()
 
 HEARTBEAT_S = 15.0
 """A client of the event stream that went away is noticed after this time at the latest."""

@@ -20,7 +20,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import h11
-import structlog
 import uvicorn
 from starlette.types import ASGIApp, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
@@ -28,8 +27,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from rkcached.api.exchange import PEER
 from rkcached.api.passed import refusal
 from rkcached.errors import SocketError
-
-log = structlog.get_logger()
+from rkcached.host.logs import log
 
 MAX_PATH_BYTES = 107
 """sockaddr_un has room for 108 bytes, the last of which is zero (unix(7))."""

@@ -7,7 +7,6 @@ fields, and not the program's log pipeline.
 
 from __future__ import annotations
 
-import logging
 import re
 import socket
 from collections.abc import Mapping
@@ -42,23 +41,6 @@ class Journal:
     ) -> None:
         """Write one entry. Errors: OSError."""
         self._socket.sendall(entry(level=level, message=message, event=event, fields=fields or {}))
-
-
-class JournalHandler(logging.Handler):
-    """Log records of libraries, as entries of their own."""
-
-    def __init__(self, journal: Journal) -> None:
-        super().__init__()
-        self._journal = journal
-
-    def emit(self, record: logging.LogRecord) -> None:
-        try:
-            message = f"{record.name}: {self.format(record)}"
-            self._journal.send(
-                level=record.levelname.lower(), message=message, fields={"logger": record.name}
-            )
-        except OSError:
-            self.handleError(record)
 
 
 def entry(*, level: str, message: str, event: str, fields: Mapping[str, Any]) -> bytes:

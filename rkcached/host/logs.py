@@ -10,47 +10,43 @@ from __future__ import annotations
 import logging
 import sys
 import time
-from collections.abc import MutableMapping
+from collections.abc import Mapping, MutableMapping
 from typing import Any
 
-import structlog
-
-from rkcached.host.journal import Journal, JournalHandler
+from rkcached.host.journal import Journal
 from rkcached.host.systemd import is_journal
 
-Event = MutableMapping[str, Any]
+_OPTIONS = ("exc_info", "stack_info", "stacklevel")
+"""What a method of the standard library's loggers takes beside an event's fields."""
+
+
+class EventLogger(logging.LoggerAdapter[logging.Logger]):
+    """Logs events with fields: `log.info("artifact built", model="qwen", prompt="assistant")`."""
+
+    def process(
+        self, msg: object, kwargs: MutableMapping[str, Any]
+    ) -> tuple[object, MutableMapping[str, Any]]:
+        options = {name: kwargs.pop(name) for name in _OPTIONS if name in kwargs}
+        return msg, {**options, "extra": {"fields": kwargs}}
+
+
+log = EventLogger(logging.getLogger("rkcached"))
+"""The logger of all rooms."""
 
 
 def configure(level: str) -> None:
     """Send our events and the libraries' log records to standard error or the journal."""
     journal = _journal()
+    handler: logging.Handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_Line())
     if journal is not None:
-        logging.basicConfig(level=logging.WARNING, handlers=[JournalHandler(journal)])
-    else:
-        logging.basicConfig(
-            level=logging.WARNING, stream=sys.stderr, format="%(levelname)-7s %(name)s: %(message)s"
-        )
+        handler = _Entries(journal, otherwise=handler)
+
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
+    log.setLevel(level.upper())
 
     # `watch` itself logs that events were lost.
     logging.getLogger("watchdog").setLevel(logging.ERROR)
-
-    structlog.configure(
-        processors=[
-            structlog.processors.add_log_level,
-            structlog.processors.format_exc_info,
-            _without_empty,
-            _line if journal is None else _Entries(journal),
-        ],
-        wrapper_class=structlog.make_filtering_bound_logger(
-            logging.getLevelNamesMapping()[level.upper()]
-        ),
-        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
-        cache_logger_on_first_use=True,
-    )
-
-
-def _without_empty(_logger: object, _method: str, event: Event) -> Event:
-    return {key: value for key, value in event.items() if value not in ("", None)}
 
 
 def _journal() -> Journal | None:
@@ -63,38 +59,63 @@ def _journal() -> Journal | None:
         return None
 
 
-class _Entries:
-    """Sends each event to the journal, or, while it does not take any, to standard error."""
+class _Line(logging.Formatter):
+    """An event or a library's record as a line, with the traceback of its exception below it."""
 
-    def __init__(self, journal: Journal) -> None:
+    def format(self, record: logging.LogRecord) -> str:
+        stamp = time.strftime("%H:%M:%S")
+        return f"{stamp} {record.levelname.lower():<7} {self.message(record)}"
+
+    def message(self, record: logging.LogRecord) -> str:
+        fields = _fields(record)
+        if fields is None:
+            return f"{record.name}: {super().format(record)}"
+
+        trace = record.__dict__["fields"].get("exception", "")
+        if record.exc_info:
+            trace = self.formatException(record.exc_info)
+
+        shown = " ".join(f"{key}={_value(value)}" for key, value in fields.items())
+        line = f"{record.getMessage()} {shown}".rstrip()
+        return f"{line}\n{trace}" if trace else line
+
+
+class _Entries(logging.Handler):
+    """Sends each record to the journal, or, while it does not take any, to another handler."""
+
+    def __init__(self, journal: Journal, *, otherwise: logging.Handler) -> None:
+        super().__init__()
         self._journal = journal
+        self._otherwise = otherwise
+        self._line = _Line()
 
-    def __call__(self, _logger: object, _method: str, event: Event) -> str:
-        level = event.pop("level")
-        name = event.pop("event")
-        message = _message(name, event)
+    def emit(self, record: logging.LogRecord) -> None:
+        fields = _fields(record)
         try:
-            self._journal.send(level=level, message=message, event=name, fields=event)
+            self._journal.send(
+                level=record.levelname.lower(),
+                message=self._line.message(record),
+                event=record.getMessage() if fields is not None else "",
+                fields={"logger": record.name} if fields is None else fields,
+            )
         except OSError:
-            return message
-
-        raise structlog.DropEvent
+            self._otherwise.emit(record)
 
 
-def _line(_logger: object, _method: str, event: Event) -> str:
-    stamp = time.strftime("%H:%M:%S")
-    level = event.pop("level")
-    name = event.pop("event")
-    return f"{stamp} {level:<7} {_message(name, event)}"
+def _fields(record: logging.LogRecord) -> dict[str, Any] | None:
+    """The fields of one of our events that hold anything; None for a library's record.
 
+    A traceback that an event brings along stands below its line.
+    """
+    fields: Mapping[str, Any] | None = getattr(record, "fields", None)
+    if fields is None:
+        return None
 
-def _message(name: str, event: Event) -> str:
-    trace = event.pop("exception", "")
-    fields = " ".join(f"{key}={_value(value)}" for key, value in event.items())
-    line = f"{name} {fields}".rstrip()
-    if trace:
-        line += f"\n{trace}"
-    return line
+    return {
+        key: value
+        for key, value in fields.items()
+        if value not in ("", None) and key != "exception"
+    }
 
 
 def _value(value: object) -> str:

@@ -22,7 +22,6 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
-import structlog
 from watchdog.observers.inotify_c import (
     CallbackId,
     InotifyConstants,
@@ -33,10 +32,9 @@ from watchdog.observers.inotify_c import (
     WatchDescriptor,
 )
 
+from rkcached.host.logs import log
 from rkcached.host.poll import Poller
 from rkcached.host.trails import Place
-
-log = structlog.get_logger()
 
 _ITSELF = Mask(
     InotifyConstants.IN_DELETE_SELF

@@ -10,9 +10,8 @@ import asyncio
 import time
 from collections.abc import Callable
 
-import structlog
-
 from rkcached import errors
+from rkcached.host.logs import log
 from rkcached.plan.records import (
     PASSING_RETRY_S,
     Action,
@@ -31,8 +30,6 @@ from rkcached.reconcile.wake import Wake
 from rkcached.sources.records import Key
 from rkcached.store.sidecar import StoredArtifact
 from rkcached.store.store import Store
-
-log = structlog.get_logger()
 
 ACT_S = 5.0
 """A look stops adopting and retiring after so long, and the next one goes on: an edit does not wait

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import structlog
-
 from rkcached import errors
+from rkcached.host.logs import log
 from rkcached.plan.records import Assessment, Build, State, Verdict
 from rkcached.reconcile.build_request import BuildRequest
 from rkcached.reconcile.events import Events
 from rkcached.sources.records import Key
 from rkcached.store.sidecar import StoredArtifact
-
-log = structlog.get_logger()
 
 
 class Announcer:

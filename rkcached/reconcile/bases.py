@@ -12,19 +12,16 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-import structlog
-
 from rkcached.engines.kinds import VerifyMode
 from rkcached.errors import RkcachedError, WorkerDied, WorkerTimeout
 from rkcached.host.digests import signature_of
+from rkcached.host.logs import log
 from rkcached.plan.fingerprint import Fingerprint, differ_in_text_only, owner_in
 from rkcached.plan.records import Build
 from rkcached.reconcile.index import ArtifactIndex, Match
 from rkcached.sources.records import Key
 from rkcached.store.staging import Staging
 from rkcached.worker import protocol
-
-log = structlog.get_logger()
 
 MOST_DEATHS = 2
 """A worker may die over a base for another reason, once."""

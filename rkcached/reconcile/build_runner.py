@@ -13,9 +13,8 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 
-import structlog
-
 from rkcached import errors
+from rkcached.host.logs import log
 from rkcached.host.watch import Follower
 from rkcached.plan.desired import DesiredModel
 from rkcached.plan.records import Build
@@ -34,8 +33,6 @@ from rkcached.sources.records import Declaration, Key
 from rkcached.store.sidecar import StoredArtifact
 from rkcached.store.store import Store
 from rkcached.worker.gate import Gates
-
-log = structlog.get_logger()
 
 
 class BuildRunner:

@@ -19,9 +19,8 @@ import math
 import time
 from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
 
-import structlog
-
 from rkcached import errors
+from rkcached.host.logs import log
 from rkcached.host.systemd import Service
 from rkcached.host.trails import places
 from rkcached.host.watch import Follower
@@ -50,8 +49,6 @@ from rkcached.store.sidecar import StoredArtifact
 from rkcached.store.store import Store
 from rkcached.worker.gate import Gates
 from rkcached.worker.pool import Workers
-
-log = structlog.get_logger()
 
 RESCAN_S = 60.0
 """Look at the latest this long after the last look: events can be lost."""

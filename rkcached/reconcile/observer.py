@@ -11,8 +11,6 @@ import time
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 
-import structlog
-
 from rkcached import errors
 from rkcached.host import disk
 from rkcached.messages.sandbox import Renderer
@@ -36,8 +34,6 @@ from rkcached.sources.stored_texts import StoredTexts
 from rkcached.store.scan import disown
 from rkcached.store.sidecar import Inventory, StoredArtifact
 from rkcached.store.store import Store
-
-log = structlog.get_logger()
 
 MAX_MANIFEST_BYTES = 4 << 20
 

@@ -14,8 +14,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import structlog
-
 from rkcached.errors import (
     Aborted,
     ArtifactLoadError,
@@ -28,6 +26,7 @@ from rkcached.errors import (
     WorkerTimeout,
 )
 from rkcached.host import disk
+from rkcached.host.logs import log
 from rkcached.plan.desired import DesiredModel
 from rkcached.plan.fingerprint import owner_in
 from rkcached.plan.worker_model import worker_model
@@ -39,8 +38,6 @@ from rkcached.worker import protocol
 from rkcached.worker.gate import Gates, Priority
 from rkcached.worker.pool import Workers
 from rkcached.worker.supervisor import Worker
-
-log = structlog.get_logger()
 
 PATIENCE_S = 2.0
 """A build that somebody waits for, or whose base failed, sits out a worker's rest of this length;

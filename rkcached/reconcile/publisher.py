@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import replace
 
-import structlog
-
+from rkcached.host.logs import log
 from rkcached.plan.desired import Desired
 from rkcached.plan.fingerprint import changes
 from rkcached.plan.records import State
@@ -17,8 +16,6 @@ from rkcached.reconcile.snapshot import Published
 from rkcached.sources.records import Key
 from rkcached.store.sidecar import StoredArtifact
 from rkcached.worker.held import NOBODY
-
-log = structlog.get_logger()
 
 
 class Publisher:

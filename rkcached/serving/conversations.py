@@ -17,20 +17,18 @@ from pathlib import Path
 from typing import NamedTuple
 
 import msgspec
-import structlog
 
 from rkcached.engines.prefix import common_bytes
 from rkcached.engines.registry import ENGINES
 from rkcached.errors import StoreError
 from rkcached.host import disk
+from rkcached.host.logs import log
 from rkcached.reconcile.index import Match
 from rkcached.reconcile.snapshot import Published
 from rkcached.serving.job import Job
 from rkcached.store.conversations import ConversationFiles, Record, SavedConversation
 from rkcached.worker import protocol
 from rkcached.worker.model import WorkerModel
-
-log = structlog.get_logger()
 
 DEFAULT_MAX_BYTES = 512 << 20
 

@@ -15,10 +15,10 @@ from contextlib import AbstractAsyncContextManager
 from dataclasses import replace
 
 import msgspec
-import structlog
 
 from rkcached import errors
 from rkcached.engines.base import EngineInfo, RunStats
+from rkcached.host.logs import log
 from rkcached.plan.desired import DesiredModel
 from rkcached.plan.records import State
 from rkcached.plan.worker_model import worker_model
@@ -37,8 +37,6 @@ from rkcached.worker import protocol
 from rkcached.worker.gate import Gates, Priority
 from rkcached.worker.pool import Workers
 from rkcached.worker.supervisor import Worker
-
-log = structlog.get_logger()
 
 BACKOFF_PATIENCE_S = 2.0
 """A request waits for a worker in backoff for this long, before it is refused."""

@@ -16,10 +16,9 @@ from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from typing import Final
 
-import structlog
-
 from rkcached.engines.base import RunStats
 from rkcached.errors import RequestError, RkcachedError, SourceError, StoreError
+from rkcached.host.logs import log
 from rkcached.reconcile.events import Event, Events
 from rkcached.reconcile.loop import Reconciler
 from rkcached.serving.declarable import check_that_it_begins, system_part, text_to_declare
@@ -32,8 +31,6 @@ from rkcached.sources.problems import NAME, NAME_RULE
 from rkcached.sources.records import Key
 from rkcached.sources.stored_texts import StoredTexts
 from rkcached.worker.held import NOBODY
-
-log = structlog.get_logger()
 
 MAX_WISHES: Final = 256
 """Outcomes of older ones are forgotten."""

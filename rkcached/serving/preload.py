@@ -20,10 +20,9 @@ import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-import structlog
-
 from rkcached import errors
 from rkcached.host.digests import Signature
+from rkcached.host.logs import log
 from rkcached.host.page_cache import read_ahead
 from rkcached.plan.desired import DesiredModel
 from rkcached.plan.worker_model import worker_model
@@ -38,8 +37,6 @@ from rkcached.worker.gate import Gates, Priority
 from rkcached.worker.model import WorkerModel
 from rkcached.worker.pool import Workers
 from rkcached.worker.supervisor import Worker, WorkerState
-
-log = structlog.get_logger()
 
 QUIET_S = 2.0
 """Nobody has asked for so long before the engine goes back to the preloaded prompt."""

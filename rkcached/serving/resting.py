@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import asyncio
 
-import structlog
-
 from rkcached.engines.base import RunStats
 from rkcached.engines.registry import ENGINES
 from rkcached.errors import RkcachedError
+from rkcached.host.logs import log
 from rkcached.reconcile.snapshot import Published
 from rkcached.serving.conversations import Conversations
 from rkcached.serving.job import Job
@@ -21,8 +20,6 @@ from rkcached.worker import protocol
 from rkcached.worker.gate import Gates, Priority
 from rkcached.worker.pool import Workers
 from rkcached.worker.supervisor import WorkerState
-
-log = structlog.get_logger()
 
 REST_S = 5.0
 """A conversation rests when nobody has asked its model for so long."""

@@ -7,9 +7,8 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import structlog
-
 from rkcached.engines.base import RunStats
+from rkcached.host.logs import log
 from rkcached.reconcile.events import Events
 from rkcached.reconcile.index import Match
 from rkcached.reconcile.loop import Reconciler
@@ -18,8 +17,6 @@ from rkcached.serving.ongoing import Ongoing
 from rkcached.serving.report import CacheReport, decode_rate, usage_of
 from rkcached.serving.reuse import Found, outcome
 from rkcached.sources.records import Key
-
-log = structlog.get_logger()
 
 OnAnswer = Callable[[Job, Found, RunStats], None]
 

@@ -11,12 +11,11 @@ import stat
 from collections.abc import Iterator
 from pathlib import Path
 
-import structlog
-
 from rkcached import errors
 from rkcached.engines.registry import ENGINES
 from rkcached.host.access import refusal
 from rkcached.host.digests import Signature, settled, signature_of
+from rkcached.host.logs import log
 from rkcached.messages.builtin import BUILTIN
 from rkcached.sources import tokenizer_files
 from rkcached.sources.manifest import Manifest, ModelConfig
@@ -24,8 +23,6 @@ from rkcached.sources.parser import parse
 from rkcached.sources.patterns import links
 from rkcached.sources.stored_texts import StoredTexts
 from rkcached.sources.text_files import utf8
-
-log = structlog.get_logger()
 
 MAX_MANIFEST_BYTES = 4 << 20
 

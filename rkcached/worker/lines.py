@@ -7,11 +7,8 @@ import re
 from collections import deque
 from collections.abc import Callable
 
-import structlog
-
 from rkcached.errors import EngineError, ModelLoadError, Uncacheable
-
-log = structlog.get_logger()
+from rkcached.host.logs import log
 
 _KEPT_LINES = 20
 

@@ -14,12 +14,9 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 
-import structlog
-
+from rkcached.host.logs import log
 from rkcached.worker.model import Backoff, Deadlines, Keeper, WorkerModel
 from rkcached.worker.supervisor import Worker, WorkerState
-
-log = structlog.get_logger()
 
 MEMORY_SHARE = 0.75
 """Share of the machine's memory for model files together, where no number of models is set."""

@@ -22,7 +22,6 @@ from enum import StrEnum
 from typing import Any
 
 import msgspec
-import structlog
 
 from rkcached.engines.base import EngineInfo
 from rkcached.errors import (
@@ -35,12 +34,10 @@ from rkcached.errors import (
     WorkerTimeout,
     WorkerUnavailable,
 )
+from rkcached.host.logs import log
 from rkcached.worker import memory, protocol
 from rkcached.worker.model import Backoff, Deadlines, Keeper, WorkerModel
 from rkcached.worker.process import WorkerProcess, describe
-
-log = structlog.get_logger()
-
 
 KEEP_S = 1.0
 """A worker that ends has so long to save the conversation in its memory."""

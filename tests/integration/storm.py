@@ -13,6 +13,7 @@ import asyncio
 import contextlib
 import errno
 import json
+import logging
 import os
 import shutil
 import tempfile
@@ -21,7 +22,6 @@ from collections.abc import Collection, Coroutine, Iterator
 from pathlib import Path
 from typing import Any
 
-import structlog
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
 
@@ -30,6 +30,7 @@ from rkcached.api.requests import ChatRequest
 from rkcached.engines.memory import MemoryEngine, expected_text
 from rkcached.errors import RequestError
 from rkcached.host import disk
+from rkcached.host.logs import log
 from rkcached.host.watch import Watcher
 from rkcached.plan.desired import DesiredModel
 from rkcached.plan.planner import plan
@@ -127,8 +128,8 @@ class Storm(RuleBasedStateMachine):
         self.may_build: set[Key] = set()
         self.built: list[Key] = []
         self.outside = contextlib.ExitStack()
-        self.outside.callback(structlog.configure, **structlog.get_config())
-        structlog.configure(processors=[lambda *_: (_ for _ in ()).throw(structlog.DropEvent)])
+        self.outside.callback(log.setLevel, log.logger.level)
+        log.setLevel(logging.CRITICAL + 1)
         write_new, save = disk.write_new, MemoryEngine.save
 
         def full_write_new(path: Path, data: bytes) -> None:

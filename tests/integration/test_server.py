@@ -15,7 +15,6 @@ from pathlib import Path
 import h11
 import httpx
 import pytest
-import structlog
 import uvicorn
 from packaging.requirements import Requirement
 from starlette.applications import Starlette
@@ -124,7 +123,9 @@ async def test_a_client_that_takes_nothing_does_not_disturb_the_end(
         await writer.wait_closed()
 
 
-async def test_a_defect_has_its_traceback_in_the_log() -> None:
+async def test_a_defect_has_its_traceback_in_the_log(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     """At error, with every line of ours that led there, and nothing of what was said.
 
     That may be a prompt.
@@ -144,14 +145,12 @@ async def test_a_defect_has_its_traceback_in_the_log() -> None:
             exception_handlers={Exception: lambda *_: error_response(DEFECT)},
         )
     )
-    with structlog.testing.capture_logs() as logged:
-        async with httpx.AsyncClient(
-            transport=httpx.ASGITransport(app), base_url="http://d"
-        ) as client:
-            answer = await client.get("/x")
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://d") as client:
+        answer = await client.get("/x")
     assert (answer.status_code, answer.json()["error"]["code"]) == (500, "internal_error")
-    [crash] = [entry for entry in logged if entry["log_level"] == "error"]
-    assert (crash["event"], crash["path"], crash["error"]) == (
+    [record] = [record for record in caplog.records if record.levelname == "ERROR"]
+    crash = record.__dict__["fields"]
+    assert (record.getMessage(), crash["path"], crash["error"]) == (
         "request crashed",
         "/x",
         "ValueError",

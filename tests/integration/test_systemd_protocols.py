@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import fcntl
 import json
+import logging
 import os
 import select
 import signal
@@ -22,6 +23,7 @@ import httpx
 import pytest
 from conftest import Workspace
 
+from rkcached.host import logs
 from rkcached.host.journal import Journal
 from rkcached.host.systemd import Service, listen_fds
 from rkcached.reconcile.snapshot import BuildProgress
@@ -313,6 +315,31 @@ def test_an_event_is_an_entry_with_fields(journald: tuple[Journal, Listener]) ->
         "MODEL": "m",
         "ARTIFACT_STATE": "blocked",
     }
+
+
+def test_an_event_that_the_journal_does_not_take_is_a_line(
+    journald: tuple[Journal, Listener], capsys: pytest.CaptureFixture[str]
+) -> None:
+    journal, listener = journald
+    line = logging.StreamHandler()
+    line.setFormatter(logs._Line())
+    entries = logs._Entries(journal, otherwise=line)
+    record = logging.LogRecord("rkcached", logging.ERROR, "", 0, "built", (), None)
+    record.fields = {"model": "m", "why": "", "exception": "its traceback"}
+
+    entries.handle(record)
+    assert fields(listener.next()) == {
+        "MESSAGE": "built model=m\nits traceback",
+        "PRIORITY": "3",
+        "SYSLOG_IDENTIFIER": "rkcached",
+        "EVENT": "built",
+        "MODEL": "m",
+    }
+    assert capsys.readouterr().err == ""
+
+    listener.socket.close()
+    entries.handle(record)
+    assert capsys.readouterr().err[9:] == "error   built model=m\nits traceback\n"
 
 
 def test_a_value_cannot_forge_a_field(journald: tuple[Journal, Listener]) -> None:

@@ -69,6 +69,6 @@ def test_a_store_with_coarse_times(workspace: Workspace, disk: Path) -> None:
     for number in range(1, 5):
         path.write_bytes(good[:-1] + bytes([good[-1] ^ number]))
         workspace.hang_up()
-        wait_until(lambda: path.read_bytes() == good, "it was built again", 30)
+        wait_until(lambda: path.exists() and path.read_bytes() == good, "it was built again", 30)
         workspace.wait_state("a", "fresh")
     assert workspace.ask("m/a")["rkcached"]["state"] == "hit"

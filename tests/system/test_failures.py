@@ -42,8 +42,9 @@ def troubled(workspace: Workspace) -> Workspace:
 
 
 def told(space: Workspace, path: str, status: int, code: str) -> list[str]:
-    """The causes in the log of answers with this code."""
+    """The causes in the log of answers with this code. They are logged after the answer."""
     line = re.compile(rf"warning request failed path={path} status={status} code={code} error=(.*)")
+    wait_until(lambda: line.search(space.log_text()), f"a line {line.pattern} is in the log")
     return [match[1] for match in line.finditer(space.log_text())]
 
 
@@ -67,9 +68,7 @@ def test_a_failed_answer_has_its_cause_in_the_log(
     """
     error = troubled.ask(model, status=status)["error"]
     assert error["code"] == code
-    [cause] = wait_until(
-        lambda: told(troubled, "/v1/chat/completions", status, code), "the log has the cause"
-    )
+    [cause] = told(troubled, "/v1/chat/completions", status, code)
     assert error["message"].partition(" (")[0] in cause
     if model == "breaks":
         return  # once in the life of its process
