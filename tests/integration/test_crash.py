@@ -104,7 +104,11 @@ def outcome(root: Path) -> str:
 
 @pytest.mark.parametrize(
     ("earlier", "how"),
-    [(None, ()), (OLD, ()), (OLD, ("continued",))],
+    [
+        pytest.param(None, (), marks=pytest.mark.long),
+        (OLD, ()),
+        pytest.param(OLD, ("continued",), marks=pytest.mark.long),
+    ],
     ids=["first", "replacement", "continued"],
 )
 def test_a_build_killed_at_any_system_call_leaves_a_whole_artifact_or_one_that_is_rebuilt(

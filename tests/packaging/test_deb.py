@@ -28,6 +28,8 @@ from rkcached import __version__
 from tests.systemd.conftest import lack_of_machine
 from tests.waiting import wait_until
 
+pytestmark = pytest.mark.long
+
 ROOT = Path(__file__).parents[2]
 NEXT_VERSION = f"{__version__}.1"
 SOURCES = (

@@ -139,6 +139,7 @@ def test_it_says_enough_to_repeat_it(slow: Workspace) -> None:
     assert tiny["states"]["file"]["runs"] == tiny["states"]["memory"]["runs"] == []
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("slow", [50], indirect=True, ids=["quick"])
 def test_sweep_leaves_nothing(slow: Workspace) -> None:
     """Prompts near 128 to 2,048 tokens, and one cut to the context; drawn with their labels.
@@ -197,6 +198,7 @@ def test_interrupted_sweep_leaves_nothing(slow: Workspace, number: signal.Signal
         wait_until(lambda: _of_session(process.pid) == [], "its processes are gone")
 
 
+@pytest.mark.long
 def test_interrupted_bench_keeps_what_it_has(slow: Workspace) -> None:
     """Prompts that were measured before Ctrl-C are shown, drawn and kept.
 
@@ -266,6 +268,7 @@ def test_engine_that_cannot_be_loaded_twice(slow: Workspace) -> None:
     assert found["prompts"][0]["states"]["file"]["direct"] == []
 
 
+@pytest.mark.long
 def test_errors(workspace: Workspace) -> None:
     """Each is a sentence, the next step, and a code of sysexits."""
     assert "no daemon answers" in workspace.cli("bench", code=69).stderr
@@ -293,6 +296,7 @@ def test_unknown_names(slow: Workspace) -> None:
     assert "no model 'none'" in slow.cli("bench", "none", "--sweep", code=66).stderr
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("slow", [20], indirect=True, ids=["quick"])
 def test_compare_before_and_after(slow: Workspace) -> None:
     """A result is within the noise of itself; an engine that reads slowly is slower where it reads.
@@ -317,6 +321,7 @@ def test_compare_before_and_after(slow: Workspace) -> None:
     assert shown.index("models.m.digest") < shown.index("slower")
 
 
+@pytest.mark.long
 def test_a_text_that_changed_is_not_compared(slow: Workspace) -> None:
     """A shorter one was called faster, with all else the same."""
     before, after = slow.root / "a.json", slow.root / "b.json"
@@ -333,6 +338,7 @@ def test_a_text_that_changed_is_not_compared(slow: Workspace) -> None:
     assert "its text changed" in slow.cli("compare", str(before), str(after)).stdout
 
 
+@pytest.mark.long
 @pytest.mark.model
 def test_real_model(workspace: Workspace, small_model: Path) -> None:
     """llama.cpp: the cold run is cold by the library's own count.

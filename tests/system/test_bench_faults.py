@@ -133,6 +133,7 @@ def test_a_sweep_takes_what_a_budget_leaves(workspace: Workspace) -> None:
     ]
 
 
+@pytest.mark.long
 def test_a_text_that_changes_before_its_turn_is_not_taken_for_the_old_one(three: Workspace) -> None:
     """Neither by its digest, nor by the engine alone, which would compute the old one."""
     three.write("b.md", "You are B, which is not empty any more. " * 20)
@@ -267,6 +268,7 @@ def test_a_sweep_refuses_the_name_of_a_prompt(three: Workspace) -> None:
     assert "name models only, as in `rkcached bench --sweep m`" in said
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("three", [20], indirect=True, ids=["fast"])
 def test_a_sweep_removes_what_killed_ones_left(three: Workspace) -> None:
     """Only what was stored by a process that is gone.
@@ -361,6 +363,7 @@ class Terminal:
         self.hang_up()
 
 
+@pytest.mark.long
 def test_progress_at_a_terminal(three: Workspace) -> None:
     """What runs, how many answers are done of all, and time.
 

@@ -71,6 +71,7 @@ def test_an_edit_at_the_end_of_a_long_prompt_reads_only_what_is_new(
     )
 
 
+@pytest.mark.long
 @pytest.mark.model
 def test_prompts_that_begin_alike_are_read_once(workspace: Workspace, small_model: Path) -> None:
     """The second goes on from the first."""

@@ -229,6 +229,7 @@ def client(real: Workspace) -> Iterator[openai.OpenAI]:
         )
 
 
+@pytest.mark.long
 @pytest.mark.model
 def test_an_agent_on_a_real_model(real: Workspace, client: openai.OpenAI) -> None:
     """The official client sends the tools with the same system message, or names the prompt.

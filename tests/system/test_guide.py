@@ -114,6 +114,7 @@ def test_the_javascript_example(board: Workspace) -> None:
     assert done.stdout.strip()
 
 
+@pytest.mark.long
 def test_every_command_about_measuring(board: Workspace) -> None:
     """Each ends well, in the order of the page; what it writes is there."""
     lines = [

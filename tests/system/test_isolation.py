@@ -101,6 +101,7 @@ def call(space: Workspace, folder: Path, *arguments: str, code: int = 0) -> str:
     return done.stdout
 
 
+@pytest.mark.long
 def test_nothing_of_the_current_folder_is_run(workspace: Workspace, hostile: Path) -> None:
     """Each command is called in a hostile folder, and so is the daemon.
 

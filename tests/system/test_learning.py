@@ -436,6 +436,7 @@ def test_declared_prompts_are_built_first(learner: Workspace) -> None:
     assert learner.built()[-1] == prompt["prompt"]
 
 
+@pytest.mark.long
 @pytest.mark.model
 @needs_root
 def test_a_real_model_learns(workspace: Workspace, small_model: Path) -> None:

@@ -328,6 +328,7 @@ def test_many_answers(two_prompts: Workspace) -> None:
 HOSTILE = "\x1b[31mred\x1b[2J \u202e\x9b5m"
 
 
+@pytest.mark.long
 def test_nobody_commands_the_terminal(workspace: Workspace) -> None:
     """What a manifest or a file name says is shown with escapes.
 

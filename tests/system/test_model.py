@@ -78,6 +78,7 @@ def test_edit_rebuild_serve_restart(ship: Workspace) -> None:
     assert ship.built() == ["cook", "cook"]
 
 
+@pytest.mark.long
 def test_requests_go_before_a_build(ship: Workspace) -> None:
     """Several that come during a build are all answered before it ends; then it is built, once."""
     ship.write("long.md", SYSTEM * 12)
@@ -98,6 +99,7 @@ def test_requests_go_before_a_build(ship: Workspace) -> None:
     ship.logged("build stepped aside")
 
 
+@pytest.mark.long
 def test_control_tokens_in_texts_are_letters(ship: Workspace) -> None:
     """A prompt and a question that explain the model's own markers: nothing in them is altered.
 
@@ -123,6 +125,7 @@ def test_control_tokens_in_texts_are_letters(ship: Workspace) -> None:
     assert more > 18
 
 
+@pytest.mark.long
 def test_verify_deep(ship: Workspace) -> None:
     """Verify --deep loads the prompt cache into the model."""
     tokens = ship.prompt("cook")["artifact"]["tokens"]
@@ -160,6 +163,7 @@ def test_truncated_model(workspace: Workspace, small_model: Path) -> None:
     assert workspace.prompt("p", "n")["state"] == "blocked"
 
 
+@pytest.mark.long
 def test_split_model(workspace: Workspace, small_model: Path) -> None:
     """A changed second file makes the caches stale, under a running daemon and before a start.
 
@@ -234,6 +238,7 @@ def test_damaged_cache_is_never_loaded(ship: Workspace) -> None:
     assert ship.status()["models"][0]["restarts"] == 0
 
 
+@pytest.mark.long
 def test_demo(tmp_path: Path, small_model: Path) -> None:
     """The demo stays up after its table, says what to try.
 
@@ -277,6 +282,7 @@ def test_demo(tmp_path: Path, small_model: Path) -> None:
             demo.wait(DEADLINE_S)
 
 
+@pytest.mark.long
 def test_demo_at_a_terminal(tmp_path: Path, small_model: Path) -> None:
     """The daemon's log stands above the bars that go on: no line of it is torn by them."""
     (tmp_path / "demo/prompts").mkdir(parents=True)
@@ -311,6 +317,7 @@ def test_demo_at_a_terminal(tmp_path: Path, small_model: Path) -> None:
     assert not [line for line in lines if "info " in line and "━" in line]
 
 
+@pytest.mark.long
 def test_demo_once_again(tmp_path: Path, small_model: Path) -> None:
     """The second run of the demo rebuilds nothing."""
     (tmp_path / "demo/prompts").mkdir(parents=True)
@@ -329,6 +336,7 @@ def test_demo_once_again(tmp_path: Path, small_model: Path) -> None:
     assert "build started" not in second.stderr
 
 
+@pytest.mark.long
 def test_a_context_beyond_the_models_own(workspace: Workspace, small_model: Path) -> None:
     """llama.cpp cuts it.
 
@@ -373,6 +381,7 @@ def test_a_context_beyond_the_models_own(workspace: Workspace, small_model: Path
     assert workspace.cli("check").stderr == ""
 
 
+@pytest.mark.long
 def test_memory_limit(workspace: Workspace, small_model: Path) -> None:
     """A limit that the model does not fit into is told as what it is; a larger one serves it."""
     workspace.write("cook.md", SYSTEM)

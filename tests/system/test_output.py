@@ -87,6 +87,7 @@ COMMANDS = (
 )
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("unbuffered", ["", "1"])
 def test_an_output_that_cannot_be_written_is_a_sentence(
     workspace: Workspace, kept: Path, unbuffered: str
@@ -102,6 +103,7 @@ def test_an_output_that_cannot_be_written_is_a_sentence(
         assert len(said) == 2
 
 
+@pytest.mark.long
 def test_a_closed_pipe_ends_it_silently(workspace: Workspace, kept: Path) -> None:
     """With 141, as the shell has it for programs that SIGPIPE ends; click and rich would say 1."""
     assert kept.exists()
@@ -121,6 +123,7 @@ def test_a_standard_error_that_is_full_changes_no_exit_code(workspace: Workspace
                 assert (command, process.wait(DEADLINE_S)) == (command, code)
 
 
+@pytest.mark.long
 def test_a_full_disk_costs_neither_the_results_nor_the_older_file(
     workspace: Workspace, kept: Path, full_disk: Path
 ) -> None:
@@ -170,6 +173,7 @@ def test_a_dash_is_no_file(workspace: Workspace) -> None:
     assert not (workspace.root / "-").exists()
 
 
+@pytest.mark.long
 def test_kept_results_are_shown_and_drawn_without_a_daemon(
     workspace: Workspace, kept: Path
 ) -> None:

@@ -285,6 +285,7 @@ def test_a_model_that_is_used_is_not_unloaded_for_one_that_is_preloaded(ship: Wo
     assert ship.ask("y/cook")["rkcached"]["model_load_ms"] == 0
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("how", ["idle", "by hand"])
 def test_what_was_unloaded_on_purpose_stays_so(ship: Workspace, how: str) -> None:
     """Until the next start; `check` says it of idle_unload_s."""
@@ -370,6 +371,7 @@ def test_loads_are_counted_in_the_metrics(ship: Workspace) -> None:
     assert float(figures['rkcached_model_load_seconds_sum{model="m"}']) > 0
 
 
+@pytest.mark.long
 def test_bench_and_doctor_say_how_long_the_first_answer_takes(ship: Workspace) -> None:
     """The answer that the model was loaded for is measured apart, and counts for no prompt."""
     ship.memory_model(load_ms=300)

@@ -166,6 +166,7 @@ def test_every_command_in_words_exists(page: Path) -> None:
         assert {word for word in words if word.startswith("-")} <= options, command
 
 
+@pytest.mark.long
 def test_the_environment(tmp_path: Path) -> None:
     """The page's own lines in a shell, on a copy of this tree: the program has all its data."""
     need("git")

@@ -253,6 +253,7 @@ def test_a_saved_conversation_is_its_users_alone(talk: Workspace) -> None:
     assert own["cached_tokens"] > tokens + 300
 
 
+@pytest.mark.long
 @pytest.mark.model
 def test_two_conversations_on_a_real_model(workspace: Workspace, small_model: Path) -> None:
     """Two are in memory at a time; a restart brings both back from their files."""

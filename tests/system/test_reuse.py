@@ -91,6 +91,7 @@ def test_what_programs_add_does_not_cost_the_whole_prompt(ship: Workspace) -> No
             assert place in report["reason"]
 
 
+@pytest.mark.long
 def test_a_line_before_the_rules_costs_what_stands_after_it(ship: Workspace) -> None:
     """Only the same beginning can be reused. The answer says how long it is, and what differs."""
     half = HOUSE.index("Rule 8")
@@ -101,6 +102,7 @@ def test_a_line_before_the_rules_costs_what_stands_after_it(ship: Workspace) -> 
     assert report["reason"].endswith("in the system message: a date or a time?")
 
 
+@pytest.mark.long
 def test_a_request_that_shares_nothing_says_so(ship: Workspace) -> None:
     """The template's own beginning is the same in all requests, and is no hit."""
     report = ask(ship, "Somebody else wrote this.")
@@ -112,6 +114,7 @@ def test_a_request_that_shares_nothing_says_so(ship: Workspace) -> None:
     assert (asked["state"], asked["reason"]) == ("cold", "the request asks for no cache")
 
 
+@pytest.mark.long
 def test_a_named_prompt_may_be_continued(ship: Workspace) -> None:
     """A system message that begins with it is no conflict; its line ends may be Windows'."""
     whole = tokens_of(ship)
@@ -127,6 +130,7 @@ def test_a_named_prompt_may_be_continued(ship: Workspace) -> None:
     assert "does not begin with the prompt m/house" in error["message"]
 
 
+@pytest.mark.long
 def test_a_request_during_the_rebuild_uses_what_did_not_change(ship: Workspace) -> None:
     """One line was appended: the cache of the text before has all but that line."""
     whole = tokens_of(ship)
@@ -151,6 +155,7 @@ def as_user(uid: int) -> Iterator[None]:
         os.seteuid(0)
 
 
+@pytest.mark.long
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can be two users")
 def test_one_user_does_not_learn_from_reuse_what_another_asked(ship: Workspace) -> None:
     """The same question again: the first user's own state is reused for nobody else."""

@@ -78,6 +78,7 @@ def test_a_number_that_no_float_holds_does_not_fit(workspace: Workspace) -> None
     assert workspace.status()["models"][0]["restarts"] == 0
 
 
+@pytest.mark.long
 @pytest.mark.model
 def test_no_free_prose_where_a_schema_is_not_in_force(
     workspace: Workspace, small_model: Path

@@ -61,6 +61,7 @@ def test_a_deleted_scratch_folder_costs_one_worker(temporary: Path, workspace: W
     assert folders(temporary) == []
 
 
+@pytest.mark.long
 @pytest.mark.model
 def test_llama_cpp_survives_a_deleted_scratch_folder(
     temporary: Path, workspace: Workspace, small_model: Path

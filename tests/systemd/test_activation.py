@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 
+import pytest
 from machine import ADMIN_SOCKET, SOCKET, STORE, UNIT, Machine, make
 
 from tests.waiting import wait_until
@@ -155,6 +156,7 @@ def test_the_system_s_places_are_found(machine: Machine) -> None:
     assert "m/a" in regenerated.stdout
 
 
+@pytest.mark.long
 def test_an_upgrade_in_place_keeps_caches(machine: Machine) -> None:
     """`make install` again.
 

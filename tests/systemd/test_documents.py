@@ -84,7 +84,9 @@ def test_operating(fresh: Machine) -> None:
     fresh.run("ls", "-d", *places)
 
 
-@pytest.mark.parametrize("page", ["manifest.md", "rkllm.md", "troubleshooting.md"])
+@pytest.mark.parametrize(
+    "page", ["manifest.md", pytest.param("rkllm.md", marks=pytest.mark.long), "troubleshooting.md"]
+)
 def test_other_pages(fresh: Machine, page: str) -> None:
     """Library, model and prompt are put in place, the service starts.
 

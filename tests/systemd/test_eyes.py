@@ -84,6 +84,7 @@ def test_the_doctor_says_what_the_service_sees(at_home: Machine) -> None:
         assert DROP_IN in model["next_step"]
 
 
+@pytest.mark.long
 def test_a_model_in_home_while_it_does_not_run(at_home: Machine) -> None:
     """What the unit would hide; the daemon is not started for that."""
     stop(at_home)
@@ -92,6 +93,7 @@ def test_a_model_in_home_while_it_does_not_run(at_home: Machine) -> None:
     assert at_home.main_pid == 0
 
 
+@pytest.mark.long
 def test_the_drop_in_of_the_hint_opens_the_folder(at_home: Machine) -> None:
     """As an administrator writes it, he finds the model served, and each command content."""
     at_home.drop_in("home", OPENED)
@@ -125,6 +127,7 @@ def test_a_prompt_of_root_alone(machine: Machine) -> None:
     machine.wait_line("2 fresh")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("running", [True, False], ids=["running", "stopped"])
 def test_a_manifest_of_root_alone(machine: Machine, running: bool) -> None:
     """Each command has the daemon's words for it, and doctor fails, though root could read it.
@@ -150,6 +153,7 @@ def test_a_manifest_of_root_alone(machine: Machine, running: bool) -> None:
     assert doctors_report(machine)["manifest"]["outcome"] == "ok"
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("running", [True, False], ids=["running", "stopped"])
 def test_a_runtime_library_of_root_alone(machine: Machine, tmp_path: Path, running: bool) -> None:
     """Doctor looked with root's eyes, and said that it is ok."""
@@ -192,6 +196,7 @@ def people(machine: Machine) -> Iterator[Machine]:
 LOOKING = (["check"], ["plan"], ["explain", "m/a"], ["verify"], ["gc", "--dry-run"])
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("running", [True, False], ids=["running", "stopped"])
 def test_a_plain_user_is_told_to_use_sudo_or_to_join(people: Machine, running: bool) -> None:
     """He was told to open the folder for everybody, and then to take the manifest from the service.
@@ -214,6 +219,7 @@ def test_a_plain_user_is_told_to_use_sudo_or_to_join(people: Machine, running: b
     assert "(`sudo adduser bob rkcached`, then log in again)" in error
 
 
+@pytest.mark.long
 def test_a_member_is_told_to_use_sudo(people: Machine) -> None:
     """A manifest of root's group is the service's trouble, too: sudo says how to mend it."""
     stop(people)

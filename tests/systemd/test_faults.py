@@ -36,6 +36,7 @@ def test_a_stuck_daemon_is_killed_and_comes_back_warm(watched: Machine) -> None:
     assert any("Watchdog timeout" in str(entry["MESSAGE"]) for entry in watched.journal())
 
 
+@pytest.mark.long
 def test_a_long_build_is_not_taken_for_a_stuck_daemon(watched: Machine) -> None:
     """The loop feeds the watchdog while a build that takes three of its intervals goes on."""
     before = watched.main_pid
@@ -116,6 +117,7 @@ def test_a_power_cut_during_a_build(machine: Machine) -> None:
     machine.systemctl("disable", UNIT)
 
 
+@pytest.mark.long
 def test_a_power_cut_during_a_long_build(machine: Machine) -> None:
     """What was fresh is served at once; what was being built is built from its beginning."""
     slow = {"prefill_us_per_token": 5000}

@@ -11,9 +11,12 @@ import os
 import re
 import time
 
+import pytest
 from machine import UNIT, Machine
 
 from tests.waiting import wait_until
+
+pytestmark = pytest.mark.long
 
 RUNS = int(os.environ.get("RKCACHED_FIGURE_RUNS", "3"))
 IDLE_S = float(os.environ.get("RKCACHED_IDLE_S", "5"))

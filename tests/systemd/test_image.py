@@ -22,7 +22,8 @@ from machine import UNIT, Machine
 from tests.systemd.conftest import REPOSITORY, lack_of_machine
 from tests.waiting import wait_until
 
-pytestmark = pytest.mark.timeout(1800)  # wheels are downloaded, and a machine boots
+# Wheels are downloaded, and a machine boots.
+pytestmark = [pytest.mark.timeout(1800), pytest.mark.long]
 
 ROOT = Path(os.environ.get("RKCACHED_IMAGE_ROOT", "/"))
 MANIFEST = """\

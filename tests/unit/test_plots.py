@@ -149,7 +149,9 @@ def test_where_the_time_goes_is_milliseconds_in_a_panel_for_cold_and_one_for_war
     }
 
 
-@pytest.mark.parametrize("count", [1, 12, plots.MOST_PROMPTS + 1])
+@pytest.mark.parametrize(
+    "count", [1, 12, pytest.param(plots.MOST_PROMPTS + 1, marks=pytest.mark.long)]
+)
 def test_many_prompts_make_a_higher_picture(count: int) -> None:
     """No label of a prompt meets another; legends are below the axes; nothing is cut off."""
     said = ("somebody else used the machine " * 20, "few runs")
