@@ -17,7 +17,7 @@ from rkcached.host.journal import Journal
 from rkcached.host.systemd import is_journal
 
 _OPTIONS = ("exc_info", "stack_info", "stacklevel")
-"""What a method of the standard library's loggers takes beside an event's fields."""
+"""Arguments of the standard library's loggers, beside the fields of an event."""
 
 
 class EventLogger(logging.LoggerAdapter[logging.Logger]):

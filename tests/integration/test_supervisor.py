@@ -250,7 +250,7 @@ async def test_the_environment_is_scrubbed_and_the_session_its_own(
 
 
 async def test_a_worker_whose_scratch_folder_is_deleted_is_replaced(
-    site: Site, capsys: pytest.CaptureFixture[str]
+    site: Site, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Cleaners of temporary files do so.
 
@@ -267,7 +267,7 @@ async def test_a_worker_whose_scratch_folder_is_deleted_is_replaced(
         1,
         f"its scratch folder was deleted: {folder}",
     )
-    assert "worker restarted" in capsys.readouterr().out
+    assert "worker restarted" in caplog.messages
     assert len(list(site.scratch.iterdir())) == 1
 
 

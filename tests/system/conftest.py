@@ -20,6 +20,7 @@ import psutil
 import pytest
 
 from rkcached.cli import launcher
+from tests.system import nursery
 from tests.waiting import DEADLINE_S, wait_until
 
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
@@ -35,8 +36,8 @@ class Workspace:
         self.cache = root / "cache"
         self.socket = root / "s.sock"
         self.log = root / "daemon.log"
-        self.process: subprocess.Popen[bytes] | None = None
-        self.launcher = self.command()
+        self.process: subprocess.Popen[bytes] | nursery.Process | None = None
+        self.launcher = self._usual_launcher = self.command()
         """What the daemon is started by."""
         self.folder: Path | None = None
         """Where the daemon is started; None: where the tests are."""
@@ -78,7 +79,7 @@ class Workspace:
         """
         self._constants.update(constants)
         code = f"from tests.system.hurried import main; main({self._constants!r})"
-        self.launcher = [sys.executable, "-c", code]
+        self.launcher = self._usual_launcher = [sys.executable, "-c", code]
 
     def command(self, *arguments: str) -> list[str]:
         return [sys.executable, "-m", "rkcached", *arguments]
@@ -99,17 +100,21 @@ class Workspace:
 
         It must exit with `code` (None: with any). `variables` are added to its environment.
         """
-        done = subprocess.run(
-            self.command(*arguments),
-            env={**self.environment, **variables},
-            input=stdin,
-            stdin=subprocess.DEVNULL if stdin is None else None,
-            capture_output=True,
-            text=True,
-            timeout=DEADLINE_S,
-            cwd=self.root,
-            check=False,
-        )
+        env = {**self.environment, **variables}
+        if nursery.serves(variables):
+            done = nursery.run(arguments, env=env, cwd=self.root, stdin=stdin or "")
+        else:
+            done = subprocess.run(
+                self.command(*arguments),
+                env=env,
+                input=stdin,
+                stdin=subprocess.DEVNULL if stdin is None else None,
+                capture_output=True,
+                text=True,
+                timeout=DEADLINE_S,
+                cwd=self.root,
+                check=False,
+            )
         assert "Traceback" not in done.stderr, done.stderr
         if code is not None:
             assert done.returncode == code, (done.returncode, done.stdout, done.stderr)
@@ -123,16 +128,26 @@ class Workspace:
         )
 
     def start(self, *arguments: str, ready: bool = True) -> None:
-        with self.log.open("ab") as log:
-            self.process = subprocess.Popen(
-                [*self.launcher, "run", "--log-level", "debug", *arguments],
-                env=self.environment,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                cwd=self.folder,
-                start_new_session=True,
-            )
+        arguments = ("run", "--log-level", "debug", *arguments)
+        with self.log.open("ab") as log, Path(os.devnull).open("rb") as nothing:
+            if self.launcher == self._usual_launcher and nursery.serves({}):
+                self.process = nursery.nursery().start(
+                    arguments,
+                    constants=self._constants,
+                    env=self.environment,
+                    cwd=self.folder,
+                    files=(nothing, log, log),
+                )
+            else:
+                self.process = subprocess.Popen(
+                    [*self.launcher, *arguments],
+                    env=self.environment,
+                    stdin=nothing,
+                    stdout=log,
+                    stderr=log,
+                    cwd=self.folder,
+                    start_new_session=True,
+                )
         if ready:
             wait_until(self._is_ready, f"the daemon is ready; its log:\n{self.log_text()}")
 
