@@ -29,7 +29,7 @@ test: lint
 	$(BIN)/pytest -n 4 -m "not long" $(PYTEST_ARGS)
 
 test-long: $(VENV)/.dev
-	$(BIN)/pytest -n 4 -m long $(PYTEST_ARGS)
+	RKCACHED_EXEC=1 $(BIN)/pytest -n 4 -m long $(PYTEST_ARGS)
 	RKCACHED_STORM_STEPS=20000 RKCACHED_STORM_SEED=$(SEED) \
 	RKCACHED_KILLS=200 RKCACHED_KILLS_SEED=$(SEED) RKCACHED_LOAD_S=60 RKCACHED_FUZZ_EXAMPLES=500 \
 	$(BIN)/pytest -s --timeout 7200 tests/integration/test_storm.py tests/integration/test_fuzz.py \

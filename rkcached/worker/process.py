@@ -10,14 +10,13 @@ import contextlib
 import signal
 import socket
 from collections import deque
+from typing import cast
 
 from rkcached.errors import WorkerDied
 from rkcached.host import isolated
 from rkcached.worker import memory, protocol
 from rkcached.worker.lines import LibraryLines
 from rkcached.worker.scratch import Scratch
-
-_READ_BYTES = 1 << 16
 
 
 class WorkerProcess:
@@ -32,9 +31,7 @@ class WorkerProcess:
         self.lines = LibraryLines(model)
         self.kernel_kills = 0
         """Of our cgroup, when the process was started."""
-        self._stream: tuple[asyncio.StreamReader, asyncio.StreamWriter] | None = None
-        self._frames = protocol.FrameReader()
-        self._received: deque[bytes] = deque()
+        self._link: _Link | None = None
         self._scratch: Scratch | None = None
 
     @property
@@ -58,8 +55,6 @@ class WorkerProcess:
         If that fails, `end` and `clean_up` take away what there is of it. Errors: OSError.
         """
         self.lines.forget()
-        self._received.clear()
-        self._frames = protocol.FrameReader()
         self._scratch = Scratch()
 
         ours, theirs = socket.socketpair()
@@ -68,7 +63,8 @@ class WorkerProcess:
             self.kernel_kills = memory.kernel_kills()
             handle = self.handle = await self._execute(theirs, self._scratch)
             self.lines.follow(handle)
-            self._stream = await asyncio.open_connection(sock=ours)
+            loop = asyncio.get_running_loop()
+            _, self._link = await loop.create_connection(_Link, sock=ours)
             unless_connected.pop_all()
 
         return handle
@@ -86,51 +82,29 @@ class WorkerProcess:
                 start_new_session=True,
             )
 
-    async def send(self, message: protocol.ToWorker) -> None:
+    def send(self, message: protocol.ToWorker) -> None:
         """Errors: WorkerDied if none runs; of one that dies now, the next read finds out how."""
-        if self._stream is None:
+        if self._link is None:
             raise self._gone()
-        with contextlib.suppress(OSError):
-            self._stream[1].write(protocol.frame(message))
-            await self._stream[1].drain()
+        self._link.transport.write(protocol.frame(message))
 
-    def has_received(self) -> bool:
-        """Whether there is an event to take."""
-        return bool(self._received)
-
-    def take(self) -> protocol.FromWorker:
-        """The next of the events that were received. Errors: ProtocolError."""
-        return protocol.decode_from_worker(self._received.popleft())
-
-    async def receive(self, timeout_s: float) -> None:
-        """Wait until it sends something.
+    async def receive(self, timeout_s: float) -> protocol.FromWorker:
+        """The next event.
 
         Errors: WorkerDied if none runs; TimeoutError; EOFError when it closed its socket;
         ProtocolError.
         """
-        if self._stream is None:
+        if self._link is None:
             raise self._gone()
-
-        try:
-            async with asyncio.timeout(timeout_s):
-                data = await self._stream[0].read(_READ_BYTES)
-        except TimeoutError:
-            raise
-        except OSError:
-            data = b""
-
-        if not data:
-            raise EOFError
-        self._received.extend(self._frames.feed(data))
+        return protocol.decode_from_worker(await self._link.next(timeout_s))
 
     async def end(self, *, kill: bool = False) -> int:
         """Close the socket, and wait for the process or kill it; returns its exit code."""
         handle = self.handle
-        stream = self._stream
-        self.handle = self._stream = None
-        self._received.clear()
-        if stream is not None:
-            stream[1].close()
+        link = self._link
+        self.handle = self._link = None
+        if link is not None:
+            link.transport.close()
         if handle is None:
             return 0
 
@@ -152,6 +126,55 @@ class WorkerProcess:
 
     def _gone(self) -> WorkerDied:
         return WorkerDied(f"the worker of {self._model} is gone")
+
+
+class _Link(asyncio.Protocol):
+    """Our end of the socket. A token's way leads through here, so it costs as little as it can."""
+
+    transport: asyncio.WriteTransport
+
+    def __init__(self) -> None:
+        self._frames = protocol.FrameReader()
+        self._received: deque[bytes] = deque()
+        # Why nothing more will be received.
+        self._end: EOFError | protocol.ProtocolError | None = None
+        self._waiter: asyncio.Future[None] | None = None
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self.transport = cast(asyncio.WriteTransport, transport)
+
+    def data_received(self, data: bytes) -> None:
+        try:
+            self._received.extend(self._frames.feed(data))
+        except protocol.ProtocolError as error:
+            self._end = error
+            self.transport.close()
+        self._wake()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        del exc
+        self._end = self._end or EOFError()
+        self._wake()
+
+    async def next(self, timeout_s: float) -> bytes:
+        """The next frame. Errors: TimeoutError, EOFError, ProtocolError."""
+        if not self._received and self._end is None:
+            loop = asyncio.get_running_loop()
+            self._waiter = loop.create_future()
+            timer = loop.call_later(timeout_s, self._wake)
+            try:
+                await self._waiter
+            finally:
+                timer.cancel()
+                self._waiter = None
+
+        if self._received:
+            return self._received.popleft()
+        raise self._end or TimeoutError
+
+    def _wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
 
 
 def describe(code: int) -> str:

@@ -177,7 +177,7 @@ class Worker:
                 spec=msgspec.structs.replace(model.spec, scratch_dir=self._process.scratch_dir),
                 max_memory_bytes=model.max_memory_bytes,
             )
-            await self._process.send(message)
+            self._process.send(message)
             answer = await self._receive(model.timeout_s or self._deadlines.start_s)
         except OSError as error:
             await self._end(kill=True)
@@ -347,12 +347,12 @@ class Worker:
         if operation.id != self._running_id:
             return
         with contextlib.suppress(WorkerError):
-            await self._process.send(protocol.Abort(id=operation.id))
+            self._process.send(protocol.Abort(id=operation.id))
 
     async def _exchange(
         self, operation: protocol.Operation, on_event: Callable[[protocol.FromWorker], None] | None
     ) -> protocol.Result:
-        await self._process.send(operation)
+        self._process.send(operation)
         while True:
             event = await self._receive(self.model.timeout_s or self._deadlines.silence_s)
             if isinstance(event, protocol.Ready) or event.id != operation.id:
@@ -404,10 +404,7 @@ class Worker:
     async def _receive(self, timeout_s: float) -> protocol.FromWorker:
         """The next event. Errors: WorkerDied, WorkerTimeout; the worker is then in backoff."""
         try:
-            while not self._process.has_received():
-                await self._process.receive(timeout_s)
-                self.heard = time.monotonic()
-            return self._process.take()
+            event = await self._process.receive(timeout_s)
         except TimeoutError:
             silence = f"sent nothing for {timeout_s:.0f} s"
             raise await self._died(silence, WorkerTimeout, kill=True) from None
@@ -415,6 +412,9 @@ class Worker:
             raise await self._died("") from None
         except protocol.ProtocolError as error:
             raise await self._broken(str(error)) from error
+
+        self.heard = time.monotonic()
+        return event
 
     # Death
 

@@ -17,6 +17,7 @@ import json
 import os
 import pkgutil
 import select
+import selectors
 import signal
 import socket
 import struct
@@ -25,6 +26,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import IO, Any
 
 from tests.waiting import DEADLINE_S
@@ -54,7 +56,8 @@ class Process:
 
     def wait(self, timeout: float | None = None) -> int:
         if self.returncode is None:
-            if not select.select([self._life], [], [], timeout)[0]:
+            left_s = None if timeout is None else max(0.0, timeout)
+            if not select.select([self._life], [], [], left_s)[0]:
                 raise subprocess.TimeoutExpired(self.args, timeout or 0)
             self.returncode = self._read()
             os.close(self._life)
@@ -99,10 +102,10 @@ class Nursery:
         self,
         arguments: Sequence[str],
         *,
-        constants: Mapping[str, object],
         env: Mapping[str, str],
         cwd: Path | None,
-        files: tuple[IO[bytes], IO[bytes], IO[bytes]],
+        files: Sequence[IO[bytes]],
+        constants: Mapping[str, object] = MappingProxyType({}),
     ) -> Process:
         """Start `rkcached ARGUMENTS`, with other constants, in a session of its own.
 
@@ -144,29 +147,36 @@ def run(
     arguments: Sequence[str], *, env: Mapping[str, str], cwd: Path, stdin: str
 ) -> subprocess.CompletedProcess[str]:
     """Run a command to its end, as `subprocess.run` does; at most DEADLINE_S."""
-    with contextlib.ExitStack() as stack:
-        files = [
-            stack.enter_context(os.fdopen(os.memfd_create(name), "w+b"))
-            for name in ("stdin", "stdout", "stderr")
-        ]
-        given, out, err = files
-        given.write(stdin.encode())
-        given.seek(0)
-        process = nursery().start(
-            arguments, constants={}, env=env, cwd=cwd, files=(given, out, err)
-        )
+    texts = {name: bytearray() for name in ("out", "err")}
+    with contextlib.ExitStack() as stack, selectors.DefaultSelector() as ready:
+        files = [stack.enter_context(os.fdopen(os.memfd_create("stdin"), "w+b"))]
+        files[0].write(stdin.encode())
+        files[0].seek(0)
+        writing = contextlib.ExitStack()
+        for text in texts.values():
+            ours, theirs = os.pipe()
+            ready.register(stack.enter_context(os.fdopen(ours, "rb", 0)), 1, text)
+            files.append(writing.enter_context(os.fdopen(theirs, "wb", 0)))
+        with writing:
+            process = nursery().start(arguments, env=env, cwd=cwd, files=files)
+
+        end = time.monotonic() + DEADLINE_S
+        while ready.get_map() and time.monotonic() < end:
+            for key, _ in ready.select(end - time.monotonic()):
+                if data := os.read(key.fd, 1 << 16):
+                    key.data.extend(data)
+                else:
+                    ready.unregister(key.fileobj)
         try:
-            code = process.wait(DEADLINE_S)
-        except BaseException:
+            code = process.wait(end - time.monotonic())
+        except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
             raise
 
-        out.seek(0)
-        err.seek(0)
-        return subprocess.CompletedProcess(
-            process.args, code, out.read().decode(), err.read().decode()
-        )
+    return subprocess.CompletedProcess(
+        process.args, code, texts["out"].decode(), texts["err"].decode()
+    )
 
 
 # In the nursery

@@ -68,6 +68,7 @@ def says_hidden(machine: Machine, user: str) -> None:
     assert [(action["action"], action["reason"]) for action in planned] == [("blocked", HIDDEN)] * 2
 
 
+@pytest.mark.long
 def test_a_model_in_home_while_the_daemon_runs(at_home: Machine) -> None:
     """The same words from everyone, status included; root and members see the same."""
     assert {p["reason"] for p in at_home.status()["prompts"]} == {HIDDEN}

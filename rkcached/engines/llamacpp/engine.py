@@ -3,8 +3,8 @@
 Runs go through `Server.handle_completions`, which calls back on the thread that started them.
 Saving, loading and erasing the KV state go through llama.cpp's own HTTP endpoints, on a Unix socket
 in the private scratch directory: a TCP port would be open to every local user, so an engine that
-finds itself listening on one closes at once. The server has one slot, hence one KV state. It takes
-file names without directories only; a symbolic link in the scratch directory leads to the file that
+finds itself listening on one closes at once. The server has a slot for each KV state. It takes file
+names without directories only; a symbolic link in the scratch directory leads to the file that
 is meant. A truncated file makes llama.cpp abort the process: callers check size and digest before
 `load`.
 """
@@ -75,9 +75,9 @@ _SPIN_COUNT = "3000"
 # request that does not go on from the one before.
 _CHECKPOINTS = 1
 
-# The conversation of now and the one before, of which one may be a build. They share the cells of
-# one context, so more states take no more memory; but each token attends to the cells of all.
-_STATES = 2
+# The conversations and programs that asked last, of which one may be a build. They share the cells
+# of one context, so more states take no more memory; but each token attends to the cells of all.
+_STATES = 4
 
 _SOCKET_NAME = "llama.sock"
 _STATE_NAME = "state.bin"
@@ -104,9 +104,10 @@ class LlamaCppEngine:
         self._window_tokens = spec.window_tokens
         # The KV state has all layers from this token on; 0 if it was not loaded from a file.
         self._whole_from = 0
-        # The KV state that is acted on, and the tokens of each: llama.cpp's slots.
-        self._state = 0
+        # The tokens of each KV state, which are llama.cpp's slots, and their numbers in the order
+        # in which they were chosen. The last one is acted on.
         self._sizes = [0] * _states(spec)
+        self._order = list(range(len(self._sizes)))
         try:
             self._server = library.Server(_params(library, spec, self._socket))
         except RuntimeError as error:
@@ -145,8 +146,13 @@ class LlamaCppEngine:
     def info(self) -> EngineInfo:
         return self._info
 
+    @property
+    def _state(self) -> int:
+        return self._order[-1]
+
     def choose(self, state: int, /) -> None:
-        self._state = state
+        self._order.remove(state)
+        self._order.append(state)
 
     def has_state(self, state: int, /) -> bool:
         return self._sizes[state] > 0
@@ -192,18 +198,17 @@ class LlamaCppEngine:
             ) from error
 
     def load(self, path: Path) -> int:
-        try:
+        while True:
             try:
-                tokens = self._restore(path)
-            except _RefusedError:
-                if not self._drop_others():
-                    raise
-                tokens = self._restore(path)  # there may have been no room
-        except _RefusedError as error:
-            self.clear()
-            raise ArtifactLoadError(
-                f"llama.cpp cannot load the prompt cache {path}: {error.message}"
-            ) from error
+                tokens = int(self._slot("restore", path)["n_restored"])
+                break
+            except _RefusedError as error:
+                if self._drop_oldest():
+                    continue  # there may have been no room
+                self.clear()
+                raise ArtifactLoadError(
+                    f"llama.cpp cannot load the prompt cache {path}: {error.message}"
+                ) from error
 
         self._sizes[self._state] = tokens
         self._whole_from = 0
@@ -211,17 +216,17 @@ class LlamaCppEngine:
             self._whole_from = tokens - 1  # whose window ends where the file's begins
         return tokens
 
-    def _restore(self, path: Path) -> int:
-        return int(self._slot("restore", path)["n_restored"])
+    def _drop_oldest(self) -> bool:
+        """Clear the KV state, beside the chosen one, that was not chosen for the longest time.
 
-    def _drop_others(self) -> bool:
-        """Clear the other KV states; whether there were any."""
-        chosen = self._state
-        others = [state for state, size in enumerate(self._sizes) if size and state != chosen]
-        for self._state in others:
-            self.clear()
-        self._state = chosen
-        return bool(others)
+        Returns whether there was one.
+        """
+        oldest = next((state for state in self._order[:-1] if self._sizes[state]), None)
+        if oldest is None:
+            return False
+        self._slot("erase", state=oldest)
+        self._sizes[oldest] = 0
+        return True
 
     def clear(self) -> None:
         self._slot("erase")
@@ -335,9 +340,15 @@ class LlamaCppEngine:
         if run.state_tokens:  # else the run was refused
             self._sizes[self._state] = run.state_tokens
         if sum(self._sizes) > self._context_tokens:
-            self._drop_others()  # llama.cpp did so when it needed the room
+            self._note_dropped()
         run.raise_failure()
         return run
+
+    def _note_dropped(self) -> None:
+        """Note which other KV states llama.cpp cleared, because it needed their room."""
+        for slot in self._request("GET", "/slots"):
+            if slot["id"] != self._state:
+                self._sizes[slot["id"]] = slot.get("n_prompt_tokens", 0)
 
     def _complete(self, request: dict[str, Any], run: Run) -> None:
         try:
@@ -358,9 +369,11 @@ class LlamaCppEngine:
                 )
             time.sleep(0.001)
 
-    def _slot(self, action: str, path: Path | None = None) -> Any:
+    def _slot(self, action: str, path: Path | None = None, *, state: int | None = None) -> Any:
+        """Have llama.cpp save, restore or erase a KV state, by default the chosen one."""
+        target = f"/slots/{self._state if state is None else state}?action={action}"
         if path is None:
-            return self._request("POST", f"/slots/{self._state}?action={action}", {})
+            return self._request("POST", target, {})
 
         link = self._scratch / _STATE_NAME
         try:
@@ -370,7 +383,6 @@ class LlamaCppEngine:
             raise EngineError(f"cannot make the link {link}: {error.strerror}") from error
 
         try:
-            target = f"/slots/{self._state}?action={action}"
             return self._request("POST", target, {"filename": _STATE_NAME})
         finally:
             link.unlink(missing_ok=True)
