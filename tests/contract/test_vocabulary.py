@@ -51,7 +51,7 @@ def test_tokens_that_plain_text_has(tmp_path: Path) -> None:
     try:
         for token in sorted(special.control or ()):
             asked = {"content": f"a{token}b", "add_special": False, "parse_special": False}
-            tokens = engine._request("POST", "/tokenize", asked)["tokens"]
+            tokens = engine._endpoints.ask("POST", "/tokenize", asked)["tokens"]
             assert (len(tokens) == 3) is (token in special.always), token
     finally:
         engine.close()
@@ -68,19 +68,21 @@ def test_llama_cpp_agrees(tmp_path: Path, case: str) -> None:
     own = header.tokenizer
     engine = load(path)
     try:
-        props = engine._request("GET", "/props")
+        props = engine._endpoints.ask("GET", "/props")
         assert props["chat_template"] == own.template
         assert (props["bos_token"], props["eos_token"]) == (own.special.bos, own.special.eos)
 
         plain = {"content": "lamp", "add_special": False}
-        dressed = engine._request("POST", "/tokenize", plain | {"add_special": True})["tokens"]
-        bare = engine._request("POST", "/tokenize", plain)["tokens"]
+        dressed = engine._endpoints.ask("POST", "/tokenize", plain | {"add_special": True})[
+            "tokens"
+        ]
+        bare = engine._endpoints.ask("POST", "/tokenize", plain)["tokens"]
         assert (len(dressed) == len(bare) + 1) is own.special.adds_bos
 
         assert own.special.control
         for token in sorted(own.special.control):
             asked = {"content": f"a{token}b", "add_special": False, "parse_special": True}
-            assert len(engine._request("POST", "/tokenize", asked)["tokens"]) == 3, token
+            assert len(engine._endpoints.ask("POST", "/tokenize", asked)["tokens"]) == 3, token
     finally:
         engine.close()
         path.unlink()

@@ -1,18 +1,15 @@
 """llama.cpp on the CPU, through the server that xllamacpp embeds in this process.
 
 Runs go through `Server.handle_completions`, which calls back on the thread that started them.
-Saving, loading and erasing the KV state go through llama.cpp's own HTTP endpoints, on a Unix socket
-in the private scratch directory: a TCP port would be open to every local user, so an engine that
-finds itself listening on one closes at once. The server has a slot for each KV state. It takes file
-names without directories only; a symbolic link in the scratch directory leads to the file that
-is meant. A truncated file makes llama.cpp abort the process: callers check size and digest before
-`load`.
+Saving, loading and erasing the KV states go through llama.cpp's own HTTP endpoints (`slots`,
+`endpoints`); an engine that finds itself listening on TCP closes at once. A truncated file makes
+llama.cpp abort the process: callers check size and digest before `load`.
 """
 
 from __future__ import annotations
 
 import contextlib
-import http.client
+import http
 import importlib
 import importlib.metadata
 import json
@@ -35,8 +32,10 @@ from rkcached.engines.base import (
     RunStats,
     Sampling,
 )
+from rkcached.engines.llamacpp.endpoints import Endpoints, RefusedError
 from rkcached.engines.llamacpp.header import MAGIC
 from rkcached.engines.llamacpp.run import Grammar, Run
+from rkcached.engines.llamacpp.slots import Slots
 from rkcached.errors import (
     Aborted,
     ArtifactLoadError,
@@ -46,7 +45,6 @@ from rkcached.errors import (
     ModelLoadError,
     Uncacheable,
 )
-from rkcached.host.unix_http import UnixConnection
 from rkcached.messages.special_tokens import PLAIN_START, pieces
 
 # Prompt tokens per call into the model. A run can be stopped between two of them only, so a small
@@ -79,9 +77,6 @@ _CHECKPOINTS = 1
 # of one context, so more states take no more memory; but each token attends to the cells of all.
 _STATES = 4
 
-_SOCKET_NAME = "llama.sock"
-_STATE_NAME = "state.bin"
-_SOCKET_PATH_MAX = 107  # sun_path holds 108 bytes, the last one is 0
 _IDLE_TIMEOUT_S = 60.0
 
 
@@ -91,25 +86,15 @@ class LlamaCppEngine:
     def __init__(self, spec: ModelSpec) -> None:
         library = _import_library()
         _check_model_file(Path(spec.path))
-        self._scratch = Path(spec.scratch_dir)
-        self._socket = str(self._scratch / _SOCKET_NAME)
-
-        if len(os.fsencode(self._socket)) > _SOCKET_PATH_MAX:
-            raise EngineError(
-                f"the socket path {self._socket} is longer than {_SOCKET_PATH_MAX} bytes",
-                hint="use a shorter runtime directory",
-            )
-
+        scratch = Path(spec.scratch_dir)
+        self._endpoints = Endpoints(scratch)
+        self._slots = Slots(self._endpoints, scratch, _states(spec))
         self._abort = threading.Event()
         self._window_tokens = spec.window_tokens
         # The KV state has all layers from this token on; 0 if it was not loaded from a file.
         self._whole_from = 0
-        # The tokens of each KV state, which are llama.cpp's slots, and their numbers in the order
-        # in which they were chosen. The last one is acted on.
-        self._sizes = [0] * _states(spec)
-        self._order = list(range(len(self._sizes)))
         try:
-            self._server = library.Server(_params(library, spec, self._socket))
+            self._server = library.Server(_params(library, spec, self._endpoints.socket))
         except RuntimeError as error:
             raise ModelLoadError(
                 f"llama.cpp cannot load the model {spec.path}: it is truncated, or of an unknown "
@@ -127,8 +112,8 @@ class LlamaCppEngine:
         # The server's own thread answers this, so it runs from here on. A server that was closed at
         # once was once seen to wait for that thread for ever, with xllamacpp 2026.10: the thread
         # had started after the request to end.
-        self._request("GET", "/slots")
-        settings = self._request("GET", "/props")["default_generation_settings"]
+        self._endpoints.ask("GET", "/slots")
+        settings = self._endpoints.ask("GET", "/props")["default_generation_settings"]
         self._context_tokens = int(settings["n_ctx"])
         rewinds = bool(spec.pooling) or self._rewinds()
         self._info = EngineInfo(
@@ -137,7 +122,7 @@ class LlamaCppEngine:
             measures_prefill=True,
             aborts_prefill=True,
             rewinds=rewinds,
-            states=len(self._sizes) if rewinds else 1,
+            states=len(self._slots) if rewinds else 1,
             constrains_json=True,
             gives_logprobs=True,
         )
@@ -146,16 +131,11 @@ class LlamaCppEngine:
     def info(self) -> EngineInfo:
         return self._info
 
-    @property
-    def _state(self) -> int:
-        return self._order[-1]
-
     def choose(self, state: int, /) -> None:
-        self._order.remove(state)
-        self._order.append(state)
+        self._slots.choose(state)
 
     def has_state(self, state: int, /) -> bool:
-        return self._sizes[state] > 0
+        return self._slots.has_tokens(state)
 
     def count_tokens(self, text: str) -> int:
         return len(self._tokenize(text))
@@ -185,8 +165,8 @@ class LlamaCppEngine:
 
     def save(self, path: Path) -> int:
         try:
-            return int(self._slot("save", path)["n_saved"])
-        except _RefusedError as error:
+            return self._slots.save(path)
+        except RefusedError as error:
             if error.status == http.HTTPStatus.NOT_IMPLEMENTED:
                 raise Uncacheable(
                     f"llama.cpp cannot save the KV state of this model: {error.message}"
@@ -198,39 +178,21 @@ class LlamaCppEngine:
             ) from error
 
     def load(self, path: Path) -> int:
-        while True:
-            try:
-                tokens = int(self._slot("restore", path)["n_restored"])
-                break
-            except _RefusedError as error:
-                if self._drop_oldest():
-                    continue  # there may have been no room
-                self.clear()
-                raise ArtifactLoadError(
-                    f"llama.cpp cannot load the prompt cache {path}: {error.message}"
-                ) from error
+        try:
+            tokens = self._slots.restore(path)
+        except RefusedError as error:
+            self.clear()
+            raise ArtifactLoadError(
+                f"llama.cpp cannot load the prompt cache {path}: {error.message}"
+            ) from error
 
-        self._sizes[self._state] = tokens
         self._whole_from = 0
         if 0 < self._window_tokens < tokens:
             self._whole_from = tokens - 1  # whose window ends where the file's begins
         return tokens
 
-    def _drop_oldest(self) -> bool:
-        """Clear the KV state, beside the chosen one, that was not chosen for the longest time.
-
-        Returns whether there was one.
-        """
-        oldest = next((state for state in self._order[:-1] if self._sizes[state]), None)
-        if oldest is None:
-            return False
-        self._slot("erase", state=oldest)
-        self._sizes[oldest] = 0
-        return True
-
     def clear(self) -> None:
-        self._slot("erase")
-        self._sizes[self._state] = 0
+        self._slots.erase(self._slots.chosen)
         self._whole_from = 0
 
     def generate(
@@ -281,6 +243,7 @@ class LlamaCppEngine:
         self._abort.set()  # every run clears it first, so an abort without a run does nothing
 
     def close(self) -> None:
+        self._endpoints.closed = True
         self._server = None  # its destructor stops the threads and frees the model
 
     def _rewinds(self) -> bool:
@@ -306,7 +269,7 @@ class LlamaCppEngine:
                 "add_special": not tokens,
                 "parse_special": has_control_tokens,
             }
-            tokens += self._request("POST", "/tokenize", question)["tokens"]
+            tokens += self._endpoints.ask("POST", "/tokenize", question)["tokens"]
 
         return tokens
 
@@ -322,7 +285,7 @@ class LlamaCppEngine:
             prompt = self._tokenize(prompt)
         request = {
             "prompt": prompt,
-            "id_slot": self._state,
+            "id_slot": self._slots.chosen,
             "cache_prompt": True,
             "stream": True,
             # Without it, nothing calls back during a prefill and no abort gets through.
@@ -338,17 +301,9 @@ class LlamaCppEngine:
             self._complete(request, run)
 
         if run.state_tokens:  # else the run was refused
-            self._sizes[self._state] = run.state_tokens
-        if sum(self._sizes) > self._context_tokens:
-            self._note_dropped()
+            self._slots.note_run(run.state_tokens, self._context_tokens)
         run.raise_failure()
         return run
-
-    def _note_dropped(self) -> None:
-        """Note which other KV states llama.cpp cleared, because it needed their room."""
-        for slot in self._request("GET", "/slots"):
-            if slot["id"] != self._state:
-                self._sizes[slot["id"]] = slot.get("n_prompt_tokens", 0)
 
     def _complete(self, request: dict[str, Any], run: Run) -> None:
         try:
@@ -362,57 +317,12 @@ class LlamaCppEngine:
     def _wait_idle(self) -> None:
         """Wait for the batch that was under way when a run was stopped."""
         deadline = time.monotonic() + _IDLE_TIMEOUT_S
-        while self._request("GET", "/slots")[self._state]["is_processing"]:
+        while self._slots.is_processing():
             if time.monotonic() > deadline:
                 raise EngineError(
                     f"llama.cpp is still busy {_IDLE_TIMEOUT_S:.0f} s after a run was stopped"
                 )
             time.sleep(0.001)
-
-    def _slot(self, action: str, path: Path | None = None, *, state: int | None = None) -> Any:
-        """Have llama.cpp save, restore or erase a KV state, by default the chosen one."""
-        target = f"/slots/{self._state if state is None else state}?action={action}"
-        if path is None:
-            return self._request("POST", target, {})
-
-        link = self._scratch / _STATE_NAME
-        try:
-            link.unlink(missing_ok=True)
-            link.symlink_to(path.absolute())
-        except OSError as error:
-            raise EngineError(f"cannot make the link {link}: {error.strerror}") from error
-
-        try:
-            return self._request("POST", target, {"filename": _STATE_NAME})
-        finally:
-            link.unlink(missing_ok=True)
-
-    def _request(self, method: str, target: str, body: dict[str, Any] | None = None) -> Any:
-        if self._server is None:
-            raise EngineError("the engine is closed")
-
-        content = None if body is None else json.dumps(body)
-        connection = UnixConnection(self._socket)
-        try:
-            connection.request(method, target, content)
-            response = connection.getresponse()
-            answer = json.loads(response.read())
-        except (OSError, http.client.HTTPException, ValueError) as error:
-            raise EngineError(f"llama.cpp does not answer {method} {target}: {error}") from error
-        finally:
-            connection.close()
-
-        if response.status != http.HTTPStatus.OK:
-            refused = _RefusedError(str(answer.get("error", {}).get("message", answer)))
-            refused.status = response.status
-            raise refused
-        return answer
-
-
-class _RefusedError(EngineError):
-    """llama.cpp answered with an HTTP error."""
-
-    status = 0
 
 
 def _import_library() -> Any:
