@@ -30,6 +30,9 @@ EVENT_STREAM = "text/event-stream"
 _EVENT = {"type": "object", "properties": {"data": {"type": "string"}, "event": {"type": "string"}}}
 _TEXT = {"type": "string"}
 
+_FORM_MEDIA = frozenset({"application/x-www-form-urlencoded", "multipart/form-data", "text/plain"})
+"""A browser sends these to other sites without asking them first (Fetch standard)."""
+
 
 _DECLARED = "rkcached_endpoint"
 
@@ -92,11 +95,30 @@ def routes(endpoints: Iterable[Endpoint], *, admin_socket: Path | None) -> list[
 
     by_path: dict[str, dict[str, Handler]] = defaultdict(dict)
     for declared in endpoints:
-        allowed = admin_socket is None or not declared.admin
-        by_path[declared.path][declared.method] = declared.handler if allowed else refused
+        handler = declared.handler
+        if declared.admin:
+            handler = _json_only(handler) if admin_socket is None else refused
+        by_path[declared.path][declared.method] = handler
 
     paths = sorted(by_path, key=lambda path: ":path}" in path)
     return [_route(path, by_path[path]) for path in paths]
+
+
+def _json_only(handler: Handler) -> Handler:
+    """What changes something takes no body that a form of any web page can send."""
+
+    async def checked(request: Request) -> Response:
+        media = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+        if media in _FORM_MEDIA:
+            raise RequestError(
+                415,
+                f"a body of the type {media} changes nothing here",
+                code="unsupported_media_type",
+                hint="send the header content-type: application/json",
+            )
+        return await handler(request)
+
+    return checked
 
 
 def _route(path: str, handlers: dict[str, Handler]) -> Route:

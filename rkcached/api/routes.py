@@ -12,7 +12,7 @@ import contextlib
 import functools
 import struct
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Collection
 from contextlib import AbstractContextManager
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -49,6 +49,7 @@ from rkcached.api.exchange import (
     viewer_of,
 )
 from rkcached.api.metrics import CONTENT_TYPE, Metrics
+from rkcached.api.own_site import OwnSite
 from rkcached.api.page import page
 from rkcached.api.prepare import Preparation
 from rkcached.api.requests import (
@@ -153,7 +154,10 @@ class Api:
         )
         app.router.redirect_slashes = False
         app.state.is_admin = admin_socket is None
-        return Exchanges(app)
+        return Exchanges(OwnSite(app, self._hosts))
+
+    def _hosts(self) -> Collection[str]:
+        return self._reconciler.snapshot.manifest.serving.hosts
 
     # Inference
 

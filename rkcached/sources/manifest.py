@@ -31,6 +31,7 @@ from rkcached.sources.problems import all_wrong, nearest, wrong
 from rkcached.sources.values import (
     Abi,
     FilePath,
+    Hosts,
     Name,
     Paths,
     Patterns,
@@ -216,6 +217,10 @@ class ServingConfig(_Section):
         gt=0,
         le=86_400,
         description="Stop a request that takes longer. None is no limit.",
+    )
+    hosts: Hosts = Field(
+        default=(),
+        description="Other names by which browsers and proxies may call this machine.",
     )
     shutdown_grace_s: float = values.number(
         default=3.0,

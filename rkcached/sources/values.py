@@ -54,6 +54,9 @@ _KWARGS: Final = "chat_template_kwargs"
 MAX_PRELOADED: Final = 64
 """The most prompts of a model whose caches are loaded ahead."""
 
+MAX_HOSTS: Final = 64
+"""The most names of hosts that requests may be for."""
+
 TEMPLATE_SUFFIXES: Final = (".jinja", ".jinja2")
 """The endings of a file that is a template as a whole."""
 
@@ -217,6 +220,30 @@ def _size(value: object) -> object:
     )
 
 
+def _hosts(value: object) -> object:
+    names = _listed(value)
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise wrong(
+            f"hosts: expected a name or a list of names, got {show(value)}",
+            "write the names by which browsers and proxies call this machine",
+        )
+    for name in names:
+        if not re.fullmatch(_HOST, name.lower()):
+            raise wrong(
+                f"hosts: {show(name)} is not the name of a host",
+                "write it without a port and without http://, for example board.example.org",
+            )
+    return tuple(dict.fromkeys(name.lower() for name in names))
+
+
+_HOST = r"[a-z0-9_-]{1,63}(\.[a-z0-9_-]{1,63}){0,7}"
+_HOSTS_SCHEMA = {
+    "anyOf": [
+        {"type": "string"},
+        {"type": "array", "items": {"type": "string"}, "maxItems": MAX_HOSTS},
+    ],
+    "default": [],
+}
 _CLOCK = r"(?:[01]\d|2[0-3]):[0-5]\d"
 _WINDOW = f"{_CLOCK}-{_CLOCK}"
 _WINDOW_SCHEMA: dict[str, Any] = {
@@ -267,6 +294,12 @@ Paths = Annotated[
 ]
 Patterns = Annotated[
     tuple[_Pattern, ...], BeforeValidator(_listed), WithJsonSchema(_PATHS_SCHEMA | {"default": []})
+]
+Hosts = Annotated[
+    tuple[str, ...],
+    BeforeValidator(_hosts),
+    Field(max_length=MAX_HOSTS),
+    WithJsonSchema(_HOSTS_SCHEMA),
 ]
 Size = Annotated[
     ByteSize, BeforeValidator(_size), Field(ge=1 << 20, le=1 << 60), WithJsonSchema(_SIZE_SCHEMA)

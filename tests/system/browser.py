@@ -58,7 +58,7 @@ class Port:
 class Browser:
     """One page. What it asks for and complains of is kept."""
 
-    def __init__(self, profile: Path) -> None:
+    def __init__(self, profile: Path, *options_of_its_own: str) -> None:
         program = shutil.which("chromium-headless-shell") or shutil.which("chromium")
         if program is None:
             missing("Chromium: apt-get install --no-install-recommends chromium-headless-shell")
@@ -72,7 +72,7 @@ class Browser:
         ]
         options += ["--remote-debugging-port=0", f"--user-data-dir={profile}", "--hide-scrollbars"]
         self._process = subprocess.Popen(
-            [str(program), *options, "about:blank"],
+            [str(program), *options, *options_of_its_own, "about:blank"],
             env={**os.environ, "HOME": str(profile)},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
