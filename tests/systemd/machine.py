@@ -259,7 +259,7 @@ class Machine:
         command = ["curl", "-sS", "--max-time", "50", "-w", "\n%{http_code}"]
         command += ["--unix-socket", ADMIN_SOCKET if admin else SOCKET]
         if body is not None:
-            command += ["-d", json.dumps(body)]
+            command += ["-H", "content-type: application/json", "-d", json.dumps(body)]
         done = self.run(*command, f"http://localhost{path}", user=user, code=None)
         if done.returncode:
             return 0, {"curl": done.stderr.strip()}
