@@ -440,13 +440,16 @@ def test_declared_prompts_are_built_first(learner: Workspace) -> None:
 @pytest.mark.model
 @needs_root
 def test_a_real_model_learns(workspace: Workspace, small_model: Path) -> None:
-    """Three requests prefill the text, the fourth has it; another user's prefills all."""
+    """Three requests prefill the text, the fourth has it; another user's prefills all.
+
+    The context has no room for two of these texts at a time.
+    """
     workspace.write("other.md", "You are a carpenter. " * 20)
     workspace.write(
         "manifest.yaml",
         f"version: 1\nengine: {{kind: llamacpp, threads: 1}}\n{LEARN}\nmodels:\n  m:\n"
         f"    path: {small_model}\n    chat_template: chatml\n"
-        "    params: {max_context_len: 2048, max_new_tokens: 8, temperature: 0}\n"
+        "    params: {max_context_len: 640, max_new_tokens: 8, temperature: 0}\n"
         "    prompts: {other: other.md}\n",
     )
     workspace.start()
