@@ -104,6 +104,8 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
     window_tokens: int = 0
     """The tokens that a layer with a sliding window attends to; 0 if no layer is known to have one.
     """
+    recurrent: bool = False
+    """Some layers are known to keep a state of one size, however much was read."""
     pooling: str = ""
     """Not empty for an embedding model: `mean` or `last`, how the states of all tokens become one
     vector."""
@@ -228,8 +230,11 @@ class Engine(Protocol):
     def choose(self, state: int, /) -> None:
         """Let the calls that follow act on this KV state, from 0 to `EngineInfo.states` less 1."""
 
-    def has_state(self, state: int, /) -> bool:
-        """Whether this KV state is still there: another one that grew may have taken its room."""
+    def state_tokens(self, state: int, /) -> int:
+        """The tokens of this KV state; 0 if it is empty, or another one that grew took its room.
+
+        Only engines with several states are asked. These share the context.
+        """
 
     def count_tokens(self, text: str) -> int | None:
         """Count the KV positions that a prompt occupies, an added BOS token included.

@@ -128,8 +128,8 @@ class MemoryEngine:
     def choose(self, state: int, /) -> None:
         self._tokens, self._states = self._kept[state]
 
-    def has_state(self, state: int, /) -> bool:
-        return bool(self._kept[state][0])
+    def state_tokens(self, state: int, /) -> int:
+        return len(self._kept[state][0])
 
     def count_tokens(self, text: str) -> int:
         return len(_encode(text))

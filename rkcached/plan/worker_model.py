@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from rkcached.engines.base import ModelSpec, NpuOptions, Sampling
 from rkcached.engines.registry import ENGINES
+from rkcached.engines.states import StateKind
 from rkcached.sources.manifest import EngineConfig
 from rkcached.worker.model import WorkerModel
 
@@ -46,6 +47,7 @@ def worker_model(engine: EngineConfig, model: DesiredModel) -> WorkerModel:
             lora_scale=config.lora_scale,
             thinking=bool(config.thinks),
             window_tokens=model.source.state.window_tokens,
+            recurrent=model.source.state.kind is StateKind.RECURRENT,
             pooling=config.pooling.value if config.embedding else "",
             npu=NpuOptions(**config.npu.model_dump()),
         ),

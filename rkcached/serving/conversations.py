@@ -71,8 +71,8 @@ class Conversations:
         self._saved: list[SavedConversation] = []
         self._sealing: set[asyncio.Task[None]] = set()
         self._expiry: asyncio.TimerHandle | None = None
-        # By model: the file that its worker may be writing.
-        self._placed: dict[str, Path] = {}
+        # By model: the files that its worker may be writing.
+        self._placed: dict[str, list[Path]] = {}
         # As it was when the old ones were removed the last time, and what was said last.
         self._kept_s = 0.0
         self._trouble = ""
@@ -116,15 +116,21 @@ class Conversations:
 
     # For workers
 
-    def place(self, model: WorkerModel) -> str:
-        """The path of a new file for a state; empty if none is kept."""
-        if (unfinished := self._placed.pop(model.name, None)) is not None:
-            self._files.remove(unfinished)  # its worker died while it saved, or saved nothing
+    def places(self, model: WorkerModel, count: int) -> tuple[str, ...]:
+        """The paths of so many new files for states; none if none is kept."""
+        unused = self._placed.pop(model.name, [])
+        for path in unused:
+            if path.exists():
+                self._files.remove(path)  # its worker died while it saved
         if not self._room() or not self._keep_s():
-            return ""
+            return ()
 
+        paths = unused[:count]
         try:
-            path = self._files.place(model.name)
+            # At least one is new: that makes sure that there is a folder.
+            paths[count - 1 :] = [self._files.place(model.name)]
+            while len(paths) < count:
+                paths.append(self._files.place(model.name))
         except StoreError as error:
             if error.message != self._trouble:
                 self._trouble = error.message
@@ -134,15 +140,17 @@ class Conversations:
                     error=error.message,
                     hint=error.hint,
                 )
-            return ""
+            return ()
 
         self._trouble = ""
-        self._placed[model.name] = path
-        return str(path)
+        self._placed[model.name] = paths
+        return tuple(map(str, paths))
 
     def take(self, model: WorkerModel, saved: protocol.Saved) -> None:
         """A state is in its file now."""
-        self._placed.pop(model.name, None)
+        path = self._files.root / model.name / saved.path.rpartition("/")[2]
+        if path in self._placed.get(model.name, ()):
+            self._placed[model.name].remove(path)
         task = asyncio.create_task(self._seal(model, saved))
         self._sealing.add(task)
         task.add_done_callback(self._sealing.discard)

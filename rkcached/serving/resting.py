@@ -71,11 +71,11 @@ class Resting:
         async with self._gates.hold(name, Priority.BUILD, concurrent=concurrent):
             for worker in self._workers.all():
                 is_idle = worker.model.name == name and worker.state is WorkerState.READY
-                place = self._conversations.place(worker.model) if is_idle else ""
-                if not place:
+                places = self._conversations.places(worker.model, 1) if is_idle else ()
+                if not places:
                     continue
                 try:
-                    await worker.run(protocol.Keep(keep_at=place))
+                    await worker.run(protocol.Keep(keep_at=places))
                 except RkcachedError as error:
                     log.warning(
                         "conversation not saved", model=name, error=error.message, hint=error.hint

@@ -26,7 +26,7 @@ from rkcached.errors import (
 )
 from rkcached.worker import protocol
 from rkcached.worker.engine_state import Emit, EngineState, since
-from rkcached.worker.held import Held
+from rkcached.worker.held import UNKNOWN, Held
 from rkcached.worker.traces import agree
 
 KEEP_MS = 300.0
@@ -55,7 +55,7 @@ class Builder:
         Errors: PromptTooShort, ContextExceeded, Uncacheable, VerifyFailed, Aborted; then the file
         is of no use.
         """
-        self._state.held = Held(owner=operation.owner)
+        self._state.held = Held(owner=UNKNOWN)  # what is there now, until it was replaced
         try:
             built = self._read(operation, emit, stopped)
             if operation.verify is VerifyMode.OFF:
@@ -105,11 +105,13 @@ class Builder:
                 keep_state=base is not None,
             )
         except Aborted:
+            self._state.held = Held(owner=operation.owner)
             read_ms = since(started)
             if last_done > (first_done or 0) and read_ms > KEEP_MS:
                 self._keep(operation, emit, read_ms + _share(base, first_done or 0))
             raise
 
+        self._state.held = Held(owner=operation.owner)
         reused = prefill.cached_tokens or 0
         prefill_ms = prefill.prefill_ms or since(started)
 

@@ -10,7 +10,7 @@ from rkcached.engines.base import Engine, RunStats, Sampling, Token
 from rkcached.errors import Aborted, ArtifactLoadError
 from rkcached.host.digests import Signature, signature_of
 from rkcached.worker import protocol
-from rkcached.worker.held import Held, free
+from rkcached.worker.held import UNKNOWN, Held, free
 from rkcached.worker.traces import LIKELIEST
 
 PROBE_TOKENS = 8
@@ -32,6 +32,12 @@ class EngineState:
         self._helds = [Held()] * self.info.states
         # The KV states in the order in which they were chosen; the last one is the chosen one.
         self._order = list(range(self.info.states))
+        if self.info.states > 1:
+            engine.choose(self._order[-1])
+
+    @property
+    def chosen(self) -> int:
+        return self._order[-1]
 
     @property
     def held(self) -> Held:
@@ -45,7 +51,7 @@ class EngineState:
     def in_order(self) -> dict[int, Held]:
         """The content of each KV state, the least recently chosen first."""
         for state, held in enumerate(self._helds):
-            if held.text and self.info.states > 1 and not self.engine.has_state(state):
+            if held.text and self.info.states > 1 and not self.engine.state_tokens(state):
                 self._helds[state] = Held()
         return {state: self._helds[state] for state in self._order}
 
@@ -59,6 +65,40 @@ class EngineState:
         """Choose an empty KV state, or else the one that was not chosen for the longest time."""
         self.choose(free(self.in_order()))
 
+    def choose_by_age(self, age: int) -> None:
+        """Choose the KV state after which so many others were chosen."""
+        self.choose(list(self.in_order())[-1 - age])
+
+    def crowding(self, text: str, more_tokens: int) -> list[int]:
+        """The KV states that have no room beside a run: those chosen longest ago first.
+
+        `more_tokens`: so many come after the text of the run.
+        """
+        if self.info.states == 1:
+            return []
+        *others, _ = self.in_order()
+        sizes = {state: self.engine.state_tokens(state) for state in others}
+        room = self.info.context_tokens - sum(sizes.values()) - more_tokens
+        # A token has a byte at least, and one more may stand before the first.
+        if room >= len(text.encode()) + 1 or not any(sizes.values()):
+            return []
+
+        room -= self.engine.count_tokens(text) or 0
+        crowding = []
+        for state, tokens in sizes.items():
+            if room >= 0:
+                break
+            if tokens:
+                crowding.append(state)
+                room += tokens
+        return crowding
+
+    def empty(self) -> None:
+        """Clear the chosen KV state."""
+        self.held = Held(owner=UNKNOWN)  # should that fail, its content is nobody's
+        self.engine.clear()
+        self.held = Held()
+
     def load(self, operation_id: int, cache: protocol.CacheFile, emit: Emit) -> protocol.Loaded:
         """Load exactly the file that was verified.
 
@@ -67,9 +107,9 @@ class EngineState:
         """
         started = time.perf_counter()
         path = Path(cache.path)
-        self.held = Held()
+        self.held = Held(owner=UNKNOWN)  # until it is known what is in it
         if not _is_file(path, cache.signature):
-            self.engine.clear()
+            self.empty()
             return protocol.Loaded(
                 id=operation_id, error="the file was replaced since it was checked", replaced=True
             )
@@ -78,13 +118,15 @@ class EngineState:
         try:
             tokens = self.engine.load(path)
         except ArtifactLoadError as error:
+            self.held = Held()
             return protocol.Loaded(id=operation_id, error=error.message)
         if not _is_file(path, cache.signature):
-            self.engine.clear()
+            self.empty()
             return protocol.Loaded(
                 id=operation_id, error="the file was replaced while it was loaded", replaced=True
             )
 
+        self.held = Held()
         return protocol.Loaded(id=operation_id, tokens=tokens, load_ms=since(started))
 
     def probe(

@@ -50,8 +50,8 @@ class WorkerModel:
 class Keeper(Protocol):
     """Keeps the states of conversations that something else takes the place of in memory."""
 
-    def place(self, model: WorkerModel) -> str:
-        """The path of a new file for a state; empty if none is kept."""
+    def places(self, model: WorkerModel, count: int) -> tuple[str, ...]:
+        """The paths of so many new files for states; none if none is kept."""
 
     def take(self, model: WorkerModel, saved: protocol.Saved) -> None:
         """A state is in its file now."""

@@ -19,11 +19,14 @@ from rkcached.engines.prefix import common_bytes
 from rkcached.errors import ArtifactLoadError, EngineError, SamplingFixed, VerifyFailed
 from rkcached.worker import protocol
 from rkcached.worker.building import Builder
-from rkcached.worker.engine_state import Emit, EngineState, since
-from rkcached.worker.held import Held, Step, owner_of, state_for
+from rkcached.worker.engine_state import PROBE_TOKENS, Emit, EngineState, since
+from rkcached.worker.held import NOBODY, Held, Step, owner_of, state_for
 
 if TYPE_CHECKING:
     from rkcached.worker.json_answer import JsonAnswer
+
+# An answer may be longer, but most are not: so much room is made for it.
+_USUAL_ANSWER_TOKENS = 256
 
 # So many bytes of text are more than one token in any vocabulary.
 _SURELY_A_TOKEN_BYTES = 128
@@ -36,13 +39,17 @@ class Session:
         self.engine = engine
         self._state = EngineState(engine)
         self._builder = Builder(self._state)
+        # For the states of conversations, in this operation.
+        self._places: list[str] = []
 
     def build(
         self, operation: protocol.Build, emit: Emit, stopped: Callable[[], bool]
     ) -> protocol.Built:
         """Build a prompt cache and prove it. Errors: as `Builder.build`."""
+        self._places = list(operation.keep_at)
         self._state.choose_free()
-        self._make_way(operation, emit, by_run=True)
+        self._make_way(operation.id, emit, by_run=True)
+        self._make_room(operation.id, operation.probe, PROBE_TOKENS, emit)
         return self._builder.build(operation, emit, stopped)
 
     def generate(
@@ -69,6 +76,7 @@ class Session:
             sampling = msgspec.structs.replace(sampling, json_schema="")
 
         text: list[str] = []
+        self._places = list(operation.keep_at)
         taken_back_bytes = self._bring_state(operation, emit)
 
         def on_token(token: Token) -> bool:
@@ -79,7 +87,8 @@ class Session:
 
         self._state.held = Held(owner=owner_of(operation))
         stats = self.engine.generate(operation.prompt, sampling, on_token)
-        if not operation.cold:
+        was_read = bool(text) or stats.finish is not FinishReason.ABORT
+        if was_read and not operation.cold:
             asked = operation.prompt.encode()
             self._state.held = Held(
                 text=asked + "".join(text).encode(),
@@ -96,7 +105,9 @@ class Session:
             else:
                 answer.check_beginning("".join(text))
 
-        if taken_back_bytes >= _SURELY_A_TOKEN_BYTES and stats.cached_tokens == 0:
+        # One of several states may have lost its room to another.
+        lost = taken_back_bytes >= _SURELY_A_TOKEN_BYTES and stats.cached_tokens == 0
+        if lost and info.states == 1:
             self._state.info = msgspec.structs.replace(self._state.info, rewinds=False)
         return protocol.Done(id=operation.id, stats=stats, rewinds=self._state.info.rewinds)
 
@@ -108,7 +119,9 @@ class Session:
         """
         self._state.choose(state_for(self._state.in_order(), operation, self._state.info))
         if not self._state.held.is_continued_by(operation):
-            self._make_way(operation, emit)
+            self._make_way(operation.id, emit)
+        answer_tokens = min(operation.sampling.max_new_tokens, _USUAL_ANSWER_TOKENS)
+        self._make_room(operation.id, operation.prompt, answer_tokens, emit)
 
         held = self._state.held
         step = held.step(operation, self._state.info)
@@ -119,8 +132,7 @@ class Session:
         if step is Step.LOAD and operation.cache is not None:
             emit(self._state.load(operation.id, operation.cache, emit))
         else:
-            self._state.held = Held()
-            self.engine.clear()
+            self._state.empty()
         return 0
 
     def embed(self, operation: protocol.Embed) -> protocol.Embedded:
@@ -142,13 +154,18 @@ class Session:
     def check(self, operation: protocol.Check, emit: Emit) -> protocol.Checked:
         """Load a prompt cache, unless the KV state has its text. Errors: ArtifactLoadError."""
         text = operation.text.encode()
-        if text and self.engine.info.keeps_state:
+        info = self._state.info
+        if text and info.keeps_state:
             for held in self._state.in_order().values():
-                if held.text.startswith(text):
+                # Where there are several, one must have it for everybody.
+                serves = held.owner == NOBODY or info.states == 1
+                if serves and held.text.startswith(text):
                     return protocol.Checked(id=operation.id, tokens=0)
 
+        self._places = list(operation.keep_at)
         self._state.choose_free()
-        self._make_way(operation, emit, by_run=True)
+        self._make_way(operation.id, emit, by_run=True)
+        self._make_room(operation.id, operation.text, 0, emit)
         loaded = self._state.load(operation.id, operation.cache, emit)
         emit(loaded)
         if loaded.error:
@@ -158,27 +175,35 @@ class Session:
 
     def keep(self, operation: protocol.Keep, emit: Emit) -> protocol.Checked:
         """Save the conversation in a KV state, where it stays. No error: then it is not saved."""
-        self._state.choose(operation.state)
-        self._make_way(operation, emit, by_run=True)
+        self._places = list(operation.keep_at)
+        self._state.choose_by_age(operation.age)
+        self._make_way(operation.id, emit, by_run=True)
         return protocol.Checked(id=operation.id, tokens=0)
 
-    def _make_way(
-        self,
-        operation: protocol.Generate | protocol.Build | protocol.Check | protocol.Keep,
-        emit: Emit,
-        *,
-        by_run: bool = False,
-    ) -> None:
-        """Save the conversation in memory, before something else takes its place.
+    def _make_room(self, operation_id: int, text: str, more_tokens: int, emit: Emit) -> None:
+        """Save and clear what has no room beside a run of `text` in the chosen KV state.
+
+        The engine would clear something of its own choice, and nobody could save that any more.
+        """
+        chosen = self._state.chosen
+        for state in self._state.crowding(text, more_tokens):
+            self._state.choose(state)
+            self._make_way(operation_id, emit, by_run=True)
+            self._state.empty()
+        if self._state.chosen != chosen:
+            self._state.choose(chosen)
+
+    def _make_way(self, operation_id: int, emit: Emit, *, by_run: bool = False) -> None:
+        """Save the conversation in the chosen KV state, before something else takes its place.
 
         `by_run`: also where that takes a run of the engine, which no request waits for. What cannot
         be saved is read again.
         """
         held = self._state.held
-        if not operation.keep_at or not held.is_worth_keeping:
+        if not self._places or not held.is_worth_keeping:
             return
 
-        path = Path(operation.keep_at)
+        path = Path(self._places.pop(0))
         started = time.perf_counter()
         try:
             if self._state.info.aborts_prefill:
@@ -186,8 +211,10 @@ class Session:
             elif by_run and self._state.info.keeps_state:
                 tokens = self._save_by_run(held.text.decode(), path)
             else:
-                return
+                return  # the state is lost
         except EngineError:
+            tokens = 0
+        if not tokens:
             with contextlib.suppress(OSError):
                 path.unlink()
             return
@@ -195,7 +222,7 @@ class Session:
         self._state.held = held._replace(cached_bytes=len(held.text))
         emit(
             protocol.Saved(
-                id=operation.id,
+                id=operation_id,
                 path=str(path),
                 text=held.text.decode(),
                 asked_bytes=held.asked_bytes,

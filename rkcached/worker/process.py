@@ -149,7 +149,8 @@ class _Link(asyncio.Protocol):
         except protocol.ProtocolError as error:
             self._end = error
             self.transport.close()
-        self._wake()
+        if self._received or self._end is not None:  # else it was a part of a frame
+            self._wake()
 
     def connection_lost(self, exc: Exception | None) -> None:
         del exc

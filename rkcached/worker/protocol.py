@@ -83,7 +83,7 @@ class Build(msgspec.Struct, frozen=True, kw_only=True, tag="build"):
     """The uid of the only user whom the prompt cache serves."""
     partial: str = ""
     """Where the state goes if the build is aborted. Empty: nowhere."""
-    keep_at: str = ""
+    keep_at: tuple[str, ...] = ()
     """See `Generate`."""
 
 
@@ -106,9 +106,9 @@ class Generate(msgspec.Struct, frozen=True, kw_only=True, tag="generate"):
     """Forget the KV state first, so that nothing is reused."""
     goes_on: bool = False
     """The prompt has an answer in it: a conversation that goes on, and is likely to again."""
-    keep_at: str = ""
-    """A new file for the state of a conversation whose place this operation takes. Empty: it is
-    lost."""
+    keep_at: tuple[str, ...] = ()
+    """New files for the states of conversations whose places this operation takes. Where there is
+    none left, they are lost."""
 
 
 class Check(msgspec.Struct, frozen=True, kw_only=True, tag="check"):
@@ -121,7 +121,7 @@ class Check(msgspec.Struct, frozen=True, kw_only=True, tag="check"):
     cache: CacheFile
     text: str = ""
     """The text of `cache`. A KV state that begins with it already is kept; empty: none is."""
-    keep_at: str = ""
+    keep_at: tuple[str, ...] = ()
     """See `Generate`."""
 
 
@@ -129,9 +129,9 @@ class Keep(msgspec.Struct, frozen=True, kw_only=True, tag="keep"):
     """Save the conversation in one of the KV states, if it is one. Answer: Saved?, then Checked."""
 
     id: int = msgspec.field(default_factory=_new_id)
-    keep_at: str
-    state: int = 0
-    """From 0 to `EngineInfo.states` less 1."""
+    keep_at: tuple[str, ...]
+    age: int = 0
+    """0 is the KV state that was used last; at most `EngineInfo.states` less 1."""
 
 
 class Embed(msgspec.Struct, frozen=True, kw_only=True, tag="embed"):

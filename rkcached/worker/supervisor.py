@@ -279,11 +279,12 @@ class Worker:
         if self._keeper is None or self.info is None or self.state is not WorkerState.READY:
             return
         with contextlib.suppress(EngineError, WorkerError, TimeoutError):
-            async with asyncio.timeout(KEEP_S):
-                for state in range(self.info.states):
-                    if not (place := self._keeper.place(self.model)):
-                        return
-                    await self._exchange(protocol.Keep(keep_at=place, state=state), None)
+            for age in range(self.info.states):
+                places = self._keeper.places(self.model, 1)
+                if not places:
+                    return
+                async with asyncio.timeout(KEEP_S):
+                    await self._exchange(protocol.Keep(keep_at=places, age=age), None)
 
     # Operations
 
@@ -308,8 +309,9 @@ class Worker:
                 on_event(event)
 
         if self._keeper is not None and not isinstance(operation, protocol.Embed | protocol.Keep):
-            place = self._keeper.place(self.model)
-            operation = msgspec.structs.replace(operation, keep_at=place)
+            count = self.info.states if self.info is not None else 1
+            places = self._keeper.places(self.model, count)
+            operation = msgspec.structs.replace(operation, keep_at=places)
         try:
             return await self._run_once(operation, note)
         except Aborted:

@@ -192,7 +192,7 @@ def test_each_state_goes_on_by_itself(plain: Bench) -> None:
         answer = ask(engine, text + END)
         assert answer.cached > answer.prompt - 20
         assert answer.equals(alone[state])
-        assert engine.has_state(state)
+        assert engine.state_tokens(state) > 0
 
 
 def test_a_file_is_loaded_into_the_chosen_state(plain: Bench) -> None:
@@ -221,7 +221,7 @@ def test_a_run_that_needs_the_room_of_others_gets_it(plain: Bench) -> None:
     longest = "ship " * 120
     assert ask(engine, longest).equals(plain.cold(longest))
 
-    kept = [state for state in range(3) if engine.has_state(state)]
+    kept = [state for state in range(3) if engine.state_tokens(state)]
     assert 0 < len(kept) < 3
     for state in kept:
         engine.choose(state)
@@ -239,7 +239,7 @@ def test_a_file_that_needs_the_room_of_others_gets_it(plain: Bench) -> None:
         ask(engine, f"{state} " + "sea " * 70)
     engine.choose(3)
     assert engine.load(plain.path) == plain.saved
-    assert [engine.has_state(state) for state in range(4)] == [True, True, False, True]
+    assert [engine.state_tokens(state) > 0 for state in range(4)] == [True, True, False, True]
     assert ask(engine, QUESTION).equals(plain.cold(QUESTION))
 
 

@@ -53,7 +53,7 @@ class Place:
 
     def write(self, data: bytes) -> Path:
         """Begin as a worker does that saves a conversation."""
-        path = Path(self.talks.place(MODEL))
+        path = Path(self.talks.places(MODEL, 1)[0])
         path.write_bytes(data)
         return path
 
@@ -101,7 +101,7 @@ def test_nothing_is_written_through_a_link(place: Place, link: str) -> None:
     path = place.store.root / link
     path.parent.mkdir(exist_ok=True)
     path.symlink_to(outside)
-    assert place.talks.place(MODEL) == ""
+    assert place.talks.places(MODEL, 2) == ()
     assert place.store.conversations.all() == []
 
 
@@ -179,7 +179,22 @@ async def test_what_a_worker_left_that_died_over_a_save_goes(place: Place) -> No
     await place.save(talk(1))
     place.write(b"the first half")
     assert len(place.names(".state")) == 2
-    place.talks.place(MODEL)
+    place.talks.places(MODEL, 2)
     assert len(place.names(".state")) == 1
     await place.restart()
     assert len(place.talks.of(None)) == 1
+
+
+async def test_places_are_not_handed_out_while_a_state_is_in_one(place: Place) -> None:
+    """Those that no worker used are offered again. What is saved is overwritten by nobody."""
+    assert len(set(place.talks.places(MODEL, 3))) == 3
+    path = place.write(b"state")
+    saved = protocol.Saved(
+        id=1, path=str(path), text=talk(1), asked_bytes=4, owner=1000, tokens=5, save_ms=0.1
+    )
+    place.talks.take(MODEL, saved)
+    again = place.talks.places(MODEL, 3)
+    assert len(set(again)) == 3
+    assert str(path) not in again
+    await place.talks.close()
+    assert [talked.path for talked in place.talks.of(None)] == [path]

@@ -6,6 +6,8 @@ A build must prove itself, and an answer is right with or without its cache.
 from __future__ import annotations
 
 import os
+import threading
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -17,6 +19,7 @@ from rkcached.engines.base import (
     FinishReason,
     ModelSpec,
     OnProgress,
+    OnToken,
     RunStats,
     Sampling,
 )
@@ -27,6 +30,7 @@ from rkcached.errors import (
     Aborted,
     ArtifactLoadError,
     ContextExceeded,
+    EngineError,
     PromptTooShort,
     Uncacheable,
     VerifyFailed,
@@ -194,7 +198,7 @@ class Bench:
         owner: int = 1000,
         load_bytes: float = 0.0,
         goes_on: bool = False,
-        keep_at: Path | None = None,
+        keep_at: Sequence[Path] = (),
     ) -> tuple[str, RunStats]:
         self.next_id += 1
         self.events.clear()
@@ -210,7 +214,7 @@ class Bench:
             owner=owner,
             cold=cold,
             goes_on=goes_on,
-            keep_at=str(keep_at or ""),
+            keep_at=tuple(map(str, keep_at)),
         )
         done = session.generate(operation, self.emit, lambda: self.stop)
         assert done.id == self.next_id
@@ -499,11 +503,11 @@ def test_a_conversation_is_saved_before_another_takes_its_place(
     """What is saved is all of it, and it comes back; going on with it saves nothing."""
     session, engine = bench.session(MemoryEngine)
     file = tmp_path / "talk.state"
-    said, _ = bench.generate(session, prompt=TALK, goes_on=True, keep_at=file)
-    bench.generate(session, prompt=TALK + said + " More!", goes_on=True, keep_at=file)
+    said, _ = bench.generate(session, prompt=TALK, goes_on=True, keep_at=[file])
+    bench.generate(session, prompt=TALK + said + " More!", goes_on=True, keep_at=[file])
     assert saved(bench) == []
 
-    bench.generate(session, prompt=OTHER, keep_at=file)
+    bench.generate(session, prompt=OTHER, keep_at=[file])
     (event,) = saved(bench)
     assert event.text.startswith(TALK + said + " More!")
     assert (event.path, event.owner) == (str(file), 1000)
@@ -518,7 +522,7 @@ def test_what_is_soon_read_again_is_not_saved(
 ) -> None:
     session, _ = bench.session(MemoryEngine)
     bench.generate(session, prompt=prompt, goes_on=goes_on)
-    bench.generate(session, prompt=OTHER, keep_at=tmp_path / "talk.state")
+    bench.generate(session, prompt=OTHER, keep_at=[tmp_path / "talk.state"])
     assert saved(bench) == []
     assert not (tmp_path / "talk.state").exists()
 
@@ -527,7 +531,7 @@ def test_a_conversation_is_saved_once(bench: Bench, tmp_path: Path) -> None:
     session, _ = bench.session(MemoryEngine)
     bench.generate(session, prompt=TALK, goes_on=True)
     for name in ("one", "two"):
-        operation = protocol.Keep(id=90, keep_at=str(tmp_path / name))
+        operation = protocol.Keep(id=90, keep_at=(str(tmp_path / name),))
         session.keep(operation, bench.emit)
     assert [event.path for event in saved(bench)] == [str(tmp_path / "one")]
 
@@ -537,7 +541,7 @@ def test_a_conversation_that_cannot_be_saved_costs_no_answer(bench: Bench, tmp_p
     (tmp_path / "m").write_text("mine")
     session, _ = bench.session(MemoryEngine)
     bench.generate(session, prompt=TALK, goes_on=True)
-    said, _ = bench.generate(session, prompt=OTHER, keep_at=tmp_path / "m/talk.state")
+    said, _ = bench.generate(session, prompt=OTHER, keep_at=[tmp_path / "m/talk.state"])
     assert said
     assert saved(bench) == []
 
@@ -550,7 +554,7 @@ def test_a_client_whose_user_is_not_known_leaves_nothing_to_others(
     session, _ = bench.session(MemoryEngine)
     bench.generate(session, prompt=TALK, goes_on=True, owner=NOBODY)
     file = tmp_path / "talk.state"
-    _, stats = bench.generate(session, prompt=TALK, owner=next_owner, keep_at=file)
+    _, stats = bench.generate(session, prompt=TALK, owner=next_owner, keep_at=[file])
     assert stats.cached_tokens == 0
     assert saved(bench) == []
 
@@ -560,10 +564,10 @@ def test_two_conversations_stay_in_two_states(bench: Bench, tmp_path: Path) -> N
     session, _ = bench.session(MemoryEngine, MemoryModel(states=2))
     other = TALK.replace("You", "We")
     for prompt in (TALK, other):
-        bench.generate(session, prompt=prompt, goes_on=True, keep_at=tmp_path / "a.state")
+        bench.generate(session, prompt=prompt, goes_on=True, keep_at=[tmp_path / "a.state"])
         assert saved(bench) == []
     for prompt in (TALK, other):
-        text, stats = bench.generate(session, prompt=prompt, keep_at=tmp_path / "a.state")
+        text, stats = bench.generate(session, prompt=prompt, keep_at=[tmp_path / "a.state"])
         assert stats.cached_tokens == stats.prompt_tokens - 1
         assert text == bench.right_answer(prompt)
         assert saved(bench) == []
@@ -590,12 +594,158 @@ def test_both_states_are_saved_at_the_end(bench: Bench, tmp_path: Path) -> None:
     bench.generate(session, prompt=TALK, goes_on=True)
     bench.generate(session, prompt=TALK.replace("You", "We"), goes_on=True)
     bench.events.clear()
-    for state in range(2):
-        file = tmp_path / f"{state}.state"
-        session.keep(protocol.Keep(keep_at=str(file), state=state), bench.emit)
+    for age in range(2):
+        file = tmp_path / f"{age}.state"
+        session.keep(protocol.Keep(keep_at=(str(file),), age=age), bench.emit)
     assert [event.path for event in saved(bench)] == [
         str(tmp_path / f"{n}.state") for n in range(2)
     ]
+
+
+def roomy(texts: int, *, rest: int = 60) -> MemoryModel:
+    """A model with four states, whose context has room for so many of TALK with an answer."""
+    return MemoryModel(states=4, context_tokens=texts * (len(TALK) + 1 + 32) + rest)
+
+
+def test_what_has_no_room_beside_a_run_is_saved_before(bench: Bench, tmp_path: Path) -> None:
+    """The engine would clear what it likes. The one that was used longest ago gives way."""
+    session, engine = bench.session(MemoryEngine, roomy(3))
+    talks = [TALK.replace("You", name) for name in ("We", "He", "She", "It")]
+    for talk in talks[:3]:
+        bench.generate(session, prompt=talk, goes_on=True)
+    assert sum(engine.state_tokens(state) > 0 for state in range(4)) == 3
+
+    bench.generate(session, prompt=talks[3], owner=1001, keep_at=[tmp_path / "a", tmp_path / "b"])
+    (event,) = saved(bench)
+    assert event.text.startswith(talks[0])
+    assert (event.path, event.owner) == (str(tmp_path / "a"), 1000)
+    for talk in talks[1:3]:
+        _, stats = bench.generate(session, prompt=talk)
+        assert stats.cached_tokens == stats.prompt_tokens - 1
+    _, stats = bench.generate(session, prompt=talks[0])
+    assert stats.cached_tokens == 0
+
+
+def test_a_build_saves_what_has_no_room_beside_it(bench: Bench, tmp_path: Path) -> None:
+    """As many as it takes."""
+    session, _ = bench.session(MemoryEngine, roomy(2, rest=len(PROBE)))
+    for name in ("We", "He"):
+        bench.generate(session, prompt=TALK.replace("You", name), goes_on=True)
+    bench.events.clear()
+    operation = protocol.Build(
+        id=80,
+        prefix=TALK * 2,
+        probe=TALK * 2 + "!",
+        path=str(bench.path),
+        verify=VerifyMode.EXACT,
+        min_tokens=0,
+        keep_at=(str(tmp_path / "a"), str(tmp_path / "b")),
+    )
+    session.build(operation, bench.emit, lambda: False)
+    assert [event.path for event in saved(bench)] == [str(tmp_path / "a"), str(tmp_path / "b")]
+
+
+def test_a_state_that_gave_way_is_not_saved_as_if_it_were_there(
+    bench: Bench, tmp_path: Path
+) -> None:
+    """Its good file would be taken for an earlier one of it."""
+    session, engine = bench.session(MemoryEngine, roomy(2))
+    for name in ("We", "He"):
+        bench.generate(session, prompt=TALK.replace("You", name), goes_on=True)
+    for state in range(4):
+        engine.choose(state)
+        engine.clear()
+    bench.events.clear()
+    for age in range(4):
+        operation = protocol.Keep(keep_at=(str(tmp_path / f"{age}"),), age=age)
+        session.keep(operation, bench.emit)
+    assert saved(bench) == []
+    assert [path for path in tmp_path.iterdir() if path.name.isdigit()] == []
+
+
+@pytest.mark.parametrize("states", [1, 4])
+def test_a_build_that_is_refused_opens_nobody_s_state(bench: Bench, states: int) -> None:
+    """It is refused before the engine has read anything, so the state is still his."""
+    session, _ = bench.session(MemoryEngine, MemoryModel(states=states))
+    for number in range(states):
+        bench.generate(session, prompt=f"{number}{TALK}", goes_on=True)
+    with pytest.raises(PromptTooShort):
+        bench.build(session, min_tokens=10_000)
+    for number in range(states):
+        _, stats = bench.generate(session, prompt=f"{number}{TALK}", owner=1001)
+        assert stats.cached_tokens == 0
+
+
+class Unloadable(MemoryEngine):
+    """Neither loads nor clears anything, for a reason that is not the file's."""
+
+    broken = False
+
+    def load(self, path: Path) -> int:
+        if self.broken:
+            raise EngineError("the folder is full")
+        return super().load(path)
+
+    def clear(self) -> None:
+        if self.broken:
+            raise EngineError("no answer")
+        super().clear()
+
+
+@pytest.mark.parametrize("cold", [True, False])
+def test_a_state_that_could_not_be_replaced_is_nobody_s(bench: Bench, *, cold: bool) -> None:
+    session, engine = bench.session(Unloadable)
+    bench.generate(session, prompt=TALK, goes_on=True)
+    cache = None if cold else bench.built_cache()
+    engine.broken = True
+    with pytest.raises(EngineError):
+        bench.generate(session, cache, prompt=REQUEST, owner=1001, cold=cold)
+    engine.broken = False
+    _, stats = bench.generate(session, prompt=TALK, owner=1001)
+    assert stats.cached_tokens == 0
+
+
+class Aborted50ms(MemoryEngine):
+    """Each run is aborted a moment after it began."""
+
+    def generate(
+        self, prompt: str, sampling: Sampling, on_token: OnToken, *, trace: bool = False
+    ) -> RunStats:
+        timer = threading.Timer(0.05, self.abort)
+        timer.start()
+        try:
+            return super().generate(prompt, sampling, on_token, trace=trace)
+        finally:
+            timer.join()
+
+
+def test_a_run_that_was_stopped_before_its_answer_is_no_conversation(
+    bench: Bench, tmp_path: Path
+) -> None:
+    """The state has a part of its prompt only; a file of it would be loaded for the whole."""
+    session, _ = bench.session(Aborted50ms, MemoryModel(prefill_us_per_token=2000))
+    _, stats = bench.generate(session, prompt=TALK, goes_on=True)
+    assert stats.finish is FinishReason.ABORT
+    assert [event for event in bench.events if isinstance(event, protocol.Piece)] == []
+    bench.generate(session, prompt=OTHER, keep_at=[tmp_path / "talk.state"])
+    assert saved(bench) == []
+
+
+@pytest.mark.parametrize("states", [1, 2])
+def test_a_preloaded_prompt_is_there_for_everybody(bench: Bench, states: int) -> None:
+    """The state of one user is none of the others', where there is another place for it."""
+    session, _ = bench.session(MemoryEngine, MemoryModel(states=states))
+    cache = bench.built_cache()
+    operation = protocol.Check(id=70, cache=cache, text=PREFIX)
+    session.check(operation, bench.emit)
+    bench.generate(session, cache, prompt=PREFIX + "Mine!")
+    bench.events.clear()
+    session.check(operation, bench.emit)
+    assert bool(bench.loaded) is (states == 2)
+    _, stats = bench.generate(session, cache, prompt=PREFIX + "And mine!", owner=1001)
+    assert stats.cached_tokens is not None
+    assert stats.cached_tokens >= len(PREFIX)
+    assert bool(bench.loaded) is (states == 1)
 
 
 class Continuing(MemoryEngine):
@@ -618,11 +768,11 @@ def test_a_save_that_takes_a_run_is_proven(
     session, _ = bench.session(cls)
     file = tmp_path / "talk.state"
     bench.generate(session, prompt=TALK, goes_on=True)
-    bench.generate(session, prompt=OTHER, keep_at=file)
+    bench.generate(session, prompt=OTHER, keep_at=[file])
     assert saved(bench) == []
 
     bench.generate(session, prompt=TALK, goes_on=True)
-    session.keep(protocol.Keep(id=91, keep_at=str(file)), bench.emit)
+    session.keep(protocol.Keep(id=91, keep_at=(str(file),)), bench.emit)
     assert bool(saved(bench)) is is_saved
     assert file.exists() is is_saved
     text, _ = bench.generate(session, prompt=TALK)

@@ -117,7 +117,7 @@ TO_WORKER: dict[type, st.SearchStrategy[ToWorker]] = {
     ),
     protocol.Abort: st.builds(protocol.Abort, id=ID),
 }
-TO_WORKER[protocol.Keep] = st.builds(protocol.Keep, id=ID, keep_at=TEXT)
+TO_WORKER[protocol.Keep] = st.builds(protocol.Keep, id=ID, keep_at=st.tuples(TEXT))
 
 FROM_WORKER: dict[type, st.SearchStrategy[FromWorker]] = {
     protocol.Ready: st.builds(protocol.Ready, info=INFOS, load_ms=MS),

@@ -134,8 +134,8 @@ class LlamaCppEngine:
     def choose(self, state: int, /) -> None:
         self._slots.choose(state)
 
-    def has_state(self, state: int, /) -> bool:
-        return self._slots.has_tokens(state)
+    def state_tokens(self, state: int, /) -> int:
+        return self._slots.tokens(state)
 
     def count_tokens(self, text: str) -> int:
         return len(self._tokenize(text))
@@ -356,9 +356,9 @@ def _check_model_file(path: Path) -> None:
 def _states(spec: ModelSpec) -> int:
     """How many KV states are kept of a model.
 
-    One with layers with windows gets one: what those need is more than the context has.
+    What layers with windows and recurrences need of each is more than the cells of the context.
     """
-    return 1 if spec.window_tokens or spec.pooling else _STATES
+    return 1 if spec.window_tokens or spec.recurrent or spec.pooling else _STATES
 
 
 def _params(library: Any, spec: ModelSpec, socket_path: str) -> Any:

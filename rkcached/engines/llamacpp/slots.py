@@ -37,8 +37,8 @@ class Slots:
         self._order.remove(slot)
         self._order.append(slot)
 
-    def has_tokens(self, slot: int) -> bool:
-        return self._sizes[slot] > 0
+    def tokens(self, slot: int) -> int:
+        return self._sizes[slot]
 
     def is_processing(self) -> bool:
         """Whether a run on the chosen one has not ended."""

@@ -140,8 +140,8 @@ class RkllmEngine:
     def choose(self, _: int, /) -> None:
         pass  # there is one
 
-    def has_state(self, _: int, /) -> bool:
-        return True  # nothing else takes its room
+    def state_tokens(self, _: int, /) -> int:
+        return 0  # it is not known
 
     def count_tokens(self, text: str) -> int | None:
         if self._tokenizer is None:
