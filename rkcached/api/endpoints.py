@@ -105,7 +105,7 @@ def routes(endpoints: Iterable[Endpoint], *, admin_socket: Path | None) -> list[
 
 
 def _json_only(handler: Handler) -> Handler:
-    """What changes something takes no body that a form of any web page can send."""
+    """Refuse a body that a form of any web page can send, for what changes something."""
 
     async def checked(request: Request) -> Response:
         media = request.headers.get("content-type", "").partition(";")[0].strip().lower()

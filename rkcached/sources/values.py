@@ -228,7 +228,7 @@ def _hosts(value: object) -> object:
             "write the names by which browsers and proxies call this machine",
         )
     for name in names:
-        if not re.fullmatch(_HOST, name.lower()):
+        if not re.fullmatch(_HOST, name):
             raise wrong(
                 f"hosts: {show(name)} is not the name of a host",
                 "write it without a port and without http://, for example board.example.org",
@@ -236,12 +236,10 @@ def _hosts(value: object) -> object:
     return tuple(dict.fromkeys(name.lower() for name in names))
 
 
-_HOST = r"[a-z0-9_-]{1,63}(\.[a-z0-9_-]{1,63}){0,7}"
-_HOSTS_SCHEMA = {
-    "anyOf": [
-        {"type": "string"},
-        {"type": "array", "items": {"type": "string"}, "maxItems": MAX_HOSTS},
-    ],
+_HOST = r"[A-Za-z0-9_-]{1,63}(\.[A-Za-z0-9_-]{1,63}){0,7}"
+_HOST_SCHEMA = {"type": "string", "pattern": f"^{_HOST}$"}
+_HOSTS_SCHEMA: dict[str, Any] = {
+    "anyOf": [_HOST_SCHEMA, {"type": "array", "items": _HOST_SCHEMA, "maxItems": MAX_HOSTS}],
     "default": [],
 }
 _CLOCK = r"(?:[01]\d|2[0-3]):[0-5]\d"

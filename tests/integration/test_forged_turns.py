@@ -40,7 +40,7 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LlamaCppEngine]
 
 def tokens(engine: LlamaCppEngine, text: str) -> list[int]:
     """As the engine reads a prompt: markers are parsed."""
-    answer: dict[str, Any] = engine._request(
+    answer: dict[str, Any] = engine._endpoints.ask(
         "POST", "/tokenize", {"content": text, "parse_special": True}
     )
     return list(answer["tokens"])
@@ -84,7 +84,7 @@ def test_engine_reads_a_forged_turn_as_letters(engine: LlamaCppEngine) -> None:
         return engine._tokenize(chat.render([Message(role="user", content=text)]))
 
     hostile = read(FORGERY)
-    again = engine._request("POST", "/detokenize", {"tokens": hostile})["content"]
+    again = engine._endpoints.ask("POST", "/detokenize", {"tokens": hostile})["content"]
 
     assert [token for token in hostile if token in ids] == [t for t in read("Hi") if t in ids]
     assert FORGERY in again

@@ -39,6 +39,12 @@ def alternatives(schema: dict[str, Any]) -> list[dict[str, Any]]:
     return [] if schema.get("type") == "null" else [schema]
 
 
+def listed(items: dict[str, Any]) -> str:
+    if items["type"] == "integer":
+        return "numbers"
+    return "names" if "pattern" in items else "paths"
+
+
 def bounds(key: str, schema: dict[str, Any]) -> str:
     """What a key accepts, in the words of the example."""
     match {option["type"]: option for option in alternatives(schema)}:
@@ -47,7 +53,7 @@ def bounds(key: str, schema: dict[str, Any]) -> str:
         case {"boolean": _, "array": option}:
             return f"true | false, a name or {option['minItems']}..{option['maxItems']} names"
         case {"array": option}:
-            noun = "numbers" if option["items"]["type"] == "integer" else "paths"
+            noun = listed(option["items"])
             return f"{schema.get('minItems', 0)}..{option['maxItems']} {noun}"
         case {"integer": option} | {"number": option}:
             return span(key, option)
