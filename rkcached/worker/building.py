@@ -269,7 +269,7 @@ class Builder:
             proved = operation.verify if info.greedy else VerifyMode.HIT
 
         is_exact = operation.verify is VerifyMode.EXACT and info.greedy
-        if is_exact and not agree(expected, answer, moved=not info.rewinds):
+        if is_exact and not agree(expected, answer, moved=self._state.moves):
             raise VerifyFailed(
                 "the probe's answer on the loaded cache differs "
                 "from the answer on the state in memory",

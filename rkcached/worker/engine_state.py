@@ -36,6 +36,14 @@ class EngineState:
             engine.choose(self._order[-1])
 
     @property
+    def moves(self) -> bool:
+        """Whether a loaded state may lie elsewhere in memory than the one that was saved.
+
+        Where several share their room, a state lies in what the others have left.
+        """
+        return not self.info.rewinds or self.info.states > 1
+
+    @property
     def chosen(self) -> int:
         return self._order[-1]
 
@@ -151,7 +159,7 @@ class EngineState:
 
         info = self.info
         fields = info.run_sampling
-        compares = info.gives_logprobs and not info.rewinds
+        compares = info.gives_logprobs and self.moves
         sampling = Sampling(
             max_new_tokens=PROBE_TOKENS,
             temperature=0.0 if "temperature" in fields else None,

@@ -1,8 +1,9 @@
 """Compares two answers to a probe: one on the state in memory, one on the loaded file. Pure.
 
-Where a state is saved as it lies in memory, they are equal, to the last digit of each
-log-probability. A saved window has its tokens in other places: the same numbers are then added up
-in another order, and where two tokens are almost equally likely, either may be taken.
+Where a state is loaded to where it lay in memory, they are equal, to the last digit of each
+log-probability. A saved window has its tokens in other places, and so has a state that shares its
+room with others: the same numbers are then added up in another order, and where two tokens are
+almost equally likely, either may be taken.
 """
 
 from __future__ import annotations

@@ -294,35 +294,40 @@ class LlamaCppEngine:
         }
 
         run.least_cached = self._whole_from
-        self._complete(request, run)
+        left = self._complete(request, run)
         if run.lacks_tokens:
             self.clear()
             run.least_cached = 0
-            self._complete(request, run)
+            left = self._complete(request, run)
 
-        if run.state_tokens:  # else the run was refused
-            self._slots.note_run(run.state_tokens, self._context_tokens)
+        if left:
+            self._slots.note_run(left, self._context_tokens)
         run.raise_failure()
         return run
 
-    def _complete(self, request: dict[str, Any], run: Run) -> None:
+    def _complete(self, request: dict[str, Any], run: Run) -> int:
+        """Returns the tokens that the run has left in its KV state; 0 if it was refused."""
         try:
             self._server.handle_completions(request, run)
         except RuntimeError as error:
             raise EngineError(f"llama.cpp refused the request: {error}") from error
 
-        if run.stopped:
-            self._wait_idle()
+        # The server decodes on until it hears of a stop.
+        return self._wait_idle() if run.stopped else run.state_tokens
 
-    def _wait_idle(self) -> None:
-        """Wait for the batch that was under way when a run was stopped."""
+    def _wait_idle(self) -> int:
+        """Wait for the batch that was under way when a run was stopped.
+
+        Returns the tokens that the run has left.
+        """
         deadline = time.monotonic() + _IDLE_TIMEOUT_S
-        while self._slots.is_processing():
+        while (tokens := self._slots.tokens_when_idle()) is None:
             if time.monotonic() > deadline:
                 raise EngineError(
                     f"llama.cpp is still busy {_IDLE_TIMEOUT_S:.0f} s after a run was stopped"
                 )
             time.sleep(0.001)
+        return tokens
 
 
 def _import_library() -> Any:

@@ -103,7 +103,7 @@ class Run:
 
     @property
     def state_tokens(self) -> int:
-        """The tokens that the run has left in its KV state, at most."""
+        """The tokens that the run has left in its KV state, if it was not stopped."""
         return self.prompt_tokens + self._decode_tokens
 
     def _take(self, chunk: dict[str, Any]) -> bool:

@@ -40,9 +40,10 @@ class Slots:
     def tokens(self, slot: int) -> int:
         return self._sizes[slot]
 
-    def is_processing(self) -> bool:
-        """Whether a run on the chosen one has not ended."""
-        return bool(self._endpoints.ask("GET", "/slots")[self.chosen]["is_processing"])
+    def tokens_when_idle(self) -> int | None:
+        """The tokens of the chosen one; None while a run on it has not ended."""
+        slot = self._endpoints.ask("GET", "/slots")[self.chosen]
+        return None if slot["is_processing"] else int(slot.get("n_prompt_tokens", 0))
 
     def save(self, path: Path) -> int:
         """Write the chosen one to a file; returns its tokens. Errors: RefusedError, EngineError."""
