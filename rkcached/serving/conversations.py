@@ -11,6 +11,7 @@ All of it is on the event loop; files are hashed and removed in threads.
 from __future__ import annotations
 
 import asyncio
+import os
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -120,7 +121,7 @@ class Conversations:
         """The paths of so many new files for states; none if none is kept."""
         unused = self._placed.pop(model.name, [])
         for path in unused:
-            if path.exists():
+            if os.path.lexists(path):  # Path.exists raises where the folder is closed
                 self._files.remove(path)  # its worker died while it saved
         if not self._room() or not self._keep_s():
             return ()
