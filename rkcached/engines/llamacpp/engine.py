@@ -361,7 +361,8 @@ def _check_model_file(path: Path) -> None:
 def _states(spec: ModelSpec) -> int:
     """How many KV states are kept of a model.
 
-    What layers with windows and recurrences need of each is more than the cells of the context.
+    One of a model with sliding windows or recurrent layers: these need memory for each state,
+    besides the cells of the context.
     """
     return 1 if spec.window_tokens or spec.recurrent or spec.pooling else _STATES
 
