@@ -129,7 +129,7 @@ class WorkerProcess:
 
 
 class _Link(asyncio.Protocol):
-    """Our end of the socket. A token's way leads through here, so it costs as little as it can."""
+    """Our end of the socket: what comes is cut into frames, which wait until they are taken."""
 
     transport: asyncio.WriteTransport
 

@@ -25,7 +25,7 @@ class RefusedError(EngineError):
 
 
 class Endpoints:
-    """Asks them, one request at a time."""
+    """A client of these endpoints, for one request at a time."""
 
     def __init__(self, scratch: Path) -> None:
         """Errors: EngineError, where the folder's path is too long for a socket in it."""
