@@ -134,7 +134,7 @@ def describe(endpoints: Iterable[Endpoint], *, everyone: bool) -> dict[str, Any]
     endpoints = tuple(endpoints)
     # mypy takes the pairs for tuple[..., str]: a literal is lost in sorted()
     names, schemas = models_json_schema(
-        _records(endpoints),  # type: ignore[arg-type]
+        _records(endpoints),  # type: ignore[arg-type]  # see above
         ref_template="#/components/schemas/{model}",
     )
 

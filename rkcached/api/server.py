@@ -179,7 +179,9 @@ class _Connection(H11Protocol):
     _stalled: asyncio.TimerHandle | None = None
 
     # asyncio declares a BaseTransport; that of a socket is a Transport, as uvicorn says, too.
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+    def connection_made(  # type: ignore[override]  # see above
+        self, transport: asyncio.Transport
+    ) -> None:
         super().connection_made(transport)
         if len(self.connections) > _max_connections():
             _log_refused(len(self.connections))
