@@ -16,18 +16,16 @@ if TYPE_CHECKING:
 
 
 def console(*, quiet: bool = False, stderr: bool = False) -> Console:
-    """A console that marks nothing by itself."""
+    """A console that marks nothing by itself.
+
+    Where no terminal shows the lines, it keeps them whole, unless COLUMNS is set.
+    """
     from rich.console import Console
 
-    return Console(highlight=False, quiet=quiet, stderr=stderr)
-
-
-def unwrapped_console() -> Console:
-    """A console that keeps lines whole where no terminal shows them, unless COLUMNS is set."""
-    wide = console()
-    if not wide.is_terminal and not os.environ.get("COLUMNS"):
-        wide.width = 100_000
-    return wide
+    made = Console(highlight=False, quiet=quiet, stderr=stderr)
+    if not made.is_terminal and not os.environ.get("COLUMNS"):
+        made.width = 100_000
+    return made
 
 
 @contextlib.contextmanager

@@ -58,7 +58,10 @@ class Resumed(NamedTuple):
     @property
     def file(self) -> protocol.CacheFile:
         return protocol.CacheFile(
-            path=str(self.saved.path), signature=self.saved.signature, fingerprint=""
+            path=str(self.saved.path),
+            signature=self.saved.signature,
+            fingerprint="",
+            tokens=self.saved.record.tokens,
         )
 
 

@@ -87,6 +87,7 @@ def cache_file(artifact: StoredArtifact) -> protocol.CacheFile | None:
         path=str(artifact.path),
         signature=artifact.signature,
         fingerprint=artifact.sidecar.fingerprint,
+        tokens=artifact.tokens,
     )
 
 

@@ -140,6 +140,7 @@ def _run(session: Session, channel: _Channel, operation: protocol.Operation) -> 
     except EngineError as error:
         answer = protocol.failed(operation.id, error)
     channel.send(answer)
+    session.tidy()
 
 
 def _print_at_once(libc: ctypes.CDLL) -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from rkcached.engines.base import Engine, RunStats, Sampling, Token
+from rkcached.engines.prefix import common_bytes
 from rkcached.errors import Aborted, ArtifactLoadError
 from rkcached.host.digests import Signature, signature_of
 from rkcached.worker import protocol
@@ -16,7 +18,17 @@ from rkcached.worker.traces import LIKELIEST
 PROBE_TOKENS = 8
 """Tokens of the probe's answer: enough that a wrong state shows, few enough to cost little."""
 
+_SEAM_TOKENS = 4
+"""A text may have so many more tokens than its two parts have on their own."""
+
 Emit = Callable[[protocol.FromWorker], None]
+
+
+class Beginning(NamedTuple):
+    """The first bytes of a text, and the number of tokens that they have at most."""
+
+    size_bytes: int
+    tokens: int
 
 
 class EngineState:
@@ -77,18 +89,17 @@ class EngineState:
         """Choose the KV state after which so many others were chosen."""
         self.choose(list(self.in_order())[-1 - age])
 
-    def crowding(self, text: str, more_tokens: int) -> list[int]:
+    def crowding(self, text: str, more_tokens: int, *known: Beginning) -> list[int]:
         """The KV states that have no room beside a run: those chosen longest ago first.
 
-        `more_tokens`: so many come after the text of the run.
+        `more_tokens`: so many come after the text of the run. `known`: beginnings of that.
         """
         if self.info.states == 1:
             return []
         *others, _ = self.in_order()
         sizes = {state: self.engine.state_tokens(state) for state in others}
         room = self.info.context_tokens - sum(sizes.values()) - more_tokens
-        # A token has a byte at least, and one more may stand before the first.
-        if room >= len(text.encode()) + 1 or not any(sizes.values()):
+        if not any(sizes.values()) or room >= self._most_tokens(text, known):
             return []
 
         room -= self.engine.count_tokens(text) or 0
@@ -100,6 +111,35 @@ class EngineState:
                 crowding.append(state)
                 room += tokens
         return crowding
+
+    def _most_tokens(self, text: str, known: Sequence[Beginning]) -> int:
+        """So many tokens a run of this text has at most. To count them would take much longer."""
+        data = text.encode()
+        held = Beginning(
+            common_bytes(self.held.text, data), self.engine.state_tokens(self.chosen)
+        )
+        # A token has a byte at least, and one more may stand before the first.
+        return min(
+            len(data) - beginning.size_bytes + beginning.tokens + _SEAM_TOKENS
+            for beginning in (Beginning(0, 0), held, *known)
+        )
+
+    def tidy(self) -> None:
+        """Clear the KV states that no run can go on from.
+
+        Each token of a run attends to the cells of all states, and takes longer for it.
+        """
+        if self.info.states == 1:
+            return
+
+        try:
+            for state, held in enumerate(self._helds):
+                if not held.text and self.engine.state_tokens(state):
+                    self.engine.choose(state)
+                    self.engine.clear()
+                    self._helds[state] = Held()
+        finally:
+            self.engine.choose(self.chosen)
 
     def empty(self) -> None:
         """Clear the chosen KV state."""

@@ -19,7 +19,7 @@ from rkcached.engines.prefix import common_bytes
 from rkcached.errors import ArtifactLoadError, EngineError, SamplingFixed, VerifyFailed
 from rkcached.worker import protocol
 from rkcached.worker.building import Builder
-from rkcached.worker.engine_state import PROBE_TOKENS, Emit, EngineState, since
+from rkcached.worker.engine_state import PROBE_TOKENS, Beginning, Emit, EngineState, since
 from rkcached.worker.held import NOBODY, Held, Step, owner_of, state_for
 
 if TYPE_CHECKING:
@@ -121,7 +121,10 @@ class Session:
         if not self._state.held.is_continued_by(operation):
             self._make_way(operation.id, emit)
         answer_tokens = min(operation.sampling.max_new_tokens, _USUAL_ANSWER_TOKENS)
-        self._make_room(operation.id, operation.prompt, answer_tokens, emit)
+        known = []
+        if operation.cache is not None and operation.cache.tokens:
+            known.append(Beginning(operation.common_bytes, operation.cache.tokens))
+        self._make_room(operation.id, operation.prompt, answer_tokens, emit, *known)
 
         held = self._state.held
         step = held.step(operation, self._state.info)
@@ -180,13 +183,20 @@ class Session:
         self._make_way(operation.id, emit, by_run=True)
         return protocol.Checked(id=operation.id, tokens=0)
 
-    def _make_room(self, operation_id: int, text: str, more_tokens: int, emit: Emit) -> None:
+    def tidy(self) -> None:
+        """Clear what no run can go on from, when an operation has been answered or has failed."""
+        with contextlib.suppress(EngineError):  # the next operation meets the same trouble
+            self._state.tidy()
+
+    def _make_room(
+        self, operation_id: int, text: str, more_tokens: int, emit: Emit, *known: Beginning
+    ) -> None:
         """Save and clear what has no room beside a run of `text` in the chosen KV state.
 
-        The engine would clear something of its own choice, and nobody could save that any more.
+        `known`: beginnings of the text. The engine would clear something of its own choice, and nobody could save that any more.
         """
         chosen = self._state.chosen
-        for state in self._state.crowding(text, more_tokens):
+        for state in self._state.crowding(text, more_tokens, *known):
             self._state.choose(state)
             self._make_way(operation_id, emit, by_run=True)
             self._state.empty()

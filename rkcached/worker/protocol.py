@@ -36,6 +36,8 @@ class CacheFile(msgspec.Struct, frozen=True, kw_only=True):
     path: str
     signature: Signature
     fingerprint: str
+    tokens: int = 0
+    """0: nobody knows."""
 
 
 class Base(msgspec.Struct, frozen=True, kw_only=True):

@@ -676,6 +676,57 @@ def test_a_build_that_is_refused_opens_nobody_s_state(bench: Bench, states: int)
         assert stats.cached_tokens == 0
 
 
+def test_what_no_run_can_go_on_from_is_cleared(bench: Bench) -> None:
+    """Each token of every later answer would attend to it.
+
+    A build, a build that failed and a cold answer leave such states; a conversation is none.
+    """
+    session, engine = bench.session(MemoryEngine, MemoryModel(states=4))
+    bench.generate(session, prompt=TALK, goes_on=True)
+    bench.build(session)
+    with pytest.raises(PromptTooShort):
+        bench.build(session, min_tokens=10_000)
+    bench.generate(session, cold=True)
+    assert sum(engine.state_tokens(state) > 0 for state in range(4)) == 3
+
+    session.tidy()
+    assert sum(engine.state_tokens(state) > 0 for state in range(4)) == 1
+    _, stats = bench.generate(session, prompt=TALK)
+    assert stats.cached_tokens == stats.prompt_tokens - 1
+
+
+def test_a_failure_to_clear_such_a_state_costs_no_answer(bench: Bench) -> None:
+    """And what comes next acts on the state that it chose."""
+    session, engine = bench.session(Unloadable, MemoryModel(states=4))
+    bench.build(session)
+    bench.generate(session, prompt=TALK, goes_on=True)
+    engine.broken = True
+    session.tidy()
+    engine.broken = False
+    _, stats = bench.generate(session, prompt=TALK)
+    assert stats.cached_tokens == stats.prompt_tokens - 1
+
+
+class Uncounted(MemoryEngine):
+    """Does not count tokens, which takes an engine longer than a question of some words."""
+
+    def count_tokens(self, text: str) -> int:
+        raise AssertionError(text)
+
+
+def test_tokens_are_not_counted_where_they_are_known(bench: Bench) -> None:
+    """Those of a prompt cache are; a byte beyond it is a token at most.
+
+    This engine's tokens are bytes, so the cache says here that it has fewer.
+    """
+    cache = msgspec.structs.replace(bench.built_cache(), tokens=2)
+    session, _ = bench.session(Uncounted, MemoryModel(states=4, context_tokens=240))
+    bench.generate(session, prompt="x" * 120, goes_on=True)
+    with pytest.raises(AssertionError):
+        bench.generate(session, owner=1001)
+    bench.generate(session, cache, owner=1001)
+
+
 class Unloadable(MemoryEngine):
     """Neither loads nor clears anything, for a reason that is not the file's."""
 

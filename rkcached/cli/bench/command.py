@@ -56,7 +56,7 @@ def bench(
         if want_json:
             click.echo(results.to_json(measured))
         else:
-            table.print_results(output.unwrapped_console(), measured)
+            table.print_results(output.console(), measured)
 
     if files.kept is not None:
         return os.EX_OK
@@ -72,7 +72,7 @@ def compare(before: Path, after: Path, *, want_json: bool) -> int:
     if want_json:
         click.echo(results.to_json(comparison))
     else:
-        table.print_comparison(output.unwrapped_console(), comparison)
+        table.print_comparison(output.console(), comparison)
     return os.EX_OK
 
 
