@@ -8,7 +8,7 @@ import re
 import time
 import traceback
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
 from typing import TypeVar
 
 import pydantic_core
@@ -20,9 +20,11 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from rkcached.api.bodies import Body, error_body, parse_body
 from rkcached.api.responses import Answer
+from rkcached.api.shares import Share
 from rkcached.errors import RequestError
 from rkcached.host.logs import log
 from rkcached.messages.bounds import ValueCounter
+from rkcached.worker.held import NOBODY
 
 Result = TypeVar("Result")
 
@@ -35,6 +37,10 @@ _COUNTED_AT_ONCE = 32 << 10
 PEER = "peer"
 """Key of the connection's state for the uid and pid of the process that opened it."""
 
+BODIES_BYTES = 32 << 20
+"""Bodies of one user's requests, until they are answered; of all users together twice as much."""
+
+_HOLDING = "rkcached.holding"  # key of the request's scope for the memory of its body
 _CAUSE = "rkcached.cause"  # key of the request's scope for the error that it ended with
 
 # Asked so often that only a debug log shows them.
@@ -55,8 +61,8 @@ async def read_record(record: type[Body], request: Request) -> Body:
 async def read_body(request: Request, *, max_values: int) -> bytes:
     """The body, of at most MAX_BODY_BYTES, with about `max_values` values and keys.
 
-    One with more is read to its end, so that its client hears why it is refused.
-    Errors: RequestError 400 or 413, or 499 when the client goes away.
+    One that is refused is read to its end, so that its client hears why.
+    Errors: RequestError 400, 413 or 503, or 499 when the client goes away.
     """
     too_large = RequestError(
         413,
@@ -78,13 +84,16 @@ async def read_body(request: Request, *, max_values: int) -> bytes:
     data = bytearray()
     size_bytes = 0
     counter = ValueCounter()
+    holding: _Holding = request.scope[_HOLDING]
+    has_room = True
     try:
         async for part in request.stream():
             size_bytes += len(part)
             if size_bytes > MAX_BODY_BYTES:
                 raise too_large
 
-            if counter.count > max_values:
+            has_room = has_room and holding.take(len(part))
+            if counter.count > max_values or not has_room:
                 data.clear()
                 continue
             data += part
@@ -94,6 +103,14 @@ async def read_body(request: Request, *, max_values: int) -> bytes:
     except ClientDisconnect as error:
         raise RequestError(499, "the client went away", code="client_gone") from error
 
+    if not has_room:
+        raise RequestError(
+            503,
+            "the bodies of requests that are not answered yet take too much memory",
+            code="too_much_unanswered",
+            hint=f"try again in a moment; those of one user may have {BODIES_BYTES >> 20} MiB",
+            retry_after_s=1,
+        )
     if counter.count > max_values:
         raise RequestError(
             400,
@@ -187,12 +204,22 @@ class Streamed(Response):
         *,
         media_type: str,
         headers: Mapping[str, str] | None = None,
+        at_end: Callable[[], None] | None = None,
     ) -> None:
+        """`at_end`: is called when the answer is over, also if it never began."""
         super().__init__(headers=headers, media_type=media_type)
         del self.headers["content-length"]
         self._chunks = chunks
+        self._at_end = at_end
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await self._send(scope, receive, send)
+        finally:
+            if self._at_end is not None:
+                self._at_end()
+
+    async def _send(self, scope: Scope, receive: Receive, send: Send) -> None:
         await send(
             {"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers}
         )
@@ -245,6 +272,24 @@ async def _while_listened_to(receive: Receive) -> AsyncIterator[None]:
         watcher.cancel()
 
 
+class _Holding:
+    """The memory of one request's body, of the caller's share."""
+
+    def __init__(self, share: Share, caller: int) -> None:
+        self._share = share
+        self._caller = caller
+        self._size_bytes = 0
+
+    def take(self, size_bytes: int) -> bool:
+        if not self._share.take(self._caller, size_bytes):
+            return False
+        self._size_bytes += size_bytes
+        return True
+
+    def give_back(self) -> None:
+        self._share.give_back(self._caller, self._size_bytes)
+
+
 class Exchanges:
     """ASGI: gives every answer an X-Request-Id and logs each exchange.
 
@@ -253,8 +298,10 @@ class Exchanges:
     status of 500 or more: in one sentence at warning, or with its traceback at error for a defect.
     """
 
-    def __init__(self, app: ASGIApp) -> None:
+    def __init__(self, app: ASGIApp, bodies: Share) -> None:
+        """`bodies`: the bytes of memory for bodies of requests, until they are answered."""
         self._app = app
+        self._bodies = bodies
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -262,6 +309,7 @@ class Exchanges:
             return
 
         request_id = _request_id(scope)
+        holding = scope[_HOLDING] = _Holding(self._bodies, _uid_of(scope))
         started = time.monotonic()
         status = 0
 
@@ -285,6 +333,7 @@ class Exchanges:
         else:
             _log_cause(scope, status, request_id)
         finally:
+            holding.give_back()
             write = log.debug if scope["path"] in _PROBES else log.info
             write(
                 "request",
@@ -298,9 +347,13 @@ class Exchanges:
 
 
 def uid_of(request: Request) -> int:
-    """The user of the process that opened the request's connection; -1 if that is not known."""
-    peer: dict[str, int] = request.scope.get("state", {}).get(PEER, {})
-    return peer.get("uid", -1)
+    """The user of the process that opened the request's connection; NOBODY if that is not known."""
+    return _uid_of(request.scope)
+
+
+def _uid_of(scope: Scope) -> int:
+    peer: dict[str, int] = scope.get("state", {}).get(PEER, {})
+    return peer.get("uid", NOBODY)
 
 
 def viewer_of(request: Request) -> int | None:
@@ -321,7 +374,9 @@ def _request_id(scope: Scope) -> str:
 
 
 def _log_cause(scope: Scope, status: int, request_id: str) -> None:
-    cause: RequestError | None = scope.get(_CAUSE)
+    # The error leads to the frames that it went through, hence to the body and back to the scope:
+    # some megabytes that would wait for the garbage collector.
+    cause: RequestError | None = scope.pop(_CAUSE, None)
     if cause is not None and cause.status >= 500:
         log.warning(
             "request failed",

@@ -35,6 +35,7 @@ from rkcached.api.endpoints import (
     routes,
 )
 from rkcached.api.exchange import (
+    BODIES_BYTES,
     DEFECT,
     Exchanges,
     Streamed,
@@ -72,6 +73,7 @@ from rkcached.api.responses import (
     Status,
     TextCompletion,
 )
+from rkcached.api.shares import Share
 from rkcached.api.status import pieces
 from rkcached.api.suggest_routes import SuggestApi
 from rkcached.api.writer import ChatWriter, CompletionWriter, Writer
@@ -84,6 +86,9 @@ from rkcached.serving.embeddings import Embeddings
 from rkcached.serving.job import End, Job, Text
 from rkcached.serving.models import find_model
 from rkcached.sources.records import Key
+
+EVENT_STREAMS = 32
+"""Of one user; of all users together four times as many."""
 
 HEARTBEAT_S = 15.0
 """A client of the event stream that went away is noticed after this time at the latest."""
@@ -119,6 +124,8 @@ class Api:
         self._status = make_status
         self._reload = reload
         self._logged_starting = False
+        self._bodies = Share(each=BODIES_BYTES, total=2 * BODIES_BYTES)
+        self._streams = Share(each=EVENT_STREAMS, total=4 * EVENT_STREAMS)
 
     def close(self) -> None:
         """Refuse the requests that are still being prepared."""
@@ -154,7 +161,7 @@ class Api:
         )
         app.router.redirect_slashes = False
         app.state.is_admin = admin_socket is None
-        return Exchanges(OwnSite(app, self._hosts))
+        return Exchanges(OwnSite(app, self._hosts), self._bodies)
 
     def _hosts(self) -> Collection[str]:
         return self._reconciler.snapshot.manifest.serving.hosts
@@ -204,7 +211,7 @@ class Api:
     async def _embed(self, request: Request) -> Response:
         body = await read_record(EmbeddingRequest, request)
         model, inputs = self._preparation.embedding(body)
-        result = await unless_gone(request, self._embeddings.make(model, inputs))
+        result = await unless_gone(request, self._embeddings.make(model, inputs, uid_of(request)))
         if isinstance(result, Response):
             return result
 
@@ -319,9 +326,19 @@ class Api:
     async def _get_events(self, request: Request) -> Response:
         waits_for = request.query_params.getlist("waits_for")
         hurrying = self._reconciler.hurrying(waits_for)
-        viewer = viewer_of(request)
-        shown = functools.partial(self._as_seen, viewer)
-        return Streamed(_event_stream(self._events, hurrying, shown), media_type=EVENT_STREAM)
+        caller = uid_of(request)
+        shown = functools.partial(self._as_seen, viewer_of(request))
+        if not self._streams.take(caller):
+            raise RequestError(
+                503,
+                f"too many event streams are open; a user may have {EVENT_STREAMS}",
+                code="too_many_streams",
+                hint="close some of them",
+                retry_after_s=1,
+            )
+        stream = _event_stream(self._events, hurrying, shown)
+        closing = functools.partial(self._streams.give_back, caller)
+        return Streamed(stream, media_type=EVENT_STREAM, at_end=closing)
 
     def _as_seen(self, viewer: int | None, event: Event) -> Event | None:
         """The event as this user may see it; None if it is about what is another user's.

@@ -28,6 +28,7 @@ from rkcached.api.exchange import PEER
 from rkcached.api.passed import refusal
 from rkcached.errors import SocketError
 from rkcached.host.logs import log
+from rkcached.worker.held import NOBODY
 
 MAX_PATH_BYTES = 107
 """sockaddr_un has room for 108 bytes, the last of which is zero (unix(7))."""
@@ -49,7 +50,7 @@ TOO_MANY_AGAIN_S = 10.0
 """Pause between two warnings of too many connections."""
 
 MAX_CONNECTIONS = 400
-"""At each socket; fewer where the process may open few files."""
+"""At each socket; fewer where the process may open few files. One user may have three quarters."""
 
 SOCKET_CHECK_S = 5.0
 """A socket that somebody deleted is back after this time."""
@@ -174,6 +175,7 @@ class _Connection(H11Protocol):
     clients that each send half of one would keep everybody else out.
     """
 
+    uid = NOBODY
     _deadline: asyncio.TimerHandle | None = None
     _in_head = False
     _stalled: asyncio.TimerHandle | None = None
@@ -183,20 +185,27 @@ class _Connection(H11Protocol):
         self, transport: asyncio.Transport
     ) -> None:
         super().connection_made(transport)
-        if len(self.connections) > _max_connections():
+        peer = transport.get_extra_info("socket")
+        with contextlib.suppress(OSError):
+            pid, self.uid, _ = struct.unpack(
+                "3i", peer.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
+            )
+            self.app_state = {**self.app_state, PEER: {"uid": self.uid, "pid": pid}}
+
+        if not self._has_a_place():
             _log_refused(len(self.connections))
             why = "too many connections; try again"
             transport.write(refusal("503 Service Unavailable", why, "too_many_connections"))
             transport.close()
             return
-
-        peer = transport.get_extra_info("socket")
-        with contextlib.suppress(OSError):
-            pid, uid, _ = struct.unpack(
-                "3i", peer.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
-            )
-            self.app_state = {**self.app_state, PEER: {"uid": uid, "pid": pid}}
         self._await_more()
+
+    def _has_a_place(self) -> bool:
+        most = _max_connections()
+        own = sum(
+            isinstance(other, _Connection) and other.uid == self.uid for other in self.connections
+        )
+        return len(self.connections) <= most and own <= most * 3 // 4
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._clear_deadline()

@@ -25,7 +25,12 @@ from rkcached.plan.worker_model import worker_model
 from rkcached.reconcile.events import Events
 from rkcached.reconcile.loop import Reconciler
 from rkcached.serving.conversations import Conversations
-from rkcached.serving.failures import as_request_error, queue_full, stopping, timed_out
+from rkcached.serving.failures import (
+    as_request_error,
+    refuse_beyond_the_queue,
+    stopping,
+    timed_out,
+)
 from rkcached.serving.job import End, Job, Text
 from rkcached.serving.models import find_model
 from rkcached.serving.ongoing import Ongoing
@@ -35,6 +40,7 @@ from rkcached.serving.waiting import sooner_to_wait
 from rkcached.sources.records import Key
 from rkcached.worker import protocol
 from rkcached.worker.gate import Gates, Priority
+from rkcached.worker.held import NOBODY
 from rkcached.worker.pool import Workers
 from rkcached.worker.supervisor import Worker
 
@@ -142,7 +148,7 @@ class Serving:
         """
         if self._closing:
             raise stopping()
-        self._refuse_beyond_the_queue(job.model)
+        self._refuse_beyond_the_queue(job)
         if job.named is not None:
             self._reconciler.demand.asks_for(job.named)
 
@@ -168,13 +174,17 @@ class Serving:
                 with contextlib.suppress(asyncio.CancelledError, errors.RkcachedError):
                     await work
 
-    def _refuse_beyond_the_queue(self, model: DesiredModel) -> None:
+    def _refuse_beyond_the_queue(self, job: Job) -> None:
+        name = job.model.name
         manifest = self._reconciler.snapshot.manifest
-        waiting = self.waiting(model.name)
-        if waiting and self._gates.free(model.name, concurrent=manifest.engine.concurrent):
-            waiting -= 1  # it has its turn, but did not take it yet
-        if waiting >= manifest.serving.queue:
-            raise queue_full(model.name, waiting)
+        owners = [
+            ongoing.job.owner
+            for ongoing in self._works.values()
+            if ongoing.job.model.name == name and not ongoing.started
+        ]
+        if owners and self._gates.free(name, concurrent=manifest.engine.concurrent):
+            owners.pop(0)  # it has its turn, but did not take it yet
+        refuse_beyond_the_queue(name, owners, job.owner, manifest.serving.queue)
 
     async def _next(self, ongoing: Ongoing) -> Text | None:
         """The next piece. Errors: RequestError when the request took too long."""
@@ -196,7 +206,9 @@ class Serving:
         while True:
             job = ongoing.job
             try:
-                async with self._turn(job.model.name, asks=not self._waits_for_build(job)):
+                async with self._turn(
+                    job.model.name, job.owner, asks=not self._waits_for_build(job)
+                ):
                     worker = self._worker(job.model)
                     found = await self._find(job, worker)
                     ongoing.found = found.without(death) if death else found
@@ -224,10 +236,14 @@ class Serving:
                 self._note_load(ongoing)
                 return done.stats
 
-    def _turn(self, model: str, *, asks: bool = True) -> AbstractAsyncContextManager[None]:
+    def _turn(
+        self, model: str, caller: int = NOBODY, *, asks: bool = True
+    ) -> AbstractAsyncContextManager[None]:
         """Wait for this model's turn on the engine, and hold it; a build steps aside if it asks."""
         concurrent = self._reconciler.snapshot.manifest.engine.concurrent
-        return self._gates.hold(model, Priority.LIVE, concurrent=concurrent, asks=asks)
+        return self._gates.hold(
+            model, Priority.LIVE, caller=caller, concurrent=concurrent, asks=asks
+        )
 
     def _waits_for_build(self, job: Job) -> bool:
         """Whether the prompt is being built, and the end of that comes sooner than an answer."""

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Sequence
 
 from rkcached import errors
 from rkcached.plan.worker_model import worker_model
 from rkcached.reconcile.snapshot import Published
-from rkcached.serving.failures import as_request_error, queue_full, timed_out
+from rkcached.serving.failures import as_request_error, refuse_beyond_the_queue, timed_out
 from rkcached.serving.models import find_embedding_model
 from rkcached.worker import protocol
 from rkcached.worker.gate import Gates, Priority
@@ -24,37 +24,42 @@ class Embeddings:
         self._published = published
         self._workers = workers
         self._gates = gates
-        self._requests: Counter[str] = Counter()  # by model, those that run or wait
+        # By model: the users whose requests run or wait.
+        self._owners: dict[str, list[int]] = defaultdict(list)
 
-    async def make(self, model: str, inputs: Sequence[EmbeddingInput]) -> tuple[list[bytes], int]:
+    async def make(
+        self, model: str, inputs: Sequence[EmbeddingInput], owner: int
+    ) -> tuple[list[bytes], int]:
         """A vector (little-endian float32, of length 1) for each input, and the tokens of all.
 
-        Errors: RequestError.
+        `owner`: the uid of the client. Errors: RequestError.
         """
         config = self._published.now.manifest.serving
-        if self._requests[model] > config.queue:
-            raise queue_full(model, config.queue)
+        owners = self._owners[model]
+        refuse_beyond_the_queue(model, owners[1:], owner, config.queue)
 
-        self._requests[model] += 1
+        owners.append(owner)
         try:
             async with asyncio.timeout(config.request_timeout_s):
-                results = [await self._embed(model, content) for content in inputs]
+                results = [await self._embed(model, content, owner) for content in inputs]
         except TimeoutError:
             limit_s = config.request_timeout_s or 0.0  # without a limit there is no timeout
             raise timed_out(limit_s, hint="send fewer texts at once") from None
         except errors.RkcachedError as error:
             raise as_request_error(error, text_param="input") from error
         finally:
-            self._requests[model] -= 1
+            owners.remove(owner)
 
         vectors = [result.vector for result in results]
         return vectors, sum(result.tokens for result in results)
 
-    async def _embed(self, name: str, content: EmbeddingInput) -> protocol.Embedded:
+    async def _embed(self, name: str, content: EmbeddingInput, owner: int) -> protocol.Embedded:
         engine = self._published.now.manifest.engine
         operation = _operation(content)
 
-        async with self._gates.hold(name, Priority.LIVE, concurrent=engine.concurrent):
+        async with self._gates.hold(
+            name, Priority.LIVE, caller=owner, concurrent=engine.concurrent
+        ):
             model = find_embedding_model(self._published.now, name)
             worker = self._workers.get(worker_model(engine, model))
             result = await worker.run(operation)

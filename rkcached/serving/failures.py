@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from rkcached import errors
 from rkcached.errors import RequestError
 
@@ -61,10 +63,25 @@ def as_request_error(
             )
 
 
-def queue_full(model: str, waiting: int) -> RequestError:
-    return RequestError(
+QUEUES = 4
+"""So many full queues of users may wait together."""
+
+
+def refuse_beyond_the_queue(model: str, owners: Sequence[int], owner: int, limit: int) -> None:
+    """Errors: RequestError, if too many wait for the model already.
+
+    `owners`: the users whose requests wait; `owner`: who sent this one; `limit`: serving.queue.
+    """
+    own = owners.count(owner)
+    if own < limit and len(owners) < QUEUES * limit:
+        return
+
+    waiting = f"{own} requests of this user wait"
+    if own < limit:
+        waiting = f"{len(owners)} requests of all users wait"
+    raise RequestError(
         503,
-        f"{waiting} requests wait for the model {model!r} already",
+        f"{waiting} for the model {model!r} already",
         code="queue_full",
         hint="try again in a moment; serving.queue in the manifest is the limit",
         retry_after_s=1,

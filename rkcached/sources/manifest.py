@@ -210,7 +210,8 @@ class ServingConfig(_Section):
         default=32,
         ge=1,
         le=10_000,
-        description="Requests that may wait for a model; others get 503.",
+        description="Requests of one user that may wait for a model; others get 503. "
+        "Of all users together, four times as many may wait.",
     )
     request_timeout_s: float | None = values.number(
         default=None,

@@ -115,9 +115,7 @@ class EngineState:
     def _most_tokens(self, text: str, known: Sequence[Beginning]) -> int:
         """So many tokens a run of this text has at most. To count them would take much longer."""
         data = text.encode()
-        held = Beginning(
-            common_bytes(self.held.text, data), self.engine.state_tokens(self.chosen)
-        )
+        held = Beginning(common_bytes(self.held.text, data), self.engine.state_tokens(self.chosen))
         # A token has a byte at least, and one more may stand before the first.
         return min(
             len(data) - beginning.size_bytes + beginning.tokens + _SEAM_TOKENS

@@ -2,20 +2,24 @@
 
 Concurrent clients of an NPU are reported to panic some kernels, and on CPU cores they only slow
 each other. So a caller holds the gate while its engine works (`Gates` has one more for each model,
-for manifests with `engine.concurrent`). A live request that has to wait behind a build asks the
-build to step aside; a build that has waited long enough gets its turn all the same. Used from the
-event loop only.
+for manifests with `engine.concurrent`). Live requests share its time by their callers
+(`fair_queue`). One that has to wait behind a build asks the build to step aside; a build that has
+waited long enough gets its turn all the same. Used from the event loop only.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import math
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator
 from enum import IntEnum
 from typing import NamedTuple
+
+from rkcached.worker.fair_queue import FairQueue
+from rkcached.worker.held import NOBODY
 
 BUILD_PATIENCE_S = 60.0
 """A build that has waited this long goes before live requests, once, to its end: load must not
@@ -34,7 +38,8 @@ class _Waiter(NamedTuple):
 
 class Gate:
     def __init__(self) -> None:
-        self._queues: dict[Priority, deque[_Waiter]] = {priority: deque() for priority in Priority}
+        self._live = FairQueue[_Waiter]()
+        self._builds = deque[_Waiter]()
         self._held = False
         self._yield_to_live: Callable[[], None] | None = None
 
@@ -44,18 +49,19 @@ class Gate:
 
     @property
     def waiting_live(self) -> int:
-        return len(self._queues[Priority.LIVE])
+        return len(self._live)
 
     @contextlib.asynccontextmanager
     async def hold(
         self,
         priority: Priority,
         *,
+        caller: int = NOBODY,
         step_aside: Callable[[], None] | None = None,
         since: float | None = None,
         asks: bool = True,
     ) -> AsyncIterator[None]:
-        """Hold the gate.
+        """Hold the gate. `caller`: the uid of the client, for a live request.
 
         `step_aside` is called at most once, when a live request comes to wait behind this holder;
         not for one that does not ask.
@@ -66,9 +72,10 @@ class Gate:
         loop = asyncio.get_running_loop()
         first_try = loop.time() if since is None else since
         if self._held:
-            await self._wait(priority, first_try, asks=asks)
+            await self._wait(priority, caller, first_try, asks=asks)
 
         self._held = True
+        entered = loop.time()
         patient = loop.time() - first_try <= BUILD_PATIENCE_S
         self._yield_to_live = step_aside if patient else None
         try:
@@ -78,13 +85,18 @@ class Gate:
         finally:
             self._held = False
             self._yield_to_live = None
+            if priority is Priority.LIVE:
+                self._live.charge(caller, loop.time() - entered)
             self._pass_on()
 
-    async def _wait(self, priority: Priority, since: float, *, asks: bool) -> None:
+    async def _wait(self, priority: Priority, caller: int, since: float, *, asks: bool) -> None:
         waiter = _Waiter(asyncio.get_running_loop().create_future(), since)
-        self._queues[priority].append(waiter)
-        if priority is Priority.LIVE and asks:
-            self._ask_to_step_aside()
+        if priority is Priority.BUILD:
+            self._builds.append(waiter)
+        else:
+            self._live.put(caller, waiter)
+            if asks:
+                self._ask_to_step_aside()
 
         try:
             await waiter.turn
@@ -93,8 +105,10 @@ class Gate:
                 # The turn came together with the cancellation: the next waiter takes it.
                 self._held = False
                 self._pass_on()
-            elif waiter in self._queues[priority]:
-                self._queues[priority].remove(waiter)
+            elif priority is Priority.LIVE:
+                self._live.remove(caller, waiter)
+            elif waiter in self._builds:
+                self._builds.remove(waiter)
             raise
 
     def _ask_to_step_aside(self) -> None:
@@ -108,19 +122,19 @@ class Gate:
 
         The gate counts as held from now on, so that nobody slips in before it runs.
         """
-        live = self._queues[Priority.LIVE]
-        builds = self._queues[Priority.BUILD]
-        for queue in (live, builds):
+        while (waiter := self._take_next()) is not None:
             # A cancelled waiter will not run any more, but has not taken itself off the queue yet.
-            while queue and queue[0].turn.cancelled():
-                queue.popleft()
+            if not waiter.turn.cancelled():
+                self._held = True
+                waiter.turn.set_result(None)
+                return
 
+    def _take_next(self) -> _Waiter | None:
         now = asyncio.get_running_loop().time()
-        impatient = bool(builds) and now - builds[0].since > BUILD_PATIENCE_S
-        queue = builds if impatient or not live else live
-        if queue:
-            self._held = True
-            queue.popleft().turn.set_result(None)
+        impatient = bool(self._builds) and now - self._builds[0].since > BUILD_PATIENCE_S
+        if len(self._live) and not impatient:
+            return self._live.take()
+        return self._builds.popleft() if self._builds else None
 
 
 class Gates:
@@ -160,6 +174,7 @@ class Gates:
         model: str,
         priority: Priority,
         *,
+        caller: int = NOBODY,
         concurrent: bool = False,
         step_aside: Callable[[], None] | None = None,
         since: float | None = None,
@@ -167,16 +182,20 @@ class Gates:
     ) -> AsyncIterator[None]:
         """As `Gate.hold`, for one model."""
         own = self._own.setdefault(model, Gate())
+        hold = functools.partial(
+            Gate.hold,
+            priority=priority,
+            caller=caller,
+            step_aside=step_aside,
+            since=since,
+            asks=asks,
+        )
         async with contextlib.AsyncExitStack() as held:
             if priority is Priority.LIVE:
                 held.enter_context(self._counted())
             if not concurrent:
-                await held.enter_async_context(
-                    self._shared.hold(priority, step_aside=step_aside, since=since, asks=asks)
-                )
-            await held.enter_async_context(
-                own.hold(priority, step_aside=step_aside, since=since, asks=asks)
-            )
+                await held.enter_async_context(hold(self._shared))
+            await held.enter_async_context(hold(own))
             yield
 
     @contextlib.contextmanager

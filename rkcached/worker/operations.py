@@ -193,7 +193,8 @@ class Session:
     ) -> None:
         """Save and clear what has no room beside a run of `text` in the chosen KV state.
 
-        `known`: beginnings of the text. The engine would clear something of its own choice, and nobody could save that any more.
+        `known`: beginnings of the text. The engine would clear something of its own choice, and
+        nobody could save that any more.
         """
         chosen = self._state.chosen
         for state in self._state.crowding(text, more_tokens, *known):

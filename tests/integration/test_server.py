@@ -27,10 +27,12 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from rkcached.api import server
 from rkcached.api.exchange import DEFECT, PEER, Exchanges, Streamed, error_response, unless_gone
 from rkcached.api.server import SOCKET_MODE, HttpServer, OwnSocket
+from rkcached.api.shares import Share
 from tests.waiting import DEADLINE_S
 
 ROOT = Path(__file__).parents[2]
 GRACE_S = 2
+SHARE = Share(each=1 << 20, total=1 << 20)
 PIECES, PIECE = 400, b"x" * 65_536
 """Far more than the socket's and the server's buffers take."""
 
@@ -44,7 +46,7 @@ class Site:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.ended = asyncio.Queue[None]()
-        self.server = HttpServer(Exchanges(self._app), grace_s=GRACE_S)
+        self.server = HttpServer(Exchanges(self._app, SHARE), grace_s=GRACE_S)
         self.stopped: asyncio.Task[None]
 
     async def _app(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -143,7 +145,8 @@ async def test_a_defect_has_its_traceback_in_the_log(
         Starlette(
             routes=[Route("/x", break_down)],
             exception_handlers={Exception: lambda *_: error_response(DEFECT)},
-        )
+        ),
+        SHARE,
     )
     async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://d") as client:
         answer = await client.get("/x")
