@@ -46,6 +46,7 @@ from rkcached.api.status import Recent, status, summary
 from rkcached.api.suggest_routes import SuggestApi
 from rkcached.errors import ManifestError, SettingsError
 from rkcached.host import logs
+from rkcached.host.file_limit import Complaints, raise_file_limit
 from rkcached.host.logs import log
 from rkcached.host.settings import Settings
 from rkcached.host.systemd import Service, listen_fds
@@ -95,6 +96,7 @@ def run(settings: Settings) -> None:
     gc.freeze()  # the modules; cli.py put the collector off while it imported them
     gc.enable()
     _give_memory_back()
+    raise_file_limit()
     service = Service()
     if service.notified:
         faulthandler.enable()  # whom the watchdog aborts says where it was stuck
@@ -291,6 +293,7 @@ async def _serve(
     parts = _build(settings, manifest, store, stored, service)
     stopping = asyncio.Event()
     loop = asyncio.get_running_loop()
+    loop.set_exception_handler(Complaints())
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stopping.set)
     loop.add_signal_handler(signal.SIGHUP, parts.reloading.hang_up)

@@ -52,6 +52,9 @@ TOO_MANY_AGAIN_S = 10.0
 MAX_CONNECTIONS = 400
 """At each socket; fewer where the process may open few files. One user may have three quarters."""
 
+OTHER_FILES = 96
+"""Files that are left for everything else: workers, watches, builds."""
+
 SOCKET_CHECK_S = 5.0
 """A socket that somebody deleted is back after this time."""
 
@@ -284,11 +287,11 @@ def _log_refused(connections: int) -> None:
 
 
 def _max_connections() -> int:
-    """At each of two sockets, so that files are left for everything else."""
+    """At each of two sockets."""
     limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     if limit == resource.RLIM_INFINITY:
         return MAX_CONNECTIONS
-    return max(16, min(MAX_CONNECTIONS, limit * 2 // 5))
+    return max(8, min(MAX_CONNECTIONS, (limit - OTHER_FILES) // 2))
 
 
 class OnceLooked:

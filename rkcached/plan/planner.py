@@ -13,6 +13,7 @@ from typing import NamedTuple, assert_never
 
 from rkcached.plan.fingerprint import Fingerprint, changes, reason_of
 from rkcached.plan.records import (
+    MAX_QUARANTINE_S,
     MAX_RETRY_S,
     PASSING_RETRY_S,
     Action,
@@ -298,11 +299,12 @@ def _adopted(base: Assessment, wanted: Fingerprint, source: _Source, world: _Wor
 
 def _by_verdict(base: Assessment, verdict: Verdict, world: _World) -> Assessment | None:
     """Assess a prompt by the verdict on earlier attempts; None if another attempt is due."""
+    now = world.observed.now
     match verdict.kind:
         case VerdictKind.UNCACHEABLE:
             return _blocked(base, State.UNCACHEABLE, verdict.trouble)
-        case VerdictKind.QUARANTINED:
-            return _blocked(base, State.QUARANTINED, verdict.trouble)
+        case VerdictKind.QUARANTINED if now < verdict.retry_at <= now + MAX_QUARANTINE_S:
+            return _blocked(base, State.QUARANTINED, verdict.trouble, verdict.retry_at)
         case VerdictKind.TOO_LONG:
             return _blocked(base, State.BLOCKED, verdict.trouble)
         case VerdictKind.TOO_SHORT if verdict.tokens < world.limits.min_tokens:
@@ -314,11 +316,14 @@ def _by_verdict(base: Assessment, verdict: Verdict, world: _World) -> Assessment
             # Worded anew, because the other artifacts may have grown or shrunk since.
             trouble = world.unfit(verdict.fingerprint, verdict.needed_bytes).trouble
             return _blocked(base, State.BLOCKED, trouble)
-        case VerdictKind.FAILED if (
-            world.observed.now < verdict.retry_at <= world.observed.now + MAX_RETRY_S
-        ):
+        case VerdictKind.FAILED if now < verdict.retry_at <= now + MAX_RETRY_S:
             return _blocked(base, State.BLOCKED, verdict.trouble, verdict.retry_at)
-        case VerdictKind.TOO_SHORT | VerdictKind.OVER_BUDGET | VerdictKind.FAILED:
+        case (
+            VerdictKind.TOO_SHORT
+            | VerdictKind.OVER_BUDGET
+            | VerdictKind.FAILED
+            | VerdictKind.QUARANTINED
+        ):
             return None  # the limit was raised, the time has come, or the clock was set back
         case _:
             assert_never(verdict.kind)

@@ -23,6 +23,11 @@ MAX_RETRY_S = 60.0
 """No failed attempt waits longer for the next one; a time further ahead was written by a clock that
 was wrong."""
 
+QUARANTINE_S = 3600.0
+"""What is quarantined is tried again after so long; then after twice as long, and so on."""
+
+MAX_QUARANTINE_S = 7 * 86_400.0
+
 
 PASSING_RETRY_S = 10.0
 """An input that may become usable without anybody's doing is looked at again after so long."""
@@ -82,7 +87,7 @@ class VerdictKind(StrEnum):
     TOO_SHORT = "too_short"  # until cache.min_tokens is lowered
     OVER_BUDGET = "over_budget"  # until there is room in cache.max_bytes
     UNCACHEABLE = "uncacheable"  # lasting, and true for every prompt of the model
-    QUARANTINED = "quarantined"  # lasting
+    QUARANTINED = "quarantined"  # until `retry_at`, which is later each time
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,7 +102,7 @@ class Verdict:
     trouble: Trouble
     attempts: int = 1
     retry_at: float = 0.0
-    """Unix seconds; for FAILED."""
+    """Unix seconds; for FAILED and QUARANTINED."""
     tokens: int = 0
     needed_bytes: int = 0
     model: str = ""

@@ -13,7 +13,13 @@ from dataclasses import replace
 
 from rkcached import errors
 from rkcached.plan.desired import Desired, DesiredModel
-from rkcached.plan.records import MAX_RETRY_S, Verdict, VerdictKind
+from rkcached.plan.records import (
+    MAX_QUARANTINE_S,
+    MAX_RETRY_S,
+    QUARANTINE_S,
+    Verdict,
+    VerdictKind,
+)
 from rkcached.sources.records import Key, Trouble
 
 QUARANTINE_AFTER = 3
@@ -150,7 +156,7 @@ def verdict_on(
         case errors.WorkerDied() | errors.WorkerTimeout() | errors.VerifyFailed() if (
             attempts >= QUARANTINE_AFTER
         ):
-            return quarantined(fingerprint, f"building it failed {attempts} times: {error.message}")
+            return quarantined(fingerprint, "building it", attempts, error.message)
         case _:
             pause_s = min(2.0 ** min(attempts, 10), MAX_RETRY_S)  # 2.0**1024 is no float
             return verdict(
@@ -161,11 +167,18 @@ def verdict_on(
             )
 
 
-def quarantined(fingerprint: str, why: str) -> Verdict:
+def quarantined(fingerprint: str, what: str, times: int, why: str) -> Verdict:
+    """It failed so many times to do `what`, and is tried again ever more rarely.
+
+    Nobody may be able to keep a prompt without its cache for good.
+    """
     hint = "change the prompt, its parameters or the model, or run `rkcached regenerate`"
+    rounds = min(times - QUARANTINE_AFTER, 10)  # 2.0**1024 is no float
+    pause_s = min(QUARANTINE_S * 2.0**rounds, MAX_QUARANTINE_S)
     return Verdict(
         fingerprint=fingerprint,
         kind=VerdictKind.QUARANTINED,
-        trouble=Trouble(message=why, hint=hint),
-        attempts=QUARANTINE_AFTER,
+        trouble=Trouble(message=f"{what} failed {times} times: {why}", hint=hint),
+        attempts=times,
+        retry_at=time.time() + pause_s,
     )

@@ -213,7 +213,7 @@ class Reconciler:
 
         A clean refusal takes the artifact out at once; a worker's death does after QUARANTINE_AFTER
         times, for it may have another cause. A fingerprint that fails that often is left alone
-        until one of its inputs changes.
+        until one of its inputs changes, or for a time that grows.
         """
         if self.snapshot.artifacts.get(key) != artifact:
             return  # replaced meanwhile
@@ -231,7 +231,7 @@ class Reconciler:
         with contextlib.suppress(errors.StoreError):
             await asyncio.to_thread(self._store.quarantine, key)
             if faults >= QUARANTINE_AFTER:
-                verdict = quarantined(fingerprint, f"loading it failed {faults} times: {why}")
+                verdict = quarantined(fingerprint, "loading it", faults, why)
                 await asyncio.to_thread(self._store.verdicts.write, key, verdict)
 
         log.error("artifact quarantined", model=key.model, prompt=key.prompt, why=why)

@@ -25,6 +25,7 @@ from rkcached.plan.worker_model import worker_model
 from rkcached.reconcile.events import Events
 from rkcached.reconcile.loop import Reconciler
 from rkcached.serving.conversations import Conversations
+from rkcached.serving.deadly import DeadlyRequests
 from rkcached.serving.failures import (
     as_request_error,
     refuse_beyond_the_queue,
@@ -66,6 +67,7 @@ class Serving:
         self._gates = gates
         self.tally = Tally(reconciler, events, on_answer)
         self._works: dict[asyncio.Task[RunStats], Ongoing] = {}
+        self._deadly = DeadlyRequests()
         self._closing = False
         self._background: set[asyncio.Task[None]] = set()
 
@@ -149,6 +151,7 @@ class Serving:
         if self._closing:
             raise stopping()
         self._refuse_beyond_the_queue(job)
+        self._deadly.refuse(job)
         if job.named is not None:
             self._reconciler.demand.asks_for(job.named)
 
@@ -233,6 +236,7 @@ class Serving:
                 prompt = await job.correct(error.text, error.message)
                 ongoing.job = replace(job, prompt=prompt, correct=None)
             else:
+                self._deadly.answered(job)
                 self._note_load(ongoing)
                 return done.stats
 
@@ -371,6 +375,8 @@ class Serving:
         """
         found = ongoing.found
         if not ongoing.loading:
+            if isinstance(error, errors.WorkerDied):
+                self._deadly.ended_its_worker(ongoing.job, error.message)
             raise error
 
         # The client has seen nothing yet.

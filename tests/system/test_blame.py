@@ -41,6 +41,29 @@ def test_a_crash_in_an_answer_is_not_the_caches_fault(workspace: Workspace, kind
     assert "artifact not loadable" not in space.log_text()
 
 
+def test_a_request_that_ended_its_worker_twice_is_refused(workspace: Workspace) -> None:
+    """With the reason, and no worker dies of it again. Any other request is answered.
+
+    Every second answer of a worker crashes here.
+    """
+    space = crashing(workspace, "generate", 2)
+    for _ in range(2):
+        assert outcome(space, max_tokens=1) == "hit"
+        assert outcome(space, max_tokens=2) == "worker_died"
+    restarts = space.status()["models"][0]["restarts"]
+
+    body = {"model": "m/a", "messages": [{"role": "user", "content": "hello"}], "max_tokens": 2}
+    response = space.request("POST", "/v1/chat/completions", json=body)
+    error = response.json()["error"]
+    assert (response.status_code, error["code"]) == (422, "request_ends_worker")
+    assert "2 times" in error["message"]
+    assert "SIGSEGV" in error["message"]
+    assert "10 minutes" in error["message"]
+    assert space.status()["models"][0]["restarts"] == restarts
+    assert outcome(space, max_tokens=1) == "hit"
+    assert space.prompt("a")["state"] == "fresh"
+
+
 def test_a_crash_while_it_is_loaded_is_the_caches_fault(workspace: Workspace) -> None:
     """The request is answered without it; after three such deaths the cache is left alone."""
     space = crashing(workspace, "load", 1)

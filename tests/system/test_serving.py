@@ -10,6 +10,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -419,6 +420,27 @@ def test_cache_that_crashes_the_worker_is_quarantined(workspace: Workspace) -> N
     workspace.wait_state("p", "fresh")
     assert workspace.built() == ["p", "q", "p"]
     assert right_answer(workspace, "You are another prompt P.") == content(workspace.ask("m/p"))
+
+
+def test_what_was_quarantined_is_tried_again_by_itself(workspace: Workspace) -> None:
+    """And if it fails again, it is left alone for twice as long."""
+    workspace.hurry(reconcile__failures__QUARANTINE_S=3.0)
+    workspace.memory_model(faults=[{"op": "load", "kind": "segfault", "at": 1}])
+    workspace.write("p.md", "You are prompt P.")
+    workspace.declare("{p: p.md}", top="cache: {verify: off}")
+    workspace.start()
+    workspace.wait_settled()
+    for _ in range(3):
+        workspace.ask("m/p")
+        workspace.ask("m/p", cache=False)  # the state in memory is not used again
+    first = workspace.wait_state("p", "quarantined")
+    assert 0 < first["retry_at"] - time.time() <= 3
+
+    workspace.wait_state("p", "fresh")
+    workspace.ask("m/p")
+    second = workspace.wait_state("p", "quarantined")
+    assert "loading it failed 4 times" in second["reason"]
+    assert second["retry_at"] - time.time() > 3
 
 
 def test_build_that_hangs_or_fails_does_not_stop_the_others(workspace: Workspace) -> None:

@@ -242,6 +242,34 @@ def test_thousand_connections(settled: Workspace) -> None:
     wait_until(lambda: fds(settled) < 100, "they are gone")
 
 
+def test_running_out_of_files_is_said_once(workspace: Workspace) -> None:
+    """It costs no traceback, no prompt and no socket; who comes later is served.
+
+    The daemon may have 110 files here, more of which are connections than it has left itself.
+    """
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    workspace.hurry(api__server__OTHER_FILES=-500)
+    workspace.memory_model()
+    workspace.write("a.md", "You are prompt A.\n")
+    workspace.declare("{a: a.md}")
+    workspace.start()
+    workspace.wait_state("a", "fresh")
+    assert workspace.process is not None
+    resource.prlimit(workspace.process.pid, resource.RLIMIT_NOFILE, (110, hard))
+    with ExitStack() as stack:
+        clients = [stack.enter_context(connected(workspace)) for _ in range(120)]
+        workspace.logged("warning out of files")
+        time.sleep(2.5)  # asyncio accepts again after a second each
+        assert len(clients) == 120
+        assert workspace.log_text().count("out of files") == 1
+    wait_until(lambda: fds(workspace) < 60, "they are gone")
+    workspace.write("a.md", "You are prompt A, edited.\n")
+    wait_until(lambda: workspace.built().count("a") == 2, "the prompt is built")
+    assert workspace.ask("m/a")["rkcached"]["state"] == "hit"
+    assert "Traceback" not in workspace.log_text()
+    assert workspace.stop() == 0
+
+
 def _refused(client: socket.socket) -> bool:
     client.settimeout(0.001)
     try:

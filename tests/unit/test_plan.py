@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from rkcached.plan.fingerprint import Fingerprint, fingerprint
 from rkcached.plan.planner import assess, plan
 from rkcached.plan.records import (
+    MAX_QUARANTINE_S,
     PASSING_RETRY_S,
     Action,
     Adopt,
@@ -81,6 +82,10 @@ def artifact(
 
 def verdict(kind: VerdictKind, **more: float) -> Verdict:
     return replace(Verdict(fingerprint=WANTED.digest, kind=kind, trouble=TROUBLE), **more)
+
+
+def quarantine(until: float) -> Verdict:
+    return verdict(VerdictKind.QUARANTINED, retry_at=until)
 
 
 def world(
@@ -183,7 +188,6 @@ def test_orphans_of_a_model_whose_folder_cannot_be_listed_are_kept() -> None:
     ("kind", "state"),
     [
         (VerdictKind.UNCACHEABLE, State.UNCACHEABLE),
-        (VerdictKind.QUARANTINED, State.QUARANTINED),
         (VerdictKind.TOO_LONG, State.BLOCKED),
     ],
 )
@@ -558,8 +562,29 @@ def test_a_corrupt_artifact_is_no_source() -> None:
 
 def test_a_quarantined_fingerprint_is_not_adopted() -> None:
     """It failed when it was used, and would again."""
-    observed = with_retired(world(verdicts={KEY: verdict(VerdictKind.QUARANTINED)}), retired())
+    observed = with_retired(world(verdicts={KEY: quarantine(until=10)}), retired())
     assert assess([desired()], observed, WEEK)[0].state is State.QUARANTINED
+
+
+@pytest.mark.parametrize("until", [0, -5, 2 * MAX_QUARANTINE_S])
+def test_what_was_quarantined_is_built_again_when_its_time_has_come(until: float) -> None:
+    """It is not adopted, as it failed when it was used.
+
+    A time that no quarantine lasts was written by a clock that was wrong.
+    """
+    observed = with_retired(world(verdicts={KEY: quarantine(until=until)}), retired())
+    [assessment, *_] = assess([desired()], observed, WEEK)
+    assert isinstance(assessment.action, Build)
+
+
+def test_a_quarantine_blocks_until_its_end_whatever_else_there_is() -> None:
+    for observed in (world(), world(artifact(corrupt="damaged"))):
+        sentenced = replace(observed, verdicts={KEY: quarantine(until=10)})
+        [assessment] = assess([desired()], sentenced, WEEK)
+        assert assessment.state is State.QUARANTINED
+        assert assessment.action == Blocked(
+            key=KEY, reason="it did not work", hint="do something", retry_at=10
+        )
 
 
 @pytest.mark.parametrize(
