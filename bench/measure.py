@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from _bodies import measure_bodies
 from _clients import measure_clients
 from _daemon import BenchError
 from _figures import Figure, document, is_quiet, machine, print_tables
@@ -42,6 +43,7 @@ PARTS: dict[str, Callable[[Bench], list[Figure]]] = {
     "ttft": measure_ttft,
     "share": measure_share,
     "clients": measure_clients,
+    "bodies": measure_bodies,
     "edit": measure_edit,
     "sweep": measure_sweep,
     "scale": measure_scale,

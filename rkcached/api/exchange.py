@@ -9,6 +9,7 @@ import time
 import traceback
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
 import pydantic_core
@@ -19,6 +20,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from rkcached.api.bodies import Body, error_body, parse_body
+from rkcached.api.rendering import LARGE_BYTES
 from rkcached.api.responses import Answer
 from rkcached.api.shares import Share
 from rkcached.errors import RequestError
@@ -36,6 +38,9 @@ _COUNTED_AT_ONCE = 32 << 10
 
 PEER = "peer"
 """Key of the connection's state for the uid and pid of the process that opened it."""
+
+# Parses large bodies. One thread: more would only take turns at Python's lock.
+_PARSING = ThreadPoolExecutor(max_workers=1, thread_name_prefix="parse")
 
 BODIES_BYTES = 32 << 20
 """Bodies of one user's requests, until they are answered; of all users together twice as much."""
@@ -55,7 +60,16 @@ async def read_record(record: type[Body], request: Request) -> Body:
 
     Errors: RequestError 400, 413 or 415, or 499 when the client goes away.
     """
-    return parse_body(record, await read_body(request, max_values=record.max_values))
+    data = await read_body(request, max_values=record.max_values)
+    if len(data) <= LARGE_BYTES:
+        return parse_body(record, data)
+    return await asyncio.get_running_loop().run_in_executor(_PARSING, parse_body, record, data)
+
+
+def size_of_body(request: Request) -> int:
+    """The bytes of the body, as far as it was read."""
+    holding: _Holding = request.scope[_HOLDING]
+    return holding.size_bytes
 
 
 async def read_body(request: Request, *, max_values: int) -> bytes:
@@ -278,16 +292,16 @@ class _Holding:
     def __init__(self, share: Share, caller: int) -> None:
         self._share = share
         self._caller = caller
-        self._size_bytes = 0
+        self.size_bytes = 0
 
     def take(self, size_bytes: int) -> bool:
         if not self._share.take(self._caller, size_bytes):
             return False
-        self._size_bytes += size_bytes
+        self.size_bytes += size_bytes
         return True
 
     def give_back(self) -> None:
-        self._share.give_back(self._caller, self._size_bytes)
+        self._share.give_back(self._caller, self.size_bytes)
 
 
 class Exchanges:

@@ -45,6 +45,7 @@ from rkcached.api.exchange import (
     read_record,
     refuse,
     remember,
+    size_of_body,
     uid_of,
     unless_gone,
     viewer_of,
@@ -180,7 +181,9 @@ class Api:
     async def _chat(self, request: Request) -> Response:
         accepted = time.monotonic()
         body = await read_record(ChatRequest, request)
-        job, reply = await self._preparation.chat(body, accepted, uid_of(request))
+        job, reply = await self._preparation.chat(
+            body, accepted, uid_of(request), size_of_body(request)
+        )
 
         writer = ChatWriter(body.model, reply, one_call=body.parallel_tool_calls is False)
         return await self._answer(request, body, job, writer)

@@ -24,7 +24,7 @@ MAX_RETRY_S = 60.0
 was wrong."""
 
 QUARANTINE_S = 3600.0
-"""What is quarantined is tried again after so long; then after twice as long, and so on."""
+"""After so long a quarantined prompt is tried again; then after twice as long, and so on."""
 
 MAX_QUARANTINE_S = 7 * 86_400.0
 

@@ -7,14 +7,19 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 from conftest import Workspace
 
+BENCH = Path(__file__).parents[2] / "bench"
 MAX_BYTES = 8 << 20
 
 PROMPT = "Be brief.\n"
@@ -178,3 +183,58 @@ def test_no_endpoint_is_held_up(daemon: Workspace) -> None:
 
     assert slowest_while(daemon, work) < SLOW_S
     assert daemon.ask("m/a")["rkcached"]["state"] == "hit"
+
+
+def test_no_right_body_holds_the_others_up(tmp_path: Path) -> None:
+    """Those that `make bench PARTS=bodies` measures, where the aim is 100 ms."""
+    figures = tmp_path / "figures.json"
+    subprocess.run(
+        [
+            *(sys.executable, "measure.py", "--only", "bodies", "--runs", "1"),
+            *("--json", str(figures)),
+        ],
+        cwd=BENCH,
+        env={**os.environ, "TMPDIR": str(tmp_path)},
+        capture_output=True,
+        check=False,
+        timeout=300,
+    )
+    waits_ms = [figure["value"] for figure in json.loads(figures.read_text())["figures"]]
+    assert len(waits_ms) == 19
+    assert max(waits_ms) < SLOW_S * 1000
+
+
+@pytest.mark.parametrize(
+    ("path", "param", "large"),
+    [
+        (
+            "/v1/chat/completions",
+            "messages",
+            {"messages": [{"role": "user", "content": "word " * 1_400_000}]},
+        ),
+        ("/v1/completions", "prompt", {"prompt": "word " * 1_400_000}),
+    ],
+)
+def test_a_text_far_beyond_the_context_is_refused_by_its_length(
+    workspace: Workspace, path: str, param: str, large: dict[str, Any]
+) -> None:
+    """The model is not even loaded, which would have to count 7 MB of text for 256 tokens.
+
+    A text that may fit, were its tokens as long as any, is counted.
+    """
+    workspace.memory_model(context_tokens=256)
+    workspace.declare("{}", params="{max_context_len: 256, max_new_tokens: 16}")
+    workspace.start()
+    workspace.wait_settled()
+    refused = workspace.request("POST", path, json={"model": "m", **large})
+    error = refused.json()["error"]
+    assert (refused.status_code, error["code"]) == (400, "context_length_exceeded")
+    assert error["param"] == param
+    assert "7,000," in error["message"]
+    assert "params.max_context_len" in error["message"]
+    assert workspace.status()["models"][0]["worker"] == "stopped"
+
+    counted = workspace.request(
+        "POST", "/v1/completions", json={"model": "m", "prompt": "x" * 60_000}
+    )
+    assert "60000 tokens" in counted.json()["error"]["message"]
