@@ -38,6 +38,7 @@ from rkcached.serving.embeddings import EmbeddingInput
 from rkcached.serving.failures import as_request_error
 from rkcached.serving.job import Job, Part
 from rkcached.serving.models import find_embedding_model, find_text_model
+from rkcached.worker.held import EVERYBODY
 from rkcached.worker.schemas import MAX_SCHEMA_BYTES, SchemaChecker
 
 Result = TypeVar("Result")
@@ -98,6 +99,7 @@ class Preparation:
             cold=request.wanted_cache is False,
             accepted=accepted,
             owner=owner,
+            state_owner=self._state_owner(owner),
             parts=written.parts,
             goes_on=any(message["role"] == "assistant" for message in written.messages),
             with_tools=bool(demand.tools),
@@ -152,8 +154,12 @@ class Preparation:
             cold=request.wanted_cache is False,
             accepted=accepted,
             owner=owner,
+            state_owner=self._state_owner(owner),
             parts=(Part("the prompt", request.text),),
         )
+
+    def _state_owner(self, owner: int) -> int:
+        return EVERYBODY if self._published.now.manifest.serving.share_state else owner
 
     def embedding(self, request: EmbeddingRequest) -> tuple[str, list[EmbeddingInput]]:
         """The name of the model and the inputs. Errors: RequestError."""

@@ -29,6 +29,7 @@ from rkcached.reconcile.snapshot import Published
 from rkcached.serving.job import Job
 from rkcached.store.conversations import ConversationFiles, Record, SavedConversation
 from rkcached.worker import protocol
+from rkcached.worker.held import EVERYBODY
 from rkcached.worker.model import WorkerModel
 
 DEFAULT_MAX_BYTES = 512 << 20
@@ -83,7 +84,11 @@ class Conversations:
 
     def of(self, viewer: int | None) -> list[SavedConversation]:
         """Those of this user; None: all."""
-        return [saved for saved in self._saved if viewer in (None, saved.record.owner)]
+        return [
+            saved
+            for saved in self._saved
+            if viewer is None or saved.record.owner in (viewer, EVERYBODY)
+        ]
 
     @property
     def size_bytes(self) -> int:
@@ -205,7 +210,7 @@ class Conversations:
             if (record.model, record.identity, record.owner) != (
                 job.model.name,
                 identity,
-                job.owner,
+                job.state_owner,
             ):
                 continue
             shared = common_bytes(saved.text, rendered)

@@ -305,7 +305,7 @@ class Serving:
         operation = protocol.Generate(
             prompt=job.prompt,
             sampling=job.sampling,
-            owner=job.owner,
+            owner=job.state_owner,
             cold=job.cold,
             goes_on=job.goes_on,
         )

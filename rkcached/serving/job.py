@@ -39,6 +39,8 @@ class Job:
     """Monotonic seconds."""
     owner: int = NOBODY
     """The uid of the client."""
+    state_owner: int = NOBODY
+    """Who may go on from the state that it leaves in the engine: a uid, or EVERYBODY."""
     parts: tuple[Part, ...] = ()
     """The messages, in the order in which the prompt has them."""
     goes_on: bool = False

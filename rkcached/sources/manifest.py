@@ -219,6 +219,11 @@ class ServingConfig(_Section):
         le=86_400,
         description="Stop a request that takes longer. None is no limit.",
     )
+    share_state: bool = Field(
+        default=False,
+        description="Let every user's requests go on from what another one asked. "
+        "Then users can find out, by the time and the reused tokens, what others ask.",
+    )
     hosts: Hosts = Field(
         default=(),
         description="Other names by which browsers and proxies may call this machine.",

@@ -24,6 +24,9 @@ UNKNOWN = -2
 """The owner of a state that a client left whose user the kernel does not tell, as over TCP. It is
 open to nobody, not even to the next such client."""
 
+EVERYBODY = -3
+"""The owner of what all users share, where the manifest has `serving.share_state`."""
+
 _WORTH_KEEPING_BYTES = 64
 """A conversation that has less beyond the file that it began with, some 16 tokens, is read again as
 quickly."""
