@@ -16,6 +16,8 @@ import struct
 from pathlib import Path
 from typing import Final
 
+from rkcached.host.regular import open_regular
+
 WORDS: Final = struct.Struct("<III")
 """Magic, version and n of llama.cpp and RKLLM."""
 
@@ -37,7 +39,7 @@ def rkllm_tokens(path: Path) -> int | None:
     None if it is missing, unreadable or too short.
     """
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             data = file.read(WORDS.size)
     except OSError:
         return None

@@ -23,6 +23,7 @@ from typing import NewType
 import msgspec
 
 from rkcached.errors import SourceError, SourceUnsettled
+from rkcached.host.regular import open_regular, read_regular
 
 # A change may share its time with one that comes so much later: kernels tick every 1 to 10 ms.
 _FINE_NS = 50_000_000
@@ -38,6 +39,7 @@ _COARSE_NS = ((1_000_000_000, 3_000_000_000), (100_000_000, 300_000_000))
 _VERSION = 2
 
 _ATTEMPTS = 3
+_MAX_BYTES = 64 << 20  # of the file of digests: some 300,000 files
 
 _PIECE_BYTES = 1 << 18
 
@@ -126,7 +128,7 @@ class Digests:
         if file is not None:
             # A damaged memory only costs re-hashing.
             with contextlib.suppress(OSError, ValueError, RecursionError):
-                kept = msgspec.json.decode(file.read_bytes(), type=_Kept)
+                kept = msgspec.json.decode(read_regular(file, _MAX_BYTES, follow=False), type=_Kept)
                 if kept.version == _VERSION:
                     self._before = kept.files
 
@@ -152,7 +154,7 @@ class Digests:
             return entry.digest, entry.signature
 
         for _ in range(_ATTEMPTS):
-            with path.open("rb") as stream:
+            with open_regular(path) as stream:
                 info = os.fstat(stream.fileno())
                 signature = signature_of(info)
                 lasting = settled(info)

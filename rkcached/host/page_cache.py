@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from rkcached.host.regular import open_regular
+
 SHARE = 0.5
 """A file is read ahead if it takes no more than this share of the memory that is available: what is
 read would else push out what is needed more."""
@@ -20,7 +22,7 @@ def read_ahead(path: Path) -> bool:
             return False
 
         chunk = bytearray(_CHUNK_BYTES)
-        with path.open("rb", buffering=0) as stream:
+        with open_regular(path, follow=False) as stream:
             while stream.readinto(chunk):
                 pass
     except OSError:

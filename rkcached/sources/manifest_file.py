@@ -16,6 +16,7 @@ from rkcached.engines.registry import ENGINES
 from rkcached.host.access import refusal
 from rkcached.host.digests import Signature, settled, signature_of
 from rkcached.host.logs import log
+from rkcached.host.regular import read_regular
 from rkcached.messages.builtin import BUILTIN
 from rkcached.sources import tokenizer_files
 from rkcached.sources.manifest import Manifest, ModelConfig
@@ -89,7 +90,7 @@ def manifest_text(path: Path) -> str:
             raise OSError(errno.EFBIG, why)  # noqa: TRY301 - translated below
         if not stat.S_ISREG(info.st_mode):  # reading a pipe would wait for its writer
             raise OSError(errno.EINVAL, "it is not a regular file")  # noqa: TRY301
-        return utf8(path, path.read_bytes())
+        return utf8(path, read_regular(path, MAX_MANIFEST_BYTES))
     except errors.SourceError as error:
         problem = errors.Problem(file=str(path), line=0, message=error.message, hint=error.hint)
         raise errors.ManifestError((problem,)) from error

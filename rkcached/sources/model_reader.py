@@ -12,6 +12,7 @@ from rkcached.engines.llamacpp.header import Header, read_header
 from rkcached.engines.registry import EngineEntry
 from rkcached.errors import RkcachedError, SourceError
 from rkcached.host.digests import Digests, Signature
+from rkcached.host.regular import open_regular
 from rkcached.messages.builtin import BUILTIN
 from rkcached.messages.tokenizer_facts import MAX_TEMPLATE_BYTES, TokenizerFacts
 from rkcached.sources import tokenizer_files
@@ -50,7 +51,7 @@ class ModelReader:
                 kind = "a directory" if stat.S_ISDIR(mode) else "not a regular file"
                 return Trouble(message=f"{config.path} is {kind}", hint="name a model file")
 
-            with config.path.open("rb") as stream:
+            with open_regular(config.path) as stream:
                 if stream.read(len(engine.model_magic)) != engine.model_magic:
                     return Trouble(
                         message=f"{config.path} is not a {engine.model_format}",

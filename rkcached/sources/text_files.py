@@ -9,6 +9,7 @@ from pathlib import Path
 
 from rkcached.errors import SourceError
 from rkcached.host.access import refusal
+from rkcached.host.regular import read_regular
 
 MAX_PROMPT_BYTES = 1 << 20
 """A prompt beyond this is a mistake: it is some 250,000 tokens."""
@@ -39,7 +40,7 @@ def read_text(path: Path, noun: str = PROMPT) -> str:
                 hint=f"shorten the {noun}",
             )
 
-        return _decode(path, path.read_bytes()[: MAX_PROMPT_BYTES + 1], noun)
+        return _decode(path, read_regular(path, MAX_PROMPT_BYTES), noun)
     except OSError as error:
         raise unusable(path, error, "file") from error
 

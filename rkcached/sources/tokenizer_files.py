@@ -18,6 +18,7 @@ from typing import Any, Final, TypeVar
 import msgspec
 
 from rkcached.errors import SourceError
+from rkcached.host.regular import open_regular
 from rkcached.messages.special_tokens import SpecialTokens
 from rkcached.messages.tokenizer_facts import (
     MAX_CONTROL_TOKENS,
@@ -220,7 +221,7 @@ def _bytes(file: Path) -> bytes:
         file.stat()
         raise SourceError(f"{file} is not a regular file", hint="name a file, or a folder")
 
-    with file.open("rb") as stream:
+    with open_regular(file) as stream:
         data = stream.read(_MAX_BYTES + 1)
     if len(data) > _MAX_BYTES:
         raise SourceError(

@@ -10,14 +10,11 @@ more.
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import os
 import re
 import secrets
-import stat
 from dataclasses import dataclass
-from io import BufferedReader
 from pathlib import Path
 
 import msgspec
@@ -25,11 +22,15 @@ import msgspec
 from rkcached.errors import StoreError
 from rkcached.host import beneath
 from rkcached.host.digests import Signature, signature_of
+from rkcached.host.regular import open_regular, read_regular
 from rkcached.store import marks
 from rkcached.store.writer import Writer, make_folder
 
 FOLDER_MODE = 0o700
 FILE_MODE = 0o600
+
+_MAX_RECORD_BYTES = 128 << 20
+"""A record has the whole text, in JSON's escapes."""
 
 _STATE = ".state"
 _NAME = re.compile(r"([0-9a-f]{16})\.(state|json|tmp)")
@@ -93,8 +94,8 @@ class ConversationFiles:
         """
         try:
             with self._writer.writing(path):
-                path.chmod(FILE_MODE)
-                with path.open("rb") as stream:
+                with open_regular(path, follow=False) as stream:  # as in `Staging.seal`
+                    os.fchmod(stream.fileno(), FILE_MODE)
                     digest = hashlib.file_digest(stream, "sha256").hexdigest()
                     info = os.fstat(stream.fileno())
                 record = msgspec.structs.replace(record, size_bytes=info.st_size, sha256=digest)
@@ -146,7 +147,7 @@ def _read(path: Path) -> SavedConversation | None:
     try:
         record = msgspec.json.decode(_bytes_of(path.with_suffix(".json")), type=Record)
         text = record.text.encode()
-        with _opened(path) as stream:
+        with open_regular(path, follow=False) as stream:
             digest = hashlib.file_digest(stream, "sha256").hexdigest()
             info = os.fstat(stream.fileno())
     except (OSError, ValueError, RecursionError):
@@ -158,15 +159,4 @@ def _read(path: Path) -> SavedConversation | None:
 
 
 def _bytes_of(path: Path) -> bytes:
-    with _opened(path) as stream:
-        return stream.read()
-
-
-def _opened(path: Path) -> BufferedReader:
-    """Open a file to read it. Errors: OSError, also for a link, a pipe or a device."""
-    fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-    stream = os.fdopen(fd, "rb")
-    if not stat.S_ISREG(os.fstat(fd).st_mode):
-        stream.close()
-        raise OSError(errno.EINVAL, "it is no file", str(path))
-    return stream
+    return read_regular(path, _MAX_RECORD_BYTES, follow=False)

@@ -7,6 +7,7 @@ changes.
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import os
 import stat
@@ -18,6 +19,7 @@ from rkcached.engines.registry import ENGINES
 from rkcached.errors import SourceError
 from rkcached.host.beneath import is_folder
 from rkcached.host.digests import Digests, Signature, settled, signature_of
+from rkcached.host.regular import open_regular, read_regular
 from rkcached.plan.fingerprint import owner_in
 from rkcached.plan.records import Retired
 from rkcached.sources.problems import NAME
@@ -194,14 +196,13 @@ def look_at_retired(folder: Path) -> _SeenRetired | None:
 
 def read_sidecar(path: Path, key: Key | None) -> Sidecar | str:
     """The sidecar, or why it is none. Errors: FileNotFoundError."""
-    info = path.stat()
-    if stat.S_ISFIFO(info.st_mode) or info.st_size > MAX_RECORD_BYTES:
-        return "the sidecar is damaged: it is no file of that kind"
     try:
-        return parse_sidecar(path.read_bytes(), key)
+        return parse_sidecar(read_regular(path, MAX_RECORD_BYTES, follow=False), key)
     except FileNotFoundError:
         raise
     except OSError as error:
+        if error.errno in (errno.EINVAL, errno.EFBIG, errno.ELOOP, errno.ENXIO):
+            return "the sidecar is damaged: it is no file of that kind"
         return f"the sidecar cannot be read: {error.strerror}"
 
 
@@ -236,14 +237,9 @@ def inspect(folder: Path, sidecar: Sidecar, digests: Digests) -> StoredArtifact:
 
 def _read_text(path: Path) -> bytes:
     """The text of an artifact, or so much that it is seen to be none. Errors: OSError."""
-    with open(path, "rb", opener=_at_once) as stream:
+    with open_regular(path, follow=False) as stream:
         size_bytes = os.fstat(stream.fileno()).st_size
         return stream.read(min(size_bytes, MAX_TEXT_BYTES) + 1)
-
-
-def _at_once(path: str, flags: int) -> int:
-    """Open a file; one that is a FIFO without waiting for its writer."""
-    return os.open(path, flags | os.O_NONBLOCK)
 
 
 def strangers(folder: Path, key: Key) -> list[Path]:
@@ -332,12 +328,8 @@ def _scan_rest(
 def _begins_as_sidecar(path: Path, key: Key) -> bool:
     """Whether the first lines of a damaged sidecar are those of this key's."""
     with contextlib.suppress(OSError):
-        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-        try:
-            head = os.read(fd, 512)
-        finally:
-            os.close(fd)
-
+        with open_regular(path, follow=False) as stream:
+            head = stream.read(512)
         return f'"model": "{key.model}",\n  "prompt": "{key.prompt}",\n'.encode() in head
 
     return False

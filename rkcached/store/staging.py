@@ -11,6 +11,7 @@ from pathlib import Path
 
 from rkcached.errors import StoreError
 from rkcached.host import beneath, disk
+from rkcached.host.regular import open_regular
 from rkcached.sources.records import Key
 from rkcached.store.scan import STAGING, model_folders, prompt_of, strangers
 from rkcached.store.writer import Writer, make_folder
@@ -67,12 +68,12 @@ class Staging:
 
         Errors: StoreError.
         """
-        with self._writer.writing(staged):
-            staged.chmod(disk.FILE_MODE)
-            with staged.open("rb") as stream:
-                os.fsync(stream.fileno())
-                digest = hashlib.file_digest(stream, "sha256").hexdigest()
-                return os.fstat(stream.fileno()).st_size, digest
+        # The worker has made it: a link there would lead to a file that is not ours to change.
+        with self._writer.writing(staged), open_regular(staged, follow=False) as stream:
+            os.fchmod(stream.fileno(), disk.FILE_MODE)
+            os.fsync(stream.fileno())
+            digest = hashlib.file_digest(stream, "sha256").hexdigest()
+            return os.fstat(stream.fileno()).st_size, digest
 
     def expects(self, folder: Path) -> bool:
         """Whether a build will put its file into this folder of a model."""

@@ -32,6 +32,7 @@ from rkcached.errors import StoreError
 from rkcached.host import beneath, disk
 from rkcached.host.access import explained
 from rkcached.host.digests import Digests, signature_of
+from rkcached.host.regular import read_regular
 from rkcached.sources.records import Key
 from rkcached.store import marks
 from rkcached.store.conversations import ConversationFiles
@@ -39,6 +40,7 @@ from rkcached.store.quarantine import Quarantine
 from rkcached.store.retired import RetiredArtifacts
 from rkcached.store.scan import (
     CACHE_SUFFIXES,
+    MAX_TEXT_BYTES,
     Scan,
     foreign,
     inspect,
@@ -291,7 +293,7 @@ class Store:
                     why = old if isinstance(old, str) else "it has another fingerprint by now"
                     raise StoreError(f"{folder} cannot be adopted by {key}: {why}", hint=_AGAIN)
 
-                text = (folder / f"{old.prompt}.bin").read_bytes()
+                text = read_regular(folder / f"{old.prompt}.bin", MAX_TEXT_BYTES, follow=False)
                 _place(folder / old.artifact, staged, link=take)
 
             size_bytes, sha256 = self.staging.seal(staged)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import stat
 from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
 
 from rkcached.host import beneath, disk
+from rkcached.host.regular import read_regular
 from rkcached.plan.records import Verdict
 from rkcached.sources.records import Key
 from rkcached.store import marks
@@ -41,10 +41,8 @@ class Verdicts:
         path = self._path(key)
 
         try:
-            info = path.stat()
-            if not stat.S_ISREG(info.st_mode) or info.st_size > MAX_RECORD_BYTES:
-                return None
-            return msgspec.json.decode(path.read_bytes(), type=Verdict)
+            data = read_regular(path, MAX_RECORD_BYTES, follow=False)
+            return msgspec.json.decode(data, type=Verdict)
         except (OSError, ValueError, RecursionError):
             return None
 

@@ -550,7 +550,7 @@ class Storm(RuleBasedStateMachine):
             }
         )
         try:
-            job, _ = await self.preparation.chat(request, time.monotonic(), owner)
+            job, _ = await self.preparation.chat(request, time.monotonic(), owner, 0)
             parts = [part async for part in self.serving.run(job)]
         except RequestError:
             return None

@@ -20,7 +20,9 @@ import pytest
 
 from rkcached.errors import StoreError
 from rkcached.host.digests import Digests, signature_of
+from rkcached.host.regular import read_regular
 from rkcached.messages.builtin import BUILTIN
+from rkcached.sources import text_files
 from rkcached.sources.manifest_file import inputs
 from rkcached.sources.parser import parse
 from rkcached.sources.reader import SourceReader
@@ -263,13 +265,12 @@ def test_an_unchanged_prompt_is_not_read_again(
     settle(folder.prompt)
     first = folder.scan().prompts[P]
     read: list[Path] = []
-    read_bytes = Path.read_bytes
 
-    def noted(path: Path) -> bytes:
+    def noted(path: Path, max_bytes: int) -> bytes:
         read.append(path)
-        return read_bytes(path)
+        return read_regular(path, max_bytes)
 
-    monkeypatch.setattr(Path, "read_bytes", noted)
+    monkeypatch.setattr(text_files, "read_regular", noted)
     assert folder.scan().prompts[P] is first
     assert read == []
     folder.prompt.write_text("Be brief.\n")

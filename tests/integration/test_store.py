@@ -285,7 +285,11 @@ DAMAGES: dict[str, tuple[str, Callable[[Path], object], str]] = {
         lambda path: path.write_bytes(b'{"x":' + b"[" * 100_000),
         "the sidecar is damaged",
     ),
-    "sidecar-directory": ("p.json", as_directory, "the sidecar cannot be read: Is a directory"),
+    "sidecar-directory": (
+        "p.json",
+        as_directory,
+        "the sidecar is damaged: it is no file of that kind",
+    ),
 }
 
 

@@ -55,7 +55,7 @@ async def test_a_request_that_waits_lets_the_build_come_to_its_end(
         request = ChatRequest.model_validate(
             {"model": "m/a", "messages": [{"role": "user", "content": "hello"}], "max_tokens": 1}
         )
-        job, _ = await preparation.chat(request, time.monotonic(), 1)
+        job, _ = await preparation.chat(request, time.monotonic(), 1, 0)
         parts = [part async for part in serving.run(job)]
         (end,) = [part for part in parts if isinstance(part, End)]
         read = len(job.model.template.prefix(TEXT).encode())

@@ -19,6 +19,7 @@ from typing import Any, Final
 
 from rkcached.engines.llamacpp import vocabulary
 from rkcached.engines.llamacpp.vocabulary import Metadata
+from rkcached.host.regular import open_regular
 from rkcached.messages.tokenizer_facts import MAX_TEMPLATE_BYTES, TokenizerFacts
 
 MAGIC: Final = b"GGUF"
@@ -76,7 +77,7 @@ def read_header(path: Path) -> Header | None:
 
     Errors: OSError.
     """
-    with path.open("rb") as stream:
+    with open_regular(path) as stream:
         reader = _Reader(stream)
         try:
             tensors = reader.read()
