@@ -65,6 +65,7 @@ from rkcached.serving.resting import Resting
 from rkcached.sources.manifest import Manifest, ReadyWhen
 from rkcached.sources.manifest_file import read_manifest
 from rkcached.sources.stored_texts import StoredTexts
+from rkcached.store.seal import make_seal
 from rkcached.store.store import Store
 from rkcached.worker import scratch
 from rkcached.worker.gate import Gates
@@ -109,7 +110,7 @@ def run(settings: Settings) -> None:
         for listener in itertools.chain.from_iterable(passed.values()):
             refuse_waiting(listener, error)
         raise
-    store = Store(settings.cache_dir)
+    store = Store(settings.cache_dir, seal=make_seal(settings.state_dir))
     stored = StoredTexts(settings.state_dir)
     store.open()
     scratch.sweep()

@@ -15,7 +15,6 @@ from rkcached.errors import StoreLocked, counted, printable
 from rkcached.host.settings import Settings
 from rkcached.reconcile import collection
 from rkcached.store import garbage
-from rkcached.store.store import Store
 
 
 def run(settings: Settings, *, dry_run: bool, strangers: bool, want_json: bool) -> int:
@@ -40,7 +39,7 @@ def run(settings: Settings, *, dry_run: bool, strangers: bool, want_json: bool) 
 
 def _collect(settings: Settings, *, dry_run: bool, strangers: bool) -> dict[str, Any]:
     """Errors: StoreLocked where a daemon owns the store."""
-    store = Store(settings.cache_dir)
+    store = looks.store_of(settings)
     try:
         if not dry_run:
             store.open()

@@ -13,7 +13,13 @@ from rkcached.reconcile.observer import Observation, Observer
 from rkcached.sources.manifest_file import inputs, read_manifest
 from rkcached.sources.stored_texts import StoredTexts
 from rkcached.store import marks
+from rkcached.store.seal import read_seal
 from rkcached.store.store import Store, unreadable
+
+
+def store_of(settings: Settings) -> Store:
+    """The store, as far as this user may look at it."""
+    return Store(settings.cache_dir, seal=read_seal(settings.state_dir))
 
 
 def look_at(settings: Settings) -> Observation:
@@ -21,7 +27,7 @@ def look_at(settings: Settings) -> Observation:
 
     Errors: ManifestError; SourceError, StoreError of the store.
     """
-    observer = Observer(Store(settings.cache_dir), StoredTexts(settings.state_dir))
+    observer = Observer(store_of(settings), StoredTexts(settings.state_dir))
     look = observer.observe(read_manifest(settings.manifest))
     if look.store_trouble is not None:
         need_store(settings)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import click
@@ -35,7 +34,7 @@ def run(settings: Settings, prompts: Sequence[str], *, deep: bool, want_json: bo
         chosen = names.matching(prompts, stored)
 
     results = []
-    for result in verify_artifacts(settings.cache_dir, look, chosen, deep=deep):
+    for result in verify_artifacts(looks.store_of(settings), look, chosen, deep=deep):
         results.append(result)
         if not want_json:
             mark = "FAILED"
@@ -59,10 +58,9 @@ def run(settings: Settings, prompts: Sequence[str], *, deep: bool, want_json: bo
 
 
 def verify_artifacts(
-    cache_dir: Path, look: Observation, keys: Sequence[Key], *, deep: bool
+    store: Store, look: Observation, keys: Sequence[Key], *, deep: bool
 ) -> Iterator[dict[str, Any]]:
     """One result for each key: whether it is good, and the finding in words."""
-    store = Store(cache_dir)
     with asyncio.Runner() as runner:
         workers = Workers()
         try:

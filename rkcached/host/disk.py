@@ -116,23 +116,23 @@ def no_inodes(disk: Free) -> tuple[str, str]:
     )
 
 
-def write_new(path: Path, data: bytes) -> None:
+def write_new(path: Path, data: bytes, mode: int = FILE_MODE) -> None:
     """A new file with this content, on the disk. Errors: OSError, also when it exists."""
     with path.open("xb") as stream:
-        os.fchmod(stream.fileno(), FILE_MODE)
+        os.fchmod(stream.fileno(), mode)
         stream.write(data)
         stream.flush()
         os.fsync(stream.fileno())
 
 
-def replace(path: Path, data: bytes) -> None:
+def replace(path: Path, data: bytes, mode: int = FILE_MODE) -> None:
     """The file has this content afterwards, or on any error the content that it had.
 
     Errors: OSError.
     """
     temporary = path.with_name(f".{path.name}-{secrets.token_hex(4)}.tmp")
     try:
-        write_new(temporary, data)
+        write_new(temporary, data, mode)
         temporary.replace(path)
     finally:
         with contextlib.suppress(OSError):

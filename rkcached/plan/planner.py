@@ -271,6 +271,10 @@ def _built(base: Assessment, wanted: Fingerprint, artifact: Artifact | None) -> 
         build = Build(key=base.key, reason="missing", fingerprint=wanted)
         return replace(base, state=State.MISSING, reason=build.reason, action=build)
 
+    if artifact.unsigned:
+        build = Build(key=base.key, reason=artifact.corrupt, fingerprint=wanted)
+        return replace(base, state=State.STALE, reason=build.reason, action=build)
+
     if artifact.corrupt:
         build = Build(key=base.key, reason=f"corrupt: {artifact.corrupt}", fingerprint=wanted)
         return replace(base, state=State.CORRUPT, reason=artifact.corrupt, action=build)
@@ -292,7 +296,7 @@ def _adopted(base: Assessment, wanted: Fingerprint, source: _Source, world: _Wor
     artifact = world.observed.artifacts.get(base.key)
     state = State.MISSING
     if artifact is not None:
-        state = State.CORRUPT if artifact.corrupt else State.STALE
+        state = State.CORRUPT if artifact.corrupt and not artifact.unsigned else State.STALE
     action = Adopt(key=base.key, reason=source.reason, fingerprint=wanted, source=source.key)
     return replace(base, state=state, reason=source.reason, action=action)
 

@@ -58,7 +58,11 @@ class Artifact(Protocol):
     def size_bytes(self) -> int: ...
     @property
     def corrupt(self) -> str:
-        """Why it does not match its sidecar; empty when it does."""
+        """Why it cannot be used, though it may be of the right fingerprint; else empty."""
+
+    @property
+    def unsigned(self) -> bool:
+        """Whether that is only because this installation has not signed its sidecar."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

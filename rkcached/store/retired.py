@@ -12,13 +12,15 @@ from rkcached.host import beneath
 from rkcached.sources.records import Key
 from rkcached.store import marks
 from rkcached.store.scan import look_at_retired, prompt_of, retired_sidecar
+from rkcached.store.seal import Seal
 from rkcached.store.writer import Writer, make_folder
 
 
 class RetiredArtifacts:
     """The retired artifacts of a store."""
 
-    def __init__(self, writer: Writer) -> None:
+    def __init__(self, writer: Writer, seal: Seal | None) -> None:
+        self._seal = seal
         self._writer = writer
 
     def folder(self, fingerprint: str) -> Path:
@@ -86,7 +88,7 @@ class RetiredArtifacts:
         """
         for folder in folders:
             with self._writer.writing(folder), self._writer.folders:
-                if look_at_retired(folder) is not None:
+                if look_at_retired(folder, self._seal) is not None:
                     continue  # it was completed meanwhile
                 if not self.strangers_in(folder.name):
                     beneath.remove(self._writer.root, marks.RETIRED, folder.name)

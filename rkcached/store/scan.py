@@ -24,6 +24,7 @@ from rkcached.plan.fingerprint import owner_in
 from rkcached.plan.records import Retired
 from rkcached.sources.problems import NAME
 from rkcached.sources.records import Key
+from rkcached.store.seal import UNSIGNED, Seal, is_signed
 from rkcached.store.sidecar import Inventory, Sidecar, StoredArtifact, Unreadable, parse_sidecar
 
 MAX_RECORD_BYTES = 1 << 20
@@ -64,8 +65,9 @@ class _SeenRetired(NamedTuple):
 class Scan:
     """One scan after the other. One thread at a time."""
 
-    def __init__(self, digests: Digests) -> None:
+    def __init__(self, digests: Digests, seal: Seal | None) -> None:
         self._digests = digests
+        self._seal = seal
         # Good artifacts of this scan.
         self._now: dict[Key, _Seen] = {}
         self._before = self._now
@@ -96,7 +98,7 @@ class Scan:
                 seen is None
                 or signature_of(*_infos(str(folder), (".", *seen.files))) != seen.signature
             ):
-                seen = look_at_retired(folder)
+                seen = look_at_retired(folder, self._seal)
 
             if seen is None:
                 inventory.incomplete.append(folder)
@@ -142,12 +144,19 @@ class Scan:
 
                 files = _names(key, sidecar.artifact)
                 infos = record + _infos(place, files[1:])
-                inventory.artifacts[key] = artifact = inspect(folder, sidecar, self._digests)
+                inventory.artifacts[key] = artifact = self._inspect(folder, sidecar)
                 rest.difference_update(files)
                 if not artifact.corrupt and len(infos) == len(files) and settled(*infos):
                     self._now[key] = _Seen(key, sidecar.artifact, signature_of(*infos), artifact)
 
         _scan_rest(folder, rest, damaged, inventory)
+
+    def _inspect(self, folder: Path, sidecar: Sidecar) -> StoredArtifact:
+        if is_signed(sidecar, self._seal):
+            return inspect(folder, sidecar, self._digests)
+        return StoredArtifact(
+            folder=folder, sidecar=sidecar, signature=None, corrupt=UNSIGNED, unsigned=True
+        )
 
 
 def model_folders(root: Path) -> Iterator[Path]:
@@ -173,10 +182,10 @@ def retired_sidecar(folder: Path) -> Sidecar | str:
     return sidecar
 
 
-def look_at_retired(folder: Path) -> _SeenRetired | None:
+def look_at_retired(folder: Path, seal: Seal | None) -> _SeenRetired | None:
     """The artifact in this folder; None if there is no whole one."""
     sidecar = retired_sidecar(folder)
-    if isinstance(sidecar, str):
+    if isinstance(sidecar, str) or not is_signed(sidecar, seal):
         return None
     key = Key(sidecar.model, sidecar.prompt)
     files = _names(key, sidecar.artifact)

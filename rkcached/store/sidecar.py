@@ -69,6 +69,8 @@ class Sidecar(msgspec.Struct, frozen=True, kw_only=True):
     answer_sha256: str = ""
     """Of the answer that proved it, by which a build that goes on from it sees that it is as it
     was. Empty: it was not proven so."""
+    mac: str = ""
+    """See `seal`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,6 +83,8 @@ class StoredArtifact:
     """Of the prompt cache file with the sidecar's digest: the file that may be loaded. None when
     corrupt."""
     corrupt: str = ""
+    unsigned: bool = False
+    """That it is corrupt only means that nobody knows who made it."""
     text: bytes = b""
     """The prefix that the prompt cache was made from (UTF-8), where that is not corrupt."""
 
@@ -123,6 +127,7 @@ class Unreadable:
     fingerprint: str = ""
     components: Mapping[str, str] = field(default_factory=dict)
     tokens: int = 0
+    unsigned: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

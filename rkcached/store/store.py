@@ -49,6 +49,7 @@ from rkcached.store.scan import (
     read_sidecar,
     retired_sidecar,
 )
+from rkcached.store.seal import UNSIGNED, Seal, is_signed
 from rkcached.store.sidecar import Inventory, Sidecar, StoredArtifact
 from rkcached.store.staging import Staging
 from rkcached.store.verdicts import Verdicts
@@ -60,16 +61,20 @@ _AGAIN = "it is planned again at the next check"
 class Store:
     """The cache directory. Reading needs no lock; `open` takes the lock that writing needs."""
 
-    def __init__(self, root: Path, digests: Digests | None = None) -> None:
+    def __init__(
+        self, root: Path, digests: Digests | None = None, *, seal: Seal | None = None
+    ) -> None:
+        """Without a seal, sidecars are neither signed nor are they required to be."""
         self.root = root
+        self._seal = seal
         self.digests = digests or Digests(root / marks.DIGESTS)
         self._writer = Writer(root)
         self.staging = Staging(self._writer)
         self.verdicts = Verdicts(self._writer)
-        self.retired = RetiredArtifacts(self._writer)
+        self.retired = RetiredArtifacts(self._writer, seal)
         self.conversations = ConversationFiles(self._writer)
         self._quarantine = Quarantine(self._writer)
-        self._scan = Scan(self.digests)
+        self._scan = Scan(self.digests, seal)
 
     def spare(self, files: Iterable[Path | str]) -> None:
         """From now on, none of these is removed or taken for an artifact.
@@ -161,6 +166,8 @@ class Store:
 
         if isinstance(sidecar, str):
             return sidecar
+        if not is_signed(sidecar, self._seal):
+            return UNSIGNED
         return inspect(folder, sidecar, Digests()).corrupt
 
     # Writing
@@ -185,6 +192,8 @@ class Store:
         If it fails, the staged file is gone and the artifact is the old one, missing, or reported
         as corrupt. Errors: StoreError.
         """
+        if self._seal is not None:
+            sidecar = self._seal.signed(sidecar)
         folder = self.root / key.model
         path = folder / sidecar.artifact
         text, record = folder / f"{staged.name}.bin", folder / f"{staged.name}.json"
@@ -289,6 +298,8 @@ class Store:
                     if source is None
                     else read_sidecar(folder / f"{source.prompt}.json", source)
                 )
+                if not isinstance(old, str) and not is_signed(old, self._seal):
+                    old = UNSIGNED
                 if isinstance(old, str) or old.fingerprint != fingerprint:
                     why = old if isinstance(old, str) else "it has another fingerprint by now"
                     raise StoreError(f"{folder} cannot be adopted by {key}: {why}", hint=_AGAIN)

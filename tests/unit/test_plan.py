@@ -60,6 +60,7 @@ class Stored:
     tokens: int
     size_bytes: int
     corrupt: str
+    unsigned: bool = False
 
 
 def artifact(
