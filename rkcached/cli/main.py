@@ -203,17 +203,25 @@ def regenerate(
 @click.argument("prompts", metavar="[MODEL[/PROMPT]]...", nargs=-1)
 @places("manifest", "cache_dir", "state_dir", as_service=True)
 @click.option("--deep", is_flag=True, help="Also load each fresh prompt cache into its model.")
+@click.option(
+    "--prove",
+    is_flag=True,
+    help="Also ask each a question, with its prompt cache and without, and compare the answers.",
+)
 @as_json
-def verify(settings: Settings, prompts: Sequence[str], deep: bool, want_json: bool) -> int:
+def verify(
+    settings: Settings, prompts: Sequence[str], deep: bool, prove: bool, want_json: bool
+) -> int:
     """Check every artifact against its sidecar: size and SHA-256 of prompt cache and text.
 
-    It changes nothing.
+    It changes nothing. --deep and --prove load the model beside the daemon's; --prove reads each
+    prompt as a whole, which takes as long as to build it.
 
     The exit code is 0 when all are good, 65 otherwise, 66 when there is no store.
     """
     from rkcached.cli import verify as command
 
-    return command.run(settings, prompts, deep=deep, want_json=want_json)
+    return command.run(settings, prompts, deep=deep, prove=prove, want_json=want_json)
 
 
 @cli.command()

@@ -16,6 +16,7 @@ from rkcached.host.settings import Settings
 from rkcached.plan.desired import DesiredModel
 from rkcached.plan.records import State
 from rkcached.plan.worker_model import worker_model
+from rkcached.reconcile.builder import texts_of
 from rkcached.reconcile.observer import Observation
 from rkcached.sources.records import Key
 from rkcached.store.sidecar import StoredArtifact
@@ -24,7 +25,9 @@ from rkcached.worker import protocol
 from rkcached.worker.pool import Workers
 
 
-def run(settings: Settings, prompts: Sequence[str], *, deep: bool, want_json: bool) -> int:
+def run(
+    settings: Settings, prompts: Sequence[str], *, deep: bool, prove: bool, want_json: bool
+) -> int:
     logs.configure("error")
     looks.need_store(settings)
     look = looks.look_as_service(settings)
@@ -34,7 +37,7 @@ def run(settings: Settings, prompts: Sequence[str], *, deep: bool, want_json: bo
         chosen = names.matching(prompts, stored)
 
     results = []
-    for result in verify_artifacts(looks.store_of(settings), look, chosen, deep=deep):
+    for result in verify_artifacts(looks.store_of(settings), look, chosen, deep=deep, prove=prove):
         results.append(result)
         if not want_json:
             mark = "FAILED"
@@ -58,7 +61,7 @@ def run(settings: Settings, prompts: Sequence[str], *, deep: bool, want_json: bo
 
 
 def verify_artifacts(
-    store: Store, look: Observation, keys: Sequence[Key], *, deep: bool
+    store: Store, look: Observation, keys: Sequence[Key], *, deep: bool, prove: bool
 ) -> Iterator[dict[str, Any]]:
     """One result for each key: whether it is good, and the finding in words."""
     with asyncio.Runner() as runner:
@@ -68,8 +71,8 @@ def verify_artifacts(
                 finding = store.verify(key)
                 detail = finding or "matches its sidecar"
                 artifact = look.inventory.artifacts.get(key)
-                if deep and not finding and artifact is not None:
-                    finding, detail = _deep(runner, workers, look, key, artifact)
+                if (deep or prove) and not finding and artifact is not None:
+                    finding, detail = _deep(runner, workers, look, key, artifact, prove=prove)
 
                 yield {
                     "model": key.model,
@@ -82,9 +85,15 @@ def verify_artifacts(
 
 
 def _deep(
-    runner: asyncio.Runner, workers: Workers, look: Observation, key: Key, artifact: StoredArtifact
+    runner: asyncio.Runner,
+    workers: Workers,
+    look: Observation,
+    key: Key,
+    artifact: StoredArtifact,
+    *,
+    prove: bool,
 ) -> tuple[str, str]:
-    """Load it.
+    """Load it; `prove`: and ask it what its text is asked, too.
 
     A prompt cache that is not fresh belongs to another model or runtime, and is not risked.
     """
@@ -102,9 +111,14 @@ def _deep(
         signature=artifact.signature,
         fingerprint=artifact.sidecar.fingerprint,
     )
+    probe = ""
+    if prove:
+        desired = look.desired
+        template = model.template_for(key.prompt)
+        _, probe = texts_of(template, desired.texts[key], desired.prompts[key].tools)
     worker = workers.get(worker_model(look.manifest.engine, model))
     try:
-        checked = runner.run(worker.run(protocol.Check(cache=cache)))
+        checked = runner.run(worker.run(protocol.Check(cache=cache, probe=probe)))
     except RkcachedError as error:
         return error.message, ""
 
@@ -113,4 +127,5 @@ def _deep(
         tokens = checked.tokens
     if tokens != artifact.sidecar.tokens:
         return f"loads, but has {tokens} tokens instead of {artifact.sidecar.tokens}", ""
-    return "", f"matches its sidecar; loads, {tokens} tokens"
+    done = "matches its sidecar; loads, " + ("and answers as its text does, " if prove else "")
+    return "", f"{done}{tokens} tokens"

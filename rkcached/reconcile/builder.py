@@ -76,7 +76,7 @@ class Builder:
         """
         action, model = request.action, request.model
         template = model.template_for(action.key.prompt)
-        prefix, probe = await asyncio.to_thread(_texts, template, request.text, request.tools)
+        prefix, probe = await asyncio.to_thread(texts_of, template, request.text, request.tools)
         components = action.fingerprint.components
         if hashlib.sha256(prefix.encode()).hexdigest() != components["prefix.digest"]:
             raise SourceError(
@@ -186,7 +186,7 @@ def _is_full(error: StoreError) -> bool:
     return isinstance(error.__cause__, OSError) and error.__cause__.errno == errno.ENOSPC
 
 
-def _texts(template: ChatTemplate, text: str, tools: ToolSet | None) -> tuple[str, str]:
+def texts_of(template: ChatTemplate, text: str, tools: ToolSet | None) -> tuple[str, str]:
     """The prefix of a prompt and a whole request that starts with it. Errors: TemplateError."""
     shown = tools.plain() if tools is not None else []
     probe = [Message(role="system", content=text), Message(role="user", content=PROBE_QUESTION)]

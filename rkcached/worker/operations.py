@@ -18,9 +18,10 @@ from rkcached.engines.base import Engine, FinishReason, Token
 from rkcached.engines.prefix import common_bytes
 from rkcached.errors import ArtifactLoadError, EngineError, SamplingFixed, VerifyFailed
 from rkcached.worker import protocol
-from rkcached.worker.building import Builder
+from rkcached.worker.building import BOUNDARY_TOKENS, Builder
 from rkcached.worker.engine_state import PROBE_TOKENS, Beginning, Emit, EngineState, since
-from rkcached.worker.held import NOBODY, Held, Step, owner_of, state_for
+from rkcached.worker.held import NOBODY, UNKNOWN, Held, Step, owner_of, state_for
+from rkcached.worker.traces import agree
 
 if TYPE_CHECKING:
     from rkcached.worker.json_answer import JsonAnswer
@@ -174,7 +175,25 @@ class Session:
         if loaded.error:
             raise ArtifactLoadError(loaded.error)
         self._state.held = Held(text, cached_bytes=len(text))
+        if operation.probe:
+            self._prove(operation.probe, loaded.tokens)
         return protocol.Checked(id=operation.id, tokens=loaded.tokens)
+
+    def _prove(self, probe: str, tokens: int) -> None:
+        """Answer a probe from the state that was loaded, and from none. Errors: VerifyFailed."""
+        if not self._state.info.greedy:
+            raise VerifyFailed("answers of this runtime cannot be compared")
+
+        self._state.held = Held(owner=UNKNOWN)
+        stats, answer, _ = self._state.probe(probe, _never)
+        reused = stats.cached_tokens
+        if reused is not None and reused < tokens - BOUNDARY_TOKENS:
+            raise VerifyFailed(f"it is of another text: {reused} of {tokens} tokens were reused")
+        self._state.empty()
+        _, expected, _ = self._state.probe(probe, _never)
+        self._state.empty()
+        if not agree(expected, answer, moved=True):
+            raise VerifyFailed("it is the state of another text: it answers otherwise than its own")
 
     def keep(self, operation: protocol.Keep, emit: Emit) -> protocol.Checked:
         """Save the conversation in a KV state, where it stays. No error: then it is not saved."""
@@ -249,10 +268,6 @@ class Session:
         Nobody says what a runtime writes of a state that was continued. So once, the answer to a
         probe on the file is compared with the one on memory. Errors: EngineError.
         """
-
-        def stopped() -> bool:
-            return False
-
         info = self._state.info
         if self._state.continues:
             return self.engine.prefill(text, save_to=path, keep_state=True).prompt_tokens
@@ -260,11 +275,11 @@ class Session:
             raise VerifyFailed("answers of this runtime cannot be compared")
 
         probe = f"{text}\n"  # longer, so that the whole state counts
-        _, before, _ = self._state.probe(probe, stopped)
+        _, before, _ = self._state.probe(probe, _never)
         saved = self.engine.prefill(text, save_to=path, keep_state=True)
         self.engine.clear()
         self.engine.load(path)
-        _, after, _ = self._state.probe(probe, stopped)
+        _, after, _ = self._state.probe(probe, _never)
         if before != after:
             self.engine.clear()
             self._state.held = Held()
@@ -272,6 +287,10 @@ class Session:
 
         self._state.continues = True
         return saved.prompt_tokens
+
+
+def _never() -> bool:
+    return False
 
 
 def _json_answer(schema: str) -> JsonAnswer:

@@ -123,6 +123,9 @@ class Check(msgspec.Struct, frozen=True, kw_only=True, tag="check"):
     cache: CacheFile
     text: str = ""
     """The text of `cache`. A KV state that begins with it already is kept; empty: none is."""
+    probe: str = ""
+    """A whole request that begins with the text of `cache`: it is answered with the cache, and
+    again without. The answers must agree, else VerifyFailed."""
     keep_at: tuple[str, ...] = ()
     """See `Generate`."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import pty
@@ -13,11 +14,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import msgspec
 import pytest
 import yaml
 from conftest import Workspace
+from test_serving import content, right_answer
 
 from rkcached import __version__
+from rkcached.store.seal import read_seal
+from rkcached.store.sidecar import Sidecar
 from tests.waiting import BEFORE_RESCAN_S, DEADLINE_S, wait_until
 
 
@@ -664,6 +669,79 @@ def test_regenerate_shows_how_far_it_is(workspace: Workspace) -> None:
         assert process.wait(DEADLINE_S) == 0
     assert re.search(rb"\[1/1\] m/a \d+ of 1\d\d tokens", shown)
     assert re.search(rb"\[1/1\] m/a 1\d\d tokens, .* in \d", shown)
+
+
+@pytest.mark.parametrize(
+    ("forges_header", "words"),
+    [(False, "it is of another text: "), (True, "it is the state of another text: ")],
+)
+def test_verify_proves_what_a_prompt_cache_holds(
+    two_prompts: Workspace, *, forges_header: bool, words: str
+) -> None:
+    """Another text's state, with a sidecar that agrees with it, is told by what it does.
+
+    Whoever put it there had the key of this installation, else it would not be looked at.
+    """
+    done = two_prompts.cli("verify", "--prove")
+    assert done.stdout.count("and answers as its text does") == 2
+
+    seal = read_seal(two_prompts.root / "state")
+    assert seal is not None
+    folder = two_prompts.cache / "m"
+    record = folder / "a.json"
+    sidecar = msgspec.json.decode(record.read_bytes(), type=Sidecar)
+    other = msgspec.json.decode((folder / "b.json").read_bytes(), type=Sidecar)
+    assert sidecar.size_bytes == other.size_bytes
+    state = (folder / other.artifact).read_bytes()
+    if forges_header:  # of this engine's files, one part in nine is the tokens
+        own = (folder / sidecar.artifact).read_bytes()
+        state = own[: len(own) // 8] + state[len(own) // 8 :]
+    (folder / sidecar.artifact).write_bytes(state)
+    digest = hashlib.sha256(state).hexdigest()
+    forged = seal.signed(msgspec.structs.replace(sidecar, sha256=digest))
+    record.write_bytes(msgspec.json.encode(forged, enc_hook=dict))
+
+    assert two_prompts.cli("verify", "--deep").stdout.count("2 of 2 good") == 1
+    proven = two_prompts.cli("verify", "--prove", code=65)
+    assert f"FAILED  m/a  {words}" in proven.stdout
+    assert "ok      m/b" in proven.stdout
+
+
+def test_a_forged_prompt_cache_is_built_again(two_prompts: Workspace) -> None:
+    """Its sidecar agrees with it, but was not signed by this installation."""
+    folder = two_prompts.cache / "m"
+    record = folder / "a.json"
+    sidecar = msgspec.json.decode(record.read_bytes(), type=Sidecar)
+    other = msgspec.json.decode((folder / "b.json").read_bytes(), type=Sidecar)
+    two_prompts.stop()
+    (folder / sidecar.artifact).write_bytes((folder / other.artifact).read_bytes())
+    forged = msgspec.structs.replace(sidecar, sha256=other.sha256)
+    record.write_bytes(msgspec.json.encode(forged, enc_hook=dict))
+    planned = two_prompts.cli("plan").stdout
+    assert "not signed by this installation" in planned
+    verified = two_prompts.cli("verify", code=65).stdout
+    assert "FAILED  m/a  its sidecar was not signed by this installation" in verified
+
+    two_prompts.start()
+    two_prompts.wait_settled()
+    assert two_prompts.built()[-1] == "a"
+    answer = two_prompts.ask("m/a")
+    assert answer["rkcached"]["state"] == "hit"
+    assert content(answer) == right_answer(two_prompts, "You are prompt A.")
+
+
+def test_a_store_of_another_installation_is_built_again(two_prompts: Workspace) -> None:
+    """Without its key, nobody knows who made it. With it, nothing is built."""
+    two_prompts.stop()
+    built = len(two_prompts.built())
+    two_prompts.start()
+    two_prompts.wait_settled()
+    assert len(two_prompts.built()) == built
+    two_prompts.stop()
+    (two_prompts.root / "state" / "store.key").unlink()
+    two_prompts.start()
+    two_prompts.wait_settled()
+    assert sorted(two_prompts.built()[built:]) == ["a", "b"]
 
 
 def test_verify(two_prompts: Workspace) -> None:
