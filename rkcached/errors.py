@@ -48,6 +48,7 @@ The numbers are exit codes.
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -73,6 +74,16 @@ def printable(text: str) -> str:
     if text.isprintable():
         return text
     return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
+
+
+# What a terminal obeys: control characters but for tab and newline, and those that turn the order
+# of what follows (Unicode's Bidi_Control). Joiners stay, as many scripts need them.
+_OBEYED = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
+
+
+def harmless(text: str) -> str:
+    """A foreign text of several lines, with escapes in place of what a terminal would obey."""
+    return _OBEYED.sub(lambda found: ascii(found[0])[1:-1], text)
 
 
 def counted(number: int, noun: str) -> str:

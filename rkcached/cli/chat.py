@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from pathlib import Path
@@ -10,8 +9,9 @@ from typing import Any
 
 import click
 
+from rkcached.cli import output
 from rkcached.cli.client import Client
-from rkcached.errors import RkcachedError, UsageError, printable
+from rkcached.errors import RkcachedError, UsageError, harmless, printable
 from rkcached.host.settings import Settings
 
 
@@ -65,7 +65,7 @@ class Conversation:
         body = {**self._options, "messages": messages}
         with Client(self._socket) as client:
             if self._want_json:
-                click.echo(json.dumps(client.chat(body), indent=2, ensure_ascii=False))
+                output.print_json(client.chat(body))
                 return
 
             pieces: list[str] = []
@@ -78,7 +78,7 @@ class Conversation:
                 for choice in chunk["choices"]:
                     text = choice["delta"].get("content", "")
                     pieces.append(text)
-                    click.echo(text, nl=False)
+                    click.echo(harmless(text), nl=False)
                     for call in choice["delta"].get("tool_calls", ()):
                         if any(pieces):
                             click.echo()

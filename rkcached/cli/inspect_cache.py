@@ -125,6 +125,7 @@ def _tokens_data(ids: array[int]) -> dict[str, Any]:
 
 
 def print_inspection(console: Console, data: dict[str, Any]) -> None:
+    data = words.printable_all(data)
     tokens = data["tokens"]
     sidecar = data["sidecar"]
     console.print(Text(f"{data['file']}: a prompt cache of {data['format']}", style="bold"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
@@ -42,7 +43,16 @@ def progress_line() -> Iterator[Callable[[str], None]]:
         yield lambda text: line.update(Text(printable(text)))
 
 
-def print_json(data: Any) -> None:
-    from rkcached.cli.status.show import json_text
+def json_text(data: Any, *, indent: int | None = None) -> str:
+    """JSON with letters as they are, but escapes for those that a terminal would obey."""
+    text = json.dumps(data, ensure_ascii=False, indent=indent)
+    if text.isprintable():
+        return text
+    return "".join(
+        letter if letter.isprintable() or letter == "\n" else json.dumps(letter)[1:-1]
+        for letter in text
+    )
 
+
+def print_json(data: Any) -> None:
     click.echo(json_text(data, indent=2))

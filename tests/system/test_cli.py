@@ -744,6 +744,46 @@ def test_a_store_of_another_installation_is_built_again(two_prompts: Workspace) 
     assert sorted(two_prompts.built()[built:]) == ["a", "b"]
 
 
+def on_terminal(space: Workspace, *arguments: str) -> str:
+    """What a command shows whose output is a terminal."""
+    ours, theirs = pty.openpty()
+    try:
+        process = space.popen(*arguments, stdout=theirs, stderr=theirs)
+    finally:
+        os.close(theirs)
+    shown = b""
+    with contextlib.suppress(OSError):  # a terminal that nobody has open any more
+        while part := os.read(ours, 4096):
+            shown += part
+    os.close(ours)
+    assert process.wait(DEADLINE_S) == 0, shown
+    return shown.decode()
+
+
+HOSTILE = "\x1b[2J\x1b]52;c;aGFja2Vk\x07two\nlines\x9b31m \u202eback \u200d\t."
+
+
+def test_a_terminal_obeys_no_model(workspace: Workspace) -> None:
+    """Neither an answer nor a line of reasoning; a newline, a tab and a joiner are text.
+
+    `--json` has it all, in JSON's escapes.
+    """
+    workspace.memory_model(script={"Say it.": HOSTILE})
+    workspace.declare("{}", model="    chat_template: chatml\n")
+    workspace.start()
+    shown = on_terminal(workspace, "chat", "m", "Say it.")
+    assert "\x1b[2J" not in shown
+    assert "\x1b]52" not in shown
+    assert "\x07" not in shown
+    assert "\x9b" not in shown
+    assert "\u202e" not in shown
+    assert "\\x1b[2J\\x1b]52;c;aGFja2Vk\\x07two\r\nlines\\x9b31m \\u202eback \u200d" in shown
+
+    whole = workspace.cli("chat", "m", "Say it.", "--json").stdout
+    assert json.loads(whole)["choices"][0]["message"]["content"] == HOSTILE
+    assert not {"\x1b", "\x07", "\x9b", "\u202e"} & set(whole)
+
+
 def test_verify(two_prompts: Workspace) -> None:
     """Verify re-reads every artifact; --deep loads it.
 

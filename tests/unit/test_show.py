@@ -13,6 +13,7 @@ import pytest
 from rich.console import Console
 
 from rkcached.api import words
+from rkcached.cli import output
 from rkcached.cli.status import live, show
 from rkcached.cli.status.picture import picture
 
@@ -147,7 +148,7 @@ def test_json_is_the_same_document() -> None:
     """
     data = {"a": HOSTILE, "b": "größer 猫 \U000e0001"}
     for indent in (None, 2):
-        text = show.json_text(data, indent=indent)
+        text = output.json_text(data, indent=indent)
         assert json.loads(text) == data
         assert text.replace("\n", "").isprintable()
         assert "größer 猫" in text

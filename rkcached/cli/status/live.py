@@ -28,6 +28,7 @@ from rich.console import Console, Group
 from rich.live import Live
 
 from rkcached.api import words
+from rkcached.cli import output
 from rkcached.cli.client import Client, follow
 from rkcached.cli.status import show
 from rkcached.cli.status.picture import GONE, brief_reason, picture
@@ -237,7 +238,7 @@ class _Documents(_View):
             known = "gone"
 
         if known != self._known:
-            print(show.json_text(document), flush=True)  # noqa: T201 - for a program
+            print(output.json_text(document), flush=True)  # noqa: T201 - for a program
 
         self._known = known
 

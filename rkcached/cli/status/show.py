@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -105,17 +104,6 @@ def urgent_first(prompts: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     --json keeps the manifest's order.
     """
     return sorted(prompts, key=lambda prompt: urgency(prompt["state"]))
-
-
-def json_text(data: Any, *, indent: int | None = None) -> str:
-    """JSON with letters as they are, but escapes for those that a terminal would obey."""
-    text = json.dumps(data, ensure_ascii=False, indent=indent)
-    if text.isprintable():
-        return text
-    return "".join(
-        letter if letter.isprintable() or letter == "\n" else json.dumps(letter)[1:-1]
-        for letter in text
-    )
 
 
 def prompt_table(
