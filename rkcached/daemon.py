@@ -46,6 +46,7 @@ from rkcached.api.status import Recent, status, summary
 from rkcached.api.suggest_routes import SuggestApi
 from rkcached.errors import ManifestError, SettingsError
 from rkcached.host import logs
+from rkcached.host.confine import undumpable
 from rkcached.host.file_limit import Complaints, raise_file_limit
 from rkcached.host.logs import log
 from rkcached.host.settings import Settings
@@ -98,6 +99,7 @@ def run(settings: Settings) -> None:
     gc.enable()
     _give_memory_back()
     raise_file_limit()
+    undumpable()  # a worker of the same user must not read or write our memory
     service = Service()
     if service.notified:
         faulthandler.enable()  # whom the watchdog aborts says where it was stuck

@@ -19,12 +19,17 @@ _FLAGS = os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
 def open_regular(path: Path, *, follow: bool = True) -> BufferedReader:
     """Open a regular file to read it. `follow`: it may be a link to one.
 
-    Errors: OSError, with EINVAL where it is something else, and ELOOP for a link that is not meant.
+    Errors: OSError, with EINVAL or EISDIR where it is something else, and ELOOP for a link that is
+    not meant.
     """
-    fd = os.open(path, _FLAGS if follow else _FLAGS | os.O_NOFOLLOW)
-    if stat.S_ISREG(os.fstat(fd).st_mode):
-        return os.fdopen(fd, "rb")
-    os.close(fd)
+
+    def opener(name: str, _: int) -> int:
+        return os.open(name, _FLAGS if follow else _FLAGS | os.O_NOFOLLOW)
+
+    stream = open(path, "rb", opener=opener)  # noqa: SIM115 - Path.open takes no opener
+    if stat.S_ISREG(os.fstat(stream.fileno()).st_mode):
+        return stream
+    stream.close()
     raise OSError(errno.EINVAL, "it is not a regular file", str(path))
 
 

@@ -116,6 +116,11 @@ class EngineConfig(_Section):
         description="What a worker may take, besides mapped model files and NPU buffers. "
         "None: no limit.",
     )
+    confine: bool = Field(
+        default=True,
+        description="Take from a worker what no engine needs: to start programs, to reach other "
+        "processes, to open network sockets.",
+    )
 
 
 class BuildConfig(_Section):

@@ -210,7 +210,7 @@ def read_sidecar(path: Path, key: Key | None) -> Sidecar | str:
     except FileNotFoundError:
         raise
     except OSError as error:
-        if error.errno in (errno.EINVAL, errno.EFBIG, errno.ELOOP, errno.ENXIO):
+        if error.errno in (errno.EINVAL, errno.EISDIR, errno.EFBIG, errno.ELOOP, errno.ENXIO):
             return "the sidecar is damaged: it is no file of that kind"
         return f"the sidecar cannot be read: {error.strerror}"
 

@@ -23,6 +23,7 @@ from typing import assert_never
 
 from rkcached.engines.base import Engine
 from rkcached.errors import EngineError
+from rkcached.host.confine import confine
 from rkcached.worker import memory, protocol
 from rkcached.worker.operations import Session
 
@@ -110,11 +111,12 @@ def _start(channel: _Channel, message: protocol.Start) -> Session:
                 f"engine.max_memory_bytes cannot be kept: {error}", hint="remove it"
             ) from error
 
+    unconfined = confine() if message.confine else ""
     module, _, name = message.implementation.partition(":")
     engine: Engine = getattr(importlib.import_module(module), name)(message.spec)
     channel.engine = engine
     load_ms = (time.perf_counter() - started) * 1000
-    channel.send(protocol.Ready(info=engine.info, load_ms=load_ms))
+    channel.send(protocol.Ready(info=engine.info, load_ms=load_ms, unconfined=unconfined))
     return Session(engine)
 
 

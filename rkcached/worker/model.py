@@ -28,6 +28,8 @@ class WorkerModel:
     """Replaces the deadlines for loading and for silence."""
     max_memory_bytes: int | None = None
     """Limit of the memory that its process takes for itself."""
+    confine: bool = True
+    """See `host.confine`."""
     trained_tokens: int | None = None
     """The model's own context, if that is known."""
     signatures: tuple[tuple[str, Signature], ...] = field(default=(), compare=False)

@@ -64,6 +64,8 @@ class Start(msgspec.Struct, frozen=True, kw_only=True, tag="start"):
     implementation: str
     spec: ModelSpec
     max_memory_bytes: int | None = None
+    confine: bool = True
+    """See `host.confine`."""
 
 
 class Build(msgspec.Struct, frozen=True, kw_only=True, tag="build"):
@@ -160,6 +162,8 @@ class Abort(msgspec.Struct, frozen=True, kw_only=True, tag="abort"):
 class Ready(msgspec.Struct, frozen=True, kw_only=True, tag="ready"):
     info: EngineInfo
     load_ms: float
+    unconfined: str = ""
+    """Why the kernel did not confine the worker, if so."""
 
 
 class Progress(msgspec.Struct, frozen=True, kw_only=True, tag="progress"):

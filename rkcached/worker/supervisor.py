@@ -176,6 +176,7 @@ class Worker:
                 implementation=model.implementation,
                 spec=msgspec.structs.replace(model.spec, scratch_dir=self._process.scratch_dir),
                 max_memory_bytes=model.max_memory_bytes,
+                confine=model.confine,
             )
             self._process.send(message)
             answer = await self._receive(model.timeout_s or self._deadlines.start_s)
@@ -240,6 +241,8 @@ class Worker:
         self._watcher = asyncio.create_task(self._watch(process))
         load_ms = round(answer.load_ms)
         log.info("model loaded", model=self.model.name, load_ms=load_ms, pid=self.pid)
+        if answer.unconfined:
+            log.warning("worker not confined", model=self.model.name, why=answer.unconfined)
 
     def _explain_refusal(self, answer: protocol.Failed) -> EngineError:
         """The error of a failed load, with the reason that the library printed."""

@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 import socket
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -82,8 +81,12 @@ class LeavesAChild(_Misbehaving):
     """Starts a process that keeps stdout open, and dies."""
 
     def misbehave(self) -> None:
-        sleeper = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(30)"])
-        print(f"sleeper {sleeper.pid}", flush=True)
+        sleeper = os.fork()
+        if not sleeper:
+            os.closerange(3, 256)  # but for stdout, as a program would have it
+            time.sleep(30)
+            os._exit(0)
+        print(f"sleeper {sleeper}", flush=True)
         os._exit(5)
 
 

@@ -523,6 +523,7 @@ def test_failure_in_an_answer(
 
     The next answer is a hit.
     """
+    d.hurry(serving__deadly__DEATHS=100)
     run(d, fault=planned)
     right = hit(d)
     switch(d, on=True)
@@ -583,6 +584,7 @@ def test_crash_in_an_answer_is_not_the_caches_fault(d: Workspace) -> None:
 
     It stays fresh however often the library crashes.
     """
+    d.hurry(serving__deadly__DEATHS=100)
     run(d, fault="run:segv")
     switch(d, on=True)
     for _ in range(4):
