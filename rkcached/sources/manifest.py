@@ -523,6 +523,15 @@ EXTENSION: Final = "x-"
 """
 
 
+class SourcesConfig(_Section):
+    """How files are found."""
+
+    follow_links: bool = Field(
+        default=True,
+        description="Whether links in prompts_from folders may lead out of these.",
+    )
+
+
 class Manifest(_Section):
     """What should exist: models, and the prompts that are kept ready for them."""
 
@@ -535,6 +544,9 @@ class Manifest(_Section):
     )
     serving: ServingConfig = Field(
         default_factory=ServingConfig, description="How requests are treated."
+    )
+    sources: SourcesConfig = Field(
+        default_factory=SourcesConfig, description="How files are found."
     )
     models: dict[Name, ModelConfig] = Field(
         min_length=1,

@@ -6,6 +6,7 @@ that input alone; the scan itself never fails. Runs in a thread, one scan at a t
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -53,6 +54,9 @@ class SourceReader:
         self._stored = stored
         self._prompts = Memory[PromptSource]()
         self._tools = Memory[ToolSet]()
+        # Prompts whose links must not lead out of the folder that they were found in.
+        self._confined = Memory[PromptSource]()
+        self._within: dict[str, Path] = {}
         self._models = ModelReader(digests)
         # By the last scan.
         self._declared: Mapping[Key, Declaration] = {}
@@ -68,7 +72,9 @@ class SourceReader:
         unlisted: dict[str, Trouble] = {}
         skipped: dict[str, None] = {}
         notices: dict[str, tuple[FolderNotice, ...]] = {}
+        within: dict[str, Path] = {}
         self._prompts.turn()
+        self._confined.turn()
         self._tools.turn()
         self._models.turn()
 
@@ -76,6 +82,7 @@ class SourceReader:
             models[name] = self._models.model(config, engine)
             claimed = self._add_named(name, manifest, prompts)
 
+            self._within = within
             for position, pattern in enumerate(config.prompts_from):
                 line = manifest.line_of("models", name, "prompts_from", position)
                 try:
@@ -92,6 +99,8 @@ class SourceReader:
                 for path in matched:
                     if path in claimed:
                         continue  # declared by name, perhaps with parameters of its own
+                    if not manifest.sources.follow_links:
+                        within[path] = Path(pattern).parent
                     key = Key(name, _printable(stem(path)))
                     if not NAME.fullmatch(key.prompt):
                         # A README, or a copy that a synchronising program made.
@@ -256,7 +265,11 @@ class SourceReader:
 
     def _prompt(self, files: tuple[str, ...], tools_file: str = "") -> PromptSource | Trouble:
         try:
-            source = self._prompts.of(files, _join)
+            folder = self._within.get(files[0])
+            if folder is None:
+                source = self._prompts.of(files, _join)
+            else:
+                source = self._confined.of(files, functools.partial(_join, within=folder))
             if not tools_file:
                 return source
             tools = self._tools.of((tools_file,), _read_tools)
@@ -283,13 +296,13 @@ class SourceReader:
         )
 
 
-def _join(files: tuple[str, ...]) -> PromptSource:
-    """The prompt that these files are. Errors: SourceError."""
+def _join(files: tuple[str, ...], within: Path | None = None) -> PromptSource:
+    """The prompt that these files are. `within`: see `read_text`. Errors: SourceError."""
     texts = []
 
     for position, path in enumerate(files):
         try:
-            text = read_text(Path(path))
+            text = read_text(Path(path), within=within)
         except SourceError as error:
             raise Placed(error, "files", position) from error
         texts.append(text.rstrip("\r\n"))  # the final newline is not part of a prompt

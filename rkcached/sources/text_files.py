@@ -9,7 +9,7 @@ from pathlib import Path
 
 from rkcached.errors import SourceError
 from rkcached.host.access import refusal
-from rkcached.host.regular import read_regular
+from rkcached.host.regular import LeadsOut, read_regular
 
 MAX_PROMPT_BYTES = 1 << 20
 """A prompt beyond this is a mistake: it is some 250,000 tokens."""
@@ -19,10 +19,10 @@ TOOLS = "file of tools"
 """Nouns for what a file is."""
 
 
-def read_text(path: Path, noun: str = PROMPT) -> str:
+def read_text(path: Path, noun: str = PROMPT, *, within: Path | None = None) -> str:
     """The text of a file. Errors: SourceError, with what is wrong and what to do.
 
-    `noun` says what the file is.
+    `noun` says what the file is. `within`: no link may lead out of this folder.
     """
     try:
         info = path.stat()
@@ -40,7 +40,12 @@ def read_text(path: Path, noun: str = PROMPT) -> str:
                 hint=f"shorten the {noun}",
             )
 
-        return _decode(path, read_regular(path, MAX_PROMPT_BYTES), noun)
+        return _decode(path, read_regular(path, MAX_PROMPT_BYTES, within=within), noun)
+    except LeadsOut as error:
+        raise SourceError(
+            f"{path} is a link that leads out of {within}",
+            hint="put the file there, or allow such links: sources.follow_links in the manifest",
+        ) from error
     except OSError as error:
         raise unusable(path, error, "file") from error
 

@@ -20,7 +20,9 @@ from rkcached.errors import ManifestError, RkcachedError, StoreError
 from rkcached.host.digests import Digests
 from rkcached.host.page_cache import read_ahead
 from rkcached.host.regular import open_regular, read_regular
-from rkcached.sources.manifest_file import manifest_text
+from rkcached.sources.manifest_file import manifest_text, read_manifest
+from rkcached.sources.reader import SourceReader
+from rkcached.sources.records import PromptSource, Trouble
 from rkcached.sources.text_files import read_text
 from rkcached.sources.tokenizer_files import _bytes
 from rkcached.store.scan import read_sidecar
@@ -162,3 +164,46 @@ def test_a_strange_sidecar_is_damaged(tmp_path: Path, make: Callable[[Path], Non
     assert read_sidecar(tmp_path / "p.json", None) == (
         "the sidecar is damaged: it is no file of that kind"
     )
+
+
+@pytest.mark.parametrize("follow_links", [True, False])
+def test_links_out_of_a_prompts_folder(tmp_path: Path, *, follow_links: bool) -> None:
+    """They are followed, or refused with the next step; links within the folder are always good.
+
+    So Kubernetes mounts a ConfigMap: each file is a link into a folder beside it.
+    """
+    folder = tmp_path / "prompts"
+    (folder / "..data").mkdir(parents=True)
+    (folder / "..data" / "inner.md").write_text("You are inner.")
+    (folder / "inner.md").symlink_to("..data/inner.md")
+    (folder / "plain.md").write_text("You are plain.")
+    (tmp_path / "secret.md").write_text("The secret.")
+    (folder / "outer.md").symlink_to(tmp_path / "secret.md")
+    (folder / "hidden.md").symlink_to("..data/further")
+    (folder / "..data" / "further").symlink_to(tmp_path / "secret.md")
+    (tmp_path / "m.model").write_text('{"rkcached_memory_model": 1}')
+    (tmp_path / "manifest.yaml").write_text(
+        "version: 1\nengine: {kind: memory}\n"
+        f"sources: {{follow_links: {str(follow_links).lower()}}}\n"
+        "models: {m: {path: m.model, prompts_from: prompts/*.md}}\n"
+    )
+    reader = SourceReader(Digests())
+    manifest = read_manifest(tmp_path / "manifest.yaml")
+    for _ in range(2):
+        found = reader.scan(manifest).prompts
+        texts = {
+            key.prompt: declared.source.text
+            for key, declared in found.items()
+            if isinstance(declared.source, PromptSource)
+        }
+        wanted = {"inner": "You are inner.", "plain": "You are plain."}
+        if follow_links:
+            wanted |= dict.fromkeys(("outer", "hidden"), "The secret.")
+        assert texts == wanted
+    for key, declared in found.items():
+        assert reader.read_again(declared).source == declared.source
+        if isinstance(declared.source, Trouble):
+            assert (
+                f"{key.prompt}.md is a link that leads out of {folder}" in declared.source.message
+            )
+            assert "sources.follow_links" in declared.source.hint

@@ -390,7 +390,12 @@ def test_the_error_as_text() -> None:
             "temp",
             "did you mean 'temperature'?",
         ),
-        (MINIMAL + "file: x", 5, "file", "known are version, engine, cache, serving, models"),
+        (
+            MINIMAL + "file: x",
+            5,
+            "file",
+            "known are version, engine, cache, serving, sources, models",
+        ),
         (
             MINIMAL + "cache: {x: 1}",
             5,
@@ -1118,7 +1123,14 @@ def test_schema() -> None:
     """
     schema = json_schema()
     assert schema["$schema"] == "https://json-schema.org/draft/2020-12/schema"
-    assert list(schema["properties"]) == ["version", "engine", "cache", "serving", "models"]
+    assert list(schema["properties"]) == [
+        "version",
+        "engine",
+        "cache",
+        "serving",
+        "sources",
+        "models",
+    ]
     found = sections(schema)
     assert {
         "Manifest",
