@@ -114,7 +114,7 @@ class EngineConfig(_Section):
     max_memory_bytes: Size | None = Field(
         default=None,
         description="What a worker may take, besides mapped model files and NPU buffers. "
-        "None: no limit.",
+        "None: more than any model of that size needs.",
     )
     confine: bool = Field(
         default=True,

@@ -10,6 +10,7 @@ ends its process.
 
 from __future__ import annotations
 
+import os
 import re
 import resource
 import signal
@@ -24,9 +25,30 @@ _WANT = re.compile(
 )
 
 
+_ANY_ENGINE_BYTES = 4 << 30
+_TOKEN_BYTES = 1 << 20
+_MACHINE_SHARE = 0.9
+
+
 def limit(max_bytes: int) -> None:
     """Limit this process, for good. Errors: OSError, ValueError."""
     resource.setrlimit(resource.RLIMIT_DATA, (max_bytes, max_bytes))
+
+
+def default_limit(model: Path, context_tokens: int) -> int | None:
+    """The bytes that a worker may take where the manifest sets no limit: far more than it needs.
+
+    A KV state takes some 0.5 MiB a token in a model of 7 billion parameters, less in smaller and
+    newer ones; a library that does not map the model's file has it in memory once. None if the
+    machine does not say what it has.
+    """
+    try:
+        machine_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        model_bytes = model.stat().st_size
+    except (OSError, ValueError):
+        return None
+    needed_bytes = _ANY_ENGINE_BYTES + 2 * model_bytes + context_tokens * _TOKEN_BYTES
+    return min(int(_MACHINE_SHARE * machine_bytes), needed_bytes)
 
 
 def refused(lines: Iterable[str], max_bytes: int | None) -> str:

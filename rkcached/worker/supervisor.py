@@ -19,6 +19,7 @@ import contextlib
 import time
 from collections.abc import Awaitable, Callable, Coroutine
 from enum import StrEnum
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -98,6 +99,8 @@ class Worker:
         self._retry_at = 0.0
         self._process = WorkerProcess(model.name, stop_s=deadlines.stop_s)
         self._running_id = 0  # of the operation that runs; 0 for none
+        # Of the memory that the process may take for itself; None: there is none.
+        self._limit_bytes: int | None = None
         self._idle_timer: asyncio.TimerHandle | None = None
         self._stopping: asyncio.Task[None] | None = None
         self._watcher: asyncio.Task[None] | None = None
@@ -165,6 +168,9 @@ class Worker:
     async def _start(self) -> EngineInfo:
         self.state = WorkerState.STARTING
         model = self.model
+        self._limit_bytes = model.max_memory_bytes or memory.default_limit(
+            Path(model.spec.path), model.spec.context_tokens
+        )
 
         try:
             await self._admit(self)
@@ -175,7 +181,7 @@ class Worker:
             message = protocol.Start(
                 implementation=model.implementation,
                 spec=msgspec.structs.replace(model.spec, scratch_dir=self._process.scratch_dir),
-                max_memory_bytes=model.max_memory_bytes,
+                max_memory_bytes=self._limit_bytes,
                 confine=model.confine,
             )
             self._process.send(message)
@@ -248,7 +254,7 @@ class Worker:
         """The error of a failed load, with the reason that the library printed."""
         refusal = self._process.lines.explain(protocol.engine_error(answer))
         lines = (refusal.message, *self._process.lines.recent)
-        if want := memory.refused(lines, self.model.max_memory_bytes):
+        if want := memory.refused(lines, self._limit_bytes):
             return ModelLoadError(
                 f"{self.model.name} cannot be loaded: {want}",
                 hint="the log has the lines of the library",
@@ -437,7 +443,7 @@ class Worker:
         code = await self._end(kill=kill)
         how = what if kill else f"{describe(code)} {what}".rstrip()
         lines = self._process.lines
-        want = memory.refused(lines.recent, self.model.max_memory_bytes)
+        want = memory.refused(lines.recent, self._limit_bytes)
         if want := want or memory.killed(code, self._process.kernel_kills):
             how = f"{how}: {want}"
 

@@ -533,6 +533,29 @@ REFUSED = (
 )
 
 
+async def test_by_default_a_worker_may_take_far_more_than_its_model_needs(site: Site) -> None:
+    """But not all that the machine has."""
+    worker = site.worker()
+    await worker.ensure()
+    spec = worker.model.spec
+    limit, _ = psutil.Process(worker.pid).rlimit(psutil.RLIMIT_DATA)
+    assert limit == memory.default_limit(Path(spec.path), spec.context_tokens)
+    machine_bytes = psutil.virtual_memory().total
+    needed_bytes = spec.context_tokens * (512 << 10)
+    assert min(needed_bytes + (2 << 30), machine_bytes // 2) < limit < machine_bytes
+
+
+def test_the_default_grows_with_the_model_and_the_context(tmp_path: Path) -> None:
+    model = tmp_path / "m"
+    model.write_bytes(b"x")
+    small = memory.default_limit(model, 1024)
+    large = memory.default_limit(model, 2048)
+    assert small is not None
+    assert large is not None
+    assert large - small in (0, 1024 << 20)
+    assert memory.default_limit(tmp_path / "missing", 1024) is None
+
+
 async def test_a_worker_that_eats_memory_dies_of_its_limit_and_says_so(site: Site) -> None:
     """The request fails, with the next step.
 
