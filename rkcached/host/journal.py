@@ -32,6 +32,7 @@ class Journal:
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         try:
             self._socket.connect(path)
+            self._socket.setblocking(False)  # a journal that has stopped must not stop us
         except OSError:
             self._socket.close()
             raise

@@ -7,14 +7,19 @@ Where standard error is systemd's journal, the event goes there as an entry with
 
 from __future__ import annotations
 
+import errno
 import logging
-import sys
+import os
+import select
 import time
 from collections.abc import Mapping, MutableMapping
 from typing import Any
 
 from rkcached.host.journal import Journal
 from rkcached.host.systemd import is_journal
+
+_ERROR_OUTPUT = 2
+"""The number of standard error's file."""
 
 _OPTIONS = ("exc_info", "stack_info", "stacklevel")
 """Arguments of the standard library's loggers, beside the fields of an event."""
@@ -36,8 +41,9 @@ log = EventLogger(logging.getLogger("rkcached"))
 
 def configure(level: str) -> None:
     """Send our events and the libraries' log records to standard error or the journal."""
+    _keep_standard_files()
     journal = _journal()
-    handler: logging.Handler = logging.StreamHandler(sys.stderr)
+    handler: logging.Handler = _Output(_ERROR_OUTPUT)
     handler.setFormatter(_Line())
     if journal is not None:
         handler = _Entries(journal, otherwise=handler)
@@ -49,14 +55,62 @@ def configure(level: str) -> None:
     logging.getLogger("watchdog").setLevel(logging.ERROR)
 
 
+def _keep_standard_files() -> None:
+    """Open what was closed of standard input, output and error, but for nothing.
+
+    Else the next file or socket would have its number, and log lines would go there.
+    """
+    for fd in range(_ERROR_OUTPUT + 1):
+        try:
+            os.fstat(fd)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # the lowest number that is free: this one
+
+
 def _journal() -> Journal | None:
     """The journal, if standard error leads there and it takes entries."""
-    if not is_journal(sys.stderr.fileno()):
+    if not is_journal(_ERROR_OUTPUT):
         return None
     try:
         return Journal()
     except OSError:
         return None
+
+
+class _Output(logging.Handler):
+    """Writes lines to a file that may be a full disk, or a pipe whose reader has stopped or gone.
+
+    It waits for neither: the lines that nobody takes are counted, and the next one that is taken
+    says how many were lost.
+    """
+
+    def __init__(self, fd: int) -> None:
+        super().__init__()
+        self._fd = fd
+        self._poll = select.poll()
+        self._poll.register(fd, select.POLLOUT)
+        self._lost = 0
+
+    def emit(self, record: logging.LogRecord) -> None:
+        text = self.format(record)
+        if self._lost:
+            lines = "1 line before this was" if self._lost == 1 else f"{self._lost} lines were"
+            text = f"{time.strftime('%H:%M:%S')} warning {lines} lost: nobody took them\n{text}"
+
+        data = f"{text}\n".encode(errors="backslashreplace")
+        try:
+            while data:
+                data = data[self._write(data[: select.PIPE_BUF]) :]
+        except OSError:
+            self._lost += 1
+        else:
+            self._lost = 0
+
+    def _write(self, part: bytes) -> int:
+        """Errors: OSError, also where writing would wait."""
+        if not self._poll.poll(0):
+            raise BlockingIOError(errno.EAGAIN, "it takes nothing now")
+        return os.write(self._fd, part)
 
 
 class _Line(logging.Formatter):

@@ -6,6 +6,8 @@ import re
 import subprocess
 import sys
 
+import pytest
+
 PROGRAM = """
 import logging
 from rkcached.host.logs import configure, log
@@ -52,3 +54,63 @@ def test_the_level_is_that_of_our_events() -> None:
         "warning library: its own words",
         "error   crashed model=m",
     ]
+
+
+def logging_program(body: str) -> str:
+    return (
+        "import logging, os, sys, time\n"
+        "from rkcached.host.logs import configure, log\n"
+        f"configure('info')\n{body}\n"
+        "print('went on', flush=True)\n"
+    )
+
+
+def test_a_reader_that_stops_or_goes_stops_nobody() -> None:
+    """A pipe holds some 64 kB. When its reader reads on, it is told how much it missed."""
+    program = logging_program(
+        "for number in range(5000): log.info('said', number=number)\n"
+        "print('full', flush=True)\n"
+        "sys.stdin.readline()\n"
+        "log.info('last')"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", program],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        assert process.stderr is not None
+        assert process.stdout.readline() == "full\n"
+        taken = [process.stderr.readline() for _ in range(200)]
+        process.stdin.write("\n")
+        process.stdin.flush()
+        assert process.stdout.readline() == "went on\n"
+        rest = process.stderr.read().splitlines()
+    assert taken[0].endswith("said number=0\n")
+    said = len(taken) + sum("said number=" in line for line in rest)
+    assert rest[-2][9:] == f"warning {5000 - said} lines were lost: nobody took them"
+    assert rest[-1][9:] == "info    last"
+
+
+@pytest.mark.parametrize("to", ["gone", "full", "closed"])
+def test_a_log_that_cannot_be_written_costs_lines_only(to: str) -> None:
+    """Its reader is gone, its disk is full, or there is none: no traceback, and no other file."""
+    redirection = {"gone": "2> >(exec true)", "full": "2>/dev/full", "closed": "2>&-"}[to]
+    program = logging_program(
+        "time.sleep(0.2)\n"
+        "first = os.open(os.devnull, os.O_WRONLY)\n"
+        "assert first > 2, first\n"
+        "for number in range(3): log.info('said', number=number)"
+    )
+    done = subprocess.run(
+        ["bash", "-c", f'exec "$0" -c "$1" {redirection}', sys.executable, program],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+    assert (done.stdout, done.returncode) == ("went on\n", 0), done.stderr
+    assert done.stderr == ""
