@@ -68,6 +68,7 @@ from rkcached.sources.manifest_file import read_manifest
 from rkcached.sources.stored_texts import StoredTexts
 from rkcached.store.seal import make_seal
 from rkcached.store.store import Store
+from rkcached.store.writer import check_place
 from rkcached.worker import scratch
 from rkcached.worker.gate import Gates
 from rkcached.worker.held import NOBODY
@@ -112,6 +113,7 @@ def run(settings: Settings) -> None:
         for listener in itertools.chain.from_iterable(passed.values()):
             refuse_waiting(listener, error)
         raise
+    check_place(settings.cache_dir)  # before we make anything
     store = Store(settings.cache_dir, seal=make_seal(settings.state_dir))
     stored = StoredTexts(settings.state_dir)
     store.open()

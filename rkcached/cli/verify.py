@@ -19,6 +19,7 @@ from rkcached.plan.worker_model import worker_model
 from rkcached.reconcile.builder import texts_of
 from rkcached.reconcile.observer import Observation
 from rkcached.sources.records import Key
+from rkcached.store.seal import read_seal
 from rkcached.store.sidecar import StoredArtifact
 from rkcached.store.store import Store
 from rkcached.worker import protocol
@@ -54,6 +55,8 @@ def run(
         if results:
             what = f"{good} of {len(results)} good"
         click.echo(printable(f"{what} in the store {settings.cache_dir}"))
+        if read_seal(settings.state_dir) is None:
+            click.echo("signatures were not checked: only root and the daemon can read the key")
 
     if good == len(results):
         return os.EX_OK

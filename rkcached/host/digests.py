@@ -15,6 +15,7 @@ import stat
 import struct
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from io import BufferedReader
 from pathlib import Path
@@ -23,6 +24,7 @@ from typing import NewType
 import msgspec
 
 from rkcached.errors import SourceError, SourceUnsettled
+from rkcached.host import disk
 from rkcached.host.regular import open_regular, read_regular
 
 # A change may share its time with one that comes so much later: kernels tick every 1 to 10 ms.
@@ -96,6 +98,7 @@ class _Kept(msgspec.Struct, frozen=True):
 
     version: int
     files: dict[str, _Entry]
+    mac: str = ""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -108,10 +111,18 @@ class Reading:
 
 
 class Digests:
-    """The memory. One thread at a time; `file` is where it is kept between runs (None: nowhere)."""
+    """The memory. One thread at a time."""
 
-    def __init__(self, file: Path | None = None) -> None:
+    def __init__(
+        self, file: Path | None = None, *, sign: Callable[[bytes], str] | None = None
+    ) -> None:
+        """`file` is where it is kept between runs; None: nowhere.
+
+        `sign` makes a code of what is kept, without which it is not believed: whoever can write the
+        file could have any file taken for another.
+        """
         self._file = file
+        self._sign = sign
         # The files that were asked for since the start.
         self._entries: dict[str, _Entry] = {}
         # The files that were known at the start, and that nobody has asked for yet.
@@ -129,7 +140,7 @@ class Digests:
             # A damaged memory only costs re-hashing.
             with contextlib.suppress(OSError, ValueError, RecursionError):
                 kept = msgspec.json.decode(read_regular(file, _MAX_BYTES, follow=False), type=_Kept)
-                if kept.version == _VERSION:
+                if kept.version == _VERSION and kept.mac == self._code(kept):
                     self._before = kept.files
 
     def digest(self, path: Path) -> str:
@@ -222,13 +233,12 @@ class Digests:
         if not self._dirty or self._file is None:
             return
 
-        temporary = self._file.with_name(self._file.name + ".tmp")
-        try:
-            temporary.touch(mode=0o640)
-            temporary.write_bytes(msgspec.json.encode(_Kept(_VERSION, self._entries)))
-            temporary.replace(self._file)
-        finally:  # on a full disk, half a file would take the rest of the space
-            with contextlib.suppress(OSError):
-                temporary.unlink(missing_ok=True)
-
+        kept = _Kept(_VERSION, self._entries)
+        kept = msgspec.structs.replace(kept, mac=self._code(kept))
+        disk.replace(self._file, msgspec.json.encode(kept))
         self._dirty = False
+
+    def _code(self, kept: _Kept) -> str:
+        if self._sign is None:
+            return kept.mac
+        return self._sign(msgspec.json.encode(msgspec.structs.replace(kept, mac="")))

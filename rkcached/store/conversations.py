@@ -24,6 +24,7 @@ from rkcached.host import beneath
 from rkcached.host.digests import Signature, signature_of
 from rkcached.host.regular import open_regular, read_regular
 from rkcached.store import marks
+from rkcached.store.seal import Seal, Signed, is_signed
 from rkcached.store.writer import Writer, make_folder
 
 FOLDER_MODE = 0o700
@@ -36,7 +37,7 @@ _STATE = ".state"
 _NAME = re.compile(r"([0-9a-f]{16})\.(state|json|tmp)")
 
 
-class Record(msgspec.Struct, frozen=True, kw_only=True):
+class Record(Signed, frozen=True, kw_only=True):
     """A saved conversation, as its record stands on disk."""
 
     format: int = 1
@@ -68,8 +69,9 @@ class SavedConversation:
 class ConversationFiles:
     """The saved conversations of a store."""
 
-    def __init__(self, writer: Writer) -> None:
+    def __init__(self, writer: Writer, seal: Seal | None) -> None:
         self._writer = writer
+        self._seal = seal
 
     @property
     def root(self) -> Path:
@@ -99,6 +101,8 @@ class ConversationFiles:
                     digest = hashlib.file_digest(stream, "sha256").hexdigest()
                     info = os.fstat(stream.fileno())
                 record = msgspec.structs.replace(record, size_bytes=info.st_size, sha256=digest)
+                if self._seal is not None:
+                    record = self._seal.signed(record)
                 written = path.with_suffix(".tmp")
                 written.write_bytes(msgspec.json.encode(record))
                 written.chmod(FILE_MODE)
@@ -133,7 +137,7 @@ class ConversationFiles:
             ours = filter(None, map(_NAME.fullmatch, names))
             for stem in sorted({match[1] for match in ours}):
                 path = root / marks.CONVERSATIONS / model / f"{stem}{_STATE}"
-                saved = _read(path)
+                saved = _read(path, self._seal)
                 if saved is None:
                     self.remove(path)
                 else:
@@ -142,10 +146,12 @@ class ConversationFiles:
         return found
 
 
-def _read(path: Path) -> SavedConversation | None:
+def _read(path: Path, seal: Seal | None) -> SavedConversation | None:
     """The conversation in this file; None if it is not what a record beside it says."""
     try:
         record = msgspec.json.decode(_bytes_of(path.with_suffix(".json")), type=Record)
+        if not is_signed(record, seal):
+            return None
         text = record.text.encode()
         with open_regular(path, follow=False) as stream:
             digest = hashlib.file_digest(stream, "sha256").hexdigest()

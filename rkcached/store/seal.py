@@ -1,9 +1,9 @@
-"""Shows that a sidecar was written by this installation, and not by whoever can write to the store.
+"""Shows that a record was written by this installation, and not by whoever can write to the store.
 
-A sidecar has a message authentication code (HMAC, RFC 2104, with SHA-256) over all that it says,
-by a key that lies in the state directory and that nobody but the daemon's user can read. So a
-prompt cache that was put into the store with a sidecar of its own making is not served. It protects
-from nobody who can read that key, or run code as that user.
+Sidecars, records of conversations and the file of digests have a message authentication code (HMAC,
+RFC 2104, with SHA-256) over all that they say, by a key that lies in the state directory and that
+nobody but the daemon's user can read. So a state that was put into the store with a record of its
+own making is not served. It protects from nobody who can read that key, or run code as that user.
 """
 
 from __future__ import annotations
@@ -13,42 +13,59 @@ import hashlib
 import hmac
 import secrets
 from pathlib import Path
+from typing import TypeVar
 
 import msgspec
 
 from rkcached.host import disk
 from rkcached.host.logs import log
 from rkcached.host.regular import read_regular
-from rkcached.store.sidecar import Sidecar
 
 NAME = "store.key"
 KEY_BYTES = 32
 KEY_MODE = 0o600
 
 
-UNSIGNED = "its sidecar was not signed by this installation: it was copied here, or changed"
+UNSIGNED = (
+    "its sidecar has no valid signature of this installation: it was copied, changed, or made by "
+    "an earlier version"
+)
+
+
+class Signed(msgspec.Struct, frozen=True, kw_only=True):
+    """A record that can be signed."""
+
+    mac: str = ""
+    """The code of all else that it says."""
+
+
+Record = TypeVar("Record", bound=Signed)
 
 
 class Seal:
     def __init__(self, key: bytes) -> None:
         self._key = key
 
-    def signed(self, sidecar: Sidecar) -> Sidecar:
-        """The sidecar with the code of what it says."""
-        return msgspec.structs.replace(sidecar, mac=self._code(sidecar))
+    def signed(self, record: Record) -> Record:
+        """The record with the code of what it says."""
+        return msgspec.structs.replace(record, mac=self._code(record))
 
-    def has_signed(self, sidecar: Sidecar) -> bool:
-        return hmac.compare_digest(self._code(sidecar), sidecar.mac)
+    def has_signed(self, record: Signed) -> bool:
+        return hmac.compare_digest(self._code(record).encode(), record.mac.encode())
 
-    def _code(self, sidecar: Sidecar) -> str:
-        bare = msgspec.structs.replace(sidecar, mac="")
+    def code(self, data: bytes) -> str:
+        """The message authentication code of some data."""
+        return hmac.new(self._key, data, hashlib.sha256).hexdigest()
+
+    def _code(self, record: Signed) -> str:
+        bare = msgspec.structs.replace(record, mac="")
         said = msgspec.json.encode(bare, enc_hook=dict, order="sorted")
-        return hmac.new(self._key, said, hashlib.sha256).hexdigest()
+        return self.code(type(record).__name__.encode() + b" " + said)
 
 
-def is_signed(sidecar: Sidecar, seal: Seal | None) -> bool:
+def is_signed(record: Signed, seal: Seal | None) -> bool:
     """Whether it may be believed; without a seal, every one may be."""
-    return seal is None or seal.has_signed(sidecar)
+    return seal is None or seal.has_signed(record)
 
 
 def read_seal(state_dir: Path) -> Seal | None:

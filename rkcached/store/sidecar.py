@@ -18,6 +18,7 @@ from rkcached.host.digests import Signature
 from rkcached.plan.fingerprint import fingerprint, owner_in
 from rkcached.plan.records import Artifact, Retired, Verdict
 from rkcached.sources.records import Key
+from rkcached.store.seal import Signed
 
 FORMAT_VERSION = 1
 
@@ -48,7 +49,7 @@ class Figures(msgspec.Struct, frozen=True, kw_only=True):
         return self.verified == "off" or self.warm_ttft_ms < self.cold_ttft_ms
 
 
-class Sidecar(msgspec.Struct, frozen=True, kw_only=True):
+class Sidecar(Signed, frozen=True, kw_only=True):
     """The commit record of an artifact, as it stands on disk."""
 
     format: int = FORMAT_VERSION
@@ -69,8 +70,6 @@ class Sidecar(msgspec.Struct, frozen=True, kw_only=True):
     answer_sha256: str = ""
     """Of the answer that proved it, by which a build that goes on from it sees that it is as it
     was. Empty: it was not proven so."""
-    mac: str = ""
-    """See `seal`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -67,12 +67,14 @@ class Store:
         """Without a seal, sidecars are neither signed nor are they required to be."""
         self.root = root
         self._seal = seal
-        self.digests = digests or Digests(root / marks.DIGESTS)
+        self.digests = digests or Digests(
+            root / marks.DIGESTS, sign=None if seal is None else seal.code
+        )
         self._writer = Writer(root)
         self.staging = Staging(self._writer)
         self.verdicts = Verdicts(self._writer)
         self.retired = RetiredArtifacts(self._writer, seal)
-        self.conversations = ConversationFiles(self._writer)
+        self.conversations = ConversationFiles(self._writer, seal)
         self._quarantine = Quarantine(self._writer)
         self._scan = Scan(self.digests, seal)
 
