@@ -76,8 +76,9 @@ def printable(text: str) -> str:
     return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
 
 
-# What a terminal obeys: control characters but for tab and newline, and those that turn the order
-# of what follows (Unicode's Bidi_Control). Joiners stay, as many scripts need them.
+# What a terminal obeys: control characters but for tab and newline, separators of lines, and what
+# turns the order of a text (the embeddings, overrides and isolates of Unicode's bidirectional
+# algorithm). Joiners and direction marks stay, as many scripts need them.
 _OBEYED = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
 
 

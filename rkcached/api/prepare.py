@@ -167,8 +167,8 @@ class Preparation:
         inputs = list(request.each())
         if any(isinstance(content, str) and "\0" in content for content in inputs):
             raise nul_refused("input")
-        longest = max(len(item.encode()) if isinstance(item, str) else len(item) for item in inputs)
-        refuse_too_long(model, longest, "input")
+        texts = [len(item.encode()) for item in inputs if isinstance(item, str)]
+        refuse_too_long(model, max(texts, default=0), "input")  # lists of tokens count themselves
         return model.name, inputs
 
     async def _check(self, text: str, demand: Demand) -> None:

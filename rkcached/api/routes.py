@@ -334,7 +334,8 @@ class Api:
         if not self._streams.take(caller):
             raise RequestError(
                 503,
-                f"too many event streams are open; a user may have {EVENT_STREAMS}",
+                f"too many event streams are open: {EVENT_STREAMS} are allowed for a user, and "
+                f"{4 * EVENT_STREAMS} for all",
                 code="too_many_streams",
                 hint="close some of them",
                 retry_after_s=1,

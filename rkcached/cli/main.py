@@ -214,8 +214,9 @@ def verify(
 ) -> int:
     """Check every artifact against its sidecar: size and SHA-256 of prompt cache and text.
 
-    It changes nothing. --deep and --prove load the model beside the daemon's; --prove reads each
-    prompt as a whole, which takes as long as to build it.
+    It changes nothing. --deep and --prove load a second copy of the model; --prove reads each
+    prompt as a whole, which takes as long as to build it, and only where the runtime answers alike
+    each time.
 
     The exit code is 0 when all are good, 65 otherwise, 66 when there is no store.
     """

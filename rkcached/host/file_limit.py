@@ -56,5 +56,6 @@ class Complaints:
             log.warning(
                 "out of files",
                 error=error.strerror,
-                hint="clients wait; raise LimitNOFILE of rkcached.service if that lasts",
+                hint="clients wait; if that lasts, raise LimitNOFILE of rkcached.service, "
+                "or give the machine more memory",
             )

@@ -172,7 +172,7 @@ def quarantined(fingerprint: str, what: str, times: int, why: str) -> Verdict:
 
     Nobody may be able to keep a prompt without its cache for good.
     """
-    hint = "change the prompt, its parameters or the model, or run `rkcached regenerate`"
+    hint = "it is tried again by itself later; to try now, run `rkcached regenerate`"
     rounds = min(times - QUARANTINE_AFTER, 10)  # 2.0**1024 is no float
     pause_s = min(QUARANTINE_S * 2.0**rounds, MAX_QUARANTINE_S)
     return Verdict(

@@ -7,12 +7,13 @@ again and again would keep the model from all others. On the event loop.
 from __future__ import annotations
 
 import hashlib
+import math
 import time
 from dataclasses import dataclass
 
 import msgspec
 
-from rkcached.errors import RequestError
+from rkcached.errors import RequestError, counted
 from rkcached.serving.job import Job
 
 DEATHS = 2
@@ -35,7 +36,7 @@ class DeadlyRequests:
         self._deaths: dict[bytes, _Deaths] = {}
 
     def refuse(self, job: Job) -> None:
-        """Errors: RequestError, if this request ended its worker twice in the last minutes."""
+        """Errors: RequestError, if this request ended its worker twice, and not long ago."""
         deaths = self._deaths.get(_digest(job)) if self._deaths else None
         if deaths is None or deaths.times < DEATHS:
             return
@@ -48,12 +49,14 @@ class DeadlyRequests:
             422,
             f"this request ended the worker of the model {deaths.times} times: {deaths.why}",
             code="request_ends_worker",
-            hint=f"change it; it is accepted again in {left_s / 60:.0f} minutes",
+            hint=f"change it; it is accepted again in {counted(math.ceil(left_s / 60), 'minute')}",
         )
 
     def ended_its_worker(self, job: Job, why: str) -> None:
         digest = _digest(job)
-        deaths = self._deaths.pop(digest, None) or _Deaths(0, 0.0, "")
+        deaths = self._deaths.pop(digest, None)
+        if deaths is None or time.monotonic() - deaths.last > REFUSED_S:
+            deaths = _Deaths(0, 0.0, "")
         deaths.times += 1
         deaths.last = time.monotonic()
         deaths.why = why

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from rkcached import errors
-from rkcached.errors import RequestError
+from rkcached.errors import RequestError, counted
 
 # Status, code, param, and the seconds until a retry makes sense.
 _STATUS: dict[type[errors.RkcachedError], tuple[int, str, str | None, int]] = {
@@ -76,14 +76,16 @@ def refuse_beyond_the_queue(model: str, owners: Sequence[int], owner: int, limit
     if own < limit and len(owners) < QUEUES * limit:
         return
 
-    waiting = f"{own} requests of this user wait"
+    waiting = f"{counted(own, 'request')} of this user wait"
+    hint = "try again in a moment; serving.queue in the manifest is the limit"
     if own < limit:
         waiting = f"{len(owners)} requests of all users wait"
+        hint = f"try again in a moment; {QUEUES} times serving.queue in the manifest is the limit"
     raise RequestError(
         503,
         f"{waiting} for the model {model!r} already",
         code="queue_full",
-        hint="try again in a moment; serving.queue in the manifest is the limit",
+        hint=hint,
         retry_after_s=1,
     )
 

@@ -44,7 +44,7 @@ def read_text(path: Path, noun: str = PROMPT, *, within: Path | None = None) -> 
     except LeadsOut as error:
         raise SourceError(
             f"{path} is a link that leads out of {within}",
-            hint="put the file there, or allow such links: sources.follow_links in the manifest",
+            hint="copy the file into the folder, or set sources.follow_links: true in the manifest",
         ) from error
     except OSError as error:
         raise unusable(path, error, "file") from error

@@ -95,7 +95,7 @@ def make_seal(state_dir: Path) -> Seal | None:
             "prompt caches are not signed",
             file=str(path),
             error=error.strerror,
-            hint="whoever can write to the store can have a prompt cache of his own served",
+            hint="make the state directory writable for the daemon's user, and restart",
         )
         return None
     return Seal(key)

@@ -188,12 +188,14 @@ class Session:
         stats, answer, _ = self._state.probe(probe, _never)
         reused = stats.cached_tokens
         if reused is not None and reused < tokens - BOUNDARY_TOKENS:
-            raise VerifyFailed(f"it is of another text: {reused} of {tokens} tokens were reused")
+            raise VerifyFailed(
+                f"it is the cache of another text: {reused} of {tokens} tokens were reused"
+            )
         self._state.empty()
         _, expected, _ = self._state.probe(probe, _never)
         self._state.empty()
         if not agree(expected, answer, moved=True):
-            raise VerifyFailed("it is the state of another text: it answers otherwise than its own")
+            raise VerifyFailed("with this cache the model answers otherwise than with its text")
 
     def keep(self, operation: protocol.Keep, emit: Emit) -> protocol.Checked:
         """Save the conversation in a KV state, where it stays. No error: then it is not saved."""

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
 
+import msgspec
 import pytest
+
+from rkcached.engines.base import EngineInfo, ModelSpec
+from rkcached.engines.memory import MemoryEngine
+from rkcached.worker.model import WorkerModel
+from rkcached.worker.pool import Workers
 
 ROOT = Path(__file__).parents[2]
 
@@ -103,3 +111,40 @@ def test_no_process_of_the_same_user_can_look_into_the_daemon(way: str, refused:
         timeout=60,
     )
     assert done.stdout.strip() == refused, done.stderr
+
+
+class Escaping(MemoryEngine):
+    """Says what it could do, as its version."""
+
+    @property
+    def info(self) -> EngineInfo:
+        done = []
+        for name, work in (
+            ("program", lambda: os.posix_spawn("/bin/true", ["true"], {})),
+            ("signal", lambda: os.kill(os.getppid(), 0)),
+            ("socket", socket.socket),
+        ):
+            with contextlib.suppress(PermissionError):
+                work()
+                done.append(name)
+        return msgspec.structs.replace(super().info, runtime_version=",".join(done))
+
+
+@pytest.mark.parametrize(("confine", "can"), [(True, ""), (False, "program,signal,socket")])
+async def test_a_worker_is_confined(tmp_path: Path, *, confine: bool, can: str) -> None:
+    """A real one, before its library is loaded; unless the manifest says otherwise."""
+    path = tmp_path / "m.model"
+    path.write_text('{"rkcached_memory_model": 1}')
+    model = WorkerModel(
+        name="m",
+        identity="i",
+        implementation=f"{__name__}:Escaping",
+        spec=ModelSpec(path=str(path), context_tokens=1024),
+        idle_unload_s=None,
+        confine=confine,
+    )
+    workers = Workers()
+    try:
+        assert (await workers.get(model).ensure()).runtime_version == can
+    finally:
+        await workers.stop()

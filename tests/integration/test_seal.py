@@ -9,8 +9,9 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from rkcached.host.digests import Digests
+from rkcached.host.digests import Digests, _Entry, signature_of
 from rkcached.sources.records import Key
+from rkcached.store.conversations import Record
 from rkcached.store.seal import KEY_BYTES, NAME, UNSIGNED, Seal, make_seal, read_seal
 from rkcached.store.sidecar import Sidecar
 from rkcached.store.store import Store
@@ -156,3 +157,56 @@ def test_what_is_adopted_is_signed_for_its_new_place(store: Store) -> None:
     adopted = store.adopt(Q, committed.fingerprint, source=P, take=False)
     assert found(store, Q) == ""
     assert adopted.sidecar.mac != committed.sidecar.mac
+
+
+def test_a_forged_digest_is_not_believed(store: Store, seal: Seal) -> None:
+    """The file of digests spares reading: an entry of one's own would make any file pass."""
+    committed = publish(store, P)
+    size = committed.path.stat().st_size
+    store.close()
+    committed.path.write_bytes(b"x" * size)
+    forger = Digests(store.root / ".digests.json")
+    forger.trust(committed.path, committed.path.stat(), committed.sidecar.sha256)
+    forger._entries[str(committed.path)] = _Entry(
+        signature_of(committed.path.stat()), committed.sidecar.sha256
+    )
+    forger._dirty = True
+    forger.save()
+    assert Store(store.root).scan().artifacts[P].corrupt == "", "without a seal, it is believed"
+    again = Store(store.root, seal=seal)
+    assert "does not have the SHA-256 of its sidecar" in again.scan().artifacts[P].corrupt
+
+
+def test_digests_that_were_saved_here_spare_reading(store: Store, seal: Seal) -> None:
+    committed = publish(store, P)
+    file = store.root / ".digests.json"
+    digests = Digests(file, sign=seal.code)
+    digests._entries[str(committed.path)] = _Entry(signature_of(committed.path.stat()), "ab")
+    digests._dirty = True
+    digests.save()
+    assert Digests(file, sign=seal.code).digest(committed.path) == "ab"
+    other = Seal(b"another installation's key" + b"." * 6)
+    assert Digests(file, sign=other.code).digest(committed.path) == committed.sidecar.sha256
+
+
+def test_a_forged_conversation_is_removed(store: Store) -> None:
+    """It would be loaded for a user who did not have it."""
+    path = store.conversations.place("m")
+    path.write_bytes(b"state")
+    record = Record(
+        model="m",
+        identity="i",
+        owner=1,
+        text="Hello",
+        asked_bytes=5,
+        tokens=5,
+        size_bytes=0,
+        sha256="",
+        used_at=1.0,
+    )
+    saved = store.conversations.seal(path, record)
+    assert [found.record for found in store.conversations.all()] == [saved.record]
+    forged = msgspec.structs.replace(saved.record, owner=2)
+    path.with_suffix(".json").write_bytes(msgspec.json.encode(forged))
+    assert store.conversations.all() == []
+    assert not path.exists()

@@ -673,7 +673,10 @@ def test_regenerate_shows_how_far_it_is(workspace: Workspace) -> None:
 
 @pytest.mark.parametrize(
     ("forges_header", "words"),
-    [(False, "it is of another text: "), (True, "it is the state of another text: ")],
+    [
+        (False, "it is the cache of another text: "),
+        (True, "with this cache the model answers otherwise than with its text"),
+    ],
 )
 def test_verify_proves_what_a_prompt_cache_holds(
     two_prompts: Workspace, *, forges_header: bool, words: str
@@ -718,9 +721,9 @@ def test_a_forged_prompt_cache_is_built_again(two_prompts: Workspace) -> None:
     forged = msgspec.structs.replace(sidecar, sha256=other.sha256)
     record.write_bytes(msgspec.json.encode(forged, enc_hook=dict))
     planned = two_prompts.cli("plan").stdout
-    assert "not signed by this installation" in planned
+    assert "no valid signature of this installation" in planned
     verified = two_prompts.cli("verify", code=65).stdout
-    assert "FAILED  m/a  its sidecar was not signed by this installation" in verified
+    assert "FAILED  m/a  its sidecar has no valid signature of this installation" in verified
 
     two_prompts.start()
     two_prompts.wait_settled()
