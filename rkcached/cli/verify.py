@@ -14,9 +14,9 @@ from rkcached.errors import RkcachedError, printable
 from rkcached.host import logs
 from rkcached.host.settings import Settings
 from rkcached.plan.desired import DesiredModel
+from rkcached.plan.probe import texts_of
 from rkcached.plan.records import State
 from rkcached.plan.worker_model import worker_model
-from rkcached.reconcile.builder import texts_of
 from rkcached.reconcile.observer import Observation
 from rkcached.sources.records import Key
 from rkcached.store.seal import read_seal

@@ -24,11 +24,9 @@ from rkcached.errors import (
     WorkerDied,
 )
 from rkcached.host import disk
-from rkcached.messages.message import Message
-from rkcached.messages.template import ChatTemplate
-from rkcached.messages.tools import ToolSet
 from rkcached.plan.desired import DesiredModel
 from rkcached.plan.fingerprint import Fingerprint
+from rkcached.plan.probe import texts_of
 from rkcached.plan.records import over_budget
 from rkcached.reconcile.build_request import BuildRequest
 from rkcached.reconcile.prefills import BuildCosts, Prefills, blame_disk
@@ -37,10 +35,6 @@ from rkcached.store.sidecar import Figures, Sidecar, StoredArtifact
 from rkcached.store.store import Store
 from rkcached.worker.gate import Gates
 from rkcached.worker.pool import Workers
-
-PROBE_QUESTION = "Answer in one sentence: what are you for?"
-"""Asked twice after every build: on the state in memory, and on the state from the file."""
-
 
 FILES = 3
 """Of an artifact: the prompt cache, its text, its sidecar."""
@@ -184,10 +178,3 @@ def _check_room(store: Store, folder: Path, cache_bytes: int, text_bytes: int) -
 
 def _is_full(error: StoreError) -> bool:
     return isinstance(error.__cause__, OSError) and error.__cause__.errno == errno.ENOSPC
-
-
-def texts_of(template: ChatTemplate, text: str, tools: ToolSet | None) -> tuple[str, str]:
-    """The prefix of a prompt and a whole request that starts with it. Errors: TemplateError."""
-    shown = tools.plain() if tools is not None else []
-    probe = [Message(role="system", content=text), Message(role="user", content=PROBE_QUESTION)]
-    return template.prefix(text, shown), template.render(probe, shown)

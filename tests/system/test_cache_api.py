@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import stat
 from typing import Any
 
@@ -195,7 +196,7 @@ def test_bad_texts_and_names(
         two_prompts, "POST", "/v1/cache/m", {"cache_name": name, "content": content}, status=status
     )
     assert code(answer) == expected
-    assert not (two_prompts.root / "state").exists()
+    assert [path.name for path in (two_prompts.root / "state").rglob("*")] == ["store.key"]
 
 
 def test_unknown_models(two_prompts: Workspace) -> None:
@@ -312,6 +313,7 @@ def test_readiness(two_prompts: Workspace) -> None:
 
 def test_a_state_directory_that_cannot_be_written(two_prompts: Workspace) -> None:
     """503 with the path; the daemon goes on."""
+    shutil.rmtree(two_prompts.root / "state")
     (two_prompts.root / "state").write_text("a file, where a directory should be")
     answer = call(two_prompts, "POST", "/v1/cache/m", STORE, status=503)
     assert code(answer) == "state_not_writable"

@@ -623,9 +623,12 @@ def test_no_gain(workspace: Workspace) -> None:
     workspace.wait_settled()
     sidecar = workspace.cache / "m/p.json"
     workspace.stop()
-    data = json.loads(sidecar.read_text())
-    data["figures"] |= {"cold_ttft_ms": 5.0, "warm_ttft_ms": 7.0}
-    sidecar.write_text(json.dumps(data))
+    seal = read_seal(workspace.root / "state")
+    assert seal is not None
+    record = msgspec.json.decode(sidecar.read_bytes(), type=Sidecar)
+    figures = msgspec.structs.replace(record.figures, cold_ttft_ms=5.0, warm_ttft_ms=7.0)
+    changed = seal.signed(msgspec.structs.replace(record, figures=figures))
+    sidecar.write_bytes(msgspec.json.encode(changed, enc_hook=dict))
     workspace.start()
     assert workspace.prompt("p")["reason"] == "no gain: 7 ms with the cache, 5 ms without"
     assert "no gain" in workspace.cli("status").stdout
