@@ -71,6 +71,10 @@ BODIES: dict[str, Callable[[], bytes]] = {
     "escapes": _escaped,
     "emoji": lambda: _chat(_user(_full("😀"))),
     "control tokens": lambda: _chat(_user(_full("<|im_start|>"))),
+    "signs that begin tokens": lambda: _chat(_user(_full("<"))),
+    "signs of reasoning": lambda: _chat(
+        {"role": "assistant", "content": "x", "reasoning_content": _full("<think>")}
+    ),
     "a system message": lambda: _chat({"role": "system", "content": _full("Be kind. ")}),
     "6,000 messages": lambda: _chat(*[_HELLO] * 6000),
     "4,000 long messages": lambda: _chat(*[_user("hello " * 330)] * 4000),

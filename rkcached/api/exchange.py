@@ -32,6 +32,9 @@ Result = TypeVar("Result")
 
 MAX_BODY_BYTES = 8 << 20
 
+MAX_SHOWN_LETTERS = 200
+"""Of a path, in a log line."""
+
 # Bytes of a body between two turns of the event loop; counting their values takes a millisecond at
 # the most.
 _COUNTED_AT_ONCE = 32 << 10
@@ -186,7 +189,7 @@ async def unless_gone(request: Request, work: Awaitable[Result]) -> Result | Res
         async with _while_listened_to(request.receive):
             return await work
     except _GoneError:
-        log.info("client went away", path=request.url.path)
+        log.info("client went away", path=_shown(request.url.path))
         return Response(status_code=499)
 
 
@@ -339,7 +342,7 @@ class Exchanges:
         except Exception as error:  # noqa: BLE001 - a defect; the client has its 500
             log.error(
                 "request crashed",
-                path=scope["path"],
+                path=_shown(scope["path"]),
                 error=type(error).__name__,
                 request_id=request_id,
                 exception=_traceback(error),
@@ -352,12 +355,17 @@ class Exchanges:
             write(
                 "request",
                 method=scope["method"],
-                path=scope["path"],
+                path=_shown(scope["path"]),
                 status=status or None,
                 took_ms=round((time.monotonic() - started) * 1000, 1),
                 request_id=request_id,
                 **scope.get("state", {}).get(PEER, {}),
             )
+
+
+def _shown(path: str) -> str:
+    """A path in a log line: that of a client may have hundreds of kilobytes."""
+    return path if len(path) <= MAX_SHOWN_LETTERS else f"{path[:MAX_SHOWN_LETTERS]}..."
 
 
 def uid_of(request: Request) -> int:
@@ -394,7 +402,7 @@ def _log_cause(scope: Scope, status: int, request_id: str) -> None:
     if cause is not None and cause.status >= 500:
         log.warning(
             "request failed",
-            path=scope["path"],
+            path=_shown(scope["path"]),
             status=status,
             code=cause.code,
             error=cause.message,

@@ -10,6 +10,7 @@ import functools
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
+from weakref import WeakValueDictionary
 
 from rkcached import errors
 from rkcached.api.demand import ANY_OBJECT, Demand
@@ -50,6 +51,8 @@ class Preparation:
         self._render_thread = RenderThread()
         self._schema_thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="schema")
         self._schemas = SchemaChecker()
+        # By user: each has one place in the queue of checks, which may take seconds each.
+        self._turns = WeakValueDictionary[int, asyncio.Lock]()
 
     def close(self) -> None:
         """Stop checking schemas: the requests that wait for a check are refused."""
@@ -84,7 +87,7 @@ class Preparation:
             values["shown_tokens"] = _shown_tokens(written.form, demand)
         else:
             schema = values["json_schema"] = written.schema
-            await self._check(schema, demand)
+            await self._check(schema, demand, owner)
 
             async def correct(answer: str, why: str) -> str:
                 return await off_the_loop(
@@ -171,7 +174,7 @@ class Preparation:
         refuse_too_long(model, max(texts, default=0), "input")  # lists of tokens count themselves
         return model.name, inputs
 
-    async def _check(self, text: str, demand: Demand) -> None:
+    async def _check(self, text: str, demand: Demand, owner: int) -> None:
         """Whether a run can be held to this schema. Errors: RequestError."""
         if demand.schema == ANY_OBJECT:
             return
@@ -183,7 +186,9 @@ class Preparation:
                 )
             compiled = ENGINES[self._published.now.manifest.engine.kind].compiles_schemas
             check = functools.partial(self._schemas.check, text, compiled=compiled)
-            await asyncio.get_running_loop().run_in_executor(self._schema_thread, check)
+            turn = self._turns.setdefault(owner, asyncio.Lock())
+            async with turn:
+                await asyncio.get_running_loop().run_in_executor(self._schema_thread, check)
         except errors.RkcachedError as error:
             raise as_request_error(error, schema_param=demand.schema_param) from error
 

@@ -181,9 +181,11 @@ class Api:
     async def _chat(self, request: Request) -> Response:
         accepted = time.monotonic()
         body = await read_record(ChatRequest, request)
-        job, reply = await self._preparation.chat(
-            body, accepted, uid_of(request), size_of_body(request)
-        )
+        preparing = self._preparation.chat(body, accepted, uid_of(request), size_of_body(request))
+        prepared = await unless_gone(request, preparing)
+        if isinstance(prepared, Response):
+            return prepared
+        job, reply = prepared
 
         writer = ChatWriter(body.model, reply, one_call=body.parallel_tool_calls is False)
         return await self._answer(request, body, job, writer)

@@ -16,6 +16,7 @@ import socket
 import stat
 import struct
 import time
+from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -51,6 +52,9 @@ TOO_MANY_AGAIN_S = 10.0
 
 MAX_CONNECTIONS = 400
 """At each socket; fewer where the process may open few files. One user may have three quarters."""
+
+SLICE_BYTES = 8 << 10
+"""Of what a client sends, between two turns of the event loop."""
 
 OTHER_FILES = 96
 """Files that are left for everything else: workers, watches, builds."""
@@ -179,6 +183,7 @@ class _Connection(H11Protocol):
     """
 
     uid = NOBODY
+    _is_taking = False
     _deadline: asyncio.TimerHandle | None = None
     _in_head = False
     _stalled: asyncio.TimerHandle | None = None
@@ -188,6 +193,7 @@ class _Connection(H11Protocol):
         self, transport: asyncio.Transport
     ) -> None:
         super().connection_made(transport)
+        self._slices = deque[bytes]()
         peer = transport.get_extra_info("socket")
         with contextlib.suppress(OSError):
             pid, self.uid, _ = struct.unpack(
@@ -230,8 +236,30 @@ class _Connection(H11Protocol):
             self._stalled = None
 
     def data_received(self, data: bytes) -> None:
-        super().data_received(data)
+        """Take a large part in slices, with a turn of the loop after each.
+
+        It may have tens of thousands of chunks of a byte, each of which is an event of its own.
+        """
+        if self._slices:
+            self.transport.pause_reading()
+        self._slices.extend(data[at : at + SLICE_BYTES] for at in range(0, len(data), SLICE_BYTES))
+        if not self._is_taking:
+            self._take_slice()
+
+    def _take_slice(self) -> None:
+        self._is_taking = False
+        if not self._slices or self.transport.is_closing():
+            self._slices.clear()
+            return
+
+        super().data_received(self._slices.popleft())
         self._await_more()
+        if self._slices:
+            self._is_taking = True
+            self.transport.pause_reading()
+            self.loop.call_soon(self._take_slice)
+        elif not self.flow.read_paused and not self.transport.is_closing():
+            self.transport.resume_reading()
 
     def _await_more(self) -> None:
         """Set the deadline for the part that the client has to send now.

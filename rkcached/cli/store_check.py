@@ -18,8 +18,10 @@ from rkcached.cli.board import Check, Outcome, size_of
 from rkcached.engines.registry import ENGINES, EngineEntry
 from rkcached.errors import StoreError, counted
 from rkcached.host import disk, places, unit
+from rkcached.host.regular import read_regular
 from rkcached.sources.manifest import Manifest
 from rkcached.sources.records import PromptSource, Sources
+from rkcached.store.scan import MAX_RECORD_BYTES
 from rkcached.store.sidecar import Sidecar
 from rkcached.store.writer import check_place
 
@@ -100,8 +102,9 @@ def _bytes_per_letter(folder: Path) -> float | None:
     """
     size_bytes = text_bytes = 0
     for path in folder.glob("*.json"):
-        with contextlib.suppress(OSError, msgspec.MsgspecError, KeyError, ValueError):
-            sidecar = msgspec.json.decode(path.read_bytes(), type=Sidecar)
+        with contextlib.suppress(OSError, ValueError, KeyError, RecursionError):
+            data = read_regular(path, MAX_RECORD_BYTES, follow=False)
+            sidecar = msgspec.json.decode(data, type=Sidecar)
             letters = int(sidecar.components["prefix.bytes"])
             size_bytes = size_bytes + sidecar.size_bytes
             text_bytes = text_bytes + letters

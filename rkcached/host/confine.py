@@ -2,9 +2,10 @@
 
 A worker runs a vendor's library on files from strangers. It gets no privileges by any program
 (prctl(2), PR_SET_NO_NEW_PRIVS), cannot be looked into (PR_SET_DUMPABLE), and a filter (seccomp(2))
-refuses the system calls by which it would start programs, reach into or signal other processes,
-open sockets other than Unix ones, or use parts of the kernel that no engine needs. Other processes
-of the same user are out of its reach that way; files are not: it can open what the user can.
+refuses the system calls by which it would start programs, trace or signal other processes, open
+sockets other than Unix ones, or use parts of the kernel that no engine needs. It holds for all
+threads. Files are not out of its reach: it can open what the user can, also in /proc the memory of
+processes of the same user that have not closed it (`undumpable`).
 
 The numbers of system calls are the kernel's (asm/unistd.h of x86_64 and of aarch64, which has the
 generic table); they never change.
@@ -20,9 +21,8 @@ import struct
 from dataclasses import dataclass
 
 _PR_SET_DUMPABLE = 4
-_PR_SET_SECCOMP = 22
 _PR_SET_NO_NEW_PRIVS = 38
-_MODE_FILTER = 2
+_SET_MODE_FILTER, _ALL_THREADS = 1, 1  # seccomp(2), SECCOMP_FILTER_FLAG_TSYNC
 
 # Instructions of classic BPF (linux/filter.h), and the fields of struct seccomp_data.
 _LOAD, _EQUAL, _LEAST, _ANY_BIT, _RETURN = 0x20, 0x15, 0x35, 0x45, 0x06
@@ -33,14 +33,24 @@ _X32 = 0x40000000  # x86_64 has a second table of calls from here on
 _CLONE_NEWUSER = 0x10000000
 _AF_UNIX = 1
 
+# The kernel signals the owner of a descriptor when that can be read: F_SETOWN, F_SETSIG,
+# F_SETOWN_EX; FIOSETOWN, SIOCSPGRP.
+_F_OWNERS = (8, 10, 15)
+_FIO_OWNERS = (0x8901, 0x8902)
+
 
 @dataclass(frozen=True, slots=True)
 class _Table:
     arch: int
     """AUDIT_ARCH_..., linux/audit.h."""
+    seccomp: int
     socket: int
     clone: int
     clone3: int
+    fcntl: int
+    ioctl: int
+    setpriority: int
+    prlimit: int
     signals: tuple[int, ...]
     """Calls that signal a process, which is their first argument."""
     refused: tuple[int, ...]
@@ -53,9 +63,14 @@ class _Table:
 _TABLES = {
     "x86_64": _Table(
         arch=0xC000003E,
+        seccomp=317,
         socket=41,
         clone=56,
         clone3=435,
+        fcntl=72,
+        ioctl=16,
+        setpriority=141,
+        prlimit=302,
         signals=(62, 200, 234, 129, 297),
         refused=(
             *(101, 310, 311, 312, 438, 424),
@@ -70,9 +85,14 @@ _TABLES = {
     ),
     "aarch64": _Table(
         arch=0xC00000B7,
+        seccomp=277,
         socket=198,
         clone=220,
         clone3=435,
+        fcntl=25,
+        ioctl=29,
+        setpriority=140,
+        prlimit=261,
         signals=(129, 130, 131, 138, 240),
         refused=(
             *(117, 270, 271, 272, 438, 424),
@@ -104,7 +124,8 @@ def confine() -> str:
     program = _program(table)
     code = ctypes.create_string_buffer(b"".join(program))
     described = struct.pack("HxxxxxxP", len(program), ctypes.addressof(code))
-    if _prctl(_PR_SET_SECCOMP, _MODE_FILTER, ctypes.c_char_p(described)):
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.syscall(table.seccomp, _SET_MODE_FILTER, _ALL_THREADS, ctypes.c_char_p(described)):
         return f"the kernel takes no filter of system calls: {os.strerror(ctypes.get_errno())}"
     return ""
 
@@ -124,20 +145,39 @@ def _program(table: _Table) -> list[bytes]:
     for call in table.refused:
         program += [_instruction(_EQUAL, call, 0, 1), _refuse(errno.EPERM)]
 
-    for calls, test, value, is_allowed in (
-        ((table.socket,), _EQUAL, _AF_UNIX, True),
-        ((table.clone,), _ANY_BIT, _CLONE_NEWUSER, False),
-        (table.signals, _EQUAL, os.getpid(), True),
-    ):
-        for call in calls:
-            program += [
-                _instruction(_EQUAL, call, 0, 4),
-                _instruction(_LOAD, _ARGUMENT),
-                _instruction(test, value, int(not is_allowed), int(is_allowed)),
-                _instruction(_RETURN, _ALLOW),
-                _refuse(errno.EPERM),
-            ]
+    own = (0, os.getpid())
+    program += _allow_only(table.socket, 0, _AF_UNIX)
+    for call in table.signals:
+        program += _allow_only(call, 0, os.getpid())
+    program += _allow_only(table.prlimit, 0, *own)
+    program += _allow_only(table.setpriority, 1, *own)
+    program += [
+        _instruction(_EQUAL, table.clone, 0, 4),
+        _instruction(_LOAD, _ARGUMENT),
+        _instruction(_ANY_BIT, _CLONE_NEWUSER, 0, 1),
+        _refuse(errno.EPERM),
+        _instruction(_RETURN, _ALLOW),
+    ]
+    for call, operations in ((table.fcntl, _F_OWNERS), (table.ioctl, _FIO_OWNERS)):
+        program += [
+            _instruction(_EQUAL, call, 0, 2 + 2 * len(operations)),
+            _instruction(_LOAD, _ARGUMENT + 8),
+        ]
+        for operation in operations:
+            program += [_instruction(_EQUAL, operation, 0, 1), _refuse(errno.EPERM)]
+        program.append(_instruction(_RETURN, _ALLOW))
     return [*program, _instruction(_RETURN, _ALLOW)]
+
+
+def _allow_only(call: int, argument: int, *values: int) -> list[bytes]:
+    """Refuse a call whose argument, counted from 0, has none of these values."""
+    program = [
+        _instruction(_EQUAL, call, 0, 2 + 2 * len(values)),
+        _instruction(_LOAD, _ARGUMENT + 8 * argument),
+    ]
+    for value in values:
+        program += [_instruction(_EQUAL, value, 0, 1), _instruction(_RETURN, _ALLOW)]
+    return [*program, _refuse(errno.EPERM)]
 
 
 def _instruction(code: int, value: int, if_so: int = 0, if_not: int = 0) -> bytes:
@@ -149,8 +189,6 @@ def _refuse(error: int) -> bytes:
     return _instruction(_RETURN, _FAIL | error)
 
 
-def _prctl(option: int, first: int, second: object = 0) -> int:
-    libc = ctypes.CDLL(None, use_errno=True)
+def _prctl(option: int, value: int) -> None:
     zero = ctypes.c_ulong(0)
-    third = second if isinstance(second, ctypes.c_char_p) else zero
-    return int(libc.prctl(option, ctypes.c_ulong(first), third, zero, zero))
+    ctypes.CDLL(None).prctl(option, ctypes.c_ulong(value), zero, zero, zero)

@@ -75,6 +75,11 @@ _ESCAPED: Final = re.compile(r"\\u(fdd[2-9a-f]|fde[0-9a-f])")
 _BACKSLASH: Final = "\ufdef"
 
 
+_PIECE_LETTERS: Final = 32 << 10
+_LONGEST_LETTERS: Final = 512
+"""No token, form or word that is looked for is longer."""
+
+
 class _Tokens:
     """The control tokens, as a tokenizer finds them: the longest at each place."""
 
@@ -93,7 +98,7 @@ class _Tokens:
     def places(self, text: str) -> Iterator[tuple[int, int]]:
         """Start and end of each token in a text, also of those that overlap."""
         at = 0
-        while match := self._beginning.search(text, at):
+        while match := _search(self._beginning, text, at):
             start = match.start()
             at = start + 1
             for length in self._lengths[text[start]]:
@@ -124,7 +129,7 @@ class _Guesses:
 
     def places(self, text: str) -> Iterator[tuple[int, int]]:
         at = 0
-        while match := self._pattern.search(text, at):
+        while match := _search(self._pattern, text, at):
             yield match.span()
             at = match.start() + 1
 
@@ -179,7 +184,7 @@ class Markers:
                 hidden = self._hidden(value)
                 if hidden is not value:
                     for pattern, first in self._kept:
-                        hidden = pattern.sub(first, hidden)
+                        hidden = _replaced(pattern, first, hidden)
                 return hidden
             case list() | tuple():
                 return [self.hide(item) for item in value]
@@ -267,6 +272,27 @@ class Markers:
     def _enclosed(self, text: str, at: int) -> str:
         """Plain text from the first token on: what stands before it is as in any other request."""
         return f"{text[:at]}{PLAIN_START}{_with_joints(text[at:], self._always, ' ')}{PLAIN_END}"
+
+
+def _search(pattern: re.Pattern[str], text: str, at: int) -> re.Match[str] | None:
+    """As the pattern's own search, but piece by piece, as nothing else runs in the meantime."""
+    while at < len(text):
+        end = at + _PIECE_LETTERS
+        match = pattern.search(text, at, end + _LONGEST_LETTERS)
+        if match is not None and match.start() < end:
+            return match
+        at = end
+    return None
+
+
+def _replaced(pattern: re.Pattern[str], letter: str, text: str) -> str:
+    """The text with this letter for each match, which is one letter, too; piece by piece."""
+    if len(text) <= _PIECE_LETTERS:
+        return pattern.sub(letter, text)
+    return "".join(
+        pattern.sub(letter, text[at : at + _PIECE_LETTERS + _LONGEST_LETTERS])[:_PIECE_LETTERS]
+        for at in range(0, len(text), _PIECE_LETTERS)
+    )
 
 
 def _may_be_escaped(text: str) -> bool:

@@ -32,6 +32,7 @@ from typing import Any
 
 from rkcached.errors import TemplateError, TemplateExhausted
 from rkcached.host import isolated
+from rkcached.host.confine import undumpable
 from rkcached.messages.environment import Write, compile_here
 from rkcached.messages.message import Message
 
@@ -273,6 +274,7 @@ def main() -> None:
 
 
 def restrict() -> None:
+    undumpable()  # a worker of the same user must not reach into it
     size_bytes = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     for limit, value in (
         (resource.RLIMIT_AS, size_bytes + MEMORY_BYTES),

@@ -71,8 +71,7 @@ class DeadlyRequests:
 
 
 def _digest(job: Job) -> bytes:
-    """Of all that an engine is told."""
+    """Of all that an engine is told, and of who asks: nobody learns that another asked the same."""
+    whose = f"{job.owner} {job.model.name}".encode()
     sampling = msgspec.json.encode(job.sampling)
-    return hashlib.sha256(
-        b"\0".join((job.model.name.encode(), sampling, job.prompt.encode()))
-    ).digest()
+    return hashlib.sha256(b"\0".join((whose, sampling, job.prompt.encode()))).digest()

@@ -70,9 +70,13 @@ def is_signed(record: Signed, seal: Seal | None) -> bool:
 
 def read_seal(state_dir: Path) -> Seal | None:
     """The seal of this installation; None if there is no key, or this user must not read it."""
+    path = state_dir / NAME
     with contextlib.suppress(OSError):
-        key = read_regular(state_dir / NAME, KEY_BYTES, follow=False)
-        if len(key) == KEY_BYTES:
+        key = read_regular(path, KEY_BYTES, follow=False)
+        info = path.lstat()
+        # One that somebody else has put there, or can read, protects from nobody.
+        is_secret = info.st_uid == state_dir.stat().st_uid and not info.st_mode & 0o077
+        if len(key) == KEY_BYTES and is_secret:
             return Seal(key)
     return None
 

@@ -20,10 +20,16 @@ from rkcached.worker.pool import Workers
 ROOT = Path(__file__).parents[2]
 
 TRIES = """
-import ctypes, os, signal, socket, subprocess, sys, threading
+import ctypes, fcntl, os, resource, signal, socket, subprocess, sys, threading
+from pathlib import Path
 sys.path.insert(0, {root!r})
 from rkcached.host import confine
+older = threading.Thread(target=threading.Event().wait, daemon=True)
+older.start()
 assert confine.confine() == "", "this kernel lacks something"
+for status in Path("/proc/self/task").glob("*/status"):
+    assert "Seccomp:\t2" in status.read_text(), "every thread, also an older one"
+    assert "NoNewPrivs:\t1" in status.read_text()
 libc = ctypes.CDLL(None, use_errno=True)
 parent = os.getppid()
 
@@ -50,7 +56,19 @@ assert refused(lambda: os.kill(-1, 0))
 assert refused(lambda: call(table.clone, 0x10000000 | signal.SIGCHLD, 0, 0, 0, 0))
 assert refused(lambda: signal.pidfd_send_signal(os.pidfd_open(parent), 0))
 
+ours, theirs = socket.socketpair()
+for owner in (fcntl.F_SETOWN, fcntl.F_SETSIG):
+    assert refused(lambda: fcntl.fcntl(ours, owner, parent))
+assert refused(lambda: fcntl.ioctl(ours, 0x8901, parent.to_bytes(4, "little")))
+assert refused(lambda: fcntl.ioctl(ours, 0x8902, parent.to_bytes(4, "little")))
+assert refused(lambda: resource.prlimit(parent, resource.RLIMIT_NOFILE, (64, 64)))
+assert refused(lambda: os.setpriority(os.PRIO_PROCESS, parent, 5))
+
 # An engine needs these.
+fcntl.fcntl(ours, fcntl.F_SETFL, os.O_NONBLOCK)
+fcntl.ioctl(ours, 0x541B, b"0000")  # FIONREAD
+resource.setrlimit(resource.RLIMIT_NOFILE, resource.getrlimit(resource.RLIMIT_NOFILE))
+os.setpriority(os.PRIO_PROCESS, 0, os.getpriority(os.PRIO_PROCESS, 0))
 socket.socketpair()
 thread = threading.Thread(target=print)
 thread.start()

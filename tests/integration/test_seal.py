@@ -92,6 +92,7 @@ def changed(**fields: object) -> Callable[[Sidecar], Sidecar]:
     [
         changed(mac=""),
         changed(mac="0" * 64),
+        changed(mac="é" * 64),
         changed(tokens=3),
         changed(built_at=99.0),
         changed(answer_sha256="ab"),

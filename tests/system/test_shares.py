@@ -173,3 +173,40 @@ def test_connections_of_one_user_leave_some_to_others(shared: Workspace) -> None
         assert (answer.status, code_of(answer)) == (503, "too_many_connections")
         greedy[0].request("GET", "/healthz")
         assert greedy[0].getresponse().status == 200
+
+
+def slow_schema(number: int) -> dict[str, Any]:
+    """Takes a check some seconds, and is refused then; no two are the same."""
+    definitions = {
+        f"d{at}": {"anyOf": [{"$ref": f"#/$defs/d{at + 1}"}] * 2} for at in range(40)
+    } | {"d40": {"type": "string"}}
+    return {"title": str(number), "$ref": "#/$defs/d0", "$defs": definitions}
+
+
+@pytest.mark.long
+def test_slow_schemas_of_one_user_delay_another_by_one_check(shared: Workspace) -> None:
+    """Each user has one place in the queue of checks; whoever has gone has none."""
+
+    def send(connection: UnixConnection, schema: dict[str, Any]) -> None:
+        kind = {"type": "json_schema", "json_schema": {"name": "n", "schema": schema}}
+        body = {"model": "m", "messages": [{"role": "user", "content": "x"}]}
+        connection.request(
+            "POST",
+            "/v1/chat/completions",
+            json.dumps(body | {"response_format": kind}),
+            {"Content-Type": "application/json"},
+        )
+
+    with (
+        connections(shared, GREEDY, 6) as greedy,
+        connections(shared, OTHER, 1) as (other,),
+    ):
+        for number, connection in enumerate(greedy):
+            send(connection, slow_schema(number))
+        started = time.monotonic()
+        assert greedy[0].getresponse().status == 400
+        one_check_s = time.monotonic() - started
+        started = time.monotonic()
+        send(other, {"type": "object"})
+        other.getresponse()
+        assert time.monotonic() - started < 2 * one_check_s + 2
