@@ -54,6 +54,9 @@ IDLE_S = 60.0
 # ran out.
 _KILLED = (-signal.SIGKILL, -signal.SIGTERM)
 
+# The schema alone used up its CPU time.
+_SLOW = -signal.SIGPROF
+
 _REMEMBERED = 256
 _COUNTS = ("minItems", "maxItems", "minProperties", "maxProperties", "minContains")
 _LENGTHS = ("minLength", "maxLength")
@@ -126,7 +129,7 @@ class SchemaChecker:
         """
         is_new = self._start()
         answer = self._exchange(question)
-        if isinstance(answer, int) and answer not in _KILLED and not is_new:
+        if isinstance(answer, int) and answer not in (*_KILLED, _SLOW) and not is_new:
             # Schemas before this one may have used up the memory: only the death of a new child is
             # the fault of this one.
             self._start()
