@@ -209,4 +209,4 @@ def test_slow_schemas_of_one_user_delay_another_by_one_check(shared: Workspace) 
         started = time.monotonic()
         send(other, {"type": "object"})
         other.getresponse()
-        assert time.monotonic() - started < 2 * one_check_s + 2
+        assert time.monotonic() - started < 3 * one_check_s + 3  # of five that wait
