@@ -99,8 +99,6 @@ class Worker:
         self._retry_at = 0.0
         self._process = WorkerProcess(model.name, stop_s=deadlines.stop_s)
         self._running_id = 0  # of the operation that runs; 0 for none
-        # Of the memory that the process may take for itself; None: there is none.
-        self._limit_bytes: int | None = None
         self._idle_timer: asyncio.TimerHandle | None = None
         self._stopping: asyncio.Task[None] | None = None
         self._watcher: asyncio.Task[None] | None = None
@@ -168,7 +166,7 @@ class Worker:
     async def _start(self) -> EngineInfo:
         self.state = WorkerState.STARTING
         model = self.model
-        self._limit_bytes = model.max_memory_bytes or memory.default_limit(
+        limit_bytes = model.max_memory_bytes or memory.default_limit(
             Path(model.spec.path), model.spec.context_tokens
         )
 
@@ -181,7 +179,7 @@ class Worker:
             message = protocol.Start(
                 implementation=model.implementation,
                 spec=msgspec.structs.replace(model.spec, scratch_dir=self._process.scratch_dir),
-                max_memory_bytes=self._limit_bytes,
+                max_memory_bytes=limit_bytes,
                 confine=model.confine,
             )
             self._process.send(message)
@@ -254,7 +252,7 @@ class Worker:
         """The error of a failed load, with the reason that the library printed."""
         refusal = self._process.lines.explain(protocol.engine_error(answer))
         lines = (refusal.message, *self._process.lines.recent)
-        if want := memory.refused(lines, self._limit_bytes):
+        if want := memory.refused(lines, self.model.max_memory_bytes):
             return ModelLoadError(
                 f"{self.model.name} cannot be loaded: {want}",
                 hint="the log has the lines of the library",
@@ -443,7 +441,7 @@ class Worker:
         code = await self._end(kill=kill)
         how = what if kill else f"{describe(code)} {what}".rstrip()
         lines = self._process.lines
-        want = memory.refused(lines.recent, self._limit_bytes)
+        want = memory.refused(lines.recent, self.model.max_memory_bytes)
         if want := want or memory.killed(code, self._process.kernel_kills):
             how = f"{how}: {want}"
 

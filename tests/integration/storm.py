@@ -132,10 +132,10 @@ class Storm(RuleBasedStateMachine):
         log.setLevel(logging.CRITICAL + 1)
         write_new, save = disk.write_new, MemoryEngine.save
 
-        def full_write_new(path: Path, data: bytes) -> None:
+        def full_write_new(path: Path, data: bytes, *mode: int) -> None:
             if self.full:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            write_new(path, data)
+            write_new(path, data, *mode)
 
         def full_save(engine: MemoryEngine, path: Path) -> int:
             return save(engine, Path("/dev/full") if self.full else path)

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from datetime import date
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -266,9 +267,9 @@ def test_an_unchanged_prompt_is_not_read_again(
     first = folder.scan().prompts[P]
     read: list[Path] = []
 
-    def noted(path: Path, max_bytes: int) -> bytes:
+    def noted(path: Path, max_bytes: int, **options: Any) -> bytes:
         read.append(path)
-        return read_regular(path, max_bytes)
+        return read_regular(path, max_bytes, **options)
 
     monkeypatch.setattr(text_files, "read_regular", noted)
     assert folder.scan().prompts[P] is first

@@ -42,6 +42,7 @@ def built_after(space: Workspace, name: str, before: dict[str, Any]) -> dict[str
     return found
 
 
+@pytest.mark.long
 @pytest.mark.model
 def test_an_edit_at_the_end_of_a_long_prompt_reads_only_what_is_new(
     workspace: Workspace, small_model: Path

@@ -330,6 +330,7 @@ THINKS = (
 )
 
 
+@pytest.mark.long
 @pytest.mark.model
 def test_the_prompt_cache_serves_with_either_value(workspace: Workspace, small_model: Path) -> None:
     """A variable that changes the text after the prompt alone costs no hit."""

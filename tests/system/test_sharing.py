@@ -348,6 +348,7 @@ class Crowd:
                     self._count(json.loads(line[6:])["rkcached"]["state"])
 
 
+@pytest.mark.long
 @pytest.mark.model
 def test_sixty_four_clients_that_come_and_go(workspace: Workspace, small_model: Path) -> None:
     """On the real model, each hanging up at a whim.
