@@ -28,7 +28,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
 from rkcached.api.prepare import Preparation
 from rkcached.api.requests import ChatRequest
 from rkcached.engines.memory import MemoryEngine, expected_text
-from rkcached.errors import RequestError
+from rkcached.errors import RequestError, StoreLocked
 from rkcached.host import disk
 from rkcached.host.logs import log
 from rkcached.host.watch import Watcher
@@ -164,7 +164,11 @@ class Storm(RuleBasedStateMachine):
 
     async def start(self) -> None:
         self.store = Store(self.cache)
-        self.store.open()
+        try:
+            self.store.open()
+        except StoreLocked:  # until exec, a program that a thread here starts has our files, too
+            await asyncio.sleep(0.1)
+            self.store.open()
         self.events = Events()
         self.events.listen(self._on_event)
         self.published = Published(self.good, self.store.digests)
