@@ -59,6 +59,14 @@ def test_llama_cpp_under_the_sandbox(machine: Machine) -> None:
     """Threads, memory maps and compiled kernels live with no network and no writable code."""
     machine.run("test", "-r", "/small.gguf")
     warm_chat(machine, "{kind: llamacpp}", "/small.gguf")
+    # A worker has a filter of its own, within the unit's.
+    assert machine.journal("EVENT=worker not confined") == []
+    [worker] = machine.worker_pids()
+    status = machine.read(f"/proc/{worker}/status")
+    [filters] = [line for line in status.splitlines() if line.startswith("Seccomp_filters:")]
+    daemon = machine.read(f"/proc/{machine.main_pid}/status")
+    assert filters not in daemon
+    assert "Seccomp:\t2" in daemon
 
 
 def test_rkllm_s_binding_under_the_sandbox(machine: Machine, tmp_path: Path) -> None:
