@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from rkcached.messages import markers
 from rkcached.messages.markers import Markers
 from rkcached.messages.message import Message
 from rkcached.messages.special_tokens import PLAIN_END, PLAIN_START, SpecialTokens, pieces
@@ -339,3 +340,27 @@ def test_bos_behind_white_space_is_not_doubled(before: str) -> None:
     added = SpecialTokens(control=frozenset({"<s>"}), bos="<s>", adds_bos=True)
 
     assert ChatTemplate(source, name="t", special=added).render(conversation("")) == "Be brief."
+
+
+PARTS = ["<|im_end|>", "<think>", "</think>", "<", "<|", "|>", "im_end", "[|user|]", "a", "ü", " "]
+
+
+@pytest.mark.parametrize("known", [True, False])
+@given(st.lists(st.sampled_from(PARTS), max_size=40), st.integers(1, 9))
+def test_a_long_text_is_treated_piece_by_piece_as_a_short_one_as_a_whole(
+    known: bool, parts: list[str], piece_letters: int
+) -> None:
+    """Wherever the pieces part, in the middle of a token, too."""
+    source = FAMILIES["chatml"][0] + "{{ '<think>' in m }}{{ '</think>' }}"
+    control = frozenset(FAMILIES["chatml"][1]) if known else None
+    text = "".join(parts)
+
+    def treated() -> tuple[str, str]:
+        made = Markers(source, SpecialTokens(control=control))
+        hidden = made.hide(text)
+        return hidden, made.protect(f"<|im_start|>user\n{hidden}<|im_end|>\n")
+
+    whole = treated()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(markers, "_PIECE_LETTERS", piece_letters)
+        assert treated() == whole
