@@ -235,7 +235,15 @@ class Digests:
 
         kept = _Kept(_VERSION, self._entries)
         kept = msgspec.structs.replace(kept, mac=self._code(kept))
-        disk.replace(self._file, msgspec.json.encode(kept))
+        temporary = self._file.with_name(f"{self._file.name}.tmp")
+        try:
+            temporary.unlink(missing_ok=True)  # a link there would lead elsewhere
+            disk.write_new(temporary, msgspec.json.encode(kept))
+            temporary.replace(self._file)
+        finally:  # on a full disk, half a file would take the rest of the space
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
+
         self._dirty = False
 
     def _code(self, kept: _Kept) -> str:

@@ -49,7 +49,7 @@ _TAG_TEXT = b"""\
 # For information about cache directory tags see https://bford.info/cachedir/
 """ % (_SIGNATURE, _OURS)
 
-_TEMPORARY = re.compile(r"\.(digests\.json|\.digests\.json-[0-9a-f]+|CACHEDIR\.TAG-[0-9a-f]+)\.tmp")
+_TEMPORARY = re.compile(r"\.(digests\.json|CACHEDIR\.TAG-[0-9a-f]+)\.tmp")
 ASIDE = ".aside-"
 """A folder of the quarantine that begins so holds what others put where a file of ours goes: it
 stays."""
