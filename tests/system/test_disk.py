@@ -5,7 +5,8 @@ numbers and what to do; nothing half is left; and when the disk is well again, a
 a hand.
 """
 
-from __future__ 
+from __future__ import annotations
+
 import contextlib
 import os
 import shutil
