@@ -213,6 +213,7 @@ def _build(
         on_state=functools.partial(_tell_worker, events),
         room=functools.partial(_room, published),
         keeper=conversations,
+        reach=store.reach_of,
     )
     gates = Gates()
     preloader = Preloader(published, workers, gates, events)

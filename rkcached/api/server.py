@@ -200,6 +200,10 @@ class _Connection(H11Protocol):
                 "3i", peer.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
             )
             self.app_state = {**self.app_state, PEER: {"uid": self.uid, "pid": pid}}
+            if _is_child(pid):
+                log.warning("connection refused", reason="a worker of ours opened it", pid=pid)
+                transport.abort()
+                return
 
         if not self._has_a_place():
             _log_refused(len(self.connections))
@@ -296,6 +300,15 @@ class _Connection(H11Protocol):
                 why = f"the request's headers did not end within {HEAD_TIMEOUT_S:g} s"
             self.transport.write(refusal("408 Request Timeout", why, "request_incomplete"))
         self.transport.close()
+
+
+def _is_child(pid: int) -> bool:
+    """Whether this is a process of ours, which has the same user, and nothing to ask or change."""
+    try:
+        os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+    except OSError:
+        return False
+    return True
 
 
 _logged_refused = 0.0  # monotonic seconds of the last warning of too many connections

@@ -32,6 +32,7 @@ from rkcached.cli.windows import context_bytes
 from rkcached.engines.llamacpp.header import read_header
 from rkcached.engines.registry import ENGINES
 from rkcached.errors import ManifestError, RkcachedError, SourceError, counted
+from rkcached.host import confine, landlock
 from rkcached.host.digests import Digests
 from rkcached.host.settings import Settings
 from rkcached.messages.sandbox import Renderer
@@ -110,6 +111,7 @@ def examine(manifest_file: Path | None, cache_dir: Path, *, root: Path = Path("/
     board = Board(root, uses_rkllm=uses_rkllm)
     checks = [about_manifest, board.soc(), board.library(manifest), board.devices(), board.driver()]
     checks += [board.npu_clock(), board.ddr_clock(), board.cpu_clock()]
+    checks.append(_confinement(manifest))
     if manifest is not None:
         files = _look_at(manifest)
         checks += _engine(manifest)
@@ -245,6 +247,27 @@ def _engine(manifest: Manifest) -> Iterator[Check]:
         yield Check("engine", Outcome.FAIL, error.message, error.hint)
     else:
         yield Check("engine", Outcome.OK, f"{kind.value} {runtime.version}")
+
+
+def _confinement(manifest: Manifest | None) -> Check:
+    """What the kernel takes from workers, which run foreign code on foreign files."""
+    name = "confinement"
+    if manifest is not None and not manifest.engine.confine:
+        finding = "workers are not confined: the manifest says engine.confine: false"
+        return Check(name, Outcome.WARN, finding, "remove it, unless the library needs it")
+
+    version = landlock.version()
+    lacks = []
+    if not version:
+        lacks.append("it cannot close files to them (Landlock, since Linux 5.13)")
+    if not confine.has_filters():
+        lacks.append("it cannot filter their system calls (seccomp, on x86_64 and aarch64)")
+    if lacks:
+        finding = f"this kernel confines workers only in part: {' and '.join(lacks)}"
+        step = "all works without; code that got into a worker could do more (docs/security.md)"
+        return Check(name, Outcome.WARN, finding, step)
+    finding = "workers have their own files and system calls only"
+    return Check(name, Outcome.OK, f"{finding} (Landlock {version}, seccomp)")
 
 
 def _prompts(files: _Found) -> Check:

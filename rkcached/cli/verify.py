@@ -68,7 +68,7 @@ def verify_artifacts(
 ) -> Iterator[dict[str, Any]]:
     """One result for each key: whether it is good, and the finding in words."""
     with asyncio.Runner() as runner:
-        workers = Workers()
+        workers = Workers(reach=store.reach_of)
         try:
             for key in keys:
                 finding = store.verify(key)

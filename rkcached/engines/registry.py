@@ -69,6 +69,8 @@ class EngineEntry:
     """Takes `engine.library` and `engine.abi` of the manifest. Errors: RkcachedError."""
     on_npu: bool = False
     """Whether it runs on the board's NPU, which holds one model at a time."""
+    devices: tuple[str, ...] = ()
+    """The device nodes that it opens, or folders of them."""
     names_library: bool = False
     """Whether the manifest names its runtime library and the library's ABI."""
     takes_tokenizer: bool = False
@@ -145,6 +147,7 @@ ENGINES: dict[EngineKind, EngineEntry] = {
         model_format="RKLLM model",
         locate_runtime=_locate_rkllm,
         on_npu=True,
+        devices=("/dev/dri", "/dev/rknpu", "/dev/dma_heap"),
         takes_tokenizer=True,
         names_library=True,
         prints_control_tokens=False,  # RKLLM decides about them when it loads a model

@@ -1,11 +1,12 @@
 """Takes from a process what it does not need, so that foreign code in it gets no further.
 
-A worker runs a vendor's library on files from strangers. It gets no privileges by any program
-(prctl(2), PR_SET_NO_NEW_PRIVS), cannot be looked into (PR_SET_DUMPABLE), and a filter (seccomp(2))
-refuses the system calls by which it would start programs, trace or signal other processes, open
-sockets other than Unix ones, or use parts of the kernel that no engine needs. It holds for all
-threads. Files are not out of its reach: it can open what the user can, also in /proc the memory of
-processes of the same user that have not closed it (`undumpable`).
+A worker runs a vendor's library on files from strangers. It has no capabilities (capabilities(7))
+and gets none by any program (prctl(2), PR_SET_NO_NEW_PRIVS), cannot be looked into
+(PR_SET_DUMPABLE), and a filter (seccomp(2)) refuses the system calls by which it would start
+programs and processes, trace or signal other ones, open sockets other than Unix ones, or use parts
+of the kernel that no engine needs. It holds for all threads. Files are closed to it by `landlock`;
+where the kernel lacks that, it can open what the user can, also in /proc the memory of processes of
+the same user that have not closed it (`undumpable`).
 
 The numbers of system calls are the kernel's (asm/unistd.h of x86_64 and of aarch64, which has the
 generic table); they never change.
@@ -22,7 +23,12 @@ from dataclasses import dataclass
 
 _PR_SET_DUMPABLE = 4
 _PR_SET_NO_NEW_PRIVS = 38
-_SET_MODE_FILTER, _ALL_THREADS = 1, 1  # seccomp(2), SECCOMP_FILTER_FLAG_TSYNC
+# seccomp(2): SECCOMP_SET_MODE_FILTER, SECCOMP_GET_ACTION_AVAIL; SECCOMP_FILTER_FLAG_TSYNC.
+_SET_MODE_FILTER, _GET_ACTION, _ALL_THREADS = 1, 2, 1
+
+# linux/capability.h: CAP_DAC_OVERRIDE and CAP_DAC_READ_SEARCH.
+_CAPABILITIES_VERSION = 0x20080522
+_CAP_FILES = 1 << 1 | 1 << 2
 
 # Instructions of classic BPF (linux/filter.h), and the fields of struct seccomp_data.
 _LOAD, _EQUAL, _LEAST, _ANY_BIT, _RETURN = 0x20, 0x15, 0x35, 0x45, 0x06
@@ -30,7 +36,7 @@ _CALL, _ARCH, _ARGUMENT = 0, 4, 16
 _ALLOW = 0x7FFF0000
 _FAIL = 0x00050000  # with the number of an error
 _X32 = 0x40000000  # x86_64 has a second table of calls from here on
-_CLONE_NEWUSER = 0x10000000
+_CLONE_NEWUSER, _CLONE_THREAD = 0x10000000, 0x00010000
 _AF_UNIX = 1
 
 # The kernel signals the owner of a descriptor when that can be read: F_SETOWN, F_SETSIG,
@@ -57,9 +63,11 @@ class _Table:
 
 
 # ptrace, process_vm_readv, process_vm_writev, kcmp, pidfd_getfd, pidfd_send_signal; execve,
-# execveat; io_uring_setup, _enter, _register; bpf, perf_event_open, userfaultfd; add_key,
-# request_key, keyctl; mount, umount2, pivot_root, chroot, setns, unshare; init_module,
-# finit_module, delete_module, kexec_load; open_by_handle_at; reboot.
+# execveat, fork, vfork; io_uring_setup, _enter, _register; bpf, perf_event_open, userfaultfd;
+# add_key, request_key, keyctl; mount, umount2, pivot_root, chroot, setns, unshare; init_module,
+# finit_module, delete_module, kexec_load; open_by_handle_at; reboot; what changes modes, owners and
+# attributes of files; what changes their times, inotify_init, fanotify_init. Landlock has no rules
+# of the last two.
 _TABLES = {
     "x86_64": _Table(
         arch=0xC000003E,
@@ -74,13 +82,15 @@ _TABLES = {
         signals=(62, 200, 234, 129, 297),
         refused=(
             *(101, 310, 311, 312, 438, 424),
-            *(59, 322),
+            *(59, 322, 57, 58),
             *(425, 426, 427),
             *(321, 298, 323),
             *(248, 249, 250),
             *(165, 166, 155, 161, 308, 272),
             *(175, 313, 176, 246),
             *(304, 169),
+            *(90, 91, 268, 452, 92, 93, 94, 260, 188, 189, 190, 197, 198, 199),
+            *(132, 235, 261, 280, 253, 294, 300),
         ),
     ),
     "aarch64": _Table(
@@ -103,6 +113,8 @@ _TABLES = {
             *(40, 39, 41, 51, 268, 97),
             *(105, 273, 106, 104),
             *(265, 142),
+            *(52, 53, 452, 54, 55, 5, 6, 7, 14, 15, 16),
+            *(88, 26, 262),
         ),
     ),
 }
@@ -113,10 +125,23 @@ def undumpable() -> None:
     _prctl(_PR_SET_DUMPABLE, 0)
 
 
+def has_filters() -> bool:
+    """Whether the kernel filters system calls, and `confine` knows those of this machine."""
+    table = _TABLES.get(platform.machine())
+    if table is None:
+        return False
+    action = ctypes.byref(ctypes.c_uint32(_FAIL))
+    return not ctypes.CDLL(None).syscall(table.seccomp, _GET_ACTION, 0, action)
+
+
 def confine() -> str:
-    """Take away, for good, what a worker does not need; returns what the kernel lacks for that."""
+    """Take away, for good, what a worker does not need; returns what the kernel lacks for that.
+
+    Capabilities are those of a thread: it must be the only one.
+    """
     undumpable()
     _prctl(_PR_SET_NO_NEW_PRIVS, 1)
+    _drop_capabilities()
     table = _TABLES.get(platform.machine())
     if table is None:
         return f"no table of system calls for {platform.machine()}"
@@ -128,6 +153,17 @@ def confine() -> str:
     if libc.syscall(table.seccomp, _SET_MODE_FILTER, _ALL_THREADS, ctypes.c_char_p(described)):
         return f"the kernel takes no filter of system calls: {os.strerror(ctypes.get_errno())}"
     return ""
+
+
+def _drop_capabilities() -> None:
+    """Of a process that root started: it keeps the right to open the files of other users."""
+    libc = ctypes.CDLL(None)
+    header = struct.pack("=Ii", _CAPABILITIES_VERSION, 0)
+    held = ctypes.create_string_buffer(24)
+    libc.capget(header, held)
+    _, permitted, *_ = struct.unpack("=6I", held.raw)
+    kept = permitted & _CAP_FILES
+    libc.capset(header, struct.pack("=6I", kept, kept, 0, 0, 0, 0))
 
 
 def _program(table: _Table) -> list[bytes]:
@@ -152,9 +188,10 @@ def _program(table: _Table) -> list[bytes]:
     program += _allow_only(table.prlimit, 0, *own)
     program += _allow_only(table.setpriority, 1, *own)
     program += [
-        _instruction(_EQUAL, table.clone, 0, 4),
+        _instruction(_EQUAL, table.clone, 0, 5),
         _instruction(_LOAD, _ARGUMENT),
-        _instruction(_ANY_BIT, _CLONE_NEWUSER, 0, 1),
+        _instruction(_ANY_BIT, _CLONE_NEWUSER, 1, 0),
+        _instruction(_ANY_BIT, _CLONE_THREAD, 1, 0),
         _refuse(errno.EPERM),
         _instruction(_RETURN, _ALLOW),
     ]

@@ -31,8 +31,8 @@ from pathlib import Path
 from typing import Any
 
 from rkcached.errors import TemplateError, TemplateExhausted
-from rkcached.host import isolated
-from rkcached.host.confine import undumpable
+from rkcached.host import isolated, landlock
+from rkcached.host.confine import confine
 from rkcached.messages.environment import Write, compile_here
 from rkcached.messages.message import Message
 
@@ -274,7 +274,9 @@ def main() -> None:
 
 
 def restrict() -> None:
-    undumpable()  # a worker of the same user must not reach into it
+    """Close to this process what it does not need: also files, but those of the interpreter."""
+    confine()
+    landlock.restrict(landlock.Reach())
     size_bytes = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     for limit, value in (
         (resource.RLIMIT_AS, size_bytes + MEMORY_BYTES),

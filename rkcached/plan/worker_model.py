@@ -55,6 +55,7 @@ def worker_model(engine: EngineConfig, model: DesiredModel) -> WorkerModel:
         timeout_s=engine.timeout_s,
         max_memory_bytes=None if engine.max_memory_bytes is None else int(engine.max_memory_bytes),
         confine=engine.confine,
+        devices=ENGINES[engine.kind].devices,
         trained_tokens=model.source.trained_tokens,
         signatures=model.source.signatures,
     )

@@ -130,7 +130,7 @@ class Conversations:
         unused = self._placed.pop(model.name, [])
         for path in unused:
             if os.path.lexists(path):  # Path.exists raises where the folder is closed
-                self._files.remove(path)  # its worker died while it saved
+                self._files.discard(path)  # its worker died while it saved
         if not self._room() or not self._keep_s():
             return ()
 
@@ -157,14 +157,14 @@ class Conversations:
 
     def take(self, model: WorkerModel, saved: protocol.Saved) -> None:
         """A state is in its file now."""
-        path = self._files.root / model.name / saved.path.rpartition("/")[2]
-        if path in self._placed.get(model.name, ()):
-            self._placed[model.name].remove(path)
-        task = asyncio.create_task(self._seal(model, saved))
+        staged = self._files.staged(model.name, saved.path.rpartition("/")[2])
+        if staged in self._placed.get(model.name, ()):
+            self._placed[model.name].remove(staged)
+        task = asyncio.create_task(self._seal(model, staged, saved))
         self._sealing.add(task)
         task.add_done_callback(self._sealing.discard)
 
-    async def _seal(self, model: WorkerModel, saved: protocol.Saved) -> None:
+    async def _seal(self, model: WorkerModel, staged: Path, saved: protocol.Saved) -> None:
         record = Record(
             model=model.name,
             identity=model.identity,
@@ -176,9 +176,8 @@ class Conversations:
             sha256="",
             used_at=time.time(),
         )
-        path = self._files.root / model.name / saved.path.rpartition("/")[2]
         try:
-            sealed = await asyncio.to_thread(self._files.seal, path, record)
+            sealed = await asyncio.to_thread(self._files.seal, staged, record)
         except StoreError as error:
             log.warning(
                 "conversation not saved", model=model.name, error=error.message, hint=error.hint

@@ -118,8 +118,8 @@ class EngineConfig(_Section):
     )
     confine: bool = Field(
         default=True,
-        description="Take from a worker what no engine needs: to start programs, to reach other "
-        "processes, to open network sockets.",
+        description="Take from a worker what no engine needs: files that are not its own, "
+        "programs, other processes, network sockets.",
     )
 
 

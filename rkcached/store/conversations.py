@@ -2,6 +2,7 @@
 
     .conversations/{model}/{name}.state    the KV state
     .conversations/{model}/{name}.json     the record: text, owner, size and SHA-256
+    .conversations/{model}/.staging/       where the model's worker writes a state, and nowhere else
 
 A file counts only with its record, which is written after it. Neither is synced: one that is soon
 replaced never reaches the disk, and one that a power cut damaged does not have its SHA-256 any
@@ -10,6 +11,7 @@ more.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import re
@@ -24,6 +26,7 @@ from rkcached.host import beneath
 from rkcached.host.digests import Signature, signature_of
 from rkcached.host.regular import open_regular, read_regular
 from rkcached.store import marks
+from rkcached.store.scan import STAGING_FOLDER
 from rkcached.store.seal import Seal, Signed, is_signed
 from rkcached.store.writer import Writer, make_folder
 
@@ -78,27 +81,39 @@ class ConversationFiles:
         return self._writer.root / marks.CONVERSATIONS
 
     def place(self, model: str) -> Path:
-        """The path of a new file for a state. Errors: StoreError."""
-        folder = self._writer.root / marks.CONVERSATIONS / model
-        parts = (folder.parent, folder)
+        """A path for a worker to write a state to. Errors: StoreError."""
+        self.make_folders(model)
+        return self.staged(model, f"{secrets.token_hex(8)}{_STATE}")
+
+    def staged(self, model: str, name: str) -> Path:
+        """Where a worker writes the state of this name."""
+        return self.root / model / STAGING_FOLDER / name
+
+    def make_folders(self, model: str) -> None:
+        """Make the folder for a model's states, and the one in it that its worker writes to.
+
+        Errors: StoreError.
+        """
+        folder = self.root / model
+        parts = (folder.parent, folder, folder / STAGING_FOLDER)
         if not all(map(beneath.is_folder, parts)):
             with self._writer.writing(folder), self._writer.folders:
                 for part in parts:
                     make_folder(part)
                     part.chmod(FOLDER_MODE)
 
-        return folder / f"{secrets.token_hex(8)}{_STATE}"
+    def seal(self, staged: Path, record: Record) -> SavedConversation:
+        """Take in a state that a worker has written: hash it, move it, and write its record.
 
-    def seal(self, path: Path, record: Record) -> SavedConversation:
-        """Write the record of a state that is in its file. Size and digest are filled in here.
-
-        Errors: StoreError; then the file is gone.
+        Size and digest are filled in here. Errors: StoreError; then the file is gone.
         """
+        path = self.root / record.model / staged.name
         try:
             with self._writer.writing(path):
-                with open_regular(path, follow=False) as stream:  # as in `Staging.seal`
+                with open_regular(staged, follow=False) as stream:  # as in `Staging.seal`
                     os.fchmod(stream.fileno(), FILE_MODE)
                     digest = hashlib.file_digest(stream, "sha256").hexdigest()
+                    staged.replace(path)
                     info = os.fstat(stream.fileno())
                 record = msgspec.structs.replace(record, size_bytes=info.st_size, sha256=digest)
                 if self._seal is not None:
@@ -109,11 +124,17 @@ class ConversationFiles:
                 written.replace(path.with_suffix(".json"))
         except StoreError:
             self.remove(path)
+            self.discard(staged)
             raise
 
         return SavedConversation(
             path=path, record=record, text=record.text.encode(), signature=signature_of(info)
         )
+
+    def discard(self, staged: Path) -> None:
+        """Delete what a worker wrote at a place that it was given. Idempotent."""
+        with contextlib.suppress(OSError):
+            self._writer.unlink(*staged.relative_to(self._writer.root).parts)
 
     def remove(self, path: Path) -> None:
         """Delete a saved conversation, its record first. Idempotent."""
@@ -133,6 +154,8 @@ class ConversationFiles:
         found = []
         root = self._writer.root
         for model in beneath.names_in(root, marks.CONVERSATIONS):
+            for name in beneath.names_in(root, marks.CONVERSATIONS, model, STAGING_FOLDER):
+                self.discard(self.staged(model, name))
             names = beneath.names_in(root, marks.CONVERSATIONS, model)
             ours = filter(None, map(_NAME.fullmatch, names))
             for stem in sorted({match[1] for match in ours}):

@@ -22,7 +22,7 @@ from rkcached.plan.records import Action, Adopt, Remove, Retire
 from rkcached.sources.problems import NAME
 from rkcached.sources.records import Key
 from rkcached.store import marks
-from rkcached.store.scan import prompt_of
+from rkcached.store.scan import STAGING, STAGING_FOLDER, prompt_of
 from rkcached.store.sidecar import Inventory
 from rkcached.store.store import Store
 
@@ -292,6 +292,8 @@ def _beside_artifacts(
     """
     folder = store.root / model
     names = beneath.names_in(store.root, model)
+    if beneath.is_folder(folder / STAGING_FOLDER):
+        names.remove(STAGING_FOLDER)
     theirs = [
         name
         for name in names
@@ -300,8 +302,12 @@ def _beside_artifacts(
     ]
     if names and len(theirs) == len(names) and not known:
         yield (model,)
-    else:
-        yield from ((model, name) for name in theirs)
+        return
+
+    yield from ((model, name) for name in theirs)
+    for name in beneath.names_in(store.root, model, STAGING_FOLDER):
+        if not name.startswith(STAGING):
+            yield model, STAGING_FOLDER, name
 
 
 def _stranger(store: Store, names: tuple[str, ...], named: Named, *, goes: bool) -> Rubbish:

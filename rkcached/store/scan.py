@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 from rkcached.engines.registry import ENGINES
 from rkcached.errors import SourceError
-from rkcached.host.beneath import is_folder
+from rkcached.host.beneath import is_folder, names_in
 from rkcached.host.digests import Digests, Signature, settled, signature_of
 from rkcached.host.regular import open_regular, read_regular
 from rkcached.plan.fingerprint import owner_in
@@ -38,6 +38,9 @@ _BLOCK_BYTES = 512
 
 STAGING = ".stage-"
 """The names of files begin so that a build has not published yet."""
+
+STAGING_FOLDER = ".staging"
+"""In a folder of a model: where its worker writes them. It may write nowhere else in the store."""
 
 CACHE_SUFFIXES = tuple(engine.artifact_suffix for engine in ENGINES.values())
 """Of the names of prompt caches, with the dot."""
@@ -328,9 +331,19 @@ def _scan_rest(
 
     for name in sorted(names):
         key = Key(folder.name, prompt_of(name))
+        if name.startswith(STAGING):  # an earlier version wrote them here
+            inventory.staged.append(folder / name)
+        elif name == STAGING_FOLDER and is_folder(folder / name):
+            _scan_staging(folder / name, inventory)
+        elif key not in inventory.artifacts and key not in inventory.unreadable:
+            inventory.foreign.update(foreign((folder / name,)))
+
+
+def _scan_staging(folder: Path, inventory: Inventory) -> None:
+    for name in names_in(folder):
         if name.startswith(STAGING):
             inventory.staged.append(folder / name)
-        elif key not in inventory.artifacts and key not in inventory.unreadable:
+        else:
             inventory.foreign.update(foreign((folder / name,)))
 
 

@@ -1,4 +1,8 @@
-"""Files of builds that are not published yet, beside the artifacts that they become."""
+"""Files of builds that are not published yet, each in the folder of its model.
+
+A model may have its folder on another disk, and a file is published by a rename. So each has a
+folder for them of its own, which is all that its worker may write to.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +17,7 @@ from rkcached.errors import StoreError
 from rkcached.host import beneath, disk
 from rkcached.host.regular import open_regular
 from rkcached.sources.records import Key
-from rkcached.store.scan import STAGING, model_folders, prompt_of, strangers
+from rkcached.store.scan import STAGING, STAGING_FOLDER, model_folders, prompt_of, strangers
 from rkcached.store.writer import Writer, make_folder
 
 
@@ -25,10 +29,7 @@ class Staging:
         self._staged: set[Path] = set()
 
     def begin(self, key: Key) -> Path:
-        """A name in the target directory for a prompt cache to be written to.
-
-        Errors: StoreError.
-        """
+        """A path for a prompt cache to be written to. Errors: StoreError."""
         folder = self._writer.root / key.model
         if named := sorted(
             path
@@ -46,16 +47,28 @@ class Staging:
                 hint="move it out of the store, or let `rkcached gc --strangers` remove it",
             )
 
-        staged = folder / f"{STAGING}{key.prompt}-{secrets.token_hex(4)}"
+        staged = folder / STAGING_FOLDER / f"{STAGING}{key.prompt}-{secrets.token_hex(4)}"
 
         with self._writer.writing(folder), self._writer.folders:
-            make_folder(folder)
+            self.make_folders(key.model)
             # A folder that takes no file says so before the prefill.
             staged.touch(mode=disk.FILE_MODE)
             staged.unlink()
             self._staged.add(staged)
 
         return staged
+
+    def make_folders(self, model: str) -> None:
+        """Make a model's folder and the one in it for staged files.
+
+        Errors: StoreError.
+        """
+        folder = self._writer.root / model
+        parts = (folder, folder / STAGING_FOLDER)
+        if not all(map(beneath.is_folder, parts)):
+            with self._writer.writing(folder), self._writer.folders:
+                for part in parts:
+                    make_folder(part)
 
     def discard(self, staged: Path) -> None:
         """Forget a staged file. Idempotent."""
@@ -77,20 +90,21 @@ class Staging:
 
     def expects(self, folder: Path) -> bool:
         """Whether a build will put its file into this folder of a model."""
-        return any(staged.parent == folder for staged in tuple(self._staged))
+        return any(folder in staged.parents for staged in tuple(self._staged))
 
     def remove_leftovers(self, paths: Iterable[Path]) -> None:
         """Remove those of these staged files that no build is writing. Errors: StoreError."""
         for path in paths:
             if not any(path.name.startswith(staged.name) for staged in tuple(self._staged)):
                 with self._writer.writing(path):
-                    self._writer.unlink(path.parent.name, path.name)
+                    self._writer.unlink(*path.relative_to(self._writer.root).parts)
 
     def sweep(self) -> None:
         """Remove what interrupted builds staged. Errors: OSError."""
         root = self._writer.root
 
         for folder in model_folders(root):
-            for name in beneath.names_in(root, folder.name):
-                if name.startswith(STAGING):
-                    self._writer.unlink(folder.name, name)
+            for names in ((folder.name,), (folder.name, STAGING_FOLDER)):
+                for name in beneath.names_in(root, *names):
+                    if name.startswith(STAGING):
+                        self._writer.unlink(*names, name)

@@ -32,6 +32,7 @@ from rkcached.errors import StoreError
 from rkcached.host import beneath, disk
 from rkcached.host.access import explained
 from rkcached.host.digests import Digests, signature_of
+from rkcached.host.landlock import Reach
 from rkcached.host.regular import read_regular
 from rkcached.sources.records import Key
 from rkcached.store import marks
@@ -41,6 +42,7 @@ from rkcached.store.retired import RetiredArtifacts
 from rkcached.store.scan import (
     CACHE_SUFFIXES,
     MAX_TEXT_BYTES,
+    STAGING_FOLDER,
     Scan,
     foreign,
     inspect,
@@ -113,6 +115,20 @@ class Store:
 
         self.verdicts.sweep()
         self.staging.sweep()
+
+    def reach_of(self, model: str) -> Reach:
+        """The folders of the store that the worker of a model works in.
+
+        That of its prompt caches is made, where it can be; that of its conversations is there if
+        they are kept.
+        """
+        folders = (self.root / model, self.conversations.root / model)
+        with contextlib.suppress(StoreError):
+            self.staging.make_folders(model)
+        return Reach(
+            read=tuple(map(str, folders)),
+            fill=tuple(str(folder / STAGING_FOLDER) for folder in folders),
+        )
 
     # Reading
 
@@ -372,6 +388,8 @@ class Store:
         """Remove a model's folder, if nothing is in it or will be."""
         with self._writer.folders, contextlib.suppress(OSError):
             if not self.staging.expects(folder):
+                with contextlib.suppress(FileNotFoundError):
+                    (folder / STAGING_FOLDER).rmdir()
                 folder.rmdir()
 
     def quarantine(self, key: Key) -> None:

@@ -23,6 +23,7 @@ from typing import assert_never
 
 from rkcached.engines.base import Engine
 from rkcached.errors import EngineError
+from rkcached.host import landlock
 from rkcached.host.confine import confine
 from rkcached.worker import memory, protocol
 from rkcached.worker.operations import Session
@@ -37,6 +38,7 @@ class _Channel:
 
     def __init__(self, sock: socket.socket) -> None:
         self._socket = sock
+        self._frames = protocol.FrameReader()
         self._inbox: queue.SimpleQueue[protocol.ToWorker | None] = queue.SimpleQueue()
         self._aborted: set[int] = set()
         self.engine: Engine | None = None
@@ -60,16 +62,28 @@ class _Channel:
     def is_aborted(self, operation_id: int) -> bool:
         return operation_id in self._aborted
 
+    def read_first(self) -> protocol.ToWorker | None:
+        """The first message, before there is another thread; None when the daemon is gone."""
+        while self._inbox.empty():
+            data = self._recv()
+            if not data:
+                return None
+            self._feed(data)
+        return self._inbox.get()
+
     def read_forever(self) -> None:
-        frames = protocol.FrameReader()
         try:
             while data := self._recv():
-                for body in frames.feed(data):
-                    self._take(protocol.decode_to_worker(body))
+                self._feed(data)
         except protocol.ProtocolError as error:
             sys.stderr.write(f"E rkcached: the daemon sent {error}\n")  # becomes a log line
             sys.stderr.flush()
         self._leave()
+
+    def _feed(self, data: bytes) -> None:
+        """Errors: ProtocolError."""
+        for body in self._frames.feed(data):
+            self._take(protocol.decode_to_worker(body))
 
     def _take(self, message: protocol.ToWorker) -> None:
         if not isinstance(message, protocol.Abort):
@@ -98,11 +112,12 @@ class _Channel:
         os._exit(0)
 
 
-def _start(channel: _Channel, message: protocol.Start) -> Session:
-    """Load the model. Errors: EngineError."""
-    channel.scratch_dir = message.spec.scratch_dir
-    started = time.perf_counter()
+def _confine(message: protocol.Start) -> str:
+    """Take away what the worker does not need; returns what the kernel lacks for that.
 
+    The files are closed to this thread and those that it starts, so it must be the only one.
+    Errors: EngineError.
+    """
     if message.max_memory_bytes is not None:
         try:
             memory.limit(message.max_memory_bytes)
@@ -111,7 +126,18 @@ def _start(channel: _Channel, message: protocol.Start) -> Session:
                 f"engine.max_memory_bytes cannot be kept: {error}", hint="remove it"
             ) from error
 
-    unconfined = confine() if message.confine else ""
+    if not message.confine:
+        return ""
+    lacks = [confine()]
+    if message.reach is not None:
+        lacks.append(landlock.restrict(message.reach))
+    return "; ".join(filter(None, lacks))
+
+
+def _start(channel: _Channel, message: protocol.Start, unconfined: str) -> Session:
+    """Load the model. Errors: EngineError."""
+    channel.scratch_dir = message.spec.scratch_dir
+    started = time.perf_counter()
     module, _, name = message.implementation.partition(":")
     engine: Engine = getattr(importlib.import_module(module), name)(message.spec)
     channel.engine = engine
@@ -163,15 +189,15 @@ def main() -> None:
         Path("/proc/self/oom_score_adj").write_text(_OOM_SCORE_ADJ)
 
     channel = _Channel(socket.socket(fileno=int(sys.argv[1])))
-    threading.Thread(target=channel.read_forever, name="reader", daemon=True).start()
-
-    first = channel.receive()
+    first = channel.read_first()
     if first is None:
         return
     if not isinstance(first, protocol.Start):
         raise protocol.ProtocolError(f"expected start, got {type(first).__name__}")
     try:
-        session = _start(channel, first)
+        unconfined = _confine(first)
+        threading.Thread(target=channel.read_forever, name="reader", daemon=True).start()
+        session = _start(channel, first, unconfined)
     except EngineError as error:
         channel.send(protocol.failed(0, error))
         return

@@ -8,6 +8,7 @@ from typing import Protocol
 
 from rkcached.engines.base import ModelSpec
 from rkcached.host.digests import Signature, signature_of
+from rkcached.host.landlock import Reach
 from rkcached.worker import protocol
 
 
@@ -30,6 +31,8 @@ class WorkerModel:
     """Limit of the memory that its process takes for itself."""
     confine: bool = True
     """See `host.confine`."""
+    devices: tuple[str, ...] = ()
+    """The device nodes that its engine opens."""
     trained_tokens: int | None = None
     """The model's own context, if that is known."""
     signatures: tuple[tuple[str, Signature], ...] = field(default=(), compare=False)
@@ -47,6 +50,20 @@ class WorkerModel:
                 pass
             return path
         return ""
+
+
+def reach_of(model: WorkerModel, scratch_dir: str, store: Reach) -> Reach:
+    """What the worker of a model can open: its files, its scratch folder, its part of the store."""
+    spec = model.spec
+    files = [spec.path, spec.tokenizer, spec.lora, *(path for path, _ in model.signatures)]
+    if spec.library:
+        files.append(os.path.dirname(spec.library))  # noqa: PTH120 - and what it links to there
+    return Reach(
+        read=(*store.read, *filter(None, files)),
+        fill=store.fill,
+        own=(scratch_dir,),
+        devices=model.devices,
+    )
 
 
 class Keeper(Protocol):

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from rkcached.host.logs import log
 from rkcached.worker.model import Backoff, Deadlines, Keeper, WorkerModel
-from rkcached.worker.supervisor import Worker, WorkerState
+from rkcached.worker.supervisor import StoreReach, Worker, WorkerState
 
 MEMORY_SHARE = 0.75
 """Share of the machine's memory for model files together, where no number of models is set."""
@@ -53,8 +53,11 @@ class Workers:
         on_state: Callable[[Worker], None] = lambda _: None,
         room: Callable[[], Room] = Room,
         keeper: Keeper | None = None,
+        reach: StoreReach | None = None,
     ) -> None:
+        """`reach`: workers can open no other files of the store than it says; None: all."""
         self._keeper = keeper
+        self._reach = reach
         self._tell_state = on_state
         self._room = room
         self._admitting = asyncio.Lock()
@@ -117,6 +120,7 @@ class Workers:
             on_state=self._on_state,
             admit=self._admit,
             keeper=self._keeper,
+            reach=self._reach,
         )
         return worker
 

@@ -17,6 +17,7 @@ from rkcached import errors
 from rkcached.engines.base import EngineInfo, ModelSpec, RunStats, Sampling, TokenLogprob
 from rkcached.engines.kinds import VerifyMode
 from rkcached.host.digests import Signature
+from rkcached.host.landlock import Reach
 
 MAX_FRAME_BYTES = 16 << 20
 """Larger than any prompt; a length beyond it is garbage, not a message."""
@@ -66,6 +67,8 @@ class Start(msgspec.Struct, frozen=True, kw_only=True, tag="start"):
     max_memory_bytes: int | None = None
     confine: bool = True
     """See `host.confine`."""
+    reach: Reach | None = None
+    """The files that it can open once it is confined; None: all that the user can."""
 
 
 class Build(msgspec.Struct, frozen=True, kw_only=True, tag="build"):

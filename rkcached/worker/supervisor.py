@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import time
 from collections.abc import Awaitable, Callable, Coroutine
 from enum import StrEnum
@@ -35,9 +36,10 @@ from rkcached.errors import (
     WorkerTimeout,
     WorkerUnavailable,
 )
+from rkcached.host.landlock import Reach
 from rkcached.host.logs import log
 from rkcached.worker import memory, protocol
-from rkcached.worker.model import Backoff, Deadlines, Keeper, WorkerModel
+from rkcached.worker.model import Backoff, Deadlines, Keeper, WorkerModel, reach_of
 from rkcached.worker.process import WorkerProcess, describe
 
 KEEP_S = 1.0
@@ -56,6 +58,10 @@ AdmitWorker = Callable[["Worker"], Awaitable[None]]
 """Waits until there is room for one more loaded model."""
 
 
+StoreReach = Callable[[str], Reach]
+"""The folders of a store that the worker of this model works in. Blocking."""
+
+
 async def _admit_all(_: Worker) -> None:
     pass
 
@@ -72,8 +78,14 @@ class Worker:
         on_state: Callable[[Worker], None] = lambda _: None,
         admit: AdmitWorker = _admit_all,
         keeper: Keeper | None = None,
+        reach: StoreReach | None = None,
     ) -> None:
         self.model = model
+        self._reach = reach
+        # What the process that runs can open of the store: each path with the folder it was.
+        self._opened: dict[str, os.stat_result | None] = {}
+        # Why the kernel does not confine it, as it was logged.
+        self._unconfined = ""
         self._keeper = keeper
         self._admit = admit
         self.admitted = False
@@ -141,9 +153,9 @@ class Worker:
             await asyncio.shield(self._stopping)
 
         if self._process.handle is not None and self.info is not None:
-            if not self._process.lost_scratch():
+            if not (reason := self._lost_folder()):
                 return self.info
-            await self._replace()
+            await self._replace(reason)
 
         if (wait_s := self.retry_in_s()) > 0:
             raise WorkerUnavailable(
@@ -153,13 +165,23 @@ class Worker:
             )
         return await self._start()
 
-    async def _replace(self) -> None:
-        """End a process whose engine lost its scratch folder.
+    def _lost_folder(self) -> str:
+        """Why the process cannot use its folders any more; empty if it can."""
+        if self._process.lost_scratch():
+            return f"its scratch folder was deleted: {self._process.scratch_dir}"
+        for path, opened in self._opened.items():
+            now = _stat(path)
+            if now is not None and (opened is None or not os.path.samestat(now, opened)):
+                return f"a folder of the store is another one than when it was started: {path}"
+        return ""
+
+    async def _replace(self, reason: str) -> None:
+        """End a process that lost its folders.
 
         This is no failure: the next process may start at once.
         """
         self.restarts += 1
-        self.last_failure = f"its scratch folder was deleted: {self._process.scratch_dir}"
+        self.last_failure = reason
         log.warning("worker restarted", model=self.model.name, reason=self.last_failure)
         await self.stop()
 
@@ -176,11 +198,15 @@ class Worker:
             started = time.monotonic()
             process = await self._process.start()
             await self._refuse_stopped()
+            if self._keeper is not None:
+                self._keeper.places(model, 1)  # it makes its folder, so that this can be open
+            reach = await asyncio.to_thread(self._reach_now)
             message = protocol.Start(
                 implementation=model.implementation,
                 spec=msgspec.structs.replace(model.spec, scratch_dir=self._process.scratch_dir),
                 max_memory_bytes=limit_bytes,
                 confine=model.confine,
+                reach=reach,
             )
             self._process.send(message)
             answer = await self._receive(model.timeout_s or self._deadlines.start_s)
@@ -210,6 +236,14 @@ class Worker:
                 raise refusal
             case _:
                 raise await self._broken(f"answered start with {type(answer).__name__}")
+
+    def _reach_now(self) -> Reach | None:
+        """What a process that starts now can open; None where nobody restricts it. Blocking."""
+        if self._reach is None or not self.model.confine:
+            return None
+        store = self._reach(self.model.name)
+        self._opened = {path: _stat(path) for path in (*store.read, *store.fill)}
+        return reach_of(self.model, self._process.scratch_dir, store)
 
     async def _refuse_stopped(self) -> None:
         """End the process if somebody stopped the worker while it was started.
@@ -245,7 +279,8 @@ class Worker:
         self._watcher = asyncio.create_task(self._watch(process))
         load_ms = round(answer.load_ms)
         log.info("model loaded", model=self.model.name, load_ms=load_ms, pid=self.pid)
-        if answer.unconfined:
+        if answer.unconfined and answer.unconfined != self._unconfined:
+            self._unconfined = answer.unconfined
             log.warning("worker not confined", model=self.model.name, why=answer.unconfined)
 
     def _explain_refusal(self, answer: protocol.Failed) -> EngineError:
@@ -515,3 +550,10 @@ async def _to_the_end(work: Coroutine[Any, Any, object]) -> None:
     while not task.done():
         with contextlib.suppress(asyncio.CancelledError):
             await asyncio.shield(task)
+
+
+def _stat(path: str) -> os.stat_result | None:
+    try:
+        return os.stat(path)  # noqa: PTH116 - paths are text in a message
+    except OSError:
+        return None

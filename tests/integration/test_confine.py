@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import socket
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import msgspec
@@ -14,6 +16,9 @@ import pytest
 
 from rkcached.engines.base import EngineInfo, ModelSpec
 from rkcached.engines.memory import MemoryEngine
+from rkcached.host import landlock
+from rkcached.store.seal import make_seal
+from rkcached.store.store import Store
 from rkcached.worker.model import WorkerModel
 from rkcached.worker.pool import Workers
 
@@ -30,6 +35,8 @@ assert confine.confine() == "", "this kernel lacks something"
 for status in Path("/proc/self/task").glob("*/status"):
     assert "Seccomp:\t2" in status.read_text(), "every thread, also an older one"
     assert "NoNewPrivs:\t1" in status.read_text()
+held = int(Path("/proc/thread-self/status").read_text().split("CapPrm:")[1].split()[0], 16)
+assert not held & ~0b110, "capabilities"
 libc = ctypes.CDLL(None, use_errno=True)
 parent = os.getppid()
 
@@ -48,6 +55,7 @@ table = confine._TABLES[os.uname().machine]
 assert all(refused(lambda: call(number, 0, 0, 0, 0, 0)) for number in table.refused)
 assert refused(lambda: subprocess.run(["true"]))
 assert refused(lambda: os.posix_spawn("/bin/true", ["true"], {{}}))
+assert refused(os.fork)
 assert refused(lambda: socket.socket())
 assert refused(lambda: socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, 0))
 assert refused(lambda: os.kill(parent, 0))
@@ -73,10 +81,6 @@ socket.socketpair()
 thread = threading.Thread(target=print)
 thread.start()
 thread.join()
-child = os.fork()
-if not child:
-    os._exit(0 if refused(lambda: socket.socket()) else 3)
-assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 signal.signal(signal.SIGUSR1, lambda *_: print("signalled"))
 signal.raise_signal(signal.SIGUSR1)
 print("confined", flush=True)
@@ -137,32 +141,192 @@ class Escaping(MemoryEngine):
     @property
     def info(self) -> EngineInfo:
         done = []
-        for name, work in (
-            ("program", lambda: os.posix_spawn("/bin/true", ["true"], {})),
-            ("signal", lambda: os.kill(os.getppid(), 0)),
-            ("socket", socket.socket),
-        ):
-            with contextlib.suppress(PermissionError):
+        tries = dict(self.tries())
+        for name, work in tries.items():
+            with contextlib.suppress(OSError):
                 work()
                 done.append(name)
         return msgspec.structs.replace(super().info, runtime_version=",".join(done))
+
+    def tries(self) -> dict[str, Callable[[], object]]:
+        return {
+            "program": lambda: os.posix_spawn("/bin/true", ["true"], {}),
+            "signal": lambda: os.kill(os.getppid(), 0),
+            "socket": socket.socket,
+        }
+
+
+class Reading(Escaping):
+    """Tries to get at files; where they are, its tokenizer's file says, which it may read."""
+
+    def __init__(self, spec: ModelSpec) -> None:
+        super().__init__(spec)
+        self._root = Path(Path(spec.tokenizer).read_text())
+
+    def tries(self) -> dict[str, Callable[[], object]]:
+        root, store = self._root, self._root / "cache"
+        daemon = Path("/proc", str(os.getppid()))
+        mine = store / "m"
+        staged = mine / ".staging/.stage-p-1"
+        hole = b"x" * 10
+        return {
+            "stage": lambda: staged.write_bytes(hole),
+            "read the stage": staged.read_bytes,
+            "read its cache": (mine / "p.memory_cache").read_bytes,
+            "save a conversation": lambda: (
+                store / ".conversations/m/.staging/1.state"
+            ).write_bytes(hole),
+            "remove the stage": staged.unlink,
+            # What follows is nobody's business.
+            "read another model's prompt": (store / "other/p.bin").read_bytes,
+            "read another model's cache": (store / "other/p.memory_cache").read_bytes,
+            "read another model": (root / "other.model").read_bytes,
+            "read the key": (root / "state/store.key").read_bytes,
+            "read the manifest": (root / "manifest.yaml").read_bytes,
+            "read a password": lambda: Path("/etc/passwd").read_bytes(),
+            "list the store": lambda: list(store.iterdir()),
+            "list a prompts folder": lambda: list(root.iterdir()),
+            "read the daemon's descriptors": (daemon / "fd/0").readlink,
+            "read the daemon's memory": lambda: (daemon / "mem").open("r+b"),
+            "read the daemon's environment": (daemon / "environ").read_bytes,
+            "read through the daemon's root": (daemon / f"root{root}/manifest.yaml").read_bytes,
+            "overwrite its sidecar": lambda: (mine / "p.json").write_bytes(hole),
+            "truncate its cache": lambda: os.truncate(mine / "p.memory_cache", 0),
+            "remove its cache": (mine / "p.memory_cache").unlink,
+            "make a file beside it": lambda: (mine / "q.json").write_bytes(hole),
+            "rename its cache": lambda: (mine / "p.bin").rename(mine / ".staging/p"),
+            "link a secret": lambda: (mine / ".staging/key").hardlink_to(root / "state/store.key"),
+            "make a link": lambda: (mine / ".staging/link").symlink_to(root),
+            "make a folder": (mine / ".staging/folder").mkdir,
+            "make a pipe": lambda: os.mkfifo(mine / ".staging/pipe"),
+            "write the digests": lambda: (store / ".digests.json").write_bytes(hole),
+            "write another model's conversation": lambda: (
+                store / ".conversations/other/1.state"
+            ).write_bytes(hole),
+            "write its saved conversation": lambda: (
+                store / ".conversations/m/1.state"
+            ).write_bytes(hole),
+            "write a stored prompt": lambda: (root / "state/prompt.md").write_bytes(hole),
+            "open a file to everybody": lambda: (store / "other/p.bin").chmod(0o666),
+            "give a file away": lambda: os.chown(store / "other/p.bin", 12001, 12001),
+            "change a time": lambda: os.utime(store / "other/p.bin"),
+            "write a temporary file": lambda: (root / "temporary").write_bytes(hole),
+            "write to a device": lambda: Path("/dev/kmsg").write_bytes(b""),
+            "change the kernel": lambda: Path("/proc/sys/vm/swappiness").write_text("60"),
+        }
+
+
+ALLOWED = 5
+"""The first of what it tries."""
 
 
 @pytest.mark.parametrize(("confine", "can"), [(True, ""), (False, "program,signal,socket")])
 async def test_a_worker_is_confined(tmp_path: Path, *, confine: bool, can: str) -> None:
     """A real one, before its library is loaded; unless the manifest says otherwise."""
-    path = tmp_path / "m.model"
-    path.write_text('{"rkcached_memory_model": 1}')
-    model = WorkerModel(
-        name="m",
-        identity="i",
-        implementation=f"{__name__}:Escaping",
-        spec=ModelSpec(path=str(path), context_tokens=1024),
-        idle_unload_s=None,
-        confine=confine,
-    )
+    model = hostile(tmp_path, Escaping, confine=confine)
     workers = Workers()
     try:
         assert (await workers.get(model).ensure()).runtime_version == can
     finally:
         await workers.stop()
+
+
+def hostile(root: Path, engine: type[Escaping], *, confine: bool = True) -> WorkerModel:
+    path = root / "m.model"
+    path.write_text('{"rkcached_memory_model": 1}')
+    where = root / "m.tokenizer"
+    where.write_text(str(root))
+    return WorkerModel(
+        name="m",
+        identity="i",
+        implementation=f"{__name__}:{engine.__name__}",
+        spec=ModelSpec(path=str(path), context_tokens=1024, tokenizer=str(where)),
+        idle_unload_s=None,
+        confine=confine,
+    )
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Iterator[Store]:
+    """With something of everything."""
+    store = Store(tmp_path / "cache", seal=make_seal(tmp_path / "state"))
+    store.open()
+    for model in ("m", "other"):
+        store.staging.make_folders(model)
+        store.conversations.make_folders(model)
+        for suffix in ("json", "bin", "memory_cache"):
+            (store.root / model / f"p.{suffix}").write_text("mine")
+        (store.root / ".conversations" / model / "1.state").write_text("mine")
+    for name in ("manifest.yaml", "other.model", "state/prompt.md"):
+        (tmp_path / name).write_text("mine")
+    (store.root / ".digests.json").write_text("{}")
+    yield store
+    store.close()
+
+
+def contents(root: Path) -> dict[str, tuple[bytes, int]]:
+    files = [path for path in root.rglob("*") if path.is_file()]
+    return {str(path): (path.read_bytes(), path.stat().st_mode) for path in files}
+
+
+@pytest.mark.skipif(not landlock.version(), reason="this kernel has no Landlock")
+async def test_a_worker_has_its_files_and_no_others(store: Store, tmp_path: Path) -> None:
+    """Not even as root, who may do everything else."""
+    before = contents(tmp_path)
+    workers = Workers(reach=store.reach_of)
+    model = hostile(tmp_path, Reading)
+    could = list(Reading.tries(Reading(model.spec)))[:ALLOWED]
+    try:
+        assert (await workers.get(model).ensure()).runtime_version.split(",") == could
+    finally:
+        await workers.stop()
+    saved = store.root / ".conversations/m/.staging/1.state"
+    assert saved.read_bytes()
+    saved.unlink()
+    for name in ("m.model", "m.tokenizer"):
+        (tmp_path / name).unlink()
+    assert contents(tmp_path) == before
+
+
+async def test_a_worker_follows_its_folder(store: Store, tmp_path: Path) -> None:
+    """Somebody deletes the store, as anybody may, and the daemon makes it anew."""
+    workers = Workers(reach=store.reach_of)
+    model = hostile(tmp_path, Reading)
+    worker = workers.get(model)
+    try:
+        await worker.ensure()
+        pid = worker.pid
+        shutil.rmtree(store.root / "m")
+        await worker.ensure()
+        assert worker.pid == pid, "there is nothing to follow yet"
+        store.staging.make_folders("m")
+        await worker.ensure()
+        assert worker.pid != pid
+        assert worker.restarts == 1
+        assert "another one" in worker.last_failure
+        assert (await worker.ensure()).runtime_version.startswith("stage,")
+    finally:
+        await workers.stop()
+
+
+def test_a_renderer_has_no_files(tmp_path: Path) -> None:
+    """Nor programs, nor sockets: it gets a template and messages, and gives a text."""
+    secret = tmp_path / "secret"
+    secret.write_text("mine")
+    script = f"""
+import socket, sys
+sys.path.insert(0, {str(ROOT)!r})
+from rkcached.messages.sandbox import restrict
+restrict()
+for work in (lambda: open({str(secret)!r}), lambda: open("/etc/passwd"), socket.socket):
+    try:
+        work()
+    except PermissionError:
+        print("refused")
+import json.tool
+print("imported")
+"""
+    done = subprocess.run(
+        [sys.executable, "-I", "-c", script], capture_output=True, text=True, check=False
+    )
+    assert done.stdout.split() == ["refused"] * 3 + ["imported"], done.stderr

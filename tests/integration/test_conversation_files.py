@@ -17,6 +17,7 @@ from rkcached.serving.conversations import Conversations
 from rkcached.sources.manifest import Manifest
 from rkcached.sources.parser import parse
 from rkcached.store.conversations import Record
+from rkcached.store.scan import STAGING_FOLDER
 from rkcached.store.store import Store
 from rkcached.worker import protocol
 from rkcached.worker.model import WorkerModel
@@ -79,7 +80,9 @@ class Place:
         await self.talks.open()
 
     def names(self, suffix: str) -> list[str]:
-        return [path.name for path in self.folder.glob(f"*{suffix}")]
+        """Also of what a worker has not finished."""
+        files = self.folder.rglob(f"*{suffix}")
+        return [path.name for path in files if path.name != STAGING_FOLDER]
 
 
 @pytest.fixture
@@ -197,4 +200,4 @@ async def test_places_are_not_handed_out_while_a_state_is_in_one(place: Place) -
     assert len(set(again)) == 3
     assert str(path) not in again
     await place.talks.close()
-    assert [talked.path for talked in place.talks.of(None)] == [path]
+    assert [talked.path.name for talked in place.talks.of(None)] == [path.name]

@@ -206,6 +206,7 @@ def test_a_forged_conversation_is_removed(store: Store) -> None:
         used_at=1.0,
     )
     saved = store.conversations.seal(path, record)
+    path = saved.path
     assert [found.record for found in store.conversations.all()] == [saved.record]
     forged = msgspec.structs.replace(saved.record, owner=2)
     path.with_suffix(".json").write_bytes(msgspec.json.encode(forged))

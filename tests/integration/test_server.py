@@ -7,6 +7,7 @@ import contextlib
 import inspect
 import logging
 import os
+import sys
 import tomllib
 from collections.abc import AsyncGenerator, AsyncIterator
 from importlib import metadata
@@ -102,6 +103,34 @@ async def test_a_client_that_takes_nothing_loses_its_place(
         writer.close()
         with contextlib.suppress(OSError):
             await writer.wait_closed()
+
+
+ASK = """
+import socket, sys
+if sys.argv[2] == "grandchild" and os.fork():
+    os._exit(0)
+with socket.socket(socket.AF_UNIX) as client:
+    client.connect(sys.argv[1])
+    client.sendall(b"GET / HTTP/1.1\\r\\nHost: x\\r\\nConnection: close\\r\\n\\r\\n")
+    print(client.recv(12).decode())
+"""
+
+
+@pytest.mark.parametrize(("who", "answer"), [("child", ""), ("grandchild", "HTTP/1.1 200")])
+async def test_a_process_of_ours_gets_no_answer(site: Site, who: str, answer: str) -> None:
+    """It has the daemon's user, and could do all that this may.
+
+    One that it started would be answered, but a worker cannot start any.
+    """
+    asking = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-c", f"import os{ASK}", str(site.path), who),
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+    )
+    said, complaint = await asyncio.wait_for(asking.communicate(), DEADLINE_S)
+    assert said.decode().strip() == answer, complaint
+    if answer:
+        await asyncio.wait_for(site.ended.get(), DEADLINE_S)
 
 
 async def test_a_client_that_takes_nothing_does_not_disturb_the_end(

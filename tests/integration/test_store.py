@@ -30,7 +30,7 @@ from rkcached.plan.records import Retired, Verdict, VerdictKind
 from rkcached.sources.records import Key, Trouble
 from rkcached.store.marks import TAG
 from rkcached.store.quarantine import MAX_QUARANTINED
-from rkcached.store.scan import STAGING
+from rkcached.store.scan import STAGING, STAGING_FOLDER
 from rkcached.store.sidecar import Figures, Sidecar, StoredArtifact
 from rkcached.store.store import Store
 from tests.integration.test_digests import settle
@@ -117,7 +117,8 @@ def folder(store: Store) -> Path:
 
 
 def names(folder: Path) -> set[str]:
-    return {path.name for path in folder.iterdir()}
+    """Of all that is in it, also in the folder for what is being built."""
+    return {path.name for path in folder.rglob("*")} - {STAGING_FOLDER}
 
 
 # --- publishing ---

@@ -72,7 +72,7 @@ class ThreadProcess:
         try:
             # What limits a process would limit the one that runs the tests.
             start = msgspec.structs.replace(start, confine=False, max_memory_bytes=None)
-            session = child._start(channel, start)
+            session = child._start(channel, start, "")
         except EngineError as error:
             channel.send(protocol.failed(0, error))
             return

@@ -153,9 +153,9 @@ def test_a_daemon_that_is_killed_leaves_nothing_of_a_build_that_stepped_aside(
     workspace.start()
     wait_until(lambda: progress(workspace) > 300, "something is read")
     workspace.ask("m", "hello", max_tokens=1)
-    wait_until(lambda: list(workspace.cache.glob("m/.stage-*")), "it is kept")
+    wait_until(lambda: list(workspace.cache.glob("m/*/.stage-*")), "it is kept")
     workspace.stop(signal.SIGKILL)
-    assert list(workspace.cache.glob("m/.stage-*"))
+    assert list(workspace.cache.glob("m/*/.stage-*"))
     workspace.start()
     figures = workspace.wait_state("a", "fresh")["artifact"]
     assert figures["reused_tokens"] == 0

@@ -22,6 +22,7 @@ from rich.console import Console
 
 from rkcached.cli.doctor import NO_NPU, Check, Outcome, Report, examine, print_report, report_data
 from rkcached.engines.rkllm.abi import ABIS
+from rkcached.host import confine, landlock
 from rkcached.store.marks import tag
 from tests.documents import DOCS, blocks
 from tests.gguf_files import UINT32, gguf, pair
@@ -176,11 +177,40 @@ def printed(report: Report) -> str:
     return stream.getvalue()
 
 
+@pytest.mark.parametrize(
+    ("version", "filters", "more", "outcome", "words"),
+    [
+        (7, True, "", "ok", "own files and system calls only (Landlock 7, seccomp)"),
+        (0, True, "", "warn", "it cannot close files to them"),
+        (0, False, "", "warn", "and it cannot filter their system calls"),
+        (7, True, "engine: {kind: llamacpp, confine: false}", "warn", "engine.confine: false"),
+    ],
+)
+def test_how_workers_are_confined_is_said(  # noqa: PLR0917 - a table
+    rock5: FakeBoard,
+    monkeypatch: pytest.MonkeyPatch,
+    version: int,
+    filters: bool,  # noqa: FBT001 - of the table
+    more: str,
+    outcome: str,
+    words: str,
+) -> None:
+    """It is never a failure: a vendor's kernel may be the only one that a board has."""
+    monkeypatch.setattr(landlock, "version", lambda: version)
+    monkeypatch.setattr(confine, "has_filters", lambda: filters)
+    if more:
+        rock5.manifest.write_text(f"version: 1\n{more}\nmodels: {{q: {{path: q.gguf}}}}\n")
+    report = rock5.examine()
+    (check,) = [check for check in report.checks if check.name == "confinement"]
+    assert (check.outcome.value, words in check.finding) == (outcome, True), check.finding
+
+
 def test_everything_right(rock5: FakeBoard) -> None:
     """A board with everything right: all is ok, with the facts that a person wants to see."""
     report = rock5.examine()
     found = outcomes(report)
     assert found.pop("first answer of q") == "skip"  # no daemon runs
+    assert found.pop("confinement") in ("ok", "warn")  # the kernel is this machine's
     assert set(found.values()) == {"ok"}, printed(report)
     assert (report.failed, report.npu) == (False, True)
     text = printed(report)
@@ -195,7 +225,7 @@ def test_everything_right(rock5: FakeBoard) -> None:
         "made by rkllm-toolkit 1.2.3 for runtime 1.2.3",
         "12.29 GB available; q, the largest model, needs about",
         "what 2 prompts will take is not known",
-        "12 ok",
+        " ok, ",
     ):
         assert words in text, words
     assert NO_NPU not in text
