@@ -190,7 +190,7 @@ def test_how_workers_are_confined_is_said(  # noqa: PLR0917 - a table
     rock5: FakeBoard,
     monkeypatch: pytest.MonkeyPatch,
     version: int,
-    filters: bool,  # noqa: FBT001 - of the table
+    filters: bool,
     more: str,
     outcome: str,
     words: str,
