@@ -40,6 +40,7 @@ The numbers are exit codes.
       WorkerError             the worker process failed                                    70
         WorkerDied            signal or exit code
         WorkerTimeout         a deadline passed; the worker was killed
+          GrammarStuck        it found no token that fits the request's schema
         WorkerUnavailable     in backoff after failures, or shutting down
         ModelReplaced         the model's files are no longer those that were looked at
       RequestError            a client's request cannot be served: HTTP status, code, param
@@ -319,6 +320,10 @@ class WorkerDied(WorkerError):
 
 class WorkerTimeout(WorkerError):
     """A deadline passed while waiting for the worker, which was killed."""
+
+
+class GrammarStuck(WorkerTimeout):
+    """An answer that is held to a JSON schema had no first token: the worker was ended for it."""
 
 
 class WorkerUnavailable(WorkerError):

@@ -277,13 +277,21 @@ class Engine(Protocol):
         """Drop the KV state: the next run is cold."""
 
     def generate(
-        self, prompt: str, sampling: Sampling, on_token: OnToken, *, trace: bool = False
+        self,
+        prompt: str,
+        sampling: Sampling,
+        on_token: OnToken,
+        *,
+        trace: bool = False,
+        on_progress: OnProgress | None = None,
     ) -> RunStats:
         """Prefill what `prompt` has beyond the KV state, then decode.
 
         The state afterwards begins with the prompt.
 
         At least one token of the prompt is always prefilled. With `trace`, tokens carry their ids.
+        `on_progress` hears of the prefill where the library tells of it, the last time when all is
+        read.
         Errors: ContextExceeded; SamplingFixed for a value that this engine cannot change in a run;
         EngineError.
         """

@@ -215,7 +215,13 @@ class MemoryEngine:
         self._truncate(0)
 
     def generate(
-        self, prompt: str, sampling: Sampling, on_token: OnToken, *, trace: bool = False
+        self,
+        prompt: str,
+        sampling: Sampling,
+        on_token: OnToken,
+        *,
+        trace: bool = False,
+        on_progress: OnProgress | None = None,
     ) -> RunStats:
         self._abort.clear()
         self._check_open()
@@ -226,7 +232,7 @@ class MemoryEngine:
         cached = self._rewind(tokens)
 
         started = time.monotonic()
-        complete = self._read(tokens)
+        complete = self._read(tokens, on_progress)
         prefill_ms = _ms_since(started)
 
         started = time.monotonic()

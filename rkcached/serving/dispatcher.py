@@ -375,7 +375,7 @@ class Serving:
         """
         found = ongoing.found
         if not ongoing.loading:
-            if isinstance(error, errors.WorkerDied):
+            if isinstance(error, errors.WorkerDied | errors.GrammarStuck):
                 self._deadly.ended_its_worker(ongoing.job, error.message)
             raise error
 

@@ -30,6 +30,10 @@ def as_request_error(
     match error:
         case RequestError():
             return error
+        case errors.GrammarStuck():
+            return RequestError(
+                400, error.message, code="invalid_schema", param=schema_param, hint=error.hint
+            )
         case errors.ContextExceeded():
             return RequestError(
                 400,

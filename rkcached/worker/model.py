@@ -84,6 +84,8 @@ class Deadlines:
     """From exec to Ready: loading a large model from a slow card."""
     silence_s: float = 300.0
     """Between two events of an operation: the longest batch of a prefill."""
+    grammar_s: float = 30.0
+    """From the end of a prefill to the first piece of an answer that is held to a JSON schema."""
     stop_s: float = 2.0
     """From asking a worker to leave to killing it."""
 

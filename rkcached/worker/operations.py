@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from rkcached.engines.base import Engine, FinishReason, Token
+from rkcached.engines.base import Engine, FinishReason, OnProgress, Token
 from rkcached.engines.prefix import common_bytes
 from rkcached.errors import ArtifactLoadError, EngineError, SamplingFixed, VerifyFailed
 from rkcached.worker import protocol
@@ -87,7 +87,8 @@ class Session:
             return stopped()
 
         self._state.held = Held(owner=owner_of(operation))
-        stats = self.engine.generate(operation.prompt, sampling, on_token)
+        on_progress = _told(operation, emit)
+        stats = self.engine.generate(operation.prompt, sampling, on_token, on_progress=on_progress)
         was_read = bool(text) or stats.finish is not FinishReason.ABORT
         if was_read and not operation.cold:
             asked = operation.prompt.encode()
@@ -289,6 +290,13 @@ class Session:
 
         self._state.continues = True
         return saved.prompt_tokens
+
+
+def _told(operation: protocol.Generate, emit: Emit) -> OnProgress:
+    def on_progress(done: int, total: int) -> None:
+        emit(protocol.Progress(id=operation.id, done_tokens=done, total_tokens=total))
+
+    return on_progress
 
 
 def _never() -> bool:

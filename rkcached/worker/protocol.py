@@ -174,6 +174,10 @@ class Progress(msgspec.Struct, frozen=True, kw_only=True, tag="progress"):
     done_tokens: int
     total_tokens: int
 
+    @property
+    def is_last(self) -> bool:
+        return self.done_tokens == self.total_tokens
+
 
 class Kept(msgspec.Struct, frozen=True, kw_only=True, tag="kept"):
     """A build is aborted; what it has read of its prefix is in its `partial` file."""

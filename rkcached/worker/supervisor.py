@@ -29,6 +29,7 @@ from rkcached.engines.base import EngineInfo
 from rkcached.errors import (
     Aborted,
     EngineError,
+    GrammarStuck,
     ModelLoadError,
     ModelReplaced,
     WorkerDied,
@@ -397,8 +398,9 @@ class Worker:
         self, operation: protocol.Operation, on_event: Callable[[protocol.FromWorker], None] | None
     ) -> protocol.Result:
         self._process.send(operation)
+        event: protocol.FromWorker | None = None
         while True:
-            event = await self._receive(self.model.timeout_s or self._deadlines.silence_s)
+            event = await self._next_event(operation, event)
             if isinstance(event, protocol.Ready) or event.id != operation.id:
                 raise await self._broken(f"sent {type(event).__name__} out of turn")
 
@@ -459,6 +461,37 @@ class Worker:
 
         self.heard = time.monotonic()
         return event
+
+    async def _next_event(
+        self, operation: protocol.Operation, last: protocol.FromWorker | None
+    ) -> protocol.FromWorker:
+        """As `_receive`; after the prefill of a request that has a JSON schema, with less patience.
+
+        A library that finds no token may look for one without end. Errors: GrammarStuck, too.
+        """
+        silence_s = self.model.timeout_s or self._deadlines.silence_s
+        if not (
+            isinstance(last, protocol.Progress) and last.is_last and self._is_held_to(operation)
+        ):
+            return await self._receive(silence_s)
+
+        timeout_s = min(silence_s, self._deadlines.grammar_s)
+        try:
+            return await self._receive(timeout_s)
+        except WorkerTimeout as error:
+            raise GrammarStuck(
+                f"the model found no token that fits this schema within {timeout_s:g} s",
+                hint="make the schema simpler, above all its patterns",
+            ) from error
+
+    def _is_held_to(self, operation: protocol.Operation) -> bool:
+        """Whether the engine keeps the answer to a JSON schema, token by token."""
+        return (
+            isinstance(operation, protocol.Generate)
+            and bool(operation.sampling.json_schema)
+            and self.info is not None
+            and self.info.constrains_json
+        )
 
     # Death
 

@@ -262,6 +262,24 @@ class Aborter:
         return False
 
 
+def test_a_run_tells_how_far_it_has_read(case: Case, home: Saved) -> None:
+    """Where the library does; the last time when all is read, also if nearly all was there."""
+    engine = case.load()
+    told: list[tuple[int, int]] = []
+    for _ in range(2):
+        told.clear()
+        engine.load(home.path)
+        stats = engine.generate(
+            home.prompt + QUESTION,
+            Sampling(max_new_tokens=1),
+            lambda _: False,
+            on_progress=lambda done, total: told.append((done, total)),
+        )
+        whole = (stats.prompt_tokens, stats.prompt_tokens)
+        assert told[-1:] == ([whole] if engine.info.aborts_prefill else [])
+        assert sorted(told) == told
+
+
 def test_info_states_the_context_and_what_the_engine_can_do(case: Case, engine: Engine) -> None:
     """The context is the one that was asked for; every engine can be made to repeat itself."""
     info = engine.info

@@ -10,7 +10,9 @@ import sys
 import time
 from pathlib import Path
 
-from rkcached.engines.base import EngineInfo, ModelSpec, OnToken, RunStats, Sampling
+import msgspec
+
+from rkcached.engines.base import EngineInfo, ModelSpec, OnProgress, OnToken, RunStats, Sampling
 from rkcached.engines.memory import MemoryEngine
 from rkcached.errors import EngineError, ModelLoadError
 from rkcached.worker import protocol
@@ -23,10 +25,16 @@ class _Misbehaving(MemoryEngine):
         raise NotImplementedError
 
     def generate(
-        self, prompt: str, sampling: Sampling, on_token: OnToken, *, trace: bool = False
+        self,
+        prompt: str,
+        sampling: Sampling,
+        on_token: OnToken,
+        *,
+        trace: bool = False,
+        on_progress: OnProgress | None = None,
     ) -> RunStats:
         self.misbehave()
-        return super().generate(prompt, sampling, on_token, trace=trace)
+        return super().generate(prompt, sampling, on_token, trace=trace, on_progress=on_progress)
 
 
 def _write_to_socket(data: bytes) -> None:
@@ -166,6 +174,34 @@ class Stubborn(_Misbehaving):
 
     def misbehave(self) -> None:
         time.sleep(30)
+
+
+class FindsNoToken(MemoryEngine):
+    """Reads the prompt, and then looks for a token that its grammar allows, without end."""
+
+    @property
+    def info(self) -> EngineInfo:
+        return msgspec.structs.replace(super().info, constrains_json=True)
+
+    def generate(
+        self,
+        prompt: str,
+        sampling: Sampling,
+        on_token: OnToken,
+        *,
+        trace: bool = False,
+        on_progress: OnProgress | None = None,
+    ) -> RunStats:
+        stats = super().generate(
+            prompt,
+            msgspec.structs.replace(sampling, max_new_tokens=0, json_schema=""),
+            on_token,
+            trace=trace,
+            on_progress=on_progress,
+        )
+        if sampling.json_schema:
+            time.sleep(30)
+        return stats
 
 
 class FailsToLoad(MemoryEngine):

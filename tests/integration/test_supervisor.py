@@ -28,6 +28,7 @@ from rkcached.engines.kinds import VerifyMode
 from rkcached.engines.memory import Fault, MemoryModel, expected_text
 from rkcached.errors import (
     EngineError,
+    GrammarStuck,
     ModelLoadError,
     WorkerDied,
     WorkerError,
@@ -35,6 +36,7 @@ from rkcached.errors import (
     WorkerUnavailable,
 )
 from rkcached.host import isolated
+from rkcached.serving.failures import as_request_error
 from rkcached.worker import memory, protocol, scratch
 from rkcached.worker.model import Backoff, Deadlines, WorkerModel
 from rkcached.worker.pool import Workers
@@ -481,6 +483,19 @@ async def test_what_breaks_the_protocol_is_killed(site: Site, name: str) -> None
     with pytest.raises(WorkerDied, match="broke the protocol"):
         await site.ask(worker)
     assert (worker.state, worker.pid) == (WorkerState.BACKOFF, None)
+
+
+async def test_a_schema_for_which_no_token_is_found_is_refused(site: Site) -> None:
+    """Long before a worker that says nothing is ended otherwise; and only with a schema."""
+    worker = site.misbehaving("FindsNoToken", deadlines=replace(PATIENT, grammar_s=0.3))
+    await site.ask(worker)
+    async with asyncio.timeout(DEADLINE_S):
+        with pytest.raises(GrammarStuck, match=r"no token that fits this schema within 0.3 s"):
+            await site.ask(worker, msgspec.structs.replace(SAMPLING, json_schema="{}"))
+    assert worker.state is WorkerState.BACKOFF
+    refusal = as_request_error(GrammarStuck("it is stuck"))
+    assert (refusal.status, refusal.code) == (400, "invalid_schema")
+    await site.ask(worker)
 
 
 async def test_a_process_that_a_library_left_behind_holds_nobody_up(site: Site) -> None:

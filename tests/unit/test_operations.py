@@ -760,12 +760,20 @@ class Aborted50ms(MemoryEngine):
     """Each run is aborted a moment after it began."""
 
     def generate(
-        self, prompt: str, sampling: Sampling, on_token: OnToken, *, trace: bool = False
+        self,
+        prompt: str,
+        sampling: Sampling,
+        on_token: OnToken,
+        *,
+        trace: bool = False,
+        on_progress: OnProgress | None = None,
     ) -> RunStats:
         timer = threading.Timer(0.05, self.abort)
         timer.start()
         try:
-            return super().generate(prompt, sampling, on_token, trace=trace)
+            return super().generate(
+                prompt, sampling, on_token, trace=trace, on_progress=on_progress
+            )
         finally:
             timer.join()
 

@@ -196,7 +196,13 @@ class LlamaCppEngine:
         self._whole_from = 0
 
     def generate(
-        self, prompt: str, sampling: Sampling, on_token: OnToken, *, trace: bool = False
+        self,
+        prompt: str,
+        sampling: Sampling,
+        on_token: OnToken,
+        *,
+        trace: bool = False,
+        on_progress: OnProgress | None = None,
     ) -> RunStats:
         self._abort.clear()
         if sampling.max_new_tokens < 0:
@@ -209,7 +215,7 @@ class LlamaCppEngine:
             options["logprobs"] = 1
 
         take = on_token if decodes else None
-        run = Run(self._abort, on_token=take, likeliest=sampling.logprobs)
+        run = Run(self._abort, on_token=take, on_progress=on_progress, likeliest=sampling.logprobs)
         if sampling.json_schema:
             with Grammar() as grammar:
                 run.before_each = grammar.check

@@ -224,8 +224,15 @@ class RkllmEngine:
         self._empty = True
 
     def generate(
-        self, prompt: str, sampling: Sampling, on_token: OnToken, *, trace: bool = False
+        self,
+        prompt: str,
+        sampling: Sampling,
+        on_token: OnToken,
+        *,
+        trace: bool = False,
+        on_progress: OnProgress | None = None,
     ) -> RunStats:
+        del on_progress  # the library reports none
         if sampling.max_new_tokens < 0:
             raise EngineError(f"max_new_tokens is {sampling.max_new_tokens}, which is below 0")
 
