@@ -21,7 +21,7 @@ rm -f "$DESTDIR$PREFIX/bin/rkcached" "$DESTDIR$sysusers/rkcached.conf" "$DESTDIR
 if [ "$PURGE" = 1 ]; then
     rm -rf "$DESTDIR/etc/rkcached" "$DESTDIR/etc/default/rkcached" "$DESTDIR/var/lib/rkcached" "$DESTDIR/var/cache/rkcached" \
         "$DESTDIR$units/rkcached.service.d"
-    [ -n "$DESTDIR" ] || rm -rf /run/rkcached
+    [ -n "$DESTDIR" ] || rm -rf /run/rkcached /run/rkcached-work
     # The user stays, as Debian's policy has it: files elsewhere may still be its own.
 fi
 if [ -z "$DESTDIR" ] && [ -d /run/systemd/system ]; then

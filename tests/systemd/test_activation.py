@@ -115,6 +115,7 @@ def test_modes_and_owners(machine: Machine) -> None:
     places = [
         "/etc/rkcached",
         "/run/rkcached",
+        "/run/rkcached-work",
         SOCKET,
         ADMIN_SOCKET,
         STORE,
@@ -124,7 +125,8 @@ def test_modes_and_owners(machine: Machine) -> None:
     shown = machine.run("stat", "-c", "%A %U:%G", *places, "/var/lib/rkcached").stdout.splitlines()
     assert dict(zip([*places, "/var/lib/rkcached"], shown, strict=True)) == {
         "/etc/rkcached": "drwxr-x--- root:rkcached",
-        "/run/rkcached": "drwxr-x--- rkcached:rkcached",
+        "/run/rkcached": "drwxr-x--- root:rkcached",
+        "/run/rkcached-work": "drwx------ rkcached:rkcached",
         SOCKET: "srw-rw---- rkcached:rkcached",
         ADMIN_SOCKET: "srw------- root:root",
         STORE: "drwxr-x--- rkcached:rkcached",
