@@ -90,6 +90,10 @@ class GenerationRequest(_AboutTheService):
     )
     stream: bool | None = None
     stream_options: StreamOptions | None = None
+    return_progress: bool | None = Field(
+        default=None,
+        description="A stream also says how much of the prompt is read, in `prompt_progress`.",
+    )
     max_tokens: int | None = Field(default=None, ge=1, lt=_INT32)
     temperature: float | None = Field(default=None, ge=0, le=5)
     top_p: float | None = Field(default=None, gt=0, le=1)

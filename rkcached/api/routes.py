@@ -8,22 +8,21 @@ generation.
 from __future__ import annotations
 
 import base64
-import contextlib
 import functools
 import struct
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Collection
+from collections.abc import AsyncGenerator, Awaitable, Callable, Collection
 from contextlib import AbstractContextManager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import msgspec
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp
 
+from rkcached.api.answering import send_answer
 from rkcached.api.bodies import error_body
 from rkcached.api.cache_routes import CacheApi
 from rkcached.api.endpoints import (
@@ -44,7 +43,6 @@ from rkcached.api.exchange import (
     no_route,
     read_record,
     refuse,
-    remember,
     size_of_body,
     uid_of,
     unless_gone,
@@ -77,14 +75,14 @@ from rkcached.api.responses import (
 from rkcached.api.shares import Share
 from rkcached.api.status import pieces
 from rkcached.api.suggest_routes import SuggestApi
-from rkcached.api.writer import ChatWriter, CompletionWriter, Writer
+from rkcached.api.writer import ChatWriter, CompletionWriter, Writer, sse
 from rkcached.errors import ManifestError, RequestError
 from rkcached.host.logs import log
 from rkcached.reconcile.events import Event, Events
 from rkcached.reconcile.loop import Reconciler
 from rkcached.serving.dispatcher import Serving
 from rkcached.serving.embeddings import Embeddings
-from rkcached.serving.job import End, Job, Text
+from rkcached.serving.job import Job
 from rkcached.serving.models import find_model
 from rkcached.sources.records import Key
 
@@ -187,8 +185,7 @@ class Api:
             return prepared
         job, reply = prepared
 
-        writer = ChatWriter(body.model, reply, one_call=body.parallel_tool_calls is False)
-        return await self._answer(request, body, job, writer)
+        return await self._answer(request, body, job, ChatWriter(body, reply))
 
     @endpoint(
         "POST",
@@ -203,7 +200,7 @@ class Api:
         accepted = time.monotonic()
         body = await read_record(CompletionRequest, request)
         job = self._preparation.completion(body, accepted, uid_of(request))
-        return await self._answer(request, body, job, CompletionWriter(body.model))
+        return await self._answer(request, body, job, CompletionWriter(body))
 
     @endpoint(
         "POST",
@@ -232,18 +229,7 @@ class Api:
         self, request: Request, body: GenerationRequest, job: Job, writer: Writer
     ) -> Response:
         events = self._serving.run(job)
-        if not body.stream:
-            return await unless_gone(request, _whole(events, writer))
-
-        # The first event decides between an error status and a stream.
-        first = await unless_gone(request, anext(events))
-        if isinstance(first, Response):
-            await events.aclose()
-            return first
-
-        with_usage = body.stream_options is not None and body.stream_options.include_usage
-        stream = _stream(first, events, writer, request, with_usage=with_usage)
-        return Streamed(stream, media_type=EVENT_STREAM)
+        return await send_answer(request, events, writer, stream=bool(body.stream))
 
     # Models
 
@@ -397,52 +383,6 @@ class Api:
         return answer(Readiness(status="starting"), status=503)
 
 
-async def _whole(events: AsyncIterator[Text | End], writer: Writer) -> Response:
-    texts: list[Text] = []
-    async for event in events:
-        if isinstance(event, End):
-            return answer(writer.whole(texts, event))
-        texts.append(event)
-    raise RuntimeError("an answer without an end")
-
-
-async def _stream(
-    first: Text | End,
-    rest: AsyncGenerator[Text | End, None],
-    writer: Writer,
-    request: Request,
-    *,
-    with_usage: bool,
-) -> AsyncGenerator[bytes, None]:
-    """Server-sent events.
-
-    If the client goes away, this closes `rest`, which stops the generation.
-    """
-
-    async def events() -> AsyncIterator[Text | End]:
-        yield first
-        async for event in rest:
-            yield event
-
-    try:
-        async for event in events():  # each event is one write: it wakes the client once
-            if isinstance(event, Text):
-                chunks = [_sse(chunk) for chunk in writer.chunks(event)]
-            else:
-                chunks = [_sse(chunk) for chunk in writer.last(event)]
-                if with_usage:
-                    chunks.append(_sse(writer.usage(event)))
-                chunks.append(b"data: [DONE]\n\n")
-            if chunks:
-                yield b"".join(chunks)
-    except RequestError as error:
-        remember(request, error)
-        yield _sse(error_body(error))
-    finally:
-        with contextlib.suppress(RequestError):
-            await rest.aclose()
-
-
 def _base64(vector: bytes) -> str:
     return base64.b64encode(vector).decode()
 
@@ -472,8 +412,4 @@ async def _event_stream(
                 yield b": still here\n\n"
             elif (seen := as_seen(event)) is not None:
                 data = {"time": round(seen.time, 3), **seen.fields}
-                yield f"event: {seen.kind}\n".encode() + _sse(data)
-
-
-def _sse(data: dict[str, Any]) -> bytes:
-    return b"data: " + msgspec.json.encode(data) + b"\n\n"
+                yield f"event: {seen.kind}\n".encode() + sse(data)

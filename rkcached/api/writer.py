@@ -1,37 +1,105 @@
-"""Writes an answer in OpenAI's shapes, whole or in chunks: chat completions and plain ones."""
+"""Writes an answer, whole or as a stream: in OpenAI's shapes, chat completions and plain ones.
+
+A writer gives the bytes of a stream, as they are sent.
+"""
 
 from __future__ import annotations
 
 import time
 import uuid
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from typing import Any, Protocol
 
+import msgspec
+
+from rkcached.api.bodies import error_body
+from rkcached.api.endpoints import EVENT_STREAM
+from rkcached.api.requests import ChatRequest, CompletionRequest, GenerationRequest
 from rkcached.api.responses import Answer, ChatCompletion, TextCompletion
 from rkcached.engines.base import FinishReason, TokenLogprob
+from rkcached.errors import RequestError
 from rkcached.messages.reply import Delta, Reply
-from rkcached.serving.job import End, Text
+from rkcached.serving.job import End, Progress, Text
 
 
 class Writer(Protocol):
-    """Takes the pieces of one answer, then its end."""
+    """Takes one request's progress, the pieces of its answer, and its end or its error."""
 
-    def chunks(self, text: Text) -> Iterator[dict[str, Any]]:
-        """The chunks of a stream for this piece."""
+    media_type: str
+    """Of a stream."""
 
-    def last(self, end: End) -> Iterator[dict[str, Any]]:
-        """The chunks after the last piece; the last one has the report."""
+    def waiting(self) -> bytes:
+        """A sign of life before the answer begins, which no client takes for a part of it."""
 
-    def usage(self, end: End) -> dict[str, Any]: ...
+    def progress(self, progress: Progress) -> bytes:
+        """How much is read; nothing if the client did not ask for it."""
+
+    def piece(self, text: Text) -> bytes: ...
+
+    def end(self, end: End) -> bytes: ...
+
+    def error(self, error: RequestError) -> bytes:
+        """The end of a stream that has begun."""
 
     def whole(self, texts: Iterable[Text], end: End) -> Answer: ...
 
 
-class ChatWriter:
-    def __init__(self, model: str, reply: Reply, *, one_call: bool) -> None:
-        self._head = _head("chatcmpl", model)
+class _EventWriter(ABC):
+    """Writes a stream of OpenAI's: events without names, comments, and a mark at the end."""
+
+    media_type = EVENT_STREAM
+
+    def __init__(self, kind: str, head: dict[str, Any], request: GenerationRequest) -> None:
+        """`kind`: of the chunks' objects."""
+        self._head = head
+        self._chunk_head = {**head, "object": kind}
+        options = request.stream_options
+        self._wants_usage = options is not None and options.include_usage
+        self._wants_progress = bool(request.return_progress)
+        self._begun_at = time.monotonic()
+
+    @abstractmethod
+    def chunks(self, text: Text) -> Iterator[dict[str, Any]]:
+        """The chunks for this piece."""
+
+    @abstractmethod
+    def last(self, end: End) -> Iterator[dict[str, Any]]:
+        """The chunks after the last piece; the last one has the report."""
+
+    def waiting(self) -> bytes:
+        return b": waiting\n\n"
+
+    def progress(self, progress: Progress) -> bytes:
+        if not self._wants_progress:
+            return b""
+        figures = {
+            "total": progress.total_tokens,
+            "cache": progress.cached_tokens,
+            "processed": progress.read_tokens,
+            "time_ms": round((time.monotonic() - self._begun_at) * 1000),
+        }
+        return sse({**self._chunk_head, "choices": [], "prompt_progress": figures})
+
+    def piece(self, text: Text) -> bytes:
+        return b"".join(map(sse, self.chunks(text)))
+
+    def end(self, end: End) -> bytes:
+        chunks = list(self.last(end))
+        if self._wants_usage:
+            chunks.append({**self._chunk_head, "choices": [], "usage": end.usage})
+        return b"".join(map(sse, chunks)) + b"data: [DONE]\n\n"
+
+    def error(self, error: RequestError) -> bytes:
+        return sse(error_body(error))
+
+
+class ChatWriter(_EventWriter):
+    def __init__(self, request: ChatRequest, reply: Reply) -> None:
+        super().__init__("chat.completion.chunk", _head("chatcmpl", request.model), request)
         self._reply = reply
-        self._one_call = one_call  # a client that forbids parallel calls gets the first one only
+        # A client that forbids parallel calls gets the first one only.
+        self._one_call = request.parallel_tool_calls is False
         self._calls = 0
         self._begun = False
 
@@ -59,14 +127,6 @@ class ChatWriter:
         yield self._chunk({}) | {
             "choices": [{"index": 0, **finish, "logprobs": None}],
             "rkcached": end.report,
-        }
-
-    def usage(self, end: End) -> dict[str, Any]:
-        return {
-            **self._head,
-            "object": "chat.completion.chunk",
-            "choices": [],
-            "usage": end.usage,
         }
 
     def whole(self, texts: Iterable[Text], end: End) -> Answer:
@@ -132,15 +192,15 @@ class ChatWriter:
             self._begun = bool(delta)
             delta = {"role": "assistant", **delta}
         choice = {"index": 0, "delta": delta, "logprobs": logprobs, "finish_reason": None}
-        return {**self._head, "object": "chat.completion.chunk", "choices": [choice]}
+        return {**self._chunk_head, "choices": [choice]}
 
     def _finish(self, end: End) -> str:
         return "tool_calls" if self._calls and end.finish is FinishReason.STOP else end.finish.value
 
 
-class CompletionWriter:
-    def __init__(self, model: str) -> None:
-        self._head = _head("cmpl", model)
+class CompletionWriter(_EventWriter):
+    def __init__(self, request: CompletionRequest) -> None:
+        super().__init__("text_completion", _head("cmpl", request.model), request)
         self._offset = 0
 
     def chunks(self, text: Text) -> Iterator[dict[str, Any]]:
@@ -148,14 +208,6 @@ class CompletionWriter:
 
     def last(self, end: End) -> Iterator[dict[str, Any]]:
         yield self._chunk("", None, end.finish.value) | {"rkcached": end.report}
-
-    def usage(self, end: End) -> dict[str, Any]:
-        return {
-            **self._head,
-            "object": "text_completion",
-            "choices": [],
-            "usage": end.usage,
-        }
 
     def whole(self, texts: Iterable[Text], end: End) -> Answer:
         texts = list(texts)
@@ -173,7 +225,7 @@ class CompletionWriter:
         self, text: str, logprobs: dict[str, Any] | None, finish: str | None = None
     ) -> dict[str, Any]:
         choice = {"index": 0, "text": text, "logprobs": logprobs, "finish_reason": finish}
-        return {**self._head, "object": "text_completion", "choices": [choice]}
+        return {**self._chunk_head, "choices": [choice]}
 
     def _logprobs(self, texts: list[Text]) -> dict[str, Any] | None:
         tokens = [token for text in texts for token in text.logprobs]
@@ -194,6 +246,11 @@ class CompletionWriter:
             logprobs["text_offset"].append(self._offset)
             self._offset += len(token.text)
         return logprobs
+
+
+def sse(data: dict[str, Any]) -> bytes:
+    """A server-sent event without a name."""
+    return b"data: " + msgspec.json.encode(data) + b"\n\n"
 
 
 def _head(prefix: str, model: str) -> dict[str, Any]:

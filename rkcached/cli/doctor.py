@@ -250,7 +250,7 @@ def _engine(manifest: Manifest) -> Iterator[Check]:
 
 
 def _confinement(manifest: Manifest | None) -> Check:
-    """What the kernel takes from workers, which run foreign code on foreign files."""
+    """Whether the kernel confines workers, which run foreign code on foreign files."""
     name = "confinement"
     if manifest is not None and not manifest.engine.confine:
         finding = "workers are not confined: the manifest says engine.confine: false"

@@ -18,6 +18,7 @@ import stat
 import struct
 import sys
 from collections.abc import Iterable
+from pathlib import Path
 
 import msgspec
 
@@ -42,9 +43,10 @@ _DEVICE = _READ_FILE | _WRITE_FILE | _IOCTL
 # The others say something of what is in a folder.
 _OF_A_FILE = _WRITE_FILE | _READ_FILE | _TRUNCATE | _IOCTL
 
-# Code, and what a C library and an engine ask the system. Of /proc, the kernel shows a process
-# that is restricted so only its own memory.
-_SYSTEM = ("/usr", "/lib", "/lib32", "/lib64", "/proc", "/sys")
+SYSTEM = ("/usr", "/lib", "/lib32", "/lib64", "/proc", "/sys")
+"""Code, and what a C library and an engine ask the system. Of the memory in /proc, a process that
+is restricted so sees only its own."""
+
 _SYSTEM_FILES = ("/etc/ld.so.cache", "/etc/localtime", "/dev/urandom", "/dev/random", "/dev/zero")
 
 
@@ -88,7 +90,7 @@ def restrict(reach: Reach) -> str:
 
     try:
         for rights, paths in (
-            (_READ, (*_SYSTEM, *_SYSTEM_FILES, *_code(), *reach.read)),
+            (_READ, (*SYSTEM, *_SYSTEM_FILES, *_code(), *reach.read)),
             (_DEVICE, ("/dev/null", *reach.devices)),
             (_FILL, reach.fill),
             (_OWN, reach.own),
@@ -103,9 +105,10 @@ def restrict(reach: Reach) -> str:
 
 
 def _code() -> Iterable[str]:
-    """The folders of the interpreter and of its modules, and those of its dynamic linker."""
+    """The folders of this program, the interpreter and its modules, and the dynamic linker."""
+    package = str(Path(__file__).parents[1])
     linked = os.environ.get("LD_LIBRARY_PATH", "").split(os.pathsep)
-    places = (sys.prefix, sys.base_prefix, sys.exec_prefix, *sys.path, *linked)
+    places = (package, sys.prefix, sys.base_prefix, sys.exec_prefix, *sys.path, *linked)
     return {place for place in places if place.startswith(os.sep)}
 
 

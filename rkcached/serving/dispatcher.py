@@ -32,7 +32,7 @@ from rkcached.serving.failures import (
     stopping,
     timed_out,
 )
-from rkcached.serving.job import End, Job, Text
+from rkcached.serving.job import End, Job, Progress, Text
 from rkcached.serving.models import find_model
 from rkcached.serving.ongoing import Ongoing
 from rkcached.serving.reuse import Found, cache_file, find, load_bytes
@@ -143,8 +143,8 @@ class Serving:
 
     # Requests
 
-    async def run(self, job: Job) -> AsyncGenerator[Text | End, None]:
-        """The answer, piece by piece, and its end.
+    async def run(self, job: Job) -> AsyncGenerator[Progress | Text | End, None]:
+        """How the request is read, then the answer, piece by piece, and its end.
 
         Closing the iterator stops the generation. Errors: RequestError.
         """
@@ -161,8 +161,11 @@ class Serving:
         work.add_done_callback(self._works.pop)
         work.add_done_callback(lambda _: ongoing.pieces.put_nowait(None))
         try:
-            while (text := await self._next(ongoing)) is not None:
-                yield ongoing.with_waiting(text)
+            while (piece := await self._next(ongoing)) is not None:
+                if isinstance(piece, Progress):
+                    yield piece
+                    continue
+                yield ongoing.with_waiting(piece)
                 ongoing.first_written = ongoing.first_written or time.monotonic()
             if not work.done() or work.cancelled():
                 raise stopping()
@@ -189,7 +192,7 @@ class Serving:
             owners.pop(0)  # it has its turn, but did not take it yet
         refuse_beyond_the_queue(name, owners, job.owner, manifest.serving.queue)
 
-    async def _next(self, ongoing: Ongoing) -> Text | None:
+    async def _next(self, ongoing: Ongoing) -> Text | Progress | None:
         """The next piece. Errors: RequestError when the request took too long."""
         limit_s = self._reconciler.snapshot.manifest.serving.request_timeout_s
         if limit_s is None or not ongoing.pieces.empty():
@@ -337,6 +340,8 @@ class Serving:
                     ongoing.load_error = event if event.error else None
                 case protocol.Failed():
                     ongoing.loading = False  # the worker lives, and may run it again
+                case protocol.Progress():
+                    ongoing.take_progress(event)
                 case protocol.Piece():
                     ongoing.answering = True
                     ongoing.pieces.put_nowait(Text(text=event.text, logprobs=event.logprobs))

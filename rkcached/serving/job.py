@@ -65,6 +65,16 @@ class Text:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Progress:
+    """How much of a request is read, before its answer begins; not every engine says so."""
+
+    cached_tokens: int
+    """Of those that are read: they were in the KV state already."""
+    read_tokens: int
+    total_tokens: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class End:
     """The end of an answer."""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from dataclasses import dataclass, field
 
-from rkcached.serving.job import Job, Text
+from rkcached.serving.job import Job, Progress, Text
 from rkcached.serving.reuse import Found
 from rkcached.worker import protocol
 
@@ -29,8 +29,20 @@ class Ongoing:
     """The client may have seen a piece."""
     first_written: float = 0.0
     """When the first piece had been taken, which for a stream means: sent."""
-    pieces: asyncio.Queue[Text | None] = field(default_factory=asyncio.Queue)
-    """Of the answer, as they come; None when the work has ended."""
+    cached_tokens: int | None = None
+    """Of the request, in the KV state when its prefill began, if the engine says so."""
+    pieces: asyncio.Queue[Text | Progress | None] = field(default_factory=asyncio.Queue)
+    """Of the answer, as they come, and before them of its prefill; None when the work has ended."""
+
+    def take_progress(self, event: protocol.Progress) -> None:
+        if self.cached_tokens is None:
+            self.cached_tokens = event.done_tokens
+        progress = Progress(
+            cached_tokens=self.cached_tokens,
+            read_tokens=event.done_tokens,
+            total_tokens=event.total_tokens,
+        )
+        self.pieces.put_nowait(progress)
 
     def with_waiting(self, text: Text) -> Text:
         """A piece and those that came while the one before was written: one write for all."""
@@ -43,7 +55,8 @@ class Ongoing:
             if piece is None:
                 self.pieces.put_nowait(None)
                 break
-            pieces.append(piece)
+            if isinstance(piece, Text):
+                pieces.append(piece)
 
         logprobs = tuple(token for piece in pieces for token in piece.logprobs)
         return Text(text="".join(piece.text for piece in pieces), logprobs=logprobs)

@@ -119,12 +119,12 @@ class Store:
     def reach_of(self, model: str) -> Reach:
         """The folders of the store that the worker of a model works in.
 
-        That of its prompt caches is made, where it can be; that of its conversations is there if
-        they are kept.
+        They are made, where they can be: what is made later is not open to a worker that runs.
         """
         folders = (self.root / model, self.conversations.root / model)
-        with contextlib.suppress(StoreError):
-            self.staging.make_folders(model)
+        for make in (self.staging.make_folders, self.conversations.make_folders):
+            with contextlib.suppress(StoreError):
+                make(model)
         return Reach(
             read=tuple(map(str, folders)),
             fill=tuple(str(folder / STAGING_FOLDER) for folder in folders),

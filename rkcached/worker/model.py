@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Protocol
 
 from rkcached.engines.base import ModelSpec
+from rkcached.host import landlock
 from rkcached.host.digests import Signature, signature_of
 from rkcached.host.landlock import Reach
 from rkcached.worker import protocol
@@ -53,11 +55,15 @@ class WorkerModel:
 
 
 def reach_of(model: WorkerModel, scratch_dir: str, store: Reach) -> Reach:
-    """What the worker of a model can open: its files, its scratch folder, its part of the store."""
+    """The files that the worker of a model can open: also its scratch folder and part of the store.
+
+    Blocking.
+    """
     spec = model.spec
     files = [spec.path, spec.tokenizer, spec.lora, *(path for path, _ in model.signatures)]
-    if spec.library:
-        files.append(os.path.dirname(spec.library))  # noqa: PTH120 - and what it links to there
+    if spec.library and not spec.library.startswith(landlock.SYSTEM):
+        # What it links to may lie beside it.
+        files += map(str, Path(spec.library).parent.glob("*.so*"))
     return Reach(
         read=(*store.read, *filter(None, files)),
         fill=store.fill,

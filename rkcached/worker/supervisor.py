@@ -199,8 +199,6 @@ class Worker:
             started = time.monotonic()
             process = await self._process.start()
             await self._refuse_stopped()
-            if self._keeper is not None:
-                self._keeper.places(model, 1)  # it makes its folder, so that this can be open
             reach = await asyncio.to_thread(self._reach_now)
             message = protocol.Start(
                 implementation=model.implementation,
@@ -239,7 +237,7 @@ class Worker:
                 raise await self._broken(f"answered start with {type(answer).__name__}")
 
     def _reach_now(self) -> Reach | None:
-        """What a process that starts now can open; None where nobody restricts it. Blocking."""
+        """The files that a process can open that starts now; None: all. Blocking."""
         if self._reach is None or not self.model.confine:
             return None
         store = self._reach(self.model.name)

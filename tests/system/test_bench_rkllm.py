@@ -26,14 +26,15 @@ pytestmark = pytest.mark.skipif(shutil.which("cc") is None, reason="needs a C co
 def npu(workspace: Workspace, tmp_path: Path) -> Workspace:
     """A running daemon with a fresh prompt, on a runtime that measures.
 
-    One process at a time may have the model.
+    One process at a time may have the model: the stand-in locks a file for that, which it can open
+    only where it is not confined.
     """
     workspace.write("librkllmrt.so", build("D", tmp_path / "built").read_bytes())
     write_model(tmp_path / "m.rkllm", npu_file=tmp_path / "npu")
     workspace.write("a.md", "You are the keeper of a lighthouse.\n" * 4)
     workspace.write(
         "manifest.yaml",
-        "version: 1\nengine: {kind: rkllm, library: librkllmrt.so}\nmodels:\n  m:\n"
+        "version: 1\nengine: {kind: rkllm, library: librkllmrt.so, confine: false}\nmodels:\n  m:\n"
         "    path: m.rkllm\n"
         "    params: {max_context_len: 4096, max_new_tokens: 32, temperature: 0}\n"
         "    prompts: {a: a.md}\n",

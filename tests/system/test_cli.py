@@ -852,7 +852,8 @@ def test_layout_and_modes(two_prompts: Workspace) -> None:
     """
     folder = two_prompts.cache / "m"
     assert sorted(p.name for p in folder.iterdir()) == [
-        f"{name}.{suffix}" for name in "ab" for suffix in ("bin", "json", "memory_cache")
+        ".staging",
+        *(f"{name}.{suffix}" for name in "ab" for suffix in ("bin", "json", "memory_cache")),
     ]
     assert (
         folder / "a.bin"
@@ -861,7 +862,7 @@ def test_layout_and_modes(two_prompts: Workspace) -> None:
     assert sidecar["size_bytes"] == (folder / "a.memory_cache").stat().st_size
     assert sidecar["components"]["params.temperature"] == "0.8"
     for path in folder.iterdir():
-        assert stat.S_IMODE(path.stat().st_mode) == 0o640
+        assert stat.S_IMODE(path.stat().st_mode) == (0o750 if path.is_dir() else 0o640)
     assert stat.S_IMODE(folder.stat().st_mode) == 0o750
     assert stat.S_IMODE(two_prompts.socket.stat().st_mode) == 0o660
     assert "You are prompt A" not in two_prompts.log_text()

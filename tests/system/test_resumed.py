@@ -176,7 +176,7 @@ def test_the_manifest_may_have_none_saved(workspace: Workspace) -> None:
         ann.turn()
         bob.turn()
     assert saved(workspace) == 0
-    assert list(workspace.cache.glob(".conversations/*")) == []
+    assert list(workspace.cache.rglob("*.state")) == []
 
 
 def test_the_oldest_make_room(workspace: Workspace) -> None:

@@ -65,6 +65,9 @@ class Machine:
             "--keep-unit",
         ]
         command += ["--private-network", "--console=pipe"]
+        # Its own list of system calls is older than these.
+        landlock = ("create_ruleset", "add_rule", "restrict_self")
+        command += [f"--system-call-filter=landlock_{name}" for name in landlock]
         command += [f"--bind-ro={source}:{target}" for source, target in self._binds.items()]
         with console:
             self._nspawn = subprocess.Popen(

@@ -111,7 +111,7 @@ def test_a_power_cut_during_a_build(machine: Machine) -> None:
     status = machine.status()
     assert status["reconcile"]["builds"] == len(names) - len(whole)
     assert machine.ask("m/p00")["usage"]["prompt_tokens_details"]["cached_tokens"] > 0
-    left = set(machine.run("ls", "-A", f"{STORE}/m").stdout.split())
+    left = set(machine.run("find", f"{STORE}/m", "-type", "f", "-printf", "%f ").stdout.split())
     assert left == {f"{name}.{kind}" for name in names for kind in ("bin", "json", "memory_cache")}
     assert machine.run("rkcached", "verify").stdout.count("ok ") == len(names)
     machine.systemctl("disable", UNIT)
