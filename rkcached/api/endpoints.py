@@ -20,6 +20,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from rkcached import __version__
+from rkcached.api.bodies import error_body
 from rkcached.api.responses import ErrorAnswer
 from rkcached.errors import RequestError
 
@@ -36,9 +37,23 @@ _FORM_MEDIA = frozenset({"application/x-www-form-urlencoded", "multipart/form-da
 
 _DECLARED = "rkcached_endpoint"
 
+ERROR_BODY = "rkcached.error_body"
+"""Key of the request's scope for what gives an error the form that its endpoint's clients know."""
+
 
 def _undeclared(_: Request) -> Awaitable[Response]:
     raise NotImplementedError  # a defect: an endpoint that was never put above a method
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Surface:
+    """An interface whose clients know its errors by their form."""
+
+    error_record: type[BaseModel]
+    error_body: Callable[[RequestError], dict[str, Any]]
+
+
+OPENAI = Surface(error_record=ErrorAnswer, error_body=error_body)
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +74,7 @@ class Endpoint:
     """Without 500, which every endpoint can answer."""
     admin: bool = False
     """It changes something, so the socket for everyone refuses it."""
+    surface: Surface = OPENAI
     handler: Callable[..., Awaitable[Response]] = _undeclared
 
     def __call__(self, handler: Method) -> Method:
@@ -94,14 +110,16 @@ def routes(endpoints: Iterable[Endpoint], *, admin_socket: Path | None) -> list[
         )
 
     by_path: dict[str, dict[str, Handler]] = defaultdict(dict)
+    surfaces: dict[str, Surface] = {}
     for declared in endpoints:
         handler = declared.handler
         if declared.admin:
             handler = _json_only(handler) if admin_socket is None else refused
         by_path[declared.path][declared.method] = handler
+        surfaces[declared.path] = declared.surface
 
     paths = sorted(by_path, key=lambda path: ":path}" in path)
-    return [_route(path, by_path[path]) for path in paths]
+    return [_route(path, by_path[path], surfaces[path]) for path in paths]
 
 
 def _json_only(handler: Handler) -> Handler:
@@ -121,8 +139,9 @@ def _json_only(handler: Handler) -> Handler:
     return checked
 
 
-def _route(path: str, handlers: dict[str, Handler]) -> Route:
+def _route(path: str, handlers: dict[str, Handler], surface: Surface) -> Route:
     async def dispatch(request: Request) -> Response:
+        request.scope[ERROR_BODY] = surface.error_body
         method = "GET" if request.method == "HEAD" else request.method
         return await handlers[method](request)
 
@@ -165,8 +184,9 @@ def describe(endpoints: Iterable[Endpoint], *, everyone: bool) -> dict[str, Any]
 
 def _records(endpoints: Iterable[Endpoint]) -> list[tuple[type[BaseModel], str]]:
     """The records of all bodies and answers, each with its mode in Pydantic."""
-    records: set[tuple[type[BaseModel], str]] = {(ErrorAnswer, "serialization")}
+    records: set[tuple[type[BaseModel], str]] = set()
     for declared in endpoints:
+        records.add((declared.surface.error_record, "serialization"))
         if declared.body is not None:
             records.add((declared.body, "validation"))
         for record in declared.answers.values():
@@ -187,7 +207,7 @@ def _operation(declared: Endpoint, names: Mapping[Any, Any], *, refused: bool) -
         failures |= {400, 413, 415}
     if refused:
         failures.add(403)
-    error = names[ErrorAnswer, "serialization"]
+    error = names[declared.surface.error_record, "serialization"]
     responses |= {str(status): _answer(status, error, ()) for status in sorted(failures)}
 
     operation: dict[str, Any] = {

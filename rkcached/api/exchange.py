@@ -10,7 +10,7 @@ import traceback
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import pydantic_core
 from starlette.datastructures import MutableHeaders
@@ -20,6 +20,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from rkcached.api.bodies import Body, error_body, parse_body
+from rkcached.api.endpoints import ERROR_BODY
 from rkcached.api.rendering import LARGE_BYTES
 from rkcached.api.responses import Answer
 from rkcached.api.shares import Share
@@ -147,15 +148,17 @@ def answer(record: Answer, *, status: int = 200, headers: dict[str, str] | None 
     )
 
 
-def error_response(error: RequestError) -> Response:
+def error_response(
+    error: RequestError, form: Callable[[RequestError], dict[str, Any]] = error_body
+) -> Response:
     headers = {"Retry-After": str(error.retry_after_s)} if error.retry_after_s else None
-    return JSONResponse(error_body(error), status_code=error.status, headers=headers)
+    return JSONResponse(form(error), status_code=error.status, headers=headers)
 
 
 def refuse(request: Request, error: RequestError) -> Response:
     """The answer to a request that ended with this error, which is logged if it is our fault."""
     remember(request, error)
-    return error_response(error)
+    return error_response(error, request.scope.get(ERROR_BODY, error_body))
 
 
 def remember(request: Request, error: RequestError) -> None:

@@ -22,7 +22,6 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp
 
-from rkcached.api.answering import send_answer
 from rkcached.api.bodies import error_body
 from rkcached.api.cache_routes import CacheApi
 from rkcached.api.endpoints import (
@@ -43,11 +42,10 @@ from rkcached.api.exchange import (
     no_route,
     read_record,
     refuse,
-    size_of_body,
     uid_of,
-    unless_gone,
     viewer_of,
 )
+from rkcached.api.inference import Inference
 from rkcached.api.metrics import CONTENT_TYPE, Metrics
 from rkcached.api.own_site import OwnSite
 from rkcached.api.page import page
@@ -56,7 +54,6 @@ from rkcached.api.requests import (
     ChatRequest,
     CompletionRequest,
     EmbeddingRequest,
-    GenerationRequest,
 )
 from rkcached.api.responses import (
     ApiDescription,
@@ -75,14 +72,13 @@ from rkcached.api.responses import (
 from rkcached.api.shares import Share
 from rkcached.api.status import pieces
 from rkcached.api.suggest_routes import SuggestApi
-from rkcached.api.writer import ChatWriter, CompletionWriter, Writer, sse
+from rkcached.api.writer import ChatWriter, CompletionWriter, sse
 from rkcached.errors import ManifestError, RequestError
 from rkcached.host.logs import log
 from rkcached.reconcile.events import Event, Events
 from rkcached.reconcile.loop import Reconciler
 from rkcached.serving.dispatcher import Serving
 from rkcached.serving.embeddings import Embeddings
-from rkcached.serving.job import Job
 from rkcached.serving.models import find_model
 from rkcached.sources.records import Key
 
@@ -113,11 +109,10 @@ class Api:
         reload: Callable[[], Awaitable[None]],
     ) -> None:
         self._reconciler = reconciler
-        self._serving = serving
         self._preparation = preparation
+        self._inference = Inference(preparation, serving, embeddings)
         self._caches = caches
         self._suggestions = suggestions
-        self._embeddings = embeddings
         self._events = events
         self._metrics = metrics
         self._status = make_status
@@ -179,13 +174,8 @@ class Api:
     async def _chat(self, request: Request) -> Response:
         accepted = time.monotonic()
         body = await read_record(ChatRequest, request)
-        preparing = self._preparation.chat(body, accepted, uid_of(request), size_of_body(request))
-        prepared = await unless_gone(request, preparing)
-        if isinstance(prepared, Response):
-            return prepared
-        job, reply = prepared
-
-        return await self._answer(request, body, job, ChatWriter(body, reply))
+        writer_for = functools.partial(ChatWriter, body)
+        return await self._inference.chat(request, body, writer_for, accepted=accepted)
 
     @endpoint(
         "POST",
@@ -199,8 +189,9 @@ class Api:
     async def _complete(self, request: Request) -> Response:
         accepted = time.monotonic()
         body = await read_record(CompletionRequest, request)
-        job = self._preparation.completion(body, accepted, uid_of(request))
-        return await self._answer(request, body, job, CompletionWriter(body))
+        return await self._inference.complete(
+            request, body, CompletionWriter(body), accepted=accepted
+        )
 
     @endpoint(
         "POST",
@@ -212,8 +203,7 @@ class Api:
     )
     async def _embed(self, request: Request) -> Response:
         body = await read_record(EmbeddingRequest, request)
-        model, inputs = self._preparation.embedding(body)
-        result = await unless_gone(request, self._embeddings.make(model, inputs, uid_of(request)))
+        result = await self._inference.embed(request, body)
         if isinstance(result, Response):
             return result
 
@@ -224,12 +214,6 @@ class Api:
         ]
         usage = EmbeddingUsage(prompt_tokens=tokens, total_tokens=tokens)
         return answer(EmbeddingList(data=data, model=body.model, usage=usage))
-
-    async def _answer(
-        self, request: Request, body: GenerationRequest, job: Job, writer: Writer
-    ) -> Response:
-        events = self._serving.run(job)
-        return await send_answer(request, events, writer, stream=bool(body.stream))
 
     # Models
 

@@ -1,0 +1,66 @@
+"""Answers a request of any surface: prepares it, runs it, and has a writer word the answer.
+
+The internal request is OpenAI's, with our additions (`requests`); the internal stream is serving's.
+A surface translates its own requests to the one, and has a writer for the other (`writer`). None
+knows another.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+from rkcached.api.answering import send_answer
+from rkcached.api.exchange import size_of_body, uid_of, unless_gone
+from rkcached.api.prepare import Preparation
+from rkcached.api.requests import ChatRequest, CompletionRequest, EmbeddingRequest
+from rkcached.api.writer import Writer
+from rkcached.messages.reply import Reply
+from rkcached.serving.dispatcher import Serving
+from rkcached.serving.embeddings import Embeddings
+
+
+class Inference:
+    def __init__(self, preparation: Preparation, serving: Serving, embeddings: Embeddings) -> None:
+        self._preparation = preparation
+        self._serving = serving
+        self._embeddings = embeddings
+
+    async def chat(
+        self,
+        request: Request,
+        body: ChatRequest,
+        writer_for: Callable[[Reply], Writer],
+        *,
+        accepted: float,
+    ) -> Response:
+        """Answer a conversation.
+
+        `accepted`: when the request came, in monotonic seconds. Errors: RequestError.
+        """
+        preparing = self._preparation.chat(body, accepted, uid_of(request), size_of_body(request))
+        prepared = await unless_gone(request, preparing)
+        if isinstance(prepared, Response):
+            return prepared
+        job, reply = prepared
+        events = self._serving.run(job)
+        return await send_answer(request, events, writer_for(reply), stream=bool(body.stream))
+
+    async def complete(
+        self, request: Request, body: CompletionRequest, writer: Writer, *, accepted: float
+    ) -> Response:
+        """Go on with a text that goes to the model as it is. Errors: RequestError."""
+        events = self._serving.run(self._preparation.completion(body, accepted, uid_of(request)))
+        return await send_answer(request, events, writer, stream=bool(body.stream))
+
+    async def embed(
+        self, request: Request, body: EmbeddingRequest
+    ) -> tuple[list[bytes], int] | Response:
+        """The vectors (float32, little endian) and the tokens of all texts; or the client has gone.
+
+        Errors: RequestError.
+        """
+        model, inputs = self._preparation.embedding(body)
+        return await unless_gone(request, self._embeddings.make(model, inputs, uid_of(request)))
