@@ -29,7 +29,9 @@ from pathlib import Path
 
 from rkcached import __version__
 from rkcached.api.cache_routes import CacheApi
+from rkcached.api.inference import Inference
 from rkcached.api.metrics import Metrics
+from rkcached.api.ollama.routes import OllamaApi
 from rkcached.api.passed import check_passed, refuse_waiting
 from rkcached.api.prepare import Preparation
 from rkcached.api.requests import ChatRequest
@@ -242,13 +244,15 @@ def _build(
         conversations=conversations,
         on_answer=(learning.answered, resting.answered),
     )
+    preparation = Preparation(published)
+    inference = Inference(preparation, serving, Embeddings(published, workers, gates))
     api = Api(
         reconciler=reconciler,
-        serving=serving,
-        preparation=Preparation(published),
+        preparation=preparation,
+        inference=inference,
         caches=CacheApi(reconciler, serving, workers, stored, learning),
         suggestions=SuggestApi(learning),
-        embeddings=Embeddings(published, workers, gates),
+        surfaces=[OllamaApi(inference, published, workers)],
         events=events,
         metrics=Metrics(events, published, serving, workers),
         make_status=functools.partial(

@@ -30,6 +30,11 @@ def parse_body(record: type[Body], data: bytes) -> Body:
     except ValueError as error:
         raise RequestError(400, f"the body is not JSON: {error}", code="invalid_json") from error
 
+    return valid(record, value)
+
+
+def valid(record: type[Body], value: Any) -> Body:
+    """Errors: RequestError 400 that names the first bad parameter."""
     try:
         return record.model_validate(value, context=ArgumentsBudget())
     except ValidationError as error:

@@ -7,6 +7,7 @@ knows another.
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Callable
 
 from starlette.requests import Request
@@ -64,3 +65,15 @@ class Inference:
         """
         model, inputs = self._preparation.embedding(body)
         return await unless_gone(request, self._embeddings.make(model, inputs, uid_of(request)))
+
+    async def load(self, model: str) -> None:
+        """Load a model now. Errors: RequestError."""
+        await self._serving.load(model)
+
+
+def floats_of(vector: bytes) -> list[float]:
+    """The numbers of a vector for JSON.
+
+    numpy would be no quicker here, and take 20 MB of the daemon's memory for good.
+    """
+    return [value for (value,) in struct.iter_unpack("<f", vector)]

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import base64
 import functools
-import struct
+import itertools
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Collection
+from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -45,7 +45,7 @@ from rkcached.api.exchange import (
     uid_of,
     viewer_of,
 )
-from rkcached.api.inference import Inference
+from rkcached.api.inference import Inference, floats_of
 from rkcached.api.metrics import CONTENT_TYPE, Metrics
 from rkcached.api.own_site import OwnSite
 from rkcached.api.page import page
@@ -77,8 +77,6 @@ from rkcached.errors import ManifestError, RequestError
 from rkcached.host.logs import log
 from rkcached.reconcile.events import Event, Events
 from rkcached.reconcile.loop import Reconciler
-from rkcached.serving.dispatcher import Serving
-from rkcached.serving.embeddings import Embeddings
 from rkcached.serving.models import find_model
 from rkcached.sources.records import Key
 
@@ -98,19 +96,21 @@ class Api:
         self,
         *,
         reconciler: Reconciler,
-        serving: Serving,
         preparation: Preparation,
+        inference: Inference,
         caches: CacheApi,
         suggestions: SuggestApi,
-        embeddings: Embeddings,
+        surfaces: Sequence[object],
         events: Events,
         metrics: Metrics,
         make_status: Callable[..., Status],
         reload: Callable[[], Awaitable[None]],
     ) -> None:
+        """`surfaces`: objects with endpoints of other interfaces."""
         self._reconciler = reconciler
         self._preparation = preparation
-        self._inference = Inference(preparation, serving, embeddings)
+        self._inference = inference
+        self._surfaces = surfaces
         self._caches = caches
         self._suggestions = suggestions
         self._events = events
@@ -142,6 +142,7 @@ class Api:
             *endpoints_of(self),
             *endpoints_of(self._caches),
             *endpoints_of(self._suggestions),
+            *itertools.chain.from_iterable(map(endpoints_of, self._surfaces)),
             declared_endpoint(openapi),
         ]
         handlers: dict[Any, Callable[[Request, Any], Response]] = {
@@ -208,7 +209,7 @@ class Api:
             return result
 
         vectors, tokens = result
-        encode = _base64 if body.encoding_format == "base64" else _floats
+        encode = _base64 if body.encoding_format == "base64" else floats_of
         data = [
             OneEmbedding(index=at, embedding=encode(vector)) for at, vector in enumerate(vectors)
         ]
@@ -369,14 +370,6 @@ class Api:
 
 def _base64(vector: bytes) -> str:
     return base64.b64encode(vector).decode()
-
-
-def _floats(vector: bytes) -> list[float]:
-    """The numbers for JSON.
-
-    numpy would be no quicker here, and take 20 MB of the daemon's memory for good.
-    """
-    return [value for (value,) in struct.iter_unpack("<f", vector)]
 
 
 async def _event_stream(
