@@ -203,7 +203,7 @@ def test_what_cannot_be_is_said_and_not_refused(space: Workspace) -> None:
         ("/api/generate", {"model": "m", "prompt": "a", "suffix": "b"}, 400, "suffix: it is not"),
         ("/api/chat", {"model": "m", "messages": HELLO, "format": "xml"}, 400, "format: it is"),
         ("/api/embed", {"model": "v", "input": "a", "dimensions": 3}, 400, "dimensions"),
-        ("/api/pull", {"model": "llama3"}, 501, "models come from the manifest"),
+        ("/api/pull", {"model": "llama3"}, 403, "models come from the manifest"),
     ],
 )
 def test_refusals(

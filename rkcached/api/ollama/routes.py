@@ -63,9 +63,9 @@ def _refused(method: str, action: str) -> Callable[..., Awaitable[Response]]:
 
     async def refused(_api: object, _request: Request) -> Response:
         raise RequestError(
-            501,
+            403,
             f"{action} is not done here: models come from the manifest",
-            code="not_supported",
+            code="from_the_manifest",
             hint="put the model's file on this machine and name it under `models:`; it is served "
             "as soon as the manifest is saved",
         )
@@ -76,7 +76,7 @@ def _refused(method: str, action: str) -> Callable[..., Awaitable[Response]]:
         f"/api/{action}",
         summary="Ollama: refused, as models come from the manifest.",
         answers={200: None},
-        errors=(501,),
+        errors=(403,),
         surface=OLLAMA,
     )
     return declared(refused)
