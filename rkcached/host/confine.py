@@ -65,9 +65,9 @@ class _Table:
 # ptrace, process_vm_readv, process_vm_writev, kcmp, pidfd_getfd, pidfd_send_signal; execve,
 # execveat, fork, vfork; io_uring_setup, _enter, _register; bpf, perf_event_open, userfaultfd;
 # add_key, request_key, keyctl; mount, umount2, pivot_root, chroot, setns, unshare; init_module,
-# finit_module, delete_module, kexec_load; open_by_handle_at; reboot; what changes modes, owners and
-# attributes of files; what changes their times, inotify_init, fanotify_init. Landlock has no rules
-# of the last two.
+# finit_module, delete_module, kexec_load; open_by_handle_at; reboot. Landlock has no rules, or only
+# late ones, of these: what changes modes, owners and attributes of files; what changes their times,
+# inotify_init, fanotify_init, truncate.
 _TABLES = {
     "x86_64": _Table(
         arch=0xC000003E,
@@ -90,7 +90,7 @@ _TABLES = {
             *(175, 313, 176, 246),
             *(304, 169),
             *(90, 91, 268, 452, 92, 93, 94, 260, 188, 189, 190, 197, 198, 199),
-            *(132, 235, 261, 280, 253, 294, 300),
+            *(132, 235, 261, 280, 253, 294, 300, 76),
         ),
     ),
     "aarch64": _Table(
@@ -114,7 +114,7 @@ _TABLES = {
             *(105, 273, 106, 104),
             *(265, 142),
             *(52, 53, 452, 54, 55, 5, 6, 7, 14, 15, 16),
-            *(88, 26, 262),
+            *(88, 26, 262, 45),
         ),
     ),
 }

@@ -291,6 +291,12 @@ class Worker:
                 f"{self.model.name} cannot be loaded: {want}",
                 hint="the log has the lines of the library",
             )
+        if self.model.confine and any(map(_was_forbidden, lines)):
+            return ModelLoadError(
+                refusal.message,
+                hint="workers are confined: if the library needs more files or devices than the "
+                "daemon knows, `engine: {confine: false}` opens them",
+            )
         return refusal
 
     async def stop(self) -> None:
@@ -581,6 +587,10 @@ async def _to_the_end(work: Coroutine[Any, Any, object]) -> None:
     while not task.done():
         with contextlib.suppress(asyncio.CancelledError):
             await asyncio.shield(task)
+
+
+def _was_forbidden(line: str) -> bool:
+    return "ermission denied" in line or "not permitted" in line
 
 
 def _stat(path: str) -> os.stat_result | None:

@@ -138,6 +138,18 @@ class EatsMemoryAtLoad(MemoryEngine):
             raise ModelLoadError("the model cannot be loaded") from error
 
 
+class NeedsAnotherFile(MemoryEngine):
+    """A vendor's library that reads a file of its own."""
+
+    def __init__(self, spec: ModelSpec) -> None:
+        super().__init__(spec)
+        try:
+            Path("/etc/passwd").read_bytes()
+        except OSError as error:
+            print(f"E vendor: cannot read its settings: {error.strerror}", flush=True)
+            raise ModelLoadError("the model cannot be loaded") from error
+
+
 class Listens(_Misbehaving):
     """Has a socket in its scratch folder, and a file of which nobody knows how long it needs it."""
 

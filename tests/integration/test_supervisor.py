@@ -35,7 +35,7 @@ from rkcached.errors import (
     WorkerTimeout,
     WorkerUnavailable,
 )
-from rkcached.host import isolated
+from rkcached.host import isolated, landlock
 from rkcached.serving.failures import as_request_error
 from rkcached.worker import memory, protocol, scratch
 from rkcached.worker.model import Backoff, Deadlines, WorkerModel
@@ -483,6 +483,25 @@ async def test_what_breaks_the_protocol_is_killed(site: Site, name: str) -> None
     with pytest.raises(WorkerDied, match="broke the protocol"):
         await site.ask(worker)
     assert (worker.state, worker.pid) == (WorkerState.BACKOFF, None)
+
+
+@pytest.mark.skipif(not landlock.version(), reason="this kernel has no Landlock")
+async def test_a_library_that_needs_more_than_it_may_have_is_explained(site: Site) -> None:
+    """Nobody knows all vendors' libraries."""
+    worker = Worker(
+        site.spec(implementation="tests.integration.misbehaving:NeedsAnotherFile"),
+        deadlines=PATIENT,
+        backoff=Backoff(),
+        reach=lambda _: landlock.Reach(),
+    )
+    site.workers.append(worker)
+    with pytest.raises(ModelLoadError) as caught:
+        await worker.ensure()
+    assert "confine: false" in caught.value.hint
+    worker.model = replace(worker.model, confine=False)
+    await asyncio.sleep(worker.retry_in_s())
+    await worker.ensure()
+    site.note(worker)
 
 
 async def test_a_schema_for_which_no_token_is_found_is_refused(site: Site) -> None:
