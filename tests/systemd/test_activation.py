@@ -170,3 +170,24 @@ def test_an_upgrade_in_place_keeps_caches(machine: Machine) -> None:
     assert machine.wait_line("fresh") == "2 fresh, 0 blocked"
     assert machine.status()["reconcile"]["builds"] == 0
     assert machine.read("/etc/rkcached/manifest.yaml") == manifest
+
+
+def test_a_package_with_other_bytes_is_not_installed(machine: Machine) -> None:
+    """`make install` ends, what was installed goes on, and nothing of the attempt is left."""
+    machine.ask("m/a")
+    before = machine.main_pid
+    machine.run("cp", "-r", "/wheels", "/srv/spoiled")
+    machine.run("sh", "-c", "for file in /srv/spoiled/uvicorn-*.whl; do echo >>$file; done")
+    pip = {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": "/srv/spoiled"}
+    install = ["make", "-C", "/src", "install", "PYTHON=/usr/bin/python3"]
+    try:
+        said = machine.run(*install, code=2, **pip).stderr
+    finally:
+        machine.run("rm", "-r", "/srv/spoiled")
+    assert "DO NOT MATCH THE HASHES" in said
+    assert "uvicorn" in said
+    assert machine.run("sh", "-c", "ls -d /usr/local/lib/rkcached* /tmp/tmp.* || true").stdout == (
+        "/usr/local/lib/rkcached\n"
+    )
+    assert machine.main_pid == before
+    assert machine.ask("m/a")["usage"]["completion_tokens"] == 8
