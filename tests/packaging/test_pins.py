@@ -9,7 +9,6 @@ import re
 import subprocess
 import sys
 import tomllib
-import zipfile
 from collections.abc import Iterator
 from itertools import product
 from pathlib import Path
@@ -18,6 +17,8 @@ from types import SimpleNamespace
 import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+
+from tests.packaging.wheel_files import write_wheel
 
 ROOT = Path(__file__).parents[2]
 LOCKS = ROOT / "packaging" / "locks"
@@ -42,21 +43,6 @@ def asked() -> dict[str, list[str]]:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
     return {"base": project["dependencies"], "cpu": extras["cpu"], "rkllm": extras["rkllm"]}
-
-
-def write_wheel(folder: Path, name: str, version: str, text: str) -> Path:
-    """A wheel of a package that is one line of text."""
-    folder.mkdir(exist_ok=True)
-    stem = f"{name.replace('-', '_')}-{version}"
-    file = folder / f"{stem}-py3-none-any.whl"
-    with zipfile.ZipFile(file, "w") as archive:
-        archive.writestr(f"{name}.py", text)
-        archive.writestr(
-            f"{stem}.dist-info/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}"
-        )
-        archive.writestr(f"{stem}.dist-info/WHEEL", "Wheel-Version: 1.0\nTag: py3-none-any\n")
-        archive.writestr(f"{stem}.dist-info/RECORD", "")
-    return file
 
 
 # What is pinned
@@ -127,7 +113,7 @@ def collecting(
 ) -> SimpleNamespace:
     """A package in a folder of wheels, its pin, and what collects it for a Python elsewhere."""
     index = tmp_path / "index"
-    good = write_wheel(index, "greeting", "1.0", "hello")
+    good = write_wheel(index, "greeting", "1.0", {"greeting.py": "hello"})
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(index))
     (tmp_path / "locks").mkdir()
@@ -156,7 +142,7 @@ def test_a_wheel_as_it_is_pinned_is_taken(collecting: SimpleNamespace) -> None:
 
 def test_a_downloaded_wheel_with_other_bytes_is_refused(collecting: SimpleNamespace) -> None:
     """Nothing of it is kept for the next time."""
-    write_wheel(collecting.index, "greeting", "1.0", "hullo")
+    write_wheel(collecting.index, "greeting", "1.0", {"greeting.py": "hullo"})
     for _ in range(2):
         with pytest.raises(SystemExit, match=r"a package differs from what packaging/locks pins"):
             collecting.collect()
@@ -165,14 +151,14 @@ def test_a_downloaded_wheel_with_other_bytes_is_refused(collecting: SimpleNamesp
 def test_a_kept_wheel_with_other_bytes_is_refused(collecting: SimpleNamespace) -> None:
     """Wheels stay in build/ for weeks."""
     (kept,) = collecting.collect()
-    write_wheel(kept.parent, "greeting", "1.0", "hullo")
+    write_wheel(kept.parent, "greeting", "1.0", {"greeting.py": "hullo"})
     with pytest.raises(SystemExit, match=f"{kept} differs from what packaging/locks pins"):
         collecting.collect()
 
 
 def test_what_is_not_pinned_is_not_taken(collecting: SimpleNamespace) -> None:
     """Also when the index has it."""
-    write_wheel(collecting.index, "greeting", "2.0", "hello")
+    write_wheel(collecting.index, "greeting", "2.0", {"greeting.py": "hello"})
     with pytest.raises(SystemExit, match=r"nothing is pinned that meets greeting>=2: make lock"):
         collecting.collect("greeting>=2")
 
@@ -181,7 +167,7 @@ def test_an_installation_refuses_other_bytes(tools: SimpleNamespace, tmp_path: P
     """Before it changes anything. Here the first packages that it takes are others than pinned."""
     index, root = tmp_path / "index", tmp_path / "root"
     for pin in tools.pins.read_pins("build"):
-        write_wheel(index, pin.name, pin.version, "")
+        write_wheel(index, pin.name, pin.version, {})
     named = {"TARGET_PYTHON": "3.13", "TARGET_MACHINE": "aarch64", "TARGET_SYSTEMD": "257"}
     offline = {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(index), "TMPDIR": str(tmp_path)}
     done = subprocess.run(
