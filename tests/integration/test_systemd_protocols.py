@@ -113,7 +113,7 @@ import sys
 class Gates:
     "Holds the import of each of these modules, which it names, until a byte comes."
 
-    closed = {"pydantic", "uvicorn"}
+    closed = set(sys.argv[1:])
 
     def find_spec(self, name, path=None, target=None):
         if name in self.closed:
@@ -125,14 +125,21 @@ class Gates:
 sys.meta_path.insert(0, Gates())
 from rkcached.host import systemd
 systemd._IMPORT_PULSE_S = 0
-from rkcached.cli.main import main
-assert not {"pydantic", "starlette", "uvicorn"} & set(sys.modules)
-main(["run"])
+sys.argv[1:] = ["run"]
+assert not {"click", "pydantic", "starlette", "uvicorn"} & set(sys.modules)
 """
+ENTRIES = {
+    "module": "import runpy; runpy.run_module('rkcached', run_name='__main__')",
+    "script": "from rkcached.cli.main import main; main()",
+}
 
 
+@pytest.mark.parametrize(
+    ("entry", "gates"),
+    [("module", ["click", "pydantic", "uvicorn"]), ("script", ["pydantic", "uvicorn"])],
+)
 def test_a_start_asks_for_time_while_its_imports_get_on(
-    manager: Listener, space: Workspace
+    manager: Listener, space: Workspace, entry: str, gates: list[str]
 ) -> None:
     """On an emulated machine they take longer than systemd waits.
 
@@ -158,15 +165,15 @@ def test_a_start_asks_for_time_while_its_imports_get_on(
     try:
         with space.log.open("ab") as log:
             space.process = subprocess.Popen(
-                [sys.executable, "-c", SLOW_START],
+                [sys.executable, "-c", SLOW_START + ENTRIES[entry], *gates],
                 env=space.environment,
                 stdin=gate,
                 stdout=gate,
                 stderr=log,
                 cwd=space.root,
             )
-        for held in (b"pydantic", b"uvicorn"):
-            assert hand.recv(20) == held, space.log_text()
+        for name in gates:
+            assert hand.recv(20) == name.encode(), space.log_text()
             assert heard() == {b"EXTEND_TIMEOUT_USEC=60000000"}
             assert heard() == set()
             hand.sendall(b"\n")
