@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -73,9 +74,11 @@ def main() -> None:
             together.write_text("".join(pinned), encoding="utf-8")
         pin(list(itertools.chain.from_iterable(asked.values())), together)
 
+        made = {name: Path(folder) / f"{name}.txt" for name in asked}
         for name, wanted in asked.items():
-            files[name].unlink(missing_ok=True)
-            pin(wanted, files[name], "--generate-hashes", f"--constraint={together}")
+            pin(wanted, made[name], "--generate-hashes", f"--constraint={together}")
+        for name, file in made.items():
+            shutil.copyfile(file, files[name])
 
 
 if __name__ == "__main__":
