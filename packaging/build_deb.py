@@ -23,6 +23,7 @@ from email.utils import formatdate
 from pathlib import Path
 
 from packaging.requirements import Requirement
+from pins import read_pins, select
 from wheels import Target, Wheel, build_own, collect_all, needed, sha256
 
 ROOT = Path(__file__).parents[1]
@@ -178,14 +179,16 @@ def fill_cpu(package: Package, wheels: set[Wheel]) -> None:
 
 
 def build(architectures: Iterable[str], work: Path, out: Path) -> list[Path]:
-    own = build_own(ROOT, work / "own")
+    pins = read_pins("base", "rkllm", "cpu")
+    pins += select(read_pins("build"), ["pip"])
+    own = build_own(ROOT, work / "own", pins)
     version = next(wheel.version for wheel in own if wheel.name == "rkcached")
     targets = [
         Target(machine=MACHINES[name], python=python)
         for name in architectures
         for python in PYTHONS
     ]
-    collected = collect_all(EVERYTHING, own, targets, work / "wheels")
+    collected = collect_all(EVERYTHING, own, targets, work / "wheels", pins)
     maintainer = f"{os.environ.get('DEBFULLNAME', 'The rkcached developers')} "
     maintainer += f"<{os.environ.get('DEBEMAIL', 'rkcached@example.org')}>"
     made = []

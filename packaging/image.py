@@ -14,6 +14,7 @@ import subprocess
 from pathlib import Path
 
 from packaging.requirements import Requirement
+from pins import read_pins
 from wheels import Target, build_own, collect, unpack
 
 ROOT = Path(__file__).parents[1]
@@ -75,9 +76,10 @@ def _machine_of(program: Path) -> str:
 
 def make_environment(folder: Path, root: Path, target: Target, extras: str, work: Path) -> None:
     """A virtual environment in `folder`, as `python -m venv` and pip of the image would make it."""
-    own = build_own(ROOT, work / "own")
+    pins = read_pins("base", *filter(None, extras.split(",")))
+    own = build_own(ROOT, work / "own", pins)
     wanted = Requirement(f"rkcached[{extras}]" if extras else "rkcached")
-    wheels = collect([wanted], own, target, work / "wheels")
+    wheels = collect([wanted], own, target, work / "wheels", pins)
 
     (folder / "bin").mkdir(parents=True)
     (folder / "bin" / "python").symlink_to(f"/usr/bin/python{target.python}")

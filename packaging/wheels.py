@@ -1,18 +1,19 @@
 """Collects the wheels of a package: rkcached and what it requires, for several Pythons.
 
-pip downloads for another Python and machine, but reads the conditions of requirements (`;
-python_version < "3.13"`) as if for its own. So what came is walked here as the target would see it,
-and what is missing is asked for once more.
+They are those that `locks/*.txt` pin: other bytes are refused. pip downloads for another
+Python and machine, but reads the conditions of requirements (`; python_version < "3.13"`) as if for
+its own. So they are read here as the target would read them, and so is what came.
 """
 
 from __future__ import annotations
 
+import contextlib
 import email
 import hashlib
-import json
 import shutil
 import subprocess
 import sys
+import tempfile
 import zipfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -25,6 +26,7 @@ from packaging.requirements import Requirement
 from packaging.tags import Tag, compatible_tags, cpython_tags
 from packaging.utils import canonicalize_name, parse_wheel_filename
 from packaging.version import Version
+from pins import Pin, select
 
 GLIBC_MINORS = range(36, 16, -1)
 """Debian 12 has glibc 2.36, and wheels for 2.17 or newer run on it."""
@@ -145,76 +147,72 @@ def needed(
 
 
 def collect(
-    roots: list[Requirement],
-    own: list[Wheel],
-    target: Target,
-    cache: Path,
-    like: frozenset[Wheel] = frozenset(),
+    roots: list[Requirement], own: list[Wheel], target: Target, cache: Path, pins: list[Pin]
 ) -> set[Wheel]:
-    """The wheels of everything that `roots` need on the target.
+    """The wheels of everything that `roots` need on the target, in the versions of `pins`.
 
     What is not among our `own` is kept in `cache`.
 
-    What another target got (`like`) is taken as it is where it fits, and in the same version where
-    it does not.
+    Raises SystemExit where a wheel differs from the one that is pinned, or none is.
     """
-    made_here = {wheel.name: wheel for wheel in own}
-    wanted = set()
-    for root in roots:
-        ours = made_here.get(root.name)
-        requirements = ours.requires(frozenset(root.extras), target) if ours else [root]
-        wanted |= {
-            f"{r.name}{r.specifier}"
-            for r in requirements
-            if canonicalize_name(r.name) not in made_here
-        }
+    made_here = {wheel.name for wheel in own}
+    environment = target.environment("")
+    fitting = [pin for pin in pins if pin.name not in made_here and pin.holds(environment)]
+
     folder = cache / f"{target.machine}-{target.python}"
-    stamp = folder / "requirements.json"
-    content = json.dumps(sorted(wanted))
+    stamp = folder / "requirements.txt"
+    content = "".join(sorted(pin.line for pin in fitting))
     if not stamp.exists() or stamp.read_text() != content:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
-        others = [wheel for wheel in like if wheel.name not in made_here]
-        for wheel in others:
-            if wheel.tags & target.tags:
-                shutil.copyfile(wheel.file, folder / wheel.file.name)
-        if pinned := {
-            f"{wheel.name}=={wheel.version}" for wheel in others if not wheel.tags & target.tags
-        }:
-            _download(pinned, target, folder, "--no-deps")
-        else:
-            _download(wanted, target, folder)
-    for _ in range(5):
-        taken, missing = needed(
-            roots, [*own, *map(Wheel.read, sorted(folder.glob("*.whl")))], target
+        _download(content, target, folder)
+        stamp.write_text(content)
+
+    wheels = [Wheel.read(file) for file in sorted(folder.glob("*.whl"))]
+    for wheel in wheels:
+        _check(wheel, fitting)
+    taken, missing = needed(roots, [*own, *wheels], target)
+    if missing:
+        raise SystemExit(
+            f"for Python {target.python} on {target.machine} nothing is pinned that meets "
+            f"{', '.join(sorted(missing))}: make lock"
         )
-        if not missing:
-            stamp.write_text(content)
-            return taken
-        _download(missing, target, folder)
-    raise SystemExit(
-        f"no wheels for Python {target.python} on {target.machine}: {', '.join(sorted(missing))}"
-    )
+    return taken
 
 
 def collect_all(
-    roots: list[Requirement], own: list[Wheel], targets: list[Target], cache: Path
+    roots: list[Requirement], own: list[Wheel], targets: list[Target], cache: Path, pins: list[Pin]
 ) -> dict[Target, set[Wheel]]:
-    """The wheels for each target, in the versions of the first, which must be the oldest Python."""
-    first = collect(roots, own, targets[0], cache)
+    """The wheels for each target."""
     with ThreadPoolExecutor(3) as pool:
-        rest = pool.map(
-            lambda target: collect(roots, own, target, cache, frozenset(first)), targets[1:]
+        collected = pool.map(lambda target: collect(roots, own, target, cache, pins), targets)
+        return dict(zip(targets, collected, strict=True))
+
+
+def _check(wheel: Wheel, pins: list[Pin]) -> None:
+    """Compare a wheel that may have been kept for long with what is pinned."""
+    named = [pin for pin in select(pins, [wheel.name]) if pin.version == str(wheel.version)]
+    found = sha256(wheel.file)
+    if not any(found in pin.hashes for pin in named):
+        raise SystemExit(
+            f"{wheel.file} differs from what packaging/locks pins: its SHA-256 is {found}, "
+            "which is of no published file of that version. Remove it, and find out who changed it."
         )
-        return {targets[0]: first, **dict(zip(targets[1:], rest, strict=True))}
 
 
-def build_own(source: Path, folder: Path) -> list[Wheel]:
-    """The project's wheel, made from `source`, and those that nobody publishes."""
+def build_own(source: Path, folder: Path, pins: list[Pin]) -> list[Wheel]:
+    """The project's wheel, made from `source`, and those that nobody publishes.
+
+    They are built by what is installed beside this Python, from locks/build.txt.
+    """
     for old in folder.glob("*.whl"):
         old.unlink()
     folder.mkdir(parents=True, exist_ok=True)
-    _pip("wheel", "--no-deps", "--wheel-dir", str(folder), str(source), *sorted(WITHOUT_WHEELS))
+    options = ["--no-deps", "--no-build-isolation", "--wheel-dir", str(folder)]
+    _pip("wheel", *options, str(source))
+    with _requirements("".join(pin.line for pin in select(pins, WITHOUT_WHEELS))) as file:
+        _pip("wheel", *options, "--require-hashes", "--requirement", file)
+
     made = [Wheel.read(file) for file in folder.glob("*.whl")]
     for wheel in made:
         assert any(tag.abi == "none" and tag.platform == "any" for tag in wheel.tags), (
@@ -245,16 +243,18 @@ def sha256(file: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def _download(wanted: set[str], target: Target, folder: Path, *options: str) -> None:
-    _pip(
-        "download",
-        "--only-binary=:all:",
-        *options,
-        *_for(target),
-        "--dest",
-        str(folder),
-        *sorted(wanted),
-    )
+def _download(requirements: str, target: Target, folder: Path) -> None:
+    options = ["--only-binary=:all:", "--no-deps", "--require-hashes", "--dest", str(folder)]
+    with _requirements(requirements) as file:
+        _pip("download", *options, *_for(target), "--requirement", file)
+
+
+@contextlib.contextmanager
+def _requirements(content: str) -> Iterator[str]:
+    with tempfile.NamedTemporaryFile("w", suffix=".txt", encoding="utf-8") as file:
+        file.write(content)
+        file.flush()
+        yield file.name
 
 
 def _for(target: Target) -> list[str]:
@@ -269,4 +269,7 @@ def _pip(*arguments: str) -> None:
     command = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check", *arguments]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
-        raise SystemExit(f"{' '.join(command)}\n{done.stderr}")
+        reason = f"{' '.join(command)}\n{done.stderr}"
+        if "DO NOT MATCH THE HASHES" in done.stderr:
+            reason = f"a package differs from what packaging/locks pins.\n{reason}"
+        raise SystemExit(reason)

@@ -115,11 +115,13 @@ def run(settings: Settings) -> None:
         for listener in itertools.chain.from_iterable(passed.values()):
             refuse_waiting(listener, error)
         raise
+    service.ask_for_time()
     check_place(settings.cache_dir)  # before we make anything
     store = Store(settings.cache_dir, seal=make_seal(settings.state_dir))
     stored = StoredTexts(settings.state_dir)
     store.open()
     scratch.sweep()
+    service.ask_for_time()
     try:
         with (
             _listening(passed.get("rkcached", []), settings.socket, SOCKET_MODE) as everyone,

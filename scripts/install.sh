@@ -1,6 +1,7 @@
 #!/bin/sh
 # Installs rkcached below PREFIX with a Python environment of its own, its units, and its configuration; `make install`
 # calls it. Run again, it upgrades in place: manifest, prompts and caches stay, a running daemon is restarted.
+# Packages are those that packaging/locks pins; a file with another SHA-256 ends the installation.
 #
 #   PREFIX   where the program goes (/usr/local)          DESTDIR  the root of an image that is not running
 #   PYTHON   which Python 3.11 or newer to use (python3)  EXTRAS   engines to install for (cpu,rkllm)
@@ -25,20 +26,35 @@ put() {
 umask 022
 mkdir -p "$DESTDIR$PREFIX/lib" "$DESTDIR$PREFIX/bin"
 
+# The pinned packages of the program and of each engine.
+set -- -r packaging/locks/base.txt
+for extra in $(echo "$EXTRAS" | tr , ' '); do
+    if [ ! -e "packaging/locks/$extra.txt" ]; then
+        echo "EXTRAS=$EXTRAS: there is no engine $extra; name cpu, rkllm, or both with a comma" >&2
+        exit 64
+    fi
+    set -- "$@" -r "packaging/locks/$extra.txt"
+done
+
 # The new environment is complete before it takes the old one's place. Started by -m, it does not know its own path.
 rm -rf "$DESTDIR$home.new"
-trap 'rm -rf "$DESTDIR$home.new"' EXIT
+work=$(mktemp -d)
+trap 'rm -rf "$DESTDIR$home.new" "$work"' EXIT
+"$PYTHON" -m venv "$work/tools"
+tools() { "$work/tools/bin/python" -m "$@"; }
+export PIP_QUIET=1 PIP_DISABLE_PIP_VERSION_CHECK=1
+tools pip install --require-hashes -r packaging/locks/build.txt
 if [ -n "$DESTDIR" ]; then
-    work=$(mktemp -d)
-    trap 'rm -rf "$DESTDIR$home.new" "$work"' EXIT
-    "$PYTHON" -m venv "$work/tools"
-    "$work/tools/bin/python" -m pip install --quiet --disable-pip-version-check packaging
     "$work/tools/bin/python" packaging/image.py --root "$DESTDIR" --work "$work" --extras "$EXTRAS" \
         --python "${TARGET_PYTHON:-}" --machine "${TARGET_MACHINE:-}" "$DESTDIR$home.new"
 else
-    "$PYTHON" -m venv "$home.new"
-    "$home.new/bin/python" -m pip install --quiet --disable-pip-version-check ".${EXTRAS:+[$EXTRAS]}"
-    "$home.new/bin/python" -m pip uninstall --quiet --yes --disable-pip-version-check setuptools pip
+    # What has no wheel is built by the tools, which are pinned, too; pip would download others to build it.
+    tools pip wheel --require-hashes --no-deps --no-build-isolation --only-binary :all: --no-binary sdnotify \
+        --wheel-dir "$work/wheels" "$@"
+    tools pip wheel --no-deps --no-build-isolation --wheel-dir "$work/wheels" .
+    "$PYTHON" -m venv --without-pip "$home.new"
+    tools pip --python "$home.new" install --no-deps --no-index "$work"/wheels/*.whl
+    lack=$(PIP_QUIET=0 tools pip --python "$home.new" check) || { echo "$lack" >&2 && exit 1; }
     find "$home.new/bin" -type f -delete
 fi
 rm -rf "$DESTDIR$home.old"

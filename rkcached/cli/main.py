@@ -60,7 +60,10 @@ def run(settings: Settings, log_level: str | None) -> int:
     It ends on SIGTERM or Ctrl-C, and looks for changes at once on SIGHUP. Under systemd it reports
     its state to it.
     """
-    from rkcached import daemon
+    from rkcached.host.systemd import asking_for_time
+
+    with asking_for_time():
+        from rkcached import daemon
 
     daemon.run(settings.model_copy(update={"log_level": log_level}) if log_level else settings)
     return os.EX_OK

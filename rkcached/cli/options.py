@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import gc
 import shlex
@@ -98,6 +99,16 @@ def _as_typed() -> str:
     return shlex.join(["rkcached", *sys.argv[1:]])
 
 
+def _imports(*, listens: bool) -> contextlib.AbstractContextManager[None]:
+    """Wraps imports that take long: systemd waits for those of the daemon."""
+    if not listens:
+        return contextlib.nullcontext()
+
+    from rkcached.host.systemd import asking_for_time
+
+    return asking_for_time()
+
+
 def places(
     *names: str, listens: bool = False, as_service: bool = False
 ) -> Callable[[Callable[..., int]], Callable[..., int]]:
@@ -114,7 +125,8 @@ def places(
             if listens:
                 gc.disable()
 
-            from rkcached.host.settings import Settings
+            with _imports(listens=listens):
+                from rkcached.host.settings import Settings
 
             given = {name: kwargs.pop(name) for name in names}
             try:

@@ -10,7 +10,9 @@ import contextlib
 import os
 import socket
 import stat
+import sys
 import time
+from collections.abc import Iterator
 
 from sdnotify import SystemdNotifier
 
@@ -19,6 +21,11 @@ _FIRST_FD = 3
 
 # Time that each sign of life asks for while systemd waits for us: far more than until the next one.
 _EXTENSION_S = 60.0
+
+_MORE_TIME = f"EXTEND_TIMEOUT_USEC={int(_EXTENSION_S * 1e6)}"
+
+# Imports of a start report this often that they get on.
+_IMPORT_PULSE_S = 5.0
 
 # To stop a build and to end every worker, also one that hangs.
 _STOP_S = 6.0
@@ -64,9 +71,13 @@ class Service:
         if self._watchdog_s is not None:
             states.append("WATCHDOG=1")
         if self._awaited:
-            states.append(f"EXTEND_TIMEOUT_USEC={int(_EXTENSION_S * 1e6)}")
+            states.append(_MORE_TIME)
 
         self._notify(*states)
+
+    def ask_for_time(self) -> None:
+        """Report that a start gets on, before there is a reconcile loop that could."""
+        self._notify(_MORE_TIME)
 
     def ready(self) -> None:
         self._awaited = False
@@ -90,11 +101,53 @@ class Service:
             self._status = line
             self._notify(f"STATUS={line}")
 
+    def close(self) -> None:
+        if self._notifier is not None and self._notifier.socket is not None:
+            self._notifier.socket.close()
+
     def _notify(self, *assignments: str) -> None:
         if self._notifier is not None and assignments:
             # The package encodes as Latin-1, but systemd reads UTF-8. So it is given the letters
             # that become our bytes.
             self._notifier.notify("\n".join(assignments).encode(errors="replace").decode("latin-1"))
+
+
+@contextlib.contextmanager
+def asking_for_time() -> Iterator[None]:
+    """Have systemd wait for the imports of this block, as long as they get on.
+
+    They take half a second on a PC, but minutes on an emulated machine.
+    """
+    service = Service()
+    if not service.notified:
+        yield
+        return
+
+    service.ask_for_time()
+    pulse = _ImportPulse(service)
+    sys.meta_path.insert(0, pulse)
+    try:
+        yield
+    finally:
+        sys.meta_path.remove(pulse)
+        service.close()
+
+
+class _ImportPulse:
+    """A finder of modules that finds none: it is asked before each import.
+
+    An import that hangs begins no other, so nobody asks for more time, and systemd ends the start.
+    """
+
+    def __init__(self, service: Service) -> None:
+        self._service = service
+        self._next = time.monotonic() + _IMPORT_PULSE_S
+
+    def find_spec(self, _name: str, _path: object = None, _target: object = None) -> None:
+        now = time.monotonic()
+        if now >= self._next:
+            self._next = now + _IMPORT_PULSE_S
+            self._service.ask_for_time()
 
 
 def listen_fds() -> dict[str, list[socket.socket]]:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import fcntl
 import json
 import logging
 import os
+import queue
 import select
 import signal
 import socket
@@ -101,6 +103,90 @@ def test_a_start_asks_for_time_until_it_is_ready(manager: Listener) -> None:
     service.stopping(grace_s=1)
     assert manager.next() == b"STOPPING=1\nEXTEND_TIMEOUT_USEC=7000000"
     close(service)
+
+
+SLOW_START = """
+import os
+import sys
+
+
+class Gates:
+    "Holds the import of each of these modules, which it names, until a byte comes."
+
+    closed = set(sys.argv[1:])
+
+    def find_spec(self, name, path=None, target=None):
+        if name in self.closed:
+            self.closed.remove(name)
+            os.write(1, name.encode())
+            os.read(0, 1)
+
+
+sys.meta_path.insert(0, Gates())
+from rkcached.host import systemd
+systemd._IMPORT_PULSE_S = 0
+sys.argv[1:] = ["run"]
+assert not {"click", "pydantic", "starlette", "uvicorn"} & set(sys.modules)
+"""
+ENTRIES = {
+    "module": "import runpy; runpy.run_module('rkcached', run_name='__main__')",
+    "script": "from rkcached.cli.main import main; main()",
+}
+
+
+@pytest.mark.parametrize(
+    ("entry", "gates"),
+    [("module", ["click", "pydantic", "uvicorn"]), ("script", ["pydantic", "uvicorn"])],
+)
+def test_a_start_asks_for_time_while_its_imports_get_on(
+    manager: Listener, space: Workspace, entry: str, gates: list[str]
+) -> None:
+    """On an emulated machine they take longer than systemd waits.
+
+    The first message comes before what is slow to import. One import that hangs sends none.
+    """
+    messages: queue.SimpleQueue[bytes] = queue.SimpleQueue()
+
+    def listen() -> None:
+        while (message := manager.next()) != b"over":
+            messages.put(message)
+
+    def heard() -> set[bytes]:
+        found = set()
+        with contextlib.suppress(queue.Empty):
+            while True:
+                found.add(messages.get(timeout=0.3))
+        return found
+
+    listening_to_it = threading.Thread(target=listen)
+    listening_to_it.start()
+    hand, gate = socket.socketpair()
+    hand.settimeout(DEADLINE_S)
+    try:
+        with space.log.open("ab") as log:
+            space.process = subprocess.Popen(
+                [sys.executable, "-c", SLOW_START + ENTRIES[entry], *gates],
+                env=space.environment,
+                stdin=gate,
+                stdout=gate,
+                stderr=log,
+                cwd=space.root,
+            )
+        for name in gates:
+            assert hand.recv(20) == name.encode(), space.log_text()
+            assert heard() == {b"EXTEND_TIMEOUT_USEC=60000000"}
+            assert heard() == set()
+            hand.sendall(b"\n")
+
+        wait_until(lambda: messages.get(timeout=DEADLINE_S) == b"READY=1", "the daemon is ready")
+        assert not [message for message in heard() if b"EXTEND" in message]
+        assert space.stop() == 0
+    finally:
+        hand.close()
+        gate.close()
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as last:
+            last.sendto(b"over", manager.socket.getsockname())
+        listening_to_it.join()
 
 
 def test_the_status_is_one_line_sent_when_it_changed(manager: Listener) -> None:

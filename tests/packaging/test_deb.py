@@ -41,6 +41,7 @@ SOURCES = (
     "packaging",
     "docs",
     "pyproject.toml",
+    "Makefile",
 )
 SOURCES += ("README.md", "CHANGELOG.md", "LICENSE")
 MACHINES = {"amd64": "x86_64", "arm64": "aarch64"}
@@ -59,16 +60,18 @@ def missing(what: str) -> None:
 
 def build(source: Path, out: Path, *architectures: str) -> dict[str, Path]:
     """Build packages from `source`; by name and architecture."""
-    command = [
-        sys.executable,
-        str(source / "packaging/build_deb.py"),
-        "--work",
-        str(ROOT / "build"),
-        "--out",
-        str(out),
-    ]
+    arguments = [f"--work={ROOT / 'build'}", f"--out={out}"]
+    arguments += [f"--arch={name}" for name in architectures]
     done = subprocess.run(
-        [*command, *(f"--arch={name}" for name in architectures)],
+        [
+            "make",
+            "-C",
+            str(source),
+            "deb",
+            f"PYTHON={sys.executable}",
+            f"TOOLS={ROOT / 'build/tools'}",
+            f"DEB_ARGS={' '.join(arguments)}",
+        ],
         capture_output=True,
         text=True,
         check=False,

@@ -29,7 +29,7 @@ COMMANDS = DOCS / "commands.md"
 ELSEWHERE = {
     "make demo": (".ci/run", "make demo"),
     "make test": (".ci/run", "make test"),
-    "make deb": ("tests/packaging/test_deb.py", "packaging/build_deb.py"),
+    "make deb": ("tests/packaging/test_deb.py", '"deb",'),
     "make bench": ("tests/system/test_measure.py", '"measure.py"'),
     "python bench/soak.py": ("tests/system/test_measure.py", '"soak.py"'),
     "sudo apt install": ("tests/packaging/test_deb.py", 'run("dpkg"'),

@@ -44,24 +44,20 @@ def lack_of_machine() -> str:
 
 @pytest.fixture(scope="session")
 def wheels(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the wheels that an installation needs, for the machine's Python."""
+    """A folder with all files that an installation needs, for the machine's Python."""
     if lack := lack_of_machine():
         pytest.skip(lack)
     wheels, venv = tmp_path_factory.mktemp("wheels"), tmp_path_factory.mktemp("venv")
     subprocess.run(
         ["/usr/bin/python3", "-m", "venv", str(venv)], check=True
     )  # the machine's Python, not the tests'
-    command = [
-        str(venv / "bin/pip"),
-        "wheel",
-        "-q",
-        "--disable-pip-version-check",
-        "-w",
-        str(wheels),
-    ]
-    subprocess.run([*command, f"{REPOSITORY}[cpu,rkllm]", "hatchling"], check=True)
-    for own in wheels.glob("rkcached-*.whl"):
-        own.unlink()
+    pip = [str(venv / "bin/python"), "-m", "pip", "-q", "--disable-pip-version-check"]
+    locks = REPOSITORY / "packaging/locks"
+    tools = ["-r", str(locks / "build.txt")]
+    subprocess.run([*pip, "install", "--require-hashes", *tools], check=True)
+    everything = [f"--requirement={locks / name}.txt" for name in ("base", "cpu", "rkllm", "build")]
+    options = ["--require-hashes", "--no-deps", "--no-build-isolation", "--dest", str(wheels)]
+    subprocess.run([*pip, "download", *options, *everything], check=True)
     return wheels
 
 

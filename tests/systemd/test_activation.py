@@ -45,6 +45,38 @@ def test_ready_does_not_wait_for_builds(machine: Machine) -> None:
     assert machine.wait_line("2 fresh") == "2 fresh, 0 blocked"
 
 
+SLOW_IMPORT = """
+import sys
+import time
+
+
+class Slow:
+    def find_spec(self, name, path=None, target=None):
+        if name == "starlette":
+            time.sleep(7)
+
+
+sys.meta_path.insert(0, Slow())
+"""
+
+
+def test_a_start_whose_imports_take_longer_than_its_time(machine: Machine) -> None:
+    """As on an emulated machine: the daemon asks for more time before them, and systemd waits."""
+    packages = machine.run("sh", "-c", "echo /usr/local/lib/rkcached/lib/python3.*/site-packages")
+    folder = packages.stdout.strip()
+    machine.write(f"{folder}/slow_import.py", SLOW_IMPORT)
+    machine.write(f"{folder}/slow_import.pth", "import slow_import\n")
+    machine.drop_in("hurry", "[Service]\nTimeoutStartSec=4\n")
+    try:
+        machine.systemctl("start", UNIT)
+    finally:
+        machine.run("rm", f"{folder}/slow_import.py", f"{folder}/slow_import.pth")
+    started = int(machine.show("ExecMainStartTimestampMonotonic"))
+    active = int(machine.show("ActiveEnterTimestampMonotonic"))
+    assert active - started > 7e6
+    assert machine.show("NRestarts") == "0"
+
+
 def test_nothing_is_lost_while_the_daemon_restarts(machine: Machine) -> None:
     """Requests that come during a restart wait in the socket for the next daemon."""
     machine.ask("m/a")
@@ -172,3 +204,24 @@ def test_an_upgrade_in_place_keeps_caches(machine: Machine) -> None:
     assert machine.wait_line("fresh") == "2 fresh, 0 blocked"
     assert machine.status()["reconcile"]["builds"] == 0
     assert machine.read("/etc/rkcached/manifest.yaml") == manifest
+
+
+def test_a_package_with_other_bytes_is_not_installed(machine: Machine) -> None:
+    """`make install` ends, what was installed goes on, and nothing of the attempt is left."""
+    machine.ask("m/a")
+    before = machine.main_pid
+    machine.run("cp", "-r", "/wheels", "/srv/spoiled")
+    machine.run("sh", "-c", "for file in /srv/spoiled/uvicorn-*.whl; do echo >>$file; done")
+    pip = {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": "/srv/spoiled"}
+    install = ["make", "-C", "/src", "install", "PYTHON=/usr/bin/python3"]
+    try:
+        said = machine.run(*install, code=2, **pip).stderr
+    finally:
+        machine.run("rm", "-r", "/srv/spoiled")
+    assert "DO NOT MATCH THE HASHES" in said
+    assert "uvicorn" in said
+    assert machine.run("sh", "-c", "ls -d /usr/local/lib/rkcached* /tmp/tmp.* || true").stdout == (
+        "/usr/local/lib/rkcached\n"
+    )
+    assert machine.main_pid == before
+    assert machine.ask("m/a")["usage"]["completion_tokens"] == 8
