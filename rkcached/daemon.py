@@ -30,6 +30,7 @@ from pathlib import Path
 from rkcached import __version__
 from rkcached.api.cache_routes import CacheApi
 from rkcached.api.inference import Inference
+from rkcached.api.llama_server import LlamaServerApi
 from rkcached.api.metrics import Metrics
 from rkcached.api.ollama.routes import OllamaApi
 from rkcached.api.passed import check_passed, refuse_waiting
@@ -254,7 +255,10 @@ def _build(
         inference=inference,
         caches=CacheApi(reconciler, serving, workers, stored, learning),
         suggestions=SuggestApi(learning),
-        surfaces=[OllamaApi(inference, published, workers)],
+        surfaces=[
+            OllamaApi(inference, published, workers),
+            LlamaServerApi(inference, published),
+        ],
         events=events,
         metrics=Metrics(events, published, serving, workers),
         make_status=functools.partial(

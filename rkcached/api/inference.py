@@ -8,7 +8,7 @@ knows another.
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from starlette.requests import Request
 from starlette.responses import Response
@@ -65,6 +65,19 @@ class Inference:
         """
         model, inputs = self._preparation.embedding(body)
         return await unless_gone(request, self._embeddings.make(model, inputs, uid_of(request)))
+
+    async def render(
+        self, request: Request, body: ChatRequest, *, accepted: float
+    ) -> str | Response:
+        """A conversation as the model reads it; or the client has gone. Errors: RequestError."""
+        preparing = self._preparation.chat(body, accepted, uid_of(request), size_of_body(request))
+        prepared = await unless_gone(request, preparing)
+        return prepared if isinstance(prepared, Response) else prepared[0].prompt
+
+    async def tokenize(self, request: Request, model: str, text: str) -> Sequence[int] | Response:
+        """The tokens of a text; or the client has gone. Errors: RequestError."""
+        asking = self._serving.tokenize(model, text, uid_of(request))
+        return await unless_gone(request, asking)
 
     async def load(self, model: str) -> None:
         """Load a model now. Errors: RequestError."""

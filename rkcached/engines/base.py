@@ -15,7 +15,7 @@ stands between them is read without control tokens.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -236,11 +236,8 @@ class Engine(Protocol):
         Only engines with several states are asked. These share the context.
         """
 
-    def count_tokens(self, text: str) -> int | None:
-        """Count the KV positions that a prompt occupies, an added BOS token included.
-
-        None if nothing counts them.
-        """
+    def tokenize(self, text: str) -> Sequence[int] | None:
+        """The tokens of a prompt, an added BOS token included; None if nothing tells them."""
 
     def prefill(
         self,

@@ -16,7 +16,7 @@ import threading
 import time
 from array import array
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -131,8 +131,8 @@ class MemoryEngine:
     def state_tokens(self, state: int, /) -> int:
         return len(self._kept[state][0])
 
-    def count_tokens(self, text: str) -> int:
-        return len(_encode(text))
+    def tokenize(self, text: str) -> Sequence[int]:
+        return _encode(text)
 
     def prefill(
         self,

@@ -119,6 +119,28 @@ class Serving:
                 if worker.model.name == name:
                     await worker.stop()
 
+    async def tokenize(self, name: str, text: str, caller: int) -> Sequence[int]:
+        """The tokens of a text, as the model reads it. Errors: RequestError."""
+        model = find_model(self._reconciler.snapshot, name)
+        engine = self._reconciler.snapshot.manifest.engine
+        try:
+            async with self._turn(name, caller):
+                worker = self._workers.get(worker_model(engine, model))
+                result = await worker.run(protocol.Tokenize(text=text))
+        except errors.RkcachedError as error:
+            raise as_request_error(error, text_param="content") from error
+
+        if not isinstance(result, protocol.Tokenized):
+            raise TypeError(result)
+        if result.tokens is None:
+            raise errors.RequestError(
+                404,
+                f"nothing tells the tokens of the model {name!r}",
+                code="not_tokenized",
+                hint="name its tokenizer in the manifest",
+            )
+        return result.tokens
+
     @contextlib.asynccontextmanager
     async def lend(self, name: str) -> AsyncIterator[None]:
         """Leave a model to a client that loads it itself, for as long as the context lasts.

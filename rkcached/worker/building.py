@@ -74,7 +74,8 @@ class Builder:
         """
         engine = self._state.engine
         path = Path(operation.path)
-        tokens = engine.count_tokens(operation.prefix)
+        known = engine.tokenize(operation.prefix)
+        tokens = None if known is None else len(known)
         self._check_length(operation, tokens)
 
         base = operation.base

@@ -161,6 +161,8 @@ def _run(session: Session, channel: _Channel, operation: protocol.Operation) -> 
                 answer = session.check(operation, channel.send)
             case protocol.Keep():
                 answer = session.keep(operation, channel.send)
+            case protocol.Tokenize():
+                answer = session.tokenize(operation)
             case protocol.Embed():
                 answer = session.embed(operation)
             case _:

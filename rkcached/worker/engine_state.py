@@ -102,7 +102,7 @@ class EngineState:
         if not any(sizes.values()) or room >= self._most_tokens(text, known):
             return []
 
-        room -= self.engine.count_tokens(text) or 0
+        room -= len(self.engine.tokenize(text) or ())
         crowding = []
         for state, tokens in sizes.items():
             if room >= 0:

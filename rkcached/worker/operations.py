@@ -140,6 +140,11 @@ class Session:
             self._state.empty()
         return 0
 
+    def tokenize(self, operation: protocol.Tokenize) -> protocol.Tokenized:
+        """Errors: EngineError."""
+        tokens = self.engine.tokenize(operation.text)
+        return protocol.Tokenized(id=operation.id, tokens=None if tokens is None else tuple(tokens))
+
     def embed(self, operation: protocol.Embed) -> protocol.Embedded:
         """The vector of a text or of tokens, of length 1. Errors: EngineError."""
         import numpy as np  # noqa: PLC0415 - 100 ms that only embeddings need

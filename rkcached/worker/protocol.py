@@ -2,8 +2,8 @@
 
 A frame is a u32 little-endian length and that many bytes of JSON. The daemon sends one operation at
 a time, each with an id of its own, and may send `Abort` while it runs. The worker answers with
-events that end in `Done`, `Built`, `Checked`, `Embedded` or `Failed`. Anything else on the wire is
-a `ProtocolError`, after which the connection is of no use.
+events that end in `Done`, `Built`, `Checked`, `Embedded`, `Tokenized` or `Failed`. Anything else on
+the wire is a `ProtocolError`, after which the connection is of no use.
 """
 
 from __future__ import annotations
@@ -144,6 +144,13 @@ class Keep(msgspec.Struct, frozen=True, kw_only=True, tag="keep"):
     """0 is the KV state that was used last; at most `EngineInfo.states` less 1."""
 
 
+class Tokenize(msgspec.Struct, frozen=True, kw_only=True, tag="tokenize"):
+    """Tell the tokens of a text. Answer: Tokenized or Failed."""
+
+    id: int = msgspec.field(default_factory=_new_id)
+    text: str
+
+
 class Embed(msgspec.Struct, frozen=True, kw_only=True, tag="embed"):
     """Make a vector of a text, or of tokens. Answer: Embedded or Failed."""
 
@@ -261,6 +268,12 @@ class Checked(msgspec.Struct, frozen=True, kw_only=True, tag="checked"):
     """0 if it was not loaded, as the KV state begins with its text already."""
 
 
+class Tokenized(msgspec.Struct, frozen=True, kw_only=True, tag="tokenized"):
+    id: int
+    tokens: tuple[int, ...] | None
+    """None: nothing tells them."""
+
+
 class Embedded(msgspec.Struct, frozen=True, kw_only=True, tag="embedded"):
     id: int
     vector: bytes
@@ -281,8 +294,8 @@ class Failed(msgspec.Struct, frozen=True, kw_only=True, tag="failed"):
     text: str = ""
 
 
-Operation = Build | Generate | Check | Keep | Embed
-ToWorker = Start | Build | Generate | Check | Keep | Embed | Abort
+Operation = Build | Generate | Check | Keep | Embed | Tokenize
+ToWorker = Start | Build | Generate | Check | Keep | Embed | Tokenize | Abort
 FromWorker = (
     Ready
     | Progress
@@ -295,9 +308,10 @@ FromWorker = (
     | Built
     | Checked
     | Embedded
+    | Tokenized
     | Failed
 )
-Result = Done | Built | Checked | Embedded
+Result = Done | Built | Checked | Embedded | Tokenized
 
 _to_worker = msgspec.json.Decoder(ToWorker)
 _from_worker = msgspec.json.Decoder(FromWorker)

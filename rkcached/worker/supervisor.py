@@ -43,6 +43,9 @@ from rkcached.worker import memory, protocol
 from rkcached.worker.model import Backoff, Deadlines, Keeper, WorkerModel, reach_of
 from rkcached.worker.process import WorkerProcess, describe
 
+# They take no conversation's place in memory.
+_STATELESS = protocol.Embed | protocol.Keep | protocol.Tokenize
+
 KEEP_S = 1.0
 """A worker that ends has so long to save the conversation in its memory."""
 
@@ -355,7 +358,7 @@ class Worker:
             if on_event is not None:
                 on_event(event)
 
-        if self._keeper is not None and not isinstance(operation, protocol.Embed | protocol.Keep):
+        if self._keeper is not None and not isinstance(operation, _STATELESS):
             count = self.info.states if self.info is not None else 1
             places = self._keeper.places(self.model, count)
             operation = msgspec.structs.replace(operation, keep_at=places)
@@ -409,7 +412,13 @@ class Worker:
                 raise await self._broken(f"sent {type(event).__name__} out of turn")
 
             match event:
-                case protocol.Done() | protocol.Built() | protocol.Checked() | protocol.Embedded():
+                case (
+                    protocol.Done()
+                    | protocol.Built()
+                    | protocol.Checked()
+                    | protocol.Embedded()
+                    | protocol.Tokenized()
+                ):
                     self._failures = 0
                     if isinstance(event, protocol.Done):
                         self._learn(event)

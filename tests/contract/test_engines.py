@@ -293,7 +293,7 @@ def test_prefill_reads_and_saves_every_token_of_the_prompt(
 ) -> None:
     """Nothing comes from the state and nothing is decoded; the file is there."""
     stats = home.stats
-    count = engine.count_tokens(HOME) if case.counts else len(HOME.encode()) + case.added
+    count = len(engine.tokenize(HOME)) if case.counts else len(HOME.encode()) + case.added
     assert (count, 0, 0) == (stats.prompt_tokens, stats.cached_tokens, stats.decode_tokens)
     assert stats.prefill_ms > 0
     assert home.path.stat().st_size > 0
@@ -387,7 +387,7 @@ def test_a_prompt_that_parts_from_the_state_reuses_the_common_beginning(
     if not engine.info.rewinds:
         assert cached == 0
         return
-    count = engine.count_tokens(half) if case.counts else len(half) + case.added
+    count = len(engine.tokenize(half)) if case.counts else len(half) + case.added
     assert count - 2 <= cached <= count
 
 
@@ -574,7 +574,7 @@ def test_the_receiver_can_end_the_run(case: Case, engine: Engine) -> None:
     assert stats.finish is FinishReason.ABORT
     assert len(pieces) == 3
     if case.counts or engine.info.measures_prefill:
-        assert stats.prompt_tokens == (engine.count_tokens("1, 2, 3, 4,") or 11 + case.added)
+        assert stats.prompt_tokens == (len(engine.tokenize("1, 2, 3, 4,") or ()) or 11 + case.added)
 
 
 def test_an_error_of_the_receiver_comes_through(engine: Engine, home: Saved) -> None:

@@ -151,7 +151,7 @@ def test_a_state_is_never_taken_back_to_a_place_that_it_lacks(bench: Bench, back
 def test_a_conversation_continues_its_state(bench: Bench) -> None:
     """What was read and answered is not read again."""
     first = bench.loaded(QUESTION)
-    tokens = bench.other.count_tokens(QUESTION)
+    tokens = len(bench.other.tokenize(QUESTION))
     text: list[str] = []
     bench.other.load(bench.path)
     bench.other.generate(

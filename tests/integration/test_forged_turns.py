@@ -108,5 +108,5 @@ def test_prompt_with_plain_text_runs_and_is_reused(engine: LlamaCppEngine) -> No
     cold = engine.generate(prompt, sampling, lambda _: False)
     warm = engine.generate(f"{prompt}Well", sampling, lambda _: False)
 
-    assert cold.prompt_tokens == engine.count_tokens(prompt)
+    assert cold.prompt_tokens == len(engine.tokenize(prompt))
     assert warm.cached_tokens == cold.prompt_tokens

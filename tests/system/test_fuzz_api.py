@@ -139,4 +139,4 @@ def test_every_operation_keeps_its_word(
 
         ask()
         tried += 1
-    assert tried == (14 if mode is GenerationMode.NEGATIVE else 37)
+    assert tried == (16 if mode is GenerationMode.NEGATIVE else 40)

@@ -710,7 +710,7 @@ def test_a_failure_to_clear_such_a_state_costs_no_answer(bench: Bench) -> None:
 class Uncounted(MemoryEngine):
     """Does not count tokens, which takes an engine longer than a question of some words."""
 
-    def count_tokens(self, text: str) -> int:
+    def tokenize(self, text: str) -> Sequence[int]:
         raise AssertionError(text)
 
 

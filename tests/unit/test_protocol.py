@@ -115,6 +115,7 @@ TO_WORKER: dict[type, st.SearchStrategy[ToWorker]] = {
     protocol.Embed: st.builds(
         protocol.Embed, id=ID, text=TEXT, tokens=st.lists(COUNT, max_size=4).map(tuple)
     ),
+    protocol.Tokenize: st.builds(protocol.Tokenize, id=ID, text=TEXT),
     protocol.Abort: st.builds(protocol.Abort, id=ID),
 }
 TO_WORKER[protocol.Keep] = st.builds(protocol.Keep, id=ID, keep_at=st.tuples(TEXT))
@@ -156,6 +157,9 @@ FROM_WORKER: dict[type, st.SearchStrategy[FromWorker]] = {
     protocol.Checked: st.builds(protocol.Checked, id=ID, tokens=COUNT),
     protocol.Embedded: st.builds(
         protocol.Embedded, id=ID, vector=st.binary(max_size=64), tokens=COUNT
+    ),
+    protocol.Tokenized: st.builds(
+        protocol.Tokenized, id=ID, tokens=st.none() | st.lists(COUNT, max_size=4).map(tuple)
     ),
     protocol.Failed: st.builds(
         protocol.Failed,

@@ -18,6 +18,7 @@ import platform
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -136,9 +137,6 @@ class LlamaCppEngine:
 
     def state_tokens(self, state: int, /) -> int:
         return self._slots.tokens(state)
-
-    def count_tokens(self, text: str) -> int:
-        return len(self._tokenize(text))
 
     def prefill(
         self,
@@ -266,10 +264,10 @@ class LlamaCppEngine:
         self.clear()
         return cached_tokens > 0
 
-    def _tokenize(self, prompt: str) -> list[int]:
-        """The tokens of a prompt; a part that is plain text gets no control tokens."""
+    def tokenize(self, text: str) -> Sequence[int]:
+        """A part that is plain text gets no control tokens."""
         tokens: list[int] = []
-        for part, has_control_tokens in pieces(prompt):
+        for part, has_control_tokens in pieces(text):
             question = {
                 "content": part,
                 "add_special": not tokens,
@@ -288,7 +286,7 @@ class LlamaCppEngine:
 
         # llama.cpp tokenizes a text faster than we can ask for its tokens.
         if isinstance(prompt, str) and PLAIN_START in prompt:
-            prompt = self._tokenize(prompt)
+            prompt = list(self.tokenize(prompt))
         request = {
             "prompt": prompt,
             "id_slot": self._slots.chosen,

@@ -13,6 +13,7 @@ import contextlib
 import ctypes
 import os
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -143,10 +144,8 @@ class RkllmEngine:
     def state_tokens(self, _: int, /) -> int:
         return 0  # it is not known
 
-    def count_tokens(self, text: str) -> int | None:
-        if self._tokenizer is None:
-            return None
-        return len(self._tokenizer(text))
+    def tokenize(self, text: str) -> Sequence[int] | None:
+        return None if self._tokenizer is None else self._tokenizer(text)
 
     def prefill(
         self,
@@ -270,7 +269,7 @@ class RkllmEngine:
         vector = self.last_hidden_layer(content, Pooling(self._spec.pooling))
         if isinstance(content, tuple):
             return Embedding(vector=vector, tokens=len(content))
-        return Embedding(vector=vector, tokens=self.count_tokens(content) or 0)
+        return Embedding(vector=vector, tokens=len(self.tokenize(content) or ()))
 
     def last_hidden_layer(
         self, prompt: str | tuple[int, ...], pooling: Pooling | None = Pooling.MEAN
