@@ -31,6 +31,7 @@ from rkcached import __version__
 from rkcached.api.cache_routes import CacheApi
 from rkcached.api.metrics import Metrics
 from rkcached.api.passed import check_passed, refuse_waiting
+from rkcached.api.paths import UsualPaths
 from rkcached.api.prepare import Preparation
 from rkcached.api.requests import ChatRequest
 from rkcached.api.responses import ChatCompletion
@@ -266,8 +267,10 @@ def _build(
         ),
         reload=reloading.reload,
     )
-    for_everyone = OnceLooked(api.app(admin_socket=settings.admin_socket), reconciler.ready)
-    for_admin = OnceLooked(api.app(), reconciler.ready)
+    for_everyone = UsualPaths(
+        OnceLooked(api.app(admin_socket=settings.admin_socket), reconciler.ready)
+    )
+    for_admin = UsualPaths(OnceLooked(api.app(), reconciler.ready))
 
     return _Parts(
         events=events,
