@@ -51,6 +51,7 @@ from rkcached.api.exchange import (
     viewer_of,
 )
 from rkcached.api.metrics import CONTENT_TYPE, Metrics
+from rkcached.api.named_prompt import prompt_text
 from rkcached.api.own_site import OwnSite
 from rkcached.api.page import page
 from rkcached.api.prepare import Preparation
@@ -180,8 +181,15 @@ class Api:
     )
     async def _chat(self, request: Request) -> Response:
         accepted = time.monotonic()
-        body = await read_record(ChatRequest, request)
-        preparing = self._preparation.chat(body, accepted, uid_of(request), size_of_body(request))
+        tolerant = self._preparation.ignores_unsupported
+        body = await read_record(ChatRequest, request, ignores_unsupported=tolerant)
+        preparing = self._preparation.chat(
+            body,
+            accepted,
+            uid_of(request),
+            size_of_body(request),
+            is_admin=request.app.state.is_admin,
+        )
         prepared = await unless_gone(request, preparing)
         if isinstance(prepared, Response):
             return prepared
@@ -201,8 +209,10 @@ class Api:
     )
     async def _complete(self, request: Request) -> Response:
         accepted = time.monotonic()
-        body = await read_record(CompletionRequest, request)
-        job = self._preparation.completion(body, accepted, uid_of(request))
+        tolerant = self._preparation.ignores_unsupported
+        body = await read_record(CompletionRequest, request, ignores_unsupported=tolerant)
+        is_admin = request.app.state.is_admin
+        job = self._preparation.completion(body, accepted, uid_of(request), is_admin=is_admin)
         return await self._answer(request, body, job, CompletionWriter(body.model))
 
     @endpoint(
@@ -241,7 +251,7 @@ class Api:
             await events.aclose()
             return first
 
-        with_usage = body.stream_options is not None and body.stream_options.include_usage
+        with_usage = body.stream_options is not None and bool(body.stream_options.include_usage)
         stream = _stream(first, events, writer, request, with_usage=with_usage)
         return Streamed(stream, media_type=EVENT_STREAM)
 
@@ -250,12 +260,13 @@ class Api:
     @endpoint(
         "GET",
         "/v1/models",
-        summary="Models, and their prompts as `model/prompt`.",
+        summary="Models, and their prompts that can be used as `model/prompt`.",
         answers={200: ModelList},
     )
     async def _models(self, request: Request) -> Response:
         desired = self._reconciler.snapshot.seen_by(viewer_of(request)).desired
-        names = [*desired.models, *map(str, desired.prompts)]
+        usable = [str(key) for key in desired.prompts if key in desired.texts]
+        names = [*desired.models, *usable]
         return answer(ModelList(data=[ModelCard(id=name) for name in names]))
 
     @endpoint(
@@ -269,13 +280,8 @@ class Api:
         snapshot = self._reconciler.snapshot.seen_by(viewer_of(request))
         name, _, prompt = request.path_params["name"].partition("/")
         find_model(snapshot, name)
-        if prompt and Key(name, prompt) not in snapshot.desired.prompts:
-            raise RequestError(
-                404,
-                f"the model {name!r} has no prompt {prompt!r}",
-                code="prompt_not_found",
-                param="model",
-            )
+        if prompt:
+            prompt_text(snapshot, Key(name, prompt), "model")
         return answer(ModelCard(id=request.path_params["name"]))
 
     # The daemon
