@@ -11,7 +11,7 @@ import json
 from collections.abc import Sequence
 from typing import Annotated, Any, Final, Literal
 
-from pydantic import ConfigDict, Field, ValidationInfo, field_validator, model_validator
+from pydantic import ConfigDict, Field, ValidationInfo, field_validator
 
 from rkcached.messages.bounds import MAX_DEPTH, ArgumentsBudget, is_deeper
 from rkcached.messages.message import Message
@@ -31,7 +31,6 @@ class RefusalPart(ForeignFields):
 
 
 _REASONING: Final = "reasoning_"
-_FOREIGN_REASONING: Final = f"^{_REASONING}"
 
 TextParts = Many[TextPart]
 Content = str | Annotated[TextParts, Field(min_length=1)]
@@ -143,7 +142,10 @@ class ToolMessage(_MessageRecord):
 class AssistantMessage(_MessageRecord):
     """An earlier answer. It may be sent back as it came, from whatever server it came."""
 
-    model_config = ConfigDict(json_schema_extra={"patternProperties": {_FOREIGN_REASONING: {}}})
+    model_config = ConfigDict(json_schema_extra={"patternProperties": {f"^{_REASONING}": {}}})
+
+    # Reasoning in the words of one server.
+    foreign_prefixes = (_REASONING,)
 
     role: Literal["assistant"]
     content: str | Many[AnswerPart] | None = None
@@ -160,18 +162,6 @@ class AssistantMessage(_MessageRecord):
     model: Any = Field(default=None, description="What other servers add; ignored.")
     annotations: Any = Field(default=None, description="What OpenAI's clients add; ignored.")
     parsed: Any = Field(default=None, description="What OpenAI's clients add; ignored.")
-
-    @model_validator(mode="before")
-    @classmethod
-    def _without_foreign_reasoning(cls, value: Any) -> Any:
-        """Leave out reasoning in the words of servers that nobody else speaks."""
-        if not isinstance(value, dict):
-            return value
-        known = cls.__pydantic_fields__
-        foreign = [name for name in value if name.startswith(_REASONING) and name not in known]
-        if not foreign:
-            return value
-        return {name: item for name, item in value.items() if name not in foreign}
 
     def plain(self) -> Message:
         message = self._plain("assistant", _text(self.content) or self.refusal or "")

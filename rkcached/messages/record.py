@@ -34,24 +34,28 @@ class Record(BaseModel):
     max_values: ClassVar[int] = MAX_VALUES
     """A body of this kind may have so many values and keys."""
 
+    foreign_prefixes: ClassVar[tuple[str, ...]] = ()
+    """Unknown keys that begin so are left out."""
+
     @model_validator(mode="before")
     @classmethod
     def _has_few_keys(cls, value: Any) -> Any:
-        """Refuse an object of many keys, and leave out those that are unknown and null.
+        """Refuse an object of many keys, and leave out unknown ones that say nothing.
 
-        A client that has no value for a parameter may say so. One validator for both: it runs for
-        every message of a body.
+        A client that has no value for a parameter may say so with null. One validator for both: it
+        runs for every message of a body.
         """
         if not isinstance(value, dict):
             return value
         if len(value) > MAX_KEYS:
             raise ValueError(f"an object of {len(value):,} keys, at most {MAX_KEYS} are accepted")
-        if None not in value.values():
+        known = cls.__pydantic_fields__
+        if value.keys() <= known.keys():
             return value
         return {
             key: item
             for key, item in value.items()
-            if item is not None or key in cls.__pydantic_fields__
+            if key in known or not (item is None or key.startswith(cls.foreign_prefixes))
         }
 
 
