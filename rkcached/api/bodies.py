@@ -17,6 +17,7 @@ from rkcached.errors import RequestError
 from rkcached.messages.bounds import ArgumentsBudget
 from rkcached.messages.faults import first_fault
 from rkcached.messages.record import MAX_KEYS, Record
+from rkcached.serving.failures import IGNORE_IT
 
 Body = TypeVar("Body", bound=Record)
 
@@ -25,7 +26,7 @@ _BYTE_ORDER_MARK: Final = b"\xef\xbb\xbf"
 _MAX_NAMED: Final = 64
 """Letters of a parameter that an answer names."""
 
-_LEAVE_OUT: Final = "leave it out, or set serving.unsupported: ignore in the manifest"
+_LEAVE_OUT: Final = f"leave it out, or set {IGNORE_IT}"
 
 
 def parse_body(record: type[Body], data: bytes, *, ignores_unsupported: bool = False) -> Body:
