@@ -34,6 +34,7 @@ from rkcached.api.llama_server import LlamaServerApi
 from rkcached.api.metrics import Metrics
 from rkcached.api.ollama.routes import OllamaApi
 from rkcached.api.passed import check_passed, refuse_waiting
+from rkcached.api.paths import UsualPaths
 from rkcached.api.prepare import Preparation
 from rkcached.api.requests import ChatRequest
 from rkcached.api.responses import ChatCompletion
@@ -276,8 +277,10 @@ def _build(
         ),
         reload=reloading.reload,
     )
-    for_everyone = OnceLooked(api.app(admin_socket=settings.admin_socket), reconciler.ready)
-    for_admin = OnceLooked(api.app(), reconciler.ready)
+    for_everyone = UsualPaths(
+        OnceLooked(api.app(admin_socket=settings.admin_socket), reconciler.ready)
+    )
+    for_admin = UsualPaths(OnceLooked(api.app(), reconciler.ready))
 
     return _Parts(
         events=events,

@@ -7,43 +7,100 @@ ends with the first bad item of a list.
 
 from __future__ import annotations
 
-from typing import Any, TypeVar
+from collections.abc import Iterable
+from typing import Any, Final, TypeVar
 
 from pydantic import ValidationError
 from pydantic_core import from_json
 
+from rkcached.api.requests import GenerationRequest, NeutralOnly
 from rkcached.errors import RequestError
 from rkcached.messages.bounds import ArgumentsBudget
 from rkcached.messages.faults import first_fault
-from rkcached.messages.record import Record
+from rkcached.messages.record import MAX_KEYS, Record
+from rkcached.serving.failures import IGNORE_IT
 
 Body = TypeVar("Body", bound=Record)
 
+_BYTE_ORDER_MARK: Final = b"\xef\xbb\xbf"
 
-def parse_body(record: type[Body], data: bytes) -> Body:
+_MAX_NAMED: Final = 64
+"""Letters of a parameter that an answer names."""
+
+_LEAVE_OUT: Final = f"leave it out, or set {IGNORE_IT}"
+
+
+def parse_body(record: type[Body], data: bytes, *, ignores_unsupported: bool = False) -> Body:
     """Decode and validate a JSON body.
+
+    `ignores_unsupported`: parameters of a generation that are not supported are left out, and noted
+    in the record. Errors: RequestError 400 that names the first bad parameter.
+    """
+    try:
+        value = from_json(data.removeprefix(_BYTE_ORDER_MARK), allow_inf_nan=False)
+    except ValueError as error:
+        raise RequestError(400, f"the body is not JSON: {error}", code="invalid_json") from error
+
+    ignored: tuple[str, ...] = ()
+    if ignores_unsupported and issubclass(record, GenerationRequest):
+        ignored = _unsupported(record, value)
+        value = {name: item for name, item in value.items() if name not in ignored}
+    return valid(record, value, ignored)
+
+
+def valid(record: type[Body], value: Any, ignored: Iterable[str] = ()) -> Body:
+    """The record of a body. `ignored`: what its client sent besides, and nothing is done about.
 
     Errors: RequestError 400 that names the first bad parameter.
     """
     try:
-        value = from_json(data, allow_inf_nan=False)
-    except ValueError as error:
-        raise RequestError(400, f"the body is not JSON: {error}", code="invalid_json") from error
-
-    return valid(record, value)
-
-
-def valid(record: type[Body], value: Any) -> Body:
-    """Errors: RequestError 400 that names the first bad parameter."""
-    try:
-        return record.model_validate(value, context=ArgumentsBudget())
+        body = record.model_validate(value, context=ArgumentsBudget())
     except ValidationError as error:
-        raise _refusal(value, error) from error
+        raise _refusal(record, value, error) from error
+
+    if isinstance(body, GenerationRequest):
+        body.note_ignored(tuple(name[:_MAX_NAMED] for name in ignored))
+    return body
 
 
-def _refusal(value: Any, error: ValidationError) -> RequestError:
+def _unsupported(record: type[GenerationRequest], body: Any) -> tuple[str, ...]:
+    """The parameters that are unknown, or that have a value that would change the answer."""
+    if not isinstance(body, dict) or len(body) > MAX_KEYS:
+        return ()  # it is refused as a whole
+
+    fields = record.__pydantic_fields__
+    unknown = [name for name, item in body.items() if name not in fields and item is not None]
+    neutral = {name: body[name] for name in NeutralOnly.__pydantic_fields__ if name in body}
+    try:
+        NeutralOnly.model_validate(neutral)
+    except ValidationError as error:
+        faults = error.errors(include_url=False, include_input=False, include_context=False)
+        unknown += dict.fromkeys(str(fault["loc"][0]) for fault in faults)
+    return tuple(unknown)
+
+
+def _refusal(record: type[Record], value: Any, error: ValidationError) -> RequestError:
     fault = first_fault(value, error)
     param = fault.place
+    if issubclass(record, GenerationRequest):
+        first = (param or "").partition(".")[0]
+        if first in NeutralOnly.__pydantic_fields__:
+            return RequestError(
+                400,
+                f"this value of {first} is not supported",
+                code="unsupported_parameter",
+                param=first,
+                hint=_LEAVE_OUT,
+            )
+        if fault.kind == "extra_forbidden" and param == first:
+            return RequestError(
+                400,
+                f"{param} is not supported",
+                code="unsupported_parameter",
+                param=param,
+                hint=_LEAVE_OUT,
+            )
+
     match fault.kind:
         case "extra_forbidden":
             return RequestError(

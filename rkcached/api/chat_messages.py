@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Final, Literal
 
-from pydantic import Field, ValidationInfo, field_validator
+from pydantic import ConfigDict, Field, ValidationInfo, field_validator
 
 from rkcached.messages.bounds import MAX_DEPTH, ArgumentsBudget, is_deeper
 from rkcached.messages.message import Message
@@ -29,6 +29,8 @@ class RefusalPart(ForeignFields):
     type: Literal["refusal"]
     refusal: str
 
+
+_REASONING: Final = "reasoning_"
 
 TextParts = Many[TextPart]
 Content = str | Annotated[TextParts, Field(min_length=1)]
@@ -98,6 +100,7 @@ def _part_text(part: TextPart | RefusalPart) -> str:
 
 class _MessageRecord(ForeignFields):
     name: str | None = None
+    id: Any = Field(default=None, description="Of the message, where it is kept; ignored.")
 
     def _plain(self, role: str, content: str) -> Message:
         message = Message(role=role, content=content)
@@ -139,6 +142,11 @@ class ToolMessage(_MessageRecord):
 class AssistantMessage(_MessageRecord):
     """An earlier answer. It may be sent back as it came, from whatever server it came."""
 
+    model_config = ConfigDict(json_schema_extra={"patternProperties": {f"^{_REASONING}": {}}})
+
+    # Reasoning in the words of one server.
+    foreign_prefixes = (_REASONING,)
+
     role: Literal["assistant"]
     content: str | Many[AnswerPart] | None = None
     tool_calls: Many[ToolCallRecord] | None = None
@@ -150,6 +158,8 @@ class AssistantMessage(_MessageRecord):
     refusal: str | None = None
     audio: None = None
     function_call: None = None
+    created_at: Any = Field(default=None, description="What other servers add; ignored.")
+    model: Any = Field(default=None, description="What other servers add; ignored.")
     annotations: Any = Field(default=None, description="What OpenAI's clients add; ignored.")
     parsed: Any = Field(default=None, description="What OpenAI's clients add; ignored.")
 

@@ -20,6 +20,9 @@ from rkcached.worker.schema_tree import relocated
 
 ANY_OBJECT: Final = {"type": "object"}
 
+_OF_A_DOCUMENT: Final = ("$id", "$schema")
+"""The keywords of a schema that stands alone."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ShownTools:
@@ -47,6 +50,8 @@ class Demand:
     """Of the JSON that the whole answer must be."""
     is_call: bool = False
     """The schema is that of a tool call."""
+    may_call: bool = False
+    """The schema allows a tool call, beside the answer that the request wants."""
 
     @property
     def schema_param(self) -> str:
@@ -80,34 +85,37 @@ def demand_of(
         raise RequestError(
             400, "there are no tools to choose from", code="invalid_value", param="tool_choice"
         )
+    wanted = _wanted_json(request)
     if tools:
-        _refuse_tools(shown, model, form, kind, must_call=must_call)
+        is_bound = must_call or wanted is not None
+        _refuse_tools(shown, model, form, kind, is_bound=is_bound)
 
     arguments = "arguments" if form.calls is None else form.calls.arguments_key
     if isinstance(choice, NamedTool):
         schema = call_schema(_chosen_tool(choice, tools), arguments)
         return Demand(tools=tools, schema=schema, is_call=True)
+
+    if choice != "required" and (wanted is None or not tools):
+        return Demand(tools=tools, schema=wanted)
+
+    calls = [call_schema(tool, arguments, f"#/anyOf/{at}") for at, tool in enumerate(tools)]
     if choice == "required":
-        calls = [call_schema(tool, arguments, f"#/anyOf/{at}") for at, tool in enumerate(tools)]
         return Demand(tools=tools, schema={"anyOf": calls}, is_call=True)
 
+    answer = relocated(wanted, f"#/anyOf/{len(tools)}")
+    for name in _OF_A_DOCUMENT:  # the references in it are now those of the whole
+        answer.pop(name, None)
+    return Demand(tools=tools, schema={"anyOf": [*calls, answer]}, may_call=True)
+
+
+def _wanted_json(request: ChatRequest) -> dict[str, Any] | None:
+    """The schema of the JSON that the answer must be, unless it is a call."""
     wanted = request.response_format
-    if isinstance(wanted, JsonObject | JsonSchema) and tools:
-        hint = "leave one of tools and response_format out"
-        if shown.declared:
-            hint = shown.leave_out
-        raise RequestError(
-            400,
-            "tools and a JSON response_format cannot be combined",
-            code="unsupported_parameter",
-            param="response_format",
-            hint=hint,
-        )
     if isinstance(wanted, JsonObject):
-        return Demand(schema=ANY_OBJECT)
+        return ANY_OBJECT
     if isinstance(wanted, JsonSchema):
-        return Demand(schema=wanted.json_schema.schema_)
-    return Demand(tools=tools)
+        return wanted.json_schema.schema_
+    return None
 
 
 def call_schema(tool: Tool, arguments: str, place: str = "#") -> dict[str, Any]:
@@ -127,7 +135,7 @@ def call_schema(tool: Tool, arguments: str, place: str = "#") -> dict[str, Any]:
 
 
 def _refuse_tools(
-    shown: ShownTools, model: DesiredModel, form: AnswerForm, kind: EngineKind, *, must_call: bool
+    shown: ShownTools, model: DesiredModel, form: AnswerForm, kind: EngineKind, *, is_bound: bool
 ) -> None:
     """Errors: RequestError if calls would not come back as calls."""
     if form.calls is None:
@@ -140,8 +148,8 @@ def _refuse_tools(
             "such as chatml or llama3",
         )
 
-    # A call that must come is demanded as plain JSON, in which no control token stands.
-    if form.calls.control and not must_call and not ENGINES[kind].prints_control_tokens:
+    # A call in an answer that is bound to a schema is plain JSON, without control tokens.
+    if form.calls.control and not is_bound and not ENGINES[kind].prints_control_tokens:
         raise RequestError(
             400,
             f"the model {model.name!r} writes calls with control tokens ({form.calls.name}), "

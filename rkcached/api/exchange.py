@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import re
 import time
 import traceback
@@ -21,6 +22,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from rkcached.api.bodies import Body, error_body, parse_body
 from rkcached.api.endpoints import ERROR_BODY
+from rkcached.api.paths import RIGHT_ONES
 from rkcached.api.rendering import LARGE_BYTES
 from rkcached.api.responses import Answer
 from rkcached.api.shares import Share
@@ -59,15 +61,18 @@ _PROBES = frozenset({"/", "/healthz", "/readyz", "/metrics", "/v1/status"})
 _REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
 
 
-async def read_record(record: type[Body], request: Request) -> Body:
-    """The body as a record.
+async def read_record(
+    record: type[Body], request: Request, *, ignores_unsupported: bool = False
+) -> Body:
+    """The body as a record, by the rules of `parse_body`.
 
     Errors: RequestError 400, 413 or 415, or 499 when the client goes away.
     """
     data = await read_body(request, max_values=record.max_values)
+    parse = functools.partial(parse_body, record, data, ignores_unsupported=ignores_unsupported)
     if len(data) <= LARGE_BYTES:
-        return parse_body(record, data)
-    return await asyncio.get_running_loop().run_in_executor(_PARSING, parse_body, record, data)
+        return parse()
+    return await asyncio.get_running_loop().run_in_executor(_PARSING, parse)
 
 
 def size_of_body(request: Request) -> int:
@@ -171,12 +176,14 @@ def remember(request: Request, error: RequestError) -> None:
 
 def no_route(request: Request, refusal: HTTPException) -> Response:
     what = "does not exist" if refusal.status_code == 404 else f"does not take {request.method}"
+    ours = RIGHT_ONES.get(request.url.path)
+    hint = "see GET /openapi.json" if ours is None else f"use {ours}, as OpenAI has it"
     response = error_response(
         RequestError(
             refusal.status_code,
             f"{request.url.path} {what}",
             code="unknown_url",
-            hint="see GET /openapi.json",
+            hint=hint,
         )
     )
     response.headers.update(refusal.headers or {})

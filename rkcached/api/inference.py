@@ -36,12 +36,21 @@ class Inference:
         writer_for: Callable[[Reply], Writer],
         *,
         accepted: float,
+        tolerant: bool = False,
     ) -> Response:
         """Answer a conversation.
 
-        `accepted`: when the request came, in monotonic seconds. Errors: RequestError.
+        `accepted`: when the request came, in monotonic seconds. `tolerant`: sampling that the
+        engine lacks is ignored, whatever the manifest says. Errors: RequestError.
         """
-        preparing = self._preparation.chat(body, accepted, uid_of(request), size_of_body(request))
+        preparing = self._preparation.chat(
+            body,
+            accepted,
+            uid_of(request),
+            size_of_body(request),
+            is_admin=request.app.state.is_admin,
+            tolerant=tolerant,
+        )
         prepared = await unless_gone(request, preparing)
         if isinstance(prepared, Response):
             return prepared
@@ -50,11 +59,23 @@ class Inference:
         return await send_answer(request, events, writer_for(reply), stream=bool(body.stream))
 
     async def complete(
-        self, request: Request, body: CompletionRequest, writer: Writer, *, accepted: float
+        self,
+        request: Request,
+        body: CompletionRequest,
+        writer: Writer,
+        *,
+        accepted: float,
+        tolerant: bool = False,
     ) -> Response:
-        """Go on with a text that goes to the model as it is. Errors: RequestError."""
-        events = self._serving.run(self._preparation.completion(body, accepted, uid_of(request)))
-        return await send_answer(request, events, writer, stream=bool(body.stream))
+        """Go on with a text that goes to the model as it is. Arguments and errors as for `chat`."""
+        job = self._preparation.completion(
+            body,
+            accepted,
+            uid_of(request),
+            is_admin=request.app.state.is_admin,
+            tolerant=tolerant,
+        )
+        return await send_answer(request, self._serving.run(job), writer, stream=bool(body.stream))
 
     async def embed(
         self, request: Request, body: EmbeddingRequest
@@ -70,7 +91,13 @@ class Inference:
         self, request: Request, body: ChatRequest, *, accepted: float
     ) -> str | Response:
         """A conversation as the model reads it; or the client has gone. Errors: RequestError."""
-        preparing = self._preparation.chat(body, accepted, uid_of(request), size_of_body(request))
+        preparing = self._preparation.chat(
+            body,
+            accepted,
+            uid_of(request),
+            size_of_body(request),
+            is_admin=request.app.state.is_admin,
+        )
         prepared = await unless_gone(request, preparing)
         return prepared if isinstance(prepared, Response) else prepared[0].prompt
 

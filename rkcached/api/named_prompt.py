@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 from rkcached.api.requests import ChatRequest
 from rkcached.errors import RequestError
 from rkcached.messages.message import Message
 from rkcached.reconcile.snapshot import Snapshot
+from rkcached.sources.manifest import SystemConflict, system_conflict
 from rkcached.sources.records import Key, Trouble
 
 
@@ -27,35 +30,67 @@ def named_prompt(request: ChatRequest) -> tuple[Key | None, str]:
     return Key(model, cache), "cache" if request.cache is not None else "use_cache"
 
 
-def with_prompt(snapshot: Snapshot, key: Key, messages: list[Message], param: str) -> list[Message]:
-    """The messages with the prompt as their system message, or as the beginning of it.
+class Merged(NamedTuple):
+    """The messages of a request that names a prompt."""
 
-    Errors: RequestError.
-    """
+    messages: list[Message]
+    ignored: tuple[str, ...] = ()
+    """The system messages that were left out, by their place; or the parameter that names the
+    prompt, where its text was."""
+
+
+def prompt_text(snapshot: Snapshot, key: Key, param: str) -> str:
+    """Errors: RequestError for a prompt that is not there or cannot be used."""
     text = snapshot.desired.texts.get(key)
     if text is None:
         raise _no_text(snapshot, key, param)
+    return text
 
+
+def with_prompt(snapshot: Snapshot, key: Key, messages: list[Message], param: str) -> Merged:
+    """The messages with the prompt as their system message, or as the beginning of it.
+
+    Where they have a system message that contradicts it, the manifest decides. Errors: RequestError
+    """
+    text = prompt_text(snapshot, key, param)
     systems = [message["content"] for message in messages if message["role"] == "system"]
     systems = [system for system in systems if system.strip()]
     others = [message for message in messages if message["role"] != "system"]
     wanted = _lines(text)
     if all(_lines(system).rstrip("\n") == wanted for system in systems):
-        return [Message(role="system", content=text), *others]
+        return Merged([Message(role="system", content=text), *others])
 
     first = _lines(systems[0])
     if messages[0]["role"] == "system" and first.startswith(wanted):
         longer = text + first[len(wanted) :]
         rest = [message for message in messages[1:] if message["content"].strip()]
-        return [Message(role="system", content=longer), *rest]
+        return Merged([Message(role="system", content=longer), *rest])
 
-    raise RequestError(
+    match system_conflict(snapshot.manifest, key.model, key.prompt):
+        case SystemConflict.PROMPT:
+            places = [
+                f"messages.{at}"
+                for at, message in enumerate(messages)
+                if message["role"] == "system" and message["content"].strip()
+            ]
+            return Merged([Message(role="system", content=text), *others], tuple(places))
+        case SystemConflict.CLIENT:
+            return Merged(messages, (param,))
+        case SystemConflict.APPEND:
+            both = "\n\n".join([text, *systems])
+            return Merged([Message(role="system", content=both), *others])
+        case SystemConflict.REFUSE:
+            raise _conflict(key)
+
+
+def _conflict(key: Key) -> RequestError:
+    return RequestError(
         409,
         f"the request has a system message of its own, which does not begin with the prompt {key}",
         code="system_message_conflict",
         param="messages",
-        hint="leave the system message out, begin it with the prompt's text, "
-        f"or ask for the model {key.model!r} without a prompt",
+        hint="leave the system message out, begin it with the prompt's text, ask for the model "
+        f"{key.model!r} without a prompt, or set serving.system_conflict in the manifest",
     )
 
 

@@ -17,9 +17,11 @@ from rkcached.api.demand import ANY_OBJECT, Demand
 from rkcached.api.named_prompt import named_prompt
 from rkcached.api.rendering import RenderThread
 from rkcached.api.requests import (
+    MOST,
     ChatRequest,
     CompletionRequest,
     EmbeddingRequest,
+    GenerationRequest,
 )
 from rkcached.api.write_chat import (
     WrittenChat,
@@ -34,11 +36,13 @@ from rkcached.errors import RequestError
 from rkcached.messages.detection import AnswerForm
 from rkcached.messages.reasoning import Marks
 from rkcached.messages.reply import Reply
+from rkcached.plan.desired import DesiredModel
 from rkcached.reconcile.snapshot import Published
 from rkcached.serving.embeddings import EmbeddingInput
 from rkcached.serving.failures import as_request_error
 from rkcached.serving.job import Job, Part
 from rkcached.serving.models import find_embedding_model, find_text_model
+from rkcached.sources.manifest import Unsupported
 from rkcached.worker.held import EVERYBODY
 from rkcached.worker.schemas import MAX_SCHEMA_BYTES, SchemaChecker
 
@@ -54,17 +58,30 @@ class Preparation:
         # By user: each has one place in the queue of checks, which may take seconds each.
         self._turns = WeakValueDictionary[int, asyncio.Lock]()
 
+    @property
+    def ignores_unsupported(self) -> bool:
+        """Whether parameters that are not supported are left out of requests."""
+        return self._published.now.manifest.serving.unsupported is Unsupported.IGNORE
+
     def close(self) -> None:
         """Stop checking schemas: the requests that wait for a check are refused."""
         self._schemas.kill()
 
     async def chat(
-        self, request: ChatRequest, accepted: float, owner: int, size_bytes: int
+        self,
+        request: ChatRequest,
+        accepted: float,
+        owner: int,
+        size_bytes: int,
+        *,
+        is_admin: bool,
+        tolerant: bool = False,
     ) -> tuple[Job, Reply]:
         """Check a request against what is declared, and render it.
 
         `accepted` is in monotonic seconds, `owner` the client's uid, `size_bytes` the size of the
-        body. Errors: RequestError.
+        body; `is_admin`: it came on the admin socket; `tolerant`: what the engine lacks is
+        ignored. Errors: RequestError.
         """
         snapshot = self._published.now
         model = find_text_model(snapshot, request.model.partition("/")[0])
@@ -80,8 +97,7 @@ class Preparation:
         written = await off_the_loop(write)
         demand = written.demand
 
-        declared = model.config.sampling(named.prompt if named else None)
-        values: dict[str, Any] = declared | request.sampling()
+        values = _sampling_values(request, model, named.prompt if named else None)
         correct = None
         if demand.schema is None:
             values["shown_tokens"] = _shown_tokens(written.form, demand)
@@ -99,10 +115,13 @@ class Preparation:
             named=named,
             prompt=written.prompt,
             sampling=Sampling(**values),
-            cold=request.wanted_cache is False,
+            cold=request.is_cold,
             accepted=accepted,
             owner=owner,
             state_owner=self._state_owner(owner),
+            ignores_unsupported=tolerant or self.ignores_unsupported,
+            ignored=_ignored(request, is_admin=is_admin) + written.ignored,
+            ends_model=request.ends_model and is_admin,
             parts=written.parts,
             goes_on=any(message["role"] == "assistant" for message in written.messages),
             with_tools=bool(demand.tools),
@@ -115,15 +134,23 @@ class Preparation:
             form=form.calls if demand.tools else None,
             tools={tool.function.name: tool.arguments_schema for tool in demand.tools},
             marks=form.marks,
-            forced=demand.is_call,
+            forced=demand.is_call or demand.may_call,
             reasons=_reasons(form.marks, written) and demand.schema is None,
         )
         return job, reply
 
-    def completion(self, request: CompletionRequest, accepted: float, owner: int) -> Job:
+    def completion(
+        self,
+        request: CompletionRequest,
+        accepted: float,
+        owner: int,
+        *,
+        is_admin: bool,
+        tolerant: bool = False,
+    ) -> Job:
         """Check a request whose text goes to the model as it is.
 
-        `accepted` is in monotonic seconds, `owner` the client's uid. Errors: RequestError.
+        The arguments are those of `chat`. Errors: RequestError.
         """
         name, _, prompt = request.model.partition("/")
         if prompt or isinstance(request.wanted_cache, str):
@@ -147,17 +174,20 @@ class Preparation:
 
         model = find_text_model(self._published.now, name)
         refuse_too_long(model, len(request.text.encode()), "prompt")
-        values: dict[str, Any] = model.config.sampling(None) | request.sampling()
+        values = _sampling_values(request, model, None)
         return Job(
             model=model,
             named=None,
             prompt=request.text,
             text_param="prompt",
             sampling=Sampling(**values),
-            cold=request.wanted_cache is False,
+            cold=request.is_cold,
             accepted=accepted,
             owner=owner,
             state_owner=self._state_owner(owner),
+            ignores_unsupported=tolerant or self.ignores_unsupported,
+            ignored=_ignored(request, is_admin=is_admin),
+            ends_model=request.ends_model and is_admin,
             parts=(Part("the prompt", request.text),),
         )
 
@@ -191,6 +221,23 @@ class Preparation:
                 await asyncio.get_running_loop().run_in_executor(self._schema_thread, check)
         except errors.RkcachedError as error:
             raise as_request_error(error, schema_param=demand.schema_param) from error
+
+
+def _sampling_values(
+    request: GenerationRequest, model: DesiredModel, prompt: str | None
+) -> dict[str, Any]:
+    """The fields of `Sampling`: the model's, changed by the prompt's, changed by the request's."""
+    values: dict[str, Any] = model.config.sampling(prompt) | request.sampling()
+    if values["max_new_tokens"] == MOST:
+        values["max_new_tokens"] = model.config.params.max_context_len
+    return values
+
+
+def _ignored(request: GenerationRequest, *, is_admin: bool) -> tuple[str, ...]:
+    """The parameters that have no effect on this socket."""
+    if request.keep_alive is None or (request.ends_model and is_admin):
+        return request.ignored
+    return (*request.ignored, "keep_alive")
 
 
 def _shown_tokens(form: AnswerForm, demand: Demand) -> tuple[str, ...]:

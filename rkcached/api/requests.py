@@ -1,16 +1,18 @@
 """Records of the HTTP API's requests. Pure. Those of the answers are in `responses`.
 
-The shapes are OpenAI's, with additions: `cache` in a request chooses a prompt, `top_k` and
-`repeat_penalty` are accepted. A parameter that is not supported is rejected by name. The messages
-of a chat are in `chat_messages`, the variables of its template in `variables`.
+The shapes are OpenAI's, with additions: `cache` in a request chooses a prompt, `top_k`, `min_p`
+and `repeat_penalty` are accepted. A parameter that is not supported is rejected by name, unless its
+value changes nothing. The messages of a chat are in `chat_messages`, the variables of its template
+in `variables`.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Final, Literal, Self
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, PrivateAttr, model_validator
 
 from rkcached.api.chat_messages import AssistantMessage, ChatMessage
 from rkcached.api.variables import TemplateVariables
@@ -20,6 +22,12 @@ from rkcached.messages.tools import ToolList
 
 _INT32 = 2**31
 _INT63 = 2**63
+
+MOST: Final = -1
+"""As `max_tokens`: an answer may fill the context."""
+
+MAX_STOPS: Final = 32
+"""Each is looked for in every piece of an answer."""
 
 
 class NamedFunction(Record):
@@ -55,11 +63,46 @@ ResponseFormat = Annotated[PlainText | JsonObject | JsonSchema, Field(discrimina
 
 
 class StreamOptions(Record):
-    include_usage: bool = False
+    include_usage: bool | None = None
+    include_obfuscation: bool | None = Field(
+        default=None, description="Nothing is added to hide the length of the pieces; ignored."
+    )
 
 
 def _listed(value: object) -> object:
     return [value] if isinstance(value, str) else value
+
+
+def _integral(value: object) -> object:
+    """The integer that a number such as 8.0 is: JavaScript and Lua write them so now and then."""
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    return value
+
+
+def _not_zero(value: int) -> int:
+    if value == 0:
+        raise ValueError(f"should be 1 or more, or {MOST} for as much as the context holds")
+    return value
+
+
+Whole = Annotated[int, BeforeValidator(_integral)]
+
+AnswerTokens = Annotated[
+    Whole,
+    Field(ge=MOST, lt=_INT32, json_schema_extra={"not": {"const": 0}}),
+    AfterValidator(_not_zero),
+]
+
+Duration = Annotated[
+    str, Field(max_length=32, pattern=r"^-?([0-9]+(\.[0-9]+)?(ns|us|µs|ms|s|m|h)?)+$")
+]
+"""As Ollama has it: 5m, 1h30m, 300s; a number alone means seconds."""
+
+_Zero = Annotated[float, Field(ge=0, le=0)]
+_One = Annotated[float, Field(ge=1, le=1)]
+_NoItems = Annotated[list[Any], Field(max_length=0)]
+_NoKeys = Annotated[dict[str, Any], Field(max_length=0)]
 
 
 class _AboutTheService(Record):
@@ -74,9 +117,36 @@ class _AboutTheService(Record):
     service_tier: Any = None
     safety_identifier: Any = None
     prompt_cache_key: Any = None
+    prompt_cache_retention: Any = None
+    cache_control: Any = None
 
 
-class GenerationRequest(_AboutTheService):
+class NeutralOnly(Record):
+    """Parameters that other servers have, and that are accepted if their value changes nothing.
+
+    Programs send them with every request. Any other value would change the answer.
+    """
+
+    logit_bias: _NoKeys | _NoItems | None = None
+    modalities: Annotated[Many[Literal["text"]], Field(min_length=1, max_length=1)] | None = None
+    functions: _NoItems | None = None
+    function_call: Literal["none", "auto"] | None = None
+    best_of: Annotated[Whole, Field(ge=1, le=1)] | None = None
+    verbosity: Literal["medium"] | None = None
+    echo: Literal[False] | None = None
+    suffix: Literal[""] | None = None
+    repetition_penalty: _One | None = None
+    length_penalty: _One | None = None
+    typical_p: _One | None = None
+    dynatemp_range: _Zero | None = None
+    dry_multiplier: _Zero | None = None
+    xtc_probability: _Zero | None = None
+    mirostat: _Zero | None = None
+    min_tokens: _Zero | None = None
+    ignore_eos: Literal[False] | None = None
+
+
+class GenerationRequest(_AboutTheService, NeutralOnly):
     """The parameters that chat and plain completions share."""
 
     model: Name = Field(description="A model, or `model/prompt`.")
@@ -88,24 +158,50 @@ class GenerationRequest(_AboutTheService):
     use_cache: Annotated[Name, Field(min_length=1)] | bool | None = Field(
         default=None, description="Another word for cache."
     )
+    cache_prompt: bool | None = Field(
+        default=None, description="llama.cpp's: false answers cold, as cache: false does."
+    )
+    keep_alive: Duration | float | None = Field(
+        default=None,
+        description="Ollama's. 0 on the admin socket unloads the model after the answer. Anything "
+        "else is ignored, as the manifest says how long a model stays in memory.",
+    )
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     return_progress: bool | None = Field(
         default=None,
         description="A stream also says how much of the prompt is read, in `prompt_progress`.",
     )
-    max_tokens: int | None = Field(default=None, ge=1, lt=_INT32)
+    max_tokens: AnswerTokens | None = Field(
+        default=None, description="-1: as many as the context holds."
+    )
     temperature: float | None = Field(default=None, ge=0, le=5)
     top_p: float | None = Field(default=None, gt=0, le=1)
-    top_k: int | None = Field(default=None, ge=0, le=100_000)
-    seed: int | None = Field(default=None, ge=-_INT63, lt=_INT63)
+    top_k: Annotated[Whole, Field(ge=0, le=100_000)] | None = None
+    min_p: float | None = Field(
+        default=None,
+        ge=0,
+        le=1,
+        description="Leave out tokens that are less likely than this share of the likeliest one.",
+    )
+    seed: Annotated[Whole, Field(ge=-_INT63, lt=_INT63)] | None = None
     stop: Annotated[
-        str | Annotated[Many[str], Field(max_length=4)] | None, BeforeValidator(_listed)
+        str | Annotated[Many[str], Field(max_length=MAX_STOPS)] | None, BeforeValidator(_listed)
     ] = None
     presence_penalty: float | None = Field(default=None, ge=-2, le=2)
     frequency_penalty: float | None = Field(default=None, ge=-2, le=2)
     repeat_penalty: float | None = Field(default=None, gt=0, le=10)
-    n: int | None = Field(default=None, ge=1, le=1)
+    n: Annotated[Whole, Field(ge=1, le=1)] | None = None
+
+    _ignored: tuple[str, ...] = PrivateAttr(default=())
+
+    @property
+    def ignored(self) -> tuple[str, ...]:
+        """The parameters of the body that were left out, as they are not supported."""
+        return self._ignored
+
+    def note_ignored(self, names: tuple[str, ...]) -> None:
+        self._ignored = names
 
     @model_validator(mode="after")
     def _one_cache(self) -> Self:
@@ -119,6 +215,16 @@ class GenerationRequest(_AboutTheService):
         wanted = self.cache if self.cache is not None else self.use_cache
         return None if wanted is True else wanted
 
+    @property
+    def is_cold(self) -> bool:
+        """Whether the answer may use no cache."""
+        return self.wanted_cache is False or self.cache_prompt is False
+
+    @property
+    def ends_model(self) -> bool:
+        """Whether the model should leave the memory after the answer."""
+        return self.keep_alive is not None and not re.search("[1-9]", str(self.keep_alive))
+
     def sampling(self) -> dict[str, Any]:
         """The sampling parameters that the request names."""
         wanted = {
@@ -126,6 +232,7 @@ class GenerationRequest(_AboutTheService):
             "temperature": self.temperature,
             "top_p": self.top_p,
             "top_k": self.top_k,
+            "min_p": self.min_p,
             "seed": self.seed,
             "stop": tuple(text for text in self.stop or () if text),
             "presence_penalty": self.presence_penalty,
@@ -139,9 +246,9 @@ class ChatRequest(GenerationRequest, TemplateVariables):
     """`POST /v1/chat/completions`."""
 
     messages: Many[ChatMessage] = Field(min_length=1)
-    max_completion_tokens: int | None = Field(default=None, ge=1, lt=_INT32)
+    max_completion_tokens: AnswerTokens | None = None
     logprobs: bool | None = None
-    top_logprobs: int | None = Field(default=None, ge=0, le=20)
+    top_logprobs: Annotated[Whole, Field(ge=0, le=20)] | None = None
     response_format: ResponseFormat | None = None
     tools: ToolList | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
@@ -219,7 +326,7 @@ class CompletionRequest(GenerationRequest):
     prompt: str | Annotated[Many[str], Field(min_length=1, max_length=1)] = Field(
         min_length=1, description="One text. It is not put into the model's chat template."
     )
-    logprobs: int | None = Field(default=None, ge=0, le=5)
+    logprobs: Annotated[Whole, Field(ge=0, le=5)] | None = None
 
     @property
     def text(self) -> str:

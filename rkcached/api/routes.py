@@ -47,6 +47,7 @@ from rkcached.api.exchange import (
 )
 from rkcached.api.inference import Inference, floats_of
 from rkcached.api.metrics import CONTENT_TYPE, Metrics
+from rkcached.api.named_prompt import prompt_text
 from rkcached.api.own_site import OwnSite
 from rkcached.api.page import page
 from rkcached.api.prepare import Preparation
@@ -174,7 +175,8 @@ class Api:
     )
     async def _chat(self, request: Request) -> Response:
         accepted = time.monotonic()
-        body = await read_record(ChatRequest, request)
+        tolerant = self._preparation.ignores_unsupported
+        body = await read_record(ChatRequest, request, ignores_unsupported=tolerant)
         writer_for = functools.partial(ChatWriter, body)
         return await self._inference.chat(request, body, writer_for, accepted=accepted)
 
@@ -189,7 +191,8 @@ class Api:
     )
     async def _complete(self, request: Request) -> Response:
         accepted = time.monotonic()
-        body = await read_record(CompletionRequest, request)
+        tolerant = self._preparation.ignores_unsupported
+        body = await read_record(CompletionRequest, request, ignores_unsupported=tolerant)
         return await self._inference.complete(
             request, body, CompletionWriter(body), accepted=accepted
         )
@@ -221,12 +224,13 @@ class Api:
     @endpoint(
         "GET",
         "/v1/models",
-        summary="Models, and their prompts as `model/prompt`.",
+        summary="Models, and their prompts that can be used as `model/prompt`.",
         answers={200: ModelList},
     )
     async def _models(self, request: Request) -> Response:
         desired = self._reconciler.snapshot.seen_by(viewer_of(request)).desired
-        names = [*desired.models, *map(str, desired.prompts)]
+        usable = [str(key) for key in desired.prompts if key in desired.texts]
+        names = [*desired.models, *usable]
         return answer(ModelList(data=[ModelCard(id=name) for name in names]))
 
     @endpoint(
@@ -240,13 +244,8 @@ class Api:
         snapshot = self._reconciler.snapshot.seen_by(viewer_of(request))
         name, _, prompt = request.path_params["name"].partition("/")
         find_model(snapshot, name)
-        if prompt and Key(name, prompt) not in snapshot.desired.prompts:
-            raise RequestError(
-                404,
-                f"the model {name!r} has no prompt {prompt!r}",
-                code="prompt_not_found",
-                param="model",
-            )
+        if prompt:
+            prompt_text(snapshot, Key(name, prompt), "model")
         return answer(ModelCard(id=request.path_params["name"]))
 
     # The daemon

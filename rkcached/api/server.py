@@ -10,8 +10,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import operator
 import os
+import re
 import resource
+import select
 import socket
 import stat
 import struct
@@ -39,6 +42,13 @@ HEAD_TIMEOUT_S = 10.0
 
 BODY_SILENCE_S = 30.0
 """A body may be slow, but no longer silent than this."""
+
+KEEP_ALIVE_S = 75
+"""A connection without a request stays open for this long. Clients that keep connections close them
+earlier by themselves; otherwise a request could come just when we close."""
+
+HANGUP_CHECK_S = 1.0
+"""A client that has ended its side, and then goes away, is noticed after this time."""
 
 STALLED_S = 30.0
 """A client that does not take its answer for this long is closed, which frees its place."""
@@ -187,6 +197,8 @@ class _Connection(H11Protocol):
     _deadline: asyncio.TimerHandle | None = None
     _in_head = False
     _stalled: asyncio.TimerHandle | None = None
+    _has_ended = False
+    _hangup_check: asyncio.TimerHandle | None = None
 
     # asyncio declares a BaseTransport; that of a socket is a Transport, as uvicorn says, too.
     def connection_made(  # type: ignore[override]  # see above
@@ -206,6 +218,8 @@ class _Connection(H11Protocol):
                 return
 
         if not self._has_a_place():
+            self._close_longest_idle()
+        if not self._has_a_place():
             _log_refused(len(self.connections))
             why = "too many connections; try again"
             transport.write(refusal("503 Service Unavailable", why, "too_many_connections"))
@@ -220,10 +234,74 @@ class _Connection(H11Protocol):
         )
         return len(self.connections) <= most and own <= most * 3 // 4
 
+    def _close_longest_idle(self) -> None:
+        """Close the connection that has waited for a next request for the longest.
+
+        It is one of this user's, unless all users together have too many.
+        """
+        is_full = len(self.connections) > _max_connections()
+        idle: list[tuple[float, _Connection]] = []
+        for other in self.connections:
+            if not isinstance(other, _Connection) or other.transport.is_closing():
+                continue
+            timer = other.timeout_keep_alive_task
+            if timer is not None and (is_full or other.uid == self.uid):
+                idle.append((timer.when(), other))
+
+        if idle:
+            _, longest = min(idle, key=operator.itemgetter(0))
+            longest.timeout_keep_alive_handler()
+            self.connections.discard(longest)
+
     def connection_lost(self, exc: Exception | None) -> None:
         self._clear_deadline()
         self._clear_stalled()
+        if self._hangup_check is not None:
+            self._hangup_check.cancel()
         super().connection_lost(exc)
+
+    # A client that ends its side
+
+    def eof_received(self) -> bool:  # type: ignore[override]  # uvicorn's always closes
+        """Whether the connection stays open: a client may end its side after its request.
+
+        `socat` and `nc -N` do so, and wait for the answer.
+        """
+        if self._is_hung_up() or not self._owes_an_answer():
+            return False
+        if not self._has_ended:
+            self._has_ended = True
+            self._look_for_hangup()
+        return True
+
+    def _owes_an_answer(self) -> bool:
+        if self._slices:
+            return True
+        is_whole = self.conn.their_state in (h11.DONE, h11.MUST_CLOSE)
+        return self.cycle is not None and not self.cycle.response_complete and is_whole
+
+    def _is_hung_up(self) -> bool:
+        """Whether the client has closed both sides, as the kernel knows of Unix sockets."""
+        peer = self.transport.get_extra_info("socket")
+        if peer is None or peer.family != socket.AF_UNIX:
+            return True
+        poll = select.poll()
+        poll.register(peer.fileno(), 0)
+        return bool(poll.poll(0))
+
+    def _look_for_hangup(self) -> None:
+        """Nothing more can be read, so asyncio does not tell when the client goes away."""
+        if self.transport.is_closing():
+            return
+        if self._is_hung_up():
+            self.transport.abort()
+            return
+        self._hangup_check = self.loop.call_later(HANGUP_CHECK_S, self._look_for_hangup)
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        if self._has_ended and not self._owes_an_answer():
+            self.transport.close()
 
     def pause_writing(self) -> None:
         """Called when the client takes less than we have for it."""
@@ -256,7 +334,7 @@ class _Connection(H11Protocol):
             self._slices.clear()
             return
 
-        super().data_received(self._slices.popleft())
+        super().data_received(_with_host(self._slices.popleft(), self.conn))
         self._await_more()
         if self._slices:
             self._is_taking = True
@@ -281,6 +359,14 @@ class _Connection(H11Protocol):
             self._in_head = in_head
             self._deadline = self.loop.call_later(after_s, self._too_late)
 
+    def send_400_response(self, msg: str) -> None:
+        """Answer what is no HTTP. uvicorn calls this."""
+        del msg
+        if self.cycle is None or self.cycle.response_complete or not self.cycle.response_started:
+            why = "this is not a request of HTTP/1.1; see RFC 9112 for how it begins and ends"
+            self.transport.write(refusal("400 Bad Request", why, "invalid_request"))
+        self.transport.close()
+
     def _clear_deadline(self) -> None:
         self._in_head = False
         if self._deadline is not None:
@@ -300,6 +386,26 @@ class _Connection(H11Protocol):
                 why = f"the request's headers did not end within {HEAD_TIMEOUT_S:g} s"
             self.transport.write(refusal("408 Request Timeout", why, "request_incomplete"))
         self.transport.close()
+
+
+_HEAD_END = re.compile(rb"\r?\n\r?\n")
+_HOST = re.compile(rb"\nhost:", re.IGNORECASE)
+
+
+def _with_host(data: bytes, connection: h11.Connection) -> bytes:
+    """The bytes of a client, with a Host header where they begin a request without one.
+
+    HTTP/1.1 demands it, and on a socket of ours it says nothing.
+    """
+    is_begin = connection.their_state is h11.IDLE and not connection.trailing_data[0]
+    if not is_begin:
+        return data
+
+    end = _HEAD_END.search(data)
+    if end is None or _HOST.search(data, 0, end.end()) is not None:
+        return data
+    line, newline, rest = data.partition(b"\n")
+    return line + newline + b"Host: localhost\r\n" + rest
 
 
 def _is_child(pid: int) -> bool:
@@ -367,6 +473,7 @@ class HttpServer(uvicorn.Server):
             proxy_headers=False,
             server_header=False,
             timeout_graceful_shutdown=grace_s,
+            timeout_keep_alive=KEEP_ALIVE_S,
             ws="none",
         )
         super().__init__(config)

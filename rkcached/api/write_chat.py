@@ -48,6 +48,8 @@ class WrittenChat:
     """The rendered request."""
     continued: str
     """The text that the answer continues, if any."""
+    ignored: tuple[str, ...]
+    """The parts of the request that were left out for those of the prompt, or the other way."""
 
     @property
     def messages(self) -> Sequence[Message]:
@@ -71,8 +73,9 @@ def write_chat(
     demand = demand_of(request, shown, model, form, snapshot.manifest.engine.kind)
 
     messages = [message.plain() for message in request.messages]
+    ignored: tuple[str, ...] = ()
     if named is not None:
-        messages = with_prompt(snapshot, named, messages, param)
+        messages, ignored = with_prompt(snapshot, named, messages, param)
     size_bytes = sum(len(message["content"].encode()) for message in messages)
     refuse_too_long(model, size_bytes, "messages")
 
@@ -94,6 +97,7 @@ def write_chat(
         conversation=conversation,
         prompt=prompt,
         continued=continued,
+        ignored=ignored,
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +69,7 @@ class Conversation:
                 output.print_json(client.chat(body))
                 return
 
-            pieces: list[str] = []
+            shown = _Shown()
             report: dict[str, Any] = {}
             usage: dict[str, Any] = {}
 
@@ -76,17 +77,11 @@ class Conversation:
                 report = chunk.get("rkcached", report)
                 usage = chunk.get("usage", usage)
                 for choice in chunk["choices"]:
-                    text = choice["delta"].get("content", "")
-                    pieces.append(text)
-                    click.echo(harmless(text), nl=False)
-                    for call in choice["delta"].get("tool_calls", ()):
-                        if any(pieces):
-                            click.echo()
-                        click.secho(_shown(call["function"]), dim=True)
+                    shown.add(choice["delta"])
 
         click.echo()
-        click.secho(_measured(report, usage), dim=True, err=True)
-        self._messages = [*messages, {"role": "assistant", "content": "".join(pieces)}]
+        click.secho(_measured(report, usage, shown.thought_ms), dim=True, err=True)
+        self._messages = [*messages, {"role": "assistant", "content": shown.content}]
 
     def talk(self) -> None:
         """A conversation at the terminal, until end of file (Ctrl-D).
@@ -107,12 +102,43 @@ class Conversation:
                 click.secho(f"error: {error.message}", fg="red", err=True)
 
 
+class _Shown:
+    """An answer on the screen: the reasoning dim, then the content, then calls."""
+
+    def __init__(self) -> None:
+        self.content = ""
+        self.thought_ms: float | None = None
+        """From the question to the first piece after the reasoning; None if there was none."""
+        self._asked = time.monotonic()
+        self._is_reasoning = False
+
+    def add(self, delta: dict[str, Any]) -> None:
+        if reasoning := delta.get("reasoning_content"):
+            self._is_reasoning = True
+            click.secho(harmless(reasoning), dim=True, nl=False)
+
+        text = delta.get("content") or ""
+        calls = delta.get("tool_calls", ())
+        if self._is_reasoning and (text or calls):
+            self._is_reasoning = False
+            self.thought_ms = (time.monotonic() - self._asked) * 1000
+            click.echo("\n")
+
+        self.content += text
+        click.echo(harmless(text), nl=False)
+        for call in calls:
+            if self.content:
+                click.echo()
+            click.secho(_shown(call["function"]), dim=True)
+
+
 def _shown(function: dict[str, str]) -> str:
     """A call of a tool that the prompt declares, as a line. Nobody here can carry it out."""
     return printable(f"[the model calls {function['name']} with {function['arguments']}]")
 
 
-def _measured(report: dict[str, Any], usage: dict[str, Any]) -> str:
+def _measured(report: dict[str, Any], usage: dict[str, Any], thought_ms: float | None) -> str:
+    """The figures under an answer. `thought_ms`: until the reasoning was over, if there was any."""
     cache = f"{report['state']} on {report['cache']}" if report["cache"] else report["state"]
     reason = ""
     if report["reason"]:
@@ -123,7 +149,10 @@ def _measured(report: dict[str, Any], usage: dict[str, Any]) -> str:
     reuse = ""
     if cached is not None:
         reuse = f"{cached} of {total} prompt tokens reused, "
+    thought = ""
+    if thought_ms is not None:
+        thought = f"the answer after {thought_ms:.0f} ms, "
     return (
-        f"[{cache}{reason}: first token after {report['ttft_ms']:.0f} ms, {reuse}"
+        f"[{cache}{reason}: first token after {report['ttft_ms']:.0f} ms, {thought}{reuse}"
         f"{report['decode_tokens_per_s']:.0f} tokens/s]"
     )

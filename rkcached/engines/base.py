@@ -36,7 +36,7 @@ SAMPLING_PARAMETERS = (
 )
 """The fields of `Sampling` that llama.cpp and RKLLM know by the same names."""
 
-SAMPLING_FIELDS = (*SAMPLING_PARAMETERS, "seed")
+SAMPLING_FIELDS = (*SAMPLING_PARAMETERS, "min_p", "seed")
 """The fields of `Sampling` that decide about the next token."""
 
 
@@ -51,6 +51,8 @@ class Sampling(msgspec.Struct, frozen=True, kw_only=True):
     repeat_penalty: float | None = None
     frequency_penalty: float | None = None
     presence_penalty: float | None = None
+    min_p: float | None = None
+    """Leave out tokens that are less likely than this share of the likeliest one; 0 is off."""
     seed: int | None = None
     stop: tuple[str, ...] = ()
     """Generation ends before the first of these strings; it is not part of the text."""

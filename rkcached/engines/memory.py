@@ -444,6 +444,8 @@ def _answer(state: int, sampling: Sampling, room: int) -> tuple[bytes, int, Fini
 
     if sampling.temperature is not None and sampling.temperature > 0:
         chosen += [sampling.temperature, sampling.top_k, sampling.top_p, sampling.seed]
+        if sampling.min_p:
+            chosen.append(sampling.min_p)
     key = _origin(msgspec.json.encode(chosen))
     count = min(sampling.max_new_tokens, room)
     stream = bytearray()

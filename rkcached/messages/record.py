@@ -23,17 +23,40 @@ Name = Annotated[str, Field(max_length=256)]
 class Record(BaseModel):
     # strict: true is not 1, and "16" is not 16. A schema is built when it is first needed, so the
     # start does not wait for schemas that nobody uses.
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, defer_build=True)
+    model_config = ConfigDict(
+        extra="forbid",
+        frozen=True,
+        strict=True,
+        defer_build=True,
+        json_schema_extra={"additionalProperties": {"type": "null"}},
+    )
 
     max_values: ClassVar[int] = MAX_VALUES
     """A body of this kind may have so many values and keys."""
 
+    foreign_prefixes: ClassVar[tuple[str, ...]] = ()
+    """Unknown keys that begin so are left out."""
+
     @model_validator(mode="before")
     @classmethod
     def _has_few_keys(cls, value: Any) -> Any:
-        if isinstance(value, dict) and len(value) > MAX_KEYS:
+        """Refuse an object of many keys, and leave out unknown ones that say nothing.
+
+        A client that has no value for a parameter may say so with null. One validator for both: it
+        runs for every message of a body.
+        """
+        if not isinstance(value, dict):
+            return value
+        if len(value) > MAX_KEYS:
             raise ValueError(f"an object of {len(value):,} keys, at most {MAX_KEYS} are accepted")
-        return value
+        known = cls.__pydantic_fields__
+        if value.keys() <= known.keys():
+            return value
+        return {
+            key: item
+            for key, item in value.items()
+            if key in known or not (item is None or key.startswith(cls.foreign_prefixes))
+        }
 
 
 class ForeignFields(Record):

@@ -7,6 +7,7 @@ No character is looked at more than a few times, however long the answer is.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import Enum, auto
@@ -43,8 +44,8 @@ class Reply:
     """Feed it the pieces of an answer, then end it.
 
     `form` is how the model writes tool calls, None if it was given no tools; `tools` are those.
-    `marks` are around its reasoning. `forced`: the whole answer is one call in JSON, as its schema
-    demanded. `reasons`: the prompt ended inside reasoning.
+    `marks` are around its reasoning. `forced`: the whole answer is JSON by a schema that demands or
+    allows a call. `reasons`: the prompt ended inside reasoning.
     """
 
     def __init__(
@@ -256,7 +257,9 @@ class Reply:
     def _bare_calls(self, text: str) -> Iterator[Delta]:
         """The calls that `text` consists of, all to known tools; else the text."""
         read = _WHOLE_ANSWER
-        if self._form is not None and self._bare and not self._is_forced:
+        if self._is_forced:
+            read = _demanded_call
+        elif self._form is not None and self._bare:
             read = self._form.read
         calls = read_calls(read, text.strip(), self._tools)
         if calls and all(call.name in self._tools for call in calls):
@@ -266,6 +269,17 @@ class Reply:
 
 
 _WHOLE_ANSWER = json_calls()
+
+
+def _demanded_call(text: str, tools: Tools) -> list[ToolCall]:
+    """The call that the whole answer is, as its schema has it.
+
+    Where the schema allows another answer, too, that may be an object with a name.
+    """
+    value = json.loads(text)
+    if not isinstance(value, dict) or not value.keys() & {"arguments", "parameters"}:
+        return []
+    return _WHOLE_ANSWER(text, tools)
 
 
 def read_calls(read: Read, text: str, tools: Tools) -> list[ToolCall]:

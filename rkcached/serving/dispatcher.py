@@ -18,6 +18,7 @@ import msgspec
 
 from rkcached import errors
 from rkcached.engines.base import EngineInfo, RunStats
+from rkcached.errors import RequestError
 from rkcached.host.logs import log
 from rkcached.plan.desired import DesiredModel
 from rkcached.plan.records import State
@@ -37,6 +38,7 @@ from rkcached.serving.models import find_model
 from rkcached.serving.ongoing import Ongoing
 from rkcached.serving.reuse import Found, cache_file, find, load_bytes
 from rkcached.serving.tally import OnAnswer, Tally
+from rkcached.serving.unsupported import without_unsupported
 from rkcached.serving.waiting import sooner_to_wait
 from rkcached.sources.records import Key
 from rkcached.worker import protocol
@@ -141,6 +143,12 @@ class Serving:
             )
         return result.tokens
 
+    async def _unload_after(self, name: str) -> None:
+        """Unload a model that a client needs no longer; another one may have changed it by now."""
+        with contextlib.suppress(RequestError):
+            await self.unload(name)
+            log.info("model unloaded", model=name, reason="a request had keep_alive: 0")
+
     @contextlib.asynccontextmanager
     async def lend(self, name: str) -> AsyncIterator[None]:
         """Leave a model to a client that loads it itself, for as long as the context lasts.
@@ -191,7 +199,10 @@ class Serving:
                 ongoing.first_written = ongoing.first_written or time.monotonic()
             if not work.done() or work.cancelled():
                 raise stopping()
-            yield self.tally.end(ongoing, work.result())
+            end = self.tally.end(ongoing, work.result())
+            if job.ends_model:
+                self._in_background(self._unload_after(job.model.name))
+            yield end
         except errors.RkcachedError as error:
             raise as_request_error(
                 error, text_param=job.text_param, schema_param=job.schema_param
@@ -242,6 +253,9 @@ class Serving:
                     ongoing.found = found.without(death) if death else found
                     ongoing.started = ongoing.started or time.monotonic()
                     info = await self._load_model(worker, ongoing)
+                    if job.ignores_unsupported:
+                        fixed = worker.model.spec.sampling
+                        ongoing.job = without_unsupported(job, info, fixed)
                     ongoing.found = ongoing.found.on(rewinds=info.rewinds)
                     done = await self._generate(worker, ongoing)
                     ongoing.found = replace(ongoing.found, rewinds=done.rewinds)
@@ -259,7 +273,7 @@ class Serving:
                 reason = error.message.partition(":")[0]
                 log.info("asked again", model=job.model.name, reason=reason)
                 prompt = await job.correct(error.text, error.message)
-                ongoing.job = replace(job, prompt=prompt, correct=None)
+                ongoing.job = replace(ongoing.job, prompt=prompt, correct=None)
             else:
                 self._deadly.answered(job)
                 self._note_load(ongoing)
@@ -438,6 +452,9 @@ class Serving:
                 found.chosen.key, found.chosen.artifact, failure.error, died=False
             )
 
-        task = asyncio.create_task(healing)
+        self._in_background(healing)
+
+    def _in_background(self, work: Coroutine[None, None, None]) -> None:
+        task = asyncio.create_task(work)
         self._background.add(task)
         task.add_done_callback(self._background.discard)

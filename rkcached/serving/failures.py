@@ -7,6 +7,9 @@ from collections.abc import Sequence
 from rkcached import errors
 from rkcached.errors import RequestError, counted
 
+IGNORE_IT = "serving.unsupported: ignore in the manifest"
+"""The next step for a program that cannot leave a parameter out."""
+
 # Status, code, param, and the seconds until a retry makes sense.
 _STATUS: dict[type[errors.RkcachedError], tuple[int, str, str | None, int]] = {
     errors.InputInvalid: (400, "invalid_value", "input", 0),
@@ -48,7 +51,7 @@ def as_request_error(
                 error.message,
                 code="unsupported_parameter",
                 param=error.param or None,
-                hint=error.hint,
+                hint=f"{error.hint}, or set {IGNORE_IT}",
             )
         case errors.SchemaInvalid():
             return RequestError(

@@ -52,6 +52,12 @@ class Job:
     """The request's parameter that holds the text; errors name it."""
     schema_param: str = "response_format"
     """The request's parameter that holds the schema of the answer; errors name it."""
+    ignores_unsupported: bool = False
+    """Sampling that the engine cannot change in a run is left out, not refused."""
+    ignored: tuple[str, ...] = ()
+    """The client asked for these and does not get them; the answer lists them."""
+    ends_model: bool = False
+    """The model leaves the memory after the answer."""
     correct: Callable[[str, str], Awaitable[str]] | None = None
     """Renders a second try from an answer that does not fit the schema, and the reason."""
 

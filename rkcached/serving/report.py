@@ -60,6 +60,8 @@ class CacheReport:
     load_ms: float
     prefill_ms: float
     decode_tokens_per_s: float
+    ignored: tuple[str, ...] = ()
+    """Parameters of the request that had no effect, and system messages that were left out."""
 
 
 def usage_of(stats: RunStats) -> Usage:

@@ -70,6 +70,7 @@ class Tally:
             load_ms=round(ongoing.load_ms, 2),
             prefill_ms=round(stats.prefill_ms, 2),
             decode_tokens_per_s=decode_rate(stats),
+            ignored=job.ignored,
         )
         self._events.publish(
             "answer",

@@ -68,6 +68,22 @@ class ReadyWhen(StrEnum):
     LOADED = "loaded"
 
 
+class Unsupported(StrEnum):
+    """The treatment of parameters that would change the answer and are not supported."""
+
+    REFUSE = "refuse"
+    IGNORE = "ignore"
+
+
+class SystemConflict(StrEnum):
+    """The treatment of a request that names a prompt and has another system message."""
+
+    REFUSE = "refuse"
+    PROMPT = "prompt"
+    CLIENT = "client"
+    APPEND = "append"
+
+
 class _Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -233,6 +249,15 @@ class ServingConfig(_Section):
         default=(),
         description="Other names by which browsers and proxies may call this machine.",
     )
+    unsupported: Unsupported = Field(
+        default=Unsupported.REFUSE,
+        description="Refuse a request whose parameters cannot be met, or ignore these parameters.",
+    )
+    system_conflict: SystemConflict = Field(
+        default=SystemConflict.REFUSE,
+        description="A request names a prompt and has another system message: refuse it, take the "
+        "prompt's text, the client's, or the client's after the prompt's.",
+    )
     shutdown_grace_s: float = values.number(
         default=3.0,
         ge=0,
@@ -307,6 +332,9 @@ class PromptConfig(_Section):
     )
     chat_template_kwargs: TemplateVariables = Field(
         default_factory=dict, description="Changes to the model's chat_template_kwargs."
+    )
+    system_conflict: SystemConflict | None = Field(
+        default=None, description="serving.system_conflict for this prompt. None: the same."
     )
 
     @model_validator(mode="before")
@@ -649,6 +677,15 @@ class Manifest(_Section):
         return [(name, list(model.prompts)) for name, model in self.models.items()]
 
     __hash__ = None  # type: ignore[assignment]  # holds dicts
+
+
+def system_conflict(manifest: Manifest, model: str, prompt: str) -> SystemConflict:
+    """The treatment of a request that names this prompt and has another system message."""
+    config = manifest.models.get(model)
+    declared = config.prompts.get(prompt) if config is not None else None
+    if declared is not None and declared.system_conflict is not None:
+        return declared.system_conflict
+    return manifest.serving.system_conflict
 
 
 def json_schema() -> dict[str, Any]:

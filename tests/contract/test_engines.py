@@ -650,6 +650,23 @@ def test_a_seed_decides_the_answer(engine: Engine, home: Saved) -> None:
     assert len(set(first)) > 1
 
 
+def test_min_p_leaves_out_what_is_unlikely(case: Case, engine: Engine, home: Saved) -> None:
+    """With 1, only the likeliest token is left, however high the temperature; 0 is off anywhere."""
+    hot = Sampling(max_new_tokens=8, temperature=2.0, top_k=0, top_p=1.0, repeat_penalty=1.0)
+    if "min_p" not in engine.info.run_sampling:
+        ask_loaded(engine, home, Sampling(max_new_tokens=2, min_p=0.0))
+        return
+    if case.open is not LlamaCppEngine:
+        return  # it only imitates a choice
+
+    answers = [
+        ask_loaded(engine, home, msgspec.structs.replace(hot, min_p=1.0, seed=seed)).ids
+        for seed in range(3)
+    ]
+    greedy = msgspec.structs.replace(hot, temperature=0.0)
+    assert answers == [ask_loaded(engine, home, greedy).ids] * 3
+
+
 def test_penalties_and_large_seeds_are_accepted(engine: Engine, home: Saved) -> None:
     """Every field of Sampling that a run may set has a place; a seed may have 64 bits.
 
@@ -662,6 +679,7 @@ def test_penalties_and_large_seeds_are_accepted(engine: Engine, home: Saved) -> 
         "repeat_penalty": 1.2,
         "frequency_penalty": 0.1,
         "presence_penalty": 0.1,
+        "min_p": 0.1,
         "seed": 2**63,
     }
     taken = {name: value for name, value in values.items() if name in engine.info.run_sampling}

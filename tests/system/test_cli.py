@@ -817,6 +817,39 @@ def test_verify(two_prompts: Workspace) -> None:
     assert two_prompts.cli("verify", "m/a").stdout.startswith("ok")
 
 
+def test_chat_shows_reasoning_and_both_times(workspace: Workspace) -> None:
+    """While a model thinks, its words are there.
+
+    Regression: nothing was shown, and then a first token after 72 ms was claimed after 6.7 s.
+    """
+    said = "<think>\nhm, hm</think>\n\nGood day"
+    workspace.memory_model(script={"hello": said}, decode_us_per_token=10_000)
+    workspace.declare("{}", model="    chat_template: chatml\n")
+    workspace.start()
+
+    done = workspace.cli("chat", "m", "hello")
+
+    assert done.stdout == "hm, hm\n\nGood day\n"
+    times = re.search(r"first token after (\d+) ms, the answer after (\d+) ms, ", done.stderr)
+    assert times is not None, done.stderr
+    assert int(times[2]) - int(times[1]) >= 100
+    assert "the answer after" not in workspace.cli("chat", "m", "other").stderr
+
+
+def test_chat_shows_every_character(workspace: Workspace) -> None:
+    """U+2028 and U+0085 end lines for Python, but not the events of a stream.
+
+    Regression: `rkcached chat` ended with a JSONDecodeError.
+    """
+    workspace.memory_model(script={"hello": "one\u2028two\x85three\u2029four"})
+    workspace.declare("{}", model="    chat_template: chatml\n")
+    workspace.start()
+
+    shown = workspace.cli("chat", "m", "hello").stdout
+    for word in ("one", "two", "three", "four"):
+        assert word in shown
+
+
 def test_chat(two_prompts: Workspace) -> None:
     """Chat streams an answer and says what was measured; it reads a pipe.
 

@@ -173,6 +173,41 @@ def test_what_parse_returned_goes_back(client: openai.OpenAI) -> None:
     )
 
 
+def test_tools_beside_a_format(client: openai.OpenAI) -> None:
+    """llama.cpp writes either a call or the format, and nothing else; min_p beside it is taken."""
+    schema = {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "$defs": {"word": {"enum": ["yes", "no"]}},
+        "type": "object",
+        "properties": {"answer": {"$ref": "#/$defs/word"}},
+        "required": ["answer"],
+        "additionalProperties": False,
+    }
+    kind: Any = {"type": "json_schema", "json_schema": {"name": "a", "schema": schema}}
+    tools: Any = [WEATHER]
+    seen = set()
+    for seed in range(6):
+        answer = client.chat.completions.create(
+            model="m",
+            messages=[{"role": "user", "content": "Is it raining?"}],
+            tools=tools,
+            response_format=kind,
+            max_tokens=80,
+            temperature=2.0,
+            seed=seed,
+            extra_body={"min_p": 0.01},
+        )
+        (choice,) = answer.choices
+        if choice.message.tool_calls:
+            (call,) = choice.message.tool_calls
+            assert call.type == "function"
+            assert isinstance(json.loads(call.function.arguments), dict)
+        elif choice.finish_reason == "stop":
+            assert json.loads(choice.message.content or "")["answer"] in ("yes", "no")
+        seen.add(choice.finish_reason)
+    assert seen & {"stop", "tool_calls"}
+
+
 def test_tools(client: openai.OpenAI) -> None:
     """A demanded call, whole and streamed.
 

@@ -248,10 +248,10 @@ def test_names(name: str, known: str) -> None:
 
 def test_options_are_ours_by_another_name() -> None:
     options = Options.model_validate(
-        {"num_predict": 5, "top_k": 3, "stop": ["x"], "min_p": 0.1, "numa": None, "seed": 4.0}
+        {"num_predict": 5, "top_k": 3, "stop": ["x"], "tfs_z": 0.1, "numa": None, "seed": 4.0}
     )
     assert options.parameters() == {"max_tokens": 5, "top_k": 3, "stop": ["x"], "seed": 4}
-    assert list(options.unknown()) == ["min_p"]
+    assert list(options.unknown()) == ["tfs_z"]
     assert Options.model_validate({"num_predict": -2, "stop": []}).parameters() == {}
 
 

@@ -318,6 +318,26 @@ def test_sampling_of_a_request(board: Workspace) -> None:
     assert hit(board) == hit(board, temperature=0)
 
 
+def test_sampling_that_is_ignored(board: Workspace) -> None:
+    """A program that always sends a temperature and a seed is answered, and told what it lacks."""
+    expected = hit(board)
+    manifest = board.manifest.read_text()
+    board.write("manifest.yaml", f"{manifest}serving: {{unsupported: ignore}}\n")
+    board.hang_up()
+
+    sampling = {"temperature": 0.5, "top_p": 0.5, "seed": 3, "min_p": 0.1, "logprobs": True}
+    report = board.ask("m/a", **sampling)["rkcached"]
+    is_new = "runtime version: 1.3.0" in board.log_text()
+    fixed = [] if is_new else ["temperature", "top_p"]
+    assert report["ignored"] == [*fixed, "min_p", "seed", "logprobs"]
+    assert report["state"] == "hit"
+
+    report = board.ask("m/a", temperature=0, min_p=0)["rkcached"]
+    assert report["ignored"] == []
+    if not is_new:
+        assert hit(board, temperature=0.5) == expected
+
+
 @pytest.mark.parametrize("group", ["D", "E"])
 def test_state_that_cannot_be_taken_back(
     workspace: Workspace, library: Library, group: str

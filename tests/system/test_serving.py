@@ -650,7 +650,7 @@ def test_kill_nine_leaves_no_child(two_prompts: Workspace) -> None:
         (b'{"model": "m"}', "missing_parameter"),
         (b'{"model": "m", "messages": []}', "invalid_value"),
         (
-            b'{"model": "m", "messages": [{"role": "user", "content": "x"}], "logit_bias": {}}',
+            b'{"model": "m", "messages": [{"role": "user", "content": "x"}], "best_of": 2}',
             "unsupported_parameter",
         ),
         (

@@ -126,6 +126,157 @@ def test_errors_repeat_little_of_a_body() -> None:
         assert len(refused.value.param or "") < 1000
 
 
+HARMLESS: list[dict[str, Any]] = [
+    {"logit_bias": {}},
+    {"logit_bias": None},
+    {"logit_bias": []},
+    {"modalities": ["text"]},
+    {"functions": []},
+    {"functions": [], "function_call": "auto"},
+    {"best_of": 1},
+    {"best_of": 1.0},
+    {"verbosity": "medium"},
+    {"n": 1.0},
+    {"echo": False, "suffix": ""},
+    {"mirostat": 0, "typical_p": 1.0, "repetition_penalty": 1, "ignore_eos": False},
+    {"dry_multiplier": 0.0, "xtc_probability": 0, "dynatemp_range": 0, "min_tokens": 0},
+    {"prompt_cache_retention": "24h", "cache_control": {"type": "ephemeral"}},
+    {"stream_options": {"include_usage": True, "include_obfuscation": False}},
+    {"stream_options": {"include_usage": None, "somewhat": None}},
+    {"stream_options": None, "tools": None, "stop": None, "audio": None, "unknown": None},
+    {"reasoning_effort": "low"},
+    {"chat_template_kwargs": {"enable_thinking": False}},
+    {"stop": ["a", "b", "c", "d", "e"]},
+    {"keep_alive": "5m"},
+    {"keep_alive": 0},
+    {"keep_alive": -1},
+    {"keep_alive": "1h30m"},
+    {"cache_prompt": True},
+    {"min_p": 0.05},
+]
+
+
+@pytest.mark.parametrize("fields", HARMLESS)
+def test_what_changes_nothing_is_accepted(fields: dict[str, Any]) -> None:
+    """Programs send it with every request: null, a value that is off, a word about the service."""
+    request = parse_body(ChatRequest, json.dumps(chat(**fields)).encode())
+
+    assert request.ignored == ()
+
+
+CHANGING: list[dict[str, Any]] = [
+    {"logit_bias": {"5": 1}},
+    {"modalities": ["audio"]},
+    {"modalities": ["text", "audio"]},
+    {"functions": [{}]},
+    {"function_call": {"name": "f"}},
+    {"best_of": 2},
+    {"verbosity": "low"},
+    {"echo": True},
+    {"suffix": "x"},
+    {"mirostat": 2},
+    {"repetition_penalty": 1.2},
+    {"audio": {}},
+    {"unknown": 0},
+]
+
+
+@pytest.mark.parametrize("fields", CHANGING)
+def test_what_would_change_the_answer_is_refused_or_noted(fields: dict[str, Any]) -> None:
+    """By its name, with the next step; or it is left out, if the manifest wants that."""
+    data = json.dumps(chat(**fields, temperature=0.5)).encode()
+    (name,) = fields
+
+    with pytest.raises(RequestError) as refused:
+        parse_body(ChatRequest, data)
+    request = parse_body(ChatRequest, data, ignores_unsupported=True)
+
+    assert (refused.value.param, refused.value.code) == (name, "unsupported_parameter")
+    assert "serving.unsupported: ignore" in refused.value.hint
+    assert request.ignored == (name,)
+    assert request.sampling()["temperature"] == 0.5
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"temperature": "hot"},
+        {"max_tokens": 0},
+        {"max_tokens": -2},
+        {"max_tokens": 8.5},
+        {"seed": 0.5},
+        {"n": 2},
+        {"min_p": 1.5},
+        {"keep_alive": "soon"},
+        {"stream_options": {"include": True}},
+        {"messages": [USER | {"unknown": 1}]},
+    ],
+)
+def test_what_is_wrong_is_never_ignored(fields: dict[str, Any]) -> None:
+    """A value of the wrong kind, or something unknown inside of a message."""
+    with pytest.raises(RequestError) as refused:
+        parse_body(ChatRequest, json.dumps(chat(**fields)).encode(), ignores_unsupported=True)
+
+    assert refused.value.status == 400
+
+
+def test_long_names_that_are_ignored_are_cut() -> None:
+    """An answer does not carry a megabyte back."""
+    data = json.dumps(chat(**{"x" * (1 << 20): 1})).encode()
+
+    (name,) = parse_body(ChatRequest, data, ignores_unsupported=True).ignored
+
+    assert len(name) < 100
+
+
+def test_whole_numbers_may_have_a_point() -> None:
+    """JavaScript's numbers do; 8.0 is 8, and -1 is as much as the context holds."""
+    for value, expected in ((8.0, 8), (-1, -1), (-1.0, -1)):
+        for name in ("max_tokens", "max_completion_tokens"):
+            request = parse_body(ChatRequest, json.dumps(chat(**{name: value})).encode())
+            assert request.sampling()["max_new_tokens"] == expected
+
+    body = chat(seed=42.0, top_k=20.0, logprobs=True, top_logprobs=2.0)
+    sampling = parse_body(ChatRequest, json.dumps(body).encode()).sampling()
+    found = [sampling[name] for name in ("seed", "top_k", "logprobs")]
+    assert found == [42, 20, 2]
+    assert all(type(value) is int for value in found)
+
+
+@pytest.mark.parametrize(
+    ("fields", "is_cold"),
+    [
+        ({}, False),
+        ({"cache_prompt": True}, False),
+        ({"cache_prompt": False}, True),
+        ({"cache": False}, True),
+        ({"cache": "a", "cache_prompt": False}, True),
+    ],
+)
+def test_an_answer_may_be_cold(fields: dict[str, Any], is_cold: bool) -> None:
+    """In our word or in llama.cpp's."""
+    request = parse_body(ChatRequest, json.dumps(chat(**fields)).encode())
+
+    assert request.is_cold == is_cold
+
+
+@pytest.mark.parametrize(
+    ("value", "ends"),
+    [(0, True), (0.0, True), ("0", True), ("0s", True), ("0m0s", True), (-1, False), ("5m", False)],
+)
+def test_keep_alive_may_end_the_model(value: Any, ends: bool) -> None:
+    request = parse_body(ChatRequest, json.dumps(chat(keep_alive=value)).encode())
+
+    assert request.ends_model == ends
+
+
+def test_a_byte_order_mark_before_the_body() -> None:
+    """Windows' editors and PowerShell write one."""
+    data = b"\xef\xbb\xbf" + json.dumps(chat()).encode()
+
+    assert parse_body(ChatRequest, data).model == "m"
+
+
 json_values = st.recursive(
     st.none() | st.integers() | st.text(alphabet='a,:[{"\\é'),
     lambda inner: st.lists(inner) | st.dictionaries(st.text(alphabet='k,:[{"\\'), inner),

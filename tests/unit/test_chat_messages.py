@@ -206,6 +206,35 @@ def test_fields_of_other_programs_are_accepted() -> None:
     assert "ephemeral" not in json.dumps([told, tools])
 
 
+def test_a_message_comes_back_with_all_that_was_noted() -> None:
+    """Its id, when it was made and by which model; reasoning in other words; null for anything."""
+    noted = {
+        "id": "msg_1",
+        "created_at": 1,
+        "model": "m",
+        "reasoning_opaque": "x",
+        "reasoning_text": None,
+        "images": None,
+        "function_call": None,
+    }
+
+    user, assistant = plain(
+        USER | {"id": "msg_0", "images": None}, {"role": "assistant", "content": "4"} | noted
+    )
+
+    assert user == USER
+    assert assistant == {"role": "assistant", "content": "4"}
+
+
+@pytest.mark.parametrize("field", [{"images": ["x"]}, {"reasoning_text": "x"}])
+def test_a_question_with_more_than_text_is_refused(field: dict[str, Any]) -> None:
+    """Nothing that the model should see is dropped in silence."""
+    with pytest.raises(RequestError) as refused:
+        plain(USER | field)
+
+    assert refused.value.code == "unsupported_parameter"
+
+
 def test_a_refusal_is_what_the_assistant_said() -> None:
     (told,) = plain({"role": "assistant", "content": None, "refusal": "No."})
 

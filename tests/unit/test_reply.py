@@ -77,6 +77,7 @@ CASES = [
     ('<tool_call>{"name": "", "arguments": {}}</tool_call>', HERMES, (..., "", [])),
     ('<tool_call>{"name": "\\ud800", "arguments": {}}</tool_call>', HERMES, (..., "", [])),
     ('{"name": "f", "parameters": {"a": ' + "[" * 980 + "]" * 980 + "}}", LLAMA3, (..., "", [])),
+    ('{"name": "f", "n": 1}', HERMES | {"forced": True}, ('{"name": "f", "n": 1}', "", [])),
     ('{"name": "f", "argum', HERMES | {"forced": True}, ('{"name": "f", "argum', "", [])),
 ]
 

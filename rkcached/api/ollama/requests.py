@@ -13,7 +13,7 @@ from typing import Any
 from pydantic import ConfigDict, Field
 
 from rkcached.api.bodies import valid
-from rkcached.api.requests import ChatRequest, CompletionRequest, EmbeddingRequest
+from rkcached.api.requests import ChatRequest, CompletionRequest, EmbeddingRequest, Whole
 from rkcached.errors import RequestError
 from rkcached.messages.record import Many, Name, Record
 
@@ -21,7 +21,7 @@ _LATEST = ":latest"
 
 
 class _Lenient(Record):
-    model_config = ConfigDict(extra="allow", strict=False, defer_build=True)
+    model_config = ConfigDict(extra="allow", defer_build=True)
 
     def unknown(self) -> Iterator[str]:
         """The names of parameters that mean nothing here."""
@@ -33,11 +33,12 @@ class _Lenient(Record):
 class Options(_Lenient):
     """Those that a run can have. Others say how Ollama loads a model, or are of older samplers."""
 
-    num_predict: int | None = None
-    seed: int | None = None
+    num_predict: Whole | None = None
+    seed: Whole | None = None
     temperature: float | None = None
-    top_k: int | None = None
+    top_k: Whole | None = None
     top_p: float | None = None
+    min_p: float | None = None
     repeat_penalty: float | None = None
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
@@ -78,7 +79,7 @@ class _Generation(_Request):
     )
     think: bool | str | None = None
     logprobs: bool | None = None
-    top_logprobs: int | None = None
+    top_logprobs: Whole | None = None
 
     def shared(self, model: str) -> dict[str, Any]:
         """The values that a conversation and a text have in common."""
@@ -102,7 +103,7 @@ class _Generation(_Request):
         if self.logprobs:
             values["logprobs"] = True
             values["top_logprobs"] = self.top_logprobs
-        return valid(ChatRequest, values)
+        return valid(ChatRequest, values, self.ignored())
 
 
 class CalledFunction(_Lenient):
@@ -156,7 +157,8 @@ class OllamaGenerateRequest(_Generation):
         if self.images:
             raise _refused("images", _NO_IMAGES)
         if self.raw:
-            return valid(CompletionRequest, {**self.shared(model), "prompt": self.prompt})
+            values = {**self.shared(model), "prompt": self.prompt}
+            return valid(CompletionRequest, values, self.ignored())
 
         messages = [{"role": "user", "content": self.prompt}]
         if self.system:
@@ -175,7 +177,7 @@ class OllamaEmbedRequest(_Request):
     truncate: bool | None = Field(
         default=None, description="Ignored: a text that is too long is refused."
     )
-    dimensions: int | None = None
+    dimensions: Whole | None = None
 
     def internal(self, model: str) -> EmbeddingRequest:
         """Errors: RequestError."""

@@ -108,10 +108,12 @@ class OllamaApi:
             return await self._load(body.model, model, {"message": _NO_MESSAGE})
 
         def writer_for(reply: Reply) -> OllamaWriter:
-            return OllamaWriter(body.model, reply, is_chat=True, ignored=body.ignored())
+            return OllamaWriter(body.model, reply, is_chat=True)
 
         internal = await asyncio.to_thread(body.internal, model)
-        return await self._inference.chat(request, internal, writer_for, accepted=accepted)
+        return await self._inference.chat(
+            request, internal, writer_for, accepted=accepted, tolerant=True
+        )
 
     @endpoint(
         "POST",
@@ -131,14 +133,16 @@ class OllamaApi:
             return await self._load(body.model, model, {"response": ""})
 
         def writer_for(reply: Reply | None) -> OllamaWriter:
-            return OllamaWriter(body.model, reply, is_chat=False, ignored=body.ignored())
+            return OllamaWriter(body.model, reply, is_chat=False)
 
         internal = body.internal(model)
         if isinstance(internal, CompletionRequest):
             return await self._inference.complete(
-                request, internal, writer_for(None), accepted=accepted
+                request, internal, writer_for(None), accepted=accepted, tolerant=True
             )
-        return await self._inference.chat(request, internal, writer_for, accepted=accepted)
+        return await self._inference.chat(
+            request, internal, writer_for, accepted=accepted, tolerant=True
+        )
 
     async def _load(self, shown: str, model: str, words: dict[str, Any]) -> Response:
         """The answer to a request without words: the model is loaded."""

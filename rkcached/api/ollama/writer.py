@@ -125,13 +125,10 @@ class OllamaWriter:
 
     media_type = NDJSON
 
-    def __init__(
-        self, model: str, reply: Reply | None, *, is_chat: bool, ignored: list[str]
-    ) -> None:
+    def __init__(self, model: str, reply: Reply | None, *, is_chat: bool) -> None:
         self._model = model
         self._reply = reply
         self._is_chat = is_chat
-        self._ignored = ignored
         self._begun_at = time.monotonic()
 
     def waiting(self) -> bytes:
@@ -204,9 +201,6 @@ class OllamaWriter:
         decode_s = 0.0
         if report.decode_tokens_per_s:
             decode_s = end.usage.completion_tokens / report.decode_tokens_per_s
-        told = asdict(report)
-        if self._ignored:
-            told["ignored"] = [*told.get("ignored", ()), *self._ignored]
         return {
             **self._head(),
             **words,
@@ -218,7 +212,7 @@ class OllamaWriter:
             "prompt_eval_duration": ns(report.prefill_ms / 1000),
             "eval_count": end.usage.completion_tokens,
             "eval_duration": ns(decode_s),
-            "rkcached": told,
+            "rkcached": asdict(report),
         }
 
 

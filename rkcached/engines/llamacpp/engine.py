@@ -407,7 +407,7 @@ def _params(library: Any, spec: ModelSpec, socket_path: str) -> Any:
 
 def _sampling_options(sampling: Sampling) -> dict[str, Any]:
     options: dict[str, Any] = {"n_predict": sampling.max_new_tokens, "stop": list(sampling.stop)}
-    for name in SAMPLING_PARAMETERS:
+    for name in (*SAMPLING_PARAMETERS, "min_p"):
         if (value := getattr(sampling, name)) is not None:
             options[name] = value
     if sampling.json_schema:

@@ -384,6 +384,8 @@ class RkllmEngine:
         """Errors: SamplingFixed for a value that this runtime cannot change in a run."""
         if sampling.seed is not None:
             raise SamplingFixed("RKLLM takes no seed", param="seed", hint="leave seed out")
+        if sampling.min_p:
+            raise SamplingFixed("RKLLM has no min_p", param="min_p", hint="leave min_p out")
         if self.abi.samples_per_run:
             return
 

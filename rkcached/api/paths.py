@@ -1,0 +1,70 @@
+"""The paths by which clients of other servers call an endpoint.
+
+A client is told a base URL, and some have it with `/v1`, some without, some with a slash at its
+end.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Final
+
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+_V1: Final = "/v1"
+
+# The first steps of the paths below /v1.
+_BELOW_V1: Final = frozenset(
+    {
+        "cache",
+        "chat",
+        "completions",
+        "embeddings",
+        "events",
+        "gc",
+        "models",
+        "reload",
+        "status",
+        "suggestions",
+    }
+)
+
+_OTHER_NAMES: Final = {"/health": "/healthz", "/v1/health": "/healthz"}
+"""By llama.cpp's server."""
+
+_SLASHES: Final = re.compile("/{2,}")
+
+RIGHT_ONES: Final = {
+    "/completion": "/v1/completions",
+    "/embedding": "/v1/embeddings",
+    "/v1/responses": "/v1/chat/completions",
+    "/responses": "/v1/chat/completions",
+    "/v1/messages": "/v1/chat/completions",
+    "/messages": "/v1/chat/completions",
+}
+"""Endpoints of llama.cpp, OpenAI and Anthropic that take other bodies, and ours for them.
+"""
+
+
+def usual_path(path: str) -> str:
+    """The path of the endpoint that is meant."""
+    if "//" in path:
+        path = _SLASHES.sub("/", path)
+    if len(path) > 1 and path.endswith("/"):
+        path = path[:-1]
+    path = _OTHER_NAMES.get(path, path)
+    if path.startswith("/v1/"):
+        return path
+    return _V1 + path if path[1:].partition("/")[0] in _BELOW_V1 else path
+
+
+class UsualPaths:
+    """ASGI: lets every request have the usual path."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            scope["path"] = usual_path(scope["path"])
+        await self._app(scope, receive, send)
