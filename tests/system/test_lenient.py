@@ -178,8 +178,8 @@ def test_paths_of_other_servers(two_prompts: Workspace) -> None:
         assert two_prompts.request("GET", path).json() == {"status": "ok"}
     assert two_prompts.request("POST", "/reload").json()["error"]["code"] == "admin_only"
 
-    error = two_prompts.request("POST", "/api/chat", json=HELLO).json()["error"]
-    assert "/v1/chat/completions" in error["message"]
+    error = two_prompts.request("POST", "/completion", json=HELLO).json()["error"]
+    assert "/v1/completions" in error["message"]
 
 
 def test_a_byte_order_mark(two_prompts: Workspace) -> None:
