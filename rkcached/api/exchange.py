@@ -10,7 +10,7 @@ import traceback
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import pydantic_core
 from starlette.datastructures import MutableHeaders
@@ -26,6 +26,7 @@ from rkcached.api.shares import Share
 from rkcached.errors import RequestError
 from rkcached.host.logs import log
 from rkcached.messages.bounds import ValueCounter
+from rkcached.sources.access_keys import AccessKey
 from rkcached.worker.held import NOBODY
 
 Result = TypeVar("Result")
@@ -40,7 +41,22 @@ MAX_SHOWN_LETTERS = 200
 _COUNTED_AT_ONCE = 32 << 10
 
 PEER = "peer"
-"""Key of the connection's state for the uid and pid of the process that opened it."""
+"""Key of the connection's state for what the log says of who opened it: the uid and pid of the
+process, or over TCP the address, and the name of the key that a request brought."""
+
+TCP = "tcp"
+"""Key of the connection's state for its `Tcp`; it is not there for a Unix socket."""
+
+ACCESS_KEY = "access_key"
+"""Key of the request's state for the `AccessKey` that it brought over TCP, if it did."""
+
+
+class Tcp(NamedTuple):
+    """A connection over TCP."""
+
+    is_loopback: bool
+    """Its address on our side is one of the loopback, so that its client is on this machine."""
+
 
 # Parses large bodies. One thread: more would only take turns at Python's lock.
 _PARSING = ThreadPoolExecutor(max_workers=1, thread_name_prefix="parse")
@@ -292,12 +308,15 @@ async def _while_listened_to(receive: Receive) -> AsyncIterator[None]:
 class _Holding:
     """The memory of one request's body, of the caller's share."""
 
-    def __init__(self, share: Share, caller: int) -> None:
+    def __init__(self, share: Share, scope: Scope) -> None:
         self._share = share
-        self._caller = caller
+        self._scope = scope
+        self._caller = NOBODY
         self.size_bytes = 0
 
     def take(self, size_bytes: int) -> bool:
+        if not self.size_bytes:
+            self._caller = _caller_of(self._scope)  # by now its key is known, if it has one
         if not self._share.take(self._caller, size_bytes):
             return False
         self.size_bytes += size_bytes
@@ -311,14 +330,22 @@ class Exchanges:
     """ASGI: gives every answer an X-Request-Id and logs each exchange.
 
     The id is the client's own, where it sent a usable one. The log has the uid and pid of the
-    client, as the kernel knows them, and never a text. It has the cause of every answer with a
-    status of 500 or more: in one sentence at warning, or with its traceback at error for a defect.
+    client, as the kernel knows them, or over TCP its address and the name of its key, and never a
+    text. It has the cause of every answer with a status of 500 or more: in one sentence at warning,
+    or with its traceback at error for a defect.
     """
 
-    def __init__(self, app: ASGIApp, bodies: Share) -> None:
-        """`bodies`: the bytes of memory for bodies of requests, until they are answered."""
+    def __init__(
+        self, app: ASGIApp, bodies: Share, count: Callable[[str, int], None] | None = None
+    ) -> None:
+        """`bodies`: the bytes of memory for bodies of requests, until they are answered.
+
+        `count`: is called with the key's name, which may be empty, and the status of each answer
+        over TCP.
+        """
         self._app = app
         self._bodies = bodies
+        self._count = count
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -326,7 +353,7 @@ class Exchanges:
             return
 
         request_id = _request_id(scope)
-        holding = scope[_HOLDING] = _Holding(self._bodies, _uid_of(scope))
+        holding = scope[_HOLDING] = _Holding(self._bodies, scope)
         started = time.monotonic()
         status = 0
 
@@ -351,6 +378,9 @@ class Exchanges:
             _log_cause(scope, status, request_id)
         finally:
             holding.give_back()
+            peer = scope.get("state", {}).get(PEER, {})
+            if self._count is not None and TCP in scope.get("state", {}):
+                self._count(peer.get("key", ""), status or 499)
             write = log.debug if scope["path"] in _PROBES else log.info
             write(
                 "request",
@@ -359,7 +389,7 @@ class Exchanges:
                 status=status or None,
                 took_ms=round((time.monotonic() - started) * 1000, 1),
                 request_id=request_id,
-                **scope.get("state", {}).get(PEER, {}),
+                **peer,
             )
 
 
@@ -368,19 +398,61 @@ def _shown(path: str) -> str:
     return path if len(path) <= MAX_SHOWN_LETTERS else f"{path[:MAX_SHOWN_LETTERS]}..."
 
 
-def uid_of(request: Request) -> int:
-    """The user of the process that opened the request's connection; NOBODY if that is not known."""
-    return _uid_of(request.scope)
+def caller_of(request: Request) -> int:
+    """Whose the request is: a user, the owner of a key, or NOBODY.
+
+    The user is that of the process that opened the connection. NOBODY came over TCP without a key.
+    """
+    return _caller_of(request.scope)
 
 
-def _uid_of(scope: Scope) -> int:
-    peer: dict[str, int] = scope.get("state", {}).get(PEER, {})
-    return peer.get("uid", NOBODY)
+def _caller_of(scope: Scope) -> int:
+    state = scope.get("state", {})
+    key: AccessKey | None = state.get(ACCESS_KEY)
+    if key is not None:
+        return key.owner
+    uid: int = state.get(PEER, {}).get("uid", NOBODY)
+    return uid
+
+
+def _key_of(request: Request) -> AccessKey | None:
+    key: AccessKey | None = request.scope.get("state", {}).get(ACCESS_KEY)
+    return key
+
+
+def may_change(request: Request) -> bool:
+    """Whether the request came over the socket for changes, or with an admin key."""
+    key = _key_of(request)
+    is_admin = getattr(request.app.state, "is_admin", False)
+    return is_admin or (key is not None and key.admin)
 
 
 def viewer_of(request: Request) -> int | None:
-    """The user whose own things the answer may show; None: everybody's, on the admin socket."""
-    return None if request.app.state.is_admin else uid_of(request)
+    """The caller whose own things the answer may show; None: everybody's, for who may change."""
+    return None if may_change(request) else caller_of(request)
+
+
+def models_of(request: Request) -> tuple[str, ...]:
+    """The only models that the request's key is for; all if there are none."""
+    key = _key_of(request)
+    return () if key is None else key.models
+
+
+def check_model(request: Request, name: str | None) -> None:
+    """Refuse a key that is not for this model, or without a name, one that is not for all.
+
+    `name`: MODEL or MODEL/PROMPT. Errors: RequestError.
+    """
+    models = models_of(request)
+    if not models or (name is not None and name.partition("/")[0] in models):
+        return
+    raise RequestError(
+        403,
+        f"this key is only for: {', '.join(models)}",
+        code="model_not_allowed",
+        param=None if name is None else "model",
+        hint="ask for one of these, or use another key",
+    )
 
 
 def _request_id(scope: Scope) -> str:

@@ -40,16 +40,19 @@ from rkcached.api.exchange import (
     Exchanges,
     Streamed,
     answer,
+    caller_of,
+    check_model,
     error_response,
+    models_of,
     no_route,
     read_record,
     refuse,
     remember,
     size_of_body,
-    uid_of,
     unless_gone,
     viewer_of,
 )
+from rkcached.api.key_check import KeyCheck
 from rkcached.api.metrics import CONTENT_TYPE, Metrics
 from rkcached.api.own_site import OwnSite
 from rkcached.api.page import page
@@ -86,6 +89,7 @@ from rkcached.serving.dispatcher import Serving
 from rkcached.serving.embeddings import Embeddings
 from rkcached.serving.job import End, Job, Text
 from rkcached.serving.models import find_model
+from rkcached.sources.access_keys import AccessKeys
 from rkcached.sources.records import Key
 
 EVENT_STREAMS = 32
@@ -113,7 +117,10 @@ class Api:
         metrics: Metrics,
         make_status: Callable[..., Status],
         reload: Callable[[], Awaitable[None]],
+        keys: AccessKeys,
+        open_loopback: bool,
     ) -> None:
+        """`open_loopback`: connections to a loopback address need no key."""
         self._reconciler = reconciler
         self._serving = serving
         self._preparation = preparation
@@ -124,6 +131,8 @@ class Api:
         self._metrics = metrics
         self._status = make_status
         self._reload = reload
+        self._keys = keys
+        self._open_loopback = open_loopback
         self._logged_starting = False
         self._bodies = Share(each=BODIES_BYTES, total=2 * BODIES_BYTES)
         self._streams = Share(each=EVENT_STREAMS, total=4 * EVENT_STREAMS)
@@ -162,7 +171,10 @@ class Api:
         )
         app.router.redirect_slashes = False
         app.state.is_admin = admin_socket is None
-        return Exchanges(OwnSite(app, self._hosts), self._bodies)
+        checked = KeyCheck(
+            app, self._keys, open_loopback=self._open_loopback, for_admins=admin_socket is None
+        )
+        return Exchanges(OwnSite(checked, self._hosts), self._bodies, self._metrics.count_tcp)
 
     def _hosts(self) -> Collection[str]:
         return self._reconciler.snapshot.manifest.serving.hosts
@@ -181,7 +193,10 @@ class Api:
     async def _chat(self, request: Request) -> Response:
         accepted = time.monotonic()
         body = await read_record(ChatRequest, request)
-        preparing = self._preparation.chat(body, accepted, uid_of(request), size_of_body(request))
+        check_model(request, body.model)
+        preparing = self._preparation.chat(
+            body, accepted, caller_of(request), size_of_body(request)
+        )
         prepared = await unless_gone(request, preparing)
         if isinstance(prepared, Response):
             return prepared
@@ -202,7 +217,8 @@ class Api:
     async def _complete(self, request: Request) -> Response:
         accepted = time.monotonic()
         body = await read_record(CompletionRequest, request)
-        job = self._preparation.completion(body, accepted, uid_of(request))
+        check_model(request, body.model)
+        job = self._preparation.completion(body, accepted, caller_of(request))
         return await self._answer(request, body, job, CompletionWriter(body.model))
 
     @endpoint(
@@ -215,8 +231,11 @@ class Api:
     )
     async def _embed(self, request: Request) -> Response:
         body = await read_record(EmbeddingRequest, request)
+        check_model(request, body.model)
         model, inputs = self._preparation.embedding(body)
-        result = await unless_gone(request, self._embeddings.make(model, inputs, uid_of(request)))
+        result = await unless_gone(
+            request, self._embeddings.make(model, inputs, caller_of(request))
+        )
         if isinstance(result, Response):
             return result
 
@@ -256,6 +275,8 @@ class Api:
     async def _models(self, request: Request) -> Response:
         desired = self._reconciler.snapshot.seen_by(viewer_of(request)).desired
         names = [*desired.models, *map(str, desired.prompts)]
+        if models := models_of(request):
+            names = [name for name in names if name.partition("/")[0] in models]
         return answer(ModelList(data=[ModelCard(id=name) for name in names]))
 
     @endpoint(
@@ -267,6 +288,7 @@ class Api:
     )
     async def _model(self, request: Request) -> Response:
         snapshot = self._reconciler.snapshot.seen_by(viewer_of(request))
+        check_model(request, request.path_params["name"])
         name, _, prompt = request.path_params["name"].partition("/")
         find_model(snapshot, name)
         if prompt and Key(name, prompt) not in snapshot.desired.prompts:
@@ -303,6 +325,7 @@ class Api:
         "/v1/status",
         summary="What the daemon is and does.",
         answers={200: Status},
+        of_all_models=True,
     )
     async def _get_status(self, request: Request) -> Response:
         if request.query_params.get("look") == "true" and self._reconciler.snapshot.ready:
@@ -316,6 +339,7 @@ class Api:
         summary="The same as a page for a browser, which follows the events.",
         answers={200: None},
         media=("text/html",),
+        of_all_models=True,
     )
     async def _page(self, request: Request) -> Response:
         return page(self._status(viewer=viewer_of(request), urgent_first=True))
@@ -327,11 +351,12 @@ class Api:
         "as it happens.",
         answers={200: None},
         media=(EVENT_STREAM,),
+        of_all_models=True,
     )
     async def _get_events(self, request: Request) -> Response:
         waits_for = request.query_params.getlist("waits_for")
         hurrying = self._reconciler.hurrying(waits_for)
-        caller = uid_of(request)
+        caller = caller_of(request)
         shown = functools.partial(self._as_seen, viewer_of(request))
         if not self._streams.take(caller):
             raise RequestError(
@@ -368,6 +393,7 @@ class Api:
         summary="For Prometheus.",
         answers={200: None},
         media=("text/plain",),
+        of_all_models=True,
     )
     async def _get_metrics(self, _: Request) -> Response:
         return Response(self._metrics.text(), media_type=CONTENT_TYPE)
