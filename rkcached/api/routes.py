@@ -174,7 +174,12 @@ class Api:
         checked = KeyCheck(
             app, self._keys, open_loopback=self._open_loopback, for_admins=admin_socket is None
         )
-        return Exchanges(OwnSite(checked, self._hosts), self._bodies, self._metrics.count_tcp)
+        origins = tuple if admin_socket is None else self._origins
+        own = OwnSite(checked, self._hosts, origins)
+        return Exchanges(own, self._bodies, self._metrics.count_tcp)
+
+    def _origins(self) -> tuple[str, ...]:
+        return self._reconciler.snapshot.manifest.serving.cors
 
     def _hosts(self) -> Collection[str]:
         return self._reconciler.snapshot.manifest.serving.hosts

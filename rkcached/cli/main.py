@@ -404,6 +404,65 @@ def key_revoke(settings: Settings, name: str, want_json: bool) -> int:
     return command.revoke(settings, name, want_json=want_json)
 
 
+@cli.group()
+def port() -> None:
+    """Open and close a TCP port of the service."""
+
+
+@port.command("enable")
+@click.argument("address", metavar="ADDRESS")
+@click.option("--container", is_flag=True, help="Also let containers of Docker and Podman ask.")
+@click.option(
+    "--container-address",
+    metavar="IP",
+    help="The address by which containers reach this machine, where it is not that of docker0, "
+    "podman0 or cni-podman0; it implies --container.",
+)
+@click.option(
+    "--without-key",
+    is_flag=True,
+    help="Let every program of this machine ask without a key. For a loopback address.",
+)
+@click.option(
+    "--name", default="default", show_default=True, help="The name of the key that is made."
+)
+@as_json
+def port_enable(
+    *,
+    address: str,
+    container: bool,
+    container_address: str | None,
+    without_key: bool,
+    name: str,
+    want_json: bool,
+) -> int:
+    """Have systemd open a TCP port for the service, and print its base URL and a key for it.
+
+    ADDRESS is HOST:PORT, such as 127.0.0.1:11434. The command writes a drop-in for rkcached.socket,
+    and restarts that and a running service. If there is a key of that name already, no key is made.
+    It replaces the port that it opened before. It is for root.
+    """
+    from rkcached.cli import port as command
+
+    wish = command.Wish(
+        address=address,
+        container=container,
+        container_address=container_address,
+        without_key=without_key,
+        name=name,
+    )
+    return command.enable(wish, want_json=want_json)
+
+
+@port.command("disable")
+@as_json
+def port_disable(want_json: bool) -> int:
+    """Close the port that `rkcached port enable` opened, and say which keys remain. For root."""
+    from rkcached.cli import port as command
+
+    return command.disable(want_json=want_json)
+
+
 @cli.command()
 @places("manifest", "cache_dir")
 @as_json

@@ -40,6 +40,11 @@ def parse_address(text: str) -> Address:
     return Address(_host(host, text), int(port))
 
 
+def parse_host(text: str) -> IPv4Address | IPv6Address:
+    """An address without a port. Errors: SettingsError."""
+    return _host(f"[{text}]" if ":" in text else text, text)
+
+
 def _host(host: str, text: str) -> IPv4Address | IPv6Address:
     if host.lower() == "localhost":
         return IPv4Address("127.0.0.1")

@@ -33,6 +33,7 @@ from rkcached.sources.values import (
     FilePath,
     Hosts,
     Name,
+    Origins,
     Paths,
     Patterns,
     Preload,
@@ -232,6 +233,10 @@ class ServingConfig(_Section):
     hosts: Hosts = Field(
         default=(),
         description="Other names by which browsers and proxies may call this machine.",
+    )
+    cors: Origins = Field(
+        default=(),
+        description="The origins of web pages of other sites that may send requests.",
     )
     shutdown_grace_s: float = values.number(
         default=3.0,
