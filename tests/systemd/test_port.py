@@ -114,7 +114,7 @@ def test_containers(board: Machine) -> None:
     assert "--container-address" in said
 
     key = enable(board, "--container-address", BRIDGE)["key"]["key"]
-    board.run("ip", "link", "add", "docker0", "type", "dummy")
+    board.run("ip", "link", "add", "docker0", "type", "bridge")
     board.run("ip", "addr", "add", f"{BRIDGE}/16", "dev", "docker0")
     board.run("ip", "link", "set", "docker0", "up")
     assert curl(board, f"http://{BRIDGE}:11434/v1/models")[0] == 401
