@@ -8,6 +8,7 @@ import os
 import re
 import socket
 import stat
+import tempfile
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -20,7 +21,9 @@ import pytest
 from browser import Browser
 from conftest import Workspace
 from test_foreign_pages import elsewhere  # noqa: F401 - a fixture
+from test_reuse import as_user
 
+from rkcached.cli.main import main
 from tests.waiting import DEADLINE_S, wait_until
 
 HELLO = {"model": "m", "max_tokens": 4, "messages": [{"role": "user", "content": "hello"}]}
@@ -538,42 +541,42 @@ def test_two_commands_at_once_lose_no_key(workspace: Workspace) -> None:
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can be another user")
-def test_keys_are_not_for_every_user(workspace: Workspace) -> None:
-    """Who may not read the state directory is told to use sudo."""
+def test_keys_are_not_for_every_user(
+    workspace: Workspace, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Who may not read the state directory is told to use sudo; its owner needs none."""
     workspace.cli("key", "add", "anne")
     state = workspace.root / "state"
     for path in (state, state / "keys.json"):
         os.chown(path, 12001, 12001)
     workspace.cli("key", "add", "bob")
     assert (state / "keys.json").stat().st_uid == 12001
-    for path in (*reversed(workspace.root.parents), workspace.root):
-        if path.stat().st_uid == 0 and path.is_relative_to(Path(os.environ.get("TMPDIR", "/tmp"))):
-            path.chmod(path.stat().st_mode | 0o011)
+    for folder in (workspace.root, *workspace.root.parents):
+        if folder.is_relative_to(tempfile.gettempdir()):
+            folder.chmod(folder.stat().st_mode | 0o011)
+    for name, value in workspace.environment.items():
+        monkeypatch.setenv(name, value)
+
+    assert ended(0, "key", "list") == 0  # imports what another user may not be able to read
+    assert ended(12001, "key", "list") == 0
+    assert ended(12001, "key", "add", "own") == 0
     for words in (("list",), ("add", "x"), ("revoke", "anne")):
-        done = run_as(12002, workspace, "key", *words)
-        assert done[0] == 77, done
-        assert "use sudo" in done[1]
-    assert run_as(12001, workspace, "key", "add", "own")[0] == 0
-    assert run_as(12002, workspace, "port", "enable", "127.0.0.1:8080")[0] == 77
-    assert "only root may" in run_as(12002, workspace, "port", "disable")[1]
+        capsys.readouterr()
+        assert ended(12002, "key", *words) == 77
+        assert "use sudo" in capsys.readouterr().err
+    for words in (("enable", "127.0.0.1:8080"), ("disable",)):
+        capsys.readouterr()
+        assert ended(12002, "port", *words) == 77
+        assert "only root may" in capsys.readouterr().err
 
 
-def run_as(uid: int, space: Workspace, *words: str) -> tuple[int, str]:
-    """Exit code and standard error of a command of this user."""
-    import subprocess
+def ended(uid: int, *words: str) -> int:
+    """The exit code of a command of this user, in this process."""
+    from rkcached.cli import key, port  # noqa: F401 - see above
 
-    done = subprocess.run(
-        space.command(*words),
-        env=space.environment,
-        user=uid,
-        group=uid,
-        extra_groups=[],
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd="/",
-    )
-    return done.returncode, done.stderr
+    with as_user(uid), pytest.raises(SystemExit) as left:
+        main(words)
+    return int(left.value.code or 0)
 
 
 @pytest.mark.parametrize(
