@@ -56,6 +56,8 @@ class Tcp(NamedTuple):
 
     is_loopback: bool
     """Its address on our side is one of the loopback, so that its client is on this machine."""
+    take_place: Callable[[int], bool]
+    """Notes the owner of the key that came over it. False if that one has too many connections."""
 
 
 # Parses large bodies. One thread: more would only take turns at Python's lock.

@@ -44,6 +44,8 @@ class KeyCheck:
             return
 
         response = error_response(error)
+        if error.code == "too_many_connections":
+            response.headers["Connection"] = "close"
         if error.status == 401:
             response.headers["WWW-Authenticate"] = "Bearer"
         await response(scope, receive, send)
@@ -62,6 +64,14 @@ class KeyCheck:
                     "this port is for admin keys only",
                     code="admin_only",
                     hint="make one with `sudo rkcached key add NAME --admin`",
+                )
+            if not state[TCP].take_place(key.owner):
+                return RequestError(
+                    503,
+                    "too many connections with this key",
+                    code="too_many_connections",
+                    hint="close some of them",
+                    retry_after_s=1,
                 )
             return None
 

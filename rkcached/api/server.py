@@ -55,7 +55,8 @@ TOO_MANY_AGAIN_S = 10.0
 """Pause between two warnings of too many connections."""
 
 MAX_CONNECTIONS = 400
-"""At each socket; fewer where the process may open few files. One user may have three quarters."""
+"""At each socket; fewer where the process may open few files. One user may have three quarters; so
+may all connections over TCP together, and one key a half of these."""
 
 SLICE_BYTES = 8 << 10
 """Of what a client sends, between two turns of the event loop."""
@@ -233,6 +234,8 @@ class _Connection(H11Protocol):
     """
 
     uid = NOBODY
+    """Over TCP the owner of the key that came last."""
+    is_tcp = False
     _is_taking = False
     _deadline: asyncio.TimerHandle | None = None
     _in_head = False
@@ -252,6 +255,7 @@ class _Connection(H11Protocol):
                 transport.abort()
                 return
         else:
+            _send_at_once(peer)
             self._note_address(transport)
 
         if not self._has_a_place():
@@ -277,15 +281,35 @@ class _Connection(H11Protocol):
     def _note_address(self, transport: asyncio.Transport) -> None:
         theirs = _address(transport.get_extra_info("peername"))
         ours = _address(transport.get_extra_info("sockname"))
-        tcp = Tcp(is_loopback=ours is not None and ours.is_loopback)
+        is_loopback = ours is not None and ours.is_loopback
+        self.is_tcp = True
+        tcp = Tcp(is_loopback=is_loopback, take_place=self._take_place)
         self.app_state = {**self.app_state, PEER: {"peer": str(theirs)}, TCP: tcp}
 
     def _has_a_place(self) -> bool:
         most = _max_connections()
-        own = sum(
-            isinstance(other, _Connection) and other.uid == self.uid for other in self.connections
-        )
+        own = sum(map(self._is_alike, self._others()))
         return len(self.connections) <= most and own <= most * 3 // 4
+
+    def _others(self) -> list[_Connection]:
+        """All connections to this server, with this one."""
+        return [other for other in self.connections if isinstance(other, _Connection)]
+
+    def _is_alike(self, other: _Connection) -> bool:
+        """Whether the connections have their places together."""
+        if self.is_tcp or other.is_tcp:
+            return self.is_tcp and other.is_tcp
+        return self.uid == other.uid
+
+    def _take_place(self, owner: int) -> bool:
+        """Count the connection as one of this key. False if that has too many."""
+        if self.uid == owner:
+            return True
+        own = sum(other.uid == owner for other in self._others())
+        if own >= _max_connections() * 3 // 8:
+            return False
+        self.uid = owner
+        return True
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._clear_deadline()
@@ -376,6 +400,16 @@ def _address(name: tuple[str, int] | None) -> IPv4Address | IPv6Address | None:
 
     address = ipaddress.ip_address(name[0].partition("%")[0])
     return getattr(address, "ipv4_mapped", None) or address
+
+
+def _send_at_once(connection: socket.socket) -> None:
+    """Otherwise the second of two small writes waits for the client's acknowledgement, for 40 ms.
+
+    asyncio does this only where it knows that the protocol is TCP, and an accepted socket has the
+    number that its listener was made with, which may be 0.
+    """
+    with contextlib.suppress(OSError):  # it was closed already
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
 
 def _is_child(pid: int) -> bool:

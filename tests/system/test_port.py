@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import json
 import os
@@ -343,6 +344,33 @@ def test_a_queue_that_one_key_has_filled_takes_requests_with_another(
         statuses = [answer.result()[0] for answer in answers]
     assert statuses.count(503) >= 1
     assert set(statuses) == {200, 503}
+
+
+def test_connections_with_one_key_leave_some_to_another(ported: Ported) -> None:
+    """Of 40 connections TCP may have 30, and a key 15. Who has too many is told, and closed."""
+    ported.space.hurry(api__server__MAX_CONNECTIONS=40)
+    greedy, other = ported.key("greedy"), ported.key("other")
+    ported.start()
+    with contextlib.ExitStack() as opened:
+
+        def connect(key: str) -> tuple[http.client.HTTPResponse, bytes]:
+            connection = http.client.HTTPConnection("127.0.0.1", ported.port, timeout=DEADLINE_S)
+            opened.callback(connection.close)
+            connection.request("GET", "/healthz", headers={"x-api-key": key})
+            response = connection.getresponse()
+            return response, response.read()
+
+        answers = [connect(greedy) for _ in range(20)]
+        assert [answer.status for answer, _ in answers] == [200] * 15 + [503] * 5
+        refused, body = answers[-1]
+        assert json.loads(body)["error"]["code"] == "too_many_connections"
+        assert refused.headers["connection"] == "close"
+        assert connect(other)[0].status == 200
+
+        for _ in range(20):  # silent ones
+            opened.enter_context(socket.create_connection(("127.0.0.1", ported.port)))
+        ported.space.logged("connections refused")
+        assert ported.space.request("GET", "/v1/models").status_code == 200
 
 
 SECRET = "The fish is hidden under the third stone behind the lighthouse. " * 4
