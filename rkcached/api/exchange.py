@@ -383,7 +383,8 @@ class Exchanges:
             peer = scope.get("state", {}).get(PEER, {})
             if self._count is not None and TCP in scope.get("state", {}):
                 self._count(peer.get("key", ""), status or 499)
-            write = log.debug if scope["path"] in _PROBES else log.info
+            is_probe = scope["path"] in _PROBES and status not in (401, 403)
+            write = log.debug if is_probe else log.info
             write(
                 "request",
                 method=scope["method"],

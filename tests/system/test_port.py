@@ -6,6 +6,7 @@ import contextlib
 import http.client
 import json
 import os
+import pty
 import re
 import socket
 import stat
@@ -272,10 +273,12 @@ def test_the_log_and_the_metrics_have_names_and_no_keys(ported: Ported) -> None:
     ported.ask(anne)
     ported.code("GET", "/v1/models", anne[:-1])
     ported.code("GET", f"/v1/models?key={anne}", anne)
+    ported.code("GET", "/healthz")
     metrics = ported.request("GET", "/metrics", anne).text
     assert 'rkcached_tcp_requests_total{key="anne",status="200"} 2.0' in metrics
-    assert 'rkcached_tcp_requests_total{key="",status="401"} 1.0' in metrics
+    assert 'rkcached_tcp_requests_total{key="",status="401"} 2.0' in metrics
     log = ported.space.log_text()
+    assert " info    request method=GET path=/healthz status=401" in log
     assert " peer=127.0.0.1 key=anne" in log
     assert "uid=" not in " ".join(line for line in log.splitlines() if "peer=" in line)
     kept = (ported.space.root / "state" / "keys.json").read_text()
@@ -560,6 +563,20 @@ def test_key_commands(workspace: Workspace) -> None:
     file.write_text("{")
     assert "is damaged" in workspace.cli("key", "list", code=65).stderr
     assert "is damaged" in workspace.cli("key", "add", "x", code=65).stderr
+
+
+def test_a_terminal_is_shown_what_to_paste(workspace: Workspace) -> None:
+    """Elsewhere a new key stands alone, so that a script can take it."""
+    assert re.fullmatch(r"rkc_[\w-]{43}\n", workspace.cli("key", "add", "script").stdout)
+    ours, theirs = pty.openpty()
+    process = workspace.popen("key", "add", "person", stdout=theirs)
+    assert process.wait(DEADLINE_S) == 0
+    os.close(theirs)
+    shown = os.read(ours, 4096).decode()
+    os.close(ours)
+    (text,) = re.findall(r"^  (rkc_[\w-]{43})\r$", shown, re.MULTILINE)
+    assert f"export OPENAI_API_KEY={text}\r\n" in shown
+    assert "export OPENAI_BASE_URL=http://" in shown
 
 
 def test_two_commands_at_once_lose_no_key(workspace: Workspace) -> None:
