@@ -173,6 +173,11 @@ def error_response(error: RequestError) -> Response:
 def refuse(request: Request, error: RequestError) -> Response:
     """The answer to a request that ended with this error, which is logged if it is our fault."""
     remember(request, error)
+    if error.code == "model_not_found" and models_of(request):
+        # The message names the models that there are, and this key is only for some of them.
+        error = RequestError(
+            error.status, "the model does not exist", code=error.code, param=error.param
+        )
     return error_response(error)
 
 

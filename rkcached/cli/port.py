@@ -15,7 +15,7 @@ from rkcached.errors import SourceError, UsageError
 from rkcached.host import places, unit
 from rkcached.host.addresses import Address, parse_address, parse_host
 from rkcached.host.port_unit import BRIDGES, PortUnit, bridge_address, not_root
-from rkcached.sources.access_keys import AccessKey, add_key, list_keys
+from rkcached.sources.access_keys import AccessKey, add_key, check_name, list_keys
 
 _CONTAINER_URLS = {
     "docker": "http://host.docker.internal:{port}/v1",
@@ -55,7 +55,11 @@ def enable(wish: Wish, *, want_json: bool) -> int:
     if bridge is not None and not address.host.is_unspecified and bridge != address.host:
         addresses.append(Address(bridge, address.port))
 
+    # What may be wrong with keys is found before a port is opened.
     state_dir = _state_dir()
+    check_name(wish.name)
+    list_keys(state_dir)
+
     changed = PortUnit().enable(addresses, open_loopback=wish.without_key)
     key = None
     if bridge is not None or not wish.without_key:

@@ -125,6 +125,16 @@ def list_keys(state_dir: Path) -> tuple[AccessKey, ...]:
         raise SourceError(f"{path} cannot be read: {_words_of(error)}") from error
 
 
+def check_name(name: str) -> None:
+    """Errors: UsageError for one that no key can have."""
+    if not _KEY_NAME.fullmatch(name):
+        raise UsageError(
+            f"{name[:100]!r} cannot be the name of a key",
+            hint="write 1 to 64 letters, digits, dots, hyphens and underlines, the first one a "
+            "letter or a digit",
+        )
+
+
 def add_key(
     state_dir: Path, name: str, *, admin: bool = False, models: Sequence[str] = ()
 ) -> tuple[AccessKey, str]:
@@ -132,12 +142,7 @@ def add_key(
 
     Errors: UsageError, FormatError, NotPermitted, SourceError, StoreError.
     """
-    if not _KEY_NAME.fullmatch(name):
-        raise UsageError(
-            f"{name[:100]!r} cannot be the name of a key",
-            hint="write 1 to 64 letters, digits, dots, hyphens and underlines, the first one a "
-            "letter or a digit",
-        )
+    check_name(name)
     if admin and models:
         raise UsageError(
             "an admin key is for all models", hint="leave out --admin, or every --model"

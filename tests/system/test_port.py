@@ -153,7 +153,7 @@ def test_an_admin_key_may_change_things(ported: Ported) -> None:
 
 def test_a_key_for_some_models(ported: Ported) -> None:
     """It may use these and see these, and nothing that shows all."""
-    only = ported.key("only", "--model", "n")
+    only = ported.key("only", "--model", "n", "--model", "gone")
     ported.start()
     models = ported.request("GET", "/v1/models", only).json()["data"]
     assert [model["id"] for model in models] == ["n"]
@@ -172,6 +172,11 @@ def test_a_key_for_some_models(ported: Ported) -> None:
         assert ported.code("GET", path, only) == refused
     for path in ("/v1/status", "/v1/events", "/metrics", "/"):
         assert ported.code("GET", path, only) == refused
+
+    for path in ("/v1/models/gone", "/v1/cache/gone"):
+        unknown = ported.request("GET", path, only)
+        assert unknown.status_code == 404
+        assert "known models" not in unknown.text
 
 
 def test_ipv6(workspace: Workspace, ported: Ported) -> None:
