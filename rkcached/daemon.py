@@ -18,6 +18,7 @@ import ctypes
 import faulthandler
 import functools
 import gc
+import ipaddress
 import itertools
 import os
 import signal
@@ -26,6 +27,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from rkcached import __version__
 from rkcached.api.cache_routes import CacheApi
@@ -45,11 +47,13 @@ from rkcached.api.server import (
     HttpServer,
     OnceLooked,
     OwnSocket,
+    open_port,
 )
 from rkcached.api.status import Recent, status, summary
 from rkcached.api.suggest_routes import SuggestApi
 from rkcached.errors import ManifestError, SettingsError
 from rkcached.host import logs
+from rkcached.host.addresses import Address
 from rkcached.host.confine import undumpable
 from rkcached.host.file_limit import Complaints, raise_file_limit
 from rkcached.host.logs import log
@@ -67,6 +71,7 @@ from rkcached.serving.embeddings import Embeddings
 from rkcached.serving.learning import Learning
 from rkcached.serving.preload import Preloader
 from rkcached.serving.resting import Resting
+from rkcached.sources.access_keys import AccessKeys
 from rkcached.sources.manifest import Manifest, ReadyWhen
 from rkcached.sources.manifest_file import read_manifest
 from rkcached.sources.stored_texts import StoredTexts
@@ -128,10 +133,10 @@ def run(settings: Settings) -> None:
         with (
             _listening(passed.get("rkcached", []), settings.socket, SOCKET_MODE) as everyone,
             _listening(passed.get("admin", []), settings.admin_socket, ADMIN_MODE) as admin,
+            _ports(settings) as ports,
         ):
-            asyncio.run(
-                _serve(settings, manifest, store, stored, (everyone, admin), service=service)
-            )
+            listeners = _Listeners(everyone, admin, ports)
+            asyncio.run(_serve(settings, manifest, store, stored, listeners, service=service))
     finally:
         store.close()
     log.info("stopped")
@@ -179,6 +184,35 @@ def _listening(passed: list[socket.socket], path: Path, mode: int) -> Iterator[L
         yield own
     finally:
         own.close()
+
+
+@contextlib.contextmanager
+def _ports(settings: Settings) -> Iterator[list[socket.socket]]:
+    """The TCP ports that we open ourselves. Errors: SettingsError, SocketError."""
+    with contextlib.ExitStack() as closing:
+        yield [closing.enter_context(open_port(text)) for text in settings.listen.split()]
+
+
+class _Listeners(NamedTuple):
+    everyone: Listening
+    admin: Listening
+    ports: list[socket.socket]
+    """The TCP ports of our own."""
+
+    def all(self) -> tuple[list[socket.socket], list[socket.socket]]:
+        """The sockets for everyone and those for changes."""
+        return [*_sockets(self.everyone), *self.ports], _sockets(self.admin)
+
+    @property
+    def own(self) -> tuple[OwnSocket | None, OwnSocket | None]:
+        """The sockets of our own in the file system."""
+        pair = (self.everyone, self.admin)
+        everyone, admin = (one if isinstance(one, OwnSocket) else None for one in pair)
+        return everyone, admin
+
+
+def _sockets(listening: Listening) -> list[socket.socket]:
+    return [listening.listener] if isinstance(listening, OwnSocket) else listening
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -276,6 +310,8 @@ def _build(
             learning=learning,
         ),
         reload=reloading.reload,
+        keys=AccessKeys(settings.state_dir),
+        open_loopback=settings.open_loopback,
     )
     for_everyone = UsualPaths(
         OnceLooked(api.app(admin_socket=settings.admin_socket), reconciler.ready)
@@ -305,7 +341,7 @@ async def _serve(
     manifest: Manifest,
     store: Store,
     stored: StoredTexts,
-    listeners: tuple[Listening, Listening],
+    listeners: _Listeners,
     *,
     service: Service,
 ) -> None:
@@ -324,7 +360,7 @@ async def _serve(
     reconciling = asyncio.create_task(parts.reconciler.run())
     preloading = asyncio.create_task(parts.preloader.run(parts.reconciler))
     serving_http = asyncio.create_task(_serve_both(parts.servers, listeners))
-    announcing = asyncio.create_task(_announce(parts, _addresses(listeners[0]), service))
+    announcing = asyncio.create_task(_announce(parts, _addresses(listeners), service))
     keeping = asyncio.create_task(_keep_sockets(parts.servers, listeners))
     signalled = asyncio.create_task(stopping.wait())
     log.info(
@@ -371,26 +407,14 @@ async def _serve(
             raise result  # a defect: the service manager sees a failure and starts us again
 
 
-async def _serve_both(
-    servers: tuple[HttpServer, HttpServer], listeners: tuple[Listening, Listening]
-) -> None:
-    sockets = [
-        [listening.listener] if isinstance(listening, OwnSocket) else listening
-        for listening in listeners
-    ]
-    await asyncio.gather(
-        *(server.serve(some) for server, some in zip(servers, sockets, strict=True))
-    )
+async def _serve_both(servers: tuple[HttpServer, HttpServer], listeners: _Listeners) -> None:
+    pairs = zip(servers, listeners.all(), strict=True)
+    await asyncio.gather(*(server.serve(sockets) for server, sockets in pairs))
 
 
-async def _keep_sockets(
-    servers: tuple[HttpServer, HttpServer], listeners: tuple[Listening, Listening]
-) -> None:
-    pairs = [
-        (own, server)
-        for own, server in zip(listeners, servers, strict=True)
-        if isinstance(own, OwnSocket)
-    ]
+async def _keep_sockets(servers: tuple[HttpServer, HttpServer], listeners: _Listeners) -> None:
+    both = zip(listeners.own, servers, strict=True)
+    pairs = [(own, server) for own, server in both if own is not None]
     for _, server in pairs:
         await server.answering.wait()
     await asyncio.gather(*(own.keep(server) for own, server in pairs))
@@ -417,10 +441,17 @@ def _tell_worker(events: Events, worker: Worker) -> None:
     )
 
 
-def _addresses(listening: Listening) -> str:
+def _addresses(listeners: _Listeners) -> str:
     """The addresses that clients reach: systemd may pass other sockets than the settings name."""
-    listeners = [listening.listener] if isinstance(listening, OwnSocket) else listening
-    return ", ".join(str(listener.getsockname()) for listener in listeners)
+    for_everyone, _ = listeners.all()
+    return ", ".join(map(_shown, for_everyone))
+
+
+def _shown(listener: socket.socket) -> str:
+    name = listener.getsockname()
+    if listener.family == socket.AF_UNIX:
+        return str(name)
+    return str(Address(ipaddress.ip_address(name[0].partition("%")[0]), name[1]))
 
 
 async def _announce(parts: _Parts, addresses: str, service: Service) -> None:

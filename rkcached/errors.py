@@ -10,6 +10,7 @@ The numbers are exit codes.
       OutputError             standard output cannot be written                            74
       ManifestError           the manifest has problems: a list, each with file:line       78
       SettingsError           a flag or variable has an impossible value                   78
+      NotPermitted            the command is for root, or for the daemon's user            77
       SourceError             an input file is missing or unusable                         66
         SourceUnsettled       somebody is writing to it
       TemplateError           a chat template cannot render this                           65
@@ -139,6 +140,12 @@ class SettingsError(RkcachedError):
     """A flag or an environment variable has a value that it cannot have."""
 
     exit_code = os.EX_CONFIG
+
+
+class NotPermitted(RkcachedError):
+    """A command changes or shows what is not for the user who runs it."""
+
+    exit_code = os.EX_NOPERM
 
 
 class SourceError(RkcachedError):

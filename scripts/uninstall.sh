@@ -20,7 +20,7 @@ rm -f "$DESTDIR$PREFIX/bin/rkcached" "$DESTDIR$sysusers/rkcached.conf" "$DESTDIR
     "$DESTDIR"/etc/udev/rules.d/*rkcached*.rules
 if [ "$PURGE" = 1 ]; then
     rm -rf "$DESTDIR/etc/rkcached" "$DESTDIR/etc/default/rkcached" "$DESTDIR/var/lib/rkcached" "$DESTDIR/var/cache/rkcached" \
-        "$DESTDIR$units/rkcached.service.d"
+        "$DESTDIR$units/rkcached.service.d" "$DESTDIR$units/rkcached.socket.d"
     [ -n "$DESTDIR" ] || rm -rf /run/rkcached /run/rkcached-work
     # The user stays, as Debian's policy has it: files elsewhere may still be its own.
 fi

@@ -22,6 +22,9 @@ from rkcached.serving.failures import IGNORE_IT
 
 Body = TypeVar("Body", bound=Record)
 
+ERROR_BODY: Final = "rkcached.error_body"
+"""Key of the request's scope for what gives an error the form that its endpoint's clients know."""
+
 _BYTE_ORDER_MARK: Final = b"\xef\xbb\xbf"
 
 _MAX_NAMED: Final = 64

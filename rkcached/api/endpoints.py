@@ -20,7 +20,8 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from rkcached import __version__
-from rkcached.api.bodies import error_body
+from rkcached.api.bodies import ERROR_BODY, error_body
+from rkcached.api.exchange import check_model, may_change
 from rkcached.api.responses import ErrorAnswer
 from rkcached.errors import RequestError
 
@@ -36,9 +37,6 @@ _FORM_MEDIA = frozenset({"application/x-www-form-urlencoded", "multipart/form-da
 
 
 _DECLARED = "rkcached_endpoint"
-
-ERROR_BODY = "rkcached.error_body"
-"""Key of the request's scope for what gives an error the form that its endpoint's clients know."""
 
 
 def _undeclared(_: Request) -> Awaitable[Response]:
@@ -73,7 +71,9 @@ class Endpoint:
     errors: tuple[int, ...] = ()
     """Without 500, which every endpoint can answer."""
     admin: bool = False
-    """It changes something, so the socket for everyone refuses it."""
+    """It changes something, so the socket for everyone refuses it, but for admin keys."""
+    of_all_models: bool = False
+    """It shows all models, so it refuses keys that are only for some."""
     surface: Surface = OPENAI
     handler: Callable[..., Awaitable[Response]] = _undeclared
 
@@ -104,22 +104,35 @@ def routes(endpoints: Iterable[Endpoint], *, admin_socket: Path | None) -> list[
     Of several routes that match, the first one wins, so `{name:path}` comes last.
     """
 
-    async def refused(_: Request) -> Response:
-        raise RequestError(
-            403, f"changes are made on {admin_socket} only", code="admin_only", hint="ask there"
-        )
+    def for_admins(handler: Handler) -> Handler:
+        async def checked(request: Request) -> Response:
+            if not may_change(request):
+                raise RequestError(
+                    403,
+                    f"changes are made on {admin_socket} only",
+                    code="admin_only",
+                    hint="ask there, or over TCP with an admin key",
+                )
+            return await handler(request)
+
+        return checked
 
     by_path: dict[str, dict[str, Handler]] = defaultdict(dict)
     surfaces: dict[str, Surface] = {}
     for declared in endpoints:
         handler = declared.handler
         if declared.admin:
-            handler = _json_only(handler) if admin_socket is None else refused
+            handler = _json_only(handler)
+            if admin_socket is not None:
+                handler = for_admins(handler)
         by_path[declared.path][declared.method] = handler
         surfaces[declared.path] = declared.surface
 
     paths = sorted(by_path, key=lambda path: ":path}" in path)
-    return [_route(path, by_path[path], surfaces[path]) for path in paths]
+    shows_all = {declared.path for declared in endpoints if declared.of_all_models}
+    return [
+        _route(path, by_path[path], surfaces[path], shows_all=path in shows_all) for path in paths
+    ]
 
 
 def _json_only(handler: Handler) -> Handler:
@@ -139,9 +152,13 @@ def _json_only(handler: Handler) -> Handler:
     return checked
 
 
-def _route(path: str, handlers: dict[str, Handler], surface: Surface) -> Route:
+def _route(path: str, handlers: dict[str, Handler], surface: Surface, *, shows_all: bool) -> Route:
+    """`shows_all`: it refuses keys that are only for some models."""
+
     async def dispatch(request: Request) -> Response:
         request.scope[ERROR_BODY] = surface.error_body
+        if shows_all or "model" in request.path_params:
+            check_model(request, request.path_params.get("model"))
         method = "GET" if request.method == "HEAD" else request.method
         return await handlers[method](request)
 

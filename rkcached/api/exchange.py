@@ -11,7 +11,7 @@ import traceback
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import pydantic_core
 from starlette.datastructures import MutableHeaders
@@ -20,8 +20,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from rkcached.api.bodies import Body, error_body, parse_body
-from rkcached.api.endpoints import ERROR_BODY
+from rkcached.api.bodies import ERROR_BODY, Body, error_body, parse_body
 from rkcached.api.paths import RIGHT_ONES
 from rkcached.api.rendering import LARGE_BYTES
 from rkcached.api.responses import Answer
@@ -29,6 +28,7 @@ from rkcached.api.shares import Share
 from rkcached.errors import RequestError
 from rkcached.host.logs import log
 from rkcached.messages.bounds import ValueCounter
+from rkcached.sources.access_keys import AccessKey
 from rkcached.worker.held import NOBODY
 
 Result = TypeVar("Result")
@@ -43,7 +43,24 @@ MAX_SHOWN_LETTERS = 200
 _COUNTED_AT_ONCE = 32 << 10
 
 PEER = "peer"
-"""Key of the connection's state for the uid and pid of the process that opened it."""
+"""Key of the connection's state for what the log says of who opened it: the uid and pid of the
+process, or over TCP the address, and the name of the key that a request brought."""
+
+TCP = "tcp"
+"""Key of the connection's state for its `Tcp`; it is not there for a Unix socket."""
+
+ACCESS_KEY = "access_key"
+"""Key of the request's state for the `AccessKey` that it brought over TCP, if it did."""
+
+
+class Tcp(NamedTuple):
+    """A connection over TCP."""
+
+    is_loopback: bool
+    """Its address on our side is one of the loopback, so that its client is on this machine."""
+    take_place: Callable[[int], bool]
+    """Notes the owner of the key that came over it. False if that one has too many connections."""
+
 
 # Parses large bodies. One thread: more would only take turns at Python's lock.
 _PARSING = ThreadPoolExecutor(max_workers=1, thread_name_prefix="parse")
@@ -163,6 +180,11 @@ def error_response(
 def refuse(request: Request, error: RequestError) -> Response:
     """The answer to a request that ended with this error, which is logged if it is our fault."""
     remember(request, error)
+    if error.code == "model_not_found" and models_of(request):
+        # The message names the models that there are, and this key is only for some of them.
+        error = RequestError(
+            error.status, "the model does not exist", code=error.code, param=error.param
+        )
     return error_response(error, request.scope.get(ERROR_BODY, error_body))
 
 
@@ -302,12 +324,15 @@ async def _while_listened_to(receive: Receive) -> AsyncIterator[None]:
 class _Holding:
     """The memory of one request's body, of the caller's share."""
 
-    def __init__(self, share: Share, caller: int) -> None:
+    def __init__(self, share: Share, scope: Scope) -> None:
         self._share = share
-        self._caller = caller
+        self._scope = scope
+        self._caller = NOBODY
         self.size_bytes = 0
 
     def take(self, size_bytes: int) -> bool:
+        if not self.size_bytes:
+            self._caller = _caller_of(self._scope)  # by now its key is known, if it has one
         if not self._share.take(self._caller, size_bytes):
             return False
         self.size_bytes += size_bytes
@@ -321,14 +346,22 @@ class Exchanges:
     """ASGI: gives every answer an X-Request-Id and logs each exchange.
 
     The id is the client's own, where it sent a usable one. The log has the uid and pid of the
-    client, as the kernel knows them, and never a text. It has the cause of every answer with a
-    status of 500 or more: in one sentence at warning, or with its traceback at error for a defect.
+    client, as the kernel knows them, or over TCP its address and the name of its key, and never a
+    text. It has the cause of every answer with a status of 500 or more: in one sentence at warning,
+    or with its traceback at error for a defect.
     """
 
-    def __init__(self, app: ASGIApp, bodies: Share) -> None:
-        """`bodies`: the bytes of memory for bodies of requests, until they are answered."""
+    def __init__(
+        self, app: ASGIApp, bodies: Share, count: Callable[[str, int], None] | None = None
+    ) -> None:
+        """`bodies`: the bytes of memory for bodies of requests, until they are answered.
+
+        `count`: is called with the key's name, which may be empty, and the status of each answer
+        over TCP.
+        """
         self._app = app
         self._bodies = bodies
+        self._count = count
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -336,7 +369,7 @@ class Exchanges:
             return
 
         request_id = _request_id(scope)
-        holding = scope[_HOLDING] = _Holding(self._bodies, _uid_of(scope))
+        holding = scope[_HOLDING] = _Holding(self._bodies, scope)
         started = time.monotonic()
         status = 0
 
@@ -361,7 +394,11 @@ class Exchanges:
             _log_cause(scope, status, request_id)
         finally:
             holding.give_back()
-            write = log.debug if scope["path"] in _PROBES else log.info
+            peer = scope.get("state", {}).get(PEER, {})
+            if self._count is not None and TCP in scope.get("state", {}):
+                self._count(peer.get("key", ""), status or 499)
+            is_probe = scope["path"] in _PROBES and status not in (401, 403)
+            write = log.debug if is_probe else log.info
             write(
                 "request",
                 method=scope["method"],
@@ -369,7 +406,7 @@ class Exchanges:
                 status=status or None,
                 took_ms=round((time.monotonic() - started) * 1000, 1),
                 request_id=request_id,
-                **scope.get("state", {}).get(PEER, {}),
+                **peer,
             )
 
 
@@ -378,19 +415,66 @@ def _shown(path: str) -> str:
     return path if len(path) <= MAX_SHOWN_LETTERS else f"{path[:MAX_SHOWN_LETTERS]}..."
 
 
-def uid_of(request: Request) -> int:
-    """The user of the process that opened the request's connection; NOBODY if that is not known."""
-    return _uid_of(request.scope)
+def caller_of(request: Request) -> int:
+    """Whose the request is: a user, the owner of a key, or NOBODY.
+
+    The user is that of the process that opened the connection. NOBODY came over TCP without a key.
+    """
+    return _caller_of(request.scope)
 
 
-def _uid_of(scope: Scope) -> int:
-    peer: dict[str, int] = scope.get("state", {}).get(PEER, {})
-    return peer.get("uid", NOBODY)
+def _caller_of(scope: Scope) -> int:
+    state = scope.get("state", {})
+    key: AccessKey | None = state.get(ACCESS_KEY)
+    if key is not None:
+        return key.owner
+    uid: int = state.get(PEER, {}).get("uid", NOBODY)
+    return uid
+
+
+def _key_of(request: Request) -> AccessKey | None:
+    key: AccessKey | None = request.scope.get("state", {}).get(ACCESS_KEY)
+    return key
+
+
+def may_change(request: Request) -> bool:
+    """Whether the request came over the socket for changes, or with an admin key."""
+    key = _key_of(request)
+    is_admin = getattr(request.app.state, "is_admin", False)
+    return is_admin or (key is not None and key.admin)
 
 
 def viewer_of(request: Request) -> int | None:
-    """The user whose own things the answer may show; None: everybody's, on the admin socket."""
-    return None if request.app.state.is_admin else uid_of(request)
+    """The caller whose own things the answer may show; None: everybody's, for who may change."""
+    return None if may_change(request) else caller_of(request)
+
+
+def models_of(request: Request) -> tuple[str, ...]:
+    """The only models that the request's key is for; all if there are none."""
+    key = _key_of(request)
+    return () if key is None else key.models
+
+
+def may_use(request: Request, name: str | None) -> bool:
+    """Whether the key of a request is for this model; without a name, whether for all."""
+    models = models_of(request)
+    return not models or (name is not None and name.partition("/")[0] in models)
+
+
+def check_model(request: Request, name: str | None) -> None:
+    """Refuse a key that is not for this model, or without a name, one that is not for all.
+
+    `name`: MODEL or MODEL/PROMPT. Errors: RequestError.
+    """
+    if may_use(request, name):
+        return
+    raise RequestError(
+        403,
+        f"this key is only for: {', '.join(models_of(request))}",
+        code="model_not_allowed",
+        param=None if name is None else "model",
+        hint="ask for one of these, or use another key",
+    )
 
 
 def _request_id(scope: Scope) -> str:

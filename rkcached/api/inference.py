@@ -14,7 +14,13 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from rkcached.api.answering import send_answer
-from rkcached.api.exchange import size_of_body, uid_of, unless_gone
+from rkcached.api.exchange import (
+    caller_of,
+    check_model,
+    may_change,
+    size_of_body,
+    unless_gone,
+)
 from rkcached.api.prepare import Preparation
 from rkcached.api.requests import ChatRequest, CompletionRequest, EmbeddingRequest
 from rkcached.api.writer import Writer
@@ -43,12 +49,13 @@ class Inference:
         `accepted`: when the request came, in monotonic seconds. `tolerant`: sampling that the
         engine lacks is ignored, whatever the manifest says. Errors: RequestError.
         """
+        check_model(request, body.model)
         preparing = self._preparation.chat(
             body,
             accepted,
-            uid_of(request),
+            caller_of(request),
             size_of_body(request),
-            is_admin=request.app.state.is_admin,
+            is_admin=may_change(request),
             tolerant=tolerant,
         )
         prepared = await unless_gone(request, preparing)
@@ -68,11 +75,12 @@ class Inference:
         tolerant: bool = False,
     ) -> Response:
         """Go on with a text that goes to the model as it is. Arguments and errors as for `chat`."""
+        check_model(request, body.model)
         job = self._preparation.completion(
             body,
             accepted,
-            uid_of(request),
-            is_admin=request.app.state.is_admin,
+            caller_of(request),
+            is_admin=may_change(request),
             tolerant=tolerant,
         )
         return await send_answer(request, self._serving.run(job), writer, stream=bool(body.stream))
@@ -84,30 +92,34 @@ class Inference:
 
         Errors: RequestError.
         """
+        check_model(request, body.model)
         model, inputs = self._preparation.embedding(body)
-        return await unless_gone(request, self._embeddings.make(model, inputs, uid_of(request)))
+        return await unless_gone(request, self._embeddings.make(model, inputs, caller_of(request)))
 
     async def render(
         self, request: Request, body: ChatRequest, *, accepted: float
     ) -> str | Response:
         """A conversation as the model reads it; or the client has gone. Errors: RequestError."""
+        check_model(request, body.model)
         preparing = self._preparation.chat(
             body,
             accepted,
-            uid_of(request),
+            caller_of(request),
             size_of_body(request),
-            is_admin=request.app.state.is_admin,
+            is_admin=may_change(request),
         )
         prepared = await unless_gone(request, preparing)
         return prepared if isinstance(prepared, Response) else prepared[0].prompt
 
     async def tokenize(self, request: Request, model: str, text: str) -> Sequence[int] | Response:
         """The tokens of a text; or the client has gone. Errors: RequestError."""
-        asking = self._serving.tokenize(model, text, uid_of(request))
+        check_model(request, model)
+        asking = self._serving.tokenize(model, text, caller_of(request))
         return await unless_gone(request, asking)
 
-    async def load(self, model: str) -> None:
+    async def load(self, request: Request, model: str) -> None:
         """Load a model now. Errors: RequestError."""
+        check_model(request, model)
         await self._serving.load(model)
 
 

@@ -13,7 +13,7 @@ from starlette.responses import Response
 
 from rkcached import __version__
 from rkcached.api.endpoints import endpoint
-from rkcached.api.exchange import answer, read_record, viewer_of
+from rkcached.api.exchange import answer, check_model, may_use, read_record, viewer_of
 from rkcached.api.inference import Inference
 from rkcached.api.requests import ChatRequest
 from rkcached.api.responses import Answer
@@ -113,12 +113,15 @@ class LlamaServerApi:
         """The model of this name; without one, the only model that writes text."""
         snapshot = self._published.now.seen_by(viewer_of(request))
         if name:
+            check_model(request, name)
             return find_text_model(snapshot, name.partition("/")[0])
 
         writers = [
             model
             for model in snapshot.desired.models.values()
-            if isinstance(model, DesiredModel) and not model.config.embedding
+            if isinstance(model, DesiredModel)
+            and not model.config.embedding
+            and may_use(request, model.name)
         ]
         if len(writers) != 1:
             known = ", ".join(model.name for model in writers) or "none"

@@ -78,6 +78,12 @@ class Metrics:
         self._deaths = Counter(
             "rkcached_worker_deaths", "Workers that died.", ("model",), registry=self._registry
         )
+        self._tcp = Counter(
+            "rkcached_tcp_requests",
+            "Answered requests over TCP; those without a right key have an empty name.",
+            ("key", "status"),
+            registry=self._registry,
+        )
         self._registry.register(_Now(published, serving, workers))
         ProcessCollector(registry=self._registry)
         events.listen(self._take)
@@ -85,6 +91,10 @@ class Metrics:
     def text(self) -> bytes:
         """In Prometheus' text format."""
         return generate_latest(self._registry)
+
+    def count_tcp(self, key: str, status: int) -> None:
+        """Count an answer over TCP, to a request with this key."""
+        self._tcp.labels(key, str(status)).inc()
 
     def _take(self, event: Event) -> None:
         fields = event.fields

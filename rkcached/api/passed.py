@@ -42,12 +42,16 @@ def check_passed(passed: Mapping[str, Iterable[socket.socket]]) -> None:
 def refuse_waiting(listener: socket.socket, error: ManifestError | SettingsError) -> None:
     """Answer every client that waits in this socket with an error.
 
-    Otherwise systemd would start us again for it at once.
+    Otherwise systemd would start us again for it at once. Over TCP nobody has shown a key, so no
+    file is named.
     """
+    message = "the daemon does not start; its log says why"
     problems = None
-    if isinstance(error, ManifestError):
-        problems = list(map(asdict, error.problems))
-    answer = refusal("503 Service Unavailable", error.message, "not_started", problems)
+    if listener.family == socket.AF_UNIX:
+        message = error.message
+        if isinstance(error, ManifestError):
+            problems = list(map(asdict, error.problems))
+    answer = refusal("503 Service Unavailable", message, "not_started", problems)
     with contextlib.suppress(OSError):  # nobody waits any more, or it is none that listens
         while True:
             connection, _ = listener.accept()

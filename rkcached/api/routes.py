@@ -38,14 +38,17 @@ from rkcached.api.exchange import (
     Exchanges,
     Streamed,
     answer,
+    caller_of,
+    check_model,
     error_response,
+    may_use,
     no_route,
     read_record,
     refuse,
-    uid_of,
     viewer_of,
 )
 from rkcached.api.inference import Inference, floats_of
+from rkcached.api.key_check import KeyCheck
 from rkcached.api.metrics import CONTENT_TYPE, Metrics
 from rkcached.api.named_prompt import prompt_text
 from rkcached.api.own_site import OwnSite
@@ -79,6 +82,7 @@ from rkcached.host.logs import log
 from rkcached.reconcile.events import Event, Events
 from rkcached.reconcile.loop import Reconciler
 from rkcached.serving.models import find_model
+from rkcached.sources.access_keys import AccessKeys
 from rkcached.sources.records import Key
 
 EVENT_STREAMS = 32
@@ -106,8 +110,13 @@ class Api:
         metrics: Metrics,
         make_status: Callable[..., Status],
         reload: Callable[[], Awaitable[None]],
+        keys: AccessKeys,
+        open_loopback: bool,
     ) -> None:
-        """`surfaces`: objects with endpoints of other interfaces."""
+        """`surfaces` have endpoints of other interfaces.
+
+        `open_loopback`: connections to a loopback address need no key.
+        """
         self._reconciler = reconciler
         self._preparation = preparation
         self._inference = inference
@@ -118,6 +127,8 @@ class Api:
         self._metrics = metrics
         self._status = make_status
         self._reload = reload
+        self._keys = keys
+        self._open_loopback = open_loopback
         self._logged_starting = False
         self._bodies = Share(each=BODIES_BYTES, total=2 * BODIES_BYTES)
         self._streams = Share(each=EVENT_STREAMS, total=4 * EVENT_STREAMS)
@@ -157,7 +168,15 @@ class Api:
         )
         app.router.redirect_slashes = False
         app.state.is_admin = admin_socket is None
-        return Exchanges(OwnSite(app, self._hosts), self._bodies)
+        checked = KeyCheck(
+            app, self._keys, open_loopback=self._open_loopback, for_admins=admin_socket is None
+        )
+        origins = tuple if admin_socket is None else self._origins
+        own = OwnSite(checked, self._hosts, origins)
+        return Exchanges(own, self._bodies, self._metrics.count_tcp)
+
+    def _origins(self) -> tuple[str, ...]:
+        return self._reconciler.snapshot.manifest.serving.cors
 
     def _hosts(self) -> Collection[str]:
         return self._reconciler.snapshot.manifest.serving.hosts
@@ -231,6 +250,7 @@ class Api:
         desired = self._reconciler.snapshot.seen_by(viewer_of(request)).desired
         usable = [str(key) for key in desired.prompts if key in desired.texts]
         names = [*desired.models, *usable]
+        names = [name for name in names if may_use(request, name)]
         return answer(ModelList(data=[ModelCard(id=name) for name in names]))
 
     @endpoint(
@@ -242,6 +262,7 @@ class Api:
     )
     async def _model(self, request: Request) -> Response:
         snapshot = self._reconciler.snapshot.seen_by(viewer_of(request))
+        check_model(request, request.path_params["name"])
         name, _, prompt = request.path_params["name"].partition("/")
         find_model(snapshot, name)
         if prompt:
@@ -273,6 +294,7 @@ class Api:
         "/v1/status",
         summary="What the daemon is and does.",
         answers={200: Status},
+        of_all_models=True,
     )
     async def _get_status(self, request: Request) -> Response:
         if request.query_params.get("look") == "true" and self._reconciler.snapshot.ready:
@@ -286,6 +308,7 @@ class Api:
         summary="The same as a page for a browser, which follows the events.",
         answers={200: None},
         media=("text/html",),
+        of_all_models=True,
     )
     async def _page(self, request: Request) -> Response:
         return page(self._status(viewer=viewer_of(request), urgent_first=True))
@@ -297,11 +320,12 @@ class Api:
         "as it happens.",
         answers={200: None},
         media=(EVENT_STREAM,),
+        of_all_models=True,
     )
     async def _get_events(self, request: Request) -> Response:
         waits_for = request.query_params.getlist("waits_for")
         hurrying = self._reconciler.hurrying(waits_for)
-        caller = uid_of(request)
+        caller = caller_of(request)
         shown = functools.partial(self._as_seen, viewer_of(request))
         if not self._streams.take(caller):
             raise RequestError(
@@ -338,6 +362,7 @@ class Api:
         summary="For Prometheus.",
         answers={200: None},
         media=("text/plain",),
+        of_all_models=True,
     )
     async def _get_metrics(self, _: Request) -> Response:
         return Response(self._metrics.text(), media_type=CONTENT_TYPE)

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
+import ipaddress
 import operator
 import os
 import re
@@ -21,6 +23,7 @@ import struct
 import time
 from collections import deque
 from collections.abc import Iterator
+from ipaddress import IPv4Address, IPv6Address
 from pathlib import Path
 
 import h11
@@ -28,9 +31,10 @@ import uvicorn
 from starlette.types import ASGIApp, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from rkcached.api.exchange import PEER
+from rkcached.api.exchange import PEER, TCP, Tcp
 from rkcached.api.passed import refusal
 from rkcached.errors import SocketError
+from rkcached.host.addresses import Address, parse_address
 from rkcached.host.logs import log
 from rkcached.worker.held import NOBODY
 
@@ -61,7 +65,8 @@ TOO_MANY_AGAIN_S = 10.0
 """Pause between two warnings of too many connections."""
 
 MAX_CONNECTIONS = 400
-"""At each socket; fewer where the process may open few files. One user may have three quarters."""
+"""At each socket; fewer where the process may open few files. One user may have three quarters; so
+may all connections over TCP together, and one key a half of these."""
 
 SLICE_BYTES = 8 << 10
 """Of what a client sends, between two turns of the event loop."""
@@ -106,6 +111,52 @@ def open_socket(path: Path, mode: int = SOCKET_MODE) -> socket.socket:
         ) from error
     listener.setblocking(False)
     return listener
+
+
+def open_port(text: str) -> socket.socket:
+    """Listen on HOST:PORT over TCP. Errors: SettingsError, SocketError with the next step."""
+    address = parse_address(text)
+    family = socket.AF_INET6 if address.host.version == 6 else socket.AF_INET
+    try:
+        return _listening(family, address)
+    except OSError as error:
+        why = error.strerror
+        raise SocketError(
+            f"cannot listen on {address}: {why}", hint=_port_hint(error, address)
+        ) from error
+
+
+def _listening(family: socket.AddressFamily, address: Address) -> socket.socket:
+    """Errors: OSError."""
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if family == socket.AF_INET6:
+            listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        listener.bind((str(address.host), address.port))
+        listener.listen(128)
+        listener.setblocking(False)
+    except OSError:
+        listener.close()
+        raise
+    return listener
+
+
+def _port_hint(error: OSError, address: Address) -> str:
+    match error.errno:
+        case errno.EADDRINUSE:
+            return (
+                f"stop the program that has this port, `ss -ltnp sport = {address.port}` "
+                "shows it, or choose another port"
+            )
+        case errno.EACCES:
+            return "ports below 1024 are root's: choose a higher one"
+        case errno.EADDRNOTAVAIL:
+            return "this machine does not have that address: `ip addr` lists its own"
+        case errno.EAFNOSUPPORT | errno.EPERM:
+            return "the service opens no port itself: use `sudo rkcached port enable ADDRESS`"
+        case _:
+            return "choose another address with --listen"
 
 
 def remove_socket(path: Path, inode: int) -> None:
@@ -185,7 +236,7 @@ def _clear_stale(path: Path, option: str) -> None:
 
 
 class _Connection(H11Protocol):
-    """A connection with deadlines, and with the uid and pid of its client.
+    """A connection with deadlines, and with the uid and pid of its client, or its address.
 
     The kernel noted these when the connection was made (unix(7), SO_PEERCRED). uvicorn waits
     without end for the rest of a request. Here a request has a deadline: otherwise a thousand
@@ -193,6 +244,8 @@ class _Connection(H11Protocol):
     """
 
     uid = NOBODY
+    """Over TCP the owner of the key that came last."""
+    is_tcp = False
     _is_taking = False
     _deadline: asyncio.TimerHandle | None = None
     _in_head = False
@@ -207,15 +260,15 @@ class _Connection(H11Protocol):
         super().connection_made(transport)
         self._slices = deque[bytes]()
         peer = transport.get_extra_info("socket")
-        with contextlib.suppress(OSError):
-            pid, self.uid, _ = struct.unpack(
-                "3i", peer.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
-            )
-            self.app_state = {**self.app_state, PEER: {"uid": self.uid, "pid": pid}}
-            if _is_child(pid):
+        if peer.family == socket.AF_UNIX:
+            pid = self._note_process(peer)
+            if pid is not None and _is_child(pid):
                 log.warning("connection refused", reason="a worker of ours opened it", pid=pid)
                 transport.abort()
                 return
+        else:
+            _send_at_once(peer)
+            self._note_address(transport)
 
         if not self._has_a_place():
             self._close_longest_idle()
@@ -227,11 +280,29 @@ class _Connection(H11Protocol):
             return
         self._await_more()
 
+    def _note_process(self, peer: socket.socket) -> int | None:
+        """The pid of the process that opened the connection, if it is known."""
+        try:
+            credentials = peer.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
+        except OSError:
+            return None
+
+        pid: int
+        pid, self.uid, _ = struct.unpack("3i", credentials)
+        self.app_state = {**self.app_state, PEER: {"uid": self.uid, "pid": pid}}
+        return pid
+
+    def _note_address(self, transport: asyncio.Transport) -> None:
+        theirs = _address(transport.get_extra_info("peername"))
+        ours = _address(transport.get_extra_info("sockname"))
+        is_loopback = ours is not None and ours.is_loopback
+        self.is_tcp = True
+        tcp = Tcp(is_loopback=is_loopback, take_place=self._take_place)
+        self.app_state = {**self.app_state, PEER: {"peer": str(theirs)}, TCP: tcp}
+
     def _has_a_place(self) -> bool:
         most = _max_connections()
-        own = sum(
-            isinstance(other, _Connection) and other.uid == self.uid for other in self.connections
-        )
+        own = sum(map(self._is_alike, self._others()))
         return len(self.connections) <= most and own <= most * 3 // 4
 
     def _close_longest_idle(self) -> None:
@@ -241,17 +312,37 @@ class _Connection(H11Protocol):
         """
         is_full = len(self.connections) > _max_connections()
         idle: list[tuple[float, _Connection]] = []
-        for other in self.connections:
-            if not isinstance(other, _Connection) or other.transport.is_closing():
-                continue
+        for other in self._others():
             timer = other.timeout_keep_alive_task
-            if timer is not None and (is_full or other.uid == self.uid):
+            if timer is None or other.transport.is_closing():
+                continue
+            if is_full or self._is_alike(other):
                 idle.append((timer.when(), other))
 
         if idle:
             _, longest = min(idle, key=operator.itemgetter(0))
             longest.timeout_keep_alive_handler()
             self.connections.discard(longest)
+
+    def _others(self) -> list[_Connection]:
+        """All connections to this server, with this one."""
+        return [other for other in self.connections if isinstance(other, _Connection)]
+
+    def _is_alike(self, other: _Connection) -> bool:
+        """Whether the connections have their places together."""
+        if self.is_tcp or other.is_tcp:
+            return self.is_tcp and other.is_tcp
+        return self.uid == other.uid
+
+    def _take_place(self, owner: int) -> bool:
+        """Count the connection as one of this key. False if that has too many."""
+        if self.uid == owner:
+            return True
+        own = sum(other.uid == owner for other in self._others())
+        if own >= _max_connections() * 3 // 8:
+            return False
+        self.uid = owner
+        return True
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._clear_deadline()
@@ -408,6 +499,25 @@ def _with_host(data: bytes, connection: h11.Connection) -> bytes:
     return line + newline + b"Host: localhost\r\n" + rest
 
 
+def _address(name: tuple[str, int] | None) -> IPv4Address | IPv6Address | None:
+    """The address of a socket's name; one of IPv4 that came through IPv6 is itself."""
+    if not name:  # it was closed already
+        return None
+
+    address = ipaddress.ip_address(name[0].partition("%")[0])
+    return getattr(address, "ipv4_mapped", None) or address
+
+
+def _send_at_once(connection: socket.socket) -> None:
+    """Otherwise the second of two small writes waits for the client's acknowledgement, for 40 ms.
+
+    asyncio does this only where it knows that the protocol is TCP, and an accepted socket has the
+    number that its listener was made with, which may be 0.
+    """
+    with contextlib.suppress(OSError):  # it was closed already
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+
+
 def _is_child(pid: int) -> bool:
     """Whether this is a process of ours, which has the same user, and nothing to ask or change."""
     try:
@@ -439,6 +549,10 @@ def _max_connections() -> int:
     if limit == resource.RLIM_INFINITY:
         return MAX_CONNECTIONS
     return max(8, min(MAX_CONNECTIONS, (limit - OTHER_FILES) // 2))
+
+
+def _is_port(server: asyncio.Server) -> bool:
+    return any(listener.family != socket.AF_UNIX for listener in server.sockets)
 
 
 class OnceLooked:
@@ -483,18 +597,21 @@ class HttpServer(uvicorn.Server):
         self.answering = asyncio.Event()
 
     async def listen(self, listener: socket.socket) -> None:
-        """Listen on this socket instead of the one before."""
+        """Listen on this Unix socket instead of the one before. Ports stay as they are."""
 
         def connection() -> asyncio.Protocol:
             return _Connection(
                 config=self.config, server_state=self.server_state, app_state=self.lifespan.state
             )
 
-        self.stop_accepting()
+        kept = [server for server in self.servers if _is_port(server)]
+        for server in self.servers:
+            if server not in kept:
+                server.close()
         server = await asyncio.get_running_loop().create_server(
             connection, sock=listener, backlog=128
         )
-        self.servers = [server]
+        self.servers = [*kept, server]
 
     def stop_accepting(self) -> None:
         """Leave new connections in the socket, for the next daemon where systemd holds it."""

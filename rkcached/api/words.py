@@ -9,6 +9,7 @@ import statistics
 from typing import Any
 
 from rkcached.errors import counted, printable
+from rkcached.sources.access_keys import FIRST_OWNER
 
 _LONG_S = 2.0
 """A worker that has been starting or busy for this long is shown with the time."""
@@ -103,7 +104,8 @@ def suggestion_of(suggestion: dict[str, Any]) -> str:
         what = f"{suggestion['tokens']:,} tokens"
 
     requests, prefilled = suggestion["requests"], suggestion["prefilled"]
-    text = f"{what} began {requests:,} requests of uid {suggestion['uid']}"
+    whose = "uid" if suggestion["uid"] < FIRST_OWNER else "the key with the owner"
+    text = f"{what} began {requests:,} requests of {whose} {suggestion['uid']}"
     of_them = "all" if prefilled >= requests else f"{prefilled:,}"
 
     seconds = suggestion["prefill_ms"] / 1000

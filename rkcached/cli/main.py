@@ -54,7 +54,22 @@ def cli() -> None:
     type=click.Choice(["debug", "info", "warning", "error"]),
     help="The least severe lines to log; default: info. [RKCACHED_LOG_LEVEL]",
 )
-def run(settings: Settings, log_level: str | None) -> int:
+@click.option(
+    "--listen",
+    multiple=True,
+    metavar="HOST:PORT",
+    help="Also listen on a TCP port, such as 127.0.0.1:8080 or [::1]:8080, where each request "
+    "needs a key; may be given several times. [RKCACHED_LISTEN, with blanks between]",
+)
+@click.option(
+    "--open-loopback",
+    is_flag=True,
+    help="Let every program of this machine ask over the loopback without a key. "
+    "[RKCACHED_OPEN_LOOPBACK]",
+)
+def run(
+    *, settings: Settings, log_level: str | None, listen: Sequence[str], open_loopback: bool
+) -> int:
     """Run the daemon in the foreground.
 
     It ends on SIGTERM or Ctrl-C, and looks for changes at once on SIGHUP. Under systemd it reports
@@ -65,7 +80,8 @@ def run(settings: Settings, log_level: str | None) -> int:
     with asking_for_time():
         from rkcached import daemon
 
-    daemon.run(settings.model_copy(update={"log_level": log_level}) if log_level else settings)
+    given = {"log_level": log_level, "listen": " ".join(listen), "open_loopback": open_loopback}
+    daemon.run(settings.model_copy(update={name: value for name, value in given.items() if value}))
     return os.EX_OK
 
 
@@ -332,6 +348,122 @@ def suggest(
     from rkcached.cli import suggest as command
 
     return command.run(settings, suggestion, name, want_json=want_json)
+
+
+@cli.group()
+def key() -> None:
+    """Manage the keys by which programs ask over TCP."""
+
+
+@key.command("add")
+@click.argument("name", metavar="NAME")
+@places("manifest", "cache_dir", "state_dir")
+@click.option(
+    "--admin", is_flag=True, help="Let it also change things, as on the socket for changes."
+)
+@click.option(
+    "--model",
+    "models",
+    multiple=True,
+    metavar="MODEL",
+    help="Let it use and see only this model; may be given several times.",
+)
+@as_json
+def key_add(
+    *, settings: Settings, name: str, admin: bool, models: Sequence[str], want_json: bool
+) -> int:
+    """Make a key, and print it: this once, as only its SHA-256 is kept.
+
+    NAME is shown in the log and in the metrics. The daemon accepts the key at once. What one key
+    asks is hidden from others, and no key gets more of the engine's time than another one or a
+    user.
+    """
+    from rkcached.cli import key as command
+
+    return command.add(settings, name, admin=admin, models=models, want_json=want_json)
+
+
+@key.command("list")
+@places("manifest", "cache_dir", "state_dir")
+@as_json
+def key_list(settings: Settings, want_json: bool) -> int:
+    """List the keys: their names, what they may do, and when they were made."""
+    from rkcached.cli import key as command
+
+    return command.show_all(settings, want_json=want_json)
+
+
+@key.command("revoke")
+@click.argument("name", metavar="NAME")
+@places("manifest", "cache_dir", "state_dir")
+@as_json
+def key_revoke(settings: Settings, name: str, want_json: bool) -> int:
+    """Remove a key. The daemon refuses it from the next request on.
+
+    An answer that has begun is not stopped. The exit code is 66 if there is no such key.
+    """
+    from rkcached.cli import key as command
+
+    return command.revoke(settings, name, want_json=want_json)
+
+
+@cli.group()
+def port() -> None:
+    """Open and close a TCP port of the service."""
+
+
+@port.command("enable")
+@click.argument("address", metavar="ADDRESS")
+@click.option("--container", is_flag=True, help="Also let containers of Docker and Podman ask.")
+@click.option(
+    "--container-address",
+    metavar="IP",
+    help="The address by which containers reach this machine, where it is not that of docker0, "
+    "podman0 or cni-podman0; it implies --container.",
+)
+@click.option(
+    "--without-key",
+    is_flag=True,
+    help="Let every program of this machine ask without a key. For a loopback address.",
+)
+@click.option(
+    "--name", default="default", show_default=True, help="The name of the key that is made."
+)
+@as_json
+def port_enable(
+    *,
+    address: str,
+    container: bool,
+    container_address: str | None,
+    without_key: bool,
+    name: str,
+    want_json: bool,
+) -> int:
+    """Have systemd open a TCP port for the service, and print its base URL and a key for it.
+
+    ADDRESS is HOST:PORT, such as 127.0.0.1:11434. The command writes a drop-in for rkcached.socket,
+    and restarts that and a running service. If there is a key of that name already, no key is made.
+    It replaces the port that it opened before. It is for root.
+    """
+    from rkcached.cli import port as command
+
+    wish = command.Wish(
+        address=address,
+        container=container,
+        container_address=container_address,
+        without_key=without_key,
+        name=name,
+    )
+    return command.enable(wish, want_json=want_json)
+
+
+@port.command("disable")
+@as_json
+def port_disable(want_json: bool) -> int:
+    """Close the port that `rkcached port enable` opened, and say which keys remain. For root."""
+    from rkcached.cli import port as command
+
+    return command.disable(want_json=want_json)
 
 
 @cli.command()

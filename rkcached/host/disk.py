@@ -116,23 +116,32 @@ def no_inodes(disk: Free) -> tuple[str, str]:
     )
 
 
-def write_new(path: Path, data: bytes, mode: int = FILE_MODE) -> None:
-    """A new file with this content, on the disk. Errors: OSError, also when it exists."""
+def write_new(
+    path: Path, data: bytes, mode: int = FILE_MODE, *, owner: tuple[int, int] | None = None
+) -> None:
+    """A new file with this content, on the disk. Errors: OSError, also when it exists.
+
+    `owner`: the uid and gid whose it becomes, if it is not to be ours.
+    """
     with path.open("xb") as stream:
         os.fchmod(stream.fileno(), mode)
+        if owner is not None:
+            os.fchown(stream.fileno(), *owner)
         stream.write(data)
         stream.flush()
         os.fsync(stream.fileno())
 
 
-def replace(path: Path, data: bytes, mode: int = FILE_MODE) -> None:
+def replace(
+    path: Path, data: bytes, mode: int = FILE_MODE, *, owner: tuple[int, int] | None = None
+) -> None:
     """The file has this content afterwards, or on any error the content that it had.
 
-    Errors: OSError.
+    `owner`: as for `write_new`. Errors: OSError.
     """
     temporary = path.with_name(f".{path.name}-{secrets.token_hex(4)}.tmp")
     try:
-        write_new(temporary, data, mode)
+        write_new(temporary, data, mode, owner=owner)
         temporary.replace(path)
     finally:
         with contextlib.suppress(OSError):

@@ -29,6 +29,10 @@ class Settings(BaseSettings):
     admin_socket: Path = Path()
     """The socket for changes; by default it lies beside the other one."""
     log_level: LogLevel = "info"
+    listen: str = ""
+    """TCP ports to open, as HOST:PORT, with blanks between; the service's come from systemd."""
+    open_loopback: bool = False
+    """Whether TCP connections to a loopback address need no key."""
 
     def model_post_init(self, _: object) -> None:
         if "cache_dir" not in self.model_fields_set:

@@ -25,7 +25,7 @@ LEARNED: Final = "learned-"
 _SUFFIX = ".md"
 _DIRECTORY_MODE = 0o750
 _SHARED = "shared"
-_UID = re.compile(r"\d{1,10}")
+_UID = re.compile(r"\d{1,16}")  # also the owner of a key
 
 
 class Learned(NamedTuple):

@@ -33,6 +33,7 @@ from rkcached.sources.values import (
     FilePath,
     Hosts,
     Name,
+    Origins,
     Paths,
     Patterns,
     Preload,
@@ -257,6 +258,10 @@ class ServingConfig(_Section):
         default=SystemConflict.REFUSE,
         description="A request names a prompt and has another system message: refuse it, take the "
         "prompt's text, the client's, or the client's after the prompt's.",
+    )
+    cors: Origins = Field(
+        default=(),
+        description="The origins of web pages of other sites that may send requests.",
     )
     shutdown_grace_s: float = values.number(
         default=3.0,

@@ -236,6 +236,35 @@ def _hosts(value: object) -> object:
     return tuple(dict.fromkeys(name.lower() for name in names))
 
 
+def _origins(value: object) -> object:
+    origins = _listed(value)
+    if not isinstance(origins, list) or not all(isinstance(origin, str) for origin in origins):
+        raise wrong(
+            f"cors: expected an origin or a list of origins, got {show(value)}",
+            "write the origins of the pages that may ask, as https://chat.example.org",
+        )
+    for origin in origins:
+        if origin in ("*", "null"):
+            raise wrong(
+                f"cors: {show(origin)} would let the pages of strangers ask",
+                "name each origin, as https://chat.example.org",
+            )
+        if not re.fullmatch(_ORIGIN, origin):
+            raise wrong(
+                f"cors: {show(origin)} is not an origin",
+                "write scheme, host and port, and no path: https://chat.example.org or "
+                "http://localhost:3000",
+            )
+    return tuple(dict.fromkeys(origin.lower() for origin in origins))
+
+
+# As browsers write them (RFC 6454); pages of extensions and of programs have schemes of their own.
+_ORIGIN = r"[A-Za-z][A-Za-z0-9+.-]{0,63}://[A-Za-z0-9._\[\]:-]{1,255}"
+_ORIGIN_SCHEMA = {"type": "string", "pattern": f"^{_ORIGIN}$"}
+_ORIGINS_SCHEMA: dict[str, Any] = {
+    "anyOf": [_ORIGIN_SCHEMA, {"type": "array", "items": _ORIGIN_SCHEMA, "maxItems": MAX_HOSTS}],
+    "default": [],
+}
 _HOST = r"[A-Za-z0-9_-]{1,63}(\.[A-Za-z0-9_-]{1,63}){0,7}"
 _HOST_SCHEMA = {"type": "string", "pattern": f"^{_HOST}$"}
 _HOSTS_SCHEMA: dict[str, Any] = {
@@ -298,6 +327,12 @@ Hosts = Annotated[
     BeforeValidator(_hosts),
     Field(max_length=MAX_HOSTS),
     WithJsonSchema(_HOSTS_SCHEMA),
+]
+Origins = Annotated[
+    tuple[str, ...],
+    BeforeValidator(_origins),
+    Field(max_length=MAX_HOSTS),
+    WithJsonSchema(_ORIGINS_SCHEMA),
 ]
 Size = Annotated[
     ByteSize, BeforeValidator(_size), Field(ge=1 << 20, le=1 << 60), WithJsonSchema(_SIZE_SCHEMA)

@@ -34,9 +34,9 @@ def scan(folder: Path, learn: str) -> Sources:
 
 
 def test_two_users_have_two(texts: LearnedTexts) -> None:
-    """The name tells neither the text nor that another has the same."""
+    """The name tells neither the text nor that another has the same. A key is a user, too."""
     mine = texts.learned("m", 1000, "You are kind.")
-    others = texts.learned("m", 1001, "You are kind.")
+    others = texts.learned("m", (1 << 53) - 1, "You are kind.")  # the owner of a key
     shared = texts.learned("m", None, "You are kind.")
     assert len({mine.key, others.key, shared.key}) == 3
     assert mine == texts.learned("m", 1000, "You are kind.")

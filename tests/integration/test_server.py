@@ -7,6 +7,7 @@ import contextlib
 import inspect
 import logging
 import os
+import socket
 import sys
 import tomllib
 from collections.abc import AsyncGenerator, AsyncIterator
@@ -103,6 +104,27 @@ async def test_a_client_that_takes_nothing_loses_its_place(
         writer.close()
         with contextlib.suppress(OSError):
             await writer.wait_closed()
+
+
+async def test_small_writes_over_tcp_do_not_wait_for_each_other(site: Site) -> None:
+    """Nagle's algorithm is off, also for a listener that does not know its protocol by number.
+
+    It cost 41 ms of each streamed answer.
+    """
+    listener = socket.create_server(("127.0.0.1", 0))
+    port = listener.getsockname()[1]
+    stopped = asyncio.create_task(site.server.serve(sockets=[listener]))
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    writer.write(b"GET / HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+    assert (await reader.readline()).startswith(b"HTTP/1.1 200")
+    (connection,) = site.server.server_state.connections
+    taken = connection.transport.get_extra_info("socket")
+    assert taken.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+    writer.close()
+    await writer.wait_closed()
+    site.server.stop()
+    await asyncio.wait_for(stopped, DEADLINE_S)
+    listener.close()
 
 
 ASK = """

@@ -25,6 +25,8 @@ import httpx
 import pytest
 from conftest import Workspace
 
+from rkcached.api.passed import refuse_waiting
+from rkcached.errors import ManifestError, Problem
 from rkcached.host import logs
 from rkcached.host.journal import Journal
 from rkcached.host.systemd import Service, listen_fds
@@ -300,6 +302,36 @@ def test_every_socket_of_a_name_is_served(space: Workspace) -> None:
     assert space.stop() == 0
 
 
+def test_a_port_among_the_sockets_for_changes(
+    space: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is for admin keys only, also where the loopback needs no key."""
+    monkeypatch.setenv("RKCACHED_OPEN_LOOPBACK", "1")
+    admin, other = (
+        space.cli("key", "add", *words).stdout.strip() for words in (["a", "--admin"], ["b"])
+    )
+    listeners = [listening(space.root / f"{name}.sock") for name in ("s", "admin")]
+    ports = []
+    for _ in range(2):
+        with socket.create_server(("127.0.0.1", 0)) as opened:
+            ports.append(opened.getsockname()[1])
+            listeners.append(socket.socket(fileno=fcntl.fcntl(opened, fcntl.F_DUPFD_CLOEXEC, 20)))
+    start_by_sockets(space, "rkcached:admin:rkcached:admin", listeners)
+    wait_until(lambda: space.status()["ready"], "the daemon is ready")
+
+    def codes(port: int) -> list[int]:
+        url = f"http://127.0.0.1:{port}/v1/reload"
+        keys = ({}, {"x-api-key": other}, {"x-api-key": admin})
+        return [httpx.post(url, headers=headers).status_code for headers in keys]
+
+    for_everyone, for_changes = ports
+    assert codes(for_everyone) == [403, 403, 200]
+    assert codes(for_changes) == [401, 403, 200]
+    assert httpx.get(f"http://127.0.0.1:{for_everyone}/v1/models").status_code == 200
+    assert httpx.get(f"http://127.0.0.1:{for_changes}/v1/models").status_code == 401
+    assert space.stop() == 0
+
+
 @pytest.mark.parametrize(
     ("names", "kind", "said"),
     [
@@ -529,3 +561,18 @@ async def test_a_build_past_every_deadline_starves_the_watchdog(
         assert await asyncio.to_thread(manager.silent_for, 0.5)
         reconciler._published.change(building=None)
         assert b"WATCHDOG=1" in await asyncio.to_thread(manager.next)
+
+
+def test_a_broken_manifest_is_not_told_over_a_port(tmp_path: Path) -> None:
+    """Who waits there has shown no key. On a Unix socket every problem is told."""
+    problem = Problem(file="/etc/rkcached/manifest.yaml", line=3, message="secret-model is wrong")
+    unix, tcp = listening(tmp_path / "s.sock"), socket.create_server(("127.0.0.1", 0))
+    for listener, is_told in ((unix, True), (tcp, False)):
+        with socket.socket(listener.family) as client, listener:
+            client.connect(listener.getsockname())
+            client.sendall(b"GET / HTTP/1.1\r\n\r\n")
+            listener.setblocking(False)
+            refuse_waiting(listener, ManifestError((problem,)))
+            answer = client.recv(1 << 16).decode()
+        assert answer.startswith("HTTP/1.1 503 ")
+        assert ("secret-model" in answer) is is_told

@@ -180,35 +180,6 @@ def test_each_width_shows_all(workspace: Workspace, tmp_path: Path, width: int) 
         assert browser.complaints == []
 
 
-def test_the_units_of_the_guide(tmp_path: Path) -> None:
-    """The port's two units are right, says systemd, and they agree with ours on the socket."""
-    guide = (ROOT / "docs/page.md").read_text()
-    blocks = re.findall(
-        r"`/etc/systemd/system/(rkcached-port\.\w+)`:\n\n```ini\n(.*?)```", guide, re.DOTALL
-    )
-    assert [name for name, _ in blocks] == ["rkcached-port.socket", "rkcached-port.service"]
-    ours = {
-        file.name: file.read_text().replace("@BIN@/rkcached", "/bin/true")
-        for file in (ROOT / "systemd").glob("rk*.*t")
-    }
-    for name, text in [
-        *blocks,
-        *ours.items(),
-        ("rkcached.service", "[Service]\nExecStart=/bin/true\n"),
-    ]:
-        (tmp_path / name).write_text(text)
-    command = [need("systemd-analyze"), "verify", "--man=no", "--recursive-errors=one"]
-    done = subprocess.run(
-        [*command, *(tmp_path / name for name, _ in blocks)],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert (done.returncode, done.stderr) == (0, "")
-    listens = f"ListenStream={re.search(r'socket-proxyd (.*)', blocks[1][1])[1]}"  # type: ignore[index]
-    assert listens in ours["rkcached.socket"].splitlines()
-
-
 @pytest.fixture
 def desk(tmp_path: Path) -> Iterator[Path]:
     """The configuration of an ssh client that knows a host named `board`.

@@ -107,24 +107,29 @@ def test_other_pages(fresh: Machine, page: str) -> None:
 
 
 def test_the_port(fresh: Machine) -> None:
-    """The page's two units and its commands open a port on the loopback.
-
-    It answers as the page shows.
-    """
+    """The page's commands open a port on the loopback. It answers as the page shows."""
     text = (DOCS / "page.md").read_text()
-    units = re.findall(
-        r"`(/etc/systemd/system/rkcached-port\.\w+)`:\n\n```ini\n(.*?)```", text, re.DOTALL
-    )
-    assert len(units) == 2
-    for path, unit in units:
-        fresh.write(path, unit)
     for command in commands(DOCS / "page.md"):
         if command.startswith(("sudo", "curl")):
             shown = typed(fresh, command)
     assert f"`curl` answers `{shown}`" in text
-    fresh.systemctl("disable", "--now", "rkcached-port.socket")
-    fresh.systemctl("stop", "rkcached-port.service", code=None)
-    fresh.run("rm", *(path for path, _ in units))
+    fresh.run("rkcached", "port", "disable")
+
+
+def test_ports_and_keys(fresh: Machine) -> None:
+    """Every command of the page, on a machine with Docker's network; the first shows what it shows.
+
+    `port disable` names the keys that remain.
+    """
+    fresh.run("ip", "link", "add", "docker0", "type", "bridge")
+    fresh.run("ip", "addr", "add", "172.17.0.1/16", "dev", "docker0")
+    shown = [typed(fresh, line) for line in commands(DOCS / "port.md") if line.startswith("sudo")]
+    (example,) = [block for block in blocks(DOCS / "port.md", "") if block.startswith("open: ")]
+    assert re.sub(r"rkc_[\w-]{43}", "KEY", shown[0]) == re.sub(r"rkc_[\w-]{43}", "KEY", example)
+    assert len(shown) == 8
+    closed = fresh.run("rkcached", "port", "disable").stdout
+    assert "these keys remain: default, laptop, deploy;" in closed
+    fresh.run("ip", "link", "delete", "docker0")
 
 
 def test_the_drop_in(fresh: Machine) -> None:

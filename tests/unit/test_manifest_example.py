@@ -42,6 +42,8 @@ def alternatives(schema: dict[str, Any]) -> list[dict[str, Any]]:
 def listed(items: dict[str, Any]) -> str:
     if items["type"] == "integer":
         return "numbers"
+    if "://" in items.get("pattern", ""):
+        return "origins"
     return "names" if "pattern" in items else "paths"
 
 

@@ -13,7 +13,7 @@ from starlette.responses import Response
 
 from rkcached import __version__
 from rkcached.api.endpoints import endpoint
-from rkcached.api.exchange import answer, read_record, viewer_of
+from rkcached.api.exchange import answer, check_model, may_use, read_record, viewer_of
 from rkcached.api.inference import Inference, floats_of
 from rkcached.api.ollama.requests import (
     OllamaChatRequest,
@@ -105,7 +105,7 @@ class OllamaApi:
         body = await read_record(OllamaChatRequest, request)
         model = self._name(request, body.model)
         if not body.messages:
-            return await self._load(body.model, model, {"message": _NO_MESSAGE})
+            return await self._load(request, body.model, model, {"message": _NO_MESSAGE})
 
         def writer_for(reply: Reply) -> OllamaWriter:
             return OllamaWriter(body.model, reply, is_chat=True)
@@ -130,7 +130,7 @@ class OllamaApi:
         body = await read_record(OllamaGenerateRequest, request)
         model = self._name(request, body.model)
         if not body.prompt:
-            return await self._load(body.model, model, {"response": ""})
+            return await self._load(request, body.model, model, {"response": ""})
 
         def writer_for(reply: Reply | None) -> OllamaWriter:
             return OllamaWriter(body.model, reply, is_chat=False)
@@ -144,10 +144,12 @@ class OllamaApi:
             request, internal, writer_for, accepted=accepted, tolerant=True
         )
 
-    async def _load(self, shown: str, model: str, words: dict[str, Any]) -> Response:
+    async def _load(
+        self, request: Request, shown: str, model: str, words: dict[str, Any]
+    ) -> Response:
         """The answer to a request without words: the model is loaded."""
         started = time.monotonic()
-        await self._inference.load(model.partition("/")[0])
+        await self._inference.load(request, model.partition("/")[0])
         took = ns(time.monotonic() - started)
         return answer(
             OllamaAnswer(
@@ -220,7 +222,7 @@ class OllamaApi:
         usable = {
             name: model
             for name, model in snapshot.desired.models.items()
-            if isinstance(model, DesiredModel)
+            if isinstance(model, DesiredModel) and may_use(request, name)
         }
         names = list(usable.items())
         names += [
@@ -253,6 +255,7 @@ class OllamaApi:
             (model, worker.info.context_tokens)
             for worker in self._workers.all()
             if worker.info is not None
+            and may_use(request, worker.model.name)
             and isinstance(model := models.get(worker.model.name), DesiredModel)
         ]
         files = await asyncio.to_thread(_files_of, [model for model, _ in loaded])
@@ -282,6 +285,7 @@ class OllamaApi:
     async def _ollama_show(self, request: Request) -> Response:
         body = await read_record(OllamaModelRequest, request)
         name = self._name(request, body.model or body.name or "")
+        check_model(request, name)
         model = find_model(self._seen(request), name.partition("/")[0])
         files = await asyncio.to_thread(_files_of, [model])
         details = self._details(model)
