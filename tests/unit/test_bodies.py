@@ -110,6 +110,25 @@ def test_arguments_of_earlier_calls_are_bounded(text: str) -> None:
             assert refused.value.status == 400
 
 
+@pytest.mark.parametrize(
+    ("message", "place"),
+    [
+        (
+            {"role": "assistant", "content": [{}, {"type": "x"}], "assistant": []},
+            "messages.0.content.0",
+        ),
+        ({"role": "user", "content": 1, "user": {}}, "messages.0.content"),
+        ({"role": "tool", "tool": [1]}, "messages.0.tool_call_id"),
+    ],
+)
+def test_a_key_may_have_the_name_of_an_alternative(message: dict[str, Any], place: str) -> None:
+    """The place of a fault was looked for within that key: an IndexError, or another place."""
+    with pytest.raises(RequestError) as caught:
+        parse_body(ChatRequest, json.dumps(chat(messages=[message])).encode())
+
+    assert caught.value.param == place
+
+
 def test_errors_repeat_little_of_a_body() -> None:
     """A key, a name or a tag of a megabyte does not come back in the error."""
     long = "x" * (1 << 20)
