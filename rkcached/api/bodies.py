@@ -10,12 +10,12 @@ from __future__ import annotations
 from typing import Any, TypeVar
 
 from pydantic import ValidationError
-from pydantic_core import from_json
 
 from rkcached.errors import RequestError
 from rkcached.messages.bounds import ArgumentsBudget
 from rkcached.messages.faults import first_fault
 from rkcached.messages.record import Record
+from rkcached.messages.strict_json import strict_json
 
 Body = TypeVar("Body", bound=Record)
 
@@ -26,7 +26,7 @@ def parse_body(record: type[Body], data: bytes) -> Body:
     Errors: RequestError 400 that names the first bad parameter.
     """
     try:
-        value = from_json(data, allow_inf_nan=False)
+        value = strict_json(data)
     except ValueError as error:
         raise RequestError(400, f"the body is not JSON: {error}", code="invalid_json") from error
 
