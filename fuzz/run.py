@@ -33,6 +33,9 @@ OUT: Final = ROOT / "build" / "fuzz"
 MAX_ENDS: Final = 20
 """After so many ends of its process a target is given up."""
 
+MEMORY: Final = Path("/dev/shm")
+"""Some targets write files at each execution, which takes long on a disk."""
+
 NICE: Final = 10
 """Whoever works on the machine goes first."""
 
@@ -71,6 +74,7 @@ def main() -> int:
         return 2
 
     os.nice(NICE)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # and the child is ended
     left_s = 60 * options.minutes - time.thread_time()  # the imports took a part of it
     each_s = max(1, int(left_s / len(names)))
     results = [_fuzz(name, each_s, options.seed) for name in names]
@@ -105,9 +109,10 @@ def _fuzz(name: str, seconds: int, seed: int) -> Result:
 
     began = time.monotonic()
     left_s = seconds
+    place = MEMORY if os.access(MEMORY, os.W_OK) else None
     while left_s > 0 and result.ends < MAX_ENDS:
         own_seed = seed + result.ends if seed else 0
-        with tempfile.TemporaryDirectory(prefix="rkcached-fuzz-") as scratch:
+        with tempfile.TemporaryDirectory(prefix="rkcached-fuzz-", dir=place) as scratch:
             order = Order(
                 target=name,
                 findings=findings,
