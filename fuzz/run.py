@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import platform
 import re
 import shutil
 import signal
@@ -23,7 +24,13 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Final
 
-from fuzz.child import Order, work
+try:
+    from fuzz.child import Order, work
+except ModuleNotFoundError as missing:
+    if missing.name != "atheris":
+        raise
+    sys.exit("the fuzzer needs the package atheris, which exists for x86_64: use make fuzz there")
+
 from fuzz.targets import TARGETS
 
 ROOT: Final = Path(__file__).parents[1]
@@ -73,6 +80,7 @@ def main() -> int:
         print(f"no such target: {', '.join(unknown)}; there are {', '.join(sorted(TARGETS))}")
         return 2
 
+    commit = _commit() if options.json else ""
     os.nice(NICE)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # and the child is ended
     left_s = 60 * options.minutes - time.thread_time()  # the imports took a part of it
@@ -86,7 +94,7 @@ def main() -> int:
         print("\nFindings; the reason of each is in the .txt of its name:")
         print("\n".join(f"  {file}" for file in findings))
     if options.json:
-        _write(options.json, results)
+        _write(options.json, results, commit)
     return 1 if findings else 0
 
 
@@ -210,18 +218,22 @@ def _table(results: list[Result]) -> str:
     return "\n".join(lines)
 
 
-def _write(file: Path, results: list[Result]) -> None:
-    commit = subprocess.run(
+def _commit() -> str:
+    done = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"],
         cwd=ROOT,
         capture_output=True,
         text=True,
         check=False,
-    ).stdout.strip()
+    )
+    return done.stdout.strip()
+
+
+def _write(file: Path, results: list[Result], commit: str) -> None:
     figures = {
         "date": datetime.now(UTC).date().isoformat(),
         "commit": commit,
-        "python": sys.version.split()[0],
+        "python": platform.python_version(),
         "targets": [{**asdict(result), "per_s": round(result.per_s, 1)} for result in results],
     }
     file.write_text(json.dumps(figures, indent=2) + "\n")

@@ -345,8 +345,11 @@ _CONVERSATION: Final[tuple[Message, ...]] = (
 )
 
 
-class _Late(BaseException):
-    """Not an Exception, so that nothing within a template handles it."""
+class Late(BaseException):
+    """Not an Exception, so that nothing within a template handles it.
+
+    It may come when its time limit is just over, and then leaves a target.
+    """
 
 
 @contextmanager
@@ -354,13 +357,13 @@ def _time_limit(limit_s: float, error: Exception | None = None) -> Iterator[None
     """Errors: TimeoutError, unless `error` is given, which then means nothing."""
 
     def late(_number: int, _frame: object) -> None:
-        raise _Late
+        raise Late
 
     before = signal.signal(signal.SIGVTALRM, late)
     signal.setitimer(signal.ITIMER_VIRTUAL, limit_s)
     try:
         yield
-    except _Late:
+    except Late:
         if error is None:
             raise TimeoutError from None
     finally:
