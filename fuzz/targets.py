@@ -59,6 +59,7 @@ from rkcached.messages.message import Message
 from rkcached.messages.reasoning import TABLE as MARKS
 from rkcached.messages.reply import Reply
 from rkcached.messages.special_tokens import SpecialTokens
+from rkcached.messages.strict_json import strict_json
 from rkcached.messages.template import ChatTemplate
 from rkcached.messages.tools import parse_tools
 from rkcached.plan.chat_templates import special_tokens
@@ -324,7 +325,10 @@ def tools(data: bytes) -> None:
 @_target(form=Form(head=0), limit_s=20.0)
 def schemas(data: bytes) -> None:
     """A schema has a problem, in words, or none; the library that compiles it stays outside."""
-    schema = data.decode(errors="replace")
+    try:
+        schema = json.dumps(strict_json(data))  # as requests and files of tools are read
+    except ValueError:
+        return
     with _time_limit(1.0, errors.SchemaInvalid("late")):
         problem = find_problem(schema, compiled=False)
         problem.encode()
