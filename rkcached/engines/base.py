@@ -22,6 +22,8 @@ from typing import TYPE_CHECKING, Protocol
 
 import msgspec
 
+from rkcached.host.integers import Int64
+
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
@@ -118,7 +120,7 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     """Facts that hold while the model stays loaded."""
 
     runtime_version: str
-    context_tokens: int
+    context_tokens: Int64
     measures_prefill: bool
     """Whether `RunStats.cached_tokens` comes from the library's own count."""
     aborts_prefill: bool
@@ -142,7 +144,7 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     """Whether `Sampling.json_schema` works."""
     gives_logprobs: bool = False
     """Whether `Sampling.logprobs` works."""
-    states: int = 1
+    states: Int64 = 1
     """How many KV states are in memory at a time. They share the tokens of the context."""
     saves_continued: bool = True
     """Whether a state that was loaded and then continued is known to be saved right. Where nobody
@@ -188,13 +190,13 @@ class RunStats(msgspec.Struct, frozen=True, kw_only=True):
     """The figures of one run, as measured by the engine."""
 
     finish: FinishReason
-    prompt_tokens: int
+    prompt_tokens: Int64
     """0 if neither the library nor a tokenizer counts them."""
-    cached_tokens: int | None
+    cached_tokens: Int64 | None
     """The part of `prompt_tokens` that was taken from the KV state; None if the library does not
     measure it."""
     prefill_ms: float
-    decode_tokens: int
+    decode_tokens: Int64
     decode_ms: float
 
     @property

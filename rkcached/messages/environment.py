@@ -46,11 +46,23 @@ def compile_here(source: str, name: str) -> Write:
             given["strftime_now"] = datetime.fromisoformat(today).strftime
 
         try:
-            return compiled.render(given, messages=messages)
+            return _whole(compiled.render(given, messages=messages))
         except Exception as error:
             raise _translate(name, error) from error
 
     return write
+
+
+def _whole(text: str) -> str:
+    """The text with each pair of surrogates as one character: sources may write both as escapes.
+
+    Errors: UnicodeError for half a pair.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16")
+    return text
 
 
 class _Generation(Extension):
@@ -117,13 +129,17 @@ def _translate(name: str, error: Exception) -> TemplateError:
     if line := _line(error):
         place += f", line {line}"
     kind = type(error).__name__
-    text = str(error) or kind
+    words = str(error) or kind
+    text = words.encode(errors="backslashreplace").decode()
 
     match error:
         case MemoryError():
             return TemplateExhausted(
                 f"{place}: it needs more memory than a render may have", hint="correct the line"
             )
+        case UnicodeError():
+            message = "it writes half a surrogate pair, which is no text"
+            hint = "correct its escapes: \\ud83d\\ude00 is a character, \\ud83d alone is none"
         case jinja2.UndefinedError() if "strftime_now" in text:
             message = "it asks for the date by strftime_now, and none is stated"
             hint = "set the model's template_date in the manifest"

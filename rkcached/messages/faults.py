@@ -51,21 +51,36 @@ def first_fault(value: Any, error: ValidationError) -> Fault:
 
 
 def _place(value: Any, steps: tuple[str | int, ...], *, missing: bool) -> str:
-    """The place in the value; empty for the value itself.
+    """The place in the value; empty for the value itself."""
+    path = _path(value, steps, missing=missing)
+    return ".".join(_shortened(str(step)) for step in path)
 
-    Between its steps pydantic names the alternatives of unions, which are left out.
+
+def _path(here: Any, steps: tuple[str | int, ...], *, missing: bool) -> list[str | int]:
+    """The steps that lead into the value.
+
+    Between these, pydantic names the alternatives of unions. A key may have the name of one, so
+    each step is also tried as such a name, and the reading that leads further counts.
     """
-    here = value
-    path = []
-    for at, step in enumerate(steps):
-        inside = (isinstance(here, dict) and step in here) or (
-            isinstance(here, list) and isinstance(step, int)
-        )
-        if inside:
-            here = here[step]
-        if inside or (missing and at == len(steps) - 1):
-            path.append(_shortened(str(step)))
-    return ".".join(path)
+    if not steps:
+        return []
+
+    step = steps[0]
+    rest = steps[1:]
+    without = _path(here, rest, missing=missing)
+    if _is_inside(here, step):
+        path = [step, *_path(here[step], rest, missing=missing)]
+        return path if len(path) > len(without) else without
+
+    if missing and not rest and isinstance(here, dict):
+        return [step]
+    return without
+
+
+def _is_inside(here: Any, step: str | int) -> bool:
+    if isinstance(here, dict):
+        return step in here
+    return isinstance(here, list) and isinstance(step, int) and step < len(here)
 
 
 def _shortened(text: str) -> str:

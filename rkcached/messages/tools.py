@@ -11,12 +11,12 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any, Final, Literal
 
 from pydantic import Field, TypeAdapter, ValidationError
-from pydantic_core import from_json
 
 from rkcached.errors import SourceError
 from rkcached.messages.bounds import MAX_VALUES, ValueCounter
 from rkcached.messages.faults import Fault, first_fault
 from rkcached.messages.record import ForeignFields, Many, Record
+from rkcached.messages.strict_json import strict_json
 
 MAX_TOOLS: Final = 128
 
@@ -105,7 +105,7 @@ def parse_tools(text: str, *, name: str) -> ToolSet:
         )
 
     try:
-        value = from_json(text, allow_inf_nan=False)
+        value = strict_json(text.encode())
     except ValueError as error:
         raise _not_json(str(error), name) from error
 

@@ -12,6 +12,7 @@ from enum import StrEnum
 from typing import TYPE_CHECKING, Protocol
 
 from rkcached.errors import PromptTooShort
+from rkcached.host.integers import Int64
 from rkcached.plan.fingerprint import Change, Fingerprint
 from rkcached.sources.records import Key, Trouble
 from rkcached.worker.held import NOBODY
@@ -104,11 +105,11 @@ class Verdict:
     fingerprint: str
     kind: VerdictKind
     trouble: Trouble
-    attempts: int = 1
+    attempts: Int64 = 1
     retry_at: float = 0.0
     """Unix seconds; for FAILED and QUARANTINED."""
-    tokens: int = 0
-    needed_bytes: int = 0
+    tokens: Int64 = 0
+    needed_bytes: Int64 = 0
     model: str = ""
     """Identity of the model (file, runtime, parameters) that UNCACHEABLE was found for."""
 

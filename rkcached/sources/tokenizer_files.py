@@ -40,6 +40,11 @@ NAMES: Final = (TOKENIZER, CONFIG, TEMPLATE, _TEMPLATE_JSON, _SPECIAL_MAP, _GENE
 # Gemma 3's tokenizer.json has 33 MB, the largest of the others 1.2 MB.
 _MAX_BYTES: Final = 64 << 20
 
+_UNREADABLE: Final = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
+
+# More than the number of any token has.
+_MAX_DIGITS: Final = 18
+
 _SAMPLING: Final = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 
 
@@ -237,7 +242,7 @@ Content = TypeVar("Content")
 def _is_tokenizer(data: bytes) -> bool:
     try:
         msgspec.json.decode(data, type=_Tokenizer)
-    except (msgspec.DecodeError, RecursionError):
+    except _UNREADABLE:
         return False
     return True
 
@@ -246,7 +251,7 @@ def _decoded(file: Path, data: bytes, kind: type[Content]) -> Content:
     """Decode JSON. Errors: SourceError."""
     try:
         return msgspec.json.decode(data, type=kind)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+    except _UNREADABLE as error:
         raise SourceError(
             f"{file} is no file of a tokenizer: {error}",
             hint=f"name a {TOKENIZER} or {CONFIG}, or the folder that has them",
@@ -310,9 +315,16 @@ def _decoder_tokens(decoder: Mapping[str, Any]) -> Iterator[_AddedToken]:
         if isinstance(value, dict) and isinstance(value.get("content"), str):
             yield _AddedToken(
                 content=value["content"],
-                id=int(number) if number.isdecimal() else -1,
+                id=_number_of(number),
                 special=value.get("special") is True,
             )
+
+
+def _number_of(text: str) -> int:
+    """The number of a token; -1 for a text that is none."""
+    if not text.isdecimal() or len(text) > _MAX_DIGITS:
+        return -1
+    return int(text)
 
 
 def _named_token(name: str, *places: Mapping[str, Any]) -> str:
@@ -369,8 +381,15 @@ def _first_added(processor: object) -> str:
 
 def _sampling(generation: Mapping[str, Any]) -> tuple[tuple[str, float], ...]:
     """The sampling that the model's makers recommend."""
-    return tuple(
-        (name, float(generation[name]))
-        for name in _SAMPLING
-        if type(generation.get(name)) in (int, float)
-    )
+    stated = ((name, _float(generation.get(name))) for name in _SAMPLING)
+    return tuple((name, value) for name, value in stated if value is not None)
+
+
+def _float(value: object) -> float | None:
+    """None for what is no number, or one that a float cannot hold."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    try:
+        return float(value)
+    except OverflowError:
+        return None

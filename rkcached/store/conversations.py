@@ -24,6 +24,7 @@ import msgspec
 from rkcached.errors import StoreError
 from rkcached.host import beneath
 from rkcached.host.digests import Signature, signature_of
+from rkcached.host.integers import Int64
 from rkcached.host.regular import open_regular, read_regular
 from rkcached.store import marks
 from rkcached.store.scan import STAGING_FOLDER
@@ -43,17 +44,17 @@ _NAME = re.compile(r"([0-9a-f]{16})\.(state|json|tmp)")
 class Record(Signed, frozen=True, kw_only=True):
     """A saved conversation, as its record stands on disk."""
 
-    format: int = 1
+    format: Int64 = 1
     model: str
     identity: str
     """Of the worker that saved it: another one cannot use it."""
-    owner: int
+    owner: Int64
     """The uid of its user."""
     text: str
-    asked_bytes: int
+    asked_bytes: Int64
     """The length of what was asked (UTF-8); the answer comes after it."""
-    tokens: int
-    size_bytes: int
+    tokens: Int64
+    size_bytes: Int64
     sha256: str
     used_at: float
     """Unix seconds."""

@@ -15,6 +15,7 @@ from pathlib import Path
 import msgspec
 
 from rkcached.host.digests import Signature
+from rkcached.host.integers import Int64
 from rkcached.plan.fingerprint import fingerprint, owner_in
 from rkcached.plan.records import Artifact, Retired, Verdict
 from rkcached.sources.records import Key
@@ -40,7 +41,7 @@ class Figures(msgspec.Struct, frozen=True, kw_only=True):
     """First token of the probe with the cache: loading the file, then the probe."""
     verified: str
     """How the artifact was proven: exact, hit or off."""
-    reused_tokens: int = 0
+    reused_tokens: Int64 = 0
     """The build took these from another prompt cache; the rest was read."""
 
     @property
@@ -52,17 +53,17 @@ class Figures(msgspec.Struct, frozen=True, kw_only=True):
 class Sidecar(Signed, frozen=True, kw_only=True):
     """The commit record of an artifact, as it stands on disk."""
 
-    format: int = FORMAT_VERSION
+    format: Int64 = FORMAT_VERSION
     model: str
     prompt: str
     artifact: str
     """File name of the prompt cache, beside this file."""
     fingerprint: str
     components: Mapping[str, str]
-    size_bytes: int
+    size_bytes: Int64
     sha256: str
     text_sha256: str
-    tokens: int
+    tokens: Int64
     built_at: float
     """Unix seconds."""
     build_ms: float

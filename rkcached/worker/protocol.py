@@ -17,6 +17,7 @@ from rkcached import errors
 from rkcached.engines.base import EngineInfo, ModelSpec, RunStats, Sampling, TokenLogprob
 from rkcached.engines.kinds import VerifyMode
 from rkcached.host.digests import Signature
+from rkcached.host.integers import Int64
 from rkcached.host.landlock import Reach
 
 MAX_FRAME_BYTES = 16 << 20
@@ -37,7 +38,7 @@ class CacheFile(msgspec.Struct, frozen=True, kw_only=True):
     path: str
     signature: Signature
     fingerprint: str
-    tokens: int = 0
+    tokens: Int64 = 0
     """0: nobody knows."""
 
 
@@ -45,7 +46,7 @@ class Base(msgspec.Struct, frozen=True, kw_only=True):
     """A prompt cache that begins as the prefix of a build does: only the rest is read."""
 
     cache: CacheFile
-    tokens: int
+    tokens: Int64
     prefill_ms: float
     """Reading its tokens took so long."""
     is_beginning: bool = True
@@ -64,7 +65,7 @@ class Start(msgspec.Struct, frozen=True, kw_only=True, tag="start"):
 
     implementation: str
     spec: ModelSpec
-    max_memory_bytes: int | None = None
+    max_memory_bytes: Int64 | None = None
     confine: bool = True
     """See `host.confine`."""
     reach: Reach | None = None
@@ -77,16 +78,16 @@ class Build(msgspec.Struct, frozen=True, kw_only=True, tag="build"):
     Answer: Loading?, Progress*, then Built, or Kept? and Failed.
     """
 
-    id: int = msgspec.field(default_factory=_new_id)
+    id: Int64 = msgspec.field(default_factory=_new_id)
     prefix: str
     probe: str
     """A whole rendered request that starts with the prefix."""
     path: str
     verify: VerifyMode
-    min_tokens: int
+    min_tokens: Int64
     base: Base | None = None
     """Goes on from this one, if it can."""
-    owner: int = -1
+    owner: Int64 = -1
     """The uid of the only user whom the prompt cache serves."""
     partial: str = ""
     """Where the state goes if the build is aborted. Empty: nowhere."""
@@ -97,17 +98,17 @@ class Build(msgspec.Struct, frozen=True, kw_only=True, tag="build"):
 class Generate(msgspec.Struct, frozen=True, kw_only=True, tag="generate"):
     """Answer a request. Answer: (Loading, Loaded)?, Piece*, then Done or Failed."""
 
-    id: int = msgspec.field(default_factory=_new_id)
+    id: Int64 = msgspec.field(default_factory=_new_id)
     prompt: str
     sampling: Sampling
     cache: CacheFile | None = None
-    common_bytes: int = 0
+    common_bytes: Int64 = 0
     """The prompt (UTF-8) begins as the text of `cache` does, for so long."""
     is_whole: bool = True
     """Whether that is all of the text of `cache`."""
     load_bytes: float = 0.0
     """In the time that loading `cache` takes, so many bytes of the prompt are prefilled."""
-    owner: int = -1
+    owner: Int64 = -1
     """The uid of the client. What one asked and was answered is reused for nobody else."""
     cold: bool = False
     """Forget the KV state first, so that nothing is reused."""
@@ -124,7 +125,7 @@ class Check(msgspec.Struct, frozen=True, kw_only=True, tag="check"):
     Answer: (Loading, Loaded)?, then Checked or Failed.
     """
 
-    id: int = msgspec.field(default_factory=_new_id)
+    id: Int64 = msgspec.field(default_factory=_new_id)
     cache: CacheFile
     text: str = ""
     """The text of `cache`. A KV state that begins with it already is kept; empty: none is."""
@@ -138,23 +139,23 @@ class Check(msgspec.Struct, frozen=True, kw_only=True, tag="check"):
 class Keep(msgspec.Struct, frozen=True, kw_only=True, tag="keep"):
     """Save the conversation in one of the KV states, if it is one. Answer: Saved?, then Checked."""
 
-    id: int = msgspec.field(default_factory=_new_id)
+    id: Int64 = msgspec.field(default_factory=_new_id)
     keep_at: tuple[str, ...]
-    age: int = 0
+    age: Int64 = 0
     """0 is the KV state that was used last; at most `EngineInfo.states` less 1."""
 
 
 class Tokenize(msgspec.Struct, frozen=True, kw_only=True, tag="tokenize"):
     """Tell the tokens of a text. Answer: Tokenized or Failed."""
 
-    id: int = msgspec.field(default_factory=_new_id)
+    id: Int64 = msgspec.field(default_factory=_new_id)
     text: str
 
 
 class Embed(msgspec.Struct, frozen=True, kw_only=True, tag="embed"):
     """Make a vector of a text, or of tokens. Answer: Embedded or Failed."""
 
-    id: int = msgspec.field(default_factory=_new_id)
+    id: Int64 = msgspec.field(default_factory=_new_id)
     text: str = ""
     tokens: tuple[int, ...] = ()
     """Instead of `text`."""
@@ -163,7 +164,7 @@ class Embed(msgspec.Struct, frozen=True, kw_only=True, tag="embed"):
 class Abort(msgspec.Struct, frozen=True, kw_only=True, tag="abort"):
     """End the operation with this id soon. It still gets its answer."""
 
-    id: int
+    id: Int64
 
 
 # Worker to daemon
@@ -177,9 +178,9 @@ class Ready(msgspec.Struct, frozen=True, kw_only=True, tag="ready"):
 
 
 class Progress(msgspec.Struct, frozen=True, kw_only=True, tag="progress"):
-    id: int
-    done_tokens: int
-    total_tokens: int
+    id: Int64
+    done_tokens: Int64
+    total_tokens: Int64
 
     @property
     def is_last(self) -> bool:
@@ -189,8 +190,8 @@ class Progress(msgspec.Struct, frozen=True, kw_only=True, tag="progress"):
 class Kept(msgspec.Struct, frozen=True, kw_only=True, tag="kept"):
     """A build is aborted; what it has read of its prefix is in its `partial` file."""
 
-    id: int
-    tokens: int
+    id: Int64
+    tokens: Int64
     prefill_ms: float
     """Reading these tokens took so long."""
 
@@ -201,14 +202,14 @@ class Loading(msgspec.Struct, frozen=True, kw_only=True, tag="loading"):
     A death between this and Loaded is the cache's fault; no other death is.
     """
 
-    id: int
+    id: Int64
 
 
 class Loaded(msgspec.Struct, frozen=True, kw_only=True, tag="loaded"):
     """The prompt cache is in the KV state, or could not be used and the run goes on without."""
 
-    id: int
-    tokens: int = 0
+    id: Int64
+    tokens: Int64 = 0
     load_ms: float = 0.0
     error: str = ""
     """Why it could not be loaded; then the KV state is empty."""
@@ -219,40 +220,40 @@ class Loaded(msgspec.Struct, frozen=True, kw_only=True, tag="loaded"):
 class Saved(msgspec.Struct, frozen=True, kw_only=True, tag="saved"):
     """The state of a conversation is in a file: something else takes its place in memory."""
 
-    id: int
+    id: Int64
     path: str
     text: str
     """All that was asked and answered."""
-    asked_bytes: int
+    asked_bytes: Int64
     """The length of what was asked (UTF-8)."""
-    owner: int
-    tokens: int
+    owner: Int64
+    tokens: Int64
     save_ms: float
 
 
 class Piece(msgspec.Struct, frozen=True, kw_only=True, tag="piece"):
-    id: int
+    id: Int64
     text: str
     logprobs: tuple[TokenLogprob, ...] = ()
 
 
 class Done(msgspec.Struct, frozen=True, kw_only=True, tag="done"):
-    id: int
+    id: Int64
     stats: RunStats
     rewinds: bool = True
     """See `EngineInfo.rewinds`: as the engine says, or as a run has shown."""
 
 
 class Built(msgspec.Struct, frozen=True, kw_only=True, tag="built"):
-    id: int
-    tokens: int
+    id: Int64
+    tokens: Int64
     prefill_ms: float
     """Reading the prefix into an empty state; what came from a base counts as it took then."""
     load_ms: float = 0.0
     cold_ttft_ms: float = 0.0
     warm_ttft_ms: float = 0.0
     verified: VerifyMode = VerifyMode.OFF
-    reused_tokens: int = 0
+    reused_tokens: Int64 = 0
     """Of `tokens`, those that came from the base."""
     base_error: str = ""
     """Why the base was not used, without any fault of the engine's."""
@@ -263,33 +264,33 @@ class Built(msgspec.Struct, frozen=True, kw_only=True, tag="built"):
 
 
 class Checked(msgspec.Struct, frozen=True, kw_only=True, tag="checked"):
-    id: int
-    tokens: int
+    id: Int64
+    tokens: Int64
     """0 if it was not loaded, as the KV state begins with its text already."""
 
 
 class Tokenized(msgspec.Struct, frozen=True, kw_only=True, tag="tokenized"):
-    id: int
-    tokens: tuple[int, ...] | None
+    id: Int64
+    tokens: tuple[Int64, ...] | None
     """None: nothing tells them."""
 
 
 class Embedded(msgspec.Struct, frozen=True, kw_only=True, tag="embedded"):
-    id: int
+    id: Int64
     vector: bytes
     """Little-endian float32, of length 1."""
-    tokens: int
+    tokens: Int64
 
 
 class Failed(msgspec.Struct, frozen=True, kw_only=True, tag="failed"):
     """An engine error by the name of its class. `id` 0 answers Start."""
 
-    id: int
+    id: Int64
     error: str
     message: str
     hint: str = ""
-    tokens: int = 0
-    limit: int = 0
+    tokens: Int64 = 0
+    limit: Int64 = 0
     param: str = ""
     text: str = ""
 

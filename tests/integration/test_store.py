@@ -9,6 +9,7 @@ import contextlib
 import errno
 import gc
 import hashlib
+import json
 import os
 import pwd
 import subprocess
@@ -633,6 +634,17 @@ def test_a_damaged_verdict_is_none(store: Store, content: bytes) -> None:
     store.verdicts.write(P, VERDICT)
     (store.root / ".verdicts/m/p.json").write_bytes(content)
     assert store.scan().verdicts == {}
+
+
+@pytest.mark.parametrize("name", ["attempts", "tokens", "needed_bytes"])
+def test_a_verdict_with_an_endless_number_is_none(store: Store, name: str) -> None:
+    """The pause after -10**400 attempts was an OverflowError, which ended the reconciler."""
+    store.verdicts.write(P, VERDICT)
+    path = store.root / ".verdicts/m/p.json"
+    content = msgspec.json.decode(path.read_bytes())
+    for number, count in ((-(10**400), 0), (2**63, 0), (2**63 - 1, 1)):
+        path.write_text(json.dumps({**content, name: number}))
+        assert len(store.scan().verdicts) == count
 
 
 # --- one owner ---

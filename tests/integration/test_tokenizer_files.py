@@ -430,6 +430,28 @@ def test_values_of_other_kinds_count_as_not_stated(repository: Repository) -> No
     assert (found.tokenizer.ends, found.tokenizer.sampling) == ((), ())
 
 
+def test_numbers_that_are_too_large_count_as_not_stated(repository: Repository) -> None:
+    """They raised an OverflowError and a ValueError, which ended the look at all models."""
+    decoder = {"9" * 5000: {"content": "<x>", "special": True}}
+    repository.config(added_tokens_decoder=decoder, eos_token="</s>")
+    repository.write("generation_config.json", {"temperature": 10**400, "top_k": 20})
+
+    found = repository.facts()
+
+    assert found.special.control == {"<x>"}
+    assert found.sampling == (("top_k", 20.0),)
+
+
+def test_a_single_file_that_is_not_utf8(repository: Repository) -> None:
+    """Only the look at which kind of file it is raised."""
+    data = b'{"model": 1, "added_tokens": [{"content": "\xff"}]}'
+    (repository.folder / "tokenizer_config.json").write_bytes(data)
+
+    trouble = repository.trouble("hf/tokenizer_config.json")
+
+    assert "is no file of a tokenizer" in trouble.message
+
+
 # --- as a chat template, for any engine ---
 
 

@@ -110,6 +110,44 @@ def test_arguments_of_earlier_calls_are_bounded(text: str) -> None:
             assert refused.value.status == 400
 
 
+@pytest.mark.parametrize(
+    ("message", "place"),
+    [
+        (
+            {"role": "assistant", "content": [{}, {"type": "x"}], "assistant": []},
+            "messages.0.content.0",
+        ),
+        ({"role": "user", "content": 1, "user": {}}, "messages.0.content"),
+        ({"role": "tool", "tool": [1]}, "messages.0.tool_call_id"),
+    ],
+)
+def test_a_key_may_have_the_name_of_an_alternative(message: dict[str, Any], place: str) -> None:
+    """The place of a fault was looked for within that key: an IndexError, or another place."""
+    with pytest.raises(RequestError) as caught:
+        parse_body(ChatRequest, json.dumps(chat(messages=[message])).encode())
+
+    assert caught.value.param == place
+
+
+@pytest.mark.parametrize("number", ["1e999", "-1.5E+400", "1" + "0" * 300 + "e99", "1e309"])
+def test_infinity_is_no_json(number: str) -> None:
+    """It reached templates and schemas, which then wrote the word Infinity."""
+    body = json.dumps(chat(documents=[{"a": [0]}])).replace("[0]", f"[{number}]")
+    with pytest.raises(RequestError) as caught:
+        parse_body(ChatRequest, body.encode())
+
+    assert (caught.value.code, caught.value.message) == (
+        "invalid_json",
+        "the body is not JSON: a number is out of range",
+    )
+
+
+@pytest.mark.parametrize("number", ["1e308", "-1.5E+3", "1e-999", "1" + "0" * 400])
+def test_large_numbers_are_json(number: str) -> None:
+    body = json.dumps(chat(documents=[{"a": [0]}])).replace("[0]", f"[{number}]")
+    assert parse_body(ChatRequest, body.encode()).documents == [{"a": [json.loads(number)]}]
+
+
 def test_errors_repeat_little_of_a_body() -> None:
     """A key, a name or a tag of a megabyte does not come back in the error."""
     long = "x" * (1 << 20)

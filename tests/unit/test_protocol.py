@@ -237,6 +237,7 @@ def test_garbage_is_a_protocol_error_and_nothing_else(body: bytes) -> None:
         b'{"type":"piece","id":1,"text":3}',
         b'{"type":"piece","id":1,"text":"\xff"}',
         b'{"type":"piece","id":' + b"9" * 5000 + b"}",
+        b'{"type":"progress","id":1,"done_tokens":1,"total_tokens":1' + b"0" * 400 + b"}",
         b'{"type":"piece","id":1,"text":"","more":' + b"[" * 100_000 + b"]" * 100_000 + b"}",
     ],
     ids=[
@@ -249,6 +250,7 @@ def test_garbage_is_a_protocol_error_and_nothing_else(body: bytes) -> None:
         "wrong-type",
         "not-utf8",
         "huge-int",
+        "no-float",
         "deep",
     ],
 )

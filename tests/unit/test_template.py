@@ -445,6 +445,32 @@ def test_whatever_a_template_raises_is_a_template_error(source: str, message: st
 
 
 @pytest.mark.parametrize(
+    "source", ["{{ '\\ud83d' }}", "{{ '\\ud83d\\ude00'[0] ~ 'x' }}", "{{ '\\ud800' | urlencode }}"]
+)
+def test_half_a_surrogate_pair_is_no_text(source: str) -> None:
+    """Its UnicodeEncodeError ended the look at all models, and was a failure of each request."""
+    with pytest.raises(TemplateError, match="half a surrogate pair") as caught:
+        ChatTemplate(source, name="t").render(user("Hello"))
+
+    assert caught.value.hint
+
+
+def test_a_surrogate_pair_is_a_character() -> None:
+    """Jinja2 makes two of it."""
+    chat = ChatTemplate("{{ '\\ud83d\\ude00 \\xe9' }}", name="t")
+    assert chat.render(user("Hello")) == "\U0001f600 \xe9"
+
+
+@pytest.mark.parametrize("source", ["{{ raise_exception('\\ud800') }}", "{{ '\\ud800' | nope }}"])
+def test_an_error_is_text_whatever_a_template_says(source: str) -> None:
+    """The answer with such an error could not be sent."""
+    with pytest.raises(TemplateError) as caught:
+        ChatTemplate(source, name="t").render(user("Hello"))
+
+    str(caught.value).encode()
+
+
+@pytest.mark.parametrize(
     ("source", "place"),
     [
         ("one\n{% if %}", "line 2"),

@@ -79,6 +79,7 @@ def test_another_description_is_another_digest() -> None:
         ('[\n {"type": "function",}\n]', "tools.json:2: not JSON: ", "write [{"),
         ("", "tools.json:1: not JSON: ", "write [{"),
         ("[NaN]", "tools.json:1: not JSON: ", "write [{"),
+        ("[1e999]", "tools.json is not JSON: a number is out of range", "write [{"),
         ("[]", "tools.json has no tool", "or remove `tools:`"),
         (json.dumps({"tools": [WEATHER]}), "tools.json: the tools should be an array", "write [{"),
         ('["get_weather"]', "tools.json: 0: should be an object", "correct it"),
