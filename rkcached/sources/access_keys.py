@@ -285,7 +285,7 @@ def _make(state_dir: Path) -> None:
     if state_dir.is_dir():
         return
 
-    state_dir.mkdir(mode=0o750, parents=True)
+    state_dir.mkdir(mode=0o750, parents=True, exist_ok=True)  # another command may be first
     if state_dir == places.SYSTEM_STATE:
         with contextlib.suppress(KeyError):
             user = pwd.getpwnam(_USER)
