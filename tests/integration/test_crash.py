@@ -106,7 +106,7 @@ def outcome(root: Path) -> str:
     ("earlier", "how"),
     [
         pytest.param(None, (), marks=pytest.mark.long),
-        (OLD, ()),
+        pytest.param(OLD, (), marks=pytest.mark.long),
         pytest.param(OLD, ("continued",), marks=pytest.mark.long),
     ],
     ids=["first", "replacement", "continued"],

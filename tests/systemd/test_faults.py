@@ -93,6 +93,7 @@ def test_a_worker_is_what_the_kernel_takes_first(watched: Machine) -> None:
     assert watched.show("OOMPolicy") == "continue"
 
 
+@pytest.mark.long
 def test_a_power_cut_during_a_build(machine: Machine) -> None:
     """Every process ends at once. After the next boot: no half file, no wrong answer, and warm."""
     names = [f"p{number:02}" for number in range(60)]
