@@ -32,6 +32,7 @@ from typing import NamedTuple
 from rkcached import __version__
 from rkcached.api.cache_routes import CacheApi
 from rkcached.api.inference import Inference
+from rkcached.api.listening import ADMIN_MODE, SOCKET_MODE, OwnSocket, open_port
 from rkcached.api.llama_server import LlamaServerApi
 from rkcached.api.metrics import Metrics
 from rkcached.api.ollama.routes import OllamaApi
@@ -41,14 +42,7 @@ from rkcached.api.prepare import Preparation
 from rkcached.api.requests import ChatRequest
 from rkcached.api.responses import ChatCompletion
 from rkcached.api.routes import Api
-from rkcached.api.server import (
-    ADMIN_MODE,
-    SOCKET_MODE,
-    HttpServer,
-    OnceLooked,
-    OwnSocket,
-    open_port,
-)
+from rkcached.api.server import HttpServer, OnceLooked
 from rkcached.api.status import Recent, status, summary
 from rkcached.api.suggest_routes import SuggestApi
 from rkcached.errors import ManifestError, SettingsError

@@ -26,9 +26,11 @@ from starlette.routing import Route
 from starlette.types import Message, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from rkcached.api import server
+from rkcached.api import connection as connections
+from rkcached.api.connection import Connection
 from rkcached.api.exchange import DEFECT, PEER, Exchanges, Streamed, error_response, unless_gone
-from rkcached.api.server import SOCKET_MODE, HttpServer, OwnSocket
+from rkcached.api.listening import SOCKET_MODE, OwnSocket
+from rkcached.api.server import HttpServer
 from rkcached.api.shares import Share
 from tests.waiting import DEADLINE_S
 
@@ -88,7 +90,7 @@ async def test_a_client_that_takes_nothing_loses_its_place(
 
     One that takes its time with it gets the whole.
     """
-    monkeypatch.setattr(server, "STALLED_S", 0.5)
+    monkeypatch.setattr(connections, "STALLED_S", 0.5)
     _, stalled = await site.ask()
     reader, slow = await site.ask()
     size = 0
@@ -244,7 +246,7 @@ def test_what_we_override_of_uvicorn_is_there() -> None:
         uvicorn.Server: ("shutdown", "main_loop", "capture_signals"),
     }
     for theirs, names in overridden.items():
-        (ours,) = (part for part in (server._Connection, HttpServer) if issubclass(part, theirs))
+        (ours,) = (part for part in (Connection, HttpServer) if issubclass(part, theirs))
         for name in names:
             assert name in vars(ours)
             before = inspect.signature(getattr(theirs, name))
@@ -256,7 +258,7 @@ async def test_what_we_read_of_uvicorn_is_there(site: Site) -> None:
     """Of a server and of a connection in the middle of an answer."""
     _, writer = await site.ask()
     (connection,) = site.server.server_state.connections
-    assert isinstance(connection, server._Connection)
+    assert isinstance(connection, Connection)
     assert connection.connections is site.server.server_state.connections
     assert not connection.transport.is_closing()
     assert connection.loop is asyncio.get_running_loop()

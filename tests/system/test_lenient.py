@@ -150,7 +150,7 @@ def test_a_connection_outlasts_a_pause(workspace: Workspace) -> None:
 
 def test_a_connection_that_waits_makes_room(workspace: Workspace) -> None:
     """For a new one, where there are too many: who only keeps it does not need it."""
-    workspace.hurry(api__server__MAX_CONNECTIONS=8)
+    workspace.hurry(api__connection__MAX_CONNECTIONS=8)
     workspace.memory_model()
     workspace.declare("{}")
     workspace.start()

@@ -196,7 +196,7 @@ def test_ipv6(workspace: Workspace, ported: Ported) -> None:
 def test_a_port_survives_its_neighbour(ported: Ported) -> None:
     """A Unix socket that somebody deletes is made again, and the port stays open meanwhile."""
     anne = ported.key("anne")
-    ported.space.hurry(api__server__SOCKET_CHECK_S=0.2)
+    ported.space.hurry(api__listening__SOCKET_CHECK_S=0.2)
     ported.start()
     ported.space.socket.unlink()
     ported.space.logged("socket made again")
@@ -356,7 +356,7 @@ def test_a_queue_that_one_key_has_filled_takes_requests_with_another(
 
 def test_connections_with_one_key_leave_some_to_another(ported: Ported) -> None:
     """Of 40 connections TCP may have 30, and a key 15. Who has too many is told, and closed."""
-    ported.space.hurry(api__server__MAX_CONNECTIONS=40)
+    ported.space.hurry(api__connection__MAX_CONNECTIONS=40)
     greedy, other = ported.key("greedy"), ported.key("other")
     ported.start()
     with contextlib.ExitStack() as opened:

@@ -45,13 +45,13 @@ def fds(space: Workspace) -> int:
 @pytest.fixture
 def watchful(workspace: Workspace) -> None:
     """The daemon looks after its sockets more often."""
-    workspace.hurry(api__server__SOCKET_CHECK_S=0.5)
+    workspace.hurry(api__listening__SOCKET_CHECK_S=0.5)
 
 
 @pytest.fixture
 def impatient(workspace: Workspace) -> None:
     """The daemon waits for the head of a request for 3 s instead of 10."""
-    workspace.hurry(api__server__HEAD_TIMEOUT_S=3.0)
+    workspace.hurry(api__connection__HEAD_TIMEOUT_S=3.0)
 
 
 @pytest.fixture
@@ -248,7 +248,7 @@ def test_running_out_of_files_is_said_once(workspace: Workspace) -> None:
     The daemon may have 110 files here, more of which are connections than it has left itself.
     """
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    workspace.hurry(api__server__OTHER_FILES=-500)
+    workspace.hurry(api__connection__OTHER_FILES=-500)
     workspace.memory_model()
     workspace.write("a.md", "You are prompt A.\n")
     workspace.declare("{a: a.md}")
