@@ -64,10 +64,24 @@ async def read_record(record: type[Body], request: Request) -> Body:
 
     Errors: RequestError 400, 413 or 415, or 499 when the client goes away.
     """
+    return await read_translated(record, request, lambda body: body)
+
+
+async def read_translated(
+    record: type[Body], request: Request, translate: Callable[[Body], Result]
+) -> Result:
+    """The body as a record, translated; a large one is parsed and translated off the loop.
+
+    Errors: RequestError 400, 413 or 415, or 499 when the client goes away.
+    """
     data = await read_body(request, max_values=record.max_values)
+
+    def work() -> Result:
+        return translate(parse_body(record, data))
+
     if len(data) <= LARGE_BYTES:
-        return parse_body(record, data)
-    return await asyncio.get_running_loop().run_in_executor(_PARSING, parse_body, record, data)
+        return work()
+    return await asyncio.get_running_loop().run_in_executor(_PARSING, work)
 
 
 def size_of_body(request: Request) -> int:

@@ -22,6 +22,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp
 
+from rkcached.api.anthropic import AnthropicApi
 from rkcached.api.bodies import error_body
 from rkcached.api.cache_routes import CacheApi
 from rkcached.api.endpoints import (
@@ -140,6 +141,7 @@ class Api:
 
         endpoints = [
             *endpoints_of(self),
+            *endpoints_of(AnthropicApi(self._inference)),
             *endpoints_of(self._caches),
             *endpoints_of(self._suggestions),
             declared_endpoint(openapi),
