@@ -48,6 +48,7 @@ from rkcached.api.exchange import (
 )
 from rkcached.api.inference import Inference
 from rkcached.api.metrics import CONTENT_TYPE, Metrics
+from rkcached.api.openai_responses import ResponsesApi
 from rkcached.api.own_site import OwnSite
 from rkcached.api.page import page
 from rkcached.api.prepare import Preparation
@@ -142,6 +143,7 @@ class Api:
         endpoints = [
             *endpoints_of(self),
             *endpoints_of(AnthropicApi(self._inference)),
+            *endpoints_of(ResponsesApi(self._inference)),
             *endpoints_of(self._caches),
             *endpoints_of(self._suggestions),
             declared_endpoint(openapi),

@@ -139,4 +139,4 @@ def test_every_operation_keeps_its_word(
 
         ask()
         tried += 1
-    assert tried == (10 if mode is GenerationMode.NEGATIVE else 26)
+    assert tried == (11 if mode is GenerationMode.NEGATIVE else 30)
