@@ -113,6 +113,15 @@ class ReasoningItem(_Item):
     encrypted_content: Any = Field(default=None, description="Ignored.")
 
 
+def _is_whole(item: Any) -> Any:
+    if isinstance(item, dict) and item.get("type") == "item_reference":
+        raise ValueError(
+            "rkcached keeps no items; send the item itself instead of an item_reference, as "
+            "clients do with store: false"
+        )
+    return item
+
+
 def _kind(item: Any) -> Any:
     """A message may come without its type."""
     if isinstance(item, dict):
@@ -127,6 +136,7 @@ Item = Annotated[
     | Annotated[ReasoningItem, Tag("reasoning")],
     Discriminator(_kind),
     of_types(*_ITEMS),
+    BeforeValidator(_is_whole),  # comes first: Pydantic calls the last one first
 ]
 
 

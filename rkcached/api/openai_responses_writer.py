@@ -102,7 +102,7 @@ class ResponseAnswer(Answer):
     status: Literal["completed", "incomplete"]
     error: None = None
     incomplete_details: IncompleteDetails | None
-    instructions: str | None
+    instructions: None = Field(default=None, description="Not repeated.")
     max_output_tokens: int | None
     metadata: dict[str, Any]
     model: str
@@ -113,7 +113,7 @@ class ResponseAnswer(Answer):
     temperature: float | None
     text: dict[str, Any]
     tool_choice: str | dict[str, Any]
-    tools: list[dict[str, Any]]
+    tools: list[Any] = Field(description="Not repeated: always empty.")
     top_p: float | None
     truncation: Literal["disabled"] = "disabled"
     usage: ResponseUsage
@@ -236,7 +236,11 @@ class ResponsesWriter:
 
 
 def _head(request: ResponsesRequest) -> dict[str, Any]:
-    """The response before it has an output."""
+    """The response before it has an output.
+
+    It does not repeat the instructions and the tools: each of three events would have all of them,
+    and they may be megabytes.
+    """
     choice: Any = request.tool_choice or "auto"
     if not isinstance(choice, str):
         choice = choice.model_dump()
@@ -249,7 +253,7 @@ def _head(request: ResponsesRequest) -> dict[str, Any]:
         "status": "in_progress",
         "error": None,
         "incomplete_details": None,
-        "instructions": request.instructions,
+        "instructions": None,
         "max_output_tokens": request.max_output_tokens,
         "metadata": {},
         "model": request.model,
@@ -260,18 +264,11 @@ def _head(request: ResponsesRequest) -> dict[str, Any]:
         "temperature": request.temperature,
         "text": {"format": wanted.model_dump(by_alias=True) if wanted else {"type": "text"}},
         "tool_choice": choice,
-        "tools": [_shown(tool) for tool in request.tools or ()],
+        "tools": [],
         "top_p": request.top_p,
         "truncation": "disabled",
         "usage": None,
     }
-
-
-def _shown(tool: Any) -> dict[str, Any]:
-    fields: dict[str, Any] = tool.model_dump(
-        include={"type", "name", "description", "parameters", "strict"}
-    )
-    return fields
 
 
 _EMPTY: dict[BlockKind, dict[str, Any]] = {

@@ -181,6 +181,8 @@ def test_a_wrong_body_is_named(fields: dict[str, Any], param: str) -> None:
 def test_what_is_refused_has_its_next_step() -> None:
     with pytest.raises(RequestError, match="send all items of the conversation in input"):
         translated(previous_response_id="resp_1")
+    with pytest.raises(RequestError, match="as clients do with store: false"):
+        translated(input=[USER, {"type": "item_reference", "id": "msg_1"}])
     with pytest.raises(RequestError, match="'web_search' is not supported here"):
         translated(tools=[{"type": "web_search"}])
     with pytest.raises(RequestError, match="'input_image' is not supported here"):
