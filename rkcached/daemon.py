@@ -30,12 +30,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 from rkcached import __version__
+from rkcached.api.anthropic.routes import AnthropicApi
 from rkcached.api.cache_routes import CacheApi
 from rkcached.api.inference import Inference
 from rkcached.api.listening import ADMIN_MODE, SOCKET_MODE, OwnSocket, open_port
 from rkcached.api.llama_server import LlamaServerApi
 from rkcached.api.metrics import Metrics
 from rkcached.api.ollama.routes import OllamaApi
+from rkcached.api.openai_responses.routes import ResponsesApi
 from rkcached.api.passed import check_passed, refuse_waiting
 from rkcached.api.paths import UsualPaths
 from rkcached.api.prepare import Preparation
@@ -285,6 +287,8 @@ def _build(
         caches=CacheApi(reconciler, serving, workers, stored, learning),
         suggestions=SuggestApi(learning),
         surfaces=[
+            AnthropicApi(inference),
+            ResponsesApi(inference),
             OllamaApi(inference, published, workers),
             LlamaServerApi(inference, published),
         ],

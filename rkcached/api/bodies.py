@@ -7,7 +7,7 @@ ends with the first bad item of a list.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, Final, TypeVar
 
 from pydantic import ValidationError
@@ -131,3 +131,25 @@ def error_body(error: RequestError) -> dict[str, Any]:
     kind = "invalid_request_error" if error.status < 500 else "server_error"
     message = f"{error.message} ({error.hint})" if error.hint else error.message
     return {"error": {"message": message, "type": kind, "param": error.param, "code": error.code}}
+
+
+def in_words_of(error: RequestError, names: Mapping[str, str]) -> RequestError:
+    """The error of a translated request, with the client's own names of its parameters.
+
+    `names`: the client's, by those of the translation.
+    """
+    if error.param is None:
+        return error
+
+    name, _, _ = error.param.partition(".")
+    own = names.get(name, name)
+    if own == name:
+        return error
+    return RequestError(
+        error.status,
+        error.message.replace(name, own),
+        code=error.code,
+        param=own,
+        hint=error.hint.replace(name, own),
+        retry_after_s=error.retry_after_s,
+    )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import functools
 import re
 import time
 import traceback
@@ -85,11 +84,31 @@ async def read_record(
 
     Errors: RequestError 400, 413 or 415, or 499 when the client goes away.
     """
+    return await read_translated(
+        record, request, lambda body: body, ignores_unsupported=ignores_unsupported
+    )
+
+
+async def read_translated(
+    record: type[Body],
+    request: Request,
+    translate: Callable[[Body], Result],
+    *,
+    ignores_unsupported: bool = False,
+) -> Result:
+    """The body as a record, translated; a large one is parsed and translated off the loop.
+
+    Errors: RequestError 400, 413 or 415, or 499 when the client goes away.
+    """
     data = await read_body(request, max_values=record.max_values)
-    parse = functools.partial(parse_body, record, data, ignores_unsupported=ignores_unsupported)
+
+    def work() -> Result:
+        body = parse_body(record, data, ignores_unsupported=ignores_unsupported)
+        return translate(body)
+
     if len(data) <= LARGE_BYTES:
-        return parse()
-    return await asyncio.get_running_loop().run_in_executor(_PARSING, parse)
+        return work()
+    return await asyncio.get_running_loop().run_in_executor(_PARSING, work)
 
 
 def size_of_body(request: Request) -> int:

@@ -22,8 +22,10 @@ _BELOW_V1: Final = frozenset(
         "embeddings",
         "events",
         "gc",
+        "messages",
         "models",
         "reload",
+        "responses",
         "status",
         "suggestions",
     }
@@ -37,12 +39,8 @@ _SLASHES: Final = re.compile("/{2,}")
 RIGHT_ONES: Final = {
     "/completion": "/v1/completions",
     "/embedding": "/v1/embeddings",
-    "/v1/responses": "/v1/chat/completions",
-    "/responses": "/v1/chat/completions",
-    "/v1/messages": "/v1/chat/completions",
-    "/messages": "/v1/chat/completions",
 }
-"""Endpoints of llama.cpp, OpenAI and Anthropic that take other bodies, and ours for them.
+"""Endpoints of llama.cpp that take other bodies, and ours for them.
 """
 
 

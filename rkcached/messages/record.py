@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, ClassVar, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from rkcached.messages.bounds import MAX_VALUES
 
@@ -18,6 +18,30 @@ Many = Annotated[list[Item], Field(fail_fast=True)]
 
 Name = Annotated[str, Field(max_length=256)]
 """Of something that exists or not; errors repeat it."""
+
+
+def of_types(*known: str) -> BeforeValidator:
+    """Refuse objects whose `type` is none of these, by its name."""
+
+    def check(value: object) -> object:
+        kind = value.get("type") if isinstance(value, dict) else None
+        if isinstance(kind, str) and kind not in known:
+            raise ValueError(
+                f"the type {kind!r} is not supported here; supported: {', '.join(known)}"
+            )
+        return value
+
+    return BeforeValidator(check)
+
+
+def _has_items(value: list[Item]) -> list[Item]:
+    if not value:
+        raise ValueError("it should have at least one item")
+    return value
+
+
+NOT_EMPTY = AfterValidator(_has_items)
+"""Of a list of unions: schemathesis cannot break one for which the description has a minimum."""
 
 
 class Record(BaseModel):

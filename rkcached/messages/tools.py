@@ -30,8 +30,11 @@ _POSITION: Final = re.compile(r" at line (\d+) column (\d+)$")
 _NUL: Final = re.compile(r"(?<!\\)(?:\\\\)*\\u0000")
 
 
+ToolName = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_.-]{1,64}$")]
+
+
 class FunctionDefinition(Record):
-    name: str = Field(pattern=r"^[a-zA-Z0-9_.-]{1,64}$")
+    name: ToolName
     description: str | None = None
     parameters: dict[str, Any] | None = Field(
         default=None, description="JSON schema of the arguments."

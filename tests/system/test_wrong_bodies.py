@@ -103,6 +103,18 @@ EVERYWHERE = ("unknown keys", "quotes")
 OTHERS: dict[str, tuple[bool, Callable[[], bytes]]] = {
     "/v1/completions": (False, lambda: full('{"model":"m","prompt":[', "1,", "1]}")),
     "/v1/embeddings": (False, lambda: full('{"model":"m","input":[', '"",', "1]}")),
+    "/v1/messages": (
+        False,
+        lambda: full(
+            '{"model":"m","max_tokens":1,"messages":[{"role":"user","content":[',
+            '{"type":"text"},',
+            "1]}]}",
+        ),
+    ),
+    "/v1/responses": (
+        False,
+        lambda: full('{"model":"m","input":[', '{"type":"function_call"},', "1]}"),
+    ),
     "/v1/cache/m": (True, lambda: full('{"cache_name":[', "1,", "1]}")),
     "/v1/cache/m/generate-binary": (True, lambda: full('{"cache_name":"', "x", '"}')),
     "/v1/models/load": (True, lambda: full('{"model":"', "x", '"}')),
@@ -266,6 +278,7 @@ def test_no_right_body_holds_the_others_up(tmp_path: Path) -> None:
             {"messages": [{"role": "user", "content": "word " * 1_400_000}]},
         ),
         ("/v1/completions", "prompt", {"prompt": "word " * 1_400_000}),
+        ("/v1/responses", "input", {"input": "word " * 1_400_000}),
     ],
 )
 def test_a_text_far_beyond_the_context_is_refused_by_its_length(
