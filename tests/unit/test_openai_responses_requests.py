@@ -216,6 +216,6 @@ def test_a_large_body_is_translated_quickly() -> None:
     many = [{"role": "user", "content": "x" * 1000} for _ in range(8000)]
     data = json.dumps({"model": "m", "input": many}).encode()
     request = parse_body(ResponsesRequest, data)
-    begun = time.perf_counter()
+    begun = time.process_time()
     request.translated()
-    assert time.perf_counter() - begun < 1
+    assert time.process_time() - begun < 1

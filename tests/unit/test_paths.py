@@ -6,8 +6,12 @@ import pytest
 from starlette.routing import Route
 
 from rkcached.api import paths
+from rkcached.api.anthropic.routes import AnthropicApi
 from rkcached.api.cache_routes import CacheApi
 from rkcached.api.endpoints import Endpoint
+from rkcached.api.llama_server import LlamaServerApi
+from rkcached.api.ollama.routes import OllamaApi
+from rkcached.api.openai_responses.routes import ResponsesApi
 from rkcached.api.paths import RIGHT_ONES, usual_path
 from rkcached.api.routes import Api
 from rkcached.api.suggest_routes import SuggestApi
@@ -42,11 +46,12 @@ def test_the_usual_path(path: str, expected: str) -> None:
     assert usual_path(path) == expected
 
 
+HANDLERS = (Api, CacheApi, SuggestApi, AnthropicApi, ResponsesApi, OllamaApi, LlamaServerApi)
+
+
 def declared() -> set[str]:
     """The paths of all endpoints."""
-    methods = [
-        method for handlers in (Api, CacheApi, SuggestApi) for method in vars(handlers).values()
-    ]
+    methods = [method for handlers in HANDLERS for method in vars(handlers).values()]
     found = [getattr(method, "rkcached_endpoint", None) for method in methods]
     return {one.path for one in found if isinstance(one, Endpoint)}
 
