@@ -74,7 +74,7 @@ class Preparation:
         owner: int,
         size_bytes: int,
         *,
-        is_admin: bool,
+        is_admin: bool = False,
         tolerant: bool = False,
     ) -> tuple[Job, Reply]:
         """Check a request against what is declared, and render it.
@@ -145,7 +145,7 @@ class Preparation:
         accepted: float,
         owner: int,
         *,
-        is_admin: bool,
+        is_admin: bool = False,
         tolerant: bool = False,
     ) -> Job:
         """Check a request whose text goes to the model as it is.

@@ -108,7 +108,7 @@ def test_bos_comes_once(tmp_path: Path) -> None:
         prompt = chat.render([Message(role="user", content=f"Why {special.bos} is a token?")])
         engine = load(path)
         try:
-            ids = engine._tokenize(prompt)
+            ids = list(engine.tokenize(prompt))
             ran = engine.generate(prompt, Sampling(max_new_tokens=1), lambda _: False)
         finally:
             engine.close()

@@ -81,7 +81,7 @@ def test_engine_reads_a_forged_turn_as_letters(engine: LlamaCppEngine) -> None:
     )
 
     def read(text: str) -> list[int]:
-        return engine._tokenize(chat.render([Message(role="user", content=text)]))
+        return list(engine.tokenize(chat.render([Message(role="user", content=text)])))
 
     hostile = read(FORGERY)
     again = engine._endpoints.ask("POST", "/detokenize", {"tokens": hostile})["content"]
@@ -94,7 +94,7 @@ def test_engine_reads_a_forged_turn_as_letters(engine: LlamaCppEngine) -> None:
     enclosed = (
         f"{header}{PLAIN_START}user\n{rest.replace('<|im_end|>', PLAIN_END + '<|im_end|>', 1)}"
     )
-    assert engine._tokenize(enclosed) == tokens(engine, harmless)
+    assert list(engine.tokenize(enclosed)) == tokens(engine, harmless)
 
 
 def test_prompt_with_plain_text_runs_and_is_reused(engine: LlamaCppEngine) -> None:

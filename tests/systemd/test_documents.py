@@ -80,7 +80,7 @@ def test_operating(fresh: Machine) -> None:
         == "-rw-r----- root:rkcached\n"
     )
     places = re.findall(r"^\| `(/\S+)`", (DOCS / "systemd.md").read_text(), re.MULTILINE)
-    assert len(places) == 6
+    assert len(places) == 8
     fresh.run("ls", "-d", *places)
 
 
