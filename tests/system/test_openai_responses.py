@@ -7,16 +7,12 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
-import agents
 import httpx
 import httpx2
 import openai
 import pydantic
-import pydantic_ai
 import pytest
 from conftest import Workspace
-from pydantic_ai.models.openai import OpenAIResponsesModel
-from pydantic_ai.providers.openai import OpenAIProvider
 
 from tests.waiting import DEADLINE_S
 
@@ -252,6 +248,7 @@ def test_a_stream_that_waits_and_fails(workspace: Workspace) -> None:
 
 def test_agents_with_their_defaults(harbour: Workspace) -> None:
     """OpenAI's agents run a tool and get the answer, whole and as a stream."""
+    import agents  # two seconds, which each of the processes that run tests would pay
 
     @agents.function_tool
     def weather(city: str) -> str:
@@ -279,6 +276,10 @@ def test_agents_with_their_defaults(harbour: Workspace) -> None:
 @pytest.mark.parametrize("question", ["hello", "by a call"])
 def test_pydantic_ai_with_its_defaults(harbour: Workspace, question: str) -> None:
     """A text; and an object, which it demands as a call of a tool of its own."""
+    import pydantic_ai  # as above
+    from pydantic_ai.models.openai import OpenAIResponsesModel
+    from pydantic_ai.providers.openai import OpenAIProvider
+
     output: Any = Weather if question == "by a call" else str
 
     async def run() -> Any:
