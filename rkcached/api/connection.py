@@ -81,8 +81,10 @@ class Connection(H11Protocol):
         peer = transport.get_extra_info("socket")
         if peer.family == socket.AF_UNIX:
             pid = self._note_process(peer)
-            if pid is not None and _is_child(pid):
-                log.warning("connection refused", reason="a worker of ours opened it", pid=pid)
+            if pid is not None and _may_be_ours(pid):
+                log.warning(
+                    "connection refused", reason="a worker of ours may have opened it", pid=pid
+                )
                 transport.abort()
                 return
         else:
@@ -337,12 +339,28 @@ def _send_at_once(connection: socket.socket) -> None:
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
 
-def _is_child(pid: int) -> bool:
-    """Whether this is a process of ours, which has the same user, and nothing to ask or change."""
+def _may_be_ours(pid: int) -> bool:
+    """Whether a child of ours opened a connection: it has our user, and nothing to ask or change.
+
+    Of a process that has ended, nobody knows whose it was, and it waits for no answer. 0 is one of
+    another PID namespace, as of a container.
+    """
+    if pid <= 0:
+        return False
     try:
         os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
     except OSError:
+        return not _is_alive(pid)
+    return True
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
         return False
+    except PermissionError:
+        pass
     return True
 
 

@@ -23,10 +23,15 @@ from rkcached.api.exchange import (
 )
 from rkcached.api.prepare import Preparation
 from rkcached.api.requests import ChatRequest, CompletionRequest, EmbeddingRequest
+from rkcached.api.write_chat import nul_refused
 from rkcached.api.writer import Writer
+from rkcached.errors import RequestError
 from rkcached.messages.reply import Reply
 from rkcached.serving.dispatcher import Serving
 from rkcached.serving.embeddings import Embeddings
+
+MAX_TOKENIZED_BYTES = 256 << 10
+"""Nothing interrupts a tokenizer, and everybody else waits for it."""
 
 
 class Inference:
@@ -114,6 +119,16 @@ class Inference:
     async def tokenize(self, request: Request, model: str, text: str) -> Sequence[int] | Response:
         """The tokens of a text; or the client has gone. Errors: RequestError."""
         check_model(request, model)
+        if len(text.encode()) > MAX_TOKENIZED_BYTES:
+            raise RequestError(
+                400,
+                f"content is larger than {MAX_TOKENIZED_BYTES:,} bytes",
+                code="invalid_value",
+                param="content",
+                hint="send it in parts",
+            )
+        if "\0" in text:
+            raise nul_refused("content")
         asking = self._serving.tokenize(model, text, caller_of(request))
         return await unless_gone(request, asking)
 

@@ -18,7 +18,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Annotated, Protocol
 
 import msgspec
 
@@ -116,6 +116,9 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
     npu: NpuOptions = NpuOptions()
 
 
+MAX_STATES = 64
+
+
 class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     """Facts that hold while the model stays loaded."""
 
@@ -144,7 +147,7 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     """Whether `Sampling.json_schema` works."""
     gives_logprobs: bool = False
     """Whether `Sampling.logprobs` works."""
-    states: Int64 = 1
+    states: Annotated[int, msgspec.Meta(ge=1, le=MAX_STATES)] = 1
     """How many KV states are in memory at a time. They share the tokens of the context."""
     saves_continued: bool = True
     """Whether a state that was loaded and then continued is known to be saved right. Where nobody

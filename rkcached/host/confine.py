@@ -36,6 +36,7 @@ _CALL, _ARCH, _ARGUMENT = 0, 4, 16
 _ALLOW = 0x7FFF0000
 _FAIL = 0x00050000  # with the number of an error
 _X32 = 0x40000000  # x86_64 has a second table of calls from here on
+_FIRST_UNKNOWN = 463  # from setxattrat on (Linux 6.13), the same on all architectures
 _CLONE_NEWUSER, _CLONE_THREAD = 0x10000000, 0x00010000
 _AF_UNIX = 1
 
@@ -51,6 +52,7 @@ class _Table:
     """AUDIT_ARCH_..., linux/audit.h."""
     seccomp: int
     socket: int
+    connect: int
     clone: int
     clone3: int
     fcntl: int
@@ -67,12 +69,16 @@ class _Table:
 # add_key, request_key, keyctl; mount, umount2, pivot_root, chroot, setns, unshare; init_module,
 # finit_module, delete_module, kexec_load; open_by_handle_at; reboot. Landlock has no rules, or only
 # late ones, of these: what changes modes, owners and attributes of files; what changes their times,
-# inotify_init, fanotify_init, truncate.
+# inotify_init, fanotify_init, truncate. These act on other processes: sched_setparam,
+# sched_setscheduler, sched_setattr, ioprio_set, migrate_pages, move_pages, process_madvise,
+# process_mrelease. Shared memory, semaphores and queues of System V, and queues of messages, belong
+# to a user and outlive a process.
 _TABLES = {
     "x86_64": _Table(
         arch=0xC000003E,
         seccomp=317,
         socket=41,
+        connect=42,
         clone=56,
         clone3=435,
         fcntl=72,
@@ -91,12 +97,16 @@ _TABLES = {
             *(304, 169),
             *(90, 91, 268, 452, 92, 93, 94, 260, 188, 189, 190, 197, 198, 199),
             *(132, 235, 261, 280, 253, 294, 300, 76),
+            *(142, 144, 314, 251, 256, 279, 440, 448),
+            *(29, 30, 31, 67, 64, 65, 66, 220, 68, 69, 70, 71),
+            *(240, 241, 242, 243, 244, 245),
         ),
     ),
     "aarch64": _Table(
         arch=0xC00000B7,
         seccomp=277,
         socket=198,
+        connect=203,
         clone=220,
         clone3=435,
         fcntl=25,
@@ -115,6 +125,9 @@ _TABLES = {
             *(265, 142),
             *(52, 53, 452, 54, 55, 5, 6, 7, 14, 15, 16),
             *(88, 26, 262, 45),
+            *(118, 119, 274, 30, 238, 239, 440, 448),
+            *(194, 195, 196, 197, 190, 191, 192, 193, 186, 187, 188, 189),
+            *(180, 181, 182, 183, 184, 185),
         ),
     ),
 }
@@ -134,9 +147,10 @@ def has_filters() -> bool:
     return not ctypes.CDLL(None).syscall(table.seccomp, _GET_ACTION, 0, action)
 
 
-def confine() -> str:
+def confine(*, with_sockets: bool = True) -> str:
     """Take away, for good, what a worker does not need; returns what the kernel lacks for that.
 
+    `with_sockets`: it may connect to Unix sockets, as llama.cpp does to its own.
     Capabilities are those of a thread: it must be the only one.
     """
     undumpable()
@@ -146,7 +160,7 @@ def confine() -> str:
     if table is None:
         return f"no table of system calls for {platform.machine()}"
 
-    program = _program(table)
+    program = _program(table, with_sockets=with_sockets)
     code = ctypes.create_string_buffer(b"".join(program))
     described = struct.pack("HxxxxxxP", len(program), ctypes.addressof(code))
     libc = ctypes.CDLL(None, use_errno=True)
@@ -166,7 +180,7 @@ def _drop_capabilities() -> None:
     libc.capset(header, struct.pack("=6I", kept, kept, 0, 0, 0, 0))
 
 
-def _program(table: _Table) -> list[bytes]:
+def _program(table: _Table, *, with_sockets: bool) -> list[bytes]:
     program = [
         _instruction(_LOAD, _ARCH),
         _instruction(_EQUAL, table.arch, 1, 0),
@@ -176,9 +190,12 @@ def _program(table: _Table) -> list[bytes]:
     if table.arch == _TABLES["x86_64"].arch:
         program += [_instruction(_LEAST, _X32, 0, 1), _refuse(errno.EPERM)]
 
-    # A C library that is told so uses clone.
+    # Nobody knows what a later kernel lets a process do; a C library that is told so does without.
+    program += [_instruction(_LEAST, _FIRST_UNKNOWN, 0, 1), _refuse(errno.ENOSYS)]
+    # So does one with clone instead.
     program += [_instruction(_EQUAL, table.clone3, 0, 1), _refuse(errno.ENOSYS)]
-    for call in table.refused:
+    refused = table.refused if with_sockets else (*table.refused, table.connect, table.socket)
+    for call in refused:
         program += [_instruction(_EQUAL, call, 0, 1), _refuse(errno.EPERM)]
 
     own = (0, os.getpid())

@@ -106,9 +106,13 @@ def restrict(reach: Reach) -> str:
 
 def _code() -> Iterable[str]:
     """The folders of this program, the interpreter and its modules, and the dynamic linker."""
-    package = str(Path(__file__).parents[1])
+    package = Path(__file__).parents[1]
+    # What else lies beside a checkout of ours is nobody's business; beside an installed package lie
+    # those that it needs.
+    around = str(package.parent)
+    paths = [path for path in sys.path if path != around or any(package.parent.glob("*.dist-info"))]
     linked = os.environ.get("LD_LIBRARY_PATH", "").split(os.pathsep)
-    places = (package, sys.prefix, sys.base_prefix, sys.exec_prefix, *sys.path, *linked)
+    places = (str(package), sys.prefix, sys.base_prefix, sys.exec_prefix, *paths, *linked)
     return {place for place in places if place.startswith(os.sep)}
 
 

@@ -174,10 +174,18 @@ class Renderer:
         if body is None:
             raise EOFError
 
+        return _checked(body)
+
+
+def _checked(body: bytes) -> dict[str, Any]:
+    """The answer of a child that may not be ours any more. Errors: ValueError."""
+    try:
         answer = json.loads(body)
-        if not isinstance(answer, dict) or not {"text", "error"} & answer.keys():
-            raise ValueError(answer)
-        return answer
+        texts = [answer["text"]] if "text" in answer else [answer["error"], answer.get("hint", "")]
+        "".join(texts).encode()
+    except (KeyError, TypeError, RecursionError) as error:
+        raise ValueError(error) from error
+    return {"hint": "", **answer}
 
 
 def end_all(running: list[Process]) -> None:
@@ -275,7 +283,7 @@ def main() -> None:
 
 def restrict() -> None:
     """Close to this process what it does not need: also files, but those of the interpreter."""
-    confine()
+    confine(with_sockets=False)
     landlock.restrict(landlock.Reach())
     size_bytes = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     for limit, value in (

@@ -92,7 +92,7 @@ class Conversations:
 
     @property
     def size_bytes(self) -> int:
-        return sum(saved.record.size_bytes for saved in self._saved)
+        return sum(map(_bytes_of, self._saved))
 
     async def open(self) -> None:
         """Take over what an earlier daemon saved."""
@@ -157,9 +157,13 @@ class Conversations:
 
     def take(self, model: WorkerModel, saved: protocol.Saved) -> None:
         """A state is in its file now."""
-        staged = self._files.staged(model.name, saved.path.rpartition("/")[2])
-        if staged in self._placed.get(model.name, ()):
-            self._placed[model.name].remove(staged)
+        staged = next(
+            (path for path in self._placed.get(model.name, ()) if str(path) == saved.path), None
+        )
+        if staged is None:
+            log.warning("conversation not saved", model=model.name, error="its place is unknown")
+            return
+        self._placed[model.name].remove(staged)
         task = asyncio.create_task(self._seal(model, staged, saved))
         self._sealing.add(task)
         task.add_done_callback(self._sealing.discard)
@@ -261,13 +265,13 @@ class Conversations:
             or not keep_s
             or saved.record.model not in manifest.models
         ]
-        size_bytes = self.size_bytes - sum(saved.record.size_bytes for saved in gone)
+        size_bytes = self.size_bytes - sum(map(_bytes_of, gone))
         for saved in self._saved:
             if size_bytes <= room_bytes:
                 break
             if saved not in gone:
                 gone.append(saved)
-                size_bytes -= saved.record.size_bytes
+                size_bytes -= _bytes_of(saved)
 
         await self._remove(gone)
         self._wait_for_expiry(keep_s)
@@ -297,6 +301,11 @@ class Conversations:
         for saved in gone:
             self._forget(saved)
             await asyncio.to_thread(self._files.remove, saved.path)
+
+
+def _bytes_of(saved: SavedConversation) -> int:
+    """Of its state on the disk, and of its text in memory."""
+    return saved.record.size_bytes + len(saved.text)
 
 
 def _used_at(moment: float, saved: SavedConversation) -> SavedConversation:

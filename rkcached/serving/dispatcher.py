@@ -13,6 +13,7 @@ import time
 from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import replace
+from typing import Any
 
 import msgspec
 
@@ -128,7 +129,7 @@ class Serving:
         try:
             async with self._turn(name, caller):
                 worker = self._workers.get(worker_model(engine, model))
-                result = await worker.run(protocol.Tokenize(text=text))
+                result = await _uninterrupted(worker.run(protocol.Tokenize(text=text)))
         except errors.RkcachedError as error:
             raise as_request_error(error, text_param="content") from error
 
@@ -458,3 +459,13 @@ class Serving:
         task = asyncio.create_task(work)
         self._background.add(task)
         task.add_done_callback(self._background.discard)
+
+
+async def _uninterrupted(work: Coroutine[Any, Any, protocol.Result]) -> protocol.Result:
+    """Have it end before the caller may be cancelled: nothing aborts it but the worker's end."""
+    task = asyncio.create_task(work)
+    try:
+        return await asyncio.shield(task)
+    except asyncio.CancelledError:
+        await asyncio.wait({task})
+        raise

@@ -18,6 +18,9 @@ from rkcached.worker import memory, protocol
 from rkcached.worker.lines import LibraryLines
 from rkcached.worker.scratch import Scratch
 
+MAX_WAITING_BYTES = 1 << 20
+"""Of what a worker sent and nobody has taken."""
+
 
 class WorkerProcess:
     """One process after the other. On the event loop."""
@@ -136,19 +139,25 @@ class _Link(asyncio.Protocol):
     def __init__(self) -> None:
         self._frames = protocol.FrameReader()
         self._received: deque[bytes] = deque()
+        self._waiting_bytes = 0
         # Why nothing more will be received.
         self._end: EOFError | protocol.ProtocolError | None = None
         self._waiter: asyncio.Future[None] | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = cast(asyncio.WriteTransport, transport)
+        self._reading = cast(asyncio.ReadTransport, transport)
 
     def data_received(self, data: bytes) -> None:
         try:
-            self._received.extend(self._frames.feed(data))
+            for frame in self._frames.feed(data):
+                self._received.append(frame)
+                self._waiting_bytes += len(frame)
         except protocol.ProtocolError as error:
             self._end = error
             self.transport.close()
+        if self._waiting_bytes > MAX_WAITING_BYTES:  # of a worker that nobody has asked
+            self._reading.pause_reading()
         if self._received or self._end is not None:  # else it was a part of a frame
             self._wake()
 
@@ -170,7 +179,11 @@ class _Link(asyncio.Protocol):
                 self._waiter = None
 
         if self._received:
-            return self._received.popleft()
+            frame = self._received.popleft()
+            self._waiting_bytes -= len(frame)
+            if self._waiting_bytes <= MAX_WAITING_BYTES:
+                self._reading.resume_reading()
+            return frame
         raise self._end or TimeoutError
 
     def _wake(self) -> None:

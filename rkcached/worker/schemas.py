@@ -12,6 +12,7 @@ remembered.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib
 import json
@@ -168,7 +169,10 @@ class SchemaChecker:
         except (OSError, ValueError):
             body = None
         if body is not None:
-            return str(json.loads(body))
+            with contextlib.suppress(ValueError, RecursionError):
+                problem = json.loads(body)
+                if isinstance(problem, str):
+                    return problem
 
         process = self._running[0]
         end_all(self._running)

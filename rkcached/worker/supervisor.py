@@ -43,6 +43,18 @@ from rkcached.worker import memory, protocol
 from rkcached.worker.model import Backoff, Deadlines, Keeper, WorkerModel, reach_of
 from rkcached.worker.process import WorkerProcess, describe
 
+_ANSWERS: dict[type, type] = {
+    protocol.Build: protocol.Built,
+    protocol.Generate: protocol.Done,
+    protocol.Check: protocol.Checked,
+    protocol.Keep: protocol.Checked,
+    protocol.Embed: protocol.Embedded,
+    protocol.Tokenize: protocol.Tokenized,
+}
+
+_MOST_LETTERS = 256
+"""Of a token."""
+
 # They take no conversation's place in memory.
 _STATELESS = protocol.Embed | protocol.Keep | protocol.Tokenize
 
@@ -406,10 +418,13 @@ class Worker:
     ) -> protocol.Result:
         self._process.send(operation)
         event: protocol.FromWorker | None = None
+        letters = 0
         while True:
             event = await self._next_event(operation, event)
-            if isinstance(event, protocol.Ready) or event.id != operation.id:
-                raise await self._broken(f"sent {type(event).__name__} out of turn")
+            if isinstance(event, protocol.Piece):
+                letters += len(event.text)
+            if wrong := _what_is_wrong(operation, event, letters):
+                raise await self._broken(wrong)
 
             match event:
                 case (
@@ -596,6 +611,25 @@ async def _to_the_end(work: Coroutine[Any, Any, object]) -> None:
     while not task.done():
         with contextlib.suppress(asyncio.CancelledError):
             await asyncio.shield(task)
+
+
+def _what_is_wrong(operation: protocol.Operation, event: protocol.FromWorker, letters: int) -> str:
+    """Why this cannot be what a worker of ours sends now; empty if it can.
+
+    `letters`: those of the answer, with this event's.
+    """
+    kind = type(event).__name__
+    if isinstance(event, protocol.Ready) or event.id != operation.id:
+        return f"sent {kind} out of turn"
+    if isinstance(event, protocol.Result) and not isinstance(event, _ANSWERS[type(operation)]):
+        return f"answered {type(operation).__name__} with {kind}"
+
+    most_tokens = 64
+    if isinstance(operation, protocol.Generate):
+        most_tokens += operation.sampling.max_new_tokens
+    if letters > most_tokens * _MOST_LETTERS:
+        return f"sent an answer of {letters:,} letters"
+    return ""
 
 
 def _was_forbidden(line: str) -> bool:

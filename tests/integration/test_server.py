@@ -8,6 +8,7 @@ import inspect
 import logging
 import os
 import socket
+import subprocess
 import sys
 import tomllib
 from collections.abc import AsyncGenerator, AsyncIterator
@@ -50,11 +51,13 @@ class Site:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.ended = asyncio.Queue[None]()
+        self.asked = 0
         self.server = HttpServer(Exchanges(self._app, SHARE), grace_s=GRACE_S)
         self.stopped: asyncio.Task[None]
 
     async def _app(self, scope: Scope, receive: Receive, send: Send) -> None:
         Request(scope)
+        self.asked += 1
         await Streamed(self._pieces(), media_type="text/plain")(scope, receive, send)
 
     async def _pieces(self) -> AsyncGenerator[bytes]:
@@ -155,6 +158,20 @@ async def test_a_process_of_ours_gets_no_answer(site: Site, who: str, answer: st
     assert said.decode().strip() == answer, complaint
     if answer:
         await asyncio.wait_for(site.ended.get(), DEADLINE_S)
+
+
+async def test_a_process_that_has_ended_gets_nothing_done(site: Site) -> None:
+    """It connects, sends all it wants, and ends before anybody looks whose child it is."""
+    code = f"import os{ASK}".replace("print(client.recv(12).decode())", "os._exit(0)")
+    asking = [sys.executable, "-c", code, str(site.path), "child"]
+    # It blocks the loop, on purpose: nobody accepts meanwhile.
+    subprocess.run(asking, check=True)  # noqa: ASYNC221
+    reader, writer = await site.ask()
+    while await reader.read(1 << 20):
+        pass
+    await asyncio.wait_for(site.ended.get(), DEADLINE_S)
+    assert site.asked == 1, "by the test itself"
+    writer.close()
 
 
 async def test_a_client_that_takes_nothing_does_not_disturb_the_end(
