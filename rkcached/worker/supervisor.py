@@ -418,12 +418,10 @@ class Worker:
     ) -> protocol.Result:
         self._process.send(operation)
         event: protocol.FromWorker | None = None
-        letters = 0
+        expected = _Expected(operation)
         while True:
             event = await self._next_event(operation, event)
-            if isinstance(event, protocol.Piece):
-                letters += len(event.text)
-            if wrong := _what_is_wrong(operation, event, letters):
+            if wrong := expected.not_by(event):
                 raise await self._broken(wrong)
 
             match event:
@@ -613,23 +611,30 @@ async def _to_the_end(work: Coroutine[Any, Any, object]) -> None:
             await asyncio.shield(task)
 
 
-def _what_is_wrong(operation: protocol.Operation, event: protocol.FromWorker, letters: int) -> str:
-    """Why this cannot be what a worker of ours sends now; empty if it can.
+class _Expected:
+    """The events that a worker of ours may send in an operation."""
 
-    `letters`: those of the answer, with this event's.
-    """
-    kind = type(event).__name__
-    if isinstance(event, protocol.Ready) or event.id != operation.id:
-        return f"sent {kind} out of turn"
-    if isinstance(event, protocol.Result) and not isinstance(event, _ANSWERS[type(operation)]):
-        return f"answered {type(operation).__name__} with {kind}"
+    def __init__(self, operation: protocol.Operation) -> None:
+        self._operation = operation
+        self._letters = 0  # of the answer, until now
+        most_tokens = 64
+        if isinstance(operation, protocol.Generate):
+            most_tokens += operation.sampling.max_new_tokens
+        self._most_letters = most_tokens * _MOST_LETTERS
 
-    most_tokens = 64
-    if isinstance(operation, protocol.Generate):
-        most_tokens += operation.sampling.max_new_tokens
-    if letters > most_tokens * _MOST_LETTERS:
-        return f"sent an answer of {letters:,} letters"
-    return ""
+    def not_by(self, event: protocol.FromWorker) -> str:
+        """Why the event is none of these; empty if it is one."""
+        operation = self._operation
+        kind = type(event).__name__
+        if isinstance(event, protocol.Ready) or event.id != operation.id:
+            return f"sent {kind} out of turn"
+        if isinstance(event, protocol.Result) and not isinstance(event, _ANSWERS[type(operation)]):
+            return f"answered {type(operation).__name__} with {kind}"
+        if isinstance(event, protocol.Piece):
+            self._letters += len(event.text)
+        if self._letters > self._most_letters:
+            return f"sent an answer of {self._letters:,} letters"
+        return ""
 
 
 def _was_forbidden(line: str) -> bool:

@@ -7,6 +7,7 @@ import os
 import shutil
 import socket
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -20,6 +21,10 @@ from rkcached.worker import protocol
 
 class _Misbehaving(MemoryEngine):
     """Misbehaves at each request, then answers it, if it still can."""
+
+    def __init__(self, spec: ModelSpec) -> None:
+        super().__init__(spec)
+        self.spec = spec
 
     def misbehave(self) -> None:
         raise NotImplementedError
@@ -136,6 +141,49 @@ class EatsMemoryAtLoad(MemoryEngine):
                 flush=True,
             )
             raise ModelLoadError("the model cannot be loaded") from error
+
+
+class AnswersWithoutEnd(_Misbehaving):
+    """Sends pieces of an answer, and never its end."""
+
+    def misbehave(self) -> None:
+        piece = protocol.frame(protocol.Piece(id=self.operation_id, text="x" * 60_000))
+        while True:
+            _write_to_socket(piece)
+
+    @property
+    def operation_id(self) -> int:
+        return int(Path(self.spec.path).with_name("operation").read_text())
+
+
+class AnswersAnotherQuestion(AnswersWithoutEnd):
+    """Has another kind of answer than what was asked for."""
+
+    def misbehave(self) -> None:
+        _write_to_socket(protocol.frame(protocol.Checked(id=self.operation_id, tokens=1)))
+
+
+class HasManyStates(MemoryEngine):
+    """Says that it keeps two million KV states, for each of which a place would be made."""
+
+    @property
+    def info(self) -> EngineInfo:
+        return msgspec.structs.replace(super().info, states=2_000_000)
+
+
+class TalksToItself(MemoryEngine):
+    """Sends frames that nobody has asked for, without end."""
+
+    def __init__(self, spec: ModelSpec) -> None:
+        super().__init__(spec)
+        self._talking = threading.Thread(target=self._talk, daemon=True)
+        self._talking.start()
+
+    def _talk(self) -> None:
+        piece = protocol.frame(protocol.Piece(id=1, text="x" * 60_000))
+        time.sleep(0.5)  # until it has said that it is ready
+        for _ in range(2000):  # 120 MB
+            _write_to_socket(piece)
 
 
 class NeedsAnotherFile(MemoryEngine):

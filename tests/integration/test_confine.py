@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import shutil
 import socket
@@ -156,6 +157,17 @@ class Escaping(MemoryEngine):
         }
 
 
+SHMGET = {"x86_64": 29, "aarch64": 194}[os.uname().machine]
+
+
+def by_number(number: int, *arguments: object) -> None:
+    """Errors: OSError, also where the kernel has no such call."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    given = [os.fsencode(each) if isinstance(each, Path) else each for each in arguments]
+    if libc.syscall(number, *given) < 0:
+        raise OSError(ctypes.get_errno(), "refused")
+
+
 class Reading(Escaping):
     """Tries to get at files; where they are, its tokenizer's file says, which it may read."""
 
@@ -208,6 +220,9 @@ class Reading(Escaping):
             ).write_bytes(hole),
             "write a stored prompt": lambda: (root / "state/prompt.md").write_bytes(hole),
             "open a file to everybody": lambda: (store / "other/p.bin").chmod(0o666),
+            "open it by a later call": lambda: by_number(463, store / "other/p.bin"),
+            "read the checkout": (ROOT / "pyproject.toml").read_bytes,
+            "share memory": lambda: by_number(SHMGET, 4242, 4096, 0o1666),
             "give a file away": lambda: os.chown(store / "other/p.bin", 12001, 12001),
             "change a time": lambda: os.utime(store / "other/p.bin"),
             "write a temporary file": lambda: (root / "temporary").write_bytes(hole),
@@ -264,6 +279,16 @@ def store(tmp_path: Path) -> Iterator[Store]:
     store.close()
 
 
+def reach_of(store: Store) -> Callable[[str], landlock.Reach]:
+    """With the engines of this test, which lie beside the package and not in it."""
+
+    def reach(model: str) -> landlock.Reach:
+        own = store.reach_of(model)
+        return msgspec.structs.replace(own, read=(*own.read, str(ROOT / "tests")))
+
+    return reach
+
+
 def contents(root: Path) -> dict[str, tuple[bytes, int]]:
     files = [path for path in root.rglob("*") if path.is_file()]
     return {str(path): (path.read_bytes(), path.stat().st_mode) for path in files}
@@ -273,7 +298,7 @@ def contents(root: Path) -> dict[str, tuple[bytes, int]]:
 async def test_a_worker_has_its_files_and_no_others(store: Store, tmp_path: Path) -> None:
     """Not even as root, who may do everything else."""
     before = contents(tmp_path)
-    workers = Workers(reach=store.reach_of)
+    workers = Workers(reach=reach_of(store))
     model = hostile(tmp_path, Reading)
     could = list(Reading.tries(Reading(model.spec)))[:ALLOWED]
     try:
@@ -290,7 +315,7 @@ async def test_a_worker_has_its_files_and_no_others(store: Store, tmp_path: Path
 
 async def test_a_worker_follows_its_folder(store: Store, tmp_path: Path) -> None:
     """Somebody deletes the store, as anybody may, and the daemon makes it anew."""
-    workers = Workers(reach=store.reach_of)
+    workers = Workers(reach=reach_of(store))
     model = hostile(tmp_path, Reading)
     worker = workers.get(model)
     try:

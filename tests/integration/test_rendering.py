@@ -13,7 +13,7 @@ import pytest
 from rkcached.errors import TemplateError, TemplateExhausted
 from rkcached.messages.builtin import BUILTIN
 from rkcached.messages.message import Message
-from rkcached.messages.sandbox import Renderer
+from rkcached.messages.sandbox import Renderer, _checked
 from rkcached.messages.template import ChatTemplate
 from tests.waiting import wait_until
 
@@ -149,3 +149,22 @@ def test_killed_child_is_replaced(renderer: Renderer) -> None:
     wait_until(lambda: child.status() == psutil.STATUS_ZOMBIE, "it is dead")
 
     assert "Be brief." in theirs.render(MESSAGES)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"{}",
+        b"[]",
+        b"nothing",
+        b"[" * 100_000,
+        b'{"text": 5}',
+        b'{"text": "\\ud800"}',
+        b'{"error": 5}',
+        b'{"error": "x", "hint": 5}',
+    ],
+)
+def test_a_child_that_is_not_ours_any_more_is_ended(body: bytes) -> None:
+    """Code that got into it may answer as it likes; a request is refused for it, and no more."""
+    with pytest.raises(ValueError):  # noqa: PT011 - what `Renderer` expects of a broken child
+        _checked(body)

@@ -40,6 +40,7 @@ from rkcached.serving.failures import as_request_error
 from rkcached.worker import memory, protocol, scratch
 from rkcached.worker.model import Backoff, Deadlines, WorkerModel
 from rkcached.worker.pool import Workers
+from rkcached.worker.process import MAX_WAITING_BYTES
 from rkcached.worker.supervisor import Worker, WorkerState
 from tests.waiting import DEADLINE_S, wait_until
 
@@ -492,7 +493,7 @@ async def test_a_library_that_needs_more_than_it_may_have_is_explained(site: Sit
         site.spec(implementation="tests.integration.misbehaving:NeedsAnotherFile"),
         deadlines=PATIENT,
         backoff=Backoff(),
-        reach=lambda _: landlock.Reach(),
+        reach=lambda _: landlock.Reach(read=(str(ROOT / "tests"),)),  # where it lies
     )
     site.workers.append(worker)
     with pytest.raises(ModelLoadError) as caught:
@@ -502,6 +503,46 @@ async def test_a_library_that_needs_more_than_it_may_have_is_explained(site: Sit
     await asyncio.sleep(worker.retry_in_s())
     await worker.ensure()
     site.note(worker)
+
+
+@pytest.mark.parametrize(
+    ("engine", "why"),
+    [
+        ("AnswersWithoutEnd", r"broke the protocol: sent an answer of \d{2,3},\d{3} letters"),
+        ("AnswersAnotherQuestion", "broke the protocol: answered Generate with Checked"),
+    ],
+)
+async def test_a_worker_that_lies_is_ended(site: Site, engine: str, why: str) -> None:
+    """Its words would fill the daemon's memory, or reach a client as something else."""
+    worker = site.misbehaving(engine)
+    await worker.ensure()
+    site.note(worker)
+    operation = protocol.Generate(prompt=PROMPT, sampling=SAMPLING)
+    (site.root / "operation").write_text(str(operation.id))
+    async with asyncio.timeout(DEADLINE_S):
+        with pytest.raises(WorkerDied, match=why):
+            await worker.run(operation)
+
+
+async def test_a_worker_that_says_what_no_engine_can_is_ended(site: Site) -> None:
+    worker = site.misbehaving("HasManyStates")
+    with pytest.raises(WorkerDied, match="broke the protocol"):
+        await worker.ensure()
+
+
+async def test_what_an_idle_worker_sends_is_left_in_its_socket(site: Site) -> None:
+    """Nobody takes it, so it would be kept in memory until the worker ends."""
+    worker = site.misbehaving("TalksToItself")
+    await worker.ensure()
+    site.note(worker)
+    link = worker._process._link
+    assert link is not None
+    await until(lambda: link._waiting_bytes > MAX_WAITING_BYTES)
+    held = link._waiting_bytes
+    assert held < MAX_WAITING_BYTES + (1 << 20)
+    for _ in range(20):
+        await asyncio.sleep(0)
+    assert link._waiting_bytes == held
 
 
 async def test_a_schema_for_which_no_token_is_found_is_refused(site: Site) -> None:
