@@ -42,3 +42,16 @@ def test_a_model_must_be_named_where_there_are_several(space: Workspace) -> None
         assert refused.status_code == 400
         assert "there is not just one: m, n" in refused.json()["error"]["message"]
     assert space.request("GET", "/props?model=n").json()["model_alias"] == "n"
+
+
+@pytest.mark.parametrize(
+    ("content", "words"), [("x" * 300_000, "larger than 262,144 bytes"), ("a\0b", "NUL")]
+)
+def test_a_text_that_would_hold_the_others_up_is_refused(
+    space: Workspace, content: str, words: str
+) -> None:
+    """Nothing interrupts a tokenizer: of 6 MB, one took 11 s, and its worker was ended for it."""
+    refused = space.request("POST", "/tokenize", json={"content": content})
+    error = refused.json()["error"]
+    assert (refused.status_code, error["param"]) == (400, "content")
+    assert words in error["message"]

@@ -238,7 +238,16 @@ def test_an_open_loopback_opens_nothing_else(ported: Ported) -> None:
 
 @pytest.mark.parametrize(
     ("content", "mode"),
-    [(b"{", 0o600), (b'{"version": 2, "keys": []}', 0o600), (b"\xff" * 99, 0o600), (None, 0o644)],
+    [
+        (b"{", 0o600),
+        (b'{"version": 2, "keys": []}', 0o600),
+        (b"\xff" * 99, 0o600),
+        (None, 0o644),
+        (
+            '{"version":1,"keys":[{"name":"a","sha256":"é","owner":9,"created":""}]}'.encode(),
+            0o600,
+        ),
+    ],
 )
 def test_a_strange_file_of_keys_lets_nobody_in(
     ported: Ported, content: bytes | None, mode: int
