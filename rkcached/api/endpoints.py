@@ -111,7 +111,7 @@ def routes(endpoints: Iterable[Endpoint], *, admin_socket: Path | None) -> list[
                     403,
                     f"changes are made on {admin_socket} only",
                     code="admin_only",
-                    hint="ask there, or over TCP with an admin key",
+                    hint="send the request there, or over TCP with an admin key",
                 )
             return await handler(request)
 

@@ -218,7 +218,9 @@ def remember(request: Request, error: RequestError) -> None:
 def no_route(request: Request, refusal: HTTPException) -> Response:
     what = "does not exist" if refusal.status_code == 404 else f"does not take {request.method}"
     ours = RIGHT_ONES.get(request.url.path)
-    hint = "see GET /openapi.json" if ours is None else f"use {ours}, as OpenAI has it"
+    hint = "see GET /openapi.json"
+    if ours is not None:
+        hint = f"use {ours}, OpenAI's endpoint, which takes another body"
     response = error_response(
         RequestError(
             refusal.status_code,
@@ -457,7 +459,7 @@ def _key_of(request: Request) -> AccessKey | None:
 
 
 def may_change(request: Request) -> bool:
-    """Whether the request came over the socket for changes, or with an admin key."""
+    """Whether the request came over the admin socket, or with an admin key."""
     key = _key_of(request)
     is_admin = getattr(request.app.state, "is_admin", False)
     return is_admin or (key is not None and key.admin)
@@ -492,7 +494,7 @@ def check_model(request: Request, name: str | None) -> None:
         f"this key is only for: {', '.join(models_of(request))}",
         code="model_not_allowed",
         param=None if name is None else "model",
-        hint="ask for one of these, or use another key",
+        hint="use one of these models, or another key",
     )
 
 

@@ -16,11 +16,11 @@ from rkcached.api.exchange import ACCESS_KEY, PEER, TCP, error_response
 from rkcached.errors import RequestError
 from rkcached.sources.access_keys import AccessKeys
 
-_HINT = "make one with `sudo rkcached key add NAME`, and send it as the API key"
+_HINT = "create one with `sudo rkcached key add NAME`, and send it as the API key"
 
 
 class KeyCheck:
-    """ASGI: refuses a request over TCP that has no right key."""
+    """ASGI: refuses a request over TCP that has no valid key."""
 
     def __init__(
         self, app: ASGIApp, keys: AccessKeys, *, open_loopback: bool, for_admins: bool
@@ -63,7 +63,7 @@ class KeyCheck:
                     403,
                     "this port is for admin keys only",
                     code="admin_only",
-                    hint="make one with `sudo rkcached key add NAME --admin`",
+                    hint="create one with `sudo rkcached key add NAME --admin`",
                 )
             if not state[TCP].take_place(key.owner):
                 return RequestError(
@@ -80,7 +80,7 @@ class KeyCheck:
 
         why = "a request over TCP needs a key"
         if presented:
-            why = "the key is not known here; it may have been revoked"
+            why = "the key is not valid; it may have been revoked"
         return RequestError(401, why, code="invalid_api_key", hint=_HINT)
 
 

@@ -127,7 +127,7 @@ class LlamaServerApi:
             known = ", ".join(model.name for model in writers) or "none"
             raise RequestError(
                 400,
-                f"the request names no model, and there is not just one: {known}",
+                f"the request names no model; models that it could use: {known}",
                 code="missing_parameter",
                 param="model",
                 hint="name one as `model`",

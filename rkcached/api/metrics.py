@@ -80,7 +80,8 @@ class Metrics:
         )
         self._tcp = Counter(
             "rkcached_tcp_requests",
-            "Answered requests over TCP; those without a right key have an empty name.",
+            "Requests over TCP that were answered, by key and status; `key` is empty for requests "
+            "without a valid key.",
             ("key", "status"),
             registry=self._registry,
         )

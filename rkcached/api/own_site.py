@@ -82,7 +82,8 @@ def _refusal(
     if not _is_ours(_name(host), hosts):
         return RequestError(
             403,
-            f"the request is for the host {_name(host)[:100]!r}, which is none of ours",
+            f"the Host header has the name {_name(host)[:100]!r}, which this daemon does not "
+            "accept",
             code="foreign_host",
             hint="use the name localhost, or add yours to serving.hosts in the manifest",
         )

@@ -51,7 +51,9 @@ class NamedSchema(Record):
     name: str
     description: str | None = None
     schema_: dict[str, Any] = Field(alias="schema")
-    strict: bool | None = Field(default=None, description="Schemas are always kept to.")
+    strict: bool | None = Field(
+        default=None, description="No effect: an answer always follows the schema."
+    )
 
 
 class JsonSchema(Record):
@@ -159,18 +161,20 @@ class GenerationRequest(_AboutTheService, NeutralOnly):
         default=None, description="Another word for cache."
     )
     cache_prompt: bool | None = Field(
-        default=None, description="llama.cpp's: false answers cold, as cache: false does."
+        default=None,
+        description="llama.cpp's. false: answer without any cache, as `cache: false` does.",
     )
     keep_alive: Duration | float | None = Field(
         default=None,
-        description="Ollama's. 0 on the admin socket unloads the model after the answer. Anything "
-        "else is ignored, as the manifest says how long a model stays in memory.",
+        description="Ollama's. 0 unloads the model after the answer, on the admin socket or with "
+        "an admin key. Any other value has no effect: idle_unload_s in the manifest decides.",
     )
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     return_progress: bool | None = Field(
         default=None,
-        description="A stream also says how much of the prompt is read, in `prompt_progress`.",
+        description="A stream also reports how much of the prompt has been read, in "
+        "`prompt_progress`.",
     )
     max_tokens: AnswerTokens | None = Field(
         default=None, description="-1: as many as the context holds."
@@ -182,7 +186,7 @@ class GenerationRequest(_AboutTheService, NeutralOnly):
         default=None,
         ge=0,
         le=1,
-        description="Leave out tokens that are less likely than this share of the likeliest one.",
+        description="Leave out tokens less likely than this fraction of the most likely one.",
     )
     seed: Annotated[Whole, Field(ge=-_INT63, lt=_INT63)] | None = None
     stop: Annotated[

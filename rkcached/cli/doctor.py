@@ -259,14 +259,17 @@ def _confinement(manifest: Manifest | None) -> Check:
     version = landlock.version()
     lacks = []
     if not version:
-        lacks.append("it cannot close files to them (Landlock, since Linux 5.13)")
+        lacks.append("it cannot deny them files (Landlock, since Linux 5.13)")
     if not confine.has_filters():
         lacks.append("it cannot filter their system calls (seccomp, on x86_64 and aarch64)")
     if lacks:
         finding = f"this kernel confines workers only in part: {' and '.join(lacks)}"
-        step = "all works without; code that got into a worker could do more (docs/security.md)"
+        step = (
+            "everything works without it, but code that took over a worker could do more "
+            "(docs/security.md)"
+        )
         return Check(name, Outcome.WARN, finding, step)
-    finding = "workers have their own files and system calls only"
+    finding = "workers can open only their own files, and use only the system calls that they need"
     return Check(name, Outcome.OK, f"{finding} (Landlock {version}, seccomp)")
 
 

@@ -1,4 +1,4 @@
-"""`rkcached key`: makes, lists and revokes the keys by which programs ask over TCP.
+"""`rkcached key`: creates, lists and revokes the keys by which programs use a TCP port.
 
 They are a file in the state directory, which the daemon reads again when it changed, so no daemon
 has to run.
@@ -42,9 +42,9 @@ def show_all(settings: Settings, *, want_json: bool) -> int:
         return os.EX_OK
 
     if not keys:
-        click.echo("no key; `rkcached key add NAME` makes one")
+        click.echo("no key; `rkcached key add NAME` creates one")
     for key in keys:
-        click.echo(printable(f"{key.name}  {may(key)}, made {key.created}"))
+        click.echo(printable(f"{key.name}  {may(key)}, created {key.created}"))
     return os.EX_OK
 
 
@@ -53,7 +53,7 @@ def revoke(settings: Settings, name: str, *, want_json: bool) -> int:
     if want_json:
         output.print_json(described(key))
     else:
-        click.echo(f"revoked {key.name}: the daemon refuses it from now on")
+        click.echo(f"revoked {key.name}: the daemon rejects it from now on")
     return os.EX_OK
 
 
@@ -71,10 +71,10 @@ def described(key: AccessKey) -> dict[str, Any]:
 def may(key: AccessKey) -> str:
     """The words for what a key may do."""
     if key.admin:
-        return "may ask all models and change things"
+        return "may use all models and make changes"
     if key.models:
-        return f"may ask only {', '.join(key.models)}"
-    return "may ask all models"
+        return f"may use only {', '.join(key.models)}"
+    return "may use all models"
 
 
 def lines_to_paste(text: str, base_url: str = "http://ADDRESS:PORT/v1") -> list[str]:

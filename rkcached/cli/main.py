@@ -59,12 +59,12 @@ def cli() -> None:
     multiple=True,
     metavar="HOST:PORT",
     help="Also listen on a TCP port, such as 127.0.0.1:8080 or [::1]:8080, where each request "
-    "needs a key; may be given several times. [RKCACHED_LISTEN, with blanks between]",
+    "needs a key; may be given several times. [RKCACHED_LISTEN, separated by spaces]",
 )
 @click.option(
     "--open-loopback",
     is_flag=True,
-    help="Let every program of this machine ask over the loopback without a key. "
+    help="Let every program on this machine send requests over the loopback without a key. "
     "[RKCACHED_OPEN_LOOPBACK]",
 )
 def run(
@@ -352,15 +352,13 @@ def suggest(
 
 @cli.group()
 def key() -> None:
-    """Manage the keys by which programs ask over TCP."""
+    """Manage the keys by which programs use a TCP port."""
 
 
 @key.command("add")
 @click.argument("name", metavar="NAME")
 @places("manifest", "cache_dir", "state_dir")
-@click.option(
-    "--admin", is_flag=True, help="Let it also change things, as on the socket for changes."
-)
+@click.option("--admin", is_flag=True, help="Let it also make changes, as on the admin socket.")
 @click.option(
     "--model",
     "models",
@@ -372,11 +370,11 @@ def key() -> None:
 def key_add(
     *, settings: Settings, name: str, admin: bool, models: Sequence[str], want_json: bool
 ) -> int:
-    """Make a key, and print it: this once, as only its SHA-256 is kept.
+    """Create a key, and print it.
 
-    NAME is shown in the log and in the metrics. The daemon accepts the key at once. What one key
-    asks is hidden from others, and no key gets more of the engine's time than another one or a
-    user.
+    It is shown only once, because only its SHA-256 is kept. NAME appears in the log and in the
+    metrics. The daemon accepts the key at once. Other keys and users cannot see what this key asks.
+    Every key gets the same share of the engine's time as a user.
     """
     from rkcached.cli import key as command
 
@@ -387,7 +385,7 @@ def key_add(
 @places("manifest", "cache_dir", "state_dir")
 @as_json
 def key_list(settings: Settings, want_json: bool) -> int:
-    """List the keys: their names, what they may do, and when they were made."""
+    """List the keys: their names, what they may do, and when they were created."""
     from rkcached.cli import key as command
 
     return command.show_all(settings, want_json=want_json)
@@ -398,7 +396,7 @@ def key_list(settings: Settings, want_json: bool) -> int:
 @places("manifest", "cache_dir", "state_dir")
 @as_json
 def key_revoke(settings: Settings, name: str, want_json: bool) -> int:
-    """Remove a key. The daemon refuses it from the next request on.
+    """Remove a key. The daemon rejects it from the next request on.
 
     An answer that has begun is not stopped. The exit code is 66 if there is no such key.
     """
@@ -414,7 +412,9 @@ def port() -> None:
 
 @port.command("enable")
 @click.argument("address", metavar="ADDRESS")
-@click.option("--container", is_flag=True, help="Also let containers of Docker and Podman ask.")
+@click.option(
+    "--container", is_flag=True, help="Also accept requests from Docker and Podman containers."
+)
 @click.option(
     "--container-address",
     metavar="IP",
@@ -424,11 +424,10 @@ def port() -> None:
 @click.option(
     "--without-key",
     is_flag=True,
-    help="Let every program of this machine ask without a key. For a loopback address.",
+    help="Let every program on this machine send requests without a key. Only for a loopback "
+    "address.",
 )
-@click.option(
-    "--name", default="default", show_default=True, help="The name of the key that is made."
-)
+@click.option("--name", default="default", show_default=True, help="The name of the key to create.")
 @as_json
 def port_enable(
     *,
@@ -442,8 +441,9 @@ def port_enable(
     """Have systemd open a TCP port for the service, and print its base URL and a key for it.
 
     ADDRESS is HOST:PORT, such as 127.0.0.1:11434. The command writes a drop-in for rkcached.socket,
-    and restarts that and a running service. If there is a key of that name already, no key is made.
-    It replaces the port that it opened before. It is for root.
+    and restarts the socket and a running service. The port replaces one that this command opened
+    before. If a key with the name in --name exists already, it is kept and not shown again. Only
+    root may use this command.
     """
     from rkcached.cli import port as command
 
@@ -460,7 +460,10 @@ def port_enable(
 @port.command("disable")
 @as_json
 def port_disable(want_json: bool) -> int:
-    """Close the port that `rkcached port enable` opened, and say which keys remain. For root."""
+    """Close the port that `rkcached port enable` opened, and say which keys remain.
+
+    Only root may use this command.
+    """
     from rkcached.cli import port as command
 
     return command.disable(want_json=want_json)

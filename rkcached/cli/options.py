@@ -40,8 +40,8 @@ FLAGS = {
         "--state-dir",
         type=PATH,
         metavar="DIR",
-        help="The texts of stored and of learned prompts; default: state beside the store; beside "
-        "/var/cache/rkcached it is "
+        help="The texts of stored and of learned prompts, and the keys for TCP; default: state "
+        "beside the store; beside /var/cache/rkcached it is "
         "/var/lib/rkcached. [RKCACHED_STATE_DIR]",
     ),
     "admin_socket": click.option(

@@ -42,7 +42,7 @@ class _Key:
 
 
 def enable(wish: Wish, *, want_json: bool) -> int:
-    """Open the port, make a key, and say what to paste."""
+    """Open the port, create a key, and say what to paste."""
     address = parse_address(wish.address)
     if wish.without_key and not address.host.is_loopback:
         raise UsageError(
@@ -71,7 +71,7 @@ def enable(wish: Wish, *, want_json: bool) -> int:
     if want_json:
         _print_json(addresses, urls, key, changed=changed)
     else:
-        _print(addresses, urls, key, changed=changed)
+        _print(addresses, urls, key, changed=changed, without_key=wish.without_key)
     return os.EX_OK
 
 
@@ -145,28 +145,40 @@ def _print_json(
     )
 
 
-def _print(addresses: list[Address], urls: list[str], key: _Key | None, *, changed: bool) -> None:
+def _print(
+    addresses: list[Address],
+    urls: list[str],
+    key: _Key | None,
+    *,
+    changed: bool,
+    without_key: bool,
+) -> None:
     listed = ", ".join(map(str, addresses))
     click.echo(f"open: {listed}" if changed else f"open already: {listed}")
     for url in urls:
         click.echo(f"base URL: {url}")
 
-    if key is None:
-        click.echo("every program of this machine may ask, without a key")
-    elif key.text is None:
-        click.echo(
-            f"key: the one named {key.key.name}, made {key.key.created}; `rkcached key add NAME` "
-            "makes another one"
-        )
-    else:
-        click.echo(
-            f"\nthe key {key.key.name} is shown only now; paste this where a program runs:\n"
-        )
-        for line in lines_to_paste(key.text, urls[0]):
-            click.echo(f"  {line}")
+    if without_key:
+        click.echo("every program on this machine can use the models without a key")
+    if key is not None:
+        _print_key(key, urls[0])
 
     if not addresses[0].host.is_loopback:
         click.echo(
-            "\nwarning: HTTP is not encrypted, so who can read the network's traffic reads the key",
+            "\nwarning: HTTP is not encrypted: anyone who can read the network's traffic can read "
+            "the key",
             err=True,
         )
+
+
+def _print_key(key: _Key, url: str) -> None:
+    if key.text is None:
+        click.echo(
+            f"key: the one named {key.key.name}, created {key.key.created}; `rkcached key add "
+            "NAME` creates another one"
+        )
+        return
+
+    click.echo(f"\nthe key {key.key.name} is shown only now; paste this where a program runs:\n")
+    for line in lines_to_paste(key.text, url):
+        click.echo(f"  {line}")

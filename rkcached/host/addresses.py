@@ -31,7 +31,7 @@ def parse_address(text: str) -> Address:
     """HOST:PORT. Errors: SettingsError."""
     host, colon, port = text.rpartition(":")
     if not colon or not host:
-        raise SettingsError(f"{text!r} is no address with a port", hint=_EXAMPLES)
+        raise SettingsError(f"{text!r} is not an address with a port", hint=_EXAMPLES)
 
     if not port.isascii() or not port.isdecimal() or not 0 < int(port) < 1 << 16:
         raise SettingsError(
@@ -54,12 +54,12 @@ def _host(host: str, text: str) -> IPv4Address | IPv6Address:
         address = ipaddress.ip_address(host[1:-1] if in_brackets else host)
     except ValueError:
         raise SettingsError(
-            f"{text!r}: {host!r} is no address; names other than localhost are not looked up",
+            f"{text!r}: {host!r} is not an IP address; of names, only localhost is accepted",
             hint=_EXAMPLES,
         ) from None
 
     if (address.version == 6) is not in_brackets:
         raise SettingsError(
-            f"{text!r}: an IPv6 address, and only that, stands in brackets", hint=_EXAMPLES
+            f"{text!r}: write IPv6 addresses in brackets, and no others", hint=_EXAMPLES
         )
     return address

@@ -30,7 +30,7 @@ class Settings(BaseSettings):
     """The socket for changes; by default it lies beside the other one."""
     log_level: LogLevel = "info"
     listen: str = ""
-    """TCP ports to open, as HOST:PORT, with blanks between; the service's come from systemd."""
+    """TCP ports to open, as HOST:PORT, separated by spaces; the service's come from systemd."""
     open_loopback: bool = False
     """Whether TCP connections to a loopback address need no key."""
 

@@ -138,9 +138,9 @@ class Serving:
         if result.tokens is None:
             raise errors.RequestError(
                 404,
-                f"nothing tells the tokens of the model {name!r}",
+                f"rkcached knows no tokenizer for the model {name!r}",
                 code="not_tokenized",
-                hint="name its tokenizer in the manifest",
+                hint="set the model's `tokenizer` in the manifest",
             )
         return result.tokens
 

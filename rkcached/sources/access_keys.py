@@ -60,7 +60,7 @@ class AccessKey(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     owner: int
     """Whose the requests with it are. No other key ever has this number, and no user."""
     admin: bool = False
-    """It may also change things, as on the socket for changes."""
+    """It may also make changes, as on the admin socket."""
     models: tuple[str, ...] = ()
     """The only models that it may use; all if there are none."""
     created: str
@@ -107,7 +107,7 @@ class AccessKeys:
                 "keys rejected",
                 file=str(self._path),
                 error=_words_of(error),
-                hint="every key is refused; remove the file, and make new keys with "
+                hint="every key is rejected; remove the file, and create new keys with "
                 "`sudo rkcached key add NAME`",
             )
 
@@ -130,7 +130,7 @@ def check_name(name: str) -> None:
     if not _KEY_NAME.fullmatch(name):
         raise UsageError(
             f"{name[:100]!r} cannot be the name of a key",
-            hint="write 1 to 64 letters, digits, dots, hyphens and underlines, the first one a "
+            hint="write 1 to 64 letters, digits, dots, hyphens and underscores, the first one a "
             "letter or a digit",
         )
 
@@ -145,7 +145,7 @@ def add_key(
     check_name(name)
     if admin and models:
         raise UsageError(
-            "an admin key is for all models", hint="leave out --admin, or every --model"
+            "an admin key cannot be limited to models", hint="leave out --admin or --model"
         )
 
     text = PREFIX + base64.urlsafe_b64encode(secrets.token_bytes(_KEY_BYTES)).rstrip(b"=").decode()
@@ -222,24 +222,24 @@ def _read(path: Path) -> _File:
     info = path.lstat()
     if info.st_mode & 0o077 or info.st_uid != path.parent.stat().st_uid:
         raise FormatError(
-            f"others than the daemon's user may read or write {path}",
-            hint="remove it, and make new keys with `sudo rkcached key add NAME`",
+            f"{path} must belong to the daemon's user, and nobody else may read or write it",
+            hint="remove it, and create new keys with `sudo rkcached key add NAME`",
         )
     try:
         file = msgspec.json.decode(data, type=_File)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise FormatError(
             f"{path} is damaged: {error}",
-            hint="remove it, and make new keys with `sudo rkcached key add NAME`",
+            hint="remove it, and create new keys with `sudo rkcached key add NAME`",
         ) from error
 
     if file.version != 1:
         raise FormatError(
-            f"{path} is of the version {file.version}, which this program does not know",
+            f"{path} has the version {file.version}, which this rkcached does not know",
             hint="install the version of rkcached that wrote it",
         )
     if any(key.owner < FIRST_OWNER or not _KEY_NAME.fullmatch(key.name) for key in file.keys):
-        raise FormatError(f"{path} has a key that no command of rkcached made")
+        raise FormatError(f"{path} has a key that no command of rkcached created")
     return file
 
 

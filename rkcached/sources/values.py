@@ -241,12 +241,12 @@ def _origins(value: object) -> object:
     if not isinstance(origins, list) or not all(isinstance(origin, str) for origin in origins):
         raise wrong(
             f"cors: expected an origin or a list of origins, got {show(value)}",
-            "write the origins of the pages that may ask, as https://chat.example.org",
+            "write the origins of the pages that may send requests, as https://chat.example.org",
         )
     for origin in origins:
         if origin in ("*", "null"):
             raise wrong(
-                f"cors: {show(origin)} would let the pages of strangers ask",
+                f"cors: {show(origin)} would let any page send requests",
                 "name each origin, as https://chat.example.org",
             )
         if not re.fullmatch(_ORIGIN, origin):

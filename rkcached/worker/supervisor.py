@@ -188,7 +188,8 @@ class Worker:
         for path, opened in self._opened.items():
             now = _stat(path)
             if now is not None and (opened is None or not os.path.samestat(now, opened)):
-                return f"a folder of the store is another one than when it was started: {path}"
+                why = "a folder of the store was created or replaced after the worker started"
+                return f"{why}: {path}"
         return ""
 
     async def _replace(self, reason: str) -> None:
@@ -309,8 +310,8 @@ class Worker:
         if self.model.confine and any(map(_was_forbidden, lines)):
             return ModelLoadError(
                 refusal.message,
-                hint="workers are confined: if the library needs more files or devices than the "
-                "daemon knows, `engine: {confine: false}` opens them",
+                hint="workers are confined; if the library needs more files or devices, set "
+                "`engine: {confine: false}` in the manifest",
             )
         return refusal
 

@@ -328,7 +328,7 @@ async def test_a_worker_follows_its_folder(store: Store, tmp_path: Path) -> None
         await worker.ensure()
         assert worker.pid != pid
         assert worker.restarts == 1
-        assert "another one" in worker.last_failure
+        assert "was created or replaced" in worker.last_failure
         assert (await worker.ensure()).runtime_version.startswith("stage,")
     finally:
         await workers.stop()

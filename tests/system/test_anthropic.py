@@ -32,6 +32,7 @@ SCRIPT = {
     "weather?": f"<think>\nI should look.\n</think>\n\nLet me see.\n{CALL}\n{CALL}",
     "-5 C": "It is cold.",
     "as JSON": '{"city": "Oslo", "degrees": -5}',
+    "by name": '{"name": "weather", "arguments": {"city": "Oslo"}}',
     "nothing": "",
 }
 
@@ -191,6 +192,26 @@ def test_an_answer_by_a_schema(client: anthropic.Anthropic) -> None:
     assert answer.parsed_output == Weather(city="Oslo", degrees=-5)
 
 
+def test_tools_and_a_format_go_together(client: anthropic.Anthropic) -> None:
+    """The model calls a tool, or answers in the format: each comes back as what it is."""
+    asked: dict[str, Any] = {
+        "model": "m",
+        "max_tokens": 100,
+        "tools": [WEATHER],
+        "output_format": Weather,
+    }
+    by_name = [{"role": "user", "content": "by name"}]
+    called = client.messages.parse(messages=by_name, **asked)
+    (call,) = called.content
+    assert (call.type, call.input, called.stop_reason) == ("tool_use", {"city": "Oslo"}, "tool_use")
+    answer = client.messages.parse(messages=[{"role": "user", "content": "as JSON"}], **asked)
+    assert answer.parsed_output == Weather(city="Oslo", degrees=-5)
+
+    with client.messages.stream(messages=by_name, **asked) as stream:
+        (streamed,) = stream.get_final_message().content
+    assert (streamed.type, streamed.input) == (call.type, call.input)
+
+
 def test_errors(client: anthropic.Anthropic) -> None:
     """Each is the client's own class for its status, in Anthropic's form."""
     with pytest.raises(anthropic.NotFoundError) as unknown:
@@ -207,7 +228,7 @@ def test_errors(client: anthropic.Anthropic) -> None:
     with pytest.raises(anthropic.BadRequestError, match="top_k") as wrong:
         client.messages.create(model="m", messages=HELLO, max_tokens=8, extra_body={"top_k": -1})
     assert wrong.value.body["error"]["type"] == "invalid_request_error"
-    with pytest.raises(anthropic.NotFoundError, match="does not count tokens"):
+    with pytest.raises(anthropic.NotFoundError, match="does not support count_tokens"):
         client.messages.count_tokens(model="m", messages=HELLO)
 
 

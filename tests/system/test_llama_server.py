@@ -40,7 +40,7 @@ def test_a_model_must_be_named_where_there_are_several(space: Workspace) -> None
         space.request("POST", "/tokenize", json={"content": "hello"}),
     ):
         assert refused.status_code == 400
-        assert "there is not just one: m, n" in refused.json()["error"]["message"]
+        assert "models that it could use: m, n" in refused.json()["error"]["message"]
     assert space.request("GET", "/props?model=n").json()["model_alias"] == "n"
 
 

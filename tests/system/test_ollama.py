@@ -203,7 +203,7 @@ def test_what_cannot_be_is_said_and_not_refused(space: Workspace) -> None:
         ("/api/generate", {"model": "m", "prompt": "a", "suffix": "b"}, 400, "suffix: it is not"),
         ("/api/chat", {"model": "m", "messages": HELLO, "format": "xml"}, 400, "format: it is"),
         ("/api/embed", {"model": "v", "input": "a", "dimensions": 3}, 400, "dimensions"),
-        ("/api/pull", {"model": "llama3"}, 403, "models come from the manifest"),
+        ("/api/pull", {"model": "llama3"}, 403, "models are declared in the manifest"),
     ],
 )
 def test_refusals(
@@ -220,9 +220,9 @@ def test_the_client_s_errors(client: ollama.Client) -> None:
     with pytest.raises(ollama.ResponseError, match="does not exist") as caught:
         client.chat("nobody", HELLO)
     assert caught.value.status_code == 404
-    with pytest.raises(ollama.ResponseError, match="models come from the manifest"):
+    with pytest.raises(ollama.ResponseError, match="models are declared in the manifest"):
         client.pull("llama3")
-    with pytest.raises(ollama.ResponseError, match="models come from the manifest"):
+    with pytest.raises(ollama.ResponseError, match="models are declared in the manifest"):
         client.delete("m")
 
 

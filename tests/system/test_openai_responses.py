@@ -35,6 +35,7 @@ SCRIPT = {
     "weather?": f"<think>\nI should look.\n</think>\n\nLet me see.\n{CALL}\n{CALL}",
     "-5 C": "It is cold.",
     "as JSON": '{"city": "Oslo", "degrees": -5}',
+    "by name": '{"name": "weather", "arguments": {"city": "Oslo"}}',
     "by a call": '{"name": "final_result", "arguments": {"city": "Oslo", "degrees": -5}}',
     "nothing": "",
 }
@@ -189,6 +190,19 @@ def test_an_answer_by_a_schema(client: openai.OpenAI) -> None:
     """As the client's own `parse` asks for it."""
     answer = client.responses.parse(model="m/clerk", input="as JSON", text_format=Weather)
     assert answer.output_parsed == Weather(city="Oslo", degrees=-5)
+
+
+def test_tools_and_a_format_go_together(client: openai.OpenAI) -> None:
+    """The model calls a tool, or answers in the format: each comes back as what it is."""
+    asked: dict[str, Any] = {"model": "m", "tools": [WEATHER], "text_format": Weather}
+    (call,) = client.responses.parse(input="by name", **asked).output
+    assert (call.type, json.loads(call.arguments)) == ("function_call", {"city": "Oslo"})
+    answer = client.responses.parse(input="as JSON", **asked)
+    assert answer.output_parsed == Weather(city="Oslo", degrees=-5)
+
+    with client.responses.stream(input="by name", **asked) as stream:
+        (streamed,) = stream.get_final_response().output
+    assert (streamed.type, streamed.arguments) == ("function_call", call.arguments)
 
 
 def test_errors(client: openai.OpenAI) -> None:

@@ -428,7 +428,7 @@ def test_a_key_goes_on_from_what_it_asked(ported: Ported) -> None:
 
 
 def test_a_name_that_was_made_to_lead_here(ported: Ported) -> None:
-    """DNS rebinding: with a right key, too. The names that containers use for their host are ours.
+    """DNS rebinding: with a valid key, too. The names that containers use for their host are ours.
 
     No stranger can have one in .internal.
     """
@@ -498,7 +498,7 @@ def test_a_page_in_a_real_browser(
     elsewhere: int,  # noqa: F811 - see above
     tmp_path: Path,
 ) -> None:
-    """Of another site: it gets nothing with a right key, until the manifest names its origin."""
+    """Of another site: it gets nothing with a valid key, until the manifest names its origin."""
     anne = ported.key("anne")
     ported.start()
     origin = f"http://localhost:{elsewhere}"
@@ -559,8 +559,8 @@ def test_key_commands(workspace: Workspace) -> None:
     assert len({key["owner"] for key in listed}) == 2
     assert all(1 << 33 <= key["owner"] < 1 << 53 for key in listed)
     shown = workspace.cli("key", "list").stdout
-    assert "anne  may ask only m" in shown
-    assert "boss  may ask all models and change things" in shown
+    assert "anne  may use only m" in shown
+    assert "boss  may use all models and make changes" in shown
     assert "rkc_" not in shown
 
     file = workspace.root / "state" / "keys.json"
@@ -641,12 +641,12 @@ def ended(uid: int, *words: str) -> int:
 @pytest.mark.parametrize(
     ("address", "code", "said"),
     [
-        ("8080", 78, "no address with a port"),
+        ("8080", 78, "not an address with a port"),
         ("127.0.0.1:0", 78, "from 1 to 65535"),
         ("127.0.0.1:65536", 78, "from 1 to 65535"),
-        ("example.org:80", 78, "names other than localhost"),
-        ("::1:8080", 78, "stands in brackets"),
-        ("[127.0.0.1]:8080", 78, "stands in brackets"),
+        ("example.org:80", 78, "only localhost is accepted"),
+        ("::1:8080", 78, "in brackets, and no others"),
+        ("[127.0.0.1]:8080", 78, "in brackets, and no others"),
         ("192.0.2.77:8080", 73, "does not have that address"),
     ],
 )

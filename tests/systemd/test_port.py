@@ -123,7 +123,9 @@ def test_containers(board: Machine) -> None:
     assert opened["changed"] is False
     assert "http://host.docker.internal:11434/v1" in opened["base_urls"]
 
-    opened = enable(board, "--container", "--without-key")
+    enable(board, "--container", "--without-key")
+    said = board.run("rkcached", "port", "enable", ADDRESS, "--container", "--without-key").stdout
+    assert "every program on this machine can use the models without a key" in said
     assert curl(board, f"http://{ADDRESS}/v1/models")[0] == 200
     assert curl(board, f"http://{BRIDGE}:11434/v1/models")[0] == 401
     board.run("rkcached", "key", "revoke", "default")

@@ -123,6 +123,10 @@ def test_tools_and_formats() -> None:
     wanted = translated(output_config=form).response_format
     assert wanted.json_schema.schema_ == schema  # type: ignore[union-attr]
 
+    both = translated(tools=[TOOL], output_config=form)
+    assert both.tools
+    assert both.response_format == wanted
+
 
 WRONG: list[tuple[dict[str, Any], str]] = [
     ({"max_tokens": None}, "max_tokens"),
@@ -177,10 +181,6 @@ def test_what_is_not_supported_is_said_by_its_type() -> None:
         translated(messages=[{"role": "user", "content": [IMAGE]}])
     with pytest.raises(RequestError, match="'web_search_20250305' is not supported"):
         translated(tools=[{"type": "web_search_20250305", "name": "web_search"}])
-    form = {"format": {"type": "json_schema", "schema": {}}}
-    with pytest.raises(RequestError, match=r"tools and output_config\.format"):
-        translated(tools=[TOOL], output_config=form)
-    translated(tools=[TOOL], output_config=form, tool_choice={"type": "none"})
 
 
 @pytest.mark.parametrize(

@@ -180,8 +180,8 @@ def printed(report: Report) -> str:
 @pytest.mark.parametrize(
     ("version", "filters", "more", "outcome", "words"),
     [
-        (7, True, "", "ok", "own files and system calls only (Landlock 7, seccomp)"),
-        (0, True, "", "warn", "it cannot close files to them"),
+        (7, True, "", "ok", "the system calls that they need (Landlock 7, seccomp)"),
+        (0, True, "", "warn", "it cannot deny them files"),
         (0, False, "", "warn", "and it cannot filter their system calls"),
         (7, True, "engine: {kind: llamacpp, confine: false}", "warn", "engine.confine: false"),
     ],

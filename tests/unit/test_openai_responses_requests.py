@@ -187,9 +187,12 @@ def test_what_is_refused_has_its_next_step() -> None:
         translated(tools=[{"type": "web_search"}])
     with pytest.raises(RequestError, match="'input_image' is not supported here"):
         translated(input=[{"role": "user", "content": [IMAGE]}])
-    with pytest.raises(RequestError, match=r"tools and a JSON text\.format"):
-        translated(tools=[TOOL], text={"format": SCHEMA})
-    translated(tools=[TOOL], text={"format": SCHEMA}, tool_choice="none")
+
+
+def test_tools_and_a_format_go_together() -> None:
+    both = translated(tools=[TOOL], text={"format": SCHEMA})
+    assert both.tools
+    assert both.response_format
 
 
 @pytest.mark.parametrize(

@@ -7,9 +7,9 @@ refused by name. Those that are hints, or about Anthropic's service, are accepte
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from rkcached.api.requests import ChatRequest
 from rkcached.messages.record import NOT_EMPTY, ForeignFields, Many, Name, Record, of_types
@@ -233,16 +233,6 @@ class MessagesRequest(Record):
     def one_call(self) -> bool:
         """Whether the answer may have one tool call at most."""
         return bool(self.tool_choice and self.tool_choice.disable_parallel_tool_use)
-
-    @model_validator(mode="after")
-    def _goes_together(self) -> Self:
-        has_format = self.output_config is not None and self.output_config.format is not None
-        shows_tools = self.tools and not (self.tool_choice and self.tool_choice.type == "none")
-        if has_format and shows_tools:
-            raise ValueError(
-                "tools and output_config.format cannot be combined; leave one of them out"
-            )
-        return self
 
     def translated(self) -> ChatRequest:
         """The request as it is inside."""

@@ -51,7 +51,7 @@ class AnthropicApi:
     @endpoint(
         "POST",
         "/v1/messages/count_tokens",
-        summary="Refused: tokens are not counted without an answer.",
+        summary="Not supported.",
         answers={},
         errors=(404,),
         surface=ANTHROPIC,
@@ -59,9 +59,9 @@ class AnthropicApi:
     async def _count_tokens(self, _: Request) -> Response:
         raise RequestError(
             404,
-            "rkcached does not count tokens without an answer",
+            "rkcached does not support count_tokens",
             code="unknown_url",
-            hint="POST /v1/messages, whose usage has the counts",
+            hint="read usage in the answer of POST /v1/messages, or use POST /tokenize",
         )
 
 

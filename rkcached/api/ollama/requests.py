@@ -143,7 +143,9 @@ class OllamaGenerateRequest(_Generation):
 
     prompt: str | None = None
     system: str | None = None
-    raw: bool | None = Field(default=None, description="The prompt is not put into the template.")
+    raw: bool | None = Field(
+        default=None, description="true: send the prompt without the chat template."
+    )
     suffix: str | None = None
     template: str | None = None
     images: Any = None

@@ -64,17 +64,17 @@ def _refused(method: str, action: str) -> Callable[..., Awaitable[Response]]:
     async def refused(_api: object, _request: Request) -> Response:
         raise RequestError(
             403,
-            f"{action} is not done here: models come from the manifest",
+            f"rkcached does not support {action}: models are declared in the manifest",
             code="from_the_manifest",
-            hint="put the model's file on this machine and name it under `models:`; it is served "
-            "as soon as the manifest is saved",
+            hint="put the model's file on this machine and declare it under `models:`; the daemon "
+            "serves it after you save the manifest",
         )
 
     refused.__name__ = f"_ollama_{action}"
     declared = endpoint(
         method,
         f"/api/{action}",
-        summary="Ollama: refused, as models come from the manifest.",
+        summary="Ollama: not supported, as models are declared in the manifest.",
         answers={200: None},
         errors=(403,),
         surface=OLLAMA,

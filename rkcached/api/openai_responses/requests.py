@@ -7,7 +7,7 @@ with the next step. What is about OpenAI's own service is accepted and ignored.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal
 
 from pydantic import (
     BeforeValidator,
@@ -16,7 +16,6 @@ from pydantic import (
     Tag,
     ValidationInfo,
     field_validator,
-    model_validator,
 )
 
 from rkcached.api.requests import ChatRequest, JsonObject, PlainText
@@ -172,7 +171,9 @@ class SchemaFormat(Record):
     name: str
     schema_: dict[str, Any] = Field(alias="schema")
     description: str | None = None
-    strict: bool | None = Field(default=None, description="Schemas are always kept to.")
+    strict: bool | None = Field(
+        default=None, description="No effect: an answer always follows the schema."
+    )
 
 
 class TextConfig(Record):
@@ -231,7 +232,7 @@ class ResponsesRequest(Record):
     previous_response_id: _KeptElsewhere = None
     conversation: _KeptElsewhere = None
     include: Annotated[Many[str], Field(max_length=32)] | None = Field(
-        default=None, description="Ignored, but for what no answer here has."
+        default=None, description="No effect; `message.output_text.logprobs` is rejected."
     )
     store: Any = Field(default=None, description="Ignored: nothing is kept.")
     metadata: Any = Field(default=None, description="Ignored.")
@@ -257,14 +258,6 @@ class ResponsesRequest(Record):
         if "message.output_text.logprobs" in (include or ()):
             raise ValueError("logprobs are answered by /v1/chat/completions only")
         return include
-
-    @model_validator(mode="after")
-    def _goes_together(self) -> Self:
-        wanted = self.text.format if self.text is not None else None
-        is_json = isinstance(wanted, JsonObject | SchemaFormat)
-        if is_json and self.tools and self.tool_choice != "none":
-            raise ValueError("tools and a JSON text.format cannot be combined; leave one out")
-        return self
 
     def translated(self) -> ChatRequest:
         """The request as it is inside."""
