@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 import pytest
 
@@ -35,7 +36,7 @@ OTHER_WAYS = {
         "    async for event in run.stream_events():\n"
         "        pass\n"
         "    print(run.final_output)\n"
-        "asyncio.run(stream())"
+        "asyncio.get_event_loop_policy().get_event_loop().run_until_complete(stream())"
     ),
     "Ollama's client": (
         "print([model.model for model in ollama.list().models])\n"
@@ -136,24 +137,14 @@ def test_llm(served: Served) -> None:
     assert said.strip() == ANSWER
     assert served.was_hit()
 
-    place = served.run([program, "logs", "path"]).strip()
-    served.space.write(f"{place}/../extra-openai-models.yaml", served.lines("llm", "yaml"))
+    place = Path(served.run([program, "logs", "path"]).strip()).parent
+    served.space.write(f"{place}/extra-openai-models.yaml", served.lines("llm", "yaml"))
     said = served.run([program, "-m", "assistant", "--key", served.key, "hello"])
     assert said.strip() == ANSWER
     assert served.was_hit(2)
 
 
-WATER = "def water(plant: str) -> str:\n    return f'watered {plant}'\n"
-
 WITH_TOOLS = {
-    "pydantic-ai": (
-        "from pydantic_ai import Agent, Tool\n"
-        f"{WATER}"
-        f"schema = {TOOL['function']['parameters']!r}\n"
-        "tool = Tool.from_schema(water, 'water', 'Waters a plant.', schema)\n"
-        "agent = Agent('openai-chat:qwen3-0.6b/gardener', tools=[tool])\n"
-        "print(agent.run_sync('Water the fern').output)"
-    ),
     "openai-agents": (
         "import json\n"
         "from agents import Agent, FunctionTool, Runner, set_tracing_disabled\n"
