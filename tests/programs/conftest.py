@@ -35,4 +35,4 @@ def served(workspace: Workspace) -> Iterator[Served]:
     )
     served.start()
     assert served.space.prompt(PROMPT, MODEL)["hits"] == 0
-    yield served
+    return served

@@ -51,7 +51,9 @@ def aider(served: Served) -> str:
 
 
 def opencode(served: Served) -> str:
-    served.space.write("home/opencode.json", served.lines("OpenCode", "json"))
+    # The memory engine's tokens are bytes; near its context OpenCode summarizes again and again.
+    lines = served.lines("OpenCode", "json").replace("32768", "200000")
+    served.space.write("home/opencode.json", lines)
     program = served.installed / "node_modules/.bin/opencode"
     return served.run([program, "run", "hello"], code=None)
 

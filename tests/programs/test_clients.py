@@ -88,28 +88,35 @@ def test_readme_s_lines_need_openai_alone(served: Served) -> None:
     [
         (
             "programs",
-            "from langchain_openai import ChatOpenAI\n"
-            "model = ChatOpenAI(model='qwen3-0.6b/assistant', http_client=http, "
-            "base_url='http://rkcached/v1', api_key='none')\n"
-            "print(model.invoke('hello').text)",
+            (
+                "from langchain_openai import ChatOpenAI\n"
+                "model = ChatOpenAI(model='qwen3-0.6b/assistant', http_client=http, "
+                "base_url='http://rkcached/v1', api_key='none')\n"
+                "print(model.invoke('hello').text)"
+            ),
         ),
         (
             "programs",
-            "import asyncio\n"
-            "from agents import Agent, Runner, set_default_openai_client, set_tracing_disabled\n"
-            "set_tracing_disabled(True)\n"
-            "set_default_openai_client(async_client)\n"
-            "agent = Agent(name='Assistant', model='openai/qwen3-0.6b/assistant')\n"
-            "print(asyncio.run(Runner.run(agent, 'hello')).final_output)",
+            (
+                "import asyncio\n"
+                "from agents import Agent, Runner\n"
+                "from agents import set_default_openai_client, set_tracing_disabled\n"
+                "set_tracing_disabled(True)\n"
+                "set_default_openai_client(async_client)\n"
+                "agent = Agent(name='Assistant', model='openai/qwen3-0.6b/assistant')\n"
+                "print(asyncio.run(Runner.run(agent, 'hello')).final_output)"
+            ),
         ),
         (
             "programs",
-            "from pydantic_ai import Agent\n"
-            "from pydantic_ai.models.openai import OpenAIResponsesModel\n"
-            "from pydantic_ai.providers.openai import OpenAIProvider\n"
-            "provider = OpenAIProvider(openai_client=async_client)\n"
-            "model = OpenAIResponsesModel('qwen3-0.6b/assistant', provider=provider)\n"
-            "print(Agent(model).run_sync('hello').output)",
+            (
+                "from pydantic_ai import Agent\n"
+                "from pydantic_ai.models.openai import OpenAIResponsesModel\n"
+                "from pydantic_ai.providers.openai import OpenAIProvider\n"
+                "provider = OpenAIProvider(openai_client=async_client)\n"
+                "model = OpenAIResponsesModel('qwen3-0.6b/assistant', provider=provider)\n"
+                "print(Agent(model).run_sync('hello').output)"
+            ),
         ),
     ],
     ids=["LangChain", "openai-agents", "pydantic-ai"],
@@ -152,7 +159,8 @@ WITH_TOOLS = {
         "async def invoke(context, text):\n"
         "    return 'watered ' + json.loads(text)['plant']\n"
         f"schema = {TOOL['function']['parameters']!r}\n"
-        "tool = FunctionTool('water', 'Waters a plant.', schema, invoke, strict_json_schema=False)\n"
+        "tool = FunctionTool("
+        "'water', 'Waters a plant.', schema, invoke, strict_json_schema=False)\n"
         "agent = Agent(name='A', model='openai/qwen3-0.6b/gardener', tools=[tool])\n"
         "print(Runner.run_sync(agent, 'Water the fern').final_output)"
     ),
