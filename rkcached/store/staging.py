@@ -27,6 +27,8 @@ class Staging:
     def __init__(self, writer: Writer) -> None:
         self._writer = writer
         self._staged: set[Path] = set()
+        # The state of each staged file when its content was read.
+        self._sealed: dict[Path, tuple[int, int]] = {}
 
     def begin(self, key: Key) -> Path:
         """A path for a prompt cache to be written to. Errors: StoreError."""
@@ -73,6 +75,7 @@ class Staging:
     def discard(self, staged: Path) -> None:
         """Forget a staged file. Idempotent."""
         self._staged.discard(staged)
+        self._sealed.pop(staged, None)
         with contextlib.suppress(OSError):
             staged.unlink()
 
@@ -85,8 +88,22 @@ class Staging:
         with self._writer.writing(staged), open_regular(staged, follow=False) as stream:
             os.fchmod(stream.fileno(), disk.FILE_MODE)
             os.fsync(stream.fileno())
+            before = os.fstat(stream.fileno())
             digest = hashlib.file_digest(stream, "sha256").hexdigest()
-            return os.fstat(stream.fileno()).st_size, digest
+            self._sealed[staged] = _content_of(before)
+            self.check_sealed(staged, os.fstat(stream.fileno()))
+            return before.st_size, digest
+
+    def check_sealed(self, staged: Path, info: os.stat_result) -> None:
+        """Errors: StoreError if the file has been written to since its content was read.
+
+        A worker may keep it open, and what it writes then is not what was hashed.
+        """
+        if _content_of(info) != self._sealed.get(staged):
+            raise StoreError(
+                f"{staged.name} was changed while it was published",
+                hint="it is built again; if that happens again, look at what the library does",
+            )
 
     def expects(self, folder: Path) -> bool:
         """Whether a build will put its file into this folder of a model."""
@@ -108,3 +125,12 @@ class Staging:
                 for name in beneath.names_in(root, *names):
                     if name.startswith(STAGING):
                         self._writer.unlink(*names, name)
+
+
+def _content_of(info: os.stat_result) -> tuple[int, int]:
+    """What changes with the content of a file, and not with its name.
+
+    FAT rounds times, and may do so late: its files have sizes only.
+    """
+    is_coarse = info.st_mtime_ns % 1_000_000 == 0
+    return info.st_size, 0 if is_coarse else info.st_mtime_ns

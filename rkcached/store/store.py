@@ -237,6 +237,7 @@ class Store:
                         self._writer.unlink(key.model, other.name)
 
                 info = path.stat()
+                self.staging.check_sealed(staged, info)
         finally:
             for leftover in (text, record, staged):
                 self.staging.discard(leftover)

@@ -214,6 +214,24 @@ def test_a_commit_that_fails_leaves_the_old_artifact_and_no_rubbish(store: Store
     assert names(store.root / "m") == {"p.memory_cache", "p.bin", "p.json"}
 
 
+def test_what_was_changed_after_it_was_hashed_is_not_published_as_good(store: Store) -> None:
+    """A worker may have kept its file open."""
+    staged = store.staging.begin(P)
+    staged.write_bytes(contents("one")[0])
+    with staged.open("r+b") as kept_open:
+        size_bytes, sha256 = store.staging.seal(staged)
+        data, prefix = contents("one")
+        sidecar = make_sidecar(P, data, prefix)
+        assert (sidecar.size_bytes, sidecar.sha256) == (size_bytes, sha256)
+        time.sleep(0.02)  # so that the time of the change is another one
+        kept_open.write(b"x")
+        kept_open.flush()
+        with pytest.raises(StoreError, match="was changed while it was published"):
+            store.commit(P, staged, sidecar, prefix)
+    found = store.scan().artifacts.get(P)
+    assert found is None or found.corrupt
+
+
 def test_a_discarded_stage_is_gone(store: Store) -> None:
     """Also if it was never written, and twice."""
     staged = store.staging.begin(P)
