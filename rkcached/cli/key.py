@@ -32,6 +32,9 @@ def add(
             click.echo(line)
     else:
         click.echo(text)
+    if not want_json:
+        place = printable(str(settings.state_dir))
+        click.echo(f"it is for the daemon whose state directory is {place}", err=True)
     return os.EX_OK
 
 
