@@ -13,8 +13,12 @@ import stat
 import sys
 import time
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 from sdnotify import SystemdNotifier
+
+if TYPE_CHECKING:
+    import asyncio
 
 # SD_LISTEN_FDS_START.
 _FIRST_FD = 3
@@ -30,6 +34,8 @@ _IMPORT_PULSE_S = 5.0
 # To stop a build and to end every worker, also one that hangs.
 _STOP_S = 6.0
 
+_RETRY_S = 0.1
+
 # Signs of life during a start or a reload when the unit has no watchdog.
 _UNWATCHED_PULSE_S = 10.0
 
@@ -41,9 +47,15 @@ class Service:
         self._notified = bool(os.environ.get("NOTIFY_SOCKET"))
         self._notifier: SystemdNotifier | None = None
         self._watchdog_s: float | None = None
+        # What systemd has not taken yet, by name. Its socket holds some ten messages.
+        self._unsent: dict[str, str] = {}
+        self._retry: asyncio.TimerHandle | None = None
         if self._notified:
             self._notifier = SystemdNotifier()
             self._watchdog_s = _watchdog_s()
+            if self._notifier.socket is not None:
+                self._notifier.debug = True  # from now on it raises what it would swallow
+                self._notifier.socket.setblocking(False)
 
         self._status = ""
         # systemd waits for us to become ready, with a time limit.
@@ -81,6 +93,8 @@ class Service:
 
     def ready(self) -> None:
         self._awaited = False
+        for name in ("RELOADING", "MONOTONIC_USEC"):  # it is over before systemd heard of it
+            self._unsent.pop(name, None)
         self._notify("READY=1")
 
     def reloading(self) -> None:
@@ -102,14 +116,40 @@ class Service:
             self._notify(f"STATUS={line}")
 
     def close(self) -> None:
+        if self._retry is not None:
+            self._retry.cancel()
         if self._notifier is not None and self._notifier.socket is not None:
             self._notifier.socket.close()
 
     def _notify(self, *assignments: str) -> None:
-        if self._notifier is not None and assignments:
-            # The package encodes as Latin-1, but systemd reads UTF-8. So it is given the letters
-            # that become our bytes.
-            self._notifier.notify("\n".join(assignments).encode(errors="replace").decode("latin-1"))
+        """Send these, or later if systemd is behind: the event loop does not wait for it."""
+        if self._notifier is None or self._notifier.socket is None:
+            return
+        for assignment in assignments:
+            name = assignment.partition("=")[0]
+            self._unsent.pop(name, None)
+            self._unsent[name] = assignment
+        if self._retry is None:
+            self._send()
+
+    def _send(self) -> None:
+        self._retry = None
+        if self._notifier is None or not self._unsent:
+            return
+        # The package encodes as Latin-1, but systemd reads UTF-8. So it is given the letters that
+        # become our bytes.
+        text = "\n".join(self._unsent.values())
+        try:
+            self._notifier.notify(text.encode(errors="replace").decode("latin-1"))
+        except BlockingIOError:
+            import asyncio  # noqa: PLC0415 - a start asks for time before its imports
+
+            with contextlib.suppress(RuntimeError):  # without a loop, with the next message
+                self._retry = asyncio.get_running_loop().call_later(_RETRY_S, self._send)
+            return
+        except OSError:
+            pass  # there is no systemd any more
+        self._unsent.clear()
 
 
 @contextlib.contextmanager

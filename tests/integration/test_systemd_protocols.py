@@ -107,6 +107,32 @@ def test_a_start_asks_for_time_until_it_is_ready(manager: Listener) -> None:
     close(service)
 
 
+def test_a_manager_that_does_not_read_holds_nothing_up(manager: Listener) -> None:
+    """Its queue is full after some ten messages.
+
+    What did not fit is sent when it reads again, the last of each name, without a further message
+    that pushes it.
+    """
+    service = Service()
+
+    async def lines() -> list[bytes]:
+        before = time.monotonic()
+        for i in range(100):
+            service.status(f"{i} of 100")
+        service.ready()
+        assert time.monotonic() - before < 1
+        found = []
+        while b"READY=1" not in found:
+            found += (await asyncio.to_thread(manager.next)).split(b"\n")
+        return found
+
+    found = asyncio.run(lines())
+    assert found[0] == b"STATUS=0 of 100"
+    assert found[-2:] == [b"STATUS=99 of 100", b"READY=1"]
+    assert len(found) < 100
+    close(service)
+
+
 SLOW_START = """
 import os
 import sys
