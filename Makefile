@@ -35,7 +35,7 @@ demo: $(VENV)/.demo
 	$(BIN)/rkcached demo $(if $(ONCE),--once)
 
 test: lint
-	$(BIN)/pytest -n 6 -m "not long" $(PYTEST_ARGS)
+	$(BIN)/pytest -n 4 -m "not long" $(PYTEST_ARGS)
 
 test-long: $(VENV)/.dev
 	RKCACHED_EXEC=1 $(BIN)/pytest -n 4 -m long $(PYTEST_ARGS)
