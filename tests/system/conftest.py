@@ -20,6 +20,7 @@ import psutil
 import pytest
 
 from rkcached.cli import launcher
+from tests.system import harbour as scene
 from tests.system import nursery
 from tests.waiting import DEADLINE_S, wait_until
 
@@ -361,3 +362,17 @@ def need(program: str) -> str:
     if path is None:
         pytest.skip(f"needs {program}: apt-get install {program}")
     return path
+
+
+@pytest.fixture
+def harbour(workspace: Workspace) -> Workspace:
+    workspace.memory_model(script=scene.SCRIPT)
+    workspace.write("clerk.md", scene.TEXT)
+    workspace.declare(
+        "{clerk: clerk.md}",
+        params="{max_context_len: 8192}",
+        model="    chat_template: chatml",
+    )
+    workspace.start()
+    workspace.wait_settled()
+    return workspace

@@ -12,9 +12,9 @@ import pydantic
 import pytest
 from conftest import Workspace
 
+from tests.system.harbour import TEXT
 from tests.waiting import DEADLINE_S
 
-TEXT = "You are the clerk of a harbour. You answer in one sentence.\n"
 HELLO = [{"role": "user", "content": "hello"}]
 HINT = {"type": "ephemeral"}
 WEATHER = {
@@ -27,14 +27,6 @@ WEATHER = {
     },
     "cache_control": HINT,
 }
-CALL = '<tool_call>\n{"name": "weather", "arguments": {"city": "Oslo"}}\n</tool_call>'
-SCRIPT = {
-    "weather?": f"<think>\nI should look.\n</think>\n\nLet me see.\n{CALL}\n{CALL}",
-    "-5 C": "It is cold.",
-    "as JSON": '{"city": "Oslo", "degrees": -5}',
-    "by name": '{"name": "weather", "arguments": {"city": "Oslo"}}',
-    "nothing": "",
-}
 
 
 def client_of(space: Workspace) -> anthropic.Anthropic:
@@ -43,20 +35,6 @@ def client_of(space: Workspace) -> anthropic.Anthropic:
     return anthropic.Anthropic(
         api_key="none", base_url="http://rkcached", http_client=http, max_retries=0
     )
-
-
-@pytest.fixture
-def harbour(workspace: Workspace) -> Workspace:
-    workspace.memory_model(script=SCRIPT)
-    workspace.write("clerk.md", TEXT)
-    workspace.declare(
-        "{clerk: clerk.md}",
-        params="{max_context_len: 8192}",
-        model="    chat_template: chatml",
-    )
-    workspace.start()
-    workspace.wait_settled()
-    return workspace
 
 
 @pytest.fixture

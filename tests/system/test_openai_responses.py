@@ -14,9 +14,9 @@ import pydantic
 import pytest
 from conftest import Workspace
 
+from tests.system.harbour import TEXT
 from tests.waiting import DEADLINE_S
 
-TEXT = "You are the clerk of a harbour. You answer in one sentence.\n"
 PARAMETERS = {
     "type": "object",
     "properties": {"city": {"type": "string"}},
@@ -29,15 +29,6 @@ WEATHER: Any = {
     "description": "The weather of a city.",
     "parameters": PARAMETERS,
     "strict": True,
-}
-CALL = '<tool_call>\n{"name": "weather", "arguments": {"city": "Oslo"}}\n</tool_call>'
-SCRIPT = {
-    "weather?": f"<think>\nI should look.\n</think>\n\nLet me see.\n{CALL}\n{CALL}",
-    "-5 C": "It is cold.",
-    "as JSON": '{"city": "Oslo", "degrees": -5}',
-    "by name": '{"name": "weather", "arguments": {"city": "Oslo"}}',
-    "by a call": '{"name": "final_result", "arguments": {"city": "Oslo", "degrees": -5}}',
-    "nothing": "",
 }
 
 
@@ -59,20 +50,6 @@ def async_client_of(space: Workspace) -> openai.AsyncOpenAI:
     return openai.AsyncOpenAI(
         api_key="none", base_url="http://rkcached/v1", http_client=http, max_retries=0
     )
-
-
-@pytest.fixture
-def harbour(workspace: Workspace) -> Workspace:
-    workspace.memory_model(script=SCRIPT)
-    workspace.write("clerk.md", TEXT)
-    workspace.declare(
-        "{clerk: clerk.md}",
-        params="{max_context_len: 8192}",
-        model="    chat_template: chatml",
-    )
-    workspace.start()
-    workspace.wait_settled()
-    return workspace
 
 
 @pytest.fixture
