@@ -34,7 +34,11 @@ def add(
         click.echo(text)
     if not want_json:
         place = printable(str(settings.state_dir))
-        click.echo(f"it is for the daemon whose state directory is {place}", err=True)
+        click.echo(
+            f"it is for the daemon whose state directory is {place}; "
+            "for another daemon, name its own with --state-dir",
+            err=True,
+        )
     return os.EX_OK
 
 
