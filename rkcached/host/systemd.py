@@ -88,8 +88,13 @@ class Service:
         self._notify(*states)
 
     def ask_for_time(self) -> None:
-        """Report that a start gets on, before there is a reconcile loop that could."""
-        self._notify(_MORE_TIME)
+        """Report that a start gets on, before there is a reconcile loop that could.
+
+        It imports nothing, as imports call it. What systemd does not take now is not sent later:
+        the next import asks again.
+        """
+        with contextlib.suppress(OSError):
+            self._transmit(_MORE_TIME)
 
     def ready(self) -> None:
         self._awaited = False
@@ -123,8 +128,6 @@ class Service:
 
     def _notify(self, *assignments: str) -> None:
         """Send these, or later if systemd is behind: the event loop does not wait for it."""
-        if self._notifier is None or self._notifier.socket is None:
-            return
         for assignment in assignments:
             name = assignment.partition("=")[0]
             self._unsent.pop(name, None)
@@ -134,13 +137,10 @@ class Service:
 
     def _send(self) -> None:
         self._retry = None
-        if self._notifier is None or not self._unsent:
+        if not self._unsent:
             return
-        # The package encodes as Latin-1, but systemd reads UTF-8. So it is given the letters that
-        # become our bytes.
-        text = "\n".join(self._unsent.values())
         try:
-            self._notifier.notify(text.encode(errors="replace").decode("latin-1"))
+            self._transmit(*self._unsent.values())
         except BlockingIOError:
             import asyncio  # noqa: PLC0415 - a start asks for time before its imports
 
@@ -150,6 +150,15 @@ class Service:
         except OSError:
             pass  # there is no systemd any more
         self._unsent.clear()
+
+    def _transmit(self, *assignments: str) -> None:
+        """Send one message now. Errors: OSError; BlockingIOError if systemd's queue is full."""
+        if self._notifier is None or self._notifier.socket is None:
+            return
+        # The package encodes as Latin-1, but systemd reads UTF-8. So it is given the letters that
+        # become our bytes.
+        text = "\n".join(assignments)
+        self._notifier.notify(text.encode(errors="replace").decode("latin-1"))
 
 
 @contextlib.contextmanager

@@ -128,7 +128,7 @@ class Staging:
 
 
 def _content_of(info: os.stat_result) -> tuple[int, int]:
-    """What changes with the content of a file, and not with its name.
+    """The size and time of a file: they change with its content, and not with its name.
 
     FAT rounds times, and may do so late: its files have sizes only.
     """

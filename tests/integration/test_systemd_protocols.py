@@ -133,6 +133,30 @@ def test_a_manager_that_does_not_read_holds_nothing_up(manager: Listener) -> Non
     close(service)
 
 
+def test_imports_get_on_while_the_manager_does_not_read(manager: Listener) -> None:
+    """Each of them asks for time, far more often than the manager's queue holds.
+
+    A message that does not fit imports nothing: it is sent from within an import.
+    """
+    script = (
+        "import sys\n"
+        "from rkcached.host import systemd\n"
+        "assert 'asyncio' not in sys.modules\n"
+        "systemd._IMPORT_PULSE_S = 0\n"
+        "with systemd.asking_for_time():\n"
+        "    import asyncio, http.server, unittest.mock\n"
+    )
+    process = subprocess.run(
+        [sys.executable, "-c", script],
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=DEADLINE_S,
+    )
+    assert (process.returncode, process.stderr) == (0, "")
+    assert manager.next() == b"EXTEND_TIMEOUT_USEC=60000000"
+
+
 SLOW_START = """
 import os
 import sys
@@ -200,6 +224,7 @@ def test_a_start_asks_for_time_while_its_imports_get_on(
                 stderr=log,
                 cwd=space.root,
             )
+        gate.close()  # so the end of the process is an end of file
         for name in gates:
             assert hand.recv(20) == name.encode(), space.log_text()
             assert heard() == {b"EXTEND_TIMEOUT_USEC=60000000"}
