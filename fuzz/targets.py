@@ -39,6 +39,7 @@ from rkcached.api.requests import (
     EmbeddingRequest,
     GenerateBinaryRequest,
     ModelRequest,
+    RerankRequest,
     StoreRequest,
     SuggestRequest,
 )
@@ -137,6 +138,7 @@ _BODIES: Final = (
     ChatRequest,
     CompletionRequest,
     EmbeddingRequest,
+    RerankRequest,
     StoreRequest,
     GenerateBinaryRequest,
     SuggestRequest,
@@ -173,6 +175,8 @@ def bodies(data: bytes) -> None:
             request.text.encode()
         case EmbeddingRequest():
             assert list(request.each())
+        case RerankRequest():
+            assert all(request.texts())
 
 
 def _sent(error: RequestError) -> None:

@@ -63,8 +63,8 @@ from rkcached.reconcile.snapshot import Published
 from rkcached.reconcile.wake import Wake
 from rkcached.serving.conversations import Conversations
 from rkcached.serving.dispatcher import Serving
-from rkcached.serving.embeddings import Embeddings
 from rkcached.serving.learning import Learning
+from rkcached.serving.pooling import PoolingModels
 from rkcached.serving.preload import Preloader
 from rkcached.serving.resting import Resting
 from rkcached.sources.access_keys import AccessKeys
@@ -279,7 +279,7 @@ def _build(
         on_answer=(learning.answered, resting.answered),
     )
     preparation = Preparation(published)
-    inference = Inference(preparation, serving, Embeddings(published, workers, gates))
+    inference = Inference(preparation, serving, PoolingModels(published, workers, gates))
     api = Api(
         reconciler=reconciler,
         preparation=preparation,

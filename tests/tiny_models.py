@@ -34,6 +34,7 @@ WINDOW_TOKENS = 32
 """The window of the layers that have one."""
 
 _FLOAT32 = 0
+_RANK = 4
 _CONTROL = 3
 _NORMAL = 1
 _WIDTH = 32
@@ -126,6 +127,27 @@ def hybrid(path: Path) -> Path:
             f"blk.{layer}.shortconv.out_proj.weight": (_WIDTH, _WIDTH),
         }
     return _write(path, "lfm2", facts, shapes)
+
+
+def reranker(path: Path) -> Path:
+    """A Qwen3 with a head that says how much its last state speaks for `yes` and for `no`."""
+    facts = [
+        *_attention_facts("qwen3", 2),
+        pair("qwen3.attention.key_length", UINT32, _HEAD_WIDTH),
+        pair("qwen3.attention.value_length", UINT32, _HEAD_WIDTH),
+        pair("qwen3.pooling_type", UINT32, _RANK),
+        texts_pair("qwen3.classifier.output_labels", ["yes", "no"]),
+        text_pair(
+            "tokenizer.chat_template.rerank",
+            "<|im_start|>user\n<Query>: {query}\n<Document>: {document}<|im_end|>\n"
+            "<|im_start|>assistant\n",
+        ),
+    ]
+    shapes = _llama(range(2)) | {"cls.output.weight": (_WIDTH, 2)}
+    for layer in range(2):
+        shapes[f"blk.{layer}.attn_q_norm.weight"] = (_HEAD_WIDTH,)
+        shapes[f"blk.{layer}.attn_k_norm.weight"] = (_HEAD_WIDTH,)
+    return _write(path, "qwen3", facts, shapes)
 
 
 KINDS: dict[str, Callable[[Path], Path]] = {

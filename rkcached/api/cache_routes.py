@@ -37,7 +37,7 @@ from rkcached.reconcile.loop import Reconciler
 from rkcached.reconcile.snapshot import Snapshot
 from rkcached.serving.dispatcher import Serving
 from rkcached.serving.learning import Learning
-from rkcached.serving.models import find_model
+from rkcached.serving.models import find_model, writes_nothing
 from rkcached.sources.manifest import RESERVED_PROMPT
 from rkcached.sources.problems import NAME, NAME_RULE
 from rkcached.sources.records import Key
@@ -293,13 +293,8 @@ class CacheApi:
     async def _write(self, key: Key, text: str, param: str) -> None:
         """Store a client's text. Errors: RequestError."""
         model = self._reconciler.snapshot.desired.models.get(key.model)
-        if isinstance(model, DesiredModel) and model.config.embedding:
-            raise RequestError(
-                400,
-                f"the model {key.model!r} makes embeddings only, so it has no prompts",
-                code="model_is_embedding",
-                hint="store it for a model that answers",
-            )
+        if isinstance(model, DesiredModel) and model.config.pools:
+            raise writes_nothing(model)
         _check_text(text, param)
 
         desired = self._reconciler.snapshot.desired

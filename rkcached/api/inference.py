@@ -22,23 +22,23 @@ from rkcached.api.exchange import (
     unless_gone,
 )
 from rkcached.api.prepare import Preparation
-from rkcached.api.requests import ChatRequest, CompletionRequest, EmbeddingRequest
+from rkcached.api.requests import ChatRequest, CompletionRequest, EmbeddingRequest, RerankRequest
 from rkcached.api.write_chat import nul_refused
 from rkcached.api.writer import Writer
 from rkcached.errors import RequestError
 from rkcached.messages.reply import Reply
 from rkcached.serving.dispatcher import Serving
-from rkcached.serving.embeddings import Embeddings
+from rkcached.serving.pooling import PoolingModels
 
 MAX_TOKENIZED_BYTES = 256 << 10
 """Nothing interrupts a tokenizer, and everybody else waits for it."""
 
 
 class Inference:
-    def __init__(self, preparation: Preparation, serving: Serving, embeddings: Embeddings) -> None:
+    def __init__(self, preparation: Preparation, serving: Serving, pooling: PoolingModels) -> None:
         self._preparation = preparation
         self._serving = serving
-        self._embeddings = embeddings
+        self._pooling = pooling
 
     async def chat(
         self,
@@ -99,7 +99,19 @@ class Inference:
         """
         check_model(request, body.model)
         model, inputs = self._preparation.embedding(body)
-        return await unless_gone(request, self._embeddings.make(model, inputs, caller_of(request)))
+        return await unless_gone(request, self._pooling.embed(model, inputs, caller_of(request)))
+
+    async def rank(
+        self, request: Request, body: RerankRequest
+    ) -> tuple[list[float], int] | Response:
+        """The score of each document, and the tokens of all; or the client has gone.
+
+        Errors: RequestError.
+        """
+        check_model(request, body.model)
+        model, texts = self._preparation.ranking(body)
+        ranking = self._pooling.rank(model, body.query, texts, caller_of(request))
+        return await unless_gone(request, ranking)
 
     async def render(
         self, request: Request, body: ChatRequest, *, accepted: float

@@ -120,7 +120,7 @@ class LlamaServerApi:
             model
             for model in snapshot.desired.models.values()
             if isinstance(model, DesiredModel)
-            and not model.config.embedding
+            and not model.config.pools
             and may_use(request, model.name)
         ]
         if len(writers) != 1:

@@ -25,14 +25,21 @@ _BELOW_V1: Final = frozenset(
         "messages",
         "models",
         "reload",
+        "rerank",
         "responses",
         "status",
         "suggestions",
     }
 )
 
-_OTHER_NAMES: Final = {"/health": "/healthz", "/v1/health": "/healthz"}
-"""By llama.cpp's server."""
+_OTHER_NAMES: Final = {
+    "/health": "/healthz",
+    "/v1/health": "/healthz",
+    "/reranking": "/v1/rerank",
+    "/v1/reranking": "/v1/rerank",
+    "/v2/rerank": "/v1/rerank",
+}
+"""By llama.cpp's server, and by Cohere's clients."""
 
 _SLASHES: Final = re.compile("/{2,}")
 

@@ -22,6 +22,7 @@ from rkcached.api.requests import (
     CompletionRequest,
     EmbeddingRequest,
     GenerationRequest,
+    RerankRequest,
 )
 from rkcached.api.write_chat import (
     WrittenChat,
@@ -38,10 +39,10 @@ from rkcached.messages.reasoning import Marks
 from rkcached.messages.reply import Reply
 from rkcached.plan.desired import DesiredModel
 from rkcached.reconcile.snapshot import Published
-from rkcached.serving.embeddings import EmbeddingInput
 from rkcached.serving.failures import as_request_error
 from rkcached.serving.job import Job, Part
-from rkcached.serving.models import find_embedding_model, find_text_model
+from rkcached.serving.models import find_embedding_model, find_reranker, find_text_model
+from rkcached.serving.pooling import EmbeddingInput
 from rkcached.sources.manifest import Unsupported
 from rkcached.worker.held import EVERYBODY
 from rkcached.worker.schemas import MAX_SCHEMA_BYTES, SchemaChecker
@@ -203,6 +204,20 @@ class Preparation:
         texts = [len(item.encode()) for item in inputs if isinstance(item, str)]
         refuse_too_long(model, max(texts, default=0), "input")  # lists of tokens count themselves
         return model.name, inputs
+
+    def ranking(self, request: RerankRequest) -> tuple[str, list[str]]:
+        """The name of the model and the documents. Errors: RequestError."""
+        model = find_reranker(self._published.now, request.model)
+        documents = request.texts()
+        if "\0" in request.query:
+            raise nul_refused("query")
+        if any("\0" in document for document in documents):
+            raise nul_refused("documents")
+
+        longest = max(len(document.encode()) for document in documents)
+        refuse_too_long(model, len(request.query.encode()), "query")
+        refuse_too_long(model, longest, "documents")
+        return model.name, documents
 
     async def _check(self, text: str, demand: Demand, owner: int) -> None:
         """Whether a run can be held to this schema. Errors: RequestError."""

@@ -367,6 +367,32 @@ class EmbeddingRequest(_AboutTheService):
                 yield item if isinstance(item, str) else tuple(item)
 
 
+Document = Annotated[str, Field(min_length=1)]
+
+
+class TextDocument(Record):
+    """A document as an object."""
+
+    text: Document
+
+
+class RerankRequest(_AboutTheService):
+    """`POST /v1/rerank`: a query and documents, as llama.cpp's server and Cohere take them."""
+
+    model: Name
+    query: Document
+    documents: Annotated[Many[Document | TextDocument], Field(min_length=1, max_length=2048)]
+    top_n: int | None = Field(
+        default=None, ge=1, description="The answer has so many of the best; by default all."
+    )
+    return_documents: bool | None = Field(
+        default=None, description="The answer repeats the documents."
+    )
+
+    def texts(self) -> list[str]:
+        return [item if isinstance(item, str) else item.text for item in self.documents]
+
+
 class StoreRequest(Record):
     """`POST /v1/cache/{model}`."""
 

@@ -146,6 +146,26 @@ class EmbeddingList(Answer):
     usage: EmbeddingUsage
 
 
+class RankedText(Answer):
+    text: str
+
+
+class RankedDocument(Answer):
+    index: int = Field(description="Its place in the request, from 0.")
+    relevance_score: float = Field(description="Higher is better. Its range is the model's.")
+    document: RankedText | None = None
+
+
+class Ranking(Answer):
+    """The answer of `POST /v1/rerank`."""
+
+    id: str
+    object: Literal["list"] = "list"
+    model: str
+    results: list[RankedDocument] = Field(description="The best first.")
+    usage: EmbeddingUsage
+
+
 class ModelCard(Answer):
     id: str
     object: Literal["model"] = "model"

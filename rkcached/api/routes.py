@@ -11,6 +11,7 @@ import base64
 import functools
 import itertools
 import time
+import uuid
 from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, replace
@@ -58,6 +59,7 @@ from rkcached.api.requests import (
     ChatRequest,
     CompletionRequest,
     EmbeddingRequest,
+    RerankRequest,
 )
 from rkcached.api.responses import (
     ApiDescription,
@@ -69,6 +71,9 @@ from rkcached.api.responses import (
     ModelCard,
     ModelList,
     OneEmbedding,
+    RankedDocument,
+    RankedText,
+    Ranking,
     Readiness,
     Status,
     TextCompletion,
@@ -237,6 +242,35 @@ class Api:
         ]
         usage = EmbeddingUsage(prompt_tokens=tokens, total_tokens=tokens)
         return answer(EmbeddingList(data=data, model=body.model, usage=usage))
+
+    @endpoint(
+        "POST",
+        "/v1/rerank",
+        summary="Order documents by how well they answer a query.",
+        body=RerankRequest,
+        answers={200: Ranking},
+        errors=_FAILURES,
+    )
+    async def _rerank(self, request: Request) -> Response:
+        body = await read_record(RerankRequest, request)
+        result = await self._inference.rank(request, body)
+        if isinstance(result, Response):
+            return result
+
+        scores, tokens = result
+        texts = body.texts()
+        best_first = sorted(range(len(scores)), key=lambda at: -scores[at])
+        documents = [
+            RankedDocument(
+                index=at,
+                relevance_score=scores[at],
+                document=RankedText(text=texts[at]) if body.return_documents else None,
+            )
+            for at in best_first[: body.top_n]
+        ]
+        usage = EmbeddingUsage(prompt_tokens=tokens, total_tokens=tokens)
+        name = f"rerank-{uuid.uuid4().hex}"
+        return answer(Ranking(id=name, model=body.model, results=documents, usage=usage))
 
     # Models
 

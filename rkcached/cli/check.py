@@ -168,7 +168,7 @@ def _warnings(
 
     for name, model in manifest.models.items():
         tokens = model.params.max_new_tokens
-        if model.embedding or tokens <= MODEST_TOKENS:
+        if model.pools or tokens <= MODEST_TOKENS:
             continue
 
         line = manifest.line_of("models", name, "params", "max_new_tokens")

@@ -19,7 +19,7 @@ def checks(manifest: Manifest, status: dict[str, Any] | None) -> Iterator[Check]
     """A check for each model that answers. `status` is the running daemon's."""
     known = {model["name"] for model in status["models"]} if status is not None else set()
     for name, config in manifest.models.items():
-        if config.embedding or (status is not None and name not in known):
+        if config.pools or (status is not None and name not in known):
             continue
         title = f"first answer of {name}"
         if status is None:

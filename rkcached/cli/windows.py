@@ -16,7 +16,7 @@ def context_bytes(engine: EngineEntry, config: ModelConfig, source: ModelSource)
 
     Errors: OSError.
     """
-    if not source.state.window_tokens or config.embedding:
+    if not source.state.window_tokens or config.pools:
         return 0
 
     tokens = config.params.max_context_len

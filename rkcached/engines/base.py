@@ -111,8 +111,8 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
     recurrent: bool = False
     """Some layers are known to be recurrent: their state has one size, however much was read."""
     pooling: str = ""
-    """Not empty for an embedding model: `mean` or `last`, how the states of all tokens become one
-    vector."""
+    """Not empty for a model that answers nothing: `mean` or `last`, how the states of all tokens
+    become one vector, or `rank` for relevance scores."""
     npu: NpuOptions = NpuOptions()
 
 
@@ -218,6 +218,15 @@ class Embedding(msgspec.Struct, frozen=True, kw_only=True, eq=False):
     """0 if nothing counts them."""
 
 
+class Relevance(msgspec.Struct, frozen=True, kw_only=True):
+    """How well a document answers a query, by a model that was made for that."""
+
+    score: float
+    """Higher is better. Its range is the model's."""
+    tokens: int
+    """Of both texts, with what the model's form puts around them."""
+
+
 OnToken = Callable[[Token], bool]
 """Receives each piece of text; a true answer ends the run (`FinishReason.ABORT`)."""
 
@@ -304,6 +313,12 @@ class Engine(Protocol):
         """The vector of a text, or of its tokens. The KV state is undefined afterwards.
 
         Errors: ContextExceeded; EngineError, also for a model that was not loaded with `pooling`.
+        """
+
+    def rank(self, query: str, document: str) -> Relevance:
+        """The relevance of a document. The KV state is undefined afterwards.
+
+        Errors: ContextExceeded; EngineError, also for a model that was not loaded to rank.
         """
 
     def abort(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from enum import StrEnum
+from typing import Final
 
 
 class EngineKind(StrEnum):
@@ -31,3 +32,7 @@ class Pooling(StrEnum):
 
     MEAN = "mean"
     LAST = "last"
+
+
+RANK: Final = "rank"
+"""Instead of a way of pooling: a query and a document become one score."""

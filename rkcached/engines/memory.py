@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import signal
 import threading
 import time
@@ -29,11 +30,13 @@ from rkcached.engines.base import (
     ModelSpec,
     OnProgress,
     OnToken,
+    Relevance,
     RunStats,
     Sampling,
     Token,
 )
 from rkcached.engines.cache_headers import MEMORY, MEMORY_MAGIC
+from rkcached.engines.kinds import RANK
 from rkcached.errors import (
     Aborted,
     ArtifactLoadError,
@@ -101,7 +104,7 @@ class MemoryEngine:
 
     def __init__(self, spec: ModelSpec) -> None:
         self._model, self._origin = _read_model(spec.path)
-        self._embeds = bool(spec.pooling)
+        self._pools = spec.pooling
         context = min(spec.context_tokens or self._model.context_tokens, self._model.context_tokens)
         self._info = EngineInfo(
             runtime_version="1",
@@ -254,7 +257,7 @@ class MemoryEngine:
     def embed(self, content: str | tuple[int, ...]) -> Embedding:
         import numpy as np  # noqa: PLC0415 - 100 ms that only embeddings need
 
-        if not self._embeds:
+        if self._pools in ("", RANK):
             raise EngineError(
                 "the model was not loaded for embeddings",
                 hint="set embedding: true in the manifest",
@@ -271,6 +274,17 @@ class MemoryEngine:
         numbers = np.frombuffer(last.to_bytes(8, "little"), np.uint8)
         vector = numbers.astype(np.float32) - np.float32(127.5)
         return Embedding(vector=vector, tokens=len(tokens))
+
+    def rank(self, query: str, document: str) -> Relevance:
+        """The part of the query's words that the document has, from 0 to 1."""
+        if self._pools != RANK:
+            raise EngineError(
+                "the model was not loaded to rank", hint="set rerank: true in the manifest"
+            )
+        tokens = self._check_prompt(f"{query}\n{document}")
+        words = _words(query)
+        score = len(words & _words(document)) / max(len(words), 1)
+        return Relevance(score=score, tokens=len(tokens))
 
     def abort(self) -> None:
         self._abort.set()  # every run clears it first, so an abort without a run does nothing
@@ -400,6 +414,10 @@ def expected_text(model_bytes: bytes, prompt: str, sampling: Sampling) -> str:
     room = msgspec.json.decode(model_bytes, type=MemoryModel).context_tokens - len(tokens)
     answer, shown, _ = _answer(last, sampling, room)
     return answer[:shown].decode(errors="ignore")
+
+
+def _words(text: str) -> set[str]:
+    return set(re.findall(r"\w+", text.lower()))
 
 
 def _read_model(path: str) -> tuple[MemoryModel, int]:

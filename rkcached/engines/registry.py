@@ -82,6 +82,8 @@ class EngineEntry:
     Every engine can that is given a tokenizer."""
     saves_at_once: bool = False
     """Whether it saves its KV state without running the model (`Engine.save`)."""
+    ranks: bool = False
+    """Whether it scores documents (`Engine.rank`)."""
     compiles_schemas: bool = False
     """Whether llguidance compiles a JSON schema to a grammar."""
     prints_control_tokens: bool = True
@@ -164,6 +166,7 @@ ENGINES: dict[EngineKind, EngineEntry] = {
         thread_per_core=True,
         reads_plain_text=True,
         saves_at_once=True,
+        ranks=True,
         compiles_schemas=True,
     ),
     EngineKind.MEMORY: EngineEntry(
@@ -174,5 +177,6 @@ ENGINES: dict[EngineKind, EngineEntry] = {
         inspect_model=_inspect_memory,
         locate_runtime=_locate_memory,
         saves_at_once=True,
+        ranks=True,
     ),
 }

@@ -238,6 +238,12 @@ class Resolver:
         if isinstance(sources.runtime, Trouble):
             return sources.runtime
         engine = ENGINES[manifest.engine.kind]
+        if config.rerank and not engine.ranks:
+            return Trouble(
+                message=f"the engine {manifest.engine.kind.value} gives no relevance scores",
+                hint="remove rerank: true; a second daemon with engine.kind: llamacpp can rank",
+                place=("rerank",),
+            )
         special = chat_templates.special_tokens(config, source)
         today = chat_templates.template_date(config, sources)
 
@@ -264,7 +270,7 @@ class Resolver:
                 "model": source.digest,
                 "path": str(config.path),
                 "context": config.params.max_context_len,
-                "pooling": config.pooling.value if config.embedding else None,
+                "pooling": config.pools or None,
             }
             | (_rkllm_identity(manifest, config, source) if engine.names_library else {})
         )

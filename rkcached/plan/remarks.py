@@ -52,7 +52,7 @@ def warnings(manifest: Manifest, sources: Sources) -> Iterator[Remark]:
     yield from _unloaded_preloads(manifest)
     for name, config in manifest.models.items():
         source = sources.models[name]
-        if not isinstance(source, ModelSource) or config.embedding:
+        if not isinstance(source, ModelSource) or config.pools:
             continue
 
         try:
@@ -178,7 +178,7 @@ def _assumed_templates(manifest: Manifest, sources: Sources) -> Iterator[Remark]
     """Models that are asked in a form which nothing states to be theirs."""
     for name, config in manifest.models.items():
         source = sources.models[name]
-        if not isinstance(source, ModelSource) or config.embedding:
+        if not isinstance(source, ModelSource) or config.pools:
             continue
         if source.template.origin is not TemplateOrigin.ASSUMED:
             continue

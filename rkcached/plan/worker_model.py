@@ -48,7 +48,7 @@ def worker_model(engine: EngineConfig, model: DesiredModel) -> WorkerModel:
             thinking=bool(config.thinks),
             window_tokens=model.source.state.window_tokens,
             recurrent=model.source.state.kind is StateKind.RECURRENT,
-            pooling=config.pooling.value if config.embedding else "",
+            pooling=config.pools,
             npu=NpuOptions(**config.npu.model_dump()),
         ),
         idle_unload_s=config.idle_unload_s,

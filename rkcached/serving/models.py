@@ -32,15 +32,24 @@ def find_model(snapshot: Snapshot, name: str) -> DesiredModel:
 def find_text_model(snapshot: Snapshot, name: str) -> DesiredModel:
     """A model that writes text. Errors: RequestError."""
     model = find_model(snapshot, name)
-    if model.config.embedding:
-        raise RequestError(
-            400,
-            f"the model {name!r} makes embeddings only",
-            code="model_is_embedding",
-            param="model",
-            hint="use /v1/embeddings",
-        )
+    if model.config.pools:
+        raise writes_nothing(model)
     return model
+
+
+def writes_nothing(model: DesiredModel) -> RequestError:
+    """The error of a request that needs a model that writes text."""
+    if model.config.rerank:
+        makes, code, path = "relevance scores", "model_is_reranker", "/v1/rerank"
+    else:
+        makes, code, path = "embeddings", "model_is_embedding", "/v1/embeddings"
+    return RequestError(
+        400,
+        f"the model {model.name!r} makes {makes} only, and writes no text",
+        code=code,
+        param="model",
+        hint=f"use {path} for it, or name a model that writes text",
+    )
 
 
 def find_embedding_model(snapshot: Snapshot, name: str) -> DesiredModel:
@@ -53,5 +62,19 @@ def find_embedding_model(snapshot: Snapshot, name: str) -> DesiredModel:
             code="model_not_embedding",
             param="model",
             hint="ask a model that the manifest declares with embedding: true",
+        )
+    return model
+
+
+def find_reranker(snapshot: Snapshot, name: str) -> DesiredModel:
+    """A model that scores documents. Errors: RequestError."""
+    model = find_model(snapshot, name)
+    if not model.config.rerank:
+        raise RequestError(
+            400,
+            f"the model {name!r} does not rank documents",
+            code="model_not_reranker",
+            param="model",
+            hint="ask a model that the manifest declares with rerank: true",
         )
     return model

@@ -24,7 +24,7 @@ from pydantic import (
 )
 from pydantic_core import CoreSchema
 
-from rkcached.engines.kinds import EngineKind, Pooling, VerifyMode
+from rkcached.engines.kinds import RANK, EngineKind, Pooling, VerifyMode
 from rkcached.messages.builtin import FORMATS
 from rkcached.sources import values
 from rkcached.sources.problems import all_wrong, nearest, wrong
@@ -424,6 +424,9 @@ class ModelConfig(_Section):
     embedding: bool = Field(
         default=False, strict=True, description="A model for /v1/embeddings; it has no prompts."
     )
+    rerank: bool = Field(
+        default=False, strict=True, description="A model for /v1/rerank; it has no prompts."
+    )
     pooling: Pooling = Field(
         default=Pooling.LAST, description="last or mean: which states make an embedding."
     )
@@ -482,9 +485,17 @@ class ModelConfig(_Section):
         return prompts
 
     @model_validator(mode="after")
-    def _embeds_or_answers(self) -> ModelConfig:
-        if self.embedding and (self.prompts or self.prompts_from):
-            raise wrong("an embedding model has no prompts", "remove them, or `embedding: true`")
+    def _reads_or_writes(self) -> ModelConfig:
+        if self.embedding and self.rerank:
+            raise wrong(
+                "a model makes embeddings or relevance scores, not both",
+                "remove `embedding: true` or `rerank: true`",
+            )
+        for name, reads in {"embedding": self.embedding, "rerank": self.rerank}.items():
+            if reads and (self.prompts or self.prompts_from):
+                raise wrong(
+                    f"a model with {name}: true has no prompts", f"remove them, or `{name}: true`"
+                )
         if "pooling" in self.model_fields_set and not self.embedding:
             raise wrong(
                 "pooling is for embedding models only", "remove it, or add `embedding: true`"
@@ -527,6 +538,16 @@ class ModelConfig(_Section):
         if declared is not None:
             variables |= declared.chat_template_kwargs
         return variables
+
+    @property
+    def pools(self) -> str:
+        """What the model makes of a text: `mean` or `last` for a vector, `rank` for a score.
+
+        Empty for a model that answers it.
+        """
+        if self.embedding:
+            return self.pooling.value
+        return RANK if self.rerank else ""
 
     @property
     def thinks(self) -> bool | None:

@@ -165,6 +165,8 @@ def _run(session: Session, channel: _Channel, operation: protocol.Operation) -> 
                 answer = session.tokenize(operation)
             case protocol.Embed():
                 answer = session.embed(operation)
+            case protocol.Rank():
+                answer = session.rank(operation)
             case _:
                 assert_never(operation)
     except EngineError as error:

@@ -7,6 +7,7 @@ success that an engine reports counts only with its effect.
 from __future__ import annotations
 
 import contextlib
+import math
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -160,6 +161,14 @@ class Session:
 
         unit = (vector / length).astype("<f4")
         return protocol.Embedded(id=operation.id, vector=unit.tobytes(), tokens=embedding.tokens)
+
+    def rank(self, operation: protocol.Rank) -> protocol.Ranked:
+        """The relevance of a document. Errors: EngineError."""
+        self._state.held = Held()
+        found = self.engine.rank(operation.query, operation.document)
+        if not math.isfinite(found.score):
+            raise EngineError("the model made no usable score", hint="is it a reranker?")
+        return protocol.Ranked(id=operation.id, score=found.score, tokens=found.tokens)
 
     def check(self, operation: protocol.Check, emit: Emit) -> protocol.Checked:
         """Load a prompt cache, unless the KV state has its text. Errors: ArtifactLoadError."""

@@ -2,8 +2,8 @@
 
 A frame is a u32 little-endian length and that many bytes of JSON. The daemon sends one operation at
 a time, each with an id of its own, and may send `Abort` while it runs. The worker answers with
-events that end in `Done`, `Built`, `Checked`, `Embedded`, `Tokenized` or `Failed`. Anything else on
-the wire is a `ProtocolError`, after which the connection is of no use.
+events that end in a `Result` or in `Failed`. Anything else on the wire is a `ProtocolError`, after
+which the connection is of no use.
 """
 
 from __future__ import annotations
@@ -161,6 +161,14 @@ class Embed(msgspec.Struct, frozen=True, kw_only=True, tag="embed"):
     """Instead of `text`."""
 
 
+class Rank(msgspec.Struct, frozen=True, kw_only=True, tag="rank"):
+    """Score how well a document answers a query. Answer: Ranked or Failed."""
+
+    id: Int64 = msgspec.field(default_factory=_new_id)
+    query: str
+    document: str
+
+
 class Abort(msgspec.Struct, frozen=True, kw_only=True, tag="abort"):
     """End the operation with this id soon. It still gets its answer."""
 
@@ -282,6 +290,12 @@ class Embedded(msgspec.Struct, frozen=True, kw_only=True, tag="embedded"):
     tokens: Int64
 
 
+class Ranked(msgspec.Struct, frozen=True, kw_only=True, tag="ranked"):
+    id: Int64
+    score: float
+    tokens: Int64
+
+
 class Failed(msgspec.Struct, frozen=True, kw_only=True, tag="failed"):
     """An engine error by the name of its class. `id` 0 answers Start."""
 
@@ -295,8 +309,8 @@ class Failed(msgspec.Struct, frozen=True, kw_only=True, tag="failed"):
     text: str = ""
 
 
-Operation = Build | Generate | Check | Keep | Embed | Tokenize
-ToWorker = Start | Build | Generate | Check | Keep | Embed | Tokenize | Abort
+Operation = Build | Generate | Check | Keep | Embed | Rank | Tokenize
+ToWorker = Start | Build | Generate | Check | Keep | Embed | Rank | Tokenize | Abort
 FromWorker = (
     Ready
     | Progress
@@ -309,10 +323,11 @@ FromWorker = (
     | Built
     | Checked
     | Embedded
+    | Ranked
     | Tokenized
     | Failed
 )
-Result = Done | Built | Checked | Embedded | Tokenized
+Result = Done | Built | Checked | Embedded | Ranked | Tokenized
 
 _to_worker = msgspec.json.Decoder(ToWorker)
 _from_worker = msgspec.json.Decoder(FromWorker)

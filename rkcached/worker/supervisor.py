@@ -49,6 +49,7 @@ _ANSWERS: dict[type, type] = {
     protocol.Check: protocol.Checked,
     protocol.Keep: protocol.Checked,
     protocol.Embed: protocol.Embedded,
+    protocol.Rank: protocol.Ranked,
     protocol.Tokenize: protocol.Tokenized,
 }
 
@@ -56,7 +57,7 @@ _MOST_LETTERS = 256
 """Of a token."""
 
 # They take no conversation's place in memory.
-_STATELESS = protocol.Embed | protocol.Keep | protocol.Tokenize
+_STATELESS = protocol.Embed | protocol.Rank | protocol.Keep | protocol.Tokenize
 
 KEEP_S = 1.0
 """A worker that ends has so long to save the conversation in its memory."""
@@ -425,18 +426,13 @@ class Worker:
             if wrong := expected.not_by(event):
                 raise await self._broken(wrong)
 
+            if isinstance(event, protocol.Result):
+                self._failures = 0
+                if isinstance(event, protocol.Done):
+                    self._learn(event)
+                return event
+
             match event:
-                case (
-                    protocol.Done()
-                    | protocol.Built()
-                    | protocol.Checked()
-                    | protocol.Embedded()
-                    | protocol.Tokenized()
-                ):
-                    self._failures = 0
-                    if isinstance(event, protocol.Done):
-                        self._learn(event)
-                    return event
                 case protocol.Saved():
                     if self._keeper is not None:
                         self._keeper.take(self.model, event)

@@ -225,7 +225,7 @@ def test_frames_of_any_bytes(pieces: list[bytes], framed: bool) -> None:
 @hypothesis.given(
     st.sampled_from(
         [
-            *("start", "build", "generate", "check", "embed", "abort"),
+            *("start", "build", "generate", "check", "embed", "rank", "abort"),
             *("ready", "loaded", "piece", "done"),
         ]
     ),

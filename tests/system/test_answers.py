@@ -394,6 +394,58 @@ def test_tools_and_the_prompt_cache(workspace: Workspace) -> None:
     )
 
 
+def test_documents_are_ranked(workspace: Workspace) -> None:
+    """The best first, with its place in the request. llama.cpp's and Cohere's paths do the same."""
+    workspace.memory_model()
+    workspace.declare("{}", model="  r: {path: m.model, rerank: true}")
+    workspace.start()
+    documents = ["A panda is a bear.", "Bread needs flour.", {"text": "A recipe for bread."}]
+
+    def rank(status: int = 200, path: str = "/v1/rerank", **body: Any) -> dict[str, Any]:
+        body = {"model": "r", "query": "bread recipe", "documents": documents} | body
+        response = workspace.request("POST", path, json=body)
+        assert response.status_code == status, response.text
+        answer: dict[str, Any] = response.json()
+        return answer
+
+    everything = rank()
+    assert [item["index"] for item in everything["results"]] == [2, 1, 0]
+    assert [item["relevance_score"] for item in everything["results"]] == [1.0, 0.5, 0.0]
+    assert everything["usage"]["total_tokens"] == sum(
+        len("bread recipe\n") + len(text)
+        for text in ("A panda is a bear.", "Bread needs flour.", "A recipe for bread.")
+    )
+    best = rank(top_n=1, return_documents=True)["results"]
+    assert best == [
+        {"index": 2, "relevance_score": 1.0, "document": {"text": "A recipe for bread."}}
+    ]
+    for path in ("/rerank", "/reranking", "/v1/reranking", "/v2/rerank"):
+        assert rank(path=path)["results"] == everything["results"]
+    assert len(rank(top_n=9)["results"]) == 3
+
+    for wrong, param in (
+        ({"query": ""}, "query"),
+        ({"documents": []}, "documents"),
+        ({"documents": [""]}, "documents.0"),
+        ({"documents": ["a\0b"]}, "documents"),
+        ({"query": "a\0b"}, "query"),
+        ({"top_n": 0}, "top_n"),
+        ({"max_chunks_per_doc": 3}, "max_chunks_per_doc"),
+    ):
+        assert rank(400, **wrong)["error"]["param"] == param
+    assert rank(400, model="m")["error"]["code"] == "model_not_reranker"
+    assert rank(404, model="zzz")["error"]["code"] == "model_not_found"
+    assert rank(400, documents=["x" * 5000])["error"]["code"] == "context_length_exceeded"
+    refused = workspace.ask("r", status=400)["error"]
+    assert (refused["code"], refused["param"]) == ("model_is_reranker", "model")
+    assert "/v1/rerank" in refused["message"]
+    text = {"cache_name": "a", "content": "b"}
+    stored = workspace.request("POST", "/v1/cache/r", admin=True, json=text)
+    assert (stored.status_code, stored.json()["error"]["code"]) == (400, "model_is_reranker")
+    vector = workspace.request("POST", "/v1/embeddings", json={"model": "r", "input": "a"})
+    assert vector.json()["error"]["code"] == "model_not_embedding"
+
+
 def test_embeddings(workspace: Workspace) -> None:
     """A text, tokens, lists of both; as numbers or base64; of length 1.
 

@@ -30,7 +30,8 @@ def board(workspace: Workspace) -> Workspace:
         "manifest.yaml",
         "version: 1\nengine: {kind: memory}\nmodels:\n"
         "  qwen3-0.6b: {path: m.model, prompts: {assistant: system.md}}\n"
-        "  qwen3-embedding-0.6b: {path: m.model, embedding: true}\n",
+        "  qwen3-embedding-0.6b: {path: m.model, embedding: true}\n"
+        "  qwen3-reranker-0.6b: {path: m.model, rerank: true}\n",
     )
     workspace.start()
     workspace.wait_settled()
@@ -74,6 +75,7 @@ def test_every_curl_command(board: Workspace) -> None:
     assert [one["name"] for one in json.loads(answers["/v1/models/loaded"])["data"]] == [
         "qwen3-0.6b",
         "qwen3-embedding-0.6b",
+        "qwen3-reranker-0.6b",
     ]
     assert 'rkcached_requests_total{model="qwen3-0.6b",state="hit"}' in answers["/metrics"]
 

@@ -168,6 +168,8 @@ def test_a_key_for_some_models(ported: Ported) -> None:
     assert ported.code("POST", "/v1/completions", only, json=plain) == refused
     vector = {"model": "m", "input": "hello"}
     assert ported.code("POST", "/v1/embeddings", only, json=vector) == refused
+    ranking = {"model": "m", "query": "hello", "documents": ["hello"]}
+    assert ported.code("POST", "/v1/rerank", only, json=ranking) == refused
     for path in ("/v1/models/m", "/v1/models/m/a", "/v1/cache/m", "/v1/cache/m/a"):
         assert ported.code("GET", path, only) == refused
     for path in ("/v1/status", "/v1/events", "/metrics", "/"):

@@ -397,6 +397,25 @@ def test_model_that_cannot_save(board: Workspace) -> None:
     assert hit(board, "m/b") == cold(board, "m/b")
 
 
+def test_rkllm_does_not_rank(d: Workspace) -> None:
+    """Check names the line, and a request gets the reason with a way that works."""
+    put_model(d)
+    d.write(
+        "manifest.yaml",
+        "version: 1\nengine: {kind: rkllm, library: librkllmrt.so}\nmodels:\n  m:\n"
+        "    path: m.rkllm\n    rerank: true\n",
+    )
+    reason = "the engine rkllm gives no relevance scores"
+    assert f":6: {reason}" in d.cli("check", code=None).stderr
+    d.start()
+    ranked = d.request("POST", "/v1/rerank", json={"model": "m", "query": "a", "documents": ["b"]})
+    error = ranked.json()["error"]
+    assert (ranked.status_code, error["code"]) == (503, "model_unavailable")
+    assert reason in error["message"]
+    assert "engine.kind: llamacpp" in error["message"]
+    d.stop()
+
+
 def test_a_cpu_that_is_not_there(d: Workspace) -> None:
     """Check and doctor warn of it, and the build that fails for it names it."""
     put_model(d, pins="yes")

@@ -103,6 +103,10 @@ EVERYWHERE = ("unknown keys", "quotes")
 OTHERS: dict[str, tuple[bool, Callable[[], bytes]]] = {
     "/v1/completions": (False, lambda: full('{"model":"m","prompt":[', "1,", "1]}")),
     "/v1/embeddings": (False, lambda: full('{"model":"m","input":[', '"",', "1]}")),
+    "/v1/rerank": (
+        False,
+        lambda: full('{"model":"m","query":"q","documents":[', '"",', "1]}"),
+    ),
     "/v1/messages": (
         False,
         lambda: full(

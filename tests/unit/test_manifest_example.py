@@ -26,6 +26,7 @@ INSTANCES = {
 }  # where the example shows every key of a named thing
 ELSEWHERE = {
     "embedding": "qwen3-embedding-0.6b",
+    "rerank": "qwen3-embedding-0.6b",
     "pooling": "qwen3-embedding-0.6b",
 }  # keys that a model of prompts lacks
 

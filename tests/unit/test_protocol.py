@@ -115,6 +115,7 @@ TO_WORKER: dict[type, st.SearchStrategy[ToWorker]] = {
     protocol.Embed: st.builds(
         protocol.Embed, id=ID, text=TEXT, tokens=st.lists(COUNT, max_size=4).map(tuple)
     ),
+    protocol.Rank: st.builds(protocol.Rank, id=ID, query=TEXT, document=TEXT),
     protocol.Tokenize: st.builds(protocol.Tokenize, id=ID, text=TEXT),
     protocol.Abort: st.builds(protocol.Abort, id=ID),
 }
@@ -158,6 +159,7 @@ FROM_WORKER: dict[type, st.SearchStrategy[FromWorker]] = {
     protocol.Embedded: st.builds(
         protocol.Embedded, id=ID, vector=st.binary(max_size=64), tokens=COUNT
     ),
+    protocol.Ranked: st.builds(protocol.Ranked, id=ID, score=st.floats(0, 1), tokens=COUNT),
     protocol.Tokenized: st.builds(
         protocol.Tokenized, id=ID, tokens=st.none() | st.lists(COUNT, max_size=4).map(tuple)
     ),

@@ -348,8 +348,8 @@ def _files_of(models: Iterable[DesiredModel]) -> dict[str, tuple[int, float]]:
 
 def _capabilities(model: DesiredModel) -> list[str]:
     """Blocking: a template may have to be tried."""
-    if model.config.embedding:
-        return ["embedding"]
+    if model.config.pools:
+        return ["embedding"] if model.config.embedding else []
     capabilities = ["completion"]
     if model.template.answer.calls is not None:
         capabilities.append("tools")

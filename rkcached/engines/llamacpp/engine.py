@@ -30,6 +30,7 @@ from rkcached.engines.base import (
     ModelSpec,
     OnProgress,
     OnToken,
+    Relevance,
     RunStats,
     Sampling,
 )
@@ -231,17 +232,18 @@ class LlamaCppEngine:
 
         given = content if isinstance(content, str) else [list(content)]
         answer = self._server.handle_embeddings({"input": given})
-        if (error := answer.get("error")) is not None:
-            if error.get("type") == "exceed_context_size_error":
-                raise ContextExceeded(int(error["n_prompt_tokens"]), int(error["n_ctx"]))
-
-            message = f"llama.cpp refused the text: {error.get('message')}"
-            if error.get("code") == http.HTTPStatus.BAD_REQUEST:
-                raise InputInvalid(message)
-            raise EngineError(message)
-
+        _raise_refusal(answer)
         vector = np.array(answer["data"][0]["embedding"], np.float32)
         return Embedding(vector=vector, tokens=answer["usage"]["prompt_tokens"])
+
+    def rank(self, query: str, document: str) -> Relevance:
+        if self._server is None:
+            raise EngineError("the engine is closed")
+
+        answer = self._server.handle_rerank({"query": query, "documents": [document]})
+        _raise_refusal(answer)
+        score = answer["results"][0]["relevance_score"]
+        return Relevance(score=score, tokens=answer["usage"]["prompt_tokens"])
 
     def abort(self) -> None:
         self._abort.set()  # every run clears it first, so an abort without a run does nothing
@@ -332,6 +334,20 @@ class LlamaCppEngine:
                 )
             time.sleep(0.001)
         return tokens
+
+
+def _raise_refusal(answer: dict[str, Any]) -> None:
+    """Errors: ContextExceeded, InputInvalid, EngineError."""
+    error = answer.get("error")
+    if error is None:
+        return
+    if error.get("type") == "exceed_context_size_error":
+        raise ContextExceeded(int(error["n_prompt_tokens"]), int(error["n_ctx"]))
+
+    message = f"llama.cpp refused the text: {error.get('message')}"
+    if error.get("code") == http.HTTPStatus.BAD_REQUEST:
+        raise InputInvalid(message)
+    raise EngineError(message)
 
 
 def _import_library() -> Any:

@@ -24,6 +24,7 @@ from rkcached.engines.base import (
     ModelSpec,
     OnProgress,
     OnToken,
+    Relevance,
     RunStats,
     Sampling,
 )
@@ -270,6 +271,10 @@ class RkllmEngine:
         if isinstance(content, tuple):
             return Embedding(vector=vector, tokens=len(content))
         return Embedding(vector=vector, tokens=len(self.tokenize(content) or ()))
+
+    def rank(self, query: str, document: str) -> Relevance:  # noqa: ARG002 - see Engine
+        """Nothing public says how RKLLM would score a document, so nothing loads a model for it."""
+        raise EngineError("RKLLM gives no relevance scores", hint="use engine.kind: llamacpp")
 
     def last_hidden_layer(
         self, prompt: str | tuple[int, ...], pooling: Pooling | None = Pooling.MEAN
