@@ -37,6 +37,12 @@ BODY_SILENCE_S = 30.0
 HANGUP_CHECK_S = 1.0
 """A client that has ended its side, and then goes away, is noticed after this time."""
 
+PROBE_S = 0.1
+"""In this time a network tells that a client over TCP, which seemed to end its side, is gone."""
+
+INTERIM = b"HTTP/1.1 100 Continue\r\n\r\n"
+"""Clients pass over it, also those that did not ask for it (RFC 9110, 15.2)."""
+
 STALLED_S = 30.0
 """A client that does not take its answer for this long is closed, which frees its place."""
 
@@ -179,11 +185,13 @@ class Connection(H11Protocol):
 
         `socat` and `nc -N` do so, and wait for the answer.
         """
-        if self._is_hung_up() or not self._owes_an_answer():
+        if not self._owes_an_answer() or self._is_hung_up() or not self._can_be_probed():
             return False
         if not self._has_ended:
             self._has_ended = True
-            self._look_for_hangup()
+            self._probe()
+            after_s = PROBE_S if self.is_tcp else HANGUP_CHECK_S
+            self._hangup_check = self.loop.call_later(after_s, self._look_for_hangup)
         return True
 
     def _owes_an_answer(self) -> bool:
@@ -192,10 +200,24 @@ class Connection(H11Protocol):
         is_whole = self.conn.their_state in (h11.DONE, h11.MUST_CLOSE)
         return self.cycle is not None and not self.cycle.response_complete and is_whole
 
+    def _can_be_probed(self) -> bool:
+        """Whether it would be known that the client is gone. HTTP/1.0 has no interim responses."""
+        return not self.is_tcp or self.conn.their_http_version != b"1.0"
+
+    def _probe(self) -> None:
+        """Send what a client over TCP passes over, unless its answer has begun.
+
+        A client that has closed both sides looks like one that ended its own, until it is sent
+        something: its kernel then answers that nobody is there. A stream has its comments for that.
+        """
+        has_begun = self.cycle is not None and self.cycle.response_started
+        if self.is_tcp and not has_begun:
+            self.transport.write(INTERIM)
+
     def _is_hung_up(self) -> bool:
-        """Whether the client has closed both sides, as the kernel knows of Unix sockets."""
+        """Whether the client has closed both sides, as far as the kernel knows."""
         peer = self.transport.get_extra_info("socket")
-        if peer is None or peer.family != socket.AF_UNIX:
+        if peer is None:
             return True
         poll = select.poll()
         poll.register(peer.fileno(), 0)

@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 import yaml
 from conftest import Workspace, need
-from test_port import free_port
 
 from tests.documents import DOCS, blocks_under
+from tests.ports import free_port
 from tests.waiting import DEADLINE_S
 
 PAGE = DOCS / "programs.md"

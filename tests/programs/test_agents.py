@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 import yaml
-from test_port import free_port
 
 from tests.documents import commands
+from tests.ports import free_port
 from tests.programs.served import ANSWER, MODEL, PAGE, Served
 from tests.waiting import wait_until
 

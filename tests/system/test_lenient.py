@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from conftest import Workspace
 
+from tests.ports import free_port
 from tests.waiting import DEADLINE_S, wait_until
 
 HELLO: dict[str, Any] = {
@@ -78,6 +79,63 @@ def test_a_client_that_ends_its_side_gets_its_answer(workspace: Workspace, *, st
     assert answer.startswith(b"HTTP/1.1 200")
     assert b'"finish_reason":"length"' in answer
     assert (b"data: [DONE]" in answer) == stream
+
+
+def on_a_port(space: Workspace) -> tuple[str, int]:
+    """A slow model behind a port of the loopback that needs no key."""
+    space.memory_model(decode_us_per_token=20_000)
+    space.declare("{}")
+    address = ("127.0.0.1", free_port())
+    space.start("--listen", f"{address[0]}:{address[1]}", "--open-loopback")
+    space.ask("m", max_tokens=1)  # it is loaded
+    return address
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_over_tcp_that_ends_its_side_gets_its_answer(
+    workspace: Workspace, *, stream: bool
+) -> None:
+    """It may get an interim response first. Who asks by HTTP/1.0 knows none, and is not answered.
+
+    Regression: the request was stopped, and nothing came.
+    """
+    address = on_a_port(workspace)
+    body = json.dumps(HELLO | {"max_tokens": 40, "stream": stream}).encode()
+    request = head("/v1/chat/completions", body, host="Host: localhost\r\n") + body
+
+    def answer(request: bytes) -> bytes:
+        with socket.create_connection(address) as client:
+            client.sendall(request)
+            client.shutdown(socket.SHUT_WR)
+            return read_all(client)
+
+    got = answer(request).removeprefix(b"HTTP/1.1 100 Continue\r\n\r\n")
+    assert got.startswith(b"HTTP/1.1 200")
+    assert b'"finish_reason":"length"' in got
+    assert (b"data: [DONE]" in got) == stream
+    assert answer(request.replace(b"HTTP/1.1", b"HTTP/1.0")) == b""
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_over_tcp_that_leaves_is_noticed(workspace: Workspace, *, stream: bool) -> None:
+    """It looks like one that ended its side, until it is sent something."""
+    address = on_a_port(workspace)
+    body = json.dumps(HELLO | {"max_tokens": 3000, "stream": stream}).encode()
+    request = head("/v1/chat/completions", body, host="Host: localhost\r\n") + body
+    with socket.create_connection(address) as client:
+        client.sendall(request)
+        wait_until(lambda: workspace.status()["running"] == 1, "it is being answered")
+        client.shutdown(socket.SHUT_WR)
+        time.sleep(1.3)  # longer than the interval of the check: who stays is not ended
+        assert workspace.status()["running"] == 1
+    wait_until(lambda: workspace.status()["running"] == 0, "its answer stopped")
+
+    with socket.create_connection(address) as client:
+        client.sendall(request)
+        wait_until(lambda: workspace.status()["running"] == 1, "it is being answered")
+    left = time.monotonic()
+    wait_until(lambda: workspace.status()["running"] == 0, "its answer stopped")
+    assert time.monotonic() - left < 10
 
 
 def test_all_requests_of_a_client_that_ends_its_side_are_answered(two_prompts: Workspace) -> None:

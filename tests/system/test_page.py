@@ -17,6 +17,7 @@ import pytest
 from browser import Browser, Port
 from conftest import Workspace, need
 
+from tests.ports import free_port
 from tests.waiting import DEADLINE_S, wait_until
 
 ROOT = Path(__file__).parents[2]
@@ -86,7 +87,7 @@ def test_the_page_in_a_browser(described: Workspace, tmp_path: Path) -> None:
         assert browser.run("document.title").endswith("rkcached")
         assert browser.complaints == []
         assert [
-            url for url in browser.requests if not url.startswith((port.url, "data:,", "about:"))
+            url for url in browser.requests if not url.startswith((port.url, "data:", "about:"))
         ] == []
 
         light = browser.run("getComputedStyle(document.body).backgroundColor")
@@ -234,12 +235,6 @@ def test_the_ssh_command(described: Workspace, desk: Path) -> None:
     finally:
         client.terminate()
         client.wait(DEADLINE_S)
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port: int = free.getsockname()[1]
-        return port
 
 
 def answers(port: int) -> bool:

@@ -26,18 +26,12 @@ from test_foreign_pages import elsewhere  # noqa: F401 - a fixture
 from test_reuse import as_user
 
 from rkcached.cli.main import main
+from tests.ports import free_port
 from tests.waiting import DEADLINE_S, wait_until
 
 HELLO = {"model": "m", "max_tokens": 4, "messages": [{"role": "user", "content": "hello"}]}
 DECODE_US = 10_000
 TOKENS = 20
-
-
-def free_port(host: str = "127.0.0.1") -> int:
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.socket(family) as probe:
-        probe.bind((host, 0))
-        return int(probe.getsockname()[1])
 
 
 class Ported:
