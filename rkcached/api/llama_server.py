@@ -104,7 +104,7 @@ class LlamaServerApi:
                 default_generation_settings=GenerationSettings(n_ctx=context_tokens),
                 total_slots=1,
                 model_alias=model.name,
-                model_path=str(model.config.path),
+                model_path=model.config.path.name,
                 build_info=f"rkcached {__version__}",
             )
         )
