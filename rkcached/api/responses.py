@@ -196,6 +196,10 @@ class ModelStatus(Answer):
     measures_reuse: bool | None
     state_s: float | None = Field(description="Seconds in this state.")
     pid: int | None
+    memory_bytes: int | None = Field(
+        description="Of its worker, with the pages of the model's file that are in memory."
+    )
+    cpu_s: float | None = Field(description="CPU time of its worker, in seconds.")
     model_load_ms: float | None = Field(
         description="How long loading it took the last time; null if that was not measured."
     )
@@ -462,9 +466,12 @@ class Status(Answer):
     watching: Literal["polling", "inotify"]
     reconcile: ReconcileStatus
     answers: dict[str, int] = Field(description="By state of the cache, since the start.")
+    saved_today_s: int = Field(
+        description="Seconds of prefill that prompt caches spared all users since midnight."
+    )
     recent: list[RecentAnswer] = Field(
-        description="Those of the last 40 answers that your user got, oldest first; on the admin "
-        "socket all."
+        description="The last 40 answers that your user got, oldest first; on the admin socket "
+        "those to all. Older than the last 1,000 of all, they are forgotten."
     )
     running: int
     models: list[WaitedModel]

@@ -53,7 +53,9 @@ from rkcached.api.key_check import KeyCheck
 from rkcached.api.metrics import CONTENT_TYPE, Metrics
 from rkcached.api.named_prompt import prompt_text
 from rkcached.api.own_site import OwnSite
-from rkcached.api.page import page
+from rkcached.api.page.page import page
+from rkcached.api.page.prompt import prompt_view
+from rkcached.api.page.view import rows_of, view_of
 from rkcached.api.prepare import Preparation
 from rkcached.api.requests import (
     ChatRequest,
@@ -79,13 +81,14 @@ from rkcached.api.responses import (
     TextCompletion,
 )
 from rkcached.api.shares import Share
-from rkcached.api.status import pieces
+from rkcached.api.status import Recent, pieces
 from rkcached.api.suggest_routes import SuggestApi
 from rkcached.api.writer import ChatWriter, CompletionWriter, sse
 from rkcached.errors import ManifestError, RequestError
 from rkcached.host.logs import log
 from rkcached.reconcile.events import Event, Events
 from rkcached.reconcile.loop import Reconciler
+from rkcached.serving.dispatcher import Serving
 from rkcached.serving.models import find_model
 from rkcached.sources.access_keys import AccessKeys
 from rkcached.sources.records import Key
@@ -117,8 +120,11 @@ class Api:
         reload: Callable[[], Awaitable[None]],
         keys: AccessKeys,
         open_loopback: bool,
+        serving: Serving,
+        recent: Recent,
+        socket: Path,
     ) -> None:
-        """`surfaces` have endpoints of other interfaces.
+        """`surfaces` have endpoints of other interfaces. `socket` is the one for everybody.
 
         `open_loopback`: connections to a loopback address need no key.
         """
@@ -134,6 +140,9 @@ class Api:
         self._reload = reload
         self._keys = keys
         self._open_loopback = open_loopback
+        self._serving = serving
+        self._recent = recent
+        self._socket = socket
         self._logged_starting = False
         self._bodies = Share(each=BODIES_BYTES, total=2 * BODIES_BYTES)
         self._streams = Share(each=EVENT_STREAMS, total=4 * EVENT_STREAMS)
@@ -345,7 +354,22 @@ class Api:
         of_all_models=True,
     )
     async def _page(self, request: Request) -> Response:
-        return page(self._status(viewer=viewer_of(request), urgent_first=True))
+        view = view_of(request.query_params)
+        viewer = viewer_of(request)
+        snapshot = self._reconciler.snapshot.seen_by(viewer)
+        rows = rows_of(view, snapshot, self._serving.tally.uses)
+        about = None
+        if view.prompt:
+            about = prompt_view(
+                view.prompt,
+                snapshot,
+                self._serving,
+                functools.partial(self._recent.of_prompt, viewer=viewer),
+                viewer=viewer,
+                socket=self._socket,
+                origin=f"http://{request.headers.get('host', 'localhost')}",
+            )
+        return page(self._status(viewer=viewer, keys=rows.keys), view, rows, about)
 
     @endpoint(
         "GET",

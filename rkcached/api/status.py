@@ -11,7 +11,7 @@ import itertools
 import os
 import time
 from collections import Counter, deque
-from collections.abc import AsyncGenerator, Iterable, Iterator
+from collections.abc import AsyncGenerator, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import pydantic_core
@@ -21,8 +21,9 @@ from rkcached.api.responses import RecentAnswer, Status, SuggestedPrompt
 from rkcached.engines.kinds import VerifyMode
 from rkcached.host import disk
 from rkcached.host.digests import Reading
+from rkcached.host.processes import usage
 from rkcached.plan.desired import DesiredModel
-from rkcached.plan.records import Assessment, Blocked, Build, DesiredPrompt, State, urgency
+from rkcached.plan.records import Assessment, Blocked, Build, DesiredPrompt, State
 from rkcached.reconcile.events import Event, Events
 from rkcached.reconcile.snapshot import Published, Snapshot
 from rkcached.serving.declarable import TOOLS_HINT
@@ -48,17 +49,29 @@ PIECE = 32
 (10,000 took 95 and 330 ms on an AMD EPYC)."""
 
 
+RECENT_SHOWN = 40
+RECENT_KEPT = 1000
+
+
 class Recent:
     """The last answers, oldest first."""
 
     def __init__(self, events: Events) -> None:
         # With the uid of each one's client.
-        self._answers: deque[tuple[int, RecentAnswer]] = deque(maxlen=40)
+        self._answers: deque[tuple[int, RecentAnswer]] = deque(maxlen=RECENT_KEPT)
         events.listen(self._take)
 
     def of(self, viewer: int | None) -> list[RecentAnswer]:
         """Those to this user; None: to all."""
         return [answer for owner, answer in self._answers if viewer in (None, owner)]
+
+    def of_prompt(self, key: Key, viewer: int | None) -> list[tuple[int, RecentAnswer]]:
+        """Those from the cache of this prompt, with the uid of each one's client, as for `of`."""
+        return [
+            (owner, answer)
+            for owner, answer in self._answers
+            if viewer in (None, owner) and (answer.model, answer.prompt) == key
+        ]
 
     def _take(self, event: Event) -> None:
         if event.kind == "answer":
@@ -80,19 +93,18 @@ def status(
     watcher: Watcher,
     learning: Learning,
     viewer: int | None,
-    urgent_first: bool = False,
+    keys: Sequence[Key] | None = None,
 ) -> Status:
     """The document for this user; None: on the admin socket. `started` is in Unix seconds.
 
-    Prompts are in the manifest's order, or with `urgent_first` in the order for people.
+    Its prompts are those of `keys`, or all of them in the manifest's order.
     """
     snapshot = published.now.seen_by(viewer)
     saved = conversations.of(viewer)
     problems = snapshot.manifest_error.problems if snapshot.manifest_error else ()
     building = [snapshot.building.key] if snapshot.building else []
-    keys = list(snapshot.assessments)
-    if urgent_first:
-        keys.sort(key=lambda key: urgency(_state(key, snapshot)))
+    if keys is None:
+        keys = list(snapshot.assessments)
 
     document = {
         "version": __version__,
@@ -130,7 +142,8 @@ def status(
             "builds": snapshot.builds,
         },
         "answers": dict(serving.tally.answers),
-        "recent": recent.of(viewer),
+        "saved_today_s": round(serving.tally.saved.today_ms() / 1000),
+        "recent": recent.of(viewer)[-RECENT_SHOWN:],
         "running": serving.running,
         "models": _models(snapshot, serving, workers, preloader),
         "notices": list(snapshot.desired.notices),
@@ -303,6 +316,8 @@ def model_status(
         "measures_reuse": None,
         "state_s": None,
         "pid": None,
+        "memory_bytes": None,
+        "cpu_s": None,
         "model_load_ms": None,
         "restarts": 0,
         "last_failure": "",
@@ -318,6 +333,8 @@ def model_status(
             "restarts": worker.restarts,
             "last_failure": worker.last_failure,
         }
+        if worker.pid is not None and (used := usage(worker.pid)) is not None:
+            document |= {"memory_bytes": used.memory_bytes, "cpu_s": round(used.cpu_s, 1)}
     if worker is not None and worker.info is not None:
         document |= {
             "runtime": worker.info.runtime_version,
@@ -346,7 +363,7 @@ def prompt_status(key: Key, snapshot: Snapshot, serving: Serving) -> dict[str, A
     shown: dict[str, Any] = {
         "model": key.model,
         "prompt": key.prompt,
-        "state": _state(key, snapshot),
+        "state": state_of(key, snapshot),
         "reason": reason,
         "hint": hint,
         "retry_at": _retry_at(assessment),
@@ -387,7 +404,8 @@ def _retry_at(assessment: Assessment) -> float | None:
     return assessment.action.retry_at or None
 
 
-def _state(key: Key, snapshot: Snapshot) -> str:
+def state_of(key: Key, snapshot: Snapshot) -> str:
+    """The state of a prompt as people are shown it."""
     return "building" if snapshot.is_building(key) else snapshot.assessments[key].state.value
 
 

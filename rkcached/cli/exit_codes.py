@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -16,6 +17,7 @@ from rkcached.errors import ManifestError, OutputError, RequestError, RkcachedEr
 
 def run(command: click.Command, arguments: Sequence[str] | None) -> NoReturn:
     """The program: errors become a sentence on standard error and an exit code."""
+    _write_what_the_terminal_has()
     try:
         code = _code_of(command, arguments)
         if sys.stdout is not None:  # it is None where the caller closed it
@@ -36,6 +38,14 @@ def run(command: click.Command, arguments: Sequence[str] | None) -> NoReturn:
         _finish(stream)
 
     sys.exit(code)
+
+
+def _write_what_the_terminal_has() -> None:
+    """Have letters that the terminal's encoding lacks written as escapes, instead of an error."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            with contextlib.suppress(OSError):  # of a file that cannot tell its place
+                stream.reconfigure(errors="backslashreplace")
 
 
 def _code_of(command: click.Command, arguments: Sequence[str] | None) -> int | str | None:

@@ -15,6 +15,9 @@ import click
 
 from rkcached.errors import SettingsError
 
+MAX_WAIT_S = 31_536_000
+"""A year."""
+
 # click would refuse what may not be read itself, as a mistake on the command line.
 PATH = click.Path(path_type=Path, readable=False)
 

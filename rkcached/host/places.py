@@ -48,11 +48,16 @@ def socket_to_open() -> Path:
 
 
 def socket_to_ask() -> Path:
-    """The socket that a client asks: the user's own if there is one, else the system's."""
+    """The socket that a client asks: the system's if only that one is there, else the user's own.
+
+    Where a user may not look for the system's, it is taken to be there.
+    """
     own = socket_to_open()
-    if os.path.lexists(own) or not SYSTEM_RUNTIME.is_dir():
-        return own
-    return SYSTEM_RUNTIME / SOCKET_NAME
+    systems = SYSTEM_RUNTIME / SOCKET_NAME
+    is_closed = SYSTEM_RUNTIME.is_dir() and not os.access(SYSTEM_RUNTIME, os.X_OK)
+    if not os.path.lexists(own) and (os.path.lexists(systems) or is_closed):
+        return systems
+    return own
 
 
 def admin_socket_to_ask() -> Path:

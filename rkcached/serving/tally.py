@@ -17,6 +17,7 @@ from rkcached.serving.ongoing import Ongoing
 from rkcached.serving.report import CacheReport, decode_rate, usage_of
 from rkcached.serving.reuse import Found, outcome
 from rkcached.sources.records import Key
+from rkcached.store.sidecar import StoredArtifact
 
 OnAnswer = Callable[[Job, Found, RunStats], None]
 
@@ -31,6 +32,36 @@ class PromptUse:
     """Unix seconds."""
 
 
+class SavedTime:
+    """The prefill that prompt caches spared since midnight, by the local clock. Of all users."""
+
+    def __init__(self) -> None:
+        self._day = ""
+        self._ms = 0.0
+        # By model: milliseconds of prefill for each token, as the last cache's build measured them.
+        self._rates: dict[str, float] = {}
+
+    def add(
+        self, model: str, artifact: StoredArtifact | None, stats: RunStats, load_ms: float
+    ) -> None:
+        """Count an answer: its reused tokens at the model's measured rate, less the load."""
+        if artifact is not None and artifact.sidecar.tokens:
+            self._rates[model] = artifact.sidecar.figures.prefill_ms / artifact.sidecar.tokens
+        reused = stats.cached_tokens
+        if reused is None:  # nobody measures it; what was loaded is what was spared
+            reused = artifact.sidecar.tokens if artifact is not None else 0
+        saved_ms = reused * self._rates.get(model, 0.0) - load_ms
+        if saved_ms > 0:
+            self._ms = self.today_ms() + saved_ms
+
+    def today_ms(self) -> float:
+        day = time.strftime("%Y-%m-%d")
+        if day != self._day:
+            self._day = day
+            self._ms = 0.0
+        return self._ms
+
+
 class Tally:
     def __init__(
         self, reconciler: Reconciler, events: Events, on_answer: Sequence[OnAnswer]
@@ -41,6 +72,7 @@ class Tally:
         self.answers: Counter[str] = Counter()
         """Answers by state of the cache, since the start."""
         self.uses: dict[Key, PromptUse] = {}
+        self.saved = SavedTime()
 
     def end(self, ongoing: Ongoing, stats: RunStats) -> End:
         """The end of an answer: its report, which is published and counted, too."""
@@ -56,6 +88,9 @@ class Tally:
         self.answers[state] += 1
         if loaded is not None:
             self._count_use(job, loaded, state, stats)
+        self.saved.add(
+            job.model.name, loaded.artifact if loaded is not None else None, stats, ongoing.load_ms
+        )
         for tell in self._on_answer:
             tell(job, ongoing.found, stats)
 

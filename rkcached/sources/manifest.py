@@ -541,7 +541,7 @@ class ModelConfig(_Section):
 
     @property
     def pools(self) -> str:
-        """What the model makes of a text: `mean` or `last` for a vector, `rank` for a score.
+        """How the model reads a text: `mean` or `last` for a vector, `rank` for a score.
 
         Empty for a model that answers it.
         """

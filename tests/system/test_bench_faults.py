@@ -6,23 +6,17 @@ What cannot be measured, other clients, signals, a terminal.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import os
-import pty
-import select
 import signal
-import struct
 import subprocess
-import termios
-import threading
 from collections.abc import Iterator
 from typing import Any
 
-import pyte
 import pytest
-from conftest import Workspace, need
+from conftest import Workspace
+from terminal import Terminal
 
 from tests.waiting import DEADLINE_S, wait_until
 
@@ -300,76 +294,13 @@ def test_a_sweep_removes_what_killed_ones_left(three: Workspace) -> None:
     }
 
 
-class Terminal:
-    """A terminal of 80 columns with a `bench` on it. Its standard output goes elsewhere."""
-
-    def __init__(self, space: Workspace, *arguments: str) -> None:
-        self.screen = pyte.Screen(80, 24)
-        self.seen: set[str] = set()
-        """Every first line that was there."""
-        self._stream = pyte.ByteStream(self.screen)
-        self._master, slave = pty.openpty()
-        fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
-        outer = {
-            key: value
-            for key, value in space.environment.items()
-            if key not in ("COLUMNS", "NO_COLOR", "TERM")
-        }
-        self.process = subprocess.Popen(
-            [need("setsid"), "--ctty", *space.command("bench", *arguments)],
-            env={**outer, "TERM": "xterm-256color", "LC_ALL": "C.UTF-8"},
-            stdin=slave,
-            stdout=subprocess.PIPE,
-            stderr=slave,
-            text=True,
-        )
-        os.close(slave)
-        self._closed = threading.Event()
-        self._reader = threading.Thread(target=self._read)
-        self._reader.start()
-
-    def _read(self) -> None:
-        with contextlib.suppress(OSError):  # its last user is gone
-            while not self._closed.is_set():
-                if select.select([self._master], [], [], 0.05)[0]:
-                    self._stream.feed(os.read(self._master, 65536))
-                    self.seen.add(self.screen.display[0].rstrip())
-        os.close(self._master)
-
-    def wait_for(self, *words: str) -> None:
-        def there() -> bool:
-            return any(all(word in line for word in words) for line in tuple(self.seen))
-
-        wait_until(there, lambda: f"{words} on the screen:\n" + "\n".join(sorted(self.seen)))
-
-    def end(self) -> str:
-        """What it wrote elsewhere."""
-        out, _ = self.process.communicate(timeout=DEADLINE_S)
-        self._reader.join(DEADLINE_S)
-        return out
-
-    def hang_up(self) -> None:
-        """What happens when its window is closed.
-
-        Its session gets SIGHUP, and nothing can be written any more.
-        """
-        self._closed.set()
-        self._reader.join(DEADLINE_S)
-
-    def close(self) -> None:
-        if self.process.poll() is None:
-            self.process.kill()
-        self.process.communicate()
-        self.hang_up()
-
-
 @pytest.mark.long
 def test_progress_at_a_terminal(three: Workspace) -> None:
     """What runs, how many answers are done of all, and time.
 
     One line of 80 columns that is gone at the end.
     """
-    terminal = Terminal(three, "m/a", "m/c", "--runs", "5", "--json")
+    terminal = Terminal(three, "bench", "m/a", "m/c", "--runs", "5", "--json")
     try:
         # What lasts for several of its ten pictures a second; a single run of a state may pass
         # between two.
@@ -388,7 +319,7 @@ def test_progress_at_a_terminal(three: Workspace) -> None:
 
 def test_a_closed_terminal_leaves_no_stored_prompt(three: Workspace) -> None:
     """The kernel sends SIGHUP, and what is written then fails."""
-    terminal = Terminal(three, "--sweep", "--runs", "1000")
+    terminal = Terminal(three, "bench", "--sweep", "--runs", "1000")
     try:
         terminal.wait_for("/1000")
         assert len(three.status()["prompts"]) > 3

@@ -247,7 +247,7 @@ def test_a_wheel_carries_what_is_no_code(tmp_path: Path) -> None:
     }
     wanted = {name for name in there if not name.endswith(".pyc")}
     assert {
-        "rkcached/api/page.html.jinja",
+        "rkcached/api/page/page.html.jinja",
         "rkcached/cli/demo/manifest.yaml",
         "rkcached/cli/demo/prompts/reviewer.md",
     } <= wanted

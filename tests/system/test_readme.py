@@ -37,13 +37,11 @@ ELSEWHERE = {
     "sudoedit": ("tests/systemd/test_documents.py", "manifest.yaml"),
     "python3 -m venv": ("tests/system/test_readme.py", "test_the_environment"),
     "export PATH": ("tests/system/test_readme.py", "test_the_environment"),
-    "export RKCACHED_SOCKET": ("tests/system/test_readme.py", "env=board.environment"),
     "export OPENAI_": ("tests/programs/served.py", 'removeprefix("export ")'),
     "export OLLAMA_": ("tests/programs/served.py", 'removeprefix("export ")'),
-    "rkcached run --manifest manifest.yaml --cache-dir cache": (
-        "tests/system/conftest.py",
-        '"run", "--log-level"',
-    ),
+    "rkcached init": ("tests/system/test_init.py", "test_three_steps_lead_to_a_warm_answer"),
+    "rkcached run": ("tests/system/test_init.py", "test_three_steps_lead_to_a_warm_answer"),
+    "rkcached chat": ("tests/system/test_init.py", "test_three_steps_lead_to_a_warm_answer"),
     "rkcached check --manifest": ("tests/system/test_guide.py", "test_the_example_of_the_manifest"),
     "rkcached status --watch": ("tests/system/test_live.py", '"--watch"'),
     "rkcached bench": ("tests/system/test_guide.py", "test_every_command_about_measuring"),
@@ -69,13 +67,17 @@ ELSEWHERE = {
 The first that fits counts."""
 
 ONLY_BY_OTHERS = (
+    "rkcached init [DIR]",
+    "rkcached add FILE [--model MODEL]",
+    "rkcached edit MODEL/PROMPT",
+    "rkcached logs [-f] [MODEL[/PROMPT]]",
     "rkcached demo",
     "rkcached port enable ADDRESS [--container] [--without-key]",
     "rkcached run",
     "rkcached suggest [ID] --write NAME",
 )
 
-CHECK_DATA = 'python -c "from rkcached.api.page import _source; print(len(_source()))"'
+CHECK_DATA = 'python -c "from rkcached.api.page.page import _source; print(len(_source()))"'
 
 
 @pytest.fixture
@@ -112,8 +114,9 @@ def test_every_command_of_the_tables(board: Workspace) -> None:
         "--watch": "",  # ends when it is told to: test_live.py
         '"hi"': "hi",
     }
-    # Two others do not end by themselves; `make demo` and every test here run them. The third needs
-    # requests that repeat: test_learning.py has them. The fourth needs a service: tests/systemd.
+    # test_init.py has the first three. `demo` and `run` do not end by themselves; `make demo` and
+    # every test here run them. Suggestions need requests that repeat: test_learning.py has them.
+    # Logs and ports need a service: tests/systemd.
     tabled = [
         command
         for command in row_commands(README) + row_commands(COMMANDS)

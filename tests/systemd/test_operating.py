@@ -183,3 +183,17 @@ def test_the_journal_is_searchable_by_field(running: Machine) -> None:
     )
     assert running.journal("ARTIFACT_STATE=blocked", "PROMPT=b")[-1]["PRIORITY"] == "4"
     assert not [entry for entry in running.journal() if "You are prompt" in str(entry)]
+
+
+def test_the_log_lines_of_a_prompt(running: Machine) -> None:
+    """`rkcached logs` finds them in the journal; with -f it goes on."""
+    both = running.run("rkcached", "logs").stdout
+    assert "prompt=a" in both
+    assert "prompt=b" in both
+    one = running.run("rkcached", "logs", "m/a", "-n", "500").stdout
+    assert "artifact built" in one
+    assert "prompt=b" not in one
+    followed = running.run(
+        "sh", "-c", "timeout 10 rkcached logs -f -n 0 m/b & sleep 1; rkcached regenerate m/b; wait"
+    ).stdout
+    assert "artifact built" in followed

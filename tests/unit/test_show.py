@@ -69,6 +69,7 @@ def a_status(prompts: list[dict[str, Any]], **more: Any) -> dict[str, Any]:
         },
         "watching": "inotify",
         "answers": {},
+        "saved_today_s": 0,
         "recent": [],
         "running": 0,
         "models": [{**model, "state_s": None}],

@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 
-from rkcached.api.page import page
+from rkcached.api.page.page import page
+from rkcached.api.page.view import Rows, View
 from rkcached.api.responses import Status
 from rkcached.api.status import PIECE, pieces
 from tests.unit.test_show import a_status, prompt
@@ -22,7 +23,9 @@ MANY = 20 * PIECE
 
 def a_document(prompts: Iterator[dict[str, Any]]) -> Status:
     cache = {**a_status([])["cache"], "directory": "/c"}
-    unknown = ("runtime", "measures_reuse", "pid", "model_load_ms", "preload")
+    unknown = (
+        *("runtime", "measures_reuse", "pid", "memory_bytes", "cpu_s", "model_load_ms", "preload"),
+    )
     model = {"embedding": False, **dict.fromkeys(unknown), "preload_trouble": ""}
     return Status.model_validate(
         {
@@ -60,7 +63,8 @@ async def received(chunks: AsyncGenerator[bytes]) -> tuple[str, int]:
 
 
 def html(status: Status) -> AsyncGenerator[bytes]:
-    return page(status)._chunks
+    rows = Rows(keys=(), matching=MANY, total=MANY, states={"fresh": MANY})
+    return page(status, View(), rows, None)._chunks
 
 
 @pytest.mark.parametrize("made", [pieces, html])

@@ -1,9 +1,4 @@
-"""`GET /`: the daemon's status as one HTML page, for a browser that reaches the socket.
-
-All of it is made here, from the document of `GET /v1/status`. The page's script listens to the
-event stream, asks for the page again and takes over the changes. So there is one template, which
-escapes every value, and nothing else to load.
-"""
+"""Renders the page from the status document and the view that the address asks for."""
 
 from __future__ import annotations
 
@@ -20,37 +15,42 @@ import jinja2
 
 from rkcached.api import words
 from rkcached.api.exchange import Streamed
-from rkcached.api.responses import Status
+from rkcached.api.page.prompt import PromptView
+from rkcached.api.page.view import Rows, View
+from rkcached.api.responses import RecentAnswer, Status
 from rkcached.api.status import PIECE
+from rkcached.errors import harmless, printable
 
 # Only the page's own script and style run, and only the daemon is asked, whatever text is in the
 # page.
 _POLICY = (
     "default-src 'none'; script-src 'sha256-{script}'; style-src 'sha256-{style}'; "
     "connect-src 'self'; img-src data:; "
-    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    "base-uri 'none'; form-action 'self'; frame-ancestors 'none'"
 )
 
-# So many pieces of the template make one of the answer: the row of a prompt that has a cache is 21.
-_BUFFERED = 21 * PIECE
+# So many pieces of the template make one of the answer: the row of a prompt that has a cache is 27.
+_BUFFERED = 27 * PIECE
 
 
-def page(status: Status) -> Streamed:
+def page(status: Status, view: View, rows: Rows, about: PromptView | None) -> Streamed:
+    """`status` has the prompts of `rows`; `about`: the one that the view names, if it exists."""
     headers = {
         "Content-Security-Policy": _policy(),
         "X-Content-Type-Options": "nosniff",
         "Referrer-Policy": "no-referrer",
         "Cache-Control": "no-store",
     }
-    return Streamed(_pieces(status), media_type="text/html", headers=headers)
+    pieces = _pieces(status, {"view": view, "rows": rows, "about": about})
+    return Streamed(pieces, media_type="text/html", headers=headers)
 
 
-async def _pieces(status: Status) -> AsyncGenerator[bytes]:
+async def _pieces(status: Status, given: dict[str, Any]) -> AsyncGenerator[bytes]:
     """Row by row, as there may be thousands of prompts: the event loop turns between the pieces."""
     known = words.shown(status.model_dump(exclude={"prompts"}) | {"prompts": []})
     prompts = (words.shown_prompt(prompt.model_dump()) for prompt in status.prompts)
 
-    stream = _template().stream(**_shown(known), prompts=prompts)
+    stream = _template().stream(**_shown(known), prompts=prompts, **given)
     stream.enable_buffering(_BUFFERED)
     for piece in stream:
         yield piece.encode()
@@ -64,21 +64,27 @@ def _template() -> jinja2.Template:
     )
     environment.filters |= {
         "size": words.size,
+        "number": "{:,}".format,
+        "duration": words.duration,
         "summary": words.summary_of,
         "when": lambda at: time.strftime("%Y-%m-%d %H:%M %Z", time.localtime(at)),
         "utc": lambda at: time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(at)),
+        "ms": lambda value: f"{value:,.0f} ms",
         "note": words.note_of,
         "no_prompts": words.no_prompts,
         "medians": words.medians_of,
         "hits": words.hits_of,
         "worker": words.worker_of,
+        "bars": bars,
+        "printable": printable,
+        "harmless": harmless,
     }
     return environment.from_string(_source())
 
 
 @functools.cache
 def _source() -> str:
-    return resources.files("rkcached.api").joinpath("page.html.jinja").read_text(encoding="utf-8")
+    return resources.files("rkcached.api.page").joinpath("page.html.jinja").read_text("utf-8")
 
 
 @functools.cache
@@ -92,13 +98,21 @@ def _policy() -> str:
 
 def _shown(status: dict[str, Any]) -> dict[str, Any]:
     waiting = sum(model["waiting"] for model in status["models"])
-    times = [answer["ttft_ms"] for answer in status["recent"]]
-    top = max(times, default=0.0) or 1.0
-    return {
-        "status": status,
-        "waiting": waiting,
-        "running": status["running"] - waiting,
-        "bars": [max(1.0, time / top * 40) for time in times],
-        "fastest": min(times, default=0.0),
-        "slowest": max(times, default=0.0),
-    }
+    return {"status": status, "waiting": waiting, "running": status["running"] - waiting}
+
+
+_KINDS = {"hit": "warm", "loaded": "warm", "cold": "cold"}
+
+
+def bars(answers: list[dict[str, Any]] | tuple[RecentAnswer, ...]) -> list[dict[str, Any]]:
+    """A bar for each answer: its height, of 40, by its time to first token; and its kind."""
+    given = [one if isinstance(one, dict) else one.model_dump() for one in answers]
+    top = max((one["ttft_ms"] for one in given), default=0.0) or 1.0
+    return [
+        {
+            "kind": _KINDS.get(one["state"], "other"),
+            "height": max(1.0, one["ttft_ms"] / top * 40),
+            "ttft_ms": one["ttft_ms"],
+        }
+        for one in given
+    ]

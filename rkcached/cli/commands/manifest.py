@@ -1,0 +1,113 @@
+"""Declares the commands about the manifest."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from rkcached.cli import completion
+from rkcached.cli.options import MAX_WAIT_S, PATH, as_json, places
+
+if TYPE_CHECKING:
+    from rkcached.host.settings import Settings
+
+
+@click.command()
+@places("manifest", as_service=True)
+@as_json
+def check(settings: Settings, want_json: bool) -> int:
+    """List every problem of the manifest and of its files, with file:line and what to do.
+
+    It also lists warnings, and files that are skipped because their names cannot be a prompt's.
+    With sudo it checks the service's own manifest as the service sees the files. The exit code is 0
+    when there is no problem, 78 otherwise.
+    """
+    from rkcached.cli import check as command
+
+    return command.run(settings, want_json=want_json)
+
+
+@click.command()
+def schema() -> int:
+    """Print the JSON schema of the manifest, for editors that complete and check YAML."""
+    from rkcached.sources.manifest import json_schema
+
+    click.echo(json.dumps(json_schema(), indent=2))  # our own text: nothing in it to escape
+    return os.EX_OK
+
+
+@click.command()
+@click.argument("folder", metavar="[DIR]", type=PATH, default=Path())
+@click.option(
+    "--manifest",
+    "-m",
+    type=PATH,
+    metavar="FILE",
+    help="Where to write the manifest; default: manifest.yaml in DIR.",
+)
+@click.option("--yes", "-y", is_flag=True, help="Ask nothing: take the first choice of each.")
+@as_json
+def init(*, folder: Path, manifest: Path | None, yes: bool, want_json: bool) -> int:
+    """Write a manifest for the models and prompts in DIR, and say what to do next.
+
+    It finds .gguf and .rkllm models, the files of tokenizers beside them, and prompts: .md and .txt
+    files in DIR, or in folders below it that are named prompts. At a terminal it asks what it must,
+    such as which engine to use. It overwrites no file. The exit code is 66 when there is no model,
+    73 when there is a manifest already.
+    """
+    from rkcached.cli.init import command
+
+    return command.run(folder, manifest, yes=yes, want_json=want_json)
+
+
+@click.command()
+@click.argument("file", metavar="FILE", type=PATH)
+@places("manifest")
+@click.option(
+    "--model",
+    metavar="MODEL",
+    shell_complete=completion.models,
+    help="The model that gets the prompt, where there are several.",
+)
+@click.option("--name", metavar="NAME", help="Its name; default: by the name of the file.")
+@as_json
+def add(
+    *, settings: Settings, file: Path, model: str | None, name: str | None, want_json: bool
+) -> int:
+    """Declare a model (.gguf, .rkllm) or a prompt (any other file) in the manifest.
+
+    Comments and order of the manifest stay. A running daemon reads it at once.
+    """
+    from rkcached.cli import add as command
+
+    return command.run(settings, file, model=model, name=name, want_json=want_json)
+
+
+@click.command()
+@click.argument("name", metavar="MODEL/PROMPT", shell_complete=completion.prompts)
+@places("manifest", "cache_dir", "state_dir", "socket")
+@click.option(
+    "--timeout",
+    "timeout_s",
+    type=click.FloatRange(min=0, min_open=True, max=MAX_WAIT_S),
+    default=300,
+    show_default=True,
+    metavar="S",
+    help="Wait at most S seconds for the new cache.",
+)
+def edit(*, settings: Settings, name: str, timeout_s: float) -> int:
+    """Open the files of a prompt in your editor, then show what is rebuilt, and wait for that.
+
+    The editor is $VISUAL or $EDITOR. The exit codes are those of `rkcached wait`; 0 if nothing was
+    changed, or no daemon runs.
+    """
+    from rkcached.cli import edit as command
+
+    return command.run(settings, name, timeout_s=timeout_s)
+
+
+COMMANDS = (init, check, add, edit, schema)
