@@ -148,7 +148,7 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     gives_logprobs: bool = False
     """Whether `Sampling.logprobs` works."""
     states: Annotated[int, msgspec.Meta(ge=1, le=MAX_STATES)] = 1
-    """How many KV states are in memory at a time. They share the tokens of the context."""
+    """How many KV states are in memory at a time. Together they have at most a context's tokens."""
     saves_continued: bool = True
     """Whether a state that was loaded and then continued is known to be saved right. Where nobody
     says so, it is compared with one that was read as a whole."""
@@ -285,6 +285,9 @@ class Engine(Protocol):
         Errors: ArtifactLoadError (the state is then empty). A damaged file may kill the process in
         some libraries.
         """
+
+    def rest(self) -> None:
+        """Do now what a run on another KV state would have to do first. Errors: EngineError."""
 
     def clear(self) -> None:
         """Drop the KV state: the next run is cold."""

@@ -214,6 +214,9 @@ class MemoryEngine:
         self._share_context()
         return int(count)
 
+    def rest(self) -> None:
+        """Nothing would have to be done."""
+
     def clear(self) -> None:
         self._truncate(0)
 

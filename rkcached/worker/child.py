@@ -59,6 +59,10 @@ class _Channel:
         self.idle = False
         return message
 
+    def is_waited_for(self) -> bool:
+        """Whether the next operation is there already."""
+        return not self._inbox.empty()
+
     def is_aborted(self, operation_id: int) -> bool:
         return operation_id in self._aborted
 
@@ -172,7 +176,6 @@ def _run(session: Session, channel: _Channel, operation: protocol.Operation) -> 
     except EngineError as error:
         answer = protocol.failed(operation.id, error)
     channel.send(answer)
-    session.tidy()
 
 
 def _print_at_once(libc: ctypes.CDLL) -> None:
@@ -210,6 +213,9 @@ def main() -> None:
         if isinstance(message, protocol.Start | protocol.Abort):
             raise protocol.ProtocolError(f"{type(message).__name__} is no operation")
         _run(session, channel, message)
+        session.tidy()
+        if not channel.is_waited_for():
+            session.rest()
 
     session.engine.close()
     shutil.rmtree(channel.scratch_dir, ignore_errors=True)

@@ -125,7 +125,7 @@ class EngineState:
     def tidy(self) -> None:
         """Clear the KV states that no run can go on from.
 
-        Each token of a run attends to the cells of all states, and takes longer for it.
+        They take memory, and room from those that a run can go on from.
         """
         if self.info.states == 1:
             return

@@ -224,6 +224,11 @@ class Session:
         with contextlib.suppress(EngineError):  # the next operation meets the same trouble
             self._state.tidy()
 
+    def rest(self) -> None:
+        """Prepare for an operation on another KV state, while none waits."""
+        with contextlib.suppress(EngineError):  # as above
+            self.engine.rest()
+
     def _make_room(
         self, operation_id: int, text: str, more_tokens: int, emit: Emit, *known: Beginning
     ) -> None:

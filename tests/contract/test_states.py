@@ -7,6 +7,7 @@ it lacks would show in the log-probabilities.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -210,8 +211,8 @@ def test_a_file_is_loaded_into_the_chosen_state(plain: Bench) -> None:
     assert after.equals(before)
 
 
-def test_a_run_that_needs_the_room_of_others_gets_it(plain: Bench) -> None:
-    """The states share the context. The engine knows which of them llama.cpp has cleared."""
+def test_a_long_run_takes_nothing_from_other_states(plain: Bench) -> None:
+    """One is in the context at a time; the others are parked, and come back whole."""
     engine = plain.engine
     texts = [f"{state} " + "sea " * 50 for state in range(3)]
     for state, text in enumerate(texts):
@@ -221,26 +222,58 @@ def test_a_run_that_needs_the_room_of_others_gets_it(plain: Bench) -> None:
     longest = "ship " * 120
     assert ask(engine, longest).equals(plain.cold(longest))
 
-    kept = [state for state in range(3) if engine.state_tokens(state)]
-    assert 0 < len(kept) < 3
-    for state in kept:
+    for state, text in enumerate(texts):
         engine.choose(state)
-        again = ask(engine, texts[state])
+        again = ask(engine, text)
         assert again.cached == again.prompt - 1
+        assert again.equals(plain.cold(text))
 
 
-def test_a_file_that_needs_the_room_of_others_gets_it(plain: Bench) -> None:
-    """The state that was not chosen for the longest time gives way, and no more than are needed."""
+def test_a_file_is_loaded_beside_other_states(plain: Bench) -> None:
     engine = plain.engine
     engine.choose(3)
     engine.clear()
     for state in (2, 0, 1):
         engine.choose(state)
         ask(engine, f"{state} " + "sea " * 70)
+        engine.rest()
     engine.choose(3)
     assert engine.load(plain.path) == plain.saved
-    assert [engine.state_tokens(state) > 0 for state in range(4)] == [True, True, False, True]
+    assert all(engine.state_tokens(state) > 0 for state in range(4))
     assert ask(engine, QUESTION).equals(plain.cold(QUESTION))
+
+
+def test_other_states_cost_a_run_nothing(plain: Bench) -> None:
+    """Only the cells of the chosen one are in the context; a cleared one leaves no file behind."""
+    engine = plain.engine
+    for state in range(3):
+        engine.choose(state)
+        ask(engine, f"{state} " + "sea " * 70)
+    slots = engine._endpoints.ask("GET", "/slots")
+    assert [bool(slot.get("n_prompt_tokens")) for slot in slots] == [False, False, True, False]
+    files = _memory_files()
+    engine.choose(0)
+    engine.clear()
+    assert _memory_files() == files - 1
+    assert engine.state_tokens(0) == 0
+
+
+def test_a_parked_state_that_is_lost_is_empty(plain: Bench) -> None:
+    """Its answer is right, and read as a whole."""
+    engine = plain.engine
+    for state in range(2):
+        engine.choose(state)
+        ask(engine, f"{state} " + "sea " * 70)
+    os.truncate(engine._slots._parked[0], 100)
+    engine.choose(0)
+    again = ask(engine, "0 " + "sea " * 70)
+    assert again.cached == 0
+    assert again.equals(plain.cold("0 " + "sea " * 70))
+
+
+def _memory_files() -> int:
+    links = Path("/proc/self/fd").iterdir()
+    return sum("memfd:rkcached" in str(link.readlink()) for link in links if link.exists())
 
 
 def test_models_whose_states_cannot_go_back_have_one(bench: Bench) -> None:

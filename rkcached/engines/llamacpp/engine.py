@@ -75,8 +75,8 @@ _SPIN_COUNT = "3000"
 # request that does not go on from the one before.
 _CHECKPOINTS = 1
 
-# The conversations and programs that asked last, of which one may be a build. They share the cells
-# of one context, so more states take no more memory; but each token attends to the cells of all.
+# The conversations and programs that asked last, of which one may be a build. Together they have at
+# most the tokens of a context. One is in the context; the others are copies in memory (`Slots`).
 _STATES = 4
 
 _IDLE_TIMEOUT_S = 60.0
@@ -190,6 +190,9 @@ class LlamaCppEngine:
             self._whole_from = tokens - 1  # whose window ends where the file's begins
         return tokens
 
+    def rest(self) -> None:
+        self._slots.rest()
+
     def clear(self) -> None:
         self._slots.erase(self._slots.chosen)
         self._whole_from = 0
@@ -250,6 +253,7 @@ class LlamaCppEngine:
 
     def close(self) -> None:
         self._endpoints.closed = True
+        self._slots.close()
         self._server = None  # its destructor stops the threads and frees the model
 
     def _rewinds(self) -> bool:
@@ -299,6 +303,7 @@ class LlamaCppEngine:
             **options,
         }
 
+        self._slots.gather()
         run.least_cached = self._whole_from
         left = self._complete(request, run)
         if run.lacks_tokens:
@@ -307,7 +312,7 @@ class LlamaCppEngine:
             left = self._complete(request, run)
 
         if left:
-            self._slots.note_run(left, self._context_tokens)
+            self._slots.note_run(left)
         run.raise_failure()
         return run
 

@@ -1,11 +1,14 @@
 """The KV states of llama.cpp's server, which it calls slots.
 
-They share the cells of one context. Where a run needs the room of others, llama.cpp clears those;
-where a file does, they are cleared here, the one that was not chosen for the longest time first.
+They share the cells of one context, and each token of a run attends to the cells of all. So only
+one is in the context at a time: the others are parked, in files in memory. To park one and to take
+it back copies it twice; to leave it where it is would read all of it at each token.
 """
 
 from __future__ import annotations
 
+import contextlib
+import os
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +27,9 @@ class Slots:
         self._sizes = [0] * count
         # In the order in which they were chosen.
         self._order = list(range(count))
+        # Descriptors of files in memory: of those in the context, and of those that are only there.
+        self._copies: dict[int, int] = {}
+        self._parked: dict[int, int] = {}
 
     def __len__(self) -> int:
         return len(self._sizes)
@@ -45,52 +51,98 @@ class Slots:
         slot = self._endpoints.ask("GET", "/slots")[self.chosen]
         return None if slot["is_processing"] else int(slot.get("n_prompt_tokens", 0))
 
+    def gather(self) -> None:
+        """Have the chosen one in the context, and no other. Errors: EngineError.
+
+        One that cannot be taken back is empty.
+        """
+        self._park_others()
+        file = self._parked.get(self.chosen)
+        if file is None:
+            return
+        try:
+            tokens = int(self._act("restore", self.chosen, _path(file))["n_restored"])
+        except EngineError:
+            self.erase(self.chosen)
+            return
+        del self._parked[self.chosen]
+        self._copies[self.chosen] = file
+        self._sizes[self.chosen] = tokens  # the last one of an answer was never read
+
+    def rest(self) -> None:
+        """Copy the chosen one, so that it can be parked at once when another is chosen.
+
+        Errors: EngineError.
+        """
+        has_others = any(size for slot, size in enumerate(self._sizes) if slot != self.chosen)
+        if has_others and self.chosen not in self._parked:
+            self._copy(self.chosen)
+
     def save(self, path: Path) -> int:
         """Write the chosen one to a file; returns its tokens. Errors: RefusedError, EngineError."""
+        self.gather()
         return int(self._act("save", self.chosen, path)["n_saved"])
 
     def restore(self, path: Path) -> int:
-        """Read the chosen one from a file; returns its tokens.
+        """Read the chosen one from a file; returns its tokens. Errors: RefusedError, EngineError.
 
-        If it is refused there may have been no room, so others give way. Errors: RefusedError, when
-        there are none any more; EngineError.
+        After an error it is empty.
         """
-        while True:
-            try:
-                tokens = int(self._act("restore", self.chosen, path)["n_restored"])
-            except RefusedError:
-                if not self._erase_oldest():
-                    raise
-            else:
-                self._sizes[self.chosen] = tokens
-                return tokens
+        self._park_others()
+        self._drop_files(self.chosen)
+        self._sizes[self.chosen] = 0
+        tokens = int(self._act("restore", self.chosen, path)["n_restored"])
+        self._sizes[self.chosen] = tokens
+        return tokens
 
     def erase(self, slot: int) -> None:
+        self._drop_files(slot)
         self._act("erase", slot)
         self._sizes[slot] = 0
 
-    def note_run(self, tokens: int, context_tokens: int) -> None:
-        """A run has left so many tokens in the chosen one.
-
-        Others that llama.cpp cleared for it are cleared once more: one that is taken for empty, and
-        is not, would be reused for anybody.
-        """
+    def note_run(self, tokens: int) -> None:
+        """A run has left so many tokens in the chosen one."""
+        self._drop_files(self.chosen)
         self._sizes[self.chosen] = tokens
-        if sum(self._sizes) <= context_tokens:
-            return
 
-        theirs = {slot["id"]: slot for slot in self._endpoints.ask("GET", "/slots")}
-        for slot, size in enumerate(self._sizes):
-            if size and slot != self.chosen and not theirs[slot].get("n_prompt_tokens"):
-                self.erase(slot)
+    def close(self) -> None:
+        for slot in range(len(self._sizes)):
+            self._drop_files(slot)
 
-    def _erase_oldest(self) -> bool:
-        """Clear the one, beside the chosen, that was not chosen for the longest time, if any."""
+    def _park_others(self) -> None:
+        """Errors: EngineError."""
         for slot in self._order[:-1]:
-            if self._sizes[slot]:
-                self.erase(slot)
-                return True
-        return False
+            if not self._sizes[slot] or slot in self._parked:
+                continue
+            self._copy(slot)
+            file = self._copies.pop(slot, None)
+            if file is not None:
+                self._act("erase", slot)
+                self._parked[slot] = file
+
+    def _copy(self, slot: int) -> None:
+        """Have a file in memory with this one; none if the system has no memory for it."""
+        if slot in self._copies or not self._sizes[slot]:
+            return
+        try:
+            file = os.memfd_create("rkcached state", os.MFD_CLOEXEC)
+        except OSError:
+            return
+        try:
+            self._act("save", slot, _path(file))
+        except RefusedError:
+            os.close(file)
+        except EngineError:
+            os.close(file)
+            raise
+        else:
+            self._copies[slot] = file
+
+    def _drop_files(self, slot: int) -> None:
+        for files in (self._copies, self._parked):
+            if (file := files.pop(slot, None)) is not None:
+                with contextlib.suppress(OSError):
+                    os.close(file)
 
     def _act(self, action: str, slot: int, path: Path | None = None) -> Any:
         """llama.cpp takes names without a path only: a link in its folder leads to the file."""
@@ -109,3 +161,8 @@ class Slots:
             return self._endpoints.ask("POST", target, {"filename": _STATE_NAME})
         finally:
             link.unlink(missing_ok=True)
+
+
+def _path(file: int) -> Path:
+    """A name by which this process can open a file in memory."""
+    return Path(f"/proc/self/fd/{file}")

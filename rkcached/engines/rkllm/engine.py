@@ -208,6 +208,9 @@ class RkllmEngine:
         self._empty = False
         return tokens
 
+    def rest(self) -> None:
+        """There is one state."""
+
     def clear(self) -> None:
         if self._empty and not self._loaded:
             return  # it is not documented what the runtime does when there is nothing to clear
