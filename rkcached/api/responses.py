@@ -153,7 +153,7 @@ class RankedText(Answer):
 class RankedDocument(Answer):
     index: int = Field(description="Its place in the request, from 0.")
     relevance_score: float = Field(description="Higher is better. Its range is the model's.")
-    document: RankedText | None = None
+    document: RankedText | None = Field(default=None, exclude_if=_is_none)
 
 
 class Ranking(Answer):
@@ -191,6 +191,7 @@ class ModelStatus(Answer):
 
     name: str
     embedding: bool
+    rerank: bool
     worker: str
     runtime: str | None
     measures_reuse: bool | None

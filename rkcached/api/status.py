@@ -311,6 +311,7 @@ def model_status(
     document: dict[str, Any] = {
         "name": name,
         "embedding": isinstance(model, DesiredModel) and model.config.embedding,
+        "rerank": isinstance(model, DesiredModel) and model.config.rerank,
         "worker": "stopped",
         "runtime": None,
         "measures_reuse": None,

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import io
 import os
 import stat
+from collections.abc import Iterator
+from difflib import SequenceMatcher
 from pathlib import Path
 from typing import Any, Final
 
@@ -15,6 +19,7 @@ from ruamel.yaml.error import YAMLError
 
 from rkcached.cli import output
 from rkcached.cli.init.folder import model_name, template_of
+from rkcached.engines.kinds import EngineKind
 from rkcached.errors import (
     SourceError,
     StoreError,
@@ -27,8 +32,9 @@ from rkcached.sources.manifest import Manifest
 from rkcached.sources.manifest_file import manifest_text
 from rkcached.sources.parser import parse
 from rkcached.sources.problems import NAME, NAME_RULE
+from rkcached.sources.text_files import read_text
 
-_MODELS: Final = (".gguf", ".rkllm")
+_MODELS: Final = {".gguf": EngineKind.LLAMACPP, ".rkllm": EngineKind.RKLLM}
 _LINE: Final = 4096
 """No line of the manifest is broken anew."""
 
@@ -41,25 +47,68 @@ def run(
     if not path.is_file():
         raise SourceError(f"{file} is no file", hint="name a model (.gguf, .rkllm) or a text")
 
-    text = manifest_text(settings.manifest)
-    manifest = parse(text, file=settings.manifest)
-    if path.suffix.lower() in _MODELS:
-        if model is not None:
-            raise UsageError("a model is not added to a model", hint="leave out --model")
-        added = _Added(model=name or model_name(path), prompt="")
-    else:
-        added = _Added(model=_model_for(manifest, model), prompt=name or path.stem.lower())
-    _refuse_name(manifest, added)
+    with _alone(settings.manifest):
+        text = manifest_text(settings.manifest)
+        manifest = parse(text, file=settings.manifest)
+        added = _added(manifest, path, model, name)
+        shown = _shown(path, settings.manifest.parent)
+        new = _moved_up(text, _with(text, added, shown))
+        _refuse_other_changes(text, new)
+        _refuse_another_meaning(manifest, parse(new, file=settings.manifest), added)
+        _write(settings.manifest, text, new)
 
-    new = _with(text, added, _shown(path, settings.manifest.parent))
-    _refuse_other_changes(manifest, parse(new, file=settings.manifest), added)
-    _write(settings.manifest, new)
     if want_json:
         data = {"manifest": str(settings.manifest), "model": added.model, "file": str(path)}
         output.print_json(data | {"prompt": added.prompt or None})
     else:
-        click.echo(printable(f"{settings.manifest}: added {added}; a running daemon reads it now"))
+        what = f"{settings.manifest}: added {added}"
+        click.echo(printable(f"{what}; the daemon of this manifest, if one runs, reads it now"))
     return os.EX_OK
+
+
+@contextlib.contextmanager
+def _alone(manifest: Path) -> Iterator[None]:
+    """Wait until no other `add` works on this manifest. Errors: StoreError."""
+    try:
+        fd = os.open(manifest, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError:
+        yield  # reading it says what is wrong
+        return
+    # The folder: each change puts another file in the place of the manifest.
+    folder = os.open(Path(os.path.realpath(manifest)).parent, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(folder)
+        os.close(fd)
+
+
+def _added(manifest: Manifest, path: Path, model: str | None, name: str | None) -> _Added:
+    """What the file is to be. Errors: SourceError, UsageError."""
+    try:
+        os.fspath(path).encode()
+    except UnicodeEncodeError:
+        raise UsageError(
+            f"the name of {path} is not UTF-8, so no manifest can have it", hint="rename the file"
+        ) from None
+
+    suffix = path.suffix.lower()
+    if suffix in _MODELS:
+        if model is not None:
+            raise UsageError("a model is not added to a model", hint="leave out --model")
+        if manifest.engine.kind is not _MODELS[suffix]:
+            raise UsageError(
+                f"the manifest's engine is {manifest.engine.kind.value}, which reads no {suffix}",
+                hint=f"models of this kind need engine.kind: {_MODELS[suffix].value}",
+            )
+        added = _Added(model=name or model_name(path), prompt="")
+    else:
+        if not read_text(path).strip():
+            raise SourceError(f"{path} is empty", hint="write the prompt's text into it first")
+        added = _Added(model=_model_for(manifest, model), prompt=name or path.stem.lower())
+    _refuse_name(manifest, added)
+    return added
 
 
 class _Added:
@@ -143,24 +192,60 @@ def _new_model(name: str, path: str) -> CommentedMap:
     return model
 
 
-def _refuse_other_changes(before: Manifest, after: Manifest, added: _Added) -> None:
+def _moved_up(text: str, new: str) -> str:
+    """The new lines, above the comments and the blank lines that they were written below."""
+    before, after = text.splitlines(keepends=True), new.splitlines(keepends=True)
+    changes = [
+        one for one in SequenceMatcher(None, before, after).get_opcodes() if one[0] != "equal"
+    ]
+    if len(changes) != 1 or changes[0][0] != "insert":
+        return new
+
+    _, _, _, first, last = changes[0]
+    start = first
+    while start and (not after[start - 1].strip() or after[start - 1].lstrip().startswith("#")):
+        start -= 1
+    if start and not after[start - 1].rstrip("\n").endswith(":"):  # else they are the first
+        after[start:last] = after[first:last] + after[start:first]
+    return "".join(after)
+
+
+def _refuse_other_changes(text: str, new: str) -> None:
+    """Lines may come, and one line of a flow mapping may grow, but for its comments.
+
+    Errors: UsageError.
+    """
+    before, after = text.splitlines(keepends=True), new.splitlines(keepends=True)
+    gone = []
+    for kind, start, end, _, _ in SequenceMatcher(None, before, after).get_opcodes():
+        if kind in ("replace", "delete"):
+            gone += before[start:end]
+    if len(gone) > 1 or any("#" in line for line in gone):
+        raise UsageError(
+            "the manifest is written in a way that a program cannot extend without other changes",
+            hint="add it by hand; `rkcached check` then says whether it is right",
+        )
+
+
+def _refuse_another_meaning(before: Manifest, after: Manifest, added: _Added) -> None:
     """Whether nothing but this was added, as the manifest is understood. Errors: UsageError."""
     rest = after.model_dump()
-    model = rest["models"][added.model]
-    gone = (
-        model["prompts"].pop(added.prompt, None)
-        if added.prompt
-        else rest["models"].pop(added.model)
-    )
-    if gone is None or rest != before.model_dump():
+    models = rest["models"]
+    new = models.pop(added.model)
+    if added.prompt:
+        new["prompts"].pop(added.prompt, None)
+        models[added.model] = new
+    if rest != before.model_dump():
         raise UsageError(
             "the manifest is written in a way that a program cannot extend",
             hint=f"add {added} by hand",
         )
 
 
-def _write(manifest: Path, text: str) -> None:
-    """Errors: StoreError."""
+def _write(manifest: Path, before: str, text: str) -> None:
+    """Errors: StoreError, also if somebody changed it meanwhile."""
+    if manifest_text(manifest) != before:
+        raise StoreError(f"{manifest} was just changed by somebody else", hint="try again")
     try:
         info = manifest.stat()
         target = Path(os.path.realpath(manifest))  # a link stays one

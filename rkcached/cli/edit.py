@@ -9,7 +9,7 @@ import shutil
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import click
 
@@ -18,6 +18,7 @@ from rkcached.cli.client import Client
 from rkcached.cli.explain import explain_data
 from rkcached.errors import DaemonUnreachable, SourceError, StoreError, UsageError, printable
 from rkcached.host.settings import Settings
+from rkcached.plan.fingerprint import changes
 from rkcached.sources import patterns
 from rkcached.sources.manifest import Manifest
 from rkcached.sources.manifest_file import read_manifest
@@ -35,12 +36,13 @@ def run(settings: Settings, name: str, *, timeout_s: float) -> int:
     key = names.key_of(name)
     files = files_of(settings, key)
     before = _contents(files)
+    looked = _explained(settings, key)
     _open_editor(files)
     if _contents(files) == before:
         click.echo("nothing was changed")
         return os.EX_OK
 
-    _say_what_changed(settings, key)
+    _say_what_changed(key, looked, _explained(settings, key))
     return _wait(settings, name, timeout_s)
 
 
@@ -85,23 +87,35 @@ def _contents(files: Sequence[Path]) -> list[bytes | None]:
 def _open_editor(files: Sequence[Path]) -> None:
     """Errors: UsageError if there is no editor, or it failed."""
     command = editor()
-    done = subprocess.run([*command, *map(str, files)], check=False)
+    try:
+        done = subprocess.run([*command, *map(str, files)], check=False)
+    except OSError as error:
+        raise UsageError(
+            f"the editor {command[0]} cannot be started: {error.strerror}",
+            hint="set EDITOR to another one",
+        ) from error
     if done.returncode:
         raise UsageError(
             f"the editor {command[0]} ended with {done.returncode}",
-            hint="nothing was done; what it has written stays",
+            hint="what it has written stays, and a running daemon builds that",
         )
 
 
 def editor() -> list[str]:
     """The user's editor, with its options. Errors: UsageError."""
     for variable in ("VISUAL", "EDITOR"):
-        if words := shlex.split(os.environ.get(variable, "")):
-            if shutil.which(words[0]) is None:
-                raise UsageError(
-                    f"there is no {words[0]!r}, which {variable} names",
-                    hint=f"set {variable} to an editor that is installed",
-                )
+        try:
+            words = shlex.split(os.environ.get(variable, ""))
+        except ValueError as error:
+            raise UsageError(
+                f"{variable} is not a command: {error}", hint="correct its quotes"
+            ) from error
+        if words and shutil.which(words[0]) is None:
+            raise UsageError(
+                f"there is no program {words[0]!r}, which {variable} names",
+                hint=f"set {variable} to an editor that is installed",
+            )
+        if words:
             return words
     for name in _EDITORS:
         if shutil.which(name) is not None:
@@ -109,18 +123,23 @@ def editor() -> list[str]:
     raise UsageError("no editor is installed", hint="set EDITOR to the one that you have")
 
 
-def _say_what_changed(settings: Settings, key: Key) -> None:
-    """Show how its cache stands to its files now."""
+def _explained(settings: Settings, key: Key) -> dict[str, Any]:
+    """How its cache stands to its files; empty where there is no store that this user may read."""
     try:
-        data = explain_data(looks.look_at(settings), key)
-    except (SourceError, StoreError):  # there is no store yet, or this user may not look into it
-        return
+        return explain_data(looks.look_at(settings), key)
+    except (SourceError, StoreError):
+        return {}
 
-    lines = data["lines"] or [data["reason"] or data["state"]]
-    for line in lines:
-        click.echo(printable(f"{key}: {line}"))
-    if data["hint"]:
-        click.echo(printable(f"  {data['hint']}"))
+
+def _say_what_changed(key: Key, before: dict[str, Any], now: dict[str, Any]) -> None:
+    """By the fingerprints: a daemon may have built the new one already."""
+    old = before.get("wanted") or {}
+    new = now.get("wanted") or {}
+    if old:
+        for change in changes(old, new):
+            click.echo(printable(f"{key}: {change}"))
+    if now and not new:
+        click.echo(printable(f"{key}: {now['reason']}; {now['hint']}"))
 
 
 def _wait(settings: Settings, name: str, timeout_s: float) -> int:

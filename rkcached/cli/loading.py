@@ -51,7 +51,7 @@ def ps(settings: Settings, *, want_json: bool) -> int:
         return os.EX_OK
 
     table = Table(box=None, pad_edge=False, header_style="dim")
-    for name in ("model", "state", "since", "memory", "CPU time", "pid"):
+    for name in ("model", "state", "for", "memory", "CPU time", "pid"):
         table.add_column(name, justify="left" if name in ("model", "state") else "right")
     for model in loaded:
         table.add_row(

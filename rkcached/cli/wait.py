@@ -121,7 +121,7 @@ def wait(
     listening = (socket, inbox, names or waits_for_all)
     threading.Thread(target=_listen, args=listening, daemon=True).start()
     looked = False
-    waits_for = f"no daemon answers on {socket}"
+    waits_for = f"no daemon has answered on {socket} yet"
     hint = START_IT
     prompts: list[dict[str, Any]] = []
 

@@ -42,6 +42,7 @@ def home(short_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_who_asks_finds_the_system_s_daemon(home: Path) -> None:
     """Unless this user has one, or somebody said where it is."""
+    (home / "system/runtime/rkcached.sock").touch()
     assert Settings().of_client().socket == home / "system/runtime/rkcached.sock"
     assert Settings().of_client().admin_socket == home / "system/runtime/admin.sock"
     assert places.admin_socket_to_ask() == home / "system/runtime/admin.sock"
@@ -59,7 +60,12 @@ def test_a_daemon_never_takes_the_system_s_socket_by_itself(home: Path) -> None:
 
 
 def test_without_a_system_s_daemon_the_user_s_socket_is_named(home: Path) -> None:
-    """The message then says what a person would start."""
+    """The message then says what a person would start.
+
+    Regression: the folder alone was enough, and a client of one's own daemon, which was only about
+    to open its socket, waited for the system's.
+    """
+    assert Settings().of_client().socket == home / "user/rkcached.sock"
     (home / "system/runtime").rmdir()
     assert Settings().of_client().socket == home / "user/rkcached.sock"
 

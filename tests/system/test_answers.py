@@ -415,6 +415,7 @@ def test_documents_are_ranked(workspace: Workspace) -> None:
         len("bread recipe\n") + len(text)
         for text in ("A panda is a bear.", "Bread needs flour.", "A recipe for bread.")
     )
+    assert "document" not in everything["results"][0]
     best = rank(top_n=1, return_documents=True)["results"]
     assert best == [
         {"index": 2, "relevance_score": 1.0, "document": {"text": "A recipe for bread."}}

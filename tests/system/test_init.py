@@ -7,6 +7,8 @@ import os
 import stat
 import subprocess
 import sys
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -47,15 +49,22 @@ def folder(workspace: Workspace) -> Workspace:
 # init
 
 
+@pytest.fixture
+def runtime() -> Iterator[Path]:
+    """A user's runtime directory, with a name that leaves room for that of a socket."""
+    with tempfile.TemporaryDirectory(prefix="rk-") as name:
+        yield Path(name)
+
+
 @pytest.mark.model
-def test_three_steps_lead_to_a_warm_answer(workspace: Workspace, small_model: Path) -> None:
+def test_three_steps_lead_to_a_warm_answer(
+    workspace: Workspace, small_model: Path, runtime: Path
+) -> None:
     """In a folder with a model and a prompt, without root, systemd, or anything exported."""
     home = workspace.root / "ship"
     (home / "prompts").mkdir(parents=True)
     (home / small_model.name).symlink_to(small_model)
     (home / "prompts/keeper.md").write_text(TEXT * 8)
-    runtime = workspace.root / "runtime"
-    runtime.mkdir(mode=0o700)
     environment = {
         name: value for name, value in os.environ.items() if not name.startswith("RKCACHED_")
     } | {"XDG_RUNTIME_DIR": str(runtime)}
@@ -177,10 +186,12 @@ def test_what_is_left_out_is_said(folder: Workspace) -> None:
     folder.write("mmproj-tiny.gguf", "GGUF")
     folder.write("broken.gguf", "GGUF....")
     folder.write("other.rkllm", "x")
+    (folder.root / os.fsdecode(b"prompts/\xff.md")).write_text("x")
     data = json.loads(initialise(folder, "--json"))
     reasons = {Path(item["file"]).name: item["reason"] for item in data["skipped"]}
     assert "text only" in reasons["mmproj-tiny.gguf"]
     assert "damaged" in reasons["broken.gguf"]
+    assert "its name is not UTF-8" in reasons.values()
     assert reasons["other.rkllm"] == "it is for the engine rkllm"
     assert data["engine"] == "llamacpp"
     assert {prompt["prompt"] for prompt in data["prompts"]} == {"cook", "keeper-of-the-light"}
@@ -255,11 +266,38 @@ def test_a_prompt_is_added_to_a_flow_mapping_and_to_none(declared: Workspace) ->
     assert manifest(declared)["models"]["m"]["prompts"] == {"b": "b.md"}
 
 
+def test_comments_keep_their_places(declared: Workspace) -> None:
+    """Those below a section are not its own; one that would be lost keeps the file as it is."""
+    below = "\n# another model, one day:\n#  k:\n#    path: x\n"
+    declared.write("manifest.yaml", COMMENTED + below)
+    declared.cli("add", "b.md")
+    assert declared.manifest.read_text() == f"{COMMENTED}      b: b.md\n{below}"
+
+    flow = "version: 1\nengine: {kind: memory}\nmodels:\n  m:\n    path: m.model\n"
+    for text in (
+        f"{flow}    prompts: {{  # why\n      a: a.md,  # kept\n    }}\n",
+        f"{flow}  n: {{path: m.model,  # secret\n    rerank: true}}\n",
+        flow.replace("\n", "\r\n"),
+    ):
+        declared.write("manifest.yaml", text)
+        refused = declared.cli("add", "b.md", "--model", "m", code=os.EX_USAGE).stderr
+        assert "by hand" in refused
+        assert declared.manifest.read_bytes() == text.encode()
+
+
+def test_several_that_add_at_once_lose_nothing(declared: Workspace) -> None:
+    for number in range(6):
+        declared.write(f"k{number}.md", "x")
+    adding = [declared.popen("add", f"k{number}.md") for number in range(6)]
+    assert [process.wait(DEADLINE_S) for process in adding] == [0] * 6
+    assert len(manifest(declared)["models"]["m"]["prompts"]) == 7
+
+
 def test_a_model_is_added(declared: Workspace) -> None:
     model = tiny_models.plain(declared.root / "Tiny-Q8_0.gguf")
+    declared.write("manifest.yaml", COMMENTED.replace("memory", "llamacpp"))
     declared.cli("add", model.name)
     assert manifest(declared)["models"]["tiny"] == {"path": "Tiny-Q8_0.gguf"}
-    assert declared.manifest.read_text().startswith(COMMENTED)
     declared.cli("add", "b.md", "--model", "tiny")
     assert manifest(declared)["models"]["tiny"]["prompts"] == {"b": "b.md"}
 
@@ -267,6 +305,7 @@ def test_a_model_is_added(declared: Workspace) -> None:
 def test_what_cannot_be_added(declared: Workspace) -> None:
     """The manifest stays as it is, and the message says what can be done."""
     declared.write("Großer Name.md", "x")
+    declared.write("nothing.md", "")
     declared.write("v.gguf", "x")
     anchored = (
         "version: 1\nengine: {kind: memory}\nx-p: &p {a: a.md}\nmodels:\n"
@@ -275,6 +314,8 @@ def test_what_cannot_be_added(declared: Workspace) -> None:
     for arguments, code, words in (
         (("a.md",), os.EX_USAGE, "the manifest has the prompt m/a already"),
         (("nowhere.md",), os.EX_NOINPUT, "is no file"),
+        (("nothing.md",), os.EX_NOINPUT, "is empty"),
+        (("v.gguf",), os.EX_USAGE, "the manifest's engine is memory"),
         (("Großer Name.md",), os.EX_USAGE, "--name"),
         (("b.md", "--model", "zzz"), os.EX_USAGE, "models that could: m"),
         (("v.gguf", "--model", "m"), os.EX_USAGE, "leave out --model"),
@@ -346,6 +387,13 @@ def test_what_cannot_be_edited(declared: Workspace) -> None:
     assert "names no prompt" in declared.cli("edit", "m", code=os.EX_USAGE, **nothing).stderr
     absent = {"EDITOR": "no-such-editor", "VISUAL": ""}
     assert "which EDITOR names" in declared.cli("edit", "m/a", code=os.EX_USAGE, **absent).stderr
+    for command, words in (
+        ('"unclosed', "EDITOR is not a command"),
+        ("./broken", "cannot be started"),
+    ):
+        declared.write("broken", "#!/nonexistent\n").chmod(0o755)
+        wrong = {"EDITOR": command, "VISUAL": ""}
+        assert words in declared.cli("edit", "m/a", code=os.EX_USAGE, **wrong).stderr
     failing = editor(declared, "sys.exit(3)")
     assert "ended with 3" in declared.cli("edit", "m/a", code=os.EX_USAGE, **failing).stderr
 

@@ -26,7 +26,7 @@ def a_document(prompts: Iterator[dict[str, Any]]) -> Status:
     unknown = (
         *("runtime", "measures_reuse", "pid", "memory_bytes", "cpu_s", "model_load_ms", "preload"),
     )
-    model = {"embedding": False, **dict.fromkeys(unknown), "preload_trouble": ""}
+    model = {"embedding": False, "rerank": False, **dict.fromkeys(unknown), "preload_trouble": ""}
     return Status.model_validate(
         {
             **a_status([]),

@@ -27,6 +27,10 @@ def run(
     is_terminal = sys.stdin is not None and sys.stdin.isatty()
     if message is None and not is_terminal:
         message = _from_standard_input()
+    if message is not None and not is_text(message):
+        raise UsageError("the question is not text in UTF-8", hint="send it as text")
+    if message == "":
+        raise UsageError("there is no question", hint="give it as an argument or on standard input")
     if model is None and (message is not None or want_json):
         raise UsageError(
             "no model is named", hint="name one: rkcached chat MODEL; `rkcached status` lists them"
@@ -50,6 +54,15 @@ def run(
     elif not conversation.ask(message):
         raise KeyboardInterrupt
     return os.EX_OK
+
+
+def is_text(message: str) -> bool:
+    """Whether an argument was UTF-8: its other bytes are halves of surrogate pairs."""
+    try:
+        message.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _from_standard_input() -> str:

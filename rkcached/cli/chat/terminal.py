@@ -36,6 +36,8 @@ class Terminal:
         self._socket = socket
         self._names: list[str] = []
         self._conversation = Conversation(socket, "", options)
+        # Many terminals, such as serial consoles, do not tell where their cursor is.
+        os.environ.setdefault("PROMPT_TOOLKIT_NO_CPR", "1")
         self._lines: PromptSession[str] = PromptSession(
             history=_history(), completer=_Commands(self._known), complete_while_typing=False
         )
@@ -83,7 +85,10 @@ class Terminal:
 
     def _refresh_names(self) -> None:
         with Client(self._socket) as client:
-            self._names = [model["id"] for model in client.request("GET", "/v1/models")["data"]]
+            names = [model["id"] for model in client.request("GET", "/v1/models")["data"]]
+            models = client.status()["models"]
+        unable = {m["name"] for m in models if m["embedding"] or m["rerank"] or m["trouble"]}
+        self._names = [name for name in names if name.partition("/")[0] not in unable]
 
     def _choose(self) -> bool:
         """Show what can be asked, and have one chosen; False if the user leaves instead.
@@ -100,11 +105,8 @@ class Terminal:
 
         self._show_names()
         for line in self._typed("model or number: "):
-            name = line
-            if line.isdecimal() and 0 < int(line) <= len(self._names):
-                name = self._names[int(line) - 1]
             try:
-                self._conversation.model = self._check(name)
+                self._conversation.model = self._check(line)
             except SourceError as error:
                 click.secho(printable(f"{error.message} ({error.hint})"), fg="red", err=True)
                 continue
@@ -116,7 +118,9 @@ class Terminal:
             click.echo(printable(f"{number:3}  {name}"))
 
     def _check(self, name: str) -> str:
-        """Errors: SourceError for what is not there."""
+        """The name, or the one of this number in the list. Errors: SourceError for another."""
+        if name.isdecimal() and 0 < int(name) <= len(self._names):
+            return self._names[int(name) - 1]
         if name not in self._names:
             self._refresh_names()
         if name not in self._names:
@@ -146,7 +150,7 @@ class Terminal:
             self._show_names()
             return
         self._conversation.model = self._check(name)
-        self._say(f"{name} answers from now on")
+        self._say(f"{self._conversation.model} answers from now on")
 
     def _prompt(self, name: str) -> None:
         model = self._conversation.model.partition("/")[0]
@@ -155,7 +159,8 @@ class Terminal:
             own = [known for known in self._names if known.startswith(f"{model}/")]
             self._say("\n".join(own) if own else f"{model} has no prompt")
             return
-        self._conversation.model = self._check(model if name == "-" else f"{model}/{name}")
+        named = name if name.startswith(f"{model}/") else f"{model}/{name}"
+        self._conversation.model = self._check(model if name == "-" else named)
         self._say(f"{self._conversation.model} answers from now on")
 
     def _system(self, text: str) -> None:
@@ -246,7 +251,7 @@ def _history() -> History:
     try:
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         path.touch(mode=_PRIVATE)
-        if not os.access(path, os.R_OK | os.W_OK):
+        if not path.is_file() or not os.access(path, os.R_OK | os.W_OK):
             return InMemoryHistory()
     except OSError:
         return InMemoryHistory()

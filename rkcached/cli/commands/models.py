@@ -70,7 +70,7 @@ def unload(settings: Settings, model: str, want_json: bool) -> int:
 @places("socket")
 @as_json
 def ps(settings: Settings, want_json: bool) -> int:
-    """Show the models in memory: since when, how much memory, and CPU time."""
+    """Show the models in memory: for how long, how much memory, and CPU time."""
     from rkcached.cli import loading as command
 
     return command.ps(settings, want_json=want_json)

@@ -29,6 +29,7 @@ _WHERE_MODELS_COME_FROM = (
 )
 
 _MODE = 0o644
+_SHOWN = 20
 
 Choose = Callable[[str, Sequence[str]], str]
 """Takes a question and the possible answers, of which the first is the default."""
@@ -183,10 +184,12 @@ def _print(manifest: Path, wanted: Wanted, found: Found, sample: Path | None) ->
         form = model.own_template or model.template or "chatml is assumed"
         kind = f"{model.pools} model" if model.pools else f"chat template: {form}"
         say(f"  {model.name}: {model.context_tokens:,} tokens of context, {kind}")
-    for name, path in wanted.prompts.items():
+    for name, path in list(wanted.prompts.items())[:_SHOWN]:
         new = " (a sample; write your own text into it)" if path == sample else ""
         say(f"  {wanted.answering}/{name}: {_shown(path)}{new}")
-    for path, why in _left_out(wanted, found):
+    if (more := len(wanted.prompts) - _SHOWN) > 0:
+        say(f"  and {more:,} more prompts")
+    for path, why in _left_out(wanted, found)[:_SHOWN]:
         say(f"  left out: {_shown(path)}: {why}")
 
     problems = check_manifest(Settings(manifest=manifest)).problems

@@ -123,7 +123,10 @@ def look_into(folder: Path) -> Found:
     found = Found()
     for path in _files(folder):
         engine = _ENGINES.get(path.suffix.lower())
-        if engine is not None:
+        if not _is_text(path):
+            if engine is not None or path.suffix.lower() in _PROMPT_SUFFIXES:
+                found.skipped.append((path, "its name is not UTF-8"))
+        elif engine is not None:
             _add_model(found, path, engine)
         elif path.suffix.lower() in _PROMPT_SUFFIXES and _may_be_prompt(path, folder):
             _add_prompt(found, path)
@@ -147,6 +150,15 @@ def _files(folder: Path) -> Iterator[Path]:
             path = Path(place, name)
             if name[0] != "." and _is_file(path):
                 yield path
+
+
+def _is_text(path: Path) -> bool:
+    """Whether its name is UTF-8, as that of all that a manifest names must be."""
+    try:
+        os.fspath(path).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _raise(error: OSError) -> None:
