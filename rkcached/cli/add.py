@@ -85,7 +85,7 @@ def _alone(manifest: Path) -> Iterator[None]:
 
 
 def _added(manifest: Manifest, path: Path, model: str | None, name: str | None) -> _Added:
-    """What the file is to be. Errors: SourceError, UsageError."""
+    """The declaration that the file becomes. Errors: SourceError, UsageError."""
     try:
         os.fspath(path).encode()
     except UnicodeEncodeError:

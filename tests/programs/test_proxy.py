@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import httpx
 import openai
 import pytest
+import yaml
 
 from tests.ports import free_port
 from tests.programs.served import ANSWER, Served
@@ -19,7 +20,8 @@ HELLO = [{"role": "user", "content": "hello"}]
 @pytest.fixture
 def proxy(served: Served) -> Iterator[openai.OpenAI]:
     """A client of the proxy."""
-    served.space.write("home/config.yaml", served.lines("litellm's proxy", "yaml"))
+    config = served.lines("litellm's proxy", "yaml")
+    served.space.write("home/config.yaml", config)
     port = free_port()
     program = served.installed / "programs-litellm-proxy/bin/litellm"
     with (served.space.root / "proxy.log").open("wb") as log:
@@ -42,7 +44,11 @@ def proxy(served: Served) -> Iterator[openai.OpenAI]:
 
     try:
         wait_until(is_ready, "the proxy answers")
-        with openai.OpenAI(base_url=f"{base}/v1", api_key="any", max_retries=0) as client:
+        with openai.OpenAI(
+            base_url=f"{base}/v1",
+            api_key=yaml.safe_load(config)["general_settings"]["master_key"],
+            max_retries=0,
+        ) as client:
             yield client
     finally:
         process.terminate()
