@@ -179,7 +179,7 @@ def violations(browser: Browser, axe: str) -> list[dict[str, Any]]:
     ("scheme", "width"),
     [
         ("light", 390),
-        ("dark", 1440),
+        pytest.param("dark", 1440, marks=pytest.mark.long),
         pytest.param("dark", 390, marks=pytest.mark.long),
         pytest.param("light", 1440, marks=pytest.mark.long),
     ],
