@@ -68,20 +68,18 @@ def run(
 
 @contextlib.contextmanager
 def _alone(manifest: Path) -> Iterator[None]:
-    """Wait until no other `add` works on this manifest. Errors: StoreError."""
+    """Wait until no other `add` works on this manifest."""
+    # Of its folder, as each change puts another file in the place of the manifest.
     try:
-        fd = os.open(manifest, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        folder = os.open(Path(os.path.realpath(manifest)).parent, os.O_RDONLY | os.O_DIRECTORY)
     except OSError:
-        yield  # reading it says what is wrong
+        yield  # to read the manifest says what is wrong
         return
-    # The folder: each change puts another file in the place of the manifest.
-    folder = os.open(Path(os.path.realpath(manifest)).parent, os.O_RDONLY | os.O_DIRECTORY)
     try:
         fcntl.flock(folder, fcntl.LOCK_EX)
         yield
     finally:
         os.close(folder)
-        os.close(fd)
 
 
 def _added(manifest: Manifest, path: Path, model: str | None, name: str | None) -> _Added:

@@ -65,6 +65,20 @@ FLAGS = {
     ),
 }
 
+
+def waits_for_fresh(help_: str) -> Callable[[Callable[..., int]], Callable[..., int]]:
+    """The option of a command that waits for prompt caches: `timeout_s`, in seconds."""
+    return click.option(
+        "--timeout",
+        "timeout_s",
+        type=click.FloatRange(min=0, min_open=True, max=MAX_WAIT_S),
+        default=300,
+        show_default=True,
+        metavar="S",
+        help=help_,
+    )
+
+
 as_json = click.option("--json", "want_json", is_flag=True, help="Print JSON.")
 
 

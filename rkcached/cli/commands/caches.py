@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from rkcached.cli import completion
-from rkcached.cli.options import MAX_WAIT_S, PATH, as_json, places
+from rkcached.cli.options import PATH, as_json, places, waits_for_fresh
 
 if TYPE_CHECKING:
     from rkcached.host.settings import Settings
@@ -45,15 +45,7 @@ def status(*, settings: Settings, want_json: bool, watch: bool, exit_code: bool)
 @click.command()
 @click.argument("prompts", metavar="[MODEL[/PROMPT]]...", nargs=-1, shell_complete=completion.both)
 @places("socket")
-@click.option(
-    "--timeout",
-    "timeout_s",
-    type=click.FloatRange(min=0, min_open=True, max=MAX_WAIT_S),
-    default=300,
-    show_default=True,
-    metavar="S",
-    help="Give up after S seconds.",
-)
+@waits_for_fresh("Give up after S seconds.")
 @as_json
 def wait(*, settings: Settings, prompts: Sequence[str], timeout_s: float, want_json: bool) -> int:
     """Wait until prompt caches are fresh: those that are named, or all that are declared.

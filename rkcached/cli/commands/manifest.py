@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 from rkcached.cli import completion
-from rkcached.cli.options import MAX_WAIT_S, PATH, as_json, places
+from rkcached.cli.options import PATH, as_json, places, waits_for_fresh
 
 if TYPE_CHECKING:
     from rkcached.host.settings import Settings
@@ -90,15 +90,7 @@ def add(
 @click.command()
 @click.argument("name", metavar="MODEL/PROMPT", shell_complete=completion.prompts)
 @places("manifest", "cache_dir", "state_dir", "socket")
-@click.option(
-    "--timeout",
-    "timeout_s",
-    type=click.FloatRange(min=0, min_open=True, max=MAX_WAIT_S),
-    default=300,
-    show_default=True,
-    metavar="S",
-    help="Wait at most S seconds for the new cache.",
-)
+@waits_for_fresh("Wait at most S seconds for the new cache.")
 def edit(*, settings: Settings, name: str, timeout_s: float) -> int:
     """Open the files of a prompt in your editor, then show what is rebuilt, and wait for that.
 
