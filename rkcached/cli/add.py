@@ -94,7 +94,9 @@ def _added(manifest: Manifest, path: Path, model: str | None, name: str | None) 
     suffix = path.suffix.lower()
     if suffix in _MODELS:
         if model is not None:
-            raise UsageError("a model is not added to a model", hint="leave out --model")
+            raise UsageError(
+                "--model is for prompts, and FILE is a model", hint="leave out --model"
+            )
         if manifest.engine.kind is not _MODELS[suffix]:
             raise UsageError(
                 f"the manifest's engine is {manifest.engine.kind.value}, which reads no {suffix}",
@@ -170,7 +172,7 @@ def _with(text: str, added: _Added, path: str) -> str:
         editor.dump(data, stream)
     except (YAMLError, KeyError, TypeError, AttributeError) as error:
         raise UsageError(
-            f"the manifest cannot be changed by a program: {type(error).__name__}",
+            "this manifest cannot be changed by a program",
             hint=f"add it by hand: {added.prompt or added.model}: {path}",
         ) from error
     return stream.getvalue()
@@ -220,8 +222,8 @@ def _refuse_other_changes(text: str, new: str) -> None:
             gone += before[start:end]
     if len(gone) > 1 or any("#" in line for line in gone):
         raise UsageError(
-            "the manifest is written in a way that a program cannot extend without other changes",
-            hint="add it by hand; `rkcached check` then says whether it is right",
+            "this cannot be added without changing other lines or comments of the manifest",
+            hint="add it by hand, below `models:` or `prompts:`; then run `rkcached check`",
         )
 
 
@@ -235,8 +237,8 @@ def _refuse_another_meaning(before: Manifest, after: Manifest, added: _Added) ->
         models[added.model] = new
     if rest != before.model_dump():
         raise UsageError(
-            "the manifest is written in a way that a program cannot extend",
-            hint=f"add {added} by hand",
+            "this cannot be added without changing something else in the manifest",
+            hint=f"add {added} by hand; then run `rkcached check`",
         )
 
 

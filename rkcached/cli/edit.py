@@ -97,7 +97,7 @@ def _open_editor(files: Sequence[Path]) -> None:
     if done.returncode:
         raise UsageError(
             f"the editor {command[0]} ended with {done.returncode}",
-            hint="what it has written stays, and a running daemon builds that",
+            hint="what it has saved is kept, and a running daemon rebuilds the cache from it",
         )
 
 
@@ -148,7 +148,9 @@ def _wait(settings: Settings, name: str, timeout_s: float) -> int:
         with Client(settings.socket) as client:
             client.ready()
     except DaemonUnreachable:
-        click.echo("no daemon runs here; its prompt cache is built when one does (`rkcached run`)")
+        click.echo(
+            "no daemon runs here; the prompt cache is built when you start one (`rkcached run`)"
+        )
         return os.EX_OK
 
     with output.progress_line() as report:

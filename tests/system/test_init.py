@@ -378,7 +378,7 @@ def test_an_edit_that_cannot_be_built(declared: Workspace) -> None:
 
 def test_an_edit_without_a_daemon(declared: Workspace) -> None:
     done = declared.cli("edit", "m/a", **editor(declared, 'path.write_text("You are new. " * 9)'))
-    assert "no daemon runs here; its prompt cache is built when one does" in done.stdout
+    assert "no daemon runs here; the prompt cache is built when you start one" in done.stdout
 
 
 def test_what_cannot_be_edited(declared: Workspace) -> None:

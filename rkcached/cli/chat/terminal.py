@@ -165,9 +165,7 @@ class Terminal:
 
     def _system(self, text: str) -> None:
         self._conversation.system = text
-        self._say(
-            "this is the system message now" if text else "there is no own system message now"
-        )
+        self._say("this is the system message now" if text else "your system message is removed")
 
     def _clear(self, _: str) -> None:
         self._conversation.turns.clear()

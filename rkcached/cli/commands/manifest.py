@@ -73,14 +73,18 @@ def init(*, folder: Path, manifest: Path | None, yes: bool, want_json: bool) -> 
     shell_complete=completion.models,
     help="The model that gets the prompt, where there are several.",
 )
-@click.option("--name", metavar="NAME", help="Its name; default: by the name of the file.")
+@click.option(
+    "--name",
+    metavar="NAME",
+    help="The name of the model or prompt; default: taken from the file's.",
+)
 @as_json
 def add(
     *, settings: Settings, file: Path, model: str | None, name: str | None, want_json: bool
 ) -> int:
     """Declare a model (.gguf, .rkllm) or a prompt (any other file) in the manifest.
 
-    Comments and order of the manifest stay. A running daemon reads it at once.
+    Comments and order of the manifest stay. A running daemon notices it at once.
     """
     from rkcached.cli import add as command
 
@@ -92,10 +96,10 @@ def add(
 @places("manifest", "cache_dir", "state_dir", "socket")
 @waits_for_fresh("Wait at most S seconds for the new cache.")
 def edit(*, settings: Settings, name: str, timeout_s: float) -> int:
-    """Open the files of a prompt in your editor, then show what is rebuilt, and wait for that.
+    """Open a prompt's files in your editor; then show what changed, and wait for the new cache.
 
-    The editor is $VISUAL or $EDITOR. The exit codes are those of `rkcached wait`; 0 if nothing was
-    changed, or no daemon runs.
+    The editor is $VISUAL or $EDITOR. `rkcached wait --help` has the exit codes; it is 0 if nothing
+    was changed, or no daemon runs.
     """
     from rkcached.cli import edit as command
 

@@ -34,8 +34,9 @@ def chat(
     """Ask a model; stream the answer, and show its time to first token and its cached tokens.
 
     Without MESSAGE it reads standard input: one question from a pipe, a conversation at a terminal.
-    There, /help lists commands, and Ctrl-C ends an answer; without MODEL it shows those that can be
-    asked. The lines that are typed are kept in ~/.local/state/rkcached/chat_history.
+    There, /help lists commands, Ctrl-C ends an answer, and without MODEL you choose from a list.
+    Otherwise MODEL is required. The lines that are typed are kept in
+    ~/.local/state/rkcached/chat_history.
     """
     from rkcached.cli.chat import command
 

@@ -181,7 +181,9 @@ def _print(manifest: Path, wanted: Wanted, found: Found, sample: Path | None) ->
     say = _say
     say(f"wrote {_shown(manifest)}: {models}, {prompts}")
     for model in wanted.models:
-        form = model.own_template or model.template or "chatml is assumed"
+        form = (
+            model.own_template or model.template or "unknown, chatml is assumed; see the manifest"
+        )
         kind = f"{model.pools} model" if model.pools else f"chat template: {form}"
         say(f"  {model.name}: {model.context_tokens:,} tokens of context, {kind}")
     for name, path in list(wanted.prompts.items())[:_SHOWN]:
