@@ -230,6 +230,7 @@ class Connection(H11Protocol):
         if self._is_hung_up():
             self.transport.abort()
             return
+        self._probe()  # again: one that has read the last one may go since
         self._hangup_check = self.loop.call_later(HANGUP_CHECK_S, self._look_for_hangup)
 
     def on_response_complete(self) -> None:
