@@ -34,6 +34,9 @@ HEAD_TIMEOUT_S = 10.0
 BODY_SILENCE_S = 30.0
 """A body may be slow, but no longer silent than this."""
 
+MAX_HEAD_BYTES = 64 << 10
+"""Of a request's line and headers."""
+
 HANGUP_CHECK_S = 1.0
 """A client that has ended its side, and then goes away, is noticed after this time."""
 
@@ -201,8 +204,15 @@ class Connection(H11Protocol):
         return self.cycle is not None and not self.cycle.response_complete and is_whole
 
     def _can_be_probed(self) -> bool:
-        """Whether it would be known that the client is gone. HTTP/1.0 has no interim responses."""
-        return not self.is_tcp or self.conn.their_http_version != b"1.0"
+        """Whether it would be known that the client is gone.
+
+        HTTP/1.0 has no interim responses, so before its answer has begun nothing can be sent.
+        """
+        has_interim = self.conn.their_http_version != b"1.0"
+        return not self.is_tcp or has_interim or self._has_begun()
+
+    def _has_begun(self) -> bool:
+        return self.cycle is not None and self.cycle.response_started
 
     def _probe(self) -> None:
         """Send what a client over TCP passes over, unless its answer has begun.
@@ -210,8 +220,7 @@ class Connection(H11Protocol):
         A client that has closed both sides looks like one that ended its own, until it is sent
         something: its kernel then answers that nobody is there. A stream has its comments for that.
         """
-        has_begun = self.cycle is not None and self.cycle.response_started
-        if self.is_tcp and not has_begun:
+        if self.is_tcp and not self._has_begun():
             self.transport.write(INTERIM)
 
     def _is_hung_up(self) -> bool:
@@ -295,11 +304,15 @@ class Connection(H11Protocol):
             self._deadline = self.loop.call_later(after_s, self._too_late)
 
     def send_400_response(self, msg: str) -> None:
-        """Answer what is no HTTP. uvicorn calls this."""
+        """Answer what is no HTTP, or has too long headers. uvicorn calls this."""
         del msg
         if self.cycle is None or self.cycle.response_complete or not self.cycle.response_started:
+            status = "400 Bad Request"
             why = "this is not a request of HTTP/1.1; see RFC 9112 for how it begins and ends"
-            self.transport.write(refusal("400 Bad Request", why, "invalid_request"))
+            if len(self.conn.trailing_data[0]) > MAX_HEAD_BYTES:
+                status = "431 Request Header Fields Too Large"
+                why = f"the request's path and headers have more than {MAX_HEAD_BYTES:,} bytes"
+            self.transport.write(refusal(status, why, "invalid_request"))
         self.transport.close()
 
     def _clear_deadline(self) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from typing import Final
 
+from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 _V1: Final = "/v1"
@@ -41,6 +42,9 @@ _OTHER_NAMES: Final = {
 }
 """By llama.cpp's server, and by Cohere's clients."""
 
+# A client that takes us for its proxy names the host in the target, too.
+_ABSOLUTE: Final = re.compile(r"https?://([^/?#]+)(/.*)?", re.IGNORECASE | re.DOTALL)
+
 _SLASHES: Final = re.compile("/{2,}")
 
 RIGHT_ONES: Final = {
@@ -64,12 +68,20 @@ def usual_path(path: str) -> str:
 
 
 class UsualPaths:
-    """ASGI: lets every request have the usual path."""
+    """ASGI: lets every request have the usual path, and the host of its target, if that has one.
+
+    That host counts instead of the header's (RFC 9112, 3.2.2).
+    """
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
+            absolute = _ABSOLUTE.fullmatch(scope["path"])
+            if absolute is not None:
+                host, path = absolute.groups()
+                MutableHeaders(scope=scope)["host"] = host
+                scope["path"] = path or "/"
             scope["path"] = usual_path(scope["path"])
         await self._app(scope, receive, send)

@@ -48,6 +48,7 @@ from rkcached.api.exchange import (
     refuse,
     viewer_of,
 )
+from rkcached.api.framing import Framing
 from rkcached.api.inference import Inference, floats_of
 from rkcached.api.key_check import KeyCheck
 from rkcached.api.metrics import CONTENT_TYPE, Metrics
@@ -187,7 +188,7 @@ class Api:
         )
         origins = tuple if admin_socket is None else self._origins
         own = OwnSite(checked, self._hosts, origins)
-        return Exchanges(own, self._bodies, self._metrics.count_tcp)
+        return Exchanges(Framing(own), self._bodies, self._metrics.count_tcp)
 
     def _origins(self) -> tuple[str, ...]:
         return self._reconciler.snapshot.manifest.serving.cors

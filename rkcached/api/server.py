@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import uvicorn
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from rkcached.api.connection import Connection
+from rkcached.api.connection import MAX_HEAD_BYTES, Connection
 
 KEEP_ALIVE_S = 75
 """A connection without a request stays open for this long. Clients that keep connections close them
@@ -51,6 +51,7 @@ class HttpServer(uvicorn.Server):
             app,
             access_log=False,
             date_header=False,
+            h11_max_incomplete_event_size=MAX_HEAD_BYTES,
             http=Connection,
             lifespan="off",
             log_config=None,

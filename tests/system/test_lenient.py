@@ -115,6 +115,13 @@ def test_a_client_over_tcp_that_ends_its_side_gets_its_answer(
     assert (b"data: [DONE]" in got) == stream
     assert answer(request.replace(b"HTTP/1.1", b"HTTP/1.0")) == b""
 
+    if stream:
+        with socket.create_connection(address) as client:
+            client.sendall(request.replace(b"HTTP/1.1", b"HTTP/1.0"))
+            begin = client.recv(1 << 16)
+            client.shutdown(socket.SHUT_WR)  # its pieces tell whether somebody is there
+            assert (begin + read_all(client)).endswith(b"data: [DONE]\n\n")
+
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_client_over_tcp_that_leaves_is_noticed(workspace: Workspace, *, stream: bool) -> None:
@@ -191,6 +198,34 @@ def test_requests_without_a_host(two_prompts: Workspace) -> None:
         assert answer.startswith(b"HTTP/1.1 400")
         error = json.loads(answer.partition(b"\r\n\r\n")[2])["error"]
         assert (error["type"], error["code"]) == ("invalid_request_error", "invalid_request")
+
+
+def test_how_a_request_names_its_path_and_its_end(two_prompts: Workspace) -> None:
+    """RFC 9112, 3.2.2 and 6.3.
+
+    Regression: a target with a name was no path of ours (404); a request that said twice where it
+    ends was taken, and so was what came after one of the ends; headers that are too long were
+    called no HTTP.
+    """
+    here = head("http://localhost/v1/models?limit=1", method="GET", host="Host: evil.example\r\n")
+    assert half_closed(two_prompts, here).startswith(b"HTTP/1.1 200")
+    foreign = head("http://evil.example/v1/models", method="GET", host="Host: localhost\r\n")
+    assert b'"code":"foreign_host"' in half_closed(two_prompts, foreign)
+    assert half_closed(two_prompts, head("http://localhost", method="GET")).startswith(
+        b"HTTP/1.1 200"
+    )
+
+    inner = head("/healthz", method="GET")
+    twice = head("/v1/tokenize", inner, host="Host: d\r\nTransfer-Encoding: chunked\r\n")
+    answer = half_closed(two_prompts, twice + b"0\r\n\r\n" + inner)
+    assert answer.startswith(b"HTTP/1.1 400")
+    assert answer.count(b"HTTP/1.1") == 1
+    assert b'"code":"ambiguous_length"' in answer
+
+    long = head(f"/healthz?{'a' * (90 << 10)}", method="GET")
+    answer = half_closed(two_prompts, long)
+    assert answer.startswith(b"HTTP/1.1 431")
+    assert b"65,536 bytes" in answer
 
 
 def test_a_connection_outlasts_a_pause(workspace: Workspace) -> None:
