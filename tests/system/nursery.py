@@ -29,6 +29,8 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import IO, Any
 
+from pydantic import BaseModel
+
 from tests.waiting import DEADLINE_S
 
 ROOT = Path(__file__).parents[2]
@@ -198,7 +200,15 @@ def _import_all() -> None:
     for module in pkgutil.walk_packages(rkcached.__path__, "rkcached."):
         if not module.name.startswith(OTHERS):
             importlib.import_module(module.name)
+    _complete(BaseModel)
     gc.freeze()
+
+
+def _complete(model: type[BaseModel]) -> None:
+    """Make the validators that are put off until something is validated."""
+    for child in model.__subclasses__():
+        child.model_rebuild()
+        _complete(child)
 
 
 def _serve(listening: socket.socket) -> dict[str, Any]:
