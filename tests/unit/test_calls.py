@@ -550,18 +550,18 @@ def test_marks_are_told_to_the_engine_by_their_tokens() -> None:
     assert {"<|channel|>", "<|call|>", "<|message|>"} < {*form_of("gpt-oss").shown_tokens}
 
 
-LONG = 200_000
+LONG = 100_000
 
 
 @pytest.mark.parametrize("name", ["Hermes", "gpt-oss"])
 @pytest.mark.parametrize("word", ["a", "<", " \n", '<tool_call>"', "<tool_call>", "</tool_call>"])
 def test_a_long_answer_takes_no_quadratic_time(name: str, word: str) -> None:
-    """200,000 characters, one by one: 0.1 to 0.6 s on one x86 core."""
+    """100,000 characters, one by one: 0.05 to 0.3 s on one x86 core."""
     form = form_of(name)
     text = word * (LONG // len(word))
     begin = time.process_time()
     content, _, calls = split(list(text), form)
-    assert time.process_time() - begin < 5
+    assert time.process_time() - begin < 2.5
     assert (content.replace("\n", ""), calls) == (text.replace("\n", ""), [])
 
 
@@ -570,5 +570,5 @@ def test_a_long_argument_takes_no_quadratic_time() -> None:
     call = json.dumps({"name": "f", "arguments": {"s": value}})
     begin = time.process_time()
     calls = split(list(f"<tool_call>{call}</tool_call>"), form_of("Hermes"))[2]
-    assert time.process_time() - begin < 5
+    assert time.process_time() - begin < 2.5
     assert plain(calls) == [("f", {"s": value})]
