@@ -1,5 +1,5 @@
 # make demo     see it work: a small model, the real daemon, cold against warm   (ONCE=1: end after the table)
-# make test     ruff, mypy, import-linter, pytest without the tests that take long
+# make test     ruff, mypy, import-linter, pytest without the tests that take long   (-j2: all beside each other)
 # make test-long   the tests marked `long` (packages and upgrades, sweeps of bench, long requests to the real model), then
 #                 storms, kills and fuzzing with many more cases   (SEED=2: others). Half an hour on 2 slow cores
 # make test-templates   957 chat templates of published models: ours against transformers, attacks, calls. It downloads
@@ -30,12 +30,14 @@ PYTEST_ARGS ?=
 SEED ?= 1
 MINUTES ?= 1
 
-.PHONY: demo test test-long test-templates test-architectures test-programs fuzz lint bench deb lock docs install uninstall clean
+.PHONY: demo test pytest test-long test-templates test-architectures test-programs fuzz lint bench deb lock docs install uninstall clean
 
 demo: $(VENV)/.demo
 	$(BIN)/rkcached demo $(if $(ONCE),--once)
 
-test: lint
+test: lint pytest
+
+pytest: $(VENV)/.dev
 	$(BIN)/pytest -n 4 -m "not long" $(PYTEST_ARGS)
 
 test-long: $(VENV)/.dev

@@ -35,7 +35,7 @@ from rkcached.store.sidecar import Figures, Sidecar, names_artifact, parse_sidec
 from rkcached.store.store import Store
 from rkcached.worker import protocol
 
-EXAMPLES = int(os.environ.get("RKCACHED_FUZZ_EXAMPLES", "15")) * 6
+EXAMPLES = int(os.environ.get("RKCACHED_FUZZ_EXAMPLES", "10")) * 6
 fuzz = hypothesis.settings(
     max_examples=EXAMPLES,
     deadline=None,

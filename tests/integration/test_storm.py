@@ -12,7 +12,7 @@ from hypothesis.stateful import run_state_machine_as_test
 
 from tests.integration import storm
 
-STEPS = int(os.environ.get("RKCACHED_STORM_STEPS", "1000"))
+STEPS = int(os.environ.get("RKCACHED_STORM_STEPS", "600"))
 SEED = os.environ.get("RKCACHED_STORM_SEED", "")
 STEPS_EACH = 50
 

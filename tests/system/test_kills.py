@@ -21,7 +21,7 @@ from rkcached.engines.base import Sampling
 from rkcached.engines.memory import expected_text
 from tests.waiting import wait_until
 
-KILLS = int(os.environ.get("RKCACHED_KILLS", "40"))
+KILLS = int(os.environ.get("RKCACHED_KILLS", "25"))
 SEED = os.environ.get("RKCACHED_KILLS_SEED", "1")
 CLIENTS = 16
 TOKENS = 24
