@@ -137,6 +137,9 @@ def test_what_a_saved_conversation_has_is_not_suggested(space: Workspace) -> Non
     """It need not be prefilled again."""
     space.declare("{other: other.md}", model="    chat_template: chatml\n")
     space.hang_up()
+    repeat(space, 1, system=SECRET * 2)
+    space.ask("m/other", max_tokens=2)
+    wait_until(lambda: space.status()["cache"]["conversations"], "the conversation is saved")
     repeat(space, 4, system=SECRET * 2)
     assert suggestions(space) == []
 
