@@ -16,7 +16,8 @@ from pathlib import Path
 
 from rkcached.host.logs import log
 from rkcached.worker.model import Backoff, Deadlines, Keeper, WorkerModel
-from rkcached.worker.supervisor import StoreReach, Worker, WorkerState
+from rkcached.worker.opened import StoreReach
+from rkcached.worker.supervisor import Worker, WorkerState
 
 MEMORY_SHARE = 0.75
 """Share of the machine's memory for model files together, where no number of models is set."""

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 import time
 from collections.abc import Awaitable, Callable, Coroutine
 from enum import StrEnum
@@ -37,24 +36,12 @@ from rkcached.errors import (
     WorkerTimeout,
     WorkerUnavailable,
 )
-from rkcached.host.landlock import Reach
 from rkcached.host.logs import log
 from rkcached.worker import memory, protocol
-from rkcached.worker.model import Backoff, Deadlines, Keeper, WorkerModel, reach_of
+from rkcached.worker.expected import Expected
+from rkcached.worker.model import Backoff, Deadlines, Keeper, WorkerModel
+from rkcached.worker.opened import OpenedFolders, StoreReach
 from rkcached.worker.process import WorkerProcess, describe
-
-_ANSWERS: dict[type, type] = {
-    protocol.Build: protocol.Built,
-    protocol.Generate: protocol.Done,
-    protocol.Check: protocol.Checked,
-    protocol.Keep: protocol.Checked,
-    protocol.Embed: protocol.Embedded,
-    protocol.Rank: protocol.Ranked,
-    protocol.Tokenize: protocol.Tokenized,
-}
-
-_MOST_LETTERS = 256
-"""Of a token."""
 
 # They take no conversation's place in memory.
 _STATELESS = protocol.Embed | protocol.Rank | protocol.Keep | protocol.Tokenize
@@ -73,10 +60,6 @@ class WorkerState(StrEnum):
 
 AdmitWorker = Callable[["Worker"], Awaitable[None]]
 """Waits until there is room for one more loaded model."""
-
-
-StoreReach = Callable[[str], Reach]
-"""The folders of a store that the worker of this model works in. Blocking."""
 
 
 async def _admit_all(_: Worker) -> None:
@@ -98,9 +81,7 @@ class Worker:
         reach: StoreReach | None = None,
     ) -> None:
         self.model = model
-        self._reach = reach
-        # What the process that runs can open of the store: each path with the folder it was.
-        self._opened: dict[str, os.stat_result | None] = {}
+        self._opened = OpenedFolders(reach)
         # Why the kernel does not confine it, as it was logged.
         self._unconfined = ""
         self._keeper = keeper
@@ -186,11 +167,8 @@ class Worker:
         """Why the process cannot use its folders any more; empty if it can."""
         if self._process.lost_scratch():
             return f"its scratch folder was deleted: {self._process.scratch_dir}"
-        for path, opened in self._opened.items():
-            now = _stat(path)
-            if now is not None and (opened is None or not os.path.samestat(now, opened)):
-                why = "a folder of the store was created or replaced after the worker started"
-                return f"{why}: {path}"
+        if path := self._opened.lost():
+            return f"a folder of the store was created or replaced after the worker started: {path}"
         return ""
 
     async def _replace(self, reason: str) -> None:
@@ -216,7 +194,9 @@ class Worker:
             started = time.monotonic()
             process = await self._process.start()
             await self._refuse_stopped()
-            reach = await asyncio.to_thread(self._reach_now)
+            reach = await asyncio.to_thread(
+                self._opened.reach_now, model, self._process.scratch_dir
+            )
             message = protocol.Start(
                 implementation=model.implementation,
                 spec=msgspec.structs.replace(model.spec, scratch_dir=self._process.scratch_dir),
@@ -252,14 +232,6 @@ class Worker:
                 raise refusal
             case _:
                 raise await self._broken(f"answered start with {type(answer).__name__}")
-
-    def _reach_now(self) -> Reach | None:
-        """The files that a process can open that starts now; None: all. Blocking."""
-        if self._reach is None or not self.model.confine:
-            return None
-        store = self._reach(self.model.name)
-        self._opened = {path: _stat(path) for path in (*store.read, *store.fill)}
-        return reach_of(self.model, self._process.scratch_dir, store)
 
     async def _refuse_stopped(self) -> None:
         """End the process if somebody stopped the worker while it was started.
@@ -420,7 +392,7 @@ class Worker:
     ) -> protocol.Result:
         self._process.send(operation)
         event: protocol.FromWorker | None = None
-        expected = _Expected(operation)
+        expected = Expected(operation)
         while True:
             event = await self._next_event(operation, event)
             if wrong := expected.not_by(event):
@@ -608,38 +580,5 @@ async def _to_the_end(work: Coroutine[Any, Any, object]) -> None:
             await asyncio.shield(task)
 
 
-class _Expected:
-    """The events that a worker of ours may send in an operation."""
-
-    def __init__(self, operation: protocol.Operation) -> None:
-        self._operation = operation
-        self._letters = 0  # of the answer, until now
-        most_tokens = 64
-        if isinstance(operation, protocol.Generate):
-            most_tokens += operation.sampling.max_new_tokens
-        self._most_letters = most_tokens * _MOST_LETTERS
-
-    def not_by(self, event: protocol.FromWorker) -> str:
-        """Why the event is none of these; empty if it is one."""
-        operation = self._operation
-        kind = type(event).__name__
-        if isinstance(event, protocol.Ready) or event.id != operation.id:
-            return f"sent {kind} out of turn"
-        if isinstance(event, protocol.Result) and not isinstance(event, _ANSWERS[type(operation)]):
-            return f"answered {type(operation).__name__} with {kind}"
-        if isinstance(event, protocol.Piece):
-            self._letters += len(event.text)
-        if self._letters > self._most_letters:
-            return f"sent an answer of {self._letters:,} letters"
-        return ""
-
-
 def _was_forbidden(line: str) -> bool:
     return "ermission denied" in line or "not permitted" in line
-
-
-def _stat(path: str) -> os.stat_result | None:
-    try:
-        return os.stat(path)  # noqa: PTH116 - paths are text in a message
-    except OSError:
-        return None
