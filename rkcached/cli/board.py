@@ -283,7 +283,7 @@ class Board:
         return _judge_clocks("CPU clock", clocks, command)
 
     def cpus(self, manifest: Manifest) -> Iterator[Check]:
-        """Warn of models whose threads shall run on CPUs that are not there."""
+        """Say which CPUs llama.cpp computes on; warn of models that shall run on absent ones."""
         findings = []
         for name, model in manifest.models.items():
             if absent := cpus.absent(model.npu.enabled_cpus, self._root):
@@ -292,6 +292,20 @@ class Board:
         if findings:
             next_step = "list CPUs that exist, or remove npu.enabled_cpus"
             yield Check("CPUs", Outcome.WARN, "; ".join(findings), next_step)
+
+        engine = manifest.engine
+        present = self._fact("/sys/devices/system/cpu/present")
+        if not ENGINES[engine.kind].thread_per_core or engine.threads or present is None:
+            return
+        usable = cpus.numbers_in(present.strip())
+        fast = cpus.fast(usable, self._root)
+        finding = f"llama.cpp computes on all {len(usable)} CPUs"
+        if fast != usable:
+            finding = (
+                f"llama.cpp computes on the {len(fast)} fast CPUs of {len(usable)}: "
+                f"{cpus.listed(fast)}"
+            )
+        yield Check("CPUs", Outcome.OK, finding)
 
     def memory(self, manifest: Manifest, windowed_bytes: Mapping[str, int]) -> Check:
         """One model at a time is taken for granted: more of them fit or not by what else runs.

@@ -76,7 +76,7 @@ class EngineEntry:
     takes_tokenizer: bool = False
     """Whether the manifest names the files of the model's tokenizer."""
     thread_per_core: bool = False
-    """Whether it takes a thread for each core if the manifest names no number of threads."""
+    """Whether it takes a thread for each fast core if the manifest names no number of threads."""
     reads_plain_text: bool = False
     """Whether it can read a part of a prompt without control tokens (`messages.special_tokens`).
     Every engine can that is given a tokenizer."""

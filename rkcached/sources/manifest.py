@@ -97,7 +97,7 @@ class EngineConfig(_Section):
         description="Inference library: rkllm, llamacpp, or memory for tests.",
     )
     threads: int = values.whole(
-        default=0, ge=0, le=256, description="CPU threads of llamacpp; 0 is one per core."
+        default=0, ge=0, le=256, description="CPU threads of llamacpp; 0 is one for each fast core."
     )
     library: FilePath = Field(
         default=Path("/usr/lib/librkllmrt.so"),

@@ -631,6 +631,19 @@ def test_cpus_that_are_not_there(rock5: FakeBoard) -> None:
     assert "CPUs" not in outcomes(rock5.examine())
 
 
+def test_cpus_that_llama_cpp_computes_on(rock5: FakeBoard) -> None:
+    """Those that are fast, unless the manifest has a number of threads."""
+    rock5.declare("{kind: llamacpp}")
+    rock5.write("sys/devices/system/cpu/present", "0-7\n")
+    assert rock5.check("CPUs").finding == "llama.cpp computes on all 8 CPUs"
+    for cpu in range(8):
+        rock5.write(f"sys/devices/system/cpu/cpu{cpu}/cpu_capacity", "1024" if cpu > 3 else "414")
+    expected = "llama.cpp computes on the 4 fast CPUs of 8: 4-7"
+    assert rock5.check("CPUs").finding == expected
+    rock5.declare("{kind: llamacpp, threads: 8}")
+    assert "CPUs" not in outcomes(rock5.examine())
+
+
 def test_report_data(rock5: FakeBoard) -> None:
     """The JSON has every check with its next step."""
     data = json.loads(json.dumps(report_data(rock5.examine())))

@@ -20,6 +20,7 @@ from rkcached.cli.board import model_bytes
 from rkcached.engines.base import Sampling
 from rkcached.engines.registry import ENGINES
 from rkcached.errors import RkcachedError
+from rkcached.host import cpus
 from rkcached.messages.message import Message
 from rkcached.plan.desired import DesiredModel
 from rkcached.reconcile.observer import Observation, Observer
@@ -73,9 +74,9 @@ def _threads(look: Observation, daemon: int) -> int | None:
         return engine.threads or None
 
     try:
-        return len(os.sched_getaffinity(daemon))
+        return len(cpus.fast(os.sched_getaffinity(daemon)))
     except OSError:
-        return len(os.sched_getaffinity(0))
+        return len(cpus.fast(cpus.usable()))
 
 
 class Alone:

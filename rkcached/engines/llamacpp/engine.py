@@ -47,6 +47,7 @@ from rkcached.errors import (
     ModelLoadError,
     Uncacheable,
 )
+from rkcached.host import cpus
 from rkcached.messages.special_tokens import PLAIN_START, pieces
 
 # Prompt tokens per call into the model. A run can be stopped between two of them only, so a small
@@ -393,7 +394,6 @@ def _states(spec: ModelSpec) -> int:
 
 
 def _params(library: Any, spec: ModelSpec, socket_path: str) -> Any:
-    threads = spec.threads or len(os.sched_getaffinity(0))
     params = library.CommonParams()
     params.model.path = spec.path
     params.n_ctx = spec.context_tokens
@@ -410,6 +410,7 @@ def _params(library: Any, spec: ModelSpec, socket_path: str) -> Any:
         )
         params.n_batch = params.n_ubatch = spec.context_tokens  # a text is read in one batch
 
+    threads = spec.threads or _take_fast_cpus()
     params.cpuparams.n_threads = threads
     params.cpuparams_batch.n_threads = threads
     params.warmup = True  # 0.1 s here, or in the first run
@@ -424,6 +425,19 @@ def _params(library: Any, spec: ModelSpec, socket_path: str) -> Any:
     params.verbosity = 1  # errors only, on stderr
 
     return params
+
+
+def _take_fast_cpus() -> int:
+    """Run on the fast CPUs only, as each token is computed as fast as the slowest thread.
+
+    Returns how many there are.
+    """
+    usable = cpus.usable()
+    fast = cpus.fast(usable)
+    if fast != usable:
+        with contextlib.suppress(OSError):
+            os.sched_setaffinity(0, fast)
+    return len(fast)
 
 
 def _sampling_options(sampling: Sampling) -> dict[str, Any]:

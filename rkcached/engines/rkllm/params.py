@@ -10,6 +10,7 @@ import msgspec
 from rkcached.engines.base import SAMPLING_PARAMETERS, ModelSpec, Sampling
 from rkcached.engines.rkllm.abi import SamplingParam
 from rkcached.engines.rkllm.library import Library, zeroed_reserved
+from rkcached.host import cpus
 
 
 def model_param(library: Library, spec: ModelSpec, sampling: Sampling) -> Any:
@@ -39,15 +40,15 @@ def model_param(library: Library, spec: ModelSpec, sampling: Sampling) -> Any:
         extend.embed_flash = npu.embed_flash
 
     if npu.enabled_cpus:
-        cpus = set(npu.enabled_cpus)
-        extend.enabled_cpus_num = len(cpus)
-        extend.enabled_cpus_mask = sum(1 << cpu for cpu in cpus)
+        wanted = set(npu.enabled_cpus)
+        extend.enabled_cpus_num = len(wanted)
+        extend.enabled_cpus_mask = sum(1 << cpu for cpu in wanted)
     elif extend.enabled_cpus_mask.bit_count() != extend.enabled_cpus_num:
-        # The mask is unset on some boards: take the last CPUs, which are the fast ones.
-        count = extend.enabled_cpus_num
-        last = os.cpu_count() or 1
-        extend.enabled_cpus_mask = sum(1 << cpu for cpu in range(max(0, last - count), last))
-        extend.enabled_cpus_num = min(count, last)
+        # The mask is unset on some boards: take fast CPUs, of which the last are the fastest.
+        fast = sorted(cpus.fast(range(os.cpu_count() or 1)))
+        chosen = fast[-extend.enabled_cpus_num :]
+        extend.enabled_cpus_mask = sum(1 << cpu for cpu in chosen)
+        extend.enabled_cpus_num = len(chosen)
 
     if library.abi.group == "E":
         param.ignore_eos_token = npu.ignore_eos
