@@ -14,7 +14,7 @@ import click
 
 from rkcached.cli import output
 from rkcached.cli.check import check_manifest
-from rkcached.cli.init.folder import Found, FoundModel, look_into
+from rkcached.cli.init.folder import WHERE_MODELS_COME_FROM, Found, FoundModel, look_into
 from rkcached.cli.init.text import SAMPLE, SCHEMA_NAME, Wanted, manifest_text
 from rkcached.engines.kinds import EngineKind
 from rkcached.errors import SourceError, StoreError, counted, printable
@@ -22,11 +22,6 @@ from rkcached.host import disk
 from rkcached.host.places import SYSTEM_MANIFEST
 from rkcached.host.settings import Settings
 from rkcached.sources.manifest import json_schema
-
-_WHERE_MODELS_COME_FROM = (
-    "put a .gguf or .rkllm file there; docs/models.md says where to get one, and `rkcached demo` "
-    "brings a small one to try"
-)
 
 _MODE = 0o644
 _SHOWN = 20
@@ -48,7 +43,10 @@ def run(folder: Path, manifest: Path | None, *, yes: bool, want_json: bool) -> i
             hint="name the folder that has your models and prompts",
         ) from error
     if not found.models:
-        raise SourceError(f"{folder} has no model", hint=_WHERE_MODELS_COME_FROM)
+        raise SourceError(
+            f"{folder} has no model",
+            hint=f"put a .gguf or .rkllm file there; {WHERE_MODELS_COME_FROM}",
+        )
 
     choose = _ask if not yes and not want_json and sys.stdin.isatty() else _take_first
     wanted = wanted_of(found, choose)
@@ -181,10 +179,7 @@ def _print(manifest: Path, wanted: Wanted, found: Found, sample: Path | None) ->
     say = _say
     say(f"wrote {_shown(manifest)}: {models}, {prompts}")
     for model in wanted.models:
-        form = (
-            model.own_template or model.template or "unknown, chatml is assumed; see the manifest"
-        )
-        kind = f"{model.pools} model" if model.pools else f"chat template: {form}"
+        kind = f"{model.pools} model" if model.pools else f"chat template: {model.format}"
         say(f"  {model.name}: {model.context_tokens:,} tokens of context, {kind}")
     for name, path in list(wanted.prompts.items())[:_SHOWN]:
         new = " (a sample; write your own text into it)" if path == sample else ""
