@@ -18,6 +18,7 @@ from conftest import Workspace
 from terminal import Terminal
 
 from tests import tiny_models
+from tests.documents import ROOT
 from tests.waiting import DEADLINE_S, wait_until
 
 TEXT = "You are the keeper of a lighthouse. You answer in one short sentence.\n"
@@ -143,6 +144,23 @@ def test_nothing_is_overwritten(folder: Workspace) -> None:
     assert "exists already, and is not overwritten" in refused
     assert "`rkcached add FILE`" in refused
     assert folder.manifest.read_text() == before
+
+
+def test_the_sample_of_the_installation_is_replaced(folder: Workspace) -> None:
+    """Nobody has written it, so nothing is lost. It keeps owner and mode; an edited one stays."""
+    place = folder.root / "etc/manifest.yaml"
+    place.parent.mkdir()
+    sample = (ROOT / "etc/rkcached/manifest.yaml").read_bytes()
+    place.write_bytes(sample + b"# mine\n")
+    place.chmod(0o640)
+    refused = initialise(folder, ".", "--manifest", str(place), code=os.EX_CANTCREAT)
+    assert "is not overwritten" in refused
+    assert place.read_bytes() == sample + b"# mine\n"
+
+    place.write_bytes(sample)
+    initialise(folder, ".", "--manifest", str(place))
+    assert list(yaml.safe_load(place.read_text())["models"]) == ["tiny-llama-instruct"]
+    assert stat.S_IMODE(place.stat().st_mode) == 0o640
 
 
 def test_a_folder_without_a_model(workspace: Workspace) -> None:

@@ -48,7 +48,7 @@ class Wanted:
     """The model that has the prompts; empty if none answers."""
 
 
-def manifest_text(wanted: Wanted, folder: Path) -> str:
+def text_of(wanted: Wanted, folder: Path) -> str:
     """The manifest, whose paths start from `folder` where they lie in it."""
     return "\n".join(_lines(wanted, folder)) + "\n"
 
