@@ -188,11 +188,15 @@ def test_models_of_an_npu(workspace: Workspace) -> None:
     workspace.write("own/Fable-1B_w8a8_g128_rk3576.rkllm", "x" * 100)
     workspace.write("own/tokenizer_config.json", "{}")
     workspace.write("strange.rkllm", "x" * 100)
+    llama = "Llama-3.2-1B-Instruct-rk3588-w8a8_g128-opt-1-hybrid-ratio-0.5"
+    workspace.write(f"{llama}.rkllm", "x" * 100)
+    workspace.write(f"{llama}/tokenizer.json", "{}")
     workspace.write("Qwen3-Embedding-0.6B-rk3588.rkllm", "x" * 100)
     said = initialise(workspace)
     models = manifest(workspace)["models"]
     assert models["qwen3-0.6b"]["chat_template"] == "qwen3"
     assert models["fable-1b"]["tokenizer"] == "own"
+    assert models["llama-3.2-1b-instruct"]["tokenizer"] == llama
     assert "chat_template" not in models["strange"]
     assert "Nothing tells the model's format" in workspace.manifest.read_text()
     assert models["qwen3-embedding-0.6b"]["embedding"] is True
