@@ -14,11 +14,10 @@ from typing import Any
 
 from _daemon import BenchError, Daemon
 from _figures import Figure
-from _workspaces import Bench, memory
+from _workspaces import MODEL, Bench, memory
 
 from rkcached.api.exchange import MAX_BODY_BYTES
 from rkcached.cli.bench.samples import median
-from rkcached.cli.demo.runner import MODEL
 from rkcached.host.unix_http import UnixConnection
 
 LONGEST_MS = 100

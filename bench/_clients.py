@@ -13,10 +13,9 @@ from typing import Any
 import psutil
 from _daemon import BenchError, Daemon
 from _figures import Figure, of_median
-from _workspaces import PROMPTS, Bench, memory
+from _workspaces import MODEL, PROMPTS, Bench, memory
 
 from rkcached.cli.bench.asking import ask
-from rkcached.cli.demo.runner import MODEL
 
 CLIENTS = 8
 ANSWERS_PER_RUN = 50

@@ -14,9 +14,8 @@ from typing import Any
 import psutil
 from _daemon import BenchError, Daemon, busy_ns
 from _figures import Figure, of_median
-from _workspaces import PROMPTS, Bench, llama
+from _workspaces import MODEL, PROMPTS, Bench, llama
 
-from rkcached.cli.demo.runner import MODEL
 from rkcached.sources.records import Key
 
 EDIT_TIMEOUT_S = 120

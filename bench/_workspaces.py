@@ -16,9 +16,12 @@ from typing import Any
 import msgspec
 from _programs import HOUSE, OTHER, Tool
 
-from rkcached.cli.demo import runner
+from rkcached.cli.demo.workspace import prepare
 from rkcached.cli.launcher import Workspace, small_model
 from rkcached.engines.memory import MemoryModel
+
+MODEL = "smollm2-135m-instruct"
+"""The name that the demo gives its model; here models of other engines have it, too."""
 
 PROMPTS = ("greenhouse", "reviewer")
 """The demo's: about 600 and 1,100 tokens."""
@@ -56,11 +59,8 @@ class Bench:
 
 def llama(root: Path) -> Workspace:
     """SmolLM2-135M with the demo's manifest, parameters and prompts."""
-    data = resources.files("rkcached.cli.demo")
-    manifest = data.joinpath("manifest.yaml").read_text()
-    workspace = _made(root, manifest.replace('"@MODEL@"', json.dumps(str(small_model()))))
-    _copy_prompts(root)
-    return workspace
+    prepare(root, None, None)
+    return Workspace.at(root)
 
 
 def memory(root: Path) -> Workspace:
@@ -69,9 +69,9 @@ def memory(root: Path) -> Workspace:
     Its tokens are bytes, so the context is longer.
     """
     workspace = _made(
-        root, _memory_manifest({runner.MODEL: {"prompts": {p: f"prompts/{p}.md" for p in PROMPTS}}})
+        root, _memory_manifest({MODEL: {"prompts": {p: f"prompts/{p}.md" for p in PROMPTS}}})
     )
-    _write_model(root, runner.MODEL)
+    _write_model(root, MODEL)
     _copy_prompts(root)
     return workspace
 

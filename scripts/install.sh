@@ -131,8 +131,8 @@ if [ -d /run/systemd/system ]; then
         udevadm trigger --subsystem-match=drm --subsystem-match=misc --subsystem-match=dma_heap || true
     fi
 fi
-cat <<END
-installed: $PREFIX/bin/rkcached
-next: set a model's path in /etc/rkcached/manifest.yaml, see \`sudo rkcached check\`, then
-      sudo systemctl enable --now rkcached
+echo "installed: $PREFIX/bin/rkcached"
+[ -z "$first" ] || cat <<END
+Next, put a model into /srv/models (docs/models.md says where to get one):
+  sudo rkcached init /srv/models -m /etc/rkcached/manifest.yaml
 END

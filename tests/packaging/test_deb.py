@@ -25,6 +25,7 @@ import pytest
 from machine import Machine
 
 from rkcached import __version__
+from rkcached.cli.launcher import small_model
 from tests.systemd.conftest import lack_of_machine
 from tests.waiting import wait_until
 
@@ -47,6 +48,8 @@ SOURCES += ("README.md", "CHANGELOG.md", "LICENSE")
 MACHINES = {"amd64": "x86_64", "arm64": "aarch64"}
 TEXTS = {name: f"You are prompt {name}.\n" * 20 for name in ("a", "b")}
 ENVIRONMENT = "/usr/lib/rkcached/venv"
+MODEL = "/srv/models/SmolLM2-135M-Instruct.Q4_1.gguf"
+"""Where a user has put the small model."""
 
 
 def need(program: str, package: str) -> None:
@@ -251,10 +254,12 @@ class Debian:
 def debian(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Debian]:
     if lack := lack_of_machine():
         missing(lack)
-    machine = Machine(tmp_path_factory.mktemp("machine"), {folder: "/debs"})
+    machine = Machine(tmp_path_factory.mktemp("machine"), {folder: "/debs", small_model(): MODEL})
     try:
         machine.mount()
         (machine.root / "debs").mkdir()
+        (machine.root / MODEL[1:]).parent.mkdir(parents=True)
+        (machine.root / MODEL[1:]).touch()
         (machine.root / "usr/sbin/policy-rc.d").unlink(
             missing_ok=True
         )  # CI images forbid packages to start services
@@ -273,6 +278,31 @@ def installed(debian: Debian, packages: dict[str, Path]) -> Debian:
     debian.machine.ask("m/a")
     debian.wait_fresh()
     return debian
+
+
+@pytest.mark.timeout(1800)  # the first test here has the packages built
+def test_three_steps_lead_to_a_warm_answer(debian: Debian, packages: dict[str, Path]) -> None:
+    """Install, init, ask: each step prints the next one, and the answer is a hit.
+
+    The machine has no network, a model, and a prompt beside it.
+    """
+    machine = debian.machine
+    if debian.exists(ENVIRONMENT):
+        debian.dpkg("--purge", "rkcached-cpu", "rkcached")
+    machine.write("/srv/models/prompts/keeper.md", "You are the keeper of a lighthouse.\n" * 20)
+
+    def typed(command: str) -> str:
+        done = machine.run("sh", "-c", command.removeprefix("sudo "))  # root types it
+        return done.stdout + done.stderr
+
+    installed = debian.install(packages, "rkcached", "rkcached-cpu").splitlines()
+    (init,) = [line.strip() for line in installed if "rkcached init" in line]
+    *start, ask = typed(init).partition("next:\n")[2].splitlines()
+    for step in start:
+        typed(step.strip())
+    assert "[hit on keeper: first token after" in typed(ask.strip())
+    debian.dpkg("--purge", "rkcached-cpu", "rkcached")
+    machine.run("rm", "-r", "/srv/models/prompts")
 
 
 def test_install(debian: Debian, packages: dict[str, Path]) -> None:
@@ -426,7 +456,7 @@ def test_upgrade(installed: Debian, next_packages: dict[str, Path]) -> None:
         assert "post-installation" in done.stderr
         assert installed.version() == __version__
         assert machine.main_pid == pid
-        installed.dpkg("--configure", "rkcached")
+        assert "rkcached init" not in installed.dpkg("--configure", "rkcached")
     finally:
         over.set()
         thread.join()

@@ -18,6 +18,7 @@ from conftest import Workspace
 from terminal import Terminal
 
 from tests import tiny_models
+from tests.documents import ROOT
 from tests.waiting import DEADLINE_S, wait_until
 
 TEXT = "You are the keeper of a lighthouse. You answer in one short sentence.\n"
@@ -145,6 +146,23 @@ def test_nothing_is_overwritten(folder: Workspace) -> None:
     assert folder.manifest.read_text() == before
 
 
+def test_the_sample_of_the_installation_is_replaced(folder: Workspace) -> None:
+    """Nobody has written it, so nothing is lost. It keeps owner and mode; an edited one stays."""
+    place = folder.root / "etc/manifest.yaml"
+    place.parent.mkdir()
+    sample = (ROOT / "etc/rkcached/manifest.yaml").read_bytes()
+    place.write_bytes(sample + b"# mine\n")
+    place.chmod(0o640)
+    refused = initialise(folder, ".", "--manifest", str(place), code=os.EX_CANTCREAT)
+    assert "is not overwritten" in refused
+    assert place.read_bytes() == sample + b"# mine\n"
+
+    place.write_bytes(sample)
+    initialise(folder, ".", "--manifest", str(place))
+    assert list(yaml.safe_load(place.read_text())["models"]) == ["tiny-llama-instruct"]
+    assert stat.S_IMODE(place.stat().st_mode) == 0o640
+
+
 def test_a_folder_without_a_model(workspace: Workspace) -> None:
     workspace.manifest.unlink(missing_ok=True)
     refused = initialise(workspace, code=os.EX_NOINPUT)
@@ -170,11 +188,15 @@ def test_models_of_an_npu(workspace: Workspace) -> None:
     workspace.write("own/Fable-1B_w8a8_g128_rk3576.rkllm", "x" * 100)
     workspace.write("own/tokenizer_config.json", "{}")
     workspace.write("strange.rkllm", "x" * 100)
+    llama = "Llama-3.2-1B-Instruct-rk3588-w8a8_g128-opt-1-hybrid-ratio-0.5"
+    workspace.write(f"{llama}.rkllm", "x" * 100)
+    workspace.write(f"{llama}/tokenizer.json", "{}")
     workspace.write("Qwen3-Embedding-0.6B-rk3588.rkllm", "x" * 100)
     said = initialise(workspace)
     models = manifest(workspace)["models"]
     assert models["qwen3-0.6b"]["chat_template"] == "qwen3"
     assert models["fable-1b"]["tokenizer"] == "own"
+    assert models["llama-3.2-1b-instruct"]["tokenizer"] == llama
     assert "chat_template" not in models["strange"]
     assert "Nothing tells the model's format" in workspace.manifest.read_text()
     assert models["qwen3-embedding-0.6b"]["embedding"] is True

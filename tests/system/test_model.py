@@ -264,7 +264,7 @@ def test_demo(tmp_path: Path, small_model: Path) -> None:
             "it is up",
         )
         text = output.read_text()
-        assert "smollm2-135m/greenhouse" in text
+        assert "smollm2-135m-instruct/greenhouse" in text
         assert "reduction" in text
         assert "TTFT" in text
         assert re.search(

@@ -85,8 +85,8 @@ def bare_machine(wheels: Path, tmp_path_factory: pytest.TempPathFactory) -> Iter
 
 @pytest.fixture(scope="session")
 def installed(bare_machine: Machine) -> Machine:
-    """After `make install`, with nothing enabled or started."""
-    make(bare_machine, "install")
+    """After `make install`, which says what to type next, with nothing enabled or started."""
+    assert "sudo rkcached init /srv/models" in make(bare_machine, "install")
     return bare_machine
 
 

@@ -14,7 +14,17 @@ from machine import UNIT, Machine
 from tests.documents import DOCS, README, ROOT, blocks, commands
 
 MODEL = "/srv/models/qwen3-0.6b.rkllm"
-BY_OTHERS = ("make ", "sudo make ", "sudo apt ", "sudoedit ", "curl ", "ssh ", "rkcached ")
+BY_OTHERS = (
+    "make ",
+    "sudo make ",
+    "sudo apt ",
+    "sudo rkcached demo ",
+    "sudo rkcached init ",
+    "sudoedit ",
+    "curl ",
+    "ssh ",
+    "rkcached ",
+)
 """What others run: test_readme.py names them."""
 
 
@@ -92,7 +102,13 @@ def test_other_pages(fresh: Machine, page: str) -> None:
 
     Every question is answered.
     """
-    for name in ("new.md", "librkllmrt.so", "qwen3-0.6b.rkllm"):
+    for name in (
+        "new.md",
+        "librkllmrt.so",
+        "qwen3-0.6b.rkllm",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    ):
         fresh.write(f"/typed/{name}", '{"rkcached_memory_model": 1}')
     fresh.systemctl("start", UNIT)
     fresh.wait_line("1 fresh")

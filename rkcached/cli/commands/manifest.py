@@ -56,8 +56,9 @@ def init(*, folder: Path, manifest: Path | None, yes: bool, want_json: bool) -> 
 
     It finds .gguf and .rkllm models, the files of tokenizers beside them, and prompts: .md and .txt
     files in DIR, or in folders below it that are named prompts. At a terminal it asks what it must,
-    such as which engine to use. It overwrites no file. The exit code is 66 when there is no model,
-    73 when there is a manifest already.
+    such as which engine to use. It overwrites no file, except the
+    sample manifest of an installation while nobody has edited it. The exit code is 66 when there is
+    no model, 73 when there is a manifest already.
     """
     from rkcached.cli.init import command
 

@@ -168,16 +168,29 @@ def compare(before: Path, after: Path, want_json: bool) -> int:
     "--model",
     type=PATH,
     metavar="FILE",
-    help="A GGUF model with a ChatML template; default: SmolLM2-135M.",
+    help="A model of your own, .gguf or .rkllm; default: SmolLM2-135M.",
+)
+@click.option(
+    "--library",
+    type=PATH,
+    metavar="FILE",
+    help="librkllmrt.so, for an .rkllm model; default: the one beside the model, else the one in "
+    "/usr/lib.",
 )
 @click.option(
     "--once", is_flag=True, help="End after the table; exit code 0 only if every cache was hit."
 )
-def demo(directory: Path, model: Path | None, once: bool) -> int:
-    """Show what caches gain: start the daemon with a small model; compare cold and warm answers."""
+def demo(directory: Path, model: Path | None, library: Path | None, once: bool) -> int:
+    """Show what caches gain: start the daemon with a model; compare cold and warm answers.
+
+    It makes a folder with a manifest and two prompts, and changes nothing that is there already.
+    The engine is chosen by the end of the model's name. The chat template comes from a GGUF model's
+    own file; for an .rkllm model, from the tokenizer's files beside it or in a folder tokenizer, or
+    else from the model's name.
+    """
     from rkcached.cli.demo import runner
 
-    return runner.run_demo(directory, model, once=once)
+    return runner.run_demo(directory, model, library, once=once)
 
 
 COMMANDS = (chat, load, unload, ps, bench, compare, demo)

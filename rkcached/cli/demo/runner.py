@@ -1,19 +1,19 @@
 """`rkcached demo`: the real daemon on a small workspace, asked one question cold and warm.
 
-Writes the workspace once and never over a visitor's edits. The daemon is a child process, started
-as anybody would start it; this module only talks to its socket.
+The daemon is a child process, started as anybody would start it; this module only talks to its
+socket.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
+import os
 import signal
 import subprocess
 import sys
 import threading
 from collections.abc import Iterable, Iterator
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -23,23 +23,25 @@ from rich.table import Table
 
 from rkcached.api import words
 from rkcached.cli.client import Client
-from rkcached.cli.launcher import STOP_S, Daemon, Workspace, is_settled, small_model
+from rkcached.cli.demo.workspace import PROMPTS, prepare
+from rkcached.cli.launcher import STOP_S, Daemon, Workspace, is_settled
 from rkcached.cli.status import show
 from rkcached.errors import DaemonUnreachable
 
 QUESTION = "In one sentence, what is your most important rule?"
-MODEL = "smollm2-135m"
 
-_FILES = ("prompts/reviewer.md", "prompts/greenhouse.md")
+_WARM = frozenset({"hit", "loaded"})
+"""States of an answer from its cache; `loaded`: on a runtime that does not count reused tokens."""
 
 
-def run_demo(directory: Path, model: Path | None, *, once: bool) -> int:
-    """Run it; returns the exit code: 0 if every warm answer was a hit."""
+def run_demo(directory: Path, model: Path | None, library: Path | None, *, once: bool) -> int:
+    """Run it; returns the exit code: 0 if every warm answer came from its cache."""
     console = Console(highlight=False)
-    root = directory.absolute()
-    _write_workspace(root, (model or small_model()).absolute())
+    root = _absolute(directory)
+    findings = prepare(root, model and _absolute(model), library and _absolute(library))
     workspace = Workspace.at(root)
-    console.print(f"workspace {root}", soft_wrap=True)
+    for line in (f"workspace {root}", *findings):
+        console.print(line, markup=False, soft_wrap=True)
 
     with _daemon(workspace, console) as daemon:
         status = _wait_until_settled(console, daemon)
@@ -51,6 +53,8 @@ def run_demo(directory: Path, model: Path | None, *, once: bool) -> int:
             else:
                 troubled.append(prompt)
 
+        models = ", ".join(sorted({row["model"] for row in rows}))
+        console.print(f"time to first token, one question to {models}", soft_wrap=True)
         console.print(_table(rows))
 
         for prompt in troubled:
@@ -58,13 +62,13 @@ def run_demo(directory: Path, model: Path | None, *, once: bool) -> int:
                 f"{prompt['model']}/{prompt['prompt']} is {prompt['state']}: {prompt['reason']}"
             )
 
-        good = bool(rows) and not troubled and all(row["state"] == "hit" for row in rows)
+        good = bool(rows) and not troubled and all(row["state"] in _WARM for row in rows)
         if not good:
             console.print("not every prompt cache was hit", style="bold red")
         if once:
             return 0 if good else 1
 
-        _invite(console, workspace)
+        _invite(console, workspace, status["prompts"])
         with contextlib.suppress(KeyboardInterrupt):
             daemon.process.wait()
             console.print("the daemon ended; its log is above", style="bold red")
@@ -74,19 +78,9 @@ def run_demo(directory: Path, model: Path | None, *, once: bool) -> int:
     return 0 if good else 1
 
 
-def _write_workspace(workspace: Path, model: Path) -> None:
-    """Files that are there already stay as they are: they may have been edited."""
-    data = resources.files("rkcached.cli.demo")
-    (workspace / "prompts").mkdir(parents=True, exist_ok=True)
-    for name in _FILES:
-        if not (workspace / name).exists():
-            (workspace / name).write_bytes(data.joinpath(name).read_bytes())
-
-    manifest = workspace / "manifest.yaml"
-    if not manifest.exists():
-        manifest.write_text(
-            data.joinpath("manifest.yaml").read_text().replace('"@MODEL@"', json.dumps(str(model)))
-        )
+def _absolute(path: Path) -> Path:
+    """The path from the root, as the manifest has it; links stay."""
+    return Path(os.path.abspath(path))  # noqa: PTH100
 
 
 @contextlib.contextmanager
@@ -173,7 +167,8 @@ def _compare(socket: Path, prompt: dict[str, Any]) -> dict[str, Any]:
         cold = client.chat({**body, "cache": False})
         warm = client.chat(body)
     return {
-        "prompt": body["model"],
+        "model": prompt["model"],
+        "prompt": prompt["prompt"],
         "tokens": warm["usage"]["prompt_tokens"],
         "cold_ms": cold["rkcached"]["ttft_ms"],
         "warm_ms": warm["rkcached"]["ttft_ms"],
@@ -184,9 +179,7 @@ def _compare(socket: Path, prompt: dict[str, Any]) -> dict[str, Any]:
 
 
 def _table(rows: list[dict[str, Any]]) -> Table:
-    table = Table(
-        title="time to first token, one question", title_justify="left", pad_edge=False, box=None
-    )
+    table = Table(pad_edge=False, box=None)
     for name in (
         "prompt",
         "tokens",
@@ -201,35 +194,42 @@ def _table(rows: list[dict[str, Any]]) -> Table:
     for row in rows:
         table.add_row(
             row["prompt"],
-            str(row["tokens"]),
+            _counted(row["tokens"] or None),
             f"{row['cold_ms']:,.0f} ms",
             f"{row['warm_ms']:,.0f} ms",
             f"{(1 - row['warm_ms'] / row['cold_ms']) * 100:.0f} %",
-            str(row["cached"]),
+            _counted(row["cached"]),
             words.size(row["size"]),
         )
 
     return table
 
 
-def _invite(console: Console, workspace: Workspace) -> None:
-    ask = json.dumps(
-        {
-            "model": f"{MODEL}/greenhouse",
-            "messages": [{"role": "user", "content": "May I open the roof?"}],
-        }
-    )
+def _counted(tokens: int | None) -> str:
+    """A number of tokens; None where the runtime does not count them."""
+    return "not measured" if tokens is None else str(tokens)
+
+
+def _invite(console: Console, workspace: Workspace, prompts: list[dict[str, Any]]) -> None:
     console.print()
     console.print(
-        f"Edit [bold]{workspace.root / _FILES[1]}[/bold] and save: its cache is rebuilt at once.",
+        f"Edit [bold]{workspace.root / PROMPTS[1]}[/bold] and save: its cache is rebuilt at once.",
         soft_wrap=True,
     )
-    console.print("Ask over the socket, from another terminal:")
-    curl = (
-        f"  curl -s --unix-socket {workspace.socket} http://localhost/v1/chat/completions -d "
-        f"'{ask}'"
-    )
-    console.print(curl, soft_wrap=True, markup=False)
+    if prompts:
+        ask = json.dumps(
+            {
+                "model": show.name_of(prompts[0]),
+                "messages": [{"role": "user", "content": "May I open the roof?"}],
+            }
+        )
+        console.print("Ask over the socket, from another terminal:")
+        curl = (
+            f"  curl -s --unix-socket {workspace.socket} http://localhost/v1/chat/completions -d "
+            f"'{ask}'"
+        )
+        console.print(curl, soft_wrap=True, markup=False)
+
     program = Path(sys.argv[0])
     if program.name != "rkcached":  # started as a module
         program = Path("rkcached")

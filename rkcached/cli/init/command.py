@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shlex
+import stat
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,29 +16,29 @@ import click
 
 from rkcached.cli import output
 from rkcached.cli.check import check_manifest
-from rkcached.cli.init.folder import Found, FoundModel, look_into
-from rkcached.cli.init.text import SAMPLE, SCHEMA_NAME, Wanted, manifest_text
+from rkcached.cli.init.folder import WHERE_MODELS_COME_FROM, Found, FoundModel, look_into
+from rkcached.cli.init.text import SAMPLE, SCHEMA_NAME, Wanted, text_of
 from rkcached.engines.kinds import EngineKind
-from rkcached.errors import SourceError, StoreError, counted, printable
+from rkcached.errors import ManifestError, SourceError, StoreError, counted, printable
 from rkcached.host import disk
 from rkcached.host.places import SYSTEM_MANIFEST
 from rkcached.host.settings import Settings
 from rkcached.sources.manifest import json_schema
-
-_WHERE_MODELS_COME_FROM = (
-    "put a .gguf or .rkllm file there; docs/models.md says where to get one, and `rkcached demo` "
-    "brings a small one to try"
-)
+from rkcached.sources.manifest_file import manifest_text
 
 _MODE = 0o644
 _SHOWN = 20
+
+_SAMPLES = frozenset({"1f20679ddf388cc5bfbab03caf1107ae139434b6d4575ebe0802efdc81ff7c78"})
+"""The SHA-256 of each manifest that an installation has put in place. One that is still so is
+nobody's work."""
 
 Choose = Callable[[str, Sequence[str]], str]
 """Takes a question and the possible answers, of which the first is the default."""
 
 
 def run(folder: Path, manifest: Path | None, *, yes: bool, want_json: bool) -> int:
-    """Write a manifest for the models and prompts of a folder. No file is overwritten."""
+    """Write a manifest for the models and prompts of a folder. Nobody's work is overwritten."""
     folder = Path(os.path.abspath(folder))  # noqa: PTH100 - links stay
     manifest = Path(os.path.abspath(manifest or folder / "manifest.yaml"))  # noqa: PTH100
     _refuse_existing(manifest)
@@ -48,7 +50,10 @@ def run(folder: Path, manifest: Path | None, *, yes: bool, want_json: bool) -> i
             hint="name the folder that has your models and prompts",
         ) from error
     if not found.models:
-        raise SourceError(f"{folder} has no model", hint=_WHERE_MODELS_COME_FROM)
+        raise SourceError(
+            f"{folder} has no model",
+            hint=f"put a .gguf or .rkllm file there; {WHERE_MODELS_COME_FROM}",
+        )
 
     choose = _ask if not yes and not want_json and sys.stdin.isatty() else _take_first
     wanted = wanted_of(found, choose)
@@ -62,7 +67,7 @@ def run(folder: Path, manifest: Path | None, *, yes: bool, want_json: bool) -> i
             answering=wanted.answering,
         )
 
-    _write(manifest, manifest_text(wanted, manifest.parent), sample)
+    _write(manifest, text_of(wanted, manifest.parent), sample)
     if want_json:
         output.print_json(_data(manifest, wanted, found))
     else:
@@ -71,12 +76,21 @@ def run(folder: Path, manifest: Path | None, *, yes: bool, want_json: bool) -> i
 
 
 def _refuse_existing(manifest: Path) -> None:
-    if os.path.lexists(manifest):
+    if os.path.lexists(manifest) and not _is_sample(manifest):
         raise StoreError(
             f"{manifest} exists already, and is not overwritten",
             hint="`rkcached check` says whether it is right; `rkcached add FILE` adds a model or a "
             "prompt to it",
         )
+
+
+def _is_sample(manifest: Path) -> bool:
+    """Whether it is as an installation put it there."""
+    try:
+        text = manifest_text(manifest)
+    except ManifestError:
+        return False
+    return hashlib.sha256(text.encode()).hexdigest() in _SAMPLES
 
 
 # Asking
@@ -129,7 +143,13 @@ def _write(manifest: Path, text: str, sample: Path | None) -> None:
             sample.parent.mkdir(exist_ok=True)
             disk.write_new(sample, SAMPLE.encode(), _MODE)
         disk.replace(schema, (json.dumps(json_schema(), indent=1) + "\n").encode(), _MODE)
-        disk.write_new(manifest, text.encode(), _MODE)
+        if _is_sample(manifest):
+            old = manifest.stat()
+            disk.replace(
+                manifest, text.encode(), stat.S_IMODE(old.st_mode), owner=(old.st_uid, old.st_gid)
+            )
+        else:
+            disk.write_new(manifest, text.encode(), _MODE)
     except OSError as error:
         _refuse_existing(manifest)  # somebody may have been quicker
         raise StoreError(
@@ -181,10 +201,7 @@ def _print(manifest: Path, wanted: Wanted, found: Found, sample: Path | None) ->
     say = _say
     say(f"wrote {_shown(manifest)}: {models}, {prompts}")
     for model in wanted.models:
-        form = (
-            model.own_template or model.template or "unknown, chatml is assumed; see the manifest"
-        )
-        kind = f"{model.pools} model" if model.pools else f"chat template: {form}"
+        kind = f"{model.pools} model" if model.pools else f"chat template: {model.format}"
         say(f"  {model.name}: {model.context_tokens:,} tokens of context, {kind}")
     for name, path in list(wanted.prompts.items())[:_SHOWN]:
         new = " (a sample; write your own text into it)" if path == sample else ""
@@ -211,7 +228,11 @@ def next_steps(manifest: Path, wanted: Wanted) -> list[str]:
         name = f"{name}/{next(iter(wanted.prompts))}"
     ask = [f'rkcached chat {name} "hello"'] if name else []
     if manifest == SYSTEM_MANIFEST:
-        return ["sudo systemctl enable --now rkcached", *ask]
+        return [
+            "sudo systemctl enable --now rkcached",
+            "sudo rkcached wait",
+            *(f"sudo {line}" for line in ask),
+        ]
 
     start = "rkcached run"
     if manifest.parent != Path.cwd() or manifest.name != "manifest.yaml":

@@ -18,6 +18,8 @@ from rkcached.sources import tokenizer_files
 from rkcached.sources.manifest import RESERVED_MODELS, RESERVED_PROMPT
 from rkcached.sources.problems import NAME
 
+WHERE_MODELS_COME_FROM: Final = "docs/models.md says where to get one"
+
 MAX_FILES: Final = 20_000
 MAX_DEPTH: Final = 4
 MAX_CONTEXT: Final = 4096
@@ -36,8 +38,8 @@ _PASSED_OVER: Final = frozenset({"cache", "state", "node_modules", "__pycache__"
 
 # The ends of file names that say how the numbers are stored, or for which chip.
 _STORED_AS: Final = re.compile(
-    r"[-_.](i?q\d\w*|bf16|f16|f32|fp16|w\d+a\d+\w*|g\d+|hybrid\w*|opt\d*|rk\d{4}\w*|npu\d*"
-    r"|gguf|rkllm|\d{5}-of-\d{5})$",
+    r"[-_.](i?q\d\w*|bf16|f16|f32|fp16|w\d+a\d+\w*|g\d+|hybrid(-ratio-\d\.\d+)?|opt(-\d+)?"
+    r"|(rk|rv)\d{4}\w*|npu\d*|gguf|rkllm|\d{5}-of-\d{5})$",
     re.IGNORECASE,
 )
 _RANK: Final = 4  # LLAMA_POOLING_TYPE_RANK of llama.h
@@ -105,6 +107,11 @@ class FoundModel:
     """The folder with the tokenizer's files, for an engine that is given them."""
     pools: str = ""
     """`embedding` or `rerank` for a model that answers nothing."""
+
+    @property
+    def format(self) -> str:
+        """Where its chat template comes from, in words."""
+        return self.own_template or self.template or "unknown, chatml is assumed; see the manifest"
 
 
 @dataclass(slots=True)
@@ -175,27 +182,49 @@ def _is_file(path: Path) -> bool:
 # Models
 
 
-def _add_model(found: Found, path: Path, engine: EngineKind) -> None:
-    if "mmproj" in path.name.lower():
-        found.skipped.append(
-            (path, "it reads images for another model, and rkcached sends text only")
+def look_at(path: Path) -> FoundModel:
+    """The model in a file. Errors: SourceError if it is none that can be used."""
+    engine = _ENGINES.get(path.suffix.lower())
+    if engine is None:
+        raise SourceError(
+            f"{path} is no model: its name ends in neither .gguf nor .rkllm",
+            hint=WHERE_MODELS_COME_FROM,
         )
-        return
 
-    name = _free_name(model_name(path), {*RESERVED_MODELS, *(model.name for model in found.models)})
-    if engine is EngineKind.RKLLM:
-        found.models.append(_rkllm(path, name))
-        return
+    try:
+        path.stat()
+        return _model(path, engine, _free_name(model_name(path), {*RESERVED_MODELS}))
+    except (SourceError, OSError) as error:
+        raise SourceError(
+            f"{path} cannot be used: {_reason(error)}", hint=WHERE_MODELS_COME_FROM
+        ) from error
 
+
+def _add_model(found: Found, path: Path, engine: EngineKind) -> None:
     first = gguf.shards(path)
     if len(first) == 1 and re.search(r"-\d{5}-of-\d{5}\.gguf$", path.name):
         return  # another file of a split model, which its first one stands for
+
+    name = _free_name(model_name(path), {*RESERVED_MODELS, *(model.name for model in found.models)})
     try:
-        found.models.append(_gguf(path, name))
-    except SourceError as error:
-        found.skipped.append((path, error.message))
-    except OSError as error:
-        found.skipped.append((path, error.strerror or "it cannot be read"))
+        found.models.append(_model(path, engine, name))
+    except (SourceError, OSError) as error:
+        found.skipped.append((path, _reason(error)))
+
+
+def _reason(error: SourceError | OSError) -> str:
+    if isinstance(error, SourceError):
+        return error.message
+    return error.strerror or "it cannot be read"
+
+
+def _model(path: Path, engine: EngineKind, name: str) -> FoundModel:
+    """Errors: SourceError, OSError."""
+    if "mmproj" in path.name.lower():
+        raise SourceError("it reads images for another model, and rkcached sends text only")
+    if engine is EngineKind.RKLLM:
+        return _rkllm(path, name)
+    return _gguf(path, name)
 
 
 def _gguf(path: Path, name: str) -> FoundModel:
@@ -227,20 +256,26 @@ def _gguf(path: Path, name: str) -> FoundModel:
 
 def _rkllm(path: Path, name: str) -> FoundModel:
     """The format of such files is not documented, so only names and neighbours say something."""
-    has_tokenizer = any(
-        (path.parent / file).is_file()
-        for file in (tokenizer_files.TOKENIZER, tokenizer_files.CONFIG)
-    )
+    tokenizer = _tokenizer_folder(path)
     pools = "embedding" if "embed" in name else ""
     return FoundModel(
         name=name,
         path=path,
         engine=EngineKind.RKLLM,
-        template="" if has_tokenizer or pools else template_of(name),
-        own_template="the tokenizer's files" if has_tokenizer else "",
-        tokenizer=path.parent if has_tokenizer else None,
+        template="" if tokenizer or pools else template_of(name),
+        own_template="the tokenizer's files" if tokenizer else "",
+        tokenizer=tokenizer,
         pools=pools,
     )
+
+
+def _tokenizer_folder(model: Path) -> Path | None:
+    """The folder with the files of a model's tokenizer: one of its own before the one it is in."""
+    for folder in (model.with_suffix(""), model.parent / "tokenizer", model.parent):
+        for name in (tokenizer_files.TOKENIZER, tokenizer_files.CONFIG):
+            if (folder / name).is_file():
+                return folder
+    return None
 
 
 def model_name(path: Path) -> str:

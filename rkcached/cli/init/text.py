@@ -29,10 +29,11 @@ _HEAD: Final = """\
 # the folder of this file. `rkcached check` finds mistakes; man rkcached-manifest has all keys.
 """
 
-_ENGINE_WORDS: Final = {
+ENGINE_WORDS: Final = {
     EngineKind.LLAMACPP: "runs .gguf models on the CPU",
     EngineKind.RKLLM: "runs .rkllm models on a Rockchip NPU, with the vendor's library",
 }
+"""The comment beside each engine."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,7 +48,7 @@ class Wanted:
     """The model that has the prompts; empty if none answers."""
 
 
-def manifest_text(wanted: Wanted, folder: Path) -> str:
+def text_of(wanted: Wanted, folder: Path) -> str:
     """The manifest, whose paths start from `folder` where they lie in it."""
     return "\n".join(_lines(wanted, folder)) + "\n"
 
@@ -57,7 +58,7 @@ def _lines(wanted: Wanted, folder: Path) -> Iterator[str]:
     yield "version: 1"
     yield ""
     yield "engine:"
-    yield f"  kind: {wanted.engine.value}    # {_ENGINE_WORDS[wanted.engine]}"
+    yield f"  kind: {wanted.engine.value}    # {ENGINE_WORDS[wanted.engine]}"
     yield ""
     yield "models:"
     for number, model in enumerate(wanted.models):
@@ -67,21 +68,9 @@ def _lines(wanted: Wanted, folder: Path) -> Iterator[str]:
 
 
 def _model(wanted: Wanted, model: FoundModel, folder: Path) -> Iterator[str]:
-    yield f"  {_scalar(model.name)}:    # programs ask for it by this name"
-    yield f"    path: {_scalar(_path(model.path, folder))}"
-    if model.tokenizer is not None:
-        yield "    # The model's own files: tokens, special tokens, and the chat template."
-        yield f"    tokenizer: {_scalar(_path(model.tokenizer, folder))}"
-    elif model.template:
-        yield "    # The model's format, guessed from its name: compare it with the model's page."
-        yield f"    chat_template: {model.template}"
-    elif not model.own_template and not model.pools:
-        yield "    # Nothing tells the model's format, so chatml is assumed. Name one of those that"
-        yield "    # rkcached-manifest(5) lists, or a .jinja file:"
-        yield "    #chat_template: qwen3"
-    elif model.own_template and not model.pools:
-        yield f"    # Its chat template is in {model.own_template}."
-
+    yield f"  {scalar(model.name)}:    # programs ask for it by this name"
+    yield f"    path: {scalar(_path(model.path, folder))}"
+    yield from format_lines(model, folder)
     yield "    params:"
     yield f"      max_context_len: {model.context_tokens}    # {_context_words(model)}"
     if model.pools:
@@ -98,6 +87,22 @@ def _model(wanted: Wanted, model: FoundModel, folder: Path) -> Iterator[str]:
         yield "    #prompts: {name: prompts/name.md}    # prompts for this model"
 
 
+def format_lines(model: FoundModel, folder: Path) -> Iterator[str]:
+    """The lines of a model that say how messages become its text, with the reason."""
+    if model.tokenizer is not None:
+        yield "    # The model's own files: tokens, special tokens, and the chat template."
+        yield f"    tokenizer: {scalar(_path(model.tokenizer, folder))}"
+    elif model.template:
+        yield "    # The model's format, guessed from its name: compare it with the model's page."
+        yield f"    chat_template: {model.template}"
+    elif not model.own_template and not model.pools:
+        yield "    # Nothing tells the model's format, so chatml is assumed. Name one of those that"
+        yield "    # rkcached-manifest(5) lists, or a .jinja file:"
+        yield "    #chat_template: qwen3"
+    elif model.own_template and not model.pools:
+        yield f"    # Its chat template is in {model.own_template}."
+
+
 _ENDPOINTS: Final = {"embedding": "/v1/embeddings", "rerank": "/v1/rerank"}
 
 
@@ -109,7 +114,7 @@ def _prompts(wanted: Wanted, folder: Path) -> Iterator[str]:
     yield "    # A request that begins with its text uses it, too."
     yield "    prompts:"
     for name, path in wanted.prompts.items():
-        yield f"      {_scalar(name)}: {_scalar(_path(path, folder))}"
+        yield f"      {scalar(name)}: {scalar(_path(path, folder))}"
 
 
 def _context_words(model: FoundModel) -> str:
@@ -126,7 +131,7 @@ def _path(path: Path, folder: Path) -> str:
     return os.fspath(path)
 
 
-def _scalar(text: str) -> str:
+def scalar(text: str) -> str:
     """A text in YAML, quoted where it must be."""
     return (
         yaml.safe_dump(text, allow_unicode=True, width=10_000)
