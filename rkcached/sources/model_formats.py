@@ -25,6 +25,7 @@ _OTHERS: Final = (
     (b"<html", "a web page", "download the file itself, not the page about it"),
     (b"pk\x03\x04", "a ZIP archive, as PyTorch writes models", _GET_GGUF),
 )
+_SET_ENGINE: Final = "set engine.kind to llamacpp, which reads it, or path to another file"
 _UNKNOWN: Final = "set path to a file of that format, or engine.kind to the engine that reads it"
 
 
@@ -51,11 +52,7 @@ def _other(engine: EngineEntry, start: bytes) -> tuple[str, str]:
     if start[8:10] == b'{"':  # after the length of the header
         return "a safetensors file", _GET_GGUF
 
-    for kind, other in ENGINES.items():
-        if other is not engine and other.model_magic and start.startswith(other.model_magic):
-            return f"a {other.model_format}", _set_engine(kind)
+    gguf = ENGINES[EngineKind.LLAMACPP]
+    if engine is not gguf and start.startswith(gguf.model_magic):
+        return f"a {gguf.model_format}", _SET_ENGINE
     return "", _UNKNOWN
-
-
-def _set_engine(kind: EngineKind) -> str:
-    return f"set engine.kind to {kind.value}, which reads it, or path to another file"
