@@ -23,6 +23,7 @@ The numbers are exit codes.
       SocketError             the socket path is unusable or taken                         73
       DaemonUnreachable       nobody answers on the socket                                 69
         NotAllowed            its permissions keep us out                                  77
+      AnotherServer           another program answers on the socket                        69
       NotFresh                a prompt cache will not become fresh by waiting              65
       StillWaiting            it was not fresh in time                                     75
       EngineError             the engine refused or failed; the worker lives on            70
@@ -215,6 +216,12 @@ class NotAllowed(DaemonUnreachable):
             "(`sudo adduser NAME rkcached`, then log in again); "
             "changes are for root: sudo",
         )
+
+
+class AnotherServer(RkcachedError):
+    """Another program answers on the socket, so waiting for the daemon does not help."""
+
+    exit_code = os.EX_UNAVAILABLE
 
 
 class NotFresh(RkcachedError):

@@ -19,6 +19,7 @@ from rkcached.messages.faults import first_fault
 from rkcached.messages.record import MAX_KEYS, Record
 from rkcached.messages.strict_json import strict_json
 from rkcached.serving.failures import IGNORE_IT
+from rkcached.sources.names import meant
 
 Body = TypeVar("Body", bound=Record)
 
@@ -30,6 +31,8 @@ _BYTE_ORDER_MARK: Final = b"\xef\xbb\xbf"
 _MAX_NAMED: Final = 64
 """Letters of a parameter that an answer names."""
 
+_AN_OBJECT: Final = 'send one JSON object, such as {"model": ...}'
+
 _LEAVE_OUT: Final = f"leave it out, or set {IGNORE_IT}"
 
 
@@ -39,10 +42,15 @@ def parse_body(record: type[Body], data: bytes, *, ignores_unsupported: bool = F
     `ignores_unsupported`: parameters of a generation that are not supported are left out, and noted
     in the record. Errors: RequestError 400 that names the first bad parameter.
     """
+    text = data.removeprefix(_BYTE_ORDER_MARK)
+    if not text.strip():
+        raise RequestError(400, "the request has no body", code="invalid_json", hint=_AN_OBJECT)
     try:
-        value = strict_json(data.removeprefix(_BYTE_ORDER_MARK))
+        value = strict_json(text)
     except ValueError as error:
-        raise RequestError(400, f"the body is not JSON: {error}", code="invalid_json") from error
+        raise RequestError(
+            400, f"the body is not JSON: {error}", code="invalid_json", hint=_AN_OBJECT
+        ) from error
 
     ignored: tuple[str, ...] = ()
     if ignores_unsupported and issubclass(record, GenerationRequest):
@@ -96,23 +104,11 @@ def _refusal(record: type[Record], value: Any, error: ValidationError) -> Reques
                 hint=_LEAVE_OUT,
             )
         if fault.kind == "extra_forbidden" and param == first:
-            return RequestError(
-                400,
-                f"{param} is not supported",
-                code="unsupported_parameter",
-                param=param,
-                hint=_LEAVE_OUT,
-            )
+            return _unknown(record, first, _LEAVE_OUT)
 
     match fault.kind:
         case "extra_forbidden":
-            return RequestError(
-                400,
-                f"{param} is not supported",
-                code="unsupported_parameter",
-                param=param,
-                hint="leave it out",
-            )
+            return _unknown(record, param or "", "leave it out")
         case "missing":
             return RequestError(
                 400,
@@ -122,8 +118,27 @@ def _refusal(record: type[Record], value: Any, error: ValidationError) -> Reques
                 hint="add it to the body",
             )
         case _:
-            message = f"{param or 'the body'}: {fault.words}"
-            return RequestError(400, message, code="invalid_value", param=param)
+            what = f"{param}:" if param else "the body"
+            return RequestError(
+                400,
+                f"{what} {fault.words}",
+                code="invalid_value",
+                param=param,
+                hint="" if param or fault.kind == "value_error" else _AN_OBJECT,
+            )
+
+
+def _unknown(record: type[Record], param: str, remedy: str) -> RequestError:
+    """The error of a parameter that nobody knows; it may be a misspelling of one that is known."""
+    if near := meant(param, record.__pydantic_fields__):
+        remedy = f"did you mean {near!r}? Otherwise {remedy}"
+    return RequestError(
+        400,
+        f"{param} is not supported",
+        code="unsupported_parameter",
+        param=param,
+        hint=remedy,
+    )
 
 
 def error_body(error: RequestError) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from pydantic import ConfigDict, Field, ValidationInfo, field_validator
 
 from rkcached.messages.bounds import MAX_DEPTH, ArgumentsBudget, is_deeper
 from rkcached.messages.message import Message
-from rkcached.messages.record import ForeignFields, Many
+from rkcached.messages.record import ForeignFields, Many, of_types
 
 
 class TextPart(ForeignFields):
@@ -32,7 +32,7 @@ class RefusalPart(ForeignFields):
 
 _REASONING: Final = "reasoning_"
 
-TextParts = Many[TextPart]
+TextParts = Many[Annotated[TextPart, of_types("text")]]
 Content = str | Annotated[TextParts, Field(min_length=1)]
 AnswerPart = Annotated[TextPart | RefusalPart, Field(discriminator="type")]
 

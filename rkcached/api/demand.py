@@ -83,7 +83,11 @@ def demand_of(
     must_call = isinstance(choice, NamedTool) or choice == "required"
     if must_call and not tools:
         raise RequestError(
-            400, "there are no tools to choose from", code="invalid_value", param="tool_choice"
+            400,
+            "there are no tools to choose from",
+            code="invalid_value",
+            param="tool_choice",
+            hint="add tools, or leave it out",
         )
     wanted = _wanted_json(request)
     if tools:

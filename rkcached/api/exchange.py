@@ -28,6 +28,7 @@ from rkcached.errors import RequestError
 from rkcached.host.logs import log
 from rkcached.messages.bounds import ValueCounter
 from rkcached.sources.access_keys import AccessKey
+from rkcached.sources.names import meant
 from rkcached.worker.held import NOBODY
 
 Result = TypeVar("Result")
@@ -216,15 +217,19 @@ def remember(request: Request, error: RequestError) -> None:
 
 
 def no_route(request: Request, refusal: HTTPException) -> Response:
+    path = request.url.path
     what = "does not exist" if refusal.status_code == 404 else f"does not take {request.method}"
-    ours = RIGHT_ONES.get(request.url.path)
-    hint = "see GET /openapi.json"
-    if ours is not None:
+    hint = "GET /openapi.json lists what there is"
+    if (ours := RIGHT_ONES.get(path)) is not None:
         hint = f"use {ours}, OpenAI's endpoint, which takes another body"
+    elif allowed := (refusal.headers or {}).get("Allow"):
+        hint = f"use {allowed}"
+    elif near := meant(path, (route.path for route in request.app.routes)):
+        hint = f"did you mean {near}? {hint}"
     response = error_response(
         RequestError(
             refusal.status_code,
-            f"{request.url.path} {what}",
+            f"{path} {what}",
             code="unknown_url",
             hint=hint,
         )

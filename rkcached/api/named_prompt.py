@@ -8,7 +8,9 @@ from rkcached.api.requests import ChatRequest
 from rkcached.errors import RequestError
 from rkcached.messages.message import Message
 from rkcached.reconcile.snapshot import Snapshot
+from rkcached.serving.models import MOST_COMPARED
 from rkcached.sources.manifest import SystemConflict, system_conflict
+from rkcached.sources.names import hint_for
 from rkcached.sources.records import Key, Trouble
 
 
@@ -26,6 +28,7 @@ def named_prompt(request: ChatRequest) -> tuple[Key | None, str]:
             f"model names the prompt {prompt!r}, cache names {cache!r}",
             code="conflict",
             param="cache",
+            hint="name the prompt once",
         )
     return Key(model, cache), "cache" if request.cache is not None else "use_cache"
 
@@ -121,10 +124,10 @@ def _no_text(snapshot: Snapshot, key: Key, param: str) -> RequestError:
         )
 
     names = [other.prompt for other in snapshot.desired.prompts if other.model == key.model]
-    known = ", ".join(names) or "none"
     return RequestError(
         404,
-        f"the model {key.model!r} has no prompt {key.prompt!r}; known prompts: {known}",
+        f"the model {key.model!r} has no prompt {key.prompt!r}",
         code="prompt_not_found",
         param=param,
+        hint=hint_for(key.prompt, names, "prompts", most_compared=MOST_COMPARED),
     )

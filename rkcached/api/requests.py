@@ -389,6 +389,16 @@ class RerankRequest(_AboutTheService):
         default=None, description="The answer repeats the documents."
     )
 
+    @model_validator(mode="before")
+    @classmethod
+    def _has_documents(cls, value: object) -> object:
+        if isinstance(value, dict) and "texts" in value and "documents" not in value:
+            raise ValueError(
+                "has texts, as text-embeddings-inference takes them; name them documents, and "
+                "add the model"
+            )
+        return value
+
     def texts(self) -> list[str]:
         return [item if isinstance(item, str) else item.text for item in self.documents]
 

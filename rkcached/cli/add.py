@@ -45,7 +45,10 @@ def run(
     """Declare a model's or a prompt's file. Errors: ManifestError, SourceError, UsageError."""
     path = Path(os.path.abspath(file))  # noqa: PTH100 - links stay
     if not path.is_file():
-        raise SourceError(f"{file} is no file", hint="name a model (.gguf, .rkllm) or a text")
+        hint = "name a model (.gguf, .rkllm) or a text"
+        if path.is_dir():
+            hint = f"for all texts in it, write `prompts_from: {file}/*.md` below the model"
+        raise SourceError(f"{file} is no file", hint=hint)
 
     with _alone(settings.manifest):
         text = manifest_text(settings.manifest)

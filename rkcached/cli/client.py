@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import http.client
 import json
+import stat
 import time
 from collections.abc import Iterator, Sequence
 from http import HTTPStatus
@@ -13,6 +14,7 @@ from typing import Any, NoReturn, Self
 from urllib.parse import quote, urlencode
 
 from rkcached.errors import (
+    AnotherServer,
     DaemonUnreachable,
     ManifestError,
     NotAllowed,
@@ -39,11 +41,19 @@ START_IT = (
 
 _SEE_LOG = "see its log: `journalctl -u rkcached`"
 
+_NAME_IT = "name the daemon's socket with --socket or RKCACHED_SOCKET"
+
+# All answers of the daemon have it.
+_MARK = "X-Request-Id"
+
+# The length of `sun_path` in sockaddr_un, without the NUL at its end.
+_MAX_PATH_BYTES = 107
+
 
 class Client:
     """A client with one connection, which it keeps from request to request; for one thread.
 
-    Errors of every call: DaemonUnreachable, RequestError.
+    Errors of every call: DaemonUnreachable, AnotherServer, RequestError.
     """
 
     def __init__(self, socket: Path, *, patience_s: float | None = None) -> None:
@@ -65,7 +75,7 @@ class Client:
 
     def ready(self) -> None:
         """Connect now, so that the next request takes no time for it."""
-        with _translated():
+        with self._translated():
             self._connect(self._kept)
 
     def status(self, *, look: bool = False) -> dict[str, Any]:
@@ -156,7 +166,7 @@ class Client:
     def request(self, method: str, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
         """Send a request that is answered by one JSON document."""
         with self._response(method, path, body) as response:
-            with _translated():
+            with self._translated():
                 data = response.read()
             answer: dict[str, Any] = json.loads(data)
             return answer
@@ -168,7 +178,7 @@ class Client:
         """The lines of an answer, without their ends, as they arrive."""
 
         def read(response: http.client.HTTPResponse) -> Iterator[bytes]:
-            with _translated():
+            with self._translated():
                 while line := response.readline():
                     yield line.rstrip(b"\r\n")
 
@@ -186,10 +196,12 @@ class Client:
         is_whole = False
 
         try:
-            with _translated():
+            with self._translated():
                 self._connect(connection)
                 _send(connection, method, path, body)
                 response = connection.getresponse()
+                if response.headers[_MARK] is None:
+                    raise self._another("it does not answer as rkcached does")
                 if response.status not in (HTTPStatus.OK, HTTPStatus.ACCEPTED):
                     _refuse(response.status, response.read())
 
@@ -209,12 +221,27 @@ class Client:
         except TimeoutError:
             raise
         except OSError as error:
-            raise DaemonUnreachable(
-                f"no daemon answers on {self._socket}", hint=START_IT
-            ) from error
+            raise _unreachable(self._socket) from error
 
     def _new_connection(self) -> UnixConnection:
         return UnixConnection(self._socket, connect_s=_CONNECT_S, silence_s=self._patience_s)
+
+    @contextlib.contextmanager
+    def _translated(self) -> Iterator[None]:
+        """Errors: DaemonUnreachable for those of the connection; AnotherServer if it is no HTTP."""
+        try:
+            yield
+        except TimeoutError as error:
+            raise DaemonUnreachable("the daemon did not answer in time", hint=_SEE_LOG) from error
+        except OSError as error:
+            raise _broken_off(str(error)) from error
+        except http.client.IncompleteRead as error:
+            raise _broken_off("its answer has no end") from error
+        except http.client.HTTPException as error:
+            raise self._another("it does not speak HTTP") from error
+
+    def _another(self, why: str) -> AnotherServer:
+        return AnotherServer(f"another program has the socket {self._socket}: {why}", hint=_NAME_IT)
 
 
 def follow(socket: Path, waits_for: Sequence[str] = ()) -> Iterator[str | RkcachedError]:
@@ -240,13 +267,22 @@ def _send(connection: UnixConnection, method: str, path: str, body: dict[str, An
         connection.request(method, path, json.dumps(body).encode(), headers)
 
 
-@contextlib.contextmanager
-def _translated() -> Iterator[None]:
-    """Errors: DaemonUnreachable for those of the connection."""
-    try:
-        yield
-    except (OSError, http.client.HTTPException) as error:
-        raise _broken_off(str(error)) from error
+def _unreachable(socket: Path) -> DaemonUnreachable:
+    """The error where nothing can be connected to, with the reason if it is the path's."""
+    length = len(str(socket).encode(errors="replace"))
+    if length > _MAX_PATH_BYTES:
+        return DaemonUnreachable(
+            f"the path {socket} is too long for a socket: {length} bytes, "
+            f"{_MAX_PATH_BYTES} are possible",
+            hint=_NAME_IT,
+        )
+
+    with contextlib.suppress(OSError):
+        mode = socket.stat().st_mode
+        if not stat.S_ISSOCK(mode):
+            kind = "a folder" if stat.S_ISDIR(mode) else "a file"
+            return DaemonUnreachable(f"{socket} is {kind}, and no socket", hint=_NAME_IT)
+    return DaemonUnreachable(f"no daemon answers on {socket}", hint=START_IT)
 
 
 def _broken_off(why: str) -> DaemonUnreachable:

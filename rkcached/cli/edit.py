@@ -22,6 +22,7 @@ from rkcached.plan.fingerprint import changes
 from rkcached.sources import patterns
 from rkcached.sources.manifest import Manifest
 from rkcached.sources.manifest_file import read_manifest
+from rkcached.sources.names import hint_for
 from rkcached.sources.records import Key
 from rkcached.sources.stored_texts import StoredTexts
 
@@ -52,9 +53,7 @@ def files_of(settings: Settings, key: Key) -> list[Path]:
     stored = StoredTexts(settings.state_dir)
     known = _files(manifest, stored)
     if key not in known:
-        raise SourceError(
-            f"there is no prompt {key}", hint=names.hint_for(str(key), map(str, known))
-        )
+        raise SourceError(f"there is no prompt {key}", hint=hint_for(str(key), map(str, known)))
     return known[key]
 
 

@@ -16,6 +16,7 @@ from rkcached.cli.status import show
 from rkcached.errors import SourceError
 from rkcached.host.settings import Settings
 from rkcached.reconcile.observer import Observation
+from rkcached.sources.names import hint_for
 from rkcached.sources.records import Key
 
 
@@ -55,7 +56,7 @@ def explain_data(look: Observation, key: Key) -> dict[str, Any]:
     assessment = next((a for a in look.assessments if a.key == key), None)
     if assessment is None:
         known = (str(a.key) for a in look.assessments)
-        raise SourceError(f"there is no prompt {key}", hint=names.hint_for(str(key), known))
+        raise SourceError(f"there is no prompt {key}", hint=hint_for(str(key), known))
 
     wanted = look.desired.fingerprint(key)
     components = None

@@ -9,13 +9,13 @@ from rich.console import Console
 from rich.text import Text
 
 from rkcached.api import words
-from rkcached.cli import names
 from rkcached.cli.windows import context_bytes
 from rkcached.engines.registry import ENGINES, EngineEntry
 from rkcached.engines.states import StateKind
 from rkcached.errors import SourceError
 from rkcached.plan.desired import DesiredModel
 from rkcached.reconcile.observer import Observation
+from rkcached.sources.names import hint_for
 from rkcached.sources.records import TemplateOrigin, Trouble
 
 _ORIGINS: Final = {
@@ -30,9 +30,7 @@ def model_data(look: Observation, name: str) -> dict[str, Any]:
     """The explanation as data. Errors: SourceError for a model that nobody declares."""
     model = look.desired.models.get(name)
     if model is None:
-        raise SourceError(
-            f"there is no model {name!r}", hint=names.hint_for(name, look.desired.models)
-        )
+        raise SourceError(f"there is no model {name!r}", hint=hint_for(name, look.desired.models))
 
     data: dict[str, Any] = {
         "model": name,

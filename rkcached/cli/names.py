@@ -2,27 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 from rkcached.errors import SourceError, UsageError
+from rkcached.sources.names import hint_for
 from rkcached.sources.records import Key
-
-MAX_LISTED = 10
-"""A hint names so many prompts at most: a manifest may have thousands."""
-
-
-def hint_for(text: str, known: Iterable[str]) -> str:
-    """The names that `text` may have meant: all of them if they are few, else the most similar."""
-    names = list(known)
-    if not names:
-        return "known: none"
-    if len(names) <= MAX_LISTED:
-        return f"known: {', '.join(names)}"
-
-    similar = difflib.get_close_matches(text, names, n=MAX_LISTED)
-    listed = similar or names[:MAX_LISTED]
-    return f"known: {', '.join(listed)} and {len(names) - len(listed):,} more"
 
 
 def key_of(text: str) -> Key:

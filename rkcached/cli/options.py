@@ -5,11 +5,12 @@ from __future__ import annotations
 import contextlib
 import functools
 import gc
+import math
 import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import click
 
@@ -21,47 +22,96 @@ MAX_WAIT_S = 31_536_000
 # click would refuse what may not be read itself, as a mistake on the command line.
 PATH = click.Path(path_type=Path, readable=False)
 
+
+class Whole(click.IntRange):
+    """A whole number; the error of any other value says which are allowed."""
+
+    name = "number"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        try:
+            number: int = super().convert(value, param, ctx)
+        except click.BadParameter:
+            bound = "" if self.max is None else f" and at most {self.max:,}"
+            self.fail(f"{value!r} is not a whole number of at least {self.min}{bound}", param, ctx)
+        return number
+
+
+class Seconds(click.FloatRange):
+    """Seconds to wait; the error of any other value says which are allowed."""
+
+    name = "seconds"
+
+    def __init__(self) -> None:
+        super().__init__(min=0, min_open=True, max=MAX_WAIT_S)
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> float:
+        try:
+            seconds: float = super().convert(value, param, ctx)
+        except click.BadParameter:
+            self._refuse(value, param, ctx)
+        if math.isnan(seconds):
+            self._refuse(value, param, ctx)
+        return seconds
+
+    def _refuse(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> NoReturn:
+        self.fail(
+            f"{value!r} is not a number of seconds, more than 0 and at most {MAX_WAIT_S:,}; "
+            "write it as 60 or 0.5",
+            param,
+            ctx,
+        )
+
+
 FLAGS = {
     "manifest": click.option(
         "--manifest",
         "-m",
         type=PATH,
         metavar="FILE",
-        help="The YAML manifest; default: manifest.yaml here if it exists, else "
-        "/etc/rkcached/manifest.yaml. "
+        help="The manifest: the YAML file that names your models and prompts; default: "
+        "manifest.yaml here if it exists, else /etc/rkcached/manifest.yaml. "
         "[RKCACHED_MANIFEST]",
     ),
     "cache_dir": click.option(
         "--cache-dir",
         type=PATH,
         metavar="DIR",
-        help="The store; default: cache in the current folder; with the manifest "
-        "/etc/rkcached/manifest.yaml it is "
+        help="The folder of the finished prompt caches (the store), which large files fill. Name "
+        "it for the daemon to have them on another disk, and then for commands, too; default: "
+        "cache in the current folder; with the manifest /etc/rkcached/manifest.yaml it is "
         "/var/cache/rkcached. [RKCACHED_CACHE_DIR]",
     ),
     "state_dir": click.option(
         "--state-dir",
         type=PATH,
         metavar="DIR",
-        help="The texts of stored and of learned prompts, and the keys for TCP; default: state "
-        "beside the store; beside /var/cache/rkcached it is "
-        "/var/lib/rkcached. [RKCACHED_STATE_DIR]",
+        help="The folder of what cannot be built again: the texts of prompts that were stored over "
+        "HTTP or learned, and the keys of TCP ports. Name it for the daemon to have it elsewhere, "
+        "as on a disk with backups, and then for commands, too; default: state beside the store; "
+        "beside /var/cache/rkcached it is /var/lib/rkcached. [RKCACHED_STATE_DIR]",
     ),
     "admin_socket": click.option(
         "--admin-socket",
         type=PATH,
         metavar="PATH",
-        help="The socket for changes; default: admin.sock beside the other. "
-        "[RKCACHED_ADMIN_SOCKET]",
+        help="The file by which commands that change something reach the daemon: a Unix socket of "
+        "its owner. Name it if the daemon was started with another one; default: admin.sock beside "
+        "the other socket. [RKCACHED_ADMIN_SOCKET]",
     ),
     "socket": click.option(
         "--socket",
         "-s",
         type=PATH,
         metavar="PATH",
-        help="The Unix socket; default: rkcached.sock in $XDG_RUNTIME_DIR; in /run/rkcached if "
-        "that is not set, or if "
-        "only the system's daemon has a socket. [RKCACHED_SOCKET]",
+        help="The file by which programs and commands reach the daemon: a Unix socket. Name it if "
+        "the daemon was started with another one, or if you run several; default: rkcached.sock in "
+        "$XDG_RUNTIME_DIR; in /run/rkcached if that is not set, or if only the system's daemon has "
+        "a socket. [RKCACHED_SOCKET]",
     ),
 }
 
@@ -71,7 +121,7 @@ def waits_for_fresh(help_: str) -> Callable[[Callable[..., int]], Callable[..., 
     return click.option(
         "--timeout",
         "timeout_s",
-        type=click.FloatRange(min=0, min_open=True, max=MAX_WAIT_S),
+        type=Seconds(),
         default=300,
         show_default=True,
         metavar="S",
@@ -88,7 +138,7 @@ def _bad_setting(error: ValueError) -> SettingsError:
     first = details[0] if details else {"loc": ("setting",), "msg": str(error)}
     name = str(first["loc"][0])
     return SettingsError(
-        f"{name.replace('_', '-')}: {first['msg']}",
+        f"{name.replace('_', '-')}: {str(first['msg']).removeprefix('Input ')}",
         hint=f"correct RKCACHED_{name.upper()}, or the flag of that name",
     )
 

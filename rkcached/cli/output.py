@@ -19,14 +19,26 @@ if TYPE_CHECKING:
 def console(*, quiet: bool = False, stderr: bool = False) -> Console:
     """A console that marks nothing by itself.
 
-    Where no terminal shows the lines, it keeps them whole, unless COLUMNS is set.
+    Where no terminal shows the lines, they have no blanks at their ends, and it keeps them whole,
+    unless COLUMNS is set.
     """
     from rich.console import Console
 
+    class Plain(Console):
+        def print(self, *objects: Any, **options: Any) -> None:
+            with self.capture() as captured:
+                super().print(*objects, **options)
+            lines = captured.get().split("\n")
+            self.file.write("\n".join(line.rstrip(" ") for line in lines))
+
     made = Console(highlight=False, quiet=quiet, stderr=stderr)
-    if not made.is_terminal and not os.environ.get("COLUMNS"):
-        made.width = 100_000
-    return made
+    if made.is_terminal:
+        return made
+
+    plain = Plain(highlight=False, quiet=quiet, stderr=stderr)
+    if not os.environ.get("COLUMNS"):
+        plain.width = 100_000
+    return plain
 
 
 @contextlib.contextmanager

@@ -8,7 +8,6 @@ is waited for.
 from __future__ import annotations
 
 import contextlib
-import math
 import os
 import queue
 import threading
@@ -21,10 +20,10 @@ from typing import Any
 import click
 
 from rkcached.cli import exit_codes, output
-from rkcached.cli.client import START_IT, Client, follow
-from rkcached.cli.names import hint_for
+from rkcached.cli.client import Client, follow
 from rkcached.cli.status import show
 from rkcached.errors import (
+    AnotherServer,
     DaemonUnreachable,
     ManifestError,
     NotAllowed,
@@ -34,10 +33,10 @@ from rkcached.errors import (
     RkcachedError,
     SourceError,
     StillWaiting,
-    UsageError,
     printable,
 )
 from rkcached.host.settings import Settings
+from rkcached.sources.names import hint_for
 
 # Events after which a prompt may be in another state; the first means that the daemon is there.
 _MATTERS = ("listening", "artifact", "build", "summary")
@@ -86,11 +85,6 @@ class Waited:
 
 
 def run(settings: Settings, names: Sequence[str], *, timeout_s: float, want_json: bool) -> int:
-    if math.isnan(timeout_s):
-        raise UsageError(
-            "--timeout: nan is not a number of seconds", hint="name some, as in --timeout 60"
-        )
-
     with output.progress_line() as report:
         result = wait(settings.socket, names, timeout_s=timeout_s, report=report)
 
@@ -113,7 +107,7 @@ def wait(
 
     `report` is called with what is waited for, when that changed. Errors: SourceError for a name
     that is not declared, ManifestError while the daemon's manifest is rejected, NotAllowed,
-    RequestError.
+    AnotherServer, RequestError.
     """
     started = time.monotonic()
     inbox: _Inbox = queue.SimpleQueue()
@@ -121,8 +115,8 @@ def wait(
     listening = (socket, inbox, names or waits_for_all)
     threading.Thread(target=_listen, args=listening, daemon=True).start()
     looked = False
-    waits_for = f"no daemon has answered on {socket} yet"
-    hint = START_IT
+    waits_for = f"nothing has answered on {socket} yet"
+    hint = _MORE_TIME
     prompts: list[dict[str, Any]] = []
 
     while (left_s := started + timeout_s - time.monotonic()) > 0:
@@ -130,7 +124,7 @@ def wait(
         heard = _last_heard(inbox, left_s)
         if heard is None:
             break
-        if isinstance(heard, NotAllowed | RequestError | ManifestError):
+        if isinstance(heard, NotAllowed | AnotherServer | RequestError | ManifestError):
             raise heard
 
         if isinstance(heard, RkcachedError):

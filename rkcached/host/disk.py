@@ -137,12 +137,15 @@ def replace(
 ) -> None:
     """The file has this content afterwards, or on any error the content that it had.
 
-    `owner`: as for `write_new`. Errors: OSError.
+    `owner`: as for `write_new`. Errors: OSError, which names this file.
     """
     temporary = path.with_name(f".{path.name}-{secrets.token_hex(4)}.tmp")
     try:
         write_new(temporary, data, mode, owner=owner)
         temporary.replace(path)
+    except OSError as error:  # nobody knows the temporary file
+        error.filename, error.filename2 = str(path), None
+        raise
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)

@@ -7,6 +7,7 @@ raises leaves as a TemplateError with the line in the template.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from functools import lru_cache
@@ -63,6 +64,10 @@ def _whole(text: str) -> str:
     except UnicodeEncodeError:
         return text.encode("utf-16", "surrogatepass").decode("utf-16")
     return text
+
+
+# What Jinja2 says of a name; of what an object lacks it says more.
+_NO_VARIABLE: Final = re.compile(r"'\w+' is undefined")
 
 
 class _Generation(Extension):
@@ -143,6 +148,9 @@ def _translate(name: str, error: Exception) -> TemplateError:
         case jinja2.UndefinedError() if "strftime_now" in text:
             message = "it asks for the date by strftime_now, and none is stated"
             hint = "set the model's template_date in the manifest"
+        case jinja2.UndefinedError() if _NO_VARIABLE.fullmatch(text):
+            message = text
+            hint = "set it in the model's chat_template_kwargs, or correct its name there"
         case jinja2.TemplateSyntaxError():
             message = f"syntax error: {text}"
             hint = "chat templates are Jinja2; correct the line"

@@ -9,12 +9,25 @@ from pydantic_core import ErrorDetails
 
 _MAX_COMPARED: Final = 20  # errors of one value; a union has one for each of its alternatives
 
-# JSON's words for what pydantic calls by Python's.
+# JSON's words for what pydantic calls by Python's. The names in braces are of its context.
 _WORDS: Final = {
     "model_type": "should be an object",
     "model_attributes_type": "should be an object",
     "dict_type": "should be an object",
     "list_type": "should be an array",
+    "string_type": "should be a text",
+    "bool_type": "should be true or false",
+    "int_type": "should be a whole number",
+    "int_from_float": "should be a whole number",
+    "float_type": "should be a number",
+    "finite_number": "should be a finite number",
+    "greater_than": "should be more than {gt}",
+    "greater_than_equal": "should be at least {ge}",
+    "less_than": "should be less than {lt}",
+    "less_than_equal": "should be at most {le}",
+    "too_short": "should have at least {min_length} item, and has {actual_length}",
+    "string_too_long": "should have at most {max_length} characters",
+    "union_tag_invalid": "the {discriminator} '{tag}' is none of {expected_tags}",
 }
 
 _MAX_QUOTED: Final = 300  # characters of the value in an error: enough to find the place
@@ -31,7 +44,7 @@ class Fault(NamedTuple):
 
 def first_fault(value: Any, error: ValidationError) -> Fault:
     """The first fault. Of a union's alternatives, the one that came furthest."""
-    problems = error.errors(include_url=False, include_input=False, include_context=False)
+    problems = error.errors(include_url=False, include_input=False)
     places = []
     for problem in problems[:_MAX_COMPARED]:
         missing = problem["type"] == "missing"
@@ -46,8 +59,19 @@ def first_fault(value: Any, error: ValidationError) -> Fault:
 
     place, telling = max(same, key=depth)
     kind = telling["type"]
-    words = _WORDS.get(kind, telling["msg"].removeprefix("Value error, "))
-    return Fault(kind=kind, place=place or None, words=_shortened(words))
+    if kind == "union_tag_not_found":
+        tag = telling["ctx"]["discriminator"].strip("'")
+        return Fault(kind="missing", place=f"{place}.{tag}".lstrip("."), words="is missing")
+    return Fault(kind=kind, place=place or None, words=_shortened(_words(telling)))
+
+
+def _words(problem: ErrorDetails) -> str:
+    if (words := _WORDS.get(problem["type"])) is not None:
+        context = {name: str(value).strip() for name, value in problem.get("ctx", {}).items()}
+        if "discriminator" in context:
+            context["discriminator"] = context["discriminator"].strip("'")
+        return words.format_map(context)
+    return problem["msg"].removeprefix("Value error, ").removeprefix("Input ")
 
 
 def _place(value: Any, steps: tuple[str | int, ...], *, missing: bool) -> str:

@@ -5,20 +5,21 @@ from __future__ import annotations
 from rkcached.errors import RequestError
 from rkcached.plan.desired import DesiredModel
 from rkcached.reconcile.snapshot import Snapshot
+from rkcached.sources.names import hint_for
 from rkcached.sources.records import Trouble
+
+MOST_COMPARED = 500
+"""Names that a wrong one is compared with: the event loop waits meanwhile."""
 
 
 def find_model(snapshot: Snapshot, name: str) -> DesiredModel:
-    """Errors: RequestError 404 for an unknown model, 503 for one that cannot be used now."""
+    """Errors: RequestError 404 for an unknown model, 503 for one that cannot be used now.
+
+    400 for the name of a prompt.
+    """
     model = snapshot.model(name)
     if model is None:
-        known = ", ".join(sorted(snapshot.desired.models)) or "none"
-        raise RequestError(
-            404,
-            f"the model {name!r} does not exist; known models: {known}",
-            code="model_not_found",
-            param="model",
-        )
+        raise _no_model(snapshot, name)
     if isinstance(model, Trouble):
         raise RequestError(
             503,
@@ -27,6 +28,26 @@ def find_model(snapshot: Snapshot, name: str) -> DesiredModel:
             hint=model.hint,
         )
     return model
+
+
+def _no_model(snapshot: Snapshot, name: str) -> RequestError:
+    model, slash, _ = name.partition("/")
+    if slash and snapshot.model(model) is not None:
+        return RequestError(
+            400,
+            f"{name!r} is MODEL/PROMPT, and here only a model can be named",
+            code="invalid_value",
+            param="model",
+            hint=f"write {model!r}",
+        )
+    known = sorted(snapshot.desired.models)
+    return RequestError(
+        404,
+        f"the model {name!r} does not exist",
+        code="model_not_found",
+        param="model",
+        hint=hint_for(name, known, "models", most_compared=MOST_COMPARED),
+    )
 
 
 def find_text_model(snapshot: Snapshot, name: str) -> DesiredModel:

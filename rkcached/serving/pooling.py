@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from rkcached import errors
@@ -42,7 +42,7 @@ class PoolingModels:
         `owner`: the uid of the client. Errors: RequestError.
         """
         results: list[protocol.Embedded] = await self._run_each(
-            model, find_embedding_model, map(_embed, inputs), owner, text_param="input"
+            model, find_embedding_model, list(map(_embed, inputs)), owner, _part_of(inputs)
         )
         return [result.vector for result in results], sum(result.tokens for result in results)
 
@@ -50,9 +50,14 @@ class PoolingModels:
         self, model: str, query: str, documents: Sequence[str], owner: int
     ) -> tuple[list[float], int]:
         """The score of each document, and the tokens of all. Errors and `owner` as for `embed`."""
-        operations = (protocol.Rank(query=query, document=document) for document in documents)
+        operations = [protocol.Rank(query=query, document=document) for document in documents]
+
+        def too_long(at: int) -> str:
+            """The longer one: both are read together."""
+            return "query" if len(query) > len(documents[at]) else f"documents.{at}"
+
         results: list[protocol.Ranked] = await self._run_each(
-            model, find_reranker, operations, owner, text_param="documents"
+            model, find_reranker, operations, owner, too_long
         )
         return [result.score for result in results], sum(result.tokens for result in results)
 
@@ -60,27 +65,34 @@ class PoolingModels:
         self,
         model: str,
         find: FindModel,
-        operations: Iterable[protocol.Embed | protocol.Rank],
+        operations: Sequence[protocol.Embed | protocol.Rank],
         owner: int,
-        *,
-        text_param: str,
+        too_long: Callable[[int], str],
     ) -> list[Any]:
-        """The results, in order. Errors: RequestError."""
+        """The results, in order.
+
+        `too_long`: the parameter to shorten if the operation at this place has too many tokens.
+        Errors: RequestError.
+        """
         config = self._published.now.manifest.serving
         owners = self._owners[model]
         refuse_beyond_the_queue(model, owners[1:], owner, config.queue)
 
         owners.append(owner)
+        results: list[Any] = [None] * len(operations)
+        at = 0
         try:
             async with asyncio.timeout(config.request_timeout_s):
-                return [await self._run(model, find, each, owner) for each in operations]
+                for at, operation in enumerate(operations):
+                    results[at] = await self._run(model, find, operation, owner)
         except TimeoutError:
             limit_s = config.request_timeout_s or 0.0  # without a limit there is no timeout
             raise timed_out(limit_s, hint="send fewer texts at once") from None
         except errors.RkcachedError as error:
-            raise as_request_error(error, text_param=text_param) from error
+            raise as_request_error(error, text_param=too_long(at)) from error
         finally:
             owners.remove(owner)
+        return results
 
     async def _run(
         self, name: str, find: FindModel, operation: protocol.Embed | protocol.Rank, owner: int
@@ -92,6 +104,11 @@ class PoolingModels:
             # Another look may have changed the model meanwhile.
             worker = self._workers.get(worker_model(engine, find(self._published.now, name)))
             return await worker.run(operation)
+
+
+def _part_of(inputs: Sequence[EmbeddingInput]) -> Callable[[int], str]:
+    """The parameter of each input: where there is one only, it may not have come as a list."""
+    return lambda at: "input" if len(inputs) == 1 else f"input.{at}"
 
 
 def _embed(content: EmbeddingInput) -> protocol.Embed:

@@ -379,6 +379,14 @@ class NpuConfig(_Section):
     )
 
 
+def _mapping_or_nothing(schema: dict[str, Any]) -> None:
+    """Have the JSON schema of a mapping allow that nothing stands behind its key."""
+    mapping = {"additionalProperties": False}
+    for key in ("type", "patternProperties"):
+        mapping[key] = schema.pop(key)
+    schema["anyOf"] = [mapping, {"type": "null"}]
+
+
 class ModelConfig(_Section):
     """A model and the prompts that are kept ready for it."""
 
@@ -436,7 +444,7 @@ class ModelConfig(_Section):
     prompts: dict[Name, PromptConfig] = Field(
         default_factory=dict,
         description="Prompts by name.",
-        json_schema_extra={"additionalProperties": False},
+        json_schema_extra=_mapping_or_nothing,
     )
     prompts_from: Patterns = Field(
         default=(),
@@ -454,6 +462,11 @@ class ModelConfig(_Section):
         le=31_536_000,
         description="Unload the model after so many idle seconds. None is never.",
     )
+
+    @field_validator("prompts", mode="before")
+    @classmethod
+    def _may_have_comments_only(cls, prompts: object) -> object:
+        return {} if prompts is None else prompts
 
     @field_validator("prompts")
     @classmethod
@@ -643,7 +656,7 @@ class Manifest(_Section):
                     (
                         (name,),
                         f"a model cannot be named {name!r}: /v1/models/{name} means something else",
-                        "",
+                        f"choose another name, such as {name}-model",
                     )
                 )
 

@@ -96,7 +96,7 @@ def manifest_text(path: Path) -> str:
         raise errors.ManifestError((problem,)) from error
     except OSError as error:
         reason = error.strerror
-        hint = "name one with --manifest or RKCACHED_MANIFEST; `rkcached demo` writes a small one"
+        hint = "name one with --manifest or RKCACHED_MANIFEST; `rkcached init` writes one"
         if (refused := refusal(path, error)) is not None:
             reason, hint = refused
         problem = errors.Problem(

@@ -15,6 +15,7 @@ from rkcached.host.digests import Digests, Signature
 from rkcached.host.regular import open_regular
 from rkcached.messages.builtin import BUILTIN
 from rkcached.messages.tokenizer_facts import MAX_TEMPLATE_BYTES, TokenizerFacts
+from rkcached.sources import model_formats as formats
 from rkcached.sources import tokenizer_files
 from rkcached.sources.manifest import ModelConfig
 from rkcached.sources.memory import Memory, Placed
@@ -52,12 +53,9 @@ class ModelReader:
                 return Trouble(message=f"{config.path} is {kind}", hint="name a model file")
 
             with open_regular(config.path) as stream:
-                if stream.read(len(engine.model_magic)) != engine.model_magic:
-                    return Trouble(
-                        message=f"{config.path} is not a {engine.model_format}",
-                        hint="set path to a file of that format, "
-                        "or engine.kind to the engine that reads it",
-                    )
+                start = stream.read(formats.START_BYTES)
+            if trouble := formats.not_for(engine, config.path, start):
+                return trouble
 
             facts = engine.inspect_model(config.path, self._header)
             signatures: dict[str, Signature] = {}

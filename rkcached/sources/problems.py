@@ -45,6 +45,13 @@ _EXPECTED: Final = {
 }
 
 
+_EXAMPLES: Final = {"version": "1", "path": "model.gguf", "files": "[prompts/name.md]"}
+"""Values of keys that must be there."""
+
+
+_MANUAL: Final = "rkcached-manifest(5) explains `{key}`"
+
+
 def wrong(message: str, hint: str = "") -> PydanticCustomError:
     return all_wrong([((), message, hint)])
 
@@ -94,7 +101,7 @@ def explain(error: ErrorDetails, sections: Sections) -> list[tuple[Steps, str, s
                 "name a file",
             )
         case "missing":
-            message, hint = f"missing key {key!r}", f"add `{key}: ...`"
+            message, hint = f"missing key {key!r}", f"add `{key}: {_EXAMPLES.get(key, '...')}`"
         case "extra_forbidden" if key == "max_context_len" and place.endswith("prompts.*.params"):
             message, hint = (
                 f"max_context_len is set per model, got {show(value)}",
@@ -135,7 +142,7 @@ def _explain_value(error: ErrorDetails, key: str, field: FieldInfo | None) -> tu
         case "too_long" | "string_too_long":
             unit = "characters" if kind == "string_too_long" else "entries"
             allowed = f"at most {context['max_length']} {unit} are allowed"
-            return f"{key}: {allowed}, got {len(error['input'])}", ""
+            return f"{key}: {allowed}, got {len(error['input'])}", "shorten it"
         case "byte_size_unit":
             return (
                 f"max_bytes: unknown unit in {got}",
@@ -152,7 +159,7 @@ def _explain_value(error: ErrorDetails, key: str, field: FieldInfo | None) -> tu
         case _ if field and (bounds := _bounds(field)):
             return f"{key}: {got} is out of range", f"allowed is {bounds}"
 
-    return f"{key}: {error['msg']}, got {got}", ""
+    return f"{key}: {error['msg']}, got {got}", _MANUAL.format(key=key)
 
 
 def _prompt_hint(key: str, value: object) -> str:
@@ -167,14 +174,20 @@ def _prompt_hint(key: str, value: object) -> str:
 def _type_hint(key: str, value: object, field: FieldInfo | None) -> str:
     """Suggest what to write instead of a value of the wrong kind."""
     if field is None:
-        return ""
+        return _MANUAL.format(key=key)
+    if field.annotation in (bool, bool | None):
+        return f"write `{key}: true` or `{key}: false`"
+    if key == "models":
+        return "write `models: {name: {path: model.gguf}}`"
+    if key == "prompts":
+        return "write `prompts: {name: prompts/name.md}`"
     if value is None and not field.is_required():
         return "remove the key to get its default"
     if bounds := _bounds(field):
         return f"allowed is {bounds}"
     section = field.annotation
     if not isinstance(section, type) or not issubclass(section, BaseModel):
-        return ""
+        return _MANUAL.format(key=key)
     first, choice = next(iter(section.model_fields.items()))
     if isinstance(choice.annotation, type) and issubclass(choice.annotation, StrEnum):
         near = nearest_of_all(value, [str(member) for member in choice.annotation])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import errno
 import shlex
 import stat
 from pathlib import Path
@@ -105,6 +106,11 @@ def unusable(path: Path, error: OSError, noun: str) -> SourceError:
         case FileNotFoundError() | NotADirectoryError():
             return SourceError(
                 f"source missing: {path}", hint=f"put the {noun} there, or correct its path"
+            )
+        case _ if error.errno == errno.ELOOP:
+            return SourceError(
+                f"{path} cannot be read: it is a link that leads back to itself",
+                hint="remove the link, or let it lead to a file",
             )
         case _:
             return SourceError(

@@ -126,6 +126,23 @@ def _open_quote(
     return None
 
 
+_COMPARE: Final = "compare the line and the one above with the examples of rkcached-manifest(5)"
+
+
+def _syntax_hint(error: yaml.MarkedYAMLError, text: str, line: int) -> str:
+    """The next thing to do about a line (1-based) that breaks the YAML."""
+    lines = text.splitlines()
+    if line <= len(lines) and re.match(r"\s*\t", lines[line - 1]):
+        return "indent with spaces, not tabs"
+    if error.context and "flow" in error.context:
+        return "close the bracket, or put a comma before the next entry"
+    if error.context and "block" in error.context:
+        return "indent it as far as the keys that it stands beside"
+    if error.problem and "mapping values" in error.problem:
+        return "put the text in quotes, as it has a colon; or indent the line"
+    return _COMPARE
+
+
 class YamlReader:
     """Turns YAML text into plain data; remembers the line of every place in it, and problems."""
 
@@ -151,7 +168,9 @@ class YamlReader:
         """The document's data, without what cannot be understood; raises when nothing can be."""
         if len(text) > MAX_CHARACTERS:
             raise self._fatal(
-                1, f"the manifest has {len(text)} characters, {MAX_CHARACTERS} are allowed"
+                1,
+                f"the manifest has {len(text)} characters, {MAX_CHARACTERS} are allowed",
+                "put the texts of prompts into files",
             )
 
         if match := Reader.NON_PRINTABLE.search(text):
@@ -187,7 +206,7 @@ class YamlReader:
                 if depth > MAX_DEPTH or nodes > MAX_NODES:
                     line = event.start_mark.line + 1 if event.start_mark else 1
                     what = _TOO_DEEP if depth > MAX_DEPTH else _TOO_MANY
-                    raise self._fatal(line, what)
+                    raise self._fatal(line, what, _COMPARE)
 
                 last = event
 
@@ -203,15 +222,11 @@ class YamlReader:
             if (
                 "nesting depth" in message
             ):  # libyaml's own limit, since PyYAML 6.0.4: reached before the first event
-                raise self._fatal(line, _TOO_DEEP) from error
+                raise self._fatal(line, _TOO_DEEP, _COMPARE) from error
 
-            lines = text.splitlines()
-            tab = line <= len(lines) and re.match(r"\s*\t", lines[line - 1])
-            raise self._fatal(
-                line, message, "indent with spaces, not tabs" if tab else ""
-            ) from error
+            raise self._fatal(line, message, _syntax_hint(error, text, line)) from error
         except yaml.YAMLError as error:
-            raise self._fatal(1, f"not valid YAML: {error}") from error
+            raise self._fatal(1, f"not valid YAML: {error}", _COMPARE) from error
 
     def _value(self, node: yaml.Node, steps: Steps) -> object:
         self.lines.setdefault(steps, node.start_mark.line + 1)
@@ -225,7 +240,7 @@ class YamlReader:
             )
 
         if len(self._open) >= MAX_DEPTH:
-            raise self._fatal(line, _TOO_DEEP)
+            raise self._fatal(line, _TOO_DEEP, _COMPARE)
         kind = node.tag.removeprefix("tag:yaml.org,2002:")
         self._open.append(id(node))
 
@@ -281,7 +296,9 @@ class YamlReader:
         for source in merged:
             below = self._value(source, steps)
             if not isinstance(below, dict):
-                self._note(source, f"'<<' merges mappings, got {show(below)}")
+                self._note(
+                    source, f"'<<' merges mappings, got {show(below)}", "name an anchor of one"
+                )
                 continue
 
             data = below | data

@@ -21,6 +21,7 @@ from rkcached.sources.parser import parse
 from rkcached.sources.reader import SourceReader
 from rkcached.sources.records import ModelSource, Trouble
 from rkcached.sources.stored_texts import StoredTexts
+from tests import tiny_models
 from tests.gguf_files import STRING, UINT32, gguf, pair, shard, split_pairs, text
 
 COUNT = 3
@@ -230,12 +231,38 @@ HEADERS = {
 }
 
 
-@pytest.mark.parametrize("case", HEADERS)
+CUT_OFF = {"empty", "only-magic", "long-text", "long-list", "long-list-of-texts"}
+"""The file ends before what its header announces, as after a download that was interrupted."""
+
+
+@pytest.mark.parametrize("case", sorted(HEADERS.keys() - CUT_OFF))
 def test_a_header_that_is_none_is_left_to_the_engine(tmp_path: Path, case: str) -> None:
     """It says best what is wrong with a model file; and nothing is raised, nor read for ever."""
     path = tmp_path / "m.gguf"
     path.write_bytes(HEADERS[case])
     assert read_header(path) is None
+    assert inspect(path).files == (path,)
+
+
+@pytest.mark.parametrize("case", sorted(CUT_OFF))
+def test_a_header_that_is_cut_off(tmp_path: Path, case: str) -> None:
+    """`check` called it ok, and the engine's words did not say that the file is incomplete."""
+    path = tmp_path / "m.gguf"
+    path.write_bytes(HEADERS[case])
+    assert read_header(path) is None
+    with pytest.raises(SourceError, match="is damaged or cut off"):
+        inspect(path)
+
+
+def test_weights_that_are_cut_off(tmp_path: Path) -> None:
+    """A whole model has them all; of one that was half downloaded, some begin behind its end."""
+    path = tiny_models.plain(tmp_path / "m.gguf")
+    assert inspect(path).files == (path,)
+    data = path.read_bytes()
+    path.write_bytes(data[: len(data) * 3 // 4])
+    with pytest.raises(SourceError, match=r"is cut off: it has [\d,]+ bytes"):
+        inspect(path)
+    path.write_bytes(gguf(tensors=1 << 63))
     assert inspect(path).files == (path,)
 
 

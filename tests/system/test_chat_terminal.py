@@ -74,13 +74,37 @@ def test_a_transcript(space: Workspace, chat: Terminal) -> None:
         "model": "m/cook",
         "messages": [
             {"role": "user", "content": "other"},
-            {"role": "assistant", "content": "Soup."},
+            {"role": "assistant", "content": "Soup.", "model": "m/cook"},
         ],
     }
     assert stat.S_IMODE((space.root / "talk.json").stat().st_mode) == 0o600
     assert (
         space.root / "talk.md"
     ).read_text() == "# m/cook\n\n## user\n\nother\n\n## assistant\n\nSoup.\n"
+
+
+def test_a_saved_conversation_names_who_answered(space: Workspace, chat: Terminal) -> None:
+    """It named the model that was chosen last, though that one had answered nothing."""
+    chat.type("hello\r")
+    chat.wait_shown("Good day to you.", "[hit on keeper")
+    chat.type("/prompt cook\r")
+    chat.wait_shown("m/cook answers from now on")
+    chat.type("/save one.json\r")
+    chat.wait_shown("wrote one.json")
+    chat.type("other\r")
+    chat.wait_shown("Soup.", "[hit on cook")
+    chat.type("/save both.md\r")
+    chat.wait_shown("wrote both.md")
+    chat.type(CTRL_D)
+    assert chat.process.wait() == 0
+
+    one = json.loads((space.root / "one.json").read_text())
+    assert (one["model"], one["messages"][1]["model"]) == ("m/keeper", "m/keeper")
+    assert space.request("POST", "/v1/chat/completions", json=one).status_code == 200
+    both = (space.root / "both.md").read_text()
+    assert both.startswith("# m/keeper, m/cook\n")
+    assert "## assistant: m/keeper\n\nGood day" in both
+    assert "## assistant: m/cook\n\nSoup." in both
 
 
 def test_lines_have_a_history_that_others_cannot_read(space: Workspace, chat: Terminal) -> None:

@@ -239,6 +239,26 @@ def test_it_asks_what_it_must(folder: Workspace) -> None:
     assert "prompts" not in models["tiny-llama-instruct"]
 
 
+def test_what_is_no_file_is_left_out_and_named(folder: Workspace) -> None:
+    """It was passed over in silence: links that lead nowhere or to folders, and pipes."""
+    root = folder.root
+    (root / "lost.gguf").symlink_to("nowhere.gguf")
+    (root / "linked").symlink_to("prompts")
+    (root / "other").symlink_to("nowhere")
+    os.mkfifo(root / "pipe.md")
+    left_out = initialise(folder, "--yes")
+    assert "left out: lost.gguf: it is a link that leads nowhere" in left_out
+    assert "left out: linked: it is a link to a folder; name that folder to init" in left_out
+    assert "left out: pipe.md: it is a pipe, a socket or a device, and no file" in left_out
+    assert "left out: other" not in left_out
+
+
+def test_an_error_names_the_file_that_was_to_be_written(folder: Workspace) -> None:
+    """It named a temporary file, which nobody knows."""
+    error = initialise(folder, "-m", "/proc/manifest.yaml", code=os.EX_CANTCREAT)
+    assert "/proc/manifest.schema.json cannot be written" in error
+
+
 # add
 
 
@@ -286,6 +306,16 @@ def test_a_prompt_is_added_to_a_flow_mapping_and_to_none(declared: Workspace) ->
     )
     declared.cli("add", "b.md")
     assert manifest(declared)["models"]["m"]["prompts"] == {"b": "b.md"}
+
+
+def test_a_prompt_is_added_where_all_are_comments(declared: Workspace) -> None:
+    """Such a manifest was refused, by `check`, too: nobody deletes the key with its last prompt."""
+    head = "version: 1\nengine: {kind: memory}\nmodels:\n  m:\n    path: m.model\n    prompts:\n"
+    comments = "      # One day:\n      #   c: c.md\n"
+    declared.write("manifest.yaml", head + comments)
+    declared.cli("check")
+    declared.cli("add", "b.md")
+    assert declared.manifest.read_text() == f"{head}      b: b.md\n{comments}"
 
 
 def test_comments_keep_their_places(declared: Workspace) -> None:

@@ -115,7 +115,7 @@ def test_arguments_of_earlier_calls_are_bounded(text: str) -> None:
     [
         (
             {"role": "assistant", "content": [{}, {"type": "x"}], "assistant": []},
-            "messages.0.content.0",
+            "messages.0.content.0.type",
         ),
         ({"role": "user", "content": 1, "user": {}}, "messages.0.content"),
         ({"role": "tool", "tool": [1]}, "messages.0.tool_call_id"),

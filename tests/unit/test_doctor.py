@@ -599,7 +599,7 @@ def test_other_engine_on_a_board(rock5: FakeBoard) -> None:
     Its models are not RKLLM's.
     """
     (rock5.root / "usr/lib/librkllmrt.so").unlink()
-    rock5.model.write_bytes(b"GGUF")
+    rock5.model.write_bytes(gguf())
     rock5.declare("{kind: llamacpp}")
     report = rock5.examine()
     assert not report.failed

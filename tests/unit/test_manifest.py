@@ -1286,3 +1286,10 @@ def test_any_data_parses_or_has_problems(engine: Any, params: Any, prompts: Any,
         "models": {"m": model, "n": {"path": "n", "prompts": {"a": rest}}},
     }
     only_problems(yaml.safe_dump(data, allow_unicode=False))
+
+
+def test_prompts_may_be_comments_only() -> None:
+    """The key is what is left when the last prompt is taken out."""
+    assert good(f"{MINIMAL}    prompts:\n      # a: a.md\n").models["m"].prompts == {}
+    prompts = json_schema()["$defs"]["ModelConfig"]["properties"]["prompts"]
+    assert prompts["anyOf"][1] == {"type": "null"}

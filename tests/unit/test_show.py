@@ -309,3 +309,11 @@ def test_what_changed() -> None:
     after["cache"] = {**after["cache"], "free_bytes": 5}
     told = list(live.changes(live.facts_of(before), live.facts_of(after)))
     assert told == ["m/b stale: text changed", "m/c: no longer there"]
+
+
+def test_lines_in_a_pipe_end_where_their_words_do(capsys: pytest.CaptureFixture[str]) -> None:
+    """A table pads its cells; only a terminal has a right edge."""
+    show.print_status(output.console(), a_status([prompt("a", "fresh"), prompt("bb", "stale")]))
+    lines = capsys.readouterr().out.splitlines()
+    assert any(line.startswith("m/bb") for line in lines)
+    assert [line for line in lines if line != line.rstrip()] == []

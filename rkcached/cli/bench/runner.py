@@ -22,12 +22,12 @@ from rkcached.cli.bench.progress import Shown
 from rkcached.cli.bench.results import SCHEMA, Ended, Parameters, Results, Versions
 from rkcached.cli.bench.series import Series
 from rkcached.cli.client import Client
-from rkcached.cli.names import hint_for
 from rkcached.engines.kinds import EngineKind
 from rkcached.engines.registry import ENGINES
 from rkcached.errors import DaemonUnreachable, SourceError, UsageError
 from rkcached.host.settings import Settings
 from rkcached.reconcile.observer import Observation
+from rkcached.sources.names import hint_for
 from rkcached.sources.records import Key
 
 NOT_ON_NPU = (

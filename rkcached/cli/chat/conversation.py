@@ -26,10 +26,11 @@ class Conversation:
         self.system = ""
         """A system message of one's own."""
         self.turns: list[dict[str, str]] = []
+        """Questions and answers; an answer also has the model that gave it."""
         self._options = options
 
     def messages(self) -> list[dict[str, str]]:
-        """All of them, with the system message."""
+        """All of them, with the system message. An answer has the model that gave it."""
         own = [{"role": "system", "content": self.system}] if self.system else []
         return [*own, *self.turns]
 
@@ -64,7 +65,7 @@ class Conversation:
         if shown.content or not was_ended:
             self.turns += [
                 {"role": "user", "content": question},
-                {"role": "assistant", "content": shown.content},
+                {"role": "assistant", "content": shown.content, "model": self.model},
             ]
         return not was_ended
 
@@ -75,6 +76,9 @@ class Conversation:
 
     def _body(self, question: str) -> dict[str, Any]:
         messages = [*self.messages(), {"role": "user", "content": question}]
+        messages = [
+            {key: value for key, value in message.items() if key != "model"} for message in messages
+        ]
         return {**self._options, "model": self.model, "messages": messages}
 
 

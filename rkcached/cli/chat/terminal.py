@@ -16,9 +16,9 @@ from prompt_toolkit.history import FileHistory, History, InMemoryHistory
 
 from rkcached.cli.chat.conversation import Conversation
 from rkcached.cli.client import Client
-from rkcached.cli.names import hint_for
 from rkcached.errors import RkcachedError, SourceError, StoreError, UsageError, printable
 from rkcached.host import disk
+from rkcached.sources.names import hint_for
 
 _PRIVATE: Final = 0o600
 
@@ -189,16 +189,27 @@ class Terminal:
         self._say(f"wrote {path}")
 
     def _as_json(self) -> str:
-        conversation = self._conversation
-        document = {"model": conversation.model, "messages": conversation.messages()}
+        document = {
+            "model": self._answering()[-1],
+            "messages": self._conversation.messages(),
+        }
         return json.dumps(document, ensure_ascii=False, indent=2) + "\n"
 
     def _as_markdown(self) -> str:
-        turns = [
-            f"## {message['role']}\n\n{message['content']}"
-            for message in self._conversation.messages()
-        ]
-        return "\n\n".join([f"# {self._conversation.model}", *turns]) + "\n"
+        models = self._answering()
+        parts = [f"# {', '.join(models)}"]
+        for message in self._conversation.messages():
+            who = message["role"]
+            if "model" in message and len(models) > 1:
+                who = f"{who}: {message['model']}"
+            parts.append(f"## {who}\n\n{message['content']}")
+        return "\n\n".join(parts) + "\n"
+
+    def _answering(self) -> list[str]:
+        """The models that gave the answers so far, the last one last; if none did, the one now."""
+        answered = [turn["model"] for turn in self._conversation.turns if "model" in turn]
+        latest_first = dict.fromkeys(reversed(answered))
+        return [*reversed(latest_first)] or [self._conversation.model]
 
     def _say(self, text: str) -> None:
         for line in text.splitlines():

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from rkcached.cli import completion
-from rkcached.cli.options import PATH, as_json, places, waits_for_fresh
+from rkcached.cli.options import PATH, Whole, as_json, places, waits_for_fresh
 
 if TYPE_CHECKING:
     from rkcached.host.settings import Settings
@@ -191,7 +191,7 @@ def prompts() -> None:
 )
 @click.option(
     "--at-least",
-    type=click.IntRange(min=1),
+    type=Whole(min=1),
     default=2,
     show_default=True,
     metavar="N",

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from rkcached.cli import completion
-from rkcached.cli.options import PATH, as_json, places
+from rkcached.cli.options import PATH, Whole, as_json, places
 
 if TYPE_CHECKING:
     from rkcached.host.settings import Settings
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 @click.argument("model", metavar="[MODEL[/PROMPT]]", required=False, shell_complete=completion.both)
 @click.argument("message", required=False)
 @places("socket")
-@click.option("--max-tokens", type=click.IntRange(min=1), help="Length of the answer.")
+@click.option("--max-tokens", type=Whole(min=1), help="Length of the answer.")
 @click.option("--cold", is_flag=True, help="Answer without any prompt cache.")
 @as_json
 def chat(
@@ -82,7 +82,7 @@ def ps(settings: Settings, want_json: bool) -> int:
 @places("manifest", "cache_dir", "state_dir", "socket", "admin_socket")
 @click.option(
     "--runs",
-    type=click.IntRange(min=1, max=10_000),
+    type=Whole(min=1, max=10_000),
     default=5,
     show_default=True,
     help="Runs of each.",

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 from rkcached.cli import completion
-from rkcached.cli.options import FLAGS, as_json, places
+from rkcached.cli.options import FLAGS, Whole, as_json, places
 
 if TYPE_CHECKING:
     from rkcached.host.settings import Settings
@@ -93,7 +93,7 @@ def doctor(settings: Settings, want_json: bool) -> int:
 @click.option(
     "--lines",
     "-n",
-    type=click.IntRange(min=0, max=1_000_000),
+    type=Whole(min=0, max=1_000_000),
     default=50,
     show_default=True,
     metavar="N",

@@ -128,9 +128,12 @@ class Found:
 def look_into(folder: Path) -> Found:
     """The models and prompts in a folder and below it. Errors: SourceError; OSError."""
     found = Found()
-    for path in _files(folder):
+    for path, why_not in _files(folder):
         engine = _ENGINES.get(path.suffix.lower())
-        if not _is_text(path):
+        if why_not:
+            if engine is not None or path.suffix.lower() in _PROMPT_SUFFIXES or path.is_dir():
+                found.skipped.append((path, why_not))
+        elif not _is_text(path):
             if engine is not None or path.suffix.lower() in _PROMPT_SUFFIXES:
                 found.skipped.append((path, "its name is not UTF-8"))
         elif engine is not None:
@@ -140,13 +143,19 @@ def look_into(folder: Path) -> Found:
     return found
 
 
-def _files(folder: Path) -> Iterator[Path]:
-    """Regular files, or links to them, in order. Errors: SourceError if there are too many."""
+def _files(folder: Path) -> Iterator[tuple[Path, str]]:
+    """All that is there, in order, with the reason why it cannot be used; empty if it can be.
+
+    Errors: SourceError if there are too many.
+    """
     seen = 0
     for place, folders, files in os.walk(folder, onerror=_raise):
         depth = len(Path(place).relative_to(folder).parts)
         inner = (name for name in folders if name[0] != "." and name not in _PASSED_OVER)
         folders[:] = sorted(inner) if depth < MAX_DEPTH else []
+        for name in folders:
+            if (linked := Path(place, name)).is_symlink():
+                yield linked, "it is a link to a folder; name that folder to init"
         for name in sorted(files):
             seen += 1
             if seen > MAX_FILES:
@@ -155,8 +164,8 @@ def _files(folder: Path) -> Iterator[Path]:
                     hint="name the folder that has your models and prompts: rkcached init FOLDER",
                 )
             path = Path(place, name)
-            if name[0] != "." and _is_file(path):
-                yield path
+            if name[0] != ".":
+                yield path, _why_no_file(path)
 
 
 def _is_text(path: Path) -> bool:
@@ -172,11 +181,14 @@ def _raise(error: OSError) -> None:
     raise error
 
 
-def _is_file(path: Path) -> bool:
+def _why_no_file(path: Path) -> str:
+    """The reason why it is no file that can be read; empty if it is one."""
     try:
-        return stat.S_ISREG(path.stat().st_mode)
-    except OSError:
-        return False
+        mode = path.stat().st_mode
+    except OSError as error:
+        link = "it is a link that leads nowhere" if path.is_symlink() else ""
+        return link or error.strerror or "it cannot be read"
+    return "" if stat.S_ISREG(mode) else "it is a pipe, a socket or a device, and no file"
 
 
 # Models

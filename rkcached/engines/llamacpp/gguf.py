@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Final
 
-from rkcached.engines.llamacpp.header import Header, ReadHeader, read_header
+from rkcached.engines.llamacpp.header import Header, ReadHeader, is_cut_off, read_header
 from rkcached.engines.states import StateFacts, StateKind
 from rkcached.errors import SourceError
 from rkcached.messages.tokenizer_facts import TokenizerFacts
@@ -95,10 +95,11 @@ def inspect(path: Path, read: ReadHeader = read_header) -> ModelFacts:
     header = read(path)
     name = _SHARD.fullmatch(path.name)
     if header is None:
-        if name is not None:
+        if name is not None or is_cut_off(path):
             raise _damaged(path)
         return ModelFacts(files=(path,))  # the engine explains what is wrong when it loads it
 
+    _check_length(path, header)
     count = header.integers.get("split.count", 0)
     facts = ModelFacts(
         files=(path,),
@@ -153,6 +154,7 @@ def _check_shards(files: tuple[Path, ...], first: Header, read: ReadHeader) -> N
         if (header := read(file)) is None:
             raise _damaged(file)
 
+        _check_length(file, header)
         stated = header.integers.get("split.no", -1) + 1, header.integers.get("split.count", 0)
         if stated != (number, count):
             raise SourceError(
@@ -177,8 +179,22 @@ def _shard(path: Path, number: int, count: int) -> Path:
     return path.with_name(f"{prefix}-{number:05}-of-{count:05}.gguf")
 
 
+def _check_length(path: Path, header: Header) -> None:
+    """Check that no weights are missing, by the header. Errors: SourceError, OSError."""
+    size_bytes = path.stat().st_size
+    if size_bytes < header.weights_at:
+        raise SourceError(
+            f"{path} is cut off: it has {size_bytes:,} bytes, and its header says that weights "
+            f"begin at byte {header.weights_at:,}",
+            hint=_GET_IT_AGAIN,
+        )
+
+
+_GET_IT_AGAIN: Final = "its download or copy was not completed: get the file again"
+
+
 def _damaged(path: Path) -> SourceError:
-    return SourceError(f"the header of {path} is damaged or cut off", hint="copy the file again")
+    return SourceError(f"the header of {path} is damaged or cut off", hint=_GET_IT_AGAIN)
 
 
 def _trained_tokens(header: Header) -> int | None:

@@ -50,11 +50,17 @@ _INT32: Final = 5
 _STRING: Final = 8
 _ARRAY: Final = 9
 
+# Models have some hundreds of tensors, of experts some thousands.
+_MAX_TENSORS: Final = 1 << 16
+_ALIGNMENT_KEY: Final = "general.alignment"
+_ALIGNMENT: Final = 32
+
 _VERSIONS: Final = (2, 3)
 _START: Final = struct.Struct("<4sIQQ")
 _LENGTH: Final = struct.Struct("<Q")
 _TYPE: Final = struct.Struct("<I")
 _ARRAY_START: Final = struct.Struct("<IQ")
+_TENSOR_END: Final = struct.Struct("<IQ")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,6 +71,9 @@ class Header:
     """The number of tensors in this file."""
     integers: dict[str, int]
     """The metadata that are whole numbers."""
+    weights_at: int = 0
+    """The byte where the weights of the last tensor begin; 0 if there is none, or where the list
+    of tensors is not believable."""
     tokenizer: TokenizerFacts = field(default_factory=TokenizerFacts)
     """The facts that the metadata state of the chat template and the special tokens."""
 
@@ -88,8 +97,25 @@ def read_header(path: Path) -> Header | None:
     return Header(
         tensors=tensors,
         integers=metadata.integers,
+        weights_at=reader.weights_at(tensors),
         tokenizer=vocabulary.tokenizer_facts(metadata, path),
     )
+
+
+def is_cut_off(path: Path) -> bool:
+    """Whether a file ends within its header. Errors: OSError."""
+    with open_regular(path) as stream:
+        try:
+            _Reader(stream).read()
+        except _CutOffError:
+            return True
+        except ValueError:
+            return False
+    return False
+
+
+class _CutOffError(ValueError):
+    """The file ends before what its header announces."""
 
 
 class _Reader:
@@ -97,7 +123,8 @@ class _Reader:
 
     def __init__(self, stream: BufferedReader) -> None:
         self._stream = stream
-        self._size_bytes = min(os.fstat(stream.fileno()).st_size, _MAX_HEADER_BYTES)
+        self._file_bytes = os.fstat(stream.fileno()).st_size
+        self._size_bytes = min(self._file_bytes, _MAX_HEADER_BYTES)
         self._data = bytearray()
         self._at = 0
         self.metadata = Metadata(data=self._data)
@@ -113,6 +140,30 @@ class _Reader:
 
         self._check(self._at)
         return int(tensors)
+
+    def weights_at(self, tensors: int) -> int:
+        """Read the list of tensors after `read`, for `Header.weights_at`. Errors: OSError only."""
+        if not 0 < tensors <= _MAX_TENSORS:
+            return 0
+
+        last = 0
+        try:
+            for _ in range(tensors):
+                last = max(last, self._tensor())
+        except ValueError:
+            return 0
+
+        alignment = self.metadata.integers.get(_ALIGNMENT_KEY, _ALIGNMENT) or _ALIGNMENT
+        return -(-self._at // alignment) * alignment + last
+
+    def _tensor(self) -> int:
+        """Where its weights begin, from the end of the list."""
+        (length,) = self._take(_LENGTH)
+        self._at += length
+        (dimensions,) = self._take(_TYPE)
+        self._at += dimensions * _LENGTH.size
+        _, offset = self._take(_TENSOR_END)
+        return int(offset)
 
     def _pair(self) -> None:
         (length,) = self._take(_LENGTH)
@@ -210,5 +261,7 @@ class _Reader:
 
     def _check(self, end: int) -> None:
         """Check that the file goes on to `end`, and that so long a header is believable."""
+        if end > self._file_bytes:
+            raise _CutOffError(end)
         if end > self._size_bytes:
             raise ValueError(end)
