@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import asdict
 from typing import Any
 
 from rich.console import Console
@@ -13,25 +14,39 @@ from rkcached.api.status import artifact_figures
 from rkcached.cli import explain_model, looks, names, output
 from rkcached.cli.plan import action_data
 from rkcached.cli.status import show
-from rkcached.errors import SourceError
+from rkcached.cli.text_diff import TextDiff, text_diff
+from rkcached.errors import SourceError, UsageError, counted, harmless, printable
 from rkcached.host.settings import Settings
 from rkcached.reconcile.observer import Observation
 from rkcached.sources.names import hint_for
 from rkcached.sources.records import Key
 
 
-def run(settings: Settings, name: str, *, want_json: bool) -> int:
+def run(settings: Settings, name: str, *, want_diff: bool, want_json: bool) -> int:
     """Explain MODEL/PROMPT, or MODEL."""
     if "/" not in name:
+        if want_diff:
+            raise UsageError(
+                "--diff needs a prompt, not a model", hint=f"name one of its prompts: {name}/PROMPT"
+            )
         return _run_model(settings, name, want_json=want_json)
 
     looks.need_place(settings)
     look = looks.look_as_service(settings, ask=True)
-    data = explain_data(look, names.key_of(name)) | {"store": str(settings.cache_dir)}
+    key = names.key_of(name)
+    data = explain_data(look, key) | {"store": str(settings.cache_dir)}
+    diff = None
+    if want_diff:
+        diff = text_diff(look, key)
+        data["diff"] = asdict(diff)
+
     if want_json:
         output.print_json(data)
     else:
-        print_explanation(output.console(), data)
+        console = output.console()
+        print_explanation(console, data)
+        if diff is not None:
+            print_diff(console, diff)
 
     looks.need_store(settings)
     return os.EX_OK
@@ -129,6 +144,30 @@ def print_explanation(console: Console, data: dict[str, Any]) -> None:
         console.print(Text(f"  {_NEXT[action]}"))
 
     console.print(Text(f"  store {data['store']}", style="dim"), soft_wrap=True)
+
+
+# What is compared, and the two sides of it.
+_SIDES = {
+    "text": ("the prompt's text when its prompt cache was built", "its text now"),
+    "rendered": ("the rendered text when the prompt cache was built", "the rendered text now"),
+}
+
+_DIFF_STYLES = {"-": "red", "+": "green", "@": "cyan"}
+
+
+def print_diff(console: Console, diff: TextDiff) -> None:
+    if diff.why:
+        console.print(Text(printable(f"diff: {diff.why}")))
+        return
+
+    old, new = _SIDES[diff.of]
+    console.print(Text(f"--- {old}\n+++ {new}", style="bold"))
+    for line in diff.lines:
+        style = _DIFF_STYLES.get(line[0], "")
+        console.print(Text(harmless(line), style=style), soft_wrap=True)
+    if diff.left_out:
+        left_out = counted(diff.left_out, "more line")
+        console.print(Text(f"{left_out} of the difference are not shown", style="dim"))
 
 
 def _print_artifact(console: Console, artifact: dict[str, Any]) -> None:

@@ -492,6 +492,21 @@ def test_plan_and_explain_without_a_daemon(two_prompts: Workspace) -> None:
     assert "params.temperature: 0.8 -> 0.2" in explained
     data = json.loads(two_prompts.cli("explain", "m/a", "--json").stdout)
     assert data["changes"] == [{"component": "params.temperature", "old": "0.8", "new": "0.2"}]
+    only_parameters = two_prompts.cli("explain", "m/a", "--diff").stdout
+    assert "diff: the text is the same; only params.temperature changed" in only_parameters
+    assert (
+        "diff: there is no prompt cache yet" in two_prompts.cli("explain", "m/c", "--diff").stdout
+    )
+    assert "diff: the text of today" in two_prompts.cli("explain", "m/d", "--diff").stdout
+    assert "diff: nobody declares" in two_prompts.cli("explain", "m/b", "--diff").stdout
+    two_prompts.write("prompts/a.md", "You are prompt A,\nand more.\x1b[2J\n")
+    shown = two_prompts.cli("explain", "m/a", "--diff").stdout
+    assert "\n-You are prompt A.\n+You are prompt A,\n+and more.\\x1b[2J\n" in shown
+    diff = json.loads(two_prompts.cli("explain", "m/a", "--diff", "--json").stdout)["diff"]
+    assert diff["of"] == "text"
+    assert "+and more.\x1b[2J" in diff["lines"]
+    assert diff["left_out"] == 0
+    assert "m/PROMPT" in two_prompts.cli("explain", "m", "--diff", code=os.EX_USAGE).stderr
     assert "known: " in two_prompts.cli("explain", "m/zzz", code=os.EX_NOINPUT).stderr
     assert "MODEL/PROMPT" in two_prompts.cli("explain", "m/", code=os.EX_USAGE).stderr
 

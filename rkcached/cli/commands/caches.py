@@ -82,9 +82,18 @@ def plan(settings: Settings, want_json: bool, exit_code: bool) -> int:
 @click.command()
 @click.argument("name", metavar="MODEL[/PROMPT]", shell_complete=completion.both)
 @places("manifest", "cache_dir", "state_dir", as_service=True)
+@click.option(
+    "--diff",
+    "want_diff",
+    is_flag=True,
+    help="Also show which lines of the text changed since the prompt cache was built.",
+)
 @as_json
-def explain(settings: Settings, name: str, want_json: bool) -> int:
+def explain(*, settings: Settings, name: str, want_diff: bool, want_json: bool) -> int:
     """Say whether a prompt cache is fresh, or name each component that changed, old -> new.
+
+    --diff compares the prompt's own text, or the rendered text, if template or tools changed, too;
+    at most 400 lines are shown.
 
     For a model without a prompt, show its chat template and its special tokens, and the files that
     state them. The command needs no daemon.
@@ -93,7 +102,7 @@ def explain(settings: Settings, name: str, want_json: bool) -> int:
     """
     from rkcached.cli import explain as command
 
-    return command.run(settings, name, want_json=want_json)
+    return command.run(settings, name, want_diff=want_diff, want_json=want_json)
 
 
 @click.command()
