@@ -24,6 +24,7 @@ from rkcached.host.digests import Reading
 from rkcached.host.processes import usage
 from rkcached.plan.desired import DesiredModel
 from rkcached.plan.records import Assessment, Blocked, Build, DesiredPrompt, State
+from rkcached.plan.vocabulary import BUILDING
 from rkcached.reconcile.events import Event, Events
 from rkcached.reconcile.snapshot import Published, Snapshot
 from rkcached.serving.declarable import TOOLS_HINT
@@ -407,7 +408,7 @@ def _retry_at(assessment: Assessment) -> float | None:
 
 def state_of(key: Key, snapshot: Snapshot) -> str:
     """The state of a prompt as people are shown it."""
-    return "building" if snapshot.is_building(key) else snapshot.assessments[key].state.value
+    return BUILDING if snapshot.is_building(key) else snapshot.assessments[key].state.value
 
 
 def _is_of(prompt: DesiredPrompt | None, artifact: StoredArtifact) -> bool:

@@ -6,10 +6,19 @@ Pure.
 from __future__ import annotations
 
 import statistics
-from typing import Any
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any, Final
 
 from rkcached.errors import counted, printable
+from rkcached.plan import vocabulary
+from rkcached.plan.vocabulary import ANSWERS
 from rkcached.sources.access_keys import FIRST_OWNER
+
+REJECTED: Final = "manifest rejected, the last good one is in force"
+
+# So many retired prompt caches are named.
+_NAMED = 3
 
 _LONG_S = 2.0
 """A worker that has been starting or busy for this long is shown with the time."""
@@ -23,6 +32,20 @@ def size(count: float | None) -> str:
             return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
         value /= 1000
     return f"{value:.2f} GB"
+
+
+def number(value: float) -> str:
+    """With commas between the thousands, and no fraction."""
+    return f"{value:,.0f}"
+
+
+def milliseconds(value: float) -> str:
+    return f"{number(value)} ms"
+
+
+def when(unix_seconds: float) -> str:
+    """The local time."""
+    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(unix_seconds))
 
 
 def duration(seconds: float) -> str:
@@ -88,13 +111,85 @@ def no_prompts(status: dict[str, Any]) -> str:
 
 def medians_of(status: dict[str, Any]) -> str:
     """Medians of the last times to first token, with and without a cache; empty without answers."""
-    kinds = {"cached": ("hit", "loaded"), "cold": ("cold",)}
-    medians = []
-    for kind, states in kinds.items():
-        values = [answer["ttft_ms"] for answer in status["recent"] if answer["state"] in states]
-        if values:
-            medians.append(f"{kind} {statistics.median(values):.0f} ms")
+    times: dict[str, list[float]] = {word.kind: [] for word in ANSWERS.values() if word.kind}
+    for answer in status["recent"]:
+        word = ANSWERS.get(answer["state"])
+        if word is not None and word.kind:
+            times[word.kind].append(answer["ttft_ms"])
+
+    medians = [
+        f"{kind} {milliseconds(statistics.median(values))}"
+        for kind, values in times.items()
+        if values
+    ]
     return f"medians: {', '.join(medians)}" if medians else ""
+
+
+def answers_of(status: dict[str, Any]) -> str:
+    """How many answers were in each state."""
+    counts = (f"{number(count)} {state}" for state, count in status["answers"].items())
+    return ", ".join(counts) or "none yet"
+
+
+def errors_of(status: dict[str, Any]) -> Iterator[str]:
+    """The troubles of manifest and store."""
+    for problem in status["manifest"]["problems"]:
+        yield f"{REJECTED}: {problem}"
+    if trouble := status["cache"]["trouble"]:
+        yield f"the store cannot be read: {trouble}"
+
+
+def warnings_of(status: dict[str, Any]) -> Iterator[str]:
+    """The sentences on what seems wrong with the daemon as a whole and can be used all the same."""
+    yield from status["notices"]
+    if status["watching"] == "polling":
+        yield (
+            "polling instead of inotify: changes are noticed some seconds later; the log says why"
+        )
+    if files := status["manifest"].get("skipped_files"):
+        yield skipped_files(files)
+
+
+def skipped_files(files: Sequence[str]) -> str:
+    """One line on the files of a prompts_from folder whose names cannot be a prompt's."""
+    count = "1 file is"
+    if len(files) != 1:
+        count = f"{number(len(files))} files are"
+
+    names = ", ".join(files[:3]) + (", ..." if len(files) > 3 else "")
+    return (
+        f"{count} skipped: a prompt's name has only a-z 0-9 . _ - and begins with a letter or "
+        f"digit: {names}"
+    )
+
+
+def retired_of(status: dict[str, Any]) -> str:
+    """Name the prompt caches that are kept though nobody declares them; empty without any."""
+    retired = status["retired"]
+    if not retired:
+        return ""
+
+    count = status["cache"]["retired"]
+    named = ", ".join(dict.fromkeys(map(name_of, retired[:_NAMED])))
+    more = ""
+    if count > _NAMED:
+        more = f" and {number(count - _NAMED)} more"
+
+    until = when(min(artifact["kept_until"] for artifact in retired))
+    taken = size(status["cache"]["retired_bytes"])
+    return (
+        f"retired: {number(count)} ({named}{more}), {taken}, "
+        f"kept at least until {until} unless space is short"
+    )
+
+
+def name_of(prompt: dict[str, Any]) -> str:
+    return f"{prompt['model']}/{prompt['prompt']}"
+
+
+def state_of(prompt: dict[str, Any]) -> str:
+    """The state of a prompt, and whether the daemon learned it."""
+    return vocabulary.state_words(prompt["state"], learned=prompt["learned"])
 
 
 def suggestion_of(suggestion: dict[str, Any]) -> str:
@@ -131,12 +226,19 @@ def worker_of(model: dict[str, Any]) -> str:
     return text
 
 
+def usage_of(model: dict[str, Any]) -> str:
+    """The memory and the CPU time of a model's worker; empty where they are not known."""
+    if model.get("memory_bytes") is None:
+        return ""
+    return f"{size(model['memory_bytes'])} of memory, {duration(model['cpu_s'])} of CPU time"
+
+
 def hits_of(prompt: dict[str, Any]) -> str:
     """How often its cache helped; "-" if it was never loaded."""
     if not prompt["last_used"]:
         return "-"
     hits, misses = prompt["hits"], prompt["misses"]
-    return f"{hits} of {hits + misses}" if misses else str(hits)
+    return f"{number(hits)} of {number(hits + misses)}" if misses else number(hits)
 
 
 def reason_of(prompt: dict[str, Any]) -> str:
@@ -145,12 +247,17 @@ def reason_of(prompt: dict[str, Any]) -> str:
     return "; ".join(filter(None, (reason, prompt["hint"])))
 
 
+def done_of(progress: dict[str, Any]) -> str:
+    """How far a build is."""
+    return f"{number(progress['done_tokens'])} of {number(progress['total_tokens'])} tokens"
+
+
 def note_of(prompt: dict[str, Any]) -> str:
     """A build's progress; the reason for the state; where there is none, what the prompt is."""
     progress = prompt.get("progress")
     reason = reason_of(prompt)
     if progress and progress["total_tokens"]:
-        done = f"{progress['done_tokens']} of {progress['total_tokens']} tokens"
+        done = done_of(progress)
         return f"{done}, {reason}" if reason else done
     if reason:
         return reason

@@ -56,9 +56,9 @@ def run(settings: Settings, *, want_json: bool) -> int:
         click.echo(printable(warning), err=True)
 
     if findings.skipped_files:
-        from rkcached.cli.status.show import skipped_files_line
+        from rkcached.api import words
 
-        click.echo(printable(skipped_files_line(findings.skipped_files)), err=True)
+        click.echo(printable(words.skipped_files(findings.skipped_files)), err=True)
 
     if not want_json:
         click.echo(f"{settings.manifest}: {findings.summary}", err=bool(findings.problems))

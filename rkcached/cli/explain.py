@@ -13,10 +13,10 @@ from rkcached.api import words
 from rkcached.api.status import artifact_figures
 from rkcached.cli import explain_model, looks, names, output
 from rkcached.cli.plan import action_data
-from rkcached.cli.status import show
 from rkcached.cli.text_diff import TextDiff, text_diff
 from rkcached.errors import SourceError, UsageError, counted, harmless, printable
 from rkcached.host.settings import Settings
+from rkcached.plan.vocabulary import STEPS, step_of
 from rkcached.reconcile.observer import Observation
 from rkcached.sources.names import hint_for
 from rkcached.sources.records import Key
@@ -88,13 +88,16 @@ def explain_data(look: Observation, key: Key) -> dict[str, Any]:
         figures = artifact_figures(artifact)
 
     action = None
+    next_step = ""
     if assessment.action:
         action = action_data(assessment.action)
+        next_step = STEPS[step_of(assessment.action)].next_step
 
     return {
         "model": key.model,
         "prompt": key.prompt,
         "state": assessment.state.value,
+        "learned": key in look.desired.learned,
         "reason": assessment.reason,
         "hint": assessment.hint,
         "description": assessment.description,
@@ -103,23 +106,16 @@ def explain_data(look: Observation, key: Key) -> dict[str, Any]:
             {"component": c.component, "old": c.old, "new": c.new} for c in assessment.changes
         ],
         "action": action,
+        "next_step": next_step,
         "wanted": components,
         "artifact": figures,
         "lines": [str(change) for change in assessment.changes],
     }
 
 
-# The next step of the daemon, by action.
-_NEXT = {
-    "build": "the daemon builds it at its next check",
-    "adopt": "the daemon adopts that prompt cache at its next check, without a prefill",
-    "retire": "the daemon retires it at its next check",
-}
-
-
 def print_explanation(console: Console, data: dict[str, Any]) -> None:
     data = words.printable_all(data)
-    console.print(Text(f"{data['model']}/{data['prompt']}: {data['state']}", style="bold"))
+    console.print(Text(f"{words.name_of(data)}: {words.state_of(data)}", style="bold"))
     if data["description"]:
         console.print(Text(f"  {data['description']}", style="dim"))
 
@@ -137,11 +133,8 @@ def print_explanation(console: Console, data: dict[str, Any]) -> None:
     if data["artifact"]:
         _print_artifact(console, data["artifact"])
 
-    action = ""
-    if data["action"]:
-        action = data["action"]["action"]
-    if action in _NEXT:
-        console.print(Text(f"  {_NEXT[action]}"))
+    if data["next_step"]:
+        console.print(Text(f"  {data['next_step']}"))
 
     console.print(Text(f"  store {data['store']}", style="dim"), soft_wrap=True)
 
@@ -171,10 +164,10 @@ def print_diff(console: Console, diff: TextDiff) -> None:
 
 
 def _print_artifact(console: Console, artifact: dict[str, Any]) -> None:
-    built = show.when(artifact["built_at"])
-    console.print(
-        Text(f"  built {built}: {artifact['tokens']} tokens, {words.size(artifact['size_bytes'])}")
-    )
+    built = words.when(artifact["built_at"])
+    tokens = words.number(artifact["tokens"])
+    size = words.size(artifact["size_bytes"])
+    console.print(Text(f"  built {built}: {tokens} tokens, {size}"))
     if artifact["verified"] != "off":
         gain = ""
         if not artifact["gain"]:
@@ -182,8 +175,8 @@ def _print_artifact(console: Console, artifact: dict[str, Any]) -> None:
 
         console.print(
             Text(
-                f"  time to first token {artifact['cold_ttft_ms']:.0f} ms cold, "
-                f"{artifact['warm_ttft_ms']:.0f} ms warm{gain} (verified: "
+                f"  time to first token {words.milliseconds(artifact['cold_ttft_ms'])} cold, "
+                f"{words.milliseconds(artifact['warm_ttft_ms'])} warm{gain} (verified: "
                 f"{artifact['verified']})"
             )
         )

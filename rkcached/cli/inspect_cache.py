@@ -24,7 +24,6 @@ from rich.text import Text
 
 from rkcached.api import words
 from rkcached.cli import output
-from rkcached.cli.status import show
 from rkcached.engines.cache_headers import (
     MEMORY,
     MEMORY_MAGIC,
@@ -146,7 +145,7 @@ def print_inspection(console: Console, data: dict[str, Any]) -> None:
         console.print(Text(f"  token ids {ids}", style="dim"))
 
     if sidecar:
-        built = show.when(sidecar["built_at"])
+        built = words.when(sidecar["built_at"])
         console.print(Text(f"  artifact of {sidecar['model']}/{sidecar['prompt']}, built {built}"))
         console.print(Text(f"  fingerprint {sidecar['fingerprint']}", style="dim"))
 

@@ -15,22 +15,16 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from rkcached.api import words
 from rkcached.cli import looks, output
-from rkcached.cli.status.show import skipped_files_line
+from rkcached.cli.status import show
 from rkcached.errors import printable
 from rkcached.host.settings import Settings
 from rkcached.plan.records import Action, Adopt, Assessment, Blocked, Build, Remove, Retire, State
+from rkcached.plan.vocabulary import STEPS, step_of
 from rkcached.reconcile.build_times import Hold, hold
 
 SOMETHING_TO_DO = 2
-
-_SIGNS = {
-    "build": ("+", "green"),
-    "adopt": ("=", "green"),
-    "retire": ("~", "dim"),
-    "remove": ("-", "red"),
-    "blocked": ("!", "yellow"),
-}
 
 
 def run(settings: Settings, *, want_json: bool, exit_code: bool) -> int:
@@ -45,7 +39,7 @@ def run(settings: Settings, *, want_json: bool, exit_code: bool) -> int:
     else:
         print_plan(output.console(), actions, look.assessments, settings.cache_dir)
         if look.sources.skipped_files:
-            click.echo(printable(skipped_files_line(look.sources.skipped_files)))
+            click.echo(printable(words.skipped_files(look.sources.skipped_files)))
 
     looks.need_store(settings)
     if exit_code and any(not isinstance(action, Blocked) for action in actions):
@@ -62,7 +56,7 @@ def _with_wait(action: Action, held: Hold | None) -> Action:
 
 def action_data(action: Action) -> dict[str, Any]:
     """An action as `rkcached plan --json` prints it."""
-    whose = {"model": action.key.model, "prompt": action.key.prompt, "reason": action.reason}
+    whose: dict[str, Any] = {**action.key._asdict(), "reason": action.reason}
     match action:
         case Build():
             return {"action": "build", **whose, "fingerprint": action.fingerprint.digest}
@@ -71,7 +65,9 @@ def action_data(action: Action) -> dict[str, Any]:
             if action.source is not None:
                 source = str(action.source)
             digest = action.fingerprint.digest
-            return {"action": "adopt", **whose, "fingerprint": digest, "source": source}
+            renames = step_of(action) == "rename"
+            whose |= {"fingerprint": digest, "source": source, "renames": renames}
+            return {"action": "adopt", **whose}
         case Retire():
             return {"action": "retire", **whose}
         case Remove():
@@ -90,23 +86,24 @@ def print_plan(
     counts = Counter[str]()
     for action in actions:
         data = action_data(action)
-        counts[data["action"]] += 1
-        sign, style = _SIGNS[data["action"]]
+        word = step_of(action)
+        step = STEPS[word]
+        counts[word] += 1
 
         reason = Text(printable(data["reason"]))
         if data.get("hint"):
             reason.append(f"\n{printable(data['hint'])}", style="dim")
 
-        what = Text(f"{sign} {data['action']}", style=style)
+        what = Text(f"{step.sign} {word}", style=show.style_of(step.tone))
         table.add_row(what, Text(printable(str(action.key))), reason)
 
     if actions:
         console.print(table)
 
-    words = [f"{counts[name]} to {name}" for name in _SIGNS if name != "blocked" and counts[name]]
+    steps = [f"{counts[name]} to {name}" for name in STEPS if name != "blocked" and counts[name]]
     if counts["blocked"]:
-        words.append(f"{counts['blocked']} blocked")
+        steps.append(f"{counts['blocked']} blocked")
 
     fresh = sum(assessment.state is State.FRESH for assessment in assessments)
-    summary = ", ".join([*(words or ["nothing to do"]), f"{fresh} fresh"])
+    summary = ", ".join([*(steps or ["nothing to do"]), f"{fresh} fresh"])
     console.print(Text(printable(f"{summary}; store {store}")), soft_wrap=True)

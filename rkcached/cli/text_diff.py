@@ -35,8 +35,8 @@ _LETTERS_BEFORE = 100
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TextDiff:
     of: str
-    """The texts that were compared: "text", the prompt's own; "rendered", with the template's words;
-    empty if nothing was."""
+    """The texts that were compared: "text", the prompt's own; "rendered", with the words of the
+    template; empty if nothing was."""
     why: str = ""
     """A sentence in place of lines, where there are none."""
     lines: tuple[str, ...] = ()

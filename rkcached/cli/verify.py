@@ -10,12 +10,13 @@ from typing import Any
 import click
 
 from rkcached.cli import looks, names, output
-from rkcached.errors import RkcachedError, printable
+from rkcached.errors import RkcachedError, counted, printable
 from rkcached.host import logs
 from rkcached.host.settings import Settings
 from rkcached.plan.desired import DesiredModel
 from rkcached.plan.probe import texts_of
 from rkcached.plan.records import State
+from rkcached.plan.vocabulary import state_words
 from rkcached.plan.worker_model import worker_model
 from rkcached.reconcile.observer import Observation
 from rkcached.sources.records import Key
@@ -45,7 +46,7 @@ def run(
             if result["ok"]:
                 mark = "ok"
             name = f"{result['model']}/{result['prompt']}"
-            click.echo(printable(f"{mark:<7} {name}  {result['detail']}"))
+            click.echo(printable(f"{mark:<7} {name} ({result['state']})  {result['detail']}"))
 
     good = sum(result["ok"] for result in results)
     if want_json:
@@ -55,6 +56,8 @@ def run(
         if results:
             what = f"{good} of {len(results)} good"
         click.echo(printable(f"{what} in the store {settings.cache_dir}"))
+        if retired := len(look.inventory.retired):
+            click.echo(f"{counted(retired, 'retired prompt cache')} not checked")
         if read_seal(settings.state_dir) is None:
             click.echo("signatures were not checked: only root and the daemon can read the key")
 
@@ -80,11 +83,16 @@ def verify_artifacts(
                 yield {
                     "model": key.model,
                     "prompt": key.prompt,
+                    "state": state_words(_state_of(look, key), learned=key in look.desired.learned),
                     "ok": not finding,
                     "detail": finding or detail,
                 }
         finally:
             runner.run(workers.stop())
+
+
+def _state_of(look: Observation, key: Key) -> State:
+    return next(assessment.state for assessment in look.assessments if assessment.key == key)
 
 
 def _deep(
@@ -101,7 +109,7 @@ def _deep(
     A prompt cache that is not fresh belongs to another model or runtime, and is not risked.
     """
     model = look.desired.models.get(key.model)
-    state = next(assessment.state for assessment in look.assessments if assessment.key == key)
+    state = _state_of(look, key)
     if (
         state is not State.FRESH
         or not isinstance(model, DesiredModel)

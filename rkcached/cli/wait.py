@@ -19,6 +19,7 @@ from typing import Any
 
 import click
 
+from rkcached.api import words
 from rkcached.cli import exit_codes, output
 from rkcached.cli.client import Client, follow
 from rkcached.cli.status import show
@@ -198,7 +199,7 @@ def _chosen(names: Sequence[str], status: dict[str, Any]) -> list[dict[str, Any]
     """The declared prompts that are named, in the manifest's order. Errors: SourceError."""
     declared = [prompt for prompt in status["prompts"] if show.is_declared(prompt)]
     known = [model["name"] for model in status["models"]]
-    known += map(show.name_of, declared)
+    known += map(words.name_of, declared)
     troubled = {model["name"] for model in status["models"] if model["trouble"]}
 
     for name in names:
@@ -210,7 +211,7 @@ def _chosen(names: Sequence[str], status: dict[str, Any]) -> list[dict[str, Any]
 
     if not names:
         return declared
-    return [p for p in declared if p["model"] in names or show.name_of(p) in names]
+    return [p for p in declared if p["model"] in names or words.name_of(p) in names]
 
 
 def _troubles(names: Sequence[str], status: dict[str, Any]) -> Iterator[NotFresh]:
@@ -223,7 +224,7 @@ def _troubles(names: Sequence[str], status: dict[str, Any]) -> Iterator[NotFresh
         own = [prompt for prompt in declared if prompt["model"] == model["name"]]
         explained = any(prompt["state"] in _LASTING for prompt in own)
         named = {name for name in names if name.partition("/")[0] == model["name"]}
-        unknown = named - set(map(show.name_of, own))
+        unknown = named - set(map(words.name_of, own))
         if names and not unknown:
             continue
 
@@ -238,14 +239,14 @@ def _never(prompt: dict[str, Any]) -> NotFresh | None:
     if prompt["state"] not in _LASTING or prompt["retry_at"] is not None:
         return None
     return NotFresh(
-        f"{show.name_of(prompt)} is {prompt['state']}: {prompt['reason']}", hint=prompt["hint"]
+        f"{words.name_of(prompt)} is {prompt['state']}: {prompt['reason']}", hint=prompt["hint"]
     )
 
 
 def _sentence(waiting: Sequence[dict[str, Any]]) -> str:
     """Name the first few prompts and their states, and count the others."""
     parts = [
-        f"{show.name_of(prompt)} is {prompt['state']}{_more(prompt)}"
+        f"{words.name_of(prompt)} is {prompt['state']}{_more(prompt)}"
         for prompt in waiting[:_MOST_NAMES]
     ]
     if more := len(waiting) - len(parts):

@@ -158,21 +158,6 @@ class State(StrEnum):
     QUARANTINED = "quarantined"
 
 
-_NEEDS_SOMEBODY = frozenset({State.BLOCKED, State.QUARANTINED, State.CORRUPT, State.UNCACHEABLE})
-_ON_ITS_WAY = frozenset({"building", State.MISSING, State.STALE})
-_DECLARED = frozenset({State.FRESH, State.UNCACHED})
-
-
-def urgency(state: str) -> int:
-    """The place of a state in lists for people; within one place they keep the manifest's order.
-
-    First what somebody should see to, then what is on its way, then what is as it should be, last
-    what nobody declares.
-    """
-    places = (_NEEDS_SOMEBODY, _ON_ITS_WAY, _DECLARED)
-    return next((place for place, states in enumerate(places) if state in states), len(places))
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Build:
     key: Key

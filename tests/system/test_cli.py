@@ -506,6 +506,13 @@ def test_plan_and_explain_without_a_daemon(two_prompts: Workspace) -> None:
     assert diff["of"] == "text"
     assert "+and more.\x1b[2J" in diff["lines"]
     assert diff["left_out"] == 0
+    two_prompts.declare("{cook: prompts/b.md}")
+    renaming = two_prompts.cli("plan").stdout
+    assert "= rename  m/cook  the prompt cache of m/b has the same text" in renaming
+    assert "1 to rename" in renaming
+    assert "the daemon renames that prompt cache" in two_prompts.cli("explain", "m/cook").stdout
+    (action, *_) = json.loads(two_prompts.cli("plan", "--json").stdout)
+    assert (action["action"], action["source"], action["renames"]) == ("adopt", "m/b", True)
     assert "m/PROMPT" in two_prompts.cli("explain", "m", "--diff", code=os.EX_USAGE).stderr
     assert "known: " in two_prompts.cli("explain", "m/zzz", code=os.EX_NOINPUT).stderr
     assert "MODEL/PROMPT" in two_prompts.cli("explain", "m/", code=os.EX_USAGE).stderr
@@ -724,7 +731,7 @@ def test_verify_proves_what_a_prompt_cache_holds(
 
     assert two_prompts.cli("verify", "--deep").stdout.count("2 of 2 good") == 1
     proven = two_prompts.cli("verify", "--prove", code=65)
-    assert f"FAILED  m/a  {words}" in proven.stdout
+    assert f"FAILED  m/a (fresh)  {words}" in proven.stdout
     assert "ok      m/b" in proven.stdout
 
 
@@ -741,7 +748,8 @@ def test_a_forged_prompt_cache_is_built_again(two_prompts: Workspace) -> None:
     planned = two_prompts.cli("plan").stdout
     assert "no valid signature of this installation" in planned
     verified = two_prompts.cli("verify", code=65).stdout
-    assert "FAILED  m/a  its sidecar has no valid signature of this installation" in verified
+    unsigned = "its sidecar has no valid signature of this installation"
+    assert f"FAILED  m/a (stale)  {unsigned}" in verified
 
     two_prompts.start()
     two_prompts.wait_settled()
@@ -825,8 +833,11 @@ def test_verify(two_prompts: Workspace) -> None:
     os.utime(path, ns=(info.st_atime_ns, info.st_mtime_ns))
     (two_prompts.cache / "m/b.bin").write_text("not the text")
     done = two_prompts.cli("verify", code=os.EX_DATAERR)
-    assert "FAILED  m/a  a.memory_cache does not have the SHA-256 of its sidecar" in done.stdout
-    assert "FAILED  m/b  b.bin does not have the SHA-256 of its sidecar" in done.stdout
+    assert (
+        "FAILED  m/a (corrupt)  a.memory_cache does not have the SHA-256 of its sidecar"
+        in done.stdout
+    )
+    assert "FAILED  m/b (corrupt)  b.bin does not have the SHA-256 of its sidecar" in done.stdout
     two_prompts.start()
     two_prompts.wait_settled()
     assert two_prompts.cli("verify", "m/a").stdout.startswith("ok")

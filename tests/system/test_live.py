@@ -198,7 +198,7 @@ def test_a_dumb_terminal(two_prompts: Workspace) -> None:
 
 
 def test_more_prompts_than_lines(workspace: Workspace) -> None:
-    """What needs attention comes first, keys bring what does not fit.
+    """What needs attention comes first, keys bring what does not fit, and all about a prompt.
 
     No line is lost at 80 columns.
     """
@@ -213,7 +213,7 @@ def test_more_prompts_than_lines(workspace: Workspace) -> None:
     workspace.start()
     workspace.wait_settled()
     with at_a_terminal(workspace) as terminal:
-        text = terminal.wait_for("of 31, arrows scroll", "30 fresh", "m/zz:")
+        text = terminal.wait_for("of 31, ? for keys", "30 fresh", "m/zz:")
         lines = text.splitlines()
         assert len(lines) <= 24
         first = next(at for at, line in enumerate(lines) if line.startswith("prompt ")) + 1
@@ -222,17 +222,16 @@ def test_more_prompts_than_lines(workspace: Workspace) -> None:
         assert all(
             re.search(r"… +fresh +\d+ +[\d.]+ kB +\d+ ms +\d+ ms +-$", line) for line in shown
         ), text
-        assert lines[-1] == f"prompts 1-{len(shown) + 1} of 31, arrows scroll"
+        assert lines[-1] == f"prompts 1-{len(shown) + 1} of 31, ? for keys"
 
         def at_top(keys: bytes, top: int) -> None:
             terminal.type(keys)
             terminal.wait_for(f"prompts {top}-")
 
-        at_top(b"j", 2)
-        at_top(b"\x1b[B", 3)
-        at_top(b"\x1bOA", 2)
+        at_top(b"j" * len(shown), 1)
+        at_top(b"\x1b[B", 2)
         assert "m/zz" not in terminal.text  # and no line for its reason
-        at_top(b"k", 1)
+        at_top(b"\x1bOA" + b"k" * len(shown), 1)
         at_top(b"\x1b[6~", len(shown) + 2)
         at_top(b"\x1b[5~", 1)
         terminal.type(b"G")
@@ -241,6 +240,17 @@ def test_more_prompts_than_lines(workspace: Workspace) -> None:
         at_top(b"\x1b[H", 1)
         two = terminal.wait_for("m/zz ")
         assert two.splitlines()[first:] == lines[first:]
+
+        terminal.type(b"/07 FRESH\r")
+        terminal.wait_for("1 of 31 fit /07 FRESH, ? for keys")
+        terminal.type(b"\r")
+        terminal.wait_for("_07: fresh", "identity ", "Esc: the list")
+        terminal.type(b"\x1b")  # alone, and not the beginning of a sequence
+        terminal.wait_for("1 of 31 fit", without="identity ")
+        terminal.type(b"\x1b?")
+        terminal.wait_for("sort by the next column")
+        terminal.type(b"?s")
+        terminal.wait_for("sorted by prompt", "of 31")
         terminal.type(b"\x1bq")
         assert terminal.end() == 0
 
@@ -255,7 +265,7 @@ def test_many_that_wait(workspace: Workspace) -> None:
     workspace.start()
     with at_a_terminal(workspace) as terminal:
         text = terminal.wait_for(
-            "12 prompts: ", "source missing", "of 30, arrows scroll", "1 building m/p00"
+            "12 prompts: ", "source missing", "of 30, ? for keys", "1 building m/p00"
         )
         assert "stopped" not in text
         terminal.type(b"G")
@@ -277,7 +287,7 @@ def test_a_small_terminal(workspace: Workspace) -> None:
     workspace.wait_settled()
     workspace.ask("m/a_prompt_0")
     with at_a_terminal(workspace, size=(40, 10)) as terminal:
-        text = terminal.wait_for("9 fresh", " of 9, arrows scroll")
+        text = terminal.wait_for("9 fresh", " of 9, ? for keys")
         assert len(re.findall(r"^m/a_prompt_\d +fresh", text, re.MULTILINE)) >= 3, text
         terminal.type(b"q")
         assert terminal.end() == 0
@@ -316,7 +326,7 @@ def test_many_answers(two_prompts: Workspace) -> None:
         )  # a frame may come in two parts
         times = next(line for line in text.splitlines() if line.startswith("TTFT"))
         assert re.fullmatch(
-            r"TTFT    [▁-█]{15,40} last \d+ ms; medians: cached \d+ ms, cold \d+ ms", times
+            r"TTFT    [▁-█]{15,40} last [\d,]+ ms; medians: cached [\d,]+ ms, cold [\d,]+ ms", times
         ), times
         assert len(times) == 80
         assert re.search(r"^disk    [\d.]+ kB, disk has [\d.]+ [MG]B free$", text, re.MULTILINE)
@@ -372,7 +382,7 @@ def test_a_daemon_that_comes_back(two_prompts: Workspace) -> None:
         first = two_prompts.status()["pid"]
         terminal.wait_for(f"pid {first}", "m/a")
         assert two_prompts.stop() == 0
-        terminal.wait_for("daemon gone, waiting", "m/a", "fresh")
+        terminal.wait_for("daemon gone, waiting; the figures are of 20", "m/a", "fresh")
         two_prompts.start()
         second = two_prompts.status()["pid"]
         terminal.wait_for(f"pid {second}", "m/a", without="daemon gone")

@@ -79,7 +79,7 @@ def test_the_page_in_a_browser(described: Workspace, tmp_path: Path) -> None:
         described.write("prompts/a.md", "Another text.\n")
         browser.wait_for("document.querySelectorAll('#prompts .fresh').length === 2")
         described.ask("m/a")
-        browser.wait_for("document.querySelectorAll('#figures rect.warm').length === 1")
+        browser.wait_for("document.querySelectorAll('#figures rect.good').length === 1")
         assert "1 hit" in browser.text("#figures")
         described.write("manifest.yaml", described.manifest.read_text() + "nonsense: 1\n")
         browser.wait_for("document.querySelector('#head .bad') !== null")
@@ -116,6 +116,7 @@ def test_the_page_in_a_browser(described: Workspace, tmp_path: Path) -> None:
         )
         assert described.stop() == 0
         browser.wait_for("!document.getElementById('gone').hidden")
+        assert "waiting; the figures are of " in browser.text("#gone")
         described.start()
         browser.wait_for(
             "document.getElementById('head').innerText.includes('pid "

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -15,8 +16,10 @@ from rich.console import Console
 from rkcached.api import words
 from rkcached.cli import output
 from rkcached.cli.status import live, show
+from rkcached.cli.status.browsing import Browsing
 from rkcached.cli.status.picture import picture
 
+PAGE_DOWN = b"\x1b[6~"
 HOSTILE = "\x1b[31mred\x1b[2J \u202e\x9b5m\x07\x7f"
 
 
@@ -110,10 +113,10 @@ def seen(status: dict[str, Any], width: int = 80, height: int = 24, **options: A
     return [line.rstrip() for line in captured.get().splitlines()]
 
 
-def printed(status: dict[str, Any], width: int = 80) -> str:
+def printed(status: dict[str, Any], width: int = 80, *, verbose: bool = False) -> str:
     console = Console(file=io.StringIO(), width=width)
     with console.capture() as captured:
-        show.print_status(console, status)
+        show.print_status(console, status, verbose=verbose)
     return captured.get()
 
 
@@ -246,10 +249,13 @@ def test_every_prompt_can_be_reached(width: int, height: int) -> None:
     )
     status["models"] *= 9
     console = Console(file=io.StringIO(), width=width, height=height)
-    first, found = 0, list[str]()
+    shown = words.shown(status)
+    browsing: Browsing | None = Browsing()
+    first, found = 0, list[int]()
     while len(found) < 40:
-        drawn = picture(words.shown(status), console, first=first)
-        lines = seen(status, width, height, first=first)
+        assert browsing is not None
+        drawn = picture(shown, console, browsing=browsing)
+        lines = seen(status, width, height, browsing=browsing)
         assert len(lines) <= height
         assert max(map(len, lines)) <= width
         assert (drawn.first, drawn.count) == (min(first, 40 - drawn.count), drawn.count)
@@ -257,6 +263,8 @@ def test_every_prompt_can_be_reached(width: int, height: int) -> None:
         assert len(names) >= drawn.count
         found += range(first, drawn.first + drawn.count)
         first = drawn.first + drawn.count
+        browsing = replace(browsing, first=drawn.first)
+        browsing = browsing.pressed(PAGE_DOWN, browsing.rows(shown["prompts"]), drawn.count)
     assert len(found) == 40
 
 
@@ -317,3 +325,76 @@ def test_lines_in_a_pipe_end_where_their_words_do(capsys: pytest.CaptureFixture[
     lines = capsys.readouterr().out.splitlines()
     assert any(line.startswith("m/bb") for line in lines)
     assert [line for line in lines if line != line.rstrip()] == []
+
+
+def test_warnings_are_one_line() -> None:
+    """The rest is there on demand; what is wrong with manifest or store is always whole."""
+    notices = [f"the folder {number} has no file; {'is it mounted? ' * 9}" for number in range(3)]
+    status = a_status([prompt("a", "stale", "its text changed")], notices=notices)
+    for lines in (printed(status).splitlines(), seen(status)):
+        [line] = [line for line in lines if "the folder" in line]
+        assert line.startswith("3 warnings (`rkcached status -v`): the folder 0 has no file")
+        assert len(line) == 80
+    verbose = " ".join(printed(status, verbose=True).split())
+    assert all(" ".join(notice.split()) in verbose for notice in notices)
+    assert "stale: something that its prompt cache depends on changed" in verbose
+    assert "the folder 2 has no file" in live.facts_of(status)["warnings"]
+    assert "polling" in printed(a_status([], watching="polling"), 200)
+
+
+def test_a_learned_prompt_and_a_retired_cache_are_shown_as_such() -> None:
+    """In the table, on the live screen and in its lines alike."""
+    retired = [{"model": "m", "prompt": "old", "kept_until": 0.0}]
+    status = a_status([prompt("learned-1", "fresh", learned=True)], retired=retired)
+    status["cache"] |= {"retired": 1234, "retired_bytes": 5_000_000}
+    for text in (printed(status, 200), "\n".join(seen(status, 200))):
+        assert "m/learned-1  fresh, learned" in text
+        assert "retired: 1,234 (m/old and 1,231 more), 5.0 MB" in text
+    assert live.facts_of(status)["m/learned-1"] == "m/learned-1 fresh, learned"
+
+
+def test_thousands_are_separated() -> None:
+    """In figures of prompts, builds, answers and times."""
+    artifact = {
+        "tokens": 123456,
+        "size_bytes": 600,
+        "cold_ttft_ms": 12345.0,
+        "warm_ttft_ms": 1234.4,
+        "verified": "exact",
+    }
+    progress = {"done_tokens": 1024, "total_tokens": 45047, "elapsed_ms": 5}
+    prompts = [
+        prompt("a", "fresh", artifact=artifact, hits=4321, last_used=1.0),
+        prompt("b", "building", progress=progress),
+    ]
+    recent = [{"state": "partial", "ttft_ms": 5432.0}]
+    status = a_status(prompts, answers={"hit": 98765}, recent=recent)
+    lines = "\n".join(seen(status, 120))
+    for figure in ("123,456", "12,345 ms", "1,234 ms", "4,321", "98,765 hit", "partial 5,432 ms"):
+        assert figure in lines
+    assert "1,024 of 45,047 tokens" in lines
+
+
+def test_what_a_worker_uses() -> None:
+    """Memory and CPU time stand beside its state, but are no news for a line of a pipe."""
+    status = a_status([])
+    status["models"][0] |= {"worker": "idle", "memory_bytes": 1_240_000_000, "cpu_s": 192.4}
+    line = "model m: idle, 1.24 GB of memory, 3 min 12 s of CPU time"
+    assert line in seen(status)
+    assert line in printed(status)
+    assert live.facts_of(status)["model m"] == "model m: idle"
+
+
+def test_figures_of_a_daemon_that_is_gone_are_old() -> None:
+    """They are shown with their time, and dimmed."""
+    status = a_status([prompt("a", "fresh")])
+    assert "figures are of" not in "\n".join(seen(status))
+    assert f"daemon gone, waiting; the figures are of {words.when(1e9)}" in seen(
+        status, old_since=1e9
+    )
+    console = Console(file=io.StringIO(), width=80, height=24, force_terminal=True)
+    with console.capture() as captured:
+        console.print(*picture(words.shown(status), console, old_since=1e9).parts, sep="\n")
+    first, *others = [line for line in captured.get().splitlines() if line.strip()]
+    assert "\x1b[1;7m" in first
+    assert all("\x1b[2" in line or "\x1b[1;2" in line for line in others)

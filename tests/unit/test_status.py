@@ -88,6 +88,28 @@ async def test_the_pieces_are_one_document(count: int) -> None:
     assert list(document)[-1] == "prompts"
 
 
+async def test_the_page_has_the_words_of_the_commands() -> None:
+    """Warnings in one line with the rest on demand, learned prompts, retired caches, answers."""
+    document = a_document(iter([prompt("learned-1", "fresh", learned=True)]))
+    retired = {"model": "m", "prompt": "old", "fingerprint": "f", "tokens": 1, "size_bytes": 2}
+    changed = {
+        "notices": ["the first", "the second"],
+        "retired": [{**retired, "retired_at": 0.0, "kept_until": 1.0}],
+        "cache": {**document.cache.model_dump(), "retired": 1, "retired_bytes": 2},
+        "answers": {"partial": 1234},
+        "recent": [{"time": 1.0, "model": "m", "prompt": "a", "state": "partial", "ttft_ms": 5.0}],
+    }
+    whole, _ = await received(html(Status.model_validate(document.model_dump() | changed)))
+    summary, _, rest = whole.partition("</summary>")
+    assert "2 warnings: the first" in summary
+    assert '<p class="warn">the second</p>' in rest
+    assert '<td role="cell" class="state fresh good">fresh, learned</td>' in whole
+    assert "retired: 1 (m/old), 2 B, kept at least until" in whole
+    assert "1,234 partial" in whole
+    assert '<rect class="warn"' in whole
+    assert "partial 5 ms" in whole
+
+
 async def test_the_page_tells_of_the_build() -> None:
     """Above the table, whose rows come later."""
     whole, _ = await received(html(a_document(many())))

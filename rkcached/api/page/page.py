@@ -20,6 +20,7 @@ from rkcached.api.page.view import Rows, View
 from rkcached.api.responses import RecentAnswer, Status
 from rkcached.api.status import PIECE
 from rkcached.errors import harmless, printable
+from rkcached.plan import vocabulary
 
 # Only the page's own script and style run, and only the daemon is asked, whatever text is in the
 # page.
@@ -64,17 +65,25 @@ def _template() -> jinja2.Template:
     )
     environment.filters |= {
         "size": words.size,
-        "number": "{:,}".format,
+        "number": words.number,
         "duration": words.duration,
         "summary": words.summary_of,
         "when": lambda at: time.strftime("%Y-%m-%d %H:%M %Z", time.localtime(at)),
         "utc": lambda at: time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(at)),
-        "ms": lambda value: f"{value:,.0f} ms",
+        "ms": words.milliseconds,
         "note": words.note_of,
         "no_prompts": words.no_prompts,
         "medians": words.medians_of,
         "hits": words.hits_of,
         "worker": words.worker_of,
+        "errors": words.errors_of,
+        "warnings": words.warnings_of,
+        "retired": words.retired_of,
+        "answers": words.answers_of,
+        "done": words.done_of,
+        "state": words.state_of,
+        "tone": vocabulary.tone_of,
+        "meaning": lambda state: vocabulary.STATES[state].meaning,
         "bars": bars,
         "printable": printable,
         "harmless": harmless,
@@ -101,16 +110,13 @@ def _shown(status: dict[str, Any]) -> dict[str, Any]:
     return {"status": status, "waiting": waiting, "running": status["running"] - waiting}
 
 
-_KINDS = {"hit": "warm", "loaded": "warm", "cold": "cold"}
-
-
 def bars(answers: list[dict[str, Any]] | tuple[RecentAnswer, ...]) -> list[dict[str, Any]]:
-    """A bar for each answer: its height, of 40, by its time to first token; and its kind."""
+    """A bar for each answer: its state, and its height, of 40, by its time to first token."""
     given = [one if isinstance(one, dict) else one.model_dump() for one in answers]
     top = max((one["ttft_ms"] for one in given), default=0.0) or 1.0
     return [
         {
-            "kind": _KINDS.get(one["state"], "other"),
+            "state": one["state"],
             "height": max(1.0, one["ttft_ms"] / top * 40),
             "ttft_ms": one["ttft_ms"],
         }

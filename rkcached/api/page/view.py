@@ -9,7 +9,7 @@ from typing import Final
 from urllib.parse import urlencode
 
 from rkcached.api.status import state_of
-from rkcached.plan.records import urgency
+from rkcached.plan.vocabulary import urgency
 from rkcached.reconcile.snapshot import Snapshot
 from rkcached.serving.tally import PromptUse
 from rkcached.sources.records import Key

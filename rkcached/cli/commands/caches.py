@@ -25,21 +25,32 @@ if TYPE_CHECKING:
     help="Stay, and show every change as it happens; q or Ctrl-C ends it.",
 )
 @click.option(
+    "--verbose",
+    "-v",
+    is_flag=True,
+    help="Show each warning whole, and say what the states mean.",
+)
+@click.option(
     "--exit-code",
     is_flag=True,
     help="Exit with 2 when a declared prompt is not fresh, or the files of a prompts_from folder "
     "are gone; with 0 when all are fresh.",
 )
-def status(*, settings: Settings, want_json: bool, watch: bool, exit_code: bool) -> int:
+def status(
+    *, settings: Settings, want_json: bool, watch: bool, verbose: bool, exit_code: bool
+) -> int:
     """Show models and prompts of the running daemon: state, reason, size, cold and warm times.
 
     The times are those to the first token. Prompts that need attention come first; --json keeps the
     manifest's order. Figures are shown only for the text that is declared now. With --watch and no
     terminal it prints a line for each change; --json makes each line a JSON document.
+
+    Keys of --watch: / searches, s sorts, Enter shows all about a prompt, ? lists all keys.
     """
     from rkcached.cli.status import command
 
-    return command.run(settings, want_json=want_json, watch=watch, exit_code=exit_code)
+    view = command.View(want_json=want_json, watch=watch, verbose=verbose)
+    return command.run(settings, view, exit_code=exit_code)
 
 
 @click.command()

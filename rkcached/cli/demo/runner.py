@@ -25,7 +25,6 @@ from rkcached.api import words
 from rkcached.cli.client import Client
 from rkcached.cli.demo.workspace import PROMPTS, prepare
 from rkcached.cli.launcher import STOP_S, Daemon, Workspace, is_settled
-from rkcached.cli.status import show
 from rkcached.errors import DaemonUnreachable
 
 QUESTION = "In one sentence, what is your most important rule?"
@@ -128,7 +127,7 @@ def _wait_until_settled(console: Console, daemon: Daemon) -> dict[str, Any]:
         tasks: dict[str, TaskID] = {}
         for status in daemon.statuses(every_s=0.2):
             for prompt in status["prompts"]:
-                name = show.name_of(prompt)
+                name = words.name_of(prompt)
                 if name not in tasks:
                     tasks[name] = progress.add_task(name, total=None, note="")
                 _advance(progress, tasks[name], prompt)
@@ -219,7 +218,7 @@ def _invite(console: Console, workspace: Workspace, prompts: list[dict[str, Any]
     if prompts:
         ask = json.dumps(
             {
-                "model": show.name_of(prompts[0]),
+                "model": words.name_of(prompts[0]),
                 "messages": [{"role": "user", "content": "May I open the roof?"}],
             }
         )

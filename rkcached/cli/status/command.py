@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass
 
 from rkcached.cli import output
 from rkcached.cli.client import Client
@@ -13,26 +14,35 @@ from rkcached.host.settings import Settings
 NOT_ALL_FRESH = 2
 
 
-def run(settings: Settings, *, want_json: bool, watch: bool, exit_code: bool) -> int:
-    if watch and exit_code:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class View:
+    """How somebody wants to see the status."""
+
+    want_json: bool
+    watch: bool
+    verbose: bool
+
+
+def run(settings: Settings, view: View, *, exit_code: bool) -> int:
+    if view.watch and exit_code:
         raise UsageError(
             "--watch and --exit-code cannot be combined",
             hint="`rkcached wait` ends when all is fresh",
         )
 
-    if watch:
+    if view.watch:
         from rkcached.cli.status import live
 
-        live.watch(settings.socket, output.console(), want_json=want_json)
+        live.watch(settings.socket, output.console(), want_json=view.want_json)
         return os.EX_OK
 
     with Client(settings.socket) as client:
         status = client.status()
 
-    if want_json:
+    if view.want_json:
         output.print_json(status)
     else:
-        show.print_status(output.console(), status)
+        show.print_status(output.console(), status, verbose=view.verbose)
 
     if exit_code and not show.all_fresh(status):
         return NOT_ALL_FRESH

@@ -20,9 +20,10 @@ import threading
 import time
 import tty
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from enum import Enum, auto
 from pathlib import Path
-from typing import Any, assert_never
+from typing import Any
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -31,6 +32,7 @@ from rkcached.api import words
 from rkcached.cli import output
 from rkcached.cli.client import Client, follow
 from rkcached.cli.status import show
+from rkcached.cli.status.browsing import Browsing
 from rkcached.cli.status.picture import GONE, brief_reason, picture
 from rkcached.errors import RkcachedError
 
@@ -41,41 +43,32 @@ _TICK_S = 1.0
 _ANSWER_S = 5.0
 
 
+# So long after an escape nothing else comes: it is a key of its own.
+_ESCAPE_S = 0.1
+
+# Free space and a worker's memory have no events either, and change slowly.
+_IDLE_S = 10.0
+
+
 class _Heard(Enum):
     CHANGE = auto()
     GONE = auto()
-    QUIT = auto()
     CLOSED = auto()
     """Whoever read our output has enough."""
 
 
-class Move(Enum):
-    """A move in the list of prompts."""
-
-    UP = auto()
-    DOWN = auto()
-    PAGE_UP = auto()
-    PAGE_DOWN = auto()
-    TOP = auto()
-    BOTTOM = auto()
-
-
-_KEYS: dict[bytes, Move | _Heard] = {
-    **dict.fromkeys((b"q", b"Q"), _Heard.QUIT),
-    **dict.fromkeys((b"k", b"\x1b[A", b"\x1bOA"), Move.UP),
-    **dict.fromkeys((b"j", b"\x1b[B", b"\x1bOB"), Move.DOWN),
-    **dict.fromkeys((b"\x1b[5~",), Move.PAGE_UP),
-    **dict.fromkeys((b" ", b"\x1b[6~"), Move.PAGE_DOWN),
-    **dict.fromkeys((b"g", b"\x1b[H", b"\x1bOH", b"\x1b[1~", b"\x1b[7~"), Move.TOP),
-    **dict.fromkeys((b"G", b"\x1b[F", b"\x1bOF", b"\x1b[4~", b"\x1b[8~"), Move.BOTTOM),
-}
-
 # A letter; an escape sequence that is complete; or an escape that begins none.
 _ONE_KEY = re.compile(
-    rb"[^\x1b]|\x1b(?:\[[0-?]*[ -/]*[@-~]|O[@-~]|(?=[^\[O]|\[[0-?]*[ -/]*[^ -~]|O[^@-~]))"
+    rb"[\x00-\x1a\x1c-\x7f]|[\xc2-\xf4][\x80-\xbf]{1,3}(?![\x80-\xbf])|[\x80-\xff](?=[^\x80-\xbf])"
+    rb"|\x1b(?:\[[0-?]*[ -/]*[@-~]|O[@-~]|(?=[^\[O]|\[[0-?]*[ -/]*[^ -~]|O[^@-~]))"
 )
 
-_Inbox = queue.SimpleQueue[_Heard | Move]
+
+class _Quit(Exception):
+    """Somebody pressed a key that ends it."""
+
+
+_Inbox = queue.SimpleQueue[_Heard | bytes]
 
 
 class _View:
@@ -84,8 +77,8 @@ class _View:
     def show(self, status: dict[str, Any], *, gone: bool) -> None:
         raise NotImplementedError
 
-    def move(self, move: Move) -> None:
-        """Nothing, where nothing scrolls."""
+    def press(self, key: bytes) -> None:
+        """Take a key, where there is a keyboard. Errors: _Quit."""
 
 
 def watch(socket: Path, console: Console, *, want_json: bool = False) -> None:
@@ -93,7 +86,8 @@ def watch(socket: Path, console: Console, *, want_json: bool = False) -> None:
 
     Errors: those of `rkcached status` if there is no daemon at first; BrokenPipeError.
     """
-    with Client(socket, patience_s=_ANSWER_S) as client, contextlib.suppress(KeyboardInterrupt):
+    ended = contextlib.suppress(KeyboardInterrupt, _Quit)
+    with Client(socket, patience_s=_ANSWER_S) as client, ended:
         status = client.status()
         inbox: _Inbox = queue.SimpleQueue()
         threading.Thread(target=_listen, args=(socket, inbox), daemon=True).start()
@@ -117,51 +111,57 @@ def watch(socket: Path, console: Console, *, want_json: bool = False) -> None:
 def _follow(
     client: Client, inbox: _Inbox, status: dict[str, Any], view: _View, *, tick_s: float | None
 ) -> None:
-    """Until someone quits.
+    """Until someone quits. Errors: _Quit, BrokenPipeError.
 
     `tick_s`: show it again after this long without news; None: news only.
     """
     view.show(status, gone=False)
     gone = due = False
-    asked = 0.0
+    asked = time.monotonic()
+    pace_s = _PACE_S
 
     while True:
         wait_s = tick_s
         if due:
-            wait_s = max(0.0, asked + _PACE_S - time.monotonic())
+            wait_s = max(0.0, asked + pace_s - time.monotonic())
 
-        moved = False
+        pressed = False
         for news in _hear(inbox, wait_s):
-            if news is _Heard.QUIT:
-                return
             if news is _Heard.CLOSED:
                 raise BrokenPipeError
 
-            if isinstance(news, Move):
-                view.move(news)
-                moved = True
+            if isinstance(news, bytes):
+                view.press(news)
+                pressed = True
             else:
                 gone = news is _Heard.GONE
                 due = not gone
 
-        if moved or gone or not (due or (tick_s and _moving(status))):
-            view.show(status, gone=gone)
-            continue
+        since_asked = time.monotonic() - asked
+        if tick_s and not gone:
+            due = due or _moving(status) or since_asked >= _IDLE_S
+        if due and not pressed:
+            if since_asked < pace_s:
+                continue
 
-        if time.monotonic() < asked + _PACE_S:
-            continue
-
-        due = False
-        asked = time.monotonic()
-        try:
-            status = client.status()
-        except RkcachedError:
-            gone = True
+            asked = time.monotonic()
+            # While the event stream goes on, a daemon that does not answer is only busy.
+            answer = _answer(client)
+            gone = due = answer is None
+            pace_s = _TICK_S if gone else _PACE_S
+            status = answer or status
 
         view.show(status, gone=gone)
 
 
-def _hear(inbox: _Inbox, wait_s: float | None) -> Iterator[_Heard | Move]:
+def _answer(client: Client) -> dict[str, Any] | None:
+    try:
+        return client.status()
+    except RkcachedError:
+        return None
+
+
+def _hear(inbox: _Inbox, wait_s: float | None) -> Iterator[_Heard | bytes]:
     """The news: waits for the first, takes the others that are there."""
     with contextlib.suppress(queue.Empty):
         yield inbox.get(timeout=wait_s)
@@ -190,7 +190,7 @@ def _await_closed(output: int, inbox: _Inbox) -> None:
 
 @contextlib.contextmanager
 def _keys(inbox: _Inbox) -> Iterator[None]:
-    """Meanwhile keys move and end the view; other keys are neither shown nor left to the shell."""
+    """Meanwhile keys go to the view; they are neither shown nor left to the shell."""
     if not sys.stdin.isatty():
         yield
         return
@@ -200,11 +200,16 @@ def _keys(inbox: _Inbox) -> Iterator[None]:
 
     def read() -> None:
         typed = b""
-        while data := os.read(stdin, 1024):
+        while True:
+            if typed and not select.select([stdin], [], [], _ESCAPE_S)[0]:
+                inbox.put(typed)
+                typed = b""
+            if not (data := os.read(stdin, 1024)):
+                return
+
             keys, typed = split_keys(typed + data)
             for key in keys:
-                if key in _KEYS:
-                    inbox.put(_KEYS[key])
+                inbox.put(key)
 
     tty.setcbreak(stdin)
     threading.Thread(target=read, daemon=True).start()
@@ -259,7 +264,7 @@ class _Changes(_View):
         else:
             facts = facts_of(status)
             if self._facts is None:
-                whole = f"{show.when(time.time())}\n{self._whole(status)}"
+                whole = f"{words.when(time.time())}\n{self._whole(status)}"
                 print(whole, flush=True)  # noqa: T201 - as it is
             else:
                 self._say(changes(self._facts, facts))
@@ -274,7 +279,7 @@ class _Changes(_View):
 
     def _say(self, lines: Iterable[str]) -> None:
         for line in lines:
-            dated = f"{show.when(time.time())} {line}"
+            dated = f"{words.when(time.time())} {line}"
             print(dated, flush=True)  # noqa: T201 - without wrapping or markup
 
 
@@ -284,18 +289,21 @@ def facts_of(status: dict[str, Any]) -> dict[str, str]:
     What changes by itself is left out.
     """
     status = words.shown(status)
-    facts = {show.name_of(prompt): _prompt_line(prompt) for prompt in status["prompts"]}
+    facts = {words.name_of(prompt): _prompt_line(prompt) for prompt in status["prompts"]}
     for model in status["models"]:
-        facts[f"model {model['name']}"] = show.model_line({**model, "state_s": 0}).plain
+        facts[f"model {model['name']}"] = show.model_line(
+            {**model, "state_s": 0}, with_usage=False
+        ).plain
 
     problems = "; ".join(status["manifest"]["problems"])
     trouble = status["cache"]["trouble"]
     facts |= {
-        "daemon": show.daemon_line(status, age=f"since {show.when(status['started_at'])}").plain,
-        "manifest": f"{show.REJECTED}: {problems}" if problems else "manifest: in force",
+        "daemon": show.daemon_line(status, age=f"since {words.when(status['started_at'])}").plain,
+        "manifest": f"{words.REJECTED}: {problems}" if problems else "manifest: in force",
         "store": f"the store cannot be read: {trouble}" if trouble else "store: readable",
         "watching": f"watching: {status['watching']}",
-        "answers": f"answers: {show.answers_of(status)}",
+        "warnings": f"warnings: {'; '.join(status['notices']) or 'none'}",
+        "answers": f"answers: {words.answers_of(status)}",
         "summary": words.summary_of(status),
     }
 
@@ -309,15 +317,16 @@ def _prompt_line(prompt: dict[str, Any]) -> str:
 
     figures = ""
     if artifact:
-        figures = f", {artifact['tokens']} tokens, {words.size(artifact['size_bytes'])}"
+        tokens = words.number(artifact["tokens"])
+        figures = f", {tokens} tokens, {words.size(artifact['size_bytes'])}"
 
     if artifact and artifact["verified"] != "off":
-        figures += (
-            f", cold {artifact['cold_ttft_ms']:.0f} ms, warm {artifact['warm_ttft_ms']:.0f} ms"
-        )
+        cold = words.milliseconds(artifact["cold_ttft_ms"])
+        warm = words.milliseconds(artifact["warm_ttft_ms"])
+        figures += f", cold {cold}, warm {warm}"
 
     reason = brief_reason(prompt)
-    line = f"{show.name_of(prompt)} {prompt['state']}{figures}"
+    line = f"{words.name_of(prompt)} {words.state_of(prompt)}{figures}"
     if reason:
         line += f": {reason}"
     return line
@@ -334,44 +343,36 @@ def changes(before: dict[str, str], now: dict[str, str]) -> Iterator[str]:
 
 
 class _Screen(_View):
-    """A terminal, of which one part scrolls."""
+    """A terminal, on which somebody browses."""
 
     def __init__(self, live: Live) -> None:
         self._live = live
-        self._first = 0
+        self._browsing = Browsing()
         self._page = 1
         self._raw: dict[str, Any] = {}
-        self._shown: dict[str, Any] = {}
+        self._shown: dict[str, Any] = {"prompts": []}
+        self._shown_at = 0.0
 
     def show(self, status: dict[str, Any], *, gone: bool) -> None:
         if status is not self._raw:
             self._raw = status
             self._shown = words.shown(status)
+            self._shown_at = time.time()
 
         seen = picture(
             self._shown,
             self._live.console,
-            gone=gone,
-            first=self._first,
-            scrolls=sys.stdin.isatty(),
+            browsing=self._browsing,
+            keys=sys.stdin.isatty(),
+            old_since=self._shown_at if gone else None,
         )
-        self._first = seen.first
+        self._browsing = replace(self._browsing, first=seen.first)
         self._page = max(1, seen.count)
         self._live.update(Group(*seen.parts), refresh=True)
 
-    def move(self, move: Move) -> None:
-        match move:
-            case Move.UP:
-                self._first -= 1
-            case Move.DOWN:
-                self._first += 1
-            case Move.PAGE_UP:
-                self._first -= self._page
-            case Move.PAGE_DOWN:
-                self._first += self._page
-            case Move.TOP:
-                self._first = 0
-            case Move.BOTTOM:
-                self._first = sys.maxsize
-            case _:
-                assert_never(move)
+    def press(self, key: bytes) -> None:
+        rows = self._browsing.rows(self._shown["prompts"])
+        browsing = self._browsing.pressed(key, rows, self._page)
+        if browsing is None:
+            raise _Quit
+        self._browsing = browsing

@@ -14,7 +14,8 @@ from rich.table import Table
 from rich.text import Text
 
 from rkcached.api import words
-from rkcached.plan.records import urgency
+from rkcached.errors import counted
+from rkcached.plan.vocabulary import STATES, Tone, tone_of, urgency
 
 WIDE = 110
 """Columns from which the table has room for notes; on a narrower terminal they follow it."""
@@ -25,46 +26,37 @@ _NAME_WIDTH = 24
 # The columns of figures. The last ones give way first.
 _FIGURES = ("cold", "warm", "hits", "tokens", "size")
 
-# So many retired prompt caches are named.
-_NAMED = 3
-
-REJECTED = "manifest rejected, the last good one is in force"
-
-_STATE_STYLE = {
-    "fresh": "green",
-    "building": "cyan",
-    "missing": "cyan",
-    "stale": "yellow",
-    "uncached": "dim",
-    "orphan": "dim",
+_STYLES = {
+    Tone.GOOD: "green",
+    Tone.WORK: "cyan",
+    Tone.WARN: "yellow",
+    Tone.BAD: "red",
+    Tone.QUIET: "dim",
 }
 
 
-def skipped_files_line(files: Sequence[str]) -> str:
-    """One line on the files of a prompts_from folder whose names cannot be a prompt's."""
-    count = "1 file is"
-    if len(files) != 1:
-        count = f"{len(files)} files are"
-
-    names = ", ".join(files[:3]) + (", ..." if len(files) > 3 else "")
-    return (
-        f"{count} skipped: a prompt's name has only a-z 0-9 . _ - and begins with a letter or "
-        f"digit: {names}"
-    )
+def style_of(tone: Tone) -> str:
+    """The colour of a word at a terminal."""
+    return _STYLES[tone]
 
 
-def print_status(console: Console, status: dict[str, Any], *, stays: bool = False) -> None:
+def print_status(
+    console: Console, status: dict[str, Any], *, stays: bool = False, verbose: bool = False
+) -> None:
     """The status as it is now.
 
-    `stays`: it is read later, too, so it has nothing that changes by itself.
+    `stays`: it is read later, too, so it has nothing that changes by itself. `verbose`: all
+    warnings, and what each state means.
     """
     status = words.shown(status)
     prompts = urgent_first(status["prompts"])
     wide = console.width >= WIDE
 
-    for line in (*troubles(status), *_heading(status, stays=stays)):
+    for line in (*errors(status), *warnings(status, console.width, verbose=verbose)):
         console.print(line)
-    if retired := retired_line(status):
+    for line in _heading(status, stays=stays):
+        console.print(line)
+    if retired := words.retired_of(status):
         console.print(Text(retired, style="dim"))
 
     if not prompts:
@@ -76,6 +68,29 @@ def print_status(console: Console, status: dict[str, Any], *, stays: bool = Fals
         () if wide else notes_of(prompts, Counter(map(words.note_of, prompts)), words.note_of)
     ):
         console.print(Text(f"{who}: {note}", style="dim"))
+
+    if verbose:
+        for state in dict.fromkeys(prompt["state"] for prompt in prompts):
+            console.print(Text(f"{state}: {STATES[state].meaning}", style=style_of(tone_of(state))))
+
+
+def errors(status: dict[str, Any]) -> Iterator[Text]:
+    for line in words.errors_of(status):
+        yield Text(line, style="bold red")
+
+
+def warnings(status: dict[str, Any], width: int, *, verbose: bool) -> Iterator[Text]:
+    """One line for all, with the command that shows them whole, or each whole."""
+    lines = list(words.warnings_of(status))
+    if not verbose and (len(lines) > 1 or any(cell_len(line) > width for line in lines)):
+        count = counted(len(lines), "warning")
+        lines = [f"{count} (`rkcached status -v`): {lines[0]}"]
+
+    for line in lines:
+        text = Text(line, style="yellow")
+        if not verbose:
+            text.truncate(width, overflow="ellipsis")
+        yield text
 
 
 def no_prompts(status: dict[str, Any]) -> Text:
@@ -107,9 +122,17 @@ def urgent_first(prompts: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def prompt_table(
-    prompts: Sequence[dict[str, Any]], width: int, *, notes: bool, overflow: OverflowMethod = "fold"
+    prompts: Sequence[dict[str, Any]],
+    width: int,
+    *,
+    notes: bool,
+    overflow: OverflowMethod = "fold",
+    marked: int | None = None,
 ) -> Table:
-    """Name and state, and the figures for which `width` has room beside them."""
+    """Name and state, and the figures for which `width` has room beside them.
+
+    `marked`: the row that is chosen, from 0.
+    """
     rows = [_row(prompt) for prompt in prompts]
     one_line = overflow != "fold"
     figures = _that_fit(rows, width)
@@ -125,31 +148,31 @@ def prompt_table(
     if notes:
         table.add_column("note", style="dim")
 
-    for prompt, row in zip(prompts, rows, strict=True):
+    for place, (prompt, row) in enumerate(zip(prompts, rows, strict=True)):
         cells = [
             Text(row["prompt"], overflow=overflow, no_wrap=one_line),
-            Text(row["state"], style=_STATE_STYLE.get(row["state"], "red")),
+            Text(row["state"], style=style_of(tone_of(prompt["state"]))),
         ]
         cells += [Text(row[name]) for name in figures]
         if notes:
             cells.append(Text(words.note_of(prompt), overflow=overflow, no_wrap=one_line))
-        table.add_row(*cells)
+        table.add_row(*cells, style="reverse" if place == marked else "")
 
     return table
 
 
 def _row(prompt: dict[str, Any]) -> dict[str, str]:
     row = dict.fromkeys(("tokens", "size", "cold", "warm"), "")
-    row["prompt"] = name_of(prompt)
-    row["state"] = prompt["state"]
+    row["prompt"] = words.name_of(prompt)
+    row["state"] = words.state_of(prompt)
     row["hits"] = words.hits_of(prompt)
 
     if artifact := prompt.get("artifact"):
-        row["tokens"] = str(artifact["tokens"])
+        row["tokens"] = words.number(artifact["tokens"])
         row["size"] = words.size(artifact["size_bytes"])
         if artifact["verified"] != "off":
-            row["cold"] = f"{artifact['cold_ttft_ms']:.0f} ms"
-            row["warm"] = f"{artifact['warm_ttft_ms']:.0f} ms"
+            row["cold"] = words.milliseconds(artifact["cold_ttft_ms"])
+            row["warm"] = words.milliseconds(artifact["warm_ttft_ms"])
 
     return row
 
@@ -166,38 +189,16 @@ def _that_fit(rows: Sequence[dict[str, str]], width: int) -> list[str]:
     return [name for name in ("tokens", "size", "cold", "warm", "hits") if name in fitting]
 
 
-def name_of(prompt: dict[str, Any]) -> str:
-    return f"{prompt['model']}/{prompt['prompt']}"
-
-
-def troubles(status: dict[str, Any]) -> Iterator[Text]:
-    """Troubles of the daemon as a whole; a line for each."""
-    for problem in status["manifest"]["problems"]:
-        yield Text(f"{REJECTED}: {problem}", style="bold red")
-    if trouble := status["cache"]["trouble"]:
-        yield Text(f"the store cannot be read: {trouble}", style="bold red")
-
-    for notice in status["notices"]:
-        yield Text(notice, style="yellow")
-
-    if status["watching"] == "polling":
-        yield Text(
-            "polling instead of inotify: changes are noticed some seconds later; the log says why",
-            style="yellow",
-        )
-
-    if files := status["manifest"].get("skipped_files"):
-        yield Text(skipped_files_line(files), style="dim")
-
-
 def _heading(status: dict[str, Any], *, stays: bool) -> Iterator[Text]:
     yield daemon_line(
         status,
         age=since(status["started_at"]) if stays else f"up {words.duration(status['uptime_s'])}",
     )
     yield Text(words.summary_of(status), style="bold")
-    yield Text(f"engine {status['engine']}, cache {used_of(status)}, answers: {answers_of(status)}")
-    yield from map(model_line, status["models"])
+    answers = words.answers_of(status)
+    yield Text(f"engine {status['engine']}, cache {used_of(status)}, answers: {answers}")
+    for model in status["models"]:
+        yield model_line(model, with_usage=not stays)
     if suggestion := suggestion_line(status):
         yield Text(suggestion, style="cyan")
 
@@ -217,32 +218,8 @@ def suggestion_line(status: dict[str, Any]) -> str:
     )
 
 
-def retired_line(status: dict[str, Any]) -> str:
-    """Name the prompt caches that are kept though nobody declares them; empty without any."""
-    retired = status["retired"]
-    count = status["cache"]["retired"]
-    if not retired:
-        return ""
-
-    named = ", ".join(dict.fromkeys(name_of(artifact) for artifact in retired[:_NAMED]))
-    more = ""
-    if count > _NAMED:
-        more = f" and {count - _NAMED} more"
-
-    until = when(min(artifact["kept_until"] for artifact in retired))
-    taken = words.size(status["cache"]["retired_bytes"])
-    return (
-        f"retired: {count} ({named}{more}), {taken}, "
-        f"kept at least until {until} unless space is short"
-    )
-
-
 def daemon_line(status: dict[str, Any], *, age: str) -> Text:
     return Text(f"rkcached {status['version']}, pid {status['pid']}, {age}")
-
-
-def answers_of(status: dict[str, Any]) -> str:
-    return ", ".join(f"{count} {state}" for state, count in status["answers"].items()) or "none yet"
 
 
 def used_of(status: dict[str, Any]) -> str:
@@ -271,10 +248,13 @@ def used_of(status: dict[str, Any]) -> str:
     return text
 
 
-def model_line(model: dict[str, Any]) -> Text:
-    return Text(
-        f"model {model['name']}: {words.worker_of(model)}", style="red" if model["trouble"] else ""
-    )
+def model_line(model: dict[str, Any], *, with_usage: bool = True) -> Text:
+    """A model and its worker. `with_usage`: also what the worker uses, which changes by itself."""
+    text = f"model {model['name']}: {words.worker_of(model)}"
+    usage = words.usage_of(model)
+    if with_usage and usage:
+        text += f", {usage}"
+    return Text(text, style="red" if model["trouble"] else "")
 
 
 def sparkline(values: Sequence[float], *, ascii_only: bool = False) -> str:
@@ -294,11 +274,7 @@ def notes_of(
     """Each note of these prompts once, with the prompt's name or the number that have it."""
     for text, prompt in {note(prompt): prompt for prompt in prompts}.items():
         if text:
-            yield name_of(prompt) if counts[text] == 1 else f"{counts[text]} prompts", text
-
-
-def when(unix_seconds: float) -> str:
-    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(unix_seconds))
+            yield words.name_of(prompt) if counts[text] == 1 else f"{counts[text]} prompts", text
 
 
 def since(unix_seconds: float) -> str:
