@@ -11,6 +11,7 @@
 # make test-architectures   a published model with sliding windows (Gemma 3 270M: 233 MB are downloaded, once)
 # make bench    the figures in docs/, measured on this machine   (PARTS="scale peers": only these;
 #                 BENCH_ARGS="--pictures docs/pictures --json FILE": draw them, keep every sample)
+# make pictures the pictures of docs/page.md, of the present page and terminal. It needs Chromium
 # make deb      Debian packages for amd64 and arm64, in dist/
 # make lock     pin what is installed with rkcached, with hashes, in packaging/locks/   (UPGRADE=1: the newest)
 # make docs     write what man pages, completions and docs/manifest.md repeat of the program
@@ -30,7 +31,7 @@ PYTEST_ARGS ?=
 SEED ?= 1
 MINUTES ?= 1
 
-.PHONY: demo test pytest test-long test-templates test-architectures test-programs fuzz lint bench deb lock docs install uninstall clean
+.PHONY: demo test pytest test-long test-templates test-architectures test-programs fuzz lint bench pictures deb lock docs install uninstall clean
 
 demo: $(VENV)/.demo
 	$(BIN)/rkcached demo $(if $(ONCE),--once)
@@ -70,6 +71,9 @@ lint: $(VENV)/.dev
 
 bench: $(VENV)/.dev
 	$(BIN)/python bench/measure.py $(if $(PARTS),--only $(PARTS)) $(BENCH_ARGS)
+
+pictures: $(VENV)/.dev
+	$(BIN)/python scripts/pictures.py
 
 deb: $(TOOLS)/.made
 	$(TOOLS)/bin/python packaging/build_deb.py $(DEB_ARGS)

@@ -220,7 +220,7 @@ def worker_of(model: dict[str, Any]) -> str:
     if model.get("preload") is not None:
         text += ", " + " ".join(("preload", *model["preload"]))
     if model["restarts"]:
-        text += f", {model['restarts']} restarts"
+        text += f", {counted(model['restarts'], 'restart')}"
     if note := model["trouble"] or model.get("preload_trouble") or model["last_failure"]:
         text += f" ({note})"
     return text

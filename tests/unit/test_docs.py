@@ -13,7 +13,7 @@ import pytest
 
 from rkcached.host.settings import Settings
 from rkcached.plan.fingerprint import fingerprint
-from rkcached.plan.records import State, VerdictKind
+from rkcached.plan.records import VerdictKind
 from rkcached.reconcile.failures import QUARANTINE_AFTER
 from rkcached.store.quarantine import MAX_QUARANTINED
 from rkcached.store.sidecar import Figures, Sidecar
@@ -112,10 +112,12 @@ def test_every_promise_has_its_test_and_its_largest_run() -> None:
         assert "\nLargest run: " in body, body
 
 
-def test_the_glossary_has_every_state() -> None:
-    """Of a prompt; the words that `status` shows."""
-    glossary = (DOCS / "glossary.md").read_text()
-    assert {state.value for state in State if f"**{state.value}**" not in glossary} == set()
+def test_pictures_are_small_and_shown() -> None:
+    """Every clone has them, and `make pictures` draws those of the page and the terminal."""
+    pages = "".join(page.read_text() for page in (ROOT / "README.md", *DOCS.glob("*.md")))
+    for picture in (DOCS / "pictures").iterdir():
+        assert f"pictures/{picture.name}" in pages
+        assert picture.stat().st_size < 150_000
 
 
 def test_exit_codes_and_variables_are_those_of_the_manual() -> None:

@@ -107,7 +107,7 @@ async def test_the_page_has_the_words_of_the_commands() -> None:
     assert "retired: 1 (m/old), 2 B, kept at least until" in whole
     assert "1,234 partial" in whole
     assert '<rect class="warn"' in whole
-    assert "partial 5 ms" in whole
+    assert "partial 5\N{NO-BREAK SPACE}ms" in whole
 
 
 async def test_the_page_tells_of_the_build() -> None:

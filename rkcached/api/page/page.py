@@ -73,7 +73,7 @@ def _template() -> jinja2.Template:
         "ms": words.milliseconds,
         "note": words.note_of,
         "no_prompts": words.no_prompts,
-        "medians": words.medians_of,
+        "medians": lambda status: words.medians_of(status).replace(" ms", "\N{NO-BREAK SPACE}ms"),
         "hits": words.hits_of,
         "worker": words.worker_of,
         "errors": words.errors_of,
