@@ -331,12 +331,16 @@ def test_warnings_are_one_line() -> None:
     """The rest is there on demand; what is wrong with manifest or store is always whole."""
     notices = [f"the folder {number} has no file; {'is it mounted? ' * 9}" for number in range(3)]
     status = a_status([prompt("a", "stale", "its text changed")], notices=notices)
-    for lines in (printed(status).splitlines(), seen(status)):
+    at_a_terminal = [line.plain for line in show.warnings(status, 80, whole=False)]
+    for lines in (at_a_terminal, seen(status)):
         [line] = [line for line in lines if "the folder" in line]
         assert line.startswith("3 warnings (`rkcached status -v`): the folder 0 has no file")
         assert len(line) == 80
     verbose = " ".join(printed(status, verbose=True).split())
-    assert all(" ".join(notice.split()) in verbose for notice in notices)
+    in_a_file = " ".join(printed(status).split())
+    for notice in notices:
+        assert " ".join(notice.split()) in verbose
+        assert " ".join(notice.split()) in in_a_file
     assert "stale: something that its prompt cache depends on changed" in verbose
     assert "the folder 2 has no file" in live.facts_of(status)["warnings"]
     assert "polling" in printed(a_status([], watching="polling"), 200)

@@ -242,7 +242,7 @@ def _head(status: dict[str, Any], console: Console, *, old_since: float | None) 
     queue = _queue(status)
     lines = [
         *((0, line) for line in _errors(status, console, most=max(3, height // 3))),
-        *((2, line) for line in show.warnings(status, width, verbose=False)),
+        *((2, line) for line in show.warnings(status, width, whole=False)),
         (6, show.daemon_line(status, age=show.since(status["started_at"]))),
         (0, Text(words.summary_of(status), style="bold")),
         (7, Text(f"engine {status['engine']}, answers: {words.answers_of(status)}")),

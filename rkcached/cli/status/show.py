@@ -52,7 +52,9 @@ def print_status(
     prompts = urgent_first(status["prompts"])
     wide = console.width >= WIDE
 
-    for line in (*errors(status), *warnings(status, console.width, verbose=verbose)):
+    # In a file or a pipe nothing is pushed off a screen.
+    whole = verbose or not console.is_terminal
+    for line in (*errors(status), *warnings(status, console.width, whole=whole)):
         console.print(line)
     for line in _heading(status, stays=stays):
         console.print(line)
@@ -79,16 +81,16 @@ def errors(status: dict[str, Any]) -> Iterator[Text]:
         yield Text(line, style="bold red")
 
 
-def warnings(status: dict[str, Any], width: int, *, verbose: bool) -> Iterator[Text]:
-    """One line for all, with the command that shows them whole, or each whole."""
+def warnings(status: dict[str, Any], width: int, *, whole: bool) -> Iterator[Text]:
+    """Each warning, or one line for all, with the command that shows them whole."""
     lines = list(words.warnings_of(status))
-    if not verbose and (len(lines) > 1 or any(cell_len(line) > width for line in lines)):
+    if not whole and (len(lines) > 1 or any(cell_len(line) > width for line in lines)):
         count = counted(len(lines), "warning")
         lines = [f"{count} (`rkcached status -v`): {lines[0]}"]
 
     for line in lines:
         text = Text(line, style="yellow")
-        if not verbose:
+        if not whole:
             text.truncate(width, overflow="ellipsis")
         yield text
 
