@@ -1,4 +1,4 @@
-"""What a worker may send in an operation: a broken one must not have its answer believed."""
+"""Knows the events that an operation may have: of a broken worker no answer is believed."""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
-"""What a worker's process can open of the store: the kernel has noted folders, and not their paths.
+"""Tells what a worker's process can open of the store.
 
-Of a folder that was made anew since, the process sees nothing.
+The kernel has noted folders, and not their paths. Of a folder that was made anew since, the process
+sees nothing.
 """
 
 from __future__ import annotations
