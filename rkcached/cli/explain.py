@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.text import Text
@@ -18,6 +19,9 @@ from rkcached.host.settings import Settings
 from rkcached.reconcile.observer import Observation
 from rkcached.sources.records import Key
 
+if TYPE_CHECKING:
+    from rkcached.cli import forms
+
 
 def run(settings: Settings, name: str, *, want_json: bool) -> int:
     """Explain MODEL/PROMPT, or MODEL."""
@@ -26,7 +30,7 @@ def run(settings: Settings, name: str, *, want_json: bool) -> int:
 
     looks.need_place(settings)
     look = looks.look_as_service(settings, ask=True)
-    data = explain_data(look, names.key_of(name)) | {"store": str(settings.cache_dir)}
+    data = explain_data(look, names.key_of(name), settings.cache_dir)
     if want_json:
         output.print_json(data)
     else:
@@ -47,7 +51,7 @@ def _run_model(settings: Settings, name: str, *, want_json: bool) -> int:
     return os.EX_OK
 
 
-def explain_data(look: Observation, key: Key) -> dict[str, Any]:
+def explain_data(look: Observation, key: Key, store: Path) -> forms.ExplainedPrompt:
     """The explanation as data.
 
     Errors: SourceError for a prompt that nobody declares and the store does not have.
@@ -76,6 +80,8 @@ def explain_data(look: Observation, key: Key) -> dict[str, Any]:
         action = action_data(assessment.action)
 
     return {
+        "format": 1,
+        "store": str(store),
         "model": key.model,
         "prompt": key.prompt,
         "state": assessment.state.value,
@@ -101,8 +107,8 @@ _NEXT = {
 }
 
 
-def print_explanation(console: Console, data: dict[str, Any]) -> None:
-    data = words.printable_all(data)
+def print_explanation(console: Console, explanation: forms.ExplainedPrompt) -> None:
+    data: dict[str, Any] = words.printable_all(explanation)
     console.print(Text(f"{data['model']}/{data['prompt']}: {data['state']}", style="bold"))
     if data["description"]:
         console.print(Text(f"  {data['description']}", style="dim"))

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, assert_never
+from typing import TYPE_CHECKING, assert_never
 
 import click
 from rich.console import Console
@@ -21,6 +21,9 @@ from rkcached.errors import printable
 from rkcached.host.settings import Settings
 from rkcached.plan.records import Action, Adopt, Assessment, Blocked, Build, Remove, Retire, State
 from rkcached.reconcile.build_times import Hold, hold
+
+if TYPE_CHECKING:
+    from rkcached.cli import forms
 
 SOMETHING_TO_DO = 2
 
@@ -41,7 +44,14 @@ def run(settings: Settings, *, want_json: bool, exit_code: bool) -> int:
     actions = [_with_wait(action, held) for action in look.actions]
 
     if want_json:
-        output.print_json([action_data(action) for action in actions])
+        planned: forms.Planned = {
+            "format": 1,
+            "store": str(settings.cache_dir),
+            "actions": [action_data(action) for action in actions],
+            "fresh": _fresh(look.assessments),
+            "skipped_files": list(look.sources.skipped_files),
+        }
+        output.print_json(planned)
     else:
         print_plan(output.console(), actions, look.assessments, settings.cache_dir)
         if look.sources.skipped_files:
@@ -60,9 +70,13 @@ def _with_wait(action: Action, held: Hold | None) -> Action:
     return replace(action, reason=f"{action.reason}; waits {held.why}")
 
 
-def action_data(action: Action) -> dict[str, Any]:
+def action_data(action: Action) -> forms.Step:
     """An action as `rkcached plan --json` prints it."""
-    whose = {"model": action.key.model, "prompt": action.key.prompt, "reason": action.reason}
+    whose: forms.Whose = {
+        "model": action.key.model,
+        "prompt": action.key.prompt,
+        "reason": action.reason,
+    }
     match action:
         case Build():
             return {"action": "build", **whose, "fingerprint": action.fingerprint.digest}
@@ -83,6 +97,10 @@ def action_data(action: Action) -> dict[str, Any]:
             assert_never(action)
 
 
+def _fresh(assessments: Sequence[Assessment]) -> int:
+    return sum(assessment.state is State.FRESH for assessment in assessments)
+
+
 def print_plan(
     console: Console, actions: Sequence[Action], assessments: Sequence[Assessment], store: Path
 ) -> None:
@@ -94,7 +112,7 @@ def print_plan(
         sign, style = _SIGNS[data["action"]]
 
         reason = Text(printable(data["reason"]))
-        if data.get("hint"):
+        if data["action"] == "blocked" and data["hint"]:
             reason.append(f"\n{printable(data['hint'])}", style="dim")
 
         what = Text(f"{sign} {data['action']}", style=style)
@@ -107,6 +125,5 @@ def print_plan(
     if counts["blocked"]:
         words.append(f"{counts['blocked']} blocked")
 
-    fresh = sum(assessment.state is State.FRESH for assessment in assessments)
-    summary = ", ".join([*(words or ["nothing to do"]), f"{fresh} fresh"])
+    summary = ", ".join([*(words or ["nothing to do"]), f"{_fresh(assessments)} fresh"])
     console.print(Text(printable(f"{summary}; store {store}")), soft_wrap=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 import click
 
@@ -24,6 +24,9 @@ from rkcached.store.sidecar import StoredArtifact
 from rkcached.store.store import Store
 from rkcached.worker import protocol
 from rkcached.worker.pool import Workers
+
+if TYPE_CHECKING:
+    from rkcached.cli import forms
 
 
 def run(
@@ -48,14 +51,21 @@ def run(
             click.echo(printable(f"{mark:<7} {name}  {result['detail']}"))
 
     good = sum(result["ok"] for result in results)
+    signatures_checked = read_seal(settings.state_dir) is not None
     if want_json:
-        output.print_json(results)
+        verified: forms.Verified = {
+            "format": 1,
+            "store": str(settings.cache_dir),
+            "signatures_checked": signatures_checked,
+            "artifacts": results,
+        }
+        output.print_json(verified)
     else:
         what = "no artifacts"
         if results:
             what = f"{good} of {len(results)} good"
         click.echo(printable(f"{what} in the store {settings.cache_dir}"))
-        if read_seal(settings.state_dir) is None:
+        if not signatures_checked:
             click.echo("signatures were not checked: only root and the daemon can read the key")
 
     if good == len(results):
@@ -65,7 +75,7 @@ def run(
 
 def verify_artifacts(
     store: Store, look: Observation, keys: Sequence[Key], *, deep: bool, prove: bool
-) -> Iterator[dict[str, Any]]:
+) -> Iterator[forms.VerifiedArtifact]:
     """One result for each key: whether it is good, and the finding in words."""
     with asyncio.Runner() as runner:
         workers = Workers(reach=store.reach_of)

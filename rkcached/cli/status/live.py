@@ -19,10 +19,10 @@ import termios
 import threading
 import time
 import tty
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from enum import Enum, auto
 from pathlib import Path
-from typing import Any, assert_never
+from typing import TYPE_CHECKING, Any, assert_never
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -33,6 +33,9 @@ from rkcached.cli.client import Client, follow
 from rkcached.cli.status import show
 from rkcached.cli.status.picture import GONE, brief_reason, picture
 from rkcached.errors import RkcachedError
+
+if TYPE_CHECKING:
+    from rkcached.cli import forms
 
 # Between two looks: nobody reads faster, and a busy daemon has better things to do.
 _PACE_S = 0.25
@@ -231,10 +234,11 @@ class _Documents(_View):
         self._known: object = None
 
     def show(self, status: dict[str, Any], *, gone: bool) -> None:
-        document = status
         known: object = (facts_of(status), status["cache"]["used_bytes"])
+        document: Mapping[str, object] = status
         if gone:
-            document = {"gone": True}
+            end: forms.Gone = {"format": 1, "gone": True}
+            document = end
             known = "gone"
 
         if known != self._known:
