@@ -452,6 +452,9 @@ class SuggestionList(Answer):
 class Status(Answer):
     """The state of the daemon, as `rkcached status --json` prints it."""
 
+    format: Literal[1] = Field(
+        description="Raised when a field goes, is renamed, or means something else."
+    )
     version: str
     pid: int
     started_at: float = Field(description="Unix seconds.")

@@ -108,6 +108,7 @@ def status(
         keys = list(snapshot.assessments)
 
     document = {
+        "format": 1,
         "version": __version__,
         "pid": os.getpid(),
         "started_at": round(started, 3),

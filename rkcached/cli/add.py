@@ -10,7 +10,7 @@ import stat
 from collections.abc import Iterator
 from difflib import SequenceMatcher
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import click
 from ruamel.yaml import YAML
@@ -33,6 +33,9 @@ from rkcached.sources.manifest_file import manifest_text
 from rkcached.sources.parser import parse
 from rkcached.sources.problems import NAME, NAME_RULE
 from rkcached.sources.text_files import read_text
+
+if TYPE_CHECKING:
+    from rkcached.cli import forms
 
 _MODELS: Final = {".gguf": EngineKind.LLAMACPP, ".rkllm": EngineKind.RKLLM}
 _LINE: Final = 4096
@@ -61,8 +64,14 @@ def run(
         _write(settings.manifest, text, new)
 
     if want_json:
-        data = {"manifest": str(settings.manifest), "model": added.model, "file": str(path)}
-        output.print_json(data | {"prompt": added.prompt or None})
+        data: forms.Added = {
+            "format": 1,
+            "manifest": str(settings.manifest),
+            "model": added.model,
+            "prompt": added.prompt or None,
+            "file": str(path),
+        }
+        output.print_json(data)
     else:
         what = f"{settings.manifest}: added {added}"
         click.echo(printable(f"{what}; the daemon of this manifest, if one runs, reads it now"))

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
@@ -24,6 +26,9 @@ from rkcached.sources.manifest_file import manifest_text
 from rkcached.sources.parser import parse_usable
 from rkcached.sources.reader import SourceReader
 from rkcached.sources.records import Key, RuntimeSource, Sources, Trouble
+
+if TYPE_CHECKING:
+    from rkcached.cli import forms
 
 MODEST_TOKENS = 256
 """Up to so many a model that must generate them at each build is not worth a warning."""
@@ -47,24 +52,31 @@ class Findings:
 def run(settings: Settings, *, want_json: bool) -> int:
     findings = check_manifest(settings)
     if want_json:
-        output.print_json(list(map(asdict, findings.problems)))
+        checked: forms.Checked = {
+            "format": 1,
+            "problems": output.problems_data(findings.problems),
+            "warnings": list(findings.warnings),
+            "skipped_files": list(findings.skipped_files),
+        }
+        output.print_json(checked)
     else:
-        for problem in findings.problems:
-            click.echo(printable(str(problem)), err=True)
+        _print(findings, settings.manifest)
 
-    for warning in findings.warnings:
-        click.echo(printable(warning), err=True)
+    if findings.problems:
+        return os.EX_CONFIG
+    return os.EX_OK
+
+
+def _print(findings: Findings, manifest: Path) -> None:
+    for finding in (*findings.problems, *findings.warnings):
+        click.echo(printable(str(finding)), err=True)
 
     if findings.skipped_files:
         from rkcached.api import words
 
         click.echo(printable(words.skipped_files(findings.skipped_files)), err=True)
 
-    if not want_json:
-        click.echo(f"{settings.manifest}: {findings.summary}", err=bool(findings.problems))
-    if findings.problems:
-        return os.EX_CONFIG
-    return os.EX_OK
+    click.echo(f"{manifest}: {findings.summary}", err=bool(findings.problems))
 
 
 def check_manifest(settings: Settings) -> Findings:

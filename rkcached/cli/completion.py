@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Final
 
@@ -29,6 +29,23 @@ def models(context: click.Context, _: click.Parameter, incomplete: str) -> list[
 def both(context: click.Context, _: click.Parameter, incomplete: str) -> list[str]:
     """MODEL or MODEL/PROMPT."""
     return _beginning(incomplete, _names(context))
+
+
+def schemas(context: click.Context, _: click.Parameter, incomplete: str) -> list[str]:
+    """The next word of a name that `rkcached schema` knows."""
+    typed = list(context.params.get("words") or ())
+    known = [["manifest"], ["error"], *with_json(context.find_root().command)]
+    following = (name[len(typed)] for name in known if name[: len(typed)] == typed != name)
+    return _beginning(incomplete, following)
+
+
+def with_json(command: click.Command) -> Iterator[list[str]]:
+    """The words of each command that has --json, below this one."""
+    for name, below in getattr(command, "commands", {}).items():
+        if isinstance(below, click.Group):
+            yield from ([name, *words] for words in with_json(below))
+        elif any("--json" in parameter.opts for parameter in below.params):
+            yield [name]
 
 
 def _beginning(incomplete: str, names: Iterable[str]) -> list[str]:

@@ -14,10 +14,10 @@ import os
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from io import BufferedReader
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from rich.console import Console
 from rich.table import Table
@@ -42,6 +42,9 @@ from rkcached.sources.manifest import Manifest, ModelConfig
 from rkcached.sources.manifest_file import read_manifest
 from rkcached.sources.reader import SourceReader
 from rkcached.sources.records import Key, ModelSource, RuntimeSource, Sources, Trouble
+
+if TYPE_CHECKING:
+    from rkcached.cli import forms
 
 NO_NPU: Final = (
     "no Rockchip NPU here: the RKLLM engine cannot run; `engine: {kind: llamacpp}` works here, "
@@ -127,12 +130,22 @@ def examine(manifest_file: Path | None, cache_dir: Path, *, root: Path = Path("/
     return Report(npu=board.has_npu, checks=tuple(checks))
 
 
-def report_data(report: Report) -> dict[str, Any]:
+def report_data(report: Report) -> forms.Examined:
     """The report as `rkcached doctor --json` prints it."""
     return {
+        "format": 1,
         "ready": not report.failed,
         "npu": report.npu,
-        "checks": list(map(asdict, report.checks)),
+        "checks": list(map(_finding, report.checks)),
+    }
+
+
+def _finding(check: Check) -> forms.Finding:
+    return {
+        "name": check.name,
+        "outcome": check.outcome.value,
+        "finding": check.finding,
+        "next_step": check.next_step,
     }
 
 

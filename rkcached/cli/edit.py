@@ -9,7 +9,7 @@ import shutil
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Final
 
 import click
 
@@ -25,6 +25,9 @@ from rkcached.sources.manifest_file import read_manifest
 from rkcached.sources.names import hint_for
 from rkcached.sources.records import Key
 from rkcached.sources.stored_texts import StoredTexts
+
+if TYPE_CHECKING:
+    from rkcached.cli import forms
 
 _EDITORS: Final = ("sensible-editor", "editor", "nano", "vi")
 
@@ -122,18 +125,20 @@ def editor() -> list[str]:
     raise UsageError("no editor is installed", hint="set EDITOR to the one that you have")
 
 
-def _explained(settings: Settings, key: Key) -> dict[str, Any]:
-    """How its cache stands to its files; empty where there is no store that this user may read."""
+def _explained(settings: Settings, key: Key) -> forms.ExplainedPrompt | None:
+    """How its cache stands to its files; None where there is no store that this user may read."""
     try:
-        return explain_data(looks.look_at(settings), key)
+        return explain_data(looks.look_at(settings), key, settings.cache_dir)
     except (SourceError, StoreError):
-        return {}
+        return None
 
 
-def _say_what_changed(key: Key, before: dict[str, Any], now: dict[str, Any]) -> None:
+def _say_what_changed(
+    key: Key, before: forms.ExplainedPrompt | None, now: forms.ExplainedPrompt | None
+) -> None:
     """By the fingerprints: a daemon may have built the new one already."""
-    old = before.get("wanted") or {}
-    new = now.get("wanted") or {}
+    old = (before and before["wanted"]) or {}
+    new = (now and now["wanted"]) or {}
     if old:
         for change in changes(old, new):
             click.echo(printable(f"{key}: {change}"))

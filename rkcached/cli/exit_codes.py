@@ -5,14 +5,27 @@ from __future__ import annotations
 import contextlib
 import errno
 import io
+import itertools
 import os
 import sys
 from collections.abc import Sequence
-from typing import NoReturn, TextIO
+from typing import TYPE_CHECKING, NoReturn, TextIO
 
 import click
 
-from rkcached.errors import ManifestError, OutputError, RequestError, RkcachedError, printable
+from rkcached.cli import output
+from rkcached.errors import (
+    ManifestError,
+    OutputError,
+    Problem,
+    RequestError,
+    RkcachedError,
+    UsageError,
+    printable,
+)
+
+if TYPE_CHECKING:
+    from rkcached.cli import forms
 
 
 def run(command: click.Command, arguments: Sequence[str] | None) -> NoReturn:
@@ -31,7 +44,7 @@ def run(command: click.Command, arguments: Sequence[str] | None) -> NoReturn:
             f"standard output cannot be written: {error.strerror}",
             hint="redirect it to another file, or make room on that disk",
         )
-        complain(failed)
+        report(failed, arguments)
         code = failed.exit_code
 
     for stream in filter(None, (sys.__stdout__, sys.__stderr__)):
@@ -54,14 +67,10 @@ def _code_of(command: click.Command, arguments: Sequence[str] | None) -> int | s
     try:
         code = command.main(arguments, prog_name="rkcached", standalone_mode=False)
     except RkcachedError as error:
-        complain(error)
+        report(error, arguments)
         return exit_code(error)
     except click.ClickException as error:
-        with contextlib.suppress(OSError):
-            error.show()
-        if isinstance(error, click.UsageError):
-            return os.EX_USAGE
-        return error.exit_code
+        return _report_click(error, arguments)
     except (click.Abort, KeyboardInterrupt):
         return 130
     except SystemExit as left:
@@ -116,8 +125,61 @@ def exit_code(error: RkcachedError) -> int:
     return by_status.get(error.status, os.EX_DATAERR if error.status < 500 else os.EX_SOFTWARE)
 
 
+def _report_click(error: click.ClickException, arguments: Sequence[str] | None) -> int:
+    """Report what click found wrong; returns its exit code."""
+    code = error.exit_code
+    if isinstance(error, click.UsageError):
+        code = os.EX_USAGE
+
+    if _wants_json(arguments):
+        usage = "see --help"
+        if isinstance(error, click.UsageError) and error.ctx is not None:
+            usage = error.ctx.get_usage()
+        _write_failure(UsageError(error.format_message(), hint=usage), code)
+    else:
+        with contextlib.suppress(OSError):
+            error.show()
+    return code
+
+
+def report(error: RkcachedError, arguments: Sequence[str] | None) -> None:
+    if _wants_json(arguments):
+        _write_failure(error, exit_code(error))
+    else:
+        complain(error)
+
+
+def _wants_json(arguments: Sequence[str] | None) -> bool:
+    """Whether --json is among the options: also where the rest of the line is wrong."""
+    words = sys.argv[1:] if arguments is None else arguments
+    return "--json" in itertools.takewhile(lambda word: word != "--", words)
+
+
+def _write_failure(error: RkcachedError, code: int) -> None:
+    """Write the error as a line of JSON on standard error, if that can be written."""
+    problems: tuple[Problem, ...] = ()
+    if isinstance(error, ManifestError):
+        problems = error.problems
+    refused = None
+    if isinstance(error, RequestError):
+        refused = error.code
+
+    failed: forms.Failed = {
+        "format": 1,
+        "error": {
+            "message": error.message,
+            "hint": error.hint,
+            "exit_code": code,
+            "code": refused,
+            "problems": output.problems_data(problems),
+        },
+    }
+    with contextlib.suppress(OSError):
+        click.echo(output.json_text(failed), err=True)
+
+
 def complain(error: RkcachedError) -> None:
-    """On standard error, if that can be written."""
+    """Say it in words on standard error, if that can be written."""
     if isinstance(error, ManifestError):
         lines = [str(problem) for problem in error.problems]
     else:

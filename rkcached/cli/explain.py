@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from dataclasses import asdict
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.text import Text
@@ -21,6 +21,9 @@ from rkcached.reconcile.observer import Observation
 from rkcached.sources.names import hint_for
 from rkcached.sources.records import Key
 
+if TYPE_CHECKING:
+    from rkcached.cli import forms
+
 
 def run(settings: Settings, name: str, *, want_diff: bool, want_json: bool) -> int:
     """Explain MODEL/PROMPT, or MODEL."""
@@ -34,11 +37,16 @@ def run(settings: Settings, name: str, *, want_diff: bool, want_json: bool) -> i
     looks.need_place(settings)
     look = looks.look_as_service(settings, ask=True)
     key = names.key_of(name)
-    data = explain_data(look, key) | {"store": str(settings.cache_dir)}
+    data = explain_data(look, key, settings.cache_dir)
     diff = None
     if want_diff:
         diff = text_diff(look, key)
-        data["diff"] = asdict(diff)
+        data["diff"] = {
+            "of": diff.of,
+            "why": diff.why,
+            "lines": list(diff.lines),
+            "left_out": diff.left_out,
+        }
 
     if want_json:
         output.print_json(data)
@@ -63,7 +71,7 @@ def _run_model(settings: Settings, name: str, *, want_json: bool) -> int:
     return os.EX_OK
 
 
-def explain_data(look: Observation, key: Key) -> dict[str, Any]:
+def explain_data(look: Observation, key: Key, store: Path) -> forms.ExplainedPrompt:
     """The explanation as data.
 
     Errors: SourceError for a prompt that nobody declares and the store does not have.
@@ -94,6 +102,8 @@ def explain_data(look: Observation, key: Key) -> dict[str, Any]:
         next_step = STEPS[step_of(assessment.action)].next_step
 
     return {
+        "format": 1,
+        "store": str(store),
         "model": key.model,
         "prompt": key.prompt,
         "state": assessment.state.value,
@@ -113,8 +123,8 @@ def explain_data(look: Observation, key: Key) -> dict[str, Any]:
     }
 
 
-def print_explanation(console: Console, data: dict[str, Any]) -> None:
-    data = words.printable_all(data)
+def print_explanation(console: Console, explanation: forms.ExplainedPrompt) -> None:
+    data: dict[str, Any] = words.printable_all(explanation)
     console.print(Text(f"{words.name_of(data)}: {words.state_of(data)}", style="bold"))
     if data["description"]:
         console.print(Text(f"  {data['description']}", style="dim"))

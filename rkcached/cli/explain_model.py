@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from rich.console import Console
 from rich.text import Text
@@ -18,6 +18,9 @@ from rkcached.reconcile.observer import Observation
 from rkcached.sources.names import hint_for
 from rkcached.sources.records import TemplateOrigin, Trouble
 
+if TYPE_CHECKING:
+    from rkcached.cli import forms
+
 _ORIGINS: Final = {
     TemplateOrigin.BUILT_IN: "built in, named by the manifest",
     TemplateOrigin.FILE: "named by the manifest",
@@ -26,13 +29,14 @@ _ORIGINS: Final = {
 }
 
 
-def model_data(look: Observation, name: str) -> dict[str, Any]:
+def model_data(look: Observation, name: str) -> forms.ExplainedModel:
     """The explanation as data. Errors: SourceError for a model that nobody declares."""
     model = look.desired.models.get(name)
     if model is None:
         raise SourceError(f"there is no model {name!r}", hint=hint_for(name, look.desired.models))
 
-    data: dict[str, Any] = {
+    data: forms.ExplainedModel = {
+        "format": 1,
         "model": name,
         "engine": look.manifest.engine.kind.value,
         "path": str(look.manifest.models[name].path),
@@ -50,13 +54,22 @@ def model_data(look: Observation, name: str) -> dict[str, Any]:
         "prompts": {},
     }
     if isinstance(model, Trouble):
-        return data | {"trouble": model.message, "hint": model.hint}
+        data["trouble"] = model.message
+        data["hint"] = model.hint
+        return data
 
-    engine = ENGINES[look.manifest.engine.kind]
-    return data | _model_facts(model) | {"state": _state(engine, model)}
+    data["template"] = _template(model)
+    data["special_tokens"] = _special_tokens(model)
+    data["recommended_sampling"] = dict(model.source.tokenizer.sampling)
+    data["state"] = _state(ENGINES[look.manifest.engine.kind], model)
+    data["prompts"] = {
+        prompt: {"variables": model.config.template_variables(prompt)}
+        for prompt in model.prompt_templates
+    }
+    return data
 
 
-def _state(engine: EngineEntry, model: DesiredModel) -> dict[str, Any]:
+def _state(engine: EngineEntry, model: DesiredModel) -> forms.ModelState:
     """The kind of state that a prompt cache saves, and what it means."""
     state = model.source.state
     explanation = state.explanation()
@@ -76,43 +89,41 @@ def _state(engine: EngineEntry, model: DesiredModel) -> dict[str, Any]:
     }
 
 
-def _model_facts(model: DesiredModel) -> dict[str, Any]:
-    source = model.source
-    own = source.tokenizer
-    template_date = None
+def _template(model: DesiredModel) -> forms.Template:
+    date = None
     if model.template_date is not None:
-        template_date = model.template_date.isoformat()
-    control = None
-    if model.special.control is not None:
-        control = len(model.special.control)
+        date = model.template_date.isoformat()
 
     return {
-        "template": {
-            "name": source.template.name,
-            "origin": source.template.origin.value,
-            "digest": model.template.digest,
-            "date": template_date,
-            "variables": model.config.template_variables(),
-        },
-        "special_tokens": {
-            "bos": model.special.bos,
-            "eos": model.special.eos,
-            "ends": list(own.ends),
-            "engine_adds_bos": model.special.adds_bos,
-            "control_tokens": control,
-            "control_tokens_of": own.special_origin if control is not None else "",
-        },
-        "recommended_sampling": dict(own.sampling),
-        "prompts": {
-            prompt: {"variables": model.config.template_variables(prompt)}
-            for prompt in model.prompt_templates
-        },
+        "name": model.source.template.name,
+        "origin": model.source.template.origin.value,
+        "digest": model.template.digest,
+        "date": date,
+        "variables": model.config.template_variables(),
     }
 
 
-def print_model(console: Console, data: dict[str, Any]) -> None:
+def _special_tokens(model: DesiredModel) -> forms.SpecialTokens:
+    own = model.source.tokenizer
+    control = None
+    stated_by = ""
+    if model.special.control is not None:
+        control = len(model.special.control)
+        stated_by = own.special_origin
+
+    return {
+        "bos": model.special.bos,
+        "eos": model.special.eos,
+        "ends": list(own.ends),
+        "engine_adds_bos": model.special.adds_bos,
+        "control_tokens": control,
+        "control_tokens_of": stated_by,
+    }
+
+
+def print_model(console: Console, explanation: forms.ExplainedModel) -> None:
     """Print the explanation for people."""
-    data = words.printable_all(data)
+    data: dict[str, Any] = words.printable_all(explanation)
 
     def line(text: str, style: str = "") -> None:
         console.print(Text(f"  {text}", style=style), soft_wrap=True)

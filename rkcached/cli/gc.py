@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -16,6 +16,9 @@ from rkcached.host.settings import Settings
 from rkcached.reconcile import collection
 from rkcached.store import garbage
 
+if TYPE_CHECKING:
+    from rkcached.cli import forms
+
 
 def run(settings: Settings, *, dry_run: bool, strangers: bool, want_json: bool) -> int:
     looks.need_store(settings)
@@ -25,10 +28,16 @@ def run(settings: Settings, *, dry_run: bool, strangers: bool, want_json: bool) 
         rubbish = _ask_daemon(settings, locked, strangers=strangers)
 
     if want_json:
-        total = sum(item["size_bytes"] for item in rubbish["items"])
-        done = {"store": str(settings.cache_dir), "removed": not dry_run, "size_bytes": total}
-        listed = {name: rubbish[name] for name in ("items", "strangers", "failed")}
-        output.print_json({**done, **listed})
+        collected: forms.Collected = {
+            "format": 1,
+            "store": str(settings.cache_dir),
+            "removed": not dry_run,
+            "size_bytes": sum(item["size_bytes"] for item in rubbish["items"]),
+            "items": rubbish["items"],
+            "strangers": rubbish["strangers"],
+            "failed": rubbish["failed"],
+        }
+        output.print_json(collected)
     else:
         _print(rubbish, settings.cache_dir, dry_run=dry_run)
 

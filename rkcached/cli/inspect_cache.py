@@ -16,7 +16,7 @@ import struct
 from array import array
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, NoReturn
+from typing import TYPE_CHECKING, Any, Final, NoReturn
 
 import msgspec
 from rich.console import Console
@@ -36,6 +36,9 @@ from rkcached.errors import FormatError, SourceError
 from rkcached.sources.problems import NAME
 from rkcached.sources.records import Key
 from rkcached.store.sidecar import Sidecar, names_artifact, parse_sidecar
+
+if TYPE_CHECKING:
+    from rkcached.cli import forms
 
 UNKNOWN = "not a prompt cache that rkcached knows"
 
@@ -68,7 +71,7 @@ def run(file: Path, *, want_json: bool) -> int:
     return os.EX_OK
 
 
-def inspect(path: Path) -> dict[str, Any]:
+def inspect(path: Path) -> forms.Inspected:
     """Inspect `path`, or the artifact that it is the sidecar or the text of.
 
     Blocking; hashes the file.
@@ -106,28 +109,31 @@ def inspect(path: Path) -> dict[str, Any]:
             count = len(ids)
             data = _tokens_data(ids)
 
+        sidecar, problem = _compare(artifact, fd, size, count, record)
         return {
+            "format": 1,
             "file": _shown(artifact),
             "given": _shown(path),
             "engine": content.engine,
-            "format": content.form,
+            "file_format": content.form,
             "size_bytes": size,
             "tokens": data,
-            **_compare(artifact, fd, size, count, record),
+            "sidecar": sidecar,
+            "problem": problem,
         }
     finally:
         os.close(fd)
 
 
-def _tokens_data(ids: array[int]) -> dict[str, Any]:
+def _tokens_data(ids: array[int]) -> forms.Tokens:
     return {"count": len(ids), "first": list(ids[:_SHOWN_IDS]), "last": list(ids[-_SHOWN_IDS:])}
 
 
-def print_inspection(console: Console, data: dict[str, Any]) -> None:
-    data = words.printable_all(data)
+def print_inspection(console: Console, inspected: forms.Inspected) -> None:
+    data: dict[str, Any] = words.printable_all(inspected)
     tokens = data["tokens"]
     sidecar = data["sidecar"]
-    console.print(Text(f"{data['file']}: a prompt cache of {data['format']}", style="bold"))
+    console.print(Text(f"{data['file']}: a prompt cache of {data['file_format']}", style="bold"))
     count = "an unknown number of tokens"
     if tokens:
         count = f"{tokens['count']:,} tokens"
@@ -352,15 +358,16 @@ def _record_beside(path: Path) -> Sidecar | str | None:
 
 def _compare(
     artifact: Path, fd: int, size: int, tokens: int | None, record: Sidecar | str | None
-) -> dict[str, Any]:
+) -> tuple[forms.InspectedSidecar | None, str]:
+    """The sidecar, and the reasons why the file does not match it."""
     if not isinstance(record, Sidecar):
-        return {"sidecar": None, "problem": record or ""}
+        return None, record or ""
 
     if artifact.name != record.artifact:
         why = f"the sidecar beside it is that of {record.artifact}"
         if names_artifact(artifact.name, record.prompt):
             why += ", so it is a leftover"
-        return {"sidecar": None, "problem": why}
+        return None, why
 
     sha256 = ""
     if size == record.size_bytes:
@@ -381,22 +388,21 @@ def _compare(
         text_matches = _has_digest(text, record.text_sha256)
     if text_matches is False:
         problems.append(f"{text.name} does not have the SHA-256 of its sidecar")
-    return {
-        "sidecar": {
-            "file": _shown(artifact.with_name(f"{record.prompt}.json")),
-            "model": record.model,
-            "prompt": record.prompt,
-            "fingerprint": record.fingerprint,
-            "built_at": record.built_at,
-            "matches": {
-                "size": size == record.size_bytes,
-                "sha256": sha256 == record.sha256,
-                "tokens": None if tokens is None else tokens == record.tokens,
-                "text": text_matches,
-            },
+
+    sidecar: forms.InspectedSidecar = {
+        "file": _shown(artifact.with_name(f"{record.prompt}.json")),
+        "model": record.model,
+        "prompt": record.prompt,
+        "fingerprint": record.fingerprint,
+        "built_at": record.built_at,
+        "matches": {
+            "size": size == record.size_bytes,
+            "sha256": sha256 == record.sha256,
+            "tokens": None if tokens is None else tokens == record.tokens,
+            "text": text_matches,
         },
-        "problem": "; ".join(problems),
     }
+    return sidecar, "; ".join(problems)
 
 
 def _has_digest(path: Path, sha256: str) -> bool:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 import click
 
@@ -18,6 +18,9 @@ from rkcached.errors import printable
 from rkcached.host.settings import Settings
 from rkcached.sources.access_keys import AccessKey, add_key, list_keys, revoke_key
 
+if TYPE_CHECKING:
+    from rkcached.cli import forms
+
 
 def add(
     settings: Settings, name: str, *, admin: bool, models: Sequence[str], want_json: bool
@@ -25,7 +28,8 @@ def add(
     """Print a new key: with the lines to paste at a terminal, and elsewhere alone."""
     key, text = add_key(settings.state_dir, name, admin=admin, models=models)
     if want_json:
-        output.print_json({**described(key), "key": text})
+        added: forms.AddedKey = {"format": 1, **described(key), "key": text}
+        output.print_json(added)
     elif sys.stdout.isatty():
         click.echo(f"key {key.name}, {may(key)}; it is shown only now:\n\n  {text}\n")
         for line in lines_to_paste(text):
@@ -45,7 +49,8 @@ def add(
 def show_all(settings: Settings, *, want_json: bool) -> int:
     keys = list_keys(settings.state_dir)
     if want_json:
-        output.print_json([described(key) for key in keys])
+        listed: forms.KeyList = {"format": 1, "keys": [described(key) for key in keys]}
+        output.print_json(listed)
         return os.EX_OK
 
     if not keys:
@@ -58,13 +63,14 @@ def show_all(settings: Settings, *, want_json: bool) -> int:
 def revoke(settings: Settings, name: str, *, want_json: bool) -> int:
     key = revoke_key(settings.state_dir, name)
     if want_json:
-        output.print_json(described(key))
+        revoked: forms.RevokedKey = {"format": 1, **described(key)}
+        output.print_json(revoked)
     else:
         click.echo(f"revoked {key.name}: the daemon rejects it from now on")
     return os.EX_OK
 
 
-def described(key: AccessKey) -> dict[str, Any]:
+def described(key: AccessKey) -> forms.Key:
     """A key for JSON, without its digest."""
     return {
         "name": key.name,

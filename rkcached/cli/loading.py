@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 from rich.table import Table
@@ -13,6 +13,9 @@ from rkcached.cli import output
 from rkcached.cli.client import Client
 from rkcached.errors import printable
 from rkcached.host.settings import Settings
+
+if TYPE_CHECKING:
+    from rkcached.cli import forms
 
 
 def load(settings: Settings, model: str, *, want_json: bool) -> int:
@@ -33,7 +36,8 @@ def unload(settings: Settings, model: str, *, want_json: bool) -> int:
 
 def _print(answer: dict[str, Any], sentence: str, want_json: bool) -> int:
     if want_json:
-        output.print_json(answer)
+        changed: forms.ModelChanged = {"format": 1, "model": answer}
+        output.print_json(changed)
     else:
         click.echo(printable(sentence))
     return os.EX_OK
@@ -44,7 +48,8 @@ def ps(settings: Settings, *, want_json: bool) -> int:
     with Client(settings.socket) as client:
         loaded = client.request("GET", "/v1/models/loaded")["data"]
     if want_json:
-        output.print_json(loaded)
+        models: forms.LoadedModels = {"format": 1, "models": loaded}
+        output.print_json(models)
         return os.EX_OK
     if not loaded:
         click.echo("no model is loaded; a request or `rkcached load MODEL` loads one")

@@ -5,15 +5,17 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from rkcached.errors import printable
+from rkcached.errors import Problem, RkcachedError, printable
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+    from rkcached.cli import forms
 
 
 def console(*, quiet: bool = False, stderr: bool = False) -> Console:
@@ -66,5 +68,22 @@ def json_text(data: Any, *, indent: int | None = None) -> str:
     )
 
 
-def print_json(data: Any) -> None:
+def print_json(data: Mapping[str, object]) -> None:
+    """Print a document: one of the forms in `forms`, or what the daemon sent."""
     click.echo(json_text(data, indent=2))
+
+
+def problems_data(problems: Iterable[Problem]) -> list[forms.Problem]:
+    return [
+        {
+            "file": problem.file,
+            "line": problem.line,
+            "message": problem.message,
+            "hint": problem.hint,
+        }
+        for problem in problems
+    ]
+
+
+def complaints_data(errors: Iterable[RkcachedError]) -> list[forms.Complaint]:
+    return [{"message": error.message, "hint": error.hint} for error in errors]

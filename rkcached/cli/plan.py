@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, assert_never
+from typing import TYPE_CHECKING, assert_never
 
 import click
 from rich.console import Console
@@ -24,6 +24,9 @@ from rkcached.plan.records import Action, Adopt, Assessment, Blocked, Build, Rem
 from rkcached.plan.vocabulary import STEPS, step_of
 from rkcached.reconcile.build_times import Hold, hold
 
+if TYPE_CHECKING:
+    from rkcached.cli import forms
+
 SOMETHING_TO_DO = 2
 
 
@@ -35,7 +38,14 @@ def run(settings: Settings, *, want_json: bool, exit_code: bool) -> int:
     actions = [_with_wait(action, held) for action in look.actions]
 
     if want_json:
-        output.print_json([action_data(action) for action in actions])
+        planned: forms.Planned = {
+            "format": 1,
+            "store": str(settings.cache_dir),
+            "actions": [action_data(action) for action in actions],
+            "fresh": _fresh(look.assessments),
+            "skipped_files": list(look.sources.skipped_files),
+        }
+        output.print_json(planned)
     else:
         print_plan(output.console(), actions, look.assessments, settings.cache_dir)
         if look.sources.skipped_files:
@@ -54,9 +64,13 @@ def _with_wait(action: Action, held: Hold | None) -> Action:
     return replace(action, reason=f"{action.reason}; waits {held.why}")
 
 
-def action_data(action: Action) -> dict[str, Any]:
+def action_data(action: Action) -> forms.Step:
     """An action as `rkcached plan --json` prints it."""
-    whose: dict[str, Any] = {**action.key._asdict(), "reason": action.reason}
+    whose: forms.Whose = {
+        "model": action.key.model,
+        "prompt": action.key.prompt,
+        "reason": action.reason,
+    }
     match action:
         case Build():
             return {"action": "build", **whose, "fingerprint": action.fingerprint.digest}
@@ -64,10 +78,13 @@ def action_data(action: Action) -> dict[str, Any]:
             source = None
             if action.source is not None:
                 source = str(action.source)
-            digest = action.fingerprint.digest
-            renames = step_of(action) == "rename"
-            whose |= {"fingerprint": digest, "source": source, "renames": renames}
-            return {"action": "adopt", **whose}
+            return {
+                "action": "adopt",
+                **whose,
+                "fingerprint": action.fingerprint.digest,
+                "source": source,
+                "renames": step_of(action) == "rename",
+            }
         case Retire():
             return {"action": "retire", **whose}
         case Remove():
@@ -77,6 +94,10 @@ def action_data(action: Action) -> dict[str, Any]:
             return {"action": "blocked", **whose, "hint": action.hint, "retry_at": retry_at}
         case _:
             assert_never(action)
+
+
+def _fresh(assessments: Sequence[Assessment]) -> int:
+    return sum(assessment.state is State.FRESH for assessment in assessments)
 
 
 def print_plan(
@@ -91,7 +112,7 @@ def print_plan(
         counts[word] += 1
 
         reason = Text(printable(data["reason"]))
-        if data.get("hint"):
+        if data["action"] == "blocked" and data["hint"]:
             reason.append(f"\n{printable(data['hint'])}", style="dim")
 
         what = Text(f"{step.sign} {word}", style=show.style_of(step.tone))
@@ -104,6 +125,5 @@ def print_plan(
     if counts["blocked"]:
         steps.append(f"{counts['blocked']} blocked")
 
-    fresh = sum(assessment.state is State.FRESH for assessment in assessments)
-    summary = ", ".join([*(steps or ["nothing to do"]), f"{fresh} fresh"])
+    summary = ", ".join([*(steps or ["nothing to do"]), f"{_fresh(assessments)} fresh"])
     console.print(Text(printable(f"{summary}; store {store}")), soft_wrap=True)

@@ -6,6 +6,7 @@ import os
 from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv6Address
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
@@ -16,6 +17,9 @@ from rkcached.host import places, unit
 from rkcached.host.addresses import Address, parse_address, parse_host
 from rkcached.host.port_unit import BRIDGES, PortUnit, bridge_address, not_root
 from rkcached.sources.access_keys import AccessKey, add_key, check_name, list_keys
+
+if TYPE_CHECKING:
+    from rkcached.cli import forms
 
 _CONTAINER_URLS = {
     "docker": "http://host.docker.internal:{port}/v1",
@@ -81,7 +85,8 @@ def disable(*, want_json: bool) -> int:
     changed = PortUnit().disable()
     names = [key.name for key in list_keys(state_dir)]
     if want_json:
-        output.print_json({"changed": changed, "keys": names})
+        closed: forms.ClosedPort = {"format": 1, "changed": changed, "keys": names}
+        output.print_json(closed)
         return os.EX_OK
 
     click.echo("the port is closed" if changed else "no port was open")
@@ -132,17 +137,18 @@ def _key(state_dir: Path, name: str) -> _Key:
 def _print_json(
     addresses: list[Address], urls: list[str], key: _Key | None, *, changed: bool
 ) -> None:
-    shown = None
+    shown: forms.PortKey | None = None
     if key is not None:
         shown = {**described(key.key), "key": key.text}
-    output.print_json(
-        {
-            "changed": changed,
-            "addresses": [str(address) for address in addresses],
-            "base_urls": urls,
-            "key": shown,
-        }
-    )
+
+    opened: forms.OpenedPort = {
+        "format": 1,
+        "changed": changed,
+        "addresses": [str(address) for address in addresses],
+        "base_urls": urls,
+        "key": shown,
+    }
+    output.print_json(opened)
 
 
 def _print(

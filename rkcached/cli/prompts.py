@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO, Final, NamedTuple
+from typing import TYPE_CHECKING, Any, BinaryIO, Final, NamedTuple
 
 import click
 import pydantic_core
@@ -27,6 +27,9 @@ from rkcached.messages.tools import ToolSet, parse_tools
 from rkcached.sources.manifest import RESERVED_PROMPT
 from rkcached.sources.problems import NAME
 from rkcached.sources.text_files import MAX_PROMPT_BYTES
+
+if TYPE_CHECKING:
+    from rkcached.cli import forms
 
 MAX_LINE_BYTES: Final = 16 << 20
 """A request beyond this is none that the daemon would take."""
@@ -292,8 +295,8 @@ def _path(file: Path, base: Path) -> str:
     return str(whole.relative_to(base) if whole.is_relative_to(base) else whole)
 
 
-def _data(recording: Recording, imported: list[Imported], manifest: str) -> dict[str, Any]:
-    prompts = []
+def _data(recording: Recording, imported: list[Imported], manifest: str) -> forms.Imported:
+    prompts: list[forms.ImportedPrompt] = []
     for prompt in imported:
         tools = prompt.beginning.tools
         prompts.append(
@@ -309,6 +312,7 @@ def _data(recording: Recording, imported: list[Imported], manifest: str) -> dict
         )
 
     return {
+        "format": 1,
         "requests": recording.requests,
         "served": sum(prompt.requests for prompt in imported),
         "prompts": prompts,

@@ -6,7 +6,7 @@ import os
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.status import Status
@@ -16,6 +16,9 @@ from rkcached.cli import exit_codes, names, output
 from rkcached.cli.client import Client
 from rkcached.errors import RequestError, UsageError
 from rkcached.host.settings import Settings
+
+if TYPE_CHECKING:
+    from rkcached.cli import forms
 
 _REFRESH_S = 0.25
 
@@ -32,10 +35,16 @@ def run(settings: Settings, prompts: Sequence[str], *, everything: bool, want_js
     console = output.console(quiet=want_json)
     answers, refusals = regenerate(settings.socket, settings.admin_socket, wanted, console)
     if want_json:
-        output.print_json(answers)
+        regenerated: forms.Regenerated = {
+            "format": 1,
+            "built": answers,
+            "errors": output.complaints_data(refusals),
+        }
+        output.print_json(regenerated)
+    else:
+        for refusal in refusals:
+            exit_codes.complain(refusal)
 
-    for refusal in refusals:
-        exit_codes.complain(refusal)
     if refusals:
         return exit_codes.exit_code(refusals[0])
     return os.EX_OK

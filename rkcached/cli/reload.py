@@ -4,19 +4,29 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
+from rkcached.cli import output
 from rkcached.cli.client import Client
 from rkcached.errors import RequestError, RkcachedError
 from rkcached.host import places
+
+if TYPE_CHECKING:
+    from rkcached.cli import forms
 
 # A look that hashes a large model for the first time takes this long; usually 0.1 s.
 _TIMEOUT_S = 60.0
 
 
-def run(admin_socket: Path | None) -> int:
-    click.echo(reload(admin_socket or places.admin_socket_to_ask()))
+def run(admin_socket: Path | None, *, want_json: bool) -> int:
+    summary = reload(admin_socket or places.admin_socket_to_ask())
+    if want_json:
+        reloaded: forms.Reloaded = {"format": 1, "summary": summary}
+        output.print_json(reloaded)
+    else:
+        click.echo(summary)
     return os.EX_OK
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import click
 
@@ -17,6 +17,9 @@ from rkcached.cli import output
 from rkcached.cli.client import Client
 from rkcached.errors import DaemonUnreachable, NotAllowed, SourceError, UsageError, printable
 from rkcached.host.settings import Settings
+
+if TYPE_CHECKING:
+    from rkcached.cli import forms
 
 _WHAT_IT_TAKES: Final = (
     "it takes three requests that begin alike, with a beginning that is no prompt and was "
@@ -40,7 +43,8 @@ def run(settings: Settings, wanted: str | None, name: str | None, *, want_json: 
             found = [client.store_next(_only(found)["id"], name)]
 
     if want_json:
-        output.print_json(found)
+        suggested: forms.Suggested = {"format": 1, "suggestions": found}
+        output.print_json(suggested)
     else:
         _print(found)
     return os.EX_OK

@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 from rkcached.errors import TemplateError
 from rkcached.plan.desired import DesiredModel
@@ -34,7 +34,7 @@ _LETTERS_BEFORE = 100
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TextDiff:
-    of: str
+    of: Literal["text", "rendered", ""]
     """The texts that were compared: "text", the prompt's own; "rendered", with the words of the
     template; empty if nothing was."""
     why: str = ""
@@ -105,7 +105,7 @@ def own_texts(old: str, new: str, text: str) -> tuple[str, str] | None:
     return None
 
 
-def diff_of(old: str, new: str, *, of: str = "text") -> TextDiff:
+def diff_of(old: str, new: str, *, of: Literal["text", "rendered"] = "text") -> TextDiff:
     """The lines that differ between two texts that are not the same."""
     before = old.split("\n")
     after = new.split("\n")

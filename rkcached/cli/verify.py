@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 import click
 
@@ -25,6 +25,9 @@ from rkcached.store.sidecar import StoredArtifact
 from rkcached.store.store import Store
 from rkcached.worker import protocol
 from rkcached.worker.pool import Workers
+
+if TYPE_CHECKING:
+    from rkcached.cli import forms
 
 
 def run(
@@ -46,11 +49,19 @@ def run(
             if result["ok"]:
                 mark = "ok"
             name = f"{result['model']}/{result['prompt']}"
-            click.echo(printable(f"{mark:<7} {name} ({result['state']})  {result['detail']}"))
+            state = state_words(result["state"], learned=result["learned"])
+            click.echo(printable(f"{mark:<7} {name} ({state})  {result['detail']}"))
 
     good = sum(result["ok"] for result in results)
+    signatures_checked = read_seal(settings.state_dir) is not None
     if want_json:
-        output.print_json(results)
+        verified: forms.Verified = {
+            "format": 1,
+            "store": str(settings.cache_dir),
+            "signatures_checked": signatures_checked,
+            "artifacts": results,
+        }
+        output.print_json(verified)
     else:
         what = "no artifacts"
         if results:
@@ -58,7 +69,7 @@ def run(
         click.echo(printable(f"{what} in the store {settings.cache_dir}"))
         if retired := len(look.inventory.retired):
             click.echo(f"{counted(retired, 'retired prompt cache')} not checked")
-        if read_seal(settings.state_dir) is None:
+        if not signatures_checked:
             click.echo("signatures were not checked: only root and the daemon can read the key")
 
     if good == len(results):
@@ -68,7 +79,7 @@ def run(
 
 def verify_artifacts(
     store: Store, look: Observation, keys: Sequence[Key], *, deep: bool, prove: bool
-) -> Iterator[dict[str, Any]]:
+) -> Iterator[forms.VerifiedArtifact]:
     """One result for each key: whether it is good, and the finding in words."""
     with asyncio.Runner() as runner:
         workers = Workers(reach=store.reach_of)
@@ -83,7 +94,8 @@ def verify_artifacts(
                 yield {
                     "model": key.model,
                     "prompt": key.prompt,
-                    "state": state_words(_state_of(look, key), learned=key in look.desired.learned),
+                    "state": _state_of(look, key).value,
+                    "learned": key in look.desired.learned,
                     "ok": not finding,
                     "detail": finding or detail,
                 }

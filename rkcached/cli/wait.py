@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
@@ -38,6 +38,9 @@ from rkcached.errors import (
 )
 from rkcached.host.settings import Settings
 from rkcached.sources.names import hint_for
+
+if TYPE_CHECKING:
+    from rkcached.cli import forms
 
 # Events after which a prompt may be in another state; the first means that the daemon is there.
 _MATTERS = ("listening", "artifact", "build", "summary")
@@ -69,18 +72,19 @@ class Waited:
             return self.errors[0].exit_code
         return os.EX_OK
 
-    def data(self) -> dict[str, Any]:
+    def data(self) -> forms.Waited:
         """As `--json` prints it."""
-        outcome = "fresh"
+        outcome: Literal["fresh", "never", "timeout"] = "fresh"
         if self.errors:
             outcome = "never"
             if isinstance(self.errors[0], StillWaiting):
                 outcome = "timeout"
 
         return {
+            "format": 1,
             "outcome": outcome,
             "waited_s": round(self.waited_s, 3),
-            "errors": [{"message": error.message, "hint": error.hint} for error in self.errors],
+            "errors": output.complaints_data(self.errors),
             "prompts": self.prompts,
         }
 
@@ -91,9 +95,10 @@ def run(settings: Settings, names: Sequence[str], *, timeout_s: float, want_json
 
     if want_json:
         output.print_json(result.data())
-    elif not result.errors:
-        click.echo(f"{len(result.prompts)} fresh, after {result.waited_s:.1f} s")
+        return result.exit_code
 
+    if not result.errors:
+        click.echo(f"{len(result.prompts)} fresh, after {result.waited_s:.1f} s")
     for error in result.errors:
         exit_codes.complain(error)
     return result.exit_code

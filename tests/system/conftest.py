@@ -20,6 +20,7 @@ import psutil
 import pytest
 
 from rkcached.cli import launcher
+from tests import json_documents
 from tests.system import harbour as scene
 from tests.system import nursery
 from tests.waiting import DEADLINE_S, wait_until
@@ -99,7 +100,8 @@ class Workspace:
     ) -> subprocess.CompletedProcess[str]:
         """Run a command of the program in this workspace.
 
-        It must exit with `code` (None: with any). `variables` are added to its environment.
+        It must exit with `code` (None: with any), and JSON must have its form. `variables` are
+        added to its environment.
         """
         env = {**self.environment, **variables}
         if nursery.serves(variables):
@@ -119,6 +121,10 @@ class Workspace:
         assert "Traceback" not in done.stderr, done.stderr
         if code is not None:
             assert done.returncode == code, (done.returncode, done.stdout, done.stderr)
+        if "--json" in arguments:
+            json_documents.check(
+                arguments, code=done.returncode, stdout=done.stdout, stderr=done.stderr
+            )
         return done
 
     def popen(self, *arguments: str, **options: Any) -> subprocess.Popen[Any]:

@@ -186,6 +186,7 @@ def run(
 OTHERS = (
     "rkcached.__main__",
     "rkcached.cli.bench",
+    "rkcached.cli.schema",
     "rkcached.engines.llamacpp",
     "rkcached.engines.rkllm",
     "rkcached.worker.child",

@@ -108,7 +108,7 @@ def test_it_says_enough_to_repeat_it(slow: Workspace) -> None:
     ]  # a line for each
     assert max(map(len, done.stdout.splitlines())) <= 80
     found = json.loads(kept.read_text())
-    assert (found["program"], found["schema"]) == ("rkcached bench", 1)
+    assert (found["program"], found["format"]) == ("rkcached bench", 1)
     assert found["machine"].keys() >= {
         "board",
         "cpu",
@@ -275,13 +275,13 @@ def test_errors(workspace: Workspace) -> None:
     assert "neither SVG nor PNG" in workspace.cli("bench", "--plot", "a.gif", code=64).stderr
     assert "cannot write none/a.json" in workspace.cli("bench", "-o", "none/a.json", code=73).stderr
     workspace.write("a.json", '{"program": "another"}')
-    workspace.write("b.json", '{"program": "rkcached bench", "schema": 99}')
-    workspace.write("c.json", '{"program": "rkcached bench", "schema": 1}')
+    workspace.write("b.json", '{"program": "rkcached bench", "format": 99}')
+    workspace.write("c.json", '{"program": "rkcached bench", "format": 1}')
     assert (
         "a.json is not a result of rkcached bench"
         in workspace.cli("compare", "a.json", "b.json", code=65).stderr
     )
-    assert "has schema 99" in workspace.cli("compare", "b.json", "a.json", code=65).stderr
+    assert "has format 99" in workspace.cli("compare", "b.json", "a.json", code=65).stderr
     assert "damaged result" in workspace.cli("compare", "c.json", "a.json", code=65).stderr
     assert (
         "cannot read none.json" in workspace.cli("compare", "none.json", "a.json", code=66).stderr

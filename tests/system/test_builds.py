@@ -254,8 +254,8 @@ def test_who_waits_for_a_build_gets_it_at_once(
     assert answer.status_code == 200, answer.text
     assert workspace.built() == ["b", "c", "stored"]
     assert workspace.prompt("a")["reason"] == "missing; waits for 02:00"
-    plan = json.loads(workspace.cli("plan", "--json").stdout)
-    assert {action["reason"] for action in plan} == {"missing; waits for 02:00"}
+    actions = json.loads(workspace.cli("plan", "--json").stdout)["actions"]
+    assert {action["reason"] for action in actions} == {"missing; waits for 02:00"}
     workspace.write("b.md", "You are another b.")
     found = wait_until(
         lambda: (now := workspace.prompt("b"))["state"] == "stale" and now, "it is stale"
@@ -277,8 +277,8 @@ def test_builds_wait_until_nobody_asks(workspace: Workspace) -> None:
     workspace.write("a.md", "You are another A.")
     reason = "its text changed; waits until nobody has asked for 3 s"
     wait_until(lambda: workspace.prompt("a")["reason"] == reason, "it waits")
-    plan = json.loads(workspace.cli("plan", "--json").stdout)
-    assert [action["reason"] for action in plan] == [reason]
+    actions = json.loads(workspace.cli("plan", "--json").stdout)["actions"]
+    assert [action["reason"] for action in actions] == [reason]
     asking.join()
     ended = time.monotonic()
     assert workspace.built() == ["a"]

@@ -169,7 +169,7 @@ def test_check_reports_everything_at_once(workspace: Workspace) -> None:
             words,
             done.stderr,
         )
-    problems = json.loads(workspace.cli("check", "--json", code=os.EX_CONFIG).stdout)
+    problems = json.loads(workspace.cli("check", "--json", code=os.EX_CONFIG).stdout)["problems"]
     assert {2, 6, 7, 9, 11} <= {problem["line"] for problem in problems}
 
 
@@ -247,7 +247,7 @@ def line_of(workspace: Workspace, words: str) -> int:
 def problems(workspace: Workspace) -> list[tuple[int, str]]:
     """Line and message of each problem that `check` reports."""
     found = json.loads(workspace.cli("check", "--json", code=os.EX_CONFIG).stdout)
-    return [(problem["line"], problem["message"]) for problem in found]
+    return [(problem["line"], problem["message"]) for problem in found["problems"]]
 
 
 @pytest.mark.parametrize(
@@ -386,7 +386,12 @@ def test_files_that_no_prompt_can_be_named_by_are_listed(workspace: Workspace) -
     done = workspace.cli("check")
     assert "ok, 1 model, 1 prompt" in done.stdout
     assert "2 files are skipped" in done.stderr
-    assert json.loads(workspace.cli("check", "--json").stdout) == []
+    checked = json.loads(workspace.cli("check", "--json").stdout)
+    assert checked["problems"] == []
+    assert [Path(file).name for file in checked["skipped_files"]] == [
+        "README.md",
+        "System Prompt.md",
+    ]
     workspace.start()
     workspace.wait_state("good", "fresh")
     for name in ("README.md", "System Prompt.md"):
@@ -462,7 +467,8 @@ def test_plan_and_explain_without_a_daemon(two_prompts: Workspace) -> None:
     --json is the plan.
     """
     assert "nothing to do, 2 fresh" in two_prompts.cli("plan", "--exit-code").stdout
-    assert json.loads(two_prompts.cli("plan", "--json").stdout) == []
+    planned = json.loads(two_prompts.cli("plan", "--json").stdout)
+    assert (planned["actions"], planned["fresh"]) == ([], 2)
     assert two_prompts.stop() == 0
     assert "nothing to do, 2 fresh" in two_prompts.cli("plan", "--exit-code").stdout
     assert "m/a: fresh" in two_prompts.cli("explain", "m/a").stdout
@@ -480,7 +486,7 @@ def test_plan_and_explain_without_a_daemon(two_prompts: Workspace) -> None:
     ):
         assert words in done.stdout
     assert "2 to build, 1 to retire, 1 blocked, 0 fresh" in done.stdout
-    actions = json.loads(two_prompts.cli("plan", "--json").stdout)
+    actions = json.loads(two_prompts.cli("plan", "--json").stdout)["actions"]
     assert [(x["action"], x["prompt"]) for x in actions] == [
         ("retire", "b"),
         ("build", "a"),
@@ -548,11 +554,12 @@ def test_without_a_store_every_command_that_looks_at_one_says_so(
         ["gc"],
     ):
         done = two_prompts.cli(*command, "--cache-dir", str(elsewhere), code=os.EX_NOINPUT)
-        assert f"error: there is no store at {elsewhere}: {why}" in done.stderr
+        assert f"there is no store at {elsewhere}: {why}" in done.stderr
         assert (
-            f"hint: there is a store beside the manifest: use --cache-dir {two_prompts.cache}"
+            f"there is a store beside the manifest: use --cache-dir {two_prompts.cache}"
             in done.stderr
         )
+        assert done.stderr.startswith("error: " if "--json" not in command else '{"format": 1, ')
         if place == "project":
             assert done.stdout == ""
         elif command == ["plan"]:
@@ -560,7 +567,7 @@ def test_without_a_store_every_command_that_looks_at_one_says_so(
         elif command == ["explain", "m/a"]:
             assert done.stdout.count("missing") == 1  # it was printed as the reason, too
         elif "--json" in command:
-            reasons = [action["reason"] for action in json.loads(done.stdout)]
+            reasons = [action["reason"] for action in json.loads(done.stdout)["actions"]]
             assert reasons == ["missing", "missing"]
     assert elsewhere.exists() == (place != "missing")
     assert sorted(path.name for path in elsewhere.glob("*")) == sorted(files)
@@ -664,7 +671,7 @@ def test_regenerate(two_prompts: Workspace) -> None:
     before = len(two_prompts.built())
     assert "[1/1] m/a 64 tokens" in two_prompts.cli("regenerate", "m/a").stdout
     assert two_prompts.built()[before:] == ["a"]
-    answers = json.loads(two_prompts.cli("regenerate", "--all", "--json").stdout)
+    answers = json.loads(two_prompts.cli("regenerate", "--all", "--json").stdout)["built"]
     assert [(x["object"], x["cache_name"]) for x in answers] == [
         ("binary_cache.created", "a"),
         ("binary_cache.created", "b"),
@@ -809,7 +816,7 @@ def test_a_terminal_obeys_no_model(workspace: Workspace) -> None:
     assert "\\x1b[2J\\x1b]52;c;aGFja2Vk\\x07two\r\nlines\\x9b31m \\u202eback \u200d" in shown
 
     whole = workspace.cli("chat", "m", "Say it.", "--json").stdout
-    assert json.loads(whole)["choices"][0]["message"]["content"] == HOSTILE
+    assert json.loads(whole)["answer"]["choices"][0]["message"]["content"] == HOSTILE
     assert not {"\x1b", "\x07", "\x9b", "\u202e"} & set(whole)
 
 
@@ -820,10 +827,8 @@ def test_verify(two_prompts: Workspace) -> None:
     """
     done = two_prompts.cli("verify", "--deep")
     assert done.stdout.count("matches its sidecar; loads, 64 tokens") == 2
-    assert [r["ok"] for r in json.loads(two_prompts.cli("verify", "--deep", "--json").stdout)] == [
-        True,
-        True,
-    ]
+    verified = json.loads(two_prompts.cli("verify", "--deep", "--json").stdout)
+    assert [artifact["ok"] for artifact in verified["artifacts"]] == [True, True]
     two_prompts.stop()
     path = two_prompts.cache / "m/a.memory_cache"
     data = bytearray(path.read_bytes())
@@ -891,17 +896,29 @@ def test_chat(two_prompts: Workspace) -> None:
         "[cold (the request asks for no cache): "
         in two_prompts.cli("chat", "m/a", "hello", "--cold").stderr
     )
-    answer = json.loads(two_prompts.cli("chat", "m/a", "hello", "--json").stdout)
+    answer = json.loads(two_prompts.cli("chat", "m/a", "hello", "--json").stdout)["answer"]
     assert answer["rkcached"]["state"] == "hit"
     assert "known models: m" in two_prompts.cli("chat", "nope", "hello", code=os.EX_NOINPUT).stderr
     assert "no question" in two_prompts.cli("chat", "m/a", stdin="", code=os.EX_USAGE).stderr
 
 
 def test_schema(workspace: Workspace) -> None:
-    """Schema prints the manifest's JSON schema."""
-    schema = json.loads(workspace.cli("schema").stdout)
-    assert schema["$schema"] == "https://json-schema.org/draft/2020-12/schema"
-    assert set(schema["properties"]) >= {"version", "engine", "cache", "models"}
+    """It lists what it knows, and prints the schema of a command, and of the manifest."""
+    listed = workspace.cli("schema").stdout
+    names = [
+        entry["name"] for entry in json.loads(workspace.cli("schema", "--json").stdout)["schemas"]
+    ]
+    assert all(f"\n{name} " in f"\n{listed}" for name in names)
+    for words, fields in (
+        (["key", "add"], {"format", "name", "key"}),
+        (["manifest"], {"version", "engine", "cache", "models"}),
+    ):
+        schema = json.loads(workspace.cli("schema", *words).stdout)
+        assert schema["$schema"] == "https://json-schema.org/draft/2020-12/schema"
+        assert set(schema["properties"]) >= fields
+    assert "known: plan, " in workspace.cli("schema", "plans", code=os.EX_NOINPUT).stderr
+    workspace.cli("schema", "plans", "--json", code=os.EX_NOINPUT)
+    workspace.cli("plan", "--jsn", "--json", code=os.EX_USAGE)
 
 
 def test_layout_and_modes(two_prompts: Workspace) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -14,10 +15,12 @@ import pytest
 from conftest import Workspace, need
 
 from rkcached.sources.parser import parse
+from tests import json_documents
 from tests.documents import DOCS, README, ROOT, blocks, commands
 
 API = DOCS / "http-api.md"
 RKLLM = DOCS / "rkllm.md"
+SCRIPTING = DOCS / "scripting.md"
 TROUBLE = (DOCS / "troubleshooting.md").read_text()
 
 
@@ -86,6 +89,39 @@ def test_the_python_example(board: Workspace) -> None:
     code = here(code, board).replace("HTTPTransport(", "HTTPTransport(verify=False, ")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.rstrip().endswith("hit")
+
+
+def test_the_examples_for_scripts(board: Workspace) -> None:
+    """Copied and run: while all is fresh, with a prompt that cannot be, and without a manifest."""
+    (shell,) = blocks(SCRIPTING, "sh")
+    (python,) = blocks(SCRIPTING, "python")
+
+    def run(*command: str, **variables: str) -> subprocess.CompletedProcess[str]:
+        path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+        return subprocess.run(
+            command,
+            env={**board.environment, "PATH": path, **variables},
+            cwd=board.root,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+
+    assert run("sh", "-c", shell).stdout == "all are fresh\n"
+    waited = json.loads((board.root / "waited.json").read_text())
+    json_documents.check_document("wait", waited)
+
+    text = board.manifest.read_text().replace("assistant: system.md", "assistant: gone.md")
+    board.write("manifest.yaml", text)
+    board.hang_up()
+    assert run("sh", "-c", shell).stdout == "not all are fresh: see waited.json\n"
+    planned = run(sys.executable, "-c", python).stdout
+    assert planned.startswith("blocked qwen3-0.6b/assistant ")
+
+    failed = run(sys.executable, "-c", python, RKCACHED_MANIFEST="nowhere.yaml")
+    assert failed.returncode == 1
+    assert "nowhere.yaml" in failed.stderr
+    assert "Traceback" not in failed.stderr
 
 
 def test_the_javascript_example(board: Workspace) -> None:
@@ -166,7 +202,7 @@ def test_the_example_of_the_manifest(workspace: Workspace, page: Path) -> None:
             assert done.stdout.endswith(shown)
     planned = {
         (step["model"], step["prompt"])
-        for step in json.loads(workspace.cli("plan", "--json", code=None).stdout)
+        for step in json.loads(workspace.cli("plan", "--json", code=None).stdout)["actions"]
     }
     names = {"README.md": {"assistant"}, "manifest.md": {"system", "coding_rules"}}[page.name]
     assert planned == {("qwen3-0.6b", name) for name in {*names, "more"}}

@@ -459,7 +459,7 @@ def test_models_are_loaded_and_unloaded(declared: Workspace) -> None:
     assert "m is loaded, after" in declared.cli("load", "m").stdout
     shown = declared.cli("ps").stdout
     assert "memory" in shown
-    (row,) = json.loads(declared.cli("ps", "--json").stdout)
+    (row,) = json.loads(declared.cli("ps", "--json").stdout)["models"]
     assert row["name"] == "m"
     assert 10e6 < row["memory_bytes"] < 1e9
     assert row["cpu_s"] > 0

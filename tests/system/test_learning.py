@@ -95,7 +95,7 @@ def test_what_repeats_is_suggested(space: Workspace) -> None:
     assert line in space.cli("suggest").stdout
     assert f"rkcached suggest {found['id']} --write NAME" in space.cli("suggest").stdout
     assert f"model m: {line}" in space.cli("status").stdout
-    assert json.loads(space.cli("suggest", "--json").stdout) == [found]
+    assert json.loads(space.cli("suggest", "--json").stdout)["suggestions"] == [found]
     assert "Marigold" not in space.log_text()
 
 

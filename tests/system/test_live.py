@@ -24,6 +24,7 @@ import pyte
 import pytest
 from conftest import Workspace, need
 
+from tests import json_documents
 from tests.waiting import DEADLINE_S, wait_until
 
 ESCAPE = b"\x1b"
@@ -460,6 +461,8 @@ def test_without_a_terminal(two_prompts: Workspace, *, want_json: bool) -> None:
     if want_json:
         documents: list[Any] = [json.loads(line) for line in pipe.said]
         assert sum("gone" in document for document in documents) == 1
+        for document in documents:
+            json_documents.check_document("status", document)
     else:
         assert "\x1b" not in "".join(pipe.said)
         assert sum("m/b" in line for line in pipe.said[:seen]) == 1

@@ -545,12 +545,12 @@ def test_the_official_client(client: openai.OpenAI) -> None:
 
 def test_key_commands(workspace: Workspace) -> None:
     assert workspace.cli("key", "list").stdout.startswith("no key")
-    assert workspace.cli("key", "list", "--json").stdout == "[]\n"
+    assert json.loads(workspace.cli("key", "list", "--json").stdout)["keys"] == []
     made = json.loads(workspace.cli("key", "add", "anne", "--model", "m", "--json").stdout)
     assert made["key"].startswith("rkc_")
     assert (made["name"], made["models"], made["admin"]) == ("anne", ["m"], False)
     workspace.cli("key", "add", "boss", "--admin")
-    listed = json.loads(workspace.cli("key", "list", "--json").stdout)
+    listed = json.loads(workspace.cli("key", "list", "--json").stdout)["keys"]
     assert [key["name"] for key in listed] == ["anne", "boss"]
     assert len({key["owner"] for key in listed}) == 2
     assert all(1 << 33 <= key["owner"] < 1 << 53 for key in listed)
@@ -592,7 +592,7 @@ def test_a_terminal_is_shown_what_to_paste(workspace: Workspace) -> None:
 def test_two_commands_at_once_lose_no_key(workspace: Workspace) -> None:
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(lambda number: workspace.cli("key", "add", f"k{number}"), range(12)))
-    assert len(json.loads(workspace.cli("key", "list", "--json").stdout)) == 12
+    assert len(json.loads(workspace.cli("key", "list", "--json").stdout)["keys"]) == 12
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can be another user")

@@ -25,6 +25,7 @@ from tests.documents import (
 )
 
 COMMANDS = DOCS / "commands.md"
+SCRIPTING = DOCS / "scripting.md"
 
 ELSEWHERE = {
     "make demo": (".ci/run", "make demo"),
@@ -49,6 +50,7 @@ ELSEWHERE = {
     "rkcached status --watch": ("tests/system/test_live.py", '"--watch"'),
     "rkcached bench": ("tests/system/test_guide.py", "test_every_command_about_measuring"),
     "rkcached compare": ("tests/system/test_guide.py", "test_every_command_about_measuring"),
+    "rkcached wait": ("tests/system/test_guide.py", "test_the_examples_for_scripts"),
     "rkcached suggest": ("tests/system/test_learning.py", 'cli("suggest")'),
     "rkcached prompts import": ("tests/system/test_import.py", "commands(MANIFEST)"),
     "rkcached doctor": ("tests/system/test_readme.py", "test_every_command_of_the_tables"),
@@ -108,6 +110,7 @@ def test_every_command_of_the_tables(board: Workspace) -> None:
     fill_in = {
         "FILE.jsonl": str(recorded),
         "FOLDER": str(board.root / "imported"),
+        "COMMAND": "key add",
         "MODEL/PROMPT": "qwen3-0.6b/system",
         "MODEL": "qwen3-0.6b",
         "--plot FILE": f"--plot {board.root / 'out.svg'}",
@@ -122,7 +125,7 @@ def test_every_command_of_the_tables(board: Workspace) -> None:
     # Logs and ports need a service: tests/systemd.
     tabled = [
         command
-        for command in row_commands(README) + row_commands(COMMANDS)
+        for command in row_commands(README) + row_commands(COMMANDS) + row_commands(SCRIPTING)
         if command not in ONLY_BY_OTHERS
     ]
     assert len(tabled) >= 28

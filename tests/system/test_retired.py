@@ -184,8 +184,7 @@ def test_an_edit_that_is_undone(workspace: Workspace, folder: Path) -> None:
     all_fresh(workspace, "one", "two")
     workspace.stop()
     (folder / "one.md").write_text(first)
-    plan = json.loads(workspace.cli("plan", "--json").stdout)
-    (action,) = plan
+    (action,) = json.loads(workspace.cli("plan", "--json").stdout)["actions"]
     assert (action["action"], action["prompt"], action["source"]) == ("adopt", "one", None)
     assert "1 to adopt" in workspace.cli("plan").stdout
     assert "adopts" in workspace.cli("explain", "m/one").stdout

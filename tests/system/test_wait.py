@@ -117,7 +117,9 @@ def test_it_never_will_be(two_prompts: Workspace) -> None:
     first, second = done.stderr.splitlines()
     assert first.startswith("error: m/a is blocked: the prompt has 45047 tokens")
     assert second.startswith("hint: shorten the prompt")
-    told = json.loads(two_prompts.cli("wait", "--json", *FOR_LONG, code=os.EX_DATAERR).stdout)
+    done = two_prompts.cli("wait", "--json", *FOR_LONG, code=os.EX_DATAERR)
+    assert done.stderr == ""
+    told = json.loads(done.stdout)
     assert told["outcome"] == "never"
     assert [error["message"] for error in told["errors"]] == [first.removeprefix("error: ")]
     two_prompts.cli("wait", "m/b", *FOR_LONG)

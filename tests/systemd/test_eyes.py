@@ -57,7 +57,8 @@ def says_hidden(machine: Machine, user: str) -> None:
     assert HIDDEN in check
     assert DROP_IN in check
     assert "manifest.yaml:5: " in check
-    [problem] = json.loads(machine.run("rkcached", "check", "--json", user=user, code=78).stdout)
+    checked = json.loads(machine.run("rkcached", "check", "--json", user=user, code=78).stdout)
+    [problem] = checked["problems"]
     assert (problem["line"], problem["message"]) == (5, HIDDEN)
     explained = json.loads(machine.run("rkcached", "explain", "m/a", "--json", user=user).stdout)
     assert (explained["state"], explained["reason"]) == ("blocked", HIDDEN)
@@ -65,7 +66,9 @@ def says_hidden(machine: Machine, user: str) -> None:
     assert DROP_IN in explained["hint"]
     assert "at its next look" not in machine.run("rkcached", "explain", "m/a", user=user).stdout
     planned = json.loads(machine.run("rkcached", "plan", "--json", user=user).stdout)
-    assert [(action["action"], action["reason"]) for action in planned] == [("blocked", HIDDEN)] * 2
+    assert [(action["action"], action["reason"]) for action in planned["actions"]] == [
+        ("blocked", HIDDEN)
+    ] * 2
 
 
 @pytest.mark.long
@@ -265,4 +268,4 @@ def test_a_manifest_of_ones_own_is_looked_at_with_ones_own_eyes(at_home: Machine
     planned = at_home.run(
         "sh", "-c", "cd /home/me && rkcached plan --json", code=66
     ).stdout  # there is no store yet
-    assert [action["action"] for action in json.loads(planned)] == ["build"]
+    assert [action["action"] for action in json.loads(planned)["actions"]] == ["build"]

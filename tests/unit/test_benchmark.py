@@ -14,7 +14,7 @@ from rich.console import Console
 
 from rkcached.cli.bench import plots
 from rkcached.cli.bench.results import (
-    SCHEMA,
+    FORMAT,
     MachineFacts,
     Measured,
     Parameters,
@@ -236,7 +236,7 @@ def test_a_decode_speed_that_scatters_is_doubted() -> None:
 def test_a_gain_that_its_build_did_not_see(saw_no_gain: bool) -> None:
     """The status says "no gain" of one sample: the table says why it says otherwise."""
     results = Results(
-        schema=SCHEMA,
+        format=FORMAT,
         date="2026-01-01T00:00:00+00:00",
         machine=FIXED,
         versions=Versions(rkcached="1", daemon="1", python="3"),

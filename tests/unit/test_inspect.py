@@ -169,7 +169,7 @@ def test_rkllm(tmp_path: Path, magic: int, words: str) -> None:
     path.write_bytes(rkllm(list(range(100, 120)), magic))
     data = inspect(path)
     assert (data["engine"], data["tokens"]["count"]) == ("rkllm", 20)
-    assert words in data["format"]
+    assert words in data["file_format"]
     assert data["tokens"]["first"] == list(range(100, 108))
     assert "100 101 102 103 104 105 106 107 ... 112" in printed(path)
 

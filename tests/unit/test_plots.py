@@ -16,7 +16,7 @@ from rich.console import Console
 from rkcached.cli.bench import plots, table
 from rkcached.cli.bench.compare import Comparison, compare
 from rkcached.cli.bench.results import (
-    SCHEMA,
+    FORMAT,
     MachineFacts,
     Measured,
     ModelFacts,
@@ -72,7 +72,7 @@ def results(
 ) -> Results:
     sweep = tuple(one.length for one in prompts if one.length)
     whole = Results(
-        schema=SCHEMA,
+        format=FORMAT,
         date="2026-01-01T00:00:00+00:00",
         machine=MachineFacts(
             board="",

@@ -48,6 +48,7 @@ def a_status(prompts: list[dict[str, Any]], **more: Any) -> dict[str, Any]:
         "waiting": 0,
     }
     return {
+        "format": 1,
         "version": "1",
         "pid": 1,
         "started_at": 0.0,

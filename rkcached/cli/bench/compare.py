@@ -9,7 +9,7 @@ between the sessions, nobody measured.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 
@@ -48,6 +48,7 @@ class Row(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Comparison(msgspec.Struct, frozen=True, kw_only=True):
+    format: Literal[1]
     differences: tuple[Difference, ...]
     """Of machine, versions, models, parameters and texts: what the figures may differ by."""
     rows: tuple[Row, ...]
@@ -64,6 +65,7 @@ def compare(before: Results, after: Results) -> Comparison:
         )
 
     return Comparison(
+        format=1,
         differences=tuple(_differences(before, after)),
         rows=tuple(row for name, a, b in pairs for row in _rows(name, a, b)),
         warnings=tuple(_warnings(before, after)),

@@ -1,7 +1,4 @@
-"""The document of `rkcached bench --json`: every run, and what the runs depend on.
-
-`SCHEMA` changes when a field is renamed, removed or means something else; a new field leaves it.
-"""
+"""The document of `rkcached bench --json`: every run, and what the runs depend on."""
 
 from __future__ import annotations
 
@@ -13,6 +10,7 @@ import shutil
 from collections.abc import Callable, Sequence
 from enum import StrEnum
 from pathlib import Path
+from typing import Final, Literal
 
 import msgspec
 
@@ -20,7 +18,7 @@ from rkcached.cli.bench.samples import median, p95
 from rkcached.errors import FormatError, SourceError, StoreError, UsageError
 from rkcached.host import disk
 
-SCHEMA = 1
+FORMAT: Final = 1
 PROGRAM = "rkcached bench"
 
 _MAX_BYTES = 256 << 20
@@ -207,8 +205,8 @@ class Ended(StrEnum):
 
 
 class Results(msgspec.Struct, frozen=True, kw_only=True):
+    format: Literal[1]
     program: str = PROGRAM
-    schema: int
     date: str
     machine: MachineFacts
     versions: Versions
@@ -312,8 +310,8 @@ def read(path: Path) -> Results:
     if head.program != PROGRAM:
         raise FormatError(f"{path} is not a result of rkcached bench", hint=hint)
 
-    if head.schema != SCHEMA:
-        message = f"{path} has schema {head.schema}, this program reads {SCHEMA}"
+    if head.format != FORMAT:
+        message = f"{path} has format {head.format}, this program reads {FORMAT}"
         raise FormatError(
             message, hint="measure again with this version, or compare with the one that wrote it"
         )
@@ -326,4 +324,4 @@ def read(path: Path) -> Results:
 
 class _Head(msgspec.Struct):
     program: str
-    schema: int
+    format: int

@@ -19,7 +19,7 @@ from rkcached.cli.bench.alone import NotPossible, look_at, model_facts
 from rkcached.cli.bench.asking import ANSWER_TOKENS, QUESTION
 from rkcached.cli.bench.machine import Steal, machine
 from rkcached.cli.bench.progress import Shown
-from rkcached.cli.bench.results import SCHEMA, Ended, Parameters, Results, Versions
+from rkcached.cli.bench.results import FORMAT, Ended, Parameters, Results, Versions
 from rkcached.cli.bench.series import Series
 from rkcached.cli.client import Client
 from rkcached.engines.kinds import EngineKind
@@ -110,7 +110,7 @@ def run(settings: Settings, wanted: Sequence[str], options: Options, console: Co
 
     why_not_direct = [why if direct else not_asked, *bench.why_not_direct]
     return Results(
-        schema=SCHEMA,
+        format=FORMAT,
         date=dt.datetime.now(dt.UTC).isoformat(timespec="seconds"),
         machine=facts,
         versions=Versions(

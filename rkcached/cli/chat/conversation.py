@@ -6,13 +6,16 @@ import contextlib
 import time
 from collections.abc import Generator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from rkcached.cli import output
 from rkcached.cli.client import Client
 from rkcached.errors import harmless, printable
+
+if TYPE_CHECKING:
+    from rkcached.cli import forms
 
 
 class Conversation:
@@ -37,7 +40,8 @@ class Conversation:
     def ask_for_json(self, question: str) -> None:
         """Print the answer's document. Errors: DaemonUnreachable, RequestError."""
         with Client(self._socket) as client:
-            output.print_json(client.chat(self._body(question)))
+            answered: forms.Answered = {"format": 1, "answer": client.chat(self._body(question))}
+        output.print_json(answered)
 
     def ask(self, question: str) -> bool:
         """Print the answer as it comes, and remember both. False if Ctrl-C ended it.

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -32,12 +31,18 @@ def check(settings: Settings, want_json: bool) -> int:
 
 
 @click.command()
-def schema() -> int:
-    """Print the JSON schema of the manifest, for editors that complete and check YAML."""
-    from rkcached.sources.manifest import json_schema
+@click.argument("words", metavar="[COMMAND]", nargs=-1, shell_complete=completion.schemas)
+@as_json
+def schema(words: Sequence[str], want_json: bool) -> int:
+    """Print the JSON Schema of what COMMAND prints with --json; without COMMAND, list all of them.
 
-    click.echo(json.dumps(json_schema(), indent=2))  # our own text: nothing in it to escape
-    return os.EX_OK
+    Two more have names of their own: `manifest`, for editors that complete and check YAML, and
+    `error`, the line that any command prints on standard error when it fails with --json. The exit
+    code is 66 for another name.
+    """
+    from rkcached.cli import schema as command
+
+    return command.run(" ".join(words), want_json=want_json)
 
 
 @click.command()

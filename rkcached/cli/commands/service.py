@@ -56,7 +56,8 @@ def run(
 
 @click.command()
 @FLAGS["admin_socket"]
-def reload(admin_socket: Path | None) -> int:
+@as_json
+def reload(admin_socket: Path | None, want_json: bool) -> int:
     """Have the running daemon read its manifest again, and say what is wrong with it.
 
     `systemctl reload` does this.
@@ -66,7 +67,7 @@ def reload(admin_socket: Path | None) -> int:
     """
     from rkcached.cli import reload as command
 
-    return command.run(admin_socket)
+    return command.run(admin_socket, want_json=want_json)
 
 
 @click.command()

@@ -10,7 +10,7 @@ import stat
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import click
 
@@ -25,6 +25,9 @@ from rkcached.host.places import SYSTEM_MANIFEST
 from rkcached.host.settings import Settings
 from rkcached.sources.manifest import json_schema
 from rkcached.sources.manifest_file import manifest_text
+
+if TYPE_CHECKING:
+    from rkcached.cli import forms
 
 _MODE = 0o644
 _SHOWN = 20
@@ -161,8 +164,10 @@ def _write(manifest: Path, text: str, sample: Path | None) -> None:
 # What was done, and what comes next
 
 
-def _data(manifest: Path, wanted: Wanted, found: Found) -> dict[str, Any]:
+def _data(manifest: Path, wanted: Wanted, found: Found) -> forms.Initialised:
+    problems = check_manifest(Settings(manifest=manifest)).problems
     return {
+        "format": 1,
         "manifest": str(manifest),
         "engine": wanted.engine.value,
         "models": [_model_data(model) for model in wanted.models],
@@ -171,13 +176,11 @@ def _data(manifest: Path, wanted: Wanted, found: Found) -> dict[str, Any]:
             for name, path in wanted.prompts.items()
         ],
         "skipped": [{"file": str(path), "reason": why} for path, why in _left_out(wanted, found)],
-        "problems": [
-            str(problem) for problem in check_manifest(Settings(manifest=manifest)).problems
-        ],
+        "problems": output.problems_data(problems),
     }
 
 
-def _model_data(model: FoundModel) -> dict[str, Any]:
+def _model_data(model: FoundModel) -> forms.InitialModel:
     return {
         "name": model.name,
         "path": str(model.path),

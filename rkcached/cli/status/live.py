@@ -19,11 +19,11 @@ import termios
 import threading
 import time
 import tty
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from enum import Enum, auto
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -35,6 +35,9 @@ from rkcached.cli.status import show
 from rkcached.cli.status.browsing import Browsing
 from rkcached.cli.status.picture import GONE, brief_reason, picture
 from rkcached.errors import RkcachedError
+
+if TYPE_CHECKING:
+    from rkcached.cli import forms
 
 # Between two looks: nobody reads faster, and a busy daemon has better things to do.
 _PACE_S = 0.25
@@ -236,10 +239,11 @@ class _Documents(_View):
         self._known: object = None
 
     def show(self, status: dict[str, Any], *, gone: bool) -> None:
-        document = status
         known: object = (facts_of(status), status["cache"]["used_bytes"])
+        document: Mapping[str, object] = status
         if gone:
-            document = {"gone": True}
+            end: forms.Gone = {"format": 1, "gone": True}
+            document = end
             known = "gone"
 
         if known != self._known:
