@@ -15,7 +15,8 @@ from collections.abc import AsyncGenerator
 from starlette.requests import Request
 from starlette.responses import Response
 
-from rkcached.api.exchange import Streamed, answer, remember, unless_gone
+from rkcached.api.exchange import answer, remember
+from rkcached.api.streamed import Streamed, unless_gone
 from rkcached.api.writer import Writer
 from rkcached.errors import RequestError
 from rkcached.serving.job import End, Progress, Text

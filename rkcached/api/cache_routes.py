@@ -16,8 +16,9 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from rkcached import errors
+from rkcached.api.callers import viewer_of
 from rkcached.api.endpoints import EVENT_STREAM, endpoint
-from rkcached.api.exchange import Streamed, answer, read_record, unless_gone, viewer_of
+from rkcached.api.exchange import answer, read_record
 from rkcached.api.requests import CollectRequest, GenerateBinaryRequest, ModelRequest, StoreRequest
 from rkcached.api.responses import (
     BinaryCacheCreated,
@@ -31,6 +32,7 @@ from rkcached.api.responses import (
     ModelStatusList,
 )
 from rkcached.api.status import model_status, prompt_status
+from rkcached.api.streamed import Streamed, unless_gone
 from rkcached.errors import RequestError
 from rkcached.plan.desired import DesiredModel
 from rkcached.reconcile.loop import Reconciler

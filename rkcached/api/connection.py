@@ -23,7 +23,7 @@ from ipaddress import IPv4Address, IPv6Address
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from rkcached.api.exchange import PEER, TCP, Tcp
+from rkcached.api.callers import PEER, TCP, Tcp
 from rkcached.api.passed import refusal
 from rkcached.host.logs import log
 from rkcached.worker.held import NOBODY

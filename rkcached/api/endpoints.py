@@ -21,7 +21,7 @@ from starlette.routing import Route
 
 from rkcached import __version__
 from rkcached.api.bodies import ERROR_BODY, error_body
-from rkcached.api.exchange import check_model, may_change
+from rkcached.api.callers import check_model, may_change
 from rkcached.api.responses import ErrorAnswer
 from rkcached.errors import RequestError
 

@@ -1,4 +1,4 @@
-"""Shared by all handlers: bodies, answers, errors, streams; the id and log line of an exchange."""
+"""Shared by all handlers: bodies, answers and errors; the id and log line of an exchange."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ import re
 import time
 import traceback
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import pydantic_core
 from starlette.datastructures import MutableHeaders
@@ -20,6 +20,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from rkcached.api.bodies import ERROR_BODY, Body, error_body, parse_body
+from rkcached.api.callers import PEER, TCP, caller_in, models_of
 from rkcached.api.paths import RIGHT_ONES
 from rkcached.api.rendering import LARGE_BYTES
 from rkcached.api.responses import Answer
@@ -27,7 +28,6 @@ from rkcached.api.shares import Share
 from rkcached.errors import RequestError
 from rkcached.host.logs import log
 from rkcached.messages.bounds import ValueCounter
-from rkcached.sources.access_keys import AccessKey
 from rkcached.sources.names import meant
 from rkcached.worker.held import NOBODY
 
@@ -41,26 +41,6 @@ MAX_SHOWN_LETTERS = 200
 # Bytes of a body between two turns of the event loop; counting their values takes a millisecond at
 # the most.
 _COUNTED_AT_ONCE = 32 << 10
-
-PEER = "peer"
-"""Key of the connection's state for what the log says of who opened it: the uid and pid of the
-process, or over TCP the address, and the name of the key that a request brought."""
-
-TCP = "tcp"
-"""Key of the connection's state for its `Tcp`; it is not there for a Unix socket."""
-
-ACCESS_KEY = "access_key"
-"""Key of the request's state for the `AccessKey` that it brought over TCP, if it did."""
-
-
-class Tcp(NamedTuple):
-    """A connection over TCP."""
-
-    is_loopback: bool
-    """Its address on our side is one of the loopback, so that its client is on this machine."""
-    take_place: Callable[[int], bool]
-    """Notes the owner of the key that came over it. False if that one has too many connections."""
-
 
 # Parses large bodies. One thread: more would only take turns at Python's lock.
 _PARSING = ThreadPoolExecutor(max_workers=1, thread_name_prefix="parse")
@@ -241,16 +221,6 @@ def no_route(request: Request, refusal: HTTPException) -> Response:
 DEFECT = RequestError(500, "internal error; the daemon's log says more", code="internal_error")
 
 
-async def unless_gone(request: Request, work: Awaitable[Result]) -> Result | Response:
-    """Wait for `work`, and cancel it if the client goes away: nobody reads the answer then."""
-    try:
-        async with _while_listened_to(request.receive):
-            return await work
-    except _GoneError:
-        log.info("client went away", path=_shown(request.url.path))
-        return Response(status_code=499)
-
-
 def _traceback(error: BaseException) -> str:
     """As Python prints it, without the messages of the exceptions: they may quote a prompt."""
     chain: list[BaseException] = []
@@ -267,86 +237,6 @@ def _traceback(error: BaseException) -> str:
     return "".join(lines).rstrip("\n")
 
 
-class Streamed(Response):
-    """A body in chunks.
-
-    If the client goes away, the generator of the chunks is closed, which ends the work behind it.
-    """
-
-    def __init__(
-        self,
-        chunks: AsyncGenerator[bytes, None],
-        *,
-        media_type: str,
-        headers: Mapping[str, str] | None = None,
-        at_end: Callable[[], None] | None = None,
-    ) -> None:
-        """`at_end`: is called when the answer is over, also if it never began."""
-        super().__init__(headers=headers, media_type=media_type)
-        del self.headers["content-length"]
-        self._chunks = chunks
-        self._at_end = at_end
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        try:
-            await self._send(scope, receive, send)
-        finally:
-            if self._at_end is not None:
-                self._at_end()
-
-    async def _send(self, scope: Scope, receive: Receive, send: Send) -> None:
-        await send(
-            {"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers}
-        )
-        with contextlib.suppress(_GoneError):
-            async with _while_listened_to(receive), contextlib.aclosing(self._chunks):
-                if scope["method"] != "HEAD":
-                    async for chunk in self._chunks:
-                        await send({"type": "http.response.body", "body": chunk, "more_body": True})
-                await send({"type": "http.response.body", "body": b"", "more_body": False})
-
-
-class _GoneError(Exception):
-    """The client went away."""
-
-
-@contextlib.asynccontextmanager
-async def _while_listened_to(receive: Receive) -> AsyncIterator[None]:
-    """Cancel the body when the client goes away; it then ends with _GoneError.
-
-    The body runs in its caller's task: a task of its own would wake up one turn of the loop later,
-    each time.
-    """
-    task = asyncio.current_task()
-    left = False
-    is_over = False
-
-    async def disconnected() -> None:
-        while (await receive())["type"] != "http.disconnect":
-            pass
-
-    def leave(watcher: asyncio.Task[None]) -> None:
-        nonlocal left
-        # Removing a callback that the loop is about to call comes too late: the body has ended, and
-        # what its caller does next must not be cancelled.
-        if task is not None and not is_over and not watcher.cancelled():
-            left = True
-            task.cancel()
-
-    watcher = asyncio.create_task(disconnected())
-    watcher.add_done_callback(leave)
-    try:
-        yield
-    except asyncio.CancelledError:
-        if task is None or not left or task.uncancel() > 0:
-            raise
-        raise _GoneError from None
-    finally:
-        is_over = True
-        watcher.remove_done_callback(leave)
-        watcher.cancel()
-
-
 class _Holding:
     """The memory of one request's body, of the caller's share."""
 
@@ -358,7 +248,7 @@ class _Holding:
 
     def take(self, size_bytes: int) -> bool:
         if not self.size_bytes:
-            self._caller = _caller_of(self._scope)  # by now its key is known, if it has one
+            self._caller = caller_in(self._scope)  # by now its key is known, if it has one
         if not self._share.take(self._caller, size_bytes):
             return False
         self.size_bytes += size_bytes
@@ -411,7 +301,7 @@ class Exchanges:
         except Exception as error:  # noqa: BLE001 - a defect; the client has its 500
             log.error(
                 "request crashed",
-                path=_shown(scope["path"]),
+                path=shown_path(scope["path"]),
                 error=type(error).__name__,
                 request_id=request_id,
                 exception=_traceback(error),
@@ -428,7 +318,7 @@ class Exchanges:
             write(
                 "request",
                 method=scope["method"],
-                path=_shown(scope["path"]),
+                path=shown_path(scope["path"]),
                 status=status or None,
                 took_ms=round((time.monotonic() - started) * 1000, 1),
                 request_id=request_id,
@@ -436,71 +326,9 @@ class Exchanges:
             )
 
 
-def _shown(path: str) -> str:
+def shown_path(path: str) -> str:
     """A path in a log line: that of a client may have hundreds of kilobytes."""
     return path if len(path) <= MAX_SHOWN_LETTERS else f"{path[:MAX_SHOWN_LETTERS]}..."
-
-
-def caller_of(request: Request) -> int:
-    """Whose the request is: a user, the owner of a key, or NOBODY.
-
-    The user is that of the process that opened the connection. NOBODY came over TCP without a key.
-    """
-    return _caller_of(request.scope)
-
-
-def _caller_of(scope: Scope) -> int:
-    state = scope.get("state", {})
-    key: AccessKey | None = state.get(ACCESS_KEY)
-    if key is not None:
-        return key.owner
-    uid: int = state.get(PEER, {}).get("uid", NOBODY)
-    return uid
-
-
-def _key_of(request: Request) -> AccessKey | None:
-    key: AccessKey | None = request.scope.get("state", {}).get(ACCESS_KEY)
-    return key
-
-
-def may_change(request: Request) -> bool:
-    """Whether the request came over the admin socket, or with an admin key."""
-    key = _key_of(request)
-    is_admin = getattr(request.app.state, "is_admin", False)
-    return is_admin or (key is not None and key.admin)
-
-
-def viewer_of(request: Request) -> int | None:
-    """The caller whose own things the answer may show; None: everybody's, for who may change."""
-    return None if may_change(request) else caller_of(request)
-
-
-def models_of(request: Request) -> tuple[str, ...]:
-    """The only models that the request's key is for; all if there are none."""
-    key = _key_of(request)
-    return () if key is None else key.models
-
-
-def may_use(request: Request, name: str | None) -> bool:
-    """Whether the key of a request is for this model; without a name, whether for all."""
-    models = models_of(request)
-    return not models or (name is not None and name.partition("/")[0] in models)
-
-
-def check_model(request: Request, name: str | None) -> None:
-    """Refuse a key that is not for this model, or without a name, one that is not for all.
-
-    `name`: MODEL or MODEL/PROMPT. Errors: RequestError.
-    """
-    if may_use(request, name):
-        return
-    raise RequestError(
-        403,
-        f"this key is only for: {', '.join(models_of(request))}",
-        code="model_not_allowed",
-        param=None if name is None else "model",
-        hint="use one of these models, or another key",
-    )
 
 
 def _request_id(scope: Scope) -> str:
@@ -522,7 +350,7 @@ def _log_cause(scope: Scope, status: int, request_id: str) -> None:
     if cause is not None and cause.status >= 500:
         log.warning(
             "request failed",
-            path=_shown(scope["path"]),
+            path=shown_path(scope["path"]),
             status=status,
             code=cause.code,
             error=cause.message,

@@ -14,15 +14,11 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from rkcached.api.answering import send_answer
-from rkcached.api.exchange import (
-    caller_of,
-    check_model,
-    may_change,
-    size_of_body,
-    unless_gone,
-)
+from rkcached.api.callers import caller_of, check_model, may_change
+from rkcached.api.exchange import size_of_body
 from rkcached.api.prepare import Preparation
 from rkcached.api.requests import ChatRequest, CompletionRequest, EmbeddingRequest, RerankRequest
+from rkcached.api.streamed import unless_gone
 from rkcached.api.write_chat import nul_refused
 from rkcached.api.writer import Writer
 from rkcached.errors import RequestError

@@ -12,7 +12,8 @@ from collections.abc import Iterator
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from rkcached.api.exchange import ACCESS_KEY, PEER, TCP, error_response
+from rkcached.api.callers import ACCESS_KEY, PEER, TCP
+from rkcached.api.exchange import error_response
 from rkcached.errors import RequestError
 from rkcached.sources.access_keys import AccessKeys
 

@@ -12,8 +12,9 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from rkcached import __version__
+from rkcached.api.callers import check_model, may_use, viewer_of
 from rkcached.api.endpoints import endpoint
-from rkcached.api.exchange import answer, check_model, may_use, read_record, viewer_of
+from rkcached.api.exchange import answer, read_record
 from rkcached.api.inference import Inference
 from rkcached.api.requests import ChatRequest
 from rkcached.api.responses import Answer

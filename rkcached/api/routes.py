@@ -25,6 +25,7 @@ from starlette.types import ASGIApp
 
 from rkcached.api.bodies import error_body
 from rkcached.api.cache_routes import CacheApi
+from rkcached.api.callers import caller_of, check_model, may_use, viewer_of
 from rkcached.api.endpoints import (
     EVENT_STREAM,
     declared_endpoint,
@@ -37,16 +38,11 @@ from rkcached.api.exchange import (
     BODIES_BYTES,
     DEFECT,
     Exchanges,
-    Streamed,
     answer,
-    caller_of,
-    check_model,
     error_response,
-    may_use,
     no_route,
     read_record,
     refuse,
-    viewer_of,
 )
 from rkcached.api.framing import Framing
 from rkcached.api.inference import Inference, floats_of
@@ -83,6 +79,7 @@ from rkcached.api.responses import (
 )
 from rkcached.api.shares import Share
 from rkcached.api.status import Recent, pieces
+from rkcached.api.streamed import Streamed
 from rkcached.api.suggest_routes import SuggestApi
 from rkcached.api.writer import ChatWriter, CompletionWriter, sse
 from rkcached.errors import ManifestError, RequestError

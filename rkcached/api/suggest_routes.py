@@ -9,8 +9,9 @@ from __future__ import annotations
 from starlette.requests import Request
 from starlette.responses import Response
 
+from rkcached.api.callers import viewer_of
 from rkcached.api.endpoints import endpoint
-from rkcached.api.exchange import answer, read_record, viewer_of
+from rkcached.api.exchange import answer, read_record
 from rkcached.api.requests import SuggestRequest
 from rkcached.api.responses import SuggestedPrompt, SuggestionList
 from rkcached.api.status import suggested, suggested_prompt

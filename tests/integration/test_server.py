@@ -28,11 +28,13 @@ from starlette.types import Message, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from rkcached.api import connection as connections
+from rkcached.api.callers import PEER
 from rkcached.api.connection import Connection
-from rkcached.api.exchange import DEFECT, PEER, Exchanges, Streamed, error_response, unless_gone
+from rkcached.api.exchange import DEFECT, Exchanges, error_response
 from rkcached.api.listening import SOCKET_MODE, OwnSocket
 from rkcached.api.server import HttpServer
 from rkcached.api.shares import Share
+from rkcached.api.streamed import Streamed, unless_gone
 from tests.waiting import DEADLINE_S
 
 ROOT = Path(__file__).parents[2]

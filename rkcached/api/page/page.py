@@ -14,11 +14,11 @@ from typing import Any
 import jinja2
 
 from rkcached.api import words
-from rkcached.api.exchange import Streamed
 from rkcached.api.page.prompt import PromptView
 from rkcached.api.page.view import Rows, View
 from rkcached.api.responses import RecentAnswer, Status
 from rkcached.api.status import PIECE
+from rkcached.api.streamed import Streamed
 from rkcached.errors import harmless, printable
 from rkcached.plan import vocabulary
 
