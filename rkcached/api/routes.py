@@ -24,6 +24,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp
 
 from rkcached.api.bodies import error_body
+from rkcached.api.bundle_routes import BundleApi
 from rkcached.api.cache_routes import CacheApi
 from rkcached.api.endpoints import (
     EVENT_STREAM,
@@ -113,6 +114,7 @@ class Api:
         inference: Inference,
         caches: CacheApi,
         suggestions: SuggestApi,
+        bundles: BundleApi,
         surfaces: Sequence[object],
         events: Events,
         metrics: Metrics,
@@ -134,6 +136,7 @@ class Api:
         self._surfaces = surfaces
         self._caches = caches
         self._suggestions = suggestions
+        self._bundles = bundles
         self._events = events
         self._metrics = metrics
         self._status = make_status
@@ -168,6 +171,7 @@ class Api:
             *endpoints_of(self),
             *endpoints_of(self._caches),
             *endpoints_of(self._suggestions),
+            *endpoints_of(self._bundles),
             *itertools.chain.from_iterable(map(endpoints_of, self._surfaces)),
             declared_endpoint(openapi),
         ]
