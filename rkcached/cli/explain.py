@@ -131,10 +131,15 @@ def print_explanation(console: Console, data: dict[str, Any]) -> None:
 
 
 def _print_artifact(console: Console, artifact: dict[str, Any]) -> None:
-    built = show.when(artifact["built_at"])
-    console.print(
-        Text(f"  built {built}: {artifact['tokens']} tokens, {words.size(artifact['size_bytes'])}")
-    )
+    came = f"built {show.when(artifact['built_at'])}"
+    if imported := artifact["imported"]:
+        proof = "compared with a prefill"
+        if imported["signed_by"]:
+            proof = f"signed by {imported['signed_by']}"
+        came = f"imported {show.when(imported['at'])}, {proof}"
+
+    size = words.size(artifact["size_bytes"])
+    console.print(Text(f"  {came}: {artifact['tokens']} tokens, {size}"))
     if artifact["verified"] != "off":
         gain = ""
         if not artifact["gain"]:
