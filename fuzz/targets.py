@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import atexit
 import functools
+import io
 import json
 import math
 import re
@@ -21,7 +22,7 @@ import shutil
 import signal
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final, TypeVar
@@ -86,8 +87,11 @@ from rkcached.sources.records import (
 )
 from rkcached.sources.text_files import utf8
 from rkcached.sources.tokenizer_files import NAMES
+from rkcached.sources.trusted_keys import parse_trusted_key
+from rkcached.store.bundles import BundleReader, parse_contents
 from rkcached.store.seal import Seal
 from rkcached.store.sidecar import names_artifact, parse_sidecar
+from rkcached.store.signatures import signer
 from rkcached.store.store import Store
 from rkcached.worker import protocol
 from rkcached.worker.process import _Link
@@ -523,6 +527,7 @@ def _resolved(parsed: Manifest) -> None:
 # Files of the store
 
 _SEAL: Final = Seal(b"k" * 32)
+_PUBLIC_KEY: Final = "RWRVLKps5xvsJsKYq+UbBqceePp5Jjm5vbYWAeYo05D34ZRNWBK4DjPI"
 _FINGERPRINT: Final = fingerprint({"model.digest": "x", "prefix.digest": "y"})
 
 
@@ -606,6 +611,70 @@ def _header(data: bytes) -> None:
     file = _folder() / "cache"
     file.write_bytes(data)
     rkllm_tokens(file)
+
+
+# Bundles
+
+
+@_target(form=Form())
+def bundles(data: bytes) -> None:
+    """An archive, a list, a signature or a trusted key: taken as promised, or refused."""
+    read = _chosen(data, (_archive, _contents, _signature, _trusted_key))
+    try:
+        read(data[1:])
+    except errors.FormatError as error:
+        str(error).encode()
+
+
+def _archive(data: bytes) -> None:
+    """What is read is what the list says, and nothing else."""
+    stream = io.BytesIO(data)
+
+    async def some(most_bytes: int) -> bytes:
+        return stream.read(min(most_bytes, 1000))
+
+    async def whole() -> None:
+        reader = BundleReader(some)
+        listed, signature = await reader.begin()
+        assert signature is None or len(signature) <= len(data)
+        for prompt in parse_contents(listed).prompts:
+            for file in prompt.files:
+                await reader.expect(file)
+                pieces = [piece async for piece in reader.pieces()]
+                assert sum(map(len, pieces)) == file.size_bytes
+        await reader.end()
+
+    waiting = whole()
+    with suppress(StopIteration):  # nothing in it waits
+        waiting.send(None)
+
+
+def _contents(data: bytes) -> None:
+    """Names, sizes and digests are such as a store can have."""
+    for prompt in parse_contents(data).prompts:
+        assert fingerprint(prompt.components).digest == prompt.fingerprint
+        for file in prompt.files:
+            folder, name = file.name.split("/")
+            assert folder == prompt.model
+            assert name.startswith(f"{prompt.prompt}.")
+            assert file.size_bytes >= 0
+
+
+def _signature(data: bytes) -> None:
+    """Nobody forges one."""
+    key = parse_trusted_key(_PUBLIC_KEY)
+    with suppress(errors.NotTrusted):
+        signer(data, b"another list", [key])
+        raise AssertionError("a forged signature")
+
+
+def _trusted_key(data: bytes) -> None:
+    text = data.decode(errors="replace")
+    try:
+        key = parse_trusted_key(text)
+    except ValueError:
+        return
+    assert str(key).isprintable()
 
 
 # Messages of a worker

@@ -31,6 +31,7 @@ from typing import NamedTuple
 
 from rkcached import __version__
 from rkcached.api.anthropic.routes import AnthropicApi
+from rkcached.api.bundle_routes import BundleApi
 from rkcached.api.cache_routes import CacheApi
 from rkcached.api.inference import Inference
 from rkcached.api.listening import ADMIN_MODE, SOCKET_MODE, OwnSocket, open_port
@@ -287,6 +288,7 @@ def _build(
         inference=inference,
         caches=CacheApi(reconciler, serving, workers, stored, learning),
         suggestions=SuggestApi(learning),
+        bundles=BundleApi(reconciler),
         surfaces=[
             AnthropicApi(inference),
             ResponsesApi(inference),

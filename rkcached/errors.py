@@ -15,7 +15,8 @@ The numbers are exit codes.
         SourceUnsettled       somebody is writing to it
       TemplateError           a chat template cannot render this                           65
         TemplateExhausted     it takes too much time or memory for that
-      FormatError             a file is not a prompt cache, or a damaged one               65
+      FormatError             a file is not what it should be, or a damaged one            65
+        NotTrusted            nobody whom the manifest trusts has signed this bundle
       StoreError              the store cannot be read or written                          73
         StoreLocked           another daemon owns the cache directory                      75
         BudgetExceeded        the artifact does not fit into cache.max_bytes
@@ -169,6 +170,10 @@ class TemplateExhausted(TemplateError):
 
 class FormatError(RkcachedError):
     exit_code = os.EX_DATAERR
+
+
+class NotTrusted(FormatError):
+    """A bundle has no signature of a key in cache.trust, or was changed since it was signed."""
 
 
 class StoreError(RkcachedError):

@@ -23,6 +23,7 @@ _BELOW_V1: Final = frozenset(
         "embeddings",
         "events",
         "gc",
+        "import",
         "messages",
         "models",
         "reload",

@@ -237,6 +237,14 @@ class BuildProgress(Answer):
     elapsed_ms: float
 
 
+class ImportedFigures(Answer):
+    at: float = Field(description="Unix seconds.")
+    signed_by: str = Field(
+        description="The name of the trusted key; empty where the prompt cache was compared with "
+        "a prefill instead."
+    )
+
+
 class ArtifactFigures(Answer):
     tokens: int
     reused_tokens: int = Field(
@@ -252,6 +260,10 @@ class ArtifactFigures(Answer):
     gain: bool
     verified: str
     fingerprint: str
+    imported: ImportedFigures | None = Field(
+        description="Set where it came in a bundle. Then prefill_ms and cold_ttft_ms are those of "
+        "the machine that built it, unless it was compared with a prefill."
+    )
 
 
 class PromptStatus(Answer):
@@ -343,6 +355,20 @@ class Collected(Answer):
     failed: list[Collectable] = Field(
         description="Prompt caches that should have gone and could not be removed."
     )
+
+
+class ImportedPrompt(Answer):
+    model: str
+    prompt: str
+    result: Literal["imported", "skipped", "failed"]
+    reason: str = Field(description="Why it was skipped or failed; empty where nothing is to say.")
+
+
+class BundleImported(Answer):
+    """The results for all prompts of a bundle."""
+
+    object: Literal["bundle.imported"] = "bundle.imported"
+    prompts: list[ImportedPrompt]
 
 
 class ManifestReloaded(Answer):

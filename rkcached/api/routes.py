@@ -24,6 +24,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp
 
 from rkcached.api.bodies import error_body
+from rkcached.api.bundle_routes import BundleApi
 from rkcached.api.cache_routes import CacheApi
 from rkcached.api.callers import caller_of, check_model, may_use, viewer_of
 from rkcached.api.endpoints import (
@@ -111,6 +112,7 @@ class Api:
         inference: Inference,
         caches: CacheApi,
         suggestions: SuggestApi,
+        bundles: BundleApi,
         surfaces: Sequence[object],
         events: Events,
         metrics: Metrics,
@@ -132,6 +134,7 @@ class Api:
         self._surfaces = surfaces
         self._caches = caches
         self._suggestions = suggestions
+        self._bundles = bundles
         self._events = events
         self._metrics = metrics
         self._status = make_status
@@ -166,6 +169,7 @@ class Api:
             *endpoints_of(self),
             *endpoints_of(self._caches),
             *endpoints_of(self._suggestions),
+            *endpoints_of(self._bundles),
             *itertools.chain.from_iterable(map(endpoints_of, self._surfaces)),
             declared_endpoint(openapi),
         ]

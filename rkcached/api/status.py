@@ -14,6 +14,7 @@ from collections import Counter, deque
 from collections.abc import AsyncGenerator, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
+import msgspec
 import pydantic_core
 
 from rkcached import __version__
@@ -30,7 +31,7 @@ from rkcached.reconcile.snapshot import Published, Snapshot
 from rkcached.serving.declarable import TOOLS_HINT
 from rkcached.serving.report import NOT_MEASURED
 from rkcached.sources.records import Key, Trouble
-from rkcached.store.sidecar import StoredArtifact
+from rkcached.store.sidecar import Imported, StoredArtifact
 
 if TYPE_CHECKING:  # `explain` needs this module, and nothing of the daemon
     from rkcached.host.watch import Watcher
@@ -425,6 +426,9 @@ def artifact_figures(artifact: StoredArtifact) -> dict[str, Any]:
     """Size and measured figures of an artifact."""
     sidecar = artifact.sidecar
     figures = sidecar.figures
+    imported = None
+    if isinstance(sidecar.imported, Imported):
+        imported = msgspec.structs.asdict(sidecar.imported)
     return {
         "tokens": sidecar.tokens,
         "reused_tokens": figures.reused_tokens,
@@ -438,6 +442,7 @@ def artifact_figures(artifact: StoredArtifact) -> dict[str, Any]:
         "gain": figures.gain,
         "verified": figures.verified,
         "fingerprint": sidecar.fingerprint,
+        "imported": imported,
     }
 
 

@@ -7,7 +7,7 @@ import http.client
 import json
 import stat
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any, NoReturn, Self
@@ -48,6 +48,10 @@ _MARK = "X-Request-Id"
 
 # The length of `sun_path` in sockaddr_un, without the NUL at its end.
 _MAX_PATH_BYTES = 107
+
+
+Sent = dict[str, Any] | Iterable[bytes] | None
+"""A body: JSON, or bytes."""
 
 
 class Client:
@@ -95,6 +99,10 @@ class Client:
 
     def collect(self, *, strangers: bool) -> dict[str, Any]:
         return self.request("POST", "/v1/gc", {"dry_run": False, "strangers": strangers})
+
+    def import_bundle(self, pieces: Iterable[bytes], *, prove: bool) -> dict[str, Any]:
+        """Send a bundle; the answer says what became of its prompts. On the admin socket."""
+        return self.request("POST", "/v1/import?prove=true" if prove else "/v1/import", pieces)
 
     def store(self, model: str, prompt: str, text: str) -> None:
         """Store a text as a prompt, and wait until its cache is built. On the admin socket."""
@@ -163,7 +171,7 @@ class Client:
                 if not line:  # ends an event
                     yield kind
 
-    def request(self, method: str, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
+    def request(self, method: str, path: str, body: Sent = None) -> dict[str, Any]:
         """Send a request that is answered by one JSON document."""
         with self._response(method, path, body) as response:
             with self._translated():
@@ -172,9 +180,7 @@ class Client:
             return answer
 
     @contextlib.contextmanager
-    def _lines(
-        self, method: str, path: str, body: dict[str, Any] | None = None
-    ) -> Iterator[Iterator[bytes]]:
+    def _lines(self, method: str, path: str, body: Sent = None) -> Iterator[Iterator[bytes]]:
         """The lines of an answer, without their ends, as they arrive."""
 
         def read(response: http.client.HTTPResponse) -> Iterator[bytes]:
@@ -186,9 +192,7 @@ class Client:
             yield read(response)
 
     @contextlib.contextmanager
-    def _response(
-        self, method: str, path: str, body: dict[str, Any] | None
-    ) -> Iterator[http.client.HTTPResponse]:
+    def _response(self, method: str, path: str, body: Sent) -> Iterator[http.client.HTTPResponse]:
         """An answer whose status is 200 or 202."""
         is_second = self._in_use
         connection = self._new_connection() if is_second else self._kept
@@ -259,9 +263,12 @@ def follow(socket: Path, waits_for: Sequence[str] = ()) -> Iterator[str | Rkcach
         time.sleep(_RETRY_S)
 
 
-def _send(connection: UnixConnection, method: str, path: str, body: dict[str, Any] | None) -> None:
+def _send(connection: UnixConnection, method: str, path: str, body: Sent) -> None:
     if body is None:
         connection.request(method, path)
+    elif not isinstance(body, dict):
+        with contextlib.suppress(BrokenPipeError):  # a refusal may come before all is sent
+            connection.request(method, path, body, {"Content-Type": "application/octet-stream"})
     else:
         headers = {"Content-Type": "application/json"}
         connection.request(method, path, json.dumps(body).encode(), headers)

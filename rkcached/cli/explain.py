@@ -174,10 +174,16 @@ def print_diff(console: Console, diff: TextDiff) -> None:
 
 
 def _print_artifact(console: Console, artifact: dict[str, Any]) -> None:
-    built = words.when(artifact["built_at"])
+    came = f"built {words.when(artifact['built_at'])}"
+    if imported := artifact["imported"]:
+        proof = "compared with a prefill"
+        if imported["signed_by"]:
+            proof = f"signed by {imported['signed_by']}"
+        came = f"imported {words.when(imported['at'])}, {proof}"
+
     tokens = words.number(artifact["tokens"])
     size = words.size(artifact["size_bytes"])
-    console.print(Text(f"  built {built}: {tokens} tokens, {size}"))
+    console.print(Text(f"  {came}: {tokens} tokens, {size}"))
     if artifact["verified"] != "off":
         gain = ""
         if not artifact["gain"]:

@@ -38,6 +38,7 @@ Figures: TypeAlias = Annotated[dict[str, Any], _Sent(responses.ArtifactFigures)]
 ModelAction: TypeAlias = Annotated[dict[str, Any], _Sent(responses.ModelAction)]
 ModelStatus: TypeAlias = Annotated[dict[str, Any], _Sent(responses.ModelStatus)]
 PromptStatus: TypeAlias = Annotated[dict[str, Any], _Sent(responses.PromptStatus)]
+SentPrompt: TypeAlias = Annotated[dict[str, Any], _Sent(responses.ImportedPrompt)]
 Suggestion: TypeAlias = Annotated[dict[str, Any], _Sent(responses.SuggestedPrompt)]
 
 
@@ -334,6 +335,31 @@ class Collected(_Format1):
     """Files and folders that are not the store's; they stay."""
     failed: list[Collectable]
     """Prompt caches that should have gone and could not be removed."""
+
+
+# Bundles
+
+
+class Exported(_Format1):
+    file: str
+    size_bytes: int
+    signed_by: str
+    """The id of a key; empty without a signature."""
+    prompts: list[str]
+    left_out: dict[str, str]
+    """Those that cannot be exported, each with the reason."""
+
+
+class BundleImported(_Format1):
+    prompts: list[SentPrompt]
+
+
+class BundleKey(_Format1):
+    file: str
+    public_file: str
+    id: str
+    key: str
+    """The public key: a line for `cache.trust`."""
 
 
 class Tokens(TypedDict):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from msgspec import UnsetType
+
 from rkcached import errors
 from rkcached.host.logs import log
 from rkcached.plan.records import Assessment, Build, State, Verdict
@@ -103,6 +105,19 @@ class Announcer:
                 **key._asdict(),
                 hint="loading costs more than prefilling",
             )
+
+    def imported(self, key: Key, artifact: StoredArtifact) -> None:
+        sidecar = artifact.sidecar
+        signed_by = "" if isinstance(sidecar.imported, UnsetType) else sidecar.imported.signed_by
+        log.info(
+            "artifact imported",
+            **key._asdict(),
+            state=State.FRESH.value,
+            signed_by=signed_by or None,
+            tokens=sidecar.tokens,
+            size_bytes=sidecar.size_bytes,
+            verified=sidecar.figures.verified,
+        )
 
     def build_failed(
         self, request: BuildRequest, error: errors.RkcachedError, verdict: Verdict

@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping
 from dataclasses import replace
 
 from rkcached import errors
@@ -69,7 +69,9 @@ class BuildRunner:
         self._wake = wake
         self._gates = gates
         self._on_end = on_end
-        self._task: asyncio.Task[None] | None = None
+        # An import has the builds' place, and whoever wants to import next waits.
+        self._lending = asyncio.Lock()
+        self._task: asyncio.Task[None] | asyncio.Task[StoredArtifact] | None = None
         # Starts a build that must wait until then.
         self._later: asyncio.TimerHandle | None = None
         gates.when_quiet(self.start_next)
@@ -81,7 +83,7 @@ class BuildRunner:
 
         If none may, this is called again when one may.
         """
-        while not self.paused and self._published.now.building is None:
+        while not (self.paused or self._lending.locked() or self._published.now.building):
             build = self._next()
             if build is None:
                 return
@@ -226,11 +228,13 @@ class BuildRunner:
             self._wake.look_again(now=True)
 
     def _built(self, request: BuildRequest, artifact: StoredArtifact) -> None:
-        key = request.action.key
         self._published.change(builds=self._published.now.builds + 1)
+        self._announcer.built(request, artifact)
+        self._publish(request.action.key, artifact)
+
+    def _publish(self, key: Key, artifact: StoredArtifact) -> None:
         self._failures.built(key)
         self._queue.built(key)
-        self._announcer.built(request, artifact)
         publish_artifact(self._published, self._announcer, key, artifact)
         self._waiters.answer(key, artifact)
 
@@ -253,6 +257,58 @@ class BuildRunner:
             with contextlib.suppress(errors.StoreError):
                 await asyncio.to_thread(self._store.verdicts.write, key, verdict)
         self._waiters.answer(key, error)
+
+    # Importing
+
+    @contextlib.asynccontextmanager
+    async def lent(self) -> AsyncIterator[None]:
+        """Stop the build that is running, and start none: an import may make it needless."""
+        async with self._lending:
+            try:
+                await self._stop_task()
+                yield
+            finally:
+                self._wake.look_again(now=True)
+
+    async def run_import(
+        self,
+        build: Build,
+        take: Callable[[BuildRequest], Coroutine[None, None, StoredArtifact]],
+    ) -> StoredArtifact:
+        """Have `take` publish an artifact that was not built here, in the place of a build.
+
+        Within `lent`. Errors: SourceError if it is no longer wanted, and those of `take`. A failure
+        is no verdict on the prompt: it can be built as before.
+        """
+        key = build.key
+        request = self._request(build)
+        if request is None:
+            raise errors.SourceError(f"{key} is no longer to have this prompt cache")
+
+        progress = BuildProgress(
+            key=key,
+            reason=build.reason,
+            fingerprint=build.fingerprint.digest,
+            started=time.monotonic(),
+        )
+        self._published.change(building=progress)
+        self._announcer.build_started(build)
+        task = self._task = asyncio.create_task(take(request))
+        try:
+            await asyncio.wait({task})
+        finally:
+            task.cancel()  # unless it has ended, who imports has gone
+            await asyncio.wait({task})
+            self._announcer.build_ended()
+            self._published.change(building=None)
+            self._on_end()
+
+        if task.cancelled():
+            raise errors.SourceError(f"the import of {key} was stopped")
+        artifact = task.result()
+        self._announcer.imported(key, artifact)
+        self._publish(key, artifact)
+        return artifact
 
     # Stopping
 
@@ -288,5 +344,4 @@ class BuildRunner:
     async def _stop_task(self) -> None:
         if self._published.now.building is not None and self._task is not None:
             self._task.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._task
+            await asyncio.wait({self._task})

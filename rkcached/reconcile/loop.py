@@ -34,6 +34,7 @@ from rkcached.reconcile.collection import Collection
 from rkcached.reconcile.demand import Demand
 from rkcached.reconcile.events import Events
 from rkcached.reconcile.failures import QUARANTINE_AFTER, Failures, quarantined
+from rkcached.reconcile.importer import Importer, Outcome
 from rkcached.reconcile.observer import Observation, Observer
 from rkcached.reconcile.publisher import Publisher
 from rkcached.reconcile.snapshot import Published, Snapshot
@@ -44,6 +45,7 @@ from rkcached.sources.manifest import Manifest
 from rkcached.sources.manifest_file import ManifestFile, inputs
 from rkcached.sources.records import Key, Trouble
 from rkcached.sources.stored_texts import StoredTexts
+from rkcached.store.bundles import BundleReader
 from rkcached.store.garbage import Rubbish
 from rkcached.store.sidecar import StoredArtifact
 from rkcached.store.store import Store
@@ -110,9 +112,10 @@ class Reconciler:
             failures=self._failures,
             wake=wake,
         )
+        builder = Builder(store, workers, gates)
         self._builds = BuildRunner(
             store=store,
-            builder=Builder(store, workers, gates),
+            builder=builder,
             queue=self._queue,
             failures=self._failures,
             waiters=self._waiters,
@@ -122,6 +125,13 @@ class Reconciler:
             wake=wake,
             gates=gates,
             on_end=self._changed_beside_a_look,
+        )
+        self._importer = Importer(
+            store=store,
+            builder=builder,
+            builds=self._builds,
+            published=published,
+            next_look=self.next_look,
         )
 
         # Counts changes of the store that were made outside of a look.
@@ -206,6 +216,10 @@ class Reconciler:
             await self.next_look()  # what did not fit may fit now
         return rubbish
 
+    async def import_bundle(self, reader: BundleReader, *, prefill: bool) -> list[Outcome]:
+        """As `Importer.run`."""
+        return await self._importer.run(reader, prefill=prefill)
+
     async def artifact_failed(
         self, key: Key, artifact: StoredArtifact, why: str, *, died: bool
     ) -> None:
@@ -253,6 +267,7 @@ class Reconciler:
                 self._on_turn()
                 await self._wait()
         finally:
+            self._importer.close()
             await self._builds.close()
             self._surplus.cancel()
             self._waiters.cancel()

@@ -35,6 +35,7 @@ from rkcached.reconcile.build_queue import REQUESTED
 from rkcached.reconcile.build_request import BuildRequest
 from rkcached.store.staging import Staging
 from rkcached.worker import protocol
+from rkcached.worker.building import BOUNDARY_TOKENS
 from rkcached.worker.gate import Gates, Priority
 from rkcached.worker.pool import Workers
 from rkcached.worker.supervisor import Worker
@@ -109,6 +110,38 @@ class Prefills:
 
         self.costs(request.model).proof_s = built.proof_ms / 1000
         return built
+
+    async def check(
+        self, request: BuildRequest, prefix: str, probe: str, staged: Path, expected: str | None
+    ) -> protocol.Checked:
+        """Prove the prompt cache in `staged`, which another installation built.
+
+        `expected` as for `protocol.Check`. Errors: EngineError, among them VerifyFailed;
+        WorkerError.
+        """
+        signature = await asyncio.to_thread(self._staging.signature, staged)
+        operation = protocol.Check(
+            cache=protocol.CacheFile(
+                path=str(staged),
+                signature=signature,
+                fingerprint=request.action.fingerprint.digest,
+            ),
+            probe=probe,
+            expected=expected,
+        )
+        async with self._gates.hold(
+            request.model.name, Priority.LIVE, concurrent=request.engine.concurrent
+        ):
+            worker = await self._loaded(request)
+            known = await worker.run(protocol.Tokenize(text=prefix))
+            checked = await worker.run(operation)
+        if not isinstance(known, protocol.Tokenized) or not isinstance(checked, protocol.Checked):
+            raise TypeError(checked)
+
+        tokens = checked.tokens if known.tokens is None else len(known.tokens)
+        if abs(tokens - checked.tokens) > BOUNDARY_TOKENS:
+            raise VerifyFailed(f"it has {checked.tokens} tokens, and its text has {tokens}")
+        return checked
 
     async def _from_base(
         self, request: BuildRequest, texts: _Texts, staged: Path, on_progress: OnProgress

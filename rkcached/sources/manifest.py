@@ -41,6 +41,7 @@ from rkcached.sources.values import (
     Template,
     TemplateDate,
     TemplateVariables,
+    TrustedKeys,
     Window,
 )
 from rkcached.sources.yaml_reader import Steps, nearest_line, show
@@ -222,6 +223,11 @@ class CacheConfig(_Section):
     build: BuildConfig = Field(default_factory=BuildConfig, description="When builds may begin.")
     learn: LearnConfig | None = Field(
         default=None, description="Learn prompts from what requests repeat. None: do not."
+    )
+    trust: TrustedKeys = Field(
+        default=(),
+        description="Public keys: prompt caches in bundles that they signed are imported. "
+        "A name may follow the key.",
     )
 
 

@@ -23,6 +23,7 @@ from pydantic import (
 from rkcached.engines.rkllm.abi import ABIS
 from rkcached.messages.builtin import BUILTIN, FORMATS
 from rkcached.sources.problems import NAME, NAME_RULE, nearest_of_all, wrong
+from rkcached.sources.trusted_keys import parse_trusted_key
 from rkcached.sources.yaml_reader import show
 
 RKLLM_ABIS: Final = tuple(abi.name for abi in ABIS)
@@ -53,6 +54,9 @@ _KWARGS: Final = "chat_template_kwargs"
 
 MAX_PRELOADED: Final = 64
 """The most prompts of a model whose caches are loaded ahead."""
+
+MAX_TRUSTED_KEYS: Final = 64
+"""The most keys whose bundles are trusted."""
 
 MAX_HOSTS: Final = 64
 """The most names of hosts that requests may be for."""
@@ -258,11 +262,38 @@ def _origins(value: object) -> object:
     return tuple(dict.fromkeys(origin.lower() for origin in origins))
 
 
+def _trusted_keys(value: object) -> object:
+    keys = _listed(value)
+    if not isinstance(keys, list) or not all(isinstance(key, str) for key in keys):
+        raise wrong(
+            f"trust: expected a public key or a list of them, got {show(value)}",
+            "write the line that `rkcached bundle-key` printed",
+        )
+    for key in keys:
+        try:
+            parse_trusted_key(key)
+        except ValueError as error:
+            raise wrong(
+                f"trust: {show(key)}: {error}",
+                "write the line that `rkcached bundle-key` printed, or the second line of "
+                "minisign's .pub file; a name may follow it",
+            ) from error
+    return tuple(dict.fromkeys(keys))
+
+
 # As browsers write them (RFC 6454); pages of extensions and of programs have schemes of their own.
 _ORIGIN = r"[A-Za-z][A-Za-z0-9+.-]{0,63}://[A-Za-z0-9._\[\]:-]{1,255}"
 _ORIGIN_SCHEMA = {"type": "string", "pattern": f"^{_ORIGIN}$"}
 _ORIGINS_SCHEMA: dict[str, Any] = {
     "anyOf": [_ORIGIN_SCHEMA, {"type": "array", "items": _ORIGIN_SCHEMA, "maxItems": MAX_HOSTS}],
+    "default": [],
+}
+_TRUSTED_KEY_SCHEMA = {"type": "string", "pattern": "^RW[A-Za-z0-9+/]{54}( .*)?$"}
+_TRUSTED_KEYS_SCHEMA: dict[str, Any] = {
+    "anyOf": [
+        _TRUSTED_KEY_SCHEMA,
+        {"type": "array", "items": _TRUSTED_KEY_SCHEMA, "maxItems": MAX_TRUSTED_KEYS},
+    ],
     "default": [],
 }
 _HOST = r"[A-Za-z0-9_-]{1,63}(\.[A-Za-z0-9_-]{1,63}){0,7}"
@@ -333,6 +364,12 @@ Origins = Annotated[
     BeforeValidator(_origins),
     Field(max_length=MAX_HOSTS),
     WithJsonSchema(_ORIGINS_SCHEMA),
+]
+TrustedKeys = Annotated[
+    tuple[str, ...],
+    BeforeValidator(_trusted_keys),
+    Field(max_length=MAX_TRUSTED_KEYS),
+    WithJsonSchema(_TRUSTED_KEYS_SCHEMA),
 ]
 Size = Annotated[
     ByteSize, BeforeValidator(_size), Field(ge=1 << 20, le=1 << 60), WithJsonSchema(_SIZE_SCHEMA)

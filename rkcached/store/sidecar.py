@@ -50,6 +50,16 @@ class Figures(msgspec.Struct, frozen=True, kw_only=True):
         return self.verified == "off" or self.warm_ttft_ms < self.cold_ttft_ms
 
 
+class Imported(msgspec.Struct, frozen=True, kw_only=True):
+    """A prompt cache came in a bundle instead of being built here."""
+
+    at: float
+    """Unix seconds."""
+    signed_by: str = ""
+    """The trusted key that signed the bundle, by its name. Empty: none, and the prompt cache was
+    compared with a prefill."""
+
+
 class Sidecar(Signed, frozen=True, kw_only=True):
     """The commit record of an artifact, as it stands on disk."""
 
@@ -71,6 +81,8 @@ class Sidecar(Signed, frozen=True, kw_only=True):
     answer_sha256: str = ""
     """Of the answer that proved it, by which a build that goes on from it sees that it is as it
     was. Empty: it was not proven so."""
+    imported: Imported | msgspec.UnsetType = msgspec.UNSET
+    """Unset in all that was built here, so that the codes of older sidecars stay valid."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

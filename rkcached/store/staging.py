@@ -11,14 +11,19 @@ import hashlib
 import os
 import secrets
 from collections.abc import Iterable
+from io import FileIO
 from pathlib import Path
 
 from rkcached.errors import StoreError
 from rkcached.host import beneath, disk
+from rkcached.host.digests import Signature, signature_of
 from rkcached.host.regular import open_regular
 from rkcached.sources.records import Key
 from rkcached.store.scan import STAGING, STAGING_FOLDER, model_folders, prompt_of, strangers
 from rkcached.store.writer import Writer, make_folder
+
+# Its worker can write to the folder: what is there already is not ours.
+_NEW_FLAGS = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
 class Staging:
@@ -59,6 +64,24 @@ class Staging:
             self._staged.add(staged)
 
         return staged
+
+    def create(self, staged: Path) -> FileIO:
+        """Open a new file there, to write what another machine built. Errors: StoreError."""
+        with self._writer.writing(staged):
+            fd = os.open(staged, _NEW_FLAGS, disk.FILE_MODE)
+        return FileIO(fd, "wb")
+
+    def append(self, stream: FileIO, data: bytes) -> None:
+        """Errors: StoreError."""
+        with self._writer.writing(self._writer.root):
+            view = memoryview(data)
+            while view:
+                view = view[stream.write(view) :]
+
+    def signature(self, staged: Path) -> Signature:
+        """The state of a staged file, for the worker that is to load it. Errors: StoreError."""
+        with self._writer.writing(staged):
+            return signature_of(staged.lstat())
 
     def make_folders(self, model: str) -> None:
         """Make a model's folder and the one in it for staged files.

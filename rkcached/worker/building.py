@@ -152,7 +152,7 @@ class Builder:
             if error := self._load_base(base, operation, emit):
                 return error
             _, tokens, _ = self._state.probe(base.probe, stopped)
-            if _digest(tokens) != base.answer:
+            if digest(tokens) != base.answer:
                 self._state.engine.clear()
                 return "its answer is another one than when it was proven"
 
@@ -211,7 +211,7 @@ class Builder:
         """
         self._state.engine.clear()
         _, tokens, _ = self._state.probe(operation.probe, stopped)
-        if _digest(tokens) != proven.answer:
+        if digest(tokens) != proven.answer:
             raise VerifyFailed(
                 "the probe's answer on a continued prompt cache differs from the answer on one "
                 "that was read as a whole",
@@ -282,7 +282,7 @@ class Builder:
             cold_ttft_ms=cold_ms,
             warm_ttft_ms=warm_ms,
             verified=proved,
-            answer=_digest(answer) if proved is VerifyMode.EXACT else "",
+            answer=digest(answer) if proved is VerifyMode.EXACT else "",
         )
 
 
@@ -293,7 +293,7 @@ def _share(base: protocol.Base | None, tokens: int) -> float:
     return base.prefill_ms * min(tokens, base.tokens) / base.tokens
 
 
-def _digest(tokens: list[Token]) -> str:
+def digest(tokens: list[Token]) -> str:
     """SHA-256 of a traced answer."""
     answer = [(token.text, token.ids) for token in tokens]
     return hashlib.sha256(msgspec.json.encode(answer)).hexdigest()

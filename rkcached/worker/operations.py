@@ -16,10 +16,11 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from rkcached.engines.base import Engine, FinishReason, OnProgress, Token
+from rkcached.engines.kinds import VerifyMode
 from rkcached.engines.prefix import common_bytes
 from rkcached.errors import ArtifactLoadError, EngineError, SamplingFixed, VerifyFailed
 from rkcached.worker import protocol
-from rkcached.worker.building import BOUNDARY_TOKENS, Builder
+from rkcached.worker.building import BOUNDARY_TOKENS, Builder, digest
 from rkcached.worker.engine_state import PROBE_TOKENS, Beginning, Emit, EngineState, since
 from rkcached.worker.held import NOBODY, UNKNOWN, Held, Step, owner_of, state_for
 from rkcached.worker.traces import agree
@@ -191,26 +192,51 @@ class Session:
             raise ArtifactLoadError(loaded.error)
         self._state.held = Held(text, cached_bytes=len(text))
         if operation.probe:
-            self._prove(operation.probe, loaded.tokens)
+            return self._prove(operation, loaded)
         return protocol.Checked(id=operation.id, tokens=loaded.tokens)
 
-    def _prove(self, probe: str, tokens: int) -> None:
-        """Answer a probe from the state that was loaded, and from none. Errors: VerifyFailed."""
-        if not self._state.info.greedy:
+    def _prove(self, operation: protocol.Check, loaded: protocol.Loaded) -> protocol.Checked:
+        """Answer the probe from the state that was loaded, and compare. Errors: VerifyFailed.
+
+        With the answer that is expected, or else with the answer from no state.
+        """
+        greedy = self._state.info.greedy
+        if operation.expected is None and not greedy:
             raise VerifyFailed("answers of this runtime cannot be compared")
+        if operation.expected == "" and greedy:
+            raise VerifyFailed("nobody compared its answer where it was built")
 
         self._state.held = Held(owner=UNKNOWN)
-        stats, answer, _ = self._state.probe(probe, _never)
+        stats, answer, after_ms = self._state.probe(operation.probe, _never)
+        self._state.empty()
         reused = stats.cached_tokens
-        if reused is not None and reused < tokens - BOUNDARY_TOKENS:
+        if reused is None and operation.expected is not None:
+            raise VerifyFailed("this runtime does not count reused tokens")
+        if reused is not None and reused < loaded.tokens - BOUNDARY_TOKENS:
             raise VerifyFailed(
-                f"it is the cache of another text: {reused} of {tokens} tokens were reused"
+                f"it is the cache of another text: {reused} of {loaded.tokens} tokens were reused"
             )
-        self._state.empty()
-        _, expected, _ = self._state.probe(probe, _never)
-        self._state.empty()
-        if not agree(expected, answer, moved=True):
-            raise VerifyFailed("with this cache the model answers otherwise than with its text")
+
+        cold_ms = 0.0
+        if operation.expected is None:
+            _, expected, cold_ms = self._state.probe(operation.probe, _never)
+            self._state.empty()
+            if not agree(expected, answer, moved=True):
+                raise VerifyFailed("with this cache the model answers otherwise than with its text")
+        elif greedy and digest(answer) != operation.expected:
+            raise VerifyFailed(
+                "with this cache the model answers otherwise than where it was built"
+            )
+
+        return protocol.Checked(
+            id=operation.id,
+            tokens=loaded.tokens,
+            load_ms=loaded.load_ms,
+            warm_ttft_ms=loaded.load_ms + after_ms,
+            cold_ttft_ms=cold_ms,
+            verified=VerifyMode.EXACT if greedy else VerifyMode.HIT,
+            answer=digest(answer) if greedy else "",
+        )
 
     def keep(self, operation: protocol.Keep, emit: Emit) -> protocol.Checked:
         """Save the conversation in a KV state, where it stays. No error: then it is not saved."""

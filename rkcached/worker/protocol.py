@@ -132,6 +132,9 @@ class Check(msgspec.Struct, frozen=True, kw_only=True, tag="check"):
     probe: str = ""
     """A whole request that begins with the text of `cache`: it is answered with the cache, and
     again without. The answers must agree, else VerifyFailed."""
+    expected: str | None = None
+    """The digest of the probe's answer, as `Built` has it: then the probe is answered with the
+    cache only, and must give this. Empty: nobody compared it, and only the reuse counts."""
     keep_at: tuple[str, ...] = ()
     """See `Generate`."""
 
@@ -275,6 +278,14 @@ class Checked(msgspec.Struct, frozen=True, kw_only=True, tag="checked"):
     id: Int64
     tokens: Int64
     """0 if it was not loaded, as the KV state begins with its text already."""
+    load_ms: float = 0.0
+    warm_ttft_ms: float = 0.0
+    """The first token of the probe with the cache, with loading it; 0 without a probe."""
+    cold_ttft_ms: float = 0.0
+    """The same without the cache; 0 if that was not tried."""
+    verified: VerifyMode = VerifyMode.OFF
+    answer: str = ""
+    """See `Built`."""
 
 
 class Tokenized(msgspec.Struct, frozen=True, kw_only=True, tag="tokenized"):

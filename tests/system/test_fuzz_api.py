@@ -139,4 +139,4 @@ def test_every_operation_keeps_its_word(
 
         ask()
         tried += 1
-    assert tried == (19 if mode is GenerationMode.NEGATIVE else 47)
+    assert tried == (19 if mode is GenerationMode.NEGATIVE else 48)

@@ -9,10 +9,12 @@ import contextlib
 import os
 import pty
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import termios
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -406,3 +408,29 @@ def test_memory_limit(workspace: Workspace, small_model: Path) -> None:
     workspace.write("manifest.yaml", manifest.replace("LIMIT", "1GiB"))
     workspace.wait_state("cook", "fresh")
     assert workspace.ask("m/cook")["rkcached"]["state"] == "hit"
+
+
+def test_a_bundle_of_a_real_model(ship: Workspace) -> None:
+    """Another daemon has the prompt cache without a prefill, and answers as the first one does."""
+    ship.cli("bundle-key", "key")
+    ship.cli("export", "m/cook", "-o", "cook.tar", "--sign", "key")
+    expected = ship.ask("m/cook", "What is for dinner?")
+    assert expected["rkcached"]["state"] == "hit"
+    ship.stop()
+
+    key = (ship.root / "key.pub").read_text().splitlines()[1]
+    shutil.rmtree(ship.cache)
+    shutil.rmtree(ship.root / "state")
+    night = (time.localtime().tm_hour + 12) % 24
+    window = f'"{night:02}:00-{night:02}:30"'
+    text = ship.manifest.read_text()
+    ship.write("manifest.yaml", f"{text}cache: {{build: {{window: {window}}}, trust: [{key}]}}\n")
+    ship.start()
+    assert ship.prompt("cook")["state"] == "missing"
+
+    assert "1 imported" in ship.cli("import", "cook.tar").stdout
+    assert ship.status()["reconcile"]["builds"] == 0
+    answer = ship.ask("m/cook", "What is for dinner?")
+    assert answer["rkcached"]["state"] == "hit"
+    assert answer["choices"] == expected["choices"]
+    assert answer["usage"]["prompt_tokens_details"] == expected["usage"]["prompt_tokens_details"]

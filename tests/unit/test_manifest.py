@@ -402,7 +402,7 @@ def test_the_error_as_text() -> None:
             "x",
             (
                 "known are max_bytes, verify, fingerprint, min_tokens, conversations, "
-                "keep_retired_s, build, learn"
+                "keep_retired_s, build, learn, trust"
             ),
         ),
     ],

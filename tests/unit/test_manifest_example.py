@@ -45,6 +45,8 @@ def listed(items: dict[str, Any]) -> str:
         return "numbers"
     if "://" in items.get("pattern", ""):
         return "origins"
+    if items.get("pattern", "").startswith("^RW"):
+        return "keys"
     return "names" if "pattern" in items else "paths"
 
 

@@ -7,6 +7,7 @@ from starlette.routing import Route
 
 from rkcached.api import paths
 from rkcached.api.anthropic.routes import AnthropicApi
+from rkcached.api.bundle_routes import BundleApi
 from rkcached.api.cache_routes import CacheApi
 from rkcached.api.endpoints import Endpoint
 from rkcached.api.llama_server import LlamaServerApi
@@ -46,7 +47,16 @@ def test_the_usual_path(path: str, expected: str) -> None:
     assert usual_path(path) == expected
 
 
-HANDLERS = (Api, CacheApi, SuggestApi, AnthropicApi, ResponsesApi, OllamaApi, LlamaServerApi)
+HANDLERS = (
+    Api,
+    BundleApi,
+    CacheApi,
+    SuggestApi,
+    AnthropicApi,
+    ResponsesApi,
+    OllamaApi,
+    LlamaServerApi,
+)
 
 
 def declared() -> set[str]:

@@ -192,6 +192,84 @@ def inspect(file: Path, want_json: bool) -> int:
     return command.run(file, want_json=want_json)
 
 
+@click.command()
+@click.argument("prompts", metavar="[MODEL[/PROMPT]]...", nargs=-1, shell_complete=completion.both)
+@places("manifest", "cache_dir", "state_dir")
+@click.option(
+    "--output", "-o", "file", type=PATH, required=True, metavar="FILE", help="The bundle."
+)
+@click.option(
+    "--sign",
+    "key_file",
+    type=PATH,
+    metavar="KEYFILE",
+    help="Sign it with this secret key, which `rkcached bundle-key` made.",
+)
+@click.option("--force", is_flag=True, help="Replace FILE if it exists.")
+@as_json
+def export(
+    *,
+    settings: Settings,
+    prompts: Sequence[str],
+    file: Path,
+    key_file: Path | None,
+    force: bool,
+    want_json: bool,
+) -> int:
+    """Write prompt caches into a bundle, which other machines import without a prefill.
+
+    Those that are named must be fresh; without a name, all that are fresh are exported. FILE can be
+    read by its owner only, because a prompt can be read back from its cache. The command needs no
+    daemon. The exit code is 65 when a prompt is not fresh, 66 for a name that is not declared, 74
+    when FILE exists or cannot be written.
+    """
+    from rkcached.cli import bundles
+
+    return bundles.export(
+        settings, prompts, file, key_file=key_file, replace=force, want_json=want_json
+    )
+
+
+@click.command("import")
+@click.argument("file", metavar="FILE", type=PATH)
+@places("socket", "admin_socket")
+@click.option(
+    "--prove",
+    is_flag=True,
+    help="Compare each prompt cache with a prefill. The bundle then needs no trusted signature.",
+)
+@as_json
+def import_bundle(settings: Settings, file: Path, prove: bool, want_json: bool) -> int:
+    """Import the prompt caches of a bundle, FILE, that are declared and not fresh.
+
+    Each is loaded and asked the question that proved it where it was built, and is published if it
+    gives the same answer. The bundle must be signed by a key in cache.trust of the manifest. No
+    other builds run meanwhile. FILE may be - for standard input.
+
+    What is not declared here, or is built from something else, is skipped, with the reason. The
+    exit code is 65 when a prompt cache did not prove itself, or the bundle is damaged or not
+    trusted.
+    """
+    from rkcached.cli import bundles
+
+    return bundles.import_(settings, file, prove=prove, want_json=want_json)
+
+
+@click.command("bundle-key")
+@click.argument("file", metavar="FILE", type=PATH)
+@as_json
+def bundle_key(file: Path, want_json: bool) -> int:
+    """Make a key pair for bundles: the secret key FILE, and FILE.pub.
+
+    It prints the line for cache.trust in the manifests of other machines. FILE can be read by its
+    owner only, and has no password. The keys are those of minisign. No file is overwritten; the
+    exit code is then 74.
+    """
+    from rkcached.cli import bundles
+
+    return bundles.bundle_key(file, want_json=want_json)
+
+
 @click.group()
 def prompts() -> None:
     """Find prompts that are worth a cache."""
@@ -262,4 +340,18 @@ def suggest(
     return command.run(settings, suggestion, name, want_json=want_json)
 
 
-COMMANDS = (status, wait, plan, explain, regenerate, verify, gc, inspect, prompts, suggest)
+COMMANDS = (
+    status,
+    wait,
+    plan,
+    explain,
+    regenerate,
+    verify,
+    gc,
+    inspect,
+    export,
+    import_bundle,
+    bundle_key,
+    prompts,
+    suggest,
+)
