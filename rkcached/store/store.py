@@ -386,9 +386,13 @@ class Store:
             self._drop_folder(folder)
 
     def _drop_folder(self, folder: Path) -> None:
-        """Remove a model's folder, if nothing is in it or will be."""
+        """Remove a model's folder, if nothing is in it or will be.
+
+        Else it stays with its folder for builds: a worker of the model has that open.
+        """
         with self._writer.folders, contextlib.suppress(OSError):
-            if not self.staging.expects(folder):
+            others = {path.name for path in folder.iterdir()} - {STAGING_FOLDER}
+            if not others and not self.staging.expects(folder):
                 with contextlib.suppress(FileNotFoundError):
                     (folder / STAGING_FOLDER).rmdir()
                 folder.rmdir()

@@ -18,6 +18,7 @@ import pytest
 from rkcached.engines.base import EngineInfo, ModelSpec
 from rkcached.engines.memory import MemoryEngine
 from rkcached.host import landlock
+from rkcached.sources.records import Key
 from rkcached.store.seal import make_seal
 from rkcached.store.store import Store
 from rkcached.worker.model import WorkerModel
@@ -330,6 +331,27 @@ async def test_a_worker_follows_its_folder(store: Store, tmp_path: Path) -> None
         assert worker.restarts == 1
         assert "was created or replaced" in worker.last_failure
         assert (await worker.ensure()).runtime_version.startswith("stage,")
+    finally:
+        await workers.stop()
+
+
+async def test_a_worker_keeps_its_folder_while_something_is_in_it(
+    store: Store, tmp_path: Path
+) -> None:
+    """One of two prompts goes.
+
+    Regression: the empty folder for builds was removed, so the next build restarted the worker and
+    loaded its model again.
+    """
+    store.root.joinpath("m/q.json").write_text("mine, too")
+    workers = Workers(reach=reach_of(store))
+    worker = workers.get(hostile(tmp_path, Reading))
+    try:
+        await worker.ensure()
+        store.remove(Key("m", "p"))
+        store.staging.make_folders("m")
+        await worker.ensure()
+        assert worker.restarts == 0
     finally:
         await workers.stop()
 
