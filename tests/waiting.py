@@ -31,4 +31,4 @@ def wait_until(
                 f"after {deadline_s} s still not: {what if isinstance(what, str) else what()}"
             )
         # What is asked costs the daemon time, too: what takes long is asked for less often.
-        time.sleep(min(max(0.01, waited_s / 8), 0.1))
+        time.sleep(min(max(0.02, waited_s / 5), 0.15))

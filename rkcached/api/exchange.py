@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import re
 import time
 import traceback
-import uuid
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
@@ -23,6 +21,7 @@ from rkcached.api.bodies import ERROR_BODY, Body, error_body, parse_body
 from rkcached.api.callers import PEER, TCP, caller_in, models_of
 from rkcached.api.paths import RIGHT_ONES
 from rkcached.api.rendering import LARGE_BYTES
+from rkcached.api.request_id import usable_id
 from rkcached.api.responses import Answer
 from rkcached.api.shares import Share
 from rkcached.errors import RequestError
@@ -53,9 +52,6 @@ _CAUSE = "rkcached.cause"  # key of the request's scope for the error that it en
 
 # Asked so often that only a debug log shows them.
 _PROBES = frozenset({"/", "/healthz", "/readyz", "/metrics", "/v1/status"})
-
-# Ids that a client may choose; any other is replaced by ours.
-_REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
 
 
 async def read_record(
@@ -332,15 +328,13 @@ def shown_path(path: str) -> str:
 
 
 def _request_id(scope: Scope) -> str:
-    """The client's own id, if it sent a usable one; otherwise a new one."""
     given = b""
     for name, value in scope["headers"]:
         if name == b"x-request-id":
             given = value
             break
 
-    own = given.decode("latin-1")
-    return own if _REQUEST_ID.fullmatch(own) else f"req-{uuid.uuid4().hex}"
+    return usable_id(given.decode("latin-1"))
 
 
 def _log_cause(scope: Scope, status: int, request_id: str) -> None:

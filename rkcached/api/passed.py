@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from typing import Any
 
+from rkcached.api.request_id import new_request_id
 from rkcached.errors import ManifestError, SettingsError
 
 SOCKET_NAMES = ("rkcached", "admin")
@@ -75,6 +76,7 @@ def refusal(
         f"HTTP/1.1 {status}",
         "Content-Type: application/json",
         f"Content-Length: {len(body)}",
+        f"X-Request-Id: {new_request_id()}",  # all answers have one; our commands know us by it
         "Connection: close",
     ]
     return "\r\n".join(head).encode() + b"\r\n\r\n" + body

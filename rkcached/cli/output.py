@@ -31,7 +31,8 @@ def console(*, quiet: bool = False, stderr: bool = False) -> Console:
             with self.capture() as captured:
                 super().print(*objects, **options)
             lines = captured.get().split("\n")
-            self.file.write("\n".join(line.rstrip(" ") for line in lines))
+            text = "\n".join(line.rstrip(" ") for line in lines)
+            super().print(text, end="", markup=False, emoji=False, soft_wrap=True)
 
     made = Console(highlight=False, quiet=quiet, stderr=stderr)
     if made.is_terminal:

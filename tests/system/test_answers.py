@@ -238,7 +238,7 @@ def test_references_in_the_parameters_of_a_demanded_tool(workspace: Workspace, w
         ({"messages": [{"role": "pirate", "content": "x"}]}, "messages.0", "invalid_value"),
         (
             {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}]},
-            "messages.0.content.0.type",
+            "messages.0.content.0",
             "invalid_value",
         ),
         ({"top_logprobs": 21}, "top_logprobs", "invalid_value"),

@@ -517,7 +517,7 @@ def test_plan_and_explain_without_a_daemon(two_prompts: Workspace) -> None:
     assert "= rename  m/cook  the prompt cache of m/b has the same text" in renaming
     assert "1 to rename" in renaming
     assert "the daemon renames that prompt cache" in two_prompts.cli("explain", "m/cook").stdout
-    (action, *_) = json.loads(two_prompts.cli("plan", "--json").stdout)
+    (action, *_) = json.loads(two_prompts.cli("plan", "--json").stdout)["actions"]
     assert (action["action"], action["source"], action["renames"]) == ("adopt", "m/b", True)
     assert "m/PROMPT" in two_prompts.cli("explain", "m", "--diff", code=os.EX_USAGE).stderr
     assert "known: " in two_prompts.cli("explain", "m/zzz", code=os.EX_NOINPUT).stderr
